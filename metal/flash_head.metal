@@ -4,7 +4,8 @@
 //                 -- score --> logits (R, S, n), best (R, S) -- sample --> (R,)
 //                                                            or -- expand --> (R, V)
 //
-// For expand, select writes words (R, C) too.
+// For expand, select writes words (R, C) too. To verify k proposals, join brings their states together,
+// and screen and certain judge them by the logits (k, C, n) of one product.
 //
 // R positions (B*L), D hidden size, C clusters of n rows each, V tokens, p clusters probed per
 // position, S = max(p, 8) of them held. Where select finds fewer than S worth reading, it repeats the last
@@ -32,6 +33,9 @@
 // score    T*S x R, T = 32*ceil(n/4)      T, at most 256    1         S*n rows, hidden
 // expand   256*ceil(V/1024) x R           256               1         slot_of, words, logits
 // sample   512 x R                        512               2 to 18   best, logits and ids that can win
+// screen   256*ceil(C/1024) x k           256               3         logits of all slots, probes
+// certain  512 x k                        512               1 or 2    the scored logits once or twice
+// join     2048 x k                       256               0         what it copies, from 8 sources
 //
 // H is 1 or 4: the number of positions that share one reading of the centroids. Grids consist of
 // whole threadgroups.
@@ -43,7 +47,7 @@ typedef bfloat bfloat16_t;
 #include "flash_head/constants.h"
 #include "flash_head/values.h"
 #include "flash_head/affine.h"
-#include "flash_head/mxfp4.h"
+#include "flash_head/fp.h"
 #include "flash_head/dense.h"
 #include "flash_head/dot.h"
 #include "flash_head/route.h"
@@ -51,7 +55,10 @@ typedef bfloat bfloat16_t;
 #include "flash_head/select.h"
 #include "flash_head/score.h"
 #include "flash_head/expand.h"
+#include "flash_head/noise.h"
 #include "flash_head/sample.h"
+#include "flash_head/screen.h"
+#include "flash_head/join.h"
 
 // 4-bit rows and centroids of group 64, one position at a time (H = 1). Any other head is one more
 // line at the end.
@@ -177,6 +184,62 @@ template <typename T, int N, int V>
       shared, sums, held, group.y, thread_id, simdgroup, lane);
 }
 
+// The verification of k proposals, by the logits of all slots.
+
+template <typename T, int V, int C, int N>
+[[kernel]] void flash_head_screen(
+    const device T* slots [[buffer(0)]],
+    const device uint* probes [[buffer(1)]],
+    const device uint* token_ids [[buffer(2)]],
+    const device uint* slot_of [[buffer(3)]],
+    const device T* logits [[buffer(4)]],
+    const device uint* tokens [[buffer(5)]],
+    const device float* settings [[buffer(6)]],
+    const device uint* keys [[buffer(7)]],
+    const device float* room [[buffer(8)]],
+    const device float* scored_room [[buffer(9)]],
+    device float* parts [[buffer(10)]],
+    constant uint& held [[buffer(11)]],
+    uint3 groups [[threadgroups_per_grid]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint thread_id [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup atomic<uint> marks[flash_head::SCREEN_CLUSTERS / 32];
+  threadgroup uint place[1];
+  threadgroup float shared[6 * flash_head::WIDE_SIMDGROUPS];
+  flash_head::screen<C, N, V, false>(
+      slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, parts,
+      marks, place, shared, held, groups.x, group, thread_id, simdgroup, lane);
+}
+
+template <typename T, int V, int N>
+[[kernel, max_total_threads_per_threadgroup(512)]] void flash_head_certain(
+    const device float* parts [[buffer(0)]],
+    const device uint* probes [[buffer(1)]],
+    const device uint* token_ids [[buffer(2)]],
+    const device T* logits [[buffer(3)]],
+    const device uint* tokens [[buffer(4)]],
+    const device float* settings [[buffer(5)]],
+    const device uint* top_k [[buffer(6)]],
+    const device uint* keys [[buffer(7)]],
+    const device float* room [[buffer(8)]],
+    const device float* scored_room [[buffer(9)]],
+    constant float& epsilon [[buffer(10)]],
+    device bool* sure [[buffer(11)]],
+    device float* known [[buffer(12)]],
+    constant uint& held [[buffer(13)]],
+    constant uint& n_parts [[buffer(14)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint thread_id [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float shared[8 * flash_head::ROW_SIMDGROUPS];
+  flash_head::certain<N, V>(
+      parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, epsilon,
+      sure, known, shared, held, n_parts, group.y, thread_id, simdgroup, lane);
+}
+
 #define FLASH_HEAD_KERNEL(name, kernel_name, ...)    \
   template [[host_name(kernel_name "_" name)]] [[kernel]] \
   decltype(__VA_ARGS__) __VA_ARGS__;
@@ -188,6 +251,8 @@ template <typename T, int N, int V>
   FLASH_HEAD_KERNEL(name, "flash_head_select_words", flash_head_select_words<V / 16>)         \
   FLASH_HEAD_KERNEL(name, "flash_head_score", flash_head_score<T, D, 16, V, false, WORDS>)    \
   FLASH_HEAD_KERNEL(name, "flash_head_sample", flash_head_sample<T, 16, V>)                   \
+  FLASH_HEAD_KERNEL(name, "flash_head_screen", flash_head_screen<T, V, V / 16, 16>)           \
+  FLASH_HEAD_KERNEL(name, "flash_head_certain", flash_head_certain<T, V, 16>)                 \
   FLASH_HEAD_KERNEL(name, "flash_head_expand", flash_head_expand<T, V, V / 16, 16>)
 
 FLASH_HEAD_KERNELS("llama_3_2_1b", bfloat16_t, 128256, 2048, 2)

@@ -1,22 +1,124 @@
 """Measures the speed of a head, a model or servers."""
 
-from .benchmarks import head_benchmark, model_benchmark, server_benchmark
-from .common.arguments import Parser
-from .common.command import command, from_extra
+import argparse
+import re
+from importlib import import_module
 
-BENCHMARKS = {"head": head_benchmark, "model": model_benchmark, "server": server_benchmark}
+from .benchmarks import SAMPLERS, SHAPES
+from .common.arguments import Parser, whole_number, whole_numbers
+from .common.command import command, from_extra
+from .common.head_flags import add_source_options
+
+ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
+CLIENTS = (1, 4, 8, 16)
 
 
 def make_parser() -> Parser:
     """The command's arguments: a subcommand for each benchmark."""
     parser = Parser(prog="mlx_flashhead.benchmark", description=__doc__)
-    commands = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
-    for name, benchmark in BENCHMARKS.items():
-        text = benchmark.__doc__ or ""
-        subparser = commands.add_parser(name, help=text.partition("\n")[0], description=text)
-        benchmark.add_arguments(subparser)
-        subparser.set_defaults(run=benchmark.run)
+    commands = parser.add_subparsers(dest="kind", required=True, metavar="head|model|server")
+    add_head(commands.add_parser("head", help="time a head by itself, on random weights too"))
+    add_model(
+        commands.add_parser("model", help="time a model's decoding: dense and with FlashHead")
+    )
+    add_server(commands.add_parser("server", help="put three servers under load, in turns"))
     return parser
+
+
+def add_head(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``benchmark head``."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--shape",
+        type=shape,
+        action="append",
+        metavar="NAME|V,D",
+        help=f"Random weights of the shape {', '.join(SHAPES)} or V,D; may be given several times.",
+    )
+    what.add_argument("--model", help=ANY_MODEL)
+    add_source_options(parser)
+    add_number(parser, "--n-probes", None, "Clusters scored (default: 256, or the model's own).")
+    dtypes = ("float32", "float16", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="Of random weights.")
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        choices=(4, 5, 6, 8, 16),
+        default=16,
+        help="Bits of random rows; 16 leaves them in --dtype (default: %(default)s).",
+    )
+    add_number(parser, "--positions", 1, "Hidden states at once")
+    add_report_arguments(parser, rounds=20)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``benchmark model``."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        action="append",
+        help="May be given several times (default: all).",
+    )
+    parser.add_argument(
+        "--batch",
+        type=whole_number(1),
+        action="append",
+        help="Sequences at once; may be given several times (default: 1, 4 and 8).",
+    )
+    add_number(parser, "--tokens", 48, "Tokens of a run")
+    add_report_arguments(parser, rounds=8)
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``benchmark server``."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--clients",
+        type=whole_numbers(1),
+        default=CLIENTS,
+        metavar="1,4,…",
+        help=f"Numbers of clients at once (default: {','.join(map(str, CLIENTS))}).",
+    )
+    add_number(parser, "--requests", 16, "Requests to a server for each number of clients")
+    add_number(parser, "--tokens", 16, "Tokens of each answer")
+    add_report_arguments(parser, rounds=1)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the benchmarks that need a model."""
+    parser.add_argument("--model", required=True, help=ANY_MODEL)
+    add_source_options(parser)
+    add_number(parser, "--n-probes", None, "Clusters scored (default: the model's own).")
+
+
+def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """The flags of every benchmark."""
+    add_number(parser, "--rounds", rounds, "Rounds that count")
+    parser.add_argument(
+        "--report",
+        "--json",
+        metavar="FILE",
+        help="Write the figures and the machine to a JSON file, ready to be attached to an issue.",
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="Draw the figures into a picture.")
+
+
+def add_number(parser: argparse.ArgumentParser, flag: str, default: int | None, text: str) -> None:
+    """A flag for a whole number of 1 or more, whose text names the default if it is None."""
+    text = text if default is None else f"{text} (default: {default})."
+    parser.add_argument(flag, type=whole_number(1), default=default, help=text)
+
+
+def shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """ "qwen3-0.6b" or "151936,1024" → its name and (V, D)."""
+    if (name := text.lower()) in SHAPES:
+        return name, SHAPES[name]
+    if re.fullmatch(r"\s*0*[1-9]\d*\s*,\s*0*[1-9]\d*\s*", text):
+        return text, tuple(map(int, text.split(",")))
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a shape: give {', '.join(SHAPES)}, or V,D such as 32000,512"
+    )
 
 
 @command
@@ -24,7 +126,7 @@ def main() -> None:
     """Entry point of ``mlx_flashhead.benchmark``."""
     args = make_parser().parse_args()
     from_extra("rich", "report", "mlx_flashhead.benchmark")  # before long work
-    args.run(args)
+    import_module(f".benchmarks.{args.kind}_benchmark", __package__).run(args)
 
 
 if __name__ == "__main__":

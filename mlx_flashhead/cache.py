@@ -9,13 +9,12 @@ from .common.command import command, printable
 from .common.tables import megabytes, new_table, show
 from .index.files import has_flash_head
 from .loading.background import BackgroundBuild
-from .loading.head_cache import HOME_VARIABLE, Entry, entries, home, remove, speeds_of
+from .loading.head_cache import Entry, entries, remove, speeds_of
 from .loading.sources import HeadOptions
 from .loading.tuned import read
 from .lossless.tuning import Tuning
 from .models.dense import load_dense
-from .models.fetch import resolve
-from .publishing.origin import local_origin
+from .models.fetch import HOME_VARIABLE, home, resolve
 
 
 def make_parser() -> Parser:
@@ -114,7 +113,7 @@ def _rebuild(kept: list[Entry], name: str, trust_remote_code: bool) -> None:
         )
     model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
     options = HeadOptions(flags=True)
-    build = BackgroundBuild(model, tokenizer, local_origin(folder), options, math.inf, anew=True)
+    build = BackgroundBuild(model, tokenizer, folder, options, math.inf, anew=True)
     build.finish()
 
 

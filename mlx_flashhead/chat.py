@@ -46,7 +46,6 @@ def _chat(args: Namespace) -> None:
     from .lossless.sampler import make_sampler
     from .models.fetch import resolve
     from .models.install import get_flash_head
-    from .publishing.origin import local_origin
 
     if mx.distributed.init().size() > 1:
         raise ValueError("A chat runs in one process: use mlx_lm.chat on several machines.")
@@ -88,7 +87,7 @@ def _chat(args: Namespace) -> None:
     terminal = Terminal([*COMMANDS], WITH_FILES, kept_file("history"))
     idle = None
     if how.missing == LATER:
-        build = background_build(model, tokenizer, local_origin(folder), how)
+        build = background_build(model, tokenizer, folder, how)
         idle = None if build is None else IdleBuild(build)
     try:
         ChatSession(conversation, terminal, args, options, idle).run()

@@ -77,16 +77,14 @@ def main() -> None:
 def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
     """Loads, answers, and builds a missing FlashHead afterwards."""
     # mlx-lm takes a second to import, which mistakes and --help do without
-    from .loading.load import load_draft, load_with_head
+    from .loading.load import load_dense_head, load_draft, load_with_head
     from .loading.sources import HeadOptions
     from .lossless.generation import generate
     from .lossless.sampler import make_sampler
     from .models.compat.mlx_lm import generation_stream, run_generate
-    from .models.dense import load_dense
     from .models.fetch import resolve
     from .models.install import get_flash_head
     from .models.tokenizers import UNKNOWN_CONTEXT, context_of
-    from .publishing.origin import local_origin
     from .structured.processor import GrammarProcessor
 
     options = HeadOptions.from_flags(args)
@@ -101,11 +99,11 @@ def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
         if processes.size() > 1:
             loaded = _load_part(args, processes, path, **kwargs)
         elif args.dense:
-            loaded = load_dense(resolve(path), **kwargs)
+            loaded = load_dense_head(resolve(path), options, **kwargs)
         else:
             folder = resolve(path)
             loaded = load_with_head(folder, options, **kwargs)
-            answering[:] = *loaded[:2], local_origin(folder)  # which may be gone later
+            answering[:] = *loaded[:2], folder
             if args.n_probes and args.no_build and get_flash_head(loaded[0]) is None:
                 raise ValueError(
                     "--n-probes needs a FlashHead, and this model has none: leave --no-build out."
@@ -154,14 +152,14 @@ def _check_prompt(prompt: Any, context: int) -> None:
         )
 
 
-def _build_for_next_time(options: Any, model: Any, tokenizer: Any, origin: Any) -> None:
+def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path) -> None:
     """Builds the FlashHead after the answer, if the model has none yet."""
     from .loading.background import background_build
     from .loading.sources import LATER
 
     if options.missing != LATER:
         return
-    build = background_build(model, tokenizer, origin, options, math.inf)
+    build = background_build(model, tokenizer, folder, options, math.inf)
     if build is None:
         return
     sys.stdout.flush()

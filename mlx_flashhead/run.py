@@ -59,7 +59,9 @@ def _prepare() -> tuple[Namespace, list[str]]:
     """Reads the arguments and patches the loads. What comes after is the program's own."""
     parser = make_parser()
     words = _split(parser, sys.argv[1:])
-    args, rest = parser.parse_args(words), sys.argv[1 + len(words) :]
+    rest = sys.argv[1 + len(words) :]
+    # a bare --fine-head would take the program for its source
+    args = parser.parse_args(["--fine-head=" if word == "--fine-head" else word for word in words])
     if args.program and args.program.split(".")[0] in LIBRARIES and not Path(args.program).exists():
         args.module, args.program = args.program, None
     if not (args.hook or args.module or args.program):

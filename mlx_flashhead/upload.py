@@ -4,7 +4,6 @@ from pathlib import Path
 
 from .common.arguments import Parser
 from .common.command import command
-from .publishing.publish import publish
 
 
 def make_parser() -> Parser:
@@ -40,6 +39,8 @@ def main() -> None:
     folder = Path(args.path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"There is no folder {args.path}: check --path.")
+    from .publishing.publish import publish  # after the flags are read: --help is quick
+
     address = publish(folder, args.repo, private=args.private, license=args.license, say=print)
     print(f"Uploaded to {address}")
 

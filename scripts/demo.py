@@ -1,220 +1,261 @@
-"""Builds a real model and its FlashHead, and shows the dense and the FlashHead form side by side.
+"""Builds a real model and its FlashHead, and lets the normal (dense) head and FlashHead race.
 
-`scripts/demo.sh` runs this in a virtual environment of the checkout. Both forms have the same
-weights at the same precision. Both generate greedily through mlx-lm, in turn, so that neither slows
-the other down.
+`scripts/demo.sh` runs this in the checkout's virtual environment. Both forms have the same weights
+and the same seed, so they write the same text. The dense form writes first. Then FlashHead writes,
+and beside it the dense text appears again at the times at which it was written: a race that neither
+slows down.
 """
 
 import argparse
+import math
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
+from statistics import median
 
-import mlx.core as mx
 import mlx.nn as nn
 from rich.columns import Columns
 from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
 from fetch_model import fetch
-from mlx_flashhead import FlashHead, get_flash_head, load, stream_generate
+from mlx_flashhead import get_flash_head, load, make_sampler, stream_generate
+from mlx_flashhead.common.arguments import Parser, whole_number
 from mlx_flashhead.common.command import command
-from mlx_flashhead.common.tables import new_table, percent
-from mlx_flashhead.common.timing import in_turns, spread, timer
+from mlx_flashhead.common.tables import new_table
 from mlx_flashhead.models.install import dense_copy
-from mlx_flashhead.models.locate import find_head, recorded_hidden
 
+SMOLLM2, GEMMA3 = "smollm2", "gemma3"
 MODELS = {  # name of scripts/fetch_model.py → folder, prompt
-    "gemma3": (
+    GEMMA3: (
         Path("models/Gemma-3-270M"),
         "The keeper of the lighthouse had never seen such a storm.",
     ),
-    "smollm2": (Path("models/SmolLM2-135M-Instruct"), "Why is the sky blue?"),
+    SMOLLM2: (Path("models/SmolLM2-135M-Instruct"), "Why is the sky blue?"),
 }
-TITLES = ("dense", "FlashHead")
-HEAD_ROUNDS = 5  # times that each state goes through both heads
+TITLES = ("normal (dense) head", "FlashHead")
+SAMPLING = {"temp": 0.7, "top_p": 0.9, "seed": 1}
+RACE_SECONDS = 60.0  # after which a busy machine's dense form stops, and so does the other
+TIMING_SECONDS = 90.0  # for all rounds that are timed after the race
 
 
 @dataclass
-class Answer:
-    """What a model has generated so far, and mlx-lm's measure of its speed."""
+class Run:
+    """A text as it was written: its pieces, each with the seconds since the first token."""
 
-    text: str = ""
+    pieces: list[tuple[float, str]] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    tokens_per_second: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """From the first token to the last."""
+        return self.pieces[-1][0] if self.pieces else 0.0
+
+    def text(self, seconds: float = math.inf) -> str:
+        """What had been written after some seconds."""
+        return "".join(piece for when, piece in self.pieces if when <= seconds)
+
+    def speed(self, seconds: float = math.inf) -> float:
+        """Tokens per second, without the prompt."""
+        n = sum(when <= seconds for when, _ in self.pieces)
+        last = min(seconds, self.seconds)
+        return (n - 1) / last if n > 1 and last > 0 else 0.0
 
 
-def answers(model: nn.Module, tokenizer, prompt: list[int], max_tokens: int) -> Iterator[Answer]:
-    """Generates greedily; yields the growing answer after each token."""
-    answer = Answer()
-    options = {"max_tokens": max_tokens, "logprobs": False}
-    for response in stream_generate(model, tokenizer, prompt, **options):
-        answer.text += response.text
-        answer.tokens_per_second = response.generation_tps
-        if response.finish_reason != "stop":
-            answer.token_ids.append(response.token)
-        yield answer
+def write(
+    model: nn.Module, tokenizer, prompt: list[int], max_tokens: int, run: Run
+) -> Iterator[None]:
+    """Writes a text into ``run``; yields after each token."""
+    sampler = make_sampler(**SAMPLING)
+    began = None
+    for response in stream_generate(
+        model, tokenizer, prompt, max_tokens=max_tokens, sampler=sampler, logprobs=False
+    ):
+        now = time.perf_counter()
+        began = began or now
+        run.pieces.append((now - began, response.text))
+        run.token_ids.append(response.token)
+        yield
+
+
+def race(
+    models: tuple[nn.Module, nn.Module],
+    tokenizer,
+    prompt: str,
+    max_tokens: int,
+    show: Callable[[tuple[Run, Run], float | None], None] = lambda runs, seconds: None,
+) -> tuple[Run, Run]:
+    """Writes a text with the dense model, then with FlashHead; ``show`` gets both runs, and the
+    second one's time."""
+    prompt_ids = encode(tokenizer, prompt)
+    for model in models:  # warms up
+        list(write(model, tokenizer, prompt_ids, 4, Run()))
+    runs = Run(), Run()
+    for _ in write(models[0], tokenizer, prompt_ids, max_tokens, runs[0]):
+        show(runs, None)
+        if runs[0].seconds > RACE_SECONDS:
+            break
+    for _ in write(models[1], tokenizer, prompt_ids, len(runs[0].token_ids), runs[1]):
+        show(runs, runs[1].seconds)
+    return runs
+
+
+def encode(tokenizer, prompt: str) -> list[int]:
+    """The prompt's tokens: a question by the chat template, else a text that goes on."""
+    if not tokenizer.has_chat_template:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
 
 
 def compare(
-    flash: nn.Module, tokenizer, prompt: str, *, max_tokens: int, runs: int, console: Console
+    model: nn.Module, tokenizer, prompt: str, *, max_tokens: int, rounds: int, console: Console
 ) -> None:
-    """Streams the answers of a model and of its dense form, then prints speed and agreement.
-
-    Each form generates ``runs`` times, and the first time is shown.
-    """
-    dense = dense_copy(flash)
-    models = (dense, flash)
-    if tokenizer.has_chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        prompt_ids = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-    else:  # a model that goes on with a text
-        prompt_ids = tokenizer.encode(prompt)
-    for model in models:  # warms up
-        list(answers(model, tokenizer, prompt_ids, 2))
-
+    """Shows the race, times more rounds, and prints the speeds and whether the texts agree."""
+    models = dense_copy(model), model
     console.print(Text.assemble(("\nPrompt: ", "bold"), prompt))
-    last: list[Answer] = [Answer(), Answer()]
-    speeds: tuple[list[float], list[float]] = ([], [])
-    with _two_panels(console) as show:
-        for column, model in enumerate(models):
-            for last[column] in answers(model, tokenizer, prompt_ids, max_tokens):
-                show(column, last[column].text)
-            speeds[column].append(last[column].tokens_per_second)
-    for _ in tqdm(range(runs - 1), desc="Timing", unit="run", leave=False):
-        for column, model in enumerate(models):
-            *_, answer = answers(model, tokenizer, prompt_ids, max_tokens)
-            speeds[column].append(answer.tokens_per_second)
+    with _panels(console) as show:
+        runs = race(models, tokenizer, prompt, max_tokens, show)
+    speeds = [[run.speed()] for run in runs]
+    took = sum(run.seconds for run in runs)
+    rounds = min(rounds, int(TIMING_SECONDS / max(took, 0.1)))
+    prompt_ids, n_tokens = encode(tokenizer, prompt), len(runs[0].token_ids)
+    for _ in tqdm(range(rounds), desc="Timing both again, in turns", unit="round", leave=False):
+        for column, form in enumerate(models):
+            again = Run()
+            list(write(form, tokenizer, prompt_ids, n_tokens, again))
+            speeds[column].append(again.speed())
 
-    dense_ids, flash_ids = (answer.token_ids for answer in last)
-    states = captured_states(dense, prompt_ids, dense_ids)
-    location, head = find_head(dense), get_flash_head(flash)
-    heads = (getattr(location.module, location.method), head)
-    timers = {
-        title: timer(lambda number, head=head: head(states[None, number % len(states), None]))
-        for title, head in zip(TITLES, heads, strict=True)
-    }
-    *_, seconds = in_turns(timers, HEAD_ROUNDS * len(states))
-    console.print(_table(speeds, tuple(seconds.values())))
-    console.print(_agreement(head, states, dense_ids, flash_ids), highlight=False)
+    table = new_table(f"median of {rounds + 1}", ("", *TITLES, "faster"))
+    medians = [median(values) for values in speeds]
+    faster = medians[1] / medians[0]
+    table.add_row("tokens per second", *(f"{value:.1f}" for value in medians), f"{faster:.2f} x")
+    console.print(table)
+    console.print(_agreement(get_flash_head(model), *runs), highlight=False)
 
 
-def captured_states(model: nn.Module, prompt: list[int], token_ids: list[int]) -> mx.array:
-    """States (L, D), captured at the head, from which the L tokens after the prompt were drawn."""
-    with recorded_hidden(find_head(model)) as recorded:
-        model(mx.array([[*prompt, *token_ids[:-1]]]))
-    states = mx.contiguous(recorded[-1][0, len(prompt) - 1 :])
-    mx.eval(states)
-    return states
-
-
-def _table(speeds: tuple[list[float], ...], seconds: tuple[list[float], ...]) -> Table:
-    table = new_table("median (quartiles)", ("", *TITLES, "ratio"))
-    of_speeds = [spread(values) for values in speeds]
-    of_ms = [spread(values, 1000) for values in seconds]
-    faster = of_speeds[1]["median"] / of_speeds[0]["median"]
-    table.add_row("tokens/s", *map(_cell, of_speeds), f"{faster:.2f} x")
-    faster = of_ms[0]["median"] / of_ms[1]["median"]
-    table.add_row("ms/token in the head", *map(_cell, of_ms), f"{faster:.1f} x")
-    shares = (s["median"] * v["median"] / 1000 for s, v in zip(of_ms, of_speeds, strict=True))
-    table.add_row("the head's share", *(percent(share, 0) for share in shares), "")
-    return table
-
-
-def _cell(values: dict) -> str:
-    return "{median:.2f} ({lower:.2f}–{upper:.2f})".format(**values)
-
-
-def _agreement(
-    head: FlashHead, states: mx.array, dense_ids: list[int], flash_ids: list[int]
-) -> str:
-    pairs = zip(dense_ids, flash_ids, strict=False)
+def _agreement(head, dense: Run, flash: Run) -> str:
+    pairs = zip(dense.token_ids, flash.token_ids, strict=False)
     n_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    if dense_ids == flash_ids:
-        texts = f"The two texts are the same, token for token ({n_same})."
-    else:
-        texts = f"The two texts are the same for {n_same} of {len(dense_ids)} tokens."
-    proposed = head.propose(states, None).tokens.tolist()
-    agreement = sum(map(int.__eq__, proposed, dense_ids)) / len(dense_ids)
+    whole = dense.token_ids == flash.token_ids
+    same = "the same, token for token" if whole else f"the same for {n_same} tokens"
     return (
-        f"{texts}\nFlashHead scored {head.checked_probes:,} of {head.n_clusters:,} clusters per "
-        f"token. {percent(agreement, 1)} of its proposals were right; the dense rows check them."
+        f"The two texts are {same} ({len(dense.token_ids)} tokens). FlashHead scored "
+        f"{head.n_probes:,} of {head.n_clusters:,} clusters for each proposal and verified every "
+        "token with all rows."
     )
 
 
 @contextmanager
-def _two_panels(console: Console) -> Iterator[Callable[[int, str], None]]:
-    """Two panels whose texts grow; without a terminal, one text after the other."""
-    texts = ["", ""]
-
-    def print_more(column: int, text: str) -> None:
-        if not texts[column]:
-            console.print(f"\n[bold]{TITLES[column]}:[/]")
-        console.out(text[len(texts[column]) :], end="", highlight=False)
-        console.file.flush()
-        texts[column] = text
-
-    def panels() -> Columns:
-        width = (console.width - 1) // 2
-        return Columns(
-            Panel(Text(text), title=title, width=width)
-            for title, text in zip(TITLES, texts, strict=True)
-        )
-
+def _panels(console: Console) -> Iterator[Callable[..., None]]:
+    """Two panels whose texts grow, each with its speed. Without a terminal the texts follow each
+    other."""
     if not console.is_terminal:
+        shown = [0, 0]
+
+        def print_more(runs: tuple[Run, Run], seconds: float | None) -> None:
+            column = int(seconds is not None)
+            if not shown[column]:
+                console.print(f"\n[bold]{TITLES[column]}:[/]")
+            text = runs[column].text()
+            console.out(text[shown[column] :], end="", highlight=False)
+            console.file.flush()
+            shown[column] = len(text)
+
         yield print_more
         console.print("\n")
         return
-    with Live(panels(), console=console, refresh_per_second=12) as live:
 
-        def update(column: int, text: str) -> None:
-            texts[column] = text
-            live.update(panels())
+    def panels(runs: tuple[Run, Run], seconds: float | None) -> Columns:
+        clocks = (math.inf, 0.0) if seconds is None else (seconds, seconds)
+        width = (console.width - 1) // 2
+        height = max(8, 3 + len(runs[0].text()) // max(1, width - 6))
+        return Columns(
+            Panel(
+                Text(run.text(clock)),
+                title=title,
+                subtitle=f"{min(clock, run.seconds):.1f} s, {run.speed(clock):.1f} tokens/s",
+                width=width,
+                height=height,
+            )
+            for title, run, clock in zip(TITLES, runs, clocks, strict=True)
+        )
 
+    with Live(console=console, auto_refresh=False) as live:
+        drawn = 0.0
+
+        def update(runs: tuple[Run, Run], seconds: float | None) -> None:
+            nonlocal drawn
+            if time.perf_counter() - drawn > 0.08:
+                live.update(panels(runs, seconds), refresh=True)
+                drawn = time.perf_counter()
+            last[:] = runs, seconds
+
+        last: list = []
         yield update
+        live.update(panels(*last), refresh=True)
+
+
+def make_parser() -> Parser:
+    """The arguments."""
+    parser = Parser(prog="scripts/demo.sh", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--model",
+        choices=MODELS,
+        default=GEMMA3,
+        help="Gemma-3-270M continues a text; SmolLM2-135M, a smaller download, answers "
+        "(default: %(default)s).",
+    )
+    parser.add_argument("--prompt", type=_prompt, help="A question, or the beginning of a text.")
+    for flag, low, default, about in (
+        ("--max-tokens", 2, 100, "Longest text"),
+        ("--rounds", 0, 2, "Rounds that are timed after the race, fewer on a busy machine"),
+    ):
+        about += " (default: %(default)s)."
+        parser.add_argument(flag, type=whole_number(low), default=default, help=about)
+    return parser
+
+
+def _prompt(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give a text")
+    return text
+
+
+def load_demo(name: str) -> tuple[Path, nn.Module, object]:
+    """A model of `MODELS` with its FlashHead; both are made at the first use."""
+    folder = MODELS[name][0]
+    fetch(name, folder)
+    print("Loading the model. Its FlashHead is built once, in about two minutes.", flush=True)
+    model, tokenizer = load(str(folder))
+    return folder, model, tokenizer
 
 
 @command
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="scripts/demo.sh", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--model",
-        choices=MODELS,
-        default="gemma3",
-        help="Gemma-3-270M goes on with a text; SmolLM2-135M, a smaller download, answers "
-        "(default: %(default)s)",
-    )
-    parser.add_argument("--prompt", help="what to ask, or the beginning of a text")
-    parser.add_argument(
-        "--max-tokens", type=int, default=100, help="longest answer (default: %(default)s)"
-    )
-    parser.add_argument("--runs", type=int, default=3, help="timed runs (default: %(default)s)")
-    args = parser.parse_args()
-    if args.max_tokens < 2 or args.runs < 1:
-        parser.error("--max-tokens must be 2 or more, and --runs 1 or more")
-    if args.prompt is not None and not args.prompt.strip():
-        parser.error("--prompt is empty: ask something")
-
-    folder, prompt = MODELS[args.model]
-    fetch(args.model, folder)
-    # its FlashHead is built at the first use, and found where it is kept at the second
-    flash, tokenizer = load(str(folder))
+    args = make_parser().parse_args()
+    folder, model, tokenizer = load_demo(args.model)
     compare(
-        flash,
+        model,
         tokenizer,
-        args.prompt or prompt,
+        args.prompt or MODELS[args.model][1],
         max_tokens=args.max_tokens,
-        runs=args.runs,
+        rounds=args.rounds,
         console=Console(),
     )
+    programs = os.path.relpath(Path(sys.executable).parent)
+    print("\nNow try:")
+    print(f'  {programs}/mlx_flashhead.generate --model {folder} --temp 0.8 --prompt "The moon"')
+    print(f"  {programs}/mlx_flashhead.chat --model mlx-community/gemma-3-1b-it-4bit")
 
 
 if __name__ == "__main__":

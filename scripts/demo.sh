@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The main job on a real model: builds Gemma-3-270M and its FlashHead, and generates from one prompt
-# with the dense model and with FlashHead, side by side. A second run reuses what is there.
-#   scripts/demo.sh --prompt "Tell me about the moon." --max-tokens 60
+# The main job on a real model: builds Gemma-3-270M and its FlashHead, and lets the normal head and
+# FlashHead write the same text side by side. A second run reuses what is there. The environment is
+# the .venv of the checkout, which has all commands afterwards.
+#   scripts/demo.sh --prompt "The moon is" --max-tokens 60
 set -e
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/venv.sh
-make_venv .venv-demo -e ".[report]" gguf  # which reads the quantized layers of the package
-exec .venv-demo/bin/python scripts/demo.py "$@"
+make_venv .venv -e ".[report,chat,structured,qr]" gguf  # which reads the model's quantized layers
+exec .venv/bin/python scripts/demo.py "$@"

@@ -1,6 +1,7 @@
 # Sourced by demo.sh and test.sh: each has an environment of its own in the checkout. Runs in the bash 3.2 of macOS.
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+set -o pipefail
 
 # The first Python that is new enough and can make a virtual environment; PYTHON=… overrides.
 find_python() {
@@ -29,19 +30,30 @@ make_venv() {
   local venv="$1" python
   shift
   local stamp="$venv/.installed-$(echo "$*" | tr -c '[:alnum:]\n' _)"
-  # The programs in it know the folder it was made in: a moved checkout makes its own anew.
-  if [ "$(cat "$venv/.checkout" 2>/dev/null)" != "$PWD" ] ||
+  # The programs in it know the folder it was made in: a moved checkout makes its own anew. One that
+  # somebody else has made has no .checkout, and is kept.
+  if [ "$(cat "$venv/.checkout" 2>/dev/null || echo "$PWD")" != "$PWD" ] ||
     ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python="$(find_python)" || return 1
     "$python" -m venv --clear "$venv" || return 1
     echo "$PWD" >"$venv/.checkout"
   fi
   if [ ! "$stamp" -nt pyproject.toml ] || [ ! "$stamp" -nt scripts/oldest.txt ]; then
-    echo "Installing $* into $venv …"
-    if ! "$venv/bin/python" -m pip install -q "$@"; then
+    echo "Installing $* into $venv, a minute or two …"
+    if ! "$venv/bin/python" -m pip install --progress-bar off "$@" 2>"$venv/.pip" | _one_line; then
+      cat "$venv/.pip" >&2
       echo "error: pip could not install $* into $PWD/$venv; its reason stands above." >&2
       return 1
     fi
     touch "$stamp"
   fi
+}
+
+# Shows the lines of a program on one line of a terminal, and none of them elsewhere.
+_one_line() {
+  local line
+  while IFS= read -r line; do
+    if [ -t 1 ]; then printf '\r\033[K%.75s' "$line"; fi
+  done
+  if [ -t 1 ]; then printf '\r\033[K'; fi
 }

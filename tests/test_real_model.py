@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from mlx_flashhead import convert, generate, get_flash_head, grammar_processor, load
+from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import raw_means
 from mlx_flashhead.conversion.measures import measure_positions
-from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.evaluation.agreement import evaluate
 from mlx_flashhead.models.locate import find_head
 

@@ -1,4 +1,4 @@
-// affine: MLX's affine form, 4 or 8 bits: value = scale * q + bias
+// affine: MLX's affine form, 4, 5, 6 or 8 bits: value = scale * q + bias
 //
 // A row is cut into chunks of VALUES values, and lane l of a simdgroup takes the chunks l, l + 32,
 // ...: one read of the simdgroup covers consecutive bytes. A chunk lies within one quantization
@@ -7,22 +7,24 @@
 //   prepare   bring the hidden values that meet it into registers, and return their sum,
 //   add       multiply the two, and add that to a lane's total,
 //   reduce    add up the lanes' totals.
-// Chunks, order and association of all sums are those of MLX's kernel, qmv_fast with 2 words to a
+// Chunks, order and association of all sums are those of MLX's kernel, qmv_fast with 2 packs to a
 // chunk, qmv with 1 (of MLX 0.32.4; up to 0.32.2 it added four hidden values in their own dtype, not
-// in float32). As there, a q is masked in place within its 16 bits. Instead of a shift, `prepare`
-// divides its hidden value by 2^shift, exactly.
+// in float32). So is the shape of each expression, since a compiler contracts a product and a sum
+// within an expression: what is one expression there is one here, and what a function returns there
+// is returned here. As there, a q is masked in place within its byte, of 4 bits within its 16 bits.
+// Instead of a shift, `prepare` divides its hidden value by 2^shift, exactly.
 
 namespace flash_head {
 
 template <int D, int BITS, int GROUP, int WORDS, typename Words, typename Scales>
 struct AffineRows {
-  static constant constexpr const int VALUES = WORDS * 32 / BITS;
+  static constant constexpr const int PACK = BITS == 5 ? 8 : BITS == 6 ? 4 : 32 / BITS;
+  static constant constexpr const int VALUES = WORDS * PACK;
   static constant constexpr const int CHUNKS = D / VALUES;
-  static constant constexpr const int PER_HALF = 16 / BITS;
-  static constant constexpr const uint MASK = (1u << BITS) - 1u;
+  static constant constexpr const int UNITS = VALUES * BITS / (BITS == 4 ? 16 : 8);
 
   struct Chunk {
-    uint words[WORDS];
+    ushort q[UNITS];  // bytes; of 4 bits 16 bits each
     float scale;
     float bias;
   };
@@ -32,12 +34,23 @@ struct AffineRows {
   Scales biases;
 
   Chunk load(size_t row, uint chunk) const {
-    const size_t word = row * (D * BITS / 32) + WORDS * chunk;
     const size_t group = row * (D / GROUP) + chunk * VALUES / GROUP;
     Chunk loaded;
-    FLASH_HEAD_UNROLL
-    for (int i = 0; i < WORDS; i++) {
-      loaded.words[i] = weight[word + i];
+    if (BITS == 5 || BITS == 6) {  // packs of 5 or 3 bytes
+      const device uchar* bytes = (const device uchar*)weight + row * (D * BITS / 8) + UNITS * chunk;
+      FLASH_HEAD_UNROLL
+      for (int i = 0; i < UNITS; i++) {
+        loaded.q[i] = bytes[i];
+      }
+    } else {
+      constexpr int PER_WORD = UNITS / WORDS;
+      const size_t first = row * (D * BITS / 32) + WORDS * chunk;
+      FLASH_HEAD_UNROLL
+      for (int i = 0; i < UNITS; i++) {
+        const uint word = weight[first + i / PER_WORD];
+        loaded.q[i] = ushort(
+            BITS == 4 ? (word >> (16 * (i % 2))) & 0xffffu : (word >> (8 * (i % 4))) & 0xffu);
+      }
     }
     loaded.scale = float(scales[group]);
     loaded.bias = float(biases[group]);
@@ -49,10 +62,14 @@ struct AffineRows {
     float sum = 0.0f;
     FLASH_HEAD_UNROLL
     for (int i = 0; i < VALUES; i++) {
-      x[i] = float(hidden[i]) * (1.0f / float(1u << (BITS * (i % PER_HALF))));
+      x[i] = float(hidden[i]) * (1.0f / float(1u << (BITS * i % (BITS == 4 ? 16 : 8))));
       if (BITS == 8) {
         sum += float(hidden[i]);
-      } else if (i % 4 == 3) {
+      } else if (BITS == 5 && i % 8 == 7) {
+        sum += float(hidden[i - 7]) + float(hidden[i - 6]) + float(hidden[i - 5]) +
+            float(hidden[i - 4]) + float(hidden[i - 3]) + float(hidden[i - 2]) +
+            float(hidden[i - 1]) + float(hidden[i]);
+      } else if (BITS != 5 && i % 4 == 3) {
         sum += float(hidden[i - 3]) + float(hidden[i - 2]) + float(hidden[i - 1]) +
             float(hidden[i]);
       }
@@ -60,26 +77,57 @@ struct AffineRows {
     return sum;
   }
 
-  static float product(Chunk chunk, const thread float* x, int i) {
-    const uint half_word = chunk.words[i / (32 / BITS)] >> (16 * (i / PER_HALF % 2));
-    return x[i] * float(half_word & (MASK << (BITS * (i % PER_HALF))));
+  static float dot(Chunk chunk, const thread float* x, float sum) {
+    const thread ushort* q = chunk.q;
+    float accum = 0.0f;
+    if (BITS == 4) {
+      FLASH_HEAD_UNROLL
+      for (int i = 0; i < UNITS; i++) {
+        accum +=
+            (x[4 * i] * float(q[i] & 0x000fu) + x[4 * i + 1] * float(q[i] & 0x00f0u) +
+             x[4 * i + 2] * float(q[i] & 0x0f00u) + x[4 * i + 3] * float(q[i] & 0xf000u));
+      }
+    } else if (BITS == 5) {
+      FLASH_HEAD_UNROLL
+      for (int pack = 0; pack < WORDS; pack++) {
+        accum += float(q[0] & 0x1fu) * x[0];
+        accum += float(q[0] & 0xe0u) * x[1];
+        accum += float(q[1] & 0x03u) * (x[1] * 256.0f);
+        accum += float(q[1] & 0x7cu) * x[2];
+        accum += float(q[1] & 0x80u) * x[3];
+        accum += float(q[2] & 0x0fu) * (x[3] * 256.0f);
+        accum += float(q[2] & 0xf0u) * x[4];
+        accum += float(q[3] & 0x01u) * (x[4] * 256.0f);
+        accum += float(q[3] & 0x3eu) * x[5];
+        accum += float(q[3] & 0xc0u) * x[6];
+        accum += float(q[4] & 0x07u) * (x[6] * 256.0f);
+        accum += float(q[4] & 0xf8u) * x[7];
+        q += 5;
+        x += 8;
+      }
+    } else if (BITS == 6) {
+      FLASH_HEAD_UNROLL
+      for (int pack = 0; pack < WORDS; pack++) {
+        accum += float(q[0] & 0x3fu) * x[0];
+        accum += float(q[0] & 0xc0u) * x[1];
+        accum += float(q[1] & 0x0fu) * (x[1] * 256.0f);
+        accum += float(q[1] & 0xf0u) * x[2];
+        accum += float(q[2] & 0x03u) * (x[2] * 256.0f);
+        accum += float(q[2] & 0xfcu) * x[3];
+        q += 3;
+        x += 4;
+      }
+    } else {
+      FLASH_HEAD_UNROLL
+      for (int i = 0; i < VALUES; i++) {
+        accum += x[i] * float(q[i]);
+      }
+    }
+    return chunk.scale * accum + sum * chunk.bias;
   }
 
   static float add(Chunk chunk, const thread float* x, float sum, float total) {
-    float accum = 0.0f;
-    FLASH_HEAD_UNROLL
-    for (int i = 0; i < VALUES; i += 4) {
-      if (BITS == 8) {
-        accum += product(chunk, x, i);
-        accum += product(chunk, x, i + 1);
-        accum += product(chunk, x, i + 2);
-        accum += product(chunk, x, i + 3);
-      } else {
-        accum += product(chunk, x, i) + product(chunk, x, i + 1) + product(chunk, x, i + 2) +
-            product(chunk, x, i + 3);
-      }
-    }
-    return total + (chunk.scale * accum + sum * chunk.bias);
+    return total + dot(chunk, x, sum);
   }
 
   static float reduce(float total) { return simd_sum(total); }

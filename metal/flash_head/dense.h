@@ -16,21 +16,30 @@ struct DenseRows {
   Chunk load(size_t row, uint chunk) const {
     const size_t first = row * D + chunk * VALUES;
     Chunk loaded;
-    FLASH_HEAD_UNROLL
-    for (int i = 0; i < VALUES; i++) {
-      const bool within = D % VALUES == 0 || chunk * VALUES + i < D;
-      loaded.values[i] = within ? float(weight[first + i]) : 0.0f;
-    }
+    read(weight + first, D - int(chunk) * VALUES, loaded.values);
     return loaded;
   }
 
   template <typename Hidden>
   static float prepare(Hidden hidden, int left, thread float* x) {
-    FLASH_HEAD_UNROLL
-    for (int i = 0; i < VALUES; i++) {
-      x[i] = D % VALUES == 0 || i < left ? float(hidden[i]) : 0.0f;
-    }
+    read(hidden, left, x);
     return 0.0f;
+  }
+
+  // As gemv's load_safe: one branch, so that products and sums stay side by side.
+  template <typename Pointer>
+  static void read(Pointer from, int left, thread float* x) {
+    if (D % VALUES == 0 || left >= VALUES) {
+      FLASH_HEAD_UNROLL
+      for (int i = 0; i < VALUES; i++) {
+        x[i] = float(from[i]);
+      }
+    } else {
+      FLASH_HEAD_UNROLL
+      for (int i = 0; i < VALUES; i++) {
+        x[i] = i < left ? float(from[i]) : 0.0f;
+      }
+    }
   }
 
   static float add(Chunk chunk, const thread float* x, float, float total) {

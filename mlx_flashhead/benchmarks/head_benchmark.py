@@ -1,7 +1,6 @@
 """Times a head by itself: dense, and FlashHead to a proposed token and to full logits."""
 
 import argparse
-import re
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,29 +9,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..common.head_flags import add_source_options, source_options
+from ..common.head_flags import source_options
 from ..common.tables import Table, new_table
 from ..common.timing import spread, timer
-from ..conversion.options import HEAD_BITS
 from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
-from ..head.formats import DEFAULT_GROUP, affine_group
-from ..head.matrix import Matrix
+from ..head.matrix import DEFAULT_GROUP, Matrix, affine_group
 from ..loading.load import load
 from ..models.install import installed_head
-from .reporting import ANY_MODEL, Case, add_number, add_report_arguments, cells, report
+from .reporting import Case, cells, report
 
-SHAPES = {  # vocab_size, hidden_size
-    "smollm2": (49152, 576),
-    "gemma-3-270m": (262144, 640),
-    "gemma-3-1b": (262144, 1152),
-    "gemma-4-e2b": (262144, 1536),
-    "qwen3-0.6b": (151936, 1024),
-    "qwen3-4b": (151936, 2560),
-    "qwen3.5-0.8b": (248320, 1024),
-    "llama-3.2-1b": (128256, 2048),
-    "llama-3.1-8b": (128256, 4096),
-}
 CLUSTER_SIZE, DEFAULT_PROBES = 16, 256  # of random heads
 N_STATES = 16  # used in turn
 CACHES_BYTES = 128 << 20  # more than the last cache of most machines
@@ -40,32 +26,6 @@ DENSE, OWN_DENSE = "dense (mlx-lm)", "dense (FlashHead's)"
 PROPOSAL, LOGITS = "FlashHead proposal", "FlashHead full logits"
 
 Form = Callable[[mx.array], Any]  # a way to use a head: arrays of hidden states (R, D)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``benchmark head``."""
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--shape",
-        type=_shape,
-        action="append",
-        metavar="NAME|V,D",
-        help=f"Random weights of the shape {', '.join(SHAPES)} or V,D; may be given several times.",
-    )
-    what.add_argument("--model", help=ANY_MODEL)
-    add_source_options(parser)
-    add_number(parser, "--n-probes", None, "Clusters scored (default: 256, or the model's own).")
-    dtypes = ("float32", "float16", "bfloat16")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="Of random weights.")
-    parser.add_argument(
-        "--head-bits",
-        type=int,
-        choices=HEAD_BITS,
-        default=16,
-        help="Bits of random rows; 16 leaves them in --dtype (default: %(default)s).",
-    )
-    add_number(parser, "--positions", 1, "Hidden states at once")
-    add_report_arguments(parser, rounds=20)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -219,14 +179,3 @@ def make_table(head: dict) -> Table:
             ratios = [f"{head['times_faster'][pair]:.1f} x" for pair in pairs]
         table.add_row(name, *cells(ms), *ratios)
     return table
-
-
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    """ "qwen3-0.6b" or "151936,1024" → its name and (V, D)."""
-    if (name := text.lower()) in SHAPES:
-        return name, SHAPES[name]
-    if re.fullmatch(r"\s*0*[1-9]\d*\s*,\s*0*[1-9]\d*\s*", text):
-        return text, tuple(map(int, text.split(",")))
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is not a shape: give {', '.join(SHAPES)}, or V,D such as 32000,512"
-    )

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..common.arguments import whole_number
 from ..common.head_flags import source_options
 from ..common.tables import Table, new_table
 from ..common.timing import spread
@@ -27,45 +26,16 @@ from ..lossless.proposer import Proposer
 from ..lossless.sampler import make_sampler
 from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
 from ..models.install import dense_copy, installed_head
-from .reporting import (
-    Case,
-    add_model_arguments,
-    add_number,
-    add_report_arguments,
-    cells,
-    report,
-)
+from . import SAMPLERS
+from .reporting import Case, cells, report
 
 DENSE, FLASH_HEAD, UNVERIFIED = "dense", "FlashHead", "unverified"
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "greedy": {"temp": 0.0},
-    "top-p": {"temp": 0.8, "top_p": 0.95},
-}
 PROMPT = (
     "The old bridge over the river had been closed for years, and nobody in the village could say "
     "who had built it. One morning in spring, a stranger came and"
 )
 LEGEND = "unverified: the head's own choices, so the text may differ."
 STAYS_DENSE = "FlashHead gains too little on this machine: the model stays dense by default."
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``benchmark model``."""
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--sampler",
-        choices=SAMPLERS,
-        action="append",
-        help="May be given several times (default: all).",
-    )
-    parser.add_argument(
-        "--batch",
-        type=whole_number(1),
-        action="append",
-        help="Sequences at once; may be given several times (default: 1, 4 and 8).",
-    )
-    add_number(parser, "--tokens", 48, "Tokens of a run")
-    add_report_arguments(parser, rounds=8)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -18,15 +18,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..common.arguments import whole_number
 from ..common.command import check_writable
-from ..common.head_flags import add_source_options
 from ..common.tables import Table, check_picture, pyplot, show
 from ..common.timing import in_turns, timer
 from ..head.portable import blas_name
 from ..version import __version__
 
-ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
 PACKAGES = ("mlx", "mlx-lm", "numpy")
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -40,31 +37,6 @@ class Case(NamedTuple):
     name: str
     timers: Mapping[str, Callable[[int], float]]
     figures: Callable[[dict[str, list[float]]], dict]
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the benchmarks that need a model."""
-    parser.add_argument("--model", required=True, help=ANY_MODEL)
-    add_source_options(parser)
-    add_number(parser, "--n-probes", None, "Clusters scored (default: the model's own).")
-
-
-def add_number(parser: argparse.ArgumentParser, flag: str, default: int | None, text: str) -> None:
-    """Adds a flag for a whole number of 1 or more, whose text names the default if it is None."""
-    text = text if default is None else f"{text} (default: {default})."
-    parser.add_argument(flag, type=whole_number(1), default=default, help=text)
-
-
-def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Adds the flags of every benchmark."""
-    add_number(parser, "--rounds", rounds, "Rounds that count")
-    parser.add_argument(
-        "--report",
-        "--json",
-        metavar="FILE",
-        help="Write the figures and the machine to a JSON file, ready to be attached to an issue.",
-    )
-    parser.add_argument("--plot", metavar="FILE.png", help="Draw the figures into a picture.")
 
 
 def cells(spread: dict, decimals: int = 2) -> tuple[str, str]:

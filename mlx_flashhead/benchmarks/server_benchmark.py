@@ -22,14 +22,12 @@ from itertools import groupby
 from statistics import median
 from typing import NamedTuple
 
-from ..common.arguments import whole_numbers
 from ..common.tables import Table, new_table
 from ..common.timing import spread
 from ..models.fetch import resolve
-from .reporting import Case, add_model_arguments, add_number, add_report_arguments, report
+from .reporting import Case, report
 
 FLASH_HEAD, DENSE, MLX_LM = "FlashHead", "dense", "mlx_lm.server"
-CLIENTS = (1, 4, 8, 16)
 TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
 SENTENCE = "The bridge over the river was old and narrow, and nobody knew who had built it. "
 LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)  # sentences before each question
@@ -50,21 +48,6 @@ class Reply(NamedTuple):
 
 
 Answered = tuple[str, Reply | str]  # a question with its reply, or with the error's text
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``benchmark server``."""
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--clients",
-        type=whole_numbers(1),
-        default=CLIENTS,
-        metavar="1,4,…",
-        help=f"Numbers of clients at once (default: {','.join(map(str, CLIENTS))}).",
-    )
-    add_number(parser, "--requests", 16, "Requests to a server for each number of clients")
-    add_number(parser, "--tokens", 16, "Tokens of each answer")
-    add_report_arguments(parser, rounds=1)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 # Takes a value from the command line or from Python; refuses it with an ArgumentTypeError.
@@ -17,22 +17,6 @@ class Parser(argparse.ArgumentParser):
         """Ends the command with exit code 2."""
         message = message.removeprefix("argument ").replace(": it is ", " is ", 1)
         self.exit(2, f"error: {message.rstrip('.')}.\n")
-
-
-def adopt(
-    parser: argparse.ArgumentParser, prog: str, description: str, help: Mapping[str, str]
-) -> Parser:
-    """Makes mlx-lm's parser, in place, one of this package: its errors, limits of its values.
-
-    ``help`` has new texts of its flags, by their destinations.
-    """
-    parser.__class__ = Parser
-    parser.prog = prog
-    parser.description = description
-    for action in parser._actions:
-        action.help = help.get(action.dest, action.help)
-        action.type = LIMITS.get(action.dest, action.type)
-    return parser  # type: ignore[return-value]
 
 
 def _checked(convert: Type, wanted: str) -> Type:
@@ -123,22 +107,3 @@ def check(name: str, value: Any, type: Type) -> None:
 
 
 share = number(0, 1)
-# Limits of mlx-lm's flags, by their destinations: every command refuses the same values.
-LIMITS: dict[str, Type] = {
-    "temp": number(0),
-    "top_p": share,
-    "min_p": share,
-    "top_k": whole_number(0),
-    "min_tokens_to_keep": whole_number(1),
-    "xtc_probability": share,
-    "xtc_threshold": number(0, 0.5),
-    "seed": whole_number(0),
-    "max_tokens": whole_number(1, or_no_limit=True),
-    "max_kv_size": whole_number(1),
-    "prefill_step_size": whole_number(1),
-    "kv_bits": one_of(2, 3, 4, 5, 6, 8),
-    "kv_group_size": one_of(32, 64, 128),
-    "quantized_kv_start": whole_number(0),
-    "num_draft_tokens": whole_number(1),
-    "chat_template_config": json_object_text,
-}

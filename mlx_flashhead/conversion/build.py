@@ -14,21 +14,22 @@ from ..index.files import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
 from ..index.sketch import Sketch
 from ..models.locate import HeadLocation
-from .calibration import given_states, text_states
+from . import Steps
+from .calibration import builtin_states, text_states
 from .clustering import PASSES, QUICK_PASSES, cluster_rows
 from .fitting import fit_centroids, logit_metric
-from .measures import measure_positions
-from .options import GIVEN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
-from .probes import (
+from .measures import (
     MAX_BYTES,
     StepBytes,
     choose_unverified,
     choose_verified,
+    make_report,
+    measure_positions,
     probe_grid,
     verification_settings,
 )
-from .report import make_report
-from .steps import Steps
+from .options import BUILTIN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
+from .quantization import compare_bits
 
 STEP_SECONDS = 0.1  # of the device, where a window of text takes no longer
 HELD_OUT_SHARE = 1 / 4  # of the positions
@@ -48,13 +49,15 @@ def model_index(
     *,
     text: str | None = None,
     drafted: Steps[np.ndarray] | None = None,
+    original: Matrix | None = None,
     recipe: dict[str, Any] | None = None,
     step_seconds: float = math.inf,
 ) -> Steps[FlashHeadIndex]:
     """The index of a dense model. Between two steps the model is as it was, and may write text.
 
     It calibrates on the ``text`` of the options' file, or on states ``drafted`` by a drafter. The
-    model works for about ``step_seconds`` at once. ValueError at a step, if an option is not valid.
+    model works for about ``step_seconds`` at once. ``original`` are the rows before they were
+    quantized. ValueError at a step, if an option is not valid.
     """
     states = next_ids = None
     calibration = {"source": options.source} | ({"quick": True} if options.quick else {})
@@ -69,8 +72,8 @@ def model_index(
                 f"{options.calibration} has only {len(states)} positions to calibrate on: give a "
                 "text of some pages."
             )
-    elif options.source == GIVEN:
-        states, next_ids, cut_short = yield from given_states(
+    elif options.source == BUILTIN:
+        states, next_ids, cut_short = yield from builtin_states(
             model, tokenizer, location, seconds=options.calibration_seconds, **limits
         )
         if cut_short:
@@ -85,7 +88,7 @@ def model_index(
         if isinstance(array, mx.array)
     )
     about = {"eos_token_ids": tokenizer.eos_token_ids, "calibration": calibration}
-    about |= {"body_bytes": body_bytes, "recipe": recipe}
+    about |= {"original": original, "body_bytes": body_bytes, "recipe": recipe}
     return (yield from build_index(location.rows(), options, states, next_ids, **about))
 
 
@@ -97,15 +100,23 @@ def build_index(
     *,
     eos_token_ids: Iterable[int] = (),
     calibration: dict[str, Any] | None = None,
+    original: Matrix | None = None,
     body_bytes: int = 0,
     recipe: dict[str, Any] | None = None,
 ) -> Steps[FlashHeadIndex]:
     """Builds the index of a head from its rows in token order, as the checkpoint stores them.
 
     ``states`` (N, D) float32 calibrate it. With the tokens after them, ``next_ids`` (N,), the last
-    quarter chooses the probes and makes the report. ``body_bytes`` are those of all other layers.
-    ValueError if the states are too few or not finite.
+    quarter chooses the probes and makes the report, which compares the rows with the ``original``
+    ones. ``body_bytes`` are those of all other layers. ValueError if the states are too few or not
+    finite.
     """
+    eos_token_ids = list(eos_token_ids)
+    if not all(isinstance(token, int) for token in eos_token_ids):
+        raise ValueError(
+            f"The model's eos_token_id must be whole numbers, not {eos_token_ids!r}: correct its "
+            "config.json or generation_config.json."
+        )
     n_positions = 0 if states is None else len(states)
     fitted_on = metric = None
     if states is not None:
@@ -130,37 +141,48 @@ def build_index(
         passes=QUICK_PASSES if options.quick else PASSES,
     )
     n_clusters = len(token_ids)
-    n_probes = unverified_probes = options.n_probes
     centroids = yield from fit_centroids(weight, token_ids, fitted_on, head_bias=head_bias)
+    n_probes = unverified_probes = options.n_probes
     report: dict[str, Any] = {}
     verification: dict[str, Any] = {}
     if states is None or next_ids is None:
         n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
         unverified_probes = n_probes
     else:
-        nbytes = StepBytes(
-            centroids=centroids.routing_bytes,
-            probe=rows.nbytes / rows.n_rows * options.cluster_size,
-            dense=rows.nbytes,
-            body=body_bytes,
-        )
+
+        def step_bytes(head: Matrix) -> StepBytes:
+            probe = head.nbytes / head.n_rows * options.cluster_size
+            return StepBytes(centroids.routing_bytes, probe, head.nbytes, body_bytes)
+
+        nbytes = step_bytes(rows)
         largest = int((MAX_BYTES * nbytes.dense - nbytes.centroids) / nbytes.probe)
-        asked = () if n_probes is None else (n_probes,)
+        chosen = () if n_probes is None else (n_probes,)
         matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
-        found = yield from measure_positions(
-            states[n_fitted:],
+        held_out, following = states[n_fitted:], next_ids[n_fitted:]
+        measured = yield from measure_positions(
+            held_out,
             lambda h: h @ weight.T + (0.0 if head_bias is None else head_bias),
             token_ids,
             lambda h: h @ matrix.T + bias,
             as_float32(centroids.tail_offset),
-            sorted({*probe_grid(n_clusters, max(largest, 1)), *asked}),
-            next_ids[n_fitted:],
+            sorted({*probe_grid(n_clusters, max(largest, 1)), *chosen}),
+            following,
         )
         if n_probes is None:
-            n_probes = choose_verified(found, nbytes)
-            unverified_probes = choose_unverified(found, options.target_agreement, nbytes)
-        verification = verification_settings(found, n_probes)
-        report = make_report(found, n_probes, nbytes)
+            n_probes = choose_verified(measured, nbytes)
+            unverified_probes = choose_unverified(measured, options.target_agreement, nbytes)
+        verification = verification_settings(measured, n_probes)
+        report = make_report(measured, n_probes, nbytes)
+        if original is not None and rows.quantized and not original.quantized:
+            rejected = measured.rejected(n_probes)
+
+            def expected_share(head: Matrix) -> float:
+                expected = step_bytes(head).verified(n_probes, rejected)
+                return (expected - body_bytes) / head.nbytes
+
+            report["head_bits"] = yield from compare_bits(
+                original, rows, held_out, following, expected_share
+            )
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,
         n_clusters=n_clusters,
@@ -168,7 +190,7 @@ def build_index(
         n_probes=n_probes,
         unverified_probes=unverified_probes,
         fingerprint=rows.fingerprint,
-        eos_token_ids=tuple(sorted(i for i in eos_token_ids if i < rows.n_rows)),
+        eos_token_ids=tuple(sorted(i for i in eos_token_ids if 0 <= i < rows.n_rows)),
         centroid_bits=centroids.matrix.format.bits,
         centroid_group_size=centroids.matrix.group_size,
         calibration=(calibration or {}) | {"positions": n_positions, "seed": options.seed},

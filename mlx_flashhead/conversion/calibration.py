@@ -1,7 +1,17 @@
-"""Hidden states at the head's input, of text that a model reads."""
+"""Hidden states at the head's input to calibrate on: of built-in text, of a user's text, of a
+drafter that answers requests.
 
+The built-in text is of many kinds. It was written for this project except the first sentences of
+Caesar's De Bello Gallico; and Python's own modules and help topics, which `texts` name.
+"""
+
+import importlib.util
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -10,18 +20,32 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..head.matrix import as_float32
 from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.cpu_products import numpy_products
 from ..models.libraries import forward, is_vlm
 from ..models.locate import HeadLocation, recorded_hidden
-from .builtin_text import CONTEXT, beginning_of_text, given_windows, windows_of
-from .steps import Step, Steps
+from . import Step, Steps
 
-WINDOW_TOKENS = 512  # of one text; each window starts afresh
+PYTHON, DIALOGUE = "python", "dialogue"
+# The kinds in their order, each with its parts of the whole; most are files of `texts`.
+SHARES = {"prose": 1, "documentation": 1, "code": 1, "markup": 1, "european": 2, "asian": 2}
+SHARES |= {PYTHON: 1, DIALOGUE: 1}
+EXCERPT_CHARACTERS = 3000  # of a module's source, from 40 % on, or of a help topic
+
+BUILTIN_WINDOW = 64  # tokens; longer windows of built-in text take longer steps and gain nothing
+CONTEXT = 8  # first tokens of such a window, whose states have seen too little and are left out
+MIN_WINDOW = 16  # tokens; shorter rests are left out
+
+TEXT_WINDOW = 512  # tokens of a user's text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
-LEAST_TOKENS = 16  # of a step, however long it takes
+MIN_STEP = 16  # tokens, however long they take
 WEIGHTS_TOKENS = 32  # a pass reads all weights, which takes about as long as so many tokens
-LEAST_LENGTH = 2 / 3  # of a window, relative to the longest of those that are read together
+MIN_LENGTH = 2 / 3  # of a window, relative to the longest of those that are read together
+
+BEGINNING = 300  # characters of a document that are a request
+ANSWER_TOKENS = 64
+DRAFTED_POSITIONS = 4_000  # docs/drafts.md has what fewer of them keep
 
 
 def text_states(
@@ -43,15 +67,15 @@ def text_states(
         token_ids = token_ids[: positions + 1]
     if len(token_ids) < 2:
         raise ValueError("The text is too short to measure anything on: give one of some pages.")
-    first, *others = windows_of(token_ids, WINDOW_TOKENS)
+    first, *others = windows_of(token_ids, TEXT_WINDOW)
     beginning = beginning_of_text(tokenizer)  # the first window has it already
     windows = [first, *(beginning + window for window in others)]
     read = yield from read_windows(model, location, windows, step_seconds=step_seconds)
-    states = [read[0], *(of_window[len(beginning) :] for of_window in read[1:])]
+    states = [read[0], *(window_states[len(beginning) :] for window_states in read[1:])]
     return np.concatenate(states), np.array(token_ids[1:], dtype=np.int64)
 
 
-def given_states(
+def builtin_states(
     model: nn.Module,
     tokenizer: Any,
     location: HeadLocation,
@@ -60,20 +84,20 @@ def given_states(
     seconds: float = math.inf,
     step_seconds: float = math.inf,
 ) -> Steps[tuple[np.ndarray, np.ndarray, bool]]:
-    """As `text_states` of given text of many kinds: as much as ``seconds`` of the model's work
+    """As `text_states` of built-in text of many kinds: as much as ``seconds`` of the model's work
     allow, and whether these cut it short."""
     beginning = beginning_of_text(tokenizer)
-    windows = given_windows(tokenizer, positions)
+    windows = builtin_windows(tokenizer, positions)
     read = yield from read_windows(
         model,
         location,
         [beginning + window for window in windows],
         seconds=seconds,
-        stage="Reading given text",
+        stage="Reading built-in text",
         step_seconds=step_seconds,
     )
     done = [(s, window) for s, window in zip(read, windows, strict=True) if len(s)]
-    states = [of_window[len(beginning) + CONTEXT :] for of_window, _ in done]
+    states = [window_states[len(beginning) + CONTEXT :] for window_states, _ in done]
     next_ids = [token for _, window in done for token in window[CONTEXT + 1 :]]
     return np.concatenate(states), np.array(next_ids, dtype=np.int64), len(done) < len(windows)
 
@@ -95,7 +119,7 @@ def read_windows(
     states = [np.empty((0, 0), np.float32)] * len(windows)
     inputs = [window[:-1] for window in windows]
     total, read, spent = sum(map(len, inputs)), 0, 0.0
-    together: float = READ_TOKENS if step_seconds == math.inf else LEAST_TOKENS
+    together: float = READ_TOKENS if step_seconds == math.inf else MIN_STEP
     waiting = list(range(len(windows)))
     while waiting and (not read or spent < seconds):
         batch = _next_together(waiting, inputs, together)
@@ -116,11 +140,11 @@ def read_windows(
             took = max(monotonic() - began, 1e-6)
             spent += took
             fitting = (tokens[:, part].size + WEIGHTS_TOKENS) * step_seconds / took - WEIGHTS_TOKENS
-            together = min(READ_TOKENS, max(LEAST_TOKENS, fitting))
+            together = min(READ_TOKENS, max(MIN_STEP, fitting))
             read += sum(len(inputs[i][part]) for i in batch)
             yield Step(stage, read, total, "token")
-        for i, of_window in zip(batch, np.concatenate(parts, axis=1), strict=True):
-            states[i] = of_window[: len(inputs[i])]
+        for i, window_states in zip(batch, np.concatenate(parts, axis=1), strict=True):
+            states[i] = window_states[: len(inputs[i])]
     return states
 
 
@@ -133,7 +157,7 @@ def _next_together(waiting: list[int], inputs: Sequence[Sequence[int]], tokens: 
         near += 1
     listed = sorted(waiting[:near], key=lambda i: -len(inputs[i]))
     longest = len(inputs[listed[0]])
-    alike = [i for i in listed if len(inputs[i]) >= LEAST_LENGTH * longest]
+    alike = [i for i in listed if len(inputs[i]) >= MIN_LENGTH * longest]
     batch = alike[: max(1, int(tokens // longest))]
     waiting[:] = [i for i in waiting if i not in batch]
     return batch
@@ -150,3 +174,138 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise ValueError(f"{path} is empty: give a text of some pages.")
     return text
+
+
+def builtin_documents() -> dict[str, list[str]]:
+    """Documents by kind, always in the same order, but for dialogues; those that Python has
+    here."""
+    documents = {kind: _documents(kind) for kind in SHARES if kind not in (PYTHON, DIALOGUE)}
+    with suppress(ImportError):
+        from pydoc_data.topics import topics
+
+        named = [topics[name] for name in _file("topics").split() if name in topics]
+        documents["documentation"] += [text[:EXCERPT_CHARACTERS] for text in named]
+    documents[PYTHON] = []
+    for name in _file("modules").split():
+        with suppress(ImportError, OSError, UnicodeDecodeError):
+            spec = importlib.util.find_spec(name)
+            source = Path(spec.origin or "").read_text(encoding="utf-8") if spec else ""
+            start = source.find("\n", len(source) * 2 // 5) + 1
+            if source:
+                documents[PYTHON].append(source[start : start + EXCERPT_CHARACTERS])
+    return documents
+
+
+def dialogues() -> list[list[dict[str, str]]]:
+    """Conversations as lists of messages with ``role`` and ``content``."""
+    conversations = []
+    for document in _documents(DIALOGUE):
+        _, *parts = re.split(r"^(User|Assistant): ", document, flags=re.MULTILINE)
+        turns = zip(parts[::2], parts[1::2], strict=True)
+        conversations.append([{"role": r.lower(), "content": text.strip()} for r, text in turns])
+    return conversations
+
+
+def _documents(kind: str) -> list[str]:
+    return _file(kind).split("%%%%\n")
+
+
+def _file(name: str) -> str:
+    return (resources.files(__package__) / "texts" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def beginning_of_text(tokenizer: Any) -> list[int]:
+    """The token with which the tokenizer begins each text, in a list; empty if there is none."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and bos in tokenizer.encode("") else []
+
+
+def windows_of(token_ids: list[int], length: int) -> list[list[int]]:
+    """Windows of ``length`` states. The token after a window's last state begins the next one."""
+    starts = range(0, len(token_ids) - 1, length)
+    return [token_ids[start : start + length + 1] for start in starts]
+
+
+def builtin_windows(tokenizer: Any, positions: int) -> list[list[int]]:
+    """Windows of built-in text without its beginning, at most ``positions``, of each kind its
+    share. The kinds take turns, so that a time limit shortens all of them."""
+    documents = builtin_documents()
+    token_ids = {
+        kind: [list(tokenizer.encode(text)) for text in documents[kind]] for kind in documents
+    }
+    token_ids[DIALOGUE] = [_dialogue(tokenizer, messages) for messages in dialogues()]
+    beginning = beginning_of_text(tokenizer)
+    ends = np.cumsum([0, *(SHARES[kind] for kind in token_ids)])
+    sizes = np.diff(np.rint(positions * ends / ends[-1])).astype(int).tolist()
+    turns: list[tuple[float, list[int]]] = []
+    for texts, size in zip(token_ids.values(), sizes, strict=True):
+        before = 0
+        for window in _chosen_windows(texts, beginning, size):
+            turns.append((before / size, window))
+            before += len(window) - 1 - CONTEXT
+    return [window for _, window in sorted(turns, key=lambda turn: turn[0])]
+
+
+def _dialogue(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    if tokenizer.has_chat_template:
+        return list(tokenizer.apply_chat_template(messages, tokenize=True))
+    lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+    return list(tokenizer.encode("\n\n".join(lines)))
+
+
+def _chosen_windows(
+    documents: list[list[int]], beginning: list[int], positions: int
+) -> list[list[int]]:
+    """Windows in a fixed random order, up to some positions: the first of all documents first."""
+    rng = np.random.default_rng(0)
+    placed = []
+    for token_ids in documents:
+        if beginning and token_ids[:1] == beginning:
+            token_ids = token_ids[1:]
+        for place, window in enumerate(windows_of(token_ids, BUILTIN_WINDOW)):
+            placed.append((place, rng.random(), window))
+    chosen = []
+    for _, _, window in sorted(placed):
+        if len(window) >= MIN_WINDOW and positions > 0:
+            chosen.append(window[: CONTEXT + positions + 1])
+            positions -= len(chosen[-1]) - 1 - CONTEXT
+    return chosen
+
+
+def builtin_requests() -> list[str]:
+    """What users say in the dialogues, and the beginnings of the documents, in turns."""
+    said = [m["content"] for messages in dialogues() for m in messages if m["role"] == "user"]
+    kinds = [[text[:BEGINNING] for text in texts] for texts in builtin_documents().values()]
+    return [text for turn in zip_longest(said, *kinds) for text in turn if text]
+
+
+def drafted_states(
+    location: HeadLocation,
+    answers: Iterable[Iterator[int]],
+    eos_token_ids: Iterable[int],
+    *,
+    seconds: float,
+) -> Steps[np.ndarray]:
+    """Hidden states (N, D) float32 at a drafter's head, up to 4,000, or until the time limit.
+
+    Args:
+        location: The drafter's head.
+        answers: Tokens of answers that are written with the drafter.
+        eos_token_ids: Tokens that end an answer.
+        seconds: Time limit.
+    """
+    states = np.empty((0, location.rows().hidden_size), np.float32)
+    ends = frozenset(eos_token_ids)
+    end = monotonic() + seconds
+    for answer in answers:
+        with recorded_hidden(location) as recorded:
+            next((token for token in answer if token in ends), None)
+            drafted = [hidden.reshape(-1, hidden.shape[-1]) for hidden in recorded]
+            if drafted:
+                states = np.concatenate([states, as_float32(mx.concatenate(drafted))])
+        yield Step(
+            "Recording drafts", min(len(states), DRAFTED_POSITIONS), DRAFTED_POSITIONS, "position"
+        )
+        if len(states) >= DRAFTED_POSITIONS or monotonic() > end:
+            break
+    return states[:DRAFTED_POSITIONS]

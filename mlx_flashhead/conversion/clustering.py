@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..head.matrix import as_float32
-from .steps import Result, Step, Steps
+from . import Result, Step, Steps
 
 LIST_LENGTH = 24  # centroids in a row's shortlist
 BUCKETS = 256  # at least, where there are so many; a shortlist holds one centroid of each at most

@@ -11,9 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..head.clustered import Centroids
-from ..head.formats import DEFAULT_GROUP, affine_group
-from ..head.matrix import Matrix, as_float32
-from .steps import Step, Steps
+from ..head.matrix import DEFAULT_GROUP, Matrix, affine_group, as_float32
+from . import Step, Steps
 
 BLOCK_STATES = 2048  # at once, which bounds memory
 # Variance added in all directions, as a share of the mean variance. 0.03 to 0.3 make no difference.

@@ -1,51 +1,61 @@
-"""The options of a conversion, with their defaults and limits: of `convert`, its command and the
-stored recipe."""
+"""The options of a conversion with their defaults and limits, and the recipe that is stored: the
+command that makes the result again, and the versions. Flags and help are `convert.py`'s."""
 
+import hashlib
+import platform
+import shlex
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from ..common.arguments import Type, check, number, one_of, whole_number
 from ..common.repositories import full_name
-from ..head.formats import AFFINE_BITS, FORMATS
-from ..models.compat.mlx_lm import MODEL_CONVERSION_DTYPES
+from ..head.matrix import FORMATS
+from ..models.origin import Origin
+from ..version import __version__
 
-GIVEN, NO_CALIBRATION = "given", "none"
-HEAD_BITS = (*AFFINE_BITS, 16)  # 16: floats
+BUILTIN, NO_CALIBRATION = "builtin", "none"
+HEAD_BITS = (4, 6, 8, 16)  # 16: floats
 MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good probes
 QUICK_POSITIONS = 4_000
+DTYPES = ("float16", "bfloat16", "float32")  # of a conversion of mlx-lm
+PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")
 
-
-def option(
-    default: Any,
-    type: Type | None = None,
-    *,
-    flag: str | None = None,
-    recipe: bool = True,
-    **parser: Any,
-) -> Any:
-    """A field that is also an option of the command, with further arguments of ``add_argument``."""
-    # `type` checks a value; `recipe`: it is part of the command that makes the same again
-    about = {"type": type, "flag": flag, "recipe": recipe, "parser": parser}
-    return field(default=default, metadata=about)
+# Limits of the options, for Python and the command.
+LIMITS: dict[str, Type] = {
+    "cluster_size": whole_number(1),
+    "n_probes": whole_number(1),
+    "target_agreement": number(0, 1, above=True),
+    "calibration_positions": whole_number(MIN_POSITIONS),
+    "calibration_seconds": number(0, above=True),
+    "seed": whole_number(0),
+    "q_group_size": whole_number(1),
+    "q_bits": whole_number(1),
+    "dtype": one_of(*DTYPES),
+    "head_bits": one_of(*HEAD_BITS),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    quick: bool = option(False, action="store_true")
-    cluster_size: int = option(16, whole_number(1))
-    n_probes: int | None = option(None, whole_number(1))
-    target_agreement: float = option(0.998, number(0, 1, above=True))
-    calibration: str = option(GIVEN, metavar="given|none|FILE")
-    calibration_positions: int = option(12_000, whole_number(MIN_POSITIONS))
-    calibration_seconds: float = option(120.0, number(0, above=True))
-    seed: int = option(0, whole_number(0), recipe=False)
+    """How an index is made."""
+
+    quick: bool = False
+    cluster_size: int = 16
+    n_probes: int | None = None
+    target_agreement: float = 0.998
+    calibration: str = BUILTIN
+    calibration_positions: int = 12_000
+    calibration_seconds: float = 120.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value, type = getattr(self, one.name), one.metadata.get("type")
-            if type is not None and not (value is None and one.default is None):
-                check(one.name, value, type)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in LIMITS and value is not None:
+                check(field.name, value, LIMITS[field.name])
 
     @property
     def positions(self) -> int:
@@ -54,8 +64,8 @@ class IndexOptions:
 
     @property
     def source(self) -> str:
-        """Source of the positions: "given", "none" or "file"."""
-        return self.calibration if self.calibration in (GIVEN, NO_CALIBRATION) else "file"
+        """Source of the positions: "builtin", "none" or "file"."""
+        return self.calibration if self.calibration in (BUILTIN, NO_CALIBRATION) else "file"
 
     def check_size(self, vocab_size: int) -> None:
         """Raises a ValueError if the clusters or the probes do not fit a vocabulary."""
@@ -73,34 +83,38 @@ class IndexOptions:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ConvertOptions(IndexOptions):
-    hf_path: str = option(None, recipe=False)
-    mlx_path: str = option("mlx_model", recipe=False)
-    quantize: bool = option(False, flag="-q")
-    q_group_size: int | None = option(None, whole_number(1))
-    q_bits: int | None = option(None, whole_number(1))
-    q_mode: str = option("affine")
-    dtype: str | None = option(None, one_of(*MODEL_CONVERSION_DTYPES))
-    upload_repo: str | None = option(None, recipe=False)
-    revision: str | None = option(None, recipe=False)
-    dequantize: bool = option(False, flag="-d")
-    quant_predicate: Callable | str | None = option(None)
-    trust_remote_code: bool = option(False)
-    head_bits: int | None = option(None, one_of(*HEAD_BITS), metavar="|".join(map(str, HEAD_BITS)))
-    index_only: bool = option(False, action="store_true")
-    base_model: str | None = option(None, recipe=False, metavar="OWNER/NAME")
-    license: str | None = option(None, recipe=False, metavar="ID")
-    upload: bool | str = option(False, recipe=False, nargs="?", const=True, metavar="OWNER/NAME")
-    private: bool = option(False, recipe=False, action="store_true")
-    overwrite: bool = option(False, recipe=False, action="store_true")
+    """All arguments of a conversion: those of ``mlx_lm.convert`` in its order, then FlashHead's."""
+
+    hf_path: str
+    mlx_path: str = "mlx_model"
+    quantize: bool = False
+    q_group_size: int | None = None
+    q_bits: int | None = None
+    q_mode: str = "affine"
+    dtype: str | None = None
+    upload_repo: str | None = None
+    revision: str | None = None
+    dequantize: bool = False
+    quant_predicate: Callable | str | None = None
+    trust_remote_code: bool = False
+    _: KW_ONLY
+    head_bits: int | None = None
+    fine_head: str | Path | bool | None = None
+    index_only: bool = False
+    base_model: str | None = None
+    license: str | None = None
+    upload: bool | str = False
+    private: bool = False
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.hf_path is None:
+        if not self.hf_path:
             raise ValueError("`hf_path` is needed: the folder or repository of the model.")
         if self.index_only:
-            for name in ("quantize", "dequantize", "dtype", "head_bits"):
+            for name in ("quantize", "dequantize", "dtype", "head_bits", "fine_head"):
                 if getattr(self, name):
                     raise ValueError(f"`index_only` writes no weights: leave `{name}` out.")
         for name in ("q_group_size", "q_bits", "q_mode", "quant_predicate"):
@@ -110,14 +124,19 @@ class ConvertOptions(IndexOptions):
                 )
         if self.quantize and self.quant_predicate is None:
             # mlx-lm would leave weights as they are
-            forms = [form for form in FORMATS if form.mode == self.q_mode]
-            bits = {form.bits for form in forms}
-            groups = {size for form in forms for size in form.group_sizes}
-            for name, choices in (("q_bits", bits), ("q_group_size", groups)):
+            formats = [form for form in FORMATS if form.mode == self.q_mode]
+            sizes = {size for form in formats for size in form.group_sizes}
+            choices = {"q_bits": {form.bits for form in formats}, "q_group_size": sizes}
+            for name, values in choices.items():
                 if getattr(self, name) is not None:
-                    check(name, getattr(self, name), one_of(*sorted(choices)))
+                    check(name, getattr(self, name), one_of(*sorted(values)))
         if self.quantize and self.dequantize:
             raise ValueError("Choose either `quantize` or `dequantize`, not both.")
+        if self.fine_head and (self.quantize or self.dequantize):
+            raise ValueError(
+                "`fine_head` is for a model that is quantized already: leave it out, or `quantize` "
+                "and `dequantize`."
+            )
         if isinstance(self.upload, str) and self.upload_repo not in (None, self.upload):
             raise ValueError("`upload` and `upload_repo` name two repositories: give one of them.")
         if self.private and not self.uploads:
@@ -134,5 +153,38 @@ class ConvertOptions(IndexOptions):
         return bool(self.upload) or self.upload_repo is not None
 
 
-def flag(one: Field) -> str:
-    return one.metadata["flag"] or "--" + one.name.replace("_", "-")
+# Options that say where from, where to and who, not what is made.
+NOT_IN_RECIPE = {"hf_path", "mlx_path", "upload_repo", "revision", "base_model", "license"}
+NOT_IN_RECIPE |= {"upload", "private", "overwrite", "seed"}
+
+
+def make_recipe(options: IndexOptions, origin: Origin, name: str) -> dict[str, Any]:
+    """The recipe that the result ``name`` stores: JSON-ready, without paths of this machine."""
+    words = ["mlx_flashhead.convert", "--hf-path", origin.known_as]
+    if origin.revision is not None:
+        words += ["--revision", origin.revision]
+    if not isinstance(options, ConvertOptions):
+        words.append("--index-only")
+    files = {}
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name in NOT_IN_RECIPE or value == field.default:
+            continue
+        words.append("--" + field.name.replace("_", "-"))
+        if field.name == "calibration" and options.source == "file":
+            file = Path(value).expanduser()
+            files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            words.append(file.name)
+        elif callable(value):
+            words.append("FUNCTION")  # from Python
+        elif value is not True:
+            words.append(str(value))
+    words += ["--seed", str(options.seed), "--mlx-path", name]
+    versions = {package: version(package) for package in PACKAGES}
+    return {
+        "name": name,
+        "model": origin.known_as,
+        "command": shlex.join(words),
+        "versions": {"python": platform.python_version(), "mlx_flashhead": __version__} | versions,
+        "platform": f"{platform.system()} {platform.machine()}",
+    } | ({"files": files} if files else {})

@@ -1,6 +1,9 @@
 """Conversion: from an mlx-lm or Hugging Face model to a folder of it and its FlashHead, or
 nothing."""
 
+import inspect
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,94 +15,44 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..common.new_folder import new_folder
 from ..common.repositories import full_name
-from ..index.files import CONFIG_KEY, write_companion, write_index
+from ..index.files import (
+    CONFIG_KEY,
+    CONFIG_NAME,
+    FILE_NAME,
+    SETTINGS_NAME,
+    stored_recipe,
+    write_companion,
+    write_index,
+)
 from ..index.settings import FlashHeadConfig
-from ..models.compat.mlx_lm import MODEL_CONVERSION_DTYPES, dequantize_model, save
+from ..models.compat.mlx_lm import dequantize_model, save
 from ..models.dense import load_dense
 from ..models.fetch import resolve
-from ..models.locate import check_plain_product, find_head
+from ..models.finer_head import give_fine_head
+from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..publishing import licences
-from ..publishing.hub import reserve, sign_in
-from ..publishing.origin import card_metadata, find_origin
-from ..publishing.publish import add_documents, checkpoint_name, publish
+from ..publishing.card import CARD_FILE, card_metadata, find_provenance
+from ..publishing.publish import add_documents, publish, reserve, sign_in
+from . import take_all
 from .build import index_nbytes, model_index
 from .calibration import read_text
-from .options import ConvertOptions
-from .output_folder import FILES_KEY, check_apart, check_place, check_room, files_of
-from .quantization import precision_label, set_bits
-from .recipe import make_recipe
-from .report import report_lines
-from .steps import take_all
+from .measures import report_lines
+from .options import DTYPES, ConvertOptions, make_recipe
+from .quantization import chosen_head_bits, precision_label, set_bits
+
+FILES_KEY = "folder"  # of the recipe: the names of the files that a conversion has written
+LISTED = 3  # names of other files in a message
+
+Say = Callable[[str], None]
 
 
-def convert(
-    hf_path: str,
-    mlx_path: str = "mlx_model",
-    quantize: bool = False,
-    q_group_size: int | None = None,
-    q_bits: int | None = None,
-    q_mode: str = "affine",
-    dtype: str | None = None,
-    upload_repo: str | None = None,
-    revision: str | None = None,
-    dequantize: bool = False,
-    quant_predicate: Callable | str | None = None,
-    trust_remote_code: bool = False,
-    *,
-    head_bits: int | None = None,
-    index_only: bool = False,
-    quick: bool = False,
-    cluster_size: int = 16,
-    n_probes: int | None = None,
-    target_agreement: float = 0.998,
-    calibration: str = "given",
-    calibration_positions: int = 12_000,
-    calibration_seconds: float = 120.0,
-    seed: int = 0,
-    base_model: str | None = None,
-    license: str | None = None,
-    upload: bool | str = False,
-    private: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> FlashHeadConfig:
+def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHeadConfig:
     """Converts a model: ``mlx_lm.convert``'s arguments, in its order, and those of FlashHead.
 
     Args:
-        hf_path: A local folder (Hugging Face or mlx-lm, also quantized) or a Hub repository.
-        mlx_path: Folder to write.
-        quantize: Quantize the model.
-        q_group_size: Weights that share a scale; default: the mode's usual number.
-        q_bits: Bits per weight; default: the mode's usual number.
-        q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
-        dtype: Of the weights that are not quantized; default: an mlx-lm folder's own, else the
-            configuration's ``torch_dtype``.
-        upload_repo: Repository to upload the checkpoint to, as ``upload``.
-        revision: Branch, tag or commit of the repository.
-        dequantize: Undo the model's quantization.
-        quant_predicate: One of mlx-lm's mixed-bit recipes, or a function as mlx-lm takes it.
-        trust_remote_code: Allow the repository's own Python code.
-        head_bits: Bits of the head's rows, apart from the body's; default: as the model has it.
-        index_only: Make the FlashHead alone, a few MB that go beside the model in any of its
-            precisions.
-        quick: Less text and fewer passes: a fraction of the time, and a few more clusters per
-            token.
-        cluster_size: Tokens per cluster.
-        n_probes: Clusters scored per token. Default: the number that is expected to be fastest.
-        target_agreement: Share of positions that keep the dense head's best token without
-            verification, measured on the held-out part of the calibration.
-        calibration: Text to calibrate on: "given" text of many kinds, "none", or a file.
-        calibration_positions: Positions to calibrate on.
-        calibration_seconds: Seconds after which reading the given text is cut short.
-        seed: Seed of the clustering.
-        base_model: The model's repository, for a folder that does not name it: the card names it
-            and has its licence and language.
-        license: The model's licence as the Hub calls it, such as apache-2.0, for a card that does
-            not name it.
-        upload: Upload the checkpoint to the Hugging Face Hub, to this repository (without a name:
-            USER/MODEL-FlashHead-PRECISION). It is made before the long work.
-        private: Make the repository private if it is a new one.
-        overwrite: Replace the target folder if a conversion has written it.
+        arguments, options: Those of `options.ConvertOptions`, ``hf_path`` and ``mlx_path`` first;
+            ``mlx_flashhead.convert --help`` describes them. ``quant_predicate`` may be a function,
+            as mlx-lm takes it.
         progress: Show bars and steps.
 
     Returns:
@@ -111,15 +64,21 @@ def convert(
             kept then.
         OSError: If the checkpoint cannot be written. Nothing is left behind.
     """
-    options = {name: value for name, value in locals().items() if name != "progress"}
-    return _convert(ConvertOptions(**options), progress)
+    return convert_model(ConvertOptions(*arguments, **options), say=print if progress else None)
 
 
-def _convert(options: ConvertOptions, progress: bool) -> FlashHeadConfig:
-    say: Callable[[str], None] = print if progress else lambda _: None
+_parameters = [*inspect.signature(ConvertOptions).parameters.values()]
+_parameters.append(inspect.Parameter("progress", inspect.Parameter.KEYWORD_ONLY, default=True))
+convert.__signature__ = inspect.Signature(_parameters)  # type: ignore[attr-defined]
+
+
+def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
+    """The same; what is done goes to ``say``. Without it there is no progress to be seen."""
+    progress = say is not None
+    say = say or (lambda _: None)
     text = read_text(options.calibration) if options.source == "file" else None
     target = Path(options.mlx_path).expanduser()
-    check_place(target, options.overwrite)
+    check_target(target, options.overwrite)
     with new_folder(target) as folder:
         # before the long work, since the Hub would refuse only at its end
         user = sign_in() if options.uploads else ""
@@ -127,47 +86,68 @@ def _convert(options: ConvertOptions, progress: bool) -> FlashHeadConfig:
         repo_id = full_name(named, user) if named else None
         source = resolve(options.hf_path, options.revision)
         check_apart(source, target)
-        origin = find_origin(options.hf_path, source, options.base_model, options.license)
+        base = find_provenance(options.hf_path, source, options.base_model, options.license)
         if options.uploads:
             licences.check(
-                card_metadata(origin),
-                [*origin.files, *licences.licence_files(target)],
+                card_metadata(base),
+                [*base.files, *licences.licence_files(target)],
                 repo_id,
-                model=origin.known_as,
-                place=target,
-                before="convert without `upload`, ",
+                model=base.origin.known_as,
+                place=f"{target}, made without `upload`",
             )
+
         say(f"Loading {options.hf_path}")
-        model, tokenizer, config = _load(source, options, say)
+        model, tokenizer, config = load_dense(
+            source,
+            tokenizer_config={"trust_remote_code": options.trust_remote_code},
+            lazy=True,
+            trust_remote_code=options.trust_remote_code,
+        )
         location = find_head(model)
         check_plain_product(location)
-        label, nbytes = None, index_nbytes(location.rows())
+        options.check_size(location.rows().n_rows)
+        label = original = None
+        nbytes = index_nbytes(location.rows())
         if not options.index_only:
+            if options.fine_head:
+                chosen = {"bits": options.head_bits, "say": say, "progress": progress}
+                give_fine_head(location, source, options.fine_head, **chosen)
+                _record_head(config, location)
+            model, config = _with_dtype(model, config, source, options)
+            location = replace(location, module=_module(model, location.path))
+            original = location.rows()
+            bits = None if options.fine_head else chosen_head_bits(options, original)
+            if bits is not None and location.tied:
+                say(f"The head is tied to the embedding: both get {bits} bits.")
+            model, config = set_bits(model, config, location.path, options, bits)
+            location = replace(location, module=_module(model, location.path))
             label = precision_label(options, config, location.rows())
             weights: Any = tree_flatten(model.parameters())
             nbytes += sum(array.nbytes for _, array in weights)
-        name = checkpoint_name(origin, label)
+        prefix = base.licence.prefix if base.licence else ""
+        name = base.origin.result_name(label, prefix)
         check_room(target, nbytes)
         if options.uploads:
             repo_id = repo_id or full_name(name, user)
             reserve(repo_id, user, options.private)
+
         mx.eval(model.parameters())
-        recipe = make_recipe(options, origin, name)
-        index = take_all(
-            model_index(model, tokenizer, location, options, text=text, recipe=recipe),
-            progress=progress,
-        )
+        recipe = make_recipe(options, base.origin, name)
+        about = {"text": text, "original": original, "recipe": recipe}
+        steps = model_index(model, tokenizer, location, options, **about)
+        index = take_all(steps, progress=progress)
         say("\n".join(report_lines(index.config)))
+
         say(f"Writing {target}")
         config.pop(CONFIG_KEY, None)
         try:
             if not options.index_only:
                 save(folder, str(source), model, tokenizer, config, donate_model=False)
-            # `check_place` reads the names of the conversion's files again
-            recipe = index.config.recipe | {FILES_KEY: files_of(folder)}
+            recipe = index.config.recipe | {FILES_KEY: _files_of(folder)}
             index = replace(index, config=replace(index.config, recipe=recipe))
             (write_companion if options.index_only else write_index)(folder, index)
-            add_documents(folder, origin, index.config, target)
+            relation = "adapter" if options.index_only else "quantized"
+            add_documents(folder, base, index.config, relation, target)
         except RuntimeError as error:  # MLX raises this for a full disk
             raise OSError(
                 f"{target} cannot be written ({error}): free some space or choose another "
@@ -178,20 +158,22 @@ def _convert(options: ConvertOptions, progress: bool) -> FlashHeadConfig:
     return index.config
 
 
-def _load(
-    source: Path, options: ConvertOptions, say: Callable[[str], None]
-) -> tuple[nn.Module, Any, dict]:
-    """The model with its final dtype and bits, not evaluated yet."""
-    model, tokenizer, config = load_dense(
-        source,
-        tokenizer_config={"trust_remote_code": options.trust_remote_code},
-        lazy=True,
-        trust_remote_code=options.trust_remote_code,
-    )
-    head = find_head(model)
-    options.check_size(head.rows().n_rows)
-    if options.index_only:
-        return model, tokenizer, config
+def _module(model: nn.Module, path: str) -> nn.Module:
+    return dict(model.named_modules())[path]
+
+
+def _record_head(config: dict, location: HeadLocation) -> None:
+    """Writes the head's own quantization into the model's configuration, as mlx-lm reads it."""
+    rows = location.rows()
+    for key in ("quantization", "quantization_config"):
+        if key in config:
+            config[key] = config[key] | {location.path: rows.quantization or False}
+
+
+def _with_dtype(
+    model: nn.Module, config: dict, source: Path, options: ConvertOptions
+) -> tuple[nn.Module, dict]:
+    """The model with its final dtype, without its quantization if that is to go; not evaluated."""
     dtype = options.dtype or _named_dtype(source, config)
     if dtype is not None:
         may_cast = getattr(model, "cast_predicate", lambda _: True)
@@ -205,10 +187,7 @@ def _load(
         config.pop("quantization", None)
         config.pop("quantization_config", None)
         model = dequantize_model(model)
-    if options.head_bits is not None and head.tied:
-        say(f"The head is tied to the embedding: both get {options.head_bits} bits.")
-    model, config = set_bits(model, config, head.path, options)
-    return model, tokenizer, config
+    return model, config
 
 
 def _named_dtype(source: Path, config: dict) -> str | None:
@@ -217,6 +196,72 @@ def _named_dtype(source: Path, config: dict) -> str | None:
         loaded: Any = mx.load(str(file), return_metadata=True)
         if loaded[1].get("format") == "mlx":
             return None
-    text_config = config.get("text_config") or {}
-    name = config.get("torch_dtype") or text_config.get("dtype")
-    return name if name in MODEL_CONVERSION_DTYPES else None
+    text_config = config.get("text_config")
+    inner = text_config.get("dtype") if isinstance(text_config, dict) else None
+    name = config.get("torch_dtype") or inner
+    return name if name in DTYPES else None
+
+
+def _files_of(folder: Path) -> list[str]:
+    """Names of the files of a conversion, from its folder while it is written."""
+    settings = CONFIG_NAME if (folder / CONFIG_NAME).exists() else SETTINGS_NAME
+    return sorted({*(file.name for file in folder.iterdir()), FILE_NAME, settings})
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuses a target that may not be replaced, or holds what no conversion has written."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file, not a folder: choose another `mlx_path`.")
+    if not overwrite:
+        raise ValueError(
+            f"{target} exists already: choose another `mlx_path`, or `overwrite` to replace it."
+        )
+    names = {file.name for file in target.iterdir()}
+    if not names:
+        return
+    recipe = stored_recipe(target)
+    if recipe is None:
+        raise ValueError(
+            f"{target} was not written by mlx_flashhead.convert, so `overwrite` does not replace "
+            "it: choose another `mlx_path`, or delete it yourself."
+        )
+    written = [name for name in recipe.get(FILES_KEY) or [] if isinstance(name, str)]
+    licence_names = (file.name for file in licences.licence_files(target))
+    others = sorted(names - {*written, CARD_FILE, *licence_names})
+    if others:
+        some = ", ".join(others[:LISTED]) + (", …" if len(others) > LISTED else "")
+        raise ValueError(
+            f"{target} holds {some}, which no conversion has written: move that away, or "
+            "choose another `mlx_path`."
+        )
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Refuses a target that is the model's folder or lies in it, or the other way round."""
+
+    def same(one: Path, other: Path) -> bool:
+        return one.exists() and other.exists() and os.path.samefile(one, other)
+
+    if same(source, target):
+        raise ValueError(
+            f"`mlx_path` {target} is the folder of the model itself: choose another one."
+        )
+    pairs = ((source, target), (target, source))
+    if any(same(parent, outer) for inner, outer in pairs for parent in inner.resolve().parents):
+        raise ValueError(
+            f"The model's folder {source} and `mlx_path` {target} lie one inside the other: choose "
+            "a place beside it."
+        )
+
+
+def check_room(target: Path, nbytes: int) -> None:
+    """Refuses a disk without room for about ``nbytes``."""
+    folder = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise ValueError(
+            f"{target} needs {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are "
+            "free there: free some space or choose another `mlx_path`."
+        )

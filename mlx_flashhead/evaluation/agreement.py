@@ -12,22 +12,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..common.arguments import whole_number, whole_numbers
 from ..common.head_flags import source_options
-from ..common.tables import Table, check_picture, new_table, percent, pyplot, show
+from ..common.tables import Table, new_table, percent, pyplot, show
+from ..conversion import take_all
 from ..conversion.calibration import read_text, text_states
 from ..conversion.measures import measure_positions
-from ..conversion.steps import take_all
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load
 from ..models.install import installed_head
 from ..models.locate import find_head
 
-DESCRIPTION = (
-    "Measure on a text: agreement with the dense head, KL, perplexity and bytes, by the number of "
-    "clusters scored without verification."
-)
 LEGEND = """\
 agreement   same best token as the dense head
 coverage    the true next token is scored
@@ -37,25 +32,8 @@ bytes       read per token, relative to the dense head"""
 DEFAULT_PROBES = (48, 96, 128, 192, 256, 512)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``evaluate text``."""
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on.")
-    parser.add_argument(
-        "--probes",
-        type=whole_numbers(1),
-        metavar="48,96,…",
-        help="Numbers of clusters scored (default: powers of two and the model's own).",
-    )
-    parser.add_argument(
-        "--positions", type=whole_number(1), help="Positions to measure (default: all)."
-    )
-    parser.add_argument("--plot", metavar="OUT.png", help="Draw the curves into a picture.")
-
-
 def run(args: argparse.Namespace) -> dict:
     """Measures the model of the command line, and prints the table."""
-    if args.plot:
-        check_picture("--plot", args.plot)
     content = read_text(args.text)
     model, tokenizer = load(args.model, **source_options(args))
     figures = evaluate(

@@ -1,14 +1,23 @@
-"""Which path a head takes: its Metal kernels, or plain MLX operations."""
+"""Which path a head takes: its Metal kernels, or plain MLX operations.
+
+Before they are used each kernel runs once, at its real shapes, beside the plain operations."""
 
 import logging
 import os
+from collections.abc import Iterator
+from textwrap import shorten
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows
+from .draw import Draws, DrawSettings, position_key
 from .kernels import MetalSteps
 from .portable import PortableSteps
-from .self_check import find_trouble
+from .steps import Candidates, Proposal, Selection, in_token_order
+
+if TYPE_CHECKING:
+    from .flash_head import FlashHead
 
 METAL, PORTABLE = "metal", "mlx"
 BACKENDS = (METAL, PORTABLE)
@@ -19,6 +28,26 @@ HOW_TO_REPORT = (
 )
 
 log = logging.getLogger("mlx_flashhead")
+
+# Allowed difference, relative to the size of the products. All sums are float32: only the order of
+# the additions and the rounding of the result differ. A lane that is left out changes a product by
+# a sixth of its size.
+UNITS = 2  # of rounding
+LEAST = 1e-3
+
+# The constants of the same names in metal/flash_head/constants.h.
+SELECT_BINS = 4096
+BINS_PER_NAT = 64.0
+CERTAIN = 1e29
+
+DRAWN = 4 * (
+    DrawSettings(),
+    DrawSettings(temperature=1.0),
+    DrawSettings(temperature=2.0, top_p=0.9),
+    DrawSettings(temperature=0.7, top_k=5, min_p=0.02),
+)
+
+Pair = tuple[mx.array, mx.array, float]  # a result, the expected values and the tolerance
 
 
 def gpu_is_default() -> bool:
@@ -87,3 +116,131 @@ def checked(
     )
     log.warning(reason)
     return PortableSteps(steps.clustered), reason
+
+
+def find_trouble(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> str | None:
+    """The trouble with the kernels on this device, in words that follow "because"; or None."""
+    kernel = ""
+    try:
+        for step in _trial(steps, dtype, n_probes):
+            if isinstance(step, str):
+                kernel = step
+                continue
+            problem = _difference(*step)
+            if problem is not None:
+                return f"the kernel {kernel!r} {problem}"
+    # MLX raises this for a text that does not compile, a refused pipeline, a lost device
+    except (RuntimeError, ValueError) as error:
+        said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
+        return f"the kernel {kernel!r} does not run on this device ({said})"
+    return None
+
+
+def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | None:
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    if not mx.isfinite(found).all().item():
+        return "returns values that are not finite"
+    worst = float((mx.abs(found - expected) - tolerance * mx.abs(expected)).max())
+    # the median magnitude, since always probed clusters have huge values
+    if worst > tolerance * float(mx.median(mx.abs(expected))):
+        return f"differs from MLX's own operations by {worst:.3g}"
+    return None
+
+
+def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | Pair]:
+    """The name of each kernel before it runs, then what it gives."""
+    plain = PortableSteps(steps.clustered)
+    shape = (1, steps.clustered.hidden_size)
+    hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
+    in_float32 = hidden.astype(mx.float32)  # all sums are, whatever the dtype
+    rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
+
+    yield "route"
+    scores = steps.route(hidden)
+    yield scores, plain.route(in_float32), rounding
+    yield steps.route(mx.tile(hidden, (2, 1))), mx.tile(scores, (2, 1)), rounding
+
+    yield "select"
+    of_token = steps.select(scores, n_probes, words=False)
+    probes, unscored = of_token.probes[:, :n_probes], steps.unscored(scores, of_token)
+    bins = _bins(scores)
+    found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
+    yield found, mx.sort(bins, axis=-1)[:, :n_probes], 0.0
+    yield (probes[:, 1:] == probes[:, :-1]).sum(), mx.zeros(()), 0.0  # none is repeated
+    left = mx.put_along_axis(scores, probes, mx.array(-mx.inf), axis=-1)
+    others = mx.stack([left.max(axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
+    yield unscored, mx.maximum(others, mx.finfo(mx.float32).min), LEAST
+
+    yield "select_words"
+    selection = steps.select(scores, n_probes)
+    yield selection.probes, of_token.probes, 0.0
+    yield steps.unscored(scores, selection), unscored, 0.0
+
+    yield "score"
+    candidates = steps.score(hidden, selection)
+    # the probes, which the kernels repeat below 8, each once
+    once = Selection(probes), Candidates(candidates.logits[:, :n_probes])
+    if "score" not in steps.unsupported_formats:
+        lowest = mx.finfo(candidates.logits.dtype).min  # of padded slots
+        expected = mx.maximum(plain.score(in_float32, once[0]).logits, lowest)
+        yield once[1].logits, expected, rounding
+    if candidates.best is not None:
+        yield candidates.best, candidates.logits.max(axis=-1), 0.0
+
+    yield "expand"
+    yield steps.expand(scores, selection, candidates), plain.expand(scores, *once), rounding
+
+    yield "sample"  # the greedy token, and draws with each kind of filter
+    yield steps.token(selection, candidates), plain.token(*once), 0.0
+    n_other = mx.array(0)
+    for position, settings in enumerate(DRAWN):
+        last = unscored, Draws.of([(settings, position_key(0, position))])
+        token, risk = steps.choose(selection, candidates, *last)
+        expected_token, expected_risk = plain.choose(*once, *last)
+        n_other += token != expected_token
+        yield risk, expected_risk, rounding
+    # rounding may put a token on the other side of a limit
+    yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0
+    arrays = selection.probes, candidates.logits
+    proposal = Proposal(hidden, plain.token(*once), *arrays, mx.zeros(1), None)
+    yield from _trial_of_verification(steps, plain, proposal, rounding)
+
+
+def _trial_of_verification(
+    steps: MetalSteps, plain: PortableSteps, proposal: Proposal, rounding: float
+) -> Iterator[str | Pair]:
+    """Two states, of which one is greedy, as proposals that are verified."""
+    yield "join"
+    rows = [(1, 0), (0, 0)]
+    joined = steps.join([proposal, proposal], rows)
+    for found, expected in zip(joined, plain.join([proposal, proposal], rows), strict=True):
+        yield found, expected, 0.0
+
+    yield "screen"
+    hidden, probes, logits = joined
+    slots = steps.product(hidden).reshape(len(rows), *steps.clustered.token_ids.shape)
+    both = Proposal(hidden, mx.tile(proposal.tokens, 2), probes, logits, proposal.risk, None)
+    draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN[:2]])
+    rooms = mx.array([0.01, 0.01]), mx.array([0.0, 0.01])
+    screens = [path.screen(slots, both, draws, *rooms, 0.0) for path in (steps, plain)]
+    for one, other in zip(*screens, strict=True):
+        yield one, other, rounding
+
+
+def _bins(scores: mx.array) -> mx.array:
+    """Distances to each row's best score as `select` sees them; see metal/flash_head/select.h."""
+    certain = scores >= CERTAIN
+    best = mx.where(certain, mx.finfo(mx.float32).min, scores).max(axis=-1, keepdims=True)
+    distances = mx.floor((best - scores) * BINS_PER_NAT)
+    return mx.where(certain, -1, mx.minimum(distances, SELECT_BINS - 2))
+
+
+def scored_logits_agree(head: "FlashHead", dtype: mx.Dtype) -> float:
+    """The share of all V logits that the scores give as MLX's product with one state does, to the
+    last bit. Evaluates."""
+    steps, clustered = head.steps, head.clustered
+    hidden = mx.random.normal((1, head.hidden_size), key=mx.random.key(1)).astype(dtype)
+    every = Selection(mx.arange(head.n_clusters, dtype=mx.uint32)[None])
+    scored = steps.score(hidden, every).logits.reshape(1, -1)
+    same = in_token_order(scored, clustered.slot_of) == steps.dense(hidden)
+    return int(mx.sum(same)) / same.size

@@ -3,7 +3,7 @@
 Source: arXiv 2603.14591. docs/how-it-works.md has the steps and what differs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
@@ -15,7 +15,7 @@ from .clustered import Centroids, ClusteredRows
 from .draw import Draws
 from .matrix import Matrix
 from .portable import PortableSteps, faster_by_column
-from .steps import NO_DEPTH, Candidates, Proposal, Risk, Selection
+from .steps import NO_DEPTH, Candidates, Proposal, Risk, Screen, Selection
 
 # Score of clusters whose tokens must not be drawn. Finite, since -inf breaks softcaps, logit_bias
 # and JSON; so low that exp() of it is 0.
@@ -96,6 +96,10 @@ class FlashHead:
     def backend(self) -> str:
         """The path in use: "metal" or "mlx"."""
         return self._steps.name
+
+    @property
+    def steps(self) -> PortableSteps:
+        return self._steps
 
     @property
     def n_probes(self) -> int:
@@ -268,16 +272,6 @@ class FlashHead:
         probes, logits = selection.probes[:, :n_probes], candidates.logits[:, :n_probes]
         return Proposal(hidden, tokens, probes, logits, risk, expanded)
 
-    def joined(self, proposals, rows, tokens):
-        from .tmp_screen import joined
-
-        return joined(proposals, rows, tokens)
-
-    def certain(self, slots, proposal, draws, room, scored, epsilon):
-        from .tmp_screen import certain
-
-        return certain(self, slots, proposal, draws, room, scored, epsilon)
-
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
         """The scored tokens: hidden (..., D) → ids (..., p·cluster_size) uint32 and logits of the
         same shape. A padded slot has the id V and the dtype's lowest finite value."""
@@ -307,6 +301,27 @@ class FlashHead:
         """Stage 1 alone: hidden (..., D) → (..., C) float32, ALWAYS_PROBED for forced clusters."""
         scores = self._steps.route(hidden.reshape(-1, hidden.shape[-1]))
         return scores.reshape(*hidden.shape[:-1], self.n_clusters)
+
+    def joined(
+        self, proposals: Sequence[Proposal], rows: Sequence[tuple[int, int]], tokens: Sequence[int]
+    ) -> Proposal:
+        """Rows of several proposals as one, for a product of them all: ``rows`` are (index of a
+        proposal, row of it), with their ``tokens``. It has no risk and no full logits."""
+        hidden, probes, logits = self._steps.join(proposals, rows)
+        chosen = mx.array(list(tokens), mx.uint32)
+        return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)), None)
+
+    def certain(
+        self,
+        slots: mx.array,
+        proposal: Proposal,
+        draws: Draws | None,
+        room: mx.array,
+        scored_room: mx.array,
+        epsilon: float,
+    ) -> Screen:
+        """Which proposals are the dense choice for sure; see ``PortableSteps.screen``."""
+        return self._steps.screen(slots, proposal, draws, room, scored_room, epsilon)
 
     def embedding(self, token_ids: mx.array) -> mx.array:
         """Rows of a tied embedding: integers (...) → (..., D), as the dense embedding gives."""

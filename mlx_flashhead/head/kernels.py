@@ -1,18 +1,18 @@
 """The steps of a FlashHead as Metal kernels, one dispatch each: their arrays and threads. The files
 in ``metal/flash_head/`` hold the kernels, their plans and shapes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import Draws
-from .kernel_text import EXPAND_BODY, ROUTE_BODY, SAMPLE_BODY, SCORE_BODY, SELECT_BODY, header
 from .matrix import Matrix
 from .portable import PortableSteps
-from .steps import DEFAULT_RISK, NO_DEPTH, Candidates, Risk, Selection
+from .steps import DEFAULT_RISK, NO_DEPTH, Candidates, Proposal, Risk, Screen, Selection
 
 # The constants of the same names in metal/flash_head/constants.h.
 LANES = 32
@@ -22,12 +22,108 @@ SCORE_SIMDGROUPS = 8
 ROW_THREADS = 512
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
+SCREEN_CLUSTERS = 1024
+FOUND = 8
 MIN_PROBES = 8
 
+JOINED = 8  # sources of a join: Metal has 31 buffers
+PACKS = {5: 8, 6: 4}  # values of a pack, where it is not a word
 SHARED_POSITIONS = 4  # that share one reading of the centroids
 # Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions, by
 # the GPU, for more than 4,096 rows. Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
 MATRIX_FROM = 12
+
+
+# The kernels' bodies, one call each of a function in metal/flash_head/.
+ROUTE_BODY = """
+flash_head::route<D, C, H>(
+    {rows}, hidden, route_bias, scores, hidden_shape[0], threadgroup_position_in_grid,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+SELECT_BODY = """
+threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
+threadgroup uint shared[flash_head::SELECT_SHARED];
+threadgroup float sums[flash_head::ROW_SUMS];
+flash_head::select_probes<C>(
+    scores, flash_head::{words}, n_probes, depth, probes, unscored, histogram, shared, sums,
+    threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);
+"""
+SCORE_BODY = """
+threadgroup uint shared[flash_head::SCORE_SIMDGROUPS];
+flash_head::score<D, N, V, PADDED, PRODUCT>(
+    {rows}, hidden, probes, token_ids, {bias}, logits, best, shared, threadgroups_per_grid.x,
+    threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+EXPAND_BODY = """
+threadgroup uint shared[flash_head::WIDE_SIMDGROUPS];
+flash_head::expand<V, C, N>(
+    words, slot_of, logits, best, expanded, shared, best_shape[1], threadgroup_position_in_grid,
+    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+SAMPLE_BODY = """
+threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
+threadgroup uint shared[flash_head::SAMPLE_SHARED];
+threadgroup float sums[flash_head::ROW_SUMS];
+flash_head::sample<N, V, T>(
+    probes, token_ids, logits, best, unscored, settings, top_k, keys, fit, tokens, risk, histogram,
+    shared, sums, best_shape[1], threadgroup_position_in_grid.y, thread_index_in_threadgroup,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+
+SCREEN_BODY = """
+threadgroup atomic<uint> marks[flash_head::SCREEN_CLUSTERS / 32];
+threadgroup uint place[1];
+threadgroup float shared[6 * flash_head::WIDE_SIMDGROUPS];
+flash_head::screen<C, N, V, PADDED>(
+    slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, parts,
+    marks, place, shared, logits_shape[1], threadgroups_per_grid.x, threadgroup_position_in_grid,
+    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+CERTAIN_BODY = """
+threadgroup float shared[8 * flash_head::ROW_SIMDGROUPS];
+flash_head::certain<N, V>(
+    parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, epsilon,
+    sure, known, shared, logits_shape[1], parts_shape[1], threadgroup_position_in_grid.y,
+    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+JOIN_BODY = """
+const uint row = threadgroup_position_in_grid.y;
+const uint from = rows[2 * row + 1];
+const uint first = thread_position_in_grid.x;
+const uint step = threads_per_grid.x;
+const uint held = logits_0_shape[1];
+switch (rows[2 * row]) {{
+{cases}
+}}
+"""
+JOIN_CASE = """  case {i}:
+    flash_head::copy_row(hidden_{i}, from, hidden, row, D, first, step);
+    flash_head::copy_row(probes_{i}, from, probes, row, held, first, step);
+    flash_head::copy_row(logits_{i}, from, logits, row, held * N, first, step);
+    break;"""
+
+
+@cache
+def part(name: str) -> str:
+    """The text of one file of the kernels: of the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    file = Path("metal", "flash_head", f"{name}.h")
+    for folder in (package, package.parent):
+        if (folder / file).is_file():
+            return (folder / file).read_text(encoding="utf-8")
+    raise FileNotFoundError(
+        f"The kernels' file {file} is missing from this installation: install mlx-flashhead again."
+    )
+
+
+@cache
+def header(*names: str) -> str:
+    """The files that a kernel needs, "constants" and "values" first, without comments and
+    indentation: MLX copies and hashes this text at every call of a kernel (docs/speed.md)."""
+    text = "\n".join(map(part, ("constants", "values", *names)))
+    lines = (line.split("//")[0].strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
 
 
 def unsupported_formats(clustered: ClusteredRows) -> dict[str, str]:
@@ -45,8 +141,10 @@ class _StoredRows:
         self.arrays = [stored.arrays()[name] for name in stored.format.arrays]
         sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
         if stored.quantized:
-            # Words of 32 bits that a lane takes at once, as qmv in MLX's quantized.cpp does.
-            two = stored.hidden_size % (2 * LANES * 32 // stored.bits) == 0 and n_rows % 8 == 0
+            # Packs that a lane takes at once, words of 32 bits, of 5 and 6 bits 8 and 4 values: as
+            # qmv in MLX's quantized.cpp does.
+            pack = PACKS.get(stored.bits, 32 // stored.bits)
+            two = stored.hidden_size % (2 * LANES * pack) == 0 and n_rows % 8 == 0
             sizes["WORDS"] = 2 if two else 1
         self.template = [(name, size) for name, size in sizes.items() if name in maker]
         self.expression = f"flash_head::{maker}({', '.join(stored.format.arrays)})"
@@ -103,7 +201,18 @@ class MetalSteps(PortableSteps):
         self._select_words = self._kernel("select_words", inputs, outputs, body, *of_select)
         inputs = "probes token_ids logits best unscored settings top_k keys fit"
         outputs = "tokens risk"
-        self._sample = self._kernel("sample", inputs, outputs, SAMPLE_BODY, "histogram", "sample")
+        self._sample = self._kernel(
+            "sample", inputs, outputs, SAMPLE_BODY, "histogram", "noise", "sample"
+        )
+        inputs = "slots probes token_ids slot_of logits tokens settings keys room scored_room"
+        of_screen = ("noise", "screen")
+        self._screen = self._kernel("screen", inputs, "parts", SCREEN_BODY, *of_screen)
+        inputs = "parts probes token_ids logits tokens settings top_k keys room scored_room epsilon"
+        self._certain = self._kernel("certain", inputs, "sure known", CERTAIN_BODY, *of_screen)
+        sources = [f"hidden_{i} probes_{i} logits_{i}" for i in range(JOINED)]
+        cases = "\n".join(JOIN_CASE.format(i=i) for i in range(JOINED))
+        inputs, body = " ".join([*sources, "rows"]), JOIN_BODY.format(cases=cases)
+        self._join = self._kernel("join", inputs, "hidden probes logits", body, "join")
         inputs = "words slot_of logits best"
         self._expand = self._kernel("expand", inputs, "expanded", EXPAND_BODY, "expand")
 
@@ -222,6 +331,66 @@ class MetalSteps(PortableSteps):
             output_dtypes=[mx.uint32, mx.float32],
         )
         return tokens, chances
+
+    def join(
+        self, proposals: Sequence[Proposal], rows: Sequence[tuple[int, int]]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """One dispatch for up to 8 proposals; see ``PortableSteps.join``."""
+        form = proposals[0]
+        if form.probes.shape[-1] < MIN_PROBES:  # MLX passes small arrays in another address space
+            return super().join(proposals, rows)
+        if len(proposals) > JOINED:
+            first = [row for row in rows if row[0] < JOINED]
+            hidden, probes, logits = self.join(proposals[:JOINED], first)
+            form = form._replace(hidden=hidden, probes=probes, logits=logits)
+            place = iter(range(len(first)))
+            rest = [(0, next(place)) if i < JOINED else (i - JOINED + 1, row) for i, row in rows]
+            return self.join([form, *proposals[JOINED:]], rest)
+        sources = [*proposals, *[form] * (JOINED - len(proposals))]
+        arrays = [array for p in sources for array in (p.hidden, p.probes, p.logits)]
+        shapes = [(len(rows), *array.shape[1:]) for array in arrays[:3]]
+        hidden, probes, logits = self._join(
+            inputs=[*arrays, mx.array(list(rows), mx.uint32)],
+            template=self._of_sizes("DN"),
+            grid=(WIDE_THREADS * JOINED, len(rows), 1),
+            threadgroup=(WIDE_THREADS, 1, 1),
+            output_shapes=shapes,
+            output_dtypes=[array.dtype for array in arrays[:3]],
+        )
+        return hidden, probes, logits
+
+    def screen(
+        self,
+        slots: mx.array,
+        proposal: Proposal,
+        draws: Draws | None,
+        room: mx.array,
+        scored_room: mx.array,
+        epsilon: float,
+    ) -> Screen:
+        """Two dispatches; see ``PortableSteps.screen``."""
+        k, n_parts = len(slots), -(-self._sizes["C"] // SCREEN_CLUSTERS)
+        settings, top_k, keys = _greedy_draws(k) if draws is None else draws[:3]
+        rooms = room, scored_room
+        ids, chosen = self.clustered.token_ids, (proposal.logits, proposal.tokens, settings)
+        (parts,) = self._screen(
+            inputs=[slots, proposal.probes, ids, self.clustered.slot_of, *chosen, keys, *rooms],
+            template=[*self._of_sizes("CNV"), ("PADDED", self.clustered.padded)],
+            grid=(WIDE_THREADS * n_parts, k, 1),
+            threadgroup=(WIDE_THREADS, 1, 1),
+            output_shapes=[(k, n_parts, FOUND)],
+            output_dtypes=[mx.float32],
+        )
+        last = (top_k, keys, *rooms, mx.array(epsilon, mx.float32))
+        sure, known = self._certain(
+            inputs=[parts, proposal.probes, ids, *chosen, *last],
+            template=self._of_sizes("NV"),
+            grid=(ROW_THREADS, k, 1),
+            threadgroup=(ROW_THREADS, 1, 1),
+            output_shapes=[(k,), (k, 3)],
+            output_dtypes=[mx.bool_, mx.float32],
+        )
+        return Screen(sure, *(known[:, i] for i in range(3)))
 
 
 @cache

@@ -3,13 +3,23 @@ of the Metal kernels. Nothing here evaluates."""
 
 import ctypes
 import sys
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows
-from .draw import Draws, draw, noise
+from .draw import Draws, draw, noise, noise_of_all
 from .matrix import Matrix
-from .steps import DEFAULT_RISK, NO_DEPTH, Candidates, Risk, Selection, in_token_order
+from .steps import (
+    DEFAULT_RISK,
+    NO_DEPTH,
+    Candidates,
+    Proposal,
+    Risk,
+    Screen,
+    Selection,
+    in_token_order,
+)
 
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
@@ -22,13 +32,11 @@ BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
 # Rows that are dequantized at once: for all of them MLX's CPU build needs three times the floats.
 PIECE = 64
 
-REFERENCE = "the reference BLAS of the mlx wheel"  # for Linux, a slow one
+# Room for two implementations of a logarithm, and for sums of many exponentials.
+NOISE_ROOM, MASS_ROOM = 1e-5, 1e-4
+NEAREST = 32  # clusters that were not scored, of whose tokens the noise is computed for filters
 
-# Positions (B·L) up to which FlashHead is the faster path on a CPU: with the reference BLAS at any
-# number of probes. A fast BLAS multiplies many positions well, and there C/p is a limit too.
-CPU_POSITIONS = 32
-MEASURED = "measured on a CPU: docs/speed.md"
-ESTIMATED = "an estimate: C/p positions read as many rows as the dense head"
+REFERENCE = "the reference BLAS of the mlx wheel"  # for Linux, a slow one
 
 
 def blas_name() -> str:
@@ -74,21 +82,11 @@ class PortableSteps:
     def __init__(self, clustered: ClusteredRows):
         self.clustered = clustered
         self._on_cpu = mx.default_device().type == mx.cpu
-        self._reference_blas = self._on_cpu and blas_name() == REFERENCE
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
         self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
-        self.limit_reason = MEASURED if self._on_cpu else ESTIMATED  # of `max_positions`
 
     def arrays(self) -> list[mx.array]:
         return [] if self._centroids is None else [self._centroids]
-
-    def max_positions(self, n_probes: int) -> int:
-        """Positions (B·L) up to which these steps are the faster path. C/p positions read as many
-        rows as the dense head, which reads each of them once."""
-        if self._reference_blas:
-            return CPU_POSITIONS
-        by_rows = max(1, self.clustered.n_clusters // n_probes)
-        return min(by_rows, CPU_POSITIONS) if self._on_cpu else by_rows
 
     def product(self, hidden: mx.array) -> mx.array:
         """Logits of all slots, in their order: hidden (R, D) → (R, C·n)."""
@@ -201,3 +199,110 @@ class PortableSteps:
         gumbel = None if draws is None else noise(draws.keys, ids)
         tokens = draw(logits, gumbel, draws, ids, unscored[:, 1])
         return tokens, risk.of(candidates, unscored, draws)
+
+    def join(
+        self, proposals: Sequence[Proposal], rows: Sequence[tuple[int, int]]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The states, probes and logits of ``rows``, (index of a proposal, row of it) each."""
+        starts = [0]
+        for proposal in proposals:
+            starts.append(starts[-1] + len(proposal.hidden))
+        order = [starts[index] + row for index, row in rows]
+        hidden = mx.concatenate([proposal.hidden for proposal in proposals])
+        probes = mx.concatenate([proposal.probes for proposal in proposals])
+        logits = mx.concatenate([proposal.logits for proposal in proposals])
+        if order == list(range(starts[-1])):
+            return hidden, probes, logits
+        chosen = mx.array(order, mx.uint32)
+        return hidden[chosen], probes[chosen], logits[chosen]
+
+    def screen(
+        self,
+        slots: mx.array,
+        proposal: Proposal,
+        draws: Draws | None,
+        room: mx.array,
+        scored_room: mx.array,
+        epsilon: float,
+    ) -> Screen:
+        """Which proposals of k states are the dense choice for sure, by the logits of all slots.
+
+        Greedy: the token's logit is above every other. Drawn: the filters keep the token, and no
+        other that they may keep can have a higher noisy logit. metal/flash_head/screen.h has the
+        rules.
+
+        Args:
+            slots: (k, C, n) logits of all states at once, in the order of the clusters.
+            draws: Of the k states, greedy ones among them; None where all are.
+            room: (k,) float32, how far a logit may lie from that of its state alone.
+            scored_room: (k,) float32, likewise for a scored logit.
+            epsilon: Spacing of log-probabilities, relative: equal ones give the lowest id.
+        """
+        clustered, lowest = self.clustered, mx.finfo(mx.float32).min
+        low_high = mx.min(slots, axis=(1, 2)), mx.max(slots, axis=(1, 2))
+        largest = mx.maximum(-low_high[0], low_high[1]).astype(mx.float32)
+        room, scored_room = room[:, None], scored_room[:, None]
+        others = slots.astype(mx.float32)
+        others = mx.put_along_axis(others, proposal.probes[..., None], mx.array(-mx.inf), axis=1)
+        if clustered.padded:
+            others = mx.where(clustered.token_ids == clustered.vocab_size, -mx.inf, others)
+        best = mx.maximum(mx.max(others, axis=(1, 2)), lowest)[:, None]
+        tail = mx.logsumexp(others.flatten(1), axis=-1, keepdims=True)
+        ids = self.token_ids(proposal.probes).flatten(1)
+        own_token = proposal.tokens[:, None]
+        scored = proposal.logits.astype(mx.float32).flatten(1)
+        own = mx.max(mx.where(ids == own_token, scored, -mx.inf), axis=-1, keepdims=True)
+        rest = mx.where(ids == own_token, -mx.inf, scored)
+        second = mx.maximum(mx.max(rest, axis=-1, keepdims=True), lowest)
+        mass = mx.logsumexp(scored, axis=-1, keepdims=True)
+        most = mx.logaddexp(mass, tail + room)
+        certain = (own - second > 2 * scored_room + (most - second + 0.5) * epsilon) & (
+            own - best > room + scored_room + (most - best + 0.5) * epsilon
+        )
+        if draws is not None:
+            inverse, share, log_min_p = mx.split(draws.settings, 3, axis=-1)
+            count = draws.top_k[:, None]
+            least = mx.exp(mx.logaddexp(mass - scored_room, tail - room) - own)
+            most = mx.exp(mx.logaddexp(mass + scored_room, tail + room) - own)
+            floor, high = own - scored_room, rest + scored_room
+            # the mass of others above: their number times that of the best
+            n_others = (others + room[..., None] > floor[..., None]).sum(axis=(1, 2))[:, None]
+            above = mx.where(high > floor, mx.exp(high - own), 0).sum(axis=-1, keepdims=True)
+            above = above + n_others * mx.exp(mx.minimum(best + room - own, 80))
+            n_above = (high > floor).sum(axis=-1, keepdims=True) + n_others
+            sure = (share >= 1) | (above < share * least * (1 - MASS_ROOM))
+            sure &= (count == 0) | (n_above < count)
+            sure &= floor >= mx.maximum(second + scored_room, best + room) + log_min_p
+            worst = floor * inverse + noise(draws.keys, own_token)
+            worst = worst - NOISE_ROOM * mx.maximum(1, mx.abs(worst))
+            noisy = high * inverse + noise(draws.keys, ids)
+            rival = mx.max(mx.where(noisy >= worst, high, -mx.inf), axis=-1, keepdims=True)
+            rival = mx.maximum(rival, self._rival(others, room, inverse, worst, draws))
+            over = scored - scored_room > rival
+            mass_over = mx.where(over, mx.exp(scored - scored_room - own), 0).sum(axis=-1)[:, None]
+            dropped = (share < 1) & (mass_over >= share * most * (1 + MASS_ROOM))
+            dropped |= (count > 0) & (over.sum(axis=-1, keepdims=True) >= count)
+            dropped |= rival < mx.maximum(floor, second - scored_room) + log_min_p
+            sure &= (rival == -mx.inf) | dropped
+            certain = mx.where(inverse == 0, certain, sure)
+        return Screen(certain[:, 0], largest, best[:, 0], tail[:, 0])
+
+    def _rival(
+        self, others: mx.array, room: mx.array, inverse: mx.array, worst: mx.array, draws: Draws
+    ) -> mx.array:
+        """The highest logit that was not scored, (k, 1), whose noisy value reaches the worst of the
+        token: of all, or where the draws have filters of the nearest clusters and any other."""
+        ids, left = self.clustered.token_ids, mx.array(-mx.inf)
+        if all(s.filters or s.greedy for s in draws.of_rows) and len(ids) > NEAREST:
+            bests = mx.max(others, axis=-1)
+            order = mx.argpartition(-bests, kth=NEAREST, axis=-1)
+            left = mx.take_along_axis(bests, order[:, NEAREST : NEAREST + 1], axis=-1) + room
+            order = order[:, :NEAREST]
+            others, ids = mx.take_along_axis(others, order[..., None], axis=1), ids[order]
+            gumbel = noise(draws.keys, ids.flatten(1))
+        else:
+            real = mx.minimum(ids.reshape(-1), self.clustered.vocab_size - 1)
+            gumbel = mx.take(noise_of_all(draws.keys, self.clustered.vocab_size), real, axis=-1)
+        high = others.flatten(1) + room
+        reaches = high * inverse + gumbel >= worst
+        return mx.maximum(left, mx.max(mx.where(reaches, high, -mx.inf), axis=-1, keepdims=True))

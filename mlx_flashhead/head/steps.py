@@ -40,6 +40,15 @@ class Proposal(NamedTuple):
     full: mx.array | None  # (R, V) logits with estimates, if they were asked for
 
 
+class Screen(NamedTuple):
+    """What the logits of all tokens say of the proposals of k states."""
+
+    certain: mx.array  # (k,) bool, whether a proposal is the dense choice for sure
+    largest: mx.array  # (k,) float32, the largest absolute logit
+    best_unscored: mx.array  # (k,) float32
+    unscored_mass: mx.array  # (k,) float32, a log-sum-exp
+
+
 class Risk(NamedTuple):
     """How the estimate of that chance depends on what was not scored: for the best token exp(a -
     b·gap) of its distance to the best score of the other clusters, for a draw ``scale`` times their

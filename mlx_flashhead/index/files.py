@@ -96,6 +96,16 @@ def is_written_here(folder: Path) -> bool:
         return False
 
 
+def stored_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe in the settings of a folder, of any version; None without settings."""
+    try:
+        entry = _settings(folder)[0]
+    except ValueError:
+        return None
+    recipe = entry.get("recipe") if isinstance(entry, dict) else None
+    return recipe if isinstance(recipe, dict) else None
+
+
 def read_index(folder: Path) -> FlashHeadIndex:
     """Reads the FlashHead of a folder.
 

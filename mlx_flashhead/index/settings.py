@@ -18,7 +18,7 @@ REQUIRED = {
 AGAIN = "make it again with mlx_flashhead.convert"
 MAX_END_TOKENS = 64  # models have up to about ten; their clusters are scored at every position
 MAX_PADDING = 2  # slots per token; a conversion pads the last cluster alone
-MAX_MEASURED = 1000  # numbers of probes; a conversion tries about thirty
+MAX_MEASURED, MAX_RISKS = 1000, 4096  # numbers of probes, and positions with a recorded risk
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class FlashHeadConfig:
             ``coverage`` (shares of them), ``kl``, ``perplexity_ratio``, ``dense_perplexity``,
             ``dense_bytes``, and ``by_probes`` with the same at several numbers of probes.
         verification: For verified decoding: the ``risk`` that a proposal is rejected
-            (`conversion/probes.py`), and ``by_probes`` with the shares ``greedy_differs`` and
-            ``sampled_differs``. Empty without calibration.
-        recipe: How the checkpoint was made: `conversion/recipe.py`.
+            (`conversion/measures.py`), and ``by_probes`` with the shares ``greedy_differs`` and
+            ``sampled_differs``, and some ``risks``. Empty without calibration.
+        recipe: How the checkpoint was made: `conversion/options.py`.
     """
 
     vocab_size: int
@@ -140,5 +140,9 @@ def _is_row(row: Any, n_clusters: int) -> bool:
             "greedy_differs": int() | float() as greedy,
             "sampled_differs": int() | float() as sampled,
         }:
-            return 1 <= n_probes <= n_clusters and 0 <= greedy <= 1 and 0 <= sampled <= 1
+            shares = 0 <= greedy <= 1 and 0 <= sampled <= 1
+            risks = row.get("risks", [])
+            listed = isinstance(risks, list) and len(risks) <= MAX_RISKS
+            numbers = listed and all(type(risk) is int for risk in risks)
+            return 1 <= n_probes <= n_clusters and shares and numbers
     return False

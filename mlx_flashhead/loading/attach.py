@@ -8,23 +8,23 @@ from weakref import WeakKeyDictionary, ref
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..conversion.drafted_states import ANSWER_TOKENS, builtin_requests, drafted_states
+from ..conversion.calibration import ANSWER_TOKENS, builtin_requests, drafted_states
 from ..conversion.options import IndexOptions
 from ..head.flash_head import FlashHead
-from ..head.steps import Risk
 from ..lossless.policy import policy_of
 from ..lossless.sequence import random_state
 from ..models.compat.mlx_vlm import drafted_answer, when_drafted
-from ..models.install import get_flash_head, install
+from ..models.finer_head import give_fine_head
+from ..models.install import get_flash_head
 from ..models.libraries import architecture, is_vlm
 from ..models.locate import HeadLocation, check_plain_product, drafter_head, find_head
 from ..models.model_errors import UnsupportedHeadError
+from ..models.origin import local_origin
 from ..models.tokenizers import name_of, prompt_of, text_side
-from ..publishing.origin import Origin
 from . import head_cache as cache
-from .first_build import build_steps, finish
+from .background import build_steps, finish
 from .sources import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead, explicit_head
-from .tuned import MEASURING, tune_head
+from .tuned import install_stored
 
 # models of mlx-vlm, whose drafters may have heads of their own, their tokenizers and the choices
 _targets: WeakKeyDictionary[FlashHead, tuple[ref[nn.Module], Any, HeadOptions]]
@@ -39,9 +39,11 @@ def attach(
     n_probes: int | None = None,
     backend: str | None = None,
     build: bool = True,
+    fine_head: str | Path | None = None,
+    head_bits: int | None = None,
     progress: bool = True,
 ) -> FlashHead:
-    """Puts a FlashHead on a dense model. `detach` takes it off again.
+    """Puts a FlashHead on a dense model. `detach` takes it off again, and a finer head.
 
     Args:
         model: Any model of mlx-lm or mlx-vlm, with its final adapters and bits.
@@ -51,6 +53,9 @@ def attach(
         n_probes: Clusters scored per token; default: the FlashHead's own number.
         backend: "metal", "mlx" or None to choose.
         build: Build one if there is none, once, in a few minutes.
+        fine_head: A repository, folder or safetensors file of the original of a quantized model,
+            whose finer output head the model gets first. Where that fails, the model keeps its own.
+        head_bits: Bits of the finer head: 6, 8 (default) or 16.
         progress: Print steps and bars on standard error.
 
     Returns:
@@ -60,9 +65,18 @@ def attach(
         ValueError: If there is none and none may be built, if it belongs to another model or is
             damaged, or if an argument is not valid. The model stays unchanged.
     """
-    options = HeadOptions(flash_head, BUILD if build else REFUSE, n_probes, backend, progress)
-    origin = Origin(Path(name_of(tokenizer) or type(model).__module__).name)
-    head = attach_head(model, tokenizer, explicit_head(options), origin, options)
+    missing = BUILD if build else REFUSE
+    options = HeadOptions(
+        flash_head,
+        missing,
+        n_probes,
+        backend,
+        progress,
+        fine_head=fine_head,
+        head_bits=head_bits,
+    )
+    source = Path(name_of(tokenizer) or type(model).__module__)
+    head = attach_head(model, tokenizer, explicit_head(options), Path(source.name), options)
     assert head is not None  # only DENSE leaves it out
     return head
 
@@ -71,12 +85,12 @@ def attach_head(
     model: nn.Module,
     tokenizer: Any,
     stored: StoredHead | None,
-    origin: Origin,
+    source: Path,
     options: HeadOptions,
 ) -> FlashHead | None:
     """Puts the stored FlashHead on a dense model, else a kept one, else a new one, as `attach`.
 
-    Returns None for a model that stays dense.
+    ``source`` is the model's folder, or its name. Returns None for a model that stays dense.
     """
     if get_flash_head(model) is not None:
         raise ValueError("FlashHead is already installed on this model: detach it first.")
@@ -87,18 +101,21 @@ def attach_head(
         if may_stay_dense:
             return None
         raise
+    if options.fine_head:
+        attach_fine_head(location, source, options)
     rows = location.rows()
     stored = stored or cache.find(rows, options.say)
     if stored is None and may_stay_dense:
         return None
     if stored is None and options.missing == REFUSE:
         raise ValueError(
-            f"There is no FlashHead of {origin.known_as} yet, and `build=False` or several "
-            "processes build none: use the model without them once, or name one as `flash_head`."
+            f"There is no FlashHead of {local_origin(source).known_as} yet, and `build=False` or "
+            "several processes build none: use the model without them once, or name one as "
+            "`flash_head`."
         )
     check_plain_product(location)
     if stored is None:
-        steps = build_steps(model, tokenizer, location, origin=origin, options=options)
+        steps = build_steps(model, tokenizer, location, source=source, options=options)
         stored = finish(steps, options)
         assert stored is not None  # it has waited for other processes
     del rows  # the installation moves them
@@ -107,6 +124,22 @@ def attach_head(
         _targets[head] = ref(model), tokenizer, options
         when_drafted(_attach_to_drafter)
     return head
+
+
+def attach_fine_head(location: HeadLocation, source: Path, options: HeadOptions) -> None:
+    """Gives a quantized model the finer head that the options name; it keeps its own otherwise."""
+    assert options.fine_head is not None
+    try:
+        give_fine_head(
+            location,
+            source,
+            options.fine_head,
+            bits=options.head_bits,
+            say=options.say,
+            progress=options.progress,
+        )
+    except ValueError as error:
+        options.warn(f"Without a finer head: {error}")
 
 
 def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None:
@@ -136,9 +169,9 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
             )
             seconds = IndexOptions.calibration_seconds
             drafted = drafted_states(location, answers, text.eos_token_ids, seconds=seconds)
-            origin = Origin(architecture(drafter))
+            source = Path(architecture(drafter))
             steps = build_steps(
-                drafter, tokenizer, location, origin=origin, options=options, drafted=drafted
+                drafter, tokenizer, location, source=source, options=options, drafted=drafted
             )
             with random_state(mx.random.key(0)):
                 stored = finish(steps, options)
@@ -150,42 +183,3 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
         options.say(f"The drafter has no FlashHead: {error}")
     finally:
         _targets[head] = known
-
-
-def install_stored(
-    model: nn.Module,
-    stored: StoredHead,
-    options: HeadOptions,
-    location: HeadLocation | None = None,
-) -> FlashHead:
-    """Puts a stored FlashHead on a dense model, with the settings for this machine.
-
-    Raises:
-        ValueError: If it does not fit, or an option is not valid. The model stays unchanged.
-    """
-    index = stored.index
-    location = location or find_head(model)
-    near = index.check_fit(location.rows(), stored.source)
-    if near is not None:
-        options.say(near)
-    config, n_probes, unverified = index.config, options.n_probes, None
-    if n_probes is None and options.drafts:
-        n_probes = config.draft_probes
-    elif n_probes is None:
-        n_probes, unverified = config.n_probes, config.unverified_probes
-    head = install(
-        model,
-        index.token_ids,
-        index.centroids,
-        n_probes=n_probes,
-        unverified_probes=unverified,
-        risk=Risk.of_settings(config.verification),
-        eos_token_ids=config.eos_token_ids,
-        backend=options.backend,
-        location=location,
-    )
-    policy_of(head).draft_probes = options.n_probes or config.draft_probes
-    for step, _ in enumerate(tune_head(model, index, options)):
-        if step == 0:  # there is more to come
-            options.say(MEASURING)
-    return head

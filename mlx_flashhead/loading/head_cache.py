@@ -19,9 +19,9 @@ from ..common.new_folder import new_folder
 from ..head.matrix import Matrix
 from ..index.files import FlashHeadIndex, read_index, read_settings, write_companion
 from ..index.settings import FlashHeadConfig
+from ..models.fetch import home
 from .sources import StoredHead
 
-HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 # Version of the recipe. A new one builds all FlashHeads again.
 RECIPE = 1
 _NAME_LENGTH = 24  # of the 64 characters of a fingerprint
@@ -47,21 +47,6 @@ class Entry:
     def built_at(self) -> float:
         """When it was built, in seconds of the epoch."""
         return self.folder.stat().st_mtime
-
-
-def home() -> Path:
-    """The folder of kept FlashHeads: ``$MLX_FLASHHEAD_HOME``, else ``~/.cache/mlx_flashhead``.
-
-    Raises:
-        ValueError: If it is that of a user who does not exist.
-    """
-    folder = os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead"
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError as error:
-        raise ValueError(
-            f"The home directory in {folder} is not known: set {HOME_VARIABLE} to a folder."
-        ) from error
 
 
 def entries() -> list[Entry]:

@@ -10,8 +10,8 @@ from ..lossless.policy import policy_of
 from ..models.dense import load_dense, load_dense_part
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
-from ..publishing.origin import local_origin
-from .attach import attach_head
+from ..models.locate import find_head
+from .attach import attach_fine_head, attach_head
 from .sources import BUILD, DENSE, REFUSE, HeadOptions, bundled_head, explicit_head
 
 
@@ -29,6 +29,8 @@ def load(
     build: bool = True,
     n_probes: int | None = None,
     backend: str | None = None,
+    fine_head: str | Path | bool | None = None,
+    head_bits: int | None = None,
     progress: bool = True,
 ):
     """Loads a model with a FlashHead; takes ``mlx_lm.load``'s arguments and more.
@@ -49,6 +51,10 @@ def load(
         build: Build a FlashHead if there is none, once, in a few minutes.
         n_probes: Clusters scored per token; default: the FlashHead's own number.
         backend: "metal", "mlx" or None to choose.
+        fine_head: Give a quantized model the finer output head of its original: a repository, a
+            folder or a safetensors file, or True for the one that the model names. It is fetched
+            once. Where that fails, the model keeps its own, with a sentence.
+        head_bits: Bits of the finer head: 6, 8 (default) or 16.
         progress: Print steps and bars on standard error.
 
     Returns:
@@ -60,7 +66,15 @@ def load(
     """
     loaded = load_with_head(
         resolve(path_or_hf_repo, revision),
-        HeadOptions(flash_head, BUILD if build else REFUSE, n_probes, backend, progress),
+        HeadOptions(
+            flash_head,
+            BUILD if build else REFUSE,
+            n_probes,
+            backend,
+            progress,
+            fine_head=fine_head,
+            head_bits=head_bits,
+        ),
         tokenizer_config=tokenizer_config,
         model_config=model_config,
         adapter_path=adapter_path,
@@ -77,8 +91,16 @@ def load_with_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
     """
     stored = explicit_head(options) or bundled_head(folder, options)
     model, tokenizer, config = load_dense(folder, **of_mlx_lm)
-    attach_head(model, tokenizer, stored, local_origin(folder), options)
+    attach_head(model, tokenizer, stored, folder, options)
     return model, tokenizer, config
+
+
+def load_dense_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
+    """A folder's model with its normal (dense) head, or a finer one that the options name."""
+    loaded = load_dense(folder, **of_mlx_lm)
+    if options.fine_head:
+        attach_fine_head(find_head(loaded[0]), folder, options)
+    return loaded
 
 
 def load_draft(
@@ -153,7 +175,7 @@ def sharded_load(
         tokenizer_config=tokenizer_config,
         trust_remote_code=trust_remote_code,
     )
-    head = attach_head(model, tokenizer, stored, local_origin(folder), options)
+    head = attach_head(model, tokenizer, stored, folder, options)
     assert head is not None
     policy_of(head).lockstep = True
     return (model, tokenizer, config) if return_config else (model, tokenizer)

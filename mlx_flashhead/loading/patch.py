@@ -14,7 +14,7 @@ from ..lossless.generation import verified_loop
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.compat.patched_load import Load, caller_generates, patch_programs
 from ..models.fetch import resolve
-from ..publishing.origin import local_origin
+from ..models.origin import local_origin
 from .attach import attach_head
 from .sources import HeadOptions, bundled_head, explicit_head
 
@@ -34,14 +34,13 @@ def patch_load(options: HeadOptions) -> None:
 
     def attach_to(model: Any, tokenizer_of: Callable[[], Any], folder: Path) -> None:
         nonlocal warned
-        origin = local_origin(folder)
         try:
             stored = chosen or bundled_head(folder, options)
-            head = attach_head(model, tokenizer_of(), stored, origin, options)
+            head = attach_head(model, tokenizer_of(), stored, folder, options)
             assert head is not None  # only DENSE leaves it out
             options.say(
-                f"With FlashHead: {origin.known_as}, {head.n_probes:,} of {head.n_clusters:,} "
-                "clusters scored per token."
+                f"With FlashHead: {local_origin(folder).known_as}, {head.n_probes:,} of "
+                f"{head.n_clusters:,} clusters scored per token."
             )
         except (ValueError, OSError) as error:
             if not warned:

@@ -5,6 +5,7 @@ It asks the network only for repositories that the user names.
 
 import argparse
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,13 @@ class HeadOptions:
         if self.progress:
             text = with_flags(text) if self.flags else text
             print(printable(text), file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Says what is not as the user wanted it, whether there is progress to be shown or not."""
+        if self.progress:
+            self.say(text)
+        else:
+            warnings.warn(text, stacklevel=2)
 
 
 @dataclass(frozen=True)

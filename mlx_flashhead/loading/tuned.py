@@ -14,12 +14,14 @@ import mlx.nn as nn
 
 from ..common.new_folder import new_file
 from ..head.flash_head import FlashHead
+from ..head.steps import Risk
 from ..index.files import FlashHeadIndex
 from ..lossless.policy import policy_of
 from ..lossless.tuning import LEAST_GAIN, Tuning, is_busy, tune
-from ..models.install import hidden_dtype, installed_head
+from ..models.install import hidden_dtype, install, installed_head
+from ..models.locate import HeadLocation, find_head
 from . import head_cache as cache
-from .sources import HeadOptions
+from .sources import HeadOptions, StoredHead
 
 TUNING_VARIABLE = "MLX_FLASHHEAD_TUNING"
 MEASURING = "Measuring its speed on this machine, once …"
@@ -83,3 +85,42 @@ def _machine(head: FlashHead, model: nn.Module) -> str:
     dtype = str(hidden_dtype(model)).removeprefix("mlx.core.")
     rows = head.clustered.rows.format
     return f"{device}, {head.backend}, mlx {version('mlx')}, {rows} rows, {dtype}"
+
+
+def install_stored(
+    model: nn.Module,
+    stored: StoredHead,
+    options: HeadOptions,
+    location: HeadLocation | None = None,
+) -> FlashHead:
+    """Puts a stored FlashHead on a dense model, with the settings for this machine.
+
+    Raises:
+        ValueError: If it does not fit, or an option is not valid. The model stays unchanged.
+    """
+    index = stored.index
+    location = location or find_head(model)
+    near = index.check_fit(location.rows(), stored.source)
+    if near is not None:
+        options.say(near)
+    config, n_probes, unverified = index.config, options.n_probes, None
+    if n_probes is None and options.drafts:
+        n_probes = config.draft_probes
+    elif n_probes is None:
+        n_probes, unverified = config.n_probes, config.unverified_probes
+    head = install(
+        model,
+        index.token_ids,
+        index.centroids,
+        n_probes=n_probes,
+        unverified_probes=unverified,
+        risk=Risk.of_settings(config.verification),
+        eos_token_ids=config.eos_token_ids,
+        backend=options.backend,
+        location=location,
+    )
+    policy_of(head).draft_probes = options.n_probes or config.draft_probes
+    for step, _ in enumerate(tune_head(model, index, options)):
+        if step == 0:  # there is more to come
+            options.say(MEASURING)
+    return head

@@ -1,5 +1,6 @@
 """Fetches models: the folder of a path, or of a repository on the Hugging Face Hub."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
@@ -9,6 +10,8 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -16,6 +19,23 @@ from huggingface_hub.errors import (
 from ..common.repositories import redact
 from ..index.files import FILE_NAME
 from .compat.mlx_lm import DEFAULT_ALLOW_PATTERNS, download
+
+HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
+
+
+def home() -> Path:
+    """Where FlashHeads and finer heads are kept: $MLX_FLASHHEAD_HOME, or ~/.cache/mlx_flashhead.
+
+    Raises:
+        ValueError: If it is that of a user who does not exist.
+    """
+    folder = os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead"
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"The home directory in {folder} is not known: set {HOME_VARIABLE} to a folder."
+        ) from error
 
 
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
@@ -44,10 +64,11 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
         )
     except Exception as error:  # the Hub's client raises many unrelated types
         # the error's own text may hold the token
-        raise ValueError(_not_given(str(path_or_repo), revision, error)) from None
+        raise ValueError(hub_sentence(str(path_or_repo), revision, error)) from None
 
 
-def _not_given(name: str, revision: str | None, error: Exception) -> str:
+def hub_sentence(name: str, revision: str | None, error: Exception) -> str:
+    """What a user can do about an error of the Hub's client, without secrets."""
     missing, constants = f"There is no folder {name!r} here, and", huggingface_hub.constants
     page = f"{constants.ENDPOINT}/{name}"
     unreached = "the Hugging Face Hub cannot be reached: check the network and the name."
@@ -60,6 +81,8 @@ def _not_given(name: str, revision: str | None, error: Exception) -> str:
         "name, or log in with `hf auth login` if it is private.",
         RevisionNotFoundError: f"The repository {name} has no revision {revision!r}: its page "
         "lists them.",
+        RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another source.",
+        OfflineModeIsEnabled: f"{missing} {unreached}",
         HFValidationError: f"{missing} it cannot be a repository: give a folder or OWNER/NAME.",
         LocalEntryNotFoundError: f"{missing} {unreached}",
         Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check the "

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
 from .compat.mlx_vlm import keep_from_weights
+from .finer_head import restore_rows
 from .libraries import is_vlm
 from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
 
@@ -98,10 +99,18 @@ def _is_installed(layer: Any) -> bool:
 
 
 def detach(model: nn.Module) -> None:
-    """Restores the dense model, bit for bit; ValueError without a FlashHead."""
-    module = installed_module(model)
-    if module is None:
+    """Restores the dense model, bit for bit, with the rows that it had before a finer head;
+    ValueError if there is neither a FlashHead nor a finer head."""
+    installed = installed_module(model) is not None
+    if installed:
+        _uninstall(model)
+    if not restore_rows(model) and not installed:
         raise ValueError("There is no FlashHead on this model to detach.")
+
+
+def _uninstall(model: nn.Module) -> None:
+    module = installed_module(model)
+    assert module is not None
     head = module._flash_head
     for changed in model.modules():
         if isinstance(changed, _FlashModule | _FlashParent):
@@ -114,7 +123,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
     """The dense form of a model with a FlashHead. It has its own rows and shares all other arrays:
     their place in memory alone changes the time of a step by up to a tenth on a CPU."""
     dense = copy.deepcopy(model)
-    detach(dense)
+    _uninstall(dense)  # a finer head stays: it is the dense model's, too
     return dense
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head.formats import AFFINE
-from ..head.matrix import Matrix
+from ..head.matrix import AFFINE, Matrix
 from .compat.mlx_vlm import own_head
 from .compat.patching import replaced
 from .libraries import architecture, check_has_head, check_writes_text, forward, is_vlm

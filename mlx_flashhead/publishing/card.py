@@ -1,21 +1,115 @@
-"""The card, README.md, made from a folder's settings and the template in card.md.
+"""Model cards: what a base model's card says of it, and the card of a model with a FlashHead.
 
-A person may add text below a marker. Conversions and uploads keep it.
+The card, README.md, is made from a folder's settings and the template in card.md. A person may add
+text below a marker. Conversions and uploads keep it.
 """
 
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 
+from ..common.repositories import redacted_logs
 from ..common.tables import percent
 from ..index.files import FILE_NAME, is_companion
 from ..index.settings import FlashHeadConfig
-from .licences import Licence, changes_in
+from ..models.origin import Origin, is_repository, local_origin
+from .licences import LICENCE_FILES, Licence, as_list, changes_in, licence_files, recognise
 
+CARD_FILE = "README.md"
 MARKER = "<!-- mlx_flashhead: your own text goes below this line and is kept -->"
 RELATIONS = ("quantized", "adapter")
-SOURCES = {"given": "given text of many kinds", "file": "a text that was given"}
+SOURCES = {"builtin": "built-in text of many kinds", "file": "a text of the user's"}
+# Entries of a base model's card that hold for a derived model too.
+KEPT_METADATA = ("license", "license_name", "license_link", "language")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """A base model with its card's header and its licence."""
+
+    origin: Origin
+    metadata: dict = field(default_factory=dict)
+    licence: Licence | None = None  # one with conditions
+    files: tuple[Path, ...] = ()  # of its licence
+
+
+def find_provenance(
+    path_or_repo: str, folder: Path, base_model: str | None = None, license: str | None = None
+) -> Provenance:
+    """What the folder of a model and its card on the Hub say of it. The user may name its
+    repository, and its licence if the card names none."""
+    origin, documents = local_origin(folder), folder
+    in_cache = origin.revision is not None
+    if in_cache and not Path(path_or_repo).expanduser().is_dir():
+        # mlx-lm does not download these files
+        documents = _fetched_documents(origin.repo_id or "", origin.revision) or folder
+    elif base_model is not None and not (folder / CARD_FILE).exists():
+        documents = _fetched_documents(base_model) or folder
+    metadata = read_metadata(documents / CARD_FILE)
+    repo_id = base_model or (None if in_cache else _converted_from(metadata))
+    if repo_id not in (None, origin.repo_id):
+        origin = Origin(repo_id.rpartition("/")[2], repo_id)
+    return _provenance(origin, metadata, license, (documents, folder))
+
+
+def published_provenance(repo_id: str | None, license: str | None = None) -> Provenance:
+    """The same of a repository alone; empty if it cannot be reached."""
+    documents = _fetched_documents(repo_id) if is_repository(repo_id) else None
+    origin = Origin((repo_id or "model").rpartition("/")[2], repo_id if documents else None)
+    metadata = read_metadata(documents / CARD_FILE) if documents else {}
+    return _provenance(origin, metadata, license, (documents,) if documents else ())
+
+
+def _provenance(
+    origin: Origin, metadata: dict, license: str | None, folders: tuple[Path, ...]
+) -> Provenance:
+    metadata = with_licence(metadata, license)
+    files = tuple({file.name: file for each in folders for file in licence_files(each)}.values())
+    return Provenance(origin, metadata, recognise(metadata, files), files)
+
+
+def card_metadata(base: Provenance, relation: str = "quantized") -> dict:
+    """The header of a derived model's card: "quantized", or an "adapter" for a FlashHead alone."""
+    metadata = {key: base.metadata[key] for key in KEPT_METADATA if base.metadata.get(key)}
+    if base.licence is not None:
+        metadata = {"license": base.licence.identifier} | metadata
+    metadata |= {"library_name": "mlx", "pipeline_tag": "text-generation"}
+    if base.origin.repo_id is not None:
+        metadata |= {"base_model": base.origin.repo_id, "base_model_relation": relation}
+    elif bases := _texts(base.metadata, "base_model"):
+        # a folder of unknown origin may still name its own base model
+        metadata["base_model"] = bases if len(bases) > 1 else bases[0]
+        if named := base.metadata.get("base_model_relation"):
+            metadata["base_model_relation"] = named
+    if relation == "adapter":
+        metadata["base_model_relation"] = relation
+    tags = [*_texts(base.metadata, "tags"), "mlx", "flashhead"]
+    return metadata | {"tags": list(dict.fromkeys(tags))}
+
+
+def with_licence(metadata: dict, license: str | None) -> dict:
+    """A card's header with the licence that the user names; ValueError if the card names another
+    one."""
+    declared = metadata.get("license")
+    if license is None or license == declared:
+        return metadata
+    if declared:
+        raise ValueError(
+            f"`license` {license} contradicts the model's card, which says {declared}: leave it "
+            "out."
+        )
+    return metadata | {"license": license}
+
+
+def read_metadata(card: Path) -> dict:
+    """The header of a card; empty if there is no readable one."""
+    with suppress(Exception):  # a bad card must not stop a conversion
+        text = card.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("---"):
+            return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    return {}
 
 
 def write_card(
@@ -32,33 +126,33 @@ def write_card(
     The examples name it as ``model``, a repository or a folder. ``own_text`` is a person's.
     """
     base, link = metadata.get("base_model"), str(metadata.get("license_link"))
+    if not link.startswith("http"):  # the copy beside the card
+        link = next((file.name for file in licence_files(folder)), "")
     if not isinstance(base, str) or metadata.get("base_model_relation") not in RELATIONS:
         base = None
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters |= {"percent": percent, "size": _size, "number": _number}
-    template = environment.from_string(
-        Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    )
-    versions = config.recipe.get("versions", {})
-    body = template.render(
+    size = _size((folder / FILE_NAME).stat().st_size) if is_companion(folder) else None
+    licence_name = metadata.get("license_name") or metadata.get("license")
+    card = ModelCard.from_template(
+        ModelCardData(**metadata, ignore_metadata_errors=True),
+        template_path=str(Path(__file__).with_name("card.md")),
         title=title,
         model=model,
         base=base,
-        link=base and f"[{base}](https://huggingface.co/{base})",
-        size=(folder / FILE_NAME).stat().st_size if is_companion(folder) else None,
+        link=f"[{base}](https://huggingface.co/{base})" if base else None,
+        index_size=size,
         config=config,
+        report=config.report,
         source=SOURCES.get(config.calibration.get("source", "")),
-        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+        versions=", ".join(f"{k} {v}" for k, v in config.recipe.get("versions", {}).items()),
         licence=licence,
-        licence_name=metadata.get("license_name") or metadata.get("license"),
-        licence_link=link if link.startswith("http") else None,
+        licence_name=f"[{licence_name}]({link})" if licence_name and link else licence_name,
         changes=changes_in(folder),
+        percent=percent,
+        size=_size,
+        number=lambda value, decimals: "–" if value is None else f"{value:.{decimals}f}",
     )
-    header = ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()
-    text = f"---\n{header}\n---\n\n{body}\n{MARKER}\n{own_text}"
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    text = f"{card.content.rstrip()}\n\n{MARKER}\n{own_text}"
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
 def text_below_marker(card: str) -> str:
@@ -69,8 +163,25 @@ def text_below_marker(card: str) -> str:
     return below if marker else ModelCard(card, ignore_metadata_errors=True).text.strip("\n") + "\n"
 
 
-def _number(value: float | None, decimals: int) -> str:
-    return "–" if value is None else f"{value:.{decimals}f}"
+def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None:
+    """A folder with a repository's card and its licence; None if they cannot be downloaded."""
+    with suppress(Exception), redacted_logs():  # the Hub's client raises many unrelated types
+        patterns = [CARD_FILE, *LICENCE_FILES]
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    return None
+
+
+def _converted_from(metadata: dict) -> str | None:
+    """The repository that the card of a conversion names as its source."""
+    is_conversion = metadata.get("library_name") == "mlx" or (
+        metadata.get("base_model_relation") == "quantized"
+    )
+    bases = as_list(metadata.get("base_model"))
+    return bases[0] if is_conversion and len(bases) == 1 and is_repository(bases[0]) else None
+
+
+def _texts(metadata: dict, key: str) -> list[str]:
+    return [each for each in as_list(metadata.get(key)) if isinstance(each, str)]
 
 
 def _size(n_bytes: float) -> str:

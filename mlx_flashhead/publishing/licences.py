@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..index.files import is_companion
+from ..models.origin import begins_with
 
 LICENCE_FILES = ("LICEN[CS]E*", "*_LICEN[CS]E*", "USE_POLICY*", "*TERMS*", "NOTICE*", "Notice*")
 NOTICE_FILE = "NOTICE.txt"
@@ -86,17 +87,11 @@ def recognise(metadata: dict, files: Iterable[Path]) -> Licence | None:
 
 
 def check(
-    metadata: dict,
-    files: Sequence[Path],
-    repo_id: str | None,
-    *,
-    model: str,
-    place: Path,
-    before: str = "",
+    metadata: dict, files: Sequence[Path], repo_id: str | None, *, model: str, place: str
 ) -> None:
     """Refuses to make a model public whose licence is unknown, lacks its text or forbids the name.
 
-    A derived name, None, is allowed. ``before`` is a step before the text is put into ``place``.
+    A derived name, None, is allowed. ``place`` says where the text is to be saved.
     """
     licence = recognise(metadata, files)
     if licence is None:
@@ -107,7 +102,7 @@ def check(
             )
         return
     owner, _, name = (repo_id or "").rpartition("/")
-    if repo_id and not has_prefix(licence, name):
+    if repo_id and not begins_with(licence.prefix, name):
         raise ValueError(
             f"{repo_id} is not a name that the {licence.name} allows: it must begin with "
             f"{licence.prefix}, so call it {owner}/{licence.prefix}-{name}, for example."
@@ -115,16 +110,9 @@ def check(
     texts = [file for file in files if not file.name.lower().startswith("notice")]
     if not any(re.search(licence.text, _beginning(file)) for file in texts):
         raise ValueError(
-            f"The {licence.name} must be handed on with the model, but its text is missing: "
-            f"{before}save {licence.link} as LICENSE.txt in {place}, then upload with "
-            "mlx_flashhead.upload."
+            f"The {licence.name} must be passed on with the model, but its text is missing: save "
+            f"{licence.link} as LICENSE.txt in {place}, then upload with mlx_flashhead.upload."
         )
-
-
-def has_prefix(licence: Licence, name: str) -> bool:
-    """Whether the name begins with the licence's prefix; case and hyphens do not matter."""
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    return plain.startswith(re.sub(r"[^a-z0-9]", "", licence.prefix.lower()))
 
 
 def write_notice(licence: Licence | None, folder: Path) -> None:

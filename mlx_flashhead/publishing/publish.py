@@ -1,42 +1,51 @@
-"""Publishing a checkpoint: its name, its card, its licence, the upload."""
+"""Publishing on the Hugging Face Hub: sign in, reserve a repository, check the licence, write the
+card, upload. Errors of the Hub and its client become one sentence without the user's token."""
 
-import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
-from ..common.repositories import full_name, holds_secret
-from ..index.files import read_index
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from ..common.command import printable
+from ..common.repositories import full_name, holds_secret, redact, redacted_logs
+from ..index.files import is_companion, read_index
 from ..index.settings import FlashHeadConfig
-from . import hub, licences
-from .card import text_below_marker, write_card
-from .origin import CARD_FILE, Origin, read_metadata, with_licence
+from ..models.origin import begins_with
+from . import licences
+from .card import (
+    CARD_FILE,
+    Provenance,
+    card_metadata,
+    published_provenance,
+    read_metadata,
+    text_below_marker,
+    with_licence,
+    write_card,
+)
 
-MAX_NAME = 96
-MAX_TEXT_BYTES = 50_000_000
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+# Never part of a model, and often private. The client itself leaves out .git and .cache.
+NOT_UPLOADED = [".*", "*/.*", "*.log", "__pycache__/*"]
+WEIGHTS = "model*.safetensors"
+MAX_TEXT_BYTES = 50_000_000  # of a file that is searched for the token
 
 
-def checkpoint_name(origin: Origin, label: str | None) -> str:
-    """The name of a conversion's result: ``<model>-FlashHead``, with the label of a precision."""
-    # the Hub allows these characters, but neither "--" nor ".."
-    name = re.sub(r"[^\w.]+|\.{2,}", "-", origin.name, flags=re.ASCII).strip("-.") or "model"
-    name = name.removesuffix(f"-{label}").removesuffix("-FlashHead")
-    if origin.licence is not None and not licences.has_prefix(origin.licence, name):
-        name = name.removeprefix("Meta-")
-        if not licences.has_prefix(origin.licence, name):
-            name = f"{origin.licence.prefix}-{name}"
-    ending = f"-FlashHead-{label}" if label else "-FlashHead"
-    return name[: MAX_NAME - len(ending)].rstrip("-.") + ending
-
-
-def add_documents(folder: Path, origin: Origin, config: FlashHeadConfig, target: Path) -> None:
+def add_documents(
+    folder: Path, base: Provenance, config: FlashHeadConfig, relation: str, target: Path
+) -> None:
     """Writes a new checkpoint's card and puts the licence's files beside it. Those of an older one
     in ``target``, the folder's final place, stay, and so does the text below its card's marker."""
-    for file in [*licences.licence_files(target), *origin.files]:
+    for file in [*licences.licence_files(target), *base.files]:
         shutil.copy(file, folder)
-    licences.write_notice(origin.licence, folder)
-    recipe, own = config.recipe, text_below_marker(_card(target))
-    write_card(folder, recipe["metadata"], config, origin.licence, recipe["name"], target.name, own)
+    licences.write_notice(base.licence, folder)
+    own, title = text_below_marker(_card(target)), config.recipe["name"]
+    metadata = card_metadata(base, relation)
+    write_card(folder, metadata, config, base.licence, title, target.name, own)
 
 
 def publish(
@@ -56,26 +65,122 @@ def publish(
         ValueError: If the folder may not be published, or the Hub refuses. The folder is kept.
     """
     config = read_index(folder).config
-    metadata = read_metadata(folder / CARD_FILE) or config.recipe.get("metadata", {})
-    metadata = with_licence(metadata, license)
-    files = licences.licence_files(folder)
+    metadata, texts = with_licence(read_metadata(folder / CARD_FILE), license), ()
+    if not (folder / CARD_FILE).exists():  # made at the first use of a model, which reads no card
+        base = published_provenance(config.recipe.get("model"), license)
+        relation = "adapter" if is_companion(folder) else "quantized"
+        metadata, texts = card_metadata(base, relation), base.files
+    files = [*licences.licence_files(folder), *texts]
     licence = licences.recognise(metadata, files)
-    if licence is not None:
-        metadata = {"license": licence.identifier} | metadata
-    user = hub.sign_in()
+    user = sign_in()
     name = repo or config.recipe.get("name")
     if name is None:
         raise ValueError(f"{folder} does not hold its own name: give OWNER/NAME as `repo`.")
+    if licence is not None:
+        metadata = {"license": licence.identifier} | metadata
+        if repo is None and not begins_with(licence.prefix, name):
+            name = f"{licence.prefix}-{name}"
     repo_id = full_name(name, user)
-    licences.check(metadata, files, repo_id, model=str(folder), place=folder)
+    licences.check(metadata, files, repo_id, model=str(folder), place=str(folder))
     _check_secrets(folder)
-    address = hub.reserve(repo_id, user, private)
-    own = text_below_marker(_card(folder)) or text_below_marker(hub.read_card(repo_id))
+    address = reserve(repo_id, user, private)
+    own = text_below_marker(_card(folder)) or text_below_marker(_published_card(repo_id))
+    for file in texts:
+        shutil.copy(file, folder)
     licences.write_notice(licence, folder)
     write_card(folder, metadata, config, licence, repo_id.rpartition("/")[2], repo_id, own)
     say(f"Uploading {folder} to {repo_id}")
-    hub.upload(folder, repo_id)
+    failed = (
+        f"{repo_id} could not be uploaded (%s): the model is kept in {folder}, and "
+        f"`mlx_flashhead.upload --path {folder} --repo {repo_id}` continues without sending stored "
+        "files again."
+    )
+    with _client(failed, failed, failed) as api:
+        api.upload_folder(
+            folder_path=folder,
+            repo_id=repo_id,
+            commit_message="Upload FlashHead",
+            ignore_patterns=list(NOT_UPLOADED),  # which the client changes
+            # of the repository: mlx-lm reads every file of weights
+            delete_patterns=None if is_companion(folder) else WEIGHTS,
+        )
     return address
+
+
+def sign_in() -> str:
+    """The name of the user whose token is used, or a ValueError if it may not write."""
+    if get_token() is None:
+        raise ValueError(f"An upload needs a Hugging Face token, but there is none: {LOGIN}.")
+    with _client(
+        f"The Hugging Face Hub does not accept the token: get another one from {TOKENS_PAGE}, "
+        f"then {LOGIN}."
+    ) as api:
+        account = api.whoami()
+        name = str(account["name"])
+        role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read":
+        raise ValueError(
+            f"The Hugging Face token may only read: make one that may write at {TOKENS_PAGE}, then "
+            f"{LOGIN}."
+        )
+    return name
+
+
+def reserve(repo_id: str, user: str, private: bool = False) -> str:
+    """Creates the repository, or checks that the user may write to it. Returns its address."""
+    with _client(
+        f"{user} may not write to {repo_id}: choose another name, such as "
+        f"{user}/{repo_id.rpartition('/')[2]}, or get a token that may.",
+        f"{repo_id} cannot be created on the Hugging Face Hub (%s): choose another name.",
+    ) as api:
+        address = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        api.auth_check(repo_id, write=True)  # create_repo accepts any visible repository
+        is_public = private and not api.repo_info(repo_id).private
+    if is_public:
+        raise ValueError(
+            f"{repo_id} exists already and is public, in spite of `private=True`: choose another "
+            "name, or make it private on its page."
+        )
+    return str(address)
+
+
+def _published_card(repo_id: str) -> str:
+    """The text of a repository's card, empty if there is none."""
+    with _client() as api:
+        try:
+            path = api.hf_hub_download(repo_id, CARD_FILE)
+        except Exception as error:
+            if _status(error) != 404:
+                raise
+            return ""
+    return Path(path).read_text(encoding="utf-8-sig")
+
+
+@contextmanager
+def _client(refused: str = "", failed: str = "", unreachable: str = "") -> Iterator[HfApi]:
+    """The Hub's client. Its errors become one of these sentences, with the reason as %s."""
+    try:
+        with redacted_logs():
+            yield HfApi()
+    except Exception as error:  # the Hub's client raises many unrelated types
+        offline = isinstance(error, OfflineModeIsEnabled)
+        remedy = "unset HF_HUB_OFFLINE" if offline else "check the network and try again"
+        sentence = unreachable or f"The Hugging Face Hub cannot be reached (%s): {remedy}."
+        status = _status(error)
+        if status is not None:
+            sentence = (refused if status in (401, 403) else failed) or sentence
+        causes = (error, error.__cause__) if error.__cause__ else (error,)
+        texts = [" ".join(str(each).split()).rstrip(".:") or type(each).__name__ for each in causes]
+        reason = printable(redact(": ".join(dict.fromkeys(texts))))
+        # `from None`: the client's own message may hold the token
+        raise ValueError(sentence.replace("%s", shorten(reason, 300, placeholder=" …"))) from None
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The status of the Hub's answer that caused an error, or None."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return None if error is None else error.response.status_code
 
 
 def _check_secrets(folder: Path) -> None:

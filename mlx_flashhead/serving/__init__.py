@@ -1,17 +1,17 @@
 """The HTTP server: OpenAI's API for FlashHead models, and a page for browsers.
 
 A request, traced. ``serve`` opens the port, and starts the engine, which loads the models by
-``served_models`` in its own thread. Then each connection has a thread.
+``served_models`` in its own thread. uvicorn's event loop in the main thread does the rest.
 
-1. ``network/connections`` limits connections, and the time in which a request must arrive.
-2. ``network/guard`` asks ``network/access`` whether it may be served: its Host, its Origin, its
-   token, its size. A file of the page is sent from here (``network/page_files``).
+1. ``network/connections`` limits uvicorn's connections, and the time for a request to arrive.
+2. ``network/access`` checks whether it may be served: its Host, Origin, token and size. It answers
+   errors, and writes the log. Files of the page come from ``network/page_files``.
 3. ``endpoints`` reads the body: ``protocol/requests`` checks each field, ``engine/jobs`` fills
    in the chat template and makes tokens. A mistake is an ``ApiError`` (``protocol/api_error``).
 4. Each answer is a job (``engine/jobs``) in the queue of ``engine/engine``, the one thread that
    computes. It reads the prompt a chunk at a time, from the longest beginning that is kept
    (``engine/prefill``), and decodes it beside the others (``engine/decoding``).
-5. Each token comes back through the request's queue: its text, its calls of tools,
+5. Each token comes back through the answer's queue: its text, its calls of tools,
    and its log-probabilities. ``protocol/completions`` makes OpenAI's JSON of them, which
    ``endpoints`` sends whole or in chunks.
 """

@@ -1,170 +1,255 @@
-"""Answers requests of OpenAI's API."""
+"""Answers requests of OpenAI's API: in the event loop, with what the engine's thread computes."""
 
+import asyncio
+import time
 from argparse import Namespace
-from collections.abc import Iterator
-from http import HTTPStatus
-from queue import Empty
-from threading import BoundedSemaphore
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
-from urllib.parse import unquote
+
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
 
 from .engine.engine import Engine
-from .engine.jobs import Job, Progress, Token, jobs_of
-from .network.connections import LimitedServer
-from .network.guard import GuardedHandler
+from .engine.jobs import Job, Progress, jobs_of
+from .network.access import json_response, read_body
+from .network.page_files import PAGE_ROUTES
 from .protocol.api_error import ApiError, dumps, loads
 from .protocol.completions import Choice, envelope
 from .protocol.requests import find_model, read_request
 from .served_models import ServedModel
 
-MODELS_PATH = "/v1/models"
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 TEXT_PATHS = ("/v1/completions",)
-# How often a waiting client's connection is checked.
-_LOOK_SECONDS = 0.25
 _PREPARED_AT_ONCE = 8
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+]
 
 
-class ApiServer(LimitedServer):
-    """A server, with the state that all requests share."""
+class Api:
+    """The endpoints, with the state that all requests share."""
 
-    flags: Namespace
-    engine: Engine
-    models: list[ServedModel]  # the default first
-    started: int  # in seconds since 1970
-    # held while a body becomes tokens, which may take many times its size
-    preparing = BoundedSemaphore(_PREPARED_AT_ONCE)
+    def __init__(self, flags: Namespace, engine: Engine):
+        self.engine, self._flags, self._started = engine, flags, int(time.time())
+        self._end: ApiError | None = None  # why no request is answered any more
+        self._answers: set[Answer] = set()  # in progress
+        # where bodies become tokens, which may take many times their size
+        self._readers = ThreadPoolExecutor(_PREPARED_AT_ONCE, "read")
+
+    def router(self) -> Router:
+        """The paths."""
+        posts = [Route(path, self.complete, methods=["POST"]) for path in CHAT_PATHS + TEXT_PATHS]
+        gets = {
+            "/health": self.health,
+            "/v1/models": self.list_models,
+            "/v1/models/{name:path}": self.show_model,
+            "/page/info.json": self.page_info,
+        }
+        routes = [*posts, *(Route(path, get) for path, get in gets.items()), *PAGE_ROUTES]
+        return Router(routes, redirect_slashes=False)
+
+    def fail_answers(self, message: str, *, for_good: bool = False) -> None:
+        """Ends the answers in progress with an error; ``for_good`` also those to come."""
+        problem = ApiError(message, status=503)
+        if for_good:
+            self._end = problem
+        for answer in self._answers:
+            answer.events.put((0, problem))
+
+    async def health(self, request: HttpRequest) -> Response:
+        status = engine_status(self.engine)
+        value: dict[str, Any] = {"status": status}
+        if status != "loading":
+            value["decoding"] = {served.name: decoding(served) for served in self._models}
+        return json_response(value, 200 if status == "ok" else 503)
+
+    async def list_models(self, request: HttpRequest) -> Response:
+        names = [name for served in self._models for name in served.names]
+        return json_response({"object": "list", "data": [*map(self._model, names)]})
+
+    async def show_model(self, request: HttpRequest) -> Response:
+        return json_response(self._model(request.path_params["name"]))
+
+    async def page_info(self, request: HttpRequest) -> Response:
+        """What the page needs: the models, and the defaults of requests."""
+        flags = self._flags
+        settings = {"temperature": flags.temp, "top_p": flags.top_p, "max_tokens": flags.max_tokens}
+        return json_response(settings | {"models": [*map(_page_model, self._models)]})
+
+    async def complete(self, request: HttpRequest) -> "Answer":
+        """Answers a chat, or continues texts."""
+        models, chat = self._models, request.scope["path"] in CHAT_PATHS
+        loop, body = asyncio.get_running_loop(), await read_body(request)
+        jobs = await loop.run_in_executor(self._readers, _read, body, chat, models, self._flags)
+        return Answer(self, jobs, request.state.notes)
+
+    def begin(self, answer: "Answer") -> None:
+        """Lets the engine compute an answer."""
+        if self._end is not None:
+            raise self._end
+        self._answers.add(answer)
+        self.engine.submit(answer.jobs)
+
+    def end(self, answer: "Answer") -> None:
+        """Stops what is still computed of an answer."""
+        self._answers.discard(answer)
+        for job in answer.jobs:
+            job.cancelled = True
+
+    @property
+    def _models(self) -> list[ServedModel]:
+        """The models, the default first; an ApiError while there are none."""
+        if self._end is not None:
+            raise self._end
+        if not self.engine.models.done():
+            raise ApiError("The model is being loaded: try again in a moment.", status=503)
+        return self.engine.models.result()
+
+    def _model(self, name: str) -> dict[str, Any]:
+        served = find_model(self._models, name)
+        owner = {"created": self._started, "owned_by": "mlx_flashhead"}
+        return {"id": name, "object": "model", "decoding": decoding(served)} | owner
 
 
-class ApiHandler(GuardedHandler):
-    server: ApiServer
+class Events:
+    """What happens to an answer, in order: the engine's events, a client that leaves, the end."""
 
-    def get(self, path: str) -> None:
-        server = self.server
-        if path == "/health":
-            heads = [served.head_in_use for served in server.models]
-            word, status = ("ok", 200) if server.engine.healthy else ("unavailable", 503)
-            self.send_json({"status": word, "heads": heads}, status)
-        elif path == "/page/info.json":
-            flags, models = server.flags, [*map(_page_model, server.models)]
-            settings = {"temperature": flags.temp, "top_p": flags.top_p}
-            self.send_json(settings | {"max_tokens": flags.max_tokens, "models": models})
-        elif path == MODELS_PATH:
-            names = [name for served in server.models for name in served.names]
-            self.send_json({"object": "list", "data": [*map(self._model, names)]})
-        elif path.startswith(f"{MODELS_PATH}/"):
-            self.send_json(self._model(unquote(path.removeprefix(f"{MODELS_PATH}/"))))
-        else:
-            raise ApiError(f"There is nothing at {path[:200]}.", status=404)
+    def __init__(self) -> None:
+        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        self.get = self._queue.get
 
-    def post(self, path: str) -> None:
-        server, chat = self.server, path in CHAT_PATHS
-        if path not in CHAT_PATHS + TEXT_PATHS:
-            places = ", ".join(TEXT_PATHS + CHAT_PATHS)
-            raise ApiError(f"There is nothing at {path[:200]}: post to {places}.", status=404)
-        with server.answering(self.connection, self.client_address[0]):
-            body = self.read_body()
-            with server.preparing:
-                request = read_request(
-                    _parsed(body), chat=chat, models=server.models, defaults=server.flags
-                )
-                jobs = jobs_of(request)
-            del body
-            server.engine.submit(jobs)
-            try:
-                self._stream(jobs) if request.stream else self._send_whole(jobs)
-            finally:
-                for job in jobs:
-                    job.cancelled = True
-                tokens = "{prompt_tokens:,} + {completion_tokens:,} tokens"
-                self.note(tokens.format(**_usage(jobs)))
-                if (speed := speed_of(jobs)) is not None:
-                    self.note(f"{speed:.1f} tokens/s")
+    def put(self, event: Any) -> None:
+        """Adds an event, from any thread."""
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
-    def _send_whole(self, jobs: list[Job]) -> None:
-        head = envelope(jobs[0].request)
-        choices = [Choice(job.request, job.index) for job in jobs]
-        for _ in self._parts(jobs, choices):
-            pass  # the choices keep them
-        whole = [choice.whole() for choice in choices]
-        self.send_json(head | {"choices": whole, "usage": _usage(jobs)})
 
-    def _stream(self, jobs: list[Job]) -> None:
-        request = jobs[0].request
-        head = envelope(request)
-        last = head | {"choices": []}
-        if request.include_usage:
-            head["usage"] = None
-        choices = [Choice(request, job.index) for job in jobs]
-        self.send_response(HTTPStatus.OK)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Cache-Control", "no-store")
-        self.end_headers()
+class Answer:
+    """The response to a request for texts, whole or as a stream of server-sent events."""
+
+    def __init__(self, api: Api, jobs: list[Job], notes: list[str]):
+        self.jobs, self.events = jobs, Events()
+        self._api, self._notes, self._request = api, notes, jobs[0].request
+        self._choices = [Choice(job.request, job.index) for job in jobs]
+        for job in jobs:
+            job.events = self.events  # type: ignore[assignment]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        watch = asyncio.create_task(self._watch(receive))
         try:
-            for part in self._parts(jobs, choices):
-                if isinstance(part, Progress):  # a comment, which clients ignore and the page shows
-                    self._write(f": prompt {part.done}/{part.total}")
-                else:
-                    self._write(f"data: {dumps(head | {'choices': [part]})}")
-        except ApiError as problem:
-            self._write(f"data: {dumps(problem.as_json())}")
-            return
-        if (speed := speed_of(jobs)) is not None:
-            self._write(f": {speed:.2f} tokens/s")
-        if request.include_usage:
-            self._write(f"data: {dumps(last | {'usage': _usage(jobs)})}")
-        self._write("data: [DONE]")
+            self._api.begin(self)
+            if self._request.stream:
+                await self._stream(send)
+            else:
+                async for _ in self._parts():
+                    pass  # the choices keep them
+                response = await asyncio.to_thread(self._whole)
+                await response(scope, receive, send)
+        finally:
+            watch.cancel()
+            self._api.end(self)
+            self._note()
 
-    def _parts(self, jobs: list[Job], choices: list[Choice]) -> Iterator[Progress | dict[str, Any]]:
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._api.end(self)  # at once, whatever is still in the queue
+        self.events.put((0, ClientDisconnect()))
+
+    async def _parts(self) -> AsyncIterator[Progress | dict[str, Any]]:
         """What comes of the jobs until all are complete: parts of prompts, and chunks' choices."""
-        while any(choice.finish_reason is None for choice in choices):
-            try:
-                index, event = jobs[0].events.get(timeout=_LOOK_SECONDS)
-            except Empty:
-                event = None
-            if self.client_has_gone():
-                raise ConnectionAbortedError
-            if isinstance(event, ApiError):
+        while any(choice.finish_reason is None for choice in self._choices):
+            index, event = await self.events.get()
+            if isinstance(event, ApiError | ClientDisconnect):
                 raise event
             if isinstance(event, BaseException):
                 raise ApiError("The answer has failed: see the server's log.", status=500)
             if isinstance(event, Progress):
                 yield event
-            elif isinstance(event, Token):
-                if (chunk := choices[index].add(event)) is not None:
-                    yield chunk
-            elif not self.server.engine.healthy:
-                raise ApiError("The server has lost the thread that answers.", status=503)
+            elif (chunk := self._choices[index].add(event)) is not None:
+                yield chunk
 
-    def _write(self, line: str) -> None:
-        self.wfile.write(f"{line}\n\n".encode())
+    def _whole(self) -> Response:
+        choices = [choice.whole() for choice in self._choices]
+        usage = _usage(self.jobs)
+        return json_response(envelope(self._request) | {"choices": choices, "usage": usage})
 
-    def _model(self, name: str) -> dict[str, Any]:
-        served = find_model(self.server.models, name)
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.server.started,
-            "owned_by": "mlx_flashhead",
-            "head": served.head_in_use,
-        }
+    async def _stream(self, send: Send) -> None:
+        async def write(line: str, more: bool = True) -> None:
+            body = f"{line}\n\n".encode()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
+
+        head = envelope(self._request)
+        last = head | {"choices": []}
+        if self._request.include_usage:
+            head["usage"] = None
+        start = {"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS]}
+        await send(start)
+        try:
+            async for part in self._parts():
+                if isinstance(part, Progress):  # a comment, which clients ignore and the page shows
+                    await write(f": prompt {part.done}/{part.total}")
+                else:
+                    await write(f"data: {dumps(head | {'choices': [part]})}")
+        except ApiError as problem:
+            self._notes.append(f"ended by an error: {problem}")
+            await write(f"data: {dumps(problem.as_json())}", more=False)
+            return
+        await write(f": decoding {self._decoding}")
+        if (speed := speed_of(self.jobs)) is not None:
+            await write(f": {speed:.2f} tokens/s")
+        if self._request.include_usage:
+            await write(f"data: {dumps(last | {'usage': _usage(self.jobs)})}")
+        await write("data: [DONE]", more=False)
+
+    @property
+    def _decoding(self) -> str:
+        return decoding(self._request.served, self._request.dense, self._request.n_probes)
+
+    def _note(self) -> None:
+        """Describes the answer in the log: the model, tokens, their speed, how it was decoded."""
+        usage, speed = _usage(self.jobs), speed_of(self.jobs)
+        tokens = "{prompt_tokens:,} + {completion_tokens:,} tokens".format(**usage)
+        rate = [] if speed is None else [f"{speed:.1f} tokens/s"]
+        self._notes[:0] = [self._request.served.name, tokens, *rate, self._decoding]
+
+
+def engine_status(engine: Engine) -> str:
+    """The state of the engine for clients: "loading", "ok" or "failing"."""
+    if not engine.models.done():
+        return "loading"
+    return "ok" if engine.healthy else "failing"
+
+
+def decoding(served: ServedModel, dense: bool | None = None, n_probes: int | None = None) -> str:
+    """What a request gets, in a sentence: "verified", "unverified", or "dense" and the reason."""
+    return served.decoding(dense=dense, n_probes=n_probes)
 
 
 def _page_model(served: ServedModel) -> dict[str, Any]:
-    if (head := served.head) is None:
-        return {"name": served.name}
-    probes = {"n_probes": head.n_probes, "n_clusters": head.n_clusters}
-    return {"name": served.name, "dense": served.dense} | probes
+    model = {"name": served.name, "dense": served.dense, "decoding": decoding(served)}
+    if served.head is not None:
+        head = served.head
+        model |= {"flash_head": decoding(served, dense=False), "n_probes": head.n_probes}
+        model["n_clusters"] = head.n_clusters
+    return model
 
 
-def _parsed(body: bytes) -> dict[str, Any]:
+def _read(body: bytes, chat: bool, models: list[ServedModel], flags: Namespace) -> list[Job]:
+    """The jobs of a request's body; an ApiError if it cannot be served."""
     try:
         value = loads(body)
     except ValueError as error:
         raise ApiError(f"The body is not JSON: {error}.") from None
     if not isinstance(value, dict):
         raise ApiError("The body must be a JSON object.")
-    return value
+    return jobs_of(read_request(value, chat=chat, models=models, defaults=flags))
 
 
 def _usage(jobs: list[Job]) -> dict[str, Any]:

@@ -1,44 +1,117 @@
 """The HTTP server: a port, the generating thread behind it, its log and its end."""
 
+import asyncio
 import errno
 import logging
 import os
 import signal
 import socket
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Thread
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import uvicorn
 
 from ..common.command import printable
-from .endpoints import ApiHandler, ApiServer
+from .endpoints import Api, decoding
 from .engine.engine import Engine
-from .network.addresses import access_of
+from .network.access import Access, FrontDoor, access_of
+from .network.addresses import announce, own_address, url
+from .network.connections import MAX_HEAD_BYTES, Connections, connection_factory
 from .served_models import load_models
 
 # A token or a chunk of a prompt is computed within this time, or the process ends without it.
 END_SECONDS = 3.0
+_LOOK_SECONDS = 0.5
+SHUTTING_DOWN = "The server is shutting down."
+LOST = "The server does not come back from a computation: start it again."
 
 
-@contextmanager
-def serving(flags: Namespace) -> Iterator[ApiServer]:
-    """A block in which the models of the flags are served; a ValueError if they cannot be."""
-    with _listen(flags.host, flags.port) as server:
+class Server(uvicorn.Server):
+    """uvicorn's server, with a front door and limits of connections."""
+
+    def __init__(self, app: Any, access: Access):
+        connections = Connections()
+        super().__init__(
+            uvicorn.Config(
+                FrontDoor(app, access, connections),
+                loop="asyncio",
+                http=connection_factory(connections),  # type: ignore[arg-type]
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,  # its lines would hold tokens
+                proxy_headers=False,  # any client could name another address
+                server_header=False,
+                headers=[("Server", "mlx_flashhead"), ("Connection", "close")],
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                timeout_graceful_shutdown=2,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Ends the server at a signal, the process at a second one.
+
+        C++ code in other threads aborts if the interpreter is finalized meanwhile. So neither the
+        second signal nor :func:`leave` finalizes it.
+        """
+        if self.should_exit:
+            os._exit(128 + sig)
+        self.should_exit = True
+
+
+class _ModelServer(Server):
+    def __init__(self, api: Api, access: Access):
+        super().__init__(api.router(), access)
+        self._api = api
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._api.fail_answers(SHUTTING_DOWN, for_good=True)
+        await super().shutdown(sockets)
+
+
+def serve(flags: Namespace) -> None:
+    """Serves the models of the flags until a signal; a ValueError if they cannot be served."""
+    with listening(flags.host, flags.port) as port:
+        access = access_of(flags)
         engine = Engine(lambda: load_models(flags), flags)
         try:
-            server.models, server.access = engine.models.result(), access_of(flags)
-            server.flags, server.engine, server.started = flags, engine, int(time.time())
-            Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
-            try:
-                yield server
-            finally:
-                server.shutdown()
+            asyncio.run(_serve(flags, engine, access, port))
         finally:
             engine.close(END_SECONDS)
+
+
+async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.socket) -> None:
+    api = Api(flags, engine)
+    server = _ModelServer(api, access)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as by nohup
+        signal.signal(signal.SIGHUP, server.handle_exit)
+    serving = asyncio.create_task(server.serve([port]))
+    loading: asyncio.Future[Any] = asyncio.wrap_future(engine.models)
+    await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+    failed = loading.exception() if loading.done() else None
+    if failed is not None:
+        server.should_exit = True
+    elif loading.done():
+        _say_where(flags, api, port.getsockname()[1], access.token)
+    while not (await asyncio.wait({serving}, timeout=_LOOK_SECONDS))[0]:
+        if loading.done() and not engine.healthy:
+            api.fail_answers(LOST)
+    await serving
+    if failed is not None:
+        raise failed
+
+
+def _say_where(flags: Namespace, api: Api, port: int, token: str | None) -> None:
+    """Prints the models, how they are decoded, and the address: last, so they stay in sight."""
+    models = ", ".join(f"{m.name} ({decoding(m)})" for m in api.engine.models.result())
+    where = url(own_address(flags.host), port).rstrip("/")
+    print(f"Serving {models} at {where} (Ctrl-C ends it)", flush=True)
+    if token is not None:
+        announce(flags.host, port, token, sys.stdout)
 
 
 class _PrintableFormatter(logging.Formatter):
@@ -57,30 +130,12 @@ def requests_logged(level: str) -> Iterator[None]:
     package.setLevel(level)
     # transformers warns of long prompts, which the server refuses itself
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    # uvicorn warns of what clients do; the front door logs failures
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         package.removeHandler(handler)
-
-
-def let_signals_interrupt() -> None:
-    """From now on a signal to end interrupts the main thread. A second one ends the process.
-
-    C++ code in other threads aborts if the interpreter is finalized meanwhile. So neither the
-    second signal nor :func:`leave` finalizes it.
-    """
-    asked = False
-
-    def end(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            os._exit(128 + number)
-        asked = True
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
-            signal.signal(number, end)
 
 
 def leave(code: int) -> NoReturn:
@@ -90,14 +145,15 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _listen(host: str, port: int) -> ApiServer:
-    """A server that listens, and answers as soon as it serves."""
+@contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens; a ValueError if it cannot."""
     try:
         (family, *_, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        server_class = type("_Server", (ApiServer,), {"address_family": family})
-        return server_class(address, ApiHandler)
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        server = socket.create_server(address, family=family, dualstack_ipv6=both)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             reason = "it is in use: choose another --port, or 0 for any free one"
@@ -106,3 +162,5 @@ def _listen(host: str, port: int) -> ApiServer:
         else:
             reason = f"{(error.strerror or str(error)).lower()}: choose another --port or --host"
         raise ValueError(f"Port {port} of {host} cannot be used, {reason}.") from None
+    with server:
+        yield server

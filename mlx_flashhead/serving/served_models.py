@@ -22,7 +22,6 @@ from ..models.install import get_flash_head
 from ..models.model_errors import UnsupportedHeadError
 from ..models.templates import template_variables
 from ..models.tokenizers import context_of
-from ..publishing.origin import local_origin
 
 # Variables that the server gives a template.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
@@ -47,7 +46,8 @@ class ServedModel:
 
     def __post_init__(self):
         self.head: FlashHead | None = get_flash_head(self.model)
-        caches = make_prompt_cache(self.model)
+        drafts = [] if self.draft_model is None else make_prompt_cache(self.draft_model)
+        caches = make_prompt_cache(self.model) + drafts
         # whether they can always be cut back to their beginning
         self.cuttable = all(type(cache) is KVCache for cache in caches)
         self.batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
@@ -55,12 +55,14 @@ class ServedModel:
         self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
         self.template_settings = template_settings(self.tokenizer)
 
-    @property
-    def head_in_use(self) -> str:
-        """The head that answers: "FlashHead", or "dense" and why."""
-        if self.head is not None and not self.dense:
-            return decoding_mode(self.model, verify=self.verify)
-        return "dense: FlashHead is being built" if self.build is not None else "dense"
+    def decoding(self, *, dense: bool | None = None, n_probes: int | None = None) -> str:
+        """How a request with these fields is decoded: "verified", "unverified" or "dense: …why"."""
+        if n_probes is not None:  # which is used even where it is no faster
+            return "verified" if self.verify else "unverified"
+        dense = self.dense if dense is None else dense
+        if self.build is not None and self.head is None and not dense:
+            return "dense: FlashHead is being built"
+        return decoding_mode(self.model, verify=self.verify, dense=dense)
 
     @property
     def name(self) -> str:
@@ -96,13 +98,13 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         config |= {"chat_template": args.chat_template} if args.chat_template else {}
     else:
         choices = replace(choices, flash_head=None, n_probes=None)
+        if choices.fine_head is not True:  # a source is one model's
+            choices = replace(choices, fine_head=None)
     try:
         model, tokenizer, config = load_with_head(folder, choices, **options)
     except UnsupportedHeadError as error:
         logger.warning("%s is served dense: %s", path_or_repo, error)
         model, tokenizer, config = load_dense(folder, **options)
-    if (head := get_flash_head(model)) is not None:
-        logger.info("%s is served with %r: %s", path_or_repo, head, head.backend_reason)
     path = Path(path_or_repo).expanduser()
     # no client learns where a folder is
     own_name = path.resolve().name if path.is_dir() else path_or_repo
@@ -116,7 +118,7 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         template_arguments=args.chat_template_args,
         dense=args.dense and default,
         verify=not args.no_verify,
-        build=background_build(model, tokenizer, local_origin(folder), choices) if later else None,
+        build=background_build(model, tokenizer, folder, choices) if later else None,
     )
 
 
@@ -126,6 +128,4 @@ def _draft(args: Namespace, tokenizer: Any) -> nn.Module:
     )
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:
         logger.warning("%s has another tokenizer: few drafts will be accepted.", args.draft_model)
-    if (head := get_flash_head(model)) is not None:
-        logger.info("%s drafts with %r", args.draft_model, head)
     return model

@@ -86,6 +86,13 @@ def make_parser() -> Parser:
     add("--max-body-bytes", size, "4M", "Largest body of a request, such as 500K", metavar="SIZE")
     concurrency = "Answers that are made at once; others wait"
     add("--decode-concurrency", whole_number(1, 1024), 32, concurrency)
+    group.add_argument(
+        "--max-wait",
+        type=number(0, 1),
+        metavar="SECONDS",
+        help="Verify, and send text, at least every so many seconds; 0 verifies every token at "
+        "once (default: as is fastest on this machine)",
+    )
     step = "Greatest number of a prompt's tokens that are read at once; fewer if other answers wait"
     add("--prefill-step-size", whole_number(1), 2048, step)
     add("--prompt-cache-size", whole_number(0), 10, "Caches of earlier prompts that are kept")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, stream_generate
 from mlx_flashhead.common.command import command
-from mlx_flashhead.conversion.builtin_text import dialogues, given_documents
+from mlx_flashhead.conversion.calibration import builtin_documents, dialogues
 from mlx_flashhead.evaluation.agreement import bytes_share
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
 from mlx_flashhead.head.matrix import as_float32
@@ -215,7 +215,7 @@ def frequent_tokens(target, tokenizer, vocab_size: int) -> list[int]:
     Those that are in none follow by their id, which is the order of a tokenizer's merges.
     """
     counted: Counter[int] = Counter()
-    documents = [text for texts in given_documents().values() for text in texts]
+    documents = [text for texts in builtin_documents().values() for text in texts]
     documents += [message["content"] for messages in dialogues() for message in messages]
     for text in documents:
         counted.update(tokenizer.encode(text))

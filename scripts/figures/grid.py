@@ -21,8 +21,10 @@ from statistics import median
 import mlx_lm
 
 import mlx_flashhead
-from mlx_flashhead.benchmarks.model_benchmark import PROMPT, SAMPLERS, Form, with_flash_head
-from mlx_flashhead.benchmarks.reporting import add_number, cells, machine
+from mlx_flashhead.benchmark import add_number
+from mlx_flashhead.benchmarks import SAMPLERS
+from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Form, with_flash_head
+from mlx_flashhead.benchmarks.reporting import cells, machine
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.tables import new_table, show

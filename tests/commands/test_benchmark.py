@@ -107,8 +107,3 @@ def test_a_stopped_benchmark_reports_its_rounds(tmp_path, number, code):
     figures = json.loads(file.read_text())
     assert not figures["complete"]
     assert figures["results"][0]["ms"]["FlashHead proposal"]["runs"] >= 2
-
-
-def test_every_kind_is_listed(run):
-    output = run("benchmark", "--help")[1]
-    assert all(f"    {name} " in output for name in ("head", "model", "server"))

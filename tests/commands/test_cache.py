@@ -10,13 +10,13 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from mlx_flashhead.lossless.tuning import Tuning
 
 from mlx_flashhead import load
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index
-from mlx_flashhead.loading import first_build as build
+from mlx_flashhead.loading import background as build
 from mlx_flashhead.loading import head_cache as cache
+from mlx_flashhead.lossless.tuning import Tuning
 from mlx_flashhead.models.locate import find_head
 from model_folders import contents, write_model
 from tiny_models import tiny_index, tiny_model

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -12,92 +13,76 @@ import time
 from functools import partial
 
 import pytest
-from filelock import FileLock
 
+import stopped_generate
 from mlx_flashhead.index.files import read_index
-from mlx_flashhead.loading import first_build as build
+from mlx_flashhead.loading import background as build
 from mlx_flashhead.loading import head_cache as cache
-from mlx_flashhead.models.dense import load_dense
-from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
-from stopped_generate import FILE, STEP, TEXT, Generate
+from stopped_generate import FILE, STEP, TEXT
 
 generation = importlib.import_module("mlx_flashhead.lossless.generation")
 RULE = "==========\n"
-N_MOMENTS = {TEXT: 4, STEP: 6, FILE: 10}
-MOST_SECONDS = 2.0  # half a second on a quiet machine
+N_MOMENTS = {TEXT: 1, STEP: 3, FILE: 3}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("faults")
+@pytest.fixture
+def generate(tmp_path):
+    """A function that runs `generate` with a home and stops it: (exit code, output, errors)."""
+    model = write_model(tmp_path / "model")
+
+    def generate(home, *arguments, kind=TEXT, moment=0, number=0):
+        words = [stopped_generate.__file__, kind, moment, number, "--model", model, *arguments]
+        words += ["--prompt", "One day", "--max-tokens", 8]
+        environment = os.environ | {"MLX_FLASHHEAD_HOME": str(home)}
+        process = subprocess.run(
+            [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment
+        )
+        return process.returncode, process.stdout, process.stderr
+
+    return generate
 
 
-@pytest.fixture(scope="module")
-def generate(folder):
-    return Generate(folder)
-
-
-@pytest.fixture(scope="module")
-def arguments(folder):
-    model = write_model(folder / "model")
-    return ("--model", model, "--prompt", "One day", "--max-tokens", 8)
-
-
-@pytest.fixture(scope="module")
-def text(generate, arguments):
-    """What the dense model writes."""
-    return generate("dense", *arguments, "--dense")[1].split(RULE)[1]
-
-
-def entries_of(home, monkeypatch):
-    monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(home))
-    return cache.entries()
-
-
-@pytest.mark.newest  # the oldest MLX starts threads when it is imported, which a fork does not have
-def test_stopped_at_twenty_moments(generate, arguments, text, folder, monkeypatch):
-    for name in ("whole", "stopped"):  # so that both write the same
-        for folder_of_home in ("locks", "flash_heads"):
-            (folder / name / folder_of_home).mkdir(parents=True)
-    code, output, errors = generate("whole", *arguments)
+def test_stopped_at_seven_moments(generate, tmp_path, monkeypatch):
+    whole, home = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, home):  # so that both write the same
+        for name in ("locks", "flash_heads"):
+            (folder / name).mkdir(parents=True)
+    text = generate(whole, "--dense")[1].split(RULE)[1]
+    code, output, errors = generate(whole)
     assert code == 0 and output.split(RULE)[1] == text and "FlashHead is ready" in errors
-    all_moments = generate.moments("whole")
-    home, (model, _, _) = folder / "stopped", load_dense(folder / "model")
+    moments = json.loads((tmp_path / "whole.moments").read_text())
+    monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(home))
     for kind, n in N_MOMENTS.items():
-        assert all_moments[kind] >= n
+        assert moments[kind] >= n
         for i in range(n):
             number = (signal.SIGKILL, signal.SIGINT)[i % 2]
-            at = {"kind": kind, "moment": 1 + i * all_moments[kind] // n}
-            code, output, errors = generate(home.name, *arguments, **at, number=number)
-            whole = RULE + text + RULE  # after which come the speeds
-            assert whole.startswith(output[: len(whole)])
+            at = 1 + i * moments[kind] // n
+            code, output, errors = generate(home, kind=kind, moment=at, number=number)
+            assert (RULE + text + RULE).startswith(output[: len(2 * RULE + text)])
             assert "Traceback" not in errors
             if number == signal.SIGKILL:
                 assert code == -number
             elif code == 0:
-                assert "Skipped. The next answer tries again" in errors
+                assert "Skipped. The next answer tries again." in errors
                 assert output.split(RULE)[1] == text
             else:
                 assert code == 130 and errors.endswith("Interrupted.\n")
                 assert "Building" not in errors
-            for entry in entries_of(home, monkeypatch):
+            for entry in cache.entries():
                 assert read_index(entry.folder).config.vocab_size == 258
                 shutil.rmtree(entry.folder)
-            lock = home / "locks" / f"{cache.place_of(find_head(model).rows()).name}.lock"
-            with FileLock(lock, timeout=0):
-                pass
     for remains in home.rglob(".*"):
         os.utime(remains, (0, 0))  # a process that begins may not have locked a young one
-    code, output, errors = generate(home.name, *arguments)
+    code, output, errors = generate(home)
     assert code == 0 and output.split(RULE)[1] == text and "FlashHead is ready" in errors
-    assert len(entries_of(home, monkeypatch)) == 1 and not list(home.rglob(".*"))
-    assert "FlashHead: " in generate(home.name, *arguments)[1]
+    assert len(cache.entries()) == 1 and not list(home.rglob(".*"))
+    assert "FlashHead: " in generate(home)[1]
 
 
 @pytest.mark.newest
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_a_long_prompt_ends_it_soon(tmp_path, number):
+def test_a_signal_during_a_long_prompt_ends_it_before_the_answer(tmp_path, number):
     """One call of MLX reads it, for which Python's own handlers wait."""
     further = {"max_position_embeddings": 100_000}
     model = write_model(tmp_path / "long", hidden_size=256, further=further)
@@ -108,7 +93,7 @@ def test_a_signal_during_a_long_prompt_ends_it_soon(tmp_path, number):
         assert process.stdout.readline() == RULE
         time.sleep(1)
         process.send_signal(number)
-        output, errors = process.communicate(timeout=MOST_SECONDS)
+        output, errors = process.communicate()
     assert process.returncode == 128 + number and errors.endswith("Interrupted.\n")
     assert output.strip() == "" and "Traceback" not in errors
 

@@ -21,7 +21,7 @@ OUTPUT = "evaluate text --model ./absent --text text.txt"
 ANY_SITE = "server --model ./absent --allowed-origins"
 # A command line, in a folder with the converted `model`, the `dense` one and text.txt.
 MISTAKES = [
-    ("benchmark", "COMMAND"),
+    ("benchmark", "head|model|server"),
     ("benchmark head", "arguments --shape --model is required"),
     ("benchmark head --shape llama", "is not a shape"),
     ("benchmark head --shape 320,64 --n-probes 21", "choose 1 to 20"),
@@ -80,7 +80,7 @@ MISTAKES = [
     ("generate --model x --n-probes 0", "--n-probes is 0: give a whole number of 1 or more"),
     ("generate --model x --chat-template-config {", "give a JSON object such as"),
     ("generate --model x --no-such-flag", "unrecognized arguments: --no-such-flag"),
-    ("generate --model model --json-schema schema.json", "schema is wrong at /items"),
+    ("generate --model model --json-schema schema.json", "schema is wrong: Invalid type"),
     ("generate --model model --json-schema deep.json", "deep.json is nested too deeply"),
     ("generate --model model --json-schema ./absent", "./absent cannot be read"),
     ("generate --model model --grammar grammar", "grammar is wrong at line 1, column 8"),

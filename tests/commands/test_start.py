@@ -25,7 +25,16 @@ REMEDIES = (
     (errno.EROFS, "choose another place, or get the permission"),
     (errno.EIO, "check the path and the disk"),
 )
-LIGHT = ["generate", "chat", "run"]  # whose --help imports no library of models
+LIGHT = [
+    "generate",
+    "chat",
+    "server",
+    "run",
+    "evaluate",
+    "benchmark",
+    "convert",
+    "upload",
+]  # whose --help imports no library of models
 # As `python -m` does, but in one process.
 HELP = """
 import runpy, sys
@@ -203,8 +212,8 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_sample_prints_an_answer_of_the_chat(converted, tmp_path, monkeypatch, capsys):
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "SmolLM2-135M-Instruct").symlink_to(converted)
+    (tmp_path / "mlx-community").mkdir()
+    (tmp_path / "mlx-community" / "gemma-3-1b-it-4bit").symlink_to(converted)
     monkeypatch.chdir(tmp_path)
     sample = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
     names = {}

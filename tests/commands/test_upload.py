@@ -67,7 +67,8 @@ def test_llama_is_checked_before_the_conversion(refused, hub, tmp_path):
     source, target = write_model(tmp_path / "My-Tune"), tmp_path / "new"
     (source / "README.md").write_text(LLAMA)
     said = refused(*convert(source, target, "--upload"))
-    assert "its text is missing: convert without --upload, save https://www.llama.com" in said
+    assert "its text is missing: save https://www.llama.com" in said
+    assert f"LICENSE.txt in {target}, made without --upload" in said
     (source / "LICENSE.txt").write_text(TEXT)
     said = refused(*convert(source, target, "--upload", "me/My-Tune"))
     assert "must begin with Llama, so call it me/Llama-My-Tune" in said

@@ -7,13 +7,12 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import build, probes
+from mlx_flashhead.conversion import build, measures, take_all
 from mlx_flashhead.conversion.build import build_index, expected_seconds, model_index
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import fit_centroids, logit_metric, raw_means
+from mlx_flashhead.conversion.measures import report_lines
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.conversion.report import report_lines
-from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.models.locate import find_head
@@ -21,7 +20,7 @@ from model_folders import write_model
 from tiny_models import random_rows
 
 OPTIONS = IndexOptions(quick=True, calibration_positions=200)
-STAGES = ["Reading given text", "Clustering", "Fitting", "Rounding", "Measuring"]
+STAGES = ["Reading built-in text", "Clustering", "Fitting", "Rounding", "Measuring"]
 VOCAB_SIZE, HELD_OUT = 403, 100  # of 400 positions
 
 
@@ -56,7 +55,7 @@ def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
     assert mx.array_equal(mx.random.state[0], key)
     at_once = take_all(model_index(*loaded, OPTIONS)).config
     assert config.n_clusters == at_once.n_clusters
-    expected = {"source": "given", "quick": True, "positions": 200, "seed": 0}
+    expected = {"source": "builtin", "quick": True, "positions": 200, "seed": 0}
     assert config.calibration == at_once.calibration == expected
 
 
@@ -106,7 +105,7 @@ def limit(monkeypatch):
     """Sets the share of the dense head's bytes that may be read."""
 
     def limit(share):
-        for module in (build, probes):
+        for module in (build, measures):
             monkeypatch.setattr(module, "MAX_BYTES", share)
 
     return limit
@@ -221,6 +220,35 @@ def test_lines_of_the_report():
     assert lines[-1] == (
         f"✓ {config.n_probes} of 51 clusters per token are expected to be fastest."
     )
+
+
+def test_ends_of_a_text_that_are_no_tokens():
+    with pytest.raises(ValueError, match=r"eos_token_id must be whole numbers, not \['x'\]"):
+        take_all(build_index(make_case()[0], IndexOptions(), eos_token_ids=["x"]))
+
+
+def test_the_head_is_compared_with_the_one_before_its_quantization():
+    original, states, next_ids = make_case()
+    rows = original.quantize(bits=8, group_size=64)
+    config = take_all(build_index(rows, IndexOptions(), states, next_ids, original=original)).config
+    compared = config.report["head_bits"]
+    assert compared["positions"] == HELD_OUT
+
+    def log_softmax(matrix):
+        logits = np.array(matrix.matmul(mx.array(states[-HELD_OUT:])), dtype=np.float64)
+        return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+    expected, truth = log_softmax(original), next_ids[-HELD_OUT:, None]
+    heads = {4: original.quantize(bits=4, group_size=64), 8: rows, 32: original}
+    for row, (bits, head) in zip(compared["rows"], heads.items(), strict=True):
+        found = log_softmax(head)
+        kl = (np.exp(expected) * (expected - found)).sum(axis=1).mean()
+        loss = -np.take_along_axis(found, truth, axis=1).mean()
+        assert (row["bits"], row["bytes"]) == (bits, head.nbytes)
+        assert row["kl"] == pytest.approx(kl, abs=1e-4)
+        assert row["perplexity"] == pytest.approx(np.exp(loss), rel=1e-3)
+        assert row["agreement"] == (found.argmax(1) == expected.argmax(1)).mean()
+        assert row["flash_head_ms"] > 0 and row["dense_ms"] > 0
 
 
 @pytest.mark.parametrize(

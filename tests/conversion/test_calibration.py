@@ -1,4 +1,4 @@
-"""Calibration: the given text, and the states that enter the head, with the tokens that follow."""
+"""Calibration: the built-in text, and the states that enter the head, with the next tokens."""
 
 from collections import Counter
 
@@ -9,19 +9,20 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from figures.drafts import REQUESTS
-from mlx_flashhead.conversion import builtin_text, calibration
-from mlx_flashhead.conversion.builtin_text import (
+from mlx_flashhead.conversion import calibration, take_all
+from mlx_flashhead.conversion.calibration import (
     CONTEXT,
-    LEAST_TOKENS,
+    MIN_WINDOW,
     PYTHON,
     SHARES,
+    builtin_documents,
+    builtin_states,
+    builtin_windows,
     dialogues,
-    given_documents,
-    given_windows,
+    read_windows,
+    text_states,
     windows_of,
 )
-from mlx_flashhead.conversion.calibration import given_states, read_windows, text_states
-from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.models.locate import find_head
 from model_folders import BOS, VOCAB_SIZE, write_model
 from tiny_models import tiny_model
@@ -57,7 +58,7 @@ def hidden_of(model, token_ids):
 def test_text_states_enter_the_head(arch, tokenizer, monkeypatch):
     """In windows that each start afresh; the last token has no successor and so no state."""
     window = 40
-    monkeypatch.setattr(calibration, "WINDOW_TOKENS", window)
+    monkeypatch.setattr(calibration, "TEXT_WINDOW", window)
     model = tiny_model(arch, tied=ARCHITECTURES[arch], vocab_size=VOCAB_SIZE)
     states, next_ids = take_all(text_states(model, tokenizer, find_head(model), TEXT))
     token_ids = tokenizer.encode(TEXT)
@@ -81,7 +82,7 @@ def test_every_window_begins_as_a_text_does(loaded, tmp_path, monkeypatch):
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
     )
     token_ids = tokenizer.encode(TEXT)
-    monkeypatch.setattr(calibration, "WINDOW_TOKENS", len(token_ids) // 3)
+    monkeypatch.setattr(calibration, "TEXT_WINDOW", len(token_ids) // 3)
     states, next_ids = take_all(text_states(model, tokenizer, find_head(model), TEXT))
     np.testing.assert_array_equal(next_ids, token_ids[1:])
     start = len(token_ids) // 3
@@ -125,25 +126,25 @@ def test_a_step_reads_what_its_time_allows(tokenizer, arch, milliseconds, sizes,
         np.testing.assert_allclose(one, other, atol=2e-4)
 
 
-def test_given_states_are_those_of_their_windows(loaded, monkeypatch):
+def test_builtin_states_are_those_of_their_windows(loaded, monkeypatch):
     """Without the first tokens of each window, and without those that came after the time limit."""
     model, tokenizer = loaded
     location = find_head(model)
-    states, next_ids, cut_short = take_all(given_states(model, tokenizer, location, 600))
+    states, next_ids, cut_short = take_all(builtin_states(model, tokenizer, location, 600))
     assert states.shape == (600, 64) and states.dtype == np.float32 and not cut_short
-    windows = given_windows(tokenizer, 600)
+    windows = builtin_windows(tokenizer, 600)
     expected = np.concatenate([hidden_of(model, window[:-1])[CONTEXT:] for window in windows])
     np.testing.assert_allclose(states, expected, atol=2e-4)
     assert next_ids.tolist() == [token for window in windows for token in window[CONTEXT + 1 :]]
     monkeypatch.setattr(calibration, "READ_TOKENS", 700)
     states, next_ids, cut_short = take_all(
-        given_states(model, tokenizer, location, 4000, seconds=1e-9)
+        builtin_states(model, tokenizer, location, 4000, seconds=1e-9)
     )
     assert 0 < len(states) == len(next_ids) < 1000 and cut_short
 
 
 @pytest.mark.parametrize("positions", [5, 10_000])
-def test_text_states_stop_at_the_positions_asked_for(loaded, positions):
+def test_text_states_stop_at_the_positions(loaded, positions):
     location, token_ids = find_head(loaded[0]), loaded[1].encode(TEXT)
     states, next_ids = take_all(text_states(*loaded, location, TEXT, positions=positions))
     assert len(states) == min(positions, len(token_ids) - 1)
@@ -152,7 +153,7 @@ def test_text_states_stop_at_the_positions_asked_for(loaded, positions):
 
 @pytest.fixture(scope="module")
 def documents():
-    return given_documents()
+    return builtin_documents()
 
 
 def test_every_kind_has_several_documents(documents):
@@ -165,18 +166,18 @@ def test_every_kind_has_several_documents(documents):
 def test_what_an_installation_lacks_is_left_out(monkeypatch, documents):
     assert "def " in "".join(documents[PYTHON])
     assert len(documents[PYTHON]) > 30
-    own = len(builtin_text._documents("documentation"))
+    own = len(calibration._documents("documentation"))
     assert len(documents["documentation"]) > own + 30
     few = {"modules": "no_such_module textwrap _thread", "topics": "no-such-topic with"}
-    read = builtin_text._file
-    monkeypatch.setattr(builtin_text, "_file", lambda name: few.get(name) or read(name))
-    found = given_documents()
+    read = calibration._file
+    monkeypatch.setattr(calibration, "_file", lambda name: few.get(name) or read(name))
+    found = builtin_documents()
     assert len(found[PYTHON]) == 1
     assert len(found["documentation"]) == 1 + own
     assert found["prose"] == documents["prose"]
 
 
-def test_dialogues_alternate_and_are_no_requests_of_the_evaluation():
+def test_dialogues_alternate():
     found = dialogues()
     assert len(found) > 10
     for messages in found:
@@ -192,13 +193,13 @@ def test_the_kinds_take_turns(options, tmp_path, monkeypatch):
     _, tokenizer = mlx_lm.load(str(write_model(tmp_path / "m", **options)))
     kinds, kind_of = iter(SHARES), {}
 
-    def chosen_windows(*args, choose=builtin_text._chosen_windows):
+    def chosen_windows(*args, choose=calibration._chosen_windows):
         chosen = choose(*args)
         kind_of.update(dict.fromkeys(map(tuple, chosen), next(kinds)))
         return chosen
 
-    monkeypatch.setattr(builtin_text, "_chosen_windows", chosen_windows)
-    found = given_windows(tokenizer, 500)
+    monkeypatch.setattr(calibration, "_chosen_windows", chosen_windows)
+    found = builtin_windows(tokenizer, 500)
     counts = Counter()
     for window in found:
         counts[kind_of[tuple(window)]] += len(window) - 1 - CONTEXT
@@ -213,7 +214,7 @@ def test_windows_begin_with_the_token_that_ended_the_one_before():
 
 def test_long_documents_do_not_crowd_out_others_and_what_begins_a_text_is_no_text():
     documents = [list(range(300)), list(range(1000, 1080)), [7, *range(2000, 2020)]]
-    chosen = builtin_text._chosen_windows(documents, [7], 150)
+    chosen = calibration._chosen_windows(documents, [7], 150)
     assert sum(len(window) - 1 - CONTEXT for window in chosen) == 150
     assert {window[0] for window in chosen[:3]} == {0, 1000, 2000}
-    assert all(len(window) >= LEAST_TOKENS for window in chosen)
+    assert all(len(window) >= MIN_WINDOW for window in chosen)

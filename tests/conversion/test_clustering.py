@@ -8,9 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import clustering
+from mlx_flashhead.conversion import clustering, take_all
 from mlx_flashhead.conversion.clustering import cluster_rows, faster_library
-from mlx_flashhead.conversion.steps import take_all
 
 METRICS = [None, np.eye(24, dtype=np.float32)]
 

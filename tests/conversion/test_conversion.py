@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,11 +13,10 @@ import pytest
 
 import mlx_flashhead
 from mlx_flashhead.conversion import pipeline
-from mlx_flashhead.conversion.options import ConvertOptions
-from mlx_flashhead.conversion.output_folder import check_apart
-from mlx_flashhead.conversion.pipeline import convert
+from mlx_flashhead.conversion.pipeline import check_apart, convert
 from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.models.install import get_flash_head
+from mlx_flashhead.models.locate import find_head
 from model_folders import VOCAB_SIZE, write_model
 
 QUICK = {"calibration": "none", "progress": False}
@@ -90,8 +88,12 @@ def sources(tmp_path_factory):
 )
 def test_same_model_as_mlx_lms_conversion(sources, tmp_path, source, flags):
     expected, found = tmp_path / "mlx_lm", tmp_path / "flash_head"
+    own = {}
+    if flags.get("quantize") and not callable(flags.get("quant_predicate")):
+        recipe = {"mixed_4_6": 6}.get(flags.get("quant_predicate"))
+        own = {"head_bits": recipe or flags.get("q_bits", 4)}
     mlx_lm.convert(str(sources[source]), str(expected), **flags)
-    convert(str(sources[source]), str(found), **flags, **QUICK)
+    convert(str(sources[source]), str(found), **flags, **own, **QUICK)
     assert weights(found) == weights(expected)
     assert settings(found) == settings(expected)
     assert greedy_text(found) == greedy_text(expected)
@@ -121,19 +123,16 @@ def test_converted_folder_loads_with_its_head(sources, tmp_path, name):
     assert head.clustered.rows.bits == {"quantized": 4, "dequantized": 8}.get(name, 0)
 
 
-def test_the_signature_has_every_option_with_its_default():
-    parameters = dict(inspect.signature(convert).parameters)
-    del parameters["progress"]
-    options = {one.name: one for one in fields(ConvertOptions)}
-    assert parameters.keys() == options.keys()
-    for name, parameter in parameters.items():
-        assert parameter.default == options[name].default or name == "hf_path"
-        assert f" {name}: " in convert.__doc__
+def test_the_signature_has_mlx_lms_arguments_in_their_order():
+    parameters = list(inspect.signature(convert).parameters)
     of_mlx_lm = list(inspect.signature(mlx_lm.convert).parameters)
-    assert list(parameters)[: len(of_mlx_lm)] == of_mlx_lm
+    assert parameters[: len(of_mlx_lm)] == of_mlx_lm and parameters[-1] == "progress"
+    assert {"head_bits", "n_probes", "calibration"} < set(parameters)
+    with pytest.raises(TypeError, match="head_bit"):
+        convert("model", head_bit=8)
 
 
-@pytest.mark.parametrize("calibration", ["given", "none", "file"])
+@pytest.mark.parametrize("calibration", ["builtin", "none", "file"])
 def test_calibration_and_goals_are_those_asked_for(sources, tmp_path, capsys, calibration):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a bridge over a river. " * 3)
@@ -179,6 +178,10 @@ def test_replaces_what_it_wrote_and_nothing_else(tmp_path, sources):
     assert weights(place) == before
     assert read_index(place).config.cluster_size == 8
     assert list(tmp_path.iterdir()) == [place]
+    config = json.loads((place / "config.json").read_text())
+    config[CONFIG_KEY]["version"] = 1  # of an older package
+    (place / "config.json").write_text(json.dumps(config))
+    convert(str(sources["quantized"]), str(place), cluster_size=8, overwrite=True, **QUICK)
     (place / "notes.txt").write_text("mine")
     (place / "runs").mkdir()
     names = {path.name for path in place.iterdir()}
@@ -227,6 +230,19 @@ def test_free_space_is_checked_before_the_work(sources, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("bits", [None, 16])
+def test_a_quantized_model_gets_the_head_of_its_original(sources, tmp_path, bits):
+    original, place = str(sources["untied"]), tmp_path / "finer"
+    convert(str(sources["quantized"]), str(place), fine_head=original, head_bits=bits, **QUICK)
+    model, _ = mlx_lm.load(str(place))
+    rows, originals = find_head(model).rows(), find_head(mlx_lm.load(original)[0]).rows()
+    assert rows.bits == (8 if bits is None else 0)
+    allowed = 0.01 if bits is None else 0.0
+    assert mx.abs(rows.dequantized() - originals.weight).max() <= allowed
+    assert model.layers[0].self_attn.q_proj.bits == 4
+    assert get_flash_head(mlx_flashhead.load(str(place))[0]) is not None
+
+
 def test_the_index_alone(sources, tmp_path):
     given = convert(str(sources["half"]), str(tmp_path / "head"), index_only=True, **QUICK)
     found = {path.name for path in (tmp_path / "head").iterdir()}
@@ -258,6 +274,8 @@ def test_the_index_alone(sources, tmp_path):
         ({"q_bits": 8}, "`q_bits` is for a quantized model: add `quantize`"),
         ({"quant_predicate": "mixed_4_6"}, "`quant_predicate` is for a quantized model"),
         ({"revision": "main"}, "is a folder, which has no revision 'main'"),
+        ({"fine_head": True, "quantize": True}, "`fine_head` is for a model that is quantized"),
+        ({"fine_head": True}, "head's rows are floats already: leave `fine_head` out"),
         ({"index_only": True, "quantize": True}, "writes no weights: leave `quantize` out"),
         ({"calibration": "."}, "cannot be read"),
     ],

@@ -4,9 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import fitting
+from mlx_flashhead.conversion import fitting, take_all
 from mlx_flashhead.conversion.fitting import FLOOR, fit_centroids, logit_metric, raw_means
-from mlx_flashhead.conversion.steps import take_all
 from tiny_models import random_clusters
 
 

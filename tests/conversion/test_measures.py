@@ -4,9 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import measures
+from mlx_flashhead.conversion import measures, take_all
 from mlx_flashhead.conversion.measures import GAP, TAIL, measure_positions
-from mlx_flashhead.conversion.steps import take_all
 from tiny_models import fitted, random_clusters, random_rows
 
 

@@ -5,9 +5,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import probes
-from mlx_flashhead.conversion.measures import AGREEMENT, GAP, MASS, TAIL, PositionMeasures
-from mlx_flashhead.conversion.probes import (
+from mlx_flashhead.conversion import measures
+from mlx_flashhead.conversion.measures import (
+    AGREEMENT,
+    GAP,
+    MASS,
+    TAIL,
+    PositionMeasures,
     StepBytes,
     choose_unverified,
     choose_verified,
@@ -37,7 +41,7 @@ def test_the_fewest_that_agree_as_often_as_wanted():
 
 @pytest.mark.parametrize(("share", "n_probes"), [(0.04, 32), (0.001, 8), (1, 64)])
 def test_no_more_than_may_be_read_unless_the_first_is_too_much(share, n_probes, monkeypatch):
-    monkeypatch.setattr(probes, "MAX_BYTES", share)
+    monkeypatch.setattr(measures, "MAX_BYTES", share)
     assert choose(0.5, agree=(0, 0, 0, 0)) == n_probes
 
 
@@ -106,6 +110,18 @@ def test_probes_are_those_of_the_fewest_bytes():
     assert [row["sampled_differs"] for row in found["by_probes"]] == pytest.approx(
         sampled, abs=1e-6
     )
+
+
+def test_risks_are_recorded_near_the_choice():
+    found = settings([0.1, 0.02, 0.002, 0.001], [0.2, 0.04, 0.004, 0.003])
+    rows = {row["n_probes"]: row for row in found["by_probes"]}
+    chosen = found["n_probes"]
+    recorded = {n for n, row in rows.items() if "risks" in row}
+    assert chosen in recorded and recorded <= {chosen // 2, chosen, 2 * chosen}
+    for n_probes in recorded:
+        risks = np.array(rows[n_probes]["risks"])
+        assert len(risks) == 512 and 1 <= abs(risks).min() <= abs(risks).max() <= 10_001
+        assert (risks < 0).sum() == round(1000 * rows[n_probes]["greedy_differs"])  # all at first
 
 
 def test_the_scale_makes_the_estimated_tails_right():

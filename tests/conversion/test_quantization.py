@@ -10,7 +10,7 @@ from mlx_lm.utils import save
 
 import refusals
 from mlx_flashhead.conversion.options import HEAD_BITS, ConvertOptions
-from mlx_flashhead.conversion.quantization import set_bits
+from mlx_flashhead.conversion.quantization import chosen_head_bits, set_bits
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
 
@@ -32,8 +32,9 @@ def folders(tmp_path_factory):
 def converted(source, **options):
     """The model of a folder with its new bits, its tokenizer and its configuration."""
     model, tokenizer, config = mlx_lm.load(str(source), lazy=True, return_config=True)
-    options = ConvertOptions(hf_path=str(source), **options)
-    model, config = set_bits(model, config, find_head(model).path, options)
+    options, location = ConvertOptions(str(source), **options), find_head(model)
+    bits = chosen_head_bits(options, location.rows())
+    model, config = set_bits(model, config, location.path, options, bits)
     return model, tokenizer, config
 
 
@@ -81,12 +82,12 @@ def test_head_and_body_have_their_own_bits(tmp_path, folders, tied, body, head_b
     dense = head_weight(mlx_lm.load(str(folders[tied]))[0])
     model, config = stored(tmp_path, folders[tied], head_bits=head_bits, **body)
     body_bits = body.get("q_bits", 16)
-    bits = head_bits or body_bits
+    bits = head_bits or (8 if body else 16)
     assert bits_of(find_head(model).module) == bits
     assert linear_bits(model) == {body_bits}
     expected = dense if bits == 16 else rounded(dense, bits, body.get("q_group_size", 64))
     np.testing.assert_array_equal(head_weight(model), expected)
-    assert ("quantization" in config) == (bool(body) or head_bits in (4, 8))
+    assert ("quantization" in config) == (bool(body) or bits < 16)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -94,7 +95,7 @@ def test_head_and_body_have_their_own_bits(tmp_path, folders, tied, body, head_b
 def test_quantized_checkpoints(tmp_path, folders, tied, body_bits):
     """A head may become coarser than it is stored, never finer; the body stays."""
     source = tmp_path / "quantized"
-    model, _ = stored(source, folders[tied], quantize=True, q_bits=body_bits)
+    model, _ = stored(source, folders[tied], quantize=True, q_bits=body_bits, head_bits=body_bits)
     before = head_weight(model)
     for head_bits in HEAD_BITS:
         if head_bits > body_bits:
@@ -112,10 +113,15 @@ def test_quantized_checkpoints(tmp_path, folders, tied, body_bits):
 @pytest.mark.parametrize(
     ("hidden_size", "options", "form", "linear"),
     [
-        (64, QUANTIZE | {"q_mode": "mxfp4"}, ("mxfp4", 4, 32), {4}),
+        (64, QUANTIZE | {"q_mode": "mxfp4"}, ("affine", 8, 64), {4}),
+        (64, QUANTIZE | {"q_mode": "mxfp4", "head_bits": 4}, ("mxfp4", 4, 32), {4}),
+        (64, QUANTIZE | {"q_mode": "mxfp8"}, ("mxfp8", 8, 32), {8}),
+        # a width that fits no group: mlx-lm leaves all as it is
+        (72, QUANTIZE, ("affine", 0, 0), {16}),
         (64, QUANTIZE | {"q_mode": "nvfp4", "head_bits": 8}, ("affine", 8, 64), {4}),
         (64, QUANTIZE | {"q_mode": "mxfp8", "head_bits": 16}, ("affine", 0, 0), {8}),
-        (64, MIXED, ("affine", 6, 64), {4, 6}),
+        (64, MIXED, ("affine", 8, 64), {4, 6}),
+        (64, OF_MLP, ("affine", 0, 0), {4, 16}),
         (64, MIXED | {"head_bits": 16}, ("affine", 0, 0), {4, 6}),
         (64, OF_MLP | {"q_bits": 8, "head_bits": 4}, ("affine", 4, 64), {8, 16}),
         # the group fits the head's width

@@ -3,10 +3,9 @@
 import hashlib
 import shlex
 
-from mlx_flashhead.conversion.options import ConvertOptions
-from mlx_flashhead.conversion.recipe import make_recipe
+from mlx_flashhead.conversion.options import ConvertOptions, make_recipe
 from mlx_flashhead.convert import make_parser
-from mlx_flashhead.publishing.origin import Origin
+from mlx_flashhead.models.origin import Origin
 
 
 def recipe(revision=None, **options):
@@ -35,7 +34,7 @@ def test_defaults_are_left_out_but_the_seed():
         "mlx_flashhead.convert --hf-path maker/Model --seed 0 --mlx-path Model-4bit"
     )
     assert recipe(quantize=True)["command"].startswith(
-        "mlx_flashhead.convert --hf-path maker/Model -q --seed"
+        "mlx_flashhead.convert --hf-path maker/Model --quantize --seed"
     )
     assert (
         "--quant-predicate FUNCTION"

@@ -5,7 +5,6 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from metal_emulator import Emulator, KernelFault, Traffic
 from metal_emulator.single import ramp, run_kernel
 
@@ -100,6 +99,18 @@ def test_traffic_is_exact():
         "b": Traffic(16, reads=64, distinct_bytes_read=1, lines_read=1),
         "out": Traffic(64, writes=64, distinct_bytes_written=64, lines_written=1),
     }
+
+
+def test_products_and_sums_are_joined_as_asked():
+    """A fused operation keeps what the product loses: (1 + 2^-12)^2 - (1 + 2^-11) is 2^-24."""
+    header = "inline float square(float x) { return x * x; }\n"
+    x = mx.full((64,), 1 + 2.0**-12)
+    for form, fused in {"a[i] * a[i]": {"on", "fast"}, "square(a[i])": {"fast"}}.items():
+        for contract in ("off", "on", "fast"):
+            emulator = Emulator(contract=contract)
+            source = INDEX + f"out[i] = {form} - (1.0f + 0x1p-11f);"
+            out = run_kernel(source, x, header=header, emulator=emulator)
+            assert mx.all(out == (2.0**-24 if contract in fused else 0.0)), (form, contract)
 
 
 # Kernels that are wrong in one way each.

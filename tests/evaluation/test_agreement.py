@@ -5,9 +5,9 @@ import mlx_lm
 import numpy as np
 import pytest
 
+from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import fit_centroids
-from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.evaluation.agreement import bytes_share, evaluate
 from mlx_flashhead.models.install import detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head

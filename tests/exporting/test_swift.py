@@ -7,13 +7,13 @@ import subprocess
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_plan import FORMS, HIDDEN_SIZE, VOCAB_SIZE, dtype_of, make_head, make_rows, states
 
 from kernel_cases import kernels, to_numpy
 from mlx_flashhead.exporting.plan import export_plan
 from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.models.locate import HeadLocation
+from test_plan import FORMS, HIDDEN_SIZE, VOCAB_SIZE, dtype_of, make_head, make_rows, states
 
 PROGRAM = os.environ.get("MLX_FLASHHEAD_SWIFT")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="runs by scripts/check_swift.sh")

@@ -6,8 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_flashhead.head.formats import FORMATS, affine_group, find_format
-from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.head.matrix import FORMATS, Matrix, affine_group, find_format
 from mlx_flashhead.models.locate import HeadLocation
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]

@@ -1,6 +1,7 @@
 """Scored logits are the dense head's to the last bit, as MLX's own kernels compute them.
 
-MLX's text and ours both run on the emulator, which contracts nothing. A GPU's compiler may.
+MLX's text and ours both run on the emulator, whose compiler joins no products and sums, those of an
+expression, or all that meet: it is not known what Apple's does.
 """
 
 import re
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
-from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.head.backend import scored_logits_agree
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.kernels import PACKS, MetalSteps
 from mlx_flashhead.head.matrix import Matrix
 
 FOLDER = Path(mx.__file__).parent / "include/mlx/backend/metal/kernels"
@@ -79,7 +82,8 @@ def mlx_logits(matrix: Matrix, hidden: mx.array) -> mx.array:
         rows, threadgroup = 32, (LANES, 1, 8)
         assert n_rows >= 4096  # fewer rows have fewer simdgroups
     else:
-        fast = n_rows % 8 == 0 and hidden_size % (2 * LANES * 32 // matrix.bits) == 0
+        pack = PACKS.get(matrix.bits, 32 // matrix.bits)
+        fast = n_rows % 8 == 0 and hidden_size % (2 * LANES * pack) == 0
         affine = matrix.biases is not None
         name = f"{'' if affine else 'fp_'}qmv{'_fast' if fast else ''}_impl"
         helpers = ("get_pack_factor", "get_bytes_per_pack", "load_vector", "load_vector_safe")
@@ -126,31 +130,46 @@ pytestmark = [
     ),
 ]
 
-AFFINE = [
-    ({"bits": bits, "group_size": group}, hidden_size, n_rows)
-    for bits in (4, 8)
-    for group, hidden_size, n_rows in ((64, 1024, 160), (64, 576, 160), (32, 1024, 157))
-]
-MXFP4 = [
-    ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, hidden_size, n_rows)
-    for hidden_size, n_rows in ((512, 160), (576, 160), (512, 157))
-]
-FLOATS = [({"bits": 16, "group_size": 0}, hidden_size, 4099) for hidden_size in (576, 1022)]
+FORMS = [(bits, group) for bits in (4, 5, 6, 8) for group in (64, 32)]
+FORMS += [(4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4"), (16, 0)]
+# All sums are float32: rounded to 16 bits they show less.
+F32 = [(mx.float32, contract) for contract in ("off", "on", "fast")]
+CASES = [
+    *[(form, sizes, *case) for form in FORMS for sizes in
+      ((576, 160), (1024 if form[0] % 4 else 512, 160)) for case in F32 if form[0] < 16],
+    *[(form, (512, 157), *case) for form in FORMS for case in
+      ((mx.float16, "off"), (mx.bfloat16, "on")) if form[0] < 16],
+    *[((16, 0), (width, 4099), *case) for width, cases in
+      ((576, F32[:1]), (1022, [*F32, (mx.float16, "off"), (mx.bfloat16, "on")])) for case in cases],
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-@pytest.mark.parametrize("form, hidden_size, n_rows", [*AFFINE, *MXFP4, *FLOATS])
-def test_scored_logits_are_those_of_mlxs_kernel(form, hidden_size, n_rows, dtype):
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("form, sizes, dtype, contract", CASES, ids=str)
+def test_scored_logits_are_those_of_mlxs_kernel(form, sizes, dtype, contract):
+    rng, (hidden_size, n_rows) = np.random.default_rng(0), sizes
+    form = dict(zip(("bits", "group_size", "mode"), form, strict=False))
     rows = make_rows(rng, n_rows, hidden_size, dtype=dtype, **form)
     n_clusters = -(-n_rows // 16)
     centroids = make_centroids(rng, n_clusters, hidden_size, group_size=0)
     clustered = cluster(rng, rows, centroids, 16)
     hidden = mx.array(rng.normal(size=(1, hidden_size))).astype(dtype)
-    with kernels(check=False):
+    with kernels(check=False, contract=contract):
         expected = to_numpy(mlx_logits(rows, hidden))
-    with kernels():
+    with kernels(contract=contract):
         steps = MetalSteps(clustered)
         selection = steps.select(mx.zeros((1, n_clusters)), n_clusters)
         found = to_numpy(steps.score(hidden, selection).logits).reshape(1, -1)
     np.testing.assert_array_equal(found[:, to_numpy(clustered.slot_of)], expected)
+
+
+def test_the_share_of_equal_logits_is_reported(monkeypatch):
+    """1 beside MLX's kernel; beside its CPU product, whose sums have another order, less."""
+    rng = np.random.default_rng(0)
+    rows = make_rows(rng, 320, 512, bits=4, group_size=64, dtype=mx.float32)
+    token_ids = rng.permutation(320).reshape(20, 16)
+    centroids = make_centroids(rng, 20, 512, group_size=64)
+    with kernels(check=False):
+        head = FlashHead(rows, token_ids, centroids, n_probes=5, backend="metal")
+        assert scored_logits_agree(head, mx.float32) < 0.5
+        monkeypatch.setattr(head.steps, "dense", lambda hidden: mlx_logits(rows, hidden))
+        assert scored_logits_agree(head, mx.float32) == 1

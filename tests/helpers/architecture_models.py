@@ -58,8 +58,8 @@ def quantized(model: nn.Module) -> nn.Module:
     """The model as ``mlx_lm.convert -q`` quantizes it, to 4 bits but for what it says itself."""
     with redirect_stdout(StringIO()):
         if model.model_type == "afm7":  # whose fused layers do not take mlx-lm's own arguments
-            options = ConvertOptions(hf_path="", head_bits=4)
-            return set_bits(model, {}, find_head(model).path, options)[0]
+            options = ConvertOptions("model")
+            return set_bits(model, {}, find_head(model).path, options, 4)[0]
         return quantize_model(model, {}, 64, 4)[0]
 
 

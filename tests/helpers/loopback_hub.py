@@ -27,6 +27,9 @@ class LoopbackHub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []  # method, path without its query
         self.down_after: int | None = None  # bytes of large files
         self.down = False
+        self.gated: set[str] = set()  # paths of files
+        self.ranged_bytes = 0  # sent as ranges of files
+        self.cut_at: int | None = None  # bytes of an answer after which the connection is lost
         self.lock = threading.Lock()
 
     @property

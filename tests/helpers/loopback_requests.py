@@ -109,7 +109,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer.content)
+            most = self.server.cut_at  # of one answer, before the connection is lost
+            self.wfile.write(answer.content[:most])
+            self.close_connection |= most is not None and most < len(answer.content)
 
     do_GET = do_HEAD = do_POST = do_PUT = route
 
@@ -249,8 +251,16 @@ class Handler(BaseHTTPRequestHandler):
         commit, stored = repository.sha(number), repository.commits[number].get(path)
         if stored is None:
             raise Answer(404, {}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-        oid, _ = git_oid(stored)
-        return Answer(200, self.server.content(stored), ETag=f'"{oid}"', X_Repo_Commit=commit)
+        content, headers = self.server.content(stored), {"X_Repo_Commit": commit}
+        headers["ETag"] = f'"{git_oid(stored)[0]}"'
+        if path in self.server.gated:
+            raise Answer(403, {}, X_Error_Code="GatedRepo")
+        if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
+            start, end = int(match[1]), min(int(match[2]), len(content) - 1)
+            self.server.ranged_bytes += end + 1 - start
+            headers["Content_Range"] = f"bytes {start}-{end}/{len(content)}"
+            return Answer(206, content[start : end + 1], **headers)
+        return Answer(200, content, **headers)
 
 
 def git_oid(content: bytes | tuple[str, int]) -> tuple[str, int]:

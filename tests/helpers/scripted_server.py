@@ -1,20 +1,30 @@
 """A server behind the real front door whose answers a test writes: the page's counterpart."""
 
+import asyncio
 import json
 import logging
 from contextlib import contextmanager
 from threading import Event, Thread
 
-from mlx_flashhead.serving.network import guard
-from mlx_flashhead.serving.network.access import Access
-from mlx_flashhead.serving.network.connections import LimitedServer
-from mlx_flashhead.serving.network.guard import GuardedHandler
+from starlette.requests import ClientDisconnect
+from starlette.routing import Route, Router
+
+from mlx_flashhead.serving.network import access
+from mlx_flashhead.serving.network.access import Access, json_response, read_body
+from mlx_flashhead.serving.network.page_files import PAGE_ROUTES
 from mlx_flashhead.serving.protocol.api_error import ApiError
+from mlx_flashhead.serving.serve import Server, listening
 
 # The name of a machine on a network: plain http, so no secure context. The browser maps it here.
 LAN_NAME = "studio.local"
 TOKEN = "k7mf-3xq2-9tzc-hd4w-p8ns"
-MODEL = {"name": "SmolLM2-135M-Instruct", "dense": False, "n_probes": 120, "n_clusters": 3072}
+MODEL = {
+    "name": "SmolLM2-135M-Instruct",
+    "dense": False,
+    "decoding": "verified",
+    "flash_head": "verified",
+    "n_probes": 120,
+}
 INFO = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "models": [MODEL]}
 # Tokens per second that are reported: with FlashHead, and dense.
 SPEEDS = {False: 35.5, True: 25.0}
@@ -30,9 +40,12 @@ class Script(logging.Handler):
     client has gone before its answer was complete.
     """
 
-    def __init__(self, access: Access | None = None):
+    def __init__(self):
         super().__init__()
-        self.reset(access)
+        routes = [Route("/v1/chat/completions", self._post, methods=["POST"])]
+        routes += [Route(path, self._get) for path in ("/health", "/page/info.json", "/v1/models")]
+        self.server = Server(Router([*routes, *PAGE_ROUTES]), Access())
+        self.reset()
 
     def reset(self, access: Access | None = None):
         """Forgets all of it."""
@@ -41,91 +54,102 @@ class Script(logging.Handler):
         self.left = Event()
         self.info = INFO
 
+    @property
+    def access(self):
+        """The rules, which a test may change."""
+        return self.server.config.app.access
+
+    @access.setter
+    def access(self, access):
+        self.server.config.app.access = access
+
     def emit(self, record):
         self.log.append(record.getMessage())
 
+    async def _get(self, request):
+        values = {"/health": {"status": "ok"}, "/page/info.json": self.info}
+        return json_response(values.get(request.scope["path"], {"data": []}))
 
-class ScriptedServer(LimitedServer):
-    """With the rules of a script, which a test may change."""
+    async def _post(self, request):
+        body = json.loads(await read_body(request))
+        self.requests.append(body)
+        pieces = self.answers.pop(0) if self.answers else ["Fine."]
+        if isinstance(pieces, str):
+            raise ApiError(pieces)
+        left, decoding = self.left, self._decoding(body)  # those of this test
 
-    script: Script
+        async def stream(scope, receive, send):
+            answering = asyncio.create_task(_stream(pieces, decoding, send))
+            leaving = asyncio.create_task(_disconnected(receive))
+            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                leaving.cancel()
+                return await answering
+            answering.cancel()
+            left.set()
+            raise ClientDisconnect
 
-    @property
-    def access(self):
-        return self.script.access
+        return stream
+
+    def _decoding(self, body):
+        """How an answer is decoded: n_probes forces the FlashHead on."""
+        models = self.info["models"]
+        model = next((m for m in models if m["name"] == body.get("model")), models[0])
+        if body.get("dense"):
+            return "dense: as requested"
+        return "verified" if "n_probes" in body else model["decoding"]
 
 
-class ScriptedHandler(GuardedHandler):
-    """An API in the form of the server's."""
+async def _disconnected(receive):
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
-    server: ScriptedServer
 
-    def get(self, path):
-        told = {"/health": {"status": "ok"}, "/page/info.json": self.server.script.info}
-        told["/v1/models"] = {"data": []}
-        if path not in told:
-            raise ApiError("nothing there", status=404)
-        self.send_json(told[path])
+async def _stream(pieces, decoding, send):
+    async def write(line, more=True):
+        body = f"{line}\n\n".encode()
+        await send({"type": "http.response.body", "body": body, "more_body": more})
 
-    def post(self, path):
-        script = self.server.script
-        with self.server.answering(self.connection, self.client_address[0]):
-            body = json.loads(self.read_body())
-            script.requests.append(body)
-            left = script.left  # that of this test
-            pieces = script.answers.pop(0) if script.answers else ["Fine."]
-            if isinstance(pieces, str):
-                raise ApiError(pieces)
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.end_headers()
-            try:
-                self._stream(pieces, SPEEDS[bool(body.get("dense"))])
-            except ConnectionError:
-                left.set()
-                raise
-
-    def _stream(self, pieces, speed):
-        n_tokens = 0
-        for piece in pieces:
-            if piece is BREAK:
-                return
-            if isinstance(piece, Event):
-                while not piece.wait(0.02):
-                    if self.client_has_gone():
-                        raise ConnectionAbortedError
-            elif isinstance(piece, tuple):
-                self._write(": prompt {}/{}".format(*piece))
-            else:
-                n_tokens += 1
-                self._event(piece if isinstance(piece, dict) else {"content": piece})
-        self._event({}, finish_reason="stop")
-        self._write(f": {speed:.2f} tokens/s")
-        usage = {"prompt_tokens": 5, "completion_tokens": n_tokens}
-        self._write(f"data: {json.dumps({'choices': [], 'usage': usage})}")
-        self._write("data: [DONE]")
-
-    def _event(self, delta, finish_reason=None):
+    async def event(delta, finish_reason=None):
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        self._write(f"data: {json.dumps({'choices': [choice]})}")
+        await write(f"data: {json.dumps({'choices': [choice]})}")
 
-    def _write(self, line):
-        self.wfile.write(f"{line}\n\n".encode())
+    headers = [(b"content-type", b"text/event-stream")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    n_tokens = 0
+    for piece in pieces:
+        if piece is BREAK:
+            return
+        if isinstance(piece, Event):
+            while not piece.is_set():
+                await asyncio.sleep(0.01)
+        elif isinstance(piece, tuple):
+            await write(": prompt {}/{}".format(*piece))
+        else:
+            n_tokens += 1
+            await event(piece if isinstance(piece, dict) else {"content": piece})
+    await event({}, finish_reason="stop")
+    await write(f": decoding {decoding}")
+    await write(f": {SPEEDS[decoding.startswith('dense')]:.2f} tokens/s")
+    usage = {"prompt_tokens": 5, "completion_tokens": n_tokens}
+    await write(f"data: {json.dumps({'choices': [], 'usage': usage})}")
+    await write("data: [DONE]", more=False)
 
 
 @contextmanager
 def scripted_server(script: Script | None = None, port: int = 0):
     """Runs a server on 127.0.0.1; yields ``(port, script)``."""
     script = script or Script()
-    guard.logger.addHandler(script)
-    guard.logger.setLevel(logging.INFO)
-    with ScriptedServer(("127.0.0.1", port), ScriptedHandler) as server:
-        server.script = script
-        thread = Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    access.logger.addHandler(script)
+    access.logger.setLevel(logging.INFO)
+    script.server.should_exit = script.server.started = False
+    with listening("127.0.0.1", port) as listener:
+        number = listener.getsockname()[1]
+        thread = Thread(target=script.server.run, args=([listener],), daemon=True)
         thread.start()
         try:
-            yield server.server_port, script
+            yield number, script
         finally:
-            server.shutdown()
+            script.server.should_exit = True
             thread.join()
-            guard.logger.removeHandler(script)
+            access.logger.removeHandler(script)

@@ -168,6 +168,9 @@ WRONG_ROWS = [
     [ROW | {"greedy_differs": 1.1}],
     [ROW | {"sampled_differs": "0.2"}],
     [ROW] * 1001,
+    [ROW | {"risks": 5}],
+    [ROW | {"risks": [0.5]}],
+    [ROW | {"risks": [1] * 5000}],
 ]
 
 
@@ -250,6 +253,19 @@ ARRAYS = [
 ]
 
 
+def change_array(folder, name, change):
+    path = folder / FILE_NAME
+    arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+    assert set(arrays) == set(ARRAYS)
+    arrays[name] = change(arrays[name])
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    mx.eval(arrays)
+    metadata["checksum"] = files._checksum(arrays)
+    with path.open("wb") as file:
+        mx.save_safetensors(file, arrays, metadata=metadata)
+    refused(folder, FILE_NAME, "does not hold the arrays", CONVERT)
+
+
 @pytest.mark.parametrize("name", ARRAYS)
 @pytest.mark.parametrize(
     "spoil",
@@ -262,16 +278,17 @@ ARRAYS = [
     ],
 )
 def test_array_that_is_not_as_described(folder, name, spoil):
-    path = folder / FILE_NAME
-    arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
-    assert set(arrays) == set(ARRAYS)
-    arrays[name] = spoil(arrays[name])
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    mx.eval(arrays)
-    metadata["checksum"] = files._checksum(arrays)
-    with path.open("wb") as file:
-        mx.save_safetensors(file, arrays, metadata=metadata)
-    refused(folder, FILE_NAME, "does not hold the arrays", CONVERT)
+    change_array(folder, name, spoil)
+
+
+@pytest.mark.parametrize("wrong", [0, 258, 259, 2**32 - 1])
+def test_each_token_is_there_once(folder, wrong):
+    """A token twice, one missing, one that there is not."""
+
+    def spoil(token_ids):
+        return mx.where(token_ids == 5, mx.array(wrong, mx.uint32), token_ids)
+
+    change_array(folder, "token_ids", spoil)
 
 
 def test_file_of_another_model(folder, tmp_path):

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.loading import first_build as build
+from mlx_flashhead.loading import background as build
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from mlx_flashhead.loading.load import load, load_with_head, sharded_load
 from mlx_flashhead.loading.sources import DENSE, HeadOptions
 from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.model_errors import UnsupportedHeadError
-from mlx_flashhead.publishing.origin import Origin
 from model_folders import write_model
 from tiny_models import tiny_index, tiny_model
 
@@ -52,7 +51,7 @@ def test_first_use_builds_and_the_second_does_not(folder, quick, capfd, flash_he
     assert output == ""
     assert "Building the FlashHead of My-Model, which takes at most about" in errors
     assert f"It is kept in {entry.folder}." in errors
-    for bar in ("Reading given text", "Clustering", "Fitting", "Measuring"):
+    for bar in ("Reading built-in text", "Clustering", "Fitting", "Measuring"):
         assert f"{bar}: 100%" in errors
     assert "differs" not in errors  # the table is for those who convert
     assert entry.folder.is_relative_to(flash_head_home)
@@ -115,7 +114,6 @@ def test_attach_builds_for_a_model_from_anywhere(folder, quick):
     (entry,) = cache.entries()
     recipe = entry.config.recipe
     assert (recipe["model"], recipe["name"]) == ("My-Model", "My-Model-FlashHead")
-    assert recipe["metadata"]["base_model_relation"] == "adapter"
     assert str(folder.parent) not in json.dumps(entry.config.to_dict())
 
 
@@ -134,7 +132,7 @@ def test_heads_that_are_not_supported():
     with pytest.raises(UnsupportedHeadError, match="cannot be intercepted"):
         attach(model, None)
     options = HeadOptions(missing=DENSE)
-    assert attach_head(model, None, None, Origin("x"), options) is None
+    assert attach_head(model, None, None, Path("x"), options) is None
 
 
 @pytest.mark.parametrize("kept", [0, 0.99])
@@ -194,7 +192,7 @@ def test_a_head_that_cannot_be_kept_works_all_the_same(
 def test_two_processes_build_once(folder, tmp_path, flash_head_home):
     program = (
         "import functools, sys, time\n"
-        "from mlx_flashhead.loading import first_build as build\n"
+        "from mlx_flashhead.loading import background as build\n"
         "from mlx_flashhead.loading.load import load\n"
         "from mlx_flashhead.conversion.options import IndexOptions\n"
         "build.IndexOptions = functools.partial(IndexOptions, calibration_positions=100)\n"

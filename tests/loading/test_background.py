@@ -2,17 +2,17 @@
 
 import threading
 import time
+from pathlib import Path
 
 import mlx_lm
 import pytest
-from mlx_flashhead.lossless.tuning import Tuning
 
 from mlx_flashhead import get_flash_head, stream_generate
 from mlx_flashhead.loading import head_cache as cache
 from mlx_flashhead.loading import tuned
 from mlx_flashhead.loading.background import IdleBuild, background_build
 from mlx_flashhead.loading.sources import HeadOptions
-from mlx_flashhead.publishing.origin import Origin
+from mlx_flashhead.lossless.tuning import Tuning
 from model_folders import write_model
 
 OPTIONS = HeadOptions(progress=False, tunes=False)
@@ -24,7 +24,7 @@ def loaded(tmp_path, quick, flash_head_home):
 
 
 def build_of(model, tokenizer):
-    return background_build(model, tokenizer, Origin("model"), OPTIONS)
+    return background_build(model, tokenizer, Path("model"), OPTIONS)
 
 
 def tokens(model, tokenizer, prompt="One day", n=20):
@@ -60,7 +60,7 @@ def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
     options, said = HeadOptions(progress=False, tunes=tunes), []
     object.__setattr__(options, "say", said.append)
-    background_build(*loaded, Origin("model"), options).finish()
+    background_build(*loaded, Path("model"), options).finish()
     building, *measuring, ready = said
     assert "Building the FlashHead" in building and "FlashHead is ready" in ready
     assert [sentence[:9] for sentence in measuring] == ["Measuring"] * tunes

@@ -6,7 +6,6 @@ from dataclasses import asdict
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_flashhead.lossless.tuning import Tuning, expected_seconds, tune
 
 from flash_loops import OTHERS, make_flash
 from mlx_flashhead import get_flash_head
@@ -15,6 +14,7 @@ from mlx_flashhead.loading import tuned
 from mlx_flashhead.loading.attach import install_stored
 from mlx_flashhead.loading.sources import HeadOptions, StoredHead
 from mlx_flashhead.lossless import tuning as tuning_module
+from mlx_flashhead.lossless.tuning import Tuning, expected_seconds, tune
 from tiny_models import tiny_index, tiny_model
 
 FAST = Tuning(2, 1e30, 8, 0.07, 1.5, 0.01, 0.0, dense=False, checked_positions=5)

@@ -33,7 +33,7 @@ KERNEL_FLAGS = [
     # No double: a literal 1.0 is a float, as in Metal. A generic address space exists only for the
     # `this` of structs; the syntax tree is searched for any other use of it.
     "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space",
-    *("-mrelocation-model", "pic", "-pic-level", "2", "-ffp-contract=off", "-O2"),
+    *("-mrelocation-model", "pic", "-pic-level", "2", "-O2"),
     *("-ffloat16-excess-precision=none", "-fbfloat16-excess-precision=none"),
     *("-Wno-everything", "-fno-caret-diagnostics", "-fmessage-length=0"),
     *("-I", str(FOLDER / "shim"), "-include", "emulator/language.h"),
@@ -43,6 +43,11 @@ KERNEL_FLAGS += [
     *("-mllvm", "-hoist-common-insts=false", "-mllvm", "-sink-common-insts=false"),
     *("-mllvm", "-enable-tail-merge=false"),
 ]
+# How products and sums become one operation, as Apple's compiler may: never, within an expression,
+# or wherever they meet, in functions that are all inlined. x86-64 has it as an extension.
+CONTRACTIONS = ("off", "on", "fast")
+CONTRACT_FLAGS = ["-target-feature", "+fma"] if platform.machine() == "x86_64" else []
+CONTRACT_FLAGS += ["-mllvm", "-inline-threshold=100000"]
 # Calls before each load, store, memcpy and memset; see runtime/memory.cpp.
 CHECK_FLAGS = [
     "-fsanitize=kernel-address",
@@ -172,24 +177,26 @@ def check_text(text: str, name: str, prelude: str, scratch: Path, *flags: str) -
     check_syntax_tree(tree.splitlines(), name)
 
 
-def compile_kernel(text: str, entry: str, name: str, check: bool) -> Path:
+def compile_kernel(text: str, entry: str, name: str, check: bool, contract: str = "off") -> Path:
     """Compiles a kernel as MLX writes it to a shared library; a KernelFault if it is refused.
 
     Args:
         text: Header, signature and source.
         entry: C++ appended to it: the function that the runtime calls for each thread.
         check: Whether accesses are checked and counted.
+        contract: One of ``CONTRACTIONS``.
     """
 
     def build(path: Path) -> None:
         made = path.with_suffix(".o")
         whole = f'{translate(text, file_name)}\n#line 1 "entry.metal"\n{entry}'
         flags = [*(CHECK_FLAGS if check else []), "-emit-obj", "-o", str(made)]
+        flags += [f"-ffp-contract={contract}", *(CONTRACT_FLAGS if contract != "off" else [])]
         check_text(whole, file_name, MLX_PRELUDE, path.parent, *flags)
         link([made], path)
 
     file_name = f"{name}.metal"
-    return cached(f"{check} {name} {text} {entry}", ".so", build)
+    return cached(f"{check} {contract} {name} {text} {entry}", ".so", build)
 
 
 def check_standalone(path: Path) -> None:

@@ -38,10 +38,11 @@ class Emulator:
             only compile errors, divergent barriers and too much threadgroup memory are found.
         max_threads: By a kernel's name, the threads its pipeline allows in a threadgroup: on a
             device fewer than 1,024 where a kernel takes many registers.
+        contract: How the compiler joins products and sums: ``off``, ``on`` or ``fast``.
     """
 
-    def __init__(self, order="forward", seed=0, check=True, max_threads=None):
-        self.order, self.seed, self.check = order, seed, check
+    def __init__(self, order="forward", seed=0, check=True, max_threads=None, contract="off"):
+        self.order, self.seed, self.check, self.contract = order, seed, check, contract
         self.max_threads = max_threads or {}
         self.dispatches = []  # one of each launch so far
         self.built = set()  # texts of the kernels that were compiled: MLX keeps a library for each
@@ -89,7 +90,8 @@ class Emulator:
                 buffers.append(Buffer(parameter, INPUT, values.itemsize, values.nbytes))
                 buffers[-1].data[:] = values.reshape(-1).view(np.uint8)
         self.built.add(signature.text)
-        library = compile_kernel(signature.text, signature.entry(), signature.name, self.check)
+        name_and_flags = signature.name, self.check, self.contract
+        library = compile_kernel(signature.text, signature.entry(), *name_and_flags)
         self.dispatches.append(
             launch(name, library, buffers, grid, threadgroup, self.order, self.seed, self.check)
         )

@@ -9,9 +9,9 @@ import pytest
 
 from kernel_cases import kernels, on_gpu, to_numpy
 from mlx_flashhead import detach, get_flash_head, stream_generate
+from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.build import build_index
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.exporting.plan import export_plan
 from mlx_flashhead.head.steps import NO_DEPTH
 from mlx_flashhead.models.dense import load_dense

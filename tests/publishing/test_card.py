@@ -43,7 +43,7 @@ CONFIG = FlashHeadConfig(
     n_probes=256,
     unverified_probes=128,
     fingerprint="f",
-    calibration={"source": "given", "positions": 12_000, "seed": 7},
+    calibration={"source": "builtin", "positions": 12_000, "seed": 7},
     report=REPORT,
     recipe={
         "command": "mlx_flashhead.convert --hf-path meta-llama/Llama-3.2-1B -q --seed 7",
@@ -77,7 +77,7 @@ def test_header_and_text(tmp_path):
         "dense head reads 139.46 MB",
         "mlx_flashhead.convert --hf-path meta-llama/Llama-3.2-1B -q --seed 7",
         "python 3.11.7, mlx 0.32.4 on Darwin arm64",
-        "12,000 positions of given text of many kinds, seed 7",
+        "12,000 positions of built-in text of many kinds, seed 7",
         f"SHA-256 of text.txt: `{'ab' * 32}`",
         "[Llama 3.2 Community License](https://www.llama.com/llama3_2/license)",
         LLAMA.notice.rstrip("."),
@@ -149,7 +149,7 @@ def test_recognise_by_its_text(tmp_path, name):
 
 def checked(folder, identifier, repo_id=None):
     files = licence_files(folder)
-    check({"license": identifier}, files, repo_id, model="m", place=folder, before="first, ")
+    check({"license": identifier}, files, repo_id, model="m", place=str(folder))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_prefix(tmp_path, licence, name, suggested):
 
 def test_a_copy_of_the_text_is_needed(tmp_path):
     address = "https://www.llama.com/llama3_2/license"
-    with pytest.raises(ValueError, match=rf"first, save {address} as LICENSE.txt in {tmp_path}"):
+    with pytest.raises(ValueError, match=rf"missing: save {address} as LICENSE.txt in {tmp_path}"):
         checked(tmp_path, "llama3.2")
     # the notice names the licence, but is no copy of it; nor is another licence's text
     write_notice(BY_NAME["llama3.2"], tmp_path)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mlx_flashhead.models.fetch import resolve
-from mlx_flashhead.publishing.origin import card_metadata, find_origin, read_metadata
+from mlx_flashhead.publishing.card import card_metadata, find_provenance, read_metadata
 
 CARD = """---
 license: llama3.2
@@ -34,9 +34,13 @@ def make(folder, card=None, **settings):
 
 def test_header_of_the_new_card(tmp_path):
     folder = make(tmp_path / "models--maker--Tuned" / "snapshots" / ("a" * 40), CARD)
-    origin = find_origin(str(folder), folder)
-    assert (origin.name, origin.repo_id, origin.revision) == ("Tuned", "maker/Tuned", "a" * 40)
-    assert card_metadata(origin) == {
+    base = find_provenance(str(folder), folder)
+    assert (base.origin.name, base.origin.repo_id, base.origin.revision) == (
+        "Tuned",
+        "maker/Tuned",
+        "a" * 40,
+    )
+    assert card_metadata(base) == {
         "license": "llama3.2",
         "license_link": "https://example.org/licence",
         "language": ["en", "de"],
@@ -66,26 +70,26 @@ def test_header_of_the_new_card(tmp_path):
 )
 def test_base_model_of_a_local_folder(tmp_path, card, settings, base_model, expected):
     folder = make(tmp_path / "Local-Model", card, **settings)
-    origin = find_origin(str(folder), folder, base_model)
-    metadata = card_metadata(origin)
+    base = find_provenance(str(folder), folder, base_model)
+    metadata = card_metadata(base)
     assert (metadata.get("base_model"), metadata.get("base_model_relation")) == expected
-    named = origin.repo_id or "Local-Model"
-    assert origin.name == named.rpartition("/")[2]
-    assert origin.revision is None
+    named = base.origin.repo_id or "Local-Model"
+    assert base.origin.name == named.rpartition("/")[2]
+    assert base.origin.revision is None
 
 
 def test_card_of_a_base_model_that_is_named(hub, tmp_path):
     hub.put("maker/Tuned", {"README.md": CARD.encode(), "LICENSE.txt": b"of the Hub"})
     folder = make(tmp_path / "local")
     (folder / "NOTICE").write_text("of the folder")
-    origin = find_origin(str(folder), folder, "maker/Tuned")
-    assert card_metadata(origin)["language"] == ["en", "de"]
-    assert {file.read_text() for file in origin.files} == {"of the Hub", "of the folder"}
-    assert origin.revision is None
-    assert find_origin(str(folder), folder, "maker/absent").metadata == {}
+    base = find_provenance(str(folder), folder, "maker/Tuned")
+    assert card_metadata(base)["language"] == ["en", "de"]
+    assert {file.read_text() for file in base.files} == {"of the Hub", "of the folder"}
+    assert base.origin.revision is None
+    assert find_provenance(str(folder), folder, "maker/absent").metadata == {}
     # the folder's own card comes first
     (folder / "README.md").write_text("---\nlanguage: fr\n---\n")
-    found = card_metadata(find_origin(str(folder), folder, "maker/Tuned"))
+    found = card_metadata(find_provenance(str(folder), folder, "maker/Tuned"))
     assert (found["language"], found["base_model"]) == ("fr", "maker/Tuned")
 
 
@@ -93,9 +97,9 @@ def test_licence_is_named_where_the_card_is_silent(tmp_path):
     folder = make(tmp_path / "model")
     (folder / "LICENSE.txt").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n")
     for given in (None, "llama3.2"):
-        origin = find_origin("x", folder, license=given)
-        assert origin.licence.identifier == "llama3.2"
-        assert card_metadata(origin)["license"] == "llama3.2"
+        base = find_provenance("x", folder, license=given)
+        assert base.licence.identifier == "llama3.2"
+        assert card_metadata(base)["license"] == "llama3.2"
 
 
 @pytest.mark.parametrize(
@@ -110,13 +114,13 @@ def test_cards_that_say_nothing(tmp_path, text):
 def test_card_and_licence_are_fetched_beside_the_model(hub, tmp_path):
     files = {"config.json": b"{}", "README.md": CARD.encode(), "LICENSE.txt": b"text"}
     hub.put("maker/Tuned", files | {"USE_POLICY.md": b"policy", "big.bin": b"no"})
-    origin = find_origin("maker/Tuned", resolve("maker/Tuned"))
-    assert origin.repo_id == "maker/Tuned"
-    assert origin.revision == hub.repositories["maker/Tuned"].sha(1)
-    assert origin.metadata["language"] == ["en", "de"]
-    assert [file.name for file in origin.files] == ["LICENSE.txt", "USE_POLICY.md"]
+    base = find_provenance("maker/Tuned", resolve("maker/Tuned"))
+    assert base.origin.repo_id == "maker/Tuned"
+    assert base.origin.revision == hub.repositories["maker/Tuned"].sha(1)
+    assert base.metadata["language"] == ["en", "de"]
+    assert [file.name for file in base.files] == ["LICENSE.txt", "USE_POLICY.md"]
     # what was not fetched while there was a network is not missed without it
     hub.put("maker/Bare", {"config.json": b"{}", "README.md": CARD.encode()})
     folder = resolve("maker/Bare")
     hub.down = True
-    assert find_origin("maker/Bare", folder).metadata == {}
+    assert find_provenance("maker/Bare", folder).metadata == {}

@@ -14,9 +14,9 @@ from loopback_requests import Account, Repository
 from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.models.install import get_flash_head
+from mlx_flashhead.models.origin import Origin
 from mlx_flashhead.publishing import licences
-from mlx_flashhead.publishing.origin import Origin
-from mlx_flashhead.publishing.publish import checkpoint_name, publish
+from mlx_flashhead.publishing.publish import publish
 from model_folders import contents, write_model
 
 QUICK = {"calibration": "none", "progress": False}
@@ -173,7 +173,7 @@ CHANGES = {
         ("no token", "me/tiny", r"needs a Hugging Face token, but there is none: log in"),
         ("unknown token", "me/tiny", r"does not accept the token"),
         ("read token", "me/tiny", r"token may only read"),
-        ("no account", "me/tiny", r"did not say whose token this is"),
+        ("no account", "me/tiny", r"cannot be reached"),
         ("none", "else/tiny", r"me may not write to else/tiny: choose .* such as me/tiny"),
         ("taken", "else/tiny", r"me may not write to else/tiny"),
         ("offline", "me/tiny", r"cannot be reached .* unset HF_HUB_OFFLINE"),
@@ -218,7 +218,6 @@ def test_what_the_hub_would_refuse_is_said_before_the_conversion(
 )
 def test_derived_names_are_names_that_the_hub_takes(name, licence, expected):
     licence = licences.recognise({"license": licence}, [])
-    origin = Origin(name, None, None, {}, licence, ())
-    found = checkpoint_name(origin, "fp32")
+    found = Origin(name).result_name("fp32", licence.prefix if licence else "")
     assert found == expected
     validate_repo_id(f"me/{found}")

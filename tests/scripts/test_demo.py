@@ -1,52 +1,65 @@
-"""The demo's comparison, on a tiny model."""
+"""The demo's race and its picture, on a tiny model."""
 
 import io
+import xml.etree.ElementTree as ElementTree
 
-import mlx.core as mx
-import numpy as np
 import pytest
 from rich.console import Console
 
-from demo import answers, captured_states, compare
-from mlx_flashhead import load
+import demo
+from demo import Run, compare, encode, race
+from mlx_flashhead import load, stream_generate
 from mlx_flashhead.models.dense import load_dense
+from record_demo import COLUMNS, picture, wrapped
 
 
 @pytest.fixture(scope="module")
-def models(dense, converted):
-    model, tokenizer, _ = load_dense(dense)
-    return model, load(str(converted), n_probes=2)[0], tokenizer
+def loaded(converted):
+    return load(str(converted), n_probes=2)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_shows_both_texts_the_table_and_the_share_of_right_proposals(models, terminal, capsys):
-    dense, flash, tokenizer = models
-    messages = [{"role": "user", "content": "hello"}]
-    prompt = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
-    *_, answer = answers(dense, tokenizer, prompt, 40)
-    states = captured_states(dense, prompt, answer.token_ids)
-    chosen = [mx.argmax(flash.lm_head(state[None])).item() for state in states]
-    same = np.mean(np.array(chosen) == np.array(answer.token_ids))
-    assert 0 < same < 1
+def test_shows_both_texts_their_speeds_and_that_they_are_the_same(loaded, terminal, capsys):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
-    compare(flash, tokenizer, "hello", max_tokens=40, runs=2, console=console)
+    compare(*loaded, "hello", max_tokens=40, rounds=1, console=console)
     output = console.file.getvalue()
-    for word in ("hello", "dense", "FlashHead", "tokens/s", "ratio", "same", "2 of 17 clusters"):
+    for word in ("hello", "dense", "FlashHead", "tokens per second", "median of 2", " x"):
         assert word in output
-    assert f"{100 * same:.1f} % of its proposals were right" in output
-    assert ("\x1b[" in output) == terminal
+    said = " ".join(output.split())
+    assert "the same, token for token" in said and "2 of 17 clusters" in said
+    assert ("tokens/s" in output) == ("\x1b[" in output) == terminal
     assert "Warning" not in capsys.readouterr().err
 
 
-def test_texts_and_states_are_the_models_own(models):
-    dense, flash, tokenizer = models
-    prompt = tokenizer.encode("hello")
-    *_, of_dense = answers(dense, tokenizer, prompt, 12)
-    *_, of_flash = answers(flash, tokenizer, prompt, 12)
-    ids = list(prompt)
-    for token in of_dense.token_ids:
-        assert token == mx.argmax(dense(mx.array([ids]))[0, -1]).item()
-        ids.append(token)
-    assert of_flash.token_ids == of_dense.token_ids
-    logits = dense.lm_head(captured_states(dense, prompt, of_dense.token_ids))
-    assert mx.argmax(logits, axis=-1).tolist() == of_dense.token_ids
+def test_a_race_is_of_the_models_own_text_and_of_the_same_length(loaded, dense, monkeypatch):
+    model, tokenizer = loaded
+    plain, _, _ = load_dense(dense)
+    shown = []
+    runs = race((plain, model), tokenizer, "hello", 20, lambda _, seconds: shown.append(seconds))
+    options = {"max_tokens": 20, "sampler": demo.make_sampler(**demo.SAMPLING)}
+    prompt = encode(tokenizer, "hello")
+    expected = [r.token for r in stream_generate(plain, tokenizer, prompt, **options)]
+    assert runs[0].token_ids == runs[1].token_ids == expected
+    assert shown == [None] * len(expected) + [when for when, _ in runs[1].pieces]
+    monkeypatch.setattr(demo, "RACE_SECONDS", 0.0)  # a machine that is too busy
+    runs = race((plain, model), tokenizer, "hello", 20)
+    assert len(runs[0].token_ids) == len(runs[1].token_ids) == 2
+
+
+def test_a_run_knows_its_text_and_speed_at_each_time():
+    run = Run([(0.0, "One"), (1.0, " day"), (4.0, ", two")], [1, 2, 3])
+    assert [run.text(t) for t in (0.5, 1.0, 9.0)] == ["One", "One day", "One day, two"]
+    assert [run.speed(t) for t in (0.5, 2.0, 9.0)] == [0.0, 0.5, 0.5]
+    assert Run().speed() == Run().seconds == 0
+
+
+def test_the_picture_shows_each_word_when_it_is_complete():
+    run = Run([(0.0, "One"), (1.0, " d"), (2.0, "ay\n"), (3.0, "<" + "x" * COLUMNS), (4.0, " y")])
+    assert wrapped(run) == [
+        [(0.0, "One"), (2.0, "day")],
+        [(3.0, "<" + "x" * COLUMNS)],
+        [(4.0, "y")],
+    ]
+    tree = ElementTree.fromstring(picture((run, run), "a & b"))
+    words = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}tspan")]
+    assert words[:2] == ["One ", "day "] and len(words) == 8

@@ -1,5 +1,6 @@
 """Tiny models for the server's tests."""
 
+import re
 import socket
 import time
 from contextlib import ExitStack, closing, contextmanager
@@ -95,7 +96,7 @@ def http_server(random_model, chain_model, tmp_path_factory):
         *("--model", random_model / "flash", "--served-model-name", "mine", "--max-tokens", 40),
         *("--allow-models", chain_model, "--lan", "--token-file", folder / "token"),
     ) as server:
-        yield replace(server, token=TOKEN, url=server.url.replace("0.0.0.0", "127.0.0.1"))
+        yield replace(server, token=TOKEN, url=re.sub("//.*:", "//127.0.0.1:", server.url))
 
 
 @pytest.fixture(scope="session")

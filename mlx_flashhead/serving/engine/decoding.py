@@ -15,6 +15,7 @@ from ...lossless.batch import VerifiedBatchGenerator
 from ...lossless.loop import drafted_steps, verified_steps
 from ...lossless.proposer import Proposer
 from ...lossless.sampler import preserves_margins
+from ...models.compat.mlx_lm import can_trim_prompt_cache
 from .jobs import Job, LogitsProcessor
 from .prefill import KVCaches, Reading
 
@@ -129,6 +130,8 @@ class Single:
         n_held = len(self._tokens)
         if job.served.draft_model is not None:
             # a draft model's cache may be some tokens behind
+            if not can_trim_prompt_cache(self._cache):
+                return []
             n_held = min(n_held, *(cache.offset for cache in self._cache))
             for cache in self._cache:
                 cache.trim(cache.offset - n_held)
@@ -151,7 +154,9 @@ def kind_of(job: Job) -> tuple:
 
 def _proposer(job: Job) -> Proposer:
     served, request = job.served, job.request
-    return Proposer(served.model, verify=served.verify, dense=request.dense, n_probes=request.n_probes)
+    return Proposer(
+        served.model, verify=served.verify, dense=request.dense, n_probes=request.n_probes
+    )
 
 
 def _guarded(job: Job, before: mx.array | None = None) -> list[LogitsProcessor]:

@@ -1,9 +1,9 @@
 """The thread that computes: it reads prompts a chunk at a time, between the tokens of others.
 
 While prompts wait, answers in progress have a token after each chunk, and at most half of the time:
-less if they are fewer than the prompts, so that a burst of questions soon shares one batch. The
-prompt with the fewest tokens left has three of four turns, the oldest prompt the fourth. So a long
-text does not hold up a short question, and short questions do not hold up a long text for ever.
+less if they are fewer than the prompts, so that a burst of questions soon shares one batch. Where a
+token of all answers takes longer than a chunk, several chunks are read before it. Whose chunk is
+next is decided in :class:`ReadingQueue`.
 """
 
 import copy
@@ -15,7 +15,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 import mlx.core as mx
 
@@ -26,11 +26,12 @@ from ..protocol.api_error import ApiError
 from ..served_models import ServedModel
 from .decoding import Batch, Decoder, Single, kind_of
 from .jobs import Job
-from .prefill import KVCaches, Pace, PromptCaches, Reading
+from .prefill import CHUNK_SECONDS, KVCaches, Pace, PromptCaches, Reading, ReadingQueue
 
 _IDLE_SECONDS = 0.1
 STUCK_SECONDS = 300.0  # of one turn: no chunk of a prompt takes as long
 MOST_BUILD_SECONDS = 0.2  # of a build at once, while answers are written
+FAILING = 3  # failures one after the other, with which the engine counts as failing
 
 logger = logging.getLogger(__name__)
 
@@ -44,26 +45,48 @@ class Engine:
         self._arrived: SimpleQueue[Job] = SimpleQueue()
         self._ended = Event()
         self._waiting: list[Job] = []
-        self._readings: list[Reading] = []
+        self._readings = ReadingQueue()
         self._decoders: list[Decoder] = []
         self._caches = PromptCaches(flags.prompt_cache_size, flags.prompt_cache_bytes)
         self._pace = Pace(flags.prefill_step_size)
-        self._turn = 0
+        self._answer_seconds = 0.0  # of the latest tokens of all answers
+        self._n_failures = 0  # since the latest answer that was completed
         self._latest_turn = math.inf  # nothing is stuck before the first one
+        self._closing = Lock()  # held while jobs arrive, and when no more are taken
+        self._closed = False
         self._builds: list[ServedModel] = []
         self._build_seconds = 0.0  # that a build may take while answers are written
         self._thread = Thread(target=self._run, args=(load,), name="generation", daemon=True)
         self._thread.start()
 
     def submit(self, jobs: Iterable[Job]) -> None:
+        """Puts jobs into the queue. Each gets events until its answer is complete or has failed."""
         for job in jobs:
-            self._arrived.put(job)
+            with self._closing:
+                if not self._closed:
+                    self._arrived.put(job)
+                    continue
+            job.emit(_shutting_down())
 
     @property
     def healthy(self) -> bool:
         """Whether jobs are answered: the thread lives, and comes back from its turns."""
         stuck = time.monotonic() - self._latest_turn > STUCK_SECONDS
         return self._thread.is_alive() and not self._ended.is_set() and not stuck
+
+    @property
+    def failing(self) -> bool:
+        """Whether the latest answers have all failed, for reasons of the server's own."""
+        return self._n_failures >= FAILING
+
+    @property
+    def status(self) -> str:
+        """ "loading", "ok", "failing" or "shutting down"."""
+        if self._ended.is_set():
+            return "shutting down"
+        if not self.models.done():
+            return "loading"
+        return "ok" if self.healthy and not self.failing else "failing"
 
     def close(self, seconds: float) -> bool:
         """Ends the thread, amid answers. Returns whether it did within ``seconds``."""
@@ -74,8 +97,13 @@ class Engine:
     def _run(self, load: Callable[[], list[ServedModel]]) -> None:
         try:
             self._answer(load())
-        except Exception as error:
+        except BaseException as error:
             self.models.set_exception(error)
+        with self._closing:
+            self._closed = True
+        self._receive_arrived(block=False)
+        for job in self._all_jobs():
+            job.emit(_shutting_down())
         # arrays and streams of MLX must go before their thread ends
         del self._caches, self._readings, self._decoders
         gc.collect()
@@ -87,28 +115,46 @@ class Engine:
         self._stream = mx.default_stream(mx.default_device())
         self._builds = [served for served in models if served.build is not None]
         self.models.set_result(models)
+        turn_failed = False
         while not self._ended.is_set():
             self._latest_turn = time.monotonic()
             try:
                 self._take_turns()
             except BaseException as error:  # whatever it is, the model stays in memory
-                failed = [*self._waiting, *(reading.job for reading in self._readings)]
-                failed += [job for decoder in self._decoders for job in decoder.jobs]
-                self._waiting, self._readings, self._decoders = [], [], []
-                for job in failed:
-                    job.tell(error)
-                logger.exception("The answers in progress have failed")
+                logger.warning("A turn of the engine has failed", exc_info=error)
+                begun = [job for job in self._all_jobs() if job not in self._waiting]
+                self._readings, self._decoders = ReadingQueue(), []
+                self._go_on_alone(begun)
+                if turn_failed:  # twice in a row, so nobody waits any longer
+                    failed, self._waiting = self._waiting, []
+                    for job in failed:
+                        self._fail(job, error)
+                turn_failed = True
+            else:
+                turn_failed = False
 
     def _take_turns(self) -> None:
         self._receive()
         began = time.perf_counter()
         self._drop_cancelled()
-        self._read()
+        share = time_for_answers(self._n_decoded(), len(self._readings))
+        chunks_end = began + min(self._answer_seconds / share if share else 0, CHUNK_SECONDS)
+        while self._read() and time.perf_counter() < chunks_end:
+            self._receive()
+            self._drop_cancelled()
         now = time.perf_counter()
-        until = now + (now - began) * time_for_answers(self._n_decoded(), len(self._readings))
+        share = time_for_answers(self._n_decoded(), len(self._readings))
+        until = now + (now - began) * share
         while self._decode() and time.perf_counter() < until and self._arrived.empty():
             self._drop_cancelled()
-        self._build(time.perf_counter() - began)
+        ended = time.perf_counter()
+        self._answer_seconds = ended - now
+        self._build(ended - began)
+
+    def _all_jobs(self) -> list[Job]:
+        jobs = [*self._waiting, *(reading.job for reading in self._readings)]
+        jobs += [job for decoder in self._decoders for job in decoder.jobs]
+        return [*dict.fromkeys(jobs)]
 
     @property
     def _busy(self) -> bool:
@@ -134,7 +180,7 @@ class Engine:
                     if decoder.jobs[0].served is served:
                         decoder.proposer.look_for_head()
                 logger.info("%s is served with its FlashHead from now on", served.name)
-        except Exception as error:
+        except BaseException as error:
             logger.warning("%s stays dense: %s", served.name, error)
             more = False
         if not more:
@@ -145,13 +191,7 @@ class Engine:
             self._build_seconds -= time.perf_counter() - began
 
     def _receive(self) -> None:
-        waits = not self._busy and not self._builds
-        try:
-            self._waiting.append(self._arrived.get(timeout=_IDLE_SECONDS if waits else 0))
-            while True:
-                self._waiting.append(self._arrived.get_nowait())
-        except Empty:
-            pass
+        self._receive_arrived(block=not self._busy and not self._builds)
         n_free = self._flags.decode_concurrency - len(self._readings) - self._n_decoded()
         for job in list(self._waiting):
             # answers to one prompt wait until it is read, and begin with a copy of its cache
@@ -159,41 +199,51 @@ class Engine:
                 self._waiting.remove(job)
                 n_free -= 1
                 try:
-                    self._readings.append(Reading(job, self._caches, self._flags))
-                except Exception as error:
-                    _fail(job, error)
+                    self._readings.add(Reading(job, self._caches, self._flags))
+                except BaseException as error:
+                    self._fail(job, error)
+
+    def _receive_arrived(self, *, block: bool) -> None:
+        try:
+            self._waiting.append(self._arrived.get(timeout=_IDLE_SECONDS if block else 0))
+            while True:
+                self._waiting.append(self._arrived.get_nowait())
+        except Empty:
+            pass
 
     def _n_decoded(self) -> int:
         return sum(len(decoder.jobs) for decoder in self._decoders)
 
     def _drop_cancelled(self) -> None:
-        self._waiting = [job for job in self._waiting if not job.cancelled]
-        for reading in [r for r in self._readings if r.job.cancelled]:
+        self._waiting = [job for job in self._waiting if job.wanted]
+        for reading in [r for r in self._readings if not r.job.wanted]:
             self._readings.remove(reading)
             self._keep(reading.job.served, reading.tokens, reading.cache)
         for decoder in list(self._decoders):
-            self._remove(decoder, [job for job in decoder.jobs if job.cancelled])
+            self._remove(decoder, [job for job in decoder.jobs if not job.wanted])
 
-    def _read(self) -> None:
-        """Reads a chunk of one prompt. A prompt that is read completely goes on to decoding."""
+    def _read(self) -> bool:
+        """Reads a chunk of one prompt. Returns whether prompts are left.
+
+        A prompt that is read completely goes on to decoding.
+        """
         if not self._readings:
-            return
-        self._turn += 1
-        reading = self._readings[0]
-        if self._turn % 4:
-            reading = min(self._readings, key=lambda r: r.left)
+            return False
+        reading = self._readings.next()
         try:
             if reading.left:
-                reading.read(self._pace)
+                self._readings.read(reading, self._pace)
             if not reading.left:
                 self._readings.remove(reading)
                 if any(job.prompt is reading.job.prompt for job in self._waiting):
                     copied = copy.deepcopy(reading.cache)
                     self._keep(reading.job.served, reading.tokens, copied)
                 self._begin(reading)
-        except Exception as error:
-            _fail(reading.job, error)
-            self._readings = [r for r in self._readings if r is not reading]
+        except BaseException as error:
+            self._fail(reading.job, error)
+            if reading in self._readings:
+                self._readings.remove(reading)
+        return bool(self._readings)
 
     def _begin(self, reading: Reading) -> None:
         job = reading.job
@@ -204,18 +254,24 @@ class Engine:
         if not batches:
             batches = [Batch(job, self._flags.decode_concurrency, self._stream)]
             self._decoders += batches
-        batches[0].add(reading)
+        try:
+            batches[0].add(reading)
+        except BaseException:
+            # the sequence may be in the batch, where nobody would answer for it
+            self._decoders.remove(batches[0])
+            self._go_on_alone([other for other in batches[0].jobs if other is not job])
+            raise
 
     def _decode(self) -> bool:
         """Generates a token for every answer in progress. Returns whether there are any."""
         for decoder in list(self._decoders):
             try:
                 steps = decoder.step()
-            except Exception as error:
+            except BaseException as error:
                 self._decoders.remove(decoder)
                 jobs = decoder.jobs
                 if len(jobs) == 1:
-                    _fail(jobs[0], error)
+                    self._fail(jobs[0], error)
                 else:  # one of them may be the cause
                     logger.warning("A step of %d answers has failed", len(jobs), exc_info=error)
                     self._go_on_alone(jobs)
@@ -225,14 +281,16 @@ class Engine:
                 try:
                     if job not in complete and job.take(token, logprobs):
                         complete.append(job)
-                except Exception as error:
-                    _fail(job, error)
+                        self._n_failures = 0
+                except BaseException as error:
+                    self._fail(job, error)
                     complete.append(job)
             self._remove(decoder, complete)
         return bool(self._decoders)
 
     def _go_on_alone(self, jobs: list[Job]) -> None:
-        """Answers go on from their confirmed tokens, each by itself."""
+        """Answers go on from their accepted tokens, each by itself."""
+        jobs = [job for job in jobs if job.wanted]
         for job in jobs:
             job.alone = True
         self._waiting = jobs + self._waiting
@@ -243,7 +301,7 @@ class Engine:
             return
         try:
             held = decoder.remove(jobs)
-        except Exception as error:
+        except BaseException as error:
             logger.warning("Caches of %d answers are lost: %s", len(jobs), error, exc_info=error)
             self._decoders.remove(decoder)
             self._go_on_alone([job for job in decoder.jobs if job not in jobs])
@@ -257,8 +315,15 @@ class Engine:
         try:
             in_use = [part.nbytes for part in (*self._decoders, *self._readings)]
             self._caches.keep(served, tokens, cache, in_use=in_use)
-        except Exception as error:
+        except BaseException as error:
             logger.warning("A prompt's cache is not kept: %s", error, exc_info=error)
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if not isinstance(error, ApiError):
+            self._n_failures += 1
+            logger.error("An answer has failed", exc_info=error)
+        job.ended = True
+        job.emit(error)
 
 
 def time_for_answers(n_answers: int, n_prompts: int) -> float:
@@ -266,7 +331,5 @@ def time_for_answers(n_answers: int, n_prompts: int) -> float:
     return min(1.0, n_answers / max(1, n_prompts))
 
 
-def _fail(job: Job, error: Exception) -> None:
-    if not isinstance(error, ApiError):
-        logger.error("An answer has failed", exc_info=error)
-    job.tell(error)
+def _shutting_down() -> ApiError:
+    return ApiError("The server is shutting down: try again when it is back.", status=503)

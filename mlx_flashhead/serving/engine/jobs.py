@@ -1,11 +1,12 @@
 """From a request to its jobs: prompts as tokens, and for each answer its progress and its text."""
 
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -13,9 +14,9 @@ from ...lossless.sampler import make_sampler
 from ...models.compat.mlx_lm import make_logits_processors
 from ...models.templates import apply_template
 from ...structured.processor import GrammarProcessor
-from ..protocol.api_error import ApiError
+from ..protocol.api_error import ApiError, loads
 from ..protocol.completions import AnswerText, Token, token_logprobs
-from ..protocol.requests import Request
+from ..protocol.requests import Request, read_request
 from ..served_models import ServedModel
 
 TOKENIZE_SECONDS = 5.0
@@ -53,18 +54,25 @@ class Progress:
 Event = Progress | Token | BaseException
 
 
+class Events(Protocol):
+    """Takes the events of a request's answers, from the engine's thread. It must not raise."""
+
+    def put(self, item: tuple[int, Event], /) -> None: ...
+
+
 @dataclass(eq=False)
 class Job:
     """A sequence to be generated."""
 
     request: Request
     prompt: Prompt
-    events: SimpleQueue  # each event comes with the index before it
+    events: Events  # each event comes with the index before it
     index: int = 0  # of this answer within its request
     # keeps the answer in a form, and allows the end token alone when that is complete
     grammar: GrammarProcessor | None = None
     cached: int = 0  # tokens of the prompt that were found in a cache
     cancelled: bool = False  # nobody wants the answer any more
+    ended: bool = False  # its last event has been emitted
     alone: bool = False  # goes on by itself, after a failure of a step that it shared
     error: BaseException | None = None  # of one of its processors
 
@@ -87,7 +95,11 @@ class Job:
     def all_tokens(self) -> list[int]:
         return self.prompt.tokens + self.tokens
 
-    def tell(self, event: Event) -> None:
+    @property
+    def wanted(self) -> bool:
+        return not (self.cancelled or self.ended)
+
+    def emit(self, event: Event) -> None:
         self.events.put((self.index, event))
 
     def take(self, token: int, logprobs: mx.array) -> bool:
@@ -103,24 +115,43 @@ class Job:
             if self.grammar and (problem := self.grammar.problem):
                 why = f"The form cannot be followed any further ({problem}): simplify it."
                 raise ApiError(why, "response_format")
-            told = self._text.finish()
-            told.finish_reason = "stop"
-            self.tell(told)
+            event = self._text.finish()
+            event.finish_reason = "stop"
+            self.ended = True
+            self.emit(event)
             return True
-        told = self._text.add(token)
-        if told.finish_reason is None and len(self.tokens) >= self.max_tokens:
-            told.add(self._text.finish())
-            told.finish_reason = told.finish_reason or "length"
+        event = self._text.add(token)
+        if event.finish_reason is None and len(self.tokens) >= self.max_tokens:
+            event.add(self._text.finish())
+            event.finish_reason = event.finish_reason or "length"
         if self.request.logprobs is not None:
-            told.logprobs = token_logprobs(logprobs, token, self.request.logprobs)
-        self.tell(told)
-        return told.finish_reason is not None
+            event.logprobs = token_logprobs(logprobs, token, self.request.logprobs)
+        self.ended = event.finish_reason is not None
+        self.emit(event)
+        return self.ended
+
+
+def read_jobs(
+    body: bytes, *, chat: bool, models: Sequence[ServedModel], flags: Namespace
+) -> list[Job]:
+    """The jobs of a request's body.
+
+    Templates and grammars have limits of time and memory, and whatever else takes time grows with
+    the body alone. An ApiError names what is refused.
+    """
+    try:
+        fields = loads(body)
+    except ValueError as error:
+        raise ApiError(f"The body is not JSON: {error}.") from None
+    if not isinstance(fields, dict):
+        raise ApiError("The body must be a JSON object.")
+    return jobs_of(read_request(fields, chat=chat, models=models, defaults=flags))
 
 
 def jobs_of(request: Request) -> list[Job]:
     """A job for each answer, with one queue of events."""
     prompts = read_prompts(request)
-    events: SimpleQueue = SimpleQueue()
+    events: Events = SimpleQueue()
     grammar = None
     if request.form is not None:
         tokenizer, seconds = request.served.tokenizer, SECONDS_PER_MASK

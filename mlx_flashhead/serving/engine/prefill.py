@@ -3,7 +3,7 @@
 import copy
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -80,6 +80,43 @@ class Pace:
             self.n_tokens = min(2 * n_tokens, self._largest)
 
 
+class ReadingQueue:
+    """The prompts that are being read, and whose chunk is next.
+
+    A prompt of n tokens is due when n tokens have been read since it came. Every other chunk is of
+    the one that is due first, so short questions do not hold up a longer one for ever. The others
+    are of the one with the fewest tokens left, so a long text does not hold up a short question.
+    """
+
+    def __init__(self) -> None:
+        self._readings: dict[Reading, int] = {}  # with the count of tokens at which each is due
+        self._n_read = 0
+        self._turn = 0
+
+    def __iter__(self) -> Iterator["Reading"]:
+        return iter([*self._readings])
+
+    def __len__(self) -> int:
+        return len(self._readings)
+
+    def add(self, reading: "Reading") -> None:
+        self._readings[reading] = self._n_read + reading.left
+
+    def remove(self, reading: "Reading") -> None:
+        del self._readings[reading]
+
+    def next(self) -> "Reading":
+        """Whose chunk is next."""
+        self._turn += 1
+        return min(self, key=self._readings.__getitem__ if self._turn % 2 else lambda r: r.left)
+
+    def read(self, reading: "Reading", pace: Pace) -> None:
+        """Reads its next chunk."""
+        before = reading.left
+        reading.read(pace)
+        self._n_read += before - reading.left
+
+
 class Reading:
     """A prompt in the course of being read, up to its last token, with which the answer begins.
 
@@ -128,7 +165,7 @@ class Reading:
         if self.left == 0:
             mx.clear_cache()
         if not self.job.alone:
-            self.job.tell(Progress(self.done, len(prompt.tokens)))
+            self.job.emit(Progress(self.done, len(prompt.tokens)))
 
     def _compute(self, tokens: mx.array) -> None:
         """Runs the models over tokens (1, n), without computing their logits."""

@@ -6,13 +6,11 @@ import os
 import re
 import secrets
 import socket
-from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from ...common.command import from_extra
-from .access import Access
 
 TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
 _TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")  # unchanged in an address
@@ -24,18 +22,6 @@ def is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
-
-
-def access_of(args: Namespace) -> Access:
-    """The rules for clients that the server's flags set."""
-    hosts = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
-    token = None
-    if not is_loopback(args.host):
-        token = kept_token(args.token_file)
-        # names by which other machines may call this one
-        name = socket.gethostname().lower().rstrip(".")
-        hosts |= {args.host.lower(), name, name.partition(".")[0]} - {""}
-    return Access(token, hosts, frozenset(args.allowed_origins), args.max_body_bytes)
 
 
 def own_address(host: str) -> str:

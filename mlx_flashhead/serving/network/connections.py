@@ -1,103 +1,154 @@
-"""Connections: their number, and the time that a client has for its request."""
+"""Connections: how many there are, and how long a client may take to send and to read.
 
-import io
-import socket
-import time
+uvicorn waits for ever for a request's head and for a client that reads nothing, so its protocol has
+timers here. A connection carries one request: uvicorn stops reading when more bytes follow a
+request, and would then not see that the client has left.
+"""
+
+import sys
+from asyncio import TimerHandle, Transport
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.client import HTTPException
-from http.server import ThreadingHTTPServer
-from threading import Lock
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from ..protocol.api_error import ApiError
-from .access import Access
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# Connections whose request is not read yet. Beyond this, the address with most loses its oldest.
-MAX_UNREAD = 64
+from ..protocol.api_error import ApiError, dumps
+
+# Connections without a request that is being answered. Beyond this, the address with most of them
+# loses its oldest.
+MAX_WAITING = 64
 # Requests in progress, in total and for one address.
 MAX_ANSWERED = 128
 MAX_ANSWERED_PER_ADDRESS = 32
-# Bytes of a request line and headers, of which the line alone may have 64 KiB.
 MAX_HEAD_BYTES = 96 << 10
+# For a request's head, and for a client that does not read.
+HEAD_SECONDS, WRITE_SECONDS = 10.0, 30.0
+# A refused client that still sends may read why. One that sends no more gets what is ready by then.
+REFUSED_SECONDS, HALF_CLOSED_SECONDS = 2.0, 0.2
 
 
-class LimitedServer(ThreadingHTTPServer):
-    """A thread for each connection, with limits on unread and on answered ones.
+class Connections:
+    """The open connections of a server, all in its event loop."""
 
-    A connection counts as unread until its handler calls :meth:`answering`. An unread connection
-    never waits, so a request that needs no computing is always answered.
-    """
-
-    access: Access  # is set before it serves
-    daemon_threads = True
-    request_queue_size = MAX_UNREAD  # several clients may come at once
-
-    def __init__(self, *args, **kwargs):
-        self._lock = Lock()
-        self._unread: dict[socket.socket, str] = {}  # the oldest first
+    def __init__(self) -> None:
+        self.waiting: dict[Any, Connection] = {}  # by both ends' addresses, the oldest first
         self._answered: Counter[str] = Counter()
-        super().__init__(*args, **kwargs)
 
-    def process_request(self, request, client_address) -> None:
-        """Starts the connection's thread. The oldest silent connection may be closed for it."""
-        with self._lock:
-            if len(self._unread) >= MAX_UNREAD:
-                (address, _), *_ = Counter(self._unread.values()).most_common(1)
-                oldest = next(c for c, of in self._unread.items() if of == address)
-                del self._unread[oldest]
-                with suppress(OSError):  # it may be closed already
-                    oldest.shutdown(socket.SHUT_RDWR)  # its thread reads the end, and closes it
-            self._unread[request] = client_address[0]
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request, client_address) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            with self._lock:
-                self._unread.pop(request, None)
+    def add(self, connection: "Connection") -> None:
+        """Takes a new connection in. The oldest waiting one may be closed for it."""
+        if len(self.waiting) >= MAX_WAITING:
+            (address, _), *_ = Counter(host for (host, _), _ in self.waiting).most_common(1)
+            oldest = next(ends for ends in self.waiting if ends[0][0] == address)
+            self.waiting.pop(oldest).transport.abort()
+        self.waiting[connection.ends] = connection
 
     @contextmanager
-    def answering(self, connection: socket.socket, address: str) -> Iterator[None]:
+    def answering(self, scope: Any) -> Iterator[None]:
         """A block in which a request is answered; an ApiError if there are too many."""
-        with self._lock:
-            if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
-                answered = f"{most} requests of your address are being answered"
-                raise ApiError(f"{answered}: wait for one of them to end.", status=429)
-            if self._answered.total() >= MAX_ANSWERED:
-                raise ApiError("Too many requests at once: try again in a moment.", status=503)
-            self._unread.pop(connection, None)
-            self._answered[address] += 1
+        address = scope["client"][0]
+        if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
+            answered = f"{most} requests of your address are being answered"
+            raise ApiError(f"{answered}: wait for one of them to end.", status=429)
+        if self._answered.total() >= MAX_ANSWERED:
+            raise ApiError("Too many requests at once: try again in a moment.", status=503)
+        self.waiting.pop((scope["client"], scope["server"]), None)
+        self._answered[address] += 1
         try:
             yield
         finally:
-            with self._lock:
-                self._answered -= Counter([address])  # drops counts of 0
+            self._answered -= Counter([address])  # drops counts of 0
 
 
-class TimedReader(io.RawIOBase):
-    """Reads from a connection until a deadline, which may be moved."""
+class Connection(H11Protocol):
+    """A connection of uvicorn's, with deadlines."""
 
-    def __init__(self, connection: socket.socket):
-        self._connection = connection
-        self._deadline = 0.0
-        self.n_left: float = MAX_HEAD_BYTES  # that may be read
+    def __init__(self, connections: Connections, **options: Any) -> None:
+        super().__init__(**options)
+        self._connections = connections
+        self._head_timer: TimerHandle | None = None
+        self._write_timer: TimerHandle | None = None
+        self._refused = False
+        self._n_ignored = 0  # bytes after the request
 
-    def allow(self, seconds: float) -> None:
-        """Gives the client ``seconds`` from now on."""
-        self._deadline = time.monotonic() + seconds
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.ends = self.client or ("", 0), self.server
+        self._connections.add(self)
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, transport.abort)
 
-    def readable(self) -> bool:
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.waiting.pop(self.ends, None)
+        for timer in (self._head_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        if self._complete:
+            self._n_ignored += len(data)
+            if self._n_ignored > MAX_HEAD_BYTES:
+                self.transport.abort()
+            return
+        super().data_received(data)
+        if self.cycle is not None and self._head_timer is not None:
+            self._head_timer.cancel()
+        if self._complete:
+            self.flow.resume_reading()  # so that the end of the connection is noticed
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        if not self._complete:
+            return None
+        self.loop.call_later(HALF_CLOSED_SECONDS, self.transport.close)
         return True
 
-    def readinto(self, buffer) -> int:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        if self.n_left <= 0:
-            raise HTTPException(f"a head has at most {MAX_HEAD_BYTES:,} bytes")
-        self._connection.settimeout(left)
-        n_read = self._connection.recv_into(buffer)
-        self.n_left -= n_read
-        return n_read
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is not HTTP with an error like all others."""
+        if self.cycle is not None:
+            self.transport.abort()
+            return
+        status = getattr(sys.exception(), "error_status_hint", 400)
+        text = "The request is not HTTP/1.1."
+        if status == 431:
+            text = f"The request's head has more than {MAX_HEAD_BYTES:,} bytes: send less."
+        body = dumps(ApiError(text, status=status).as_json()).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        head = h11.Response(status_code=status, headers=[*headers, ("Connection", "close")])
+        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self._refused = True
+        self.transport.write_eof()
+        self.loop.call_later(REFUSED_SECONDS, self.transport.abort)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._connections.waiting[self.ends] = self  # until the client has read it
+        self._allow_for_reading()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._allow_for_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None and not self.transport.is_closing():
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _allow_for_reading(self) -> None:
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    @property
+    def _complete(self) -> bool:
+        """Whether the request has been received."""
+        return self.cycle is not None and not self.cycle.more_body
+
+
+def connection_factory(connections: Connections) -> Callable[..., Connection]:
+    """What uvicorn makes each connection with."""
+    return lambda **options: Connection(connections, **options)

@@ -4,7 +4,10 @@ import json
 from functools import cache
 from pathlib import Path
 
-from .access import path_of
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 FOLDER = Path(__file__).parent.parent / "page"
 _TYPES = {
@@ -18,7 +21,7 @@ _TYPES = {
     ".webmanifest": "application/manifest+json",
 }
 # Allows the page's own files only, without scripts or styles in the text or a frame around it.
-# Only DOMPurify may turn a text into HTML, and offline.js start a worker.
+# Only DOMPurify may turn a text into HTML, and connection.js start a worker.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; "
@@ -26,16 +29,15 @@ _POLICY = (
 )
 # The page that asks for the token loads nothing: its few styles are in it.
 _LOCKED_POLICY = _POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")
-PageFile = tuple[bytes, dict[str, str]]  # a body, and its headers without the length
 
 
-def page_file(target: str, token: str | None) -> PageFile | None:
-    """The file of the page under a request's target, its path and query, or None.
+async def page_file(request: Request) -> Response:
+    """A file of the page.
 
     A Home Screen app does not share the browser's cookies, so the manifest's start address carries
     the client's token, if the server has one.
     """
-    path = path_of(target)
+    path, token = request.scope["path"], request.app.access.shown_token(request.scope)
     query = "" if token is None else f"?token={token}"
     if path == "/":
         text, link = _read("index.html").decode(), 'href="/manifest.webmanifest'
@@ -46,13 +48,16 @@ def page_file(target: str, token: str | None) -> PageFile | None:
         return _response(json.dumps(manifest), ".webmanifest")
     if path == "/page/files.json":
         return _response(json.dumps(sorted(page_names())), ".json")
-    # looked up in a listing, since a client's text must not become a path; a worker serves the
-    # addresses beside and below its own, so it is outside of /page/
-    outside = path in ("/apple-touch-icon.png", "/worker.js")
-    name = path.removeprefix("/" if outside else "/page/")
-    if name != path and name in page_names():
-        return _response(_read(name), Path(name).suffix)
-    return None
+    # looked up in a listing, since a client's text must not become a path
+    name = request.path_params.get("name", path[1:])
+    if name not in page_names():
+        raise HTTPException(404)
+    return _response(_read(name), Path(name).suffix)
+
+
+# A worker serves the addresses beside and below its own, so it is outside of /page/.
+_PATHS = ("/", "/manifest.webmanifest", "/apple-touch-icon.png", "/worker.js", "/page/{name:path}")
+PAGE_ROUTES = [Route(path, page_file) for path in _PATHS]
 
 
 @cache
@@ -62,19 +67,21 @@ def page_names() -> frozenset[str]:
     return frozenset(file.relative_to(FOLDER).as_posix() for file in files)
 
 
-def locked_page(wrong: bool) -> PageFile:
+def locked_page(wrong: bool) -> Response:
     """The page that asks for the token, and says whether a wrong one was given."""
     text = _read("locked.html").decode()
     if not wrong:
         text = text.replace('<p class="wrong">', '<p class="wrong" hidden>')
-    return _response(text, ".html", _LOCKED_POLICY)
+    return _response(text, ".html", _LOCKED_POLICY, status=401)
 
 
 def _read(name: str) -> bytes:
     return (FOLDER / name).read_bytes()
 
 
-def _response(content: str | bytes, suffix: str, policy: str = _POLICY) -> PageFile:
+def _response(
+    content: str | bytes, suffix: str, policy: str = _POLICY, status: int = 200
+) -> Response:
     headers = {
         "Content-Type": _TYPES[suffix],
         "Content-Security-Policy": policy,
@@ -82,4 +89,4 @@ def _response(content: str | bytes, suffix: str, policy: str = _POLICY) -> PageF
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-store",
     }
-    return content.encode() if isinstance(content, str) else content, headers
+    return Response(content, status, headers)

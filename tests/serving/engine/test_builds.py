@@ -1,16 +1,16 @@
 """A FlashHead that the generating thread builds beside its answers."""
 
 from functools import partial
+from pathlib import Path
 
 import mlx_lm
 import pytest
 
 from engines import SHORT, generated, submit, tokens_of
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.loading import first_build as build
+from mlx_flashhead.loading import background as build
 from mlx_flashhead.loading.background import background_build
 from mlx_flashhead.loading.sources import HeadOptions
-from mlx_flashhead.publishing.origin import Origin
 from mlx_flashhead.serving.engine.engine import Engine
 from mlx_flashhead.serving.served_models import ServedModel
 from served_models import flags
@@ -25,13 +25,13 @@ def test_answers_before_at_and_after_the_swap_are_the_dense_models(
     expected = generated((model, tokenizer), SHORT, 30)
     options = HeadOptions(progress=False)
     served = ServedModel(("tiny",), model, tokenizer, None, 512)
-    served.build = background_build(model, tokenizer, Origin("tiny"), options)
+    served.build = background_build(model, tokenizer, Path("tiny"), options)
     engine = Engine(lambda: [served], flags())
-    seen = {engine.models.result(60)[0].head_in_use}
+    seen = {engine.models.result(60)[0].decoding()}
     while served.build is not None:
         jobs = [submit(engine, SHORT, 30) for _ in range(together)]
         assert [tokens_of(job) for job in jobs] == [expected] * together
-        seen.add(served.head_in_use)
-    assert "dense: FlashHead is being built" in seen and served.head_in_use == "FlashHead"
+        seen.add(served.decoding())
+    assert "dense: FlashHead is being built" in seen and served.decoding() == "verified"
     assert tokens_of(submit(engine, SHORT, 30)) == expected
     assert engine.close(20)

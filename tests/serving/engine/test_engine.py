@@ -1,11 +1,15 @@
 """The generating thread: turns of prompts and answers, cancelling at any moment, its end."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
 import pytest
 
 from engines import CHUNK, LONG, SHORT, endless, job, submit, tokens_of, until
+from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
+from mlx_flashhead.serving.engine import engine as engine_module
+from mlx_flashhead.serving.engine import prefill
 from mlx_flashhead.serving.engine.engine import time_for_answers
 from mlx_flashhead.serving.engine.jobs import Progress, Token
 
@@ -74,22 +78,83 @@ def test_a_burst_of_prompts_is_read_before_few_answers_go_on(n_answers, n_prompt
     assert time_for_answers(n_answers, n_prompts) == expected
 
 
-def test_long_prompts_are_not_starved_by_short_ones(start, chunks):
+class Clock:
+    """Time as the engine sees it: a chunk takes 0.1 s, a token of all answers 1 s."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    monotonic = staticmethod(time.monotonic)
+
+
+def test_a_prompt_is_read_soon_beside_slow_answers_and_a_stream_of_short_prompts(
+    start, monkeypatch, chunks
+):
+    clock, n_steps = Clock(), []
+    compute, step = prefill.Reading._compute, VerifiedBatchGenerator.next
+
+    def computed(self, tokens):
+        clock.now += 0.1
+        compute(self, tokens)
+
+    def stepped(self):
+        clock.now += 1
+        n_steps.append(0)
+        return step(self)
+
+    monkeypatch.setattr(prefill.Reading, "_compute", computed)
+    monkeypatch.setattr(VerifiedBatchGenerator, "next", stepped)
+    monkeypatch.setattr(engine_module, "time", clock)
     engine = start()
-    long = submit(engine, LONG[: 8 * CHUNK])
+    answers = [endless(engine, [*SHORT, i]) for i in range(8)]
     ended = Event()
 
-    def ask():
+    def ask(i):
         while not ended.is_set():
-            tokens_of(submit(engine, [50 + len(chunks) % 100, *SHORT], 1))
+            tokens_of(submit(engine, [50 + i, *SHORT, len(chunks) % 200], 1))
 
-    with ThreadPoolExecutor(4) as pool:
-        askers = [pool.submit(ask) for _ in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        askers = [pool.submit(ask, i) for i in range(8)]
+        n_before = len(n_steps)
         try:
-            assert len(tokens_of(long)) == 8
+            until(submit(engine, LONG[: 10 * CHUNK + 1]), Token)
+            assert len(n_steps) - n_before < 12  # about 5 for ten chunks
         finally:
             ended.set()
+            for one in answers:
+                one.cancelled = True
     assert not any(asker.exception() for asker in askers)
+
+
+class ScriptedReading:
+    def __init__(self, left):
+        self.left = left
+
+    def read(self, pace):
+        self.left -= min(self.left, CHUNK)
+
+
+def test_whose_chunk_is_next():
+    """A short prompt always waits. It neither holds up the others, nor do they hold it up."""
+    queue, order, shorts = prefill.ReadingQueue(), [], []
+    long, middling = ScriptedReading(600), ScriptedReading(160)
+    queue.add(long)
+    queue.add(middling)
+    while long.left:
+        if not shorts or not shorts[-1].left:
+            shorts.append(ScriptedReading(3))
+            queue.add(shorts[-1])
+        order.append(queue.next())
+        queue.read(order[-1], None)
+        if not order[-1].left:
+            queue.remove(order[-1])
+    # due after as many tokens as it has, and then every other chunk is its own
+    last = len(order) - order[::-1].index(middling)
+    assert order[:last].count(middling) == 10 and last <= 2 * 10 + 160 / 3
+    assert len(order) <= 2 * (10 + 38) + 600 / 3
+    assert all(order[i] in shorts or order[i + 1] in shorts for i in range(len(order) - 1))
 
 
 def test_answers_to_one_prompt_read_it_once(start, chunks):

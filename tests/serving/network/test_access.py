@@ -1,33 +1,42 @@
-"""The rules of access, on requests as clients and attackers send them."""
+"""The rules of access, on requests as clients and attackers send them, and the front door."""
 
-from email.message import Message
+import json
+import re
+import socket
+import time
 from unittest.mock import Mock
 
 import pytest
+from starlette.datastructures import Headers
 
 from mlx_flashhead.serving.network import access
-from mlx_flashhead.serving.network.access import Access, without_token
+from mlx_flashhead.serving.network.access import Access
+from mlx_flashhead.serving.network.page_files import FOLDER, page_names
 from mlx_flashhead.serving.protocol.api_error import ApiError
-from scripted_server import TOKEN
+from scripted_server import INFO, TOKEN
 
 LOCAL = Access()
 LAN = Access(TOKEN, hosts=frozenset({"studio", "mac.fritz.box"}))
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 POST = {"Content_Length": "2"}
+COOKIE = f"flashhead_token={TOKEN}"
 
 
-def headers(**fields):
-    message = Message()
+def scope(method="GET", target="/", **fields):
+    """A request as uvicorn gives it."""
+    raw = []
     for name, value in ({"Host": "127.0.0.1:8080"} | fields).items():
-        for one in [value] if isinstance(value, str) else value:
-            message[name.replace("_", "-")] = one
-    return message
+        name = name.replace("_", "-").lower().encode()
+        raw += [(name, one.encode()) for one in ([value] if isinstance(value, str) else value)]
+    path, _, query = target.partition("?")
+    request = {"method": method, "path": path, "query_string": query.encode(), "headers": raw}
+    return {"type": "http"} | request
 
 
 def status(rules, method="GET", target="/", **fields):
     """Status of the refusal, None for an accepted request."""
     try:
-        rules.check(method, target, headers(**fields))
+        rules.check(scope(method, target, **fields))
     except ApiError as problem:
         return problem.status
     return None
@@ -90,7 +99,7 @@ def test_token_in_the_address_opens_the_page_only(method, target, expected):
 def test_tokens_are_compared_in_constant_time(monkeypatch):
     compare = Mock(return_value=False)
     monkeypatch.setattr(access.hmac, "compare_digest", compare)
-    assert not LAN.accepts("/", headers(**BEARER))
+    assert LAN.shown_token(scope(**BEARER)) is None
     compare.assert_called_once_with(TOKEN.encode(), TOKEN.encode())
 
 
@@ -113,8 +122,8 @@ def test_own_and_named_origins_are_served():
     # A preflight carries no token; all it learns is that the site may ask.
     assert status(rules, "OPTIONS", "/v1/chat/completions", **SITE) is None
     assert status(rules, "OPTIONS", "/v1/models") == 401
-    assert rules.cross_origin(headers(**SITE)) == "https://chat.example"
-    assert rules.cross_origin(headers(Origin=f"http://{OWN}")) is None
+    assert rules.cross_origin(Headers(scope=scope(**SITE))) == "https://chat.example"
+    assert rules.cross_origin(Headers(scope=scope(Origin=f"http://{OWN}"))) is None
 
 
 @pytest.mark.parametrize(
@@ -151,6 +160,145 @@ def test_bodies_are_bounded(rules, fields, expected):
     assert status(rules, "POST", "/v1/chat/completions", **fields) == expected
 
 
-def test_logs_hold_no_token():
-    line = f"GET /?a=b&token={TOKEN}&c=d HTTP/1.1"
-    assert without_token(line) == "GET /?a=b&token=…&c=d HTTP/1.1"
+@pytest.fixture
+def lan(server):
+    """The script of a server with a token."""
+    server[1].access = Access(TOKEN, origins=frozenset({"https://chat.example"}))
+    return server[1]
+
+
+def test_page_with_the_token(lan, ask):
+    response, content = ask(f"/?token={TOKEN}")
+    assert response.status == 200
+    assert f'href="/manifest.webmanifest?token={TOKEN}"' in content.decode()
+    cookie, *settings = response.headers["Set-Cookie"].split("; ")
+    assert cookie == f"flashhead_token={TOKEN}" and {"HttpOnly", "SameSite=Strict"} <= {*settings}
+    assert ask("/", Cookie=cookie)[0].status == 200
+
+
+def test_page_asks_for_the_token(lan, ask):
+    for path, wrong in (("/", False), ("/?token=wrong", True)):
+        response, content = ask(path)
+        assert (response.status, response.headers["Set-Cookie"]) == (401, None)
+        text = content.decode()
+        assert '<input name="token"' in text and TOKEN not in text
+        assert ('<p class="wrong" hidden>' in text) != wrong
+
+
+def test_home_screen_gets_icon_and_manifest(lan, ask):
+    icon, png = ask("/apple-touch-icon.png")
+    assert (icon.status, icon.headers["Content-Type"]) == (200, "image/png")
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [int.from_bytes(png[i : i + 4]) for i in (16, 20)] == [180, 180]
+    for query, start in (("", "/"), ("?token=wrong", "/"), (f"?token={TOKEN}", f"/?token={TOKEN}")):
+        manifest, text = ask(f"/manifest.webmanifest{query}")
+        assert (manifest.status, json.loads(text)["start_url"]) == (200, start)
+
+
+@pytest.mark.parametrize(
+    "method, path", [("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("PUT", "/x")]
+)
+def test_api_answers_with_the_token_alone(lan, ask, method, path):
+    response, content = ask(path, method, b"{}")
+    assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
+    assert "token" in json.loads(content)["error"]["message"]
+    assert not lan.requests
+    assert ask(path, method, b"{}", **BEARER)[0].status == (404 if method == "PUT" else 200)
+
+
+def test_every_file_of_the_page_is_served_with_a_strict_policy(lan, ask):
+    assert {"app.js", "vendor/marked/marked.esm.js"} <= page_names()
+    for name in page_names():
+        response, content = ask(f"/page/{name}", **BEARER)
+        assert (response.status, content) == (200, (FOLDER / name).read_bytes())
+        policy = response.headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy and "script-src 'self';" in policy
+        assert "unsafe" not in policy
+        assert response.headers["Referrer-Policy"] == "no-referrer"
+    for name in ("", "../access.py", "..%2faccess.py", "vendor", "/etc/passwd"):
+        assert ask(f"/page/{name}", **BEARER)[0].status == 404
+
+
+def test_no_wildcard_and_no_cross_origin_headers_but_for_allowed_sites(lan, ask):
+    def allowed(response):
+        return [v for name, v in response.headers.items() if name.startswith("access-control")]
+
+    for path in ("/", "/v1/models", "/page/info.json"):
+        assert not allowed(ask(path, **BEARER)[0])
+    for refused in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
+        response, _ = ask("/v1/models", **BEARER, **refused)
+        assert response.status == 403 and not allowed(response)
+    response, _ = ask("/v1/models", "OPTIONS", Origin="https://chat.example")
+    methods = ["https://chat.example", "GET, POST", "Authorization, Content-Type"]
+    assert (response.status, allowed(response)) == (204, methods)
+
+
+def test_head_is_answered_as_get(lan, ask):
+    for path in ("/apple-touch-icon.png", "/health", "/v1/models"):
+        _, content = ask(path, **BEARER)
+        head, nothing = ask(path, "HEAD", **BEARER)
+        assert (head.status, nothing) == (200, b"")
+        assert head.headers["Content-Length"] == str(len(content))
+
+
+def test_large_body_is_refused_and_the_reason_read(lan, ask):
+    response, content = ask("/v1/chat/completions", "POST", b" " * ((4 << 20) + 1), **BEARER)
+    assert response.status == 413 and b"at most 4,194,304" in content
+
+
+@pytest.mark.parametrize(
+    "request_, status",
+    [
+        (f"GET /?token={TOKEN} HTTP/x\r\n\r\n".encode(), 400),
+        (b"a b c d\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET /\x1b[2J\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"b" * 100_000 + b"\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + 90 * (b"A: " + b"b" * 60_000 + b"\r\n") + b"\r\n", 431),
+        (f"BREW / HTTP/1.1\r\nHost: a.local\r\nCookie: {COOKIE}\r\n\r\n".encode(), 405),
+    ],
+    ids=lambda value: str(value)[:25],
+)
+def test_what_is_no_http_gets_the_same_errors(lan, connect, request_, status):
+    connection = connect(request_)
+    connection.shutdown(socket.SHUT_WR)
+    answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.split()[1] == str(status).encode()
+    assert b"content-type: application/json" in head.lower()
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+    assert not [line for line in lan.log if TOKEN in line]
+
+
+QUERIES = ["token={}", "%74oken={}", "TOKEN={}", "a;token={}", "a={}"]
+
+
+def test_the_log_has_refusals_and_no_token(lan, ask):
+    """However it is written: queries are not logged at all."""
+    paths = [f"/v1/x?{query}" for query in QUERIES] + ["/v1/token={}", "/v1/%3Ftoken={}%0a%1b[2J"]
+    for path in paths:
+        ask(path.format(TOKEN.upper() if "TOKEN" in path else TOKEN))
+    while len(lan.log) < len(paths):  # a line is written when its client has the answer
+        time.sleep(0.01)
+    lines = [re.sub(", [0-9.]+ s$", "", line) for line in lan.log]
+    assert lines[0] == "127.0.0.1 GET /v1/x 401"
+    assert lines[-2:] == [
+        "127.0.0.1 GET /v1/token=… 401",
+        "127.0.0.1 GET /v1/?token=…\\n\\x1b[2J 401",
+    ]
+    assert TOKEN not in "".join(lines).lower()
+
+
+def test_a_page_load_is_not_logged(lan, ask):
+    for path in (f"/?token={TOKEN}", "/page/app.js", "/health", "/page/info.json"):
+        assert ask(path, **BEARER)[0].status == 200
+    assert not lan.log
+
+
+def test_this_machine_gets_page_and_plain_manifest(server, ask):
+    response, content = ask("/")
+    assert response.status == 200 and response.headers["Set-Cookie"] is None
+    assert 'href="/manifest.webmanifest"' in content.decode()
+    assert json.loads(ask("/page/info.json")[1]) == INFO

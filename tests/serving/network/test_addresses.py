@@ -12,9 +12,8 @@ import pyte
 import pytest
 import zxingcpp
 
-from mlx_flashhead.serving.network import addresses
+from mlx_flashhead.serving.network import access
 from mlx_flashhead.serving.network.addresses import (
-    access_of,
     announce,
     is_loopback,
     kept_token,
@@ -109,8 +108,8 @@ def test_addresses(monkeypatch, tmp_path):
     assert socket.inet_aton(own_address("0.0.0.0"))
     assert all(map(is_loopback, ("127.0.0.1", "::1", "localhost", "127.8.9.1")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "mac.local", "")))
-    monkeypatch.setattr(addresses.socket, "gethostname", lambda: "Studio.fritz.box")
-    access = access_of(flags("--host", "::", "--token-file", tmp_path / "token"))
-    assert access.hosts == {"studio", "studio.fritz.box", "::"}
-    monkeypatch.setattr(addresses.socket.socket, "connect", Mock(side_effect=OSError))
+    monkeypatch.setattr(socket, "gethostname", lambda: "Studio.fritz.box")
+    rules = access.access_of(flags("--host", "::", "--token-file", tmp_path / "token"))
+    assert rules.hosts == {"studio", "studio.fritz.box", "::"}
+    monkeypatch.setattr(socket.socket, "connect", Mock(side_effect=OSError))
     assert own_address("0.0.0.0") == "127.0.0.1"  # without a network

@@ -1,84 +1,130 @@
-"""Limits of connections and of time, against clients that are slow or many."""
+"""Limits of connections and of time, against clients that are slow, many, or leave."""
 
 import json
 import select
+import socket
 import time
 from contextlib import suppress
 from threading import Event
 
 import pytest
 
-from mlx_flashhead.serving.network import connections
-from scripted_server import ScriptedHandler
+from mlx_flashhead.serving.network import access, connections
 
 CHAT = "/v1/chat/completions"
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 
 
-def trickle(connection, enough=lambda answer: False):
+def received(connection):
+    """Everything that comes until the server closes the connection."""
+    with suppress(ConnectionError):
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+def trickle(connection):
     """Sends a byte now and then, until the server has had enough: → what it answered."""
-    began, answer = time.monotonic(), b""
+    answer = b""
     connection.settimeout(0.02)
-    with suppress(OSError):
-        while time.monotonic() - began < 10 and not enough(answer):
+    for _ in range(200):
+        try:
             connection.sendall(b"x")
             with suppress(TimeoutError):
                 if (part := connection.recv(1 << 16)) == b"":
-                    break
+                    return answer
                 answer += part
-    assert time.monotonic() - began < 5
-    return answer
+        except OSError:
+            return answer
+    raise AssertionError("the server still waits")
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: "])
 def test_a_slow_head_is_given_up(monkeypatch, connect, sent):
     """However many bytes keep coming."""
-    monkeypatch.setattr(ScriptedHandler, "head_seconds", 0.2)
-    trickle(connect(sent))
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
+    assert trickle(connect(sent)) == b""
 
 
-def test_a_slow_body_is_given_up_and_told(monkeypatch, server, connect):
-    monkeypatch.setattr(ScriptedHandler, "body_seconds", 0.2)
-    answer = trickle(connect(HEAD % 1000), lambda answer: answer.endswith(b"}}"))
+def test_a_slow_body_is_given_up_with_an_error(monkeypatch, server, connect):
+    monkeypatch.setattr(access, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(access, "REFUSED_SECONDS", 0.2)
+    answer = trickle(connect(HEAD % 1000))
     assert b" 408 " in answer and b"within 0.2 seconds" in answer
     assert not server[1].requests
 
 
+def test_a_client_that_reads_nothing_is_left(monkeypatch, server, connect):
+    """Its answer is larger than all buffers between the two."""
+    monkeypatch.setattr(connections, "WRITE_SECONDS", 0.2)
+    server[1].answers = [["x" * 50_000_000, Event()]]
+    connect(HEAD % 2 + b"{}")
+    assert server[1].left.wait(20)
+
+
+@pytest.mark.parametrize(
+    "after", [b"", b"\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"x"]
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_a_client_that_leaves_is_noticed_whatever_it_has_sent_before(
+    server, connect, after, together
+):
+    script = server[1]
+    script.answers = [[Event()]]
+    connection = connect(HEAD % 2 + b"{}" + (after if together else b""))
+    while not script.requests:
+        time.sleep(0.01)
+    if not together:
+        connection.sendall(after)
+    connection.close()
+    assert script.left.wait(5)
+
+
+def test_bytes_after_a_request_are_bounded(server, connect):
+    server[1].answers = [[Event()]]
+    connection = connect(HEAD % 2 + b"{}")
+    with pytest.raises(ConnectionError):
+        for _ in range(1000):
+            connection.sendall(b"x" * 10_000)
+    assert server[1].left.wait(5)
+
+
+def test_a_client_that_only_sends_no_more_has_what_is_ready(server, connect):
+    connection = connect(HEAD % 2 + b"{}")
+    connection.shutdown(socket.SHUT_WR)
+    assert received(connection).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
 def test_health_is_answered_however_many_connections_wait(monkeypatch, ask, connect):
-    monkeypatch.setattr(connections, "MAX_UNREAD", 8)
-    held = [connect(b"G") for _ in range(24)]
-    began = time.monotonic()
+    monkeypatch.setattr(connections, "MAX_WAITING", 8)
+    opened = [connect(b"G") for _ in range(24)]
     for _ in range(5):
         assert ask("/health")[0].status == 200
-    assert time.monotonic() - began < 5
-    closed = select.select(held, [], [], 0)[0]  # readable, since they have ended
+    closed = select.select(opened, [], [], 0)[0]  # readable, since they have ended
     assert len(closed) >= 16  # the oldest have made room
 
 
 @pytest.mark.parametrize(
-    "limit, status, said",
+    "limit, status, message",
     [
         ("MAX_ANSWERED_PER_ADDRESS", 429, "3 requests of your address"),
         ("MAX_ANSWERED", 503, "Too many requests"),
     ],
 )
 def test_requests_are_limited_and_health_is_not(
-    monkeypatch, server, ask, connect, limit, status, said
+    monkeypatch, server, ask, connect, limit, status, message
 ):
     script = server[1]
     monkeypatch.setattr(connections, limit, 3)
     go = Event()
     script.answers = [[go, "done"] for _ in range(3)]
-    held = [connect(HEAD % 2 + b"{}") for _ in range(3)]
+    opened = [connect(HEAD % 2 + b"{}") for _ in range(3)]
     while len(script.requests) < 3:
         time.sleep(0.01)
     response, content = ask(CHAT, "POST", b"{}")
     assert response.status == status and response.headers["Retry-After"] == "2"
-    assert said in json.loads(content)["error"]["message"]
+    assert message in json.loads(content)["error"]["message"]
     assert ask("/health")[0].status == 200
     go.set()
-    for connection in held:
-        while connection.recv(1 << 16):
-            pass
+    for connection in opened:
+        assert b"[DONE]" in received(connection)
     script.answers = ["as before"]
     assert ask(CHAT, "POST", b"{}")[0].status == 400

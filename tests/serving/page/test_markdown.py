@@ -27,7 +27,12 @@ CASES = {
     "1. a\n\n   ```\n   x\n   ```\n2. b": "<ol><li><p>a</p><pre><code>x</code></pre></li>"
     "<li><p>b</p></li></ol>",
     "> a\n> - [x] b\n\nc": "<blockquote><p>a</p><ul><li>☑ b</li></ul></blockquote><p>c</p>",
-    "```py\nif a:\n    b\n\nc\n```\nend": "<pre><code>if a:\n    b\n\nc</code></pre><p>end</p>",
+    "```py\nif a:\n    b\n\nc\n```\nend": '<pre><code><span class="hljs-keyword">if</span> a:\n'
+    "    b\n\nc</code></pre><p>end</p>",
+    "```html\n<b onclick='x'>\n```": '<pre><code><span class="hljs-tag">&lt;'
+    '<span class="hljs-name">b</span> <span class="hljs-attr">onclick</span>='
+    "<span class=\"hljs-string\">'x'</span>&gt;</span></code></pre>",
+    "```nonsense\nif a:\n```": "<pre><code>if a:</code></pre>",
     "|a|b|\n|-|:-:|\n|1|`x\\|y`|\n|2|": '<div class="table"><table><thead><tr><th>a</th>'
     '<th align="center">b</th></tr></thead><tbody><tr><td>1</td><td align="center">'
     '<code>x|y</code></td></tr><tr><td>2</td><td align="center"></td></tr></tbody>'
@@ -48,7 +53,7 @@ CASES = {
     "<javascript:alert(1)>": "<p>&lt;javascript:alert(1)&gt;</p>",
     "```<img src=x>\n</code><script>\n```": "<pre><code>&lt;/code&gt;&lt;script&gt;</code></pre>",
 }
-# Formulas: (source, whether it stands by itself) of each, and the text without them.
+# Formulas: (source, whether it stands in a line by itself) of each, and the text without them.
 MATHS = {
     r"So $x = \frac{1}{2}$, \(y_1\).": ([(r"x = \frac{1}{2}", False), ("y_1", False)], "So , ."),
     "$$\na \\\\\nb\n$$\nend": ([("a \\\\\nb", True)], "end"),
@@ -68,8 +73,9 @@ ATTACK = """<script>window.hacked = 1</script><img src=x onerror="window.hacked 
 [click](javascript:window.hacked=5) ![x](x"onerror="window.hacked=6)
 <a href="javascript:hacked=7">y</a>
 
-```"><script>window.hacked = 8</script>
-</code></pre><style>body { display: none }</style>
+```html
+"><script>window.hacked = 8</script>
+</code></pre><img src=x onerror=hacked=20><style>body { display: none }</style>
 ```
 
 | <img src=x onerror=hacked=9> | b |
@@ -97,8 +103,7 @@ def page(pages):
 def test_elements_and_formulas(page):
     assert {text: page.evaluate(RENDER, text)[0] for text in CASES} == CASES
     for text, (formulas, rest) in MATHS.items():
-        _, *found = page.evaluate(RENDER, text)
-        assert found == [[list(one) for one in formulas], rest], text
+        assert page.evaluate(RENDER, text)[1:] == [[*map(list, formulas)], rest], text
 
 
 def test_each_start_of_a_text_renders_and_long_ones_end(page):
@@ -115,7 +120,7 @@ def test_each_start_of_a_text_renders_and_long_ones_end(page):
 
 def test_links_open_elsewhere_and_growing_text_keeps_what_is_done(page):
     """Blocks stay the same elements, and code where it was scrolled to."""
-    attributes, kept, rest, place, end, language = page.evaluate(
+    attributes, same, rest, place, end, language = page.evaluate(
         """async () => {
             const { renderMarkdown } = await import("/page/markdown.js");
             const box = document.getElementById("messages");
@@ -137,8 +142,38 @@ def test_links_open_elsewhere_and_growing_text_keeps_what_is_done(page):
         }"""
     )
     assert attributes == [["_blank", "noopener noreferrer"]] * 2
-    assert (kept, rest) == ([True, True, True, False], "<p>other</p>")
+    assert (same, rest) == ([True, True, True, False], "<p>other</p>")
     assert (place, end, language) == (500, " \nabc", "python")
+
+
+def test_growing_code_is_coloured_and_stays_as_it_is_written(page):
+    """At most ten times a second, not under a selection; too much code stays plain."""
+    source = "def f(x):  # <b>&amp;\n" + "    return 'a' + x\n" * 9
+    text, at_once, selected, colours = page.evaluate(
+        """async (source) => {
+            const { renderMarkdown } = await import("/page/markdown.js");
+            const box = document.getElementById("messages");
+            for (let end = 0; end <= source.length; end += 3) {
+                renderMarkdown(box, "```python\\n" + source.slice(0, end));
+            }
+            const code = box.querySelector("code");
+            const count = () => code.querySelectorAll(".hljs-keyword").length;
+            const counts = [count()];
+            getSelection().selectAllChildren(code);
+            await new Promise((resolve) => setTimeout(resolve, 300));
+            counts.push(count());
+            getSelection().removeAllRanges();
+            const long = document.createElement("div");
+            renderMarkdown(long, "```python\\n" + "def f(): pass\\n".repeat(2000));
+            document.body.append(long);
+            return [code.textContent, ...counts, long.querySelectorAll(".hljs-keyword").length];
+        }""",
+        source,
+    )
+    assert source.startswith(text) and len(source) - len(text) < 4
+    assert (at_once, selected, colours) == (1, 1, 0)  # the beginning was a block of its own
+    expect(page.locator("#messages .hljs-keyword")).to_have_count(10)
+    assert page.locator("#messages code").text_content() == text
 
 
 def test_formulas_are_set_without_inline_styles(script, open_page):
@@ -161,7 +196,7 @@ def test_formulas_are_set_without_inline_styles(script, open_page):
     assert page.locator(".katex-rule").bounding_box()["width"] < 500
 
 
-def test_hostile_answer_does_nothing(script, open_page, screenshot):
+def test_hostile_answer_does_nothing(script, open_page):
     script.answers = [[ATTACK[i : i + 5] for i in range(0, len(ATTACK), 5)]]
     page = open_page("iphone")
     ask(page, "<img src=x onerror='window.hacked = 0'>", ends=1)
@@ -170,7 +205,6 @@ def test_hostile_answer_does_nothing(script, open_page, screenshot):
     expect(body).to_contain_text("<script>window.hacked = 1</script>")
     expect(page.locator(".message.user .body")).to_contain_text("<img src=x")
     expect(page.locator("h1#title")).to_contain_text("<img src=x")
-    screenshot(page, "iphone-light-9-hostile")
     assert page.evaluate("window.hacked") is None
     inside = page.locator(".message .body")
     expect(inside.locator("script, img, iframe, style, form, input, marquee, a")).to_have_count(0)

@@ -12,11 +12,6 @@ from scripted_server import BREAK, MODEL, TOKEN, Script, scripted_server
 OTHER_TOKEN = "another-token-of-this-server"
 
 
-def keep(page, key, text):
-    """Writes a record into the browser's storage."""
-    page.evaluate("([key, text]) => localStorage.setItem(key, text)", [key, text])
-
-
 def test_reload_in_the_middle_of_an_answer_and_a_refusal(script, open_page):
     refusal = "n_probes is 9: it must be at most 4."
     script.answers = [["Half of ", "it", Event()], refusal, ["Fine."]]
@@ -33,9 +28,8 @@ def test_reload_in_the_middle_of_an_answer_and_a_refusal(script, open_page):
     expect(answers(page)).to_have_text(["Half of it", "Fine."])
 
 
-def test_wrong_token_then_the_right_one(lan, open_page, screenshot):
+def test_wrong_token_then_the_right_one(lan, open_page):
     page = open_page("ipad", lan)
-    screenshot(page, "ipad-light-6-locked")
     page.get_by_label("Token").fill("xxxx-xxxx-xxxx-xxxx-xxxx")
     tap(page, "Open")
     expect(page.locator(".wrong")).to_contain_text("That is not")
@@ -48,7 +42,7 @@ def test_wrong_token_then_the_right_one(lan, open_page, screenshot):
     assert manifest == f"{lan}manifest.webmanifest?token={TOKEN}"
 
 
-def test_token_that_changes_meanwhile(lan, script, open_page, screenshot):
+def test_token_that_changes_meanwhile(lan, script, open_page):
     script.answers = [["First."], ["Second."]]
     page = open_page("iphone", f"{lan}?token={TOKEN}", dark=True)
     ask(page, "One?", ends=1)
@@ -58,7 +52,6 @@ def test_token_that_changes_meanwhile(lan, script, open_page, screenshot):
     page.locator("#token").fill(TOKEN)
     page.locator("#unlock .primary").tap()
     expect(page.locator("#wrong-token")).to_contain_text("That is not")
-    screenshot(page, "iphone-dark-6-token")
     page.locator("#token").fill(OTHER_TOKEN)
     page.locator("#unlock .primary").tap()
     expect(page.locator("#lock")).to_be_hidden()
@@ -66,27 +59,27 @@ def test_token_that_changes_meanwhile(lan, script, open_page, screenshot):
     expect(answers(page)).to_have_text(["First.", "Second."])
 
 
-def test_server_gone_and_back(open_page, screenshot):
+def test_server_gone_and_back(open_page):
     """The page that the browser has kept opens meanwhile."""
     script = Script()
-    script.answers = [["So $x^2$."], ["Half an ", BREAK]]
+    seen = Event()
+    script.answers = [["So $x^2$."], ["Half an ", seen, BREAK]]
     with scripted_server(script) as (port, _):
         page = open_page("ipad", f"http://127.0.0.1:{port}/", worker=True)
         page.evaluate("navigator.serviceWorker.ready.then(() => true)")
         ask(page, "One?", ends=1)
         ask(page, "Two?")
-        expect(page.locator(".notice")).to_contain_text("The answer broke off")
         expect(answers(page).last).to_have_text("Half an")
+        seen.set()
+        expect(page.locator(".notice")).to_contain_text("The answer broke off")
     tap(page, "Try again")
     expect(page.locator(".notice")).to_contain_text("The server does not answer.")
     expect(page.locator("#banner")).to_contain_text("Your conversations are safe here")
-    screenshot(page, "ipad-light-7-away")
     page.reload()
     expect(page.locator(".message.user .body")).to_have_text(["One?", "Two?"])
     expect(answers(page).locator(".katex")).to_be_visible()
     expect(page.locator("#banner")).to_contain_text("The server does not answer.")
     assert page.evaluate("document.fonts.load('16px KaTeX_Fraktur').then((fonts) => fonts.length)")
-    screenshot(page, "ipad-light-10-opened-without-server")
     script.answers = [["After."]]
     with scripted_server(script, port):
         expect(page.locator("#banner")).to_have_text("The server is back.")
@@ -116,34 +109,33 @@ ANSWER = {"role": "assistant", "content": "Hello"}
 STATS = {"tokens": 5, "speed": 9.5, "first": 0.1}
 DAMAGED_MESSAGES = [
     None,
-    "Hello",
     {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
-    {"role": "user"},
     {"role": 7, "content": "Hello"},
-    ANSWER | {"reasoning": 1},
-    ANSWER | {"error": {}},
-    ANSWER | {"model": 3},
+    *(ANSWER | field for field in ({"reasoning": 1}, {"error": {}}, {"model": 3}, {"decoding": 1})),
     ANSWER | {"stats": STATS | {"first": None}},
     ANSWER | {"stats": STATS | {"speed": "fast"}},
 ]
 DAMAGED = ["", "{", "null", "[]", '{"messages": 3}']
-DAMAGED += [json.dumps({"id": "x", "updated": 9e12, "messages": [one]}) for one in DAMAGED_MESSAGES]
+DAMAGED += [json.dumps({"updated": 9e12, "messages": [damaged]}) for damaged in DAMAGED_MESSAGES]
 
 
 def test_damaged_records_cost_no_other_conversation(script, open_page):
     script.answers = [["Yes."], ["Again."]]
     page = open_page("ipad-landscape")
     ask(page, "Is this kept?", ends=1)
-    for number, record in enumerate(DAMAGED):
-        keep(page, f"flashhead.chat.damaged{number}", record)
-    no_text = {"updated": 1, "system": {"role": "system"}, "messages": [QUESTION]}
-    keep(page, "flashhead.chat.instructions", json.dumps(no_text))
-    keep(page, "flashhead.current", "damaged7")
-    for record in ('"x"', "null", '{"temperature": "hot", "dense": 3, "max_tokens": 9}'):
-        keep(page, "flashhead.settings", record)
+    no_text = {"updated": 1, "system": {"role": "system"}, "title": 3, "messages": [QUESTION]}
+    records = {f"chat.damaged{number}": record for number, record in enumerate(DAMAGED)}
+    records |= {"chat.instructions": json.dumps(no_text), "current": "damaged7"}
+    names = ["Is this kept?", "Hello?"]
+    for settings in ('"x"', "null", '{"temperature": "hot", "theme": 3, "max_tokens": 9}'):
+        page.evaluate(
+            """(records) => Object.entries(records)
+                .forEach(([key, text]) => localStorage.setItem(`flashhead.${key}`, text))""",
+            records | {"settings": settings},
+        )
         page.reload()
         expect(page.locator("#model")).to_have_text(MODEL["name"])
-        expect(page.locator("#chats .name")).to_have_text(["Is this kept?", "Hello?"])
+        expect(page.locator("#chats .name")).to_have_text(names)
     page.locator("#chats .open").first.tap()
     expect(answers(page)).to_have_text("Yes.")
     ask(page, "And now?")
@@ -175,5 +167,5 @@ def test_browser_without_room(script, open_page):
     ask(page, "A short one?", ends=1)
     expect(page.get_by_text("has no room left")).to_be_visible()
     page.on("dialog", lambda dialog: dialog.accept())
-    tap(page, "Delete the conversation")
+    tap(page, "Delete “")
     expect(page.locator("#full")).to_be_hidden()

@@ -10,9 +10,9 @@ import pytest
 
 from architecture_configs import VOCAB_SIZE
 from architectures import SERVED, Form
+from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.build import build_index
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.conversion.steps import take_all
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.models.install import get_flash_head, install
 from mlx_flashhead.models.libraries import forward

@@ -1,0 +1,61 @@
+"""The origin of a model: its name, repository and commit, from its folder alone. Reads no card and
+no licence, and asks no network."""
+
+import json
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+MAX_NAME = 96  # characters of a repository's name
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model that gets a FlashHead."""
+
+    name: str
+    repo_id: str | None = None  # "owner/name" on the Hub
+    revision: str | None = None  # its commit
+
+    @property
+    def known_as(self) -> str:
+        """The name by which others can find it: its repository, if that is known."""
+        return self.repo_id or self.name
+
+    def result_name(self, label: str | None = None, prefix: str = "") -> str:
+        """The name of a conversion's result: ``<model>-FlashHead``, with the label of a precision;
+        ``prefix`` is what a licence asks names to begin with."""
+        # the Hub allows these characters, but neither "--" nor ".."
+        name = re.sub(r"[^\w.]+|\.{2,}", "-", self.name, flags=re.ASCII).strip("-.") or "model"
+        name = name.removesuffix(f"-{label}").removesuffix("-FlashHead")
+        if not begins_with(prefix, name):
+            name = name.removeprefix("Meta-")
+            name = name if begins_with(prefix, name) else f"{prefix}-{name}"
+        ending = f"-FlashHead-{label}" if label else "-FlashHead"
+        return name[: MAX_NAME - len(ending)].rstrip("-.") + ending
+
+
+def begins_with(prefix: str, name: str) -> bool:
+    """Whether a name begins with a licence's prefix; case and hyphens do not matter."""
+    plain = (re.sub(r"[^a-z0-9]", "", text.lower()) for text in (name, prefix))
+    return next(plain).startswith(next(plain))
+
+
+def local_origin(folder: Path) -> Origin:
+    """The origin of the model in a folder, which may lie in the Hub's cache."""
+    *_, holder, snapshots, commit = ("", "", *folder.absolute().parts)
+    if snapshots == "snapshots" and holder.startswith("models--"):
+        repo_id = holder.removeprefix("models--").replace("--", "/", 1)
+        return Origin(repo_id.rpartition("/")[2], repo_id, commit)
+    named = None
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # not readable
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_name_or_path"]
+    repo_id = named if is_repository(named) else None
+    return Origin((repo_id or folder.resolve().name).rpartition("/")[2], repo_id)
+
+
+def is_repository(name: object) -> bool:
+    """Whether this is the name of a repository, "owner/name"."""
+    return isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None

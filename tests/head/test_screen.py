@@ -1,0 +1,190 @@
+"""Which proposals are sure to be the dense choice: never wrongly, on both paths; and the cost."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
+from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise, position_key
+from mlx_flashhead.head.kernels import FOUND, MetalSteps
+from mlx_flashhead.head.portable import PortableSteps
+from mlx_flashhead.head.steps import Proposal
+from test_draw import drawn_token
+
+SETTINGS = [
+    DrawSettings(),
+    DrawSettings(1.0),
+    DrawSettings(0.6),
+    DrawSettings(1.0, top_p=0.9),
+    DrawSettings(0.8, top_p=0.5),
+    DrawSettings(1.0, top_k=4),
+    DrawSettings(1.5, min_p=0.05),
+    DrawSettings(1.3, top_p=0.95, min_p=0.01, top_k=20),
+]
+N_PROBES = 9
+
+
+def steps_of(rng, steps=MetalSteps, cluster_size=4, n_clusters=1100):
+    """Clusters for more than one threadgroup; two slots are padded."""
+    n_tokens = n_clusters * cluster_size - (2 if cluster_size > 1 else 0)
+    rows = make_rows(rng, n_tokens, 4, bits=16, group_size=0, dtype=mx.float16)
+    centroids = make_centroids(rng, n_clusters, 4, group_size=0, dtype=mx.float16)
+    return steps(cluster(rng, rows, centroids, cluster_size))
+
+
+def case_of(rng, clustered, k, room, scored_room, spread, dtype=mx.float32, draws=None):
+    """Logits of all slots, a proposal from the best clusters, and rooms (k,)."""
+    slots = rng.normal(size=(k, clustered.n_clusters, clustered.cluster_size)) * spread
+    slots = mx.array(slots.astype(np.float32)).astype(dtype)
+    order = mx.argsort(-slots.max(axis=-1), axis=-1)
+    # the best but one of them, so that an unscored token may be the choice
+    probes = mx.sort(mx.concatenate([order[:, :1], order[:, 2 : N_PROBES + 1]], axis=-1), axis=-1)
+    rooms = mx.full((k,), room), mx.full((k,), scored_room)
+    exact = mx.random.uniform(-1, 1, slots.shape, key=mx.random.key(int(rng.integers(1000))))
+    logits = mx.take_along_axis(slots + (exact * room).astype(dtype), probes[..., None], axis=1)
+    padded = clustered.token_ids[probes] == clustered.vocab_size
+    logits = mx.where(padded, mx.finfo(dtype).min, logits)
+    plain = PortableSteps(clustered)
+    ids, flat = plain.token_ids(probes).flatten(1), logits.astype(mx.float32).flatten(1)
+    tokens = draw(flat, None if draws is None else noise(draws.keys, ids), draws, ids)
+    proposal = Proposal(mx.zeros((k, 4)), tokens, probes, logits, mx.zeros(k), None)
+    return slots, proposal, draws, *rooms
+
+
+def truths(rng, clustered, case, n):
+    """Dense logits by token (k, V), within the rooms: at random, and at their ends."""
+    slots, proposal, _, room, scored_room = case
+    slots, probes = to_numpy(slots).astype(np.float64), to_numpy(proposal.probes)
+    logits, slot_of = to_numpy(proposal.logits).astype(np.float64), to_numpy(clustered.slot_of)
+    for i in range(n):
+        shift = rng.uniform(-1, 1, slots.shape) if i % 2 else rng.choice([-1, 1], slots.shape)
+        # the last one favours all others
+        shift = np.ones(slots.shape) if i == 0 else shift
+        truth = slots + 0.999 * shift * to_numpy(room)[:, None, None]
+        for row in range(len(slots)):
+            change = 0.999 * shift[row, probes[row]] * to_numpy(scored_room)[row]
+            truth[row, probes[row]] = logits[row] + change
+        yield truth.reshape(len(slots), -1)[:, slot_of].astype(np.float32)
+
+
+DRAWS = Draws.of([(settings, position_key(3, i)) for i, settings in enumerate(SETTINGS * 4)])
+
+
+def rows_of(draws, n):
+    return [(tuple(draws.settings[i].tolist()), draws.top_k[i].item(), np.array(draws.keys[i]))
+            for i in range(n)]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [PortableSteps, MetalSteps])
+@pytest.mark.parametrize("room, scored_room", [(1e-3, 0.0), (0.05, 0.02), (0.5, 0.0)])
+@pytest.mark.parametrize("spread", [0.7, 2.0])
+def test_what_is_certain_is_the_dense_choice(path, room, scored_room, spread):
+    rng = np.random.default_rng(int(spread * 10))
+    with kernels():
+        steps, k = steps_of(rng, path), len(DRAWS.of_rows)
+        case = case_of(rng, steps.clustered, k, room, scored_room, spread, draws=DRAWS)
+        found = steps.screen(*case, 0.0)
+        certain = np.array(found.certain)
+    ids = np.arange(steps.clustered.vocab_size, dtype=np.uint32)
+    wrong = np.zeros(k, bool)
+    for truth in truths(rng, steps.clustered, case, 3):
+        for row, (setting, top_k, key) in enumerate(rows_of(DRAWS, k)):
+            drawn = drawn_token(ids, truth[row], -np.inf, setting, top_k, key)
+            wrong[row] |= drawn != case[1].tokens[row].item()
+    assert not (wrong & certain).any(), np.flatnonzero(wrong & certain)
+    if room < 0.1 and spread == 2.0:
+        assert certain[~wrong].mean() > 0.5
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("cluster_size, n_clusters", [(1, 40), (16, 40), (3, 2100)])
+def test_the_kernels_say_what_the_operations_say(dtype, cluster_size, n_clusters):
+    """Where tokens are left out by filters, the operations look at the nearest clusters alone."""
+    rng = np.random.default_rng(cluster_size)
+    epsilon = 0.0 if dtype == mx.float32 else mx.finfo(dtype).eps
+    with kernels():
+        steps = steps_of(rng, MetalSteps, cluster_size, n_clusters)
+        plain = PortableSteps(steps.clustered)
+        for draws, k in ((DRAWS, 32), (None, 32), (None, 3)):
+            case = case_of(rng, steps.clustered, k, 0.01, 0.0, 2.0, dtype, draws)
+            found, expected = steps.screen(*case, epsilon), plain.screen(*case, epsilon)
+            for one, other in zip(found[1:], expected[1:], strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+            certain, operations = np.array(found.certain), np.array(expected.certain)
+            assert not (operations & ~certain).any()
+            exact = np.array([draws is None or not s.filters for s in DRAWS.of_rows[:k]])
+            np.testing.assert_array_equal(certain[exact], operations[exact])
+            assert certain.any()
+
+
+@pytest.mark.parametrize("path", [PortableSteps, MetalSteps])
+def test_nothing_is_certain_where_a_logit_is_nan_or_equal(path):
+    rng = np.random.default_rng(1)
+    draws = Draws.of([(s, position_key(1, 2)) for s in (SETTINGS[0], SETTINGS[1], SETTINGS[3])])
+    with kernels():
+        steps = steps_of(rng, path)
+        slots, proposal, *rest = case_of(rng, steps.clustered, 3, 0.0, 0.0, 9.0, draws=draws)
+        ids = PortableSteps(steps.clustered).token_ids(proposal.probes)
+        best = mx.full((), 1000.0)
+        one = mx.zeros_like(proposal.logits)
+        one[:, 4, 1] = best
+        one = proposal._replace(logits=one, tokens=ids[:, 4, 1])
+        assert mx.all(steps.screen(slots, one, *rest, 0.0).certain)
+        equal, nan = mx.array(one.logits), mx.array(one.logits)
+        equal[:, 5, 1], nan[:, 5, 1] = best, float("nan")
+        assert not steps.screen(slots, one._replace(logits=equal), *rest, 0.0).certain[0].item()
+        assert not mx.any(steps.screen(slots, one._replace(logits=nan), *rest, 0.0).certain)
+        unscored = next(i for i in range(1100) if i not in one.probes.tolist()[0])
+        worse = mx.array(slots)
+        worse[:, unscored, 1] = float("nan")
+        assert not steps.screen(worse, one, *rest, 0.0).certain[0].item()
+
+
+def proposals_of(rng, clustered, n, n_probes=9):
+    """Of three rows each."""
+    for _ in range(n):
+        probes = mx.array(rng.integers(clustered.n_clusters, size=(3, n_probes)), mx.uint32)
+        logits = mx.array(rng.normal(size=(3, n_probes, clustered.cluster_size))).astype(mx.float16)
+        hidden = mx.array(rng.normal(size=(3, 4))).astype(mx.bfloat16)
+        yield Proposal(hidden, mx.zeros(3, mx.uint32), probes, logits, mx.zeros(3), None)
+
+
+@pytest.mark.parametrize("n, n_probes, dispatches", [(1, 9, 1), (8, 9, 1), (32, 9, 5), (3, 7, 0)])
+def test_rows_of_proposals_are_joined(n, n_probes, dispatches):
+    """In any order, each as often as it is named: as by plain indices."""
+    rng = np.random.default_rng(n)
+    with kernels() as emulator:
+        steps = steps_of(rng, MetalSteps, 16, 40)
+        proposals = list(proposals_of(rng, steps.clustered, n, n_probes))
+        rows = [(int(i), int(r)) for i, r in rng.integers([n, 3], size=(2 * n, 2))]
+        for path in (steps, PortableSteps(steps.clustered)):
+            names = ("hidden", "probes", "logits")
+            for name, found in zip(names, path.join(proposals, rows), strict=True):
+                expected = [to_numpy(getattr(proposals[i], name))[r] for i, r in rows]
+                np.testing.assert_array_equal(to_numpy(found), np.stack(expected))
+        every = [(i, r) for i in range(n) for r in range(3)]
+        assert mx.array_equal(
+            steps.join(proposals, every)[1], mx.concatenate([p.probes for p in proposals])
+        )
+    if emulator is not None:
+        assert len(emulator.dispatches) == 2 * dispatches
+
+
+@pytest.mark.skipif(on_gpu(), reason="counts of the emulator")
+@pytest.mark.parametrize("draws", [None, DRAWS], ids=["greedy", "drawn"])
+def test_a_verification_reads_the_logits_once(draws):
+    """Two kernels beside the product, and the join of the last states."""
+    rng = np.random.default_rng(2)
+    with kernels() as emulator:
+        steps = steps_of(rng, MetalSteps, 16, 2100)
+        case = case_of(rng, steps.clustered, 32, 0.01, 0.0, 2.0, mx.bfloat16, draws)
+        mx.eval(steps.screen(*case, 0.0))
+    screen, certain = emulator.dispatches
+    assert (screen.barriers, certain.barriers) == (3, 1 if draws is None else 2)
+    assert screen.buffers["slots"].reads == case[0].nbytes
+    assert screen.buffers["parts"].bytes == 32 * 3 * FOUND * 4
+    assert certain.buffers["logits"].reads <= 2 * case[1].logits.nbytes
+    others = [
+        screen.buffers[name].distinct_bytes_read for name in ("probes", "token_ids", "logits")
+    ]
+    assert sum(others) < 0.1 * case[0].nbytes

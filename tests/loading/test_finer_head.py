@@ -1,0 +1,365 @@
+"""A quantized model gets the finer head of its original, or keeps its own with a sentence."""
+
+import json
+import re
+import shutil
+import threading
+import warnings
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+
+import mlx_flashhead
+from mlx_flashhead import attach, detach, get_flash_head
+from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.loading.load import load, load_with_head
+from mlx_flashhead.loading.sources import DENSE, HeadOptions
+from mlx_flashhead.models import finer_head
+from mlx_flashhead.models.finer_head import Comparison, give_fine_head
+from mlx_flashhead.models.locate import find_head
+from model_folders import CARD, contents, write_model
+from tiny_models import install_index, parameters, tiny_index, tiny_model
+
+TOKENS = mx.array([[3, 1, 200, 7]])
+
+
+@pytest.fixture(params=["tied", "untied"])
+def original(request, tmp_path):
+    return write_model(tmp_path / "Original", tied=request.param == "tied", dtype=mx.bfloat16)
+
+
+def quantized(original, place, base="maker/Original", **options):
+    """A folder with the model in 4 bits, whose card names its base."""
+    mlx_lm.convert(str(original), str(place), quantize=True, **options)
+    (place / "README.md").write_text(f"---\nbase_model: {base}\nlibrary_name: mlx\n---\n")
+    return place
+
+
+@pytest.fixture
+def coarse(original, tmp_path):
+    return quantized(original, tmp_path / "Coarse")
+
+
+@pytest.fixture
+def on_hub(hub, original):
+    hub.put("maker/Original", contents(original))
+    return hub
+
+
+def fine(folder, source, **options):
+    """The model with its finer head, and what was said."""
+    said = []
+    model, _ = mlx_lm.load(str(folder))
+    location = find_head(model)
+    give_fine_head(location, folder, source, say=said.append, progress=False, **options)
+    return model, location, said
+
+
+def refusal(folder, source=True, **options):
+    """The one sentence that refuses a finer head; the model and the home are as they were."""
+    model, _ = mlx_lm.load(str(folder))
+    before = parameters(model)
+    with pytest.raises(ValueError) as caught:
+        give_fine_head(
+            find_head(model), folder, source, say=lambda _: None, progress=False, **options
+        )
+    assert parameters(model) == before
+    assert not [*finer_head.home().rglob("*.safetensors")]
+    said = str(caught.value)
+    assert said.endswith(".") and "\n" not in said
+    return said
+
+
+def original_rows(original, name=""):
+    weights = mx.load(str(original / "model.safetensors"))
+    leaf = "lm_head" if "lm_head.weight" in weights else "embed_tokens"
+    return next(array for key, array in weights.items() if key.endswith(f"{leaf}.weight"))
+
+
+@pytest.mark.parametrize("bits", [6, 8, 16])
+def test_the_rows_are_the_originals_rounded(original, coarse, bits):
+    _, location, _ = fine(coarse, original, bits=bits)
+    rows, expected = location.rows(), Matrix(original_rows(original))
+    if bits < 16:
+        expected = expected.quantize(bits=bits, group_size=64)
+    for name, array in expected.arrays().items():
+        assert mx.array_equal(rows.arrays()[name], array)
+    assert (rows.bits, rows.quantized) == (bits % 16, bits < 16)
+
+
+def test_one_tensor_is_fetched_once(on_hub, original, coarse):
+    _, location, (said,) = fine(coarse, True)
+    wanted = original_rows(original)
+    name = "lm_head" if "lm_head" in location.path else "model.embed_tokens"
+    assert f"Fetching {name}.weight of maker/Original (" in said
+    assert wanted.nbytes < on_hub.ranged_bytes < wanted.nbytes + 20_000
+    on_hub.requests.clear()
+    _, again, said = fine(coarse, True)
+    assert on_hub.requests == said == []
+    assert mx.array_equal(again.rows().weight, location.rows().weight)
+
+
+def test_dense_means_the_finer_head(original, coarse):
+    """The whole model with the original's head in 8 bits, in every way."""
+    expected, tokenizer = mlx_lm.load(str(coarse))
+    rows = Matrix(original_rows(original)).quantize(bits=8, group_size=64)
+    module = find_head(expected).module
+    module.weight, module.scales, module.biases = rows.weight, rows.scales, rows.biases
+    module.bits = 8
+    text = mlx_lm.generate(expected, tokenizer, "One", max_tokens=12)
+    options = HeadOptions(missing=DENSE, fine_head=original, progress=False)
+    model, tokenizer, _ = load_with_head(coarse, options)
+    assert mx.array_equal(model(TOKENS), expected(TOKENS))
+    install_index(model, tiny_index(model))
+    assert mlx_flashhead.generate(model, tokenizer, "One", max_tokens=12) == text
+    assert [name for name, *_ in parameters(model)] == [name for name, *_ in parameters(expected)]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("with_flash_head", [False, True])
+def test_detach_gives_the_old_rows_back(original, coarse, bits, with_flash_head):
+    model, _ = mlx_lm.load(str(coarse))
+    before, logits = parameters(model), model(TOKENS)
+    give_fine_head(find_head(model), coarse, original, bits=bits, progress=False)
+    assert parameters(model) != before
+    if with_flash_head:
+        install_index(model, tiny_index(model))
+    detach(model)
+    assert parameters(model) == before and mx.array_equal(model(TOKENS), logits)
+    with pytest.raises(ValueError, match="no FlashHead on this model to detach"):
+        detach(model)
+
+
+def test_a_flash_head_is_built_for_the_finer_rows(original, coarse, quick, capfd):
+    model, _ = load(str(coarse), fine_head=original)
+    head = get_flash_head(model)
+    assert head.clustered.rows.bits == 8
+    model, tokenizer = mlx_lm.load(str(coarse))
+    assert attach(model, tokenizer, fine_head=original, progress=False).clustered.rows.bits == 8
+    assert "Building" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["folder", "file", "shards", "8 bits", "float16", "renamed"])
+def test_sources_of_many_forms(hub, original, coarse, tmp_path, form):
+    source = original
+    weights = mx.load(str(original / "model.safetensors"))
+    if form == "file":
+        source = original / "model.safetensors"
+    elif form == "8 bits":
+        source = tmp_path / "Finer"
+        mlx_lm.convert(str(original), str(source), quantize=True, q_bits=8)
+    elif form == "float16":
+        mx.save_safetensors(
+            str(original / "model.safetensors"),
+            {name: array.astype(mx.float16) for name, array in weights.items()},
+        )
+    elif form == "renamed":  # as a vision model's text has it
+        mx.save_safetensors(
+            str(original / "model.safetensors"),
+            {f"language_model.{name}": array for name, array in weights.items()},
+        )
+    elif form == "shards":
+        names, files = sorted(weights), {}
+        places = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(names)}
+        for file in set(places.values()):
+            mx.save_safetensors(
+                str(tmp_path / file), {n: weights[n] for n in names if places[n] == file}
+            )
+            files[file] = (tmp_path / file).read_bytes()
+        index = json.dumps({"weight_map": places}).encode()
+        hub.put("maker/Shards", files | {"model.safetensors.index.json": index})
+        source = "maker/Shards"
+    _, location, _ = fine(coarse, source)
+    assert (location.rows().bits, location.hidden_dtype) == (8, mx.bfloat16)
+    if form == "shards":  # one that is missing
+        file = places[next(n for n in names if n.endswith(f"{location.path}.weight"))]
+        hub.put("maker/Lacks", {k: v for k, v in files.items() if k != file})
+        hub.put("maker/Lacks", {"model.safetensors.index.json": index})
+        shutil.rmtree(finer_head.home())
+        assert "maker/Lacks lacks a file of its weights" in refusal(coarse, "maker/Lacks")
+
+
+def test_other_rows_are_refused(original, coarse, tmp_path):
+    weights = mx.load(str(original / "model.safetensors"))
+    leaf = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
+    place, rows = tmp_path / "Other", weights[leaf].astype(mx.float32)
+
+    def refused_with(changed):
+        place.mkdir(exist_ok=True)
+        file = str(place / "model.safetensors")
+        mx.save_safetensors(file, weights | {leaf: changed.astype(mx.bfloat16)})
+        return refusal(coarse, place)
+
+    length = mx.linalg.norm(rows, axis=1, keepdims=True) / np.sqrt(rows.shape[1])
+    for noise in (0.03, 0.1):
+        trained = rows + noise * length * mx.random.normal(rows.shape, key=mx.random.key(0))
+        said = refused_with(trained)
+        assert f"{place} is not the original of Coarse, or was trained further: beyond" in said
+        assert abs(float(re.search(r"are ([\d.]+) % of", said)[1]) / (100 * noise) - 1) < 0.3
+    one = mx.concatenate([rows[:5], rows[6:7], rows[6:]])  # a token that was trained
+    assert "row 5 the most" in refused_with(one)
+    assert re.search(r"are (9\d|100)\.\d % of", refused_with(2 * rows))  # of another scale
+    assert f"rows of shape ({rows.shape[0] - 1}, " in refused_with(rows[1:])
+    assert "100.0 %" in refused_with(rows[::-1])
+
+
+@pytest.mark.parametrize("mode, group", [("affine", 32), ("affine", 64), ("mxfp4", 32)])
+def test_rounding_is_told_from_training(mode, group):
+    mx.random.seed(0)
+    rows = mx.random.normal((500, 128))
+    stored = Matrix(rows).quantize(bits=4, group_size=group, mode=mode)
+    for noise, same in ((0.0, True), (0.005, True), (0.03, False)):
+        comparison = Comparison()
+        comparison.add(stored, rows + noise * mx.random.normal(rows.shape))
+        if same:
+            comparison.check("x", finer_head.MAX_DRIFT)
+        else:
+            with pytest.raises(ValueError, match=r"rows are [23]\.\d %"):
+                comparison.check("x", finer_head.MAX_DRIFT)
+
+
+def test_rows_of_padding_and_a_bias():
+    model = tiny_model("phi", tied=False, dtype=mx.float16)
+    location = find_head(model)
+    weight = mx.concatenate([location.module.weight[:-8], mx.zeros((8, 64), mx.float16)])
+    location.module.weight = weight
+    nn.quantize(model, group_size=32, bits=4)
+    comparison = Comparison()
+    location = find_head(model)
+    comparison.add(location.rows(), weight.astype(mx.float32))
+    comparison.check("x", finer_head.MAX_DRIFT)
+    bias = location.module.bias
+    finer_head.replace_rows(location.module, Matrix(weight))
+    assert type(location.module) is nn.Linear and mx.array_equal(location.module.bias, bias)
+    assert model(TOKENS).shape == (1, 4, 203)
+
+
+def test_heads_that_need_none(original, coarse, tmp_path):
+    assert "floats already" in refusal(original, original)
+    assert "has 4 bits already" in refusal(coarse, original, bits=4)
+    said = refusal(coarse, coarse)
+    assert f"{coarse} has 4 bits, no more than the model's 4" in said
+
+
+BASES = {
+    "none": ("", "names no original with a finer head"),
+    "itself": ("maker/Coarse", "names no original with a finer head"),
+    "a circle": ("maker/Two", "names no original with a finer head"),
+    "gone": ("maker/Gone", "no such repository on the Hugging Face Hub"),
+    "gated": ("maker/Gated", "maker/Gated is gated: ask for access on "),
+    "no weights": ("maker/Empty", "maker/Empty lacks a file of its weights"),
+    "damaged": ("maker/Damaged", "is damaged or no safetensors file"),
+    "cut": ("maker/Cut", "maker/Cut"),
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_originals_that_cannot_be_had(hub, original, tmp_path, base):
+    name, expected = BASES[base]
+    folder = quantized(original, tmp_path / "Coarse", name or "[]")
+    files = contents(folder)
+    hub.put("maker/Coarse", files)
+    other = {"README.md": b"---\nbase_model: maker/Coarse\n---\n"}
+    hub.put("maker/Two", files | other)
+    weights = (original / "model.safetensors").read_bytes()
+    hub.put("maker/Gated", {"model.safetensors": weights})
+    hub.put("maker/Empty", {"config.json": b"{}"})
+    hub.put("maker/Damaged", {"model.safetensors": b"\xff" * 100})
+    hub.put("maker/Cut", {"model.safetensors": weights[:2000]})
+    if base == "gated":
+        hub.gated.add("model.safetensors")
+    assert expected in refusal(folder)
+
+
+def test_a_chain_of_quantized_models(on_hub, original, coarse, tmp_path):
+    """An 8-bit conversion between the model and its original is passed."""
+    middle = tmp_path / "Middle"
+    mlx_lm.convert(str(original), str(middle), quantize=True, q_bits=8)
+    card = b"---\nbase_model:\n- maker/Original\n---\n"
+    on_hub.put("maker/Middle", contents(middle) | {"README.md": card})
+    (coarse / "README.md").write_text("---\nbase_model: maker/Middle\n---\n")
+    assert "of maker/Original" in fine(coarse, True)[2][0]
+
+
+def test_a_lost_connection_continues(on_hub, original, coarse, monkeypatch):
+    monkeypatch.setattr(finer_head, "SKETCH_ROWS", 1)
+    on_hub.cut_at = 20_000
+    said = refusal(coarse)
+    assert "the Hugging Face Hub does not give it" in said
+    (part,) = finer_head.home().rglob("*.part")
+    assert 0 < part.stat().st_size <= 20_000
+    on_hub.cut_at, on_hub.ranged_bytes = None, 0
+    _, location, _ = fine(coarse, True)
+    rows = original_rows(original)
+    assert on_hub.ranged_bytes < rows.nbytes
+    expected = Matrix(rows).quantize(bits=8, group_size=64)
+    assert mx.array_equal(location.rows().weight, expected.weight)
+    assert not [*finer_head.home().rglob("*.part")]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other rows", "text"])
+def test_kept_rows_that_are_damaged_are_fetched_again(original, coarse, damage):
+    fine(coarse, original)
+    (place,) = finer_head.home().rglob("*.safetensors")
+    content = place.read_bytes()
+    if damage == "other rows":
+        loaded, about = mx.load(str(place), return_metadata=True)
+        mx.eval(loaded)
+        mx.save_safetensors(
+            str(place), {name: array[::-1] for name, array in loaded.items()}, metadata=about
+        )
+    else:
+        place.write_bytes({"cut": content[:-2000], "empty": b"", "text": b"{}" * 99}[damage])
+    _, location, said = fine(coarse, original)
+    assert len(said) == 1 and location.rows().bits == 8
+    assert place.stat().st_size > len(content) / 2
+
+
+def test_a_full_disk(original, coarse, monkeypatch, flash_head_home):
+    full = shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    said = refusal(coarse, original)
+    assert f"cannot be kept in {flash_head_home / 'fine_heads'} (No space left on device)" in said
+
+
+def test_two_at_once_fetch_once(on_hub, coarse):
+    heard, threads = [], []
+    for _ in range(2):
+        model, _ = mlx_lm.load(str(coarse))
+        give = partial(give_fine_head, find_head(model), coarse, True, progress=False)
+        threads.append(threading.Thread(target=lambda give=give: give(say=heard.append)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([said for said in heard if said.startswith("Fetching")]) == 1
+
+
+def test_the_model_goes_on_with_its_own(coarse, quick, capfd):
+    model, _ = load(str(coarse), fine_head="nowhere/at-all")
+    assert get_flash_head(model).clustered.rows.bits == 4
+    assert "Without a finer head: There is no folder 'nowhere/at-all'" in capfd.readouterr().err
+    with pytest.warns(UserWarning, match="Without a finer head"):
+        load(str(coarse), fine_head="nowhere/at-all", progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(str(coarse), progress=False)  # nothing without being asked for
+
+
+def test_flags(run, original, coarse):
+    command = ("generate", "--model", coarse, "--prompt", "One", "--max-tokens", 4)
+    for flags in (["--dense"], ["--dense", "--head-bits", 16]):
+        code, _, errors = run(*command, *flags, "--fine-head", original)
+        assert code == 0 and "Fetching" in errors
+    code, _, errors = run(*command, "--head-bits", 16)
+    assert code == 2 and "add --fine-head" in errors
+
+
+def test_a_card_is_read_for_a_finer_head_alone(hub, original, coarse, quick):
+    hub.put("me/Coarse", contents(coarse) | {"README.md": CARD.encode()})
+    load("me/Coarse", progress=False)
+    assert not any("README" in path for _, path in hub.requests)

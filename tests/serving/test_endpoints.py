@@ -1,0 +1,150 @@
+"""The endpoints with an engine that a test plays: while it loads, computes, fails, or ends."""
+
+import json
+import time
+from concurrent.futures import Future
+from http.client import HTTPConnection
+from threading import Thread
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_flashhead.serving.endpoints import Api, speed_of
+from mlx_flashhead.serving.network.access import Access
+from mlx_flashhead.serving.protocol.api_error import ApiError
+from mlx_flashhead.serving.protocol.completions import Token
+from mlx_flashhead.serving.serve import SHUTTING_DOWN, Server, listening
+from served_models import flags
+
+
+class PlayedEngine:
+    """An engine of which a test says how it is, and what it answers."""
+
+    def __init__(self):
+        self.models, self.status, self.jobs = Future(), "loading", []
+
+    @property
+    def healthy(self):
+        return self.status == "ok"
+
+    def submit(self, jobs):
+        self.jobs += jobs
+
+    def next_job(self):
+        """The next job that is submitted."""
+        while not self.jobs:
+            time.sleep(0.01)
+        return self.jobs.pop(0)
+
+
+@pytest.fixture
+def engine():
+    return PlayedEngine()
+
+
+@pytest.fixture
+def api(engine):
+    return Api(flags(), engine)
+
+
+@pytest.fixture
+def send(api):
+    """A function that sends a request, (path, fields) → the connection, on a server of the API."""
+    server, opened = Server(api.router(), Access()), []
+    with listening("127.0.0.1", 0) as listener:
+        thread = Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+
+        def send(path, **body):
+            connection = HTTPConnection("127.0.0.1", listener.getsockname()[1], timeout=20)
+            opened.append(connection)
+            content = json.dumps(body) if body else None
+            connection.request("POST" if body else "GET", path, content)
+            return connection
+
+        yield send
+        for connection in opened:
+            connection.close()
+        server.should_exit = True
+        thread.join()
+
+
+def answer(connection):
+    """(status, body) of its response."""
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+def test_health_says_how_the_engine_is(engine, send, tiny):
+    """A model that is being loaded is no reason to wait without an answer."""
+    assert answer(send("/health")) == (503, '{"status": "loading"}')
+    assert answer(send("/"))[0] == 200
+    for path in ("/v1/models", "/page/info.json"):
+        assert "is being loaded" in answer(send(path))[1]
+    assert answer(send("/v1/completions", prompt="x"))[0] == 503
+    engine.models.set_result([tiny])
+    for engine.status, code in (("ok", 200), ("failing", 503)):
+        status, body = answer(send("/health"))
+        assert (status, json.loads(body)["status"]) == (code, engine.status)
+    assert json.loads(body)["decoding"] == {"tiny": "verified"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_learn_that_the_server_ends(api, engine, send, tiny, stream):
+    engine.models.set_result([tiny])
+    connection = send("/v1/completions", prompt="x", stream=stream)
+    job = engine.next_job()
+    if stream:
+        job.emit(Token("A"))
+    api.fail_answers(SHUTTING_DOWN, for_good=True)
+    for ended in (connection, send("/v1/completions", prompt="x")):
+        status, body = answer(ended)
+        *_, last = body.strip().splitlines()
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert (error["message"], error["type"]) == (SHUTTING_DOWN, "server_error")
+        assert status == (200 if stream and ended is connection else 503)
+    assert job.cancelled
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (ApiError("No such form.", "regex"), 400, "No such form."),
+        (RuntimeError("secret"), 500, "The answer has failed: see the server's log."),
+        (KeyboardInterrupt(), 500, "The answer has failed: see the server's log."),
+    ],
+)
+def test_an_answer_that_fails_is_an_error(engine, send, tiny, error, status, message):
+    engine.models.set_result([tiny])
+    connection = send("/v1/completions", prompt="x")
+    engine.next_job().emit(error)
+    code, body = answer(connection)
+    assert (code, json.loads(body)["error"]["message"]) == (status, message)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_is_computed_for_a_client_that_has_left(engine, send, tiny, stream):
+    """Whatever it has sent before: here, the line end of a careless client."""
+    engine.models.set_result([tiny])
+    connection = send("/v1/completions", prompt="x", stream=stream, n=2)
+    jobs = [engine.next_job() for _ in range(2)]
+    connection.sock.sendall(b"\r\n")
+    connection.sock.close()
+    until = time.monotonic() + 20
+    while not all(job.cancelled for job in jobs):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_stream_says_how_it_was_decoded(engine, send, tiny):
+    engine.models.set_result([tiny])
+    for fields, decoding in (({}, "verified"), ({"dense": True}, "dense: as requested")):
+        connection = send("/v1/completions", prompt="x", stream=True, **fields)
+        engine.next_job().emit(Token("A", finish_reason="stop"))
+        assert f": decoding {decoding}\n\ndata: [DONE]\n\n" in answer(connection)[1]
+
+
+def test_answers_without_a_token_have_no_part_in_the_speed():
+    jobs = [SimpleNamespace(tokens=[0] * 5, times=[1.0, 3.0])]
+    jobs += [SimpleNamespace(tokens=[], times=[])] * 9
+    assert speed_of(jobs) == 2.0
