@@ -1,30 +1,47 @@
-"""The FlashHeads that were built on this machine, found by the rows of the model's head.
+"""FlashHeads and finer heads that are kept on this machine, found by the rows of a model's head.
 
-Each is a folder, written completely or not at all. Its name is the fingerprint of the rows and the
-version of the recipe, so a moved or renamed model finds its own.
+Each is a folder or a file, written completely or not at all. Its name is the fingerprint of the
+rows and a number, so a moved or renamed model finds its own. Nothing of another name is touched.
 """
 
 import errno
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
+import mlx.core as mx
 from filelock import FileLock, Timeout
 
 from ..common.new_folder import new_folder
 from ..head.matrix import Matrix
-from ..index.files import FlashHeadIndex, read_index, read_settings, write_companion
+from ..index.files import (
+    FILE_NAME,
+    SETTINGS_NAME,
+    FlashHeadIndex,
+    read_index,
+    read_settings,
+    write_companion,
+)
 from ..index.settings import FlashHeadConfig
 from ..models.fetch import home
+from ..models.finer_head import FOLDER as FINE_FOLDER
+from ..models.finer_head import remove_files
+from ..models.tensor_files import ENDING
 from .sources import StoredHead
 
 # Version of the recipe. A new one builds all FlashHeads again.
 RECIPE = 1
 _NAME_LENGTH = 24  # of the 64 characters of a fingerprint
+OWN_FILES = (FILE_NAME, SETTINGS_NAME)
+_NAME = re.compile(r"[0-9a-f]{24}-\d+")
+_FINE_NAME = re.compile(r"[0-9a-f]{24}-(6|8|16)\.safetensors")
+_SPEED_NAME = re.compile(r"[0-9a-f]{24}\.json")
 
 Say = Callable[[str], None]
 
@@ -35,6 +52,16 @@ class Entry:
 
     folder: Path
     config: FlashHeadConfig | None
+
+    @property
+    def model(self) -> str:
+        """The name of its model."""
+        return str(self.config.recipe.get("model", "unknown")) if self.config else "damaged"
+
+    @property
+    def key(self) -> str:
+        """The beginning of the fingerprint of its rows."""
+        return self.folder.name[:_NAME_LENGTH]
 
     @property
     def nbytes(self) -> int:
@@ -48,10 +75,84 @@ class Entry:
         """When it was built, in seconds of the epoch."""
         return self.folder.stat().st_mtime
 
+    @property
+    def path(self) -> Path:
+        return self.folder
+
+    def remove(self) -> bool:
+        """Deletes it and its speeds; of a link, the link alone.
+
+        Returns whether its folder is gone: files that are not its own stay.
+        """
+        speeds_of(self.key).unlink(missing_ok=True)
+        if self.folder.is_symlink():
+            self.folder.unlink()
+            return True
+        for name in OWN_FILES:
+            with suppress(OSError):
+                (self.folder / name).unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
+        return not self.folder.exists()
+
+
+@dataclass(frozen=True)
+class FineHead:
+    """A kept finer head: its file, and of which model and original it is."""
+
+    path: Path
+    model: str
+    original: str
+
+    @property
+    def key(self) -> str:
+        """The beginning of the fingerprint of the model's own rows."""
+        return self.path.name[:_NAME_LENGTH]
+
+    @property
+    def bits(self) -> str:
+        return self.path.stem.rpartition("-")[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.path.stat().st_size
+
+    def remove(self) -> bool:
+        """Deletes it, and what was fetched of it anew."""
+        self.path.unlink(missing_ok=True)
+        remove_files(self.path.parent, f".{self.path.stem}.*.part")
+        return True
+
+
+def fine_heads() -> list[FineHead]:
+    """All kept finer heads, by model."""
+    kept = []
+    for file in (home() / FINE_FOLDER).glob("*" + ENDING):
+        if _FINE_NAME.fullmatch(file.name):
+            about = {}
+            with suppress(RuntimeError, ValueError, OSError):
+                loaded: Any = mx.load(str(file), return_metadata=True)
+                about = loaded[1]
+            names = (about.get(name, "damaged") for name in ("model", "original"))
+            kept.append(FineHead(file, *names))
+    return sorted(kept, key=lambda head: head.model)
+
+
+def strangers() -> list[Path]:
+    """What lies among the kept heads and is none."""
+    places = {_shelf(): _NAME, home() / FINE_FOLDER: _FINE_NAME, home() / "speeds": _SPEED_NAME}
+    found = [path for place, name in places.items() for path in place.glob("[!.]*")
+             if not name.fullmatch(path.name)]  # fmt: skip
+    return sorted(found)
+
 
 def entries() -> list[Entry]:
     """All kept FlashHeads, the latest first."""
-    folders = [folder for folder in _shelf().glob("[!.]*") if folder.is_dir()]
+    folders = [
+        folder
+        for folder in _shelf().glob("*")
+        if _NAME.fullmatch(folder.name) and any((folder / name).exists() for name in OWN_FILES)
+    ]
     kept = []
     for folder in folders:
         try:
@@ -109,34 +210,27 @@ def obstacle(place: Path, nbytes: int) -> str | None:
     return None
 
 
-def remove(entry: Entry) -> None:
-    """Deletes a FlashHead; of a link, the link alone."""
-    if entry.folder.is_symlink():
-        entry.folder.unlink()
-    else:
-        shutil.rmtree(entry.folder)
+def remove_unfinished() -> None:
+    """Deletes what was fetched of finer heads that are not whole, and all speeds."""
+    for file in (home() / FINE_FOLDER).glob(".*.part"):
+        if _FINE_NAME.fullmatch(file.name.split(".")[1] + ENDING):
+            file.unlink(missing_ok=True)
+    for file in (home() / "speeds").glob("*.json"):
+        if _SPEED_NAME.fullmatch(file.name):
+            file.unlink(missing_ok=True)
 
 
-@contextmanager
-def one_at_a_time(place: Path, say: Say, *, waits: bool) -> Iterator[bool]:
-    """Within the block, no other process builds the FlashHead of ``place``.
-
-    If one does, the block waits for it or gets False. Without a writable place there is no lock.
-    """
+def lock_of(place: Path) -> FileLock | None:
+    """The lock of the one process that builds the FlashHead of ``place``; None if there is none,
+    since the place cannot be written."""
     lock = FileLock(home() / "locks" / f"{place.name}.lock")
-    other = "Another process is building the FlashHead of this model: "
-    with ExitStack() as stack:
-        try:
-            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock.acquire(timeout=0))
-        except Timeout:
-            say(other + ("waiting for it." if waits else "it is used from the next start."))
-            if waits:
-                stack.enter_context(lock.acquire())
-        except OSError:
-            yield True
-            return
-        yield lock.is_locked
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+    except OSError:
+        return None
+    return lock
 
 
 def _shelf() -> Path:

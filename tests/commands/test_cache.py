@@ -46,14 +46,12 @@ def test_lists_what_is_kept(run, kept, flash_head_home, monkeypatch):
     place.write_text(json.dumps(speeds))
     code, output, _ = run("cache")
     assert code == 0 and str(flash_head_home) in output
-    rows = [line.split(maxsplit=4) for line in output.splitlines() if " MB" in line][1:]
-    by_model = {row[1]: " ".join(row[4].split()) for row in rows}
-    measured = "0.90 x (dense), 1.50 x (3 probes, check at 8 or risk 0.25, up to 5 texts)"
-    assert by_model == {
-        "owner/One": "MB 4 of 26 –",
-        "[b]Two[2J": f"MB 4 of 26 {measured}",
-        "damaged": "MB – –",
-    }
+    rows = [line.split(maxsplit=5) for line in output.splitlines() if " MB" in line][1:]
+    by_model = {row[1]: " ".join(row[5:]).strip() for row in rows}
+    measured = "0.90 x (dense), 1.50 x"
+    assert by_model == {"owner/One": "–", "[b]Two[2J": measured, "damaged": "–"}
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, run("cache")[1].splitlines()[1:])) <= 80
     monkeypatch.setenv("COLUMNS", "40")
     _, narrow, _ = run("cache")
     assert all(entry.folder.name[:8] in narrow for entry in cache.entries())
@@ -67,10 +65,10 @@ def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch, spoil):
     if spoil == "nested":
         (bad / SETTINGS_NAME).write_text("[" * 100_000)
     elif spoil == "a link":
-        bad = bad.rename(tmp_path / "elsewhere")
-        good.with_name("link").symlink_to(bad)
+        bad, place = bad.rename(tmp_path / "elsewhere"), bad
+        place.symlink_to(bad)
     elif spoil == "a text":
-        good.with_name("text").write_text("")
+        good.with_name(f"{'0' * 24}-1").write_text("")
     elif spoil == "strange":
         settings = json.loads((good / SETTINGS_NAME).read_text())
         settings["recipe"]["model"], settings["report"] = ["a", 1], {"agreement": "high"}
@@ -82,7 +80,7 @@ def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch, spoil):
     assert code == 0 and "owner/One" in output and "Two" in output
     monkeypatch.undo()
     for entry in cache.entries():
-        cache.remove(entry)
+        entry.remove()
     assert cache.entries() == [] and (spoil != "a link" or bad.exists())
 
 
@@ -98,7 +96,7 @@ def test_removes_some_and_then_all(run, refused, kept):
     removed = [line.split()[:2] for line in output.splitlines()]
     assert removed == [["Removed", "owner/One"], ["Removed", "damaged"]]
     (left,) = cache.entries()
-    assert left.config.recipe["model"] == STRANGE and (left.folder / FILE_NAME).exists()
+    assert left.model == STRANGE and (left.folder / FILE_NAME).exists()
     for name in ("Four", ""):
         said = refused("cache", "--remove", STRANGE, name)
         assert f"No FlashHead of {name!r} is kept" in said
@@ -106,6 +104,53 @@ def test_removes_some_and_then_all(run, refused, kept):
     assert run("cache", "--remove-all")[0] == 0
     code, output, _ = run("cache")
     assert code == 0 and output.startswith("No FlashHead is kept in ")
+
+
+def test_what_is_not_its_own_stays(run, kept, flash_head_home):
+    """Folders and files of other names, and other files within its own folders."""
+    own = [entry.folder for entry in cache.entries()]
+    fine = flash_head_home / "fine_heads"
+    names = ["flash_heads/thesis/text.md", "fine_heads/weights.safetensors", "speeds/mine.json",
+             "notes.txt", f"flash_heads/{own[0].name}/mine.txt", "flash_heads/abc-1/x",
+             f"fine_heads/.{own[0].name}.part"]  # fmt: skip
+    for name in names:
+        (flash_head_home / name).parent.mkdir(exist_ok=True, parents=True)
+        (flash_head_home / name).write_text("x")
+    key = own[1].name[:24]
+    for name in (f"{key}-8.safetensors", f".{key}-8.0123456789abcdef.part"):
+        (fine / name).write_text("x")
+    (flash_head_home / "speeds" / f"{key}.json").write_text("{}")
+    code, output, _ = run("cache")
+    assert code == 0 and "damaged, head of 8 bits" in " ".join(output.split())
+    code, output, _ = run("cache", "--remove-all")
+    assert code == 0 and output.count("Removed") == 4
+    left = {str(path.relative_to(flash_head_home)) for path in flash_head_home.rglob("*")}
+    files = {name for name in left if (flash_head_home / name).is_file()}
+    assert files == set(names)
+    for name in ("thesis", "weights.safetensors", "mine.json", own[0].name, "abc-1"):
+        assert any(line.startswith("Left") and name in line for line in output.splitlines())
+    assert cache.entries() == []
+
+
+def test_speeds_are_measured_now(run, cut_short, monkeypatch):
+    model, entry = cut_short
+    monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
+    measured = []
+
+    def tune(*_):
+        measured.append(1)
+        yield
+        return Tuning(4, 9.0, 8, 0.25, gain=1.21, dense_seconds=0.1, spread=0.0, dense=False)
+
+    monkeypatch.setattr("mlx_flashhead.loading.tuned.tune", tune)
+    monkeypatch.setattr("mlx_flashhead.loading.tuned.is_busy", lambda: False)
+    monkeypatch.chdir(model.parent)
+    for name in ([], [entry.folder.name[:6]], [model]):
+        code, output, errors = run("cache", "--measure", *name)
+        assert code == 0 and "1.21 x" in output and "Measuring" in errors
+    assert len(measured) == 3
+    run("cache", "--remove", model.name)
+    assert not cache.speeds_of(entry.key).exists()
 
 
 @pytest.fixture
