@@ -159,7 +159,7 @@ def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path)
 
     if options.missing != LATER:
         return
-    build = background_build(model, tokenizer, folder, options, math.inf)
+    build = background_build(model, tokenizer, folder, options, math.inf, waits=False)
     if build is None:
         return
     sys.stdout.flush()

@@ -59,14 +59,18 @@ def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]
     if args.model is not None:
         model, _ = load(args.model, n_probes=args.n_probes, **source_options(args))
         head = installed_head(model)
-        rows = head.clustered.rows
-        dtype = (rows.weight if rows.scales is None else rows.scales).dtype
-        yield Path(args.model).name, head, dtype
+        yield Path(args.model).name, head, rows_dtype(head)
         return
     dtype = getattr(mx, args.dtype)
     for name, sizes in args.shape:
         head = random_head(*sizes, n_probes=args.n_probes, dtype=dtype, bits=args.head_bits)
         yield name, head, dtype
+
+
+def rows_dtype(head: FlashHead) -> mx.Dtype:
+    """The dtype of the rows' numbers, or of the scales of quantized rows."""
+    rows = head.clustered.rows
+    return (rows.weight if rows.scales is None else rows.scales).dtype
 
 
 def random_head(

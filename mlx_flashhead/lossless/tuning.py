@@ -121,7 +121,10 @@ def tune(
 
 def is_busy() -> bool:
     """Whether more processes want to run than this machine has cores."""
-    return os.getloadavg()[0] > (os.cpu_count() or 1) + 0.5
+    try:
+        return os.getloadavg()[0] > (os.cpu_count() or 1)
+    except OSError:
+        return False
 
 
 def _grid(head: FlashHead, known: dict[int, Any]) -> list[int]:

@@ -67,10 +67,16 @@ def test_ratios_are_those_of_the_printed_medians():
         FLASH_HEAD: [0.0493, 0.0400, 0.1000],
         UNVERIFIED: [0.0479, 0.0479, 0.0479],
     }
-    about = {"model": "m", "n_probes": {FLASH_HEAD: 3, UNVERIFIED: 4}, "n_clusters": 9}
+    about = {
+        "model": "m",
+        "n_probes": {FLASH_HEAD: 3, UNVERIFIED: 4},
+        "n_clusters": 9,
+        "equal_logits": 1.0,
+    }
     for stays_dense in (True, False):
         figures = summary(about | {"stays_dense": stays_dense}, "greedy", 4, seconds)
         table = make_table(figures)
+        assert "100.000 % of the scored logits equal MLX's." in table.caption
         assert "3 clusters of 9 scored, 4 unverified" in table.title
         assert ("stays dense" in table.caption) == stays_dense
     assert figures["token_ms"][DENSE]["median"] == pytest.approx(59.3)
