@@ -16,7 +16,7 @@ from mlx_flashhead.benchmarks.model_benchmark import (
     summary,
     with_flash_head,
 )
-from mlx_flashhead.models.compat.generate import generate_step
+from mlx_flashhead.models.compat.mlx_lm import generate_step
 from mlx_flashhead.models.install import install
 from tiny_models import VOCAB_SIZE, tiny_index, tiny_model
 
