@@ -69,8 +69,7 @@ def main() -> None:
         _remove([head for name in args.remove for head in _matches([*kept, *fine], name)])
     elif args.remove_all:
         _remove([*kept, *fine])
-        head_cache.remove_unfinished()
-        for path in head_cache.strangers():
+        for path in head_cache.remove_rest():
             print(printable(f"Left {path}, which is none of them."))
         if not (kept or fine):
             print_kept(kept, fine)
@@ -90,11 +89,12 @@ def print_kept(kept: "Sequence[Entry]", fine: Sequence[Any]) -> None:
     table = new_table(title, ("id", "model", "built", "size", "speed here"), left=3)
     table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"  # some names are long
     for entry in kept:
+        built = time.strftime("%Y-%m-%d", time.localtime(entry.path.stat().st_mtime))
         cut = entry.config and entry.config.calibration.get("cut_short")
         table.add_row(
             printable(entry.key[:8]),
             printable(entry.model),
-            time.strftime("%Y-%m-%d", time.localtime(entry.built_at)) + (" cut short" * bool(cut)),
+            f"{built}, cut short" if cut else built,
             megabytes(entry.nbytes),
             _speeds(entry),
         )
@@ -118,10 +118,8 @@ def _remove(chosen: Sequence[Any]) -> None:
         if head in chosen[:i]:
             continue
         nbytes = head.nbytes
-        gone = head.remove()
-        print(printable(f"Removed {head.model} ({head.path.name}, {megabytes(nbytes)})"))
-        if not gone:
-            print(printable(f"Left {head.path}, which holds other files."))
+        others = "" if head.remove() else ", but other files in it"
+        print(printable(f"Removed {head.model} ({head.path.name}, {megabytes(nbytes)}){others}"))
 
 
 def _folder(kept: "Sequence[Entry]", name: str) -> Path:

@@ -114,20 +114,22 @@ def document(found: dict[str, tuple[Form, Form]], vlm_found: dict[str, tuple[For
     served, vlm_served = _served(found), _served(vlm_found)
     return f"""# Architectures
 
-FlashHead serves {len(served)} of the {len(found)} language-model architectures of mlx-lm {version("mlx-lm")}, and
-{len(vlm_served)} of the {len(vlm_found)} of mlx-vlm {version("mlx-vlm")} that take text, without code for any of them: it traces a
-model on one token. `python scripts/architectures.py` writes this page; tests compare it with the installed libraries.
+FlashHead serves {len(served)} of the {len(found)} language-model architectures of mlx-lm
+{version("mlx-lm")}, and {len(vlm_served)} of the {len(vlm_found)} of mlx-vlm {version("mlx-vlm")}
+that take text, without code for any of them: it traces a model on one token.
+`python scripts/architectures.py` writes this page; tests compare it with the installed libraries.
 
-The tables name the layer that makes the logits: one with its own weights (*untied*), or the embedding (*tied*). A dash
-means that the library has no such form. *Bits* are those of the head after `mlx_lm.convert -q`: some models keep a finer
-head.
+The tables name the layer that makes the logits: one with its own weights (*untied*), or the
+embedding (*tied*). A dash means that the library has no such form. *Bits* are those of the head
+after `mlx_lm.convert -q`: some models keep a finer head.
 
-`tests/models/test_architectures.py` and `test_vlm_architectures.py` run each form with random weights, dense and quantized,
-on prompts, with caches and in batches, {len(PICTURES)} of mlx-vlm's with a picture too. With all clusters scored the logits
-are the dense model's, after its own scales, caps and biases. With few, the candidates' logits are, and the greedy token is a
-candidate. Plain operations replace the Metal kernels of `bitnet` and `muse_spark` there.
+`tests/models/test_architectures.py` and `test_vlm_architectures.py` run each form with random
+weights, dense and quantized, on prompts, with caches and in batches, {len(PICTURES)} of mlx-vlm's
+with a picture too. With all clusters scored the logits are the dense model's, after its own scales,
+caps and biases. With few, the candidates' logits are, and the greedy token is a candidate. Plain
+operations replace the Metal kernels of `bitnet` and `muse_spark` there.
 
-## mlx-lm
+## Architectures of mlx-lm
 
 | untied | tied | bits | architectures |
 |---|---|---|---|
@@ -137,7 +139,7 @@ Not served:
 
 {chr(10).join(_reasons(found))}
 
-## mlx-vlm
+## Architectures of mlx-vlm
 
 | untied | tied | architectures |
 |---|---|---|

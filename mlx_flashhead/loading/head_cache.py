@@ -31,17 +31,18 @@ from ..index.files import (
 from ..index.settings import FlashHeadConfig
 from ..models.fetch import home
 from ..models.finer_head import FOLDER as FINE_FOLDER
-from ..models.finer_head import remove_files
 from ..models.tensor_files import ENDING
 from .sources import StoredHead
 
 # Version of the recipe. A new one builds all FlashHeads again.
 RECIPE = 1
 _NAME_LENGTH = 24  # of the 64 characters of a fingerprint
-OWN_FILES = (FILE_NAME, SETTINGS_NAME)
-_NAME = re.compile(r"[0-9a-f]{24}-\d+")
-_FINE_NAME = re.compile(r"[0-9a-f]{24}-(6|8|16)\.safetensors")
-_SPEED_NAME = re.compile(r"[0-9a-f]{24}\.json")
+SHELF, OWN_FILES = "flash_heads", (FILE_NAME, SETTINGS_NAME)
+_NAMES = {  # of what is kept, by folder: nothing else is touched
+    SHELF: re.compile(r"[0-9a-f]{24}-\d+"),
+    FINE_FOLDER: re.compile(r"[0-9a-f]{24}-\d+\.safetensors|\.[0-9a-f]{24}-\d+\.\w+\.part"),
+    "speeds": re.compile(r"[0-9a-f]{24}\.json"),
+}
 
 Say = Callable[[str], None]
 
@@ -50,7 +51,7 @@ Say = Callable[[str], None]
 class Entry:
     """A kept FlashHead: its folder, and its settings, None if it is damaged."""
 
-    folder: Path
+    path: Path
     config: FlashHeadConfig | None
 
     @property
@@ -60,24 +61,16 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """The beginning of the fingerprint of its rows."""
-        return self.folder.name[:_NAME_LENGTH]
+        """The beginning of the fingerprint of the model's rows."""
+        return self.path.name[:_NAME_LENGTH]
 
     @property
     def nbytes(self) -> int:
         """Its size on the disk, as far as it can be read."""
         with suppress(OSError):
-            return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+            files = self.path.iterdir() if self.path.is_dir() else [self.path]
+            return sum(file.stat().st_size for file in files if file.is_file())
         return 0
-
-    @property
-    def built_at(self) -> float:
-        """When it was built, in seconds of the epoch."""
-        return self.folder.stat().st_mtime
-
-    @property
-    def path(self) -> Path:
-        return self.folder
 
     def remove(self) -> bool:
         """Deletes it and its speeds; of a link, the link alone.
@@ -85,86 +78,78 @@ class Entry:
         Returns whether its folder is gone: files that are not its own stay.
         """
         speeds_of(self.key).unlink(missing_ok=True)
-        if self.folder.is_symlink():
-            self.folder.unlink()
+        if self.path.is_symlink():
+            self.path.unlink()
             return True
-        for name in OWN_FILES:
-            with suppress(OSError):
-                (self.folder / name).unlink()
         with suppress(OSError):
-            self.folder.rmdir()
-        return not self.folder.exists()
+            for name in OWN_FILES:
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
+        return not self.path.exists()
 
 
 @dataclass(frozen=True)
-class FineHead:
-    """A kept finer head: its file, and of which model and original it is."""
+class FineHead(Entry):
+    """A kept finer head: its file, and what it says about itself."""
 
-    path: Path
-    model: str
-    original: str
+    about: dict[str, str]
 
     @property
-    def key(self) -> str:
-        """The beginning of the fingerprint of the model's own rows."""
-        return self.path.name[:_NAME_LENGTH]
+    def model(self) -> str:
+        return self.about.get("model", "damaged")
 
     @property
     def bits(self) -> str:
         return self.path.stem.rpartition("-")[2]
 
-    @property
-    def nbytes(self) -> int:
-        return self.path.stat().st_size
-
     def remove(self) -> bool:
-        """Deletes it, and what was fetched of it anew."""
         self.path.unlink(missing_ok=True)
-        remove_files(self.path.parent, f".{self.path.stem}.*.part")
         return True
+
+
+def entries() -> list[Entry]:
+    """All kept FlashHeads, the latest first."""
+    kept = []
+    for folder in _own(SHELF):
+        if any((folder / name).exists() for name in OWN_FILES):
+            config = None
+            with suppress(ValueError, OSError):
+                config = read_settings(folder)
+            kept.append(Entry(folder, config))
+    return sorted(kept, key=lambda entry: entry.path.stat().st_mtime, reverse=True)
 
 
 def fine_heads() -> list[FineHead]:
     """All kept finer heads, by model."""
     kept = []
-    for file in (home() / FINE_FOLDER).glob("*" + ENDING):
-        if _FINE_NAME.fullmatch(file.name):
-            about = {}
+    for file in _own(FINE_FOLDER):
+        if file.suffix == ENDING:
+            loaded: Any = (None, {})
             with suppress(RuntimeError, ValueError, OSError):
-                loaded: Any = mx.load(str(file), return_metadata=True)
-                about = loaded[1]
-            names = (about.get(name, "damaged") for name in ("model", "original"))
-            kept.append(FineHead(file, *names))
+                loaded = mx.load(str(file), return_metadata=True)
+            kept.append(FineHead(file, None, loaded[1]))
     return sorted(kept, key=lambda head: head.model)
 
 
-def strangers() -> list[Path]:
-    """What lies among the kept heads and is none."""
-    places = {_shelf(): _NAME, home() / FINE_FOLDER: _FINE_NAME, home() / "speeds": _SPEED_NAME}
-    found = [path for place, name in places.items() for path in place.glob("[!.]*")
-             if not name.fullmatch(path.name)]  # fmt: skip
-    return sorted(found)
+def remove_rest() -> list[Path]:
+    """Deletes speeds and what was fetched of finer heads so far.
+
+    Returns what lies among the kept heads and is none of them.
+    """
+    for file in [*_own("speeds"), *(f for f in _own(FINE_FOLDER) if f.suffix == ".part")]:
+        file.unlink(missing_ok=True)
+    left = (path for name in _NAMES for path in (home() / name).glob("*"))
+    return sorted(path for path in left if not _NAMES[path.parent.name].fullmatch(path.name))
 
 
-def entries() -> list[Entry]:
-    """All kept FlashHeads, the latest first."""
-    folders = [
-        folder
-        for folder in _shelf().glob("*")
-        if _NAME.fullmatch(folder.name) and any((folder / name).exists() for name in OWN_FILES)
-    ]
-    kept = []
-    for folder in folders:
-        try:
-            kept.append(Entry(folder, read_settings(folder)))
-        except (ValueError, OSError):
-            kept.append(Entry(folder, None))
-    return sorted(kept, key=lambda entry: entry.built_at, reverse=True)
+def _own(folder: str) -> list[Path]:
+    """What lies in a folder of the home and has a name as it is given there."""
+    return [path for path in (home() / folder).glob("*") if _NAMES[folder].fullmatch(path.name)]
 
 
 def place_of(rows: Matrix) -> Path:
     """The place of these rows' FlashHead, which may not exist yet."""
-    return _shelf() / f"{rows.fingerprint[:_NAME_LENGTH]}-{RECIPE}"
+    return home() / SHELF / f"{rows.fingerprint[:_NAME_LENGTH]}-{RECIPE}"
 
 
 def find(rows: Matrix, say: Say) -> StoredHead | None:
@@ -210,16 +195,6 @@ def obstacle(place: Path, nbytes: int) -> str | None:
     return None
 
 
-def remove_unfinished() -> None:
-    """Deletes what was fetched of finer heads that are not whole, and all speeds."""
-    for file in (home() / FINE_FOLDER).glob(".*.part"):
-        if _FINE_NAME.fullmatch(file.name.split(".")[1] + ENDING):
-            file.unlink(missing_ok=True)
-    for file in (home() / "speeds").glob("*.json"):
-        if _SPEED_NAME.fullmatch(file.name):
-            file.unlink(missing_ok=True)
-
-
 def lock_of(place: Path) -> FileLock | None:
     """The lock of the one process that builds the FlashHead of ``place``; None if there is none,
     since the place cannot be written."""
@@ -233,27 +208,23 @@ def lock_of(place: Path) -> FileLock | None:
     return lock
 
 
-def _shelf() -> Path:
-    return home() / "flash_heads"
-
-
 def _nearest(rows: Matrix, place: Path) -> StoredHead | None:
     """The entry with the nearest rows, if any are near enough."""
     best, best_cosine = None, 0.0
     for entry in entries():
-        of_this_recipe = entry.folder.name.endswith(f"-{RECIPE}") and entry.folder != place
-        if not of_this_recipe or entry.config is None or entry.config.vocab_size != rows.n_rows:
+        other = entry.path.name.endswith(f"-{RECIPE}") and entry.path != place
+        if not other or entry.config is None or entry.config.vocab_size != rows.n_rows:
             continue
-        index = _read(entry.folder, lambda _: None)
+        index = _read(entry.path, lambda _: None)
         try:
             if index is None or index.hidden_size != rows.hidden_size:
                 continue
-            index.check_fit(rows, str(entry.folder))
+            index.check_fit(rows, str(entry.path))
         except ValueError:
             continue
         cosine = index.sketch.likeness(rows).cosine
         if cosine > best_cosine:
-            best, best_cosine = StoredHead(index, str(entry.folder)), cosine
+            best, best_cosine = StoredHead(index, str(entry.path)), cosine
     return best
 
 

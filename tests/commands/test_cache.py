@@ -32,7 +32,7 @@ def kept(flash_head_home, monkeypatch):
         model = tiny_model(seed=seed)
         index = tiny_index(model, recipe={"model": name})
         cache.keep(index, cache.place_of(find_head(model).rows()))
-    (damaged,) = (e.folder for e in cache.entries() if e.config.recipe["model"] == "Three")
+    (damaged,) = (e.path for e in cache.entries() if e.config.recipe["model"] == "Three")
     (damaged / SETTINGS_NAME).write_text("{")
 
 
@@ -54,14 +54,14 @@ def test_lists_what_is_kept(run, kept, flash_head_home, monkeypatch):
     assert max(map(len, run("cache")[1].splitlines()[1:])) <= 80
     monkeypatch.setenv("COLUMNS", "40")
     _, narrow, _ = run("cache")
-    assert all(entry.folder.name[:8] in narrow for entry in cache.entries())
+    assert all(entry.path.name[:8] in narrow for entry in cache.entries())
     assert "…" not in narrow
 
 
 @pytest.mark.parametrize("spoil", ["nested", "a link", "a text", "forbidden", "strange"])
 def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch, spoil):
-    bad = next(entry.folder for entry in cache.entries() if entry.config is None)
-    good = next(entry.folder for entry in cache.entries() if entry.config is not None)
+    bad = next(entry.path for entry in cache.entries() if entry.config is None)
+    good = next(entry.path for entry in cache.entries() if entry.config is not None)
     if spoil == "nested":
         (bad / SETTINGS_NAME).write_text("[" * 100_000)
     elif spoil == "a link":
@@ -90,13 +90,13 @@ def test_a_home_that_cannot_be(refused, monkeypatch):
 
 
 def test_removes_some_and_then_all(run, refused, kept):
-    key = next(e.folder.name for e in cache.entries() if e.config is None)
+    key = next(e.path.name for e in cache.entries() if e.config is None)
     code, output, _ = run("cache", "--remove", "owner/One", key[:10])
     assert code == 0
     removed = [line.split()[:2] for line in output.splitlines()]
     assert removed == [["Removed", "owner/One"], ["Removed", "damaged"]]
     (left,) = cache.entries()
-    assert left.model == STRANGE and (left.folder / FILE_NAME).exists()
+    assert left.model == STRANGE and (left.path / FILE_NAME).exists()
     for name in ("Four", ""):
         said = refused("cache", "--remove", STRANGE, name)
         assert f"No FlashHead of {name!r} is kept" in said
@@ -108,7 +108,7 @@ def test_removes_some_and_then_all(run, refused, kept):
 
 def test_what_is_not_its_own_stays(run, kept, flash_head_home):
     """Folders and files of other names, and other files within its own folders."""
-    own = [entry.folder for entry in cache.entries()]
+    own = [entry.path for entry in cache.entries()]
     fine = flash_head_home / "fine_heads"
     names = ["flash_heads/thesis/text.md", "fine_heads/weights.safetensors", "speeds/mine.json",
              "notes.txt", f"flash_heads/{own[0].name}/mine.txt", "flash_heads/abc-1/x",
@@ -127,8 +127,9 @@ def test_what_is_not_its_own_stays(run, kept, flash_head_home):
     left = {str(path.relative_to(flash_head_home)) for path in flash_head_home.rglob("*")}
     files = {name for name in left if (flash_head_home / name).is_file()}
     assert files == set(names)
-    for name in ("thesis", "weights.safetensors", "mine.json", own[0].name, "abc-1"):
+    for name in ("thesis", "weights.safetensors", "mine.json", "abc-1"):
         assert any(line.startswith("Left") and name in line for line in output.splitlines())
+    assert output.count("but other files in it") == 1 and own[0].name in output
     assert cache.entries() == []
 
 
@@ -145,7 +146,7 @@ def test_speeds_are_measured_now(run, cut_short, monkeypatch):
     monkeypatch.setattr("mlx_flashhead.loading.tuned.tune", tune)
     monkeypatch.setattr("mlx_flashhead.loading.tuned.is_busy", lambda: False)
     monkeypatch.chdir(model.parent)
-    for name in ([], [entry.folder.name[:6]], [model]):
+    for name in ([], [entry.path.name[:6]], [model]):
         code, output, errors = run("cache", "--measure", *name)
         assert code == 0 and "1.21 x" in output and "Measuring" in errors
     assert len(measured) == 3
@@ -172,25 +173,25 @@ def cut_short(tmp_path, monkeypatch, capsys):
 def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, monkeypatch, named_by):
     model, entry = cut_short
     assert "cut short" in run("cache")[1].replace("\n", "")
-    before = read_index(entry.folder).config
+    before = read_index(entry.path).config
     speeds = cache.speeds_of(before.fingerprint)
     speeds.parent.mkdir()
     speeds.write_text("{}")
     monkeypatch.chdir(model.parent)
-    name = {"folder": model, "name": model.name, "identifier": entry.folder.name[:8]}[named_by]
+    name = {"folder": model, "name": model.name, "identifier": entry.path.name[:8]}[named_by]
     code, output, errors = run("cache", "--rebuild", name)
     assert (code, output) == (0, "")
     assert "Building the FlashHead of Some-Model" in errors and "100%" in errors
     assert "cut short" not in errors and "FlashHead is ready" in errors
-    after = read_index(entry.folder).config
+    after = read_index(entry.path).config
     assert "cut_short" not in after.calibration and not speeds.exists()
     assert after.calibration["positions"] > before.calibration["positions"]
-    assert [path.name for path in entry.folder.parent.iterdir()] == [entry.folder.name]
+    assert [path.name for path in entry.path.parent.iterdir()] == [entry.path.name]
 
 
 def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):
     model, entry = cut_short
-    before, steps = contents(entry.folder), build.model_index
+    before, steps = contents(entry.path), build.model_index
 
     def stopped(*arguments, **options):
         yield from itertools.islice(steps(*arguments, **options), 20)
@@ -199,17 +200,17 @@ def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):
     monkeypatch.setattr(build, "model_index", stopped)
     code, _, errors = run("cache", "--rebuild", model)
     assert code == 130 and errors.endswith("Interrupted.\n")
-    assert contents(entry.folder) == before
+    assert contents(entry.path) == before
     assert load(str(model), progress=False)  # nothing is locked
 
 
 def test_models_that_cannot_be_built_anew(refused, cut_short, monkeypatch):
     model, entry = cut_short
-    before = contents(entry.folder)
+    before = contents(entry.path)
     assert "There is no folder 'fffff' here" in refused("cache", "--rebuild", "fffff")
-    shutil.copytree(entry.folder, model, dirs_exist_ok=True)
+    shutil.copytree(entry.path, model, dirs_exist_ok=True)
     assert "has a FlashHead of its own" in refused("cache", "--rebuild", model)
     shutil.rmtree(model)
-    for name in (entry.folder.name, model.name):
+    for name in (entry.path.name, model.name):
         assert "There is no folder 'Some-Model' here" in refused("cache", "--rebuild", name)
-    assert contents(entry.folder) == before
+    assert contents(entry.path) == before
