@@ -89,7 +89,7 @@ def test_eos_clusters_are_among_the_probes(tokenizer):
     assert found[1]["coverage"] == pytest.approx(covered)
 
 
-def test_usual_probes_and_the_model_s_own(tokenizer):
+def test_default_probes_and_the_model_s_own(tokenizer):
     model = installed_model(n_probes=7)
     found = evaluate(model, tokenizer, TEXT, positions=20)
     assert found["n_probes"] == 7

@@ -13,8 +13,9 @@ import mlx.core as mx
 
 from ...lossless.batch import VerifiedBatchGenerator
 from ...lossless.loop import drafted_steps, verified_steps
-from ...lossless.proposals import Proposer, preserves_margins
-from ...models.compat.cache import can_trim_prompt_cache
+from ...lossless.proposer import Proposer
+from ...lossless.sampler import preserves_margins
+from ...models.compat.mlx_lm import can_trim_prompt_cache
 from .jobs import Job, LogitsProcessor
 from .prefill import KVCaches, Reading
 
@@ -153,8 +154,9 @@ def kind_of(job: Job) -> tuple:
 
 def _proposer(job: Job) -> Proposer:
     served, request = job.served, job.request
-    settings = {} if request.n_probes is None else {"n_probes": request.n_probes}
-    return Proposer(served.model, verify=served.verify, dense=request.dense, settings=settings)
+    return Proposer(
+        served.model, verify=served.verify, dense=request.dense, n_probes=request.n_probes
+    )
 
 
 def _guarded(job: Job, before: mx.array | None = None) -> list[LogitsProcessor]:

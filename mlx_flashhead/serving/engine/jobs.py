@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from ...lossless.sampler import make_sampler
-from ...models.compat.sample_utils import make_logits_processors
+from ...models.compat.mlx_lm import make_logits_processors
 from ...models.templates import apply_template
 from ...structured.processor import GrammarProcessor
 from ..protocol.api_error import ApiError, loads

@@ -8,13 +8,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...models.compat.cache import (
+from ...models.compat.mlx_lm import (
     LRUPromptCache,
     can_trim_prompt_cache,
     make_prompt_cache,
+    maybe_quantize_kv_cache,
     trim_prompt_cache,
 )
-from ...models.compat.generate import maybe_quantize_kv_cache
 from ..served_models import ServedModel
 from .jobs import Job, Progress
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ...models.compat.generate import TextStateMachine, make_text_state_machine
+from ...models.compat.mlx_lm import TextStateMachine, make_text_state_machine
 from ...version import __version__
 from ..served_models import ServedModel
 from .api_error import dumps

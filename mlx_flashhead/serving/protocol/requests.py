@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ...models.compat.generate import TextStateMachine
+from ...models.compat.mlx_lm import TextStateMachine
 from ...structured.grammar import Grammar
 from ..served_models import ServedModel
 from .api_error import ApiError, wrong

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 import mlx_flashhead
 from engines import CHUNK, LONG, SHORT, generated, submit, tokens_of, until
-from mlx_flashhead.models.compat.cache import KVCache
+from mlx_flashhead.models.compat.mlx_lm import KVCache
 from mlx_flashhead.serving.engine.jobs import Progress, Token
 from mlx_flashhead.serving.engine.prefill import (
     CHUNK_SECONDS,

@@ -12,12 +12,8 @@ from mlx_flashhead.serving.network.access import Access
 from scripted_server import LAN_NAME, TOKEN
 
 SCREENSHOTS = Path(__file__).parents[3] / "screenshots"
-BROWSERS = (
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSERS += ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",)
 ARGUMENTS = (
     "--no-sandbox",  # Chromium's own does not work as root, as in a container
     "--disable-gpu",
@@ -49,11 +45,7 @@ def chromium():
 
 @contextmanager
 def opener(chromium, port):
-    """What opens pages: no script may fail, and no other host may be asked.
-
-    It takes (screen, url, dark, worker); an address without a port is that of ``port``. All screens
-    but the MacBook's have touch and no pointer.
-    """
+    """What opens pages, with touch but on the MacBook: no script fails, no other host is asked."""
     contexts, problems, hosts = [], [], set()
 
     def log(message):

@@ -118,9 +118,9 @@ def test_each_start_of_a_text_renders_and_long_ones_end(page):
     )
 
 
-def test_links_open_elsewhere_and_growing_text_keeps_what_is_done(page):
-    """Blocks stay the same elements, and code where it was scrolled to."""
-    attributes, same, rest, place, end, language = page.evaluate(
+def test_growing_text_keeps_what_is_drawn(page):
+    """Blocks stay the same elements, and code where it was scrolled to; links open elsewhere."""
+    links, same, place, end, language = page.evaluate(
         """async () => {
             const { renderMarkdown } = await import("/page/markdown.js");
             const box = document.getElementById("messages");
@@ -134,22 +134,19 @@ def test_links_open_elsewhere_and_growing_text_keeps_what_is_done(page):
             code.scrollLeft = 500;
             renderMarkdown(box, text + "\\nabc\\n```\\nend");
             const same = [...box.children].map((node, i) => node === before[i]);
-            const found = [code.scrollLeft, box.querySelector("code").textContent.slice(-5)];
+            const result = [links, same, code.scrollLeft, code.textContent.slice(-5)];
             renderMarkdown(box, "```python\\nabc");
-            found.push(box.querySelector(".language").textContent);
-            renderMarkdown(box, "other");
-            return [links, same, box.innerHTML, ...found];
+            return [...result, box.querySelector(".language").textContent];
         }"""
     )
-    assert attributes == [["_blank", "noopener noreferrer"]] * 2
-    assert (same, rest) == ([True, True, True, False], "<p>other</p>")
+    assert (links, same) == ([["_blank", "noopener noreferrer"]] * 2, [True, True, True, False])
     assert (place, end, language) == (500, " \nabc", "python")
 
 
 def test_growing_code_is_coloured_and_stays_as_it_is_written(page):
-    """At most ten times a second, not under a selection; too much code stays plain."""
+    """At most ten times a second, not under a selection; very long code stays plain."""
     source = "def f(x):  # <b>&amp;\n" + "    return 'a' + x\n" * 9
-    text, at_once, selected, colours = page.evaluate(
+    text, *keywords = page.evaluate(
         """async (source) => {
             const { renderMarkdown } = await import("/page/markdown.js");
             const box = document.getElementById("messages");
@@ -157,22 +154,22 @@ def test_growing_code_is_coloured_and_stays_as_it_is_written(page):
                 renderMarkdown(box, "```python\\n" + source.slice(0, end));
             }
             const code = box.querySelector("code");
-            const count = () => code.querySelectorAll(".hljs-keyword").length;
-            const counts = [count()];
+            const count = (node) => node.querySelectorAll(".hljs-keyword").length;
+            const atOnce = count(code);
             getSelection().selectAllChildren(code);
             await new Promise((resolve) => setTimeout(resolve, 300));
-            counts.push(count());
+            const selected = count(code);
             getSelection().removeAllRanges();
             const long = document.createElement("div");
-            renderMarkdown(long, "```python\\n" + "def f(): pass\\n".repeat(2000));
             document.body.append(long);
-            return [code.textContent, ...counts, long.querySelectorAll(".hljs-keyword").length];
+            renderMarkdown(long, "```python\\n" + "def f(): pass\\n".repeat(2000));
+            return [code.textContent, atOnce, selected, count(long)];
         }""",
         source,
     )
     assert source.startswith(text) and len(source) - len(text) < 4
-    assert (at_once, selected, colours) == (1, 1, 0)  # the beginning was a block of its own
-    expect(page.locator("#messages .hljs-keyword")).to_have_count(10)
+    assert keywords == [1, 1, 0]  # the first three letters were a block by themselves
+    expect(page.locator(".hljs-keyword")).to_have_count(10)
     assert page.locator("#messages code").text_content() == text
 
 

