@@ -21,7 +21,7 @@ from mlx_flashhead import get_flash_head
 from mlx_flashhead.head.backend import BACKEND_VARIABLE
 from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.matrix import FORMATS
+from mlx_flashhead.head.matrix import FORMATS, Matrix
 from mlx_flashhead.models.install import install
 
 VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS, N_PROBES = 157, 128, 8, 20, 9
@@ -278,3 +278,28 @@ def test_sound_kernels_pass_and_are_built(dtype, caplog):
         mx.eval(model(mx.array([[5]])), model(mx.array([[5, 6]])))
         if emulator is not None:
             assert emulator.built == built
+
+
+@pytest.mark.skipif(on_gpu(), reason="GPUs are only named here")
+@pytest.mark.parametrize("architecture", ["applegpu_g13s", "applegpu_g14d", "applegpu_g15p", ""])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_verifications_are_in_float16_where_a_gpu_lacks_bfloat16(monkeypatch, architecture, dtype):
+    """From six states on, and nothing else; the logits keep their dtype."""
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": architecture})
+    with kernels(check=False):
+        head = make_head("metal", dtype=dtype)
+        head.check_kernels(dtype)
+        taken = architecture[:12] in ("applegpu_g13", "applegpu_g14") and dtype == mx.bfloat16
+        assert (head.steps.float16_rows is not None) == taken
+        products = []
+        matmul = Matrix.matmul
+        note = lambda matrix, hidden: products.append(hidden.dtype) or matmul(matrix, hidden)  # noqa: E731
+        monkeypatch.setattr(Matrix, "matmul", note)
+        hidden = mx.random.normal((6, HIDDEN_SIZE), key=mx.random.key(5)).astype(dtype)
+        many, few = head.slot_logits(hidden), head.slot_logits(hidden[:5])
+        head.dense_logits(hidden)
+    assert products == [mx.float16 if taken else dtype, dtype, dtype]
+    assert many.dtype == few.dtype == dtype
+    # the CPU's products of 16 bits are not exact
+    if dtype == mx.float32:
+        np.testing.assert_allclose(many[:5], few, rtol=1e-5, atol=1e-5)

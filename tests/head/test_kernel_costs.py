@@ -193,7 +193,7 @@ class TestTraffic:
         }.items():
             assert dispatches_of(clustered, hidden, 9, setting)["sample"].barriers == n_barriers
 
-    @pytest.mark.parametrize("n_clusters", [3072, 9496, 16384])
+    @pytest.mark.parametrize("n_clusters", [3072, 9496, 16384, 16388])
     def test_select_reads_the_scores_once(self, n_clusters):
         rng = np.random.default_rng(4)
         rows = make_rows(rng, n_clusters, 4, bits=16, group_size=0, dtype=mx.float16)

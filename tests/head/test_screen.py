@@ -3,13 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_draw import drawn_token
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise, position_key
 from mlx_flashhead.head.kernels import FOUND, MetalSteps
 from mlx_flashhead.head.portable import PortableSteps
 from mlx_flashhead.head.steps import Proposal
+from test_draw import drawn_token
 
 SETTINGS = [
     DrawSettings(),
