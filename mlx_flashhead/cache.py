@@ -1,48 +1,54 @@
-"""Lists the FlashHeads that were built on this machine, removes some, and builds one anew."""
+"""Lists the FlashHeads that are kept on this machine, removes, measures or builds some anew."""
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .common.arguments import Parser
-from .common.command import command, printable
+from .common.command import command, printable, sentence
 from .common.tables import megabytes, new_table, show
-from .index.files import has_flash_head
-from .loading.background import BackgroundBuild
-from .loading.head_cache import Entry, entries, remove, speeds_of
-from .loading.sources import HeadOptions
-from .loading.tuned import read
-from .lossless.tuning import Tuning
-from .models.dense import load_dense
-from .models.fetch import HOME_VARIABLE, home, resolve
+
+if TYPE_CHECKING:  # mlx-lm takes seconds to import, and --help none
+    from .loading.head_cache import Entry
 
 
 def make_parser() -> Parser:
     """The command's arguments."""
     parser = Parser(
         prog="mlx_flashhead.cache",
-        description="List the FlashHeads that were built on this machine at the first use of a "
-        "model, remove some, or build one anew. They are kept in "
-        f"${HOME_VARIABLE} or ~/.cache/mlx_flashhead.",
+        description="List the FlashHeads and finer heads that are kept on this machine since the "
+        "first use of a model, remove some, measure their speed, or build one anew. They are in "
+        "$MLX_FLASHHEAD_HOME or ~/.cache/mlx_flashhead.",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--remove",
         nargs="+",
         metavar="ID_OR_MODEL",
-        help="Remove the FlashHeads of these identifiers, beginnings of them, or models.",
+        help="Remove what is kept of these identifiers, beginnings of them, or models, with its "
+        "measured speeds.",
     )
-    what.add_argument("--remove-all", action="store_true", help="Remove all of them.")
+    what.add_argument("--remove-all", action="store_true", help="Remove all of it.")
     what.add_argument(
         "--rebuild",
         metavar="ID_OR_MODEL",
         help="Build the FlashHead of a model (a folder or a repository) anew, such as one that was "
         "cut short on a busy machine. The old one stays until the new one is whole.",
     )
+    what.add_argument(
+        "--measure",
+        nargs="?",
+        const="",
+        metavar="ID_OR_MODEL",
+        help="Measure the speed of a model's FlashHead on this machine now (default: of all that "
+        "are kept).",
+    )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="Allow the code of a model that is built anew.",
+        help="Allow the code of a model that is measured or built anew.",
     )
     return parser
 
@@ -51,67 +57,87 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.cache``."""
     args = make_parser().parse_args()
-    kept = entries()
+    from .loading import head_cache
+
+    kept, fine = head_cache.entries(), head_cache.fine_heads()
     if args.rebuild is not None:
         _rebuild(kept, args.rebuild, args.trust_remote_code)
-        return
-    if not args.remove and not args.remove_all:
-        print_entries(kept)
-        return
-    chosen = _chosen(kept, args.remove) if args.remove else kept
-    if not chosen:
-        print_entries(chosen)
-    for entry in chosen:
-        nbytes = entry.nbytes
-        remove(entry)
-        print(printable(f"Removed {_model(entry)} ({entry.folder.name}, {megabytes(nbytes)})"))
+    elif args.measure is not None:
+        _measure(kept, args.measure, args.trust_remote_code)
+        print_kept(kept, fine)
+    elif args.remove:
+        _remove([head for name in args.remove for head in _matches([*kept, *fine], name)])
+    elif args.remove_all:
+        _remove([*kept, *fine])
+        for path in head_cache.remove_rest():
+            print(printable(f"Left {path}, which is none of them."))
+        if not (kept or fine):
+            print_kept(kept, fine)
+    else:
+        print_kept(kept, fine)
 
 
-def print_entries(kept: list[Entry]) -> None:
-    """Prints the kept FlashHeads as one table."""
-    if not kept:
+def print_kept(kept: "Sequence[Entry]", fine: Sequence[Any]) -> None:
+    """Prints what is kept as one table of at most 80 columns, where the names allow it."""
+    from .models.fetch import home
+
+    if not kept and not fine:
         print(f"No FlashHead is kept in {home()}.")
         return
-    table = new_table(
-        printable(f"{home()}: {megabytes(sum(entry.nbytes for entry in kept))}"),
-        ("id", "model", "built", "size", "probes", "speed here"),
-        left=3,
-    )
+    nbytes = sum(head.nbytes for head in (*kept, *fine))
+    title = printable(f"{home()}: {megabytes(nbytes)}")
+    table = new_table(title, ("id", "model", "built", "size", "speed here"), left=3)
     table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"  # some names are long
     for entry in kept:
-        config = entry.config
+        built = time.strftime("%Y-%m-%d", time.localtime(entry.path.stat().st_mtime))
+        cut = entry.config and entry.config.calibration.get("cut_short")
         table.add_row(
-            printable(entry.folder.name[:8]),
-            printable(_model(entry)),
-            time.strftime("%Y-%m-%d", time.localtime(entry.built_at))
-            + (", cut short" if config and config.calibration.get("cut_short") else ""),
+            printable(entry.key[:8]),
+            printable(entry.model),
+            f"{built}, cut short" if cut else built,
             megabytes(entry.nbytes),
-            f"{config.n_probes:,} of {config.n_clusters:,}" if config else "–",
             _speeds(entry),
         )
+    for head in fine:
+        name = f"{head.model}, head of {head.bits} bits"
+        table.add_row(head.key[:8], printable(name), "", megabytes(head.nbytes), "")
     show(table)
 
 
-def _speeds(entry: Entry) -> str:
-    """What was measured on this machine, for each dtype and version of MLX."""
-    speeds = read(speeds_of(entry.folder.name.split("-")[0]))
-    return ", ".join(dict.fromkeys(map(_speed, speeds.values()))) or "–"
+def _speeds(entry: "Entry") -> str:
+    """What is known of this machine, for each dtype and version of MLX."""
+    from .loading.head_cache import speeds_of
+    from .loading.tuned import read, speed_text
+
+    speeds = read(speeds_of(entry.key))
+    return ", ".join(dict.fromkeys(map(speed_text, speeds.values()))) or "–"
 
 
-def _speed(tuning: Tuning) -> str:
-    how = ["dense"]
-    if not tuning.dense:
-        check = f"check at {tuning.most_waiting} or risk {tuning.most_risk:.2g}"
-        how = [f"{tuning.n_probes:,} probes", check]
-        if tuning.checked_positions is not None:
-            how.append(f"up to {tuning.checked_positions} texts")
-    return f"{tuning.gain:.2f} x ({', '.join(how)})"
+def _remove(chosen: Sequence[Any]) -> None:
+    for i, head in enumerate(chosen):
+        if head in chosen[:i]:
+            continue
+        nbytes = head.nbytes
+        others = "" if head.remove() else ", but other files in it"
+        print(printable(f"Removed {head.model} ({head.path.name}, {megabytes(nbytes)}){others}"))
 
 
-def _rebuild(kept: list[Entry], name: str, trust_remote_code: bool) -> None:
+def _folder(kept: "Sequence[Entry]", name: str) -> Path:
+    """The folder of the model that is named, by itself or by what is kept of it."""
+    from .models.fetch import resolve
+
+    matches = [] if Path(name).is_dir() else _matches(kept, name, needed=False)
+    return resolve(matches[0].model if matches else name)
+
+
+def _rebuild(kept: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
     """Builds the FlashHead of a model anew, in the place of a kept one."""
-    matches = [] if Path(name).is_dir() else _matches(kept, name)
-    folder = resolve(_model(matches[0]) if matches else name)
+    from .index.files import has_flash_head
+    from .loading.background import BackgroundBuild
+    from .loading.sources import HeadOptions
+    from .models.dense import load_dense
+
+    folder = _folder(kept, name)
     if has_flash_head(folder):
         raise ValueError(
             f"{folder} has a FlashHead of its own, which comes before one that is kept: make it "
@@ -119,33 +145,35 @@ def _rebuild(kept: list[Entry], name: str, trust_remote_code: bool) -> None:
         )
     model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
     options = HeadOptions(flags=True)
-    build = BackgroundBuild(model, tokenizer, folder, options, math.inf, anew=True)
-    build.finish()
+    BackgroundBuild(model, tokenizer, folder, options, math.inf, anew=True).finish()
 
 
-def _chosen(kept: list[Entry], names: list[str]) -> list[Entry]:
-    chosen: list[Entry] = []
-    for name in names:
-        matches = _matches(kept, name)
-        if not matches:
-            raise ValueError(f"No FlashHead of {name!r} is kept: `mlx_flashhead.cache` lists them.")
-        chosen += [entry for entry in matches if entry not in chosen]
-    return chosen
+def _measure(kept: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
+    """Measures the speed of a model's FlashHead; without a name, of all that are kept."""
+    from .loading.load import load_with_head
+    from .loading.sources import REFUSE, HeadOptions
+
+    options = HeadOptions(missing=REFUSE, measures=True, flags=True)
+    for each in [name] if name else dict.fromkeys(entry.model for entry in kept):
+        try:
+            load_with_head(_folder(kept, each), options, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            if name:
+                raise
+            print(printable(f"{each} is not measured: {sentence(error)}"))
 
 
-def _matches(kept: list[Entry], name: str) -> list[Entry]:
-    """The entries of a model, or of the beginning of an identifier."""
-    matches = [entry for entry in kept if _model(entry) == name]
-    matches = matches or [e for e in kept if name and e.folder.name.startswith(name)]
-    if len({_model(entry) for entry in matches}) > 1:
+def _matches(kept: Sequence[Any], name: str, *, needed: bool = True) -> list[Any]:
+    """What is kept of a model, or of the beginning of an identifier."""
+    matches = [head for head in kept if head.model == name]
+    matches = matches or [head for head in kept if name and head.path.name.startswith(name)]
+    if len({head.model for head in matches}) > 1:
         raise ValueError(
             f"The identifiers of {len(matches)} models begin with {name}: give more of one."
         )
+    if needed and not matches:
+        raise ValueError(f"No FlashHead of {name!r} is kept: `mlx_flashhead.cache` lists them.")
     return matches
-
-
-def _model(entry: Entry) -> str:
-    return str(entry.config.recipe.get("model", "unknown")) if entry.config else "damaged"
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 """Writes docs/architectures.md: how FlashHead finds the head of each architecture.
 
-    python scripts/architectures.py [--output docs/architectures.md]
+    python scripts/architectures.py
 
 It builds every architecture of the installed mlx-lm and mlx-vlm with random weights from the tests'
-small configurations, with a head of its own and with one tied to the embedding. For a form that is
-not served it writes the sentence that a user gets.
+small configurations, with a head of its own and with one tied to the embedding. What it finds is
+kept in architectures.json, which the tests compare with the installed libraries, form by form.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from textwrap import fill
 
 import mlx.nn as nn
 from tqdm import tqdm
@@ -31,8 +31,8 @@ from mlx_flashhead.models.model_errors import UnsupportedHeadError
 from vlm_configs import PICTURES
 
 DOCUMENT = CHECKOUT / "docs" / "architectures.md"
+RECORD = Path(__file__).with_suffix(".json")
 NO_SUCH_FORM, REFUSED, UNTESTED = "–", "refused", "not tested"
-VLM_HEADING = "# Architectures of mlx-vlm"
 SERVED = "`"  # begins a cell that names the head
 
 
@@ -90,60 +90,75 @@ def vlm_survey(progress: bool = True) -> dict[str, tuple[Form, Form]]:
         return {name: (examine(name, False, *how), examine(name, True, *how)) for name in names}
 
 
-def document(found: dict[str, tuple[Form, Form]]) -> str:
-    """The part of docs/architectures.md about mlx-lm."""
-    served = _served(found)
-    rows = [
-        f"| {name} | {untied.cell} | {tied.cell} | {_bits((untied, tied))} |"
-        for name, (untied, tied) in found.items()
-    ]
+def recorded(library: str) -> dict[str, tuple[Form, Form]]:
+    """The forms of "mlx_lm" or "mlx_vlm" when the script last ran."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))[library]
+    return {name: (Form(*untied), Form(*tied)) for name, (untied, tied) in record.items()}
+
+
+def record(found: dict[str, dict[str, tuple[Form, Form]]]) -> str:
+    """The content of architectures.json, a line for each architecture."""
+
+    def lines(forms: dict[str, tuple[Form, Form]]) -> str:
+        return ",\n".join(
+            f"{json.dumps(name)}: {json.dumps([list(astuple(form)) for form in both])}"
+            for name, both in forms.items()
+        )
+
+    parts = (f'"{library}": {{\n{lines(forms)}\n}}' for library, forms in found.items())
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def document(found: dict[str, tuple[Form, Form]], vlm_found: dict[str, tuple[Form, Form]]) -> str:
+    """docs/architectures.md."""
+    served, vlm_served = _served(found), _served(vlm_found)
     return f"""# Architectures
 
-Written by `python scripts/architectures.py` for mlx-lm {version("mlx-lm")}; a test compares it with
-the installed mlx-lm. FlashHead serves {len(served)} of its {len(found)} language-model
-architectures, without code for any of them: it traces a model on one token.
+FlashHead serves {len(served)} of the {len(found)} language-model architectures of mlx-lm
+{version("mlx-lm")}, and {len(vlm_served)} of the {len(vlm_found)} of mlx-vlm {version("mlx-vlm")}
+that take text, without code for any of them: it traces a model on one token.
+`python scripts/architectures.py` writes this page; tests compare it with the installed libraries.
 
-The table names the layer that makes the logits: one with its own weights (*untied*), or the
-embedding (*tied*). A dash means that mlx-lm has no such form. *Bits* are those of the head after
-`mlx_lm.convert -q`, since some models keep a finer head.
+The tables name the layer that makes the logits: one with its own weights (*untied*), or the
+embedding (*tied*). A dash means that the library has no such form. *Bits* are those of the head
+after `mlx_lm.convert -q`: some models keep a finer head.
 
-`tests/models/test_architectures.py` runs each form with random weights, dense and quantized, on
-prompts, with caches and in batches. With all probes the logits are the dense model's, after its own
-scales, caps and biases. With few probes the candidates' logits are, and the greedy token is a
-candidate. Plain operations replace the Metal kernels of `bitnet` and `muse_spark` there.
+`tests/models/test_architectures.py` and `test_vlm_architectures.py` run each form with random
+weights, dense and quantized, on prompts, with caches and in batches, {len(PICTURES)} of mlx-vlm's
+with a picture too. With all clusters scored the logits are the dense model's, after its own scales,
+caps and biases. With few, the candidates' logits are, and the greedy token is a candidate. Plain
+operations replace the Metal kernels of `bitnet` and `muse_spark` there.
 
-| architecture | untied | tied | bits |
+## Architectures of mlx-lm
+
+| untied | tied | bits | architectures |
 |---|---|---|---|
-{chr(10).join(rows)}
+{_groups(found, bits=True)}
 
-## Not served
+Not served:
 
 {chr(10).join(_reasons(found))}
-"""
 
+## Architectures of mlx-vlm
 
-def vlm_document(found: dict[str, tuple[Form, Form]]) -> str:
-    """The part of docs/architectures.md about mlx-vlm."""
-    served = _served(found)
-    rows = [f"| {name} | {untied.cell} | {tied.cell} |" for name, (untied, tied) in found.items()]
-    return f"""
-{VLM_HEADING}
-
-Written for mlx-vlm {version("mlx-vlm")}, which has its own code for language models without
-pictures too. FlashHead serves {len(served)} of the {len(found)} architectures that take text.
-`tests/models/test_vlm_architectures.py` runs each form as above, without a cache and with one, and
-{len(PICTURES)} architectures with a random picture through their towers:
-
-{fill(", ".join(sorted(PICTURES)), 100)}.
-
-| architecture | untied | tied |
+| untied | tied | architectures |
 |---|---|---|
-{chr(10).join(rows)}
+{_groups(vlm_found, bits=False)}
 
-### Not served
+Not served:
 
-{chr(10).join(_reasons(found))}
+{chr(10).join(_reasons(vlm_found))}
 """
+
+
+def _groups(found: dict[str, tuple[Form, Form]], *, bits: bool) -> str:
+    """A line for all architectures with the same layers, the most frequent ones first."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, (untied, tied) in found.items():
+        key = (untied.cell, tied.cell, *([_bits((untied, tied))] if bits else []))
+        groups.setdefault(key, []).append(name)
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return "\n".join(f"| {' | '.join([*key, ', '.join(names)])} |" for key, names in ordered)
 
 
 def _served(found: dict[str, tuple[Form, Form]]) -> list[str]:
@@ -156,18 +171,17 @@ def _bits(forms: Iterable[Form]) -> str:
 
 
 def _reasons(found: dict[str, tuple[Form, Form]]) -> list[str]:
-    """A line for each form that is not served, with the sentence that a user gets."""
-    lines = []
+    """A line for each reason, which is the sentence that a user gets, with its architectures."""
+    by_reason: dict[str, list[str]] = {}
     for name, (untied, tied) in found.items():
         reasons = {"untied": untied.reason, "tied": tied.reason}
         if untied.reason == tied.reason:
             reasons = {"": untied.reason}
-        lines += [
-            f"- {' '.join(filter(None, (name, form)))}: {reason}"
-            for form, reason in reasons.items()
-            if reason
-        ]
-    return lines
+        for form, reason in reasons.items():
+            if reason:
+                label = " ".join(filter(None, (name, form)))
+                by_reason.setdefault(reason.replace(f"'{name}'", "…"), []).append(label)
+    return [f"- {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
 @command
@@ -178,9 +192,10 @@ def main() -> None:
     args = parser.parse_args()
     from_extra("mlx_vlm", "vlm", "scripts/architectures.py")
     check_writable("--output", args.output)
-    found, vlm_found = survey(), vlm_survey()
-    Path(args.output).write_text(document(found) + vlm_document(vlm_found), encoding="utf-8")
-    for library, forms in (("mlx-lm", found), ("mlx-vlm", vlm_found)):
+    found = {"mlx_lm": survey(), "mlx_vlm": vlm_survey()}
+    RECORD.write_text(record(found), encoding="utf-8")
+    Path(args.output).write_text(document(*found.values()), encoding="utf-8")
+    for library, forms in found.items():
         print(
             f"{len(_served(forms))} of {len(forms)} architectures of {library} {version(library)}"
         )

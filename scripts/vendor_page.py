@@ -2,7 +2,8 @@
 """Fetches the libraries of the chat page from npm into ``mlx_flashhead/serving/page/vendor``.
 
 ``vendored.json`` in that folder lists them: version, npm's checksum of the package, and a checksum
-of each file that is taken from it. Needs ``npm``.
+of each file that is taken from it. A library whose package has another name says so in "package".
+Needs ``npm``.
 
     python scripts/vendor_page.py                 # the listed versions, checked against the list
     python scripts/vendor_page.py katex@0.19.1    # this version of one of them, and lists it
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] = tuple(sys.argv[1:])) -> None:
         raise SystemExit(f"{min(unknown)} is not in {LIST}: choose among {', '.join(packages)}.")
     for name, entry in packages.items():
         version = updates.get(name, entry["version"])
-        package = fetch(name, version)
+        package = fetch(entry.get("package", name), version)
         integrity = checksum(package)
         if version == entry["version"] and entry["integrity"] not in ("", integrity):
             raise SystemExit(f"{name}@{version} is {integrity}, not {entry['integrity']}.")

@@ -16,17 +16,20 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..common.head_flags import source_options
-from ..common.tables import Table, new_table
+from ..common.tables import Table, new_table, percent
 from ..common.timing import spread
+from ..head.backend import scored_logits_agree
+from ..head.flash_head import FlashHead
 from ..loading.load import load
 from ..lossless.batch import VerifiedBatchGenerator
 from ..lossless.loop import verified_steps
-from ..lossless.proposals import Proposer
+from ..lossless.policy import policy_of
+from ..lossless.proposer import Proposer
 from ..lossless.sampler import make_sampler
-from ..models.compat import sample_utils
-from ..models.compat.generate import BatchGenerator, generate_step
+from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
 from ..models.install import dense_copy, installed_head
 from . import SAMPLERS
+from .head_benchmark import rows_dtype
 from .reporting import Case, cells, report
 
 DENSE, FLASH_HEAD, UNVERIFIED = "dense", "FlashHead", "unverified"
@@ -98,14 +101,15 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
     about = {
         "model": Path(args.model).name,
         "head_bits": head.clustered.rows.format.bits,
-        "n_probes": {FLASH_HEAD: head.checked_probes, UNVERIFIED: head.n_probes},
+        "n_probes": {FLASH_HEAD: head.n_probes, UNVERIFIED: head.unverified_probes},
         "n_clusters": head.n_clusters,
         "backend": head.backend,
         "backend_reason": head.backend_reason,
-        "stays_dense": head.stays_dense,
+        "equal_logits": equal_logits(head),
+        "stays_dense": policy_of(head).dense,
         "tokens": args.tokens,
     }
-    head.stays_dense = False
+    policy_of(head).dense = False
     forms = {
         DENSE: Form(dense_copy(flash)),
         FLASH_HEAD: with_flash_head(flash, verify=True),
@@ -116,6 +120,11 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
         run = prompt, batch, args.tokens, SAMPLERS[sampler]
         timers = {name: partial(form.timed, *run) for name, form in forms.items()}
         yield Case(f"{sampler}, batch {batch}", timers, partial(summary, about, sampler, batch))
+
+
+def equal_logits(head: FlashHead) -> float | None:
+    """Share of all V scored logits that equal MLX's to the last bit on this GPU; None without."""
+    return scored_logits_agree(head, rows_dtype(head)) if head.backend == "metal" else None
 
 
 def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
@@ -136,6 +145,8 @@ def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float
 def make_table(result: dict) -> Table:
     """The table of one sampler and batch."""
     probes, notes = result["n_probes"], [LEGEND]
+    if result["equal_logits"] is not None:
+        notes.append(f"{percent(result['equal_logits'], 3)} of the scored logits equal MLX's.")
     if result["stays_dense"]:
         notes.append(STAYS_DENSE)
     table = new_table(

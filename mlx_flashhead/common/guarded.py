@@ -127,8 +127,8 @@ def _too_large(max_bytes: int) -> str:
 
 def _serve(path: str, connection: Connection, seconds: int, max_bytes: int) -> None:
     """The helper's loop, until the other end of the connection is closed."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, max_bytes))  # Linux keeps to it
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_DATA, max_bytes)  # Linux keeps to it
     stack_size(STACK_BYTES)
     spec = spec_from_file_location("work", path)
     assert spec is not None and spec.loader is not None
@@ -151,12 +151,17 @@ def _serve(path: str, connection: Connection, seconds: int, max_bytes: int) -> N
             request = json.loads(connection.recv_bytes())
         except (EOFError, OSError):  # the caller has ended
             return
-        used = math.ceil(time.process_time())  # a helper that nobody waits for any more ends too
-        resource.setrlimit(resource.RLIMIT_CPU, (used + seconds + 1, resource.RLIM_INFINITY))
+        # a helper that nobody waits for any more ends too
+        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + seconds + 1)
         thread = Thread(target=run, args=(request,))
         thread.start()
         thread.join()
         connection.send_bytes(json.dumps(answer).encode())
+
+
+def _limit(kind: int, value: int) -> None:
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 if __name__ == "__main__":

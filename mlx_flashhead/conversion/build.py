@@ -142,12 +142,11 @@ def build_index(
     )
     n_clusters = len(token_ids)
     centroids = yield from fit_centroids(weight, token_ids, fitted_on, head_bias=head_bias)
-    n_probes = unverified_probes = options.n_probes
+    n_probes = options.n_probes
     report: dict[str, Any] = {}
     verification: dict[str, Any] = {}
     if states is None or next_ids is None:
-        n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
-        unverified_probes = n_probes
+        unverified_probes = n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
     else:
 
         def step_bytes(head: Matrix) -> StepBytes:
@@ -171,6 +170,8 @@ def build_index(
         if n_probes is None:
             n_probes = choose_verified(measured, nbytes)
             unverified_probes = choose_unverified(measured, options.target_agreement, nbytes)
+        else:
+            unverified_probes = n_probes
         verification = verification_settings(measured, n_probes)
         report = make_report(measured, n_probes, nbytes)
         if original is not None and rows.quantized and not original.quantized:

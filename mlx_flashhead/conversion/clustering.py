@@ -223,12 +223,12 @@ def _shortlists(
             rounds.append(best)
             half = best.shape[1] // 2
             best = xp.maximum(best[:, :half], best[:, half:])
-        found = xp.argpartition(best, n_buckets - length, axis=1)[:, n_buckets - length :]
-        best = xp.take_along_axis(best, found, axis=1)
+        winners = xp.argpartition(best, n_buckets - length, axis=1)[:, n_buckets - length :]
+        best = xp.take_along_axis(best, winners, axis=1)
         for products in reversed(rounds):
-            lost = xp.take_along_axis(products, found, axis=1) != best
-            found = found + lost * (products.shape[1] // 2)
-        ids[block], scores[block] = np.asarray(found), np.asarray(best)
+            lost = xp.take_along_axis(products, winners, axis=1) != best
+            winners = winners + lost * (products.shape[1] // 2)
+        ids[block], scores[block] = np.asarray(winners), np.asarray(best)
         yield len(best)
     return ids, scores
 

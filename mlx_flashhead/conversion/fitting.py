@@ -87,14 +87,14 @@ def fit_centroids(
         tail_offset = np.zeros(len(means))
     else:
         moments = yield from _moments(rows, means, token_ids, states, head_bias)
-        state_mean, of_states, mean, variance, cross = moments
+        state_mean, state_variance, mean, variance, cross = moments
         # max: equal states have no variance, and the means are kept
-        penalty = RIDGE * max(np.trace(of_states) / hidden_size, 1e-12)
-        penalised = of_states + penalty * np.eye(hidden_size)
+        penalty = RIDGE * max(np.trace(state_variance) / hidden_size, 1e-12)
+        penalised = state_variance + penalty * np.eye(hidden_size)
         centroids = means + np.linalg.solve(penalised, cross.T).T
-        matrix, rounded = yield from _quantize(centroids, of_states, group_size)
+        matrix, rounded = yield from _quantize(centroids, state_variance, group_size)
         change = rounded - means
-        variance = variance + np.sum((change @ of_states - 2 * cross) * change, axis=1)
+        variance = variance + np.sum((change @ state_variance - 2 * cross) * change, axis=1)
         bias = mean - change @ state_mean + np.maximum(variance, 0) / 2
         tail_offset = -np.log((token_ids < vocab_size).sum(axis=1))
     return Centroids(

@@ -68,8 +68,8 @@ class PositionMeasures:
     def means(self) -> list[Measures]:
         """The measures over all positions, by number of probes."""
         means = self.values[:, :GAP].mean(axis=2, dtype=np.float64).tolist()
-        of_probes = zip(self.probe_counts, means, strict=True)
-        return [Measures._make([n, *shares, _exp(nll)]) for n, (*shares, nll) in of_probes]
+        rows = zip(self.probe_counts, means, strict=True)
+        return [Measures._make([n, *shares, _exp(nll)]) for n, (*shares, nll) in rows]
 
     def rejected_shares(self) -> np.ndarray:
         """Shares (2, P) of positions with another proposal: greedy, and at temperature 1."""
@@ -187,17 +187,17 @@ def _compare(
 
     own = logits[rows, truth].astype(np.float64) - top
     estimate = np.minimum(tail[rows, cluster_of[truth]][:, None], cap - top[:, None])
-    found = np.empty((7, *best.shape))
-    found[AGREEMENT] = holds(logits.argmax(1))
-    found[COVERAGE] = holds(truth)
-    found[MASS] = np.minimum(scored(mass), 1.0)
+    compared = np.empty((7, *best.shape))
+    compared[AGREEMENT] = holds(logits.argmax(1))
+    compared[COVERAGE] = holds(truth)
+    compared[MASS] = np.minimum(scored(mass), 1.0)
     # sum over v of P_v (log P_v - log Q_v); probed tokens share their logit with the dense head
-    found[KL] = log_total - np.log(norm)[:, None] + divergence
-    found[NLL] = log_total - np.where(holds(truth), own[:, None], estimate)
-    found[GAP] = best - next_best
+    compared[KL] = log_total - np.log(norm)[:, None] + divergence
+    compared[NLL] = log_total - np.where(holds(truth), own[:, None], estimate)
+    compared[GAP] = best - next_best
     with np.errstate(divide="ignore"):  # no cluster is left
-        found[TAIL] = np.log(unscored / (total + unscored))
-    return found.transpose(2, 0, 1), np.log(norm) - own
+        compared[TAIL] = np.log(unscored / (total + unscored))
+    return compared.transpose(2, 0, 1), np.log(norm) - own
 
 
 @dataclass(frozen=True)

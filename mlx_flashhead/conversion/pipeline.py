@@ -25,7 +25,7 @@ from ..index.files import (
     write_index,
 )
 from ..index.settings import FlashHeadConfig
-from ..models.compat.utils import dequantize_model, save
+from ..models.compat.mlx_lm import dequantize_model, save
 from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
@@ -110,7 +110,8 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
         nbytes = index_nbytes(location.rows())
         if not options.index_only:
             if options.fine_head:
-                chosen = {"bits": options.head_bits, "say": say, "progress": progress}
+                chosen: dict[str, Any] = {"bits": options.head_bits, "say": say}
+                chosen["progress"] = progress
                 give_fine_head(location, source, options.fine_head, **chosen)
                 _record_head(config, location)
             model, config = _with_dtype(model, config, source, options)
@@ -133,7 +134,7 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
 
         mx.eval(model.parameters())
         recipe = make_recipe(options, base.origin, name)
-        about = {"text": text, "original": original, "recipe": recipe}
+        about: dict[str, Any] = {"text": text, "original": original, "recipe": recipe}
         steps = model_index(model, tokenizer, location, options, **about)
         index = take_all(steps, progress=progress)
         say("\n".join(report_lines(index.config)))
@@ -241,8 +242,8 @@ def check_target(target: Path, overwrite: bool) -> None:
 def check_apart(source: Path, target: Path) -> None:
     """Refuses a target that is the model's folder or lies in it, or the other way round."""
 
-    def same(one: Path, other: Path) -> bool:
-        return one.exists() and other.exists() and os.path.samefile(one, other)
+    def same(path: Path, other: Path) -> bool:
+        return path.exists() and other.exists() and os.path.samefile(path, other)
 
     if same(source, target):
         raise ValueError(

@@ -4,6 +4,7 @@ What the head's bits cost in quality is measured against the unquantized head.""
 import timeit
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from typing import Any
 
@@ -13,8 +14,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from ..head.matrix import AFFINE, DEFAULT_GROUP, Matrix, affine_group
-from ..models.compat.convert import mixed_quant_predicate_builder
-from ..models.compat.utils import dequantize_model, quantize_model
+from ..models.compat.mlx_lm import dequantize_model, mixed_quant_predicate_builder, quantize_model
 from . import Step, Steps
 from .options import ConvertOptions
 
@@ -141,17 +141,17 @@ def compare_bits(
         hidden, truth = mx.array(states[part]), mx.array(next_ids[part])[:, None]
         expected = _log_probabilities(original, hidden)
         for bits, head in heads.items():
-            found = _log_probabilities(head, hidden)
-            kl = (mx.exp(expected) * (expected - found)).sum()
-            same = (found.argmax(axis=-1) == expected.argmax(axis=-1)).sum()
-            loss = -mx.take_along_axis(found, truth, axis=-1).sum()
+            actual = _log_probabilities(head, hidden)
+            kl = (mx.exp(expected) * (expected - actual)).sum()
+            same = (actual.argmax(axis=-1) == expected.argmax(axis=-1)).sum()
+            loss = -mx.take_along_axis(actual, truth, axis=-1).sum()
             totals[bits] = totals[bits] + np.array([kl.item(), same.item(), loss.item()])
         yield Step("Comparing bits", start + len(part), len(chosen), "position")
     hidden = mx.array(states[:1]).astype(original.weight.dtype)
     table = []
     for bits, head in sorted(heads.items()):
         kl, same, loss = (totals[bits] / len(chosen)).tolist()
-        work = timeit.repeat(lambda head=head: mx.eval(head.matmul(hidden)), number=1, repeat=TIMED)
+        seconds = min(timeit.repeat(partial(_evaluate, head, hidden), number=1, repeat=TIMED))
         table.append(
             {
                 "bits": bits,
@@ -159,11 +159,15 @@ def compare_bits(
                 "agreement": same,
                 "perplexity": float(np.exp(loss)),
                 "bytes": head.nbytes,
-                "dense_ms": 1000 * min(work),
-                "flash_head_ms": 1000 * min(work) * expected_share(head),
+                "dense_ms": 1000 * seconds,
+                "flash_head_ms": 1000 * seconds * expected_share(head),
             }
         )
     return {"positions": len(chosen), "rows": table}
+
+
+def _evaluate(head: Matrix, hidden: mx.array) -> None:
+    mx.eval(head.matmul(hidden))
 
 
 def _log_probabilities(head: Matrix, hidden: mx.array) -> mx.array:

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -17,8 +17,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from filelock import FileLock, Timeout
 
-from ..conversion import Steps, take_all
+from ..conversion import Step, Steps, take_all
 from ..conversion.build import STEP_SECONDS, expected_seconds, index_nbytes, model_index
 from ..conversion.options import IndexOptions, make_recipe
 from ..lossless.tuning import Tuning
@@ -34,6 +35,7 @@ from .sources import HeadOptions, StoredHead
 from .tuned import MEASURING, install_stored, tune_head
 
 DRAFT_CLUSTER_SIZE = 32  # within a tenth of the head's bytes more tokens than with 16
+LOCK_SECONDS, PAUSE_SECONDS = 0.5, 0.02  # between looks at another process's build
 ANEW_SECONDS = 600.0  # for the text of a build that is asked for: on a busy machine, too
 
 
@@ -51,17 +53,23 @@ def build_steps(
 ) -> Steps[StoredHead | None]:
     """Builds a FlashHead in steps. A build that is dropped between them leaves nothing behind.
 
-    Where another process builds it, it ``waits`` for that one, or returns None. ``anew`` replaces
-    one that there is, and takes more time. ``drafted`` gives a drafter's states, instead of text.
+    Where another process builds it, it ``waits`` for that one, and builds itself if that one has
+    ended without; or it returns None. ``anew`` replaces one that there is, and takes more time.
+    ``drafted`` gives a drafter's states, instead of text.
 
     Raises:
         ValueError: At a step, if the model cannot have one.
     """
     rows, say = location.rows(), options.say
     place = cache.place_of(rows)
-    with cache.one_at_a_time(place, say, waits=waits) as free:
-        if not free:
+    lock = cache.lock_of(place)
+    if lock is not None and not lock.is_locked:
+        other = "Another process is building the FlashHead of this model: "
+        say(other + ("it is used as soon as it is there." if waits else "it is used next time."))
+        if not waits:
             return None
+        yield from _acquire(lock)
+    try:
         kept = None if anew else cache.find(rows, lambda _: None)
         if kept is not None:
             return kept
@@ -105,7 +113,22 @@ def build_steps(
                 say(_not_kept(error.strerror or str(error)))
             except ValueError as error:  # of the folder itself
                 say(f"It is not kept: {error}")
-    return StoredHead(index, str(place))
+        return StoredHead(index, str(place))
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _acquire(lock: FileLock) -> Steps[None]:
+    """Waits for a lock in short steps."""
+    next_try = time.perf_counter() + LOCK_SECONDS
+    while not lock.is_locked:
+        time.sleep(PAUSE_SECONDS)
+        yield Step("Waiting for the other process", 0, 1, "build")
+        if time.perf_counter() > next_try:
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+            next_try = time.perf_counter() + LOCK_SECONDS
 
 
 def finish(steps: Steps[StoredHead | None], options: HeadOptions) -> StoredHead | None:
@@ -138,6 +161,7 @@ class BackgroundBuild:
         options: HeadOptions,
         step_seconds: float = STEP_SECONDS,
         anew: bool = False,
+        waits: bool = True,
     ):
         self._model, self._options = model, options
         location = find_head(model)
@@ -148,7 +172,7 @@ class BackgroundBuild:
             location,
             source=source,
             options=options,
-            waits=anew,
+            waits=waits,
             anew=anew,
             step_seconds=step_seconds,
         )
@@ -203,9 +227,10 @@ class BackgroundBuild:
         elif tuning.dense:
             self._options.say(f"The {took}.")  # that the model stays dense has been said
         else:
+            makes = "should make" if tuning.predicted else "makes"
             tokens = seconds / (tuning.dense_seconds * (1 - 1 / tuning.gain))
             self._options.say(
-                f"FlashHead is ready for next time. Its {took}, and it makes this model "
+                f"FlashHead is ready for next time. Its {took}, and it {makes} this model "
                 f"{tuning.gain:.2f} times as fast on this machine: that pays back after about "
                 f"{float(f'{tokens:.2g}'):,.0f} tokens."
             )
@@ -217,12 +242,16 @@ def background_build(
     source: Path,
     options: HeadOptions,
     step_seconds: float = STEP_SECONDS,
+    waits: bool = True,
 ) -> BackgroundBuild | None:
-    """The build for a model that has no FlashHead; None if it has one or can have none."""
+    """The build for a model that has no FlashHead; None if it has one or can have none.
+
+    It ``waits`` for the build of another process, or leaves it to that one.
+    """
     if get_flash_head(model) is not None or is_vlm(model):
         return None
     try:
-        return BackgroundBuild(model, tokenizer, source, options, step_seconds)
+        return BackgroundBuild(model, tokenizer, source, options, step_seconds, waits=waits)
     except UnsupportedHeadError as error:
         options.say(f"Without FlashHead: {error}")
         return None

@@ -1,30 +1,48 @@
-"""The FlashHeads that were built on this machine, found by the rows of the model's head.
+"""FlashHeads and finer heads that are kept on this machine, found by the rows of a model's head.
 
-Each is a folder, written completely or not at all. Its name is the fingerprint of the rows and the
-version of the recipe, so a moved or renamed model finds its own.
+Each is a folder or a file, written completely or not at all. Its name is the fingerprint of the
+rows and a number, so a moved or renamed model finds its own. Nothing of another name is touched.
 """
 
 import errno
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
+import mlx.core as mx
 from filelock import FileLock, Timeout
 
 from ..common.new_folder import new_folder
 from ..head.matrix import Matrix
-from ..index.files import FlashHeadIndex, read_index, read_settings, write_companion
+from ..index.files import (
+    FILE_NAME,
+    SETTINGS_NAME,
+    FlashHeadIndex,
+    read_index,
+    read_settings,
+    write_companion,
+)
 from ..index.settings import FlashHeadConfig
 from ..models.fetch import home
+from ..models.finer_head import FOLDER as FINE_FOLDER
+from ..models.tensor_files import ENDING
 from .sources import StoredHead
 
 # Version of the recipe. A new one builds all FlashHeads again.
 RECIPE = 1
 _NAME_LENGTH = 24  # of the 64 characters of a fingerprint
+SHELF, OWN_FILES = "flash_heads", (FILE_NAME, SETTINGS_NAME)
+_NAMES = {  # of what is kept, by folder: nothing else is touched
+    SHELF: re.compile(r"[0-9a-f]{24}-\d+"),
+    FINE_FOLDER: re.compile(r"[0-9a-f]{24}-\d+\.safetensors|\.[0-9a-f]{24}-\d+\.\w+\.part"),
+    "speeds": re.compile(r"[0-9a-f]{24}\.json"),
+}
 
 Say = Callable[[str], None]
 
@@ -33,37 +51,105 @@ Say = Callable[[str], None]
 class Entry:
     """A kept FlashHead: its folder, and its settings, None if it is damaged."""
 
-    folder: Path
+    path: Path
     config: FlashHeadConfig | None
+
+    @property
+    def model(self) -> str:
+        """The name of its model."""
+        return str(self.config.recipe.get("model", "unknown")) if self.config else "damaged"
+
+    @property
+    def key(self) -> str:
+        """The beginning of the fingerprint of the model's rows."""
+        return self.path.name[:_NAME_LENGTH]
 
     @property
     def nbytes(self) -> int:
         """Its size on the disk, as far as it can be read."""
         with suppress(OSError):
-            return sum(file.stat().st_size for file in self.folder.iterdir() if file.is_file())
+            files = self.path.iterdir() if self.path.is_dir() else [self.path]
+            return sum(file.stat().st_size for file in files if file.is_file())
         return 0
 
+    def remove(self) -> bool:
+        """Deletes it and its speeds; of a link, the link alone.
+
+        Returns whether its folder is gone: files that are not its own stay.
+        """
+        speeds_of(self.key).unlink(missing_ok=True)
+        if self.path.is_symlink():
+            self.path.unlink()
+            return True
+        with suppress(OSError):
+            for name in OWN_FILES:
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
+        return not self.path.exists()
+
+
+@dataclass(frozen=True)
+class FineHead(Entry):
+    """A kept finer head: its file, and what it says about itself."""
+
+    about: dict[str, str]
+
     @property
-    def built_at(self) -> float:
-        """When it was built, in seconds of the epoch."""
-        return self.folder.stat().st_mtime
+    def model(self) -> str:
+        return self.about.get("model", "damaged")
+
+    @property
+    def bits(self) -> str:
+        return self.path.stem.rpartition("-")[2]
+
+    def remove(self) -> bool:
+        self.path.unlink(missing_ok=True)
+        return True
 
 
 def entries() -> list[Entry]:
     """All kept FlashHeads, the latest first."""
-    folders = [folder for folder in _shelf().glob("[!.]*") if folder.is_dir()]
     kept = []
-    for folder in folders:
-        try:
-            kept.append(Entry(folder, read_settings(folder)))
-        except (ValueError, OSError):
-            kept.append(Entry(folder, None))
-    return sorted(kept, key=lambda entry: entry.built_at, reverse=True)
+    for folder in _own(SHELF):
+        if any((folder / name).exists() for name in OWN_FILES):
+            config = None
+            with suppress(ValueError, OSError):
+                config = read_settings(folder)
+            kept.append(Entry(folder, config))
+    return sorted(kept, key=lambda entry: entry.path.stat().st_mtime, reverse=True)
+
+
+def fine_heads() -> list[FineHead]:
+    """All kept finer heads, by model."""
+    kept = []
+    for file in _own(FINE_FOLDER):
+        if file.suffix == ENDING:
+            loaded: Any = (None, {})
+            with suppress(RuntimeError, ValueError, OSError):
+                loaded = mx.load(str(file), return_metadata=True)
+            kept.append(FineHead(file, None, loaded[1]))
+    return sorted(kept, key=lambda head: head.model)
+
+
+def remove_rest() -> list[Path]:
+    """Deletes speeds and what was fetched of finer heads so far.
+
+    Returns what lies among the kept heads and is none of them.
+    """
+    for file in [*_own("speeds"), *(f for f in _own(FINE_FOLDER) if f.suffix == ".part")]:
+        file.unlink(missing_ok=True)
+    left = (path for name in _NAMES for path in (home() / name).glob("*"))
+    return sorted(path for path in left if not _NAMES[path.parent.name].fullmatch(path.name))
+
+
+def _own(folder: str) -> list[Path]:
+    """What lies in a folder of the home and has a name as it is given there."""
+    return [path for path in (home() / folder).glob("*") if _NAMES[folder].fullmatch(path.name)]
 
 
 def place_of(rows: Matrix) -> Path:
     """The place of these rows' FlashHead, which may not exist yet."""
-    return _shelf() / f"{rows.fingerprint[:_NAME_LENGTH]}-{RECIPE}"
+    return home() / SHELF / f"{rows.fingerprint[:_NAME_LENGTH]}-{RECIPE}"
 
 
 def find(rows: Matrix, say: Say) -> StoredHead | None:
@@ -109,57 +195,36 @@ def obstacle(place: Path, nbytes: int) -> str | None:
     return None
 
 
-def remove(entry: Entry) -> None:
-    """Deletes a FlashHead; of a link, the link alone."""
-    if entry.folder.is_symlink():
-        entry.folder.unlink()
-    else:
-        shutil.rmtree(entry.folder)
-
-
-@contextmanager
-def one_at_a_time(place: Path, say: Say, *, waits: bool) -> Iterator[bool]:
-    """Within the block, no other process builds the FlashHead of ``place``.
-
-    If one does, the block waits for it or gets False. Without a writable place there is no lock.
-    """
+def lock_of(place: Path) -> FileLock | None:
+    """The lock of the one process that builds the FlashHead of ``place``; None if there is none,
+    since the place cannot be written."""
     lock = FileLock(home() / "locks" / f"{place.name}.lock")
-    other = "Another process is building the FlashHead of this model: "
-    with ExitStack() as stack:
-        try:
-            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock.acquire(timeout=0))
-        except Timeout:
-            say(other + ("waiting for it." if waits else "it is used from the next start."))
-            if waits:
-                stack.enter_context(lock.acquire())
-        except OSError:
-            yield True
-            return
-        yield lock.is_locked
-
-
-def _shelf() -> Path:
-    return home() / "flash_heads"
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+    except OSError:
+        return None
+    return lock
 
 
 def _nearest(rows: Matrix, place: Path) -> StoredHead | None:
     """The entry with the nearest rows, if any are near enough."""
     best, best_cosine = None, 0.0
     for entry in entries():
-        of_this_recipe = entry.folder.name.endswith(f"-{RECIPE}") and entry.folder != place
-        if not of_this_recipe or entry.config is None or entry.config.vocab_size != rows.n_rows:
+        other = entry.path.name.endswith(f"-{RECIPE}") and entry.path != place
+        if not other or entry.config is None or entry.config.vocab_size != rows.n_rows:
             continue
-        index = _read(entry.folder, lambda _: None)
+        index = _read(entry.path, lambda _: None)
         try:
             if index is None or index.hidden_size != rows.hidden_size:
                 continue
-            index.check_fit(rows, str(entry.folder))
+            index.check_fit(rows, str(entry.path))
         except ValueError:
             continue
         cosine = index.sketch.likeness(rows).cosine
         if cosine > best_cosine:
-            best, best_cosine = StoredHead(index, str(entry.folder)), cosine
+            best, best_cosine = StoredHead(index, str(entry.path)), cosine
     return best
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.command import sentence
-from ..lossless.generation import lossless_steps
+from ..lossless.generation import verified_loop
+from ..models.compat.mlx_lm import load_tokenizer
 from ..models.compat.patched_load import Load, caller_generates, patch_programs
-from ..models.compat.utils import load_tokenizer
 from ..models.fetch import resolve
 from ..models.origin import local_origin
 from .attach import attach_head
@@ -106,7 +106,7 @@ def _with_check(original: Load) -> Load:
 
     @wraps(original)
     def steps(prompt: Any, model: Any, *arguments: Any, **options: Any) -> Any:
-        loop = lossless_steps(model, original.__name__) or original
+        loop = verified_loop(model, original.__name__) or original
         return loop(prompt, model, *arguments, **options)
 
     return steps

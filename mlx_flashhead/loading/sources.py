@@ -9,6 +9,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from ..common.command import printable, with_flags
 from ..index.files import (
     CONFIG_NAME,
@@ -35,6 +37,7 @@ class HeadOptions:
         tunes: Measure the settings of the loop on this machine, once.
         drafts: Whether the model drafts for another one.
         always: Use a FlashHead that makes nothing faster, too.
+        measures: Measure them now, even if they are known.
         flags: Name parameters by their flags, since a command asks.
         fine_head: Source of a finer head's rows; True: the original that the model names.
         head_bits: Bits of the finer head; default: 8.
@@ -49,6 +52,7 @@ class HeadOptions:
     drafts: bool = False
     always: bool = False
     flags: bool = False
+    measures: bool = False
     fine_head: str | Path | bool | None = None
     head_bits: int | None = None
 
@@ -84,7 +88,8 @@ class HeadOptions:
         """Prints a sentence on standard error, if there is progress to be shown."""
         if self.progress:
             text = with_flags(text) if self.flags else text
-            print(printable(text), file=sys.stderr, flush=True)
+            tqdm.write(printable(text), file=sys.stderr)  # above a bar that is shown
+            sys.stderr.flush()
 
     def warn(self, text: str) -> None:
         """Says what is not as the user wanted it, whether there is progress to be shown or not."""

@@ -1,13 +1,17 @@
-"""The settings of the loop that were measured on this machine, kept beside the FlashHeads."""
+"""The settings of the loop that were measured on this machine, kept beside the FlashHeads.
+
+A measurement of a busy machine is provisional: it is used, and made again when it is quieter.
+"""
 
 import json
+import math
 import os
 import platform
-from collections.abc import Generator
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Generator
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,14 +20,15 @@ from ..common.new_folder import new_file
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
 from ..index.files import FlashHeadIndex
-from ..lossless.tuning import LEAST_GAIN, Tuning, tune
+from ..lossless.policy import policy_of
+from ..lossless.tuning import LEAST_GAIN, Tuning, is_busy, tune
 from ..models.install import hidden_dtype, install, installed_head
 from ..models.locate import HeadLocation, find_head
 from . import head_cache as cache
 from .sources import HeadOptions, StoredHead
 
 TUNING_VARIABLE = "MLX_FLASHHEAD_TUNING"
-MEASURING = "Measuring its speed on this machine, once …"
+MEASURING = "Measuring its speed on this machine …"
 
 
 def tune_head(
@@ -31,43 +36,78 @@ def tune_head(
 ) -> Generator[None, None, Tuning | None]:
     """Gives the FlashHead of ``model`` the settings that were measured on this machine, in steps.
 
-    They are measured at the first use of this machine, version of MLX and dtype, in about three
-    seconds; once more if the machine was busy then. A number of probes that the user has chosen
-    stays, and ``always`` keeps a FlashHead that gains nothing. ``$MLX_FLASHHEAD_TUNING=off``
-    measures nothing, and returns None.
+    They are measured at the first use of this machine, version of MLX and dtype, in some seconds,
+    and again as long as they are provisional, whenever the machine is quiet. A number of probes
+    that the user has chosen stays, and ``always`` keeps a FlashHead that gains nothing.
+    ``$MLX_FLASHHEAD_TUNING=off`` measures nothing, and returns None.
     """
     off = os.environ.get(TUNING_VARIABLE) == "off"
     if options.n_probes is not None or options.drafts or not options.tunes or off:
         return None
     head = installed_head(model)
     place, key = cache.speeds_of(index.config.fingerprint), _machine(head, model)
-    known = read(place)
-    tuning = known.get(key)
-    if tuning is None or tuning.again:
+    known, busy = read(place, options.say), is_busy()
+    before = known.get(key)
+    if before is not None and not options.measures and (busy or not before.provisional):
+        tuning = before
+    else:
         measured = yield from tune(model, index.config.verification.get("by_probes", ()))
-        again = measured.again and tuning is None  # one repetition, and no more
-        tuning = replace(measured, again=again)
+        tuning = replace(measured, provisional=measured.provisional or busy)
+        if before is not None and tuning.provisional and not options.measures:
+            tuning = min(before, tuning, key=lambda one: one.spread)
         _write(place, known | {key: tuning})
         if tuning.dense and not options.always:
+            later = " for now, and is measured again later" if tuning.provisional else ""
             options.say(
-                f"FlashHead would not make this model faster on this machine ({tuning.gain:.2f}x, "
-                f"and at least {LEAST_GAIN:g}x is asked): it stays dense. "
+                f"FlashHead would not make this model faster on this machine ({tuning.gain:.2f} x, "
+                f"and at least {LEAST_GAIN:g} x is needed): it stays dense{later}. "
                 "`flash_head_always=True` overrides it."
             )
     tuning.apply(head)
     if options.always:
-        head.stays_dense = False
+        policy_of(head).dense = False
     return tuning
 
 
-def read(place: Path) -> dict[str, Tuning]:
-    """The settings by machine; none where they cannot be read."""
-    known = {field.name for field in fields(Tuning)}
+def speed_text(tuning: Tuning) -> str:
+    """What is known of a machine's gain, such as "1.21 x"."""
+    doubts = ["dense"] * tuning.dense
+    doubts += ["predicted"] * tuning.predicted
+    doubts += ["provisional"] * tuning.provisional
+    return f"{tuning.gain:.2f} x" + (f" ({', '.join(doubts)})" if doubts else "")
+
+
+def read(place: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Tuning]:
+    """The settings by machine. Those that are damaged are left out, with a sentence."""
     try:
         stored = json.loads(place.read_text(encoding="utf-8"))
-        return {key: Tuning(**value) for key, value in stored.items() if set(value) == known}
-    except (OSError, ValueError, TypeError, AttributeError):
+        known = {key: Tuning(**value) for key, value in stored.items() if _is_valid(value)}
+        if len(known) == len(stored):
+            return known
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        known = {}
+    say(f"{place} is damaged or of another version: its speeds are measured again.")
+    return known
+
+
+def _is_valid(values: Any) -> bool:
+    """Whether these are all the fields of a `Tuning`, each of its type and range."""
+    hints = get_type_hints(Tuning)
+    return (
+        isinstance(values, dict)
+        and values.keys() == hints.keys()
+        and all(_fits(value, get_args(hints[n]) or (hints[n],)) for n, value in values.items())
+    )
+
+
+def _fits(value: Any, types: tuple[type, ...]) -> bool:
+    if value is None or isinstance(value, bool):
+        return type(value) in types
+    if type(value) is int and int in types:
+        return value >= 1
+    return float in types and type(value) in (int, float) and 0 <= value < math.inf
 
 
 def _write(place: Path, tunings: dict[str, Tuning]) -> None:
@@ -104,23 +144,23 @@ def install_stored(
     near = index.check_fit(location.rows(), stored.source)
     if near is not None:
         options.say(near)
-    config, n_probes, verified = index.config, options.n_probes, None
+    config, n_probes, unverified = index.config, options.n_probes, None
     if n_probes is None and options.drafts:
         n_probes = config.draft_probes
     elif n_probes is None:
-        n_probes, verified = config.unverified_probes, config.n_probes
+        n_probes, unverified = config.n_probes, config.unverified_probes
     head = install(
         model,
         index.token_ids,
         index.centroids,
         n_probes=n_probes,
-        checked_probes=verified,
+        unverified_probes=unverified,
         risk=Risk.of_settings(config.verification),
         eos_token_ids=config.eos_token_ids,
         backend=options.backend,
         location=location,
     )
-    head.draft_probes = options.n_probes or config.draft_probes
+    policy_of(head).draft_probes = options.n_probes or config.draft_probes
     for step, _ in enumerate(tune_head(model, index, options)):
         if step == 0:  # there is more to come
             options.say(MEASURING)

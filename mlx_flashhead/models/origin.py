@@ -47,8 +47,8 @@ def local_origin(folder: Path) -> Origin:
     """The origin of the model in a folder, which may lie in the Hub's cache."""
     *_, holder, snapshots, commit = ("", "", *folder.absolute().parts)
     if snapshots == "snapshots" and holder.startswith("models--"):
-        repo_id = holder.removeprefix("models--").replace("--", "/", 1)
-        return Origin(repo_id.rpartition("/")[2], repo_id, commit)
+        cached = holder.removeprefix("models--").replace("--", "/", 1)
+        return Origin(cached.rpartition("/")[2], cached, commit)
     named = None
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # not readable
         named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_name_or_path"]

@@ -56,7 +56,7 @@ def find_provenance(
 
 def published_provenance(repo_id: str | None, license: str | None = None) -> Provenance:
     """The same of a repository alone; empty if it cannot be reached."""
-    documents = _fetched_documents(repo_id) if is_repository(repo_id) else None
+    documents = _fetched_documents(repo_id) if repo_id and is_repository(repo_id) else None
     origin = Origin((repo_id or "model").rpartition("/")[2], repo_id if documents else None)
     metadata = read_metadata(documents / CARD_FILE) if documents else {}
     return _provenance(origin, metadata, license, (documents,) if documents else ())

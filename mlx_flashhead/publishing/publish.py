@@ -65,7 +65,8 @@ def publish(
         ValueError: If the folder may not be published, or the Hub refuses. The folder is kept.
     """
     config = read_index(folder).config
-    metadata, texts = with_licence(read_metadata(folder / CARD_FILE), license), ()
+    metadata = with_licence(read_metadata(folder / CARD_FILE), license)
+    texts: tuple[Path, ...] = ()
     if not (folder / CARD_FILE).exists():  # made at the first use of a model, which reads no card
         base = published_provenance(config.recipe.get("model"), license)
         relation = "adapter" if is_companion(folder) else "quantized"

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -15,12 +16,12 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from .engine.engine import Engine
-from .engine.jobs import Job, Progress, jobs_of
+from .engine.jobs import Job, Progress, read_jobs
 from .network.access import json_response, read_body
 from .network.page_files import PAGE_ROUTES
-from .protocol.api_error import ApiError, dumps, loads
+from .protocol.api_error import ApiError, dumps
 from .protocol.completions import Choice, envelope
-from .protocol.requests import find_model, read_request
+from .protocol.requests import find_model
 from .served_models import ServedModel
 
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
@@ -60,13 +61,13 @@ class Api:
         if for_good:
             self._end = problem
         for answer in self._answers:
-            answer.events.put((0, problem))
+            answer.put((0, problem))
 
     async def health(self, request: HttpRequest) -> Response:
-        status = engine_status(self.engine)
+        status = self.engine.status
         value: dict[str, Any] = {"status": status}
         if status != "loading":
-            value["decoding"] = {served.name: decoding(served) for served in self._models}
+            value["decoding"] = {served.name: served.decoding() for served in self._models}
         return json_response(value, 200 if status == "ok" else 503)
 
     async def list_models(self, request: HttpRequest) -> Response:
@@ -85,8 +86,9 @@ class Api:
     async def complete(self, request: HttpRequest) -> "Answer":
         """Answers a chat, or continues texts."""
         models, chat = self._models, request.scope["path"] in CHAT_PATHS
-        loop, body = asyncio.get_running_loop(), await read_body(request)
-        jobs = await loop.run_in_executor(self._readers, _read, body, chat, models, self._flags)
+        body = await read_body(request)
+        read = partial(read_jobs, body, chat=chat, models=models, flags=self._flags)
+        jobs = await asyncio.get_running_loop().run_in_executor(self._readers, read)
         return Answer(self, jobs, request.state.notes)
 
     def begin(self, answer: "Answer") -> None:
@@ -114,31 +116,26 @@ class Api:
     def _model(self, name: str) -> dict[str, Any]:
         served = find_model(self._models, name)
         owner = {"created": self._started, "owned_by": "mlx_flashhead"}
-        return {"id": name, "object": "model", "decoding": decoding(served)} | owner
-
-
-class Events:
-    """What happens to an answer, in order: the engine's events, a client that leaves, the end."""
-
-    def __init__(self) -> None:
-        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
-        self.get = self._queue.get
-
-    def put(self, event: Any) -> None:
-        """Adds an event, from any thread."""
-        with suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+        return {"id": name, "object": "model", "decoding": served.decoding()} | owner
 
 
 class Answer:
-    """The response to a request for texts, whole or as a stream of server-sent events."""
+    """The response to a request for texts, whole or as a stream of server-sent events.
+
+    Its queue has what happens, in order: events of the engine, a client that leaves, the end.
+    """
 
     def __init__(self, api: Api, jobs: list[Job], notes: list[str]):
-        self.jobs, self.events = jobs, Events()
-        self._api, self._notes, self._request = api, notes, jobs[0].request
+        self.jobs, self._api, self._notes, self._request = jobs, api, notes, jobs[0].request
+        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         self._choices = [Choice(job.request, job.index) for job in jobs]
         for job in jobs:
-            job.events = self.events  # type: ignore[assignment]
+            job.events = self
+
+    def put(self, event: tuple[int, Any]) -> None:
+        """Adds an event with the index of its job, from any thread."""
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.create_task(self._watch(receive))
@@ -160,12 +157,12 @@ class Answer:
         while (await receive())["type"] != "http.disconnect":
             pass
         self._api.end(self)  # at once, whatever is still in the queue
-        self.events.put((0, ClientDisconnect()))
+        self.put((0, ClientDisconnect()))
 
     async def _parts(self) -> AsyncIterator[Progress | dict[str, Any]]:
         """What comes of the jobs until all are complete: parts of prompts, and chunks' choices."""
         while any(choice.finish_reason is None for choice in self._choices):
-            index, event = await self.events.get()
+            index, event = await self._queue.get()
             if isinstance(event, ApiError | ClientDisconnect):
                 raise event
             if isinstance(event, BaseException):
@@ -210,7 +207,8 @@ class Answer:
 
     @property
     def _decoding(self) -> str:
-        return decoding(self._request.served, self._request.dense, self._request.n_probes)
+        request = self._request
+        return request.served.decoding(dense=request.dense, n_probes=request.n_probes)
 
     def _note(self) -> None:
         """Describes the answer in the log: the model, tokens, their speed, how it was decoded."""
@@ -220,36 +218,12 @@ class Answer:
         self._notes[:0] = [self._request.served.name, tokens, *rate, self._decoding]
 
 
-def engine_status(engine: Engine) -> str:
-    """The state of the engine for clients: "loading", "ok" or "failing"."""
-    if not engine.models.done():
-        return "loading"
-    return "ok" if engine.healthy else "failing"
-
-
-def decoding(served: ServedModel, dense: bool | None = None, n_probes: int | None = None) -> str:
-    """What a request gets, in a sentence: "verified", "unverified", or "dense" and the reason."""
-    return served.decoding(dense=dense, n_probes=n_probes)
-
-
 def _page_model(served: ServedModel) -> dict[str, Any]:
-    model = {"name": served.name, "dense": served.dense, "decoding": decoding(served)}
+    model = {"name": served.name, "dense": served.dense, "decoding": served.decoding()}
     if served.head is not None:
-        head = served.head
-        model |= {"flash_head": decoding(served, dense=False), "n_probes": head.n_probes}
-        model["n_clusters"] = head.n_clusters
+        flash_head = served.decoding(dense=False)  # Compare's other side
+        model |= {"flash_head": flash_head, "n_probes": served.head.n_probes}
     return model
-
-
-def _read(body: bytes, chat: bool, models: list[ServedModel], flags: Namespace) -> list[Job]:
-    """The jobs of a request's body; an ApiError if it cannot be served."""
-    try:
-        value = loads(body)
-    except ValueError as error:
-        raise ApiError(f"The body is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ApiError("The body must be a JSON object.")
-    return jobs_of(read_request(value, chat=chat, models=models, defaults=flags))
 
 
 def _usage(jobs: list[Job]) -> dict[str, Any]:

@@ -8,19 +8,20 @@ import signal
 import socket
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
 import uvicorn
 
 from ..common.command import printable
-from .endpoints import Api, decoding
+from .endpoints import Api
 from .engine.engine import Engine
 from .network.access import Access, FrontDoor, access_of
 from .network.addresses import announce, own_address, url
-from .network.connections import MAX_HEAD_BYTES, Connections, connection_factory
+from .network.connections import MAX_HEAD_BYTES, MAX_WAITING, Connection, Connections
 from .served_models import load_models
 
 # A token or a chunk of a prompt is computed within this time, or the process ends without it.
@@ -31,15 +32,18 @@ LOST = "The server does not come back from a computation: start it again."
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with a front door and limits of connections."""
+    """uvicorn's server, with a front door and limits of connections.
 
-    def __init__(self, app: Any, access: Access):
-        connections = Connections()
+    ``end_answers`` is called when it shuts down.
+    """
+
+    def __init__(self, app: Any, access: Access, end_answers: Callable[[], None] = lambda: None):
+        connections, self._end_answers = Connections(), end_answers
         super().__init__(
             uvicorn.Config(
                 FrontDoor(app, access, connections),
                 loop="asyncio",
-                http=connection_factory(connections),  # type: ignore[arg-type]
+                http=partial(Connection, connections),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -48,6 +52,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 headers=[("Server", "mlx_flashhead"), ("Connection", "close")],
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                backlog=MAX_WAITING,  # so many are accepted at once, before the oldest are closed
                 timeout_graceful_shutdown=2,
             )
         )
@@ -62,14 +67,8 @@ class Server(uvicorn.Server):
             os._exit(128 + sig)
         self.should_exit = True
 
-
-class _ModelServer(Server):
-    def __init__(self, api: Api, access: Access):
-        super().__init__(api.router(), access)
-        self._api = api
-
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._api.fail_answers(SHUTTING_DOWN, for_good=True)
+        self._end_answers()
         await super().shutdown(sockets)
 
 
@@ -86,7 +85,7 @@ def serve(flags: Namespace) -> None:
 
 async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.socket) -> None:
     api = Api(flags, engine)
-    server = _ModelServer(api, access)
+    server = Server(api.router(), access, lambda: api.fail_answers(SHUTTING_DOWN, for_good=True))
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as by nohup
         signal.signal(signal.SIGHUP, server.handle_exit)
     serving = asyncio.create_task(server.serve([port]))
@@ -107,7 +106,7 @@ async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.
 
 def _say_where(flags: Namespace, api: Api, port: int, token: str | None) -> None:
     """Prints the models, how they are decoded, and the address: last, so they stay in sight."""
-    models = ", ".join(f"{m.name} ({decoding(m)})" for m in api.engine.models.result())
+    models = ", ".join(f"{m.name} ({m.decoding()})" for m in api.engine.models.result())
     where = url(own_address(flags.host), port).rstrip("/")
     print(f"Serving {models} at {where} (Ctrl-C ends it)", flush=True)
     if token is not None:

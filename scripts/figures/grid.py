@@ -4,7 +4,8 @@
 
 Each model in float32 and in 4 bits, greedy and top-p, 1 and 4 texts, in turns; the ratio is that of
 each turn. The figures are written after every case, and a second run continues where the first one
-ended. The 4-bit models and the FlashHeads are kept in the work folder.
+ended. The 4-bit models and the FlashHeads are kept in the work folder, and the table goes into the
+page.
 """
 
 import argparse
@@ -21,19 +22,22 @@ from statistics import median
 import mlx_lm
 
 import mlx_flashhead
+from apple_estimates import CHECKOUT, line, with_block
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
 from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Form, with_flash_head
 from mlx_flashhead.benchmarks.reporting import cells, machine
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import check_writable, command
-from mlx_flashhead.common.tables import new_table, show
+from mlx_flashhead.common.tables import count, new_table, show
 from mlx_flashhead.common.timing import in_turns, spread
+from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.models.install import dense_copy, installed_head
 
 BATCHES = (1, 4)
 BITS = (32, 4)
 DENSE, TUNED = "mlx-lm", "tuned"
+PAGE = CHECKOUT / "docs" / "speed.md"
 WORK = Path(tempfile.gettempdir()) / "mlx-flashhead-grid"
 
 
@@ -51,20 +55,20 @@ def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[None]:
         model, tokenizer = prepared(folder, bits, args.work)
         head = installed_head(model)
         forms = {DENSE: Form(dense_copy(model)), TUNED: with_flash_head(model, verify=True)}
-        about = {"model": folder.name, "bits": bits, "stays_dense": head.stays_dense}
-        about |= {"predicted_gain": head.gain, "n_probes": head.checked_probes}
+        policy = policy_of(head)
+        about = {"model": folder.name, "bits": bits, "stays_dense": policy.dense}
+        about |= {"predicted_gain": policy.gain, "n_probes": head.n_probes}
         for sampler, batch in settings:
             case = about | {"sampler": sampler, "batch": batch}
-            run = tokenizer.encode(PROMPT), batch, args.tokens, SAMPLERS[sampler]
+            tokens = args.tokens if batch == 1 else args.tokens // 2
+            run = tokenizer.encode(PROMPT), batch, tokens, SAMPLERS[sampler]
             cases.append(case | in_rounds(forms, run, args.rounds))
             yield
 
 
 def prepared(folder: Path, bits: int, work: Path) -> tuple:
-    """The model with its FlashHead, and its tokenizer. One FlashHead serves both precisions."""
-    index = work / f"{folder.name}-flashhead"
-    if not index.exists():
-        mlx_flashhead.convert(str(folder), str(index), index_only=True)
+    """The model with its FlashHead, and its tokenizer."""
+    index = index_of(folder, work)
     if bits != BITS[0]:
         small = work / f"{folder.name}-{bits}bit"
         if not small.exists():
@@ -73,18 +77,30 @@ def prepared(folder: Path, bits: int, work: Path) -> tuple:
     return mlx_flashhead.load(str(folder), flash_head=str(index))
 
 
+def index_of(folder: Path, work: Path) -> Path:
+    """The FlashHead of a model, which serves it in all precisions; built once."""
+    index = work / f"{folder.name}-flashhead"
+    if not index.exists():
+        mlx_flashhead.convert(str(folder), str(index), index_only=True, calibration_positions=4000)
+    return index
+
+
 def in_rounds(forms: dict[str, Form], run: tuple, rounds: int) -> dict:
     """The ratio of each turn, tokens per second of all texts, and whether greedy texts agree."""
-    timers = {name: partial(form.timed, *run) for name, form in forms.items()}
-    *_, seconds = in_turns(timers, rounds)
+    texts: dict[str, list[int]] = {}
+
+    def seconds_of(name: str, _: int) -> float:
+        seconds, texts[name] = forms[name].decode(*run)
+        return seconds
+
+    *_, seconds = in_turns({name: partial(seconds_of, name) for name in forms}, rounds)
     turns = zip(seconds[DENSE], seconds[TUNED], strict=True)
     figures = {
         "ratio": spread([dense / tuned for dense, tuned in turns]),
         "tokens_per_second": {name: run[1] / median(times) for name, times in seconds.items()},
     }
     if not run[3]["temp"]:
-        dense, tuned = (form.decode(*run)[1] for form in forms.values())
-        figures["same_text"] = dense == tuned
+        figures["same_text"] = texts[DENSE] == texts[TUNED]
     return figures
 
 
@@ -105,6 +121,20 @@ def make_table(cases: list[dict]):
     return table
 
 
+def page_lines(cases: list[dict]) -> Iterator[str]:
+    """Markdown: a line for each model and precision, a column for each sampling and batch."""
+    columns = list(itertools.product(SAMPLERS, BATCHES))
+    names = [f"{sampler}, {count(batch, 'text')}" for sampler, batch in columns]
+    yield line("model", "bits", *names)
+    yield line(*["---"] * (2 + len(columns)))
+    by_case = {(c["model"], c["bits"], c["sampler"], c["batch"]): c for c in cases}
+    for model, bits in dict.fromkeys(key[:2] for key in by_case):
+        row = [by_case.get((model, bits, *column)) for column in columns]
+        ratios = ["" if case is None else f"{case['ratio']['median']:.2f}" for case in row]
+        stays = any(case is not None and case["stays_dense"] for case in row)
+        yield line(model, f"{bits}, stays dense" if stays else f"{bits}", *ratios)
+
+
 @command
 def main() -> None:
     """Entry point."""
@@ -112,7 +142,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", type=Path, help="folders of models in 16 bits or more")
     parser.add_argument("--json", metavar="FILE", required=True, help="the figures; continued")
     parser.add_argument("--work", type=Path, default=WORK, help="default: %(default)s")
-    add_number(parser, "--tokens", 24, "Tokens of a run")
+    add_number(parser, "--tokens", 24, "Tokens of a run; half as many of 4 texts")
     add_number(parser, "--rounds", 3, "Rounds that count")
     args = parser.parse_args()
     check_writable("--json", args.json)
@@ -130,6 +160,8 @@ def main() -> None:
             file=sys.stderr,
         )
     show(make_table(cases))
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(with_block(page, "grid", list(page_lines(cases))), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,45 +32,43 @@ def kept(flash_head_home, monkeypatch):
         model = tiny_model(seed=seed)
         index = tiny_index(model, recipe={"model": name})
         cache.keep(index, cache.place_of(find_head(model).rows()))
-    (damaged,) = (e.folder for e in cache.entries() if e.config.recipe["model"] == "Three")
+    (damaged,) = (e.path for e in cache.entries() if e.config.recipe["model"] == "Three")
     (damaged / SETTINGS_NAME).write_text("{")
 
 
 def test_lists_what_is_kept(run, kept, flash_head_home, monkeypatch):
     (two,) = (e.config for e in cache.entries() if e.config and e.config.recipe["model"] == STRANGE)
     slow = Tuning(4, 9.0, 8, 0.25, gain=0.9, dense_seconds=0.1, spread=0.0, dense=True)
-    fast = replace(slow, n_probes=3, gain=1.5, dense=False, checked_positions=5)
+    fast = replace(slow, n_probes=3, gain=1.5, dense=False, max_batch=5)
     speeds = {"a": asdict(slow), "b": asdict(fast), "c": asdict(fast)}
     place = cache.speeds_of(two.fingerprint)
     place.parent.mkdir()
     place.write_text(json.dumps(speeds))
     code, output, _ = run("cache")
     assert code == 0 and str(flash_head_home) in output
-    rows = [line.split(maxsplit=4) for line in output.splitlines() if " MB" in line][1:]
-    by_model = {row[1]: " ".join(row[4].split()) for row in rows}
-    measured = "0.90 x (dense), 1.50 x (3 probes, check at 8 or risk 0.25, up to 5 texts)"
-    assert by_model == {
-        "owner/One": "MB 4 of 26 –",
-        "[b]Two[2J": f"MB 4 of 26 {measured}",
-        "damaged": "MB – –",
-    }
+    rows = [line.split(maxsplit=5) for line in output.splitlines() if " MB" in line][1:]
+    by_model = {row[1]: " ".join(row[5:]).strip() for row in rows}
+    measured = "0.90 x (dense), 1.50 x"
+    assert by_model == {"owner/One": "–", "[b]Two[2J": measured, "damaged": "–"}
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, run("cache")[1].splitlines()[1:])) <= 80
     monkeypatch.setenv("COLUMNS", "40")
     _, narrow, _ = run("cache")
-    assert all(entry.folder.name[:8] in narrow for entry in cache.entries())
+    assert all(entry.path.name[:8] in narrow for entry in cache.entries())
     assert "…" not in narrow
 
 
 @pytest.mark.parametrize("spoil", ["nested", "a link", "a text", "forbidden", "strange"])
 def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch, spoil):
-    bad = next(entry.folder for entry in cache.entries() if entry.config is None)
-    good = next(entry.folder for entry in cache.entries() if entry.config is not None)
+    bad = next(entry.path for entry in cache.entries() if entry.config is None)
+    good = next(entry.path for entry in cache.entries() if entry.config is not None)
     if spoil == "nested":
         (bad / SETTINGS_NAME).write_text("[" * 100_000)
     elif spoil == "a link":
-        bad = bad.rename(tmp_path / "elsewhere")
-        good.with_name("link").symlink_to(bad)
+        bad, place = bad.rename(tmp_path / "elsewhere"), bad
+        place.symlink_to(bad)
     elif spoil == "a text":
-        good.with_name("text").write_text("")
+        good.with_name(f"{'0' * 24}-1").write_text("")
     elif spoil == "strange":
         settings = json.loads((good / SETTINGS_NAME).read_text())
         settings["recipe"]["model"], settings["report"] = ["a", 1], {"agreement": "high"}
@@ -82,7 +80,7 @@ def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch, spoil):
     assert code == 0 and "owner/One" in output and "Two" in output
     monkeypatch.undo()
     for entry in cache.entries():
-        cache.remove(entry)
+        entry.remove()
     assert cache.entries() == [] and (spoil != "a link" or bad.exists())
 
 
@@ -92,13 +90,13 @@ def test_a_home_that_cannot_be(refused, monkeypatch):
 
 
 def test_removes_some_and_then_all(run, refused, kept):
-    key = next(e.folder.name for e in cache.entries() if e.config is None)
+    key = next(e.path.name for e in cache.entries() if e.config is None)
     code, output, _ = run("cache", "--remove", "owner/One", key[:10])
     assert code == 0
     removed = [line.split()[:2] for line in output.splitlines()]
     assert removed == [["Removed", "owner/One"], ["Removed", "damaged"]]
     (left,) = cache.entries()
-    assert left.config.recipe["model"] == STRANGE and (left.folder / FILE_NAME).exists()
+    assert left.model == STRANGE and (left.path / FILE_NAME).exists()
     for name in ("Four", ""):
         said = refused("cache", "--remove", STRANGE, name)
         assert f"No FlashHead of {name!r} is kept" in said
@@ -106,6 +104,54 @@ def test_removes_some_and_then_all(run, refused, kept):
     assert run("cache", "--remove-all")[0] == 0
     code, output, _ = run("cache")
     assert code == 0 and output.startswith("No FlashHead is kept in ")
+
+
+def test_what_is_not_its_own_stays(run, kept, flash_head_home):
+    """Folders and files of other names, and other files within its own folders."""
+    own = [entry.path for entry in cache.entries()]
+    fine = flash_head_home / "fine_heads"
+    names = ["flash_heads/thesis/text.md", "fine_heads/weights.safetensors", "speeds/mine.json",
+             "notes.txt", f"flash_heads/{own[0].name}/mine.txt", "flash_heads/abc-1/x",
+             f"fine_heads/.{own[0].name}.part"]  # fmt: skip
+    for name in names:
+        (flash_head_home / name).parent.mkdir(exist_ok=True, parents=True)
+        (flash_head_home / name).write_text("x")
+    key = own[1].name[:24]
+    for name in (f"{key}-8.safetensors", f".{key}-8.0123456789abcdef.part"):
+        (fine / name).write_text("x")
+    (flash_head_home / "speeds" / f"{key}.json").write_text("{}")
+    code, output, _ = run("cache")
+    assert code == 0 and "damaged, head of 8 bits" in " ".join(output.split())
+    code, output, _ = run("cache", "--remove-all")
+    assert code == 0 and output.count("Removed") == 4
+    left = {str(path.relative_to(flash_head_home)) for path in flash_head_home.rglob("*")}
+    files = {name for name in left if (flash_head_home / name).is_file()}
+    assert files == set(names)
+    for name in ("thesis", "weights.safetensors", "mine.json", "abc-1"):
+        assert any(line.startswith("Left") and name in line for line in output.splitlines())
+    assert output.count("but other files in it") == 1 and own[0].name in output
+    assert cache.entries() == []
+
+
+def test_speeds_are_measured_now(run, cut_short, monkeypatch):
+    model, entry = cut_short
+    monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
+    measured = []
+
+    def tune(*_):
+        measured.append(1)
+        yield
+        return Tuning(4, 9.0, 8, 0.25, gain=1.21, dense_seconds=0.1, spread=0.0, dense=False)
+
+    monkeypatch.setattr("mlx_flashhead.loading.tuned.tune", tune)
+    monkeypatch.setattr("mlx_flashhead.loading.tuned.is_busy", lambda: False)
+    monkeypatch.chdir(model.parent)
+    for name in ([], [entry.path.name[:6]], [model]):
+        code, output, errors = run("cache", "--measure", *name)
+        assert code == 0 and "1.21 x" in output and "Measuring" in errors
+    assert len(measured) == 3
+    run("cache", "--remove", model.name)
+    assert not cache.speeds_of(entry.key).exists()
 
 
 @pytest.fixture
@@ -127,25 +173,25 @@ def cut_short(tmp_path, monkeypatch, capsys):
 def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, monkeypatch, named_by):
     model, entry = cut_short
     assert "cut short" in run("cache")[1].replace("\n", "")
-    before = read_index(entry.folder).config
+    before = read_index(entry.path).config
     speeds = cache.speeds_of(before.fingerprint)
     speeds.parent.mkdir()
     speeds.write_text("{}")
     monkeypatch.chdir(model.parent)
-    name = {"folder": model, "name": model.name, "identifier": entry.folder.name[:8]}[named_by]
+    name = {"folder": model, "name": model.name, "identifier": entry.path.name[:8]}[named_by]
     code, output, errors = run("cache", "--rebuild", name)
     assert (code, output) == (0, "")
     assert "Building the FlashHead of Some-Model" in errors and "100%" in errors
     assert "cut short" not in errors and "FlashHead is ready" in errors
-    after = read_index(entry.folder).config
+    after = read_index(entry.path).config
     assert "cut_short" not in after.calibration and not speeds.exists()
     assert after.calibration["positions"] > before.calibration["positions"]
-    assert [path.name for path in entry.folder.parent.iterdir()] == [entry.folder.name]
+    assert [path.name for path in entry.path.parent.iterdir()] == [entry.path.name]
 
 
 def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):
     model, entry = cut_short
-    before, steps = contents(entry.folder), build.model_index
+    before, steps = contents(entry.path), build.model_index
 
     def stopped(*arguments, **options):
         yield from itertools.islice(steps(*arguments, **options), 20)
@@ -154,17 +200,17 @@ def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):
     monkeypatch.setattr(build, "model_index", stopped)
     code, _, errors = run("cache", "--rebuild", model)
     assert code == 130 and errors.endswith("Interrupted.\n")
-    assert contents(entry.folder) == before
+    assert contents(entry.path) == before
     assert load(str(model), progress=False)  # nothing is locked
 
 
 def test_models_that_cannot_be_built_anew(refused, cut_short, monkeypatch):
     model, entry = cut_short
-    before = contents(entry.folder)
+    before = contents(entry.path)
     assert "There is no folder 'fffff' here" in refused("cache", "--rebuild", "fffff")
-    shutil.copytree(entry.folder, model, dirs_exist_ok=True)
+    shutil.copytree(entry.path, model, dirs_exist_ok=True)
     assert "has a FlashHead of its own" in refused("cache", "--rebuild", model)
     shutil.rmtree(model)
-    for name in (entry.folder.name, model.name):
+    for name in (entry.path.name, model.name):
         assert "There is no folder 'Some-Model' here" in refused("cache", "--rebuild", name)
-    assert contents(entry.folder) == before
+    assert contents(entry.path) == before

@@ -70,8 +70,8 @@ def test_stopped_at_seven_moments(generate, tmp_path, monkeypatch):
                 assert code == 130 and errors.endswith("Interrupted.\n")
                 assert "Building" not in errors
             for entry in cache.entries():
-                assert read_index(entry.folder).config.vocab_size == 258
-                shutil.rmtree(entry.folder)
+                assert read_index(entry.path).config.vocab_size == 258
+                shutil.rmtree(entry.path)
     for remains in home.rglob(".*"):
         os.utime(remains, (0, 0))  # a process that begins may not have locked a young one
     code, output, errors = generate(home)

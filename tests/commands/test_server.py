@@ -18,7 +18,7 @@ import pytest
 import mlx_flashhead
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.models.dense import load_dense
-from mlx_flashhead.serving.network.access import access_of
+from mlx_flashhead.serving.network.access import Access, access_of
 from mlx_flashhead.serving.server_options import check_options, make_parser
 from model_folders import VOCAB_SIZE
 from server_process import serving
@@ -57,6 +57,7 @@ def test_it_says_where_it_is_and_logs_its_answers(converted, expected, tmp_path)
     """A line for each answer. Settings of sampling leave no thread behind."""
     with serving(tmp_path, "--model", converted) as server:
         assert server.line == f"Serving model (verified) at {server.url} (Ctrl-C ends it)\n"
+        assert "FlashHead(" not in server.log()
         before = len(server.log().splitlines())
         stream = server.client().completions.create(model="model", prompt=PROMPT, **ENDLESS_ANSWER)
         next(iter(stream))
@@ -184,39 +185,22 @@ def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)
 
 
-@pytest.fixture
-def access_by(tmp_path):
-    """A function of flags, as the server's command parses them: → (host, access)."""
+def test_any_network_needs_the_token(tmp_path):
+    """And this machine alone, the default, makes none."""
 
-    def access_by(*flags):
-        parser = make_parser()
-        token_file = str(tmp_path / "token")
-        args = parser.parse_args(["--model", "model", "--token-file", token_file, *flags])
-        check_options(parser, args)
+    def rules(*flags):
+        args = make_parser().parse_args(
+            ["--model", "model", "--token-file", str(tmp_path / "token"), *flags]
+        )
+        check_options(make_parser(), args)
         return args.host, access_of(args)
 
-    return access_by
-
-
-def test_this_machine_alone_by_default(access_by, tmp_path):
-    host, access = access_by()
-    assert (host, access.token) == ("127.0.0.1", None)
-    assert not access.origins and not access.hosts
-    assert not (tmp_path / "token").exists()
-
-
-@pytest.mark.parametrize(
-    "flags", [["--lan"], ["--host", "0.0.0.0"], ["--host", "192.168.1.5"], ["--host", "::"]]
-)
-def test_any_network_needs_the_token(access_by, flags):
-    host, access = access_by(*flags, "--max-body-bytes", "500K")
-    assert host == (flags[1] if flags[1:] else "0.0.0.0")
-    assert access.token and access.token == access_by(*flags)[1].token
-    assert access.max_body_bytes == 500 << 10
-
-
-def test_names_and_origins_are_added(access_by):
+    assert rules() == ("127.0.0.1", Access()) and not (tmp_path / "token").exists()
+    for flags in (["--lan"], ["--host", "0.0.0.0"], ["--host", "192.168.1.5"], ["--host", "::"]):
+        host, access = rules(*flags, "--max-body-bytes", "500K")
+        assert host == (flags[1] if flags[1:] else "0.0.0.0")
+        assert access.token and access.token == rules(*flags)[1].token
+        assert access.max_body_bytes == 500 << 10
     names = ("--allowed-hosts", "Mac.fritz.box,other", "--allowed-origins", "https://a.example")
-    _, access = access_by(*names)
-    assert access.hosts == {"mac.fritz.box", "other"}
-    assert access.origins == {"https://a.example"}
+    access = rules(*names)[1]
+    assert access.hosts == {"mac.fritz.box", "other"} and access.origins == {"https://a.example"}

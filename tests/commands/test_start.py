@@ -26,6 +26,7 @@ REMEDIES = (
     (errno.EIO, "check the path and the disk"),
 )
 LIGHT = [
+    "cache",
     "generate",
     "chat",
     "server",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from figures.drafts import REQUESTS
+from drafts import REQUESTS
 from mlx_flashhead.conversion import calibration, take_all
 from mlx_flashhead.conversion.calibration import (
     CONTEXT,

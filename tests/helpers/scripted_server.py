@@ -24,7 +24,6 @@ MODEL = {
     "decoding": "verified",
     "flash_head": "verified",
     "n_probes": 120,
-    "n_clusters": 3072,
 }
 INFO = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "models": [MODEL]}
 # Tokens per second that are reported: with FlashHead, and dense.
@@ -77,10 +76,10 @@ class Script(logging.Handler):
         pieces = self.answers.pop(0) if self.answers else ["Fine."]
         if isinstance(pieces, str):
             raise ApiError(pieces)
-        left, dense = self.left, bool(body.get("dense"))  # those of this test
+        left, decoding = self.left, self._decoding(body)  # those of this test
 
         async def stream(scope, receive, send):
-            answering = asyncio.create_task(_stream(pieces, dense, send))
+            answering = asyncio.create_task(_stream(pieces, decoding, send))
             leaving = asyncio.create_task(_disconnected(receive))
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if answering.done():
@@ -92,13 +91,21 @@ class Script(logging.Handler):
 
         return stream
 
+    def _decoding(self, body):
+        """How an answer is decoded: n_probes forces the FlashHead on."""
+        models = self.info["models"]
+        model = next((m for m in models if m["name"] == body.get("model")), models[0])
+        if body.get("dense"):
+            return "dense: as requested"
+        return "verified" if "n_probes" in body else model["decoding"]
+
 
 async def _disconnected(receive):
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _stream(pieces, dense, send):
+async def _stream(pieces, decoding, send):
     async def write(line, more=True):
         body = f"{line}\n\n".encode()
         await send({"type": "http.response.body", "body": body, "more_body": more})
@@ -122,8 +129,8 @@ async def _stream(pieces, dense, send):
             n_tokens += 1
             await event(piece if isinstance(piece, dict) else {"content": piece})
     await event({}, finish_reason="stop")
-    await write(f": decoding {'dense: as requested' if dense else 'verified'}")
-    await write(f": {SPEEDS[dense]:.2f} tokens/s")
+    await write(f": decoding {decoding}")
+    await write(f": {SPEEDS[decoding.startswith('dense')]:.2f} tokens/s")
     usage = {"prompt_tokens": 5, "completion_tokens": n_tokens}
     await write(f"data: {json.dumps({'choices': [], 'usage': usage})}")
     await write("data: [DONE]", more=False)

@@ -50,12 +50,12 @@ def test_first_use_builds_and_the_second_does_not(folder, quick, capfd, flash_he
     (entry,) = cache.entries()
     assert output == ""
     assert "Building the FlashHead of My-Model, which takes at most about" in errors
-    assert f"It is kept in {entry.folder}." in errors
+    assert f"It is kept in {entry.path}." in errors
     for bar in ("Reading built-in text", "Clustering", "Fitting", "Measuring"):
         assert f"{bar}: 100%" in errors
     assert "differs" not in errors  # the table is for those who convert
-    assert entry.folder.is_relative_to(flash_head_home)
-    assert {path.name for path in entry.folder.iterdir()} == {FILE_NAME, SETTINGS_NAME}
+    assert entry.path.is_relative_to(flash_head_home)
+    assert {path.name for path in entry.path.iterdir()} == {FILE_NAME, SETTINGS_NAME}
     again = get_flash_head(load(str(folder))[0])
     assert capfd.readouterr() == ("", "")
     assert mx.array_equal(again.clustered.token_ids, first.clustered.token_ids)
@@ -139,7 +139,7 @@ def test_heads_that_are_not_supported():
 def test_a_damaged_entry_is_built_anew(folder, quick, capfd, kept):
     load(str(folder))
     (entry,) = cache.entries()
-    file = entry.folder / FILE_NAME
+    file = entry.path / FILE_NAME
     content = file.read_bytes()
     file.write_bytes(content[: int(kept * len(content))])
     capfd.readouterr()

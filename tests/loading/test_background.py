@@ -8,8 +8,8 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead import get_flash_head, stream_generate
+from mlx_flashhead.loading import background, tuned
 from mlx_flashhead.loading import head_cache as cache
-from mlx_flashhead.loading import tuned
 from mlx_flashhead.loading.background import IdleBuild, background_build
 from mlx_flashhead.loading.sources import HeadOptions
 from mlx_flashhead.lossless.tuning import Tuning
@@ -82,13 +82,27 @@ def test_a_dropped_build_leaves_nothing(loaded, flash_head_home, n_steps):
     assert get_flash_head(model) is not None
 
 
-def test_another_process_builds(loaded):
+@pytest.mark.parametrize("dies", [False, True])
+def test_another_process_builds(loaded, monkeypatch, dies):
+    """The second one takes what the first has built, or builds itself where that one has died."""
+    monkeypatch.setattr(background, "LOCK_SECONDS", 0.0)
     model, tokenizer = loaded
-    first, second = build_of(model, tokenizer), build_of(model, tokenizer)
+    other, _ = mlx_lm.load(str(loaded[1].name_or_path))
+    first, second = build_of(model, tokenizer), build_of(other, tokenizer)
     assert first.advance()
-    assert not second.advance()
-    assert not second.install()
-    first.drop()
+    assert all(second.advance() for _ in range(5)) and not second.install()
+    left_alone = background_build(other, tokenizer, Path("model"), OPTIONS, waits=False)
+    assert not left_alone.advance() and not left_alone.install()
+    if dies:
+        first.drop()
+    else:
+        while first.advance():
+            second.advance()
+    steps = 0
+    while second.advance():
+        steps += 1
+    assert second.install() and get_flash_head(other) is not None
+    assert (steps > 10) == dies and len(cache.entries()) == 1
 
 
 def test_a_thread_builds_while_nothing_is_written(loaded):

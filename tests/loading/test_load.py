@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from contextlib import suppress
 
 import mlx.core as mx
 import mlx_lm
 import pytest
 
 from mlx_flashhead.index.files import write_index
-from mlx_flashhead.loading.load import load
+from mlx_flashhead.loading.load import load, load_with_head
+from mlx_flashhead.loading.sources import REFUSE, HeadOptions
 from mlx_flashhead.models import dense
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.install import get_flash_head
@@ -129,3 +131,31 @@ def test_adapters_that_are_none(folder, tmp_path, content):
         f"adapters in {adapters} cannot be put on this model",
         "check `adapter_path`",
     )
+
+
+HOSTILE = [b"", b"[]", b"null", b"[" * 100_000, b"\xff", b'{"model_type": "../../x"}'] + [
+    json.dumps({key: value}).encode()
+    for key, value in (
+        *((key, 1e300) for key in ("hidden_size", "num_hidden_layers", "vocab_size")),
+        *(("num_attention_heads", value) for value in (0, -1, [], "x")),
+        *(("eos_token_id", value) for value in ("x", {}, 1e300)),
+        *(("rope_scaling", value) for value in (0, [1], "x")),
+        ("quantization", {"bits": 1e9}),
+        ("quantization_config", 0),
+        ("flash_head", {"version": [1]}),
+    )
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:30]))
+def test_hostile_settings_of_a_model(tmp_path, text):
+    folder = write_model(tmp_path / "model")
+    config = (folder / "config.json").read_bytes()
+    good, changes = json.loads(config), None
+    with suppress(ValueError, RecursionError):
+        changes = json.loads(text)
+    whole = isinstance(changes, dict) and "model_type" not in changes
+    (folder / "config.json").write_bytes(json.dumps(good | changes).encode() if whole else text)
+    with pytest.raises(ValueError) as caught:
+        load_with_head(folder, HeadOptions(missing=REFUSE, progress=False))
+    assert "\n" not in str(caught.value)

@@ -1,7 +1,6 @@
-"""Forms of architectures: what docs/architectures.md says of them, and whether it is so."""
+"""Forms of architectures: what scripts/architectures.json says of them, and whether it is so."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from architecture_configs import VOCAB_SIZE
-from architectures import SERVED, Form
+from architectures import Form
 from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.build import build_index
 from mlx_flashhead.conversion.options import IndexOptions
@@ -22,27 +21,6 @@ from tiny_models import install_index
 
 CLUSTER_SIZE, N_PROBES = 16, 4
 EOS = 7
-
-
-def documented(part: str) -> dict[str, tuple[Form, Form]]:
-    """The untied and the tied form of each architecture, as a part of the document has them."""
-    found: dict[str, tuple[Form, Form]] = {}
-    for line in part.splitlines():
-        if line.startswith("| ") and not line.startswith("| architecture"):
-            name, *cells = line.strip("| ").split(" | ")
-            bits = [int(n) if n.isdigit() else None for n in "".join(cells[2:]).split(", ")]
-            found[name] = tuple(
-                Form(cell, bits=of_form if cell.startswith(SERVED) else None)
-                for cell, of_form in zip(cells[:2], (bits[0], bits[-1]), strict=True)
-            )
-        elif line.startswith("- "):
-            form, _, reason = line[2:].partition(": ")
-            name, _, which = form.partition(" ")
-            found[name] = tuple(
-                replace(known, reason=reason) if which in ("", how) else known
-                for how, known in zip(("untied", "tied"), found[name], strict=True)
-            )
-    return found
 
 
 def by_form(found: dict[str, tuple[Form, Form]], wanted: Callable[[Form], bool]):

@@ -1,6 +1,6 @@
 """Every architecture of mlx-vlm that takes text through FlashHead, and pictures through towers.
 
-The cases are those that docs/architectures.md names, as in `test_architectures.py`.
+The cases are those that scripts/architectures.py has recorded, as in `test_architectures.py`.
 """
 
 import mlx.core as mx
@@ -14,14 +14,13 @@ from mlx_vlm.models.cache import make_prompt_cache
 import architectures as script
 from architecture_configs import VOCAB_SIZE
 from emulated_mlx_lm import emulated
-from form_checks import by_form, check_form, check_refused, documented
+from form_checks import by_form, check_form, check_refused
 from mlx_flashhead.models.libraries import embeddings
 from mlx_flashhead.models.locate import find_head
 from vlm_configs import PICTURES
 from vlm_models import picture, tiny_vlm, vlm_architectures
 
-PART = "".join(script.DOCUMENT.read_text(encoding="utf-8").partition(f"\n{script.VLM_HEADING}")[1:])
-FOUND = documented(PART)
+FOUND = script.recorded("mlx_vlm")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,14 +31,12 @@ def _on_this_machine():
     mx.enable_compile()
 
 
-def test_document_is_what_the_script_writes():
+def test_every_architecture_is_recorded():
     """Each of its forms is looked at below."""
     assert list(FOUND) == vlm_architectures(), (
         "run `python scripts/architectures.py`; if it says 'not tested', give the architecture a "
         "line in tests/helpers/vlm_configs.py"
     )
-    assert script.vlm_document(FOUND) == PART
-    assert script.UNTESTED not in PART
     assert sum(any(form.served for form in forms) for forms in FOUND.values()) >= 190
 
 

@@ -199,11 +199,3 @@ def test_notice(tmp_path, licence):
     write_notice(licence, tmp_path)
     write_notice(None, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["Notice"]
-
-
-def test_what_is_a_file_of_a_licence(tmp_path):
-    names = {"LICENSE", "LICENCE.md", "LICENSE.txt", "USE_POLICY.md", "NOTICE", "Notice.txt"}
-    for name in names | {"README.md", "config.json"}:
-        (tmp_path / name).write_text("")
-    (tmp_path / "LICENSES").mkdir()
-    assert {path.name for path in licence_files(tmp_path)} == names

@@ -83,7 +83,7 @@ def test_load_asks_the_network_for_what_is_named_alone(hub, tmp_path):
     mlx_flashhead.load(str(dense), progress=False)  # builds
     assert hub.requests == []
     (kept,) = entries()
-    address = publish(kept.folder, license="mit")
+    address = publish(kept.path, license="mit")
     assert address == f"{hub.url}/me/Tiny-FlashHead"
     assert {FILE_NAME, SETTINGS_NAME, "README.md"} == {*hub.files("me/Tiny-FlashHead")}
     put_model(hub, "me/Tiny", dense)

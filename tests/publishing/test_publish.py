@@ -206,11 +206,8 @@ def test_what_the_hub_would_refuse_is_said_before_the_conversion(
     "name, licence, expected",
     [
         ("my  model--v1..2", "mit", "my-model-v1-2-FlashHead-fp32"),
-        ("-.x.-", "mit", "x-FlashHead-fp32"),
         ("ß", "mit", "model-FlashHead-fp32"),
-        ("Tiny-fp32", "mit", "Tiny-FlashHead-fp32"),
         ("Tiny-FlashHead-fp32", "mit", "Tiny-FlashHead-fp32"),
-        ("a" * 200, "mit", "a" * 81 + "-FlashHead-fp32"),
         ("a" * 80 + "-b", "mit", "a" * 80 + "-FlashHead-fp32"),
         ("Meta-Llama-3-8B", "llama3", "Llama-3-8B-FlashHead-fp32"),
         ("Meta-Llama-3.1-8B", "llama3.1", "Llama-3.1-8B-FlashHead-fp32"),

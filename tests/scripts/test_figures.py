@@ -4,15 +4,21 @@ import json
 import sys
 from functools import partial
 
+import pytest
+
+import apple_estimates
 import architectures
+import finer_heads
+import grid
 import mlx_flashhead
-from figures import grid
 from model_folders import write_model
 
 
 def test_the_grid_has_every_case_and_continues(run, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(grid, "BATCHES", (1, 2))
+    monkeypatch.setattr(grid, "PAGE", tmp_path / "page.md")
+    grid.PAGE.write_text("<!-- grid -->\n<!-- end of grid -->\n")
     convert = partial(mlx_flashhead.convert, calibration="none", progress=False)
     monkeypatch.setattr(mlx_flashhead, "convert", convert)
     folder, file = write_model(tmp_path / "model", hidden_size=128), tmp_path / "grid.json"
@@ -33,6 +39,60 @@ def test_the_grid_has_every_case_and_continues(run, tmp_path, monkeypatch):
     run(grid, folder, *flags)
     *kept, new = json.loads(file.read_text())["cases"]
     assert kept == first["cases"] and new["batch"] == removed["batch"]
+    lines = grid.PAGE.read_text().splitlines()
+    assert len(lines) == 6 and f" {new['ratio']['median']:.2f} |" in lines[4]
+
+
+def test_an_estimate_by_hand():
+    """Llama-3.2-1B on an M1 with a 4-bit head, from the fitted constants."""
+    chip, model = apple_estimates.chips()["m1"], apple_estimates.models()["llama-3.2-1b"]
+    assert model.body == 16 * (2048 * 64 * 2 * (32 + 8) + 3 * 2048 * 8192)
+    body = model.body * 0.5625 / chip.gb_s / 1e3 + (16 * 12 + 2) * chip.launch_us
+    assert apple_estimates.dense_us(model, chip, 4, 0) == pytest.approx(body)
+    head = (128256 * 2048 * 0.5625 + 2 * 128256) / chip.gb_s / 1e3 + 3 * chip.launch_us
+    dense = body + head + 2 * 128256 / 13e3
+    assert apple_estimates.dense_us(model, chip, 4, 4) == pytest.approx(dense)
+    assert apple_estimates.ceiling("llama-3.2-1b", "m1", 4) == pytest.approx(dense / body)
+    # five states are five reads of the rows there, and 32 cost as much as 6
+    verify_us = [apple_estimates.verify_us(model, chip, 4, k, "greedy") for k in (1, 5, 6, 32)]
+    assert verify_us[1] > 4 * verify_us[0] and verify_us[3] < 1.1 * verify_us[2]
+    gain = apple_estimates.gain("llama-3.2-1b", "m1", 4)
+    assert 1 < gain < dense / body
+
+
+@pytest.mark.parametrize("key", ["tokens_per_second", "chip"])
+def test_public_speeds_that_are_left_out_are_estimated(key):
+    errors = abs(apple_estimates.left_out(key))
+    assert len(errors) >= 70 and sorted(errors)[len(errors) // 2] <= 0.12
+
+
+def test_the_pages_have_the_estimates():
+    for (name, marker), lines in apple_estimates.BLOCKS.items():
+        page = apple_estimates.CHECKOUT / name
+        if page.exists():
+            text = page.read_text(encoding="utf-8")
+            assert apple_estimates.with_block(text, marker, lines()) == text, name
+    assert apple_estimates.with_block("<!-- a -->\nb\n<!-- end of a -->", "a", ["c"]) == (
+        "<!-- a -->\nc\n<!-- end of a -->"
+    )
+
+
+def test_a_finer_head_is_nearer_to_the_model_as_it_is(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(finer_heads, "PAGE", tmp_path / "page.md")
+    convert = partial(mlx_flashhead.convert, calibration="none", progress=False)
+    monkeypatch.setattr(mlx_flashhead, "convert", convert)
+    folder, file = write_model(tmp_path / "model", hidden_size=128), tmp_path / "heads.json"
+    finer_heads.PAGE.write_text("<!-- heads -->\n<!-- end of heads -->\n")
+    flags = ("--json", file, "--positions", 100, "--work", tmp_path / "work", "--rounds", 1)
+    assert run(finer_heads, folder, *flags, "--quality")[0] == 0
+    assert run(finer_heads, folder, *flags, "--speed", "--tokens", 2)[0] == 0
+    figures = json.loads(file.read_text())
+    of_model, speeds = figures["quality"]["model"], figures["speed"]["model"]
+    assert of_model["unquantized"]["kl"] == 0 and of_model["unquantized"]["same"] == 1
+    assert 0 < of_model["8"]["kl"] < of_model["4"]["kl"]
+    assert of_model["4"]["head_mb"] * 2 / 0.5625 == pytest.approx(of_model["16"]["head_mb"])
+    assert {name.split(",")[0] for name in speeds} == {"4", "6", "8", "16"} and len(speeds) == 8
+    assert f"{speeds['8, tuned']['tokens_per_second']:.1f} |" in finer_heads.PAGE.read_text()
 
 
 def test_architectures_need_their_extra(run, monkeypatch):

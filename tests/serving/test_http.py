@@ -1,13 +1,8 @@
 """The server in a process of its own, driven by OpenAI's client."""
 
 import json
-import re
-import socket
-import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 
 import mlx.core as mx
 import openai
@@ -15,11 +10,9 @@ import pytest
 
 import mlx_flashhead
 from mlx_flashhead.serving.protocol.api_error import loads
-from model_folders import VOCAB_SIZE
 
 MESSAGES = [{"role": "user", "content": "One day"}]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
-N_CLUSTERS = -(-VOCAB_SIZE // 16)
 TOKENS = 12
 
 
@@ -139,7 +132,7 @@ def test_models_have_names_and_no_paths(http_server, client, flash, random_model
     first, second = request(http_server, "/page/info.json")[1]["models"]
     n_probes = mlx_flashhead.get_flash_head(flash[0]).n_probes
     known = {"dense": False, "decoding": "verified", "flash_head": "verified"}
-    known |= {"n_probes": n_probes, "n_clusters": N_CLUSTERS}
+    known |= {"n_probes": n_probes}
     assert (first, second["name"]) == ({"name": "mine"} | known, "chain")
 
 
@@ -188,27 +181,6 @@ def test_two_answers_of_a_form_are_the_packages(client, flash, stream):
     assert json.loads(expected).keys() == {"name", "on"}
 
 
-def test_an_ambiguous_grammar_stops_nobody_else(client):
-    """Its 16 texts end with a sentence, and another client's goes on meanwhile."""
-    choices = " | ".join(" ".join(["s"] * n) for n in range(2, 65))
-    grammar = {"grammar": f'start: s\ns: {choices} | "a"'}
-    arrived = []
-
-    def other():
-        for _ in chat(client, stream=True, max_tokens=300, logit_bias={"50": 100}):
-            arrived.append(time.monotonic())
-
-    with ThreadPoolExecutor(1) as pool:
-        text = pool.submit(other)
-        while len(arrived) < 5:
-            time.sleep(0.01)
-        with pytest.raises(openai.BadRequestError, match=r"cannot be followed any further \(.*\)"):
-            chat(client, extra_body=grammar, n=16)
-        text.result()
-    assert len(arrived) >= 300
-    assert max(after - before for before, after in pairwise(arrived)) < 5  # 0.1 to 0.4 by itself
-
-
 CHAT = {"messages": MESSAGES}
 FITS_NOTHING = {"name": "x", "schema": {"$ref": "#"}}
 NO_TEXT = {"response_format": {"type": "json_schema", "json_schema": FITS_NOTHING}}
@@ -238,58 +210,8 @@ def test_mistakes_are_told(http_server, path, body, status, field, said):
     assert answer["error"]["type"] == "invalid_request_error"
 
 
-def lines(server, pattern):
-    """Those of the log that match."""
-    return [line for line in server.log().splitlines() if re.search(f"{pattern}$", line)]
-
-
-def next_line(server, pattern, before):
-    """The line that comes after so many."""
-    until = time.monotonic() + 20
-    while len(found := lines(server, pattern)) == before:
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return found[-1]
-
-
-def send(server, **fields):
-    """A connection on which a chat was asked for."""
-    body = json.dumps(CHAT | {"logit_bias": {"50": 100}} | fields).encode()
-    host, port = server.url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=20)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
-    head += f"Authorization: Bearer {server.token}\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection.sendall(head.encode() + body)
-    return connection
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_is_logged_and_not_computed_for(http_server, stream):
-    gone = "POST /v1/chat/completions .*the client has left.*"
-    before = len(lines(http_server, gone))
-    with send(http_server, max_tokens=400, stream=stream) as connection:
-        connection.sendall(b"\r\n")  # as some clients do
-        if stream:
-            connection.recv(1)
-    line = next_line(http_server, gone, before)
-    assert int(line.split(" + ")[1].split()[0]) < 400
-
-
-def test_the_log_has_a_line_for_each_request_and_no_prompt(http_server, client):
+def test_health_says_what_is_used_and_the_log_has_no_prompt(http_server):
     """Last in this file: after all of the above, the server is as it was."""
-    status, health = request(http_server, "/health")
     verified = {"mine": "verified", "chain": "verified"}
-    assert (status, health) == (200, {"status": "ok", "decoding": verified})
-    answered = (
-        r"[-0-9]+ [:0-9]+ \S+ POST /v1/completions 200, [.0-9]+ s, mine, "
-        r"8 \+ 3 tokens, [.0-9]+ tokens/s, verified"
-    )
-    refused = r".* POST /v1/completions 400, [.0-9]+ s"
-
-    before = {pattern: len(lines(http_server, pattern)) for pattern in (answered, refused)}
-    complete(client, "a secret", max_tokens=3)
-    with pytest.raises(openai.BadRequestError):
-        complete(client, "a secret", extra_body={"secret": 1})
-    for pattern, number in before.items():
-        next_line(http_server, pattern, number)
-    assert not [word for word in ("secret", "Traceback") if word in http_server.log()]
+    assert request(http_server, "/health") == (200, {"status": "ok", "decoding": verified})
+    assert not [word for word in ("One day", "Traceback") if word in http_server.log()]

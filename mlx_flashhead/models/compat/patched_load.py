@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx_lm
 
-from .imports import put_in_place, when_imported
+from .patching import put_in_place, when_imported
 
 Load = Callable[..., Any]
 Wrap = Callable[[Load], Load]

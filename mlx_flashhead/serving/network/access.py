@@ -39,6 +39,11 @@ PUBLIC_PATHS = frozenset({"/manifest.webmanifest", "/apple-touch-icon.png"})
 # token, since browsers keep addresses in their histories.
 QUERY_PATHS = frozenset({"/", "/manifest.webmanifest"})
 BODY_SECONDS = 60.0
+_CROSS_ORIGIN_HEADERS = {
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Vary": "Origin",
+}
 
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
 
@@ -163,14 +168,14 @@ class FrontDoor:
         scope["state"]["notes"] = notes
         scope["app"] = self  # the router raises its 404 and 405 then
         exchange = _Exchange(self.access, scope, receive, send)
-        began = time.monotonic()
+        began, response = time.monotonic(), None
         try:
             response = await self._answer(scope, exchange)
             if response is not None:
                 await response(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             notes.append("the client has left")
-        if notes or exchange.status >= 400:
+        if notes or (response is not None and exchange.status >= 400):
             line = " ".join((scope["client"][0], scope["method"], self._loggable(scope["path"])))
             parts = [f"{exchange.status or '-'}", f"{time.monotonic() - began:.2f} s", *notes]
             logger.info("%s %s", line, ", ".join(parts))
@@ -238,18 +243,14 @@ class _Exchange:
         await self._send(message)
 
     def _add_headers(self, headers: MutableHeaders) -> None:
-        access = self._access
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         if self.status in (429, 503):
             headers["Retry-After"] = "2"
-        if self._scope["path"] == "/" and (token := access.shown_token(self._scope)):
+        if self._scope["path"] == "/" and (token := self._access.shown_token(self._scope)):
             headers["Set-Cookie"] = f"{COOKIE}={token}; {_COOKIE_SETTINGS}"
-        if (origin := access.cross_origin(Headers(scope=self._scope))) is not None:
-            headers["Access-Control-Allow-Origin"] = origin
-            headers["Access-Control-Allow-Methods"] = "GET, POST"
-            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
-            headers["Vary"] = "Origin"
+        if (origin := self._access.cross_origin(Headers(scope=self._scope))) is not None:
+            headers.update({"Access-Control-Allow-Origin": origin, **_CROSS_ORIGIN_HEADERS})
 
 
 async def read_body(request: Request) -> bytes:

@@ -8,7 +8,7 @@ request, and would then not see that the client has left.
 import sys
 from asyncio import TimerHandle, Transport
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -147,8 +147,3 @@ class Connection(H11Protocol):
     def _complete(self) -> bool:
         """Whether the request has been received."""
         return self.cycle is not None and not self.cycle.more_body
-
-
-def connection_factory(connections: Connections) -> Callable[..., Connection]:
-    """What uvicorn makes each connection with."""
-    return lambda **options: Connection(connections, **options)

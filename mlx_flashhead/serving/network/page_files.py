@@ -21,7 +21,7 @@ _TYPES = {
     ".webmanifest": "application/manifest+json",
 }
 # Allows the page's own files only, without scripts or styles in the text or a frame around it.
-# Only DOMPurify may turn a text into HTML, and offline.js start a worker.
+# Only DOMPurify may turn a text into HTML, and connection.js start a worker.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; "
     "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; "

@@ -1,4 +1,4 @@
-// The server's API: the model's name and defaults, and streamed answers.
+// The server's API: the models and defaults, streamed answers, and an answer in progress.
 
 // kind: "token" (the server needs another one), "away" (no connection), "refused" (with a reason).
 export class ServerError extends Error {
@@ -18,7 +18,7 @@ async function request(path, options = {}) {
     throw new ServerError("away", AWAY);
   }
   if (response.ok) return response;
-  if (response.status === 401) throw new ServerError("token", "The server asks for its token.");
+  if (response.status === 401) throw new ServerError("token", "The server needs its token.");
   const text = await response.text().catch(() => "");
   throw new ServerError("refused", reason(text) || `The server answered ${response.status}.`);
 }
@@ -39,9 +39,10 @@ export async function unlock(token) {
   await request(`/?token=${encodeURIComponent(token.trim())}`);
 }
 
-// Yields {read, text, reasoning, finish, speed, usage}, each optional, until the answer is complete.
-// read is the share of the question that the model has read, 0 … 1; speed is in tokens/s.
-export async function* ask(messages, settings, signal) {
+// Yields {read, text, reasoning, finish, decoding, speed, usage}, each optional, until the answer is
+// complete. read is the share of the question that the model has read, 0 … 1; speed is in tokens/s;
+// decoding is the server's word for how the tokens were chosen.
+async function* ask(messages, settings, signal) {
   const response = await request("/v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
@@ -57,6 +58,8 @@ export async function* ask(messages, settings, signal) {
     if (comment) {
       const [, done, total] = comment.match(/^prompt (\d+)\/(\d+)$/) ?? [];
       if (total) yield { read: done / total };
+      const [, decoding] = comment.match(/^decoding (.+)$/) ?? [];
+      if (decoding) yield { decoding };
       const [, speed] = comment.match(/^([\d.]+) tokens\/s$/) ?? [];
       if (speed) yield { speed: Number(speed) };
       continue;
@@ -93,5 +96,83 @@ async function* events(reader) {
       if (line.startsWith("data:")) yield { data: line.slice(5).trim() };
       if (line.startsWith(":")) yield { comment: line.slice(1).trim() };
     }
+  }
+}
+
+// One answer in progress: sends the question, fills the message, measures.
+export class Run {
+  // message: the answer, still empty. changed() is called whenever it has grown.
+  constructor(messages, message, settings, changed) {
+    this.messages = messages;
+    this.message = message;
+    this.settings = settings;
+    this.changed = changed;
+    this.controller = new AbortController();
+  }
+
+  stop() {
+    this.controller.abort();
+    Object.assign(this.message, { running: false, stopped: true });
+  }
+
+  // Resolves when the answer has ended, to the ServerError if there was one.
+  async finish() {
+    const clock = new Clock();
+    let failure = null;
+    try {
+      for await (const part of ask(this.messages, this.settings, this.controller.signal)) {
+        this.take(part, clock);
+      }
+    } catch (error) {
+      if (!this.controller.signal.aborted) failure = this.fail(error);
+    }
+    this.message.running = false;
+    delete this.message.read;
+    if (clock.tokens) this.message.stats = clock.stats();
+    this.changed();
+    return failure;
+  }
+
+  take({ read, text, reasoning, finish, decoding, speed, usage }, clock) {
+    if (read !== undefined) this.message.read = read;
+    if (text || reasoning) clock.tick();
+    if (reasoning) this.message.reasoning = (this.message.reasoning ?? "") + reasoning;
+    if (text) this.message.content += text;
+    if (finish) this.message.finish = finish;
+    if (decoding) this.message.decoding = decoding;
+    if (speed) clock.speed = speed;
+    if (usage) clock.tokens = usage.completion_tokens;
+    this.changed();
+  }
+
+  fail(error) {
+    const known = error instanceof ServerError;
+    this.message.error = known ? error.message : `Something went wrong: ${error.message}`;
+    return known ? error : null;
+  }
+}
+
+// The times of an answer. The server reports its speed and its number of tokens at the end. For an
+// answer that is stopped, pieces of one or a few tokens are counted here.
+class Clock {
+  constructor() {
+    this.start = performance.now();
+    this.first = null;
+    this.last = null;
+    this.tokens = 0;
+    this.speed = null;
+  }
+
+  tick() {
+    this.last = performance.now();
+    this.first ??= this.last;
+    this.tokens += 1;
+  }
+
+  stats() {
+    const first = this.first ?? this.start;
+    const seconds = (this.last - first) / 1000;
+    const counted = this.tokens > 1 && seconds > 0 ? (this.tokens - 1) / seconds : null;
+    return { tokens: this.tokens, speed: this.speed ?? counted, first: (first - this.start) / 1000 };
   }
 }

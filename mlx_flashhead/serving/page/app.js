@@ -1,21 +1,23 @@
 // The chat: ties the parts of the page together.
 
+import { Run } from "./api.js";
 import { compare } from "./compare.js";
-import { drawComposer, focusComposer, useComposer } from "./composer.js";
-import { connect, lost } from "./connection.js";
-import { chatTitle, fromFile, newChat, requestMessages, toFile } from "./conversation.js";
-import { saveFile } from "./dom.js";
-import { closeHistory, drawHistory, useImport } from "./history.js";
-import { defaultInstructions, showInstructions, useInstructions } from "./instructions.js";
+import { drawComposer, focusComposer, follow, useComposer } from "./composer.js";
+import { connect, keepPage, lost, refresh } from "./connection.js";
+import { chatTitle, fromFile, newChat, rename, requestMessages, toFile } from "./conversation.js";
+import { notify, saveFile } from "./dom.js";
+import { closeHistory, drawHistory, isHistoryOpen, useImport } from "./history.js";
 import { model, severalModels, useModels } from "./models.js";
-import { tell } from "./notice.js";
-import { keepPage } from "./offline.js";
-import { onPreference } from "./preferences.js";
-import { openSettings, requestSettings, useDefaults } from "./settings.js";
-import { Run } from "./run.js";
+import {
+  defaultInstructions,
+  openSettings,
+  requestSettings,
+  showInstructions,
+  useDefaults,
+  useInstructions,
+} from "./settings.js";
 import * as store from "./store.js";
 import { drawActions, drawChat, drawMessage, drawSystem, isEditing } from "./view.js";
-import { follow } from "./viewport.js";
 
 const SAVE_MS = 500; // between savings while an answer grows
 const exportButton = document.getElementById("export");
@@ -27,7 +29,7 @@ let current = null;
 const handlers = () => ({
   edit,
   again,
-  ...(model().n_clusters && { compare: compareWith }),
+  ...(model().flash_head && { compare: compareWith }),
 });
 
 function open(chat) {
@@ -37,6 +39,17 @@ function open(chat) {
   drawChat(current, handlers());
   drawFrame();
   store.saveCurrent(chat.id);
+  focusComposer();
+}
+
+function begin() {
+  open(current.messages.length ? newChat(defaultInstructions()) : current);
+}
+
+function renameChat(chat, text) {
+  rename(chat, text);
+  save(chat);
+  drawFrame();
 }
 
 function remove(chat) {
@@ -67,7 +80,7 @@ function reload(id) {
 function drawFrame() {
   document.getElementById("title").textContent = chatTitle(current);
   exportButton.hidden = !current.messages.length;
-  drawHistory(chats, current, { open, remove });
+  drawHistory(chats, current, { open, rename: renameChat, remove });
   showRoom();
   showInstructions(current);
   drawComposer(runs.has(current));
@@ -82,7 +95,7 @@ function save(chat) {
   if (!other) return;
   if (chat === current) store.saveCurrent(chat.id);
   reload(other);
-  tell("Another window has changed this conversation, too: both are kept.");
+  notify("Another window has changed this conversation, too: both are kept.");
 }
 
 function toFront(chat) {
@@ -110,19 +123,19 @@ function again() {
 }
 
 function compareWith(message) {
-  if (runs.size) tell("An answer is still growing: compare when it is complete.");
-  else compare(requestMessages(current, current.messages.indexOf(message)), lost);
+  if (runs.size) notify("An answer is still growing: compare when it is complete.");
+  else compare(requestMessages(current, current.messages.indexOf(message)), refresh, lost);
 }
 
 async function answer(chat) {
-  const asked = requestMessages(chat);
+  const messages = requestMessages(chat);
   const message = { role: "assistant", content: "", running: true };
   if (severalModels()) message.model = model().name;
   chat.messages.push(message);
   toFront(chat);
   store.saveCurrent(chat.id);
 
-  const run = new Run(asked, message, requestSettings(), painter(chat, message));
+  const run = new Run(messages, message, requestSettings(), painter(chat, message));
   runs.set(chat, run);
   save(chat);
   drawChat(chat, handlers());
@@ -163,7 +176,7 @@ async function importFile(file) {
     open(chat);
   } catch (error) {
     closeHistory();
-    tell(error.message);
+    notify(error.message);
   }
 }
 
@@ -173,12 +186,20 @@ useInstructions((chat) => {
   save(chat);
   drawSystem(chat);
 });
-onPreference(() => drawActions(current, handlers())); // another model may have no FlashHead
+store.onPreference(() => drawActions(current, handlers())); // another model may have no FlashHead
 document.getElementById("show-system").addEventListener("click", openSettings);
 exportButton.addEventListener("click", () => saveFile(toFile(current, model().name ?? "")));
-document.getElementById("new-chat").addEventListener("click", () => {
-  open(current.messages.length ? newChat(defaultInstructions()) : current);
-  focusComposer();
+document.getElementById("new-chat").addEventListener("click", begin);
+// Ctrl-K deletes to the end of a line on a Mac.
+const command = /Mac|iP/.test(navigator.platform) ? "metaKey" : "ctrlKey";
+document.addEventListener("keydown", (event) => {
+  if (event.isComposing || document.querySelector("dialog[open]")) return;
+  if (event.key === "Escape" && isHistoryOpen()) closeHistory();
+  else if (event.key === "Escape") runs.get(current)?.stop();
+  else if (event[command] && !event.shiftKey && !event.altKey && event.key.toLowerCase() === "k") {
+    event.preventDefault();
+    begin();
+  }
 });
 // Some browsers break answers off before they hide the page, which looks like a lost server.
 for (const event of ["beforeunload", "pagehide"]) {

@@ -1,39 +1,71 @@
-// The same question with FlashHead and without: one after the other, so that each has the whole
-// machine, side by side on the screen.
+// The same question with FlashHead and with the normal (dense) head: one after the other, so that
+// each has the whole machine, side by side on the screen.
 
-import { notice } from "./actions.js";
+import { Run } from "./api.js";
 import { element } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
-import { Run } from "./run.js";
+import { explain, isDense, model, reason } from "./models.js";
 import { drawsRandomly, requestSettings } from "./settings.js";
+import { figuresOf, notice } from "./view.js";
 
 const dialog = document.getElementById("compare");
 const verdict = document.getElementById("verdict");
-const SIDES = [
-  { name: "FlashHead", dense: false },
-  { name: "Dense", dense: true },
-];
-let asked = null; // {messages, onFailure}
+const sidesNode = document.getElementById("sides");
+const againButton = document.getElementById("compare-again");
+let question = null; // {messages, onFailure}
+let forced = false; // whether FlashHead is used where the server would not
 let run = null;
 
-// messages: of the request, with the question as their end. onFailure(error) hears of a ServerError.
-export function compare(messages, onFailure) {
-  asked = { messages, onFailure };
+// messages: of the request, with the question as their end. refresh() reads the server's info again,
+// as a FlashHead may have been built meanwhile; onFailure(error) hears of a ServerError.
+export async function compare(messages, refresh, onFailure) {
+  question = { messages, onFailure };
+  forced = false;
   document.getElementById("compare-question").textContent = messages.at(-1).content;
+  againButton.hidden = true;
+  verdict.textContent = "";
+  sidesNode.replaceChildren();
   dialog.showModal();
-  start();
+  await refresh();
+  if (!dialog.open) return;
+  if (isDense(model().flash_head)) offer();
+  else start();
+}
+
+// A dense model would be compared with itself.
+function offer() {
+  verdict.textContent = nothingToCompare(model().flash_head);
+  const force = () => {
+    forced = true;
+    start();
+  };
+  const properties = { type: "button", className: "primary", onclick: force };
+  sidesNode.replaceChildren(element("button", properties, "Compare with FlashHead forced on"));
+}
+
+function nothingToCompare(decoding) {
+  const why = reason(decoding);
+  const dense = `This model answers with its normal (dense) head${why && `: ${why}`}.`;
+  return `${dense} There is nothing to compare.`;
 }
 
 async function start() {
   run?.stop();
+  againButton.hidden = false;
   const seed = drawsRandomly() ? { seed: Math.floor(Math.random() * 2 ** 32) } : {};
-  const sides = SIDES.map((side) => ({ ...side, ...drawSide(side.name) }));
-  document.getElementById("sides").replaceChildren(...sides.map(({ node }) => node));
+  const sides = [
+    { name: "FlashHead", dense: false, forced },
+    { name: "Normal head", dense: true, forced: false },
+  ].map((side) => ({ ...side, ...drawSide(side.name) }));
+  sidesNode.replaceChildren(...sides.map(({ node }) => node));
   const answers = [];
-  for (const { name, dense, body, speed, figures } of sides) {
+  for (const side of sides) {
+    const { name, dense, body } = side;
     verdict.textContent = `${name} answers …`;
     const answer = { role: "assistant", content: "", running: true };
-    const mine = new Run(asked.messages, answer, { ...requestSettings(dense), ...seed }, () =>
+    const probes = side.forced ? { n_probes: model().n_probes } : {}; // which force FlashHead on
+    const settings = { ...requestSettings(dense), ...probes, ...seed };
+    const mine = new Run(question.messages, answer, settings, () =>
       renderMarkdown(body, answer.content || answer.reasoning || ""),
     );
     run = mine;
@@ -42,14 +74,14 @@ async function start() {
     if (answer.error) {
       verdict.textContent = "";
       body.append(notice(answer.error, start));
-      if (failure) asked.onFailure(failure);
+      if (failure) question.onFailure(failure);
       return;
     }
-    drawFigures(answer.stats, speed, figures);
+    drawFigures(answer, side);
     answers.push(answer);
   }
   run = null;
-  verdict.textContent = `${textsSentence(...answers)} ${speedSentence(...answers)}`.trim();
+  verdict.textContent = verdictOn(...answers);
 }
 
 function drawSide(name) {
@@ -60,10 +92,19 @@ function drawSide(name) {
   return { node: element("article", {}, head, body), body, speed, figures };
 }
 
-function drawFigures(stats, speed, figures) {
-  if (stats?.speed) speed.replaceChildren(stats.speed.toFixed(1), element("span", {}, " tokens/s"));
+function drawFigures(answer, { forced, speed, figures }) {
+  const rate = answer.stats?.speed;
+  if (rate) speed.replaceChildren(rate.toFixed(1), element("span", {}, " tokens/s"));
   else speed.textContent = "–";
-  if (stats) figures.textContent = `${stats.tokens} tokens · first after ${stats.first.toFixed(1)} s`;
+  const parts = answer.stats ? figuresOf(answer) : [];
+  figures.textContent = [...(forced ? ["forced on"] : []), ...parts].join(" · ");
+  figures.title = explain(answer.decoding);
+}
+
+// What the server reports of an answer comes before what it had announced.
+function verdictOn(flash, dense) {
+  if (isDense(flash.decoding)) return nothingToCompare(flash.decoding);
+  return `${textsSentence(flash, dense)} ${speedSentence(flash, dense)}`.trim();
 }
 
 const whole = ({ reasoning = "", content }) => `${reasoning}\n${content}`;
@@ -79,10 +120,11 @@ function textsSentence(flash, dense) {
 function speedSentence(flash, dense) {
   if (!flash.stats?.speed || !dense.stats?.speed) return "";
   const times = (flash.stats.speed / dense.stats.speed).toFixed(2);
-  return `FlashHead has ${times} times the speed in this run.`;
+  const name = flash.decoding === "unverified" ? "Unverified, FlashHead" : "FlashHead";
+  return `${name}${forced ? ", forced on," : ""} has ${times} times the speed in this run.`;
 }
 
-document.getElementById("compare-again").addEventListener("click", start);
+againButton.addEventListener("click", start);
 dialog.addEventListener("close", () => {
   run?.stop();
   run = null;

@@ -1,11 +1,12 @@
-// The input at the bottom: its text is kept while it is unsent.
+// The text box at the bottom. Its text is stored until it is sent.
 
-import { fitHeight, leaveKeyboard, sends } from "./dom.js";
+import { fitHeight, hasPointer, leaveKeyboard, sends } from "./dom.js";
 import { loadDraft, saveDraft } from "./store.js";
 
 const input = document.getElementById("input");
 const sendButton = document.getElementById("send");
 const stopButton = document.getElementById("stop");
+const KEYBOARD = 120; // pixels: more than a browser's bars, less than a keyboard
 let running = false;
 
 // handlers: {send(text), stop()}
@@ -27,7 +28,10 @@ export function useComposer(handlers) {
     event.preventDefault();
     send();
   });
-  stopButton.addEventListener("click", handlers.stop);
+  stopButton.addEventListener("click", () => {
+    handlers.stop();
+    focusComposer(); // the button goes
+  });
   input.addEventListener("input", () => {
     saveDraft(input.value);
     draw();
@@ -35,7 +39,8 @@ export function useComposer(handlers) {
   input.value = loadDraft();
 }
 
-export const focusComposer = () => input.focus();
+// On a touch screen a keyboard would cover the conversation.
+export const focusComposer = () => hasPointer.matches && input.focus();
 
 // isRunning: whether the conversation waits for an answer.
 export function drawComposer(isRunning) {
@@ -48,4 +53,18 @@ function draw() {
   sendButton.hidden = running;
   sendButton.disabled = !input.value.trim();
   fitHeight(input);
+}
+
+// Keeps the page inside its visible part. An on-screen keyboard on iOS covers the page without
+// making it smaller, and only the visual viewport shows it.
+export function follow(viewport, root = document.documentElement) {
+  const fit = () => {
+    if (Math.abs(viewport.scale - 1) > 0.01) return; // magnified with two fingers
+    root.style.setProperty("--height", `${viewport.height}px`);
+    root.style.setProperty("--top", `${viewport.offsetTop}px`);
+    root.classList.toggle("keyboard", root.clientHeight - viewport.height > KEYBOARD);
+  };
+  viewport.addEventListener("resize", fit);
+  viewport.addEventListener("scroll", fit);
+  fit();
 }

@@ -1,8 +1,10 @@
-// The state of the connection: the banner, and the dialog for the token.
+// The connection: the banner, the dialog for the token, and the worker that keeps the page's files
+// while the server is away.
 
 import { serverInfo, unlock } from "./api.js";
 
 const EVERY_MS = 2000;
+const WORKER = "/worker.js";
 const banner = document.getElementById("banner");
 const lock = document.getElementById("lock");
 const wrong = document.getElementById("wrong-token");
@@ -14,18 +16,19 @@ let arrived = () => {};
 // onInfo is called with the server's info at the start, and whenever the server is back.
 export function connect(onInfo) {
   arrived = onInfo;
-  check();
-  document.addEventListener("visibilitychange", () => document.hidden || check());
-  window.addEventListener("online", check);
+  refresh();
+  document.addEventListener("visibilitychange", () => document.hidden || refresh());
+  window.addEventListener("online", refresh);
 }
 
 // Called after a request has failed.
 export function lost(error) {
   if (error.kind === "token") askForToken();
-  if (error.kind === "away") check();
+  if (error.kind === "away") refresh();
 }
 
-async function check() {
+// Reads the server's info again.
+export async function refresh() {
   clearTimeout(timer);
   try {
     const info = await serverInfo();
@@ -35,7 +38,7 @@ async function check() {
     if (error.kind === "token") askForToken();
     else {
       say("The server does not answer. Your conversations are safe here; trying again …", true);
-      timer = setTimeout(check, EVERY_MS);
+      timer = setTimeout(refresh, EVERY_MS);
     }
   }
 }
@@ -59,7 +62,7 @@ document.getElementById("unlock").addEventListener("submit", async (event) => {
     token.value = "";
     wrong.hidden = true;
     lock.close();
-    check();
+    refresh();
   } catch (error) {
     wrong.textContent = error.kind === "token" ? "That is not this server’s token." : error.message;
     wrong.hidden = false;
@@ -67,3 +70,13 @@ document.getElementById("unlock").addEventListener("submit", async (event) => {
 });
 // Without a token there is no page behind the dialog.
 lock.addEventListener("cancel", (event) => event.preventDefault());
+
+// Browsers have workers for https and this machine only.
+export async function keepPage() {
+  const policy = globalThis.trustedTypes?.createPolicy("worker", { createScriptURL: () => WORKER });
+  try {
+    await navigator.serviceWorker?.register(policy?.createScriptURL("") ?? WORKER);
+  } catch {
+    // a browser that keeps nothing still shows the page
+  }
+}

@@ -17,9 +17,28 @@ export const newChat = (system = "") => ({
   messages: [],
 });
 
+const LONGEST_TITLE = 80;
+const toTitle = (text) => text.trim().replace(/\s+/g, " ").slice(0, LONGEST_TITLE);
+
+// An empty title gives the first question back its place.
+export function rename(chat, text) {
+  const title = toTitle(text);
+  if (title) chat.title = title;
+  else delete chat.title;
+}
+
+// Whether every word of a query stands in the title or in the messages.
+export function holds(chat, query) {
+  const texts = [chatTitle(chat), ...chat.messages.map(({ content }) => content)];
+  const text = texts.join("\n").toLowerCase();
+  return query.toLowerCase().split(/\s+/).every((word) => text.includes(word));
+}
+
+// The title that the user has written, or the first question.
 export function chatTitle(chat) {
+  if (chat.title) return chat.title;
   const first = chat.messages.find((message) => message.role === "user");
-  return first ? first.content.trim().replace(/\s+/g, " ").slice(0, 80) : "New conversation";
+  return (first && toTitle(first.content)) || "New conversation";
 }
 
 // The messages before `end` as a request has them. An answer that failed without a word is left out.
@@ -36,15 +55,18 @@ const isNumber = (value) => Number.isFinite(value);
 
 // Whether the page can draw a message.
 export function isMessage(message) {
-  const { role, content, reasoning = "", error = "", model = "", stats } = message ?? {};
+  const { role, content, reasoning = "", error = "", stats } = message ?? {};
+  const { model = "", decoding = "" } = message ?? {};
   return (
     ["user", "assistant"].includes(role) &&
-    [content, reasoning, error, model].every(isText) &&
+    [content, reasoning, error, model, decoding].every(isText) &&
     (!stats ||
       ([stats.tokens, stats.first].every(isNumber) &&
         (stats.speed === null || isNumber(stats.speed))))
   );
 }
+
+const titled = ({ title }) => (isText(title) && toTitle(title) ? { title: toTitle(title) } : {});
 
 // A conversation from its stored record; null if that is damaged.
 export function fromRecord(id, record) {
@@ -58,13 +80,14 @@ export function fromRecord(id, record) {
     updated: isNumber(record.updated) ? record.updated : 0,
     system: isText(record.system) ? record.system : "",
     messages: record.messages,
+    ...titled(record),
   };
 }
 
 export function toFile(chat, model) {
   const system = chat.system ? [{ role: "system", content: chat.system }] : [];
   const messages = chat.messages.map(known);
-  const text = JSON.stringify({ model, messages: [...system, ...messages] }, null, 2);
+  const text = JSON.stringify({ model, ...titled(chat), messages: [...system, ...messages] }, null, 2);
   const name = chatTitle(chat)
     .toLowerCase()
     .replace(/[^\p{L}\p{N}]+/gu, "-")
@@ -77,15 +100,15 @@ export function toFile(chat, model) {
 export async function fromFile(file) {
   try {
     if (file.size > LARGEST) throw new Error("it has more than 8 MB");
-    const { system, messages } = readMessages(await file.text());
-    return Object.assign(newChat(system), { messages });
+    const { system, ...others } = readFile(await file.text());
+    return Object.assign(newChat(system), others);
   } catch (error) {
     const reason = `“${file.name}” holds no conversation (${error.message})`;
     throw new Error(`${reason}: choose a file that was exported here.`);
   }
 }
 
-function readMessages(text) {
+function readFile(text) {
   let content;
   try {
     content = JSON.parse(text);
@@ -104,9 +127,9 @@ function readMessages(text) {
   });
   if (messages.length % 2) throw new Error("its last question has no answer");
   if (!messages.length) throw new Error("it has no messages");
-  return { system: first ? all[0].content : "", messages: messages.map(known) };
+  return { system: first ? all[0].content : "", messages: messages.map(known), ...titled(content) };
 }
 
 // The fields of a message that the page knows.
-const known = ({ role, content, reasoning, error, finish, stopped, model, stats }) =>
-  ({ role, content, reasoning, error, finish, stopped, model, stats });
+const known = ({ role, content, reasoning, error, finish, stopped, model, decoding, stats }) =>
+  ({ role, content, reasoning, error, finish, stopped, model, decoding, stats });

@@ -1,4 +1,4 @@
-// Elements. Text always becomes text: only markdown.js parses HTML.
+// Elements. Text always becomes text: only markdown.js and code.js parse HTML.
 
 export function element(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
@@ -22,7 +22,7 @@ export function iconButton(name, label, onclick) {
   return button;
 }
 
-const hasPointer = matchMedia("(any-pointer: fine)"); // and so, most likely, a keyboard
+export const hasPointer = matchMedia("(any-pointer: fine)"); // and so, most likely, a keyboard
 
 // Whether a key sends a text. Return alone does with a keyboard and a pointer; on a touch screen
 // alone it begins a new line.
@@ -45,7 +45,7 @@ export function copyText(text) {
   const area = element("textarea", { value: text, readOnly: true });
   area.style.cssText = "position:fixed;top:0;left:0;opacity:0;font-size:16px";
   const focused = document.activeElement;
-  document.body.append(area);
+  (document.querySelector("dialog[open]") ?? document.body).append(area); // the rest is inert
   area.focus({ preventScroll: true });
   area.setSelectionRange(0, text.length);
   const copied = document.execCommand("copy");
@@ -76,3 +76,17 @@ export function saveFile(file) {
   link.remove();
   setTimeout(() => URL.revokeObjectURL(href), 60_000); // Safari reads it later
 }
+
+// A sentence above the conversation about what went wrong. A tap takes it away, and so does time.
+const note = document.getElementById("note");
+const hideNote = () => (note.hidden = true);
+let timer = null;
+
+export function notify(sentence) {
+  clearTimeout(timer);
+  note.textContent = sentence;
+  note.hidden = false;
+  timer = setTimeout(hideNote, 12_000);
+}
+
+note.addEventListener("click", hideNote);

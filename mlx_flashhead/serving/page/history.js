@@ -1,31 +1,68 @@
-// The list of conversations, a drawer on small screens.
+// The list of conversations, a drawer on small screens: to open, search, rename and delete them.
 
 import { element, iconButton } from "./dom.js";
-import { chatTitle } from "./conversation.js";
+import { chatTitle, holds } from "./conversation.js";
 
 const list = document.getElementById("chats");
+const search = document.getElementById("search");
+const nothing = document.getElementById("nothing-found");
 const panel = document.getElementById("history");
 const main = document.getElementById("main");
 const opener = document.getElementById("open-history");
 const picker = document.getElementById("import-file");
 const wide = matchMedia("(min-width: 900px)");
+let draw = () => {};
 
-// handlers: {open(chat), remove(chat)}
+// handlers: {open(chat), rename(chat, text), remove(chat)}
 export function drawHistory(chats, current, handlers) {
-  list.replaceChildren(
-    ...chats.map((chat) => {
-      const open = element(
-        "button",
-        { type: "button", className: "open", onclick: () => handlers.open(chat) },
-        element("span", { className: "name" }, chatTitle(chat)),
-        element("span", { className: "when" }, when(chat.updated)),
-      );
-      const remove = iconButton("delete", "Delete the conversation", () => handlers.remove(chat));
-      const item = element("li", { className: chat === current ? "current" : "" }, open, remove);
-      if (chat === current) open.setAttribute("aria-current", "true");
-      return item;
-    }),
+  draw = () => {
+    if (list.querySelector("input")) return; // the user is writing a name
+    const query = search.value.trim();
+    const matches = chats.filter((chat) => holds(chat, query));
+    list.replaceChildren(...matches.map((chat) => itemOf(chat, chat === current, handlers)));
+    search.hidden = !chats.length;
+    nothing.hidden = !query || matches.length > 0;
+  };
+  draw();
+}
+
+function itemOf(chat, isCurrent, handlers) {
+  const title = chatTitle(chat);
+  const open = element(
+    "button",
+    { type: "button", className: "open", onclick: () => handlers.open(chat) },
+    element("span", { className: "name", title }, title),
+    element("span", { className: "when" }, when(chat.updated)),
   );
+  const item = element("li", { className: isCurrent ? "current" : "" }, open);
+  if (isCurrent) open.setAttribute("aria-current", "true");
+  item.append(
+    iconButton("edit", `Rename “${title}”`, () => editName(item, chat, handlers)),
+    iconButton("delete", `Delete “${title}”`, () => handlers.remove(chat)),
+  );
+  return item;
+}
+
+// Return and leaving the field save the name, Escape does not.
+function editName(item, chat, handlers) {
+  const field = element("input", { type: "text", value: chatTitle(chat), maxLength: 80 });
+  field.setAttribute("aria-label", "Name of the conversation");
+  let open = true;
+  const end = (save) => {
+    if (!open) return;
+    open = false;
+    field.remove();
+    if (save) handlers.rename(chat, field.value);
+    else draw();
+  };
+  field.addEventListener("blur", () => end(true));
+  field.addEventListener("keydown", (event) => {
+    if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
+    event.stopPropagation(); // Escape stops no answer
+    end(event.key === "Enter");
+  });
+  item.replaceChildren(field);
+  field.select();
 }
 
 function when(time) {
@@ -36,9 +73,8 @@ function when(time) {
     : date.toLocaleDateString([], { day: "numeric", month: "short", year: "numeric" });
 }
 
-export function closeHistory() {
-  setOpen(false);
-}
+export const isHistoryOpen = () => document.body.classList.contains("history-open");
+export const closeHistory = () => setOpen(false);
 
 function setOpen(open) {
   document.body.classList.toggle("history-open", open);
@@ -60,5 +96,5 @@ export function useImport(importFile) {
 opener.addEventListener("click", () => setOpen(true));
 document.getElementById("close-history").addEventListener("click", closeHistory);
 document.getElementById("scrim").addEventListener("click", closeHistory);
-document.addEventListener("keydown", (event) => event.key === "Escape" && closeHistory());
+search.addEventListener("input", () => draw());
 wide.addEventListener("change", closeHistory);

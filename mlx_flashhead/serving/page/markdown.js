@@ -3,7 +3,8 @@
 
 import DOMPurify from "./vendor/dompurify/purify.es.mjs";
 import { Lexer, Marked } from "./vendor/marked/marked.esm.js";
-import { copyButton, element } from "./dom.js";
+import { addBar, colourCode, growCode } from "./code.js";
+import { element } from "./dom.js";
 import { escapeHtml, maskMaths, mathsExtensions, setMaths } from "./maths.js";
 
 const LONGEST = 40_000; // characters; what follows them stays as it is written
@@ -71,21 +72,12 @@ export function renderMarkdown(container, text) {
     if (present && growCode(present, node)) present.source = html;
     else {
       node.source = html;
+      colourCode(node);
       if (present) present.replaceWith(node);
       else container.append(node);
     }
   });
   while (container.children.length > blocks.length) container.lastElementChild.remove();
-}
-
-// Appends to a code block what another one has in addition. Returns whether that was possible.
-function growCode(present, node) {
-  if (present.tagName !== "PRE" || node.tagName !== "PRE") return false;
-  const [old, grown] = [present, node].map((pre) => pre.querySelector("code").firstChild);
-  const languages = [present, node].map((pre) => pre.querySelector(".language").textContent);
-  if (languages[0] !== languages[1] || !old || !grown?.data.startsWith(old.data)) return false;
-  old.appendData(grown.data.slice(old.length));
-  return true;
 }
 
 // The HTML of each block at the top.
@@ -114,12 +106,4 @@ function build(html) {
   }
   const { children } = fragment;
   return children.length === 1 ? children[0] : element("div", {}, fragment);
-}
-
-function addBar(pre) {
-  const code = pre.querySelector("code");
-  const language = pre.querySelector(".language");
-  const bar = element("div", { className: "code-bar" });
-  bar.append(language, copyButton("Copy the code", () => code.textContent));
-  pre.prepend(bar);
 }

@@ -26,8 +26,8 @@ export const mathsExtensions = [
     level: "block",
     start: (text) => text.match(BLOCK_START)?.index,
     tokenizer(text) {
-      const found = text.slice(0, LONGEST).match(BLOCK);
-      if (found) return { type: "mathsBlock", raw: found[0], text: found[1] ?? found[2] ?? found[3] };
+      const match = text.slice(0, LONGEST).match(BLOCK);
+      if (match) return { type: "mathsBlock", raw: match[0], text: match[1] ?? match[2] ?? match[3] };
       const open = text.length < LONGEST && text.match(OPEN);
       if (open) return { type: "mathsBlock", raw: open[0], text: open[0].trim(), open: true };
     },
@@ -38,10 +38,10 @@ export const mathsExtensions = [
     level: "inline",
     start: (text) => text.match(INLINE_START)?.index,
     tokenizer(text) {
-      const found = text.slice(0, LONGEST).match(INLINE);
-      if (!found) return;
-      const display = found[1] ?? found[2];
-      return { type: "maths", raw: found[0], text: display ?? found[3] ?? found[4], display };
+      const match = text.slice(0, LONGEST).match(INLINE);
+      if (!match) return;
+      const display = match[1] ?? match[2];
+      return { type: "maths", raw: match[0], text: display ?? match[3] ?? match[4], display };
     },
     renderer: ({ text, display }) => holder("span", text, display ? "display" : "inline"),
   },
@@ -49,7 +49,7 @@ export const mathsExtensions = [
 
 // Stars and underscores in a formula are no emphasis.
 const ANYWHERE = new RegExp(INLINE.source.slice(1), "gu");
-export const maskMaths = (text) => text.replace(ANYWHERE, (found) => "a".repeat(found.length));
+export const maskMaths = (text) => text.replace(ANYWHERE, (match) => "a".repeat(match.length));
 
 const ESCAPES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;" };
 export const escapeHtml = (text) => text.replace(/[&<>"']/g, (character) => ESCAPES[character]);

@@ -1,15 +1,21 @@
-// The settings. A setting that the user has not moved keeps the server's default and is not sent.
+// The settings: a conversation's instructions, and what holds for all of them. A setting that the
+// user has not moved keeps the server's default and is not sent.
 
+import { fitHeight } from "./dom.js";
 import { model, severalModels } from "./models.js";
-import { onPreference, prefer, preference } from "./preferences.js";
+import { onPreference, prefer, preference } from "./store.js";
 
 const dialog = document.getElementById("settings");
-const sliders = ["temperature", "top_p", "n_probes", "max_tokens"];
+const sliders = ["temperature", "top_p", "max_tokens"];
 const denseSwitch = document.getElementById("dense");
+const themes = [...document.querySelectorAll("input[name=theme]")];
+const instructions = document.getElementById("system");
+const instructionsButton = document.getElementById("system-default");
 let defaults = {};
+let chat = null;
+let instructionsChanged = () => {};
 
 const input = (name) => document.getElementById(name);
-const isDense = () => preference("dense") ?? model().dense ?? false;
 
 // The settings of a request. dense: whether every token is scored; undefined leaves it to the user.
 export function requestSettings(dense = preference("dense")) {
@@ -17,18 +23,10 @@ export function requestSettings(dense = preference("dense")) {
   for (const name of sliders) {
     if (preference(name) !== undefined) settings[name] = preference(name);
   }
-  const { name, n_clusters } = model();
+  const { name, flash_head } = model();
   if (severalModels()) settings.model = name;
-  if (name !== undefined && !n_clusters) {
-    delete settings.n_probes; // chosen for a model with a FlashHead
-    return settings;
-  }
-  if (dense !== undefined) settings.dense = dense;
-  if (dense ?? isDense()) {
-    delete settings.n_probes; // of no meaning without clusters
-  } else if (settings.n_probes > (n_clusters ?? Infinity)) {
-    settings.n_probes = n_clusters; // chosen for another model
-  }
+  const choosable = name === undefined || flash_head; // before the server has answered: as chosen
+  if (choosable && dense !== undefined) settings.dense = dense;
   return settings;
 }
 
@@ -38,39 +36,73 @@ export const drawsRandomly = () => (preference("temperature") ?? defaults.temper
 // info: of the server
 export function useDefaults(info) {
   defaults = info;
-  show();
+  draw();
 }
 
-function show() {
-  const { n_probes, n_clusters } = model();
-  document.getElementById("probes-field").hidden = !n_clusters;
-  denseSwitch.closest(".field").hidden = !n_clusters;
-  if (n_clusters) input("n_probes").max = n_clusters;
+function draw() {
+  denseSwitch.disabled = !model().flash_head;
+  denseSwitch.checked = !model().flash_head || (preference("dense") ?? model().dense ?? false);
   for (const name of sliders) {
     const field = input(name);
-    const value = preference(name) ?? { ...defaults, n_probes }[name];
+    const value = preference(name) ?? defaults[name];
     if (value === undefined) continue;
     if (name === "max_tokens") field.max = Math.max(8192, value);
     field.value = value;
     const suffix = preference(name) === undefined ? " (default)" : "";
     document.querySelector(`output[for="${name}"]`).textContent = `${value}${suffix}`;
   }
-  denseSwitch.checked = isDense();
-  document.getElementById("probes-field").classList.toggle("off", isDense());
-  input("n_probes").disabled = isDense();
+  for (const theme of themes) theme.checked = theme.value === (preference("theme") ?? "system");
+  globalThis.applyTheme(preference("theme"));
 }
 
 for (const name of sliders) {
   input(name).addEventListener("input", () => prefer({ [name]: Number(input(name).value) }));
 }
+for (const theme of themes) theme.addEventListener("change", () => prefer({ theme: theme.value }));
 denseSwitch.addEventListener("change", () => prefer({ dense: denseSwitch.checked }));
 document.getElementById("reset-settings").addEventListener("click", () => {
-  prefer(Object.fromEntries([...sliders, "dense"].map((name) => [name, undefined])));
+  prefer(Object.fromEntries([...sliders, "dense", "theme"].map((name) => [name, undefined])));
 });
 document.getElementById("open-settings").addEventListener("click", openSettings);
 dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
-onPreference(show);
+onPreference(draw);
 
 export function openSettings() {
   dialog.showModal();
+  drawInstructions();
 }
+
+// The instructions that the requests of new conversations begin with.
+export const defaultInstructions = () => preference("system") ?? "";
+
+// onChange(chat) is called after the user has changed a conversation's instructions.
+export function useInstructions(onChange) {
+  instructionsChanged = onChange;
+}
+
+export function showInstructions(current) {
+  chat = current;
+  instructions.value = chat.system;
+  drawInstructions();
+}
+
+function drawInstructions() {
+  const text = instructions.value.trim();
+  const same = text === defaultInstructions();
+  instructionsButton.hidden = same && !text;
+  instructionsButton.disabled = same;
+  instructionsButton.textContent = same
+    ? "New conversations have them, too"
+    : "Use for new conversations, too";
+  if (dialog.open) fitHeight(instructions);
+}
+
+instructions.addEventListener("input", () => {
+  chat.system = instructions.value.trim();
+  drawInstructions();
+  instructionsChanged(chat);
+});
+instructionsButton.addEventListener("click", () => {
+  prefer({ system: instructions.value.trim() });
+  drawInstructions();
+});

@@ -1,4 +1,4 @@
-// The browser's storage: conversations, settings, the unsent draft. Each conversation has its own
+// The browser's storage: conversations, preferences, the unsent draft. Each conversation has its own
 // key. Where two windows write the same one, both texts are kept.
 
 import { fromRecord, newId } from "./conversation.js";
@@ -104,17 +104,33 @@ export function watchChats(changed) {
   });
 }
 
-const TYPES = { dense: "boolean", model: "string", system: "string" }; // others are numbers
+// Others are numbers.
+const TYPES = { dense: "boolean", model: "string", system: "string", theme: "string" };
 
 // {name: value}, without damaged ones.
-export function loadSettings() {
-  const kept = Object.entries(Object(parsed(read("flashhead.settings"), {})));
-  return Object.fromEntries(
-    kept.filter(([name, value]) => typeof value === (TYPES[name] ?? "number")),
-  );
+function loadPreferences() {
+  const all = Object.entries(Object(parsed(read("flashhead.settings"), {})));
+  const isWhole = ([name, value]) => typeof value === (TYPES[name] ?? "number");
+  return Object.fromEntries(all.filter(isWhole));
 }
 
-export const saveSettings = (settings) => write("flashhead.settings", JSON.stringify(settings));
+// What the user has chosen for all conversations. A preference that was never chosen is undefined,
+// and the server's default holds.
+let preferences = loadPreferences();
+const watchers = [];
+
+export const preference = (name) => preferences[name];
+
+// values: {name: value}; undefined forgets a choice.
+export function prefer(values) {
+  preferences = { ...preferences, ...values };
+  write("flashhead.settings", JSON.stringify(preferences));
+  watchers.forEach((watcher) => watcher());
+}
+
+// watcher() is called after each change.
+export const onPreference = (watcher) => watchers.push(watcher);
+
 export const loadDraft = () => read("flashhead.draft") ?? "";
 export const saveDraft = (text) => write("flashhead.draft", text);
 export const loadCurrent = () => read("flashhead.current");

@@ -1,9 +1,8 @@
-// Draws a conversation. Knows elements and messages, but not the server.
+// Draws a conversation: messages, what stands below them, and the editor of a question.
 
-import { actionsOf } from "./actions.js";
-import { element } from "./dom.js";
-import { editQuestion } from "./edit.js";
+import { copyButton, element, fitHeight, iconButton, sends } from "./dom.js";
 import { renderMarkdown } from "./markdown.js";
+import { explain, shortly } from "./models.js";
 
 const scroller = document.getElementById("scroller");
 const list = document.getElementById("messages");
@@ -56,6 +55,8 @@ export function drawMessage(chat, message, handlers) {
 
 function create(message) {
   const node = element("article", { className: `message ${message.role}` });
+  const speaker = message.role === "user" ? "You" : (message.model ?? "Answer");
+  node.append(element("h2", { className: "spoken" }, speaker));
   node.append(element("div", { className: "body" }), element("footer"));
   drawn.set(message, node);
   update(node, message);
@@ -68,8 +69,9 @@ function update(node, message) {
     body.textContent = message.content;
     return;
   }
+  node.setAttribute("aria-busy", Boolean(message.running)); // VoiceOver reads it when it is complete
   node.classList.toggle("running", Boolean(message.running));
-  updateThinking(node, message);
+  updateThinking(node, body, message);
   if (message.running && !message.content) showWaiting(body, message.read);
   else {
     body.querySelector(":scope > .waiting")?.remove();
@@ -91,13 +93,13 @@ function showWaiting(body, read) {
   node.lastChild.textContent = share;
 }
 
-function updateThinking(node, message) {
+function updateThinking(node, body, message) {
   if (!message.reasoning) return;
   let details = node.querySelector(".thinking");
   if (!details) {
     details = element("details", { className: "thinking" });
     details.append(element("summary", {}, "Thoughts"), element("div"));
-    node.prepend(details);
+    body.before(details);
   }
   details.lastChild.textContent = message.reasoning.trim();
 }
@@ -139,4 +141,93 @@ function edit(chat, message, handlers) {
     save: (text) => handlers.edit(message, text),
     cancel,
   });
+}
+
+// What stands below a message: notices, buttons, figures. can: {edit, again, compare}, functions for
+// what can be done with the message.
+function actionsOf(message, can) {
+  const parts = [];
+  const { error, stopped, finish, content, stats } = message;
+  if (error) parts.push(notice(error, can.again));
+  else if (stopped) parts.push(notice("Stopped before the end."));
+  else if (finish === "length") {
+    parts.push(notice("The longest answer is reached. Settings can make it longer."));
+  }
+  const row = element("div", { className: "actions" });
+  if (content) row.append(copyButton("Copy", () => content));
+  if (can.edit) row.append(iconButton("edit", "Edit the question", can.edit));
+  if (can.again) row.append(iconButton("again", "Answer again", can.again));
+  if (can.compare) row.append(compareButton(can.compare));
+  if (stats) row.append(statsOf(message));
+  parts.push(row);
+  return parts;
+}
+
+function compareButton(onclick) {
+  const title = "The same question with FlashHead and with the normal (dense) head, side by side";
+  return element("button", { type: "button", className: "text", title, onclick }, "Compare");
+}
+
+// again: for what went wrong, a function that tries again.
+export function notice(text, again) {
+  const node = element("div", { className: "notice" }, element("span", {}, text));
+  if (!again) {
+    node.classList.add("mild");
+    return node;
+  }
+  node.setAttribute("role", "alert");
+  const button = element("button", { type: "button", className: "text strong" }, "Try again");
+  button.addEventListener("click", again);
+  node.append(button);
+  return node;
+}
+
+// stats: {tokens, speed (tokens/s, null for a single token), first (seconds to the first token)}
+export function figuresOf({ stats: { tokens, first }, decoding }) {
+  const parts = [`${tokens} ${tokens === 1 ? "token" : "tokens"}`, `first after ${first.toFixed(1)} s`];
+  return decoding ? [shortly(decoding), ...parts] : parts;
+}
+
+function statsOf(message) {
+  const { speed } = message.stats;
+  const parts = figuresOf(message);
+  if (speed !== null) parts.unshift(`${speed.toFixed(1)} tokens/s`);
+  if (message.model) parts.push(message.model);
+  const title = explain(message.decoding);
+  return element("span", { className: "stats", title }, parts.join(" · "));
+}
+
+// Puts an editor into the element of a question. replaced: whether more than its own answer follows.
+// handlers: {save(text), cancel()}
+function editQuestion(node, text, replaced, handlers) {
+  const area = element("textarea", { className: "editor", value: text, rows: 1 });
+  area.setAttribute("aria-label", "Your question");
+  const save = element("button", { type: "button", className: "text strong" }, "Ask again");
+  const cancel = element("button", { type: "button", className: "text" }, "Cancel");
+  const row = element("div", { className: "editor-row" }, cancel, save);
+  if (replaced) row.prepend(element("span", {}, "The messages below it will be replaced."));
+  const form = element("div", { className: "editing" }, area, row);
+
+  const finish = () => {
+    if (area.value.trim()) handlers.save(area.value.trim());
+  };
+  save.addEventListener("click", finish);
+  cancel.addEventListener("click", handlers.cancel);
+  area.addEventListener("input", () => {
+    save.disabled = !area.value.trim();
+    fitHeight(area);
+  });
+  area.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !event.isComposing) {
+      event.stopPropagation(); // it stops no answer
+      handlers.cancel();
+    }
+    if (!sends(event)) return;
+    event.preventDefault();
+    finish();
+  });
+  node.replaceChildren(form);
+  fitHeight(area);
+  area.focus();
+  area.setSelectionRange(text.length, text.length);
 }

@@ -1,10 +1,10 @@
-// Keeps the page's files, so that the page opens with its conversations while the server is away.
-// The server comes first: a kept file is shown only where no server answers.
+// Caches the page's files, so that the page opens with its conversations while the server is away.
+// The server comes first: a cached file is shown only where no server answers.
 
-const KEPT = "flashhead-page";
+const CACHE = "flashhead-page";
 const OTHERS = ["/", "/manifest.webmanifest", "/apple-touch-icon.png"];
 
-self.addEventListener("install", (event) => event.waitUntil(keepAll()));
+self.addEventListener("install", (event) => event.waitUntil(cacheAll()));
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
 self.addEventListener("fetch", (event) => {
   const { pathname, origin } = new URL(event.request.url);
@@ -13,23 +13,23 @@ self.addEventListener("fetch", (event) => {
   if (!pathname.endsWith(".json")) event.respondWith(answer(event.request, pathname));
 });
 
-async function keepAll() {
+async function cacheAll() {
   const names = await (await fetch("/page/files.json")).json();
-  const cache = await caches.open(KEPT);
+  const cache = await caches.open(CACHE);
   await cache.addAll([...OTHERS, ...names.map((name) => `/page/${name}`)]);
   await self.skipWaiting();
 }
 
 // path: without the query, in which a token may be.
 async function answer(request, path) {
-  const cache = await caches.open(KEPT);
+  const cache = await caches.open(CACHE);
   try {
     const response = await fetch(request);
     if (response.ok) await cache.put(path, response.clone());
     return response;
   } catch (error) {
-    const kept = await cache.match(path);
-    if (kept) return kept;
+    const cached = await cache.match(path);
+    if (cached) return cached;
     throw error;
   }
 }

@@ -78,24 +78,6 @@ def test_a_burst_of_prompts_is_read_before_few_answers_go_on(n_answers, n_prompt
     assert time_for_answers(n_answers, n_prompts) == expected
 
 
-def test_long_prompts_are_not_starved_by_short_ones(start, chunks):
-    engine = start()
-    long = submit(engine, LONG[: 8 * CHUNK])
-    ended = Event()
-
-    def ask():
-        while not ended.is_set():
-            tokens_of(submit(engine, [50 + len(chunks) % 100, *SHORT], 1))
-
-    with ThreadPoolExecutor(4) as pool:
-        askers = [pool.submit(ask) for _ in range(4)]
-        try:
-            assert len(tokens_of(long)) == 8
-        finally:
-            ended.set()
-    assert not any(asker.exception() for asker in askers)
-
-
 class Clock:
     """Time as the engine sees it: a chunk takes 0.1 s, a token of all answers 1 s."""
 

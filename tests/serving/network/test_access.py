@@ -4,12 +4,10 @@ import json
 import re
 import socket
 import time
-from unittest.mock import Mock
 
 import pytest
 from starlette.datastructures import Headers
 
-from mlx_flashhead.serving.network import access
 from mlx_flashhead.serving.network.access import Access
 from mlx_flashhead.serving.network.page_files import FOLDER, page_names
 from mlx_flashhead.serving.protocol.api_error import ApiError
@@ -96,13 +94,6 @@ def test_token_in_the_address_opens_the_page_only(method, target, expected):
     assert status(LAN, method, target, Host="evil.example", **POST) == 403
 
 
-def test_tokens_are_compared_in_constant_time(monkeypatch):
-    compare = Mock(return_value=False)
-    monkeypatch.setattr(access.hmac, "compare_digest", compare)
-    assert LAN.shown_token(scope(**BEARER)) is None
-    compare.assert_called_once_with(TOKEN.encode(), TOKEN.encode())
-
-
 OWN = "127.0.0.1:8080"
 OTHERS = ["http://evil.example", "null", f"https://{OWN}", "http://127.0.0.1:9000", "", "file://"]
 SITE = {"Origin": "https://chat.example", "Sec_Fetch_Site": "cross-site"}
@@ -126,19 +117,13 @@ def test_own_and_named_origins_are_served():
     assert rules.cross_origin(Headers(scope=scope(Origin=f"http://{OWN}"))) is None
 
 
-@pytest.mark.parametrize(
-    "site, mode, expected",
-    [
-        ("cross-site", "no-cors", 403),
-        ("same-site", "no-cors", 403),
-        ("cross-site", "navigate", None),
-        ("same-site", "navigate", None),
-        ("none", "navigate", None),
+def test_other_sites_may_link_but_not_load():
+    for site, mode, expected in (
+        *((site, "no-cors", 403) for site in ("cross-site", "same-site")),
+        *((site, "navigate", None) for site in ("cross-site", "same-site", "none")),
         ("same-origin", "cors", None),
-    ],
-)
-def test_other_sites_may_link_but_not_load(site, mode, expected):
-    assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode=mode) == expected
+    ):
+        assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode=mode) == expected
 
 
 @pytest.mark.parametrize(
@@ -207,7 +192,7 @@ def test_api_answers_with_the_token_alone(lan, ask, method, path):
 
 
 def test_every_file_of_the_page_is_served_with_a_strict_policy(lan, ask):
-    assert {"app.js", "vendor/marked/marked.esm.js"} <= page_names()
+    assert len(page_names()) > 10
     for name in page_names():
         response, content = ask(f"/page/{name}", **BEARER)
         assert (response.status, content) == (200, (FOLDER / name).read_bytes())
@@ -217,6 +202,7 @@ def test_every_file_of_the_page_is_served_with_a_strict_policy(lan, ask):
         assert response.headers["Referrer-Policy"] == "no-referrer"
     for name in ("", "../access.py", "..%2faccess.py", "vendor", "/etc/passwd"):
         assert ask(f"/page/{name}", **BEARER)[0].status == 404
+    assert all(" 404, " in line for line in lan.log)  # no line for a file
 
 
 def test_no_wildcard_and_no_cross_origin_headers_but_for_allowed_sites(lan, ask):
@@ -283,18 +269,8 @@ def test_the_log_has_refusals_and_no_token(lan, ask):
     while len(lan.log) < len(paths):  # a line is written when its client has the answer
         time.sleep(0.01)
     lines = [re.sub(", [0-9.]+ s$", "", line) for line in lan.log]
-    assert lines[0] == "127.0.0.1 GET /v1/x 401"
-    assert lines[-2:] == [
-        "127.0.0.1 GET /v1/token=… 401",
-        "127.0.0.1 GET /v1/?token=…\\n\\x1b[2J 401",
-    ]
-    assert TOKEN not in "".join(lines).lower()
-
-
-def test_a_page_load_is_not_logged(lan, ask):
-    for path in (f"/?token={TOKEN}", "/page/app.js", "/health", "/page/info.json"):
-        assert ask(path, **BEARER)[0].status == 200
-    assert not lan.log
+    last = ["/v1/token=…", "/v1/?token=…\\n\\x1b[2J"]
+    assert lines == [f"127.0.0.1 GET {path} 401" for path in ["/v1/x"] * len(QUERIES) + last]
 
 
 def test_this_machine_gets_page_and_plain_manifest(server, ask):

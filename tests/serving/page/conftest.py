@@ -1,4 +1,4 @@
-"""A headless Chromium with the screens of Apple's tablets and phones."""
+"""A headless Chromium with the screens of Apple's tablets, phones and laptops."""
 
 import os
 import shutil
@@ -11,24 +11,21 @@ from playwright.sync_api import expect, sync_playwright
 from mlx_flashhead.serving.network.access import Access
 from scripted_server import LAN_NAME, TOKEN
 
-CHECKOUT = Path(__file__).parents[3]
-SCREENSHOTS = CHECKOUT / "screenshots"
-BROWSERS = (
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-)
+SCREENSHOTS = Path(__file__).parents[3] / "screenshots"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSERS += ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",)
 ARGUMENTS = (
     "--no-sandbox",  # Chromium's own does not work as root, as in a container
     "--disable-gpu",
     f"--host-resolver-rules=MAP {LAN_NAME} 127.0.0.1",
 )
-SCREENS = {
-    "ipad": {"viewport": {"width": 820, "height": 1180}},
-    "ipad-landscape": {"viewport": {"width": 1180, "height": 820}},
-    "iphone": {"viewport": {"width": 390, "height": 844}},
-    "iphone-se": {"viewport": {"width": 320, "height": 568}},
+SCREENS = {  # points
+    "macbook": (1440, 900),
+    "ipad": (820, 1180),
+    "ipad-landscape": (1180, 820),
+    "ipad-half": (507, 1180),
+    "iphone": (390, 844),
+    "iphone-se": (320, 568),
 }
 expect.set_options(timeout=20_000)
 
@@ -37,34 +34,31 @@ expect.set_options(timeout=20_000)
 def chromium():
     """The browser, or a visible skip."""
     named = os.environ.get("MLX_FLASHHEAD_TEST_BROWSER")
-    found = named or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
+    path = named or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
         pytest.skip("no Chromium here: install Debian's chromium, or Google Chrome on a Mac")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser
         browser.close()
 
 
 @contextmanager
 def opener(chromium, port):
-    """What opens pages as on a touch screen: no script fails, and no other host is asked.
-
-    It takes (screen, url, dark, worker); an address without a port is that of ``port``.
-    """
+    """What opens pages, with touch but on the MacBook: no script fails, no other host is asked."""
     contexts, problems, hosts = [], [], set()
 
-    def told(message):
+    def log(message):
         # A refused or broken request is logged by the browser itself, and is what some tests do.
         if message.type == "error" and "Failed to load resource" not in message.text:
             problems.append(message.text)
 
     def open_page(screen="iphone", url="/", *, dark=False, worker=False):
         context = chromium.new_context(
-            **SCREENS[screen],
+            viewport=dict(zip(("width", "height"), SCREENS[screen], strict=True)),
             service_workers="allow" if worker else "block",
-            has_touch=True,
-            is_mobile=True,
+            has_touch=screen != "macbook",
+            is_mobile=screen != "macbook",
             color_scheme="dark" if dark else "light",
             base_url=f"http://127.0.0.1:{port}",
         )
@@ -72,7 +66,7 @@ def opener(chromium, port):
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", told)
+        page.on("console", log)
         page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
         page.goto(url)
         return page
@@ -86,7 +80,7 @@ def opener(chromium, port):
 
 @pytest.fixture
 def open_page(chromium, server):
-    """Opens a page of the scripted server."""
+    """Opens a page of the scripted server: (screen, url, dark, worker)."""
     with opener(chromium, server[0]) as open_page:
         yield open_page
 
@@ -97,6 +91,12 @@ def pages(chromium, scripted):
     scripted[1].reset()
     with opener(chromium, scripted[0]) as pages:
         yield pages
+
+
+@pytest.fixture
+def page(open_page):
+    """A phone's page of a server on this machine."""
+    return open_page()
 
 
 @pytest.fixture

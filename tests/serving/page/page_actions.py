@@ -7,9 +7,8 @@ from playwright.sync_api import Locator, Page, expect
 
 def ask(page: Page, question: str, *, ends: int | None = None) -> None:
     """Writes a question and sends it, and waits until ``ends`` answers have ended."""
-    page.locator("#input").tap()
     page.locator("#input").fill(question)
-    page.locator("#send").tap()
+    page.locator("#send").click()
     if ends is not None:
         expect(page.locator(".stats")).to_have_count(ends)
 

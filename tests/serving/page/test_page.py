@@ -1,5 +1,6 @@
-"""The page in a real browser, at the sizes of iPads and iPhones, with touch."""
+"""The page in a real browser: questions, answers, settings, keys."""
 
+from itertools import cycle
 from threading import Event
 
 import pytest
@@ -8,6 +9,7 @@ from playwright.sync_api import expect
 from page_actions import answers, ask, settings, tap
 from scripted_server import MODEL, TOKEN
 
+SCREENS = ("macbook", "ipad", "ipad-landscape", "ipad-half", "iphone-se", "iphone")
 ANSWER = """Sunlight is a **mixture of all colours**, of which short waves are scattered *far more*:
 
 1. Red light passes almost straight through.
@@ -17,23 +19,23 @@ ANSWER = """Sunlight is a **mixture of all colours**, of which short waves are s
 def scattering(wavelength_nm: float) -> float:
     return 1 / wavelength_nm**4  # relative
 ```
-
-| Colour | Wavelength |
+|Colour|Wavelength|
 |---|---:|
-| Red | 700 nm |
-"""
+|Red|700 nm|
+
+$$I \\propto \\frac{1}{\\lambda^4}$$"""
 
 
-@pytest.mark.parametrize(
-    "screen, dark", [("ipad", False), ("ipad-landscape", True), ("iphone", True)]
-)
+@pytest.mark.parametrize("screen, dark", [*zip(SCREENS, cycle([True, False]), strict=False)])
 def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark):
+    """And pictures of everything, for people to look at."""
     name = f"{screen}-{'dark' if dark else 'light'}"
     half = Event()
     text = [ANSWER[i : i + 6] for i in range(0, len(ANSWER), 6)]
-    script.answers = [[*text[:21], half, *text[21:]]]
+    script.answers = [[*text[:21], half, *text[21:]], text, text]
     page = open_page(screen, f"{lan}?token={TOKEN}", dark=dark)
     expect(page.locator("#model")).to_have_text(MODEL["name"])
+    expect(page.locator("#mode")).to_have_text("· verified")
     assert not page.evaluate("isSecureContext")
     assert page.url == lan  # the token has left the address bar
     screenshot(page, f"{name}-1-welcome")
@@ -43,11 +45,13 @@ def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark
     expect(page.locator("#stop")).to_be_visible()
     expect(page.locator("#send")).to_be_hidden()
     expect(page.locator(".stats")).to_have_count(0)
+    expect(page.locator("article[aria-busy=true] h2")).to_have_text("Answer")
     screenshot(page, f"{name}-2-stream")
     half.set()
-    expect(page.locator(".stats")).to_contain_text(f"{len(text)} tokens")
-    expect(page.locator(".stats")).to_contain_text("35.5 tokens/s")
+    figures = f"35.5 tokens/s · verified · {len(text)} tokens"
+    expect(page.locator(".stats")).to_contain_text(figures)
     expect(page.locator("#send")).to_be_visible()
+    expect(page.locator("article[aria-busy=true]")).to_have_count(0)
     expect(answers(page).locator("strong")).to_have_text("mixture of all colours")
     expect(answers(page).locator("pre code")).to_contain_text("    return 1 / wavelength_nm**4")
     expect(answers(page).locator("td")).to_have_text(["Red", "700 nm"])
@@ -55,18 +59,27 @@ def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark
     screenshot(page, f"{name}-3-answer")
     assert script.requests[0]["messages"] == [{"role": "user", "content": "Why is the sky blue?"}]
 
+    if page.locator("#open-history").is_visible():
+        page.locator("#open-history").click()
+    screenshot(page, f"{name}-4-conversations")
+    page.keyboard.press("Escape")
+    page.locator("#open-settings").click()
+    screenshot(page, f"{name}-5-settings")
+    page.get_by_role("button", name="Done").click()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#verdict")).to_contain_text("The texts are equal.")
+    screenshot(page, f"{name}-6-compare")
 
-def test_how_much_is_read_and_a_thought_that_is_folded_away(script, open_page, screenshot):
-    half, all_of_it = Event(), Event()
-    reading = [(512, 4000), half, (2000, 4000), all_of_it]
+
+def test_how_much_is_read_and_a_thought_that_is_folded_away(script, page):
+    half, whole = Event(), Event()
+    reading = [(512, 4000), half, (2000, 4000), whole]
     script.answers = [[*reading, {"reasoning": "Hmm, "}, {"reasoning": "well."}, "So long."]]
-    page = open_page()
     ask(page, "A long text")
     expect(page.locator(".waiting")).to_have_text("12 % read")
-    screenshot(page, "iphone-light-9-reading")
     half.set()
     expect(page.locator(".waiting")).to_have_text("50 % read")
-    all_of_it.set()
+    whole.set()
     expect(answers(page)).to_have_text("So long.")
     expect(page.locator(".waiting")).to_have_count(0)
     expect(page.locator(".thinking div")).to_be_hidden()
@@ -76,55 +89,61 @@ def test_how_much_is_read_and_a_thought_that_is_folded_away(script, open_page, s
     assert script.requests[1]["messages"][1] == {"role": "assistant", "content": "So long."}
 
 
-def test_stop_and_answer_again(script, open_page, screenshot):
-    script.answers = [["One, ", "two, ", Event()], ["Un, ", "deux."]]
-    page = open_page()
-    ask(page, "Count.")
-    expect(answers(page)).to_have_text("One, two,")
-    page.locator("#stop").tap()
-    assert script.left.wait(20)  # the server notices, and stops
+def test_keys(script, open_page):
+    """The text box has the focus with a keyboard; Escape stops an answer unless it ends something
+    else; Ctrl-K, ⌘K on a Mac, begins a conversation."""
+    script.answers = [["First."], ["Half ", Event()]]
+    page = open_page("macbook")
+    box = page.locator("#input")
+    expect(box).to_be_focused()
+    page.keyboard.type("One?\n")
+    expect(page.locator(".stats")).to_have_count(1)
+    page.keyboard.type("Two?\n")
+    expect(answers(page).last).to_have_text("Half")
+    rename = page.locator("li.current").get_by_role("button", name="Rename “One?”")
+    for begin in (page.locator("#open-settings"), rename):
+        begin.click()
+        page.keyboard.press("Escape")
+        expect(page.locator("#settings, #chats input").locator("visible=true")).to_have_count(0)
+        expect(page.locator("#stop")).to_be_visible()
+    page.keyboard.press("Escape")
+    assert script.left.wait(20)
     expect(page.locator(".notice")).to_have_text("Stopped before the end.")
-    expect(answers(page)).to_have_text("One, two,")
-    screenshot(page, "iphone-light-4-stopped")
-
-    tap(page, "Answer again")
-    expect(answers(page)).to_have_text(["Un, deux."])
-    assert script.requests[1]["messages"] == script.requests[0]["messages"]
-
-
-def test_conversations_are_found_again(script, open_page, screenshot):
-    script.answers = [["First answer."], ["Second answer."]]
-    page = open_page()
-    ask(page, "First question", ends=1)
-    page.locator("#new-chat").tap()
+    page.keyboard.press("Control+k")
     expect(page.locator("#welcome")).to_be_visible()
-    ask(page, "Second question", ends=1)
-    page.locator("#input").fill("a draft")
+    expect(box).to_be_focused()
 
+
+def test_return_key_of_a_touch_screen(script, open_page):
+    """A new line, as its keyboard has no other way; ⌘ with it sends. The keyboard stays away."""
+    page = open_page("ipad")
+    box = page.locator("#input")
+    expect(page.locator("#model")).to_have_text(MODEL["name"])
+    expect(box).not_to_be_focused()
+    for text, key in {"one": "Enter", "two": "Meta+Enter"}.items():
+        box.press_sequentially(text)
+        box.press(key)
+    expect(page.locator(".message.user .body")).to_have_text("one\ntwo")
+    expect(box).not_to_be_focused()
+
+
+def test_settings_go_into_the_request(script, page):
+    page.evaluate("localStorage.setItem('flashhead.settings', '{\"n_probes\": 256}')")  # of old
     page.reload()
-    expect(answers(page)).to_have_text("Second answer.")
-    expect(page.locator("#input")).to_have_value("a draft")
-    page.locator("#open-history").tap()
-    expect(page.locator("#chats .name")).to_have_text(["Second question", "First question"])
-    screenshot(page, "iphone-light-5-history")
-    page.get_by_text("First question").tap()
-    expect(answers(page)).to_have_text("First answer.")
-    expect(page.locator("#history")).to_be_hidden()
-
-
-def test_settings_go_into_the_request(script, open_page, screenshot):
-    page = open_page()
     ask(page, "Plain", ends=1)
     with settings(page):
-        expect(page.locator("output[for=n_probes]")).to_have_text("120 (default)")
-        screenshot(page, "iphone-light-8-settings")
-        for name, value in {"temperature": "0.7", "top_p": "0.9", "n_probes": "256"}.items():
+        expect(page.locator("#decoding")).to_contain_text("Verified: FlashHead proposes")
+        expect(page.locator("output[for=max_tokens]")).to_have_text("512 (default)")
+        expect(page.get_by_text("Probes")).to_have_count(0)
+        for name, value in {"temperature": "0.7", "top_p": "0.9"}.items():
             page.locator(f"#{name}").fill(value)
             expect(page.locator(f"output[for={name}]")).to_have_text(value)
     page.reload()
     ask(page, "Set", ends=2)
     with settings(page):
         page.locator("#dense").tap()
+        expect(page.locator("#decoding")).to_contain_text("Dense: the normal head")
+    expect(page.locator("#mode")).to_have_text("· dense")
     ask(page, "Dense", ends=3)
     with settings(page):
         tap(page, "Reset")
@@ -133,30 +152,42 @@ def test_settings_go_into_the_request(script, open_page, screenshot):
     always = {"messages", "stream", "stream_options"}
     chosen = [{k: v for k, v in body.items() if k not in always} for body in script.requests]
     drawn = {"temperature": 0.7, "top_p": 0.9}
-    assert chosen == [{}, drawn | {"n_probes": 256}, drawn | {"dense": True}, {}]
+    assert chosen == [{}, drawn, drawn | {"dense": True}, {}]
+
+
+SHOWN = """[getComputedStyle(document.documentElement).backgroundColor,
+    ...[...document.querySelectorAll("meta[name=theme-color]")]
+        .filter(({ media }) => matchMedia(media).matches).map(({ dataset }) => dataset.theme)]"""
+
+
+def test_appearance(page):
+    """The choice stays, and comes before the system's."""
+    grounds = {"light": "rgb(255, 255, 255)", "dark": "rgb(22, 22, 23)"}
+    for choice, system in (("", "light"), ("", "dark"), ("light", "dark"), ("dark", "light")):
+        page.emulate_media(color_scheme=system)
+        with settings(page):
+            page.get_by_label(choice.title() or "System").check()
+        for _ in range(2):
+            shown = choice or system
+            assert page.evaluate(SHOWN) == [grounds[shown], shown]
+            page.reload()
 
 
 def test_copy_without_a_secure_context(lan, script, open_page):
+    """In a sheet, too: what is outside of it has no focus then."""
     answer = "Take `this`:\n\n```\ncode\n  indented\n```"
-    script.answers = [[answer]]
+    script.answers = [[answer]] * 3
     page = open_page("ipad", f"{lan}?token={TOKEN}")
     ask(page, "Code", ends=1)
     assert page.evaluate("navigator.clipboard") is None
-    for label, text in {"Copy the code": "code\n  indented", "Copy": answer}.items():
-        page.locator(".message.assistant").get_by_role("button", name=label, exact=True).tap()
+    message, sheet = page.locator(".message.assistant"), page.locator("#sides")
+    code = ("Copy the code", "code\n  indented")
+    for place, label, text in ((message, *code), (message, "Copy", answer), (sheet, *code)):
+        if place is sheet:
+            tap(page, "Compare")
+            expect(page.locator("#verdict")).to_contain_text("equal")
+        place.get_by_role("button", name=label, exact=True).first.tap()
+        page.evaluate("document.querySelector('dialog[open]')?.close()")
         page.locator("#input").fill("")
         page.locator("#input").press("Control+v")
         assert page.locator("#input").input_value().strip() == text
-
-
-def test_return_key(script, open_page):
-    """A new line on a touch screen, as its keyboard has no other way; ⌘ with it sends."""
-    page = open_page("ipad")
-    page.locator("#input").press_sequentially("one")
-    page.locator("#input").press("Enter")
-    page.locator("#input").press_sequentially("two")
-    page.locator("#input").press("Meta+Enter")
-    expect(page.locator(".message.user .body")).to_have_text("one\ntwo")
-    expect(page.locator("#input")).not_to_be_focused()
-    expect(page.locator(".stats")).to_be_visible()
-    assert script.requests[0]["messages"][0]["content"] == "one\ntwo"

@@ -1,4 +1,4 @@
-"""The same question with FlashHead and dense, side by side."""
+"""The same question with FlashHead and with the normal (dense) head, side by side."""
 
 from threading import Event
 
@@ -6,6 +6,9 @@ import pytest
 from playwright.sync_api import expect
 
 from page_actions import answers, ask, settings, tap
+from scripted_server import INFO, MODEL
+
+SLOWER = "dense: FlashHead is no faster here"
 
 
 def sides(page):
@@ -17,49 +20,90 @@ def verdict(page, text):
     expect(page.locator("#verdict")).to_contain_text(text)
 
 
+def serve(script, **fields):
+    """Another decoding of the model from now on."""
+    script.info = INFO | {"models": [MODEL | fields]}
+
+
 @pytest.fixture
-def asked(script, open_page):
+def first_answer(script, open_page):
     """A page with an answer: screen → page. Other answers follow."""
 
-    def asked(screen, *following, dark=False):
+    def first_answer(screen, *following):
         script.answers = [["First."], *following]
-        page = open_page(screen, dark=dark)
+        page = open_page(screen)
         ask(page, "Why?", ends=1)
         return page
 
-    return asked
+    return first_answer
 
 
-@pytest.mark.parametrize("screen, dark", [("ipad", False), ("iphone", True)])
-def test_equal_texts(script, asked, screenshot, screen, dark):
+@pytest.mark.parametrize("screen", ["ipad", "iphone"])
+def test_equal_texts(script, first_answer, screen):
     half = Event()
     text = ["Because ", "$E = mc^2$", " holds."]
-    page = asked(screen, [*text[:2], half, text[2]], text, dark=dark)
+    page = first_answer(screen, [*text[:2], half, text[2]], text)
     tap(page, "Compare")
     expect(sides(page).first).to_contain_text("Because")
     expect(page.locator("#verdict")).to_have_text("FlashHead answers …")
     expect(sides(page).last).to_be_empty()
-    assert len(script.requests) == 2  # dense has not been asked yet
+    assert len(script.requests) == 2  # dense follows
     half.set()
-    verdict(page, "The texts are equal.")
-    verdict(page, "FlashHead has 1.42 times the speed")
+    verdict(page, "The texts are equal. FlashHead has 1.42 times the speed")
     expect(page.locator("#sides .speed")).to_have_text(["35.5 tokens/s", "25.0 tokens/s"])
-    expect(page.locator("#sides small")).to_contain_text(["3 tokens"] * 2)
+    expect(page.locator("#sides small")).to_contain_text(["verified · 3", "dense · 3"])
     expect(sides(page).locator(".katex")).to_have_count(2)
     boxes = [side.bounding_box() for side in page.locator("#sides article").all()]
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] < boxes[1]["x"]
     assert boxes[1]["x"] + boxes[1]["width"] <= page.viewport_size["width"]
-    screenshot(page, f"{screen}-{'dark' if dark else 'light'}-13-compare")
+    sheet = page.locator("#compare").bounding_box()  # is as high as its content
+    assert 0 < sheet["y"] + sheet["height"] - boxes[0]["y"] - boxes[0]["height"] < 30
     tap(page, "Done")
     expect(answers(page)).to_have_text("First.")  # the conversation is as it was
     assert [body.get("dense") for body in script.requests] == [None, False, True]
     assert all(body["messages"] == script.requests[0]["messages"] for body in script.requests)
-    assert not any("seed" in body for body in script.requests)
+    assert not any(body.keys() & {"seed", "n_probes"} for body in script.requests)
 
 
-def test_texts_that_part_and_a_refusal(asked):
+def test_a_dense_model_is_not_compared_with_itself(script, first_answer):
+    serve(script, decoding=SLOWER, flash_head=SLOWER)
+    page = first_answer("iphone")
+    expect(page.locator("#mode")).to_have_text("· dense")
+    expect(page.locator(".stats")).to_contain_text("25.0 tokens/s · dense · 1 token")
+    with settings(page):
+        expect(page.locator("#decoding")).to_contain_text("(FlashHead is no faster here)")
+    tap(page, "Compare")
+    verdict(
+        page, "its normal (dense) head: FlashHead is no faster here. There is nothing to compare"
+    )
+    assert len(script.requests) == 1
+    tap(page, "Compare with FlashHead forced on")
+    verdict(page, "The texts are equal. FlashHead, forced on, has 1.42 times the speed")
+    expect(page.locator("#sides small")).to_contain_text(["forced on · verified", "dense"])
+    forced, dense = script.requests[1:]
+    assert (forced["dense"], forced["n_probes"]) == (False, MODEL["n_probes"])
+    assert dense["dense"] and "n_probes" not in dense
+    tap(page, "Done")
+
+    serve(script)  # its FlashHead is used meanwhile
+    tap(page, "Compare")
+    verdict(page, "The texts are equal. FlashHead has 1.42 times the speed")
+    tap(page, "Done")
+    serve(script, decoding=SLOWER)  # what an answer reports comes before what was announced
+    tap(page, "Compare")
+    verdict(page, "FlashHead is no faster here. There is nothing to compare.")
+    tap(page, "Done")
+    serve(script, decoding="unverified", flash_head="unverified")
+    tap(page, "Compare")
+    verdict(page, "Unverified, FlashHead has")
+
+
+def test_texts_that_part_a_refusal_and_the_seed_of_random_draws(script, first_answer):
     texts = ["One two ", "three."], ["One two ", "four."]
-    page = asked("ipad", ["One."], "The answer has failed.", *texts, ["Other."], ["Texts."])
+    page = first_answer("ipad", ["One."], "The answer has failed.", *texts, ["Other."], ["Texts."])
+    with settings(page):
+        page.locator("#temperature").fill("0.7")
+        page.locator("#dense").tap()
     tap(page, "Compare")
     expect(page.locator("#sides .notice")).to_contain_text("The answer has failed.")
     tap(page, "Try again")
@@ -68,24 +112,13 @@ def test_texts_that_part_and_a_refusal(asked):
     page.get_by_role("button", name="Again", exact=True).tap()
     verdict(page, "The texts differ from the first word.")
     expect(sides(page)).to_have_text(["Other.", "Texts."])
-
-
-def test_random_draws_have_the_same_seed(script, asked):
-    page = asked("ipad")
-    with settings(page):
-        page.locator("#temperature").fill("0.7")
-        page.locator("#n_probes").fill("256")
-        page.locator("#dense").tap()
-    tap(page, "Compare")
-    verdict(page, "The texts are equal.")
-    flash, dense = script.requests[1:]
+    flash, dense = script.requests[-2:]
     assert flash["seed"] == dense["seed"] and flash["temperature"] == dense["temperature"] == 0.7
-    assert (flash["dense"], flash["n_probes"]) == (False, 256)
-    assert dense["dense"] and "n_probes" not in dense
+    assert (flash["dense"], dense["dense"]) == (False, True)
 
 
-def test_closing_ends_the_answer_and_one_in_progress_comes_first(script, asked):
-    page = asked("iphone", ["Half ", Event()], ["Again."], ["Again."], ["Growing", Event()])
+def test_closing_ends_the_answer_and_one_in_progress_comes_first(script, first_answer):
+    page = first_answer("iphone", ["Half ", Event()], ["Again."], ["Again."], ["Growing", Event()])
     tap(page, "Compare")
     expect(sides(page).first).to_have_text("Half")
     tap(page, "Done")

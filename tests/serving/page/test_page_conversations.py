@@ -1,22 +1,17 @@
-"""What people do with a conversation: instructions, other words, files, another model."""
+"""What people do with conversations: instructions, other words, names, files, another model."""
 
 import json
 from threading import Event
 
-import pytest
 from playwright.sync_api import expect
 
 from mlx_flashhead.chatting.conversation import Message, read_conversation, write_conversation
 from page_actions import answers, ask, settings, tap
 from scripted_server import INFO, MODEL
 
-OTHER = {"name": "other/Model-4bit", "dense": False, "n_probes": 8, "n_clusters": 64}
-
-
-@pytest.fixture
-def page(open_page):
-    """The page of a server on this machine."""
-    return open_page("iphone")
+OTHER = MODEL | {"name": "other/Model-4bit", "decoding": "unverified"}
+PLAIN = {"name": "plain", "dense": False, "decoding": "dense: FlashHead is being built"}
+HELLO = {"role": "user", "content": "Hello"}
 
 
 def sent(script, number=-1):
@@ -24,59 +19,87 @@ def sent(script, number=-1):
     return [(m["role"], m["content"]) for m in script.requests[number]["messages"]]
 
 
-def test_instructions_of_a_conversation_and_of_new_ones(script, page, screenshot):
+def open_list(page):
+    page.locator("#open-history").tap()
+    return page.locator("#chats .name").locator("visible=true")
+
+
+def test_instructions_of_a_conversation_and_of_new_ones(script, page):
+    shown, area = page.locator("#show-system"), page.locator("#system")
     ask(page, "One?", ends=1)
     with settings(page):
-        page.locator("#system").fill(" Answer like a pirate. ")
+        area.fill(" Answer like a pirate. ")
     ask(page, "Two?", ends=2)
     assert sent(script, 0) == [("user", "One?")]
     assert sent(script)[:2] == [("system", "Answer like a pirate."), ("user", "One?")]
-
     page.reload()
-    expect(page.locator("#show-system")).to_have_text("Answer like a pirate.")
-    screenshot(page, "iphone-light-10-instructions")
+    expect(shown).to_have_text("Answer like a pirate.")
     page.locator("#new-chat").tap()
-    expect(page.locator("#show-system")).to_be_hidden()
+    expect(shown).to_be_hidden()
     with settings(page):
-        page.locator("#system").fill("Be brief.")
+        area.fill("Be brief.")
         page.locator("#system-default").tap()
-        expect(page.locator("#system-default")).to_be_disabled()
     page.locator("#new-chat").tap()
     ask(page, "Three?", ends=1)
     assert sent(script) == [("system", "Be brief."), ("user", "Three?")]
-    page.locator("#show-system").tap()
-    expect(page.locator("#system")).to_have_value("Be brief.")
-    page.locator("#system").fill("")
+    shown.tap()
+    area.fill("")
     tap(page, "Done")
     page.locator("#new-chat").tap()
-    expect(page.locator("#show-system")).to_have_text("Be brief.")
+    expect(shown).to_have_text("Be brief.")
 
 
-def test_a_question_in_other_words(script, page, screenshot):
+def test_a_question_in_other_words(script, page):
     script.answers = [["One."], ["Two."], ["Three."], ["Uno."]]
+    questions, editing = page.locator(".message.user .body"), page.locator(".editing")
     for number, question in enumerate(("First?", "Second?", "Third?"), 1):
         ask(page, question, ends=number)
-    edit = page.get_by_role("button", name="Edit the question")
-    edit.nth(1).tap()
+    edit = page.get_by_role("button", name="Edit the question").nth(1)
+    edit.tap()
     editor = page.get_by_label("Your question")
     expect(editor).to_have_value("Second?")
-    expect(page.locator(".editing")).to_contain_text("below it will be replaced")
-    screenshot(page, "iphone-light-11-edit")
+    expect(editing).to_contain_text("below it will be replaced")
     tap(page, "Cancel")
-    expect(page.locator(".message.user .body")).to_have_text(["First?", "Second?", "Third?"])
-
-    edit.nth(1).tap()
+    expect(questions).to_have_text(["First?", "Second?", "Third?"])
+    edit.tap()
     editor.fill("  ")
     expect(page.get_by_role("button", name="Ask again")).to_be_disabled()
     editor.fill("In Spanish?")
     tap(page, "Ask again")
     expect(answers(page)).to_have_text(["One.", "Uno."])
-    expect(page.locator(".message.user .body")).to_have_text(["First?", "In Spanish?"])
     assert sent(script) == [("user", "First?"), ("assistant", "One."), ("user", "In Spanish?")]
     page.reload()
-    expect(answers(page)).to_have_text(["One.", "Uno."])
-    edit.nth(1).tap()
-    expect(page.locator(".editing")).not_to_contain_text("will be replaced")
+    edit.tap()
+    expect(editing).not_to_contain_text("will be replaced")
+
+
+def test_conversations_are_named_and_found(script, page):
+    script.answers = [["It is Paris."], ["It is Rome."]]
+    ask(page, "France", ends=1)
+    page.locator("#new-chat").tap()
+    ask(page, "Italy", ends=1)
+    page.locator("#input").fill("a draft")
+    page.reload()
+    expect(answers(page)).to_have_text("It is Rome.")
+    expect(page.locator("#input")).to_have_value("a draft")
+    names = open_list(page)
+    queries = {"RIS  it": ["France"], "italy": ["Italy"], "zebra": [], "is": ["Italy", "France"]}
+    for text, matches in queries.items():
+        page.locator("#search").fill(text)
+        expect(names).to_have_text(matches)
+        expect(page.locator("#nothing-found")).to_be_visible(visible=not matches)
+    for name, title in {"  <b>  Capitals ": "<b> Capitals", " ": "Italy", "Home": "Home"}.items():
+        tap(page, "Rename “")
+        page.get_by_label("Name of the conversation").fill(name)
+        page.keyboard.press("Enter")
+        expect(names.first).to_have_text(title)
+        page.locator("#search").fill("")
+    page.reload()
+    expect(page.locator("#title")).to_have_text("Home")
+    expect(open_list(page)).to_have_text(["Home", "France"])
+    page.get_by_text("France").tap()
+    expect(answers(page)).to_have_text("It is Paris.")
+    expect(page.locator("#history")).to_be_hidden()
 
 
 def choose_file(page, path, content=None):
@@ -89,96 +112,90 @@ def choose_file(page, path, content=None):
     chooser.value.set_files(path)
 
 
+def export(page):
+    with page.expect_download() as download:
+        page.locator("#export").tap()
+    return download.value
+
+
 def test_export_and_import(script, page, tmp_path):
     script.answers = [[{"reasoning": "Hm."}, "It is <b>blue</b>."], ["Yes."]]
     expect(page.locator("#export")).to_be_hidden()
     with settings(page):
         page.locator("#system").fill("Be brief.")
-    ask(page, "Which colour has the sky?", ends=1)
-    with page.expect_download() as download:
-        page.locator("#export").tap()
-    assert download.value.suggested_filename == "which-colour-has-the-sky.json"
-    path = tmp_path / "sky.json"
-    download.value.save_as(path)
+    ask(page, "Which colour?", ends=1)
+    page.locator("#open-history").tap()
+    tap(page, "Rename “Which colour?”")
+    page.keyboard.type("The sky\n")
+    tap(page, "Close the list")
+    download, path = export(page), tmp_path / "sky.json"
+    assert download.suggested_filename == "the-sky.json"
+    download.save_as(path)
     content = json.loads(path.read_text())
-    assert content["model"] == MODEL["name"]
-    stats = content["messages"][2].pop("stats")
-    assert stats["tokens"] == 2
+    assert content["model"] == MODEL["name"] and content["title"] == "The sky"
+    assert content["messages"][2].pop("stats")["tokens"] == 2
     answer = {"role": "assistant", "content": "It is <b>blue</b>.", "reasoning": "Hm."}
     assert content["messages"] == [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Which colour has the sky?"},
-        answer | {"finish": "stop"},
+        {"role": "user", "content": "Which colour?"},
+        answer | {"finish": "stop", "decoding": "verified"},
     ]
-
     page.on("dialog", lambda dialog: dialog.accept())
     page.locator("#open-history").tap()
-    tap(page, "Delete the conversation")
+    tap(page, "Delete “The sky”")
     page.reload()
     expect(page.locator("#welcome")).to_be_visible()
     expect(page.locator("#chats li")).to_have_count(0)
     choose_file(page, path)
     expect(answers(page)).to_have_text("It is <b>blue</b>.")
-    expect(page.locator("#show-system")).to_have_text("Be brief.")
+    expect(page.locator("#title")).to_have_text("The sky")
     ask(page, "Sure?", ends=2)
-    expect(answers(page)).to_have_text(["It is <b>blue</b>.", "Yes."])
     assert sent(script)[0] == ("system", "Be brief.")
 
-
-def test_a_file_of_the_terminal_chat_is_read(page, tmp_path):
-    path = tmp_path / "chat.json"
-    messages = [Message(role="user", content="Hi"), Message(role="assistant", content="Hello!")]
-    write_conversation(path, messages, "tiny")
-    choose_file(page, path)
-    expect(answers(page)).to_have_text("Hello!")
-    with page.expect_download() as download:
-        page.locator("#export").tap()
-    assert read_conversation(download.value.path()) == messages
+    messages = [Message(**HELLO), Message(role="assistant", content="Hello!")]
+    write_conversation(tmp_path / "terminal.json", messages, "tiny")
+    choose_file(page, tmp_path / "terminal.json")
+    expect(answers(page)).to_have_text(["Hello!"])
+    assert read_conversation(export(page).path()) == messages
 
 
-HELLO = {"role": "user", "content": "Hello"}
 DAMAGED = {
     "{": "it is not JSON",
     "[]": "it has no messages",
-    '{"messages": []}': "it has no messages",
-    '{"messages": "Hello"}': "it has no messages",
     json.dumps({"messages": [{"role": "system", "content": 3}]}): "its instructions are not text",
-    json.dumps({"messages": [HELLO, {"role": "assistant", "content": [1]}]}): "its message 2 is da",
     json.dumps({"messages": [HELLO, {"role": "tool", "content": ""}]}): "its message 2 is damaged",
     json.dumps({"messages": [HELLO, HELLO]}): "its questions and answers do not take turns",
     json.dumps({"messages": [HELLO]}): "its last question has no answer",
-    "large": "it has more than 8 MB",
+    " " * ((8 << 20) + 1): "it has more than 8 MB",
 }
 
 
-def test_a_damaged_file_gets_a_sentence(page, tmp_path, screenshot):
-    said = page.evaluate(
+def test_a_damaged_file_gets_a_sentence(page, tmp_path):
+    sentences = page.evaluate(
         """async (texts) => {
             const { fromFile } = await import("/page/conversation.js");
-            texts[texts.indexOf("large")] = " ".repeat((8 << 20) + 1);
             const files = texts.map((text) => new File([text], "notes.json"));
             return Promise.all(files.map((file) => fromFile(file).catch(({ message }) => message)));
         }""",
         [*DAMAGED],
     )
-    for sentence, reason in zip(said, DAMAGED.values(), strict=True):
+    for sentence, reason in zip(sentences, DAMAGED.values(), strict=True):
         assert sentence.startswith(f"“notes.json” holds no conversation ({reason}")
     choose_file(page, tmp_path / "notes.json", [])
-    expect(page.locator("#note")).to_have_text(said[1])
-    expect(page.locator("#welcome")).to_be_visible()
-    screenshot(page, "iphone-light-12-damaged-file")
+    expect(page.locator("#note")).to_have_text(sentences[1])
     page.locator("#note").tap()
     expect(page.locator("#note")).to_be_hidden()
     assert page.locator("#chats li").count() == 0
 
 
-def test_what_a_file_says_does_nothing(page, tmp_path):
+def test_a_hostile_file_does_nothing(page, tmp_path):
     attack = "<img src=x onerror='window.hacked = 1'>"
-    path = tmp_path / f"{attack.replace('/', '')}.json"
-    answer = dict.fromkeys(("content", "reasoning", "model", "error", "onclick"), attack)
-    answer |= {"role": "assistant", "stats": {"tokens": 1, "speed": None, "first": 1}}
+    fields = ("content", "reasoning", "model", "decoding", "error", "onclick")
+    answer = dict.fromkeys(fields, attack) | {"role": "assistant"}
+    answer["stats"] = {"tokens": 1, "speed": None, "first": 1}
     messages = [{"role": "system", "content": attack}, HELLO | {"content": attack}, answer]
-    choose_file(page, path, {"messages": messages})
+    path = tmp_path / f"{attack.replace('/', '')}.json"
+    choose_file(page, path, {"title": attack, "messages": messages})
     expect(answers(page)).to_have_text(attack)
     expect(page.locator("#show-system")).to_have_text(attack)
     choose_file(page, path, {})
@@ -186,10 +203,8 @@ def test_what_a_file_says_does_nothing(page, tmp_path):
     assert page.evaluate("window.hacked") is None
     expect(page.locator("main img:not([alt=''])")).to_have_count(0)
 
-
-def test_a_file_that_takes_long_to_draw_does_not_stop_the_page(page, tmp_path):
-    answer = {"role": "assistant", "content": "**a" * 130_000}
-    choose_file(page, tmp_path / "stars.json", {"messages": [HELLO, answer]})
+    slow = HELLO | {"role": "assistant", "content": "**a" * 130_000}
+    choose_file(page, tmp_path / "stars.json", {"messages": [HELLO, slow]})
     expect(answers(page)).to_contain_text("**a**a")
     page.reload()
     expect(answers(page)).to_contain_text("**a**a")
@@ -223,27 +238,25 @@ def test_two_windows_lose_no_message(script, page):
             expect(answers(window)).to_have_text(["Uno.", "Due.", text])
 
 
-def test_a_choice_of_models(script, open_page, screenshot):
-    script.info = INFO | {"models": [MODEL, OTHER, {"name": "plain"}]}
+def test_a_choice_of_models(script, open_page):
+    script.info = INFO | {"models": [MODEL, OTHER, PLAIN]}
     page = open_page("ipad")
-    choice = page.get_by_label("Model", exact=True)
-    expect(page.locator("#model")).to_have_text(MODEL["name"])
-    ask(page, "One?")
-    expect(page.locator(".stats")).to_contain_text(MODEL["name"])
+    choice, mode = page.get_by_label("Model", exact=True), page.locator("#mode")
+    ask(page, "One?", ends=1)
     choice.select_option(OTHER["name"])
-    expect(page.locator("#model")).to_have_text(OTHER["name"])
-    with settings(page):
-        expect(page.locator("output[for=n_probes]")).to_have_text("8 (default)")
-        expect(page.locator("#n_probes")).to_have_attribute("max", "64")
-    expect(page.get_by_role("button", name="Compare")).to_have_count(1)
     page.reload()
     expect(page.locator("#model")).to_have_text(OTHER["name"])
-    ask(page, "Two?")
-    expect(page.locator(".stats").last).to_contain_text(OTHER["name"])
-    screenshot(page, "ipad-light-8-models")
+    expect(mode).to_have_text("· unverified")
+    ask(page, "Two?", ends=2)
     choice.select_option("plain")
+    expect(mode).to_have_text("· dense")
     expect(page.get_by_role("button", name="Compare")).to_have_count(0)
+    with settings(page):
+        expect(page.locator("#dense")).to_be_disabled()
+        expect(page.locator("#decoding")).to_contain_text("(FlashHead is being built)")
     ask(page, "Three?", ends=3)
+    figures = [MODEL["name"], "unverified", "plain"]
+    expect(page.locator(".stats")).to_contain_text(figures)
     assert [body["model"] for body in script.requests] == [MODEL["name"], OTHER["name"], "plain"]
     assert "dense" not in script.requests[-1]
 

@@ -1,16 +1,16 @@
-"""What fingers, small screens and on-screen keyboards need."""
+"""What fingers, small screens, keyboards on the screen and VoiceOver need."""
 
 import pytest
 from playwright.sync_api import expect
 
 from page_actions import ask, tap
 
-SMALL = ("temperature", "top_p", "n_probes", "max_tokens", "dense")
+SMALL = ("temperature", "top_p", "max_tokens", "dense")
 WIDE = "A_very_long_word_" * 30 + "\n\n```\n" + "code " * 100 + "\n```\n\n|a|b|\n|-|-|\n|"
 WIDE += "x" * 300 + "|y|\n\nand long" + "\n\nand long" * 20
 # Safari leaves the page as it is and makes only the visual viewport smaller, and moves it.
 VIEWPORT = """async ([height, change]) => {
-    const { follow } = await import("/page/viewport.js");
+    const { follow } = await import("/page/composer.js");
     const viewport = Object.assign(new EventTarget(), { height, offsetTop: 0, scale: 1 });
     follow(viewport);
     Object.assign(viewport, change);
@@ -22,8 +22,10 @@ VIEWPORT = """async ([height, change]) => {
 }"""
 
 
-@pytest.fixture(scope="module", params=["ipad", "ipad-landscape", "iphone", "iphone-se"])
-def asked(request, pages, scripted):
+@pytest.fixture(
+    scope="module", params=["ipad", "ipad-landscape", "ipad-half", "iphone", "iphone-se"]
+)
+def shared_page(request, pages, scripted):
     """A page of each screen, with an answer."""
     scripted[1].answers = [[WIDE]]
     page = pages(request.param)
@@ -32,19 +34,19 @@ def asked(request, pages, scripted):
 
 
 @pytest.fixture
-def page(asked):
+def page(shared_page):
     """The same as new."""
-    asked.reload()
-    expect(asked.locator(".stats")).to_have_count(1)
-    return asked
+    shared_page.reload()
+    expect(shared_page.locator(".stats")).to_have_count(1)
+    return shared_page
 
 
-def to_end(page):
-    """How far the end of the text is below the screen."""
-    return page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight")
+TO_END = "scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight"
 
 
-def test_nothing_is_too_small_or_sticks_out(page):
+def test_nothing_is_too_small_or_sticks_out_or_has_no_name(page):
+    viewport = page.locator("meta[name=viewport]").get_attribute("content")
+    assert "viewport-fit=cover" in viewport and "user-scalable" not in viewport
     nameless = "button:has(svg):not([title]), .round:not([aria-label])"
     assert page.locator(nameless).count() == 0
     fonts = page.evaluate(
@@ -53,9 +55,9 @@ def test_nothing_is_too_small_or_sticks_out(page):
     )
     assert len(fonts) > 5 and min(fonts) >= 16  # below that iOS zooms in
     tap(page, "Edit the question")
-    for opened in (None, ".actions .text", "#open-settings"):
-        if opened:
-            page.locator(opened).tap()
+    for opener in (None, ".actions .text", "#open-settings"):
+        if opener:
+            page.locator(opener).tap()
         sizes = page.evaluate(
             """() => [...document.querySelectorAll("button, input, textarea, select, summary")]
                 .filter((e) => e.checkVisibility({ visibilityProperty: true }))
@@ -79,22 +81,27 @@ def test_keyboard_does_not_hide_the_input_and_magnifying_is_none(page):
     assert top > 30 + height * 0.2
     assert 30 + height * 0.55 - 20 < bottom <= 30 + height * 0.55
     assert name == "keyboard"
-    assert to_end(page) < 2
+    assert page.evaluate(TO_END) < 2
 
 
-def test_reader_is_not_pulled_down(page):
+def test_reader_is_not_pulled_down_and_the_way_down_is_above_the_text_box(page):
     page.evaluate("scroller.scrollTop = 0")
-    expect(page.locator("#to-end")).to_be_visible()
-    page.locator("#to-end").tap()
-    expect(page.locator("#to-end")).to_be_hidden()
-    assert to_end(page) < 2
+    down, box = page.locator("#to-end"), page.locator("#composer")
+    for text in ("", "line\n" * 30):
+        page.locator("#input").fill(text)
+        expect(down).to_be_visible()
+        arrow = down.bounding_box()
+        assert arrow["y"] + arrow["height"] <= box.bounding_box()["y"]
+    down.tap()
+    expect(down).to_be_hidden()
+    assert page.evaluate(TO_END) < 2
 
 
-def test_safe_areas_are_asked_for(page):
-    viewport = page.locator("meta[name=viewport]").get_attribute("content")
-    assert "viewport-fit=cover" in viewport and "user-scalable" not in viewport
-    sides = page.evaluate(
-        """[...document.styleSheets].flatMap((sheet) => [...sheet.cssRules])
-            .map((rule) => rule.cssText).join().match(/safe-area-inset-\\w+/g)"""
-    )
-    assert set(sides) == {f"safe-area-inset-{side}" for side in ("top", "right", "bottom", "left")}
+def test_voiceover_hears_who_speaks_and_which_conversation_goes(page):
+    speakers = page.locator("#messages").get_by_role("heading", level=2)
+    expect(speakers).to_have_text(["You", "Answer"])
+    if page.locator("#open-history").is_visible():
+        page.locator("#open-history").tap()
+    for action in ("Rename", "Delete"):
+        button = page.get_by_role("button", name=f"{action} “Wide”", exact=True)
+        expect(button).to_be_visible()

@@ -12,17 +12,18 @@ from scripted_server import BREAK, MODEL, TOKEN, Script, scripted_server
 OTHER_TOKEN = "another-token-of-this-server"
 
 
-def keep(page, key, text):
-    """Writes a record into the browser's storage."""
-    page.evaluate("([key, text]) => localStorage.setItem(key, text)", [key, text])
-
-
-def test_reload_in_the_middle_of_an_answer_and_a_refusal(script, open_page):
-    refusal = "n_probes is 9: it must be at most 4."
-    script.answers = [["Half of ", "it", Event()], refusal, ["Fine."]]
-    page = open_page()
+def test_stop_reload_and_refusal_of_an_answer(script, page):
+    refusal = "max_tokens is 9: it must be at most 4."
+    script.answers = [["One, ", Event()], ["Half of ", "it", Event()], refusal, ["Fine."]]
     ask(page, "Tell me.")
+    expect(answers(page)).to_have_text("One,")
+    page.locator("#stop").tap()
+    assert script.left.wait(20)  # the server notices, and stops
+    expect(page.locator(".notice")).to_have_text("Stopped before the end.")
+    script.left.clear()
+    tap(page, "Answer again")
     expect(answers(page)).to_have_text("Half of it")
+    assert script.requests[1]["messages"] == script.requests[0]["messages"]
     page.reload()
     expect(answers(page)).to_have_text("Half of it")
     expect(page.locator(".notice")).to_have_text("Stopped before the end.")
@@ -33,82 +34,68 @@ def test_reload_in_the_middle_of_an_answer_and_a_refusal(script, open_page):
     expect(answers(page)).to_have_text(["Half of it", "Fine."])
 
 
-def test_wrong_token_then_the_right_one(lan, open_page, screenshot):
+def test_a_wrong_token_and_one_that_changes_meanwhile(lan, script, open_page):
+    script.answers = [["First."], ["Second."]]
     page = open_page("ipad", lan)
-    screenshot(page, "ipad-light-6-locked")
-    page.get_by_label("Token").fill("xxxx-xxxx-xxxx-xxxx-xxxx")
-    tap(page, "Open")
-    expect(page.locator(".wrong")).to_contain_text("That is not")
-    page.get_by_label("Token").fill(f" {TOKEN} ")
-    tap(page, "Open")
-    expect(page.locator("#model")).to_have_text(MODEL["name"])
-    page.reload()
+    for token in ("xxxx-xxxx-xxxx-xxxx-xxxx", f" {TOKEN} "):
+        page.get_by_label("Token").fill(token)
+        tap(page, "Open")
+        if token != f" {TOKEN} ":
+            expect(page.locator(".wrong")).to_contain_text("That is not")
     expect(page.locator("#model")).to_have_text(MODEL["name"])
     manifest = page.evaluate("document.querySelector('link[rel=manifest]').href")
     assert manifest == f"{lan}manifest.webmanifest?token={TOKEN}"
-
-
-def test_token_that_changes_meanwhile(lan, script, open_page, screenshot):
-    script.answers = [["First."], ["Second."]]
-    page = open_page("iphone", f"{lan}?token={TOKEN}", dark=True)
+    page.reload()
     ask(page, "One?", ends=1)
     script.access = Access(OTHER_TOKEN)
     ask(page, "Two?")
-    expect(page.locator("#lock")).to_be_visible()
-    page.locator("#token").fill(TOKEN)
-    page.locator("#unlock .primary").tap()
-    expect(page.locator("#wrong-token")).to_contain_text("That is not")
-    screenshot(page, "iphone-dark-6-token")
-    page.locator("#token").fill(OTHER_TOKEN)
-    page.locator("#unlock .primary").tap()
+    for token in (TOKEN, OTHER_TOKEN):
+        page.locator("#token").fill(token)
+        page.locator("#unlock .primary").tap()
+        if token == TOKEN:
+            expect(page.locator("#wrong-token")).to_contain_text("That is not")
     expect(page.locator("#lock")).to_be_hidden()
     tap(page, "Try again")
     expect(answers(page)).to_have_text(["First.", "Second."])
 
 
-def test_server_gone_and_back(open_page, screenshot):
-    """The page that the browser has kept opens meanwhile."""
-    script = Script()
-    script.answers = [["So $x^2$."], ["Half an ", BREAK]]
+CACHED = """caches.open("flashhead-page").then((cache) => cache.keys())
+    .then((requests) => requests.map(({ url }) => url))"""
+
+
+def test_server_gone_and_back(open_page):
+    """The page that the browser has cached opens meanwhile, but does not hide a new token."""
+    script, seen = Script(), Event()
+    script.access = Access(TOKEN)
+    script.answers = [["So $x^2$."], ["Half an ", seen, BREAK]]
     with scripted_server(script) as (port, _):
-        page = open_page("ipad", f"http://127.0.0.1:{port}/", worker=True)
+        page = open_page("ipad", f"http://127.0.0.1:{port}/?token={TOKEN}", worker=True)
         page.evaluate("navigator.serviceWorker.ready.then(() => true)")
+        addresses = page.evaluate(CACHED)
+        assert len(addresses) > 40 and not any(TOKEN in address for address in addresses)
+        assert not any(address.endswith(".json") for address in addresses)
         ask(page, "One?", ends=1)
         ask(page, "Two?")
-        expect(page.locator(".notice")).to_contain_text("The answer broke off")
         expect(answers(page).last).to_have_text("Half an")
+        seen.set()
+        expect(page.locator(".notice")).to_contain_text("The answer broke off")
     tap(page, "Try again")
     expect(page.locator(".notice")).to_contain_text("The server does not answer.")
     expect(page.locator("#banner")).to_contain_text("Your conversations are safe here")
-    screenshot(page, "ipad-light-7-away")
     page.reload()
     expect(page.locator(".message.user .body")).to_have_text(["One?", "Two?"])
     expect(answers(page).locator(".katex")).to_be_visible()
     expect(page.locator("#banner")).to_contain_text("The server does not answer.")
     assert page.evaluate("document.fonts.load('16px KaTeX_Fraktur').then((fonts) => fonts.length)")
-    screenshot(page, "ipad-light-10-opened-without-server")
     script.answers = [["After."]]
     with scripted_server(script, port):
         expect(page.locator("#banner")).to_have_text("The server is back.")
         tap(page, "Try again")
         expect(answers(page).last).to_have_text("After.")
         expect(page.locator("#banner")).to_be_hidden()
-
-
-def test_a_kept_page_does_not_hide_the_token(script, open_page):
-    """The server's refusal comes through, also for a page that the browser has kept."""
-    script.access = Access(TOKEN)
-    page = open_page("ipad", f"/?token={TOKEN}", worker=True)
-    page.evaluate("navigator.serviceWorker.ready.then(() => true)")
-    addresses = page.evaluate(
-        """caches.open("flashhead-page").then((cache) => cache.keys())
-            .then((requests) => requests.map(({ url }) => url))"""
-    )
-    assert len(addresses) > 40 and not any(TOKEN in address for address in addresses)
-    assert not any(address.endswith(".json") for address in addresses)
-    script.access = Access(OTHER_TOKEN)
-    page.reload()
-    expect(page.get_by_role("heading")).to_have_text("This server needs its token")
+        script.access = Access(OTHER_TOKEN)
+        page.reload()
+        expect(page.get_by_role("heading")).to_have_text("This server needs its token")
 
 
 QUESTION = {"role": "user", "content": "Hello?"}
@@ -116,31 +103,28 @@ ANSWER = {"role": "assistant", "content": "Hello"}
 STATS = {"tokens": 5, "speed": 9.5, "first": 0.1}
 DAMAGED_MESSAGES = [
     None,
-    "Hello",
-    {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
-    {"role": "user"},
-    {"role": 7, "content": "Hello"},
-    ANSWER | {"reasoning": 1},
-    ANSWER | {"error": {}},
-    ANSWER | {"model": 3},
+    *(QUESTION | field for field in ({"content": [{"type": "text"}]}, {"role": 7})),
+    *(ANSWER | field for field in ({"reasoning": 1}, {"error": {}}, {"model": 3}, {"decoding": 1})),
     ANSWER | {"stats": STATS | {"first": None}},
     ANSWER | {"stats": STATS | {"speed": "fast"}},
 ]
 DAMAGED = ["", "{", "null", "[]", '{"messages": 3}']
-DAMAGED += [json.dumps({"id": "x", "updated": 9e12, "messages": [one]}) for one in DAMAGED_MESSAGES]
+DAMAGED += [json.dumps({"updated": 9e12, "messages": [damaged]}) for damaged in DAMAGED_MESSAGES]
 
 
 def test_damaged_records_cost_no_other_conversation(script, open_page):
     script.answers = [["Yes."], ["Again."]]
     page = open_page("ipad-landscape")
     ask(page, "Is this kept?", ends=1)
-    for number, record in enumerate(DAMAGED):
-        keep(page, f"flashhead.chat.damaged{number}", record)
-    no_text = {"updated": 1, "system": {"role": "system"}, "messages": [QUESTION]}
-    keep(page, "flashhead.chat.instructions", json.dumps(no_text))
-    keep(page, "flashhead.current", "damaged7")
-    for record in ('"x"', "null", '{"temperature": "hot", "dense": 3, "max_tokens": 9}'):
-        keep(page, "flashhead.settings", record)
+    no_text = {"updated": 1, "system": {"role": "system"}, "title": 3, "messages": [QUESTION]}
+    records = {f"chat.damaged{number}": record for number, record in enumerate(DAMAGED)}
+    records |= {"chat.instructions": json.dumps(no_text), "current": "damaged7"}
+    for settings in ('"x"', "null", '{"temperature": "hot", "theme": 3, "max_tokens": 9}'):
+        page.evaluate(
+            """(records) => Object.entries(records)
+                .forEach(([key, text]) => localStorage.setItem(`flashhead.${key}`, text))""",
+            records | {"settings": settings},
+        )
         page.reload()
         expect(page.locator("#model")).to_have_text(MODEL["name"])
         expect(page.locator("#chats .name")).to_have_text(["Is this kept?", "Hello?"])
@@ -151,7 +135,6 @@ def test_damaged_records_cost_no_other_conversation(script, open_page):
     sent = script.requests[-1]
     assert sent["max_tokens"] == 9 and not {"temperature", "dense"} & sent.keys()
     page.locator("#chats .open").last.tap()
-    expect(page.locator(".message.user .body")).to_have_text("Hello?")
     expect(page.locator("#show-system")).to_be_hidden()
     ask(page, "Well?", ends=1)
     assert [m["role"] for m in script.requests[-1]["messages"]] == ["user", "user"]
@@ -175,5 +158,5 @@ def test_browser_without_room(script, open_page):
     ask(page, "A short one?", ends=1)
     expect(page.get_by_text("has no room left")).to_be_visible()
     page.on("dialog", lambda dialog: dialog.accept())
-    tap(page, "Delete the conversation")
+    tap(page, "Delete “")
     expect(page.locator("#full")).to_be_hidden()
