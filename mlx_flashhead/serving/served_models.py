@@ -14,7 +14,7 @@ from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
 from ..loading.load import load_draft, load_with_head
 from ..loading.sources import LATER, HeadOptions
-from ..lossless.policy import decoding_mode
+from ..lossless.policy import decoding_mode, policy_of
 from ..models.compat.mlx_lm import KVCache, make_prompt_cache
 from ..models.dense import load_dense
 from ..models.fetch import resolve
@@ -61,8 +61,8 @@ class ServedModel:
         dense = self.dense and n_probes is None if dense is None else dense
         if self.max_wait == 0 and not dense:
             return "dense: --max-wait is 0"
-        if n_probes is not None:  # which is used even where it is no faster
-            return "verified" if self.verify else "unverified"
+        if n_probes is not None and self.head and not policy_of(self.head).drafts_only:
+            return "verified" if self.verify else "unverified"  # even where it is no faster
         if self.build is not None and self.head is None and not dense:
             return "dense: FlashHead is being built"
         return decoding_mode(self.model, verify=self.verify, dense=dense)
