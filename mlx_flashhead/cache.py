@@ -43,7 +43,7 @@ def make_parser() -> Parser:
         const="",
         metavar="ID_OR_MODEL",
         help="Measure the speed of a model's FlashHead on this machine now (default: of all that "
-        "are cached).",
+        "are kept).",
     )
     parser.add_argument(
         "--trust-remote-code",
@@ -140,7 +140,7 @@ def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
     folder = _folder(cached, name)
     if has_flash_head(folder):
         raise ValueError(
-            f"{folder} has a FlashHead of its own, which comes before one that is cached: make it "
+            f"{folder} has a FlashHead of its own, which comes before one that is kept: make it "
             "again with mlx_flashhead.convert."
         )
     model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
@@ -149,7 +149,7 @@ def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
 
 
 def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
-    """Measures the speed of a model's FlashHead; without a name, of all that are cached."""
+    """Measures the speed of a model's FlashHead; without a name, of all that are kept."""
     from .loading.load import load_with_head
     from .loading.sources import REFUSE, HeadOptions
 

@@ -39,7 +39,7 @@ MAX_DRIFT = 0.017  # of the rows' length that they have moved by, beyond roundin
 SKETCH_DRIFT = 3 * MAX_DRIFT  # of few rows
 MAX_ROW_ERROR = 2.0  # of a single row, relative to its rounding
 SKETCH_ROWS = 8  # fetched by themselves before all rows are
-PIECE_ROWS = 8192  # compared and rounded at once
+PIECE_ROWS = 2048  # compared and rounded at once, in float32
 CARD, MOST_BASES = "README.md", 5  # repositories from one to its `base_model`
 
 Say = Callable[[str], None]
