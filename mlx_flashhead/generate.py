@@ -81,7 +81,7 @@ def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
     from .loading.sources import HeadOptions
     from .lossless.generation import generate
     from .lossless.sampler import make_sampler
-    from .models.compat.generate import generation_stream, run_generate
+    from .models.compat.mlx_lm import generation_stream, run_generate
     from .models.fetch import resolve
     from .models.install import get_flash_head
     from .models.tokenizers import UNKNOWN_CONTEXT, context_of
@@ -236,7 +236,7 @@ def _check_prompt_cache(parser: Parser, args: Namespace) -> None:
         parser.error(f"--prompt-cache-file {file}: there is no such file")
     if args.draft_model is not None:
         parser.error("--prompt-cache-file holds no cache of a draft model: leave --draft-model out")
-    from .models.compat.cache import load_prompt_cache
+    from .models.compat.mlx_lm import load_prompt_cache
 
     try:
         _, metadata = load_prompt_cache(file, return_metadata=True)

@@ -44,8 +44,7 @@ def _cases(args: argparse.Namespace) -> Generator[Case]:
         states = mx.random.normal((N_STATES, args.positions, head.hidden_size)).astype(dtype)
         mx.eval(states)
         timers = {
-            form: timer(partial(_use, use, states), cold)
-            for form, use in forms(head, args.positions).items()
+            form: timer(partial(_use, use, states), cold) for form, use in forms(head).items()
         }
         yield Case(name, timers, partial(summary, name, head, dtype, args.positions))
 
@@ -113,7 +112,7 @@ def random_head(
     return head
 
 
-def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
+def forms(head: FlashHead) -> dict[str, Form]:
     """The ways to use a head, by name: functions of hidden states (R, D).
 
     mlx-lm's dense form has the rows in the FlashHead's order, which does not change its time. The
@@ -122,13 +121,11 @@ def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
     """
     rows = head.clustered.flat_rows().map(lambda array: array[: head.vocab_size])
     mx.eval(rows.arrays())
-    retrieving = head.copy()
-    retrieving.max_positions, retrieving.n_probes = n_positions, head.checked_probes
     return {
         DENSE: rows.matmul,
         OWN_DENSE: head.dense_logits,
-        PROPOSAL: lambda hidden: retrieving.propose(hidden, None).tokens,
-        LOGITS: retrieving,
+        PROPOSAL: lambda hidden: head.propose(hidden, None).tokens,
+        LOGITS: partial(head.unverified_logits, n_probes=head.n_probes),
     }
 
 
@@ -143,7 +140,7 @@ def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, secon
         "hidden_size": head.hidden_size,
         "n_clusters": head.n_clusters,
         "cluster_size": head.cluster_size,
-        "n_probes": head.checked_probes,
+        "n_probes": head.n_probes,
         "dtype": str(dtype).removeprefix("mlx.core."),
         "head_bits": rows.format.bits,
         "backend": head.backend,
@@ -166,7 +163,7 @@ def read_mb(head: FlashHead, n_positions: int = 1) -> float:
     stage_1 = head.clustered.centroids.matrix.nbytes
     if mx.default_device().type == mx.cpu:  # the centroids are float32 there
         stage_1 = 4 * head.n_clusters * head.hidden_size
-    probed = min(n_positions * head.checked_probes, head.n_clusters)
+    probed = min(n_positions * head.n_probes, head.n_clusters)
     return (stage_1 + head.clustered.rows.nbytes * probed / head.n_clusters) / 1e6
 
 

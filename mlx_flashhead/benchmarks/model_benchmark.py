@@ -23,10 +23,10 @@ from ..head.flash_head import FlashHead
 from ..loading.load import load
 from ..lossless.batch import VerifiedBatchGenerator
 from ..lossless.loop import verified_steps
-from ..lossless.proposals import Proposer
+from ..lossless.policy import policy_of
+from ..lossless.proposer import Proposer
 from ..lossless.sampler import make_sampler
-from ..models.compat import sample_utils
-from ..models.compat.generate import BatchGenerator, generate_step
+from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
 from ..models.install import dense_copy, installed_head
 from . import SAMPLERS
 from .head_benchmark import rows_dtype
@@ -101,15 +101,15 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
     about = {
         "model": Path(args.model).name,
         "head_bits": head.clustered.rows.format.bits,
-        "n_probes": {FLASH_HEAD: head.checked_probes, UNVERIFIED: head.n_probes},
+        "n_probes": {FLASH_HEAD: head.n_probes, UNVERIFIED: head.unverified_probes},
         "n_clusters": head.n_clusters,
         "backend": head.backend,
         "backend_reason": head.backend_reason,
         "equal_logits": equal_logits(head),
-        "stays_dense": head.stays_dense,
+        "stays_dense": policy_of(head).dense,
         "tokens": args.tokens,
     }
-    head.stays_dense = False
+    policy_of(head).dense = False
     forms = {
         DENSE: Form(dense_copy(flash)),
         FLASH_HEAD: with_flash_head(flash, verify=True),

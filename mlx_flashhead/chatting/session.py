@@ -15,6 +15,7 @@ from ..common.tables import count
 from ..common.terminal import Terminal, stop_key, without_quotes
 from ..head.flash_head import FlashHead
 from ..loading.background import IdleBuild
+from ..lossless.policy import decoding_mode, policy_of
 from ..models.install import get_flash_head
 from .conversation import (
     LENGTH,
@@ -163,14 +164,10 @@ class ChatSession:
         lines = [f"{self.args.model}, {self._settings()}"]
         if head is not None:
             lines.append(f"backend {head.backend!r}: {head.backend_reason}")
-            if head.gain is not None:
-                how = (
-                    f"{head.checked_probes:,} clusters a proposal, a check at {head.most_waiting} "
-                    f"tokens or a risk of {head.most_risk:.2g}"
-                )
-                how = "stays dense" if head.stays_dense else how
-                gain = f"{head.gain:.2f} times as fast as dense"
-                lines.append(f"measured on this machine: {gain}, {how}")
+            policy = policy_of(head)
+            if policy.gain is not None:
+                known = "predicted" if policy.predicted else "measured"
+                lines.append(f"{known} on this machine: {policy.gain:.2f} times as fast as dense")
         held = f"{len(cache.token_ids)} tokens in the cache"
         held += f", which keeps the last {self.args.max_kv_size}" if cache.limited else ""
         lines.append(f"{count(len(self.conversation.messages), 'message')}, {held}")
@@ -190,7 +187,7 @@ class ChatSession:
                 remedy = f"give a whole number, 1 to {head.n_clusters}"
                 raise ValueError(f"/probes is {argument!r}: {remedy}.") from None
             head.n_probes = n_probes
-            head.stays_dense = False  # the user's number comes before what was measured
+            policy_of(head).dense = False  # the user's number comes before what was measured
         self.terminal.say(f"Now {self._settings()}.")
 
     def _dense(self, _: str) -> None:
@@ -216,12 +213,12 @@ class ChatSession:
     def _settings(self) -> str:
         if self.head is None:
             return "dense, without FlashHead"
-        checked = self.options.get("verify", True)
-        if self.head.stays_dense and checked and not self.dense:
-            return "dense, as FlashHead is no faster on this machine"
-        n_probes = self.head.checked_probes if checked else self.head.n_probes
-        clusters = f"{n_probes:,} of {self.head.n_clusters:,} clusters"
-        return f"dense ({clusters} otherwise)" if self.dense else f"{clusters} scored per token"
+        verify = self.options.get("verify", True)
+        mode = decoding_mode(self.conversation.model, verify=verify, dense=self.dense)
+        if mode.startswith("dense"):
+            return mode
+        n_probes = self.head.n_probes if verify else self.head.unverified_probes
+        return f"{mode}, {n_probes:,} of {self.head.n_clusters:,} clusters scored per token"
 
 
 def _command(text: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..head.matrix import as_float32
-from ..models.compat.cache import make_prompt_cache
+from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.cpu_products import numpy_products
 from ..models.libraries import forward, is_vlm
 from ..models.locate import HeadLocation, recorded_hidden

@@ -25,7 +25,7 @@ from ..index.files import (
     write_index,
 )
 from ..index.settings import FlashHeadConfig
-from ..models.compat.utils import dequantize_model, save
+from ..models.compat.mlx_lm import dequantize_model, save
 from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head

@@ -14,8 +14,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from ..head.matrix import AFFINE, DEFAULT_GROUP, Matrix, affine_group
-from ..models.compat.convert import mixed_quant_predicate_builder
-from ..models.compat.utils import dequantize_model, quantize_model
+from ..models.compat.mlx_lm import dequantize_model, mixed_quant_predicate_builder, quantize_model
 from . import Step, Steps
 from .options import ConvertOptions
 

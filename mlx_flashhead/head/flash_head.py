@@ -3,9 +3,9 @@
 Source: arXiv 2603.14591. docs/how-it-works.md has the steps and what differs.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -21,18 +21,14 @@ from .steps import NO_DEPTH, Candidates, Proposal, Risk, Screen, Selection
 # and JSON; so low that exp() of it is 0.
 NEVER_DRAWN = -1e4
 
-MOST_WAITING = 32  # states of a check: a product of more gains little
-MOST_RISK = 0.03
-
-# What a block of `settings` may change.
-SETTINGS = ("_n_probes", "_checked_probes", "_draw_temperature", "_project", "_max_positions")
-
-# The head and its hidden states (..., D) → logits (..., V), or what their reader makes of them.
-Project = Callable[["FlashHead", mx.array], mx.array]
+Project = Callable[[mx.array], mx.array]  # hidden states (..., D) → logits (..., V)
 
 
 class FlashHead:
-    """An output projection by retrieval.
+    """An output projection by retrieval. A plain call is the normal (dense) head.
+
+    Loops that verify call :meth:`propose`. The unverified head, whose logits are estimates but for
+    the scored tokens, is :meth:`unverified_logits`, or a call within a :meth:`settings` block.
 
     Shapes: hidden states (B, L, D), or any leading axes; V tokens in C clusters of
     ``cluster_size``; p = ``n_probes`` clusters scored per position.
@@ -41,22 +37,14 @@ class FlashHead:
         rows: The dense head's rows in token order. They are reordered; the caller drops its copy.
         token_ids: (C, cluster_size) integers, V in padded slots.
         centroids: Centroids fitted for these clusters.
-        n_probes: Clusters scored per position, 1 … C.
-        checked_probes: Clusters scored where the dense rows check the choice; None: ``n_probes``.
+        n_probes: Clusters scored for a proposal that is verified, 1 … C.
+        unverified_probes: Clusters scored without verification; None: ``n_probes``.
         risk: How likely a proposal differs from the dense choice.
         eos_token_ids: Their clusters are always among the probes, so that an answer can end.
         backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
             if MLX computes on an Apple GPU.
-        max_positions: More (B·L) than this at once are computed densely; None: as the path has it.
 
     Attributes:
-        depth: Nats below the log-sum-exp of all scores, from which kernels leave probes out.
-        most_waiting, most_risk: Most proposals that wait for a check, and the sum of their risks.
-        gain: Measured tokens per second on this machine, relative to dense decoding, if known.
-        stays_dense: Whether proposals gain nothing on this machine.
-        in_step: Whether processes compute the same steps: no time decides when a check comes.
-        draft_probes: Clusters scored for a draft; None: ``n_probes``.
-        only_drafts: Whether the head serves a drafter alone, and its model is dense.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
 
     Raises:
@@ -70,40 +58,33 @@ class FlashHead:
         centroids: Centroids,
         *,
         n_probes: int,
-        checked_probes: int | None = None,
+        unverified_probes: int | None = None,
         risk: Risk | None = None,
         eos_token_ids: tuple[int, ...] = (),
         backend: str | None = None,
-        max_positions: int | None = None,
     ):
         by_column = choose_backend(backend) == PORTABLE and faster_by_column(rows)
         self.clustered = ClusteredRows.build(rows, token_ids, centroids, eos_token_ids, by_column)
         self.vocab_size, self.hidden_size = rows.n_rows, rows.hidden_size
         self.n_clusters, self.cluster_size = token_ids.shape
-        self._backend_asked = backend
+        self._requested_backend = backend
         self._steps, self.backend_reason = make_steps(self.clustered, backend)
         self.eos_token_ids = tuple(eos_token_ids)
-        self._max_positions = max_positions
-        self.checked_positions = None
         self.n_probes = n_probes
-        if checked_probes is not None:
-            self.checked_probes = checked_probes
-        self.depth = NO_DEPTH
+        if unverified_probes is not None:
+            self.unverified_probes = unverified_probes
         self.risk = risk or Risk()
-        self.most_waiting, self.most_risk = MOST_WAITING, MOST_RISK
-        self.gain: float | None = None
-        self.stays_dense = self.in_step = self.only_drafts = False
-        self.draft_probes: int | None = None
+        self._verified = True  # whether a plain call is the dense head's
         self._draw_temperature: float | None = None
         self._project: Project | None = None
 
     def __getstate__(self) -> dict:
-        """Everything but what belongs to this process: kernels, and who asks now."""
+        """Everything but what belongs to this process: kernels, and who intercepts calls."""
         return {k: v for k, v in vars(self).items() if k != "_steps"} | {"_project": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self._steps, reason = make_steps(self.clustered, self._backend_asked)
+        self._steps, reason = make_steps(self.clustered, self._requested_backend)
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
             self.backend_reason = reason
 
@@ -121,50 +102,22 @@ class FlashHead:
         return self._steps
 
     @property
-    def max_positions(self) -> int:
-        """More positions (B·L) than this at once are computed densely."""
-        if self._max_positions is not None:
-            return self._max_positions
-        return self._steps.max_positions(self._n_probes)
-
-    @max_positions.setter
-    def max_positions(self, value: int | None) -> None:
-        self._max_positions = value
-
-    @property
-    def checked_positions(self) -> int:
-        """More rows than this at once are not worth proposals: what was measured on this machine,
-        else an estimate as ``max_positions``; None sets it back."""
-        known = (self._max_positions, self._checked_positions)
-        estimate = self._steps.max_positions(self.checked_probes)
-        return next((n for n in known if n is not None), estimate)
-
-    @checked_positions.setter
-    def checked_positions(self, value: int | None) -> None:
-        self._checked_positions = value
-
-    @property
-    def max_positions_reason(self) -> str:
-        """A sentence on where ``max_positions`` comes from."""
-        return "set by hand" if self._max_positions is not None else self._steps.limit_reason
-
-    @property
     def n_probes(self) -> int:
-        """Clusters scored per position, 1 … C, or ValueError; it sets ``checked_probes`` too."""
+        """Clusters scored for a proposal, 1 … C, or ValueError; sets ``unverified_probes`` too."""
         return self._n_probes
 
     @n_probes.setter
     def n_probes(self, value: int) -> None:
-        self._n_probes = self._checked_probes = self._valid(value)
+        self._n_probes = self._unverified_probes = self._valid(value)
 
     @property
-    def checked_probes(self) -> int:
-        """Clusters scored where the dense rows check the choice, 1 … C, or ValueError."""
-        return self._checked_probes
+    def unverified_probes(self) -> int:
+        """Clusters scored where nothing verifies the choice, 1 … C, or ValueError."""
+        return self._unverified_probes
 
-    @checked_probes.setter
-    def checked_probes(self, value: int) -> None:
-        self._checked_probes = self._valid(value)
+    @unverified_probes.setter
+    def unverified_probes(self, value: int) -> None:
+        self._unverified_probes = self._valid(value)
 
     def _valid(self, value: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
@@ -176,11 +129,6 @@ class FlashHead:
             )
         return int(value)
 
-    @property
-    def exact(self) -> bool:
-        """Whether every token is scored: with ``n_probes`` = C, as within ``dense()``."""
-        return self.n_probes == self.n_clusters
-
     def arrays(self) -> list[mx.array]:
         """All arrays of this head, for ``mx.eval`` and for measuring memory."""
         return [*self.clustered.arrays(), *self._steps.arrays()]
@@ -189,10 +137,10 @@ class FlashHead:
         """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path, or
         raises a ValueError where the backend "metal" was asked for by name."""
         self._steps, self.backend_reason = checked(
-            self._steps, self.backend_reason, self._backend_asked, dtype, self.n_probes
+            self._steps, self.backend_reason, self._requested_backend, dtype, self.n_probes
         )
         if self.backend == PORTABLE:
-            self._backend_asked = PORTABLE  # as long as this head lives, pickled or not
+            self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
 
     def copy(self, steps: PortableSteps | None = None) -> "FlashHead":
         """A head with its own settings that shares the arrays; ``steps`` put it on another path."""
@@ -212,10 +160,8 @@ class FlashHead:
         n_probes: int | None = None,
         dense: bool = False,
         draw_temperature: float | None = None,
-        project: Project | None = None,
-        max_positions: int | None = None,
     ) -> Iterator["FlashHead"]:
-        """Within the block the head has other settings. The others stay as they are.
+        """Within the block a call is the unverified head's, with these settings.
 
         With ``draw_temperature`` the p clusters are drawn without replacement from softmax(S /
         temperature) by Gumbel noise. Only their tokens can be sampled, since all others get a logit
@@ -224,14 +170,12 @@ class FlashHead:
         the others a small probability.
 
         Args:
-            n_probes: Clusters scored per position, 1 … C.
-            dense: Score every token: n_probes = C.
+            n_probes: Clusters scored per position, 1 … C; default: ``unverified_probes``.
+            dense: Score every token, as a plain call does.
             draw_temperature: Draw the probes at this temperature, above 0.
-            project: Called in the head's place, with the head and its hidden states.
-            max_positions: The limit of positions at once.
 
         Raises:
-            ValueError: If a setting is not valid, or both ``n_probes`` and ``dense`` are given.
+            ValueError: If a setting is not valid, or both ``n_probes`` and ``dense`` are set.
 
         Source: Efraimidis and Spirakis 2006 / Gumbel top-k: perturbed scores, then the p largest.
         """
@@ -241,12 +185,11 @@ class FlashHead:
             raise ValueError(
                 f"The temperature of the draw is {draw_temperature}: it must be above 0."
             )
-        before = {name: getattr(self, name) for name in SETTINGS}
-        if dense or n_probes is not None:
-            self.n_probes = self.n_clusters if n_probes is None else n_probes
-        given = {"_draw_temperature": draw_temperature, "_project": project}
-        given["_max_positions"] = max_positions
-        vars(self).update((name, value) for name, value in given.items() if value is not None)
+        names = ("_n_probes", "_unverified_probes", "_verified", "_draw_temperature")
+        before = {name: getattr(self, name) for name in names}
+        if n_probes is not None:
+            self.n_probes = n_probes
+        self._verified, self._draw_temperature = dense, draw_temperature
         try:
             yield self
         finally:
@@ -256,32 +199,48 @@ class FlashHead:
         """``settings(dense=True)``: within the block every token is scored."""
         return self.settings(dense=True)
 
-    def __call__(self, hidden: mx.array) -> mx.array:
-        """Full logits: hidden (..., D) → (..., V), in the dense head's dtype. Lazy. A probed token
-        has its exact logit, every other one an estimate below the best candidate."""
-        if self._project is not None:
-            return self._project(self, hidden)
-        return self.full_logits(hidden)
+    @contextmanager
+    def intercepted(self, project: Project) -> Iterator[None]:
+        """Within the block ``project`` makes the logits of each call from its hidden states."""
+        before, self._project = self._project, project
+        try:
+            yield
+        finally:
+            self._project = before
 
-    def full_logits(self, hidden: mx.array) -> mx.array:
-        """As a call, whoever asks in the head's place."""
-        if self._is_dense(hidden):
+    def serve_drafts(self, n_probes: int) -> None:
+        """From now on a call gives a draft's logits: the head is a drafter's own."""
+        self._project = partial(self.draft_logits, n_probes=n_probes)
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """Full logits: hidden (..., D) → (..., V), in the dense head's dtype. Lazy. They are the
+        dense head's; within a block of :meth:`settings` :meth:`unverified_logits`."""
+        if self._project is not None:
+            return self._project(hidden)
+        return self.dense_logits(hidden) if self._verified else self.unverified_logits(hidden)
+
+    def unverified_logits(self, hidden: mx.array, n_probes: int | None = None) -> mx.array:
+        """Full logits by retrieval: hidden (..., D) → (..., V). A probed token has its exact logit,
+        every other one an estimate below the best candidate."""
+        n_probes = self.unverified_probes if n_probes is None else n_probes
+        if n_probes == self.n_clusters and self._draw_temperature is None:
             return self.dense_logits(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        scores, selection, candidates = self._retrieve(rows, self.n_probes, words=True)
+        scores, selection, candidates = self._retrieve(rows, n_probes, words=True)
         if self._draw_temperature is not None:
             scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
-            # without the estimates, which are of other scores
-            selection = Selection(selection.probes[:, : self.n_probes])
-            candidates = Candidates(candidates.logits[:, : self.n_probes])
+            # without the estimates, which belong to other scores
+            selection = Selection(selection.probes[:, :n_probes])
+            candidates = Candidates(candidates.logits[:, :n_probes])
         logits = self._steps.expand(scores, selection, candidates)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
-    def draft_logits(self, hidden: mx.array, token_ids: mx.array | None = None) -> mx.array:
-        """Full logits, of ``draft_probes`` clusters and of ``token_ids`` (K,), for tokens that all
-        rows verify: hidden (..., D) → (..., V)."""
-        with self.settings(n_probes=None if self.exact else self.draft_probes):
-            logits = self.full_logits(hidden)
+    def draft_logits(
+        self, hidden: mx.array, token_ids: mx.array | None = None, *, n_probes: int | None = None
+    ) -> mx.array:
+        """Full logits by ``n_probes`` clusters and ``token_ids`` (K,), for tokens that a target
+        verifies: hidden (..., D) → (..., V)."""
+        logits = self.unverified_logits(hidden, n_probes)
         if token_ids is None:
             return logits
         rows = self.clustered.rows_in(mx.take(self.clustered.slot_of, token_ids))
@@ -289,13 +248,22 @@ class FlashHead:
         ids = mx.broadcast_to(token_ids, scored.shape)
         return mx.put_along_axis(logits, ids, scored, axis=-1)
 
-    def propose(self, hidden: mx.array, draws: Draws | None, full: bool = False) -> Proposal:
-        """Tokens of states (R, D), chosen from ``checked_probes`` clusters, for a check by the
-        dense rows.
+    def propose(
+        self,
+        hidden: mx.array,
+        draws: Draws | None,
+        *,
+        n_probes: int | None = None,
+        depth: float = NO_DEPTH,
+        full: bool = False,
+    ) -> Proposal:
+        """Tokens of states (R, D), chosen from ``n_probes`` clusters, for the dense rows to verify.
 
-        ``draws`` are of these rows; None takes the best logits. ``full``: make full logits too.
+        ``draws`` are of these rows; None takes the best logits. Kernels leave clusters out that lie
+        more than ``depth`` nats below the mass of all. ``full``: make full logits too.
         """
-        n_probes, depth = self.checked_probes, NO_DEPTH if full else self.depth
+        n_probes = self.n_probes if n_probes is None else n_probes
+        depth = NO_DEPTH if full else depth
         scores, selection, candidates = self._retrieve(hidden, n_probes, words=full, depth=depth)
         unscored = self._steps.unscored(scores, selection)
         tokens, risk = self._steps.choose(selection, candidates, unscored, draws, self.risk)
@@ -308,17 +276,16 @@ class FlashHead:
         """The scored tokens: hidden (..., D) → ids (..., p·cluster_size) uint32 and logits of the
         same shape. A padded slot has the id V and the dtype's lowest finite value."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        _, selection, candidates = self._retrieve(rows, self.n_probes, words=False)
-        shape = (*hidden.shape[:-1], self.n_probes * self.cluster_size)
-        ids = self._steps.token_ids(selection.probes)[:, : self.n_probes]
-        return ids.reshape(shape), candidates.logits[:, : self.n_probes].reshape(shape)
+        n_probes = self.unverified_probes
+        _, selection, candidates = self._retrieve(rows, n_probes, words=False)
+        shape = (*hidden.shape[:-1], n_probes * self.cluster_size)
+        ids = self._steps.token_ids(selection.probes)[:, :n_probes]
+        return ids.reshape(shape), candidates.logits[:, :n_probes].reshape(shape)
 
     def token(self, hidden: mx.array) -> mx.array:
-        """The greedy token: hidden (..., D) → (...) uint32; of equals the lowest id, as argmax."""
-        if self._is_dense(hidden):
-            return mx.argmax(self.dense_logits(hidden), axis=-1)
+        """The unverified greedy token: hidden (..., D) → (...) uint32; of equals the lowest id."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        _, selection, candidates = self._retrieve(rows, self.n_probes, words=False)
+        _, selection, candidates = self._retrieve(rows, self.unverified_probes, words=False)
         return self._steps.token(selection, candidates).reshape(hidden.shape[:-1])
 
     def slot_logits(self, hidden: mx.array) -> mx.array:
@@ -360,9 +327,6 @@ class FlashHead:
         """Rows of a tied embedding: integers (...) → (..., D), as the dense embedding gives."""
         slots = mx.take(self.clustered.slot_of, token_ids)
         return self.clustered.rows_in(slots).dequantized()
-
-    def _is_dense(self, hidden: mx.array) -> bool:
-        return self.exact or math.prod(hidden.shape[:-1]) > self.max_positions
 
     def _retrieve(
         self, rows: mx.array, n_probes: int, words: bool, depth: float = NO_DEPTH

@@ -38,12 +38,6 @@ NEAREST = 32  # clusters that were not scored, of whose tokens the noise is comp
 
 REFERENCE = "the reference BLAS of the mlx wheel"  # for Linux, a slow one
 
-# Positions (B·L) up to which FlashHead is the faster path on a CPU: with the reference BLAS at any
-# number of probes. A fast BLAS multiplies many positions well, and there C/p is a limit too.
-CPU_POSITIONS = 32
-MEASURED = "measured on a CPU: docs/speed.md"
-ESTIMATED = "an estimate: C/p positions read as many rows as the dense head"
-
 
 def blas_name() -> str:
     """The BLAS of MLX's CPU products, with its number of threads if it is known."""
@@ -88,21 +82,11 @@ class PortableSteps:
     def __init__(self, clustered: ClusteredRows):
         self.clustered = clustered
         self._on_cpu = mx.default_device().type == mx.cpu
-        self._reference_blas = self._on_cpu and blas_name() == REFERENCE
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
         self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
-        self.limit_reason = MEASURED if self._on_cpu else ESTIMATED  # of `max_positions`
 
     def arrays(self) -> list[mx.array]:
         return [] if self._centroids is None else [self._centroids]
-
-    def max_positions(self, n_probes: int) -> int:
-        """Positions (B·L) up to which these steps are the faster path. C/p positions read as many
-        rows as the dense head, which reads each of them once."""
-        if self._reference_blas:
-            return CPU_POSITIONS
-        by_rows = max(1, self.clustered.n_clusters // n_probes)
-        return min(by_rows, CPU_POSITIONS) if self._on_cpu else by_rows
 
     def product(self, hidden: mx.array) -> mx.array:
         """Logits of all slots, in their order: hidden (R, D) → (R, C·n)."""

@@ -11,8 +11,9 @@ import mlx.nn as nn
 from ..conversion.calibration import ANSWER_TOKENS, builtin_requests, drafted_states
 from ..conversion.options import IndexOptions
 from ..head.flash_head import FlashHead
+from ..lossless.policy import policy_of
 from ..lossless.sequence import random_state
-from ..models.compat.vlm.drafts import drafted_answer, when_drafted
+from ..models.compat.mlx_vlm import drafted_answer, when_drafted
 from ..models.finer_head import give_fine_head
 from ..models.install import get_flash_head
 from ..models.libraries import architecture, is_vlm
@@ -175,7 +176,9 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
             with random_state(mx.random.key(0)):
                 stored = finish(steps, options)
         if stored is not None:
-            install_stored(drafter, stored, options, location).only_drafts = True
+            head = install_stored(drafter, stored, options, location)
+            head.serve_drafts(options.n_probes or stored.index.config.draft_probes)
+            policy_of(head).drafts_only = True
     except Exception as error:  # whatever it is, the drafter goes on with its own head
         options.say(f"The drafter has no FlashHead: {error}")
     finally:

@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..index.files import FILE_NAME
+from ..lossless.policy import policy_of
 from ..models.dense import load_dense, load_dense_part
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
@@ -176,5 +177,5 @@ def sharded_load(
     )
     head = attach_head(model, tokenizer, stored, folder, options)
     assert head is not None
-    head.in_step = True
+    policy_of(head).lockstep = True
     return (model, tokenizer, config) if return_config else (model, tokenizer)

@@ -20,14 +20,14 @@ from ..common.new_folder import new_file
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
 from ..index.files import FlashHeadIndex
-from ..lossless.tuning import LEAST_GAIN, Tuning, tune
+from ..lossless.policy import policy_of
+from ..lossless.tuning import LEAST_GAIN, Tuning, is_busy, tune
 from ..models.install import hidden_dtype, install, installed_head
 from ..models.locate import HeadLocation, find_head
 from . import head_cache as cache
 from .sources import HeadOptions, StoredHead
 
 TUNING_VARIABLE = "MLX_FLASHHEAD_TUNING"
-PROVISIONAL = "provisional" if "provisional" in get_type_hints(Tuning) else "again"
 MEASURING = "Measuring its speed on this machine …"
 
 
@@ -46,18 +46,18 @@ def tune_head(
         return None
     head = installed_head(model)
     place, key = cache.speeds_of(index.config.fingerprint), _machine(head, model)
-    known = read(place, options.say)
-    tuning = known.get(key)
-    if tuning is None or options.measures or (_is_provisional(tuning) and not is_busy()):
-        busy = is_busy()
+    known, busy = read(place, options.say), is_busy()
+    before = known.get(key)
+    if before is not None and not options.measures and (busy or not before.provisional):
+        tuning = before
+    else:
         measured = yield from tune(model, index.config.verification.get("by_probes", ()))
-        measured = replace(measured, **{PROVISIONAL: _is_provisional(measured) or busy})
-        steadier = tuning is None or measured.spread <= tuning.spread
-        if steadier or options.measures or not _is_provisional(measured):
-            tuning = measured
+        tuning = replace(measured, provisional=measured.provisional or busy)
+        if before is not None and tuning.provisional and not options.measures:
+            tuning = min(before, tuning, key=lambda one: one.spread)
         _write(place, known | {key: tuning})
         if tuning.dense and not options.always:
-            later = " for now, and is measured again later" if _is_provisional(tuning) else ""
+            later = " for now, and is measured again later" if tuning.provisional else ""
             options.say(
                 f"FlashHead would not make this model faster on this machine ({tuning.gain:.2f} x, "
                 f"and at least {LEAST_GAIN:g} x is needed): it stays dense{later}. "
@@ -65,28 +65,16 @@ def tune_head(
             )
     tuning.apply(head)
     if options.always:
-        head.stays_dense = False
+        policy_of(head).dense = False
     return tuning
 
 
 def speed_text(tuning: Tuning) -> str:
     """What is known of a machine's gain, such as "1.21 x"."""
     doubts = ["dense"] * tuning.dense
-    doubts += ["predicted"] * getattr(tuning, "predicted", False)
-    doubts += ["provisional"] * _is_provisional(tuning)
+    doubts += ["predicted"] * tuning.predicted
+    doubts += ["provisional"] * tuning.provisional
     return f"{tuning.gain:.2f} x" + (f" ({', '.join(doubts)})" if doubts else "")
-
-
-def _is_provisional(tuning: Tuning) -> bool:
-    return getattr(tuning, PROVISIONAL)
-
-
-def is_busy() -> bool:
-    """Whether more processes want to run than there are cores."""
-    try:
-        return os.getloadavg()[0] > (os.cpu_count() or 1)
-    except OSError:  # not known
-        return False
 
 
 def read(place: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Tuning]:
@@ -156,23 +144,23 @@ def install_stored(
     near = index.check_fit(location.rows(), stored.source)
     if near is not None:
         options.say(near)
-    config, n_probes, verified = index.config, options.n_probes, None
+    config, n_probes, unverified = index.config, options.n_probes, None
     if n_probes is None and options.drafts:
         n_probes = config.draft_probes
     elif n_probes is None:
-        n_probes, verified = config.unverified_probes, config.n_probes
+        n_probes, unverified = config.n_probes, config.unverified_probes
     head = install(
         model,
         index.token_ids,
         index.centroids,
         n_probes=n_probes,
-        checked_probes=verified,
+        unverified_probes=unverified,
         risk=Risk.of_settings(config.verification),
         eos_token_ids=config.eos_token_ids,
         backend=options.backend,
         location=location,
     )
-    head.draft_probes = options.n_probes or config.draft_probes
+    policy_of(head).draft_probes = options.n_probes or config.draft_probes
     for step, _ in enumerate(tune_head(model, index, options)):
         if step == 0:  # there is more to come
             options.say(MEASURING)

@@ -1,13 +1,13 @@
-"""Lossless decoding: the head proposes, the dense rows decide (docs/lossless.md).
+"""Lossless decoding: speculative decoding within the head (docs/lossless.md).
 
-    state    ← model(token, cache)                 the body, by mlx-lm's loop
-    proposal ← head.propose(state)                 from the scored tokens alone   proposals.py
-    waiting  += (state, proposal)                                                 text.py
-    when it is time:                                                              check.py
-        logits ← dense product of the waiting states                              check.py
-        certain, whatever rounding does, or decided by that position's own logits screen.py
-        as proposed → confirmed, and given out
-        else        → the choice is confirmed; the caches go back                 way_back.py
+    state    ← model(token, cache)                 taken where the head is called   proposer.py
+    proposal ← head.propose(state)                 from the scored tokens alone     proposer.py
+    pending  += proposal                                                            sequence.py
+    when it is due:                                                                 scheduler.py
+        logits ← dense product of the pending states, then what is certain          verify.py
+        accepted   → handed out
+        rejected   → the dense choice is handed out, the caches roll back           rollback.py
 
-`loop.py` drives one text, `batch.py` several. Nothing unconfirmed leaves this room.
+`loop.py` drives one sequence, `batch.py` several. `sampler.py` says which samplers and processors
+can be verified. Everything else is decoded by the normal (dense) head.
 """

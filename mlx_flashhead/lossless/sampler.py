@@ -1,8 +1,9 @@
-"""The package's sampler: temperature, top-p, min-p, top-k and XTC, as mlx-lm's chain of them, with
-randomness of the seed, the position and the token (`head/draw.py`)."""
+"""The package's sampler, and which samplers and processors of others can be verified."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import cast
+from enum import Enum
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -16,9 +17,55 @@ from ..head.draw import (
     position_key,
     threshold,
 )
+from ..models.compat.mlx_lm import is_mlx_lm_processor, mlx_lm_sampler_settings
+
+Processor = Callable[[Any, mx.array], mx.array]  # tokens (n,), logits (1, V) → logits (1, V)
+SamplerFunction = Callable[[mx.array], mx.array]  # log-probabilities (1, V) → token (1,)
+
+GREEDY = DrawSettings()
 
 # The "token" whose uniform number decides whether XTC is applied at a position.
 XTC_TOKEN = 0xFFFFFFFE
+
+
+class Trust(Enum):
+    """What may be done with a sequence's sampler and processors."""
+
+    EXACT = "exact"  # bounds hold: a choice is certain, or it is decided by its own logits
+    REPLAYABLE = "replayable"  # pure: called again, on logits that are rounded otherwise
+    UNKNOWN = "unknown"  # called once a token, in order: decoded by the normal (dense) head
+
+
+def trust(sampler: Any, processors: Iterable[Processor] = ()) -> Trust:
+    """Whether the choices of a sampler and processors can be verified.
+
+    A caller marks a function of its arguments alone with an attribute ``pure = True``, and a
+    processor that also keeps the order of a token's logits (a larger logit never becomes the
+    smaller one, whatever the other tokens' are) with ``preserves_margins = True``.
+    """
+    functions = list(processors)
+    settings = draw_settings(sampler)
+    if settings is not None and all(map(preserves_margins, functions)):
+        return Trust.EXACT
+    pure_sampler = settings is not None or getattr(sampler, "pure", False)
+    if pure_sampler and all(preserves_margins(f) or getattr(f, "pure", False) for f in functions):
+        return Trust.REPLAYABLE
+    return Trust.UNKNOWN
+
+
+def preserves_margins(processor: Any) -> bool:
+    """Whether bounds of a logit are bounds after this processor, too."""
+    return getattr(processor, "preserves_margins", False) or is_mlx_lm_processor(processor)
+
+
+def draw_settings(sampler: Any) -> DrawSettings | None:
+    """The settings that describe a sampler's draws; None where none do."""
+    if sampler is None:
+        return GREEDY
+    if isinstance(sampler, Sampler):
+        return sampler.settings if sampler.plain else None
+    settings = mlx_lm_sampler_settings(sampler)
+    return None if settings is None else DrawSettings(**settings)
 
 
 def fresh_seed() -> int:
@@ -39,8 +86,7 @@ class Sampler:
     seed: int | None = None
 
     def __post_init__(self):
-        self._calls = 0
-        self._call_seed: int | None = None
+        self._bound: SamplerFunction | None = None
 
     @property
     def _min_kept(self) -> int:
@@ -51,7 +97,7 @@ class Sampler:
         """Whether :class:`Draws` describe its draws: without XTC and a least number of tokens."""
         return self.settings.greedy or (self.xtc_probability == 0 and self._min_kept == 1)
 
-    def text_seed(self) -> int:
+    def new_seed(self) -> int:
         """The seed for a new text. Evaluates a number of MLX's random state if it has none."""
         return fresh_seed() if self.seed is None else self.seed
 
@@ -66,25 +112,38 @@ class Sampler:
             return draw(logits, noise_of_all(draws.keys, logits.shape[-1]), draws)
         return self._choose_with_xtc(logits, key)
 
+    def for_text(self, seed: int, first: int = 0) -> SamplerFunction:
+        """A function for mlx-lm's loops, called once a token from the text's place ``first`` on:
+        (R, V) → (R,), a text a row."""
+        position = first
+
+        def sample(logprobs: mx.array) -> mx.array:
+            nonlocal position
+            rows = logprobs.reshape(-1, logprobs.shape[-1])
+            tokens = [self.choose(rows[i : i + 1], seed + i, position) for i in range(len(rows))]
+            position += 1
+            return mx.concatenate(tokens).reshape(logprobs.shape[:-1])
+
+        return sample
+
     def __call__(self, logprobs: mx.array) -> mx.array:
-        """For loops of others: (..., V) → tokens (...), a position a call and a text a row."""
-        if self._call_seed is None:
-            self._call_seed = self.text_seed()
-        rows = logprobs.reshape(-1, logprobs.shape[-1])
-        tokens = [
-            self.choose(rows[i : i + 1], self._call_seed + i, self._calls) for i in range(len(rows))
-        ]
-        self._calls += 1
-        return mx.concatenate(tokens).reshape(logprobs.shape[:-1])
+        """For other programs' loops: (..., V) → tokens (...), a position a call and a text a
+        row."""
+        if self._bound is None:
+            self._bound = self.for_text(self.new_seed())
+        return self._bound(logprobs)
 
     def _choose_with_xtc(self, logits: mx.array, key: tuple[int, int]) -> mx.array:
         """In mlx-lm's order: top-p, min-p, XTC, top-k, and the draw at the temperature."""
         s = self.settings
-        draws = Draws.of([(DrawSettings(s.temperature, s.top_p, s.min_p), key)])
-        lowest = threshold(logits, draws)
-        if self._min_kept > 1:
-            lowest = mx.minimum(lowest, best_logits(logits, self._min_kept)[:, :1])
-        kept = mx.where(logits >= lowest, logits, -mx.inf)
+        top_p = Draws.of([(DrawSettings(s.temperature, s.top_p), key)])
+        kept = mx.where(logits >= threshold(logits, top_p), logits, -mx.inf)
+        if s.min_p:
+            min_p = Draws.of([(DrawSettings(s.temperature, min_p=s.min_p), key)])
+            lowest = threshold(logits, min_p)
+            if self._min_kept > 1:  # of what top-p has kept, which min-p does not bring back
+                lowest = mx.minimum(lowest, best_logits(kept, self._min_kept)[:, :1])
+            kept = mx.where(logits >= lowest, kept, -mx.inf)
         if self.xtc_probability > 0:
             shares = mx.softmax(kept, axis=-1)
             likely = shares > self.xtc_threshold
@@ -92,7 +151,7 @@ class Sampler:
             removed = likely & (shares > last)
             if self.xtc_special_tokens:
                 removed[:, list(self.xtc_special_tokens)] = False
-            chance = noise(draws.keys, mx.array([[XTC_TOKEN]], dtype=mx.uint32))
+            chance = noise(top_p.keys, mx.array([[XTC_TOKEN]], dtype=mx.uint32))
             applied = mx.exp(-mx.exp(-chance)) <= self.xtc_probability  # the uniform number again
             kept = mx.where(applied & removed, -mx.inf, kept)
         draws = Draws.of([(DrawSettings(s.temperature, top_k=s.top_k), key)])
@@ -122,10 +181,10 @@ def make_sampler(
         min_p: Keep tokens of at least this share of the likeliest one's probability.
         min_tokens_to_keep: Min-p keeps at least this number of tokens.
         top_k: Keep this number of likeliest tokens; 0 keeps all.
-        xtc_probability: How often XTC is applied.
+        xtc_probability: How often XTC is applied. Text with XTC is decoded densely.
         xtc_threshold: Probability above which XTC removes all tokens but the least likely one.
         xtc_special_tokens: Tokens that XTC leaves alone.
-        seed: Of every text; default: a new one for each text, from MLX's random state.
+        seed: The seed of every text; default: a new one for each text, from MLX's random state.
 
     Raises:
         ValueError: If a value is out of its range.

@@ -1,21 +1,26 @@
-"""One text in progress: how its tokens are chosen, and those that wait for their check."""
+"""One sequence in progress: how its tokens are chosen, and those that are not verified yet."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
 
 from ..head.draw import DrawSettings, position_key
 from ..head.steps import Proposal
-from ..models.compat.sample_utils import greedy_sampler
-from .sampler import Sampler, fresh_seed
-
-Processor = Callable[[Any, mx.array], mx.array]
-ForeignSampler = Callable[[mx.array], mx.array]
-
-GREEDY = DrawSettings()
+from .rollback import Snapshot
+from .sampler import (
+    GREEDY,
+    Processor,
+    Sampler,
+    SamplerFunction,
+    Trust,
+    draw_settings,
+    fresh_seed,
+    preserves_margins,
+    trust,
+)
 
 
 def current_random_state() -> mx.array:
@@ -43,128 +48,172 @@ def random_state(state: mx.array | None) -> Iterator[None]:
         set_random_state(before)
 
 
-def begin(processors: Sequence[Processor] | None) -> None:
-    """Tells processors that a text begins, those that have a ``begin``."""
+def begin(processors: Iterable[Processor] | None) -> None:
+    """Calls ``begin`` of the processors that have one: a text begins."""
     for processor in processors or ():
         if hasattr(processor, "begin"):
             processor.begin()
 
 
 @dataclass(eq=False)
-class Position:
+class PendingToken:
+    """A token that was chosen for a sequence and is not handed out yet."""
+
     proposal: Proposal | None = None  # None where the dense logits chose the token
-    row: int = 0  # of the proposal
-    random_state: mx.array | None = None  # MLX's, before another's sampler was called
+    row: int = 0  # its row in the proposal
+    random_state: mx.array | None = None  # MLX's before and after the draw, (2, 2) uint32
     logprobs: mx.array | None = None  # (V,) of the dense logits, where wanted and known
-    token: int | None = None  # as soon as it is read
+    token: int | None = None  # once it is read
+    risk: float = 0.0  # estimated chance that the dense logits choose another token, likewise
 
     @property
     def dense(self) -> bool:
         return self.proposal is None
 
     @property
-    def risk(self) -> float:
-        """The estimated chance that the dense logits choose another token; waits for it."""
-        if self.proposal is None:
-            return 0.0
-        return cast(list[float], self.proposal.risk.tolist())[self.row]
+    def state_before(self) -> mx.array | None:
+        """MLX's random state before the draw, where the sampler uses it."""
+        return None if self.random_state is None else self.random_state[0]
 
-    def proposed(self, name: str) -> mx.array:
-        """The position's row of an array of its proposal: (1, ...)."""
-        array: mx.array = getattr(self.proposal, name)
-        return array[self.row : self.row + 1]
+    def read(self, token: int) -> None:
+        """Notes the token, which has been computed."""
+        self.token = token
+        if self.proposal is not None:
+            self.risk = cast(list[float], self.proposal.risk.tolist())[self.row]
 
 
-@dataclass(eq=False)
-class Text:
-    # The package's, or another's function of log-probabilities (1, V); None takes the best token.
-    sampler: Sampler | ForeignSampler | None
-    processors: Sequence[Processor] = ()  # of the tokens (n,) and logits (1, V), in their order
-    prompt: list[int] = field(default_factory=list)  # before the text, for the processors
-    logprobs: bool = False  # whether they are wanted
-    # Whether other texts are generated at the same time. Then a sampler of others draws from a
-    # random state of each position instead of MLX's own.
-    beside_others: bool = False
-    limit: int = -1  # tokens after which it ends
-    tokens: list[int] = field(default_factory=list)  # confirmed ones
-    waiting: list[Position] = field(default_factory=list)  # after them, in order
-    n_held: int = 0  # tokens in the caches
-    refused: bool = False  # whether the caches hold another token in the last one's place
-    mark: Any = None  # the caches at a confirmed token, for the way back
-    uid: int = 0  # its number for a batch's caller
+class Sequence:
+    """A sequence: its prompt, its accepted tokens, and the pending ones after them.
 
-    def __post_init__(self):
-        if self.sampler is greedy_sampler:
-            self.sampler = None
-        self.processors = list(self.processors)
-        self.n_given = len(self.tokens)  # tokens that the caller has
+    Args:
+        sampler: The package's, another function of log-probabilities (1, V), or None, which takes
+            the likeliest token.
+        processors: Functions of the tokens (n,) and logits (1, V), applied in order.
+        prompt: Tokens before the text, which the processors see, too.
+        logprobs: Whether log-probabilities are wanted.
+        batched: Whether it is generated beside others. Then mlx-lm's samplers draw with a seed of
+            the sequence instead of MLX's random state, which the sequences would share.
+        limit: Tokens after which it ends; -1 for no limit.
+        tokens: Accepted tokens of a text that is continued.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler | SamplerFunction | None,
+        processors: Iterable[Processor] = (),
+        prompt: list[int] | None = None,
+        *,
+        logprobs: bool = False,
+        batched: bool = False,
+        limit: int = -1,
+        tokens: list[int] | None = None,
+        uid: int = 0,
+    ):
+        self.sampler, self.processors = sampler, list(processors)
+        self.prompt, self.tokens = list(prompt or ()), list(tokens or ())
+        self.logprobs, self.limit, self.uid = logprobs, limit, uid
+        self.pending: list[PendingToken] = []
+        self.n_begun = self.n_yielded = len(self.tokens)  # tokens that the caller has
+        self.n_cached = 0  # tokens of the text in the caches
+        self.rejected = False  # whether the caches hold another token in the last one's place
+        self.snapshot: Snapshot | Any = None  # the caches at an accepted token
+        self.trust = trust(sampler, self.processors)
         self.seed = 0
-        # The settings of its draws, None where these do not describe its sampler.
-        self.settings: DrawSettings | None = GREEDY if self.sampler is None else None
-        # Whether its sampler draws from MLX's random state, which a check has to put back.
-        self.replays = False
-        if isinstance(self.sampler, Sampler):
-            if self.sampler.plain:
-                self.settings = self.sampler.settings
-            if not self.sampler.settings.greedy:
-                self.seed = self.sampler.text_seed()
-        elif self.sampler is not None:
-            self.replays = not self.beside_others
-            self.seed = fresh_seed() if self.beside_others else 0
-        self.needs_logits = bool(self.processors) or self.settings is None  # of all tokens
+        # How its tokens are drawn; None where only the sampler itself knows.
+        self.settings: DrawSettings | None = draw_settings(sampler)
+        # Whether the sampler draws from MLX's random state, in the order of the tokens. Then it
+        # keeps the state around each draw of an accepted token.
+        self.uses_random_state = False
+        self.random_states: list[mx.array | None] = []
+        if isinstance(sampler, Sampler):
+            if not sampler.settings.greedy:
+                self.seed = sampler.new_seed()
+        elif self.settings is None or not self.settings.greedy:
+            if batched and self.settings is not None:
+                self.sampler = sampler = Sampler(self.settings, seed=fresh_seed())
+                self.seed = sampler.new_seed()
+            else:
+                self.uses_random_state = True
         if not self.tokens:
             begin(self.processors)
 
     @property
+    def needs_logits(self) -> bool:
+        """Whether a choice needs the logits of all tokens."""
+        return bool(self.processors) or self.uses_random_state or self.settings is None
+
+    @property
     def n_chosen(self) -> int:
-        return len(self.tokens) + len(self.waiting)
+        return len(self.tokens) + len(self.pending)
 
     @property
     def n_read(self) -> int:
-        """Waiting positions whose token is known: all but those that are being computed."""
-        return sum(position.token is not None for position in self.waiting)
+        """Pending tokens that are known: all but the one that is being computed."""
+        return sum(pending.token is not None for pending in self.pending)
 
-    def key(self, index: int) -> tuple[int, int]:
-        return position_key(self.seed, index)
+    @property
+    def draw(self) -> tuple[DrawSettings, tuple[int, int]]:
+        """The settings and the key of the next token's draw."""
+        return self.draw_at(self.n_chosen)
 
-    def process(self, logits: mx.array, index: int = 0, tokens: mx.array | None = None) -> mx.array:
-        """The logits (1, V) after the processors, which may write into them, for the token at place
-        ``index`` of the text, or after the ``tokens`` (n,) uint32."""
-        if self.processors and tokens is None:
-            later = [position.token for position in self.waiting[: index - len(self.tokens)]]
-            before = self.prompt + self.tokens[:index] + later
-            tokens, logits = mx.array(before, dtype=mx.uint32), mx.array(logits)
+    def draw_at(self, index: int) -> tuple[DrawSettings, tuple[int, int]]:
+        return self.settings or GREEDY, position_key(self.seed, index)
+
+    def context(self, index: int, latest: mx.array | None = None) -> mx.array:
+        """The tokens before place ``index`` of the text, (n,) uint32, for the processors.
+
+        ``latest`` (1,) is the last of them where it is not read yet.
+        """
+        known = [p.token for p in self.pending if p.token is not None]
+        tokens = mx.array(
+            (self.prompt + self.tokens + known)[: len(self.prompt) + index], mx.uint32
+        )
+        return tokens if latest is None else mx.concatenate([tokens, latest.astype(mx.uint32)])
+
+    def process(self, logits: mx.array, context: mx.array | None) -> mx.array:
+        """The logits (1, V) after the processors, which may write into them."""
+        if self.processors:
+            logits = mx.array(logits)
         for processor in self.processors:
-            logits = processor(tokens, logits)
+            logits = processor(context, logits)
         return logits
 
     def pick(self, logits: mx.array, logprobs: mx.array, index: int) -> mx.array:
         """The token (1,) uint32 that processed logits (1, V) choose. ``logprobs`` are the same,
         normalized as mlx-lm's loops do."""
-        settings = self.settings
-        if settings is not None and settings.greedy:
+        if self.settings is not None and self.settings.greedy:
             return mx.argmax(logprobs, axis=-1)
         if isinstance(self.sampler, Sampler):
             return self.sampler.choose(logits, self.seed, index)
         assert self.sampler is not None
-        own_state = mx.array(self.key(index), dtype=mx.uint32) if self.beside_others else None
-        with random_state(own_state):
-            return self.sampler(logprobs)
+        return self.sampler(logprobs)
 
-    def choose(self, logits: mx.array, index: int) -> tuple[mx.array, mx.array]:
-        """The token (1,) that the model's logits (1, V) choose, and log-probabilities (V,)."""
-        logits = self.process(logits, index)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    def choose(
+        self, logits: mx.array, index: int, context: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """The token (1,) that the model's logits (1, V) choose at place ``index`` of the text, and
+        log-probabilities (V,). Calls the sampler and each processor once."""
+        if self.processors and context is None:
+            context = self.context(index)
+        logits = self.process(logits, context)
+        logprobs = normalized(logits)
         return self.pick(logits, logprobs, index), logprobs.squeeze(0)
 
-    def read(self, token: int) -> None:
-        """Notes the token of the first position that has none yet."""
-        self.waiting[self.n_read].token = token
-        self.n_held = len(self.tokens) + self.n_read
+    def accept(self) -> PendingToken:
+        """Moves the first pending token to the accepted ones."""
+        pending = self.pending.pop(0)
+        assert pending.token is not None
+        self.tokens.append(pending.token)
+        if self.uses_random_state:
+            self.random_states.append(pending.random_state)
+        return pending
 
-    def confirm(self) -> Position:
-        """Moves the first waiting position to the confirmed tokens."""
-        position = self.waiting.pop(0)
-        assert position.token is not None
-        self.tokens.append(position.token)
-        return position
+
+def normalized(logits: mx.array) -> mx.array:
+    """Log-probabilities as mlx-lm's loops make them: (R, V) → (R, V)."""
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def keeps_bounds(sequence: Sequence) -> bool:
+    """Whether bounds of the logits bound the processed ones, and the draw is known."""
+    return sequence.trust is Trust.EXACT and all(map(preserves_margins, sequence.processors))

@@ -1,193 +1,474 @@
-"""The check: the dense rows over all waiting states at once, what it confirms, when it comes."""
+"""Verification: the dense rows over all pending states at once, which proposals they leave certain
+whatever rounding does, and when it is due."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
+import numpy as np
 
-from ..head.draw import Draws
+from ..head.draw import Draws, log_mass, noise_of_all, threshold
 from ..head.flash_head import FlashHead
 from ..head.steps import Proposal
-from ..models.logit_change import LogitChange, unchanged
-from .proposals import Proposer
-from .rounding import SlotProduct, rounding_of
-from .screen import is_certain_best, is_certain_draw, is_certain_within
-from .sequence import GREEDY, Position, Text, current_random_state, random_state, set_random_state
+from ..models.cpu_products import numpy_is_faster, slot_products, to_mlx
+from .policy import state_class
+from .proposer import Proposer
+from .sequence import (
+    PendingToken,
+    Sequence,
+    keeps_bounds,
+    normalized,
+    random_state,
+    set_random_state,
+)
 
-MOST_SECONDS = 0.1
+WORTH_A_THREAD = 10_000_000  # multiply-adds, a millisecond of work
+MAX_READ = 64  # tokens that may be read while a verification is computed
 FEW = 4  # tokens that may wait longer, on a machine that is slow to compute them
-MOST_READ = 64  # tokens that may wait while a check is computed
+JOINED = 7  # pending tokens that are joined at a time, by one kernel
 
-Row = tuple[Text, Position, int]  # a text, a position, its place in the text
+N_STATES = 4  # whose products are compared for the rounding
+ULPS = 2  # of the result's dtype: each of two values is rounded to the nearest
+MEASURED = 4  # times what was measured on a few states
+MASS_ROUNDING = 2e-4  # of a sum over all tokens, relative
+NOISE_ROUNDING = 1e-5  # of a noisy logit, absolute
+_EPSILON = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
+
+Row = tuple[Sequence, PendingToken, int]  # a sequence, its pending token, its place in the text
+Bounds = tuple[mx.array, mx.array]  # the lowest and the highest value, of the same shape
 
 
-class Check:
-    """A check of the positions whose tokens are known, launched when made, read by `confirm`."""
+class SlotProduct:
+    """Logits of states (k, D) in the order of the clusters, (k, C, n): lazy, or computed by a
+    thread beside the steps of the model, on a CPU whose BLAS numpy beats."""
 
-    def __init__(self, proposer: Proposer, texts: Sequence[Text]):
-        self._proposer, self.texts = proposer, texts
-        proposer.n_verifications += 1
+    def __init__(self, head: FlashHead, hidden: mx.array):
+        self._head, self._k = head, len(hidden)
+        self._future: Future[np.ndarray] | None = None
+        rows = head.clustered.rows
+        by_numpy = rows.weight.dtype == mx.float32 and numpy_is_faster()
+        if by_numpy and len(hidden) * rows.weight.size >= WORTH_A_THREAD:
+            states = np.asarray(hidden.astype(mx.float32))
+            self._future = _worker().submit(slot_products, np.asarray(rows.weight), states)
+            return
+        # A product has the kernel of its class of sizes, whose rounding is known.
+        missing = state_class(head, self._k) - self._k
+        if missing:
+            hidden = mx.pad(hidden, [(0, missing), (0, 0)])
+        self._hidden = hidden
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`result` does not wait for a thread."""
+        return self._future is None or self._future.done()
+
+    def result(self) -> mx.array:
+        if self._future is None:
+            return self._head.slot_logits(self._hidden)[: self._k]
+        logits = to_mlx(self._future.result())
+        bias = self._head.clustered.rows.bias
+        return logits if bias is None else logits + bias
+
+
+@lru_cache(maxsize=1)
+def _worker() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "verification")
+
+
+# How far logits may lie from those of one state by itself.
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Bounds of the differences of a head's logits: ``norm`` times the length of the state and
+    that of the longest row, and a rounding to the logits' dtype."""
+
+    epsilon: float  # spacing of the logits' dtype, relative to a logit
+    longest: float  # length of the longest row, with its bias
+    product: float  # of a product of several states, relative to both lengths
+    scored: float  # of a scored token's logit, likewise; 0 if it is the same number
+
+    def rooms(self, proposal: Proposal, depth: mx.array | float = 0.0) -> tuple[mx.array, mx.array]:
+        """How far a logit of the product, and a scored one, may lie off: (k,) float32 each.
+
+        ``depth`` (k,): how far below the best logit a token may still win, by its noise.
+        """
+        norms = mx.linalg.norm(proposal.hidden.astype(mx.float32), axis=-1)
+        terms = norms * self.longest + self.longest
+        logits = proposal.logits.flatten(1)
+        best = mx.max(logits, axis=-1).astype(mx.float32)
+        last_places = ULPS * self.epsilon * (mx.abs(best) + depth) if self.epsilon > 1e-6 else 0.0
+        room = self.product * terms + last_places
+        if not self.scored:
+            return room, mx.zeros_like(room)
+        return room, self.scored * terms + last_places
+
+
+_roundings: WeakKeyDictionary[FlashHead, dict[Any, Rounding]] = WeakKeyDictionary()
+
+
+def rounding_of(head: FlashHead, dtype: mx.Dtype, k: int) -> Rounding:
+    """The bounds for products of ``k`` states of ``dtype``. Evaluates once in each class of k.
+
+    A sum of D products in float32 lies within D·2^-24 of Σ|h·w| ≤ ‖h‖·‖w‖, in whichever order it
+    is made; rows of few bits are rounded to 16 bits first. What a few states show beyond that, as
+    where float32 is computed in fewer bits, counts four times.
+
+    Source: Higham 2002, "Accuracy and stability of numerical algorithms", section 3.1.
+    """
+    known = _roundings.setdefault(head, {})
+    key = dtype, state_class(head, k)
+    if key not in known:
+        known[key] = _measure(head, dtype, key[1])
+    return known[key]
+
+
+def _measure(head: FlashHead, dtype: mx.Dtype, k: int) -> Rounding:
+    n_states = max(N_STATES, k)
+    hidden = mx.random.normal((n_states, head.hidden_size), key=mx.random.key(0)).astype(dtype)
+    single = [head.dense_logits(hidden[i : i + 1]) for i in range(N_STATES)]
+    epsilon = _EPSILON[single[0].dtype]
+    together = SlotProduct(head, hidden).result().reshape(n_states, -1)
+    in_order = mx.take(together, head.clustered.slot_of, axis=-1)
+    longest = _longest_row(head)
+    apart, apart_scored, same = 0.0, 0.0, True
+    with head.settings(n_probes=min(64, head.n_clusters)):
+        for i, logits in enumerate(single):
+            norm = cast(float, mx.linalg.norm(hidden[i].astype(mx.float32)).item()) * longest
+            apart = max(apart, _excess(in_order[i : i + 1], logits, epsilon) / norm)
+            ids, scored = head.candidates(hidden[i : i + 1])
+            wanted = mx.take_along_axis(logits, mx.minimum(ids, head.vocab_size - 1), axis=-1)
+            wanted = mx.where(ids < head.vocab_size, wanted, scored)
+            same = same and bool(mx.array_equal(scored, wanted).item())
+            apart_scored = max(apart_scored, _excess(scored, wanted, epsilon) / norm)
+    sums = 2 * (head.hidden_size + 1) * 2.0**-24
+    rows = head.clustered.rows
+    rounded = epsilon / 2 if rows.quantized and epsilon > 1e-6 else 0.0
+    scored_room = 0.0 if same else max(sums, MEASURED * apart_scored)
+    return Rounding(epsilon, longest, max(sums + rounded, MEASURED * apart), scored_room)
+
+
+def _excess(values: mx.array, others: mx.array, epsilon: float) -> float:
+    """The greatest distance beyond the rounding to the logits' dtype."""
+    values, others = values.astype(mx.float32), others.astype(mx.float32)
+    allowed = ULPS * epsilon * mx.abs(others) if epsilon > 1e-6 else 0.0
+    return max(cast(float, mx.max(mx.abs(values - others) - allowed).item()), 0.0)
+
+
+def _longest_row(head: FlashHead) -> float:
+    longest, rows = 0.0, head.clustered.rows
+    for start in range(0, head.n_clusters, 1024):
+        part = rows.map(lambda array, start=start: array[start : start + 1024])
+        norms = mx.linalg.norm(part.dequantized(mx.float32), axis=-1)
+        if rows.bias is not None:
+            norms = norms + mx.abs(rows.bias[start : start + 1024]).astype(mx.float32)
+        longest = max(longest, cast(float, mx.max(norms).item()))
+    return longest
+
+
+class Verification:
+    """A verification of the pending tokens that are read, launched when made, and read by
+    :meth:`accept`. ``proposal`` is the joined one of the ``rows``."""
+
+    def __init__(self, proposer: Proposer, sequences: list[Sequence]):
+        self._proposer, self.sequences = proposer, sequences
         self._head = cast(FlashHead, proposer.head)
-        self._change = cast(LogitChange, proposer.change)
-        self._counts = {text: text.n_read for text in texts}
-        self._rows = [
-            (text, text.waiting[i], len(text.tokens) + i)
-            for text, n in self._counts.items()
+        self.counts = {sequence: sequence.n_read for sequence in sequences}
+        self._rows: list[Row] = [
+            (sequence, sequence.pending[i], len(sequence.tokens) + i)
+            for sequence, n in self.counts.items()
             for i in range(n)
-            if not text.waiting[i].dense
+            if not sequence.pending[i].dense
         ]
         self._product: SlotProduct | None = None
         self._flags: list[tuple[list[Row], mx.array]] = []  # which rows are certain, lazy
-        self._certain: dict[Position, bool] = {}
+        self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # those in doubt
         if self._rows:
-            hidden = mx.concatenate([position.proposed("hidden") for _, position, _ in self._rows])
-            self._rounding = rounding_of(self._head, hidden.dtype)
+            proposer.n_verifications += 1
+            self._proposal = join(self._head, [pending for _, pending, _ in self._rows])
+            hidden = self._proposal.hidden
+            self._rounding = rounding_of(self._head, hidden.dtype, len(hidden))
             self._product = SlotProduct(self._head, hidden)
             if self._product.ready:
                 self._screen()
 
     @property
     def ready(self) -> bool:
-        """Whether it is time to :meth:`confirm`: no thread is at work, or it is waited for."""
-        return self._product is None or self._product.ready or self._head.in_step
+        """Whether it is time to :meth:`accept`: no thread is at work, or it is waited for."""
+        return self._product is None or self._product.ready or self._proposer.policy.lockstep
 
     def _screen(self) -> None:
         """Judges the rows by the product, as soon as it is there."""
         assert self._product is not None
         slots, self._product = self._product.result(), None
-        groups: dict[tuple[bool, bool] | None, list[int]] = {}
-        for i, (text, _, _) in enumerate(self._rows):
-            groups.setdefault(self._kind(text), []).append(i)
-        for kind, members in groups.items():
-            rows = [self._rows[i] for i in members]
-            chosen = slots if len(members) == len(self._rows) else slots[mx.array(members)]
-            judge = self._by_logits if kind is None else self._by_rows
-            self._flags.append((rows, judge(rows, chosen)))
-        for i, (text, position, index) in enumerate(self._rows):
-            if text.logprobs:  # lazy, since few are read
-                logits = text.process(self._model_logits(slots[i : i + 1]), index)
-                position.logprobs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[0]
+        simple = self._proposer.simple
+        narrow = [i for i, row in enumerate(self._rows) if simple and not row[0].needs_logits]
+        draws = [sequence.draw_at(index) for sequence, _, index in self._rows]
+        temperatures = [settings.temperature for settings, _ in draws]
+        depth = 0.0 if not any(temperatures) else mx.array(temperatures) * 32.0
+        room, scored_room = self._rounding.rooms(self._proposal, depth)
+        if narrow:
+            every = len(narrow) == len(self._rows)
+            proposal = self._proposal if every else _take(self._proposal, narrow)
+            of_rows = [draws[i] for i in narrow]
+            arrays = [slots, room, scored_room]
+            if not every:
+                arrays = [array[mx.array(narrow)] for array in arrays]
+            greedy = all(settings.greedy for settings, _ in of_rows)
+            screen = self._head.certain(
+                arrays[0],
+                proposal,
+                None if greedy else Draws.of(of_rows),
+                arrays[1],
+                arrays[2],
+                self._rounding.epsilon,
+            )
+            self._flags.append(([self._rows[i] for i in narrow], screen.certain))
+        wide = [i for i in range(len(self._rows)) if i not in set(narrow)]
+        if wide:
+            certain = [self._is_certain(i, slots[i : i + 1], room[i], scored_room[i]) for i in wide]
+            self._flags.append(([self._rows[i] for i in wide], mx.concatenate(certain)))
+        for i, (sequence, pending, index) in enumerate(self._rows):
+            if sequence.logprobs:  # lazy, since few are read
+                context = sequence.context(index) if sequence.processors else None
+                logits = sequence.process(self._in_order(slots[i : i + 1]), context)
+                pending.logprobs = normalized(logits)[0]
         mx.async_eval([certain for _, certain in self._flags])
 
-    def _kind(self, text: Text) -> tuple[bool, bool] | None:
-        """Texts of one kind are screened together. None: by the logits of all tokens."""
-        settings = text.settings
-        if settings is None or text.processors or self._change is not unchanged:
-            return None
-        return settings.greedy, settings.filters
+    def _is_certain(self, i: int, slots: mx.array, room: mx.array, scored: mx.array) -> mx.array:
+        """For a choice by the processed logits of all tokens: whether it is certain, (1,) bool."""
+        sequence, pending, index = self._rows[i]
+        token = cast(int, pending.token)
+        context = sequence.context(index) if sequence.processors else None
+        own = _take(self._proposal, [i])
+        bounds = [self._bound(slots, own, sign * room, sign * scored) for sign in (-1.0, 1.0)]
+        low, high = (sequence.process(bound, context) for bound in bounds)
+        if not keeps_bounds(sequence):  # a pure function: called again, on what is known best
+            middle = self._bound(slots, own, mx.zeros_like(room), mx.zeros_like(room))
+            same = mx.array([True])
+            for logits in (sequence.process(middle, context), low, high):
+                with random_state(
+                    None if pending.random_state is None else pending.random_state[0]
+                ):
+                    same = same & (sequence.pick(logits, normalized(logits), index) == token)
+            return same
+        low, high = low.astype(mx.float32), high.astype(mx.float32)
+        settings, key = sequence.draw_at(index)
+        epsilon = self._rounding.epsilon
+        if settings.greedy:
+            return is_certain_best((low, high), token, epsilon)
+        draws = Draws.of([(settings, key)])
+        if pending.random_state is None:
+            return is_certain_draw((low, high), token, draws)
+        return is_certain_replay((low, high), token, draws, pending.random_state[0], epsilon)
 
-    def _by_rows(self, rows: list[Row], slots: mx.array) -> mx.array:
-        """For choices by the head's own logits alone: which are certain, (k,) bool."""
-        names = Proposal._fields[:-1]
-        arrays = [[position.proposed(name) for _, position, _ in rows] for name in names]
-        proposal = Proposal._make([*map(mx.concatenate, arrays), None])
-        settings = [(text.settings or GREEDY, text.key(index)) for text, _, index in rows]
-        of_rows = self._head, self._rounding, slots, proposal
-        if settings[0][0].greedy:
-            return is_certain_best(*of_rows)
-        return is_certain_draw(*of_rows, Draws.of(settings))
+    def _bound(self, slots: mx.array, own: Proposal, room: mx.array, scored: mx.array) -> mx.array:
+        """The model's logits (1, V) that lie ``room`` off, the scored ones ``scored``. Rounding to
+        their dtype keeps an order, so that these are bounds of the rounded logits as well."""
+        values = (slots.astype(mx.float32) + room).astype(slots.dtype)
+        exact = (own.logits.astype(mx.float32) + scored).astype(slots.dtype)
+        values = mx.put_along_axis(values, own.probes[..., None], exact, axis=1)
+        return self._in_order(values)
 
-    def _by_logits(self, rows: list[Row], slots: mx.array) -> mx.array:
-        """For choices that need the model's logits: which are certain, (k,) bool."""
-        flags = []
-        for i, (text, position, index) in enumerate(rows):
-            logits = self._model_logits(slots[i : i + 1])
-            room = self._rounding.batch * mx.max(mx.abs(logits).astype(mx.float32))
-            processed, settings = text.process(logits, index), text.settings
-            if settings is None:  # another's sampler, or a chain with XTC, draws again
-                logprobs = processed - mx.logsumexp(processed, axis=-1, keepdims=True)
-                with random_state(position.random_state):
-                    flags.append(text.pick(processed, logprobs, index) == position.token)
-                continue
-            draws = None if settings.greedy else Draws.of([(settings, text.key(index))])
-            room = 2 * room if text.processors else room  # they at most double a distance
-            token = cast(int, position.token)
-            flags.append(is_certain_within(processed, room, self._rounding.epsilon, token, draws))
-        return mx.concatenate(flags)
-
-    def _model_logits(self, slots: mx.array) -> mx.array:
+    def _in_order(self, slots: mx.array) -> mx.array:
         """(k, C, n) in the order of the clusters → the model's logits (k, V)."""
         logits = mx.take(slots.reshape(len(slots), -1), self._head.clustered.slot_of, axis=-1)
-        return self._change(logits)
+        return self._proposer.model_logits(logits)
 
-    def confirm(self, text: Text) -> list[Position]:
-        """Waits for the verify and confirms the text's positions up to one with another choice,
-        which makes the text `refused`. Nothing waits any more then."""
+    def accept(self, sequence: Sequence) -> list[PendingToken]:
+        """Waits for the verification and accepts the sequence's tokens up to a rejected one, whose
+        place the dense choice takes. Nothing is pending any more then."""
         if self._product is not None:
             self._screen()
-        for rows, certain in self._flags:
-            flags = cast(list[bool], certain.tolist())
-            self._certain |= {row[1]: flag for row, flag in zip(rows, flags, strict=True)}
-        self._flags = []
-        confirmed: list[Position] = []
-        while len(confirmed) < self._counts[text] and not text.refused:
-            position = text.waiting[0]
-            if not position.dense and not self._certain[position]:
-                self._settle(text, position)
-            confirmed.append(text.confirm())
-        if text.refused:
-            text.waiting.clear()
-        return confirmed
-
-    def _settle(self, text: Text, position: Position) -> None:
-        """Decides by the dense logits of this one position."""
-        logits = self._change(self._head.dense_logits(position.proposed("hidden")))
-        with random_state(position.random_state):
-            choice, logprobs = text.choose(logits, len(text.tokens))
-            token, after = cast(int, choice.item()), current_random_state()
-        if text.logprobs:
-            position.logprobs = logprobs
-        text.refused = token != position.token
-        if text.refused:
+        if self._flags:
+            self._decide()
+        accepted: list[PendingToken] = []
+        while len(accepted) < self.counts[sequence] and not sequence.rejected:
+            pending = sequence.pending[0]
+            if pending in self._choices:
+                token, logprobs = self._choices[pending]
+                pending.logprobs = logprobs if sequence.logprobs else None
+                sequence.rejected = token != pending.token
+                pending.token = token
+            accepted.append(sequence.accept())
+        if sequence.rejected:
             self._proposer.n_rejected += 1
-            position.token = token
-            if position.random_state is not None:
-                set_random_state(after)
+            sequence.pending.clear()
+            if accepted[-1].random_state is not None:
+                set_random_state(accepted[-1].random_state[1])
+        return accepted
+
+    def _decide(self) -> None:
+        """Decides all rows that are in doubt by the dense logits of their own states."""
+        doubtful = [
+            row
+            for rows, certain in self._flags
+            for row, is_certain in zip(rows, cast(list[bool], certain.tolist()), strict=True)
+            if not is_certain
+        ]
+        self._flags = []
+        chosen = []
+        for sequence, pending, index in doubtful:
+            logits = self._proposer.dense_row(_hidden_of(pending))
+            with random_state(pending.state_before):
+                chosen.append(sequence.choose(logits, index))
+        mx.eval([token for token, _ in chosen])
+        for (_, pending, _), (token, logprobs) in zip(doubtful, chosen, strict=True):
+            self._choices[pending] = cast(int, token.item()), logprobs
 
 
-class Pace:
-    """Has the tokens of some texts checked, and hands out what is sure. ``mark`` marks the caches
-    of some texts as they are. The first checks come after 1, 2, 4, … tokens."""
+def join(head: FlashHead, pending: list[PendingToken]) -> Proposal:
+    """One proposal of pending tokens, which become its rows."""
+    proposals: list[Proposal] = []
+    places: dict[int, int] = {}
+    for each in pending:
+        assert each.proposal is not None
+        if id(each.proposal) not in places:
+            places[id(each.proposal)] = len(proposals)
+            proposals.append(each.proposal)
+    rows = [(places[id(each.proposal)], each.row) for each in pending]
+    if len(proposals) == 1 and [row for _, row in rows] == list(range(len(proposals[0].hidden))):
+        return proposals[0]
+    joined = head.joined(proposals, rows, [cast(int, each.token) for each in pending])
+    for row, each in enumerate(pending):
+        each.proposal, each.row = joined, row
+    return joined
 
-    def __init__(self, proposer: Proposer, mark: Callable[[Sequence[Text]], Sequence[Any]]):
-        self._proposer, self._mark = proposer, mark
-        self._check: Check | None = None
-        self._marks: Sequence[Any] = ()  # as of the check's launch
-        self._limit = 1
-        self._n, self._risk, self._since = 0, 0.0, 0.0  # of the tokens that wait for a launch
 
-    def confirmed(
-        self, texts: Sequence[Text], read: Sequence[Text]
-    ) -> Iterator[tuple[Text, list[Position]]]:
-        """After a step, which has given the texts in ``read`` a token: what is sure now. Whoever
-        takes it lets a `refused` text go back, and clears what waits of one that has ended."""
-        n_read = max((text.n_read for text in texts), default=0)
-        if self._check is not None and (self._check.ready or n_read >= MOST_READ):
+def _hidden_of(pending: PendingToken) -> mx.array:
+    assert pending.proposal is not None
+    return pending.proposal.hidden[pending.row : pending.row + 1]
+
+
+def _take(proposal: Proposal, rows: list[int]) -> Proposal:
+    """Some rows of a joined proposal."""
+    index = mx.array(rows)
+    names = ("hidden", "tokens", "probes", "logits")
+    return proposal._replace(**{name: getattr(proposal, name)[index] for name in names})
+
+
+# Choices from bounds of the logits of all tokens: (1, V) float32 each → (1,) bool, lazy.
+
+
+def is_certain_best(bounds: Bounds, token: int, epsilon: float) -> mx.array:
+    """Whether the best log-probability is the token's. ``epsilon`` is the spacing of their dtype:
+    mlx-lm's loops round them once more, which may merge two."""
+    low, high = bounds
+    own = low[:, token]
+    rival = mx.max(mx.where(_is(token, high), -mx.inf, high), axis=-1)
+    merged = (log_mass(high)[:, 0] - rival + 0.5) * epsilon
+    return own - rival > merged
+
+
+def is_certain_draw(bounds: Bounds, token: int, draws: Draws) -> mx.array:
+    """Whether the package's draw takes the token."""
+    low, high = bounds
+    surely, maybe = _kept(bounds, draws, strict=False)
+    inverse = draws.settings[:, :1]
+    gumbel = noise_of_all(draws.keys, low.shape[-1])
+    own = _is(token, low)
+    worst = mx.max(mx.where(own & surely, low * inverse + gumbel, -mx.inf), axis=-1)
+    rival = mx.max(mx.where(~own & maybe, high * inverse + gumbel, -mx.inf), axis=-1)
+    return worst > rival + NOISE_ROUNDING * (1 + mx.abs(worst))
+
+
+def is_certain_replay(
+    bounds: Bounds, token: int, draws: Draws, state: mx.array, epsilon: float
+) -> mx.array:
+    """Whether a sampler of mlx-lm draws the token with MLX's random ``state``.
+
+    MLX draws by noise, or by where a uniform number falls in the cumulated probabilities. Either
+    way the draw is certain if it is the token for the three worst cases: all others as likely as
+    they may be, those of lower ids, and those of higher ids, the rest as unlikely as they may be.
+    """
+    low, high = bounds
+    # the sampler's log-probabilities and their scaled form are rounded to the logits' dtype
+    grid = epsilon * (mx.abs(low - log_mass(high)) + 1.0) + MASS_ROUNDING
+    low, high = low - grid, high + grid
+    surely, maybe = _kept((low, high), draws, strict=True)
+    inverse = draws.settings[:, :1]
+    likely = mx.where(maybe, high * inverse, -mx.inf)
+    unlikely = mx.where(surely, low * inverse, -mx.inf)
+    ids = mx.arange(low.shape[-1])
+    key = mx.random.split(state)[1]
+    certain = surely[:, token]
+    for pushed in (ids != token, ids < token, ids > token):
+        case = mx.where(pushed, likely, unlikely)
+        certain = certain & (mx.random.categorical(case, key=key) == token)
+    return certain
+
+
+def _kept(bounds: Bounds, draws: Draws, strict: bool) -> tuple[mx.array, mx.array]:
+    """Which tokens the filters surely keep, and which they may: (1, V) bool each. ``strict``: a
+    token that equals the last of a top-k may be left out."""
+    low, high = bounds
+    surely = threshold(high, draws, log_mass(low) - MASS_ROUNDING)
+    maybe = threshold(low, draws, log_mass(high) + MASS_ROUNDING)
+    ties = strict and any(settings.top_k for settings in draws.of_rows)
+    return (low > surely if ties else low >= surely), high >= maybe
+
+
+def _is(token: int, values: mx.array) -> mx.array:
+    return (mx.arange(values.shape[-1]) == token)[None]
+
+
+class VerifyScheduler:
+    """Has the pending tokens of some sequences verified, and hands out what is sure.
+
+    ``snapshot`` takes snapshots of the caches of some sequences as they are. The first
+    verifications come after few tokens, so that text begins to flow early.
+    """
+
+    def __init__(self, proposer: Proposer, snapshot: Callable[[list[Sequence]], list[Any]]):
+        self._proposer, self._snapshot = proposer, snapshot
+        self._verification: Verification | None = None
+        self._snapshots: list[Any] = []  # as of the verification's launch
+        self._limit = proposer.policy.first_pending
+        # of the tokens that wait for a launch
+        self._n, self._risk, self._since = 0, 0.0, 0.0
+        self._unjoined: list[PendingToken] = []
+
+    def step(
+        self, sequences: list[Sequence], read: list[Sequence]
+    ) -> Iterator[tuple[Sequence, list[PendingToken]]]:
+        """After a step, which has read a token of the sequences in ``read``: what is sure now.
+
+        The caller rolls back rejected sequences and drops finished ones.
+        """
+        n_read = max((sequence.n_read for sequence in sequences), default=0)
+        if self._verification is not None and (self._verification.ready or n_read >= MAX_READ):
             yield from self._outcome()
         last = False
-        for text in read:
-            if not text.n_read:  # it has ended or gone back
+        for sequence in read:
+            if not sequence.n_read:  # it has ended or was rolled back
                 continue
-            position = text.waiting[text.n_read - 1]
-            if not self._proposer.verify or (position.dense and text.n_read == 1):
-                positions = [text.confirm() for _ in range(text.n_read)]
-                if self._proposer.verify:
-                    (text.mark,) = self._mark([text])
-                yield text, positions
+            pending = sequence.pending[sequence.n_read - 1]
+            if pending.dense and sequence.n_read == 1:
+                accepted = [sequence.accept()]
+                if self._proposer.can_verify(sequence):
+                    (sequence.snapshot,) = self._snapshot([sequence])
+                yield sequence, accepted
                 continue
             self._since = self._since if self._n else time.perf_counter()
-            self._n, self._risk = self._n + 1, self._risk + position.risk
-            n_tokens = len(text.tokens) + text.n_read
-            last = last or position.token in self._head.eos_token_ids or n_tokens == text.limit
-        if last and self._check is not None:
+            self._n, self._risk = self._n + 1, self._risk + pending.risk
+            self._unjoined.append(pending)
+            n_tokens = len(sequence.tokens) + sequence.n_read
+            ends = pending.token in self._head.eos_token_ids or n_tokens == sequence.limit
+            last = last or ends
+        if last and self._verification is not None:
             yield from self._outcome()
-        waiting = [text for text in texts if text.n_read]
-        if waiting and self._check is None and (last or self._due):
-            self._n, self._risk, self._limit = 0, 0.0, self._limit * 2
-            self._check, self._marks = Check(self._proposer, waiting), self._mark(waiting)
+        waiting = [sequence for sequence in sequences if sequence.n_read]
+        if waiting and self._verification is None and (last or self._due):
+            self._launch(waiting)
             if last:  # waits, since the next step may be of no use
                 yield from self._outcome()
+        elif len(self._unjoined) >= JOINED:
+            self._join(sequences)
 
     @property
     def _head(self) -> FlashHead:
@@ -195,19 +476,39 @@ class Pace:
 
     @property
     def _due(self) -> bool:
-        head, waited = self._head, time.perf_counter() - self._since
-        too_long = self._n >= FEW and waited >= MOST_SECONDS and not head.in_step
-        too_many = self._n >= min(self._limit, head.most_waiting)
-        return too_many or self._risk >= head.most_risk or too_long
+        policy = self._proposer.policy
+        max_wait = policy.max_wait if self._proposer.max_wait is None else self._proposer.max_wait
+        few = FEW if self._proposer.max_wait is None else 1
+        too_long = self._n >= few and time.perf_counter() - self._since >= max_wait
+        too_many = self._n >= min(self._limit, policy.max_pending)
+        return too_many or self._risk >= policy.max_risk or (too_long and not policy.lockstep)
 
-    def _outcome(self) -> Iterator[tuple[Text, list[Position]]]:
-        """Waits for the check. A text that goes on is marked as of the check's launch."""
-        check, self._check = self._check, None
-        assert check is not None
-        for text, mark in zip(check.texts, self._marks, strict=True):
-            if text.waiting:  # else it has ended meanwhile
-                positions = check.confirm(text)
-                refused = text.refused
-                yield text, positions
-                if not refused:
-                    text.mark = mark
+    def _launch(self, waiting: list[Sequence]) -> None:
+        self._n, self._risk, self._limit = 0, 0.0, self._limit * 2
+        self._unjoined = []
+        self._verification = Verification(self._proposer, waiting)
+        self._snapshots = self._snapshot(waiting)
+
+    def _join(self, sequences: list[Sequence]) -> None:
+        """Joins what waits for the next verification, a few tokens at a time."""
+        counted = self._verification.counts if self._verification is not None else {}
+        waiting = [
+            pending
+            for sequence in sequences
+            for pending in sequence.pending[counted.get(sequence, 0) : sequence.n_read]
+            if not pending.dense
+        ]
+        self._unjoined = []
+        if waiting:
+            join(self._head, waiting)
+
+    def _outcome(self) -> Iterator[tuple[Sequence, list[PendingToken]]]:
+        """Waits for the verification. A sequence that goes on has a snapshot of its launch."""
+        verification, self._verification = self._verification, None
+        assert verification is not None
+        for sequence, snapshot in zip(verification.sequences, self._snapshots, strict=True):
+            if sequence.pending:  # else it has ended meanwhile
+                accepted = verification.accept(sequence)
+                if not sequence.rejected:
+                    sequence.snapshot = snapshot
+                yield sequence, accepted

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .compat.replaced import replaced
+from .compat.patching import replaced
 
 METHODS = (
     (nn.Linear, "__call__"),

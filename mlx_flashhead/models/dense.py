@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..index.files import is_companion
-from .compat.utils import load, load_adapters, sharded_load
+from .compat.mlx_lm import load, load_adapters, sharded_load
 from .fetch import reason
 
 

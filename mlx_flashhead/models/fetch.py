@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 
 from ..common.repositories import redact
 from ..index.files import FILE_NAME
-from .compat.utils import DEFAULT_ALLOW_PATTERNS, download
+from .compat.mlx_lm import DEFAULT_ALLOW_PATTERNS, download
 
 HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 

@@ -5,7 +5,6 @@ it, to refuse an update. Its rows move into the FlashHead, which gives them back
 """
 
 import copy
-import sys
 from typing import Any, cast
 
 import mlx.core as mx
@@ -15,11 +14,10 @@ from mlx.utils import tree_flatten
 
 from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
-from .compat.vlm.drafts import drafter_asks, when_drafted
-from .compat.vlm.head_weights import keep_from_weights
+from .compat.mlx_vlm import keep_from_weights
 from .finer_head import restore_rows
 from .libraries import is_vlm
-from .locate import EMBEDDING, Asker, HeadLocation, check_plain_product, find_head
+from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
 
 _Module: Any = object  # the methods of nn.Module come from the class beside those below
 
@@ -85,7 +83,6 @@ def install(
     paths = [(path and f"{path}.", parent) for path, parent in model.named_modules()]
     around = [parent for path, parent in paths if location.path.startswith(path)]
     module._flash_head = head
-    module._asked_by = location.asked_by
     # its name, since MLX's dtypes do not pickle
     module._hidden_dtype = str(location.hidden_dtype).removeprefix("mlx.core.")
     module.train(model.training)  # nn.quantize leaves its new modules in training mode
@@ -94,19 +91,11 @@ def install(
         _subclass(parent, _FlashParent)
     if is_vlm(model):
         keep_from_weights(_is_installed)
-        when_drafted(_leave_to_drafter)
     return head
 
 
 def _is_installed(layer: Any) -> bool:
     return isinstance(layer, _FlashModule)
-
-
-def _leave_to_drafter(model: nn.Module, _drafter: nn.Module, _kind: str) -> None:
-    """The model checks a drafter's tokens from now on, and needs the logits of all rows for it."""
-    head = get_flash_head(model)
-    if head is not None:
-        head.only_drafts = True
 
 
 def detach(model: nn.Module) -> None:
@@ -126,7 +115,7 @@ def _uninstall(model: nn.Module) -> None:
     for changed in model.modules():
         if isinstance(changed, _FlashModule | _FlashParent):
             changed.__class__ = type(changed).__bases__[1]
-    del module._flash_head, module._asked_by, module._hidden_dtype
+    del module._flash_head, module._hidden_dtype
     _put_back(module, head)
 
 
@@ -189,19 +178,11 @@ class _FlashModule(_Pickled, _Module):
     such an array gives it in the model's own order, lazily. Writing it raises."""
 
     _flash_head: FlashHead
-    _asked_by: Asker | None
     _hidden_dtype: str
 
     def _project(self, hidden: mx.array) -> mx.array:
-        """(..., D) → (..., V): the model's logits, or the product with all rows for other uses, as
-        training: gradients do not pass through the choice of clusters."""
-        head, frame = self._flash_head, sys._getframe(1)
-        if head.only_drafts and drafter_asks(frame):
-            return head.draft_logits(hidden)
-        asked_by = Asker.of(frame.f_code)
-        if self.training or head.only_drafts or not asked_by.wants_logits(self._asked_by):
-            return head.dense_logits(hidden)
-        return head(hidden)
+        """(..., D) → (..., V), the normal (dense) head's unless a loop takes the call."""
+        return self._flash_head(hidden)
 
     def _arrays(self) -> dict[str, mx.array]:
         return self._flash_head.clustered.token_rows().arrays()

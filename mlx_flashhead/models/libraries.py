@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .compat.vlm import too_old
+from .compat.mlx_vlm import is_diffusion_model, too_old
 from .model_errors import UnsupportedHeadError
 
 
@@ -58,8 +58,6 @@ def check_writes_text(model: nn.Module) -> None:
             f"A FlashHead takes mlx-vlm 0.7.8 or newer, and {old} is installed: update mlx-vlm, or "
             "use the model without FlashHead."
         )
-    from .compat.vlm.text import is_diffusion_model  # mlx-vlm is an extra
-
     if is_diffusion_model(model):
         raise UnsupportedHeadError(
             f"This {architecture(model)!r} model writes all tokens of a block at once, by "

@@ -1,44 +1,22 @@
 """Finds the output projection of any model in one traced pass: the last module that has a row for
 each token and whose output is as wide as the logits. Records its inputs."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
-from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..head.matrix import AFFINE, Matrix
-from .compat.replaced import replaced
-from .compat.vlm.drafts import own_head
-from .compat.vlm.head_weights import DECISIONS
+from .compat.mlx_vlm import own_head
+from .compat.patching import replaced
 from .libraries import architecture, check_has_head, check_writes_text, forward, is_vlm
 from .model_errors import UnsupportedHeadError
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
-
-
-class Asker(NamedTuple):
-    file: str
-    name: str
-
-    @classmethod
-    def of(cls, code: CodeType) -> "Asker":
-        return cls(code.co_filename, code.co_qualname)
-
-    def wants_logits(self, usual: "Asker | None") -> bool:
-        """Whether this function decodes with a head's product, as the ``usual`` one does. Others
-        may find tokens by their embeddings, and mlx-vlm's models have several for logits."""
-        if usual is None or self == usual:
-            return True
-        own_name = self.name.rpartition(".")[2]
-        if own_name in DECISIONS:
-            return False
-        return self.file != usual.file or "logits" in own_name
 
 
 @dataclass(frozen=True)
@@ -46,7 +24,6 @@ class HeadLocation:
     module: nn.Module  # the output projection itself
     path: str  # its dotted name in the model, such as "lm_head" or "model.embed_tokens"
     method: str  # "__call__" for a linear layer, "as_linear" for a tied embedding
-    asked_by: Asker | None = None  # the model's function that asks it for the logits, if known
     hidden_dtype: mx.Dtype = mx.float32  # of its input states
 
     @property
@@ -82,8 +59,7 @@ def find_head(model: nn.Module) -> HeadLocation:
         if not (isinstance(hidden, mx.array) and isinstance(output, mx.array)):
             return
         if mx.issubdtype(hidden.dtype, mx.floating):
-            asked_by = Asker.of(sys._getframe(2).f_code)  # past the observer
-            location = HeadLocation(module, "", method, asked_by, hidden.dtype)
+            location = HeadLocation(module, "", method, hidden.dtype)
             calls.append((output.shape[-1], location))
 
     name, home = architecture(model), "mlx-vlm" if is_vlm(model) else "mlx-lm"

@@ -18,8 +18,9 @@ _known: WeakKeyDictionary[FlashHead, LogitChange] = WeakKeyDictionary()
 
 
 def logit_change_of(model: nn.Module) -> LogitChange:
-    """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``;
-    UnsupportedHeadError if a token's result depends on anything but its logit."""
+    """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``, which keeps
+    bounds; UnsupportedHeadError if a token's result depends on anything but its logit, or a larger
+    logit may become a smaller one."""
     head = installed_head(model)
     if head not in _known:
         _known[head] = _learn(model, head)
@@ -28,7 +29,7 @@ def logit_change_of(model: nn.Module) -> LogitChange:
 
 def _run(model: nn.Module, logits: mx.array, token: int = 0) -> mx.array:
     """The model's result when its head gives ``logits`` (1, 1, V)."""
-    with installed_head(model).settings(project=lambda *_: logits):
+    with installed_head(model).intercepted(lambda _: logits):
         return forward(model, mx.array([[token]]))
 
 
@@ -41,9 +42,12 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
     mixed = mx.random.uniform(shape=low.shape, key=keys[2]) < 0.5
     apart = mx.where(mixed, changed, _run(model, high, token=1))
     together = _run(model, mx.where(mixed, low, high))
-    if apart.shape != low.shape or not mx.allclose(apart, together, rtol=1e-4, atol=1e-4):
+    keeps_bounds = (changed <= _run(model, low + 1.0)).all()
+    if apart.shape != low.shape or not (
+        keeps_bounds & mx.allclose(apart, together, rtol=1e-4, atol=1e-4)
+    ):
         raise UnsupportedHeadError(
-            f"This {architecture(model)!r} model mixes the logits of different tokens."
+            f"This {architecture(model)!r} model mixes or inverts the logits of different tokens."
         )
     # the model's Python code runs once, while this is traced
     run = mx.compile(lambda logits: _run(model, logits[None])[0])

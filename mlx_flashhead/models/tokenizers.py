@@ -4,6 +4,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from .compat import mlx_vlm
 from .libraries import is_vlm
 
 # For a model whose configuration and tokenizer do not give its context.
@@ -45,9 +46,6 @@ class ProcessorText:
     """A processor's tokenizer, with the model's own chat template. ValueError if it has none."""
 
     def __init__(self, model: nn.Module, processor: Any):
-        from .compat.vlm import text as vlm_text  # mlx-vlm is an extra
-
-        self._utils = vlm_text
         self._config: Any = model.config
         self._processor = processor
         self._tokenizer = getattr(processor, "tokenizer", processor)
@@ -58,7 +56,7 @@ class ProcessorText:
             )
         known = getattr(self._tokenizer, "stopping_criteria", None)
         ends = getattr(known, "eos_token_ids", None) or getattr(self._config, "eos_token_id", None)
-        self.eos_token_ids = vlm_text.resolve_eos_token_ids(ends, self._tokenizer)
+        self.eos_token_ids = mlx_vlm.eos_token_ids(ends, self._tokenizer)
         templates = (getattr(one, "chat_template", None) for one in (processor, self._tokenizer))
         self.has_chat_template = any(templates) and self._chat(PROBE, False) is not None
 
@@ -79,8 +77,8 @@ class ProcessorText:
         if not tokenize:
             return text
         model_type = self._config.model_type
-        special = self._utils.should_add_special_tokens(model_type, self._processor)
+        special = mlx_vlm.adds_special_tokens(model_type, self._processor)
         return self._tokenizer.encode(text, add_special_tokens=special)
 
     def _chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
-        return self._utils.chat_text(self._processor, self._config, messages, add_generation_prompt)
+        return mlx_vlm.chat_text(self._processor, self._config, messages, add_generation_prompt)

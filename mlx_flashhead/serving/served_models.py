@@ -14,7 +14,8 @@ from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
 from ..loading.load import load_draft, load_with_head
 from ..loading.sources import LATER, HeadOptions
-from ..models.compat.cache import KVCache, make_prompt_cache
+from ..lossless.policy import decoding_mode
+from ..models.compat.mlx_lm import KVCache, make_prompt_cache
 from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
@@ -40,7 +41,7 @@ class ServedModel:
     context: int  # tokens of a prompt and its answer together
     template_arguments: dict[str, Any] = field(default_factory=dict)  # from the server's flags
     dense: bool = False  # whether every token is scored unless a request says otherwise
-    verify: bool = True  # whether the dense rows check every token
+    verify: bool = True  # whether the dense rows verify every token
     build: BackgroundBuild | None = None  # of its FlashHead, if it has none yet
 
     def __post_init__(self):
@@ -66,18 +67,6 @@ class ServedModel:
     @property
     def name(self) -> str:
         return self.names[0]
-
-
-def decoding_mode(model: nn.Module, *, verify: bool, dense: bool) -> str:
-    """What decodes this model's text: "verified", "unverified", or "dense: " and why."""
-    head = get_flash_head(model)
-    if dense:
-        return "dense: as requested"
-    if head is None:
-        return "dense: the model has no FlashHead"
-    if verify and head.stays_dense:
-        return "dense: FlashHead is no faster on this machine"
-    return "verified" if verify else "unverified"
 
 
 def load_models(args: Namespace) -> list[ServedModel]:

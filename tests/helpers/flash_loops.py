@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
 from mlx_flashhead.lossless.loop import verified_steps
-from mlx_flashhead.lossless.proposals import Proposer
+from mlx_flashhead.lossless.proposer import Proposer
 from tiny_models import install_index, tiny_index, tiny_model
 
 PROMPT = [5, 17, 3, 99, 42, 7]
@@ -25,13 +25,16 @@ class Flash:
     def head(self):
         return get_flash_head(self.model)
 
-    def tokens(self, *, dense=False, verify=True, max_tokens=40, prompt=PROMPT, seed=7, **options):
+    def tokens(self, *, seed=7, **options):
         """The tokens of the loop for one text."""
         mx.random.seed(seed)
-        return [token for token, _ in self.steps(dense, verify, max_tokens, prompt, **options)]
+        return [token for token, _ in self.steps(**options)]
 
-    def steps(self, dense=False, verify=True, max_tokens=40, prompt=PROMPT, **options):
-        proposer = Proposer(self.model, verify=verify, dense=dense)
+    def steps(
+        self, dense=False, verify=True, n_probes=None, max_tokens=40, prompt=PROMPT, **options
+    ):
+        n_probes = None if dense else n_probes
+        proposer = Proposer(self.model, verify=verify, dense=dense, n_probes=n_probes)
         prompt = mx.array(prompt, dtype=mx.uint32)
         return verified_steps(
             prompt, self.model, proposer=proposer, max_tokens=max_tokens, **options

@@ -4,7 +4,7 @@ import pytest
 
 from flash_loops import make_flash
 from mlx_flashhead.head import draw
-from mlx_flashhead.lossless.verify import Check
+from mlx_flashhead.lossless.verify import Verification
 
 
 @pytest.fixture(scope="session")
@@ -20,14 +20,15 @@ def _rows_are_halved(monkeypatch):
 
 @pytest.fixture
 def misses(monkeypatch):
-    """The positions at which a check chose another token: a test without any shows nothing."""
-    found = []
-    settle = Check._settle
+    """The sequences with a rejected proposal: a test without any shows nothing."""
+    rejected = []
+    accept = Verification.accept
 
-    def counting(self, text, position):
-        settle(self, text, position)
-        if text.refused:
-            found.append(position)
+    def counting(self, sequence):
+        accepted = accept(self, sequence)
+        if sequence.rejected:
+            rejected.append(sequence)
+        return accepted
 
-    monkeypatch.setattr(Check, "_settle", counting)
-    return found
+    monkeypatch.setattr(Verification, "accept", counting)
+    return rejected

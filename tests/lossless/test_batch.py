@@ -10,7 +10,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from flash_loops import OTHERS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
-from mlx_flashhead.lossless.proposals import Proposer
+from mlx_flashhead.lossless.proposer import Proposer
 
 PROMPTS = [PROMPT, *OTHERS]
 SETTINGS = [
@@ -88,7 +88,7 @@ def test_a_text_that_is_taken_away_leaves_nothing_behind(flash, greedy, n_steps)
     generator = VerifiedBatchGenerator(flash.model, proposer=proposer, logprobs=False)
     uids = generator.insert(PROMPTS, [25] * 4)
     tokens = {uid: [] for uid in uids}
-    for step in range(60):
+    for step in range(200):
         if step == n_steps:
             cache, held = generator.remove(uids[1:2], return_prompt_caches=True)[uids[1]]
             assert held == PROMPTS[1] + tokens[uids[1]] or not tokens[uids[1]]
@@ -107,7 +107,7 @@ def test_a_text_that_joins_later(flash, greedy):
     (first,) = generator.insert([PROMPT], [25])
     tokens = {first: []}
     second = None
-    for step in range(60):
+    for step in range(200):
         if step == 5:
             cache = make_prompt_cache(flash.model)
             flash.model(mx.array([OTHERS[0][:-1]]), cache=cache)

@@ -9,7 +9,10 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.lossless.rounding import SlotProduct
+from mlx_flashhead.lossless.loop import verified_steps
+from mlx_flashhead.lossless.policy import policy_of
+from mlx_flashhead.lossless.proposer import Proposer
+from mlx_flashhead.lossless.verify import SlotProduct
 from tiny_models import randomized, tiny_model
 
 SAMPLERS = {
@@ -25,9 +28,15 @@ ONLY = mx.array([token % 7 == 0 for token in range(203)])
 PROCESSORS = {
     "penalty": lambda: sample_utils.make_logits_processors(repetition_penalty=1.3),
     "bias": lambda: sample_utils.make_logits_processors(logit_bias={5: 9.0, 40: -9.0}),
-    "mask": lambda: [lambda _, logits: mx.where(ONLY, logits, -mx.inf)],
-    "temperature": lambda: [lambda _, logits: logits * 3.0],
+    "mask": lambda: [marked(lambda _, logits: mx.where(ONLY, logits, -mx.inf))],
+    "scale": lambda: [marked(lambda _, logits: logits * 3.0)],
+    "pure": lambda: [marked(lambda _, logits: logits[:, ::-1] * 0.5 + logits, "pure")],
 }
+
+
+def marked(processor, mark="preserves_margins"):
+    setattr(processor, mark, True)
+    return processor
 
 
 def checked(flash, settings=None, **options):
@@ -43,9 +52,8 @@ def checked(flash, settings=None, **options):
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("n_probes", [1, 3, 26])
 def test_every_sampler(flash, name, n_probes, misses):
-    with flash.head.settings(n_probes=n_probes):
-        assert len(checked(flash, SAMPLERS[name])) == 40
-    assert bool(misses) == (n_probes < 26)
+    assert len(checked(flash, SAMPLERS[name], n_probes=n_probes)) == 40
+    assert bool(misses) == (n_probes < 26 and name != "xtc")  # which is dense
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -63,7 +71,7 @@ def test_a_sampler_of_others_draws_with_the_state_of_the_proposal(flash, argumen
 
 
 def test_a_thread_may_compute_the_check(flash, misses, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.rounding.WORTH_A_THREAD", 0)
+    monkeypatch.setattr("mlx_flashhead.lossless.verify.WORTH_A_THREAD", 0)
     checked(flash, {"temp": 0.8, "top_p": 0.95, "seed": 1})
     assert misses
 
@@ -142,7 +150,7 @@ def test_every_cache_holds_the_confirmed_tokens(flash, name, options, stop, miss
     assert checked[1] == [len(PROMPT) + stop] * 2
 
 
-def test_state_space_layers_are_kept_and_fed_again(misses):
+def test_state_space_layers_are_copied_and_replayed(misses):
     from mlx_lm.models import mamba2
 
     args = mamba2.ModelArgs(
@@ -165,7 +173,7 @@ def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
 
 
 def test_nothing_is_checked_without_the_check(flash, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.verify.Check", None)
+    monkeypatch.setattr("mlx_flashhead.lossless.verify.Verification", None)
     bare = flash.tokens(verify=False)
     assert bare == flash.tokens(verify=False, logprobs=False)
     assert bare != flash.tokens(dense=True)
@@ -185,7 +193,7 @@ def test_a_processor_that_raises_leaves_confirmed_tokens(flash, call):
     cache = make_prompt_cache(flash.model)
     tokens = []
     with pytest.raises(RuntimeError, match="boom"):
-        for token, _ in flash.steps(prompt_cache=cache, logits_processors=[processor]):
+        for token, _ in flash.steps(prompt_cache=cache, logits_processors=[marked(processor)]):
             tokens.append(token)
     assert tokens == dense[: len(tokens)]
     if tokens:
@@ -212,8 +220,10 @@ def test_a_cache_that_cannot_be_kept_is_refused(flash):
 
 
 def test_the_first_tokens_do_not_wait(flash, monkeypatch):
-    """Checks come after 1, 2, 4, … tokens, so that the first token is as early as ever."""
-    monkeypatch.setattr(flash.head, "most_risk", 1e9)
+    """The first token is as early as ever, then verifications come after 4, 8, 16 … tokens."""
+    policy = policy_of(flash.head)
+    monkeypatch.setattr(policy, "max_risk", 1e9)
+    monkeypatch.setattr(policy, "max_wait", 1e9)
     calls = []
     original = flash.model.__class__.__call__
 
@@ -222,20 +232,34 @@ def test_the_first_tokens_do_not_wait(flash, monkeypatch):
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(flash.model.__class__, "__call__", counting)
-    with flash.head.settings(n_probes=26):
-        steps = flash.steps()
-        seen = []
-        for _ in range(8):
-            next(steps)
-            seen.append(len(calls))
-        steps.close()
-    assert seen == [3, 5, 7, 7, 11, 11, 11, 11]  # the prompt, then a step ahead of the check
+    steps = flash.steps(n_probes=26)
+    seen = []
+    for _ in range(14):
+        next(steps)
+        seen.append(len(calls))
+    steps.close()
+    assert seen == [3, *[8] * 4, *[16] * 8, 32]  # the prompt, then a step ahead of a verification
+
+
+def test_one_evaluation_a_token(flash, monkeypatch):
+    """A token that the head has chosen is one command buffer: nothing else is launched, but for
+    the verifications."""
+    launched = []
+    original = mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda *a: launched.append(len(a)) or original(*a))
+    proposer = Proposer(flash.model, n_probes=26)
+    prompt = mx.array(PROMPT, dtype=mx.uint32)
+    tokens = list(verified_steps(prompt, flash.model, proposer=proposer, max_tokens=40))
+    mlx_lm_prefill, after_last = 1, 1
+    assert len(tokens) == 40 and proposer.n_verifications >= 3
+    steps = len(launched) - proposer.n_verifications - mlx_lm_prefill
+    assert steps == len(tokens) - 1 + after_last
 
 
 def test_processes_that_share_a_model_take_the_same_steps(monkeypatch):
     """However long a check takes on each of them."""
     flash = make_flash()
-    flash.head.in_step = True
+    policy_of(flash.head).lockstep = True
     flash.tokens(max_tokens=1)  # the first use learns what the model does with logits
     original, calls = type(flash.model).__call__, []
 

@@ -15,7 +15,7 @@ import pytest
 from mlx_flashhead.index.files import FILE_NAME, write_companion
 from mlx_flashhead.models import fetch
 from mlx_flashhead.models.compat import warn_of_later
-from mlx_flashhead.models.compat.imports import put_in_place, when_imported
+from mlx_flashhead.models.compat.patching import put_in_place, when_imported
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.fetch import resolve
 from model_folders import write_model

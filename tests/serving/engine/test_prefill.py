@@ -6,7 +6,7 @@ import mlx.core as mx
 
 import mlx_flashhead
 from engines import CHUNK, LONG, SHORT, generated, submit, tokens_of, until
-from mlx_flashhead.models.compat.cache import KVCache
+from mlx_flashhead.models.compat.mlx_lm import KVCache
 from mlx_flashhead.serving.engine.jobs import Progress, Token
 from mlx_flashhead.serving.engine.prefill import (
     CHUNK_SECONDS,
@@ -56,7 +56,7 @@ def test_room_is_made_for_caches_in_use():
     served = SimpleNamespace(name="a model")
     caches = PromptCaches(8, max_bytes=3 * filled()[0].nbytes)
     for number in range(4):
-        caches.keep(served, [number, *range(255)], filled(), in_use=[1] * (number == 3))
+        caches.store(served, [number, *range(255)], filled(), in_use=[1] * (number == 3))
     assert sum(bool(caches.find(served, [number, 0, 7])[1]) for number in range(4)) == 2
     assert caches.find(SimpleNamespace(name="another"), [3, 0, 7]) == (None, 0)
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from tokenizers import decoders
 
-from mlx_flashhead.models.compat.generate import TextStateMachine
+from mlx_flashhead.models.compat.mlx_lm import TextStateMachine
 from mlx_flashhead.serving.protocol.completions import (
     VERY_UNLIKELY,
     AnswerText,

@@ -1,10 +1,27 @@
-"""Replaces functions of another package for the rest of the process, whoever has imported them."""
+"""What replaces functions of other packages: for a block, or for the rest of the process."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+
+@contextmanager
+def replaced(owner: Any, **names: Any) -> Iterator[None]:
+    """Within the block, globals of a module or attributes of an object have other values."""
+    own = {name: vars(owner)[name] for name in names if name in vars(owner)}
+    try:
+        for name, value in names.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name in names:
+            if name in own:
+                setattr(owner, name, own[name])
+            else:  # a class's parent has it
+                delattr(owner, name)
 
 
 def put_in_place(package: str, module: ModuleType, name: str, replacement: Any) -> None:

@@ -1,0 +1,157 @@
+"""mlx-lm's names that may move from one version to the next. Tested with 0.31.3 to 0.32.2."""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from importlib.util import find_spec
+from types import CodeType, SimpleNamespace
+from typing import Any
+
+from mlx_lm import sample_utils
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES, configure_parser, mixed_quant_predicate_builder
+from mlx_lm.generate import (
+    BatchResponse,
+    GenerationResponse,
+    generation_stream,
+    maybe_quantize_kv_cache,
+)
+from mlx_lm.generate import generate as mlx_lm_generate
+from mlx_lm.generate import stream_generate as mlx_lm_stream_generate
+from mlx_lm.models.cache import (
+    KVCache,
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    load_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
+from mlx_lm.sample_utils import make_logits_processors
+from mlx_lm.utils import _download as download
+from mlx_lm.utils import (
+    dequantize_model,
+    load_adapters,
+    load_tokenizer,
+    quantize_model,
+    save,
+)
+
+from .patching import replaced
+
+if find_spec("mlx_lm.cli_ui") is not None:  # new in 0.32
+    from mlx_lm.chat import setup_arg_parser as chat_parser
+    from mlx_lm.generate import (
+        BatchGenerator,
+        TextStateMachine,
+        batch_generate,
+        generate_step,
+        make_text_state_machine,
+        speculative_generate_step,
+    )
+    from mlx_lm.generate import setup_arg_parser as generate_parser
+    from mlx_lm.utils import (
+        DEFAULT_ALLOW_PATTERNS,
+        load,
+        maybe_set_recommended_wired_limit,
+        sharded_load,
+    )
+else:
+    from .mlx_lm_0_31 import (  # type: ignore[assignment]
+        DEFAULT_ALLOW_PATTERNS,
+        BatchGenerator,
+        TextStateMachine,
+        batch_generate,
+        chat_parser,
+        generate_parser,
+        generate_step,
+        load,
+        make_text_state_machine,
+        maybe_set_recommended_wired_limit,
+        sharded_load,
+        speculative_generate_step,
+    )
+
+# A top-p of 0.31 cuts elsewhere, and in the dtype of the logits.
+NEW_TOP_P = hasattr(sample_utils, "greedy_sampler")
+
+
+def _nested_codes(*functions: Any) -> set[CodeType]:
+    constants = (constant for f in functions for constant in f.__code__.co_consts)
+    return {constant for constant in constants if isinstance(constant, CodeType)}
+
+
+_SAMPLERS = _nested_codes(sample_utils.make_sampler)
+_PROCESSORS = _nested_codes(
+    sample_utils.make_logits_processors,
+    sample_utils.make_repetition_penalty,
+    sample_utils.make_presence_penalty,
+    sample_utils.make_frequency_penalty,
+)
+
+
+def _free_values(function: Any) -> dict[str, Any]:
+    """What a function holds from the one around it, by name."""
+    cells = function.__closure__ or ()
+    names = function.__code__.co_freevars
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+
+
+def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
+    """What ``make_sampler`` was called with, for a sampler whose draw is a threshold and the best
+    noisy logit; None for another sampler, with XTC, or with a least number of tokens.
+
+    mlx-lm's samplers say nothing of themselves, so this reads the closures of 0.31 and 0.32.
+    """
+    if sampler is getattr(sample_utils, "greedy_sampler", sample_utils):
+        return {}
+    code = getattr(sampler, "__code__", None)
+    if code not in _SAMPLERS:
+        return None
+    values = _free_values(sampler)
+    if "sampling_methods" not in values:
+        return {}  # the best token, of 0.31
+    settings: dict[str, Any] = {"temperature": float(values["temp"])}
+    for method in values["sampling_methods"]:
+        filtered = _free_values(method)
+        kept = filtered.pop("min_tokens_to_keep", 1)
+        known = filtered.keys() <= {"top_p", "min_p", "top_k"}
+        if not known or kept != 1 or ("top_p" in filtered and not NEW_TOP_P):
+            return None
+        settings |= filtered
+    valid = 0 <= settings.get("min_p", 0) <= 1 and settings.get("top_k", 0) >= 0
+    return settings if valid and settings["temperature"] > 0 else None
+
+
+def is_mlx_lm_processor(processor: Any) -> bool:
+    """Whether it is a penalty or a bias of mlx-lm's, which depends on its arguments alone and moves
+    each logit by itself, a larger one never below a smaller one."""
+    if getattr(processor, "__code__", None) not in _PROCESSORS:
+        return False
+    return _free_values(processor).get("penalty", 1) != 0 or "repetition" not in processor.__name__
+
+
+# The attribute mlx_lm.generate is the function, so the module is imported by name.
+module = importlib.import_module("mlx_lm.generate")
+
+
+def loops(**names: Any) -> AbstractContextManager[None]:
+    """A block in which mlx-lm's functions take other loops, by their names."""
+    return replaced(module, **names)
+
+
+def run_generate(
+    args: argparse.Namespace,
+    *,
+    load: Callable[..., Any],
+    make_sampler: Callable[..., Any],
+    generate: Callable[..., str],
+) -> None:
+    """Runs mlx-lm's program with other functions, its only way to take a loaded model. Its ``load``
+    is called first for the model, then for the draft model."""
+    parsed = SimpleNamespace(parse_args=lambda: args)
+    # mlx-lm 0.31 does not hand the leave on
+    trusted = partial(load, trust_remote_code=args.trust_remote_code)
+    names = {"load": trusted, "make_sampler": make_sampler, "generate": generate}
+    with replaced(module, setup_arg_parser=lambda: parsed, **names):
+        module.main()

@@ -1,0 +1,228 @@
+"""The names of mlx-vlm that may move. It is an extra, so that nothing here is imported before it is
+needed. Tested with 0.7.8 to 0.7.10: older ones decode by other modules."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache, partial, wraps
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .patching import put_in_place, when_imported
+
+OLDEST = (0, 7, 8)
+DRAFTERS = "mlx_vlm.speculative.drafters"
+LOOP = "mlx_vlm.generate.ar"
+TEMPERATURE = 0.8  # of answers that are recorded: the states of likely tokens are less alike
+
+# Where mlx-vlm reads a head's weights itself, which a FlashHead would gather anew at each call.
+VERIFIER = "mlx_vlm.models.quantized_verifier"
+LINEAR = "mlx_vlm.speculative.ops.linear"
+EAGLE3 = "mlx_vlm.speculative.eagle3"
+GLM = "mlx_vlm.models.glm_moe_dsa.speculative_verifier"
+LFM2 = "mlx_vlm.models.lfm2.speculative_verifier"
+
+Applies = Callable[[Any], bool]
+
+
+def too_old() -> str | None:
+    """The installed version of mlx-vlm, if a FlashHead cannot be under its models."""
+    installed = version("mlx-vlm")
+    parts = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
+    return installed if parts < OLDEST else None
+
+
+def is_diffusion_model(model: nn.Module) -> bool:
+    from mlx_vlm.generate.diffusion import is_diffusion_model
+
+    return is_diffusion_model(model)
+
+
+def eos_token_ids(ends: Any, tokenizer: Any) -> Any:
+    from mlx_vlm.utils import resolve_eos_token_ids
+
+    return resolve_eos_token_ids(ends, tokenizer)
+
+
+def adds_special_tokens(model_type: str, processor: Any) -> bool:
+    from mlx_vlm.utils import should_add_special_tokens
+
+    return should_add_special_tokens(model_type, processor)
+
+
+def chat_text(
+    processor: Any, config: Any, messages: list[dict[str, str]], add_generation_prompt: bool
+) -> str | None:
+    """A conversation without pictures in the model's own form; None if it has no such form."""
+    from mlx_vlm.prompt_utils import apply_chat_template
+
+    try:
+        text = apply_chat_template(processor, config, messages, add_generation_prompt)
+    except Exception:  # an architecture without such a form, or whatever a template raises
+        return None
+    return text if isinstance(text, str) else None
+
+
+def own_head(drafter: Any, target: Any) -> Any:
+    """What makes a drafter's logits, if it is neither the target's nor a retrieval already.
+
+    A linear layer, or the method ``as_linear`` of an embedding; else None. Gemma 4's assistant with
+    centroids has a function instead, which scores the tokens of a few.
+    """
+    target = getattr(target, "language_model", target)
+    drafter.bind(target)
+    head = getattr(drafter, "_lm_head_fn", None) or getattr(drafter, "lm_head", None)
+    if head is None:  # a tied EAGLE-3
+        head = getattr(getattr(drafter, "embed_tokens", None), "as_linear", None)
+    layer = getattr(head, "__self__", head)
+    shared = any(layer is other for other in target.modules())
+    return head if isinstance(layer, nn.Module) and not shared else None
+
+
+def drafted_answer(
+    target: Any, drafter: Any, kind: str, prompt: list[int], n_tokens: int
+) -> Iterator[int]:
+    """Tokens of the target after a prompt, sampled if possible, in the loop with the drafter."""
+    from mlx_vlm.generate.ar import generate_step
+
+    options = {"max_tokens": n_tokens, "draft_model": drafter, "draft_kind": kind}
+    if not getattr(drafter, "requires_greedy_sampling", False):
+        options["temperature"] = TEMPERATURE
+    for token, _ in generate_step(mx.array([prompt]), target, None, None, **options):
+        yield int(token)
+
+
+@cache  # once per process
+def when_drafted(then: Callable[[Any, Any, str], None]) -> None:
+    """Calls ``then`` with each model that is given a drafter, it and its kind, before a prompt."""
+
+    def put(module: Any) -> None:
+        # each loop for one text asks this with its drafter, and so does the server once
+        original = module.validate_drafter_compatibility
+
+        @wraps(original)
+        def validate(target_model: Any, draft_model: Any, draft_kind: Any) -> None:
+            original(target_model, draft_model, draft_kind)
+            then(target_model, draft_model, draft_kind)
+
+        put_in_place("mlx_vlm", module, "validate_drafter_compatibility", validate)
+
+    def put_in_batches(module: Any) -> None:
+        original = module.BatchGenerator.__init__
+
+        @wraps(original)
+        def made(self: Any, model: Any, *arguments: Any, **options: Any) -> None:
+            if options.get("draft_model") is not None:
+                then(model, options["draft_model"], options["draft_kind"])
+            original(self, model, *arguments, **options)
+
+        module.BatchGenerator.__init__ = made
+
+    when_imported(DRAFTERS, put)
+    when_imported(LOOP, put_in_batches)
+
+
+@cache  # once per process
+def keep_from_weights(applies: Applies) -> None:
+    """Keeps mlx-vlm from the weights of the layers that ``applies`` says yes to."""
+    instead = partial(_instead, applies)
+    # fused_greedy_decode, decode_quantized_argmax and speculative_argmax_from_hidden ask these
+    instead(VERIFIER, "supports_quantization", lambda layer: False)
+    instead(VERIFIER, "supports_optimized_affine_head", lambda layer: False)
+    instead(VERIFIER, "optimized_nvfp4_argmax", lambda layer, *_, **__: None)
+    instead(LINEAR, "_target_verify_linear", lambda layer, x: layer(x))
+    instead(LINEAR, "_target_verify_embedding_as_linear", lambda layer, x: layer.as_linear(x))
+    instead(
+        GLM,
+        "verify_logits",
+        lambda lm, x: lm.lm_head(x),
+        lambda lm: lm.lm_head,
+    )
+    # rows of the draft's tokens only, which lie apart under a FlashHead
+    instead(EAGLE3, "_eagle3_hot_token_ids", lambda *_, **__: None, _embedding)
+    when_imported(LFM2, partial(_keep_from_lfm2, applies))
+
+
+def _instead(
+    applies: Applies,
+    module_name: str,
+    name: str,
+    instead: Callable[..., Any],
+    layer_of: Callable[[Any], Any] = lambda layer: layer,
+) -> None:
+    """Where the first argument is such a layer, or holds one, ``instead`` is called."""
+
+    def put(module: Any) -> None:
+        original = getattr(module, name)
+
+        @wraps(original)
+        def call(first: Any, *arguments: Any, **options: Any) -> Any:
+            function = instead if applies(layer_of(first)) else original
+            return function(first, *arguments, **options)
+
+        put_in_place("mlx_vlm", module, name, call)
+
+    when_imported(module_name, put)
+
+
+def _keep_from_lfm2(applies: Applies, module: Any) -> None:
+    """Its verifier reads a tied embedding's weight inside a longer function."""
+    verifier = module.Lfm2ExactSpeculativeVerifier
+    call, linear = verifier.__call__, verifier._linear
+
+    def verify(self: Any, language_model: Any, *arguments: Any, **options: Any) -> Any:
+        layer = _embedding(language_model)
+        if applies(layer):  # as if the head were a layer of its own
+            untied = SimpleNamespace(tie_word_embeddings=False)
+            language_model = SimpleNamespace(model=language_model.model, args=untied, lm_head=layer)
+        return call(self, language_model, *arguments, **options)
+
+    def asked(layer: Any, x: mx.array) -> mx.array:
+        if not applies(layer):
+            return linear(layer, x)
+        return layer.as_linear(x) if hasattr(layer, "as_linear") else layer(x)
+
+    verifier.__call__, verifier._linear = verify, staticmethod(asked)
+
+
+def _embedding(language_model: Any) -> Any:
+    return getattr(getattr(language_model, "model", None), "embed_tokens", None)
+
+
+# What makes a text of mlx-vlm's ``generate_step`` other than plain greedy decoding.
+_OTHERWISE = (
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "sampler",
+    "logits_processors", "draft_model", "kv_bits", "kv_key_bits", "kv_value_bits", "kv_key_scheme",
+    "kv_value_scheme", "thinking_budget_criteria",
+)  # fmt: skip
+
+
+def is_greedy(model: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether ``generate_step`` with these keywords takes the likeliest tokens and no others."""
+    from mlx_vlm.generate.common import resolve_sampling_defaults
+
+    if any(options.get(name) is not None for name in _OTHERWISE):
+        return False
+    asked = {name: options.get(name) for name in ("temperature", "top_p", "top_k")}
+    temperature, *_ = resolve_sampling_defaults(getattr(model, "config", None), **asked)
+    return temperature == 0
+
+
+def decodes_by_tokens_alone(model: nn.Module) -> bool:
+    """Whether a step after the prompt reads a token and the cache, and no encoder's states."""
+    names = inspect.signature(type(model.language_model).__call__).parameters
+    return not {"cross_attention_states", "encoder_outputs", "decoder_input_ids"} & {*names}
+
+
+def stream_and_cache(model: nn.Module, options: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The stream of mlx-vlm's loop, and the cache that it is given or makes."""
+    from mlx_vlm.generate import ar
+    from mlx_vlm.models import cache
+
+    known = options.get("prompt_cache")
+    limit = options.get("max_kv_size")
+    made = cache.make_prompt_cache(model.language_model, max_kv_size=limit)
+    return ar.generation_stream, made if known is None else known

@@ -1,0 +1,73 @@
+"""Bounds of rounding: whatever lies within them, no text differs."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm import sample_utils
+
+from flash_loops import make_flash
+from mlx_flashhead import make_sampler
+from mlx_flashhead.lossless import verify
+from mlx_flashhead.lossless.sampler import preserves_margins
+
+PROCESSORS = {
+    "none": {},
+    "bias": {"logit_bias": {5: 1000.0, 40: -1000.0, 7: 998.5}},
+    **{f"penalty {p}": {"repetition_penalty": p} for p in (0.05, 0.5, 1.3, 20.0)},
+    "additive": {"presence_penalty": 1.5, "frequency_penalty": -0.7},
+}
+SAMPLERS = {
+    "greedy": {},
+    "draw": {"temp": 1.0, "seed": 1},
+    "top-p": {"temp": 0.8, "top_p": 0.9, "top_k": 40, "seed": 2},
+    "xtc": {"temp": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.05, "seed": 3},
+}
+FORMATS = {"float32": {}, "bfloat16": {"dtype": mx.bfloat16}, "4 bits": {"bits": 4}}
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def model(request):
+    return make_flash(num_hidden_layers=2, **FORMATS[request.param])
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    """Products of several states that lie off by as much as their bounds allow."""
+    injected = []
+    result, screen = verify.SlotProduct.result, verify.Verification._screen
+
+    def wrong(product):
+        slots = result(product)
+        if not hasattr(product, "room"):  # it is being measured
+            return slots
+        injected.append(product)
+        signs = mx.random.randint(0, 2, slots.shape, key=mx.random.key(len(injected))) * 2 - 1
+        room = 0.99 * product.room[:, None, None]
+        return (slots.astype(mx.float32) + signs * room).astype(slots.dtype)
+
+    def with_room(verification):
+        verification._product.room, _ = verification._rounding.rooms(verification._proposal)
+        screen(verification)
+
+    monkeypatch.setattr(verify.SlotProduct, "result", wrong)
+    monkeypatch.setattr(verify.Verification, "_screen", with_room)
+    return injected
+
+
+@pytest.mark.parametrize("processors", PROCESSORS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_faults_within_the_bounds_change_no_text(model, faults, processors, sampler):
+    def run(dense, make, settings):
+        functions = sample_utils.make_logits_processors(**PROCESSORS[processors])
+        assert all(map(preserves_margins, functions))
+        return model.tokens(
+            dense=dense,
+            sampler=make(**settings),
+            logits_processors=functions,
+            max_tokens=20,
+        )
+
+    settings = SAMPLERS[sampler]
+    without_seed = {name: value for name, value in settings.items() if name != "seed"}
+    for each in ((make_sampler, settings), (sample_utils.make_sampler, without_seed)):
+        assert run(False, *each) == run(True, *each)
+    assert faults or sampler == "xtc"

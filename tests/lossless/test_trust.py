@@ -1,0 +1,176 @@
+"""Samplers and processors of others: called once a token, in order, unless known or marked."""
+
+from collections import Counter
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import sample_utils
+
+from flash_loops import PROMPT, make_flash
+from mlx_flashhead import make_sampler
+from mlx_flashhead.lossless.sampler import Trust, trust
+
+FORMATS = {"float32": {}, "bfloat16": {"dtype": mx.bfloat16}, "4 bits": {"bits": 4}}
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def model(request):
+    return make_flash(num_hidden_layers=2, **FORMATS[request.param])
+
+
+def numpy_sampler():
+    rng = np.random.default_rng(3)
+
+    def sample(logprobs):
+        p = np.exp(np.array(logprobs.astype(mx.float32), dtype=np.float64))[0]
+        return mx.array([rng.choice(len(p), p=p / p.sum())], dtype=mx.uint32)
+
+    return sample
+
+
+def mx_sampler():
+    return lambda logprobs: mx.random.categorical(logprobs * 1.25)
+
+
+def mirostat():
+    state = {"mu": 6.0}
+
+    def sample(logprobs):
+        surprise = -np.array(logprobs.astype(mx.float32))[0]
+        kept = np.where(surprise <= state["mu"], -surprise, -np.inf)
+        token = int(np.argmax(kept)) if np.isfinite(kept).any() else int(np.argmin(surprise))
+        state["mu"] -= 0.3 * (surprise[token] - 2.0)
+        return mx.array([token], dtype=mx.uint32)
+
+    return sample
+
+
+def cooling():
+    calls = []
+
+    def sample(logprobs):
+        calls.append(0)
+        return mx.random.categorical(logprobs * (0.5 + 0.1 * len(calls)))
+
+    return sample
+
+
+class Counting:
+    """A processor that moves logits by its number of calls, and notes what it was given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, tokens, logits):
+        self.calls.append(tokens.tolist())
+        return logits - 0.5 * (mx.arange(logits.shape[-1]) % 7 == len(self.calls) % 7)
+
+
+class Guide:
+    """The control flow of outlines' guides: a state that each token moves on, and that raises where
+    a token comes twice or out of order."""
+
+    def __init__(self):
+        self.read = len(PROMPT)
+        self.allowed = 0
+        self.calls = []
+
+    def __call__(self, tokens, logits):
+        ids = tokens.tolist()
+        self.calls.append(ids)
+        if len(ids) != self.read:
+            raise RuntimeError(f"{len(ids)} tokens, but {self.read} are next")
+        self.read += 1
+        self.allowed = (self.allowed + ids[-1]) % 5
+        return mx.where(mx.arange(logits.shape[-1]) % 5 == self.allowed, logits, -mx.inf)
+
+
+SAMPLERS = {"numpy": numpy_sampler, "mx": mx_sampler, "mirostat": mirostat, "cooling": cooling}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_another_sampler_is_called_once_a_token(model, name):
+    def run(dense):
+        calls, sampler = [], SAMPLERS[name]()
+
+        def counted(logprobs):
+            calls.append(0)
+            return sampler(logprobs)
+
+        return model.tokens(dense=dense, sampler=counted), len(calls)
+
+    assert run(False) == run(True)
+
+
+@pytest.mark.parametrize("kind", [Counting, Guide])
+@pytest.mark.parametrize("sampler", [None, make_sampler(temp=0.9, seed=2)], ids=["best", "draws"])
+def test_another_processor_is_called_once_a_token(model, kind, sampler):
+    def run(dense):
+        processor = kind()
+        tokens = model.tokens(dense=dense, sampler=sampler, logits_processors=[processor])
+        return tokens, processor.calls
+
+    assert run(False) == run(True)
+
+
+def test_draws_of_another_sampler_have_its_distribution(flash):
+    """Called twice for a token, draws that agree would be taken more often: it samples colder."""
+    shares = mx.log(mx.array([0.7, 0.2, 0.1]))
+    rng = np.random.default_rng(0)
+
+    def sample(logprobs):
+        return mx.array([rng.choice(3, p=np.exp(np.array(shares)))], dtype=mx.uint32)
+
+    counts = Counter(flash.tokens(sampler=sample, max_tokens=2000, logprobs=False))
+    expected = (1400, 400, 200)
+    spread = [5 * (2000 * p * (1 - p)) ** 0.5 for p in (0.7, 0.2, 0.1)]
+    assert all(abs(counts[i] - expected[i]) < spread[i] for i in range(3))
+
+
+MLX_LM = {
+    "greedy": {},
+    "temperature": {"temp": 1.0},
+    "top-p": {"temp": 0.8, "top_p": 0.9},
+    "min-p": {"temp": 1.1, "min_p": 0.05},
+    "all": {"temp": 1.2, "top_p": 0.95, "min_p": 0.01, "top_k": 30},
+}
+
+
+@pytest.mark.parametrize("name", MLX_LM)
+@pytest.mark.parametrize("penalty", [None, 1.4])
+def test_samplers_of_mlx_lm_are_verified(model, name, penalty, misses):
+    """Two texts after one another, as the second draws from where the first has left the state."""
+    sampler = sample_utils.make_sampler(**MLX_LM[name])
+    processors = sample_utils.make_logits_processors(repetition_penalty=penalty)
+    assert trust(sampler, processors) is Trust.EXACT
+    options = {"sampler": sampler, "logits_processors": processors, "max_tokens": 25}
+
+    def run(dense):
+        mx.random.seed(5)
+        texts = [[t for t, _ in model.steps(dense=dense, **options)] for _ in range(2)]
+        return texts, mx.random.state[0].tolist()
+
+    assert run(False) == run(True)
+    assert misses
+
+
+def test_what_is_trusted():
+    marked = lambda tokens, logits: logits  # noqa: E731
+    marked.pure = True
+    unknown = lambda tokens, logits: logits  # noqa: E731
+    assert trust(None) is trust(make_sampler(temp=1.0, top_p=0.9)) is Trust.EXACT
+    assert trust(None, sample_utils.make_logits_processors({1: 5.0}, 1.2, 20, 0.5)) is Trust.EXACT
+    assert trust(None, [marked]) is trust(marked, [marked]) is Trust.REPLAYABLE
+    assert trust(None, [unknown]) is trust(unknown) is Trust.UNKNOWN
+    for chain in ({"xtc_probability": 0.5}, {"min_p": 0.1, "min_tokens_to_keep": 3}):
+        for make in (make_sampler, sample_utils.make_sampler):
+            assert trust(make(temp=1.0, **chain)) is Trust.UNKNOWN
+
+
+def test_a_least_number_of_tokens_is_min_p_s(flash):
+    """What top-p has removed does not come back."""
+    logits = mx.log(mx.array([[0.7, 0.2, 0.06, 0.04]]))
+    chain = {"temp": 1.0, "top_p": 0.5, "min_p": 0.5, "min_tokens_to_keep": 3}
+    sampler = make_sampler(**chain)
+    assert {sampler.choose(logits, 1, i).item() for i in range(200)} == {0}
