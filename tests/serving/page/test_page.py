@@ -52,6 +52,7 @@ def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark
     expect(page.locator(".stats")).to_contain_text(figures)
     expect(page.locator("#send")).to_be_visible()
     expect(page.locator("article[aria-busy=true]")).to_have_count(0)
+    expect(page.locator("article > h2")).to_have_text(["You", "Answer"])  # VoiceOver hears them
     expect(answers(page).locator("strong")).to_have_text("mixture of all colours")
     expect(answers(page).locator("pre code")).to_contain_text("    return 1 / wavelength_nm**4")
     expect(answers(page).locator("td")).to_have_text(["Red", "700 nm"])
