@@ -92,7 +92,7 @@ def give_fine_head(
             say("Another process is fetching this finer head: waiting for it.")
             lock.acquire()
         try:
-            rows = _kept(place, coarse)
+            rows = _cached_rows(place, coarse)
             if rows is None:
                 rows = _fetch(location, folder, source, bits, place, say, progress)
         finally:
@@ -105,7 +105,7 @@ def give_fine_head(
     replace_rows(location.module, rows)
 
 
-def _kept(place: Path, coarse: Matrix) -> Matrix | None:
+def _cached_rows(place: Path, coarse: Matrix) -> Matrix | None:
     """The rows that are kept, if they are whole and those of this head."""
     try:
         loaded: Any = mx.load(str(place), format="safetensors", return_metadata=True)
