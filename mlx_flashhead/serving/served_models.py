@@ -59,6 +59,8 @@ class ServedModel:
     def decoding(self, *, dense: bool | None = None, n_probes: int | None = None) -> str:
         """How a request with these fields is decoded: "verified", "unverified" or "dense: …why"."""
         dense = self.dense and n_probes is None if dense is None else dense
+        if self.draft_model is not None and not dense:  # a pass verifies several of its tokens
+            return "dense: the draft model proposes tokens"
         if self.max_wait == 0 and not dense:
             return "dense: --max-wait is 0"
         if n_probes is not None and self.head and not policy_of(self.head).drafts_only:

@@ -13,6 +13,7 @@ from mlx_flashhead.head import kernels as kernels_module
 from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.head.steps import Proposal
 from mlx_flashhead.index.settings import FlashHeadConfig
 
 emulator_only = pytest.mark.skipif(on_gpu(), reason="counts and checks of the emulator")
@@ -69,6 +70,28 @@ class TestGraph:
             found = self.primitives(function, hidden)
             assert found.pop("CustomKernel") == 4
             assert set(found) <= {"Reshape", "Slice"}, found  # views
+
+    @pytest.mark.parametrize("draws", [None, Draws.of([(DrawSettings(1.0, 0.9), (1, 2))] * 32)])
+    def test_a_verification_is_three_kernels_beside_the_product(self, monkeypatch, draws):
+        """The last join, screen and certain; a join for each 7 tokens that wait came before."""
+        head = self.head(monkeypatch, mx.bfloat16, 4)
+        rooms = mx.zeros(32), mx.zeros(32)
+        mx.eval(rooms, *[] if draws is None else draws[:3])
+
+        def verify(*arrays):
+            parts = [arrays[:3], arrays[3:]]
+            parts = [Proposal(h, None, p, logits, None, None) for h, p, logits in parts]
+            rows = [(0, i) for i in range(31)] + [(1, 0)]
+            one = head.joined(parts, rows, [0] * 32)
+            return list(head.certain(head.slot_logits(one.hidden), one, draws, *rooms, 0.0))
+
+        inputs = []
+        for n in (31, 1):
+            inputs += [mx.zeros((n, 128), mx.bfloat16), mx.zeros((n, 8), mx.uint32)]
+            inputs += [mx.zeros((n, 8, 8), mx.bfloat16)]
+        found = self.primitives(verify, *inputs)
+        assert found.pop("CustomKernel") == 3 and found.pop("QuantizedMatmul") == 1
+        assert set(found) <= {"Reshape", "Slice", "Squeeze", "Broadcast", "Add"}, found  # the bias
 
     def test_kernels_get_contiguous_arrays(self, monkeypatch):
         """MLX would copy any other before each call."""
