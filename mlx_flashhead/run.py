@@ -28,6 +28,11 @@ def make_parser() -> Parser:
     )
     add_head_options(parser)
     parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="Use FlashHead's own choices, in loops that cannot be verified, too.",
+    )
+    parser.add_argument(
         "--hook",
         action="store_true",
         help="Print the variables with which any Python process has a FlashHead, such as a "

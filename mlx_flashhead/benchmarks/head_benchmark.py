@@ -44,8 +44,7 @@ def _cases(args: argparse.Namespace) -> Generator[Case]:
         states = mx.random.normal((N_STATES, args.positions, head.hidden_size)).astype(dtype)
         mx.eval(states)
         timers = {
-            form: timer(partial(_use, use, states), cold)
-            for form, use in forms(head, args.positions).items()
+            form: timer(partial(_use, use, states), cold) for form, use in forms(head).items()
         }
         yield Case(name, timers, partial(summary, name, head, dtype, args.positions))
 
@@ -113,7 +112,7 @@ def random_head(
     return head
 
 
-def forms(head: FlashHead, n_positions: int = 1) -> dict[str, Form]:
+def forms(head: FlashHead) -> dict[str, Form]:
     """The ways to use a head, by name: functions of hidden states (R, D).
 
     mlx-lm's dense form has the rows in the FlashHead's order, which does not change its time. The

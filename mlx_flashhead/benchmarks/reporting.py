@@ -50,14 +50,11 @@ def report(
     cases: Generator[Case],
     n_cases: int,
     make_table: Callable[[dict], Table],
-    *,
-    gather: Callable[[list[dict]], list[dict]] = list,
-    program: str = "mlx_flashhead.benchmark",
 ) -> None:
     """Runs a benchmark after checking that its outputs can be written, and reports it.
 
-    ``gather`` makes the results of the cases' figures, and ``make_table`` the table of one result.
-    A picture has the first column of figures of each table.
+    ``make_table`` makes the table of a case's figures. A picture has the first column of figures of
+    each table.
 
     Raises:
         ValueError: If an output cannot be written, or the benchmark cannot be run.
@@ -76,8 +73,7 @@ def report(
             raise
         print("\nStopped: these are the figures so far.", file=sys.stderr, flush=True)
         stopped = error
-    about, results = machine(), gather(measured)
-    tables = list(map(make_table, results))
+    about, tables = machine(), list(map(make_table, measured))
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     show(
         *tables,
@@ -88,9 +84,9 @@ def report(
         figures = {
             "kind": args.kind,
             "machine": about,
-            "command": " ".join([program, *sys.argv[1:]]),
+            "command": " ".join(["mlx_flashhead.benchmark", *sys.argv[1:]]),
             "complete": stopped is None,
-            "results": results,
+            "results": measured,
         }
         Path(args.report).write_text(json.dumps(figures, indent=2) + "\n")
     if args.plot:

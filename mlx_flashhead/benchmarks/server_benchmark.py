@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from http.client import HTTPConnection, HTTPException
-from itertools import groupby
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -53,12 +53,7 @@ Answered = tuple[str, Reply | str]  # a question with its reply, or with the err
 def run(args: argparse.Namespace) -> None:
     """Puts the servers of the command line's model under load."""
     folder = resolve(args.model)
-    about = {"model": folder.name, "requests": args.requests, "tokens": args.tokens}
-
-    def gather(cases: list[dict]) -> list[dict]:
-        return [about | {"loads": [load for case in cases for load in case["loads"]]}]
-
-    report(args, _cases(args, str(folder)), len(args.clients), make_table, gather=gather)
+    report(args, _cases(args, str(folder)), len(args.clients), make_table)
 
 
 def _cases(args: argparse.Namespace, folder: str) -> Generator[Case]:
@@ -86,7 +81,7 @@ def _cases(args: argparse.Namespace, folder: str) -> Generator[Case]:
                 name: partial(visit, port, n, args.requests, args.tokens, replies[name])
                 for name, port in ports.items()
             }
-            yield Case(f"{n} at once, per token", timers, partial(_loads, n, replies, alone))
+            yield Case(f"{n} at once, per token", timers, partial(summary, args, n, replies, alone))
 
 
 def questions() -> list[str]:
@@ -122,9 +117,11 @@ def visit(
     return seconds / n_tokens if n_tokens else math.inf
 
 
-def _loads(n: int, replies: dict, alone: dict, seconds: dict) -> dict:
-    each = {name: figures(replies[name], alone[name], seconds[name]) for name in replies}
-    return {"loads": [{"clients": n, "server": name} | load for name, load in each.items()]}
+def summary(args: argparse.Namespace, n: int, replies: dict, alone: dict, seconds: dict) -> dict:
+    """The figures of all servers with n clients, JSON-ready."""
+    loads = {name: figures(replies[name], alone[name], seconds[name]) for name in replies}
+    about = {"model": Path(args.model).name, "clients": n}
+    return about | {"requests": args.requests, "tokens": args.tokens, "loads": loads}
 
 
 def figures(pairs: list[Answered], alone: dict[str, str], seconds: list[float]) -> dict:
@@ -151,35 +148,27 @@ def figures(pairs: list[Answered], alone: dict[str, str], seconds: list[float]) 
 
 
 def make_table(result: dict) -> Table:
-    """The table of all loads."""
+    """The table of one number of clients."""
+    loads = result["loads"]
+    problems = [problem for load in loads.values() for problem in load["problems"]]
+    lost = f"Answers lost: {sum(load['lost'] for load in loads.values())}."
     table = new_table(
-        "{model}: {requests} requests for each number of clients, answers of at most {tokens} "
+        "{model}, {clients} clients: {requests} requests, answers of at most {tokens} "
         "tokens".format(**result),
-        ("clients", "server", "tokens/s", "first s", "worst", "as alone"),
+        ("server", "tokens/s", "first s", "worst", "as alone"),
         "tokens/s: of all clients together. first s: median seconds to the first text.\n"
         "as alone: complete answers with the text that the question has alone.\n"
-        f"{outcome(result)}",
-        left=2,
+        + "\n".join([lost, *problems[:MAX_PROBLEMS]]),
     )
-    for n, loads in groupby(result["loads"], key=lambda load: load["clients"]):
-        for load in loads:
-            first = load["first_seconds"]
-            table.add_row(
-                str(n),
-                load["server"],
-                f"{load['tokens_per_second']['median']:.1f}",
-                *("–" if s is None else f"{s:.2f}" for s in (first["median"], first["worst"])),
-                f"{load['as_alone']} of {load['answered']}",
-            )
-        table.add_section()
+    for server, load in loads.items():
+        first = load["first_seconds"]
+        table.add_row(
+            server,
+            f"{load['tokens_per_second']['median']:.1f}",
+            *("–" if s is None else f"{s:.2f}" for s in (first["median"], first["worst"])),
+            f"{load['as_alone']} of {load['answered']}",
+        )
     return table
-
-
-def outcome(result: dict) -> str:
-    """A sentence on the answers that were lost, with the first reasons."""
-    lost = sum(load["lost"] for load in result["loads"])
-    problems = [problem for load in result["loads"] for problem in load["problems"]]
-    return "\n".join([f"Answers lost: {lost}.", *problems[:MAX_PROBLEMS]])
 
 
 @contextmanager

@@ -62,7 +62,10 @@ def evaluate(
     """
     head = installed_head(model)
     if probe_counts is None:
-        probe_counts = [*(p for p in DEFAULT_PROBES if p <= head.n_clusters), head.n_probes]
+        probe_counts = [
+            *(p for p in DEFAULT_PROBES if p <= head.n_clusters),
+            head.unverified_probes,
+        ]
     probe_counts = check_probe_counts(head, probe_counts)
     read = text_states(model, tokenizer, find_head(model), text, positions=positions)
     states, next_ids = take_all(read)
@@ -82,7 +85,7 @@ def evaluate(
     return {
         "positions": len(states),
         "dense_perplexity": measured.dense_perplexity(),
-        "n_probes": head.n_probes,
+        "n_probes": head.unverified_probes,
         "n_clusters": head.n_clusters,
         "rows": [
             means._asdict() | {"bytes_share": bytes_share(head, means.n_probes)}

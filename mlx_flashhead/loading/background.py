@@ -227,9 +227,10 @@ class BackgroundBuild:
         elif tuning.dense:
             self._options.say(f"The {took}.")  # that the model stays dense has been said
         else:
+            makes = "should make" if tuning.predicted else "makes"
             tokens = seconds / (tuning.dense_seconds * (1 - 1 / tuning.gain))
             self._options.say(
-                f"FlashHead is ready for next time. Its {took}, and it makes this model "
+                f"FlashHead is ready for next time. Its {took}, and it {makes} this model "
                 f"{tuning.gain:.2f} times as fast on this machine: that pays back after about "
                 f"{float(f'{tokens:.2g}'):,.0f} tokens."
             )

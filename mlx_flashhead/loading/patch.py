@@ -8,17 +8,30 @@ from dataclasses import asdict
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import mlx.core as mx
 
 from ..common.command import sentence
+from ..head.flash_head import FlashHead
+from ..lossless.batch import HostedBatchGenerator
 from ..lossless.generation import verified_loop
+from ..lossless.policy import decoding_mode
+from ..lossless.proposer import Proposer
+from ..lossless.vlm_loop import vlm_steps
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.compat.patched_load import Load, caller_generates, patch_programs
 from ..models.fetch import resolve
+from ..models.install import get_flash_head
 from ..models.origin import local_origin
 from .attach import attach_head
 from .sources import HeadOptions, bundled_head, explicit_head
 
 VARIABLE = "MLX_FLASHHEAD_RUN"  # read by hook/sitecustomize.py
+OWN_STEPS = 4  # a prompt's last token is a step, too, and a loop of ours may follow
+DENSE_LOOP = (
+    "dense: this program's loop cannot be verified; --no-verify uses FlashHead's own choices"
+)
 
 
 def patch_load(options: HeadOptions) -> None:
@@ -30,6 +43,7 @@ def patch_load(options: HeadOptions) -> None:
         ValueError: If the FlashHead that the user names cannot be read.
     """
     chosen = explicit_head(options)
+    uses: WeakKeyDictionary[Any, _Use] = WeakKeyDictionary()
     warned = False
 
     def attach_to(model: Any, tokenizer_of: Callable[[], Any], folder: Path) -> None:
@@ -42,6 +56,7 @@ def patch_load(options: HeadOptions) -> None:
                 f"With FlashHead: {local_origin(folder).known_as}, {head.n_probes:,} of "
                 f"{head.n_clusters:,} clusters scored per token."
             )
+            uses[head] = _Use(head, local_origin(folder).known_as, options)
         except (ValueError, OSError) as error:
             if not warned:
                 options.say(f"Without FlashHead: {sentence(error)}")
@@ -77,7 +92,82 @@ def patch_load(options: HeadOptions) -> None:
 
         return load_model
 
-    patch_programs(wrap, wrap_model, _with_check)
+    def use_of(model: Any) -> _Use | None:
+        head = get_flash_head(model)
+        return None if head is None else uses.get(head)
+
+    def of_loop(original: Load) -> Load:
+        @wraps(original)
+        def steps(prompt: Any, model: Any, *arguments: Any, **named: Any) -> Any:
+            use = use_of(model)
+            unverified = use is not None and use.unverified
+            loop = None if unverified else verified_loop(model, original.__name__)
+            if loop is None:
+                return original(prompt, model, *arguments, **named)
+            if use is not None:
+                use.tell(decoding_mode(model))
+            return loop(prompt, model, *arguments, **named)
+
+        return steps
+
+    def of_batches(original: Any) -> Any:
+        class RunBatchGenerator(HostedBatchGenerator):
+            def __new__(cls, model: Any, *arguments: Any, **named: Any) -> Any:
+                use = use_of(model)
+                if use is None or use.unverified:
+                    return original(model, *arguments, **named)
+                use.tell(decoding_mode(model))
+                return super().__new__(cls)
+
+        return RunBatchGenerator
+
+    def of_vlm_loop(original: Load) -> Load:
+        @wraps(original)
+        def steps(input_ids: Any, model: Any, pixel_values: Any, mask: Any, **named: Any) -> Any:
+            use = use_of(model)
+            if use is not None and not use.unverified:
+                proposer = Proposer(model)
+                loop = vlm_steps(original, proposer, input_ids, model, pixel_values, mask, named)
+                if loop is not None:
+                    use.tell(decoding_mode(model))
+                    return loop
+            return original(input_ids, model, pixel_values, mask, **named)
+
+        return steps
+
+    patch_programs(wrap, wrap_model, of_loop, of_batches, of_vlm_loop)
+
+
+class _Use:
+    """How a program decodes with a FlashHead. The first text shows it, in one line."""
+
+    def __init__(self, head: FlashHead, name: str, options: HeadOptions):
+        self._head = ref(head)  # a program may drop its model
+        self._name, self._say = name, options.say
+        self.unverified = not options.verify
+        self._n_steps = 0  # of a loop that is not ours
+        self._told = False
+        if self.unverified:
+            self.tell("unverified")
+        self._interception = head.intercepted(self._project)
+        self._interception.__enter__()  # for good
+
+    def tell(self, mode: str) -> None:
+        """Says, once, how the text is decoded."""
+        if not self._told:
+            self._say(f"Text of {self._name}: {mode}.")
+        self._told = True
+
+    def _project(self, hidden: mx.array) -> mx.array:
+        head = self._head()
+        assert head is not None  # it calls
+        if hidden.shape[-2] == 1:
+            if self.unverified:
+                return head.unverified_logits(hidden)
+            self._n_steps += 1
+            if self._n_steps == OWN_STEPS:
+                self.tell(DENSE_LOOP)
+        return head.dense_logits(hidden)
 
 
 def environment(options: HeadOptions) -> dict[str, str]:
@@ -99,14 +189,3 @@ def patch_from_environment() -> None:
         patch_load(HeadOptions(**json.loads(os.environ[VARIABLE])))
     except (ValueError, TypeError, OSError) as error:
         print(f"Without FlashHead: {sentence(error)}", file=sys.stderr)
-
-
-def _with_check(original: Load) -> Load:
-    """A loop of mlx-lm with the dense model's choices."""
-
-    @wraps(original)
-    def steps(prompt: Any, model: Any, *arguments: Any, **options: Any) -> Any:
-        loop = verified_loop(model, original.__name__) or original
-        return loop(prompt, model, *arguments, **options)
-
-    return steps

@@ -41,6 +41,7 @@ class HeadOptions:
         flags: Name parameters by their flags, since a command asks.
         fine_head: Source of a finer head's rows; True: the original that the model names.
         head_bits: Bits of the finer head; default: 8.
+        verify: Whether another program's text is verified.
     """
 
     flash_head: str | Path | None = None
@@ -55,6 +56,7 @@ class HeadOptions:
     measures: bool = False
     fine_head: str | Path | bool | None = None
     head_bits: int | None = None
+    verify: bool = True
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, *, dense: bool = False) -> "HeadOptions":
@@ -82,6 +84,7 @@ class HeadOptions:
             flags=True,
             fine_head=args.fine_head,
             head_bits=args.head_bits,
+            verify=not unverified,
         )
 
     def say(self, text: str) -> None:

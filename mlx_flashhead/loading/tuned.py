@@ -46,15 +46,15 @@ def tune_head(
         return None
     head = installed_head(model)
     place, key = cache.speeds_of(index.config.fingerprint), _machine(head, model)
-    known = read(place, options.say)
-    tuning = known.get(key)
-    if tuning is None or options.measures or (tuning.provisional and not is_busy()):
-        busy = is_busy()
+    known, busy = read(place, options.say), is_busy()
+    before = known.get(key)
+    if before is not None and not options.measures and (busy or not before.provisional):
+        tuning = before
+    else:
         measured = yield from tune(model, index.config.verification.get("by_probes", ()))
-        measured = replace(measured, provisional=measured.provisional or busy)
-        steadier = tuning is None or measured.spread <= tuning.spread
-        if steadier or options.measures or not measured.provisional:
-            tuning = measured
+        tuning = replace(measured, provisional=measured.provisional or busy)
+        if before is not None and tuning.provisional and not options.measures:
+            tuning = min(before, tuning, key=lambda one: one.spread)
         _write(place, known | {key: tuning})
         if tuning.dense and not options.always:
             later = " for now, and is measured again later" if tuning.provisional else ""
@@ -72,7 +72,7 @@ def tune_head(
 def speed_text(tuning: Tuning) -> str:
     """What is known of a machine's gain, such as "1.21 x"."""
     doubts = ["dense"] * tuning.dense
-    doubts += ["predicted"] * getattr(tuning, "predicted", False)
+    doubts += ["predicted"] * tuning.predicted
     doubts += ["provisional"] * tuning.provisional
     return f"{tuning.gain:.2f} x" + (f" ({', '.join(doubts)})" if doubts else "")
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.compat.batch import ChoosingBatchGenerator
+from ..models.compat.batch import ChoosingBatchGenerator, StateMachineStops
 from .policy import batch_limit
 from .proposer import Proposer, step_arrays
 from .rollback import Snapshot, copied_layers, rollback
@@ -19,6 +19,7 @@ from .sequence import PendingToken, Sequence, normalized
 from .verify import VerifyScheduler
 
 NO_LOGPROBS = mx.zeros((1,))
+N_POSITIONAL = 6  # arguments of ``insert_segments`` after the segments
 
 
 @dataclass
@@ -312,3 +313,40 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         rows = {self._sequences[uid]: i for i, uid in enumerate(self.generating)}
         unknown = [None] * len(layers)
         return [(Snapshot(s.n_cached, layers, unknown), rows[s]) for s in sequences]
+
+
+class HostedBatchGenerator(VerifiedBatchGenerator):
+    """The same for another program. It may give the state machines of mlx-lm 0.31, and read the
+    ``current_state`` and ``match_sequence`` of each response."""
+
+    def insert_segments(
+        self,
+        segments: list[list[list[int]]],
+        *arguments: Any,
+        state_machines: list[Any] | None = None,
+        **options: Any,
+    ) -> list[int]:
+        if len(arguments) == N_POSITIONAL:
+            *arguments, state_machines = arguments  # type: ignore[assignment]
+        stops = [
+            StateMachineStops(stop) if hasattr(stop, "make_state") else stop
+            for stop in state_machines or ()
+        ]
+        if stops:
+            options["stop_sequences"] = stops
+        return super().insert_segments(segments, *arguments, **options)
+
+    def _responses(self, sequence: Sequence, accepted: list[PendingToken]) -> list[Any]:
+        self._states: list[tuple[Any, Any]] = []
+        responses = super()._responses(sequence, accepted)
+        for response, (match, state) in zip(responses, self._states, strict=True):
+            response.match_sequence, response.current_state = match, state
+        return responses
+
+    def _stops_at(self, sequence: Sequence, token: int) -> bool:
+        stops = super()._stops_at(sequence, token)
+        follower = getattr(self._matchers.get(sequence), "__self__", None)
+        names = ("match_sequence", "current_state")
+        match, state = (getattr(follower, name, None) for name in names)
+        self._states.append((match, state))
+        return stops

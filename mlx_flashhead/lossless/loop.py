@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import cache as once
@@ -49,6 +49,7 @@ def verified_steps(
     logprobs: bool = True,
     context: Iterable[int] = (),
     n_begun: int = 0,
+    prefill: Callable[..., Iterable[Any]] | None = None,
     **options: Any,
 ) -> Tokens:
     """mlx-lm's ``generate_step`` with the dense model's choices: tokens, and wanted logprobs (V,).
@@ -57,7 +58,8 @@ def verified_steps(
 
     ``max_tokens`` of -1 is no limit. ``prompt_cache`` holds the tokens ``context`` already, and all
     tokens handed out at the end. The last ``n_begun`` of these belong to the text, which is
-    continued. ValueError if a cache can neither be trimmed nor copied, or as ``generate_step``.
+    continued. ``prefill`` reads the prompt instead of mlx-lm's loop, with its keywords. ValueError
+    if a cache can neither be trimmed nor copied, or as ``generate_step``.
     """
     before = [*context, *cast(list[int], prompt.tolist())]
     begun = before[len(before) - n_begun :]
@@ -111,7 +113,8 @@ def verified_steps(
     sequence.n_cached = len(begun)
     try:
         # 1) Prefill: mlx-lm's loop reads the prompt, and the dense logits choose the first token.
-        latest = _first_token(prompt, model, stream, sequence, options)
+        prefill = prefill or partial(generate_step, prompt, model, stream)
+        latest = _first_token(prefill, sequence, options)
         while sequence.n_yielded != sequence.limit:
             with mx.stream(stream):
                 # 2) The body: the state of the latest token is taken where the head is called.
@@ -149,7 +152,7 @@ def verified_steps(
 
 
 def _first_token(
-    prompt: mx.array, model: nn.Module, stream: Any, sequence: Sequence, options: dict[str, Any]
+    prefill: Callable[..., Iterable[Any]], sequence: Sequence, options: dict[str, Any]
 ) -> mx.array:
     """Reads the prompt. Returns the first token (1,), which is pending."""
     first = PendingToken()
@@ -166,7 +169,7 @@ def _first_token(
     token = mx.array([0])
     # with a limit of 0, mlx-lm's loop reads the prompt and calls these once
     hooks = {"logits_processors": [take_logits], "sampler": lambda _: token, "max_tokens": 0}
-    for _ in generate_step(prompt, model, stream, **(options | hooks)):
+    for _ in prefill(**(options | hooks)):
         pass
     sequence.pending.append(first)
     return token

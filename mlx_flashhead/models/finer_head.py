@@ -110,7 +110,7 @@ def _kept(place: Path, coarse: Matrix) -> Matrix | None:
     try:
         loaded: Any = mx.load(str(place), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
-        numbers = {name: int(metadata[name]) for name in ("bits", "group_size")}
+        numbers: Any = {name: int(metadata[name]) for name in ("bits", "group_size")}
         rows = Matrix(**arrays, bias=coarse.bias, **numbers)
         if (rows.n_rows, rows.hidden_size) != (coarse.n_rows, coarse.hidden_size):
             return None
@@ -133,7 +133,8 @@ def _fetch(
 ) -> Matrix:
     """The finer rows, fetched, compared, rounded and kept."""
     coarse, model, width = location.rows(), _name(folder), location.rows().hidden_size
-    dtype = location.hidden_dtype if coarse.scales.dtype == mx.uint8 else coarse.scales.dtype
+    scales: Any = coarse.scales
+    dtype = location.hidden_dtype if scales.dtype == mx.uint8 else scales.dtype
     group = affine_group(width) if bits < 16 else 0
     if group is None:
         raise ValueError(f"Rows of width {width} fit no group of 32: add `head_bits` 16.")
@@ -172,9 +173,11 @@ def _fetch(
         mx.eval(*fine.arrays().values())
         pieces.append(fine)
     comparison.check(names, MAX_DRIFT)
-    joined = {name: mx.concatenate([p.arrays()[name] for p in pieces]) for name in fine.arrays()}
+    joined: dict[str, Any] = {
+        name: mx.concatenate([piece.arrays()[name] for piece in pieces]) for name in fine.arrays()
+    }
     # 3) Kept, whole or not at all
-    about = {"model": model, "original": original}
+    about = {"model": local_origin(folder).known_as, "original": original}
     about |= {"bits": str(fine.bits), "group_size": str(fine.group_size)}
     with new_file(place) as file:
         try:
@@ -191,7 +194,7 @@ def remove_files(folder: Path, pattern: str) -> None:
         file.unlink(missing_ok=True)
 
 
-def _matrix(arrays: dict[str, mx.array], width: int) -> Matrix:
+def _matrix(arrays: dict[str, Any], width: int) -> Matrix:
     if "scales" not in arrays:
         return Matrix(**arrays)
     bits, groups = arrays["weight"].shape[1] * 32 // width, arrays["scales"].shape[1]
@@ -228,7 +231,8 @@ def _base_model(model: Path | str) -> str | None:
             card = Path(huggingface_hub.hf_hub_download(_name(model), CARD))
         else:
             return origin.repo_id
-        data = ModelCard(card.read_text(encoding="utf-8-sig"), ignore_metadata_errors=True).data
+        text = card.read_text(encoding="utf-8-sig")
+        data: Any = ModelCard(text, ignore_metadata_errors=True).data
         bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
         if len(bases) == 1 and is_repository(bases[0]):
             return bases[0]
@@ -286,10 +290,10 @@ def _rows(tensors: Rows, name: str, shape: tuple[int, int]) -> Rows | None:
     tensor, stem = tensors[name], name.removesuffix("weight")
     if tensor.readable and tensor.shape == shape and tensor.dtype != "U32":
         return {"weight": tensor}
-    parts = [tensors.get(stem + part) for part in ARRAYS[1:]]
-    if tensor.dtype != "U32" or tensor.shape[:1] != shape[:1] or None in parts:
+    names = {part: stem + part for part in ARRAYS}
+    if tensor.dtype != "U32" or not tensors.keys() >= {*names.values()}:
         return None
-    rows = dict(zip(ARRAYS, (tensor, *parts), strict=True))
+    rows = {part: tensors[each] for part, each in names.items()}
     sized = all(t.readable and len(t.shape) == 2 and t.shape[0] == shape[0] for t in rows.values())
     return rows if sized else None
 
@@ -302,8 +306,13 @@ class Comparison:
 
     def add(self, coarse: Matrix, fine: mx.array) -> None:
         """``fine`` (n, D) float32 are the finer forms of the rows (n, D)."""
-        dtype = mx.bfloat16 if coarse.scales.dtype == mx.uint8 else coarse.scales.dtype
-        form = {"group_size": coarse.group_size, "bits": coarse.bits, "mode": coarse.mode}
+        scales: Any = coarse.scales
+        dtype = mx.bfloat16 if scales.dtype == mx.uint8 else scales.dtype
+        form: dict[str, Any] = {
+            "group_size": coarse.group_size,
+            "bits": coarse.bits,
+            "mode": coarse.mode,
+        }
         rounded = Matrix(fine.astype(dtype)).quantize(**form).dequantized(mx.float32)
         stored = coarse.dequantized(mx.float32)
         differences = (stored - rounded, rounded - fine, stored - fine, fine)
@@ -313,7 +322,8 @@ class Comparison:
     def check(self, names: str, max_drift: float) -> None:
         """Raises a ValueError, which begins with ``names``, if these are not the same rows."""
         moved, rounding, error, length = np.concatenate(self._norms).T.astype(np.float64)
-        total, rounded = (np.linalg.norm(a) / np.linalg.norm(length) for a in (moved, rounding))
+        whole = float(np.linalg.norm(length)) or 1.0
+        total, rounded = (float(np.linalg.norm(a)) / whole for a in (moved, rounding))
         # noise e moves a share e·√(2/π)/step of the weights by a step, which is √12 roundings
         drift = total**2 / (math.sqrt(24 / math.pi) * max(rounded, 1e-9))
         floor = 1e-3 * length.mean()  # rows of padding have no length

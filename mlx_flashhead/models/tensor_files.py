@@ -169,8 +169,8 @@ def files_of(source: str) -> Iterator[TensorFile]:
     with _hub_errors(source):
         for name in _names(source):
             copy = huggingface_hub.try_to_load_from_cache(source, name)
-            path = Path(copy) if isinstance(copy, str) else None
-            yield TensorFile(name, None if path else source, path)
+            kept = isinstance(copy, str)
+            yield TensorFile(name, path=Path(str(copy))) if kept else TensorFile(name, source)
 
 
 def _names(repo_id: str) -> list[str]:

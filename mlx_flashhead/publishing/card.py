@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from ..common.repositories import redacted_logs
 from ..common.tables import percent
 from ..index.files import FILE_NAME, is_companion
-from ..index.settings import FlashHeadConfig
+from ..index.settings import AGAIN, FlashHeadConfig
 from ..models.origin import Origin, is_repository, local_origin
 from .licences import LICENCE_FILES, Licence, as_list, changes_in, licence_files, recognise
 
@@ -132,25 +132,30 @@ def write_card(
         base = None
     size = _size((folder / FILE_NAME).stat().st_size) if is_companion(folder) else None
     licence_name = metadata.get("license_name") or metadata.get("license")
-    card = ModelCard.from_template(
-        ModelCardData(**metadata, ignore_metadata_errors=True),
-        template_path=str(Path(__file__).with_name("card.md")),
-        title=title,
-        model=model,
-        base=base,
-        link=f"[{base}](https://huggingface.co/{base})" if base else None,
-        index_size=size,
-        config=config,
-        report=config.report,
-        source=SOURCES.get(config.calibration.get("source", "")),
-        versions=", ".join(f"{k} {v}" for k, v in config.recipe.get("versions", {}).items()),
-        licence=licence,
-        licence_name=f"[{licence_name}]({link})" if licence_name and link else licence_name,
-        changes=changes_in(folder),
-        percent=percent,
-        size=_size,
-        number=lambda value, decimals: "–" if value is None else f"{value:.{decimals}f}",
-    )
+    try:
+        card = ModelCard.from_template(
+            ModelCardData(**metadata, ignore_metadata_errors=True),
+            template_path=str(Path(__file__).with_name("card.md")),
+            title=title,
+            model=model,
+            base=base,
+            link=f"[{base}](https://huggingface.co/{base})" if base else None,
+            index_size=size,
+            config=config,
+            report=config.report,
+            source=SOURCES.get(str(config.calibration.get("source"))),
+            versions=", ".join(f"{k} {v}" for k, v in config.recipe.get("versions", {}).items()),
+            licence=licence,
+            licence_name=f"[{licence_name}]({link})" if licence_name and link else licence_name,
+            changes=changes_in(folder),
+            percent=percent,
+            size=_size,
+            number=lambda value, decimals: "–" if value is None else f"{value:.{decimals}f}",
+        )
+    except Exception as error:  # whatever foreign settings make of the template
+        raise ValueError(
+            f"The settings in {folder} hold figures that a card cannot show ({error}): {AGAIN}."
+        ) from error
     text = f"{card.content.rstrip()}\n\n{MARKER}\n{own_text}"
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 

@@ -41,7 +41,7 @@ class ServedModel:
     context: int  # tokens of a prompt and its answer together
     template_arguments: dict[str, Any] = field(default_factory=dict)  # from the server's flags
     dense: bool = False  # whether every token is scored unless a request says otherwise
-    verify: bool = True  # whether the dense rows check every token
+    verify: bool = True  # whether the dense rows verify every token
     build: BackgroundBuild | None = None  # of its FlashHead, if it has none yet
 
     def __post_init__(self):

@@ -1,6 +1,6 @@
 """Checked descriptions of a text: a JSON schema, a regular expression or a Lark grammar.
 
-llguidance reads them. It refuses unsupported parts, so none is ignored silently.
+llguidance reads them. Unsupported parts are errors, so none is ignored silently.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Grammar:
     """A checked description of a text."""
 
     kind: str  # "JSON schema", "regular expression" or "grammar"
-    compiled: str  # llguidance's own form of it
+    compiled: str  # in llguidance's form
 
     @classmethod
     def from_json_schema(cls, schema: dict | bool) -> "Grammar":

@@ -201,7 +201,7 @@ def grammar_processor(
     regex: str | None = None,
     grammar: str | None = None,
 ) -> GrammarProcessor:
-    """A logits processor for one text of a given form. Pass one of the three forms.
+    """A logits processor for one text. Pass one of the three forms.
 
     Args:
         tokenizer: mlx-lm's or Hugging Face's tokenizer.

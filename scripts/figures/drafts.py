@@ -30,6 +30,7 @@ from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.head.steps import Candidates
 from mlx_flashhead.loading.load import load_draft
 from mlx_flashhead.lossless.loop import LATEST
+from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.models.cpu_products import numpy_products, to_mlx
 from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.fetch import resolve
@@ -77,7 +78,7 @@ def main() -> None:
         "target": Path(args.target).name,
         "drafter": Path(args.drafter).name,
         "clusters": head.n_clusters,
-        "draft_probes": head.n_probes,
+        "draft_probes": policy_of(head).draft_probes,
         "requests": args.requests,
     }
     for name, arguments in SETTINGS.items():
@@ -133,7 +134,7 @@ class Drafter:
             latest[i, [*prompt, *answer[:i]][-LATEST:]] = True
 
         def flash(n_probes: int) -> mx.array:
-            steps = head._steps
+            steps = head.steps
             selection = steps.select(scores, n_probes)
             probed = mx.take_along_axis(in_clusters, selection.probes[..., None], axis=1)
             return steps.expand(scores, selection, Candidates(probed))
@@ -144,9 +145,10 @@ class Drafter:
             return mx.where(mx.array(kept | more), exact, -mx.inf)
 
         yield DENSE, draw(exact)
-        share = bytes_share(head, head.n_probes) + LATEST / vocab_size
-        logits = mx.where(mx.array(latest), exact, flash(head.n_probes))
-        yield f"default, {100 * share:.1f} %, {head.n_probes}", draw(logits)
+        n_probes = policy_of(head).draft_probes or head.n_probes
+        share = bytes_share(head, n_probes) + LATEST / vocab_size
+        logits = mx.where(mx.array(latest), exact, flash(n_probes))
+        yield f"default, {100 * share:.1f} %, {n_probes}", draw(logits)
         for share in SHARES if draw.quick else FEW_SHARES:
             name, n_listed = f"{100 * share:.1f} %", round(share * vocab_size)
             yield f"list, {name}", draw(listed(n_listed))
@@ -163,11 +165,11 @@ class Drafter:
         """The head's input (n, D) at the positions where an answer's tokens are chosen."""
         kept = []
 
-        def keep(_, hidden: mx.array) -> mx.array:
+        def keep(hidden: mx.array) -> mx.array:
             kept.append(hidden)
             return mx.zeros((*hidden.shape[:-1], 1))
 
-        with numpy_products(), self.head.settings(project=keep):
+        with numpy_products(), self.head.intercepted(keep):
             self.model(mx.array([[*prompt, *answer[:-1]]]))
         return kept[0][0, len(prompt) - 1 :]
 

@@ -31,6 +31,7 @@ from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.tables import count, new_table, show
 from mlx_flashhead.common.timing import in_turns, spread
+from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.models.install import dense_copy, installed_head
 
 BATCHES = (1, 4)
@@ -54,8 +55,9 @@ def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[None]:
         model, tokenizer = prepared(folder, bits, args.work)
         head = installed_head(model)
         forms = {DENSE: Form(dense_copy(model)), TUNED: with_flash_head(model, verify=True)}
-        about = {"model": folder.name, "bits": bits, "stays_dense": head.stays_dense}
-        about |= {"predicted_gain": head.gain, "n_probes": head.checked_probes}
+        policy = policy_of(head)
+        about = {"model": folder.name, "bits": bits, "stays_dense": policy.dense}
+        about |= {"predicted_gain": policy.gain, "n_probes": head.n_probes}
         for sampler, batch in settings:
             case = about | {"sampler": sampler, "batch": batch}
             tokens = args.tokens if batch == 1 else args.tokens // 2

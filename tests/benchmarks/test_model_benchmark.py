@@ -27,7 +27,7 @@ def dense():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_decoding_takes_the_tokens_asked_for(dense, monkeypatch, batch):
+def test_the_first_token_is_not_timed(dense, monkeypatch, batch):
     """No end of text ends a run, and the first token is not counted."""
     times = iter(np.cumsum([7, 4, 4, 1, 3]))
     clock = SimpleNamespace(perf_counter=lambda: next(times))  # mlx-lm looks at the real one

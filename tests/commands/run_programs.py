@@ -28,9 +28,9 @@ for line in sys.argv[1:]:
 
 
 def process(place: Path, *words, **options) -> subprocess.Popen:
-    """``mlx_flashhead.run`` in a folder."""
+    """A module of Python in a folder."""
     return subprocess.Popen(
-        [sys.executable, "-m", "mlx_flashhead.run", *map(str, words)],
+        [sys.executable, "-m", *map(str, words)],
         cwd=place,
         stdout=subprocess.PIPE,
         text=True,
@@ -40,6 +40,7 @@ def process(place: Path, *words, **options) -> subprocess.Popen:
 
 def start(place: Path, *words, typed: str = "") -> tuple[int, str, str]:
     """(exit code, standard output, standard error) of ``mlx_flashhead.run`` in a folder."""
+    words = ("mlx_flashhead.run", *words)
     program = process(place, *words, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     output, errors = program.communicate(typed)
     return program.returncode, output, errors
@@ -61,13 +62,15 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(place: Path, *words, ready: str) -> Iterator[RunningServer]:
-    """A server that runs with the FlashHead ``head``, from its line ``ready`` on until Ctrl-C."""
+def running_server(
+    place: Path, *words, ready: str, under: tuple = ("mlx_flashhead.run", "--flash-head", "head")
+) -> Iterator[RunningServer]:
+    """A server that runs ``under`` another program, from its line ``ready`` on until Ctrl-C."""
     with socket.socket() as taken:  # port 0 is not told, so a free one is chosen
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     server = RunningServer(port)
-    words = ("--flash-head", "head", *words, "--port", port)
+    words = (*under, *words, "--port", port)
     with process(place, *words, stderr=subprocess.STDOUT) as program:
         try:
             while ready not in server.said:

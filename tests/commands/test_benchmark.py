@@ -79,8 +79,8 @@ def test_server(run, converted, tmp_path, monkeypatch):
         run, tmp_path, "server", "--model", converted, "--clients", 3, "--requests", 6,
         "--tokens", 4, "--n-probes", 4,
     )  # fmt: skip
-    assert [load["server"] for load in result["loads"]] == ["FlashHead", "dense", "mlx_lm.server"]
-    for load in result["loads"]:
+    assert list(result["loads"]) == ["FlashHead", "dense", "mlx_lm.server"]
+    for load in result["loads"].values():
         assert load["answered"] + load["hung_up"] == 6
         assert load["as_alone"] == load["answered"]
         assert f" {load['tokens_per_second']['median']:.1f} " in screen

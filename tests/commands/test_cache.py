@@ -39,7 +39,7 @@ def kept(flash_head_home, monkeypatch):
 def test_lists_what_is_kept(run, kept, flash_head_home, monkeypatch):
     (two,) = (e.config for e in cache.entries() if e.config and e.config.recipe["model"] == STRANGE)
     slow = Tuning(4, 9.0, 8, 0.25, gain=0.9, dense_seconds=0.1, spread=0.0, dense=True)
-    fast = replace(slow, n_probes=3, gain=1.5, dense=False, checked_positions=5)
+    fast = replace(slow, n_probes=3, gain=1.5, dense=False, max_batch=5)
     speeds = {"a": asdict(slow), "b": asdict(fast), "c": asdict(fast)}
     place = cache.speeds_of(two.fingerprint)
     place.parent.mkdir()

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,6 +31,44 @@ for folder in sys.argv[1:]:
 """
 
 
+# mlx-lm's batches, and its generator as a server takes it.
+BATCH = """
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.generate import BatchGenerator, batch_generate
+from mlx_lm.sample_utils import make_sampler
+
+model, tokenizer = mlx_lm.load("model")
+prompts = [tokenizer.encode(f"{i} One day") for i in range(8)]
+for options in {}, {"sampler": make_sampler(0.8)}, {"sampler": make_sampler(0.7, top_p=0.9)}:
+    mx.random.seed(3)
+    options |= {"max_tokens": 20, "return_token_ids": True}
+    print(batch_generate(model, tokenizer, prompts, **options).token_ids)
+batches = BatchGenerator(model, max_tokens=9, stop_tokens=[[t] for t in tokenizer.eos_token_ids])
+texts = {uid: [] for uid in batches.insert(prompts[:4])}
+ended, removed = {}, batches.insert(prompts[4:5])[0]
+for step in range(99):
+    for response in batches.next()[1]:
+        texts.get(response.uid, []).append(response.token)
+        if response.finish_reason is not None:
+            ended[response.uid] = response.finish_reason, len(response.all_tokens)
+    if step == 4:
+        batches.remove([removed])
+    if len(ended) == len(texts):
+        break
+print(texts, sorted(ended.items()), batches.prompt_cache_nbytes)
+"""
+OWN_LOOP = """
+import mlx.core as mx
+import mlx_lm
+from mlx_lm.models.cache import make_prompt_cache
+
+model, tokenizer = mlx_lm.load("model")
+cache, tokens = make_prompt_cache(model), mx.array([tokenizer.encode("One day")])
+for _ in range(12):
+    tokens = mx.argmax(model(tokens, cache=cache)[:, -1], axis=-1)[None]
+    print(tokens.item())
+"""
 STARTER = """
 import subprocess, sys
 sys.exit(subprocess.run([sys.executable, "program.py", *sys.argv[1:]]).returncode)
@@ -48,7 +87,8 @@ def place(tmp_path_factory):
         lines = 2 * (json.dumps({"text": "One day " * 9}) + "\n")
         (place / "data" / f"{name}.jsonl").write_text(lines)
     (place / "program.py").write_text(PROGRAM)
-    (place / "starter.py").write_text(STARTER)
+    for name, program in (("starter", STARTER), ("batch", BATCH), ("own_loop", OWN_LOOP)):
+        (place / f"{name}.py").write_text(program)
     (place / "many.py").write_text(MANY)
     return place
 
@@ -126,12 +166,47 @@ def test_text_of_mlx_lm_is_the_dense_models(place, draft, monkeypatch, capsys):
     assert output.split("=====")[2] == capsys.readouterr().out.split("=====")[2] != ""
 
 
-def test_the_server_of_mlx_lm(place):
-    arguments = ("-m", "mlx_lm.server", "--model", "model", "--log-level", "DEBUG")
-    with running_server(place, *arguments, ready="at 127.0.0.1 on port") as server:
-        answer = server.ask(messages=[{"role": "user", "content": "One"}], max_tokens=3)
-        assert answer["usage"]["completion_tokens"] <= 3
-    assert DENSE not in server.said
+@pytest.mark.newest  # the oldest has batches of another kind, which stay dense
+def test_batches_of_mlx_lm_are_those_without_flash_head(place):
+    """Greedy, with a seed, and as a server steps through them."""
+    alone = subprocess.run(
+        [sys.executable, "batch.py"], cwd=place, capture_output=True, text=True, check=True
+    )
+    code, output, errors = start(place, "--flash-head", "head", "batch.py")
+    assert (code, output) == (0, alone.stdout), errors
+    assert errors.count("Text of model: verified.") == 1
+    code, unverified, errors = start(place, "--flash-head", "head", "--no-verify", "batch.py")
+    assert code == 0 and unverified != output and "Text of model: unverified." in errors
+
+
+def test_a_loop_of_its_own_keeps_the_normal_head(place):
+    alone = subprocess.run(
+        [sys.executable, "own_loop.py"], cwd=place, capture_output=True, text=True, check=True
+    )
+    code, output, errors = start(place, "--flash-head", "head", "own_loop.py")
+    assert (code, output) == (0, alone.stdout)
+    assert errors.count("Text of model: dense: this program's loop cannot be verified") == 1
+
+
+@pytest.mark.newest
+def test_the_server_of_mlx_lm_with_eight_clients(place):
+    """The texts are those of the same server without us, at once and with a seed."""
+    answers, errors = [], ""
+    for under, module in (((), ()), (("mlx_flashhead.run", "--flash-head", "head"), ("-m",))):
+        words = (*module, "mlx_lm.server", "--model", "model")
+        with running_server(place, *words, ready="at 127.0.0.1 on port", under=under) as server:
+
+            def ask(i, server=server, **options):
+                messages = [{"role": "user", "content": f"{i} One day"}]
+                answer = server.ask(messages=messages, max_tokens=12, **options)
+                return answer["choices"][0]["message"]["content"]
+
+            with ThreadPoolExecutor(8) as pool:
+                texts = list(pool.map(ask, range(8)))
+            answers.append((texts, ask(0, temperature=1.0, seed=5)))
+        errors = server.said
+    assert answers[0] == answers[1] and len({*answers[0][0]}) > 1
+    assert DENSE not in errors and "Text of model: verified." in errors
 
 
 def test_a_program_from_pypi(place, monkeypatch):

@@ -1,6 +1,8 @@
 # ruff: noqa: E402 - without mlx-vlm all of this is skipped
 """``run``: programs of mlx-vlm with a FlashHead under its ``load``."""
 
+import subprocess
+import sys
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,6 +30,17 @@ for function, folder in (load, "model"), (mlx_vlm.load, "model"), (mlx_lm.load, 
     print(type(layer).__mro__[1].__name__)
 """
 
+TEXTS = """
+import mlx.core as mx
+import mlx_vlm
+
+model, processor = mlx_vlm.load("model")
+for options in {}, {"image": "picture.png"}, {"temperature": 0.8}, {"repetition_penalty": 1.3}:
+    mx.random.seed(3)
+    text = mlx_vlm.generate(model, processor, "What is it?", max_tokens=24, **options)
+    print(ascii(text.text), text.generation_tokens)
+"""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -40,6 +53,7 @@ def place(tmp_path_factory):
     write_picture(place / "picture.png")
     (place / "no_picture.png").write_text("not a picture")
     (place / "program.py").write_text(TWO_MODELS)
+    (place / "texts.py").write_text(TEXTS)
     (place / "many.py").write_text(MANY)
     return place
 
@@ -58,6 +72,18 @@ def test_programs_of_mlx_vlm(place):
     assert errors.count(WITH) == 3 and DENSE not in errors
     assert code == 1
     assert "Failed to load image from no_picture.png" in errors.strip().splitlines()[-1]
+
+
+def test_texts_of_mlx_vlm_are_those_without_flash_head(place):
+    """Greedy ones are verified, also after a picture; the others use the normal head."""
+    words = [sys.executable, "texts.py"]
+    alone = subprocess.run(words, cwd=place, capture_output=True, text=True, check=True)
+    code, output, errors = start(place, "--flash-head", "head", "texts.py")
+    assert (code, output) == (0, alone.stdout), errors
+    assert len({*output.splitlines()}) > 2
+    assert "Text of model: verified." in errors
+    code, output, errors = start(place, "--flash-head", "head", "--no-verify", "texts.py")
+    assert code == 0 and output != alone.stdout
 
 
 @pytest.mark.parametrize(

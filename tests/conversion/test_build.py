@@ -119,11 +119,8 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, limit):
     index = indexed(rows, states, next_ids, target_agreement=0.9)
     config, report = index.config, index.config.report
     held_out, followed = mx.array(states[-HELD_OUT:]), next_ids[-HELD_OUT:]
-    head = FlashHead(
-        rows, index.token_ids, index.centroids, n_probes=8, backend="mlx", max_positions=10_000
-    )
-    with head.dense():
-        dense = np.array(head(held_out).astype(mx.float32), dtype=np.float64)
+    head = FlashHead(rows, index.token_ids, index.centroids, n_probes=8, backend="mlx")
+    dense = np.array(head(held_out).astype(mx.float32), dtype=np.float64)
     positions, best = np.arange(HELD_OUT), dense.argmax(axis=1)
 
     def log_softmax(logits):
@@ -137,14 +134,15 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, limit):
     read = sum(a.nbytes for a in (*centroids.matrix.arrays().values(), centroids.bias))
     differing = {row["n_probes"]: row for row in config.verification["by_probes"]}
     for row in report["by_probes"]:
-        head.n_probes = row["n_probes"]
+        head.unverified_probes = row["n_probes"]
         ids = np.array(head.candidates(held_out)[0]).astype(int)
         scored = np.zeros((HELD_OUT, VOCAB_SIZE + 1), bool)
         np.put_along_axis(scored, ids, True, axis=1)
         found = np.array(head.token(held_out)) == best
         assert row["agreement"] == pytest.approx(found.mean())
         assert row["coverage"] == pytest.approx(scored[positions, followed].mean())
-        own = log_softmax(np.array(head(held_out).astype(mx.float32), dtype=np.float64))
+        logits = head.unverified_logits(held_out, row["n_probes"]).astype(mx.float32)
+        own = log_softmax(np.array(logits, dtype=np.float64))
         ratio = np.exp(-own[positions, followed].mean() - dense_loss)
         assert row["perplexity_ratio"] == pytest.approx(ratio, rel=1e-2)
         n_bytes = read + stored / VOCAB_SIZE * 8 * row["n_probes"]
@@ -161,7 +159,7 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, limit):
     assert {key: report[key] for key in ("agreement", "coverage", "kl")}.items() <= chosen.items()
     # 95 of 100 are 90 % and about 1.645 standard errors of 3 points
     for n_probes in (8, 16, 24, 32, 40, 48, 51):
-        head.n_probes = n_probes
+        head.unverified_probes = n_probes
         if (np.array(head.token(held_out)) == best).mean() >= 0.95:
             break
     assert config.unverified_probes == n_probes

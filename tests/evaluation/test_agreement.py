@@ -35,9 +35,9 @@ def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(
         token_ids,
         centroids,
         n_probes=n_probes,
+        unverified_probes=n_probes,
         eos_token_ids=eos_token_ids,
         backend="mlx",
-        max_positions=1000,
     )
     return model
 
@@ -63,13 +63,12 @@ def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
     token_ids = np.array(tokenizer.encode(TEXT))
     tokens, next_ids = mx.array(token_ids[None, :-1]), token_ids[1:]
     found = evaluate(model, tokenizer, TEXT, probe_counts=[5, 2])
-    with head.dense():
-        dense = np.array(model(tokens)[0])
+    dense = np.array(model(tokens)[0])
     assert found["positions"] == len(next_ids)
     assert found["dense_perplexity"] == pytest.approx(perplexity(dense, next_ids), rel=1e-3)
     for n_probes in (2, 5):
-        head.n_probes = n_probes
-        logits = np.array(model(tokens)[0])
+        with head.settings(n_probes=n_probes):
+            logits = np.array(model(tokens)[0])
         measured = rows_by(found)[n_probes]
         agreement = (logits.argmax(axis=1) == dense.argmax(axis=1)).mean()
         assert measured["agreement"] == pytest.approx(agreement, abs=1e-9)
@@ -89,7 +88,7 @@ def test_eos_clusters_are_among_the_probes(tokenizer):
     assert found[1]["coverage"] == pytest.approx(covered)
 
 
-def test_usual_probes_and_the_model_s_own(tokenizer):
+def test_default_probes_and_the_model_s_own(tokenizer):
     model = installed_model(n_probes=7)
     found = evaluate(model, tokenizer, TEXT, positions=20)
     assert found["n_probes"] == 7
@@ -97,7 +96,7 @@ def test_usual_probes_and_the_model_s_own(tokenizer):
     assert set(rows_by(found)) == {7}  # the usual ones exceed C
     given = evaluate(model, tokenizer, TEXT, positions=20, probe_counts=[9, 3, 9])
     assert list(rows_by(given)) == [3, 9]
-    assert get_flash_head(model).n_probes == 7
+    assert get_flash_head(model).unverified_probes == 7
 
 
 @pytest.mark.parametrize("bits", [None, 8])

@@ -115,7 +115,8 @@ def test_dense_means_the_finer_head(original, coarse):
     model, tokenizer, _ = load_with_head(coarse, options)
     assert mx.array_equal(model(TOKENS), expected(TOKENS))
     install_index(model, tiny_index(model))
-    assert mlx_flashhead.generate(model, tokenizer, "One", max_tokens=12) == text
+    for generate in (mlx_flashhead.generate, mlx_lm.generate):
+        assert generate(model, tokenizer, "One", max_tokens=12) == text
     assert [name for name, *_ in parameters(model)] == [name for name, *_ in parameters(expected)]
 
 

@@ -7,6 +7,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import pytest
 
@@ -19,7 +20,7 @@ from mlx_flashhead.loading.attach import attach
 from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.tokenizers import ProcessorText, text_side
 from model_folders import write_model
-from tiny_models import tiny_index
+from tiny_models import parameters, tiny_index
 from vlm_folders import MARKS, write_picture, write_vision_model
 
 QUESTION = [{"role": "user", "content": "What is it?"}]
@@ -69,6 +70,18 @@ def test_it_is_built_at_first_use_and_kept(loaded, quick, capfd):
     again = attach(*loaded)
     assert "Building" not in capfd.readouterr().err
     assert mx.array_equal(again.clustered.token_ids, head.clustered.token_ids)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_finer_head_of_a_text_side(tmp_path, quick, tied):
+    folder = write_vision_model(tmp_path / "model", tied=tied)
+    model, processor = mlx_vlm.load(str(folder))
+    nn.quantize(model.language_model, group_size=32, bits=4)
+    before = parameters(model)
+    head = attach(model, processor, fine_head=folder, progress=False)
+    assert head.clustered.rows.bits == 8 and answer(model, processor)
+    detach(model)
+    assert parameters(model) == before
 
 
 def test_calibration_speaks_as_the_model_is_spoken_to(loaded, quick, monkeypatch):

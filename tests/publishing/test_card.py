@@ -96,6 +96,18 @@ def test_what_was_not_measured_is_not_shown(tmp_path):
     assert "tokens per second" not in card and "M2" not in card  # estimates are no measurements
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"report": {"by_probes": [None]}}, {"recipe": {"versions": 5}}, {"calibration": {}}]
+)
+def test_settings_that_a_card_cannot_show(tmp_path, wrong):
+    config = dataclasses.replace(CONFIG, **wrong)
+    if "calibration" in wrong:
+        assert "Not calibrated" in write(tmp_path, config)
+        return
+    with pytest.raises(ValueError, match=r"that a card cannot show \(.*make it again with"):
+        write(tmp_path, config)
+
+
 def test_other_licences(tmp_path):
     for link, shown in (("https://e.org/l", "[own](https://e.org/l)"), ("LICENSE", "own")):
         named = {"license": "other", "license_name": "own", "license_link": link}

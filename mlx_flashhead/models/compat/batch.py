@@ -85,3 +85,24 @@ class ChoosingBatchGenerator(BatchGenerator):
 
     def drop(self, uid: int) -> None:
         super().remove([uid])
+
+
+class StateMachineStops:
+    """0.31's state machine of a sequence, in the place of 0.32's ``StopSequences``.
+
+    After :meth:`advance` it has 0.31's ``match_sequence`` and ``current_state`` of the token.
+    """
+
+    def __init__(self, machine: Any):
+        self._machine, self._state = machine, machine.make_state()
+        self.match_sequence: Any = None
+        self.current_state: Any = None
+
+    def matcher(self) -> "StateMachineStops":
+        return StateMachineStops(self._machine)
+
+    def advance(self, token: int) -> bool:
+        """Whether the text ends with a token."""
+        found = self._machine.match(self._state, token)
+        self._state, self.match_sequence, self.current_state = found
+        return self.match_sequence is not None and self.current_state is None

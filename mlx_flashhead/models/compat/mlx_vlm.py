@@ -1,6 +1,7 @@
 """The names of mlx-vlm that may move. It is an extra, so that nothing here is imported before it is
 needed. Tested with 0.7.8 to 0.7.10: older ones decode by other modules."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import cache, partial, wraps
 from importlib.metadata import version
@@ -189,3 +190,39 @@ def _keep_from_lfm2(applies: Applies, module: Any) -> None:
 
 def _embedding(language_model: Any) -> Any:
     return getattr(getattr(language_model, "model", None), "embed_tokens", None)
+
+
+# What makes a text of mlx-vlm's ``generate_step`` other than plain greedy decoding.
+_OTHERWISE = (
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "sampler",
+    "logits_processors", "draft_model", "kv_bits", "kv_key_bits", "kv_value_bits", "kv_key_scheme",
+    "kv_value_scheme", "thinking_budget_criteria",
+)  # fmt: skip
+
+
+def is_greedy(model: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether ``generate_step`` with these keywords takes the likeliest tokens and no others."""
+    from mlx_vlm.generate.common import resolve_sampling_defaults
+
+    if any(options.get(name) is not None for name in _OTHERWISE):
+        return False
+    asked = {name: options.get(name) for name in ("temperature", "top_p", "top_k")}
+    temperature, *_ = resolve_sampling_defaults(getattr(model, "config", None), **asked)
+    return temperature == 0
+
+
+def decodes_by_tokens_alone(model: nn.Module) -> bool:
+    """Whether a step after the prompt reads a token and the cache, and no encoder's states."""
+    names = inspect.signature(type(model.language_model).__call__).parameters
+    return not {"cross_attention_states", "encoder_outputs", "decoder_input_ids"} & {*names}
+
+
+def stream_and_cache(model: nn.Module, options: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The stream of mlx-vlm's loop, and the cache that it is given or makes."""
+    from mlx_vlm.generate import ar
+    from mlx_vlm.models import cache
+
+    known = options.get("prompt_cache")
+    limit = options.get("max_kv_size")
+    made = cache.make_prompt_cache(model.language_model, max_kv_size=limit)
+    return ar.generation_stream, made if known is None else known

@@ -4,6 +4,7 @@ functions take their places for the rest of the process."""
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx_lm
@@ -29,9 +30,10 @@ def caller_generates() -> bool:
     return module not in WITHOUT_TEXT.get(package, ())
 
 
-def patch_programs(load: Wrap, load_model: Wrap, loop: Wrap) -> None:
-    """Replaces ``load`` of both libraries, mlx-lm's ``load_model`` and its ``loop`` of each kind by
-    what is made of them, those of mlx-vlm as soon as it is imported."""
+def patch_programs(load: Wrap, load_model: Wrap, loop: Wrap, batches: Wrap, vlm_loop: Wrap) -> None:
+    """Replaces ``load`` of both libraries, mlx-lm's ``load_model``, its ``loop`` of each kind, its
+    ``BatchGenerator`` and mlx-vlm's loop by what is made of them, those of mlx-vlm as soon as it is
+    imported."""
     utils = importlib.import_module("mlx_lm.utils")
     original = utils.load_model
     wrapped = load_model(original)
@@ -46,7 +48,13 @@ def patch_programs(load: Wrap, load_model: Wrap, loop: Wrap) -> None:
     put_in_place("mlx_lm", utils, "load_model", for_programs)
     for name in ("generate_step", "speculative_generate_step"):
         put_in_place("mlx_lm", generation, name, loop(getattr(generation, name)))
-    when_imported(
-        "mlx_vlm.utils",
-        lambda module: put_in_place("mlx_vlm", module, "load", load(module.load)),
-    )
+    put_in_place("mlx_lm", generation, "BatchGenerator", batches(generation.BatchGenerator))
+    for name, module_name, wrap in (
+        ("load", "mlx_vlm.utils", load),
+        ("generate_step", "mlx_vlm.generate.ar", vlm_loop),
+    ):
+        when_imported(module_name, partial(_put, name, wrap))
+
+
+def _put(name: str, wrap: Wrap, module: Any) -> None:
+    put_in_place("mlx_vlm", module, name, wrap(getattr(module, name)))

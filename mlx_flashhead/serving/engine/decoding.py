@@ -20,11 +20,11 @@ from .jobs import Job, LogitsProcessor
 from .prefill import KVCaches, Reading
 
 Step = tuple[Job, int, mx.array]  # a sequence, its next token, logprobs (V,) at its place
-Held = tuple[list[int], KVCaches]  # tokens, and a cache that holds them
+CachedTokens = tuple[list[int], KVCaches]  # tokens, and a cache that holds them
 
 
 class Batch:
-    """Sequences of one kind, up to ``size``, whose tokens are checked together.
+    """Sequences of one kind, up to ``size``, whose tokens are verified together.
 
     A batch pads every cache to the longest one. Prompts of similar lengths therefore share a batch:
     a long text does not multiply the memory and the time of short questions.
@@ -41,7 +41,7 @@ class Batch:
             stream=stream,
         )
         self._jobs: dict[int, Job] = {}
-        self._ended: dict[Job, Held] = {}  # at their greatest number of tokens
+        self._ended: dict[Job, CachedTokens] = {}  # at their greatest number of tokens
 
     def add(self, reading: Reading) -> None:
         """Adds a sequence whose prompt has been read."""
@@ -70,17 +70,17 @@ class Batch:
                 self._ended[job] = (response.all_tokens, response.prompt_cache)
         return [(self._jobs[r.uid], r.token, r.logprobs) for r in responses]
 
-    def remove(self, jobs: list[Job]) -> list[Held]:
+    def remove(self, jobs: list[Job]) -> list[CachedTokens]:
         """Removes some of the sequences, at least one. Returns the tokens and caches of these."""
         uids = [uid for uid, job in self._jobs.items() if job in jobs]
         left = [uid for uid in uids if self._jobs[uid] not in self._ended]
         removed = self._generator.remove(left, return_prompt_caches=True)
-        held = [(tokens, cache) for cache, tokens in removed.values()]
+        cached = [(tokens, cache) for cache, tokens in removed.values()]
         gone = [self._jobs.pop(uid) for uid in uids]
-        held += [self._ended.pop(job) for job in gone if job in self._ended]
+        cached += [self._ended.pop(job) for job in gone if job in self._ended]
         if not self._jobs:
             self._generator.close()
-        return held
+        return cached
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +109,7 @@ class Single:
         if served.draft_model is None:
             options["logits_processors"] = _guarded(job)
             options |= {"logprobs": job.request.logprobs is not None, "n_begun": len(job.tokens)}
-            # without an end of its own, so that its cache holds all tokens it has given
+            # without a limit, so that its cache holds all tokens that it has yielded
             self._steps = verified_steps(start, served.model, stream, max_tokens=-1, **options)
         else:
             before = mx.array(reading.tokens, dtype=mx.uint32)
@@ -124,9 +124,9 @@ class Single:
         self._tokens.append(token)
         return [(job, token, logprobs)]
 
-    def remove(self, jobs: list[Job]) -> list[Held]:
+    def remove(self, jobs: list[Job]) -> list[CachedTokens]:
         (job,), self.jobs = self.jobs, []
-        self._steps.close()  # brings the cache to the tokens that were given
+        self._steps.close()  # brings the cache to the tokens that were yielded
         n_held = len(self._tokens)
         if job.served.draft_model is not None:
             # a draft model's cache may be some tokens behind

@@ -76,7 +76,7 @@ class Engine:
 
     @property
     def failing(self) -> bool:
-        """Whether the latest answers have all failed, for reasons of the server's own."""
+        """Whether the latest answers have all failed, by the server's fault."""
         return self._n_failures >= FAILING
 
     @property
@@ -218,7 +218,7 @@ class Engine:
         self._waiting = [job for job in self._waiting if job.wanted]
         for reading in [r for r in self._readings if not r.job.wanted]:
             self._readings.remove(reading)
-            self._keep(reading.job.served, reading.tokens, reading.cache)
+            self._store(reading.job.served, reading.tokens, reading.cache)
         for decoder in list(self._decoders):
             self._remove(decoder, [job for job in decoder.jobs if not job.wanted])
 
@@ -237,7 +237,7 @@ class Engine:
                 self._readings.remove(reading)
                 if any(job.prompt is reading.job.prompt for job in self._waiting):
                     copied = copy.deepcopy(reading.cache)
-                    self._keep(reading.job.served, reading.tokens, copied)
+                    self._store(reading.job.served, reading.tokens, copied)
                 self._begin(reading)
         except BaseException as error:
             self._fail(reading.job, error)
@@ -296,11 +296,11 @@ class Engine:
         self._waiting = jobs + self._waiting
 
     def _remove(self, decoder: Decoder, jobs: list[Job]) -> None:
-        """Takes answers out of a decoder. A cache that cannot be kept costs nobody's answer."""
+        """Takes answers out of a decoder. A cache that cannot be stored costs nobody's answer."""
         if not jobs:
             return
         try:
-            held = decoder.remove(jobs)
+            cached = decoder.remove(jobs)
         except BaseException as error:
             logger.warning("Caches of %d answers are lost: %s", len(jobs), error, exc_info=error)
             self._decoders.remove(decoder)
@@ -308,15 +308,15 @@ class Engine:
             return
         if not decoder.jobs:
             self._decoders.remove(decoder)
-        for tokens, cache in held:
-            self._keep(jobs[0].served, tokens, cache)
+        for tokens, cache in cached:
+            self._store(jobs[0].served, tokens, cache)
 
-    def _keep(self, served: ServedModel, tokens: list[int], cache: KVCaches) -> None:
+    def _store(self, served: ServedModel, tokens: list[int], cache: KVCaches) -> None:
         try:
             in_use = [part.nbytes for part in (*self._decoders, *self._readings)]
-            self._caches.keep(served, tokens, cache, in_use=in_use)
+            self._caches.store(served, tokens, cache, in_use=in_use)
         except BaseException as error:
-            logger.warning("A prompt's cache is not kept: %s", error, exc_info=error)
+            logger.warning("A prompt's cache is not stored: %s", error, exc_info=error)
 
     def _fail(self, job: Job, error: BaseException) -> None:
         if not isinstance(error, ApiError):

@@ -31,7 +31,7 @@ class Prompt:
     """A prompt of at least one token."""
 
     tokens: list[int]
-    # lengths at which its cache is kept, since other prompts begin in the same way
+    # lengths at which its cache is stored, since other prompts begin in the same way
     landmarks: tuple[int, ...] = ()
     state: str = "normal"  # of the text at the answer's beginning, or "reasoning"
     keep_space: bool = False  # whether a space at the answer's beginning is part of it
@@ -70,7 +70,7 @@ class Job:
     index: int = 0  # of this answer within its request
     # keeps the answer in a form, and allows the end token alone when that is complete
     grammar: GrammarProcessor | None = None
-    cached: int = 0  # tokens of the prompt that were found in a cache
+    cached: int = 0  # tokens of the prompt that a cache held
     cancelled: bool = False  # nobody wants the answer any more
     ended: bool = False  # its last event has been emitted
     alone: bool = False  # goes on by itself, after a failure of a step that it shared
@@ -137,7 +137,7 @@ def read_jobs(
     """The jobs of a request's body.
 
     Templates and grammars have limits of time and memory, and whatever else takes time grows with
-    the body alone. An ApiError names what is refused.
+    the body alone. An ApiError names the field that is wrong.
     """
     try:
         fields = loads(body)
@@ -224,7 +224,7 @@ def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options:
 
 
 def _is_too_long(served: ServedModel, text: str, field: str) -> bool:
-    """Whether a text has more tokens than the context, found out in parts up to that many."""
+    """Whether a text has more tokens than the context, counted in parts up to that many."""
     if len(text.encode()) < served.context:
         return False
     n_tokens, ends = 0, time.monotonic() + TOKENIZE_SECONDS

@@ -1,4 +1,4 @@
-"""Reads prompts into caches, a chunk at a time, from the longest beginning that is kept."""
+"""Reads prompts into caches, a chunk at a time, from the longest beginning in a cache."""
 
 import copy
 import time
@@ -28,23 +28,23 @@ class PromptCaches:
     """mlx-lm's store of so many caches, and bytes of these and of those in use together."""
 
     def __init__(self, max_size: int, max_bytes: int | None):
-        self._kept, self._max_bytes = LRUPromptCache(max_size), max_bytes
+        self._caches, self._max_bytes = LRUPromptCache(max_size), max_bytes
 
     def find(self, served: ServedModel, tokens: list[int]) -> tuple[KVCaches | None, int]:
         """A copy of the cache that holds most of a prompt, and its number of tokens.
 
         It leaves out the prompt's last token, from which the model goes on.
         """
-        cache, rest = self._kept.fetch_nearest_cache(served.name, tokens)
+        cache, rest = self._caches.fetch_nearest_cache(served.name, tokens)
         if not rest and can_trim_prompt_cache(cache):
             trim_prompt_cache(cache, 1)
             rest = tokens[-1:]
         elif not rest:
             tokens = tokens[:-1]
-            cache, rest = self._kept.fetch_nearest_cache(served.name, tokens)
+            cache, rest = self._caches.fetch_nearest_cache(served.name, tokens)
         return cache, len(tokens) - len(rest)
 
-    def keep(
+    def store(
         self,
         served: ServedModel,
         tokens: list[int],
@@ -52,7 +52,7 @@ class PromptCaches:
         kind: str = "assistant",
         in_use: Iterable[int] = (),
     ) -> None:
-        """Keeps a cache of these tokens, which must not change any more.
+        """Stores a cache of these tokens, which must not change any more.
 
         Then drops caches until all fit beside those in use, which have these bytes. Of mlx-lm's
         kinds "system", "user" and "assistant" the last is dropped first.
@@ -60,9 +60,9 @@ class PromptCaches:
         if tokens:
             # evaluated, since an unevaluated part of a batch's cache keeps the whole of it
             mx.eval([layer.state for layer in cache])
-            self._kept.insert_cache(served.name, tokens, cache, cache_type=kind)
+            self._caches.insert_cache(served.name, tokens, cache, cache_type=kind)
         if self._max_bytes is not None:
-            self._kept.trim_to(n_bytes=self._max_bytes - sum(in_use))
+            self._caches.trim_to(n_bytes=self._max_bytes - sum(in_use))
 
 
 class Pace:
@@ -128,10 +128,10 @@ class Reading:
         self._all_tokens = job.all_tokens
         served = job.served
         self._models = [model for model in (served.model, served.draft_model) if model is not None]
-        found, self.done = caches.find(served, self._all_tokens)
-        if found is None:
-            found = [cache for model in self._models for cache in make_prompt_cache(model)]
-        self.cache: KVCaches = found
+        cache, self.done = caches.find(served, self._all_tokens)
+        if cache is None:
+            cache = [layer for model in self._models for layer in make_prompt_cache(model)]
+        self.cache: KVCaches = cache
         if not job.alone:
             job.cached = self.done
 
@@ -161,7 +161,7 @@ class Reading:
         pace.took(end - self.done, time.perf_counter() - began)
         self.done = end
         if end in prompt.landmarks:
-            self._caches.keep(self.job.served, self.tokens, copy.deepcopy(self.cache), "user")
+            self._caches.store(self.job.served, self.tokens, copy.deepcopy(self.cache), "user")
         if self.left == 0:
             mx.clear_cache()
         if not self.job.alone:
@@ -173,9 +173,9 @@ class Reading:
         self.cache = []
         for model in self._models:
             n_layers = len(model.layers) if model is not self._models[-1] else len(cache)
-            own, cache = cache[:n_layers], cache[n_layers:]
-            model(tokens, cache=own)
+            layers, cache = cache[:n_layers], cache[n_layers:]
+            model(tokens, cache=layers)
             settings = flags.quantized_kv_start, flags.kv_group_size, flags.kv_bits
-            maybe_quantize_kv_cache(own, *settings)
-            self.cache += own
+            maybe_quantize_kv_cache(layers, *settings)
+            self.cache += layers
         mx.eval([layer.state for layer in self.cache])

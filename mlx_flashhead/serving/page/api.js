@@ -18,7 +18,7 @@ async function request(path, options = {}) {
     throw new ServerError("away", AWAY);
   }
   if (response.ok) return response;
-  if (response.status === 401) throw new ServerError("token", "The server asks for its token.");
+  if (response.status === 401) throw new ServerError("token", "The server needs its token.");
   const text = await response.text().catch(() => "");
   throw new ServerError("refused", reason(text) || `The server answered ${response.status}.`);
 }

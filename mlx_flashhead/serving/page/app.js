@@ -95,7 +95,7 @@ function save(chat) {
   if (!other) return;
   if (chat === current) store.saveCurrent(chat.id);
   reload(other);
-  notify("Another window has changed this conversation, too: both stay.");
+  notify("Another window has changed this conversation, too: both are kept.");
 }
 
 function toFront(chat) {

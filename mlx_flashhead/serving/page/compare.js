@@ -45,7 +45,8 @@ function offer() {
 
 function nothingToCompare(decoding) {
   const why = reason(decoding);
-  return `This model answers with its normal (dense) head${why && `: ${why}`}. There is nothing to compare.`;
+  const dense = `This model answers with its normal (dense) head${why && `: ${why}`}.`;
+  return `${dense} There is nothing to compare.`;
 }
 
 async function start() {
@@ -92,7 +93,8 @@ function drawSide(name) {
 }
 
 function drawFigures(answer, { forced, speed, figures }) {
-  if (answer.stats?.speed) speed.replaceChildren(answer.stats.speed.toFixed(1), element("span", {}, " tokens/s"));
+  const rate = answer.stats?.speed;
+  if (rate) speed.replaceChildren(rate.toFixed(1), element("span", {}, " tokens/s"));
   else speed.textContent = "–";
   const parts = answer.stats ? figuresOf(answer) : [];
   figures.textContent = [...(forced ? ["forced on"] : []), ...parts].join(" · ");
@@ -118,8 +120,8 @@ function textsSentence(flash, dense) {
 function speedSentence(flash, dense) {
   if (!flash.stats?.speed || !dense.stats?.speed) return "";
   const times = (flash.stats.speed / dense.stats.speed).toFixed(2);
-  const unverified = flash.decoding === "unverified" ? "Unverified, " : "";
-  return `${unverified}FlashHead${forced ? ", forced on," : ""} has ${times} times the speed in this run.`;
+  const name = flash.decoding === "unverified" ? "Unverified, FlashHead" : "FlashHead";
+  return `${name}${forced ? ", forced on," : ""} has ${times} times the speed in this run.`;
 }
 
 againButton.addEventListener("click", start);

@@ -29,7 +29,8 @@ export function rename(chat, text) {
 
 // Whether every word of a query stands in the title or in the messages.
 export function holds(chat, query) {
-  const text = [chatTitle(chat), ...chat.messages.map(({ content }) => content)].join("\n").toLowerCase();
+  const texts = [chatTitle(chat), ...chat.messages.map(({ content }) => content)];
+  const text = texts.join("\n").toLowerCase();
   return query.toLowerCase().split(/\s+/).every((word) => text.includes(word));
 }
 
@@ -54,7 +55,8 @@ const isNumber = (value) => Number.isFinite(value);
 
 // Whether the page can draw a message.
 export function isMessage(message) {
-  const { role, content, reasoning = "", error = "", model = "", decoding = "", stats } = message ?? {};
+  const { role, content, reasoning = "", error = "", stats } = message ?? {};
+  const { model = "", decoding = "" } = message ?? {};
   return (
     ["user", "assistant"].includes(role) &&
     [content, reasoning, error, model, decoding].every(isText) &&

@@ -20,8 +20,11 @@ export const reason = (decoding) => decoding.replace(/^dense:?\s*/, "");
 
 // Every place of the page has these words.
 const EXPLANATIONS = {
-  verified: "Verified: FlashHead proposes tokens and the normal (dense) head verifies them. The text is the normal model’s.",
-  unverified: "Unverified: FlashHead alone chooses the tokens. The text can differ from the normal model’s.",
+  verified:
+    "Verified: FlashHead proposes tokens and the normal (dense) head verifies them. " +
+    "The text is the normal model’s.",
+  unverified:
+    "Unverified: FlashHead alone chooses the tokens. The text can differ from the normal model’s.",
   dense: "Dense: the normal head scores every token, as without FlashHead",
 };
 

@@ -91,7 +91,9 @@ function drawInstructions() {
   const same = text === defaultInstructions();
   instructionsButton.hidden = same && !text;
   instructionsButton.disabled = same;
-  instructionsButton.textContent = same ? "New conversations have them, too" : "Use for new conversations, too";
+  instructionsButton.textContent = same
+    ? "New conversations have them, too"
+    : "Use for new conversations, too";
   if (dialog.open) fitHeight(instructions);
 }
 

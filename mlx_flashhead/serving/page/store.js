@@ -104,12 +104,14 @@ export function watchChats(changed) {
   });
 }
 
-const TYPES = { dense: "boolean", model: "string", system: "string", theme: "string" }; // else numbers
+// Others are numbers.
+const TYPES = { dense: "boolean", model: "string", system: "string", theme: "string" };
 
 // {name: value}, without damaged ones.
 function loadPreferences() {
   const all = Object.entries(Object(parsed(read("flashhead.settings"), {})));
-  return Object.fromEntries(all.filter(([name, value]) => typeof value === (TYPES[name] ?? "number")));
+  const isWhole = ([name, value]) => typeof value === (TYPES[name] ?? "number");
+  return Object.fromEntries(all.filter(isWhole));
 }
 
 // What the user has chosen for all conversations. A preference that was never chosen is undefined,

@@ -143,7 +143,8 @@ function edit(chat, message, handlers) {
   });
 }
 
-// What stands below a message: notices, buttons, figures. can: {edit, again, compare}, functions for what can be done with the message.
+// What stands below a message: notices, buttons, figures. can: {edit, again, compare}, functions for
+// what can be done with the message.
 function actionsOf(message, can) {
   const parts = [];
   const { error, stopped, finish, content, stats } = message;

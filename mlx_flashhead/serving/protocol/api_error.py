@@ -9,7 +9,7 @@ MAX_DEPTH = 100  # levels; readers and writers of JSON call themselves for each
 
 
 class ApiError(ValueError):
-    """A refused request: a sentence, the wrong field if there is one, and a word for programs."""
+    """A rejected request: a sentence, the wrong field if there is one, and a word for programs."""
 
     def __init__(
         self, message: str, field: str | None = None, *, status: int = 400, code: str | None = None
@@ -25,7 +25,7 @@ class ApiError(ValueError):
 
 
 def wrong(field: str, why: str) -> ApiError:
-    """What refuses a request because of a field: a sentence that begins with the field's name."""
+    """The error of a wrong field: a sentence that begins with the field's name."""
     return ApiError(f"{field} {why}", field)
 
 

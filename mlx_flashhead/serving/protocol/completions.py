@@ -52,10 +52,10 @@ class Token:
 
 
 class AnswerText:
-    """The text of one answer, given out as soon as its part is certain.
+    """The text of one answer, which is emitted as soon as a part is certain.
 
     It ends before a text of ``stop``, and begins in a ``state`` of mlx-lm's names. mlx-lm's
-    detokenizers drop a space at its beginning, unless it is told to ``keep_space``.
+    detokenizers drop a space at its beginning, unless ``keep_space`` is set.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class AnswerText:
             _ = self._detokenizer.last_segment
         self._until_stop = stop.make_state()
         self._parts = make_text_state_machine(served.tokenizer).make_state(state)
-        self._certain, self._call = Token(), ""  # not given out yet
+        self._certain, self._call = Token(), ""  # not emitted yet
 
     def add(self, token: int) -> Token:
         """Adds a token. Returns what is certain now, which a stop text may end."""
@@ -176,7 +176,7 @@ class Choice:
             return []
         try:
             parsed = self._request.served.tokenizer.tool_parser(text, self._request.tools)
-            return [_call(one) for one in (parsed if isinstance(parsed, list) else [parsed])]
+            return [_call(call) for call in (parsed if isinstance(parsed, list) else [parsed])]
         except Exception:  # mlx-lm's parsers raise any type
             return []
 

@@ -1,4 +1,4 @@
-"""What an answer is asked by, checked: a chat's messages, tools and settings, or texts."""
+"""What a request brings to an answer: a chat's messages, tools and settings, or texts."""
 
 from typing import Any
 

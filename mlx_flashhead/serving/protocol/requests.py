@@ -1,4 +1,4 @@
-"""Checks requests: every field is served as in OpenAI's API, or refused."""
+"""Checks requests: every field has OpenAI's meaning, or is an error."""
 
 import json
 import math
@@ -31,7 +31,7 @@ _GRAMMARS: dict[str, Callable[[Any], Grammar]] = {
     "regex": Grammar.from_regex,
     "grammar": Grammar.from_lark,
 }
-# Labels of a client's own, which ask for nothing.
+# A client's labels, without effect.
 _LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
 
@@ -50,10 +50,12 @@ class Request:
     form: Grammar | None  # of an answer; None for any text
     seed: int | None
     stop: tuple[str, ...]  # texts before which an answer ends
-    n_probes: int | None  # None: the head's own number
+    n_probes: int | None  # None: the head's number
     dense: bool
     num_draft_tokens: int
-    logprobs: int | None  # how many likeliest tokens each token's is told with; None: it is not
+    logprobs: (
+        int | None
+    )  # how many likeliest tokens come with each token's; None: no log-probabilities
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
     template_settings: dict[str, Any]
@@ -162,10 +164,10 @@ def read_request(
         template_settings=read_template_settings(settings, served.template_settings),
         prompts=[] if chat else read_texts(fields.take("prompt"), served.vocab_size),
     )
-    _refuse_what_is_not_done(fields, chat)
+    _reject_unsupported(fields, chat)
     fields.end()
     if request.form is not None and request.tools:
-        raise ApiError("An answer of a given form calls no tools: leave tools out.", "tools")
+        raise ApiError("An answer with a response_format calls no tools: leave tools out.", "tools")
     if (n_texts := request.n * len(request.prompts)) > MAX_CHOICES:
         most = f"at most {MAX_CHOICES} texts are made for a request"
         raise ApiError(f"n times the number of prompts is {n_texts}: {most}.", "n")
@@ -301,7 +303,7 @@ def _logprobs(fields: _Fields, chat: bool) -> int | None:
     return (tops or 0) if wanted else None
 
 
-def _refuse_what_is_not_done(fields: _Fields, chat: bool) -> None:
+def _reject_unsupported(fields: _Fields, chat: bool) -> None:
     fields.only("store", False, why="nothing is stored here, so leave it out.")
     fields.only("service_tier", "auto", "default", why="there is one tier, so leave it out.")
     for name in _LABELS:

@@ -56,7 +56,7 @@ def test_room_is_made_for_caches_in_use():
     served = SimpleNamespace(name="a model")
     caches = PromptCaches(8, max_bytes=3 * filled()[0].nbytes)
     for number in range(4):
-        caches.keep(served, [number, *range(255)], filled(), in_use=[1] * (number == 3))
+        caches.store(served, [number, *range(255)], filled(), in_use=[1] * (number == 3))
     assert sum(bool(caches.find(served, [number, 0, 7])[1]) for number in range(4)) == 2
     assert caches.find(SimpleNamespace(name="another"), [3, 0, 7]) == (None, 0)
 

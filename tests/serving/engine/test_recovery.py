@@ -81,8 +81,8 @@ class PanicError(BaseException):
 @pytest.mark.parametrize(
     "owner, names",
     [
-        (Engine, "_receive _drop_cancelled _read _begin _decode _remove _keep _take_turns _build"),
-        (PromptCaches, "find keep"),
+        (Engine, "_receive _drop_cancelled _read _begin _decode _remove _store _take_turns _build"),
+        (PromptCaches, "find store"),
         (Reading, "__init__ read _compute"),
         (ReadingQueue, "add next read remove"),
         (Batch, "__init__ add step remove"),

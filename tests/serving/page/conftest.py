@@ -80,7 +80,7 @@ def opener(chromium, port):
 
 @pytest.fixture
 def open_page(chromium, server):
-    """Opens a page of the scripted server."""
+    """Opens a page of the scripted server: (screen, url, dark, worker)."""
     with opener(chromium, server[0]) as open_page:
         yield open_page
 

@@ -155,7 +155,7 @@ def test_export_and_import(script, page, tmp_path):
     messages = [Message(**HELLO), Message(role="assistant", content="Hello!")]
     write_conversation(tmp_path / "terminal.json", messages, "tiny")
     choose_file(page, tmp_path / "terminal.json")
-    expect(answers(page)).to_have_text("Hello!")
+    expect(answers(page)).to_have_text(["Hello!"])
     assert read_conversation(export(page).path()) == messages
 
 

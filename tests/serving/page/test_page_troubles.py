@@ -59,14 +59,21 @@ def test_a_wrong_token_and_one_that_changes_meanwhile(lan, script, open_page):
     expect(answers(page)).to_have_text(["First.", "Second."])
 
 
+CACHED = """caches.open("flashhead-page").then((cache) => cache.keys())
+    .then((requests) => requests.map(({ url }) => url))"""
+
+
 def test_server_gone_and_back(open_page):
-    """The page that the browser has kept opens meanwhile."""
-    script = Script()
-    seen = Event()
+    """The page that the browser has cached opens meanwhile, but does not hide a new token."""
+    script, seen = Script(), Event()
+    script.access = Access(TOKEN)
     script.answers = [["So $x^2$."], ["Half an ", seen, BREAK]]
     with scripted_server(script) as (port, _):
-        page = open_page("ipad", f"http://127.0.0.1:{port}/", worker=True)
+        page = open_page("ipad", f"http://127.0.0.1:{port}/?token={TOKEN}", worker=True)
         page.evaluate("navigator.serviceWorker.ready.then(() => true)")
+        addresses = page.evaluate(CACHED)
+        assert len(addresses) > 40 and not any(TOKEN in address for address in addresses)
+        assert not any(address.endswith(".json") for address in addresses)
         ask(page, "One?", ends=1)
         ask(page, "Two?")
         expect(answers(page).last).to_have_text("Half an")
@@ -86,22 +93,9 @@ def test_server_gone_and_back(open_page):
         tap(page, "Try again")
         expect(answers(page).last).to_have_text("After.")
         expect(page.locator("#banner")).to_be_hidden()
-
-
-def test_a_kept_page_does_not_hide_the_token(script, open_page):
-    """The server's refusal comes through, also for a page that the browser has kept."""
-    script.access = Access(TOKEN)
-    page = open_page("ipad", f"/?token={TOKEN}", worker=True)
-    page.evaluate("navigator.serviceWorker.ready.then(() => true)")
-    addresses = page.evaluate(
-        """caches.open("flashhead-page").then((cache) => cache.keys())
-            .then((requests) => requests.map(({ url }) => url))"""
-    )
-    assert len(addresses) > 40 and not any(TOKEN in address for address in addresses)
-    assert not any(address.endswith(".json") for address in addresses)
-    script.access = Access(OTHER_TOKEN)
-    page.reload()
-    expect(page.get_by_role("heading")).to_have_text("This server needs its token")
+        script.access = Access(OTHER_TOKEN)
+        page.reload()
+        expect(page.get_by_role("heading")).to_have_text("This server needs its token")
 
 
 QUESTION = {"role": "user", "content": "Hello?"}
@@ -109,8 +103,7 @@ ANSWER = {"role": "assistant", "content": "Hello"}
 STATS = {"tokens": 5, "speed": 9.5, "first": 0.1}
 DAMAGED_MESSAGES = [
     None,
-    {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
-    {"role": 7, "content": "Hello"},
+    *(QUESTION | field for field in ({"content": [{"type": "text"}]}, {"role": 7})),
     *(ANSWER | field for field in ({"reasoning": 1}, {"error": {}}, {"model": 3}, {"decoding": 1})),
     ANSWER | {"stats": STATS | {"first": None}},
     ANSWER | {"stats": STATS | {"speed": "fast"}},
