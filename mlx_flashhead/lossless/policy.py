@@ -108,9 +108,9 @@ def overhead(
 ) -> float:
     """Expected seconds a token that verifications and wasted steps take.
 
-    ``risks`` and ``chances`` that the dense choice differs are those of proposals in their order. A
+    ``risks`` and ``chances`` of another dense choice are those of proposals in their order. A
     verification of up to ``k`` tokens takes ``verification`` seconds and comes when their risks add
-    up to ``max_risk``. A rejected token wastes the steps behind it, and the one that runs meanwhile.
+    up to ``max_risk``. A rejected token wastes the steps behind it, and the one that runs then.
     """
     total, n, i = 0.0, 0.0, 0
     while i < len(risks):

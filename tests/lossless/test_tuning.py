@@ -130,7 +130,7 @@ def test_settings_for_more_clusters_than_there_are():
 @pytest.mark.parametrize("share", [0.0003, 0.003, 0.01])
 @pytest.mark.parametrize("honest", [1.0, 5.0])
 def test_the_threshold_of_risk_is_about_the_best(fixed, share, honest):
-    """By 512 recorded risks, on many others; ``fixed`` is the cost of a verification, in steps.
+    """By recorded risks, on others of the same kind; ``fixed`` is the cost of a verification, in steps.
     Risks may be ``honest`` times as large as they should be."""
     rng = np.random.default_rng(0)
 
@@ -138,7 +138,7 @@ def test_the_threshold_of_risk_is_about_the_best(fixed, share, honest):
         true = np.minimum(rng.lognormal(sigma=2.0, size=n) * share / np.exp(2.0), 1)
         return np.minimum(honest * true, 1), rng.random(n) < true
 
-    played, known = proposals(8_000), recorded(*proposals(512))
+    played, known = proposals(8_000), recorded(*proposals(4_000))
     costs = {r: overhead(*map(list, played), 1.0, fixed, 32, r) for r in THRESHOLDS}
     chosen, _ = best_risk(known, 1.0, fixed, 32)
     assert costs[chosen] <= 1.2 * min(costs.values()) + 0.007
