@@ -59,36 +59,36 @@ def main() -> None:
     args = make_parser().parse_args()
     from .loading import head_cache
 
-    kept, fine = head_cache.entries(), head_cache.fine_heads()
+    cached, fine = head_cache.entries(), head_cache.fine_heads()
     if args.rebuild is not None:
-        _rebuild(kept, args.rebuild, args.trust_remote_code)
+        _rebuild(cached, args.rebuild, args.trust_remote_code)
     elif args.measure is not None:
-        _measure(kept, args.measure, args.trust_remote_code)
-        print_kept(kept, fine)
+        _measure(cached, args.measure, args.trust_remote_code)
+        print_heads(cached, fine)
     elif args.remove:
-        _remove([head for name in args.remove for head in _matches([*kept, *fine], name)])
+        _remove([head for name in args.remove for head in _matches([*cached, *fine], name)])
     elif args.remove_all:
-        _remove([*kept, *fine])
+        _remove([*cached, *fine])
         for path in head_cache.remove_rest():
             print(printable(f"Left {path}, which is none of them."))
-        if not (kept or fine):
-            print_kept(kept, fine)
+        if not (cached or fine):
+            print_heads(cached, fine)
     else:
-        print_kept(kept, fine)
+        print_heads(cached, fine)
 
 
-def print_kept(kept: "Sequence[Entry]", fine: Sequence[Any]) -> None:
+def print_heads(cached: "Sequence[Entry]", fine: Sequence[Any]) -> None:
     """Prints what is kept as one table of at most 80 columns, where the names allow it."""
     from .models.fetch import home
 
-    if not kept and not fine:
+    if not cached and not fine:
         print(f"No FlashHead is kept in {home()}.")
         return
-    nbytes = sum(head.nbytes for head in (*kept, *fine))
+    nbytes = sum(head.nbytes for head in (*cached, *fine))
     title = printable(f"{home()}: {megabytes(nbytes)}")
     table = new_table(title, ("id", "model", "built", "size", "speed here"), left=3)
     table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"  # some names are long
-    for entry in kept:
+    for entry in cached:
         built = time.strftime("%Y-%m-%d", time.localtime(entry.path.stat().st_mtime))
         cut = entry.config and entry.config.calibration.get("cut_short")
         table.add_row(
@@ -122,22 +122,22 @@ def _remove(chosen: Sequence[Any]) -> None:
         print(printable(f"Removed {head.model} ({head.path.name}, {megabytes(nbytes)}){others}"))
 
 
-def _folder(kept: "Sequence[Entry]", name: str) -> Path:
+def _folder(cached: "Sequence[Entry]", name: str) -> Path:
     """The folder of the model that is named, by itself or by what is kept of it."""
     from .models.fetch import resolve
 
-    matches = [] if Path(name).is_dir() else _matches(kept, name, needed=False)
+    matches = [] if Path(name).is_dir() else _matches(cached, name, needed=False)
     return resolve(matches[0].model if matches else name)
 
 
-def _rebuild(kept: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
+def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
     """Builds the FlashHead of a model anew, in the place of a kept one."""
     from .index.files import has_flash_head
     from .loading.background import BackgroundBuild
     from .loading.sources import HeadOptions
     from .models.dense import load_dense
 
-    folder = _folder(kept, name)
+    folder = _folder(cached, name)
     if has_flash_head(folder):
         raise ValueError(
             f"{folder} has a FlashHead of its own, which comes before one that is kept: make it "
@@ -148,25 +148,25 @@ def _rebuild(kept: "Sequence[Entry]", name: str, trust_remote_code: bool) -> Non
     BackgroundBuild(model, tokenizer, folder, options, math.inf, anew=True).finish()
 
 
-def _measure(kept: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
+def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
     """Measures the speed of a model's FlashHead; without a name, of all that are kept."""
     from .loading.load import load_with_head
     from .loading.sources import REFUSE, HeadOptions
 
     options = HeadOptions(missing=REFUSE, measures=True, flags=True)
-    for each in [name] if name else dict.fromkeys(entry.model for entry in kept):
+    for each in [name] if name else dict.fromkeys(entry.model for entry in cached):
         try:
-            load_with_head(_folder(kept, each), options, trust_remote_code=trust_remote_code)
+            load_with_head(_folder(cached, each), options, trust_remote_code=trust_remote_code)
         except ValueError as error:
             if name:
                 raise
             print(printable(f"{each} is not measured: {sentence(error)}"))
 
 
-def _matches(kept: Sequence[Any], name: str, *, needed: bool = True) -> list[Any]:
+def _matches(cached: Sequence[Any], name: str, *, needed: bool = True) -> list[Any]:
     """What is kept of a model, or of the beginning of an identifier."""
-    matches = [head for head in kept if head.model == name]
-    matches = matches or [head for head in kept if name and head.path.name.startswith(name)]
+    matches = [head for head in cached if head.model == name]
+    matches = matches or [head for head in cached if name and head.path.name.startswith(name)]
     if len({head.model for head in matches}) > 1:
         raise ValueError(
             f"The identifiers of {len(matches)} models begin with {name}: give more of one."

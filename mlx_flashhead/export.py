@@ -8,14 +8,6 @@ from .common.command import command, from_extra
 from .common.head_flags import add_head_options
 from .common.new_folder import new_file
 from .common.tables import new_table, show
-from .exporting.plan import export_plan
-from .head.backend import PORTABLE
-from .index.files import CONFIG_NAME
-from .loading.load import load_with_head
-from .loading.sources import HeadOptions
-from .models.fetch import resolve
-from .models.install import installed_head
-from .models.locate import find_head
 
 SUFFIX = ".safetensors"
 
@@ -44,6 +36,16 @@ def main() -> None:
     """Entry point of ``mlx_flashhead.export``."""
     args = make_parser().parse_args()
     from_extra("rich", "report", "mlx_flashhead.export")  # before long work
+
+    # --help needs none of these, which take seconds
+    from .exporting.plan import export_plan
+    from .head.backend import PORTABLE
+    from .loading.load import load_with_head
+    from .loading.sources import HeadOptions
+    from .models.fetch import resolve
+    from .models.install import installed_head
+    from .models.locate import find_head
+
     output = Path(args.output).expanduser()
     _check_output(output, args.overwrite)
 
@@ -52,7 +54,7 @@ def main() -> None:
     head = installed_head(model)
     with new_file(output) as path:
         arrays = export_plan(head, find_head(model), path)
-    title = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
+    title = f"{head.unverified_probes:,} of {head.n_clusters:,} clusters"
     table = new_table(title, ("array", "shape", "dtype"), left=3)
     for name, array in arrays.items():
         table.add_row(name, str(array.shape), str(array.dtype).removeprefix("mlx.core."))
@@ -62,6 +64,8 @@ def main() -> None:
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
+    from .index.files import CONFIG_NAME
+
     if output.suffix != SUFFIX:
         raise ValueError(f"--output {output} must end in {SUFFIX}, such as head{SUFFIX}.")
     if not output.parent.is_dir():

@@ -254,7 +254,8 @@ def _check_processes(parser: Parser, args: Namespace, processes: Any) -> None:
             parser.error("--pipeline needs several processes: start them with mlx.launch")
         return
     for option in (
-        "adapter_path", "draft_model", "prompt_cache_file", "image", "quantize_activations"
+        "adapter_path", "draft_model", "prompt_cache_file", "image", "quantize_activations",
+        "fine_head",
     ):  # fmt: skip
         if getattr(args, option):
             name = option.replace("_", "-")

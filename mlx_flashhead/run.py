@@ -8,6 +8,7 @@ import shutil
 import sys
 import warnings
 from argparse import Namespace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,9 @@ def _run_module(name: str, arguments: list[str]) -> None:
     with warnings.catch_warnings():
         # mlx_lm has imported some of its programs
         warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
-        imported: Any = sys.modules.get(name)
-        if name.startswith("mlx_lm.") and hasattr(imported, "main"):
+        # mlx_lm.evaluate has a main, and runs nothing as a module
+        imported: Any = import_module(name) if name.startswith("mlx_lm.") else None
+        if hasattr(imported, "main"):
             sys.argv[0] = name
             imported.main()  # runpy would make a second module, with loops of its own
         else:

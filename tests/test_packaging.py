@@ -83,7 +83,7 @@ def test_installed_wheel_has_its_commands_and_finds_its_kernels(installed):
     printed = output_of(installed / "bin" / "mlx_flashhead.cache", "--help", cwd=installed)
     assert printed.startswith("usage: mlx_flashhead.cache ")
     code = [f"from {entry.module} import {entry.attr}" for entry in entries]
-    code += ["import mlx_flashhead, mlx_flashhead.head.kernels as text"]
+    code += ["import mlx_flashhead, mlx_flashhead.head.kernel_text as text"]
     code += ["print(mlx_flashhead.__file__)"]
     code += [f"print(text.part({file.stem!r}), end='')" for file in KERNELS]
     found = output_of(installed / "bin" / "python", "-c", "\n".join(code), cwd=installed)

@@ -323,7 +323,7 @@ inline void certain(
     }
   }
   if (thread_id == 0) {
-    sure[state] = yes;
+    sure[state] = yes && others.largest <= Finite<float>::highest();  // float16 may overflow
     known[3 * state] = others.largest;
     known[3 * state + 1] = others.best;
     known[3 * state + 2] = others.mass > 0.0f ? own.logit + log(others.mass) : others.best;

@@ -1,7 +1,7 @@
 // select: the p best clusters of each position, without a sort, and what the others hold
 //
 // One threadgroup per position. Thread (simdgroup s, lane l) holds the scores of ids s*32*K + 32*i + l,
-// K = ceil(C/512). Up to 32 scores stay in registers (C = 16,384); more are read again in each of the
+// K = ceil(C/512). Up to 36 scores stay in registers (C = 18,432); more are read again in each of the
 // four rounds, in equal blocks.
 //   1  the best score
 //   2  a histogram of the distances to it, in bins of 1/64 nat, and the bin of the p-th cluster

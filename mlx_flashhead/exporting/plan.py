@@ -50,9 +50,9 @@ def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str
     if forms:
         raise ValueError(
             f"The Metal kernels do not read {' and '.join(forms.values())} rows: export a model "
-            "whose head has 4, 8, 16 or 32 bits."
+            "whose head has 4, 5, 6, 8, 16 or 32 bits."
         )
-    arrays, launches = record(clustered, location.hidden_dtype, head.n_probes)
+    arrays, launches = record(clustered, location.hidden_dtype, head.unverified_probes)
     rows = {
         name: {"shape": [clustered.vocab_size, *array.shape[2:]], "dtype": _value(array.dtype)}
         for name, array in clustered.rows.arrays().items()
@@ -62,7 +62,7 @@ def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str
         "dtype": _value(location.hidden_dtype),
         "hiddenSize": clustered.hidden_size,
         "rows": rows,
-        "limit": clustered.n_clusters // head.n_probes,
+        "limit": clustered.n_clusters // head.unverified_probes,
         "logits": [f"flash_head_{step}" for step in LOGITS],
         "tokens": [f"flash_head_{step}" for step in TOKENS],
         "launches": launches,

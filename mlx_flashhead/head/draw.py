@@ -11,15 +11,19 @@ Source: Gumbel 1954, the Gumbel-max trick; Salmon et al. 2011, "Parallel random 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
 
-NO_MIN_P = -1e30
+from .kernel_text import LOWEST_KEPT_BODY, header
 
-# A CPU halves rows down to so many logits before it sorts them: a partition takes linear time.
+NO_MIN_P = -1e30
+ROW_THREADS = 512  # as in metal/flash_head/constants.h
+
+# Rows are halved down to so many logits before they are sorted: a CPU's partition is linear.
 SORTED = 2048
 
 
@@ -109,12 +113,16 @@ def log_mass(logits: mx.array) -> mx.array:
 def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None) -> mx.array:
     """The lowest logit that the filters keep: (R, K) float32 → (R, 1). ``log_total`` (R, 1) is the
     log of the mass of all tokens; None if these are the K."""
+    most = max((s.top_k for s in draws.of_rows), default=0)
+    by_mass = any(s.top_p < 1 for s in draws.of_rows)
+    if by_mass and log_total is None:
+        log_total = log_mass(logits)
+    if (by_mass or most) and gpu_is_default():
+        return _lowest_kept(logits, draws, log_total)
     best = mx.max(logits, axis=-1, keepdims=True)
     lowest = best + draws.settings[:, 2:]
-    if any(s.top_p < 1 for s in draws.of_rows):
-        total = log_mass(logits) if log_total is None else log_total
-        lowest = mx.maximum(lowest, _by_mass(logits, best, draws.settings[:, 1:2], total))
-    most = max((s.top_k for s in draws.of_rows), default=0)
+    if by_mass and log_total is not None:
+        lowest = mx.maximum(lowest, _by_mass(logits, best, draws.settings[:, 1:2], log_total))
     if most:
         top = best_logits(logits, most)
         n_top = top.shape[-1]
@@ -122,6 +130,37 @@ def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None)
         by_count = mx.take_along_axis(top, kth, axis=-1)
         lowest = mx.maximum(lowest, mx.where(draws.top_k[:, None] == 0, -mx.inf, by_count))
     return lowest
+
+
+def gpu_is_default() -> bool:
+    """Whether MLX computes on an Apple GPU."""
+    return mx.metal.is_available() and mx.default_device().type == mx.gpu
+
+
+def _lowest_kept(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.array:
+    """:func:`threshold` in one kernel: a GPU's partition sorts all logits, which takes
+    milliseconds."""
+    total = mx.zeros(len(logits)) if log_total is None else log_total.reshape(-1)
+    (kept,) = _lowest_kept_kernel()(
+        inputs=[logits.astype(mx.float32), draws.settings, draws.top_k, total],
+        grid=(ROW_THREADS, len(logits), 1),
+        threadgroup=(ROW_THREADS, 1, 1),
+        output_shapes=[(len(logits), 1)],
+        output_dtypes=[mx.float32],
+    )
+    return kept
+
+
+@cache
+def _lowest_kept_kernel() -> Callable:
+    metal_kernel: Callable = mx.fast.metal_kernel
+    return metal_kernel(
+        name="flash_head_lowest_kept",
+        input_names=["logits", "settings", "top_k", "log_total"],
+        output_names=["kept"],
+        header=header("histogram", "noise", "sample"),
+        source=LOWEST_KEPT_BODY,
+    )
 
 
 def best_logits(logits: mx.array, n: int) -> mx.array:
@@ -134,9 +173,7 @@ def _by_mass(logits: mx.array, best: mx.array, share: mx.array, log_total: mx.ar
     """The lowest logit that top-p keeps: those above it have less than ``share`` of the mass. The
     half of the logits that holds it is halved again, and sorted when it is short."""
     n_logits = logits.shape[-1]
-    n_halvings = 0
-    if mx.default_device().type == mx.cpu:  # a GPU partitions by sorting
-        n_halvings = ((n_logits - 1) // SORTED).bit_length()
+    n_halvings = ((n_logits - 1) // SORTED).bit_length()
     n_more = -n_logits % 2**n_halvings
     if n_more:
         logits = mx.pad(logits, [(0, 0), (0, n_more)], constant_values=-mx.inf)

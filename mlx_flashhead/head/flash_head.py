@@ -290,7 +290,8 @@ class FlashHead:
 
     def slot_logits(self, hidden: mx.array) -> mx.array:
         """The dense logits in the order of the clusters, padded slots too: (R, D) → (R, C, n)."""
-        return self._steps.product(hidden).reshape(len(hidden), self.n_clusters, -1)
+        logits = self._steps.verifying_product(hidden)
+        return logits.reshape(len(hidden), self.n_clusters, -1)
 
     def dense_logits(self, hidden: mx.array) -> mx.array:
         """The dense head's logits: hidden (..., D) → (..., V)."""

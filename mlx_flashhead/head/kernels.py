@@ -3,13 +3,24 @@ in ``metal/flash_head/`` hold the kernels, their plans and shapes."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import Draws
+from .kernel_text import (
+    CERTAIN_BODY,
+    EXPAND_BODY,
+    JOIN_BODY,
+    JOIN_CASE,
+    ROUTE_BODY,
+    SAMPLE_BODY,
+    SCORE_BODY,
+    SCREEN_BODY,
+    SELECT_BODY,
+    header,
+)
 from .matrix import Matrix
 from .portable import PortableSteps
 from .steps import DEFAULT_RISK, NO_DEPTH, Candidates, Proposal, Risk, Screen, Selection
@@ -32,98 +43,7 @@ SHARED_POSITIONS = 4  # that share one reading of the centroids
 # Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions, by
 # the GPU, for more than 4,096 rows. Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
 MATRIX_FROM = 12
-
-
-# The kernels' bodies, one call each of a function in metal/flash_head/.
-ROUTE_BODY = """
-flash_head::route<D, C, H>(
-    {rows}, hidden, route_bias, scores, hidden_shape[0], threadgroup_position_in_grid,
-    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-"""
-SELECT_BODY = """
-threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
-threadgroup uint shared[flash_head::SELECT_SHARED];
-threadgroup float sums[flash_head::ROW_SUMS];
-flash_head::select_probes<C>(
-    scores, flash_head::{words}, n_probes, depth, probes, unscored, histogram, shared, sums,
-    threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
-    thread_index_in_simdgroup);
-"""
-SCORE_BODY = """
-threadgroup uint shared[flash_head::SCORE_SIMDGROUPS];
-flash_head::score<D, N, V, PADDED, PRODUCT>(
-    {rows}, hidden, probes, token_ids, {bias}, logits, best, shared, threadgroups_per_grid.x,
-    threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-"""
-EXPAND_BODY = """
-threadgroup uint shared[flash_head::WIDE_SIMDGROUPS];
-flash_head::expand<V, C, N>(
-    words, slot_of, logits, best, expanded, shared, best_shape[1], threadgroup_position_in_grid,
-    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-"""
-SAMPLE_BODY = """
-threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
-threadgroup uint shared[flash_head::SAMPLE_SHARED];
-threadgroup float sums[flash_head::ROW_SUMS];
-flash_head::sample<N, V, T>(
-    probes, token_ids, logits, best, unscored, settings, top_k, keys, fit, tokens, risk, histogram,
-    shared, sums, best_shape[1], threadgroup_position_in_grid.y, thread_index_in_threadgroup,
-    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-"""
-
-SCREEN_BODY = """
-threadgroup atomic<uint> marks[flash_head::SCREEN_CLUSTERS / 32];
-threadgroup uint place[1];
-threadgroup float shared[6 * flash_head::WIDE_SIMDGROUPS];
-flash_head::screen<C, N, V, PADDED>(
-    slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, parts,
-    marks, place, shared, logits_shape[1], threadgroups_per_grid.x, threadgroup_position_in_grid,
-    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-"""
-CERTAIN_BODY = """
-threadgroup float shared[8 * flash_head::ROW_SIMDGROUPS];
-flash_head::certain<N, V>(
-    parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, epsilon,
-    sure, known, shared, logits_shape[1], parts_shape[1], threadgroup_position_in_grid.y,
-    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-"""
-JOIN_BODY = """
-const uint row = threadgroup_position_in_grid.y;
-const uint from = rows[2 * row + 1];
-const uint first = thread_position_in_grid.x;
-const uint step = threads_per_grid.x;
-const uint held = logits_0_shape[1];
-switch (rows[2 * row]) {{
-{cases}
-}}
-"""
-JOIN_CASE = """  case {i}:
-    flash_head::copy_row(hidden_{i}, from, hidden, row, D, first, step);
-    flash_head::copy_row(probes_{i}, from, probes, row, held, first, step);
-    flash_head::copy_row(logits_{i}, from, logits, row, held * N, first, step);
-    break;"""
-
-
-@cache
-def part(name: str) -> str:
-    """The text of one file of the kernels: of the installed package, or beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    file = Path("metal", "flash_head", f"{name}.h")
-    for folder in (package, package.parent):
-        if (folder / file).is_file():
-            return (folder / file).read_text(encoding="utf-8")
-    raise FileNotFoundError(
-        f"The kernels' file {file} is missing from this installation: install mlx-flashhead again."
-    )
-
-
-@cache
-def header(*names: str) -> str:
-    """The files that a kernel needs, "constants" and "values" first, without comments and
-    indentation: MLX copies and hashes this text at every call of a kernel (docs/speed.md)."""
-    text = "\n".join(map(part, ("constants", "values", *names)))
-    lines = (line.split("//")[0].strip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line) + "\n"
+FLOAT16_FROM = 6  # states: fewer are not multiplied as a matrix on any GPU that lacks bfloat16
 
 
 def unsupported_formats(clustered: ClusteredRows) -> dict[str, str]:
@@ -163,6 +83,7 @@ class MetalSteps(PortableSteps):
         self.unsupported_formats = unsupported_formats(
             clustered
         )  # the steps that stay plain operations
+        self.float16_rows: Matrix | None = None  # all rows, for `verifying_product`
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         n_rows, n_clusters = clustered.vocab_size, clustered.n_clusters
         self._sizes = {"V": n_rows, "C": n_clusters}
@@ -227,6 +148,13 @@ class MetalSteps(PortableSteps):
             header=header(*files),
             source=body,
         )
+
+    def verifying_product(self, hidden: mx.array) -> mx.array:
+        """In float16 where these rows are the same in it and a GPU lacks bfloat16."""
+        if self.float16_rows is None or hidden.dtype != mx.bfloat16 or len(hidden) < FLOAT16_FROM:
+            return self.product(hidden)
+        logits = self.float16_rows.matmul(hidden.astype(mx.float16))
+        return logits.astype(self.clustered.rows.logits_dtype(hidden.dtype))
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores of all clusters: hidden (R, D) → (R, C) float32."""

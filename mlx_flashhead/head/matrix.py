@@ -173,6 +173,19 @@ class Matrix:
             scales, biases = scales.astype(dtype), biases.astype(dtype)
         return mx.dequantize(self.weight, scales, biases, **self.quantization, dtype=dtype)
 
+    def in_float16(self) -> "Matrix | None":
+        """The same quantized rows with float16 scales; None where a value would change, or for
+        floats, which would be a second copy. Evaluates."""
+        if self.biases is None:
+            return None
+        rounded = self.map(
+            lambda array: array if array.dtype == mx.uint32 else array.astype(mx.float16)
+        )
+        for name, array in self.arrays().items():
+            if not mx.array_equal(rounded.arrays()[name].astype(array.dtype), array).item():
+                return None
+        return rounded
+
     def sample(self) -> "Matrix":
         """64 evenly spaced rows, which tell what rows these are without reading them all. Lazy."""
         ids = np.linspace(0, self.n_rows - 1, SAMPLE_ROWS).astype(np.uint32)

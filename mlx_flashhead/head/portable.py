@@ -96,6 +96,10 @@ class PortableSteps:
         logits = blocked_product(hidden, rows.weight)
         return logits if rows.bias is None else logits + rows.bias.reshape(-1)
 
+    def verifying_product(self, hidden: mx.array) -> mx.array:
+        """As :meth:`product`, for states that are verified: another rounding is allowed."""
+        return self.product(hidden)
+
     def dense(self, hidden: mx.array) -> mx.array:
         """Logits of all tokens: hidden (R, D) → (R, V)."""
         return in_token_order(self.product(hidden), self.clustered.slot_of)
@@ -285,7 +289,8 @@ class PortableSteps:
             dropped |= rival < mx.maximum(floor, second - scored_room) + log_min_p
             sure &= (rival == -mx.inf) | dropped
             certain = mx.where(inverse == 0, certain, sure)
-        return Screen(certain[:, 0], largest, best[:, 0], tail[:, 0])
+        certain = certain[:, 0] & (largest < mx.inf)  # float16 may overflow
+        return Screen(certain, largest, best[:, 0], tail[:, 0])
 
     def _rival(
         self, others: mx.array, room: mx.array, inverse: mx.array, worst: mx.array, draws: Draws

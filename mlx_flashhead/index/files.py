@@ -89,11 +89,8 @@ def is_companion(folder: Path) -> bool:
 
 
 def is_written_here(folder: Path) -> bool:
-    """Whether a folder has the settings of a FlashHead."""
-    try:
-        return _settings(folder)[0] is not None
-    except ValueError:
-        return False
+    """Whether a folder has the settings of a FlashHead, of any version."""
+    return stored_recipe(folder) is not None
 
 
 def stored_recipe(folder: Path) -> dict[str, Any] | None:
@@ -102,7 +99,7 @@ def stored_recipe(folder: Path) -> dict[str, Any] | None:
         entry = _settings(folder)[0]
     except ValueError:
         return None
-    recipe = entry.get("recipe") if isinstance(entry, dict) else None
+    recipe = entry.get("recipe", {}) if isinstance(entry, dict) else None
     return recipe if isinstance(recipe, dict) else None
 
 

@@ -39,7 +39,7 @@ def attach(
     n_probes: int | None = None,
     backend: str | None = None,
     build: bool = True,
-    fine_head: str | Path | None = None,
+    fine_head: str | Path | bool | None = None,
     head_bits: int | None = None,
     progress: bool = True,
 ) -> FlashHead:
@@ -54,7 +54,8 @@ def attach(
         backend: "metal", "mlx" or None to choose.
         build: Build one if there is none, once, in a few minutes.
         fine_head: A repository, folder or safetensors file of the original of a quantized model,
-            whose finer output head the model gets first. Where that fails, the model keeps its own.
+            whose finer output head the model gets first; True: find it. Where that fails, the model
+            keeps its own.
         head_bits: Bits of the finer head: 6, 8 (default) or 16.
         progress: Print steps and bars on standard error.
 
@@ -76,7 +77,8 @@ def attach(
         head_bits=head_bits,
     )
     source = Path(name_of(tokenizer) or type(model).__module__)
-    head = attach_head(model, tokenizer, explicit_head(options), Path(source.name), options)
+    source = source if source.is_dir() else Path(source.name)
+    head = attach_head(model, tokenizer, explicit_head(options), source, options)
     assert head is not None  # only DENSE leaves it out
     return head
 

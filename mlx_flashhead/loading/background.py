@@ -1,7 +1,7 @@
 """The build of a FlashHead beside the use of its model: the answer comes first.
 
-With the check, an answer does not depend on the FlashHead, so nobody waits for one. The model
-answers dense until it is there.
+Verified text does not depend on the FlashHead, so nobody waits for one. The model answers with its
+normal (dense) head until it is there.
 """
 
 import math
@@ -70,9 +70,9 @@ def build_steps(
             return None
         yield from _acquire(lock)
     try:
-        kept = None if anew else cache.find(rows, lambda _: None)
-        if kept is not None:
-            return kept
+        stored = None if anew else cache.find(rows, lambda _: None)
+        if stored is not None:
+            return stored
         of_index = IndexOptions(quick=True)
         if drafted is not None:
             of_index = replace(of_index, cluster_size=DRAFT_CLUSTER_SIZE)
@@ -147,7 +147,7 @@ def _not_kept(obstacle: str) -> str:
 class BackgroundBuild:
     """A FlashHead that is built in steps of about ``step_seconds``, whenever there is time.
 
-    With ``anew`` the user asks for another one in the place of the kept one.
+    With ``anew`` the user asks for another one in the place of the cached one.
 
     Raises:
         UnsupportedHeadError: If the model can have none.

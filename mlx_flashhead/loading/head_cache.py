@@ -37,7 +37,7 @@ from .sources import StoredHead
 # Version of the recipe. A new one builds all FlashHeads again.
 RECIPE = 1
 _NAME_LENGTH = 24  # of the 64 characters of a fingerprint
-SHELF, OWN_FILES = "flash_heads", (FILE_NAME, SETTINGS_NAME)
+SHELF, ENTRY_FILES = "flash_heads", (FILE_NAME, SETTINGS_NAME)
 _NAMES = {  # of what is kept, by folder: nothing else is touched
     SHELF: re.compile(r"[0-9a-f]{24}-\d+"),
     FINE_FOLDER: re.compile(r"[0-9a-f]{24}-\d+\.safetensors|\.[0-9a-f]{24}-\d+\.\w+\.part"),
@@ -82,7 +82,7 @@ class Entry:
             self.path.unlink()
             return True
         with suppress(OSError):
-            for name in OWN_FILES:
+            for name in ENTRY_FILES:
                 (self.path / name).unlink(missing_ok=True)
             self.path.rmdir()
         return not self.path.exists()
@@ -109,26 +109,26 @@ class FineHead(Entry):
 
 def entries() -> list[Entry]:
     """All kept FlashHeads, the latest first."""
-    kept = []
-    for folder in _own(SHELF):
-        if any((folder / name).exists() for name in OWN_FILES):
+    cached = []
+    for folder in _well_named(SHELF):
+        if any((folder / name).exists() for name in ENTRY_FILES):
             config = None
             with suppress(ValueError, OSError):
                 config = read_settings(folder)
-            kept.append(Entry(folder, config))
-    return sorted(kept, key=lambda entry: entry.path.stat().st_mtime, reverse=True)
+            cached.append(Entry(folder, config))
+    return sorted(cached, key=lambda entry: entry.path.stat().st_mtime, reverse=True)
 
 
 def fine_heads() -> list[FineHead]:
     """All kept finer heads, by model."""
-    kept = []
-    for file in _own(FINE_FOLDER):
+    cached = []
+    for file in _well_named(FINE_FOLDER):
         if file.suffix == ENDING:
             loaded: Any = (None, {})
             with suppress(RuntimeError, ValueError, OSError):
                 loaded = mx.load(str(file), return_metadata=True)
-            kept.append(FineHead(file, None, loaded[1]))
-    return sorted(kept, key=lambda head: head.model)
+            cached.append(FineHead(file, None, loaded[1]))
+    return sorted(cached, key=lambda head: head.model)
 
 
 def remove_rest() -> list[Path]:
@@ -136,13 +136,16 @@ def remove_rest() -> list[Path]:
 
     Returns what lies among the kept heads and is none of them.
     """
-    for file in [*_own("speeds"), *(f for f in _own(FINE_FOLDER) if f.suffix == ".part")]:
+    for file in [
+        *_well_named("speeds"),
+        *(f for f in _well_named(FINE_FOLDER) if f.suffix == ".part"),
+    ]:
         file.unlink(missing_ok=True)
     left = (path for name in _NAMES for path in (home() / name).glob("*"))
     return sorted(path for path in left if not _NAMES[path.parent.name].fullmatch(path.name))
 
 
-def _own(folder: str) -> list[Path]:
+def _well_named(folder: str) -> list[Path]:
     """What lies in a folder of the home and has a name as it is given there."""
     return [path for path in (home() / folder).glob("*") if _NAMES[folder].fullmatch(path.name)]
 

@@ -54,7 +54,7 @@ def tune_head(
         measured = yield from tune(model, index.config.verification.get("by_probes", ()))
         tuning = replace(measured, provisional=measured.provisional or busy)
         if before is not None and tuning.provisional and not options.measures:
-            tuning = min(before, tuning, key=lambda one: one.spread)
+            tuning = min(before, tuning, key=lambda tuning: tuning.spread)
         _write(place, known | {key: tuning})
         if tuning.dense and not options.always:
             later = " for now, and is measured again later" if tuning.provisional else ""

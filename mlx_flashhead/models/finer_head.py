@@ -39,7 +39,7 @@ MAX_DRIFT = 0.017  # of the rows' length that they have moved by, beyond roundin
 SKETCH_DRIFT = 3 * MAX_DRIFT  # of few rows
 MAX_ROW_ERROR = 2.0  # of a single row, relative to its rounding
 SKETCH_ROWS = 8  # fetched by themselves before all rows are
-PIECE_ROWS = 8192  # compared and rounded at once
+PIECE_ROWS = 2048  # compared and rounded at once, in float32
 CARD, MOST_BASES = "README.md", 5  # repositories from one to its `base_model`
 
 Say = Callable[[str], None]
@@ -92,7 +92,7 @@ def give_fine_head(
             say("Another process is fetching this finer head: waiting for it.")
             lock.acquire()
         try:
-            rows = _kept(place, coarse)
+            rows = _cached_rows(place, coarse)
             if rows is None:
                 rows = _fetch(location, folder, source, bits, place, say, progress)
         finally:
@@ -105,7 +105,7 @@ def give_fine_head(
     replace_rows(location.module, rows)
 
 
-def _kept(place: Path, coarse: Matrix) -> Matrix | None:
+def _cached_rows(place: Path, coarse: Matrix) -> Matrix | None:
     """The rows that are kept, if they are whole and those of this head."""
     try:
         loaded: Any = mx.load(str(place), format="safetensors", return_metadata=True)

@@ -169,8 +169,8 @@ def files_of(source: str) -> Iterator[TensorFile]:
     with _hub_errors(source):
         for name in _names(source):
             copy = huggingface_hub.try_to_load_from_cache(source, name)
-            kept = isinstance(copy, str)
-            yield TensorFile(name, path=Path(str(copy))) if kept else TensorFile(name, source)
+            is_here = isinstance(copy, str)
+            yield TensorFile(name, path=Path(str(copy))) if is_here else TensorFile(name, source)
 
 
 def _names(repo_id: str) -> list[str]:

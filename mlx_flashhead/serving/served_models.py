@@ -14,7 +14,7 @@ from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
 from ..loading.load import load_draft, load_with_head
 from ..loading.sources import LATER, HeadOptions
-from ..lossless.policy import decoding_mode
+from ..lossless.policy import decoding_mode, policy_of
 from ..models.compat.mlx_lm import KVCache, make_prompt_cache
 from ..models.dense import load_dense
 from ..models.fetch import resolve
@@ -42,6 +42,7 @@ class ServedModel:
     template_arguments: dict[str, Any] = field(default_factory=dict)  # from the server's flags
     dense: bool = False  # whether every token is scored unless a request says otherwise
     verify: bool = True  # whether the dense rows verify every token
+    max_wait: float | None = None  # seconds that text may wait for its verification
     build: BackgroundBuild | None = None  # of its FlashHead, if it has none yet
 
     def __post_init__(self):
@@ -57,9 +58,13 @@ class ServedModel:
 
     def decoding(self, *, dense: bool | None = None, n_probes: int | None = None) -> str:
         """How a request with these fields is decoded: "verified", "unverified" or "dense: …why"."""
-        if n_probes is not None:  # which is used even where it is no faster
-            return "verified" if self.verify else "unverified"
-        dense = self.dense if dense is None else dense
+        dense = self.dense and n_probes is None if dense is None else dense
+        if self.draft_model is not None and not dense:  # a pass verifies several of its tokens
+            return "dense: the draft model proposes tokens"
+        if self.max_wait == 0 and not dense:
+            return "dense: --max-wait is 0"
+        if n_probes is not None and self.head and not policy_of(self.head).drafts_only:
+            return "verified" if self.verify else "unverified"  # even where it is no faster
         if self.build is not None and self.head is None and not dense:
             return "dense: FlashHead is being built"
         return decoding_mode(self.model, verify=self.verify, dense=dense)
@@ -118,6 +123,7 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         template_arguments=args.chat_template_args,
         dense=args.dense and default,
         verify=not args.no_verify,
+        max_wait=args.max_wait,
         build=background_build(model, tokenizer, folder, choices) if later else None,
     )
 

@@ -78,7 +78,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     add("--max-body-bytes", size, "4M", "Largest body of a request, such as 500K", metavar="SIZE")
     concurrency = "Answers that are made at once; others wait"
     add("--decode-concurrency", whole_number(1, 1024), 32, concurrency)
-    wait = "Verify, and send text, at least this often; 0 verifies each token (default: fastest)"
+    wait = "Verify, and send text, at least this often; 0 takes the normal head (default: fastest)"
     flag("--max-wait", type=number(0, 1), metavar="SECONDS", help=wait)
     step = "Greatest number of a prompt's tokens that are read at once; fewer if other answers wait"
     add("--prefill-step-size", whole_number(1), 2048, step)

@@ -11,7 +11,8 @@ machine. Nothing is measured here: times are counted from bytes and dependent ke
                 + verification + wasted steps
     verification of k states, a k-th part of it for each token:
                 product + (write + read of k rows of logits) / bandwidth + 4 launches
-    product   = k reads of the rows up to the limit of MLX's vector kernels, else
+    product   = of 1, 2, 4, 8, 16 or 32 states: as many reads of the rows, or fewer, up to the
+                limit of MLX's vector kernels, else
                 max(rows / bandwidth, 2 · 32 · V · D / arithmetic)
 
 The public speeds of dense models in apple_estimates/speeds.csv fit four constants by least squares
@@ -56,7 +57,8 @@ STATES, WAIT_US = 32, 300e3  # a tile of MLX's matrix kernels; the longest wait 
 VERIFY_LAUNCHES = 4  # the product and its screening
 WASTED = {"greedy": 0.01, "sampled": 0.03}  # of the steps, after a rejection
 SORT_US = 3300 / 248_000  # per token of the vocabulary, mlx-lm's top-p: Rapid-MLX pull request 542
-VECTOR_STATES = ((1, 1), (2, 1.01), (3, 1.14), (4, 1.47), (5, 1.85), (8, 3.03))  # M3 on: mlx 3852
+SIZES = (1, 2, 4, 8, 16, 32)  # of a product
+WIDE_READS = {1: 1, 2: 1.01, 4: 1.47, 8: 3.03}  # of the rows by so many states: mlx 3852
 
 
 class Model(NamedTuple):
@@ -214,16 +216,15 @@ def flash_us(model: Model, chip: Chip, body: int, head: int, text: str = "greedy
 
 
 def verify_us(model: Model, chip: Chip, head: int, k: int, text: str) -> float:
-    """The verification of k states."""
+    """The verification of k states, filled up to the next size of lossless/policy.py."""
+    size = next(size for size in SIZES if size >= k)
     read = chip.us(model.head * BYTES[head])
     matrix = 2 * STATES * model.head / chip.tflops / 1e6
     vectors = (12 if chip.ultra else 6) if chip.old else 13
     product = max(read, matrix)
-    if k < vectors and head < 16:  # a read for each state; M3 and later have a kernel for 8
-        states, costs = zip((0, 0), *VECTOR_STATES, strict=True)
-        reads = k if chip.old else k // 8 * costs[-1] + np.interp(k % 8, states, costs)
-        product = read * float(reads)
-    passes = (2 if text == "greedy" else 4) * 2 * k * model.vocab_size
+    if size < vectors and head < 16:  # a read for each state; M3 and later have a kernel for 8
+        product = read * (size if chip.old else WIDE_READS[size])
+    passes = (2 if text == "greedy" else 4) * 2 * size * model.vocab_size
     return product + chip.us(passes) + VERIFY_LAUNCHES * chip.launch_us
 
 

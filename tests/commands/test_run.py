@@ -209,6 +209,13 @@ def test_the_server_of_mlx_lm_with_eight_clients(place):
     assert DENSE not in errors and "Text of model: verified." in errors
 
 
+def test_a_program_of_mlx_lm_that_has_only_a_main(place):
+    """As a module ``mlx_lm.evaluate`` runs nothing; `mlx_lm.share` is another such program."""
+    for words in (("mlx_lm.share",), ("-m", "mlx_lm.share")):
+        code, output, _ = start(place, "--flash-head", "head", *words, "--help")
+        assert code == 0 and output.startswith("usage: ")
+
+
 def test_a_program_from_pypi(place, monkeypatch):
     """llm with its plugin llm-mlx, by the name it is installed under."""
     pytest.importorskip("llm_mlx")

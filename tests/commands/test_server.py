@@ -163,6 +163,9 @@ def test_a_flash_head_of_its_own_and_a_draft_with_its_flash_head(
     flags = ("--flash-head", tmp_path / "head", "--no-verify", "--log-level", "INFO")
     draft = ("--draft-model", converted, "--num-draft-tokens", 2)
     with serving(tmp_path, "--model", dense, *flags, *draft) as server:
+        assert server.line.startswith("Serving model (dense: the draft model proposes tokens)")
+        assert complete(server) == expected["dense"]
+    with serving(tmp_path, "--model", dense, *flags) as server:
         assert server.line.startswith("Serving model (unverified)")
         assert complete(server) != expected["dense"]
         assert complete(server, extra_body={"dense": True}) == expected["dense"]

@@ -70,13 +70,6 @@ def test_dropped_at_any_step_the_model_is_as_it_was(loaded):
         assert dict(type(loaded[2].module).__dict__) == before
 
 
-def test_bars_of_all_stages(loaded, capsys):
-    take_all(model_index(*loaded, OPTIONS))
-    shown = capsys.readouterr()
-    assert all(f"{stage}: 100%" in shown.err for stage in STAGES)
-    assert shown.out == ""
-
-
 def test_the_expected_time_grows_with_the_head_and_the_text():
     def expected(vocab_size, **options):
         rows = Matrix(mx.zeros((vocab_size, 64)))
@@ -208,16 +201,6 @@ def test_settings_are_recorded():
     assert config.fingerprint == rows.fingerprint
     assert (config.centroid_bits, config.centroid_group_size) == (4, 64)
     assert json.loads(json.dumps(config.to_dict(), allow_nan=False)) == config.to_dict()
-
-
-def test_lines_of_the_report():
-    config = indexed(*make_case(), body_bytes=10**6).config
-    lines = report_lines(config)
-    (chosen,) = (line.split() for line in lines if line.startswith("✓") and "expected" not in line)
-    assert chosen[:2] == ["✓", str(config.n_probes)]
-    assert lines[-1] == (
-        f"✓ {config.n_probes} of 51 clusters per token are expected to be fastest."
-    )
 
 
 def test_ends_of_a_text_that_are_no_tokens():

@@ -12,7 +12,6 @@ from drafts import REQUESTS
 from mlx_flashhead.conversion import calibration, take_all
 from mlx_flashhead.conversion.calibration import (
     CONTEXT,
-    MIN_WINDOW,
     PYTHON,
     SHARES,
     builtin_documents,
@@ -156,13 +155,6 @@ def documents():
     return builtin_documents()
 
 
-def test_every_kind_has_several_documents(documents):
-    assert len(documents) >= 6
-    for found in documents.values():
-        assert len(set(found)) == len(found) >= 6
-        assert all(len(document) > 50 for document in found)
-
-
 def test_what_an_installation_lacks_is_left_out(monkeypatch, documents):
     assert "def " in "".join(documents[PYTHON])
     assert len(documents[PYTHON]) > 30
@@ -210,11 +202,3 @@ def test_the_kinds_take_turns(options, tmp_path, monkeypatch):
 def test_windows_begin_with_the_token_that_ended_the_one_before():
     assert windows_of(list(range(8)), 3) == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7]]
     assert windows_of([1, 2, 3, 4], 3) == [[1, 2, 3, 4]]
-
-
-def test_long_documents_do_not_crowd_out_others_and_what_begins_a_text_is_no_text():
-    documents = [list(range(300)), list(range(1000, 1080)), [7, *range(2000, 2020)]]
-    chosen = calibration._chosen_windows(documents, [7], 150)
-    assert sum(len(window) - 1 - CONTEXT for window in chosen) == 150
-    assert {window[0] for window in chosen[:3]} == {0, 1000, 2000}
-    assert all(len(window) >= MIN_WINDOW for window in chosen)

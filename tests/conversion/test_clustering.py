@@ -85,14 +85,6 @@ def test_without_a_metric_only_directions_count():
     np.testing.assert_array_equal(by_direction, cluster(4 * stretched, 8))
 
 
-def test_a_metric_is_a_product_with_the_rows():
-    rows, metric = normal_rows(600, 24), normal_rows(24, 24, seed=1)
-    by_metric = scatter(rows @ metric, cluster(rows, metric=metric))
-    expected = scatter(rows @ metric, cluster(rows @ metric, metric=METRICS[1]))
-    assert by_metric == pytest.approx(expected, rel=0.01)
-    assert scatter(rows @ metric, cluster(rows, metric=METRICS[1])) > 1.1 * expected
-
-
 def test_clusters_by_mlx_are_as_good(monkeypatch):
     rows = normal_rows(1500, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
     expected = scatter(rows, cluster(rows, metric=np.eye(16, dtype=np.float32)))
@@ -179,10 +171,3 @@ def test_shortlists_hold_the_best_of_each_bucket():
 def test_rows_that_are_not_finite(value):
     with pytest.raises(ValueError, match="NaN or infinity: check the model's output weights"):
         cluster(np.full((40, 4), value))
-
-
-def make_states(n_states=3000, hidden_size=24, seed=0):
-    rng = np.random.default_rng(seed)
-    mixing = rng.standard_normal((hidden_size, hidden_size))
-    states = rng.standard_normal((n_states, hidden_size)) @ mixing + 3
-    return states.astype(np.float32)

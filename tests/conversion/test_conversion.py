@@ -1,8 +1,10 @@
-"""Conversion: the same model as mlx-lm's own, and an index beside it."""
+"""Conversion: the same model as mlx-lm's own, an index beside it, and how it was made."""
 
+import hashlib
 import inspect
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -13,10 +15,13 @@ import pytest
 
 import mlx_flashhead
 from mlx_flashhead.conversion import pipeline
+from mlx_flashhead.conversion.options import ConvertOptions, make_recipe
 from mlx_flashhead.conversion.pipeline import check_apart, convert
+from mlx_flashhead.convert import make_parser
 from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.models.locate import find_head
+from mlx_flashhead.models.origin import Origin
 from model_folders import VOCAB_SIZE, write_model
 
 QUICK = {"calibration": "none", "progress": False}
@@ -152,15 +157,6 @@ def test_calibration_and_goals_are_those_asked_for(sources, tmp_path, capsys, ca
     assert (said in capsys.readouterr().out) == (calibration != "none")
 
 
-def test_says_when_the_text_was_cut_short(sources, tmp_path, capsys):
-    options = {"calibration_positions": 100, "calibration_seconds": 1e-6}
-    config = convert(str(sources["tied"]), str(tmp_path / "found"), **options)
-    positions = config.calibration["positions"]
-    assert positions < 100
-    assert config.calibration["cut_short"]
-    assert f"cut short by the time limit, after {positions} pos" in capsys.readouterr().out
-
-
 def test_a_seed_gives_one_file(sources, tmp_path):
     files = []
     for name, seed in (("first", 5), ("second", 5), ("other", 6)):
@@ -284,3 +280,47 @@ def test_invalid_arguments_write_nothing(sources, tmp_path, arguments, said):
     with pytest.raises(ValueError, match=said):
         convert(str(sources["tied"]), str(tmp_path / "found"), **(QUICK | arguments))
     assert list(tmp_path.iterdir()) == []
+
+
+def recipe(revision=None, **options):
+    given = ConvertOptions(hf_path="/home/ann/model", mlx_path="/home/ann/out", **options)
+    return make_recipe(given, Origin("Model", "maker/Model", revision), "Model-4bit")
+
+
+def test_the_command_makes_the_same_again():
+    found = recipe(
+        revision="abc", quantize=True, q_bits=8, head_bits=16, seed=3, quant_predicate="mixed_4_6",
+        upload_repo="me/x", private=True, trust_remote_code=True, overwrite=True, license="mit",
+    )  # fmt: skip
+    program, *words = shlex.split(found["command"])
+    again = ConvertOptions(**vars(make_parser().parse_args(words)))
+    assert program == "mlx_flashhead.convert"
+    versions = ["python", "mlx_flashhead", "mlx", "mlx-lm", "numpy", "transformers"]
+    assert list(found["versions"]) == versions
+    assert again == ConvertOptions(
+        hf_path="maker/Model", mlx_path="Model-4bit", revision="abc", quantize=True, q_bits=8,
+        head_bits=16, seed=3, quant_predicate="mixed_4_6", trust_remote_code=True,
+    )  # fmt: skip
+
+
+def test_defaults_are_left_out_but_the_seed():
+    assert recipe()["command"] == (
+        "mlx_flashhead.convert --hf-path maker/Model --seed 0 --mlx-path Model-4bit"
+    )
+    assert recipe(quantize=True)["command"].startswith(
+        "mlx_flashhead.convert --hf-path maker/Model --quantize --seed"
+    )
+    assert (
+        "--quant-predicate FUNCTION"
+        in recipe(quantize=True, quant_predicate=lambda *_: True)["command"]
+    )
+
+
+def test_files_are_named_without_their_folders(tmp_path):
+    text = tmp_path / "my text.txt"
+    text.write_text("calibrate")
+    found = recipe(calibration=str(text))
+    assert "--calibration 'my text.txt'" in found["command"]
+    assert found["files"] == {"my text.txt": hashlib.sha256(b"calibrate").hexdigest()}
+    assert str(tmp_path) not in str(found) and "/home/ann" not in str(found)
+    assert "files" not in recipe()

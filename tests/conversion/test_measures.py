@@ -1,11 +1,27 @@
-"""What the measures know of unscored clusters; `test_build.py` compares all with the head."""
+"""Measures on held-out states, most of which `test_build.py` has too, and the numbers of probes."""
+
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_flashhead.conversion import measures, take_all
-from mlx_flashhead.conversion.measures import GAP, TAIL, measure_positions
+from mlx_flashhead.conversion.measures import (
+    AGREEMENT,
+    GAP,
+    MASS,
+    TAIL,
+    PositionMeasures,
+    StepBytes,
+    choose_unverified,
+    choose_verified,
+    fit_greedy_risk,
+    lower_bound,
+    measure_positions,
+    probe_grid,
+    verification_settings,
+)
 from tiny_models import fitted, random_clusters, random_rows
 
 
@@ -118,3 +134,133 @@ def test_large_vocabularies_are_measured_in_smaller_chunks(monkeypatch):
     found = case.positions([3])
     assert set(sizes) == {3}
     np.testing.assert_allclose(found.values, expected.values, rtol=1e-4, atol=1e-4)
+
+
+GRID = [8, 16, 32, 64]
+NBYTES = StepBytes(centroids=50, probe=1.0, dense=1000, body=500)
+
+
+def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
+    """The choice without verification, if these shares of the positions agree."""
+    values = np.zeros((4, 7, n_positions), np.float32)
+    for of_probes, share in zip(values, agree, strict=True):
+        of_probes[AGREEMENT] = np.arange(n_positions) < round(share * n_positions)
+    found = PositionMeasures(GRID, values, np.zeros(n_positions))
+    return choose_unverified(found, goal, StepBytes(0, 1.0, 1000))
+
+
+def test_the_fewest_that_agree_as_often_as_wanted():
+    # 1,000 positions: 90 % and 1.645 standard errors of 0.95 points are 91.6 %
+    assert choose(0.9, agree=(0.5, 0.91, 0.917, 1)) == 32
+
+
+@pytest.mark.parametrize(("share", "n_probes"), [(0.04, 32), (0.001, 8), (1, 64)])
+def test_no_more_than_may_be_read_unless_the_first_is_too_much(share, n_probes, monkeypatch):
+    monkeypatch.setattr(measures, "MAX_BYTES", share)
+    assert choose(0.5, agree=(0, 0, 0, 0)) == n_probes
+
+
+@pytest.mark.parametrize("n_positions", [1, 100, 1300])
+def test_few_positions_that_cannot_show_a_goal_must_all_agree(n_positions):
+    assert choose(0.998, n_positions=n_positions) == 8
+    missed = 1 - 1 / n_positions
+    assert choose(0.998, agree=(missed, missed, 1, 1), n_positions=n_positions) == 32
+
+
+def test_bounds():
+    bound = lower_bound(0.9, 400)
+    # Wilson: the share whose own standard error reaches to what was seen
+    assert bound + 1.645 * np.sqrt(bound * (1 - bound) / 400) == pytest.approx(0.9)
+
+
+def test_grid():
+    grid = probe_grid(16_384, 3072)
+    assert grid[:3] == [8, 16, 24]
+    assert all(n_probes % 8 == 0 for n_probes in grid)
+    assert all(b - a == 8 or b <= 1.16 * a for a, b in pairwise(grid))
+    assert grid[-2] < 3072 <= grid[-1]
+    assert probe_grid(13, 100) == [8, 13]
+    assert probe_grid(3, 1) == [3]
+
+
+def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
+    """Of measures in which these shares of the proposals differ, by number of probes."""
+    rng = np.random.default_rng(0)
+    values = np.zeros((len(greedy), 7, n_positions), np.float32)
+    for of_probes, of_greedy, of_sampled in zip(values, greedy, sampled, strict=True):
+        of_probes[AGREEMENT] = np.arange(n_positions) >= of_greedy * n_positions
+        of_probes[MASS] = 1 - of_sampled
+        of_probes[GAP] = rng.exponential(3, n_positions)
+        of_probes[TAIL] = np.log(of_sampled / 2)
+    counts = [10 * 2**i for i in range(len(greedy))]
+    found = PositionMeasures(counts, values, np.zeros(n_positions))
+    n_probes = choose_verified(found, nbytes)
+    return verification_settings(found, n_probes) | {"n_probes": n_probes}
+
+
+def test_a_verification_costs_the_dense_rows_and_a_difference_the_steps_after_it():
+    # never a difference: 32 positions per verification
+    assert NBYTES.verified(100, 0.0) == pytest.approx(650 + 1000 / 32)
+    k = np.sqrt(2 * 1000 / (0.05 * 650))
+    by_hand = 650 * (1 + 0.05 * (k + 1) / 2) + 1000 / k
+    assert NBYTES.verified(100, 0.05) == pytest.approx(by_hand)
+    for other in (k / 2, 2 * k):
+        assert by_hand < 650 * (1 + 0.05 * (other + 1) / 2) + 1000 / other
+    # always one: a verification per token
+    assert NBYTES.verified(100, 1.0) >= 650 + 1000
+
+
+def test_probes_are_those_of_the_fewest_bytes():
+    greedy, sampled = [0.1, 0.02, 0.002, 0.001], [0.2, 0.04, 0.004, 0.003]
+    found = settings(greedy, sampled)
+    by_hand = [
+        NBYTES.verified(10 * 2**i, (g + s) / 2)
+        for i, (g, s) in enumerate(zip(greedy, sampled, strict=True))
+    ]
+    assert found["n_probes"] == 10 * 2 ** int(np.argmin(by_hand))
+    # a step that reads much more beside the rows pays for more of them
+    heavy = StepBytes(centroids=50, probe=1.0, dense=1000, body=50_000)
+    assert settings(greedy, sampled, heavy)["n_probes"] > found["n_probes"]
+    assert [row["greedy_differs"] for row in found["by_probes"]] == pytest.approx(greedy)
+    assert [row["sampled_differs"] for row in found["by_probes"]] == pytest.approx(
+        sampled, abs=1e-6
+    )
+
+
+def test_risks_are_recorded_near_the_choice():
+    found = settings([0.1, 0.02, 0.002, 0.001], [0.2, 0.04, 0.004, 0.003])
+    rows = {row["n_probes"]: row for row in found["by_probes"]}
+    chosen = found["n_probes"]
+    recorded = {n for n, row in rows.items() if "risks" in row}
+    assert chosen in recorded and recorded <= {chosen // 2, chosen, 2 * chosen}
+    for n_probes in recorded:
+        risks = np.array(rows[n_probes]["risks"])
+        assert len(risks) == 512 and 1 <= abs(risks).min() <= abs(risks).max() <= 10_001
+        assert (risks < 0).sum() == round(1000 * rows[n_probes]["greedy_differs"])  # all at first
+
+
+def test_the_scale_makes_the_estimated_tails_right():
+    assert settings([0.1, 0.02], [0.2, 0.04])["risk"]["sampled"] == pytest.approx(2, rel=1e-3)
+
+
+@pytest.mark.parametrize(("offset", "slope"), [(0.0, 1.0), (-1.0, 0.6), (0.5, 1.6)])
+def test_the_risk_of_a_greedy_proposal_is_the_one_that_differences_came_from(offset, slope):
+    rng = np.random.default_rng(1)
+    gaps = rng.uniform(-1, 12, 40_000)
+    differs = rng.random(len(gaps)) < np.minimum(1, np.exp(offset - slope * gaps))
+    found = fit_greedy_risk(gaps, differs)
+    assert found == pytest.approx((offset, slope), abs=0.15)
+
+
+@pytest.mark.parametrize("n_different", [0, 1, 3])
+def test_few_differences_leave_the_slope_near_that_of_a_perfect_estimate(n_different):
+    gaps = np.random.default_rng(2).uniform(1, 15, 1000)
+    differs = np.arange(1000) < n_different
+    offset, slope = fit_greedy_risk(np.sort(gaps), differs)
+    assert 0.5 < slope < 2.5
+    risks = np.minimum(1, np.exp(offset - slope * gaps))
+    assert risks.sum() == pytest.approx(n_different + 0.5, abs=0.01)
+
+
+def test_without_an_unscored_cluster_the_risk_is_the_usual_one():
+    assert fit_greedy_risk(np.empty(0), np.empty(0, bool)) == (0.0, 1.0)

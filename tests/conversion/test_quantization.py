@@ -149,9 +149,3 @@ def test_other_recipes(tmp_path, hidden_size, options, form, linear):
 def test_widths_that_fit_no_group(tmp_path, hidden_size, body, sentence):
     source = write_model(tmp_path / "source", tied=False, hidden_size=hidden_size)
     refusals.refused(lambda: converted(source, head_bits=8, **body), sentence)
-
-
-def test_prints_nothing(folders, capsys):
-    converted(folders[False], head_bits=8, **AFFINE_4)
-    shown = capsys.readouterr()
-    assert shown.out == shown.err == ""

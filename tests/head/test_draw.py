@@ -1,5 +1,7 @@
 """The draw of a token: what is kept, how often each is drawn, and the kernel by the same noise."""
 
+import contextlib
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -78,11 +80,21 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("n_logits", [1, 2, 5, 64, 203])
-@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
-@pytest.mark.parametrize("ties", [False, True])
-def test_the_threshold_is_the_definitions(monkeypatch, n_logits, spread, ties):
+@contextlib.contextmanager
+def path_of(kernel: bool, monkeypatch):
+    """Within the block thresholds are found by the kernel, as on a GPU, or by operations."""
+    draw_module._lowest_kept_kernel.cache_clear()
     monkeypatch.setattr(draw_module, "SORTED", 4)
+    monkeypatch.setattr(draw_module, "gpu_is_default", lambda: kernel)
+    with kernels() if kernel else contextlib.nullcontext():
+        yield
+    draw_module._lowest_kept_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("kernel", [False, True], ids=["operations", "kernel"])
+@pytest.mark.parametrize("n_logits", [1, 2, 5, 64, 203])
+@pytest.mark.parametrize("spread, ties", [(0.1, False), (1, True), (1, False), (4, False)])
+def test_the_threshold_is_the_definitions(monkeypatch, kernel, n_logits, spread, ties):
     rng = np.random.default_rng(n_logits)
     logits = rng.normal(scale=spread, size=(len(SETTINGS), n_logits)).astype(np.float32)
     logits = np.round(logits, 1) if ties else logits
@@ -90,12 +102,32 @@ def test_the_threshold_is_the_definitions(monkeypatch, n_logits, spread, ties):
     for tail in (None, 0.5):  # of tokens that are not among these
         draws, rows = Draws.of([(s, (0, 0)) for s in SETTINGS]), mx.array(logits)
         total = None if tail is None else mx.logaddexp(log_mass(rows), mx.array(tail))
-        found = np.array(rows >= threshold(rows, draws, total))
+        with path_of(kernel, monkeypatch):
+            found = np.array(rows >= threshold(rows, draws, total))
         for keeps, x, (_, top_p, log_min_p), top_k in zip(
             found, logits, draws.settings.tolist(), draws.top_k.tolist(), strict=True
         ):
             expected = kept(x, -np.inf if tail is None else tail, top_p, log_min_p, top_k)
             np.testing.assert_array_equal(keeps[x > -np.inf], expected[x > -np.inf])
+
+
+@pytest.mark.parametrize("n_logits", [49_152, 262_208])
+def test_a_wide_rows_threshold_reads_it_once_a_digit(monkeypatch, n_logits):
+    """Equal logits fill one counter. There is no sort of all logits."""
+    rng = np.random.default_rng(0)
+    rows = mx.array(rng.normal(scale=2.0, size=(2, n_logits)).astype(np.float32))
+    rows[1] = 3.0
+    draws = Draws.of([(s, (0, 0)) for s in (DrawSettings(1.0, top_p=0.95), DrawSettings(1.0, 0.5))])
+    with path_of(False, monkeypatch):
+        expected = rows >= threshold(rows, draws)
+    with path_of(True, monkeypatch), kernels() as emulator:
+        found = rows >= threshold(rows, draws)
+        mx.eval(found)
+    n_kept = np.stack([expected.sum(axis=-1), found.sum(axis=-1)])
+    assert (np.abs(n_kept[0] - n_kept[1]) <= 2e-4 * n_kept[0]).all()
+    if emulator is not None:
+        (dispatch,) = emulator.dispatches
+        assert dispatch.buffers["logits"].reads <= 5 * rows.nbytes
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from mlx_flashhead import get_flash_head
 from mlx_flashhead.head.backend import BACKEND_VARIABLE
 from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.matrix import FORMATS
+from mlx_flashhead.head.matrix import FORMATS, Matrix
 from mlx_flashhead.models.install import install
 
 VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS, N_PROBES = 157, 128, 8, 20, 9
@@ -41,7 +41,7 @@ def parts(*, bits=4, dtype=mx.float32, mode="affine", group_size=64):
 
 
 def make_head(backend=None, n_probes=N_PROBES, **form) -> FlashHead:
-    settings = {"n_probes": n_probes, "eos_token_ids": (3,), "max_positions": 32}
+    settings = {"n_probes": n_probes, "eos_token_ids": (3,)}
     return FlashHead(*parts(**form), **settings, backend=backend)
 
 
@@ -61,14 +61,14 @@ class TestShapes:
             head = make_head("metal", dtype=dtype)
             assert head.backend == "metal"
             single = [hidden[i : i + 1] for i in range(32)]
-            full = np.concatenate([to_numpy(head(h)) for h in single])
+            full = np.concatenate([to_numpy(head.unverified_logits(h)) for h in single])
             tokens = np.concatenate([to_numpy(head.token(h)) for h in single])
             np.testing.assert_array_equal(tokens, full.argmax(axis=-1))
             assert len(set(tokens.tolist())) > 8
             for shape in SHAPES:
                 n_rows = int(np.prod(shape))
                 states = hidden[:n_rows].reshape(*shape, HIDDEN_SIZE)
-                logits, ids = head(states), head.token(states)
+                logits, ids = head.unverified_logits(states), head.token(states)
                 assert logits.shape == (*shape, VOCAB_SIZE) and ids.shape == shape
                 flat = to_numpy(logits).reshape(n_rows, VOCAB_SIZE)
                 np.testing.assert_allclose(flat, full[:n_rows], **close)
@@ -86,8 +86,7 @@ class TestShapes:
                 assert found.tokens.tolist() == expected.tokens.tolist()
                 risks = to_numpy(found.risk), to_numpy(expected.risk)
                 np.testing.assert_allclose(*risks, rtol=1e-4, atol=1e-5)
-            head.depth = 0.0
-            near = head.propose(hidden, None)
+            near = head.propose(hidden, None, depth=0.0)
         lowest = mx.finfo(near.logits.dtype).min
         assert ((near.logits == lowest).sum() > (found.logits == lowest).sum()).item()
 
@@ -98,21 +97,20 @@ class TestShapes:
             with kernels():
                 head = make_head("metal")
                 packed = mx.array(np.array(view))
-                np.testing.assert_array_equal(to_numpy(head(view)), to_numpy(head(packed)))
+                pair = head.unverified_logits(view), head.unverified_logits(packed)
+                np.testing.assert_array_equal(*map(to_numpy, pair))
                 np.testing.assert_array_equal(head.token(view), head.token(packed))
 
     def test_kernels_are_left_alone_where_the_head_is_dense(self):
-        """More positions than max_positions, all clusters probed, or a dense block."""
-        hidden = mx.random.normal((1, 33, HIDDEN_SIZE), key=mx.random.key(4))
+        """In a plain call, a dense block, and where all clusters are probed."""
+        hidden = mx.random.normal((1, 3, HIDDEN_SIZE), key=mx.random.key(4))
         with kernels() as emulator:
             head = make_head("metal")
-            exact = make_head("metal", n_probes=N_CLUSTERS)
             dense = head.dense_logits(hidden)
             assert mx.array_equal(head(hidden), dense)
-            few = hidden[:, :2]
-            assert mx.array_equal(exact(few), exact.dense_logits(few))
             with head.dense():
-                assert mx.array_equal(head(few), exact.dense_logits(few))
+                assert mx.array_equal(head(hidden), dense)
+            assert mx.array_equal(head.unverified_logits(hidden, N_CLUSTERS), dense)
             assert emulator is None or emulator.dispatches == []
 
 
@@ -137,7 +135,8 @@ class TestChoice:
         with kernels() as emulator:
             head = make_head("metal" if form.bits == 3 else None, **stored)
             close = {"rtol": 1e-5, "atol": 1e-5}
-            np.testing.assert_allclose(to_numpy(head(hidden)), to_numpy(portable(hidden)), **close)
+            pair = head.unverified_logits(hidden), portable.unverified_logits(hidden)
+            np.testing.assert_allclose(*map(to_numpy, pair), **close)
             np.testing.assert_array_equal(head.token(hidden), portable.token(hidden))
         assert head.backend == "metal" and f"do not read {form} rows" in head.backend_reason
         assert [record.getMessage() for record in caplog.records] == [head.backend_reason]
@@ -278,3 +277,28 @@ def test_sound_kernels_pass_and_are_built(dtype, caplog):
         mx.eval(model(mx.array([[5]])), model(mx.array([[5, 6]])))
         if emulator is not None:
             assert emulator.built == built
+
+
+@pytest.mark.skipif(on_gpu(), reason="GPUs are only named here")
+@pytest.mark.parametrize("architecture", ["applegpu_g13s", "applegpu_g14d", "applegpu_g15p", ""])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_verifications_are_in_float16_where_a_gpu_lacks_bfloat16(monkeypatch, architecture, dtype):
+    """From six states on, and nothing else; the logits keep their dtype."""
+    monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": architecture})
+    with kernels(check=False):
+        head = make_head("metal", dtype=dtype)
+        head.check_kernels(dtype)
+        taken = architecture[:12] in ("applegpu_g13", "applegpu_g14") and dtype == mx.bfloat16
+        assert (head.steps.float16_rows is not None) == taken
+        products = []
+        matmul = Matrix.matmul
+        note = lambda matrix, hidden: products.append(hidden.dtype) or matmul(matrix, hidden)  # noqa: E731
+        monkeypatch.setattr(Matrix, "matmul", note)
+        hidden = mx.random.normal((6, HIDDEN_SIZE), key=mx.random.key(5)).astype(dtype)
+        many, few = head.slot_logits(hidden), head.slot_logits(hidden[:5])
+        head.dense_logits(hidden)
+    assert products == [mx.float16 if taken else dtype, dtype, dtype]
+    assert many.dtype == few.dtype == dtype
+    # the CPU's products of 16 bits are not exact
+    if dtype == mx.float32:
+        np.testing.assert_allclose(many[:5], few, rtol=1e-5, atol=1e-5)

@@ -13,6 +13,7 @@ from mlx_flashhead.head import kernels as kernels_module
 from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.head.steps import Proposal
 from mlx_flashhead.index.settings import FlashHeadConfig
 
 emulator_only = pytest.mark.skipif(on_gpu(), reason="counts and checks of the emulator")
@@ -46,7 +47,7 @@ class TestGraph:
         token_ids = np.minimum(rng.permutation(160), 157).reshape(20, 8)
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
         monkeypatch.setattr(kernels_module, "MATRIX_FROM", 1000)
-        settings = {"n_probes": 6, "eos_token_ids": (3,), "max_positions": 32}
+        settings = {"n_probes": 6, "eos_token_ids": (3,)}
         head = FlashHead(rows, token_ids, centroids, backend="metal", **settings)
         clustered = head.clustered
         mx.eval(clustered.rows.arrays(), centroids.matrix.arrays(), clustered.route_bias)
@@ -65,10 +66,32 @@ class TestGraph:
         def propose(of):
             return lambda states: list(head.propose(states.reshape(-1, 128), of)[:5])
 
-        for function in (head, head.token, propose(None), propose(draws)):
+        for function in (head.unverified_logits, head.token, propose(None), propose(draws)):
             found = self.primitives(function, hidden)
             assert found.pop("CustomKernel") == 4
             assert set(found) <= {"Reshape", "Slice"}, found  # views
+
+    @pytest.mark.parametrize("draws", [None, Draws.of([(DrawSettings(1.0, 0.9), (1, 2))] * 32)])
+    def test_a_verification_is_three_kernels_beside_the_product(self, monkeypatch, draws):
+        """The last join, screen and certain; a join for each 7 tokens that wait came before."""
+        head = self.head(monkeypatch, mx.bfloat16, 4)
+        rooms = mx.zeros(32), mx.zeros(32)
+        mx.eval(rooms, *[] if draws is None else draws[:3])
+
+        def verify(*arrays):
+            parts = [arrays[:3], arrays[3:]]
+            parts = [Proposal(h, None, p, logits, None, None) for h, p, logits in parts]
+            rows = [(0, i) for i in range(31)] + [(1, 0)]
+            one = head.joined(parts, rows, [0] * 32)
+            return list(head.certain(head.slot_logits(one.hidden), one, draws, *rooms, 0.0))
+
+        inputs = []
+        for n in (31, 1):
+            inputs += [mx.zeros((n, 128), mx.bfloat16), mx.zeros((n, 8), mx.uint32)]
+            inputs += [mx.zeros((n, 8, 8), mx.bfloat16)]
+        found = self.primitives(verify, *inputs)
+        assert found.pop("CustomKernel") == 3 and found.pop("QuantizedMatmul") == 1
+        assert set(found) <= {"Reshape", "Slice", "Squeeze", "Broadcast", "Add"}, found  # the bias
 
     def test_kernels_get_contiguous_arrays(self, monkeypatch):
         """MLX would copy any other before each call."""
@@ -119,12 +142,12 @@ def test_neither_probes_nor_positions_compile_anything():
     centroids = make_centroids(rng, n_clusters, 64, group_size=64)
     token_ids = rng.permutation(2 * n_clusters).reshape(n_clusters, 2)
     with kernels(check=False) as emulator:
-        head = FlashHead(rows, token_ids, centroids, n_probes=1, backend="metal", max_positions=32)
+        head = FlashHead(rows, token_ids, centroids, n_probes=1, backend="metal")
         for n_probes in (1, 17, n_clusters - 1):
             head.n_probes = n_probes
             for n_positions in (1, 2, 8, 32):
                 hidden = mx.array(rng.normal(size=(n_positions, 64))).astype(mx.bfloat16)
-                mx.eval(head(hidden), head.token(hidden), head.candidates(hidden))
+                mx.eval(head.unverified_logits(hidden), head.token(hidden), head.candidates(hidden))
     names = Counter(text.partition("custom_kernel_flash_head_")[2][:3] for text in emulator.built)
     assert names == {"rou": 2, "sel": 2, "sco": 1, "exp": 1, "sam": 1}
 
@@ -193,7 +216,7 @@ class TestTraffic:
         }.items():
             assert dispatches_of(clustered, hidden, 9, setting)["sample"].barriers == n_barriers
 
-    @pytest.mark.parametrize("n_clusters", [3072, 9496, 16384])
+    @pytest.mark.parametrize("n_clusters", [3072, 9496, 16384, 16388])
     def test_select_reads_the_scores_once(self, n_clusters):
         rng = np.random.default_rng(4)
         rows = make_rows(rng, n_clusters, 4, bits=16, group_size=0, dtype=mx.float16)

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from kernel_cases import KERNEL_FILES, on_gpu
-from mlx_flashhead.head.kernels import header, part
+from mlx_flashhead.head.kernel_text import header, part
 
 STANDALONE = KERNEL_FILES.with_suffix(".metal")
 NAMES = sorted(file.stem for file in KERNEL_FILES.iterdir())

@@ -8,12 +8,12 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.head import backend
+from mlx_flashhead.head import backend, kernel_text
 from mlx_flashhead.head import kernels as kernels_module
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.matrix import Matrix
 
-KERNEL_FILES = Path(kernels_module.__file__).parents[2] / "metal" / "flash_head"
+KERNEL_FILES = Path(kernel_text.__file__).parents[2] / "metal" / "flash_head"
 # Half a unit in the last place, relative.
 ROUNDING = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 # Error of a float32 sum, relative to the sum of its terms' magnitudes. A lane adds D/32 terms one
@@ -51,12 +51,12 @@ def changed_kernels(right: str, wrong: str):
     files = {file.stem: file.read_text() for file in KERNEL_FILES.glob("*.h")}
     assert sum(text.count(right) for text in files.values()) == 1, right
     changed = {name: text.replace(right, wrong) for name, text in files.items()}
-    with mock.patch.object(kernels_module, "part", changed.__getitem__):
-        kernels_module.header.cache_clear()
+    with mock.patch.object(kernel_text, "part", changed.__getitem__):
+        kernel_text.header.cache_clear()
         try:
             yield
         finally:
-            kernels_module.header.cache_clear()
+            kernel_text.header.cache_clear()
 
 
 def to_numpy(array: mx.array) -> np.ndarray:

@@ -53,9 +53,9 @@ def test_an_estimate_by_hand():
     dense = body + head + 2 * 128256 / 13e3
     assert apple_estimates.dense_us(model, chip, 4, 4) == pytest.approx(dense)
     assert apple_estimates.ceiling("llama-3.2-1b", "m1", 4) == pytest.approx(dense / body)
-    # five states are five reads of the rows there, and 32 cost as much as 6
-    verify_us = [apple_estimates.verify_us(model, chip, 4, k, "greedy") for k in (1, 5, 6, 32)]
-    assert verify_us[1] > 4 * verify_us[0] and verify_us[3] < 1.1 * verify_us[2]
+    # up to four states are as many reads of the rows there, and 32 cost as much as 5
+    verify_us = [apple_estimates.verify_us(model, chip, 4, k, "greedy") for k in (1, 4, 5, 32)]
+    assert verify_us[1] > 3 * verify_us[0] and verify_us[3] < 1.1 * verify_us[2]
     gain = apple_estimates.gain("llama-3.2-1b", "m1", 4)
     assert 1 < gain < dense / body
 

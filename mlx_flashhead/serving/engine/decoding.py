@@ -100,6 +100,7 @@ class Single:
             "prompt_cache": self._cache,
             "context": reading.tokens,
             "proposer": self.proposer,
+            "logits_processors": _guarded(job),
             "kv_bits": flags.kv_bits,
             "kv_group_size": flags.kv_group_size,
             "quantized_kv_start": flags.quantized_kv_start,
@@ -107,13 +108,10 @@ class Single:
         start = mx.array(self._tokens[-1:])
         self._steps: Generator[tuple[Any, ...], None, None]
         if served.draft_model is None:
-            options["logits_processors"] = _guarded(job)
             options |= {"logprobs": job.request.logprobs is not None, "n_begun": len(job.tokens)}
             # without a limit, so that its cache holds all tokens that it has yielded
             self._steps = verified_steps(start, served.model, stream, max_tokens=-1, **options)
         else:
-            before = mx.array(reading.tokens, dtype=mx.uint32)
-            options["logits_processors"] = _guarded(job, before)
             options["num_draft_tokens"] = job.request.num_draft_tokens
             options["max_tokens"] = job.max_tokens
             self._steps = drafted_steps(start, served.model, served.draft_model, stream, **options)
@@ -155,19 +153,21 @@ def kind_of(job: Job) -> tuple:
 def _proposer(job: Job) -> Proposer:
     served, request = job.served, job.request
     return Proposer(
-        served.model, verify=served.verify, dense=request.dense, n_probes=request.n_probes
+        served.model,
+        verify=served.verify,
+        dense=request.dense,
+        n_probes=request.n_probes,
+        max_wait=served.max_wait,
     )
 
 
-def _guarded(job: Job, before: mx.array | None = None) -> list[LogitsProcessor]:
-    """A sequence's processors, which get tokens ``before`` the loop's. Failures end it alone."""
+def _guarded(job: Job) -> list[LogitsProcessor]:
+    """A sequence's processors, whose failures end this one alone."""
 
     def guarded(processor: LogitsProcessor) -> LogitsProcessor:
         def run(tokens: mx.array, logits: mx.array) -> mx.array:
             if job.error is None:
                 try:
-                    if before is not None:
-                        tokens = mx.concatenate([before, tokens])
                     return processor(tokens, logits)
                 except BaseException as error:  # a panic of a library in Rust is no Exception
                     job.error = error

@@ -1,5 +1,6 @@
 """From a request to its jobs: prompts as tokens, and for each answer its progress and its text."""
 
+import secrets
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -79,8 +80,9 @@ class Job:
     def __post_init__(self):
         request, self.served = self.request, self.request.served
         self.max_tokens = min(request.max_tokens, self.served.context - len(self.prompt.tokens))
-        # OpenAI's seeds may be negative
-        seed = None if request.seed is None else request.seed % 2**64 + self.index
+        # OpenAI's seeds may be negative. Without one, MLX's random state decides nothing, which a
+        # function that fails while MLX compiles it leaves unusable.
+        seed = secrets.randbits(64) if request.seed is None else request.seed % 2**64 + self.index
         self.sampler = make_sampler(**request.sampling, seed=seed)
         # Each is called once for every token, with all tokens so far, and may hold a state. Arrays
         # that it holds must be evaluated already: it is called in another thread.

@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Access:
-    """The rules of one server."""
+    """The rules of a server."""
 
     token: str | None = None  # that clients send; None on 127.0.0.1, where they need none
     hosts: frozenset[str] = frozenset()  # further names of the server, in lower case

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import mlx.core as mx
+import pytest
 
 import mlx_flashhead
 from engines import CHUNK, LONG, SHORT, generated, submit, tokens_of, until
@@ -61,7 +62,10 @@ def test_room_is_made_for_caches_in_use():
     assert caches.find(SimpleNamespace(name="another"), [3, 0, 7]) == (None, 0)
 
 
-def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(tmp_path, start_engine):
+@pytest.mark.parametrize("drafts", [False, True])
+def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(
+    tmp_path, start_engine, caplog, drafts
+):
     settings = {"head_dim": 32, "query_pre_attn_scalar": 32}
     settings |= {"sliding_window": 32, "sliding_window_pattern": 2}
     dense = write_model(tmp_path / "dense", arch="gemma3_text", hidden_size=64, further=settings)
@@ -69,7 +73,7 @@ def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(tmp_path, start_e
     mlx_flashhead.convert(str(dense), folder, n_probes=4, **options)
     loaded = mlx_flashhead.load(folder)
     first, second = [*LONG[:80], 50, 51], [*LONG[:80], 60, 61, 62]
-    with start_engine(folder=folder) as engine:
+    with start_engine(folder=folder, drafts=drafts) as engine:
         assert not engine.models.result()[0].cuttable
         for prompt, landmarks, cached in (
             (first, (80, 81), 0),
@@ -80,6 +84,7 @@ def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(tmp_path, start_e
             one = submit(engine, prompt, landmarks=landmarks)
             assert tokens_of(one) == generated(loaded, prompt)
             assert one.cached == cached
+    assert "Traceback" not in caplog.text
 
 
 def test_pace_finds_what_fits_into_a_chunks_time():

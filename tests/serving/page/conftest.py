@@ -3,7 +3,6 @@
 import os
 import shutil
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
@@ -11,7 +10,6 @@ from playwright.sync_api import expect, sync_playwright
 from mlx_flashhead.serving.network.access import Access
 from scripted_server import LAN_NAME, TOKEN
 
-SCREENSHOTS = Path(__file__).parents[3] / "screenshots"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSERS += ("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",)
 ARGUMENTS = (
@@ -110,14 +108,3 @@ def lan(server):
     """The server's address, if it is on a network: it needs the token."""
     server[1].access = Access(TOKEN)
     return f"http://{LAN_NAME}:{server[0]}/"
-
-
-@pytest.fixture
-def screenshot():
-    """Saves a picture of a page for people to look at: (page, name)."""
-
-    def save(page, name):
-        SCREENSHOTS.mkdir(exist_ok=True)
-        page.screenshot(path=SCREENSHOTS / f"{name}.png", animations="disabled")
-
-    return save

@@ -1,6 +1,7 @@
 """The page in a real browser: questions, answers, settings, keys."""
 
 from itertools import cycle
+from pathlib import Path
 from threading import Event
 
 import pytest
@@ -9,6 +10,7 @@ from playwright.sync_api import expect
 from page_actions import answers, ask, settings, tap
 from scripted_server import MODEL, TOKEN
 
+SCREENSHOTS = Path(__file__).parents[3] / "screenshots"
 SCREENS = ("macbook", "ipad", "ipad-landscape", "ipad-half", "iphone-se", "iphone")
 ANSWER = """Sunlight is a **mixture of all colours**, of which short waves are scattered *far more*:
 
@@ -27,9 +29,13 @@ $$I \\propto \\frac{1}{\\lambda^4}$$"""
 
 
 @pytest.mark.parametrize("screen, dark", [*zip(SCREENS, cycle([True, False]), strict=False)])
-def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark):
+def test_ask_and_see_the_stream(lan, script, open_page, screen, dark):
     """And pictures of everything, for people to look at."""
-    name = f"{screen}-{'dark' if dark else 'light'}"
+
+    def picture(name):
+        path = SCREENSHOTS / f"{screen}-{'dark' if dark else 'light'}-{name}.png"
+        page.screenshot(path=path, animations="disabled")
+
     half = Event()
     text = [ANSWER[i : i + 6] for i in range(0, len(ANSWER), 6)]
     script.answers = [[*text[:21], half, *text[21:]], text, text]
@@ -38,7 +44,7 @@ def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark
     expect(page.locator("#mode")).to_have_text("· verified")
     assert not page.evaluate("isSecureContext")
     assert page.url == lan  # the token has left the address bar
-    screenshot(page, f"{name}-1-welcome")
+    picture("1-welcome")
 
     ask(page, "Why is the sky blue?")
     expect(answers(page).locator("ol > li")).to_have_count(1)
@@ -46,29 +52,30 @@ def test_ask_and_see_the_stream(lan, script, open_page, screenshot, screen, dark
     expect(page.locator("#send")).to_be_hidden()
     expect(page.locator(".stats")).to_have_count(0)
     expect(page.locator("article[aria-busy=true] h2")).to_have_text("Answer")
-    screenshot(page, f"{name}-2-stream")
+    picture("2-stream")
     half.set()
     figures = f"35.5 tokens/s · verified · {len(text)} tokens"
     expect(page.locator(".stats")).to_contain_text(figures)
     expect(page.locator("#send")).to_be_visible()
     expect(page.locator("article[aria-busy=true]")).to_have_count(0)
+    expect(page.locator("article > h2")).to_have_text(["You", "Answer"])  # VoiceOver hears them
     expect(answers(page).locator("strong")).to_have_text("mixture of all colours")
     expect(answers(page).locator("pre code")).to_contain_text("    return 1 / wavelength_nm**4")
     expect(answers(page).locator("td")).to_have_text(["Red", "700 nm"])
     assert page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight") < 2
-    screenshot(page, f"{name}-3-answer")
+    picture("3-answer")
     assert script.requests[0]["messages"] == [{"role": "user", "content": "Why is the sky blue?"}]
 
     if page.locator("#open-history").is_visible():
         page.locator("#open-history").click()
-    screenshot(page, f"{name}-4-conversations")
+    picture("4-conversations")
     page.keyboard.press("Escape")
     page.locator("#open-settings").click()
-    screenshot(page, f"{name}-5-settings")
+    picture("5-settings")
     page.get_by_role("button", name="Done").click()
     page.get_by_role("button", name="Compare").click()
     expect(page.locator("#verdict")).to_contain_text("The texts are equal.")
-    screenshot(page, f"{name}-6-compare")
+    picture("6-compare")
 
 
 def test_how_much_is_read_and_a_thought_that_is_folded_away(script, page):

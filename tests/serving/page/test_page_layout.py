@@ -1,4 +1,4 @@
-"""What fingers, small screens, keyboards on the screen and VoiceOver need."""
+"""What fingers, small screens and keyboards on the screen need."""
 
 import pytest
 from playwright.sync_api import expect
@@ -95,13 +95,3 @@ def test_reader_is_not_pulled_down_and_the_way_down_is_above_the_text_box(page):
     down.tap()
     expect(down).to_be_hidden()
     assert page.evaluate(TO_END) < 2
-
-
-def test_voiceover_hears_who_speaks_and_which_conversation_goes(page):
-    speakers = page.locator("#messages").get_by_role("heading", level=2)
-    expect(speakers).to_have_text(["You", "Answer"])
-    if page.locator("#open-history").is_visible():
-        page.locator("#open-history").tap()
-    for action in ("Rename", "Delete"):
-        button = page.get_by_role("button", name=f"{action} “Wide”", exact=True)
-        expect(button).to_be_visible()

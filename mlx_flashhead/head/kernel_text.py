@@ -1,0 +1,103 @@
+"""The bodies of the Metal kernels, one call each of a function in ``metal/flash_head/``."""
+
+from functools import cache
+from pathlib import Path
+
+ROUTE_BODY = """
+flash_head::route<D, C, H>(
+    {rows}, hidden, route_bias, scores, hidden_shape[0], threadgroup_position_in_grid,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+SELECT_BODY = """
+threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
+threadgroup uint shared[flash_head::SELECT_SHARED];
+threadgroup float sums[flash_head::ROW_SUMS];
+flash_head::select_probes<C>(
+    scores, flash_head::{words}, n_probes, depth, probes, unscored, histogram, shared, sums,
+    threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);
+"""
+SCORE_BODY = """
+threadgroup uint shared[flash_head::SCORE_SIMDGROUPS];
+flash_head::score<D, N, V, PADDED, PRODUCT>(
+    {rows}, hidden, probes, token_ids, {bias}, logits, best, shared, threadgroups_per_grid.x,
+    threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+EXPAND_BODY = """
+threadgroup uint shared[flash_head::WIDE_SIMDGROUPS];
+flash_head::expand<V, C, N>(
+    words, slot_of, logits, best, expanded, shared, best_shape[1], threadgroup_position_in_grid,
+    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+SAMPLE_BODY = """
+threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
+threadgroup uint shared[flash_head::SAMPLE_SHARED];
+threadgroup float sums[flash_head::ROW_SUMS];
+flash_head::sample<N, V, T>(
+    probes, token_ids, logits, best, unscored, settings, top_k, keys, fit, tokens, risk, histogram,
+    shared, sums, best_shape[1], threadgroup_position_in_grid.y, thread_index_in_threadgroup,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+
+LOWEST_KEPT_BODY = """
+threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
+threadgroup uint shared[flash_head::SAMPLE_SHARED];
+threadgroup float sums[flash_head::ROW_SUMS];
+flash_head::lowest_kept(
+    logits, settings, top_k, log_total, kept, histogram, shared, sums, logits_shape[1],
+    threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);
+"""
+SCREEN_BODY = """
+threadgroup atomic<uint> marks[flash_head::SCREEN_CLUSTERS / 32];
+threadgroup uint place[1];
+threadgroup float shared[6 * flash_head::WIDE_SIMDGROUPS];
+flash_head::screen<C, N, V, PADDED>(
+    slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, parts,
+    marks, place, shared, logits_shape[1], threadgroups_per_grid.x, threadgroup_position_in_grid,
+    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+CERTAIN_BODY = """
+threadgroup float shared[8 * flash_head::ROW_SIMDGROUPS];
+flash_head::certain<N, V>(
+    parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, epsilon,
+    sure, known, shared, logits_shape[1], parts_shape[1], threadgroup_position_in_grid.y,
+    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+JOIN_BODY = """
+const uint row = threadgroup_position_in_grid.y;
+const uint from = rows[2 * row + 1];
+const uint first = thread_position_in_grid.x;
+const uint step = threads_per_grid.x;
+const uint held = logits_0_shape[1];
+switch (rows[2 * row]) {{
+{cases}
+}}
+"""
+JOIN_CASE = """  case {i}:
+    flash_head::copy_row(hidden_{i}, from, hidden, row, D, first, step);
+    flash_head::copy_row(probes_{i}, from, probes, row, held, first, step);
+    flash_head::copy_row(logits_{i}, from, logits, row, held * N, first, step);
+    break;"""
+
+
+@cache
+def part(name: str) -> str:
+    """The text of one file of the kernels: of the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    file = Path("metal", "flash_head", f"{name}.h")
+    for folder in (package, package.parent):
+        if (folder / file).is_file():
+            return (folder / file).read_text(encoding="utf-8")
+    raise FileNotFoundError(
+        f"The kernels' file {file} is missing from this installation: install mlx-flashhead again."
+    )
+
+
+@cache
+def header(*names: str) -> str:
+    """The files that a kernel needs, "constants" and "values" first, without comments and
+    indentation: MLX copies and hashes this text at every call of a kernel (docs/speed.md)."""
+    text = "\n".join(map(part, ("constants", "values", *names)))
+    lines = (line.split("//")[0].strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
