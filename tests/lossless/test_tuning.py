@@ -130,7 +130,7 @@ def test_settings_for_more_clusters_than_there_are():
 @pytest.mark.parametrize("share", [0.0003, 0.003, 0.01])
 @pytest.mark.parametrize("honest", [1.0, 5.0])
 def test_the_threshold_of_risk_is_about_the_best(fixed, share, honest):
-    """By recorded risks, on others of the same kind; ``fixed`` is the cost of a verification, in steps.
+    """By recorded risks, on others of their kind; ``fixed`` is a verification, in steps.
     Risks may be ``honest`` times as large as they should be."""
     rng = np.random.default_rng(0)
 
