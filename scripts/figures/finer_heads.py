@@ -140,6 +140,7 @@ def table(figures: dict) -> Iterator[str]:
     yield line(*["---"] * 8)
     for name, of_model in figures["quality"].items():
         speeds = figures["speed"].get(name, {})
+        name += f", {of_model['unquantized']['positions']:,} positions"
         for form, row in of_model.items():
             cells = [
                 f"{speeds[f'{form}, {kind}']['tokens_per_second']:.1f}"
