@@ -89,6 +89,8 @@ def report(
             "results": measured,
         }
         Path(args.report).write_text(json.dumps(figures, indent=2) + "\n")
+        if mx.metal.is_available():
+            print(f"Please attach {args.report} to an issue of the project.", file=sys.stderr)
     if args.plot:
         _draw(tables, args.plot)
     if stopped is not None:

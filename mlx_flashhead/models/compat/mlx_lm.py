@@ -40,7 +40,6 @@ from mlx_lm.utils import (
 from .patching import replaced
 
 if find_spec("mlx_lm.cli_ui") is not None:  # new in 0.32
-    from mlx_lm.chat import setup_arg_parser as chat_parser
     from mlx_lm.generate import (
         BatchGenerator,
         TextStateMachine,
@@ -49,7 +48,6 @@ if find_spec("mlx_lm.cli_ui") is not None:  # new in 0.32
         make_text_state_machine,
         speculative_generate_step,
     )
-    from mlx_lm.generate import setup_arg_parser as generate_parser
     from mlx_lm.utils import (
         DEFAULT_ALLOW_PATTERNS,
         load,
@@ -62,8 +60,6 @@ else:
         BatchGenerator,
         TextStateMachine,
         batch_generate,
-        chat_parser,
-        generate_parser,
         generate_step,
         load,
         make_text_state_machine,

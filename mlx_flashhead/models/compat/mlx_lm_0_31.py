@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import attrgetter
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm import chat, utils
+from mlx_lm import utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
@@ -112,19 +111,6 @@ def batch_generate(
     response = module.batch_generate(model, seen, prompts, **options)
     response.token_ids = token_ids if return_token_ids else None
     return response
-
-
-def _parser(of_program: Callable[[], ArgumentParser]) -> ArgumentParser:
-    """The flags of a program of mlx-lm's, with 0.32's ``--prefill-step-size``."""
-    parser = of_program()
-    said = "Tokens of a prompt read at a time."
-    parser.add_argument("--prefill-step-size", type=int, default=2048, help=said)
-    parser.set_defaults(image=())  # and without its --image
-    return parser
-
-
-generate_parser = partial(_parser, module.setup_arg_parser)
-chat_parser = partial(_parser, chat.setup_arg_parser)
 
 
 class TextStateMachine:
