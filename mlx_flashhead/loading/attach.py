@@ -94,6 +94,11 @@ def attach_head(
 
     ``source`` is the model's folder, or its name. Returns None for a model that stays dense.
     """
+    if model.training:
+        raise ValueError(
+            "This model is in training mode, whose dropout would change the states that a "
+            "FlashHead is built from: call model.eval() first."
+        )
     if get_flash_head(model) is not None:
         raise ValueError("FlashHead is already installed on this model: detach it first.")
     may_stay_dense = options.missing in (DENSE, LATER) and stored is None

@@ -324,7 +324,7 @@ def room_of_drafts(caches: Iterable[Any], n_tokens: int) -> int | None:
         if hasattr(layer, "caches"):
             inner = room_of_drafts(layer.caches, n_tokens)
             rooms += [] if inner is None else [inner]
-        elif not trims(layer):
+        elif not trims(layer, ahead=0):
             rooms.append(0)
         elif getattr(layer, "max_size", None) is not None:
             rooms.append(max(0, layer.max_size - (length_of(layer) or 0) - n_tokens - 2))

@@ -73,8 +73,9 @@ def batch_limit(head: FlashHead) -> int:
     return CPU_BATCH if on_cpu else max(1, head.n_clusters // head.n_probes)
 
 
-def state_class(head: FlashHead, k: int) -> int:
-    """The size to which a product of ``k`` states is filled up. On a CPU it stays as it is."""
+def product_size(k: int) -> int:
+    """The size to which a product of ``k`` states is filled up, so that its kernel is that whose
+    rounding is known. A CPU has one for all."""
     if mx.default_device().type == mx.cpu:
         return k
     return next((size for size in CLASSES if size >= k), -(-k // CLASSES[-1]) * CLASSES[-1])
@@ -98,35 +99,49 @@ def decoding_mode(model: nn.Module, *, verify: bool = True, dense: bool = False)
 
 
 def overhead(
-    risks: Sequence[int], step: float, verification: float, k: int, max_risk: float
+    risks: Sequence[float],
+    chances: Sequence[float],
+    step: float,
+    verification: float,
+    k: int,
+    max_risk: float,
 ) -> float:
-    """Seconds a token that verifications and wasted steps take, by recorded risks.
+    """Expected seconds a token that verifications and wasted steps take.
 
-    ``risks`` are those of `index/settings.py`: 1 + 10,000 times the risk of a proposal, negative
-    where the dense choice differed. A verification of up to ``k`` tokens takes ``verification``
-    seconds and comes when their risks add up to ``max_risk``; after a rejected token, the steps
-    behind it and the one that runs meanwhile are wasted.
+    ``risks`` and ``chances`` of another dense choice are those of proposals in their order. A
+    verification of up to ``k`` tokens takes ``verification`` seconds and comes when their risks add
+    up to ``max_risk``. A rejected token wastes the steps behind it, and the one that runs then.
     """
-    total, n, i = 0.0, 0, 0
+    total, n, i = 0.0, 0.0, 0
     while i < len(risks):
         end, risk = i, 0.0
         while end < len(risks) and end - i < k and (end == i or risk < max_risk):
-            risk += (abs(risks[end]) - 1) / 10_000
+            risk += risks[end]
             end += 1
-        rejected = next((place for place in range(i, end) if risks[place] < 0), None)
+        reached, gained = 1.0, 0.0  # the chance that all before are accepted, and accepted tokens
         total += verification
-        if rejected is not None:
-            total += step * (end - rejected)  # those behind it, and the one that runs
-            end = rejected + 1
-        n += end - i
-        i = end
-    return total / max(n, 1)
+        for place in range(i, end):
+            gained += reached
+            total += reached * chances[place] * step * (end - place)
+            reached *= 1 - chances[place]
+        n += gained
+        i += max(1, round(gained))
+    return total / max(n, 1.0)
 
 
 def best_risk(
-    risks: Sequence[int], step: float, verification: float, k: int
+    recorded: Sequence[int], step: float, verification: float, k: int
 ) -> tuple[float, float]:
-    """The sum of risks at which a verification is best made, and the overhead a token with it."""
-    tried = [(overhead(risks, step, verification, k, r), r) for r in THRESHOLDS]
+    """The sum of risks at which a verification is best made, and the overhead a token with it.
+
+    ``recorded`` are risks as `index/settings.py` keeps them: 1 + 10,000 times the risk of a
+    proposal, negative where the dense choice differed. These are few: so the risks count as
+    chances, scaled to add up to them and half of one more.
+    """
+    risks = [(abs(value) - 1) / 10_000 for value in recorded]
+    n_rejected = sum(value < 0 for value in recorded)
+    scale = (n_rejected + 0.5) / (sum(risks) + 0.5)
+    chances = [min(scale * risk, 1.0) for risk in risks]
+    tried = [(overhead(risks, chances, step, verification, k, r), r) for r in THRESHOLDS]
     seconds, risk = min(tried)
     return risk, seconds

@@ -76,11 +76,11 @@ def length_of(layer: Any) -> int | None:
     return offset if isinstance(offset, int) else None
 
 
-def trims(layer: Any, quantized_from: int | None = None) -> bool:
-    """Whether a cache can be trimmed now and after the next tokens."""
+def trims(layer: Any, quantized_from: int | None = None, ahead: int = AHEAD) -> bool:
+    """Whether a cache can be trimmed now and ``ahead`` tokens later."""
     parts = getattr(layer, "caches", None)
     if parts is not None:
-        return all(trims(part, quantized_from) for part in parts)
+        return all(trims(part, quantized_from, ahead) for part in parts)
     if not hasattr(layer, "is_trimmable") or not layer.is_trimmable():
         return False
     if hasattr(layer, "chunk_size"):  # forgets what is before its chunk
@@ -89,11 +89,11 @@ def trims(layer: Any, quantized_from: int | None = None) -> bool:
     if offset is None:  # of a batch
         offset = int(getattr(layer, "_offset", getattr(layer, "_idx", 0)))
     window = getattr(layer, "max_size", None)
-    if window is not None and offset + AHEAD >= window:
+    if window is not None and offset + ahead >= window:
         return False
     if quantized_from is None or not hasattr(layer, "to_quantized"):
         return True
-    return offset + AHEAD < quantized_from
+    return offset + ahead < quantized_from
 
 
 def _copied(layer: Any) -> Any:

@@ -16,7 +16,7 @@ from ..head.draw import Draws, log_mass, noise_of_all, threshold
 from ..head.flash_head import FlashHead
 from ..head.steps import Proposal
 from ..models.cpu_products import numpy_is_faster, slot_products, to_mlx
-from .policy import state_class
+from .policy import product_size
 from .proposer import Proposer
 from .sequence import (
     PendingToken,
@@ -32,7 +32,7 @@ MAX_READ = 64  # tokens that may be read while a verification is computed
 FEW = 4  # tokens that may wait longer, on a machine that is slow to compute them
 JOINED = 7  # pending tokens that are joined at a time, by one kernel
 
-N_STATES = 4  # whose products are compared for the rounding
+N_STATES = 3  # whose products are compared for the rounding
 ULPS = 2  # of the result's dtype: each of two values is rounded to the nearest
 MEASURED = 4  # times what was measured on a few states
 MASS_ROUNDING = 2e-4  # of a sum over all tokens, relative
@@ -57,7 +57,7 @@ class SlotProduct:
             self._future = _worker().submit(slot_products, np.asarray(rows.weight), states)
             return
         # A product has the kernel of its class of sizes, whose rounding is known.
-        missing = state_class(head, self._k) - self._k
+        missing = product_size(self._k) - self._k
         if missing:
             hidden = mx.pad(hidden, [(0, missing), (0, 0)])
         self._hidden = hidden
@@ -122,9 +122,10 @@ def rounding_of(head: FlashHead, dtype: mx.Dtype, k: int) -> Rounding:
     Source: Higham 2002, "Accuracy and stability of numerical algorithms", section 3.1.
     """
     known = _roundings.setdefault(head, {})
-    key = dtype, state_class(head, k)
+    size = N_STATES if mx.default_device().type == mx.cpu else product_size(k)
+    key = dtype, size
     if key not in known:
-        known[key] = _measure(head, dtype, key[1])
+        known[key] = _measure(head, dtype, size)
     return known[key]
 
 

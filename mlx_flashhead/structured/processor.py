@@ -77,10 +77,9 @@ class GrammarProcessor:
         self.begin()
 
     def _new_matcher(self) -> Any:
-        library = llguidance()
-        limits = library.LLParserLimits(step_max_items=MAX_ITEMS)
-        compiled = self.grammar.compiled
-        return library.LLMatcher(self._vocabulary, compiled, log_level=0, limits=limits)
+        limits = llguidance().LLParserLimits(step_max_items=MAX_ITEMS)
+        make, compiled = llguidance().LLMatcher, self.grammar.compiled
+        return make(self._vocabulary, compiled, log_level=0, limits=limits)
 
     def begin(self) -> None:
         """Forgets the text so far. The next tokens are a prompt."""
@@ -215,12 +214,10 @@ def grammar_processor(
     if [json_schema, regex, grammar].count(None) != 2:
         raise ValueError("Give one of json_schema, regex and grammar.")
     if json_schema is not None:
-        form = Grammar.from_json_schema(json_schema)
-    elif regex is not None:
-        form = Grammar.from_regex(regex)
-    else:
-        form = Grammar.from_lark(grammar)  # type: ignore[arg-type]
-    return GrammarProcessor(tokenizer, form)
+        return GrammarProcessor(tokenizer, Grammar.from_json_schema(json_schema))
+    if regex is not None:
+        return GrammarProcessor(tokenizer, Grammar.from_regex(regex))
+    return GrammarProcessor(tokenizer, Grammar.from_lark(grammar))  # type: ignore[arg-type]
 
 
 def _vocabulary(tokenizer: Any) -> Any:

@@ -16,7 +16,7 @@ def pair(shared_pair):
     head = shared_pair.head
     before = head.n_probes
     yield shared_pair
-    head.n_probes, head.max_positions = before, None
+    head.n_probes = before
 
 
 @pytest.fixture

@@ -34,10 +34,10 @@ class Pair:
         stream = stream_generate(model, self.tokenizer, prompt, max_tokens=max_tokens, **options)
         return [response.token for response in stream]
 
-    def bare(self, ids, n_tokens=12) -> list[int]:
-        """What the head alone gives: the token after the prompt is the dense model's."""
-        first = uncached(self.dense, ids, 1)
-        return first + uncached(self.model, [*ids, *first], n_tokens - 1)
+    def unverified(self, ids, n_tokens=12) -> list[int]:
+        """What the FlashHead chooses by itself."""
+        with self.head.settings():
+            return uncached(self.model, ids, n_tokens)
 
 
 def _attend_strongly(folder: Path) -> None:
@@ -63,8 +63,7 @@ def make_pair(folder: Path, *, tied: bool, seed: int = 4, **options) -> Pair:
 
 def uncached(model, prompt: list[int], n_tokens: int = 12) -> list[int]:
     """Greedy tokens, each by a forward pass over all tokens before it, whose last state alone
-    goes through the head. Those of the dense model are what every mode has to give; those of a
-    model with a FlashHead, what the bare head has to give."""
+    goes through the head. Those of the dense model are what every mode has to give."""
     ids = list(prompt)
     for _ in range(n_tokens):
         ids.append(mx.argmax(last_logits(model, ids)).item())

@@ -38,12 +38,12 @@ def test_the_text_is_mlx_lms_of_the_dense_model(flash, pair, prompt):
         assert text_of_stream(*flash, prompt, max_tokens=TOKENS, **options) == expected
 
 
-def test_without_the_check_it_is_the_bare_heads_text(flash, pair, head):
+def test_without_verification_the_flash_head_chooses(flash, pair, head):
     ids = pair.encode("One day")
     usual = pair.tokens(pair.model, ids, verify=False)
-    assert usual == pair.bare(ids) != uncached(pair.dense, ids)
+    assert usual == pair.unverified(ids) != uncached(pair.dense, ids)
     head.n_probes = 1
-    expected = until_end(pair, pair.bare(ids))
+    expected = until_end(pair, pair.unverified(ids))
     head.n_probes = N_PROBES
     found = until_end(pair, pair.tokens(pair.model, ids, n_probes=1, verify=False))
     assert found == expected != usual
@@ -53,7 +53,7 @@ def test_without_the_check_it_is_the_bare_heads_text(flash, pair, head):
 def test_prompts_in_parts(flash, pair, size):
     ids, options = pair.encode("How do I bake bread for two people"), {"prefill_step_size": size}
     assert pair.tokens(pair.model, ids, **options) == uncached(pair.dense, ids)
-    assert pair.tokens(pair.model, ids, verify=False, **options) == pair.bare(ids)
+    assert pair.tokens(pair.model, ids, verify=False, **options) == pair.unverified(ids)
 
 
 def test_mlx_lms_keywords_arrive(flash, capsys):
@@ -127,7 +127,7 @@ def prompts(pair):
 def test_batch_is_what_each_gets_alone(flash, pair, prompts, sizes, settings):
     expected = [uncached(pair.dense, ids, TOKENS) for ids in prompts]
     if settings == {"verify": False}:
-        expected = [pair.bare(ids, TOKENS) for ids in prompts]
+        expected = [pair.unverified(ids, TOKENS) for ids in prompts]
     expected = [until_end(pair, tokens) for tokens in expected]
     options = {"max_tokens": TOKENS, "return_token_ids": True, **sizes, **settings}
     assert batch_generate(*flash, prompts, **options).token_ids == expected

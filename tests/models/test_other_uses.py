@@ -4,7 +4,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
 from mlx_lm import models
 
@@ -38,12 +37,13 @@ def test_tokens_are_found_by_their_embeddings(name):
     for model in (dense, flash):
         model.text = getattr(model, "language_model", model).model
     tokens = mx.array([[5, VOCAB_SIZE - 1, 77, 0, 230]])
-    assert tokens.size <= get_flash_head(flash).max_positions
     by_ids = dense.text._get_per_layer_inputs(tokens)
     for model in (dense, flash):
         found = model.text._get_per_layer_inputs(None, model.text.embed_tokens(tokens))
         assert mx.allclose(found, by_ids, atol=1e-5)
-    assert not mx.allclose(flash(tokens), dense(tokens), atol=1e-3)  # logits have estimates
+    assert mx.allclose(flash(tokens), dense(tokens), atol=1e-4)
+    with get_flash_head(flash).settings():
+        assert not mx.allclose(flash(tokens), dense(tokens), atol=1e-3)  # logits have estimates
 
 
 def loss(model, tokens):
@@ -71,9 +71,9 @@ def test_gradients_of_a_model_in_training(tied, form):
         assert mx.allclose(gradient, found[key], rtol=1e-3, atol=1e-5)
 
 
-def test_ones_own_code_gets_what_the_model_gets():
-    """A call from outside the model is one for logits, as tools make that skip its body."""
-    flash = installed(tiny_model())
-    hidden = mx.array(np.random.default_rng(0).normal(size=(1, 1, 64)).astype(np.float32))
-    asked = flash.model.embed_tokens.as_linear(hidden)
-    assert mx.array_equal(asked, get_flash_head(flash)(hidden))
+@pytest.mark.parametrize("length", [1, 9])
+def test_a_plain_call_is_the_dense_one(length):
+    """For evaluation, perplexity, and every loop that does not know of a FlashHead."""
+    dense, flash = tiny_model(), installed(tiny_model())
+    tokens = mx.array([[(13 * i) % 200 for i in range(length)]])
+    assert mx.allclose(flash(tokens), dense(tokens), atol=1e-5)

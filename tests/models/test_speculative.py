@@ -2,11 +2,14 @@
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
+from flash_loops import make_flash
 from mlx_flashhead import FlashHead, grammar_processor, make_sampler, stream_generate
-from model_pair import make_pair, uncached, until_end
+from mlx_flashhead.lossless.loop import drafted_steps
+from mlx_flashhead.lossless.proposer import Proposer
+from model_pair import make_pair, uncached
 
 PROMPT = "The river was wide"
 TOKENS = 24
@@ -80,24 +83,6 @@ def test_draft_of_a_dense_target(pair, drafts, draft):
     assert found == usual(pair)
 
 
-@pytest.mark.parametrize("settings", [{"verify": False}, {"verify": False, "n_probes": 1}], ids=str)
-def test_without_the_check_it_is_the_bare_heads_text(pair, head, drafts, settings):
-    found, _ = run(pair, pair.model, drafts["dense"], num_draft_tokens=3, **settings)
-    head.n_probes = settings.get("n_probes", head.n_probes)
-    expected = until_end(pair, uncached(pair.model, pair.encode(PROMPT), TOKENS))
-    assert found[: len(expected)] == expected != usual(pair)
-
-
-def test_more_positions_than_max_positions_are_dense(pair, head, drafts):
-    """Verification then scores every token, also without the check."""
-    few = uncached(pair.model, pair.encode(PROMPT), 8)
-    assert usual(pair, 8) != few
-    for max_positions, expected in ((4, few), (3, usual(pair, 8))):
-        head.max_positions = max_positions
-        found, _ = run(pair, pair.model, drafts["dense"], num_draft_tokens=3, verify=False)
-        assert found[:8] == expected
-
-
 def test_two_turns_with_one_cache(pair, other):
     """The caches of both models, one after the other, as mlx-lm takes them."""
     cache = make_prompt_cache(pair.model) + make_prompt_cache(other.model)
@@ -115,8 +100,8 @@ def test_a_draft_scores_the_latest_tokens(pair, other, monkeypatch):
     scored = []
     original = FlashHead.draft_logits
 
-    def draft_logits(self, hidden, token_ids):
-        logits = original(self, hidden, token_ids)
+    def draft_logits(self, hidden, token_ids, **settings):
+        logits = original(self, hidden, token_ids, **settings)
         exact = self.dense_logits(hidden)[..., token_ids]
         assert mx.allclose(logits[..., token_ids], exact, atol=1e-4)
         scored.append(set(token_ids.tolist()))
@@ -126,3 +111,63 @@ def test_a_draft_scores_the_latest_tokens(pair, other, monkeypatch):
     found, _ = run(pair, pair.dense, other.model, num_draft_tokens=1)
     assert found == usual(pair)
     assert scored[0] == set(pair.encode(PROMPT)) and scored[-1] >= {*pair.encode(PROMPT), found[0]}
+
+
+PENALTY = {"repetition_penalty": 1.3}
+WINDOW = {"sliding_window": 24, "sliding_window_pattern": 2, "num_hidden_layers": 2}
+
+
+def test_penalties_see_the_prompt(pair, other):
+    """mlx-lm's loop gives processors the prompt's last token alone."""
+    options = {"logits_processors": make_logits_processors(**PENALTY)}
+    found, n_drafted = run(pair, pair.model, pair.dense, **options)
+    assert found == pair.tokens(pair.dense, PROMPT, max_tokens=TOKENS, **options)
+    assert n_drafted
+
+
+def steps(model, draft, prompt, n_tokens, cache=None, **options):
+    proposer = Proposer(model)
+    loop = drafted_steps(
+        mx.array(prompt), model, draft, proposer=proposer, max_tokens=n_tokens,
+        prompt_cache=cache, **options,
+    )  # fmt: skip
+    given = list(loop)
+    return [token for token, *_ in given], sum(drafted for *_, drafted in given)
+
+
+@pytest.mark.parametrize("n_prompt", [4, 12, 30])
+@pytest.mark.parametrize("sampling", [{}, {"temp": 1.0, "seed": 4}])
+def test_a_sliding_window_writes_its_own_text(n_prompt, sampling):
+    """From the window on mlx-lm's rollback does not trim its cache: there are no drafts then."""
+    target = make_flash("gemma3_text", **WINDOW)
+    draft = make_flash("gemma3_text", **WINDOW).model
+    prompt = [(7 * i + 3) % 200 for i in range(n_prompt)]
+    options = {"sampler": make_sampler(**sampling)}
+    found, n_drafted = steps(target.model, draft, prompt, 40, **options)
+    assert found == target.tokens(dense=True, prompt=prompt, max_tokens=40, **options)
+    assert bool(n_drafted) == (n_prompt < 24)
+
+
+@pytest.mark.parametrize("n_prompt", [4, 30])
+def test_a_cache_that_cannot_be_trimmed_goes_without_drafts(n_prompt, caplog):
+    target, draft = make_flash(num_hidden_layers=2), make_flash(num_hidden_layers=2).model
+    prompt = [(7 * i + 3) % 200 for i in range(n_prompt)]
+    cache = [
+        ArraysCache(2) if i == 1 else layer for i, layer in enumerate(make_prompt_cache(draft))
+    ]
+    cache = make_prompt_cache(target.model) + cache
+    found, n_drafted = steps(target.model, draft, prompt, 20, cache)
+    assert found == target.tokens(dense=True, prompt=prompt, max_tokens=20)
+    assert n_drafted == 0
+
+
+def test_another_processor_is_called_once_a_token(pair, other):
+    calls = []
+
+    def processor(tokens, logits):
+        calls.append(tokens.tolist())
+        return logits
+
+    found, n_drafted = run(pair, pair.model, other.dense, logits_processors=[processor])
+    assert found == usual(pair) and not n_drafted
+    assert [len(tokens) for tokens in calls] == list(range(len(calls[0]), len(calls[-1]) + 1))
