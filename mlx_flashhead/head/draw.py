@@ -124,12 +124,18 @@ def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None)
     if by_mass and log_total is not None:
         lowest = mx.maximum(lowest, _by_mass(logits, best, draws.settings[:, 1:2], log_total))
     if most:
-        top = best_logits(logits, most)
+        top = _best_logits(logits, most)
         n_top = top.shape[-1]
         kth = n_top - mx.clip(draws.top_k[:, None], 1, n_top)
         by_count = mx.take_along_axis(top, kth, axis=-1)
         lowest = mx.maximum(lowest, mx.where(draws.top_k[:, None] == 0, -mx.inf, by_count))
     return lowest
+
+
+def nth_best(logits: mx.array, n: int) -> mx.array:
+    """The n-th best logit of each row, the last one of fewer: (R, K) float32 → (R, 1)."""
+    rows = [(DrawSettings(temperature=1.0, top_k=n), (0, 0))] * len(logits)
+    return threshold(logits, Draws.of(rows))
 
 
 def gpu_is_default() -> bool:
@@ -163,7 +169,7 @@ def _lowest_kept_kernel() -> Callable:
     )
 
 
-def best_logits(logits: mx.array, n: int) -> mx.array:
+def _best_logits(logits: mx.array, n: int) -> mx.array:
     """The ``n`` best logits, or all if these are fewer, ascending: (R, K) → (R, min(n, K))."""
     n = min(n, logits.shape[-1])
     return mx.sort(mx.partition(logits, -n, axis=-1)[:, -n:], axis=-1)

@@ -20,7 +20,12 @@ from ..lossless.policy import decoding_mode
 from ..lossless.proposer import Proposer
 from ..lossless.vlm_loop import vlm_steps
 from ..models.compat.mlx_lm import load_tokenizer
-from ..models.compat.patched_load import Load, caller_generates, patch_programs
+from ..models.compat.patched_load import (
+    Load,
+    caller_changes_batches,
+    caller_generates,
+    patch_programs,
+)
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.origin import local_origin
@@ -114,7 +119,7 @@ def patch_load(options: HeadOptions) -> None:
         class RunBatchGenerator(HostedBatchGenerator):
             def __new__(cls, model: Any, *arguments: Any, **named: Any) -> Any:
                 use = use_of(model)
-                if use is None or use.unverified:
+                if use is None or use.unverified or caller_changes_batches():
                     return original(model, *arguments, **named)
                 use.tell(decoding_mode(model))
                 return super().__new__(cls)

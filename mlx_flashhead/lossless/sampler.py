@@ -10,10 +10,10 @@ import mlx.core as mx
 from ..head.draw import (
     Draws,
     DrawSettings,
-    best_logits,
     draw,
     noise,
     noise_of_all,
+    nth_best,
     position_key,
     threshold,
 )
@@ -142,7 +142,7 @@ class Sampler:
             min_p = Draws.of([(DrawSettings(s.temperature, min_p=s.min_p), key)])
             lowest = threshold(logits, min_p)
             if self._min_kept > 1:  # of what top-p has kept, which min-p does not bring back
-                lowest = mx.minimum(lowest, best_logits(kept, self._min_kept)[:, :1])
+                lowest = mx.minimum(lowest, nth_best(kept, self._min_kept))
             kept = mx.where(logits >= lowest, kept, -mx.inf)
         if self.xtc_probability > 0:
             shares = mx.softmax(kept, axis=-1)

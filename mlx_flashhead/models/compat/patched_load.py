@@ -21,6 +21,16 @@ WITHOUT_TEXT = {
 }
 
 
+# Packages that replace methods within mlx-lm's batches, which leaves no room for others.
+CHANGES_BATCHES = ("rapid_mlx",)
+
+
+def caller_changes_batches() -> bool:
+    """Whether the module that makes a batch, by the present function, is of one of those above."""
+    name = sys._getframe(2).f_globals.get("__name__", "")
+    return name.split(".")[0] in CHANGES_BATCHES
+
+
 def caller_generates() -> bool:
     """Whether the module that has called the present function is none of those above."""
     names = sys._getframe(2).f_globals
