@@ -175,6 +175,8 @@ def make_recipe(options: IndexOptions, origin: Origin, name: str) -> dict[str, A
             file = Path(value).expanduser()
             files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
             words.append(file.name)
+        elif field.name == "fine_head" and Path(str(value)).expanduser().exists():
+            words.append(Path(str(value)).name)
         elif callable(value):
             words.append("FUNCTION")  # from Python
         elif value is not True:

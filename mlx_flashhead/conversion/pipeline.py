@@ -110,9 +110,8 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
         nbytes = index_nbytes(location.rows())
         if not options.index_only:
             if options.fine_head:
-                chosen: dict[str, Any] = {"bits": options.head_bits, "say": say}
-                chosen["progress"] = progress
-                give_fine_head(location, source, options.fine_head, **chosen)
+                bits, fine = options.head_bits, options.fine_head
+                give_fine_head(location, source, fine, bits=bits, say=say, progress=progress)
                 _record_head(config, location)
             model, config = _with_dtype(model, config, source, options)
             location = replace(location, module=_module(model, location.path))

@@ -323,4 +323,6 @@ def test_files_are_named_without_their_folders(tmp_path):
     assert "--calibration 'my text.txt'" in found["command"]
     assert found["files"] == {"my text.txt": hashlib.sha256(b"calibrate").hexdigest()}
     assert str(tmp_path) not in str(found) and "/home/ann" not in str(found)
+    assert "--fine-head 'my text.txt'" in recipe(fine_head=text)["command"]
+    assert "--fine-head a/b" in recipe(fine_head="a/b")["command"]
     assert "files" not in recipe()
