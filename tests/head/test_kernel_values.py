@@ -187,20 +187,6 @@ def test_select_takes_nan_first(n_clusters):
     assert words[0, 30] == NOT_A_NUMBER  # three are NaN, of which two are probed
 
 
-def test_forced_clusters_are_always_probed():
-    rng = np.random.default_rng(6)
-    forced = (7, 100, 299)
-    clustered, hidden = small_head(rng, forced=forced)
-    outputs = run(clustered, hidden, 4)
-    check_all(clustered, hidden, 4, outputs)
-    clusters = {int(clustered.slot_of[i]) // clustered.cluster_size for i in forced}
-    for probes in outputs[1].probes.tolist():
-        assert clusters <= set(probes)
-    few = run(clustered, hidden, 2)  # more forced than probed: they still end below the cap
-    check_full(clustered, few[0], *few[1:4])
-    check_token(few[3], few[4])
-
-
 @pytest.mark.parametrize("depth", [0.0, 2.5, 3.5, 40.0])
 def test_clusters_far_below_the_best_are_not_read(depth):
     rng = np.random.default_rng(8)

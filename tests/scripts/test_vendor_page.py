@@ -66,8 +66,3 @@ def test_another_package_than_the_listed_one(folder):
     with pytest.raises(SystemExit, match=r"some@1\.0\.0 is sha512-.*, not sha512-"):
         vendor_page.main([])
     assert not (folder / "some").exists()
-
-
-def test_what_is_not_listed(folder):
-    with pytest.raises(SystemExit, match=r"other is not in vendored\.json: choose among some\."):
-        vendor_page.main(["other@1.0.0"])
