@@ -10,7 +10,7 @@
 // holds for it by the scored tokens alone. It is enough to look at the highest such rival.
 //
 // screen reads the slots once: one threadgroup takes SCREEN_CLUSTERS clusters of a state, marks those
-// that were scored by a bit each, and writes what certain adds up (FOUND values):
+// that were scored by a bit each, and writes what certain adds up (TALLIED values):
 //   largest |logit|; of the others the best, the highest rival, their mass, the mass and the number of
 //   those above the token; the token's logit and its place among the scored ones.
 // Masses are relative to the token's logit. Noise is computed where it may matter alone.
@@ -26,7 +26,7 @@ constant constexpr float MASS_ROOM = 1e-4f;    // and the sums of many exponenti
 constant constexpr float MOST_NATS = 80.0f;    // exp() of more is infinite
 
 // What is known of a set of tokens.
-struct Found {
+struct Tally {
   float largest;
   float best;
   float rival;
@@ -35,10 +35,10 @@ struct Found {
   float n_above;
 };
 
-inline Found nothing_found() { return Found{0.0f, LOWEST, LOWEST, 0.0f, 0.0f, 0.0f}; }
+inline Tally empty_tally() { return Tally{0.0f, LOWEST, LOWEST, 0.0f, 0.0f, 0.0f}; }
 
-// The proposed token of a state, and how its own lowest values are passed.
-struct Own {
+// The proposed token of a state, and the lowest that its values may be.
+struct Proposed {
   float logit;
   float lowest;      // within the room
   float scale;       // 1 / temperature; 0: greedy
@@ -48,29 +48,31 @@ struct Own {
 };
 
 template <typename Settings, typename Keys>
-inline Own own_of(
+inline Proposed make_proposed(
     float logit, float scored_room, uint token, Settings settings, Keys keys, uint state) {
-  Own own = {
+  Proposed proposed = {
       logit, logit - scored_room, settings[3 * state], 0.0f, keys[2 * state], keys[2 * state + 1]};
-  if (own.scale != 0.0f) {
-    const float noisy = own.lowest * own.scale + noise_of(token, own.key_0, own.key_1);
-    own.worst = noisy - NOISE_ROOM * max(1.0f, fabs(noisy));
+  if (proposed.scale != 0.0f) {
+    const float noise = noise_of(token, proposed.key_0, proposed.key_1);
+    const float noisy = proposed.lowest * proposed.scale + noise;
+    proposed.worst = noisy - NOISE_ROOM * max(1.0f, fabs(noisy));
   }
-  return own;
+  return proposed;
 }
 
 // Takes in a token whose logit is at most `highest`.
 template <typename Id>
-inline void take_in(thread Found& found, Own own, float logit, float highest, Id id) {
-  found.best = isnan(logit) || logit > found.best ? logit : found.best;
-  found.mass += fast::exp(min(logit - own.logit, MOST_NATS));
-  if (highest > own.lowest) {
-    found.mass_above += fast::exp(min(highest - own.logit, MOST_NATS));
-    found.n_above += 1.0f;
+inline void take_in(thread Tally& tally, Proposed proposed, float logit, float highest, Id id) {
+  tally.best = isnan(logit) || logit > tally.best ? logit : tally.best;
+  tally.mass += fast::exp(min(logit - proposed.logit, MOST_NATS));
+  if (highest > proposed.lowest) {
+    tally.mass_above += fast::exp(min(highest - proposed.logit, MOST_NATS));
+    tally.n_above += 1.0f;
   }
-  if (own.scale != 0.0f && highest > found.rival && highest * own.scale + MOST_NOISE >= own.worst &&
-      highest * own.scale + noise_of(id(), own.key_0, own.key_1) >= own.worst) {
-    found.rival = highest;
+  const float scaled = highest * proposed.scale;
+  if (proposed.scale != 0.0f && highest > tally.rival && scaled + MOST_NOISE >= proposed.worst &&
+      scaled + noise_of(id(), proposed.key_0, proposed.key_1) >= proposed.worst) {
+    tally.rival = highest;
   }
 }
 
@@ -78,33 +80,33 @@ inline float max_of(float a) {
   return score_of(simd_max(order_key(a)));  // NaN is the highest
 }
 
-inline Found reduce_lanes(Found found) {
-  return Found{
-      max_of(found.largest), max_of(found.best), max_of(found.rival), simd_sum(found.mass),
-      simd_sum(found.mass_above), simd_sum(found.n_above)};
+inline Tally reduce_lanes(Tally tally) {
+  return Tally{
+      max_of(tally.largest), max_of(tally.best), max_of(tally.rival), simd_sum(tally.mass),
+      simd_sum(tally.mass_above), simd_sum(tally.n_above)};
 }
 
-// What all simdgroups found, on every thread. `shared` holds 6 values a simdgroup.
+// What all simdgroups have, on every thread. `shared` holds 6 values a simdgroup.
 template <int SIMDGROUPS>
-inline Found reduce_found(
-    Found found, threadgroup float* shared, uint simdgroup, uint lane) {
-  found = reduce_lanes(found);
+inline Tally reduce_tally(
+    Tally tally, threadgroup float* shared, uint simdgroup, uint lane) {
+  tally = reduce_lanes(tally);
   if (lane == 0) {
     threadgroup float* mine = shared + 6 * simdgroup;
-    mine[0] = found.largest;
-    mine[1] = found.best;
-    mine[2] = found.rival;
-    mine[3] = found.mass;
-    mine[4] = found.mass_above;
-    mine[5] = found.n_above;
+    mine[0] = tally.largest;
+    mine[1] = tally.best;
+    mine[2] = tally.rival;
+    mine[3] = tally.mass;
+    mine[4] = tally.mass_above;
+    mine[5] = tally.n_above;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  found = nothing_found();
+  tally = empty_tally();
   if (lane < uint(SIMDGROUPS)) {
     const threadgroup float* other = shared + 6 * lane;
-    found = Found{other[0], other[1], other[2], other[3], other[4], other[5]};
+    tally = Tally{other[0], other[1], other[2], other[3], other[4], other[5]};
   }
-  return reduce_lanes(found);
+  return reduce_lanes(tally);
 }
 
 template <typename Ids>
@@ -139,7 +141,7 @@ inline void screen(
     Keys keys,                        // (k, 2) uint
     Room rooms,                       // (k,) float
     Room scored_rooms,                // (k,) float
-    device float* parts,              // (k, parts, FOUND)
+    device float* parts,              // (k, parts, TALLIED)
     threadgroup atomic<uint>* marks,  // [SCREEN_CLUSTERS / 32]
     threadgroup uint* place,          // [1]
     threadgroup float* shared,        // [6 * WIDE_SIMDGROUPS]
@@ -153,7 +155,7 @@ inline void screen(
   const uint first = group.x * SCREEN_CLUSTERS;
   const uint n_clusters = min(uint(SCREEN_CLUSTERS), uint(C) - first);
   const uint token = tokens[state];
-  const uint own_slot = slot_of[token];
+  const uint proposed_slot = slot_of[token];
   if (thread_id < uint(SCREEN_CLUSTERS / 32)) {
     atomic_store_explicit(&marks[thread_id], 0u, memory_order_relaxed);
   }
@@ -170,38 +172,38 @@ inline void screen(
       atomic_fetch_add_explicit(
           &marks[(cluster - first) / 32], 1u << ((cluster - first) % 32), memory_order_relaxed);
     }
-    if (cluster == own_slot / N) {
+    if (cluster == proposed_slot / N) {
       place[0] = i;
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  const uint index = min(place[0], held - 1) * N + own_slot % N;
+  const uint index = min(place[0], held - 1) * N + proposed_slot % N;
   const float logit =
       place[0] < held ? float(logits[size_t(state) * held * N + index]) : as_type<float>(NOT_A_NUMBER);
-  const Own own = own_of(logit, scored_rooms[state], token, settings, keys, state);
+  const Proposed proposed = make_proposed(logit, scored_rooms[state], token, settings, keys, state);
   const float room = rooms[state];
 
-  Found found = nothing_found();
+  Tally tally = empty_tally();
   for (uint i = thread_id; i < n_clusters * N; i += WIDE_THREADS) {
     const size_t slot = size_t(first) * N + i;
     const float x = float(slots[size_t(state) * (size_t(C) * N) + slot]);
-    found.largest = max(found.largest, fabs(x));
+    tally.largest = max(tally.largest, fabs(x));
     const uint cluster = i / N;
     const uint mark = atomic_load_explicit(&marks[cluster / 32], memory_order_relaxed);
     if ((mark >> (cluster % 32) & 1u) != 0 || (PADDED && token_ids[slot] == uint(V))) {
       continue;
     }
-    take_in(found, own, x, x + room, IdOf<Ids>{token_ids, slot});
+    take_in(tally, proposed, x, x + room, IdOf<Ids>{token_ids, slot});
   }
-  found = reduce_found<WIDE_SIMDGROUPS>(found, shared, simdgroup, lane);
+  tally = reduce_tally<WIDE_SIMDGROUPS>(tally, shared, simdgroup, lane);
   if (thread_id == 0) {
-    device float* part = parts + (size_t(state) * n_parts + group.x) * FOUND;
-    part[0] = found.largest;
-    part[1] = found.best;
-    part[2] = found.rival;
-    part[3] = found.mass;
-    part[4] = found.mass_above;
-    part[5] = found.n_above;
+    device float* part = parts + (size_t(state) * n_parts + group.x) * TALLIED;
+    part[0] = tally.largest;
+    part[1] = tally.best;
+    part[2] = tally.rival;
+    part[3] = tally.mass;
+    part[4] = tally.mass_above;
+    part[5] = tally.n_above;
     part[6] = logit;
     part[7] = float(index);
   }
@@ -220,7 +222,7 @@ template <
     typename Keys,
     typename Room>
 inline void certain(
-    Parts parts,                // (k, parts, FOUND) float
+    Parts parts,                // (k, parts, TALLIED) float
     Probes probes,              // (k, S) uint
     Ids token_ids,              // (slots,) uint
     Logits logits,              // (k, S, N)
@@ -243,13 +245,13 @@ inline void certain(
   const float room = rooms[state];
   const float scored_room = scored_rooms[state];
   const size_t first_part = size_t(state) * n_parts;
-  const uint own_index = uint(parts[first_part * FOUND + 7]);
-  const Own own =
-      own_of(parts[first_part * FOUND + 6], scored_room, tokens[state], settings, keys, state);
+  const uint proposed_index = uint(parts[first_part * TALLIED + 7]);
+  const Proposed proposed =
+      make_proposed(parts[first_part * TALLIED + 6], scored_room, tokens[state], settings, keys, state);
 
-  Found others = nothing_found();  // not scored; each simdgroup adds up all parts
+  Tally others = empty_tally();  // not scored; each simdgroup adds up all parts
   for (uint i = lane; i < n_parts; i += LANES) {
-    const size_t at = (first_part + i) * FOUND;
+    const size_t at = (first_part + i) * TALLIED;
     others.largest = max(others.largest, float(parts[at]));
     const float best = parts[at + 1];
     others.best = isnan(best) || best > others.best ? best : others.best;
@@ -260,28 +262,28 @@ inline void certain(
   }
   others = reduce_lanes(others);
 
-  Found scored = nothing_found();  // but the token
+  Tally scored = empty_tally();  // but the token
   const size_t first = size_t(state) * held;
   for (uint i = thread_id; i < held * N; i += ROW_THREADS) {
     const float x = float(logits[first * N + i]);
-    if (i != own_index && x > -Finite<float>::highest()) {
+    if (i != proposed_index && x > -Finite<float>::highest()) {
       const size_t first_slot = size_t(probes[first + i / N]) * N;
-      take_in(scored, own, x, x + scored_room, IdOf<Ids>{token_ids, first_slot + i % N});
+      take_in(scored, proposed, x, x + scored_room, IdOf<Ids>{token_ids, first_slot + i % N});
     } else if (isnan(x)) {
       scored.best = x;
     }
   }
-  scored = reduce_found<ROW_SIMDGROUPS>(scored, shared, simdgroup, lane);
+  scored = reduce_tally<ROW_SIMDGROUPS>(scored, shared, simdgroup, lane);
 
   const float scored_mass = scored.mass + 1.0f;
   const float others_best = others.best + room;
   bool yes = false;
-  if (own.scale == 0.0f) {
-    const float total = own.logit + log(scored_mass + others.mass * exp(min(room, MOST_NATS)));
+  if (proposed.scale == 0.0f) {
+    const float total = proposed.logit + log(scored_mass + others.mass * exp(min(room, MOST_NATS)));
     const float merged = (total - scored.best + 0.5f) * epsilon;
     const float merged_others = (total - others.best + 0.5f) * epsilon;
-    yes = own.logit - scored.best > 2.0f * scored_room + merged &&
-        own.logit - others.best > room + scored_room + merged_others;
+    yes = proposed.logit - scored.best > 2.0f * scored_room + merged &&
+        proposed.logit - others.best > room + scored_room + merged_others;
   } else {
     const float top_p = settings[3 * state + 1];
     const float log_min_p = settings[3 * state + 2];
@@ -292,17 +294,17 @@ inline void certain(
         (scored_mass * exp(min(scored_room, MOST_NATS)) + others.mass * exp(min(room, MOST_NATS)));
     yes = (top_p >= 1.0f || scored.mass_above + others.mass_above < least) &&
         (n_top == 0.0f || scored.n_above + others.n_above < n_top) &&
-        own.lowest >= max(scored.best + scored_room, others_best) + log_min_p &&
+        proposed.lowest >= max(scored.best + scored_room, others_best) + log_min_p &&
         !isnan(scored.best) && !isnan(others.best);
     const float rival = max(scored.rival, others.rival);
     if (rival > LOWEST) {  // of all threads alike
-      const float best = max(own.lowest, scored.best - scored_room);
+      const float best = max(proposed.lowest, scored.best - scored_room);
       float mass = 0.0f;
       float number = 0.0f;
       for (uint i = thread_id; i < held * N; i += ROW_THREADS) {
         const float x = float(logits[first * N + i]);
         if (x - scored_room > rival) {
-          mass += fast::exp(min(x - scored_room - own.logit, MOST_NATS));
+          mass += fast::exp(min(x - scored_room - proposed.logit, MOST_NATS));
           number += 1.0f;
         }
       }
@@ -326,7 +328,7 @@ inline void certain(
     sure[state] = yes && others.largest <= Finite<float>::highest();  // float16 may overflow
     known[3 * state] = others.largest;
     known[3 * state + 1] = others.best;
-    known[3 * state + 2] = others.mass > 0.0f ? own.logit + log(others.mass) : others.best;
+    known[3 * state + 2] = others.mass > 0.0f ? proposed.logit + log(others.mass) : others.best;
   }
 }
 

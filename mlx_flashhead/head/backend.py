@@ -51,15 +51,15 @@ DRAWN = 4 * (
 Pair = tuple[mx.array, mx.array, float]  # a result, the expected values and the tolerance
 
 
-def named_backend(asked: str | None) -> str | None:
-    """The path asked for by name: ``asked``, else the environment's; None without a name."""
-    return asked or os.environ.get(BACKEND_VARIABLE) or None
+def named_backend(requested: str | None) -> str | None:
+    """The path requested by name: ``requested``, else the environment's; None without a name."""
+    return requested or os.environ.get(BACKEND_VARIABLE) or None
 
 
-def choose_backend(asked: str | None = None) -> str:
-    """The path to take: the one asked for by name, else Metal if MLX computes on an Apple GPU.
+def choose_backend(requested: str | None = None) -> str:
+    """The path to take: the one requested by name, else Metal if MLX computes on an Apple GPU.
     ValueError if the name is unknown, or this machine has no Metal."""
-    name = named_backend(asked)
+    name = named_backend(requested)
     if name is None:
         return METAL if gpu_is_default() else PORTABLE
     if name not in BACKENDS:
@@ -83,12 +83,12 @@ def lacks_bfloat16() -> bool:
     return generation is not None and int(generation[1]) < 15
 
 
-def make_steps(clustered: ClusteredRows, asked: str | None) -> tuple[PortableSteps, str]:
+def make_steps(clustered: ClusteredRows, requested: str | None) -> tuple[PortableSteps, str]:
     """The steps of the chosen path, and a sentence: the reason for it, or its slower part."""
-    if choose_backend(asked) == PORTABLE:
+    if choose_backend(requested) == PORTABLE:
         reason = "MLX finds no Apple GPU on this machine."
-        if named_backend(asked) is not None:
-            reason = "The backend 'mlx' was asked for."
+        if named_backend(requested) is not None:
+            reason = "The backend 'mlx' was requested."
         elif mx.metal.is_available():
             reason = "MLX's default device is the CPU."
         return PortableSteps(clustered), reason
@@ -106,16 +106,16 @@ def make_steps(clustered: ClusteredRows, asked: str | None) -> tuple[PortableSte
 
 
 def checked(
-    steps: PortableSteps, reason: str, asked: str | None, dtype: mx.Dtype, n_probes: int
+    steps: PortableSteps, reason: str, requested: str | None, dtype: mx.Dtype, n_probes: int
 ) -> tuple[PortableSteps, str]:
     """What :func:`make_steps` gave, after each kernel has been built and run once; portable if one
-    fails, or ValueError if "metal" was asked for by name."""
+    fails, or ValueError if "metal" was requested by name."""
     trouble = find_trouble(steps, dtype, n_probes) if isinstance(steps, MetalSteps) else None
     if trouble is None:
         if isinstance(steps, MetalSteps) and dtype == mx.bfloat16 and lacks_bfloat16():
             steps.float16_rows = steps.clustered.flat_rows().in_float16()
         return steps, reason
-    if named_backend(asked) == METAL:
+    if named_backend(requested) == METAL:
         raise ValueError(
             f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or unset "
             f"{BACKEND_VARIABLE}, and {HOW_TO_REPORT}."

@@ -135,7 +135,7 @@ class FlashHead:
 
     def check_kernels(self, dtype: mx.Dtype) -> None:
         """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path, or
-        raises a ValueError where the backend "metal" was asked for by name."""
+        raises a ValueError where the backend "metal" was requested by name."""
         self._steps, self.backend_reason = checked(
             self._steps, self.backend_reason, self._requested_backend, dtype, self.n_probes
         )

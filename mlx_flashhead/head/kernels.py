@@ -34,7 +34,7 @@ ROW_THREADS = 512
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 SCREEN_CLUSTERS = 1024
-FOUND = 8
+TALLIED = 8
 MIN_PROBES = 8
 
 JOINED = 8  # sources of a join: Metal has 31 buffers
@@ -306,7 +306,7 @@ class MetalSteps(PortableSteps):
             template=[*self._of_sizes("CNV"), ("PADDED", self.clustered.padded)],
             grid=(WIDE_THREADS * n_parts, k, 1),
             threadgroup=(WIDE_THREADS, 1, 1),
-            output_shapes=[(k, n_parts, FOUND)],
+            output_shapes=[(k, n_parts, TALLIED)],
             output_dtypes=[mx.float32],
         )
         last = (top_k, keys, *rooms, mx.array(epsilon, mx.float32))

@@ -6,7 +6,7 @@ import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise, position_key
-from mlx_flashhead.head.kernels import FOUND, MetalSteps
+from mlx_flashhead.head.kernels import TALLIED, MetalSteps
 from mlx_flashhead.head.portable import PortableSteps
 from mlx_flashhead.head.steps import Proposal
 from test_draw import drawn_token
@@ -182,7 +182,7 @@ def test_a_verification_reads_the_logits_once(draws):
     screen, certain = emulator.dispatches
     assert (screen.barriers, certain.barriers) == (3, 1 if draws is None else 2)
     assert screen.buffers["slots"].reads == case[0].nbytes
-    assert screen.buffers["parts"].bytes == 32 * 3 * FOUND * 4
+    assert screen.buffers["parts"].bytes == 32 * 3 * TALLIED * 4
     assert certain.buffers["logits"].reads <= 2 * case[1].logits.nbytes
     others = [
         screen.buffers[name].distinct_bytes_read for name in ("probes", "token_ids", "logits")
