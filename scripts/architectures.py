@@ -25,9 +25,8 @@ if __name__ == "__main__":
 from architecture_models import architectures, quantized, tiny_architecture
 from emulated_mlx_lm import emulated
 from mlx_flashhead.common.command import check_writable, command, from_extra
-from mlx_flashhead.models.libraries import is_vlm
+from mlx_flashhead.models.libraries import UnsupportedHeadError, is_vlm
 from mlx_flashhead.models.locate import check_plain_product, find_head
-from mlx_flashhead.models.model_errors import UnsupportedHeadError
 from vlm_configs import PICTURES
 
 DOCUMENT = CHECKOUT / "docs" / "architectures.md"

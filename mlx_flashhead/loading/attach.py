@@ -16,9 +16,8 @@ from ..lossless.sequence import random_state
 from ..models.compat.mlx_vlm import drafted_answer, when_drafted
 from ..models.finer_head import give_fine_head
 from ..models.install import get_flash_head
-from ..models.libraries import architecture, is_vlm
+from ..models.libraries import UnsupportedHeadError, architecture, is_vlm
 from ..models.locate import HeadLocation, check_plain_product, drafter_head, find_head
-from ..models.model_errors import UnsupportedHeadError
 from ..models.origin import local_origin
 from ..models.tokenizers import name_of, prompt_of, text_side
 from . import head_cache as cache

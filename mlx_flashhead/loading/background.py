@@ -25,9 +25,8 @@ from ..conversion.options import IndexOptions, make_recipe
 from ..lossless.tuning import Tuning
 from ..models.fetch import HOME_VARIABLE, home
 from ..models.install import get_flash_head
-from ..models.libraries import is_vlm
+from ..models.libraries import UnsupportedHeadError, is_vlm
 from ..models.locate import HeadLocation, check_plain_product, find_head
-from ..models.model_errors import UnsupportedHeadError
 from ..models.origin import local_origin
 from ..models.tokenizers import text_side
 from . import head_cache as cache

@@ -20,7 +20,7 @@ from ..lossless.policy import decoding_mode
 from ..lossless.proposer import Proposer
 from ..lossless.vlm_loop import vlm_steps
 from ..models.compat.mlx_lm import load_tokenizer
-from ..models.compat.patched_load import (
+from ..models.compat.patching import (
     Load,
     caller_changes_batches,
     caller_generates,

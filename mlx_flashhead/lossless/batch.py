@@ -10,12 +10,11 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.compat.batch import ChoosingBatchGenerator, StateMachineStops
+from ..models.compat.choosing_batch import ChoosingBatchGenerator, StateMachineStops
 from .policy import batch_limit
 from .proposer import Proposer, step_arrays
-from .rollback import Snapshot, copied_layers, rollback
 from .sampler import Trust
-from .sequence import PendingToken, Sequence, normalized
+from .sequence import PendingToken, Sequence, Snapshot, copied_layers, normalized, rollback
 from .verify import VerifyScheduler
 
 NO_LOGPROBS = mx.zeros((1,))
@@ -311,7 +310,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         """Snapshots of the batch's caches as they are, with each sequence's row in them."""
         layers = copied_layers(self.generation_cache)
         rows = {self._sequences[uid]: i for i, uid in enumerate(self.generating)}
-        unknown = [None] * len(layers)
+        unknown: list[int | None] = [None] * len(layers)
         return [(Snapshot(s.n_cached, layers, unknown), rows[s]) for s in sequences]
 
 

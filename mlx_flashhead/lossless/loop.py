@@ -23,9 +23,18 @@ from ..models.compat.mlx_lm import (
 from ..models.install import get_flash_head
 from .policy import policy_of
 from .proposer import Proposer, step_arrays
-from .rollback import Snapshot, length_of, rollback, trims
 from .sampler import Processor, Sampler, SamplerFunction, Trust, trust
-from .sequence import PendingToken, Sequence, begin, current_random_state, set_random_state
+from .sequence import (
+    PendingToken,
+    Sequence,
+    Snapshot,
+    begin,
+    current_random_state,
+    length_of,
+    rollback,
+    set_random_state,
+    trims,
+)
 from .verify import VerifyScheduler
 
 LATEST = 256  # tokens of a text that a draft model's FlashHead always scores
@@ -155,7 +164,7 @@ def _first_token(
     prefill: Callable[..., Iterable[Any]], sequence: Sequence, options: dict[str, Any]
 ) -> mx.array:
     """Reads the prompt. Returns the first token (1,), which is pending."""
-    first = PendingToken()
+    first, token = PendingToken(), mx.array([0])
 
     def take_logits(_: mx.array, logits: mx.array) -> mx.array:
         nonlocal token
@@ -166,7 +175,6 @@ def _first_token(
             first.random_state = mx.stack([before, current_random_state()])
         return logits
 
-    token = mx.array([0])
     # with a limit of 0, mlx-lm's loop reads the prompt and calls these once
     hooks = {"logits_processors": [take_logits], "sampler": lambda _: token, "max_tokens": 0}
     for _ in prefill(**(options | hooks)):
@@ -181,10 +189,8 @@ def _leave_random_state(sequence: Sequence) -> None:
         return
     states = sequence.random_states + [p.random_state for p in sequence.pending]
     index = sequence.n_yielded - sequence.n_begun
-    if index < len(states) and states[index] is not None:
-        set_random_state(states[index][1])
-    else:
-        set_random_state(mx.random.split(current_random_state())[0])
+    known = states[index] if index < len(states) else None
+    set_random_state(mx.random.split(current_random_state())[0] if known is None else known[1])
 
 
 def _plain_steps(
@@ -219,7 +225,7 @@ def _plain_steps(
                 step = next(steps, None)
             if step is None:
                 return
-            yield step
+            yield cast(int, step[0]), step[1]
 
 
 def after(context: list[int], processors: Iterable[Processor] | None) -> list[Processor]:

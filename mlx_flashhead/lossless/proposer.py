@@ -11,9 +11,8 @@ import mlx.nn as nn
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
 from ..head.steps import Proposal
-from ..models.install import get_flash_head, hidden_dtype
-from ..models.logit_change import LogitChange, logit_change_of, unchanged
-from ..models.model_errors import UnsupportedHeadError
+from ..models.install import LogitChange, get_flash_head, hidden_dtype, logit_change_of, unchanged
+from ..models.libraries import UnsupportedHeadError
 from .policy import DecodingPolicy, policy_of
 from .sampler import Trust
 from .sequence import PendingToken, Sequence, current_random_state, normalized
@@ -101,8 +100,10 @@ class Proposer:
             return head.dense_logits(hidden)
 
         if self.unverified:
-            settings = {"n_probes": self._n_probes, "draw_temperature": self._draw_temperature}
-            with head.settings(**settings), head.intercepted(project):
+            settings = head.settings(
+                n_probes=self._n_probes, draw_temperature=self._draw_temperature
+            )
+            with settings, head.intercepted(project):
                 yield taken
         else:
             with head.intercepted(project):

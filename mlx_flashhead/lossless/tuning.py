@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -209,7 +209,7 @@ class _Parts:
             mx.async_eval(launched)
             latest.item()
             if pending is not None and i:
-                pending[i - 1].read(int(latest.item()))
+                pending[i - 1].read(cast(int, latest.item()))
             if pending is not None and i == n - 1:
                 flags = self._certain(join(self._head, pending[:i]) if i else pending[0].proposal)
                 mx.async_eval(flags)

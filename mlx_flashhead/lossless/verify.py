@@ -164,7 +164,7 @@ def _excess(values: mx.array, others: mx.array, epsilon: float) -> float:
 def _longest_row(head: FlashHead) -> float:
     longest, rows = 0.0, head.clustered.rows
     for start in range(0, head.n_clusters, 1024):
-        part = rows.map(lambda array, start=start: array[start : start + 1024])
+        part = rows.take(mx.arange(start, min(start + 1024, head.n_clusters)))
         norms = mx.linalg.norm(part.dequantized(mx.float32), axis=-1)
         if rows.bias is not None:
             norms = norms + mx.abs(rows.bias[start : start + 1024]).astype(mx.float32)

@@ -8,7 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .compat.mlx_vlm import is_diffusion_model, too_old
-from .model_errors import UnsupportedHeadError
+
+
+class UnsupportedHeadError(ValueError):
+    """A model's output projection cannot be served by FlashHead; mlx-lm can use the model."""
 
 
 def is_vlm(model: nn.Module) -> bool:

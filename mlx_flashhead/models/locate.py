@@ -13,8 +13,14 @@ import mlx.nn as nn
 from ..head.matrix import AFFINE, Matrix
 from .compat.mlx_vlm import own_head
 from .compat.patching import replaced
-from .libraries import architecture, check_has_head, check_writes_text, forward, is_vlm
-from .model_errors import UnsupportedHeadError
+from .libraries import (
+    UnsupportedHeadError,
+    architecture,
+    check_has_head,
+    check_writes_text,
+    forward,
+    is_vlm,
+)
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
 

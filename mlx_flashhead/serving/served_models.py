@@ -19,7 +19,7 @@ from ..models.compat.mlx_lm import KVCache, make_prompt_cache
 from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
-from ..models.model_errors import UnsupportedHeadError
+from ..models.libraries import UnsupportedHeadError
 from ..models.templates import template_variables
 from ..models.tokenizers import context_of
 

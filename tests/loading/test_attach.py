@@ -20,7 +20,7 @@ from mlx_flashhead.loading.attach import attach, attach_head
 from mlx_flashhead.loading.load import load, load_with_head, sharded_load
 from mlx_flashhead.loading.sources import DENSE, HeadOptions
 from mlx_flashhead.models.install import detach, get_flash_head
-from mlx_flashhead.models.model_errors import UnsupportedHeadError
+from mlx_flashhead.models.libraries import UnsupportedHeadError
 from model_folders import write_model
 from tiny_models import tiny_index, tiny_model
 

@@ -14,9 +14,8 @@ from mlx_flashhead.conversion.build import build_index
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.models.install import get_flash_head, install
-from mlx_flashhead.models.libraries import forward
+from mlx_flashhead.models.libraries import UnsupportedHeadError, forward
 from mlx_flashhead.models.locate import HeadLocation, recorded_hidden
-from mlx_flashhead.models.model_errors import UnsupportedHeadError
 from tiny_models import install_index
 
 CLUSTER_SIZE, N_PROBES = 16, 4

@@ -19,8 +19,8 @@ from threading import Event, Lock, Thread
 
 import mlx.core as mx
 
-from ...models.compat.mlx_core import let_thread_draw
 from ...models.compat.mlx_lm import maybe_set_recommended_wired_limit
+from ...models.compat.mlx_lm_0_31 import let_thread_draw
 from ...models.install import get_flash_head
 from ..protocol.api_error import ApiError
 from ..served_models import ServedModel

@@ -20,6 +20,8 @@ Choose = Callable[[list[int], mx.array, list[Any]], tuple[mx.array, list[mx.arra
 
 class _GenerationBatch(module.GenerationBatch):  # type: ignore[name-defined]
     choose: Choose
+    _next_tokens: Any
+    _next_logprobs: Any
 
     def _step(self) -> tuple[list[int], list[Any]]:
         """mlx-lm's step, whose forward pass and sampling are ``choose``."""
@@ -45,8 +47,10 @@ class ChoosingBatchGenerator(BatchGenerator):
 
     def __init__(self, model: nn.Module, **options: Any):
         super().__init__(model, **options)
-        batch = type("GenerationBatch", (_GenerationBatch,), {"choose": staticmethod(self.choose)})
-        prompts = type("PromptBatch", (_PromptBatch,), {"generation_batch": batch})
+        batch: Any = type(
+            "GenerationBatch", (_GenerationBatch,), {"choose": staticmethod(self.choose)}
+        )
+        prompts: Any = type("PromptBatch", (_PromptBatch,), {"generation_batch": batch})
         self._generation_batch = batch.empty(self.model, self.sampler)
         self._prompt_batch = prompts.empty(
             self.model, self.sampler, prefill_step_size=self.prefill_step_size
