@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx_lm import sample_utils
 
-from kernel_cases import cluster, kernels, make_centroids, make_rows, to_numpy
+from kernel_cases import bare_clusters, kernels, to_numpy
 from mlx_flashhead import make_sampler
 from mlx_flashhead.head import draw as draw_module
 from mlx_flashhead.head.draw import (
@@ -165,12 +165,8 @@ KERNEL_SETTINGS = [  # 1/temperature, top_p, log_min_p, top_k
 ]  # fmt: skip
 
 
-def steps_of(rng, cluster_size, n_clusters=50):
-    """Steps of a head in which only the token ids matter; two slots are padded if there is room."""
-    n_tokens = n_clusters * cluster_size - (2 if cluster_size > 1 else 0)
-    rows = make_rows(rng, n_tokens, 4, bits=16, group_size=0, dtype=mx.float16)
-    centroids = make_centroids(rng, n_clusters, 4, group_size=0, dtype=mx.float16)
-    return MetalSteps(cluster(rng, rows, centroids, cluster_size))
+def steps_of(rng, cluster_size):
+    return MetalSteps(bare_clusters(rng, 50, cluster_size))
 
 
 def scored(rng, steps, n_rows, n_probes, dtype, spread=3.0, ties=False):

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import cluster, kernels, make_centroids, make_rows, to_numpy
+from kernel_cases import bare_clusters, cluster, kernels, make_centroids, make_rows, to_numpy
 from kernel_checks import (
     NOT_A_NUMBER,
     PROBED,
@@ -130,13 +130,6 @@ def test_the_tail_is_capped_below_the_best_candidate(dtype):
         check_full(clustered, scores, selection, candidates, full)
         others, best = to_numpy(full)[:, ~scored], to_numpy(logits).max(axis=(1, 2))
         assert (others.max(axis=-1) < best).all()
-
-
-def bare_clusters(rng, n_clusters):
-    """Clusters of one token each, with nothing in their rows: for select alone."""
-    rows = make_rows(rng, n_clusters, 4, bits=16, group_size=0, dtype=mx.float16)
-    centroids = make_centroids(rng, n_clusters, 4, group_size=0, dtype=mx.float16)
-    return cluster(rng, rows, centroids, 1)
 
 
 # 18,432 are the most that stay in registers, and 262,144 a Gemma head in clusters of 1

@@ -14,6 +14,7 @@ from kernel_cases import (
     covering_cases,
     kernels,
     make_centroids,
+    make_clustered,
     make_rows,
     on_gpu,
     to_numpy,
@@ -53,12 +54,10 @@ CASES = covering_cases(FACTORS, is_valid, n_weights)
 
 def head_of(rng, case, dtype):
     n_clusters = N_CLUSTERS[case["n_probes"]]
-    n_tokens = n_clusters * case["cluster_size"] - (0 if case["divisible"] else 3)
     rows_dtype = mx.bfloat16 if dtype == mx.float32 and case["bits"] == 16 else dtype
-    width, form = case["hidden_size"], {name: case[name] for name in ("bits", "group_size")}
-    rows = make_rows(rng, n_tokens, width, dtype=rows_dtype, **form)
-    centroids = make_centroids(rng, n_clusters, width, group_size=case["centroid_group"])
-    return cluster(rng, rows, centroids, case["cluster_size"])
+    form = {name: case[name] for name in ("bits", "group_size", "centroid_group")}
+    form |= {"dtype": rows_dtype, "padded": 0 if case["divisible"] else 3}
+    return make_clustered(rng, n_clusters, case["cluster_size"], case["hidden_size"], **form)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))

@@ -108,7 +108,10 @@ def test_tokens_of_a_text(folder):
     _, tokenizer = mlx_lm.load(str(folder))
     assert tokenizer.eos_token_ids == {1}
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (2, 0)
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("c abcé\n\n<html>a<eos>"))
+    text = "c abcé\n\n<html>a<eos>"
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
+    text = f"  a {text} 東京 🙂\0"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
     assert tokens == [
         *("<bos>", "c", "▁abc", "<0xC3>", "<0xA9>", "\n\n", "<html>", "a", "<eos>")
     ]  # fmt: skip
