@@ -7,15 +7,15 @@ from .version import __version__
 
 COMMANDS = {
     "generate": "generate text",
-    "chat": "talk with a model at the terminal",
+    "chat": "chat with a model at the terminal",
     "server": "serve models to browsers and over the OpenAI API",
-    "run": "run another program that uses mlx-lm with a FlashHead under it",
+    "run": "run another program with FlashHead under its mlx-lm",
     "cache": "list the FlashHeads that were built here, and remove some",
     "convert": "make a folder of a model and its FlashHead, also with other bits",
     "upload": "publish such a folder on the Hugging Face Hub",
     "export": "write the head's kernels and arrays for an app on an iPad or a Mac",
-    "evaluate": "measure how close FlashHead comes to the dense head",
-    "benchmark": "measure speed, or estimate it for an Apple chip",
+    "evaluate": "measure how close unverified choices come to the normal head's",
+    "benchmark": "measure speed: of a head, a model, a server",
 }
 
 

@@ -204,7 +204,7 @@ def test_every_command_over_pipes(typed, converted, folder):
         ("/dense", "Now dense"),
         ("r", "A new conversation"),
         ("Hello", "tokens/s"),
-        ("/dense", "Now 1 of 17"),
+        ("/dense", "Now verified, 1 of 17"),
         ("/foo bar", "no command /foo"),
         ("/save", "needs the name of a file"),
         ("/load absent/chat.json", "chat.json"),
@@ -238,7 +238,7 @@ def test_dense_needs_no_flash_head(typed, dense, converted):
     lines = "Hello\n/dense\n/reset\nHello\n"
     answers, said = typed(lines, "--model", converted, "--dense")
     assert answers == 2 * answer
-    assert "Now 4 of 17" in said
+    assert "Now verified, 4 of 17" in said
 
 
 def test_sampling_follows_the_seed(typed, converted):

@@ -192,8 +192,8 @@ def test_a_loop_of_its_own_keeps_the_normal_head(place):
 def test_the_server_of_mlx_lm_with_eight_clients(place):
     """The texts are those of the same server without us, at once and with a seed."""
     answers, errors = [], ""
-    for under, module in (((), ()), (("mlx_flashhead.run", "--flash-head", "head"), ("-m",))):
-        words = (*module, "mlx_lm.server", "--model", "model")
+    for under in (), ("mlx_flashhead.run", "--flash-head", "head"):
+        words = ("mlx_lm.server", "--model", "model")
         with running_server(place, *words, ready="at 127.0.0.1 on port", under=under) as server:
 
             def ask(i, server=server, **options):

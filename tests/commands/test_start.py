@@ -34,6 +34,7 @@ LIGHT = [
     "evaluate",
     "benchmark",
     "convert",
+    "export",
     "upload",
 ]  # whose --help imports no library of models
 # As `python -m` does, but in one process.

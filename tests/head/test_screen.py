@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
-from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise, position_key
+from mlx_flashhead.head.draw import (
+    Draws,
+    DrawSettings,
+    draw,
+    noise,
+    noise_of_all,
+    position_key,
+)
 from mlx_flashhead.head.kernels import TALLIED, MetalSteps
 from mlx_flashhead.head.portable import PortableSteps
 from mlx_flashhead.head.steps import Proposal
@@ -115,6 +122,30 @@ def test_the_kernels_say_what_the_operations_say(dtype, cluster_size, n_clusters
             exact = np.array([draws is None or not s.filters for s in DRAWS.of_rows[:k]])
             np.testing.assert_array_equal(certain[exact], operations[exact])
             assert certain.any()
+
+
+@pytest.mark.parametrize("path", [PortableSteps, MetalSteps])
+@pytest.mark.parametrize("better", [2.0, -1.0])
+def test_filters_count_what_was_not_scored(path, better):
+    """The token of the highest noise, and one that was not scored: a better one leaves it out."""
+    settings = [{}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 1}]
+    draws = Draws.of([(DrawSettings(1.0, **each), position_key(3, 1)) for each in settings])
+    rng, k = np.random.default_rng(1), len(settings)
+    with kernels():
+        steps = steps_of(rng, path)
+        clustered, gumbel = steps.clustered, noise_of_all(draws.keys, steps.clustered.vocab_size)
+        token, other = np.argsort(-to_numpy(gumbel[0]))[[0, 2000]].tolist()
+        cluster_of = clustered.slot_of // clustered.cluster_size
+        probes = mx.full((k, 9), cluster_of[token].item(), mx.uint32)
+        probes[:, 1:] = mx.array([c for c in range(20) if c != cluster_of[other].item()][:8])
+        slots = mx.full((k, clustered.n_clusters * clustered.cluster_size), -30.0)
+        slots[:, clustered.slot_of[token]], slots[:, clustered.slot_of[other]] = 0.0, better
+        slots = slots.reshape(k, *clustered.token_ids.shape)
+        logits = mx.take_along_axis(slots, probes[..., None], axis=1)
+        tokens = mx.full((k,), token, mx.uint32)
+        proposal = Proposal(mx.zeros((k, 4)), tokens, probes, logits, mx.zeros(k), None)
+        certain = steps.screen(slots, proposal, draws, mx.zeros(k), mx.zeros(k), 0.0).certain
+        assert certain.tolist() == [True, *[better < 0] * 3]
 
 
 @pytest.mark.parametrize("path", [PortableSteps, MetalSteps])
