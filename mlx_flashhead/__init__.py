@@ -5,6 +5,7 @@ model, tokenizer = load("folder-or-repository")
 text = generate(model, tokenizer, prompt="…", max_tokens=100)
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -59,3 +60,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# `generate` and `convert` are commands' modules, too. Importing one sets the package's attribute of
+# its name: so both are imported now, and the names are the functions' from then on, as in mlx-lm.
+# Under `python -m mlx_flashhead.generate`, Python itself is about to run the module.
+if sys.argv[:1] != ["-m"]:
+    for _name in ("generate", "convert"):
+        import_module(f".{_name}", __name__)
+        del globals()[_name]

@@ -15,13 +15,13 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from .engine.engine import Engine
-from .engine.jobs import Job, Progress, read_jobs
-from .network.access import json_response, read_body
-from .network.page_files import PAGE_ROUTES
-from .protocol.api_error import ApiError, dumps
-from .protocol.completions import Choice, envelope
-from .protocol.requests import find_model
+from .access import json_response, read_body
+from .api_error import ApiError, dumps
+from .completions import Choice, envelope
+from .engine import Engine
+from .jobs import Job, Progress, read_jobs
+from .page_files import PAGE_ROUTES
+from .requests import find_model
 from .served_models import ServedModel
 
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")

@@ -17,11 +17,11 @@ from typing import Any, NoReturn
 import uvicorn
 
 from ..common.command import printable
+from .access import Access, FrontDoor, access_of
+from .addresses import announce, own_address, url
+from .connections import MAX_HEAD_BYTES, MAX_WAITING, Connection, Connections
 from .endpoints import Api
-from .engine.engine import Engine
-from .network.access import Access, FrontDoor, access_of
-from .network.addresses import announce, own_address, url
-from .network.connections import MAX_HEAD_BYTES, MAX_WAITING, Connection, Connections
+from .engine import Engine
 from .served_models import load_models
 
 # A token or a chunk of a prompt is computed within this time, or the process ends without it.

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..common.arguments import Parser, Type, json_object, number, one_of, share, whole_number
 from ..common.head_flags import add_answering_options
-from .network.addresses import TOKEN_FILE, is_loopback
+from .addresses import TOKEN_FILE, is_loopback
 
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 

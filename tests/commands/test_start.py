@@ -25,18 +25,6 @@ REMEDIES = (
     (errno.EROFS, "choose another place, or get the permission"),
     (errno.EIO, "check the path and the disk"),
 )
-LIGHT = [
-    "cache",
-    "generate",
-    "chat",
-    "server",
-    "run",
-    "evaluate",
-    "benchmark",
-    "convert",
-    "export",
-    "upload",
-]  # whose --help imports no library of models
 # As `python -m` does, but in one process.
 HELP = """
 import runpy, sys
@@ -61,25 +49,14 @@ def start(*command, **options):
     return result.returncode, result.stdout, result.stderr
 
 
-def test_modules_say_how_they_are_used_without_a_warning():
-    code, output, errors = start(
-        sys.executable,
-        "-W",
-        "error::RuntimeWarning",
-        "-c",
-        HELP.replace("NAMES", repr([*COMMANDS])),
-    )
-    assert (code, errors) == (0, "")
+def test_help_of_all_commands_imports_no_library_of_models():
+    """And no module warns. Such a library takes a second or more."""
+    script = HELP.replace("NAMES", repr([*COMMANDS]))
+    script += "print(sorted({'mlx_lm', 'mlx_vlm', 'transformers'} & {*sys.modules}))"
+    code, output, errors = start(sys.executable, "-W", "error::RuntimeWarning", "-c", script)
+    assert (code, errors) == (0, "") and output.splitlines()[-1] == "[]"
     used = [line.split()[1] for line in output.splitlines() if line.startswith("usage: ")]
     assert used == [f"mlx_flashhead.{command}" for command in COMMANDS]
-
-
-def test_help_imports_no_model_library():
-    """Each takes a second or more, and nobody waits for them who only reads."""
-    script = HELP.replace("NAMES", repr(LIGHT))
-    script += "print(sorted({'mlx_lm', 'mlx_vlm', 'transformers'} & {*sys.modules}))"
-    code, output, errors = start(sys.executable, "-c", script)
-    assert (code, errors) == (0, "") and output.splitlines()[-1] == "[]"
 
 
 def test_ctrl_c_during_the_imports_ends_without_a_traceback(dense):

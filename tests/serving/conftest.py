@@ -12,8 +12,8 @@ import pytest
 import mlx_flashhead
 from chain_models import write_chain_model
 from engines import CHUNK
-from mlx_flashhead.serving.engine import prefill
-from mlx_flashhead.serving.engine.engine import Engine
+from mlx_flashhead.serving import prefill
+from mlx_flashhead.serving.engine import Engine
 from model_folders import write_model
 from scripted_server import TOKEN, scripted_server
 from served_models import flags, served_model

@@ -3,7 +3,7 @@
 from queue import SimpleQueue
 
 import mlx_flashhead
-from mlx_flashhead.serving.engine.jobs import Job, Prompt, Token
+from mlx_flashhead.serving.jobs import Job, Prompt, Token
 from served_models import checked
 
 LONG = [2 + (7 * i) % 250 for i in range(400)]

@@ -9,10 +9,10 @@ from threading import Event, Thread
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route, Router
 
-from mlx_flashhead.serving.network import access
-from mlx_flashhead.serving.network.access import Access, json_response, read_body
-from mlx_flashhead.serving.network.page_files import PAGE_ROUTES
-from mlx_flashhead.serving.protocol.api_error import ApiError
+from mlx_flashhead.serving import access
+from mlx_flashhead.serving.access import Access, json_response, read_body
+from mlx_flashhead.serving.api_error import ApiError
+from mlx_flashhead.serving.page_files import PAGE_ROUTES
 from mlx_flashhead.serving.serve import Server, listening
 
 # The name of a machine on a network: plain http, so no secure context. The browser maps it here.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import mlx_flashhead
-from mlx_flashhead.serving.protocol.requests import read_request
+from mlx_flashhead.serving.requests import read_request
 from mlx_flashhead.serving.served_models import ServedModel
 from mlx_flashhead.serving.server_options import make_parser
 

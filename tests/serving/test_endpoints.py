@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlx_flashhead.serving.access import Access
+from mlx_flashhead.serving.api_error import ApiError
+from mlx_flashhead.serving.completions import Token
 from mlx_flashhead.serving.endpoints import Api, speed_of
-from mlx_flashhead.serving.network.access import Access
-from mlx_flashhead.serving.protocol.api_error import ApiError
-from mlx_flashhead.serving.protocol.completions import Token
 from mlx_flashhead.serving.serve import SHUTTING_DOWN, Server, listening
 from served_models import flags
 

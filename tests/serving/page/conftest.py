@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from mlx_flashhead.serving.network.access import Access
+from mlx_flashhead.serving.access import Access
 from scripted_server import LAN_NAME, TOKEN
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

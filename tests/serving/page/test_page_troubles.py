@@ -5,7 +5,7 @@ from threading import Event
 
 from playwright.sync_api import expect
 
-from mlx_flashhead.serving.network.access import Access
+from mlx_flashhead.serving.access import Access
 from page_actions import answers, ask, tap
 from scripted_server import BREAK, MODEL, TOKEN, Script, scripted_server
 

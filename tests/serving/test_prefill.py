@@ -8,8 +8,8 @@ import pytest
 import mlx_flashhead
 from engines import CHUNK, LONG, SHORT, generated, submit, tokens_of, until
 from mlx_flashhead.models.compat.mlx_lm import KVCache
-from mlx_flashhead.serving.engine.jobs import Progress, Token
-from mlx_flashhead.serving.engine.prefill import (
+from mlx_flashhead.serving.jobs import Progress, Token
+from mlx_flashhead.serving.prefill import (
     CHUNK_SECONDS,
     SMALLEST_CHUNK,
     Pace,

@@ -12,8 +12,8 @@ import pyte
 import pytest
 import zxingcpp
 
-from mlx_flashhead.serving.network import access
-from mlx_flashhead.serving.network.addresses import (
+from mlx_flashhead.serving import access
+from mlx_flashhead.serving.addresses import (
     announce,
     is_loopback,
     kept_token,

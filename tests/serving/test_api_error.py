@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mlx_flashhead.serving.protocol.api_error import dumps, loads
+from mlx_flashhead.serving.api_error import dumps, loads
 
 
 def test_what_is_written_can_be_read():

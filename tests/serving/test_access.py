@@ -8,9 +8,9 @@ import time
 import pytest
 from starlette.datastructures import Headers
 
-from mlx_flashhead.serving.network.access import Access
-from mlx_flashhead.serving.network.page_files import FOLDER, page_names
-from mlx_flashhead.serving.protocol.api_error import ApiError
+from mlx_flashhead.serving.access import Access
+from mlx_flashhead.serving.api_error import ApiError
+from mlx_flashhead.serving.page_files import FOLDER, page_names
 from scripted_server import INFO, TOKEN
 
 LOCAL = Access()

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mlx_flashhead.serving.protocol.api_error import ApiError
-from mlx_flashhead.serving.protocol.requests import MAX_CHARACTERS, MAX_CHOICES, MAX_LOGPROBS
+from mlx_flashhead.serving.api_error import ApiError
+from mlx_flashhead.serving.requests import MAX_CHARACTERS, MAX_CHOICES, MAX_LOGPROBS
 from model_folders import VOCAB_SIZE
 from served_models import checked
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...lossless.batch import VerifiedBatchGenerator
-from ...lossless.loop import drafted_steps, verified_steps
-from ...lossless.proposer import Proposer
-from ...lossless.sampler import preserves_margins
-from ...models.compat.mlx_lm import can_trim_prompt_cache
+from ..lossless.batch import VerifiedBatchGenerator
+from ..lossless.loop import drafted_steps, verified_steps
+from ..lossless.proposer import Proposer
+from ..lossless.sampler import preserves_margins
+from ..models.compat.mlx_lm import can_trim_prompt_cache
 from .jobs import Job, LogitsProcessor
 from .prefill import KVCaches, Reading
 

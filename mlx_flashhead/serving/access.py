@@ -25,8 +25,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..protocol.api_error import ApiError, dumps
 from .addresses import is_loopback, kept_token
+from .api_error import ApiError, dumps
 from .connections import MAX_HEAD_BYTES, REFUSED_SECONDS, Connections
 from .page_files import locked_page
 

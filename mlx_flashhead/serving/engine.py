@@ -19,14 +19,14 @@ from threading import Event, Lock, Thread
 
 import mlx.core as mx
 
-from ...models.compat.mlx_lm import maybe_set_recommended_wired_limit
-from ...models.compat.mlx_lm_0_31 import let_thread_draw
-from ...models.install import get_flash_head
-from ..protocol.api_error import ApiError
-from ..served_models import ServedModel
+from ..models.compat.mlx_lm import maybe_set_recommended_wired_limit
+from ..models.compat.mlx_lm_0_31 import let_thread_draw
+from ..models.install import get_flash_head
+from .api_error import ApiError
 from .decoding import Batch, Decoder, Single, kind_of
 from .jobs import Job
 from .prefill import CHUNK_SECONDS, KVCaches, Pace, PromptCaches, Reading, ReadingQueue
+from .served_models import ServedModel
 
 _IDLE_SECONDS = 0.1
 STUCK_SECONDS = 300.0  # of one turn: no chunk of a prompt takes as long

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from mlx_flashhead.serving.engine import jobs
-from mlx_flashhead.serving.engine.jobs import read_prompts
-from mlx_flashhead.serving.protocol.api_error import ApiError
+from mlx_flashhead.serving import jobs
+from mlx_flashhead.serving.api_error import ApiError
+from mlx_flashhead.serving.jobs import read_prompts
 from mlx_flashhead.serving.served_models import ServedModel
 from served_models import checked
 

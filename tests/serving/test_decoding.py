@@ -4,7 +4,7 @@ import pytest
 
 from engines import CHUNK, LONG, SHORT, endless, generated, submit, tokens_of, until
 from mlx_flashhead import grammar_processor
-from mlx_flashhead.serving.engine.jobs import Token
+from mlx_flashhead.serving.jobs import Token
 
 
 @pytest.fixture(params=["engine", "drafting"])

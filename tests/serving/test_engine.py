@@ -8,10 +8,10 @@ import pytest
 
 from engines import CHUNK, LONG, SHORT, endless, job, submit, tokens_of, until
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
-from mlx_flashhead.serving.engine import engine as engine_module
-from mlx_flashhead.serving.engine import prefill
-from mlx_flashhead.serving.engine.engine import time_for_answers
-from mlx_flashhead.serving.engine.jobs import Progress, Token
+from mlx_flashhead.serving import engine as engine_module
+from mlx_flashhead.serving import prefill
+from mlx_flashhead.serving.engine import time_for_answers
+from mlx_flashhead.serving.jobs import Progress, Token
 
 
 def test_a_cancelled_prompt_is_not_read_on_and_what_was_read_is_kept(start, chunks):

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import decoders
 
 from mlx_flashhead.models.compat.mlx_lm import TextStateMachine
-from mlx_flashhead.serving.protocol.completions import (
+from mlx_flashhead.serving.completions import (
     VERY_UNLIKELY,
     AnswerText,
     Token,

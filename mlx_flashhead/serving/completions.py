@@ -11,11 +11,11 @@ from typing import Any, cast
 import mlx.core as mx
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ...models.compat.mlx_lm import TextStateMachine, make_text_state_machine
-from ...version import __version__
-from ..served_models import ServedModel
+from ..models.compat.mlx_lm import TextStateMachine, make_text_state_machine
+from ..version import __version__
 from .api_error import dumps
 from .requests import Request
+from .served_models import ServedModel
 
 # The value of OpenAI's API for a token that is too unlikely to have a logprob.
 VERY_UNLIKELY = -9999.0

@@ -9,7 +9,7 @@ from threading import Event
 
 import pytest
 
-from mlx_flashhead.serving.network import access, connections
+from mlx_flashhead.serving import access, connections
 
 CHAT = "/v1/chat/completions"
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"

@@ -11,14 +11,14 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ...lossless.sampler import make_sampler
-from ...models.compat.mlx_lm import make_logits_processors
-from ...models.templates import apply_template
-from ...structured.processor import GrammarProcessor
-from ..protocol.api_error import ApiError, loads
-from ..protocol.completions import AnswerText, Token, token_logprobs
-from ..protocol.requests import Request, read_request
-from ..served_models import ServedModel
+from ..lossless.sampler import make_sampler
+from ..models.compat.mlx_lm import make_logits_processors
+from ..models.templates import apply_template
+from ..structured.processor import GrammarProcessor
+from .api_error import ApiError, loads
+from .completions import AnswerText, Token, token_logprobs
+from .requests import Request, read_request
+from .served_models import ServedModel
 
 TOKENIZE_SECONDS = 5.0
 PART = 4096  # characters that are tokenized at once to see whether a text is too long

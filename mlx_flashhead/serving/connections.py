@@ -15,7 +15,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..protocol.api_error import ApiError, dumps
+from .api_error import ApiError, dumps
 
 # Connections without a request that is being answered. Beyond this, the address with most of them
 # loses its oldest.

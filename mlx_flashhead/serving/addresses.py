@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from ...common.command import from_extra
+from ..common.command import from_extra
 
 TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
 _TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")  # unchanged in an address

@@ -12,7 +12,7 @@ from mlx_flashhead.loading import background as build
 from mlx_flashhead.loading.background import background_build
 from mlx_flashhead.loading.sources import HeadOptions
 from mlx_flashhead.lossless.policy import policy_of
-from mlx_flashhead.serving.engine.engine import Engine
+from mlx_flashhead.serving.engine import Engine
 from mlx_flashhead.serving.served_models import ServedModel
 from served_models import flags
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...models.compat.mlx_lm import (
+from ..models.compat.mlx_lm import (
     LRUPromptCache,
     can_trim_prompt_cache,
     make_prompt_cache,
     maybe_quantize_kv_cache,
     trim_prompt_cache,
 )
-from ..served_models import ServedModel
 from .jobs import Job, Progress
+from .served_models import ServedModel
 
 # Seconds of a chunk. After it, other answers and cancelled requests have their turn.
 CHUNK_SECONDS = 0.4

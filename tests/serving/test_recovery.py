@@ -9,11 +9,11 @@ from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 from engines import LONG, SHORT, endless, generated, job, submit, tokens_of, until
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
 from mlx_flashhead.lossless.sampler import make_sampler
-from mlx_flashhead.serving.engine.decoding import Batch
-from mlx_flashhead.serving.engine.engine import Engine
-from mlx_flashhead.serving.engine.jobs import Job, Token
-from mlx_flashhead.serving.engine.prefill import PromptCaches, Reading, ReadingQueue
-from mlx_flashhead.serving.protocol.completions import AnswerText
+from mlx_flashhead.serving.completions import AnswerText
+from mlx_flashhead.serving.decoding import Batch
+from mlx_flashhead.serving.engine import Engine
+from mlx_flashhead.serving.jobs import Job, Token
+from mlx_flashhead.serving.prefill import PromptCaches, Reading, ReadingQueue
 from served_models import flags
 
 NUMBERS = count()

@@ -1,1 +1,0 @@
-"""The thread that computes: jobs, prompts read a chunk at a time, decoding, caches."""

@@ -1,1 +1,0 @@
-"""Connections and who may use them: addresses, access, limits, the page's files."""

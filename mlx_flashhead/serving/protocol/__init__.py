@@ -1,1 +1,0 @@
-"""OpenAI's API: requests and what they may ask for, answers, errors."""
