@@ -149,7 +149,7 @@ class BackgroundBuild:
         source: Path,
         options: HeadOptions,
         step_seconds: float = STEP_SECONDS,
-        **how: bool,
+        **how: Any,
     ):
         self._model, self._options = model, options
         location = find_head(model)
