@@ -106,7 +106,7 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
         "backend": head.backend,
         "backend_reason": head.backend_reason,
         "equal_logits": equal_logits(head),
-        "stays_dense": policy_of(head).dense,
+        "keeps_dense_head": policy_of(head).dense,
         "tokens": args.tokens,
     }
     policy_of(head).dense = False
@@ -147,7 +147,7 @@ def make_table(result: dict) -> Table:
     probes, notes = result["n_probes"], [LEGEND]
     if result["equal_logits"] is not None:
         notes.append(f"{percent(result['equal_logits'], 3)} of the scored logits equal MLX's.")
-    if result["stays_dense"]:
+    if result["keeps_dense_head"]:
         notes.append(STAYS_DENSE)
     table = new_table(
         f"{result['model']}: {result['sampler']}, batch {result['batch']}, {probes[FLASH_HEAD]:,} "

@@ -157,7 +157,7 @@ def place_of(rows: Matrix) -> Path:
 def find(rows: Matrix, say: Say) -> StoredHead | None:
     """The FlashHead that was built for these rows (in token order), or for another form of them.
 
-    A damaged entry counts as missing, and is told.
+    A damaged entry counts as missing, with a sentence.
     """
     place = place_of(rows)
     try:

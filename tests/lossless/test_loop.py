@@ -174,9 +174,9 @@ def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
 
 def test_nothing_is_checked_without_the_check(flash, monkeypatch):
     monkeypatch.setattr("mlx_flashhead.lossless.verify.Verification", None)
-    bare = flash.tokens(verify=False)
-    assert bare == flash.tokens(verify=False, logprobs=False)
-    assert bare != flash.tokens(dense=True)
+    unverified = flash.tokens(verify=False)
+    assert unverified == flash.tokens(verify=False, logprobs=False)
+    assert unverified != flash.tokens(dense=True)
 
 
 @pytest.mark.parametrize("call", [1, 2, 7, 20])
