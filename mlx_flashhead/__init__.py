@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from .conversion.pipeline import convert
     from .head.flash_head import FlashHead
     from .index.settings import FlashHeadConfig
-    from .loading.attach import attach
-    from .loading.load import load, sharded_load
+    from .loading.load import attach, load, sharded_load
     from .lossless.generation import batch_generate, generate, stream_generate
     from .lossless.sampler import make_sampler
     from .models.install import detach, get_flash_head
@@ -44,8 +43,7 @@ _MODULES = {
     "conversion.pipeline": ("convert",),
     "head.flash_head": ("FlashHead",),
     "index.settings": ("FlashHeadConfig",),
-    "loading.attach": ("attach",),
-    "loading.load": ("load", "sharded_load"),
+    "loading.load": ("attach", "load", "sharded_load"),
     "lossless.generation": ("batch_generate", "generate", "stream_generate"),
     "lossless.sampler": ("make_sampler",),
     "models.install": ("detach", "get_flash_head"),

@@ -29,9 +29,8 @@ from ..index.files import (
     write_companion,
 )
 from ..index.settings import FlashHeadConfig
-from ..models.fetch import home
+from ..models.fetch import ENDING, home
 from ..models.finer_head import FOLDER as FINE_FOLDER
-from ..models.tensor_files import ENDING
 from .sources import StoredHead
 
 # Version of the recipe. A new one builds all FlashHeads again.

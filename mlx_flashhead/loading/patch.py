@@ -29,7 +29,7 @@ from ..models.compat.patching import (
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.origin import local_origin
-from .attach import attach_head
+from .load import attach_head
 from .sources import HeadOptions, bundled_head, explicit_head
 
 VARIABLE = "MLX_FLASHHEAD_RUN"  # read by hook/sitecustomize.py
