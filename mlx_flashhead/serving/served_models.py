@@ -19,9 +19,8 @@ from ..models.compat.mlx_lm import KVCache, make_prompt_cache
 from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
-from ..models.libraries import UnsupportedHeadError
+from ..models.libraries import UnsupportedHeadError, context_of
 from ..models.templates import template_variables
-from ..models.tokenizers import context_of
 
 # Variables that the server gives a template.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
