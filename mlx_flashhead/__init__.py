@@ -5,6 +5,7 @@ model, tokenizer = load("folder-or-repository")
 text = generate(model, tokenizer, prompt="…", max_tokens=100)
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
     from .conversion.pipeline import convert
     from .head.flash_head import FlashHead
     from .index.settings import FlashHeadConfig
-    from .loading.attach import attach
-    from .loading.load import load, sharded_load
+    from .loading.load import attach, load, sharded_load
     from .lossless.generation import batch_generate, generate, stream_generate
     from .lossless.sampler import make_sampler
     from .models.install import detach, get_flash_head
@@ -43,8 +43,7 @@ _MODULES = {
     "conversion.pipeline": ("convert",),
     "head.flash_head": ("FlashHead",),
     "index.settings": ("FlashHeadConfig",),
-    "loading.attach": ("attach",),
-    "loading.load": ("load", "sharded_load"),
+    "loading.load": ("attach", "load", "sharded_load"),
     "lossless.generation": ("batch_generate", "generate", "stream_generate"),
     "lossless.sampler": ("make_sampler",),
     "models.install": ("detach", "get_flash_head"),
@@ -61,3 +60,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# `generate` and `convert` are commands' modules, too. Importing one sets the package's attribute of
+# its name: so both are imported now, and the names are the functions' from then on, as in mlx-lm.
+# Under `python -m mlx_flashhead.generate`, Python itself is about to run the module.
+if sys.argv[:1] != ["-m"]:
+    for _name in ("generate", "convert"):
+        import_module(f".{_name}", __name__)
+        del globals()[_name]

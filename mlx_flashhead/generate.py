@@ -84,7 +84,7 @@ def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
     from .models.compat.mlx_lm import generation_stream, run_generate
     from .models.fetch import resolve
     from .models.install import get_flash_head
-    from .models.tokenizers import UNKNOWN_CONTEXT, context_of
+    from .models.libraries import UNKNOWN_CONTEXT, context_of
     from .structured.processor import GrammarProcessor
 
     options = HeadOptions.from_flags(args)

@@ -66,7 +66,7 @@ def _prepare() -> tuple[Namespace, list[str]]:
     parser = make_parser()
     words = _split(parser, sys.argv[1:])
     rest = sys.argv[1 + len(words) :]
-    # a bare --fine-head would take the program for its source
+    # --fine-head without a value would take the program for its source
     args = parser.parse_args(["--fine-head=" if word == "--fine-head" else word for word in words])
     if args.program and args.program.split(".")[0] in LIBRARIES and not Path(args.program).exists():
         args.module, args.program = args.program, None

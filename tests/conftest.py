@@ -25,15 +25,11 @@ import huggingface_hub
 import pytest
 from filelock import FileLock
 
-import mlx_flashhead.convert
-import mlx_flashhead.generate
+import mlx_flashhead
 from fetch_model import fetch
 from loopback_hub import TOKEN, LoopbackHub
 from loopback_requests import Account
 from model_folders import write_model
-
-# Tests use the functions of these names beside the commands' modules.
-del mlx_flashhead.convert, mlx_flashhead.generate
 
 
 def pytest_collection_modifyitems(items):

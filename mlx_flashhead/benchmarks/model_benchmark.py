@@ -106,7 +106,7 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
         "backend": head.backend,
         "backend_reason": head.backend_reason,
         "equal_logits": equal_logits(head),
-        "stays_dense": policy_of(head).dense,
+        "keeps_dense_head": policy_of(head).dense,
         "tokens": args.tokens,
     }
     policy_of(head).dense = False
@@ -124,7 +124,7 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
 
 def equal_logits(head: FlashHead) -> float | None:
     """Share of all V scored logits that equal MLX's to the last bit on this GPU; None without."""
-    return scored_logits_agree(head, rows_dtype(head)) if head.backend == "metal" else None
+    return scored_logits_agree(head.steps, rows_dtype(head)) if head.backend == "metal" else None
 
 
 def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
@@ -147,7 +147,7 @@ def make_table(result: dict) -> Table:
     probes, notes = result["n_probes"], [LEGEND]
     if result["equal_logits"] is not None:
         notes.append(f"{percent(result['equal_logits'], 3)} of the scored logits equal MLX's.")
-    if result["stays_dense"]:
+    if result["keeps_dense_head"]:
         notes.append(STAYS_DENSE)
     table = new_table(
         f"{result['model']}: {result['sampler']}, batch {result['batch']}, {probes[FLASH_HEAD]:,} "

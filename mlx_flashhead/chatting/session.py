@@ -133,7 +133,7 @@ class ChatSession:
             try:
                 keep(self.conversation.messages, self.args.model)
             except OSError as error:
-                self.keeping = False  # and it is told once
+                self.keeping = False  # and it is said once
                 reason = sentence(error)
                 self.terminal.say(f"This conversation is not kept for --resume: {reason}")
 
@@ -191,7 +191,7 @@ class ChatSession:
         self.terminal.say(f"Now {self._settings()}.")
 
     def _dense(self, _: str) -> None:
-        self._flash_head()  # or its absence is told
+        self._flash_head()  # or an error that there is none
         self.dense = not self.dense
         self.terminal.say(f"Now {self._settings()}.")
 

@@ -21,7 +21,7 @@ The plan is JSON:
                template, grid, threadGroup, outputShapes, outputDTypes: arguments of the call
 
 For R positions the second number of each grid and the first of each shape are R times as large.
-Rows are in the order of "token_ids", with any row in a padded slot. "slot_of" tells a token's place
+Rows are in the order of "token_ids", with any row in a padded slot. "slot_of" says a token's place
 in that order.
 """
 

@@ -187,7 +187,7 @@ class Matrix:
         return rounded
 
     def sample(self) -> "Matrix":
-        """64 evenly spaced rows, which tell what rows these are without reading them all. Lazy."""
+        """64 evenly spaced rows, which identify the rows without reading them all. Lazy."""
         ids = np.linspace(0, self.n_rows - 1, SAMPLE_ROWS).astype(np.uint32)
         return self.take(mx.array(ids))
 

@@ -270,10 +270,10 @@ class PortableSteps:
             most = mx.exp(mx.logaddexp(mass + scored_room, tail + room) - own)
             floor, high = own - scored_room, rest + scored_room
             # the mass of others above: their number times that of the best
-            n_others = (others + room[..., None] > floor[..., None]).sum(axis=(1, 2))[:, None]
+            n_rivals = (others + room[..., None] > floor[..., None]).sum(axis=(1, 2))[:, None]
             above = mx.where(high > floor, mx.exp(high - own), 0).sum(axis=-1, keepdims=True)
-            above = above + n_others * mx.exp(mx.minimum(best + room - own, 80))
-            n_above = (high > floor).sum(axis=-1, keepdims=True) + n_others
+            above = above + n_rivals * mx.exp(mx.minimum(best + room - own, 80))
+            n_above = (high > floor).sum(axis=-1, keepdims=True) + n_rivals
             sure = (share >= 1) | (above < share * least * (1 - MASS_ROOM))
             sure &= (count == 0) | (n_above < count)
             sure &= floor >= mx.maximum(second + scored_room, best + room) + log_min_p

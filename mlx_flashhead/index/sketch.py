@@ -2,7 +2,7 @@
 
 An index serves every precision of its rows almost as well as its own, and most fine-tunes. With the
 check it costs speed alone. docs/quality.md has the likeness of rounded and of noisy rows. Expected
-bytes per token with the check, relative to dense, of SmolLM2-135M with the index of other rows:
+bytes per token when verified, relative to dense, of SmolLM2-135M with the index of other rows:
 0.883 with its own, 0.904 at 3 bits (mean cosine 0.973), 0.914 at 0.886, and 1.487 at 2 bits (0.884,
 lengths 6 % apart).
 """

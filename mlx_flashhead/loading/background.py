@@ -25,10 +25,9 @@ from ..conversion.options import IndexOptions, make_recipe
 from ..lossless.tuning import Tuning
 from ..models.fetch import HOME_VARIABLE, home
 from ..models.install import get_flash_head
-from ..models.libraries import UnsupportedHeadError, is_vlm
+from ..models.libraries import UnsupportedHeadError, is_vlm, text_side
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.origin import local_origin
-from ..models.tokenizers import text_side
 from . import head_cache as cache
 from .sources import HeadOptions, StoredHead
 from .tuned import MEASURING, install_stored, tune_head
@@ -63,8 +62,8 @@ def build_steps(
     place = cache.place_of(rows)
     lock = cache.lock_of(place)
     if lock is not None and not lock.is_locked:
-        other = "Another process is building the FlashHead of this model: "
-        say(other + ("it is used as soon as it is there." if waits else "it is used next time."))
+        other = "Another process is building the FlashHead of this model: it is used "
+        say(other + ("as soon as it is there." if waits else "next time."))
         if not waits:
             return None
         yield from _acquire(lock)
@@ -81,24 +80,18 @@ def build_steps(
         origin = local_origin(source)
         obstacle = cache.obstacle(place, index_nbytes(rows))
         minutes = max(1, math.ceil(round(expected_seconds(rows, of_index)) / 60))
-        duration = "a minute" if minutes == 1 else f"{minutes} minutes"
         say(
-            f"Building the FlashHead of {origin.known_as}, which takes at most about {duration}. "
+            f"Building the FlashHead of {origin.known_as}, which takes at most about "
+            f"{'a minute' if minutes == 1 else f'{minutes} minutes'}. "
             + (f"It is kept in {place}." if obstacle is None else _not_kept(obstacle))
         )
         del rows
         recipe = make_recipe(of_index, origin, origin.result_name())
         if drafted is not None:
             del recipe["command"]  # no command converts a drafter of mlx-vlm
-        index = yield from model_index(
-            model,
-            text_side(model, tokenizer),
-            location,
-            of_index,
-            drafted=drafted,
-            recipe=recipe,
-            step_seconds=step_seconds,
-        )
+        tokenizer = text_side(model, tokenizer)
+        how: dict[str, Any] = {"drafted": drafted, "recipe": recipe, "step_seconds": step_seconds}
+        index = yield from model_index(model, tokenizer, location, of_index, **how)
         if index.config.calibration.get("cut_short"):
             say(
                 "This machine was busy, so the build was cut short, after "
@@ -146,10 +139,7 @@ def _not_kept(obstacle: str) -> str:
 class BackgroundBuild:
     """A FlashHead that is built in steps of about ``step_seconds``, whenever there is time.
 
-    With ``anew`` the user asks for another one in the place of the cached one.
-
-    Raises:
-        UnsupportedHeadError: If the model can have none.
+    ``how`` is ``waits`` and ``anew`` of `build_steps`. UnsupportedHeadError if there can be none.
     """
 
     def __init__(
@@ -159,8 +149,7 @@ class BackgroundBuild:
         source: Path,
         options: HeadOptions,
         step_seconds: float = STEP_SECONDS,
-        anew: bool = False,
-        waits: bool = True,
+        **how: Any,
     ):
         self._model, self._options = model, options
         location = find_head(model)
@@ -171,16 +160,13 @@ class BackgroundBuild:
             location,
             source=source,
             options=options,
-            waits=waits,
-            anew=anew,
             step_seconds=step_seconds,
+            **how,
         )
         self._result: StoredHead | Tuning | None = None  # of the steps
 
     def advance(self) -> bool:
-        """Takes a step, of about a tenth of a second. Returns whether there are more.
-
-        A step after `install` measures some tokens.
+        """Takes a step, after `install` of some tokens. Returns whether there are more.
 
         Raises:
             ValueError: If the model can have no FlashHead after all.
@@ -211,24 +197,24 @@ class BackgroundBuild:
 
     def finish(self) -> None:
         """Takes all steps, installs the FlashHead, and says what it took and when it pays back."""
-        began = time.perf_counter()
+        began, say = time.perf_counter(), self._options.say
         self._result = finish(self._steps, self._options)
         seconds = time.perf_counter() - began
         if not self.install():
             return
         if self.advance():
-            self._options.say(MEASURING)
+            say(MEASURING)
         while self.advance():
             pass
         tuning, took = self._result, f"build took {seconds:.0f} s"
         if not isinstance(tuning, Tuning):
-            self._options.say(f"FlashHead is ready for next time. Its {took}.")
+            say(f"FlashHead is ready for next time. Its {took}.")
         elif tuning.dense:
-            self._options.say(f"The {took}.")  # that the model stays dense has been said
+            say(f"The {took}.")  # that the model stays dense has been said
         else:
             makes = "should make" if tuning.predicted else "makes"
             tokens = seconds / (tuning.dense_seconds * (1 - 1 / tuning.gain))
-            self._options.say(
+            say(
                 f"FlashHead is ready for next time. Its {took}, and it {makes} this model "
                 f"{tuning.gain:.2f} times as fast on this machine: that pays back after about "
                 f"{float(f'{tokens:.2g}'):,.0f} tokens."
@@ -243,10 +229,7 @@ def background_build(
     step_seconds: float = STEP_SECONDS,
     waits: bool = True,
 ) -> BackgroundBuild | None:
-    """The build for a model that has no FlashHead; None if it has one or can have none.
-
-    It ``waits`` for the build of another process, or leaves it to that one.
-    """
+    """The build for a model that has no FlashHead; None if it has one or can have none."""
     if get_flash_head(model) is not None or is_vlm(model):
         return None
     try:

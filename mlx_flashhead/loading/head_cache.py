@@ -29,9 +29,8 @@ from ..index.files import (
     write_companion,
 )
 from ..index.settings import FlashHeadConfig
-from ..models.fetch import home
+from ..models.fetch import ENDING, home
 from ..models.finer_head import FOLDER as FINE_FOLDER
-from ..models.tensor_files import ENDING
 from .sources import StoredHead
 
 # Version of the recipe. A new one builds all FlashHeads again.
@@ -158,7 +157,7 @@ def place_of(rows: Matrix) -> Path:
 def find(rows: Matrix, say: Say) -> StoredHead | None:
     """The FlashHead that was built for these rows (in token order), or for another form of them.
 
-    A damaged entry counts as missing, and is told.
+    A damaged entry counts as missing, with a sentence.
     """
     place = place_of(rows)
     try:

@@ -29,7 +29,7 @@ from ..models.compat.patching import (
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.origin import local_origin
-from .attach import attach_head
+from .load import attach_head
 from .sources import HeadOptions, bundled_head, explicit_head
 
 VARIABLE = "MLX_FLASHHEAD_RUN"  # read by hook/sitecustomize.py
@@ -110,7 +110,7 @@ def patch_load(options: HeadOptions) -> None:
             if loop is None:
                 return original(prompt, model, *arguments, **named)
             if use is not None:
-                use.tell(decoding_mode(model))
+                use.announce(decoding_mode(model))
             return loop(prompt, model, *arguments, **named)
 
         return steps
@@ -121,7 +121,7 @@ def patch_load(options: HeadOptions) -> None:
                 use = use_of(model)
                 if use is None or use.unverified or caller_changes_batches():
                     return original(model, *arguments, **named)
-                use.tell(decoding_mode(model))
+                use.announce(decoding_mode(model))
                 return super().__new__(cls)
 
         return RunBatchGenerator
@@ -134,7 +134,7 @@ def patch_load(options: HeadOptions) -> None:
                 proposer = Proposer(model)
                 loop = vlm_steps(original, proposer, input_ids, model, pixel_values, mask, named)
                 if loop is not None:
-                    use.tell(decoding_mode(model))
+                    use.announce(decoding_mode(model))
                     return loop
             return original(input_ids, model, pixel_values, mask, **named)
 
@@ -153,11 +153,11 @@ class _Use:
         self._n_steps = 0  # of a loop that is not ours
         self._told = False
         if self.unverified:
-            self.tell("unverified")
+            self.announce("unverified")
         self._interception = head.intercepted(self._project)
         self._interception.__enter__()  # for good
 
-    def tell(self, mode: str) -> None:
+    def announce(self, mode: str) -> None:
         """Says, once, how the text is decoded."""
         if not self._told:
             self._say(f"Text of {self._name}: {mode}.")
@@ -171,7 +171,7 @@ class _Use:
                 return head.unverified_logits(hidden)
             self._n_steps += 1
             if self._n_steps == OWN_STEPS:
-                self.tell(DENSE_LOOP)
+                self.announce(DENSE_LOOP)
         return head.dense_logits(hidden)
 
 

@@ -36,7 +36,7 @@ def tune_head(
 ) -> Generator[None, None, Tuning | None]:
     """Gives the FlashHead of ``model`` the settings that were measured on this machine, in steps.
 
-    They are measured at the first use of this machine, version of MLX and dtype, in some seconds,
+    They are measured at the first use of this machine, version of MLX and dtype, in a few seconds,
     and again as long as they are provisional, whenever the machine is quiet. A number of probes
     that the user has chosen stays, and ``always`` keeps a FlashHead that gains nothing.
     ``$MLX_FLASHHEAD_TUNING=off`` measures nothing, and returns None.

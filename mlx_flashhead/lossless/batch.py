@@ -10,7 +10,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.compat.choosing_batch import ChoosingBatchGenerator, StateMachineStops
+from ..models.compat.mlx_lm import ChoosingBatchGenerator, StateMachineStops
 from .policy import batch_limit
 from .proposer import Proposer, step_arrays
 from .sampler import Trust

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..head.backend import PORTABLE
 from ..head.flash_head import FlashHead
 from ..head.steps import NO_DEPTH
 from ..models.install import get_flash_head
@@ -60,7 +61,11 @@ _policies: WeakKeyDictionary[FlashHead, DecodingPolicy] = WeakKeyDictionary()
 
 def policy_of(head: FlashHead) -> DecodingPolicy:
     """The policy of a head, which a caller may change."""
-    return _policies.setdefault(head, DecodingPolicy())
+    if head not in _policies:
+        # an M1 or M2 multiplies up to five states one by one
+        first = FIRST_PENDING if head.backend == PORTABLE else 2 * FIRST_PENDING
+        _policies[head] = DecodingPolicy(first_pending=first)
+    return _policies[head]
 
 
 def batch_limit(head: FlashHead) -> int:

@@ -18,11 +18,12 @@ from ..head.flash_head import FlashHead
 from ..head.steps import NO_DEPTH
 from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.install import hidden_dtype, installed_head
-from .policy import FIRST_PENDING, MAX_PENDING, MAX_RISK, MAX_WAIT, best_risk, policy_of
+from .policy import MAX_PENDING, MAX_RISK, MAX_WAIT, best_risk, policy_of
 from .proposer import Proposer, step_arrays
+from .rounding import SlotProduct, rounding_of
 from .sequence import PendingToken, normalized
 from .sequence import Sequence as Text
-from .verify import FEW, SlotProduct, join, rounding_of
+from .verify import FEW, join
 
 SECONDS = 5.0  # of all measurements
 LEAST_GAIN = 1.03
@@ -56,7 +57,6 @@ class Tuning:
         policy = policy_of(head)
         policy.depth, policy.max_batch = self.depth, self.max_batch
         policy.max_pending, policy.max_risk = self.max_pending, self.max_risk
-        policy.first_pending = FIRST_PENDING if head.backend == PORTABLE else 2 * FIRST_PENDING
         policy.gain, policy.predicted, policy.dense = self.gain, self.predicted, self.dense
 
 

@@ -1,12 +1,21 @@
-"""Fetches models: the folder of a path, or of a repository on the Hugging Face Hub."""
+"""Fetches models from the Hugging Face Hub: whole folders, and single tensors of their files."""
 
+import hashlib
+import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import huggingface_hub
+import mlx.core as mx
+import numpy as np
+from huggingface_hub import constants
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -15,6 +24,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from tqdm import tqdm
 
 from ..common.repositories import redact
 from ..index.files import FILE_NAME
@@ -69,7 +80,7 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
 
 def hub_sentence(name: str, revision: str | None, error: Exception) -> str:
     """What a user can do about an error of the Hub's client, without secrets."""
-    missing, constants = f"There is no folder {name!r} here, and", huggingface_hub.constants
+    missing = f"There is no folder {name!r} here, and"
     page = f"{constants.ENDPOINT}/{name}"
     unreached = "the Hugging Face Hub cannot be reached: check the network and the name."
     if constants.HF_HUB_OFFLINE:
@@ -94,3 +105,172 @@ def hub_sentence(name: str, revision: str | None, error: Exception) -> str:
 def reason(error: Exception) -> str:
     """The error's message as one short line without secrets."""
     return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__
+
+
+# Single tensors. A safetensors file says in its header where each lies, so one of a repository is
+# fetched, by ranges of bytes, without the rest of the model.
+
+INDEX, SINGLE, ENDING = "model.safetensors.index.json", "model.safetensors", ".safetensors"
+LARGEST_HEADER = 100_000_000  # bytes, as the format's own library has it
+SILENCE = 30.0  # seconds without a byte, after which the network is down
+_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file: a path on this machine, or a file of a repository."""
+
+    name: str
+    repo_id: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.repo_id}" if self.repo_id else self.name
+
+    def stream(self, start: int, end: int) -> Iterator[bytes]:
+        """The bytes from ``start`` to ``end``, as many as there are; ValueError from the Hub."""
+        if self.repo_id is None:
+            with open(self.name, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                file.seek(min(start, size))
+                yield file.read(max(0, min(end, size) - start))
+            return
+        with _hub_errors(self.repo_id):
+            if constants.HF_HUB_OFFLINE:
+                raise OfflineModeIsEnabled("offline")
+            url = huggingface_hub.hf_hub_url(self.repo_id, self.name)
+            headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
+            with get_session().stream("GET", url, headers=headers, timeout=SILENCE) as response:
+                hf_raise_for_status(response)
+                if response.status_code != 206:
+                    raise ValueError("the server sends whole files alone")
+                yield from response.iter_bytes()  # as they come: a lost connection loses none
+
+    def tensors(self) -> dict[str, "Tensor"]:
+        """The tensors of the header; ValueError if it is not one."""
+        try:
+            first = 8 + int.from_bytes(b"".join(self.stream(0, 8)), "little")
+            if not 10 <= first <= LARGEST_HEADER:
+                raise TypeError
+            header = json.loads(b"".join(self.stream(8, first)))
+            header.pop("__metadata__", None)
+            tensors = {}
+            for name, about in header.items():
+                start, end = (first + int(offset) for offset in about["data_offsets"])
+                shape = tuple(map(int, about["shape"]))
+                tensors[name] = Tensor(self, name, str(about["dtype"]), shape, start, end)
+            return tensors
+        except (
+            json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError,
+            RecursionError, OverflowError,
+        ):  # fmt: skip
+            raise ValueError(
+                f"{self} is damaged or no safetensors file: choose another source."
+            ) from None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A matrix in a file, by its place."""
+
+    file: TensorFile
+    name: str
+    dtype: str  # in the format's words, such as "BF16"
+    shape: tuple[int, ...]
+    start: int  # of its bytes in the file
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def readable(self) -> bool:
+        """Whether its dtype is known and its place holds its shape."""
+        size = _DTYPES[self.dtype].size if self.dtype in _DTYPES else 0
+        return self.nbytes > 0 and self.nbytes == size * np.prod(self.shape, dtype=object)
+
+    def array(self, content: Any, n_rows: int) -> mx.array:
+        """The bytes of some rows as an array."""
+        raw = np.frombuffer(content, np.uint32 if self.dtype in ("F32", "U32") else np.uint16)
+        return mx.array(raw.reshape(n_rows, *self.shape[1:])).view(_DTYPES[self.dtype])
+
+    def rows(self, ids: list[int]) -> mx.array:
+        """Some rows, each read by itself."""
+        size = self.nbytes // self.shape[0]
+        starts = (self.start + i * size for i in ids)
+        content = b"".join(piece for at in starts for piece in self.file.stream(at, at + size))
+        return self.array(content, len(ids))
+
+    def fetch(self, folder: Path, key: str, bar: tqdm) -> np.memmap:
+        """Its bytes, fetched into a file of ``folder`` if they are a repository's.
+
+        A fetch that has ended early continues there. ValueError if it ends early again.
+        """
+        if self.file.repo_id is None:
+            bar.update(self.nbytes)
+            return np.memmap(self.file.name, mode="r", offset=self.start, shape=(self.nbytes,))
+        with _hub_errors(self.file.repo_id):
+            url = huggingface_hub.hf_hub_url(self.file.repo_id, self.file.name)
+            version = huggingface_hub.get_hf_file_metadata(url).etag
+        about = f"{self.file}, {self.name}, {version}"
+        part = folder / f".{key}.{hashlib.sha256(about.encode()).hexdigest()[:16]}.part"
+        with part.open("ab") as file:
+            done = file.tell()
+            bar.update(min(done, self.nbytes))
+            if done < self.nbytes:
+                for piece in self.file.stream(self.start + done, self.end):
+                    file.write(piece)
+                    bar.update(len(piece))
+            if file.tell() != self.nbytes:
+                raise ValueError(f"{self.file} ended early: start again, which continues.")
+        return np.memmap(part, mode="r", shape=(self.nbytes,))
+
+
+def tensor_files(source: str) -> Iterator[TensorFile]:
+    """The safetensors files of a file, a folder or a repository, those of a head first.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    path = Path(source)
+    with suppress(RuntimeError):  # of a user who does not exist
+        path = path.expanduser()
+    if path.exists():
+        files = sorted(path.glob("*" + ENDING)) if path.is_dir() else [path]
+        yield from (TensorFile(str(file)) for file in files)
+        if not files:
+            raise ValueError(f"{path} holds no safetensors file: choose another source.")
+        return
+    with _hub_errors(source):
+        for name in _names(source):
+            copy = huggingface_hub.try_to_load_from_cache(source, name)
+            yield TensorFile(copy) if isinstance(copy, str) else TensorFile(name, source)
+
+
+def _names(repo_id: str) -> list[str]:
+    """The files of a repository's weights, those that hold a head first."""
+    try:
+        index = huggingface_hub.hf_hub_download(repo_id, INDEX)
+    except EntryNotFoundError as error:
+        offline = isinstance(error, LocalEntryNotFoundError)
+        if offline and not huggingface_hub.try_to_load_from_cache(repo_id, SINGLE):
+            raise
+        return [SINGLE]
+    try:
+        places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(places, key=lambda name: not ("embed" in name or "head" in name))
+        return list(dict.fromkeys(str(places[name]) for name in names))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{INDEX} of {repo_id} is damaged: choose another source.") from None
+
+
+@contextmanager
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """A block in which errors of the Hub's client become a ValueError of one sentence."""
+    try:
+        yield
+    except Exception as error:  # the client raises many unrelated types
+        of_disk = isinstance(error, OSError) and error.errno is not None
+        if type(error) is ValueError or (of_disk and not isinstance(error, EntryNotFoundError)):
+            raise
+        raise ValueError(hub_sentence(repo_id, None, error)) from None

@@ -3,8 +3,9 @@
 Rounding to b bits moves a row by what b bits round away; training moves it by more. So the original
 rows are rounded as the model's are: where that gives the model's rows, they are the same head.
 Measured on SmolLM2-135M and Gemma-3-270M with rows of 2 to 8 bits, affine, mxfp4, nvfp4 and mxfp8:
-the estimate below recovers noise of 0.3 to 10 % of a row's length within a fifth. It is 0 for the
-original, at most 1.3 % for the original in 8 bits and 1.6 % for rows that older MLX has rounded.
+the estimate below recovers noise of 2 to 10 % of a row's length within a fifth, and of 0.3 % within
+about a half; with rows of 6 and 8 bits it gives about 15 % for 10 %. It is 0 for the original, at
+most 1.3 % for the original in 8 bits and 1.6 % for rows that older MLX has rounded.
 """
 
 import errno
@@ -28,10 +29,9 @@ from tqdm import tqdm
 from ..common.new_folder import new_file
 from ..common.tables import megabytes
 from ..head.matrix import ARRAYS, Matrix, affine_group
-from .fetch import HOME_VARIABLE, home
+from .fetch import ENDING, HOME_VARIABLE, Tensor, home, tensor_files
 from .locate import HeadLocation
 from .origin import is_repository, local_origin
-from .tensor_files import ENDING, Tensor, files_of
 
 FOLDER = "fine_heads"  # in the home of kept FlashHeads
 DEFAULT_BITS = 8
@@ -70,12 +70,13 @@ def give_fine_head(
     Raises:
         ValueError: In one sentence, if there are no such rows. The model stays as it is.
     """
-    coarse, bits = location.rows(), bits or DEFAULT_BITS
+    coarse, bits, kind = location.rows(), bits or DEFAULT_BITS, type(location.module)
     if not coarse.quantized:
         raise ValueError("The head's rows are floats already: leave `fine_head` out.")
-    if type(location.module) not in (nn.QuantizedEmbedding, nn.QuantizedLinear):
-        name = type(location.module).__name__
-        raise ValueError(f"A head of the type {name} cannot be made finer: leave `fine_head` out.")
+    if kind not in (nn.QuantizedEmbedding, nn.QuantizedLinear):
+        raise ValueError(
+            f"A head of the type {kind.__name__} cannot be made finer: leave `fine_head` out."
+        )
     if coarse.bits >= bits:
         raise ValueError(
             f"The head has {coarse.bits} bits already: leave `fine_head` out, or choose more "
@@ -84,8 +85,8 @@ def give_fine_head(
     place = home() / FOLDER / f"{coarse.fingerprint[:24]}-{bits}{ENDING}"
     lock = FileLock(home() / "locks" / f"{place.name}.lock")
     try:
-        for folder_needed in (place.parent, Path(lock.lock_file).parent):
-            folder_needed.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Path(lock.lock_file).parent.mkdir(exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -93,8 +94,7 @@ def give_fine_head(
             lock.acquire()
         try:
             rows = _cached_rows(place, coarse)
-            if rows is None:
-                rows = _fetch(location, folder, source, bits, place, say, progress)
+            rows = rows or _fetch(location, folder, source, bits, place, say, progress)
         finally:
             lock.release()
     except OSError as error:
@@ -132,16 +132,17 @@ def _fetch(
     progress: bool,
 ) -> Matrix:
     """The finer rows, fetched, compared, rounded and kept."""
-    coarse, model, width = location.rows(), _name(folder), location.rows().hidden_size
-    scales: Any = coarse.scales
+    coarse = location.rows()
+    n_rows, width, scales = coarse.n_rows, coarse.hidden_size, coarse.scales
+    assert scales is not None  # it is quantized
     dtype = location.hidden_dtype if scales.dtype == mx.uint8 else scales.dtype
     group = affine_group(width) if bits < 16 else 0
     if group is None:
         raise ValueError(f"Rows of width {width} fit no group of 32: add `head_bits` 16.")
     tensors, original = _original(location, folder, source)
-    weight, names = tensors["weight"], f"{original} is not the original of {model}"
+    names = f"{original} is not the original of {_name(folder)}"
     # 1) A few rows, so that another head is refused before much is fetched
-    ids = np.linspace(0, coarse.n_rows - 1, SKETCH_ROWS).astype(int).tolist()
+    ids = np.linspace(0, n_rows - 1, SKETCH_ROWS).astype(int).tolist()
     sketch = Comparison()
     fine = _matrix({name: tensor.rows(ids) for name, tensor in tensors.items()}, width)
     sketch.add(coarse.take(mx.array(ids)), fine.dequantized(mx.float32))
@@ -150,20 +151,19 @@ def _fetch(
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     if shutil.disk_usage(place.parent).free < 2 * nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    say(f"Fetching {weight.name} of {original} ({megabytes(nbytes)}) for a finer head.")
-    parts = f".{glob.escape(place.stem)}.*.part"
+    say(f"Fetching {tensors['weight'].name} of {original} ({megabytes(nbytes)}) for a finer head.")
     try:
         bar: Any = {"unit": "B", "unit_scale": True, "desc": "Finer head", "disable": not progress}
         with tqdm(total=nbytes, **bar) as shown:
             maps = {name: t.fetch(place.parent, place.stem, shown) for name, t in tensors.items()}
     except OSError:
-        remove_files(place.parent, parts)
+        _remove_parts(place)
         raise
     comparison, pieces = Comparison(), []
-    for start in range(0, coarse.n_rows, PIECE_ROWS):
-        end, arrays = min(start + PIECE_ROWS, coarse.n_rows), {}
+    for start in range(0, n_rows, PIECE_ROWS):
+        end, arrays = min(start + PIECE_ROWS, n_rows), {}
         for name, tensor in tensors.items():
-            size = tensor.nbytes // coarse.n_rows
+            size = tensor.nbytes // n_rows
             arrays[name] = tensor.array(maps[name][start * size : end * size], end - start)
         fine = _matrix(arrays, width)
         comparison.add(coarse.take(mx.arange(start, end)), fine.dequantized(mx.float32))
@@ -171,11 +171,9 @@ def _fetch(
         if group and not fine.quantized:  # the bits of an original that has some stay
             fine = fine.quantize(bits=bits, group_size=group)
         mx.eval(*fine.arrays().values())
-        pieces.append(fine)
+        pieces.append(fine.arrays())
     comparison.check(names, MAX_DRIFT)
-    joined: dict[str, Any] = {
-        name: mx.concatenate([piece.arrays()[name] for piece in pieces]) for name in fine.arrays()
-    }
+    joined: Any = {name: mx.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     # 3) Kept, whole or not at all
     about = {"model": local_origin(folder).known_as, "original": original}
     about |= {"bits": str(fine.bits), "group_size": str(fine.group_size)}
@@ -184,13 +182,13 @@ def _fetch(
             mx.save_safetensors(str(file), joined, metadata=about)
         except RuntimeError as error:  # of a full disk
             raise OSError(None, str(error)) from None
-    remove_files(place.parent, parts)
+    _remove_parts(place)
     return Matrix(**joined, bias=coarse.bias, group_size=fine.group_size, bits=fine.bits)
 
 
-def remove_files(folder: Path, pattern: str) -> None:
-    """Removes the files of a pattern, as far as they are there."""
-    for file in folder.glob(pattern):
+def _remove_parts(place: Path) -> None:
+    """Removes what was fetched for a finer head."""
+    for file in place.parent.glob(f".{glob.escape(place.stem)}.*.part"):
         file.unlink(missing_ok=True)
 
 
@@ -224,19 +222,20 @@ def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -
 def _base_model(model: Path | str) -> str | None:
     """The one repository that a model's card, else its configuration, names as its base."""
     origin = local_origin(model) if isinstance(model, Path) else None
+    known = None if origin is None or origin.revision is not None else origin.repo_id
     with suppress(Exception):  # cards and the Hub's client raise any type
         if isinstance(model, Path) and (model / CARD).exists():
             card = model / CARD
         elif origin is None or origin.revision is not None:
             card = Path(huggingface_hub.hf_hub_download(_name(model), CARD))
         else:
-            return origin.repo_id
+            return known
         text = card.read_text(encoding="utf-8-sig")
         data: Any = ModelCard(text, ignore_metadata_errors=True).data
         bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
         if len(bases) == 1 and is_repository(bases[0]):
             return bases[0]
-    return None if origin is None or origin.revision is not None else origin.repo_id
+    return known
 
 
 def _name(model: Path | str) -> str:
@@ -254,29 +253,24 @@ def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
     """
     coarse = location.rows()
     shape, leaf = (coarse.n_rows, coarse.hidden_size), f"{location.path.rpartition('.')[2]}.weight"
-    others: list[Rows] = []
-    sizes: list[tuple[int, ...]] = []
-    for file in files_of(source):
-        tensors = file.tensors()
-        for name, tensor in tensors.items():
-            rows = _rows(tensors, name, shape)
-            if rows is None and name.endswith(leaf):
-                sizes.append(tensor.shape)
-            elif rows is not None:
-                others.append(rows)
-            if rows is not None and name.endswith(leaf):
-                others, sizes = [rows], []
-                break
-        else:
-            continue
-        break
-    if sizes or len(others) != 1:
-        there = f"no {leaf} that can be read" if not sizes else f"rows of shape {sizes[0]}"
+    fitting: list[Rows] = []
+    unfit: list[tuple[int, ...]] = []  # shapes of what has the head's name
+    for tensors in (file.tensors() for file in tensor_files(source)):
+        named = [name for name in tensors if name.endswith(leaf)]
+        rows_of = {name: rows for name in tensors if (rows := _rows(tensors, name, shape))}
+        exact = [rows_of[name] for name in named if name in rows_of]
+        if exact:
+            fitting, unfit = exact[:1], []
+            break
+        fitting += rows_of.values()
+        unfit += [tensors[name].shape for name in named]
+    if unfit or len(fitting) != 1:
+        there = f"no {leaf} that can be read" if not unfit else f"rows of shape {unfit[0]}"
         raise ValueError(
             f"{source} has {there}, and the model's head needs {shape[0]:,} of width {shape[1]:,} "
             "as floats or affine rows: choose another source."
         )
-    (rows,) = others
+    (rows,) = fitting
     stored = rows["weight"].shape[1] * 32 // shape[1] if "scales" in rows else 16
     if stored <= coarse.bits and not any_bits:
         raise ValueError(
@@ -288,14 +282,11 @@ def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
 
 def _rows(tensors: Rows, name: str, shape: tuple[int, int]) -> Rows | None:
     tensor, stem = tensors[name], name.removesuffix("weight")
-    if tensor.readable and tensor.shape == shape and tensor.dtype != "U32":
-        return {"weight": tensor}
-    names = {part: stem + part for part in ARRAYS}
-    if tensor.dtype != "U32" or not tensors.keys() >= {*names.values()}:
-        return None
-    rows = {part: tensors[each] for part, each in names.items()}
+    if tensor.dtype != "U32":
+        return {"weight": tensor} if tensor.readable and tensor.shape == shape else None
+    rows = {part: tensors[stem + part] for part in ARRAYS if stem + part in tensors}
     sized = all(t.readable and len(t.shape) == 2 and t.shape[0] == shape[0] for t in rows.values())
-    return rows if sized else None
+    return rows if sized and len(rows) == len(ARRAYS) else None
 
 
 class Comparison:
@@ -308,11 +299,7 @@ class Comparison:
         """``fine`` (n, D) float32 are the finer forms of the rows (n, D)."""
         scales: Any = coarse.scales
         dtype = mx.bfloat16 if scales.dtype == mx.uint8 else scales.dtype
-        form: dict[str, Any] = {
-            "group_size": coarse.group_size,
-            "bits": coarse.bits,
-            "mode": coarse.mode,
-        }
+        form: Any = {"bits": coarse.bits, "group_size": coarse.group_size, "mode": coarse.mode}
         rounded = Matrix(fine.astype(dtype)).quantize(**form).dequantized(mx.float32)
         stored = coarse.dequantized(mx.float32)
         differences = (stored - rounded, rounded - fine, stored - fine, fine)
@@ -345,9 +332,8 @@ def replace_rows(module: nn.Module, rows: Matrix) -> None:
     The old ones, of 4 bits, stay in memory: half of what 8-bit rows take.
     """
     own: Any = module
-    old = {name: module.pop(name) for name in ARRAYS if name in module}
+    base, old = type(module), {name: module.pop(name) for name in ARRAYS if name in module}
     attributes = {name: getattr(own, name) for name in ("group_size", "bits", "mode")}
-    base = type(module)
     for name, array in rows.arrays().items():
         module[name] = array
     if rows.quantized:

@@ -56,7 +56,7 @@ def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[None]:
         head = installed_head(model)
         forms = {DENSE: Form(dense_copy(model)), TUNED: with_flash_head(model, verify=True)}
         policy = policy_of(head)
-        about = {"model": folder.name, "bits": bits, "stays_dense": policy.dense}
+        about = {"model": folder.name, "bits": bits, "keeps_dense_head": policy.dense}
         about |= {"predicted_gain": policy.gain, "n_probes": head.n_probes}
         for sampler, batch in settings:
             case = about | {"sampler": sampler, "batch": batch}
@@ -116,7 +116,7 @@ def make_table(cases: list[dict]):
             f"{case['batch']}",
             *cells(case["ratio"], 3),
             *(f"{speed:.2f}" for speed in case["tokens_per_second"].values()),
-            "stays dense" if case["stays_dense"] else "",
+            "stays dense" if case["keeps_dense_head"] else "",
         )
     return table
 
@@ -131,7 +131,7 @@ def page_lines(cases: list[dict]) -> Iterator[str]:
     for model, bits in dict.fromkeys(key[:2] for key in by_case):
         row = [by_case.get((model, bits, *column)) for column in columns]
         ratios = ["" if case is None else f"{case['ratio']['median']:.2f}" for case in row]
-        stays = any(case is not None and case["stays_dense"] for case in row)
+        stays = any(case is not None and case["keeps_dense_head"] for case in row)
         yield line(model, f"{bits}, stays dense" if stays else f"{bits}", *ratios)
 
 

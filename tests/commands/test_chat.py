@@ -288,5 +288,5 @@ def test_resume_refuses(refused, converted, folder):
 
 
 def test_chat_needs_a_template(refused, tmp_path):
-    bare = write_model(tmp_path / "bare", chat_template=None)
-    assert "no chat template" in refused("chat", "--model", bare, "--dense")
+    plain = write_model(tmp_path / "plain", chat_template=None)
+    assert "no chat template" in refused("chat", "--model", plain, "--dense")

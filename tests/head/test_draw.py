@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx_lm import sample_utils
 
-from kernel_cases import bare_clusters, kernels, to_numpy
+from kernel_cases import kernels, plain_clusters, to_numpy
 from mlx_flashhead import make_sampler
 from mlx_flashhead.head import draw as draw_module
 from mlx_flashhead.head.draw import (
@@ -166,7 +166,7 @@ KERNEL_SETTINGS = [  # 1/temperature, top_p, log_min_p, top_k
 
 
 def steps_of(rng, cluster_size):
-    return MetalSteps(bare_clusters(rng, 50, cluster_size))
+    return MetalSteps(plain_clusters(rng, 50, cluster_size))
 
 
 def scored(rng, steps, n_rows, n_probes, dtype, spread=3.0, ties=False):

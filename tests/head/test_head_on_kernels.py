@@ -1,4 +1,4 @@
-"""FlashHead on the Metal kernels: positions of any shape, the path chosen, and its trial."""
+"""FlashHead on the Metal kernels: proposals, views, the path chosen, and its trial."""
 
 import logging
 import pickle

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from kernel_cases import (
-    bare_clusters,
     kernels,
     make_centroids,
     make_clustered,
     make_rows,
     on_gpu,
+    plain_clusters,
     to_numpy,
 )
 from mlx_flashhead.head import kernels as kernels_module
@@ -209,7 +209,7 @@ class TestTraffic:
     @pytest.mark.parametrize("n_clusters", [3072, 9496, 16384, 16388])
     def test_select_reads_the_scores_once(self, n_clusters):
         rng = np.random.default_rng(4)
-        clustered = bare_clusters(rng, n_clusters)
+        clustered = plain_clusters(rng, n_clusters)
         scores = mx.array(rng.normal(size=(1, n_clusters)).astype(np.float32))
         with kernels() as emulator:
             mx.eval(MetalSteps(clustered).select(scores, n_clusters // 10, words=False))

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import bare_clusters, cluster, kernels, make_centroids, make_rows, to_numpy
+from kernel_cases import cluster, kernels, make_centroids, make_rows, plain_clusters, to_numpy
 from kernel_checks import (
     NOT_A_NUMBER,
     PROBED,
@@ -146,7 +146,7 @@ def test_select_is_a_stable_sort_whatever_the_scores(n_clusters):
     scores[5, rng.integers(n_clusters, size=3)] = ALWAYS_PROBED
     scores[6] = rng.choice([0.0, -0.0], size=n_clusters)
     scores[7] = rng.choice(np.float32([3.4028235e38, -3.4028235e38]), size=n_clusters)
-    clustered = bare_clusters(rng, n_clusters)
+    clustered = plain_clusters(rng, n_clusters)
     counts = {1, min(8, n_clusters), -(-n_clusters // 3), n_clusters}
     if n_clusters > 10_000:  # the emulator takes its time
         scores, counts = scores[[2, 5]], {200}
@@ -165,7 +165,7 @@ def test_select_takes_nan_first(n_clusters):
     scores[:, [3, 17, 30]] = np.array([np.nan, -np.nan, np.nan], dtype=np.float32)
     scores[0, 5:] = -np.inf
     scores[0, [17, 30]] = np.nan
-    clustered = bare_clusters(rng, n_clusters)
+    clustered = plain_clusters(rng, n_clusters)
     with kernels():
         found = MetalSteps(clustered).select(mx.array(scores), 9)
         mx.eval(found)

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import bare_clusters, kernels, on_gpu, to_numpy
+from kernel_cases import kernels, on_gpu, plain_clusters, to_numpy
 from mlx_flashhead.head.draw import (
     Draws,
     DrawSettings,
@@ -33,7 +33,7 @@ N_PROBES = 9
 
 def steps_of(rng, steps=MetalSteps, cluster_size=4, n_clusters=1100):
     """Clusters for more than one threadgroup; two slots are padded."""
-    return steps(bare_clusters(rng, n_clusters, cluster_size))
+    return steps(plain_clusters(rng, n_clusters, cluster_size))
 
 
 def case_of(rng, clustered, k, room, scored_room, spread, dtype=mx.float32, draws=None):

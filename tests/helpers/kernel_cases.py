@@ -102,7 +102,7 @@ def make_clustered(
     return cluster(rng, rows, centroids, cluster_size, forced)
 
 
-def bare_clusters(rng, n_clusters, cluster_size=1) -> ClusteredRows:
+def plain_clusters(rng, n_clusters, cluster_size=1) -> ClusteredRows:
     """Clusters of which only the token ids matter; two slots are padded if there is room."""
     form = {"bits": 16, "group_size": 0, "dtype": mx.float16, "centroid_group": 0}
     padded = 2 if cluster_size > 1 else 0

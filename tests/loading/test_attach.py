@@ -16,8 +16,7 @@ import pytest
 import mlx_flashhead
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, write_companion
 from mlx_flashhead.loading import head_cache as cache
-from mlx_flashhead.loading.attach import attach, attach_head
-from mlx_flashhead.loading.load import load, load_with_head, sharded_load
+from mlx_flashhead.loading.load import attach, attach_head, load, load_with_head, sharded_load
 from mlx_flashhead.loading.sources import DENSE, HeadOptions
 from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.libraries import UnsupportedHeadError

@@ -7,8 +7,8 @@ import pytest
 
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.loading import tuned
-from mlx_flashhead.loading.attach import install_stored
 from mlx_flashhead.loading.sources import HeadOptions, StoredHead
+from mlx_flashhead.loading.tuned import install_stored
 from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.lossless.tuning import Tuning
 from tiny_models import tiny_index, tiny_model

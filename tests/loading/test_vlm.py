@@ -16,9 +16,9 @@ mlx_vlm = pytest.importorskip("mlx_vlm")
 import mlx_flashhead
 from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.index.files import FILE_NAME, write_companion
-from mlx_flashhead.loading.attach import attach
+from mlx_flashhead.loading.load import attach
 from mlx_flashhead.models.install import detach, get_flash_head
-from mlx_flashhead.models.tokenizers import ProcessorText, text_side
+from mlx_flashhead.models.libraries import ProcessorText, text_side
 from model_folders import write_model
 from tiny_models import parameters, tiny_index
 from vlm_folders import MARKS, write_picture, write_vision_model

@@ -2,12 +2,14 @@
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm import sample_utils
 
-from flash_loops import make_flash
+from flash_loops import flash_of, make_flash
 from mlx_flashhead import make_sampler
 from mlx_flashhead.lossless import verify
 from mlx_flashhead.lossless.sampler import preserves_margins
+from tiny_models import tiny_model
 
 PROCESSORS = {
     "none": {},
@@ -71,3 +73,52 @@ def test_faults_within_the_bounds_change_no_text(model, faults, processors, samp
     for each in ((make_sampler, settings), (sample_utils.make_sampler, without_seed)):
         assert run(False, *each) == run(True, *each)
     assert faults or sampler == "xtc"
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """Whether each verified proposal was certain without the logits of its own state."""
+    flags = []
+    decide = verify.Verification._decide
+
+    def noting(verification):
+        flags.extend(flag for _, each in verification._flags for flag in each.tolist())
+        decide(verification)
+
+    monkeypatch.setattr(verify.Verification, "_decide", noting)
+    return flags
+
+
+@pytest.mark.parametrize("sampler", ["greedy", "top-p"])
+def test_a_head_that_cancels_large_terms(sampler, judged):
+    """Its logits are small, and the rounding of their sums is not: no fault is needed."""
+    model = tiny_model(num_hidden_layers=2, tied=False)
+    weights = dict(tree_flatten(model.parameters()))
+    for name, array in weights.items():  # two coordinates of a state are always equal
+        if name.endswith(("o_proj.weight", "down_proj.weight", "model.norm.weight")):
+            array[1] = array[0]
+        elif name.endswith("embed_tokens.weight"):
+            array[:, 1] = array[:, 0]
+    large = mx.random.normal((model.args.vocab_size,), key=mx.random.key(1)) * 3e4
+    weights["lm_head.weight"][:, 0] += large
+    weights["lm_head.weight"][:, 1] -= large
+    model.load_weights(list(weights.items()))
+    flash = flash_of(model)
+    for seed in range(6):
+        options = SAMPLERS[sampler] | ({"seed": seed} if sampler != "greedy" else {})
+        prompt = [(17 * seed + 5 * i) % 200 for i in range(6)]
+        texts = [
+            flash.tokens(dense=dense, prompt=prompt, sampler=make_sampler(**options))
+            for dense in (False, True)
+        ]
+        assert texts[0] == texts[1]
+    assert len(judged) > 100 and not all(judged)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.5])
+def test_doubts_are_few_with_a_penalty(judged, penalty):
+    """Scored logits are exact, so that rounding leaves few positions in doubt in bfloat16."""
+    flash = make_flash(num_hidden_layers=2, dtype=mx.bfloat16)
+    processors = sample_utils.make_logits_processors(repetition_penalty=penalty)
+    flash.tokens(logits_processors=processors, n_probes=20)
+    assert len(judged) > 20 and sum(judged) > 0.7 * len(judged)

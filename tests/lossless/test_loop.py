@@ -12,7 +12,7 @@ from mlx_flashhead import make_sampler
 from mlx_flashhead.lossless.loop import verified_steps
 from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.lossless.proposer import Proposer
-from mlx_flashhead.lossless.verify import SlotProduct
+from mlx_flashhead.lossless.rounding import SlotProduct
 from tiny_models import randomized, tiny_model
 
 SAMPLERS = {
@@ -71,7 +71,7 @@ def test_a_sampler_of_others_draws_with_the_state_of_the_proposal(flash, argumen
 
 
 def test_a_thread_may_compute_the_check(flash, misses, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.verify.WORTH_A_THREAD", 0)
+    monkeypatch.setattr("mlx_flashhead.lossless.rounding.WORTH_A_THREAD", 0)
     checked(flash, {"temp": 0.8, "top_p": 0.95, "seed": 1})
     assert misses
 
@@ -174,9 +174,9 @@ def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
 
 def test_nothing_is_checked_without_the_check(flash, monkeypatch):
     monkeypatch.setattr("mlx_flashhead.lossless.verify.Verification", None)
-    bare = flash.tokens(verify=False)
-    assert bare == flash.tokens(verify=False, logprobs=False)
-    assert bare != flash.tokens(dense=True)
+    unverified = flash.tokens(verify=False)
+    assert unverified == flash.tokens(verify=False, logprobs=False)
+    assert unverified != flash.tokens(dense=True)
 
 
 @pytest.mark.parametrize("call", [1, 2, 7, 20])

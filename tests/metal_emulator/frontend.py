@@ -67,10 +67,10 @@ def split_commas(text: str) -> list[str]:
 
 def check_kernel_parameters(text: str, name: str) -> None:
     """Each parameter of a kernel needs an attribute that says what it is bound to."""
-    bare = ATTRIBUTE.sub(lambda match: blank(match[0]), text)
+    blanked = ATTRIBUTE.sub(lambda match: blank(match[0]), text)
     for match in re.finditer(r"\bkernel\b", text):
-        start = bare.find("(", match.end())
-        if start < 0 or re.search(r"[;{}]", bare[match.end() : start]):
+        start = blanked.find("(", match.end())
+        if start < 0 or re.search(r"[;{}]", blanked[match.end() : start]):
             continue
         end = matching(text, start, "(", ")")
         if text[end + 1 :].lstrip()[:1] != "{":  # an instantiation, or another declaration
@@ -149,9 +149,9 @@ def translate(text: str, name: str) -> str:
     A KernelFault for an unknown attribute, a kernel parameter without one, or a threadgroup
     variable outside a kernel.
     """
-    bare = strip_comments(text)
-    check_kernel_parameters(bare, name)
-    return rewrite_threadgroup_variables(blank_attributes(bare, name), bare, name)
+    blanked = strip_comments(text)
+    check_kernel_parameters(blanked, name)
+    return rewrite_threadgroup_variables(blank_attributes(blanked, name), blanked, name)
 
 
 # In the tree a named declaration reads: ParmVarDecl 0x5f <col:9, col:16> col:16 used x 'float *'.

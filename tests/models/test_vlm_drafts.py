@@ -25,7 +25,7 @@ from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.index.files import has_flash_head, read_index, write_companion
 from mlx_flashhead.loading import head_cache as cache
-from mlx_flashhead.loading.attach import attach
+from mlx_flashhead.loading.load import attach
 from mlx_flashhead.models.install import detach, get_flash_head, install
 from tiny_models import tiny_index
 from vlm_models import tiny_vlm
