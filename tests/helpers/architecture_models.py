@@ -96,14 +96,3 @@ def stirred(model: nn.Module) -> nn.Module:
     model.update(tree_map_with_path(stir, model.parameters()))
     model.eval()
     return model
-
-
-def functions_with(pattern: str, text: str) -> set[str]:
-    """Functions of a Python text in which a regular expression matches."""
-    found, name = set(), ""
-    for match in re.finditer(rf"\bdef (\w+)|{pattern}", text):
-        if match[1]:
-            name = match[1]
-        else:
-            found.add(name)
-    return found

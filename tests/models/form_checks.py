@@ -54,7 +54,7 @@ def close(actual: mx.array, expected: mx.array) -> bool:
 def check_form(
     model: nn.Module, location: HeadLocation, steps: Callable[[], list[mx.array]]
 ) -> tuple[FlashHead, list[mx.array]]:
-    """Installs a FlashHead and checks all logits of ``steps`` with all probes and with few.
+    """Installs a FlashHead and checks all logits of ``steps``, of the dense head and of few probes.
 
     ``steps`` runs the model in several ways, and returns the logits of each call of the head.
     Returns the FlashHead, with few probes, and the dense logits.
@@ -72,12 +72,9 @@ def check_form(
     mx.eval(dense)
     head = install_index(model, index, backend="mlx")
 
-    head.n_probes = head.n_clusters
     for actual, expected in zip(steps(), dense, strict=True):
         assert close(actual, expected)
-
-    head.n_probes = N_PROBES
-    with recorded_hidden(location) as states:
+    with recorded_hidden(location) as states, head.settings():
         sparse = steps()
     estimated = 0
     for hidden_states, actual, expected in zip(states, sparse, dense, strict=True):
