@@ -3,17 +3,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from mlx_flashhead import convert, generate, get_flash_head, grammar_processor, load
-from mlx_flashhead.conversion import take_all
-from mlx_flashhead.conversion.calibration import read_text, text_states
-from mlx_flashhead.conversion.clustering import cluster_rows
-from mlx_flashhead.conversion.fitting import raw_means
-from mlx_flashhead.conversion.measures import measure_positions
+from mlx_flashhead import convert, generate, grammar_processor, load
+from mlx_flashhead.conversion.calibration import read_text
 from mlx_flashhead.evaluation.agreement import evaluate
-from mlx_flashhead.models.locate import find_head
 
 pytestmark = pytest.mark.real
 
@@ -86,27 +80,3 @@ def test_quality_on_a_text_that_calibration_has_not_seen(loaded):
     assert at_512["kl"] <= 0.06
     assert at_256["perplexity"] <= 1.2 * evaluation["dense_perplexity"]
     assert at_512["perplexity"] <= 1.08 * evaluation["dense_perplexity"]
-
-
-def test_clusters_by_direction_are_good_without_calibration(loaded):
-    """Means of their rows, nothing fitted: 95 % and 97.5 % agreement on more positions.
-
-    The bounds are three standard errors below, and far above those of random clusters.
-    """
-    hidden, _ = take_all(text_states(*loaded, find_head(loaded[0]), some_of_all(200)))
-    weight = np.array(get_flash_head(loaded[0]).clustered.token_rows().weight)
-    token_ids = take_all(cluster_rows(weight))
-    means = raw_means(weight, token_ids)
-    few, many = take_all(
-        measure_positions(
-            hidden,
-            lambda h: h @ weight.T,
-            token_ids,
-            lambda h: h @ means.T,
-            np.zeros(len(means), np.float32),
-            [96, 256],
-            np.zeros(len(hidden), int),  # they do not matter here
-        )
-    ).means()
-    assert few.agreement >= 0.90
-    assert many.agreement >= 0.94

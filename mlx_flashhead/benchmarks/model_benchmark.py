@@ -124,7 +124,7 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
 
 def equal_logits(head: FlashHead) -> float | None:
     """Share of all V scored logits that equal MLX's to the last bit on this GPU; None without."""
-    return scored_logits_agree(head, rows_dtype(head)) if head.backend == "metal" else None
+    return scored_logits_agree(head.steps, rows_dtype(head)) if head.backend == "metal" else None
 
 
 def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:

@@ -45,13 +45,12 @@ class Guard:
             GuardError: If the work takes more time or memory than it may, or ends its process.
             RuntimeError: If it raises anything, with that message.
         """
-        data = json.dumps(request).encode()
         try:
             helper = self._idle.pop()
         except IndexError:
             helper = _Helper(self._path, self.seconds, self.max_bytes)
         try:
-            answer = helper.call(data, self.seconds, self.max_bytes)
+            answer = helper.call(json.dumps(request).encode(), self.seconds, self.max_bytes)
         except BaseException:
             helper.kill()
             raise
@@ -71,16 +70,10 @@ class _Helper:
         self._connection, theirs = Pipe()
         limits = [str(theirs.fileno()), str(math.ceil(seconds)), str(max_bytes)]
         program = [sys.executable, "-P", __file__, str(path), *limits]
-        nothing = subprocess.DEVNULL
+        options: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        options["start_new_session"] = True  # Ctrl-C is for the caller
         try:
-            self._process = subprocess.Popen(
-                program,
-                pass_fds=[theirs.fileno()],
-                stdin=nothing,
-                stdout=nothing,
-                stderr=nothing,
-                start_new_session=True,  # Ctrl-C is for the caller
-            )
+            self._process = subprocess.Popen(program, pass_fds=[theirs.fileno()], **options)
         except OSError as error:
             raise GuardError(f"cannot be examined: {error.strerror or error}") from None
         finally:

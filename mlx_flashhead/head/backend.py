@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator
 from textwrap import shorten
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -16,9 +15,6 @@ from .draw import Draws, DrawSettings, gpu_is_default, position_key
 from .kernels import MetalSteps
 from .portable import PortableSteps
 from .steps import Candidates, Proposal, Selection, in_token_order
-
-if TYPE_CHECKING:
-    from .flash_head import FlashHead
 
 METAL, PORTABLE = "metal", "mlx"
 BACKENDS = (METAL, PORTABLE)
@@ -245,12 +241,12 @@ def _bins(scores: mx.array) -> mx.array:
     return mx.where(certain, -1, mx.minimum(distances, SELECT_BINS - 2))
 
 
-def scored_logits_agree(head: "FlashHead", dtype: mx.Dtype) -> float:
+def scored_logits_agree(steps: PortableSteps, dtype: mx.Dtype) -> float:
     """The share of all V logits that the scores give as MLX's product with one state does, to the
     last bit. Evaluates."""
-    steps, clustered = head.steps, head.clustered
-    hidden = mx.random.normal((1, head.hidden_size), key=mx.random.key(1)).astype(dtype)
-    every = Selection(mx.arange(head.n_clusters, dtype=mx.uint32)[None])
+    clustered = steps.clustered
+    hidden = mx.random.normal((1, clustered.hidden_size), key=mx.random.key(1)).astype(dtype)
+    every = Selection(mx.arange(clustered.n_clusters, dtype=mx.uint32)[None])
     scored = steps.score(hidden, every).logits.reshape(1, -1)
     same = in_token_order(scored, clustered.slot_of) == steps.dense(hidden)
     return int(mx.sum(same)) / same.size

@@ -20,9 +20,10 @@ from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.install import hidden_dtype, installed_head
 from .policy import MAX_PENDING, MAX_RISK, MAX_WAIT, best_risk, policy_of
 from .proposer import Proposer, step_arrays
+from .rounding import SlotProduct, rounding_of
 from .sequence import PendingToken, normalized
 from .sequence import Sequence as Text
-from .verify import FEW, SlotProduct, join, rounding_of
+from .verify import FEW, join
 
 SECONDS = 5.0  # of all measurements
 LEAST_GAIN = 1.03

@@ -77,9 +77,8 @@ def _compiled(template: str) -> Template:
 
 
 def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    form = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
+    return json.dumps(value, sort_keys=sort_keys, **form)
 
 
 def _raise(message: str) -> None:

@@ -51,10 +51,9 @@ def apply_template(
             text = apply(**options)
     except Exception as error:  # templates raise any type
         reason = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
-        if isinstance(error, GuardError):
-            reason = f"it {reason}"
+        reason = f"it {reason}" if isinstance(error, GuardError) else reason[:_MAX_REASON]
         refusal = "The model's chat template cannot be filled in"
-        raise ValueError(f"{refusal} ({reason[:_MAX_REASON]}): {remedy}.") from error
+        raise ValueError(f"{refusal} ({reason}): {remedy}.") from error
     return text
 
 

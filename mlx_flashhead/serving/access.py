@@ -9,13 +9,16 @@ import asyncio
 import hmac
 import ipaddress
 import logging
+import os
 import re
+import secrets
 import socket
 import time
 from argparse import Namespace
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -25,10 +28,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .addresses import is_loopback, kept_token
 from .api_error import ApiError, dumps
 from .connections import MAX_HEAD_BYTES, REFUSED_SECONDS, Connections
 from .page_files import locked_page
+from .server_options import is_loopback
 
 COOKIE = "flashhead_token"
 # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
@@ -46,6 +49,8 @@ _CROSS_ORIGIN_HEADERS = {
 }
 
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
+_TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")  # unchanged in an address
+_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # letters and digits that people do not mix up
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +83,7 @@ class Access:
         if self.token is None:
             return None
         headers = Headers(scope=scope)
-        sent = query_tokens(scope) if scope["path"] in QUERY_PATHS else []
+        sent = _query_tokens(scope) if scope["path"] in QUERY_PATHS else []
         scheme, _, credentials = headers.get("Authorization", "").partition(" ")
         sent += [credentials] if scheme.lower() == "bearer" else []
         cookies = (part.strip().partition("=") for part in headers.get("Cookie", "").split(";"))
@@ -126,9 +131,8 @@ class Access:
         preflight = scope["method"] == "OPTIONS" and self.cross_origin(headers) is not None
         public = scope["method"] in ("GET", "HEAD") and scope["path"] in PUBLIC_PATHS
         if self.token is not None and not (preflight or public or self.shown_token(scope)):
-            how = "as 'Authorization: Bearer TOKEN'"
-            needed = "This server needs the token that it printed at its start"
-            raise ApiError(f"{needed}, {how}.", status=401)
+            needed = "the token that it printed at its start, as 'Authorization: Bearer TOKEN'"
+            raise ApiError(f"This server needs {needed}.", status=401)
 
     def _check_body(self, scope: Scope, headers: Headers) -> None:
         lengths = headers.getlist("Content-Length")
@@ -151,6 +155,26 @@ def access_of(args: Namespace) -> Access:
         name = socket.gethostname().lower().rstrip(".")
         hosts |= {args.host.lower(), name, name.partition(".")[0]} - {""}
     return Access(token, hosts, frozenset(args.allowed_origins), args.max_body_bytes)
+
+
+def kept_token(path: Path) -> str:
+    """The token in a file, so that a page on a Home Screen still opens after a restart.
+
+    A missing file is made with a random one of 99 bits that can be read aloud and typed. A
+    ValueError if the file does not hold a token.
+    """
+    path = path.expanduser()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        words = ("".join(secrets.choice(_LETTERS) for _ in range(4)) for _ in range(5))
+        with open(path, "x", opener=lambda name, how: os.open(name, how, 0o600)) as file:
+            file.write("-".join(words) + "\n")
+    token = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not _TOKEN.fullmatch(token):
+        form = "16 to 128 letters, digits, '-' or '_'"
+        remedy = "delete it, and a new one is made"
+        raise ValueError(f"{path} does not hold a token ({form}): {remedy}.")
+    return token
 
 
 class FrontDoor:
@@ -205,7 +229,7 @@ class FrontDoor:
         if exchange.status:
             return None  # too late: the connection ends amid the answer
         if problem.status == 401 and scope["method"] == "GET" and scope["path"] == "/":
-            return locked_page(wrong=bool(query_tokens(scope)))
+            return locked_page(wrong=bool(_query_tokens(scope)))
         return json_response(problem.as_json(), problem.status)
 
     def _loggable(self, path: str) -> str:
@@ -268,6 +292,5 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(dumps(value), status, headers, media_type="application/json")
 
 
-def query_tokens(scope: Scope) -> list[str]:
-    """The tokens in the query of a request."""
+def _query_tokens(scope: Scope) -> list[str]:
     return parse_qs(scope["query_string"].decode("latin-1")).get("token", [])

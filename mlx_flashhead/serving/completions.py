@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -28,7 +28,7 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
     n_tops = min(n_tops, logprobs.size)
     likeliest: Any = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist() if n_tops else []
     ids = [token, *likeliest]
-    values = cast(list[float], logprobs[mx.array(ids)].tolist())
+    values: Any = logprobs[mx.array(ids)].tolist()
     values = [value if math.isfinite(value) else VERY_UNLIKELY for value in values]
     chosen, *tops = zip(ids, values, strict=True)
     return [chosen, *sorted(tops, key=lambda top: -top[1])]
@@ -200,11 +200,9 @@ class Choice:
 
 
 def _call(parsed: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "id": parsed.get("id") or f"call_{uuid.uuid4().hex}",
-        "type": "function",
-        "function": {"name": parsed["name"], "arguments": dumps(parsed["arguments"])},
-    }
+    function = {"name": parsed["name"], "arguments": dumps(parsed["arguments"])}
+    number = parsed.get("id") or f"call_{uuid.uuid4().hex}"
+    return {"id": number, "type": "function", "function": function}
 
 
 def envelope(request: Request) -> dict[str, Any]:

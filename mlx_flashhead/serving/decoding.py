@@ -32,13 +32,10 @@ class Batch:
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
         self.kind = kind_of(job)
-        self.proposer = _proposer(job)
+        sizes: Any = {"completion_batch_size": size, "prefill_batch_size": size}
+        model, self.proposer = job.served.model, _proposer(job)
         self._generator = VerifiedBatchGenerator(
-            job.served.model,
-            proposer=self.proposer,
-            completion_batch_size=size,
-            prefill_batch_size=size,
-            stream=stream,
+            model, proposer=self.proposer, stream=stream, **sizes
         )
         self._jobs: dict[int, Job] = {}
         self._ended: dict[Job, CachedTokens] = {}  # at their greatest number of tokens
@@ -62,7 +59,7 @@ class Batch:
         return list(self._jobs.values())
 
     def step(self) -> list[Step]:
-        """Goes one step further. Of each sequence it may give no token, or several."""
+        """Takes one step. Of each sequence it may give no token, or several."""
         _, responses = self._generator.next()
         for response in responses:
             if response.finish_reason is not None:
@@ -92,8 +89,7 @@ class Single:
 
     def __init__(self, reading: Reading, flags: Namespace, stream: mx.Stream):
         job, served = reading.job, reading.job.served
-        self.jobs, self._cache = [job], reading.cache
-        self._tokens = job.all_tokens
+        self.jobs, self._cache, self._tokens = [job], reading.cache, job.all_tokens
         self.proposer = _proposer(job)
         options: dict[str, Any] = {
             "sampler": job.sampler,
@@ -140,9 +136,6 @@ class Single:
         return sum(cache.nbytes for cache in self._cache)
 
 
-Decoder = Batch | Single
-
-
 def kind_of(job: Job) -> tuple:
     """What sequences of one batch have in common."""
     # 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on
@@ -152,13 +145,8 @@ def kind_of(job: Job) -> tuple:
 
 def _proposer(job: Job) -> Proposer:
     served, request = job.served, job.request
-    return Proposer(
-        served.model,
-        verify=served.verify,
-        dense=request.dense,
-        n_probes=request.n_probes,
-        max_wait=served.max_wait,
-    )
+    how: Any = {"verify": served.verify, "max_wait": served.max_wait}
+    return Proposer(served.model, dense=request.dense, n_probes=request.n_probes, **how)
 
 
 def _guarded(job: Job) -> list[LogitsProcessor]:

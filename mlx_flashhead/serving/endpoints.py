@@ -27,10 +27,10 @@ from .served_models import ServedModel
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 TEXT_PATHS = ("/v1/completions",)
 _PREPARED_AT_ONCE = 8
-_STREAM_HEADERS = [
+_STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
-]
+)
 
 
 class Api:
@@ -46,21 +46,19 @@ class Api:
     def router(self) -> Router:
         """The paths."""
         posts = [Route(path, self.complete, methods=["POST"]) for path in CHAT_PATHS + TEXT_PATHS]
-        gets = {
-            "/health": self.health,
-            "/v1/models": self.list_models,
-            "/v1/models/{name:path}": self.show_model,
-            "/page/info.json": self.page_info,
-        }
-        routes = [*posts, *(Route(path, get) for path, get in gets.items()), *PAGE_ROUTES]
-        return Router(routes, redirect_slashes=False)
+        gets = [
+            Route("/health", self.health),
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{name:path}", self.show_model),
+            Route("/page/info.json", self.page_info),
+        ]
+        return Router([*posts, *gets, *PAGE_ROUTES], redirect_slashes=False)
 
     def fail_answers(self, message: str, *, for_good: bool = False) -> None:
         """Ends the answers in progress with an error; ``for_good`` also those to come."""
         problem = ApiError(message, status=503)
-        if for_good:
-            self._end = problem
-        for answer in self._answers:
+        self._end = problem if for_good else self._end
+        for answer in list(self._answers):
             answer.put((0, problem))
 
     async def health(self, request: HttpRequest) -> Response:
@@ -92,7 +90,6 @@ class Api:
         return Answer(self, jobs, request.state.notes)
 
     def begin(self, answer: "Answer") -> None:
-        """Lets the engine compute an answer."""
         if self._end is not None:
             raise self._end
         self._answers.add(answer)
@@ -182,12 +179,10 @@ class Answer:
             body = f"{line}\n\n".encode()
             await send({"type": "http.response.body", "body": body, "more_body": more})
 
-        head = envelope(self._request)
-        last = head | {"choices": []}
-        if self._request.include_usage:
-            head["usage"] = None
-        start = {"type": "http.response.start", "status": 200, "headers": [*_STREAM_HEADERS]}
-        await send(start)
+        common = envelope(self._request)
+        head = common | ({"usage": None} if self._request.include_usage else {})
+        headers = [*_STREAM_HEADERS]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             async for part in self._parts():
                 if isinstance(part, Progress):  # a comment, which clients ignore and the page shows
@@ -202,7 +197,8 @@ class Answer:
         if (speed := speed_of(self.jobs)) is not None:
             await write(f": {speed:.2f} tokens/s")
         if self._request.include_usage:
-            await write(f"data: {dumps(last | {'usage': _usage(self.jobs)})}")
+            last = common | {"choices": [], "usage": _usage(self.jobs)}
+            await write(f"data: {dumps(last)}")
         await write("data: [DONE]", more=False)
 
     @property
@@ -211,7 +207,7 @@ class Answer:
         return request.served.decoding(dense=request.dense, n_probes=request.n_probes)
 
     def _note(self) -> None:
-        """Describes the answer in the log: the model, tokens, their speed, how it was decoded."""
+        """Describes the answer for the log."""
         usage, speed = _usage(self.jobs), speed_of(self.jobs)
         tokens = "{prompt_tokens:,} + {completion_tokens:,} tokens".format(**usage)
         rate = [] if speed is None else [f"{speed:.1f} tokens/s"]
@@ -228,14 +224,11 @@ def _page_model(served: ServedModel) -> dict[str, Any]:
 
 def _usage(jobs: list[Job]) -> dict[str, Any]:
     once = jobs[:: jobs[0].request.n]  # a prompt with several answers counts once
-    prompt_tokens = sum(len(job.prompt.tokens) for job in once)
-    completion_tokens = sum(len(job.tokens) for job in jobs)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in once)},
-    }
+    n_read = sum(len(job.prompt.tokens) for job in once)
+    n_generated = sum(len(job.tokens) for job in jobs)
+    usage = {"prompt_tokens": n_read, "completion_tokens": n_generated}
+    cached = {"cached_tokens": sum(job.cached for job in once)}
+    return usage | {"total_tokens": n_read + n_generated, "prompt_tokens_details": cached}
 
 
 def speed_of(jobs: list[Job]) -> float | None:

@@ -23,15 +23,16 @@ from ..models.compat.mlx_lm import maybe_set_recommended_wired_limit
 from ..models.compat.mlx_lm_0_31 import let_thread_draw
 from ..models.install import get_flash_head
 from .api_error import ApiError
-from .decoding import Batch, Decoder, Single, kind_of
+from .decoding import Batch, Single, kind_of
 from .jobs import Job
 from .prefill import CHUNK_SECONDS, KVCaches, Pace, PromptCaches, Reading, ReadingQueue
 from .served_models import ServedModel
 
+SHUTTING_DOWN = "The server is shutting down."
 _IDLE_SECONDS = 0.1
 STUCK_SECONDS = 300.0  # of one turn: no chunk of a prompt takes as long
 MOST_BUILD_SECONDS = 0.2  # of a build at once, while answers are written
-FAILING = 3  # failures one after the other, with which the engine counts as failing
+FAILING = 3  # answers, one after the other, that failed by the server's fault
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Engine:
         self._ended = Event()
         self._waiting: list[Job] = []
         self._readings = ReadingQueue()
-        self._decoders: list[Decoder] = []
+        self._decoders: list[Batch | Single] = []
         self._caches = PromptCaches(flags.prompt_cache_size, flags.prompt_cache_bytes)
         self._pace = Pace(flags.prefill_step_size)
         self._answer_seconds = 0.0  # of the latest tokens of all answers
@@ -63,10 +64,10 @@ class Engine:
         """Puts jobs into the queue. Each gets events until its answer is complete or has failed."""
         for job in jobs:
             with self._closing:
-                if not self._closed:
+                if self._closed:
+                    job.emit(ApiError(SHUTTING_DOWN, status=503))
+                else:
                     self._arrived.put(job)
-                    continue
-            job.emit(_shutting_down())
 
     @property
     def healthy(self) -> bool:
@@ -75,18 +76,13 @@ class Engine:
         return self._thread.is_alive() and not self._ended.is_set() and not stuck
 
     @property
-    def failing(self) -> bool:
-        """Whether the latest answers have all failed, by the server's fault."""
-        return self._n_failures >= FAILING
-
-    @property
     def status(self) -> str:
         """ "loading", "ok", "failing" or "shutting down"."""
         if self._ended.is_set():
             return "shutting down"
         if not self.models.done():
             return "loading"
-        return "ok" if self.healthy and not self.failing else "failing"
+        return "ok" if self.healthy and self._n_failures < FAILING else "failing"
 
     def close(self, seconds: float) -> bool:
         """Ends the thread, amid answers. Returns whether it did within ``seconds``."""
@@ -103,7 +99,7 @@ class Engine:
             self._closed = True
         self._receive_arrived(block=False)
         for job in self._all_jobs():
-            job.emit(_shutting_down())
+            job.emit(ApiError(SHUTTING_DOWN, status=503))
         # arrays and streams of MLX must go before their thread ends
         del self._caches, self._readings, self._decoders
         gc.collect()
@@ -125,10 +121,8 @@ class Engine:
                 begun = [job for job in self._all_jobs() if job not in self._waiting]
                 self._readings, self._decoders = ReadingQueue(), []
                 self._go_on_alone(begun)
-                if turn_failed:  # twice in a row, so nobody waits any longer
-                    failed, self._waiting = self._waiting, []
-                    for job in failed:
-                        self._fail(job, error)
+                while turn_failed and self._waiting:  # twice in a row, so nobody waits any longer
+                    self._fail(self._waiting.pop(0), error)
                 turn_failed = True
             else:
                 turn_failed = False
@@ -168,8 +162,7 @@ class Engine:
         served = self._builds[0]
         if self._busy and (self._build_seconds <= 0 or served.head is not None):
             return  # a speed that is measured beside answers says little
-        began = time.perf_counter()
-        build = served.build
+        began, build = time.perf_counter(), served.build
         assert build is not None
         try:
             more = build.advance()
@@ -250,16 +243,16 @@ class Engine:
         if job.alone or not job.served.batchable or self._flags.kv_bits is not None:
             self._decoders.append(Single(reading, self._flags, self._stream))
             return
-        batches = [d for d in self._decoders if isinstance(d, Batch) and d.kind == kind_of(job)]
-        if not batches:
-            batches = [Batch(job, self._flags.decode_concurrency, self._stream)]
-            self._decoders += batches
+        batches = (d for d in self._decoders if isinstance(d, Batch) and d.kind == kind_of(job))
+        if (batch := next(batches, None)) is None:
+            batch = Batch(job, self._flags.decode_concurrency, self._stream)
+            self._decoders.append(batch)
         try:
-            batches[0].add(reading)
+            batch.add(reading)
         except BaseException:
             # the sequence may be in the batch, where nobody would answer for it
-            self._decoders.remove(batches[0])
-            self._go_on_alone([other for other in batches[0].jobs if other is not job])
+            self._decoders.remove(batch)
+            self._go_on_alone([other for other in batch.jobs if other is not job])
             raise
 
     def _decode(self) -> bool:
@@ -269,8 +262,7 @@ class Engine:
                 steps = decoder.step()
             except BaseException as error:
                 self._decoders.remove(decoder)
-                jobs = decoder.jobs
-                if len(jobs) == 1:
+                if len(jobs := decoder.jobs) == 1:
                     self._fail(jobs[0], error)
                 else:  # one of them may be the cause
                     logger.warning("A step of %d answers has failed", len(jobs), exc_info=error)
@@ -290,12 +282,11 @@ class Engine:
 
     def _go_on_alone(self, jobs: list[Job]) -> None:
         """Answers go on from their accepted tokens, each by itself."""
-        jobs = [job for job in jobs if job.wanted]
         for job in jobs:
             job.alone = True
-        self._waiting = jobs + self._waiting
+        self._waiting = [*(job for job in jobs if job.wanted), *self._waiting]
 
-    def _remove(self, decoder: Decoder, jobs: list[Job]) -> None:
+    def _remove(self, decoder: Batch | Single, jobs: list[Job]) -> None:
         """Takes answers out of a decoder. A cache that cannot be stored costs nobody's answer."""
         if not jobs:
             return
@@ -329,7 +320,3 @@ class Engine:
 def time_for_answers(n_answers: int, n_prompts: int) -> float:
     """The time for answers in progress, relative to that of the prompts: at most as much."""
     return min(1.0, n_answers / max(1, n_prompts))
-
-
-def _shutting_down() -> ApiError:
-    return ApiError("The server is shutting down: try again when it is back.", status=503)

@@ -23,8 +23,8 @@ from .served_models import ServedModel
 TOKENIZE_SECONDS = 5.0
 PART = 4096  # characters that are tokenized at once to see whether a text is too long
 MAX_TOKENS_PER_CUT = 16  # that a text has in addition if it is tokenized in two parts
-# The tokens that begin a thought are searched within this distance of a prompt's end.
-_THOUGHT_TAIL = 11
+SECONDS_PER_MASK = 0.005  # of an answer in a form: all others wait for its mask
+_THOUGHT_TAIL = 11  # tokens at a prompt's end in which a thought's beginning is searched
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,6 @@ class Prompt:
     keep_space: bool = False  # whether a space at the answer's beginning is part of it
 
 
-# For answers in a form, since a mask that is computed makes all other answers wait.
-SECONDS_PER_MASK = 0.005
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
@@ -119,15 +117,13 @@ class Job:
                 raise ApiError(why, "response_format")
             event = self._text.finish()
             event.finish_reason = "stop"
-            self.ended = True
-            self.emit(event)
-            return True
-        event = self._text.add(token)
-        if event.finish_reason is None and len(self.tokens) >= self.max_tokens:
-            event.add(self._text.finish())
-            event.finish_reason = event.finish_reason or "length"
-        if self.request.logprobs is not None:
-            event.logprobs = token_logprobs(logprobs, token, self.request.logprobs)
+        else:
+            event = self._text.add(token)
+            if event.finish_reason is None and len(self.tokens) >= self.max_tokens:
+                event.add(self._text.finish())
+                event.finish_reason = event.finish_reason or "length"
+            if self.request.logprobs is not None:
+                event.logprobs = token_logprobs(logprobs, token, self.request.logprobs)
         self.ended = event.finish_reason is not None
         self.emit(event)
         return self.ended
@@ -136,7 +132,7 @@ class Job:
 def read_jobs(
     body: bytes, *, chat: bool, models: Sequence[ServedModel], flags: Namespace
 ) -> list[Job]:
-    """The jobs of a request's body.
+    """A job for each answer to a request, with one queue of events.
 
     Templates and grammars have limits of time and memory, and whatever else takes time grows with
     the body alone. An ApiError names the field that is wrong.
@@ -147,22 +143,16 @@ def read_jobs(
         raise ApiError(f"The body is not JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise ApiError("The body must be a JSON object.")
-    return jobs_of(read_request(fields, chat=chat, models=models, defaults=flags))
-
-
-def jobs_of(request: Request) -> list[Job]:
-    """A job for each answer, with one queue of events."""
+    request = read_request(fields, chat=chat, models=models, defaults=flags)
     prompts = read_prompts(request)
     events: Events = SimpleQueue()
     grammar = None
     if request.form is not None:
-        tokenizer, seconds = request.served.tokenizer, SECONDS_PER_MASK
+        tokenizer, limit = request.served.tokenizer, {"seconds_per_mask": SECONDS_PER_MASK}
         # an answer has its form once the thought is at its end that the prompt begins
         after = tokenizer.think_end_tokens if prompts[0].state == "reasoning" else ()
         try:
-            grammar = GrammarProcessor(
-                tokenizer, request.form, after=after, seconds_per_mask=seconds
-            )
+            grammar = GrammarProcessor(tokenizer, request.form, after=after, **limit)
         except ValueError as error:
             raise ApiError(str(error), "response_format") from None
     return [

@@ -20,6 +20,11 @@ _TYPES = {
     ".png": "image/png",
     ".webmanifest": "application/manifest+json",
 }
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 # Allows the page's own files only, without scripts or styles in the text or a frame around it.
 # Only DOMPurify may turn a text into HTML, and connection.js start a worker.
 _POLICY = (
@@ -79,14 +84,6 @@ def _read(name: str) -> bytes:
     return (FOLDER / name).read_bytes()
 
 
-def _response(
-    content: str | bytes, suffix: str, policy: str = _POLICY, status: int = 200
-) -> Response:
-    headers = {
-        "Content-Type": _TYPES[suffix],
-        "Content-Security-Policy": policy,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-store",
-    }
-    return Response(content, status, headers)
+def _response(content: str | bytes, suffix: str, policy: str = _POLICY, status=200) -> Response:
+    headers = {"Content-Type": _TYPES[suffix], "Content-Security-Policy": policy}
+    return Response(content, status, headers | _HEADERS)

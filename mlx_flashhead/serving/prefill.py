@@ -111,7 +111,6 @@ class ReadingQueue:
         return min(self, key=self._readings.__getitem__ if self._turn % 2 else lambda r: r.left)
 
     def read(self, reading: "Reading", pace: Pace) -> None:
-        """Reads its next chunk."""
         before = reading.left
         reading.read(pace)
         self._n_read += before - reading.left
@@ -129,9 +128,8 @@ class Reading:
         served = job.served
         self._models = [model for model in (served.model, served.draft_model) if model is not None]
         cache, self.done = caches.find(served, self._all_tokens)
-        if cache is None:
-            cache = [layer for model in self._models for layer in make_prompt_cache(model)]
-        self.cache: KVCaches = cache
+        new = (layer for model in self._models for layer in make_prompt_cache(model))
+        self.cache: KVCaches = [*new] if cache is None else cache
         if not job.alone:
             job.cached = self.done
 

@@ -1,7 +1,6 @@
 """Checks requests: every field has OpenAI's meaning, or is an error."""
 
 import json
-import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ MAX_LOGPROBS = 20
 MAX_CHARACTERS = 100_000
 _MAX_NUMBER = 1e30
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 1000
-# A larger bias has the same effect, and would be infinite in float16.
-_MAX_BIAS = 1e4
-# OpenAI's limit. Below the other one a draw is the likeliest token, but for overflows.
-_MAX_TEMPERATURE, _MIN_TEMPERATURE = 2, 1e-6
+_MAX_BIAS = 1e4  # a larger one has the same effect, and would be infinite in float16
+_MAX_TEMPERATURE = 2  # OpenAI's limit
+_MIN_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, but for overflows
 _KINDS = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
 _GRAMMARS: dict[str, Callable[[Any], Grammar]] = {
     "json_schema": Grammar.from_json_schema,
@@ -91,16 +89,14 @@ class _Fields:
             raise wrong(name, f"is {_short(value)}: it must be a whole number, {low} to {high}.")
         return value
 
-    def number(
-        self, name: str, default: float, low: float = -_MAX_NUMBER, high: float = math.inf
-    ) -> float:
+    def number(self, name: str, default: float, low: float, high: float = _MAX_NUMBER) -> float:
         """A number within limits, or the default."""
         if (value := self.take(name)) is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise wrong(name, "must be a number.")
-        if not (low <= value <= high and abs(value) < _MAX_NUMBER):
-            limits = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        if not low <= value <= high:
+            limits = f"at least {low:g}" if high == _MAX_NUMBER else f"{low:g} to {high:g}"
             raise wrong(name, f"is {_short(value)}: it must be {limits}.")
         return float(value)
 
@@ -139,10 +135,6 @@ def read_request(
     if max_tokens not in (None, max_completion_tokens):
         both = f"is {max_tokens} and max_completion_tokens {max_completion_tokens}"
         raise wrong("max_tokens", f"{both}: give one of them.")
-    tools, choice, settings = [], "auto", {}
-    if chat:
-        tools, choice = fields.take("tools", list, []), fields.take("tool_choice", default="auto")
-        settings = fields.take("chat_template_kwargs", dict, {})
     request = Request(
         served,
         chat,
@@ -158,10 +150,10 @@ def read_request(
         **_probes(fields, served),
         num_draft_tokens=fields.whole("num_draft_tokens", defaults.num_draft_tokens, 1, 64),
         logprobs=_logprobs(fields, chat),
-        messages=_read_messages(fields.take("messages", list)) if chat else [],
-        tools=_read_tools(tools, choice, known=served.tokenizer.has_tool_calling),
-        template_settings=_read_template_settings(settings, served.template_settings),
-        prompts=[] if chat else _read_texts(fields.take("prompt"), served.vocab_size),
+        messages=_messages(fields.take("messages", list)) if chat else [],
+        tools=_tools(fields, served) if chat else [],
+        template_settings=_template_settings(fields, served) if chat else {},
+        prompts=[] if chat else _prompts(fields.take("prompt"), served),
     )
     _reject_unsupported(fields, chat)
     fields.end()
@@ -243,8 +235,7 @@ def _response_format(value: Any, field: str) -> tuple[str, str, Any]:
     if value is None:
         return field, "text", None
     kinds = ("text", "json_object", *_GRAMMARS)
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind not in kinds:
+    if not isinstance(value, dict) or (kind := value.get("type")) not in kinds:
         raise wrong(field, f"must be an object with a type: {', '.join(kinds)}.")
     fields, where = _Fields(value), f"{field}.{kind}"
     fields.take("type")
@@ -271,8 +262,8 @@ def _stop(stop: Any) -> tuple[str, ...]:
     words = [stop] if isinstance(stop, str) else stop
     sound = isinstance(words, list | tuple) and len(words) <= _MAX_STOPS
     if not sound or not all(isinstance(word, str) and word for word in words):
-        most = f"must be a text or a list of at most {_MAX_STOPS} texts, none of them empty."
-        raise wrong("stop", most)
+        most = f"a list of at most {_MAX_STOPS} texts, none of them empty"
+        raise wrong("stop", f"must be a text or {most}.")
     if (longest := max(map(len, words), default=0)) > _MAX_STOP_CHARACTERS:
         most = f"it may have {_MAX_STOP_CHARACTERS:,}: shorten it."
         raise wrong("stop", f"holds a text of {longest:,} characters, and {most}")
@@ -281,14 +272,12 @@ def _stop(stop: Any) -> tuple[str, ...]:
 
 def _probes(fields: _Fields, served: ServedModel) -> dict[str, Any]:
     """The fields ``n_probes`` and ``dense``."""
-    head = served.head
-    most = {} if head is None else {"high": head.n_clusters}
-    n_probes = fields.whole("n_probes", None, 1, **most)
+    n_clusters = served.head.n_clusters if served.head else 2**31 - 1
+    n_probes = fields.whole("n_probes", None, 1, n_clusters)
     dense = fields.take("dense", bool, served.dense and n_probes is None)
-    if n_probes is not None and head is None:
-        raise ApiError("This model has no FlashHead: leave n_probes out.", "n_probes")
-    if dense and n_probes is not None:
-        raise ApiError("dense scores every token: leave n_probes out.", "n_probes")
+    if n_probes is not None and (dense or served.head is None):
+        reason = "dense scores every token" if dense else "This model has no FlashHead"
+        raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
     return {"n_probes": n_probes, "dense": dense}
 
 
@@ -318,34 +307,32 @@ def _reject_unsupported(fields: _Fields, chat: bool) -> None:
         fields.only(name, why="it is chosen when the server is started.")
 
 
-def _read_messages(messages: list[Any] | None) -> list[dict[str, Any]]:
+def _messages(messages: list[Any] | None) -> list[dict[str, Any]]:
     """The messages in the form of chat templates: each content a text, each argument an object."""
     if not messages:
         raise ApiError(_EXAMPLE, "messages")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def _read_template_settings(settings: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
-    """The settings of a chat template that takes the ``known`` names. Values must be plain."""
-    field = "chat_template_kwargs"
+def _template_settings(fields: _Fields, served: ServedModel) -> dict[str, Any]:
+    field, known = "chat_template_kwargs", served.template_settings
+    settings = fields.take(field, dict, {})
     for name, value in settings.items():
-        plain = isinstance(value, bool | int | float | str)
+        sound = isinstance(value, bool | int | float) and abs(value) <= 1e9
+        sound |= isinstance(value, str) and len(value) <= _MAX_SETTING
+        if sound and name in known:
+            continue
+        most = f"a number up to 1e9 or a text of at most {_MAX_SETTING:,} characters"
+        reason = f"must be true, false, {most}."
         if name not in known:
             takes = ", ".join(sorted(known)) or "none"
             reason = f"is not a setting of this model's chat template, which takes: {takes}."
-        elif not plain or (isinstance(value, str) and len(value) > _MAX_SETTING):
-            most = f"a text of at most {_MAX_SETTING:,} characters"
-            reason = f"must be true, false, a number or {most}."
-        elif not isinstance(value, str) and abs(value) > 1e9:
-            reason = "is too large."
-        else:
-            continue
         raise ApiError(f"{field}.{name[:40]} {reason}", field)
     return settings
 
 
-def _read_tools(tools: list[Any], choice: Any, *, known: bool) -> list[dict[str, Any]]:
-    """The tools that may be called, by a model whose template has them if ``known``."""
+def _tools(fields: _Fields, served: ServedModel) -> list[dict[str, Any]]:
+    tools, choice = fields.take("tools", list, []), fields.take("tool_choice", default="auto")
     if choice not in ("auto", "none"):
         raise wrong("tool_choice", 'must be "auto" or "none": a call cannot be forced.')
     for i, tool in enumerate(tools):
@@ -353,19 +340,19 @@ def _read_tools(tools: list[Any], choice: Any, *, known: bool) -> list[dict[str,
             raise ApiError(f'tools[{i}] must be {{"type": "function", "function": …}}.', "tools")
         if not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
             raise ApiError(f"tools[{i}].function must be an object with a name.", "tools")
-    if tools and not known:
+    if tools and not served.tokenizer.has_tool_calling:
         raise ApiError("This model's chat template knows no tools: leave them out.", "tools")
     return tools if choice == "auto" else []
 
 
-def _read_texts(prompts: Any, vocab_size: int) -> list[str | list[int]]:
+def _prompts(prompts: Any, served: ServedModel) -> list[str | list[int]]:
     """The texts or token ids to continue."""
     if isinstance(prompts, str) or (prompts and _are_tokens(prompts)):
         prompts = [prompts]
     sound = isinstance(prompts, list) and prompts
     if not sound or not all(isinstance(prompt, str) or _are_tokens(prompt) for prompt in prompts):
         raise wrong("prompt", "must be a text, a list of texts, or token ids.")
-    last = vocab_size - 1
+    last = served.vocab_size - 1
     tokens = (token for prompt in prompts if not isinstance(prompt, str) for token in prompt)
     if not all(0 <= token <= last for token in tokens):
         raise wrong("prompt", f"holds a token that this model does not have: choose 0 to {last}.")
@@ -398,7 +385,7 @@ def _text(content: Any, where: str) -> str:
         if not isinstance(part, dict) or part.get("type") != "text":
             raise wrong(f"{where}[{i}]", "must be text.")
         if not isinstance(part.get("text"), str):
-            raise ApiError(f"{where}[{i}].text must be a text.", f"{where}[{i}]")
+            raise wrong(f"{where}[{i}]", "must be a text in its field text.")
     return "".join(part["text"] for part in content)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import io
 import logging
 import os
 import signal
@@ -12,22 +13,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import uvicorn
 
-from ..common.command import printable
+from ..common.command import from_extra, printable
 from .access import Access, FrontDoor, access_of
-from .addresses import announce, own_address, url
 from .connections import MAX_HEAD_BYTES, MAX_WAITING, Connection, Connections
 from .endpoints import Api
-from .engine import Engine
+from .engine import SHUTTING_DOWN, Engine
 from .served_models import load_models
 
 # A token or a chunk of a prompt is computed within this time, or the process ends without it.
 END_SECONDS = 3.0
 _LOOK_SECONDS = 0.5
-SHUTTING_DOWN = "The server is shutting down."
 LOST = "The server does not come back from a computation: start it again."
 
 
@@ -113,17 +112,63 @@ def _say_where(flags: Namespace, api: Api, port: int, token: str | None) -> None
         announce(flags.host, port, token, sys.stdout)
 
 
-class _PrintableFormatter(logging.Formatter):
-    # a line may hold a model's words
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+def own_address(host: str) -> str:
+    """The address under which others reach ``host``; 127.0.0.1 without a route to any network."""
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # chooses the interface for an address that is reserved for documentation; sends nothing
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return probe.getsockname()[0]
+
+
+def url(host: str, port: int, token: str | None = None) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
+
+
+def announce(host: str, port: int, token: str, out: TextIO) -> None:
+    """Prints how another device opens the page and uses the API of a server on ``host``.
+
+    The page's part comes last, and is on the screen if that has 80 columns and 24 lines. Its code
+    is for a dark terminal, but for one with colours, where it brings its own.
+    """
+    address = own_address(host)
+    page = url(address, port, token)
+    before, after = ("\x1b[97;40m", "\x1b[0m") if out.isatty() else ("", "")  # white on black
+    try:
+        segno = from_extra("segno", "qr", "A QR code of this address")
+        made, lines = segno.make(page, error="l", micro=False), io.StringIO()
+        # with a wide border the code of a full IPv6 address leaves no line for the text
+        made.terminal(lines, compact=True, border=2 if made.version < 5 else 1)
+        code = "\n".join(f"{before}{line}{after}" for line in lines.getvalue().splitlines())
+        code.encode(out.encoding or "ascii")
+    except UnicodeEncodeError:  # ASCII would make the code too large
+        code = f"A QR code of it needs a terminal with UTF-8. This one has {out.encoding}."
+    except ValueError as missing:
+        code = str(missing)
+    print(
+        f"Programs use {url(address, port)}v1 with the token as their API key.",
+        "Whoever has the token can use the model. The connection is not encrypted.",
+        "Open this on an iPad, an iPhone or any computer of the network:",
+        code,
+        f"  {page}",
+        sep="\n",
+        file=out,
+        flush=True,
+    )
 
 
 @contextmanager
 def requests_logged(level: str) -> Iterator[None]:
     """Within the block, the project's log goes to standard error, from a level such as "INFO"."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    # a line may hold a model's words
+    handler.format = lambda record: printable(formatter.format(record))  # type: ignore[method-assign]
     package = logging.getLogger(__name__.partition(".")[0])
     package.addHandler(handler)
     package.setLevel(level)
@@ -148,9 +193,8 @@ def leave(code: int) -> NoReturn:
 def listening(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that listens; a ValueError if it cannot."""
     try:
-        (family, *_, address), *_ = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        (family, *_, address), *_ = places
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         server = socket.create_server(address, family=family, dualstack_ipv6=both)
     except OSError as error:

@@ -24,7 +24,6 @@ from ..models.templates import template_variables
 
 # Variables that the server gives a template.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
-_GIVEN |= {"strftime_now", "raise_exception"}
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +78,10 @@ def load_models(args: Namespace) -> list[ServedModel]:
     models = [_load(args, args.model, aliases, default=True)]
     models += [_load(args, path, [], default=False) for path in args.allow_models]
     names = Counter(name for served in models for name in served.names)
-    if twice := [name for name, number in names.items() if number > 1]:
+    ((name, number),) = names.most_common(1)
+    if number > 1:
         remedy = "rename a folder, or leave one out"
-        raise ValueError(f"Two of the models have the name {min(twice)}: {remedy}.")
+        raise ValueError(f"Two of the models have the name {name}: {remedy}.")
     return models
 
 
@@ -95,7 +95,7 @@ def template_settings(tokenizer: Any) -> frozenset[str]:
 def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bool) -> ServedModel:
     folder = resolve(path_or_repo)
     config = {"trust_remote_code": args.trust_remote_code}
-    options = {"tokenizer_config": config, "trust_remote_code": args.trust_remote_code}
+    options = config | {"tokenizer_config": config}
     choices = HeadOptions.from_flags(args, dense=args.dense)
     if default:
         options["adapter_path"] = args.adapter_path
@@ -111,14 +111,14 @@ def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bo
         model, tokenizer, config = load_dense(folder, **options)
     path = Path(path_or_repo).expanduser()
     # no client learns where a folder is
-    own_name = path.resolve().name if path.is_dir() else path_or_repo
+    name = path.resolve().name if path.is_dir() else path_or_repo
     later = choices.missing == LATER
     return ServedModel(
-        names=tuple(dict.fromkeys((*aliases, own_name))),
-        model=model,
-        tokenizer=tokenizer,
-        draft_model=_draft(args, tokenizer) if default and args.draft_model else None,
-        context=args.context_size or context_of(config, tokenizer),
+        tuple(dict.fromkeys((*aliases, name))),
+        model,
+        tokenizer,
+        _draft(args, tokenizer) if default and args.draft_model else None,
+        args.context_size or context_of(config, tokenizer),
         template_arguments=args.chat_template_args,
         dense=args.dense and default,
         verify=not args.no_verify,

@@ -1,15 +1,17 @@
 """The server's flags: for its models, its requests, their limits and its clients."""
 
 import argparse
+import ipaddress
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..common.arguments import Parser, Type, json_object, number, one_of, share, whole_number
 from ..common.head_flags import add_answering_options
-from .addresses import TOKEN_FILE, is_loopback
 
+TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
 
@@ -126,6 +128,13 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
         if not _ORIGIN.fullmatch(origin):
             how = "name each site, such as https://chat.example, without wildcards"
             parser.error(f"--allowed-origins {origin}: {how}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to ``host``."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:

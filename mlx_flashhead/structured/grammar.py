@@ -49,10 +49,10 @@ class Grammar:
             raise GrammarError(f"The JSON schema is {_shown(schema)}: {form}.")
         if schema is False:
             raise GrammarError("The JSON schema is false, which no text fits: give an object.")
-        schema = {} if schema is True else schema
         compile_json = llguidance().LLMatcher.grammar_from_json_schema
         try:
-            compiled = compile_json(json.dumps(schema), defaults=_JSON_OPTIONS)
+            text = json.dumps({} if schema is True else schema)
+            compiled = compile_json(text, defaults=_JSON_OPTIONS)
             problem = _problem(compiled)
         except RecursionError:
             problem = "it is nested too deeply"
@@ -72,9 +72,8 @@ class Grammar:
         if not isinstance(pattern, str) or not pattern:
             raise GrammarError(f"The regular expression is {_shown(pattern)}: it must be a text.")
         if _ZERO.search(pattern):
-            zero = "the character 0, which no text has here"
-            expression = f"The regular expression {_shown(pattern)}"
-            raise GrammarError(f"{expression} holds {zero}: leave it out.")
+            zero = "holds the character 0, which no text has here"
+            raise GrammarError(f"The regular expression {_shown(pattern)} {zero}: leave it out.")
         compiled = llguidance().LLMatcher.grammar_from_regex(pattern)
         if problem := _problem(compiled):
             error = re.search(r"error: ([^\n]+)", problem)
@@ -103,13 +102,11 @@ class Grammar:
 def add_grammar_options(parser: argparse.ArgumentParser) -> None:
     """Adds ``--json-schema``, ``--regex`` and ``--grammar``, which exclude each other."""
     group = parser.add_argument_group("structured output").add_mutually_exclusive_group()
-    group.add_argument(
-        "--json-schema", metavar="FILE", help="Write JSON that the JSON schema in this file allows."
-    )
+    json_schema = "Write JSON that the JSON schema in this file allows."
+    group.add_argument("--json-schema", metavar="FILE", help=json_schema)
     group.add_argument("--regex", help="Write text that this regular expression matches.")
-    group.add_argument(
-        "--grammar", metavar="FILE", help="Write text that the Lark grammar in this file allows."
-    )
+    grammar = "Write text that the Lark grammar in this file allows."
+    group.add_argument("--grammar", metavar="FILE", help=grammar)
 
 
 def grammar_of(args: argparse.Namespace) -> Grammar | None:

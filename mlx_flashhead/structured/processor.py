@@ -160,7 +160,7 @@ class GrammarProcessor:
 
     def _allowed(self, vocab_size: int) -> np.ndarray:
         """(V,) bool: the tokens that may come next."""
-        ends = self._vocabulary.eos_tokens
+        ends, self.problem = self._vocabulary.eos_tokens, None
         left = self._generated[self._n_matched :]
         if self._out_of_time:
             self.problem = f"its masks take more than {self._seconds_per_mask:g} s each"
@@ -168,8 +168,6 @@ class GrammarProcessor:
             self.problem = self._matcher.get_error().splitlines()[0]
         elif left and left[0] not in ends:
             self.problem = f"the token {left[0]} is not allowed there"
-        else:
-            self.problem = None
         allowed = np.zeros(vocab_size, dtype=bool)
         if left or self.problem or self._matcher.is_stopped():
             allowed[[token for token in ends if token < vocab_size]] = True

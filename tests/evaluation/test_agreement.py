@@ -5,17 +5,12 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import take_all
-from mlx_flashhead.conversion.clustering import cluster_rows
-from mlx_flashhead.conversion.fitting import fit_centroids
 from mlx_flashhead.evaluation.agreement import bytes_share, evaluate
-from mlx_flashhead.models.install import detach, get_flash_head, install
-from mlx_flashhead.models.locate import find_head
+from mlx_flashhead.models.install import detach, get_flash_head
 from model_folders import VOCAB_SIZE, write_model
-from tiny_models import tiny_model
+from tiny_models import install_index, tiny_index, tiny_model
 
 TEXT = "Sphinx of black quartz, judge my vow. The five boxing wizards jump quickly. " * 2
-CLUSTER_SIZE = 8  # does not divide V
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +18,11 @@ def tokenizer(tmp_path_factory):
     return mlx_lm.load(str(write_model(tmp_path_factory.mktemp("models") / "llama")))[1]
 
 
-def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(), **kwargs):
-    model = tiny_model(arch, vocab_size=VOCAB_SIZE, hidden_size=hidden_size, **kwargs)
-    rows = find_head(model).rows()
-    weight = np.array(rows.dequantized().astype(mx.float32))
-    token_ids = take_all(cluster_rows(weight, CLUSTER_SIZE))
-    states = np.random.default_rng(0).normal(size=(200, hidden_size)).astype(np.float32)
-    centroids = take_all(fit_centroids(weight, token_ids, states))
-    install(
-        model,
-        token_ids,
-        centroids,
-        n_probes=n_probes,
-        unverified_probes=n_probes,
-        eos_token_ids=eos_token_ids,
-        backend="mlx",
-    )
+def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(), **options):
+    """A model with a FlashHead of random clusters of 8, which does not divide V."""
+    model = tiny_model(arch, vocab_size=VOCAB_SIZE, hidden_size=hidden_size, **options)
+    index = tiny_index(model, n_probes=n_probes, eos_token_ids=eos_token_ids)
+    install_index(model, index, unverified_probes=n_probes, backend="mlx")
     return model
 
 
@@ -104,7 +88,7 @@ def test_bytes_by_hand(bits):
     """Stage 1 and p clusters of 8 rows, relative to V rows."""
     head = get_flash_head(installed_model(bits=bits, tied=False))
     row = 64 * 4 if bits is None else 64 + 2 * 2 * 4  # floats; or bytes, scales and offsets
-    centroid = 64 // 2 + 2 * 2 + 4  # 4-bit weights, a 16-bit scale and offset, the bias
+    centroid = 64 // 2 + 2 * 2 * 2 + 4  # 4-bit weights, two 16-bit scales and offsets, the bias
     for n_probes in (1, 10, 33):
         expected = (33 * centroid + n_probes * 8 * row) / (VOCAB_SIZE * row)
         assert bytes_share(head, n_probes) == pytest.approx(expected)

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 
-from kernel_cases import ROUNDING, cluster, kernels, make_centroids, make_rows, products, to_numpy
+from kernel_cases import ROUNDING, kernels, make_clustered, products, to_numpy
 from mlx_flashhead.head.kernels import MIN_PROBES, MetalSteps
 
 PROBED, NOT_A_NUMBER = 0xFFC00000, 0x7FC00000  # words at or above the first are places
@@ -26,11 +26,10 @@ def all_steps(steps, hidden, n_probes):
     return scores, selection, candidates, full, steps.token(selection, candidates)
 
 
-def small_head(rng, *, dtype=mx.float32, scale=0.05, forced=(), n_tokens=300, hidden_size=128):
-    rows = make_rows(rng, n_tokens, hidden_size, bits=8, group_size=64, dtype=dtype, scale=scale)
-    centroids = make_centroids(rng, -(-n_tokens // 8), hidden_size, group_size=64)
-    hidden = mx.array(rng.normal(size=(5, hidden_size))).astype(dtype)
-    return cluster(rng, rows, centroids, 8, forced), hidden
+def small_head(rng, *, dtype=mx.float32, scale=0.05, n_tokens=300):
+    form = {"bits": 8, "dtype": dtype, "scale": scale, "padded": -n_tokens % 8}
+    clustered = make_clustered(rng, -(-n_tokens // 8), 8, 128, **form)
+    return clustered, mx.array(rng.normal(size=(5, 128))).astype(dtype)
 
 
 def check_scores(clustered, hidden, scores):

@@ -11,8 +11,6 @@ from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.portable import (
-    REFERENCE,
-    PortableSteps,
     blocked_product,
     faster_by_column,
     in_blocks,
@@ -149,18 +147,3 @@ def test_columns_are_for_what_a_blas_multiplies(bits, dtype, by_column):
     token_ids = random_clusters(rng, 61, 8)
     head = FlashHead(rows, token_ids, fitted(rows, token_ids), n_probes=2, backend="mlx")
     assert head.clustered.by_column == faster_by_column(rows)
-
-
-@pytest.mark.parametrize(
-    ("blas", "limits"), [("OpenBLAS 0.3.29, 1 thread", [32, 12, 1]), (REFERENCE, [32, 32, 32])]
-)
-def test_with_a_fast_blas_fewer_positions_are_retrieved_the_more_probes(monkeypatch, blas, limits):
-    if mx.default_device().type != mx.cpu:
-        pytest.skip("the limit of a CPU")
-    rng = np.random.default_rng(0)
-    rows = random_rows(rng, 3072, 8)
-    token_ids = random_clusters(rng, 3072, 4)
-    clustered = ClusteredRows.build(rows, token_ids, fitted(rows, token_ids))
-    monkeypatch.setattr(portable, "blas_name", lambda: blas)
-    steps = PortableSteps(clustered)
-    assert [steps.max_positions(n_probes) for n_probes in (8, 64, 768)] == limits

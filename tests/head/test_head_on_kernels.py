@@ -1,4 +1,4 @@
-"""FlashHead on the Metal kernels: positions of any shape, the path chosen, and its trial."""
+"""FlashHead on the Metal kernels: proposals, views, the path chosen, and its trial."""
 
 import logging
 import pickle
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from kernel_cases import (
-    ROUNDING,
     changed_kernels,
     kernels,
     make_centroids,
@@ -26,7 +25,6 @@ from mlx_flashhead.models.install import install
 
 VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS, N_PROBES = 157, 128, 8, 20, 9
 UNREAD = [one for one in FORMATS if one.metal is None]
-SHAPES = [(), (1, 1), (2, 1), (1, 2), (5, 1), (1, 5), (32, 1), (1, 32), (4, 8), (2, 1, 3)]
 
 
 def parts(*, bits=4, dtype=mx.float32, mode="affine", group_size=64):
@@ -50,30 +48,7 @@ def no_variable(monkeypatch):
     monkeypatch.delenv(BACKEND_VARIABLE, raising=False)
 
 
-class TestShapes:
-    @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-    def test_every_shape_gives_what_its_positions_give_one_by_one(self, dtype):
-        """A position's result depends on nothing beside it: not on B, on L, or on their product."""
-        hidden = mx.random.normal((32, HIDDEN_SIZE), key=mx.random.key(1)).astype(dtype)
-        # a compiler may contract sums otherwise where positions share a reading of the centroids
-        close = {"rtol": 4 * ROUNDING[dtype], "atol": 1e-5}
-        with kernels(check=False):
-            head = make_head("metal", dtype=dtype)
-            assert head.backend == "metal"
-            single = [hidden[i : i + 1] for i in range(32)]
-            full = np.concatenate([to_numpy(head.unverified_logits(h)) for h in single])
-            tokens = np.concatenate([to_numpy(head.token(h)) for h in single])
-            np.testing.assert_array_equal(tokens, full.argmax(axis=-1))
-            assert len(set(tokens.tolist())) > 8
-            for shape in SHAPES:
-                n_rows = int(np.prod(shape))
-                states = hidden[:n_rows].reshape(*shape, HIDDEN_SIZE)
-                logits, ids = head.unverified_logits(states), head.token(states)
-                assert logits.shape == (*shape, VOCAB_SIZE) and ids.shape == shape
-                flat = to_numpy(logits).reshape(n_rows, VOCAB_SIZE)
-                np.testing.assert_allclose(flat, full[:n_rows], **close)
-                np.testing.assert_array_equal(to_numpy(ids).ravel(), tokens[:n_rows])
-
+class TestPositions:
     def test_a_proposal_is_the_portable_one(self):
         """Token and risk; with a depth the clusters beyond it are not scored."""
         hidden = mx.random.normal((4, HIDDEN_SIZE), key=mx.random.key(2))

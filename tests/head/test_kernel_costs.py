@@ -8,7 +8,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu
+from kernel_cases import (
+    kernels,
+    make_centroids,
+    make_clustered,
+    make_rows,
+    on_gpu,
+    plain_clusters,
+    to_numpy,
+)
 from mlx_flashhead.head import kernels as kernels_module
 from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.flash_head import FlashHead
@@ -137,12 +145,10 @@ def test_neither_probes_nor_positions_compile_anything():
     MLX compiles a text once for each set of template arguments, dtypes and small arrays.
     """
     rng = np.random.default_rng(5)
-    n_clusters = 600
-    rows = make_rows(rng, 2 * n_clusters, 64, bits=4, group_size=64, dtype=mx.bfloat16)
-    centroids = make_centroids(rng, n_clusters, 64, group_size=64)
-    token_ids = rng.permutation(2 * n_clusters).reshape(n_clusters, 2)
+    n_clusters, made = 600, make_clustered(rng, 600, 2, 64)
+    parts = made.token_rows(), to_numpy(made.token_ids), made.centroids
     with kernels(check=False) as emulator:
-        head = FlashHead(rows, token_ids, centroids, n_probes=1, backend="metal")
+        head = FlashHead(*parts, n_probes=1, backend="metal")
         for n_probes in (1, 17, n_clusters - 1):
             head.n_probes = n_probes
             for n_positions in (1, 2, 8, 32):
@@ -157,31 +163,22 @@ class TestTraffic:
     @pytest.mark.parametrize(
         ("hidden_size", "cluster_size", "bits", "group_size", "limit"),
         [
-            (2048, 16, 4, 64, 1.05),
-            (1024, 16, 4, 64, 1.05),
-            (640, 16, 4, 64, 1.05),
-            (576, 16, 4, 64, 1.05),
-            (1152, 16, 4, 32, 1.05),
-            (2048, 16, 4, 128, 1.05),
-            (2048, 16, 8, 64, 1.05),
-            (576, 16, 16, 0, 1.05),
-            (1024, 8, 4, 64, 1.05),
+            *((hidden_size, 16, 4, 64, 1.05) for hidden_size in (576, 640, 1024, 2048)),
+            *((2048, 16, *form, 1.05) for form in ((4, 128), (8, 64))),
+            *((1152, 16, 4, 32, 1.05), (576, 16, 16, 0, 1.05), (1024, 8, 4, 64, 1.05)),
             (384, 8, 4, 64, 1.25),  # 96 bytes of scales to a cluster: less than a line
         ],
     )
     def test_bytes_of_route_and_score(self, hidden_size, cluster_size, bits, group_size, limit):
         """Distinct lines near the bytes needed, and no byte of weights twice."""
-        rng = np.random.default_rng(1)
-        n_clusters, n_probes = 256, 24
-        form = {"bits": bits, "group_size": group_size, "dtype": mx.bfloat16}
-        rows = make_rows(rng, n_clusters * cluster_size, hidden_size, **form)
-        centroids = make_centroids(rng, n_clusters, hidden_size, group_size=64)
-        clustered = cluster(rng, rows, centroids, cluster_size)
+        rng, n_clusters, n_probes = np.random.default_rng(1), 256, 24
+        form = {"bits": bits, "group_size": group_size}
+        clustered = make_clustered(rng, n_clusters, cluster_size, hidden_size, **form)
         hidden = mx.array(rng.normal(size=(1, hidden_size))).astype(mx.bfloat16)
         found = dispatches_of(clustered, hidden, n_probes)
 
         row_bytes = clustered.rows.nbytes * n_probes // n_clusters
-        needed = {"route": centroids.matrix.nbytes, "score": row_bytes}
+        needed = {"route": clustered.centroids.matrix.nbytes, "score": row_bytes}
         for name, n_bytes in needed.items():
             assert stored_lines(found[name]) <= limit * n_bytes, name
             weight = found[name].buffers["weight"]
@@ -189,8 +186,7 @@ class TestTraffic:
 
     def test_positions_share_one_reading_of_the_centroids(self):
         rng = np.random.default_rng(2)
-        rows = make_rows(rng, 16 * 32, 576, bits=4, group_size=64, dtype=mx.bfloat16)
-        clustered = cluster(rng, rows, make_centroids(rng, 32, 576, group_size=64), 16)
+        clustered = make_clustered(rng, 32, 16, 576)
         for n_positions, readings in ((1, 1), (2, 1), (4, 1), (5, 2), (32, 8)):
             hidden = mx.array(rng.normal(size=(n_positions, 576))).astype(mx.bfloat16)
             found = dispatches_of(clustered, hidden, 4)["route"].buffers
@@ -198,30 +194,22 @@ class TestTraffic:
             assert found["hidden"].distinct_bytes_read == hidden.nbytes
 
     def test_threadgroup_memory_and_barriers(self):
-        """As metal/flash_head.metal states them."""
+        """As metal/flash_head.metal states them, and fewer where nothing is filtered."""
         rng = np.random.default_rng(3)
-        rows = make_rows(rng, 16 * 40, 64, bits=4, group_size=64, dtype=mx.bfloat16)
-        clustered = cluster(rng, rows, make_centroids(rng, 40, 64, group_size=64), 16)
+        clustered = make_clustered(rng, 40, 16, 64)
         hidden = mx.array(rng.normal(size=(2, 64))).astype(mx.bfloat16)
         found = dispatches_of(clustered, hidden, 9)
-        barriers = {"route": 0, "select": 6, "select_words": 6, "score": 1, "expand": 1}
-        barriers["sample"] = 13
-        assert {name: dispatch.barriers for name, dispatch in found.items()} == barriers
+        assert [dispatch.barriers for dispatch in found.values()] == [0, 6, 1, 13, 6, 1]
         assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 16784
-        for setting, n_barriers in {
-            (0.0, 0.9, -1e30, 9): 2,
-            (1.0, 1.0, -1e30, 0): 3,
-            (1.0, 0.9, -1e30, 0): 9,
-            (1.0, 1.0, -1e30, 9): 9,
-        }.items():
-            assert dispatches_of(clustered, hidden, 9, setting)["sample"].barriers == n_barriers
+        for *setting, n_barriers in ((0.0, 0.9, 9, 2), (1.0, 1.0, 0, 3), (1.0, 0.9, 0, 9)):
+            scale, top_p, top_k = setting
+            found = dispatches_of(clustered, hidden, 9, (scale, top_p, -1e30, top_k))
+            assert found["sample"].barriers == n_barriers
 
     @pytest.mark.parametrize("n_clusters", [3072, 9496, 16384, 16388])
     def test_select_reads_the_scores_once(self, n_clusters):
         rng = np.random.default_rng(4)
-        rows = make_rows(rng, n_clusters, 4, bits=16, group_size=0, dtype=mx.float16)
-        centroids = make_centroids(rng, n_clusters, 4, group_size=0, dtype=mx.float16)
-        clustered = cluster(rng, rows, centroids, 1)
+        clustered = plain_clusters(rng, n_clusters)
         scores = mx.array(rng.normal(size=(1, n_clusters)).astype(np.float32))
         with kernels() as emulator:
             mx.eval(MetalSteps(clustered).select(scores, n_clusters // 10, words=False))

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import cluster, kernels, make_centroids, make_rows, to_numpy
+from kernel_cases import cluster, kernels, make_centroids, make_rows, plain_clusters, to_numpy
 from kernel_checks import (
     NOT_A_NUMBER,
     PROBED,
@@ -132,13 +132,6 @@ def test_the_tail_is_capped_below_the_best_candidate(dtype):
         assert (others.max(axis=-1) < best).all()
 
 
-def plain_clusters(rng, n_clusters):
-    """Clusters of one token each, with nothing in their rows: for select alone."""
-    rows = make_rows(rng, n_clusters, 4, bits=16, group_size=0, dtype=mx.float16)
-    centroids = make_centroids(rng, n_clusters, 4, group_size=0, dtype=mx.float16)
-    return cluster(rng, rows, centroids, 1)
-
-
 # 18,432 are the most that stay in registers, and 262,144 a Gemma head in clusters of 1
 @pytest.mark.parametrize("n_clusters", [1, 5, 31, 32, 513, 9496, 16388, 18433, 262144])
 def test_select_is_a_stable_sort_whatever_the_scores(n_clusters):
@@ -185,20 +178,6 @@ def test_select_takes_nan_first(n_clusters):
     with kernels():
         words = to_numpy(MetalSteps(clustered).select(few, 2).words)
     assert words[0, 30] == NOT_A_NUMBER  # three are NaN, of which two are probed
-
-
-def test_forced_clusters_are_always_probed():
-    rng = np.random.default_rng(6)
-    forced = (7, 100, 299)
-    clustered, hidden = small_head(rng, forced=forced)
-    outputs = run(clustered, hidden, 4)
-    check_all(clustered, hidden, 4, outputs)
-    clusters = {int(clustered.slot_of[i]) // clustered.cluster_size for i in forced}
-    for probes in outputs[1].probes.tolist():
-        assert clusters <= set(probes)
-    few = run(clustered, hidden, 2)  # more forced than probed: they still end below the cap
-    check_full(clustered, few[0], *few[1:4])
-    check_token(few[3], few[4])
 
 
 @pytest.mark.parametrize("depth", [0.0, 2.5, 3.5, 40.0])

@@ -9,8 +9,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import cluster, covering_cases, make_centroids, make_rows, on_gpu, to_numpy
-from kernel_checks import check_all, run, small_head
+from kernel_cases import (
+    cluster,
+    covering_cases,
+    kernels,
+    make_centroids,
+    make_clustered,
+    make_rows,
+    on_gpu,
+    to_numpy,
+)
+from kernel_checks import all_steps, check_all, run, small_head
+from mlx_flashhead.head.draw import Draws, DrawSettings
+from mlx_flashhead.head.kernels import MetalSteps
 
 FACTORS = {
     "batch": (1, 2, 5, 32),
@@ -43,12 +54,10 @@ CASES = covering_cases(FACTORS, is_valid, n_weights)
 
 def head_of(rng, case, dtype):
     n_clusters = N_CLUSTERS[case["n_probes"]]
-    n_tokens = n_clusters * case["cluster_size"] - (0 if case["divisible"] else 3)
     rows_dtype = mx.bfloat16 if dtype == mx.float32 and case["bits"] == 16 else dtype
-    width, form = case["hidden_size"], {name: case[name] for name in ("bits", "group_size")}
-    rows = make_rows(rng, n_tokens, width, dtype=rows_dtype, **form)
-    centroids = make_centroids(rng, n_clusters, width, group_size=case["centroid_group"])
-    return cluster(rng, rows, centroids, case["cluster_size"])
+    form = {name: case[name] for name in ("bits", "group_size", "centroid_group")}
+    form |= {"dtype": rows_dtype, "padded": 0 if case["divisible"] else 3}
+    return make_clustered(rng, n_clusters, case["cluster_size"], case["hidden_size"], **form)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
@@ -107,11 +116,17 @@ def test_outputs_do_not_depend_on_the_order_of_threads():
     rng = np.random.default_rng(7)
     clustered, hidden = small_head(rng, dtype=mx.bfloat16, n_tokens=8 * 700 - 1)
     hidden = mx.round(hidden * 2)  # ties
-    outputs = [
-        run(clustered, hidden, 45, order=order, seed=seed)
-        for order, seed in (("forward", 0), ("reverse", 0), ("shuffle", 1), ("shuffle", 2))
-    ]
-    flat = [[s, *e, *c, f, t] for s, e, c, f, t in outputs]
+    settings = (DrawSettings(1.0, 0.5), DrawSettings(0.8, 0.95, top_k=20), DrawSettings(1.3, 0.7))
+    draws = Draws.of([(settings[i % 3], (i, 7)) for i in range(5)])
+    outputs = []
+    for order, seed in (("forward", 0), ("reverse", 0), ("shuffle", 1), ("shuffle", 2)):
+        with kernels(order=order, seed=seed):
+            steps = MetalSteps(clustered)
+            results = all_steps(steps, hidden, 45)
+            drawn = steps.choose(results[1], results[2], results[1].unscored, draws)
+            mx.eval(results, drawn)
+        outputs.append((*results, drawn))
+    flat = [[s, *e, *c, f, t, *d] for s, e, c, f, t, d in outputs]
     for others in flat[1:]:
         for first, other in zip(flat[0], others, strict=True):
             np.testing.assert_array_equal(to_numpy(first), to_numpy(other))

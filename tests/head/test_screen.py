@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
+from kernel_cases import kernels, on_gpu, plain_clusters, to_numpy
 from mlx_flashhead.head.draw import (
     Draws,
     DrawSettings,
@@ -33,10 +33,7 @@ N_PROBES = 9
 
 def steps_of(rng, steps=MetalSteps, cluster_size=4, n_clusters=1100):
     """Clusters for more than one threadgroup; two slots are padded."""
-    n_tokens = n_clusters * cluster_size - (2 if cluster_size > 1 else 0)
-    rows = make_rows(rng, n_tokens, 4, bits=16, group_size=0, dtype=mx.float16)
-    centroids = make_centroids(rng, n_clusters, 4, group_size=0, dtype=mx.float16)
-    return steps(cluster(rng, rows, centroids, cluster_size))
+    return steps(plain_clusters(rng, n_clusters, cluster_size))
 
 
 def case_of(rng, clustered, k, room, scored_room, spread, dtype=mx.float32, draws=None):

@@ -92,6 +92,23 @@ def cluster(rng, rows: Matrix, centroids: Centroids, cluster_size, forced=()) ->
     return ClusteredRows.build(rows, token_ids, centroids, forced)
 
 
+def make_clustered(
+    rng, n_clusters, cluster_size, hidden_size, *, padded=0, centroid_group=64, forced=(), **form
+) -> ClusteredRows:
+    """Random rows in random clusters with random centroids; 4-bit bfloat16 without a ``form``."""
+    form = {"bits": 4, "group_size": 64, "dtype": mx.bfloat16} | form
+    rows = make_rows(rng, n_clusters * cluster_size - padded, hidden_size, **form)
+    centroids = make_centroids(rng, n_clusters, hidden_size, group_size=centroid_group)
+    return cluster(rng, rows, centroids, cluster_size, forced)
+
+
+def plain_clusters(rng, n_clusters, cluster_size=1) -> ClusteredRows:
+    """Clusters of which only the token ids matter; two slots are padded if there is room."""
+    form = {"bits": 16, "group_size": 0, "dtype": mx.float16, "centroid_group": 0}
+    padded = 2 if cluster_size > 1 else 0
+    return make_clustered(rng, n_clusters, cluster_size, 4, padded=padded, **form)
+
+
 def dequantized(stored) -> tuple[np.ndarray, np.ndarray]:
     """Rows in float64 and a bound on the magnitudes that are added up for each weight."""
     weight = to_numpy(stored.dequantized(mx.float32)).astype(np.float64)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -147,7 +148,8 @@ def test_damaged_file(folder, spoil):
 
 def change_entry(folder, change):
     config = json.loads((folder / "config.json").read_text())
-    config[CONFIG_KEY] = change(config[CONFIG_KEY])
+    entry = config[CONFIG_KEY]
+    config[CONFIG_KEY] = entry | change if isinstance(change, dict) else change(entry)
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -172,47 +174,43 @@ WRONG_ROWS = [
     [ROW | {"risks": [0.5]}],
     [ROW | {"risks": [1] * 5000}],
 ]
+WRONG_VERIFICATIONS = [
+    {"by_probes": []},
+    *(
+        {"risk": {"greedy": greedy, "sampled": sampled}, "by_probes": []}
+        for greedy, sampled in (([0], 1), ([0, "1"], 1), ([0, 1], -1), ([0, 1], math.nan))
+    ),
+    *(VERIFICATION | {"by_probes": rows} for rows in WRONG_ROWS),
+]
+
+
+def without(key, entry):
+    return {name: value for name, value in entry.items() if name != key}
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda entry: entry | {"version": 1}, "version 1.*reads version 2"),
-        (lambda entry: entry | {"version": "2"}, "version '2'.*reads version 2"),
+        ({"version": 1}, "version 1.*reads version 2"),
+        ({"version": "2"}, "version '2'.*reads version 2"),
         (lambda entry: [], "version None"),
         (lambda entry: {}, "version None"),
-        (lambda entry: entry | {"n_probes": "4"}, "whole numbers"),
-        (lambda entry: entry | {"n_clusters": 33.0}, "whole numbers"),
-        (lambda entry: entry | {"eos_token_ids": ["1"]}, "whole numbers"),
-        (lambda entry: entry | {"centroid_group_size": True}, "whole numbers"),
+        ({"n_probes": "4"}, "whole numbers"),
+        ({"n_clusters": 33.0}, "whole numbers"),
+        ({"eos_token_ids": ["1"]}, "whole numbers"),
+        ({"centroid_group_size": True}, "whole numbers"),
+        *((partial(without, key), f"lacks {key}") for key in sorted(REQUIRED)),
+        ({"eos_token_ids": [258]}, "ids of tokens as eos_token_ids"),
+        ({"fingerprint": 1}, "a text as fingerprint"),
+        *(({key: value}, "which is not possible") for key, value in IMPOSSIBLE),
         *(
-            (lambda entry, key=key: {k: v for k, v in entry.items() if k != key}, f"lacks {key}")
-            for key in sorted(REQUIRED)
-        ),
-        (lambda entry: entry | {"eos_token_ids": [258]}, "ids of tokens as eos_token_ids"),
-        (lambda entry: entry | {"fingerprint": 1}, "a text as fingerprint"),
-        *(
-            (lambda entry, key=key, value=value: entry | {key: value}, "which is not possible")
-            for key, value in IMPOSSIBLE
-        ),
-        *(
-            (lambda entry, key=key, n=n: entry | {key: n}, f"has {n} as {key}, not 1 to 33")
+            ({key: n}, f"has {n} as {key}, not 1 to 33")
             for key in ("n_probes", "unverified_probes")
             for n in (0, 34)
         ),
-        (lambda entry: entry | {"eos_token_ids": list(range(258))}, "258 tokens .* more than 64"),
-        (lambda entry: entry | {"report": "good"}, "objects as calibration, report, verif"),
-        *(
-            (lambda entry, values=values: entry | {"verification": values}, "no valid settings of")
-            for values in (
-                {"by_probes": []},
-                {"risk": {"greedy": [0], "sampled": 1}, "by_probes": []},
-                {"risk": {"greedy": [0, "1"], "sampled": 1}, "by_probes": []},
-                {"risk": {"greedy": [0, 1], "sampled": -1}, "by_probes": []},
-                {"risk": {"greedy": [0, 1], "sampled": math.nan}, "by_probes": []},
-                *(VERIFICATION | {"by_probes": rows} for rows in WRONG_ROWS),
-            )
-        ),
+        ({"eos_token_ids": list(range(258))}, "258 tokens .* more than 64"),
+        ({"report": "good"}, "objects as calibration, report, verif"),
+        *(({"verification": wrong}, "no valid settings of") for wrong in WRONG_VERIFICATIONS),
     ],
 )
 def test_settings_that_are_none(folder, change, said):
@@ -221,7 +219,7 @@ def test_settings_that_are_none(folder, change, said):
 
 
 def test_keys_of_a_later_package_are_ignored(folder, original):
-    change_entry(folder, lambda entry: entry | {"later": "yes"})
+    change_entry(folder, {"later": "yes"})
     assert same(read_index(folder), original[1])
 
 
@@ -237,7 +235,7 @@ def test_keys_of_a_later_package_are_ignored(folder, original):
     ],
 )
 def test_arrays_that_do_not_fit_the_settings(folder, key, value):
-    change_entry(folder, lambda entry: entry | {key: value})
+    change_entry(folder, {key: value})
     refused(folder, f"{FILE_NAME} does not hold the arrays that its settings describe", CONVERT)
 
 

@@ -63,7 +63,7 @@ def test_a_head_that_gains_nothing_stays_dense_and_says_so(measure, flash_head_h
     assert policy_of(head).dense
     _, sentence = said
     assert "would not make this model faster on this machine (1.01 x" in sentence
-    assert "it stays dense." in sentence
+    assert "it stays dense" in sentence
     assert loaded()[1] == []
     assert not policy_of(loaded(always=True)[0]).dense
 

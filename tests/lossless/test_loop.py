@@ -12,7 +12,7 @@ from mlx_flashhead import make_sampler
 from mlx_flashhead.lossless.loop import verified_steps
 from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.lossless.proposer import Proposer
-from mlx_flashhead.lossless.verify import SlotProduct
+from mlx_flashhead.lossless.rounding import SlotProduct
 from tiny_models import randomized, tiny_model
 
 SAMPLERS = {
@@ -71,7 +71,7 @@ def test_a_sampler_of_others_draws_with_the_state_of_the_proposal(flash, argumen
 
 
 def test_a_thread_may_compute_the_check(flash, misses, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.verify.WORTH_A_THREAD", 0)
+    monkeypatch.setattr("mlx_flashhead.lossless.rounding.WORTH_A_THREAD", 0)
     checked(flash, {"temp": 0.8, "top_p": 0.95, "seed": 1})
     assert misses
 

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -66,18 +65,8 @@ RUNTIME_FLAGS = [
 @cache
 def zig() -> str:
     """Path of the ``zig`` program, which contains clang and a linker."""
-    try:
-        import ziglang
-    except ImportError:
-        raise RuntimeError(
-            "The Metal emulator needs the compiler of the 'ziglang' package, which is not "
-            "installed: run pip install ziglang."
-        ) from None
-    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64", "arm64"):
-        raise RuntimeError(
-            f"The Metal emulator runs on Linux on x86-64 and arm64, not on {sys.platform} on "
-            f"{platform.machine()}: on a Mac run the kernels on the GPU."
-        )
+    import ziglang  # here, since not every environment that collects the tests has it
+
     return str(Path(ziglang.__file__).parent / "zig")
 
 

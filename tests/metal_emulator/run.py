@@ -40,9 +40,7 @@ class _Fault(ctypes.Structure):
         *[(name, _u32) for name in ("kind", "region", "thread", "other", "size", "write")],
         ("offset", _u64),
         ("group", _u32 * 3),
-        ("meetings", _u32 * 2),
         ("other_threadgroup", _u32),
-        ("unused", _u32),
         ("name", ctypes.c_char_p),
     ]
 
@@ -153,7 +151,7 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dis
         if not build.runtime().metal_emulator_launch(ctypes.byref(state)):
             raise MemoryError("The Metal emulator could not reserve 256 MB of address space.")
     if state.fault.kind:
-        raise runtime_fault(name, state, buffers, threadgroup)
+        raise runtime_fault(name, state.fault)
     if check:
         find_unwritten(name, buffers)
     traffic = {

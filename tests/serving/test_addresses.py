@@ -12,14 +12,9 @@ import pyte
 import pytest
 import zxingcpp
 
-from mlx_flashhead.serving import access
-from mlx_flashhead.serving.addresses import (
-    announce,
-    is_loopback,
-    kept_token,
-    own_address,
-    url,
-)
+from mlx_flashhead.serving.access import access_of, kept_token
+from mlx_flashhead.serving.serve import announce, own_address, url
+from mlx_flashhead.serving.server_options import is_loopback
 from scripted_server import TOKEN
 from served_models import flags
 
@@ -109,7 +104,7 @@ def test_addresses(monkeypatch, tmp_path):
     assert all(map(is_loopback, ("127.0.0.1", "::1", "localhost", "127.8.9.1")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "mac.local", "")))
     monkeypatch.setattr(socket, "gethostname", lambda: "Studio.fritz.box")
-    rules = access.access_of(flags("--host", "::", "--token-file", tmp_path / "token"))
+    rules = access_of(flags("--host", "::", "--token-file", tmp_path / "token"))
     assert rules.hosts == {"studio", "studio.fritz.box", "::"}
     monkeypatch.setattr(socket.socket, "connect", Mock(side_effect=OSError))
     assert own_address("0.0.0.0") == "127.0.0.1"  # without a network

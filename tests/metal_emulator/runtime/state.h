@@ -32,7 +32,7 @@ enum FaultKind : u32 {
 };
 enum RegionKind : u32 { kInput, kOutput, kThreadgroup };
 enum Order : u32 { kForward, kReverse, kShuffle };
-enum Meeting : u32 { kThreadgroupBarrier, kSimdgroupBarrier, kExited };  // simd operations: 16 ...
+constexpr u32 kSimdgroupBarrier = 1;  // a meeting of lanes; simd operations: 16 ...
 enum MemFlags : u32 { kMemDevice = 1, kMemThreadgroup = 2 };
 
 // Last accesses to one granule of memory.
@@ -56,18 +56,15 @@ struct Fault {
   u32 kind, region, thread, other, size, write;
   u64 offset;
   u32 group[3];
-  u32 meetings[2];        // divergence: what the other thread and this thread wait at
   u32 other_threadgroup;  // race: the other access was made by another threadgroup
-  u32 unused;
   const char* name;
 };
 
 struct Indices {
   u32 position_in_grid[3], position_in_threadgroup[3], threadgroup_position[3];
-  u32 threads_per_threadgroup[3], dispatch_threads_per_threadgroup[3];
+  u32 threads_per_threadgroup[3];
   u32 threads_per_grid[3], threadgroups_per_grid[3];
   u32 index_in_threadgroup, index_in_simdgroup, simdgroup_index, simdgroups_per_threadgroup;
-  u32 dispatch_simdgroups_per_threadgroup;
 };
 
 struct Launch {

@@ -83,20 +83,6 @@ void permutation(u32* order, u32 n) {
   }
 }
 
-u32 meeting_of(u32 thread) {
-  switch (fibers[thread].state) {
-    case kAtSimd: return arena->simdgroups[thread / kLanes].meeting;
-    case kAtBarrier: return kThreadgroupBarrier;
-    default: return kExited;
-  }
-}
-
-void diverged(u32 other, u32 mine) {
-  launch->fault.meetings[0] = meeting_of(other);
-  launch->fault.meetings[1] = mine;
-  fail(kDivergent, kNowhere, 0, 0, false, other);
-}
-
 void run_thread() {
   u32 x = current % group_size[0], y = current / group_size[0] % group_size[1];
   u32 z = current / (group_size[0] * group_size[1]);
@@ -107,16 +93,13 @@ void run_thread() {
     indices.threadgroup_position[d] = group_position[d];
     indices.position_in_grid[d] = group_position[d] * launch->threadgroup[d] + position[d];
     indices.threads_per_threadgroup[d] = group_size[d];
-    indices.dispatch_threads_per_threadgroup[d] = launch->threadgroup[d];
     indices.threads_per_grid[d] = launch->grid[d];
     indices.threadgroups_per_grid[d] = n_groups[d];
   }
-  const u32* full = launch->threadgroup;
   indices.index_in_threadgroup = current;
   indices.index_in_simdgroup = current % kLanes;
   indices.simdgroup_index = current / kLanes;
   indices.simdgroups_per_threadgroup = n_simdgroups;
-  indices.dispatch_simdgroups_per_threadgroup = (full[0] * full[1] * full[2] + 31) / 32;
   launch->kernel(launch->arguments, &indices);
   fibers[current].state = kDone;
   to_scheduler();
@@ -180,8 +163,6 @@ bool open_barrier() {
         if (fibers[i].state != kAtSimd) gone = i;
       }
     }
-    launch->fault.meetings[0] = meeting_of(gone);
-    launch->fault.meetings[1] = meeting_of(waiting);
     record(kDivergent, kNowhere, 0, 0, false, gone);
     return false;
   }
@@ -230,7 +211,7 @@ bool meet(Simdgroup& simdgroup, u32 meeting, u64 site) {
   if (simdgroup.n_arrived && (simdgroup.meeting != meeting || simdgroup.site != site)) {
     u32 other = current / kLanes * kLanes;
     while (fibers[other].state != kAtSimd) ++other;
-    diverged(other, meeting);
+    fail(kDivergent, kNowhere, 0, 0, false, other);
   }
   simdgroup.meeting = meeting;
   simdgroup.site = site;
@@ -283,7 +264,7 @@ EXPORT void metal_emulator_threadgroup_barrier(u32 flags) {
   if (n_at_barrier && (barrier_site != PC || barrier_flags != flags)) {
     u32 other = 0;
     while (fibers[other].state != kAtBarrier) ++other;
-    diverged(other, kThreadgroupBarrier);
+    fail(kDivergent, kNowhere, 0, 0, false, other);
   }
   barrier_site = PC;
   barrier_flags = flags;

@@ -13,7 +13,7 @@ METAL_FUNC void threadgroup_barrier(mem_flags flags) {
 }
 METAL_FUNC void simdgroup_barrier(mem_flags flags) { metal_emulator_simdgroup_barrier(uint(flags)); }
 
-// The numbers by which the runtime tells operations apart; run.py names them in its messages.
+// The numbers by which the runtime tells operations apart.
 enum simd_operation : uint {
   simd_op_sum = 16, simd_op_min, simd_op_max, simd_op_prefix, simd_op_shuffle, simd_op_ballot
 };
