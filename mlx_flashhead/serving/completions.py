@@ -15,7 +15,6 @@ from ..models.compat.mlx_lm import TextStateMachine, make_text_state_machine
 from ..version import __version__
 from .api_error import dumps
 from .requests import Request
-from .served_models import ServedModel
 
 # The value of OpenAI's API for a token that is too unlikely to have a logprob.
 VERY_UNLIKELY = -9999.0
@@ -58,17 +57,15 @@ class AnswerText:
     detokenizers drop a space at its beginning, unless ``keep_space`` is set.
     """
 
-    def __init__(
-        self, served: ServedModel, stop: TextStateMachine, state: str, keep_space: bool = False
-    ):
-        self._detokenizer = served.tokenizer.detokenizer
+    def __init__(self, tokenizer: Any, stop: TextStateMachine, state: str, keep_space=False):
+        self._detokenizer = tokenizer.detokenizer
         if keep_space:
             # they keep a space that follows another word
-            for token in served.tokenizer.encode("a", add_special_tokens=False):
+            for token in tokenizer.encode("a", add_special_tokens=False):
                 self._detokenizer.add_token(token)
             _ = self._detokenizer.last_segment
         self._until_stop = stop.make_state()
-        self._parts = make_text_state_machine(served.tokenizer).make_state(state)
+        self._parts = make_text_state_machine(tokenizer).make_state(state)
         self._certain, self._call = Token(), ""  # not emitted yet
 
     def add(self, token: int) -> Token:

@@ -44,14 +44,9 @@ class Batch:
         """Adds a sequence whose prompt has been read."""
         job = reading.job
         self._generator.logprobs = job.request.logprobs is not None
-        (uid,) = self._generator.insert(
-            [job.prompt.tokens[-1:]],
-            [job.max_tokens],
-            caches=[reading.cache],
-            all_tokens=[reading.tokens],
-            samplers=[job.sampler],
-            logits_processors=[_guarded(job)],
-        )
+        held: Any = {"caches": [reading.cache], "all_tokens": [reading.tokens]}
+        held |= {"samplers": [job.sampler], "logits_processors": [_guarded(job)]}
+        (uid,) = self._generator.insert([job.prompt.tokens[-1:]], [job.max_tokens], **held)
         self._jobs[uid] = job
 
     @property

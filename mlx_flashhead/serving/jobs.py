@@ -88,8 +88,8 @@ class Job:
         self.processors += [] if self.grammar is None else [self.grammar]
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
-        keep_space = self.prompt.keep_space
-        self._text = AnswerText(self.served, request.stop_machine, self.prompt.state, keep_space)
+        tokenizer, begins = self.served.tokenizer, (self.prompt.state, self.prompt.keep_space)
+        self._text = AnswerText(tokenizer, request.stop_machine, *begins)
 
     @property
     def all_tokens(self) -> list[int]:
@@ -185,15 +185,10 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
         remedy = "use /v1/completions, or start the server with --chat-template"
         raise ApiError(f"This model has no chat template: {remedy}.", "messages")
     settings = request.served.template_arguments | request.template_settings
+    settings |= {"tools": request.tools or None, "add_generation_prompt": answer}
+    remedy = "send fewer or other messages"
     try:
-        return apply_template(
-            tokenizer,
-            messages,
-            tools=request.tools or None,
-            add_generation_prompt=answer,
-            remedy="send fewer or other messages",
-            **settings,
-        )
+        return apply_template(tokenizer, messages, remedy=remedy, **settings)
     except ValueError as error:
         raise ApiError(str(error), "messages") from error
 

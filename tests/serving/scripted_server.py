@@ -137,19 +137,25 @@ async def _stream(pieces, decoding, send):
 
 
 @contextmanager
+def running(server: Server, port: int = 0):
+    """Runs a server on 127.0.0.1; yields its port."""
+    server.should_exit = server.started = False
+    with listening("127.0.0.1", port) as listener:
+        thread = Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
 def scripted_server(script: Script | None = None, port: int = 0):
-    """Runs a server on 127.0.0.1; yields ``(port, script)``."""
+    """Runs a server with a script; yields ``(port, script)``."""
     script = script or Script()
     access.logger.addHandler(script)
     access.logger.setLevel(logging.INFO)
-    script.server.should_exit = script.server.started = False
-    with listening("127.0.0.1", port) as listener:
-        number = listener.getsockname()[1]
-        thread = Thread(target=script.server.run, args=([listener],), daemon=True)
-        thread.start()
-        try:
-            yield number, script
-        finally:
-            script.server.should_exit = True
-            thread.join()
-            access.logger.removeHandler(script)
+    with running(script.server, port) as port:
+        yield port, script
+    access.logger.removeHandler(script)

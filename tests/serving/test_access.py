@@ -219,14 +219,6 @@ def test_no_wildcard_and_no_cross_origin_headers_but_for_allowed_sites(lan, ask)
     assert (response.status, allowed(response)) == (204, methods)
 
 
-def test_head_is_answered_as_get(lan, ask):
-    for path in ("/apple-touch-icon.png", "/health", "/v1/models"):
-        _, content = ask(path, **BEARER)
-        head, nothing = ask(path, "HEAD", **BEARER)
-        assert (head.status, nothing) == (200, b"")
-        assert head.headers["Content-Length"] == str(len(content))
-
-
 def test_large_body_is_refused_and_the_reason_read(lan, ask):
     response, content = ask("/v1/chat/completions", "POST", b" " * ((4 << 20) + 1), **BEARER)
     assert response.status == 413 and b"at most 4,194,304" in content

@@ -44,7 +44,7 @@ def told(parts, stop=(), state="normal"):
         response_transitions={},
     )
     machine = TextStateMachine({"normal": [(word, None) for word in stop]} if stop else None)
-    text = AnswerText(SimpleNamespace(tokenizer=tokenizer), machine, state)
+    text = AnswerText(tokenizer, machine, state)
     given = []
     for part in parts:
         given.append(text.add(part))

@@ -3,8 +3,8 @@
 import json
 import time
 from concurrent.futures import Future
+from contextlib import ExitStack
 from http.client import HTTPConnection
-from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,8 @@ from mlx_flashhead.serving.access import Access
 from mlx_flashhead.serving.api_error import ApiError
 from mlx_flashhead.serving.completions import Token
 from mlx_flashhead.serving.endpoints import Api, speed_of
-from mlx_flashhead.serving.serve import SHUTTING_DOWN, Server, listening
+from mlx_flashhead.serving.serve import SHUTTING_DOWN, Server
+from scripted_server import running
 from served_models import flags
 
 
@@ -50,23 +51,16 @@ def api(engine):
 @pytest.fixture
 def send(api):
     """A function that sends a request, (path, fields) → the connection, on a server of the API."""
-    server, opened = Server(api.router(), Access()), []
-    with listening("127.0.0.1", 0) as listener:
-        thread = Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
+    with running(Server(api.router(), Access())) as port, ExitStack() as opened:
 
         def send(path, **body):
-            connection = HTTPConnection("127.0.0.1", listener.getsockname()[1], timeout=20)
-            opened.append(connection)
+            connection = HTTPConnection("127.0.0.1", port, timeout=20)
+            opened.callback(connection.close)
             content = json.dumps(body) if body else None
             connection.request("POST" if body else "GET", path, content)
             return connection
 
         yield send
-        for connection in opened:
-            connection.close()
-        server.should_exit = True
-        thread.join()
 
 
 def answer(connection):

@@ -151,13 +151,6 @@ def test_several_answers_and_prompts(client, flash):
     assert [choice.message.content for choice in chat(client, **drawn).choices] == texts
 
 
-def test_biases_choose_tokens(client, flash):
-    (token,) = flash[1].encode("7")
-    assert complete(client, logit_bias={token: 1e30}).choices[0].text == "7" * TOKENS
-    drawn = complete(client, logit_bias={token: -1e30}, temperature=1.0)
-    assert "7" not in drawn.choices[0].text
-
-
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 6}, "on": {"type": "boolean"}},
@@ -189,7 +182,6 @@ NO_TEXT = {"response_format": {"type": "json_schema", "json_schema": FITS_NOTHIN
 @pytest.mark.parametrize(
     "path, body, status, field, said",
     [
-        ("/v1/chat/completions", CHAT | {"n_probes": 99}, 400, "n_probes", "n_probes is 99"),
         ("/chat/completions", CHAT | {"stream": True, "seed": "a"}, 400, "seed", "whole number"),
         ("/v1/chat/completions", CHAT | {"model": "./absent"}, 404, "model", "choose mine"),
         ("/v1/completions", {"prompt": "a" * 600}, 400, "prompt", "at most 511"),

@@ -28,11 +28,6 @@ def with_template(served: ServedModel, template: str, **options) -> ServedModel:
     return ServedModel(served.names, served.model, tokenizer, None, served.context, **options)
 
 
-def test_a_chat_is_what_its_template_makes(tiny):
-    text = "<s>[user] One day\n[assistant] "
-    assert tiny.tokenizer.decode(chat(tiny).tokens) == text
-
-
 def test_settings_are_those_that_the_template_takes(tiny):
     served = with_template(tiny, "{{ mode }}{% if loud %}!{% endif %}{{ messages[0].content }}")
     assert served.template_settings == {"mode", "loud"}
@@ -56,31 +51,14 @@ def test_settings_are_those_that_the_template_takes(tiny):
     assert (text(), text(b=2)) == ("x1", "x2")
 
 
-@pytest.mark.parametrize(
-    "template, names",
-    [
-        ("{% generation %}{{ a }}{% endgeneration %}{% break %}", {"a"}),
-        ("{% for m in messages %}{{ m }}{% endfor %}{% set b = 1 %}{{ b }}", set()),
-        ("{{ strftime_now('%d') }}{{ raise_exception(eos_token) }}", set()),
-        ("{% if", set()),
-    ],
-)
-def test_names_that_a_template_takes(tiny, template, names):
-    assert with_template(tiny, template).template_settings == names
-
-
-@pytest.mark.parametrize(
-    "template, said",
-    [
+def test_templates_that_fail_are_told(tiny):
+    for template, said in (
         (None, "no chat template: use /v1/completions"),
         ("{{ raise_exception('only two messages') }}", r"\(only two messages\): send fewer"),
-        ("{{ raise_exception('') }}", r"cannot be filled in \(TemplateError\)"),
-    ],
-)
-def test_templates_that_fail_are_told(tiny, template, said):
-    with pytest.raises(ApiError, match=said) as told:
-        chat(with_template(tiny, template))
-    assert told.value.field == "messages"
+    ):
+        with pytest.raises(ApiError, match=said) as told:
+            chat(with_template(tiny, template))
+        assert told.value.field == "messages"
 
 
 def test_a_prompt_leaves_room_for_a_token(tiny):
