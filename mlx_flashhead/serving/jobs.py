@@ -4,10 +4,10 @@ import secrets
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
@@ -53,19 +53,14 @@ class Progress:
 Event = Progress | Token | BaseException
 
 
-class Events(Protocol):
-    """Takes the events of a request's answers, from the engine's thread. It must not raise."""
-
-    def put(self, item: tuple[int, Event], /) -> None: ...
-
-
 @dataclass(eq=False)
 class Job:
     """A sequence to be generated."""
 
     request: Request
     prompt: Prompt
-    events: Events  # each event comes with the index before it
+    # takes (index, event) by put, from the engine's thread; it must not raise
+    events: Any = field(default_factory=SimpleQueue)
     index: int = 0  # of this answer within its request
     # keeps the answer in a form, and allows the end token alone when that is complete
     grammar: GrammarProcessor | None = None
@@ -132,7 +127,7 @@ class Job:
 def read_jobs(
     body: bytes, *, chat: bool, models: Sequence[ServedModel], flags: Namespace
 ) -> list[Job]:
-    """A job for each answer to a request, with one queue of events.
+    """A job for each answer to a request.
 
     Templates and grammars have limits of time and memory, and whatever else takes time grows with
     the body alone. An ApiError names the field that is wrong.
@@ -145,7 +140,6 @@ def read_jobs(
         raise ApiError("The body must be a JSON object.")
     request = read_request(fields, chat=chat, models=models, defaults=flags)
     prompts = read_prompts(request)
-    events: Events = SimpleQueue()
     grammar = None
     if request.form is not None:
         tokenizer, limit = request.served.tokenizer, {"seconds_per_mask": SECONDS_PER_MASK}
@@ -156,7 +150,7 @@ def read_jobs(
         except ValueError as error:
             raise ApiError(str(error), "response_format") from None
     return [
-        Job(request, prompt, events, index, grammar and grammar.for_sequence())
+        Job(request, prompt, index=index, grammar=grammar and grammar.for_sequence())
         for index, prompt in enumerate(prompt for prompt in prompts for _ in range(request.n))
     ]
 

@@ -52,7 +52,11 @@ class ServedModel:
         self.batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
         # reads a shape, so nothing is computed
         self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
-        self.template_settings = template_settings(self.tokenizer)
+        # variables of the chat template that the server does not give, as far as it is Jinja's
+        variables = template_variables(self.tokenizer) - _GIVEN
+        self.template_settings = variables - set(self.tokenizer.special_tokens_map)
+        if self.tokenizer.has_thinking:
+            self.template_settings |= {"enable_thinking"}  # mlx-lm's name for it
 
     def decoding(self, *, dense: bool | None = None, n_probes: int | None = None) -> str:
         """How a request with these fields is decoded: "verified", "unverified" or "dense: …why"."""
@@ -83,13 +87,6 @@ def load_models(args: Namespace) -> list[ServedModel]:
         remedy = "rename a folder, or leave one out"
         raise ValueError(f"Two of the models have the name {name}: {remedy}.")
     return models
-
-
-def template_settings(tokenizer: Any) -> frozenset[str]:
-    """Variables of a chat template that the server does not give, as far as it is Jinja's."""
-    names = template_variables(tokenizer) - _GIVEN - set(tokenizer.special_tokens_map)
-    # mlx-lm's name for it
-    return names | {"enable_thinking"} if tokenizer.has_thinking else names
 
 
 def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bool) -> ServedModel:

@@ -6,42 +6,34 @@ from threading import Thread
 import pytest
 
 from mlx_flashhead.benchmarks import server_benchmark as server
-from mlx_flashhead.benchmarks.server_benchmark import (
-    HANGS_UP,
-    Reply,
-    ask,
-    figures,
-    make_table,
-    serving,
-    visit,
-)
+from mlx_flashhead.benchmarks.server_benchmark import ask
 
 ALONE = {"first": "one", "second": "two"}
 
 
 def caption(load):
     about = {"model": "m", "clients": 3, "requests": 3, "tokens": 4}
-    return make_table(about | {"loads": {"FlashHead": load}}).caption
+    return server.make_table(about | {"loads": {"FlashHead": load}}).caption
 
 
 def loaded(monkeypatch, ask, requests):
     monkeypatch.setattr(server, "ask", ask)
     monkeypatch.setattr(server, "questions", lambda: list(ALONE))
     replies = []
-    assert visit(0, 3, requests, 4, replies, 0) == 0 and not replies  # it warms up
-    return figures(replies, ALONE, [visit(0, 3, requests, 4, replies, 1)])
+    assert server.visit(0, 3, requests, 4, replies, 0) == 0 and not replies  # it warms up
+    return server.figures(replies, ALONE, [server.visit(0, 3, requests, 4, replies, 1)])
 
 
 def test_answers_are_compared_with_those_alone(monkeypatch):
-    replies = {"first": Reply("two", 5, 0.5), "second": Reply("two", 5, 0.25)}
+    replies = {"first": server.Reply("two", 5, 0.5), "second": server.Reply("two", 5, 0.25)}
 
     def ask(port, question, *, max_tokens, hang_up):
-        return Reply("o", None, 0.75) if hang_up else replies[question]
+        return server.Reply("o", None, 0.75) if hang_up else replies[question]
 
-    load = loaded(monkeypatch, ask, 2 * HANGS_UP)
-    assert (load["answered"], load["hung_up"], load["lost"]) == (2 * HANGS_UP - 2, 2, 0)
+    load = loaded(monkeypatch, ask, 2 * server.HANGS_UP)
+    assert (load["answered"], load["hung_up"], load["lost"]) == (2 * server.HANGS_UP - 2, 2, 0)
     # both questions have as many clients, and one client of each hangs up
-    assert load["as_alone"] == HANGS_UP - 1
+    assert load["as_alone"] == server.HANGS_UP - 1
     assert load["first_seconds"] == {"median": 0.5, "worst": 0.75}
     assert "\nAnswers lost: 0." in caption(load)
 
@@ -82,4 +74,4 @@ def test_an_answer_that_is_not_complete_is_refused(status, body, message):
 
 def test_a_server_that_does_not_start_is_one_sentence():
     with pytest.raises(ValueError, match=r"mlx_flashhead.server .* did not start: error: "):
-        serving("mlx_flashhead.server", "--no-such-flag").__enter__()
+        server.serving("mlx_flashhead.server", "--no-such-flag").__enter__()

@@ -7,21 +7,6 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.conversion import measures, take_all
-from mlx_flashhead.conversion.measures import (
-    AGREEMENT,
-    GAP,
-    MASS,
-    TAIL,
-    PositionMeasures,
-    StepBytes,
-    choose_unverified,
-    choose_verified,
-    fit_greedy_risk,
-    lower_bound,
-    measure_positions,
-    probe_grid,
-    verification_settings,
-)
 from tiny_models import fitted, random_clusters, random_rows
 
 
@@ -51,7 +36,7 @@ class Case:
 
     def positions(self, probe_counts):
         return take_all(
-            measure_positions(
+            measures.measure_positions(
                 self.states,
                 self.logits_of,
                 self.token_ids,
@@ -75,13 +60,13 @@ def test_gap_and_tail_are_what_the_head_knows_of_its_unscored_clusters():
     found = case.positions([3, case.n_clusters])
     scores = np.sort(case.scores_of(case.states), axis=1)[:, ::-1].astype(np.float64)
     scored = np.where(case.probed(3), case.logits, -np.inf)
-    gap, tail = found.values[0, GAP], found.values[0, TAIL]
+    gap, tail = found.values[0, measures.GAP], found.values[0, measures.TAIL]
     np.testing.assert_allclose(gap, scored.max(axis=1) - scores[:, 3], atol=1e-4)
     rest = np.log(np.exp(scores[:, 3:]).sum(axis=1))
     total = np.logaddexp(np.log(np.exp(scored).sum(axis=1)), rest)
     np.testing.assert_allclose(tail, rest - total, atol=1e-4)
-    assert (found.values[1, GAP] == np.inf).all()  # no cluster is left
-    assert (found.values[1, TAIL] < -25).all()
+    assert (found.values[1, measures.GAP] == np.inf).all()  # no cluster is left
+    assert (found.values[1, measures.TAIL] < -25).all()
 
 
 def test_a_model_s_own_minus_infinity():
@@ -120,16 +105,16 @@ def test_large_vocabularies_are_measured_in_smaller_chunks(monkeypatch):
 
 
 GRID = [8, 16, 32, 64]
-NBYTES = StepBytes(centroids=50, probe=1.0, dense=1000, body=500)
+NBYTES = measures.StepBytes(centroids=50, probe=1.0, dense=1000, body=500)
 
 
 def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
     """The choice without verification, if these shares of the positions agree."""
     values = np.zeros((4, 7, n_positions), np.float32)
     for of_probes, share in zip(values, agree, strict=True):
-        of_probes[AGREEMENT] = np.arange(n_positions) < round(share * n_positions)
-    found = PositionMeasures(GRID, values, np.zeros(n_positions))
-    return choose_unverified(found, goal, StepBytes(0, 1.0, 1000))
+        of_probes[measures.AGREEMENT] = np.arange(n_positions) < round(share * n_positions)
+    found = measures.PositionMeasures(GRID, values, np.zeros(n_positions))
+    return measures.choose_unverified(found, goal, measures.StepBytes(0, 1.0, 1000))
 
 
 def test_the_fewest_that_agree_as_often_as_wanted():
@@ -151,19 +136,19 @@ def test_few_positions_that_cannot_show_a_goal_must_all_agree(n_positions):
 
 
 def test_bounds():
-    bound = lower_bound(0.9, 400)
+    bound = measures.lower_bound(0.9, 400)
     # Wilson: the share whose own standard error reaches to what was seen
     assert bound + 1.645 * np.sqrt(bound * (1 - bound) / 400) == pytest.approx(0.9)
 
 
 def test_grid():
-    grid = probe_grid(16_384, 3072)
+    grid = measures.probe_grid(16_384, 3072)
     assert grid[:3] == [8, 16, 24]
     assert all(n_probes % 8 == 0 for n_probes in grid)
     assert all(b - a == 8 or b <= 1.16 * a for a, b in pairwise(grid))
     assert grid[-2] < 3072 <= grid[-1]
-    assert probe_grid(13, 100) == [8, 13]
-    assert probe_grid(3, 1) == [3]
+    assert measures.probe_grid(13, 100) == [8, 13]
+    assert measures.probe_grid(3, 1) == [3]
 
 
 def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
@@ -171,14 +156,14 @@ def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
     rng = np.random.default_rng(0)
     values = np.zeros((len(greedy), 7, n_positions), np.float32)
     for of_probes, of_greedy, of_sampled in zip(values, greedy, sampled, strict=True):
-        of_probes[AGREEMENT] = np.arange(n_positions) >= of_greedy * n_positions
-        of_probes[MASS] = 1 - of_sampled
-        of_probes[GAP] = rng.exponential(3, n_positions)
-        of_probes[TAIL] = np.log(of_sampled / 2)
+        of_probes[measures.AGREEMENT] = np.arange(n_positions) >= of_greedy * n_positions
+        of_probes[measures.MASS] = 1 - of_sampled
+        of_probes[measures.GAP] = rng.exponential(3, n_positions)
+        of_probes[measures.TAIL] = np.log(of_sampled / 2)
     counts = [10 * 2**i for i in range(len(greedy))]
-    found = PositionMeasures(counts, values, np.zeros(n_positions))
-    n_probes = choose_verified(found, nbytes)
-    return verification_settings(found, n_probes) | {"n_probes": n_probes}
+    found = measures.PositionMeasures(counts, values, np.zeros(n_positions))
+    n_probes = measures.choose_verified(found, nbytes)
+    return measures.verification_settings(found, n_probes) | {"n_probes": n_probes}
 
 
 def test_a_verification_costs_the_dense_rows_and_a_difference_the_steps_after_it():
@@ -202,7 +187,7 @@ def test_probes_are_those_of_the_fewest_bytes():
     ]
     assert found["n_probes"] == 10 * 2 ** int(np.argmin(by_hand))
     # a step that reads much more beside the rows pays for more of them
-    heavy = StepBytes(centroids=50, probe=1.0, dense=1000, body=50_000)
+    heavy = measures.StepBytes(centroids=50, probe=1.0, dense=1000, body=50_000)
     assert settings(greedy, sampled, heavy)["n_probes"] > found["n_probes"]
     assert [row["greedy_differs"] for row in found["by_probes"]] == pytest.approx(greedy)
     assert [row["sampled_differs"] for row in found["by_probes"]] == pytest.approx(
@@ -231,7 +216,7 @@ def test_the_risk_of_a_greedy_proposal_is_the_one_that_differences_came_from(off
     rng = np.random.default_rng(1)
     gaps = rng.uniform(-1, 12, 40_000)
     differs = rng.random(len(gaps)) < np.minimum(1, np.exp(offset - slope * gaps))
-    found = fit_greedy_risk(gaps, differs)
+    found = measures.fit_greedy_risk(gaps, differs)
     assert found == pytest.approx((offset, slope), abs=0.15)
 
 
@@ -239,11 +224,11 @@ def test_the_risk_of_a_greedy_proposal_is_the_one_that_differences_came_from(off
 def test_few_differences_leave_the_slope_near_that_of_a_perfect_estimate(n_different):
     gaps = np.random.default_rng(2).uniform(1, 15, 1000)
     differs = np.arange(1000) < n_different
-    offset, slope = fit_greedy_risk(np.sort(gaps), differs)
+    offset, slope = measures.fit_greedy_risk(np.sort(gaps), differs)
     assert 0.5 < slope < 2.5
     risks = np.minimum(1, np.exp(offset - slope * gaps))
     assert risks.sum() == pytest.approx(n_different + 0.5, abs=0.01)
 
 
 def test_without_an_unscored_cluster_the_risk_is_the_usual_one():
-    assert fit_greedy_risk(np.empty(0), np.empty(0, bool)) == (0.0, 1.0)
+    assert measures.fit_greedy_risk(np.empty(0), np.empty(0, bool)) == (0.0, 1.0)

@@ -4,19 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import kernel_checks as checks
 from kernel_cases import cluster, kernels, make_centroids, make_rows, plain_clusters, to_numpy
-from kernel_checks import (
-    NOT_A_NUMBER,
-    PROBED,
-    all_steps,
-    check_all,
-    check_candidates,
-    check_full,
-    check_selection,
-    check_token,
-    run,
-    small_head,
-)
 from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.portable import PortableSteps
@@ -27,13 +16,13 @@ from mlx_flashhead.head.steps import Candidates, Selection
 @pytest.mark.parametrize("hidden_scale", [1e-20, 1e-4, 6e4, 1e30])
 def test_no_magnitude_gives_an_infinity(dtype, hidden_scale):
     rng = np.random.default_rng(3)
-    clustered, hidden = small_head(rng, dtype=dtype, scale=2.0, n_tokens=299)
+    clustered, hidden = checks.small_head(rng, dtype=dtype, scale=2.0, n_tokens=299)
     if dtype == mx.float16 and hidden_scale == 1e30:
         hidden_scale = 2e4
     hidden = (hidden.astype(mx.float32) * hidden_scale).astype(dtype)
     hidden = mx.clip(hidden, mx.finfo(dtype).min, mx.finfo(dtype).max)
-    outputs = run(clustered, hidden, 9)
-    check_all(clustered, hidden, 9, outputs)
+    outputs = checks.run(clustered, hidden, 9)
+    checks.check_all(clustered, hidden, 9, outputs)
     for array in (outputs[0], outputs[2].logits, outputs[2].best, outputs[3]):
         assert np.isfinite(to_numpy(array)).all()
 
@@ -44,7 +33,7 @@ def test_a_sum_beyond_float32_saturates():
     rows = rows.map(lambda weight: mx.abs(weight) + 1.0)
     clustered = cluster(rng, rows, make_centroids(rng, 8, 64, group_size=64), 8)
     hidden = mx.stack([mx.full((64,), 3e37), mx.full((64,), -3e37)])
-    _, _, candidates, full, _ = run(clustered, hidden, 3)
+    _, _, candidates, full, _ = checks.run(clustered, hidden, 3)
     highest = mx.finfo(mx.float32).max
     assert (to_numpy(candidates.logits)[0, :3] == highest).all()
     assert (to_numpy(candidates.logits)[1, :3] == -highest).all()
@@ -55,11 +44,11 @@ def test_a_sum_beyond_float32_saturates():
 def test_nan_stays_nan(dtype):
     """On both paths, and at no other position; the greedy token is one of the vocabulary."""
     rng = np.random.default_rng(14)
-    clustered, hidden = small_head(rng, dtype=dtype, n_tokens=299)
+    clustered, hidden = checks.small_head(rng, dtype=dtype, n_tokens=299)
     hidden[1, 7] = float("nan")
-    outputs = run(clustered, hidden, 9)
+    outputs = checks.run(clustered, hidden, 9)
     plain = PortableSteps(clustered)
-    for steps_of in (outputs, all_steps(plain, hidden, 9)):
+    for steps_of in (outputs, checks.all_steps(plain, hidden, 9)):
         scores, _, candidates, full, token = steps_of
         for array in (scores, full):
             assert np.isnan(to_numpy(array)[1]).all()
@@ -68,21 +57,21 @@ def test_nan_stays_nan(dtype):
         assert np.isnan(to_numpy(candidates.logits)[1][real]).all()
         assert (to_numpy(token) < 299).all()
     others = [0, 2, 3, 4]
-    sound = run(clustered, hidden[mx.array(others)], 9)
+    sound = checks.run(clustered, hidden[mx.array(others)], 9)
     np.testing.assert_array_equal(to_numpy(outputs[3])[others], to_numpy(sound[3]))
 
 
 def test_nan_of_one_token():
     """A row that holds NaN: its token is NaN, and so is what follows from the best candidate."""
     rng = np.random.default_rng(15)
-    clustered, hidden = small_head(rng, dtype=mx.float32)
+    clustered, hidden = checks.small_head(rng, dtype=mx.float32)
     rows = make_rows(rng, 300, 128, bits=32, group_size=0, dtype=mx.float32)
     rows.weight[123, 5] = float("nan")
     token_ids = to_numpy(clustered.token_ids)
     clustered = ClusteredRows.build(rows, token_ids, clustered.centroids, (123,))
-    outputs = run(clustered, hidden, 9)
+    outputs = checks.run(clustered, hidden, 9)
     for _, selection, candidates, full, token in (
-        outputs, all_steps(PortableSteps(clustered), hidden, 9)
+        outputs, checks.all_steps(PortableSteps(clustered), hidden, 9)
     ):  # fmt: skip
         values, logits = to_numpy(full), to_numpy(candidates.logits)
         assert np.isnan(values[:, 123]).all() and (to_numpy(token) == 123).all()
@@ -96,21 +85,21 @@ def test_nan_of_one_token():
 def test_the_lowest_of_equal_tokens_wins(n_probes):
     """Three distinct rows for 300 tokens: the winner is there a hundred times."""
     rng = np.random.default_rng(5)
-    clustered, hidden = small_head(rng)
+    clustered, hidden = checks.small_head(rng)
     three = mx.array(rng.integers(3, size=(clustered.n_clusters, clustered.cluster_size)))
     rows = make_rows(rng, 3, 128, bits=8, group_size=64, dtype=mx.float32).take(three)
     clustered = type(clustered)(**{**clustered.__dict__, "rows": rows})
     n_probes = min(n_probes, clustered.n_clusters)
-    check_all(clustered, hidden, n_probes, run(clustered, hidden, n_probes))
-    _, _, _, full, token = all_steps(PortableSteps(clustered), hidden, n_probes)
-    check_token(full, token)
+    checks.check_all(clustered, hidden, n_probes, checks.run(clustered, hidden, n_probes))
+    _, _, _, full, token = checks.all_steps(PortableSteps(clustered), hidden, n_probes)
+    checks.check_token(full, token)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_the_tail_is_capped_below_the_best_candidate(dtype):
     """By 1, or a 64th of it where that is more; for bests of either sign, and forced clusters."""
     rng = np.random.default_rng(11)
-    clustered, _ = small_head(rng, dtype=dtype, n_tokens=299)
+    clustered, _ = checks.small_head(rng, dtype=dtype, n_tokens=299)
     bests = mx.array([-3e4, -300.0, -5.0, 0.0, 0.5, 40.0, 700.0, 6e4])
     n_rows, n_clusters = bests.size, clustered.n_clusters
     logits = (bests[:, None, None] - mx.arange(3 * 8).reshape(1, 3, 8)).astype(dtype)
@@ -119,7 +108,7 @@ def test_the_tail_is_capped_below_the_best_candidate(dtype):
     probes = mx.broadcast_to(mx.array([4, 9, 11], dtype=mx.uint32), (n_rows, 3))
     scores = scores.astype(mx.float32)
     words = (scores + clustered.centroids.tail_offset).view(mx.uint32)
-    words[:, mx.array([4, 9, 11])] = PROBED + mx.arange(3, dtype=mx.uint32)
+    words[:, mx.array([4, 9, 11])] = checks.PROBED + mx.arange(3, dtype=mx.uint32)
     candidates = Candidates(logits, logits.max(axis=-1).astype(mx.float32))
     with kernels():
         found = MetalSteps(clustered).expand(scores, Selection(probes, words), candidates)
@@ -127,7 +116,7 @@ def test_the_tail_is_capped_below_the_best_candidate(dtype):
     selection = Selection(probes)
     scored = np.isin(to_numpy(clustered.slot_of) // 8, [4, 9, 11])
     for full in (found, PortableSteps(clustered).expand(scores, selection, candidates)):
-        check_full(clustered, scores, selection, candidates, full)
+        checks.check_full(clustered, scores, selection, candidates, full)
         others, best = to_numpy(full)[:, ~scored], to_numpy(logits).max(axis=(1, 2))
         assert (others.max(axis=-1) < best).all()
 
@@ -154,7 +143,7 @@ def test_select_is_a_stable_sort_whatever_the_scores(n_clusters):
         with kernels():
             selection = MetalSteps(clustered).select(mx.array(scores), n_probes)
             mx.eval(selection)
-        check_selection(clustered, mx.array(scores), n_probes, selection)
+        checks.check_selection(clustered, mx.array(scores), n_probes, selection)
 
 
 @pytest.mark.parametrize("n_clusters", [40, 9000])
@@ -173,17 +162,17 @@ def test_select_takes_nan_first(n_clusters):
         assert {3, 17, 30} <= set(probes.tolist()) if row is scores[1] else {17, 30} <= set(probes)
         expected = np.argsort(np.where(np.isnan(row), -np.inf, -row), kind="stable")[:9]
         np.testing.assert_array_equal(probes, np.sort(expected))
-        assert (words[probes] == PROBED + np.arange(9)).all()
+        assert (words[probes] == checks.PROBED + np.arange(9)).all()
     few = mx.array(scores[1:])
     with kernels():
         words = to_numpy(MetalSteps(clustered).select(few, 2).words)
-    assert words[0, 30] == NOT_A_NUMBER  # three are NaN, of which two are probed
+    assert words[0, 30] == checks.NOT_A_NUMBER  # three are NaN, of which two are probed
 
 
 @pytest.mark.parametrize("depth", [0.0, 2.5, 3.5, 40.0])
 def test_clusters_far_below_the_best_are_not_read(depth):
     rng = np.random.default_rng(8)
-    clustered, hidden = small_head(rng, dtype=mx.bfloat16)
+    clustered, hidden = checks.small_head(rng, dtype=mx.bfloat16)
     with kernels() as emulator:
         steps = MetalSteps(clustered)
         scores = steps.route(hidden)
@@ -192,8 +181,8 @@ def test_clusters_far_below_the_best_are_not_read(depth):
         tokens = steps.token(selection, candidates)
         drawn = steps.select(scores, 30, words=False, depth=depth)
         mx.eval(tokens, drawn)
-    check_selection(clustered, scores, 30, selection, depth)
-    check_candidates(clustered, hidden, selection, candidates)
+    checks.check_selection(clustered, scores, 30, selection, depth)
+    checks.check_candidates(clustered, hidden, selection, candidates)
     for one, other in zip(drawn[::2], selection[::2], strict=True):
         np.testing.assert_array_equal(one, other)
     best = to_numpy(candidates.logits).reshape(5, -1).argmax(axis=-1)

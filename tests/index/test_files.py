@@ -12,15 +12,6 @@ import pytest
 
 import refusals
 from mlx_flashhead.index import files
-from mlx_flashhead.index.files import (
-    CONFIG_KEY,
-    FILE_NAME,
-    SETTINGS_NAME,
-    has_flash_head,
-    read_index,
-    write_companion,
-    write_index,
-)
 from mlx_flashhead.index.settings import REQUIRED
 from mlx_flashhead.models.dense import load_dense
 from model_folders import write_model
@@ -35,7 +26,7 @@ def original(tmp_path_factory):
     folder = write_model(tmp_path_factory.mktemp("checkpoint") / "model")
     model = load_dense(folder)[0]
     index = tiny_index(model, eos_token_ids=(1,))
-    write_index(folder, index)
+    files.write_index(folder, index)
     return folder, index
 
 
@@ -68,33 +59,33 @@ def test_round_trip(hidden_size, tmp_path):
     folder = write_model(tmp_path / "model", hidden_size=hidden_size)
     index = tiny_index(load_dense(folder)[0], cluster_size=60)
     assert index.centroids.matrix.quantized == (hidden_size != 40)
-    write_index(folder, index)
-    assert same(read_index(folder), index)
+    files.write_index(folder, index)
+    assert same(files.read_index(folder), index)
 
 
 def test_writing_again_replaces(folder, original):
     other = replace(original[1], config=replace(original[1].config, n_probes=7))
-    write_index(folder, other)
-    assert same(read_index(folder), other)
-    write_companion(folder, original[1])  # that of its own comes first
-    assert same(read_index(folder), original[1])
+    files.write_index(folder, other)
+    assert same(files.read_index(folder), other)
+    files.write_companion(folder, original[1])  # that of its own comes first
+    assert same(files.read_index(folder), original[1])
 
 
 def test_a_folder_of_its_own(original, tmp_path):
-    assert not has_flash_head(tmp_path)
-    write_companion(tmp_path, original[1])
-    assert has_flash_head(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {FILE_NAME, SETTINGS_NAME}
-    assert same(read_index(tmp_path), original[1])
-    (tmp_path / SETTINGS_NAME).write_text("{")
-    refused(tmp_path, f"{SETTINGS_NAME} is damaged", "fetch it again")
-    (tmp_path / SETTINGS_NAME).write_text(json.dumps({"version": 1}))
-    refused(tmp_path, f"{SETTINGS_NAME} has version 1", "reads version 2", CONVERT)
+    assert not files.has_flash_head(tmp_path)
+    files.write_companion(tmp_path, original[1])
+    assert files.has_flash_head(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {files.FILE_NAME, files.SETTINGS_NAME}
+    assert same(files.read_index(tmp_path), original[1])
+    (tmp_path / files.SETTINGS_NAME).write_text("{")
+    refused(tmp_path, f"{files.SETTINGS_NAME} is damaged", "fetch it again")
+    (tmp_path / files.SETTINGS_NAME).write_text(json.dumps({"version": 1}))
+    refused(tmp_path, f"{files.SETTINGS_NAME} has version 1", "reads version 2", CONVERT)
 
 
 def test_configuration_keeps_its_other_keys(original):
     config = json.loads((original[0] / "config.json").read_text())
-    entry = config.pop(CONFIG_KEY)
+    entry = config.pop(files.CONFIG_KEY)
     assert config["model_type"] == "llama"
     assert config["vocab_size"] == 258
     assert entry["version"] == 2
@@ -105,7 +96,7 @@ def test_configuration_keeps_its_other_keys(original):
 
 def refused(folder, *expected):
     """Reading raises one sentence with each of the patterns, and how to go on."""
-    refusals.refused(lambda: read_index(folder), *expected)
+    refusals.refused(lambda: files.read_index(folder), *expected)
 
 
 def test_folder_without_flash_head(tmp_path):
@@ -120,10 +111,10 @@ def test_damaged_configuration(folder, content):
 
 
 def test_missing_file(folder):
-    assert has_flash_head(folder)
-    (folder / FILE_NAME).unlink()
-    assert not has_flash_head(folder)
-    refused(folder, f"{FILE_NAME} is missing", "fetch the file", CONVERT)
+    assert files.has_flash_head(folder)
+    (folder / files.FILE_NAME).unlink()
+    assert not files.has_flash_head(folder)
+    refused(folder, f"{files.FILE_NAME} is missing", "fetch the file", CONVERT)
 
 
 @pytest.mark.parametrize(
@@ -141,15 +132,15 @@ def test_missing_file(folder):
     ],
 )
 def test_damaged_file(folder, spoil):
-    path = folder / FILE_NAME
+    path = folder / files.FILE_NAME
     path.write_bytes(spoil(path.read_bytes()))
-    refused(folder, f"{FILE_NAME} cannot be read because it is damaged", CONVERT)
+    refused(folder, f"{files.FILE_NAME} cannot be read because it is damaged", CONVERT)
 
 
 def change_entry(folder, change):
     config = json.loads((folder / "config.json").read_text())
-    entry = config[CONFIG_KEY]
-    config[CONFIG_KEY] = entry | change if isinstance(change, dict) else change(entry)
+    entry = config[files.CONFIG_KEY]
+    config[files.CONFIG_KEY] = entry | change if isinstance(change, dict) else change(entry)
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -220,7 +211,7 @@ def test_settings_that_are_none(folder, change, said):
 
 def test_keys_of_a_later_package_are_ignored(folder, original):
     change_entry(folder, {"later": "yes"})
-    assert same(read_index(folder), original[1])
+    assert same(files.read_index(folder), original[1])
 
 
 @pytest.mark.parametrize(
@@ -236,7 +227,9 @@ def test_keys_of_a_later_package_are_ignored(folder, original):
 )
 def test_arrays_that_do_not_fit_the_settings(folder, key, value):
     change_entry(folder, {key: value})
-    refused(folder, f"{FILE_NAME} does not hold the arrays that its settings describe", CONVERT)
+    refused(
+        folder, f"{files.FILE_NAME} does not hold the arrays that its settings describe", CONVERT
+    )
 
 
 ARRAYS = [
@@ -252,7 +245,7 @@ ARRAYS = [
 
 
 def change_array(folder, name, change):
-    path = folder / FILE_NAME
+    path = folder / files.FILE_NAME
     arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
     assert set(arrays) == set(ARRAYS)
     arrays[name] = change(arrays[name])
@@ -261,7 +254,7 @@ def change_array(folder, name, change):
     metadata["checksum"] = files._checksum(arrays)
     with path.open("wb") as file:
         mx.save_safetensors(file, arrays, metadata=metadata)
-    refused(folder, FILE_NAME, "does not hold the arrays", CONVERT)
+    refused(folder, files.FILE_NAME, "does not hold the arrays", CONVERT)
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -292,6 +285,6 @@ def test_each_token_is_there_once(folder, wrong):
 def test_file_of_another_model(folder, tmp_path):
     """Its shapes fit, so only the fingerprint tells."""
     other = write_model(tmp_path / "other", seed=1)
-    write_index(other, tiny_index(load_dense(other)[0], seed=1))
-    shutil.copy(other / FILE_NAME, folder / FILE_NAME)
-    refused(folder, f"{FILE_NAME} belongs to other rows", "fetch both files", CONVERT)
+    files.write_index(other, tiny_index(load_dense(other)[0], seed=1))
+    shutil.copy(other / files.FILE_NAME, folder / files.FILE_NAME)
+    refused(folder, f"{files.FILE_NAME} belongs to other rows", "fetch both files", CONVERT)

@@ -81,7 +81,8 @@ def test_pictures(name):
     tokens, _ = picture(name)
     check_form(model, find_head(model), lambda: steps(model, tokens, lambda ids: given(0)))
     one, other = (steps(model, tokens, lambda _, seed=seed: given(seed))[0] for seed in (0, 1))
-    assert not mx.array_equal(one[:, -1], other[:, -1])
+    # whose language model, in mlx-vlm up to 0.7.10, does not read the embeddings
+    assert mx.array_equal(one, other) == (name == "mistral_large3")
 
 
 @by_form(FOUND, lambda form: form.cell == script.REFUSED)

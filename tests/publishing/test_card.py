@@ -8,23 +8,10 @@ from huggingface_hub import ModelCard
 
 from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.models.fetch import resolve
-from mlx_flashhead.publishing.card import (
-    card_metadata,
-    find_provenance,
-    read_metadata,
-    text_below_marker,
-    write_card,
-)
-from mlx_flashhead.publishing.licences import (
-    LICENCES,
-    MODIFIED,
-    check,
-    licence_files,
-    recognise,
-    write_notice,
-)
+from mlx_flashhead.publishing import card as cards
+from mlx_flashhead.publishing import licences
 
-LLAMA = next(licence for licence in LICENCES if licence.identifier == "llama3.2")
+LLAMA = next(licence for licence in licences.LICENCES if licence.identifier == "llama3.2")
 METADATA = {
     "license": "llama3.2",
     "language": ["en"],
@@ -64,7 +51,7 @@ CONFIG = FlashHeadConfig(
 
 def write(folder, config=CONFIG, metadata=METADATA, licence=LLAMA, **kwargs):
     named = {"title": "Llama-3.2-1B-FlashHead-4bit", "model": "me/Llama"} | kwargs
-    write_card(folder, metadata, config, licence, **named)
+    cards.write_card(folder, metadata, config, licence, **named)
     return (folder / "README.md").read_text()
 
 
@@ -127,12 +114,12 @@ def test_other_licences(tmp_path):
 
 @pytest.mark.parametrize("text", ["", "My text.\n", "# A\n\n---\n<!-- x -->\n", "no newline"])
 def test_own_text_is_kept_and_a_card_without_the_marker_is_all_own_text(tmp_path, text):
-    assert text_below_marker(write(tmp_path, own_text=text)) == text
-    assert text_below_marker("---\nlicense: mit\n---\n\n# Mine\n") == "# Mine\n"
-    assert text_below_marker("") == ""
+    assert cards.text_below_marker(write(tmp_path, own_text=text)) == text
+    assert cards.text_below_marker("---\nlicense: mit\n---\n\n# Mine\n") == "# Mine\n"
+    assert cards.text_below_marker("") == ""
 
 
-BY_NAME = {licence.identifier: licence for licence in LICENCES}
+BY_NAME = {licence.identifier: licence for licence in licences.LICENCES}
 TEXTS = {
     "llama3.2": "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n\nLlama 3.2 Version Release Date: …",
     "llama3": "META LLAMA 3 COMMUNITY LICENSE AGREEMENT\n",
@@ -155,13 +142,13 @@ TEXTS = {
     ],
 )
 def test_recognise(metadata, expected):
-    found = recognise(metadata, [])
+    found = licences.recognise(metadata, [])
     assert (found and found.identifier) == expected
 
 
 def checked(folder, identifier, repo_id=None):
-    files = licence_files(folder)
-    check({"license": identifier}, files, repo_id, model="m", place=str(folder))
+    files = licences.licence_files(folder)
+    licences.check({"license": identifier}, files, repo_id, model="m", place=str(folder))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +177,7 @@ def test_a_copy_of_the_text_is_needed(tmp_path):
     with pytest.raises(ValueError, match=rf"missing: save {address} as LICENSE.txt in {tmp_path}"):
         checked(tmp_path, "llama3.2")
     # the notice names the licence, but is no copy of it; nor is another licence's text
-    write_notice(BY_NAME["llama3.2"], tmp_path)
+    licences.write_notice(BY_NAME["llama3.2"], tmp_path)
     for other in ("", TEXTS["llama3"]):
         (tmp_path / "LICENSE.txt").write_text(other)
         with pytest.raises(ValueError, match="its text is missing"):
@@ -200,16 +187,16 @@ def test_a_copy_of_the_text_is_needed(tmp_path):
     checked(tmp_path, "mit")
 
 
-@pytest.mark.parametrize("licence", LICENCES, ids=lambda licence: licence.identifier)
+@pytest.mark.parametrize("licence", licences.LICENCES, ids=lambda licence: licence.identifier)
 def test_notice(tmp_path, licence):
     (tmp_path / "NOTICE.txt").write_text("The base model's own.")
-    write_notice(licence, tmp_path)
+    licences.write_notice(licence, tmp_path)
     text = (tmp_path / "NOTICE.txt").read_text()
-    assert text == f"The base model's own.\n\n{licence.notice}\n\n{MODIFIED}\n"
+    assert text == f"The base model's own.\n\n{licence.notice}\n\n{licences.MODIFIED}\n"
     # one that is there is not written again
     (tmp_path / "NOTICE.txt").rename(tmp_path / "Notice")
-    write_notice(licence, tmp_path)
-    write_notice(None, tmp_path)
+    licences.write_notice(licence, tmp_path)
+    licences.write_notice(None, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["Notice"]
 
 
@@ -240,13 +227,13 @@ def make(folder, card=None, **settings):
 
 def test_header_of_the_new_card(tmp_path):
     folder = make(tmp_path / "models--maker--Tuned" / "snapshots" / ("a" * 40), CARD)
-    base = find_provenance(str(folder), folder)
+    base = cards.find_provenance(str(folder), folder)
     assert (base.origin.name, base.origin.repo_id, base.origin.revision) == (
         "Tuned",
         "maker/Tuned",
         "a" * 40,
     )
-    assert card_metadata(base) == {
+    assert cards.card_metadata(base) == {
         "license": "llama3.2",
         "license_link": "https://example.org/licence",
         "language": ["en", "de"],
@@ -276,8 +263,8 @@ def test_header_of_the_new_card(tmp_path):
 )
 def test_base_model_of_a_local_folder(tmp_path, card, settings, base_model, expected):
     folder = make(tmp_path / "Local-Model", card, **settings)
-    base = find_provenance(str(folder), folder, base_model)
-    metadata = card_metadata(base)
+    base = cards.find_provenance(str(folder), folder, base_model)
+    metadata = cards.card_metadata(base)
     assert (metadata.get("base_model"), metadata.get("base_model_relation")) == expected
     named = base.origin.repo_id or "Local-Model"
     assert base.origin.name == named.rpartition("/")[2]
@@ -288,14 +275,14 @@ def test_card_of_a_base_model_that_is_named(hub, tmp_path):
     hub.put("maker/Tuned", {"README.md": CARD.encode(), "LICENSE.txt": b"of the Hub"})
     folder = make(tmp_path / "local")
     (folder / "NOTICE").write_text("of the folder")
-    base = find_provenance(str(folder), folder, "maker/Tuned")
-    assert card_metadata(base)["language"] == ["en", "de"]
+    base = cards.find_provenance(str(folder), folder, "maker/Tuned")
+    assert cards.card_metadata(base)["language"] == ["en", "de"]
     assert {file.read_text() for file in base.files} == {"of the Hub", "of the folder"}
     assert base.origin.revision is None
-    assert find_provenance(str(folder), folder, "maker/absent").metadata == {}
+    assert cards.find_provenance(str(folder), folder, "maker/absent").metadata == {}
     # the folder's own card comes first
     (folder / "README.md").write_text("---\nlanguage: fr\n---\n")
-    found = card_metadata(find_provenance(str(folder), folder, "maker/Tuned"))
+    found = cards.card_metadata(cards.find_provenance(str(folder), folder, "maker/Tuned"))
     assert (found["language"], found["base_model"]) == ("fr", "maker/Tuned")
 
 
@@ -303,9 +290,9 @@ def test_licence_is_named_where_the_card_is_silent(tmp_path):
     folder = make(tmp_path / "model")
     (folder / "LICENSE.txt").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n")
     for given in (None, "llama3.2"):
-        base = find_provenance("x", folder, license=given)
+        base = cards.find_provenance("x", folder, license=given)
         assert base.licence.identifier == "llama3.2"
-        assert card_metadata(base)["license"] == "llama3.2"
+        assert cards.card_metadata(base)["license"] == "llama3.2"
 
 
 @pytest.mark.parametrize(
@@ -313,14 +300,14 @@ def test_licence_is_named_where_the_card_is_silent(tmp_path):
 )
 def test_cards_that_say_nothing(tmp_path, text):
     (tmp_path / "README.md").write_bytes(text.encode("latin-1"))
-    assert read_metadata(tmp_path / "README.md") == {}
-    assert read_metadata(tmp_path / "absent.md") == {}
+    assert cards.read_metadata(tmp_path / "README.md") == {}
+    assert cards.read_metadata(tmp_path / "absent.md") == {}
 
 
 def test_card_and_licence_are_fetched_beside_the_model(hub, tmp_path):
     files = {"config.json": b"{}", "README.md": CARD.encode(), "LICENSE.txt": b"text"}
     hub.put("maker/Tuned", files | {"USE_POLICY.md": b"policy", "big.bin": b"no"})
-    base = find_provenance("maker/Tuned", resolve("maker/Tuned"))
+    base = cards.find_provenance("maker/Tuned", resolve("maker/Tuned"))
     assert base.origin.repo_id == "maker/Tuned"
     assert base.origin.revision == hub.repositories["maker/Tuned"].sha(1)
     assert base.metadata["language"] == ["en", "de"]
@@ -329,4 +316,4 @@ def test_card_and_licence_are_fetched_beside_the_model(hub, tmp_path):
     hub.put("maker/Bare", {"config.json": b"{}", "README.md": CARD.encode()})
     folder = resolve("maker/Bare")
     hub.down = True
-    assert find_provenance("maker/Bare", folder).metadata == {}
+    assert cards.find_provenance("maker/Bare", folder).metadata == {}

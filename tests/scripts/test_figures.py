@@ -43,23 +43,6 @@ def test_the_grid_has_every_case_and_continues(run, tmp_path, monkeypatch):
     assert len(lines) == 6 and f" {new['ratio']['median']:.2f} |" in lines[4]
 
 
-def test_an_estimate_by_hand():
-    """Llama-3.2-1B on an M1 with a 4-bit head, from the fitted constants."""
-    chip, model = apple_estimates.chips()["m1"], apple_estimates.models()["llama-3.2-1b"]
-    assert model.body == 16 * (2048 * 64 * 2 * (32 + 8) + 3 * 2048 * 8192)
-    body = model.body * 0.5625 / chip.gb_s / 1e3 + (16 * 12 + 2) * chip.launch_us
-    assert apple_estimates.dense_us(model, chip, 4, 0) == pytest.approx(body)
-    head = (128256 * 2048 * 0.5625 + 2 * 128256) / chip.gb_s / 1e3 + 3 * chip.launch_us
-    dense = body + head + 2 * 128256 / 13e3
-    assert apple_estimates.dense_us(model, chip, 4, 4) == pytest.approx(dense)
-    assert apple_estimates.ceiling("llama-3.2-1b", "m1", 4) == pytest.approx(dense / body)
-    # up to four states are as many reads of the rows there, and 32 cost as much as 5
-    verify_us = [apple_estimates.verify_us(model, chip, 4, k, "greedy") for k in (1, 4, 5, 32)]
-    assert verify_us[1] > 3 * verify_us[0] and verify_us[3] < 1.1 * verify_us[2]
-    gain = apple_estimates.gain("llama-3.2-1b", "m1", 4)
-    assert 1 < gain < dense / body
-
-
 @pytest.mark.parametrize("key", ["tokens_per_second", "chip"])
 def test_public_speeds_that_are_left_out_are_estimated(key):
     errors = abs(apple_estimates.left_out(key))

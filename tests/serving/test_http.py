@@ -194,7 +194,7 @@ NO_TEXT = {"response_format": {"type": "json_schema", "json_schema": FITS_NOTHIN
     ids=lambda value: str(value)[:20],
 )
 def test_mistakes_are_told(http_server, path, body, status, field, said):
-    """Each kind once: test_requests.py and test_prompts.py have the rest."""
+    """Each kind once: test_requests.py and test_jobs.py have the rest."""
     found, answer = request(http_server, path, body)
     assert found == status
     assert set(answer["error"]) == {"message", "type", "param", "code"}
