@@ -27,8 +27,7 @@ from filelock import FileLock
 
 import mlx_flashhead
 from fetch_model import fetch
-from loopback_hub import TOKEN, LoopbackHub
-from loopback_requests import Account
+from loopback_hub import TOKEN, Account, LoopbackHub
 from model_folders import write_model
 
 

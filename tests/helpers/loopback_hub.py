@@ -5,12 +5,276 @@ that creating, uploading and downloading take. It counts what is sent to it, and
 middle of a file.
 """
 
+import base64
+import hashlib
+import json
+import re
+import socket
+import struct
 import threading
-from http.server import ThreadingHTTPServer
-
-from loopback_requests import Account, Down, Handler, Repository
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
+CHUNK = 1 << 12
+SIGNATURE = "X-Amz-Signature=0123456789abcdef"
+
+
+@dataclass
+class Account:
+    """Who a token belongs to, and what it may do."""
+
+    name: str
+    role: str = "write"
+    organisations: tuple[str, ...] = ()
+
+    def may_write(self, repo_id: str) -> bool:
+        return self.role == "write" and repo_id.split("/")[0] in (self.name, *self.organisations)
+
+
+@dataclass
+class Repository:
+    """Commits, oldest first: each the whole tree, path → content, or (SHA-256, size) if large."""
+
+    private: bool = False
+    commits: list[dict] = field(default_factory=lambda: [{}])
+    refs: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def sha(number: int) -> str:
+        return hashlib.sha1(str(number).encode()).hexdigest()
+
+    def find(self, revision: str) -> int:
+        """The commit's number of a branch, tag or commit."""
+        names = {self.sha(i): i for i in range(len(self.commits))} | self.refs
+        number = (names | {"main": len(self.commits) - 1}).get(revision)
+        if number is None:
+            raise Answer(404, {}, X_Error_Code="RevisionNotFound")
+        return number
+
+
+class Down(Exception):
+    """The connection is lost."""
+
+
+class Answer(Exception):
+    """The status, content and headers of an answer; a refusal is raised."""
+
+    def __init__(self, status=200, content=b"", **headers):
+        if not isinstance(content, bytes):
+            content = json.dumps(content).encode()
+            headers["Content-Type"] = "application/json"
+        self.status, self.content = status, content
+        self.headers = {"Content-Length": len(content)} | headers
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one request after the other: each call is a method that returns its answer."""
+
+    protocol_version = "HTTP/1.1"
+
+    ROUTES = (
+        ("GET", r"/api/whoami-v2", "whoami"),
+        ("POST", r"/api/repos/create", "create"),
+        ("POST", r"/api/validate-yaml", "validate"),
+        ("GET", r"/api/models/([^/]+/[^/]+)/auth-check(/write)?", "auth_check"),
+        ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
+        ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
+        ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
+        ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
+        ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
+        ("POST", r"/lfs/([0-9a-f]{64})/verify", "verify"),
+        ("PUT", r"/lfs/([0-9a-f]{64})", "store"),
+        ("HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+    )
+
+    def route(self):
+        path = urlsplit(self.path).path
+        self.server.requests.append((self.command, path))
+        try:
+            if self.server.down:
+                raise Down
+            self.body = b"" if self.command == "PUT" else b"".join(self.pieces())
+            answer = Answer(404, {"error": "no such page"})
+            for method, pattern, name in self.ROUTES:
+                match = re.fullmatch(pattern, path)
+                if match and method == self.command:
+                    answer = getattr(self, name)(*(g and unquote(g) for g in match.groups()))
+                    break
+            answer = answer if isinstance(answer, Answer) else Answer(200, answer)
+        except Answer as refusal:
+            answer = refusal
+        except Down:  # resets the connection, as a cable that is pulled out does
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.close_connection = True
+            return self.connection.close()
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            most = self.server.cut_at  # of one answer, before the connection is lost
+            self.wfile.write(answer.content[:most])
+            self.close_connection |= most is not None and most < len(answer.content)
+
+    do_GET = do_HEAD = do_POST = do_PUT = route
+
+    def log_message(self, *_):
+        pass
+
+    def pieces(self):
+        """The request's body, piece by piece."""
+        left = int(self.headers.get("Content-Length") or 0)
+        while left:
+            piece = self.rfile.read(min(left, CHUNK))
+            if not piece:
+                raise Down
+            left -= len(piece)
+            yield piece
+
+    def account(self) -> Account | None:
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        return self.server.accounts.get(token)
+
+    def readable(self, repo_id: str) -> Repository:
+        """The repository, if it is there for this token."""
+        repository = self.server.repositories.get(repo_id)
+        account = self.account()
+        hidden = repository and repository.private and not (account and account.may_write(repo_id))
+        if repository is None or hidden:
+            raise Answer(404 if account else 401, {}, X_Error_Code="RepoNotFound")
+        return repository
+
+    def writable(self, repo_id: str) -> Repository:
+        repository, account = self.readable(repo_id), self.account()
+        if not (account and account.may_write(repo_id)):
+            raise Answer(403, {}, X_Error_Message="You don't have the rights")
+        return repository
+
+    # The calls
+
+    def whoami(self):
+        account = self.account()
+        if account is None:  # it repeats the token, as no server should
+            header = self.headers.get("Authorization")
+            raise Answer(401, {}, X_Error_Message=f"Invalid credentials {header}")
+        token = {"displayName": "test", "role": account.role}
+        organisations = [{"name": name} for name in account.organisations]
+        return {"name": account.name, "orgs": organisations, "auth": {"accessToken": token}}
+
+    def create(self):
+        wanted, account = json.loads(self.body), self.account()
+        if account is None:
+            raise Answer(401, {})
+        repo_id = f"{wanted.get('organization') or account.name}/{wanted['name']}"
+        if not account.may_write(repo_id):
+            raise Answer(403, {}, X_Error_Message="You don't have the rights")
+        status = 409 if repo_id in self.server.repositories else 200
+        private = wanted.get("visibility") == "private"
+        self.server.repositories.setdefault(repo_id, Repository(private))
+        return Answer(status, {"url": f"{self.server.url}/{repo_id}"})
+
+    def validate(self):
+        return {"warnings": [], "errors": []}
+
+    def auth_check(self, repo_id, write):
+        (self.writable if write else self.readable)(repo_id)
+        return {}
+
+    def info(self, repo_id, revision):
+        repository = self.readable(repo_id)
+        number = repository.find(revision or "main")
+        siblings = [{"rfilename": path} for path in repository.commits[number]]
+        about = {"id": repo_id, "sha": repository.sha(number), "private": repository.private}
+        return about | {"siblings": siblings}
+
+    def tree(self, repo_id, revision):
+        repository = self.readable(repo_id)
+        entries = []
+        for path, content in repository.commits[repository.find(revision)].items():
+            oid, size = git_oid(content)
+            entry = {"type": "file", "path": path, "oid": oid[:40], "size": size}
+            if not isinstance(content, bytes):
+                entry["lfs"] = {"oid": oid, "size": size, "pointerSize": 130}
+            entries.append(entry)
+        return entries
+
+    def preupload(self, repo_id, revision):
+        repository = self.writable(repo_id)
+        tree = repository.commits[repository.find(revision)]
+        entries = []
+        for path in (file["path"] for file in json.loads(self.body)["files"]):
+            mode = "lfs" if path.endswith(".safetensors") else "regular"
+            known = {"oid": git_oid(tree[path])[0]} if path in tree else {}
+            entries.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | known)
+        return {"files": entries}
+
+    def batch(self, repo_id):
+        self.writable(repo_id)
+        objects = [
+            {key: o[key] for key in ("oid", "size")} for o in json.loads(self.body)["objects"]
+        ]
+        for entry in objects:
+            if entry["oid"] not in self.server.large:
+                url = f"{self.server.url}/lfs/{entry['oid']}"
+                upload = {"href": f"{url}?{SIGNATURE}"}
+                entry["actions"] = {"upload": upload, "verify": {"href": f"{url}/verify"}}
+        return {"objects": objects, "transfer": "basic"}
+
+    def store(self, oid):
+        content = b""
+        for piece in self.pieces():
+            content += piece
+            self.server.received(oid, len(piece))
+        assert self.path.endswith(SIGNATURE) and hashlib.sha256(content).hexdigest() == oid
+        self.server.large[oid] = content
+        return b""
+
+    def verify(self, oid):
+        return Answer(200 if oid in self.server.large else 404, {})
+
+    def commit(self, repo_id, revision):
+        repository = self.writable(repo_id)
+        tree = dict(repository.commits[-1])
+        for line in map(json.loads, self.body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                tree[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                assert value["oid"] in self.server.large
+                tree[value["path"]] = (value["oid"], value["size"])
+            elif line["key"] == "deletedFile":
+                del tree[value["path"]]
+        repository.commits.append(tree)
+        sha = repository.sha(len(repository.commits) - 1)
+        return {"commitUrl": f"{self.server.url}/{repo_id}/commit/{sha}", "commitOid": sha}
+
+    def resolve(self, repo_id, revision, path):
+        repository = self.readable(repo_id)
+        number = repository.find(revision)
+        commit, stored = repository.sha(number), repository.commits[number].get(path)
+        if stored is None:
+            raise Answer(404, {}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+        content, headers = self.server.content(stored), {"X_Repo_Commit": commit}
+        headers["ETag"] = f'"{git_oid(stored)[0]}"'
+        if path in self.server.gated:
+            raise Answer(403, {}, X_Error_Code="GatedRepo")
+        if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
+            start, end = int(match[1]), min(int(match[2]), len(content) - 1)
+            self.server.ranged_bytes += end + 1 - start
+            headers["Content_Range"] = f"bytes {start}-{end}/{len(content)}"
+            return Answer(206, content[start : end + 1], **headers)
+        return Answer(200, content, **headers)
+
+
+def git_oid(content: bytes | tuple[str, int]) -> tuple[str, int]:
+    """A file's id, as git or its extension for large files has it, and its size."""
+    if not isinstance(content, bytes):
+        return content
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(), len(content)
 
 
 class LoopbackHub(ThreadingHTTPServer):

@@ -9,8 +9,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import validate_repo_id
 
 import mlx_flashhead
-from loopback_hub import TOKEN
-from loopback_requests import Account, Repository
+from loopback_hub import TOKEN, Account, Repository
 from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.models.install import get_flash_head
