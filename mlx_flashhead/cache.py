@@ -64,21 +64,20 @@ def main() -> None:
         _rebuild(cached, args.rebuild, args.trust_remote_code)
     elif args.measure is not None:
         _measure(cached, args.measure, args.trust_remote_code)
-        print_heads(cached, fine)
     elif args.remove:
         _remove([head for name in args.remove for head in _matches([*cached, *fine], name)])
     elif args.remove_all:
         _remove([*cached, *fine])
         for path in head_cache.remove_rest():
             print(printable(f"Left {path}, which is none of them."))
-        if not (cached or fine):
-            print_heads(cached, fine)
-    else:
+    if not (args.rebuild or args.remove or (args.remove_all and (cached or fine))):
         print_heads(cached, fine)
 
 
 def print_heads(cached: "Sequence[Entry]", fine: Sequence[Any]) -> None:
     """Prints what is kept as one table of at most 80 columns, where the names allow it."""
+    from .loading.head_cache import speeds_of
+    from .loading.tuned import read, speed_text
     from .models.fetch import home
 
     if not cached and not fine:
@@ -90,27 +89,16 @@ def print_heads(cached: "Sequence[Entry]", fine: Sequence[Any]) -> None:
     table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"  # some names are long
     for entry in cached:
         built = time.strftime("%Y-%m-%d", time.localtime(entry.path.stat().st_mtime))
-        cut = entry.config and entry.config.calibration.get("cut_short")
-        table.add_row(
-            printable(entry.key[:8]),
-            printable(entry.model),
-            f"{built}, cut short" if cut else built,
-            megabytes(entry.nbytes),
-            _speeds(entry),
-        )
+        if entry.config and entry.config.calibration.get("cut_short"):
+            built += ", cut short"
+        # for each dtype and version of MLX
+        speeds = ", ".join(dict.fromkeys(map(speed_text, read(speeds_of(entry.key)).values())))
+        model, size = printable(entry.model), megabytes(entry.nbytes)
+        table.add_row(entry.key[:8], model, built, size, speeds or "–")
     for head in fine:
         name = f"{head.model}, head of {head.bits} bits"
         table.add_row(head.key[:8], printable(name), "", megabytes(head.nbytes), "")
     show(table)
-
-
-def _speeds(entry: "Entry") -> str:
-    """What is known of this machine, for each dtype and version of MLX."""
-    from .loading.head_cache import speeds_of
-    from .loading.tuned import read, speed_text
-
-    speeds = read(speeds_of(entry.key))
-    return ", ".join(dict.fromkeys(map(speed_text, speeds.values()))) or "–"
 
 
 def _remove(chosen: Sequence[Any]) -> None:

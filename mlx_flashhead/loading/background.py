@@ -245,7 +245,7 @@ class IdleBuild:
     def __init__(self, build: BackgroundBuild):
         self._build = build
         self._using_model = Lock()
-        self._idle, self._closed = Event(), Event()
+        self._idle, self._closed = Event(), False
         self._idle.set()
         self._thread = Thread(target=self._run, name="build", daemon=True)
         self._thread.start()
@@ -262,19 +262,18 @@ class IdleBuild:
 
     def close(self) -> None:
         """Drops what is not built."""
-        self._closed.set()
+        self._closed = True
         self._idle.set()
         self._thread.join()
 
     def _run(self) -> None:
         try:
-            while not self._closed.is_set():
+            more = True
+            while more:
                 self._idle.wait()
                 with self._using_model:
-                    if self._closed.is_set() or not (
-                        self._build.advance() or self._build.install()
-                    ):
-                        break
+                    build = self._build
+                    more = not self._closed and (build.advance() or build.install())
         except (ValueError, OSError, RuntimeError) as error:
             print(f"Without FlashHead: {error}", file=sys.stderr)
         finally:

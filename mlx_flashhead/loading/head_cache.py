@@ -135,10 +135,8 @@ def remove_rest() -> list[Path]:
 
     Returns what lies among the kept heads and is none of them.
     """
-    for file in [
-        *_well_named("speeds"),
-        *(f for f in _well_named(FINE_FOLDER) if f.suffix == ".part"),
-    ]:
+    parts = (file for file in _well_named(FINE_FOLDER) if file.suffix == ".part")
+    for file in (*_well_named("speeds"), *parts):
         file.unlink(missing_ok=True)
     left = (path for name in _NAMES for path in (home() / name).glob("*"))
     return sorted(path for path in left if not _NAMES[path.parent.name].fullmatch(path.name))
@@ -160,11 +158,14 @@ def find(rows: Matrix, say: Say) -> StoredHead | None:
     A damaged entry counts as missing, with a sentence.
     """
     place = place_of(rows)
-    try:
-        index = _read(place, say) if place.is_dir() else None
-        return _nearest(rows, place) if index is None else StoredHead(index, str(place))
-    except OSError:  # what cannot be read is not there
-        return None
+    with suppress(OSError):  # what cannot be read is not there
+        if place.is_dir():
+            try:
+                return StoredHead(read_index(place), str(place))
+            except (ValueError, OSError) as error:
+                say(f"{str(error).partition(': ')[0]}: it is built again.")
+        return _nearest(rows, place)
+    return None
 
 
 def speeds_of(fingerprint: str) -> Path:
@@ -213,26 +214,14 @@ def lock_of(place: Path) -> FileLock | None:
 def _nearest(rows: Matrix, place: Path) -> StoredHead | None:
     """The entry with the nearest rows, if any are near enough."""
     best, best_cosine = None, 0.0
-    for entry in entries():
-        other = entry.path.name.endswith(f"-{RECIPE}") and entry.path != place
-        if not other or entry.config is None or entry.config.vocab_size != rows.n_rows:
+    for path, config in ((entry.path, entry.config) for entry in entries()):
+        other = path.name.endswith(f"-{RECIPE}") and path != place
+        if not other or config is None or config.vocab_size != rows.n_rows:
             continue
-        index = _read(entry.path, lambda _: None)
-        try:
-            if index is None or index.hidden_size != rows.hidden_size:
-                continue
-            index.check_fit(rows, str(entry.path))
-        except ValueError:
-            continue
-        cosine = index.sketch.likeness(rows).cosine
-        if cosine > best_cosine:
-            best, best_cosine = StoredHead(index, str(entry.path)), cosine
+        with suppress(ValueError, OSError):  # damaged, or of other rows
+            index = read_index(path)
+            index.check_fit(rows, str(path))
+            cosine = index.sketch.likeness(rows).cosine
+            if cosine > best_cosine:
+                best, best_cosine = StoredHead(index, str(path)), cosine
     return best
-
-
-def _read(folder: Path, say: Say) -> FlashHeadIndex | None:
-    try:
-        return read_index(folder)
-    except (ValueError, OSError) as error:
-        say(f"{str(error).partition(': ')[0]}: it is built again.")
-        return None

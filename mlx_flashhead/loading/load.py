@@ -240,11 +240,7 @@ def attach(
 
 
 def attach_head(
-    model: nn.Module,
-    tokenizer: Any,
-    stored: StoredHead | None,
-    source: Path,
-    options: HeadOptions,
+    model: nn.Module, tokenizer: Any, stored: StoredHead | None, source: Path, options: HeadOptions
 ) -> FlashHead | None:
     """Puts the stored FlashHead on a dense model, else a kept one, else a new one, as `attach`.
 

@@ -20,12 +20,7 @@ from ..lossless.policy import decoding_mode
 from ..lossless.proposer import Proposer
 from ..lossless.vlm_loop import vlm_steps
 from ..models.compat.mlx_lm import load_tokenizer
-from ..models.compat.patching import (
-    Load,
-    caller_changes_batches,
-    caller_generates,
-    patch_programs,
-)
+from ..models.compat.patching import Load, caller_changes_batches, caller_generates, patch_programs
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.origin import local_origin
@@ -57,11 +52,12 @@ def patch_load(options: HeadOptions) -> None:
             stored = chosen or bundled_head(folder, options)
             head = attach_head(model, tokenizer_of(), stored, folder, options)
             assert head is not None  # only DENSE leaves it out
+            name = local_origin(folder).known_as
             options.say(
-                f"With FlashHead: {local_origin(folder).known_as}, {head.n_probes:,} of "
-                f"{head.n_clusters:,} clusters scored per token."
+                f"With FlashHead: {name}, {head.n_probes:,} of {head.n_clusters:,} clusters scored "
+                "per token."
             )
-            uses[head] = _Use(head, local_origin(folder).known_as, options)
+            uses[head] = _Use(head, name, options)
         except (ValueError, OSError) as error:
             if not warned:
                 options.say(f"Without FlashHead: {sentence(error)}")
@@ -90,23 +86,22 @@ def patch_load(options: HeadOptions) -> None:
         @wraps(original)
         def load_model(model_path: Any, *arguments: Any, **named: Any) -> Any:
             loaded = original(model_path, *arguments, **named)
-            folder = Path(model_path)
-            ends = loaded[1].get("eos_token_id")
+            folder, ends = Path(model_path), loaded[1].get("eos_token_id")
             attach_to(loaded[0], partial(load_tokenizer, folder, eos_token_ids=ends), folder)
             return loaded
 
         return load_model
 
-    def use_of(model: Any) -> _Use | None:
+    def verified_use(model: Any) -> _Use | None:
         head = get_flash_head(model)
-        return None if head is None else uses.get(head)
+        use = None if head is None else uses.get(head)
+        return None if use is None or use.unverified else use
 
     def of_loop(original: Load) -> Load:
         @wraps(original)
         def steps(prompt: Any, model: Any, *arguments: Any, **named: Any) -> Any:
-            use = use_of(model)
-            unverified = use is not None and use.unverified
-            loop = None if unverified else verified_loop(model, original.__name__)
+            use = verified_use(model)
+            loop = verified_loop(model, original.__name__) if options.verify else None
             if loop is None:
                 return original(prompt, model, *arguments, **named)
             if use is not None:
@@ -118,8 +113,8 @@ def patch_load(options: HeadOptions) -> None:
     def of_batches(original: Any) -> Any:
         class RunBatchGenerator(HostedBatchGenerator):
             def __new__(cls, model: Any, *arguments: Any, **named: Any) -> Any:
-                use = use_of(model)
-                if use is None or use.unverified or caller_changes_batches():
+                use = verified_use(model)
+                if use is None or caller_changes_batches():
                     return original(model, *arguments, **named)
                 use.announce(decoding_mode(model))
                 return super().__new__(cls)
@@ -129,14 +124,14 @@ def patch_load(options: HeadOptions) -> None:
     def of_vlm_loop(original: Load) -> Load:
         @wraps(original)
         def steps(input_ids: Any, model: Any, pixel_values: Any, mask: Any, **named: Any) -> Any:
-            use = use_of(model)
-            if use is not None and not use.unverified:
+            use, loop = verified_use(model), None
+            if use is not None:
                 proposer = Proposer(model)
                 loop = vlm_steps(original, proposer, input_ids, model, pixel_values, mask, named)
-                if loop is not None:
-                    use.announce(decoding_mode(model))
-                    return loop
-            return original(input_ids, model, pixel_values, mask, **named)
+            if use is None or loop is None:
+                return original(input_ids, model, pixel_values, mask, **named)
+            use.announce(decoding_mode(model))
+            return loop
 
         return steps
 

@@ -65,14 +65,15 @@ class HeadOptions:
         Raises:
             ValueError: If they contradict each other.
         """
-        answers_first = "build_first" in args
         unverified = getattr(args, "no_verify", False) or getattr(args, "draw_probes", False)
+        # unverified choices are a FlashHead's, never silently a normal head's
+        answers_first = "build_first" in args and not unverified
         missing = BUILD
-        if dense or (answers_first and args.no_build and not unverified):
+        if dense or (answers_first and args.no_build):
             missing = DENSE
-        elif args.no_build:  # unverified choices are a FlashHead's, never silently a normal head's
+        elif args.no_build:
             missing = REFUSE
-        elif answers_first and not (args.build_first or unverified):
+        elif answers_first and not args.build_first:
             missing = LATER
         if args.head_bits is not None and not args.fine_head:
             raise ValueError("`head_bits` are those of a finer head: add --fine-head.")
@@ -80,7 +81,7 @@ class HeadOptions:
             args.flash_head,
             missing,
             args.n_probes,
-            always=answers_first and args.flash_head_always,
+            always=getattr(args, "flash_head_always", False),
             flags=True,
             fine_head=args.fine_head,
             head_bits=args.head_bits,

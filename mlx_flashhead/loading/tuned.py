@@ -129,10 +129,7 @@ def _machine(head: FlashHead, model: nn.Module) -> str:
 
 
 def install_stored(
-    model: nn.Module,
-    stored: StoredHead,
-    options: HeadOptions,
-    location: HeadLocation | None = None,
+    model: nn.Module, stored: StoredHead, options: HeadOptions, location: HeadLocation | None = None
 ) -> FlashHead:
     """Puts a stored FlashHead on a dense model, with the settings for this machine.
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..index.files import is_companion
 from .compat.mlx_lm import load, load_adapters, sharded_load
@@ -40,20 +39,15 @@ def load_dense(folder: Path, *, adapter_path: str | None = None, **kwargs: Any):
         ) from error
     model, tokenizer, config = loaded
     if adapter_path is not None:
-        model = _adapted(model, adapter_path)
+        try:
+            model = load_adapters(model, adapter_path)
+        except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"The adapters in {adapter_path} cannot be put on this model ({reason(error)}): "
+                "check `adapter_path`."
+            ) from error
+        model.eval()
     return model, tokenizer, config
-
-
-def _adapted(model: nn.Module, adapter_path: str) -> nn.Module:
-    try:
-        model = load_adapters(model, adapter_path)
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"The adapters in {adapter_path} cannot be put on this model ({reason(error)}): check "
-            "`adapter_path`."
-        ) from error
-    model.eval()
-    return model
 
 
 def load_dense_part(
@@ -86,9 +80,9 @@ def load_dense_part(
             "processes, or one."
         ) from error
     if pipeline_group is None and hasattr(model, "shard"):
-        processes = (tensor_group or mx.distributed.init()).size()
         by_layers = hasattr(getattr(model, "model", None), "pipeline")
-        _check_attention_heads(config, processes, by_layers=by_layers)
+        size = (tensor_group or mx.distributed.init()).size()
+        _check_attention_heads(config, size, by_layers=by_layers)
     return model, tokenizer, config
 
 

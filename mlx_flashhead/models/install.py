@@ -92,7 +92,6 @@ def install(
     module._flash_head = head
     # its name, since MLX's dtypes do not pickle
     module._hidden_dtype = str(location.hidden_dtype).removeprefix("mlx.core.")
-    module.train(model.training)  # nn.quantize leaves its new modules in training mode
     _subclass(module, _FlashEmbedding if location.method == EMBEDDING else _FlashLinear)
     for parent in around:
         _subclass(parent, _FlashParent)

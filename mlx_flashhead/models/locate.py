@@ -11,16 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..head.matrix import AFFINE, Matrix
+from . import libraries
 from .compat.mlx_vlm import own_head
 from .compat.patching import replaced
-from .libraries import (
-    UnsupportedHeadError,
-    architecture,
-    check_has_head,
-    check_writes_text,
-    forward,
-    is_vlm,
-)
+from .libraries import UnsupportedHeadError, architecture, forward, is_vlm
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
 
@@ -55,7 +49,7 @@ class HeadLocation:
 def find_head(model: nn.Module) -> HeadLocation:
     """The output projection of ``model``, found by tracing one forward pass; of a lazily loaded one
     too. UnsupportedHeadError if no module's output is the logits, or the model does not run."""
-    check_writes_text(model)
+    libraries.check_writes_text(model)
     weights = ((type(module), module.get("weight")) for module in model.modules())
     classes = {cls for cls, w in weights if isinstance(w, mx.array) and w.ndim == 2}
     calls: list[tuple[int, HeadLocation]] = []  # each with the width of its output
@@ -73,7 +67,7 @@ def find_head(model: nn.Module) -> HeadLocation:
         with _observed(classes, record):
             vocab_size = forward(model, mx.array([[0]])).shape[-1]
     except Exception as error:  # whatever the model's code raises
-        check_has_head(model)
+        libraries.check_has_head(model)
         raise UnsupportedHeadError(
             f"{home}'s code of this {name!r} model fails on a token by itself "
             f"({type(error).__name__}: {error}), so it cannot be served with FlashHead either."

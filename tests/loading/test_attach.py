@@ -14,7 +14,7 @@ import mlx_lm
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, write_companion
+from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index, write_companion
 from mlx_flashhead.loading import head_cache as cache
 from mlx_flashhead.loading.load import attach, attach_head, load, load_with_head, sharded_load
 from mlx_flashhead.loading.sources import DENSE, HeadOptions
@@ -135,19 +135,30 @@ def test_heads_that_are_not_supported():
     assert attach_head(model, None, None, Path("x"), options) is None
 
 
-@pytest.mark.parametrize("kept", [0, 0.99])
-def test_a_damaged_entry_is_built_anew(folder, quick, capfd, kept):
+@pytest.mark.parametrize("damage", ["empty", "cut", "duplicate ids", "absurd by_probes"])
+def test_a_damaged_entry_is_built_anew(folder, quick, capfd, damage):
     load(str(folder))
     (entry,) = cache.entries()
-    file = entry.path / FILE_NAME
-    content = file.read_bytes()
-    file.write_bytes(content[: int(kept * len(content))])
+    file, settings = entry.path / FILE_NAME, entry.path / SETTINGS_NAME
+    index, content = read_index(entry.path), file.read_bytes()
+    reason = f"{file} cannot be read because it is damaged or incomplete"
+    if damage == "duplicate ids":  # with the checksum that belongs to them
+        index.token_ids[0, 0] = index.token_ids[1, 0]
+        write_companion(entry.path, index)
+        reason = f"{file} does not hold the arrays that its settings describe"
+    elif damage == "absurd by_probes":
+        values = json.loads(settings.read_text())
+        values["verification"] = {"risk": {"greedy": [0, 0], "sampled": 1}}
+        values["verification"]["by_probes"] = [{"n_probes": 10**9}]
+        settings.write_text(json.dumps(values))
+        reason = f"{settings} has no valid settings of verification"
+    else:
+        file.write_bytes(content[: len(content) - 100] if damage == "cut" else b"")
     capfd.readouterr()
     load(str(folder))
-    errors = capfd.readouterr().err
-    assert (
-        f"{file} cannot be read because it is damaged or incomplete: it is built again." in errors
-    )
+    first, second, *_ = capfd.readouterr().err.splitlines()
+    assert first.startswith(reason) and first.endswith(": it is built again.")
+    assert second.startswith("Building the FlashHead of ")
     load(str(folder))
     assert capfd.readouterr().err == ""
 

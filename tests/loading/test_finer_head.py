@@ -74,7 +74,7 @@ def refusal(folder, source=True, **options):
     return said
 
 
-def original_rows(original, name=""):
+def original_rows(original):
     weights = mx.load(str(original / "model.safetensors"))
     leaf = "lm_head" if "lm_head.weight" in weights else "embed_tokens"
     return next(array for key, array in weights.items() if key.endswith(f"{leaf}.weight"))
@@ -120,8 +120,7 @@ def test_dense_means_the_finer_head(original, coarse):
     assert [name for name, *_ in parameters(model)] == [name for name, *_ in parameters(expected)]
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-@pytest.mark.parametrize("with_flash_head", [False, True])
+@pytest.mark.parametrize("bits, with_flash_head", [(8, True), (16, True), (16, False)])
 def test_detach_gives_the_old_rows_back(original, coarse, bits, with_flash_head):
     model, _ = mlx_lm.load(str(coarse))
     before, logits = parameters(model), model(TOKENS)
@@ -144,44 +143,37 @@ def test_a_flash_head_is_built_for_the_finer_rows(original, coarse, quick, capfd
     assert "Building" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("form", ["folder", "file", "shards", "8 bits", "float16", "renamed"])
-def test_sources_of_many_forms(hub, original, coarse, tmp_path, form):
-    source = original
-    weights = mx.load(str(original / "model.safetensors"))
+@pytest.mark.parametrize("form", ["folder", "file", "8 bits", "float16", "renamed"])
+def test_sources_of_many_forms(original, coarse, tmp_path, form):
+    source, file = original, original / "model.safetensors"
+    weights = mx.load(str(file))
     if form == "file":
-        source = original / "model.safetensors"
+        source = file
     elif form == "8 bits":
         source = tmp_path / "Finer"
         mlx_lm.convert(str(original), str(source), quantize=True, q_bits=8)
     elif form == "float16":
-        mx.save_safetensors(
-            str(original / "model.safetensors"),
-            {name: array.astype(mx.float16) for name, array in weights.items()},
-        )
+        mx.save_safetensors(str(file), {n: a.astype(mx.float16) for n, a in weights.items()})
     elif form == "renamed":  # as a vision model's text has it
-        mx.save_safetensors(
-            str(original / "model.safetensors"),
-            {f"language_model.{name}": array for name, array in weights.items()},
-        )
-    elif form == "shards":
-        names, files = sorted(weights), {}
-        places = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(names)}
-        for file in set(places.values()):
-            mx.save_safetensors(
-                str(tmp_path / file), {n: weights[n] for n in names if places[n] == file}
-            )
-            files[file] = (tmp_path / file).read_bytes()
-        index = json.dumps({"weight_map": places}).encode()
-        hub.put("maker/Shards", files | {"model.safetensors.index.json": index})
-        source = "maker/Shards"
+        mx.save_safetensors(str(file), {f"language_model.{n}": a for n, a in weights.items()})
     _, location, _ = fine(coarse, source)
     assert (location.rows().bits, location.hidden_dtype) == (8, mx.bfloat16)
-    if form == "shards":  # one that is missing
-        file = places[next(n for n in names if n.endswith(f"{location.path}.weight"))]
-        hub.put("maker/Lacks", {k: v for k, v in files.items() if k != file})
-        hub.put("maker/Lacks", {"model.safetensors.index.json": index})
-        shutil.rmtree(finer_head.home())
-        assert "maker/Lacks lacks a file of its weights" in refusal(coarse, "maker/Lacks")
+
+
+def test_shards_on_the_hub_and_one_that_is_missing(hub, original, coarse, tmp_path):
+    weights = mx.load(str(original / "model.safetensors"))
+    files, places = {}, {name: f"model-{i % 3}.safetensors" for i, name in enumerate(weights)}
+    for file in set(places.values()):
+        shard = {name: array for name, array in weights.items() if places[name] == file}
+        mx.save_safetensors(str(tmp_path / file), shard)
+        files[file] = (tmp_path / file).read_bytes()
+    index = {"model.safetensors.index.json": json.dumps({"weight_map": places}).encode()}
+    hub.put("maker/Shards", files | index)
+    path = fine(coarse, "maker/Shards")[1].path
+    del files[next(place for name, place in places.items() if name.endswith(f"{path}.weight"))]
+    hub.put("maker/Lacks", files | index)
+    shutil.rmtree(finer_head.home())
+    assert "maker/Lacks lacks a file of its weights" in refusal(coarse, "maker/Lacks")
 
 
 def test_other_rows_are_refused(original, coarse, tmp_path):
@@ -246,34 +238,31 @@ def test_heads_that_need_none(original, coarse, tmp_path):
     assert f"{coarse} has 4 bits, no more than the model's 4" in said
 
 
-BASES = {
-    "none": ("", "names no original with a finer head"),
-    "itself": ("maker/Coarse", "names no original with a finer head"),
-    "a circle": ("maker/Two", "names no original with a finer head"),
-    "gone": ("maker/Gone", "no such repository on the Hugging Face Hub"),
-    "gated": ("maker/Gated", "maker/Gated is gated: ask for access on "),
-    "no weights": ("maker/Empty", "maker/Empty lacks a file of its weights"),
-    "damaged": ("maker/Damaged", "is damaged or no safetensors file"),
-    "cut": ("maker/Cut", "maker/Cut"),
-}
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_originals_that_cannot_be_had(hub, original, tmp_path, base):
-    name, expected = BASES[base]
-    folder = quantized(original, tmp_path / "Coarse", name or "[]")
-    files = contents(folder)
+@pytest.mark.parametrize(
+    "base, said",
+    [
+        ("", "names no original with a finer head"),
+        ("maker/Coarse", "names no original with a finer head"),  # itself
+        ("maker/Two", "names no original with a finer head"),  # a circle
+        ("maker/Gone", "no such repository on the Hugging Face Hub"),
+        ("maker/Gated", "maker/Gated is gated: ask for access on "),
+        ("maker/Empty", "maker/Empty lacks a file of its weights"),
+        ("maker/Damaged", "is damaged or no safetensors file"),
+        ("maker/Cut", "maker/Cut"),
+    ],
+)
+def test_originals_that_cannot_be_had(hub, original, tmp_path, base, said):
+    folder = quantized(original, tmp_path / "Coarse", base or "[]")
+    files, weights = contents(folder), (original / "model.safetensors").read_bytes()
     hub.put("maker/Coarse", files)
-    other = {"README.md": b"---\nbase_model: maker/Coarse\n---\n"}
-    hub.put("maker/Two", files | other)
-    weights = (original / "model.safetensors").read_bytes()
+    hub.put("maker/Two", files | {"README.md": b"---\nbase_model: maker/Coarse\n---\n"})
     hub.put("maker/Gated", {"model.safetensors": weights})
     hub.put("maker/Empty", {"config.json": b"{}"})
     hub.put("maker/Damaged", {"model.safetensors": b"\xff" * 100})
     hub.put("maker/Cut", {"model.safetensors": weights[:2000]})
-    if base == "gated":
+    if base == "maker/Gated":
         hub.gated.add("model.safetensors")
-    assert expected in refusal(folder)
+    assert said in refusal(folder)
 
 
 def test_a_chain_of_quantized_models(on_hub, original, coarse, tmp_path):

@@ -50,13 +50,9 @@ def test_it_is_measured_once(measure, flash_head_home):
     left = measure(FAST)
     for expected in ([tuned.MEASURING], []):
         head, said = loaded()
-        assert (head.n_probes, policy_of(head).max_pending, policy_of(head).max_risk) == (
-            2,
-            8,
-            0.07,
-        )
-        assert policy_of(head).max_batch == 5
-        assert not policy_of(head).dense
+        policy = policy_of(head)
+        assert (head.n_probes, policy.max_pending, policy.max_risk) == (2, 8, 0.07)
+        assert policy.max_batch == 5 and not policy.dense
         assert head.unverified_probes == 4 and said == expected
     assert not left
 
@@ -72,6 +68,15 @@ def test_a_head_that_gains_nothing_stays_dense_and_says_so(measure, flash_head_h
     assert not policy_of(loaded(always=True)[0]).dense
 
 
+def test_slower_on_a_busy_machine_is_said_so(measure, monkeypatch, flash_head_home):
+    measure(SLOW, FAST)
+    monkeypatch.setattr(tuned, "is_busy", lambda: True)
+    head, (_, sentence) = loaded()
+    assert policy_of(head).dense and "stays dense for now, and is measured again later" in sentence
+    monkeypatch.setattr(tuned, "is_busy", lambda: False)
+    assert not policy_of(loaded()[0]).dense
+
+
 def test_a_busy_machine_is_measured_until_it_is_quiet(measure, monkeypatch, flash_head_home):
     noisy = replace(SLOW, spread=0.5, provisional=True)
     left = measure(FAST, noisy, replace(noisy, spread=0.7), replace(FAST, spread=0.4))
@@ -84,15 +89,6 @@ def test_a_busy_machine_is_measured_until_it_is_quiet(measure, monkeypatch, flas
     assert not policy_of(loaded()[0]).dense
     assert not policy_of(loaded()[0]).dense and not left
     loaded()  # not provisional any more
-
-
-def test_slower_on_a_busy_machine_is_said_so(measure, monkeypatch, flash_head_home):
-    measure(SLOW, FAST)
-    monkeypatch.setattr(tuned, "is_busy", lambda: True)
-    head, (_, sentence) = loaded()
-    assert policy_of(head).dense and "stays dense for now, and is measured again later" in sentence
-    monkeypatch.setattr(tuned, "is_busy", lambda: False)
-    assert not policy_of(loaded()[0]).dense
 
 
 def test_a_chosen_number_of_probes_stays(measure, flash_head_home):

@@ -12,7 +12,6 @@ from architectures import Form
 from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.build import build_index
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.models.install import get_flash_head, install
 from mlx_flashhead.models.libraries import UnsupportedHeadError, forward
 from mlx_flashhead.models.locate import HeadLocation, recorded_hidden
@@ -53,11 +52,10 @@ def close(actual: mx.array, expected: mx.array) -> bool:
 
 def check_form(
     model: nn.Module, location: HeadLocation, steps: Callable[[], list[mx.array]]
-) -> tuple[FlashHead, list[mx.array]]:
-    """Installs a FlashHead and checks all logits of ``steps`` with all probes and with few.
+) -> None:
+    """Installs a FlashHead and checks all logits of ``steps``, of the dense head and of few probes.
 
     ``steps`` runs the model in several ways, and returns the logits of each call of the head.
-    Returns the FlashHead, with few probes, and the dense logits.
     """
     rng = np.random.default_rng(0)
     with recorded_hidden(location) as states:
@@ -72,12 +70,9 @@ def check_form(
     mx.eval(dense)
     head = install_index(model, index, backend="mlx")
 
-    head.n_probes = head.n_clusters
     for actual, expected in zip(steps(), dense, strict=True):
         assert close(actual, expected)
-
-    head.n_probes = N_PROBES
-    with recorded_hidden(location) as states:
+    with recorded_hidden(location) as states, head.settings():
         sparse = steps()
     estimated = 0
     for hidden_states, actual, expected in zip(states, sparse, dense, strict=True):
@@ -91,4 +86,3 @@ def check_form(
         assert (ids == EOS).any(axis=-1).all()
         estimated += (mx.abs(actual - expected) > 1e-3).sum().item()
     assert estimated > 0
-    return head, dense

@@ -24,8 +24,7 @@ def both(function):
     mx.eval(expected)
     with numpy_products():
         found = function()
-    assert found.dtype == expected.dtype
-    assert found.shape == expected.shape
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     return np.array(found.astype(mx.float32)), np.array(expected.astype(mx.float32))
 
 

@@ -139,14 +139,6 @@ def launched(llama, qwen2, tmp_path_factory):
     return by_command, [part[len(commands) :] for part in found]
 
 
-def test_two_processes_print_the_text_of_one(llama):
-    expected = generate(*load(llama), "One day", max_tokens=24, dense=True) + "\n"
-    arguments = ("--model", llama, *ARGUMENTS)
-    output, errors = launch("-m", "mlx_flashhead.generate", *arguments)
-    assert output == expected, errors
-    assert "Traceback" not in errors and "exited with" not in errors
-
-
 @pytest.mark.parametrize("how", ["within layers", "by layers"])
 def test_both_ways_to_split_give_the_text_of_one(launched, qwen2, how):
     expected = generate(*load(qwen2), "One day", max_tokens=24, dense=True) + "\n"

@@ -1,14 +1,19 @@
 """The package's generation: mlx-lm's functions under settings that last as long as the call."""
 
+import json
 from itertools import zip_longest
 
+import mlx.core as mx
 import mlx_lm
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mlx_flashhead import batch_generate, generate, stream_generate
+from mlx_flashhead import batch_generate, generate, load, stream_generate
 from model_folders import VOCAB_SIZE
 from model_pair import N_PROBES, uncached, until_end
+from refusals import refused
+from tiny_adapters import write_adapters
 
 PROMPTS = ("One day", "How do I bake bread?", "x")
 BATCH = (*PROMPTS, "Why is the sky blue", "It was", "The river")
@@ -149,3 +154,43 @@ def test_batch_of_several_turns(flash, pair, prompts):
     for prompt, answer, found in zip(prompts, first.token_ids, second.token_ids, strict=True):
         if answer in whole:  # the end of one that ended is in the cache too
             assert found == until_end(pair, uncached(pair.dense, prompt + answer + more, 6))
+
+
+# LoRA and DoRA adapters of the body work; those of the head must be fused first.
+
+HEADS = {"tied": "model.embed_tokens", "untied": "lm_head"}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_of_the_body_work_and_those_of_the_head_are_refused(pair, tmp_path, kind):
+    adapters = str(write_adapters(tmp_path / "adapters", pair.dense_folder, kind=kind))
+    dense, _ = mlx_lm.load(str(pair.dense_folder), adapter_path=adapters)
+    model, _ = load(str(pair.folder), adapter_path=adapters)
+    ids = pair.encode(PROMPTS[1])
+    assert uncached(dense, ids) != uncached(pair.dense, ids)
+    assert pair.tokens(model, ids) == uncached(dense, ids)
+    path = HEADS["tied" if pair.model.args.tie_word_embeddings else "untied"]
+    adapters = str(write_adapters(tmp_path / "head", pair.dense_folder, kind=kind, keys=(path,)))
+    refused(
+        lambda: load(str(pair.folder), adapter_path=adapters),
+        f"{path!r} carries a LoRA adapter.* must be fused first",
+    )
+
+
+def test_fully_tuned_weights(pair, tmp_path):
+    """Adapters of the kind "full" are weights: those of the body fit, another head does not."""
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full"}))
+    file = str(folder / "adapters.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    changed = dict(tree_flatten(pair.dense.parameters()))[name] * -1
+    mx.save_safetensors(file, {name: changed})
+    ids = pair.encode(PROMPTS[1])
+    dense, _ = mlx_lm.load(str(pair.dense_folder), adapter_path=str(folder))
+    model, _ = load(str(pair.folder), adapter_path=str(folder))
+    assert pair.tokens(model, ids) == uncached(dense, ids) != uncached(pair.dense, ids)
+    head = HEADS["tied" if pair.model.args.tie_word_embeddings else "untied"] + ".weight"
+    mx.save_safetensors(file, {head: dict(tree_flatten(pair.dense.parameters()))[head] * 2})
+    with pytest.raises(ValueError, match="belongs to other rows than this model's"):
+        load(str(pair.folder), adapter_path=str(folder))

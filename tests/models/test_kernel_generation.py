@@ -3,21 +3,17 @@
 On a Mac they run on the GPU, elsewhere on the emulator, with the same assertions.
 """
 
-import mlx.core as mx
-import numpy as np
 import pytest
 
-from kernel_cases import kernels, on_gpu, to_numpy
+from kernel_cases import kernels, on_gpu
 from mlx_flashhead import detach, get_flash_head, stream_generate
 from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.build import build_index
 from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.exporting.plan import export_plan
 from mlx_flashhead.head.steps import NO_DEPTH
 from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.models.dense import load_dense
-from mlx_flashhead.models.locate import find_head, recorded_hidden
-from plan_replay import read_plan, replay
+from mlx_flashhead.models.locate import find_head
 from tiny_models import install_index
 
 pytestmark = pytest.mark.real
@@ -79,17 +75,3 @@ def test_proposals_give_the_same_tokens(on_kernels, portable, which, depth):
         names = [dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches]
         assert set(names) >= {"route", "select", "score", "sample", "screen", "certain"}
         assert names.count("sample") >= len(found) - 1
-
-
-def test_an_exported_plan_gives_the_same_logits(on_kernels, tmp_path):
-    """From the rows in the model's own order, as an app has them."""
-    model, tokenizer, _ = on_kernels
-    head, location = get_flash_head(model), find_head(model)
-    ids = mx.array(tokenizer.encode(PROMPTS[0]))[None]
-    with recorded_hidden(location) as recorded, head.settings():
-        expected = to_numpy(model(ids))[0]
-    export_plan(head, location, tmp_path / "head.safetensors")
-    arrays, plan = read_plan(tmp_path / "head.safetensors")
-    found = replay(arrays, plan, head.clustered.token_rows(), recorded[0][0])
-    np.testing.assert_array_equal(to_numpy(found), expected)
-    assert plan["head"] == "model.embed_tokens"

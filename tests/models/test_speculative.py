@@ -19,6 +19,8 @@ OPTIONS = {
     "one draft at a time": lambda pair: {"num_draft_tokens": 1},
     "dense": lambda pair: {"num_draft_tokens": 5, "dense": True},
     "draws": lambda pair: {"sampler": make_sampler(temp=1.5, top_p=0.95, seed=3)},
+    # mlx-lm's loop gives processors the prompt's last token alone
+    "penalty": lambda pair: {"logits_processors": make_logits_processors(repetition_penalty=1.3)},
     "bias": lambda pair: {"logits_processors": forbidding(usual(pair)[::5])},
     "quantized cache": lambda pair: {
         "kv_bits": 8, "quantized_kv_start": 0, "prefill_step_size": 1,
@@ -113,16 +115,7 @@ def test_a_draft_scores_the_latest_tokens(pair, other, monkeypatch):
     assert scored[0] == set(pair.encode(PROMPT)) and scored[-1] >= {*pair.encode(PROMPT), found[0]}
 
 
-PENALTY = {"repetition_penalty": 1.3}
 WINDOW = {"sliding_window": 24, "sliding_window_pattern": 2, "num_hidden_layers": 2}
-
-
-def test_penalties_see_the_prompt(pair, other):
-    """mlx-lm's loop gives processors the prompt's last token alone."""
-    options = {"logits_processors": make_logits_processors(**PENALTY)}
-    found, n_drafted = run(pair, pair.model, pair.dense, **options)
-    assert found == pair.tokens(pair.dense, PROMPT, max_tokens=TOKENS, **options)
-    assert n_drafted
 
 
 def steps(model, draft, prompt, n_tokens, cache=None, **options):

@@ -79,11 +79,10 @@ def test_pictures(name):
         return {key: value for key, value in vars(found).items() if value is not None}
 
     tokens, _ = picture(name)
-    _, dense = check_form(
-        model, find_head(model), lambda: steps(model, tokens, lambda ids: given(0))
-    )
-    other = steps(model, tokens, lambda ids: given(1))
-    assert not mx.allclose(other[0][:, -1], dense[0][:, -1], atol=1e-4)
+    check_form(model, find_head(model), lambda: steps(model, tokens, lambda ids: given(0)))
+    one, other = (steps(model, tokens, lambda _, seed=seed: given(seed))[0] for seed in (0, 1))
+    # whose language model, in mlx-vlm up to 0.7.10, does not read the embeddings
+    assert mx.array_equal(one, other) == (name == "mistral_large3")
 
 
 @by_form(FOUND, lambda form: form.cell == script.REFUSED)

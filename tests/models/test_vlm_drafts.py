@@ -1,4 +1,4 @@
-"""Drafters of mlx-vlm on a model with a FlashHead: they draft with it, and the model is dense."""
+"""Drafters of mlx-vlm on a model with a FlashHead: the text is that without one."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -20,14 +20,14 @@ from mlx_vlm.speculative.drafters.qwen3_5_mtp.qwen3_5_mtp import Qwen3_5MTPDraft
 from mlx_vlm.speculative.drafters.qwen3_dflash.config import DFlashConfig
 from mlx_vlm.speculative.drafters.qwen3_dflash.dflash import DFlashDraftModel
 
-from mlx_flashhead.conversion import drafted_states
+from mlx_flashhead.conversion import calibration
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.index.files import has_flash_head, read_index, write_companion
 from mlx_flashhead.loading import head_cache as cache
 from mlx_flashhead.loading.load import attach
-from mlx_flashhead.models.install import detach, get_flash_head, install
-from tiny_models import tiny_index
+from mlx_flashhead.models.install import detach, get_flash_head
+from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
 from vlm_texts import TextGenerator
 
@@ -99,8 +99,7 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("draft_logits", "full_logits", "dense_logits"):
-        counted(FlashHead, name)
+    counted(FlashHead, "draft_logits")
     counted(ClusteredRows, "token_rows")
     return found
 
@@ -121,17 +120,10 @@ def test_text_is_the_dense_models(calls, make, kind, name, tied, bits):
     assert write(model, **drafting) == dense
     accepted = list(drafter.accept_lens)
 
-    index = tiny_index(model)
-    head = install(model, index.token_ids, index.centroids, n_probes=3, backend="mlx")
-    assert write(model) != dense  # the bare head
-    head.draft_probes = 1
+    install_index(model, tiny_index(model), backend="mlx")
     calls.clear()
-    assert write(model, **drafting) == dense
-    assert calls.count("full_logits") == calls.count("draft_logits")  # none of the target's
-    assert calls.count("token_rows") <= 4  # the shapes alone, as the drafter is met and bound
-    assert calls.count("draft_logits") >= len(drafter.draft_lens)
-    head.draft_probes = head.n_clusters
     assert write(model, **drafting) == dense and drafter.accept_lens == accepted
+    assert calls.count("token_rows") <= 4  # the shapes alone, as the drafter is met and bound
 
 
 @pytest.fixture
@@ -158,7 +150,7 @@ def kept_sources() -> list[str]:
 @pytest.mark.parametrize("make, kind, untied", OWN)
 def test_a_head_of_the_drafters_own(calls, attached, capfd, monkeypatch, make, kind, untied):
     """It gets a FlashHead too, which is built from its states as it drafts, and kept."""
-    monkeypatch.setattr(drafted_states, "POSITIONS", 100)
+    monkeypatch.setattr(calibration, "DRAFTED_POSITIONS", 100)
     model, dense = attached()
     drafters = [make(model) for _ in range(2)]
     for drafter in drafters:
@@ -176,12 +168,10 @@ def test_a_head_of_the_drafters_own(calls, attached, capfd, monkeypatch, make, k
         said = capfd.readouterr().err
         assert ("Building the FlashHead of" in said) == built and "no FlashHead" not in said
         assert kept_sources() == ["drafts"]
-        assert calls.count("full_logits") == calls.count("draft_logits") > 0
+        assert "draft_logits" in calls
         layer = drafter.lm_head if untied else drafter.model.embed_tokens
         head = get_flash_head(layer)
         assert head.vocab_size == layer.weight.shape[0] and head.n_probes < head.n_clusters
-        head.draft_probes = 1
-        assert write(model, **drafting) == dense
     detach(model)
     assert write(model, draft_model=drafter, draft_kind=kind) == dense
 
@@ -198,12 +188,11 @@ def test_a_head_of_its_own_stays_dense(calls, attached, build, options):
     assert get_flash_head(drafter.model) is None and "draft_logits" not in calls
 
 
-def test_several_texts_at_once(calls):
+def test_several_texts_at_once():
     """As mlx-vlm's server generates with a drafter."""
     model = tiny_vlm("qwen3_5", tied=True)
     dense = write(model)
-    index = tiny_index(model)
-    install(model, index.token_ids, index.centroids, n_probes=3, backend="mlx")
+    install_index(model, tiny_index(model), backend="mlx")
     options = {"draft_model": mtp(model), "draft_kind": "mtp"}
     generator = TextGenerator(model, [[299]], lambda logits: mx.argmax(logits, -1), **options)
     generator.insert([PROMPT, PROMPT], [TOKENS, TOKENS])
@@ -213,4 +202,3 @@ def test_several_texts_at_once(calls):
             texts.setdefault(response.uid, []).append(response.token)
     generator.close()
     assert list(texts.values()) == [dense, dense]
-    assert calls.count("full_logits") == calls.count("draft_logits") > 0

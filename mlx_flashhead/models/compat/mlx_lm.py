@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import sample_utils
-from mlx_lm.convert import MODEL_CONVERSION_DTYPES, configure_parser, mixed_quant_predicate_builder
+from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.generate import (
     BatchResponse,
     GenerationResponse,
@@ -31,13 +31,7 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.utils import _download as download
-from mlx_lm.utils import (
-    dequantize_model,
-    load_adapters,
-    load_tokenizer,
-    quantize_model,
-    save,
-)
+from mlx_lm.utils import dequantize_model, load_adapters, load_tokenizer, quantize_model, save
 
 from .patching import replaced
 

@@ -135,12 +135,7 @@ def keep_from_weights(applies: Applies) -> None:
     instead(VERIFIER, "optimized_nvfp4_argmax", lambda layer, *_, **__: None)
     instead(LINEAR, "_target_verify_linear", lambda layer, x: layer(x))
     instead(LINEAR, "_target_verify_embedding_as_linear", lambda layer, x: layer.as_linear(x))
-    instead(
-        GLM,
-        "verify_logits",
-        lambda lm, x: lm.lm_head(x),
-        lambda lm: lm.lm_head,
-    )
+    instead(GLM, "verify_logits", lambda lm, x: lm.lm_head(x), lambda lm: lm.lm_head)
     # rows of the draft's tokens only, which lie apart under a FlashHead
     instead(EAGLE3, "_eagle3_hot_token_ids", lambda *_, **__: None, _embedding)
     when_imported(LFM2, partial(_keep_from_lfm2, applies))
