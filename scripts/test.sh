@@ -10,8 +10,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "$1" = --oldest ]; then
   shift
   make_venv .venv-oldest -r scripts/oldest.txt
-  exec .venv-oldest/bin/pytest -q -m "not real and not newest" tests/lossless tests/serving/engine \
-    tests/serving/test_http.py tests/models/test_{adapters,compat,install}.py \
+  exec .venv-oldest/bin/pytest -q -m "not real and not newest" tests/lossless \
+    tests/serving/test_{builds,decoding,engine,http,jobs,prefill,recovery}.py \
+    tests/models/test_{adapters,compat,install}.py \
     tests/commands/test_{generate,chat,convert,run}.py "$@"
 fi
 make_venv .venv-test -e ".[test]"
