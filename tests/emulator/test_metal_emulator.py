@@ -1,9 +1,11 @@
-"""The Metal emulator: right answers in every order of threads, exact counts, and every fault."""
+"""The Metal emulator: every fault is caught and all traffic counted.
+
+That it computes what it should, in every order of threads, the tests of the kernels show.
+"""
 
 import sys
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from metal_emulator import Emulator, KernelFault, Traffic
 
@@ -32,74 +34,6 @@ INDEX = "uint i = thread_position_in_grid.x; "
 TID = "uint t = thread_index_in_threadgroup; "
 SHARED = "threadgroup float s[64]; " + TID + "s[t] = 0; "
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup); "
-ROW_SUM = """
-    threadgroup float partial[32];
-    uint row = threadgroup_position_in_grid.x, t = thread_position_in_threadgroup.x;
-    float sum = 0;
-    for (int i = t; i < a_shape[1]; i += threads_per_threadgroup.x) {
-        sum += float(a[row * a_shape[1] + i]);
-    }
-    sum = simd_sum(sum);
-    if (thread_index_in_simdgroup == 0) partial[simdgroup_index_in_threadgroup] = sum;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (simdgroup_index_in_threadgroup == 0) {
-        sum = simd_sum(t < simdgroups_per_threadgroup ? partial[t] : 0.0f);
-        if (t == 0) out[row] = T(sum);
-    }
-"""
-
-
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16, mx.uint8, mx.bool_])
-def test_row_sum_over_1024_threads_in_every_order(dtype):
-    x = (mx.random.uniform(shape=(3, 1237)) * 7).astype(dtype)
-    options = dict(shape=(3,), grid=3 * 1024, threadgroup=1024, template=[("T", mx.float32)])
-    orders = ("forward", "reverse", "shuffle")
-    results = [run_kernel(ROW_SUM, x, emulator=Emulator(o, seed=5), **options) for o in orders]
-    exact = np.array(x.astype(mx.float32)).astype(np.float64).sum(axis=1)
-    np.testing.assert_allclose(np.array(results[0]), exact, rtol=1e-6)
-    assert all(mx.array_equal(result, results[0]) for result in results)
-
-
-def test_simd_operations_in_a_partial_simdgroup():
-    """40 threads: the second simdgroup has 8 lanes."""
-    source = """
-        uint i = thread_position_in_grid.x, lane = thread_index_in_simdgroup;
-        device int* row = out + i * 7;
-        int v = a[i];
-        row[0] = simd_sum(v);
-        row[1] = simd_prefix_inclusive_sum(v);
-        row[2] = simd_prefix_exclusive_sum(v);
-        row[3] = simd_shuffle_xor(v, 1);
-        row[4] = simd_shuffle(v, 3);
-        row[5] = int((simd_vote::vote_t)simd_ballot(v % 2 == 0));
-        row[6] = simd_max(v) * 1000 + simd_min(v);
-    """
-    x = np.random.default_rng(0).integers(0, 100, 40).astype(np.int32)
-    out = np.array(run_kernel(source, mx.array(x), shape=(40, 7), dtype=mx.int32, grid=40))
-    for start in (0, 32):
-        v = x[start : start + 32]
-        lanes = np.arange(len(v))
-        ballot = ((v % 2 == 0).astype(np.int64) << lanes).sum().astype(np.uint32).astype(np.int32)
-        expected = [v.sum(), v.cumsum(), v.cumsum() - v, v[lanes ^ 1], v[3], ballot]
-        expected.append(v.max() * 1000 + v.min())
-        for column, values in zip(out[start : start + 32].T, expected, strict=True):
-            np.testing.assert_array_equal(column, values)
-
-
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
-def test_sixteen_bit_floats_round_as_in_mlx(dtype):
-    """Every bit pattern survives a copy through float; products round to nearest even."""
-    bits = mx.arange(1 << 16).astype(mx.uint16)
-    x = bits.view(dtype)
-    options = dict(
-        shape=x.shape, dtype=dtype, grid=x.size, threadgroup=1024, template=[("T", dtype)]
-    )
-    copy = run_kernel(INDEX + "float v = a[i]; out[i] = T(v);", x, **options)
-    same = (copy.view(mx.uint16) == bits) | mx.isnan(x)
-    assert mx.all(same) and mx.array_equal(mx.isnan(copy), mx.isnan(x))
-    product = run_kernel(INDEX + "out[i] = T(float(a[i]) * 0.3333f);", x, **options)
-    expected = (x.astype(mx.float32) * 0.3333).astype(dtype)
-    assert mx.all((product == expected) | mx.isnan(x))
 
 
 def test_traffic_is_exact():

@@ -14,21 +14,13 @@ from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.models.locate import HeadLocation
 from plan_replay import read_plan, replay
+from tiny_models import FORMS as HEAD_FORMS
 from tiny_models import fitted, random_clusters, random_rows
 
 SWIFT = Path(__file__).parents[2] / "metal" / "swift" / "Sources" / "FlashHead"
 VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_PROBES = 203, 64, 16, 9
 N_CLUSTERS = 13
-FORMS = {
-    "float32": {},
-    "bias": {"bias": True},
-    "bfloat16": {"dtype": mx.bfloat16},
-    "float16": {"dtype": mx.float16},
-    "4 bits": {"bits": 4},
-    "4 bits of bfloat16": {"bits": 4, "dtype": mx.bfloat16},
-    "8 bits": {"bits": 8},
-    "mxfp4": {"bits": 4, "mode": "mxfp4"},
-}
+FORMS = HEAD_FORMS | {"bias": {"bias": True}}
 
 
 def make_rows(form):
@@ -57,7 +49,7 @@ def exported(head, dtype, path):
 
 
 @pytest.mark.parametrize(
-    "form, n_probes", [*((form, N_PROBES) for form in FORMS), ("4 bits", 1), ("4 bits", 12)]
+    "form, n_probes", [*((form, N_PROBES) for form in FORMS), ("4-bit", 1), ("4-bit", 12)]
 )
 def test_the_plan_gives_the_kernels_logits(tmp_path, form, n_probes):
     rows, dtype = make_rows(form), dtype_of(form)
@@ -88,7 +80,7 @@ def test_the_plan_gives_the_kernels_logits(tmp_path, form, n_probes):
 
 
 def test_the_arrays_have_names_shapes_and_dtypes(tmp_path):
-    rows = make_rows("4 bits")
+    rows = make_rows("4-bit")
     head = make_head(rows)
     arrays, plan = exported(head, mx.float16, tmp_path / "head.safetensors")
     stored = head.clustered.centroids.matrix.arrays()
@@ -113,7 +105,7 @@ def test_the_arrays_have_names_shapes_and_dtypes(tmp_path):
 
 def test_swift_reads_all_that_the_plan_holds(tmp_path):
     """No kernel's text stands in Swift, and its types have the keys of the JSON."""
-    _, plan = exported(make_head(make_rows("4 bits")), mx.float32, tmp_path / "head.safetensors")
+    _, plan = exported(make_head(make_rows("4-bit")), mx.float32, tmp_path / "head.safetensors")
     sources = "".join(file.read_text(encoding="utf-8") for file in SWIFT.glob("*.swift"))
     assert "flash_head::" not in sources
 

@@ -91,7 +91,7 @@ def near(found, expected):
 
 
 @pytest.mark.parametrize("form, tied", [*((form, False) for form in FORMS), ("bfloat16", True),
-                                        ("4 bits", True), ("mxfp4", True)])  # fmt: skip
+                                        ("4-bit", True), ("mxfp4", True)])  # fmt: skip
 def test_swift_gives_what_python_gives(tmp_path, form, tied):
     said, arrays, _ = run(tmp_path, form, tied=tied)
     assert said == {"trouble": ""}
@@ -123,7 +123,7 @@ def test_swift_gives_what_python_gives(tmp_path, form, tied):
         assert mx.array_equal(arrays["rows"], arrays["dense_rows"])
 
 
-@pytest.mark.parametrize("form, tied", [("bias", False), ("4 bits", False), ("8 bits", True)])
+@pytest.mark.parametrize("form, tied", [("bias", False), ("4-bit", False), ("8-bit-float16", True)])
 def test_a_device_that_refuses_the_kernels_reads_all_rows(tmp_path, form, tied):
     said, arrays, dispatches = run(tmp_path, form, tied=tied, refused=True)
     assert "No Metal back-end" in said["trouble"]

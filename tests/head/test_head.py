@@ -6,7 +6,7 @@ import pytest
 
 from kernel_cases import ROUNDING
 from mlx_flashhead.head.flash_head import FlashHead
-from tiny_models import fitted, random_clusters, random_rows
+from tiny_models import FORMS, fitted, random_clusters, random_rows
 
 
 def float64(array: mx.array) -> np.ndarray:
@@ -56,16 +56,6 @@ class Reference:
         return np.where(scored, self.logits[row], tail[self.cluster_of])
 
 
-FORMS = {
-    "float32": {},
-    "float16": {"dtype": mx.float16},
-    "bfloat16": {"dtype": mx.bfloat16},
-    "4-bit": {"bits": 4},
-    "4-bit-bfloat16": {"bits": 4, "dtype": mx.bfloat16},
-    "8-bit-float16": {"bits": 8, "dtype": mx.float16},
-    "mxfp4": {"bits": 4, "mode": "mxfp4"},
-    "mxfp4-bfloat16": {"bits": 4, "mode": "mxfp4", "dtype": mx.bfloat16},
-}
 SCORE_SLACK = 1e-3  # of float32 scores
 # V, D, cluster_size, n_probes, leading axes of the hidden states, always scored tokens
 SIZES = [

@@ -42,6 +42,17 @@ CONFIGS = {
     "gptj": {"n_embd": HIDDEN_SIZE, "n_layer": 1, "n_head": 2, "rotary_dim": 16, "vocab_size": 203},
     "minicpm": _COMMON | {"dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 12},
 }
+# How the rows of a random head are stored.
+FORMS = {
+    "float32": {},
+    "float16": {"dtype": mx.float16},
+    "bfloat16": {"dtype": mx.bfloat16},
+    "4-bit": {"bits": 4},
+    "4-bit-bfloat16": {"bits": 4, "dtype": mx.bfloat16},
+    "8-bit-float16": {"bits": 8, "dtype": mx.float16},
+    "mxfp4": {"bits": 4, "mode": "mxfp4"},
+    "mxfp4-bfloat16": {"bits": 4, "mode": "mxfp4", "dtype": mx.bfloat16},
+}
 
 
 def tiny_model(

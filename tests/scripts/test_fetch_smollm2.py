@@ -3,10 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-import numpy as np
 import pytest
-
-import fetch_model as script
 
 PROSE = (
     "Photosynthesis is the process by which plants, algae, and some bacteria convert light energy "
@@ -49,21 +46,3 @@ def test_every_token_has_a_row_and_prose_is_likely(real_model):
     losses = nn.losses.cross_entropy(model(ids)[:, :-1], ids[:, 1:], reduction="mean")
     # 1.58 nats per token; rows in the wrong order for the rotary embedding give more than 2.5.
     assert losses.item() < 1.7
-
-
-def test_half_split_rows_undoes_interleaving():
-    weight = mx.random.normal((3, 2, 4, 5))  # heads, halves, pairs, D
-    interleaved = weight.swapaxes(1, 2).reshape(24, 5)
-    assert mx.array_equal(script.half_split_rows(interleaved, 3), weight.reshape(24, 5))
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_dequantized_is_scale_times_level_plus_bias(bits):
-    weight = mx.random.normal((3, 64)).astype(mx.float16)
-    arrays = mx.quantize(weight, group_size=32, bits=bits)
-    stored = dict(zip(("m.weight", "m.scales", "m.biases"), arrays, strict=True))
-    words, scales, biases = map(np.array, arrays)
-    levels = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & (2**bits - 1)
-    expected = levels.reshape(3, 2, 32) * scales[..., None].astype(np.float64) + biases[..., None]
-    found = script.dequantize(stored, "m")
-    np.testing.assert_allclose(found, expected.reshape(3, 64), rtol=1e-6, atol=1e-6)
