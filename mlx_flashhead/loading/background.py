@@ -166,11 +166,8 @@ class BackgroundBuild:
         self._result: StoredHead | Tuning | None = None  # of the steps
 
     def advance(self) -> bool:
-        """Takes a step, after `install` of some tokens. Returns whether there are more.
-
-        Raises:
-            ValueError: If the model can have no FlashHead after all.
-        """
+        """Takes a step, after `install` one that measures some tokens. Returns whether there are
+        more. ValueError if the model can have no FlashHead after all."""
         try:
             next(self._steps)
             return True
@@ -183,10 +180,8 @@ class BackgroundBuild:
         self._steps.close()
 
     def install(self) -> bool:
-        """Puts the FlashHead on the model, between two tokens. Returns whether that was done.
-
-        The settings for this machine are measured by the steps that follow.
-        """
+        """Puts the FlashHead on the model, between two tokens. Returns whether that was done. The
+        steps that follow measure the settings for this machine."""
         stored = self._result
         if not isinstance(stored, StoredHead) or get_flash_head(self._model) is not None:
             return False

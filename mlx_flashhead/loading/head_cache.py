@@ -72,10 +72,8 @@ class Entry:
         return 0
 
     def remove(self) -> bool:
-        """Deletes it and its speeds; of a link, the link alone.
-
-        Returns whether its folder is gone: files that are not its own stay.
-        """
+        """Deletes it and its speeds, of a link the link alone. Returns whether its folder is gone:
+        files that are not its own stay."""
         speeds_of(self.key).unlink(missing_ok=True)
         if self.path.is_symlink():
             self.path.unlink()
@@ -131,10 +129,8 @@ def fine_heads() -> list[FineHead]:
 
 
 def remove_rest() -> list[Path]:
-    """Deletes speeds and what was fetched of finer heads so far.
-
-    Returns what lies among the kept heads and is none of them.
-    """
+    """Deletes speeds and what was fetched of finer heads so far. Returns what lies among the kept
+    heads and is none of them."""
     parts = (file for file in _well_named(FINE_FOLDER) if file.suffix == ".part")
     for file in (*_well_named("speeds"), *parts):
         file.unlink(missing_ok=True)
@@ -174,12 +170,8 @@ def speeds_of(fingerprint: str) -> Path:
 
 
 def keep(index: FlashHeadIndex, place: Path) -> None:
-    """Keeps a FlashHead and replaces another one in its place, whose speeds are forgotten.
-
-    Raises:
-        OSError: If it cannot be written. Nothing is left behind.
-        ValueError: The same, in a sentence.
-    """
+    """Keeps a FlashHead and replaces another one in its place, whose speeds are forgotten; OSError,
+    or ValueError in a sentence, if it cannot be written. Nothing is left behind."""
     with new_folder(place) as folder:
         write_companion(folder, index)
     speeds_of(index.config.fingerprint).unlink(missing_ok=True)

@@ -37,10 +37,8 @@ DENSE_LOOP = (
 def patch_load(options: HeadOptions) -> None:
     """From now on the loads of mlx-lm and mlx-vlm attach a FlashHead to a model, if they can.
 
-    Programs of theirs that convert or train a model get the dense one.
-
-    Raises:
-        ValueError: If the FlashHead that the user names cannot be read.
+    Programs of theirs that convert or train a model get the dense one. ValueError if the FlashHead
+    that the user names cannot be read.
     """
     chosen = explicit_head(options)
     uses: WeakKeyDictionary[Any, _Use] = WeakKeyDictionary()

@@ -60,11 +60,8 @@ class HeadOptions:
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, *, dense: bool = False) -> "HeadOptions":
-        """The choices of the flags in `common/head_flags.py`; ``dense`` builds no FlashHead.
-
-        Raises:
-            ValueError: If they contradict each other.
-        """
+        """The choices of the flags in `common/head_flags.py`; ``dense`` builds no FlashHead;
+        ValueError if they contradict each other."""
         unverified = getattr(args, "no_verify", False) or getattr(args, "draw_probes", False)
         # unverified choices are a FlashHead's, never silently a normal head's
         answers_first = "build_first" in args and not unverified
@@ -112,11 +109,7 @@ class StoredHead:
 
 
 def explicit_head(options: HeadOptions) -> StoredHead | None:
-    """The FlashHead that the user names, or None.
-
-    Raises:
-        ValueError: If it does not exist, or is damaged.
-    """
+    """The FlashHead that the user names, or None; ValueError if it is not there, or damaged."""
     if options.flash_head is None:
         return None
     folder = resolve(str(options.flash_head), files=FILES)
@@ -129,11 +122,7 @@ def explicit_head(options: HeadOptions) -> StoredHead | None:
 
 
 def bundled_head(folder: Path, options: HeadOptions) -> StoredHead | None:
-    """The FlashHead in a model's folder, or None.
-
-    Raises:
-        ValueError: If it is damaged or of another version.
-    """
+    """The FlashHead in a model's folder, or None; ValueError for a damaged or another version's."""
     if has_flash_head(folder):
         return StoredHead(read_index(folder), str(folder))
     if is_written_here(folder):

@@ -131,11 +131,8 @@ def _machine(head: FlashHead, model: nn.Module) -> str:
 def install_stored(
     model: nn.Module, stored: StoredHead, options: HeadOptions, location: HeadLocation | None = None
 ) -> FlashHead:
-    """Puts a stored FlashHead on a dense model, with the settings for this machine.
-
-    Raises:
-        ValueError: If it does not fit, or an option is not valid. The model stays unchanged.
-    """
+    """Puts a stored FlashHead on a dense model, with the settings for this machine; ValueError, and
+    the model stays as it was, if it does not fit or an option is not valid."""
     index = stored.index
     location = location or find_head(model)
     near = index.check_fit(location.rows(), stored.source)

@@ -35,11 +35,8 @@ HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 
 
 def home() -> Path:
-    """Where FlashHeads and finer heads are kept: $MLX_FLASHHEAD_HOME, or ~/.cache/mlx_flashhead.
-
-    Raises:
-        ValueError: If it is that of a user who does not exist.
-    """
+    """Where FlashHeads and finer heads are kept: $MLX_FLASHHEAD_HOME, or ~/.cache/mlx_flashhead;
+    ValueError if it is that of a user who does not exist."""
     folder = os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead"
     try:
         return Path(folder).expanduser()
@@ -202,10 +199,8 @@ class Tensor:
         return self.array(content, len(ids))
 
     def fetch(self, folder: Path, key: str, bar: tqdm) -> np.memmap:
-        """Its bytes, fetched into a file of ``folder`` if they are a repository's.
-
-        A fetch that has ended early continues there. ValueError if it ends early again.
-        """
+        """Its bytes, fetched into a file of ``folder`` if they are a repository's. A fetch that has
+        ended early continues there. ValueError if it ends early again."""
         if self.file.repo_id is None:
             bar.update(self.nbytes)
             return np.memmap(self.file.name, mode="r", offset=self.start, shape=(self.nbytes,))
@@ -227,11 +222,8 @@ class Tensor:
 
 
 def tensor_files(source: str) -> Iterator[TensorFile]:
-    """The safetensors files of a file, a folder or a repository, those of a head first.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """The safetensors files of a file, a folder or a repository, those of a head first; ValueError
+    if there are none."""
     path = Path(source)
     with suppress(RuntimeError):  # of a user who does not exist
         path = path.expanduser()

@@ -247,10 +247,8 @@ def _name(model: Path | str) -> str:
 
 
 def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
-    """The tensors of a source's head: by the end of its path and its shape, else by shape alone.
-
-    They are finer than the model's, unless ``any_bits`` will do.
-    """
+    """The tensors of a source's head, by the end of its path and its shape, else by shape alone;
+    finer than the model's, unless ``any_bits`` will do."""
     coarse = location.rows()
     shape, leaf = (coarse.n_rows, coarse.hidden_size), f"{location.path.rpartition('.')[2]}.weight"
     fitting: list[Rows] = []
@@ -327,10 +325,8 @@ class Comparison:
 
 
 def replace_rows(module: nn.Module, rows: Matrix) -> None:
-    """Gives a quantized layer other rows in place. `restore_rows` gives the old ones back.
-
-    The old ones, of 4 bits, stay in memory: half of what 8-bit rows take.
-    """
+    """Gives a quantized layer other rows in place. `restore_rows` gives the old ones back: they stay
+    in memory, with 4 bits half of what 8-bit rows take."""
     own: Any = module
     base, old = type(module), {name: module.pop(name) for name in ARRAYS if name in module}
     attributes = {name: getattr(own, name) for name in ("group_size", "bits", "mode")}

@@ -4,8 +4,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,7 +21,6 @@ from mlx_flashhead.models.libraries import UnsupportedHeadError
 from model_folders import write_model
 from tiny_models import tiny_index, tiny_model
 
-CHECKOUT = Path(__file__).parents[2]
 TOKENS = mx.array([[3, 1, 200, 7]])
 
 
@@ -198,34 +195,6 @@ def test_a_head_that_cannot_be_kept_works_all_the_same(
     assert errors.count(said) == 1 and errors.count("kept") == (2 if trouble == "full" else 1)
     monkeypatch.undo()
     assert not list(flash_head_home.rglob(".*"))
-
-
-def test_two_processes_build_once(folder, tmp_path, flash_head_home):
-    program = (
-        "import functools, sys, time\n"
-        "from mlx_flashhead.loading import background as build\n"
-        "from mlx_flashhead.loading.load import load\n"
-        "from mlx_flashhead.conversion.options import IndexOptions\n"
-        "build.IndexOptions = functools.partial(IndexOptions, calibration_positions=100)\n"
-        "steps = build.model_index\n"
-        "def slow(*args, **options):\n"
-        "    time.sleep(2)\n"
-        "    return (yield from steps(*args, **options))\n"
-        "build.model_index = slow\n"
-        "load(sys.argv[1])\n"
-        "print('loaded')\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    command = [sys.executable, "-c", program, str(folder)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
-    said = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert [output for output, _ in said] == ["loaded\n", "loaded\n"]
-    errors = "".join(errors for _, errors in said)
-    assert errors.count("Building the FlashHead") == 1
-    assert errors.count("Another process is building") == 1
-    assert len(list((flash_head_home / "flash_heads").iterdir())) == 1
 
 
 def test_a_companion_of_another_model(companion, tmp_path):

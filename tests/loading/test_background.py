@@ -84,7 +84,8 @@ def test_a_dropped_build_leaves_nothing(loaded, flash_head_home, n_steps):
 
 @pytest.mark.parametrize("dies", [False, True])
 def test_another_process_builds(loaded, monkeypatch, dies):
-    """The second one takes what the first has built, or builds itself where that one has died."""
+    """The second one takes what the first has built, or builds itself where that one has died: the
+    lock of a file knows no process."""
     monkeypatch.setattr(background, "LOCK_SECONDS", 0.0)
     model, tokenizer = loaded
     other, _ = mlx_lm.load(str(loaded[1].name_or_path))

@@ -91,10 +91,8 @@ def _free_values(function: Any) -> dict[str, Any]:
 
 def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
     """What ``make_sampler`` was called with, for a sampler whose draw is a threshold and the best
-    noisy logit; None for another sampler, with XTC, or with a least number of tokens.
-
-    mlx-lm's samplers say nothing of themselves, so this reads the closures of 0.31 and 0.32.
-    """
+    noisy logit; None for another sampler, with XTC, or with a least number of tokens. mlx-lm's
+    samplers say nothing of themselves, so this reads the closures of 0.31 and 0.32."""
     if sampler is getattr(sample_utils, "greedy_sampler", sample_utils):
         return {}
     code = getattr(sampler, "__code__", None)
@@ -234,10 +232,8 @@ class ChoosingBatchGenerator(BatchGenerator):
 
 
 class StateMachineStops:
-    """0.31's state machine of a sequence, in the place of 0.32's ``StopSequences``.
-
-    After :meth:`advance` it has 0.31's ``match_sequence`` and ``current_state`` of the token.
-    """
+    """0.31's state machine of a sequence, in the place of 0.32's ``StopSequences``. After a call of
+    :meth:`advance` it has 0.31's ``match_sequence`` and ``current_state`` of the token."""
 
     def __init__(self, machine: Any):
         self._machine, self._state = machine, machine.make_state()

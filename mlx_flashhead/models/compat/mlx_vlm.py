@@ -67,11 +67,8 @@ def chat_text(
 
 
 def own_head(drafter: Any, target: Any) -> Any:
-    """What makes a drafter's logits, if it is neither the target's nor a retrieval already.
-
-    A linear layer, or the method ``as_linear`` of an embedding; else None. Gemma 4's assistant with
-    centroids has a function instead, which scores the tokens of a few.
-    """
+    """What makes a drafter's logits: a linear layer, or the method ``as_linear`` of an embedding.
+    None if it is the target's, or a retrieval as of Gemma 4's assistant with centroids."""
     target = getattr(target, "language_model", target)
     drafter.bind(target)
     head = getattr(drafter, "_lm_head_fn", None) or getattr(drafter, "lm_head", None)
