@@ -325,8 +325,8 @@ class Comparison:
 
 
 def replace_rows(module: nn.Module, rows: Matrix) -> None:
-    """Gives a quantized layer other rows in place. `restore_rows` gives the old ones back: they
-    stay in memory, with 4 bits half of what 8-bit rows take."""
+    """Gives a quantized layer other rows in place. The old ones, which `restore_rows` gives back,
+    stay in memory: of 4 bits they take half of what 8-bit rows do."""
     own: Any = module
     base, old = type(module), {name: module.pop(name) for name in ARRAYS if name in module}
     attributes = {name: getattr(own, name) for name in ("group_size", "bits", "mode")}
