@@ -55,6 +55,23 @@ class Case:
         return chosen[:, self.cluster_of]
 
 
+@pytest.mark.parametrize("vocab_size, cluster_size", [(64, 8), (40, 1), (30, 30), (37, 16)])
+def test_divergence_and_perplexity_of_full_distributions(vocab_size, cluster_size):
+    """The head's logits from their definition: `test_build.py` has the other measures."""
+    case = Case(vocab_size, cluster_size)
+    estimate = (case.scores_of(case.states) + case.tail_offset)[:, case.cluster_of]
+    for got in case.positions(sorted({1, min(3, case.n_clusters), case.n_clusters})).means():
+        probed = case.probed(got.n_probes)
+        best = np.where(probed, case.logits, -np.inf).max(axis=1, keepdims=True)
+        cap = best - np.maximum(1, np.abs(best) / 64)
+        retrieved = np.where(probed, case.logits, np.minimum(estimate, cap))
+        dense, own = (x - np.log(np.exp(x).sum(1)[:, None]) for x in (case.logits, retrieved))
+        kl = (np.exp(dense) * (dense - own)).sum(axis=1).mean()
+        assert got.kl == pytest.approx(kl, rel=1e-4, abs=1e-6)
+        perplexity = np.exp(-np.take_along_axis(own, case.next_ids[:, None], axis=1).mean())
+        assert got.perplexity == pytest.approx(perplexity, rel=1e-5)
+
+
 def test_gap_and_tail_are_what_the_head_knows_of_its_unscored_clusters():
     case = Case()
     found = case.positions([3, case.n_clusters])
