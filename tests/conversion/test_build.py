@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.conversion import build, measures, take_all
-from mlx_flashhead.conversion.build import build_index, model_index
+from mlx_flashhead.conversion.build import build_index, expected_seconds, model_index
 from mlx_flashhead.conversion.clustering import cluster_rows
 from mlx_flashhead.conversion.fitting import fit_centroids, logit_metric
 from mlx_flashhead.conversion.measures import report_lines
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
 from tiny_models import random_rows
@@ -67,6 +68,17 @@ def test_dropped_at_any_step_the_model_is_as_it_was(loaded):
             next(steps)
         steps.close()
         assert dict(type(loaded[2].module).__dict__) == before
+
+
+def test_the_expected_time_grows_with_the_head_and_the_text(monkeypatch):
+    monkeypatch.setattr(build.timeit, "repeat", lambda *_, **__: [1.0])
+
+    def expected(vocab_size, **options):
+        rows = Matrix(mx.zeros((vocab_size, 64)))
+        return expected_seconds(rows, IndexOptions(calibration_seconds=30, **options)) - 30
+
+    assert 0 < 4 * expected(1000) < expected(20_000)
+    assert 4 * expected(1000, calibration_positions=100) < expected(1000)
 
 
 def make_case(**kwargs):
