@@ -25,7 +25,7 @@ from ..models.install import get_flash_head
 from .api_error import ApiError
 from .decoding import Batch, Single, kind_of
 from .jobs import Job
-from .prefill import CHUNK_SECONDS, KVCaches, Pace, PromptCaches, Reading, ReadingQueue
+from .prefill import CHUNK_SECONDS, KVCaches, PrefillPace, PromptCaches, Reading, ReadingQueue
 from .served_models import ServedModel
 
 SHUTTING_DOWN = "The server is shutting down."
@@ -49,7 +49,7 @@ class Engine:
         self._readings = ReadingQueue()
         self._decoders: list[Batch | Single] = []
         self._caches = PromptCaches(flags.prompt_cache_size, flags.prompt_cache_bytes)
-        self._pace = Pace(flags.prefill_step_size)
+        self._pace = PrefillPace(flags.prefill_step_size)
         self._answer_seconds = 0.0  # of the latest tokens of all answers
         self._n_failures = 0  # since the latest answer that was completed
         self._latest_turn = math.inf  # nothing is stuck before the first one

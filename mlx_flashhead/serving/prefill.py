@@ -65,7 +65,7 @@ class PromptCaches:
             self._caches.trim_to(n_bytes=self._max_bytes - sum(in_use))
 
 
-class Pace:
+class PrefillPace:
     """The number of tokens of a prompt to read at once, from the time of the chunks before."""
 
     def __init__(self, largest: int):
@@ -110,7 +110,7 @@ class ReadingQueue:
         self._turn += 1
         return min(self, key=self._readings.__getitem__ if self._turn % 2 else lambda r: r.left)
 
-    def read(self, reading: "Reading", pace: Pace) -> None:
+    def read(self, reading: "Reading", pace: PrefillPace) -> None:
         before = reading.left
         reading.read(pace)
         self._n_read += before - reading.left
@@ -147,7 +147,7 @@ class Reading:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self.cache)
 
-    def read(self, pace: Pace) -> None:
+    def read(self, pace: PrefillPace) -> None:
         """Reads the next chunk and reports the progress."""
         prompt = self.job.prompt
         stops = (*prompt.landmarks, self.done + self.left)

@@ -12,7 +12,7 @@ from mlx_flashhead.serving.jobs import Progress, Token
 from mlx_flashhead.serving.prefill import (
     CHUNK_SECONDS,
     SMALLEST_CHUNK,
-    Pace,
+    PrefillPace,
     PromptCaches,
 )
 from model_folders import write_model
@@ -88,7 +88,7 @@ def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(
 
 
 def test_pace_finds_what_fits_into_a_chunks_time():
-    pace = Pace(2048)
+    pace = PrefillPace(2048)
 
     def took(seconds):
         for _ in range(20):
@@ -99,4 +99,4 @@ def test_pace_finds_what_fits_into_a_chunks_time():
         assert CHUNK_SECONDS / 4 <= took(lambda n: n / speed) / speed <= CHUNK_SECONDS  # noqa: B023
     assert took(lambda n: 100.0) == SMALLEST_CHUNK
     assert took(lambda n: 0.0) == 2048
-    assert Pace(8).n_tokens == 8
+    assert PrefillPace(8).n_tokens == 8
