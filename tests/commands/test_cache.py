@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 from functools import partial
@@ -46,7 +47,9 @@ def test_lists_what_is_kept(run, kept, flash_head_home, monkeypatch):
     place.write_text(json.dumps(speeds))
     code, output, _ = run("cache")
     assert code == 0 and str(flash_head_home) in output
-    rows = [line.split(maxsplit=5) for line in output.splitlines() if " MB" in line][1:]
+    rows = [
+        line.split(maxsplit=5) for line in output.splitlines() if re.match(r" *[0-9a-f]{8} ", line)
+    ]
     by_model = {row[1]: " ".join(row[5:]).strip() for row in rows}
     measured = "0.90 x (dense), 1.50 x"
     assert by_model == {"owner/One": "–", "[b]Two[2J": measured, "damaged": "–"}
