@@ -23,7 +23,7 @@ SAMPLERS = {
     "top-p": {"temp": 0.8, "top_p": 0.9, "top_k": 40, "seed": 2},
     "xtc": {"temp": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.05, "seed": 3},
 }
-FORMATS = {"float32": {}, "bfloat16": {"dtype": mx.bfloat16}, "4 bits": {"bits": 4}}
+FORMATS = {"float32": {}, "bfloat16, 4 bits": {"dtype": mx.bfloat16, "bits": 4}}
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -65,7 +65,7 @@ def test_faults_within_the_bounds_change_no_text(model, faults, processors, samp
             dense=dense,
             sampler=make(**settings),
             logits_processors=functions,
-            max_tokens=20,
+            max_tokens=14,
         )
 
     settings = SAMPLERS[sampler]

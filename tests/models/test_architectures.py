@@ -58,8 +58,16 @@ def steps(model, tokens) -> list[mx.array]:
     return [model(tokens), *(model(part, cache=cache) for part in inputs)]
 
 
-@pytest.mark.parametrize("bits", [None, 4], ids=["dense", "4-bit"])
-@by_form(FOUND, lambda form: form.served)
+def cases():
+    """Each form, in 4 bits and unquantized; of an architecture with both forms, one in each."""
+    for name, forms in FOUND.items():
+        served = [tied for tied in (False, True) if forms[tied].served]
+        for tied in served:
+            every = (4 if tied else None,) if len(served) == 2 else (None, 4)
+            yield from ((name, tied, bits) for bits in every)
+
+
+@pytest.mark.parametrize("name, tied, bits", cases())
 def test_flash_head(name, tied, bits):
     model = tiny_architecture(name, tied=tied)
     model = model if bits is None else quantized(model)
