@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -196,11 +197,11 @@ class ChoosingBatchGenerator(BatchGenerator):
             self.model, self.sampler, prefill_step_size=self.prefill_step_size
         )
 
+    @abstractmethod
     def choose(
         self, uids: list[int], latest: mx.array, cache: list[Any]
     ) -> tuple[mx.array, list[mx.array | None]]:
         """The next tokens (R,) of sequences after their ``latest`` tokens (R,)."""
-        raise NotImplementedError
 
     def advance(self) -> tuple[list[Any], list[Any]]:
         """mlx-lm's next step: responses of prompts, and of tokens."""
