@@ -10,13 +10,14 @@ from typing import Any
 
 from .common.arguments import Parser, whole_number
 from .common.command import command, ending_soon
-from .common.generation_flags import (
+from .common.flags import (
     add_answer_flags,
+    add_answering_options,
     add_model_flags,
+    add_probes_option,
     add_prompt_flags,
     check_before_loading,
 )
-from .common.head_flags import add_answering_options, add_probes_option
 from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .common.terminal import printable_output
 from .structured.grammar import add_grammar_options, grammar_of

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..common.head_flags import source_options
+from ..common.flags import source_options
 from ..common.tables import Table, new_table
 from ..common.timing import spread, timer
 from ..head.clustered import Centroids

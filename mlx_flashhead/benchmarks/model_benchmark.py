@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..common.head_flags import source_options
+from ..common.flags import source_options
 from ..common.tables import Table, new_table, percent
 from ..common.timing import spread
 from ..head.backend import scored_logits_agree
