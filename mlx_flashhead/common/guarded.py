@@ -104,7 +104,7 @@ class _Helper:
 
 
 def memory_of(pid: int) -> int:
-    """Bytes that a process uses; 0 if that is unknown. macOS has no limit that it keeps to."""
+    """Bytes that a process uses; 0 if that is unknown. macOS enforces no such limit."""
     try:
         shown = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
     except OSError:
@@ -119,7 +119,7 @@ def _too_large(max_bytes: int) -> str:
 def _serve(path: str, connection: Connection, seconds: int, max_bytes: int) -> None:
     """The helper's loop, until the other end of the connection is closed."""
     _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_DATA, max_bytes)  # Linux keeps to it
+    _limit(resource.RLIMIT_DATA, max_bytes)  # Linux enforces it
     stack_size(STACK_BYTES)
     spec = spec_from_file_location("work", path)
     assert spec is not None and spec.loader is not None

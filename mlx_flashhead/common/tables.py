@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 else:
     Table = object  # rich may be absent
 
-FOLDED = 12  # columns that a column which folds keeps
+FOLDED = 12  # characters that a folding column has at least
 SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 
 

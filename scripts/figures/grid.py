@@ -4,7 +4,7 @@
 
 Each model in float32 and in 4 bits, greedy and top-p, 1 and 4 texts, in turns; the ratio is that of
 each turn. The figures are written after every case, and a second run continues where the first one
-ended. The 4-bit models and the FlashHeads are kept in the work folder, and the table goes into the
+ended. The 4-bit models and the FlashHeads stay in the work folder, and the table goes into the
 page.
 """
 

@@ -48,7 +48,7 @@ def test_a_failure_ends_its_own_work_alone(guard):
 
 
 def test_the_memory_of_a_helper_is_looked_at(guard, monkeypatch):
-    """As on macOS, which does not keep to a limit."""
+    """As on macOS, which enforces no limit."""
     assert memory_of(os.getpid()) > 1 << 20
     guard.seconds = 30
     monkeypatch.setattr(guarded, "memory_of", lambda pid: 300 << 20)
