@@ -79,13 +79,6 @@ def test_answers_are_those_without_a_cache(conversation):
         check_cache(conversation)
 
 
-def test_settings_are_passed_on(conversation):
-    settings = {"n_probes": 1, "verify": False}
-    few = expected(conversation, "Hello", **settings)
-    assert few != expected(conversation, "Hello", dense=True)
-    assert answer(conversation, "Hello", **settings) == few
-
-
 @pytest.mark.parametrize("n_pieces", [1, 5])
 def test_a_stopped_answer_stays_as_far_as_it_came(conversation, n_pieces):
     right, seen = expected(conversation, "Hello"), []
@@ -151,18 +144,6 @@ def test_a_full_cache_forgets_the_oldest_and_is_made_anew_where_it_cannot_be_tri
     fresh = Conversation(model, loaded[1], max_kv_size=24)
     fresh.replace(conversation.messages[:2])
     assert answer(fresh, "Another one") == again
-
-
-def test_reset_begins_anew_with_the_system_prompt(loaded):
-    conversation = Conversation(*loaded, system_prompt="Be brief.")
-    check_next_answer(conversation, "Hello")
-    first = conversation.answers[0].text
-    assert conversation.messages[0] == {"role": "system", "content": "Be brief."}
-    assert first != answer(Conversation(*loaded), "Hello")
-    conversation.reset()
-    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
-    assert conversation.answers == [] and conversation.cached_ids == []
-    assert answer(conversation, "Hello") == first
 
 
 def test_an_answer_ends_at_the_end_of_text(conversation):
