@@ -71,7 +71,7 @@ class _Helper:
         self.connection, theirs = Pipe()
         numbers = (theirs.fileno(), math.ceil(guard.seconds), guard.max_bytes)
         program = [sys.executable, "-P", __file__, str(guard.path), *map(str, numbers)]
-        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         with theirs:  # in a session of its own: Ctrl-C is for the caller
             self.process = subprocess.Popen(
                 program, pass_fds=[theirs.fileno()], start_new_session=True, **quiet
