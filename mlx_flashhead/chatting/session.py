@@ -39,12 +39,9 @@ COMMANDS = {
     "/exit": "leave (or q, or Ctrl-D)",
 }
 WITH_FILES = ("/save", "/load")
-# What people type for a command; the letters are those of mlx_lm.chat.
-ALIASES = {
-    "/help": ("h", "/h", "help", "?"),
-    "/reset": ("r", "/r"),
-    "/exit": ("q", "/q", "quit", "/quit", "exit"),
-}
+# What people type for a command, with a slash or without; the letters are those of mlx_lm.chat.
+ALIASES = dict.fromkeys(("h", "help", "?"), "/help") | {"r": "/reset"}
+ALIASES |= dict.fromkeys(("q", "quit", "exit"), "/exit")
 HELP = """\
 Ctrl-C stops an answer. A message that begins with a slash needs a space before it.
 Several lines: paste them, end a line with Esc Enter, or put \"\"\" before and after them.
@@ -218,14 +215,11 @@ class ChatSession:
 
 def _command(text: str) -> tuple[str, str]:
     """The command in a line and its argument; two empty texts if it is a message."""
-    words = text.split(maxsplit=1)
-    if not words or "\n" in text.strip("\n"):
+    is_command = text.startswith("/") or text.strip() in ALIASES  # not a slash after a space
+    if "\n" in text.strip("\n") or not is_command:
         return "", ""
-    name = next((name for name, others in ALIASES.items() if words[0] in others), words[0])
-    alone = len(words) == 1 and name in ALIASES and "/" not in words[0]
-    if text.startswith("/") or alone:  # after a space, a slash begins a message
-        return name, words[1].strip() if words[1:] else ""
-    return "", ""
+    name, *argument = text.split(maxsplit=1)
+    return ALIASES.get(name.removeprefix("/"), name), "".join(argument).strip()
 
 
 def _figures(answer: Answer) -> str:
