@@ -26,11 +26,10 @@ from apple_estimates import CHECKOUT, line, with_block
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
 from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Form, with_flash_head
-from mlx_flashhead.benchmarks.reporting import cells, machine
+from mlx_flashhead.benchmarks.reporting import cells, in_turns, machine, spread
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.tables import count, new_table, show
-from mlx_flashhead.common.timing import in_turns, spread
 from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.models.install import dense_copy, installed_head
 
