@@ -78,8 +78,8 @@ def _chat(args: Namespace) -> None:
     )
     if resumed:
         conversation.replace(resumed)
-    names = ("temp", "top_p", "min_p", "min_tokens_to_keep", "top_k")
-    names += ("xtc_probability", "xtc_threshold")
+    names = ["temp", "top_p", "min_p", "min_tokens_to_keep", "top_k"]
+    names += ["xtc_probability", "xtc_threshold"]
     options = {
         "max_tokens": args.max_tokens,
         "prefill_step_size": args.prefill_step_size,

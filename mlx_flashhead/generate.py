@@ -26,8 +26,8 @@ from .common.flags import (
 from .common.terminal import printable_output
 from .structured.grammar import add_grammar_options, grammar_of
 
-ONE_PROCESS = ("adapter_path", "draft_model", "prompt_cache_file", "image", "fine_head")
-ONE_PROCESS += ("quantize_activations",)
+ONE_PROCESS = ["adapter_path", "draft_model", "prompt_cache_file", "image", "fine_head"]
+ONE_PROCESS += ["quantize_activations"]
 
 
 def make_parser() -> Parser:
