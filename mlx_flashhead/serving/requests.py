@@ -26,7 +26,7 @@ _EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": 
 
 _TYPES = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
 _ANY, _COUNT, _SHARE = (object,), (int, 0, 2**31 - 1), (float, 0, 1)
-_AT_START = ([], "it is chosen when the server is started.")
+_AT_START: tuple = ([], "it is chosen when the server is started.")
 # Of each field its type and a number's limits, or the only values that it may have and the reason.
 _FIELDS: dict[str, tuple] = {
     **dict.fromkeys(("model", "stop", "response_format", "regex", "grammar"), _ANY),
@@ -253,7 +253,8 @@ def _stop(stop: Any) -> tuple[str, ...]:
 def _form(fields: dict[str, Any]) -> Grammar | None:
     """The form of the answer: ``regex`` or ``grammar``, alone or within ``response_format``."""
     # each with its place in the request, its kind, and what describes it
-    forms = [(kind, kind, fields[kind]) for kind in ("regex", "grammar") if kind in fields]
+    alone = [kind for kind in ("regex", "grammar") if kind in fields]
+    forms: list[tuple[str, str, Any]] = [(kind, kind, fields[kind]) for kind in alone]
     field = "response_format"
     if (value := fields.get(field)) is not None:
         kind = value.get("type") if isinstance(value, dict) else None
