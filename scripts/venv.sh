@@ -40,7 +40,7 @@ make_venv() {
   fi
   if [ ! "$stamp" -nt pyproject.toml ] || [ ! "$stamp" -nt scripts/oldest.txt ]; then
     echo "Installing $* into $venv, a minute or two …"
-    if ! "$venv/bin/python" -m pip install --progress-bar off "$@" 2>"$venv/.pip" | _one_line; then
+    if ! "$venv/bin/python" -m pip install --progress-bar off --no-compile "$@" 2>"$venv/.pip" | _one_line; then
       cat "$venv/.pip" >&2
       echo "error: pip could not install $* into $PWD/$venv; its reason stands above." >&2
       return 1
