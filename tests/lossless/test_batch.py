@@ -52,7 +52,7 @@ def test_mixed_settings_share_the_steps(flash, misses, with_processors):
 
 def test_rows_that_all_are_proposed_by_the_head(flash, misses, monkeypatch):
     """Greedy and drawn rows share one call that makes no full logits."""
-    monkeypatch.setattr(type(flash.head._steps), "expand", None)
+    monkeypatch.setattr(type(flash.head.steps), "expand", None)
     settings = [SETTINGS[i] for i in (0, 1, 2, 0)]
     tokens, _ = flash.batch(PROMPTS, **sampled(settings))
     assert tokens == [alone(flash, p, s, []) for p, s in zip(PROMPTS, settings, strict=True)]
@@ -136,3 +136,17 @@ def test_a_stop_token_ends_a_text(flash, rotating):
         assert [response.token for response in responses] == expected[:n]
         assert responses[-1].finish_reason == "stop"
         assert [layer.offset for layer in responses[-1].prompt_cache] == [len(PROMPT) + n] * 2
+
+
+@pytest.mark.parametrize("form", [int, lambda token: (token,)])
+def test_stop_tokens_may_be_single_ones(flash, form):
+    """As mlx-lm takes them, and vllm-mlx gives them."""
+    expected = alone(flash, PROMPT, {}, [])
+    last = expected.index(expected[5])
+    generator = VerifiedBatchGenerator(flash.model, stop_tokens={form(expected[5])})
+    generator.insert([PROMPT], [25])
+    responses = []
+    while step := generator.next_generated():
+        responses += step
+    assert [response.token for response in responses] == expected[: last + 1]
+    assert responses[-1].finish_reason == "stop"
