@@ -24,6 +24,7 @@ DUPLICATE_DISTANCE = 0.2
 DUPLICATE_SAMPLE = 1024
 ROUNDING = 1e-5  # of a squared distance, relative to the squared norm
 
+Array = np.ndarray
 Counts = Generator[int, None, Result]  # yields the rows that a part of the work has done
 
 
@@ -59,12 +60,8 @@ def cluster_rows(
 
 
 def _clusters(
-    rows: np.ndarray,
-    cluster_size: int,
-    metric: np.ndarray | None,
-    passes: int,
-    rng: np.random.Generator,
-) -> Counts[np.ndarray]:
+    rows: Array, cluster_size: int, metric: Array | None, passes: int, rng: np.random.Generator
+) -> Counts[Array]:
     vocab_size, hidden_size = len(rows), (rows if metric is None else metric).shape[1]
     # the only copy of the rows: less their mean, for exact distances, and a column of ones
     points = np.ones((vocab_size, hidden_size + 1), dtype=np.float32)
@@ -74,37 +71,34 @@ def _clusters(
         if metric is None:
             norms = np.sqrt(_squares(block))
             block = block / np.where(norms > 0, norms, 1)[:, None]
-        else:
-            block = block @ metric
-        mapped[start : start + len(block)] = block
+        mapped[start : start + len(block)] = block if metric is None else block @ metric
         yield 0
     mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)
-    grouped, others = yield from _group_duplicates(points[:, :-1], cluster_size, rng)
+    grouped, others = yield from _group_duplicates(mapped, cluster_size, rng)
     yield passes * grouped.size
     n_clusters = -(-len(others) // cluster_size)
     token_ids = np.full((len(grouped) + n_clusters, cluster_size), vocab_size, dtype=np.uint32)
     token_ids[: len(grouped)] = grouped
     if n_clusters:
+        for start in range(0, len(others), BLOCK_ROWS):  # to the front, without a second copy
+            block = points[others[start : start + BLOCK_ROWS]]
+            points[start : start + len(block)] = block
+        points = points[: len(others)]
         capacity = len(others) // n_clusters + (np.arange(n_clusters) < len(others) % n_clusters)
-        if len(grouped):  # the others move to the front in place, without a second copy
-            for start in range(0, len(others), BLOCK_ROWS):
-                block = others[start : start + BLOCK_ROWS]
-                points[start : start + len(block)] = points[block]
-            points = points[: len(others)]
         members = yield from _balanced_kmeans(points, capacity, passes, rng)
         for column, ids in enumerate(members):
             token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
     return np.sort(token_ids, axis=1)
 
 
-def _squares(vectors: np.ndarray) -> np.ndarray:
+def _squares(vectors: Array) -> Array:
     """Squared norms, (R, D) → (R,), without a temporary copy of the vectors."""
     return np.einsum("rd,rd->r", vectors, vectors)
 
 
 def _group_duplicates(
-    points: np.ndarray, cluster_size: int, rng: np.random.Generator
-) -> Counts[tuple[np.ndarray, np.ndarray]]:
+    points: Array, cluster_size: int, rng: np.random.Generator
+) -> Counts[tuple[Array, Array]]:
     """Ids (G, cluster_size) of large sets of nearly identical rows, such as those of unused tokens,
     which would crowd the same few shortlists; and the ascending ids of all others."""
     sample = rng.permutation(len(points))[:DUPLICATE_SAMPLE]
@@ -128,7 +122,7 @@ def _group_duplicates(
     return np.concatenate(groups), np.flatnonzero(left)
 
 
-def _near(points: np.ndarray, centres: np.ndarray, middle: np.ndarray) -> np.ndarray:
+def _near(points: Array, centres: Array, middle: Array) -> Array:
     """Whether points (R, D) are near-duplicates of centres (M, D): (R, M) bool."""
     own, central = _squares(points), _squares(centres)
     limit = DUPLICATE_DISTANCE * _squares(centres - middle) + ROUNDING * central
@@ -137,8 +131,8 @@ def _near(points: np.ndarray, centres: np.ndarray, middle: np.ndarray) -> np.nda
 
 
 def _balanced_kmeans(
-    points: np.ndarray, capacity: np.ndarray, passes: int, rng: np.random.Generator
-) -> Counts[list[np.ndarray]]:
+    points: Array, capacity: Array, passes: int, rng: np.random.Generator
+) -> Counts[list[Array]]:
     """Entry j holds the j-th member of each cluster that has more than j: the first ones, since the
     capacity (C,) descends."""
     n_points, n_clusters = len(points), len(capacity)
@@ -173,7 +167,7 @@ def _balanced_kmeans(
     return members
 
 
-def _centroids(points: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
+def _centroids(points: Array, members: list[Array]) -> Array:
     """(c, -|c|²/2) for the means c: the product with a point grows as the point comes nearer."""
     centroids = points[members[0]]
     for column in members[1:]:
@@ -186,22 +180,19 @@ def _centroids(points: np.ndarray, members: list[np.ndarray]) -> np.ndarray:
 
 
 def faster_library(work: Callable[[Any], object]) -> Any:
-    """numpy, or ``mlx.core`` where its device is a GPU that does the work of a block sooner, tried
-    twice with each. Both give clusters of the same quality."""
+    """numpy, or ``mlx.core`` where its device is a GPU that does the work of a block sooner. Both
+    give clusters of the same quality."""
     if mx.default_device().type != mx.gpu:
         return np
-    seconds = {}
-    for library in (np, mx, np, mx):  # MLX compiles its kernels in the first round
-        seconds[library] = timeit.timeit(partial(work, library), number=1)
-    return min(seconds, key=lambda library: seconds[library])
+    work(mx)  # compiles the kernels
+    return min((np, mx), key=lambda library: timeit.timeit(partial(work, library), number=1))
 
 
 def _shortlists(
-    points: np.ndarray, rows: np.ndarray, centroids: np.ndarray, library: Any
-) -> Counts[tuple[np.ndarray, np.ndarray]]:
-    """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered: of
-    buckets of them the best ones, found in rounds of pairs, which take less time than the
-    product."""
+    points: Array, rows: Array, centroids: Array, library: Any
+) -> Counts[tuple[Array, Array]]:
+    """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered: the
+    best ones of buckets, found in rounds of pairs, which take less time than the product."""
     xp, n_clusters = library, len(centroids)
     length = min(LIST_LENGTH, n_clusters)
     n_rounds = max(n_clusters // BUCKETS, 1).bit_length() - 1
@@ -233,13 +224,7 @@ def _shortlists(
     return ids, scores
 
 
-def _place(
-    waiting: np.ndarray,
-    ids: np.ndarray,
-    utilities: np.ndarray,
-    free: np.ndarray,
-    assigned: np.ndarray,
-) -> None:
+def _place(waiting: Array, ids: Array, utilities: Array, free: Array, assigned: Array) -> None:
     """Each waiting point (R,) proposes to its best open cluster, which accepts those with most to
     lose, as long as one is open. ``free`` (C,) and ``assigned`` (V,), -1 for none, change."""
     while len(waiting):

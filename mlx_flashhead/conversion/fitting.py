@@ -14,11 +14,10 @@ from ..head.clustered import Centroids
 from ..head.matrix import DEFAULT_GROUP, Matrix, affine_group, as_float32
 from . import Step, Steps
 
-BLOCK_STATES = 2048  # at once, which bounds memory
+BLOCK_STATES, BLOCK_CLUSTERS = 2048, 64  # at once, which bounds memory
 # Variance added in all directions, as a share of the mean variance. 0.03 to 0.3 make no difference.
 FLOOR = 0.1
 COLUMNS_SHARE, LEAST_COLUMNS = 1 / 6, 64  # of D; a third or all of them make no difference
-BLOCK_CLUSTERS = 64  # at once, which bounds memory
 RIDGE = 0.03  # penalty, relative to the states' mean variance per dimension
 BITS, LEVELS = 4, 15  # of a rounded centroid
 DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
@@ -45,14 +44,12 @@ def logit_metric(states: np.ndarray) -> np.ndarray:
         variance = variance / mean_variance
     values, directions = np.linalg.eigh(variance)
     n_columns = min(hidden_size, max(LEAST_COLUMNS, round(COLUMNS_SHARE * hidden_size)))
-    greatest = slice(-n_columns, None)
-    scales = np.sqrt(np.maximum(values[greatest], 0) + FLOOR)
-    return (directions[:, greatest] * scales).astype(np.float32)
+    scales = np.sqrt(np.maximum(values[-n_columns:], 0) + FLOOR)
+    return (directions[:, -n_columns:] * scales).astype(np.float32)
 
 
-def raw_means(rows: np.ndarray | mx.array, token_ids: np.ndarray) -> np.ndarray:
+def raw_means(rows: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     """Mean of each cluster's rows, (C, D) float32, without the padded slots."""
-    rows = as_float32(rows)
     sums = np.zeros((len(token_ids), rows.shape[1]), dtype=np.float32)
     real = token_ids < len(rows)
     for column in range(token_ids.shape[1]):
@@ -78,44 +75,18 @@ def fit_centroids(
     Source: GPTQ is arXiv 2210.17323, algorithm 1; the fit is this project's own.
     """
     rows = as_float32(rows)
-    vocab_size, hidden_size = rows.shape
+    (vocab_size, hidden_size), n_clusters = rows.shape, len(token_ids)
     head_bias = np.zeros(vocab_size, np.float32) if head_bias is None else as_float32(head_bias)
     means = raw_means(rows, token_ids)
     if states is None:
         matrix, _ = yield from _quantize(means, np.eye(hidden_size), group_size)
         bias = raw_means(head_bias[:, None], token_ids)[:, 0]
-        tail_offset = np.zeros(len(means))
-    else:
-        moments = yield from _moments(rows, means, token_ids, states, head_bias)
-        state_mean, state_variance, mean, variance, cross = moments
-        # max: equal states have no variance, and the means are kept
-        penalty = RIDGE * max(np.trace(state_variance) / hidden_size, 1e-12)
-        penalised = state_variance + penalty * np.eye(hidden_size)
-        centroids = means + np.linalg.solve(penalised, cross.T).T
-        matrix, rounded = yield from _quantize(centroids, state_variance, group_size)
-        change = rounded - means
-        variance = variance + np.sum((change @ state_variance - 2 * cross) * change, axis=1)
-        bias = mean - change @ state_mean + np.maximum(variance, 0) / 2
-        tail_offset = -np.log((token_ids < vocab_size).sum(axis=1))
-    return Centroids(
-        matrix,
-        bias=mx.array(bias.astype(np.float32)),
-        tail_offset=mx.array(tail_offset.astype(np.float32)),
-    )
+        return Centroids(matrix, mx.array(bias), mx.zeros(n_clusters))
 
-
-def _moments(
-    rows: np.ndarray,
-    means: np.ndarray,
-    token_ids: np.ndarray,
-    states: np.ndarray,
-    head_bias: np.ndarray,
-) -> Steps[tuple[np.ndarray, ...]]:
-    """Moments over the states h of the residuals r_c = logsumexp_c - h · mean_c, in float64: mean
-    (D,) and covariance (D, D) of h, mean and variance (C,) of r, covariance (C, D) of both."""
-    (n_states, hidden_size), n_clusters = states.shape, len(token_ids)
-    state_mean, state_covariance = covariance(states)
-    blocks = [states[i : i + BLOCK_STATES] for i in range(0, n_states, BLOCK_STATES)]
+    # Over the states h, in float64: mean and variance of the residuals r_c = logsumexp_c - h·mean_c
+    # (C,), and their covariance with h (C, D).
+    state_mean, state_variance = covariance(states)
+    blocks = [states[i : i + BLOCK_STATES] for i in range(0, len(states), BLOCK_STATES)]
     centred = [(block - state_mean).astype(np.float32) for block in blocks]
     total, squares = np.zeros((2, n_clusters))
     cross = np.zeros((n_clusters, hidden_size))
@@ -123,7 +94,7 @@ def _moments(
     for start in range(0, n_clusters, BLOCK_CLUSTERS):
         part = slice(start, start + BLOCK_CLUSTERS)
         slots = token_ids[part].T  # (cluster_size, c): sums over a cluster run along axis 0
-        columns = rows[np.minimum(slots, len(rows) - 1)].reshape(-1, hidden_size).T
+        columns = rows[np.minimum(slots, vocab_size - 1)].reshape(-1, hidden_size).T
         for block, centred_block in zip(blocks, centred, strict=True):
             logits = (block @ columns).reshape(len(block), *slots.shape) + slot_bias[slots]
             best = logits.max(axis=1)
@@ -133,9 +104,20 @@ def _moments(
             squares[part] += np.square(residuals, dtype=np.float64).sum(axis=0)
             cross[part] += residuals.T @ centred_block
             yield Step("Fitting", min(start + BLOCK_CLUSTERS, n_clusters), n_clusters, "cluster")
-    mean = total / n_states
-    variance = squares / n_states - np.square(mean)
-    return state_mean, state_covariance, mean, variance, cross / n_states
+    mean = total / len(states)
+    variance = squares / len(states) - np.square(mean)
+    cross /= len(states)
+
+    # max: equal states have no variance, and the means are kept
+    penalty = RIDGE * max(np.trace(state_variance) / hidden_size, 1e-12)
+    penalised = state_variance + penalty * np.eye(hidden_size)
+    centroids = means + np.linalg.solve(penalised, cross.T).T
+    matrix, rounded = yield from _quantize(centroids, state_variance, group_size)
+    change = rounded - means
+    variance = variance + np.sum((change @ state_variance - 2 * cross) * change, axis=1)
+    bias = (mean - change @ state_mean + np.maximum(variance, 0) / 2).astype(np.float32)
+    tail_offset = -np.log((token_ids < vocab_size).sum(axis=1)).astype(np.float32)
+    return Centroids(matrix, mx.array(bias), mx.array(tail_offset))
 
 
 def _quantize(
@@ -172,13 +154,7 @@ def _quantize(
             yield Step("Rounding", i + 1, hidden_size, "column")
         left[group.stop :] -= feed[group, group.stop :].T @ errors
     # MLX packs the codes of a row into words of 32 bits, the first in the lowest bits
-    words = codes.T.reshape(len(centroids), -1, 32 // BITS)
-    words = words << np.arange(0, 32, BITS, dtype=np.uint32)
-    matrix = Matrix(
-        mx.array(np.bitwise_or.reduce(words, axis=-1)),
-        scales=mx.array(scales.T),
-        biases=mx.array(offsets.T),
-        group_size=group_size,
-        bits=BITS,
-    )
-    return matrix, rounded.T
+    words = codes.T.reshape(len(centroids), -1, 32 // BITS) << np.arange(0, 32, BITS, np.uint32)
+    packed = mx.array(np.bitwise_or.reduce(words, axis=-1))
+    scaled = {"scales": mx.array(scales.T), "biases": mx.array(offsets.T)}
+    return Matrix(packed, **scaled, group_size=group_size, bits=BITS), rounded.T

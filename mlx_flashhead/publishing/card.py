@@ -20,7 +20,6 @@ from .licences import LICENCE_FILES, Licence, as_list, changes_in, licence_files
 CARD_FILE = "README.md"
 MARKER = "<!-- mlx_flashhead: your own text goes below this line and is kept -->"
 RELATIONS = ("quantized", "adapter")
-SOURCES = {"builtin": "built-in text of many kinds", "file": "a text of the user's"}
 # Entries of a base model's card that hold for a derived model too.
 KEPT_METADATA = ("license", "license_name", "license_link", "language")
 
@@ -40,18 +39,23 @@ def find_provenance(
 ) -> Provenance:
     """What the folder of a model and its card on the Hub say of it. The user may name its
     repository, and its licence if the card names none."""
-    origin, documents = local_origin(folder), folder
+    origin, fetched = local_origin(folder), None
     in_cache = origin.revision is not None
     if in_cache and not Path(path_or_repo).expanduser().is_dir():
         # mlx-lm does not download these files
-        documents = _fetched_documents(origin.repo_id or "", origin.revision) or folder
+        fetched = _fetched_documents(origin.repo_id or "", origin.revision)
     elif base_model is not None and not (folder / CARD_FILE).exists():
-        documents = _fetched_documents(base_model) or folder
-    metadata = read_metadata(documents / CARD_FILE)
-    repo_id = base_model or (None if in_cache else _converted_from(metadata))
+        fetched = _fetched_documents(base_model)
+    metadata = read_metadata((fetched or folder) / CARD_FILE)
+    repo_id = base_model
+    if repo_id is None and not in_cache:  # a conversion's card names its source
+        relation, bases = metadata.get("base_model_relation"), as_list(metadata.get("base_model"))
+        is_conversion = metadata.get("library_name") == "mlx" or relation == "quantized"
+        if is_conversion and len(bases) == 1 and is_repository(bases[0]):
+            repo_id = bases[0]
     if repo_id not in (None, origin.repo_id):
         origin = Origin(repo_id.rpartition("/")[2], repo_id)
-    return _provenance(origin, metadata, license, (documents, folder))
+    return _provenance(origin, metadata, license, (fetched or folder, folder))
 
 
 def published_provenance(repo_id: str | None, license: str | None = None) -> Provenance:
@@ -70,23 +74,34 @@ def _provenance(
     return Provenance(origin, metadata, recognise(metadata, files), files)
 
 
+def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None:
+    """A folder with a repository's card and its licence; None if they cannot be downloaded."""
+    with suppress(Exception), redacted_logs():  # the Hub's client raises many unrelated types
+        patterns = [CARD_FILE, *LICENCE_FILES]
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    return None
+
+
 def card_metadata(base: Provenance, relation: str = "quantized") -> dict:
     """The header of a derived model's card: "quantized", or an "adapter" for a FlashHead alone."""
     metadata = {key: base.metadata[key] for key in KEPT_METADATA if base.metadata.get(key)}
     if base.licence is not None:
         metadata = {"license": base.licence.identifier} | metadata
     metadata |= {"library_name": "mlx", "pipeline_tag": "text-generation"}
+    texts = {
+        key: [each for each in as_list(base.metadata.get(key)) if isinstance(each, str)]
+        for key in ("base_model", "tags")
+    }
     if base.origin.repo_id is not None:
         metadata |= {"base_model": base.origin.repo_id, "base_model_relation": relation}
-    elif bases := _texts(base.metadata, "base_model"):
+    elif bases := texts["base_model"]:
         # a folder of unknown origin may still name its own base model
         metadata["base_model"] = bases if len(bases) > 1 else bases[0]
         if named := base.metadata.get("base_model_relation"):
             metadata["base_model_relation"] = named
     if relation == "adapter":
         metadata["base_model_relation"] = relation
-    tags = [*_texts(base.metadata, "tags"), "mlx", "flashhead"]
-    return metadata | {"tags": list(dict.fromkeys(tags))}
+    return metadata | {"tags": list(dict.fromkeys([*texts["tags"], "mlx", "flashhead"]))}
 
 
 def with_licence(metadata: dict, license: str | None) -> dict:
@@ -126,12 +141,10 @@ def write_card(
     The examples name it as ``model``, a repository or a folder. ``own_text`` is a person's.
     """
     base, link = metadata.get("base_model"), str(metadata.get("license_link"))
-    if not link.startswith("http"):  # the copy beside the card
-        link = next((file.name for file in licence_files(folder)), "")
     if not isinstance(base, str) or metadata.get("base_model_relation") not in RELATIONS:
         base = None
-    size = _size((folder / FILE_NAME).stat().st_size) if is_companion(folder) else None
-    licence_name = metadata.get("license_name") or metadata.get("license")
+    if not link.startswith("http"):  # the copy beside the card
+        link = next((file.name for file in licence_files(folder)), "")
     try:
         card = ModelCard.from_template(
             ModelCardData(**metadata, ignore_metadata_errors=True),
@@ -139,17 +152,15 @@ def write_card(
             title=title,
             model=model,
             base=base,
-            link=f"[{base}](https://huggingface.co/{base})" if base else None,
-            index_size=size,
+            index_size=(folder / FILE_NAME).stat().st_size if is_companion(folder) else None,
             config=config,
             report=config.report,
-            source=SOURCES.get(str(config.calibration.get("source"))),
-            versions=", ".join(f"{k} {v}" for k, v in config.recipe.get("versions", {}).items()),
             licence=licence,
-            licence_name=f"[{licence_name}]({link})" if licence_name and link else licence_name,
+            licence_name=metadata.get("license_name") or metadata.get("license"),
+            licence_link=link,
             changes=changes_in(folder),
             percent=percent,
-            size=_size,
+            size=lambda nbytes: f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e4 else f"{nbytes:.0f} B",
             number=lambda value, decimals: "–" if value is None else f"{value:.{decimals}f}",
         )
     except Exception as error:  # whatever foreign settings make of the template
@@ -160,34 +171,15 @@ def write_card(
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
+def card_of(folder: Path) -> str:
+    """The text of a folder's card, empty without one."""
+    card = folder / CARD_FILE
+    return card.read_text(encoding="utf-8-sig") if card.exists() else ""
+
+
 def text_below_marker(card: str) -> str:
     """A person's text on a card: all below the marker, or the whole of a card without a marker."""
     if not card:
         return ""
     _, marker, below = card.partition(f"{MARKER}\n")
     return below if marker else ModelCard(card, ignore_metadata_errors=True).text.strip("\n") + "\n"
-
-
-def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None:
-    """A folder with a repository's card and its licence; None if they cannot be downloaded."""
-    with suppress(Exception), redacted_logs():  # the Hub's client raises many unrelated types
-        patterns = [CARD_FILE, *LICENCE_FILES]
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    return None
-
-
-def _converted_from(metadata: dict) -> str | None:
-    """The repository that the card of a conversion names as its source."""
-    is_conversion = metadata.get("library_name") == "mlx" or (
-        metadata.get("base_model_relation") == "quantized"
-    )
-    bases = as_list(metadata.get("base_model"))
-    return bases[0] if is_conversion and len(bases) == 1 and is_repository(bases[0]) else None
-
-
-def _texts(metadata: dict, key: str) -> list[str]:
-    return [each for each in as_list(metadata.get(key)) if isinstance(each, str)]
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 1e6:.2f} MB" if n_bytes >= 1e4 else f"{n_bytes:.0f} B"

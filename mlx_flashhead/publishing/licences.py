@@ -39,12 +39,12 @@ class Licence:
     prefix: str = ""  # of the model's name
 
 
-def _llama(version: str, path: str, attribution: str = "Built with Llama", prefix: str = "Llama"):
+def _llama(version: str, attribution: str = "Built with Llama", prefix: str = "Llama") -> Licence:
     meta = "Meta " if version == "3" else ""
     return Licence(
         identifier=f"llama{version}",
         name=f"{meta}Llama {version} Community License",
-        link=f"https://www.llama.com/{path}/license",
+        link=f"https://www.llama.com/llama{version.replace('.', '_')}/license",
         text=rf"llama {re.escape(version)} community license agreement",
         notice=f"{meta}Llama {version} is licensed under the {meta}Llama {version} Community "
         "License, Copyright © Meta Platforms, Inc. All Rights Reserved.",
@@ -53,22 +53,16 @@ def _llama(version: str, path: str, attribution: str = "Built with Llama", prefi
     )
 
 
-LICENCES = (
-    _llama("2", "llama2", attribution="", prefix=""),
-    _llama("3", "llama3", attribution="Built with Meta Llama 3", prefix="Llama-3"),
-    _llama("3.1", "llama3_1"),
-    _llama("3.2", "llama3_2"),
-    _llama("3.3", "llama3_3"),
-    _llama("4", "llama4"),
-    Licence(
-        identifier="gemma",
-        name="Gemma Terms of Use",
-        link="https://ai.google.dev/gemma/terms",
-        text=r"gemma terms of use(?! found at)",
-        notice="Gemma is provided under and subject to the Gemma Terms of Use found at "
-        "ai.google.dev/gemma/terms",
-    ),
+GEMMA = Licence(
+    identifier="gemma",
+    name="Gemma Terms of Use",
+    link="https://ai.google.dev/gemma/terms",
+    text=r"gemma terms of use(?! found at)",
+    notice="Gemma is provided under and subject to the Gemma Terms of Use found at "
+    "ai.google.dev/gemma/terms",
 )
+LLAMA_2, LLAMA_3 = _llama("2", "", ""), _llama("3", "Built with Meta Llama 3", "Llama-3")
+LICENCES = (LLAMA_2, LLAMA_3, *map(_llama, ("3.1", "3.2", "3.3", "4")), GEMMA)
 
 
 def recognise(metadata: dict, files: Iterable[Path]) -> Licence | None:
@@ -95,20 +89,20 @@ def check(
     """
     licence = recognise(metadata, files)
     if licence is None:
-        if not metadata.get("license"):
-            raise ValueError(
-                f"The licence of {model} is not known, since its card does not name it: give it as "
-                "`license`, such as apache-2.0."
-            )
-        return
+        if metadata.get("license"):
+            return
+        raise ValueError(
+            f"The licence of {model} is not known, since its card does not name it: give it as "
+            "`license`, such as apache-2.0."
+        )
     owner, _, name = (repo_id or "").rpartition("/")
     if repo_id and not begins_with(licence.prefix, name):
         raise ValueError(
             f"{repo_id} is not a name that the {licence.name} allows: it must begin with "
             f"{licence.prefix}, so call it {owner}/{licence.prefix}-{name}, for example."
         )
-    texts = [file for file in files if not file.name.lower().startswith("notice")]
-    if not any(re.search(licence.text, _beginning(file)) for file in texts):
+    texts = (_beginning(file) for file in files if not file.name.lower().startswith("notice"))
+    if not any(re.search(licence.text, text) for text in texts):
         raise ValueError(
             f"The {licence.name} must be passed on with the model, but its text is missing: save "
             f"{licence.link} as LICENSE.txt in {place}, then upload with mlx_flashhead.upload."
@@ -138,9 +132,7 @@ def licence_files(folder: Path) -> list[Path]:
 
 def as_list(value: object) -> list:
     """An entry of a card's header, which may stand alone."""
-    if isinstance(value, list | tuple):
-        return list(value)
-    return [] if value is None else [value]
+    return list(value) if isinstance(value, list | tuple) else [value] if value is not None else []
 
 
 def _beginning(file: Path) -> str:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_flashhead.benchmarks import reporting as module
-from mlx_flashhead.benchmarks.reporting import Case, machine, read_bandwidth_gb_s, report
+from mlx_flashhead.benchmarks.reporting import Case, machine, report
 from mlx_flashhead.common.tables import new_table
 
 
@@ -64,9 +64,3 @@ def test_machine_is_json_and_names_what_matters(monkeypatch):
     assert about["cores"] >= 1 and about["memory_gb"] > 0.1
     if mx.metal.is_available():
         assert about["gpu"] and about["read_bandwidth_gb_s"] > 0
-
-
-def test_bandwidth_is_bytes_over_the_best_time(monkeypatch):
-    times = (1.0, 0.5, 0.25, 1.0, 1.0, 1.0)
-    monkeypatch.setattr(module, "timer", lambda _: times.__getitem__)
-    assert read_bandwidth_gb_s() == pytest.approx((512 << 20) / 0.25 / 1e9)

@@ -33,10 +33,8 @@ def check_outputs(run, tmp_path, *arguments):
 def test_head_of_shapes(run, tmp_path):
     flags = ("--shape", "203,128", "--positions", 2, "--head-bits", 8, "--dtype", "float16")
     screen, results = check_outputs(run, tmp_path, *HEAD, *flags)
-    assert [(result["vocab_size"], result["hidden_size"]) for result in results] == [
-        (320, 64),
-        (203, 128),
-    ]
+    shapes = [(result["vocab_size"], result["hidden_size"]) for result in results]
+    assert shapes == [(320, 64), (203, 128)]
     for result in results:
         settings = [result[name] for name in ("n_probes", "positions", "dtype", "head_bits")]
         assert settings == [3, 2, "float16", 8]
@@ -56,10 +54,8 @@ def test_model(run, converted, tmp_path):
         run, tmp_path, "model", "--model", converted, "--n-probes", 2, "--rounds", 1,
         "--tokens", 3, "--batch", 1, "--batch", 2, "--sampler", "greedy",
     )  # fmt: skip
-    assert [(result["sampler"], result["batch"]) for result in results] == [
-        ("greedy", 1),
-        ("greedy", 2),
-    ]
+    settings = [(result["sampler"], result["batch"]) for result in results]
+    assert settings == [("greedy", 1), ("greedy", 2)]
     for result in results:
         assert result["n_probes"] == {"FlashHead": 2, "unverified": 2}
         assert f" {result['times_faster']['FlashHead']:.2f} x" in screen

@@ -80,14 +80,14 @@ def test_what_is_replaced_comes_back(tmp_path, monkeypatch, failing, error):
 @pytest.mark.parametrize("file", ["model.safetensors", "flash_head.index"])
 def test_full_disk_under_mlx(dense, target, tmp_path, monkeypatch, file):
     """MLX does not raise an OSError then."""
-    save = conversion.save
+    save = conversion.mlx_lm.save
 
     def save_to_full_disk(folder, *arguments, **options):
         (folder / file).symlink_to("/dev/full")
         save(folder, *arguments, **options)
 
     before = snapshot(tmp_path)
-    monkeypatch.setattr(conversion, "save", save_to_full_disk)
+    monkeypatch.setattr(conversion.mlx_lm, "save", save_to_full_disk)
     with pytest.raises(OSError, match=r"free some space or choose another|No space left on device"):
         convert_quickly(dense, target)
     assert snapshot(tmp_path) == before

@@ -30,48 +30,39 @@ def loaded(tmp_path_factory):
     return model, tokenizer, find_head(model)
 
 
-def text_of(loaded):
-    return mlx_lm.generate(loaded[0], loaded[1], "One day", max_tokens=8)
+def test_between_the_steps_the_model_is_as_it_was_and_the_index_is_the_same(loaded):
+    """And it writes its own text. Dropped at any step, the build leaves nothing behind."""
 
+    def text():
+        return mlx_lm.generate(loaded[0], loaded[1], "One day", max_tokens=8)
 
-def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
-    expected, key = text_of(loaded), mx.array(mx.random.state[0])
-    steps = model_index(*loaded, OPTIONS, step_seconds=0.0)
-    stages, sizes = [], []
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as end:
-            config = end.value.config
-            break
+    methods = dict(type(loaded[2].module).__dict__)
+    expected, key = text(), mx.array(mx.random.state[0])
+    stages, sizes, indexes = [], [], []
+
+    def steps():
+        indexes.append((yield from model_index(*loaded, OPTIONS, step_seconds=0.0)))
+
+    for step in steps():
         if step.stage not in stages:
             stages.append(step.stage)
-            assert text_of(loaded) == expected
-        if step.stage == STAGES[0]:
-            sizes.append(step.done)
+            assert text() == expected
+            dropped = model_index(*loaded, OPTIONS)
+            next(step for step in dropped if step.stage == stages[-1])
+            dropped.close()
+            assert dict(type(loaded[2].module).__dict__) == methods
+        sizes += [step.done] if step.stage == STAGES[0] else []
         assert 0 <= step.done <= step.total
-    assert stages == STAGES
-    assert np.diff([0, *sizes]).max() <= 16
+    assert stages == STAGES and np.diff([0, *sizes]).max() <= 16
     assert mx.array_equal(mx.random.state[0], key)
     at_once = take_all(model_index(*loaded, OPTIONS)).config
-    assert config.n_clusters == at_once.n_clusters
-    expected = {"source": "builtin", "quick": True, "positions": 200, "seed": 0}
-    assert config.calibration == at_once.calibration == expected
-
-
-def test_dropped_at_any_step_the_model_is_as_it_was(loaded):
-    before = type(loaded[2].module).__dict__.copy()
-    n_steps = sum(1 for _ in model_index(*loaded, OPTIONS))
-    for taken in np.linspace(0, 0.8 * n_steps, 6).astype(int):  # reading takes some more or less
-        steps = model_index(*loaded, OPTIONS)
-        for _ in range(taken):
-            next(steps)
-        steps.close()
-        assert dict(type(loaded[2].module).__dict__) == before
+    assert indexes[0].config.n_clusters == at_once.n_clusters
+    about = {"source": "builtin", "quick": True, "positions": 200, "seed": 0}
+    assert indexes[0].config.calibration == at_once.calibration == about
 
 
 def test_the_expected_time_grows_with_the_head_and_the_text(monkeypatch):
-    monkeypatch.setattr(build.timeit, "repeat", lambda *_, **__: [1.0])
+    monkeypatch.setattr(build, "timer", lambda _: lambda number: 1.0)
 
     def expected(vocab_size, **options):
         rows = Matrix(mx.zeros((vocab_size, 64)))
@@ -95,21 +86,10 @@ def indexed(rows, states=None, next_ids=None, *, body_bytes=0, **options):
     return take_all(build_index(rows, options, states, next_ids, body_bytes=body_bytes))
 
 
-@pytest.fixture
-def limit(monkeypatch):
-    """Sets the share of the dense head's bytes that may be read."""
-
-    def limit(share):
-        for module in (build, measures):
-            monkeypatch.setattr(module, "MAX_BYTES", share)
-
-    return limit
-
-
 @pytest.mark.parametrize("kwargs", [{}, {"bias": True}, {"bits": 4}, {"dtype": mx.bfloat16}])
-def test_report_is_what_the_head_does_on_held_out_states(kwargs, limit):
+def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
     """The last quarter; the head itself serves as the reference."""
-    limit(1.0)
+    monkeypatch.setattr(measures, "MAX_BYTES", 1.0)  # may be read
     rows, states, next_ids = make_case(**kwargs)
     index = indexed(rows, states, next_ids, target_agreement=0.9)
     config, report = index.config, index.config.report

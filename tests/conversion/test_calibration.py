@@ -12,6 +12,7 @@ from drafts import REQUESTS
 from mlx_flashhead.conversion import calibration, take_all
 from mlx_flashhead.conversion.calibration import (
     CONTEXT,
+    DIALOGUE,
     PYTHON,
     SHARES,
     builtin_documents,
@@ -112,14 +113,13 @@ def test_a_step_reads_what_its_time_allows(tokenizer, arch, milliseconds, sizes,
     whole = take_all(read_windows(model, location, windows))
     monkeypatch.setattr(calibration, "forward", slow_forward)
     monkeypatch.setattr(calibration, "monotonic", lambda: now)
-    steps = read_windows(model, location, windows, step_seconds=0.1)
-    done = [0]
-    while True:
-        try:
-            done.append(next(steps).done)
-        except StopIteration as end:
-            found = end.value
-            break
+    done, found = [0], []
+
+    def recorded():
+        steps = read_windows(model, location, windows, step_seconds=0.1)
+        found.extend((yield from steps))
+
+    done += [step.done for step in recorded()]
     assert np.diff(done).tolist() == sizes
     for one, other in zip(found, whole, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)
@@ -136,9 +136,8 @@ def test_builtin_states_are_those_of_their_windows(loaded, monkeypatch):
     np.testing.assert_allclose(states, expected, atol=2e-4)
     assert next_ids.tolist() == [token for window in windows for token in window[CONTEXT + 1 :]]
     monkeypatch.setattr(calibration, "READ_TOKENS", 700)
-    states, next_ids, cut_short = take_all(
-        builtin_states(model, tokenizer, location, 4000, seconds=1e-9)
-    )
+    few = builtin_states(model, tokenizer, location, 4000, seconds=1e-9)
+    states, next_ids, cut_short = take_all(few)
     assert 0 < len(states) == len(next_ids) < 1000 and cut_short
 
 
@@ -150,22 +149,15 @@ def test_text_states_stop_at_the_positions(loaded, positions):
     np.testing.assert_array_equal(next_ids, token_ids[1 : len(states) + 1])
 
 
-@pytest.fixture(scope="module")
-def documents():
-    return builtin_documents()
-
-
-def test_what_an_installation_lacks_is_left_out(monkeypatch, documents):
-    assert "def " in "".join(documents[PYTHON])
-    assert len(documents[PYTHON]) > 30
-    own = len(calibration._documents("documentation"))
+def test_what_an_installation_lacks_is_left_out(monkeypatch):
+    documents, read = builtin_documents(), calibration._parts
+    own = len(read("documentation"))
+    assert "def " in "".join(documents[PYTHON]) and len(documents[PYTHON]) > 30
     assert len(documents["documentation"]) > own + 30
-    few = {"modules": "no_such_module textwrap _thread", "topics": "no-such-topic with"}
-    read = calibration._file
-    monkeypatch.setattr(calibration, "_file", lambda name: few.get(name) or read(name))
+    few = {"modules": ["no_such_module textwrap _thread"], "topics": ["no-such-topic with"]}
+    monkeypatch.setattr(calibration, "_parts", lambda name: few.get(name) or read(name))
     found = builtin_documents()
-    assert len(found[PYTHON]) == 1
-    assert len(found["documentation"]) == 1 + own
+    assert (len(found[PYTHON]), len(found["documentation"])) == (1, 1 + own)
     assert found["prose"] == documents["prose"]
 
 
@@ -180,23 +172,23 @@ def test_dialogues_alternate():
 
 
 @pytest.mark.parametrize("options", [{}, {"chat_template": None}], ids=["chat", "plain"])
-def test_the_kinds_take_turns(options, tmp_path, monkeypatch):
+def test_the_kinds_take_turns(options, tmp_path):
     """50 positions of each kind, twice as many of the languages; the first windows are of all."""
     _, tokenizer = mlx_lm.load(str(write_model(tmp_path / "m", **options)))
-    kinds, kind_of = iter(SHARES), {}
 
-    def chosen_windows(*args, choose=calibration._chosen_windows):
-        chosen = choose(*args)
-        kind_of.update(dict.fromkeys(map(tuple, chosen), next(kinds)))
-        return chosen
+    def as_text(token_ids):
+        return "".join(map(chr, token_ids))
 
-    monkeypatch.setattr(calibration, "_chosen_windows", chosen_windows)
-    found = builtin_windows(tokenizer, 500)
-    counts = Counter()
-    for window in found:
-        counts[kind_of[tuple(window)]] += len(window) - 1 - CONTEXT
+    texts = {
+        kind: "|".join(as_text(tokenizer.encode(text)) for text in documents)
+        for kind, documents in builtin_documents().items()
+    }
+    found, counts = builtin_windows(tokenizer, 500), Counter()
+    kinds = [next((k for k in texts if as_text(w) in texts[k]), DIALOGUE) for w in found]
+    for kind, window in zip(kinds, found, strict=True):
+        counts[kind] += len(window) - 1 - CONTEXT
     assert counts == {kind: 50 * share for kind, share in SHARES.items()}
-    assert {kind_of[tuple(window)] for window in found[: len(SHARES)]} == set(SHARES)
+    assert set(kinds[: len(SHARES)]) == set(SHARES)
 
 
 def test_windows_begin_with_the_token_that_ended_the_one_before():

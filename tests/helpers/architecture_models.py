@@ -14,7 +14,7 @@ from mlx_lm import models
 
 from architecture_configs import COMMON, OVERRIDES, VOCAB_SIZE
 from mlx_flashhead.conversion.options import ConvertOptions
-from mlx_flashhead.conversion.quantization import set_bits
+from mlx_flashhead.conversion.pipeline import set_bits
 from mlx_flashhead.models.compat.mlx_lm import quantize_model
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_tokenizer
