@@ -16,8 +16,7 @@ from ..index.settings import FlashHeadConfig
 from ..models.locate import HeadLocation
 from . import Steps, measures
 from .calibration import builtin_states, text_states
-from .clustering import PASSES, QUICK_PASSES, cluster_rows
-from .fitting import fit_centroids, logit_metric
+from .clusters import PASSES, QUICK_PASSES, cluster_rows, fit_centroids, logit_metric
 from .measures import StepBytes
 from .options import BUILTIN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
 

@@ -25,9 +25,14 @@ from ..models.compat import mlx_lm
 from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
-from ..models.locate import check_plain_product, find_head
-from ..publishing import licences
-from ..publishing.card import CARD_FILE, card_metadata, find_provenance
+from ..models.locate import HeadLocation, check_plain_product, find_head
+from ..publishing.card import (
+    CARD_FILE,
+    card_metadata,
+    check_licence,
+    find_provenance,
+    licence_files,
+)
 from ..publishing.publish import add_documents, publish, reserve, sign_in
 from . import take_all
 from .build import index_nbytes, model_index
@@ -86,9 +91,9 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
         check_apart(source, target)
         base = find_provenance(options.hf_path, source, options.base_model, options.license)
         if options.uploads:
-            texts = [*base.files, *licences.licence_files(target)]
+            texts = [*base.files, *licence_files(target)]
             names = {"model": base.origin.known_as, "place": f"{target}, made without `upload`"}
-            licences.check(card_metadata(base), texts, repo_id, **names)
+            check_licence(card_metadata(base), texts, repo_id, **names)
 
         say(f"Loading {options.hf_path}")
         trust = {"trust_remote_code": options.trust_remote_code}
@@ -108,10 +113,7 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
             model, config = set_dtype(model, config, source, options)
             location = replace(location, module=dict(model.named_modules())[location.path])
             original = location.rows()
-            bits = None if options.fine_head else chosen_head_bits(options, original)
-            if bits is not None and location.tied:
-                say(f"The head is tied to the embedding: both get {bits} bits.")
-            model, config = set_bits(model, config, location.path, options, bits)
+            model, config = set_bits(model, config, location, options, say)
             location = replace(location, module=dict(model.named_modules())[location.path])
             label = precision_label(options, config, location.rows())
             weights: Any = tree_flatten(model.parameters())
@@ -176,7 +178,7 @@ def check_target(target: Path, overwrite: bool) -> None:
             "it: choose another `mlx_path`, or delete it yourself."
         )
     written = [name for name in (recipe or {}).get(FILES_KEY) or [] if isinstance(name, str)]
-    licence_names = (file.name for file in licences.licence_files(target))
+    licence_names = (file.name for file in licence_files(target))
     others = sorted(names - {*written, CARD_FILE, *licence_names})
     if others:
         some = ", ".join(others[:LISTED]) + (", …" if len(others) > LISTED else "")
@@ -238,32 +240,30 @@ def precision_label(options: ConvertOptions, config: dict, rows: Matrix) -> str:
     return f"{bits}bit" if mode == AFFINE else mode
 
 
-def chosen_head_bits(options: ConvertOptions, rows: Matrix) -> int | None:
-    """The head's own bits: as chosen, or 8 in a model that is quantized; None: as the body's.
+def set_bits(
+    model: nn.Module, config: dict, location: HeadLocation, options: ConvertOptions, say: Say
+) -> tuple[nn.Module, dict]:
+    """Quantizes the body by its recipe, if it has one, and the head to bits of its own: as chosen,
+    or 8 in a model that is quantized, since FlashHead reads few of its rows.
 
-    The head may be finer than the body, since FlashHead reads few of its rows.
+    ValueError if the head has fewer bits, or its width fits no group.
     """
-    group_size = options.q_group_size or DEFAULT_GROUPS.get(options.q_mode, 32)
-    by_default = (
-        options.quantize
+    quantizes, group_size = options.quantize, options.q_group_size
+    rows, stored_bits = location.rows(), _bits_of(location.module)
+    bits = None if options.fine_head else options.head_bits
+    if (
+        bits is None
+        and quantizes
         and not callable(options.quant_predicate)  # which chooses for the head too
         and not rows.quantized
-        and rows.hidden_size % group_size == 0  # else mlx-lm leaves the head as it is
-    )
-    bits = DEFAULT_HEAD_BITS if options.head_bits is None and by_default else options.head_bits
-    # the modes of other formats have one number of bits
-    same = options.q_mode != AFFINE and bits == int(options.q_mode[-1])
-    return None if same else bits
-
-
-def set_bits(
-    model: nn.Module, config: dict, head_path: str, options: ConvertOptions, bits: int | None
-) -> tuple[nn.Module, dict]:
-    """Quantizes the body by its recipe, if it has one, and the head to its own ``bits``; ValueError
-    if it has fewer, or its width fits no group."""
-    quantizes, group_size = options.quantize, options.q_group_size
-    head = dict(model.named_modules())[head_path]
-    stored_bits = _bits_of(head)
+        # else mlx-lm leaves the head as it is
+        and rows.hidden_size % (group_size or DEFAULT_GROUPS.get(options.q_mode, 32)) == 0
+    ):
+        bits = DEFAULT_HEAD_BITS
+    if options.q_mode != AFFINE and bits == int(options.q_mode[-1]):
+        bits = None  # other modes have one number of bits
+    if bits is not None and location.tied:
+        say(f"The head is tied to the embedding: both get {bits} bits.")
     if not quantizes and bits in (None, stored_bits):
         return model, config
     affine = options.q_mode == AFFINE
@@ -275,10 +275,10 @@ def set_bits(
                 "head has: convert from a checkpoint with a finer head, or leave the option out."
             )
         if bits < stored_bits < 16:
-            head = mlx_lm.dequantize_model(nn.Sequential(head)).layers[0]
-            model.update_modules(tree_unflatten([(head_path, head)]))
+            head = mlx_lm.dequantize_model(nn.Sequential(location.module)).layers[0]
+            model.update_modules(tree_unflatten([(location.path, head)]))
         if bits < min(stored_bits, 16):
-            width = head.weight.shape[-1]
+            width = rows.hidden_size
             head_group = affine_group(width) if head_group is None else head_group
             if head_group is None or width % head_group:
                 raise ValueError(
@@ -294,7 +294,7 @@ def set_bits(
     same = affine and body is None and (bits, head_group) == body_form
 
     def predicate(path: str, module: nn.Module) -> Any:
-        if path != head_path or bits is None or (quantizes and same):
+        if path != location.path or bits is None or (quantizes and same):
             return quantizes and (body is None or body(path, module))
         return bits < 16 and {"group_size": head_group, "bits": bits, "mode": AFFINE}
 
@@ -307,7 +307,7 @@ def set_bits(
             mode=options.q_mode,
             quant_predicate=predicate,
         )
-    if bits is not None and bits != _bits_of(dict(model.named_modules())[head_path]):
+    if bits is not None and bits != _bits_of(dict(model.named_modules())[location.path]):
         raise ValueError(
             "The head's width is not a multiple of the body's quantization group, so mlx-lm leaves "
             "it out: choose a smaller `q_group_size`, or leave `head_bits` out."

@@ -8,28 +8,27 @@ from pathlib import Path
 from textwrap import shorten
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 
 from ..common.command import printable
 from ..common.repositories import full_name, holds_secret, redact, redacted_logs
 from ..index.files import is_companion, read_index
 from ..index.settings import FlashHeadConfig
 from ..models.origin import begins_with
-from . import licences
 from .card import (
     CARD_FILE,
     Provenance,
     card_metadata,
     card_of,
+    check_licence,
+    licence_files,
     published_provenance,
     read_metadata,
+    recognise,
     text_below_marker,
     with_licence,
     write_card,
+    write_notice,
 )
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -45,9 +44,9 @@ def add_documents(
 ) -> None:
     """Writes a new checkpoint's card and puts the licence's files beside it. Those of an older one
     in ``target``, the folder's final place, stay, and so does the text below its card's marker."""
-    for file in [*licences.licence_files(target), *base.files]:
+    for file in [*licence_files(target), *base.files]:
         shutil.copy(file, folder)
-    licences.write_notice(base.licence, folder)
+    write_notice(base.licence, folder)
     own, metadata = text_below_marker(card_of(target)), card_metadata(base, relation)
     write_card(folder, metadata, config, base.licence, config.recipe["name"], target.name, own)
 
@@ -75,8 +74,8 @@ def publish(
         base = published_provenance(config.recipe.get("model"), license)
         relation = "adapter" if is_companion(folder) else "quantized"
         metadata, texts = card_metadata(base, relation), base.files
-    files = [*licences.licence_files(folder), *texts]
-    licence = licences.recognise(metadata, files)
+    files = [*licence_files(folder), *texts]
+    licence = recognise(metadata, files)
     user = sign_in()
     name = repo or config.recipe.get("name")
     if name is None:
@@ -86,7 +85,7 @@ def publish(
         if repo is None and not begins_with(licence.prefix, name):
             name = f"{licence.prefix}-{name}"
     repo_id = full_name(name, user)
-    licences.check(metadata, files, repo_id, model=str(folder), place=str(folder))
+    check_licence(metadata, files, repo_id, model=str(folder), place=str(folder))
     _check_secrets(folder)
     address = reserve(repo_id, user, private)
     own = text_below_marker(card_of(folder))
@@ -96,7 +95,7 @@ def publish(
             own = text_below_marker(published)
     for file in texts:
         shutil.copy(file, folder)
-    licences.write_notice(licence, folder)
+    write_notice(licence, folder)
     write_card(folder, metadata, config, licence, repo_id.rpartition("/")[2], repo_id, own)
     say(f"Uploading {folder} to {repo_id}")
     failed = (

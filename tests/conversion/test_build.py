@@ -9,8 +9,8 @@ import pytest
 
 from mlx_flashhead.conversion import build, measures, take_all
 from mlx_flashhead.conversion.build import build_index, expected_seconds, model_index
-from mlx_flashhead.conversion.clustering import cluster_rows
-from mlx_flashhead.conversion.fitting import fit_centroids, logit_metric
+from mlx_flashhead.conversion.clusters import cluster_rows
+from mlx_flashhead.conversion.clusters import fit_centroids, logit_metric
 from mlx_flashhead.conversion.measures import report_lines
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.head.flash_head import FlashHead
@@ -86,6 +86,10 @@ def indexed(rows, states=None, next_ids=None, *, body_bytes=0, **options):
     return take_all(build_index(rows, options, states, next_ids, body_bytes=body_bytes))
 
 
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"bias": True}, {"bits": 4}, {"dtype": mx.bfloat16}])
 def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
     """The last quarter; the head itself serves as the reference."""
@@ -97,10 +101,6 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
     head = FlashHead(rows, index.token_ids, index.centroids, n_probes=8, backend="mlx")
     dense = np.array(head(held_out).astype(mx.float32), dtype=np.float64)
     positions, best = np.arange(HELD_OUT), dense.argmax(axis=1)
-
-    def log_softmax(logits):
-        return logits - np.log(np.exp(logits).sum(1, keepdims=True))
-
     dense = log_softmax(dense)
     probability, dense_loss = np.exp(dense), -dense[positions, followed].mean()
     assert report["positions"] == HELD_OUT
@@ -147,26 +147,21 @@ def test_clusters_and_centroids_are_made_of_the_states_that_are_not_held_out():
     expected = take_all(cluster_rows(weight, 8, metric=logit_metric(known), seed=7))
     np.testing.assert_array_equal(index.token_ids, expected)
     fitted = take_all(fit_centroids(weight, expected, known))
-    for found, wanted in (
-        (index.centroids.matrix.weight, fitted.matrix.weight),
-        (index.centroids.bias, fitted.bias),
-    ):
-        assert mx.array_equal(found, wanted)
+    assert mx.array_equal(index.centroids.matrix.weight, fitted.matrix.weight)
+    assert mx.array_equal(index.centroids.bias, fitted.bias)
 
 
 @pytest.mark.parametrize("n_probes", [None, 3])
 def test_without_states(n_probes):
     rows, _, _ = make_case()
     index = indexed(rows, n_probes=n_probes, seed=7)
-    config, weight = index.config, np.array(rows.weight)
-    assert (config.n_clusters, config.n_probes) == (51, n_probes or 8)  # 51 / 6
+    config, probes = index.config, n_probes or 8  # 51 / 6
+    assert (config.n_clusters, config.n_probes, config.unverified_probes) == (51, probes, probes)
     assert config.calibration == {"positions": 0, "seed": 7}
-    assert report_lines(config) == [f"{config.n_probes} of 51 clusters per token, not calibrated"]
-    assert config.unverified_probes == config.n_probes
+    assert report_lines(config) == [f"{probes} of 51 clusters per token, not calibrated"]
     assert config.report == config.verification == {}
-    by_direction = take_all(cluster_rows(weight, 8, seed=7))
+    by_direction = take_all(cluster_rows(np.array(rows.weight), 8, seed=7))
     np.testing.assert_array_equal(index.token_ids, by_direction)
-    assert mx.array_equal(index.centroids.bias, mx.zeros(51))
 
 
 def test_settings_are_recorded():
@@ -191,14 +186,13 @@ def test_the_head_is_compared_with_the_one_before_its_quantization():
     compared = config.report["head_bits"]
     assert compared["positions"] == HELD_OUT
 
-    def log_softmax(matrix):
-        logits = np.array(matrix.matmul(mx.array(states[-HELD_OUT:])), dtype=np.float64)
-        return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    def log_probabilities(matrix):
+        return log_softmax(np.array(matrix.matmul(mx.array(states[-HELD_OUT:])), np.float64))
 
-    expected, truth = log_softmax(original), next_ids[-HELD_OUT:, None]
+    expected, truth = log_probabilities(original), next_ids[-HELD_OUT:, None]
     heads = {4: original.quantize(bits=4, group_size=64), 8: rows, 32: original}
     for row, (bits, head) in zip(compared["rows"], heads.items(), strict=True):
-        found = log_softmax(head)
+        found = log_probabilities(head)
         kl = (np.exp(expected) * (expected - found)).sum(axis=1).mean()
         loss = -np.take_along_axis(found, truth, axis=1).mean()
         assert (row["bits"], row["bytes"]) == (bits, head.nbytes)

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import clustering, take_all
-from mlx_flashhead.conversion.clustering import cluster_rows, faster_library
+from mlx_flashhead.conversion import clusters, take_all
+from mlx_flashhead.conversion.clusters import cluster_rows, faster_library
 
 METRICS = [None, np.eye(24, dtype=np.float32)]
 
@@ -88,7 +88,7 @@ def test_without_a_metric_only_directions_count():
 def test_clusters_by_mlx_are_as_good(monkeypatch):
     rows = normal_rows(1500, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
     expected = scatter(rows, cluster(rows, metric=np.eye(16, dtype=np.float32)))
-    monkeypatch.setattr(clustering, "faster_library", lambda work: mx)
+    monkeypatch.setattr(clusters, "faster_library", lambda work: mx)
     token_ids = cluster(rows, metric=np.eye(16, dtype=np.float32))
     check_balanced(token_ids, 1500, 16)
     assert scatter(rows, token_ids) == pytest.approx(expected, rel=0.01)
@@ -102,7 +102,7 @@ def test_prices_make_better_clusters(monkeypatch):
     rows = normal_rows(2500, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
     metric = np.eye(16, dtype=np.float32)
     priced = scatter(rows, cluster(rows, metric=metric))
-    monkeypatch.setattr(clustering, "PRICE_STEPS", (0, 0))
+    monkeypatch.setattr(clusters, "PRICE_STEPS", (0, 0))
     assert priced < 0.99 * scatter(rows, cluster(rows, metric=metric))
 
 
@@ -135,8 +135,8 @@ def test_thousands_of_unused_tokens_keep_to_themselves(kind, metric):
 @pytest.mark.parametrize(("n_alike", "metric"), [(0, None), (1280, np.eye(640, dtype=np.float32))])
 def test_memory_is_one_copy_of_the_rows(monkeypatch, n_alike, metric):
     """And half of another for all else, so that rows and all are 2.5 heads."""
-    monkeypatch.setattr(clustering, "BLOCK_ROWS", 64)
-    monkeypatch.setattr(clustering, "DUPLICATE_SAMPLE", 64)
+    monkeypatch.setattr(clusters, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(clusters, "DUPLICATE_SAMPLE", 64)
     rows = normal_rows(2560, 640)
     rows[:n_alike] = rows[0]
     tracemalloc.start()
@@ -152,7 +152,7 @@ def test_shortlists_hold_the_best_of_each_bucket():
     found = []
 
     def listed():
-        found.extend((yield from clustering._shortlists(points, np.arange(300), centroids, np)))
+        found.extend((yield from clusters._shortlists(points, np.arange(300), centroids, np)))
 
     assert sum(listed()) == 300
     ids, scores = found

@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import fitting, take_all
-from mlx_flashhead.conversion.fitting import FLOOR, fit_centroids, logit_metric
+from mlx_flashhead.conversion import clusters, take_all
+from mlx_flashhead.conversion.clusters import FLOOR, fit_centroids, logit_metric
 from tiny_models import random_clusters
 
 
@@ -114,7 +114,7 @@ def test_errors_fed_forward_cost_less_where_the_states_are():
     """GPTQ against rounding to nearest, both with a scale that spans a group, and mx.quantize."""
     rows, _, states, _ = make_case(vocab_size=400, n_states=2000)
     covariance = np.cov(states.T.astype(np.float64), bias=True)
-    matrix, rounded = take_all(fitting._quantize(rows, covariance, 64))
+    matrix, rounded = take_all(clusters._quantize(rows, covariance, 64))
     np.testing.assert_allclose(np.array(matrix.dequantized(mx.float32)), rounded, atol=1e-6)
     low, high = rows.min(axis=1, keepdims=True), rows.max(axis=1, keepdims=True)
     step = (high - low) / 15

@@ -10,7 +10,7 @@ from mlx_lm.utils import save
 
 import refusals
 from mlx_flashhead.conversion.options import HEAD_BITS, ConvertOptions
-from mlx_flashhead.conversion.pipeline import chosen_head_bits, set_bits
+from mlx_flashhead.conversion.pipeline import set_bits
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
 
@@ -32,9 +32,8 @@ def folders(tmp_path_factory):
 def converted(source, **options):
     """The model of a folder with its new bits, its tokenizer and its configuration."""
     model, tokenizer, config = mlx_lm.load(str(source), lazy=True, return_config=True)
-    options, location = ConvertOptions(str(source), **options), find_head(model)
-    bits = chosen_head_bits(options, location.rows())
-    model, config = set_bits(model, config, location.path, options, bits)
+    given = ConvertOptions(str(source), **options)
+    model, config = set_bits(model, config, find_head(model), given, print)
     return model, tokenizer, config
 
 

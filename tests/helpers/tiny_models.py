@@ -8,7 +8,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_flashhead.conversion import take_all
-from mlx_flashhead.conversion.fitting import fit_centroids
+from mlx_flashhead.conversion.clusters import fit_centroids
 from mlx_flashhead.head.clustered import Centroids
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix

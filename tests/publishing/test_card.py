@@ -10,9 +10,8 @@ from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.origin import Origin
 from mlx_flashhead.publishing import card as cards
-from mlx_flashhead.publishing import licences
 
-LLAMA = next(licence for licence in licences.LICENCES if licence.identifier == "llama3.2")
+LLAMA = next(licence for licence in cards.LICENCES if licence.identifier == "llama3.2")
 METADATA = {
     "license": "llama3.2",
     "language": ["en"],
@@ -137,13 +136,13 @@ TEXTS = {
     ],
 )
 def test_recognise(metadata, expected):
-    found = licences.recognise(metadata, [])
+    found = cards.recognise(metadata, [])
     assert (found and found.identifier) == expected
 
 
 def checked(folder, identifier, repo_id=None):
-    files = licences.licence_files(folder)
-    licences.check({"license": identifier}, files, repo_id, model="m", place=str(folder))
+    files = cards.licence_files(folder)
+    cards.check_licence({"license": identifier}, files, repo_id, model="m", place=str(folder))
 
 
 def test_a_name_begins_as_the_licence_asks(tmp_path):
@@ -168,7 +167,7 @@ def test_a_copy_of_the_text_is_needed(tmp_path):
     with pytest.raises(ValueError, match=rf"missing: save {address} as LICENSE.txt in {tmp_path}"):
         checked(tmp_path, "llama3.2")
     # the notice names the licence, but is no copy of it; nor is another licence's text
-    licences.write_notice(LLAMA, tmp_path)
+    cards.write_notice(LLAMA, tmp_path)
     for other in ("", TEXTS["llama3"]):
         (tmp_path / "LICENSE.txt").write_text(other)
         with pytest.raises(ValueError, match="its text is missing"):
@@ -180,15 +179,15 @@ def test_a_copy_of_the_text_is_needed(tmp_path):
 
 def test_notice(tmp_path):
     (tmp_path / "NOTICE.txt").write_text("The base model's own.")
-    licences.write_notice(LLAMA, tmp_path)
+    cards.write_notice(LLAMA, tmp_path)
     text = (tmp_path / "NOTICE.txt").read_text()
-    assert text == f"The base model's own.\n\n{LLAMA.notice}\n\n{licences.MODIFIED}\n"
+    assert text == f"The base model's own.\n\n{LLAMA.notice}\n\n{cards.MODIFIED}\n"
     # one that is there is not written again
     (tmp_path / "NOTICE.txt").rename(tmp_path / "Notice")
-    licences.write_notice(LLAMA, tmp_path)
-    licences.write_notice(None, tmp_path)
+    cards.write_notice(LLAMA, tmp_path)
+    cards.write_notice(None, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["Notice"]
-    links = {licence.identifier: licence.link for licence in licences.LICENCES}
+    links = {licence.identifier: licence.link for licence in cards.LICENCES}
     assert links["llama3.1"] == "https://www.llama.com/llama3_1/license"
     assert links["llama4"] == "https://www.llama.com/llama4/license"
 

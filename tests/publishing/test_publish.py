@@ -14,7 +14,7 @@ from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.models.origin import Origin
-from mlx_flashhead.publishing import licences
+from mlx_flashhead.publishing.card import recognise
 from mlx_flashhead.publishing.publish import publish
 from model_folders import contents, write_model
 
@@ -191,7 +191,7 @@ def test_what_the_hub_would_refuse_is_said_before_the_conversion(
     ],
 )
 def test_derived_names_are_names_that_the_hub_takes(name, licence, expected):
-    licence = licences.recognise({"license": licence}, [])
+    licence = recognise({"license": licence}, [])
     found = Origin(name).result_name("fp32", licence.prefix if licence else "")
     assert found == expected
     validate_repo_id(f"me/{found}")
