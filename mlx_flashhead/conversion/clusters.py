@@ -363,9 +363,7 @@ def fit_centroids(
     return Centroids(matrix, mx.array(bias), mx.array(tail_offset))
 
 
-def _quantize(
-    centroids: Array, covariance: Array, group_size: int
-) -> Steps[tuple[Matrix, Array]]:
+def _quantize(centroids: Array, covariance: Array, group_size: int) -> Steps[tuple[Matrix, Array]]:
     """Rounds centroids (C, D) so that their products with states of this covariance change least:
     the matrix, and its values (C, D) in float64."""
     hidden_size = centroids.shape[1]

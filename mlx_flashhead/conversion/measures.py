@@ -243,9 +243,9 @@ def lower_bound(share: float, n: int) -> float:
 
 def choose_verified(measured: PositionMeasures, nbytes: StepBytes) -> int:
     """The probes of the fewest expected bytes per token of verified decoding."""
-    shares = measured.rejected_shares().mean(axis=0).tolist()
-    shares_of = zip(measured.probe_counts, shares, strict=True)
-    return min(shares_of, key=lambda probes_and_share: nbytes.verified(*probes_and_share))[0]
+    rejected = measured.rejected_shares().mean(axis=0).tolist()
+    shares = dict(zip(measured.probe_counts, rejected, strict=True))
+    return min(shares, key=lambda n_probes: nbytes.verified(n_probes, shares[n_probes]))
 
 
 def verification_settings(measured: PositionMeasures, n_probes: int) -> dict[str, Any]:
@@ -331,16 +331,10 @@ def compare_bits(
     next_ids: np.ndarray,
     expected_share: Callable[[Matrix], float],
 ) -> Steps[dict[str, Any]]:
-    """Compares a head at 4 bits and its ``rows`` with the ``original``, unquantized one.
+    """Compares a head at 4 bits and its ``rows`` with the ``original``, unquantized one, on some of
+    the held-out ``states`` (N, D) float32 and the tokens (N,) after them; JSON-ready.
 
-    Args:
-        states: Held-out states (N, D) float32; some of them are used.
-        next_ids: The tokens (N,) after them.
-        expected_share: Expected bytes of verified decoding with such rows, of the dense head's.
-
-    Returns:
-        JSON-ready: ``positions``, and ``rows`` with ``bits``, ``kl`` in nats, ``agreement``,
-        ``perplexity``, ``bytes``, ``dense_ms`` and, estimated from it, ``flash_head_ms``.
+    ``expected_share`` are the expected bytes of verified decoding with rows, of the dense head's.
     """
     group = rows.group_size if rows.mode == AFFINE else affine_group(original.hidden_size)
     heads = {rows.bits: rows, 8 * original.weight.dtype.size: original}
@@ -364,17 +358,14 @@ def compare_bits(
         kl, same, loss = (totals[bits] / len(chosen)).tolist()
         product = timer(lambda _, head=head: head.matmul(hidden))
         seconds = min(map(product, range(TIMED)))
-        table.append(
-            {
-                "bits": bits,
-                "kl": max(kl, 0.0),
-                "agreement": same,
-                "perplexity": float(np.exp(loss)),
-                "bytes": head.nbytes,
-                "dense_ms": 1000 * seconds,
-                "flash_head_ms": 1000 * seconds * expected_share(head),
-            }
-        )
+        row = {
+            "bits": bits,
+            "kl": max(kl, 0.0),
+            "agreement": same,
+            "perplexity": float(np.exp(loss)),
+        }
+        times = {"dense_ms": 1000 * seconds, "flash_head_ms": 1000 * seconds * expected_share(head)}
+        table.append(row | {"bytes": head.nbytes} | times)
     return {"positions": len(chosen), "rows": table}
 
 

@@ -92,13 +92,12 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
         base = find_provenance(options.hf_path, source, options.base_model, options.license)
         if options.uploads:
             texts = [*base.files, *licence_files(target)]
-            names = {"model": base.origin.known_as, "place": f"{target}, made without `upload`"}
-            check_licence(card_metadata(base), texts, repo_id, **names)
+            model_name, place = base.origin.known_as, f"{target}, made without `upload`"
+            check_licence(card_metadata(base), texts, repo_id, model=model_name, place=place)
 
         say(f"Loading {options.hf_path}")
         trust = {"trust_remote_code": options.trust_remote_code}
-        loaded = load_dense(source, tokenizer_config=trust, lazy=True, **trust)
-        model, tokenizer, config = loaded
+        model, tokenizer, config = load_dense(source, tokenizer_config=trust, lazy=True, **trust)
         location = find_head(model)
         check_plain_product(location)
         options.check_size(location.rows().n_rows)

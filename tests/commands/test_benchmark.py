@@ -1,9 +1,6 @@
 """``benchmark``: tables, files, the report, and what is refused before the work."""
 
 import json
-import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -83,23 +80,3 @@ def test_server(run, converted, tmp_path, monkeypatch):
     assert "Answers lost: 0." in screen
     # neither a build nor dense steps are measured
     assert {"--build-first", "--flash-head-always"} <= set(commands[0])
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_benchmark_reports_its_rounds(tmp_path, number, code):
-    """A real signal, once a round has been counted."""
-    file, picture = tmp_path / "out.json", tmp_path / "out.png"
-    arguments = ("--shape", "320,64", "--rounds", "100000", "--json", file, "--plot", picture)
-    command = [sys.executable, "-m", "mlx_flashhead.benchmark", "head", *map(str, arguments)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
-        while not process.stderr.readline().startswith("[3 of 100001, "):
-            assert process.poll() is None
-        process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
-    assert (process.returncode, "Traceback" in errors) == (code, False)
-    assert "FlashHead full logits" in output and "\nStopped: " in errors
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    figures = json.loads(file.read_text())
-    assert not figures["complete"]
-    assert figures["results"][0]["ms"]["FlashHead proposal"]["runs"] >= 2

@@ -9,8 +9,7 @@ import pytest
 
 from mlx_flashhead.conversion import build, measures, take_all
 from mlx_flashhead.conversion.build import build_index, expected_seconds, model_index
-from mlx_flashhead.conversion.clusters import cluster_rows
-from mlx_flashhead.conversion.clusters import fit_centroids, logit_metric
+from mlx_flashhead.conversion.clusters import cluster_rows, fit_centroids, logit_metric
 from mlx_flashhead.conversion.measures import report_lines
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.head.flash_head import FlashHead
