@@ -68,7 +68,7 @@ def text_states(
     first, *others = windows_of(token_ids, TEXT_WINDOW)
     beginning = beginning_of_text(tokenizer)  # the first window has it already
     windows = [first, *(beginning + window for window in others)]
-    read = yield from read_windows(model, location, windows, **limits)
+    read = yield from read_windows(model, location, windows, "Reading", **limits)
     states = [read[0], *(window_states[len(beginning) :] for window_states in read[1:])]
     return np.concatenate(states), np.array(token_ids[1:], dtype=np.int64)
 

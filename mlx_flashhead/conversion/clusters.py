@@ -395,7 +395,9 @@ def _quantize(centroids: Array, covariance: Array, group_size: int) -> Steps[tup
             yield Step("Rounding", i + 1, hidden_size, "column")
         left[group.stop :] -= feed[group, group.stop :].T @ errors
     # MLX packs the codes of a row into words of 32 bits, the first in the lowest bits
-    words = codes.T.reshape(len(centroids), -1, 32 // BITS) << np.arange(0, 32, BITS, np.uint32)
+    words = codes.T.reshape(len(centroids), -1, 32 // BITS) << np.arange(
+        0, 32, BITS, dtype=np.uint32
+    )
     packed = mx.array(np.bitwise_or.reduce(words, axis=-1))
-    scaled = {"scales": mx.array(scales.T), "biases": mx.array(offsets.T)}
-    return Matrix(packed, **scaled, group_size=group_size, bits=BITS), rounded.T
+    scaled = (mx.array(scales.T), mx.array(offsets.T))
+    return Matrix(packed, *scaled, group_size=group_size, bits=BITS), rounded.T

@@ -16,6 +16,7 @@ verification the fewest that agree with the dense head. docs/how-it-works.md has
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -356,7 +357,7 @@ def compare_bits(
     hidden, table = mx.array(states[:1]).astype(original.weight.dtype), []
     for bits, head in sorted(heads.items()):
         kl, same, loss = (totals[bits] / len(chosen)).tolist()
-        product = timer(lambda _, head=head: head.matmul(hidden))
+        product = timer(partial(lambda rows, _: rows.matmul(hidden), head))
         seconds = min(map(product, range(TIMED)))
         row = {
             "bits": bits,

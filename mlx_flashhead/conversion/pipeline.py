@@ -96,7 +96,7 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
             check_licence(card_metadata(base), texts, repo_id, model=model_name, place=place)
 
         say(f"Loading {options.hf_path}")
-        trust = {"trust_remote_code": options.trust_remote_code}
+        trust: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
         model, tokenizer, config = load_dense(source, tokenizer_config=trust, lazy=True, **trust)
         location = find_head(model)
         check_plain_product(location)
