@@ -1,6 +1,7 @@
 """Makes the index of a model in short steps and writes nothing: a build may be dropped."""
 
 import math
+import timeit
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -9,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..common.timing import timer
 from ..head.matrix import Matrix, as_float32
 from ..index.files import FlashHeadIndex, Sketch
 from ..index.settings import FlashHeadConfig
@@ -181,7 +181,7 @@ def index_nbytes(rows: Matrix) -> int:
 def expected_seconds(rows: Matrix, options: IndexOptions) -> float:
     """The approximate greatest time of an index: the time limit of the text, and the products."""
     matrix = np.ones((SPEED_SAMPLE, SPEED_SAMPLE), dtype=np.float32)
-    seconds_of_sample = min(map(timer(lambda _: (matrix @ matrix).size), range(3)))
+    seconds_of_sample = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
     n_clusters = -(-rows.n_rows // options.cluster_size)
     passes = CLUSTER_PASSES * (QUICK_PASSES if options.quick else PASSES) * n_clusters
     reading = 0.0

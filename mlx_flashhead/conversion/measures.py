@@ -14,6 +14,7 @@ verification the fewest that agree with the dense head. docs/how-it-works.md has
 """
 
 import math
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,9 +25,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..common.tables import megabytes, percent
-from ..common.timing import timer
 from ..head.matrix import AFFINE, Matrix, affine_group
-from ..head.portable import MARGIN_SHARE
+from ..head.steps import MARGIN_SHARE
 from ..index.settings import FlashHeadConfig
 from . import Step, Steps
 
@@ -357,8 +357,8 @@ def compare_bits(
     hidden, table = mx.array(states[:1]).astype(original.weight.dtype), []
     for bits, head in sorted(heads.items()):
         kl, same, loss = (totals[bits] / len(chosen)).tolist()
-        product = timer(partial(lambda rows, _: rows.matmul(hidden), head))
-        seconds = min(map(product, range(TIMED)))
+        product = partial(lambda rows: mx.eval(rows.matmul(hidden)), head)
+        seconds = min(timeit.repeat(product, number=1, repeat=TIMED))
         row = {
             "bits": bits,
             "kl": max(kl, 0.0),
