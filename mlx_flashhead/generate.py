@@ -4,7 +4,6 @@ import json
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +20,31 @@ from .common.processes import draw_alike, first_process_speaks, join_processes, 
 from .common.terminal import printable_output
 from .structured.grammar import add_grammar_options, grammar_of
 
+# Flags that several processes refuse.
+ALONE = (
+    "adapter_path", "draft_model", "prompt_cache_file", "image", "quantize_activations",
+    "fine_head",
+)  # fmt: skip
+
 
 def make_parser() -> Parser:
     """The command's arguments."""
-    parser = Parser(
-        prog="mlx_flashhead.generate",
-        description="Generate text with a model and its FlashHead.",
-    )
+    about = "Generate text with a model and its FlashHead."
+    parser = Parser(prog="mlx_flashhead.generate", description=about)
     add_model_flags(parser)
     add_prompt_flags(parser)
     add_answer_flags(parser, max_tokens=100, seed=None)
     group = parser.add_argument_group("FlashHead")
     add_probes_option(group)
     add_answering_options(group)
-    group.add_argument(
-        "--draft-probes",
-        type=whole_number(1),
-        help="Clusters scored for each drafted token (default: as many as read a "
-        "tenth of its head's bytes).",
-    )
-    group.add_argument(
-        "--dense", action="store_true", help="Use the normal (dense) head, for comparison."
-    )
-    group.add_argument(
-        "--draw-probes",
-        action="store_true",
-        help="Draw the clusters by probability at --temp, as in the paper, without verification.",
-    )
-    group.add_argument(
-        "--pipeline",
-        action="store_true",
-        help="Under mlx.launch, share the layers out instead of splitting each of them.",
-    )
+    probes = "Clusters scored for each drafted token (default: a tenth of its head's bytes)."
+    group.add_argument("--draft-probes", type=whole_number(1), help=probes)
+    dense = "Use the normal (dense) head, for comparison."
+    group.add_argument("--dense", action="store_true", help=dense)
+    drawn = "Draw the clusters by probability at --temp, as in the paper, without verification."
+    group.add_argument("--draw-probes", action="store_true", help=drawn)
+    pipeline = "Under mlx.launch, share the layers out instead of splitting each of them."
+    group.add_argument("--pipeline", action="store_true", help=pipeline)
     add_grammar_options(parser)
     return parser
 
@@ -66,151 +58,14 @@ def main() -> None:
     processes = join_processes()
     with first_process_speaks(processes, errors=True):  # all processes make the same mistake
         args = parser.parse_args()
-        _check_arguments(parser, args)
-        _check_processes(parser, args, processes)
+        _check_arguments(parser, args, processes.size())
         grammar = grammar_of(args)
         check_before_loading(args)
     with first_process_speaks(processes), ending_soon():
         _generate(args, processes, grammar)
 
 
-def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
-    """Loads, answers, and builds a missing FlashHead afterwards."""
-    # mlx-lm takes a second to import, which mistakes and --help do without
-    from .loading.load import load_dense_head, load_draft, load_with_head
-    from .loading.sources import HeadOptions
-    from .lossless.generation import generate
-    from .lossless.sampler import make_sampler
-    from .models.compat.mlx_lm import generation_stream, run_generate
-    from .models.fetch import resolve
-    from .models.install import get_flash_head
-    from .models.libraries import UNKNOWN_CONTEXT, context_of
-    from .structured.processor import GrammarProcessor
-
-    options = HeadOptions.from_flags(args)
-    answering: list[Any] = []
-    context = UNKNOWN_CONTEXT
-
-    def load_for_main(path: Any, *, return_config: bool = False, **kwargs: Any) -> Any:
-        if "tokenizer_config" not in kwargs:  # as mlx-lm loads the draft model
-            return load_draft(
-                path, draft_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
-            )
-        if processes.size() > 1:
-            loaded = _load_part(args, processes, path, **kwargs)
-        elif args.dense:
-            loaded = load_dense_head(resolve(path), options, **kwargs)
-        else:
-            folder = resolve(path)
-            loaded = load_with_head(folder, options, **kwargs)
-            answering[:] = *loaded[:2], folder
-            if args.n_probes and args.no_build and get_flash_head(loaded[0]) is None:
-                raise ValueError(
-                    "--n-probes needs a FlashHead, and this model has none: leave --no-build out."
-                )
-        nonlocal context
-        context = context_of(loaded[2], loaded[1])
-        # mlx-lm 0.31 hands an assignment on to the tokenizer within, which would call itself
-        vars(loaded[1])["apply_chat_template"] = _bounded_template(loaded[1])
-        return loaded if return_config else loaded[:2]  # mlx-lm 0.31 takes two
-
-    def generate_for_main(model: Any, tokenizer: Any, prompt: Any, **named: Any) -> str:
-        _check_prompt(prompt, context)
-        named["verify"] = not args.no_verify
-        named["prefill_step_size"] = args.prefill_step_size  # 0.31 leaves it out
-        if args.max_wait is not None:
-            named["max_wait"] = args.max_wait
-        if args.draw_probes:
-            named["draw_temperature"] = args.temp
-        if grammar is None:
-            return generate(model, tokenizer, prompt, **named)
-        processor = GrammarProcessor(tokenizer, grammar)
-        text = generate(model, tokenizer, prompt, logits_processors=[processor], **named)
-        if not processor.accepts(text):
-            cut = f"it was cut at --max-tokens {args.max_tokens}: give more"
-            reason = processor.problem or cut
-            print(f"The text does not complete the {grammar.kind}: {reason}.", file=sys.stderr)
-        return text
-
-    with printable_output():
-        run_generate(
-            args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
-        )
-    if answering:
-        _build_for_next_time(options, *answering)
-    leave_together(processes, generation_stream)
-
-
-def _check_prompt(prompt: Any, context: int) -> None:
-    """Refuses a prompt that is empty or too long, before anything is computed or printed."""
-    if not len(prompt):
-        raise ValueError("The prompt is empty: give at least one token with --prompt.")
-    if len(prompt) >= context:
-        raise ValueError(
-            f"The prompt has {len(prompt):,} tokens, and at most {context - 1:,} fit, since the "
-            f"answer needs one of the context's {context:,}: give a shorter --prompt."
-        )
-
-
-def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path) -> None:
-    """Builds the FlashHead after the answer, if the model has none yet."""
-    from .loading.background import background_build
-    from .loading.sources import LATER
-
-    if options.missing != LATER:
-        return
-    build = background_build(model, tokenizer, folder, options, math.inf, waits=False)
-    if build is None:
-        return
-    sys.stdout.flush()
-    options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
-    try:
-        build.finish()
-    except KeyboardInterrupt:
-        options.say("Skipped. The next answer tries again.")
-    finally:
-        build.drop()
-
-
-def _bounded_template(tokenizer: Any) -> Callable:
-    """``tokenizer.apply_chat_template``, within limits, with its errors as a ValueError."""
-    from .models.templates import apply_template
-
-    def apply(messages: Any, tokenize: bool = True, **options: Any) -> Any:
-        options["remedy"] = "give --ignore-chat-template"
-        text = apply_template(tokenizer, messages, **options)
-        return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
-
-    return apply
-
-
-def _load_part(
-    args: Namespace,
-    processes: Any,
-    path: Any,
-    *,
-    tokenizer_config: Any,
-    trust_remote_code: bool,
-    **_: Any,
-) -> Any:
-    from .loading.load import sharded_load
-    from .models.dense import load_dense_part
-
-    how: dict[str, Any] = {
-        "pipeline_group": processes if args.pipeline else None,
-        "tokenizer_config": tokenizer_config,
-        "trust_remote_code": trust_remote_code,
-    }
-    if args.dense:
-        loaded = load_dense_part(path, **how)
-    else:
-        how |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
-        loaded = sharded_load(path, return_config=True, **how)
-    draw_alike(processes, args.seed)
-    return loaded
-
-
-def _check_arguments(parser: Parser, args: Namespace) -> None:
+def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
     if not args.model and args.prompt_cache_file is None:
         parser.error("--model is needed: give a folder or a repository of a model")
     if not args.prompt:
@@ -228,6 +83,16 @@ def _check_arguments(parser: Parser, args: Namespace) -> None:
         )
     if args.prompt_cache_file is not None:
         _check_prompt_cache(parser, args)
+    if args.pipeline and n_processes == 1:
+        parser.error("--pipeline needs several processes: start them with mlx.launch")
+    for flag in ALONE:
+        if n_processes > 1 and getattr(args, flag):
+            name = flag.replace("_", "-")
+            parser.error(f"--{name} is for one process: start it without mlx.launch")
+    if n_processes > 1 and args.prompt == "-":
+        parser.error(
+            "--prompt - cannot read the input of mlx.launch, which has no end: give the prompt"
+        )
 
 
 def _check_prompt_cache(parser: Parser, args: Namespace) -> None:
@@ -248,22 +113,110 @@ def _check_prompt_cache(parser: Parser, args: Namespace) -> None:
         )
 
 
-def _check_processes(parser: Parser, args: Namespace, processes: Any) -> None:
-    if processes.size() == 1:
-        if args.pipeline:
-            parser.error("--pipeline needs several processes: start them with mlx.launch")
-        return
-    for option in (
-        "adapter_path", "draft_model", "prompt_cache_file", "image", "quantize_activations",
-        "fine_head",
-    ):  # fmt: skip
-        if getattr(args, option):
-            name = option.replace("_", "-")
-            parser.error(f"--{name} is for one process: start it without mlx.launch")
-    if args.prompt == "-":
-        parser.error(
-            "--prompt - cannot read the input of mlx.launch, which has no end: give the prompt"
+def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
+    """Loads, answers, and builds a missing FlashHead afterwards."""
+    # mlx-lm takes a second to import, which mistakes and --help do without
+    from .loading.load import load_dense_head, load_draft, load_with_head, sharded_load
+    from .loading.sources import LATER, HeadOptions
+    from .lossless.generation import generate
+    from .lossless.sampler import make_sampler
+    from .models.compat.mlx_lm import generation_stream, run_generate
+    from .models.dense import load_dense_part
+    from .models.fetch import resolve
+    from .models.install import get_flash_head
+    from .models.libraries import UNKNOWN_CONTEXT, context_of
+    from .models.templates import apply_template
+    from .structured.processor import GrammarProcessor
+
+    options = HeadOptions.from_flags(args)
+    answering: list[Any] = []  # the model, its tokenizer and its folder, unless it is dense
+    context = UNKNOWN_CONTEXT
+
+    def load_for_main(path: Any, *, return_config: bool = False, **kwargs: Any) -> Any:
+        nonlocal context
+        if "tokenizer_config" not in kwargs:  # as mlx-lm loads the draft model
+            return load_draft(
+                path, draft_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
+            )
+        if processes.size() > 1:
+            how = {name: kwargs[name] for name in ("tokenizer_config", "trust_remote_code")}
+            how["pipeline_group"] = processes if args.pipeline else None
+            if args.dense:
+                loaded = load_dense_part(path, **how)
+            else:
+                how |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
+                loaded = sharded_load(path, return_config=True, **how)
+            draw_alike(processes, args.seed)
+        elif args.dense:
+            loaded = load_dense_head(resolve(path), options, **kwargs)
+        else:
+            folder = resolve(path)
+            loaded = load_with_head(folder, options, **kwargs)
+            answering[:] = *loaded[:2], folder
+            if args.n_probes and args.no_build and get_flash_head(loaded[0]) is None:
+                raise ValueError(
+                    "--n-probes needs a FlashHead, and this model has none: leave --no-build out."
+                )
+        tokenizer = loaded[1]
+        context = context_of(loaded[2], tokenizer)
+
+        def fill_in(messages: Any, tokenize: bool = True, **options: Any) -> Any:
+            options["remedy"] = "give --ignore-chat-template"
+            text = apply_template(tokenizer, messages, **options)
+            return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
+
+        # mlx-lm 0.31 hands an assignment on to the tokenizer within, which would call itself
+        vars(tokenizer)["apply_chat_template"] = fill_in
+        return loaded if return_config else loaded[:2]  # mlx-lm 0.31 takes two
+
+    def generate_for_main(model: Any, tokenizer: Any, prompt: Any, **named: Any) -> str:
+        if not len(prompt):
+            raise ValueError("The prompt is empty: give at least one token with --prompt.")
+        if len(prompt) >= context:
+            raise ValueError(
+                f"The prompt has {len(prompt):,} tokens, and at most {context - 1:,} fit, since "
+                f"the answer needs one of the context's {context:,}: give a shorter --prompt."
+            )
+        named["verify"] = not args.no_verify
+        named["prefill_step_size"] = args.prefill_step_size  # 0.31 leaves it out
+        if args.max_wait is not None:
+            named["max_wait"] = args.max_wait
+        if args.draw_probes:
+            named["draw_temperature"] = args.temp
+        if grammar is None:
+            return generate(model, tokenizer, prompt, **named)
+        processor = GrammarProcessor(tokenizer, grammar)
+        text = generate(model, tokenizer, prompt, logits_processors=[processor], **named)
+        if not processor.accepts(text):
+            cut = f"it was cut at --max-tokens {args.max_tokens}: give more"
+            reason = processor.problem or cut
+            print(f"The text does not complete the {grammar.kind}: {reason}.", file=sys.stderr)
+        return text
+
+    with printable_output():
+        run_generate(
+            args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
         )
+    if answering and options.missing == LATER:
+        _build_for_next_time(options, *answering)
+    leave_together(processes, generation_stream)
+
+
+def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path) -> None:
+    """Builds the FlashHead after the answer, if the model has none yet."""
+    from .loading.background import background_build
+
+    build = background_build(model, tokenizer, folder, options, math.inf, waits=False)
+    if build is None:
+        return
+    sys.stdout.flush()
+    options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
+    try:
+        build.finish()
+    except KeyboardInterrupt:
+        options.say("Skipped. The next answer tries again.")
+    finally:
+        build.drop()
 
 
 if __name__ == "__main__":

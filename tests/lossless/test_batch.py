@@ -10,7 +10,6 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from flash_loops import OTHERS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
-from mlx_flashhead.lossless.proposer import Proposer
 
 PROMPTS = [PROMPT, *OTHERS]
 SETTINGS = [
@@ -81,11 +80,10 @@ def greedy(flash):
     return [alone(flash, prompt, {}, []) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("n_steps", range(1, 12))
+@pytest.mark.parametrize("n_steps", [1, 2, 3, 5, 8, 11])
 def test_a_text_that_is_taken_away_leaves_nothing_behind(flash, greedy, n_steps):
     """As when a client hangs up, between any proposal and its check."""
-    proposer = Proposer(flash.model, verify=True)
-    generator = VerifiedBatchGenerator(flash.model, proposer=proposer, logprobs=False)
+    generator = VerifiedBatchGenerator(flash.model, logprobs=False)
     uids = generator.insert(PROMPTS, [25] * 4)
     tokens = {uid: [] for uid in uids}
     for step in range(200):
@@ -102,8 +100,7 @@ def test_a_text_that_is_taken_away_leaves_nothing_behind(flash, greedy, n_steps)
 
 
 def test_a_text_that_joins_later(flash, greedy):
-    proposer = Proposer(flash.model, verify=True)
-    generator = VerifiedBatchGenerator(flash.model, proposer=proposer, logprobs=False)
+    generator = VerifiedBatchGenerator(flash.model, logprobs=False)
     (first,) = generator.insert([PROMPT], [25])
     tokens = {first: []}
     second = None
@@ -125,9 +122,8 @@ def test_a_stop_token_ends_a_text(flash, rotating):
     """Its cache holds what was given, also where later tokens were confirmed with it."""
     cache = [RotatingKVCache(max_size=12) for _ in range(2)] if rotating else None
     ((expected,), _) = flash.batch([PROMPT], caches=[deepcopy(cache)], dense=True)
-    for stop in expected[5:15]:
-        proposer = Proposer(flash.model, verify=True)
-        generator = VerifiedBatchGenerator(flash.model, proposer=proposer, stop_tokens=[[stop]])
+    for stop in expected[5:15:3]:
+        generator = VerifiedBatchGenerator(flash.model, stop_tokens=[[stop]])
         generator.insert([PROMPT], [25], caches=[deepcopy(cache)])
         responses = []
         while confirmed := generator.next_generated():
