@@ -147,9 +147,9 @@ def verified_steps(
             if prompt_cache is not None:
                 rollback_to(sequence.n_yielded)
             if sequence.uses_random_state:  # as mlx-lm's loop leaves it, a token further
-                states = [*sequence.random_states, *(p.random_state for p in sequence.pending)]
+                drawing = [*sequence.random_states, *(p.random_state for p in sequence.pending)]
                 index = sequence.n_yielded
-                known = states[index] if index < len(states) else None
+                known = drawing[index] if index < len(drawing) else None
                 drawn = mx.random.split(current_random_state())[0] if known is None else known[1]
                 set_random_state(drawn)
 
@@ -191,8 +191,9 @@ def _plain_steps(
     if isinstance(sampler, Sampler) and sampler.settings.greedy:
         sampler = None
     elif isinstance(sampler, Sampler):  # draws from logits, which mlx-lm rounds once more
-        draw, latest = replace(sampler, seed=sequence.seed), []
+        draw = replace(sampler, seed=sequence.seed)
         draw.position = len(sequence.tokens)
+        latest: list[mx.array] = []
 
         def hold(_: mx.array, logits: mx.array) -> mx.array:
             latest[:] = [logits]

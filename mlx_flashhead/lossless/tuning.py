@@ -217,9 +217,9 @@ class _Parts:
         times, certain, moment = [], None, time.perf_counter()
         for i in range(n + 1):
             with proposer.states() as states:
-                logits = self._model(latest[None], cache=cache)[:, -1, :]
+                logits = self._model(latest[None], cache=cache)
             if n_probes is None:
-                logprobs = normalized(logits)
+                logprobs = normalized(logits[:, -1, :])
                 token = mx.argmax(logprobs, axis=-1)
                 mx.async_eval(token, logprobs)
             else:

@@ -127,7 +127,7 @@ def _measure(head: FlashHead, dtype: mx.Dtype, n_states: int) -> Rounding:
     together = mx.take(slots, head.clustered.slot_of, axis=-1)
     with head.settings(n_probes=min(64, head.n_clusters)):
         candidates = [head.candidates(state) for state in states]
-    ids, scored = (mx.concatenate(parts) for parts in zip(*candidates, strict=True))
+    ids, scored = (mx.concatenate([*parts]) for parts in zip(*candidates, strict=True))
     wanted = mx.take_along_axis(alone, mx.minimum(ids, head.vocab_size - 1), axis=-1)
     wanted = mx.where(ids < head.vocab_size, wanted, scored)
     longest, rows, epsilon = 0.0, head.clustered.rows, _EPSILON[alone.dtype]

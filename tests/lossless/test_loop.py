@@ -19,8 +19,6 @@ SAMPLERS = {
     "greedy": {},
     "temperature": {"temp": 1.0},
     "top-p": {"temp": 0.8, "top_p": 0.95},
-    "min-p": {"temp": 0.7, "min_p": 0.05},
-    "top-k": {"temp": 1.0, "top_k": 5},
     "all": {"temp": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
     "xtc": {"temp": 1.0, "xtc_probability": 0.5, "xtc_threshold": 0.05},
 }
