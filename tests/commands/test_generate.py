@@ -176,7 +176,7 @@ def test_cache_of_limited_size(generated, tmp_path):
 
 
 def test_adapters(generated, dense, converted, right, tmp_path):
-    adapters = write_adapters(tmp_path, dense)
+    adapters = write_adapters(tmp_path / "adapters", dense)
     loaded = mlx_lm.load(str(dense), adapter_path=str(adapters))
     expected = mlx_lm.generate(*loaded, PROMPT, max_tokens=TOKENS) + "\n"
     assert generated("--model", converted, "--adapter-path", adapters) == expected != right
