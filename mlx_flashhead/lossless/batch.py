@@ -2,6 +2,7 @@
 with its caches, rolls back and joins it again."""
 
 import sys
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any, cast
@@ -44,7 +45,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         *,
         proposer: Proposer | None = None,  # None: a new one
         max_tokens: int = 128,  # of a text
-        stop_tokens: Rows[Rows[int]] | None = None,  # sequences of tokens that end a text
+        stop_tokens: Iterable[int | Rows[int]] | None = None,  # tokens, or sequences, that end it
         sampler: Any = None,  # for sequences without one
         logits_processors: Any = None,  # for sequences without any
         logprobs: bool = True,  # whether sequences inserted from now on need log-probabilities
@@ -53,7 +54,9 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         super().__init__(model, max_tokens=max_tokens, **options)
         self._proposer = Proposer(model) if proposer is None else proposer
         self._defaults = sampler, logits_processors or []
-        self._stops = [list(stop) for stop in stop_tokens or () if stop]
+        # mlx-lm takes single tokens as well
+        stops = [[stop] if isinstance(stop, int) else list(stop) for stop in stop_tokens or ()]
+        self._stops = [stop for stop in stops if stop]
         self._sequences: dict[int, Sequence] = {}  # by their numbers in mlx-lm's batch
         self._matchers: dict[Sequence, Any] = {}  # of those with stops of their own
         self._n_sequences = 0

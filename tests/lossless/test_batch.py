@@ -119,11 +119,13 @@ def test_a_text_that_joins_later(flash, greedy):
 
 @pytest.mark.parametrize("rotating", [False, True])
 def test_a_stop_token_ends_a_text(flash, rotating):
-    """Its cache holds what was given, also where later tokens were confirmed with it."""
+    """In each form that mlx-lm takes. Its cache holds what was given, also where later tokens were
+    confirmed with it."""
     cache = [RotatingKVCache(max_size=12) for _ in range(2)] if rotating else None
     ((expected,), _) = flash.batch([PROMPT], caches=[deepcopy(cache)], dense=True)
-    for stop in expected[5:15:3]:
-        generator = VerifiedBatchGenerator(flash.model, stop_tokens=[[stop]])
+    for stop, form in zip(expected[5:12:3], (int, list, tuple), strict=True):
+        stops = {stop} if form is int else [form([stop])]
+        generator = VerifiedBatchGenerator(flash.model, stop_tokens=stops)
         generator.insert([PROMPT], [25], caches=[deepcopy(cache)])
         responses = []
         while confirmed := generator.next_generated():
