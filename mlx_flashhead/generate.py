@@ -2,23 +2,29 @@
 
 import json
 import math
+import os
+import secrets
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import mlx.core as mx
 
 from .common.arguments import Parser, whole_number
 from .common.command import command, ending_soon
-from .common.generation_flags import (
+from .common.flags import (
     add_answer_flags,
+    add_answering_options,
     add_model_flags,
+    add_probes_option,
     add_prompt_flags,
     check_before_loading,
 )
-from .common.head_flags import add_answering_options, add_probes_option
-from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .common.terminal import printable_output
-from .structured.grammar import add_grammar_options, grammar_of
+from .structured.grammar import GrammarProcessor, add_grammar_options, grammar_of
 
 # Flags that several processes refuse.
 ALONE = (
@@ -55,14 +61,43 @@ def main() -> None:
     parser = make_parser()
     if {"-h", "--help"} & {*sys.argv[1:]}:
         parser.parse_args()
-    processes = join_processes()
-    with first_process_speaks(processes, errors=True):  # all processes make the same mistake
+    try:
+        processes = mx.distributed.init()  # a group of one without mlx.launch
+    except RuntimeError as error:
+        raise ValueError(
+            f"The processes cannot be joined ({error}): check the hosts and ports of mlx.launch."
+        ) from error
+    with _first_process_speaks(processes, errors=True):  # all processes make the same mistake
         args = parser.parse_args()
         _check_arguments(parser, args, processes.size())
         grammar = grammar_of(args)
         check_before_loading(args)
-    with first_process_speaks(processes), ending_soon():
+    with _first_process_speaks(processes), ending_soon():
         _generate(args, processes, grammar)
+
+
+@contextmanager
+def _first_process_speaks(
+    processes: mx.distributed.Group, *, errors: bool = False
+) -> Iterator[None]:
+    """Within the block, only the first process prints.
+
+    ``errors`` silences standard error too. Otherwise another process prints its errors there, since
+    it may be the only one that fails, and names itself.
+    """
+    rank = processes.rank()
+    if rank == 0:
+        yield
+        return
+    with ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(redirect_stdout(nowhere))
+        if errors:
+            stack.enter_context(redirect_stderr(nowhere))
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise ValueError(f"process {rank}: {error}") from error
 
 
 def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
@@ -113,7 +148,7 @@ def _check_prompt_cache(parser: Parser, args: Namespace) -> None:
         )
 
 
-def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
+def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) -> None:
     """Loads, answers, and builds a missing FlashHead afterwards."""
     # mlx-lm takes a second to import, which mistakes and --help do without
     from .loading.load import load_dense_head, load_draft, load_with_head, sharded_load
@@ -126,7 +161,6 @@ def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
     from .models.install import get_flash_head
     from .models.libraries import UNKNOWN_CONTEXT, context_of
     from .models.templates import apply_template
-    from .structured.processor import GrammarProcessor
 
     options = HeadOptions.from_flags(args)
     answering: list[Any] = []  # the model, its tokenizer and its folder, unless it is dense
@@ -146,7 +180,12 @@ def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
             else:
                 how |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
                 loaded = sharded_load(path, return_config=True, **how)
-            draw_alike(processes, args.seed)
+            seed = args.seed  # each process samples every token by itself, and all must agree
+            if seed is None:
+                drawn = mx.array(secrets.randbits(31) if processes.rank() == 0 else 0)
+                drawn = mx.distributed.all_sum(drawn, group=processes, stream=mx.cpu)
+                seed = cast(int, drawn.item())
+            mx.random.seed(seed)
         elif args.dense:
             loaded = load_dense_head(resolve(path), options, **kwargs)
         else:
@@ -199,7 +238,9 @@ def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
         )
     if answering and options.missing == LATER:
         _build_for_next_time(options, *answering)
-    leave_together(processes, generation_stream)
+    if processes.size() > 1:  # mlx-lm computes a token ahead, for which each needs the others
+        mx.synchronize(generation_stream)
+        mx.eval(mx.distributed.all_sum(mx.array(1), group=processes, stream=mx.cpu))
 
 
 def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path) -> None:

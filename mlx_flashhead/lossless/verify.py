@@ -203,7 +203,9 @@ class Verification:
         if n:
             of_rows = Draws.of(draws[:n]) if any(temperatures[:n]) else None
             proposal, epsilon = _rows_of(self._proposal, slice(n)), self._rounding.epsilon
-            screen = self._head.certain(slots[:n], proposal, of_rows, room[:n], scored[:n], epsilon)
+            screen = self._head.steps.screen(
+                slots[:n], proposal, of_rows, room[:n], scored[:n], epsilon
+            )
             certain.append(screen.certain)
         for i in range(n, len(self._rows)):
             certain.append(self._is_certain(i, slots[i : i + 1], room[i], scored[i]))

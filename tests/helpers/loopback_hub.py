@@ -70,24 +70,23 @@ class Answer(Exception):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request after the other: each call is a method that returns its answer."""
+    """Answers one request after the other: each call is a method that returns its content."""
 
     protocol_version = "HTTP/1.1"
 
     ROUTES = (
-        ("GET", r"/api/whoami-v2", "whoami"),
-        ("POST", r"/api/repos/create", "create"),
-        ("POST", r"/api/validate-yaml", "validate"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/auth-check(/write)?", "auth_check"),
-        ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
-        ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
-        ("POST", r"/lfs/([0-9a-f]{64})/verify", "verify"),
-        ("PUT", r"/lfs/([0-9a-f]{64})", "store"),
-        ("HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
-        ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        (r"GET /api/whoami-v2", "whoami"),
+        (r"POST /api/repos/create", "create"),
+        (r"POST /api/validate-yaml", "validate"),
+        (r"GET /api/models/([^/]+/[^/]+)/auth-check(/write)?", "auth_check"),
+        (r"GET /api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
+        (r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
+        (r"POST /api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
+        (r"POST /api/models/([^/]+/[^/]+)/commit/[^/]+", "commit"),
+        (r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
+        (r"POST /lfs/([0-9a-f]{64})/verify", "verify"),
+        (r"PUT /lfs/([0-9a-f]{64})", "store"),
+        (r"(?:HEAD|GET) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     )
 
     def route(self):
@@ -98,9 +97,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise Down
             self.body = b"" if self.command == "PUT" else b"".join(self.pieces())
             answer = Answer(404, {"error": "no such page"})
-            for method, pattern, name in self.ROUTES:
-                match = re.fullmatch(pattern, path)
-                if match and method == self.command:
+            for pattern, name in self.ROUTES:
+                if match := re.fullmatch(pattern, f"{self.command} {path}"):
                     answer = getattr(self, name)(*(g and unquote(g) for g in match.groups()))
                     break
             answer = answer if isinstance(answer, Answer) else Answer(200, answer)
@@ -236,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
     def verify(self, oid):
         return Answer(200 if oid in self.server.large else 404, {})
 
-    def commit(self, repo_id, revision):
+    def commit(self, repo_id):
         repository = self.writable(repo_id)
         tree = dict(repository.commits[-1])
         for line in map(json.loads, self.body.splitlines()):

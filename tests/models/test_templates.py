@@ -92,7 +92,7 @@ def test_variables(tokenizer):
     ids=range(11),
 )
 def test_what_fails_or_takes_too_much(tokenizer, monkeypatch, template, said):
-    guard = Guard(templates._GUARD._path, seconds=0.5) if "seconds" in said else templates._GUARD
+    guard = Guard(templates._GUARD.path, seconds=0.5) if "seconds" in said else templates._GUARD
     monkeypatch.setattr(templates, "_GUARD", guard)
     with pytest.raises(ValueError, match="chat template cannot be filled in") as raised:
         apply_template(tokenizer(template), MESSAGES, remedy="shorten it")
