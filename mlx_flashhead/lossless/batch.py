@@ -34,7 +34,7 @@ class Response:
 class VerifiedBatchGenerator(ChoosingBatchGenerator):
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
-    A call of :meth:`next` may give no token of a sequence, or several. A sampler that is given
+    A call of :meth:`next` may return no token of a sequence, or several. A sampler passed
     here, for all sequences, and draws from MLX's random state is called as mlx-lm calls it, so that
     its texts are decoded densely. Samplers of single sequences draw with a seed of the sequence.
     """
