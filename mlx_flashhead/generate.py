@@ -159,7 +159,7 @@ def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path)
 
     if options.missing != LATER:
         return
-    build = background_build(model, tokenizer, folder, options, math.inf, waits=False)
+    build = background_build(model, tokenizer, folder, options, step_seconds=math.inf, waits=False)
     if build is None:
         return
     sys.stdout.flush()
@@ -174,7 +174,7 @@ def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path)
 
 def _bounded_template(tokenizer: Any) -> Callable:
     """``tokenizer.apply_chat_template``, within limits, with its errors as a ValueError."""
-    from .models.templates import apply_template
+    from .models.libraries import apply_template
 
     def apply(messages: Any, tokenize: bool = True, **options: Any) -> Any:
         options["remedy"] = "give --ignore-chat-template"
@@ -194,7 +194,7 @@ def _load_part(
     **_: Any,
 ) -> Any:
     from .loading.load import sharded_load
-    from .models.dense import load_dense_part
+    from .models.libraries import load_dense_part
 
     how: dict[str, Any] = {
         "pipeline_group": processes if args.pipeline else None,

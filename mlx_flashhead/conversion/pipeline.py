@@ -26,9 +26,9 @@ from ..index.files import (
 )
 from ..index.settings import FlashHeadConfig
 from ..models.compat.mlx_lm import dequantize_model, save
-from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
+from ..models.libraries import load_dense
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..publishing import licences
 from ..publishing.card import CARD_FILE, card_metadata, find_provenance

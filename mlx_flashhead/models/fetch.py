@@ -46,14 +46,19 @@ def home() -> Path:
         ) from error
 
 
+def _path(name: str) -> Path:
+    path = Path(name)
+    with suppress(RuntimeError):  # of a user who does not exist
+        path = path.expanduser()
+    return path
+
+
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
     """The local folder of a model: itself, or its download from the Hugging Face Hub; ValueError if
     neither exists. ``files`` are patterns of what to download; default: the whole checkpoint."""
-    if not str(path_or_repo):
+    if not path_or_repo:
         raise ValueError("The name of the model is empty: give a folder or a repository.")
-    path = Path(path_or_repo)
-    with suppress(RuntimeError):  # of a user who does not exist
-        path = path.expanduser()
+    path = _path(path_or_repo)
     if path.is_dir():
         if revision is not None:
             raise ValueError(
@@ -62,44 +67,47 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
         return path
     if path.exists():
         raise ValueError(f"{path_or_repo} is a file: name its folder instead.")
-    if len(path.parts) > 2 or path.is_absolute() or str(path_or_repo).startswith((".", "~")):
+    if len(path.parts) > 2 or path.is_absolute() or path_or_repo.startswith((".", "~")):
         raise ValueError(f"There is no folder {path_or_repo}: check the path of the model.")
+    with _hub_errors(path_or_repo, revision):
+        patterns = files or [*DEFAULT_ALLOW_PATTERNS, FILE_NAME]
+        return download(path_or_repo, revision=revision, allow_patterns=patterns)
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
+    """A block in which errors of the Hub's client become a ValueError: one sentence on what a user
+    can do. Those of this package pass, and those of the disk of a tensor."""
     try:
-        return download(
-            str(path_or_repo),
-            revision=revision,
-            allow_patterns=files or [*DEFAULT_ALLOW_PATTERNS, FILE_NAME],
-        )
-    except Exception as error:  # the Hub's client raises many unrelated types
-        # the error's own text may hold the token
-        raise ValueError(hub_sentence(str(path_or_repo), revision, error)) from None
+        yield
+    except Exception as error:  # the client raises many unrelated types
+        of_disk = isinstance(error, OSError) and error.errno is not None
+        if type(error) is ValueError or (of_disk and not isinstance(error, EntryNotFoundError)):
+            raise
+        missing = f"There is no folder {name!r} here, and"
+        page = f"{constants.ENDPOINT}/{name}"
+        unreached = "the Hugging Face Hub cannot be reached: check the network and the name."
+        if constants.HF_HUB_OFFLINE:
+            unreached = "it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
+        sentences = {
+            GatedRepoError: f"{name} is gated: ask for access on {page}, then log in with "
+            "`hf auth login`.",
+            RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face Hub: check "
+            "the name, or log in with `hf auth login` if it is private.",
+            RevisionNotFoundError: f"The repository {name} has no revision {revision!r}: its page "
+            "lists them.",
+            RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another source.",
+            OfflineModeIsEnabled: f"{missing} {unreached}",
+            HFValidationError: f"{missing} it cannot be a repository: give a folder or OWNER/NAME.",
+            LocalEntryNotFoundError: f"{missing} {unreached}",
+            Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check "
+            "the name and the network.",
+        }
+        sentence = next(said for kind, said in sentences.items() if isinstance(error, kind))
+        raise ValueError(sentence) from None  # the error's own text may hold the token
 
 
-def hub_sentence(name: str, revision: str | None, error: Exception) -> str:
-    """What a user can do about an error of the Hub's client, without secrets."""
-    missing = f"There is no folder {name!r} here, and"
-    page = f"{constants.ENDPOINT}/{name}"
-    unreached = "the Hugging Face Hub cannot be reached: check the network and the name."
-    if constants.HF_HUB_OFFLINE:
-        unreached = "it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
-    sentences = {
-        GatedRepoError: f"{name} is gated: ask for access on {page}, then log in with "
-        "`hf auth login`.",
-        RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face Hub: check the "
-        "name, or log in with `hf auth login` if it is private.",
-        RevisionNotFoundError: f"The repository {name} has no revision {revision!r}: its page "
-        "lists them.",
-        RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another source.",
-        OfflineModeIsEnabled: f"{missing} {unreached}",
-        HFValidationError: f"{missing} it cannot be a repository: give a folder or OWNER/NAME.",
-        LocalEntryNotFoundError: f"{missing} {unreached}",
-        Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check the "
-        "name and the network.",
-    }
-    return next(said for kind, said in sentences.items() if isinstance(error, kind))
-
-
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The error's message as one short line without secrets."""
     return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__
 
@@ -224,9 +232,7 @@ class Tensor:
 def tensor_files(source: str) -> Iterator[TensorFile]:
     """The safetensors files of a file, a folder or a repository, those of a head first; ValueError
     if there are none."""
-    path = Path(source)
-    with suppress(RuntimeError):  # of a user who does not exist
-        path = path.expanduser()
+    path = _path(source)
     if path.exists():
         files = sorted(path.glob("*" + ENDING)) if path.is_dir() else [path]
         yield from (TensorFile(str(file)) for file in files)
@@ -254,15 +260,3 @@ def _names(repo_id: str) -> list[str]:
         return list(dict.fromkeys(str(places[name]) for name in names))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{INDEX} of {repo_id} is damaged: choose another source.") from None
-
-
-@contextmanager
-def _hub_errors(repo_id: str) -> Iterator[None]:
-    """A block in which errors of the Hub's client become a ValueError of one sentence."""
-    try:
-        yield
-    except Exception as error:  # the client raises many unrelated types
-        of_disk = isinstance(error, OSError) and error.errno is not None
-        if type(error) is ValueError or (of_disk and not isinstance(error, EntryNotFoundError)):
-            raise
-        raise ValueError(hub_sentence(repo_id, None, error)) from None

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..lossless.sampler import make_sampler
 from ..models.compat.mlx_lm import make_logits_processors
-from ..models.templates import apply_template
+from ..models.libraries import apply_template
 from ..structured.processor import GrammarProcessor
 from .api_error import ApiError, loads
 from .completions import AnswerText, Token, token_logprobs

@@ -23,7 +23,7 @@ from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.libraries import forward
 from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
-from vlm_texts import TextGenerator
+from vlm_texts import write_together
 
 
 @pytest.fixture
@@ -148,25 +148,15 @@ def test_a_token_never_reads_the_weights(reads, name, tied, bits):
     """One text by itself and one of a batch: as many reads for many tokens as for few."""
     model = served(name, tied=tied, bits=bits)
     prompt = [5, 9, 200]
-    (first,) = [mx.argmax(forward(model, mx.array([prompt]))[:, -1]).item()]
+    first = mx.argmax(forward(model, mx.array([prompt]))[:, -1]).item()
 
     def alone(max_tokens):
         steps = generate_step(mx.array([prompt]), model, None, None, max_tokens=max_tokens)
-        return [token for token, _ in steps]
+        return [int(token) for token, _ in steps]
 
     def together(max_tokens):
-        written = []
-
-        def sampler(logprobs):
-            written.append(mx.argmax(logprobs, axis=-1))
-            return written[-1]
-
-        generator = TextGenerator(model, [[299]], sampler, prefill_batch_size=1)
-        generator.insert([prompt], [max_tokens])
-        while generator.next_generated():
-            pass
-        generator.close()
-        return [tokens[0].item() for tokens in written[:max_tokens]]
+        (tokens,) = write_together(model, [prompt], max_tokens, prefill_batch_size=1)
+        return tokens
 
     for write in (alone, together):
         counts = []
