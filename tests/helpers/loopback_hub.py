@@ -212,7 +212,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def batch(self, repo_id):
         self.repository(repo_id, write=True)
-        objects = [{key: o[key] for key in ("oid", "size")} for o in json.loads(self.body)["objects"]]
+        objects = [
+            {key: o[key] for key in ("oid", "size")} for o in json.loads(self.body)["objects"]
+        ]
         for entry in objects:
             if entry["oid"] not in self.server.large:
                 url = f"{self.server.url}/lfs/{entry['oid']}"

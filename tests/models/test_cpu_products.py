@@ -63,7 +63,11 @@ def test_attention(mask, length):
 
 def test_one_layer_may_stay_lazy_and_all_is_as_before_after_the_block(monkeypatch):
     before = [cls.__dict__[name] for cls, name in cpu_products.METHODS]
-    attention, lazy, other = mx.fast.scaled_dot_product_attention, nn.Linear(64, 8), nn.Linear(64, 8)
+    attention, lazy, other = (
+        mx.fast.scaled_dot_product_attention,
+        nn.Linear(64, 8),
+        nn.Linear(64, 8),
+    )
     seen = []
     monkeypatch.setattr(cpu_products, "_product", lambda layer, x: seen.append(layer))
     with pytest.raises(KeyError), numpy_products(lazy):

@@ -74,7 +74,10 @@ MEMORY, TIME = "it takes more than 512 MB of memory", "it takes more than 0.5 se
     "template, said",
     [
         # doubles a text, and computes one number
-        ("{% set n = namespace(s='x') %}{% for i in range(60) %}" + DOUBLES + "{% endfor %}", MEMORY),
+        (
+            "{% set n = namespace(s='x') %}{% for i in range(60) %}" + DOUBLES + "{% endfor %}",
+            MEMORY,
+        ),
         ("{{ 'a' * 10 ** 10 }}", MEMORY),
         ("{{ '%9999999999d' % 1 }}", MEMORY),
         ("{{ 7 ** 30000000 }}", TIME),
