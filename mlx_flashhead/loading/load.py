@@ -2,6 +2,7 @@
 one, or a new one."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -15,20 +16,12 @@ from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME
 from ..lossless.policy import policy_of
 from ..lossless.sequence import random_state
+from ..models import libraries
 from ..models.compat.mlx_vlm import drafted_answer, when_drafted
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
 from ..models.install import get_flash_head
-from ..models.libraries import (
-    UnsupportedHeadError,
-    architecture,
-    is_vlm,
-    load_dense,
-    load_dense_part,
-    name_of,
-    prompt_of,
-    text_side,
-)
+from ..models.libraries import UnsupportedHeadError, is_vlm, load_dense, load_dense_part
 from ..models.locate import HeadLocation, check_plain_product, drafter_head, find_head
 from ..models.origin import local_origin
 from . import sources
@@ -208,7 +201,7 @@ def attach(
     """
     missing, fine = BUILD if build else REFUSE, {"fine_head": fine_head, "head_bits": head_bits}
     options = HeadOptions(flash_head, missing, n_probes, backend, progress, **fine)
-    source = Path(name_of(tokenizer) or type(model).__module__)
+    source = Path(libraries.name_of(tokenizer) or type(model).__module__)
     source = source if source.is_dir() else Path(source.name)
     head = attach_head(model, tokenizer, sources.explicit_head(options), source, options)
     assert head is not None  # only DENSE leaves it out
@@ -288,14 +281,13 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
         check_plain_product(location)
         stored = sources.find(location.rows(), options.say)
         if stored is None and options.missing == BUILD:
-            text = text_side(model, tokenizer)
-            answers = (
-                drafted_answer(model, drafter, kind, prompt_of(text, request), ANSWER_TOKENS)
-                for request in builtin_requests()
-            )
+            text = libraries.text_side(model, tokenizer)
+            prompts = (libraries.prompt_of(text, request) for request in builtin_requests())
+            drafting = partial(drafted_answer, model, drafter, kind, n_tokens=ANSWER_TOKENS)
+            answers = map(drafting, prompts)
             seconds = IndexOptions.calibration_seconds
             drafted = drafted_states(location, answers, text.eos_token_ids, seconds=seconds)
-            how: Any = {"source": Path(architecture(drafter)), "options": options}
+            how: Any = {"source": Path(libraries.architecture(drafter)), "options": options}
             with random_state(mx.random.key(0)):
                 steps = build_steps(drafter, tokenizer, location, drafted=drafted, **how)
                 stored = finish(steps, options)

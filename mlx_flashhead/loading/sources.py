@@ -27,17 +27,8 @@ from tqdm import tqdm
 from ..common.command import printable, with_flags
 from ..common.new_folder import new_folder
 from ..head.matrix import Matrix
-from ..index.files import (
-    CONFIG_NAME,
-    FILE_NAME,
-    SETTINGS_NAME,
-    FlashHeadIndex,
-    has_flash_head,
-    is_written_here,
-    read_index,
-    read_settings,
-    write_companion,
-)
+from ..index import files
+from ..index.files import FILE_NAME, SETTINGS_NAME, FlashHeadIndex, read_index
 from ..index.settings import FlashHeadConfig
 from ..models.fetch import ENDING, home, resolve
 from ..models.finer_head import FOLDER as FINE_FOLDER
@@ -139,8 +130,8 @@ def explicit_head(options: HeadOptions) -> StoredHead | None:
     if options.flash_head is None:
         return None
     name = str(options.flash_head)
-    folder = resolve(name, files=[FILE_NAME, SETTINGS_NAME, CONFIG_NAME])
-    if not is_written_here(folder):
+    folder = resolve(name, files=[FILE_NAME, SETTINGS_NAME, files.CONFIG_NAME])
+    if not files.is_written_here(folder):
         raise ValueError(
             f"{name} holds no FlashHead: name another one, or leave it out and one is found or "
             "built."
@@ -150,9 +141,9 @@ def explicit_head(options: HeadOptions) -> StoredHead | None:
 
 def bundled_head(folder: Path, options: HeadOptions) -> StoredHead | None:
     """The FlashHead in a model's folder, or None; ValueError for a damaged or another version's."""
-    if has_flash_head(folder):
+    if files.has_flash_head(folder):
         return StoredHead(read_index(folder), str(folder))
-    if is_written_here(folder):
+    if files.is_written_here(folder):
         options.say(
             f"{folder} names a FlashHead, but {FILE_NAME} is missing (other programs leave it out "
             "when they save the model), so another one is used."
@@ -177,8 +168,8 @@ class Entry:
     def nbytes(self) -> int:
         """Its size on the disk, as far as it can be read."""
         with suppress(OSError):
-            files = self.path.iterdir() if self.path.is_dir() else [self.path]
-            return sum(file.stat().st_size for file in files if file.is_file())
+            parts = self.path.iterdir() if self.path.is_dir() else [self.path]
+            return sum(part.stat().st_size for part in parts if part.is_file())
         return 0
 
     def remove(self) -> bool:
@@ -203,7 +194,7 @@ def entries() -> list[Entry]:
         if any((folder / name).exists() for name in ENTRY_FILES):
             config, model = None, "damaged"
             with suppress(ValueError, OSError):
-                config = read_settings(folder)
+                config = files.read_settings(folder)
                 model = str(config.recipe.get("model", "unknown"))
             kept.append(Entry(folder, model, config))
     return sorted(kept, key=lambda entry: entry.path.stat().st_mtime, reverse=True)
@@ -274,7 +265,7 @@ def keep(index: FlashHeadIndex, place: Path) -> None:
     """Keeps a FlashHead and replaces another one in its place, whose speeds are forgotten; OSError,
     or ValueError in a sentence, if it cannot be written. Nothing is left behind."""
     with new_folder(place) as folder:
-        write_companion(folder, index)
+        files.write_companion(folder, index)
     speeds_of(index.config.fingerprint).unlink(missing_ok=True)
 
 

@@ -13,17 +13,7 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 import numpy as np
-from huggingface_hub import constants
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from tqdm import tqdm
 
@@ -81,25 +71,28 @@ def _hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client raises many unrelated types
-        of_disk = isinstance(error, OSError) and error.errno is not None
-        if type(error) is ValueError or (of_disk and not isinstance(error, EntryNotFoundError)):
+        of_hub = not isinstance(error, OSError) or isinstance(error, errors.EntryNotFoundError)
+        if type(error) is ValueError or not (of_hub or error.errno is None):
             raise
         missing = f"There is no folder {name!r} here, and"
         page = f"{constants.ENDPOINT}/{name}"
         unreached = "the Hugging Face Hub cannot be reached: check the network and the name."
         if constants.HF_HUB_OFFLINE:
             unreached = "it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
+        nobody = f"{missing} {unreached}"
         sentences = {
-            GatedRepoError: f"{name} is gated: ask for access on {page}, then log in with "
+            errors.GatedRepoError: f"{name} is gated: ask for access on {page}, then log in with "
             "`hf auth login`.",
-            RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face Hub: check "
-            "the name, or log in with `hf auth login` if it is private.",
-            RevisionNotFoundError: f"The repository {name} has no revision {revision!r}: its page "
-            "lists them.",
-            RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another source.",
-            OfflineModeIsEnabled: f"{missing} {unreached}",
-            HFValidationError: f"{missing} it cannot be a repository: give a folder or OWNER/NAME.",
-            LocalEntryNotFoundError: f"{missing} {unreached}",
+            errors.RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face "
+            "Hub: check the name, or log in with `hf auth login` if it is private.",
+            errors.RevisionNotFoundError: f"The repository {name} has no revision {revision!r}: "
+            "its page lists them.",
+            errors.RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another "
+            "source.",
+            errors.OfflineModeIsEnabled: nobody,
+            errors.HFValidationError: f"{missing} it cannot be a repository: give a folder or "
+            "OWNER/NAME.",
+            errors.LocalEntryNotFoundError: nobody,
             Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check "
             "the name and the network.",
         }
@@ -119,6 +112,7 @@ INDEX, SINGLE, ENDING = "model.safetensors.index.json", "model.safetensors", ".s
 LARGEST_HEADER = 100_000_000  # bytes, as the format's own library has it
 SILENCE = 30.0  # seconds without a byte, after which the network is down
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # in JSON
 
 
 @dataclass(frozen=True)
@@ -141,7 +135,7 @@ class TensorFile:
             return
         with _hub_errors(self.repo_id):
             if constants.HF_HUB_OFFLINE:
-                raise OfflineModeIsEnabled("offline")
+                raise errors.OfflineModeIsEnabled("offline")
             url = huggingface_hub.hf_hub_url(self.repo_id, self.name)
             headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
             with get_session().stream("GET", url, headers=headers, timeout=SILENCE) as response:
@@ -152,25 +146,20 @@ class TensorFile:
 
     def tensors(self) -> dict[str, "Tensor"]:
         """The tensors of the header; ValueError if it is not one."""
+        first = 8 + int.from_bytes(b"".join(self.stream(0, 8)), "little")
+        content = b"".join(self.stream(8, first)) if 10 <= first <= LARGEST_HEADER else b""
+        tensors = {}
         try:
-            first = 8 + int.from_bytes(b"".join(self.stream(0, 8)), "little")
-            if not 10 <= first <= LARGEST_HEADER:
-                raise TypeError
-            header = json.loads(b"".join(self.stream(8, first)))
+            header = json.loads(content)
             header.pop("__metadata__", None)
-            tensors = {}
             for name, about in header.items():
                 start, end = (first + int(offset) for offset in about["data_offsets"])
                 shape = tuple(map(int, about["shape"]))
                 tensors[name] = Tensor(self, name, str(about["dtype"]), shape, start, end)
-            return tensors
-        except (
-            json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError,
-            RecursionError, OverflowError,
-        ):  # fmt: skip
-            raise ValueError(
-                f"{self} is damaged or no safetensors file: choose another source."
-            ) from None
+        except DAMAGE:
+            said = f"{self} is damaged or no safetensors file: choose another source."
+            raise ValueError(said) from None
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -249,8 +238,8 @@ def _names(repo_id: str) -> list[str]:
     """The files of a repository's weights, those that hold a head first."""
     try:
         index = huggingface_hub.hf_hub_download(repo_id, INDEX)
-    except EntryNotFoundError as error:
-        offline = isinstance(error, LocalEntryNotFoundError)
+    except errors.EntryNotFoundError as error:
+        offline = isinstance(error, errors.LocalEntryNotFoundError)
         if offline and not huggingface_hub.try_to_load_from_cache(repo_id, SINGLE):
             raise
         return [SINGLE]
@@ -258,5 +247,5 @@ def _names(repo_id: str) -> list[str]:
         places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(places, key=lambda name: not ("embed" in name or "head" in name))
         return list(dict.fromkeys(str(places[name]) for name in names))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except DAMAGE:
         raise ValueError(f"{INDEX} of {repo_id} is damaged: choose another source.") from None

@@ -195,7 +195,7 @@ def test_a_head_that_cannot_be_kept_works_all_the_same(
     if trouble == "file":
         flash_head_home.write_text("")
     elif trouble == "full":
-        monkeypatch.setattr(cache, "write_companion", fail(errno.ENOSPC, FILE_NAME))
+        monkeypatch.setattr(cache.files, "write_companion", fail(errno.ENOSPC, FILE_NAME))
     else:  # an administrator may write everywhere, so the refusal is made up
         monkeypatch.setattr(Path, "mkdir", fail(errno.EACCES, str(flash_head_home)))
     model, _ = load(str(folder))

@@ -71,6 +71,8 @@ def test_flash_head(name, tied, bits):
     tokens = mx.array(np.random.default_rng(0).integers(0, VOCAB_SIZE, (2, 9)))
     check_form(model, location, lambda: steps(model, tokens))
 
+    if bits is not None and not FOUND[name][not tied].served:
+        return  # the unquantized form has generated
     # whatever it does with its head's logits, and whatever its caches are
     flash, sampler = Flash(model), make_sampler(temp=2.0, seed=1)
     options = {"prompt": tokens[0].tolist(), "max_tokens": 5, "sampler": sampler}

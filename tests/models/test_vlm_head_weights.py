@@ -14,7 +14,6 @@ mlx_vlm = pytest.importorskip("mlx_vlm")
 from mlx_vlm.generate.ar import generate_step
 from mlx_vlm.models.cache import make_prompt_cache
 from mlx_vlm.models.glm_moe_dsa import speculative_verifier as glm
-from mlx_vlm.server import reranking
 from mlx_vlm.speculative import eagle3, mtp
 from mlx_vlm.speculative.ops import linear
 
@@ -130,17 +129,6 @@ def test_eagle3_verifies_through_the_layer(reads):
     assert not reads
     detach(model)
     assert eagle3._eagle3_hot_token_ids(model.language_model, draft, [1]).size == 10
-
-
-def test_a_decision_is_the_dense_models():
-    """The server's reranker compares two tokens, which an estimate must not decide."""
-    model = served("qwen3_vl", tied=False)
-    hidden = hidden_states(model, 5)
-    tokenizer = SimpleNamespace(convert_tokens_to_ids={"yes": 11, "no": 250}.get)
-    mask = mx.ones((1, 5), dtype=mx.int32)
-    (score,) = reranking._binary_scores(model, hidden, mask, tokenizer)
-    logits = get_flash_head(model).dense_logits(hidden[:, -1])[0]
-    assert score == pytest.approx(mx.sigmoid(logits[11] - logits[250]).item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("name, tied, bits", [("qwen3_5", False, 4), ("gemma4", True, None)])
