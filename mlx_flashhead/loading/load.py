@@ -52,16 +52,15 @@ def load(
     head_bits: int | None = None,
     progress: bool = True,
 ):
-    """Loads a model with a FlashHead; takes ``mlx_lm.load``'s arguments and more.
+    """Loads a model with a FlashHead: the given one, else the one in the model's folder, else the
+    one that was built for this model before, else a new one, which is kept.
 
-    It takes the given FlashHead, else the one in the model's folder, else the one that was built
-    for this model before. Otherwise it builds one and keeps it.
+    Takes ``mlx_lm.load``'s arguments and more. Returns ``(model, tokenizer)``, with the
+    configuration as a third item if ``return_config``.
 
     Args:
         path_or_hf_repo: A local folder or a Hugging Face repository: any model that mlx-lm loads.
-        tokenizer_config, model_config, lazy: As mlx-lm has them.
         adapter_path: LoRA adapters of the body; an adapted head must be fused first.
-        return_config: Also return the model's configuration.
         revision: Branch, tag or commit of the repository.
         trust_remote_code: Allow the repository's own Python code.
         flash_head: A folder or a Hugging Face repository of a FlashHead.
@@ -73,9 +72,6 @@ def load(
             once. Where that fails, the model keeps its own, with a sentence.
         head_bits: Bits of the finer head: 6, 8 (default) or 16.
         progress: Print steps and bars on standard error.
-
-    Returns:
-        ``(model, tokenizer)``, with the configuration as a third item if asked for.
 
     Raises:
         ValueError: If the model does not exist, if there is no FlashHead and none may be built, if

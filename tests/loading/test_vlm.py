@@ -129,7 +129,9 @@ def test_converted_folder_loads(tmp_path):
         attach(model, tokenizer, folder)
         assert answer(model, tokenizer) == dense
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    shutil.copy(folder / FILE_NAME, folder / "flash_head.safetensors")  # what another ending would do
+    shutil.copy(
+        folder / FILE_NAME, folder / "flash_head.safetensors"
+    )  # what another ending would do
     with pytest.raises(ValueError, match="parameters not in model"):
         mlx_vlm.load(str(folder))
 
