@@ -77,7 +77,8 @@ def load(
         ValueError: If the model does not exist, if there is no FlashHead and none may be built, if
             it is damaged or belongs to another model, or if an argument is not valid.
     """
-    missing, fine = BUILD if build else REFUSE, {"fine_head": fine_head, "head_bits": head_bits}
+    missing = BUILD if build else REFUSE
+    fine: Any = {"fine_head": fine_head, "head_bits": head_bits}
     loaded = load_with_head(
         resolve(path_or_hf_repo, revision),
         HeadOptions(flash_head, missing, n_probes, backend, progress, **fine),
@@ -195,7 +196,8 @@ def attach(
         ValueError: If there is none and none may be built, if it belongs to another model or is
             damaged, or if an argument is not valid. The model stays unchanged.
     """
-    missing, fine = BUILD if build else REFUSE, {"fine_head": fine_head, "head_bits": head_bits}
+    missing = BUILD if build else REFUSE
+    fine: Any = {"fine_head": fine_head, "head_bits": head_bits}
     options = HeadOptions(flash_head, missing, n_probes, backend, progress, **fine)
     source = Path(libraries.name_of(tokenizer) or type(model).__module__)
     source = source if source.is_dir() else Path(source.name)
