@@ -23,7 +23,7 @@ from ..conversion import Step, Steps, take_all
 from ..conversion.build import STEP_SECONDS, expected_seconds, index_nbytes, model_index
 from ..conversion.options import IndexOptions, make_recipe
 from ..lossless.tuning import Tuning
-from ..models.fetch import HOME_VARIABLE, home
+from ..models.fetch import HOME_VARIABLE, home, lock_of
 from ..models.install import get_flash_head
 from ..models.libraries import UnsupportedHeadError, is_vlm, text_side
 from ..models.locate import HeadLocation, check_plain_product, find_head
@@ -58,7 +58,9 @@ def build_steps(
     """
     rows, say = location.rows(), options.say
     place = sources.place_of(rows)
-    lock = sources.lock_of(place)
+    lock = None
+    with suppress(OSError):  # else nothing can be kept there
+        lock = lock_of(place)
     if lock is not None and not lock.is_locked:
         other = "Another process is building the FlashHead of this model: it is used "
         say(other + ("as soon as it is there." if waits else "next time."))

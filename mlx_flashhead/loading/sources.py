@@ -21,7 +21,6 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import mlx.core as mx
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..common.command import printable, with_flags
@@ -280,16 +279,3 @@ def obstacle(place: Path, nbytes: int) -> str | None:
     except OSError as error:
         return error.strerror or str(error)
     return None
-
-
-def lock_of(place: Path) -> FileLock | None:
-    """The lock of the one process that builds the FlashHead of ``place``; None if there is none,
-    since the place cannot be written."""
-    lock = FileLock(home() / "locks" / f"{place.name}.lock")
-    try:
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        with suppress(Timeout):
-            lock.acquire(timeout=0)
-    except OSError:
-        return None
-    return lock

@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 import numpy as np
+from filelock import FileLock, Timeout
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from tqdm import tqdm
@@ -34,6 +35,16 @@ def home() -> Path:
         raise ValueError(
             f"The home directory in {folder} is not known: set {HOME_VARIABLE} to a folder."
         ) from error
+
+
+def lock_of(place: Path) -> FileLock:
+    """The lock of the one process that writes to a place of the home, taken if it is free; OSError
+    if it cannot be."""
+    lock = FileLock(home() / "locks" / f"{place.name}.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    with suppress(Timeout):
+        lock.acquire(timeout=0)
+    return lock
 
 
 def _path(name: str) -> Path:

@@ -22,14 +22,13 @@ import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard
 from tqdm import tqdm
 
 from ..common.new_folder import new_file
 from ..common.tables import megabytes
 from ..head.matrix import ARRAYS, Matrix, affine_group
-from .fetch import ENDING, HOME_VARIABLE, Tensor, home, tensor_files
+from .fetch import ENDING, HOME_VARIABLE, Tensor, home, lock_of, tensor_files
 from .locate import HeadLocation
 from .origin import is_repository, local_origin
 
@@ -81,13 +80,10 @@ def give_fine_head(
             "`head_bits`."
         )
     place = home() / FOLDER / f"{coarse.fingerprint[:24]}-{bits}{ENDING}"
-    lock = FileLock(home() / "locks" / f"{place.name}.lock")
     try:
-        for needed in (place, Path(lock.lock_file)):
-            needed.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_of(place)
+        if not lock.is_locked:
             say("Another process is fetching this finer head: waiting for it.")
             lock.acquire()
         try:
