@@ -34,7 +34,7 @@ PIECE = 64
 
 # Room for two implementations of a logarithm, and for sums of many exponentials.
 NOISE_ROOM, MASS_ROOM = 1e-5, 1e-4
-NEAREST = 32  # clusters that were not scored, of whose tokens the noise is computed for filters
+NEAREST = 1024  # clusters that were not scored, of whose tokens the noise is computed for filters
 
 REFERENCE = "the reference BLAS of the mlx wheel"  # for Linux, a slow one
 
