@@ -168,6 +168,7 @@ def test_a_damaged_entry_is_built_anew(folder, quick, capfd):
         (sentence,) = said
         assert reason in sentence and sentence.endswith(": it is built again.")
         assert sentence.startswith(str(settings if SETTINGS_NAME in changed else file))
+    capfd.readouterr()
     load(str(folder))
     first, second, *_ = capfd.readouterr().err.splitlines()
     assert first == sentence and second.startswith("Building the FlashHead of ")

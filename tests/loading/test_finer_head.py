@@ -337,19 +337,17 @@ def test_two_at_once_fetch_once(on_hub, coarse):
 
 
 def test_a_flash_head_is_built_for_the_finer_rows_or_the_models_own(original, coarse, quick, capfd):
-    model, tokenizer = mlx_lm.load(str(coarse))
-    assert attach(model, tokenizer, fine_head=original).clustered.rows.bits == 8
-    assert "Building" in capfd.readouterr().err
-    model, _ = load(str(coarse), fine_head=original, progress=False)
-    assert get_flash_head(model).clustered.rows.bits == 8
-    model, _ = load(str(coarse), fine_head="nowhere/at-all")
-    assert get_flash_head(model).clustered.rows.bits == 4
+    load_it = partial(load, str(coarse))
+    assert get_flash_head(load_it(fine_head="nowhere/at-all")[0]).clustered.rows.bits == 4
     assert "Without a finer head: There is no folder 'nowhere/at-all'" in capfd.readouterr().err
     with pytest.warns(UserWarning, match="Without a finer head"):
-        load(str(coarse), fine_head="nowhere/at-all", progress=False)
+        load_it(fine_head="nowhere/at-all", progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load(str(coarse), progress=False)  # nothing without being asked for
+        load_it(progress=False)  # nothing without being asked for
+        assert get_flash_head(load_it(fine_head=original)[0]).clustered.rows.bits == 8
+    model, tokenizer = mlx_lm.load(str(coarse))
+    assert attach(model, tokenizer, fine_head=original, progress=False).clustered.rows.bits == 8
 
 
 def test_flags(run, original, coarse):

@@ -79,8 +79,9 @@ def test_it_is_built_at_first_use_and_kept(loaded, quick, monkeypatch, capfd):
     original = ProcessorText.apply_chat_template
 
     def spy(self, *arguments, **options):
-        seen.append(original(self, *arguments, **options))
-        return seen[-1]
+        found = original(self, *arguments, **options)
+        seen.extend([found] if isinstance(found, list) else [])
+        return found
 
     monkeypatch.setattr(ProcessorText, "apply_chat_template", spy)
     head = attach(model, processor)
