@@ -141,8 +141,10 @@ class BackgroundBuild:
         self._model, self._options = model, options
         location = find_head(model)
         check_plain_product(location)
-        how = {"step_seconds": STEP_SECONDS, "source": source, "options": options} | how
-        self._steps: Generator[Any, None, Any] = build_steps(model, tokenizer, location, **how)
+        how = {"step_seconds": STEP_SECONDS} | how
+        self._steps: Generator[Any, None, Any] = build_steps(
+            model, tokenizer, location, source=source, options=options, **how
+        )
         self._result: StoredHead | Tuning | None = None  # of the steps
 
     def advance(self) -> bool:

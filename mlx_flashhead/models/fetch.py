@@ -82,8 +82,9 @@ def _hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client raises many unrelated types
-        of_hub = not isinstance(error, OSError) or isinstance(error, errors.EntryNotFoundError)
-        if type(error) is ValueError or not (of_hub or error.errno is None):
+        of_disk = isinstance(error, OSError) and error.errno is not None
+        of_disk = of_disk and not isinstance(error, errors.EntryNotFoundError)
+        if of_disk or type(error) is ValueError:
             raise
         missing = f"There is no folder {name!r} here, and"
         page = f"{constants.ENDPOINT}/{name}"

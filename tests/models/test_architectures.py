@@ -61,7 +61,7 @@ def cases():
             yield from ((name, tied, bits) for bits in every)
 
 
-@pytest.mark.parametrize("name, tied, bits", cases())
+@pytest.mark.parametrize("name, tied, bits", [*cases()])
 def test_flash_head(name, tied, bits):
     model = tiny_architecture(name, tied=tied)
     model = model if bits is None else quantized(model)
