@@ -1,5 +1,7 @@
 """Serves models: a page for browsers, and OpenAI's API."""
 
+import os
+
 from .common.command import command
 from .serving.server_options import check_options, make_parser
 
@@ -13,20 +15,20 @@ def main() -> None:
     # late, so that help and mistakes do not wait for MLX
     from .common.processes import join_processes
     from .models.fetch import resolve
-    from .serving.serve import leave, requests_logged, serve
+    from .serving.serve import log_requests, serve
 
     if join_processes().size() > 1:
         parser.error("the server is one process: start it without mlx.launch")
-    with requests_logged(flags.log_level):
-        try:
-            for model in (flags.model, flags.draft_model, *flags.allow_models):
-                if model is not None:
-                    resolve(model)  # downloads happen here, where Ctrl-C ends them
-            serve(flags)
-        except KeyboardInterrupt:  # before it serves
-            pass
-        print("Stopped.")
-        leave(0)
+    log_requests(flags.log_level)
+    try:
+        for model in (flags.model, flags.draft_model, *flags.allow_models):
+            if model is not None:
+                resolve(model)  # downloads happen here, where Ctrl-C ends them
+        serve(flags)
+    except KeyboardInterrupt:  # before it serves
+        pass
+    print("Stopped.", flush=True)
+    os._exit(0)  # threads of C++ abort while an interpreter is finalized
 
 
 if __name__ == "__main__":

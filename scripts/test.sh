@@ -11,7 +11,7 @@ if [ "$1" = --oldest ]; then
   shift
   make_venv .venv-oldest -r scripts/oldest.txt
   exec .venv-oldest/bin/pytest -q -m "not real and not newest" tests/lossless \
-    tests/serving/test_{builds,decoding,engine,http,jobs,prefill,recovery}.py \
+    tests/serving/test_{decoding,engine,http,jobs,recovery}.py \
     tests/models/test_{compat,install}.py \
     tests/commands/test_{generate,chat,convert,run}.py "$@"
 fi

@@ -27,7 +27,6 @@ from ..common.timing import spread
 from ..models.fetch import resolve
 from .reporting import Case, report
 
-FLASH_HEAD, DENSE, MLX_LM = "FlashHead", "dense", "mlx_lm.server"
 TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
 SENTENCE = "The bridge over the river was old and narrow, and nobody knew who had built it. "
 LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)  # sentences before each question
@@ -52,8 +51,7 @@ Answered = tuple[str, Reply | str]  # a question with its reply, or with the err
 
 def run(args: argparse.Namespace) -> None:
     """Puts the servers of the command line's model under load."""
-    folder = resolve(args.model)
-    report(args, _cases(args, str(folder)), len(args.clients), make_table)
+    report(args, _cases(args, str(resolve(args.model))), len(args.clients), make_table)
 
 
 def _cases(args: argparse.Namespace, folder: str) -> Generator[Case]:
@@ -64,9 +62,9 @@ def _cases(args: argparse.Namespace, folder: str) -> Generator[Case]:
     # neither the build nor dense steps are to be measured
     flags += ["--no-build" if args.no_build else "--build-first", "--flash-head-always"]
     commands = {
-        FLASH_HEAD: ("mlx_flashhead.server", *model, *flags),
-        DENSE: ("mlx_flashhead.server", *model, "--dense"),
-        MLX_LM: ("mlx_lm.server", *model),
+        "FlashHead": ("mlx_flashhead.server", *model, *flags),
+        "dense": ("mlx_flashhead.server", *model, "--dense"),
+        "mlx_lm.server": ("mlx_lm.server", *model),
     }
     print("Three servers start, and answer each question alone.", file=sys.stderr, flush=True)
     with ExitStack() as stack:
@@ -77,11 +75,17 @@ def _cases(args: argparse.Namespace, folder: str) -> Generator[Case]:
         }
         for n in args.clients:
             replies: dict[str, list[Answered]] = {name: [] for name in ports}
+
+            def result(seconds: dict, n: int = n, replies: dict = replies) -> dict:
+                loads = {name: figures(replies[name], alone[name], seconds[name]) for name in ports}
+                about = {"model": Path(args.model).name, "clients": n}
+                return about | {"requests": args.requests, "tokens": args.tokens, "loads": loads}
+
             timers = {
                 name: partial(visit, port, n, args.requests, args.tokens, replies[name])
                 for name, port in ports.items()
             }
-            yield Case(f"{n} at once, per token", timers, partial(summary, args, n, replies, alone))
+            yield Case(f"{n} at once, per token", timers, result)
 
 
 def questions() -> list[str]:
@@ -117,15 +121,8 @@ def visit(
     return seconds / n_tokens if n_tokens else math.inf
 
 
-def summary(args: argparse.Namespace, n: int, replies: dict, alone: dict, seconds: dict) -> dict:
-    """The figures of all servers with n clients, JSON-ready."""
-    loads = {name: figures(replies[name], alone[name], seconds[name]) for name in replies}
-    about = {"model": Path(args.model).name, "clients": n}
-    return about | {"requests": args.requests, "tokens": args.tokens, "loads": loads}
-
-
 def figures(pairs: list[Answered], alone: dict[str, str], seconds: list[float]) -> dict:
-    """The figures of one server with one number of clients.
+    """The figures of one server with one number of clients, JSON-ready.
 
     Complete answers are ``as_alone`` if they have the text that their question has in ``alone``.
     """
@@ -152,22 +149,16 @@ def make_table(result: dict) -> Table:
     loads = result["loads"]
     problems = [problem for load in loads.values() for problem in load["problems"]]
     lost = f"Answers lost: {sum(load['lost'] for load in loads.values())}."
-    table = new_table(
-        "{model}, {clients} clients: {requests} requests, answers of at most {tokens} "
-        "tokens".format(**result),
-        ("server", "tokens/s", "first s", "worst", "as alone"),
-        "tokens/s: of all clients together. first s: median seconds to the first text.\n"
-        "as alone: complete answers with the text that the question has alone.\n"
-        + "\n".join([lost, *problems[:MAX_PROBLEMS]]),
-    )
+    title = "{model}, {clients} clients: {requests} requests, answers of at most {tokens} tokens"
+    caption = "tokens/s: of all clients together. first s: median seconds to the first text.\n"
+    caption += "as alone: complete answers with the text that the question has alone.\n"
+    caption += "\n".join([lost, *problems[:MAX_PROBLEMS]])
+    headings = ("server", "tokens/s", "first s", "worst", "as alone")
+    table = new_table(title.format(**result), headings, caption)
     for server, load in loads.items():
-        first = load["first_seconds"]
-        table.add_row(
-            server,
-            f"{load['tokens_per_second']['median']:.1f}",
-            *("–" if s is None else f"{s:.2f}" for s in (first["median"], first["worst"])),
-            f"{load['as_alone']} of {load['answered']}",
-        )
+        first, speed = load["first_seconds"], f"{load['tokens_per_second']['median']:.1f}"
+        times = ("–" if s is None else f"{s:.2f}" for s in (first["median"], first["worst"]))
+        table.add_row(server, speed, *times, f"{load['as_alone']} of {load['answered']}")
     return table
 
 
@@ -202,10 +193,8 @@ def serving(module: str, *arguments: str) -> Iterator[int]:
 
 
 def _healthy(port: int) -> bool:
-    with (
-        suppress(OSError, HTTPException),
-        closing(HTTPConnection(HOST, port, timeout=10)) as client,
-    ):
+    client = HTTPConnection(HOST, port, timeout=10)
+    with suppress(OSError, HTTPException), closing(client):
         client.request("GET", "/health")
         return client.getresponse().status == 200
     return False
@@ -220,13 +209,8 @@ def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> 
         ValueError: If the server answers with an error, or not completely.
         OSError: If it does not answer.
     """
-    body = {
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    body = {"messages": [{"role": "user", "content": question}], "max_tokens": max_tokens}
+    body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     headers = {"Content-Type": "application/json"}
     began, text, first = time.monotonic(), "", None
     with closing(HTTPConnection(HOST, port, timeout=ANSWER_SECONDS)) as client:

@@ -2,7 +2,7 @@
 with its caches, rolls back and joins it again."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -42,7 +42,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         model: A model of mlx-lm, with a FlashHead or without.
         proposer: What proposes the tokens; default: a new one.
         max_tokens: Tokens of a text, at most.
-        stop_tokens: Sequences of tokens that end a text.
+        stop_tokens: Tokens, or sequences of tokens, that end a text.
         sampler: For sequences without one.
         logits_processors: For sequences without any.
         logprobs: Whether log-probabilities are wanted of sequences that are inserted from now on.
@@ -55,7 +55,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         *,
         proposer: Proposer | None = None,
         max_tokens: int = 128,
-        stop_tokens: Rows[Rows[int]] | None = None,
+        stop_tokens: Iterable[int | Rows[int]] | None = None,
         sampler: Any = None,
         logits_processors: Any = None,
         logprobs: bool = True,
@@ -64,7 +64,9 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         super().__init__(model, max_tokens=max_tokens, **options)
         self._proposer = Proposer(model) if proposer is None else proposer
         self._defaults = sampler, logits_processors or []
-        self._stops = [list(stop) for stop in stop_tokens or () if stop]
+        # mlx-lm takes single tokens as well
+        stops = [[stop] if isinstance(stop, int) else list(stop) for stop in stop_tokens or ()]
+        self._stops = [stop for stop in stops if stop]
         self._sequences: dict[int, Sequence] = {}  # by their numbers in mlx-lm's batch
         self._matchers: dict[Sequence, Callable[[int], bool]] = {}
         self._n_sequences = 0

@@ -1,33 +1,50 @@
-"""Connections: how many there are, and how long a client may take to send and to read.
+"""The front door: limits of connections and of time, errors of all requests, and the log.
 
 uvicorn waits for ever for a request's head and for a client that reads nothing, so its protocol has
 timers here. A connection carries one request: uvicorn stops reading when more bytes follow a
 request, and would then not see that the client has left.
 """
 
+import asyncio
+import logging
+import re
 import sys
+import time
 from asyncio import TimerHandle, Transport
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from http import HTTPStatus
 from typing import Any
 
-import h11
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .api_error import ApiError, dumps
+from .access import COOKIE, MAX_HEAD_BYTES, Access
+from .responses import ApiError, dumps, json_response, locked_page
 
 # Connections without a request that is being answered. Beyond this, the address with most of them
 # loses its oldest.
 MAX_WAITING = 64
 # Requests in progress, in total and for one address.
-MAX_ANSWERED = 128
-MAX_ANSWERED_PER_ADDRESS = 32
-MAX_HEAD_BYTES = 96 << 10
-# For a request's head, and for a client that does not read.
-HEAD_SECONDS, WRITE_SECONDS = 10.0, 30.0
+MAX_ANSWERED, MAX_ANSWERED_PER_ADDRESS = 128, 32
+# For a request's head and its body, and for a client that does not read.
+HEAD_SECONDS, BODY_SECONDS, WRITE_SECONDS = 10.0, 60.0, 30.0
 # A refused client that still sends may read why. One that sends no more gets what is ready by then.
 REFUSED_SECONDS, HALF_CLOSED_SECONDS = 2.0, 0.2
+# No Secure, since the page is plain http. Strict keeps the cookie from other sites.
+_COOKIE_SETTINGS = f"Path=/; Max-Age={365 * 24 * 3600}; HttpOnly; SameSite=Strict"
+_CROSS_ORIGIN_HEADERS = {
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Vary": "Origin",
+}
+
+logger = logging.getLogger(__name__)
 
 
 class Connections:
@@ -46,7 +63,7 @@ class Connections:
         self.waiting[connection.ends] = connection
 
     @contextmanager
-    def answering(self, scope: Any) -> Iterator[None]:
+    def answering(self, scope: Scope) -> Iterator[None]:
         """A block in which a request is answered; an ApiError if there are too many."""
         address = scope["client"][0]
         if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
@@ -86,19 +103,22 @@ class Connection(H11Protocol):
                 timer.cancel()
         super().connection_lost(exc)
 
+    @property
+    def _complete(self) -> bool:
+        """Whether the request has been received."""
+        return self.cycle is not None and not self.cycle.more_body
+
     def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return
         if self._complete:
             self._n_ignored += len(data)
             if self._n_ignored > MAX_HEAD_BYTES:
                 self.transport.abort()
-            return
-        super().data_received(data)
-        if self.cycle is not None and self._head_timer is not None:
-            self._head_timer.cancel()
-        if self._complete:
-            self.flow.resume_reading()  # so that the end of the connection is noticed
+        elif not self._refused:
+            super().data_received(data)
+            if self.cycle is not None and self._head_timer is not None:
+                self._head_timer.cancel()
+            if self._complete:
+                self.flow.resume_reading()  # so that the end of the connection is noticed
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         if not self._complete:
@@ -111,15 +131,14 @@ class Connection(H11Protocol):
         if self.cycle is not None:
             self.transport.abort()
             return
-        status = getattr(sys.exception(), "error_status_hint", 400)
+        status = HTTPStatus(getattr(sys.exception(), "error_status_hint", 400))
         text = "The request is not HTTP/1.1."
-        if status == 431:
+        if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
             text = f"The request's head has more than {MAX_HEAD_BYTES:,} bytes: send less."
-        body = dumps(ApiError(text, status=status).as_json()).encode()
-        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-        head = h11.Response(status_code=status, headers=[*headers, ("Connection", "close")])
-        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event) or b"")
+        body = dumps(ApiError(text, status=status).as_json())
+        lines = [f"HTTP/1.1 {status} {status.phrase}", "Content-Type: application/json"]
+        lines += [f"Content-Length: {len(body)}", "Connection: close", "", body]
+        self.transport.write("\r\n".join(lines).encode())
         self._refused = True
         self.transport.write_eof()
         self.loop.call_later(REFUSED_SECONDS, self.transport.abort)
@@ -143,7 +162,95 @@ class Connection(H11Protocol):
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
 
-    @property
-    def _complete(self) -> bool:
-        """Whether the request has been received."""
-        return self.cycle is not None and not self.cycle.more_body
+
+class FrontDoor:
+    """An application behind the rules of access: it answers errors, and logs requests.
+
+    A request finds it as ``request.app``. What an endpoint adds to ``request.state.notes`` is
+    logged.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access, connections: Connections):
+        self._app, self.access, self._connections = app, access, connections
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
+        notes: list[str] = []
+        scope["state"]["notes"] = notes
+        scope["app"] = self  # the router raises its 404 and 405 then
+        began, status = time.monotonic(), 0
+        problem: ApiError | None = None
+        received = headers.get("Content-Length", "0") == "0"  # the whole request
+
+        async def receive_message() -> Message:
+            nonlocal received
+            message = await receive()
+            received |= not message.get("more_body", False)
+            return message
+
+        async def send_message(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                self._add_headers(MutableHeaders(scope=message), status, scope)
+            elif not received and not message.get("more_body", False):
+                # a connection that is closed while its client still sends would lose the response
+                await send({**message, "more_body": True})
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(REFUSED_SECONDS):
+                        while not received:
+                            await receive_message()
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        try:
+            self.access.check(scope)
+            app: ASGIApp = self._app
+            if method == "OPTIONS":  # which requests a script of another site may send
+                app = Response(status_code=204)
+            with self._connections.answering(scope) if method == "POST" else nullcontext():
+                await app(scope, receive_message, send_message)
+        except ClientDisconnect:
+            notes.append("the client has left")
+        except ApiError as error:
+            problem = error
+        except HTTPException as error:
+            text = f"There is nothing at {path[:200]}."
+            if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+                text = f"{method[:20]} is not for this path: see docs/server.md."
+            problem = ApiError(text, status=error.status_code)
+        except Exception:
+            logger.exception("A request could not be answered")
+            problem = ApiError("The server has failed: see its log.", status=500)
+        if problem is not None and not status:  # else the connection ends amid the answer
+            response = json_response(problem.as_json(), problem.status)
+            if problem.status == HTTPStatus.UNAUTHORIZED and method == "GET" and path == "/":
+                response = locked_page(wrong=bool(Request(scope).query_params.get("token")))
+            await response(scope, receive_message, send_message)
+        if notes or problem is not None:
+            if self.access.token is not None:  # in whatever case it is written
+                path = re.sub(re.escape(self.access.token), "…", path, flags=re.IGNORECASE)
+            path = path.encode("unicode_escape").decode().replace("\\u2026", "…")[:200]
+            notes = [f"{status or '-'}", f"{time.monotonic() - began:.2f} s", *notes]
+            logger.info("%s %s %s %s", scope["client"][0], method, path, ", ".join(notes))
+
+    def _add_headers(self, headers: MutableHeaders, status: int, scope: Scope) -> None:
+        if status == HTTPStatus.UNAUTHORIZED:
+            headers["WWW-Authenticate"] = "Bearer"
+        if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+            headers["Retry-After"] = "2"
+        if scope["path"] == "/" and (token := self.access.shown_token(scope)):
+            headers["Set-Cookie"] = f"{COOKIE}={token}; {_COOKIE_SETTINGS}"
+        origin = Headers(scope=scope).get("Origin", "")
+        if origin in self.access.origins:
+            headers.update({"Access-Control-Allow-Origin": origin, **_CROSS_ORIGIN_HEADERS})
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body; an ApiError if it does not come in time."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.body()
+    except TimeoutError:
+        limit = f"within {BODY_SECONDS:g} seconds"
+        raise ApiError(f"The body did not come {limit}.", status=408) from None

@@ -1,12 +1,13 @@
-"""Generates tokens for sequences whose prompts have been read.
+"""Sequences: their prompts are read a chunk at a time, then their tokens are generated.
 
 Sequences of one model, one number of probes and similar lengths are a :class:`Batch`. A sequence
 that cannot be in a batch, as with a draft model or a quantized cache, is a :class:`Single`. Batches
 and singles take turns.
 """
 
+import time
 from argparse import Namespace
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,12 +16,124 @@ from ..lossless.batch import VerifiedBatchGenerator
 from ..lossless.loop import drafted_steps, verified_steps
 from ..lossless.proposer import Proposer
 from ..lossless.sampler import preserves_margins
-from ..models.compat.mlx_lm import can_trim_prompt_cache
-from .jobs import Job, LogitsProcessor
-from .prefill import KVCaches, Reading
+from ..models.compat.mlx_lm import (
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    maybe_quantize_kv_cache,
+    trim_prompt_cache,
+)
+from .jobs import Job, LogitsProcessor, Progress
+from .served_models import ServedModel
 
-Step = tuple[Job, int, mx.array]  # a sequence, its next token, logprobs (V,) at its place
+# Seconds of a chunk. After it, other answers and cancelled requests have their turn.
+CHUNK_SECONDS = 0.4
+SMALLEST_CHUNK = 16
+KVCaches = list[Any]  # of a model's layers, and of its draft model's
 CachedTokens = tuple[list[int], KVCaches]  # tokens, and a cache that holds them
+Step = tuple[Job, int, mx.array]  # a sequence, its next token, logprobs (V,) at its place
+
+
+def cached_beginning(
+    caches: LRUPromptCache, served: ServedModel, tokens: list[int]
+) -> tuple[KVCaches | None, int]:
+    """A copy of the cache that holds most of a prompt, and its number of tokens.
+
+    It leaves out the prompt's last token, from which the model goes on.
+    """
+    cache, rest = caches.fetch_nearest_cache(served.name, tokens)
+    if not rest and can_trim_prompt_cache(cache):
+        trim_prompt_cache(cache, 1)
+        return cache, len(tokens) - 1
+    if not rest:
+        tokens = tokens[:-1]
+        cache, rest = caches.fetch_nearest_cache(served.name, tokens)
+    return cache, len(tokens) - len(rest)
+
+
+class PrefillPace:
+    """The number of tokens of a prompt to read at once, from the time of the chunks before."""
+
+    def __init__(self, largest: int):
+        self._largest = largest
+        self.n_tokens = min(2 * SMALLEST_CHUNK, largest)
+
+    def took(self, n_tokens: int, seconds: float) -> None:
+        """Notes the time of a chunk."""
+        if seconds > CHUNK_SECONDS:
+            self.n_tokens = max(SMALLEST_CHUNK, n_tokens // 2)
+        elif n_tokens == self.n_tokens and seconds < CHUNK_SECONDS / 3:
+            self.n_tokens = min(2 * n_tokens, self._largest)
+
+
+class Reading:
+    """A prompt in the course of being read, up to its last token, with which the answer begins."""
+
+    due = 0  # when so many tokens of all prompts have been read
+
+    def __init__(self, job: Job, caches: LRUPromptCache, flags: Namespace):
+        self.job, self._flags = job, flags
+        self._all_tokens = job.all_tokens
+        served = job.served
+        self._models = [model for model in (served.model, served.draft_model) if model is not None]
+        cache, self.done = cached_beginning(caches, served, self._all_tokens)
+        new = (layer for model in self._models for layer in make_prompt_cache(model))
+        self.cache: KVCaches = [*new] if cache is None else cache
+        if not job.alone:
+            job.cached = self.done
+
+    @property
+    def left(self) -> int:
+        """Tokens still to be read."""
+        return len(self._all_tokens) - 1 - self.done
+
+    @property
+    def cached(self) -> CachedTokens:
+        return self._all_tokens[: self.done], self.cache
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.cache)
+
+    def read(self, pace: PrefillPace) -> int:
+        """Reads the next chunk and reports the progress. Returns the number of its tokens."""
+        prompt, start = self.job.prompt, self.done
+        stops = (*prompt.landmarks, start + self.left)
+        # a small rest is read along, since few tokens take almost as long as many
+        n_tokens = self.left if self.left <= 1.5 * pace.n_tokens else pace.n_tokens
+        end = min(start + n_tokens, *(stop for stop in stops if stop > start))
+        began = time.perf_counter()
+        self._compute(mx.array(self._all_tokens[start:end])[None])
+        pace.took(end - start, time.perf_counter() - began)
+        self.done = end
+        if self.left == 0:
+            mx.clear_cache()
+        if not self.job.alone:
+            self.job.emit(Progress(end, len(prompt.tokens)))
+        return end - start
+
+    def _compute(self, tokens: mx.array) -> None:
+        """Runs the models over tokens (1, n), without computing their logits."""
+        flags, cache = self._flags, self.cache
+        self.cache = []
+        for model in self._models:
+            n_layers = len(model.layers) if model is not self._models[-1] else len(cache)
+            layers, cache = cache[:n_layers], cache[n_layers:]
+            model(tokens, cache=layers)
+            settings = flags.quantized_kv_start, flags.kv_group_size, flags.kv_bits
+            maybe_quantize_kv_cache(layers, *settings)
+            self.cache += layers
+        mx.eval([layer.state for layer in self.cache])
+
+
+def next_reading(readings: Sequence[Reading], turn: int) -> Reading:
+    """Whose chunk is next.
+
+    A prompt of n tokens is due when n tokens have been read since it came. Every other chunk is of
+    the one that is due first, so short questions do not hold up a longer one for ever. The others
+    are of the one with the fewest tokens left, so a long text does not hold up a short question.
+    """
+    return min(readings, key=lambda reading: reading.due if turn % 2 else reading.left)
 
 
 class Batch:
@@ -31,12 +144,9 @@ class Batch:
     """
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
-        self.kind = kind_of(job)
-        sizes: Any = {"completion_batch_size": size, "prefill_batch_size": size}
-        model, self.proposer = job.served.model, _proposer(job)
-        self._generator = VerifiedBatchGenerator(
-            model, proposer=self.proposer, stream=stream, **sizes
-        )
+        self.kind, self.proposer = kind_of(job), _proposer(job)
+        sizes: Any = {"completion_batch_size": size, "prefill_batch_size": size, "stream": stream}
+        self._generator = VerifiedBatchGenerator(job.served.model, proposer=self.proposer, **sizes)
         self._jobs: dict[int, Job] = {}
         self._ended: dict[Job, CachedTokens] = {}  # at their greatest number of tokens
 
@@ -44,9 +154,10 @@ class Batch:
         """Adds a sequence whose prompt has been read."""
         job = reading.job
         self._generator.logprobs = job.request.logprobs is not None
-        held: Any = {"caches": [reading.cache], "all_tokens": [reading.tokens]}
-        held |= {"samplers": [job.sampler], "logits_processors": [_guarded(job)]}
-        (uid,) = self._generator.insert([job.prompt.tokens[-1:]], [job.max_tokens], **held)
+        (tokens, cache), last = reading.cached, job.prompt.tokens[-1:]
+        held: Any = {"caches": [cache], "all_tokens": [tokens], "samplers": [job.sampler]}
+        held |= {"logits_processors": [_guarded(job)]}
+        (uid,) = self._generator.insert([last], [job.max_tokens], **held)
         self._jobs[uid] = job
 
     @property
@@ -89,7 +200,7 @@ class Single:
         options: dict[str, Any] = {
             "sampler": job.sampler,
             "prompt_cache": self._cache,
-            "context": reading.tokens,
+            "context": reading.cached[0],
             "proposer": self.proposer,
             "logits_processors": _guarded(job),
             "kv_bits": flags.kv_bits,
@@ -103,21 +214,20 @@ class Single:
             # without a limit, so that its cache holds all tokens that it has yielded
             self._steps = verified_steps(start, served.model, stream, max_tokens=-1, **options)
         else:
-            options["num_draft_tokens"] = job.request.num_draft_tokens
-            options["max_tokens"] = job.max_tokens
+            options |= {"num_draft_tokens": job.request.num_draft_tokens}
+            options |= {"max_tokens": job.max_tokens}
             self._steps = drafted_steps(start, served.model, served.draft_model, stream, **options)
 
     def step(self) -> list[Step]:
-        (job,) = self.jobs
         token, logprobs = next(self._steps)[:2]
         self._tokens.append(token)
-        return [(job, token, logprobs)]
+        return [(self.jobs[0], token, logprobs)]
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:
-        (job,), self.jobs = self.jobs, []
+        self.jobs = []
         self._steps.close()  # brings the cache to the tokens that were yielded
         n_held = len(self._tokens)
-        if job.served.draft_model is not None:
+        if jobs[0].served.draft_model is not None:
             # a draft model's cache may be some tokens behind
             if not can_trim_prompt_cache(self._cache):
                 return []

@@ -2,11 +2,14 @@
 
 import asyncio
 import time
+import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -14,23 +17,24 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .access import json_response, read_body
-from .api_error import ApiError, dumps
-from .completions import Choice, envelope
+from ..version import __version__
+from .connections import read_body
 from .engine import Engine
-from .jobs import Job, Progress, read_jobs
-from .page_files import PAGE_ROUTES
-from .requests import find_model
+from .jobs import Job, Progress, Token, TokenLogprobs, read_jobs
+from .requests import Request, find_model
+from .responses import PAGE_ROUTES, ApiError, dumps, json_response
 from .served_models import ServedModel
 
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 TEXT_PATHS = ("/v1/completions",)
 _PREPARED_AT_ONCE = 8
-_STREAM_HEADERS = (
+_STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
-)
+]
+_BYTES = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
 
 
 class Api:
@@ -38,8 +42,8 @@ class Api:
 
     def __init__(self, flags: Namespace, engine: Engine):
         self.engine, self._flags, self._started = engine, flags, int(time.time())
-        self._end: ApiError | None = None  # why no request is answered any more
-        self._answers: set[Answer] = set()  # in progress
+        self.end: ApiError | None = None  # why no request is answered any more
+        self.answers: set[Answer] = set()  # in progress
         # where bodies become tokens, which may take many times their size
         self._readers = ThreadPoolExecutor(_PREPARED_AT_ONCE, "read")
 
@@ -57,8 +61,8 @@ class Api:
     def fail_answers(self, message: str, *, for_good: bool = False) -> None:
         """Ends the answers in progress with an error; ``for_good`` also those to come."""
         problem = ApiError(message, status=503)
-        self._end = problem if for_good else self._end
-        for answer in list(self._answers):
+        self.end = problem if for_good else self.end
+        for answer in list(self.answers):
             answer.put((0, problem))
 
     async def health(self, request: HttpRequest) -> Response:
@@ -77,9 +81,15 @@ class Api:
 
     async def page_info(self, request: HttpRequest) -> Response:
         """What the page needs: the models, and the defaults of requests."""
-        flags = self._flags
+        flags, models = self._flags, []
+        for served in self._models:
+            model = {"name": served.name, "dense": served.dense, "decoding": served.decoding()}
+            if served.head is not None:
+                flash_head = served.decoding(dense=False)  # Compare's other side
+                model |= {"flash_head": flash_head, "n_probes": served.head.n_probes}
+            models.append(model)
         settings = {"temperature": flags.temp, "top_p": flags.top_p, "max_tokens": flags.max_tokens}
-        return json_response(settings | {"models": [*map(_page_model, self._models)]})
+        return json_response(settings | {"models": models})
 
     async def complete(self, request: HttpRequest) -> "Answer":
         """Answers a chat, or continues texts."""
@@ -89,23 +99,11 @@ class Api:
         jobs = await asyncio.get_running_loop().run_in_executor(self._readers, read)
         return Answer(self, jobs, request.state.notes)
 
-    def begin(self, answer: "Answer") -> None:
-        if self._end is not None:
-            raise self._end
-        self._answers.add(answer)
-        self.engine.submit(answer.jobs)
-
-    def end(self, answer: "Answer") -> None:
-        """Stops what is still computed of an answer."""
-        self._answers.discard(answer)
-        for job in answer.jobs:
-            job.cancelled = True
-
     @property
     def _models(self) -> list[ServedModel]:
         """The models, the default first; an ApiError while there are none."""
-        if self._end is not None:
-            raise self._end
+        if self.end is not None:
+            raise self.end
         if not self.engine.models.done():
             raise ApiError("The model is being loaded: try again in a moment.", status=503)
         return self.engine.models.result()
@@ -128,6 +126,17 @@ class Answer:
         self._choices = [Choice(job.request, job.index) for job in jobs]
         for job in jobs:
             job.events = self
+        request = self._request
+        prefix, kind = "cmpl", "text_completion"
+        if request.chat:
+            prefix, kind = "chatcmpl", f"chat.completion{'.chunk' if request.stream else ''}"
+        self._common = {  # what all parts of an answer have beside their choices
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": request.served.name,
+            "system_fingerprint": f"mlx_flashhead-{__version__}",
+        }
 
     def put(self, event: tuple[int, Any]) -> None:
         """Adds an event with the index of its job, from any thread."""
@@ -137,9 +146,17 @@ class Answer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = asyncio.create_task(self._watch(receive))
         try:
-            self._api.begin(self)
+            if self._api.end is not None:
+                raise self._api.end
+            self._api.answers.add(self)
+            self._api.engine.submit(self.jobs)
             if self._request.stream:
-                await self._stream(send)
+                start = {"status": 200, "headers": [*_STREAM_HEADERS]}
+                await send({"type": "http.response.start"} | start)
+                body = {"type": "http.response.body"}
+                async for event in self._events():
+                    await send(body | {"body": f"{event}\n\n".encode(), "more_body": True})
+                await send(body)
             else:
                 async for _ in self._parts():
                     pass  # the choices keep them
@@ -147,14 +164,22 @@ class Answer:
                 await response(scope, receive, send)
         finally:
             watch.cancel()
-            self._api.end(self)
-            self._note()
+            self._api.answers.discard(self)
+            self._cancel()
+            tokens = "{prompt_tokens:,} + {completion_tokens:,} tokens".format(**self._usage())
+            speed = speed_of(self.jobs)
+            rate = [] if speed is None else [f"{speed:.1f} tokens/s"]
+            self._notes[:0] = [self._request.served.name, tokens, *rate, self._decoding()]
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._api.end(self)  # at once, whatever is still in the queue
+        self._cancel()  # at once, whatever is still in the queue
         self.put((0, ClientDisconnect()))
+
+    def _cancel(self) -> None:
+        for job in self.jobs:
+            job.cancelled = True
 
     async def _parts(self) -> AsyncIterator[Progress | dict[str, Any]]:
         """What comes of the jobs until all are complete: parts of prompts, and chunks' choices."""
@@ -171,64 +196,42 @@ class Answer:
 
     def _whole(self) -> Response:
         choices = [choice.whole() for choice in self._choices]
-        usage = _usage(self.jobs)
-        return json_response(envelope(self._request) | {"choices": choices, "usage": usage})
+        return json_response(self._common | {"choices": choices, "usage": self._usage()})
 
-    async def _stream(self, send: Send) -> None:
-        async def write(line: str, more: bool = True) -> None:
-            body = f"{line}\n\n".encode()
-            await send({"type": "http.response.body", "body": body, "more_body": more})
-
-        common = envelope(self._request)
-        head = common | ({"usage": None} if self._request.include_usage else {})
-        headers = [*_STREAM_HEADERS]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+    async def _events(self) -> AsyncIterator[str]:
+        """What a stream sends. Clients ignore the comments, which begin with a colon."""
+        head = self._common | ({"usage": None} if self._request.include_usage else {})
         try:
             async for part in self._parts():
-                if isinstance(part, Progress):  # a comment, which clients ignore and the page shows
-                    await write(f": prompt {part.done}/{part.total}")
+                if isinstance(part, Progress):
+                    yield f": prompt {part.done}/{part.total}"
                 else:
-                    await write(f"data: {dumps(head | {'choices': [part]})}")
+                    yield f"data: {dumps(head | {'choices': [part]})}"
         except ApiError as problem:
             self._notes.append(f"ended by an error: {problem}")
-            await write(f"data: {dumps(problem.as_json())}", more=False)
+            yield f"data: {dumps(problem.as_json())}"
             return
-        await write(f": decoding {self._decoding}")
+        yield f": decoding {self._decoding()}"
         if (speed := speed_of(self.jobs)) is not None:
-            await write(f": {speed:.2f} tokens/s")
+            yield f": {speed:.2f} tokens/s"
         if self._request.include_usage:
-            last = common | {"choices": [], "usage": _usage(self.jobs)}
-            await write(f"data: {dumps(last)}")
-        await write("data: [DONE]", more=False)
+            yield f"data: {dumps(self._common | {'choices': [], 'usage': self._usage()})}"
+        yield "data: [DONE]"
 
-    @property
     def _decoding(self) -> str:
         request = self._request
         return request.served.decoding(dense=request.dense, n_probes=request.n_probes)
 
-    def _note(self) -> None:
-        """Describes the answer for the log."""
-        usage, speed = _usage(self.jobs), speed_of(self.jobs)
-        tokens = "{prompt_tokens:,} + {completion_tokens:,} tokens".format(**usage)
-        rate = [] if speed is None else [f"{speed:.1f} tokens/s"]
-        self._notes[:0] = [self._request.served.name, tokens, *rate, self._decoding]
-
-
-def _page_model(served: ServedModel) -> dict[str, Any]:
-    model = {"name": served.name, "dense": served.dense, "decoding": served.decoding()}
-    if served.head is not None:
-        flash_head = served.decoding(dense=False)  # Compare's other side
-        model |= {"flash_head": flash_head, "n_probes": served.head.n_probes}
-    return model
-
-
-def _usage(jobs: list[Job]) -> dict[str, Any]:
-    once = jobs[:: jobs[0].request.n]  # a prompt with several answers counts once
-    n_read = sum(len(job.prompt.tokens) for job in once)
-    n_generated = sum(len(job.tokens) for job in jobs)
-    usage = {"prompt_tokens": n_read, "completion_tokens": n_generated}
-    cached = {"cached_tokens": sum(job.cached for job in once)}
-    return usage | {"total_tokens": n_read + n_generated, "prompt_tokens_details": cached}
+    def _usage(self) -> dict[str, Any]:
+        once = self.jobs[:: self._request.n]  # a prompt with several answers counts once
+        n_read = sum(len(job.prompt.tokens) for job in once)
+        n_generated = sum(len(job.tokens) for job in self.jobs)
+        return {
+            "prompt_tokens": n_read,
+            "completion_tokens": n_generated,
+            "total_tokens": n_read + n_generated,
+            "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in once)},
+        }
 
 
 def speed_of(jobs: list[Job]) -> float | None:
@@ -237,3 +240,122 @@ def speed_of(jobs: list[Job]) -> float | None:
     seconds = max(times, default=0.0) - min(times, default=0.0)
     n_tokens = sum(max(0, len(job.tokens) - 1) for job in jobs)
     return n_tokens / seconds if n_tokens and seconds > 0 else None
+
+
+class Choice:
+    """One of a request's answers in OpenAI's form, up to its latest token."""
+
+    def __init__(self, request: Request, index: int):
+        self.index = index
+        self.finish_reason: str | None = None
+        self._request = request
+        self._first_delta: dict[str, Any] = {"role": "assistant", "content": ""}
+        self._whole = Token()  # with the calls as they are sent
+        self._logprobs: list[TokenLogprobs] = []
+        self._offset = 0  # characters of the text before the next token
+
+    def add(self, token: Token) -> dict[str, Any] | None:
+        """Adds a token: the choice of a chunk, or None if there is nothing to send."""
+        content, calls, n_before = token.content, [], len(self._whole.calls)
+        for text in token.calls:
+            read = self._read_calls(text)
+            calls += read
+            content += "" if read else text
+        self._whole.add(replace(token, content=content, calls=calls))
+        entries = [] if token.logprobs is None else [token.logprobs]
+        self._logprobs += entries
+        self.finish_reason = token.finish_reason
+        if token.finish_reason == "stop" and self._whole.calls:
+            self.finish_reason = "tool_calls"
+        if not (content or token.reasoning or calls or entries or self.finish_reason):
+            return None
+        choice = self._choice(entries)
+        if not self._request.chat:
+            return choice | {"text": content}
+        delta, self._first_delta = self._first_delta, {}
+        if content:
+            delta["content"] = content
+        if token.reasoning:
+            delta["reasoning"] = token.reasoning
+        if calls:
+            delta["tool_calls"] = [{"index": i, **c} for i, c in enumerate(calls, n_before)]
+        return choice | {"delta": delta}
+
+    def whole(self) -> dict[str, Any]:
+        """The whole answer as a choice."""
+        self._offset = 0
+        choice, whole = self._choice(self._logprobs), self._whole
+        if not self._request.chat:
+            return choice | {"text": whole.content}
+        message: dict[str, Any] = {"role": "assistant", "content": whole.content, "refusal": None}
+        if whole.reasoning:
+            message["reasoning"] = whole.reasoning
+        if whole.calls:
+            message |= {"content": whole.content or None, "tool_calls": whole.calls}
+        return choice | {"message": message}
+
+    def _read_calls(self, text: str) -> list[dict[str, Any]]:
+        """The calls in a text that is marked as one. Without any, the text is content after all."""
+        if not self._request.tools:
+            return []
+        calls = []
+        try:
+            parsed = self._request.served.tokenizer.tool_parser(text, self._request.tools)
+            for call in parsed if isinstance(parsed, list) else [parsed]:
+                function = {"name": call["name"], "arguments": dumps(call["arguments"])}
+                number = call.get("id") or f"call_{uuid.uuid4().hex}"
+                calls.append({"id": number, "type": "function", "function": function})
+        except Exception:  # mlx-lm's parsers raise any type
+            return []
+        return calls
+
+    def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
+        tokenizer = self._request.served.tokenizer
+        logprobs: dict[str, Any] | None = None
+        if self._request.logprobs is not None and self._request.chat:
+
+            def named(token: int, logprob: float) -> dict[str, Any]:
+                content = token_bytes(tokenizer, token)
+                text = content.decode("utf-8", "replace")
+                return {"token": text, "logprob": logprob, "bytes": list(content)}
+
+            chat = [
+                named(*chosen) | {"top_logprobs": [named(*top) for top in tops]}
+                for chosen, *tops in entries
+            ]
+            logprobs = {"content": chat, "refusal": None}
+        elif self._request.logprobs is not None:
+            text_of = partial(token_text, tokenizer)
+            texts = [text_of(token) for (token, _), *_ in entries]
+            *offsets, self._offset = accumulate(map(len, texts), initial=self._offset)
+            logprobs = {
+                "tokens": texts,
+                "token_logprobs": [logprob for (_, logprob), *_ in entries],
+                "top_logprobs": [{text_of(i): lp for i, lp in tops} for _, *tops in entries],
+                "text_offset": offsets,
+            }
+        return {"index": self.index, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """The bytes of a token's text, possibly incomplete characters."""
+    name = tokenizer.convert_ids_to_tokens(token) or ""  # a row of the head may have no token
+    if token in tokenizer.added_tokens_decoder:
+        return name.encode()
+    decoder = str(tokenizer.backend_tokenizer.decoder) if tokenizer.is_fast else "ByteFallback"
+    if "ByteLevel" in decoder:
+        return b"".join(_BYTES.get(letter) or letter.encode() for letter in name)
+    if "ByteFallback" not in decoder:
+        return tokenizer.convert_tokens_to_string([name]).encode()
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):  # as in sentencepiece
+        return bytes([int(name[3:5], 16)])
+    return name.replace("\u2581", " ").encode()
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """A token's text; for bytes that are not a text, OpenAI's name for them."""
+    content = token_bytes(tokenizer, token)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)

@@ -2,8 +2,7 @@
 
 While prompts wait, answers in progress have a token after each chunk, and at most half of the time:
 less if they are fewer than the prompts, so that a burst of questions soon shares one batch. Where a
-token of all answers takes longer than a chunk, several chunks are read before it. Whose chunk is
-next is decided in :class:`ReadingQueue`.
+token of all answers takes longer than a chunk, several chunks are read before it.
 """
 
 import copy
@@ -14,18 +13,27 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
 
 import mlx.core as mx
 
-from ..models.compat.mlx_lm import maybe_set_recommended_wired_limit
+from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
 from ..models.compat.mlx_lm_0_31 import let_thread_draw
 from ..models.install import get_flash_head
-from .api_error import ApiError
-from .decoding import Batch, Single, kind_of
+from .decoding import (
+    CHUNK_SECONDS,
+    Batch,
+    CachedTokens,
+    PrefillPace,
+    Reading,
+    Single,
+    kind_of,
+    next_reading,
+)
 from .jobs import Job
-from .prefill import CHUNK_SECONDS, KVCaches, PrefillPace, PromptCaches, Reading, ReadingQueue
+from .responses import ApiError
 from .served_models import ServedModel
 
 SHUTTING_DOWN = "The server is shutting down."
@@ -46,10 +54,11 @@ class Engine:
         self._arrived: SimpleQueue[Job] = SimpleQueue()
         self._ended = Event()
         self._waiting: list[Job] = []
-        self._readings = ReadingQueue()
+        self._readings: list[Reading] = []
         self._decoders: list[Batch | Single] = []
-        self._caches = PromptCaches(flags.prompt_cache_size, flags.prompt_cache_bytes)
+        self._caches = LRUPromptCache(flags.prompt_cache_size)
         self._pace = PrefillPace(flags.prefill_step_size)
+        self._n_read = self._n_chunks = 0  # of all prompts: tokens and chunks
         self._answer_seconds = 0.0  # of the latest tokens of all answers
         self._n_failures = 0  # since the latest answer that was completed
         self._latest_turn = math.inf  # nothing is stuck before the first one
@@ -92,40 +101,38 @@ class Engine:
 
     def _run(self, load: Callable[[], list[ServedModel]]) -> None:
         try:
-            self._answer(load())
+            models = load()
+            maybe_set_recommended_wired_limit()
+            let_thread_draw()
+            self._stream = mx.default_stream(mx.default_device())
+            self._builds = [served for served in models if served.build is not None]
+            self.models.set_result(models)
         except BaseException as error:
             self.models.set_exception(error)
+            self._ended.set()
+        turn_failed = False
+        while not self._ended.is_set():
+            self._latest_turn = time.monotonic()
+            try:
+                self._take_turns()
+                turn_failed = False
+            except BaseException as error:  # whatever it is, the model stays in memory
+                logger.warning("A turn of the engine has failed", exc_info=error)
+                begun = [job for job in self._all_jobs() if job not in self._waiting]
+                self._readings, self._decoders = [], []
+                self._go_on_alone(begun)
+                while turn_failed and self._waiting:  # twice in a row, so nobody waits any longer
+                    self._fail(self._waiting.pop(0), error)
+                turn_failed = True
         with self._closing:
             self._closed = True
-        self._receive_arrived(block=False)
+        self._take_arrived()
         for job in self._all_jobs():
             job.emit(ApiError(SHUTTING_DOWN, status=503))
         # arrays and streams of MLX must go before their thread ends
         del self._caches, self._readings, self._decoders
         gc.collect()
         mx.clear_streams()
-
-    def _answer(self, models: list[ServedModel]) -> None:
-        maybe_set_recommended_wired_limit()
-        let_thread_draw()
-        self._stream = mx.default_stream(mx.default_device())
-        self._builds = [served for served in models if served.build is not None]
-        self.models.set_result(models)
-        turn_failed = False
-        while not self._ended.is_set():
-            self._latest_turn = time.monotonic()
-            try:
-                self._take_turns()
-            except BaseException as error:  # whatever it is, the model stays in memory
-                logger.warning("A turn of the engine has failed", exc_info=error)
-                begun = [job for job in self._all_jobs() if job not in self._waiting]
-                self._readings, self._decoders = ReadingQueue(), []
-                self._go_on_alone(begun)
-                while turn_failed and self._waiting:  # twice in a row, so nobody waits any longer
-                    self._fail(self._waiting.pop(0), error)
-                turn_failed = True
-            else:
-                turn_failed = False
 
     def _take_turns(self) -> None:
         self._receive()
@@ -149,6 +156,9 @@ class Engine:
         jobs = [*self._waiting, *(reading.job for reading in self._readings)]
         jobs += [job for decoder in self._decoders for job in decoder.jobs]
         return [*dict.fromkeys(jobs)]
+
+    def _n_decoded(self) -> int:
+        return sum(len(decoder.jobs) for decoder in self._decoders)
 
     @property
     def _busy(self) -> bool:
@@ -184,7 +194,10 @@ class Engine:
             self._build_seconds -= time.perf_counter() - began
 
     def _receive(self) -> None:
-        self._receive_arrived(block=not self._busy and not self._builds)
+        if not self._busy and not self._builds:
+            with suppress(Empty):
+                self._waiting.append(self._arrived.get(timeout=_IDLE_SECONDS))
+        self._take_arrived()
         n_free = self._flags.decode_concurrency - len(self._readings) - self._n_decoded()
         for job in list(self._waiting):
             # answers to one prompt wait until it is read, and begin with a copy of its cache
@@ -192,26 +205,21 @@ class Engine:
                 self._waiting.remove(job)
                 n_free -= 1
                 try:
-                    self._readings.add(Reading(job, self._caches, self._flags))
+                    reading = Reading(job, self._caches, self._flags)
+                    reading.due = self._n_read + reading.left
+                    self._readings.append(reading)
                 except BaseException as error:
                     self._fail(job, error)
 
-    def _receive_arrived(self, *, block: bool) -> None:
-        try:
-            self._waiting.append(self._arrived.get(timeout=_IDLE_SECONDS if block else 0))
-            while True:
-                self._waiting.append(self._arrived.get_nowait())
-        except Empty:
-            pass
-
-    def _n_decoded(self) -> int:
-        return sum(len(decoder.jobs) for decoder in self._decoders)
+    def _take_arrived(self) -> None:
+        while not self._arrived.empty():
+            self._waiting.append(self._arrived.get())
 
     def _drop_cancelled(self) -> None:
         self._waiting = [job for job in self._waiting if job.wanted]
         for reading in [r for r in self._readings if not r.job.wanted]:
             self._readings.remove(reading)
-            self._store(reading.job.served, reading.tokens, reading.cache)
+            self._store(reading.job.served, reading.cached)
         for decoder in list(self._decoders):
             self._remove(decoder, [job for job in decoder.jobs if not job.wanted])
 
@@ -222,15 +230,17 @@ class Engine:
         """
         if not self._readings:
             return False
-        reading = self._readings.next()
+        self._n_chunks += 1
+        reading = next_reading(self._readings, self._n_chunks)
         try:
             if reading.left:
-                self._readings.read(reading, self._pace)
+                self._n_read += reading.read(self._pace)
+                if reading.done in reading.job.prompt.landmarks:
+                    self._store(reading.job.served, copy.deepcopy(reading.cached), "user")
             if not reading.left:
                 self._readings.remove(reading)
                 if any(job.prompt is reading.job.prompt for job in self._waiting):
-                    copied = copy.deepcopy(reading.cache)
-                    self._store(reading.job.served, reading.tokens, copied)
+                    self._store(reading.job.served, copy.deepcopy(reading.cached))
                 self._begin(reading)
         except BaseException as error:
             self._fail(reading.job, error)
@@ -299,13 +309,23 @@ class Engine:
             return
         if not decoder.jobs:
             self._decoders.remove(decoder)
-        for tokens, cache in cached:
-            self._store(jobs[0].served, tokens, cache)
+        for each in cached:
+            self._store(jobs[0].served, each)
 
-    def _store(self, served: ServedModel, tokens: list[int], cache: KVCaches) -> None:
+    def _store(self, served: ServedModel, cached: CachedTokens, kind: str = "assistant") -> None:
+        """Keeps a cache, which must not change any more, if there is room beside those in use.
+
+        Of mlx-lm's kinds "system", "user" and "assistant" the last is dropped first.
+        """
+        (tokens, cache), most = cached, self._flags.prompt_cache_bytes
         try:
-            in_use = [part.nbytes for part in (*self._decoders, *self._readings)]
-            self._caches.store(served, tokens, cache, in_use=in_use)
+            if tokens:
+                # evaluated, since an unevaluated part of a batch's cache keeps the whole of it
+                mx.eval([layer.state for layer in cache])
+                self._caches.insert_cache(served.name, tokens, cache, cache_type=kind)
+            if most is not None:
+                in_use = sum(part.nbytes for part in (*self._decoders, *self._readings))
+                self._caches.trim_to(n_bytes=most - in_use)
         except BaseException as error:
             logger.warning("A prompt's cache is not stored: %s", error, exc_info=error)
 

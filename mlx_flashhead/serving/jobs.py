@@ -1,5 +1,6 @@
 """From a request to its jobs: prompts as tokens, and for each answer its progress and its text."""
 
+import math
 import secrets
 import time
 from argparse import Namespace
@@ -12,19 +13,27 @@ from typing import Any
 import mlx.core as mx
 
 from ..lossless.sampler import make_sampler
-from ..models.compat.mlx_lm import make_logits_processors
+from ..models.compat.mlx_lm import (
+    TextStateMachine,
+    make_logits_processors,
+    make_text_state_machine,
+)
 from ..models.libraries import apply_template
 from ..structured.processor import GrammarProcessor
-from .api_error import ApiError, loads
-from .completions import AnswerText, Token, token_logprobs
 from .requests import Request, read_request
+from .responses import ApiError, loads
 from .served_models import ServedModel
 
 TOKENIZE_SECONDS = 5.0
 PART = 4096  # characters that are tokenized at once to see whether a text is too long
 MAX_TOKENS_PER_CUT = 16  # that a text has in addition if it is tokenized in two parts
 SECONDS_PER_MASK = 0.005  # of an answer in a form: all others wait for its mask
+VERY_UNLIKELY = -9999.0  # OpenAI's value for a token that is too unlikely to have a logprob
 _THOUGHT_TAIL = 11  # tokens at a prompt's end in which a thought's beginning is searched
+
+# (id, log-probability) of a chosen token, and then of the likeliest tokens at its place, in order.
+TokenLogprobs = list[tuple[int, float]]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,6 @@ class Prompt:
     keep_space: bool = False  # whether a space at the answer's beginning is part of it
 
 
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
-
-
 @dataclass(frozen=True)
 class Progress:
     """The prompt has been read as far as ``done`` of its ``total`` tokens."""
@@ -49,8 +55,79 @@ class Progress:
     total: int
 
 
-# The last is a failure: within the server, or an ApiError of the request.
-Event = Progress | Token | BaseException
+@dataclass
+class Token:
+    """What a token adds to an answer. Any part may be empty."""
+
+    content: str = ""
+    reasoning: str = ""  # a thought before it
+    calls: list[Any] = field(default_factory=list)  # complete ones, as a model writes them
+    finish_reason: str | None = None  # "stop" or "length" if the answer ends with it
+    logprobs: TokenLogprobs | None = None  # if the request asks for it; None for the end token
+
+    def add(self, other: "Token") -> None:
+        self.content += other.content
+        self.reasoning += other.reasoning
+        self.calls += other.calls
+        self.finish_reason = other.finish_reason
+
+
+class AnswerText:
+    """The text of one answer, which is emitted as soon as a part is certain.
+
+    It ends before a text of ``stop``, and begins in a ``state`` of mlx-lm's names. mlx-lm's
+    detokenizers drop a space at its beginning, unless ``keep_space`` is set.
+    """
+
+    def __init__(self, tokenizer: Any, stop: TextStateMachine, state: str, keep_space=False):
+        self._detokenizer = tokenizer.detokenizer
+        if keep_space:
+            # they keep a space that follows another word
+            for token in tokenizer.encode("a", add_special_tokens=False):
+                self._detokenizer.add_token(token)
+            _ = self._detokenizer.last_segment
+        self._until_stop = stop.make_state()
+        self._parts = make_text_state_machine(tokenizer).make_state(state)
+        self._certain, self._call = Token(), ""  # not emitted yet
+
+    def add(self, token: int | None) -> Token:
+        """Adds a token, or ends the answer with None.
+
+        Returns what is certain now, which a stop text may end.
+        """
+        if token is None:
+            self._detokenizer.finalize()
+        else:
+            self._detokenizer.add_token(token)
+        text = self._detokenizer.last_segment
+        self._until_stop, segments = TextStateMachine.split(self._until_stop, text)
+        self._split(segments[0][1])
+        stopped = self._until_stop[0] is None
+        if token is None and not stopped:
+            self._until_stop, held, _ = TextStateMachine.flush(self._until_stop)
+            self._split(held)
+        if token is None or stopped:  # what may have begun a marker is none
+            self._parts, held, name = TextStateMachine.flush(self._parts)
+            self._add(name, held)
+            self._add("normal", "")  # ends a call
+        certain, self._certain = self._certain, Token()
+        certain.finish_reason = "stop" if stopped else None
+        return certain
+
+    def _split(self, text: str) -> None:
+        self._parts, segments = TextStateMachine.split(self._parts, text)
+        for name, part in segments:
+            self._add(name, part)
+
+    def _add(self, name: str, text: str) -> None:
+        if name == "tool":
+            self._call += text
+        elif name == "reasoning":
+            self._certain.reasoning += text
+        elif name == "normal":
+            self._certain.calls += [self._call] if self._call else []
+            self._call = ""
+            self._certain.content += text
 
 
 @dataclass(eq=False)
@@ -59,7 +136,8 @@ class Job:
 
     request: Request
     prompt: Prompt
-    # takes (index, event) by put, from the engine's thread; it must not raise
+    # takes (index, event) by put, from the engine's thread, and must not raise: a Progress, a
+    # Token, or a failure, within the server or an ApiError of the request
     events: Any = field(default_factory=SimpleQueue)
     index: int = 0  # of this answer within its request
     # keeps the answer in a form, and allows the end token alone when that is complete
@@ -94,7 +172,7 @@ class Job:
     def wanted(self) -> bool:
         return not (self.cancelled or self.ended)
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: Progress | Token | BaseException) -> None:
         self.events.put((self.index, event))
 
     def take(self, token: int, logprobs: mx.array) -> bool:
@@ -110,18 +188,29 @@ class Job:
             if self.grammar and (problem := self.grammar.problem):
                 why = f"The form cannot be followed any further ({problem}): simplify it."
                 raise ApiError(why, "response_format")
-            event = self._text.finish()
+            event = self._text.add(None)
             event.finish_reason = "stop"
         else:
             event = self._text.add(token)
             if event.finish_reason is None and len(self.tokens) >= self.max_tokens:
-                event.add(self._text.finish())
+                event.add(self._text.add(None))
                 event.finish_reason = event.finish_reason or "length"
             if self.request.logprobs is not None:
                 event.logprobs = token_logprobs(logprobs, token, self.request.logprobs)
         self.ended = event.finish_reason is not None
         self.emit(event)
         return self.ended
+
+
+def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs:
+    """Those of a chosen token and of the ``n_tops`` likeliest ones, of all ``logprobs`` (V,)."""
+    n_tops = min(n_tops, logprobs.size)
+    likeliest: Any = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist() if n_tops else []
+    ids = [token, *likeliest]
+    values: Any = logprobs[mx.array(ids)].tolist()
+    values = [value if math.isfinite(value) else VERY_UNLIKELY for value in values]
+    chosen, *tops = zip(ids, values, strict=True)
+    return [chosen, *sorted(tops, key=lambda top: -top[1])]
 
 
 def read_jobs(
@@ -157,20 +246,24 @@ def read_jobs(
 
 def read_prompts(request: Request) -> list[Prompt]:
     """The prompts of a request: one of a chat, one for each text."""
-    if request.chat:
-        return [_chat_prompt(request)]
-    texts = [_tokens(request.served, prompt, "prompt") for prompt in request.prompts]
-    return [Prompt(tokens, keep_space=True) for tokens in texts]
-
-
-def _chat_prompt(request: Request) -> Prompt:
-    served = request.served
+    served, tokenizer = request.served, request.served.tokenizer
+    if not request.chat:
+        texts = [_tokens(served, prompt, "prompt") for prompt in request.prompts]
+        return [Prompt(tokens, keep_space=True) for tokens in texts]
     text = _render(request, request.messages)
     tokens = _tokens(served, text, "messages", add_special_tokens=False)
-    landmarks: tuple[int, ...] = ()
+    state = tokenizer.response_initial_state or "normal"
+    thought = -1  # where one begins in the prompt
+    if tokenizer.has_thinking:
+        thought = tokenizer.rfind_think_start(tokens)
+        if not tokenizer.response_initial_state and thought > tokenizer.rfind_think_end(tokens):
+            state = "reasoning"
+    landmarks: list[int] = []
     if not served.cuttable:
-        landmarks = (*_end_of_system(request, tokens), _start_of_thought(served, tokens))
-    return Prompt(tokens, landmarks, _state(served, tokens), keep_space=request.form is not None)
+        # the next prompt lacks a thought that this one's end begins
+        at_end = thought >= max(0, len(tokens) - _THOUGHT_TAIL)
+        landmarks = [*_end_of_system(request, tokens), thought if at_end else len(tokens) - 1]
+    return [Prompt(tokens, tuple(landmarks), state, keep_space=request.form is not None)]
 
 
 def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = True) -> str:
@@ -180,8 +273,8 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
         raise ApiError(f"This model has no chat template: {remedy}.", "messages")
     settings = request.served.template_arguments | request.template_settings
     settings |= {"tools": request.tools or None, "add_generation_prompt": answer}
-    remedy = "send fewer or other messages"
     try:
+        remedy = "send fewer or other messages"
         return apply_template(tokenizer, messages, remedy=remedy, **settings)
     except ValueError as error:
         raise ApiError(str(error), "messages") from error
@@ -189,35 +282,32 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
 
 def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options: Any) -> list[int]:
     """The tokens of a prompt that the context has room for."""
-    length = f"more than {served.context:,}"
-    if isinstance(prompt, str) and not _is_too_long(served, prompt, field):
-        prompt = served.tokenizer.encode(prompt, **options)
-    if not isinstance(prompt, str):
-        if not prompt:
-            raise ApiError("The prompt is empty: it needs at least one token.", field)
-        if len(prompt) < served.context:
-            return prompt
-        length = f"{len(prompt):,}"
-    most = f"at most {served.context - 1:,} are read"
-    reason = f"since the answer needs one of the context's {served.context:,}"
-    refusal = f"The prompt has {length} tokens, and {most}, {reason}: send less."
-    raise ApiError(refusal, field, code="context_length_exceeded")
+    encode, context = served.tokenizer.encode, served.context
 
+    def too_long(length: str) -> ApiError:
+        reason = f"since the answer needs one of the context's {context:,}"
+        most = f"at most {context - 1:,} are read, {reason}"
+        refusal = f"The prompt has {length} tokens, and {most}: send less."
+        return ApiError(refusal, field, code="context_length_exceeded")
 
-def _is_too_long(served: ServedModel, text: str, field: str) -> bool:
-    """Whether a text has more tokens than the context, counted in parts up to that many."""
-    if len(text.encode()) < served.context:
-        return False
-    n_tokens, ends = 0, time.monotonic() + TOKENIZE_SECONDS
-    for n_cuts, start in enumerate(range(0, len(text), PART)):
-        part = text[start : start + PART]
-        n_tokens += len(served.tokenizer.encode(part, add_special_tokens=False))
-        if n_tokens - n_cuts * MAX_TOKENS_PER_CUT > served.context:
-            return True
-        if time.monotonic() > ends:
-            limit = f"within {TOKENIZE_SECONDS:g} seconds"
-            raise ApiError(f"The prompt could not be made tokens {limit}: send less.", field)
-    return False
+    tokens: Any = prompt
+    if isinstance(prompt, str):
+        n_tokens, ends = 0, time.monotonic() + TOKENIZE_SECONDS
+        # a tokenizer cannot be interrupted, so a long text is counted in parts first
+        parts = range(0, len(prompt), PART) if len(prompt.encode()) >= context else ()
+        for n_cuts, start in enumerate(parts):
+            n_tokens += len(encode(prompt[start : start + PART], add_special_tokens=False))
+            if n_tokens - n_cuts * MAX_TOKENS_PER_CUT > context:
+                raise too_long(f"more than {context:,}")
+            if time.monotonic() > ends:
+                limit = f"within {TOKENIZE_SECONDS:g} seconds"
+                raise ApiError(f"The prompt could not be made tokens {limit}: send less.", field)
+        tokens = encode(prompt, **options)
+    if not tokens:
+        raise ApiError("The prompt is empty: it needs at least one token.", field)
+    if len(tokens) >= context:
+        raise too_long(f"{len(tokens):,}")
+    return tokens
 
 
 def _end_of_system(request: Request, tokens: list[int]) -> list[int]:
@@ -233,23 +323,3 @@ def _end_of_system(request: Request, tokens: list[int]) -> list[int]:
     shared = request.served.tokenizer.encode(text, add_special_tokens=False)
     differ = (i for i, (a, b) in enumerate(zip(shared, tokens, strict=False)) if a != b)
     return [next(differ, 0)]
-
-
-def _start_of_thought(served: ServedModel, tokens: list[int]) -> int:
-    """The prompt's length before the thought that its end begins. The next prompt lacks it."""
-    tokenizer = served.tokenizer
-    if tokenizer.has_thinking:
-        start = tokenizer.rfind_think_start(tokens, start=len(tokens) - _THOUGHT_TAIL)
-        if start >= 0:
-            return start
-    return len(tokens) - 1
-
-
-def _state(served: ServedModel, tokens: list[int]) -> str:
-    tokenizer = served.tokenizer
-    if tokenizer.response_initial_state:
-        return tokenizer.response_initial_state
-    if not tokenizer.has_thinking:
-        return "normal"
-    thinks = tokenizer.rfind_think_start(tokens) > tokenizer.rfind_think_end(tokens)
-    return "reasoning" if thinks else "normal"

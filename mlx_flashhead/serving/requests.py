@@ -2,14 +2,14 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ..models.compat.mlx_lm import TextStateMachine
 from ..structured.grammar import Grammar
-from .api_error import ApiError, loads, wrong
+from .responses import ApiError, loads
 from .served_models import ServedModel
 
 # Greatest number of texts of a request: n times the number of its prompts.
@@ -17,21 +17,68 @@ MAX_CHOICES = 16
 MAX_LOGPROBS = 20
 # Characters of a schema, an expression or a grammar; OpenAI's limit for a schema is of this size.
 MAX_CHARACTERS = 100_000
-_MAX_NUMBER = 1e30
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 1000
+_MAX_SETTING = 1000  # characters
 _MAX_BIAS = 1e4  # a larger one has the same effect, and would be infinite in float16
-_MAX_TEMPERATURE = 2  # OpenAI's limit
 _MIN_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, but for overflows
-_KINDS = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+_PENALTIES = ("repetition", "presence", "frequency")
+_EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": "…"}.'
+
+_TYPES = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+_ANY, _COUNT, _SHARE = (object,), (int, 0, 2**31 - 1), (float, 0, 1)
+_AT_START: tuple = ([], "it is chosen when the server is started.")
+# Of each field its type and a number's limits, or the only values that it may have and the reason.
+_FIELDS: dict[str, tuple] = {
+    **dict.fromkeys(("model", "stop", "response_format", "regex", "grammar"), _ANY),
+    "stream": (bool,),
+    "stream_options": (dict,),
+    "n": (int, 1, MAX_CHOICES),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), (int, 1, 2**31 - 1)),
+    "temperature": (float, 0, 2),  # as OpenAI's
+    "top_k": _COUNT,
+    **dict.fromkeys(("top_p", "min_p", "xtc_probability"), _SHARE),
+    "xtc_threshold": (float, 0, 0.5),
+    "repetition_penalty": (float, 0, 1e30),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (float, -1e30, 1e30)),
+    **dict.fromkeys((f"{kind}_context_size" for kind in _PENALTIES), _COUNT),
+    "logit_bias": (dict,),
+    "seed": (int, -(2**63), 2**64 - 1),
+    "dense": (bool,),
+    "num_draft_tokens": (int, 1, 64),
+    # labels, without effect
+    **dict.fromkeys(("user", "metadata", "safety_identifier", "prompt_cache_key"), _ANY),
+    "store": ([False], "nothing is stored here, so leave it out."),
+    "service_tier": (["auto", "default"], "there is one tier, so leave it out."),
+    **dict.fromkeys(("adapters", "draft_model"), _AT_START),
+}
+_CHAT_FIELDS: dict[str, tuple] = _FIELDS | {
+    "messages": (list,),
+    "tools": (list,),
+    "tool_choice": (["auto", "none"], 'a call cannot be forced, so give "auto" or "none".'),
+    "chat_template_kwargs": (dict,),
+    "logprobs": (bool,),
+    "top_logprobs": (int, 0, MAX_LOGPROBS),
+    "modalities": ([["text"]], "answers are text, so leave it out."),
+    "parallel_tool_calls": ([True], "calls are not held back, so leave it out."),
+}
+_TEXT_FIELDS: dict[str, tuple] = _FIELDS | {
+    "prompt": _ANY,
+    "logprobs": (int, 0, MAX_LOGPROBS),
+    "echo": ([False], "the prompt is not repeated, so leave it out."),
+    "best_of": ([1], "answers are not compared, so leave it out."),
+    "suffix": ([""], "a text is continued to its end alone, so leave it out."),
+}
+_STREAM_OPTIONS = {
+    "include_usage": (bool,),
+    "include_obfuscation": ([False], "chunks are sent as they are, so leave it out."),
+}
+# A schema is always kept to, strict or not.
+_SCHEMA_FIELDS = {"name": (str,), "description": (str,), "strict": (bool,), "schema": _ANY}
 _GRAMMARS: dict[str, Callable[[Any], Grammar]] = {
     "json_schema": Grammar.from_json_schema,
     "regex": Grammar.from_regex,
     "grammar": Grammar.from_lark,
 }
-_EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": "…"}.'
-_MAX_SETTING = 1000  # characters
-# A client's labels, without effect.
-_LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 
 
 @dataclass(frozen=True)
@@ -65,53 +112,12 @@ class Request:
         return TextStateMachine({"normal": edges} if edges else None)
 
 
-class _Fields:
-    """A body whose fields are taken one by one, and checked. What is left at the end is unknown.
-
-    A field that is null counts as missing. A :class:`ApiError` names the field.
-    """
-
-    def __init__(self, body: dict[str, Any]):
-        self._left = {name: value for name, value in body.items() if value is not None}
-
-    def take(self, name: str, kind: type | None = None, default: Any = None) -> Any:
-        """The field's value, of the type ``kind`` unless that is None."""
-        value = self._left.pop(name, default)
-        if kind is not None and value is not default and not isinstance(value, kind):
-            raise wrong(name, f"must be {_KINDS[kind]}.")
-        return value
-
-    def whole(self, name: str, default: Any, low: int = 0, high: int = 2**31 - 1) -> Any:
-        """A whole number within limits, or the default."""
-        if (value := self.take(name)) is None:
-            return default
-        if type(value) is not int or not low <= value <= high:
-            raise wrong(name, f"is {_short(value)}: it must be a whole number, {low} to {high}.")
-        return value
-
-    def number(self, name: str, default: float, low: float, high: float = _MAX_NUMBER) -> float:
-        """A number within limits, or the default."""
-        if (value := self.take(name)) is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise wrong(name, "must be a number.")
-        if not low <= value <= high:
-            limits = f"at least {low:g}" if high == _MAX_NUMBER else f"{low:g} to {high:g}"
-            raise wrong(name, f"is {_short(value)}: it must be {limits}.")
-        return float(value)
-
-    def only(self, name: str, *values: Any, why: str) -> None:
-        """Takes a field that may only have one of ``values``, and says ``why``."""
-        value = self.take(name)
-        if value is not None and not any(value == v and type(value) is type(v) for v in values):
-            raise ApiError(f"{name}: {why}", name)
-
-    def end(self) -> None:
-        for name in self._left:
-            raise ApiError(f"{_short(name)} is not a field of this server.", name[:80])
+def wrong(field: str, why: str) -> ApiError:
+    """The error of a wrong field: a sentence that begins with the field's name."""
+    return ApiError(f"{field} {why}", field)
 
 
-def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel:
+def find_model(models: Sequence[ServedModel], name: Any) -> ServedModel:
     """The served model of that name; the first without a name."""
     if name in (None, "default_model"):  # mlx-lm's word for the model of --model
         return models[0]
@@ -123,107 +129,155 @@ def find_model(models: Sequence[ServedModel], name: str | None) -> ServedModel:
     raise ApiError(refusal, "model", status=404, code="model_not_found")
 
 
+def _checked(fields: dict[str, Any], known: Mapping[str, tuple]) -> dict[str, Any]:
+    """The fields that are not null. An ApiError names one that is unknown or not as ``known``."""
+    checked: dict[str, Any] = {}
+    for name, value in fields.items():
+        if value is None:
+            continue
+        if name not in known:
+            raise ApiError(f"{_short(name)} is not a field of this server.", name[:80])
+        kind, *limits = known[name]
+        if isinstance(kind, list):
+            if not any(value == allowed and type(value) is type(allowed) for allowed in kind):
+                raise ApiError(f"{name}: {limits[0]}", name)
+        elif kind in (int, float):
+            low, high = limits
+            if type(value) not in (int, kind) or not low <= value <= high:
+                number = "a whole number" if kind is int else "a number"
+                raise wrong(name, f"is {_short(value)}: it must be {number}, {low} to {high}.")
+            value = kind(value)
+        elif not isinstance(value, kind):
+            raise wrong(name, f"must be {_TYPES[kind]}.")
+        checked[name] = value
+    return checked
+
+
 def read_request(
     body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], defaults: Namespace
 ) -> Request:
     """Checks a request's JSON: an ApiError names the field. The flags are the fields' defaults."""
-    fields = _Fields(body)
-    served = find_model(models, fields.take("model", str))
-    stream = fields.take("stream", bool, False)
-    max_tokens = fields.whole("max_tokens", None, 1)
-    max_completion_tokens = fields.whole("max_completion_tokens", max_tokens, 1)
-    if max_tokens not in (None, max_completion_tokens):
-        both = f"is {max_tokens} and max_completion_tokens {max_completion_tokens}"
+    served = find_model(models, body.get("model"))
+    n_clusters = served.head.n_clusters if served.head else 2**31 - 1
+    known = _CHAT_FIELDS if chat else _TEXT_FIELDS
+    fields = _checked(body, known | {"n_probes": (int, 1, n_clusters)})
+    get = fields.get
+
+    max_tokens = get("max_completion_tokens", get("max_tokens", defaults.max_tokens))
+    if get("max_tokens", max_tokens) != max_tokens:
+        both = f"is {fields['max_tokens']} and max_completion_tokens {max_tokens}"
         raise wrong("max_tokens", f"{both}: give one of them.")
-    request = Request(
-        served,
-        chat,
-        stream,
-        include_usage=_include_usage(fields.take("stream_options", dict), stream),
-        n=fields.whole("n", 1, 1, MAX_CHOICES),
-        max_tokens=max_completion_tokens or defaults.max_tokens,
-        sampling=_sampling(fields, served, defaults),
-        penalties=_penalties(fields, served),
-        form=_form(fields),
-        seed=fields.whole("seed", None, -(2**63), 2**64 - 1),
-        stop=_stop(fields.take("stop", default=())),
-        **_probes(fields, served),
-        num_draft_tokens=fields.whole("num_draft_tokens", defaults.num_draft_tokens, 1, 64),
-        logprobs=_logprobs(fields, chat),
-        messages=_messages(fields.take("messages", list)) if chat else [],
-        tools=_tools(fields, served) if chat else [],
-        template_settings=_template_settings(fields, served) if chat else {},
-        prompts=[] if chat else _prompts(fields.take("prompt"), served),
-    )
-    _reject_unsupported(fields, chat)
-    fields.end()
-    if request.form is not None and request.tools:
+    if "stream_options" in fields and not get("stream"):
+        raise wrong("stream_options", "are for requests with stream.")
+    stream_options = _checked(get("stream_options", {}), _STREAM_OPTIONS)
+    n_probes = get("n_probes")
+    dense = get("dense", served.dense and n_probes is None)
+    if n_probes is not None and (dense or served.head is None):
+        reason = "dense scores every token" if dense else "This model has no FlashHead"
+        raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
+    logprobs = get("logprobs")
+    if chat:
+        if "top_logprobs" in fields and not logprobs:
+            raise wrong("top_logprobs", "needs logprobs to be true.")
+        logprobs = get("top_logprobs", 0) if logprobs else None
+    form, tools = _form(fields), _tools(fields, served)
+    if form is not None and tools:
         raise ApiError("An answer with a response_format calls no tools: leave tools out.", "tools")
-    if (n_texts := request.n * len(request.prompts)) > MAX_CHOICES:
+    prompts, n = [] if chat else _prompts(get("prompt"), served), get("n", 1)
+    if (n_texts := n * len(prompts)) > MAX_CHOICES:
         most = f"at most {MAX_CHOICES} texts are made for a request"
         raise ApiError(f"n times the number of prompts is {n_texts}: {most}.", "n")
-    return request
 
-
-def _include_usage(options: dict[str, Any] | None, stream: bool) -> bool:
-    if options is None:
-        return False
-    if not stream:
-        raise wrong("stream_options", "are for requests with stream.")
-    fields = _Fields(options)
-    include_usage = fields.take("include_usage", bool, False)
-    fields.only("include_obfuscation", False, why="chunks are sent as they are, so leave it out.")
-    fields.end()
-    return include_usage
-
-
-def _sampling(fields: _Fields, served: ServedModel, defaults: Namespace) -> dict[str, Any]:
-    top_k = fields.whole("top_k", defaults.top_k)
-    top_p = fields.number("top_p", defaults.top_p, 0, 1)
-    temp = fields.number("temperature", defaults.temp, 0, _MAX_TEMPERATURE)
-    tokenizer = served.tokenizer
-    return {
+    temp, top_k = get("temperature", defaults.temp), get("top_k", defaults.top_k)
+    top_p, tokenizer = get("top_p", defaults.top_p), served.tokenizer
+    sampling = {
         "temp": 0.0 if top_p == 0 or temp < _MIN_TEMPERATURE else temp,  # 0: the likeliest token
         "top_p": top_p,
         "top_k": top_k if top_k < served.vocab_size else 0,  # a top_k of all tokens cuts none off
-        "min_p": fields.number("min_p", defaults.min_p, 0, 1),
-        "xtc_probability": fields.number("xtc_probability", 0.0, 0, 1),
-        "xtc_threshold": fields.number("xtc_threshold", 0.1, 0, 0.5),
+        "min_p": get("min_p", defaults.min_p),
+        "xtc_probability": get("xtc_probability", 0.0),
+        "xtc_threshold": get("xtc_threshold", 0.1),
         "xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
     }
+    penalties: dict[str, Any] = {"logit_bias": _logit_bias(get("logit_bias", {}), served)}
+    for kind in _PENALTIES:
+        penalties[f"{kind}_penalty"] = get(f"{kind}_penalty", 0.0)
+        penalties[f"{kind}_context_size"] = get(f"{kind}_context_size", 20)
+    return Request(
+        served,
+        chat,
+        stream=get("stream", False),
+        include_usage=stream_options.get("include_usage", False),
+        n=n,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        penalties=penalties,
+        form=form,
+        seed=get("seed"),
+        stop=_stop(get("stop", [])),
+        n_probes=n_probes,
+        dense=dense,
+        num_draft_tokens=get("num_draft_tokens", defaults.num_draft_tokens),
+        logprobs=logprobs,
+        messages=_messages(get("messages")) if chat else [],
+        tools=tools,
+        template_settings=_template_settings(get("chat_template_kwargs", {}), served),
+        prompts=prompts,
+    )
 
 
-def _penalties(fields: _Fields, served: ServedModel) -> dict[str, Any]:
-    penalties: dict[str, Any] = {}
-    for kind, low in (("repetition", 0), ("presence", -_MAX_NUMBER), ("frequency", -_MAX_NUMBER)):
-        penalties[f"{kind}_penalty"] = fields.number(f"{kind}_penalty", 0.0, low)
-        penalties[f"{kind}_context_size"] = fields.whole(f"{kind}_context_size", 20)
+def _logit_bias(biases: dict[str, Any], served: ServedModel) -> dict[int, float] | None:
     bias = {}
-    for key, value in fields.take("logit_bias", dict, {}).items():
+    for key, value in biases.items():
         token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
         if not 0 <= token < served.vocab_size:
             known = f"this model has {served.vocab_size}: choose 0 to {served.vocab_size - 1}"
             raise wrong("logit_bias", f"names the token {key[:20]}, but {known}.")
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if type(value) not in (int, float):
             raise wrong("logit_bias", "must give each token id a number.")
         bias[token] = float(max(-_MAX_BIAS, min(_MAX_BIAS, value)))
-    return penalties | {"logit_bias": bias or None}
+    return bias or None
 
 
-def _form(fields: _Fields) -> Grammar | None:
+def _stop(stop: Any) -> tuple[str, ...]:
+    words = [stop] if isinstance(stop, str) else stop
+    sound = isinstance(words, list) and len(words) <= _MAX_STOPS
+    if not sound or not all(
+        isinstance(word, str) and 0 < len(word) <= _MAX_STOP_CHARACTERS for word in words
+    ):
+        most = f"at most {_MAX_STOPS} texts, each of 1 to {_MAX_STOP_CHARACTERS:,} characters"
+        raise wrong("stop", f"must be a text or a list of {most}.")
+    return tuple(words)
+
+
+def _form(fields: dict[str, Any]) -> Grammar | None:
     """The form of the answer: ``regex`` or ``grammar``, alone or within ``response_format``."""
-    field = "response_format"
     # each with its place in the request, its kind, and what describes it
-    forms = [(kind, kind, fields.take(kind)) for kind in ("regex", "grammar")]
-    forms.append(_response_format(fields.take(field), field))
-    forms = [form for form in forms if form[2] is not None]
+    alone = [kind for kind in ("regex", "grammar") if kind in fields]
+    forms: list[tuple[str, str, Any]] = [(kind, kind, fields[kind]) for kind in alone]
+    field = "response_format"
+    if (value := fields.get(field)) is not None:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if kind not in (kinds := ("text", "json_object", "json_schema", "regex", "grammar")):
+            raise wrong(field, f"must be an object with a type: {', '.join(kinds)}.")
+        where = f"{field}.{kind}"
+        described = _checked(value, {"type": _ANY, kind: _ANY}).get(kind)
+        if kind == "json_object":
+            kind, described = "json_schema", {"name": kind}
+        elif described is None and kind != "text":
+            raise ApiError(f"{where} is missing.", field)
+        if kind == "json_schema":
+            if not isinstance(described, dict) or not described.get("name"):
+                raise ApiError(f'{where} must be an object with a "name" and a "schema".', field)
+            described = _checked(described, _SCHEMA_FIELDS).get("schema", {"type": "object"})
+            where = f"{where}.schema"
+        forms += [] if kind == "text" else [(where, kind, described)]
     if len(forms) > 1:
         raise ApiError("An answer has one form: give response_format, regex or grammar.", field)
     for where, kind, value in forms:
         field = where.partition(".")[0]
         if len(json.dumps(value)) > MAX_CHARACTERS:
-            most = f"is longer than {MAX_CHARACTERS:,} characters: simplify it."
-            raise ApiError(f"{where} {most}", field)
+            raise wrong(field, f"is longer than {MAX_CHARACTERS:,} characters: simplify it.")
         try:
             return _GRAMMARS[kind](value)
         except ValueError as error:
@@ -231,126 +285,43 @@ def _form(fields: _Fields) -> Grammar | None:
     return None
 
 
-def _response_format(value: Any, field: str) -> tuple[str, str, Any]:
-    if value is None:
-        return field, "text", None
-    kinds = ("text", "json_object", *_GRAMMARS)
-    if not isinstance(value, dict) or (kind := value.get("type")) not in kinds:
-        raise wrong(field, f"must be an object with a type: {', '.join(kinds)}.")
-    fields, where = _Fields(value), f"{field}.{kind}"
-    fields.take("type")
-    described = fields.take(kind) if kind in _GRAMMARS else None
-    fields.end()
-    if kind == "json_object":
-        return field, "json_schema", {"type": "object"}
-    if kind == "json_schema":
-        if not isinstance(described, dict):
-            raise ApiError(f'{where} must be an object with a "name" and a "schema".', field)
-        fields = _Fields(described)
-        if not fields.take("name", str):
-            raise ApiError(f"{where}.name is missing.", field)
-        fields.take("description", str)
-        fields.take("strict", bool)  # a schema is always kept to
-        where, described = f"{where}.schema", fields.take("schema", default={"type": "object"})
-        fields.end()
-    elif described is None and kind != "text":
-        raise ApiError(f"{where} is missing.", field)
-    return where, kind, described
+def _tools(fields: dict[str, Any], served: ServedModel) -> list[dict[str, Any]]:
+    tools = fields.get("tools", [])
+    for i, tool in enumerate(tools):
+        sound = isinstance(tool, dict) and tool.get("type") == "function"
+        function = tool.get("function") if sound else None
+        if not isinstance(function, dict) or not function.get("name"):
+            form = '{"type": "function", "function": …}, whose function has a name'
+            raise ApiError(f"tools[{i}] must be {form}.", "tools")
+    if tools and not served.tokenizer.has_tool_calling:
+        raise ApiError("This model's chat template knows no tools: leave them out.", "tools")
+    return tools if fields.get("tool_choice") != "none" else []
 
 
-def _stop(stop: Any) -> tuple[str, ...]:
-    words = [stop] if isinstance(stop, str) else stop
-    sound = isinstance(words, list | tuple) and len(words) <= _MAX_STOPS
-    if not sound or not all(isinstance(word, str) and word for word in words):
-        most = f"a list of at most {_MAX_STOPS} texts, none of them empty"
-        raise wrong("stop", f"must be a text or {most}.")
-    if (longest := max(map(len, words), default=0)) > _MAX_STOP_CHARACTERS:
-        most = f"it may have {_MAX_STOP_CHARACTERS:,}: shorten it."
-        raise wrong("stop", f"holds a text of {longest:,} characters, and {most}")
-    return tuple(words)
-
-
-def _probes(fields: _Fields, served: ServedModel) -> dict[str, Any]:
-    """The fields ``n_probes`` and ``dense``."""
-    n_clusters = served.head.n_clusters if served.head else 2**31 - 1
-    n_probes = fields.whole("n_probes", None, 1, n_clusters)
-    dense = fields.take("dense", bool, served.dense and n_probes is None)
-    if n_probes is not None and (dense or served.head is None):
-        reason = "dense scores every token" if dense else "This model has no FlashHead"
-        raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
-    return {"n_probes": n_probes, "dense": dense}
-
-
-def _logprobs(fields: _Fields, chat: bool) -> int | None:
-    if not chat:
-        return fields.whole("logprobs", None, 0, MAX_LOGPROBS)
-    wanted = fields.take("logprobs", bool, False)
-    tops = fields.whole("top_logprobs", None, 0, MAX_LOGPROBS)
-    if tops is not None and not wanted:
-        raise wrong("top_logprobs", "needs logprobs to be true.")
-    return (tops or 0) if wanted else None
-
-
-def _reject_unsupported(fields: _Fields, chat: bool) -> None:
-    fields.only("store", False, why="nothing is stored here, so leave it out.")
-    fields.only("service_tier", "auto", "default", why="there is one tier, so leave it out.")
-    for name in _LABELS:
-        fields.take(name)
-    if chat:
-        fields.only("modalities", ["text"], why="answers are text, so leave it out.")
-        fields.only("parallel_tool_calls", True, why="calls are not held back, so leave it out.")
-    else:
-        fields.only("echo", False, why="the prompt is not repeated, so leave it out.")
-        fields.only("best_of", 1, why="answers are not compared, so leave it out.")
-        fields.only("suffix", "", why="a text is continued to its end alone, so leave it out.")
-    for name in ("adapters", "draft_model"):
-        fields.only(name, why="it is chosen when the server is started.")
-
-
-def _messages(messages: list[Any] | None) -> list[dict[str, Any]]:
-    """The messages in the form of chat templates: each content a text, each argument an object."""
-    if not messages:
-        raise ApiError(_EXAMPLE, "messages")
-    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _template_settings(fields: _Fields, served: ServedModel) -> dict[str, Any]:
+def _template_settings(settings: dict[str, Any], served: ServedModel) -> dict[str, Any]:
     field, known = "chat_template_kwargs", served.template_settings
-    settings = fields.take(field, dict, {})
     for name, value in settings.items():
-        sound = isinstance(value, bool | int | float) and abs(value) <= 1e9
-        sound |= isinstance(value, str) and len(value) <= _MAX_SETTING
-        if sound and name in known:
-            continue
-        most = f"a number up to 1e9 or a text of at most {_MAX_SETTING:,} characters"
-        reason = f"must be true, false, {most}."
         if name not in known:
             takes = ", ".join(sorted(known)) or "none"
             reason = f"is not a setting of this model's chat template, which takes: {takes}."
-        raise ApiError(f"{field}.{name[:40]} {reason}", field)
+            raise ApiError(f"{field}.{name[:40]} {reason}", field)
+        sound = isinstance(value, bool | int | float) and abs(value) <= 1e9
+        if not sound and not (isinstance(value, str) and len(value) <= _MAX_SETTING):
+            most = f"a number up to 1e9 or a text of at most {_MAX_SETTING:,} characters"
+            raise ApiError(f"{field}.{name[:40]} must be true, false, {most}.", field)
     return settings
-
-
-def _tools(fields: _Fields, served: ServedModel) -> list[dict[str, Any]]:
-    tools, choice = fields.take("tools", list, []), fields.take("tool_choice", default="auto")
-    if choice not in ("auto", "none"):
-        raise wrong("tool_choice", 'must be "auto" or "none": a call cannot be forced.')
-    for i, tool in enumerate(tools):
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise ApiError(f'tools[{i}] must be {{"type": "function", "function": …}}.', "tools")
-        if not isinstance(tool.get("function"), dict) or not tool["function"].get("name"):
-            raise ApiError(f"tools[{i}].function must be an object with a name.", "tools")
-    if tools and not served.tokenizer.has_tool_calling:
-        raise ApiError("This model's chat template knows no tools: leave them out.", "tools")
-    return tools if choice == "auto" else []
 
 
 def _prompts(prompts: Any, served: ServedModel) -> list[str | list[int]]:
     """The texts or token ids to continue."""
-    if isinstance(prompts, str) or (prompts and _are_tokens(prompts)):
+
+    def are_tokens(value: Any) -> bool:
+        return isinstance(value, list) and all(type(token) is int for token in value)
+
+    if isinstance(prompts, str) or (prompts and are_tokens(prompts)):
         prompts = [prompts]
     sound = isinstance(prompts, list) and prompts
-    if not sound or not all(isinstance(prompt, str) or _are_tokens(prompt) for prompt in prompts):
+    if not sound or not all(isinstance(prompt, str) or are_tokens(prompt) for prompt in prompts):
         raise wrong("prompt", "must be a text, a list of texts, or token ids.")
     last = served.vocab_size - 1
     tokens = (token for prompt in prompts if not isinstance(prompt, str) for token in prompt)
@@ -359,21 +330,22 @@ def _prompts(prompts: Any, served: ServedModel) -> list[str | list[int]]:
     return prompts
 
 
-def _are_tokens(value: Any) -> bool:
-    return isinstance(value, list) and all(type(token) is int for token in value)
-
-
-def _message(message: Any, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ApiError(_EXAMPLE, where)
-    message = {name: value for name, value in message.items() if value is not None}
-    for name in ("audio", "function_call"):  # of OpenAI's, which no template reads
-        if name in message:
-            raise wrong(f"{where}.{name}", "is not read here: leave it out.")
-    message["content"] = _text(message.get("content", ""), f"{where}.content")
-    if "tool_calls" in message:
-        message["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
-    return message
+def _messages(messages: list[Any] | None) -> list[dict[str, Any]]:
+    """The messages in the form of chat templates: each content a text, each argument an object."""
+    read = []
+    for i, message in enumerate(messages or [None]):
+        where = f"messages[{i}]" if messages else "messages"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ApiError(_EXAMPLE, where)
+        message = {name: value for name, value in message.items() if value is not None}
+        for name in ("audio", "function_call"):  # of OpenAI's, which no template reads
+            if name in message:
+                raise wrong(f"{where}.{name}", "is not read here: leave it out.")
+        message["content"] = _text(message.get("content", ""), f"{where}.content")
+        if "tool_calls" in message:
+            message["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
+        read.append(message)
+    return read
 
 
 def _text(content: Any, where: str) -> str:
@@ -382,10 +354,9 @@ def _text(content: Any, where: str) -> str:
     if not isinstance(content, list):
         raise wrong(where, "must be a text, or a list of parts with text.")
     for i, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise wrong(f"{where}[{i}]", "must be text.")
-        if not isinstance(part.get("text"), str):
-            raise wrong(f"{where}[{i}]", "must be a text in its field text.")
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise wrong(f"{where}[{i}]", 'must be {"type": "text", "text": "…"}.')
     return "".join(part["text"] for part in content)
 
 

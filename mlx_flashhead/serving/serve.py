@@ -1,7 +1,6 @@
 """The HTTP server: a port, the generating thread behind it, its log and its end."""
 
 import asyncio
-import errno
 import io
 import logging
 import os
@@ -13,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import uvicorn
 
 from ..common.command import from_extra, printable
-from .access import Access, FrontDoor, access_of
-from .connections import MAX_HEAD_BYTES, MAX_WAITING, Connection, Connections
+from .access import MAX_HEAD_BYTES, Access, access_of
+from .connections import MAX_WAITING, Connection, Connections, FrontDoor
 from .endpoints import Api
 from .engine import SHUTTING_DOWN, Engine
 from .served_models import load_models
@@ -59,8 +58,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Ends the server at a signal, the process at a second one.
 
-        C++ code in other threads aborts if the interpreter is finalized meanwhile. So neither the
-        second signal nor :func:`leave` finalizes it.
+        Threads of C++ abort while an interpreter is finalized, so neither signal does that.
         """
         if self.should_exit:
             os._exit(128 + sig)
@@ -93,23 +91,19 @@ async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.
     failed = loading.exception() if loading.done() else None
     if failed is not None:
         server.should_exit = True
-    elif loading.done():
-        _say_where(flags, api, port.getsockname()[1], access.token)
+    elif loading.done():  # the address comes last, so it stays in sight
+        models = ", ".join(f"{served.name} ({served.decoding()})" for served in loading.result())
+        number = port.getsockname()[1]
+        where = url(own_address(flags.host), number).rstrip("/")
+        print(f"Serving {models} at {where} (Ctrl-C ends it)", flush=True)
+        if access.token is not None:
+            announce(flags.host, number, access.token, sys.stdout)
     while not (await asyncio.wait({serving}, timeout=_LOOK_SECONDS))[0]:
         if loading.done() and not engine.healthy:
             api.fail_answers(LOST)
     await serving
     if failed is not None:
         raise failed
-
-
-def _say_where(flags: Namespace, api: Api, port: int, token: str | None) -> None:
-    """Prints the models, how they are decoded, and the address: last, so they stay in sight."""
-    models = ", ".join(f"{m.name} ({m.decoding()})" for m in api.engine.models.result())
-    where = url(own_address(flags.host), port).rstrip("/")
-    print(f"Serving {models} at {where} (Ctrl-C ends it)", flush=True)
-    if token is not None:
-        announce(flags.host, port, token, sys.stdout)
 
 
 def own_address(host: str) -> str:
@@ -150,43 +144,28 @@ def announce(host: str, port: int, token: str, out: TextIO) -> None:
         code = f"A QR code of it needs a terminal with UTF-8. This one has {out.encoding}."
     except ValueError as missing:
         code = str(missing)
-    print(
+    text = (
         f"Programs use {url(address, port)}v1 with the token as their API key.",
         "Whoever has the token can use the model. The connection is not encrypted.",
         "Open this on an iPad, an iPhone or any computer of the network:",
         code,
         f"  {page}",
-        sep="\n",
-        file=out,
-        flush=True,
     )
+    print(*text, sep="\n", file=out, flush=True)
 
 
-@contextmanager
-def requests_logged(level: str) -> Iterator[None]:
-    """Within the block, the project's log goes to standard error, from a level such as "INFO"."""
+def log_requests(level: str) -> None:
+    """Sends the project's log to standard error, from a level such as "INFO"."""
     handler = logging.StreamHandler()
     formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
     # a line may hold a model's words
     handler.format = lambda record: printable(formatter.format(record))  # type: ignore[method-assign]
-    package = logging.getLogger(__name__.partition(".")[0])
-    package.addHandler(handler)
-    package.setLevel(level)
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger(__name__.partition(".")[0]).setLevel(level)
     # transformers warns of long prompts, which the server refuses itself
     logging.getLogger("transformers").setLevel(logging.ERROR)
     # uvicorn warns of what clients do; the front door logs failures
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process at once, with all that was printed."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 @contextmanager
@@ -198,12 +177,8 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         server = socket.create_server(address, family=family, dualstack_ipv6=both)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            reason = "it is in use: choose another --port, or 0 for any free one"
-        elif isinstance(error, socket.gaierror):
-            reason = "the host does not exist: check --host"
-        else:
-            reason = f"{(error.strerror or str(error)).lower()}: choose another --port or --host"
-        raise ValueError(f"Port {port} of {host} cannot be used, {reason}.") from None
+        reason = (error.strerror or str(error)).lower()
+        remedy = "choose another --port or --host"
+        raise ValueError(f"Port {port} of {host} cannot be used, {reason}: {remedy}.") from None
     with server:
         yield server

@@ -76,9 +76,8 @@ class ServedModel:
 
 def load_models(args: Namespace) -> list[ServedModel]:
     """Every model that the flags name, the default first; a ValueError if two have one name."""
-    aliases = [args.served_model_name] if args.served_model_name else []
-    models = [_load(args, args.model, aliases, default=True)]
-    models += [_load(args, path, [], default=False) for path in args.allow_models]
+    models = [_load(args, args.model, default=True)]
+    models += [_load(args, path, default=False) for path in args.allow_models]
     names = Counter(name for served in models for name in served.names)
     ((name, number),) = names.most_common(1)
     if number > 1:
@@ -87,45 +86,43 @@ def load_models(args: Namespace) -> list[ServedModel]:
     return models
 
 
-def _load(args: Namespace, path_or_repo: str, aliases: list[str], *, default: bool) -> ServedModel:
-    folder = resolve(path_or_repo)
+def _load(args: Namespace, path_or_repo: str, *, default: bool) -> ServedModel:
+    folder, path = resolve(path_or_repo), Path(path_or_repo).expanduser()
+    # no client learns where a folder is
+    names = [path.resolve().name if path.is_dir() else path_or_repo]
     config = {"trust_remote_code": args.trust_remote_code}
     options = config | {"tokenizer_config": config}
     choices = HeadOptions.from_flags(args, dense=args.dense)
+    draft_model: nn.Module | None = None
     if default:
+        names = [args.served_model_name, *names] if args.served_model_name else names
         options["adapter_path"] = args.adapter_path
         config |= {"chat_template": args.chat_template} if args.chat_template else {}
     else:
-        choices = replace(choices, flash_head=None, n_probes=None)
-        if choices.fine_head is not True:  # a source is one model's
-            choices = replace(choices, fine_head=None)
+        # a source is one model's
+        fine_head = choices.fine_head if choices.fine_head is True else None
+        choices = replace(choices, flash_head=None, n_probes=None, fine_head=fine_head)
     try:
-        model, tokenizer, config = load_with_head(folder, choices, **options)
+        model, tokenizer, settings = load_with_head(folder, choices, **options)
     except UnsupportedHeadError as error:
         logger.warning("%s is served dense: %s", path_or_repo, error)
-        model, tokenizer, config = load_dense(folder, **options)
-    path = Path(path_or_repo).expanduser()
-    # no client learns where a folder is
-    name = path.resolve().name if path.is_dir() else path_or_repo
+        model, tokenizer, settings = load_dense(folder, **options)
+    if default and args.draft_model:
+        how = {"draft_probes": args.draft_probes, "trust_remote_code": args.trust_remote_code}
+        draft_model, draft_tokenizer = load_draft(args.draft_model, **how)
+        if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+            few = "has another tokenizer: few drafts will be accepted."
+            logger.warning("%s %s", args.draft_model, few)
     later = choices.missing == LATER
     return ServedModel(
-        tuple(dict.fromkeys((*aliases, name))),
+        tuple(dict.fromkeys(names)),
         model,
         tokenizer,
-        _draft(args, tokenizer) if default and args.draft_model else None,
-        args.context_size or context_of(config, tokenizer),
+        draft_model,
+        args.context_size or context_of(settings, tokenizer),
         template_arguments=args.chat_template_args,
         dense=args.dense and default,
         verify=not args.no_verify,
         max_wait=args.max_wait,
         build=background_build(model, tokenizer, folder, choices) if later else None,
     )
-
-
-def _draft(args: Namespace, tokenizer: Any) -> nn.Module:
-    model, draft_tokenizer = load_draft(
-        args.draft_model, draft_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
-    )
-    if draft_tokenizer.vocab_size != tokenizer.vocab_size:
-        logger.warning("%s has another tokenizer: few drafts will be accepted.", args.draft_model)
-    return model

@@ -3,12 +3,11 @@
 import argparse
 import ipaddress
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..common.arguments import Parser, Type, json_object, number, one_of, share, whole_number
+from ..common.arguments import Parser, json_object, number, one_of, share, whole_number
 from ..common.head_flags import add_answering_options
 
 TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
@@ -30,87 +29,87 @@ def names(text: str) -> list[str]:
 
 def make_parser() -> Parser:
     """The parser of ``mlx_flashhead.server``."""
-    parser = Parser(
-        prog="mlx_flashhead.server",
-        description="Serve models with their FlashHeads: a page for browsers, and the OpenAI API.",
-    )
-    _add_models(parser.add_argument_group("models"))
-    _add_requests(parser.add_argument_group("defaults of requests"))
-    _add_limits(parser.add_argument_group("limits"))
-    _add_network(parser.add_argument_group("network"))
-    return parser
+    about = "Serve models with their FlashHeads: a page for browsers, and the OpenAI API."
+    parser = Parser(prog="mlx_flashhead.server", description=about)
 
+    def add(name: str, help: str, default: Any = None, **further: Any) -> None:
+        help += "" if default in (None, [], {}) else " (default: %(default)s)"
+        group.add_argument(name, default=default, help=help, **further)
 
-def _add_models(group: argparse._ArgumentGroup) -> None:
-    flag, add = group.add_argument, _adder(group)
-    flag("--model", required=True, help="Folder or repository of any model that mlx-lm loads.")
+    def switch(name: str, help: str) -> None:
+        group.add_argument(name, action="store_true", help=help)
+
+    group = parser.add_argument_group("models")
+    add("--model", "Folder or repository of any model that mlx-lm loads.", required=True)
     more = "Another name for it, which answers carry (default: that of its folder or repository)."
-    flag("--served-model-name", metavar="NAME", help=more)
+    add("--served-model-name", more, metavar="NAME")
     more = "Further models that requests may name. They are loaded at the start and stay in memory."
-    flag("--allow-models", nargs="+", default=[], metavar="MODEL", help=more)
+    add("--allow-models", more, [], nargs="+", metavar="MODEL")
     probes = "Clusters scored per token, unless a request gives n_probes (default: the FlashHead's)"
-    flag("--n-probes", type=whole_number(1), help=probes)
+    add("--n-probes", probes, type=whole_number(1))
     add_answering_options(group)
-    dense = "Score every token with the normal (dense) head, unless a request says otherwise."
-    flag("--dense", action="store_true", help=dense)
-    flag("--adapter-path", help="Folder of LoRA adapters for --model.")
-    flag("--draft-model", help="A model that drafts tokens for --model.")
+    switch(
+        "--dense",
+        "Score every token with the normal (dense) head, unless a request says otherwise.",
+    )
+    add("--adapter-path", "Folder of LoRA adapters for --model.")
+    add("--draft-model", "A model that drafts tokens for --model.")
     draft = "Clusters scored per drafted token (default: those that read a tenth of its head)."
-    flag("--draft-probes", type=whole_number(1), help=draft)
-    add("--num-draft-tokens", whole_number(1, 64), 3, "Tokens drafted at once")
-    flag("--trust-remote-code", action="store_true", help="Run Python code of these models.")
-    flag("--chat-template", help="A chat template in place of the one of --model.")
+    add("--draft-probes", draft, type=whole_number(1))
+    add("--num-draft-tokens", "Tokens drafted at once", 3, type=whole_number(1, 64))
+    switch("--trust-remote-code", "Run Python code of these models.")
+    add("--chat-template", "A chat template in place of the one of --model.")
     settings = 'Settings of the chat template, such as {"enable_thinking": false}'
-    flag("--chat-template-args", type=json_object, default={}, metavar="JSON", help=settings)
+    add("--chat-template-args", settings, {}, type=json_object, metavar="JSON")
 
+    group = parser.add_argument_group("defaults of requests")
+    add("--temp", "Temperature", 0.0, type=number(0, 100))
+    add("--top-p", "Draw from the likeliest tokens of this probability", 1.0, type=share)
+    top_k = "Draw from so many likeliest tokens; 0 draws from all"
+    add("--top-k", top_k, 0, type=whole_number(0))
+    min_p = "Draw from tokens of this share of the likeliest one's probability"
+    add("--min-p", min_p, 0.0, type=share)
+    add("--max-tokens", "Tokens of an answer", 512, type=whole_number(1))
 
-def _add_requests(group: argparse._ArgumentGroup) -> None:
-    add = _adder(group)
-    add("--temp", number(0, 100), 0.0, "Temperature")
-    add("--top-p", share, 1.0, "Draw from the likeliest tokens of this probability")
-    add("--top-k", whole_number(0), 0, "Draw from so many likeliest tokens; 0 draws from all")
-    add("--min-p", share, 0.0, "Draw from tokens of this share of the likeliest one's probability")
-    add("--max-tokens", whole_number(1), 512, "Tokens of an answer")
-
-
-def _add_limits(group: argparse._ArgumentGroup) -> None:
-    flag, add = group.add_argument, _adder(group)
+    group = parser.add_argument_group("limits")
     context = "Tokens of a prompt and its answer together (default: the model's limit)"
-    flag("--context-size", type=whole_number(2), metavar="TOKENS", help=context)
-    add("--max-body-bytes", size, "4M", "Largest body of a request, such as 500K", metavar="SIZE")
+    add("--context-size", context, type=whole_number(2), metavar="TOKENS")
+    body = "Largest body of a request, such as 500K"
+    add("--max-body-bytes", body, "4M", type=size, metavar="SIZE")
     concurrency = "Answers that are made at once; others wait"
-    add("--decode-concurrency", whole_number(1, 1024), 32, concurrency)
+    add("--decode-concurrency", concurrency, 32, type=whole_number(1, 1024))
     wait = "Verify, and send text, at least this often; 0 takes the normal head (default: fastest)"
-    flag("--max-wait", type=number(0, 1), metavar="SECONDS", help=wait)
+    add("--max-wait", wait, type=number(0, 1), metavar="SECONDS")
     step = "Greatest number of a prompt's tokens that are read at once; fewer if other answers wait"
-    add("--prefill-step-size", whole_number(1), 2048, step)
-    add("--prompt-cache-size", whole_number(0), 10, "Number of caches of earlier prompts")
+    add("--prefill-step-size", step, 2048, type=whole_number(1))
+    caches = "Number of caches of earlier prompts"
+    add("--prompt-cache-size", caches, 10, type=whole_number(0))
     memory = "Memory for these caches, such as 4G (default: no limit)"
-    flag("--prompt-cache-bytes", type=size, metavar="SIZE", help=memory)
+    add("--prompt-cache-bytes", memory, type=size, metavar="SIZE")
     bits = "Quantize caches of prompts; answers then take turns instead of sharing a batch"
-    flag("--kv-bits", type=one_of(2, 3, 4, 5, 6, 8), help=f"{bits} (default: none)")
-    add("--kv-group-size", one_of(32, 64, 128), 64, "Group size of quantized caches")
+    add("--kv-bits", f"{bits} (default: none)", type=one_of(2, 3, 4, 5, 6, 8))
+    add("--kv-group-size", "Group size of quantized caches", 64, type=one_of(32, 64, 128))
     start = "Tokens from which a cache is quantized"
-    add("--quantized-kv-start", whole_number(0), 5000, start)
+    add("--quantized-kv-start", start, 5000, type=whole_number(0))
 
-
-def _add_network(group: argparse._ArgumentGroup) -> None:
-    flag, add = group.add_argument, _adder(group)
-    host = "Address to listen on; any but this machine's needs the token (default: 127.0.0.1)"
-    flag("--host", help=host)
-    add("--port", whole_number(0, 65535), 8080, "Port to listen on; 0 takes a free one")
+    group = parser.add_argument_group("network")
+    add(
+        "--host",
+        "Address to listen on; any but this machine's needs the token (default: 127.0.0.1)",
+    )
+    add("--port", "Port to listen on; 0 takes a free one", 8080, type=whole_number(0, 65535))
     lan = "Listen on all interfaces, so that an iPad can open the page; prints the address and a "
-    lan += "QR code. Every client needs the token that they carry."
-    flag("--lan", action="store_true", help=lan)
+    switch("--lan", lan + "QR code. Every client needs the token that they carry.")
     hosts = "Further names of this machine, with commas between, such as mac.fritz.box; its "
     hosts += "addresses, host name and names in .local are known."
-    flag("--allowed-hosts", type=names, default=[], help=hosts)
+    add("--allowed-hosts", hosts, [], type=names)
     origins = "Origins of other sites whose scripts may use the API, such as https://chat.example"
-    flag("--allowed-origins", type=names, default=[], help=f"{origins} (default: none)")
+    add("--allowed-origins", f"{origins} (default: none)", [], type=names)
     token = "File that keeps the token from one start to the next; made with a random one"
-    add("--token-file", Path, TOKEN_FILE, token)
+    add("--token-file", token, TOKEN_FILE, type=Path)
     log = "INFO logs a line for each answer, without prompts and answers"
-    add("--log-level", str, "INFO", log, choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    add("--log-level", log, "INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    return parser
 
 
 def check_options(parser: Parser, args: argparse.Namespace) -> None:
@@ -135,13 +134,3 @@ def is_loopback(host: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
-
-
-def _adder(group: argparse._ArgumentGroup) -> Callable[..., None]:
-    """A function that adds flags with a value: (name, type, default, help, further arguments)."""
-
-    def add(name: str, type: Type, default: Any, help: str, **further: Any) -> None:
-        help += " (default: %(default)s)"
-        group.add_argument(name, type=type, default=default, help=help, **further)
-
-    return add

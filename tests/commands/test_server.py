@@ -20,11 +20,9 @@ from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.models.libraries import load_dense
 from mlx_flashhead.serving.access import Access, access_of
 from mlx_flashhead.serving.server_options import check_options, make_parser
-from model_folders import VOCAB_SIZE
 from server_process import serving
 from tiny_models import tiny_index
 
-N_CLUSTERS = -(-VOCAB_SIZE // 16)
 PROMPT = "One day"
 TOKENS = 8
 
@@ -38,15 +36,10 @@ def complete(server, **options):
 
 @pytest.fixture(scope="module")
 def expected(converted):
-    """What the package generates without checks, densely and with one probe."""
-    model, tokenizer = mlx_flashhead.load(str(converted))
-    options = {"max_tokens": TOKENS, "verify": False}
-    texts = {
-        name: mlx_flashhead.generate(model, tokenizer, PROMPT, **options, **settings)
-        for name, settings in {"dense": {"dense": True}, "few": {"n_probes": 1}, "": {}}.items()
-    }
-    assert len(set(texts.values())) == 3
-    return texts
+    """What the package generates densely."""
+    return mlx_flashhead.generate(
+        *mlx_flashhead.load(str(converted)), PROMPT, max_tokens=TOKENS, dense=True
+    )
 
 
 # a bias, so that no end token comes
@@ -64,7 +57,7 @@ def test_it_says_where_it_is_and_logs_its_answers(converted, expected, tmp_path)
         stream.close()
         for path in ("/", "/page/app.js", "/health", "/v1/models"):
             urllib.request.urlopen(server.url + path).close()
-        assert complete(server) == expected["dense"]
+        assert complete(server) == expected
         assert "the client has left" in server.lines(2, after=before)[0]
         for n, length in ((1, 1), (3, 1), (3, 2)):
             complete(server, max_tokens=length, n=n, temperature=1.0)
@@ -75,7 +68,7 @@ def test_it_says_where_it_is_and_logs_its_answers(converted, expected, tmp_path)
         assert ["tokens/s" in line for line in lines] == [False, False, True]
         threads, counts = Path(f"/proc/{server.process.pid}/task"), []
         for i in range(24 if threads.exists() else 0):
-            complete(server, temperature=0.5 + i / 100, top_p=0.9)
+            complete(server, max_tokens=2, temperature=0.5 + i / 100, top_p=0.9)
             counts.append(len([*threads.iterdir()]))
         assert max(counts[8:], default=0) <= max(counts[7:8], default=0) + 2, counts
         assert server.end(signal.SIGINT) == (0, "Stopped.\n")
@@ -110,72 +103,56 @@ def test_it_ends_amid_answers_and_a_second_signal_aborts_nothing(converted, tmp_
                 ended.result()
 
 
-def test_it_ends_while_it_starts(converted, tmp_path):
+def test_it_ends_while_it_starts(converted):
     command = [sys.executable, "-m", "mlx_flashhead.server", "--model", str(converted)]
-    errors = tmp_path / "errors.txt"
-    with errors.open("w") as file:
-        pipes = {"stdout": subprocess.PIPE, "stderr": file}
-        processes = [subprocess.Popen([*command, "--port", "0"], **pipes) for _ in range(2)]
-        for process, seconds in zip(processes, (0.5, 1.5), strict=True):
-            time.sleep(seconds)
-            process.terminate()
-        for process in processes:
-            process.communicate(timeout=30)
-            assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
-    assert not set(errors.read_text().split()) & {"terminate", "Traceback", "libc++abi:"}
+    process = subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True)
+    time.sleep(1.5)
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert not set(errors.split()) & {"terminate", "Traceback", "libc++abi:"}
 
 
-def test_flags_of_mlx_lm_and_of_the_head_arrive(dense, converted, expected, tmp_path):
-    flags = ["--draft-model", dense, "--num-draft-tokens", 2, "--max-tokens", TOKENS]
+def test_flags_of_mlx_lm_and_of_the_head_arrive(converted, expected, tmp_path):
+    """With a draft that has a FlashHead of its own."""
+    flags = ["--draft-model", converted, "--num-draft-tokens", 2, "--max-tokens", TOKENS]
     flags += ["--prompt-cache-size", 2, "--decode-concurrency", 4, "--n-probes", 1]
     flags += ["--prefill-step-size", 16, "--log-level", "INFO", "--served-model-name", "mine"]
     flags += ["--chat-template", "{{ messages[0].content }}", "--chat-template-args", "{}"]
     with serving(tmp_path, "--model", converted, *flags) as server:
+        assert server.line.startswith("Serving mine (dense: the draft model proposes tokens)")
         client = server.client()
         answer = client.completions.create(model="mine", prompt=PROMPT)
-        assert answer.model == "mine"
-        assert answer.usage.completion_tokens == TOKENS
-        assert answer.choices[0].text == expected["dense"]
+        assert (answer.model, answer.usage.completion_tokens) == ("mine", TOKENS)
         messages = [{"role": "user", "content": PROMPT}]
         chat = client.chat.completions.create(model="model", messages=messages)
-        assert chat.choices[0].message.content == expected["dense"]
         assert chat.usage.prompt_tokens == len(PROMPT)
-        assert complete(server, extra_body={"dense": True}) == expected["dense"]
-        assert complete(server, extra_body={"n_probes": 4}) == expected["dense"]
+        texts = [answer.choices[0].text, chat.choices[0].message.content]
+        texts += [complete(server, extra_body=body) for body in ({"dense": True}, {"n_probes": 4})]
+        assert texts == [expected] * 4
         assert "POST /v1/completions" in server.log()
 
 
-def test_dense_may_be_asked_for(converted, expected, tmp_path):
-    flags = ("--dense", "--no-verify", "--log-level", "WARNING")
-    with serving(tmp_path, "--model", converted, *flags) as server:
-        assert server.line.startswith("Serving model (dense")
-        assert complete(server) == expected["dense"]
-        assert complete(server, extra_body={"dense": False}) == expected[""]
-        assert complete(server, extra_body={"n_probes": 1}) == expected["few"]
-        assert (*server.end(), server.log()) == (0, "Stopped.\n", "")
-
-
-def test_a_flash_head_of_its_own_and_a_draft_with_its_flash_head(
+def test_dense_and_unverified_answers_with_a_flash_head_of_its_own(
     dense, converted, expected, tmp_path
 ):
     (tmp_path / "head").mkdir()
     write_companion(tmp_path / "head", tiny_index(load_dense(dense)[0], n_probes=1))
-    flags = ("--flash-head", tmp_path / "head", "--no-verify", "--log-level", "INFO")
-    draft = ("--draft-model", converted, "--num-draft-tokens", 2)
-    with serving(tmp_path, "--model", dense, *flags, *draft) as server:
-        assert server.line.startswith("Serving model (dense: the draft model proposes tokens)")
-        assert complete(server) == expected["dense"]
+    flags = ("--flash-head", tmp_path / "head", "--no-verify", "--log-level", "WARNING")
     with serving(tmp_path, "--model", dense, *flags) as server:
         assert server.line.startswith("Serving model (unverified)")
-        assert complete(server) != expected["dense"]
-        assert complete(server, extra_body={"dense": True}) == expected["dense"]
+        assert complete(server) != expected
+        assert complete(server, extra_body={"dense": True}) == expected
+    with serving(tmp_path, "--model", converted, *flags[2:], "--dense") as server:
+        assert server.line.startswith("Serving model (dense")
+        assert complete(server) == expected
+        assert complete(server, extra_body={"dense": False}) != expected
+        assert (*server.end(), server.log()) == (0, "Stopped.\n", "")
 
 
 def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
     before = set(threading.enumerate())
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
+    with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         said = refused("server", "--model", converted, "--port", port)
     assert f"Port {port} of 127.0.0.1" in said and "in use" in said
@@ -192,9 +169,8 @@ def test_any_network_needs_the_token(tmp_path):
     """And this machine alone, the default, makes none."""
 
     def rules(*flags):
-        args = make_parser().parse_args(
-            ["--model", "model", "--token-file", str(tmp_path / "token"), *flags]
-        )
+        flags = ["--model", "model", "--token-file", str(tmp_path / "token"), *flags]
+        args = make_parser().parse_args(flags)
         check_options(make_parser(), args)
         return args.host, access_of(args)
 

@@ -136,3 +136,17 @@ def test_a_stop_token_ends_a_text(flash, rotating):
         assert [response.token for response in responses] == expected[:n]
         assert responses[-1].finish_reason == "stop"
         assert [layer.offset for layer in responses[-1].prompt_cache] == [len(PROMPT) + n] * 2
+
+
+@pytest.mark.parametrize("form", [int, lambda token: (token,)])
+def test_stop_tokens_may_be_single_ones(flash, form):
+    """As mlx-lm takes them, and vllm-mlx gives them."""
+    expected = alone(flash, PROMPT, {}, [])
+    last = expected.index(expected[5])
+    generator = VerifiedBatchGenerator(flash.model, stop_tokens={form(expected[5])})
+    generator.insert([PROMPT], [25])
+    responses = []
+    while step := generator.next_generated():
+        responses += step
+    assert [response.token for response in responses] == expected[: last + 1]
+    assert responses[-1].finish_reason == "stop"

@@ -11,12 +11,11 @@ import pytest
 
 import mlx_flashhead
 from chain_models import write_chain_model
-from engines import CHUNK
-from mlx_flashhead.serving import prefill
+from engines import CHUNK, flags, served_model
+from mlx_flashhead.serving.decoding import Reading
 from mlx_flashhead.serving.engine import Engine
 from model_folders import write_model
 from scripted_server import TOKEN, scripted_server
-from served_models import flags, served_model
 from server_process import serving
 
 CALL = '{"name": "weather", "arguments": {"city": "Rome", "limit": Infinity}}'
@@ -169,13 +168,12 @@ def flash(tiny):
 @pytest.fixture
 def chunks(monkeypatch):
     """(thread-safe) list of the chunks that are read, each of which takes a moment."""
-    read = []
-    compute = prefill.Reading._compute
+    read, compute = [], Reading._compute
 
     def slow(self, tokens):
         read.append((self.job, tokens.size))
         time.sleep(0.02)
         compute(self, tokens)
 
-    monkeypatch.setattr(prefill.Reading, "_compute", slow)
+    monkeypatch.setattr(Reading, "_compute", slow)
     return read

@@ -1,21 +1,38 @@
-"""Engines in this process, and the answers of their jobs."""
+"""Models and engines as the server has them, in this process, and the answers of their jobs."""
 
-from queue import SimpleQueue
+from pathlib import Path
 
 import mlx_flashhead
 from mlx_flashhead.serving.jobs import Job, Prompt, Token
-from served_models import checked
+from mlx_flashhead.serving.requests import read_request
+from mlx_flashhead.serving.served_models import ServedModel
+from mlx_flashhead.serving.server_options import make_parser
 
 LONG = [2 + (7 * i) % 250 for i in range(400)]
 SHORT = [40, 41, 42]
 CHUNK = 16  # tokens of a prompt in the tests' engines
 
 
+def flags(*arguments):
+    """The server's flags."""
+    return make_parser().parse_args(["--model", "model", *map(str, arguments)])
+
+
+def served_model(folder: Path, context=512) -> ServedModel:
+    """A converted folder's model."""
+    return ServedModel(("tiny",), *mlx_flashhead.load(str(folder)), None, context)
+
+
+def checked(served: ServedModel, body: dict, *, chat: bool = True, arguments=()):
+    """A request, read."""
+    return read_request(body, chat=chat, models=[served], defaults=flags(*arguments))
+
+
 def job(engine, tokens, max_tokens=8, processors=(), landmarks=(), **fields):
     """A job of a request with these fields."""
     body = {"prompt": "x", "max_tokens": max_tokens, "logprobs": 0} | fields
     request = checked(engine.models.result()[0], body, chat=False)
-    new = Job(request, Prompt(list(tokens), landmarks), SimpleQueue())
+    new = Job(request, Prompt(list(tokens), landmarks))
     new.processors += processors
     return new
 

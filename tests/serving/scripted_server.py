@@ -9,10 +9,9 @@ from threading import Event, Thread
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route, Router
 
-from mlx_flashhead.serving import access
-from mlx_flashhead.serving.access import Access, json_response, read_body
-from mlx_flashhead.serving.api_error import ApiError
-from mlx_flashhead.serving.page_files import PAGE_ROUTES
+from mlx_flashhead.serving.access import Access
+from mlx_flashhead.serving.connections import logger, read_body
+from mlx_flashhead.serving.responses import PAGE_ROUTES, ApiError, json_response
 from mlx_flashhead.serving.serve import Server, listening
 
 # The name of a machine on a network: plain http, so no secure context. The browser maps it here.
@@ -47,12 +46,10 @@ class Script(logging.Handler):
         self.server = Server(Router([*routes, *PAGE_ROUTES]), Access())
         self.reset()
 
-    def reset(self, access: Access | None = None):
+    def reset(self):
         """Forgets all of it."""
-        self.access = access or Access()
+        self.access, self.info, self.left = Access(), INFO, Event()
         self.answers, self.requests, self.log = [], [], []
-        self.left = Event()
-        self.info = INFO
 
     @property
     def access(self):
@@ -76,7 +73,10 @@ class Script(logging.Handler):
         pieces = self.answers.pop(0) if self.answers else ["Fine."]
         if isinstance(pieces, str):
             raise ApiError(pieces)
-        left, decoding = self.left, self._decoding(body)  # those of this test
+        left, models = self.left, self.info["models"]  # those of this test
+        model = next((m for m in models if m["name"] == body.get("model")), models[0])
+        decoding = "verified" if "n_probes" in body else model["decoding"]  # or forced on
+        decoding = "dense: as requested" if body.get("dense") else decoding
 
         async def stream(scope, receive, send):
             answering = asyncio.create_task(_stream(pieces, decoding, send))
@@ -90,14 +90,6 @@ class Script(logging.Handler):
             raise ClientDisconnect
 
         return stream
-
-    def _decoding(self, body):
-        """How an answer is decoded: n_probes forces the FlashHead on."""
-        models = self.info["models"]
-        model = next((m for m in models if m["name"] == body.get("model")), models[0])
-        if body.get("dense"):
-            return "dense: as requested"
-        return "verified" if "n_probes" in body else model["decoding"]
 
 
 async def _disconnected(receive):
@@ -154,8 +146,8 @@ def running(server: Server, port: int = 0):
 def scripted_server(script: Script | None = None, port: int = 0):
     """Runs a server with a script; yields ``(port, script)``."""
     script = script or Script()
-    access.logger.addHandler(script)
-    access.logger.setLevel(logging.INFO)
+    logger.addHandler(script)
+    logger.setLevel(logging.INFO)
     with running(script.server, port) as port:
         yield port, script
-    access.logger.removeHandler(script)
+    logger.removeHandler(script)

@@ -6,11 +6,9 @@ import socket
 import time
 
 import pytest
-from starlette.datastructures import Headers
 
 from mlx_flashhead.serving.access import Access
-from mlx_flashhead.serving.api_error import ApiError
-from mlx_flashhead.serving.page_files import FOLDER, page_names
+from mlx_flashhead.serving.responses import FOLDER, ApiError, page_names
 from scripted_server import INFO, TOKEN
 
 LOCAL = Access()
@@ -20,21 +18,14 @@ POST = {"Content_Length": "2"}
 COOKIE = f"flashhead_token={TOKEN}"
 
 
-def scope(method="GET", target="/", **fields):
-    """A request as uvicorn gives it."""
-    raw = []
-    for name, value in ({"Host": "127.0.0.1:8080"} | fields).items():
-        name = name.replace("_", "-").lower().encode()
-        raw += [(name, one.encode()) for one in ([value] if isinstance(value, str) else value)]
-    path, _, query = target.partition("?")
-    request = {"method": method, "path": path, "query_string": query.encode(), "headers": raw}
-    return {"type": "http"} | request
-
-
 def status(rules, method="GET", target="/", **fields):
     """Status of the refusal, None for an accepted request."""
+    fields = {"Host": "127.0.0.1:8080"} | fields
+    raw = [(k.replace("_", "-").lower().encode(), v.encode()) for k, v in fields.items()]
+    path, _, query = target.partition("?")
+    scope = {"type": "http", "method": method, "path": path}
     try:
-        rules.check(scope(method, target, **fields))
+        rules.check(scope | {"query_string": query.encode(), "headers": raw})
     except ApiError as problem:
         return problem.status
     return None
@@ -51,7 +42,6 @@ FOREIGN += ("mac.local.evil.example", "local", "nas", "", "[::1", "localhost:80:
         (("192.168.1.5:8080", "[fd00::1]:8080", "Mac.local:8080", "mac.local."), 403, None),
         (("studio:8080", "mac.fritz.box"), 403, None),
         (FOREIGN, 403, 403),
-        ((["localhost", "evil.example"], []), 400, 400),
     ],
 )
 def test_names_of_the_server(hosts, local, lan):
@@ -65,7 +55,7 @@ def test_names_of_the_server(hosts, local, lan):
 
 @pytest.mark.parametrize("target", ["/", "/v1/models", "/health", "/page/app.js"])
 def test_everything_needs_the_token_on_the_network(target):
-    for fields in (BEARER, {"Cookie": f"a=b; flashhead_token={TOKEN}"}):
+    for fields in (BEARER, {"Cookie": f"a=b; {COOKIE}"}):
         assert status(LAN, target=target, **fields) is None
     wrong = ["k7mf-3xq2-9tzc-hd4w-p8nt", "", TOKEN[:-1], "tökén\xe9"]
     refused = [{"Authorization": f"Bearer {token}"} for token in wrong]
@@ -96,16 +86,14 @@ def test_token_in_the_address_opens_the_page_only(method, target, expected):
 
 OWN = "127.0.0.1:8080"
 OTHERS = ["http://evil.example", "null", f"https://{OWN}", "http://127.0.0.1:9000", "", "file://"]
+OTHERS += ["http://localhost:8080", f"http://{OWN}.evil.example"]
 SITE = {"Origin": "https://chat.example", "Sec_Fetch_Site": "cross-site"}
 
 
-@pytest.mark.parametrize("origin", [*OTHERS, "http://localhost:8080", f"http://{OWN}.evil.example"])
-def test_other_origins_are_refused(origin):
-    assert status(LOCAL, "POST", "/v1/models", Origin=origin, **POST) == 403
-    assert status(LAN, Origin=origin, **BEARER) == 403
-
-
-def test_own_and_named_origins_are_served():
+def test_own_and_named_origins_are_served_and_no_others():
+    for origin in OTHERS:
+        assert status(LOCAL, "POST", "/v1/models", Origin=origin, **POST) == 403
+        assert status(LAN, Origin=origin, **BEARER) == 403
     assert status(LOCAL, "POST", "/v1/x", Origin=f"http://{OWN}", **POST) is None
     assert status(LAN, Host="Mac.local:8080", Origin="http://mac.local:8080", **BEARER) is None
     rules = Access(TOKEN, origins=frozenset({"https://chat.example"}))
@@ -113,12 +101,7 @@ def test_own_and_named_origins_are_served():
     # A preflight carries no token; all it learns is that the site may ask.
     assert status(rules, "OPTIONS", "/v1/chat/completions", **SITE) is None
     assert status(rules, "OPTIONS", "/v1/models") == 401
-    assert rules.cross_origin(Headers(scope=scope(**SITE))) == "https://chat.example"
-    assert rules.cross_origin(Headers(scope=scope(Origin=f"http://{OWN}"))) is None
-
-
-def test_other_sites_may_link_but_not_load():
-    for site, mode, expected in (
+    for site, mode, expected in (  # other sites may link here, but not load
         *((site, "no-cors", 403) for site in ("cross-site", "same-site")),
         *((site, "navigate", None) for site in ("cross-site", "same-site", "none")),
         ("same-origin", "cors", None),
@@ -131,14 +114,12 @@ def test_other_sites_may_link_but_not_load():
     [
         (LOCAL, {"Content_Length": str(4 << 20)}, None),
         (LOCAL, {"Content_Length": str((4 << 20) + 1)}, 413),
+        (LOCAL, {"Content_Length": "9" * 20}, 413),
         (Access(max_body_bytes=100), {"Content_Length": "100"}, None),
         (Access(max_body_bytes=100), {"Content_Length": "101"}, 413),
         (LOCAL, {}, 411),
         (LOCAL, {"Transfer_Encoding": "chunked"}, 411),
         (LOCAL, {"Transfer_Encoding": "chunked", "Content_Length": "2"}, 411),
-        # read(-1) would read without end
-        *((LOCAL, {"Content_Length": n}, 400) for n in ("-1", "+2", "1e3", "", "²", "9" * 16)),
-        (LOCAL, {"Content_Length": ["2", "3"]}, 400),
     ],
 )
 def test_bodies_are_bounded(rules, fields, expected):
@@ -152,22 +133,19 @@ def lan(server):
     return server[1]
 
 
-def test_page_with_the_token(lan, ask):
-    response, content = ask(f"/?token={TOKEN}")
-    assert response.status == 200
-    assert f'href="/manifest.webmanifest?token={TOKEN}"' in content.decode()
-    cookie, *settings = response.headers["Set-Cookie"].split("; ")
-    assert cookie == f"flashhead_token={TOKEN}" and {"HttpOnly", "SameSite=Strict"} <= {*settings}
-    assert ask("/", Cookie=cookie)[0].status == 200
-
-
-def test_page_asks_for_the_token(lan, ask):
+def test_the_page_needs_the_token_and_keeps_it(lan, ask):
     for path, wrong in (("/", False), ("/?token=wrong", True)):
         response, content = ask(path)
         assert (response.status, response.headers["Set-Cookie"]) == (401, None)
         text = content.decode()
         assert '<input name="token"' in text and TOKEN not in text
         assert ('<p class="wrong" hidden>' in text) != wrong
+    response, content = ask(f"/?token={TOKEN}")
+    assert response.status == 200
+    assert f'href="/manifest.webmanifest?token={TOKEN}"' in content.decode()
+    cookie, *settings = response.headers["Set-Cookie"].split("; ")
+    assert cookie == COOKIE and {"HttpOnly", "SameSite=Strict"} <= {*settings}
+    assert ask("/", Cookie=cookie)[0].status == 200
 
 
 def test_home_screen_gets_icon_and_manifest(lan, ask):
@@ -181,14 +159,15 @@ def test_home_screen_gets_icon_and_manifest(lan, ask):
 
 
 @pytest.mark.parametrize(
-    "method, path", [("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("PUT", "/x")]
+    "method, path, served",
+    [("GET", "/v1/models", 200), ("POST", "/v1/chat/completions", 200), ("PUT", "/x", 404)],
 )
-def test_api_answers_with_the_token_alone(lan, ask, method, path):
+def test_api_answers_with_the_token_alone(lan, ask, method, path, served):
     response, content = ask(path, method, b"{}")
     assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
     assert "token" in json.loads(content)["error"]["message"]
     assert not lan.requests
-    assert ask(path, method, b"{}", **BEARER)[0].status == (404 if method == "PUT" else 200)
+    assert ask(path, method, b"{}", **BEARER)[0].status == served
 
 
 def test_every_file_of_the_page_is_served_with_a_strict_policy(lan, ask):
@@ -224,6 +203,10 @@ def test_large_body_is_refused_and_the_reason_read(lan, ask):
     assert response.status == 413 and b"at most 4,194,304" in content
 
 
+HOST = b"Host: localhost\r\n"
+LENGTHS = ("-1", "+2", "1e3", "", "\xb2", "9" * 30, "2\r\nContent-Length: 3")
+
+
 @pytest.mark.parametrize(
     "request_, status",
     [
@@ -231,14 +214,18 @@ def test_large_body_is_refused_and_the_reason_read(lan, ask):
         (b"a b c d\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
-        (b"GET /\x1b[2J\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
-        (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + HOST + b"Host: evil.example\r\n\r\n", 400),
+        (b"GET / HTTP/1.0\r\n\r\n", 403),
+        (b"GET /\x1b[2J\x00 HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+        *((f"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: {n}\r\n\r\n".encode("latin-1"), 400)
+            for n in LENGTHS),
+        (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", 431),
         (b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"b" * 100_000 + b"\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\n" + 90 * (b"A: " + b"b" * 60_000 + b"\r\n") + b"\r\n", 431),
         (f"BREW / HTTP/1.1\r\nHost: a.local\r\nCookie: {COOKIE}\r\n\r\n".encode(), 405),
     ],
     ids=lambda value: str(value)[:25],
-)
+)  # fmt: skip
 def test_what_is_no_http_gets_the_same_errors(lan, connect, request_, status):
     connection = connect(request_)
     connection.shutdown(socket.SHUT_WR)

@@ -9,7 +9,7 @@ from threading import Event
 
 import pytest
 
-from mlx_flashhead.serving import access, connections
+from mlx_flashhead.serving import connections
 
 CHAT = "/v1/chat/completions"
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
@@ -45,8 +45,8 @@ def test_a_slow_head_is_given_up(monkeypatch, connect, sent):
 
 
 def test_a_slow_body_is_given_up_with_an_error(monkeypatch, server, connect):
-    monkeypatch.setattr(access, "BODY_SECONDS", 0.2)
-    monkeypatch.setattr(access, "REFUSED_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "REFUSED_SECONDS", 0.2)
     answer = trickle(connect(HEAD % 1000))
     assert b" 408 " in answer and b"within 0.2 seconds" in answer
     assert not server[1].requests

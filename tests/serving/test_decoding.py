@@ -1,10 +1,33 @@
-"""Sequences in a batch, and by themselves: each is generated as if it were alone."""
+"""Sequences: prompts are read a chunk at a time, as far as no cache holds them already, and each
+is generated as if it were alone, in a batch or by itself."""
 
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx_lm
 import pytest
 
-from engines import CHUNK, LONG, SHORT, endless, generated, submit, tokens_of, until
+import mlx_flashhead
+from engines import CHUNK, LONG, SHORT, endless, flags, generated, submit, tokens_of, until
 from mlx_flashhead import grammar_processor
-from mlx_flashhead.serving.jobs import Token
+from mlx_flashhead.conversion.options import IndexOptions
+from mlx_flashhead.loading import background as build
+from mlx_flashhead.loading.sources import HeadOptions
+from mlx_flashhead.lossless.policy import policy_of
+from mlx_flashhead.models.compat.mlx_lm import KVCache, LRUPromptCache
+from mlx_flashhead.serving.decoding import (
+    CHUNK_SECONDS,
+    SMALLEST_CHUNK,
+    PrefillPace,
+    cached_beginning,
+    next_reading,
+)
+from mlx_flashhead.serving.engine import Engine
+from mlx_flashhead.serving.jobs import Progress, Token
+from mlx_flashhead.serving.served_models import ServedModel
+from model_folders import write_model
 
 
 @pytest.fixture(params=["engine", "drafting"])
@@ -71,20 +94,16 @@ def test_texts_of_a_form_are_the_dense_models(either, flash):
 
 def test_a_cache_with_drafts_is_cut_where_it_ends(drafting, flash):
     """What follows an answer, or a cancelled one, is answered as without a cache."""
-    first = submit(drafting, LONG[:60], 10)
-    tokens = tokens_of(first)
-    longer = [*LONG[:60], *tokens, 60, 61]
-    one = submit(drafting, longer)
-    assert tokens_of(one) == generated(flash, longer)
-    assert one.cached >= 60
+    tokens = tokens_of(submit(drafting, LONG[:60], 10))
     cancelled = endless(drafting, LONG[:70])
     for _ in range(4):
         until(cancelled, Token)
     cancelled.cancelled = True
-    longer = [*LONG[:70], 50, 50, 61]
-    one = submit(drafting, longer)
-    assert tokens_of(one) == generated(flash, longer)
-    assert one.cached >= 70
+    after = ([*LONG[:60], *tokens, 60, 61], 60), ([*LONG[:70], 50, 50, 61], 70)
+    for longer, n_cached in after:
+        one = submit(drafting, longer)
+        assert tokens_of(one) == generated(flash, longer)
+        assert one.cached >= n_cached
 
 
 def test_quantized_caches(start, flash):
@@ -97,3 +116,155 @@ def test_quantized_caches(start, flash):
     again = submit(engine, LONG)
     assert len(tokens_of(again)) == 8
     assert again.cached == 399
+
+
+def test_prompts_that_begin_alike_share_what_is_read_and_progress_is_reported(start, flash, chunks):
+    engine = start()
+    one, events = submit(engine, LONG), []
+    while isinstance(event := until(one, Progress | Token), Progress):
+        events.append(event)
+    assert events == [Progress(done, 400) for done in (*range(CHUNK, 399, CHUNK), 399)]
+    tokens_of(one)
+    whole = [*LONG, *one.tokens]
+    other = [*LONG[:200], *SHORT]
+    del chunks[:]
+    one = submit(engine, other)
+    assert tokens_of(one) == generated(flash, other)
+    assert one.cached == 200
+    assert sum(size for _, size in chunks) == 2
+    for prompt in (whole, LONG):  # all that is held, and its beginning
+        same = submit(engine, prompt)
+        assert tokens_of(same) == generated(flash, prompt)
+        assert same.cached == len(prompt) - 1
+
+
+def test_caches_are_bounded(start):
+    engine = start("--prompt-cache-bytes", "1K")
+    for prompt in (LONG, LONG[:100]):
+        tokens_of(one := submit(engine, prompt))
+        assert one.cached == 0
+
+
+def test_room_is_made_for_caches_in_use():
+    def filled():
+        cache = KVCache()
+        cache.update_and_fetch(*[mx.zeros((1, 1, 256, 1))] * 2)
+        return [cache]
+
+    served, caches = SimpleNamespace(name="a model"), LRUPromptCache(8)
+    limit = SimpleNamespace(prompt_cache_bytes=3 * filled()[0].nbytes)
+    engine = SimpleNamespace(_flags=limit, _caches=caches, _decoders=[], _readings=[])
+    for number in range(4):
+        engine._readings = [SimpleNamespace(nbytes=1)] * (number == 3)
+        Engine._store(engine, served, ([number, *range(255)], filled()))
+    found = [cached_beginning(caches, served, [number, 0, 7])[1] for number in range(4)]
+    assert sum(map(bool, found)) == 2
+    assert cached_beginning(caches, SimpleNamespace(name="another"), [3, 0, 7]) == (None, 0)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(
+    tmp_path, start_engine, caplog, drafts
+):
+    settings = {"head_dim": 32, "query_pre_attn_scalar": 32}
+    settings |= {"sliding_window": 32, "sliding_window_pattern": 2}
+    dense = write_model(tmp_path / "dense", arch="gemma3_text", hidden_size=64, further=settings)
+    folder, options = str(tmp_path / "flash"), {"calibration": "none", "progress": False}
+    mlx_flashhead.convert(str(dense), folder, n_probes=4, **options)
+    loaded = mlx_flashhead.load(folder)
+    first, second = [*LONG[:80], 50, 51], [*LONG[:80], 60, 61, 62]
+    with start_engine(folder=folder, drafts=drafts) as engine:
+        assert not engine.models.result()[0].cuttable
+        for prompt, landmarks, cached in (
+            (first, (80, 81), 0),
+            (second, (80, 82), 80),
+            (first, (80, 81), 81),
+            (first[:81], (), 80),  # its last token is read again
+        ):
+            one = submit(engine, prompt, landmarks=landmarks)
+            assert tokens_of(one) == generated(loaded, prompt)
+            assert one.cached == cached
+    assert "Traceback" not in caplog.text
+
+
+def test_pace_finds_what_fits_into_a_chunks_time():
+    pace = PrefillPace(2048)
+
+    def took(seconds):
+        for _ in range(20):
+            pace.took(pace.n_tokens, seconds(pace.n_tokens))
+        return pace.n_tokens
+
+    for speed in (10_000, 1000):  # tokens a second, which are fewer far into a prompt
+        assert CHUNK_SECONDS / 4 <= took(lambda n: n / speed) / speed <= CHUNK_SECONDS  # noqa: B023
+    assert took(lambda n: 100.0) == SMALLEST_CHUNK
+    assert took(lambda n: 0.0) == 2048
+    assert PrefillPace(8).n_tokens == 8
+
+
+def test_whose_chunk_is_next():
+    """A short prompt always waits. It neither holds up the others, nor do they hold it up."""
+    readings, order, n_read = [], [], 0
+
+    class Reading:
+        def __init__(self, left):
+            self.left, self.due = left, n_read + left
+            readings.append(self)
+
+    long, middling, short = Reading(600), Reading(160), None
+    while long.left:
+        if short not in readings:
+            short = Reading(3)
+        reading = next_reading(readings, len(order) + 1)
+        order.append(reading)
+        n_tokens = min(reading.left, CHUNK)
+        reading.left -= n_tokens
+        n_read += n_tokens
+        if not reading.left:
+            readings.remove(reading)
+    # due after as many tokens as it has, and then every other chunk is its own
+    last = len(order) - order[::-1].index(middling)
+    assert order[:last].count(middling) == 10 and last <= 2 * 10 + 160 / 3
+    assert len(order) <= 2 * (10 + 38) + 600 / 3
+    shorts = [one not in (long, middling) for one in order]
+    assert all(map(max, shorts, shorts[1:]))
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_answers_before_at_and_after_the_swap_are_the_dense_models(
+    random_model, flash_head_home, monkeypatch, together
+):
+    """The generating thread builds a FlashHead beside its answers."""
+    monkeypatch.setattr(build, "IndexOptions", partial(IndexOptions, calibration_positions=100))
+    model, tokenizer = mlx_lm.load(str(random_model / "dense"))
+    expected = generated((model, tokenizer), SHORT, 30)
+    options = HeadOptions(progress=False)
+    served = ServedModel(("tiny",), model, tokenizer, None, 512)
+    served.build = build.background_build(model, tokenizer, Path("tiny"), options)
+    engine = Engine(lambda: [served], flags())
+    seen = {engine.models.result(60)[0].decoding()}
+    while served.build is not None:
+        jobs = [submit(engine, SHORT, 30) for _ in range(together)]
+        assert [tokens_of(job) for job in jobs] == [expected] * together
+        seen.add(served.decoding())
+    assert "dense: FlashHead is being built" in seen and served.decoding() == "verified"
+    assert tokens_of(submit(engine, SHORT, 30)) == expected
+    assert engine.close(20)
+
+
+def test_what_is_said_is_what_decodes(tiny, monkeypatch):
+    policy = policy_of(tiny.head)
+    monkeypatch.setattr(policy, "dense", True)
+    assert tiny.decoding() == "dense: FlashHead is no faster on this machine"
+    assert tiny.decoding(dense=True) == "dense: as requested"
+    assert tiny.decoding(n_probes=2) == "verified"
+    monkeypatch.setattr(tiny, "verify", False)
+    assert tiny.decoding(n_probes=2) == "unverified"
+    monkeypatch.setattr(tiny, "verify", True)
+    monkeypatch.setattr(policy, "drafts_only", True)
+    assert tiny.decoding(n_probes=2) == "dense: its FlashHead only drafts"
+    monkeypatch.setattr(policy, "drafts_only", False)
+    monkeypatch.setattr(tiny, "max_wait", 0)
+    assert tiny.decoding(n_probes=2) == "dense: --max-wait is 0"
+    monkeypatch.setattr(tiny, "dense", True)
+    assert tiny.decoding() == "dense: as requested"

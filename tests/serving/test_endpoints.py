@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from engines import flags
 from mlx_flashhead.serving.access import Access
-from mlx_flashhead.serving.api_error import ApiError
-from mlx_flashhead.serving.completions import Token
 from mlx_flashhead.serving.endpoints import Api, speed_of
+from mlx_flashhead.serving.jobs import Token
+from mlx_flashhead.serving.responses import ApiError
 from mlx_flashhead.serving.serve import SHUTTING_DOWN, Server
 from scripted_server import running
-from served_models import flags
 
 
 class PlayedEngine:
@@ -23,10 +23,6 @@ class PlayedEngine:
 
     def __init__(self):
         self.models, self.status, self.jobs = Future(), "loading", []
-
-    @property
-    def healthy(self):
-        return self.status == "ok"
 
     def submit(self, jobs):
         self.jobs += jobs
@@ -39,8 +35,11 @@ class PlayedEngine:
 
 
 @pytest.fixture
-def engine():
-    return PlayedEngine()
+def engine(tiny):
+    """One that has the random model."""
+    engine = PlayedEngine()
+    engine.models.set_result([tiny])
+    return engine
 
 
 @pytest.fixture
@@ -53,11 +52,11 @@ def send(api):
     """A function that sends a request, (path, fields) → the connection, on a server of the API."""
     with running(Server(api.router(), Access())) as port, ExitStack() as opened:
 
-        def send(path, **body):
+        def send(path="/v1/completions", **body):
             connection = HTTPConnection("127.0.0.1", port, timeout=20)
             opened.callback(connection.close)
-            content = json.dumps(body) if body else None
-            connection.request("POST" if body else "GET", path, content)
+            body = body or ({"prompt": "x"} if path == "/v1/completions" else None)
+            connection.request("POST" if body else "GET", path, body and json.dumps(body))
             return connection
 
         yield send
@@ -71,11 +70,12 @@ def answer(connection):
 
 def test_health_says_how_the_engine_is(engine, send, tiny):
     """A model that is being loaded is no reason to wait without an answer."""
+    engine.models = Future()
     assert answer(send("/health")) == (503, '{"status": "loading"}')
     assert answer(send("/"))[0] == 200
-    for path in ("/v1/models", "/page/info.json"):
-        assert "is being loaded" in answer(send(path))[1]
-    assert answer(send("/v1/completions", prompt="x"))[0] == 503
+    for path in ("/v1/models", "/page/info.json", "/v1/completions"):
+        status, body = answer(send(path))
+        assert status == 503 and "is being loaded" in body
     engine.models.set_result([tiny])
     for engine.status, code in (("ok", 200), ("failing", 503)):
         status, body = answer(send("/health"))
@@ -84,14 +84,13 @@ def test_health_says_how_the_engine_is(engine, send, tiny):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_clients_learn_that_the_server_ends(api, engine, send, tiny, stream):
-    engine.models.set_result([tiny])
-    connection = send("/v1/completions", prompt="x", stream=stream)
+def test_clients_learn_that_the_server_ends(api, engine, send, stream):
+    connection = send(prompt="x", stream=stream)
     job = engine.next_job()
     if stream:
         job.emit(Token("A"))
     api.fail_answers(SHUTTING_DOWN, for_good=True)
-    for ended in (connection, send("/v1/completions", prompt="x")):
+    for ended in (connection, send()):
         status, body = answer(ended)
         *_, last = body.strip().splitlines()
         error = json.loads(last.removeprefix("data: "))["error"]
@@ -108,19 +107,17 @@ def test_clients_learn_that_the_server_ends(api, engine, send, tiny, stream):
         (KeyboardInterrupt(), 500, "The answer has failed: see the server's log."),
     ],
 )
-def test_an_answer_that_fails_is_an_error(engine, send, tiny, error, status, message):
-    engine.models.set_result([tiny])
-    connection = send("/v1/completions", prompt="x")
+def test_an_answer_that_fails_is_an_error(engine, send, error, status, message):
+    connection = send()
     engine.next_job().emit(error)
     code, body = answer(connection)
     assert (code, json.loads(body)["error"]["message"]) == (status, message)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_nothing_is_computed_for_a_client_that_has_left(engine, send, tiny, stream):
+def test_nothing_is_computed_for_a_client_that_has_left(engine, send, stream):
     """Whatever it has sent before: here, the line end of a careless client."""
-    engine.models.set_result([tiny])
-    connection = send("/v1/completions", prompt="x", stream=stream, n=2)
+    connection = send(prompt="x", stream=stream, n=2)
     jobs = [engine.next_job() for _ in range(2)]
     connection.sock.sendall(b"\r\n")
     connection.sock.close()
@@ -130,10 +127,9 @@ def test_nothing_is_computed_for_a_client_that_has_left(engine, send, tiny, stre
         time.sleep(0.01)
 
 
-def test_a_stream_says_how_it_was_decoded(engine, send, tiny):
-    engine.models.set_result([tiny])
+def test_a_stream_says_how_it_was_decoded(engine, send):
     for fields, decoding in (({}, "verified"), ({"dense": True}, "dense: as requested")):
-        connection = send("/v1/completions", prompt="x", stream=True, **fields)
+        connection = send(prompt="x", stream=True, **fields)
         engine.next_job().emit(Token("A", finish_reason="stop"))
         assert f": decoding {decoding}\n\ndata: [DONE]\n\n" in answer(connection)[1]
 

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.serving.api_error import loads
+from mlx_flashhead.serving.responses import loads
 
 MESSAGES = [{"role": "user", "content": "One day"}]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -27,7 +27,7 @@ def complete(client, prompt="One day", model="mine", **options):
 
 def generated(flash, prompt="One day", **options):
     """The same by the package."""
-    return mlx_flashhead.generate(*flash, prompt, max_tokens=TOKENS, **options)
+    return mlx_flashhead.generate(*flash, prompt, **{"max_tokens": TOKENS} | options)
 
 
 def request(server, path, body=None):
@@ -44,19 +44,26 @@ def request(server, path, body=None):
 
 def chosen(answer, stream):
     """The choices of a whole answer, or of all chunks, and the messages or deltas in them."""
-    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    choices = [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
     return choices, [choice.delta if stream else choice.message for choice in choices]
+
+
+def texts_of(answer, stream, n):
+    """The texts of n answers, and the reasons why they ended."""
+    texts, ends = [""] * n, []
+    for choice, part in zip(*chosen(answer, stream), strict=True):
+        texts[choice.index] += part.content or ""
+        ends += [choice.finish_reason] if choice.finish_reason else []
+    return texts, ends
 
 
 def test_chat_is_what_the_package_generates_whole_and_in_chunks(client, flash):
     prompt = flash[1].apply_chat_template(MESSAGES, add_generation_prompt=True)
     answer = chat(client)
     assert answer.object == "chat.completion"
-    assert answer.choices[0].message.content == generated(flash, prompt)
-    assert answer.choices[0].finish_reason == "length"
+    assert texts_of(answer, False, 1) == ([generated(flash, prompt)], ["length"])
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
-    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert len(texts) > 3 and "".join(texts) == answer.choices[0].message.content
+    assert len(chunks) > 4 and texts_of(chunks, True, 1) == texts_of(answer, False, 1)
     for usage in (answer.usage, chunks[-1].usage):
         assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), TOKENS)
 
@@ -112,8 +119,8 @@ def test_tools_are_called_with_valid_json_and_their_answer_is_read(client, strea
     assert (call.function.name, choices[-1].finish_reason) == ("weather", "tool_calls")
     assert loads(call.function.arguments.encode()) == {"city": "Rome", "limit": None}
     made = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
-    told = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
-    messages = [*MESSAGES, {"role": "assistant", "tool_calls": [made]}, told]
+    result = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
+    messages = [*MESSAGES, {"role": "assistant", "tool_calls": [made]}, result]
     answer = chat(client, model="chain", tools=TOOLS, messages=messages)
     assert answer.choices[0].message.tool_calls
 
@@ -127,8 +134,8 @@ def test_models_have_names_and_no_paths(http_server, client, flash, random_model
     with pytest.raises(openai.NotFoundError, match="choose mine or flash"):
         client.models.retrieve("/etc")
     asked = ({"model": name} for name in ("/no/such", str(random_model / "dense")))
-    told = [request(http_server, "/v1/completions", body) for body in asked]
-    assert told[0] == told[1]  # which folders there are is not said
+    absent, present = [request(http_server, "/v1/completions", body) for body in asked]
+    assert absent == present  # which folders there are is not said
     first, second = request(http_server, "/page/info.json")[1]["models"]
     n_probes = mlx_flashhead.get_flash_head(flash[0]).n_probes
     known = {"dense": False, "decoding": "verified", "flash_head": "verified"}
@@ -143,12 +150,9 @@ def test_several_answers_and_prompts(client, flash):
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (8, 4 * TOKENS)
     drawn = {"n": 3, "temperature": 1.0, "seed": 5}
-    texts = ["", "", ""]
-    for chunk in chat(client, stream=True, **drawn):
-        for choice in chunk.choices:
-            texts[choice.index] += choice.delta.content or ""
-    assert len(set(texts)) == 3
-    assert [choice.message.content for choice in chat(client, **drawn).choices] == texts
+    texts = texts_of(chat(client, stream=True, **drawn), True, 3)
+    assert len(set(texts[0])) == 3
+    assert texts_of(chat(client, **drawn), False, 3) == texts
 
 
 SCHEMA = {
@@ -159,18 +163,14 @@ SCHEMA = {
 }
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_two_answers_of_a_form_are_the_packages(client, flash, stream):
+def test_two_answers_of_a_form_are_the_packages(client, flash):
     processor = mlx_flashhead.grammar_processor(flash[1], json_schema=SCHEMA)
     prompt = flash[1].apply_chat_template(MESSAGES, add_generation_prompt=True)
-    expected = mlx_flashhead.generate(*flash, prompt, max_tokens=60, logits_processors=[processor])
+    expected = generated(flash, prompt, max_tokens=60, logits_processors=[processor])
     form = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": SCHEMA}}
-    answer = chat(client, response_format=form, max_tokens=60, stream=stream, n=2)
-    texts, ends = ["", ""], []
-    for choice in [c for chunk in answer for c in chunk.choices] if stream else answer.choices:
-        texts[choice.index] += (choice.delta if stream else choice.message).content or ""
-        ends += [choice.finish_reason] if choice.finish_reason else []
-    assert (texts, ends) == ([expected] * 2, ["stop"] * 2)
+    for stream in (False, True):
+        answer = chat(client, response_format=form, max_tokens=60, stream=stream, n=2)
+        assert texts_of(answer, stream, 2) == ([expected] * 2, ["stop"] * 2)
     assert json.loads(expected).keys() == {"name", "on"}
 
 
@@ -193,7 +193,7 @@ NO_TEXT = {"response_format": {"type": "json_schema", "json_schema": FITS_NOTHIN
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_mistakes_are_told(http_server, path, body, status, field, said):
+def test_mistakes_have_openais_shape(http_server, path, body, status, field, said):
     """Each kind once: test_requests.py and test_jobs.py have the rest."""
     found, answer = request(http_server, path, body)
     assert found == status

@@ -1,5 +1,6 @@
-"""Parts of an answer, what is held back for them, and tokens' names and log-probabilities."""
+"""Parts of an answer, what is held back for them, tokens' names and logprobs, and strict JSON."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,13 +9,9 @@ import pytest
 from tokenizers import decoders
 
 from mlx_flashhead.models.compat.mlx_lm import TextStateMachine
-from mlx_flashhead.serving.completions import (
-    VERY_UNLIKELY,
-    AnswerText,
-    Token,
-    TokenNames,
-    token_logprobs,
-)
+from mlx_flashhead.serving.endpoints import token_bytes, token_text
+from mlx_flashhead.serving.jobs import VERY_UNLIKELY, AnswerText, Token, token_logprobs
+from mlx_flashhead.serving.responses import dumps, loads
 from model_folders import EOS
 
 
@@ -30,7 +27,7 @@ class Detokenizer:
         self.last_segment = ""
 
 
-def told(parts, stop=(), state="normal"):
+def emitted(parts, stop=(), state="normal"):
     """What each token adds, and the end, unless a stop text came before it."""
     tokenizer = SimpleNamespace(
         detokenizer=Detokenizer(),
@@ -44,20 +41,12 @@ def told(parts, stop=(), state="normal"):
         response_transitions={},
     )
     machine = TextStateMachine({"normal": [(word, None) for word in stop]} if stop else None)
-    text = AnswerText(tokenizer, machine, state)
-    given = []
-    for part in parts:
-        given.append(text.add(part))
-        if given[-1].finish_reason:
-            return given
-    return [*given, text.finish()]
-
-
-def whole(given):
-    answer = Token()
-    for one in given:
-        answer.add(one)
-    return answer
+    text, tokens = AnswerText(tokenizer, machine, state), []
+    for part in [*parts, None]:
+        tokens.append(text.add(part))
+        if tokens[-1].finish_reason:
+            break
+    return tokens
 
 
 @pytest.mark.parametrize(
@@ -80,34 +69,31 @@ def whole(given):
         ("<call>f( 1.5)", ".", Token("", "", ["f(1"]), True),
         ("a<cal f>b<ca", "", Token("a<calf>b<ca"), False),
     ],
-)  # fmt: skip
+)
 def test_parts_of_an_answer(parts, stop, expected, ended):
-    answer = whole(told(parts.split(), stop.split()))
+    answer = Token()
+    for token in emitted(parts.split(), stop.split()):
+        answer.add(token)
     assert answer == replace(expected, finish_reason="stop" if ended else None)
-
-
-def test_an_answer_may_begin_with_a_thought():
-    answer = whole(told(["Hm.", "</think>Yes"], state="reasoning"))
-    assert answer == Token("Yes", "Hm.")
 
 
 def test_what_is_not_certain_is_held_back():
     """What may begin a stop text, and the beginning of a call."""
-    given = told(["a", "b", "x"], ["bc"])
-    assert [one.content for one in given] == ["a", "", "bx", ""]
-    given = told(["Look: <call>f(", "1)", "</call>", " and", "<call>g()</call>"])
-    assert [one.calls for one in given] == [[], [], ["f(1)"], [], ["g()"], []]
+    texts = [token.content for token in emitted(["a", "b", "x"], ["bc"])]
+    assert texts == ["a", "", "bx", ""]
+    tokens = emitted(["Look: <call>f(", "1)", "</call>", " and", "<call>g()</call>"])
+    assert [token.calls for token in tokens] == [[], [], ["f(1)"], [], ["g()"], []]
+    first, second, _ = emitted(["Hm.", "</think>Yes"], state="reasoning")
+    assert (first.reasoning, second) == ("Hm.", Token("Yes"))
 
 
 def test_bytes_of_a_byte_level_tokenizer(tiny):
-    names = TokenNames(tiny.tokenizer)
-    tokens = tiny.tokenizer.encode("aé €\n", add_special_tokens=False)
-    assert b"".join(map(names.bytes, tokens)) == "aé €\n".encode()
-    assert names.text(tokens[0]) == "a"
-    assert names.text(tokens[1]) == "bytes:\\xc3"
-    assert {names.bytes(i) for i in range(2, 258)} == {bytes([i]) for i in range(256)}
-    assert names.text(1) == EOS
-    assert names.bytes(5000) == b""
+    tokenizer = tiny.tokenizer
+    tokens = tokenizer.encode("aé €\n", add_special_tokens=False)
+    assert b"".join(token_bytes(tokenizer, token) for token in tokens) == "aé €\n".encode()
+    assert [token_text(tokenizer, token) for token in (*tokens[:2], 1)] == ["a", "bytes:\\xc3", EOS]
+    assert {token_bytes(tokenizer, i) for i in range(2, 258)} == {bytes([i]) for i in range(256)}
+    assert token_bytes(tokenizer, 5000) == b""
 
 
 def test_bytes_of_a_sentencepiece_tokenizer():
@@ -119,9 +105,8 @@ def test_bytes_of_a_sentencepiece_tokenizer():
         convert_ids_to_tokens=lambda i: vocabulary[i],
         added_tokens_decoder={4: None},
     )
-    names = TokenNames(tokenizer)
     expected = [b" the", b"\xe2", b"e", "é".encode(), b"<s>"]
-    assert [names.bytes(i) for i in range(5)] == expected
+    assert [token_bytes(tokenizer, i) for i in range(5)] == expected
 
 
 @pytest.mark.parametrize(
@@ -135,3 +120,34 @@ def test_bytes_of_a_sentencepiece_tokenizer():
 def test_logprobs_of_the_chosen_and_the_likeliest(token, n_tops, expected):
     logprobs = mx.array([-1.0, -3.0, -0.5, -float("inf")])
     assert token_logprobs(logprobs, token, n_tops) == expected
+
+
+def test_json_that_is_written_can_be_read():
+    """Numbers that are not finite become null, and halves of characters can be sent."""
+    value = {"a": math.inf, "b": [math.nan, (-math.inf,)], "c": [1.5, "é", None, True]}
+    written = {"a": None, "b": [None, [None]], "c": [1.5, "é", None, True]}
+    assert loads(dumps(value).encode()) == written
+    assert dumps("\ud800").encode() == b'"\\ud800"'
+    assert loads(b'"\\ud83d\\ude00"') == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (b'{"a": NaN}', "NaN is not a finite number"),
+        (b"[-Infinity]", "-Infinity is not"),
+        (b"1e999", "1e999 is not"),
+        (b"{", "Expecting"),
+        (b'"\xff"', "byte 1 is not UTF-8"),
+        (b'{"a": ["\\ud800"]}', "half of a character"),
+        (b'{"\\udE00": 1}', "half of a character"),
+        (b'"\xed\xa0\x80"', "byte 1 is not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":[' * 51 + b"]}" * 51, "nested too deeply"),
+        (b"1" * 5000, "4300 digits"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_json_that_is_not_strict_is_refused(text, said):
+    with pytest.raises(ValueError, match=said):
+        loads(text)

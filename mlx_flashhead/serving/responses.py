@@ -1,0 +1,156 @@
+"""What the server sends and reads: OpenAI's errors, strict JSON, and the files of the page."""
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+MAX_DEPTH = 100  # levels; readers and writers of JSON call themselves for each
+FOLDER = Path(__file__).parent / "page"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".woff2": "font/woff2",
+    ".json": "application/json",
+    ".png": "image/png",
+    ".webmanifest": "application/manifest+json",
+}
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+# Allows the page's own files only, without scripts or styles in the text or a frame around it.
+# Only DOMPurify may turn a text into HTML, and connection.js start a worker.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; "
+    "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify worker"
+)
+# The page that asks for the token loads nothing: its few styles are in it.
+_LOCKED_POLICY = _POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'")
+
+
+class ApiError(ValueError):
+    """A rejected request: a sentence, the wrong field if there is one, and a word for programs."""
+
+    def __init__(
+        self, message: str, field: str | None = None, *, status: int = 400, code: str | None = None
+    ):
+        super().__init__(message)
+        self.field, self.status, self.code = field, status, code
+
+    def as_json(self) -> dict[str, Any]:
+        """The body of the answer."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {"message": str(self), "type": kind, "param": self.field, "code": self.code}
+        return {"error": error}
+
+
+def loads(text: bytes) -> Any:
+    """Reads JSON.
+
+    Raises:
+        ValueError: If the text is not JSON, is nested too deeply, or holds a number that is not
+            finite or half of a character, which no tokenizer takes.
+    """
+    try:
+        decoded = text.decode("utf-8-sig")
+        value = json.loads(decoded, parse_constant=_finite_number, parse_float=_finite_number)
+        if _depth(value) > MAX_DEPTH:
+            raise RecursionError
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8") from None
+    except UnicodeEncodeError:
+        raise ValueError("a text in it holds half of a character") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def _depth(value: Any) -> int:
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+
+
+def _finite_number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
+def dumps(value: Any) -> str:
+    """Writes JSON, with null for numbers that are not finite."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(value), parse_constant=lambda constant: None)
+        return json.dumps(finite)
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    headers = {"Cache-Control": "no-store"}
+    return Response(dumps(value), status, headers, media_type="application/json")
+
+
+async def page_file(request: Request) -> Response:
+    """A file of the page.
+
+    A Home Screen app does not share the browser's cookies, so the manifest's start address carries
+    the client's token, if the server has one.
+    """
+    path, token = request.scope["path"], request.app.access.shown_token(request.scope)
+    query = "" if token is None else f"?token={token}"
+    if path == "/":
+        text, link = _read("index.html").decode(), 'href="/manifest.webmanifest'
+        return _page_response(text.replace(link, link + query), ".html")
+    if path == "/manifest.webmanifest":
+        manifest = json.loads(_read("manifest.webmanifest"))
+        manifest["start_url"] += query
+        return _page_response(json.dumps(manifest), ".webmanifest")
+    if path == "/page/files.json":
+        return _page_response(json.dumps(sorted(page_names())), ".json")
+    # looked up in a listing, since a client's text must not become a path
+    name = request.path_params.get("name", path[1:])
+    if name not in page_names():
+        raise HTTPException(404)
+    return _page_response(_read(name), Path(name).suffix)
+
+
+# A worker serves the addresses beside and below its own, so it is outside of /page/.
+_PATHS = ("/", "/manifest.webmanifest", "/apple-touch-icon.png", "/worker.js", "/page/{name:path}")
+PAGE_ROUTES = [Route(path, page_file) for path in _PATHS]
+
+
+def locked_page(wrong: bool) -> Response:
+    """The page that asks for the token, and says whether a wrong one was given."""
+    text = _read("locked.html").decode()
+    if not wrong:
+        text = text.replace('<p class="wrong">', '<p class="wrong" hidden>')
+    return _page_response(text, ".html", _LOCKED_POLICY, status=401)
+
+
+@cache
+def page_names() -> frozenset[str]:
+    """The files under ``/page/``, as paths in the folder."""
+    files = (file for file in FOLDER.rglob("*") if file.suffix in _TYPES.keys() - {".json"})
+    return frozenset(file.relative_to(FOLDER).as_posix() for file in files)
+
+
+def _read(name: str) -> bytes:
+    return (FOLDER / name).read_bytes()
+
+
+def _page_response(content: str | bytes, suffix: str, policy=_POLICY, status=200) -> Response:
+    headers = {"Content-Type": _TYPES[suffix], "Content-Security-Policy": policy}
+    return Response(content, status, headers | _HEADERS)
