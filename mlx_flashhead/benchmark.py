@@ -7,7 +7,7 @@ from importlib import import_module
 from .benchmarks import SAMPLERS, SHAPES
 from .common.arguments import Parser, whole_number, whole_numbers
 from .common.command import command, from_extra
-from .common.head_flags import add_source_options
+from .common.flags import add_source_options
 
 ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
 CLIENTS = (1, 4, 8, 16)

@@ -4,8 +4,13 @@ from argparse import Namespace
 
 from .common.arguments import Parser
 from .common.command import command
-from .common.generation_flags import add_answer_flags, add_model_flags, check_before_loading
-from .common.head_flags import add_answering_options, add_probes_option
+from .common.flags import (
+    add_answer_flags,
+    add_answering_options,
+    add_model_flags,
+    add_probes_option,
+    check_before_loading,
+)
 
 
 def make_parser() -> Parser:
@@ -28,7 +33,13 @@ def main() -> None:
     """Entry point of ``mlx_flashhead.chat``."""
     parser = make_parser()
     args = parser.parse_args()
-    _check_arguments(parser, args)
+    if not args.model:
+        parser.error("--model is needed: give a folder or a repository of a model")
+    if args.resume and args.system_prompt is not None:
+        reason = "--resume continues a conversation that has its own system prompt"
+        parser.error(f"{reason}: leave --system-prompt out")
+    if args.dense and args.no_verify:
+        parser.error("--dense uses no FlashHead: leave --no-verify out")
     check_before_loading(args)
     _chat(args)
 
@@ -37,7 +48,7 @@ def _chat(args: Namespace) -> None:
     # mlx-lm takes a second to import, which mistakes and --help do without
     import mlx.core as mx
 
-    from .chatting.conversation import Conversation, kept_file, last_conversation
+    from .chatting.conversation import Conversation, last_conversation, user_file
     from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
     from .common.terminal import Terminal
     from .loading.background import IdleBuild, background_build
@@ -49,7 +60,7 @@ def _chat(args: Namespace) -> None:
 
     if mx.distributed.init().size() > 1:
         raise ValueError("A chat runs in one process: use mlx_lm.chat on several machines.")
-    resumed = last_conversation() if args.resume else None
+    resumed = last_conversation() if args.resume else []
     how = HeadOptions.from_flags(args, dense=args.dense)
     folder = resolve(args.model)
     model, tokenizer, _ = load_with_head(
@@ -65,45 +76,29 @@ def _chat(args: Namespace) -> None:
     conversation = Conversation(
         model, tokenizer, system_prompt=args.system_prompt, max_kv_size=args.max_kv_size
     )
-    if resumed is not None:
+    if resumed:
         conversation.replace(resumed)
+    names = ["temp", "top_p", "min_p", "min_tokens_to_keep", "top_k"]
+    names += ["xtc_probability", "xtc_threshold"]
     options = {
         "max_tokens": args.max_tokens,
         "prefill_step_size": args.prefill_step_size,
         "verify": not args.no_verify,
         "sampler": make_sampler(
-            args.temp,
-            args.top_p,
-            args.min_p,
-            args.min_tokens_to_keep,
-            top_k=args.top_k,
-            xtc_probability=args.xtc_probability,
-            xtc_threshold=args.xtc_threshold,
+            **{name: getattr(args, name) for name in names},
             xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
         ),
     }
     if args.max_wait is not None:
         options["max_wait"] = args.max_wait
-    terminal = Terminal([*COMMANDS], WITH_FILES, kept_file("history"))
-    idle = None
-    if how.missing == LATER:
-        build = background_build(model, tokenizer, folder, how)
-        idle = None if build is None else IdleBuild(build)
+    terminal = Terminal([*COMMANDS], WITH_FILES, user_file("history"))
+    build = background_build(model, tokenizer, folder, how) if how.missing == LATER else None
+    idle = IdleBuild(build) if build else None
     try:
         ChatSession(conversation, terminal, args, options, idle).run()
     finally:
-        if idle is not None:
+        if idle:
             idle.close()
-
-
-def _check_arguments(parser: Parser, args: Namespace) -> None:
-    if not args.model:
-        parser.error("--model is needed: give a folder or a repository of a model")
-    if args.resume and args.system_prompt is not None:
-        reason = "--resume continues a conversation that has its own system prompt"
-        parser.error(f"{reason}: leave --system-prompt out")
-    if args.dense and args.no_verify:
-        parser.error("--dense uses no FlashHead: leave --no-verify out")
 
 
 if __name__ == "__main__":

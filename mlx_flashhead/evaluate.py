@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .common.arguments import Parser, whole_number, whole_numbers
 from .common.command import check_writable, command, from_extra
-from .common.head_flags import add_source_options
+from .common.flags import add_source_options
 from .common.tables import check_picture
 
 TEXT = (

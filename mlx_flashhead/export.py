@@ -5,7 +5,7 @@ from pathlib import Path
 
 from .common.arguments import Parser
 from .common.command import command, from_extra
-from .common.head_flags import add_head_options
+from .common.flags import add_head_options
 from .common.new_folder import new_file
 from .common.tables import new_table, show
 

@@ -2,24 +2,32 @@
 
 import json
 import math
+import os
+import secrets
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import mlx.core as mx
 
 from .common.arguments import Parser, whole_number
 from .common.command import command, ending_soon
-from .common.generation_flags import (
+from .common.flags import (
     add_answer_flags,
+    add_answering_options,
     add_model_flags,
+    add_probes_option,
     add_prompt_flags,
     check_before_loading,
 )
-from .common.head_flags import add_answering_options, add_probes_option
-from .common.processes import draw_alike, first_process_speaks, join_processes, leave_together
 from .common.terminal import printable_output
 from .structured.grammar import add_grammar_options, grammar_of
+
+ONE_PROCESS = ["adapter_path", "draft_model", "prompt_cache_file", "image", "fine_head"]
+ONE_PROCESS += ["quantize_activations"]
 
 
 def make_parser() -> Parser:
@@ -40,9 +48,8 @@ def make_parser() -> Parser:
         help="Clusters scored for each drafted token (default: as many as read a "
         "tenth of its head's bytes).",
     )
-    group.add_argument(
-        "--dense", action="store_true", help="Use the normal (dense) head, for comparison."
-    )
+    dense = "Use the normal (dense) head, for comparison."
+    group.add_argument("--dense", action="store_true", help=dense)
     group.add_argument(
         "--draw-probes",
         action="store_true",
@@ -63,18 +70,96 @@ def main() -> None:
     parser = make_parser()
     if {"-h", "--help"} & {*sys.argv[1:]}:
         parser.parse_args()
-    processes = join_processes()
-    with first_process_speaks(processes, errors=True):  # all processes make the same mistake
+    try:
+        processes = mx.distributed.init()  # a group of one without mlx.launch
+    except RuntimeError as error:
+        raise ValueError(
+            f"The processes cannot be joined ({error}): check the hosts and ports of mlx.launch."
+        ) from error
+    with _first_process_speaks(processes, errors=True):  # all processes make the same mistake
         args = parser.parse_args()
-        _check_arguments(parser, args)
-        _check_processes(parser, args, processes)
+        _check_arguments(parser, args, processes)
         grammar = grammar_of(args)
         check_before_loading(args)
-    with first_process_speaks(processes), ending_soon():
+    with _first_process_speaks(processes), ending_soon():
         _generate(args, processes, grammar)
 
 
-def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
+@contextmanager
+def _first_process_speaks(
+    processes: mx.distributed.Group, *, errors: bool = False
+) -> Iterator[None]:
+    """Within the block, only the first process prints.
+
+    ``errors`` silences standard error too. Otherwise another process prints its errors there, since
+    it may be the only one that fails, and names itself.
+    """
+    rank = processes.rank()
+    if rank == 0:
+        yield
+        return
+    with ExitStack() as stack:
+        nowhere = stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(redirect_stdout(nowhere))
+        if errors:
+            stack.enter_context(redirect_stderr(nowhere))
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise ValueError(f"process {rank}: {error}") from error
+
+
+def _check_arguments(parser: Parser, args: Namespace, processes: mx.distributed.Group) -> None:
+    if not args.model and args.prompt_cache_file is None:
+        parser.error("--model is needed: give a folder or a repository of a model")
+    if not args.prompt:
+        parser.error("--prompt is empty: give a text, or - for standard input")
+    if args.draw_probes and (args.dense or not args.temp > 0):
+        parser.error("--draw-probes needs --temp above 0, and no --dense")
+    if args.draft_probes is not None and args.draft_model is None:
+        parser.error("--draft-probes is for a draft model: add --draft-model, or leave it out")
+    for flag in ("n_probes", "flash_head", "no_verify"):
+        if args.dense and getattr(args, flag):
+            parser.error(f"--dense uses no FlashHead: leave --{flag.replace('_', '-')} out")
+    if args.draw_probes and (args.json_schema or args.regex or args.grammar):
+        parser.error(
+            "--draw-probes draws the clusters without regard to the form of the text: leave it out"
+        )
+    if args.prompt_cache_file is not None:
+        _check_prompt_cache(parser, args)
+    if processes.size() == 1:
+        if args.pipeline:
+            parser.error("--pipeline needs several processes: start them with mlx.launch")
+        return
+    for option in ONE_PROCESS:
+        if getattr(args, option):
+            name = option.replace("_", "-")
+            parser.error(f"--{name} is for one process: start it without mlx.launch")
+    if args.prompt == "-":
+        parser.error(
+            "--prompt - cannot read the input of mlx.launch, which has no end: give the prompt"
+        )
+
+
+def _check_prompt_cache(parser: Parser, args: Namespace) -> None:
+    file = args.prompt_cache_file
+    if not Path(file).is_file():
+        parser.error(f"--prompt-cache-file {file}: there is no such file")
+    if args.draft_model is not None:
+        parser.error("--prompt-cache-file holds no cache of a draft model: leave --draft-model out")
+    from .models.compat.mlx_lm import load_prompt_cache
+
+    try:
+        _, metadata = load_prompt_cache(file, return_metadata=True)
+        json.loads(metadata["tokenizer_config"]), metadata["model"]
+    except (RuntimeError, ValueError, KeyError, TypeError):
+        parser.error(
+            f"--prompt-cache-file {file} is damaged or not a prompt cache: make one with "
+            "mlx_lm.cache_prompt"
+        )
+
+
+def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) -> None:
     """Loads, answers, and builds a missing FlashHead afterwards."""
     # mlx-lm takes a second to import, which mistakes and --help do without
     from .loading.load import load_dense_head, load_draft, load_with_head
@@ -115,7 +200,13 @@ def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
         return loaded if return_config else loaded[:2]  # mlx-lm 0.31 takes two
 
     def generate_for_main(model: Any, tokenizer: Any, prompt: Any, **named: Any) -> str:
-        _check_prompt(prompt, context)
+        if not len(prompt):
+            raise ValueError("The prompt is empty: give at least one token with --prompt.")
+        if len(prompt) >= context:
+            raise ValueError(
+                f"The prompt has {len(prompt):,} tokens, and at most {context - 1:,} fit, since "
+                f"the answer needs one of the context's {context:,}: give a shorter --prompt."
+            )
         named["verify"] = not args.no_verify
         named["prefill_step_size"] = args.prefill_step_size  # 0.31 leaves it out
         if args.max_wait is not None:
@@ -138,38 +229,41 @@ def _generate(args: Namespace, processes: Any, grammar: Any) -> None:
         )
     if answering:
         _build_for_next_time(options, *answering)
-    leave_together(processes, generation_stream)
+    if processes.size() > 1:  # mlx-lm computes a token ahead, for which each needs the others
+        mx.synchronize(generation_stream)
+        mx.eval(mx.distributed.all_sum(mx.array(1), group=processes, stream=mx.cpu))
 
 
-def _check_prompt(prompt: Any, context: int) -> None:
-    """Refuses a prompt that is empty or too long, before anything is computed or printed."""
-    if not len(prompt):
-        raise ValueError("The prompt is empty: give at least one token with --prompt.")
-    if len(prompt) >= context:
-        raise ValueError(
-            f"The prompt has {len(prompt):,} tokens, and at most {context - 1:,} fit, since the "
-            f"answer needs one of the context's {context:,}: give a shorter --prompt."
-        )
+def _load_part(
+    args: Namespace,
+    processes: mx.distributed.Group,
+    path: Any,
+    *,
+    tokenizer_config: Any,
+    trust_remote_code: bool,
+    **_: Any,
+) -> Any:
+    """Loads this process's part of a model, and seeds all processes alike."""
+    from .loading.load import sharded_load
+    from .models.libraries import load_dense_part
 
-
-def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path) -> None:
-    """Builds the FlashHead after the answer, if the model has none yet."""
-    from .loading.background import background_build
-    from .loading.sources import LATER
-
-    if options.missing != LATER:
-        return
-    build = background_build(model, tokenizer, folder, options, step_seconds=math.inf, waits=False)
-    if build is None:
-        return
-    sys.stdout.flush()
-    options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
-    try:
-        build.finish()
-    except KeyboardInterrupt:
-        options.say("Skipped. The next answer tries again.")
-    finally:
-        build.drop()
+    how: dict[str, Any] = {
+        "pipeline_group": processes if args.pipeline else None,
+        "tokenizer_config": tokenizer_config,
+        "trust_remote_code": trust_remote_code,
+    }
+    if args.dense:
+        loaded = load_dense_part(path, **how)
+    else:
+        how |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
+        loaded = sharded_load(path, return_config=True, **how)
+    seed = args.seed  # each process samples every token by itself, and all must agree
+    if seed is None:
+        drawn = mx.array(secrets.randbits(31) if processes.rank() == 0 else 0)
+        drawn = mx.distributed.all_sum(drawn, group=processes, stream=mx.cpu)
+        seed = cast(int, drawn.item())
+    mx.random.seed(seed)
+    return loaded
 
 
 def _bounded_template(tokenizer: Any) -> Callable:
@@ -184,86 +278,25 @@ def _bounded_template(tokenizer: Any) -> Callable:
     return apply
 
 
-def _load_part(
-    args: Namespace,
-    processes: Any,
-    path: Any,
-    *,
-    tokenizer_config: Any,
-    trust_remote_code: bool,
-    **_: Any,
-) -> Any:
-    from .loading.load import sharded_load
-    from .models.libraries import load_dense_part
+def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path) -> None:
+    """Builds the FlashHead after the answer, if the model has none yet."""
+    from .loading.background import background_build
+    from .loading.sources import LATER
 
-    how: dict[str, Any] = {
-        "pipeline_group": processes if args.pipeline else None,
-        "tokenizer_config": tokenizer_config,
-        "trust_remote_code": trust_remote_code,
-    }
-    if args.dense:
-        loaded = load_dense_part(path, **how)
-    else:
-        how |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
-        loaded = sharded_load(path, return_config=True, **how)
-    draw_alike(processes, args.seed)
-    return loaded
-
-
-def _check_arguments(parser: Parser, args: Namespace) -> None:
-    if not args.model and args.prompt_cache_file is None:
-        parser.error("--model is needed: give a folder or a repository of a model")
-    if not args.prompt:
-        parser.error("--prompt is empty: give a text, or - for standard input")
-    if args.draw_probes and (args.dense or not args.temp > 0):
-        parser.error("--draw-probes needs --temp above 0, and no --dense")
-    if args.draft_probes is not None and args.draft_model is None:
-        parser.error("--draft-probes is for a draft model: add --draft-model, or leave it out")
-    for flag in ("n_probes", "flash_head", "no_verify"):
-        if args.dense and getattr(args, flag):
-            parser.error(f"--dense uses no FlashHead: leave --{flag.replace('_', '-')} out")
-    if args.draw_probes and (args.json_schema or args.regex or args.grammar):
-        parser.error(
-            "--draw-probes draws the clusters without regard to the form of the text: leave it out"
-        )
-    if args.prompt_cache_file is not None:
-        _check_prompt_cache(parser, args)
-
-
-def _check_prompt_cache(parser: Parser, args: Namespace) -> None:
-    file = args.prompt_cache_file
-    if not Path(file).is_file():
-        parser.error(f"--prompt-cache-file {file}: there is no such file")
-    if args.draft_model is not None:
-        parser.error("--prompt-cache-file holds no cache of a draft model: leave --draft-model out")
-    from .models.compat.mlx_lm import load_prompt_cache
-
-    try:
-        _, metadata = load_prompt_cache(file, return_metadata=True)
-        json.loads(metadata["tokenizer_config"]), metadata["model"]
-    except (RuntimeError, ValueError, KeyError, TypeError):
-        parser.error(
-            f"--prompt-cache-file {file} is damaged or not a prompt cache: make one with "
-            "mlx_lm.cache_prompt"
-        )
-
-
-def _check_processes(parser: Parser, args: Namespace, processes: Any) -> None:
-    if processes.size() == 1:
-        if args.pipeline:
-            parser.error("--pipeline needs several processes: start them with mlx.launch")
+    if options.missing != LATER:
         return
-    for option in (
-        "adapter_path", "draft_model", "prompt_cache_file", "image", "quantize_activations",
-        "fine_head",
-    ):  # fmt: skip
-        if getattr(args, option):
-            name = option.replace("_", "-")
-            parser.error(f"--{name} is for one process: start it without mlx.launch")
-    if args.prompt == "-":
-        parser.error(
-            "--prompt - cannot read the input of mlx.launch, which has no end: give the prompt"
-        )
+    how = {"step_seconds": math.inf, "waits": False}
+    build = background_build(model, tokenizer, folder, options, **how)
+    if build is None:
+        return
+    sys.stdout.flush()
+    options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
+    try:
+        build.finish()
+    except KeyboardInterrupt:
+        options.say("Skipped. The next answer tries again.")
+    finally:
+        build.drop()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from .common.arguments import Parser
 from .common.command import command
-from .common.head_flags import add_head_options
+from .common.flags import add_head_options
 
 LIBRARIES = ("mlx_lm", "mlx_vlm")
 

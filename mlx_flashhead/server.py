@@ -13,11 +13,12 @@ def main() -> None:
     flags = parser.parse_args()
     check_options(parser, flags)
     # late, so that help and mistakes do not wait for MLX
-    from .common.processes import join_processes
+    import mlx.core as mx
+
     from .models.fetch import resolve
     from .serving.serve import log_requests, serve
 
-    if join_processes().size() > 1:
+    if mx.distributed.init().size() > 1:
         parser.error("the server is one process: start it without mlx.launch")
     log_requests(flags.log_level)
     try:

@@ -4,7 +4,7 @@
 
 It builds every architecture of the installed mlx-lm and mlx-vlm with random weights from the tests'
 small configurations, with a head of its own and with one tied to the embedding. What it finds is
-kept in architectures.json, which the tests compare with the installed libraries, form by form.
+recorded in architectures.json, which the tests compare with the installed libraries, form by form.
 """
 
 import argparse
@@ -48,6 +48,9 @@ class Form:
         return self.cell.startswith(SERVED)
 
 
+Forms = dict[str, tuple[Form, Form]]  # untied and tied, by architecture
+
+
 def examine(name: str, tied: bool, build: Callable[..., nn.Module], configs: str) -> Form:
     """How FlashHead finds the head of an architecture, built from a file of configurations."""
     try:
@@ -71,7 +74,7 @@ def examine(name: str, tied: bool, build: Callable[..., nn.Module], configs: str
     return Form(f"`{location.path}`", bits=bits)
 
 
-def survey(progress: bool = True) -> dict[str, tuple[Form, Form]]:
+def survey(progress: bool = True) -> Forms:
     """Untied and tied form of every architecture of the installed mlx-lm."""
     names = tqdm(architectures(), desc="Architectures of mlx-lm", disable=not progress)
     how = (tiny_architecture, "architecture_configs.py")
@@ -79,7 +82,7 @@ def survey(progress: bool = True) -> dict[str, tuple[Form, Form]]:
         return {name: (examine(name, False, *how), examine(name, True, *how)) for name in names}
 
 
-def vlm_survey(progress: bool = True) -> dict[str, tuple[Form, Form]]:
+def vlm_survey(progress: bool = True) -> Forms:
     """Untied and tied form of every architecture of the installed mlx-vlm."""
     from vlm_models import tiny_vlm, vlm_architectures  # which import mlx-vlm
 
@@ -89,32 +92,32 @@ def vlm_survey(progress: bool = True) -> dict[str, tuple[Form, Form]]:
         return {name: (examine(name, False, *how), examine(name, True, *how)) for name in names}
 
 
-def recorded(library: str) -> dict[str, tuple[Form, Form]]:
+def recorded(library: str) -> Forms:
     """The forms of "mlx_lm" or "mlx_vlm" when the script last ran."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))[library]
     return {name: (Form(*untied), Form(*tied)) for name, (untied, tied) in record.items()}
 
 
-def record(found: dict[str, dict[str, tuple[Form, Form]]]) -> str:
+def record(surveyed: dict[str, Forms]) -> str:
     """The content of architectures.json, a line for each architecture."""
 
-    def lines(forms: dict[str, tuple[Form, Form]]) -> str:
+    def lines(forms: Forms) -> str:
         return ",\n".join(
             f"{json.dumps(name)}: {json.dumps([list(astuple(form)) for form in both])}"
             for name, both in forms.items()
         )
 
-    parts = (f'"{library}": {{\n{lines(forms)}\n}}' for library, forms in found.items())
+    parts = (f'"{library}": {{\n{lines(forms)}\n}}' for library, forms in surveyed.items())
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def document(found: dict[str, tuple[Form, Form]], vlm_found: dict[str, tuple[Form, Form]]) -> str:
+def document(lm: Forms, vlm: Forms) -> str:
     """docs/architectures.md."""
-    served, vlm_served = _served(found), _served(vlm_found)
+    served, vlm_served = _served(lm), _served(vlm)
     return f"""# Architectures
 
-FlashHead serves {len(served)} of the {len(found)} language-model architectures of mlx-lm
-{version("mlx-lm")}, and {len(vlm_served)} of the {len(vlm_found)} of mlx-vlm {version("mlx-vlm")}
+FlashHead serves {len(served)} of the {len(lm)} language-model architectures of mlx-lm
+{version("mlx-lm")}, and {len(vlm_served)} of the {len(vlm)} of mlx-vlm {version("mlx-vlm")}
 that take text, without code for any of them: it traces a model on one token.
 `python scripts/architectures.py` writes this page; tests compare it with the installed libraries.
 
@@ -132,36 +135,36 @@ operations replace the Metal kernels of `bitnet` and `muse_spark` there.
 
 | untied | tied | bits | architectures |
 |---|---|---|---|
-{_groups(found, bits=True)}
+{_groups(lm, bits=True)}
 
 Not served:
 
-{chr(10).join(_reasons(found))}
+{chr(10).join(_reasons(lm))}
 
 ## Architectures of mlx-vlm
 
 | untied | tied | architectures |
 |---|---|---|
-{_groups(vlm_found, bits=False)}
+{_groups(vlm, bits=False)}
 
 Not served:
 
-{chr(10).join(_reasons(vlm_found))}
+{chr(10).join(_reasons(vlm))}
 """
 
 
-def _groups(found: dict[str, tuple[Form, Form]], *, bits: bool) -> str:
+def _groups(surveyed: Forms, *, bits: bool) -> str:
     """A line for all architectures with the same layers, the most frequent ones first."""
     groups: dict[tuple[str, ...], list[str]] = {}
-    for name, (untied, tied) in found.items():
+    for name, (untied, tied) in surveyed.items():
         key = (untied.cell, tied.cell, *([_bits((untied, tied))] if bits else []))
         groups.setdefault(key, []).append(name)
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     return "\n".join(f"| {' | '.join([*key, ', '.join(names)])} |" for key, names in ordered)
 
 
-def _served(found: dict[str, tuple[Form, Form]]) -> list[str]:
-    return [name for name, forms in found.items() if any(form.served for form in forms)]
+def _served(surveyed: Forms) -> list[str]:
+    return [name for name, forms in surveyed.items() if any(form.served for form in forms)]
 
 
 def _bits(forms: Iterable[Form]) -> str:
@@ -169,10 +172,10 @@ def _bits(forms: Iterable[Form]) -> str:
     return ", ".join(bits) or NO_SUCH_FORM
 
 
-def _reasons(found: dict[str, tuple[Form, Form]]) -> list[str]:
+def _reasons(surveyed: Forms) -> list[str]:
     """A line for each reason, which is the sentence that a user gets, with its architectures."""
     by_reason: dict[str, list[str]] = {}
-    for name, (untied, tied) in found.items():
+    for name, (untied, tied) in surveyed.items():
         reasons = {"untied": untied.reason, "tied": tied.reason}
         if untied.reason == tied.reason:
             reasons = {"": untied.reason}
@@ -191,10 +194,10 @@ def main() -> None:
     args = parser.parse_args()
     from_extra("mlx_vlm", "vlm", "scripts/architectures.py")
     check_writable("--output", args.output)
-    found = {"mlx_lm": survey(), "mlx_vlm": vlm_survey()}
-    RECORD.write_text(record(found), encoding="utf-8")
-    Path(args.output).write_text(document(*found.values()), encoding="utf-8")
-    for library, forms in found.items():
+    surveyed = {"mlx_lm": survey(), "mlx_vlm": vlm_survey()}
+    RECORD.write_text(record(surveyed), encoding="utf-8")
+    Path(args.output).write_text(document(*surveyed.values()), encoding="utf-8")
+    for library, forms in surveyed.items():
         print(
             f"{len(_served(forms))} of {len(forms)} architectures of {library} {version(library)}"
         )

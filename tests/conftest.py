@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items):
 def real_model_folder() -> Path:
     """SmolLM2-135M-Instruct in float32, built once per machine.
 
-    It is kept in ``$MLX_FLASHHEAD_TEST_CACHE``, by default ``~/.cache/mlx_flashhead``.
+    Its place is ``$MLX_FLASHHEAD_TEST_CACHE``, by default ``~/.cache/mlx_flashhead``.
     """
     named = os.environ.get("MLX_FLASHHEAD_TEST_CACHE")
     cache = Path(named) if named else Path.home() / ".cache" / "mlx_flashhead"
@@ -52,13 +52,13 @@ def real_model_folder() -> Path:
         pytest.fail(f"{error} (Tests without the real model: -m 'not real'.)", pytrace=False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def dense(tmp_path_factory):
-    """A tiny model's folder, not converted."""
+    """A tiny model's folder, not converted. No test changes it."""
     return write_model(tmp_path_factory.mktemp("dense") / "model", tied=False, hidden_size=128)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def converted(dense, tmp_path_factory):
     """The folder of the same model with a FlashHead of 4 probes."""
     folder = tmp_path_factory.mktemp("converted") / "model"
@@ -99,7 +99,7 @@ def _nothing_is_tuned() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def flash_head_home(tmp_path_factory) -> Iterator[Path]:
-    """Where FlashHeads are kept: for each test a place of its own, never the user's."""
+    """Where FlashHeads are stored: for each test a place of its own, never the user's."""
     home = tmp_path_factory.mktemp("flash_heads") / "home"
     with pytest.MonkeyPatch.context() as patch:  # a test may undo its own patches
         patch.setenv("MLX_FLASHHEAD_HOME", str(home))

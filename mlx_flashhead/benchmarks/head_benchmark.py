@@ -9,15 +9,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..common.head_flags import source_options
+from ..common.flags import source_options
 from ..common.tables import Table, new_table
-from ..common.timing import spread, timer
 from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
 from ..head.matrix import DEFAULT_GROUP, Matrix, affine_group
 from ..loading.load import load
 from ..models.install import installed_head
-from .reporting import Case, cells, report
+from .reporting import Case, cells, report, spread, timer
 
 CLUSTER_SIZE, DEFAULT_PROBES = 16, 256  # of random heads
 N_STATES = 16  # used in turn

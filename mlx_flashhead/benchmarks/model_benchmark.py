@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..common.head_flags import source_options
+from ..common.flags import source_options
 from ..common.tables import Table, new_table, percent
-from ..common.timing import spread
 from ..head.backend import scored_logits_agree
 from ..head.flash_head import FlashHead
 from ..loading.load import load
@@ -30,7 +29,7 @@ from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
 from ..models.install import dense_copy, installed_head
 from . import SAMPLERS
 from .head_benchmark import rows_dtype
-from .reporting import Case, cells, report
+from .reporting import Case, cells, report, spread
 
 DENSE, FLASH_HEAD, UNVERIFIED = "dense", "FlashHead", "unverified"
 PROMPT = (

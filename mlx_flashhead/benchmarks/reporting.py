@@ -1,4 +1,4 @@
-"""Runs a benchmark in rounds and reports it: tables, a JSON file, a picture, the machine.
+"""Times functions in turns, and reports a benchmark: tables, a JSON file, a picture, the machine.
 
 A benchmark that is stopped by Ctrl-C or SIGTERM reports the rounds that it has.
 """
@@ -7,25 +7,27 @@ import argparse
 import json
 import os
 import platform
+import random
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import fill
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
+import numpy as np
 
 from ..common.command import check_writable
 from ..common.tables import Table, check_picture, pyplot, show
-from ..common.timing import in_turns, timer
 from ..head.portable import blas_name
 from ..version import __version__
 
 PACKAGES = ("mlx", "mlx-lm", "numpy")
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+Item = TypeVar("Item")
 
 
 class Case(NamedTuple):
@@ -37,6 +39,53 @@ class Case(NamedTuple):
     name: str
     timers: Mapping[str, Callable[[int], float]]
     figures: Callable[[dict[str, list[float]]], dict]
+
+
+def spread(values: Sequence[float], factor: float = 1) -> dict:
+    """Median and quartiles of some runs, and their number, JSON-ready.
+
+    In other units by ``factor``, such as 1000 for milliseconds of seconds.
+    """
+    lower, median, upper = (factor * float(x) for x in np.percentile(values, (25, 50, 75)))
+    return {"median": median, "lower": lower, "upper": upper, "runs": len(values)}
+
+
+def timer(
+    run: Callable[[int], object], before: Callable[[], None] | None = None
+) -> Callable[[int], float]:
+    """A function of the round's number that measures another one, ``before`` outside the time.
+
+    Arrays in the result of ``run`` are evaluated within the time.
+    """
+
+    def seconds(number: int) -> float:
+        if before is not None:
+            before()
+        start = time.perf_counter()
+        mx.eval(run(number))
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def in_turns(
+    timers: Mapping[Item, Callable[[int], float]], rounds: int
+) -> Iterator[dict[Item, list[float]]]:
+    """Measures in turns: a round 0 to warm up, then ``rounds`` that count.
+
+    The compared functions run once each in a round, so that a machine that heats up or shares its
+    cores slows all of them alike. Each round has another order, since a run leaves its pages and
+    caches behind. ``timers`` are functions of the round's number that return seconds. Yields after
+    each round the seconds of the counted rounds so far, by name.
+    """
+    seconds: dict[Item, list[float]] = {name: [] for name in timers}
+    draw = random.Random(0)
+    for number in range(rounds + 1):
+        for name in draw.sample(list(timers), len(timers)):
+            taken = timers[name](number)
+            if number:
+                seconds[name].append(taken)
+        yield seconds
 
 
 def cells(spread: dict, decimals: int = 2) -> tuple[str, str]:

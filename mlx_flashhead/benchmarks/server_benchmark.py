@@ -23,9 +23,8 @@ from statistics import median
 from typing import NamedTuple
 
 from ..common.tables import Table, new_table
-from ..common.timing import spread
 from ..models.fetch import resolve
-from .reporting import Case, report
+from .reporting import Case, report, spread
 
 TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
 SENTENCE = "The bridge over the river was old and narrow, and nobody knew who had built it. "

@@ -46,34 +46,6 @@ class _Stopped(Exception):
     """The user stops while the prompt is read."""
 
 
-class FollowingCache:
-    """A prompt cache and the tokens that it holds."""
-
-    def __init__(self, model: nn.Module, max_kv_size: int | None):
-        self._model, self._max_kv_size = model, max_kv_size
-        self.clear()
-        # some models make caches of their own
-        sizes = [getattr(cache, "max_size", None) for cache in self.arrays]
-        self.limited = max_kv_size is not None and max_kv_size in sizes
-
-    def clear(self) -> None:
-        """Forgets everything."""
-        self.arrays = make_prompt_cache(self._model, self._max_kv_size)
-        self.token_ids: list[int] = []  # that were put in, also those that were dropped since
-
-    def follow(self, prompt: list[int]) -> int:
-        """Keeps the tokens with which ``prompt`` begins, all but the last at most: how many."""
-        limit = min(len(self.token_ids), len(prompt) - 1)
-        shared = next((i for i in range(limit) if self.token_ids[i] != prompt[i]), limit)
-        if too_many := len(self.token_ids) - shared:
-            if not can_trim_prompt_cache(self.arrays):
-                self.clear()
-                return 0
-            trim_prompt_cache(self.arrays, too_many)
-            del self.token_ids[shared:]
-        return shared
-
-
 class Conversation:
     """Questions and answers in turn.
 
@@ -96,50 +68,49 @@ class Conversation:
         max_kv_size: int | None = None,
     ):
         if not tokenizer.has_chat_template:
-            lacking = "This model's tokenizer has no chat template"
-            remedy = "use mlx_flashhead.generate"
-            raise ValueError(f"{lacking}, so it cannot hold a conversation: {remedy}.")
-        self.model, self.tokenizer = model, tokenizer
-        self.cache = FollowingCache(model, max_kv_size)
-        self.answers: list[Answer] = []
+            raise ValueError(
+                "This model's tokenizer has no chat template, so it cannot hold a conversation: "
+                "use mlx_flashhead.generate."
+            )
+        self.model, self.tokenizer, self._max_kv_size = model, tokenizer, max_kv_size
+        self._clear_cache()
+        # some models make caches of their own
+        sizes = [getattr(cache, "max_size", None) for cache in self.cache]
+        self.cache_is_limited = max_kv_size is not None and max_kv_size in sizes
         self._start = [] if system_prompt is None else [Message(role=SYSTEM, content=system_prompt)]
-        self.messages: list[Message] = list(self._start)
-        if self._start:
-            self._tokens([*self._start, Message(role=USER, content="")])
+        self.replace(self._start)
 
     def reset(self) -> None:
         """Begins anew, with the system prompt."""
-        self.messages = list(self._start)
-        self.answers.clear()
-        self.cache.clear()
+        self.replace(self._start)
+        self._clear_cache()
 
     def replace(self, messages: list[Message]) -> None:
         """Continues another conversation, unless the chat template refuses it with a ValueError."""
-        self._tokens([*messages, Message(role=USER, content="")])
+        if messages:
+            self._tokens([*messages, Message(role=USER, content="")])
         self.messages = list(messages)
-        self.answers.clear()
+        self.answers: list[Answer] = []
 
     def ask(
         self, text: str, *, stopping: Callable[[], bool] = lambda: False, **kwargs: Any
     ) -> Iterator[str]:
-        """Asks, streams the answer, and keeps it as the last of ``answers``.
+        """Asks, streams the answer, and appends it to ``answers``.
 
-        Args:
-            text: The question.
-            stopping: Called after each token and each piece of the prompt; True stops. The answer
-                so far stays. A question without an answer is forgotten.
-            **kwargs: Of ``stream_generate``, such as dense, max_tokens and sampler.
+        ``stopping`` is called after each token and each piece of the prompt; True stops. The answer
+        so far stays, and a question without an answer is forgotten. The other keywords are those of
+        ``stream_generate``, such as dense, max_tokens and sampler.
 
         Raises:
             ValueError: If the chat template refuses the conversation, which stays unchanged.
         """
         question = Message(role=USER, content=text)
         prompt = self._tokens([*self.messages, question])
-        answer = Answer(n_prompt=len(prompt), n_cached=self.cache.follow(prompt))
+        answer = Answer(n_prompt=len(prompt), n_cached=self._trim_cache(prompt))
 
         def progress(processed: int, total: int) -> None:
             if processed < total:  # at the end, the cache is a token ahead
-                self.cache.token_ids = prompt[: answer.n_cached + processed]
+                self.cached_ids = prompt[: answer.n_cached + processed]
                 if stopping():
                     raise _Stopped
 
@@ -148,7 +119,7 @@ class Conversation:
             self.tokenizer,
             prompt[answer.n_cached :],
             logprobs=False,
-            prompt_cache=self.cache.arrays,
+            prompt_cache=self.cache,
             prompt_progress_callback=progress,
             **kwargs,
         )
@@ -156,10 +127,10 @@ class Conversation:
             for response in stream:
                 answer.n_tokens += 1
                 if answer.n_tokens == 1:
-                    self.cache.token_ids = list(prompt)
+                    self.cached_ids = list(prompt)
                 else:
                     answer.tokens_per_second = response.generation_tps
-                self.cache.token_ids.append(response.token)  # mlx-lm is a step ahead
+                self.cached_ids.append(response.token)  # mlx-lm is a step ahead
                 answer.text += response.text
                 answer.finish = response.finish_reason or STOPPED
                 if response.text:
@@ -169,7 +140,7 @@ class Conversation:
         except _Stopped:
             pass
         except BaseException:  # within a step: layers may hold different numbers of tokens
-            self.cache.clear()
+            self._clear_cache()
             raise
         finally:
             stream.close()
@@ -181,42 +152,46 @@ class Conversation:
         text = apply_template(self.tokenizer, messages, add_generation_prompt=True)
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
+    def _clear_cache(self) -> None:
+        self.cache = make_prompt_cache(self.model, self._max_kv_size)
+        self.cached_ids = []  # that were put in, also those that were dropped since
 
-def _checked(messages: object) -> list[Message]:
-    """The messages of a conversation that continues with a question, without other fields."""
-    if not isinstance(messages, list):
-        raise ValueError(f"a conversation is a list of messages under the key {KEY!r}")
-    checked = []
-    for number, message in enumerate(messages, 1):
-        match message:
-            case {"role": str(role), "content": str(content)}:
-                checked.append(Message(role=role, content=content))
-            case _:
-                raise ValueError(f"message {number} must have a role and a content, both of text")
-    roles = [message["role"] for message in checked]
-    turns = roles[1:] if roles[:1] == [SYSTEM] else roles
-    if turns != [USER, ASSISTANT] * (len(turns) // 2):
-        raise ValueError("its messages are not questions of a user and answers of an assistant")
-    return checked
+    def _trim_cache(self, prompt: list[int]) -> int:
+        """Trims the cache to the beginning that ``prompt`` shares, without its last token."""
+        limit = min(len(self.cached_ids), len(prompt) - 1)
+        shared = next((i for i in range(limit) if self.cached_ids[i] != prompt[i]), limit)
+        if too_many := len(self.cached_ids) - shared:
+            if not can_trim_prompt_cache(self.cache):
+                self._clear_cache()
+                return 0
+            trim_prompt_cache(self.cache, too_many)
+            del self.cached_ids[shared:]
+        return shared
 
 
 def read_conversation(
     path: Path, *, remedy: str = "choose a file written by /save"
 ) -> list[Message]:
-    """Reads the messages of a file in the form of ``write_conversation``.
+    """Reads the messages of a file in the form of ``write_conversation``, or a list of them alone.
 
     Raises:
-        ValueError: If it does not hold a conversation, with the ``remedy``.
+        ValueError: If it does not hold a conversation that continues with a question.
     """
+    reason = "it is not JSON"
     try:
         content = json.loads(path.read_bytes())
-        return _checked(content.get(KEY) if isinstance(content, dict) else content)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        reason = "it is not JSON"
-    except RecursionError:
-        reason = "it is nested too deeply"
-    except ValueError as error:
-        reason = str(error)
+        reason = "its messages are not questions of a user and answers of an assistant"
+        messages = [
+            Message(role=message["role"], content=message["content"])
+            for message in (content[KEY] if isinstance(content, dict) else content)
+        ]
+        roles = [message["role"] for message in messages]
+        turns = roles[1:] if roles[:1] == [SYSTEM] else roles
+        are_texts = all(isinstance(message["content"], str) for message in messages)
+        if are_texts and turns == [USER, ASSISTANT] * (len(turns) // 2):
+            return messages
+    except (ValueError, RecursionError, KeyError, TypeError):
+        pass
     raise ValueError(f"{path} does not hold a conversation ({reason}): {remedy}.")
 
 
@@ -240,21 +215,21 @@ def write_conversation(
         file.write_text(text, encoding="utf-8")
 
 
-def kept_file(name: str) -> Path:
-    """A file that a chat at the terminal keeps for its user from one start to the next."""
+def user_file(name: str) -> Path:
+    """A file in which a chat at the terminal stores something for its user's next start."""
     return Path("~/.config/mlx_flashhead/chat", name).expanduser()
 
 
-def keep(messages: list[Message], model: str) -> None:
-    """Keeps a conversation as the last one."""
-    path = kept_file("last.json")
+def store_conversation(messages: list[Message], model: str) -> None:
+    """Stores a conversation as the last one."""
+    path = user_file("last.json")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_conversation(path, messages, model, replace=True)
 
 
 def last_conversation() -> list[Message]:
     """The messages of the last conversation; a ValueError if there is none."""
-    path = kept_file("last.json")
+    path = user_file("last.json")
     if not path.exists():
         raise ValueError("There is no conversation to --resume: none has been kept yet.")
     return read_conversation(path, remedy="start without --resume")

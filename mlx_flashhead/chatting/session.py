@@ -1,18 +1,18 @@
-"""A talk at the terminal: the user types messages and commands."""
+"""A conversation at the terminal: the user types messages and commands."""
 
 import textwrap
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ..common.arguments import check, whole_number
 from ..common.command import sentence
 from ..common.tables import count
-from ..common.terminal import Terminal, stop_key, without_quotes
+from ..common.terminal import QUOTES, Terminal, stop_key
 from ..head.flash_head import FlashHead
 from ..loading.background import IdleBuild
 from ..lossless.policy import decoding_mode, policy_of
@@ -23,8 +23,8 @@ from .conversation import (
     USER,
     Answer,
     Conversation,
-    keep,
     read_conversation,
+    store_conversation,
     write_conversation,
 )
 
@@ -39,12 +39,9 @@ COMMANDS = {
     "/exit": "leave (or q, or Ctrl-D)",
 }
 WITH_FILES = ("/save", "/load")
-# What people type for a command; the letters are those of mlx_lm.chat.
-ALIASES = {
-    "/help": ("h", "/h", "help", "?"),
-    "/reset": ("r", "/r"),
-    "/exit": ("q", "/q", "quit", "/quit", "exit"),
-}
+# What people type for a command, with a slash or without; the letters are those of mlx_lm.chat.
+ALIASES = dict.fromkeys(("h", "help", "?"), "/help") | {"r": "/reset"}
+ALIASES |= dict.fromkeys(("q", "quit", "exit"), "/exit")
 HELP = """\
 Ctrl-C stops an answer. A message that begins with a slash needs a space before it.
 Several lines: paste them, end a line with Esc Enter, or put \"\"\" before and after them.
@@ -64,45 +61,48 @@ class ChatSession:
     idle: IdleBuild | None = None  # a FlashHead that is built while the user types and reads
 
     def __post_init__(self):
-        self.keeping = self.args.resume or self.terminal.interactive
+        self.stores = self.args.resume or self.terminal.interactive
         self.head = get_flash_head(self.conversation.model)
         self.dense = self.args.dense
 
     def run(self) -> None:
         """Until the end of the input or /exit."""
-        if self.terminal.interactive:
-            self.terminal.say(f"{self.args.model}, {self._settings()}. /help lists the commands.")
-        if self.args.max_kv_size is not None and not self.conversation.cache.limited:
-            self.terminal.say(NOT_LIMITED)
+        say, interactive = self.terminal.say, self.terminal.interactive
+        if interactive:
+            say(f"{self.args.model}, {self._settings()}. /help lists the commands.")
+        if self.args.max_kv_size is not None and not self.conversation.cache_is_limited:
+            say(NOT_LIMITED)
         if self.args.resume:
             messages = self.conversation.messages
             summary = f"Continuing the last conversation, {count(len(messages), 'message')}"
             if questions := [m["content"] for m in messages if m["role"] == USER]:
                 summary += f"; last: {textwrap.shorten(questions[-1], 60, placeholder='…')}"
-            self.terminal.say(summary)
+            say(summary)
         while True:
             try:
                 text = self.terminal.read()
                 command, argument = _command(text)
                 if command == "/exit":
                     return
-                self._do(command, argument, without_quotes(text))
+                self._do(command, argument, text.strip())
             except EOFError:
-                if self.terminal.interactive:
-                    self.terminal.say("")
+                if interactive:
+                    say("")
                 return
             except KeyboardInterrupt:  # at the prompt, or when an answer has just ended
-                if not self.terminal.interactive:
+                if not interactive:
                     raise
-                self.terminal.say("\n/exit or Ctrl-D leaves.")
+                say("\n/exit or Ctrl-D leaves.")
 
     def _do(self, command: str, argument: str, text: str) -> None:
         try:
+            if command and command not in COMMANDS:
+                raise ValueError(f"There is no command {command}: /help lists the commands.")
             if command:
-                if command not in COMMANDS:
-                    raise ValueError(f"There is no command {command}: /help lists the commands.")
-                getattr(self, f"_{command[1:]}")(argument)
-            elif text:
+                self.terminal.say(getattr(self, f"_{command[1:]}")(argument))
+            elif text.startswith(QUOTES):
+                self._answer(text.removeprefix(QUOTES).removesuffix(QUOTES).strip())
+            else:
                 self._answer(text)
         except BrokenPipeError:
             raise
@@ -110,100 +110,92 @@ class ChatSession:
             self.terminal.say(sentence(error))
 
     def _answer(self, text: str) -> None:
-        before = len(self.conversation.answers)
+        if not text:
+            return
+        conversation, say = self.conversation, self.terminal.say
+        before = len(conversation.answers)
         try:
-            with self._model_to_itself(), stop_key() as stopping:
-                for piece in self.conversation.ask(
-                    text, stopping=stopping, dense=self.dense, **self.options
-                ):
-                    self.terminal.show(piece)
+            with self.idle.paused() if self.idle else nullcontext():  # the model to itself
+                if self.head is None:
+                    self.head = get_flash_head(conversation.model)
+                    if self.head is not None:
+                        say(f"[FlashHead is ready: {self._settings()}]")
+                with stop_key() as stopping:
+                    for piece in conversation.ask(
+                        text, stopping=stopping, dense=self.dense, **self.options
+                    ):
+                        self.terminal.show(piece)
         except KeyboardInterrupt:
             pass  # the answer so far stays
         finally:
             self.terminal.end()
-        if len(self.conversation.answers) == before:
-            self.terminal.say("[stopped before the answer, the message is forgotten]")
+        if len(conversation.answers) == before:
+            say("[stopped before the answer, the message is forgotten]")
             return
-        answer = self.conversation.answers[-1]
-        self.terminal.say(f"[{_figures(answer)}]")
+        answer = conversation.answers[-1]
+        say(f"[{_figures(answer)}]")
         if answer.finish == LENGTH:
             remedy = "ask to go on, or start with a higher limit, or -1 for none"
-            self.terminal.say(f"[cut at --max-tokens {self.args.max_tokens}: {remedy}]")
-        if self.keeping:
+            say(f"[cut at --max-tokens {self.args.max_tokens}: {remedy}]")
+        if self.stores:
             try:
-                keep(self.conversation.messages, self.args.model)
+                store_conversation(conversation.messages, self.args.model)
             except OSError as error:
-                self.keeping = False  # and it is said once
-                reason = sentence(error)
-                self.terminal.say(f"This conversation is not kept for --resume: {reason}")
+                self.stores = False  # and it is said once
+                say(f"This conversation is not kept for --resume: {sentence(error)}")
 
-    @contextmanager
-    def _model_to_itself(self) -> Iterator[None]:
-        """A block in which nothing is built; says once that a FlashHead is there."""
-        if self.idle is None:
-            yield
-            return
-        with self.idle.paused():
-            if self.head is None:
-                self.head = get_flash_head(self.conversation.model)
-                if self.head is not None:
-                    self.terminal.say(f"[FlashHead is ready: {self._settings()}]")
-            yield
+    # Each command takes its argument and returns what to say.
 
-    def _help(self, _: str) -> None:
-        for name, what in COMMANDS.items():
-            self.terminal.say(f"  {name:8} {what}")
-        self.terminal.say(HELP)
+    def _help(self, _: str) -> str:
+        return "\n".join([*(f"  {name:8} {what}" for name, what in COMMANDS.items()), HELP])
 
-    def _reset(self, _: str) -> None:
+    def _reset(self, _: str) -> str:
         self.conversation.reset()
-        self.terminal.say("A new conversation.")
+        return "A new conversation."
 
-    def _stats(self, _: str) -> None:
-        answers, cache, head = self.conversation.answers, self.conversation.cache, self.head
+    def _stats(self, _: str) -> str:
+        answers = self.conversation.answers
         lines = [f"{self.args.model}, {self._settings()}"]
-        if head is not None:
-            lines.append(f"backend {head.backend!r}: {head.backend_reason}")
-            policy = policy_of(head)
+        if self.head is not None:
+            lines.append(f"backend {self.head.backend!r}: {self.head.backend_reason}")
+            policy = policy_of(self.head)
             if policy.gain is not None:
                 known = "predicted" if policy.predicted else "measured"
                 lines.append(f"{known} on this machine: {policy.gain:.2f} times as fast as dense")
-        held = f"{len(cache.token_ids)} tokens in the cache"
-        held += f", which keeps the last {self.args.max_kv_size}" if cache.limited else ""
-        lines.append(f"{count(len(self.conversation.messages), 'message')}, {held}")
+        lines.append(f"{self._messages()}, {len(self.conversation.cached_ids)} tokens in the cache")
+        if self.conversation.cache_is_limited:
+            lines[-1] += f", which keeps the last {self.args.max_kv_size}"
         if answers:
             lines.append(f"last answer: {_figures(answers[-1])}")
             tokens = sum(answer.n_tokens for answer in answers)
             lines.append(f"{count(len(answers), 'answer')} of {count(tokens, 'token')}")
-        lines.append(f"memory at most {mx.get_peak_memory() / 1e9:.2f} GB")
-        self.terminal.say("\n".join(lines))
+        return "\n".join([*lines, f"memory at most {mx.get_peak_memory() / 1e9:.2f} GB"])
 
-    def _probes(self, argument: str) -> None:
+    def _probes(self, argument: str) -> str:
         head = self._flash_head()
         if argument:
-            try:
-                n_probes = int(argument)
-            except ValueError:
-                remedy = f"give a whole number, 1 to {head.n_clusters}"
-                raise ValueError(f"/probes is {argument!r}: {remedy}.") from None
-            head.n_probes = n_probes
+            check("/probes", argument, whole_number(1, head.n_clusters))
+            head.n_probes = int(argument)
             policy_of(head).dense = False  # the user's number comes before what was measured
-        self.terminal.say(f"Now {self._settings()}.")
+        return f"Now {self._settings()}."
 
-    def _dense(self, _: str) -> None:
+    def _dense(self, _: str) -> str:
         self._flash_head()  # or an error that there is none
         self.dense = not self.dense
-        self.terminal.say(f"Now {self._settings()}.")
+        return f"Now {self._settings()}."
 
-    def _save(self, argument: str) -> None:
+    def _save(self, argument: str) -> str:
         path = _path("/save", argument)
         write_conversation(path, self.conversation.messages, self.args.model)
-        self.terminal.say(f"Wrote {count(len(self.conversation.messages), 'message')} to {path}.")
+        return f"Wrote {self._messages()} to {path}."
 
-    def _load(self, argument: str) -> None:
+    def _load(self, argument: str) -> str:
         path = _path("/load", argument)
         self.conversation.replace(read_conversation(path))
-        self.terminal.say(f"Read {count(len(self.conversation.messages), 'message')} from {path}.")
+        return f"Read {self._messages()} from {path}."
+
+    def _messages(self) -> str:
+        return count(len(self.conversation.messages), "message")
 
     def _flash_head(self) -> FlashHead:
         if self.head is None:
@@ -223,14 +215,11 @@ class ChatSession:
 
 def _command(text: str) -> tuple[str, str]:
     """The command in a line and its argument; two empty texts if it is a message."""
-    words = text.split(maxsplit=1)
-    if not words or "\n" in text.strip("\n"):
+    is_command = text.startswith("/") or text.strip() in ALIASES  # not a slash after a space
+    if "\n" in text.strip("\n") or not is_command:
         return "", ""
-    name = next((name for name, others in ALIASES.items() if words[0] in others), words[0])
-    alone = len(words) == 1 and name in ALIASES and "/" not in words[0]
-    if text.startswith("/") or alone:  # after a space, a slash begins a message
-        return name, words[1].strip() if words[1:] else ""
-    return "", ""
+    name, *argument = text.split(maxsplit=1)
+    return ALIASES.get(name.removeprefix("/"), name), "".join(argument).strip()
 
 
 def _figures(answer: Answer) -> str:

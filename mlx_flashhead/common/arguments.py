@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-# Takes a value from the command line or from Python; refuses it with an ArgumentTypeError.
+# Takes a value from the command line or from Python, or raises an ArgumentTypeError.
 Type = Callable[[Any], Any]
 
 
@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _checked(convert: Type, wanted: str) -> Type:
-    """A type of argument that takes what ``convert`` takes, and says what is wanted otherwise."""
+    """A type that converts a value, and otherwise says what is wanted."""
 
     def checked(raw: Any) -> Any:
         try:
@@ -32,7 +32,7 @@ def _checked(convert: Type, wanted: str) -> Type:
 
 
 def whole_number(low: int, high: int | None = None, *, or_no_limit: bool = False) -> Type:
-    """A type of argument: a whole number of ``low`` to ``high``, or -1 with ``or_no_limit``."""
+    """A type: a whole number of ``low`` to ``high``, or -1 with ``or_no_limit``."""
     wanted = f"give a whole number of {low} or more" if high is None else f"give {low} to {high}"
     wanted += ", or -1 for no limit" if or_no_limit else ""
 
@@ -46,7 +46,7 @@ def whole_number(low: int, high: int | None = None, *, or_no_limit: bool = False
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Type:
-    """A type of argument: a finite number of ``low`` to ``high``; ``above`` refuses ``low``."""
+    """A type: a finite number of ``low`` to ``high``; ``above`` excludes ``low``."""
     limited = math.isfinite(high)
     if above:
         wanted = f"give a number above {low:g}" + (f", at most {high:g}" if limited else "")
@@ -63,7 +63,7 @@ def number(low: float, high: float = math.inf, *, above: bool = False) -> Type:
 
 
 def one_of(*choices: Any) -> Type:
-    """A type of argument: one of a few numbers or words."""
+    """A type: one of several numbers or words."""
     by_text = {str(choice): choice for choice in choices}
     *others, last = by_text
     listed = f"{', '.join(others)} or {last}" if others else last
@@ -71,10 +71,9 @@ def one_of(*choices: Any) -> Type:
 
 
 def whole_numbers(low: int) -> Type:
-    """A type of argument: whole numbers of ``low`` or more, with commas between."""
-    of_each = whole_number(low)
+    """A type: whole numbers of ``low`` or more, with commas between."""
     wanted = f"give whole numbers of {low} or more such as 48,96,256"
-    return _checked(lambda text: [of_each(part) for part in text.split(",")], wanted)
+    return _checked(lambda text: [*map(whole_number(low), text.split(","))], wanted)
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -84,26 +83,23 @@ def _object(text: str) -> dict[str, Any]:
     return value
 
 
-# A type of argument: a JSON object.
+share = number(0, 1)
 json_object = _checked(_object, 'give a JSON object such as {"enable_thinking": false}')
 
 
 def json_object_text(text: str) -> str:
-    """The same, as the text."""
+    """A type: a JSON object, which stays text."""
     json_object(text)
     return text
 
 
 def check(name: str, value: Any, type: Type) -> None:
-    """Checks a value that was given in Python.
+    """Checks an argument of a Python function.
 
     Raises:
-        ValueError: If the type of argument refuses it, naming it.
+        ValueError: If the type does not take the value, naming the argument.
     """
     try:
         type(value)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"`{name}` {str(error).removeprefix('it ')}.") from None
-
-
-share = number(0, 1)

@@ -20,7 +20,6 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _REMEDIES = dict.fromkeys(_FULL, "free some space or choose another place")
 _REMEDIES |= dict.fromkeys(_FORBIDDEN, "choose another place, or get the permission")
 _PARAMETER = re.compile(r"`([a-z]+(?:_[a-z]+)*)(=True|=False)?`")
-_FLAGS = {"pipeline_group": "pipeline"}  # whose names differ
 # An answer must not move the cursor, change colours or ring the bell, here or behind a pipe.
 UNPRINTABLE = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 
@@ -87,12 +86,10 @@ def check_writable(option: str, path: str) -> None:
     file = Path(path)
     existed = file.exists()
     try:
-        with file.open("ab"):
-            pass
+        file.open("ab").close()
     except OSError as error:
-        raise ValueError(
-            f"{option} {path} cannot be written ({error.strerror}): choose another place."
-        ) from None
+        reason = f"{option} {path} cannot be written ({error.strerror})"
+        raise ValueError(f"{reason}: choose another place.") from None
     if not existed:
         file.unlink()
 
@@ -109,23 +106,18 @@ def sentence(error: Exception) -> str:
 
 def with_flags(text: str) -> str:
     """A text that names parameters of Python, such as `build=False`, with a command's flags."""
-    return _PARAMETER.sub(_flag, text)
 
+    def flag(parameter: re.Match[str]) -> str:
+        name, value = parameter.groups()
+        name = "pipeline" if name == "pipeline_group" else name.replace("_", "-")
+        return f"--no-{name}" if value == "=False" else f"--{name}"
 
-def _flag(parameter: re.Match[str]) -> str:
-    name, value = parameter.groups()
-    name = _FLAGS.get(name, name.replace("_", "-"))
-    return f"--no-{name}" if value == "=False" else f"--{name}"
+    return _PARAMETER.sub(flag, text)
 
 
 def printable(text: str) -> str:
     """The text without what could control a terminal."""
     return text.translate(UNPRINTABLE)
-
-
-def installation(extra: str) -> str:
-    """The command that installs an extra of this package."""
-    return f"pip install 'mlx_flashhead[{extra}]'"
 
 
 def from_extra(module: str, extra: str, what: str) -> ModuleType:
@@ -138,5 +130,6 @@ def from_extra(module: str, extra: str, what: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{what} needs {error.name}, which is not installed: {installation(extra)}."
+            f"{what} needs {error.name}, which is not installed: "
+            f"pip install 'mlx_flashhead[{extra}]'."
         ) from error

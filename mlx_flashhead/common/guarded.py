@@ -34,8 +34,7 @@ class Guard:
     """
 
     def __init__(self, path: Path, *, seconds: float = 5.0, max_bytes: int = 512 << 20):
-        self.seconds, self.max_bytes = seconds, max_bytes
-        self._path = path
+        self.path, self.seconds, self.max_bytes = path, seconds, max_bytes
         self._idle: list[_Helper] = []  # pop and append are atomic
 
     def call(self, request: Any) -> Any:
@@ -48,9 +47,9 @@ class Guard:
         try:
             helper = self._idle.pop()
         except IndexError:
-            helper = _Helper(self._path, self.seconds, self.max_bytes)
+            helper = _Helper(self)
         try:
-            answer = helper.call(json.dumps(request).encode(), self.seconds, self.max_bytes)
+            answer = helper.call(request, self)
         except BaseException:
             helper.kill()
             raise
@@ -66,52 +65,51 @@ class Guard:
 
 
 class _Helper:
-    def __init__(self, path: Path, seconds: float, max_bytes: int):
-        self._connection, theirs = Pipe()
-        limits = [str(theirs.fileno()), str(math.ceil(seconds)), str(max_bytes)]
-        program = [sys.executable, "-P", __file__, str(path), *limits]
-        options: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        options["start_new_session"] = True  # Ctrl-C is for the caller
-        try:
-            self._process = subprocess.Popen(program, pass_fds=[theirs.fileno()], **options)
-        except OSError as error:
-            raise GuardError(f"cannot be examined: {error.strerror or error}") from None
-        finally:
-            theirs.close()
-        try:
-            ready = self._connection.poll(START_SECONDS) and self._connection.recv_bytes()
-        except (EOFError, OSError):
-            ready = False
-        if not ready:
-            self.kill()
-            raise GuardError("cannot be examined: no helper process starts")
+    """A process in the loop of `_serve`, and the connection to it."""
 
-    def call(self, data: bytes, seconds: float, max_bytes: int) -> dict[str, Any]:
-        ends = time.monotonic() + seconds
+    def __init__(self, guard: Guard):
+        self.connection, theirs = Pipe()
+        numbers = (theirs.fileno(), math.ceil(guard.seconds), guard.max_bytes)
+        program = [sys.executable, "-P", __file__, str(guard.path), *map(str, numbers)]
+        quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        with theirs:  # in a session of its own: Ctrl-C is for the caller
+            self.process = subprocess.Popen(
+                program, pass_fds=[theirs.fileno()], start_new_session=True, **quiet
+            )
         try:
-            self._connection.send_bytes(data)
-            while not self._connection.poll(min(LOOK_SECONDS, max(0, ends - time.monotonic()))):
+            if not self.connection.poll(START_SECONDS):
+                raise EOFError
+            self.connection.recv_bytes()
+        except (EOFError, OSError):
+            self.kill()
+            raise GuardError("cannot be examined: no helper process starts") from None
+
+    def call(self, request: Any, guard: Guard) -> dict[str, Any]:
+        ends = time.monotonic() + guard.seconds
+        try:
+            self.connection.send_bytes(json.dumps(request).encode())
+            while not self.connection.poll(min(LOOK_SECONDS, max(0, ends - time.monotonic()))):
                 if time.monotonic() >= ends:
-                    raise GuardError(f"takes more than {seconds:g} seconds")
-                if memory_of(self._process.pid) > max_bytes:
-                    raise GuardError(_too_large(max_bytes))
-            return json.loads(self._connection.recv_bytes())
+                    raise GuardError(f"takes more than {guard.seconds:g} seconds")
+                if memory_of(self.process.pid) > guard.max_bytes:
+                    raise GuardError(_too_large(guard.max_bytes))
+            return json.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
             raise GuardError("is too complex for the library that reads it") from None
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._connection.close()
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
 
 
 def memory_of(pid: int) -> int:
-    """Bytes that a process uses; 0 if that is unknown. macOS has no limit that it keeps to."""
+    """Bytes that a process uses; 0 if that is unknown. macOS enforces no such limit."""
     try:
-        found = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
+        shown = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
     except OSError:
         return 0
-    return 1024 * int(found.stdout.strip() or 0)
+    return 1024 * int(shown.stdout.strip() or 0)
 
 
 def _too_large(max_bytes: int) -> str:
@@ -121,14 +119,13 @@ def _too_large(max_bytes: int) -> str:
 def _serve(path: str, connection: Connection, seconds: int, max_bytes: int) -> None:
     """The helper's loop, until the other end of the connection is closed."""
     _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_DATA, max_bytes)  # Linux keeps to it
+    _limit(resource.RLIMIT_DATA, max_bytes)  # Linux enforces it
     stack_size(STACK_BYTES)
     spec = spec_from_file_location("work", path)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     answer: dict[str, Any] = {}
-    connection.send_bytes(b"ready")
 
     def run(request: Any) -> None:
         answer.clear()
@@ -139,6 +136,7 @@ def _serve(path: str, connection: Connection, seconds: int, max_bytes: int) -> N
         except BaseException as error:  # a panic in Rust is no Exception
             answer["error"] = str(error) or type(error).__name__
 
+    connection.send_bytes(b"ready")
     while True:
         try:
             request = json.loads(connection.recv_bytes())
@@ -158,6 +156,5 @@ def _limit(kind: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    file, *numbers = sys.argv[1:]
-    descriptor, cpu_seconds, data_bytes = map(int, numbers)
-    _serve(file, Connection(descriptor), cpu_seconds, data_bytes)
+    descriptor, *limits = map(int, sys.argv[2:])
+    _serve(sys.argv[1], Connection(descriptor), *limits)

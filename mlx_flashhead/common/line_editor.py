@@ -1,4 +1,4 @@
-"""The input line of a chat: kept history, completion, pasted texts and several lines."""
+"""The input line of a chat: its history, completion, pasted texts and several lines."""
 
 import asyncio
 import signal
@@ -27,8 +27,8 @@ def line_editor(
     """A function that lets a user type a text after ``prompt`` and returns it.
 
     A text that ``is_open`` goes on in the next line. ``commands`` complete the beginning of a line,
-    and a file's name follows those ``with_files``. Earlier texts are kept in the file ``history``,
-    if it can be written.
+    and a file's name follows those in ``with_files``. The file ``history`` stores earlier texts, if
+    it can be written.
     """
     keys = KeyBindings()
 
@@ -39,7 +39,7 @@ def line_editor(
     with suppress(OSError):
         history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     session: PromptSession[str] = PromptSession(
-        history=_KeptHistory(history),
+        history=_History(history),
         completer=_Commands(commands, with_files),
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,
@@ -76,9 +76,7 @@ def line_editor(
     return read
 
 
-class _KeptHistory(FileHistory):
-    """A history in a file, kept as long as that can be written."""
-
+class _History(FileHistory):
     def store_string(self, string: str) -> None:
         with suppress(OSError):  # a full disk must not end the chat
             super().store_string(string)

@@ -32,20 +32,23 @@ def new_folder(target: Path) -> Iterator[Path]:
         OSError: If writing into the folder fails, naming ``target``.
     """
     missing_parents = [parent for parent in target.parents if not parent.exists()]
-    with ExitStack() as stack:
-        stack.callback(_remove_empty, missing_parents)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            folder = stack.enter_context(_temporary_folder(target)) / "new"
-            folder.mkdir()
-        except OSError as error:
-            raise ValueError(
-                f"{target} cannot be written ({error.strerror}): choose another place."
-            ) from None
-        yield folder
-        if target.exists():
-            os.replace(target, folder.with_name(REPLACED))
-        os.replace(folder, target)
+    try:
+        with ExitStack() as stack:
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                folder = stack.enter_context(_temporary_folder(target)) / "new"
+                folder.mkdir()
+            except OSError as error:
+                reason = f"{target} cannot be written ({error.strerror})"
+                raise ValueError(f"{reason}: choose another place.") from None
+            yield folder
+            if target.exists():
+                os.replace(target, folder.with_name(REPLACED))
+            os.replace(folder, target)
+    finally:
+        for parent in missing_parents:
+            with suppress(OSError):  # the folder stands in it
+                parent.rmdir()
 
 
 @contextmanager
@@ -62,17 +65,14 @@ def new_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _temporary_folder(target: Path) -> Iterator[Path]:
-    """A folder beside ``target``, locked while this process writes into it.
-
-    Errors of it name ``target``.
-    """
-    for left in target.parent.glob(f".{glob.escape(target.name)}.{TEMPORARY}.*"):
+    """A folder beside ``target``, locked while this process writes. Its errors name ``target``."""
+    prefix = f".{target.name}.{TEMPORARY}."
+    for left in target.parent.glob(f"{glob.escape(prefix)}*"):
         if left.is_dir() and time.time() - left.stat().st_mtime > YOUNG:
             with _locked(left) as is_mine:
                 if is_mine:  # its process was killed
                     _clear(left, target)
     try:
-        prefix = f".{target.name}.{TEMPORARY}."
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         with _locked(folder):
             try:
@@ -87,9 +87,8 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
 
 def _clear(folder: Path, target: Path) -> None:
     """Removes a temporary folder. What it has replaced comes back, unless the new one is there."""
-    replaced = folder / REPLACED
-    if replaced.exists() and not target.exists():
-        os.replace(replaced, target)
+    if (folder / REPLACED).exists() and not target.exists():
+        os.replace(folder / REPLACED, target)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -98,17 +97,11 @@ def _locked(folder: Path) -> Iterator[bool]:
     """A block with a folder's lock; False if another process has it, or locks do not exist."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except OSError:
-            locked = False
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = True
+    except OSError:
+        locked = False
+    try:
         yield locked
     finally:
         os.close(descriptor)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()

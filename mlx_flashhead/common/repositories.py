@@ -23,8 +23,7 @@ _PATTERNS = (
 
 def redact(text: str) -> str:
     """The text without the user's token and other secrets."""
-    token = get_token()
-    if token:
+    if token := get_token():
         text = text.replace(token, HIDDEN)
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
@@ -38,8 +37,7 @@ def redacted_logs() -> Iterator[None]:
 
     def redacted(record: logging.LogRecord) -> bool:
         record.msg, record.args = printable(redact(record.getMessage())), ()
-        if record.exc_info:
-            record.exc_info, record.exc_text = None, None
+        record.exc_info = record.exc_text = None
         return True
 
     for handler in handlers:

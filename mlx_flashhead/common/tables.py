@@ -12,29 +12,25 @@ if TYPE_CHECKING:
 else:
     Table = object  # rich may be absent
 
-FOLDED = 12  # columns that a column which folds keeps
+FOLDED = 12  # characters that a folding column has at least
 SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
-UNLIMITED = 10_000  # columns of a table when its width is measured
 
 
 def new_table(
-    title: str | None,
-    headings: Sequence[str],
-    caption: str | None = None,
-    *,
-    left: int = 1,
+    title: str | None, headings: Sequence[str], caption: str | None = None, *, left: int = 1
 ) -> "Table":
     """An empty table of rich; ``left`` columns hold words, the others figures.
 
     Raises:
         ValueError: If rich is not installed.
     """
-    table = _rich("table").Table(
+    rich_table, box = (from_extra(f"rich.{name}", "report", "A table") for name in ("table", "box"))
+    table = rich_table.Table(
         title=title,
         title_justify="left",
         caption=caption,
         caption_justify="left",
-        box=_rich("box").SIMPLE,
+        box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
     for column, heading in enumerate(headings):
@@ -48,23 +44,19 @@ def show(*parts: "Table | str") -> None:
     No figure is cut off: a table is as wide as the screen, or wider where it must be. A column
     that folds makes way first.
     """
-    console = _rich("console").Console(highlight=False, markup=False, emoji=False)
+    rich_console = from_extra("rich.console", "report", "A table")
+    console = rich_console.Console(highlight=False, markup=False, emoji=False)
     screen = console.width
     for part in parts:
         console.width = screen
         if not isinstance(part, str):
-            console.width = UNLIMITED
+            console.width = 10_000  # its full width is measured
             width = console.measure(part).maximum
             for column in part.columns:
                 if not column.no_wrap:
-                    widest = max(len(str(cell)) for cell in column.cells)
-                    width -= max(0, widest - FOLDED)
+                    width -= max(0, max(len(str(cell)) for cell in column.cells) - FOLDED)
             console.width = max(screen, width)
         console.print(part)
-
-
-def _rich(name: str) -> ModuleType:
-    return from_extra(f"rich.{name}", "report", "A table")
 
 
 def percent(share: float, decimals: int = 2) -> str:

@@ -39,14 +39,6 @@ def is_open(text: str) -> bool:
     return text.startswith(QUOTES) and (len(text) < 6 or not text.endswith(QUOTES))
 
 
-def without_quotes(text: str) -> str:
-    """The text within three quotes, or all of it if there are none."""
-    text = text.strip()
-    if text.startswith(QUOTES):
-        return text.removeprefix(QUOTES).removesuffix(QUOTES).strip()
-    return text
-
-
 class Terminal:
     """Reads texts and prints. It writes escape codes to a terminal only.
 
@@ -91,17 +83,16 @@ class Terminal:
     def show(self, piece: str) -> None:
         """Prints a piece of an answer. The beginning of a word waits for its end."""
         piece = printable(piece)
-        sys.stdout.write(piece if self._wrap is None else self._wrap.feed(piece))
+        sys.stdout.write(self._wrap.feed(piece) if self._wrap else piece)
         sys.stdout.flush()
 
     def end(self) -> None:
         """Ends the answer and its line."""
-        sys.stdout.write("\n" if self._wrap is None else self._wrap.end() + "\n")
-        sys.stdout.flush()
+        print(self._wrap.end() if self._wrap else "", flush=True)
 
     def say(self, text: str) -> None:
         """Prints lines of the program's own, fainter than the answers."""
-        if self._wrap is not None:
+        if self._wrap:
             text = self._wrap.feed(text) + self._wrap.end()
         print(f"\x1b[2m{text}\x1b[0m" if self._dim and text else text, file=self._own, flush=True)
 
@@ -131,12 +122,12 @@ def stop_key() -> Iterator[Callable[[], bool]]:
     before = signal.signal(signal.SIGINT, press)
     modes = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
     try:
-        if modes is not None:
+        if modes:
             quiet = [*modes[:3], modes[3] & ~(termios.ECHO | termios.ICANON), *modes[4:]]
             termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
         yield lambda: pressed
     finally:
-        if modes is not None:
+        if modes:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
         signal.signal(signal.SIGINT, before)
 
@@ -171,15 +162,12 @@ class WordWrap:
         if word in ("", "\n"):
             self._column = 0
             return word
-        columns, width = self._columns(), _width(word)
+        columns = self._columns()
+        # accents and joiners take no column, and some characters two
+        shown = [char for char in word if unicodedata.category(char) not in ("Mn", "Me", "Cf")]
+        width = sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in shown)
         end = len((" " * self._column + unit.removesuffix(word)).expandtabs()) + width
         if self._column and end >= columns:
             unit, end = f"\n{word}", width
         self._column = end % columns
         return unit
-
-
-def _width(text: str) -> int:
-    """The columns that a text without tabs takes: none for accents and joiners."""
-    shown = [char for char in text if unicodedata.category(char) not in ("Mn", "Me", "Cf")]
-    return sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in shown)

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..common.head_flags import source_options
+from ..common.flags import source_options
 from ..common.tables import Table, new_table, percent, pyplot, show
 from ..conversion import take_all
 from ..conversion.calibration import read_text, text_states

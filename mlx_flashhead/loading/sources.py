@@ -76,7 +76,7 @@ class HeadOptions:
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, *, dense: bool = False) -> "HeadOptions":
-        """The choices of the flags in `common/head_flags.py`; ``dense`` builds no FlashHead;
+        """The choices of the flags in `common/flags.py`; ``dense`` builds no FlashHead;
         ValueError if they contradict each other."""
         unverified = getattr(args, "no_verify", False) or getattr(args, "draw_probes", False)
         # unverified choices are a FlashHead's, never silently a normal head's

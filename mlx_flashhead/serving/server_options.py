@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arguments import Parser, json_object, number, one_of, share, whole_number
-from ..common.head_flags import add_answering_options
+from ..common.flags import add_answering_options
 
 TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")

@@ -139,9 +139,9 @@ class Drafter:
             return steps.expand(scores, selection, Candidates(probed))
 
         def listed(n_listed: int, more: np.ndarray | bool = False) -> mx.array:
-            kept = np.zeros((1, vocab_size), dtype=bool)
-            kept[:, self._frequent[:n_listed]] = True
-            return mx.where(mx.array(kept | more), exact, -mx.inf)
+            listed = np.zeros((1, vocab_size), dtype=bool)
+            listed[:, self._frequent[:n_listed]] = True
+            return mx.where(mx.array(listed | more), exact, -mx.inf)
 
         yield DENSE, draw(exact)
         n_probes = policy_of(head).draft_probes or head.n_probes
@@ -162,15 +162,15 @@ class Drafter:
 
     def _states(self, prompt: list[int], answer: list[int]) -> mx.array:
         """The head's input (n, D) at the positions where an answer's tokens are chosen."""
-        kept = []
+        states = []
 
-        def keep(hidden: mx.array) -> mx.array:
-            kept.append(hidden)
+        def record(hidden: mx.array) -> mx.array:
+            states.append(hidden)
             return mx.zeros((*hidden.shape[:-1], 1))
 
-        with numpy_products(), self.head.intercepted(keep):
+        with numpy_products(), self.head.intercepted(record):
             self.model(mx.array([[*prompt, *answer[:-1]]]))
-        return kept[0][0, len(prompt) - 1 :]
+        return states[0][0, len(prompt) - 1 :]
 
 
 class Draw:
@@ -213,7 +213,7 @@ def probes_of(head, share: float) -> int:
 def frequent_tokens(target, tokenizer, vocab_size: int) -> list[int]:
     """Tokens by their number in the calibration's text and in answers that the target writes.
 
-    Those that are in none follow by their id, which is the order of a tokenizer's merges.
+    Tokens that are in none follow by their id, which is the order of a tokenizer's merges.
     """
     counted: Counter[int] = Counter()
     documents = [text for texts in builtin_documents().values() for text in texts]

@@ -29,10 +29,9 @@ from grid import DENSE, TUNED, WORK, index_of
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
 from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Form, with_flash_head
-from mlx_flashhead.benchmarks.reporting import machine
+from mlx_flashhead.benchmarks.reporting import in_turns, machine
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import check_writable, command
-from mlx_flashhead.common.timing import in_turns
 from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.head.matrix import as_float32

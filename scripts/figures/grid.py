@@ -4,7 +4,7 @@
 
 Each model in float32 and in 4 bits, greedy and top-p, 1 and 4 texts, in turns; the ratio is that of
 each turn. The figures are written after every case, and a second run continues where the first one
-ended. The 4-bit models and the FlashHeads are kept in the work folder, and the table goes into the
+ended. The 4-bit models and the FlashHeads stay in the work folder, and the table goes into the
 page.
 """
 
@@ -26,11 +26,10 @@ from apple_estimates import CHECKOUT, line, with_block
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
 from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Form, with_flash_head
-from mlx_flashhead.benchmarks.reporting import cells, machine
+from mlx_flashhead.benchmarks.reporting import cells, in_turns, machine, spread
 from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import check_writable, command
 from mlx_flashhead.common.tables import count, new_table, show
-from mlx_flashhead.common.timing import in_turns, spread
 from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.models.install import dense_copy, installed_head
 

@@ -1,4 +1,4 @@
-"""The report of a benchmark: its rounds, and what is checked before them."""
+"""The report of a benchmark: its rounds and their times. No time is compared with anything."""
 
 import argparse
 import json
@@ -7,7 +7,15 @@ import mlx.core as mx
 import pytest
 
 from mlx_flashhead.benchmarks import reporting as module
-from mlx_flashhead.benchmarks.reporting import Case, machine, read_bandwidth_gb_s, report
+from mlx_flashhead.benchmarks.reporting import (
+    Case,
+    in_turns,
+    machine,
+    read_bandwidth_gb_s,
+    report,
+    spread,
+    timer,
+)
 from mlx_flashhead.common.tables import new_table
 
 
@@ -70,3 +78,34 @@ def test_bandwidth_is_bytes_over_the_best_time(monkeypatch):
     times = (1.0, 0.5, 0.25, 1.0, 1.0, 1.0)
     monkeypatch.setattr(module, "timer", lambda _: times.__getitem__)
     assert read_bandwidth_gb_s() == pytest.approx((512 << 20) / 0.25 / 1e9)
+
+
+def test_spread_is_median_and_quartiles():
+    expected = {"median": 3e3, "lower": 2e3, "upper": 4e3, "runs": 5}
+    assert spread([5.0, 1.0, 2.0, 4.0, 3.0], 1000) == expected
+
+
+def test_rounds_take_turns_after_a_warm_up():
+    """Each comes first, and each follows every other one; the first round does not count."""
+    calls = []
+
+    def run(name):
+        return lambda number: calls.append((name, number)) or 10 * number
+
+    lengths = []
+    for seconds in in_turns({name: run(name) for name in "ABC"}, 20):
+        lengths.append({len(taken) for taken in seconds.values()})
+    assert lengths == [{number} for number in range(21)]
+    assert seconds == {name: [10 * number for number in range(1, 21)] for name in "ABC"}
+    rounds = ["".join(name for name, number in calls if number == i) for i in range(21)]
+    assert [number for _, number in calls] == sorted(number for _, number in calls)
+    assert set(rounds) == {"ABC", "ACB", "BAC", "BCA", "CAB", "CBA"}
+
+
+def test_a_timer_takes_the_run_and_its_evaluation(monkeypatch):
+    clock, evaluated, evaluate = iter(range(100)), [], mx.eval
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(module.mx, "eval", lambda *a: (evaluated.extend(a), evaluate(*a)))
+    measured = timer(lambda number: (mx.ones(number), next(clock)), lambda: next(clock))
+    assert measured(3) == 2  # without the tick before
+    assert evaluated[0][0].shape == (3,)

@@ -1,4 +1,4 @@
-"""Conversations: whatever became of an answer, the next one is that of a model without a cache."""
+"""Conversations: however an answer ended, the next one is that of a model without a cache."""
 
 import json
 
@@ -14,7 +14,7 @@ from mlx_flashhead.chatting.conversation import (
     read_conversation,
     write_conversation,
 )
-from model_folders import VOCAB_SIZE, write_model, write_tokenizer
+from model_folders import VOCAB_SIZE, write_tokenizer
 from tiny_models import tiny_model
 
 LIMIT = {"max_tokens": 12}
@@ -22,12 +22,9 @@ STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('No system rol
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
+def loaded(converted):
     """A model with a FlashHead of 4 probes, and its tokenizer."""
-    source = write_model(tmp_path_factory.mktemp("models") / "dense", tied=False, hidden_size=128)
-    target = source.parent / "flash"
-    mlx_flashhead.convert(str(source), str(target), calibration="none", n_probes=4, progress=False)
-    return mlx_flashhead.load(str(target))
+    return mlx_flashhead.load(str(converted))
 
 
 @pytest.fixture
@@ -47,24 +44,22 @@ def expected(conversation, text, **options):
     return mlx_flashhead.generate(conversation.model, tokenizer, prompt, **LIMIT | options)
 
 
-def goes_on_as_anew(conversation, text="Go on"):
-    """Whether the next answer is that of a model without a cache, and the cache is right."""
+def check_next_answer(conversation, text="Go on"):
+    """The next answer is that of a model without a cache, and the cache is right."""
     check_cache(conversation)
     right = expected(conversation, text)
-    same = answer(conversation, text) == right
+    assert answer(conversation, text) == right
     check_cache(conversation)
-    return same
 
 
 def check_cache(conversation):
     """The cache's keys are those of the tokens it is said to hold."""
-    cache = conversation.cache
-    fresh = module.make_prompt_cache(conversation.model)
-    if cache.token_ids:
-        conversation.model(mx.array([cache.token_ids]), cache=fresh)
-    for held, right in zip(cache.arrays, fresh, strict=True):
-        assert held.offset == right.offset == len(cache.token_ids)
-        if cache.token_ids:
+    token_ids, fresh = conversation.cached_ids, module.make_prompt_cache(conversation.model)
+    if token_ids:
+        conversation.model(mx.array([token_ids]), cache=fresh)
+    for held, right in zip(conversation.cache, fresh, strict=True):
+        assert held.offset == right.offset == len(token_ids)
+        if token_ids:
             for one, other in zip(held.keys_and_values(), right.keys_and_values(), strict=True):
                 assert mx.allclose(one, other, atol=1e-4)
 
@@ -73,8 +68,7 @@ def test_answers_are_those_without_a_cache(conversation):
     for number, text in enumerate(("Hello", "And then?", "Why")):
         right = expected(conversation, text)
         pieces = list(conversation.ask(text, **LIMIT))
-        assert len(pieces) > 3 and all(pieces)
-        assert "".join(pieces) == right
+        assert len(pieces) > 3 and all(pieces) and "".join(pieces) == right
         assert conversation.messages[-2:] == [
             {"role": "user", "content": text},
             {"role": "assistant", "content": right},
@@ -85,45 +79,35 @@ def test_answers_are_those_without_a_cache(conversation):
         check_cache(conversation)
 
 
-def test_settings_are_passed_on(conversation):
-    settings = {"n_probes": 1, "verify": False}
-    few = expected(conversation, "Hello", **settings)
-    assert few != expected(conversation, "Hello", dense=True)
-    assert answer(conversation, "Hello", **settings) == few
-
-
 @pytest.mark.parametrize("n_pieces", [1, 5])
 def test_a_stopped_answer_stays_as_far_as_it_came(conversation, n_pieces):
-    right = expected(conversation, "Hello")
-    seen = []
+    right, seen = expected(conversation, "Hello"), []
     for piece in conversation.ask("Hello", stopping=lambda: len(seen) == n_pieces, **LIMIT):
         seen.append(piece)
     assert len(seen) == n_pieces
     assert right.startswith("".join(seen)) and "".join(seen) != right
     assert conversation.messages[-1] == {"role": "assistant", "content": "".join(seen)}
     assert conversation.answers[-1].finish == STOPPED
-    assert goes_on_as_anew(conversation)
+    check_next_answer(conversation)
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3])
+@pytest.mark.parametrize("calls", [1, 3])
 def test_a_question_stopped_in_the_prompt_is_forgotten(conversation, calls):
     answer(conversation, "Hello")
     before = list(conversation.messages)
-    asked = iter([False] * (calls - 1) + [True])
-    left = answer(
-        conversation, "A longer question", stopping=lambda: next(asked), prefill_step_size=8
-    )
-    assert left == ""
+    stops = iter([False] * (calls - 1) + [True])
+    text = answer(conversation, "Another", stopping=lambda: next(stops), prefill_step_size=8)
+    assert text == ""
     assert conversation.messages == before and len(conversation.answers) == 1
-    assert goes_on_as_anew(conversation)
+    check_next_answer(conversation)
 
 
 def test_a_prompt_that_the_cache_holds_completely_is_answered(conversation):
     right = answer(conversation, "Hello")
     conversation.replace([])
     assert answer(conversation, "Hello") == right
-    asked = conversation.answers[-1]
-    assert asked.n_cached == asked.n_prompt - 1  # one is left to go through the model
+    last = conversation.answers[-1]
+    assert last.n_cached == last.n_prompt - 1  # one is left to go through the model
     check_cache(conversation)
 
 
@@ -139,11 +123,8 @@ def test_an_error_amid_a_step_leaves_no_half_filled_cache(conversation):
     with pytest.raises(KeyboardInterrupt):
         answer(conversation, "Then", sampler=fails, max_tokens=100)
     assert conversation.messages[-2]["content"] == "Then"
-    assert goes_on_as_anew(conversation)
-
-
-def test_an_abandoned_answer_leaves_a_cache_that_agrees(conversation):
-    stream = conversation.ask("Hello", **LIMIT)
+    check_next_answer(conversation)
+    stream = conversation.ask("Hello", **LIMIT)  # an abandoned answer
     first = next(stream)
     stream.close()
     assert conversation.messages[-1]["content"] == first
@@ -153,28 +134,16 @@ def test_an_abandoned_answer_leaves_a_cache_that_agrees(conversation):
 def test_a_full_cache_forgets_the_oldest_and_is_made_anew_where_it_cannot_be_trimmed(loaded):
     model = tiny_model("qwen3", vocab_size=VOCAB_SIZE)  # mlx-lm makes its cache
     conversation = Conversation(model, loaded[1], max_kv_size=24)
-    assert conversation.cache.limited
+    assert conversation.cache_is_limited
     for text in ("A question of some length", "Another one"):
         answer(conversation, text)
-        assert all(cache.size() == 24 for cache in conversation.cache.arrays)
+        assert all(cache.size() == 24 for cache in conversation.cache)
     conversation.replace(conversation.messages[:2])
     again = answer(conversation, "Another one")
     assert conversation.answers[-1].n_cached == 0
     fresh = Conversation(model, loaded[1], max_kv_size=24)
     fresh.replace(conversation.messages[:2])
     assert answer(fresh, "Another one") == again
-
-
-def test_reset_begins_anew_with_the_system_prompt(loaded):
-    conversation = Conversation(*loaded, system_prompt="Be brief.")
-    assert goes_on_as_anew(conversation, "Hello")
-    first = conversation.answers[0].text
-    assert conversation.messages[0] == {"role": "system", "content": "Be brief."}
-    assert first != answer(Conversation(*loaded), "Hello")
-    conversation.reset()
-    assert conversation.messages == [{"role": "system", "content": "Be brief."}]
-    assert conversation.answers == [] and conversation.cache.token_ids == []
-    assert answer(conversation, "Hello") == first
 
 
 def test_an_answer_ends_at_the_end_of_text(conversation):
@@ -186,14 +155,14 @@ def test_an_answer_ends_at_the_end_of_text(conversation):
     check_cache(conversation)
 
 
-def test_templates_that_refuse_are_named_and_nothing_changes(loaded, tmp_path):
+def test_errors_of_templates_are_named_and_nothing_changes(loaded, tmp_path):
     model, _ = loaded
-    for template, said in ((None, "no chat template"), (STRICT, "No system role")):
+    for template, text in ((None, "no chat template"), (STRICT, "No system role")):
         write_tokenizer(tmp_path, template)
         tokenizer = loaded[1].__class__(
             type(loaded[1]._tokenizer).from_pretrained(tmp_path), eos_token_ids=[1]
         )
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=text):
             Conversation(model, tokenizer, system_prompt="Be brief.")
     conversation = Conversation(model, tokenizer)
     with pytest.raises(ValueError, match="No system role"):
@@ -201,56 +170,48 @@ def test_templates_that_refuse_are_named_and_nothing_changes(loaded, tmp_path):
     assert conversation.messages == []
 
 
-TALK = [
+SAVED = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": 'Grüße\n"zitiert"'},
     {"role": "assistant", "content": "[bold]\x1b �"},
 ]
 
 
-@pytest.mark.parametrize("messages", [TALK, TALK[1:], TALK[:1], []])
-def test_what_is_written_is_read(tmp_path, messages):
+def test_a_conversation_is_written_and_read_and_replaces_nothing_else(tmp_path):
     file = tmp_path / "chat.json"
-    write_conversation(file, messages, "a model")
-    assert read_conversation(file) == messages
-    assert json.loads(file.read_text())["model"] == "a model"
-    assert "Grüße" in file.read_text() or TALK[1] not in messages
-    file.write_text(json.dumps([message | {"name": "x"} for message in messages]))
-    assert read_conversation(file) == messages  # a list alone, without other keys
+    for messages in (SAVED, SAVED[1:], SAVED[:1], []):
+        write_conversation(file, messages, "a model")
+        assert read_conversation(file) == messages
+        assert json.loads(file.read_text())["model"] == "a model"
+        assert ("Grüße" in file.read_text()) == (SAVED[1] in messages)
+    file.write_text(json.dumps([message | {"name": "x"} for message in SAVED]))
+    assert read_conversation(file) == SAVED  # a list alone, without other keys
+    file.write_text("shopping list")
+    with pytest.raises(ValueError, match="exists already and is not a conversation"):
+        write_conversation(file, SAVED, "a model")
+    assert file.read_text() == "shopping list"
 
 
 @pytest.mark.parametrize(
-    "content, said",
+    "content",
     [
-        ("{", "it is not JSON"),
-        ("[" * 100_000, "it is nested too deeply"),
-        ("3", "a list of messages under the key 'messages'"),
-        ('{"talk": []}', "a list of messages under the key 'messages'"),
-        ('["hello"]', "message 1 must have a role and a content"),
-        ('[{"role": "user"}]', "message 1 must have a role and a content"),
-        ('[{"role": "user", "content": [1]}]', "message 1 must have a role and a content"),
-        ('[{"role": "user", "content": "a"}]', "not questions of a user and answers of"),
-        ('[{"role": "assistant", "content": "a"}]', "not questions"),
-        (json.dumps([*TALK[1:], *TALK]), "not questions"),
-        (json.dumps([TALK[1], TALK[1]]), "not questions"),
-        (b"\xff\xfe\x00", "it is not JSON"),
+        "{",
+        "[" * 100_000,
+        b"\xff\xfe\x00",
+        "3",
+        '{"talk": []}',
+        '["hello"]',
+        '[{"role": "user"}]',
+        '[{"role": "user", "content": [1]}, {"role": "assistant", "content": ""}]',
+        '[{"role": "user", "content": "a"}]',
+        '[{"role": "assistant", "content": "a"}]',
+        json.dumps([*SAVED[1:], *SAVED]),
+        json.dumps([SAVED[1], SAVED[1]]),
     ],
 )
-def test_other_files_are_refused_in_one_sentence(tmp_path, content, said):
+def test_files_without_a_conversation(tmp_path, content):
     file = tmp_path / "chat.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"does not hold a conversation \(.*\): choose") as caught:
         read_conversation(file)
-    assert said in str(caught.value)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_conversation_is_replaced_and_nothing_else(tmp_path):
-    file = tmp_path / "chat.json"
-    write_conversation(file, TALK, "a model")
-    write_conversation(file, TALK[1:], "a model")
-    assert read_conversation(file) == TALK[1:]
-    file.write_text("shopping list")
-    with pytest.raises(ValueError, match="exists already and is not a conversation"):
-        write_conversation(file, TALK, "a model")
-    assert file.read_text() == "shopping list"

@@ -24,17 +24,18 @@ def _hear_hang_ups() -> None:
 class ChatScreen:
     """A running chat with its user's folder, what is typed and what stands on its screen."""
 
-    def __init__(self, *arguments, home: Path, columns: int = 200, environment=()):
+    def __init__(self, *arguments, home: Path, columns: int = 200):
         self.screen = pyte.Screen(columns, ROWS)
         self._stream = pyte.Stream(self.screen)
         self.child = pexpect.spawn(
             sys.executable,
             ["-m", "mlx_flashhead.chat", *map(str, arguments)],
-            env={**os.environ, **ENVIRONMENT, "HOME": str(home), **dict(environment)},
+            env={**os.environ, **ENVIRONMENT, "HOME": str(home)},
             encoding="utf-8",
             codec_errors="replace",
             dimensions=(ROWS, columns),
             preexec_fn=_hear_hang_ups,
+            timeout=TIMEOUT,
         )
         self.child.delaybeforesend = 0
         self.screen.write_process_input = self.child.send  # where the cursor is, when asked
@@ -64,7 +65,7 @@ class ChatScreen:
             self.wait(lambda: self.here == shown)
 
     def paste(self, text: str) -> None:
-        """As a terminal tells a program that has asked for it."""
+        """As a terminal tells a program that expects pasted text."""
         self.child.send(f"\x1b[200~{text}\x1b[201~")
 
     def say(self, text: str = "") -> str:
@@ -80,13 +81,6 @@ class ChatScreen:
         row = self.screen.cursor.y
         self.type(CTRL_C)
         return self._until_prompt(row)
-
-    def leave(self, how: str = "/exit\r") -> int:
-        """The exit code."""
-        self.type(how)
-        self.child.expect(pexpect.EOF, timeout=TIMEOUT)
-        self.child.wait()
-        return self.child.exitstatus
 
     def _until_prompt(self, row: int) -> str:
         self.wait(lambda: self.screen.cursor.y > row and self.here == ">")

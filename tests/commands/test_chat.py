@@ -3,7 +3,6 @@
 import errno
 import io
 import json
-import os
 import re
 import signal
 import sys
@@ -18,6 +17,7 @@ from chat_screen import CTRL_D, ESC_ENTER, UP, ChatScreen
 from mlx_flashhead.chatting import session
 from mlx_flashhead.chatting.conversation import Conversation
 from mlx_flashhead.common.command import UNPRINTABLE
+from mlx_flashhead.common.terminal import Terminal
 from model_folders import VOCAB_SIZE, write_model
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
@@ -48,6 +48,19 @@ def start(converted, folder):
         chat.child.close(force=True)
 
 
+@pytest.fixture
+def typed(run, monkeypatch):
+    """A function that gives lines to the chat in this process: the answers, and what it says."""
+
+    def typed(lines, *arguments):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+        code, output, errors = run("chat", *arguments, "-m", ANSWER_TOKENS)
+        assert code == 0
+        return output, errors
+
+    return typed
+
+
 def words(text):
     """What can be compared with a screen, which breaks lines and drops spaces at their ends."""
     return "".join(c for c in text if c in "\n\t" or c.isprintable()).split()
@@ -55,41 +68,6 @@ def words(text):
 
 def messages(file):
     return json.loads(file.read_text())["messages"]
-
-
-@pytest.fixture
-def expected(converted):
-    """A conversation in this process, whose answers the program's must be."""
-    return Conversation(*mlx_flashhead.load(str(converted)))
-
-
-def test_a_conversation_and_its_end_and_another_start(start, expected, folder):
-    chat = start()
-    assert "4 of 17 clusters" in chat.greeting and "/help" in chat.greeting
-    for question in ("Hello there", "And then?"):
-        text, _, said = chat.say(question).partition("\n[")
-        assert words(text) == words("".join(expected.ask(question, max_tokens=ANSWER_TOKENS)))
-        found = re.match(FIGURES, f"[{said}")
-        assert found, said
-        assert (int(found[1]), int(found[2])) == (ANSWER_TOKENS, expected.answers[-1].n_prompt)
-        assert f"[cut at --max-tokens {ANSWER_TOKENS}:" in said
-    assert "Wrote 4 messages to chat.json" in chat.say("/save chat.json")
-    assert messages(folder / "chat.json") == expected.messages
-    assert chat.leave(CTRL_D) == 0
-
-    chat = start("--resume")
-    assert chat.greeting.endswith("Continuing the last conversation, 4 messages; last: And then?")
-    for typed in ("/save chat.json", "And then?"):  # of the first start
-        chat.type(UP, f"> {typed}")
-    right = "".join(expected.ask("And then?", max_tokens=ANSWER_TOKENS))
-    assert words(chat.say().partition("\n[")[0]) == words(right)
-    assert "0 messages" in chat.say("/reset") + chat.say("/stats")
-    assert "4 messages from chat.json" in chat.say("/load chat.json")
-    assert words(chat.say("And then?").partition("\n[")[0]) == words(right)
-    assert chat.leave("q\r") == 0
-    kept = folder / ".config/mlx_flashhead/chat"
-    assert messages(kept / "last.json") == expected.messages
-    assert kept.stat().st_mode & 0o077 == 0
 
 
 def check_end(chat, number):
@@ -100,6 +78,31 @@ def check_end(chat, number):
     assert (chat.child.exitstatus, chat.child.signalstatus) == (128 + number, None)
     flags = termios.tcgetattr(chat.child.child_fd)[3]
     assert flags & termios.ECHO and flags & termios.ICANON
+
+
+def test_a_conversation_at_a_terminal(start, converted, folder):
+    right = Conversation(*mlx_flashhead.load(str(converted)))
+    chat = start()
+    assert "4 of 17 clusters" in chat.greeting and "/help" in chat.greeting
+    for question in ("Hello there", "And then?"):
+        text, _, said = chat.say(question).partition("\n[")
+        assert words(text) == words("".join(right.ask(question, max_tokens=ANSWER_TOKENS)))
+        figures = re.match(FIGURES, f"[{said}")
+        assert figures, said
+        assert (int(figures[1]), int(figures[2])) == (ANSWER_TOKENS, right.answers[-1].n_prompt)
+        assert f"[cut at --max-tokens {ANSWER_TOKENS}:" in said
+    assert "Wrote 4 messages to chat.json" in chat.say("/save chat.json")
+    assert messages(folder / "chat.json") == right.messages
+    chat.type(UP, "> /save chat.json")
+    chat.type(UP, "> And then?")
+    assert "/exit or Ctrl-D leaves" in chat.interrupt()
+    chat.type(CTRL_D)
+    chat.child.expect(pexpect.EOF)
+    chat.child.wait()
+    assert chat.child.exitstatus == 0
+    stored = folder / ".config/mlx_flashhead/chat"
+    assert messages(stored / "last.json") == right.messages
+    assert stored.stat().st_mode & 0o077 == 0
 
 
 def test_lines_are_edited_and_several_are_one_question(start, folder):
@@ -118,8 +121,6 @@ def test_lines_are_edited_and_several_are_one_question(start, folder):
     chat.say("/save chat.json")
     questions = [m["content"] for m in messages(folder / "chat.json") if m["role"] == "user"]
     assert questions == ["/first\nsecond\n  third", "by key\nand key", "/in\n\nquotes"]
-    chat.type("never mind", "> never mind")
-    assert "/exit or Ctrl-D leaves" in chat.interrupt()
     chat.type("/lo\tmy-\t", "> /load my-talk.json")
     assert "0 messages from my-talk.json" in chat.say()
     chat.type("/sta\t", "> /stats")
@@ -153,40 +154,24 @@ def test_an_answer_on_a_narrow_screen_is_stopped(start, folder):
     check_end(chat, signal.SIGTERM)
 
 
+def test_without_prompt_toolkit_lines_are_typed_all_the_same(monkeypatch, capsys, folder):
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO('"""Hello\nthere"""\n'))
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    terminal = Terminal([], [], folder / "history")
+    assert terminal.interactive and terminal.read() == '"""Hello\nthere"""'
+    shown = capsys.readouterr().out
+    assert "pip install 'mlx_flashhead[chat]'" in shown and shown.endswith("> > ")
+
+
 @pytest.mark.parametrize("end", ["/exit now", "exit", " quit ", "/quit", "/q", "q"])
-def test_words_that_end_a_chat(typed, converted, end):
-    answers, said = typed(f"{end}\nHello\n", "--model", converted)
-    assert answers == said == ""
-
-
-def test_without_prompt_toolkit_lines_are_typed_all_the_same(start, folder):
-    lacking = folder / "lacking" / "prompt_toolkit"
-    lacking.mkdir(parents=True)
-    (lacking / "__init__.py").write_text(
-        "raise ModuleNotFoundError('No prompt_toolkit', name='prompt_toolkit')"
-    )
-    path = f"{lacking.parent}{os.pathsep}{os.environ['PYTHONPATH']}"
-    chat = start(environment={"PYTHONPATH": path})
-    assert "pip install 'mlx_flashhead[chat]'" in chat.greeting
-    assert "tokens/s" in chat.say("Hello")
-    chat.leave()
-
-
-@pytest.fixture
-def typed(run, monkeypatch):
-    """A function that gives lines to the chat in this process: the answers, and what it says."""
-
-    def typed(lines, *arguments):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-        code, output, errors = run("chat", *arguments, "-m", ANSWER_TOKENS)
-        assert code == 0
-        return output, errors
-
-    return typed
+def test_words_that_end_a_chat(end):
+    assert session._command(end)[0] == "/exit"
 
 
 def test_every_command_over_pipes(typed, converted, folder):
-    """Standard output has the answers and nothing else, which are those of checked tokens."""
+    """Standard output has the answers and nothing else, which are those of verified tokens."""
     (folder / "notes.txt").write_text("no conversation")
     turns = (
         ("/help", "  /help    what can be typed"),
@@ -212,7 +197,10 @@ def test_every_command_over_pipes(typed, converted, folder):
         ('"""/And\nthen?"""', "tokens/s"),
         (" /a message", "tokens/s"),
         ("/save chat.json", "Wrote 7 messages to chat.json"),
+        ("/load chat.json", "Read 7 messages from chat.json"),
         ("/h", "  /exit    leave"),
+        ("q", ""),
+        ("/reset", ""),
     )
     lines = "".join(f"{line}\n" for line, _ in turns)
     answers, said = typed(lines, "--model", converted, "--system-prompt", "Be brief.")
@@ -220,7 +208,8 @@ def test_every_command_over_pipes(typed, converted, folder):
     for _, wanted in turns:
         place = said.index(wanted, place) + len(wanted)
     assert all(f"  {command} " in said for command in session.COMMANDS)
-    assert "\x1b" not in said and said.count("tokens/s") == 6  # /stats has one more
+    assert said.count("tokens/s") == 6  # /stats has one more
+    assert "\x1b" not in said and said.count("A new conversation") == 2
     right = Conversation(*mlx_flashhead.load(str(converted)), system_prompt="Be brief.")
     texts = [
         "".join(right.ask(question, max_tokens=ANSWER_TOKENS)) + "\n"
@@ -241,50 +230,41 @@ def test_dense_needs_no_flash_head(typed, dense, converted):
     assert "Now verified, 4 of 17" in said
 
 
-def test_sampling_follows_the_seed(typed, converted):
-    arguments = ("--model", converted, "--temp", 1, "--seed")
-    texts = [typed("Hello\n", *arguments, seed)[0] for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
+def test_flags_of_the_command_line(typed, converted):
+    flags = ("--model", converted, "--temp", 1, "--n-probes", 1, "--max-kv-size", 24, "--seed")
+    texts = [typed("Hello\n/stats\n", *flags, seed) for seed in (1, 1, 2)]
+    assert texts[0][0] == texts[1][0] != texts[2][0]
+    assert "1 of 17 clusters" in texts[0][1] and "--max-kv-size has no effect" in texts[0][1]
 
 
-def test_probes_of_the_command_line_and_a_cache_without_a_limit(typed, converted):
-    arguments = ("--model", converted, "--n-probes", 1, "--max-kv-size", 24)
-    _, said = typed("/stats\n", *arguments)
-    assert "1 of 17 clusters" in said and "--max-kv-size has no effect" in said
-
-
-def test_a_conversation_goes_on_over_pipes(typed, converted, folder, monkeypatch):
-    """Only what was asked to be resumed is kept; where it cannot be kept, it goes on."""
+def test_a_conversation_goes_on_over_pipes(typed, refused, converted, folder, monkeypatch):
+    """With --resume alone it is stored; where it cannot be stored, it goes on."""
     arguments = ("--model", converted)
     both, _ = typed("Hello\nGo on\n", *arguments)
-    kept = folder / ".config/mlx_flashhead/chat/last.json"
-    assert not kept.exists()
-    kept.parent.mkdir(parents=True)
-    kept.write_text("[]")
-    first, said = typed("Hello\n", *arguments, "--resume")
+    stored = folder / ".config/mlx_flashhead/chat/last.json"
+    assert not stored.exists()
+    arguments += ("--resume",)
+    assert "There is no conversation to --resume" in refused("chat", *arguments)
+    assert "leave --system-prompt out" in refused("chat", *arguments, "--system-prompt", "x")
+    stored.parent.mkdir(parents=True)
+    stored.write_text("{")
+    said = refused("chat", *arguments)
+    assert "not JSON" in said and "without --resume" in said
+    stored.write_text("[]")
+    first, said = typed("Hello\n", *arguments)
     assert "0 messages" in said
-    second, said = typed("Go on\n", *arguments, "--resume")
+    second, said = typed("Go on\n", *arguments)
     assert first + second == both and "2 messages; last: Hello" in said
-    assert len(messages(kept)) == 4
+    assert len(messages(stored)) == 4
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "last.json")
 
-    kept.write_text("[]")
-    monkeypatch.setattr(session, "keep", full)
-    answers, said = typed("Hello\nGo on\n", *arguments, "--resume")
+    stored.write_text("[]")
+    monkeypatch.setattr(session, "store_conversation", full)
+    answers, said = typed("Hello\nGo on\n", *arguments)
     assert answers == both
     assert said.count("not kept for --resume: last.json: No space left") == 1
-
-
-def test_resume_refuses(refused, converted, folder):
-    model = ("--model", converted, "--resume")
-    assert "There is no conversation to --resume" in refused("chat", *model)
-    assert "leave --system-prompt out" in refused("chat", *model, "--system-prompt", "x")
-    kept = folder / ".config/mlx_flashhead/chat/last.json"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("{")
-    assert "not JSON" in (said := refused("chat", *model)) and "without --resume" in said
 
 
 def test_chat_needs_a_template(refused, tmp_path):

@@ -17,24 +17,14 @@ import pytest
 from mlx_flashhead.__main__ import COMMANDS
 
 CHECKOUT = Path(__file__).parents[2]
-
+FULL, FORBIDDEN = "free some space or choose another place", "choose another place, or get the "
 REMEDIES = (
-    (errno.ENOSPC, "free some space or choose another place"),
-    (errno.EDQUOT, "free some space or choose another place"),
-    (errno.EACCES, "choose another place, or get the permission"),
-    (errno.EROFS, "choose another place, or get the permission"),
+    (errno.ENOSPC, FULL),
+    (errno.EDQUOT, FULL),
+    (errno.EACCES, FORBIDDEN + "permission"),
+    (errno.EROFS, FORBIDDEN + "permission"),
     (errno.EIO, "check the path and the disk"),
 )
-# As `python -m` does, but in one process.
-HELP = """
-import runpy, sys
-for name in NAMES:
-    sys.argv = ['-m', '--help']
-    try:
-        runpy.run_module(f'mlx_flashhead.{name}', run_name='__main__', alter_sys=True)
-    except SystemExit as end:
-        assert end.code == 0, name
-"""
 
 
 def start(*command, **options):
@@ -49,14 +39,31 @@ def start(*command, **options):
     return result.returncode, result.stdout, result.stderr
 
 
-def test_help_of_all_commands_imports_no_library_of_models():
+# As `python -m` does, but in one process; and as `python scripts/convert.py` of a clone.
+HELP = f"""
+import runpy, sys
+
+def show_help(run, name, **options):
+    sys.argv = ['-m', '--help']
+    try:
+        run(name, run_name='__main__', **options)
+    except SystemExit as end:
+        assert end.code == 0, name
+
+for name in {[*COMMANDS]}:
+    show_help(runpy.run_module, f'mlx_flashhead.{{name}}', alter_sys=True)
+show_help(runpy.run_path, {str(CHECKOUT / "scripts" / "convert.py")!r})
+print(sorted({{'mlx_lm', 'mlx_vlm', 'transformers'}} & {{*sys.modules}}))
+"""
+
+
+def test_help_of_all_commands_imports_no_library_of_models(tmp_path):
     """And no module warns. Such a library takes a second or more."""
-    script = HELP.replace("NAMES", repr([*COMMANDS]))
-    script += "print(sorted({'mlx_lm', 'mlx_vlm', 'transformers'} & {*sys.modules}))"
-    code, output, errors = start(sys.executable, "-W", "error::RuntimeWarning", "-c", script)
+    program = (sys.executable, "-W", "error::RuntimeWarning", "-c", HELP)
+    code, output, errors = start(*program, cwd=tmp_path)
     assert (code, errors) == (0, "") and output.splitlines()[-1] == "[]"
     used = [line.split()[1] for line in output.splitlines() if line.startswith("usage: ")]
-    assert used == [f"mlx_flashhead.{command}" for command in COMMANDS]
+    assert used == [f"mlx_flashhead.{command}" for command in (*COMMANDS, "convert")]
 
 
 def test_ctrl_c_during_the_imports_ends_without_a_traceback(dense):
@@ -80,16 +87,6 @@ def test_console_script_generates_and_prints_nothing_else(run, converted):
     assert expected[::2] == (0, "")
 
 
-def test_script_converts(dense, tmp_path):
-    """From another folder, as `python scripts/convert.py` of a clone."""
-    code, output, _ = start(
-        sys.executable, "-W", "error::RuntimeWarning", CHECKOUT / "scripts" / "convert.py",
-        "--model", dense, "--mlx-path", "model", "--calibration", "none", cwd=tmp_path,
-    )  # fmt: skip
-    assert code == 0 and "Writing model" in output
-    assert (tmp_path / "model" / "config.json").exists()
-
-
 @pytest.mark.parametrize(
     "command", ["generate", "chat", "convert", "export", "evaluate", "benchmark"]
 )
@@ -105,8 +102,8 @@ def test_how_commands_end(run, monkeypatch, command):
         *((OSError(n, os.strerror(n), "file"), 2, f"{os.strerror(n)}: {r}") for n, r in REMEDIES),
     ):
         monkeypatch.setattr(module, "make_parser", Mock(side_effect=error))
-        found, output, errors = run(command)
-        assert (found, output) == (code, "") and errors in (said, f"error: file: {said}.\n")
+        ended, output, errors = run(command)
+        assert (ended, output) == (code, "") and errors in (said, f"error: file: {said}.\n")
 
 
 @pytest.mark.parametrize(
@@ -155,48 +152,41 @@ def test_a_model_is_converted_and_generates(dense, tmp_path):
         ["chat", *answers],
         ["benchmark", "head", "--shape", "512,64", "--n-probes", 4, "--rounds", 1],
     ]
-    process = [sys.executable, "-c", RUN, json.dumps([[*map(str, words)] for words in commands])]
-    result = subprocess.run(process, capture_output=True, text=True, input="One day\n")
-    assert result.returncode == 0, result.stderr
-    shown = dict(part.split("\n", 1) for part in result.stdout.split("== ")[1:])
-    assert "Writing" in shown["convert"]
-    assert "4 tokens" in shown["generate"]
+    words = json.dumps([[*map(str, command)] for command in commands])
+    code, output, errors = start(sys.executable, "-c", RUN, words, input="One day\n")
+    assert code == 0, errors
+    shown = dict(part.split("\n", 1) for part in output.split("== ")[1:])
+    assert "Writing" in shown["convert"] and "4 tokens" in shown["generate"]
     assert shown["server"].startswith("usage: ")
     assert shown["chat"].strip() and "FlashHead" in shown["benchmark"]
 
 
 @pytest.mark.parametrize(
-    "arguments, what, module, extra",
+    "arguments, what, module",
     [
-        (("evaluate", "text", "--text", "a"), "mlx_flashhead.evaluate", "rich", "report"),
-        (("evaluate", "text", "--text", "a", "--plot", "a.png"), "--plot", "matplotlib", "report"),
-        (("benchmark", "model"), "mlx_flashhead.benchmark", "rich", "report"),
-        (("benchmark", "model", "--plot", "a.svg"), "--plot", "matplotlib", "report"),
-        (("export", "--output", "a.safetensors"), "mlx_flashhead.export", "rich", "report"),
+        (("evaluate", "text", "--text", "a"), "mlx_flashhead.evaluate", "rich"),
+        (("evaluate", "text", "--text", "a", "--plot", "a.png"), "--plot", "matplotlib"),
+        (("benchmark", "model"), "mlx_flashhead.benchmark", "rich"),
+        (("benchmark", "model", "--plot", "a.svg"), "--plot", "matplotlib"),
+        (("export", "--output", "a.safetensors"), "mlx_flashhead.export", "rich"),
     ],
 )
-def test_a_missing_module_is_named_with_its_extra(
-    refused, monkeypatch, arguments, what, module, extra
-):
+def test_a_missing_module_is_named_with_its_extra(refused, monkeypatch, arguments, what, module):
     """Before any work: the model is not looked for."""
     monkeypatch.setitem(sys.modules, module, None)
     said = refused(*arguments, "--model", "./absent")
-    assert said == (
-        f"error: {what} needs {module}, which is not installed: "
-        f"pip install 'mlx_flashhead[{extra}]'."
-    )
-
-
-README = Path(__file__).parents[2] / "README.md"
+    install = "pip install 'mlx_flashhead[report]'"
+    assert said == f"error: {what} needs {module}, which is not installed: {install}."
 
 
 def test_the_sample_prints_an_answer_of_the_chat(converted, tmp_path, monkeypatch, capsys):
     (tmp_path / "mlx-community").mkdir()
     (tmp_path / "mlx-community" / "gemma-3-1b-it-4bit").symlink_to(converted)
     monkeypatch.chdir(tmp_path)
-    sample = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)[1]
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    sample = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
     names = {}
     exec(sample, names)
     assert capsys.readouterr().out.strip()
-    asked = names["tokenizer"].decode(names["prompt"])
-    assert "What is a prime number?" in asked and asked != "What is a prime number?"
+    prompt = names["tokenizer"].decode(names["prompt"])
+    assert "What is a prime number?" in prompt and prompt != "What is a prime number?"

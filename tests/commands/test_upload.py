@@ -1,5 +1,7 @@
 """``upload``, and the options of ``convert`` that publish: what they print and refuse."""
 
+import shutil
+
 import pytest
 
 from loopback_hub import TOKEN
@@ -19,15 +21,16 @@ def convert(source, target, *further):
     return ("convert", "--model", source, "--mlx-path", target, "--calibration", "none", *further)
 
 
-def test_upload(run, hub, converted):
-    code, output, errors = run("upload", "--path", converted, "--repo", "me/tiny")
+def test_upload(run, hub, converted, tmp_path):
+    folder = shutil.copytree(converted, tmp_path / "model")  # upload writes its card
+    code, output, errors = run("upload", "--path", folder, "--repo", "me/tiny")
     assert code == 0, errors
     lines = output.splitlines()
-    assert lines[-2:] == [f"Uploading {converted} to me/tiny", f"Uploaded to {hub.url}/me/tiny"]
+    assert lines[-2:] == [f"Uploading {folder} to me/tiny", f"Uploaded to {hub.url}/me/tiny"]
     assert len(lines) == 2
     assert FILE_NAME in hub.files("me/tiny")
     assert TOKEN not in output + errors
-    assert run("upload", "--path", converted, "--private")[0] == 0
+    assert run("upload", "--path", folder, "--private")[0] == 0
     assert hub.repositories["me/model-FlashHead-fp32"].private
 
 

@@ -1,4 +1,4 @@
-"""Work in helper processes: its limits, its failures, and what stays of it."""
+"""Work in helper processes: its limits, its failures, and which helpers stay."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -34,24 +34,21 @@ def guard(tmp_path):
     return Guard(tmp_path / "work.py", seconds=0.5, max_bytes=200 << 20)
 
 
-@pytest.mark.parametrize(
-    "request_, error, said",
-    [
+def test_a_failure_ends_its_own_work_alone(guard):
+    for request, error, text in (
         (("sleep", 60), GuardError, "takes more than 0.5 seconds"),
         (("fill", 10**9), GuardError, "takes more than 200 MB of memory"),
         (("exit", 3), GuardError, "is too complex for the library"),
         (("raise", "why"), RuntimeError, "why"),
         (("recurse", 0), RuntimeError, "recursion"),
-    ],
-)
-def test_what_goes_wrong_ends_the_work_alone(guard, request_, error, said):
-    with pytest.raises(error, match=said):
-        guard.call(request_)
-    assert guard.call(["", {"a": "é"}])[0] == {"a": "é"}
+    ):
+        with pytest.raises(error, match=text):
+            guard.call(request)
+        assert guard.call(["", {"a": "é"}])[0] == {"a": "é"}
 
 
 def test_the_memory_of_a_helper_is_looked_at(guard, monkeypatch):
-    """As on macOS, which does not keep to a limit."""
+    """As on macOS, which enforces no limit."""
     assert memory_of(os.getpid()) > 1 << 20
     guard.seconds = 30
     monkeypatch.setattr(guarded, "memory_of", lambda pid: 300 << 20)
@@ -59,14 +56,14 @@ def test_the_memory_of_a_helper_is_looked_at(guard, monkeypatch):
         guard.call(["sleep", 60])
 
 
-def test_helpers_stay_and_each_call_has_one_of_its_own(guard):
+def test_helpers_stay_and_no_two_calls_share_one(guard):
     first = guard.call(["", 1])[1]
     assert first == guard.call(["", 2])[1] != os.getpid()
     with ThreadPoolExecutor(4) as pool:
         processes = {answer[1] for answer in pool.map(guard.call, [["sleep", 0.2]] * 4)}
     assert len(processes) == 4 and first in processes
     assert len(guard._idle) == guarded.MAX_IDLE
-    guard._idle[0]._connection.close()  # as when the caller ends
-    assert guard._idle[0]._process.wait(20) == 0
+    guard._idle[0].connection.close()  # as when the caller ends
+    assert guard._idle[0].process.wait(20) == 0
     with pytest.raises(GuardError, match="no helper process starts"):
-        Guard(guard._path.with_name("absent.py")).call(["", 1])
+        Guard(guard.path.with_name("absent.py")).call(["", 1])

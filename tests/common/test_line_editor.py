@@ -1,4 +1,4 @@
-"""Completion of commands and files, and a history that is kept where it can be."""
+"""Completion of commands and files, a history, and signals while a line is edited."""
 
 import signal
 
@@ -15,30 +15,26 @@ from mlx_flashhead.common.line_editor import _Commands, line_editor
 from mlx_flashhead.common.terminal import is_open
 
 
-@pytest.fixture
-def completions(tmp_path, monkeypatch):
+def test_commands_and_files_are_completed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a folder").mkdir()
     (tmp_path / "sub" / "deep").mkdir(parents=True)
     (tmp_path / "sub" / "deeper.json").touch()
     completer = _Commands(["/save", "/stats", "/exit"], ["/save"])
-
-    def completions(line):
-        found = completer.get_completions(Document(line), CompleteEvent())
-        return [line[: len(line) + one.start_position] + one.text for one in found]
-
-    return completions
-
-
-def test_commands_and_files_are_completed(completions):
-    assert completions("/s") == ["/save ", "/stats "]
-    assert completions("") == completions("hello") == completions("/exit ") == []
-    assert completions("/save ") == ["/save a folder", "/save sub"]
-    assert completions("/save sub/de") == ["/save sub/deep", "/save sub/deeper.json"]
-    assert completions("/save absent/x") == []
+    for line, expected in (
+        ("/s", ["/save ", "/stats "]),
+        ("", []),
+        ("hello", []),
+        ("/exit ", []),
+        ("/save ", ["/save a folder", "/save sub"]),
+        ("/save sub/de", ["/save sub/deep", "/save sub/deeper.json"]),
+        ("/save absent/x", []),
+    ):
+        completions = completer.get_completions(Document(line), CompleteEvent())
+        assert [line[: len(line) + c.start_position] + c.text for c in completions] == expected
 
 
-def test_the_history_is_kept_for_its_user_alone_where_it_can_be(tmp_path):
+def test_the_history_is_its_users_alone_and_may_be_missing(tmp_path):
     (tmp_path / "file").touch()
     file, nowhere = tmp_path / "new" / "history", tmp_path / "file" / "history"
     for place, answer in (

@@ -27,37 +27,33 @@ def convert_quickly(dense, target):
     return convert(str(dense), str(target), overwrite=True, calibration="none", progress=False)
 
 
-@pytest.fixture(params=[False, True], ids=["new", "overwrite"])
-def target(request, converted, tmp_path):
-    """A place with nothing in it, or with the folder of an earlier conversion."""
+@pytest.mark.parametrize("replaces", [False, True])
+def test_appears_at_the_end(tmp_path, replaces):
     target = tmp_path / "deep" / "model"
-    if request.param:
-        shutil.copytree(converted, target)
-    return target
-
-
-def test_appears_at_the_end(target):
+    if replaces:
+        target.mkdir(parents=True)
+        (target / "config.json").write_text("{}")
     before = snapshot(target)
     with new_folder(target) as folder:
         (folder / "weights").write_bytes(b"new")
-        assert folder.parent.parent == target.parent
-        assert snapshot(target) == before
+        assert folder.parent.parent == target.parent and snapshot(target) == before
     assert snapshot(target) == {Path("weights"): b"new"}
     assert [path.name for path in target.parent.iterdir()] == ["model"]
     assert target.stat().st_mode & 0o777 == 0o755  # others can read it
 
 
 @pytest.mark.parametrize("new", [new_file, new_folder])
-def test_errors_name_the_place(tmp_path, new):
-    with pytest.raises(OSError) as error, new(tmp_path / "place") as temporary:
+def test_errors_name_the_place_and_missing_parents_go(tmp_path, new):
+    target = tmp_path / "place" if new is new_file else tmp_path / "deep" / "place"
+    with pytest.raises(OSError) as error, new(target) as temporary:
         raise OSError(errno.ENOSPC, "No space left", str(temporary / "weights"))
-    assert error.value.filename == str(tmp_path / "place")
+    assert error.value.filename == str(target)
     assert snapshot(tmp_path) == {}
 
 
 @pytest.mark.parametrize("failing", [1, 2])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_what_is_replaced_comes_back(tmp_path, monkeypatch, failing, error):
+def test_a_replaced_folder_comes_back(tmp_path, monkeypatch, failing, error):
     target = tmp_path / "model"
     target.mkdir()
     (target / "config.json").write_text("{}")
@@ -78,7 +74,7 @@ def test_what_is_replaced_comes_back(tmp_path, monkeypatch, failing, error):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("file", ["model.safetensors", "flash_head.index"])
-def test_full_disk_under_mlx(dense, target, tmp_path, monkeypatch, file):
+def test_full_disk_under_mlx(dense, converted, tmp_path, monkeypatch, file):
     """MLX does not raise an OSError then."""
     save = conversion.save
 
@@ -86,15 +82,16 @@ def test_full_disk_under_mlx(dense, target, tmp_path, monkeypatch, file):
         (folder / file).symlink_to("/dev/full")
         save(folder, *arguments, **options)
 
+    shutil.copytree(converted, tmp_path / "model")
     before = snapshot(tmp_path)
     monkeypatch.setattr(conversion, "save", save_to_full_disk)
     with pytest.raises(OSError, match=r"free some space or choose another|No space left on device"):
-        convert_quickly(dense, target)
+        convert_quickly(dense, tmp_path / "model")
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["to_mother.txt", "config.json"])
-def test_only_what_was_written_here_is_overwritten(dense, tmp_path, name):
+def test_only_folders_of_a_conversion_are_overwritten(dense, tmp_path, name):
     """A slip of the hand such as ``--mlx-path ~ --overwrite`` deletes nothing, nor a model."""
     (tmp_path / name).write_text("{}")
     before = snapshot(tmp_path)
@@ -103,8 +100,8 @@ def test_only_what_was_written_here_is_overwritten(dense, tmp_path, name):
     assert snapshot(tmp_path) == before
 
 
-def test_leftovers_of_killed_processes_go(tmp_path):
-    """What a process that was killed has left, but not what another one is writing."""
+def test_remains_of_killed_processes_go(tmp_path):
+    """But not the folder that another process is writing."""
     target = tmp_path / "model"
     program = (
         "import pathlib, sys\n"
@@ -131,7 +128,7 @@ def test_leftovers_of_killed_processes_go(tmp_path):
     assert snapshot(tmp_path) == {Path("model"): None, Path("model/weights"): b"half"}
 
 
-def test_what_was_put_aside_comes_back(tmp_path):
+def test_a_folder_put_aside_comes_back(tmp_path):
     """A process was killed between putting the old folder aside and the new one in its place."""
     target, aside = tmp_path / "model", tmp_path / ".model.mlx_flashhead-new.x"
     (aside / "replaced").mkdir(parents=True)
@@ -146,12 +143,10 @@ def test_what_was_put_aside_comes_back(tmp_path):
 def test_signal_to_a_real_conversion(dense, converted, tmp_path):
     shutil.copytree(converted, tmp_path / "model")
     before = snapshot(tmp_path)
-    arguments = ["--model", dense, "--mlx-path", tmp_path / "model"]
-    arguments += ["--calibration-positions", "100000000", "--overwrite"]
+    words = ["-m", "mlx_flashhead.convert", "--model", dense, "--mlx-path", tmp_path / "model"]
+    words += ["--calibration-positions", "100000000", "--overwrite"]
     with subprocess.Popen(
-        [sys.executable, "-u", "-m", "mlx_flashhead.convert", *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        [sys.executable, "-u", *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
         seen = b""
         while seen.count(b"token/s") < 2:  # the bar moves: the conversion is well under way

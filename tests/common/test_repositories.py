@@ -1,4 +1,4 @@
-"""What is kept out of everything that is said."""
+"""Secrets do not appear in messages, logs and uploads."""
 
 import logging
 
@@ -7,6 +7,11 @@ import pytest
 from mlx_flashhead.common.repositories import holds_secret, redact, redacted_logs
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
+
+
+@pytest.fixture(autouse=True)
+def _token(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "my-own-secret")
 
 
 @pytest.mark.parametrize(
@@ -22,13 +27,11 @@ TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
         ("", None),
     ],
 )
-def test_redact(monkeypatch, text, expected):
-    monkeypatch.setenv("HF_TOKEN", "my-own-secret")
+def test_redact(text, expected):
     assert redact(text) == (text if expected is None else expected)
 
 
-def test_logs_of_the_client_are_redacted(caplog, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "my-own-secret")
+def test_logs_of_the_client_are_redacted(caplog):
     logger = logging.getLogger("huggingface_hub.utils._http")
     with redacted_logs():
         try:
@@ -40,15 +43,7 @@ def test_logs_of_the_client_are_redacted(caplog, monkeypatch):
     assert "my-own-secret again" in caplog.text
 
 
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        (f'{{"token": "{TOKEN}"}}', True),
-        ("my-own-secret", True),
-        ("hf_xet and hf_hub_download", False),
-        ("", False),
-    ],
-)
-def test_holds_secret(monkeypatch, content, expected):
-    monkeypatch.setenv("HF_TOKEN", "my-own-secret")
-    assert holds_secret(content.encode()) is expected
+def test_holds_secret():
+    for text in (f'{{"token": "{TOKEN}"}}', "my-own-secret"):
+        assert holds_secret(text.encode())
+    assert not holds_secret(b"hf_xet and hf_hub_download")

@@ -23,12 +23,22 @@ def wrapped(text, columns, seed=None):
     return "".join([*pieces, wrap.end()])
 
 
-def test_lines_end_between_words():
-    assert wrapped("one two three four", 10) == "one two\nthree\nfour"
-    assert wrapped("one two three", 14) == "one two three"
-    assert wrapped("one two three", 13) == "one two\nthree"  # the last column stays empty
-    assert wrapped("a  b\n\n  c ", 80) == "a  b\n\n  c"
-    assert wrapped("a\tb", 10) == "a\tb" and wrapped("a\tb", 9) == "a\nb"
+@pytest.mark.parametrize(
+    "text, columns, expected",
+    [
+        ("one two three four", 10, "one two\nthree\nfour"),
+        ("one two three", 14, "one two three"),
+        ("one two three", 13, "one two\nthree"),  # the last column stays empty
+        ("a  b\n\n  c ", 80, "a  b\n\n  c"),
+        ("a\tb", 10, "a\tb"),
+        ("a\tb", 9, "a\nb"),
+        ("see " + "x" * 25 + " now", 10, "see\n" + "x" * 25 + " now"),
+        ("一二三四五六", 9, "一二三四\n五六"),  # two columns each, and no spaces between
+        ("e\u0301" * 3 + " e", 6, "e\u0301" * 3 + " e"),  # an accent takes none
+    ],
+)
+def test_lines_end_between_words(text, columns, expected):
+    assert wrapped(text, columns) == expected
 
 
 @pytest.mark.parametrize("columns", [9, 20, 40, 200])
@@ -39,27 +49,16 @@ def test_no_word_changes_and_no_line_is_too_long(columns):
         # after a word of several lines others may stand
         assert len(line) < columns or " " not in line.strip() or len(line.split()[0]) >= columns
     assert wrapped(TEXT, 10_000) == TEXT
+    for seed in range(5):  # however the text is cut into pieces
+        assert wrapped(TEXT, columns, seed) == shown
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_pieces_do_not_matter(seed):
-    assert wrapped(TEXT, 20, seed) == wrapped(TEXT, 20)
-
-
-def test_a_word_is_shown_when_it_is_complete_and_in_one_piece():
-    assert wrapped("see " + "x" * 25 + " now", 10) == "see\n" + "x" * 25 + " now"
-    wrap = WordWrap(lambda: 10)
+def test_a_word_is_shown_when_it_is_complete_with_the_width_of_then():
+    widths = [10]
+    wrap = WordWrap(lambda: widths[-1])
     pieces = [wrap.feed(piece) for piece in ("on", "e", " tw", "o ", "th", "ree\n", "x", "")]
     assert pieces == ["", "", "one", " two", "", "\nthree", "\n", ""] and wrap.end() == "x"
-
-
-def test_wide_characters_take_two_columns_and_need_no_spaces():
-    assert wrapped("一二三四五六", 9) == "一二三四\n五六"
-    assert wrapped("e\u0301" * 3 + " e", 6) == "e\u0301" * 3 + " e"  # an accent takes none
-
-
-def test_a_new_width_counts_from_the_next_word():
-    widths = iter([80] * 3)
-    wrap = WordWrap(lambda: next(widths, 8))
+    widths.append(80)
     assert wrap.feed("one two three ") == "one two three"
+    widths.append(8)
     assert "\n" in wrap.feed("four five six ")

@@ -1,7 +1,7 @@
 """Small configurations of mlx-lm's architectures.
 
 Almost every name has the same sense in most architectures, so there is one dictionary for all, by
-value, and a few lines for those that want something else. mlx-lm drops what an architecture does
+value, and a few lines where one wants something else. mlx-lm drops what an architecture does
 not know. The scales of logits are not 1, so that each is seen to be applied.
 """
 

@@ -72,19 +72,18 @@ class Answer(Exception):
 NO_RIGHTS = {"X_Error_Message": "You don't have the rights"}
 REPO = "([^/]+/[^/]+)"
 ROUTES = (
-    ("GET", r"/api/whoami-v2", "whoami"),
-    ("POST", r"/api/repos/create", "create"),
-    ("POST", r"/api/validate-yaml", "validate"),
-    ("GET", rf"/api/models/{REPO}/auth-check(/write)?", "auth_check"),
-    ("GET", rf"/api/models/{REPO}(?:/revision/([^/]+))?", "info"),
-    ("GET", rf"/api/models/{REPO}/tree/([^/]+)", "tree"),
-    ("POST", rf"/api/models/{REPO}/preupload/([^/]+)", "preupload"),
-    ("POST", rf"/api/models/{REPO}/commit/([^/]+)", "commit"),
-    ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
-    ("POST", r"/lfs/([0-9a-f]{64})/verify", "verify"),
-    ("PUT", r"/lfs/([0-9a-f]{64})", "store"),
-    ("HEAD", rf"/{REPO}/resolve/([^/]+)/(.+)", "resolve"),
-    ("GET", rf"/{REPO}/resolve/([^/]+)/(.+)", "resolve"),
+    (r"GET /api/whoami-v2", "whoami"),
+    (r"POST /api/repos/create", "create"),
+    (r"POST /api/validate-yaml", "validate"),
+    (rf"GET /api/models/{REPO}/auth-check(/write)?", "auth_check"),
+    (rf"GET /api/models/{REPO}(?:/revision/([^/]+))?", "info"),
+    (rf"GET /api/models/{REPO}/tree/([^/]+)", "tree"),
+    (rf"POST /api/models/{REPO}/preupload/([^/]+)", "preupload"),
+    (rf"POST /api/models/{REPO}/commit/[^/]+", "commit"),
+    (rf"POST /{REPO}\.git/info/lfs/objects/batch", "batch"),
+    (r"POST /lfs/([0-9a-f]{64})/verify", "verify"),
+    (r"PUT /lfs/([0-9a-f]{64})", "store"),
+    (rf"(?:HEAD|GET) /{REPO}/resolve/([^/]+)/(.+)", "resolve"),
 )
 
 
@@ -101,9 +100,8 @@ class Handler(BaseHTTPRequestHandler):
             if self.server.down:
                 raise Down
             self.body = b"" if self.command == "PUT" else b"".join(self.pieces())
-            for method, pattern, name in ROUTES:
-                match = re.fullmatch(pattern, path)
-                if match and method == self.command:
+            for pattern, name in ROUTES:
+                if match := re.fullmatch(pattern, f"{self.command} {path}"):
                     answer = getattr(self, name)(*(g and unquote(g) for g in match.groups()))
                     break
         except Answer as refusal:
@@ -240,7 +238,7 @@ class Handler(BaseHTTPRequestHandler):
     def verify(self, oid):
         return Answer(200 if oid in self.server.large else 404, {})
 
-    def commit(self, repo_id, revision):
+    def commit(self, repo_id):
         repository = self.repository(repo_id, write=True)
         tree = dict(repository.commits[-1])
         for line in map(json.loads, self.body.splitlines()):

@@ -54,7 +54,7 @@ def serving(folder: Path, *arguments) -> Iterator[Server]:
     program += ["--flash-head-always"]  # which is no faster for a tiny model
     command = [sys.executable, *program, *map(str, arguments)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    environment["HF_HUB_CACHE"] = str(folder / "cache")  # no models but those that are named
+    environment["HF_HUB_CACHE"] = str(folder / "cache")  # no other models than the named ones
     environment["PYTHONFAULTHANDLER"] = "1"  # a crash in C++ or Rust would leave no word
     errors = folder / "errors.txt"
     with errors.open("w") as file:
@@ -63,11 +63,11 @@ def serving(folder: Path, *arguments) -> Iterator[Server]:
         )
     try:
         line = process.stdout.readline()
-        found = re.search(r"http://\S+", line)
-        if not found:
+        match = re.search(r"http://\S+", line)
+        if not match:
             code = process.wait(60)
             raise AssertionError(f"the server ended with {code}: {line!r}, {errors.read_text()}")
-        yield Server(process, line, found[0], errors)
+        yield Server(process, line, match[0], errors)
     finally:
         if process.poll() is None:
             process.kill()

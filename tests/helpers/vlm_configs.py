@@ -29,7 +29,7 @@ QWEN3_5 = {
 }
 
 # For each: "text" of the language model, wherever its configuration stands; "text_config" of the
-# nested one alone; "vision", "audio", and the "whole"; "exact" if unknown keys are refused.
+# nested one alone; "vision", "audio", and the "whole"; "exact" if unknown keys are errors.
 VLM_OVERRIDES: dict[str, dict] = named(
     (SIGLIP, "aya_vision colidefics3 idefics3"),
     ({"vision": {"model_type": "vision"}}, "deepseek_vl_v2 deepseekocr unlimited_ocr"),

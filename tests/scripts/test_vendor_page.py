@@ -1,4 +1,4 @@
-"""Taking the page's libraries from npm, whose place a script of the test takes."""
+"""The page's libraries from npm, in whose place a script of the test stands."""
 
 import io
 import json
@@ -12,9 +12,8 @@ import vendor_page
 
 def package(version):
     """A package of npm's with one file of interest."""
-    packed = io.BytesIO()
+    packed, content = io.BytesIO(), f"export const version = '{version}';\n".encode()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        content = f"export const version = '{version}';\n".encode()
         member = tarfile.TarInfo("package/dist/some.js")
         member.size = len(content)
         archive.addfile(member, io.BytesIO(content))
@@ -24,38 +23,32 @@ def package(version):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder that lists version 1.0.0 of a package; npm has 2.0.0 too."""
-    npm = tmp_path / "bin" / "npm"
+    for version in ("1.0.0", "2.0.0"):
+        (tmp_path / f"some@{version}").write_bytes(package(version))
+    npm, folder = tmp_path / "bin" / "npm", tmp_path / "vendor"
     npm.parent.mkdir()
-    packages = {version: package(version) for version in ("1.0.0", "2.0.0")}
-    for version, content in packages.items():
-        (tmp_path / f"some@{version}").write_bytes(content)
     npm.write_text(f'#!/bin/sh\ncp "{tmp_path}/$3" "$5/some.tgz"\n')
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{npm.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(vendor_page, "FOLDER", tmp_path / "vendor")
-    entry = {"version": "1.0.0", "integrity": vendor_page.checksum(packages["1.0.0"])}
-    entry["files"] = {"lib/some.js": {"from": "dist/some.js"}}
-    (tmp_path / "vendor").mkdir()
-    (tmp_path / "vendor" / "vendored.json").write_text(json.dumps({"some": entry}))
-    return tmp_path / "vendor"
-
-
-def listed(folder):
-    return json.loads((folder / "vendored.json").read_text())["some"]
+    monkeypatch.setattr(vendor_page, "FOLDER", folder)
+    integrity = vendor_page.checksum((tmp_path / "some@1.0.0").read_bytes())
+    files = {"lib/some.js": {"from": "dist/some.js"}}
+    folder.mkdir()
+    listed = {"some": {"version": "1.0.0", "integrity": integrity, "files": files}}
+    (folder / "vendored.json").write_text(json.dumps(listed))
+    return folder
 
 
 def test_listed_versions_and_another(folder):
-    vendor_page.main([])
     file = folder / "some" / "lib" / "some.js"
-    assert file.read_text() == "export const version = '1.0.0';\n"
-    assert listed(folder)["files"]["lib/some.js"] == {
-        "from": "dist/some.js",
-        "integrity": vendor_page.checksum(file.read_bytes()),
-    }
-    before = listed(folder)["integrity"]
-    vendor_page.main(["some@2.0.0"])
-    assert "2.0.0" in (folder / "some" / "lib" / "some.js").read_text()
-    assert listed(folder)["version"] == "2.0.0" and listed(folder)["integrity"] != before
+    for arguments, version in (([], "1.0.0"), (["some@2.0.0"], "2.0.0")):
+        vendor_page.main(arguments)
+        assert file.read_text() == f"export const version = '{version}';\n"
+        listed = json.loads((folder / "vendored.json").read_text())["some"]
+        integrity = vendor_page.checksum(file.read_bytes())
+        assert listed["files"] == {"lib/some.js": {"from": "dist/some.js", "integrity": integrity}}
+        archive = (folder.parent / f"some@{version}").read_bytes()
+        assert (listed["version"], listed["integrity"]) == (version, vendor_page.checksum(archive))
 
 
 def test_another_package_than_the_listed_one(folder):
