@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .lossless.generation import batch_generate, generate, stream_generate
     from .lossless.sampler import make_sampler
     from .models.install import detach, get_flash_head
-    from .structured.processor import grammar_processor
+    from .structured.grammar import grammar_processor
 
 __all__ = [
     "FlashHead",
@@ -47,7 +47,7 @@ _MODULES = {
     "lossless.generation": ("batch_generate", "generate", "stream_generate"),
     "lossless.sampler": ("make_sampler",),
     "models.install": ("detach", "get_flash_head"),
-    "structured.processor": ("grammar_processor",),
+    "structured.grammar": ("grammar_processor",),
 }
 
 

@@ -18,15 +18,11 @@ def make_parser() -> Parser:
         description="Write a FlashHead's Metal kernels and arrays to a file for an app made with "
         "mlx-swift-lm; docs/ipad.md has the app's side.",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="Folder or Hugging Face repository of any model that mlx-lm loads.",
-    )
+    model = "Folder or Hugging Face repository of any model that mlx-lm loads."
+    parser.add_argument("--model", required=True, help=model)
     add_head_options(parser)
-    parser.add_argument(
-        "--output", required=True, metavar="head.safetensors", help="File to write."
-    )
+    name = "head.safetensors"
+    parser.add_argument("--output", required=True, metavar=name, help="File to write.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an existing file.")
     return parser
 
@@ -38,8 +34,9 @@ def main() -> None:
     from_extra("rich", "report", "mlx_flashhead.export")  # before long work
 
     # --help needs none of these, which take seconds
-    from .exporting.plan import export_plan
     from .head.backend import PORTABLE
+    from .head.plan import export_plan
+    from .index.files import CONFIG_NAME
     from .loading.load import load_with_head
     from .loading.sources import HeadOptions
     from .models.fetch import resolve
@@ -47,25 +44,6 @@ def main() -> None:
     from .models.locate import find_head
 
     output = Path(args.output).expanduser()
-    _check_output(output, args.overwrite)
-
-    options = replace(HeadOptions.from_flags(args), backend=PORTABLE, tunes=False)
-    model, _, _ = load_with_head(resolve(args.model), options)
-    head = installed_head(model)
-    with new_file(output) as path:
-        arrays = export_plan(head, find_head(model), path)
-    title = f"{head.unverified_probes:,} of {head.n_clusters:,} clusters"
-    table = new_table(title, ("array", "shape", "dtype"), left=3)
-    for name, array in arrays.items():
-        table.add_row(name, str(array.shape), str(array.dtype).removeprefix("mlx.core."))
-    show(table)
-    print(f"{output}: {output.stat().st_size / 1e6:.2f} MB")
-    print(f"Next: add {output.name} and the model's folder to the app, as docs/ipad.md shows.")
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    from .index.files import CONFIG_NAME
-
     if output.suffix != SUFFIX:
         raise ValueError(f"--output {output} must end in {SUFFIX}, such as head{SUFFIX}.")
     if not output.parent.is_dir():
@@ -77,10 +55,22 @@ def _check_output(output: Path, overwrite: bool) -> None:
         )
     if output.is_dir():
         raise ValueError(f"{output} is a folder: choose another --output.")
-    if output.exists() and not overwrite:
+    if output.exists() and not args.overwrite:
         raise ValueError(
             f"{output} exists already: choose another --output, or pass --overwrite to replace it."
         )
+    options = replace(HeadOptions.from_flags(args), backend=PORTABLE, tunes=False)
+    model, _, _ = load_with_head(resolve(args.model), options)
+    head, location = installed_head(model), find_head(model)
+    with new_file(output) as path:
+        arrays = export_plan(head, location.path, location.hidden_dtype, path)
+    title = f"{head.unverified_probes:,} of {head.n_clusters:,} clusters"
+    table = new_table(title, ("array", "shape", "dtype"), left=3)
+    for name, array in arrays.items():
+        table.add_row(name, str(array.shape), str(array.dtype).removeprefix("mlx.core."))
+    show(table)
+    print(f"{output}: {output.stat().st_size / 1e6:.2f} MB")
+    print(f"Next: add {output.name} and the model's folder to the app, as docs/ipad.md shows.")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from .common.flags import (
     check_before_loading,
 )
 from .common.terminal import printable_output
-from .structured.grammar import add_grammar_options, grammar_of
+from .structured.grammar import GrammarProcessor, add_grammar_options, grammar_of
 
 ONE_PROCESS = ["adapter_path", "draft_model", "prompt_cache_file", "image", "fine_head"]
 ONE_PROCESS += ["quantize_activations"]
@@ -170,7 +170,6 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
     from .models.fetch import resolve
     from .models.install import get_flash_head
     from .models.libraries import UNKNOWN_CONTEXT, context_of
-    from .structured.processor import GrammarProcessor
 
     options = HeadOptions.from_flags(args)
     answering: list[Any] = []

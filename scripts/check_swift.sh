@@ -100,4 +100,4 @@ swiftc -Onone -module-name FlashCheck "${flags[@]/-parse-as-library/}" -o "$buil
   -lNumerics -lComplexModule -lRealModule -L "$built/mlx-c" -lmlxc -L "$libraries" -lmlx -lstdc++ \
   -Xlinker -rpath -Xlinker "$libraries"
 cd "$checkout"
-MLX_FLASHHEAD_SWIFT="$built/flash-check" "$python" -m pytest -q tests/exporting/test_swift.py
+MLX_FLASHHEAD_SWIFT="$built/flash-check" "$python" -m pytest -q tests/head/test_swift.py

@@ -1,4 +1,4 @@
-"""The pages: links lead somewhere, the first page is short, the map is the tree on disk."""
+"""The pages: links lead somewhere, and the map is the tree on disk."""
 
 import re
 from itertools import takewhile
@@ -16,17 +16,19 @@ PAGES = sorted(
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
+def without_code(page):
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 def anchors(page):
     """What GitHub calls the headings of a page."""
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", without_code(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(CHECKOUT)))
 def test_every_relative_link_leads_to_a_file_and_a_heading(page):
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for link in LINK.findall(text):
+    for link in LINK.findall(without_code(page)):
         if "://" in link:
             continue
         name, _, heading = link.partition("#")

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..common.command import check_writable
 from ..common.tables import Table, check_picture, pyplot, show
-from ..head.portable import blas_name
+from ..head.steps import blas_name
 from ..version import __version__
 
 PACKAGES = ("mlx", "mlx-lm", "numpy")

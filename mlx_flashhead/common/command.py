@@ -54,9 +54,6 @@ def ending_soon() -> Iterator[None]:
     thread hears of a signal at once. If the handler has not run soon after, the thread ends the
     process: nothing is being written that could be left half done.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     ended = threading.Event()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..common.tables import megabytes, percent
-from ..head.portable import MARGIN_SHARE
+from ..head.steps import MARGIN_SHARE
 from ..index.settings import FlashHeadConfig
 from . import Step, Steps
 

@@ -13,8 +13,7 @@ import mlx.core as mx
 from .clustered import ClusteredRows
 from .draw import Draws, DrawSettings, gpu_is_default, position_key
 from .kernels import MetalSteps
-from .portable import PortableSteps
-from .steps import Candidates, Proposal, Selection, in_token_order
+from .steps import Candidates, PortableSteps, Proposal, Selection, in_token_order
 
 METAL, PORTABLE = "metal", "mlx"
 BACKENDS = (METAL, PORTABLE)
@@ -68,17 +67,6 @@ def choose_backend(requested: str | None = None) -> str:
     return name
 
 
-def lacks_bfloat16() -> bool:
-    """Whether this GPU emulates bfloat16, as those of M1 and M2 do ("applegpu_g13s", "g14"): a
-    matrix product takes 1.8 times as long as in float16.
-
-    Source: pull request 4216 of ml-explore/mlx, measured on an M1 Max.
-    """
-    architecture = str(mx.device_info().get("architecture"))
-    generation = re.match(r"applegpu_g(\d+)", architecture)
-    return generation is not None and int(generation[1]) < 15
-
-
 def make_steps(clustered: ClusteredRows, requested: str | None) -> tuple[PortableSteps, str]:
     """The steps of the chosen path, and a sentence: the reason for it, or its slower part."""
     if choose_backend(requested) == PORTABLE:
@@ -101,16 +89,39 @@ def make_steps(clustered: ClusteredRows, requested: str | None) -> tuple[Portabl
     return steps, reason
 
 
-def checked(
-    steps: PortableSteps, reason: str, requested: str | None, dtype: mx.Dtype, n_probes: int
-) -> tuple[PortableSteps, str]:
-    """What :func:`make_steps` gave, after each kernel has been built and run once; portable if one
-    fails, or ValueError if "metal" was requested by name."""
-    trouble = find_trouble(steps, dtype, n_probes) if isinstance(steps, MetalSteps) else None
+def lacks_bfloat16() -> bool:
+    """Whether this GPU emulates bfloat16, as those of M1 and M2 do ("applegpu_g13s", "g14"): a
+    matrix product takes 1.8 times as long as in float16.
+
+    Source: pull request 4216 of ml-explore/mlx, measured on an M1 Max.
+    """
+    generation = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture")))
+    return generation is not None and int(generation[1]) < 15
+
+
+def check_kernels(
+    steps: PortableSteps, requested: str | None, dtype: mx.Dtype, n_probes: int
+) -> str | None:
+    """Builds each kernel and runs it once. If one fails, why the portable path has to be taken, or
+    a ValueError if "metal" was requested by name; None if all are sound."""
+    if not isinstance(steps, MetalSteps):
+        return None
+    kernel, trouble = "", None
+    try:
+        for step in _trial(steps, dtype, n_probes):
+            if isinstance(step, str):
+                kernel = step
+            elif problem := _difference(*step):
+                trouble = f"the kernel {kernel!r} {problem}"
+                break
+    # MLX raises this for a text that does not compile, a refused pipeline, a lost device
+    except (RuntimeError, ValueError) as error:
+        said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
+        trouble = f"the kernel {kernel!r} does not run on this device ({said})"
     if trouble is None:
-        if isinstance(steps, MetalSteps) and dtype == mx.bfloat16 and lacks_bfloat16():
+        if dtype == mx.bfloat16 and lacks_bfloat16():
             steps.float16_rows = steps.clustered.flat_rows().in_float16()
-        return steps, reason
+        return None
     if named_backend(requested) == METAL:
         raise ValueError(
             f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or unset "
@@ -121,25 +132,7 @@ def checked(
         f"{HOW_TO_REPORT}."
     )
     log.warning(reason)
-    return PortableSteps(steps.clustered), reason
-
-
-def find_trouble(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> str | None:
-    """The trouble with the kernels on this device, in words that follow "because"; or None."""
-    kernel = ""
-    try:
-        for step in _trial(steps, dtype, n_probes):
-            if isinstance(step, str):
-                kernel = step
-                continue
-            problem = _difference(*step)
-            if problem is not None:
-                return f"the kernel {kernel!r} {problem}"
-    # MLX raises this for a text that does not compile, a refused pipeline, a lost device
-    except (RuntimeError, ValueError) as error:
-        said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
-        return f"the kernel {kernel!r} does not run on this device ({said})"
-    return None
+    return reason
 
 
 def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | None:
@@ -169,13 +162,15 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
     yield "select"
     of_token = steps.select(scores, n_probes, words=False)
     probes, unscored = of_token.probes[:, :n_probes], steps.unscored(scores, of_token)
-    bins = _bins(scores)
+    # distances to the best score as the kernel sees them; see metal/flash_head/select.h
+    forced = scores >= CERTAIN
+    best = mx.where(forced, mx.finfo(mx.float32).min, scores).max()
+    bins = mx.minimum(mx.floor((best - scores) * BINS_PER_NAT), SELECT_BINS - 2)
+    bins = mx.where(forced, -1, bins)
     found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
     yield found, mx.sort(bins, axis=-1)[:, :n_probes], 0.0
     yield (probes[:, 1:] == probes[:, :-1]).sum(), mx.zeros(()), 0.0  # none is repeated
-    left = mx.put_along_axis(scores, probes, mx.array(-mx.inf), axis=-1)
-    others = mx.stack([left.max(axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
-    yield unscored, mx.maximum(others, mx.finfo(mx.float32).min), LEAST
+    yield unscored, plain.unscored(scores, Selection(probes)), LEAST
 
     yield "select_words"
     selection = steps.select(scores, n_probes)
@@ -197,48 +192,34 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
     yield steps.expand(scores, selection, candidates), plain.expand(scores, *once), rounding
 
     yield "sample"  # the greedy token, and draws with each kind of filter
-    yield steps.token(selection, candidates), plain.token(*once), 0.0
+    token = plain.token(*once)
+    yield steps.token(selection, candidates), token, 0.0
     n_other = mx.array(0)
     for position, settings in enumerate(DRAWN):
         last = unscored, Draws.of([(settings, position_key(0, position))])
-        token, risk = steps.choose(selection, candidates, *last)
+        drawn, risk = steps.choose(selection, candidates, *last)
         expected_token, expected_risk = plain.choose(*once, *last)
-        n_other += token != expected_token
+        n_other += drawn != expected_token
         yield risk, expected_risk, rounding
     # rounding may put a token on the other side of a limit
     yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0
-    arrays = selection.probes, candidates.logits
-    proposal = Proposal(hidden, plain.token(*once), *arrays, mx.zeros(1), None)
-    yield from _trial_of_verification(steps, plain, proposal, rounding)
 
-
-def _trial_of_verification(
-    steps: MetalSteps, plain: PortableSteps, proposal: Proposal, rounding: float
-) -> Iterator[str | Pair]:
-    """Two states, of which one is greedy, as proposals that are verified."""
     yield "join"
+    proposal = Proposal(hidden, token, selection.probes, candidates.logits, mx.zeros(1), None)
     rows = [(1, 0), (0, 0)]
-    joined = steps.join([proposal, proposal], rows)
-    for found, expected in zip(joined, plain.join([proposal, proposal], rows), strict=True):
-        yield found, expected, 0.0
+    joined = steps.join([proposal] * 2, rows)
+    for one, other in zip(joined, plain.join([proposal] * 2, rows), strict=True):
+        yield one, other, 0.0
 
-    yield "screen"
+    yield "screen"  # of two states, of which one is greedy
     hidden, probes, logits = joined
     slots = steps.product(hidden).reshape(len(rows), *steps.clustered.token_ids.shape)
-    both = Proposal(hidden, mx.tile(proposal.tokens, 2), probes, logits, proposal.risk, None)
+    both = Proposal(hidden, mx.tile(token, 2), probes, logits, mx.zeros(2), None)
     draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN[:2]])
     rooms = mx.array([0.01, 0.01]), mx.array([0.0, 0.01])
     screens = [path.screen(slots, both, draws, *rooms, 0.0) for path in (steps, plain)]
     for one, other in zip(*screens, strict=True):
         yield one, other, rounding
-
-
-def _bins(scores: mx.array) -> mx.array:
-    """Distances to each row's best score as `select` sees them; see metal/flash_head/select.h."""
-    certain = scores >= CERTAIN
-    best = mx.where(certain, mx.finfo(mx.float32).min, scores).max(axis=-1, keepdims=True)
-    distances = mx.floor((best - scores) * BINS_PER_NAT)
-    return mx.where(certain, -1, mx.minimum(distances, SELECT_BINS - 2))
 
 
 def scored_logits_agree(steps: PortableSteps, dtype: mx.Dtype) -> float:

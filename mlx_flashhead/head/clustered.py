@@ -27,14 +27,14 @@ class Centroids:
     def fits(self, n_clusters: int, hidden_size: int) -> bool:
         """Whether these are centroids for ``n_clusters`` clusters of rows (V, D)."""
         matrix = self.matrix
-        shapes = [self.bias.shape == self.tail_offset.shape == (n_clusters,)]
         width: float = hidden_size
+        groups_fit = matrix.weight.dtype != mx.uint32
         if matrix.scales is not None and matrix.biases is not None:
             width = hidden_size * matrix.bits / 32
             groups = (n_clusters, hidden_size / matrix.group_size)
-            shapes.append(matrix.scales.shape == matrix.biases.shape == groups)
-        shapes.append(matrix.weight.shape == (n_clusters, width))
-        return all(shapes) and (matrix.weight.dtype == mx.uint32) == matrix.quantized
+            groups_fit = not groups_fit and matrix.scales.shape == matrix.biases.shape == groups
+        one_each = self.bias.shape == self.tail_offset.shape == (n_clusters,)
+        return groups_fit and one_each and matrix.weight.shape == (n_clusters, width)
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,12 @@ class ClusteredRows:
         ``token_ids`` (C, cluster_size) are a permutation of 0 … V-1 padded with V, or ValueError.
         Clusters of ``always_probed_ids`` are always chosen. ``by_column``: by columns, for floats.
         """
-        vocab_size = rows.n_rows
-        n_clusters, cluster_size = token_ids.shape
+        vocab_size, (n_clusters, cluster_size) = rows.n_rows, token_ids.shape
         flat = np.asarray(token_ids, dtype=np.int64).ravel()
-        real = np.flatnonzero((flat >= 0) & (flat < vocab_size))
-        slot_of = np.full(vocab_size, -1, dtype=np.int64)
-        slot_of[flat[real]] = real
-        beyond = flat.min() < 0 or flat.max() > vocab_size
-        if len(real) != vocab_size or (slot_of < 0).any() or beyond:
+        slot_of = np.argsort(flat, kind="stable")[:vocab_size]  # padded slots come last
+        n_padded = int(np.count_nonzero(flat == vocab_size))
+        every = np.array_equal(flat[slot_of], np.arange(vocab_size))
+        if not every or vocab_size + n_padded != flat.size:
             raise ValueError(
                 f"token_ids must hold each of the {vocab_size} tokens exactly once "
                 f"(padded with {vocab_size}): convert the model again."
@@ -98,9 +96,9 @@ class ClusteredRows:
                 f"The centroids do not fit {n_clusters} clusters of rows with {rows.hidden_size} "
                 "columns: convert the model again."
             )
-        forced = np.unique(slot_of[[i for i in always_probed_ids if 0 <= i < vocab_size]])
+        forced = slot_of[[i for i in always_probed_ids if 0 <= i < vocab_size]]
         route_bias = np.array(centroids.bias, dtype=np.float32)
-        route_bias[np.unique(forced // cluster_size)] = ALWAYS_PROBED
+        route_bias[forced // cluster_size] = ALWAYS_PROBED
         ids = mx.array(token_ids.astype(np.uint32))
         order = mx.minimum(ids, vocab_size - 1)
         clustered = rows.take(order)
@@ -112,16 +110,16 @@ class ClusteredRows:
             slot_of=mx.array(slot_of.astype(np.uint32)),
             centroids=centroids,
             route_bias=mx.array(route_bias),
-            padded=len(real) != flat.size,
+            padded=n_padded > 0,
             by_column=by_column,
         )
 
     def arrays(self) -> list[mx.array]:
         """Every array held, for evaluation and for counting bytes."""
-        matrices = (self.rows, self.centroids.matrix)
-        of_clusters = [self.centroids.bias, self.centroids.tail_offset, self.route_bias]
-        stored = [array for matrix in matrices for array in matrix.arrays().values()]
-        return [*stored, *of_clusters, self.token_ids, self.slot_of]
+        centroids = self.centroids
+        stored = [*self.rows.arrays().values(), *centroids.matrix.arrays().values()]
+        stored += [centroids.bias, centroids.tail_offset, self.route_bias]
+        return [*stored, self.token_ids, self.slot_of]
 
     def in_rows(self) -> "ClusteredRows":
         """The same with each row in one piece, for the kernels and other programs. Lazy."""

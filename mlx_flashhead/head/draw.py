@@ -54,12 +54,12 @@ class Draws(NamedTuple):
     @classmethod
     def of(cls, rows: Sequence[tuple[DrawSettings, tuple[int, int]]]) -> "Draws":
         """The draws of some rows, from the settings and the key of each."""
-        settings, keys = [s for s, _ in rows], [key for _, key in rows]
+        settings, keys = [s for s, _ in rows], mx.array([key for _, key in rows], mx.uint32)
         inverse = [1 / s.temperature if s.temperature else 0.0 for s in settings]
         log_min_p = [math.log(s.min_p) if s.min_p else NO_MIN_P for s in settings]
-        floats = list(zip(inverse, [s.top_p for s in settings], log_min_p, strict=True))
+        floats = [[x, s.top_p, y] for x, s, y in zip(inverse, settings, log_min_p, strict=True)]
         top_k = mx.array([s.top_k for s in settings], mx.uint32)
-        return cls(mx.array(floats, mx.float32), top_k, mx.array(keys, mx.uint32), settings)
+        return cls(mx.array(floats, mx.float32), top_k, keys, settings)
 
 
 def position_key(seed: int, position: int) -> tuple[int, int]:
@@ -67,15 +67,13 @@ def position_key(seed: int, position: int) -> tuple[int, int]:
 
     Source: SplitMix64 (Steele, Lea and Flood 2014) of the seed's stream at this position.
     """
-    word = _mixed(_mixed(seed) + position)
-    return word >> 32, word & 0xFFFFFFFF
-
-
-def _mixed(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return value ^ (value >> 31)
+    value = 0
+    for number in (seed, position):
+        value = (value + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 31
+    return value >> 32, value & 0xFFFFFFFF
 
 
 def noise(keys: mx.array, token_ids: mx.array) -> mx.array:
@@ -124,8 +122,8 @@ def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None)
     if by_mass and log_total is not None:
         lowest = mx.maximum(lowest, _by_mass(logits, best, draws.settings[:, 1:2], log_total))
     if most:
-        top = _best_logits(logits, most)
-        n_top = top.shape[-1]
+        n_top = min(most, logits.shape[-1])
+        top = mx.sort(mx.partition(logits, -n_top, axis=-1)[:, -n_top:], axis=-1)
         kth = n_top - mx.clip(draws.top_k[:, None], 1, n_top)
         by_count = mx.take_along_axis(top, kth, axis=-1)
         lowest = mx.maximum(lowest, mx.where(draws.top_k[:, None] == 0, -mx.inf, by_count))
@@ -144,8 +142,7 @@ def gpu_is_default() -> bool:
 
 
 def _lowest_kept(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.array:
-    """:func:`threshold` in one kernel: a GPU's partition sorts all logits, which takes
-    milliseconds."""
+    """:func:`threshold` in one kernel: a GPU's partition sorts all logits, in milliseconds."""
     total = mx.zeros(len(logits)) if log_total is None else log_total.reshape(-1)
     (kept,) = _lowest_kept_kernel()(
         inputs=[logits.astype(mx.float32), draws.settings, draws.top_k, total],
@@ -169,19 +166,11 @@ def _lowest_kept_kernel() -> Callable:
     )
 
 
-def _best_logits(logits: mx.array, n: int) -> mx.array:
-    """The ``n`` best logits, or all if these are fewer, ascending: (R, K) → (R, min(n, K))."""
-    n = min(n, logits.shape[-1])
-    return mx.sort(mx.partition(logits, -n, axis=-1)[:, -n:], axis=-1)
-
-
 def _by_mass(logits: mx.array, best: mx.array, share: mx.array, log_total: mx.array) -> mx.array:
     """The lowest logit that top-p keeps: those above it have less than ``share`` of the mass. The
     half of the logits that holds it is halved again, and sorted when it is short."""
-    n_logits = logits.shape[-1]
-    n_halvings = ((n_logits - 1) // SORTED).bit_length()
-    n_more = -n_logits % 2**n_halvings
-    if n_more:
+    n_halvings = ((logits.shape[-1] - 1) // SORTED).bit_length()
+    if n_more := -logits.shape[-1] % 2**n_halvings:
         logits = mx.pad(logits, [(0, 0), (0, n_more)], constant_values=-mx.inf)
     limit = mx.where(share < 1, share * mx.exp(log_total - best), mx.inf)
     above = mx.zeros(limit.shape)

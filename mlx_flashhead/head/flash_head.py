@@ -10,12 +10,11 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from .backend import PORTABLE, checked, choose_backend, make_steps
+from .backend import PORTABLE, check_kernels, choose_backend, make_steps
 from .clustered import Centroids, ClusteredRows
 from .draw import Draws
 from .matrix import Matrix
-from .portable import PortableSteps, faster_by_column
-from .steps import NO_DEPTH, Candidates, Proposal, Risk, Screen, Selection
+from .steps import NO_DEPTH, Candidates, PortableSteps, Proposal, Risk, Selection
 
 # Score of clusters whose tokens must not be drawn. Finite, since -inf breaks softcaps, logit_bias
 # and JSON; so low that exp() of it is 0.
@@ -45,6 +44,7 @@ class FlashHead:
             if MLX computes on an Apple GPU.
 
     Attributes:
+        steps: The path in use.
         backend_reason: A sentence that says why this path was taken, or which part of it is slower.
 
     Raises:
@@ -63,12 +63,14 @@ class FlashHead:
         eos_token_ids: tuple[int, ...] = (),
         backend: str | None = None,
     ):
-        by_column = choose_backend(backend) == PORTABLE and faster_by_column(rows)
+        # as a CPU's BLAS reads rows faster
+        by_column = choose_backend(backend) == PORTABLE and rows.weight.dtype == mx.float32
+        by_column = by_column and mx.default_device().type == mx.cpu
         self.clustered = ClusteredRows.build(rows, token_ids, centroids, eos_token_ids, by_column)
         self.vocab_size, self.hidden_size = rows.n_rows, rows.hidden_size
         self.n_clusters, self.cluster_size = token_ids.shape
         self._requested_backend = backend
-        self._steps, self.backend_reason = make_steps(self.clustered, backend)
+        self.steps, self.backend_reason = make_steps(self.clustered, backend)
         self.eos_token_ids = tuple(eos_token_ids)
         self.n_probes = n_probes
         if unverified_probes is not None:
@@ -80,13 +82,19 @@ class FlashHead:
 
     def __getstate__(self) -> dict:
         """Everything but what belongs to this process: kernels, and who intercepts calls."""
-        return {k: v for k, v in vars(self).items() if k != "_steps"} | {"_project": None}
+        return {k: v for k, v in vars(self).items() if k != "steps"} | {"_project": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self._steps, reason = make_steps(self.clustered, self._requested_backend)
+        self.steps, reason = make_steps(self.clustered, self._requested_backend)
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
             self.backend_reason = reason
+
+    def __deepcopy__(self, memo) -> "FlashHead":
+        """A head with its own settings that shares the arrays and the steps."""
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
 
     def __repr__(self) -> str:
         names = ("vocab_size", "hidden_size", "n_clusters", "cluster_size", "n_probes", "backend")
@@ -95,11 +103,7 @@ class FlashHead:
     @property
     def backend(self) -> str:
         """The path in use: "metal" or "mlx"."""
-        return self._steps.name
-
-    @property
-    def steps(self) -> PortableSteps:
-        return self._steps
+        return self.steps.name
 
     @property
     def n_probes(self) -> int:
@@ -108,7 +112,8 @@ class FlashHead:
 
     @n_probes.setter
     def n_probes(self, value: int) -> None:
-        self._n_probes = self._unverified_probes = self._valid(value)
+        self.unverified_probes = value
+        self._n_probes = self._unverified_probes
 
     @property
     def unverified_probes(self) -> int:
@@ -117,9 +122,6 @@ class FlashHead:
 
     @unverified_probes.setter
     def unverified_probes(self, value: int) -> None:
-        self._unverified_probes = self._valid(value)
-
-    def _valid(self, value: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise ValueError(f"n_probes must be a whole number, not {value!r}.")
         if not 1 <= value <= self.n_clusters:
@@ -127,31 +129,20 @@ class FlashHead:
                 f"n_probes is {value}, but this head has {self.n_clusters} clusters: "
                 f"choose 1 to {self.n_clusters}."
             )
-        return int(value)
+        self._unverified_probes = int(value)
 
     def arrays(self) -> list[mx.array]:
         """All arrays of this head, for ``mx.eval`` and for measuring memory."""
-        return [*self.clustered.arrays(), *self._steps.arrays()]
+        return [*self.clustered.arrays(), *self.steps.arrays()]
 
     def check_kernels(self, dtype: mx.Dtype) -> None:
         """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path, or
         raises a ValueError where the backend "metal" was requested by name."""
-        self._steps, self.backend_reason = checked(
-            self._steps, self.backend_reason, self._requested_backend, dtype, self.n_probes
-        )
+        reason = check_kernels(self.steps, self._requested_backend, dtype, self.n_probes)
+        if reason is not None:
+            self.steps, self.backend_reason = PortableSteps(self.clustered), reason
         if self.backend == PORTABLE:
             self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
-
-    def copy(self, steps: PortableSteps | None = None) -> "FlashHead":
-        """A head with its own settings that shares the arrays; ``steps`` put it on another path."""
-        copied = type(self).__new__(type(self))  # the same steps, unlike a pickled head's
-        vars(copied).update(vars(self))
-        if steps is not None:
-            copied._steps, copied.clustered = steps, steps.clustered
-        return copied
-
-    def __deepcopy__(self, memo) -> "FlashHead":
-        return self.copy()
 
     @contextmanager
     def settings(
@@ -161,21 +152,14 @@ class FlashHead:
         dense: bool = False,
         draw_temperature: float | None = None,
     ) -> Iterator["FlashHead"]:
-        """Within the block a call is the unverified head's, with these settings.
+        """Within the block a call is the unverified head's, with these settings, or ValueError.
 
-        With ``draw_temperature`` the p clusters are drawn without replacement from softmax(S /
-        temperature) by Gumbel noise. Only their tokens can be sampled, since all others get a logit
-        of about -10,000: sampling from these logits at the same temperature is the paper's
-        "sampling over the full vocabulary", an approximation. A model that caps its logits gives
-        the others a small probability.
-
-        Args:
-            n_probes: Clusters scored per position, 1 … C; default: ``unverified_probes``.
-            dense: Score every token, as a plain call does.
-            draw_temperature: Draw the probes at this temperature, above 0.
-
-        Raises:
-            ValueError: If a setting is not valid, or both ``n_probes`` and ``dense`` are set.
+        It scores ``n_probes`` clusters, by default ``unverified_probes``; with ``dense`` every
+        token, as a plain call does. With ``draw_temperature``, above 0, the p clusters are drawn
+        without replacement from softmax(S / temperature) by Gumbel noise. Only their tokens can be
+        sampled, since all others get a logit of about -10,000: sampling from these logits at the
+        same temperature is the paper's "sampling over the full vocabulary", an approximation. A
+        model that caps its logits gives the others a small probability.
 
         Source: Efraimidis and Spirakis 2006 / Gumbel top-k: perturbed scores, then the p largest.
         """
@@ -219,6 +203,16 @@ class FlashHead:
             return self._project(hidden)
         return self.dense_logits(hidden) if self._verified else self.unverified_logits(hidden)
 
+    def dense_logits(self, hidden: mx.array) -> mx.array:
+        """The dense head's logits: hidden (..., D) → (..., V)."""
+        logits = self.steps.dense(hidden.reshape(-1, hidden.shape[-1]))
+        return logits.reshape(*hidden.shape[:-1], self.vocab_size)
+
+    def slot_logits(self, hidden: mx.array) -> mx.array:
+        """The dense logits in the order of the clusters, padded slots too: (R, D) → (R, C, n)."""
+        logits = self.steps.verifying_product(hidden)
+        return logits.reshape(len(hidden), self.n_clusters, -1)
+
     def unverified_logits(self, hidden: mx.array, n_probes: int | None = None) -> mx.array:
         """Full logits by retrieval: hidden (..., D) → (..., V). A probed token has its exact logit,
         every other one an estimate below the best candidate."""
@@ -232,7 +226,7 @@ class FlashHead:
             # without the estimates, which belong to other scores
             selection = Selection(selection.probes[:, :n_probes])
             candidates = Candidates(candidates.logits[:, :n_probes])
-        logits = self._steps.expand(scores, selection, candidates)
+        logits = self.steps.expand(scores, selection, candidates)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def draft_logits(
@@ -265,64 +259,41 @@ class FlashHead:
         n_probes = self.n_probes if n_probes is None else n_probes
         depth = NO_DEPTH if full else depth
         scores, selection, candidates = self._retrieve(hidden, n_probes, words=full, depth=depth)
-        unscored = self._steps.unscored(scores, selection)
-        tokens, risk = self._steps.choose(selection, candidates, unscored, draws, self.risk)
-        expanded = self._steps.expand(scores, selection, candidates) if full else None
+        unscored = self.steps.unscored(scores, selection)
+        tokens, risk = self.steps.choose(selection, candidates, unscored, draws, self.risk)
+        expanded = self.steps.expand(scores, selection, candidates) if full else None
         # without the probes that a kernel repeats
         probes, logits = selection.probes[:, :n_probes], candidates.logits[:, :n_probes]
         return Proposal(hidden, tokens, probes, logits, risk, expanded)
-
-    def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
-        """The scored tokens: hidden (..., D) → ids (..., p·cluster_size) uint32 and logits of the
-        same shape. A padded slot has the id V and the dtype's lowest finite value."""
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        n_probes = self.unverified_probes
-        _, selection, candidates = self._retrieve(rows, n_probes, words=False)
-        shape = (*hidden.shape[:-1], n_probes * self.cluster_size)
-        ids = self._steps.token_ids(selection.probes)[:, :n_probes]
-        return ids.reshape(shape), candidates.logits[:, :n_probes].reshape(shape)
-
-    def token(self, hidden: mx.array) -> mx.array:
-        """The unverified greedy token: hidden (..., D) → (...) uint32; of equals the lowest id."""
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        _, selection, candidates = self._retrieve(rows, self.unverified_probes, words=False)
-        return self._steps.token(selection, candidates).reshape(hidden.shape[:-1])
-
-    def slot_logits(self, hidden: mx.array) -> mx.array:
-        """The dense logits in the order of the clusters, padded slots too: (R, D) → (R, C, n)."""
-        logits = self._steps.verifying_product(hidden)
-        return logits.reshape(len(hidden), self.n_clusters, -1)
-
-    def dense_logits(self, hidden: mx.array) -> mx.array:
-        """The dense head's logits: hidden (..., D) → (..., V)."""
-        logits = self._steps.dense(hidden.reshape(-1, hidden.shape[-1]))
-        return logits.reshape(*hidden.shape[:-1], self.vocab_size)
-
-    def cluster_scores(self, hidden: mx.array) -> mx.array:
-        """Stage 1 alone: hidden (..., D) → (..., C) float32, ALWAYS_PROBED for forced clusters."""
-        scores = self._steps.route(hidden.reshape(-1, hidden.shape[-1]))
-        return scores.reshape(*hidden.shape[:-1], self.n_clusters)
 
     def joined(
         self, proposals: Sequence[Proposal], rows: Sequence[tuple[int, int]], tokens: Sequence[int]
     ) -> Proposal:
         """Rows of several proposals as one, for a product of them all: ``rows`` are (index of a
         proposal, row of it), with their ``tokens``. It has no risk and no full logits."""
-        hidden, probes, logits = self._steps.join(proposals, rows)
+        hidden, probes, logits = self.steps.join(proposals, rows)
         chosen = mx.array(list(tokens), mx.uint32)
         return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)), None)
 
-    def certain(
-        self,
-        slots: mx.array,
-        proposal: Proposal,
-        draws: Draws | None,
-        room: mx.array,
-        scored_room: mx.array,
-        epsilon: float,
-    ) -> Screen:
-        """Which proposals are the dense choice for sure; see ``PortableSteps.screen``."""
-        return self._steps.screen(slots, proposal, draws, room, scored_room, epsilon)
+    def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
+        """The scored tokens: hidden (..., D) → ids (..., p·cluster_size) uint32 and logits of the
+        same shape. A padded slot has the id V and the dtype's lowest finite value."""
+        rows, n_probes = hidden.reshape(-1, hidden.shape[-1]), self.unverified_probes
+        _, selection, candidates = self._retrieve(rows, n_probes, words=False)
+        shape = (*hidden.shape[:-1], n_probes * self.cluster_size)
+        ids = self.steps.token_ids(selection.probes)[:, :n_probes]
+        return ids.reshape(shape), candidates.logits[:, :n_probes].reshape(shape)
+
+    def token(self, hidden: mx.array) -> mx.array:
+        """The unverified greedy token: hidden (..., D) → (...) uint32; of equals the lowest id."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        _, selection, candidates = self._retrieve(rows, self.unverified_probes, words=False)
+        return self.steps.token(selection, candidates).reshape(hidden.shape[:-1])
+
+    def cluster_scores(self, hidden: mx.array) -> mx.array:
+        """Stage 1 alone: hidden (..., D) → (..., C) float32, ALWAYS_PROBED for forced clusters."""
+        scores = self.steps.route(hidden.reshape(-1, hidden.shape[-1]))
+        return scores.reshape(*hidden.shape[:-1], self.n_clusters)
 
     def embedding(self, token_ids: mx.array) -> mx.array:
         """Rows of a tied embedding: integers (...) → (..., D), as the dense embedding gives."""
@@ -333,10 +304,9 @@ class FlashHead:
         self, rows: mx.array, n_probes: int, words: bool, depth: float = NO_DEPTH
     ) -> tuple[mx.array, Selection, Candidates]:
         """(R, D) → scores (R, C), the probed clusters, and their logits; ``words`` for `expand`."""
-        scores = self._steps.route(rows)
-        ordering = scores
+        scores = ordering = self.steps.route(rows)
         if self._draw_temperature is not None:
             # always probed clusters keep their 1e30 and stay on top
             ordering = scores / self._draw_temperature + mx.random.gumbel(scores.shape)
-        selection = self._steps.select(ordering, n_probes, words, depth)
-        return scores, selection, self._steps.score(rows, selection)
+        selection = self.steps.select(ordering, n_probes, words, depth)
+        return scores, selection, self.steps.score(rows, selection)

@@ -11,6 +11,9 @@ import numpy as np
 
 SAMPLE_ROWS = 64
 ARRAYS = ("weight", "scales", "biases")  # in the order in which MLX and the kernels take them
+FLOATS, AFFINE = None, "affine"
+GROUPS = (32, 64, 128)
+DEFAULT_GROUP = 64  # MLX's own default
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,9 @@ class Format:
     bits: int  # per weight, without scales
     group_sizes: tuple[int, ...]  # columns that may share a scale; empty for floats
     arrays: tuple[str, ...]  # their names, in the order in which MLX and the kernels take them
-    group_bytes: int  # of scales and biases per group; those of affine have 16 bits
     # The kernels' function that makes rows of the arrays, with its template arguments; None if the
     # kernels do not read the format.
     metal: str | None
-
-    def bytes_per_weight(self, group_size: int | None = None) -> float:
-        """Bytes per weight with its part of the scales, which ``group_size`` columns share."""
-        return self.bits / 8 + (self.group_bytes / group_size if group_size else 0)
 
     def __str__(self) -> str:
         """In words that come before "rows": "16-bit float", "3-bit affine", "nvfp4"."""
@@ -35,42 +33,18 @@ class Format:
         return self.mode
 
 
-FLOATS, AFFINE = None, "affine"
-GROUPS = (32, 64, 128)
 DENSE_ROWS = "dense_rows<D>"
 AFFINE_ROWS, FP_ROWS = "affine_rows<D, BITS, GROUP, WORDS>", "fp_rows<D, BITS, GROUP, WORDS>"
-_W, _WS, _WSB = ("weight",), ("weight", "scales"), ("weight", "scales", "biases")
 
 # Source: the table of modes in the documentation of mlx.core.quantize (0.32).
 FORMATS = (
-    #      mode      bits groups  arrays bytes of a group  in Metal
-    Format(FLOATS, 32, (), _W, 0, DENSE_ROWS),
-    Format(FLOATS, 16, (), _W, 0, DENSE_ROWS),
-    Format(AFFINE, 8, GROUPS, _WSB, 4, AFFINE_ROWS),
-    Format(AFFINE, 6, GROUPS, _WSB, 4, AFFINE_ROWS),
-    Format(AFFINE, 5, GROUPS, _WSB, 4, AFFINE_ROWS),
-    Format(AFFINE, 4, GROUPS, _WSB, 4, AFFINE_ROWS),
-    Format(AFFINE, 3, GROUPS, _WSB, 4, None),
-    Format(AFFINE, 2, GROUPS, _WSB, 4, None),
-    Format(AFFINE, 1, GROUPS, _WSB, 4, None),
-    Format("mxfp8", 8, (32,), _WS, 1, FP_ROWS),
-    Format("mxfp4", 4, (32,), _WS, 1, FP_ROWS),
-    Format("nvfp4", 4, (16,), _WS, 1, FP_ROWS),
+    *(Format(FLOATS, bits, (), ARRAYS[:1], DENSE_ROWS) for bits in (32, 16)),
+    *(Format(AFFINE, bits, GROUPS, ARRAYS, AFFINE_ROWS) for bits in (8, 6, 5, 4)),
+    *(Format(AFFINE, bits, GROUPS, ARRAYS, None) for bits in (3, 2, 1)),
+    Format("mxfp8", 8, (32,), ARRAYS[:2], FP_ROWS),
+    Format("mxfp4", 4, (32,), ARRAYS[:2], FP_ROWS),
+    Format("nvfp4", 4, (16,), ARRAYS[:2], FP_ROWS),
 )
-
-DEFAULT_GROUP = 64  # MLX's own default
-
-
-def find_format(mode: str | None, bits: int) -> Format:
-    """The format of a mode (None for floats) and a number of bits, or ValueError."""
-    for one in FORMATS:
-        if (one.mode, one.bits) == (mode, bits):
-            return one
-    form = f"{bits}-bit {mode or 'float'}"
-    raise ValueError(
-        f"Rows of the format {form!r} are not supported: the formats are "
-        f"{', '.join(map(str, FORMATS))}."
-    )
 
 
 def affine_group(width: int, first: int = DEFAULT_GROUP) -> int | None:
@@ -97,9 +71,14 @@ class Matrix:
     @property
     def format(self) -> Format:
         """The row of the table of formats; ValueError if it has none."""
-        if self.quantized:
-            return find_format(self.mode, self.bits)
-        return find_format(None, 8 * self.weight.dtype.size)
+        mode, bits = (self.mode, self.bits) if self.quantized else (None, 8 * self.weight.itemsize)
+        for form in FORMATS:
+            if (form.mode, form.bits) == (mode, bits):
+                return form
+        raise ValueError(
+            f"Rows of the format '{bits}-bit {mode or 'float'}' are not supported: the formats are "
+            f"{', '.join(map(str, FORMATS))}."
+        )
 
     @property
     def n_rows(self) -> int:
@@ -178,13 +157,10 @@ class Matrix:
         floats, which would be a second copy. Evaluates."""
         if self.biases is None:
             return None
-        rounded = self.map(
-            lambda array: array if array.dtype == mx.uint32 else array.astype(mx.float16)
-        )
-        for name, array in self.arrays().items():
-            if not mx.array_equal(rounded.arrays()[name].astype(array.dtype), array).item():
-                return None
-        return rounded
+        rounded = self.map(lambda a: a if a.dtype == mx.uint32 else a.astype(mx.float16))
+        pairs = zip(rounded.arrays().values(), self.arrays().values(), strict=True)
+        same = all(mx.array_equal(one.astype(other.dtype), other).item() for one, other in pairs)
+        return rounded if same else None
 
     def sample(self) -> "Matrix":
         """64 evenly spaced rows, which identify the rows without reading them all. Lazy."""
@@ -211,6 +187,6 @@ def _promoted(first: mx.Dtype, second: mx.Dtype) -> mx.Dtype:
 
 def as_float32(array: np.ndarray | mx.array) -> np.ndarray:
     """The array as numpy float32, from any float dtype (numpy has no bfloat16)."""
-    if isinstance(array, mx.array):
-        array = array.astype(mx.float32)
-    return np.asarray(array, dtype=np.float32)
+    return np.asarray(
+        array.astype(mx.float32) if isinstance(array, mx.array) else array, np.float32
+    )

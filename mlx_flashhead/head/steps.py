@@ -1,17 +1,38 @@
-"""What the steps of a FlashHead hand to each other.
+"""The steps of a FlashHead in plain MLX operations, and what they hand to each other: the CPU path,
+the fallback, and the reference of the Metal kernels. Nothing here evaluates.
 
 hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
-              ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token, sample ─▶ (R,)
+              ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token, choose ─▶ (R,)
 """
 
-from collections.abc import Mapping
+import ctypes
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .draw import Draws
+from .clustered import ClusteredRows
+from .draw import Draws, draw, noise, noise_of_all
+from .matrix import Matrix
 
 NO_DEPTH = 1e30  # nats: every probe is scored
+# The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
+# A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
+MARGIN_SHARE = 1 / 64
+
+# Multiply-adds of one state's product with a block: above about a million OpenBLAS copies the
+# matrix first, which does not pay for few states (docs/speed.md).
+BLOCK_PRODUCTS = 500_000
+BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
+# Rows that are dequantized at once: for all of them MLX's CPU build needs three times the floats.
+PIECE = 64
+
+# Room for two implementations of a logarithm, and for sums of many exponentials.
+NOISE_ROOM, MASS_ROOM = 1e-5, 1e-4
+NEAREST = 1024  # clusters that were not scored, of whose tokens the noise is computed for filters
+
+REFERENCE = "the reference BLAS of the mlx wheel"  # for Linux, a slow one
 
 
 class Selection(NamedTuple):
@@ -62,7 +83,7 @@ class Risk(NamedTuple):
     def of_settings(cls, settings: Mapping[str, Any]) -> "Risk":
         """From an index's settings of the checked loop; the usual numbers where there are none."""
         fitted = settings.get("risk") or {}
-        a, b = fitted.get("greedy", (DEFAULT_RISK.a, DEFAULT_RISK.b))
+        a, b = fitted.get("greedy", DEFAULT_RISK[:2])
         return cls(a, b, fitted.get("sampled", DEFAULT_RISK.scale))
 
     def of(self, candidates: Candidates, unscored: mx.array, draws: Draws | None) -> mx.array:
@@ -85,3 +106,267 @@ def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:
     """Logits by slot (R, C·n) → by token (R, V)."""
     # `take` along an axis is five to ten times slower on a CPU
     return mx.take_along_axis(slots, slot_of[None], axis=-1)
+
+
+def blas_name() -> str:
+    """The BLAS of MLX's CPU products, with its number of threads if it is known."""
+    if sys.platform == "darwin":
+        return "Accelerate"
+    process = ctypes.CDLL(None)  # finds preloaded libraries
+    if not hasattr(process, "openblas_get_config"):
+        return REFERENCE
+    process.openblas_get_config.restype = ctypes.c_char_p
+    threads = process.openblas_get_num_threads()
+    name = " ".join(process.openblas_get_config().decode().split()[:2])
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def in_blocks(matrix: Matrix) -> mx.array:
+    """Rows (V, D) for ``blocked_product``: (n_blocks, block, D) float32, zeros at the end. Lazy."""
+    n_rows, hidden_size = matrix.n_rows, matrix.hidden_size
+    n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
+    block = BLOCK_MULTIPLE * -(-n_rows // (n_blocks * BLOCK_MULTIPLE))
+    rows = mx.zeros((n_blocks * block, hidden_size))
+    for start in range(0, n_rows, PIECE):
+        part = mx.arange(start, min(start + PIECE, n_rows))
+        rows[start : start + len(part)] = matrix.take(part).dequantized(mx.float32)
+    return rows.reshape(n_blocks, block, hidden_size)
+
+
+def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
+    """(R, D) times all rows (n_blocks, block, D) → (R, n_blocks·block). Fast for few states."""
+    return (hidden @ blocks.swapaxes(-1, -2)).swapaxes(0, 1).reshape(len(hidden), -1)
+
+
+class PortableSteps:
+    """Route, select, score, expand and token as MLX operations."""
+
+    name = "mlx"
+
+    def __init__(self, clustered: ClusteredRows):
+        self.clustered = clustered
+        self._on_cpu = mx.default_device().type == mx.cpu
+        # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
+        self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
+
+    def arrays(self) -> list[mx.array]:
+        return [] if self._centroids is None else [self._centroids]
+
+    def product(self, hidden: mx.array) -> mx.array:
+        """Logits of all slots, in their order: hidden (R, D) → (R, C·n)."""
+        if not self.clustered.by_column:
+            return self.clustered.flat_rows().matmul(hidden)
+        rows = self.clustered.rows
+        logits = blocked_product(hidden, rows.weight)
+        return logits if rows.bias is None else logits + rows.bias.reshape(-1)
+
+    def verifying_product(self, hidden: mx.array) -> mx.array:
+        """As :meth:`product`, for states that are verified: another rounding is allowed."""
+        return self.product(hidden)
+
+    def dense(self, hidden: mx.array) -> mx.array:
+        """Logits of all tokens: hidden (R, D) → (R, V)."""
+        return in_token_order(self.product(hidden), self.clustered.slot_of)
+
+    def token_ids(self, probes: mx.array) -> mx.array:
+        """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""
+        return mx.take(self.clustered.token_ids, probes, axis=0)
+
+    def route(self, hidden: mx.array) -> mx.array:
+        """Scores of all clusters: hidden (R, D) → (R, C) float32."""
+        route_bias = self.clustered.route_bias
+        if self._centroids is None:
+            scores = self.clustered.centroids.matrix.matmul(hidden).astype(mx.float32)
+        else:
+            scores = blocked_product(hidden.astype(mx.float32), self._centroids)
+            if scores.shape[-1] > len(route_bias):
+                scores = scores[..., : len(route_bias)]
+        return scores + route_bias
+
+    def select(
+        self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
+    ) -> Selection:
+        """The ``n_probes`` best clusters of each row, unordered: (R, C) float32 → (R, p).
+
+        ``words``: also give what the kernel of `expand` needs. Clusters more than ``depth`` nats
+        below the log-sum-exp of all scores, at most C·exp(-depth) of the mass, need not be probed.
+        """
+        n_clusters = scores.shape[-1]
+        if n_probes == n_clusters:
+            every = mx.arange(n_clusters, dtype=mx.uint32)
+            return Selection(mx.broadcast_to(every, scores.shape))
+        order = mx.argpartition(scores, kth=n_clusters - n_probes, axis=-1)
+        return Selection(order[..., n_clusters - n_probes :])
+
+    def score(self, hidden: mx.array, selection: Selection) -> Candidates:
+        """Logits of the probed clusters' rows: hidden (R, D) → (R, p, n)."""
+        rows, probes = self.clustered.rows, selection.probes
+        stacked = mx.expand_dims(hidden, (1, 2))  # (R, 1, 1, D) against (R, p) blocks of (n, D)
+        gathers = not self._on_cpu or hidden.dtype == mx.float32  # for gather_mm of the CPU build
+        if rows.scales is not None:
+            arrays = (rows.weight, rows.scales, rows.biases)
+            options = {"rhs_indices": probes, "transpose": True, **rows.quantization}
+            logits = mx.gather_qmm(stacked, *arrays, **options).squeeze(-2)
+        elif rows.weight.dtype == hidden.dtype and gathers:
+            blocks = rows.weight.swapaxes(-1, -2)
+            logits = mx.gather_mm(stacked, blocks, rhs_indices=probes).squeeze(-2)
+        else:
+            blocks = mx.take(rows.weight, probes, axis=0)  # (R, p, n, D)
+            logits = (blocks @ hidden[:, None, :, None]).squeeze(-1)
+        if rows.bias is not None:
+            logits = logits + mx.take(rows.bias, probes, axis=0)
+        if self.clustered.padded:
+            padded = self.token_ids(probes) == self.clustered.vocab_size
+            logits = mx.where(padded, mx.finfo(logits.dtype).min, logits)
+        return Candidates(logits)
+
+    def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
+        """Full logits: a probed token keeps its own, every other token gets its cluster's estimate.
+
+        Scores (R, C) float32 → (R, V) in the dtype of the candidates' logits. The estimate is
+        min(S_c - ln n_c, m - max(1, |m|/64)), with n_c tokens and the best candidate logit m.
+        """
+        logits = candidates.logits
+        n_rows, n_clusters = scores.shape
+        best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1).astype(mx.float32)  # (R, 1)
+        cap = best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
+        tail = mx.minimum(scores + self.clustered.centroids.tail_offset, cap)
+        if logits.dtype == mx.float16:
+            tail = mx.maximum(tail, mx.finfo(mx.float16).min)  # finite in float16 too
+        blocks = mx.broadcast_to(tail[..., None], (n_rows, n_clusters, logits.shape[-1]))
+        blocks = blocks.astype(logits.dtype)
+        blocks = mx.put_along_axis(blocks, selection.probes[..., None], logits, axis=1)
+        return in_token_order(blocks.reshape(n_rows, -1), self.clustered.slot_of)
+
+    def token(self, selection: Selection, candidates: Candidates) -> mx.array:
+        """The greedy token: (R,) uint32; of equals the lowest id, NaN the highest, as argmax."""
+        ids = self.token_ids(selection.probes).flatten(1)
+        return draw(candidates.logits.flatten(1), None, None, ids)
+
+    def unscored(self, scores: mx.array, selection: Selection) -> mx.array:
+        """Best score and logsumexp of the clusters that are not probed, (R, 2) float32."""
+        if selection.unscored is not None:
+            return selection.unscored
+        lowest = mx.array(mx.finfo(mx.float32).min)
+        left = mx.put_along_axis(scores, selection.probes, lowest, axis=-1)
+        return mx.stack([mx.max(left, axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
+
+    def choose(
+        self,
+        selection: Selection,
+        candidates: Candidates,
+        unscored: mx.array,
+        draws: Draws | None,
+        risk: Risk = DEFAULT_RISK,
+    ) -> tuple[mx.array, mx.array]:
+        """A token of each row, (R,) uint32, the best logit without ``draws``; and (R,) float32, an
+        estimate of the chance that the dense head chooses another."""
+        ids = self.token_ids(selection.probes).flatten(1)
+        logits = candidates.logits.flatten(1).astype(mx.float32)
+        gumbel = None if draws is None else noise(draws.keys, ids)
+        tokens = draw(logits, gumbel, draws, ids, unscored[:, 1])
+        return tokens, risk.of(candidates, unscored, draws)
+
+    def join(
+        self, proposals: Sequence[Proposal], rows: Sequence[tuple[int, int]]
+    ) -> tuple[mx.array, ...]:
+        """The states, probes and logits of ``rows``, (index of a proposal, row of it) each."""
+        places = [(i, row) for i, each in enumerate(proposals) for row in range(len(each.hidden))]
+        parts = zip(*((each.hidden, each.probes, each.logits) for each in proposals), strict=True)
+        joined = tuple(mx.concatenate(list(arrays)) for arrays in parts)
+        if list(rows) == places:
+            return joined
+        order = mx.array([places.index(row) for row in rows], mx.uint32)
+        return tuple(array[order] for array in joined)
+
+    def screen(
+        self,
+        slots: mx.array,
+        proposal: Proposal,
+        draws: Draws | None,
+        room: mx.array,
+        scored_room: mx.array,
+        epsilon: float,
+    ) -> Screen:
+        """Which proposals of k states are the dense choice for sure, by the logits of all slots.
+
+        Greedy: the token's logit is above every other. Drawn: the filters keep the token, and no
+        other that they may keep can have a higher noisy logit. metal/flash_head/screen.h has the
+        rules.
+
+        Args:
+            slots: (k, C, n) logits of all states at once, in the order of the clusters.
+            draws: Of the k states, greedy ones among them; None where all are.
+            room: (k,) float32, how far a logit may lie from that of its state alone.
+            scored_room: (k,) float32, likewise for a scored logit.
+            epsilon: Spacing of log-probabilities, relative: equal ones give the lowest id.
+        """
+        clustered, lowest = self.clustered, mx.finfo(mx.float32).min
+        largest = mx.maximum(-mx.min(slots, axis=(1, 2)), mx.max(slots, axis=(1, 2)))
+        largest = largest.astype(mx.float32)
+        room, scored_room = room[:, None], scored_room[:, None]
+        others = slots.astype(mx.float32)
+        others = mx.put_along_axis(others, proposal.probes[..., None], mx.array(-mx.inf), axis=1)
+        if clustered.padded:
+            others = mx.where(clustered.token_ids == clustered.vocab_size, -mx.inf, others)
+        best = mx.maximum(mx.max(others, axis=(1, 2)), lowest)[:, None]
+        tail = mx.logsumexp(others.flatten(1), axis=-1, keepdims=True)
+        ids = self.token_ids(proposal.probes).flatten(1)
+        own_token = proposal.tokens[:, None]
+        scored = proposal.logits.astype(mx.float32).flatten(1)
+        own = mx.max(mx.where(ids == own_token, scored, -mx.inf), axis=-1, keepdims=True)
+        rest = mx.where(ids == own_token, -mx.inf, scored)
+        second = mx.maximum(mx.max(rest, axis=-1, keepdims=True), lowest)
+        mass = mx.logsumexp(scored, axis=-1, keepdims=True)
+        most = mx.logaddexp(mass, tail + room)
+        certain = (own - second > 2 * scored_room + (most - second + 0.5) * epsilon) & (
+            own - best > room + scored_room + (most - best + 0.5) * epsilon
+        )
+        if draws is not None:
+            inverse, share, log_min_p = mx.split(draws.settings, 3, axis=-1)
+            count = draws.top_k[:, None]
+            least = mx.exp(mx.logaddexp(mass - scored_room, tail - room) - own)
+            most = mx.exp(mx.logaddexp(mass + scored_room, tail + room) - own)
+            floor, high = own - scored_room, rest + scored_room
+            # the mass of others above: their number times that of the best
+            n_rivals = (others + room[..., None] > floor[..., None]).sum(axis=(1, 2))[:, None]
+            above = mx.where(high > floor, mx.exp(high - own), 0).sum(axis=-1, keepdims=True)
+            above = above + n_rivals * mx.exp(mx.minimum(best + room - own, 80))
+            n_above = (high > floor).sum(axis=-1, keepdims=True) + n_rivals
+            sure = (share >= 1) | (above < share * least * (1 - MASS_ROOM))
+            sure &= (count == 0) | (n_above < count)
+            sure &= floor >= mx.maximum(second + scored_room, best + room) + log_min_p
+            worst = floor * inverse + noise(draws.keys, own_token)
+            worst = worst - NOISE_ROOM * mx.maximum(1, mx.abs(worst))
+            noisy = high * inverse + noise(draws.keys, ids)
+            rival = mx.max(mx.where(noisy >= worst, high, -mx.inf), axis=-1, keepdims=True)
+            rival = mx.maximum(rival, self._rival(others, room, inverse, worst, draws))
+            over = scored - scored_room > rival
+            mass_over = mx.where(over, mx.exp(scored - scored_room - own), 0).sum(axis=-1)[:, None]
+            dropped = (share < 1) & (mass_over >= share * most * (1 + MASS_ROOM))
+            dropped |= (count > 0) & (over.sum(axis=-1, keepdims=True) >= count)
+            dropped |= rival < mx.maximum(floor, second - scored_room) + log_min_p
+            sure &= (rival == -mx.inf) | dropped
+            certain = mx.where(inverse == 0, certain, sure)
+        certain = certain[:, 0] & (largest < mx.inf)  # float16 may overflow
+        return Screen(certain, largest, best[:, 0], tail[:, 0])
+
+    def _rival(
+        self, others: mx.array, room: mx.array, inverse: mx.array, worst: mx.array, draws: Draws
+    ) -> mx.array:
+        """The highest logit that was not scored, (k, 1), whose noisy value reaches the worst of the
+        token: of all, or where the draws have filters of the nearest clusters and any other."""
+        clustered, left = self.clustered, mx.array(-mx.inf)
+        if clustered.n_clusters > NEAREST and all(s.filters or s.greedy for s in draws.of_rows):
+            bests = mx.max(others, axis=-1)
+            order = mx.argpartition(-bests, kth=NEAREST, axis=-1)
+            left = mx.take_along_axis(bests, order[:, NEAREST : NEAREST + 1], axis=-1) + room
+            order = order[:, :NEAREST]
+            others = mx.take_along_axis(others, order[..., None], axis=1).flatten(1)
+            gumbel = noise(draws.keys, self.token_ids(order).flatten(1))
+        else:
+            others = in_token_order(others.flatten(1), clustered.slot_of)
+            gumbel = noise_of_all(draws.keys, clustered.vocab_size)
+        high = others + room
+        reaches = high * inverse + gumbel >= worst
+        return mx.maximum(left, mx.max(mx.where(reaches, high, -mx.inf), axis=-1, keepdims=True))

@@ -225,7 +225,9 @@ class _Parts:
         rounding = rounding_of(self._head, proposal.hidden.dtype, len(proposal.hidden))
         slots = SlotProduct(self._head, proposal.hidden).result()
         room, scored = rounding.rooms(proposal)
-        return self._head.certain(slots, proposal, None, room, scored, rounding.epsilon).certain
+        return self._head.steps.screen(
+            slots, proposal, None, room, scored, rounding.epsilon
+        ).certain
 
     def verification(self, k: int) -> float:
         """Seconds of a verification of ``k`` states."""

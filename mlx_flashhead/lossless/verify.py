@@ -80,7 +80,7 @@ class Verification:
             if not every:
                 arrays = [array[mx.array(narrow)] for array in arrays]
             greedy = all(settings.greedy for settings, _ in of_rows)
-            screen = self._head.certain(
+            screen = self._head.steps.screen(
                 arrays[0],
                 proposal,
                 None if greedy else Draws.of(of_rows),

@@ -19,7 +19,7 @@ from ..models.compat.mlx_lm import (
     make_text_state_machine,
 )
 from ..models.libraries import apply_template
-from ..structured.processor import GrammarProcessor
+from ..structured.grammar import GrammarProcessor
 from .requests import Request, read_request
 from .responses import ApiError, loads
 from .served_models import ServedModel

@@ -83,7 +83,7 @@ MISTAKES = [
     ("server --model model --port 0 --n-probes 18", "1 to 17"),
     ("server --model model --port 0 --draft-model ./absent", "no folder ./absent"),
     ("server --model dense --port 0 --flash-head mlx_model", "mlx_model holds no FlashHead"),
-    ("server --model model --port 0 --host no.such.host.invalid", "no.such.host.invalid cannot be used"),
+    ("server --model model --port 0 --host no.such.host.invalid", "host.invalid cannot be used"),
     ("upload", "--path"),
     ("upload --path absent", "There is no folder absent"),
     ("upload --path dense", "holds no FlashHead: make one"),

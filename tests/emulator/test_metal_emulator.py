@@ -14,15 +14,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run_kernel(
-    source, *inputs, shape=(64,), dtype=mx.float32, grid=64, threadgroup=64, template=(),
-    emulator=None, **options,
-):  # fmt: skip
-    """Runs a kernel with inputs a, b, c and one output `out`."""
-    names = {"name": "test", "input_names": list("abc")[: len(inputs)], "output_names": ["out"]}
-    kernel = (emulator or Emulator()).metal_kernel(source=source, **names, **options)
-    outputs = {"output_shapes": [shape], "output_dtypes": [dtype], "template": list(template)}
-    sizes = {"grid": (grid, 1, 1), "threadgroup": (threadgroup, 1, 1)}
+def run_kernel(source, *inputs, n=64, dtype=mx.float32, template=(), emulator=None, header=""):
+    """Runs a kernel with inputs a and b and one output `out`, by n threads, 64 of them a group."""
+    names = {"name": "test", "input_names": list("ab")[: len(inputs)], "output_names": ["out"]}
+    kernel = (emulator or Emulator()).metal_kernel(source=source, header=header, **names)
+    outputs = {"output_shapes": [(min(n, 64),)], "output_dtypes": [dtype]}
+    sizes = {"grid": (n, 1, 1), "threadgroup": (64, 1, 1), "template": list(template)}
     return kernel(inputs=list(inputs), **sizes, **outputs)[0]
 
 
@@ -111,10 +108,9 @@ FAULTS = {
 )
 @pytest.mark.parametrize("order", ["forward", "shuffle"])
 def test_fault_is_caught(kind, case, order):
-    edge = 40 if kind == "inactive-lane" else 64
-    options = {"grid": edge, "shape": (edge,), "emulator": Emulator(order)}
+    n = 40 if kind == "inactive-lane" else 64
     with pytest.raises(KernelFault) as fault:
-        run_kernel(FAULTS[kind][case], ramp(), **options)
+        run_kernel(FAULTS[kind][case], ramp(), n=n, emulator=Emulator(order))
     assert fault.value.kind == kind, str(fault.value)
     assert "/" not in str(fault.value).split("\n")[0]  # names the kernel, not a path
 
@@ -127,7 +123,7 @@ def test_fault_says_where():
     with pytest.raises(KernelFault, match=r"test\w*\.metal:\d+.*'p' has no address space"):
         run_kernel(FAULTS["compile"]["pointer without address space"], ramp())
     with pytest.raises(KernelFault, match="of another threadgroup"):
-        run_kernel(TID + "out[t] = a[t];", ramp(128), grid=128)
+        run_kernel(TID + "out[t] = a[t];", ramp(128), n=128)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +131,7 @@ def test_fault_says_where():
     ["out[i] = a[i] * 2.0f;", "out[i] = 0.0f;", "out[i] = 1;", "T v = a[i]; v += 1.0f;"],
 )
 def test_bfloat_is_not_converted_implicitly(statement):
-    options = dict(dtype=mx.bfloat16, template=[("T", mx.bfloat16)])
+    options = {"dtype": mx.bfloat16, "template": [("T", mx.bfloat16)]}
     with pytest.raises(KernelFault, match="bfloat") as fault:
         run_kernel(INDEX + statement, ramp(dtype=mx.bfloat16), **options)
     assert fault.value.kind == "compile"

@@ -52,10 +52,8 @@ def bins_of(scores: np.ndarray) -> np.ndarray:
 
 
 def check_selection(clustered, scores, n_probes, selection, depth=100):
-    """The first p of a stable sort by bins, ascending, with each cluster's place or estimate.
-
-    And what the others hold.
-    """
+    """The first p of a stable sort by bins, ascending, with each cluster's place or estimate, and
+    what the others hold."""
     scores = to_numpy(scores)
     held, words = to_numpy(selection.probes), to_numpy(selection.words)
     assert held.dtype == words.dtype == np.uint32

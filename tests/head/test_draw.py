@@ -18,17 +18,12 @@ from mlx_flashhead.head.draw import (
     noise_of_all,
     position_key,
     threshold,
-)
+)  # fmt: skip
 from mlx_flashhead.head.kernels import MIN_PROBES, MetalSteps
 from mlx_flashhead.head.steps import Candidates, Selection
 
 # The definition, in numpy; see metal/flash_head/sample.h.
-NONE = -1e30  # log_min_p without min_p
-
-
-@mx.vmap
-def uniforms(key: mx.array) -> mx.array:
-    return mx.random.uniform(shape=(2,), key=key)
+uniforms = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))
 
 
 def noise(ids: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -68,16 +63,12 @@ def drawn_token(ids: np.ndarray, logits: np.ndarray, tail: float, setting, top_k
     return int(ids[values == values.max()].min())
 
 
-SETTINGS = [
-    DrawSettings(0.0),
-    DrawSettings(1.0, top_p=0.05),
-    DrawSettings(0.8, top_p=0.95),
-    DrawSettings(0.8, top_p=0.99),
-    DrawSettings(1.0, top_k=7),
-    DrawSettings(1.0, top_k=1000),
-    DrawSettings(1.0, min_p=0.1),
-    DrawSettings(1.3, top_p=0.9, min_p=0.01, top_k=20),
-]
+# temperature, top_p, min_p, top_k
+SETTINGS = [DrawSettings(*each) for each in (
+    (0.0,), (0.0, 0.5, 0.05, 3), (1.0,), (0.8,), (2.5,), (1.0, 0.1), (1.0, 0.5), (0.8, 0.95),
+    (2.0, 0.999), (3.0, 1.0, 0.05), (3.0, 1.0, 1.0), (3.0, 1.0, 0.0, 1), (3.0, 1.0, 0.0, 5),
+    (3.0, 1.0, 0.0, 100_000), (3.0, 0.9, 0.05, 20), (3.0, 0.7, 0.0, 40), (20.0, 0.99, 1e-4, 64),
+)]  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -111,10 +102,9 @@ def test_the_threshold_is_the_definitions(monkeypatch, kernel, n_logits, spread,
             np.testing.assert_array_equal(keeps[x > -np.inf], expected[x > -np.inf])
 
 
-@pytest.mark.parametrize("n_logits", [49_152, 262_208])
-def test_a_wide_rows_threshold_reads_it_once_a_digit(monkeypatch, n_logits):
+def test_a_wide_rows_threshold_reads_it_once_a_digit(monkeypatch):
     """Equal logits fill one counter. There is no sort of all logits."""
-    rng = np.random.default_rng(0)
+    rng, n_logits = np.random.default_rng(0), 262_208
     rows = mx.array(rng.normal(scale=2.0, size=(2, n_logits)).astype(np.float32))
     rows[1] = 3.0
     draws = Draws.of([(s, (0, 0)) for s in (DrawSettings(1.0, top_p=0.95), DrawSettings(1.0, 0.5))])
@@ -156,27 +146,14 @@ def test_tokens_are_drawn_as_often_as_by_mlx_lms_sampler(arguments):
     assert np.abs(ours - theirs).sum() < distances.mean() + 5 * distances.std()
 
 
-LN_20TH = float(np.log(0.05))
-KERNEL_SETTINGS = [  # 1/temperature, top_p, log_min_p, top_k
-    (0, 1, NONE, 0), (0, 0.5, LN_20TH, 3), (1, 1, NONE, 0), (1.25, 1, NONE, 0), (0.4, 1, NONE, 0),
-    (1, 0.1, NONE, 0), (1, 0.5, NONE, 0), (1.25, 0.95, NONE, 0), (0.5, 0.999, NONE, 0),
-    (0.3, 1, LN_20TH, 0), (0.3, 1, 0, 0), (0.3, 1, NONE, 1), (0.3, 1, NONE, 5),
-    (0.3, 1, NONE, 100_000), (0.3, 0.9, LN_20TH, 20), (0.3, 0.7, NONE, 40), (0.05, 0.99, -9.0, 64),
-]  # fmt: skip
-
-
-def steps_of(rng, cluster_size):
-    return MetalSteps(plain_clusters(rng, 50, cluster_size))
-
-
-def scored(rng, steps, n_rows, n_probes, dtype, spread=3.0, ties=False):
+def scored(rng, steps, n_rows, n_probes, dtype, ties=False):
     """A selection of ``n_probes`` clusters of each row, and random logits of their tokens."""
     clustered = steps.clustered
     probes = [rng.permutation(clustered.n_clusters)[:n_probes] for _ in range(n_rows)]
     probes = np.sort(np.stack(probes), axis=-1)
     held = np.minimum(np.arange(max(n_probes, MIN_PROBES)), n_probes - 1)
     probes = mx.array(probes.astype(np.uint32))
-    logits = rng.normal(scale=spread, size=(*probes.shape, clustered.cluster_size))
+    logits = rng.normal(scale=3.0, size=(*probes.shape, clustered.cluster_size))
     logits = mx.array(np.round(logits) if ties else logits).astype(dtype)
     padded = clustered.token_ids[probes] == clustered.vocab_size
     logits = mx.where(padded, mx.finfo(dtype).min, logits)[:, mx.array(held)]
@@ -188,18 +165,12 @@ def candidates_of(logits):
     return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
 
 
-def arguments(rng, settings):
-    keys = rng.integers(2**32, size=(len(settings), 2), dtype=np.uint32)
-    floats = np.array([setting[:3] for setting in settings], np.float32)
-    counts = np.array([setting[3] for setting in settings], np.uint32)
-    return Draws(mx.array(floats), mx.array(counts), mx.array(keys))
+def with_keys(rng, settings):
+    keys = rng.integers(2**32, size=(len(settings), 2)).tolist()
+    return Draws.of([(each, tuple(key)) for each, key in zip(settings, keys, strict=True)])
 
 
-def drawn_by(steps, case, drawing):
-    return steps.choose(*case, case[0].unscored, drawing)[0]
-
-
-def expected(steps, selection, candidates, settings, top_k, keys, _=True):
+def expected(steps, selection, candidates, settings, top_k, keys, _):
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
     logits = to_numpy(candidates.logits).astype(np.float32)
     real = ids < steps.clustered.vocab_size
@@ -219,13 +190,12 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
     """Rows of all settings at once, and few rows, whose arrays MLX passes in `constant`."""
     rng = np.random.default_rng(cluster_size)
     with kernels():
-        steps = steps_of(rng, cluster_size)
+        steps = MetalSteps(plain_clusters(rng, 50, cluster_size))
         for n_probes, ties in ((1, False), (7, True), (8, False), (40, False), (40, True)):
             for part in (slice(None), slice(7, 8), slice(14, 17), slice(6, 11)):
-                settings = KERNEL_SETTINGS[part]
-                case = scored(rng, steps, len(settings), n_probes, dtype, ties=ties)
-                drawing = arguments(rng, settings)
-                tokens = drawn_by(steps, case, drawing)
+                drawing = with_keys(rng, SETTINGS[part])
+                case = scored(rng, steps, len(drawing.of_rows), n_probes, dtype, ties=ties)
+                tokens, _ = steps.choose(*case, case[0].unscored, drawing)
                 assert tokens.tolist() == expected(steps, *case, *drawing)
             greedy = steps.token(*case).tolist()
             assert greedy == expected(steps, *case, mx.zeros((5, 3)), *drawing[1:])
@@ -234,9 +204,8 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
 def test_values_without_order():
     """NaN, of which the lowest id wins; all logits saturated; a mass that the others hold."""
     rng = np.random.default_rng(3)
-    settings = [(1, 0.9, NONE, 4)] * 4
     with kernels():
-        steps = steps_of(rng, 8)
+        steps = MetalSteps(plain_clusters(rng, 50, 8))
         selection, candidates = scored(rng, steps, 4, 9, mx.float32)
         logits = candidates.logits
         logits[0, 3, 2] = logits[0, 5, 1] = float("nan")
@@ -244,8 +213,8 @@ def test_values_without_order():
         logits[3] = mx.finfo(mx.float32).min
         tail = mx.array([[0.0, 0.0], [0.0, 0.0], [1e30, 700.0], [0.0, 0.0]])
         case = selection._replace(unscored=tail), candidates_of(logits)
-        drawing = arguments(rng, settings)
-        found = drawn_by(steps, case, drawing).tolist()
+        drawing = with_keys(rng, [DrawSettings(1.0, 0.9, top_k=4)] * 4)
+        found = steps.choose(*case, tail, drawing)[0].tolist()
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
     assert found[0] == ids[0][[3, 5], [2, 1]].min()
     assert found[3] == ids[3].min()

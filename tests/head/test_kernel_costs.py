@@ -16,7 +16,7 @@ from kernel_cases import (
     on_gpu,
     plain_clusters,
     to_numpy,
-)
+)  # fmt: skip
 from mlx_flashhead.head import kernels as kernels_module
 from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.flash_head import FlashHead
@@ -37,14 +37,9 @@ class TestGraph:
 
     @staticmethod
     def primitives(function, *inputs) -> Counter:
-        found = Counter()
-
-        def note(event):
-            if event["type"] == "primitive":
-                found[event["name"]] += 1
-
-        mx.export_function(note, function, *inputs)
-        return found
+        events = []
+        mx.export_function(events.append, function, *inputs)
+        return Counter(event["name"] for event in events if event["type"] == "primitive")
 
     @staticmethod
     def head(monkeypatch, dtype, bits) -> FlashHead:
@@ -57,13 +52,12 @@ class TestGraph:
         monkeypatch.setattr(kernels_module, "MATRIX_FROM", 1000)
         settings = {"n_probes": 6, "eos_token_ids": (3,)}
         head = FlashHead(rows, token_ids, centroids, backend="metal", **settings)
-        clustered = head.clustered
-        mx.eval(clustered.rows.arrays(), centroids.matrix.arrays(), clustered.route_bias)
+        mx.eval(head.arrays())
         return head
 
-    @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 5), (4, 8)])
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (4, 8)])
     @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-    @pytest.mark.parametrize("bits", [4, 8, 16])
+    @pytest.mark.parametrize("bits", [4, 16])
     def test_four_kernels_and_views(self, monkeypatch, shape, dtype, bits):
         """Nothing else: no cast, copy, fill, sort, gather or scatter."""
         head = self.head(monkeypatch, mx.bfloat16, bits)
@@ -91,7 +85,8 @@ class TestGraph:
             parts = [Proposal(h, None, p, logits, None, None) for h, p, logits in parts]
             rows = [(0, i) for i in range(31)] + [(1, 0)]
             one = head.joined(parts, rows, [0] * 32)
-            return list(head.certain(head.slot_logits(one.hidden), one, draws, *rooms, 0.0))
+            slots = head.slot_logits(one.hidden)
+            return list(head.steps.screen(slots, one, draws, *rooms, 0.0))
 
         inputs = []
         for n in (31, 1):
@@ -103,22 +98,16 @@ class TestGraph:
 
     def test_kernels_get_contiguous_arrays(self, monkeypatch):
         """MLX would copy any other before each call."""
-        clustered = self.head(monkeypatch, mx.float32, 4).clustered
-        centroids = clustered.centroids
-        arrays = [*clustered.rows.arrays().values(), clustered.token_ids, clustered.slot_of]
-        arrays += [centroids.matrix.weight, centroids.tail_offset, clustered.route_bias]
-        for array in arrays:
-            assert memoryview(array).c_contiguous
+        for array in self.head(monkeypatch, mx.float32, 4).clustered.arrays():
+            if array.dtype != mx.bfloat16:  # of which numpy knows nothing
+                assert memoryview(array).c_contiguous
 
 
 def dispatches_of(clustered, hidden, n_probes, setting=(1.0, 0.95, -4.0, 20)):
     """The emulator's records of each kernel in a step, by name."""
-    n_rows = len(hidden)
-    drawing = Draws(
-        mx.broadcast_to(mx.array(setting[:3]), (n_rows, 3)),
-        mx.full((n_rows,), setting[3], dtype=mx.uint32),
-        mx.zeros((n_rows, 2), dtype=mx.uint32),
-    )
+    n_rows, (*floats, top_k) = len(hidden), setting
+    counts = mx.full((n_rows,), top_k, dtype=mx.uint32)
+    drawing = Draws(mx.array([floats] * n_rows), counts, mx.zeros((n_rows, 2), dtype=mx.uint32))
     with kernels() as emulator:
         steps = MetalSteps(clustered)
         scores = steps.route(hidden)
@@ -144,8 +133,8 @@ def test_neither_probes_nor_positions_compile_anything():
 
     MLX compiles a text once for each set of template arguments, dtypes and small arrays.
     """
-    rng = np.random.default_rng(5)
-    n_clusters, made = 600, make_clustered(rng, 600, 2, 64)
+    rng, n_clusters = np.random.default_rng(5), 600
+    made = make_clustered(rng, n_clusters, 2, 64)
     parts = made.token_rows(), to_numpy(made.token_ids), made.centroids
     with kernels(check=False) as emulator:
         head = FlashHead(*parts, n_probes=1, backend="metal")
@@ -163,9 +152,9 @@ class TestTraffic:
     @pytest.mark.parametrize(
         ("hidden_size", "cluster_size", "bits", "group_size", "limit"),
         [
-            *((hidden_size, 16, 4, 64, 1.05) for hidden_size in (576, 640, 1024, 2048)),
-            *((2048, 16, *form, 1.05) for form in ((4, 128), (8, 64))),
-            *((1152, 16, 4, 32, 1.05), (576, 16, 16, 0, 1.05), (1024, 8, 4, 64, 1.05)),
+            *((576, 16, 4, 64, 1.05), (2048, 16, 4, 64, 1.05), (2048, 16, 4, 128, 1.05)),
+            *((1024, 16, 8, 64, 1.05), (1152, 16, 4, 32, 1.05), (576, 16, 16, 0, 1.05)),
+            (1024, 8, 4, 64, 1.05),
             (384, 8, 4, 64, 1.25),  # 96 bytes of scales to a cluster: less than a line
         ],
     )
@@ -201,10 +190,9 @@ class TestTraffic:
         found = dispatches_of(clustered, hidden, 9)
         assert [dispatch.barriers for dispatch in found.values()] == [0, 6, 1, 13, 6, 1]
         assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 16784
-        for *setting, n_barriers in ((0.0, 0.9, 9, 2), (1.0, 1.0, 0, 3), (1.0, 0.9, 0, 9)):
-            scale, top_p, top_k = setting
+        for scale, top_p, top_k, barriers in ((0.0, 0.9, 9, 2), (1.0, 1.0, 0, 3), (1.0, 0.9, 0, 9)):
             found = dispatches_of(clustered, hidden, 9, (scale, top_p, -1e30, top_k))
-            assert found["sample"].barriers == n_barriers
+            assert found["sample"].barriers == barriers
 
     @pytest.mark.parametrize("n_clusters", [3072, 9496, 16384, 16388])
     def test_select_reads_the_scores_once(self, n_clusters):

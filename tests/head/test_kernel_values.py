@@ -1,5 +1,7 @@
 """The kernels on values of any size, from 1 cluster to 262,144: ties, NaN, infinities, caps."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,11 +10,12 @@ import kernel_checks as checks
 from kernel_cases import cluster, kernels, make_centroids, make_rows, plain_clusters, to_numpy
 from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
 from mlx_flashhead.head.kernels import MetalSteps
-from mlx_flashhead.head.portable import PortableSteps
-from mlx_flashhead.head.steps import Candidates, Selection
+from mlx_flashhead.head.steps import Candidates, PortableSteps, Selection
+
+DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden_scale", [1e-20, 1e-4, 6e4, 1e30])
 def test_no_magnitude_gives_an_infinity(dtype, hidden_scale):
     rng = np.random.default_rng(3)
@@ -35,26 +38,23 @@ def test_a_sum_beyond_float32_saturates():
     hidden = mx.stack([mx.full((64,), 3e37), mx.full((64,), -3e37)])
     _, _, candidates, full, _ = checks.run(clustered, hidden, 3)
     highest = mx.finfo(mx.float32).max
-    assert (to_numpy(candidates.logits)[0, :3] == highest).all()
-    assert (to_numpy(candidates.logits)[1, :3] == -highest).all()
+    assert (to_numpy(candidates.logits)[:, :3] == [[[highest]], [[-highest]]]).all()
     assert np.isfinite(to_numpy(full)).all()
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_stays_nan(dtype):
     """On both paths, and at no other position; the greedy token is one of the vocabulary."""
     rng = np.random.default_rng(14)
     clustered, hidden = checks.small_head(rng, dtype=dtype, n_tokens=299)
     hidden[1, 7] = float("nan")
     outputs = checks.run(clustered, hidden, 9)
-    plain = PortableSteps(clustered)
-    for steps_of in (outputs, checks.all_steps(plain, hidden, 9)):
+    for steps_of in (outputs, checks.all_steps(PortableSteps(clustered), hidden, 9)):
         scores, _, candidates, full, token = steps_of
-        for array in (scores, full):
-            assert np.isnan(to_numpy(array)[1]).all()
-            assert np.isfinite(np.delete(to_numpy(array), 1, axis=0)).all()
-        real = to_numpy(candidates.logits)[1] != mx.finfo(dtype).min
-        assert np.isnan(to_numpy(candidates.logits)[1][real]).all()
+        for array in map(to_numpy, (scores, full)):
+            assert np.isnan(array[1]).all() and np.isfinite(np.delete(array, 1, axis=0)).all()
+        logits = to_numpy(candidates.logits)[1]
+        assert np.isnan(logits[logits != mx.finfo(dtype).min]).all()
         assert (to_numpy(token) < 299).all()
     others = [0, 2, 3, 4]
     sound = checks.run(clustered, hidden[mx.array(others)], 9)
@@ -69,33 +69,31 @@ def test_nan_of_one_token():
     rows.weight[123, 5] = float("nan")
     token_ids = to_numpy(clustered.token_ids)
     clustered = ClusteredRows.build(rows, token_ids, clustered.centroids, (123,))
-    outputs = checks.run(clustered, hidden, 9)
     for _, selection, candidates, full, token in (
-        outputs, checks.all_steps(PortableSteps(clustered), hidden, 9)
-    ):  # fmt: skip
+        checks.run(clustered, hidden, 9),
+        checks.all_steps(PortableSteps(clustered), hidden, 9),
+    ):
         values, logits = to_numpy(full), to_numpy(candidates.logits)
         assert np.isnan(values[:, 123]).all() and (to_numpy(token) == 123).all()
         ids = token_ids[to_numpy(selection.probes)]
-        scored = np.isin(np.arange(300), ids[0])
-        assert np.isnan(values[0, ~scored]).all()
+        assert np.isnan(values[0, ~np.isin(np.arange(300), ids[0])]).all()
         assert np.isnan(logits).sum() == len(hidden) and np.isnan(logits[ids == 123]).all()
 
 
-@pytest.mark.parametrize("n_probes", [1, 4, 40])
+@pytest.mark.parametrize("n_probes", [1, 4, 38])
 def test_the_lowest_of_equal_tokens_wins(n_probes):
     """Three distinct rows for 300 tokens: the winner is there a hundred times."""
     rng = np.random.default_rng(5)
     clustered, hidden = checks.small_head(rng)
     three = mx.array(rng.integers(3, size=(clustered.n_clusters, clustered.cluster_size)))
     rows = make_rows(rng, 3, 128, bits=8, group_size=64, dtype=mx.float32).take(three)
-    clustered = type(clustered)(**{**clustered.__dict__, "rows": rows})
-    n_probes = min(n_probes, clustered.n_clusters)
+    clustered = replace(clustered, rows=rows)
     checks.check_all(clustered, hidden, n_probes, checks.run(clustered, hidden, n_probes))
     _, _, _, full, token = checks.all_steps(PortableSteps(clustered), hidden, n_probes)
     checks.check_token(full, token)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_tail_is_capped_below_the_best_candidate(dtype):
     """By 1, or a 64th of it where that is more; for bests of either sign, and forced clusters."""
     rng = np.random.default_rng(11)
@@ -122,7 +120,7 @@ def test_the_tail_is_capped_below_the_best_candidate(dtype):
 
 
 # 18,432 are the most that stay in registers, and 262,144 a Gemma head in clusters of 1
-@pytest.mark.parametrize("n_clusters", [1, 5, 31, 32, 513, 9496, 16388, 18433, 262144])
+@pytest.mark.parametrize("n_clusters", [1, 5, 31, 32, 513, 9496, 18433, 262144])
 def test_select_is_a_stable_sort_whatever_the_scores(n_clusters):
     """By bins of 1/64 nat: ties, forced, huge and tiny scores, both zeros; p from 1 to C."""
     rng = np.random.default_rng(2)
@@ -154,19 +152,16 @@ def test_select_takes_nan_first(n_clusters):
     scores[:, [3, 17, 30]] = np.array([np.nan, -np.nan, np.nan], dtype=np.float32)
     scores[0, 5:] = -np.inf
     scores[0, [17, 30]] = np.nan
-    clustered = plain_clusters(rng, n_clusters)
     with kernels():
-        found = MetalSteps(clustered).select(mx.array(scores), 9)
-        mx.eval(found)
+        steps = MetalSteps(plain_clusters(rng, n_clusters))
+        found = steps.select(mx.array(scores), 9)
+        few = to_numpy(steps.select(mx.array(scores[1:]), 2).words)
     for probes, words, row in zip(*map(to_numpy, found[:2]), scores, strict=True):
-        assert {3, 17, 30} <= set(probes.tolist()) if row is scores[1] else {17, 30} <= set(probes)
         expected = np.argsort(np.where(np.isnan(row), -np.inf, -row), kind="stable")[:9]
         np.testing.assert_array_equal(probes, np.sort(expected))
+        assert set(np.flatnonzero(np.isnan(row))) <= set(probes)
         assert (words[probes] == checks.PROBED + np.arange(9)).all()
-    few = mx.array(scores[1:])
-    with kernels():
-        words = to_numpy(MetalSteps(clustered).select(few, 2).words)
-    assert words[0, 30] == checks.NOT_A_NUMBER  # three are NaN, of which two are probed
+    assert few[0, 30] == checks.NOT_A_NUMBER  # three are NaN, of which two are probed
 
 
 @pytest.mark.parametrize("depth", [0.0, 2.5, 3.5, 40.0])
@@ -185,11 +180,10 @@ def test_clusters_far_below_the_best_are_not_read(depth):
     checks.check_candidates(clustered, hidden, selection, candidates)
     for one, other in zip(drawn[::2], selection[::2], strict=True):
         np.testing.assert_array_equal(one, other)
-    best = to_numpy(candidates.logits).reshape(5, -1).argmax(axis=-1)
-    ids = to_numpy(clustered.token_ids)[to_numpy(selection.probes)].reshape(5, -1)
-    np.testing.assert_array_equal(tokens, ids[np.arange(5), best])
+    held, best = to_numpy(selection.probes), to_numpy(candidates.logits).reshape(5, -1)
+    ids = to_numpy(clustered.token_ids)[held].reshape(5, -1)
+    np.testing.assert_array_equal(tokens, ids[np.arange(5), best.argmax(axis=-1)])
     if emulator is not None:
         weight = emulator.dispatches[2].buffers["weight"]
-        held = to_numpy(selection.probes)
-        repeats = (held[:, 1:] == held[:, :-1]).sum()
-        assert weight.reads == weight.bytes // clustered.n_clusters * (held.size - repeats)
+        n_read = held.size - (held[:, 1:] == held[:, :-1]).sum()  # without repeats
+        assert weight.reads == weight.bytes // clustered.n_clusters * n_read

@@ -1,7 +1,6 @@
 """Heads for the kernels' tests and report: random ones, and what they must compute, in numpy."""
 
 import contextlib
-from itertools import combinations, product
 from pathlib import Path
 from unittest import mock
 
@@ -126,23 +125,3 @@ def products(stored, hidden: mx.array) -> tuple[np.ndarray, np.ndarray]:
         np.tensordot(x, weight, axes=(1, -1)),
         SUMMATION * np.tensordot(np.abs(x), magnitude, axes=(1, -1)),
     )
-
-
-def covering_cases(factors: dict[str, tuple], valid, cost) -> list[dict]:
-    """Few cases in which each pair of values occurs that any valid case has.
-
-    Greedy: the case with most pairs that are still missing, that of the least ``cost`` of several.
-    """
-    names = list(factors)
-    cases = [dict(zip(names, values, strict=True)) for values in product(*factors.values())]
-    cases = sorted(filter(valid, cases), key=cost)
-    numbers: dict = {}
-    pairs_of = [combinations(case.items(), 2) for case in cases]
-    pairs = np.array([[numbers.setdefault(p, len(numbers)) for p in each] for each in pairs_of])
-    missing = np.ones(len(numbers), dtype=bool)
-    chosen = []
-    while missing.any():
-        best = int(np.argmax(missing[pairs].sum(axis=1)))
-        missing[pairs[best]] = False
-        chosen.append(cases[best])
-    return chosen

@@ -4,7 +4,7 @@ import json
 
 import mlx.core as mx
 
-from mlx_flashhead.exporting.plan import METADATA_KEY
+from mlx_flashhead.head.plan import METADATA_KEY
 
 
 def read_plan(path):

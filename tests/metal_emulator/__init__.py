@@ -9,8 +9,7 @@ not all threads reach, missing address spaces.
 signature.py       the text MLX writes, and how the runtime calls it
 frontend.py        Metal to C++ for OpenCL, and Apple's rules that clang lacks
 build.py           clang from the ziglang package; compiled kernels are kept by content
-run.py             launch and traffic
-faults.py          what went wrong, in words
+run.py             launch and traffic, and what went wrong in words
 emulator.py        the face of ``mx.fast.metal_kernel``
 shim/              ``metal_stdlib``
 runtime/           threads as fibers, barriers, simdgroups, watched memory
@@ -25,7 +24,7 @@ types and the functions of bfloat are here.
 
 from .build import check_standalone
 from .emulator import Emulator
-from .faults import KernelFault
+from .frontend import KernelFault
 from .run import Dispatch, Traffic
 
 __all__ = ["Dispatch", "Emulator", "KernelFault", "Traffic", "check_standalone"]

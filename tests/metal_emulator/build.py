@@ -11,11 +11,11 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from .faults import KernelFault
-from .frontend import check_syntax_tree, translate
+from .frontend import KernelFault, check_syntax_tree, translate
 
 FOLDER = Path(__file__).parent
 LOCAL_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
+TARGET = f"{platform.machine().replace('arm64', 'aarch64')}-unknown-linux-gnu"
 
 # What MLX puts before a kernel: metal::utils(), as far as kernels may rely on it.
 MLX_PRELUDE = """\
@@ -36,15 +36,13 @@ KERNEL_FLAGS = [
     *("-ffloat16-excess-precision=none", "-fbfloat16-excess-precision=none"),
     *("-Wno-everything", "-fno-caret-diagnostics", "-fmessage-length=0"),
     *("-I", str(FOLDER / "shim"), "-include", "emulator/language.h"),
-]
-# The same barrier or simd operation in two branches stays two operations.
-KERNEL_FLAGS += [
+    # The same barrier or simd operation in two branches stays two operations.
     *("-mllvm", "-hoist-common-insts=false", "-mllvm", "-sink-common-insts=false"),
     *("-mllvm", "-enable-tail-merge=false"),
 ]
-# How products and sums become one operation, as Apple's compiler may: never, within an expression,
-# or wherever they meet, in functions that are all inlined. x86-64 has it as an extension.
-CONTRACTIONS = ("off", "on", "fast")
+# Products and sums may become one operation, as Apple's compiler may do it: never ("off"), within
+# an expression ("on"), or wherever they meet, in functions that are all inlined ("fast"). x86-64
+# has it as an extension.
 CONTRACT_FLAGS = ["-target-feature", "+fma"] if platform.machine() == "x86_64" else []
 CONTRACT_FLAGS += ["-mllvm", "-inline-threshold=100000"]
 # Calls before each load, store, memcpy and memset; see runtime/memory.cpp.
@@ -53,8 +51,7 @@ CHECK_FLAGS = [
     *("-mllvm", "-asan-instrumentation-with-call-threshold=0"),
     *("-mllvm", "-asan-kernel-mem-intrinsic-prefix=1"),
     *("-mllvm", "-asan-opt-same-temp=0"),
-    *("-mllvm", "-asan-stack=0"),
-    *("-mllvm", "-asan-globals=0"),
+    *("-mllvm", "-asan-stack=0", "-mllvm", "-asan-globals=0"),
 ]
 RUNTIME_FLAGS = [
     *("-std=c++20", "-O2", "-fPIC", "-ffreestanding", "-fno-exceptions", "-fno-rtti"),
@@ -71,39 +68,25 @@ def zig() -> str:
 
 
 @cache
-def target() -> str:
-    """The target triple of this machine."""
-    return f"{platform.machine().replace('arm64', 'aarch64')}-unknown-linux-gnu"
-
-
-@cache
 def fingerprint() -> str:
     """Hash of everything but the kernel's text that decides what comes out of the compiler."""
-    digest = hashlib.sha256(f"{target()} {KERNEL_FLAGS} {CHECK_FLAGS} {RUNTIME_FLAGS}".encode())
-    version = subprocess.run([zig(), "version"], capture_output=True, check=True)
-    digest.update(version.stdout)
+    digest = hashlib.sha256(f"{TARGET} {KERNEL_FLAGS} {CHECK_FLAGS} {RUNTIME_FLAGS}".encode())
+    digest.update(subprocess.run([zig(), "version"], capture_output=True, check=True).stdout)
     for path in sorted(FOLDER.rglob("*")):
         if path.is_file() and path.suffix != ".pyc":
             digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-@cache
-def cache_folder() -> Path:
-    """This user's folder of compiled kernels."""
+def cached(text: str, build) -> Path:
+    """Path of a library; ``build(path)`` makes it beside its place, and it is linked there."""
     folder = Path(tempfile.gettempdir()).resolve() / f"metal_emulator_{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise RuntimeError(f"{folder} belongs to another user: set TMPDIR to a folder of your own.")
-    return folder
-
-
-def cached(text: str, suffix: str, build) -> Path:
-    """Path of a built file; ``build(path)`` makes it beside its place, and it is linked there."""
-    key = hashlib.sha256((fingerprint() + text).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{key}{suffix}"
+    path = folder / f"{hashlib.sha256((fingerprint() + text).encode()).hexdigest()[:32]}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / path.name
             build(made)
             # Never replaces a file: another process may have made it meanwhile, and mapped it.
@@ -118,62 +101,54 @@ def link(objects: list[Path], path: Path) -> None:
     subprocess.run([*command, *map(str, objects)], check=True, capture_output=True)
 
 
-def build_runtime(path: Path) -> None:
-    """Compiles ``runtime/*.cpp``."""
-    objects = []
-    for source in sorted((FOLDER / "runtime").glob("*.cpp")):
-        objects.append(path.with_name(f"{source.stem}.o"))
-        command = [zig(), "clang", "-target", target(), *RUNTIME_FLAGS, "-c", str(source)]
-        subprocess.run([*command, "-o", str(objects[-1])], check=True, capture_output=True)
-    link(objects, path)
-
-
 @cache
 def runtime() -> ctypes.CDLL:
-    """The loaded runtime, whose functions the kernels find by name."""
-    return ctypes.CDLL(str(cached("runtime", ".so", build_runtime)), mode=ctypes.RTLD_GLOBAL)
+    """The loaded runtime, ``runtime/*.cpp``, whose functions the kernels find by name."""
+
+    def build(path: Path) -> None:
+        objects = []
+        for source in sorted((FOLDER / "runtime").glob("*.cpp")):
+            objects.append(path.with_name(f"{source.stem}.o"))
+            command = [zig(), "clang", "-target", TARGET, *RUNTIME_FLAGS, "-c", str(source)]
+            subprocess.run([*command, "-o", str(objects[-1])], check=True, capture_output=True)
+        link(objects, path)
+
+    return ctypes.CDLL(str(cached("runtime", build)), mode=ctypes.RTLD_GLOBAL)
 
 
-def start_clang(source: Path, *flags: str) -> subprocess.Popen:
-    """Starts clang's front end proper, which takes exactly these flags."""
-    command = [zig(), "clang", "-cc1", "-triple", target(), *KERNEL_FLAGS, *flags, str(source)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def compile_error(messages: str, name: str) -> KernelFault:
-    """A fault that holds clang's errors, in Metal's words."""
-    words = {"__global": "device", "__local": "threadgroup", "__constant": "constant"}
-    words |= {"__private": "thread", "__generic ": "", "__bf16": "bfloat"}
-    for theirs, ours in words.items():
-        messages = messages.replace(theirs, ours)
-    messages = messages.replace(f"{FOLDER}/", "")
-    lines = [line for line in messages.splitlines() if not line.startswith("entry.metal")]
-    return KernelFault("compile", "\n".join([f"{name} does not compile.", *lines]))
-
-
-def check_text(text: str, name: str, prelude: str, scratch: Path, *flags: str) -> None:
+def compile_text(text: str, name: str, prelude: str, scratch: Path, *flags: str) -> None:
     """Compiles a text after a prelude and checks its syntax tree; a KernelFault if it is refused.
 
-    ``flags`` say what clang shall make beside the tree.
+    ``flags`` say what clang's front end proper, which takes exactly these, makes beside the tree.
     """
+
+    def clang(*more: str) -> subprocess.Popen:
+        command = [zig(), "clang", "-cc1", "-triple", TARGET, *KERNEL_FLAGS, *more, str(source)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
     source = scratch / "kernel.metal"
     source.write_text(f'{prelude}#line 1 "{name}"\n{text}')
-    compiler = start_clang(source, *flags)
-    tree, _ = start_clang(source, "-ast-dump").communicate()
+    compiler = clang(*flags)
+    tree, _ = clang("-ast-dump").communicate()
     _, messages = compiler.communicate()
     if compiler.returncode:
-        raise compile_error(messages, name)
+        words = {"__global": "device", "__local": "threadgroup", "__constant": "constant"}
+        words |= {"__private": "thread", "__generic ": "", "__bf16": "bfloat", f"{FOLDER}/": ""}
+        for theirs, ours in words.items():
+            messages = messages.replace(theirs, ours)
+        lines = [line for line in messages.splitlines() if not line.startswith("entry.metal")]
+        raise KernelFault("compile", "\n".join([f"{name} does not compile.", *lines]))
     check_syntax_tree(tree.splitlines(), name)
 
 
-def compile_kernel(text: str, entry: str, name: str, check: bool, contract: str = "off") -> Path:
+def compile_kernel(text: str, entry: str, name: str, check: bool, contract: str) -> Path:
     """Compiles a kernel as MLX writes it to a shared library; a KernelFault if it is refused.
 
     Args:
         text: Header, signature and source.
         entry: C++ appended to it: the function that the runtime calls for each thread.
         check: Whether accesses are checked and counted.
-        contract: One of ``CONTRACTIONS``.
+        contract: ``off``, ``on`` or ``fast``.
     """
 
     def build(path: Path) -> None:
@@ -181,18 +156,16 @@ def compile_kernel(text: str, entry: str, name: str, check: bool, contract: str 
         whole = f'{translate(text, file_name)}\n#line 1 "entry.metal"\n{entry}'
         flags = [*(CHECK_FLAGS if check else []), "-emit-obj", "-o", str(made)]
         flags += [f"-ffp-contract={contract}", *(CONTRACT_FLAGS if contract != "off" else [])]
-        check_text(whole, file_name, MLX_PRELUDE, path.parent, *flags)
+        compile_text(whole, file_name, MLX_PRELUDE, path.parent, *flags)
         link([made], path)
 
     file_name = f"{name}.metal"
-    return cached(f"{check} {contract} {name} {text} {entry}", ".so", build)
+    return cached(f"{check} {contract} {name} {text} {entry}", build)
 
 
 def check_standalone(path: Path) -> None:
     """Compiles a ``.metal`` file and the files it includes, as ``xcrun metal -c`` would."""
+    whole = LOCAL_INCLUDE.sub(lambda line: (path.parent / line[1]).read_text(), path.read_text())
     with tempfile.TemporaryDirectory() as scratch:
-        included = LOCAL_INCLUDE.sub(
-            lambda line: (path.parent / line[1]).read_text(), path.read_text()
-        )
-        text = translate(included, path.name)
-        check_text(text, path.name, "", Path(scratch), "-fsyntax-only")
+        text = translate(whole, path.name)
+        compile_text(text, path.name, "", Path(scratch), "-fsyntax-only")

@@ -13,20 +13,6 @@ from .signature import ATTRIBUTES, metal_kernel, signature_of
 MAX_THREADS_PER_THREADGROUP = 1024
 
 
-def bits_of(array: mx.array) -> np.ndarray:
-    """The array as numpy, row after row; bfloat16, which numpy lacks, as uint16."""
-    if array.dtype == mx.bfloat16:
-        array = array.view(mx.uint16)
-    mx.eval(array)
-    return np.ascontiguousarray(array).reshape(array.shape)
-
-
-def from_bytes(data: np.ndarray, shape, dtype: mx.Dtype) -> mx.array:
-    """An array of a dtype and shape from its bytes, uint8."""
-    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.size]
-    return mx.array(data.view(unsigned)).view(dtype).reshape(tuple(shape))
-
-
 class Emulator:
     """Runs custom Metal kernels on the CPU, with checks and counts.
 
@@ -74,10 +60,18 @@ class Emulator:
         call = {"grid": grid, "threadgroup": threadgroup, "template": template or []}
         outputs = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
         signature = signature_of(options, arrays, call | outputs)
-        name, output_names = options["name"], options["output_names"]
-        grid, threadgroup = self.dispatch_size(name, grid, threadgroup)
+        name, n_threads = options["name"], int(np.prod(threadgroup))
+        allowed = self.max_threads.get(name, MAX_THREADS_PER_THREADGROUP)
+        if n_threads > allowed:
+            raise ValueError(
+                f"Thread group size ({n_threads}) is greater than  the maximum allowed threads per "
+                f"threadgroup ({allowed})."
+            )
+        # as MLX dispatches them: no threadgroup is larger than the grid
+        threadgroup = tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))
         data = dict(zip(options["input_names"], map(bits_of, arrays), strict=True))
-        forms = dict(zip(output_names, zip(output_shapes, output_dtypes, strict=True), strict=True))
+        forms = zip(output_shapes, output_dtypes, strict=True)
+        forms = dict(zip(options["output_names"], forms, strict=True))
         buffers = []
         for parameter in signature.parameters:
             if parameter in forms:
@@ -90,26 +84,22 @@ class Emulator:
                 buffers.append(Buffer(parameter, INPUT, values.itemsize, values.nbytes))
                 buffers[-1].data[:] = values.reshape(-1).view(np.uint8)
         self.built.add(signature.text)
-        name_and_flags = signature.name, self.check, self.contract
-        library = compile_kernel(signature.text, signature.entry(), *name_and_flags)
-        self.dispatches.append(
-            launch(name, library, buffers, grid, threadgroup, self.order, self.seed, self.check)
-        )
+        form = signature.name, self.check, self.contract
+        library = compile_kernel(signature.text, signature.entry(), *form)
+        settings = tuple(grid), threadgroup, self.order, self.seed, self.check
+        self.dispatches.append(launch(name, library, buffers, *settings))
         return [
-            from_bytes(buffer.data, *forms[buffer.name])
-            for buffer in buffers[len(buffers) - len(forms) :]
+            mx.array(made.data.view(f"u{dtype.size}")).view(dtype).reshape(tuple(shape))
+            for made, (shape, dtype) in zip(buffers[-len(forms) :], forms.values(), strict=True)
         ]
 
-    def dispatch_size(self, name, grid, threadgroup):
-        """Grid and threadgroup as MLX dispatches them: no threadgroup is larger than the grid."""
-        n_threads = int(np.prod(threadgroup))
-        allowed = self.max_threads.get(name, MAX_THREADS_PER_THREADGROUP)
-        if n_threads > allowed:
-            raise ValueError(
-                f"Thread group size ({n_threads}) is greater than  the maximum allowed threads per "
-                f"threadgroup ({allowed})."
-            )
-        return tuple(grid), tuple(min(t, g) for t, g in zip(threadgroup, grid, strict=True))
+
+def bits_of(array: mx.array) -> np.ndarray:
+    """The array as numpy, row after row; bfloat16, which numpy lacks, as uint16."""
+    if array.dtype == mx.bfloat16:
+        array = array.view(mx.uint16)
+    mx.eval(array)
+    return np.ascontiguousarray(array).reshape(array.shape)
 
 
 def input_values(name: str, data: dict[str, np.ndarray]) -> np.ndarray:

@@ -14,71 +14,61 @@ and a conversion to bfloat that is not written out.
 
 import re
 
-from .faults import KernelFault
 from .signature import ATTRIBUTES
 
 KNOWN_ATTRIBUTES = {*ATTRIBUTES, "maybe_unused", "fallthrough", "nodiscard"}
 KNOWN_ATTRIBUTES |= {"kernel", "host_name", "buffer", "max_total_threads_per_threadgroup"}
-
 ATTRIBUTE = re.compile(r"\[\[\s*([a-z_]\w*(?:[^\[\]]|\[[^\]]*\])*?)\]\]")
 
 
-def blank(text: str) -> str:
-    """Spaces in place of everything but newlines."""
-    return re.sub(r"[^\n]", " ", text)
+class KernelFault(RuntimeError):
+    """A kernel that Apple's compiler would refuse, or that breaks a rule while it runs."""
 
-
-def strip_comments(text: str) -> str:
-    """Blanks comments, leaves strings alone."""
-    pattern = r'//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*")'
-    return re.sub(pattern, lambda match: match[1] or blank(match[0]), text, flags=re.DOTALL)
-
-
-def line_of(text: str, position: int) -> int:
-    """Line number, from 1, of a position in the text."""
-    return text.count("\n", 0, position) + 1
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind  # ``compile``, or one of ``run.KINDS``
 
 
 def refuse(name: str, text: str, position: int, reason: str):
     """Raises a KernelFault in the form of a compiler's message."""
-    raise KernelFault("compile", f"{name}:{line_of(text, position)}: error: {reason}")
+    line = text.count("\n", 0, position) + 1
+    raise KernelFault("compile", f"{name}:{line}: error: {reason}")
 
 
-def matching(text: str, start: int, opening: str, closing: str) -> int:
-    """Position of the bracket that closes the one at ``start``; the text's end if none does."""
-    depth = 0
-    for position in range(start, len(text)):
-        depth += (text[position] == opening) - (text[position] == closing)
-        if depth == 0:
-            return position
-    return len(text)
+def blank(match: re.Match) -> str:
+    """Spaces in place of everything but newlines."""
+    return re.sub(r"[^\n]", " ", match[0])
 
 
 def split_commas(text: str) -> list[str]:
     """Splits at the commas outside all brackets."""
-    parts, depth, start = [], 0, 0
-    for position, character in enumerate(text):
+    parts, depth = [""], 0
+    for character in text:
         depth += (character in "([{<") - (character in ")]}>")
         if character == "," and depth == 0:
-            parts.append(text[start:position])
-            start = position + 1
-    return [*parts, text[start:]]
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def check_kernel_parameters(text: str, name: str) -> None:
     """Each parameter of a kernel needs an attribute that says what it is bound to."""
-    blanked = ATTRIBUTE.sub(lambda match: blank(match[0]), text)
+    blanked = ATTRIBUTE.sub(blank, text)
     for match in re.finditer(r"\bkernel\b", text):
-        start = blanked.find("(", match.end())
-        if start < 0 or re.search(r"[;{}]", blanked[match.end() : start]):
+        start = re.compile(r"[^;{}(]*\(").match(blanked, match.end())
+        if start is None:
             continue
-        end = matching(text, start, "(", ")")
-        if text[end + 1 :].lstrip()[:1] != "{":  # an instantiation, or another declaration
+        end, depth = start.end(), 1
+        while depth and end < len(text):
+            depth += (text[end] == "(") - (text[end] == ")")
+            end += 1
+        if text[end:].lstrip()[:1] != "{":  # an instantiation, or another declaration
             continue
-        for parameter in split_commas(text[start + 1 : end]):
+        for parameter in split_commas(text[start.end() : end - 1]):
             if parameter.strip() and "[[" not in parameter:
                 reason = f"kernel parameter '{' '.join(parameter.split())}' has no attribute"
-                refuse(name, text, start, reason)
+                refuse(name, text, start.end() - 1, reason)
 
 
 def blank_attributes(text: str, name: str) -> str:
@@ -89,7 +79,7 @@ def blank_attributes(text: str, name: str) -> str:
             word = re.match(r"\s*(\w*)", attribute)[1]
             if word not in KNOWN_ATTRIBUTES:
                 refuse(name, text, match.start(), f"unknown attribute '{word}'")
-        return blank(match[0])
+        return blank(match)
 
     return ATTRIBUTE.sub(replace, text)
 
@@ -102,25 +92,21 @@ def in_kernel(text: str, position: int) -> bool:
             stack.append(match.start())
         elif stack:
             stack.pop()
-    for brace in stack:
-        head_start = max((text.rfind(mark, 0, brace) for mark in ";{}"), default=-1)
-        if re.search(r"\bkernel\b", text[head_start + 1 : brace]):
-            return True
-    return False
+    starts = (max(text.rfind(mark, 0, brace) for mark in ";{}") + 1 for brace in stack)
+    return any(re.search(r"\bkernel\b", text[i:j]) for i, j in zip(starts, stack, strict=True))
 
 
 def rewrite_threadgroup_variables(text: str, original: str, name: str) -> str:
     """Turns declarations of threadgroup variables into references to the runtime's memory."""
-    code = re.sub(r"^[ \t]*#(?:[^\n\\]|\\.)*", lambda m: blank(m[0]), text, flags=re.M | re.DOTALL)
+    code = re.sub(r"^[ \t]*#(?:[^\n\\]|\\.)*", blank, text, flags=re.M | re.DOTALL)
     pieces, done, index = [], 0, 0
     for match in re.finditer(r"\bthreadgroup\s+", code):
-        before = code[: match.start()].rstrip()
+        before, at = code[: match.start()].rstrip(), match.start()
         end = code.find(";", match.end())
         declaration = code[match.end() : end]
         head = declaration.split("[", 1)[0]
         if (before and before[-1] not in ";{}") or end < 0 or re.search(r"[*&=(){}]", head):
             continue
-        at = match.start()
         if not in_kernel(original, at):
             reason = "a threadgroup variable can only be declared in the body of a kernel"
             refuse(name, text, at, reason)
@@ -149,7 +135,8 @@ def translate(text: str, name: str) -> str:
     A KernelFault for an unknown attribute, a kernel parameter without one, or a threadgroup
     variable outside a kernel.
     """
-    blanked = strip_comments(text)
+    comments = r'//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*")'  # strings are left alone
+    blanked = re.sub(comments, lambda match: match[1] or blank(match), text, flags=re.DOTALL)
     check_kernel_parameters(blanked, name)
     return rewrite_threadgroup_variables(blank_attributes(blanked, name), blanked, name)
 
@@ -172,28 +159,27 @@ COMPOUND = re.compile(
 LOCATION = re.compile(r"(?:line|\w+\.metal):(\d+):\d+")
 
 
+def objection(row: str) -> str | None:
+    """What Apple's compiler refuses in a row of the tree, or None."""
+    if "__generic" in row and " implicit " not in row:
+        if match := RETURN_TYPE.search(row):
+            return f"the pointer or reference that '{match[1]}' returns has no address space"
+        if match := CAST.search(row):
+            return f"the cast to '{match[1].replace('__generic ', '')}' has no address space"
+        if (match := DECLARATION.search(row)) and match[1] not in ("used", "referenced"):
+            return f"pointer or reference '{match[1]}' has no address space"
+    elif "__bf16" in row and "part_of_explicit_cast" not in row:
+        if TO_BFLOAT.search(row):
+            return "no implicit conversion to 'bfloat': write bfloat16_t(...)"
+        if match := COMPOUND.search(row):
+            return f"no implicit conversion from '{match[1]}' to 'bfloat' in an assignment"
+    return None
+
+
 def check_syntax_tree(rows: list[str], name: str) -> None:
     """Refuses what clang accepts and Apple's compiler does not, by clang's ``-ast-dump``."""
     for index, row in enumerate(rows):
-        if "__generic" in row and " implicit " not in row:
-            if match := RETURN_TYPE.search(row):
-                reason = f"the pointer or reference that '{match[1]}' returns has no address space"
-            elif match := CAST.search(row):
-                type_name = match[1].replace("__generic ", "")
-                reason = f"the cast to '{type_name}' has no address space"
-            elif (match := DECLARATION.search(row)) and match[1] not in ("used", "referenced"):
-                reason = f"pointer or reference '{match[1]}' has no address space"
-            else:
-                continue
-        elif "__bf16" in row and "part_of_explicit_cast" not in row:
-            if TO_BFLOAT.search(row):
-                reason = "no implicit conversion to 'bfloat': write bfloat16_t(...)"
-            elif match := COMPOUND.search(row):
-                reason = f"no implicit conversion from '{match[1]}' to 'bfloat' in an assignment"
-            else:
-                continue
-        else:
-            continue
-        lines = (LOCATION.findall(earlier) for earlier in reversed(rows[: index + 1]))
-        line = next((found[0] for found in lines if found), "?")
-        raise KernelFault("compile", f"{name}:{line}: error: {reason}")
+        if (reason := objection(row)) is not None:
+            places = (LOCATION.search(earlier) for earlier in reversed(rows[: index + 1]))
+            line = next((place[1] for place in places if place), "?")
+            raise KernelFault("compile", f"{name}:{line}: error: {reason}")

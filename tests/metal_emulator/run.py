@@ -1,20 +1,24 @@
-"""Launches a compiled kernel on its buffers and counts its traffic."""
+"""Launches a compiled kernel on its buffers, counts its traffic, and says what went wrong."""
 
 import ctypes
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from . import build
-from .faults import KernelFault, runtime_fault
+from .frontend import KernelFault
 
 ORDERS = ("forward", "reverse", "shuffle")
 INPUT, OUTPUT = 0, 1
 GUARD_BYTES = 1 << 16  # around each buffer, so that an index past its end meets no other buffer
 ALIGNMENT = 256
+# As in runtime/state.h.
+KINDS = ("", "out-of-bounds", "read-only", "misaligned", "uninitialised", "race")
+KINDS += ("divergent-barrier", "inactive-lane", "threadgroup-memory")
+NOWHERE, NOBODY = 0xFFFFFFFF, 2000  # no region, and from which number on no thread is meant
 
 _u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 # What the runtime counts, in the order of `Traffic`.
@@ -22,9 +26,8 @@ COUNTS = ["n_read", "n_written", "distinct_read", "distinct_written", "lines_rea
 _launch_lock = threading.Lock()  # the runtime runs one launch at a time
 
 
+# These three mirror the structs of runtime/state.h.
 class _Region(ctypes.Structure):
-    """Mirrors ``Region`` of runtime/state.h."""
-
     _fields_ = [
         *[("base", _u64), ("bytes", _u64), ("kind", _u32), ("granule", _u32)],
         *[(name, _pointer) for name in ("cells", "read_bits", "write_bits")],
@@ -34,20 +37,14 @@ class _Region(ctypes.Structure):
 
 
 class _Fault(ctypes.Structure):
-    """Mirrors ``Fault`` of runtime/state.h."""
-
     _fields_ = [
         *[(name, _u32) for name in ("kind", "region", "thread", "other", "size", "write")],
-        ("offset", _u64),
-        ("group", _u32 * 3),
-        ("other_threadgroup", _u32),
+        *[("offset", _u64), ("group", _u32 * 3), ("other_threadgroup", _u32)],
         ("name", ctypes.c_char_p),
     ]
 
 
 class _Launch(ctypes.Structure):
-    """Mirrors ``Launch`` of runtime/state.h."""
-
     _fields_ = [
         *[("kernel", _pointer), ("arguments", _pointer)],
         *[("regions", ctypes.POINTER(_Region)), ("groups", _pointer)],
@@ -80,7 +77,7 @@ class Dispatch:
     threadgroup: tuple[int, int, int]
     barriers: int  # threadgroup barriers passed by the threadgroup that passed most
     threadgroup_bytes: int  # threadgroup memory
-    buffers: dict[str, Traffic] = field(default_factory=dict)  # without checks the sizes alone
+    buffers: dict[str, Traffic]  # without checks the sizes alone
 
 
 class Buffer:
@@ -92,20 +89,16 @@ class Buffer:
         start = GUARD_BYTES + -(memory.ctypes.data + GUARD_BYTES) % ALIGNMENT
         self.data = memory[start : start + n_bytes]
 
-    def region(self, check: bool, keep: list) -> _Region:
-        """The runtime's view; arrays it points to are added to ``keep``."""
+    def region(self, check: bool) -> _Region:
+        """The runtime's view."""
         region = _Region(self.data.ctypes.data, self.data.size, self.kind, self.itemsize)
         region.name = self.name.encode()
         if check:
-            for bits in ("read_bits", "write_bits"):
-                array = np.zeros(-(-self.data.size // 64), np.uint64)
-                keep.append(array)
-                setattr(region, bits, array.ctypes.data)
+            self.bits = np.zeros((2, -(-self.data.size // 64)), np.uint64)
+            region.read_bits, region.write_bits = (bits.ctypes.data for bits in self.bits)
             if self.kind == OUTPUT:
-                cells = np.zeros((self.data.size // self.itemsize, 3), np.uint32)
-                keep.append(cells)
-                region.cells = cells.ctypes.data
-                self.cells = cells
+                self.cells = np.zeros((self.data.size // self.itemsize, 3), np.uint32)
+                region.cells = self.cells.ctypes.data
         return region
 
 
@@ -122,8 +115,7 @@ def load(library) -> tuple[int, int, int]:
 def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dispatch:
     """Runs a kernel over a grid; a KernelFault for the first fault found."""
     entry, image_start, image_end = load(library)
-    keep = []
-    regions = (_Region * len(buffers))(*[buffer.region(check, keep) for buffer in buffers])
+    regions = (_Region * len(buffers))(*[buffer.region(check) for buffer in buffers])
     arguments = np.array([buffer.data.ctypes.data for buffer in buffers], np.uint64)
     n_groups = int(np.prod([-(-g // t) for g, t in zip(grid, threadgroup, strict=True)]))
     groups = np.arange(n_groups, dtype=np.uint64)
@@ -131,7 +123,6 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dis
         groups = groups[::-1].copy()
     elif order == "shuffle":
         groups = np.random.default_rng(seed).permutation(groups)
-
     state = _Launch(
         kernel=entry,
         arguments=arguments.ctypes.data,
@@ -152,8 +143,14 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dis
             raise MemoryError("The Metal emulator could not reserve 256 MB of address space.")
     if state.fault.kind:
         raise runtime_fault(name, state.fault)
-    if check:
-        find_unwritten(name, buffers)
+    for buffer in buffers if check else ():
+        unwritten = np.flatnonzero(buffer.cells[:, 0] == 0) if buffer.kind == OUTPUT else ()
+        if len(unwritten):
+            raise KernelFault(
+                "uninitialised",
+                f"Kernel '{name}' leaves {len(unwritten)} of {len(buffer.cells)} elements of "
+                f"output '{buffer.name}' unwritten, the first at index {unwritten[0]}.",
+            )
     traffic = {
         buffer.name: Traffic(buffer.data.size, *(getattr(region, name) for name in COUNTS))
         for buffer, region in zip(buffers, regions, strict=True)
@@ -161,15 +158,15 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dis
     return Dispatch(name, grid, threadgroup, state.barriers, state.threadgroup_bytes, traffic)
 
 
-def find_unwritten(name: str, buffers: list[Buffer]) -> None:
-    """Raises a KernelFault for an output of which the kernel left a part unwritten."""
-    for buffer in buffers:
-        if buffer.kind != OUTPUT:
-            continue
-        unwritten = np.flatnonzero(buffer.cells[:, 0] == 0)
-        if len(unwritten):
-            raise KernelFault(
-                "uninitialised",
-                f"Kernel '{name}' leaves {len(unwritten)} of {len(buffer.cells)} elements of "
-                f"output '{buffer.name}' unwritten, the first at index {unwritten[0]}.",
-            )
+def runtime_fault(name, fault) -> KernelFault:
+    """Words a fault as the runtime left it."""
+    kind = KINDS[fault.kind]
+    said = f"Kernel '{name}': {kind}, thread {fault.thread} of threadgroup {tuple(fault.group)}"
+    if fault.region != NOWHERE:
+        offset = ctypes.c_int64(fault.offset).value  # negative before the buffer's start
+        verb = "write" if fault.write else "read"
+        said += f", {verb} of {fault.size} bytes at byte {offset} of '{fault.name.decode()}'"
+    if kind in ("race", "divergent-barrier") and fault.other < NOBODY:
+        where = "another threadgroup" if fault.other_threadgroup else "it"
+        said += f", against thread {fault.other} of {where}"
+    return KernelFault(kind, f"{said}.")

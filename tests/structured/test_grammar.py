@@ -1,6 +1,7 @@
 """Schemas, expressions and grammars: what is followed, and what a wrong one is told."""
 
 import sys
+from functools import reduce
 
 import pytest
 
@@ -9,10 +10,7 @@ from mlx_flashhead.structured.grammar import Grammar, GrammarError, llguidance
 
 
 def nested(levels):
-    schema = {}
-    for _ in range(levels):
-        schema = {"items": schema}
-    return schema
+    return reduce(lambda schema, _: {"items": schema}, range(levels), {})
 
 
 def chain(n):

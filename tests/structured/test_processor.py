@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 
 from mlx_flashhead import batch_generate, generate, grammar_processor, stream_generate
-from mlx_flashhead.structured.grammar import Grammar
-from mlx_flashhead.structured.processor import GrammarProcessor
+from mlx_flashhead.structured.grammar import Grammar, GrammarProcessor
 from model_folders import VOCAB_SIZE, write_model
 from tiny_models import install_index, tiny_index, tiny_model
 
 EOS = 1
-PATTERN = r"[0-9]{3}-(ab|xyz){2}"
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -46,22 +44,21 @@ def flash():
 @pytest.mark.parametrize(
     "form, expected",
     [
-        ({"regex": PATTERN}, PATTERN),
+        ({"regex": "[0-9]{3}-(ab|xyz){2}"}, "[0-9]{3}-(ab|xyz){2}"),
         (
             {"grammar": 'start: "<" word ("," word)? ">"\nword: /[a-c]{2}/'},
             "<[a-c]{2}(,[a-c]{2})?>",
         ),
-        ({"json_schema": {"const": [1, {"a": True}]}}, None),
+        ({"json_schema": {"const": [1, {"a": True}]}}, r'\[\s*1\s*,\s*{\s*"a"\s*:\s*true\s*}\s*]'),
     ],
 )
 def test_text_ends_where_the_grammar_ends(flash, tokenizer, form, expected):
     processor = grammar_processor(tokenizer, **form)
     options = {"max_tokens": 60, "logits_processors": [processor]}
-    last = list(stream_generate(flash, tokenizer, "hello", **options))[-1]
-    assert last.finish_reason == "stop" and last.token == EOS
-    text = generate(flash, tokenizer, "hello", **options)
-    assert processor.accepts(text)
-    assert re.fullmatch(expected, text) if expected else json.loads(text) == [1, {"a": True}]
+    responses = list(stream_generate(flash, tokenizer, "hello", **options))
+    assert responses[-1].finish_reason == "stop" and responses[-1].token == EOS
+    text = "".join(response.text for response in responses)
+    assert processor.accepts(text) and re.fullmatch(expected, text)
 
 
 def test_no_space_without_end(tokenizer):
@@ -74,16 +71,13 @@ def test_no_space_without_end(tokenizer):
 
 def test_batch(flash, tokenizer):
     """Each sequence follows the grammar from its own beginning."""
-    prompts = ["a", "bb", "same", "same"]
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [tokenizer.encode(prompt) for prompt in ("a", "bb", "same", "same")]
     processor = grammar_processor(tokenizer, json_schema=SCHEMA)
-    found = batch_generate(
-        flash, tokenizer, ids, max_tokens=200, logits_processors=[processor], prefill_batch_size=2
-    )
+    options = {"max_tokens": 200, "logits_processors": [processor]}
+    found = batch_generate(flash, tokenizer, ids, prefill_batch_size=2, **options)
     for prompt, text in zip(ids, found.texts, strict=True):
         assert processor.accepts(text) and jsonschema.validate(json.loads(text), SCHEMA) is None
-        alone = generate(flash, tokenizer, prompt, max_tokens=200, logits_processors=[processor])
-        assert text == alone
+        assert text == generate(flash, tokenizer, prompt, **options)
 
 
 def allowed(processor, tokens):
@@ -94,29 +88,24 @@ def allowed(processor, tokens):
 def test_masks_follow_the_tokens_back_and_forth(tokenizer):
     a, b, c = (tokenizer.encode(letter)[-1] for letter in "abc")
     processor = grammar_processor(tokenizer, regex="ab?c")
-    assert allowed(processor, [7, 8]) == {a}
-    assert allowed(processor, [7, 8, a]) == {b, c}
-    assert allowed(processor, [7, 8, a, b]) == {c}
-    assert allowed(processor, [7, 8, a]) == {b, c}
-    assert allowed(processor, [7, 8, a, c]) == {EOS}
-    assert allowed(processor, [7, 8, a, c, EOS]) == {EOS}
-    assert allowed(processor, [7, 8, a, b, c]) == {EOS}
-    assert processor.problem is None
-    assert allowed(processor, [7, 8]) == {a}
+    for text, following in (
+        ([], {a}), ([a], {b, c}), ([a, b], {c}), ([a], {b, c}), ([a, c], {EOS}),
+        ([a, c, EOS], {EOS}), ([a, b, c], {EOS}), ([], {a}),
+    ):  # fmt: skip
+        assert allowed(processor, [7, 8, *text]) == following and processor.problem is None
     processor.begin()
     assert allowed(processor, [7, 8, a, b]) == {a}
 
 
 def test_text_that_begins_after_a_thought(tokenizer):
     a, b = (tokenizer.encode(letter)[-1] for letter in "ab")
-    grammar = Grammar.from_regex("ab")
-    processor = GrammarProcessor(tokenizer, grammar, after=(20, 21))
-    everything = VOCAB_SIZE + 5
-    for thought in ([], [20], [20, 20], [21, 20, a]):
-        assert len(allowed(processor, [7, 21, *thought])) == everything
-    assert allowed(processor, [7, 21, 20, 20, 21]) == {a}
-    assert allowed(processor, [7, 21, 20, 20, 21, a]) == {b}
-    assert len(allowed(processor, [7, 21, 20])) == everything
+    processor = GrammarProcessor(tokenizer, Grammar.from_regex("ab"), after=(20, 21))
+    every = {*range(VOCAB_SIZE + 5)}
+    for thought, following in (
+        ([], every), ([20], every), ([20, 20], every), ([21, 20, a], every),
+        ([20, 20, 21], {a}), ([20, 20, 21, a], {b}), ([20, 21, a, b, 20, 21], {EOS}), ([20], every),
+    ):  # fmt: skip
+        assert allowed(processor, [7, 21, *thought]) == following
 
 
 def test_token_that_is_not_allowed_ends_the_text(tokenizer):
@@ -154,13 +143,13 @@ def test_masks_that_take_long_end_the_texts(tokenizer):
 
 def test_one_mask_has_a_limit_of_items(tokenizer, monkeypatch):
     (a,) = tokenizer.encode("a")
-    monkeypatch.setattr("mlx_flashhead.structured.processor.MAX_ITEMS", 1000)
+    monkeypatch.setattr("mlx_flashhead.structured.grammar.MAX_ITEMS", 1000)
     processor = GrammarProcessor(tokenizer, ambiguous(16))
     tokens = [7]
     while allowed(processor, tokens) != {EOS} and len(tokens) < 500:
         tokens.append(a)
     assert "limit 1000" in processor.problem
-    monkeypatch.setattr("mlx_flashhead.structured.processor.MAX_ITEMS", 10)
+    monkeypatch.setattr("mlx_flashhead.structured.grammar.MAX_ITEMS", 10)
     with pytest.raises(ValueError, match="too ambiguous to be followed"):
         GrammarProcessor(tokenizer, ambiguous(16))
 
@@ -170,7 +159,7 @@ def test_a_mask_that_does_not_come_ends_the_text(tokenizer, monkeypatch, seconds
     """llguidance cannot be interrupted, so it is left alone."""
     (a,) = tokenizer.encode("a")
     processor = GrammarProcessor(tokenizer, Grammar.from_regex("a+"), seconds_per_mask=1.0)
-    monkeypatch.setattr("mlx_flashhead.structured.processor.MASK_SECONDS", seconds)
+    monkeypatch.setattr("mlx_flashhead.structured.grammar.MASK_SECONDS", seconds)
     follow = processor._follow
     monkeypatch.setattr(processor, "_follow", lambda tokens: (time.sleep(0.2), follow(tokens)))
     assert (allowed(processor, [7, a]) != {EOS}) == left == (processor.problem is None)

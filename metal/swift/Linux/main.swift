@@ -1,5 +1,5 @@
 // Installs a FlashHead in a layer and writes what both give: flash-check FOLDER.
-// tests/exporting/test_swift.py writes the folder's files and compares.
+// tests/head/test_swift.py writes the folder's files and compares.
 import Foundation
 import MLX
 import MLXNN

@@ -1,7 +1,7 @@
 import Foundation
 import MLX
 
-/// The kernels of a FlashHead, as `mlx_flashhead.export` writes them; see `exporting/plan.py`.
+/// The kernels of a FlashHead, as `mlx_flashhead.export` writes them; see `head/plan.py`.
 struct Plan: Decodable {
     /// Shape and dtype of an array of the model's output layer.
     struct Rows: Decodable {

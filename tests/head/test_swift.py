@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from kernel_cases import kernels, to_numpy
-from mlx_flashhead.exporting.plan import export_plan
 from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
 from mlx_flashhead.head.kernels import MetalSteps
-from mlx_flashhead.models.locate import HeadLocation
+from mlx_flashhead.head.plan import export_plan
 from test_plan import FORMS, HIDDEN_SIZE, VOCAB_SIZE, dtype_of, make_head, make_rows, states
 
 PROGRAM = os.environ.get("MLX_FLASHHEAD_SWIFT")
@@ -33,8 +32,7 @@ def run(folder, form, *, tied=False, refused=False):
     """What the package says, and the arrays that it gives."""
     rows, dtype = make_rows(form), dtype_of(form)
     path = "model.embed_tokens" if tied else "lm_head"
-    location = HeadLocation(None, path, "__call__", hidden_dtype=dtype)
-    export_plan(make_head(rows, N_PROBES), location, folder / "head.safetensors")
+    export_plan(make_head(rows, N_PROBES), path, dtype, folder / "head.safetensors")
     mx.save_safetensors(str(folder / "layer.safetensors"), rows.arrays())
     inputs = {"hidden": states(20, dtype)[None], "tokens": TOKENS}
     mx.save_safetensors(str(folder / "inputs.safetensors"), inputs)
@@ -47,20 +45,10 @@ def run(folder, form, *, tied=False, refused=False):
         "settings": settings,
     }
     (folder / "case.json").write_text(json.dumps(case))
-    environment = os.environ | {
-        "TMPDIR": str(folder),
-        "FLASH_KERNELS": "refused" if refused else "",
-    }
-    with (
-        kernels() as emulator,
-        subprocess.Popen(
-            [PROGRAM, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        ) as program,
-    ):
+    environment = {"TMPDIR": str(folder), "FLASH_KERNELS": "refused" if refused else ""}
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | environment}
+    program = subprocess.Popen([PROGRAM, str(folder)], text=True, **options)
+    with kernels() as emulator, program:
         for line in program.stdout:
             program.stdin.write(f"{launch(line.split()[1])}\n")
             program.stdin.flush()
@@ -74,10 +62,8 @@ def launch(path):
     arrays, metadata = mx.load(path, return_metadata=True)
     asked = json.loads(metadata["launch"])
     call = asked["call"]
-    names = {str(dtype).removeprefix("mlx.core."): dtype for dtype in vars(mx).values()
-             if isinstance(dtype, mx.Dtype)}  # fmt: skip
-    call["template"] = [(name, names.get(value, value)) for name, value in call["template"]]
-    call["output_dtypes"] = [names[name] for name in call["output_dtypes"]]
+    call["template"] = [(name, getattr(mx, str(v), v)) for name, v in call["template"]]
+    call["output_dtypes"] = [getattr(mx, name) for name in call["output_dtypes"]]
     results = mx.fast.metal_kernel(**asked["kernel"])(
         inputs=[arrays[str(i)] for i in range(len(arrays))], **call
     )
@@ -103,9 +89,8 @@ def test_swift_gives_what_python_gives(tmp_path, form, tied):
         for length in (1, LIMIT):
             assert mx.array_equal(arrays[f"logits_{length}"][0], expected[:length])
         assert mx.array_equal(arrays["logits_after"][0], expected[:1])
-        assert near(
-            arrays["logits_5"], arrays["dense"][:, :5]
-        )  # more positions than scored rows pay for
+        # more positions than scored rows pay for
+        assert near(arrays["logits_5"], arrays["dense"][:, :5])
         # a prompt: its last position alone
         assert mx.array_equal(arrays["logits_20"][0], head.unverified_logits(hidden[19:20]))
         steps = MetalSteps(head.clustered)

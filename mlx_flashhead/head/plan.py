@@ -32,68 +32,40 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..head.clustered import ClusteredRows
-from ..head.draw import Draws
-from ..head.flash_head import FlashHead
-from ..head.kernels import MetalSteps, unsupported_formats
-from ..models.locate import HeadLocation
+from .draw import Draws
+from .flash_head import FlashHead
+from .kernels import MetalSteps, unsupported_formats
 
 METADATA_KEY = "flash_head"
 LOGITS = ("route", "select_words", "score", "expand")
 TOKENS = ("route", "select", "score", "sample")
 
 
-def export_plan(head: FlashHead, location: HeadLocation, path: Path) -> dict[str, mx.array]:
-    """Writes the file, which scores as many clusters as ``head`` does, and returns its arrays."""
-    clustered = head.clustered.in_rows()
+def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dict[str, mx.array]:
+    """Writes the file of a head at ``layer`` of a model, for states of ``dtype``. It scores as many
+    clusters as ``head`` does. Returns the file's arrays."""
+    clustered, n_probes = head.clustered.in_rows(), head.unverified_probes
     forms = unsupported_formats(clustered)
     if forms:
         raise ValueError(
             f"The Metal kernels do not read {' and '.join(forms.values())} rows: export a model "
             "whose head has 4, 5, 6, 8, 16 or 32 bits."
         )
-    arrays, launches = record(clustered, location.hidden_dtype, head.unverified_probes)
-    rows = {
-        name: {"shape": [clustered.vocab_size, *array.shape[2:]], "dtype": _value(array.dtype)}
-        for name, array in clustered.rows.arrays().items()
-    }
-    plan = {
-        "head": location.path,
-        "dtype": _value(location.hidden_dtype),
-        "hiddenSize": clustered.hidden_size,
-        "rows": rows,
-        "limit": clustered.n_clusters // head.unverified_probes,
-        "logits": [f"flash_head_{step}" for step in LOGITS],
-        "tokens": [f"flash_head_{step}" for step in TOKENS],
-        "launches": launches,
-    }
-    mx.save_safetensors(str(path), arrays, {METADATA_KEY: json.dumps(plan)})
-    return arrays
-
-
-def record(
-    clustered: ClusteredRows, dtype: mx.Dtype, n_probes: int
-) -> tuple[dict[str, mx.array], dict[str, dict[str, Any]]]:
-    """The arrays that the launches read, but for rows and a call's own, and the launches."""
-    of_call = {
-        "hidden": mx.zeros((1, clustered.hidden_size), dtype),
-        "settings": mx.zeros((1, 3)),
-        "top_k": mx.zeros((1,), mx.uint32),
-        "keys": mx.zeros((1, 2), mx.uint32),
-    }
-    rows = {f"rows_{name}": array for name, array in clustered.rows.arrays().items()}
+    hidden = mx.zeros((1, head.hidden_size), dtype)
+    draws = Draws(mx.zeros((1, 3)), mx.zeros((1,), mx.uint32), mx.zeros((1, 2), mx.uint32))
+    rows = clustered.rows.arrays()
+    # what a program has, and what it computes: all other arrays that a launch reads are the file's
+    others = {"hidden": hidden, "settings": draws.settings, "top_k": draws.top_k}
+    others |= {"keys": draws.keys} | {f"rows_{name}": array for name, array in rows.items()}
     centroids = clustered.centroids.matrix.arrays()
-    known = of_call | rows | {f"centroids_{name}": array for name, array in centroids.items()}
-    made: set[str] = set()
+    arrays = {f"centroids_{name}": array for name, array in centroids.items()}
     launches: dict[str, dict[str, Any]] = {}
 
     def name_of(array: mx.array, input_name: str) -> str:
-        """Its name, for a new array that of the kernel's input."""
-        for name, other in known.items():
-            if other is array:
-                return name
-        known[input_name] = array
-        return input_name
+        known = next((name for name, each in (others | arrays).items() if each is array), None)
+        if known is None:
+            arrays[input_name] = array
+        return known or input_name
 
     def kernel(**texts: Any) -> Callable[..., list[mx.array]]:
         """In place of ``mx.fast.metal_kernel``: writes the launches down and runs nothing."""
@@ -111,26 +83,37 @@ def record(
                 "grid": list(call["grid"]),
                 "threadGroup": list(call["threadgroup"]),
                 "outputShapes": [list(shape) for shape in shapes],
-                "outputDTypes": [_value(dtype) for dtype in dtypes],
+                "outputDTypes": list(map(_value, dtypes)),
             }
             results = [mx.zeros(*each) for each in zip(shapes, dtypes, strict=True)]
-            known.update(zip(texts["output_names"], results, strict=True))
-            made.update(texts["output_names"])
+            others.update(zip(texts["output_names"], results, strict=True))
             return results
 
         return launch
 
     steps = MetalSteps(clustered, kernel)
-    hidden = of_call["hidden"]
-    draws = Draws(of_call["settings"], of_call["top_k"], of_call["keys"])
     scores = steps.route(hidden)
     selection = steps.select(scores, n_probes)
     steps.expand(scores, selection, steps.score(hidden, selection))
     selection = steps.select(scores, n_probes, words=False)
-    candidates, unscored = steps.score(hidden, selection), steps.unscored(scores, selection)
-    steps.choose(selection, candidates, unscored, draws)
-    left_out = {*of_call, *rows, *made}
-    return {name: array for name, array in known.items() if name not in left_out}, launches
+    steps.choose(
+        selection, steps.score(hidden, selection), steps.unscored(scores, selection), draws
+    )
+    plan = {
+        "head": layer,
+        "dtype": _value(dtype),
+        "hiddenSize": head.hidden_size,
+        "rows": {
+            name: {"shape": [head.vocab_size, *array.shape[2:]], "dtype": _value(array.dtype)}
+            for name, array in rows.items()
+        },
+        "limit": head.n_clusters // n_probes,
+        "logits": [f"flash_head_{step}" for step in LOGITS],
+        "tokens": [f"flash_head_{step}" for step in TOKENS],
+        "launches": launches,
+    }
+    mx.save_safetensors(str(path), arrays, {METADATA_KEY: json.dumps(plan)})
+    return arrays
 
 
 def _value(item: int | bool | mx.Dtype) -> int | bool | str:

@@ -8,18 +8,15 @@ import numpy as np
 import pytest
 
 from kernel_cases import kernels, to_numpy
-from mlx_flashhead.exporting.plan import METADATA_KEY, export_plan
 from mlx_flashhead.head.draw import Draws
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.kernels import MetalSteps
-from mlx_flashhead.models.locate import HeadLocation
+from mlx_flashhead.head.plan import METADATA_KEY, export_plan
 from plan_replay import read_plan, replay
 from tiny_models import FORMS as HEAD_FORMS
 from tiny_models import fitted, random_clusters, random_rows
 
 SWIFT = Path(__file__).parents[2] / "metal" / "swift" / "Sources" / "FlashHead"
-VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_PROBES = 203, 64, 16, 9
-N_CLUSTERS = 13
+VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS, N_PROBES = 203, 64, 16, 13, 9
 FORMS = HEAD_FORMS | {"bias": {"bias": True}}
 
 
@@ -44,7 +41,7 @@ def dtype_of(form):
 
 def exported(head, dtype, path):
     """The file's arrays and plan."""
-    export_plan(head, HeadLocation(None, "lm_head", "__call__", hidden_dtype=dtype), path)
+    export_plan(head, "lm_head", dtype, path)
     return read_plan(path)
 
 
@@ -56,21 +53,15 @@ def test_the_plan_gives_the_kernels_logits(tmp_path, form, n_probes):
     arrays, plan = exported(make_head(rows, n_probes), dtype, tmp_path / "head.safetensors")
     assert arrays["n_probes"].item() == n_probes
     hidden = states(3, dtype)
+    floats = mx.array([[0.0, 1.0, -1e30], [1.0, 0.9, -1e30], [0.7, 1.0, -3.0]])
+    counts, keys = mx.array([0, 20, 0], mx.uint32), mx.array([[0, 1], [0, 2], [5, 3]], mx.uint32)
+    settings = {"settings": floats, "top_k": counts, "keys": keys}
     with kernels():
         head = make_head(rows, n_probes)
         expected = [head.unverified_logits(hidden[i : i + 1]) for i in range(3)]
         found = replay(arrays, plan, rows, hidden)
-        settings = {
-            "settings": mx.array([[0.0, 1.0, -1e30], [1.0, 0.9, -1e30], [0.7, 1.0, -3.0]]),
-            "top_k": mx.array([0, 20, 0], mx.uint32),
-            "keys": mx.array([[0, 1], [0, 2], [5, 3]], mx.uint32),
-        }
         tokens = replay(arrays, plan, rows, hidden, "tokens", **settings)
-        steps = MetalSteps(head.clustered)
-        selection = steps.select(steps.route(hidden), n_probes, words=False)
-        candidates = steps.score(hidden, selection)
-        draws = Draws(*settings.values())
-        drawn, _ = steps.choose(selection, candidates, selection.unscored, draws)
+        drawn = head.propose(hidden, Draws(*settings.values())).tokens
         mx.eval(expected, found, tokens, drawn)
     assert tokens.tolist() == drawn.tolist()
     assert tokens[0] == mx.argmax(found[0])
@@ -124,6 +115,5 @@ def test_swift_reads_all_that_the_plan_holds(tmp_path):
 
 def test_rows_that_the_kernels_do_not_read_are_refused(tmp_path):
     rows = random_rows(np.random.default_rng(0), VOCAB_SIZE, HIDDEN_SIZE, bits=3)
-    location = HeadLocation(None, "lm_head", "__call__")
     with pytest.raises(ValueError, match="do not read 3-bit affine rows: export a model whose"):
-        export_plan(make_head(rows), location, tmp_path / "head.safetensors")
+        export_plan(make_head(rows), "lm_head", mx.float32, tmp_path / "head.safetensors")

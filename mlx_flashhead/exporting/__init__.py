@@ -1,1 +1,0 @@
-"""A head's kernels in a file, for apps."""
