@@ -75,7 +75,7 @@ def test_a_replaced_folder_comes_back(tmp_path, monkeypatch, failing, error):
 @pytest.mark.parametrize("file", ["model.safetensors", "flash_head.index"])
 def test_full_disk_under_mlx(dense, converted, tmp_path, monkeypatch, file):
     """MLX does not raise an OSError then."""
-    save = conversion.save
+    save = conversion.mlx_lm.save
 
     def save_to_full_disk(folder, *arguments, **options):
         (folder / file).symlink_to("/dev/full")
@@ -83,7 +83,7 @@ def test_full_disk_under_mlx(dense, converted, tmp_path, monkeypatch, file):
 
     shutil.copytree(converted, tmp_path / "model")
     before = snapshot(tmp_path)
-    monkeypatch.setattr(conversion, "save", save_to_full_disk)
+    monkeypatch.setattr(conversion.mlx_lm, "save", save_to_full_disk)
     with pytest.raises(OSError, match=r"free some space or choose another|No space left on device"):
         convert_quickly(dense, tmp_path / "model")
     assert snapshot(tmp_path) == before
