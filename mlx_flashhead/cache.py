@@ -1,4 +1,4 @@
-"""Lists the FlashHeads that are kept on this machine, removes, measures or builds some anew."""
+"""Lists the FlashHeads cached on this machine, removes, measures or builds some anew."""
 
 import math
 import time
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def print_heads(cached: "Sequence[Entry]", fine: "Sequence[Entry]") -> None:
-    """Prints what is kept as one table of at most 80 columns, where the names allow it."""
+    """Prints the cache as one table of at most 80 columns, where the names allow it."""
     from .loading.sources import speeds_of
     from .loading.tuned import read, speed_text
     from .models.fetch import home
@@ -109,7 +109,7 @@ def _remove(chosen: "Sequence[Entry]") -> None:
 
 
 def _matches(cached: "Sequence[Entry]", name: str, *, needed: bool = True) -> "list[Entry]":
-    """What is kept of a model, or of the beginning of an identifier."""
+    """The cache entries of a model, or of the beginning of an identifier."""
     matches = [head for head in cached if head.model == name]
     matches = matches or [head for head in cached if name and head.path.name.startswith(name)]
     if len({head.model for head in matches}) > 1:
@@ -122,7 +122,7 @@ def _matches(cached: "Sequence[Entry]", name: str, *, needed: bool = True) -> "l
 
 
 def _folder(cached: "Sequence[Entry]", name: str) -> Path:
-    """The folder of the model that is named, by itself or by what is kept of it."""
+    """The folder of the model that is named, by itself or by its cache entry."""
     from .models.fetch import resolve
 
     matches = [] if Path(name).is_dir() else _matches(cached, name, needed=False)
@@ -130,7 +130,7 @@ def _folder(cached: "Sequence[Entry]", name: str) -> Path:
 
 
 def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
-    """Builds the FlashHead of a model anew, in the place of a kept one."""
+    """Builds the FlashHead of a model anew, in place of the cached one."""
     from .index.files import has_flash_head
     from .loading.background import BackgroundBuild
     from .loading.sources import HeadOptions
@@ -148,7 +148,7 @@ def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
 
 
 def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
-    """Measures the speed of a model's FlashHead; without a name, of all that are kept."""
+    """Measures the speed of a model's FlashHead; without a name, of all cached ones."""
     from .loading.load import load_with_head
     from .loading.sources import REFUSE, HeadOptions
 

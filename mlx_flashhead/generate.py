@@ -26,7 +26,7 @@ from .common.flags import (
 from .common.terminal import printable_output
 from .structured.grammar import GrammarProcessor, add_grammar_options, grammar_of
 
-# Flags that several processes refuse.
+# Flags that several processes do not support.
 ALONE = (
     "adapter_path", "draft_model", "prompt_cache_file", "image", "quantize_activations",
     "fine_head",

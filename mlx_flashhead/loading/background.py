@@ -34,7 +34,7 @@ from .tuned import MEASURING, install_stored, tune_head
 
 DRAFT_CLUSTER_SIZE = 32  # within a tenth of the head's bytes more tokens than with 16
 LOCK_SECONDS, PAUSE_SECONDS = 0.5, 0.02  # between looks at another process's build
-ANEW_SECONDS = 600.0  # for the text of a build that is asked for: on a busy machine, too
+ANEW_SECONDS = 600.0  # for the text of a requested build: on a busy machine, too
 
 
 def build_steps(
@@ -59,7 +59,7 @@ def build_steps(
     rows, say = location.rows(), options.say
     place = sources.place_of(rows)
     lock = None
-    with suppress(OSError):  # else nothing can be kept there
+    with suppress(OSError):  # else nothing can be cached there
         lock = lock_of(place)
     if lock is not None and not lock.is_locked:
         other = "Another process is building the FlashHead of this model: it is used "

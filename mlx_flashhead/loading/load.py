@@ -52,8 +52,8 @@ def load(
     head_bits: int | None = None,
     progress: bool = True,
 ):
-    """Loads a model with a FlashHead: the given one, else the one in the model's folder, else the
-    one that was built for this model before, else a new one, which is kept.
+    """Loads a model with a FlashHead: the named one, else the one in the model's folder, else the
+    one that was built for this model before, else a new one, which is cached.
 
     Takes ``mlx_lm.load``'s arguments and more. Returns ``(model, tokenizer)``, with the
     configuration as a third item if ``return_config``.
@@ -142,7 +142,7 @@ def sharded_load(
 ):
     """Loads this process's part of a model: ``mlx_lm.utils.sharded_load`` with a FlashHead.
 
-    Several processes do not build a FlashHead. It is given, in the model's folder, or was built
+    Several processes do not build a FlashHead. It is named, in the model's folder, or was built
     before by a single process.
 
     Args:
@@ -209,7 +209,7 @@ def attach(
 def attach_head(
     model: nn.Module, tokenizer: Any, stored: StoredHead | None, source: Path, options: HeadOptions
 ) -> FlashHead | None:
-    """Puts the stored FlashHead on a dense model, else a kept one, else a new one, as `attach`.
+    """Puts the stored FlashHead on a dense model, else a cached one, else a new one, as `attach`.
 
     ``source`` is the model's folder, or its name. Returns None for a model that stays dense.
     """

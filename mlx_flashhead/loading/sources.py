@@ -1,9 +1,9 @@
 """Where a model's FlashHead comes from: what a user chooses, the one that is named, the one beside
-the model, and those that are kept on this machine.
+the model, and the cached ones on this machine.
 
-What is kept is a folder, or a file of a finer head, written completely or not at all. Its name is
+A cache entry is a folder, or a file of a finer head, written completely or not at all. Its name is
 the fingerprint of a head's rows and a number, so a moved or renamed model finds its own. Nothing of
-another name is touched. The network is asked only for repositories that the user names.
+another name is touched. The network is used only for repositories that the user names.
 """
 
 import argparse
@@ -36,7 +36,7 @@ BUILD, REFUSE, DENSE, LATER = "build", "refuse", "dense", "later"
 RECIPE = 1  # a new version builds all FlashHeads again
 _NAME_LENGTH = 24  # of the 64 characters of a fingerprint
 SHELF, SPEEDS, ENTRY_FILES = "flash_heads", "speeds", (FILE_NAME, SETTINGS_NAME)
-_NAMES = {  # of what is kept, by folder: nothing else is touched
+_NAMES = {  # names of cache entries, by folder: nothing else is touched
     SHELF: re.compile(r"[0-9a-f]{24}-\d+"),
     FINE_FOLDER: re.compile(r"[0-9a-f]{24}-\d+\.safetensors|\.[0-9a-f]{24}-\d+\.\w+\.part"),
     SPEEDS: re.compile(r"[0-9a-f]{24}\.json"),
@@ -53,7 +53,7 @@ class HeadOptions:
         tunes: Measure the settings of the loop on this machine, once.
         drafts: Whether the model drafts for another one.
         always: Use a FlashHead that makes nothing faster, too.
-        flags: Name parameters by their flags, since a command asks.
+        flags: Name parameters by their flags, for a command.
         measures: Measure them now, even if they are known.
         fine_head: Source of a finer head's rows; True: the original that the model names.
         head_bits: Bits of the finer head; default: 8.
@@ -152,7 +152,7 @@ def bundled_head(folder: Path, options: HeadOptions) -> StoredHead | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """A kept FlashHead, or a finer head, which has no settings, as a damaged one."""
+    """A cached FlashHead, or a finer head, which has no settings, as a damaged one."""
 
     path: Path
     model: str  # its name
@@ -187,7 +187,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """All kept FlashHeads, the latest first."""
+    """All cached FlashHeads, the latest first."""
     kept = []
     for folder in _well_named(SHELF):
         if any((folder / name).exists() for name in ENTRY_FILES):
@@ -200,7 +200,7 @@ def entries() -> list[Entry]:
 
 
 def fine_heads() -> list[Entry]:
-    """All kept finer heads, by model."""
+    """All cached finer heads, by model."""
     kept = []
     for file in _well_named(FINE_FOLDER):
         if file.suffix == ENDING:
@@ -212,7 +212,7 @@ def fine_heads() -> list[Entry]:
 
 
 def remove_rest() -> list[Path]:
-    """Deletes speeds and what was fetched of finer heads so far. Returns what lies among the kept
+    """Deletes speeds and partly fetched finer heads. Returns what else lies among the cached
     heads and is none of them."""
     parts = (file for file in _well_named(FINE_FOLDER) if file.suffix == ".part")
     for file in (*_well_named(SPEEDS), *parts):
@@ -222,7 +222,7 @@ def remove_rest() -> list[Path]:
 
 
 def _well_named(folder: str) -> list[Path]:
-    """What lies in a folder of the home and has a name as it is given there."""
+    """The entries of a folder of the home whose names have its form."""
     return [path for path in (home() / folder).glob("*") if _NAMES[folder].fullmatch(path.name)]
 
 
@@ -269,7 +269,7 @@ def keep(index: FlashHeadIndex, place: Path) -> None:
 
 
 def obstacle(place: Path, nbytes: int) -> str | None:
-    """Why a FlashHead of about that size cannot be kept in ``place``; None if it can."""
+    """Why a FlashHead of about that size cannot be cached in ``place``; None if it can."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=place.parent):

@@ -1,4 +1,4 @@
-"""The settings of the loop that were measured on this machine, kept beside the FlashHeads.
+"""The settings of the loop that were measured on this machine, stored beside the FlashHeads.
 
 A measurement of a busy machine is provisional: it is used, and made again when it is quieter.
 """

@@ -26,7 +26,7 @@ HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 
 
 def home() -> Path:
-    """Where FlashHeads and finer heads are kept: $MLX_FLASHHEAD_HOME, or ~/.cache/mlx_flashhead;
+    """Where FlashHeads and finer heads are cached: $MLX_FLASHHEAD_HOME, or ~/.cache/mlx_flashhead;
     ValueError if it is that of a user who does not exist."""
     folder = os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead"
     try:
@@ -247,7 +247,7 @@ def tensor_files(source: str) -> Iterator[TensorFile]:
 
 
 def _names(repo_id: str) -> list[str]:
-    """The files of a repository's weights, those that hold a head first."""
+    """The files of a repository's weights, files with a head first."""
     try:
         index = huggingface_hub.hf_hub_download(repo_id, INDEX)
     except errors.EntryNotFoundError as error:

@@ -32,7 +32,7 @@ from .fetch import ENDING, HOME_VARIABLE, Tensor, home, lock_of, tensor_files
 from .locate import HeadLocation
 from .origin import is_repository, local_origin
 
-FOLDER = "fine_heads"  # in the home of kept FlashHeads
+FOLDER = "fine_heads"  # in the home of cached FlashHeads
 DEFAULT_BITS = 8
 MAX_DRIFT = 0.017  # of the rows' length that they have moved by, beyond rounding
 SKETCH_DRIFT = 3 * MAX_DRIFT  # of few rows
@@ -56,7 +56,7 @@ def give_fine_head(
 ) -> None:
     """Replaces the rows of a quantized head, in place, by finer ones of the same head.
 
-    They are looked up among those that are kept, else fetched, rounded and kept. ValueError, in one
+    They are looked up in the cache, else fetched, rounded and cached. ValueError, in one
     sentence, if there are no such rows: the model stays as it is.
 
     Args:
@@ -100,7 +100,7 @@ def give_fine_head(
 
 
 def _cached_rows(place: Path, coarse: Matrix) -> Matrix | None:
-    """The rows that are kept, if they are whole and those of this head."""
+    """The cached rows, if they are whole and belong to this head."""
     try:
         loaded: Any = mx.load(str(place), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
@@ -124,7 +124,7 @@ def _fetch(
     say: Say,
     progress: bool,
 ) -> Matrix:
-    """The finer rows, fetched, compared, rounded and kept."""
+    """The finer rows, fetched, compared, rounded and cached."""
     coarse = location.rows()
     n_rows, width, scales = coarse.n_rows, coarse.hidden_size, coarse.scales
     assert scales is not None  # it is quantized
@@ -134,7 +134,7 @@ def _fetch(
         raise ValueError(f"Rows of width {width} fit no group of 32: add `head_bits` 16.")
     tensors, original = _original(location, folder, source)
     names = f"{original} is not the original of {_name(folder)}"
-    # 1) A few rows, so that another head is refused before much is fetched
+    # 1) A few rows, so that another head is rejected before much is fetched
     ids = np.linspace(0, n_rows - 1, SKETCH_ROWS).astype(int).tolist()
     fine = _matrix({name: tensor.rows(ids) for name, tensor in tensors.items()}, width)
     sketch = distances(coarse.take(mx.array(ids)), fine.dequantized(mx.float32))

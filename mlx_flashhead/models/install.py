@@ -1,7 +1,7 @@
 """Installs a FlashHead on a model's output projection, and detaches it.
 
 The module keeps its identity, names and place; its class becomes a subclass, and so do those around
-it, to refuse an update. Its rows move into the FlashHead, which gives them back when they are read.
+it, to stop an update. Its rows move into the FlashHead, which gives them back when they are read.
 """
 
 import copy
@@ -65,9 +65,9 @@ def install(
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
 
     Load, cast, quantize, apply adapters and shard first. ``token_ids`` (C, cluster_size) hold V in
-    padded slots. ``location``, if given, is known to be a plain product. ``settings`` are arguments
+    padded slots. ``location``, if any, is known to be a plain product. ``settings`` are arguments
     of :class:`FlashHead`. ValueError, with the model unchanged, if there is one already, the head
-    is not supported, an argument is not valid, or a kernel of the backend that was asked for fails.
+    is not supported, an argument is not valid, or a kernel of the requested backend fails.
     """
     # a drafter may hold the embedding of a target with a FlashHead
     if get_flash_head(model if location is None else location.module) is not None:
@@ -163,7 +163,7 @@ class _Pickled:
 
 
 class _FlashParent(_Pickled, _Module):
-    """A module around an installed one: refuses an update of it before it changes anything."""
+    """A module around an installed one: prevents an update of it before it changes anything."""
 
     def update(self, parameters, strict=True):
         modules = dict(self.named_modules())
@@ -196,7 +196,7 @@ class _FlashModule(_Pickled, _Module):
         return self._arrays()[key] if self._keeps(key) else super().__getitem__(key)
 
     def get(self, key, default=None):
-        # nn.Module asks for most attributes here, which must not gather the rows
+        # nn.Module looks up most attributes here, which must not gather the rows
         return self._arrays()[key] if self._keeps(key) else super().get(key, default)
 
     def items(self):

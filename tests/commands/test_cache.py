@@ -45,7 +45,7 @@ def kept(flash_head_home, monkeypatch):
     (damaged / SETTINGS_NAME).write_text("{")
 
 
-def test_lists_what_is_kept(run, kept, flash_head_home, monkeypatch):
+def test_lists_the_cache(run, kept, flash_head_home, monkeypatch):
     (two,) = (entry for entry in cache.entries() if entry.model == STRANGE)
     speeds = {"a": asdict(SLOW), "b": asdict(FAST), "c": asdict(FAST)}
     place = cache.speeds_of(two.key)

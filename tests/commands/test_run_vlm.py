@@ -89,7 +89,7 @@ def test_texts_of_mlx_vlm_are_those_without_flash_head(place, capsys):
     ],
 )
 def test_two_models_of_two_libraries(place, head, layers):
-    """A given FlashHead is one model's. The others run dense, with one warning."""
+    """A named FlashHead belongs to one model. The others run dense, with one warning."""
     code, output, errors = start(place, "--flash-head", head, "program.py")
     assert code == 0, errors
     assert output.split() == layers

@@ -60,7 +60,7 @@ def test_first_use_builds_and_the_second_does_not(folder, quick, capfd, flash_he
     assert mlx_lm.generate(model, tokenizer, "One day", max_tokens=3)
 
 
-def test_found_by_what_the_model_is(folder, quick, tmp_path, monkeypatch, capfd):
+def test_identified_by_the_rows_of_the_model(folder, quick, tmp_path, monkeypatch, capfd):
     """Elsewhere, and in another precision, where the nearest one is taken; but none of another
     recipe."""
     load(str(folder))
@@ -184,7 +184,7 @@ def test_a_damaged_entry_is_built_anew(folder, quick, capfd):
         ("no permission", "Permission denied"),
     ],
 )
-def test_a_head_that_cannot_be_kept_works_all_the_same(
+def test_a_head_that_cannot_be_cached_works_all_the_same(
     folder, quick, monkeypatch, capfd, flash_head_home, trouble, reason
 ):
     def fail(code, place):

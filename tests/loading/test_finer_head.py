@@ -88,7 +88,7 @@ def fine(folder, source, **options):
 
 
 def refusal(folder, source=True, **options):
-    """The one sentence that refuses a finer head; the model and the home are as they were."""
+    """The one sentence that rejects a finer head; the model and the home are as they were."""
     model, _ = mlx_lm.load(str(folder))
     before = parameters(model)
     options |= {"say": lambda _: None, "progress": False}
@@ -218,7 +218,7 @@ def test_other_rows_are_refused(original, coarse, copied):
     assert "100.0 %" in refused_with(rows[::-1])
 
 
-def test_rounding_is_told_from_training():
+def test_rounding_is_distinguished_from_training():
     """Of rows in mxfp4; those above are affine."""
     mx.random.seed(0)
     rows = mx.random.normal((500, 128))
@@ -301,7 +301,7 @@ def test_a_lost_connection_continues(on_hub, original, coarse, monkeypatch):
     assert not [*finer_head.home().rglob("*.part")]
 
 
-def test_kept_rows_that_are_damaged_are_fetched_again(original, coarse):
+def test_damaged_rows_in_the_cache_are_fetched_again(original, coarse):
     fine(coarse, original)
     (place,) = finer_head.home().rglob("*.safetensors")
     content = place.read_bytes()
@@ -344,7 +344,7 @@ def test_a_flash_head_is_built_for_the_finer_rows_or_the_models_own(original, co
         load_it(fine_head="nowhere/at-all", progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_it(progress=False)  # nothing without being asked for
+        load_it(progress=False)  # nothing unless requested
         assert get_flash_head(load_it(fine_head=original)[0]).clustered.rows.bits == 8
     model, tokenizer = mlx_lm.load(str(coarse))
     assert attach(model, tokenizer, fine_head=original, progress=False).clustered.rows.bits == 8

@@ -105,7 +105,7 @@ def test_model_that_mlx_lm_cannot_load(folder, spoil):
 
 
 def test_rows_of_a_form_that_mlx_does_not_have(folder, monkeypatch):
-    """As mlx 0.31 refuses rows of 1 bit."""
+    """As mlx 0.31 rejects rows of 1 bit."""
     monkeypatch.setattr(libraries, "load", lambda *_, **__: mx.quantize(mx.zeros((1, 64)), bits=9))
     said = rf"mlx-lm cannot load the model in {folder} \(.*number of bits 9"
     refused(lambda: load(str(folder)), said, "update mlx, or use another form of the model")

@@ -72,7 +72,7 @@ def test_a_finer_head_of_a_text_side(tmp_path, quick, tied):
     assert parameters(model) == before
 
 
-def test_it_is_built_at_first_use_and_kept(loaded, quick, monkeypatch, capfd):
+def test_it_is_built_at_first_use_and_cached(loaded, quick, monkeypatch, capfd):
     """Through the model's own chat template, without a picture's tokens."""
     model, processor = loaded
     seen = []

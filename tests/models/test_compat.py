@@ -71,7 +71,7 @@ def test_a_function_is_replaced_wherever_it_is(tmp_path, monkeypatch, imported_f
 
 
 def test_no_such_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "download", pytest.fail)  # the Hub is not asked
+    monkeypatch.setattr(fetch, "download", pytest.fail)  # the Hub is not contacted
     for name in (str(tmp_path / "nowhere"), "./nowhere", "~/nowhere/at/all", "one/two/three"):
         refused(partial(resolve, name), f"There is no folder {name}: check")
     (tmp_path / "file").touch()

@@ -136,7 +136,7 @@ def test_both_ways_to_split_give_the_text_of_one(launched):
         ("llama by layers", "does not support pipelining"),
     ],
 )
-def test_mistakes_are_told(launched, mistake, said):
+def test_mistakes_are_reported(launched, mistake, said):
     (output, errors), others = launched[0][mistake]
     assert output == "" and errors.count("error:") == 1
     assert re.search(said, errors)

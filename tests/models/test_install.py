@@ -1,4 +1,4 @@
-"""FlashHead on a whole model: the same logits and parameters, what it refuses, the way back."""
+"""FlashHead on a whole model: the same logits and parameters, what it rejects, detaching."""
 
 import copy
 import gc
@@ -226,12 +226,12 @@ def test_failed_installation_leaves_the_model(how):
         assert get_flash_head(model) is None
 
 
-# The layer, asked for something else than logits, answers as the dense one does.
+# The layer, used for something else than logits, answers as the dense one does.
 
 
 @pytest.mark.parametrize("name", ["gemma4_text", "gemma4"])
 def test_tokens_are_found_by_their_embeddings(name):
-    """As gemma4 finds the inputs of its layers where it is given embeddings alone."""
+    """As gemma4 finds the inputs of its layers from embeddings alone."""
     dense, flash = (tiny_architecture(name, tied=True) for _ in range(2))
     installed(flash, n_probes=2)
     for model in (dense, flash):

@@ -1,4 +1,4 @@
-"""The head is found, and one that cannot be served is refused; `test_architectures.py` has all."""
+"""The head is found, and one that cannot be served is an error; `test_architectures.py` has all."""
 
 import mlx.core as mx
 import mlx.nn as nn

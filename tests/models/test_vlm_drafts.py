@@ -142,7 +142,7 @@ def attached(tmp_path):
 
 @pytest.mark.parametrize("make, kind, untied", OWN)
 def test_a_head_of_the_drafters_own(calls, attached, capfd, monkeypatch, make, kind, untied):
-    """It gets a FlashHead too, which is built from its states as it drafts, and kept."""
+    """It gets a FlashHead too, which is built from its states as it drafts, and cached."""
     monkeypatch.setattr(calibration, "DRAFTED_POSITIONS", 100)
     model, dense = attached()
     for built in (True, False):

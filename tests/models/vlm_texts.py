@@ -14,7 +14,7 @@ def write_together(
     model: Any, prompts: list[list[int]], max_tokens: int, **options: Any
 ) -> list[list[int]]:
     """The greedy texts after prompts, from token ids alone; 299 ends one."""
-    # a stand-in, since the generator adds to the stop tokens of the tokenizer that it is given
+    # a stand-in, since the generator adds to the stop tokens of its tokenizer
     tokenizer = SimpleNamespace(stopping_criteria=StoppingCriteria([299]))
     options = {"sampler": lambda logprobs: mx.argmax(logprobs, axis=-1)} | options
     generator = BatchGenerator(model.language_model, tokenizer, **options)

@@ -80,7 +80,7 @@ def drafted_answer(
 
 @cache  # once per process
 def when_drafted(then: Callable[[Any, Any, str], None]) -> None:
-    """Calls ``then`` with each model that is given a drafter, it and its kind, before a prompt."""
+    """Calls ``then`` with each model and its drafter and the drafter's kind, before a prompt."""
 
     def checked(original: Any) -> Any:
         @wraps(original)
@@ -101,7 +101,7 @@ def when_drafted(then: Callable[[Any, Any, str], None]) -> None:
 
         module.BatchGenerator.__init__ = made
 
-    # each loop for one text asks this with its drafter, and so does the server once
+    # each loop for one text calls this with its drafter, and so does the server once
     asked = partial(put_in_place, "validate_drafter_compatibility", checked)
     when_imported("mlx_vlm.speculative.drafters", asked)
     when_imported("mlx_vlm.generate.ar", put_in_batches)
@@ -158,12 +158,12 @@ def _keep_from_lfm2(applies: Applies, module: Any) -> None:
             language_model = SimpleNamespace(model=language_model.model, args=untied, lm_head=layer)
         return call(self, language_model, *arguments, **options)
 
-    def asked(layer: Any, x: mx.array) -> mx.array:
+    def checked_linear(layer: Any, x: mx.array) -> mx.array:
         if not applies(layer):
             return linear(layer, x)
         return layer.as_linear(x) if hasattr(layer, "as_linear") else layer(x)
 
-    verifier.__call__, verifier._linear = verify, staticmethod(asked)
+    verifier.__call__, verifier._linear = verify, staticmethod(checked_linear)
 
 
 def _embedding(language_model: Any) -> Any:
@@ -184,8 +184,8 @@ def is_greedy(model: nn.Module, options: dict[str, Any]) -> bool:
 
     if any(options.get(name) is not None for name in _OTHERWISE):
         return False
-    asked = {name: options.get(name) for name in ("temperature", "top_p", "top_k")}
-    temperature, *_ = resolve_sampling_defaults(getattr(model, "config", None), **asked)
+    settings = {name: options.get(name) for name in ("temperature", "top_p", "top_k")}
+    temperature, *_ = resolve_sampling_defaults(getattr(model, "config", None), **settings)
     return temperature == 0
 
 
@@ -196,7 +196,7 @@ def decodes_by_tokens_alone(model: nn.Module) -> bool:
 
 
 def stream_and_cache(model: nn.Module, options: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The stream of mlx-vlm's loop, and the cache that it is given or makes."""
+    """The stream of mlx-vlm's loop, and the cache it receives or makes."""
     from mlx_vlm.generate import ar
     from mlx_vlm.models import cache
 
