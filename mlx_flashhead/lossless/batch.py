@@ -150,7 +150,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
             rows |= self._choose_densely(dense, sequences, dense_logits, latest)
             chosen += [sequences[i].pending[-1] for i in dense]
             tokens = mx.concatenate([rows[i] for i in range(n)])
-        mx.async_eval(step_arrays(tokens, chosen))
+        mx.async_eval(step_arrays(tokens, chosen), self._scheduler.joined)
         return tokens, [None] * n
 
     def _choose_densely(

@@ -121,7 +121,7 @@ def verified_steps(
                 hidden = states[-1][:, -1]
                 # 3) The head proposes the next token, which the device begins to compute.
                 proposed, chosen = proposer.propose([sequence], hidden, latest)
-                mx.async_eval(step_arrays(proposed, chosen))
+                mx.async_eval(step_arrays(proposed, chosen), scheduler.joined)
                 # 4) The latest token is read. It is sure, or is verified when that is due.
                 if sequence.pending[sequence.n_read] not in chosen:
                     sequence.pending[sequence.n_read].read(cast(int, latest.item()))

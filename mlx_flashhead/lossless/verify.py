@@ -21,6 +21,7 @@ from .sampler import Trust
 from .sequence import PendingToken, Sequence, normalized, random_state, set_random_state
 
 MAX_READ = 64  # tokens that may be read while a verification is computed
+JOINED = 7  # pending tokens that are joined at a time; a kernel joins 8 at the launch
 FEW = 4  # tokens that may wait longer, on a machine that is slow to compute them
 CLASSES = (1, 2, 4, 8, 16, 32)  # sizes of a product whose kernels and rounding are the same
 WORTH_A_THREAD = 10_000_000  # multiply-adds, a millisecond of work
@@ -362,6 +363,8 @@ class VerifyScheduler:
         self._verification: Verification | None = None
         self._limit = proposer.policy.first_pending
         self._n, self._risk, self._since = 0, 0.0, 0.0  # of the tokens that wait for a launch
+        self._unjoined: list[PendingToken] = []
+        self.joined: list[mx.array] = []  # of these, to be computed with the next step
 
     def step(
         self, sequences: list[Sequence], read: list[Sequence]
@@ -370,7 +373,7 @@ class VerifyScheduler:
 
         The caller rolls back rejected sequences and drops finished ones.
         """
-        verification = self._verification
+        self.joined, verification = [], self._verification
         n_read = max((sequence.n_read for sequence in sequences), default=0)
         if verification is not None and (verification.ready or n_read >= MAX_READ):
             yield from self._outcome()
@@ -387,6 +390,7 @@ class VerifyScheduler:
                 continue
             self._since = self._since if self._n else time.perf_counter()
             self._n, self._risk = self._n + 1, self._risk + pending.risk
+            self._unjoined += [pending] * (pending.proposal is not None)
             n_tokens = len(sequence.tokens) + sequence.n_read
             eos_token_ids = cast(FlashHead, self._proposer.head).eos_token_ids
             ends = ends or pending.token in eos_token_ids or n_tokens == sequence.limit
@@ -395,9 +399,16 @@ class VerifyScheduler:
         waiting = [sequence for sequence in sequences if sequence.n_read]
         if waiting and self._verification is None and (ends or self._due):
             self._n, self._risk, self._limit = 0, 0.0, self._limit * 2
+            self._unjoined = []
             self._verification = Verification(self._proposer, waiting, self._snapshot(waiting))
             if ends:  # waits, since the next step may be of no use
                 yield from self._outcome()
+        elif len(self._unjoined) >= JOINED:
+            proposal, self._unjoined = (
+                join(cast(FlashHead, self._proposer.head), self._unjoined),
+                [],
+            )
+            self.joined = [proposal.hidden, proposal.probes, proposal.logits]
 
     @property
     def _due(self) -> bool:
