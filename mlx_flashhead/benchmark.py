@@ -17,17 +17,9 @@ def make_parser() -> Parser:
     """The command's arguments: a subcommand for each benchmark."""
     parser = Parser(prog="mlx_flashhead.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="kind", required=True, metavar="head|model|server")
-    add_head(commands.add_parser("head", help="time a head by itself, on random weights too"))
-    add_model(
-        commands.add_parser("model", help="time a model's decoding: dense and with FlashHead")
-    )
-    add_server(commands.add_parser("server", help="put three servers under load, in turns"))
-    return parser
 
-
-def add_head(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``benchmark head``."""
-    what = parser.add_mutually_exclusive_group(required=True)
+    head = commands.add_parser("head", help="time a head by itself, on random weights too")
+    what = head.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--shape",
         type=shape,
@@ -36,72 +28,49 @@ def add_head(parser: argparse.ArgumentParser) -> None:
         help=f"Random weights of the shape {', '.join(SHAPES)} or V,D; may be given several times.",
     )
     what.add_argument("--model", help=ANY_MODEL)
-    add_source_options(parser)
-    add_number(parser, "--n-probes", None, "Clusters scored (default: 256, or the model's own).")
+    add_source_options(head)
+    add_number(head, "--n-probes", None, "Clusters scored (default: 256, or the model's own).")
     dtypes = ("float32", "float16", "bfloat16")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="Of random weights.")
-    parser.add_argument(
+    head.add_argument("--dtype", choices=dtypes, default="float32", help="Of random weights.")
+    head.add_argument(
         "--head-bits",
         type=int,
         choices=(4, 5, 6, 8, 16),
         default=16,
         help="Bits of random rows; 16 leaves them in --dtype (default: %(default)s).",
     )
-    add_number(parser, "--positions", 1, "Hidden states at once")
-    add_report_arguments(parser, rounds=20)
+    add_number(head, "--positions", 1, "Hidden states at once")
 
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``benchmark model``."""
-    add_model_arguments(parser)
-    parser.add_argument(
-        "--sampler",
-        choices=SAMPLERS,
-        action="append",
-        help="May be given several times (default: all).",
-    )
-    parser.add_argument(
-        "--batch",
-        type=whole_number(1),
-        action="append",
-        help="Sequences at once; may be given several times (default: 1, 4 and 8).",
-    )
-    add_number(parser, "--tokens", 48, "Tokens of a run")
-    add_report_arguments(parser, rounds=8)
-
-
-def add_server(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``benchmark server``."""
-    add_model_arguments(parser)
-    parser.add_argument(
+    model = commands.add_parser("model", help="time a model's decoding: dense and with FlashHead")
+    server = commands.add_parser("server", help="put three servers under load, in turns")
+    for each in (model, server):
+        each.add_argument("--model", required=True, help=ANY_MODEL)
+        add_source_options(each)
+        add_number(each, "--n-probes", None, "Clusters scored (default: the model's own).")
+    add, several = model.add_argument, "May be given several times (default: all)."
+    add("--sampler", choices=SAMPLERS, action="append", help=several)
+    batches = "Sequences at once; may be given several times (default: 1, 4 and 8)."
+    add("--batch", type=whole_number(1), action="append", help=batches)
+    add_number(model, "--tokens", 48, "Tokens of a run")
+    server.add_argument(
         "--clients",
         type=whole_numbers(1),
         default=CLIENTS,
         metavar="1,4,…",
         help=f"Numbers of clients at once (default: {','.join(map(str, CLIENTS))}).",
     )
-    add_number(parser, "--requests", 16, "Requests to a server for each number of clients")
-    add_number(parser, "--tokens", 16, "Tokens of each answer")
-    add_report_arguments(parser, rounds=1)
+    add_number(server, "--requests", 16, "Requests to a server for each number of clients")
+    add_number(server, "--tokens", 16, "Tokens of each answer")
 
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the benchmarks that need a model."""
-    parser.add_argument("--model", required=True, help=ANY_MODEL)
-    add_source_options(parser)
-    add_number(parser, "--n-probes", None, "Clusters scored (default: the model's own).")
-
-
-def add_report_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """The flags of every benchmark."""
-    add_number(parser, "--rounds", rounds, "Rounds that count")
-    parser.add_argument(
-        "--report",
-        "--json",
-        metavar="FILE",
-        help="Write the figures and the machine to a JSON file, ready to be attached to an issue.",
-    )
-    parser.add_argument("--plot", metavar="FILE.png", help="Draw the figures into a picture.")
+    for each, rounds in ((head, 20), (model, 8), (server, 1)):
+        add_number(each, "--rounds", rounds, "Rounds that count")
+        add = each.add_argument
+        figures = (
+            "Write the figures and the machine to a JSON file, ready to be attached to an issue."
+        )
+        add("--report", "--json", metavar="FILE", help=figures)
+        add("--plot", metavar="FILE.png", help="Draw the figures into a picture.")
+    return parser
 
 
 def add_number(parser: argparse.ArgumentParser, flag: str, default: int | None, text: str) -> None:

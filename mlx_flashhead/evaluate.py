@@ -19,9 +19,8 @@ def make_parser() -> Parser:
     parser = Parser(prog="mlx_flashhead.evaluate", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="text")
     add = commands.add_parser("text", help="measure on a text", description=TEXT).add_argument
-    model = "Folder or repository of any model that mlx-lm loads."
     add_source_options(commands.choices["text"])
-    add("--model", required=True, help=model)
+    add("--model", required=True, help="Folder or repository of any model that mlx-lm loads.")
     add("--text", required=True, metavar="FILE", help="UTF-8 text to measure on.")
     add(
         "--probes",
@@ -44,7 +43,7 @@ def main() -> None:
         check_writable("--json", args.json)
     if args.plot:
         check_picture("--plot", args.plot)
-    from .evaluation import agreement
+    from .benchmarks import agreement
 
     figures = agreement.run(args)
     if args.json:

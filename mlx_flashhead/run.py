@@ -14,7 +14,7 @@ from typing import Any
 
 from .common.arguments import Parser
 from .common.command import command
-from .common.flags import add_head_options
+from .common.flags import add_always_option, add_head_options
 
 LIBRARIES = ("mlx_lm", "mlx_vlm")
 
@@ -28,6 +28,7 @@ def make_parser() -> Parser:
         usage="mlx_flashhead.run [options] (-m MODULE | PROGRAM) [its arguments]",
     )
     add_head_options(parser)
+    add_always_option(parser)
     parser.add_argument(
         "--no-verify",
         action="store_true",

@@ -13,22 +13,15 @@ def make_parser() -> Parser:
         "FlashHead alone, to the Hugging Face Hub. An upload that was interrupted continues when "
         "the same command is run again.",
     )
-    parser.add_argument("--path", required=True, metavar="DIR", help="Its folder.")
-    parser.add_argument(
-        "--repo",
-        "--upload-repo",
-        metavar="OWNER/NAME",
-        help="Repository to upload to (default: the conversion's name for it, under your own).",
+    add = parser.add_argument
+    add("--path", required=True, metavar="DIR", help="Its folder.")
+    repo = "Repository to upload to (default: the conversion's name for it, under your own)."
+    add("--repo", "--upload-repo", metavar="OWNER/NAME", help=repo)
+    add("--private", action="store_true", help="Make the repository private if it is a new one.")
+    licence = (
+        "The model's licence as the Hub calls it, such as apache-2.0, for a card that does not "
     )
-    parser.add_argument(
-        "--private", action="store_true", help="Make the repository private if it is a new one."
-    )
-    parser.add_argument(
-        "--license",
-        metavar="ID",
-        help="The model's licence as the Hub calls it, such as apache-2.0, for a card that does "
-        "not name it.",
-    )
+    add("--license", metavar="ID", help=licence + "name it.")
     return parser
 
 

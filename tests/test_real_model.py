@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mlx_flashhead import convert, generate, grammar_processor, load
+from mlx_flashhead.benchmarks.agreement import evaluate
 from mlx_flashhead.conversion.calibration import read_text
-from mlx_flashhead.evaluation.agreement import evaluate
 
 pytestmark = pytest.mark.real
 

@@ -1,7 +1,7 @@
 """Times a head by itself: dense, and FlashHead to a proposed token and to full logits."""
 
 import argparse
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,30 +39,23 @@ def _cases(args: argparse.Namespace) -> Generator[Case]:
         """Fills the caches as the body of a model does: on the GPU, or in the head's thread."""
         mx.eval(memory + 1)
 
-    for name, head, dtype in _heads(args):
+    for name, sizes in args.shape or [(Path(args.model).name, None)]:
+        if sizes is None:
+            head = installed_head(
+                load(args.model, n_probes=args.n_probes, **source_options(args))[0]
+            )
+            dtype = rows_dtype(head)
+        else:
+            dtype, bits = getattr(mx, args.dtype), args.head_bits
+            head = random_head(*sizes, n_probes=args.n_probes, dtype=dtype, bits=bits)
         states = mx.random.normal((N_STATES, args.positions, head.hidden_size)).astype(dtype)
         mx.eval(states)
-        timers = {
-            form: timer(partial(_use, use, states), cold) for form, use in forms(head).items()
-        }
+
+        def use(form: Form, number: int, states: mx.array = states) -> Any:
+            return form(states[number % N_STATES])
+
+        timers = {key: timer(partial(use, form), cold) for key, form in forms(head).items()}
         yield Case(name, timers, partial(summary, name, head, dtype, args.positions))
-
-
-def _use(form: Form, states: mx.array, number: int) -> Any:
-    return form(states[number % N_STATES])
-
-
-def _heads(args: argparse.Namespace) -> Iterator[tuple[str, FlashHead, mx.Dtype]]:
-    """The heads of the command line, and the dtypes of their hidden states."""
-    if args.model is not None:
-        model, _ = load(args.model, n_probes=args.n_probes, **source_options(args))
-        head = installed_head(model)
-        yield Path(args.model).name, head, rows_dtype(head)
-        return
-    dtype = getattr(mx, args.dtype)
-    for name, sizes in args.shape:
-        head = random_head(*sizes, n_probes=args.n_probes, dtype=dtype, bits=args.head_bits)
-        yield name, head, dtype
 
 
 def rows_dtype(head: FlashHead) -> mx.Dtype:
@@ -87,8 +80,6 @@ def random_head(
         ValueError: If the rows cannot be quantized, or ``n_probes`` is too large.
     """
     n_clusters = -(-vocab_size // CLUSTER_SIZE)
-    if n_probes is None:
-        n_probes = min(DEFAULT_PROBES, n_clusters)
     if bits != 16 and hidden_size % DEFAULT_GROUP:
         raise ValueError(
             f"A width of {hidden_size} cannot be quantized: leave the rows in 16 bits."
@@ -100,11 +91,11 @@ def random_head(
     matrix = Matrix(mx.random.normal((n_clusters, hidden_size), scale=0.05))
     group_size = affine_group(hidden_size)
     if group_size is not None:
-        matrix = matrix.map(lambda weight: weight.astype(mx.float16))
-        matrix = matrix.quantize(bits=4, group_size=group_size)
+        matrix = Matrix(matrix.weight.astype(mx.float16)).quantize(bits=4, group_size=group_size)
     centroids = Centroids(matrix, mx.zeros(n_clusters), mx.full((n_clusters,), -2.0))
     slots = np.full(n_clusters * CLUSTER_SIZE, vocab_size, np.uint32)
     slots[:vocab_size] = np.random.default_rng(0).permutation(vocab_size)
+    n_probes = min(DEFAULT_PROBES, n_clusters) if n_probes is None else n_probes
     head = FlashHead(rows, slots.reshape(n_clusters, -1), centroids, n_probes=n_probes)
     mx.eval(head.arrays())
     head.check_kernels(dtype)
@@ -129,24 +120,27 @@ def forms(head: FlashHead) -> dict[str, Form]:
 
 
 def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
-    """Shapes, milliseconds and ratios of the medians, JSON-ready."""
+    """Shapes, milliseconds and ratios of the medians, JSON-ready.
+
+    ``read_mb`` are weights that a call reads on this device if no two states share a cluster.
+    """
     ms = {form: spread(times, 1000) for form, times in seconds.items()}
     best_dense = min((DENSE, OWN_DENSE), key=lambda form: ms[form]["median"])
-    rows = head.clustered.rows
+    rows, centroids = head.clustered.rows, head.clustered.centroids.matrix
+    on_cpu = mx.default_device().type == mx.cpu  # where the centroids are float32
+    routing = 4 * head.n_clusters * head.hidden_size if on_cpu else centroids.nbytes
+    probed = min(n_positions * head.n_probes, head.n_clusters) / head.n_clusters
+    sizes = ("vocab_size", "hidden_size", "n_clusters", "cluster_size", "n_probes")
     return {
         "name": name,
-        "vocab_size": head.vocab_size,
-        "hidden_size": head.hidden_size,
-        "n_clusters": head.n_clusters,
-        "cluster_size": head.cluster_size,
-        "n_probes": head.n_probes,
+        **{size: getattr(head, size) for size in sizes},
         "dtype": str(dtype).removeprefix("mlx.core."),
         "head_bits": rows.format.bits,
         "backend": head.backend,
         "backend_reason": head.backend_reason,
         "positions": n_positions,
         "head_mb": rows.nbytes / 1e6,
-        "read_mb": read_mb(head, n_positions),
+        "read_mb": (routing + rows.nbytes * probed) / 1e6,
         "best_dense": best_dense,
         "ms": ms,
         "times_faster": {
@@ -155,15 +149,6 @@ def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, secon
             for form in (PROPOSAL, LOGITS)
         },
     }
-
-
-def read_mb(head: FlashHead, n_positions: int = 1) -> float:
-    """Megabytes of weights that a call reads on this device if no two states share a cluster."""
-    stage_1 = head.clustered.centroids.matrix.nbytes
-    if mx.default_device().type == mx.cpu:  # the centroids are float32 there
-        stage_1 = 4 * head.n_clusters * head.hidden_size
-    probed = min(n_positions * head.n_probes, head.n_clusters)
-    return (stage_1 + head.clustered.rows.nbytes * probed / head.n_clusters) / 1e6
 
 
 def make_table(head: dict) -> Table:
@@ -175,9 +160,7 @@ def make_table(head: dict) -> Table:
         "Reads {read_mb:.1f} MB of weights, dense {head_mb:.1f} MB; cold caches.".format(**head),
     )
     for name, ms in head["ms"].items():
-        ratios = ["", ""]
-        if name in (PROPOSAL, LOGITS):
-            pairs = (f"{name} against {dense}" for dense in (DENSE, head["best_dense"]))
-            ratios = [f"{head['times_faster'][pair]:.1f} x" for pair in pairs]
-        table.add_row(name, *cells(ms), *ratios)
+        pairs = [f"{name} against {dense}" for dense in (DENSE, head["best_dense"])]
+        ratios = (head["times_faster"].get(pair) for pair in pairs)
+        table.add_row(name, *cells(ms), *(f"{ratio:.1f} x" if ratio else "" for ratio in ratios))
     return table

@@ -18,12 +18,10 @@ import mlx.nn as nn
 from ..common.flags import source_options
 from ..common.tables import Table, new_table, percent
 from ..head.backend import scored_logits_agree
-from ..head.flash_head import FlashHead
 from ..loading.load import load
 from ..lossless.batch import VerifiedBatchGenerator
 from ..lossless.loop import verified_steps
-from ..lossless.policy import policy_of
-from ..lossless.proposer import Proposer
+from ..lossless.policy import Proposer, policy_of
 from ..lossless.sampler import make_sampler
 from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
 from ..models.install import dense_copy, installed_head
@@ -76,16 +74,11 @@ class Form(NamedTuple):
             generator.close()
         return (times[-1] - times[0]) / n_tokens, tokens
 
-    def timed(self, prompt: list[int], batch: int, n_tokens: int, sampling: dict, _: int) -> float:
-        """The seconds of `decode`."""
-        return self.decode(prompt, batch, n_tokens, sampling)[0]
-
 
 def with_flash_head(model: nn.Module, *, verify: bool) -> Form:
     """This package's loops for a model with a FlashHead."""
-    proposer = Proposer(model, verify=verify)
-    steps = partial(verified_steps, proposer=proposer, logprobs=False)
-    generator = partial(VerifiedBatchGenerator, proposer=proposer, logprobs=False)
+    how: dict[str, Any] = {"proposer": Proposer(model, verify=verify), "logprobs": False}
+    steps, generator = partial(verified_steps, **how), partial(VerifiedBatchGenerator, **how)
     return Form(model, steps, generator, make_sampler)
 
 
@@ -97,6 +90,7 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
     """
     flash, tokenizer = load(args.model, n_probes=args.n_probes, **source_options(args))
     head = installed_head(flash)
+    on_gpu = head.backend == "metal"  # where scored logits should equal MLX's to the last bit
     about = {
         "model": Path(args.model).name,
         "head_bits": head.clustered.rows.format.bits,
@@ -104,7 +98,7 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
         "n_clusters": head.n_clusters,
         "backend": head.backend,
         "backend_reason": head.backend_reason,
-        "equal_logits": equal_logits(head),
+        "equal_logits": scored_logits_agree(head.steps, rows_dtype(head)) if on_gpu else None,
         "keeps_dense_head": policy_of(head).dense,
         "tokens": args.tokens,
     }
@@ -116,28 +110,25 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
     }
     prompt = tokenizer.encode(PROMPT)
     for sampler, batch in settings:
-        run = prompt, batch, args.tokens, SAMPLERS[sampler]
-        timers = {name: partial(form.timed, *run) for name, form in forms.items()}
+        run = (prompt, batch, args.tokens, SAMPLERS[sampler])
+
+        def seconds(form: Form, _: int, run: tuple = run) -> float:
+            return form.decode(*run)[0]
+
+        timers = {name: partial(seconds, form) for name, form in forms.items()}
         yield Case(f"{sampler}, batch {batch}", timers, partial(summary, about, sampler, batch))
-
-
-def equal_logits(head: FlashHead) -> float | None:
-    """Share of all V scored logits that equal MLX's to the last bit on this GPU; None without."""
-    return scored_logits_agree(head.steps, rows_dtype(head)) if head.backend == "metal" else None
 
 
 def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
     """Milliseconds, tokens/s of all sequences and ratios of the medians to dense, JSON-ready."""
     token_ms = {form: spread(times, 1000) for form, times in seconds.items()}
-    median_ms = {form: ms["median"] for form, ms in token_ms.items()}
+    medians = {form: ms["median"] for form, ms in token_ms.items()}
     return about | {
         "sampler": sampler,
         "batch": batch,
         "token_ms": token_ms,
-        "tokens_per_second": {form: 1000 * batch / ms for form, ms in median_ms.items()},
-        "times_faster": {
-            form: median_ms[DENSE] / ms for form, ms in median_ms.items() if form != DENSE
-        },
+        "tokens_per_second": {form: 1000 * batch / ms for form, ms in medians.items()},
+        "times_faster": {form: medians[DENSE] / medians[form] for form in medians if form != DENSE},
     }
 
 
@@ -155,10 +146,6 @@ def make_table(result: dict) -> Table:
         "\n".join(notes),
     )
     for form, ms in result["token_ms"].items():
-        table.add_row(
-            form,
-            *cells(ms),
-            f"{result['tokens_per_second'][form]:.1f}",
-            "" if form == DENSE else f"{result['times_faster'][form]:.2f} x",
-        )
+        faster = "" if form == DENSE else f"{result['times_faster'][form]:.2f} x"
+        table.add_row(form, *cells(ms), f"{result['tokens_per_second'][form]:.1f}", faster)
     return table

@@ -120,15 +120,12 @@ def report(
     except (KeyboardInterrupt, SystemExit) as error:
         if not measured:
             raise
-        print("\nStopped: these are the figures so far.", file=sys.stderr, flush=True)
+        _print("\nStopped: these are the figures so far.")
         stopped = error
     about, tables = machine(), list(map(make_table, measured))
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    show(
-        *tables,
-        f"{about['processor']}, {about['cores']} cores, {about['blas']}; {about['system']}; "
-        f"{versions}; {about['date']}",
-    )
+    cores = f"{about['processor']}, {about['cores']} cores, {about['blas']}"
+    show(*tables, f"{cores}; {about['system']}; {versions}; {about['date']}")
     if args.report:
         figures = {
             "kind": args.kind,
@@ -139,7 +136,7 @@ def report(
         }
         Path(args.report).write_text(json.dumps(figures, indent=2) + "\n")
         if mx.metal.is_available():
-            print(f"Please attach {args.report} to an issue of the project.", file=sys.stderr)
+            _print(f"Please attach {args.report} to an issue of the project.")
     if args.plot:
         _draw(tables, args.plot)
     if stopped is not None:
@@ -178,22 +175,20 @@ def machine() -> dict:
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "device": "cpu" if mx.default_device().type == mx.cpu else "gpu",
-        "versions": {"mlx-flashhead": __version__}
-        | {name: version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": {
+            "mlx-flashhead": __version__,
+            **{name: version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+        },
         "blas": blas_name(),
         "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
     }
     if mx.metal.is_available():
         about["gpu"] = {key: str(value) for key, value in mx.device_info().items()}
-        about["read_bandwidth_gb_s"] = read_bandwidth_gb_s()
+        memory = mx.ones((512 << 20) // 4)  # read by a reduction
+        seconds = min(map(timer(lambda _: mx.max(memory)), range(6)))
+        about["read_bandwidth_gb_s"] = memory.nbytes / seconds / 1e9
     return about
-
-
-def read_bandwidth_gb_s() -> float:
-    """Memory read by one reduction over 512 MB on the default device, in GB/s: the best run."""
-    memory = mx.ones((512 << 20) // 4)
-    return memory.nbytes / min(map(timer(lambda _: mx.max(memory)), range(6))) / 1e9
 
 
 def _draw(tables: list[Table], path: str) -> None:

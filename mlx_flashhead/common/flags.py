@@ -119,6 +119,12 @@ def add_head_options(group: Any) -> None:
     add_fine_head_options(group)
 
 
+def add_always_option(group: Any) -> None:
+    """Adds ``--flash-head-always``."""
+    text = "Use the FlashHead even where it makes this model no faster on this machine."
+    group.add_argument("--flash-head-always", action="store_true", help=text)
+
+
 def add_answering_options(group: Any) -> None:
     """Adds the flags of a command that answers before a FlashHead is built."""
     add_source_options(group, "Build no FlashHead: without one, answer with the normal head.")
@@ -129,8 +135,7 @@ def add_answering_options(group: Any) -> None:
         help="Build a missing FlashHead before the first answer (default: the model answers with "
         "its normal head, and the FlashHead is built when there is time).",
     )
-    always = "Use the FlashHead even where it makes this model no faster on this machine."
-    group.add_argument("--flash-head-always", action="store_true", help=always)
+    add_always_option(group)
     group.add_argument(
         "--no-verify",
         action="store_true",

@@ -31,20 +31,13 @@ def take_all(steps: Steps[Result], *, progress: bool = True) -> Result:
         while True:
             stage, done, total, unit = next(steps)
             if stage != shown:
-                _complete(bar)
+                bar.total = bar.n  # a stage may end before its total, by its time limit
                 bar.close()
                 bar, shown = tqdm(total=total, desc=stage, unit=unit, disable=not progress), stage
             bar.update(done - bar.n)
     except StopIteration as end:
-        _complete(bar)
+        bar.total = bar.n
         return end.value
     finally:
         steps.close()
         bar.close()
-
-
-def _complete(bar: tqdm) -> None:
-    """Ends a bar at 100 %: a stage may end before its total, by its time limit."""
-    if not bar.disable and bar.n < bar.total:
-        bar.total = bar.n
-        bar.refresh()

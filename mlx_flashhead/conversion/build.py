@@ -3,6 +3,7 @@
 import math
 import timeit
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,26 +11,14 @@ import mlx.nn as nn
 import numpy as np
 
 from ..head.matrix import Matrix, as_float32
-from ..index.files import FlashHeadIndex
+from ..index.files import FlashHeadIndex, Sketch
 from ..index.settings import FlashHeadConfig
-from ..index.sketch import Sketch
 from ..models.locate import HeadLocation
-from . import Steps
+from . import Steps, measures
 from .calibration import builtin_states, text_states
-from .clustering import PASSES, QUICK_PASSES, cluster_rows
-from .fitting import fit_centroids, logit_metric
-from .measures import (
-    MAX_BYTES,
-    StepBytes,
-    choose_unverified,
-    choose_verified,
-    make_report,
-    measure_positions,
-    probe_grid,
-    verification_settings,
-)
+from .clusters import PASSES, QUICK_PASSES, cluster_rows, fit_centroids, logit_metric
+from .measures import StepBytes
 from .options import BUILTIN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
-from .quantization import compare_bits
 
 STEP_SECONDS = 0.1  # of the device, where a window of text takes no longer
 HELD_OUT_SHARE = 1 / 4  # of the positions
@@ -73,20 +62,15 @@ def model_index(
                 "text of some pages."
             )
     elif options.source == BUILTIN:
-        states, next_ids, cut_short = yield from builtin_states(
-            model, tokenizer, location, seconds=options.calibration_seconds, **limits
-        )
-        if cut_short:
-            calibration["cut_short"] = True
-    # of all weights but the head and the embeddings, of which a token reads one row
-    body_bytes = sum(
-        array.nbytes
-        for module in model.modules()
-        if module is not location.module
-        and not isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-        for array in module.values()
-        if isinstance(array, mx.array)
-    )
+        limits["seconds"] = options.calibration_seconds
+        read = yield from builtin_states(model, tokenizer, location, **limits)
+        states, next_ids, cut_short = read
+        calibration |= {"cut_short": True} if cut_short else {}
+    # a token reads all weights but those of the head, and one row of the embeddings
+    embeddings = (nn.Embedding, nn.QuantizedEmbedding)
+    layers = (layer for layer in model.modules() if layer is not location.module)
+    arrays = (layer.values() for layer in layers if not isinstance(layer, embeddings))
+    body_bytes = sum(a.nbytes for each in arrays for a in each if isinstance(a, mx.array))
     about = {"eos_token_ids": tokenizer.eos_token_ids, "calibration": calibration}
     about |= {"original": original, "body_bytes": body_bytes, "recipe": recipe}
     return (yield from build_index(location.rows(), options, states, next_ids, **about))
@@ -117,11 +101,10 @@ def build_index(
             f"The model's eos_token_id must be whole numbers, not {eos_token_ids!r}: correct its "
             "config.json or generation_config.json."
         )
-    n_positions = 0 if states is None else len(states)
+    n_positions = n_fitted = 0 if states is None else len(states)
     fitted_on = metric = None
     if states is not None:
-        n_held_out = 0 if next_ids is None else max(round(HELD_OUT_SHARE * n_positions), 1)
-        n_fitted = n_positions - n_held_out
+        n_fitted -= 0 if next_ids is None else max(round(HELD_OUT_SHARE * n_positions), 1)
         if n_fitted < 1:
             raise ValueError(
                 f"{n_positions} calibration positions are too few, since some are held out: "
@@ -133,63 +116,51 @@ def build_index(
         metric = logit_metric(fitted_on)
     weight = as_float32(rows.dequantized())
     head_bias = None if rows.bias is None else as_float32(rows.bias)
-    token_ids = yield from cluster_rows(
-        weight,
-        options.cluster_size,
-        seed=options.seed,
-        metric=metric,
-        passes=QUICK_PASSES if options.quick else PASSES,
-    )
+    passes = QUICK_PASSES if options.quick else PASSES
+    how: dict[str, Any] = {"seed": options.seed, "metric": metric, "passes": passes}
+    token_ids = yield from cluster_rows(weight, options.cluster_size, **how)
     n_clusters = len(token_ids)
     centroids = yield from fit_centroids(weight, token_ids, fitted_on, head_bias=head_bias)
-    n_probes = options.n_probes
+    n_probes = unverified_probes = options.n_probes
     report: dict[str, Any] = {}
     verification: dict[str, Any] = {}
     if states is None or next_ids is None:
-        unverified_probes = n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
+        n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
     else:
-
-        def step_bytes(head: Matrix) -> StepBytes:
-            probe = head.nbytes / head.n_rows * options.cluster_size
-            return StepBytes(centroids.routing_bytes, probe, head.nbytes, body_bytes)
-
-        nbytes = step_bytes(rows)
-        largest = int((MAX_BYTES * nbytes.dense - nbytes.centroids) / nbytes.probe)
-        chosen = () if n_probes is None else (n_probes,)
+        probe = rows.nbytes / rows.n_rows * options.cluster_size
+        nbytes = StepBytes(centroids.routing_bytes, probe, rows.nbytes, body_bytes)
+        largest = int((measures.MAX_BYTES * nbytes.dense - nbytes.centroids) / nbytes.probe)
+        counts = {*measures.probe_grid(n_clusters, max(largest, 1)), *filter(None, (n_probes,))}
         matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
         held_out, following = states[n_fitted:], next_ids[n_fitted:]
-        measured = yield from measure_positions(
+        measured = yield from measures.measure_positions(
             held_out,
             lambda h: h @ weight.T + (0.0 if head_bias is None else head_bias),
             token_ids,
             lambda h: h @ matrix.T + bias,
             as_float32(centroids.tail_offset),
-            sorted({*probe_grid(n_clusters, max(largest, 1)), *chosen}),
+            sorted(counts),
             following,
         )
         if n_probes is None:
-            n_probes = choose_verified(measured, nbytes)
-            unverified_probes = choose_unverified(measured, options.target_agreement, nbytes)
-        else:
-            unverified_probes = n_probes
-        verification = verification_settings(measured, n_probes)
-        report = make_report(measured, n_probes, nbytes)
-        if original is not None and rows.quantized and not original.quantized:
-            rejected = measured.rejected(n_probes)
-
-            def expected_share(head: Matrix) -> float:
-                expected = step_bytes(head).verified(n_probes, rejected)
-                return (expected - body_bytes) / head.nbytes
-
-            report["head_bits"] = yield from compare_bits(
-                original, rows, held_out, following, expected_share
+            n_probes = measures.choose_verified(measured, nbytes)
+            unverified_probes = measures.choose_unverified(
+                measured, options.target_agreement, nbytes
             )
+        verification = measures.verification_settings(measured, n_probes)
+        report = measures.make_report(measured, n_probes, nbytes)
+        if original is not None and rows.quantized and not original.quantized:
+            rejected = measured.rejected_shares().mean(axis=0)
+            share = float(rejected[measured.probe_counts.index(n_probes)])
+            expected = partial(nbytes.verified_share, n_probes=n_probes, share=share)
+            compared = measures.compare_bits(original, rows, held_out, following, expected)
+            report["head_bits"] = yield from compared
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,
         n_clusters=n_clusters,
         cluster_size=options.cluster_size,
         n_probes=n_probes,
-        unverified_probes=unverified_probes,
+        unverified_probes=unverified_probes or n_probes,
         fingerprint=rows.fingerprint,
         eos_token_ids=tuple(sorted(i for i in eos_token_ids if 0 <= i < rows.n_rows)),
         centroid_bits=centroids.matrix.format.bits,

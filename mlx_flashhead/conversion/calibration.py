@@ -41,7 +41,7 @@ TEXT_WINDOW = 512  # tokens of a user's text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
 MIN_STEP = 16  # tokens, however long they take
 WEIGHTS_TOKENS = 32  # a pass reads all weights, which takes about as long as so many tokens
-MIN_LENGTH = 2 / 3  # of a window, relative to the longest of those that are read together
+MIN_LENGTH = 2 / 3  # of a window, relative to the longest window read with it
 
 BEGINNING = 300  # characters of a document that are a request
 ANSWER_TOKENS = 64
@@ -55,47 +55,32 @@ def text_states(
     text: str,
     *,
     positions: int | None = None,
-    step_seconds: float = math.inf,
+    **limits: float,
 ) -> Steps[tuple[np.ndarray, np.ndarray]]:
     """At most ``positions`` hidden states (N, D) float32 of a text, and the next tokens (N,) int64.
 
     Each window starts afresh, as a text does. Special tokens, such as chat markup, are understood.
-    ValueError if there are fewer than two tokens.
+    ``limits`` are those of `read_windows`. ValueError if there are fewer than two tokens.
     """
-    token_ids = list(tokenizer.encode(text))
-    if positions is not None:
-        token_ids = token_ids[: positions + 1]
+    token_ids = list(tokenizer.encode(text))[: None if positions is None else positions + 1]
     if len(token_ids) < 2:
         raise ValueError("The text is too short to measure anything on: give one of some pages.")
     first, *others = windows_of(token_ids, TEXT_WINDOW)
     beginning = beginning_of_text(tokenizer)  # the first window has it already
     windows = [first, *(beginning + window for window in others)]
-    read = yield from read_windows(model, location, windows, step_seconds=step_seconds)
+    read = yield from read_windows(model, location, windows, "Reading", **limits)
     states = [read[0], *(window_states[len(beginning) :] for window_states in read[1:])]
     return np.concatenate(states), np.array(token_ids[1:], dtype=np.int64)
 
 
 def builtin_states(
-    model: nn.Module,
-    tokenizer: Any,
-    location: HeadLocation,
-    positions: int,
-    *,
-    seconds: float = math.inf,
-    step_seconds: float = math.inf,
+    model: nn.Module, tokenizer: Any, location: HeadLocation, positions: int, **limits: float
 ) -> Steps[tuple[np.ndarray, np.ndarray, bool]]:
-    """As `text_states` of built-in text of many kinds: as much as ``seconds`` of the model's work
-    allow, and whether these cut it short."""
+    """As `text_states` of built-in text of many kinds, and whether the time limit cut it short."""
     beginning = beginning_of_text(tokenizer)
     windows = builtin_windows(tokenizer, positions)
-    read = yield from read_windows(
-        model,
-        location,
-        [beginning + window for window in windows],
-        seconds=seconds,
-        stage="Reading built-in text",
-        step_seconds=step_seconds,
-    )
+    begun = [beginning + window for window in windows]
+    read = yield from read_windows(model, location, begun, "Reading built-in text", **limits)
     done = [(s, window) for s, window in zip(read, windows, strict=True) if len(s)]
     states = [window_states[len(beginning) + CONTEXT :] for window_states, _ in done]
     next_ids = [token for _, window in done for token in window[CONTEXT + 1 :]]
@@ -106,9 +91,9 @@ def read_windows(
     model: nn.Module,
     location: HeadLocation,
     windows: Sequence[list[int]],
+    stage: str = "Reading",
     *,
     seconds: float = math.inf,
-    stage: str = "Reading",
     step_seconds: float = math.inf,
 ) -> Steps[list[np.ndarray]]:
     """Hidden states (n - 1, D) float32 of each window of n tokens, several windows at once.
@@ -122,14 +107,18 @@ def read_windows(
     together: float = READ_TOKENS if step_seconds == math.inf else MIN_STEP
     waiting = list(range(len(windows)))
     while waiting and (not read or spent < seconds):
-        batch = _next_together(waiting, inputs, together)
-        length = len(inputs[batch[0]])
+        # of those near in their order, which hold about so many tokens, the ones of like length
+        n_tokens = np.cumsum([0, *(len(inputs[i]) for i in waiting)])
+        near = sorted(waiting[: np.searchsorted(n_tokens, together)], key=lambda i: -len(inputs[i]))
+        length = len(inputs[near[0]])
+        alike = [i for i in near if len(inputs[i]) >= MIN_LENGTH * length]
+        batch = alike[: max(1, int(together // length))]
+        waiting = [i for i in waiting if i not in batch]
         # shorter ones are padded at the end, where no state looks
         tokens = mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch])
         n_parts = 1 if is_vlm(model) else math.ceil(tokens.size / together)
         cache = make_prompt_cache(model) if n_parts > 1 else None
-        parts: list[np.ndarray] = []
-        size = math.ceil(length / n_parts)
+        size, parts = math.ceil(length / n_parts), []
         for start in range(0, length, size):
             part = slice(start, start + size)
             began = monotonic()
@@ -148,19 +137,16 @@ def read_windows(
     return states
 
 
-def _next_together(waiting: list[int], inputs: Sequence[Sequence[int]], tokens: float) -> list[int]:
-    """Takes from ``waiting`` windows of like length to read together, near their order, the longest
-    first: as many as hold about ``tokens``, at least one."""
-    total, near = 0, 0
-    while near < len(waiting) and total < tokens:
-        total += len(inputs[waiting[near]])
-        near += 1
-    listed = sorted(waiting[:near], key=lambda i: -len(inputs[i]))
-    longest = len(inputs[listed[0]])
-    alike = [i for i in listed if len(inputs[i]) >= MIN_LENGTH * longest]
-    batch = alike[: max(1, int(tokens // longest))]
-    waiting[:] = [i for i in waiting if i not in batch]
-    return batch
+def windows_of(token_ids: list[int], length: int) -> list[list[int]]:
+    """Windows of ``length`` states. The token after a window's last state begins the next one."""
+    starts = range(0, len(token_ids) - 1, length)
+    return [token_ids[start : start + length + 1] for start in starts]
+
+
+def beginning_of_text(tokenizer: Any) -> list[int]:
+    """The token with which the tokenizer begins each text, in a list; empty if there is none."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and bos in tokenizer.encode("") else []
 
 
 def read_text(path: str | Path) -> str:
@@ -176,17 +162,23 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def _parts(name: str) -> list[str]:
+    """The parts of a file of `texts`."""
+    file = resources.files(__package__) / "texts" / f"{name}.txt"
+    return file.read_text(encoding="utf-8").split("%%%%\n")
+
+
 def builtin_documents() -> dict[str, list[str]]:
     """Documents by kind, always in the same order, but for dialogues; those that Python has
     here."""
-    documents = {kind: _documents(kind) for kind in SHARES if kind not in (PYTHON, DIALOGUE)}
+    documents = {kind: _parts(kind) for kind in SHARES if kind not in (PYTHON, DIALOGUE)}
     with suppress(ImportError):
         from pydoc_data.topics import topics
 
-        named = [topics[name] for name in _file("topics").split() if name in topics]
+        named = [topics[name] for name in _parts("topics")[0].split() if name in topics]
         documents["documentation"] += [text[:EXCERPT_CHARACTERS] for text in named]
     documents[PYTHON] = []
-    for name in _file("modules").split():
+    for name in _parts("modules")[0].split():
         with suppress(ImportError, OSError, UnicodeDecodeError):
             spec = importlib.util.find_spec(name)
             source = Path(spec.origin or "").read_text(encoding="utf-8") if spec else ""
@@ -199,77 +191,46 @@ def builtin_documents() -> dict[str, list[str]]:
 def dialogues() -> list[list[dict[str, str]]]:
     """Conversations as lists of messages with ``role`` and ``content``."""
     conversations = []
-    for document in _documents(DIALOGUE):
+    for document in _parts(DIALOGUE):
         _, *parts = re.split(r"^(User|Assistant): ", document, flags=re.MULTILINE)
         turns = zip(parts[::2], parts[1::2], strict=True)
         conversations.append([{"role": r.lower(), "content": text.strip()} for r, text in turns])
     return conversations
 
 
-def _documents(kind: str) -> list[str]:
-    return _file(kind).split("%%%%\n")
-
-
-def _file(name: str) -> str:
-    return (resources.files(__package__) / "texts" / f"{name}.txt").read_text(encoding="utf-8")
-
-
-def beginning_of_text(tokenizer: Any) -> list[int]:
-    """The token with which the tokenizer begins each text, in a list; empty if there is none."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and bos in tokenizer.encode("") else []
-
-
-def windows_of(token_ids: list[int], length: int) -> list[list[int]]:
-    """Windows of ``length`` states. The token after a window's last state begins the next one."""
-    starts = range(0, len(token_ids) - 1, length)
-    return [token_ids[start : start + length + 1] for start in starts]
-
-
 def builtin_windows(tokenizer: Any, positions: int) -> list[list[int]]:
     """Windows of built-in text without its beginning, at most ``positions``, of each kind its
     share. The kinds take turns, so that a time limit shortens all of them."""
-    documents = builtin_documents()
-    token_ids = {
-        kind: [list(tokenizer.encode(text)) for text in documents[kind]] for kind in documents
+    documents = {
+        kind: [list(tokenizer.encode(text)) for text in texts]
+        for kind, texts in builtin_documents().items()
     }
-    token_ids[DIALOGUE] = [_dialogue(tokenizer, messages) for messages in dialogues()]
+    if tokenizer.has_chat_template:
+        chats = (tokenizer.apply_chat_template(each, tokenize=True) for each in dialogues())
+    else:
+        lines = (
+            [f"{m['role'].capitalize()}: {m['content']}" for m in each] for each in dialogues()
+        )
+        chats = (tokenizer.encode("\n\n".join(each)) for each in lines)
+    documents[DIALOGUE] = [list(token_ids) for token_ids in chats]
     beginning = beginning_of_text(tokenizer)
-    ends = np.cumsum([0, *(SHARES[kind] for kind in token_ids)])
+    ends = np.cumsum([0, *(SHARES[kind] for kind in documents)])
     sizes = np.diff(np.rint(positions * ends / ends[-1])).astype(int).tolist()
     turns: list[tuple[float, list[int]]] = []
-    for texts, size in zip(token_ids.values(), sizes, strict=True):
-        before = 0
-        for window in _chosen_windows(texts, beginning, size):
-            turns.append((before / size, window))
-            before += len(window) - 1 - CONTEXT
+    for texts, size in zip(documents.values(), sizes, strict=True):
+        # in a fixed random order, the first windows of all documents first
+        draw, placed = np.random.default_rng(0), []
+        for token_ids in texts:
+            text = token_ids[len(beginning) :] if token_ids[:1] == beginning else token_ids
+            windows = enumerate(windows_of(text, BUILTIN_WINDOW))
+            placed += [(place, draw.random(), window) for place, window in windows]
+        left = size
+        for _, _, window in sorted(placed):
+            if len(window) >= MIN_WINDOW and left > 0:
+                chosen = window[: CONTEXT + left + 1]
+                turns.append(((size - left) / size, chosen))
+                left -= len(chosen) - 1 - CONTEXT
     return [window for _, window in sorted(turns, key=lambda turn: turn[0])]
-
-
-def _dialogue(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    if tokenizer.has_chat_template:
-        return list(tokenizer.apply_chat_template(messages, tokenize=True))
-    lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
-    return list(tokenizer.encode("\n\n".join(lines)))
-
-
-def _chosen_windows(
-    documents: list[list[int]], beginning: list[int], positions: int
-) -> list[list[int]]:
-    """Windows in a fixed random order, up to some positions: the first of all documents first."""
-    rng = np.random.default_rng(0)
-    placed = []
-    for token_ids in documents:
-        if beginning and token_ids[:1] == beginning:
-            token_ids = token_ids[1:]
-        for place, window in enumerate(windows_of(token_ids, BUILTIN_WINDOW)):
-            placed.append((place, rng.random(), window))
-    chosen = []
-    for _, _, window in sorted(placed):
-        if len(window) >= MIN_WINDOW and positions > 0:
-            chosen.append(window[: CONTEXT + positions + 1])
-            positions -= len(chosen[-1]) - 1 - CONTEXT
-    return chosen
 
 
 def builtin_requests() -> list[str]:
@@ -288,24 +249,18 @@ def drafted_states(
 ) -> Steps[np.ndarray]:
     """Hidden states (N, D) float32 at a drafter's head, up to 4,000, or until the time limit.
 
-    Args:
-        location: The drafter's head.
-        answers: Tokens of answers that are written with the drafter.
-        eos_token_ids: Tokens that end an answer.
-        seconds: Time limit.
+    ``answers`` are tokens of answers that are written with the drafter, each until one of
+    ``eos_token_ids``.
     """
     states = np.empty((0, location.rows().hidden_size), np.float32)
-    ends = frozenset(eos_token_ids)
-    end = monotonic() + seconds
+    ends, end, most = frozenset(eos_token_ids), monotonic() + seconds, DRAFTED_POSITIONS
     for answer in answers:
         with recorded_hidden(location) as recorded:
             next((token for token in answer if token in ends), None)
             drafted = [hidden.reshape(-1, hidden.shape[-1]) for hidden in recorded]
             if drafted:
                 states = np.concatenate([states, as_float32(mx.concatenate(drafted))])
-        yield Step(
-            "Recording drafts", min(len(states), DRAFTED_POSITIONS), DRAFTED_POSITIONS, "position"
-        )
-        if len(states) >= DRAFTED_POSITIONS or monotonic() > end:
+        yield Step("Recording drafts", min(len(states), most), most, "position")
+        if len(states) >= most or monotonic() > end:
             break
-    return states[:DRAFTED_POSITIONS]
+    return states[:most]

@@ -52,15 +52,14 @@ class IndexOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in LIMITS and value is not None:
-                check(field.name, value, LIMITS[field.name])
+        for name, limit in LIMITS.items():
+            if getattr(self, name, None) is not None:
+                check(name, getattr(self, name), limit)
 
     @property
     def positions(self) -> int:
-        quick = self.quick and self.calibration_positions > QUICK_POSITIONS
-        return QUICK_POSITIONS if quick else self.calibration_positions
+        most = QUICK_POSITIONS if self.quick else self.calibration_positions
+        return min(most, self.calibration_positions)
 
     @property
     def source(self) -> str:
@@ -69,18 +68,13 @@ class IndexOptions:
 
     def check_size(self, vocab_size: int) -> None:
         """Raises a ValueError if the clusters or the probes do not fit a vocabulary."""
-        size = self.cluster_size
+        size, n_clusters = self.cluster_size, -(-vocab_size // self.cluster_size)
         if size > vocab_size:
-            raise ValueError(
-                f"`cluster_size` is {size}, but the model has {vocab_size} tokens: choose at most "
-                f"{vocab_size} (16 is usual)."
-            )
-        n_clusters = -(-vocab_size // size)
+            wrong = f"the model has {vocab_size} tokens: choose at most {vocab_size} (16 is usual)"
+            raise ValueError(f"`cluster_size` is {size}, but {wrong}.")
         if self.n_probes is not None and self.n_probes > n_clusters:
-            raise ValueError(
-                f"`n_probes` is {self.n_probes}, but clusters of {size} make only {n_clusters} of "
-                f"them: choose 1 to {n_clusters}."
-            )
+            wrong = f"clusters of {size} make only {n_clusters} of them: choose 1 to {n_clusters}"
+            raise ValueError(f"`n_probes` is {self.n_probes}, but {wrong}.")
 
 
 @dataclass(frozen=True)
@@ -111,25 +105,23 @@ class ConvertOptions(IndexOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.hf_path:
-            raise ValueError("`hf_path` is needed: the folder or repository of the model.")
-        if self.index_only:
-            for name in ("quantize", "dequantize", "dtype", "head_bits", "fine_head"):
-                if getattr(self, name):
-                    raise ValueError(f"`index_only` writes no weights: leave `{name}` out.")
+        if self.quantize and self.quant_predicate is None:  # mlx-lm would leave weights alone
+            formats = [form for form in FORMATS if form.mode == self.q_mode]
+            sizes = {size for form in formats for size in form.group_sizes}
+            if self.q_bits is not None:
+                check("q_bits", self.q_bits, one_of(*sorted(form.bits for form in formats)))
+            if self.q_group_size is not None:
+                check("q_group_size", self.q_group_size, one_of(*sorted(sizes)))
+        for name in ("quantize", "dequantize", "dtype", "head_bits", "fine_head"):
+            if self.index_only and getattr(self, name):
+                raise ValueError(f"`index_only` writes no weights: leave `{name}` out.")
         for name in ("q_group_size", "q_bits", "q_mode", "quant_predicate"):
             if not self.quantize and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"`{name}` is for a quantized model: add `quantize`, or leave it out."
                 )
-        if self.quantize and self.quant_predicate is None:
-            # mlx-lm would leave weights as they are
-            formats = [form for form in FORMATS if form.mode == self.q_mode]
-            sizes = {size for form in formats for size in form.group_sizes}
-            choices = {"q_bits": {form.bits for form in formats}, "q_group_size": sizes}
-            for name, values in choices.items():
-                if getattr(self, name) is not None:
-                    check(name, getattr(self, name), one_of(*sorted(values)))
+        if not self.hf_path:
+            raise ValueError("`hf_path` is needed: the folder or repository of the model.")
         if self.quantize and self.dequantize:
             raise ValueError("Choose either `quantize` or `dequantize`, not both.")
         if self.fine_head and (self.quantize or self.dequantize):
@@ -141,11 +133,11 @@ class ConvertOptions(IndexOptions):
             raise ValueError("`upload` and `upload_repo` name two repositories: give one of them.")
         if self.private and not self.uploads:
             raise ValueError("`private` is for an upload: add `upload`, or leave it out.")
+        if self.base_model is not None and "/" not in self.base_model:
+            raise ValueError(
+                f"`base_model` is {self.base_model!r}: give OWNER/NAME, as on the Hub."
+            )
         if self.base_model is not None:
-            if "/" not in self.base_model:
-                raise ValueError(
-                    f"`base_model` is {self.base_model!r}: give OWNER/NAME, as on the Hub."
-                )
             full_name(self.base_model, "")
 
     @property
@@ -171,16 +163,14 @@ def make_recipe(options: IndexOptions, origin: Origin, name: str) -> dict[str, A
         if field.name in NOT_IN_RECIPE or value == field.default:
             continue
         words.append("--" + field.name.replace("_", "-"))
+        path = Path(str(value)).expanduser()
         if field.name == "calibration" and options.source == "file":
-            file = Path(value).expanduser()
-            files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-            words.append(file.name)
-        elif field.name == "fine_head" and Path(str(value)).expanduser().exists():
-            words.append(Path(str(value)).name)
-        elif callable(value):
-            words.append("FUNCTION")  # from Python
+            files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            words.append(path.name)
+        elif field.name == "fine_head" and path.exists():
+            words.append(path.name)
         elif value is not True:
-            words.append(str(value))
+            words.append("FUNCTION" if callable(value) else str(value))
     words += ["--seed", str(options.seed), "--mlx-path", name]
     versions = {package: version(package) for package in PACKAGES}
     return {

@@ -5,27 +5,68 @@ A model's folder stays an ordinary mlx-lm folder. ``flash_head.index`` lies besi
 in ``flash_head.json``.
 
 The index is a safetensors file with another ending, since mlx-swift-lm up to 3.31.4, and mlx-vlm
-without ``model.safetensors.index.json``, load every ``*.safetensors`` and refuse unknown arrays.
+without ``model.safetensors.index.json``, load every ``*.safetensors`` and reject unknown arrays.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..common.tables import percent
 from ..head.clustered import Centroids
-from ..head.matrix import Matrix
+from ..head.matrix import Matrix, as_float32
 from .settings import AGAIN, FlashHeadConfig
-from .sketch import MAX_LENGTH_CHANGE, MIN_COSINE, Sketch
 
 FILE_NAME, SETTINGS_NAME = "flash_head.index", "flash_head.json"
 CONFIG_NAME, CONFIG_KEY = "config.json", "flash_head"
 REMEDY = "give the one made for this model, or leave it out and one is found or built"
+
+# An index serves every precision of its rows almost as well as its own, and most fine-tunes. With
+# the check it costs speed alone. docs/quality.md has the likeness of rounded and of noisy rows.
+# Expected bytes per token when verified, relative to dense, of SmolLM2-135M with the index of other
+# rows: 0.883 with its own, 0.904 at 3 bits (mean cosine 0.973), 0.914 at 0.886, and 1.487 at 2 bits
+# (0.884, lengths 6 % apart).
+MIN_COSINE, MAX_LENGTH_CHANGE = 0.94, 0.05  # of rows that an index of others serves
+
+
+class Likeness(NamedTuple):
+    """The likeness of a model's rows to those of a sketch."""
+
+    cosine: float  # mean, of a row with its counterpart
+    length_change: float  # median, as a share of the row's length
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Evenly spaced rows of a head, independent of their format."""
+
+    directions: mx.array  # (64, D) float16, of length 1
+    lengths: mx.array  # (64,) float32
+
+    @classmethod
+    def of(cls, rows: Matrix) -> "Sketch":
+        """The sketch of a head's rows."""
+        sample = as_float32(rows.sample().dequantized(mx.float32))
+        lengths = np.linalg.norm(sample, axis=1)
+        directions = sample / np.maximum(lengths, np.finfo(np.float32).tiny)[:, None]
+        return cls(mx.array(directions.astype(np.float16)), mx.array(lengths))
+
+    def likeness(self, rows: Matrix) -> Likeness:
+        """Compares with rows of the same shape (V, D)."""
+        other = Sketch.of(rows)
+        cosines = (as_float32(self.directions) * as_float32(other.directions)).sum(axis=1)
+        mine, theirs = np.array(self.lengths), np.array(other.lengths)
+        longer = np.maximum(mine, theirs)
+        there = longer > 0  # rows of zeros have no direction
+        if not there.any():
+            return Likeness(1.0, 0.0)
+        change = np.abs(theirs - mine)[there] / longer[there]
+        return Likeness(float(cosines[there].mean()), float(np.median(change)))
 
 
 @dataclass(frozen=True)
@@ -37,14 +78,9 @@ class FlashHeadIndex:
     centroids: Centroids
     sketch: Sketch  # of its own rows
 
-    @property
-    def hidden_size(self) -> int:
-        """Width D of the rows."""
-        return self.sketch.directions.shape[1]
-
     def check_fit(self, rows: Matrix, source: str) -> str | None:
         """Compares with the rows of a model: a sentence for near rows, a ValueError for others."""
-        n_rows, width = self.config.vocab_size, self.hidden_size
+        n_rows, width = self.config.vocab_size, self.sketch.directions.shape[1]
         if (rows.n_rows, rows.hidden_size) != (n_rows, width):
             raise ValueError(
                 f"The FlashHead in {source} is for {n_rows} tokens of width {width}, but the model "
@@ -67,15 +103,30 @@ class FlashHeadIndex:
 
 def write_index(folder: Path, index: FlashHeadIndex) -> None:
     """Adds ``index`` to an mlx-lm folder and replaces an earlier one."""
-    _write_arrays(folder, index)
     config = _read_json(folder / CONFIG_NAME) | {CONFIG_KEY: index.config.to_dict()}
-    _write_json(folder / CONFIG_NAME, config)
+    _write(folder, index, CONFIG_NAME, config)
 
 
 def write_companion(folder: Path, index: FlashHeadIndex) -> None:
     """Writes ``index`` into a folder of its own."""
-    _write_arrays(folder, index)
-    _write_json(folder / SETTINGS_NAME, index.config.to_dict())
+    _write(folder, index, SETTINGS_NAME, index.config.to_dict())
+
+
+def _write(folder: Path, index: FlashHeadIndex, name: str, settings: dict[str, Any]) -> None:
+    centroids, sketch = index.centroids, index.sketch
+    arrays = {
+        "token_ids": mx.array(index.token_ids),
+        "centroid_bias": centroids.bias,
+        "tail_offset": centroids.tail_offset,
+        "sketch.directions": sketch.directions,
+        "sketch.lengths": sketch.lengths,
+    } | {f"centroids.{part}": array for part, array in centroids.matrix.arrays().items()}
+    # the fingerprint ties the file to its settings and the rows
+    fingerprint = index.config.fingerprint
+    metadata = {"format": "mlx", "fingerprint": fingerprint, "checksum": _checksum(arrays)}
+    with (folder / FILE_NAME).open("wb") as file:  # MLX would add .safetensors to a name
+        mx.save_safetensors(file, arrays, metadata=metadata)
+    (folder / name).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
 def has_flash_head(folder: Path) -> bool:
@@ -103,6 +154,17 @@ def stored_recipe(folder: Path) -> dict[str, Any] | None:
     return recipe if isinstance(recipe, dict) else None
 
 
+def read_settings(folder: Path) -> FlashHeadConfig:
+    """Reads the settings of a FlashHead, without its arrays; raises as `read_index`."""
+    entry, source = _settings(folder)
+    if entry is None:
+        raise ValueError(
+            f"{folder} holds no FlashHead: make one with "
+            f"`mlx_flashhead.convert --model {folder} --mlx-path NEW_FOLDER`."
+        )
+    return FlashHeadConfig.from_dict(entry, str(folder / source))
+
+
 def read_index(folder: Path) -> FlashHeadIndex:
     """Reads the FlashHead of a folder.
 
@@ -110,8 +172,7 @@ def read_index(folder: Path) -> FlashHeadIndex:
         ValueError: If there is none, if a file is missing, damaged or of another version, or if its
             arrays do not fit its settings.
     """
-    config = read_settings(folder)
-    path = folder / FILE_NAME
+    config, path = read_settings(folder), folder / FILE_NAME
     if not path.exists():
         raise ValueError(f"{path} is missing: fetch the file, or {AGAIN}.")
     try:
@@ -139,51 +200,8 @@ def read_index(folder: Path) -> FlashHeadIndex:
     return index
 
 
-def read_settings(folder: Path) -> FlashHeadConfig:
-    """Reads the settings of a FlashHead, without its arrays; raises as `read_index`."""
-    entry, source = _settings(folder)
-    if entry is None:
-        raise ValueError(
-            f"{folder} holds no FlashHead: make one with "
-            f"`mlx_flashhead.convert --model {folder} --mlx-path NEW_FOLDER`."
-        )
-    return FlashHeadConfig.from_dict(entry, str(folder / source))
-
-
-def _settings(folder: Path) -> tuple[Any, str]:
-    """The settings in a folder, None without any, and their place in it."""
-    if (folder / SETTINGS_NAME).exists():
-        return _read_json(folder / SETTINGS_NAME), SETTINGS_NAME
-    config = _read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}
-    return config.get(CONFIG_KEY), f"{CONFIG_NAME}'s {CONFIG_KEY} entry"
-
-
-def _write_arrays(folder: Path, index: FlashHeadIndex) -> None:
-    centroids = index.centroids
-    arrays = {
-        "token_ids": mx.array(index.token_ids),
-        "centroid_bias": centroids.bias,
-        "tail_offset": centroids.tail_offset,
-        "sketch.directions": index.sketch.directions,
-        "sketch.lengths": index.sketch.lengths,
-    }
-    arrays |= {f"centroids.{name}": array for name, array in centroids.matrix.arrays().items()}
-    # the fingerprint ties the file to its settings and the rows
-    fingerprint = index.config.fingerprint
-    metadata = {"format": "mlx", "fingerprint": fingerprint, "checksum": _checksum(arrays)}
-    with (folder / FILE_NAME).open("wb") as file:  # MLX would add .safetensors to a name
-        mx.save_safetensors(file, arrays, metadata=metadata)
-
-
-def _checksum(arrays: dict[str, mx.array]) -> str:
-    """SHA-256 (hex) over all arrays, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(bytes(arrays[name].reshape(-1).view(mx.uint8)))
-    return digest.hexdigest()
-
-
 def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHeadIndex | None:
+    """The index of these arrays; None if they do not fit the settings."""
     names, form = ["weight"], {}
     if config.centroid_group_size > 0:
         names += ["scales", "biases"]
@@ -196,23 +214,40 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
         sketch = Sketch(arrays["sketch.directions"], arrays["sketch.lengths"])
     except KeyError:
         return None
-    if not all(mx.isfinite(array).all() for array in arrays.values()):
-        return None
-    hidden_size = sketch.directions.shape[1] if sketch.directions.ndim == 2 else 0
+    directions, lengths = sketch.directions, sketch.lengths
+    width = directions.shape[1] if directions.ndim == 2 else 0
     fits = (
         token_ids.shape == (config.n_clusters, config.cluster_size)
         and token_ids.dtype == mx.uint32
-        and centroids.fits(config.n_clusters, hidden_size)
-        and sketch.fits(hidden_size)
+        and centroids.fits(config.n_clusters, width)
+        and (directions.shape, lengths.ndim) == ((lengths.size, width), 1)
+        and (directions.dtype, lengths.dtype) == (mx.float16, mx.float32)
+        and all(mx.isfinite(array).all() for array in arrays.values())
     )
     if not fits:
         return None
     ids = np.array(token_ids)
     counts = np.bincount(ids[ids < config.vocab_size], minlength=config.vocab_size)
-    in_range = ids.max() <= config.vocab_size  # which marks a padded slot
-    return (
-        FlashHeadIndex(config, ids, centroids, sketch) if in_range and (counts == 1).all() else None
-    )
+    # V marks a padded slot
+    if ids.max() > config.vocab_size or (counts != 1).any():
+        return None
+    return FlashHeadIndex(config, ids, centroids, sketch)
+
+
+def _checksum(arrays: dict[str, mx.array]) -> str:
+    """SHA-256 (hex) over all arrays, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(bytes(arrays[name].reshape(-1).view(mx.uint8)))
+    return digest.hexdigest()
+
+
+def _settings(folder: Path) -> tuple[Any, str]:
+    """The settings in a folder, None without any, and their place in it."""
+    if (folder / SETTINGS_NAME).exists():
+        return _read_json(folder / SETTINGS_NAME), SETTINGS_NAME
+    config = _read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).exists() else {}
+    return config.get(CONFIG_KEY), f"{CONFIG_NAME}'s {CONFIG_KEY} entry"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -223,7 +258,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is damaged, since it is not a JSON object: fetch it again.")
     return values
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")

@@ -1,24 +1,16 @@
 """The settings of a FlashHead: everything but its arrays."""
 
-import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, get_origin
 
 FORMAT_VERSION = 2
 DRAFT_SHARE = 0.095  # of the head's bytes, beside a text's latest tokens: docs/drafts.md
 LEAST_DRAFT = 1 / 32  # of the clusters, where the centroids alone are nearly as much
-REQUIRED = {
-    "vocab_size",
-    "n_clusters",
-    "cluster_size",
-    "n_probes",
-    "unverified_probes",
-    "fingerprint",
-}
 AGAIN = "make it again with mlx_flashhead.convert"
 MAX_END_TOKENS = 64  # models have up to about ten; their clusters are scored at every position
 MAX_PADDING = 2  # slots per token; a conversion pads the last cluster alone
 MAX_MEASURED, MAX_RISKS = 1000, 4096  # numbers of probes, and positions with a recorded risk
+LARGEST = 1e300  # JSON has whole numbers that no float holds
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class FlashHeadConfig:
         return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], source: str) -> "FlashHeadConfig":
+    def from_dict(cls, values: Any, source: str) -> "FlashHeadConfig":
         """Reads the form written by :meth:`to_dict`; ``source`` is its place, for messages.
 
         Raises:
@@ -74,48 +66,39 @@ class FlashHeadConfig:
                 f"{source} has version {version!r}, but this package reads version "
                 f"{FORMAT_VERSION}: update mlx_flashhead, or {AGAIN}."
             )
-        known = {f.name: f for f in fields(cls)}
-        entries = {key: value for key, value in values.items() if key in known}
-        missing = REQUIRED - entries.keys()
+        entries = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        missing = sorted(REQUIRED - entries.keys())
         if missing:
-            raise ValueError(f"{source} lacks {', '.join(sorted(missing))}: {AGAIN}.")
-        ends = entries.get("eos_token_ids", ())
-        numbers = [value for key, value in entries.items() if known[key].type is int]
-        whole = isinstance(ends, list | tuple) and all(type(n) is int for n in (*numbers, *ends))
-        if not whole:
-            raise ValueError(f"{source} must hold whole numbers: {AGAIN}.")
-        if len(ends) > MAX_END_TOKENS:
-            raise ValueError(
-                f"{source} names {len(ends)} tokens that end a text, more than {MAX_END_TOKENS}: "
-                f"{AGAIN}."
-            )
-        if not isinstance(entries["fingerprint"], str):
-            raise ValueError(f"{source} must hold a text as fingerprint: {AGAIN}.")
-        objects = ("calibration", "report", "verification", "recipe")
-        if not all(isinstance(entries.get(name, {}), dict) for name in objects):
-            raise ValueError(f"{source} must hold objects as {', '.join(objects)}: {AGAIN}.")
-        config = cls(**entries | {"eos_token_ids": tuple(ends)})
-        clusters = f"{config.n_clusters} clusters of {config.cluster_size}"
-        slots = config.n_clusters * config.cluster_size
-        # before any array is read: padded slots cost memory as tokens do
-        if min(config.n_clusters, config.cluster_size, config.vocab_size) < 1 or not (
-            config.vocab_size <= slots <= MAX_PADDING * config.vocab_size
-        ):
-            raise ValueError(
-                f"{source} describes {clusters} for {config.vocab_size} tokens, which is not "
-                f"possible: {AGAIN}."
-            )
-        if not all(0 <= token < config.vocab_size for token in ends):
-            raise ValueError(f"{source} must hold ids of tokens as eos_token_ids: {AGAIN}.")
-        for name in ("n_probes", "unverified_probes"):
-            if not 1 <= getattr(config, name) <= config.n_clusters:
-                raise ValueError(
-                    f"{source} has {getattr(config, name)} as {name}, not 1 to {config.n_clusters}:"
-                    f" {AGAIN}."
-                )
-        if not _is_valid(config.verification, config.n_clusters):
-            raise ValueError(f"{source} has no valid settings of verification: {AGAIN}.")
-        return config
+            raise ValueError(f"{source} lacks {', '.join(missing)}: {AGAIN}.")
+        config = cls(**entries)
+        wrong = {name for name, value in vars(config).items() if type(value) not in TYPES[name]}
+        if not wrong:
+            ends, n_clusters = config.eos_token_ids, config.n_clusters
+            slots = n_clusters * config.cluster_size
+            most = MAX_PADDING * config.vocab_size  # padded slots cost memory as tokens do
+            valid = {
+                "vocab_size, n_clusters and cluster_size": 1 <= config.vocab_size <= slots <= most
+                and config.cluster_size >= 1,
+                "n_probes": 1 <= config.n_probes <= n_clusters,
+                "unverified_probes": 1 <= config.unverified_probes <= n_clusters,
+                "eos_token_ids": len(ends) <= MAX_END_TOKENS
+                and all(type(token) is int and 0 <= token < config.vocab_size for token in ends),
+                "verification": _is_valid(config.verification, n_clusters),
+            }
+            wrong = {name for name, is_valid in valid.items() if not is_valid}
+        if wrong:
+            raise ValueError(f"{source} has no valid {', '.join(sorted(wrong))}: {AGAIN}.")
+        return replace(config, eos_token_ids=tuple(ends))
+
+
+REQUIRED = {
+    each.name for each in fields(FlashHeadConfig) if each.default is each.default_factory is MISSING
+}
+# a whole number is neither 2.0 nor true
+_JSON_TYPES: dict[Any, set] = {int: {int}, str: {str}, tuple: {list, tuple}, dict: {dict}}
+TYPES = {
+    each.name: _JSON_TYPES[get_origin(each.type) or each.type] for each in fields(FlashHeadConfig)
+}
 
 
 def _is_valid(verification: dict[str, Any], n_clusters: int) -> bool:
@@ -128,8 +111,10 @@ def _is_valid(verification: dict[str, Any], n_clusters: int) -> bool:
             },
             "by_probes": [*rows],
         }:
-            risks = math.isfinite(a) and math.isfinite(b) and 0 <= scale < math.inf
-            return risks and len(rows) <= MAX_MEASURED and all(_is_row(r, n_clusters) for r in rows)
+            finite = abs(a) <= LARGEST and abs(b) <= LARGEST and 0 <= scale <= LARGEST
+            return (
+                finite and len(rows) <= MAX_MEASURED and all(_is_row(r, n_clusters) for r in rows)
+            )
     return not verification
 
 
@@ -139,10 +124,8 @@ def _is_row(row: Any, n_clusters: int) -> bool:
             "n_probes": int(n_probes),
             "greedy_differs": int() | float() as greedy,
             "sampled_differs": int() | float() as sampled,
-        }:
-            shares = 0 <= greedy <= 1 and 0 <= sampled <= 1
+        } if 1 <= n_probes <= n_clusters and 0 <= greedy <= 1 and 0 <= sampled <= 1:
             risks = row.get("risks", [])
             listed = isinstance(risks, list) and len(risks) <= MAX_RISKS
-            numbers = listed and all(type(risk) is int for risk in risks)
-            return 1 <= n_probes <= n_clusters and shares and numbers
+            return listed and all(type(risk) is int for risk in risks)
     return False

@@ -1,9 +1,16 @@
-"""Model cards: what a base model's card says of it, and the card of a model with a FlashHead.
+"""Model cards and licences: what a base model's card says of it, the conditions of its licence, and
+the card of a model with a FlashHead.
 
 The card, README.md, is made from a folder's settings and the template in card.md. A person may add
 text below a marker. Conversions and uploads keep it.
+
+A model's card names its licence. If it does not, the texts beside the model do. Nothing is guessed.
+Source: the licence agreements themselves, Llama's in meta-llama/llama-models (sections 1.b.i and
+1.b.iii), Gemma's at ai.google.dev/gemma/terms (section 3.1).
 """
 
+import re
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +21,138 @@ from ..common.repositories import redacted_logs
 from ..common.tables import percent
 from ..index.files import FILE_NAME, is_companion
 from ..index.settings import AGAIN, FlashHeadConfig
-from ..models.origin import Origin, is_repository, local_origin
-from .licences import LICENCE_FILES, Licence, as_list, changes_in, licence_files, recognise
+from ..models.origin import Origin, begins_with, is_repository, local_origin
 
 CARD_FILE = "README.md"
 MARKER = "<!-- mlx_flashhead: your own text goes below this line and is kept -->"
 RELATIONS = ("quantized", "adapter")
-SOURCES = {"builtin": "built-in text of many kinds", "file": "a text of the user's"}
 # Entries of a base model's card that hold for a derived model too.
 KEPT_METADATA = ("license", "license_name", "license_link", "language")
+
+LICENCE_FILES = ("LICEN[CS]E*", "*_LICEN[CS]E*", "USE_POLICY*", "*TERMS*", "NOTICE*", "Notice*")
+NOTICE_FILE = "NOTICE.txt"
+MODIFIED = (
+    "Modified: converted to MLX's format with mlx_flashhead, which may have quantized the weights, "
+    "and which adds flash_head.index and an entry in config.json."
+)
+DERIVED = (
+    "Derived: flash_head.index was computed from the model's weights with mlx_flashhead. It holds "
+    "centroids of the output projection's rows, and 64 of the rows."
+)
+
+
+@dataclass(frozen=True)
+class Licence:
+    """The conditions that a licence puts on a derived model."""
+
+    identifier: str  # the card's `license`
+    name: str
+    link: str
+    text: str  # a pattern that a copy of the text matches
+    notice: str  # a sentence that a file beside the model must hold
+    attribution: str = ""  # a text that the card must show
+    prefix: str = ""  # of the model's name
+
+
+def _llama(version: str, attribution: str = "Built with Llama", prefix: str = "Llama") -> Licence:
+    meta = "Meta " if version == "3" else ""
+    return Licence(
+        identifier=f"llama{version}",
+        name=f"{meta}Llama {version} Community License",
+        link=f"https://www.llama.com/llama{version.replace('.', '_')}/license",
+        text=rf"llama {re.escape(version)} community license agreement",
+        notice=f"{meta}Llama {version} is licensed under the {meta}Llama {version} Community "
+        "License, Copyright © Meta Platforms, Inc. All Rights Reserved.",
+        attribution=attribution,
+        prefix=prefix,
+    )
+
+
+GEMMA = Licence(
+    identifier="gemma",
+    name="Gemma Terms of Use",
+    link="https://ai.google.dev/gemma/terms",
+    text=r"gemma terms of use(?! found at)",
+    notice="Gemma is provided under and subject to the Gemma Terms of Use found at "
+    "ai.google.dev/gemma/terms",
+)
+LLAMA_2, LLAMA_3 = _llama("2", "", ""), _llama("3", "Built with Meta Llama 3", "Llama-3")
+LICENCES = (LLAMA_2, LLAMA_3, *map(_llama, ("3.1", "3.2", "3.3", "4")), GEMMA)
+
+
+def recognise(metadata: dict, files: Iterable[Path]) -> Licence | None:
+    """The licence with conditions that a card's header names, or else the files beside it."""
+    names = [str(each or "").lower() for each in as_list(metadata.get("license"))]
+    is_named = any(name not in ("", "other", "unknown") for name in names)
+    if not is_named:
+        names = [str(metadata.get("license_name") or "").lower()]
+    for name in names:
+        identifier = re.sub(r"(meta|community|license|licence|agreement|[-_ ])", "", name)
+        for licence in LICENCES:
+            if licence.identifier == identifier:
+                return licence
+    text = "" if is_named else "\n".join(map(_beginning, files))
+    return next((licence for licence in LICENCES if re.search(licence.text, text)), None)
+
+
+def check_licence(
+    metadata: dict, files: Sequence[Path], repo_id: str | None, *, model: str, place: str
+) -> None:
+    """Refuses to make a model public whose licence is unknown, lacks its text or forbids the name.
+
+    A derived name, None, is allowed. ``place`` says where the text is to be saved.
+    """
+    licence = recognise(metadata, files)
+    if licence is None:
+        if metadata.get("license"):
+            return
+        raise ValueError(
+            f"The licence of {model} is not known, since its card does not name it: give it as "
+            "`license`, such as apache-2.0."
+        )
+    owner, _, name = (repo_id or "").rpartition("/")
+    if repo_id and not begins_with(licence.prefix, name):
+        raise ValueError(
+            f"{repo_id} is not a name that the {licence.name} allows: it must begin with "
+            f"{licence.prefix}, so call it {owner}/{licence.prefix}-{name}, for example."
+        )
+    texts = (_beginning(file) for file in files if not file.name.lower().startswith("notice"))
+    if not any(re.search(licence.text, text) for text in texts):
+        raise ValueError(
+            f"The {licence.name} must be passed on with the model, but its text is missing: save "
+            f"{licence.link} as LICENSE.txt in {place}, then upload with mlx_flashhead.upload."
+        )
+
+
+def write_notice(licence: Licence | None, folder: Path) -> None:
+    """Puts the licence's notice beside the model, unless a file there holds it."""
+    notices = folder.glob("[Nn][Oo][Tt][Ii][Cc][Ee]*")
+    if licence is None or any(licence.notice.lower() in _beginning(file) for file in notices):
+        return
+    file = folder / NOTICE_FILE
+    already = file.read_text(encoding="utf-8").rstrip() + "\n\n" if file.exists() else ""
+    file.write_text(f"{already}{licence.notice}\n\n{changes_in(folder)}\n", encoding="utf-8")
+
+
+def changes_in(folder: Path) -> str:
+    """What a folder's content is to the model that it was made from."""
+    return DERIVED if is_companion(folder) else MODIFIED
+
+
+def licence_files(folder: Path) -> list[Path]:
+    """The files of a model's folder that belong to its licence."""
+    matches = {file for pattern in LICENCE_FILES for file in folder.glob(pattern)}
+    return sorted(file for file in matches if file.is_file())
+
+
+def as_list(value: object) -> list:
+    """An entry of a card's header, which may stand alone."""
+    return list(value) if isinstance(value, list | tuple) else [value] if value is not None else []
+
+
+def _beginning(file: Path) -> str:
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        return opened.read(20_000).lower()
 
 
 @dataclass(frozen=True)
@@ -40,18 +170,23 @@ def find_provenance(
 ) -> Provenance:
     """What the folder of a model and its card on the Hub say of it. The user may name its
     repository, and its licence if the card names none."""
-    origin, documents = local_origin(folder), folder
+    origin, fetched = local_origin(folder), None
     in_cache = origin.revision is not None
     if in_cache and not Path(path_or_repo).expanduser().is_dir():
         # mlx-lm does not download these files
-        documents = _fetched_documents(origin.repo_id or "", origin.revision) or folder
+        fetched = _fetched_documents(origin.repo_id or "", origin.revision)
     elif base_model is not None and not (folder / CARD_FILE).exists():
-        documents = _fetched_documents(base_model) or folder
-    metadata = read_metadata(documents / CARD_FILE)
-    repo_id = base_model or (None if in_cache else _converted_from(metadata))
+        fetched = _fetched_documents(base_model)
+    metadata = read_metadata((fetched or folder) / CARD_FILE)
+    repo_id = base_model
+    if repo_id is None and not in_cache:  # a conversion's card names its source
+        relation, bases = metadata.get("base_model_relation"), as_list(metadata.get("base_model"))
+        is_conversion = metadata.get("library_name") == "mlx" or relation == "quantized"
+        if is_conversion and len(bases) == 1 and is_repository(bases[0]):
+            repo_id = bases[0]
     if repo_id not in (None, origin.repo_id):
         origin = Origin(repo_id.rpartition("/")[2], repo_id)
-    return _provenance(origin, metadata, license, (documents, folder))
+    return _provenance(origin, metadata, license, (fetched or folder, folder))
 
 
 def published_provenance(repo_id: str | None, license: str | None = None) -> Provenance:
@@ -70,23 +205,34 @@ def _provenance(
     return Provenance(origin, metadata, recognise(metadata, files), files)
 
 
+def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None:
+    """A folder with a repository's card and its licence; None if they cannot be downloaded."""
+    with suppress(Exception), redacted_logs():  # the Hub's client raises many unrelated types
+        patterns = [CARD_FILE, *LICENCE_FILES]
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    return None
+
+
 def card_metadata(base: Provenance, relation: str = "quantized") -> dict:
     """The header of a derived model's card: "quantized", or an "adapter" for a FlashHead alone."""
     metadata = {key: base.metadata[key] for key in KEPT_METADATA if base.metadata.get(key)}
     if base.licence is not None:
         metadata = {"license": base.licence.identifier} | metadata
     metadata |= {"library_name": "mlx", "pipeline_tag": "text-generation"}
+    texts = {
+        key: [each for each in as_list(base.metadata.get(key)) if isinstance(each, str)]
+        for key in ("base_model", "tags")
+    }
     if base.origin.repo_id is not None:
         metadata |= {"base_model": base.origin.repo_id, "base_model_relation": relation}
-    elif bases := _texts(base.metadata, "base_model"):
+    elif bases := texts["base_model"]:
         # a folder of unknown origin may still name its own base model
         metadata["base_model"] = bases if len(bases) > 1 else bases[0]
         if named := base.metadata.get("base_model_relation"):
             metadata["base_model_relation"] = named
     if relation == "adapter":
         metadata["base_model_relation"] = relation
-    tags = [*_texts(base.metadata, "tags"), "mlx", "flashhead"]
-    return metadata | {"tags": list(dict.fromkeys(tags))}
+    return metadata | {"tags": list(dict.fromkeys([*texts["tags"], "mlx", "flashhead"]))}
 
 
 def with_licence(metadata: dict, license: str | None) -> dict:
@@ -126,12 +272,10 @@ def write_card(
     The examples name it as ``model``, a repository or a folder. ``own_text`` is a person's.
     """
     base, link = metadata.get("base_model"), str(metadata.get("license_link"))
-    if not link.startswith("http"):  # the copy beside the card
-        link = next((file.name for file in licence_files(folder)), "")
     if not isinstance(base, str) or metadata.get("base_model_relation") not in RELATIONS:
         base = None
-    size = _size((folder / FILE_NAME).stat().st_size) if is_companion(folder) else None
-    licence_name = metadata.get("license_name") or metadata.get("license")
+    if not link.startswith("http"):  # the copy beside the card
+        link = next((file.name for file in licence_files(folder)), "")
     try:
         card = ModelCard.from_template(
             ModelCardData(**metadata, ignore_metadata_errors=True),
@@ -139,17 +283,15 @@ def write_card(
             title=title,
             model=model,
             base=base,
-            link=f"[{base}](https://huggingface.co/{base})" if base else None,
-            index_size=size,
+            index_size=(folder / FILE_NAME).stat().st_size if is_companion(folder) else None,
             config=config,
             report=config.report,
-            source=SOURCES.get(str(config.calibration.get("source"))),
-            versions=", ".join(f"{k} {v}" for k, v in config.recipe.get("versions", {}).items()),
             licence=licence,
-            licence_name=f"[{licence_name}]({link})" if licence_name and link else licence_name,
+            licence_name=metadata.get("license_name") or metadata.get("license"),
+            licence_link=link,
             changes=changes_in(folder),
             percent=percent,
-            size=_size,
+            size=lambda nbytes: f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e4 else f"{nbytes:.0f} B",
             number=lambda value, decimals: "–" if value is None else f"{value:.{decimals}f}",
         )
     except Exception as error:  # whatever foreign settings make of the template
@@ -160,34 +302,15 @@ def write_card(
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
+def card_of(folder: Path) -> str:
+    """The text of a folder's card, empty without one."""
+    card = folder / CARD_FILE
+    return card.read_text(encoding="utf-8-sig") if card.exists() else ""
+
+
 def text_below_marker(card: str) -> str:
     """A person's text on a card: all below the marker, or the whole of a card without a marker."""
     if not card:
         return ""
     _, marker, below = card.partition(f"{MARKER}\n")
     return below if marker else ModelCard(card, ignore_metadata_errors=True).text.strip("\n") + "\n"
-
-
-def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None:
-    """A folder with a repository's card and its licence; None if they cannot be downloaded."""
-    with suppress(Exception), redacted_logs():  # the Hub's client raises many unrelated types
-        patterns = [CARD_FILE, *LICENCE_FILES]
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    return None
-
-
-def _converted_from(metadata: dict) -> str | None:
-    """The repository that the card of a conversion names as its source."""
-    is_conversion = metadata.get("library_name") == "mlx" or (
-        metadata.get("base_model_relation") == "quantized"
-    )
-    bases = as_list(metadata.get("base_model"))
-    return bases[0] if is_conversion and len(bases) == 1 and is_repository(bases[0]) else None
-
-
-def _texts(metadata: dict, key: str) -> list[str]:
-    return [each for each in as_list(metadata.get(key)) if isinstance(each, str)]
-
-
-def _size(n_bytes: float) -> str:
-    return f"{n_bytes / 1e6:.2f} MB" if n_bytes >= 1e4 else f"{n_bytes:.0f} B"

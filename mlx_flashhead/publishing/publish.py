@@ -3,28 +3,32 @@ card, upload. Errors of the Hub and its client become one sentence without the u
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 
 from ..common.command import printable
 from ..common.repositories import full_name, holds_secret, redact, redacted_logs
 from ..index.files import is_companion, read_index
 from ..index.settings import FlashHeadConfig
 from ..models.origin import begins_with
-from . import licences
 from .card import (
     CARD_FILE,
     Provenance,
     card_metadata,
+    card_of,
+    check_licence,
+    licence_files,
     published_provenance,
     read_metadata,
+    recognise,
     text_below_marker,
     with_licence,
     write_card,
+    write_notice,
 )
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -40,12 +44,11 @@ def add_documents(
 ) -> None:
     """Writes a new checkpoint's card and puts the licence's files beside it. Those of an older one
     in ``target``, the folder's final place, stay, and so does the text below its card's marker."""
-    for file in [*licences.licence_files(target), *base.files]:
+    for file in [*licence_files(target), *base.files]:
         shutil.copy(file, folder)
-    licences.write_notice(base.licence, folder)
-    own, title = text_below_marker(_card(target)), config.recipe["name"]
-    metadata = card_metadata(base, relation)
-    write_card(folder, metadata, config, base.licence, title, target.name, own)
+    write_notice(base.licence, folder)
+    own, metadata = text_below_marker(card_of(target)), card_metadata(base, relation)
+    write_card(folder, metadata, config, base.licence, config.recipe["name"], target.name, own)
 
 
 def publish(
@@ -62,7 +65,7 @@ def publish(
     card that does not name it.
 
     Raises:
-        ValueError: If the folder may not be published, or the Hub refuses. The folder is kept.
+        ValueError: If the folder may not be published, or the Hub rejects it. The folder stays.
     """
     config = read_index(folder).config
     metadata = with_licence(read_metadata(folder / CARD_FILE), license)
@@ -71,8 +74,8 @@ def publish(
         base = published_provenance(config.recipe.get("model"), license)
         relation = "adapter" if is_companion(folder) else "quantized"
         metadata, texts = card_metadata(base, relation), base.files
-    files = [*licences.licence_files(folder), *texts]
-    licence = licences.recognise(metadata, files)
+    files = [*licence_files(folder), *texts]
+    licence = recognise(metadata, files)
     user = sign_in()
     name = repo or config.recipe.get("name")
     if name is None:
@@ -82,13 +85,17 @@ def publish(
         if repo is None and not begins_with(licence.prefix, name):
             name = f"{licence.prefix}-{name}"
     repo_id = full_name(name, user)
-    licences.check(metadata, files, repo_id, model=str(folder), place=str(folder))
+    check_licence(metadata, files, repo_id, model=str(folder), place=str(folder))
     _check_secrets(folder)
     address = reserve(repo_id, user, private)
-    own = text_below_marker(_card(folder)) or text_below_marker(_published_card(repo_id))
+    own = text_below_marker(card_of(folder))
+    if not own:
+        with _client() as api, suppress(RemoteEntryNotFoundError):
+            published = Path(api.hf_hub_download(repo_id, CARD_FILE)).read_text("utf-8-sig")
+            own = text_below_marker(published)
     for file in texts:
         shutil.copy(file, folder)
-    licences.write_notice(licence, folder)
+    write_notice(licence, folder)
     write_card(folder, metadata, config, licence, repo_id.rpartition("/")[2], repo_id, own)
     say(f"Uploading {folder} to {repo_id}")
     failed = (
@@ -101,7 +108,7 @@ def publish(
             folder_path=folder,
             repo_id=repo_id,
             commit_message="Upload FlashHead",
-            ignore_patterns=list(NOT_UPLOADED),  # which the client changes
+            ignore_patterns=[*NOT_UPLOADED],  # which the client changes
             # of the repository: mlx-lm reads every file of weights
             delete_patterns=None if is_companion(folder) else WEIGHTS,
         )
@@ -112,10 +119,8 @@ def sign_in() -> str:
     """The name of the user whose token is used, or a ValueError if it may not write."""
     if get_token() is None:
         raise ValueError(f"An upload needs a Hugging Face token, but there is none: {LOGIN}.")
-    with _client(
-        f"The Hugging Face Hub does not accept the token: get another one from {TOKENS_PAGE}, "
-        f"then {LOGIN}."
-    ) as api:
+    refused = "The Hugging Face Hub does not accept the token: get another one from"
+    with _client(f"{refused} {TOKENS_PAGE}, then {LOGIN}.") as api:
         account = api.whoami()
         name = str(account["name"])
         role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
@@ -129,11 +134,12 @@ def sign_in() -> str:
 
 def reserve(repo_id: str, user: str, private: bool = False) -> str:
     """Creates the repository, or checks that the user may write to it. Returns its address."""
-    with _client(
+    refused = (
         f"{user} may not write to {repo_id}: choose another name, such as "
-        f"{user}/{repo_id.rpartition('/')[2]}, or get a token that may.",
-        f"{repo_id} cannot be created on the Hugging Face Hub (%s): choose another name.",
-    ) as api:
+        f"{user}/{repo_id.rpartition('/')[2]}, or get a token that may."
+    )
+    failed = f"{repo_id} cannot be created on the Hugging Face Hub (%s): choose another name."
+    with _client(refused, failed) as api:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
         api.auth_check(repo_id, write=True)  # create_repo accepts any visible repository
         is_public = private and not api.repo_info(repo_id).private
@@ -143,18 +149,6 @@ def reserve(repo_id: str, user: str, private: bool = False) -> str:
             "name, or make it private on its page."
         )
     return str(address)
-
-
-def _published_card(repo_id: str) -> str:
-    """The text of a repository's card, empty if there is none."""
-    with _client() as api:
-        try:
-            path = api.hf_hub_download(repo_id, CARD_FILE)
-        except Exception as error:
-            if _status(error) != 404:
-                raise
-            return ""
-    return Path(path).read_text(encoding="utf-8-sig")
 
 
 @contextmanager
@@ -167,21 +161,15 @@ def _client(refused: str = "", failed: str = "", unreachable: str = "") -> Itera
         offline = isinstance(error, OfflineModeIsEnabled)
         remedy = "unset HF_HUB_OFFLINE" if offline else "check the network and try again"
         sentence = unreachable or f"The Hugging Face Hub cannot be reached (%s): {remedy}."
-        status = _status(error)
-        if status is not None:
-            sentence = (refused if status in (401, 403) else failed) or sentence
-        causes = (error, error.__cause__) if error.__cause__ else (error,)
+        causes = [error, error.__cause__] if error.__cause__ else [error]
+        answers = [each for each in causes if isinstance(each, HfHubHTTPError)]
+        if answers:
+            denied = answers[0].response.status_code in (401, 403)
+            sentence = (refused if denied else failed) or sentence
         texts = [" ".join(str(each).split()).rstrip(".:") or type(each).__name__ for each in causes]
         reason = printable(redact(": ".join(dict.fromkeys(texts))))
         # `from None`: the client's own message may hold the token
         raise ValueError(sentence.replace("%s", shorten(reason, 300, placeholder=" …"))) from None
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The status of the Hub's answer that caused an error, or None."""
-    while error is not None and not isinstance(error, HfHubHTTPError):
-        error = error.__cause__
-    return None if error is None else error.response.status_code
 
 
 def _check_secrets(folder: Path) -> None:
@@ -194,8 +182,3 @@ def _check_secrets(folder: Path) -> None:
             raise ValueError(
                 f"{file} holds a Hugging Face token, which would be published: delete it there."
             )
-
-
-def _card(folder: Path) -> str:
-    card = folder / CARD_FILE
-    return card.read_text(encoding="utf-8-sig") if card.exists() else ""

@@ -27,14 +27,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .access import COOKIE, MAX_HEAD_BYTES, Access
 from .responses import ApiError, dumps, json_response, locked_page
 
-# Connections without a request that is being answered. Beyond this, the address with most of them
-# loses its oldest.
-MAX_WAITING = 64
+MAX_WAITING = 64  # connections; beyond it, the address with most of them loses its oldest
 # Requests in progress, in total and for one address.
 MAX_ANSWERED, MAX_ANSWERED_PER_ADDRESS = 128, 32
 # For a request's head and its body, and for a client that does not read.
 HEAD_SECONDS, BODY_SECONDS, WRITE_SECONDS = 10.0, 60.0, 30.0
-# A refused client that still sends may read why. One that sends no more gets what is ready by then.
+# A rejected client that still sends may read why. One that has finished gets what is ready by then.
 REFUSED_SECONDS, HALF_CLOSED_SECONDS = 2.0, 0.2
 # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
 _COOKIE_SETTINGS = f"Path=/; Max-Age={365 * 24 * 3600}; HttpOnly; SameSite=Strict"
@@ -46,61 +44,35 @@ _CROSS_ORIGIN_HEADERS = {
 
 logger = logging.getLogger(__name__)
 
-
-class Connections:
-    """The open connections of a server, all in its event loop."""
-
-    def __init__(self) -> None:
-        self.waiting: dict[Any, Connection] = {}  # by both ends' addresses, the oldest first
-        self._answered: Counter[str] = Counter()
-
-    def add(self, connection: "Connection") -> None:
-        """Takes a new connection in. The oldest waiting one may be closed for it."""
-        if len(self.waiting) >= MAX_WAITING:
-            (address, _), *_ = Counter(host for (host, _), _ in self.waiting).most_common(1)
-            oldest = next(ends for ends in self.waiting if ends[0][0] == address)
-            self.waiting.pop(oldest).transport.abort()
-        self.waiting[connection.ends] = connection
-
-    @contextmanager
-    def answering(self, scope: Scope) -> Iterator[None]:
-        """A block in which a request is answered; an ApiError if there are too many."""
-        address = scope["client"][0]
-        if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
-            answered = f"{most} requests of your address are being answered"
-            raise ApiError(f"{answered}: wait for one of them to end.", status=429)
-        if self._answered.total() >= MAX_ANSWERED:
-            raise ApiError("Too many requests at once: try again in a moment.", status=503)
-        self.waiting.pop((scope["client"], scope["server"]), None)
-        self._answered[address] += 1
-        try:
-            yield
-        finally:
-            self._answered -= Counter([address])  # drops counts of 0
+# Connections without a request that is being answered, by both ends' addresses, the oldest first.
+Waiting = dict[Any, "Connection"]
 
 
 class Connection(H11Protocol):
     """A connection of uvicorn's, with deadlines."""
 
-    def __init__(self, connections: Connections, **options: Any) -> None:
+    def __init__(self, waiting: Waiting, **options: Any) -> None:
         super().__init__(**options)
-        self._connections = connections
-        self._head_timer: TimerHandle | None = None
+        self._waiting = waiting
         self._write_timer: TimerHandle | None = None
         self._refused = False
         self._n_ignored = 0  # bytes after the request
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.ends = self.client or ("", 0), self.server
-        self._connections.add(self)
+        if len(self._waiting) >= MAX_WAITING:  # one makes room
+            (address, _), *_ = Counter(host for (host, _), _ in self._waiting).most_common(1)
+            oldest = next(ends for ends in self._waiting if ends[0][0] == address)
+            self._waiting.pop(oldest).transport.abort()
+        self._ends = self.client or ("", 0), self.server
+        self._waiting[self._ends] = self
         self._head_timer = self.loop.call_later(HEAD_SECONDS, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._connections.waiting.pop(self.ends, None)
-        for timer in (self._head_timer, self._write_timer):
-            if timer is not None:
-                timer.cancel()
+        self._waiting.pop(self._ends, None)
+        self._head_timer.cancel()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
         super().connection_lost(exc)
 
     @property
@@ -115,7 +87,7 @@ class Connection(H11Protocol):
                 self.transport.abort()
         elif not self._refused:
             super().data_received(data)
-            if self.cycle is not None and self._head_timer is not None:
+            if self.cycle is not None:
                 self._head_timer.cancel()
             if self._complete:
                 self.flow.resume_reading()  # so that the end of the connection is noticed
@@ -145,7 +117,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._connections.waiting[self.ends] = self  # until the client has read it
+        self._waiting[self._ends] = self  # until the client has read it
         self._allow_for_reading()
 
     def pause_writing(self) -> None:
@@ -170,8 +142,9 @@ class FrontDoor:
     logged.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, connections: Connections):
-        self._app, self.access, self._connections = app, access, connections
+    def __init__(self, app: ASGIApp, access: Access, waiting: Waiting):
+        self._app, self.access, self._waiting = app, access, waiting
+        self._answered: Counter[str] = Counter()  # requests in progress, by address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
@@ -208,7 +181,7 @@ class FrontDoor:
             app: ASGIApp = self._app
             if method == "OPTIONS":  # which requests a script of another site may send
                 app = Response(status_code=204)
-            with self._connections.answering(scope) if method == "POST" else nullcontext():
+            with self._answering(scope) if method == "POST" else nullcontext():
                 await app(scope, receive_message, send_message)
         except ClientDisconnect:
             notes.append("the client has left")
@@ -233,6 +206,22 @@ class FrontDoor:
             path = path.encode("unicode_escape").decode().replace("\\u2026", "…")[:200]
             notes = [f"{status or '-'}", f"{time.monotonic() - began:.2f} s", *notes]
             logger.info("%s %s %s %s", scope["client"][0], method, path, ", ".join(notes))
+
+    @contextmanager
+    def _answering(self, scope: Scope) -> Iterator[None]:
+        """A block in which a request is answered; an ApiError if there are too many."""
+        address = scope["client"][0]
+        if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
+            answered = f"{most} requests of your address are being answered"
+            raise ApiError(f"{answered}: wait for one of them to end.", status=429)
+        if self._answered.total() >= MAX_ANSWERED:
+            raise ApiError("Too many requests at once: try again in a moment.", status=503)
+        self._waiting.pop((scope["client"], scope["server"]), None)
+        self._answered[address] += 1
+        try:
+            yield
+        finally:
+            self._answered -= Counter([address])  # drops counts of 0
 
     def _add_headers(self, headers: MutableHeaders, status: int, scope: Scope) -> None:
         if status == HTTPStatus.UNAUTHORIZED:

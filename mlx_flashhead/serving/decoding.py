@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..lossless.batch import VerifiedBatchGenerator
 from ..lossless.loop import drafted_steps, verified_steps
-from ..lossless.proposer import Proposer
+from ..lossless.policy import Proposer
 from ..lossless.sampler import preserves_margins
 from ..models.compat.mlx_lm import (
     LRUPromptCache,
@@ -24,7 +24,6 @@ from ..models.compat.mlx_lm import (
     trim_prompt_cache,
 )
 from .jobs import Job, LogitsProcessor, Progress
-from .served_models import ServedModel
 
 # Seconds of a chunk. After it, other answers and cancelled requests have their turn.
 CHUNK_SECONDS = 0.4
@@ -32,23 +31,6 @@ SMALLEST_CHUNK = 16
 KVCaches = list[Any]  # of a model's layers, and of its draft model's
 CachedTokens = tuple[list[int], KVCaches]  # tokens, and a cache that holds them
 Step = tuple[Job, int, mx.array]  # a sequence, its next token, logprobs (V,) at its place
-
-
-def cached_beginning(
-    caches: LRUPromptCache, served: ServedModel, tokens: list[int]
-) -> tuple[KVCaches | None, int]:
-    """A copy of the cache that holds most of a prompt, and its number of tokens.
-
-    It leaves out the prompt's last token, from which the model goes on.
-    """
-    cache, rest = caches.fetch_nearest_cache(served.name, tokens)
-    if not rest and can_trim_prompt_cache(cache):
-        trim_prompt_cache(cache, 1)
-        return cache, len(tokens) - 1
-    if not rest:
-        tokens = tokens[:-1]
-        cache, rest = caches.fetch_nearest_cache(served.name, tokens)
-    return cache, len(tokens) - len(rest)
 
 
 class PrefillPace:
@@ -76,9 +58,19 @@ class Reading:
         self._all_tokens = job.all_tokens
         served = job.served
         self._models = [model for model in (served.model, served.draft_model) if model is not None]
-        cache, self.done = cached_beginning(caches, served, self._all_tokens)
-        new = (layer for model in self._models for layer in make_prompt_cache(model))
-        self.cache: KVCaches = [*new] if cache is None else cache
+        tokens = self._all_tokens
+        # the cache of most of the prompt but its last token, from which the model goes on
+        cache, rest = caches.fetch_nearest_cache(served.name, tokens)
+        if not rest and can_trim_prompt_cache(cache):
+            trim_prompt_cache(cache, 1)
+            rest = tokens[-1:]
+        elif not rest:
+            tokens = tokens[:-1]
+            cache, rest = caches.fetch_nearest_cache(served.name, tokens)
+        self.done = len(tokens) - len(rest)
+        if cache is None:
+            cache = [layer for model in self._models for layer in make_prompt_cache(model)]
+        self.cache: KVCaches = cache
         if not job.alone:
             job.cached = self.done
 

@@ -182,7 +182,7 @@ class Answer:
             job.cancelled = True
 
     async def _parts(self) -> AsyncIterator[Progress | dict[str, Any]]:
-        """What comes of the jobs until all are complete: parts of prompts, and chunks' choices."""
+        """The results of the jobs until all are complete: parts of prompts, and chunks' choices."""
         while any(choice.finish_reason is None for choice in self._choices):
             index, event = await self._queue.get()
             if isinstance(event, ApiError | ClientDisconnect):
@@ -273,13 +273,9 @@ class Choice:
         if not self._request.chat:
             return choice | {"text": content}
         delta, self._first_delta = self._first_delta, {}
-        if content:
-            delta["content"] = content
-        if token.reasoning:
-            delta["reasoning"] = token.reasoning
-        if calls:
-            delta["tool_calls"] = [{"index": i, **c} for i, c in enumerate(calls, n_before)]
-        return choice | {"delta": delta}
+        numbered = [{"index": i, **call} for i, call in enumerate(calls, n_before)]
+        added = {"content": content, "reasoning": token.reasoning, "tool_calls": numbered}
+        return choice | {"delta": delta | {name: part for name, part in added.items() if part}}
 
     def whole(self) -> dict[str, Any]:
         """The whole answer as a choice."""

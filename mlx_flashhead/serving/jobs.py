@@ -63,7 +63,7 @@ class Token:
     reasoning: str = ""  # a thought before it
     calls: list[Any] = field(default_factory=list)  # complete ones, as a model writes them
     finish_reason: str | None = None  # "stop" or "length" if the answer ends with it
-    logprobs: TokenLogprobs | None = None  # if the request asks for it; None for the end token
+    logprobs: TokenLogprobs | None = None  # if the request wants it; None for the end token
 
     def add(self, other: "Token") -> None:
         self.content += other.content
@@ -88,7 +88,7 @@ class AnswerText:
             _ = self._detokenizer.last_segment
         self._until_stop = stop.make_state()
         self._parts = make_text_state_machine(tokenizer).make_state(state)
-        self._certain, self._call = Token(), ""  # not emitted yet
+        self._call = ""  # that is being written
 
     def add(self, token: int | None) -> Token:
         """Adds a token, or ends the answer with None.
@@ -100,34 +100,26 @@ class AnswerText:
         else:
             self._detokenizer.add_token(token)
         text = self._detokenizer.last_segment
-        self._until_stop, segments = TextStateMachine.split(self._until_stop, text)
-        self._split(segments[0][1])
+        self._until_stop, ((_, text), *_) = TextStateMachine.split(self._until_stop, text)
         stopped = self._until_stop[0] is None
         if token is None and not stopped:
             self._until_stop, held, _ = TextStateMachine.flush(self._until_stop)
-            self._split(held)
-        if token is None or stopped:  # what may have begun a marker is none
+            text += held
+        self._parts, parts = TextStateMachine.split(self._parts, text)
+        if token is None or stopped:  # what may have begun a marker is none, and a call ends
             self._parts, held, name = TextStateMachine.flush(self._parts)
-            self._add(name, held)
-            self._add("normal", "")  # ends a call
-        certain, self._certain = self._certain, Token()
-        certain.finish_reason = "stop" if stopped else None
+            parts += [(name, held), ("normal", "")]
+        certain = Token(finish_reason="stop" if stopped else None)
+        for name, part in parts:
+            if name == "tool":
+                self._call += part
+            elif name == "reasoning":
+                certain.reasoning += part
+            elif name == "normal":
+                certain.calls += [self._call] if self._call else []
+                self._call = ""
+                certain.content += part
         return certain
-
-    def _split(self, text: str) -> None:
-        self._parts, segments = TextStateMachine.split(self._parts, text)
-        for name, part in segments:
-            self._add(name, part)
-
-    def _add(self, name: str, text: str) -> None:
-        if name == "tool":
-            self._call += text
-        elif name == "reasoning":
-            self._certain.reasoning += text
-        elif name == "normal":
-            self._certain.calls += [self._call] if self._call else []
-            self._call = ""
-            self._certain.content += text
 
 
 @dataclass(eq=False)

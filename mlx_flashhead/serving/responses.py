@@ -112,10 +112,10 @@ async def page_file(request: Request) -> Response:
     path, token = request.scope["path"], request.app.access.shown_token(request.scope)
     query = "" if token is None else f"?token={token}"
     if path == "/":
-        text, link = _read("index.html").decode(), 'href="/manifest.webmanifest'
+        text, link = (FOLDER / "index.html").read_text("utf-8"), 'href="/manifest.webmanifest'
         return _page_response(text.replace(link, link + query), ".html")
     if path == "/manifest.webmanifest":
-        manifest = json.loads(_read("manifest.webmanifest"))
+        manifest = json.loads((FOLDER / "manifest.webmanifest").read_text("utf-8"))
         manifest["start_url"] += query
         return _page_response(json.dumps(manifest), ".webmanifest")
     if path == "/page/files.json":
@@ -124,7 +124,7 @@ async def page_file(request: Request) -> Response:
     name = request.path_params.get("name", path[1:])
     if name not in page_names():
         raise HTTPException(404)
-    return _page_response(_read(name), Path(name).suffix)
+    return _page_response((FOLDER / name).read_bytes(), Path(name).suffix)
 
 
 # A worker serves the addresses beside and below its own, so it is outside of /page/.
@@ -133,8 +133,8 @@ PAGE_ROUTES = [Route(path, page_file) for path in _PATHS]
 
 
 def locked_page(wrong: bool) -> Response:
-    """The page that asks for the token, and says whether a wrong one was given."""
-    text = _read("locked.html").decode()
+    """The page that asks for the token, and says whether the last one was wrong."""
+    text = (FOLDER / "locked.html").read_text("utf-8")
     if not wrong:
         text = text.replace('<p class="wrong">', '<p class="wrong" hidden>')
     return _page_response(text, ".html", _LOCKED_POLICY, status=401)
@@ -145,10 +145,6 @@ def page_names() -> frozenset[str]:
     """The files under ``/page/``, as paths in the folder."""
     files = (file for file in FOLDER.rglob("*") if file.suffix in _TYPES.keys() - {".json"})
     return frozenset(file.relative_to(FOLDER).as_posix() for file in files)
-
-
-def _read(name: str) -> bytes:
-    return (FOLDER / name).read_bytes()
 
 
 def _page_response(content: str | bytes, suffix: str, policy=_POLICY, status=200) -> Response:

@@ -18,7 +18,7 @@ import uvicorn
 
 from ..common.command import from_extra, printable
 from .access import MAX_HEAD_BYTES, Access, access_of
-from .connections import MAX_WAITING, Connection, Connections, FrontDoor
+from .connections import MAX_WAITING, Connection, FrontDoor, Waiting
 from .endpoints import Api
 from .engine import SHUTTING_DOWN, Engine
 from .served_models import load_models
@@ -36,12 +36,13 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: Any, access: Access, end_answers: Callable[[], None] = lambda: None):
-        connections, self._end_answers = Connections(), end_answers
+        self._end_answers = end_answers
+        waiting: Waiting = {}
         super().__init__(
             uvicorn.Config(
-                FrontDoor(app, access, connections),
+                FrontDoor(app, access, waiting),
                 loop="asyncio",
-                http=partial(Connection, connections),  # type: ignore[arg-type]
+                http=partial(Connection, waiting),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -162,7 +163,7 @@ def log_requests(level: str) -> None:
     handler.format = lambda record: printable(formatter.format(record))  # type: ignore[method-assign]
     logging.basicConfig(handlers=[handler])
     logging.getLogger(__name__.partition(".")[0]).setLevel(level)
-    # transformers warns of long prompts, which the server refuses itself
+    # transformers warns of long prompts, which the server rejects itself
     logging.getLogger("transformers").setLevel(logging.ERROR)
     # uvicorn warns of what clients do; the front door logs failures
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)

@@ -22,9 +22,9 @@ from mlx_lm import batch_generate
 from tqdm import tqdm
 
 from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, stream_generate
+from mlx_flashhead.benchmarks.agreement import bytes_share
 from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion.calibration import builtin_documents, dialogues
-from mlx_flashhead.evaluation.agreement import bytes_share
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
 from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.head.steps import Candidates

@@ -21,13 +21,8 @@ from mlx_flashhead.models.install import install
 from tiny_models import VOCAB_SIZE, tiny_index, tiny_model
 
 
-@pytest.fixture
-def dense():
-    return tiny_model()
-
-
 @pytest.mark.parametrize("batch", [1, 3])
-def test_the_first_token_is_not_timed(dense, monkeypatch, batch):
+def test_the_first_token_is_not_timed(monkeypatch, batch):
     """No end of text ends a run, and the first token is not counted."""
     times = iter(np.cumsum([7, 4, 4, 1, 3]))
     clock = SimpleNamespace(perf_counter=lambda: next(times))  # mlx-lm looks at the real one
@@ -41,8 +36,9 @@ def test_the_first_token_is_not_timed(dense, monkeypatch, batch):
 
         return sampler
 
-    form = Form(dense, make_sampler=make_sampler)
-    assert form.timed([1, 2], batch, 4, {}, 0) == 3  # (4 + 4 + 1 + 3) / 4
+    form = Form(tiny_model(), make_sampler=make_sampler)
+    seconds, tokens = form.decode([1, 2], batch, 4, {})
+    assert (seconds, len(tokens)) == (3, 5)  # (4 + 4 + 1 + 3) / 4
     assert set(shapes) == {(batch, VOCAB_SIZE)} and len(shapes) >= 5
 
 
@@ -53,11 +49,10 @@ def test_flash_head_decodes_with_this_package_s_loops(verify):
     index = tiny_index(flash)
     install(flash, index.token_ids, index.centroids, n_probes=1)
     form = with_flash_head(flash, verify=verify)
-    assert form.timed([1, 2], 3, 9, {"temp": 0.0}, 0) > 0
-    sampler = form.make_sampler(temp=0.0)
-    steps = form.steps(mx.array([1, 2]), flash, max_tokens=10, sampler=sampler)
-    expected = generate_step(mx.array([1, 2]), tiny_model(), max_tokens=10)
-    assert ([token for token, _ in steps] == [token for token, _ in expected]) == verify
+    expected = [token for token, _ in generate_step(mx.array([1, 2]), tiny_model(), max_tokens=10)]
+    for batch in (1, 3):
+        seconds, tokens = form.decode([1, 2], batch, 9, {"temp": 0.0})
+        assert seconds > 0 and (tokens == expected) == verify
 
 
 def test_ratios_are_those_of_the_printed_medians():

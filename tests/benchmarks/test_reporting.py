@@ -7,15 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_flashhead.benchmarks import reporting as module
-from mlx_flashhead.benchmarks.reporting import (
-    Case,
-    in_turns,
-    machine,
-    read_bandwidth_gb_s,
-    report,
-    spread,
-    timer,
-)
+from mlx_flashhead.benchmarks.reporting import Case, in_turns, machine, report, spread, timer
 from mlx_flashhead.common.tables import new_table
 
 
@@ -52,14 +44,27 @@ def test_rounds_are_printed_as_they_come_with_the_time_that_is_left(arguments, m
     assert shown.out.count("of a form") == 2
 
 
-def test_nothing_is_reported_before_the_first_figure(arguments, capsys, tmp_path):
-    def stopped(number):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+@pytest.mark.parametrize("in_round", [1, 3])
+def test_a_stopped_benchmark_reports_the_rounds_that_it_has(
+    arguments, capsys, tmp_path, stop, in_round
+):
+    def seconds(number):
+        if number == in_round:
+            raise stop
+        return 0.25
 
-    with pytest.raises(KeyboardInterrupt):
-        report(arguments, cases(stopped), 2, make_table)
-    assert capsys.readouterr().out == ""
-    assert list(tmp_path.iterdir()) == []
+    arguments.rounds = 5
+    with pytest.raises(type(stop)):
+        report(arguments, cases(seconds), 2, make_table)
+    shown = capsys.readouterr()
+    assert ("of a form" in shown.out) == ("Stopped: " in shown.err) == (in_round > 1)
+    if in_round == 1:
+        assert list(tmp_path.iterdir()) == []
+        return
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert not figures["complete"] and figures["results"] == [{"value": 2}]
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_machine_is_json_and_names_what_matters(monkeypatch):
@@ -72,12 +77,6 @@ def test_machine_is_json_and_names_what_matters(monkeypatch):
     assert about["cores"] >= 1 and about["memory_gb"] > 0.1
     if mx.metal.is_available():
         assert about["gpu"] and about["read_bandwidth_gb_s"] > 0
-
-
-def test_bandwidth_is_bytes_over_the_best_time(monkeypatch):
-    times = (1.0, 0.5, 0.25, 1.0, 1.0, 1.0)
-    monkeypatch.setattr(module, "timer", lambda _: times.__getitem__)
-    assert read_bandwidth_gb_s() == pytest.approx((512 << 20) / 0.25 / 1e9)
 
 
 def test_spread_is_median_and_quartiles():

@@ -1,4 +1,4 @@
-"""``convert``: what it prints, mlx-lm's flags, and what it refuses."""
+"""``convert``: what it prints, mlx-lm's flags, and its errors."""
 
 import json
 from dataclasses import fields
@@ -42,8 +42,7 @@ def test_every_option_has_a_flag_with_the_default_of_python(monkeypatch):
         "mixed_4_6 --dtype float16 --upload-repo me/tiny --trust-remote-code --overwrite"
     )
     assert ConvertOptions(**vars(make_parser().parse_args(words.split()))) == ConvertOptions(
-        hf_path="m", mlx_path="p", quantize=True, q_group_size=32, q_bits=4, q_mode="mxfp4",
-        dtype="float16", upload_repo="me/tiny", quant_predicate="mixed_4_6",
+        "m", "p", True, 32, 4, "mxfp4", "float16", "me/tiny", quant_predicate="mixed_4_6",
         trust_remote_code=True, overwrite=True,
     )  # fmt: skip
 

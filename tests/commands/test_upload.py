@@ -39,14 +39,10 @@ def test_upload(run, hub, converted, tmp_path):
     [
         (("--upload", "--dtype", "bfloat16"), "me/model-FlashHead-bf16"),
         (("--upload", "--dtype", "float16", "--head-bits", 8), "me/model-FlashHead-8bit"),
-        (("--upload", "-q", "--head-bits", 16), "me/model-FlashHead-4bit"),
         (("--upload", "-q", "--q-mode", "mxfp4"), "me/model-FlashHead-mxfp4"),
         (("--upload", "-q", "--quant-predicate", "mixed_4_6"), "me/model-FlashHead-mixed_4_6"),
         (("--upload", "ours/x"), "ours/x"),
-        (("--upload", "x"), "me/x"),
-        (("--upload-repo", "me/x"), "me/x"),
-        (("--upload", "--upload-repo", "me/x"), "me/x"),
-        (("--upload", "me/x", "--upload-repo", "me/x"), "me/x"),
+        (("--upload", "--upload-repo", "x"), "me/x"),
     ],
 )
 def test_convert_uploads(run, hub, dense, tmp_path, flags, repo_id):
@@ -54,20 +50,15 @@ def test_convert_uploads(run, hub, dense, tmp_path, flags, repo_id):
     assert code == 0, errors
     assert output.splitlines()[-1] == f"Uploaded to {hub.url}/{repo_id}"
     assert list(hub.repositories) == [repo_id]
-    assert hub.files(repo_id) == contents(tmp_path / "new")
-    assert FILE_NAME in hub.files(repo_id)
+    assert FILE_NAME in hub.files(repo_id) and hub.files(repo_id) == contents(tmp_path / "new")
     name = f"# {repo_id.partition('/')[2]}\n"
     assert name in (tmp_path / "new" / "README.md").read_text()
 
 
-def test_convert_refuses_before_it_begins(refused, hub, dense, tmp_path):
-    flags = ("--upload", "--cluster-size", VOCAB_SIZE + 1)
-    assert "--cluster-size is" in refused(*convert(dense, tmp_path / "new", *flags))
-    assert not (tmp_path / "new").exists() and hub.repositories == {}
-
-
-def test_llama_is_checked_before_the_conversion(refused, hub, tmp_path):
+def test_what_is_refused_is_refused_before_the_conversion(refused, hub, dense, tmp_path):
     source, target = write_model(tmp_path / "My-Tune"), tmp_path / "new"
+    flags = ("--upload", "--cluster-size", VOCAB_SIZE + 1)
+    assert "--cluster-size is" in refused(*convert(dense, target, *flags))
     (source / "README.md").write_text(LLAMA)
     said = refused(*convert(source, target, "--upload"))
     assert "its text is missing: save https://www.llama.com" in said

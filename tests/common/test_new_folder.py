@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from mlx_flashhead.common import new_folder as new_folder_module
 from mlx_flashhead.common.new_folder import new_file, new_folder
 from mlx_flashhead.conversion import pipeline as conversion
 from mlx_flashhead.conversion.pipeline import convert
@@ -76,7 +75,7 @@ def test_a_replaced_folder_comes_back(tmp_path, monkeypatch, failing, error):
 @pytest.mark.parametrize("file", ["model.safetensors", "flash_head.index"])
 def test_full_disk_under_mlx(dense, converted, tmp_path, monkeypatch, file):
     """MLX does not raise an OSError then."""
-    save = conversion.save
+    save = conversion.mlx_lm.save
 
     def save_to_full_disk(folder, *arguments, **options):
         (folder / file).symlink_to("/dev/full")
@@ -84,7 +83,7 @@ def test_full_disk_under_mlx(dense, converted, tmp_path, monkeypatch, file):
 
     shutil.copytree(converted, tmp_path / "model")
     before = snapshot(tmp_path)
-    monkeypatch.setattr(conversion, "save", save_to_full_disk)
+    monkeypatch.setattr(conversion.mlx_lm, "save", save_to_full_disk)
     with pytest.raises(OSError, match=r"free some space or choose another|No space left on device"):
         convert_quickly(dense, tmp_path / "model")
     assert snapshot(tmp_path) == before
@@ -100,44 +99,19 @@ def test_only_folders_of_a_conversion_are_overwritten(dense, tmp_path, name):
     assert snapshot(tmp_path) == before
 
 
-def test_remains_of_killed_processes_go(tmp_path):
-    """But not the folder that another process is writing."""
-    target = tmp_path / "model"
-    program = (
-        "import pathlib, sys\n"
-        "from new_folder import new_folder\n"  # which needs no other module of the package
-        "with new_folder(pathlib.Path(sys.argv[1])) as folder:\n"
-        "    (folder / 'weights').write_bytes(b'half')\n"
-        "    print(folder.parent, flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(new_folder_module.__file__).parent)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-c", program, str(target)]
-    killed, alive = (subprocess.Popen(command, env=environment, **pipes) for _ in range(2))
-    left, written = (Path(process.stdout.readline().strip()) for process in (killed, alive))
-    killed.kill()
-    killed.wait()
-    for folder in (left, written):
-        os.utime(folder, (0, 0))
-    with new_folder(target) as folder:
-        (folder / "weights").write_bytes(b"whole")
-    assert not left.exists() and written.exists()
-    alive.communicate()
-    assert alive.returncode == 0
-    assert snapshot(tmp_path) == {Path("model"): None, Path("model/weights"): b"half"}
-
-
-def test_a_folder_put_aside_comes_back(tmp_path):
-    """A process was killed between putting the old folder aside and the new one in its place."""
-    target, aside = tmp_path / "model", tmp_path / ".model.mlx_flashhead-new.x"
-    (aside / "replaced").mkdir(parents=True)
-    (aside / "replaced" / "weights").write_bytes(b"old")
-    os.utime(aside, (0, 0))
-    with pytest.raises(KeyboardInterrupt), new_folder(target):
-        assert (target / "weights").read_bytes() == b"old"
-        raise KeyboardInterrupt
-    assert snapshot(tmp_path) == {Path("model"): None, Path("model/weights"): b"old"}
+def test_remains_of_a_killed_process_go(tmp_path):
+    """What it had put aside comes back. The folder of a process that still writes stays."""
+    target, left = tmp_path / "model", tmp_path / ".model.mlx_flashhead-new.x"
+    (left / "replaced").mkdir(parents=True)
+    (left / "replaced" / "weights").write_bytes(b"old")
+    os.utime(left, (0, 0))
+    with new_folder(target) as first:
+        assert not left.exists() and (target / "weights").read_bytes() == b"old"
+        os.utime(first.parent, (0, 0))
+        with new_folder(target) as second:
+            (second / "weights").write_bytes(b"second")
+        (first / "weights").write_bytes(b"first")
+    assert snapshot(tmp_path) == {Path("model"): None, Path("model/weights"): b"first"}
 
 
 def test_signal_to_a_real_conversion(dense, converted, tmp_path):

@@ -9,8 +9,7 @@ import pytest
 
 from mlx_flashhead.conversion import build, measures, take_all
 from mlx_flashhead.conversion.build import build_index, expected_seconds, model_index
-from mlx_flashhead.conversion.clustering import cluster_rows
-from mlx_flashhead.conversion.fitting import fit_centroids, logit_metric
+from mlx_flashhead.conversion.clusters import cluster_rows, fit_centroids, logit_metric
 from mlx_flashhead.conversion.measures import report_lines
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.head.flash_head import FlashHead
@@ -30,44 +29,35 @@ def loaded(tmp_path_factory):
     return model, tokenizer, find_head(model)
 
 
-def text_of(loaded):
-    return mlx_lm.generate(loaded[0], loaded[1], "One day", max_tokens=8)
+def test_between_the_steps_the_model_is_as_it_was_and_the_index_is_the_same(loaded):
+    """And it writes its own text. Dropped at any step, the build leaves nothing behind."""
 
+    def text():
+        return mlx_lm.generate(loaded[0], loaded[1], "One day", max_tokens=8)
 
-def test_text_between_the_steps_is_the_models_and_the_index_is_the_same(loaded):
-    expected, key = text_of(loaded), mx.array(mx.random.state[0])
-    steps = model_index(*loaded, OPTIONS, step_seconds=0.0)
-    stages, sizes = [], []
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as end:
-            config = end.value.config
-            break
+    methods = dict(type(loaded[2].module).__dict__)
+    expected, key = text(), mx.array(mx.random.state[0])
+    stages, sizes, indexes = [], [], []
+
+    def steps():
+        indexes.append((yield from model_index(*loaded, OPTIONS, step_seconds=0.0)))
+
+    for step in steps():
         if step.stage not in stages:
             stages.append(step.stage)
-            assert text_of(loaded) == expected
-        if step.stage == STAGES[0]:
-            sizes.append(step.done)
+            assert text() == expected
+            dropped = model_index(*loaded, OPTIONS)
+            next(step for step in dropped if step.stage == stages[-1])
+            dropped.close()
+            assert dict(type(loaded[2].module).__dict__) == methods
+        sizes += [step.done] if step.stage == STAGES[0] else []
         assert 0 <= step.done <= step.total
-    assert stages == STAGES
-    assert np.diff([0, *sizes]).max() <= 16
+    assert stages == STAGES and np.diff([0, *sizes]).max() <= 16
     assert mx.array_equal(mx.random.state[0], key)
     at_once = take_all(model_index(*loaded, OPTIONS)).config
-    assert config.n_clusters == at_once.n_clusters
-    expected = {"source": "builtin", "quick": True, "positions": 200, "seed": 0}
-    assert config.calibration == at_once.calibration == expected
-
-
-def test_dropped_at_any_step_the_model_is_as_it_was(loaded):
-    before = type(loaded[2].module).__dict__.copy()
-    n_steps = sum(1 for _ in model_index(*loaded, OPTIONS))
-    for taken in np.linspace(0, 0.8 * n_steps, 6).astype(int):  # reading takes some more or less
-        steps = model_index(*loaded, OPTIONS)
-        for _ in range(taken):
-            next(steps)
-        steps.close()
-        assert dict(type(loaded[2].module).__dict__) == before
+    assert indexes[0].config.n_clusters == at_once.n_clusters
+    about = {"source": "builtin", "quick": True, "positions": 200, "seed": 0}
+    assert indexes[0].config.calibration == at_once.calibration == about
 
 
 def test_the_expected_time_grows_with_the_head_and_the_text(monkeypatch):
@@ -95,21 +85,14 @@ def indexed(rows, states=None, next_ids=None, *, body_bytes=0, **options):
     return take_all(build_index(rows, options, states, next_ids, body_bytes=body_bytes))
 
 
-@pytest.fixture
-def limit(monkeypatch):
-    """Sets the share of the dense head's bytes that may be read."""
-
-    def limit(share):
-        for module in (build, measures):
-            monkeypatch.setattr(module, "MAX_BYTES", share)
-
-    return limit
+def log_softmax(logits):
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"bias": True}, {"bits": 4}, {"dtype": mx.bfloat16}])
-def test_report_is_what_the_head_does_on_held_out_states(kwargs, limit):
+def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
     """The last quarter; the head itself serves as the reference."""
-    limit(1.0)
+    monkeypatch.setattr(measures, "MAX_BYTES", 1.0)  # may be read
     rows, states, next_ids = make_case(**kwargs)
     index = indexed(rows, states, next_ids, target_agreement=0.9)
     config, report = index.config, index.config.report
@@ -117,10 +100,6 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, limit):
     head = FlashHead(rows, index.token_ids, index.centroids, n_probes=8, backend="mlx")
     dense = np.array(head(held_out).astype(mx.float32), dtype=np.float64)
     positions, best = np.arange(HELD_OUT), dense.argmax(axis=1)
-
-    def log_softmax(logits):
-        return logits - np.log(np.exp(logits).sum(1, keepdims=True))
-
     dense = log_softmax(dense)
     probability, dense_loss = np.exp(dense), -dense[positions, followed].mean()
     assert report["positions"] == HELD_OUT
@@ -167,26 +146,21 @@ def test_clusters_and_centroids_are_made_of_the_states_that_are_not_held_out():
     expected = take_all(cluster_rows(weight, 8, metric=logit_metric(known), seed=7))
     np.testing.assert_array_equal(index.token_ids, expected)
     fitted = take_all(fit_centroids(weight, expected, known))
-    for found, wanted in (
-        (index.centroids.matrix.weight, fitted.matrix.weight),
-        (index.centroids.bias, fitted.bias),
-    ):
-        assert mx.array_equal(found, wanted)
+    assert mx.array_equal(index.centroids.matrix.weight, fitted.matrix.weight)
+    assert mx.array_equal(index.centroids.bias, fitted.bias)
 
 
 @pytest.mark.parametrize("n_probes", [None, 3])
 def test_without_states(n_probes):
     rows, _, _ = make_case()
     index = indexed(rows, n_probes=n_probes, seed=7)
-    config, weight = index.config, np.array(rows.weight)
-    assert (config.n_clusters, config.n_probes) == (51, n_probes or 8)  # 51 / 6
+    config, probes = index.config, n_probes or 8  # 51 / 6
+    assert (config.n_clusters, config.n_probes, config.unverified_probes) == (51, probes, probes)
     assert config.calibration == {"positions": 0, "seed": 7}
-    assert report_lines(config) == [f"{config.n_probes} of 51 clusters per token, not calibrated"]
-    assert config.unverified_probes == config.n_probes
+    assert report_lines(config) == [f"{probes} of 51 clusters per token, not calibrated"]
     assert config.report == config.verification == {}
-    by_direction = take_all(cluster_rows(weight, 8, seed=7))
+    by_direction = take_all(cluster_rows(np.array(rows.weight), 8, seed=7))
     np.testing.assert_array_equal(index.token_ids, by_direction)
-    assert mx.array_equal(index.centroids.bias, mx.zeros(51))
 
 
 def test_settings_are_recorded():
@@ -211,14 +185,13 @@ def test_the_head_is_compared_with_the_one_before_its_quantization():
     compared = config.report["head_bits"]
     assert compared["positions"] == HELD_OUT
 
-    def log_softmax(matrix):
-        logits = np.array(matrix.matmul(mx.array(states[-HELD_OUT:])), dtype=np.float64)
-        return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    def log_probabilities(matrix):
+        return log_softmax(np.array(matrix.matmul(mx.array(states[-HELD_OUT:])), np.float64))
 
-    expected, truth = log_softmax(original), next_ids[-HELD_OUT:, None]
+    expected, truth = log_probabilities(original), next_ids[-HELD_OUT:, None]
     heads = {4: original.quantize(bits=4, group_size=64), 8: rows, 32: original}
     for row, (bits, head) in zip(compared["rows"], heads.items(), strict=True):
-        found = log_softmax(head)
+        found = log_probabilities(head)
         kl = (np.exp(expected) * (expected - found)).sum(axis=1).mean()
         loss = -np.take_along_axis(found, truth, axis=1).mean()
         assert (row["bits"], row["bytes"]) == (bits, head.nbytes)

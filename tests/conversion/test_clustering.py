@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import clustering, take_all
-from mlx_flashhead.conversion.clustering import cluster_rows, faster_library
+from mlx_flashhead.conversion import clusters, take_all
+from mlx_flashhead.conversion.clusters import cluster_rows, faster_library
 
 METRICS = [None, np.eye(24, dtype=np.float32)]
 
@@ -52,7 +52,7 @@ def scatter(rows, token_ids):
 
 @pytest.mark.parametrize(
     ("vocab_size", "cluster_size"),
-    [(1, 1), (7, 7), (7, 1), (17, 16), (33, 16), (100, 99), (257, 2), (1024, 3), (4211, 16)],
+    [(1, 1), (7, 7), (7, 1), (17, 16), (100, 99), (257, 2), (4211, 16)],
 )
 def test_balanced_for_any_vocabulary(vocab_size, cluster_size):
     token_ids = cluster(normal_rows(vocab_size, 11), cluster_size)
@@ -88,7 +88,7 @@ def test_without_a_metric_only_directions_count():
 def test_clusters_by_mlx_are_as_good(monkeypatch):
     rows = normal_rows(1500, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
     expected = scatter(rows, cluster(rows, metric=np.eye(16, dtype=np.float32)))
-    monkeypatch.setattr(clustering, "faster_library", lambda work: mx)
+    monkeypatch.setattr(clusters, "faster_library", lambda work: mx)
     token_ids = cluster(rows, metric=np.eye(16, dtype=np.float32))
     check_balanced(token_ids, 1500, 16)
     assert scatter(rows, token_ids) == pytest.approx(expected, rel=0.01)
@@ -102,18 +102,17 @@ def test_prices_make_better_clusters(monkeypatch):
     rows = normal_rows(2500, 16) @ np.diag(0.8 ** np.arange(16)).astype(np.float32)
     metric = np.eye(16, dtype=np.float32)
     priced = scatter(rows, cluster(rows, metric=metric))
-    monkeypatch.setattr(clustering, "PRICE_STEPS", (0, 0))
+    monkeypatch.setattr(clusters, "PRICE_STEPS", (0, 0))
     assert priced < 0.99 * scatter(rows, cluster(rows, metric=metric))
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_all_rows_equal(value):
-    token_ids = cluster(np.full((5003, 6), value, np.float32))
-    check_balanced(token_ids, 5003, 16, spread=15)
+def test_all_rows_equal():
+    check_balanced(cluster(np.ones((5003, 6), np.float32)), 5003, 16, spread=15)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("kind", ["equal", "zero", "nearly equal"])
+@pytest.mark.parametrize(
+    ("kind", "metric"), [("equal", None), ("zero", METRICS[1]), ("nearly equal", METRICS[1])]
+)
 def test_thousands_of_unused_tokens_keep_to_themselves(kind, metric):
     rows, group_of = planted_rows(60, 16, 24)
     rng = np.random.default_rng(1)
@@ -136,8 +135,8 @@ def test_thousands_of_unused_tokens_keep_to_themselves(kind, metric):
 @pytest.mark.parametrize(("n_alike", "metric"), [(0, None), (1280, np.eye(640, dtype=np.float32))])
 def test_memory_is_one_copy_of_the_rows(monkeypatch, n_alike, metric):
     """And half of another for all else, so that rows and all are 2.5 heads."""
-    monkeypatch.setattr(clustering, "BLOCK_ROWS", 64)
-    monkeypatch.setattr(clustering, "DUPLICATE_SAMPLE", 64)
+    monkeypatch.setattr(clusters, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(clusters, "DUPLICATE_SAMPLE", 64)
     rows = normal_rows(2560, 640)
     rows[:n_alike] = rows[0]
     tracemalloc.start()
@@ -148,17 +147,15 @@ def test_memory_is_one_copy_of_the_rows(monkeypatch, n_alike, metric):
     assert peak < 1.5 * rows.nbytes
 
 
-def finished(generator):
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
-
-
 def test_shortlists_hold_the_best_of_each_bucket():
     points, centroids = normal_rows(300, 8), normal_rows(1102, 8, seed=1)
-    ids, scores = finished(clustering._shortlists(points, np.arange(300), centroids, np))
+    found = []
+
+    def listed():
+        found.extend((yield from clusters._shortlists(points, np.arange(300), centroids, np)))
+
+    assert sum(listed()) == 300
+    ids, scores = found
     products = points @ centroids.T
     np.testing.assert_allclose(np.take_along_axis(products, ids, axis=1), scores, rtol=1e-5)
     for row, listed in zip(products, ids, strict=True):

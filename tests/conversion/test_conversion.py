@@ -22,7 +22,7 @@ from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, SETTINGS_NAME, read
 from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.models.locate import find_head
 from mlx_flashhead.models.origin import Origin
-from model_folders import VOCAB_SIZE, write_model
+from model_folders import VOCAB_SIZE, contents, write_model
 
 QUICK = {"calibration": "none", "progress": False}
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
@@ -30,23 +30,15 @@ N_CLUSTERS = -(-VOCAB_SIZE // 16)
 
 def weights(folder):
     """{name: (dtype, shape, bytes)} of a model folder's weights."""
-    found = {}
-    for file in folder.glob("model*.safetensors"):
-        for name, array in mx.load(str(file)).items():
-            found[name] = (array.dtype, array.shape, bytes(np.array(array.view(mx.uint8))))
-    return found
+    files = (mx.load(str(file)).items() for file in folder.glob("model*.safetensors"))
+    named = ((name, array) for arrays in files for name, array in arrays)
+    return {n: (a.dtype, a.shape, bytes(np.array(a.view(mx.uint8)))) for n, a in named}
 
 
 def settings(folder):
     """config.json without the FlashHead's entry."""
     config = json.loads((folder / "config.json").read_text())
-    config.pop(CONFIG_KEY, None)
-    return config
-
-
-def greedy_text(folder):
-    model, tokenizer = mlx_lm.load(str(folder))
-    return mlx_lm.generate(model, tokenizer, "One day", max_tokens=12)
+    return {key: value for key, value in config.items() if key != CONFIG_KEY}
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +54,8 @@ def sources(tmp_path_factory):
         "original, tied": original | {"dtype": mx.float16, "further": {"torch_dtype": "float16"}},
         # Transformers' newer name of the entry, which mlx-lm does not look at.
         "original, dtype": original | {"further": {"dtype": "bfloat16"}},
+        # a folder that MLX has stored keeps its dtype, whatever its config.json says
+        "by mlx": {"further": {"torch_dtype": "bfloat16"}},
     }
     found = {name: write_model(folder / name, **each) for name, each in options.items()}
     quantized = folder / "quantized"
@@ -72,12 +66,7 @@ def sources(tmp_path_factory):
 @pytest.mark.parametrize(
     "source, flags",
     [
-        ("tied", {}),
-        ("untied", {}),
-        ("half", {}),
-        ("quantized", {}),
-        ("original", {}),
-        ("original, tied", {}),
+        *((name, {}) for name in ("tied", "half", "quantized", "original, tied")),
         ("original, dtype", {}),
         ("tied", {"quantize": True}),
         ("untied", {"quantize": True, "q_bits": 8, "q_group_size": 32}),
@@ -87,7 +76,6 @@ def sources(tmp_path_factory):
         ("original", {"quantize": True}),
         ("quantized", {"dequantize": True}),
         ("quantized", {"dtype": "float16"}),
-        ("tied", {"dtype": "bfloat16"}),
         ("original", {"dtype": "float16"}),
     ],
 )
@@ -101,13 +89,20 @@ def test_same_model_as_mlx_lms_conversion(sources, tmp_path, source, flags):
     given = convert(str(sources[source]), str(found), n_probes=5, **flags, **own, **QUICK)
     assert weights(found) == weights(expected)
     assert settings(found) == settings(expected)
-    assert greedy_text(found) == greedy_text(expected)
-    names = {path.name for path in expected.iterdir()}
-    assert {path.name for path in found.iterdir()} == names | {FILE_NAME}
-    head = get_flash_head(mlx_flashhead.load(str(found))[0])
+    assert contents(found).keys() == contents(expected).keys() | {FILE_NAME}
+    assert given.eos_token_ids == (1,) and read_index(found).config == given
+
+
+def test_what_it_wrote_is_loaded_with_and_without_flash_head(sources, tmp_path):
+    found = tmp_path / "found"
+    convert(str(sources["by mlx"]), str(found), n_probes=5, **QUICK)
+    assert weights(found) == weights(sources["by mlx"])
+    model, tokenizer = mlx_lm.load(str(found))
+    fast, _ = mlx_flashhead.load(str(found))
+    head = get_flash_head(fast)
     assert (head.n_probes, head.n_clusters, head.vocab_size) == (5, N_CLUSTERS, VOCAB_SIZE)
-    assert head.eos_token_ids == given.eos_token_ids == (1,)
-    assert read_index(found).config == given
+    expected = mlx_lm.generate(model, tokenizer, "One day", max_tokens=12)
+    assert mlx_flashhead.generate(fast, tokenizer, "One day", max_tokens=12) == expected
 
 
 def test_a_dequantized_model_may_have_a_quantized_head(sources, tmp_path):
@@ -117,64 +112,45 @@ def test_a_dequantized_model_may_have_a_quantized_head(sources, tmp_path):
     assert find_head(model).rows().bits == 8 and "scales" not in model.layers[0].self_attn.q_proj
 
 
-def test_mlx_lms_folder_keeps_its_dtype(tmp_path):
-    """Whatever its config.json says: the model generates as before."""
-    source = write_model(tmp_path / "source", further={"torch_dtype": "bfloat16"})
-    convert(str(source), str(tmp_path / "found"), **QUICK)
-    assert weights(tmp_path / "found") == weights(source)
-    assert greedy_text(tmp_path / "found") == greedy_text(source)
-
-
 def test_the_signature_has_mlx_lms_arguments_in_their_order():
     parameters = list(inspect.signature(convert).parameters)
     of_mlx_lm = list(inspect.signature(mlx_lm.convert).parameters)
     assert parameters[: len(of_mlx_lm)] == of_mlx_lm and parameters[-1] == "progress"
-    assert {"head_bits", "n_probes", "calibration"} < set(parameters)
     with pytest.raises(TypeError, match="head_bit"):
         convert("model", head_bit=8)
 
 
 @pytest.mark.parametrize("calibration", ["builtin", "none", "file"])
-def test_calibration_and_goals_are_those_asked_for(sources, tmp_path, capsys, calibration):
+def test_calibration_and_goals_follow_the_options(sources, tmp_path, capsys, calibration):
+    """And the same seed gives the same file."""
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a bridge over a river. " * 3)
-    given = convert(
-        str(sources["tied"]),
-        str(tmp_path / "found"),
-        target_agreement=0.01,
-        calibration=str(text) if calibration == "file" else calibration,
-        calibration_positions=100,
-        seed=3,
-    )
+    options = {"target_agreement": 0.01, "calibration_positions": 100}
+    options["calibration"] = str(text) if calibration == "file" else calibration
+    files = []
+    for seed in (3, 3, 4):
+        place = tmp_path / f"found-{len(files)}"
+        given = convert(str(sources["tied"]), str(place), seed=seed, **options)
+        files.append((place / FILE_NAME).read_bytes())
+    assert files[0] == files[1] != files[2]
     positions = 0 if calibration == "none" else 100
-    assert given.calibration == {"source": calibration, "positions": positions, "seed": 3}
+    assert given.calibration == {"source": calibration, "positions": positions, "seed": 4}
     assert given.report.get("positions", 0) == positions / 4
     assert 1 <= given.n_probes <= N_CLUSTERS
     said = "are expected to be fastest"
     assert (said in capsys.readouterr().out) == (calibration != "none")
 
 
-def test_a_seed_gives_one_file(sources, tmp_path):
-    files = []
-    for name, seed in (("first", 5), ("second", 5), ("other", 6)):
-        options = {"seed": seed, "calibration_positions": 100, "progress": False}
-        convert(str(sources["tied"]), str(tmp_path / name), **options)
-        files.append((tmp_path / name / FILE_NAME).read_bytes())
-    assert files[0] == files[1] != files[2]
-
-
 def test_replaces_what_it_wrote_and_nothing_else(tmp_path, sources):
     place = tmp_path / "model"
     convert(str(sources["quantized"]), str(place), **QUICK)
     before = weights(place)
-    convert(str(sources["quantized"]), str(place), cluster_size=8, overwrite=True, **QUICK)
-    assert weights(place) == before
-    assert read_index(place).config.cluster_size == 8
-    assert list(tmp_path.iterdir()) == [place]
     config = json.loads((place / "config.json").read_text())
     config[CONFIG_KEY]["version"] = 1  # of an older package
     (place / "config.json").write_text(json.dumps(config))
     convert(str(sources["quantized"]), str(place), cluster_size=8, overwrite=True, **QUICK)
+    assert weights(place) == before and read_index(place).config.cluster_size == 8
+    assert list(tmp_path.iterdir()) == [place]
     (place / "notes.txt").write_text("mine")
     (place / "runs").mkdir()
     names = {path.name for path in place.iterdir()}
@@ -184,7 +160,7 @@ def test_replaces_what_it_wrote_and_nothing_else(tmp_path, sources):
     assert {path.name for path in place.iterdir()} == names
 
 
-def test_folders_are_told_apart_by_what_they_are(tmp_path, monkeypatch):
+def test_a_folder_is_recognized_under_another_path(tmp_path, monkeypatch):
     """As a bind mount shows one folder at two paths."""
     source, other = tmp_path / "source", tmp_path / "mounted"
     source.mkdir(), other.mkdir()
@@ -194,23 +170,19 @@ def test_folders_are_told_apart_by_what_they_are(tmp_path, monkeypatch):
         return of(*(source if Path(path) == other else path for path in (one, two)))
 
     monkeypatch.setattr(os.path, "samefile", samefile)
-    with pytest.raises(ValueError, match="is the folder of the model itself"):
-        check_apart(source, other)
-    with pytest.raises(ValueError, match="lie one inside the other"):
-        check_apart(source, other / "new")
+    for target in (other, other / "new"):
+        with pytest.raises(ValueError, match="is the folder of the model itself, or lies in it"):
+            check_apart(source, target)
 
 
 def test_the_model_itself_is_not_written_over(sources, tmp_path):
-    place = tmp_path / "deep" / "model"
+    place, link = tmp_path / "deep" / "model", tmp_path / "link"
     convert(str(sources["tied"]), str(place), **QUICK)
-    before = weights(place)
-    for source, target in ((place, place), (place, place / "new"), (place, tmp_path / "deep")):
-        with pytest.raises(ValueError, match=r"is the folder of the model|was not written by|one "):
-            convert(str(source), str(target), quantize=True, overwrite=True, **QUICK)
-    link = tmp_path / "link"
     link.symlink_to(place)
-    with pytest.raises(ValueError, match="is the folder of the model itself"):
-        convert(str(place), str(link), quantize=True, overwrite=True, **QUICK)
+    before = weights(place)
+    for target in (place, place / "new", place.parent, link):
+        with pytest.raises(ValueError, match=r"is the folder of the model|was not written by"):
+            convert(str(place), str(target), quantize=True, overwrite=True, **QUICK)
     assert weights(place) == before
 
 
@@ -227,19 +199,19 @@ def test_free_space_is_checked_before_the_work(sources, tmp_path, monkeypatch):
 def test_a_quantized_model_gets_the_head_of_its_original(sources, tmp_path, bits):
     original, place = str(sources["untied"]), tmp_path / "finer"
     convert(str(sources["quantized"]), str(place), fine_head=original, head_bits=bits, **QUICK)
+    model, _ = mlx_flashhead.load(str(place))
+    assert get_flash_head(model) is not None
     model, _ = mlx_lm.load(str(place))
     rows, originals = find_head(model).rows(), find_head(mlx_lm.load(original)[0]).rows()
     assert rows.bits == (8 if bits is None else 0)
     allowed = 0.01 if bits is None else 0.0
     assert mx.abs(rows.dequantized() - originals.weight).max() <= allowed
     assert model.layers[0].self_attn.q_proj.bits == 4
-    assert get_flash_head(mlx_flashhead.load(str(place))[0]) is not None
 
 
 def test_the_index_alone(sources, tmp_path):
     given = convert(str(sources["half"]), str(tmp_path / "head"), index_only=True, **QUICK)
-    found = {path.name for path in (tmp_path / "head").iterdir()}
-    assert found == {FILE_NAME, SETTINGS_NAME, "README.md"}
+    assert contents(tmp_path / "head").keys() == {FILE_NAME, SETTINGS_NAME, "README.md"}
     assert read_index(tmp_path / "head").config == given
     assert "--index-only" in given.recipe["command"]
     assert given.recipe["name"] == "half-FlashHead"
@@ -262,7 +234,6 @@ def test_the_index_alone(sources, tmp_path):
         ({"quantize": True, "dequantize": True}, "either `quantize` or `dequantize`"),
         ({"quantize": True, "quant_predicate": "mixed_4_6", "q_mode": "mxfp4"}, "affine"),
         ({"quantize": True, "q_bits": 7}, "`q_bits` is 7: choose 1, 2, 3, 4, 5, 6 or 8"),
-        ({"quantize": True, "q_group_size": 7}, "`q_group_size` is 7: choose 32, 64 or 128"),
         ({"quantize": True, "q_group_size": 64, "q_mode": "mxfp4"}, "size` is 64: choose 32"),
         ({"q_bits": 8}, "`q_bits` is for a quantized model: add `quantize`"),
         ({"quant_predicate": "mixed_4_6"}, "`quant_predicate` is for a quantized model"),
@@ -285,18 +256,18 @@ def recipe(revision=None, **options):
 
 
 def test_the_command_makes_the_same_again():
+    options = {
+        "quantize": True, "q_bits": 8, "head_bits": 16, "seed": 3, "quant_predicate": "mixed_4_6",
+        "trust_remote_code": True,
+    }  # fmt: skip
     found = recipe(
-        revision="abc", quantize=True, q_bits=8, head_bits=16, seed=3, quant_predicate="mixed_4_6",
-        upload_repo="me/x", private=True, trust_remote_code=True, overwrite=True, license="mit",
-    )  # fmt: skip
+        "abc", upload_repo="me/x", private=True, overwrite=True, license="mit", **options
+    )
     program, *words = shlex.split(found["command"])
     again = ConvertOptions(**vars(make_parser().parse_args(words)))
     assert program == "mlx_flashhead.convert"
+    assert again == ConvertOptions("maker/Model", "Model-4bit", revision="abc", **options)
     assert " ".join(found["versions"]) == "python mlx_flashhead mlx mlx-lm numpy transformers"
-    assert again == ConvertOptions(
-        hf_path="maker/Model", mlx_path="Model-4bit", revision="abc", quantize=True, q_bits=8,
-        head_bits=16, seed=3, quant_predicate="mixed_4_6", trust_remote_code=True,
-    )  # fmt: skip
 
 
 def test_defaults_are_left_out_but_the_seed():

@@ -23,9 +23,8 @@ class Case:
         self.logits = self.logits_of(self.states).astype(np.float64)
         self.next_ids = (self.logits + rng.gumbel(size=self.logits.shape)).argmax(axis=1)
         self.tail_offset = np.array(self.centroids.tail_offset)
-        self.cluster_of = np.empty(vocab_size, int)
-        for cluster, ids in enumerate(self.token_ids.tolist()):
-            self.cluster_of[[i for i in ids if i < vocab_size]] = cluster
+        flat = np.argsort(self.token_ids.ravel(), kind="stable")[:vocab_size]
+        self.cluster_of = flat // self.token_ids.shape[1]
 
     def logits_of(self, states):
         return np.array(self.rows.matmul(mx.array(states)))
@@ -35,17 +34,9 @@ class Case:
         return states @ matrix.T + np.array(self.centroids.bias)
 
     def positions(self, probe_counts):
-        return take_all(
-            measures.measure_positions(
-                self.states,
-                self.logits_of,
-                self.token_ids,
-                self.scores_of,
-                self.tail_offset,
-                probe_counts,
-                self.next_ids,
-            )
-        )
+        dense, clusters = (self.states, self.logits_of), (self.token_ids, self.scores_of)
+        further = (self.tail_offset, probe_counts, self.next_ids)
+        return take_all(measures.measure_positions(*dense, *clusters, *further))
 
     def probed(self, n_probes):
         """(N, V) bool: the tokens of each state's best clusters."""
@@ -61,15 +52,15 @@ def test_divergence_and_perplexity_of_full_distributions(vocab_size, cluster_siz
     case = Case(vocab_size, cluster_size)
     estimate = (case.scores_of(case.states) + case.tail_offset)[:, case.cluster_of]
     for got in case.positions(sorted({1, min(3, case.n_clusters), case.n_clusters})).means():
-        probed = case.probed(got.n_probes)
+        probed = case.probed(got["n_probes"])
         best = np.where(probed, case.logits, -np.inf).max(axis=1, keepdims=True)
         cap = best - np.maximum(1, np.abs(best) / 64)
         retrieved = np.where(probed, case.logits, np.minimum(estimate, cap))
         dense, own = (x - np.log(np.exp(x).sum(1)[:, None]) for x in (case.logits, retrieved))
         kl = (np.exp(dense) * (dense - own)).sum(axis=1).mean()
-        assert got.kl == pytest.approx(kl, rel=1e-4, abs=1e-6)
+        assert got["kl"] == pytest.approx(kl, rel=1e-4, abs=1e-6)
         perplexity = np.exp(-np.take_along_axis(own, case.next_ids[:, None], axis=1).mean())
-        assert got.perplexity == pytest.approx(perplexity, rel=1e-5)
+        assert got["perplexity"] == pytest.approx(perplexity, rel=1e-5)
 
 
 def test_gap_and_tail_are_what_the_head_knows_of_its_unscored_clusters():
@@ -101,21 +92,15 @@ def test_a_model_s_own_minus_infinity():
     case.next_ids = np.full(len(case.states), case.token_ids[1, 0])
     found = case.positions([3, 8])
     got, whole = found.means()
-    assert np.isfinite([*got, found.dense_perplexity()]).all()
-    assert whole.kl == pytest.approx(0, abs=1e-7)
+    assert np.isfinite([*got.values(), found.dense_perplexity()]).all()
+    assert whole["kl"] == pytest.approx(0, abs=1e-7)
 
 
 def test_large_vocabularies_are_measured_in_smaller_chunks(monkeypatch):
-    case = Case()
-    expected = case.positions([3])
-    sizes = []
-
-    def logits_of(states):
-        sizes.append(len(states))
-        return np.array(case.rows.matmul(mx.array(states)))
-
+    case, sizes = Case(), []
+    expected, logits_of = case.positions([3]), case.logits_of
     monkeypatch.setattr(measures, "CHUNK_LOGITS", 4 * case.token_ids.size - 1)
-    monkeypatch.setattr(case, "logits_of", logits_of)
+    case.logits_of = lambda states: sizes.append(len(states)) or logits_of(states)
     found = case.positions([3])
     assert set(sizes) == {3}
     np.testing.assert_allclose(found.values, expected.values, rtol=1e-4, atol=1e-4)
@@ -137,6 +122,9 @@ def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
 def test_the_fewest_that_agree_as_often_as_wanted():
     # 1,000 positions: 90 % and 1.645 standard errors of 0.95 points are 91.6 %
     assert choose(0.9, agree=(0.5, 0.91, 0.917, 1)) == 32
+    bound = measures.lower_bound(0.9, 400)
+    # Wilson: the share whose own standard error reaches to what was seen
+    assert bound + 1.645 * np.sqrt(bound * (1 - bound) / 400) == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(("share", "n_probes"), [(0.04, 32), (0.001, 8), (1, 64)])
@@ -150,12 +138,6 @@ def test_few_positions_that_cannot_show_a_goal_must_all_agree(n_positions):
     assert choose(0.998, n_positions=n_positions) == 8
     missed = 1 - 1 / n_positions
     assert choose(0.998, agree=(missed, missed, 1, 1), n_positions=n_positions) == 32
-
-
-def test_bounds():
-    bound = measures.lower_bound(0.9, 400)
-    # Wilson: the share whose own standard error reaches to what was seen
-    assert bound + 1.645 * np.sqrt(bound * (1 - bound) / 400) == pytest.approx(0.9)
 
 
 def test_grid():
@@ -195,37 +177,31 @@ def test_a_verification_costs_the_dense_rows_and_a_difference_the_steps_after_it
     assert NBYTES.verified(100, 1.0) >= 650 + 1000
 
 
+GREEDY, SAMPLED = [0.1, 0.02, 0.002, 0.001], [0.2, 0.04, 0.004, 0.003]
+
+
 def test_probes_are_those_of_the_fewest_bytes():
-    greedy, sampled = [0.1, 0.02, 0.002, 0.001], [0.2, 0.04, 0.004, 0.003]
-    found = settings(greedy, sampled)
-    by_hand = [
-        NBYTES.verified(10 * 2**i, (g + s) / 2)
-        for i, (g, s) in enumerate(zip(greedy, sampled, strict=True))
-    ]
+    found, shares = settings(GREEDY, SAMPLED), np.mean([GREEDY, SAMPLED], axis=0)
+    by_hand = [NBYTES.verified(10 * 2**i, share) for i, share in enumerate(shares)]
     assert found["n_probes"] == 10 * 2 ** int(np.argmin(by_hand))
     # a step that reads much more beside the rows pays for more of them
     heavy = measures.StepBytes(centroids=50, probe=1.0, dense=1000, body=50_000)
-    assert settings(greedy, sampled, heavy)["n_probes"] > found["n_probes"]
-    assert [row["greedy_differs"] for row in found["by_probes"]] == pytest.approx(greedy)
-    assert [row["sampled_differs"] for row in found["by_probes"]] == pytest.approx(
-        sampled, abs=1e-6
-    )
+    assert settings(GREEDY, SAMPLED, heavy)["n_probes"] > found["n_probes"]
+    for name, expected in (("greedy_differs", GREEDY), ("sampled_differs", SAMPLED)):
+        assert [row[name] for row in found["by_probes"]] == pytest.approx(expected, abs=1e-6)
 
 
 def test_risks_are_recorded_near_the_choice():
-    found = settings([0.1, 0.02, 0.002, 0.001], [0.2, 0.04, 0.004, 0.003])
-    rows = {row["n_probes"]: row for row in found["by_probes"]}
-    chosen = found["n_probes"]
+    found = settings(GREEDY, SAMPLED)
+    rows, chosen = {row["n_probes"]: row for row in found["by_probes"]}, found["n_probes"]
     recorded = {n for n, row in rows.items() if "risks" in row}
     assert chosen in recorded and recorded <= {chosen // 2, chosen, 2 * chosen}
     for n_probes in recorded:
         risks = np.array(rows[n_probes]["risks"])
         assert len(risks) == 512 and 1 <= abs(risks).min() <= abs(risks).max() <= 10_001
         assert (risks < 0).sum() == round(1000 * rows[n_probes]["greedy_differs"])  # all at first
-
-
-def test_the_scale_makes_the_estimated_tails_right():
-    assert settings([0.1, 0.02], [0.2, 0.04])["risk"]["sampled"] == pytest.approx(2, rel=1e-3)
+    # the scale makes the estimated tails right, which are half of them here
+    assert found["risk"]["sampled"] == pytest.approx(2, rel=1e-3)
 
 
 @pytest.mark.parametrize(("offset", "slope"), [(0.0, 1.0), (-1.0, 0.6), (0.5, 1.6)])

@@ -14,7 +14,7 @@ from mlx_lm import models
 
 from architecture_configs import COMMON, OVERRIDES, VOCAB_SIZE
 from mlx_flashhead.conversion.options import ConvertOptions
-from mlx_flashhead.conversion.quantization import set_bits
+from mlx_flashhead.conversion.pipeline import set_bits
 from mlx_flashhead.models.compat.mlx_lm import quantize_model
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_tokenizer
@@ -58,8 +58,9 @@ def quantized(model: nn.Module) -> nn.Module:
     """The model as ``mlx_lm.convert -q`` quantizes it, to 4 bits but for what it says itself."""
     with redirect_stdout(StringIO()):
         if model.model_type == "afm7":  # whose fused layers do not take mlx-lm's own arguments
-            options = ConvertOptions("model")
-            return set_bits(model, {}, find_head(model).path, options, 4)[0]
+            return set_bits(
+                model, {}, find_head(model), ConvertOptions("model", head_bits=4), print
+            )[0]
         return quantize_model(model, {}, 64, 4)[0]
 
 

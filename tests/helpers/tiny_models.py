@@ -8,13 +8,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_flashhead.conversion import take_all
-from mlx_flashhead.conversion.fitting import fit_centroids
+from mlx_flashhead.conversion.clusters import fit_centroids
 from mlx_flashhead.head.clustered import Centroids
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
-from mlx_flashhead.index.files import FlashHeadIndex
+from mlx_flashhead.index.files import FlashHeadIndex, Sketch
 from mlx_flashhead.index.settings import FlashHeadConfig
-from mlx_flashhead.index.sketch import Sketch
 from mlx_flashhead.models.install import install
 from mlx_flashhead.models.locate import find_head
 

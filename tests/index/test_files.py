@@ -1,4 +1,4 @@
-"""The FlashHead file: what is written is read back, and what is damaged is refused."""
+"""The FlashHead file: what is written is read back, and damage is an error."""
 
 import json
 import math
@@ -7,14 +7,13 @@ from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 import refusals
 from mlx_flashhead.index import files
 from mlx_flashhead.index.settings import REQUIRED
 from mlx_flashhead.models.dense import load_dense
-from model_folders import write_model
+from model_folders import contents, write_model
 from tiny_models import tiny_index
 
 CONVERT = r"make (it again|one) with `?mlx_flashhead\.convert"
@@ -36,24 +35,23 @@ def folder(original, tmp_path):
     return shutil.copytree(original[0], tmp_path / "model")
 
 
-def arrays_of(index):
-    centroids, sketch = index.centroids, index.sketch
-    named = {"bias": centroids.bias, "tail": centroids.tail_offset} | vars(sketch)
-    return named | {"ids": mx.array(index.token_ids)} | centroids.matrix.arrays()
+def arrays(index):
+    centroids, ids = index.centroids, mx.array(index.token_ids)
+    named = {"bias": centroids.bias, "tail": centroids.tail_offset, "ids": ids}
+    return named | vars(index.sketch) | centroids.matrix.arrays()
 
 
 def same(actual, expected) -> bool:
-    found, wanted = arrays_of(actual), arrays_of(expected)
-    return (
-        actual.config == expected.config
-        and actual.centroids.matrix.quantization == expected.centroids.matrix.quantization
-        and found.keys() == wanted.keys()
-        and all(a.dtype == wanted[n].dtype for n, a in found.items())
-        and all(mx.array_equal(a, wanted[n]) for n, a in found.items())
+    """Whether two indexes have the same settings and arrays."""
+    forms = {str(index.centroids.matrix.quantization) for index in (actual, expected)}
+    pairs = zip(arrays(actual).items(), arrays(expected).items(), strict=True)
+    return (actual.config == expected.config and len(forms) == 1) and all(
+        (name, a.dtype) == (other, b.dtype) and mx.array_equal(a, b)
+        for (name, a), (other, b) in pairs
     )
 
 
-@pytest.mark.parametrize("hidden_size", [40, 64, 96])
+@pytest.mark.parametrize("hidden_size", [40, 96])
 def test_round_trip(hidden_size, tmp_path):
     """40 is not divisible by any quantization group: the centroids are floats."""
     folder = write_model(tmp_path / "model", hidden_size=hidden_size)
@@ -75,7 +73,7 @@ def test_a_folder_of_its_own(original, tmp_path):
     assert not files.has_flash_head(tmp_path)
     files.write_companion(tmp_path, original[1])
     assert files.has_flash_head(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {files.FILE_NAME, files.SETTINGS_NAME}
+    assert contents(tmp_path).keys() == {files.FILE_NAME, files.SETTINGS_NAME}
     assert same(files.read_index(tmp_path), original[1])
     (tmp_path / files.SETTINGS_NAME).write_text("{")
     refused(tmp_path, f"{files.SETTINGS_NAME} is damaged", "fetch it again")
@@ -86,12 +84,9 @@ def test_a_folder_of_its_own(original, tmp_path):
 def test_configuration_keeps_its_other_keys(original):
     config = json.loads((original[0] / "config.json").read_text())
     entry = config.pop(files.CONFIG_KEY)
-    assert config["model_type"] == "llama"
-    assert config["vocab_size"] == 258
-    assert entry["version"] == 2
+    assert (config["model_type"], config["vocab_size"]) == ("llama", 258)
     assert (entry["n_clusters"], entry["cluster_size"], entry["n_probes"]) == (33, 8, 4)
-    assert entry["eos_token_ids"] == [1]
-    assert len(entry["fingerprint"]) == 64
+    assert (entry["version"], entry["eos_token_ids"], len(entry["fingerprint"])) == (2, [1], 64)
 
 
 def refused(folder, *expected):
@@ -99,22 +94,19 @@ def refused(folder, *expected):
     refusals.refused(lambda: files.read_index(folder), *expected)
 
 
-def test_folder_without_flash_head(tmp_path):
-    for folder in (write_model(tmp_path / "model"), tmp_path):
-        refused(folder, str(folder), "holds no FlashHead", CONVERT)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"text"', b"\xff\xfe\x00", b"null"])
-def test_damaged_configuration(folder, content):
-    (folder / "config.json").write_bytes(content)
-    refused(folder, r"config\.json is damaged", "fetch it again")
-
-
-def test_missing_file(folder):
+def test_missing_files(folder, tmp_path):
+    for empty in (write_model(tmp_path / "dense"), tmp_path):
+        refused(empty, str(empty), "holds no FlashHead", CONVERT)
     assert files.has_flash_head(folder)
     (folder / files.FILE_NAME).unlink()
     assert not files.has_flash_head(folder)
     refused(folder, f"{files.FILE_NAME} is missing", "fetch the file", CONVERT)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe\x00", b"null"])
+def test_damaged_configuration(folder, content):
+    (folder / "config.json").write_bytes(content)
+    refused(folder, r"config\.json is damaged", "fetch it again")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +118,6 @@ def test_missing_file(folder):
         lambda content: content[: len(content) // 2],
         lambda content: content.replace(b"checksum", b"no_verify"),
         lambda content: bytes(1000),
-        lambda content: np.random.default_rng(0).bytes(5000),
         lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
         lambda content: b"\x02\x00\x00\x00\x00\x00\x00\x00{}",
     ],
@@ -144,35 +135,38 @@ def change_entry(folder, change):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-# sizes with which an index of a few megabytes would take gigabytes, among others
-IMPOSSIBLE = [
-    *(("vocab_size", value) for value in (0, 131, 265)),
-    *(("n_clusters", value) for value in (32, -33, 10**18, 10**400)),
-    *(("cluster_size", value) for value in (0, 16, 10**9)),
-]
 ROW = {"n_probes": 3, "greedy_differs": 0.1, "sampled_differs": 0.2}
-VERIFICATION = {"risk": {"greedy": [0, 1], "sampled": 1}, "by_probes": [ROW]}
-WRONG_ROWS = [
-    {},
-    [3],
-    [{}],
-    [ROW | {"n_probes": 34}],
-    [ROW | {"n_probes": 1e300}],
-    [ROW | {"greedy_differs": 1.1}],
-    [ROW | {"sampled_differs": "0.2"}],
-    [ROW] * 1001,
-    [ROW | {"risks": 5}],
-    [ROW | {"risks": [0.5]}],
-    [ROW | {"risks": [1] * 5000}],
-]
-WRONG_VERIFICATIONS = [
-    {"by_probes": []},
-    *(
-        {"risk": {"greedy": greedy, "sampled": sampled}, "by_probes": []}
-        for greedy, sampled in (([0], 1), ([0, "1"], 1), ([0, 1], -1), ([0, 1], math.nan))
-    ),
-    *(VERIFICATION | {"by_probes": rows} for rows in WRONG_ROWS),
-]
+RISK, ROWS = {"greedy": [0, 1], "sampled": 1}, [ROW]
+WRONG = {  # values of a key; sizes with which an index of some megabytes would take gigabytes, too
+    "n_probes": ["4", 0, 34],
+    "unverified_probes": [0, 34],
+    "n_clusters": [33.0, 32, -33, 10**18, 10**400],
+    "cluster_size": [0, 16, 10**9],
+    "vocab_size": [0, 131, 265],
+    "centroid_group_size": [True],
+    "eos_token_ids": [["1"], [258], 5, list(range(65))],
+    "fingerprint": [1],
+    "report": ["good"],
+    "verification": [
+        {"by_probes": []},
+        *({"risk": RISK | {"greedy": wrong}, "by_probes": ROWS} for wrong in ([0], [0, "1"])),
+        {"risk": RISK | {"greedy": [0, 10**400]}, "by_probes": ROWS},
+        *({"risk": RISK | {"sampled": wrong}, "by_probes": ROWS} for wrong in (-1, math.nan)),
+        *({"risk": RISK, "by_probes": rows} for rows in ({}, [3], [{}], [ROW] * 1001)),
+        *(
+            {"risk": RISK, "by_probes": [ROW | wrong]}
+            for wrong in (
+                {"n_probes": 34},
+                {"n_probes": 1e300},
+                {"greedy_differs": 1.1},
+                {"sampled_differs": "0.2"},
+                {"risks": 5},
+                {"risks": [0.5]},
+                {"risks": [1] * 5000},
+            )
+        ),
+    ],
+}
 
 
 def without(key, entry):
@@ -186,22 +180,8 @@ def without(key, entry):
         ({"version": "2"}, "version '2'.*reads version 2"),
         (lambda entry: [], "version None"),
         (lambda entry: {}, "version None"),
-        ({"n_probes": "4"}, "whole numbers"),
-        ({"n_clusters": 33.0}, "whole numbers"),
-        ({"eos_token_ids": ["1"]}, "whole numbers"),
-        ({"centroid_group_size": True}, "whole numbers"),
         *((partial(without, key), f"lacks {key}") for key in sorted(REQUIRED)),
-        ({"eos_token_ids": [258]}, "ids of tokens as eos_token_ids"),
-        ({"fingerprint": 1}, "a text as fingerprint"),
-        *(({key: value}, "which is not possible") for key, value in IMPOSSIBLE),
-        *(
-            ({key: n}, f"has {n} as {key}, not 1 to 33")
-            for key in ("n_probes", "unverified_probes")
-            for n in (0, 34)
-        ),
-        ({"eos_token_ids": list(range(258))}, "258 tokens .* more than 64"),
-        ({"report": "good"}, "objects as calibration, report, verif"),
-        *(({"verification": wrong}, "no valid settings of") for wrong in WRONG_VERIFICATIONS),
+        *(({key: value}, f"has no valid .*{key}") for key in WRONG for value in WRONG[key]),
     ],
 )
 def test_settings_that_are_none(folder, change, said):
@@ -227,9 +207,8 @@ def test_keys_of_a_later_package_are_ignored(folder, original):
 )
 def test_arrays_that_do_not_fit_the_settings(folder, key, value):
     change_entry(folder, {key: value})
-    refused(
-        folder, f"{files.FILE_NAME} does not hold the arrays that its settings describe", CONVERT
-    )
+    said = f"{files.FILE_NAME} does not hold the arrays that its settings describe"
+    refused(folder, said, CONVERT)
 
 
 ARRAYS = [

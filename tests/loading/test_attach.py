@@ -148,7 +148,7 @@ def test_a_damaged_entry_is_built_anew(folder, quick, capfd, damage):
         values["verification"] = {"risk": {"greedy": [0, 0], "sampled": 1}}
         values["verification"]["by_probes"] = [{"n_probes": 10**9}]
         settings.write_text(json.dumps(values))
-        reason = f"{settings} has no valid settings of verification"
+        reason = f"{settings} has no valid verification"
     else:
         file.write_bytes(content[: len(content) - 100] if damage == "cut" else b"")
     capfd.readouterr()

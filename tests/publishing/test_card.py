@@ -8,10 +8,10 @@ from huggingface_hub import ModelCard
 
 from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.models.fetch import resolve
+from mlx_flashhead.models.origin import Origin
 from mlx_flashhead.publishing import card as cards
-from mlx_flashhead.publishing import licences
 
-LLAMA = next(licence for licence in licences.LICENCES if licence.identifier == "llama3.2")
+LLAMA = next(licence for licence in cards.LICENCES if licence.identifier == "llama3.2")
 METADATA = {
     "license": "llama3.2",
     "language": ["en"],
@@ -91,16 +91,11 @@ def test_what_was_not_measured_is_not_shown(tmp_path):
     assert "tokens per second" not in card and "M2" not in card  # estimates are no measurements
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"report": {"by_probes": [None]}}, {"recipe": {"versions": 5}}, {"calibration": {}}]
-)
-def test_settings_that_a_card_cannot_show(tmp_path, wrong):
-    config = dataclasses.replace(CONFIG, **wrong)
-    if "calibration" in wrong:
-        assert "Not calibrated" in write(tmp_path, config)
-        return
-    with pytest.raises(ValueError, match=r"that a card cannot show \(.*make it again with"):
-        write(tmp_path, config)
+def test_settings_that_a_card_cannot_show(tmp_path):
+    assert "Not calibrated" in write(tmp_path, dataclasses.replace(CONFIG, calibration={}))
+    for wrong in ({"report": {"by_probes": [None]}}, {"recipe": {"versions": 5}}):
+        with pytest.raises(ValueError, match=r"that a card cannot show \(.*make it again with"):
+            write(tmp_path, dataclasses.replace(CONFIG, **wrong))
 
 
 def test_other_licences(tmp_path):
@@ -112,14 +107,13 @@ def test_other_licences(tmp_path):
     assert "Its files do not name it" in card and "Built with" not in card
 
 
-@pytest.mark.parametrize("text", ["", "My text.\n", "# A\n\n---\n<!-- x -->\n", "no newline"])
-def test_own_text_is_kept_and_a_card_without_the_marker_is_all_own_text(tmp_path, text):
-    assert cards.text_below_marker(write(tmp_path, own_text=text)) == text
+def test_own_text_stays_and_a_card_without_the_marker_is_all_own_text(tmp_path):
+    for text in ("", "My text.\n", "# A\n\n---\n<!-- x -->\n", "no newline"):
+        assert cards.text_below_marker(write(tmp_path, own_text=text)) == text
     assert cards.text_below_marker("---\nlicense: mit\n---\n\n# Mine\n") == "# Mine\n"
     assert cards.text_below_marker("") == ""
 
 
-BY_NAME = {licence.identifier: licence for licence in licences.LICENCES}
 TEXTS = {
     "llama3.2": "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n\nLlama 3.2 Version Release Date: …",
     "llama3": "META LLAMA 3 COMMUNITY LICENSE AGREEMENT\n",
@@ -142,34 +136,30 @@ TEXTS = {
     ],
 )
 def test_recognise(metadata, expected):
-    found = licences.recognise(metadata, [])
+    found = cards.recognise(metadata, [])
     assert (found and found.identifier) == expected
 
 
 def checked(folder, identifier, repo_id=None):
-    files = licences.licence_files(folder)
-    licences.check({"license": identifier}, files, repo_id, model="m", place=str(folder))
+    files = cards.licence_files(folder)
+    cards.check_licence({"license": identifier}, files, repo_id, model="m", place=str(folder))
 
 
-@pytest.mark.parametrize(
-    "licence, name, suggested",
-    [
-        ("llama3.2", "Llama-3.2-1B-FlashHead-4bit", None),
+def test_a_name_begins_as_the_licence_asks(tmp_path):
+    for licence, text in TEXTS.items():
+        (tmp_path / licence).mkdir()
+        (tmp_path / licence / "LICENSE.txt").write_text(text)
+    for licence, name, suggested in (
         ("llama3.2", "llama-tuned", None),
         ("llama3.2", "tuned-Llama", "Llama-tuned-Llama"),
         ("llama3", "llama3-8B", None),
         ("llama3", "Llama-8B", "Llama-3-Llama-8B"),
         ("gemma", "anything", None),
-    ],
-)
-def test_prefix(tmp_path, licence, name, suggested):
-    (tmp_path / "LICENSE.txt").write_text(TEXTS[licence])
-    if suggested is None:
-        checked(tmp_path, licence, f"me/{name}")
-        return
-    with pytest.raises(ValueError, match=rf"^me/{name} is not .* call it me/{suggested}, "):
-        checked(tmp_path, licence, f"me/{name}")
-    checked(tmp_path, licence, f"me/{suggested}")
+    ):
+        if suggested is not None:
+            with pytest.raises(ValueError, match=rf"^me/{name} is not .* call it me/{suggested}, "):
+                checked(tmp_path / licence, licence, f"me/{name}")
+        checked(tmp_path / licence, licence, f"me/{suggested or name}")
 
 
 def test_a_copy_of_the_text_is_needed(tmp_path):
@@ -177,7 +167,7 @@ def test_a_copy_of_the_text_is_needed(tmp_path):
     with pytest.raises(ValueError, match=rf"missing: save {address} as LICENSE.txt in {tmp_path}"):
         checked(tmp_path, "llama3.2")
     # the notice names the licence, but is no copy of it; nor is another licence's text
-    licences.write_notice(BY_NAME["llama3.2"], tmp_path)
+    cards.write_notice(LLAMA, tmp_path)
     for other in ("", TEXTS["llama3"]):
         (tmp_path / "LICENSE.txt").write_text(other)
         with pytest.raises(ValueError, match="its text is missing"):
@@ -187,17 +177,19 @@ def test_a_copy_of_the_text_is_needed(tmp_path):
     checked(tmp_path, "mit")
 
 
-@pytest.mark.parametrize("licence", licences.LICENCES, ids=lambda licence: licence.identifier)
-def test_notice(tmp_path, licence):
+def test_notice(tmp_path):
     (tmp_path / "NOTICE.txt").write_text("The base model's own.")
-    licences.write_notice(licence, tmp_path)
+    cards.write_notice(LLAMA, tmp_path)
     text = (tmp_path / "NOTICE.txt").read_text()
-    assert text == f"The base model's own.\n\n{licence.notice}\n\n{licences.MODIFIED}\n"
+    assert text == f"The base model's own.\n\n{LLAMA.notice}\n\n{cards.MODIFIED}\n"
     # one that is there is not written again
     (tmp_path / "NOTICE.txt").rename(tmp_path / "Notice")
-    licences.write_notice(licence, tmp_path)
-    licences.write_notice(None, tmp_path)
+    cards.write_notice(LLAMA, tmp_path)
+    cards.write_notice(None, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["Notice"]
+    links = {licence.identifier: licence.link for licence in cards.LICENCES}
+    assert links["llama3.1"] == "https://www.llama.com/llama3_1/license"
+    assert links["llama4"] == "https://www.llama.com/llama4/license"
 
 
 CARD = """---
@@ -225,26 +217,6 @@ def make(folder, card=None, **settings):
     return folder
 
 
-def test_header_of_the_new_card(tmp_path):
-    folder = make(tmp_path / "models--maker--Tuned" / "snapshots" / ("a" * 40), CARD)
-    base = cards.find_provenance(str(folder), folder)
-    assert (base.origin.name, base.origin.repo_id, base.origin.revision) == (
-        "Tuned",
-        "maker/Tuned",
-        "a" * 40,
-    )
-    assert cards.card_metadata(base) == {
-        "license": "llama3.2",
-        "license_link": "https://example.org/licence",
-        "language": ["en", "de"],
-        "library_name": "mlx",
-        "pipeline_tag": "text-generation",
-        "base_model": "maker/Tuned",
-        "base_model_relation": "quantized",
-        "tags": ["chat", "mlx", "flashhead"],
-    }
-
-
 @pytest.mark.parametrize(
     "card, settings, base_model, expected",
     [
@@ -252,7 +224,6 @@ def test_header_of_the_new_card(tmp_path):
         (None, {}, "maker/Model", ("maker/Model", "quantized")),
         (None, {"_name_or_path": "maker/Model"}, None, ("maker/Model", "quantized")),
         (None, {"_name_or_path": "/home/ann/model"}, None, (None, None)),
-        (None, {"_name_or_path": "./out"}, None, (None, None)),
         (None, {"_name_or_path": "a/\x1b[2J"}, None, (None, None)),
         ("---\nlibrary_name: mlx\nbase_model: 5\n---\n", {}, None, (None, None)),
         ("---\nlibrary_name: mlx\nbase_model: maker/M\n---\n", {}, None, ("maker/M", "quantized")),
@@ -288,30 +259,31 @@ def test_card_of_a_base_model_that_is_named(hub, tmp_path):
 
 def test_licence_is_named_where_the_card_is_silent(tmp_path):
     folder = make(tmp_path / "model")
-    (folder / "LICENSE.txt").write_text("LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n")
+    (folder / "LICENSE.txt").write_text(TEXTS["llama3.2"])
     for given in (None, "llama3.2"):
         base = cards.find_provenance("x", folder, license=given)
-        assert base.licence.identifier == "llama3.2"
-        assert cards.card_metadata(base)["license"] == "llama3.2"
+        assert base.licence.identifier == cards.card_metadata(base)["license"] == "llama3.2"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "no header", "---\n: [\n---\n", "---\n- a list\n---\n", "---\n---\n", "\xff"]
-)
-def test_cards_that_say_nothing(tmp_path, text):
-    (tmp_path / "README.md").write_bytes(text.encode("latin-1"))
+def test_cards_that_say_nothing(tmp_path):
     assert cards.read_metadata(tmp_path / "README.md") == {}
-    assert cards.read_metadata(tmp_path / "absent.md") == {}
+    for text in (b"", b"no header", b"---\n: [\n---\n", b"---\n- a list\n---\n", b"\xff"):
+        (tmp_path / "README.md").write_bytes(text)
+        assert cards.read_metadata(tmp_path / "README.md") == {}
 
 
 def test_card_and_licence_are_fetched_beside_the_model(hub, tmp_path):
     files = {"config.json": b"{}", "README.md": CARD.encode(), "LICENSE.txt": b"text"}
     hub.put("maker/Tuned", files | {"USE_POLICY.md": b"policy", "big.bin": b"no"})
     base = cards.find_provenance("maker/Tuned", resolve("maker/Tuned"))
-    assert base.origin.repo_id == "maker/Tuned"
-    assert base.origin.revision == hub.repositories["maker/Tuned"].sha(1)
-    assert base.metadata["language"] == ["en", "de"]
+    assert base.origin == Origin("Tuned", "maker/Tuned", hub.repositories["maker/Tuned"].sha(1))
     assert [file.name for file in base.files] == ["LICENSE.txt", "USE_POLICY.md"]
+    assert cards.card_metadata(base) == METADATA | {
+        "license_link": "https://example.org/licence",
+        "language": ["en", "de"],
+        "base_model": "maker/Tuned",
+        "tags": ["chat", "mlx", "flashhead"],
+    }
     # what was not fetched while there was a network is not missed without it
     hub.put("maker/Bare", {"config.json": b"{}", "README.md": CARD.encode()})
     folder = resolve("maker/Bare")

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shutil
 import time
 
 import pytest
@@ -14,24 +15,17 @@ from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.models.origin import Origin
-from mlx_flashhead.publishing import licences
+from mlx_flashhead.publishing.card import recognise
 from mlx_flashhead.publishing.publish import publish
 from model_folders import contents, write_model
 
 QUICK = {"calibration": "none", "progress": False}
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("dense") / "Tiny-1B", tied=False)
-
-
 @pytest.fixture
-def converted(dense, tmp_path):
-    """A checkpoint's folder."""
-    folder = tmp_path / "converted"
-    convert(str(dense), str(folder), n_probes=3, **QUICK)
-    return folder
+def converted(converted, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(converted, tmp_path / "converted")
 
 
 @pytest.fixture
@@ -40,52 +34,33 @@ def impatient(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
 
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def test_interrupted_upload_continues_with_what_is_missing(hub, converted, impatient):
-    weights, index = converted / "model.safetensors", converted / FILE_NAME
-    # first the smaller file alone, so that it is stored for certain before the connection is lost
-    stored, lost = digest(index), digest(weights)
-    hub.large[stored] = index.read_bytes()
-    hub.down_after = weights.stat().st_size // 2
-    before = contents(converted)
-    with pytest.raises(ValueError, match="could not be uploaded") as caught:
-        publish(converted, "me/tiny")
-    said = str(caught.value)
-    assert f"mlx_flashhead.upload --path {converted} --repo me/tiny" in said
-    assert "\n" not in said and TOKEN not in said and "Signature" not in said
-    assert set(contents(converted)) == set(before)
-    assert 0 < hub.sent[lost] < weights.stat().st_size
-    assert len(hub.repositories["me/tiny"].commits) == 1  # nothing half
-    hub.revive()
-    hub.sent.clear()
-    publish(converted, "me/tiny")
-    assert hub.files("me/tiny") == contents(converted)
-    assert hub.sent == {lost: weights.stat().st_size}
-    hub.sent.clear()
-    publish(converted, "me/tiny")
-    assert hub.sent == {}
-
-
-def test_the_checkpoint_is_kept_and_nothing_is_logged_if_its_upload_fails(
+def test_interrupted_upload_continues_with_what_is_missing(
     hub, dense, tmp_path, impatient, monkeypatch
 ):
-    """Signed addresses stay out of the log."""
+    """The checkpoint is kept, and signed addresses stay out of the log."""
     lines, handler, new = [], logging.Handler(), tmp_path / "new"
     monkeypatch.setattr(handler, "emit", lambda record: lines.append(record.getMessage()))
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [handler])
-    hub.down_after = 5000
-    with pytest.raises(ValueError, match=r"could not be uploaded .* is kept in"):
+    hub.down_after = (dense / "model.safetensors").stat().st_size // 2
+    with pytest.raises(ValueError, match=r"could not be uploaded .* is kept in") as caught:
         convert(str(dense), str(new), upload_repo="me/tiny", n_probes=4, **QUICK)
-    log = "\n".join(lines)
+    log, said, kept = "\n".join(lines), str(caught.value), contents(new)
+    assert f"mlx_flashhead.upload --path {new} --repo me/tiny" in said and "\n" not in said
     assert "thrown while requesting PUT" in log
-    assert "Signature" not in log and TOKEN not in log
-    hub.revive()
+    assert not any(secret in log + said for secret in ("Signature", TOKEN))
+    assert len(hub.repositories["me/tiny"].commits) == 1  # nothing half
     assert get_flash_head(mlx_flashhead.load(str(new))[0]).n_probes == 4
+    hub.revive()
+    # the smaller file is stored for certain
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in kept.items()}
+    hub.large[digests[FILE_NAME]] = kept[FILE_NAME]
+    hub.sent.clear()
     publish(new, "me/tiny")
     assert hub.files("me/tiny") == contents(new)
+    assert hub.sent == {digests["model.safetensors"]: len(kept["model.safetensors"])}
+    hub.sent.clear()
+    publish(new, "me/tiny")
+    assert hub.sent == {}
 
 
 def test_every_file_is_uploaded_and_stale_weights_are_deleted(hub, converted, monkeypatch):
@@ -99,7 +74,7 @@ def test_every_file_is_uploaded_and_stale_weights_are_deleted(hub, converted, mo
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         hub.down = offline
         model, _ = mlx_flashhead.load("ours/tiny", revision="first")
-        assert get_flash_head(model).n_probes == 3
+        assert get_flash_head(model).n_probes == 4
 
 
 def test_private(hub, converted):
@@ -123,7 +98,7 @@ def test_hidden_files_and_secrets_are_not_published(hub, converted):
     assert "notes.md" not in hub.files("me/tiny")
 
 
-def test_text_below_the_marker_is_kept(hub, converted):
+def test_text_below_the_marker_stays(hub, converted):
     publish(converted, "me/tiny")
     card = hub.files("me/tiny")["README.md"].decode()
     hub.put("me/tiny", {"README.md": (card + "Written on the Hub.\n").encode()})
@@ -136,22 +111,19 @@ def test_text_below_the_marker_is_kept(hub, converted):
 
 
 def test_a_model_without_a_licence_is_not_published(hub, tmp_path):
-    source = write_model(tmp_path / "bare", card=None)
-    for arguments in ({"upload": True}, {"upload_repo": "me/tiny"}):
-        with pytest.raises(ValueError, match=r"licence of bare is not known.*`license`"):
-            convert(str(source), str(tmp_path / "new"), **arguments, **QUICK)
-    assert not (tmp_path / "new").exists() and hub.repositories == {}
-    convert(str(source), str(tmp_path / "new"), **QUICK)
+    source, target = write_model(tmp_path / "bare", card=None), tmp_path / "new"
+    with pytest.raises(ValueError, match=r"licence of bare is not known.*`license`"):
+        convert(str(source), str(target), upload=True, **QUICK)
+    assert not target.exists()
+    convert(str(source), str(target), **QUICK)
     with pytest.raises(ValueError, match=r"licence of .*new is not known.*`license`"):
-        publish(tmp_path / "new", "me/tiny")
+        publish(target, "me/tiny")
     assert hub.repositories == {}
-    publish(tmp_path / "new", "me/tiny", license="mit")
+    publish(target, "me/tiny", license="mit")
     assert "\nlicense: mit\n" in hub.files("me/tiny")["README.md"].decode()
-    publish(tmp_path / "new", "me/tiny")  # it stands on the card now
+    publish(target, "me/tiny")  # it stands on the card now
     with pytest.raises(ValueError, match=r"`license` gemma contradicts .* says mit"):
-        publish(tmp_path / "new", "me/tiny", license="gemma")
-    convert(str(source), str(tmp_path / "other"), upload_repo="me/o", license="mit", **QUICK)
-    assert "\nlicense: mit\n" in hub.files("me/o")["README.md"].decode()
+        publish(target, "me/tiny", license="gemma")
 
 
 CHANGES = {
@@ -213,7 +185,7 @@ def test_what_the_hub_would_refuse_is_said_before_the_conversion(
     ],
 )
 def test_derived_names_are_names_that_the_hub_takes(name, licence, expected):
-    licence = licences.recognise({"license": licence}, [])
+    licence = recognise({"license": licence}, [])
     found = Origin(name).result_name("fp32", licence.prefix if licence else "")
     assert found == expected
     validate_repo_id(f"me/{found}")

@@ -21,7 +21,6 @@ from mlx_flashhead.serving.decoding import (
     CHUNK_SECONDS,
     SMALLEST_CHUNK,
     PrefillPace,
-    cached_beginning,
     next_reading,
 )
 from mlx_flashhead.serving.engine import Engine
@@ -157,9 +156,9 @@ def test_room_is_made_for_caches_in_use():
     for number in range(4):
         engine._readings = [SimpleNamespace(nbytes=1)] * (number == 3)
         Engine._store(engine, served, ([number, *range(255)], filled()))
-    found = [cached_beginning(caches, served, [number, 0, 7])[1] for number in range(4)]
-    assert sum(map(bool, found)) == 2
-    assert cached_beginning(caches, SimpleNamespace(name="another"), [3, 0, 7]) == (None, 0)
+    found = [caches.fetch_nearest_cache("a model", [number, 0, 7])[0] for number in range(4)]
+    assert found.count(None) == 2
+    assert caches.fetch_nearest_cache("another", [3, 0, 7])[0] is None
 
 
 @pytest.mark.parametrize("drafts", [False, True])

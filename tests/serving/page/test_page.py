@@ -11,7 +11,7 @@ from page_actions import answers, ask, settings, tap
 from scripted_server import MODEL, TOKEN
 
 SCREENSHOTS = Path(__file__).parents[3] / "screenshots"
-SCREENS = ("macbook", "ipad", "ipad-landscape", "ipad-half", "iphone-se", "iphone")
+SCREENS = ("macbook", "ipad", "ipad-half", "iphone-se")
 ANSWER = """Sunlight is a **mixture of all colours**, of which short waves are scattered *far more*:
 
 1. Red light passes almost straight through.

@@ -22,9 +22,7 @@ VIEWPORT = """async ([height, change]) => {
 }"""
 
 
-@pytest.fixture(
-    scope="module", params=["ipad", "ipad-landscape", "ipad-half", "iphone", "iphone-se"]
-)
+@pytest.fixture(scope="module", params=["ipad-landscape", "ipad-half", "iphone-se"])
 def shared_page(request, pages, scripted):
     """A page of each screen, with an answer."""
     scripted[1].answers = [[WIDE]]

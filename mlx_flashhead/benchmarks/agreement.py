@@ -36,9 +36,8 @@ def run(args: argparse.Namespace) -> dict:
     """Measures the model of the command line, and prints the table."""
     content = read_text(args.text)
     model, tokenizer = load(args.model, **source_options(args))
-    figures = evaluate(
-        model, tokenizer, content, probe_counts=args.probes, positions=args.positions
-    )
+    limits: dict[str, Any] = {"probe_counts": args.probes, "positions": args.positions}
+    figures = evaluate(model, tokenizer, content, **limits)
     show(make_table(figures))
     if args.plot:
         draw(figures, args.plot)
@@ -57,16 +56,19 @@ def evaluate(
 
     Returns:
         Positions, the dense perplexity, the model's own probes and clusters, and for each number of
-        probes (by default several and the model's own) a row of `conversion.measures.Measures` with
-        its share of bytes.
+        probes (by default several and the model's own) a row of `conversion.measures`' means with
+        its share of bytes. ValueError if a number is not 1 … C.
     """
     head = installed_head(model)
     if probe_counts is None:
-        probe_counts = [
-            *(p for p in DEFAULT_PROBES if p <= head.n_clusters),
-            head.unverified_probes,
-        ]
-    probe_counts = check_probe_counts(head, probe_counts)
+        usual = (n for n in DEFAULT_PROBES if n <= head.n_clusters)
+        probe_counts = [*usual, head.unverified_probes]
+    for n_probes in probe_counts:
+        if not 1 <= n_probes <= head.n_clusters:
+            raise ValueError(
+                f"{n_probes} probes are not possible: this model has {head.n_clusters} clusters, "
+                f"so choose 1 to {head.n_clusters}."
+            )
     read = text_states(model, tokenizer, find_head(model), text, positions=positions)
     states, next_ids = take_all(read)
     rows = head.clustered.token_rows()
@@ -78,7 +80,7 @@ def evaluate(
         np.array(head.clustered.token_ids),
         lambda h: np.array(head.cluster_scores(mx.array(h))),
         np.array(head.clustered.centroids.tail_offset),
-        probe_counts,
+        sorted(set(probe_counts)),
         next_ids,
     )
     measured = take_all(measure)
@@ -88,22 +90,10 @@ def evaluate(
         "n_probes": head.unverified_probes,
         "n_clusters": head.n_clusters,
         "rows": [
-            means._asdict() | {"bytes_share": bytes_share(head, means.n_probes)}
+            means | {"bytes_share": bytes_share(head, means["n_probes"])}
             for means in measured.means()
         ],
     }
-
-
-def check_probe_counts(head: FlashHead, probe_counts: Sequence[int]) -> list[int]:
-    """The numbers of probes, each once and ascending; a ValueError if one is not 1 … C."""
-    probe_counts = sorted(set(probe_counts))
-    for n_probes in probe_counts:
-        if not 1 <= n_probes <= head.n_clusters:
-            raise ValueError(
-                f"{n_probes} probes are not possible: this model has {head.n_clusters} clusters, "
-                f"so choose 1 to {head.n_clusters}."
-            )
-    return probe_counts
 
 
 def bytes_share(head: FlashHead, n_probes: int) -> float:
@@ -141,10 +131,11 @@ def draw(figures: dict, path: str) -> None:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     probes = [row["n_probes"] for row in figures["rows"]]
-    for name, label in (
-        ("agreement", "same best token as the dense head"),
-        ("coverage", "true next token scored"),
-    ):
+    labels = {
+        "agreement": "same best token as the dense head",
+        "coverage": "true next token scored",
+    }
+    for name, label in labels.items():
         axis.plot(probes, [100 * row[name] for row in figures["rows"]], marker="o", label=label)
     axis.axvline(figures["n_probes"], color="tab:gray", linestyle=":", label="as converted")
     axis.set_xscale("log", base=2)

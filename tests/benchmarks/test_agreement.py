@@ -1,12 +1,13 @@
 """The evaluation of a model with a FlashHead, against its own logits."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_flashhead.evaluation.agreement import bytes_share, evaluate
-from mlx_flashhead.models.install import detach, get_flash_head
+from mlx_flashhead.benchmarks.agreement import bytes_share, evaluate
+from mlx_flashhead.models.install import get_flash_head
 from model_folders import VOCAB_SIZE, write_model
 from tiny_models import install_index, tiny_index, tiny_model
 
@@ -31,15 +32,11 @@ def rows_by(evaluation):
 
 
 def perplexity(logits, next_ids):
-    logits = np.array(logits, dtype=np.float64)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return np.exp(-log_p[np.arange(len(next_ids)), next_ids].mean())
+    losses = nn.losses.cross_entropy(mx.array(logits), mx.array(next_ids))
+    return np.exp(losses.mean().item())
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"tied": False}, {"bits": 8}, {"arch": "qwen3", "hidden_size": 48}]
-)
+@pytest.mark.parametrize("kwargs", [{"bits": 8}, {"arch": "qwen3", "hidden_size": 48}])
 def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
     """The head is at the end of these architectures, so that the model's logits are its own."""
     model = installed_model(**kwargs)
@@ -57,8 +54,6 @@ def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
         agreement = (logits.argmax(axis=1) == dense.argmax(axis=1)).mean()
         assert measured["agreement"] == pytest.approx(agreement, abs=1e-9)
         assert measured["perplexity"] == pytest.approx(perplexity(logits, next_ids), rel=1e-3)
-    detach(model)
-    np.testing.assert_allclose(np.array(model(tokens)[0]), dense, atol=1e-3)
 
 
 def test_eos_clusters_are_among_the_probes(tokenizer):

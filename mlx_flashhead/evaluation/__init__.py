@@ -1,1 +1,0 @@
-"""How close an unverified FlashHead comes to the dense head."""
