@@ -53,7 +53,7 @@ def stream_generate(
         max_wait: Seconds that text may wait for its verification, 0 to 1; 0 decodes densely.
         logprobs: Whether the responses' log-probabilities are used. They are the dense model's.
         **kwargs: mlx_lm's keywords, such as max_tokens, sampler, logits_processors. A processor
-            with a ``begin``, such as :func:`grammar_processor` makes, is told that a text begins.
+            with a ``begin``, such as :func:`grammar_processor` makes, hears that a text begins.
 
     Yields:
         mlx_lm's responses.

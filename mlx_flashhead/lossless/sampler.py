@@ -128,7 +128,7 @@ class Sampler:
             lowest = threshold(
                 logits, Draws.of([(DrawSettings(s.temperature, min_p=s.min_p), key)])
             )
-            if self._min_kept > 1:  # of what top-p has kept, which min-p does not bring back
+            if self._min_kept > 1:  # of top-p's tokens: min-p brings no others back
                 lowest = mx.minimum(lowest, nth_best(kept, self._min_kept))
             kept = mx.where(logits >= lowest, kept, -mx.inf)
         if self.xtc_probability > 0:
@@ -160,7 +160,7 @@ def make_sampler(
     """A sampler with the arguments of ``mlx_lm.sample_utils.make_sampler``.
 
     It draws from mlx-lm's distribution, with noise of its own: the same seed gives other tokens
-    than mlx-lm's sampler. Of equal logits at the end of a top-k all are kept.
+    than mlx-lm's sampler. Of equal logits at the end of a top-k all remain.
 
     Args:
         temp: Temperature; 0 takes the likeliest token.

@@ -1,4 +1,4 @@
-"""One sequence in progress: how its tokens are chosen, those that are not verified yet, and its
+"""One sequence in progress: how its tokens are chosen, its unverified tokens, and its
 caches as they were."""
 
 import copy

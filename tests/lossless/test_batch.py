@@ -119,7 +119,7 @@ def test_a_text_that_joins_later(flash, greedy):
 
 @pytest.mark.parametrize("rotating", [False, True])
 def test_a_stop_token_ends_a_text(flash, rotating):
-    """In each form that mlx-lm takes. Its cache holds what was given, also where later tokens were
+    """In each form that mlx-lm takes. Its cache holds its tokens, also where later tokens were
     confirmed with it."""
     cache = [RotatingKVCache(max_size=12) for _ in range(2)] if rotating else None
     ((expected,), _) = flash.batch([PROMPT], caches=[deepcopy(cache)], dense=True)

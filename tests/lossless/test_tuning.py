@@ -55,7 +55,7 @@ def test_a_measurement_chooses_and_changes_no_text(slow):
 
 @pytest.mark.parametrize("gain", [0.9, 1.1, 2.0])
 @pytest.mark.parametrize("busy", [False, True])
-def test_the_steady_gain_is_found(monkeypatch, gain, busy):
+def test_the_steady_gain_is_measured(monkeypatch, gain, busy):
     """On a machine whose clock is made up: a verification takes as long for 8 states as for 32."""
     flash, clock = make_flash(), [0.0]
     flat, k, dense = 0.003, 32, 0.006
@@ -118,8 +118,8 @@ def test_settings_of_another_machine():
         assert flash.batch(OTHERS)[0] == before
 
 
-@pytest.mark.parametrize("fixed", [0.03, 0.3, 1.35])
-@pytest.mark.parametrize("share", [0.0003, 0.003, 0.01])
+@pytest.mark.parametrize("fixed", [0.03, 1.35])
+@pytest.mark.parametrize("share", [0.0003, 0.01])
 @pytest.mark.parametrize("honest", [1.0, 5.0])
 def test_the_threshold_of_risk_is_about_the_best(fixed, share, honest):
     """By recorded risks, on others of their kind; ``fixed`` is a verification, in steps.
