@@ -213,7 +213,7 @@ def _nearest(rows: Matrix, place: Path) -> StoredHead | None:
         with suppress(ValueError, OSError):  # damaged, or of other rows
             index = read_index(path)
             index.check_fit(rows, str(path))
-            cosine = index.sketch.likeness(rows).cosine
+            cosine, _ = index.sketch.likeness(rows)
             if cosine > best_cosine:
                 best, best_cosine = StoredHead(index, str(path)), cosine
     return best

@@ -18,8 +18,8 @@ from ..index.files import (
     SETTINGS_NAME,
     FlashHeadIndex,
     has_flash_head,
-    is_written_here,
     read_index,
+    stored_recipe,
 )
 from ..models.fetch import resolve
 
@@ -113,7 +113,7 @@ def explicit_head(options: HeadOptions) -> StoredHead | None:
     if options.flash_head is None:
         return None
     folder = resolve(str(options.flash_head), files=FILES)
-    if not is_written_here(folder):
+    if stored_recipe(folder) is None:
         raise ValueError(
             f"{options.flash_head} holds no FlashHead: name another one, or leave it out and one "
             "is found or built."
@@ -125,7 +125,7 @@ def bundled_head(folder: Path, options: HeadOptions) -> StoredHead | None:
     """The FlashHead in a model's folder, or None; ValueError for a damaged or another version's."""
     if has_flash_head(folder):
         return StoredHead(read_index(folder), str(folder))
-    if is_written_here(folder):
+    if stored_recipe(folder) is not None:
         options.say(
             f"{folder} names a FlashHead, but {FILE_NAME} is missing (other programs leave it out "
             "when they save the model), so another one is used."
