@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
@@ -26,40 +26,31 @@ from .common.flags import (
 from .common.terminal import printable_output
 from .structured.grammar import GrammarProcessor, add_grammar_options, grammar_of
 
-ONE_PROCESS = ["adapter_path", "draft_model", "prompt_cache_file", "image", "fine_head"]
-ONE_PROCESS += ["quantize_activations"]
+# Flags that several processes refuse.
+ALONE = (
+    "adapter_path", "draft_model", "prompt_cache_file", "image", "quantize_activations",
+    "fine_head",
+)  # fmt: skip
 
 
 def make_parser() -> Parser:
     """The command's arguments."""
-    parser = Parser(
-        prog="mlx_flashhead.generate",
-        description="Generate text with a model and its FlashHead.",
-    )
+    about = "Generate text with a model and its FlashHead."
+    parser = Parser(prog="mlx_flashhead.generate", description=about)
     add_model_flags(parser)
     add_prompt_flags(parser)
     add_answer_flags(parser, max_tokens=100, seed=None)
     group = parser.add_argument_group("FlashHead")
     add_probes_option(group)
     add_answering_options(group)
-    group.add_argument(
-        "--draft-probes",
-        type=whole_number(1),
-        help="Clusters scored for each drafted token (default: as many as read a "
-        "tenth of its head's bytes).",
-    )
+    probes = "Clusters scored for each drafted token (default: a tenth of its head's bytes)."
+    group.add_argument("--draft-probes", type=whole_number(1), help=probes)
     dense = "Use the normal (dense) head, for comparison."
     group.add_argument("--dense", action="store_true", help=dense)
-    group.add_argument(
-        "--draw-probes",
-        action="store_true",
-        help="Draw the clusters by probability at --temp, as in the paper, without verification.",
-    )
-    group.add_argument(
-        "--pipeline",
-        action="store_true",
-        help="Under mlx.launch, share the layers out instead of splitting each of them.",
-    )
+    drawn = "Draw the clusters by probability at --temp, as in the paper, without verification."
+    group.add_argument("--draw-probes", action="store_true", help=drawn)
+    pipeline = "Under mlx.launch, share the layers out instead of splitting each of them."
+    group.add_argument("--pipeline", action="store_true", help=pipeline)
     add_grammar_options(parser)
     return parser
 
@@ -78,7 +69,7 @@ def main() -> None:
         ) from error
     with _first_process_speaks(processes, errors=True):  # all processes make the same mistake
         args = parser.parse_args()
-        _check_arguments(parser, args, processes)
+        _check_arguments(parser, args, processes.size())
         grammar = grammar_of(args)
         check_before_loading(args)
     with _first_process_speaks(processes), ending_soon():
@@ -109,7 +100,7 @@ def _first_process_speaks(
             raise ValueError(f"process {rank}: {error}") from error
 
 
-def _check_arguments(parser: Parser, args: Namespace, processes: mx.distributed.Group) -> None:
+def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
     if not args.model and args.prompt_cache_file is None:
         parser.error("--model is needed: give a folder or a repository of a model")
     if not args.prompt:
@@ -127,15 +118,13 @@ def _check_arguments(parser: Parser, args: Namespace, processes: mx.distributed.
         )
     if args.prompt_cache_file is not None:
         _check_prompt_cache(parser, args)
-    if processes.size() == 1:
-        if args.pipeline:
-            parser.error("--pipeline needs several processes: start them with mlx.launch")
-        return
-    for option in ONE_PROCESS:
-        if getattr(args, option):
-            name = option.replace("_", "-")
+    if args.pipeline and n_processes == 1:
+        parser.error("--pipeline needs several processes: start them with mlx.launch")
+    for flag in ALONE:
+        if n_processes > 1 and getattr(args, flag):
+            name = flag.replace("_", "-")
             parser.error(f"--{name} is for one process: start it without mlx.launch")
-    if args.prompt == "-":
+    if n_processes > 1 and args.prompt == "-":
         parser.error(
             "--prompt - cannot read the input of mlx.launch, which has no end: give the prompt"
         )
@@ -162,26 +151,41 @@ def _check_prompt_cache(parser: Parser, args: Namespace) -> None:
 def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) -> None:
     """Loads, answers, and builds a missing FlashHead afterwards."""
     # mlx-lm takes a second to import, which mistakes and --help do without
-    from .loading.load import load_dense_head, load_draft, load_with_head
-    from .loading.sources import HeadOptions
+    from .loading.load import load_dense_head, load_draft, load_with_head, sharded_load
+    from .loading.sources import LATER, HeadOptions
     from .lossless.generation import generate
     from .lossless.sampler import make_sampler
     from .models.compat.mlx_lm import generation_stream, run_generate
+    from .models.dense import load_dense_part
     from .models.fetch import resolve
     from .models.install import get_flash_head
     from .models.libraries import UNKNOWN_CONTEXT, context_of
+    from .models.templates import apply_template
 
     options = HeadOptions.from_flags(args)
-    answering: list[Any] = []
+    answering: list[Any] = []  # the model, its tokenizer and its folder, unless it is dense
     context = UNKNOWN_CONTEXT
 
     def load_for_main(path: Any, *, return_config: bool = False, **kwargs: Any) -> Any:
+        nonlocal context
         if "tokenizer_config" not in kwargs:  # as mlx-lm loads the draft model
             return load_draft(
                 path, draft_probes=args.draft_probes, trust_remote_code=args.trust_remote_code
             )
         if processes.size() > 1:
-            loaded = _load_part(args, processes, path, **kwargs)
+            how = {name: kwargs[name] for name in ("tokenizer_config", "trust_remote_code")}
+            how["pipeline_group"] = processes if args.pipeline else None
+            if args.dense:
+                loaded = load_dense_part(path, **how)
+            else:
+                how |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
+                loaded = sharded_load(path, return_config=True, **how)
+            seed = args.seed  # each process samples every token by itself, and all must agree
+            if seed is None:
+                drawn = mx.array(secrets.randbits(31) if processes.rank() == 0 else 0)
+                drawn = mx.distributed.all_sum(drawn, group=processes, stream=mx.cpu)
+                seed = cast(int, drawn.item())
+            mx.random.seed(seed)
         elif args.dense:
             loaded = load_dense_head(resolve(path), options, **kwargs)
         else:
@@ -192,10 +196,16 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
                 raise ValueError(
                     "--n-probes needs a FlashHead, and this model has none: leave --no-build out."
                 )
-        nonlocal context
-        context = context_of(loaded[2], loaded[1])
+        tokenizer = loaded[1]
+        context = context_of(loaded[2], tokenizer)
+
+        def fill_in(messages: Any, tokenize: bool = True, **options: Any) -> Any:
+            options["remedy"] = "give --ignore-chat-template"
+            text = apply_template(tokenizer, messages, **options)
+            return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
+
         # mlx-lm 0.31 hands an assignment on to the tokenizer within, which would call itself
-        vars(loaded[1])["apply_chat_template"] = _bounded_template(loaded[1])
+        vars(tokenizer)["apply_chat_template"] = fill_in
         return loaded if return_config else loaded[:2]  # mlx-lm 0.31 takes two
 
     def generate_for_main(model: Any, tokenizer: Any, prompt: Any, **named: Any) -> str:
@@ -226,64 +236,17 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
         run_generate(
             args, load=load_for_main, make_sampler=make_sampler, generate=generate_for_main
         )
-    if answering:
+    if answering and options.missing == LATER:
         _build_for_next_time(options, *answering)
     if processes.size() > 1:  # mlx-lm computes a token ahead, for which each needs the others
         mx.synchronize(generation_stream)
         mx.eval(mx.distributed.all_sum(mx.array(1), group=processes, stream=mx.cpu))
 
 
-def _load_part(
-    args: Namespace,
-    processes: mx.distributed.Group,
-    path: Any,
-    *,
-    tokenizer_config: Any,
-    trust_remote_code: bool,
-    **_: Any,
-) -> Any:
-    """Loads this process's part of a model, and seeds all processes alike."""
-    from .loading.load import sharded_load
-    from .models.dense import load_dense_part
-
-    how: dict[str, Any] = {
-        "pipeline_group": processes if args.pipeline else None,
-        "tokenizer_config": tokenizer_config,
-        "trust_remote_code": trust_remote_code,
-    }
-    if args.dense:
-        loaded = load_dense_part(path, **how)
-    else:
-        how |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
-        loaded = sharded_load(path, return_config=True, **how)
-    seed = args.seed  # each process samples every token by itself, and all must agree
-    if seed is None:
-        drawn = mx.array(secrets.randbits(31) if processes.rank() == 0 else 0)
-        drawn = mx.distributed.all_sum(drawn, group=processes, stream=mx.cpu)
-        seed = cast(int, drawn.item())
-    mx.random.seed(seed)
-    return loaded
-
-
-def _bounded_template(tokenizer: Any) -> Callable:
-    """``tokenizer.apply_chat_template``, within limits, with its errors as a ValueError."""
-    from .models.templates import apply_template
-
-    def apply(messages: Any, tokenize: bool = True, **options: Any) -> Any:
-        options["remedy"] = "give --ignore-chat-template"
-        text = apply_template(tokenizer, messages, **options)
-        return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
-
-    return apply
-
-
 def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path) -> None:
     """Builds the FlashHead after the answer, if the model has none yet."""
     from .loading.background import background_build
-    from .loading.sources import LATER
 
-    if options.missing != LATER:
-        return
     build = background_build(model, tokenizer, folder, options, math.inf, waits=False)
     if build is None:
         return

@@ -2,7 +2,7 @@
 
 Every server has a process of its own, and none of them keeps caches of prompts. Clients stream
 answers to prompts of different lengths, and some hang up after the first text. The other answers
-are compared with the answers to the same questions asked alone.
+are compared with the answers to the same questions on their own.
 """
 
 import argparse

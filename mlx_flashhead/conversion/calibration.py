@@ -41,7 +41,7 @@ TEXT_WINDOW = 512  # tokens of a user's text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
 MIN_STEP = 16  # tokens, however long they take
 WEIGHTS_TOKENS = 32  # a pass reads all weights, which takes about as long as so many tokens
-MIN_LENGTH = 2 / 3  # of a window, relative to the longest of those that are read together
+MIN_LENGTH = 2 / 3  # of a window, relative to the longest window read with it
 
 BEGINNING = 300  # characters of a document that are a request
 ANSWER_TOKENS = 64

@@ -351,7 +351,7 @@ def fit_centroids(
     variance = squares / len(states) - np.square(mean)
     cross /= len(states)
 
-    # max: equal states have no variance, and the means are kept
+    # max: equal states have no variance, and the means stay
     penalty = RIDGE * max(np.trace(state_variance) / hidden_size, 1e-12)
     penalised = state_variance + penalty * np.eye(hidden_size)
     centroids = means + np.linalg.solve(penalised, cross.T).T

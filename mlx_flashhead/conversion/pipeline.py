@@ -62,7 +62,7 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
         The stored settings with the measured report.
 
     Raises:
-        ValueError: If an option, the model or the target is not valid, or the Hub would refuse an
+        ValueError: If an option, the model or the target is not valid, or the Hub would reject an
             upload. Nothing is written then. Also if the upload itself fails. The checkpoint is
             kept then.
         OSError: If the checkpoint cannot be written. Nothing is left behind.
@@ -83,7 +83,7 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
     target = Path(options.mlx_path).expanduser()
     check_target(target, options.overwrite)
     with new_folder(target) as folder:
-        # before the long work, since the Hub would refuse only at its end
+        # before the long work, since the Hub would object only at its end
         user = sign_in() if options.uploads else ""
         named = options.upload if isinstance(options.upload, str) else options.upload_repo
         repo_id = full_name(named, user) if named else None

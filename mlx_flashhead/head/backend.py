@@ -114,7 +114,7 @@ def check_kernels(
             elif problem := _difference(*step):
                 trouble = f"the kernel {kernel!r} {problem}"
                 break
-    # MLX raises this for a text that does not compile, a refused pipeline, a lost device
+    # MLX raises this for a text that does not compile, a rejected pipeline, a lost device
     except (RuntimeError, ValueError) as error:
         said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
         trouble = f"the kernel {kernel!r} does not run on this device ({said})"

@@ -39,7 +39,7 @@ class Centroids:
 
 @dataclass(frozen=True)
 class ClusteredRows:
-    """Rows kept once, each cluster one contiguous block."""
+    """Rows stored once, each cluster one contiguous block."""
 
     rows: Matrix  # arrays of shape (C, cluster_size, …); a padded slot repeats a real row
     token_ids: mx.array  # (C, cluster_size) uint32; V marks a padded slot

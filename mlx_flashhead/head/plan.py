@@ -12,7 +12,7 @@ The plan is JSON:
     rows       shape and dtype of each array of that layer: the program's model must have the same
     limit      more positions than this at once read more rows than the dense head
     logits     names of the launches that give "expanded", the full logits (1, V), in their order
-    tokens     names of those that give "tokens" (1,) from "settings" (1, 3) float32, "top_k" (1,)
+    tokens     names of kernels that give "tokens" (1,) from "settings" (1, 3) float32, "top_k" (1,)
                uint32 and "keys" (1, 2) uint32, which are those of ``MetalSteps.choose``
     launches   by name
                name, inputNames, outputNames, source, header: arguments of MLX's ``metalKernel``

@@ -58,7 +58,7 @@ class Proposal(NamedTuple):
     probes: mx.array  # (R, S) uint32, the probed clusters
     logits: mx.array  # (R, S, n), the scored tokens' logits
     risk: mx.array  # (R,) float32, an estimate of the chance of another choice
-    full: mx.array | None  # (R, V) logits with estimates, if they were asked for
+    full: mx.array | None  # (R, V) logits with estimates, if requested
 
 
 class Screen(NamedTuple):

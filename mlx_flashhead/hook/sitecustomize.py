@@ -18,13 +18,10 @@ class Watch:
     """Waits, as a finder, for the first import of one of the libraries."""
 
     def find_spec(self, name, path=None, target=None):
-        if name not in LIBRARIES or self not in sys.meta_path:
+        spec = PathFinder.find_spec(name, path, target) if name in LIBRARIES else None
+        if spec is None or spec.loader is None or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)
-            return None
         execute = spec.loader.exec_module
 
         def exec_module(module):

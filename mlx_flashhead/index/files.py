@@ -5,7 +5,7 @@ A model's folder stays an ordinary mlx-lm folder. ``flash_head.index`` lies besi
 in ``flash_head.json``.
 
 The index is a safetensors file with another ending, since mlx-swift-lm up to 3.31.4, and mlx-vlm
-without ``model.safetensors.index.json``, load every ``*.safetensors`` and refuse unknown arrays.
+without ``model.safetensors.index.json``, load every ``*.safetensors`` and reject unknown arrays.
 """
 
 import hashlib

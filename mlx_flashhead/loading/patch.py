@@ -14,11 +14,9 @@ import mlx.core as mx
 
 from ..common.command import sentence
 from ..head.flash_head import FlashHead
-from ..lossless.batch import HostedBatchGenerator
-from ..lossless.generation import verified_loop
+from ..lossless.batch import VerifiedBatchGenerator
+from ..lossless.generation import verified_loop, vlm_steps
 from ..lossless.policy import decoding_mode
-from ..lossless.proposer import Proposer
-from ..lossless.vlm_loop import vlm_steps
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.compat.patching import Load, caller_changes_batches, caller_generates, patch_programs
 from ..models.fetch import resolve
@@ -109,7 +107,7 @@ def patch_load(options: HeadOptions) -> None:
         return steps
 
     def of_batches(original: Any) -> Any:
-        class RunBatchGenerator(HostedBatchGenerator):
+        class RunBatchGenerator(VerifiedBatchGenerator):
             def __new__(cls, model: Any, *arguments: Any, **named: Any) -> Any:
                 use = verified_use(model)
                 if use is None or caller_changes_batches():
@@ -124,8 +122,7 @@ def patch_load(options: HeadOptions) -> None:
         def steps(input_ids: Any, model: Any, pixel_values: Any, mask: Any, **named: Any) -> Any:
             use, loop = verified_use(model), None
             if use is not None:
-                proposer = Proposer(model)
-                loop = vlm_steps(original, proposer, input_ids, model, pixel_values, mask, named)
+                loop = vlm_steps(original, input_ids, model, pixel_values, mask, named)
             if use is None or loop is None:
                 return original(input_ids, model, pixel_values, mask, **named)
             use.announce(decoding_mode(model))

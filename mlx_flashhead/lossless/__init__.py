@@ -1,13 +1,14 @@
 """Lossless decoding: speculative decoding within the head (docs/lossless.md).
 
-    state    ← model(token, cache)                 taken where the head is called   proposer.py
-    proposal ← head.propose(state)                 from the scored tokens alone     proposer.py
-    pending  += proposal                                                            sequence.py
-    when it is due:                                                                 scheduler.py
-        logits ← dense product of the pending states, then what is certain          verify.py
+    state    ← model(token, cache)                 taken where the head is called     policy.py
+    proposal ← head.propose(state)                 from the scored tokens alone       policy.py
+    pending  += proposal                                                              sequence.py
+    when it is due:                                                                   verify.py
+        logits ← dense product of the pending states, then what is certain            verify.py
         accepted   → handed out
-        rejected   → the dense choice is handed out, the caches roll back           rollback.py
+        rejected   → the dense choice is handed out, the caches roll back             sequence.py
 
-`loop.py` drives one sequence, `batch.py` several. `sampler.py` says which samplers and processors
-can be verified. Everything else is decoded by the normal (dense) head.
+`loop.py` drives one sequence, `batch.py` several, `generation.py` puts them under mlx-lm's
+functions. `sampler.py` says which samplers and processors can be verified. Everything else is
+decoded by the normal (dense) head. `tuning.py` measures what a machine gains.
 """

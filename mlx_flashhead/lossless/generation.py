@@ -1,27 +1,23 @@
-"""Generation with the choices of the dense model: mlx-lm's functions on the verified loops."""
+"""Generation with the choices of the dense model: mlx-lm's functions, and mlx-vlm's loop, on the
+verified loops."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.compat.mlx_lm import (
-    BatchGenerator,
-    BatchResponse,
-    GenerationResponse,
-    generate_step,
-    loops,
-    mlx_lm_generate,
-    mlx_lm_stream_generate,
-    speculative_generate_step,
-)
-from ..models.compat.mlx_lm import batch_generate as mlx_lm_batch_generate
+from ..models.compat import mlx_lm as compat
+from ..models.compat.mlx_vlm import decodes_by_tokens_alone, is_greedy, stream_and_cache
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.libraries import is_vlm
 from .batch import VerifiedBatchGenerator
 from .loop import drafted_steps, verified_steps
-from .proposer import Proposer
+from .policy import Proposer
+
+SETTINGS = ("n_probes", "verify", "dense", "draw_temperature", "max_wait")
 
 
 def stream_generate(
@@ -36,7 +32,7 @@ def stream_generate(
     max_wait: float | None = None,
     logprobs: bool = True,
     **kwargs: Any,
-) -> Generator[GenerationResponse, None, None]:
+) -> Generator[compat.GenerationResponse, None, None]:
     """Streams text from ``model``: ``mlx_lm.stream_generate`` with settings for the FlashHead.
 
     The text is the dense model's: the FlashHead proposes tokens, and the dense rows verify them
@@ -57,7 +53,7 @@ def stream_generate(
         max_wait: Seconds that text may wait for its verification, 0 to 1; 0 decodes densely.
         logprobs: Whether the responses' log-probabilities are used. They are the dense model's.
         **kwargs: mlx_lm's keywords, such as max_tokens, sampler, logits_processors. A processor
-            with a ``begin``, such as :func:`grammar_processor` makes, is told that a text begins.
+            with a ``begin``, such as :func:`grammar_processor` makes, hears that a text begins.
 
     Yields:
         mlx_lm's responses.
@@ -65,62 +61,79 @@ def stream_generate(
     Raises:
         ValueError: If the model has no FlashHead, or a setting is not valid.
     """
-    proposer = _proposer(model, n_probes, verify, dense, draw_temperature, max_wait)
-    stream = mlx_lm_stream_generate(model, tokenizer, prompt, **kwargs)
-    with loops(**_loops(model, proposer, logprobs)):
+    settings = dict(n_probes=n_probes, verify=verify, dense=dense, max_wait=max_wait)
+    proposer = _proposer(model, settings | {"draw_temperature": draw_temperature})
+    stream = compat.mlx_lm_stream_generate(model, tokenizer, prompt, **kwargs)
+    with _verified_loops(model, proposer, logprobs):
         response = next(stream, None)  # takes the loop
     while response is not None:
         yield response
         response = next(stream, None)
 
 
-def generate(
-    model: nn.Module,
-    tokenizer,
-    prompt,
-    *,
-    n_probes: int | None = None,
-    verify: bool = True,
-    dense: bool = False,
-    draw_temperature: float | None = None,
-    max_wait: float | None = None,
-    **kwargs: Any,
-) -> str:
+def generate(model: nn.Module, tokenizer, prompt, **kwargs: Any) -> str:
     """Generates a complete text: ``mlx_lm.generate`` with settings for the FlashHead. Arguments and
     errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes."""
-    proposer = _proposer(model, n_probes, verify, dense, draw_temperature, max_wait)
-    with loops(**_loops(model, proposer, False)):
-        text = mlx_lm_generate(model, tokenizer, prompt, **kwargs)
+    proposer = _proposer(model, kwargs)
+    with _verified_loops(model, proposer, False):
+        text = compat.mlx_lm_generate(model, tokenizer, prompt, **kwargs)
     if kwargs.get("verbose") and proposer.head is not None:
         print(proposer.report())
     return text
 
 
 def batch_generate(
-    model: nn.Module,
-    tokenizer,
-    prompts: list[list[int]],
-    *,
-    n_probes: int | None = None,
-    verify: bool = True,
-    dense: bool = False,
-    draw_temperature: float | None = None,
-    max_wait: float | None = None,
-    **kwargs: Any,
-) -> BatchResponse:
+    model: nn.Module, tokenizer, prompts: list[list[int]], **kwargs: Any
+) -> compat.BatchResponse:
     """Generates for several prompts at once: ``mlx_lm.batch_generate`` with the same settings. Each
     prompt gets its own copy of a processor with ``for_sequence``, as of
     :func:`grammar_processor`."""
-    proposer = _proposer(model, n_probes, verify, dense, draw_temperature, max_wait)
-    logprobs = bool(kwargs.get("return_logprobs"))
+    proposer = _proposer(model, kwargs)
+    with _verified_loops(model, proposer, bool(kwargs.get("return_logprobs"))):
+        return compat.batch_generate(model, tokenizer, prompts, **kwargs)
 
-    def generator(other: nn.Module, *arguments: Any, **options: Any) -> Any:
-        if other is not model:
-            return BatchGenerator(other, *arguments, **options)
-        return VerifiedBatchGenerator(other, proposer=proposer, logprobs=logprobs, **options)
 
-    with loops(BatchGenerator=generator):
-        return mlx_lm_batch_generate(model, tokenizer, prompts, **kwargs)
+def _proposer(model: nn.Module, keywords: dict[str, Any]) -> Proposer:
+    """Takes the settings of the FlashHead out of a call's ``keywords``. ValueError, before anything
+    is computed, if one is not valid."""
+    settings = {name: keywords.pop(name) for name in SETTINGS if name in keywords}
+    if is_vlm(model):
+        raise ValueError(
+            "This is a model of mlx-vlm: generate with mlx_vlm.generate, which uses its FlashHead."
+        )
+    max_wait = settings.get("max_wait")
+    if max_wait is not None and not 0 <= max_wait <= 1:
+        raise ValueError(f"max_wait is {max_wait}: it must be 0 to 1 seconds.")
+    of_head = {name: settings.get(name) for name in ("n_probes", "draw_temperature")}
+    head = get_flash_head(model)
+    if head is not None:
+        with head.settings(dense=settings.get("dense", False), **of_head):
+            pass
+    elif any(value is not None for value in of_head.values()):
+        raise ValueError(NO_FLASH_HEAD)
+    return Proposer(model, **settings)
+
+
+def _verified_loops(
+    model: nn.Module, proposer: Proposer, logprobs: bool
+) -> AbstractContextManager[None]:
+    """A block in which mlx-lm's functions take the verified loops, for this model alone."""
+
+    def verified(place: int, loop: Callable[..., Any], original: Callable[..., Any]) -> Any:
+        def take(*arguments: Any, **options: Any) -> Any:
+            function = loop if arguments[place] is model else original
+            return function(*arguments, **options)
+
+        return take
+
+    one_text = partial(verified_steps, proposer=proposer, logprobs=logprobs)
+    drafted_text = partial(drafted_steps, proposer=proposer)
+    batch = partial(VerifiedBatchGenerator, proposer=proposer, logprobs=logprobs)
+    return compat.loops(
+        generate_step=verified(1, one_text, compat.generate_step),
+        speculative_generate_step=verified(1, drafted_text, compat.speculative_generate_step),
+        BatchGenerator=verified(0, batch, compat.BatchGenerator),
+    )
 
 
 def verified_loop(model: nn.Module, name: str) -> Callable[..., Any] | None:
@@ -134,49 +147,33 @@ def verified_loop(model: nn.Module, name: str) -> Callable[..., Any] | None:
     return None if proposer.head is None else partial(verified_steps, proposer=proposer)
 
 
-def _proposer(
+def vlm_steps(
+    original: Callable[..., Iterator[Any]],
+    input_ids: mx.array,
     model: nn.Module,
-    n_probes: int | None,
-    verify: bool,
-    dense: bool,
-    draw_temperature: float | None,
-    max_wait: float | None,
-) -> Proposer:
-    if is_vlm(model):
-        raise ValueError(
-            "This is a model of mlx-vlm: generate with mlx_vlm.generate, which uses its FlashHead."
-        )
-    if max_wait is not None and not 0 <= max_wait <= 1:
-        raise ValueError(f"max_wait is {max_wait}: it must be 0 to 1 seconds.")
-    head = get_flash_head(model)
-    if head is None:
-        if n_probes is not None or draw_temperature is not None:
-            raise ValueError(NO_FLASH_HEAD)
-    else:
-        with head.settings(dense=dense, n_probes=n_probes, draw_temperature=draw_temperature):
-            pass  # refuses what is not valid, before anything is computed
-    return Proposer(
-        model,
-        verify=verify,
-        dense=dense,
-        n_probes=n_probes,
-        draw_temperature=draw_temperature,
-        max_wait=max_wait,
+    pixel_values: Any,
+    mask: Any,
+    options: dict[str, Any],
+) -> Iterator[Any] | None:
+    """mlx-vlm's ``generate_step`` for greedy text, verified: ``original`` reads the prompt and its
+    pictures, and the loop of one sequence goes on. None where ``original`` must serve: for a
+    sampler or processors, a draft model, a quantized cache, or a model that decodes by more than
+    tokens."""
+    proposer = Proposer(model)
+    if not (proposer.verifies and input_ids.shape[0] == 1):
+        return None
+    if not (is_greedy(model, options) and decodes_by_tokens_alone(model)):
+        return None
+    stream, cache = stream_and_cache(model, options)
+
+    def text(token_ids: mx.array, cache: list[Any]) -> mx.array:
+        return model.language_model(token_ids, cache=cache, logits_to_keep=1).logits
+
+    return verified_steps(
+        input_ids[0],
+        text,  # type: ignore[arg-type]
+        stream,
+        proposer=proposer,
+        prefill=partial(original, input_ids, model, pixel_values, mask),
+        **(options | {"prompt_cache": cache}),
     )
-
-
-def _loops(model: nn.Module, proposer: Proposer, logprobs: bool) -> dict[str, Callable[..., Any]]:
-    """The loops for mlx-lm's functions, for this model alone."""
-
-    def one_text(prompt: Any, other: Any, *arguments: Any, **options: Any) -> Any:
-        if other is not model:
-            return generate_step(prompt, other, *arguments, **options)
-        options |= {"proposer": proposer, "logprobs": logprobs}
-        return verified_steps(prompt, other, *arguments, **options)
-
-    def drafted_text(prompt: Any, other: Any, *arguments: Any, **options: Any) -> Any:
-        if other is not model:
-            return speculative_generate_step(prompt, other, *arguments, **options)
-        return drafted_steps(prompt, other, *arguments, proposer=proposer, **options)
-
-    return {"generate_step": one_text, "speculative_generate_step": drafted_text}

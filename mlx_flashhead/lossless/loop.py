@@ -1,7 +1,7 @@
 """The loop of one sequence, verified, and what other loops become: dense, unverified, drafted."""
 
 import logging
-from collections import deque
+from bisect import bisect
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -12,23 +12,16 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.compat.mlx_lm import (
-    generate_step,
-    generation_stream,
-    make_prompt_cache,
-    maybe_quantize_kv_cache,
-    speculative_generate_step,
-    trim_prompt_cache,
-)
+from ..models.compat import mlx_lm as compat
 from ..models.install import get_flash_head
-from .policy import policy_of
-from .proposer import Proposer, step_arrays
+from .policy import Proposer, policy_of, step_arrays
 from .sampler import Processor, Sampler, SamplerFunction, Trust, trust
 from .sequence import (
     PendingToken,
     Sequence,
     Snapshot,
     begin,
+    copied_layers,
     current_random_state,
     length_of,
     rollback,
@@ -47,7 +40,7 @@ log = logging.getLogger("mlx_flashhead")
 def verified_steps(
     prompt: mx.array,
     model: nn.Module,
-    stream: Any = generation_stream,
+    stream: Any = compat.generation_stream,
     *,
     proposer: Proposer,
     max_tokens: int = 256,
@@ -70,36 +63,35 @@ def verified_steps(
     continued. ``prefill`` reads the prompt instead of mlx-lm's loop, with its keywords. ValueError
     if a cache can neither be trimmed nor copied, or as ``generate_step``.
     """
-    before = [*context, *cast(list[int], prompt.tolist())]
-    begun = before[len(before) - n_begun :]
+    context = list(context)
+    before = context + cast(list[int], prompt.tolist())
+    start = len(before) - n_begun
     sequence = Sequence(
         sampler,
         logits_processors or (),
-        before[: len(before) - n_begun],
+        before[:start],
         logprobs=logprobs,
         limit=max_tokens,
-        tokens=begun,
+        tokens=before[start:],
     )
-    cache = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
+    cache = compat.make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
     options |= {"prompt_cache": cache}
     if not len(prompt) or not proposer.can_verify(sequence):
-        yield from _plain_steps(prompt, model, stream, proposer, sequence, options, list(context))
+        yield from _plain_steps(prompt, model, stream, proposer, sequence, options, context)
         return
+    bits, quantized_from = options.get("kv_bits"), options.get("quantized_kv_start", 0)
     quantize = partial(
-        maybe_quantize_kv_cache,
+        compat.maybe_quantize_kv_cache,
         cache,
-        options.get("quantized_kv_start", 0),
+        quantized_from,
         options.get("kv_group_size", 64),
-        options.get("kv_bits"),
+        bits,
     )
-    quantized_from = quantize.args[1] if options.get("kv_bits") is not None else None
 
-    def feed(token: mx.array) -> mx.array:
-        """The model's logits (1, V) after a token (1,) of the text."""
+    def feed(token: mx.array) -> None:
         sequence.n_cached += 1
-        logits = model(token[None], cache=cache)
+        model(token[None], cache=cache)
         quantize()
-        return logits[:, -1, :]
 
     def replay(token: list[int]) -> None:
         with mx.stream(stream):
@@ -107,22 +99,19 @@ def verified_steps(
             quantize()
             mx.eval([layer.state for layer in cache])
 
-    def snapshot(_: list[Sequence]) -> list[Snapshot]:
-        return [Snapshot.take(cache, sequence.n_cached, quantized_from)]
-
     def rollback_to(target: int) -> None:
-        n_right = min(sequence.n_cached, len(sequence.tokens) - sequence.rejected)
-        rollback(
-            cache, sequence.snapshot, sequence.tokens,
-            n_cached=sequence.n_cached, n_right=n_right, target=target, replay=replay,
-        )  # fmt: skip
+        rollback(cache, sequence, sequence.n_cached, target, replay)
         sequence.n_cached, sequence.rejected = target, False
 
+    def snapshot(_: list[Sequence]) -> list[Snapshot]:
+        layers = copied_layers(cache, None if bits is None else quantized_from)
+        return [Snapshot(sequence.n_cached, layers, [length_of(layer) for layer in cache])]
+
     scheduler = VerifyScheduler(proposer, snapshot)
-    sequence.n_cached = len(begun)
+    sequence.n_cached = n_begun
     try:
         # 1) Prefill: mlx-lm's loop reads the prompt, and the dense logits choose the first token.
-        prefill = prefill or partial(generate_step, prompt, model, stream)
+        prefill = prefill or partial(compat.generate_step, prompt, model, stream)
         latest = _first_token(prefill, sequence, options)
         while sequence.n_yielded != sequence.limit:
             with mx.stream(stream):
@@ -157,7 +146,12 @@ def verified_steps(
         if sequence.snapshot is not None:
             if prompt_cache is not None:
                 rollback_to(sequence.n_yielded)
-            _leave_random_state(sequence)
+            if sequence.uses_random_state:  # as mlx-lm's loop leaves it, a token further
+                drawing = [*sequence.random_states, *(p.random_state for p in sequence.pending)]
+                index = sequence.n_yielded
+                known = drawing[index] if index < len(drawing) else None
+                drawn = mx.random.split(current_random_state())[0] if known is None else known[1]
+                set_random_state(drawn)
 
 
 def _first_token(
@@ -169,8 +163,7 @@ def _first_token(
     def take_logits(_: mx.array, logits: mx.array) -> mx.array:
         nonlocal token
         before = current_random_state()
-        index = len(sequence.tokens)
-        token, first.logprobs = sequence.choose(logits, index, sequence.context(index))
+        token, first.logprobs = sequence.choose(logits, len(sequence.tokens))
         if sequence.uses_random_state:
             first.random_state = mx.stack([before, current_random_state()])
         return logits
@@ -181,16 +174,6 @@ def _first_token(
         pass
     sequence.pending.append(first)
     return token
-
-
-def _leave_random_state(sequence: Sequence) -> None:
-    """MLX's random state as mlx-lm's loop leaves it, which has drawn one token more."""
-    if not sequence.uses_random_state:
-        return
-    states = sequence.random_states + [p.random_state for p in sequence.pending]
-    index = sequence.n_yielded - sequence.n_begun
-    known = states[index] if index < len(states) else None
-    set_random_state(mx.random.split(current_random_state())[0] if known is None else known[1])
 
 
 def _plain_steps(
@@ -205,21 +188,22 @@ def _plain_steps(
     """mlx-lm's own loop, with the normal (dense) head or the unverified one. It calls the sampler
     and each processor once a token, in order."""
     sampler, processors = sequence.sampler, after(context, sequence.processors)
-    if isinstance(sampler, Sampler):
-        draw = sampler.for_text(sequence.seed, len(sequence.tokens))
+    if isinstance(sampler, Sampler) and sampler.settings.greedy:
+        sampler = None
+    elif isinstance(sampler, Sampler):  # draws from logits, which mlx-lm rounds once more
+        draw = replace(sampler, seed=sequence.seed)
+        draw.position = len(sequence.tokens)
         latest: list[mx.array] = []
 
         def hold(_: mx.array, logits: mx.array) -> mx.array:
             latest[:] = [logits]
             return logits
 
-        if sampler.settings.greedy:
-            sampler = None
-        else:  # it draws from logits, which mlx-lm rounds to log-probabilities
-            processors.append(hold)
-            sampler = lambda logprobs: draw(latest[0] if latest else logprobs)  # noqa: E731
-    hooks = {"sampler": sampler, "logits_processors": processors, "max_tokens": sequence.limit}
-    with closing(generate_step(prompt, model, stream, **(options | hooks))) as steps:
+        processors.append(hold)
+        sampler = lambda logprobs: draw(latest[0] if latest else logprobs)  # noqa: E731
+    limit = sequence.limit - len(sequence.tokens)  # below 0 there is none
+    hooks = {"sampler": sampler, "logits_processors": processors, "max_tokens": limit}
+    with closing(compat.generate_step(prompt, model, stream, **(options | hooks))) as steps:
         while True:
             with proposer.states() if proposer.unverified else nullcontext():
                 step = next(steps, None)
@@ -228,26 +212,23 @@ def _plain_steps(
             yield cast(int, step[0]), step[1]
 
 
-def after(context: list[int], processors: Iterable[Processor] | None) -> list[Processor]:
+def after(context: list[int], processors: Iterable[Processor]) -> list[Processor]:
     """Processors that see the tokens ``context`` before those of the loop."""
     if not context:
-        return list(processors or ())
+        return list(processors)
     prefix = mx.array(context, dtype=mx.uint32)
 
-    def with_prefix(processor: Processor) -> Processor:
-        def process(tokens: mx.array, logits: mx.array) -> mx.array:
-            return processor(mx.concatenate([prefix, tokens.astype(mx.uint32)]), logits)
+    def process(processor: Processor, tokens: mx.array, logits: mx.array) -> mx.array:
+        return processor(mx.concatenate([prefix, tokens.astype(mx.uint32)]), logits)
 
-        return process
-
-    return [with_prefix(processor) for processor in processors or ()]
+    return [partial(process, processor) for processor in processors]
 
 
 def drafted_steps(
     prompt: mx.array,
     model: Any,
     draft_model: Any,
-    stream: Any = generation_stream,
+    stream: Any = compat.generation_stream,
     *,
     proposer: Proposer,
     max_tokens: int = 256,
@@ -265,47 +246,81 @@ def drafted_steps(
     also scores the text's latest tokens. Where a cache cannot be trimmed, as past the window of a
     sliding attention, and for functions that are called once a token, the text goes on without.
     """
-    context, ids, text = list(context), cast(list[int], prompt.tolist()), []
+    ids = [*context, *cast(list[int], prompt.tolist())]  # and the text, as it grows
+    n_before, n_context = len(ids), len(ids) - len(prompt)
     functions = list(logits_processors or ())
-    caches = prompt_cache or make_prompt_cache(model) + make_prompt_cache(draft_model)
+    caches = prompt_cache or compat.make_prompt_cache(model) + compat.make_prompt_cache(draft_model)
     cache = caches[: len(model.layers)]
-    unknown = trust(sampler, functions) is Trust.UNKNOWN
-    room = 0 if unknown else room_of_drafts(caches, len(ids) + num_draft_tokens)
-    limit = max_tokens if room is None else min(max_tokens, room)
+    # 1) Drafts end where a cache could not be trimmed any more.
+
+    def cannot_trim(n_tokens: int) -> bool:
+        ahead = len(prompt) + num_draft_tokens + n_tokens + 1
+        return not all(trims(layer, ahead=ahead) for layer in caches)
+
+    known = trust(sampler, functions) is not Trust.UNKNOWN
+    limit = bisect(range(1, max_tokens + 1), 0, key=cannot_trim) if known else 0
     if isinstance(sampler, Sampler):  # the same noise with drafts and without
         sampler = replace(sampler, seed=sampler.new_seed())
-    length = max((length_of(layer) or 0 for layer in cache), default=0)
+    length = _longest(cache)
     if limit > 0:
-        drafted = _drafted(
+        # 2) mlx-lm's loop. Its sampler draws with the noise of each token's place in the text.
+        n_rows = 0  # of this round: its drafts, then the target's choices
+
+        def draw(logprobs: mx.array) -> mx.array:
+            nonlocal n_rows
+            n_given = len(ids) - n_before
+            n_drafts = min(limit - n_given, num_draft_tokens)
+            first = n_given + (n_rows if n_rows < n_drafts else n_rows - n_drafts)
+            rows = logprobs.reshape(-1, 1, logprobs.shape[-1])
+            n_rows += len(rows)
+            ours = cast(Sampler, sampler)
+            seed = cast(int, ours.seed)
+            return mx.concatenate([ours.choose(row, seed, first + i) for i, row in enumerate(rows)])
+
+        def project(hidden: mx.array) -> mx.array:
+            latest = mx.array(sorted(set(ids[-LATEST:])), dtype=mx.uint32)
+            return head.draft_logits(hidden, latest, n_probes=policy_of(head).draft_probes)
+
+        hook = sampler
+        if isinstance(sampler, Sampler):
+            hook = None if sampler.settings.greedy else draw
+        # a target that drafts for itself is dense
+        head = cast(Any, get_flash_head(draft_model))
+        drafts = head is not None and head is not get_flash_head(model)
+        begin(functions)
+        steps: Any = compat.speculative_generate_step(
             prompt,
             model,
             draft_model,
             stream,
-            sampler,
-            [*context, *ids],
             max_tokens=limit,
             num_draft_tokens=num_draft_tokens,
-            logits_processors=after([*context, *ids[:-1]], functions),
+            sampler=hook,
+            logits_processors=after(ids[:-1], functions),
             prompt_cache=caches,
             **options,
         )
-        begin(functions)
-        with closing(drafted):
-            for step in drafted:
-                text.append(step[0])
+        with closing(steps):
+            while True:
+                # a token at a time, since streams may take turns
+                with head.intercepted(project) if drafts else nullcontext():
+                    step = next(steps, None)
+                if step is None:
+                    break
+                ids.append(step[0])
+                n_rows = 0
                 yield step
-        if len(text) == max_tokens:
+        if len(ids) == n_before + max_tokens:
             return
     else:
         _log_once_without_drafts(type(model).__module__)
-    whole = [*context, *ids, *text]
-    held = len(context) + max((length_of(layer) or 0 for layer in cache), default=0) - length
-    if held == len(whole):  # the last token is fed again
-        trim_prompt_cache(cache, 1)
-        held -= 1
-    rest = mx.array(whole[held:], dtype=mx.uint32)
+    # 3) The rest of the text without drafts. A token that the cache lacks is fed first.
+    n_held = n_context + _longest(cache) - length
+    if n_held == len(ids):
+        compat.trim_prompt_cache(cache, 1)
+        n_held -= 1
     steps = verified_steps(
-        rest,
+        mx.array(ids[n_held:], dtype=mx.uint32),
         model,
         stream,
         proposer=proposer,
@@ -313,28 +328,17 @@ def drafted_steps(
         sampler=sampler,
         logits_processors=functions,
         prompt_cache=cache,
-        context=whole[:held],
-        n_begun=len(text),
+        context=ids[:n_held],
+        n_begun=len(ids) - n_before,
         **options,
     )
     with closing(steps):
         for token, logprobs in steps:
-            yield token, cast(mx.array, logprobs), False
+            yield token, logprobs, False
 
 
-def room_of_drafts(caches: Iterable[Any], n_tokens: int) -> int | None:
-    """Tokens for which caches can be trimmed after ``n_tokens`` more: 0 if not at all, None for
-    any number."""
-    rooms: list[int] = []
-    for layer in caches:
-        if hasattr(layer, "caches"):
-            inner = room_of_drafts(layer.caches, n_tokens)
-            rooms += [] if inner is None else [inner]
-        elif not trims(layer, ahead=0):
-            rooms.append(0)
-        elif getattr(layer, "max_size", None) is not None:
-            rooms.append(max(0, layer.max_size - (length_of(layer) or 0) - n_tokens - 2))
-    return min(rooms, default=None)
+def _longest(cache: list[Any]) -> int:
+    return max((length_of(layer) or 0 for layer in cache), default=0)
 
 
 @once
@@ -344,58 +348,3 @@ def _log_once_without_drafts(architecture: str) -> None:
         "need it, or a sampler or processor must be called once a token.",
         architecture.rsplit(".", 1)[-1],
     )
-
-
-def _drafted(
-    prompt: mx.array,
-    model: Any,
-    draft_model: Any,
-    stream: Any,
-    sampler: Sampler | SamplerFunction | None,
-    before: list[int],
-    *,
-    max_tokens: int,
-    num_draft_tokens: int,
-    **options: Any,
-) -> Generator[tuple[int, mx.array, bool], None, None]:
-    """mlx-lm's loop with a draft model. Drafts and the target's choices are drawn with the noise of
-    their position, so that the text is that without drafts. ``before``: context and prompt."""
-    n_given = n_rows = 0  # tokens, and rows of this round: its drafts, then the target's choices
-
-    def draw(logprobs: mx.array) -> mx.array:
-        nonlocal n_rows
-        n_drafts = min(max_tokens - n_given, num_draft_tokens)
-        first = n_given + (n_rows if n_rows < n_drafts else n_rows - n_drafts)
-        rows = logprobs.reshape(-1, 1, logprobs.shape[-1])
-        n_rows += len(rows)
-        assert isinstance(sampler, Sampler) and sampler.seed is not None
-        tokens = [sampler.choose(row, sampler.seed, first + i) for i, row in enumerate(rows)]
-        return mx.concatenate(tokens)
-
-    noisy = isinstance(sampler, Sampler) and not sampler.settings.greedy
-    if isinstance(sampler, Sampler):
-        options["sampler"] = draw if noisy else None
-    else:
-        options["sampler"] = sampler
-    head = get_flash_head(draft_model)
-    if head is get_flash_head(model):
-        head = None  # it is the target's, which is dense
-    latest = deque(before, LATEST)
-
-    def project(hidden: mx.array) -> mx.array:
-        assert head is not None
-        ids = mx.array(sorted(set(latest)), dtype=mx.uint32)
-        return head.draft_logits(hidden, ids, n_probes=policy_of(head).draft_probes)
-
-    options |= {"max_tokens": max_tokens, "num_draft_tokens": num_draft_tokens}
-    steps: Any = speculative_generate_step(prompt, model, draft_model, stream, **options)
-    with closing(steps):
-        while True:
-            # a token at a time, since streams may take turns
-            with nullcontext() if head is None else head.intercepted(project):
-                step = next(steps, None)
-            if step is None:
-                return
-            latest.append(step[0])
-            n_given, n_rows = n_given + 1, 0
-            yield step

@@ -1,59 +1,48 @@
-"""How a machine decodes with a FlashHead: when proposals pay, and when they are verified."""
+"""Which head chooses the next token: a machine's settings for a FlashHead, and the proposer that
+applies them in the loops of one sequence and of several."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..head.backend import PORTABLE
+from ..head.draw import Draws
 from ..head.flash_head import FlashHead
 from ..head.steps import NO_DEPTH
-from ..models.install import get_flash_head
+from ..models.install import LogitChange, get_flash_head, hidden_dtype, logit_change_of, unchanged
+from ..models.libraries import UnsupportedHeadError
+from .sampler import Trust
+from .sequence import PendingToken, Sequence, current_random_state, normalized
 
 MAX_PENDING = 32  # states of a verification: a GPU multiplies tiles of 32
 MAX_RISK = 0.1
 MAX_WAIT = 0.3  # seconds
 FIRST_PENDING = 4
 CPU_BATCH = 32  # sequences at once up to which proposals pay on a CPU
-THRESHOLDS = tuple(round(0.003 * math.sqrt(2) ** i, 4) for i in range(17))  # 0.003 … 0.77
-CLASSES = (1, 2, 4, 8, 16, 32)  # sizes of a product whose kernels and rounding are the same
 
 
 @dataclass
 class DecodingPolicy:
-    """Settings of the verified loops for one head on this machine.
+    """Settings of the verified loops for one head on this machine."""
 
-    Attributes:
-        depth: Nats below the log-sum-exp of all scores, from which kernels leave probes out.
-        max_pending: Proposals that wait for a verification, at most.
-        first_pending: Those of the first one; each later one takes twice as many.
-        max_risk: Sum of the risks of pending proposals at which they are verified.
-        max_wait: Seconds that a token may wait.
-        max_batch: Sequences at once up to which proposals are faster than the dense product; None:
-            an estimate.
-        gain: Tokens per second relative to dense decoding on this machine, where known.
-        predicted: Whether the gain is calculated from times of the parts.
-        dense: Whether proposals gain nothing on this machine.
-        lockstep: Whether several processes compute the same steps: no time decides anything.
-        drafts_only: Whether the head only serves a draft model.
-        draft_probes: Clusters scored for a draft; None: the head's number.
-    """
-
-    depth: float = NO_DEPTH
-    max_pending: int = MAX_PENDING
-    first_pending: int = FIRST_PENDING
-    max_risk: float = MAX_RISK
-    max_wait: float = MAX_WAIT
-    max_batch: int | None = None
-    gain: float | None = None
-    predicted: bool = False
-    dense: bool = False
-    lockstep: bool = False
-    drafts_only: bool = False
-    draft_probes: int | None = None
+    depth: float = NO_DEPTH  # nats below the mass of all scores from which kernels leave probes out
+    max_pending: int = MAX_PENDING  # proposals that wait for a verification, at most
+    first_pending: int = FIRST_PENDING  # for the first one; each later one takes twice as many
+    max_risk: float = MAX_RISK  # sum of the risks of pending proposals at which they are verified
+    max_wait: float = MAX_WAIT  # seconds that a token may wait
+    max_batch: int | None = None  # sequences at once up to which proposals pay; None: an estimate
+    gain: float | None = None  # tokens per second relative to dense decoding, where known
+    predicted: bool = False  # whether the gain is calculated from times of the parts
+    dense: bool = False  # whether proposals gain nothing on this machine
+    lockstep: bool = False  # whether processes compute the same steps: no time decides anything
+    drafts_only: bool = False  # whether the head only serves a draft model
+    draft_probes: int | None = None  # clusters scored for a draft; None: the head's number
 
 
 _policies: WeakKeyDictionary[FlashHead, DecodingPolicy] = WeakKeyDictionary()
@@ -68,24 +57,6 @@ def policy_of(head: FlashHead) -> DecodingPolicy:
     return _policies[head]
 
 
-def batch_limit(head: FlashHead) -> int:
-    """Sequences at once up to which proposals are made. C/p of them read as many rows as the dense
-    head, which reads each row once."""
-    known = policy_of(head).max_batch
-    if known is not None:
-        return known
-    on_cpu = mx.default_device().type == mx.cpu
-    return CPU_BATCH if on_cpu else max(1, head.n_clusters // head.n_probes)
-
-
-def product_size(k: int) -> int:
-    """The size to which a product of ``k`` states is filled up, so that its kernel is that whose
-    rounding is known. A CPU has one for all."""
-    if mx.default_device().type == mx.cpu:
-        return k
-    return next((size for size in CLASSES if size >= k), -(-k // CLASSES[-1]) * CLASSES[-1])
-
-
 def decoding_mode(model: nn.Module, *, verify: bool = True, dense: bool = False) -> str:
     """What decodes this model's text, in words: "verified", "unverified", or "dense: " and why."""
     head = get_flash_head(model)
@@ -93,60 +64,168 @@ def decoding_mode(model: nn.Module, *, verify: bool = True, dense: bool = False)
         return "dense: as requested"
     if head is None:
         return "dense: the model has no FlashHead"
-    policy = policy_of(head)
-    if policy.drafts_only:
+    if policy_of(head).drafts_only:
         return "dense: its FlashHead only drafts"
     if not verify:
         return "unverified"
-    if policy.dense:
+    if policy_of(head).dense:
         return "dense: FlashHead is no faster on this machine"
     return "verified"
 
 
-def overhead(
-    risks: Sequence[float],
-    chances: Sequence[float],
-    step: float,
-    verification: float,
-    k: int,
-    max_risk: float,
-) -> float:
-    """Expected seconds a token that verifications and wasted steps take.
+class Proposer:
+    """What proposes the tokens of one loop's sequences."""
 
-    ``risks`` and ``chances`` of another dense choice are those of proposals in their order. A
-    verification of up to ``k`` tokens takes ``verification`` seconds and comes when their risks add
-    up to ``max_risk``. A rejected token wastes the steps behind it, and the one that runs then.
-    """
-    total, n, i = 0.0, 0.0, 0
-    while i < len(risks):
-        end, risk = i, 0.0
-        while end < len(risks) and end - i < k and (end == i or risk < max_risk):
-            risk += risks[end]
-            end += 1
-        reached, gained = 1.0, 0.0  # the chance that all before are accepted, and accepted tokens
-        total += verification
-        for place in range(i, end):
-            gained += reached
-            total += reached * chances[place] * step * (end - place)
-            reached *= 1 - chances[place]
-        n += gained
-        i += max(1, round(gained))
-    return total / max(n, 1.0)
+    def __init__(
+        self,
+        model: nn.Module,  # of mlx-lm, with a FlashHead or without
+        *,
+        verify: bool = True,  # by the dense rows; else the FlashHead's own logits choose
+        dense: bool = False,  # let the normal (dense) head choose
+        n_probes: int | None = None,  # clusters scored per token; None: the head's own numbers
+        draw_temperature: float | None = None,  # draw the probes at it, without verification
+        max_wait: float | None = None,  # seconds until a token's verification; None: the policy's
+    ):
+        self.model = model
+        self._requested = verify and draw_temperature is None, dense or max_wait == 0
+        self._n_probes, self._draw_temperature = n_probes, draw_temperature
+        self.max_wait = max_wait
+        self.n_verifications = self.n_rejected = 0
+        self.look_for_head()
+
+    def look_for_head(self) -> None:
+        """Takes the model's FlashHead. One that is installed between two tokens changes no text."""
+        self.head: FlashHead | None = get_flash_head(self.model)
+        self.policy = DecodingPolicy() if self.head is None else policy_of(self.head)
+        # from the head's logits to the model's; None if these depend on each other
+        self.change: LogitChange | None = unchanged
+        if self.head is not None:
+            try:
+                self.change = logit_change_of(self.model)
+            except UnsupportedHeadError:
+                self.change = None
+        verify, dense = self._requested
+        gains = self._n_probes is not None or not self.policy.dense
+        usable = self.head is not None and not self.policy.drafts_only and not dense
+        self.verifies = usable and verify and gains and self.change is not None
+        self.unverified = usable and not verify
+
+    @property
+    def simple(self) -> bool:
+        """Whether the model gives its head's logits as they are."""
+        return self.change is unchanged
+
+    @property
+    def max_batch(self) -> int:
+        """Sequences at once up to which proposals are made. C/p of them read as many rows as the
+        dense head, which reads each row once."""
+        assert self.head is not None
+        if self.policy.max_batch is not None:
+            return self.policy.max_batch
+        if mx.default_device().type == mx.cpu:
+            return CPU_BATCH
+        return max(1, self.head.n_clusters // self.head.n_probes)
+
+    def can_verify(self, sequence: Sequence) -> bool:
+        """Whether a sequence's choices can be verified. A pure function that keeps no bounds can
+        where rounding is as small as float32's."""
+        if self.head is None or not self.verifies or sequence.trust is Trust.UNKNOWN:
+            return False
+        if sequence.settings is not None and sequence.settings.top_k >= self.head.vocab_size:
+            return False  # mlx-lm raises an error of its own
+        if sequence.trust is Trust.EXACT:
+            return True
+        dtype = hidden_dtype(self.model)
+        return self.head.clustered.rows.logits_dtype(dtype) == mx.float32
+
+    @contextmanager
+    def states(self) -> Iterator[list[mx.array]]:
+        """A block in which the model's forward pass notes the hidden states of the head's calls,
+        the last of which makes its logits. These are the normal (dense) head's, which nothing
+        computes unless they are read; or the unverified head's."""
+        taken: list[mx.array] = []
+        head = self.head
+        if head is None:
+            yield taken
+            return
+
+        def project(hidden: mx.array) -> mx.array:
+            taken.append(hidden)
+            if self.unverified and hidden.shape[-2] == 1:
+                return head.unverified_logits(hidden)
+            return head.dense_logits(hidden)
+
+        settings: Any = nullcontext()
+        if self.unverified:
+            settings = head.settings(
+                n_probes=self._n_probes, draw_temperature=self._draw_temperature
+            )
+        with settings, head.intercepted(project):
+            yield taken
+
+    def propose(
+        self, sequences: Rows[Sequence], hidden: mx.array, latest: mx.array
+    ) -> tuple[mx.array, list[PendingToken]]:
+        """Tokens of states (R, D), a row a sequence: (R,) uint32, lazy, and as pending tokens.
+
+        ``latest`` (R,) are the tokens before them, which are not read yet.
+        """
+        assert self.head is not None
+        wide = not self.simple or any(s.needs_logits for s in sequences)
+        rows = [s.draw_at(s.n_chosen) for s in sequences]
+        draws = None if all(settings.greedy for settings, _ in rows) else Draws.of(rows)
+        proposal = self.head.propose(
+            hidden, draws, n_probes=self._n_probes, depth=self.policy.depth, full=wide
+        )
+        tokens, full = proposal.tokens, proposal.full
+        if full is not None:
+            proposal = proposal._replace(full=None)  # which may be large
+        chosen = [PendingToken(proposal, row) for row in range(len(sequences))]
+        if full is not None:
+            logits, picked = self.model_logits(full), []
+            for i, (sequence, pending) in enumerate(zip(sequences, chosen, strict=True)):
+                row, index = slice(i, i + 1), sequence.n_chosen
+                token = tokens[row]
+                if not self.simple or sequence.needs_logits:
+                    processed = sequence.process(logits[row], sequence.context(index, latest[row]))
+                    before = current_random_state()
+                    token = sequence.pick(processed, normalized(processed), index)
+                    if sequence.uses_random_state:
+                        pending.random_state = mx.stack([before, current_random_state()])
+                picked.append(token)
+            tokens = picked[0] if len(picked) == 1 else mx.concatenate(picked)
+        for sequence, pending in zip(sequences, chosen, strict=True):
+            sequence.pending.append(pending)
+        return tokens, chosen
+
+    def model_logits(self, logits: mx.array) -> mx.array:
+        """The head's logits (R, V) as the model gives them."""
+        return logits if self.change is None else self.change(logits)
+
+    def dense_row(self, hidden: mx.array) -> mx.array:
+        """The model's normal logits of one state (1, D) by itself: (1, V). A product of several
+        states rounds otherwise in 16 bits."""
+        assert self.head is not None
+        return self.model_logits(self.head.dense_logits(hidden))
+
+    def report(self) -> str:
+        """What was used, for a line under a text."""
+        assert self.head is not None
+        if not self.unverified and not self.n_verifications:
+            return "FlashHead: not used, the normal (dense) head chose every token"
+        n_probes = self.head.unverified_probes if self.unverified else self.head.n_probes
+        clusters = f"{self._n_probes or n_probes:,} of {self.head.n_clusters:,} clusters a token"
+        if self.unverified:
+            return f"FlashHead: unverified, {clusters}"
+        return (
+            f"FlashHead: {clusters}, {self.n_verifications:,} verifications, "
+            f"{self.n_rejected:,} proposals rejected"
+        )
 
 
-def best_risk(
-    recorded: Sequence[int], step: float, verification: float, k: int
-) -> tuple[float, float]:
-    """The sum of risks at which a verification is best made, and the overhead a token with it.
-
-    ``recorded`` are risks as `index/settings.py` keeps them: 1 + 10,000 times the risk of a
-    proposal, negative where the dense choice differed. These are few: so the risks count as
-    chances, scaled to add up to them and half of one more.
-    """
-    risks = [(abs(value) - 1) / 10_000 for value in recorded]
-    n_rejected = sum(value < 0 for value in recorded)
-    scale = (n_rejected + 0.5) / (sum(risks) + 0.5)
-    chances = [min(scale * risk, 1.0) for risk in risks]
-    tried = [(overhead(risks, chances, step, verification, k, r), r) for r in THRESHOLDS]
-    seconds, risk = min(tried)
-    return risk, seconds
+def step_arrays(tokens: mx.array, chosen: Rows[PendingToken]) -> list[Any]:
+    """What has to be computed before the tokens of a step can be read, in one evaluation."""
+    risks = {id(p.proposal): p.proposal.risk for p in chosen if p.proposal is not None}
+    states = [p.random_state for p in chosen if p.random_state is not None]
+    logprobs = [p.logprobs for p in chosen if p.logprobs is not None]
+    return [tokens, *risks.values(), *states, *logprobs]

@@ -1,7 +1,7 @@
 """The package's sampler, and which samplers and processors of others can be verified."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, cast
 
@@ -43,14 +43,14 @@ def trust(sampler: Any, processors: Iterable[Processor] = ()) -> Trust:
     processor that also keeps the order of a token's logits (a larger logit never becomes the
     smaller one, whatever the other tokens' are) with ``preserves_margins = True``.
     """
-    functions = list(processors)
-    settings = draw_settings(sampler)
-    if settings is not None and all(map(preserves_margins, functions)):
+    changing = [processor for processor in processors if not preserves_margins(processor)]
+    known = draw_settings(sampler) is not None
+    if known and not changing:
         return Trust.EXACT
-    pure_sampler = settings is not None or getattr(sampler, "pure", False)
-    if pure_sampler and all(preserves_margins(f) or getattr(f, "pure", False) for f in functions):
-        return Trust.REPLAYABLE
-    return Trust.UNKNOWN
+    pure = all(getattr(processor, "pure", False) for processor in changing)
+    return (
+        Trust.REPLAYABLE if pure and (known or getattr(sampler, "pure", False)) else Trust.UNKNOWN
+    )
 
 
 def preserves_margins(processor: Any) -> bool:
@@ -68,12 +68,6 @@ def draw_settings(sampler: Any) -> DrawSettings | None:
     return None if settings is None else DrawSettings(**settings)
 
 
-def fresh_seed() -> int:
-    """A seed from MLX's random state. Evaluates."""
-    high, low = cast(list[int], mx.random.randint(0, 2**31 - 1, shape=(2,)).tolist())
-    return high << 31 | low
-
-
 @dataclass(eq=False)
 class Sampler:
     """Draws tokens from logits; :func:`make_sampler` says what its values mean."""
@@ -84,9 +78,8 @@ class Sampler:
     xtc_threshold: float = 0.1
     xtc_special_tokens: tuple[int, ...] = ()
     seed: int | None = None
-
-    def __post_init__(self):
-        self._bound: SamplerFunction | None = None
+    position: int = field(default=0, init=False)  # of the next call
+    _text_seed: int | None = field(default=None, init=False, repr=False)  # of these calls
 
     @property
     def _min_kept(self) -> int:
@@ -98,8 +91,11 @@ class Sampler:
         return self.settings.greedy or (self.xtc_probability == 0 and self._min_kept == 1)
 
     def new_seed(self) -> int:
-        """The seed for a new text. Evaluates a number of MLX's random state if it has none."""
-        return fresh_seed() if self.seed is None else self.seed
+        """The seed for a new text. Evaluates two numbers of MLX's random state if it has none."""
+        if self.seed is not None:
+            return self.seed
+        high, low = cast(list[int], mx.random.randint(0, 2**31 - 1, shape=(2,)).tolist())
+        return high << 31 | low
 
     def choose(self, logits: mx.array, seed: int, position: int) -> mx.array:
         """The token of a position: logits (1, V) → (1,) uint32. Lazy."""
@@ -107,31 +103,21 @@ class Sampler:
         if self.settings.greedy:
             return mx.argmax(logits, axis=-1)
         key = position_key(seed, position)
-        if self.plain:
-            draws = Draws.of([(self.settings, key)])
-            return draw(logits, noise_of_all(draws.keys, logits.shape[-1]), draws)
-        return self._choose_with_xtc(logits, key)
-
-    def for_text(self, seed: int, first: int = 0) -> SamplerFunction:
-        """A function for mlx-lm's loops, called once a token from the text's place ``first`` on:
-        (R, V) → (R,), a text a row."""
-        position = first
-
-        def sample(logprobs: mx.array) -> mx.array:
-            nonlocal position
-            rows = logprobs.reshape(-1, logprobs.shape[-1])
-            tokens = [self.choose(rows[i : i + 1], seed + i, position) for i in range(len(rows))]
-            position += 1
-            return mx.concatenate(tokens).reshape(logprobs.shape[:-1])
-
-        return sample
+        if not self.plain:
+            return self._choose_with_xtc(logits, key)
+        draws = Draws.of([(self.settings, key)])
+        return draw(logits, noise_of_all(draws.keys, logits.shape[-1]), draws)
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """For other programs' loops: (..., V) → tokens (...), a position a call and a text a
         row."""
-        if self._bound is None:
-            self._bound = self.for_text(self.new_seed())
-        return self._bound(logprobs)
+        if self._text_seed is None:
+            self._text_seed = self.new_seed()
+        rows = logprobs.reshape(-1, 1, logprobs.shape[-1])
+        seeds = range(self._text_seed, self._text_seed + len(rows))
+        tokens = [self.choose(rows[i], seed, self.position) for i, seed in enumerate(seeds)]
+        self.position += 1
+        return mx.concatenate(tokens).reshape(logprobs.shape[:-1])
 
     def _choose_with_xtc(self, logits: mx.array, key: tuple[int, int]) -> mx.array:
         """In mlx-lm's order: top-p, min-p, XTC, top-k, and the draw at the temperature."""
@@ -139,9 +125,10 @@ class Sampler:
         top_p = Draws.of([(DrawSettings(s.temperature, s.top_p), key)])
         kept = mx.where(logits >= threshold(logits, top_p), logits, -mx.inf)
         if s.min_p:
-            min_p = Draws.of([(DrawSettings(s.temperature, min_p=s.min_p), key)])
-            lowest = threshold(logits, min_p)
-            if self._min_kept > 1:  # of what top-p has kept, which min-p does not bring back
+            lowest = threshold(
+                logits, Draws.of([(DrawSettings(s.temperature, min_p=s.min_p), key)])
+            )
+            if self._min_kept > 1:  # of top-p's tokens: min-p brings no others back
                 lowest = mx.minimum(lowest, nth_best(kept, self._min_kept))
             kept = mx.where(logits >= lowest, kept, -mx.inf)
         if self.xtc_probability > 0:
@@ -173,7 +160,7 @@ def make_sampler(
     """A sampler with the arguments of ``mlx_lm.sample_utils.make_sampler``.
 
     It draws from mlx-lm's distribution, with noise of its own: the same seed gives other tokens
-    than mlx-lm's sampler. Of equal logits at the end of a top-k all are kept.
+    than mlx-lm's sampler. Of equal logits at the end of a top-k all remain.
 
     Args:
         temp: Temperature; 0 takes the likeliest token.
@@ -189,20 +176,19 @@ def make_sampler(
     Raises:
         ValueError: If a value is out of its range.
     """
-    _check("temp", temp, 0, 1e6)
-    _check("top_p", top_p, 0, 1)
-    _check("min_p", min_p, 0, 1)
-    _check("xtc_probability", xtc_probability, 0, 1)
-    _check("xtc_threshold", xtc_threshold, 0, 0.5)
+    for name, value, highest in (
+        ("temp", temp, 1e6),
+        ("top_p", top_p, 1),
+        ("min_p", min_p, 1),
+        ("xtc_probability", xtc_probability, 1),
+        ("xtc_threshold", xtc_threshold, 0.5),
+    ):
+        if not 0 <= value <= highest:
+            raise ValueError(f"{name} is {value}: it must be 0 to {highest:g}.")
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}: it must be 0, which keeps all tokens, or more.")
     if min_tokens_to_keep < 1:
         raise ValueError(f"min_tokens_to_keep is {min_tokens_to_keep}: it must be at least 1.")
     settings = DrawSettings(float(temp), float(top_p) or 1.0, float(min_p), int(top_k))
-    xtc = (xtc_probability, xtc_threshold, tuple(xtc_special_tokens or ()))
+    xtc = xtc_probability, xtc_threshold, tuple(xtc_special_tokens or ())
     return Sampler(settings, min_tokens_to_keep, *xtc, seed=seed)
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}: it must be {low} to {high:g}.")

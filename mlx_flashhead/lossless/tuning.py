@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any, cast
@@ -15,15 +15,13 @@ import mlx.nn as nn
 
 from ..head.backend import PORTABLE
 from ..head.flash_head import FlashHead
-from ..head.steps import NO_DEPTH
+from ..head.steps import NO_DEPTH, Proposal
 from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.install import hidden_dtype, installed_head
-from .policy import MAX_PENDING, MAX_RISK, MAX_WAIT, best_risk, policy_of
-from .proposer import Proposer, step_arrays
-from .rounding import SlotProduct, rounding_of
-from .sequence import PendingToken, normalized
+from .policy import MAX_PENDING, MAX_RISK, MAX_WAIT, Proposer, policy_of, step_arrays
 from .sequence import Sequence as Text
-from .verify import FEW, join
+from .sequence import normalized
+from .verify import FEW, SlotProduct, join, rounding_of
 
 SECONDS = 5.0  # of all measurements
 LEAST_GAIN = 1.03
@@ -33,6 +31,7 @@ TURNS = 3
 TOKENS = 5  # whose times make a median
 BATCHES = (4, 8, 16, 32)  # sequences at once, for which proposals may be slower than the dense head
 SCATTER = 0.15  # of the turns, relative to their median: the machine did something else, too
+THRESHOLDS = tuple(round(0.003 * math.sqrt(2) ** i, 4) for i in range(17))  # 0.003 … 0.77
 
 
 @dataclass(frozen=True)
@@ -70,51 +69,55 @@ def tune(
     say how many steps are wasted; the machine says what steps and verifications take. Where a round
     of steps takes too long, the gain is predicted from these.
     """
-    head = installed_head(model)
-    began = time.perf_counter()
-    parts = _Parts(model)
-    times = parts.dense_times(TOKENS + 1)[1:]
+    head, parts, began = installed_head(model), _Parts(model), time.perf_counter()
+    times = parts.steps(TOKENS + 1)[1:]
     dense = median(times)
     yield
+    # 1) The settings with the least expected time, by the times of the parts.
     known = {int(entry["n_probes"]): entry for entry in by_probes}
     slow = dense > seconds / 20
-    settings, expected, waste = None, math.inf, 0.0
-    verifications: dict[int, float] = {}
+    wanted = [max(1, min(head.n_clusters, round(head.n_probes * share))) for share in SHARES]
+    near = [min(known, key=lambda n: abs(n - each)) for each in wanted if known and not slow]
     depths = (NO_DEPTH,) if slow or head.backend == PORTABLE else (NO_DEPTH, DEPTH)
-    for n_probes in [head.n_probes] if slow else _grid(head, known):
+    settings, expected, waste = (head.n_probes, NO_DEPTH, FEW, MAX_RISK), math.inf, 0.0
+    verifications: dict[int, float] = {}
+    for n_probes in sorted({head.n_probes, *near}):
         for depth in depths:
-            step = median(parts.round_times(TOKENS + 1, n_probes=n_probes, depth=depth)[1:])
+            step = median(parts.steps(TOKENS + 1, n_probes, depth)[1:])
             yield
-            for k in _numbers_of_states(step):
+            most = min(MAX_PENDING, max(FEW, int(MAX_WAIT / step)))  # as text may wait for
+            for k in sorted({most, *(k for k in (8, 16) if k < most)}):
                 if k not in verifications:
                     verifications[k] = parts.verification(k)
                     yield
                 risk, wasted = _wasted(known, n_probes, step, verifications[k], k)
                 total = step + verifications[k] / k + wasted
                 if total < expected:
-                    settings, expected = (n_probes, depth, k, risk), total
-                    waste = wasted
-    assert settings is not None
+                    settings, expected, waste = (n_probes, depth, k, risk), total, wasted
+    # 2) Whole rounds with them, and as many dense steps, in turns.
     n_probes, depth, k, risk = settings
     gains: list[float] = []
     while len(gains) < TURNS and not slow:
         left = seconds - (time.perf_counter() - began)
         if gains and left < k * (dense + expected):
             break
-        before = sum(parts.dense_times(k))
-        after = sum(parts.round_times(k, n_probes=n_probes, depth=depth, verified=True))
+        before = sum(parts.steps(k))
+        after = sum(parts.steps(k, n_probes, depth, verified=True))
         gains.append(before / (after + k * waste))
         yield
-    predicted = not gains
-    gain = dense / expected if predicted else median(gains)
+    gain = median(gains) if gains else dense / expected
     scattered = gains if len(gains) > 1 else [dense / each for each in times]
     spread = (max(scattered) - min(scattered)) / 2
-    busy = spread > SCATTER * median(scattered) or is_busy()
-    max_batch = None if slow else parts.max_batch(verifications[k] / k, began + 2 * seconds)
     tuning = Tuning(
-        n_probes, depth, k, risk, gain, dense, spread, gain < LEAST_GAIN,
-        provisional=busy, max_batch=max_batch, predicted=predicted,
-    )  # fmt: skip
+        *settings,
+        gain,
+        dense,
+        spread,
+        dense=gain < LEAST_GAIN,
+        provisional=spread > SCATTER * median(scattered) or is_busy(),
+        max_batch=None if slow else parts.max_batch(verifications[k] / k, began + 2 * seconds),
+        predicted=not gains,
+    )
     tuning.apply(head)
     return tuning
 
@@ -127,19 +130,6 @@ def is_busy() -> bool:
         return False
 
 
-def _grid(head: FlashHead, known: dict[int, Any]) -> list[int]:
-    """Numbers of probes to try: the index's, and some that it knows about."""
-    wanted = [max(1, min(head.n_clusters, round(head.n_probes * share))) for share in SHARES]
-    near = [min(known, key=lambda n: abs(n - each)) for each in wanted if known]
-    return sorted({head.n_probes, *near})
-
-
-def _numbers_of_states(step: float) -> list[int]:
-    """Numbers of states of a verification to try: as many as text may wait for."""
-    most = min(MAX_PENDING, max(FEW, int(MAX_WAIT / step)))
-    return sorted({most, *(k for k in (8, 16) if k < most)})
-
-
 def _wasted(
     known: dict[int, Any], n_probes: int, step: float, verification: float, k: int
 ) -> tuple[float, float]:
@@ -150,8 +140,56 @@ def _wasted(
     if entry.get("risks"):
         risk, seconds = best_risk(entry["risks"], step, verification, k)
         return risk, max(seconds - verification / k, 0.0)
-    share = float(entry.get("greedy_differs", 0.0))
-    return MAX_RISK, share * step * (k / 2 + 1)
+    return MAX_RISK, float(entry.get("greedy_differs", 0.0)) * step * (k / 2 + 1)
+
+
+def best_risk(
+    recorded: Sequence[int], step: float, verification: float, k: int
+) -> tuple[float, float]:
+    """The sum of risks at which a verification is best made, and the overhead a token with it.
+
+    ``recorded`` are risks as `index/settings.py` keeps them: 1 + 10,000 times the risk of a
+    proposal, negative where the dense choice differed. These are few: so the risks count as
+    chances, scaled to add up to them and half of one more.
+    """
+    risks = [(abs(value) - 1) / 10_000 for value in recorded]
+    n_rejected = sum(value < 0 for value in recorded)
+    scale = (n_rejected + 0.5) / (sum(risks) + 0.5)
+    chances = [min(scale * risk, 1.0) for risk in risks]
+    tried = [(overhead(risks, chances, step, verification, k, r), r) for r in THRESHOLDS]
+    seconds, risk = min(tried)
+    return risk, seconds
+
+
+def overhead(
+    risks: Sequence[float],
+    chances: Sequence[float],
+    step: float,
+    verification: float,
+    k: int,
+    max_risk: float,
+) -> float:
+    """Expected seconds a token that verifications and wasted steps take.
+
+    ``risks`` and ``chances`` of another dense choice are those of proposals in their order. A
+    verification of up to ``k`` tokens takes ``verification`` seconds and comes when their risks add
+    up to ``max_risk``. A rejected token wastes the steps behind it, and the one that runs then.
+    """
+    total, n, i = 0.0, 0.0, 0
+    while i < len(risks):
+        end, risk = i, 0.0
+        while end < len(risks) and end - i < k and (end == i or risk < max_risk):
+            risk += risks[end]
+            end += 1
+        reached, gained = 1.0, 0.0  # the chance that all before are accepted, and accepted tokens
+        total += verification
+        for place in range(i, end):
+            gained += reached
+            total += reached * chances[place] * step * (end - place)
+            reached *= 1 - chances[place]
+        n += gained
+        i += max(1, round(gained))
+    return total / max(n, 1.0)
 
 
 class _Parts:
@@ -159,69 +197,48 @@ class _Parts:
 
     def __init__(self, model: nn.Module):
         self._model, self._head = model, installed_head(model)
-        self._first = mx.array([13 % self._head.vocab_size], dtype=mx.uint32)
 
-    def dense_times(self, n: int) -> list[float]:
-        """Seconds of ``n`` steps as mlx-lm's loop makes them."""
-        proposer = Proposer(self._model, dense=True)
-
-        def step(latest: mx.array, cache: list[Any]) -> tuple[mx.array, list[Any]]:
-            with proposer.states():
-                logits = self._model(latest[None], cache=cache)[:, -1, :]
-            logprobs = normalized(logits)
-            token = mx.argmax(logprobs, axis=-1)
-            return token, [token, logprobs]
-
-        return self._times(n, step)
-
-    def round_times(
-        self, n: int, *, n_probes: int, depth: float, verified: bool = False
-    ) -> list[float]:
-        """Seconds of ``n`` steps with proposals, and with one verification of them all."""
-        proposer = Proposer(self._model, n_probes=n_probes)
-        policy = policy_of(self._head)
-        policy.depth, before = depth, policy.depth
-        text = Text(None)
-
-        def step(latest: mx.array, cache: list[Any]) -> tuple[mx.array, list[Any]]:
-            with proposer.states() as states:
-                self._model(latest[None], cache=cache)
-            token, chosen = proposer.propose([text], states[-1][:, -1], latest)
-            return token, step_arrays(token, chosen)
-
-        try:
-            return self._times(n, step, text.pending if verified else None)
-        finally:
-            policy.depth = before
-
-    def _times(
+    def steps(
         self,
         n: int,
-        step: Callable[[mx.array, list[Any]], tuple[mx.array, list[Any]]],
-        pending: list[PendingToken] | None = None,
+        n_probes: int | None = None,
+        depth: float = NO_DEPTH,
+        *,
+        verified: bool = False,
     ) -> list[float]:
-        """Each step is launched before the token before it is read, as in the loops. The states of
-        ``pending`` are verified once, beside a last step."""
-        cache, latest, flags = make_prompt_cache(self._model), self._first, None
-        times, moment = [], time.perf_counter()
+        """Seconds of ``n`` steps, each launched before the token before it is read, as in the
+        loops: with proposals from ``n_probes`` clusters, and with one verification of them all
+        beside a last step; or dense ones as mlx-lm's loop makes them."""
+        proposer = Proposer(self._model, dense=n_probes is None, n_probes=n_probes)
+        proposer.policy = replace(proposer.policy, depth=depth)
+        text, cache = Text(None), make_prompt_cache(self._model)
+        latest = mx.array([13 % self._head.vocab_size], dtype=mx.uint32)
+        times, certain, moment = [], None, time.perf_counter()
         for i in range(n + 1):
-            token, launched = step(latest, cache)
-            mx.async_eval(launched)
+            with proposer.states() as states:
+                logits = self._model(latest[None], cache=cache)
+            if n_probes is None:
+                logprobs = normalized(logits[:, -1, :])
+                token = mx.argmax(logprobs, axis=-1)
+                mx.async_eval(token, logprobs)
+            else:
+                token, chosen = proposer.propose([text], states[-1][:, -1], latest)
+                mx.async_eval(step_arrays(token, chosen))
             latest.item()
-            if pending is not None and i:
-                pending[i - 1].read(cast(int, latest.item()))
-            if pending is not None and i == n - 1:
-                flags = self._certain(join(self._head, pending[:i]) if i else pending[0].proposal)
-                mx.async_eval(flags)
-            if flags is not None and i == n:
-                mx.eval(flags)
+            if verified and i:
+                text.pending[i - 1].read(cast(int, latest.item()))
+            if verified and i == n - 1:
+                certain = self._certain(join(self._head, text.pending[: max(i, 1)]))
+                mx.async_eval(certain)
+            if certain is not None and i == n:
+                mx.eval(certain)
             now = time.perf_counter()
             if i:
                 times.append(now - moment)
             moment, latest = now, token
         return times
 
-    def _certain(self, proposal: Any) -> mx.array:
+    def _certain(self, proposal: Proposal) -> mx.array:
         rounding = rounding_of(self._head, proposal.hidden.dtype, len(proposal.hidden))
         slots = SlotProduct(self._head, proposal.hidden).result()
         room, scored = rounding.rooms(proposal)

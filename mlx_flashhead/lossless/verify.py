@@ -3,52 +3,180 @@ whatever rounding does, and when it is due."""
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
+import numpy as np
 
-from ..head.draw import Draws, log_mass, noise_of_all, threshold
+from ..head.draw import Draws, DrawSettings, log_mass, noise_of_all, threshold
 from ..head.flash_head import FlashHead
 from ..head.steps import Proposal
-from .proposer import Proposer
-from .rounding import SlotProduct, rounding_of
-from .sequence import (
-    PendingToken,
-    Sequence,
-    keeps_bounds,
-    normalized,
-    random_state,
-    set_random_state,
-)
+from ..models.cpu_products import numpy_is_faster, slot_products, to_mlx
+from .policy import Proposer
+from .sampler import Trust
+from .sequence import PendingToken, Sequence, normalized, random_state, set_random_state
 
 MAX_READ = 64  # tokens that may be read while a verification is computed
 FEW = 4  # tokens that may wait longer, on a machine that is slow to compute them
-JOINED = 7  # pending tokens that are joined at a time, by one kernel
+CLASSES = (1, 2, 4, 8, 16, 32)  # sizes of a product whose kernels and rounding are the same
+WORTH_A_THREAD = 10_000_000  # multiply-adds, a millisecond of work
+N_STATES = 3  # whose products are compared for the rounding
+ULPS = 2  # of the result's dtype: each of two values is rounded to the nearest
+MEASURED = 4  # times what was measured on a few states
 MASS_ROUNDING = 2e-4  # of a sum over all tokens, relative
 NOISE_ROUNDING = 1e-5  # of a noisy logit, absolute
+_EPSILON = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 
 Row = tuple[Sequence, PendingToken, int]  # a sequence, its pending token, its place in the text
-Bounds = tuple[mx.array, mx.array]  # the lowest and the highest value, of the same shape
+
+
+# The dense product of several states at once, and how far its logits may lie from those of one
+# state by itself.
+
+
+class SlotProduct:
+    """Logits of states (k, D) in the order of the clusters, (k, C, n): lazy, or computed by a
+    thread beside the steps of the model, on a CPU whose BLAS numpy beats."""
+
+    def __init__(self, head: FlashHead, hidden: mx.array):
+        self._head, self._k, rows = head, len(hidden), head.clustered.rows
+        self._future: Future[np.ndarray] | None = None
+        by_numpy = rows.weight.dtype == mx.float32 and numpy_is_faster()
+        if by_numpy and self._k * rows.weight.size >= WORTH_A_THREAD:
+            states = np.asarray(hidden.astype(mx.float32))
+            self._future = _worker().submit(slot_products, np.asarray(rows.weight), states)
+        missing = product_size(self._k) - self._k
+        self._hidden = mx.pad(hidden, [(0, missing), (0, 0)]) if missing else hidden
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`result` does not wait for a thread."""
+        return self._future is None or self._future.done()
+
+    def result(self) -> mx.array:
+        if self._future is None:
+            return self._head.slot_logits(self._hidden)[: self._k]
+        logits, bias = to_mlx(self._future.result()), self._head.clustered.rows.bias
+        return logits if bias is None else logits + bias
+
+
+@cache
+def _worker() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "verification")
+
+
+def product_size(k: int) -> int:
+    """The size to which a product of ``k`` states is filled up, so that its kernel is that whose
+    rounding is known. A CPU has one for all."""
+    if mx.default_device().type == mx.cpu:
+        return k
+    return next((size for size in CLASSES if size >= k), -(-k // CLASSES[-1]) * CLASSES[-1])
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Bounds of the differences of a head's logits: shares of the length of the state times that of
+    the longest row, and a rounding to the logits' dtype."""
+
+    epsilon: float  # spacing of the logits' dtype, relative to a logit
+    longest: float  # length of the longest row, with its bias
+    product: float  # of a product of several states, relative to both lengths
+    scored: float  # of a scored token's logit, likewise; 0 if it is the same number
+
+    def rooms(self, proposal: Proposal, depth: mx.array | float = 0.0) -> tuple[mx.array, mx.array]:
+        """How far a logit of the product, and a scored one, may lie off: (k,) float32 each.
+
+        ``depth`` (k,): how far below the best logit a token may still win, by its noise.
+        """
+        norms = mx.linalg.norm(proposal.hidden.astype(mx.float32), axis=-1)
+        terms = norms * self.longest + self.longest
+        best = mx.max(proposal.logits.flatten(1), axis=-1).astype(mx.float32)
+        last_places = ULPS * self.epsilon * (mx.abs(best) + depth) if self.epsilon > 1e-6 else 0.0
+        room = self.product * terms + last_places
+        return room, self.scored * terms + last_places if self.scored else mx.zeros_like(room)
+
+
+_roundings: WeakKeyDictionary[FlashHead, dict[Any, Rounding]] = WeakKeyDictionary()
+
+
+def rounding_of(head: FlashHead, dtype: mx.Dtype, k: int) -> Rounding:
+    """The bounds for products of ``k`` states of ``dtype``. Evaluates once in each class of k.
+
+    A sum of D products in float32 lies within D·2^-24 of Σ|h·w| ≤ ‖h‖·‖w‖, in whichever order it
+    is made; rows of few bits are rounded to 16 bits first. What a few states show beyond that, as
+    where float32 is computed in fewer bits, counts four times.
+
+    Source: Higham 2002, "Accuracy and stability of numerical algorithms", section 3.1.
+    """
+    known = _roundings.setdefault(head, {})
+    size = N_STATES if mx.default_device().type == mx.cpu else product_size(k)
+    if (dtype, size) not in known:
+        known[dtype, size] = _measure(head, dtype, max(N_STATES, size))
+    return known[dtype, size]
+
+
+def _measure(head: FlashHead, dtype: mx.Dtype, n_states: int) -> Rounding:
+    hidden = mx.random.normal((n_states, head.hidden_size), key=mx.random.key(0)).astype(dtype)
+    states = [hidden[i : i + 1] for i in range(N_STATES)]
+    alone = mx.concatenate([head.dense_logits(state) for state in states])
+    slots = SlotProduct(head, hidden).result()[:N_STATES].reshape(N_STATES, -1)
+    together = mx.take(slots, head.clustered.slot_of, axis=-1)
+    with head.settings(n_probes=min(64, head.n_clusters)):
+        candidates = [head.candidates(state) for state in states]
+    ids, scored = (mx.concatenate([*parts]) for parts in zip(*candidates, strict=True))
+    wanted = mx.take_along_axis(alone, mx.minimum(ids, head.vocab_size - 1), axis=-1)
+    wanted = mx.where(ids < head.vocab_size, wanted, scored)
+    longest, rows, epsilon = 0.0, head.clustered.rows, _EPSILON[alone.dtype]
+    for start in range(0, head.n_clusters, 1024):
+        part = rows.take(mx.arange(start, min(start + 1024, head.n_clusters)))
+        lengths = mx.linalg.norm(part.dequantized(mx.float32), axis=-1)
+        if rows.bias is not None:
+            lengths = lengths + mx.abs(rows.bias[start : start + 1024]).astype(mx.float32)
+        longest = max(longest, cast(float, mx.max(lengths).item()))
+    norms = mx.linalg.norm(hidden[:N_STATES].astype(mx.float32), axis=-1, keepdims=True)
+    in_16_bits = epsilon > 1e-6
+
+    def apart(values: mx.array, others: mx.array) -> float:
+        """The greatest distance beyond the rounding to the logits' dtype, times a margin."""
+        values, others = values.astype(mx.float32), others.astype(mx.float32)
+        allowed = ULPS * epsilon * mx.abs(others) if in_16_bits else 0.0
+        beyond = (mx.abs(values - others) - allowed) / (norms * longest)
+        return MEASURED * max(cast(float, mx.max(beyond).item()), 0.0)
+
+    sums = 2 * (head.hidden_size + 1) * 2.0**-24
+    rounded = epsilon / 2 if rows.quantized and in_16_bits else 0.0
+    same = bool(mx.array_equal(scored, wanted).item())
+    scored_room = 0.0 if same else max(sums, apart(scored, wanted))
+    return Rounding(epsilon, longest, max(sums + rounded, apart(together, alone)), scored_room)
+
+
+# A verification, from its launch to the accepted tokens.
 
 
 class Verification:
     """A verification of the pending tokens that are read, launched when made, and read by
-    :meth:`accept`. ``proposal`` is the joined one of the ``rows``."""
+    :meth:`accept`. ``snapshots`` are the caches of the ``sequences`` as they are now."""
 
-    def __init__(self, proposer: Proposer, sequences: list[Sequence]):
-        self._proposer, self.sequences = proposer, sequences
-        self._head = cast(FlashHead, proposer.head)
+    def __init__(self, proposer: Proposer, sequences: list[Sequence], snapshots: list[Any]):
+        self._proposer, self._head = proposer, cast(FlashHead, proposer.head)
+        self.snapshots = dict(zip(sequences, snapshots, strict=True))
         self.counts = {sequence: sequence.n_read for sequence in sequences}
-        self._rows: list[Row] = [
+        rows: list[Row] = [
             (sequence, sequence.pending[i], len(sequence.tokens) + i)
             for sequence, n in self.counts.items()
             for i in range(n)
-            if not sequence.pending[i].dense
+            if sequence.pending[i].proposal is not None
         ]
+        # those first that a kernel screens, by the head's logits alone
+        self._rows = sorted(rows, key=lambda row: row[0].needs_logits)
         self._product: SlotProduct | None = None
-        self._flags: list[tuple[list[Row], mx.array]] = []  # which rows are certain, lazy
+        self._certain: mx.array | None = None  # whether each row's token is the dense choice, lazy
         self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # those in doubt
-        if self._rows:
+        if rows:
             proposer.n_verifications += 1
             self._proposal = join(self._head, [pending for _, pending, _ in self._rows])
             hidden = self._proposal.hidden
@@ -64,76 +192,54 @@ class Verification:
 
     def _screen(self) -> None:
         """Judges the rows by the product, as soon as it is there."""
-        assert self._product is not None
-        slots, self._product = self._product.result(), None
-        simple = self._proposer.simple
-        narrow = [i for i, row in enumerate(self._rows) if simple and not row[0].needs_logits]
+        proposer, product = self._proposer, cast(SlotProduct, self._product)
+        slots, self._product = product.result(), None
         draws = [sequence.draw_at(index) for sequence, _, index in self._rows]
         temperatures = [settings.temperature for settings, _ in draws]
-        depth = 0.0 if not any(temperatures) else mx.array(temperatures) * 32.0
-        room, scored_room = self._rounding.rooms(self._proposal, depth)
-        if narrow:
-            every = len(narrow) == len(self._rows)
-            proposal = self._proposal if every else _take(self._proposal, narrow)
-            of_rows = [draws[i] for i in narrow]
-            arrays = [slots, room, scored_room]
-            if not every:
-                arrays = [array[mx.array(narrow)] for array in arrays]
-            greedy = all(settings.greedy for settings, _ in of_rows)
+        depth = mx.array(temperatures) * 32.0 if any(temperatures) else 0.0
+        room, scored = self._rounding.rooms(self._proposal, depth)
+        needs_logits = [not proposer.simple or sequence.needs_logits for sequence, *_ in self._rows]
+        n, certain = needs_logits.count(False), []
+        if n:
+            of_rows = Draws.of(draws[:n]) if any(temperatures[:n]) else None
+            proposal, epsilon = _rows_of(self._proposal, slice(n)), self._rounding.epsilon
             screen = self._head.steps.screen(
-                arrays[0],
-                proposal,
-                None if greedy else Draws.of(of_rows),
-                arrays[1],
-                arrays[2],
-                self._rounding.epsilon,
+                slots[:n], proposal, of_rows, room[:n], scored[:n], epsilon
             )
-            self._flags.append(([self._rows[i] for i in narrow], screen.certain))
-        wide = [i for i in range(len(self._rows)) if i not in set(narrow)]
-        if wide:
-            certain = [self._is_certain(i, slots[i : i + 1], room[i], scored_room[i]) for i in wide]
-            self._flags.append(([self._rows[i] for i in wide], mx.concatenate(certain)))
+            certain.append(screen.certain)
+        for i in range(n, len(self._rows)):
+            certain.append(self._is_certain(i, slots[i : i + 1], room[i], scored[i]))
+        self._certain = certain[0] if len(certain) == 1 else mx.concatenate(certain)
         for i, (sequence, pending, index) in enumerate(self._rows):
             if sequence.logprobs:  # lazy, since few are read
-                context = sequence.context(index) if sequence.processors else None
-                logits = sequence.process(self._in_order(slots[i : i + 1]), context)
+                logits = self._in_order(slots[i : i + 1])
+                logits = sequence.process(logits, sequence.context(index))
                 pending.logprobs = normalized(logits)[0]
-        mx.async_eval([certain for _, certain in self._flags])
+        mx.async_eval(self._certain)
 
     def _is_certain(self, i: int, slots: mx.array, room: mx.array, scored: mx.array) -> mx.array:
         """For a choice by the processed logits of all tokens: whether it is certain, (1,) bool."""
         sequence, pending, index = self._rows[i]
-        token = cast(int, pending.token)
-        context = sequence.context(index) if sequence.processors else None
-        own = _take(self._proposal, [i])
-        bounds = [self._bound(slots, own, sign * room, sign * scored) for sign in (-1.0, 1.0)]
-        low, high = (sequence.process(bound, context) for bound in bounds)
-        if not keeps_bounds(sequence):  # a pure function: called again, on what is known best
-            middle = self._bound(slots, own, mx.zeros_like(room), mx.zeros_like(room))
+        token, context = cast(int, pending.token), sequence.context(index)
+        own = _rows_of(self._proposal, slice(i, i + 1))
+
+        def bound(sign: float) -> mx.array:
+            """The processed logits (1, V) where the model's lie off by ``sign`` times the rooms.
+            Rounding to their dtype keeps an order, so that bounds of rounded logits are such."""
+            values = (slots.astype(mx.float32) + sign * room).astype(slots.dtype)
+            exact = (own.logits.astype(mx.float32) + sign * scored).astype(slots.dtype)
+            values = mx.put_along_axis(values, own.probes[..., None], exact, axis=1)
+            return sequence.process(self._in_order(values), context)
+
+        if sequence.trust is not Trust.EXACT:  # pure: called again, on what is known best
             same = mx.array([True])
-            for logits in (sequence.process(middle, context), low, high):
-                with random_state(
-                    None if pending.random_state is None else pending.random_state[0]
-                ):
+            for logits in (bound(0.0), bound(-1.0), bound(1.0)):
+                with random_state(pending.state_before):
                     same = same & (sequence.pick(logits, normalized(logits), index) == token)
             return same
-        low, high = low.astype(mx.float32), high.astype(mx.float32)
-        settings, key = sequence.draw_at(index)
-        epsilon = self._rounding.epsilon
-        if settings.greedy:
-            return is_certain_best((low, high), token, epsilon)
-        draws = Draws.of([(settings, key)])
-        if pending.random_state is None:
-            return is_certain_draw((low, high), token, draws)
-        return is_certain_replay((low, high), token, draws, pending.random_state[0], epsilon)
-
-    def _bound(self, slots: mx.array, own: Proposal, room: mx.array, scored: mx.array) -> mx.array:
-        """The model's logits (1, V) that lie ``room`` off, the scored ones ``scored``. Rounding to
-        their dtype keeps an order, so that these are bounds of the rounded logits as well."""
-        values = (slots.astype(mx.float32) + room).astype(slots.dtype)
-        exact = (own.logits.astype(mx.float32) + scored).astype(slots.dtype)
-        values = mx.put_along_axis(values, own.probes[..., None], exact, axis=1)
-        return self._in_order(values)
+        low, high = (bound(sign).astype(mx.float32) for sign in (-1.0, 1.0))
+        draw, state = sequence.draw_at(index), pending.state_before
+        return is_certain(low, high, token, draw, state, self._rounding.epsilon)
 
     def _in_order(self, slots: mx.array) -> mx.array:
         """(k, C, n) in the order of the clusters → the model's logits (k, V)."""
@@ -145,7 +251,7 @@ class Verification:
         place the dense choice takes. Nothing is pending any more then."""
         if self._product is not None:
             self._screen()
-        if self._flags:
+        if self._certain is not None:
             self._decide()
         accepted: list[PendingToken] = []
         while len(accepted) < self.counts[sequence] and not sequence.rejected:
@@ -165,116 +271,83 @@ class Verification:
 
     def _decide(self) -> None:
         """Decides all rows that are in doubt by the dense logits of their own states."""
-        doubtful = [
-            row
-            for rows, certain in self._flags
-            for row, is_certain in zip(rows, cast(list[bool], certain.tolist()), strict=True)
-            if not is_certain
-        ]
-        self._flags = []
-        chosen = []
-        for sequence, pending, index in doubtful:
-            logits = self._proposer.dense_row(_hidden_of(pending))
-            with random_state(pending.state_before):
-                chosen.append(sequence.choose(logits, index))
+        certain = cast(list[bool], cast(mx.array, self._certain).tolist())
+        self._certain, doubtful, chosen = None, [], []
+        for (sequence, pending, index), is_certain in zip(self._rows, certain, strict=True):
+            if not is_certain:
+                proposal, row = cast(Proposal, pending.proposal), pending.row
+                logits = self._proposer.dense_row(proposal.hidden[row : row + 1])
+                with random_state(pending.state_before):
+                    chosen.append(sequence.choose(logits, index))
+                doubtful.append(pending)
         mx.eval([token for token, _ in chosen])
-        for (_, pending, _), (token, logprobs) in zip(doubtful, chosen, strict=True):
+        for pending, (token, logprobs) in zip(doubtful, chosen, strict=True):
             self._choices[pending] = cast(int, token.item()), logprobs
 
 
 def join(head: FlashHead, pending: list[PendingToken]) -> Proposal:
     """One proposal of pending tokens, which become its rows."""
-    proposals: list[Proposal] = []
-    places: dict[int, int] = {}
-    for each in pending:
-        assert each.proposal is not None
-        if id(each.proposal) not in places:
-            places[id(each.proposal)] = len(proposals)
-            proposals.append(each.proposal)
+    proposals = {id(each.proposal): cast(Proposal, each.proposal) for each in pending}
+    places = {proposal_id: place for place, proposal_id in enumerate(proposals)}
     rows = [(places[id(each.proposal)], each.row) for each in pending]
-    if len(proposals) == 1 and [row for _, row in rows] == list(range(len(proposals[0].hidden))):
-        return proposals[0]
-    joined = head.joined(proposals, rows, [cast(int, each.token) for each in pending])
+    first, *others = proposals.values()
+    if not others and [row for _, row in rows] == list(range(len(first.hidden))):
+        return first
+    tokens = [cast(int, each.token) for each in pending]
+    joined = head.joined([first, *others], rows, tokens)
     for row, each in enumerate(pending):
         each.proposal, each.row = joined, row
     return joined
 
 
-def _hidden_of(pending: PendingToken) -> mx.array:
-    assert pending.proposal is not None
-    return pending.proposal.hidden[pending.row : pending.row + 1]
-
-
-def _take(proposal: Proposal, rows: list[int]) -> Proposal:
+def _rows_of(proposal: Proposal, rows: slice) -> Proposal:
     """Some rows of a joined proposal."""
-    index = mx.array(rows)
     names = ("hidden", "tokens", "probes", "logits")
-    return proposal._replace(**{name: getattr(proposal, name)[index] for name in names})
+    return proposal._replace(**{name: getattr(proposal, name)[rows] for name in names})
 
 
-# Choices from bounds of the logits of all tokens: (1, V) float32 each → (1,) bool, lazy.
-
-
-def is_certain_best(bounds: Bounds, token: int, epsilon: float) -> mx.array:
-    """Whether the best log-probability is the token's. ``epsilon`` is the spacing of their dtype:
-    mlx-lm's loops round them once more, which may merge two."""
-    low, high = bounds
-    own = low[:, token]
-    rival = mx.max(mx.where(_is(token, high), -mx.inf, high), axis=-1)
-    merged = (log_mass(high)[:, 0] - rival + 0.5) * epsilon
-    return own - rival > merged
-
-
-def is_certain_draw(bounds: Bounds, token: int, draws: Draws) -> mx.array:
-    """Whether the package's draw takes the token."""
-    low, high = bounds
-    surely, maybe = _kept(bounds, draws, strict=False)
-    inverse = draws.settings[:, :1]
-    gumbel = noise_of_all(draws.keys, low.shape[-1])
-    own = _is(token, low)
-    worst = mx.max(mx.where(own & surely, low * inverse + gumbel, -mx.inf), axis=-1)
-    rival = mx.max(mx.where(~own & maybe, high * inverse + gumbel, -mx.inf), axis=-1)
-    return worst > rival + NOISE_ROUNDING * (1 + mx.abs(worst))
-
-
-def is_certain_replay(
-    bounds: Bounds, token: int, draws: Draws, state: mx.array, epsilon: float
+def is_certain(
+    low: mx.array,
+    high: mx.array,
+    token: int,
+    draw: tuple[DrawSettings, tuple[int, int]],
+    state: mx.array | None,
+    epsilon: float,
 ) -> mx.array:
-    """Whether a sampler of mlx-lm draws the token with MLX's random ``state``.
+    """Whether ``draw`` takes the token for all processed logits between ``low`` and ``high`` (1, V)
+    float32: (1,) bool, lazy. With a random ``state`` of MLX a sampler of mlx-lm draws.
 
-    MLX draws by noise, or by where a uniform number falls in the cumulated probabilities. Either
-    way the draw is certain if it is the token for the three worst cases: all others as likely as
-    they may be, those of lower ids, and those of higher ids, the rest as unlikely as they may be.
+    Log-probabilities are rounded to a dtype of the spacing ``epsilon``.
     """
-    low, high = bounds
-    # the sampler's log-probabilities and their scaled form are rounded to the logits' dtype
-    grid = epsilon * (mx.abs(low - log_mass(high)) + 1.0) + MASS_ROUNDING
-    low, high = low - grid, high + grid
-    surely, maybe = _kept((low, high), draws, strict=True)
-    inverse = draws.settings[:, :1]
-    likely = mx.where(maybe, high * inverse, -mx.inf)
-    unlikely = mx.where(surely, low * inverse, -mx.inf)
     ids = mx.arange(low.shape[-1])
+    own = ids == token
+    if draw[0].greedy:
+        rival = mx.max(mx.where(own, -mx.inf, high), axis=-1)
+        merged = (log_mass(high)[:, 0] - rival + 0.5) * epsilon  # rounding may merge two
+        return low[:, token] - rival > merged
+    draws = Draws.of([draw])
+    if state is not None:
+        grid = epsilon * (mx.abs(low - log_mass(high)) + 1.0) + MASS_ROUNDING
+        low, high = low - grid, high + grid
+    lowest = threshold(high, draws, log_mass(low) - MASS_ROUNDING)
+    # mlx-lm may leave out a token that equals the last of a top-k
+    surely = low > lowest if state is not None and draw[0].top_k else low >= lowest
+    maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
+    likely = mx.where(maybe, high * draws.settings[:, :1], -mx.inf)
+    unlikely = mx.where(surely, low * draws.settings[:, :1], -mx.inf)
+    if state is None:
+        noisy = mx.where(own, unlikely, likely) + noise_of_all(draws.keys, len(ids))
+        rival = mx.max(mx.where(own, -mx.inf, noisy), axis=-1)
+        return noisy[:, token] > rival + NOISE_ROUNDING * (1 + mx.abs(noisy[:, token]))
+    # MLX draws by noise, or by where a uniform number falls in the cumulated probabilities. Either
+    # way the draw is certain if it is the token for the three worst cases: all others as likely as
+    # they may be, those of lower ids, and those of higher ids, the rest as unlikely as they may be.
     key = mx.random.split(state)[1]
     certain = surely[:, token]
-    for pushed in (ids != token, ids < token, ids > token):
+    for pushed in (~own, ids < token, ids > token):
         case = mx.where(pushed, likely, unlikely)
         certain = certain & (mx.random.categorical(case, key=key) == token)
     return certain
-
-
-def _kept(bounds: Bounds, draws: Draws, strict: bool) -> tuple[mx.array, mx.array]:
-    """Which tokens the filters surely keep, and which they may: (1, V) bool each. ``strict``: a
-    token that equals the last of a top-k may be left out."""
-    low, high = bounds
-    surely = threshold(high, draws, log_mass(low) - MASS_ROUNDING)
-    maybe = threshold(low, draws, log_mass(high) + MASS_ROUNDING)
-    ties = strict and any(settings.top_k for settings in draws.of_rows)
-    return (low > surely if ties else low >= surely), high >= maybe
-
-
-def _is(token: int, values: mx.array) -> mx.array:
-    return (mx.arange(values.shape[-1]) == token)[None]
 
 
 class VerifyScheduler:
@@ -287,11 +360,8 @@ class VerifyScheduler:
     def __init__(self, proposer: Proposer, snapshot: Callable[[list[Sequence]], list[Any]]):
         self._proposer, self._snapshot = proposer, snapshot
         self._verification: Verification | None = None
-        self._snapshots: list[Any] = []  # as of the verification's launch
         self._limit = proposer.policy.first_pending
-        # of the tokens that wait for a launch
-        self._n, self._risk, self._since = 0, 0.0, 0.0
-        self._unjoined: list[PendingToken] = []
+        self._n, self._risk, self._since = 0, 0.0, 0.0  # of the tokens that wait for a launch
 
     def step(
         self, sequences: list[Sequence], read: list[Sequence]
@@ -300,15 +370,16 @@ class VerifyScheduler:
 
         The caller rolls back rejected sequences and drops finished ones.
         """
+        verification = self._verification
         n_read = max((sequence.n_read for sequence in sequences), default=0)
-        if self._verification is not None and (self._verification.ready or n_read >= MAX_READ):
+        if verification is not None and (verification.ready or n_read >= MAX_READ):
             yield from self._outcome()
-        last = False
+        ends = False
         for sequence in read:
             if not sequence.n_read:  # it has ended or was rolled back
                 continue
             pending = sequence.pending[sequence.n_read - 1]
-            if pending.dense and sequence.n_read == 1:
+            if pending.proposal is None and sequence.n_read == 1:
                 accepted = [sequence.accept()]
                 if self._proposer.can_verify(sequence):
                     (sequence.snapshot,) = self._snapshot([sequence])
@@ -316,57 +387,31 @@ class VerifyScheduler:
                 continue
             self._since = self._since if self._n else time.perf_counter()
             self._n, self._risk = self._n + 1, self._risk + pending.risk
-            self._unjoined.append(pending)
             n_tokens = len(sequence.tokens) + sequence.n_read
-            ends = pending.token in self._head.eos_token_ids or n_tokens == sequence.limit
-            last = last or ends
-        if last and self._verification is not None:
+            eos_token_ids = cast(FlashHead, self._proposer.head).eos_token_ids
+            ends = ends or pending.token in eos_token_ids or n_tokens == sequence.limit
+        if ends and self._verification is not None:
             yield from self._outcome()
         waiting = [sequence for sequence in sequences if sequence.n_read]
-        if waiting and self._verification is None and (last or self._due):
-            self._launch(waiting)
-            if last:  # waits, since the next step may be of no use
+        if waiting and self._verification is None and (ends or self._due):
+            self._n, self._risk, self._limit = 0, 0.0, self._limit * 2
+            self._verification = Verification(self._proposer, waiting, self._snapshot(waiting))
+            if ends:  # waits, since the next step may be of no use
                 yield from self._outcome()
-        elif len(self._unjoined) >= JOINED:
-            self._join(sequences)
-
-    @property
-    def _head(self) -> FlashHead:
-        return cast(FlashHead, self._proposer.head)
 
     @property
     def _due(self) -> bool:
-        policy = self._proposer.policy
-        max_wait = policy.max_wait if self._proposer.max_wait is None else self._proposer.max_wait
-        few = FEW if self._proposer.max_wait is None else 1
-        too_long = self._n >= few and time.perf_counter() - self._since >= max_wait
+        policy, max_wait = self._proposer.policy, self._proposer.max_wait
+        few, seconds = (FEW, policy.max_wait) if max_wait is None else (1, max_wait)
+        too_long = self._n >= few and time.perf_counter() - self._since >= seconds
         too_many = self._n >= min(self._limit, policy.max_pending)
         return too_many or self._risk >= policy.max_risk or (too_long and not policy.lockstep)
-
-    def _launch(self, waiting: list[Sequence]) -> None:
-        self._n, self._risk, self._limit = 0, 0.0, self._limit * 2
-        self._unjoined = []
-        self._verification = Verification(self._proposer, waiting)
-        self._snapshots = self._snapshot(waiting)
-
-    def _join(self, sequences: list[Sequence]) -> None:
-        """Joins what waits for the next verification, a few tokens at a time."""
-        counted = self._verification.counts if self._verification is not None else {}
-        waiting = [
-            pending
-            for sequence in sequences
-            for pending in sequence.pending[counted.get(sequence, 0) : sequence.n_read]
-            if not pending.dense
-        ]
-        self._unjoined = []
-        if waiting:
-            join(self._head, waiting)
 
     def _outcome(self) -> Iterator[tuple[Sequence, list[PendingToken]]]:
         """Waits for the verification. A sequence that goes on has a snapshot of its launch."""
         verification, self._verification = self._verification, None
         assert verification is not None
-        for sequence, snapshot in zip(verification.sequences, self._snapshots, strict=True):
+        for sequence, snapshot in verification.snapshots.items():
             if sequence.pending:  # else it has ended meanwhile
                 accepted = verification.accept(sequence)
                 if not sequence.rejected:

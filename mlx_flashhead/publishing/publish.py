@@ -65,7 +65,7 @@ def publish(
     card that does not name it.
 
     Raises:
-        ValueError: If the folder may not be published, or the Hub refuses. The folder is kept.
+        ValueError: If the folder may not be published, or the Hub rejects it. The folder stays.
     """
     config = read_index(folder).config
     metadata = with_licence(read_metadata(folder / CARD_FILE), license)

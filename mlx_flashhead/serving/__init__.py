@@ -9,7 +9,7 @@ A request, traced. ``serve`` opens the port, and starts the engine, which loads 
 2. ``endpoints`` reads the body: ``requests`` checks each field, ``jobs`` fills in the chat template
    and makes tokens. A mistake is an ``ApiError``.
 3. Each answer is a job in the queue of ``engine``, the one thread that computes. Its prompt is read
-   a chunk at a time, from the longest beginning that is kept, and decoded beside the others
+   a chunk at a time, from the longest cached beginning, and decoded beside the others
    (``decoding``).
 4. Each token comes back through the answer's queue: its text, its calls of tools, and its
    log-probabilities, of which ``endpoints`` makes OpenAI's JSON, whole or in chunks.

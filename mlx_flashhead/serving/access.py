@@ -45,7 +45,7 @@ class Access:
     max_body_bytes: int = 4 << 20
 
     def check(self, scope: Scope) -> None:
-        """Raises an ApiError unless a request may be served. h11 has refused what is not HTTP."""
+        """Raises an ApiError unless a request may be served. h11 has rejected what is not HTTP."""
         headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
         n_bytes = sum(len(name) + len(value) for name, value in headers.raw)
         if n_bytes + len(path) + len(scope["query_string"]) > MAX_HEAD_BYTES:

@@ -32,7 +32,7 @@ MAX_WAITING = 64  # connections; beyond it, the address with most of them loses 
 MAX_ANSWERED, MAX_ANSWERED_PER_ADDRESS = 128, 32
 # For a request's head and its body, and for a client that does not read.
 HEAD_SECONDS, BODY_SECONDS, WRITE_SECONDS = 10.0, 60.0, 30.0
-# A refused client that still sends may read why. One that sends no more gets what is ready by then.
+# A rejected client that still sends may read why. One that has finished gets what is ready by then.
 REFUSED_SECONDS, HALF_CLOSED_SECONDS = 2.0, 0.2
 # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
 _COOKIE_SETTINGS = f"Path=/; Max-Age={365 * 24 * 3600}; HttpOnly; SameSite=Strict"

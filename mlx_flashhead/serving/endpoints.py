@@ -182,7 +182,7 @@ class Answer:
             job.cancelled = True
 
     async def _parts(self) -> AsyncIterator[Progress | dict[str, Any]]:
-        """What comes of the jobs until all are complete: parts of prompts, and chunks' choices."""
+        """The results of the jobs until all are complete: parts of prompts, and chunks' choices."""
         while any(choice.finish_reason is None for choice in self._choices):
             index, event = await self._queue.get()
             if isinstance(event, ApiError | ClientDisconnect):

@@ -63,7 +63,7 @@ class Token:
     reasoning: str = ""  # a thought before it
     calls: list[Any] = field(default_factory=list)  # complete ones, as a model writes them
     finish_reason: str | None = None  # "stop" or "length" if the answer ends with it
-    logprobs: TokenLogprobs | None = None  # if the request asks for it; None for the end token
+    logprobs: TokenLogprobs | None = None  # if the request wants it; None for the end token
 
     def add(self, other: "Token") -> None:
         self.content += other.content

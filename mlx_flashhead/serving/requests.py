@@ -72,7 +72,7 @@ _STREAM_OPTIONS = {
     "include_usage": (bool,),
     "include_obfuscation": ([False], "chunks are sent as they are, so leave it out."),
 }
-# A schema is always kept to, strict or not.
+# A schema is always obeyed, strict or not.
 _SCHEMA_FIELDS = {"name": (str,), "description": (str,), "strict": (bool,), "schema": _ANY}
 _GRAMMARS: dict[str, Callable[[Any], Grammar]] = {
     "json_schema": Grammar.from_json_schema,

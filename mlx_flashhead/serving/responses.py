@@ -133,7 +133,7 @@ PAGE_ROUTES = [Route(path, page_file) for path in _PATHS]
 
 
 def locked_page(wrong: bool) -> Response:
-    """The page that asks for the token, and says whether a wrong one was given."""
+    """The page that asks for the token, and says whether the last one was wrong."""
     text = (FOLDER / "locked.html").read_text("utf-8")
     if not wrong:
         text = text.replace('<p class="wrong">', '<p class="wrong" hidden>')

@@ -163,7 +163,7 @@ def log_requests(level: str) -> None:
     handler.format = lambda record: printable(formatter.format(record))  # type: ignore[method-assign]
     logging.basicConfig(handlers=[handler])
     logging.getLogger(__name__.partition(".")[0]).setLevel(level)
-    # transformers warns of long prompts, which the server refuses itself
+    # transformers warns of long prompts, which the server rejects itself
     logging.getLogger("transformers").setLevel(logging.ERROR)
     # uvicorn warns of what clients do; the front door logs failures
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)

@@ -54,7 +54,7 @@ def make_parser() -> Parser:
     )
     add("--adapter-path", "Folder of LoRA adapters for --model.")
     add("--draft-model", "A model that drafts tokens for --model.")
-    draft = "Clusters scored per drafted token (default: those that read a tenth of its head)."
+    draft = "Clusters scored per drafted token (default: as many as read a tenth of its head)."
     add("--draft-probes", draft, type=whole_number(1))
     add("--num-draft-tokens", "Tokens drafted at once", 3, type=whole_number(1, 64))
     switch("--trust-remote-code", "Run Python code of these models.")

@@ -152,7 +152,7 @@ def llguidance(submodule: str = "") -> ModuleType:
 
 @lru_cache(64)
 def _problem(compiled: str) -> str:
-    """llguidance's objection to a grammar; empty if there is none. A helper process asks it, since
+    """llguidance's objection to a grammar; empty if there is none. A helper process runs it, since
     some grammars take all of a stack, or of the memory."""
     n_rules = sum(1 for _ in _RULE.finditer(compiled))
     if n_rules > MAX_RULES:
@@ -192,7 +192,7 @@ class GrammarProcessor:
         after: Tokens after which the text begins, such as the end of a thought. Until then every
             token is allowed.
         seconds_per_mask: Seconds of computing that a mask may take on average, over this processor
-            and those that :meth:`for_sequence` makes. Beyond it their texts end, and ``problem``
+            and the ones that :meth:`for_sequence` makes. Beyond it their texts end, and ``problem``
             says so. Ambiguous grammars take more for each further token.
 
     Attributes:
@@ -344,7 +344,7 @@ def grammar_processor(
         grammar: A Lark grammar with a rule ``start``.
 
     Raises:
-        ValueError: If not one form is given, if it is wrong, or if llguidance is not installed.
+        ValueError: If not one form is passed, if it is wrong, or if llguidance is not installed.
     """
     if [json_schema, regex, grammar].count(None) != 2:
         raise ValueError("Give one of json_schema, regex and grammar.")

@@ -69,8 +69,8 @@ def quality(folder: Path, positions: int | None) -> dict[str, dict]:
     for bits in HEAD_BITS:
         location.module.weight = rounded(weight, bits)
         rows = as_float32(location.module.weight)
-        of_form, _ = take_all(states())
-        figures[str(bits)] = compared(exact, exact_rows, of_form, rows, next_ids)
+        form_states, _ = take_all(states())
+        figures[str(bits)] = compared(exact, exact_rows, form_states, rows, next_ids)
         figures[str(bits)]["head_mb"] = weight.size * BYTES[bits] / 1e6
     return figures
 
@@ -107,7 +107,11 @@ def speed(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
         forms[f"{bits}, {DENSE}"] = Form(dense_copy(model))
         forms[f"{bits}, {TUNED}"] = with_flash_head(model, verify=True)
     run = tokenizer.encode(PROMPT), 1, args.tokens, SAMPLERS["greedy"]
-    timers = {name: partial(form.timed, *run) for name, form in forms.items()}
+
+    def seconds_of(name: str, _: int) -> float:
+        return forms[name].decode(*run)[0]
+
+    timers = {name: partial(seconds_of, name) for name in forms}
     seconds: dict[str, list[float]] = {}
     for number, seconds in enumerate(in_turns(timers, args.rounds)):  # noqa: B007
         print(f"{folder.name}: round {number} of {args.rounds}", file=sys.stderr)
@@ -137,10 +141,10 @@ def table(figures: dict) -> Iterator[str]:
         *("model", "head", "MB", "perplexity", "KL", "same best token"), "dense", "FlashHead"
     )
     yield line(*["---"] * 8)
-    for name, of_model in figures["quality"].items():
+    for name, by_form in figures["quality"].items():
         speeds = figures["speed"].get(name, {})
-        name += f", {of_model['unquantized']['positions']:,} positions"
-        for form, row in of_model.items():
+        name += f", {by_form['unquantized']['positions']:,} positions"
+        for form, row in by_form.items():
             cells = [
                 f"{speeds[f'{form}, {kind}']['tokens_per_second']:.1f}"
                 if f"{form}, {kind}" in speeds

@@ -1,4 +1,4 @@
-"""Servers under load: what counts as answered or lost, and what a client refuses."""
+"""Servers under load: what counts as answered or lost, and what a client rejects."""
 
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread

@@ -47,12 +47,9 @@ def main() -> None:
         finally:
             steps.close()
 
-    def counted_write(text: str) -> int:
-        reached(TEXT)
-        return write(text)
-
     build.IndexOptions = functools.partial(IndexOptions, calibration_positions=100)
-    build.model_index, sys.stdout.write = counted_index, counted_write
+    build.model_index = counted_index
+    sys.stdout.write = lambda text: reached(TEXT) or write(text)
     sys.addaudithook(look)
     from mlx_flashhead.generate import main as generate
 

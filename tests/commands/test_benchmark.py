@@ -1,4 +1,4 @@
-"""``benchmark``: tables, files, the report, and what is refused before the work."""
+"""``benchmark``: tables, files, the report, and what is rejected before the work."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""``convert``: what it prints, mlx-lm's flags, and what it refuses."""
+"""``convert``: what it prints, mlx-lm's flags, and its errors."""
 
 import json
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""``export``: the file, the table, and what is refused."""
+"""``export``: the file, the table, and its errors."""
 
 import mlx.core as mx
 import pytest

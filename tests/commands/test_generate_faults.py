@@ -23,42 +23,41 @@ from stopped_generate import FILE, STEP, TEXT
 
 generation = importlib.import_module("mlx_flashhead.lossless.generation")
 RULE = "==========\n"
-N_MOMENTS = {TEXT: 1, STEP: 3, FILE: 3}
+N_MOMENTS = {TEXT: 1, STEP: 2, FILE: 2}
 
 
 @pytest.fixture
-def generate(tmp_path):
-    """A function that runs `generate` with a home and stops it: (exit code, output, errors)."""
-    model = write_model(tmp_path / "model")
-
-    def generate(home, *arguments, kind=TEXT, moment=0, number=0):
-        words = [stopped_generate.__file__, kind, moment, number, "--model", model, *arguments]
-        words += ["--prompt", "One day", "--max-tokens", 8]
-        environment = os.environ | {"MLX_FLASHHEAD_HOME": str(home)}
-        process = subprocess.run(
-            [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment
-        )
-        return process.returncode, process.stdout, process.stderr
-
-    return generate
+def quick(monkeypatch):
+    """A build takes a second."""
+    options = partial(build.IndexOptions, calibration_positions=100)
+    monkeypatch.setattr(build, "IndexOptions", options)
 
 
-def test_stopped_at_seven_moments(generate, tmp_path, monkeypatch):
-    whole, home = tmp_path / "whole", tmp_path / "stopped"
+def test_stopped_at_five_moments(run, quick, tmp_path, monkeypatch):
+    model, whole, home = (tmp_path / name for name in ("model", "whole", "stopped"))
+    write_model(model)
+    words = ("--model", model, "--prompt", "One day", "--max-tokens", 8)
+    text = run("generate", *words, "--dense")[1].split(RULE)[1]
+
+    def stopped(home, kind=TEXT, moment=0, number=0):
+        """The program with a home, stopped: (exit code, output, errors)."""
+        command = [sys.executable, stopped_generate.__file__, kind, moment, number, *words]
+        monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(home))
+        ended = subprocess.run([*map(str, command)], capture_output=True, text=True)
+        return ended.returncode, ended.stdout, ended.stderr
+
     for folder in (whole, home):  # so that both write the same
         for name in ("locks", "flash_heads"):
             (folder / name).mkdir(parents=True)
-    text = generate(whole, "--dense")[1].split(RULE)[1]
-    code, output, errors = generate(whole)
+    code, output, errors = stopped(whole)
     assert code == 0 and output.split(RULE)[1] == text and "FlashHead is ready" in errors
     moments = json.loads((tmp_path / "whole.moments").read_text())
-    monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(home))
     for kind, n in N_MOMENTS.items():
         assert moments[kind] >= n
         for i in range(n):
             number = (signal.SIGKILL, signal.SIGINT)[i % 2]
             at = 1 + i * moments[kind] // n
-            code, output, errors = generate(home, kind=kind, moment=at, number=number)
+            code, output, errors = stopped(home, kind, at, int(number))
             assert (RULE + text + RULE).startswith(output[: len(2 * RULE + text)])
             assert "Traceback" not in errors
             if number == signal.SIGKILL:
@@ -74,10 +73,10 @@ def test_stopped_at_seven_moments(generate, tmp_path, monkeypatch):
                 shutil.rmtree(entry.path)
     for remains in home.rglob(".*"):
         os.utime(remains, (0, 0))  # a process that begins may not have locked a young one
-    code, output, errors = generate(home)
+    code, output, errors = run("generate", *words)
     assert code == 0 and output.split(RULE)[1] == text and "FlashHead is ready" in errors
     assert len(cache.entries()) == 1 and not list(home.rglob(".*"))
-    assert "FlashHead: " in generate(home)[1]
+    assert "FlashHead: " in run("generate", *words)[1]
 
 
 @pytest.mark.newest
@@ -91,18 +90,11 @@ def test_a_signal_during_a_long_prompt_ends_it_before_the_answer(tmp_path, numbe
     words = (sys.executable, "-u", *words, "--prompt", "x" * 6000)
     with subprocess.Popen(words, text=True, **pipes) as process:
         assert process.stdout.readline() == RULE
-        time.sleep(1)
+        time.sleep(0.5)
         process.send_signal(number)
         output, errors = process.communicate()
     assert process.returncode == 128 + number and errors.endswith("Interrupted.\n")
     assert output.strip() == "" and "Traceback" not in errors
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """A build takes a second."""
-    options = partial(build.IndexOptions, calibration_positions=100)
-    monkeypatch.setattr(build, "IndexOptions", options)
 
 
 def full(*_, **__):
@@ -116,7 +108,6 @@ def test_a_full_disk(run, dense, quick, monkeypatch, flash_head_home, where):
     assert code == 0 and "Generation: 3 tokens" in output and "Traceback" not in errors
     assert errors.count("It is not kept") == 1 and "No space left on device" in errors
     assert not list(flash_head_home.glob("flash_heads/*"))
-    monkeypatch.undo()
 
 
 def test_a_model_that_is_deleted_meanwhile(run, quick, tmp_path, monkeypatch):

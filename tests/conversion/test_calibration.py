@@ -114,7 +114,7 @@ def test_a_step_reads_what_its_time_allows(loaded, arch, milliseconds, sizes, mo
 
 
 def test_builtin_states_are_those_of_their_windows(loaded, monkeypatch):
-    """Without the first tokens of each window, and without those that came after the time limit."""
+    """Without the first tokens of each window, and without windows after the time limit."""
     model, tokenizer = loaded
     location = find_head(model)
     states, next_ids, cut_short = take_all(builtin_states(model, tokenizer, location, 600))

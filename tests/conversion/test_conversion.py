@@ -121,7 +121,7 @@ def test_the_signature_has_mlx_lms_arguments_in_their_order():
 
 
 @pytest.mark.parametrize("calibration", ["builtin", "none", "file"])
-def test_calibration_and_goals_are_those_asked_for(sources, tmp_path, capsys, calibration):
+def test_calibration_and_goals_follow_the_options(sources, tmp_path, capsys, calibration):
     """And the same seed gives the same file."""
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a bridge over a river. " * 3)
@@ -160,7 +160,7 @@ def test_replaces_what_it_wrote_and_nothing_else(tmp_path, sources):
     assert {path.name for path in place.iterdir()} == names
 
 
-def test_folders_are_told_apart_by_what_they_are(tmp_path, monkeypatch):
+def test_a_folder_is_recognized_under_another_path(tmp_path, monkeypatch):
     """As a bind mount shows one folder at two paths."""
     source, other = tmp_path / "source", tmp_path / "mounted"
     source.mkdir(), other.mkdir()

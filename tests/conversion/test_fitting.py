@@ -99,7 +99,7 @@ def test_fit_predicts_better_than_means_on_other_states(n_known):
     assert errors[0] < 0.32 * errors[1]
 
 
-def test_without_states_the_means_are_kept():
+def test_without_states_the_means_remain():
     rows, token_ids, _, head_bias = make_case()
     fitted = fit(rows, token_ids, head_bias=head_bias)
     clusters = members(token_ids, len(rows))
@@ -149,7 +149,7 @@ def test_squared_distances_are_variances_of_differences_of_logits():
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-2)
 
 
-def test_of_many_columns_those_of_the_greatest_variance_are_kept():
+def test_the_columns_of_the_greatest_variance_are_chosen():
     states = np.random.default_rng(0).standard_normal((2000, 480)).astype(np.float32)
     states[:, :5] *= 10
     metric = logit_metric(states)

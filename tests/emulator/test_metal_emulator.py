@@ -48,7 +48,7 @@ def test_traffic_is_exact():
     }
 
 
-def test_products_and_sums_are_joined_as_asked():
+def test_products_and_sums_are_joined_as_configured():
     """A fused operation keeps what the product loses: (1 + 2^-12)^2 - (1 + 2^-11) is 2^-24."""
     header = "inline float square(float x) { return x * x; }\n"
     x = mx.full((64,), 1 + 2.0**-12)

@@ -1,4 +1,4 @@
-"""The draw of a token: what is kept, how often each is drawn, and the kernel by the same noise."""
+"""The draw of a token: which remain, how often each is drawn, and the kernel by the same noise."""
 
 import contextlib
 

@@ -32,7 +32,7 @@ class TestGraph:
     """What stands between hidden states and result, in MLX's own graph.
 
     Exporting records custom kernels on a machine without Metal too, and lists every primitive: so
-    it is MLX itself that is asked, with the text and the arguments that a Mac would get.
+    MLX itself answers, with the text and the arguments that a Mac would get.
     """
 
     @staticmethod

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
 from mlx_flashhead.lossless.loop import verified_steps
-from mlx_flashhead.lossless.proposer import Proposer
+from mlx_flashhead.lossless.policy import Proposer
 from tiny_models import install_index, tiny_index, tiny_model
 
 PROMPT = [5, 17, 3, 99, 42, 7]

@@ -1,4 +1,4 @@
-"""The FlashHead file: what is written is read back, and what is damaged is refused."""
+"""The FlashHead file: what is written is read back, and damage is an error."""
 
 import json
 import math

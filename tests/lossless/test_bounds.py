@@ -14,7 +14,7 @@ from tiny_models import tiny_model
 PROCESSORS = {
     "none": {},
     "bias": {"logit_bias": {5: 1000.0, 40: -1000.0, 7: 998.5}},
-    **{f"penalty {p}": {"repetition_penalty": p} for p in (0.05, 0.5, 1.3, 20.0)},
+    **{f"penalty {p}": {"repetition_penalty": p} for p in (0.05, 1.3)},
     "additive": {"presence_penalty": 1.5, "frequency_penalty": -0.7},
 }
 SAMPLERS = {
@@ -82,7 +82,7 @@ def judged(monkeypatch):
     decide = verify.Verification._decide
 
     def noting(verification):
-        flags.extend(flag for _, each in verification._flags for flag in each.tolist())
+        flags.extend(verification._certain.tolist())
         decide(verification)
 
     monkeypatch.setattr(verify.Verification, "_decide", noting)

@@ -6,7 +6,7 @@ import pytest
 
 from flash_loops import OTHERS, make_flash
 from mlx_flashhead.lossless import tuning
-from mlx_flashhead.lossless.policy import THRESHOLDS, best_risk, overhead, policy_of
+from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.lossless.tuning import LEAST_GAIN, Tuning, tune
 
 
@@ -53,15 +53,13 @@ def test_a_measurement_chooses_and_changes_no_text(slow):
     assert flash.tokens() == before == flash.tokens(dense=True)
 
 
-@pytest.mark.parametrize("gain", [0.9, 1.0, 1.1, 1.2, 1.5, 2.0])
+@pytest.mark.parametrize("gain", [0.9, 1.1, 2.0])
 @pytest.mark.parametrize("busy", [False, True])
-def test_the_steady_gain_is_found(monkeypatch, gain, busy):
+def test_the_steady_gain_is_measured(monkeypatch, gain, busy):
     """On a machine whose clock is made up: a verification takes as long for 8 states as for 32."""
-    flash = make_flash()
-    flat, k = 0.003, 32
-    dense = 0.006
+    flash, clock = make_flash(), [0.0]
+    flat, k, dense = 0.003, 32, 0.006
     step = dense / gain - flat / k
-    clock = [0.0]
 
     class Parts(tuning._Parts):
         n_calls = 0
@@ -72,11 +70,8 @@ def test_the_steady_gain_is_found(monkeypatch, gain, busy):
             clock[0] += n * seconds + extra
             return [seconds] * (n - 1) + [seconds + extra]
 
-        def dense_times(self, n):
-            return self.takes(n, dense)
-
-        def round_times(self, n, *, verified=False, **_):
-            return self.takes(n, step, flat if verified else 0.0)
+        def steps(self, n, n_probes=None, depth=None, *, verified=False):
+            return self.takes(n, step if n_probes else dense, flat if verified else 0.0)
 
         def verification(self, k):
             return self.takes(1, flat)[0]
@@ -113,17 +108,14 @@ def test_sequences_at_once_for_which_proposals_pay(monkeypatch, dense, most, lat
     assert found == (None if late else most)
 
 
-def test_sequences_at_once_are_a_question_of_speed_alone():
-    flash = make_flash()
-    before = flash.batch(OTHERS, dense=True)[0]
-    for policy_of(flash.head).max_batch in (None, 1, 2, 3):
-        assert flash.batch(OTHERS)[0] == before
-
-
-def test_settings_for_more_clusters_than_there_are():
+def test_settings_of_another_machine():
+    """For more clusters than there are; and a size of batches changes no text."""
     flash = make_flash()
     Tuning(500, 1e30, 8, 0.1, 1.2, 0.01, 0.0, dense=False).apply(flash.head)
     assert flash.head.n_probes == flash.head.n_clusters and flash.head.unverified_probes == 3
+    flash.head.n_probes, before = 3, flash.batch(OTHERS, dense=True)[0]
+    for policy_of(flash.head).max_batch in (None, 1, 2, 3):
+        assert flash.batch(OTHERS)[0] == before
 
 
 @pytest.mark.parametrize("fixed", [0.03, 0.3, 1.35])
@@ -139,6 +131,6 @@ def test_the_threshold_of_risk_is_about_the_best(fixed, share, honest):
         return np.minimum(honest * true, 1), rng.random(n) < true
 
     played, known = proposals(8_000), recorded(*proposals(4_000))
-    costs = {r: overhead(*map(list, played), 1.0, fixed, 32, r) for r in THRESHOLDS}
-    chosen, _ = best_risk(known, 1.0, fixed, 32)
+    costs = {r: tuning.overhead(*map(list, played), 1.0, fixed, 32, r) for r in tuning.THRESHOLDS}
+    chosen, _ = tuning.best_risk(known, 1.0, fixed, 32)
     assert costs[chosen] <= 1.2 * min(costs.values()) + 0.007

@@ -8,7 +8,7 @@ not all threads reach, missing address spaces.
 =================  ===========================================================================
 signature.py       the text MLX writes, and how the runtime calls it
 frontend.py        Metal to C++ for OpenCL, and Apple's rules that clang lacks
-build.py           clang from the ziglang package; compiled kernels are kept by content
+build.py           clang from the ziglang package; compiled kernels are cached by content
 run.py             launch and traffic, and what went wrong in words
 emulator.py        the face of ``mx.fast.metal_kernel``
 shim/              ``metal_stdlib``

@@ -117,7 +117,7 @@ def runtime() -> ctypes.CDLL:
 
 
 def compile_text(text: str, name: str, prelude: str, scratch: Path, *flags: str) -> None:
-    """Compiles a text after a prelude and checks its syntax tree; a KernelFault if it is refused.
+    """Compiles a text after a prelude and checks its syntax tree; a KernelFault if it is rejected.
 
     ``flags`` say what clang's front end proper, which takes exactly these, makes beside the tree.
     """
@@ -142,7 +142,7 @@ def compile_text(text: str, name: str, prelude: str, scratch: Path, *flags: str)
 
 
 def compile_kernel(text: str, entry: str, name: str, check: bool, contract: str) -> Path:
-    """Compiles a kernel as MLX writes it to a shared library; a KernelFault if it is refused.
+    """Compiles a kernel as MLX writes it to a shared library; a KernelFault if it is rejected.
 
     Args:
         text: Header, signature and source.

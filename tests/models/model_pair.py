@@ -34,27 +34,31 @@ class Pair:
         stream = stream_generate(model, self.tokenizer, prompt, max_tokens=max_tokens, **options)
         return [response.token for response in stream]
 
+    def expected(self, ids, n_tokens=12) -> list[int]:
+        """What every mode has to give."""
+        return uncached(self.dense, ids, n_tokens)
+
     def unverified(self, ids, n_tokens=12) -> list[int]:
         """What the FlashHead chooses by itself."""
         with self.head.settings():
             return uncached(self.model, ids, n_tokens)
 
+    def until_end(self, tokens: list[int]) -> list[int]:
+        """Without the end of the text and what was made after it."""
+        ends = [i for i, token in enumerate(tokens) if token in self.tokenizer.eos_token_ids]
+        return tokens[: ends[0]] if ends else tokens
 
-def _attend_strongly(folder: Path) -> None:
-    """Makes each token depend on all before it: a fresh model's follows from the last one alone,
-    so that a wrong cache would not show."""
-    file = str(folder / "model.safetensors")
+
+def make_pair(folder: Path, *, tied: bool, seed: int = 4) -> Pair:
+    """Each token depends on all before it: a fresh model's follows from the last one alone, so that
+    a wrong cache would not show."""
+    dense = write_model(folder / "dense", tied=tied, hidden_size=128, seed=seed)
+    file, strong = str(dense / "model.safetensors"), ("q_proj.weight", "v_proj.weight")
     weights = {
-        name: array * 6 if name.endswith(("q_proj.weight", "v_proj.weight")) else array
-        for name, array in mx.load(file).items()
+        name: array * (6 if name.endswith(strong) else 1) for name, array in mx.load(file).items()
     }
     mx.eval(weights)
     mx.save_safetensors(file, weights, metadata={"format": "mlx"})
-
-
-def make_pair(folder: Path, *, tied: bool, seed: int = 4, **options) -> Pair:
-    dense = write_model(folder / "dense", tied=tied, hidden_size=128, seed=seed, **options)
-    _attend_strongly(dense)
     converted = folder / "converted"
     convert(str(dense), str(converted), n_probes=N_PROBES, calibration="none", progress=False)
     model, tokenizer = load(str(converted))
@@ -63,21 +67,11 @@ def make_pair(folder: Path, *, tied: bool, seed: int = 4, **options) -> Pair:
 
 def uncached(model, prompt: list[int], n_tokens: int = 12) -> list[int]:
     """Greedy tokens, each by a forward pass over all tokens before it, whose last state alone
-    goes through the head. Those of the dense model are what every mode has to give."""
+    goes through the head."""
     ids = list(prompt)
     for _ in range(n_tokens):
-        ids.append(mx.argmax(last_logits(model, ids)).item())
+        hidden = model.model(mx.array([ids]))[:, -1:]
+        tied = model.args.tie_word_embeddings
+        logits = model.model.embed_tokens.as_linear(hidden) if tied else model.lm_head(hidden)
+        ids.append(mx.argmax(logits).item())
     return ids[len(prompt) :]
-
-
-def last_logits(model, ids: list[int]) -> mx.array:
-    hidden = model.model(mx.array([ids]))[:, -1:]
-    if model.args.tie_word_embeddings:
-        return model.model.embed_tokens.as_linear(hidden)[0, 0]
-    return model.lm_head(hidden)[0, 0]
-
-
-def until_end(pair, tokens):
-    """Without the end of the text and what was made after it."""
-    ends = [i for i, token in enumerate(tokens) if token in pair.tokenizer.eos_token_ids]
-    return tokens[: ends[0]] if ends else tokens

@@ -11,13 +11,13 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_flashhead import batch_generate, generate, load, stream_generate
 from model_folders import VOCAB_SIZE
-from model_pair import N_PROBES, uncached, until_end
+from model_pair import N_PROBES, uncached
 from refusals import refused
 from tiny_adapters import write_adapters
 
 PROMPTS = ("One day", "How do I bake bread?", "x")
 BATCH = (*PROMPTS, "Why is the sky blue", "It was", "The river")
-TOKENS = 16
+TOKENS = 12
 
 
 @pytest.fixture
@@ -46,18 +46,18 @@ def test_the_text_is_mlx_lms_of_the_dense_model(flash, pair, prompt):
 def test_without_verification_the_flash_head_chooses(flash, pair, head):
     ids = pair.encode("One day")
     usual = pair.tokens(pair.model, ids, verify=False)
-    assert usual == pair.unverified(ids) != uncached(pair.dense, ids)
+    assert usual == pair.unverified(ids) != pair.expected(ids)
     head.n_probes = 1
-    expected = until_end(pair, pair.unverified(ids))
+    expected = pair.until_end(pair.unverified(ids))
     head.n_probes = N_PROBES
-    found = until_end(pair, pair.tokens(pair.model, ids, n_probes=1, verify=False))
+    found = pair.until_end(pair.tokens(pair.model, ids, n_probes=1, verify=False))
     assert found == expected != usual
 
 
 @pytest.mark.parametrize("size", [1, 7])
 def test_prompts_in_parts(flash, pair, size):
     ids, options = pair.encode("How do I bake bread for two people"), {"prefill_step_size": size}
-    assert pair.tokens(pair.model, ids, **options) == uncached(pair.dense, ids)
+    assert pair.tokens(pair.model, ids, **options) == pair.expected(ids)
     assert pair.tokens(pair.model, ids, verify=False, **options) == pair.unverified(ids)
 
 
@@ -78,24 +78,21 @@ def test_mlx_lms_keywords_arrive(flash, capsys):
     assert text in printed and "tokens-per-sec" in printed
 
 
-def test_settings_end_with_an_error(flash):
+def test_settings_end_with_an_error_and_with_an_abandoned_stream(flash, head):
     def failing(logprobs):
         raise RuntimeError("in the sampler")
 
-    options = {"n_probes": 2, "draw_temperature": 1.0, "sampler": failing}
+    drawn = {"n_probes": 2, "draw_temperature": 1.0}
     for function, prompt in ((generate, "One day"), (text_of_stream, "x"), (batch_generate, [[5]])):
         with pytest.raises(RuntimeError, match="in the sampler"):
-            function(*flash, prompt, **options)
+            function(*flash, prompt, sampler=failing, **drawn)
     with pytest.raises(TypeError):
         generate(*flash, "One day", dense=True, no_such_keyword=1)
-
-
-@pytest.mark.parametrize("options", [{}, {"n_probes": 2, "draw_temperature": 1.0}])
-def test_settings_end_with_an_abandoned_stream(flash, head, options):
-    stream = stream_generate(*flash, "One day", max_tokens=50, **options)
-    next(stream)
-    assert state(head) == (N_PROBES, None, None)
-    stream.close()
+    for options in ({}, drawn):
+        stream = stream_generate(*flash, "One day", max_tokens=50, **options)
+        next(stream)
+        assert state(head) == (N_PROBES, None, None)
+        stream.close()
 
 
 def test_streams_take_turns(flash):
@@ -113,52 +110,43 @@ def test_streams_take_turns(flash):
 
 
 def test_dense_models_generate_as_they_are(pair):
-    dense = pair.dense, pair.tokenizer
-    expected = mlx_lm.generate(*dense, "One day", max_tokens=TOKENS)
-    assert generate(*dense, "One day", max_tokens=TOKENS) == expected
-    assert generate(*dense, "One day", dense=True, max_tokens=TOKENS) == expected
+    arguments = pair.dense, pair.tokenizer, "One day"
+    expected = mlx_lm.generate(*arguments, max_tokens=TOKENS)
+    for options in ({}, {"dense": True}):
+        assert generate(*arguments, max_tokens=TOKENS, **options) == expected
     for options in ({"n_probes": 1}, {"draw_temperature": 1.0}):
-        with pytest.raises(ValueError, match="has no FlashHead"):
-            generate(*dense, "One day", max_tokens=TOKENS, **options)
-
-
-@pytest.fixture
-def prompts(pair):
-    return [pair.encode(prompt) for prompt in BATCH]
+        refused(lambda options=options: generate(*arguments, **options), "has no FlashHead")
 
 
 @pytest.mark.parametrize("sizes", [{}, {"completion_batch_size": 2, "prefill_batch_size": 2}])
 @pytest.mark.parametrize("settings", [{}, {"dense": True}, {"verify": False}], ids=str)
-def test_batch_is_what_each_gets_alone(flash, pair, prompts, sizes, settings):
-    expected = [uncached(pair.dense, ids, TOKENS) for ids in prompts]
-    if settings == {"verify": False}:
-        expected = [pair.unverified(ids, TOKENS) for ids in prompts]
-    expected = [until_end(pair, tokens) for tokens in expected]
+def test_batch_is_what_each_gets_alone(flash, pair, sizes, settings):
+    prompts = [pair.encode(prompt) for prompt in BATCH]
+    alone = pair.unverified if settings == {"verify": False} else pair.expected
     options = {"max_tokens": TOKENS, "return_token_ids": True, **sizes, **settings}
-    assert batch_generate(*flash, prompts, **options).token_ids == expected
+    found = batch_generate(*flash, prompts, **options).token_ids
+    assert found == [pair.until_end(alone(ids, TOKENS)) for ids in prompts]
 
 
-def test_an_empty_prompt_is_refused(flash):
-    with pytest.raises(ValueError, match="Sequence 1 has an empty prompt: give it at least one"):
-        batch_generate(*flash, [[5], []])
-
-
-def test_batch_of_several_turns(flash, pair, prompts):
+def test_batch_of_several_turns(flash, pair):
+    prompts, more = [pair.encode(prompt) for prompt in BATCH], pair.encode(" and then?")
     options = {"max_tokens": 6, "return_token_ids": True}
     first = batch_generate(*flash, prompts, return_prompt_caches=True, **options)
-    more = pair.encode(" and then?")
     turns = [more] * len(prompts)
     second = batch_generate(*flash, turns, prompt_caches=first.caches, **options)
     whole = [answer for answer in first.token_ids if len(answer) == 6]
     assert len(whole) > 3
     for prompt, answer, found in zip(prompts, first.token_ids, second.token_ids, strict=True):
         if answer in whole:  # the end of one that ended is in the cache too
-            assert found == until_end(pair, uncached(pair.dense, prompt + answer + more, 6))
+            assert found == pair.until_end(pair.expected(prompt + answer + more, 6))
+    refused(lambda: batch_generate(*flash, [[5], []]), "Sequence 1 has an empty prompt: give it at")
 
 
-# LoRA and DoRA adapters of the body work; those of the head must be fused first.
+# Adapters of the body work; those of the head must be fused first.
 
-HEADS = {"tied": "model.embed_tokens", "untied": "lm_head"}
+
+def head_of(pair):
+    return "model.embed_tokens" if pair.model.args.tie_word_embeddings else "lm_head"
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -167,9 +155,8 @@ def test_adapters_of_the_body_work_and_those_of_the_head_are_refused(pair, tmp_p
     dense, _ = mlx_lm.load(str(pair.dense_folder), adapter_path=adapters)
     model, _ = load(str(pair.folder), adapter_path=adapters)
     ids = pair.encode(PROMPTS[1])
-    assert uncached(dense, ids) != uncached(pair.dense, ids)
-    assert pair.tokens(model, ids) == uncached(dense, ids)
-    path = HEADS["tied" if pair.model.args.tie_word_embeddings else "untied"]
+    assert pair.tokens(model, ids) == uncached(dense, ids) != pair.expected(ids)
+    path = head_of(pair)
     adapters = str(write_adapters(tmp_path / "head", pair.dense_folder, kind=kind, keys=(path,)))
     refused(
         lambda: load(str(pair.folder), adapter_path=adapters),
@@ -179,18 +166,14 @@ def test_adapters_of_the_body_work_and_those_of_the_head_are_refused(pair, tmp_p
 
 def test_fully_tuned_weights(pair, tmp_path):
     """Adapters of the kind "full" are weights: those of the body fit, another head does not."""
-    folder = tmp_path / "adapters"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full"}))
-    file = str(folder / "adapters.safetensors")
-    name = "model.layers.1.mlp.down_proj.weight"
-    changed = dict(tree_flatten(pair.dense.parameters()))[name] * -1
-    mx.save_safetensors(file, {name: changed})
+    folder, weights = str(tmp_path), dict(tree_flatten(pair.dense.parameters()))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full"}))
+    file, name = f"{folder}/adapters.safetensors", "model.layers.1.mlp.down_proj.weight"
+    mx.save_safetensors(file, {name: weights[name] * -1})
     ids = pair.encode(PROMPTS[1])
-    dense, _ = mlx_lm.load(str(pair.dense_folder), adapter_path=str(folder))
-    model, _ = load(str(pair.folder), adapter_path=str(folder))
-    assert pair.tokens(model, ids) == uncached(dense, ids) != uncached(pair.dense, ids)
-    head = HEADS["tied" if pair.model.args.tie_word_embeddings else "untied"] + ".weight"
-    mx.save_safetensors(file, {head: dict(tree_flatten(pair.dense.parameters()))[head] * 2})
-    with pytest.raises(ValueError, match="belongs to other rows than this model's"):
-        load(str(pair.folder), adapter_path=str(folder))
+    dense, _ = mlx_lm.load(str(pair.dense_folder), adapter_path=folder)
+    model, _ = load(str(pair.folder), adapter_path=folder)
+    assert pair.tokens(model, ids) == uncached(dense, ids) != pair.expected(ids)
+    name = head_of(pair) + ".weight"
+    mx.save_safetensors(file, {name: weights[name] * 2})
+    refused(lambda: load(str(pair.folder), adapter_path=folder), "belongs to other rows than this")

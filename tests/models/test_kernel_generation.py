@@ -20,10 +20,11 @@ pytestmark = pytest.mark.real
 
 N_PROBES = 96
 MAX_TOKENS = 12
-PROMPTS = [
-    "Water boils at a temperature of",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-]
+# each with the depth of its proposals
+PROMPTS = {
+    "Water boils at a temperature of": NO_DEPTH,
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return": 6.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,41 +36,25 @@ def real(real_model_folder):
     return model, tokenizer, take_all(build_index(rows, options, eos_token_ids=eos_token_ids))
 
 
-def streamed(model, tokenizer, prompt) -> list[int]:
-    """Greedy tokens."""
-    answers = stream_generate(model, tokenizer, prompt, max_tokens=MAX_TOKENS)
-    return [answer.token for answer in answers]
-
-
-@pytest.fixture(scope="module")
-def portable(real):
-    """What the portable path generates from each prompt."""
+@pytest.mark.parametrize("prompt, depth", PROMPTS.items())
+def test_proposals_give_the_same_tokens(real, prompt, depth):
     model, tokenizer, index = real
-    install_index(model, index, backend="mlx")
-    answers = [streamed(model, tokenizer, prompt) for prompt in PROMPTS]
-    detach(model)
-    return answers
 
-
-@pytest.fixture
-def on_kernels(real):
-    """The model with the kernels installed, its tokenizer, and the emulator if there is one."""
-    model, tokenizer, index = real
-    with kernels() as emulator:
-        install_index(model, index, backend="metal")
-        assert get_flash_head(model).backend == "metal"
-        if emulator is not None:
+    def tokens(backend):
+        install_index(model, index, backend=backend)
+        assert get_flash_head(model).backend == backend
+        policy_of(get_flash_head(model)).depth = depth
+        if backend == "metal" and emulator is not None:
             emulator.dispatches.clear()  # those of the check on installation
-        yield model, tokenizer, emulator
+        answers = stream_generate(model, tokenizer, prompt, max_tokens=MAX_TOKENS)
+        found = [answer.token for answer in answers]
         detach(model)
+        return found
 
-
-@pytest.mark.parametrize("which, depth", [(0, NO_DEPTH), (1, 6.0)])
-def test_proposals_give_the_same_tokens(on_kernels, portable, which, depth):
-    model, tokenizer, emulator = on_kernels
-    policy_of(get_flash_head(model)).depth = depth
-    found = streamed(model, tokenizer, PROMPTS[which])
-    assert found == portable[which]
+    portable = tokens("mlx")
+    with kernels() as emulator:
+        found = tokens("metal")
+    assert found == portable
     assert len(found) >= 8 and len(set(found)) > 4
     if not on_gpu():
         names = [dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches]

@@ -8,12 +8,11 @@ from mlx_lm.sample_utils import make_logits_processors
 from flash_loops import make_flash
 from mlx_flashhead import FlashHead, grammar_processor, make_sampler, stream_generate
 from mlx_flashhead.lossless.loop import drafted_steps
-from mlx_flashhead.lossless.proposer import Proposer
-from model_pair import make_pair, uncached
+from mlx_flashhead.lossless.policy import Proposer
+from model_pair import make_pair
 
 PROMPT = "The river was wide"
 TOKENS = 24
-DRAFTS = ("itself", "dense", "other dense", "other")
 OPTIONS = {
     "greedy": lambda pair: {"num_draft_tokens": 3},
     "one draft at a time": lambda pair: {"num_draft_tokens": 1},
@@ -31,6 +30,8 @@ OPTIONS = {
         "logits_processors": [grammar_processor(pair.tokenizer, regex="([a-z]{3,9}[,.] ?)+")],
     },
 }  # fmt: skip
+CASES = [(name, draft) for name in OPTIONS for draft in ("dense", "other")]
+CASES += [("greedy", "itself"), ("greedy", "other dense"), ("draws", "itself")]
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +43,12 @@ def other(tmp_path_factory):
 @pytest.fixture
 def drafts(pair, other):
     """Draft models by name."""
-    models = (pair.model, pair.dense, other.dense, other.model)
-    return dict(zip(DRAFTS, models, strict=True))
+    own = {"itself": pair.model, "dense": pair.dense}
+    return own | {"other": other.model, "other dense": other.dense}
 
 
 def usual(pair, n_tokens=TOKENS):
-    return uncached(pair.dense, pair.encode(PROMPT), n_tokens)
+    return pair.expected(pair.encode(PROMPT), n_tokens)
 
 
 def forbidding(tokens):
@@ -62,8 +63,7 @@ def run(pair, model, draft, prompt=PROMPT, **options):
     return [r.token for r in responses], sum(r.from_draft for r in responses)
 
 
-@pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name, draft", CASES)
 def test_the_text_is_that_without_drafts(pair, drafts, draft, name):
     options = OPTIONS[name](pair)
     found, n_drafted = run(pair, pair.model, drafts[draft], **options)
@@ -79,26 +79,19 @@ def test_the_text_is_that_without_drafts(pair, drafts, draft, name):
         assert n_drafted > TOKENS // 2
 
 
-@pytest.mark.parametrize("draft", ["itself", "other"])
-def test_draft_of_a_dense_target(pair, drafts, draft):
-    found, _ = run(pair, pair.dense, drafts[draft], num_draft_tokens=3)
-    assert found == usual(pair)
-
-
 def test_two_turns_with_one_cache(pair, other):
     """The caches of both models, one after the other, as mlx-lm takes them."""
     cache = make_prompt_cache(pair.model) + make_prompt_cache(other.model)
     options = {"max_tokens": 9, "prompt_cache": cache, "num_draft_tokens": 3}
     ids, more = pair.encode(PROMPT), pair.encode(" and then")
-    found, _ = run(pair, pair.model, other.model, ids, **options)
-    assert found == usual(pair, 9)
+    assert run(pair, pair.model, other.model, ids, **options)[0] == usual(pair, 9)
     for part in cache:  # back to the end of the prompt
         part.trim(part.offset - len(ids))
-    found, _ = run(pair, pair.model, other.model, more, **options)
-    assert found == uncached(pair.dense, ids + more, 9)
+    assert run(pair, pair.model, other.model, more, **options)[0] == pair.expected(ids + more, 9)
 
 
 def test_a_draft_scores_the_latest_tokens(pair, other, monkeypatch):
+    """Here for a target without a FlashHead."""
     scored = []
     original = FlashHead.draft_logits
 
@@ -118,40 +111,36 @@ def test_a_draft_scores_the_latest_tokens(pair, other, monkeypatch):
 WINDOW = {"sliding_window": 24, "sliding_window_pattern": 2, "num_hidden_layers": 2}
 
 
-def steps(model, draft, prompt, n_tokens, cache=None, **options):
-    proposer = Proposer(model)
+def steps(target, draft, prompt, n_tokens, cache=None, dense=False, **options):
+    """Tokens, which are those without drafts, and how many the draft model made."""
     loop = drafted_steps(
-        mx.array(prompt), model, draft, proposer=proposer, max_tokens=n_tokens,
-        prompt_cache=cache, **options,
+        mx.array(prompt), target.model, draft, proposer=Proposer(target.model, dense=dense),
+        max_tokens=n_tokens, prompt_cache=cache, **options,
     )  # fmt: skip
     given = list(loop)
-    return [token for token, *_ in given], sum(drafted for *_, drafted in given)
+    alone = target.tokens(dense=True, prompt=prompt, max_tokens=n_tokens, **options)
+    assert [token for token, *_ in given] == alone
+    return sum(drafted for *_, drafted in given)
 
 
 @pytest.mark.parametrize("n_prompt", [4, 12, 30])
-@pytest.mark.parametrize("sampling", [{}, {"temp": 1.0, "seed": 4}])
-def test_a_sliding_window_writes_its_own_text(n_prompt, sampling):
+@pytest.mark.parametrize(
+    "dense, sampling", [(False, {}), (True, {}), (False, {"temp": 1, "seed": 4})]
+)
+def test_a_sliding_window_writes_its_own_text(n_prompt, dense, sampling):
     """From the window on mlx-lm's rollback does not trim its cache: there are no drafts then."""
-    target = make_flash("gemma3_text", **WINDOW)
-    draft = make_flash("gemma3_text", **WINDOW).model
+    target, draft = (make_flash("gemma3_text", **WINDOW) for _ in range(2))
     prompt = [(7 * i + 3) % 200 for i in range(n_prompt)]
-    options = {"sampler": make_sampler(**sampling)}
-    found, n_drafted = steps(target.model, draft, prompt, 40, **options)
-    assert found == target.tokens(dense=True, prompt=prompt, max_tokens=40, **options)
+    options = {"sampler": make_sampler(**sampling), "dense": dense}
+    n_drafted = steps(target, draft.model, prompt, 40, **options)
     assert bool(n_drafted) == (n_prompt < 24)
 
 
-@pytest.mark.parametrize("n_prompt", [4, 30])
-def test_a_cache_that_cannot_be_trimmed_goes_without_drafts(n_prompt, caplog):
-    target, draft = make_flash(num_hidden_layers=2), make_flash(num_hidden_layers=2).model
-    prompt = [(7 * i + 3) % 200 for i in range(n_prompt)]
-    cache = [
-        ArraysCache(2) if i == 1 else layer for i, layer in enumerate(make_prompt_cache(draft))
-    ]
-    cache = make_prompt_cache(target.model) + cache
-    found, n_drafted = steps(target.model, draft, prompt, 20, cache)
-    assert found == target.tokens(dense=True, prompt=prompt, max_tokens=20)
-    assert n_drafted == 0
+def test_a_cache_that_cannot_be_trimmed_goes_without_drafts():
+    target, draft = (make_flash(num_hidden_layers=2) for _ in range(2))
+    first, _ = make_prompt_cache(draft.model)
+    cache = [*make_prompt_cache(target.model), first, ArraysCache(2)]
+    assert steps(target, draft.model, [3, 10, 17, 24], 20, cache) == 0
 
 
 def test_another_processor_is_called_once_a_token(pair, other):

@@ -107,7 +107,7 @@ def test_other_licences(tmp_path):
     assert "Its files do not name it" in card and "Built with" not in card
 
 
-def test_own_text_is_kept_and_a_card_without_the_marker_is_all_own_text(tmp_path):
+def test_own_text_stays_and_a_card_without_the_marker_is_all_own_text(tmp_path):
     for text in ("", "My text.\n", "# A\n\n---\n<!-- x -->\n", "no newline"):
         assert cards.text_below_marker(write(tmp_path, own_text=text)) == text
     assert cards.text_below_marker("---\nlicense: mit\n---\n\n# Mine\n") == "# Mine\n"

@@ -73,7 +73,7 @@ def test_load_asks_the_network_for_what_is_named_alone(hub, dense):
     assert {FILE_NAME, SETTINGS_NAME, "README.md"} == {*hub.files("me/Tiny-FlashHead")}
     put_model(hub, "me/Tiny", dense)
     hub.requests.clear()
-    mlx_flashhead.load("me/Tiny", progress=False)  # with the one that is kept here
+    mlx_flashhead.load("me/Tiny", progress=False)  # with the cached one
     assert hub.requests and not any("FlashHead" in path for _, path in hub.requests)
     hub.requests.clear()
     model, _ = mlx_flashhead.load(str(dense), flash_head="me/Tiny-FlashHead", progress=False)

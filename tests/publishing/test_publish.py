@@ -98,7 +98,7 @@ def test_hidden_files_and_secrets_are_not_published(hub, converted):
     assert "notes.md" not in hub.files("me/tiny")
 
 
-def test_text_below_the_marker_is_kept(hub, converted):
+def test_text_below_the_marker_stays(hub, converted):
     publish(converted, "me/tiny")
     card = hub.files("me/tiny")["README.md"].decode()
     hub.put("me/tiny", {"README.md": (card + "Written on the Hub.\n").encode()})

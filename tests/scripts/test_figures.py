@@ -70,10 +70,10 @@ def test_a_finer_head_is_nearer_to_the_model_as_it_is(run, tmp_path, monkeypatch
     assert run(finer_heads, folder, *flags, "--quality")[0] == 0
     assert run(finer_heads, folder, *flags, "--speed", "--tokens", 2)[0] == 0
     figures = json.loads(file.read_text())
-    of_model, speeds = figures["quality"]["model"], figures["speed"]["model"]
-    assert of_model["unquantized"]["kl"] == 0 and of_model["unquantized"]["same"] == 1
-    assert 0 < of_model["8"]["kl"] < of_model["4"]["kl"]
-    assert of_model["4"]["head_mb"] * 2 / 0.5625 == pytest.approx(of_model["16"]["head_mb"])
+    by_form, speeds = figures["quality"]["model"], figures["speed"]["model"]
+    assert by_form["unquantized"]["kl"] == 0 and by_form["unquantized"]["same"] == 1
+    assert 0 < by_form["8"]["kl"] < by_form["4"]["kl"]
+    assert by_form["4"]["head_mb"] * 2 / 0.5625 == pytest.approx(by_form["16"]["head_mb"])
     assert {name.split(",")[0] for name in speeds} == {"4", "6", "8", "16"} and len(speeds) == 8
     assert f"{speeds['8, tuned']['tokens_per_second']:.1f} |" in finer_heads.PAGE.read_text()
 

@@ -73,7 +73,7 @@ def test_announcement_without_a_code(monkeypatch, encoding, segno, said):
     assert "Programs use http://10.1.2.3:8080/v1 with the token" in printed
 
 
-def test_token_is_random_private_and_kept(tmp_path):
+def test_token_is_random_private_and_stored(tmp_path):
     paths = [tmp_path / "folder" / str(number) for number in range(50)]
     tokens = [kept_token(path) for path in paths]
     assert [kept_token(path) for path in paths] == tokens and len(set(tokens)) == 50

@@ -38,13 +38,13 @@ def trickle(connection):
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: "])
-def test_a_slow_head_is_given_up(monkeypatch, connect, sent):
+def test_a_slow_head_is_abandoned(monkeypatch, connect, sent):
     """However many bytes keep coming."""
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
     assert trickle(connect(sent)) == b""
 
 
-def test_a_slow_body_is_given_up_with_an_error(monkeypatch, server, connect):
+def test_a_slow_body_is_abandoned_with_an_error(monkeypatch, server, connect):
     monkeypatch.setattr(connections, "BODY_SECONDS", 0.2)
     monkeypatch.setattr(connections, "REFUSED_SECONDS", 0.2)
     answer = trickle(connect(HEAD % 1000))

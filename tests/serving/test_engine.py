@@ -14,7 +14,7 @@ from mlx_flashhead.serving.engine import time_for_answers
 from mlx_flashhead.serving.jobs import Progress, Token
 
 
-def test_a_cancelled_prompt_is_not_read_on_and_what_was_read_is_kept(start, chunks):
+def test_a_cancelled_prompt_is_read_no_further_and_stays_cached(start, chunks):
     engine = start("--decode-concurrency", 2)
     one = submit(engine, LONG)
     until(one, Progress)
@@ -30,7 +30,7 @@ def test_a_cancelled_prompt_is_not_read_on_and_what_was_read_is_kept(start, chun
     assert {of for of, _ in chunks[n_read:]} == {other} and waiting not in dict(chunks)
 
 
-def test_a_cancelled_answer_ends_and_its_cache_is_kept(start):
+def test_a_cancelled_answer_ends_and_its_cache_stays(start):
     engine = start()
     one, other = endless(engine, LONG), endless(engine, SHORT)
     one.cancelled = True

@@ -68,7 +68,7 @@ def test_chat_is_what_the_package_generates_whole_and_in_chunks(client, flash):
         assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), TOKENS)
 
 
-def test_spaces_at_the_beginning_are_kept(client):
+def test_spaces_at_the_beginning_stay(client):
     """mlx-lm's detokenizer drops one, which a chat without a form has for its template's sake."""
     answer = complete(client, "a", "chain", logprobs=0).choices[0]
     assert answer.text == " one two three four"

@@ -92,7 +92,7 @@ def test_a_text_that_is_too_long_is_tokenized_as_far_as_the_context_reaches(tiny
     with pytest.raises(ApiError, match="more than 512 tokens"):
         read_prompts(request)
     assert lengths == [jobs.PART]
-    monkeypatch.setattr(jobs, "PART", 100)  # what cuts add refuses nothing
+    monkeypatch.setattr(jobs, "PART", 100)  # cutting rejects nothing
     assert len(text(tiny, "a" * 511)) == 511
     monkeypatch.setattr(jobs, "TOKENIZE_SECONDS", -1)
     with pytest.raises(ApiError, match="could not be made tokens within"):

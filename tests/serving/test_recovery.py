@@ -43,7 +43,7 @@ def test_seven_of_eight_answers_are_those_they_have_alone(engine, flash, part):
 
 
 def test_a_sampler_that_fails_does_not_spoil_the_draws_of_others(engine):
-    """mlx-lm's refuses the threshold while MLX compiles it."""
+    """mlx-lm's rejects the threshold while MLX compiles it."""
     bad = job(engine, SHORT)
     bad.sampler = mlx_lm_sampler(temp=1.0, xtc_probability=1.0, xtc_threshold=0.9)
     engine.submit([bad])
@@ -118,7 +118,7 @@ def test_what_fails_once_costs_one_answer_at_most(engine, flash, monkeypatch, ow
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ZeroDivisionError()])
-def test_nothing_ends_the_thread_and_all_are_told(engine, flash, monkeypatch, error):
+def test_nothing_ends_the_thread_and_every_client_gets_an_error(engine, flash, monkeypatch, error):
     one = endless(engine, SHORT)
 
     def fails():

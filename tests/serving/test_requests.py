@@ -1,4 +1,4 @@
-"""What a request may hold: served as OpenAI's API has it, or refused by the field's name."""
+"""What a request may hold: served as OpenAI's API has it, or rejected by the field's name."""
 
 import json
 

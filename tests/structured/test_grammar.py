@@ -1,4 +1,4 @@
-"""Schemas, expressions and grammars: what is followed, and what a wrong one is told."""
+"""Schemas, expressions and grammars: what is followed, and how a wrong one is explained."""
 
 import sys
 from functools import reduce

@@ -43,11 +43,11 @@ def chromium():
 
 @contextmanager
 def opener(chromium, port):
-    """What opens pages, with touch but on the MacBook: no script fails, no other host is asked."""
+    """What opens pages, with touch but on the MacBook: no script fails, no other host is used."""
     contexts, problems, hosts = [], [], set()
 
     def log(message):
-        # A refused or broken request is logged by the browser itself, and is what some tests do.
+        # A rejected or broken request is logged by the browser itself, and is what some tests do.
         if message.type == "error" and "Failed to load resource" not in message.text:
             problems.append(message.text)
 
