@@ -1,17 +1,17 @@
-"""Lists the FlashHeads that are kept on this machine, removes, measures or builds some anew."""
+"""Lists the FlashHeads cached on this machine, removes, measures or builds some anew."""
 
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .common.arguments import Parser
 from .common.command import command, printable, sentence
 from .common.tables import megabytes, new_table, show
 
 if TYPE_CHECKING:  # mlx-lm takes seconds to import, and --help none
-    from .loading.head_cache import Entry
+    from .loading.sources import Entry
 
 
 def make_parser() -> Parser:
@@ -57,9 +57,9 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.cache``."""
     args = make_parser().parse_args()
-    from .loading import head_cache
+    from .loading import sources
 
-    cached, fine = head_cache.entries(), head_cache.fine_heads()
+    cached, fine = sources.entries(), sources.fine_heads()
     if args.rebuild is not None:
         _rebuild(cached, args.rebuild, args.trust_remote_code)
     elif args.measure is not None:
@@ -68,15 +68,15 @@ def main() -> None:
         _remove([head for name in args.remove for head in _matches([*cached, *fine], name)])
     elif args.remove_all:
         _remove([*cached, *fine])
-        for path in head_cache.remove_rest():
+        for path in sources.remove_rest():
             print(printable(f"Left {path}, which is none of them."))
     if not (args.rebuild or args.remove or (args.remove_all and (cached or fine))):
         print_heads(cached, fine)
 
 
-def print_heads(cached: "Sequence[Entry]", fine: Sequence[Any]) -> None:
-    """Prints what is kept as one table of at most 80 columns, where the names allow it."""
-    from .loading.head_cache import speeds_of
+def print_heads(cached: "Sequence[Entry]", fine: "Sequence[Entry]") -> None:
+    """Prints the cache as one table of at most 80 columns, where the names allow it."""
+    from .loading.sources import speeds_of
     from .loading.tuned import read, speed_text
     from .models.fetch import home
 
@@ -96,22 +96,33 @@ def print_heads(cached: "Sequence[Entry]", fine: Sequence[Any]) -> None:
         model, size = printable(entry.model), megabytes(entry.nbytes)
         table.add_row(entry.key[:8], model, built, size, speeds or "–")
     for head in fine:
-        name = f"{head.model}, head of {head.bits} bits"
+        name = f"{head.model}, head of {head.path.stem.rpartition('-')[2]} bits"
         table.add_row(head.key[:8], printable(name), "", megabytes(head.nbytes), "")
     show(table)
 
 
-def _remove(chosen: Sequence[Any]) -> None:
-    for i, head in enumerate(chosen):
-        if head in chosen[:i]:
-            continue
+def _remove(chosen: "Sequence[Entry]") -> None:
+    for head in {head.path: head for head in chosen}.values():
         nbytes = head.nbytes
         others = "" if head.remove() else ", but other files in it"
         print(printable(f"Removed {head.model} ({head.path.name}, {megabytes(nbytes)}){others}"))
 
 
+def _matches(cached: "Sequence[Entry]", name: str, *, needed: bool = True) -> "list[Entry]":
+    """The cache entries of a model, or of the beginning of an identifier."""
+    matches = [head for head in cached if head.model == name]
+    matches = matches or [head for head in cached if name and head.path.name.startswith(name)]
+    if len({head.model for head in matches}) > 1:
+        raise ValueError(
+            f"The identifiers of {len(matches)} models begin with {name}: give more of one."
+        )
+    if needed and not matches:
+        raise ValueError(f"No FlashHead of {name!r} is kept: `mlx_flashhead.cache` lists them.")
+    return matches
+
+
 def _folder(cached: "Sequence[Entry]", name: str) -> Path:
-    """The folder of the model that is named, by itself or by what is kept of it."""
+    """The folder of the model that is named, by itself or by its cache entry."""
     from .models.fetch import resolve
 
     matches = [] if Path(name).is_dir() else _matches(cached, name, needed=False)
@@ -119,11 +130,11 @@ def _folder(cached: "Sequence[Entry]", name: str) -> Path:
 
 
 def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
-    """Builds the FlashHead of a model anew, in the place of a kept one."""
+    """Builds the FlashHead of a model anew, in place of the cached one."""
     from .index.files import has_flash_head
     from .loading.background import BackgroundBuild
     from .loading.sources import HeadOptions
-    from .models.dense import load_dense
+    from .models.libraries import load_dense
 
     folder = _folder(cached, name)
     if has_flash_head(folder):
@@ -132,12 +143,12 @@ def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
             "again with mlx_flashhead.convert."
         )
     model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
-    options = HeadOptions(flags=True)
-    BackgroundBuild(model, tokenizer, folder, options, math.inf, anew=True).finish()
+    how = {"step_seconds": math.inf, "anew": True}
+    BackgroundBuild(model, tokenizer, folder, HeadOptions(flags=True), **how).finish()
 
 
 def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
-    """Measures the speed of a model's FlashHead; without a name, of all that are kept."""
+    """Measures the speed of a model's FlashHead; without a name, of all cached ones."""
     from .loading.load import load_with_head
     from .loading.sources import REFUSE, HeadOptions
 
@@ -149,19 +160,6 @@ def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
             if name:
                 raise
             print(printable(f"{each} is not measured: {sentence(error)}"))
-
-
-def _matches(cached: Sequence[Any], name: str, *, needed: bool = True) -> list[Any]:
-    """What is kept of a model, or of the beginning of an identifier."""
-    matches = [head for head in cached if head.model == name]
-    matches = matches or [head for head in cached if name and head.path.name.startswith(name)]
-    if len({head.model for head in matches}) > 1:
-        raise ValueError(
-            f"The identifiers of {len(matches)} models begin with {name}: give more of one."
-        )
-    if needed and not matches:
-        raise ValueError(f"No FlashHead of {name!r} is kept: `mlx_flashhead.cache` lists them.")
-    return matches
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from .common.flags import (
 from .common.terminal import printable_output
 from .structured.grammar import GrammarProcessor, add_grammar_options, grammar_of
 
-# Flags that several processes refuse.
+# Flags that several processes do not support.
 ALONE = (
     "adapter_path", "draft_model", "prompt_cache_file", "image", "quantize_activations",
     "fine_head",
@@ -156,11 +156,9 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
     from .lossless.generation import generate
     from .lossless.sampler import make_sampler
     from .models.compat.mlx_lm import generation_stream, run_generate
-    from .models.dense import load_dense_part
     from .models.fetch import resolve
     from .models.install import get_flash_head
-    from .models.libraries import UNKNOWN_CONTEXT, context_of
-    from .models.templates import apply_template
+    from .models.libraries import UNKNOWN_CONTEXT, apply_template, context_of, load_dense_part
 
     options = HeadOptions.from_flags(args)
     answering: list[Any] = []  # the model, its tokenizer and its folder, unless it is dense
@@ -247,7 +245,8 @@ def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path)
     """Builds the FlashHead after the answer, if the model has none yet."""
     from .loading.background import background_build
 
-    build = background_build(model, tokenizer, folder, options, math.inf, waits=False)
+    how = {"step_seconds": math.inf, "waits": False}
+    build = background_build(model, tokenizer, folder, options, **how)
     if build is None:
         return
     sys.stdout.flush()

@@ -53,11 +53,9 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point of ``mlx_flashhead.run``."""
     args, rest = _prepare()
-    if args.hook:
-        return
     if args.module is not None:
         _run_module(args.module, rest)
-    else:
+    elif args.program is not None:
         _run_program(args.program, rest)
 
 
@@ -83,7 +81,7 @@ def _prepare() -> tuple[Namespace, list[str]]:
     if args.hook:
         for name, value in variables.items():
             print(f"export {name}={shlex.quote(value)}")
-        return args, rest
+        return Namespace(module=None, program=None), rest
     patch_load(options)
     os.environ.update(variables)
     if args.module:
@@ -100,12 +98,34 @@ def _split(parser: Parser, words: list[str]) -> list[str]:
     }
     i = 0
     while i < len(words):
-        if words[i] == "-m":
-            return words[: i + 2]
-        if not words[i].startswith("-"):
-            return words[: i + 1]
+        if words[i] == "-m" or not words[i].startswith("-"):
+            return words[: i + 1 + (words[i] == "-m")]
         i += 2 if words[i] in with_value else 1
     return words
+
+
+def _find(parser: Parser, name: str) -> Path:
+    """The file of a program: a path, or a name beside this Python, or one on PATH."""
+    file = Path(name).expanduser()
+    if file.is_file():
+        return file.resolve()
+    installed = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if installed is None:
+        parser.error(f"there is no file and no program {name}: check the name")
+    return Path(installed)
+
+
+def _can_run(module: str) -> bool:
+    """Whether ``python -m`` can run it: a module, or a package with a ``__main__``."""
+    try:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{module}.__main__")
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise  # a module that a package of it lacks
+        return False
+    return spec is not None
 
 
 def _run_module(name: str, arguments: list[str]) -> None:
@@ -123,53 +143,23 @@ def _run_module(name: str, arguments: list[str]) -> None:
 
 
 def _run_program(file: Path, arguments: list[str]) -> None:
-    if not _is_python(file):
+    """Runs a program in this Python, if it is this Python's. Any other one starts as a process of
+    its own, whose Python reads the variables."""
+    here = file.suffix == ".py"
+    if not here:
+        with file.open("rb") as opened:
+            first = opened.readline(500).decode(errors="replace").split()
+        if first and first[0].startswith("#!"):
+            interpreter = Path(first[0].removeprefix("#!"))
+            own = (Path(sys.executable).parent, Path(sys.prefix) / "bin")
+            here = interpreter.name.startswith("python") and interpreter.parent in own
+            by_env = interpreter.name == "env" and len(first) > 1
+            here = here or (by_env and first[1].startswith("python"))
+    if not here:
         os.execv(file, [str(file), *arguments])
     sys.argv[:] = [str(file), *arguments]
     sys.path[0] = str(file.parent)
     runpy.run_path(str(file), run_name="__main__")
-
-
-def _is_python(file: Path) -> bool:
-    """Whether this Python can run a file. Any other program starts as a process of its own, whose
-    Python reads the variables."""
-    if file.suffix == ".py":
-        return True
-    with file.open("rb") as opened:
-        first = opened.readline(500).decode(errors="replace").split()
-    if not first or not first[0].startswith("#!"):
-        return False
-    interpreter = Path(first[0].removeprefix("#!"))
-    if interpreter.name == "env":
-        return len(first) > 1 and first[1].startswith("python")
-    return interpreter.name.startswith("python") and interpreter.parent in (
-        Path(sys.executable).parent,
-        Path(sys.prefix) / "bin",
-    )
-
-
-def _can_run(module: str) -> bool:
-    """Whether ``python -m`` can run it: a module, or a package with a ``__main__``."""
-    try:
-        spec = importlib.util.find_spec(module)
-        if spec is not None and spec.submodule_search_locations is not None:
-            spec = importlib.util.find_spec(f"{module}.__main__")
-    except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
-            raise  # a module that a package of it lacks
-        return False
-    return spec is not None
-
-
-def _find(parser: Parser, name: str) -> Path:
-    """The file of a program: a path, or a name beside this Python, or one on PATH."""
-    file = Path(name).expanduser()
-    if file.is_file():
-        return file.resolve()
-    installed = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if installed is None:
-        parser.error(f"there is no file and no program {name}: check the name")
-    return Path(installed)
 
 
 if __name__ == "__main__":

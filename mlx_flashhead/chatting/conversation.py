@@ -16,7 +16,7 @@ import mlx.nn as nn
 from ..common.new_folder import new_file
 from ..lossless.generation import stream_generate
 from ..models.compat.mlx_lm import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from ..models.templates import apply_template
+from ..models.libraries import apply_template
 
 LENGTH, STOPPED = "length", "stopped"
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"

@@ -1,5 +1,5 @@
 """Flags that several commands share: those of mlx-lm's ``generate`` and ``chat``, with limits, and
-those that choose a FlashHead. mlx-lm's own parsers would take a second to import."""
+the flags of a FlashHead. mlx-lm's own parsers would take a second to import."""
 
 import json
 from argparse import Namespace

@@ -22,9 +22,9 @@ from ..head.matrix import AFFINE, DEFAULT_GROUP, Matrix, affine_group
 from ..index import files
 from ..index.settings import FlashHeadConfig
 from ..models.compat import mlx_lm
-from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
+from ..models.libraries import load_dense
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..publishing.card import (
     CARD_FILE,

@@ -160,8 +160,8 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
     yield steps.route(mx.tile(hidden, (2, 1))), mx.tile(scores, (2, 1)), rounding
 
     yield "select"
-    of_token = steps.select(scores, n_probes, words=False)
-    probes, unscored = of_token.probes[:, :n_probes], steps.unscored(scores, of_token)
+    single = steps.select(scores, n_probes, words=False)
+    probes, unscored = single.probes[:, :n_probes], steps.unscored(scores, single)
     # distances to the best score as the kernel sees them; see metal/flash_head/select.h
     forced = scores >= CERTAIN
     best = mx.where(forced, mx.finfo(mx.float32).min, scores).max()
@@ -174,7 +174,7 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
 
     yield "select_words"
     selection = steps.select(scores, n_probes)
-    yield selection.probes, of_token.probes, 0.0
+    yield selection.probes, single.probes, 0.0
     yield steps.unscored(scores, selection), unscored, 0.0
 
     yield "score"

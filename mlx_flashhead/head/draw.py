@@ -49,7 +49,7 @@ class Draws(NamedTuple):
     settings: mx.array  # (R, 3) float32: 1 / temperature (0: the best logit), top_p, log(min_p)
     top_k: mx.array  # (R,) uint32; 0 keeps all
     keys: mx.array  # (R, 2) uint32, of each row's seed and position
-    of_rows: Sequence[DrawSettings] = ()  # of each row; none where a kernel reads the arrays
+    rows: Sequence[DrawSettings] = ()  # settings of each; none where a kernel reads the arrays
 
     @classmethod
     def of(cls, rows: Sequence[tuple[DrawSettings, tuple[int, int]]]) -> "Draws":
@@ -111,8 +111,8 @@ def log_mass(logits: mx.array) -> mx.array:
 def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None) -> mx.array:
     """The lowest logit that the filters keep: (R, K) float32 → (R, 1). ``log_total`` (R, 1) is the
     log of the mass of all tokens; None if these are the K."""
-    most = max((s.top_k for s in draws.of_rows), default=0)
-    by_mass = any(s.top_p < 1 for s in draws.of_rows)
+    most = max((s.top_k for s in draws.rows), default=0)
+    by_mass = any(s.top_p < 1 for s in draws.rows)
     if by_mass and log_total is None:
         log_total = log_mass(logits)
     if (by_mass or most) and gpu_is_default():
@@ -202,10 +202,10 @@ def draw(
     if gumbel is not None and draws is not None:
         inverse = draws.settings[:, :1]
         values = logits * inverse + gumbel
-        if any(s.filters for s in draws.of_rows):
+        if any(s.filters for s in draws.rows):
             total = None if others is None else mx.logaddexp(log_mass(logits), others[:, None])
             values = mx.where(logits >= threshold(logits, draws, total), values, -mx.inf)
-        if any(s.greedy for s in draws.of_rows):
+        if any(s.greedy for s in draws.rows):
             values = mx.where(inverse == 0, logits, values)
     if token_ids is None:
         return mx.argmax(values, axis=-1)

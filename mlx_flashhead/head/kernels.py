@@ -194,8 +194,8 @@ class MetalSteps(PortableSteps):
             probes, unscored = self._select([scores, *limits], 1, n_positions, *results)
             return Selection(probes, unscored=unscored)
         arrays, made = [scores, self._tail_offset, *limits], ((n_positions, n_clusters), mx.uint32)
-        probes, unscored, of_clusters = self._select_words(arrays, 1, n_positions, *results, made)
-        return Selection(probes, of_clusters, unscored)
+        probes, unscored, cluster_words = self._select_words(arrays, 1, n_positions, *results, made)
+        return Selection(probes, cluster_words, unscored)
 
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
         if "score" in self.unsupported_formats:

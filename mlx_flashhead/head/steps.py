@@ -357,7 +357,7 @@ class PortableSteps:
         """The highest logit that was not scored, (k, 1), whose noisy value reaches the worst of the
         token: of all, or where the draws have filters of the nearest clusters and any other."""
         clustered, left = self.clustered, mx.array(-mx.inf)
-        if clustered.n_clusters > NEAREST and all(s.filters or s.greedy for s in draws.of_rows):
+        if clustered.n_clusters > NEAREST and all(s.filters or s.greedy for s in draws.rows):
             bests = mx.max(others, axis=-1)
             order = mx.argpartition(-bests, kth=NEAREST, axis=-1)
             left = mx.take_along_axis(bests, order[:, NEAREST : NEAREST + 1], axis=-1) + room

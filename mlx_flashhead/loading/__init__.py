@@ -1,1 +1,1 @@
-"""A model with its FlashHead: looked up, built at first use, kept, attached."""
+"""A model with its FlashHead: looked up, built at first use, cached, attached."""

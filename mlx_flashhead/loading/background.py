@@ -17,24 +17,24 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from ..conversion import Step, Steps, take_all
 from ..conversion.build import STEP_SECONDS, expected_seconds, index_nbytes, model_index
 from ..conversion.options import IndexOptions, make_recipe
 from ..lossless.tuning import Tuning
-from ..models.fetch import HOME_VARIABLE, home
+from ..models.fetch import HOME_VARIABLE, home, lock_of
 from ..models.install import get_flash_head
 from ..models.libraries import UnsupportedHeadError, is_vlm, text_side
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.origin import local_origin
-from . import head_cache as cache
+from . import sources
 from .sources import HeadOptions, StoredHead
 from .tuned import MEASURING, install_stored, tune_head
 
 DRAFT_CLUSTER_SIZE = 32  # within a tenth of the head's bytes more tokens than with 16
 LOCK_SECONDS, PAUSE_SECONDS = 0.5, 0.02  # between looks at another process's build
-ANEW_SECONDS = 600.0  # for the text of a build that is asked for: on a busy machine, too
+ANEW_SECONDS = 600.0  # for the text of a requested build: on a busy machine, too
 
 
 def build_steps(
@@ -53,22 +53,29 @@ def build_steps(
 
     Where another process builds it, it ``waits`` for that one, and builds itself if that one has
     ended without; or it returns None. ``anew`` replaces one that there is, and takes more time.
-    ``drafted`` gives a drafter's states, instead of text.
-
-    Raises:
-        ValueError: At a step, if the model cannot have one.
+    ``drafted`` gives a drafter's states, instead of text. ValueError at a step, if the model cannot
+    have one.
     """
     rows, say = location.rows(), options.say
-    place = cache.place_of(rows)
-    lock = cache.lock_of(place)
+    place = sources.place_of(rows)
+    lock = None
+    with suppress(OSError):  # else nothing can be cached there
+        lock = lock_of(place)
     if lock is not None and not lock.is_locked:
         other = "Another process is building the FlashHead of this model: it is used "
         say(other + ("as soon as it is there." if waits else "next time."))
         if not waits:
             return None
-        yield from _acquire(lock)
+        next_try = time.perf_counter() + LOCK_SECONDS
+        while not lock.is_locked:
+            time.sleep(PAUSE_SECONDS)
+            yield Step("Waiting for the other process", 0, 1, "build")
+            if time.perf_counter() > next_try:
+                with suppress(Timeout):
+                    lock.acquire(timeout=0)
+                next_try = time.perf_counter() + LOCK_SECONDS
     try:
-        stored = None if anew else cache.find(rows, lambda _: None)
+        stored = None if anew else sources.find(rows, lambda _: None)
         if stored is not None:
             return stored
         of_index = IndexOptions(quick=True)
@@ -78,7 +85,7 @@ def build_steps(
             of_index = replace(of_index, calibration_seconds=ANEW_SECONDS)
         of_index.check_size(rows.n_rows)
         origin = local_origin(source)
-        obstacle = cache.obstacle(place, index_nbytes(rows))
+        obstacle = sources.obstacle(place, index_nbytes(rows))
         minutes = max(1, math.ceil(round(expected_seconds(rows, of_index)) / 60))
         say(
             f"Building the FlashHead of {origin.known_as}, which takes at most about "
@@ -100,7 +107,7 @@ def build_steps(
             )
         if obstacle is None:
             try:
-                cache.keep(index, place)
+                sources.keep(index, place)
             except OSError as error:
                 say(_not_kept(error.strerror or str(error)))
             except ValueError as error:  # of the folder itself
@@ -111,16 +118,11 @@ def build_steps(
             lock.release()
 
 
-def _acquire(lock: FileLock) -> Steps[None]:
-    """Waits for a lock in short steps."""
-    next_try = time.perf_counter() + LOCK_SECONDS
-    while not lock.is_locked:
-        time.sleep(PAUSE_SECONDS)
-        yield Step("Waiting for the other process", 0, 1, "build")
-        if time.perf_counter() > next_try:
-            with suppress(Timeout):
-                lock.acquire(timeout=0)
-            next_try = time.perf_counter() + LOCK_SECONDS
+def _not_kept(obstacle: str) -> str:
+    return (
+        f"It is not kept, since {home()} cannot be written ({obstacle}): set "
+        f"{HOME_VARIABLE} to another place, or it is built again next time."
+    )
 
 
 def finish(steps: Steps[StoredHead | None], options: HeadOptions) -> StoredHead | None:
@@ -129,39 +131,19 @@ def finish(steps: Steps[StoredHead | None], options: HeadOptions) -> StoredHead 
         return take_all(steps, progress=options.progress)
 
 
-def _not_kept(obstacle: str) -> str:
-    return (
-        f"It is not kept, since {home()} cannot be written ({obstacle}): set "
-        f"{HOME_VARIABLE} to another place, or it is built again next time."
-    )
-
-
 class BackgroundBuild:
-    """A FlashHead that is built in steps of about ``step_seconds``, whenever there is time.
-
-    ``how`` is ``waits`` and ``anew`` of `build_steps`. UnsupportedHeadError if there can be none.
-    """
+    """A FlashHead that is built in steps, whenever there is time. ``how`` are ``step_seconds``,
+    ``waits`` and ``anew`` of `build_steps`. UnsupportedHeadError if there can be none."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        source: Path,
-        options: HeadOptions,
-        step_seconds: float = STEP_SECONDS,
-        **how: Any,
+        self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, **how: Any
     ):
         self._model, self._options = model, options
         location = find_head(model)
         check_plain_product(location)
+        how = {"step_seconds": STEP_SECONDS} | how
         self._steps: Generator[Any, None, Any] = build_steps(
-            model,
-            tokenizer,
-            location,
-            source=source,
-            options=options,
-            step_seconds=step_seconds,
-            **how,
+            model, tokenizer, location, source=source, options=options, **how
         )
         self._result: StoredHead | Tuning | None = None  # of the steps
 
@@ -217,18 +199,13 @@ class BackgroundBuild:
 
 
 def background_build(
-    model: nn.Module,
-    tokenizer: Any,
-    source: Path,
-    options: HeadOptions,
-    step_seconds: float = STEP_SECONDS,
-    waits: bool = True,
+    model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, **how: Any
 ) -> BackgroundBuild | None:
     """The build for a model that has no FlashHead; None if it has one or can have none."""
     if get_flash_head(model) is not None or is_vlm(model):
         return None
     try:
-        return BackgroundBuild(model, tokenizer, source, options, step_seconds, waits=waits)
+        return BackgroundBuild(model, tokenizer, source, options, **how)
     except UnsupportedHeadError as error:
         options.say(f"Without FlashHead: {error}")
         return None

@@ -2,6 +2,7 @@
 one, or a new one."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -15,33 +16,17 @@ from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME
 from ..lossless.policy import policy_of
 from ..lossless.sequence import random_state
+from ..models import libraries
 from ..models.compat.mlx_vlm import drafted_answer, when_drafted
-from ..models.dense import load_dense, load_dense_part
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
 from ..models.install import get_flash_head
-from ..models.libraries import (
-    UnsupportedHeadError,
-    architecture,
-    is_vlm,
-    name_of,
-    prompt_of,
-    text_side,
-)
+from ..models.libraries import UnsupportedHeadError, is_vlm, load_dense, load_dense_part
 from ..models.locate import HeadLocation, check_plain_product, drafter_head, find_head
 from ..models.origin import local_origin
-from . import head_cache as cache
+from . import sources
 from .background import build_steps, finish
-from .sources import (
-    BUILD,
-    DENSE,
-    LATER,
-    REFUSE,
-    HeadOptions,
-    StoredHead,
-    bundled_head,
-    explicit_head,
-)
+from .sources import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead
 from .tuned import install_stored
 
 # models of mlx-vlm, whose drafters may have heads of their own, their tokenizers and the choices
@@ -67,18 +52,15 @@ def load(
     head_bits: int | None = None,
     progress: bool = True,
 ):
-    """Loads a model with a FlashHead; takes ``mlx_lm.load``'s arguments and more.
+    """Loads a model with a FlashHead: the named one, else the one in the model's folder, else the
+    one that was built for this model before, else a new one, which is cached.
 
-    It takes the given FlashHead, else the one in the model's folder, else the one that was built
-    for this model before. Otherwise it builds one and keeps it.
+    Takes ``mlx_lm.load``'s arguments and more. Returns ``(model, tokenizer)``, with the
+    configuration as a third item if ``return_config``.
 
     Args:
         path_or_hf_repo: A local folder or a Hugging Face repository: any model that mlx-lm loads.
-        tokenizer_config: Passed to the tokenizer.
-        model_config: Overrides of the model's configuration.
         adapter_path: LoRA adapters of the body; an adapted head must be fused first.
-        lazy: Load the body's weights when they are first used.
-        return_config: Also return the model's configuration.
         revision: Branch, tag or commit of the repository.
         trust_remote_code: Allow the repository's own Python code.
         flash_head: A folder or a Hugging Face repository of a FlashHead.
@@ -91,20 +73,15 @@ def load(
         head_bits: Bits of the finer head: 6, 8 (default) or 16.
         progress: Print steps and bars on standard error.
 
-    Returns:
-        ``(model, tokenizer)``, with the configuration as a third item if asked for.
-
     Raises:
         ValueError: If the model does not exist, if there is no FlashHead and none may be built, if
             it is damaged or belongs to another model, or if an argument is not valid.
     """
     missing = BUILD if build else REFUSE
-    options = HeadOptions(
-        flash_head, missing, n_probes, backend, progress, fine_head=fine_head, head_bits=head_bits
-    )
+    fine: Any = {"fine_head": fine_head, "head_bits": head_bits}
     loaded = load_with_head(
         resolve(path_or_hf_repo, revision),
-        options,
+        HeadOptions(flash_head, missing, n_probes, backend, progress, **fine),
         tokenizer_config=tokenizer_config,
         model_config=model_config,
         adapter_path=adapter_path,
@@ -115,11 +92,9 @@ def load(
 
 
 def load_with_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
-    """A folder's model with its FlashHead: ``(model, tokenizer, config)``.
-
-    Takes arguments of ``mlx_lm.load``, and raises as `load`.
-    """
-    stored = explicit_head(options) or bundled_head(folder, options)
+    """A folder's model with its FlashHead: ``(model, tokenizer, config)``. Takes arguments of
+    ``mlx_lm.load``, and raises as `load`."""
+    stored = sources.explicit_head(options) or sources.bundled_head(folder, options)
     model, tokenizer, config = load_dense(folder, **of_mlx_lm)
     attach_head(model, tokenizer, stored, folder, options)
     return model, tokenizer, config
@@ -138,16 +113,12 @@ def load_draft(
     """Loads a draft model, with its FlashHead if it has one. It builds none.
 
     The target verifies each draft, so fewer probes cost no exactness. By default a draft reads a
-    tenth of its head's bytes (docs/drafts.md).
-
-    Raises:
-        ValueError: As in `load`. Also if a number of probes is given without a FlashHead.
+    tenth of its head's bytes (docs/drafts.md). ValueError as in `load`, and if a number of probes
+    is given without a FlashHead.
     """
-    model, tokenizer, _ = load_with_head(
-        resolve(path_or_hf_repo),
-        HeadOptions(missing=DENSE, n_probes=draft_probes, drafts=True),
-        trust_remote_code=trust_remote_code,
-    )
+    options = HeadOptions(missing=DENSE, n_probes=draft_probes, drafts=True)
+    folder, trust = resolve(path_or_hf_repo), {"trust_remote_code": trust_remote_code}
+    model, tokenizer, _ = load_with_head(folder, options, **trust)
     if draft_probes is not None and get_flash_head(model) is None:
         raise ValueError(
             f"{path_or_hf_repo} has no FlashHead, so it drafts without probes: leave "
@@ -171,7 +142,7 @@ def sharded_load(
 ):
     """Loads this process's part of a model: ``mlx_lm.utils.sharded_load`` with a FlashHead.
 
-    Several processes do not build a FlashHead. It is given, in the model's folder, or was built
+    Several processes do not build a FlashHead. It is named, in the model's folder, or was built
     before by a single process.
 
     Args:
@@ -185,7 +156,7 @@ def sharded_load(
     """
     options = HeadOptions(flash_head, REFUSE, n_probes, backend, progress, tunes=False)
     folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
-    stored = explicit_head(options) or bundled_head(folder, options)
+    stored = sources.explicit_head(options) or sources.bundled_head(folder, options)
     model, tokenizer, config = load_dense_part(
         path_or_hf_repo,
         pipeline_group,
@@ -211,7 +182,7 @@ def attach(
     head_bits: int | None = None,
     progress: bool = True,
 ) -> FlashHead:
-    """Puts a FlashHead on a dense model. `detach` takes it off again, and a finer head.
+    """Puts a FlashHead on a dense model and returns it. `detach` takes it off, and a finer head.
 
     Args:
         model: Any model of mlx-lm or mlx-vlm, with its final adapters and bits.
@@ -221,20 +192,16 @@ def attach(
 
     The other arguments are as in `load`; the model gets a finer head first.
 
-    Returns:
-        The installed FlashHead.
-
     Raises:
         ValueError: If there is none and none may be built, if it belongs to another model or is
             damaged, or if an argument is not valid. The model stays unchanged.
     """
     missing = BUILD if build else REFUSE
-    options = HeadOptions(
-        flash_head, missing, n_probes, backend, progress, fine_head=fine_head, head_bits=head_bits
-    )
-    source = Path(name_of(tokenizer) or type(model).__module__)
+    fine: Any = {"fine_head": fine_head, "head_bits": head_bits}
+    options = HeadOptions(flash_head, missing, n_probes, backend, progress, **fine)
+    source = Path(libraries.name_of(tokenizer) or type(model).__module__)
     source = source if source.is_dir() else Path(source.name)
-    head = attach_head(model, tokenizer, explicit_head(options), source, options)
+    head = attach_head(model, tokenizer, sources.explicit_head(options), source, options)
     assert head is not None  # only DENSE leaves it out
     return head
 
@@ -242,7 +209,7 @@ def attach(
 def attach_head(
     model: nn.Module, tokenizer: Any, stored: StoredHead | None, source: Path, options: HeadOptions
 ) -> FlashHead | None:
-    """Puts the stored FlashHead on a dense model, else a kept one, else a new one, as `attach`.
+    """Puts the stored FlashHead on a dense model, else a cached one, else a new one, as `attach`.
 
     ``source`` is the model's folder, or its name. Returns None for a model that stays dense.
     """
@@ -261,8 +228,7 @@ def attach_head(
             return None
         raise
     _attach_fine_head(location, source, options)
-    rows = location.rows()
-    stored = stored or cache.find(rows, options.say)
+    stored = stored or sources.find(location.rows(), options.say)
     if stored is None and may_stay_dense:
         return None
     if stored is None and options.missing == REFUSE:
@@ -276,7 +242,6 @@ def attach_head(
         steps = build_steps(model, tokenizer, location, source=source, options=options)
         stored = finish(steps, options)
         assert stored is not None  # it has waited for other processes
-    del rows  # the installation moves them
     head = install_stored(model, stored, options, location)
     if is_vlm(model):
         _targets[head] = ref(model), tokenizer, options
@@ -312,20 +277,17 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
         if location is None or get_flash_head(location.module) is not None:
             return
         check_plain_product(location)
-        stored = cache.find(location.rows(), options.say)
+        stored = sources.find(location.rows(), options.say)
         if stored is None and options.missing == BUILD:
-            text = text_side(model, tokenizer)
-            answers = (
-                drafted_answer(model, drafter, kind, prompt_of(text, request), ANSWER_TOKENS)
-                for request in builtin_requests()
-            )
+            text = libraries.text_side(model, tokenizer)
+            prompts = (libraries.prompt_of(text, request) for request in builtin_requests())
+            drafting = partial(drafted_answer, model, drafter, kind, n_tokens=ANSWER_TOKENS)
+            answers = map(drafting, prompts)
             seconds = IndexOptions.calibration_seconds
             drafted = drafted_states(location, answers, text.eos_token_ids, seconds=seconds)
-            source = Path(architecture(drafter))
-            steps = build_steps(
-                drafter, tokenizer, location, source=source, options=options, drafted=drafted
-            )
+            how: Any = {"source": Path(libraries.architecture(drafter)), "options": options}
             with random_state(mx.random.key(0)):
+                steps = build_steps(drafter, tokenizer, location, drafted=drafted, **how)
                 stored = finish(steps, options)
         if stored is not None:
             own = install_stored(drafter, stored, options, location)

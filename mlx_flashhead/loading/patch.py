@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial, wraps
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..lossless.batch import VerifiedBatchGenerator
 from ..lossless.generation import verified_loop, vlm_steps
 from ..lossless.policy import decoding_mode
 from ..models.compat.mlx_lm import load_tokenizer
-from ..models.compat.patching import Load, caller_changes_batches, caller_generates, patch_programs
+from ..models.compat.patching import caller_changes_batches, caller_generates, patch_programs
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.origin import local_origin
@@ -59,26 +60,26 @@ def patch_load(options: HeadOptions) -> None:
                 options.say(f"Without FlashHead: {sentence(error)}")
             warned = True
 
-    def wrap(original: Load) -> Load:
+    def of_load(original: Any) -> Any:
         @wraps(original)
         def load(path_or_hf_repo: Any, *arguments: Any, **named: Any) -> Any:
             if not caller_generates():
                 return original(path_or_hf_repo, *arguments, **named)
-            try:
+            folder = None
+            with suppress(ValueError, OSError):  # the library has its own error
                 # mlx_vlm.generate names a revision of a folder too
                 is_folder = Path(path_or_hf_repo).expanduser().is_dir()
                 revision = None if is_folder else named.get("revision")
                 # neither library downloads the FlashHead of a repository
                 folder = resolve(str(path_or_hf_repo), revision)
-            except ValueError:
-                return original(path_or_hf_repo, *arguments, **named)  # with its own error
             loaded = original(path_or_hf_repo, *arguments, **named)
-            attach_to(loaded[0], lambda: loaded[1], folder)
+            if folder is not None:
+                attach_to(loaded[0], lambda: loaded[1], folder)
             return loaded
 
         return load
 
-    def wrap_model(original: Load) -> Load:
+    def of_load_model(original: Any) -> Any:
         @wraps(original)
         def load_model(model_path: Any, *arguments: Any, **named: Any) -> Any:
             loaded = original(model_path, *arguments, **named)
@@ -89,11 +90,11 @@ def patch_load(options: HeadOptions) -> None:
         return load_model
 
     def verified_use(model: Any) -> _Use | None:
-        head = get_flash_head(model)
-        use = None if head is None else uses.get(head)
-        return None if use is None or use.unverified else use
+        """How a program uses a FlashHead that may be verified."""
+        head = get_flash_head(model) if options.verify else None
+        return None if head is None else uses.get(head)
 
-    def of_loop(original: Load) -> Load:
+    def of_loop(original: Any) -> Any:
         @wraps(original)
         def steps(prompt: Any, model: Any, *arguments: Any, **named: Any) -> Any:
             use = verified_use(model)
@@ -117,7 +118,7 @@ def patch_load(options: HeadOptions) -> None:
 
         return RunBatchGenerator
 
-    def of_vlm_loop(original: Load) -> Load:
+    def of_vlm_loop(original: Any) -> Any:
         @wraps(original)
         def steps(input_ids: Any, model: Any, pixel_values: Any, mask: Any, **named: Any) -> Any:
             use, loop = verified_use(model), None
@@ -130,7 +131,7 @@ def patch_load(options: HeadOptions) -> None:
 
         return steps
 
-    patch_programs(wrap, wrap_model, of_loop, of_batches, of_vlm_loop)
+    patch_programs(of_load, of_load_model, of_loop, of_batches, of_vlm_loop)
 
 
 class _Use:
@@ -138,11 +139,10 @@ class _Use:
 
     def __init__(self, head: FlashHead, name: str, options: HeadOptions):
         self._head = ref(head)  # a program may drop its model
-        self._name, self._say = name, options.say
-        self.unverified = not options.verify
+        self._name, self._say, self._verify = name, options.say, options.verify
         self._n_steps = 0  # of a loop that is not ours
         self._told = False
-        if self.unverified:
+        if not options.verify:
             self.announce("unverified")
         self._interception = head.intercepted(self._project)
         self._interception.__enter__()  # for good
@@ -157,7 +157,7 @@ class _Use:
         head = self._head()
         assert head is not None  # it calls
         if hidden.shape[-2] == 1:
-            if self.unverified:
+            if not self._verify:
                 return head.unverified_logits(hidden)
             self._n_steps += 1
             if self._n_steps == OWN_STEPS:

@@ -1,4 +1,4 @@
-"""The settings of the loop that were measured on this machine, kept beside the FlashHeads.
+"""The settings of the loop that were measured on this machine, stored beside the FlashHeads.
 
 A measurement of a busy machine is provisional: it is used, and made again when it is quieter.
 """
@@ -8,6 +8,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,108 +25,10 @@ from ..lossless.policy import policy_of
 from ..lossless.tuning import LEAST_GAIN, Tuning, is_busy, tune
 from ..models.install import hidden_dtype, install, installed_head
 from ..models.locate import HeadLocation, find_head
-from . import head_cache as cache
-from .sources import HeadOptions, StoredHead
+from .sources import HeadOptions, StoredHead, speeds_of
 
 TUNING_VARIABLE = "MLX_FLASHHEAD_TUNING"
 MEASURING = "Measuring its speed on this machine …"
-
-
-def tune_head(
-    model: nn.Module, index: FlashHeadIndex, options: HeadOptions
-) -> Generator[None, None, Tuning | None]:
-    """Gives the FlashHead of ``model`` the settings that were measured on this machine, in steps.
-
-    They are measured at the first use of this machine, version of MLX and dtype, in a few seconds,
-    and again as long as they are provisional, whenever the machine is quiet. A number of probes
-    that the user has chosen stays, and ``always`` keeps a FlashHead that gains nothing.
-    ``$MLX_FLASHHEAD_TUNING=off`` measures nothing, and returns None.
-    """
-    off = os.environ.get(TUNING_VARIABLE) == "off"
-    if options.n_probes is not None or options.drafts or not options.tunes or off:
-        return None
-    head = installed_head(model)
-    place, key = cache.speeds_of(index.config.fingerprint), _machine(head, model)
-    known, busy = read(place, options.say), is_busy()
-    before = known.get(key)
-    if before is not None and not options.measures and (busy or not before.provisional):
-        tuning = before
-    else:
-        measured = yield from tune(model, index.config.verification.get("by_probes", ()))
-        tuning = replace(measured, provisional=measured.provisional or busy)
-        if before is not None and tuning.provisional and not options.measures:
-            tuning = min(before, tuning, key=lambda tuning: tuning.spread)
-        _write(place, known | {key: tuning})
-        if tuning.dense and not options.always:
-            later = " for now, and is measured again later" if tuning.provisional else ""
-            options.say(
-                f"FlashHead would not make this model faster on this machine ({tuning.gain:.2f} x, "
-                f"and at least {LEAST_GAIN:g} x is needed): it stays dense{later}. "
-                "`flash_head_always=True` overrides it."
-            )
-    tuning.apply(head)
-    if options.always:
-        policy_of(head).dense = False
-    return tuning
-
-
-def speed_text(tuning: Tuning) -> str:
-    """What is known of a machine's gain, such as "1.21 x"."""
-    doubts = ["dense"] * tuning.dense
-    doubts += ["predicted"] * tuning.predicted
-    doubts += ["provisional"] * tuning.provisional
-    return f"{tuning.gain:.2f} x" + (f" ({', '.join(doubts)})" if doubts else "")
-
-
-def read(place: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Tuning]:
-    """The settings by machine. Those that are damaged are left out, with a sentence."""
-    try:
-        stored = json.loads(place.read_text(encoding="utf-8"))
-        known = {key: Tuning(**value) for key, value in stored.items() if _is_valid(value)}
-        if len(known) == len(stored):
-            return known
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        known = {}
-    say(f"{place} is damaged or of another version: its speeds are measured again.")
-    return known
-
-
-def _is_valid(values: Any) -> bool:
-    """Whether these are all the fields of a `Tuning`, each of its type and range."""
-    hints = get_type_hints(Tuning)
-    return (
-        isinstance(values, dict)
-        and values.keys() == hints.keys()
-        and all(_fits(value, get_args(hints[n]) or (hints[n],)) for n, value in values.items())
-    )
-
-
-def _fits(value: Any, types: tuple[type, ...]) -> bool:
-    if value is None or isinstance(value, bool):
-        return type(value) in types
-    if type(value) is int and int in types:
-        return value >= 1
-    return float in types and type(value) in (int, float) and 0 <= value < math.inf
-
-
-def _write(place: Path, tunings: dict[str, Tuning]) -> None:
-    stored: dict[str, Any] = {key: asdict(tuning) for key, tuning in tunings.items()}
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(place) as file:
-            file.write_text(json.dumps(stored, indent=1), encoding="utf-8")
-    except (OSError, ValueError):
-        return  # measured again next time
-
-
-def _machine(head: FlashHead, model: nn.Module) -> str:
-    """What the times depend on."""
-    device = mx.device_info().get("device_name") or platform.processor() or platform.machine()
-    dtype = str(hidden_dtype(model)).removeprefix("mlx.core.")
-    rows = head.clustered.rows.format
-    return f"{device}, {head.backend}, mlx {version('mlx')}, {rows} rows, {dtype}"
 
 
 def install_stored(
@@ -159,3 +62,87 @@ def install_stored(
         if step == 0:  # there is more to come
             options.say(MEASURING)
     return head
+
+
+def tune_head(
+    model: nn.Module, index: FlashHeadIndex, options: HeadOptions
+) -> Generator[None, None, Tuning | None]:
+    """Gives the FlashHead of ``model`` the settings that were measured on this machine, in steps.
+
+    They are measured at the first use of this machine, version of MLX and dtype, in a few seconds,
+    and again as long as they are provisional, whenever the machine is quiet. A number of probes
+    that the user has chosen stays, and ``always`` keeps a FlashHead that gains nothing.
+    ``$MLX_FLASHHEAD_TUNING=off`` measures nothing, and returns None.
+    """
+    off = os.environ.get(TUNING_VARIABLE) == "off"
+    if options.n_probes is not None or options.drafts or not options.tunes or off:
+        return None
+    head, place, busy = installed_head(model), speeds_of(index.config.fingerprint), is_busy()
+    device = mx.device_info().get("device_name") or platform.processor() or platform.machine()
+    dtype = str(hidden_dtype(model)).removeprefix("mlx.core.")
+    form = f"{head.clustered.rows.format} rows, {dtype}"
+    key = f"{device}, {head.backend}, mlx {version('mlx')}, {form}"  # what the times depend on
+    known = read(place, options.say)
+    before = known.get(key)
+    if before is not None and not options.measures and (busy or not before.provisional):
+        tuning = before
+    else:
+        measured = yield from tune(model, index.config.verification.get("by_probes", ()))
+        tuning = replace(measured, provisional=measured.provisional or busy)
+        if before is not None and tuning.provisional and not options.measures:
+            tuning = min(before, tuning, key=lambda tuning: tuning.spread)
+        stored = {name: asdict(each) for name, each in (known | {key: tuning}).items()}
+        with suppress(OSError, ValueError):  # else it is measured again next time
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(place) as file:
+                file.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+        if tuning.dense and not options.always:
+            later = " for now, and is measured again later" if tuning.provisional else ""
+            options.say(
+                f"FlashHead would not make this model faster on this machine ({tuning.gain:.2f} x, "
+                f"and at least {LEAST_GAIN:g} x is needed): it stays dense{later}. "
+                "`flash_head_always=True` overrides it."
+            )
+    tuning.apply(head)
+    if options.always:
+        policy_of(head).dense = False
+    return tuning
+
+
+def speed_text(tuning: Tuning) -> str:
+    """What is known of a machine's gain, such as "1.21 x"."""
+    doubts = [name for name in ("dense", "predicted", "provisional") if getattr(tuning, name)]
+    return f"{tuning.gain:.2f} x" + (f" ({', '.join(doubts)})" if doubts else "")
+
+
+def read(place: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Tuning]:
+    """The settings by machine. Those that are damaged are left out, with a sentence."""
+    known: dict[str, Tuning] = {}
+    try:
+        stored = json.loads(place.read_text(encoding="utf-8"))
+        known = {key: Tuning(**values) for key, values in stored.items() if _is_valid(values)}
+        if len(known) == len(stored):
+            return known
+    except FileNotFoundError:
+        return known
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    say(f"{place} is damaged or of another version: its speeds are measured again.")
+    return known
+
+
+def _is_valid(values: Any) -> bool:
+    """Whether these are all the fields of a `Tuning`, each of its type and range."""
+
+    def fits(value: Any, hint: Any) -> bool:
+        types = get_args(hint) or (hint,)
+        if value is None or isinstance(value, bool):
+            return type(value) in types
+        if type(value) is int and int in types:
+            return value >= 1
+        return float in types and type(value) in (int, float) and 0 <= value < math.inf
+
+    hints = get_type_hints(Tuning)
+    if not isinstance(values, dict) or values.keys() != hints.keys():
+        return False
+    return all(fits(value, hints[name]) for name, value in values.items())

@@ -135,19 +135,19 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
             chosen, rows = [], {}
             if verified:
                 index = mx.array(verified)
-                of_rows = [sequences[i] for i in verified]
+                verified_sequences = [sequences[i] for i in verified]
                 proposed, chosen = proposer.propose(
-                    of_rows, states[-1][:, -1][index], latest[index]
+                    verified_sequences, states[-1][:, -1][index], latest[index]
                 )
                 rows = {i: proposed[place : place + 1] for place, i in enumerate(verified)}
             dense = [i for i in range(n) if i not in rows]
             # a product of several states rounds otherwise in 16 bits
             by_itself = proposer.head is not None and not proposer.unverified and n > 1
             if by_itself and logits.dtype != mx.float32:
-                of_dense = [proposer.dense_row(states[-1][i, -1:]) for i in dense]
+                dense_logits = [proposer.dense_row(states[-1][i, -1:]) for i in dense]
             else:
-                of_dense = [logits[i : i + 1] for i in dense]
-            rows |= self._choose_densely(dense, sequences, of_dense, latest)
+                dense_logits = [logits[i : i + 1] for i in dense]
+            rows |= self._choose_densely(dense, sequences, dense_logits, latest)
             chosen += [sequences[i].pending[-1] for i in dense]
             tokens = mx.concatenate([rows[i] for i in range(n)])
         mx.async_eval(step_arrays(tokens, chosen))

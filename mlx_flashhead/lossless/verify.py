@@ -201,10 +201,10 @@ class Verification:
         needs_logits = [not proposer.simple or sequence.needs_logits for sequence, *_ in self._rows]
         n, certain = needs_logits.count(False), []
         if n:
-            of_rows = Draws.of(draws[:n]) if any(temperatures[:n]) else None
+            row_draws = Draws.of(draws[:n]) if any(temperatures[:n]) else None
             proposal, epsilon = _rows_of(self._proposal, slice(n)), self._rounding.epsilon
             screen = self._head.steps.screen(
-                slots[:n], proposal, of_rows, room[:n], scored[:n], epsilon
+                slots[:n], proposal, row_draws, room[:n], scored[:n], epsilon
             )
             certain.append(screen.certain)
         for i in range(n, len(self._rows)):

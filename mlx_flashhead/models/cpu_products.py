@@ -31,25 +31,26 @@ def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
     if not numpy_is_faster():
         yield
         return
+    by_mlx = mx.fast.scaled_dot_product_attention
 
     def by_numpy(original):
-        def call(self, x):
-            return original(self, x) if self is lazy else _product(self, x)
+        return lambda self, x: original(self, x) if self is lazy else _product(self, x)
 
-        return call
-
-    attention = mx.fast.scaled_dot_product_attention
-
-    def attention_by_numpy(queries, keys, values, *, scale, mask=None, **others):
+    def attention(queries, keys, values, *, scale, mask=None, **others):
         if others.get("sinks") is not None:
-            return attention(queries, keys, values, scale=scale, mask=mask, **others)
+            return by_mlx(queries, keys, values, scale=scale, mask=mask, **others)
         return _attention(queries, keys, values, scale, mask)
 
     with ExitStack() as stack:
         for cls, name in METHODS:
             stack.enter_context(replaced(cls, **{name: by_numpy(getattr(cls, name))}))
-        stack.enter_context(replaced(mx.fast, scaled_dot_product_attention=attention_by_numpy))
+        stack.enter_context(replaced(mx.fast, scaled_dot_product_attention=attention))
         yield
+
+
+def _floats(array: mx.array) -> np.ndarray:
+    """The array in float32; one that is so already is a view of MLX's memory."""
+    return np.asarray(array.astype(mx.float32))
 
 
 def _product(layer: nn.Module, x: mx.array) -> mx.array:
@@ -59,11 +60,8 @@ def _product(layer: nn.Module, x: mx.array) -> mx.array:
         weight = mx.dequantize(
             weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode
         )
-    # float32 arrays are views of MLX's memory
-    matrix = np.asarray(weight.astype(mx.float32))
-    states = np.asarray(x.astype(mx.float32))
-    product = to_mlx(states.reshape(-1, states.shape[-1]) @ matrix.T)
-    product = product.reshape(*x.shape[:-1], len(matrix)).astype(x.dtype)
+    product = to_mlx(_floats(x).reshape(-1, x.shape[-1]) @ _floats(weight).T)
+    product = product.reshape(*x.shape[:-1], len(weight)).astype(x.dtype)
     return product + layer.bias if "bias" in layer else product
 
 
@@ -71,25 +69,21 @@ def _attention(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
 ) -> mx.array:
     """``mx.fast.scaled_dot_product_attention`` by numpy: (B, H, L, D) → (B, H, L, D_v)."""
-    batch, heads, length, _ = queries.shape
-    groups = keys.shape[1]
-    asked, given, held = (np.asarray(a.astype(mx.float32)) for a in (queries, keys, values))
-    asked = (asked * np.float32(scale)).reshape(batch, groups, -1, asked.shape[-1])
-    scores = asked @ given.swapaxes(-1, -2)  # (B, groups, H / groups * L, S)
-    scores = scores.reshape(batch, heads, length, -1)
+    batch, heads, length, width = queries.shape
+    n_groups, n_keys = keys.shape[1:3]
+    asked = (_floats(queries) * np.float32(scale)).reshape(batch, n_groups, -1, width)
+    scores = (asked @ _floats(keys).swapaxes(-1, -2)).reshape(batch, heads, length, n_keys)
     if isinstance(mask, str):  # "causal"
-        later = np.arange(scores.shape[-1]) > np.arange(length)[:, None] + (
-            scores.shape[-1] - length
-        )
+        later = np.arange(n_keys) > np.arange(length)[:, None] + (n_keys - length)
         scores[..., later] = -np.inf
     elif mask is not None and mask.dtype == mx.bool_:
         scores = np.where(np.asarray(mask), scores, np.finfo(np.float32).min)
     elif mask is not None:
-        scores += np.asarray(mask.astype(mx.float32))
+        scores += _floats(mask)
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(axis=-1, keepdims=True)
-    mixed = scores.reshape(batch, groups, -1, scores.shape[-1]) @ held
+    mixed = scores.reshape(batch, n_groups, -1, n_keys) @ _floats(values)
     return to_mlx(mixed.reshape(batch, heads, length, -1)).astype(queries.dtype)
 
 

@@ -13,17 +13,8 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 import numpy as np
-from huggingface_hub import constants
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from filelock import FileLock, Timeout
+from huggingface_hub import constants, errors
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from tqdm import tqdm
 
@@ -35,7 +26,7 @@ HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 
 
 def home() -> Path:
-    """Where FlashHeads and finer heads are kept: $MLX_FLASHHEAD_HOME, or ~/.cache/mlx_flashhead;
+    """Where FlashHeads and finer heads are cached: $MLX_FLASHHEAD_HOME, or ~/.cache/mlx_flashhead;
     ValueError if it is that of a user who does not exist."""
     folder = os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead"
     try:
@@ -46,14 +37,29 @@ def home() -> Path:
         ) from error
 
 
+def lock_of(place: Path) -> FileLock:
+    """The lock of the one process that writes to a place of the home, taken if it is free; OSError
+    if it cannot be."""
+    lock = FileLock(home() / "locks" / f"{place.name}.lock")
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+    with suppress(Timeout):
+        lock.acquire(timeout=0)
+    return lock
+
+
+def _path(name: str) -> Path:
+    path = Path(name)
+    with suppress(RuntimeError):  # of a user who does not exist
+        path = path.expanduser()
+    return path
+
+
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
     """The local folder of a model: itself, or its download from the Hugging Face Hub; ValueError if
     neither exists. ``files`` are patterns of what to download; default: the whole checkpoint."""
-    if not str(path_or_repo):
+    if not path_or_repo:
         raise ValueError("The name of the model is empty: give a folder or a repository.")
-    path = Path(path_or_repo)
-    with suppress(RuntimeError):  # of a user who does not exist
-        path = path.expanduser()
+    path = _path(path_or_repo)
     if path.is_dir():
         if revision is not None:
             raise ValueError(
@@ -62,44 +68,51 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
         return path
     if path.exists():
         raise ValueError(f"{path_or_repo} is a file: name its folder instead.")
-    if len(path.parts) > 2 or path.is_absolute() or str(path_or_repo).startswith((".", "~")):
+    if len(path.parts) > 2 or path.is_absolute() or path_or_repo.startswith((".", "~")):
         raise ValueError(f"There is no folder {path_or_repo}: check the path of the model.")
+    with _hub_errors(path_or_repo, revision):
+        patterns = files or [*DEFAULT_ALLOW_PATTERNS, FILE_NAME]
+        return download(path_or_repo, revision=revision, allow_patterns=patterns)
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
+    """A block in which errors of the Hub's client become a ValueError: one sentence on what a user
+    can do. Those of this package pass, and those of the disk of a tensor."""
     try:
-        return download(
-            str(path_or_repo),
-            revision=revision,
-            allow_patterns=files or [*DEFAULT_ALLOW_PATTERNS, FILE_NAME],
-        )
-    except Exception as error:  # the Hub's client raises many unrelated types
-        # the error's own text may hold the token
-        raise ValueError(hub_sentence(str(path_or_repo), revision, error)) from None
+        yield
+    except Exception as error:  # the client raises many unrelated types
+        of_disk = isinstance(error, OSError) and error.errno is not None
+        of_disk = of_disk and not isinstance(error, errors.EntryNotFoundError)
+        if of_disk or type(error) is ValueError:
+            raise
+        missing = f"There is no folder {name!r} here, and"
+        page = f"{constants.ENDPOINT}/{name}"
+        unreached = "the Hugging Face Hub cannot be reached: check the network and the name."
+        if constants.HF_HUB_OFFLINE:
+            unreached = "it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
+        nobody = f"{missing} {unreached}"
+        sentences = {
+            errors.GatedRepoError: f"{name} is gated: ask for access on {page}, then log in with "
+            "`hf auth login`.",
+            errors.RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face "
+            "Hub: check the name, or log in with `hf auth login` if it is private.",
+            errors.RevisionNotFoundError: f"The repository {name} has no revision {revision!r}: "
+            "its page lists them.",
+            errors.RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another "
+            "source.",
+            errors.OfflineModeIsEnabled: nobody,
+            errors.HFValidationError: f"{missing} it cannot be a repository: give a folder or "
+            "OWNER/NAME.",
+            errors.LocalEntryNotFoundError: nobody,
+            Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check "
+            "the name and the network.",
+        }
+        sentence = next(said for kind, said in sentences.items() if isinstance(error, kind))
+        raise ValueError(sentence) from None  # the error's own text may hold the token
 
 
-def hub_sentence(name: str, revision: str | None, error: Exception) -> str:
-    """What a user can do about an error of the Hub's client, without secrets."""
-    missing = f"There is no folder {name!r} here, and"
-    page = f"{constants.ENDPOINT}/{name}"
-    unreached = "the Hugging Face Hub cannot be reached: check the network and the name."
-    if constants.HF_HUB_OFFLINE:
-        unreached = "it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
-    sentences = {
-        GatedRepoError: f"{name} is gated: ask for access on {page}, then log in with "
-        "`hf auth login`.",
-        RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face Hub: check the "
-        "name, or log in with `hf auth login` if it is private.",
-        RevisionNotFoundError: f"The repository {name} has no revision {revision!r}: its page "
-        "lists them.",
-        RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another source.",
-        OfflineModeIsEnabled: f"{missing} {unreached}",
-        HFValidationError: f"{missing} it cannot be a repository: give a folder or OWNER/NAME.",
-        LocalEntryNotFoundError: f"{missing} {unreached}",
-        Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check the "
-        "name and the network.",
-    }
-    return next(said for kind, said in sentences.items() if isinstance(error, kind))
-
-
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The error's message as one short line without secrets."""
     return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__
 
@@ -111,6 +124,7 @@ INDEX, SINGLE, ENDING = "model.safetensors.index.json", "model.safetensors", ".s
 LARGEST_HEADER = 100_000_000  # bytes, as the format's own library has it
 SILENCE = 30.0  # seconds without a byte, after which the network is down
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # in JSON
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,7 @@ class TensorFile:
             return
         with _hub_errors(self.repo_id):
             if constants.HF_HUB_OFFLINE:
-                raise OfflineModeIsEnabled("offline")
+                raise errors.OfflineModeIsEnabled("offline")
             url = huggingface_hub.hf_hub_url(self.repo_id, self.name)
             headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
             with get_session().stream("GET", url, headers=headers, timeout=SILENCE) as response:
@@ -144,25 +158,20 @@ class TensorFile:
 
     def tensors(self) -> dict[str, "Tensor"]:
         """The tensors of the header; ValueError if it is not one."""
+        first = 8 + int.from_bytes(b"".join(self.stream(0, 8)), "little")
+        content = b"".join(self.stream(8, first)) if 10 <= first <= LARGEST_HEADER else b""
+        tensors = {}
         try:
-            first = 8 + int.from_bytes(b"".join(self.stream(0, 8)), "little")
-            if not 10 <= first <= LARGEST_HEADER:
-                raise TypeError
-            header = json.loads(b"".join(self.stream(8, first)))
+            header = json.loads(content)
             header.pop("__metadata__", None)
-            tensors = {}
             for name, about in header.items():
                 start, end = (first + int(offset) for offset in about["data_offsets"])
                 shape = tuple(map(int, about["shape"]))
                 tensors[name] = Tensor(self, name, str(about["dtype"]), shape, start, end)
-            return tensors
-        except (
-            json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError,
-            RecursionError, OverflowError,
-        ):  # fmt: skip
-            raise ValueError(
-                f"{self} is damaged or no safetensors file: choose another source."
-            ) from None
+        except DAMAGE:
+            said = f"{self} is damaged or no safetensors file: choose another source."
+            raise ValueError(said) from None
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -224,9 +233,7 @@ class Tensor:
 def tensor_files(source: str) -> Iterator[TensorFile]:
     """The safetensors files of a file, a folder or a repository, those of a head first; ValueError
     if there are none."""
-    path = Path(source)
-    with suppress(RuntimeError):  # of a user who does not exist
-        path = path.expanduser()
+    path = _path(source)
     if path.exists():
         files = sorted(path.glob("*" + ENDING)) if path.is_dir() else [path]
         yield from (TensorFile(str(file)) for file in files)
@@ -240,11 +247,11 @@ def tensor_files(source: str) -> Iterator[TensorFile]:
 
 
 def _names(repo_id: str) -> list[str]:
-    """The files of a repository's weights, those that hold a head first."""
+    """The files of a repository's weights, files with a head first."""
     try:
         index = huggingface_hub.hf_hub_download(repo_id, INDEX)
-    except EntryNotFoundError as error:
-        offline = isinstance(error, LocalEntryNotFoundError)
+    except errors.EntryNotFoundError as error:
+        offline = isinstance(error, errors.LocalEntryNotFoundError)
         if offline and not huggingface_hub.try_to_load_from_cache(repo_id, SINGLE):
             raise
         return [SINGLE]
@@ -252,17 +259,5 @@ def _names(repo_id: str) -> list[str]:
         places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(places, key=lambda name: not ("embed" in name or "head" in name))
         return list(dict.fromkeys(str(places[name]) for name in names))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except DAMAGE:
         raise ValueError(f"{INDEX} of {repo_id} is damaged: choose another source.") from None
-
-
-@contextmanager
-def _hub_errors(repo_id: str) -> Iterator[None]:
-    """A block in which errors of the Hub's client become a ValueError of one sentence."""
-    try:
-        yield
-    except Exception as error:  # the client raises many unrelated types
-        of_disk = isinstance(error, OSError) and error.errno is not None
-        if type(error) is ValueError or (of_disk and not isinstance(error, EntryNotFoundError)):
-            raise
-        raise ValueError(hub_sentence(repo_id, None, error)) from None

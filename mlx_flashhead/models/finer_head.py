@@ -22,18 +22,17 @@ import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from filelock import FileLock, Timeout
 from huggingface_hub import ModelCard
 from tqdm import tqdm
 
 from ..common.new_folder import new_file
 from ..common.tables import megabytes
 from ..head.matrix import ARRAYS, Matrix, affine_group
-from .fetch import ENDING, HOME_VARIABLE, Tensor, home, tensor_files
+from .fetch import ENDING, HOME_VARIABLE, Tensor, home, lock_of, tensor_files
 from .locate import HeadLocation
 from .origin import is_repository, local_origin
 
-FOLDER = "fine_heads"  # in the home of kept FlashHeads
+FOLDER = "fine_heads"  # in the home of cached FlashHeads
 DEFAULT_BITS = 8
 MAX_DRIFT = 0.017  # of the rows' length that they have moved by, beyond rounding
 SKETCH_DRIFT = 3 * MAX_DRIFT  # of few rows
@@ -57,7 +56,8 @@ def give_fine_head(
 ) -> None:
     """Replaces the rows of a quantized head, in place, by finer ones of the same head.
 
-    They are looked up among those that are kept, else fetched, rounded and kept.
+    They are looked up in the cache, else fetched, rounded and cached. ValueError, in one
+    sentence, if there are no such rows: the model stays as it is.
 
     Args:
         location: The head, without a FlashHead.
@@ -66,9 +66,6 @@ def give_fine_head(
         bits: Of the finer head, 8 by default; 16 keeps the original's floats.
         say: Takes sentences.
         progress: Show a bar while rows are fetched.
-
-    Raises:
-        ValueError: In one sentence, if there are no such rows. The model stays as it is.
     """
     coarse, bits, kind = location.rows(), bits or DEFAULT_BITS, type(location.module)
     if not coarse.quantized:
@@ -83,13 +80,10 @@ def give_fine_head(
             "`head_bits`."
         )
     place = home() / FOLDER / f"{coarse.fingerprint[:24]}-{bits}{ENDING}"
-    lock = FileLock(home() / "locks" / f"{place.name}.lock")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        Path(lock.lock_file).parent.mkdir(exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        lock = lock_of(place)
+        if not lock.is_locked:
             say("Another process is fetching this finer head: waiting for it.")
             lock.acquire()
         try:
@@ -106,7 +100,7 @@ def give_fine_head(
 
 
 def _cached_rows(place: Path, coarse: Matrix) -> Matrix | None:
-    """The rows that are kept, if they are whole and those of this head."""
+    """The cached rows, if they are whole and belong to this head."""
     try:
         loaded: Any = mx.load(str(place), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
@@ -114,9 +108,8 @@ def _cached_rows(place: Path, coarse: Matrix) -> Matrix | None:
         rows = Matrix(**arrays, bias=coarse.bias, **numbers)
         if (rows.n_rows, rows.hidden_size) != (coarse.n_rows, coarse.hidden_size):
             return None
-        comparison = Comparison()
-        comparison.add(coarse.sample(), rows.sample().dequantized(mx.float32))
-        comparison.check("", SKETCH_DRIFT)
+        sample = rows.sample().dequantized(mx.float32)
+        check_same([distances(coarse.sample(), sample)], "", SKETCH_DRIFT)
         return rows
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
@@ -131,7 +124,7 @@ def _fetch(
     say: Say,
     progress: bool,
 ) -> Matrix:
-    """The finer rows, fetched, compared, rounded and kept."""
+    """The finer rows, fetched, compared, rounded and cached."""
     coarse = location.rows()
     n_rows, width, scales = coarse.n_rows, coarse.hidden_size, coarse.scales
     assert scales is not None  # it is quantized
@@ -141,12 +134,11 @@ def _fetch(
         raise ValueError(f"Rows of width {width} fit no group of 32: add `head_bits` 16.")
     tensors, original = _original(location, folder, source)
     names = f"{original} is not the original of {_name(folder)}"
-    # 1) A few rows, so that another head is refused before much is fetched
+    # 1) A few rows, so that another head is rejected before much is fetched
     ids = np.linspace(0, n_rows - 1, SKETCH_ROWS).astype(int).tolist()
-    sketch = Comparison()
     fine = _matrix({name: tensor.rows(ids) for name, tensor in tensors.items()}, width)
-    sketch.add(coarse.take(mx.array(ids)), fine.dequantized(mx.float32))
-    sketch.check(names, SKETCH_DRIFT)
+    sketch = distances(coarse.take(mx.array(ids)), fine.dequantized(mx.float32))
+    check_same([sketch], names, SKETCH_DRIFT)
     # 2) All rows
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     if shutil.disk_usage(place.parent).free < 2 * nbytes:
@@ -159,20 +151,20 @@ def _fetch(
     except OSError:
         _remove_parts(place)
         raise
-    comparison, pieces = Comparison(), []
+    compared, pieces = [], []
     for start in range(0, n_rows, PIECE_ROWS):
         end, arrays = min(start + PIECE_ROWS, n_rows), {}
         for name, tensor in tensors.items():
             size = tensor.nbytes // n_rows
             arrays[name] = tensor.array(maps[name][start * size : end * size], end - start)
-        fine = _matrix(arrays, width)
-        comparison.add(coarse.take(mx.arange(start, end)), fine.dequantized(mx.float32))
+        fine, stored = _matrix(arrays, width), coarse.take(mx.arange(start, end))
+        compared.append(distances(stored, fine.dequantized(mx.float32)))
         fine = fine.map(lambda a: a if a.dtype == mx.uint32 else a.astype(dtype))
         if group and not fine.quantized:  # the bits of an original that has some stay
             fine = fine.quantize(bits=bits, group_size=group)
         mx.eval(*fine.arrays().values())
         pieces.append(fine.arrays())
-    comparison.check(names, MAX_DRIFT)
+    check_same(compared, names, MAX_DRIFT)
     joined: Any = {name: mx.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     # 3) Kept, whole or not at all
     about = {"model": local_origin(folder).known_as, "original": original}
@@ -199,11 +191,39 @@ def _matrix(arrays: dict[str, Any], width: int) -> Matrix:
     return Matrix(**arrays, bits=bits, group_size=width // groups)
 
 
-# The original of a model
+def distances(coarse: Matrix, fine: mx.array) -> np.ndarray:
+    """How far rows (n, D) are from their finer forms (n, D) float32: (n, 4) of what they moved by
+    beyond rounding, of the rounding, of both, and of the length of ``fine``."""
+    scales: Any = coarse.scales
+    dtype = mx.bfloat16 if scales.dtype == mx.uint8 else scales.dtype
+    form: Any = {"bits": coarse.bits, "group_size": coarse.group_size, "mode": coarse.mode}
+    rounded = Matrix(fine.astype(dtype)).quantize(**form).dequantized(mx.float32)
+    stored = coarse.dequantized(mx.float32)
+    differences = (stored - rounded, rounded - fine, stored - fine, fine)
+    return np.array(mx.stack([mx.linalg.norm(d, axis=1) for d in differences], axis=1))
+
+
+def check_same(compared: list[np.ndarray], names: str, max_drift: float) -> None:
+    """Raises a ValueError, which begins with ``names``, if `distances` of rows, piece by piece, are
+    not those of the same rows."""
+    moved, rounding, error, length = np.concatenate(compared).T.astype(np.float64)
+    whole = float(np.linalg.norm(length)) or 1.0
+    total, rounded = (float(np.linalg.norm(a)) / whole for a in (moved, rounding))
+    # noise e moves a share e·√(2/π)/step of the weights by a step, which is √12 roundings
+    drift = total**2 / (math.sqrt(24 / math.pi) * max(rounded, 1e-9))
+    floor = 1e-3 * length.mean()  # rows of padding have no length
+    worst = int(np.argmax(error / (MAX_ROW_ERROR * rounding + floor)))
+    if not drift <= max_drift or error[worst] > MAX_ROW_ERROR * rounding[worst] + floor:
+        raise ValueError(
+            f"{names}, or was trained further: beyond rounding, their rows are "
+            f"{100 * min(drift, 1):.1f} % of their length apart, row {worst} the most. Choose "
+            "another `fine_head`."
+        )
 
 
 def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -> tuple[Rows, str]:
-    """The tensors of the finer rows, and their source."""
+    """The tensors of the finer rows, and their source: the one that is named, else the first
+    unquantized one from a model to its base, and so on."""
     if source is not True:
         return _find(str(source), location), str(source)
     base, seen = _base_model(folder), {_name(folder)}
@@ -221,12 +241,15 @@ def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -
 
 def _base_model(model: Path | str) -> str | None:
     """The one repository that a model's card, else its configuration, names as its base."""
-    origin = local_origin(model) if isinstance(model, Path) else None
-    known = None if origin is None or origin.revision is not None else origin.repo_id
+    known, in_cache = None, True
+    if isinstance(model, Path):
+        origin = local_origin(model)
+        in_cache = origin.revision is not None
+        known = None if in_cache else origin.repo_id
     with suppress(Exception):  # cards and the Hub's client raise any type
         if isinstance(model, Path) and (model / CARD).exists():
             card = model / CARD
-        elif origin is None or origin.revision is not None:
+        elif in_cache:
             card = Path(huggingface_hub.hf_hub_download(_name(model), CARD))
         else:
             return known
@@ -263,7 +286,7 @@ def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
         fitting += rows_of.values()
         unfit += [tensors[name].shape for name in named]
     if unfit or len(fitting) != 1:
-        there = f"no {leaf} that can be read" if not unfit else f"rows of shape {unfit[0]}"
+        there = f"rows of shape {unfit[0]}" if unfit else f"no {leaf} that can be read"
         raise ValueError(
             f"{source} has {there}, and the model's head needs {shape[0]:,} of width {shape[1]:,} "
             "as floats or affine rows: choose another source."
@@ -279,6 +302,8 @@ def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
 
 
 def _rows(tensors: Rows, name: str, shape: tuple[int, int]) -> Rows | None:
+    """The tensor of that name with its scales and biases, if it holds so many rows of floats, or of
+    affine groups."""
     tensor, stem = tensors[name], name.removesuffix("weight")
     if tensor.dtype != "U32":
         return {"weight": tensor} if tensor.readable and tensor.shape == shape else None
@@ -287,51 +312,13 @@ def _rows(tensors: Rows, name: str, shape: tuple[int, int]) -> Rows | None:
     return rows if sized and len(rows) == len(ARRAYS) else None
 
 
-class Comparison:
-    """Compares the rows of a model with finer ones, piece by piece."""
-
-    def __init__(self) -> None:
-        self._norms: list[np.ndarray] = []  # (n, 4) of differences and lengths
-
-    def add(self, coarse: Matrix, fine: mx.array) -> None:
-        """``fine`` (n, D) float32 are the finer forms of the rows (n, D)."""
-        scales: Any = coarse.scales
-        dtype = mx.bfloat16 if scales.dtype == mx.uint8 else scales.dtype
-        form: Any = {"bits": coarse.bits, "group_size": coarse.group_size, "mode": coarse.mode}
-        rounded = Matrix(fine.astype(dtype)).quantize(**form).dequantized(mx.float32)
-        stored = coarse.dequantized(mx.float32)
-        differences = (stored - rounded, rounded - fine, stored - fine, fine)
-        norms = mx.stack([mx.linalg.norm(d, axis=1) for d in differences], axis=1)
-        self._norms.append(np.array(norms))
-
-    def check(self, names: str, max_drift: float) -> None:
-        """Raises a ValueError, which begins with ``names``, if these are not the same rows."""
-        moved, rounding, error, length = np.concatenate(self._norms).T.astype(np.float64)
-        whole = float(np.linalg.norm(length)) or 1.0
-        total, rounded = (float(np.linalg.norm(a)) / whole for a in (moved, rounding))
-        # noise e moves a share e·√(2/π)/step of the weights by a step, which is √12 roundings
-        drift = total**2 / (math.sqrt(24 / math.pi) * max(rounded, 1e-9))
-        floor = 1e-3 * length.mean()  # rows of padding have no length
-        worst = int(np.argmax(error / (MAX_ROW_ERROR * rounding + floor)))
-        if not drift <= max_drift or error[worst] > MAX_ROW_ERROR * rounding[worst] + floor:
-            raise ValueError(
-                f"{names}, or was trained further: beyond rounding, their rows are "
-                f"{100 * min(drift, 1):.1f} % of their length apart, row {worst} the most. Choose "
-                "another `fine_head`."
-            )
-
-
-# The rows of a module
-
-
 def replace_rows(module: nn.Module, rows: Matrix) -> None:
     """Gives a quantized layer other rows in place. The old ones, which `restore_rows` gives back,
     stay in memory: of 4 bits they take half of what 8-bit rows do."""
     own: Any = module
     base, old = type(module), {name: module.pop(name) for name in ARRAYS if name in module}
     attributes = {name: getattr(own, name) for name in ("group_size", "bits", "mode")}
-    for name, array in rows.arrays().items():
-        module[name] = array
+    dict.update(module, rows.arrays())
     if rows.quantized:
         own.group_size, own.bits, own.mode = rows.group_size, rows.bits, rows.mode
     else:

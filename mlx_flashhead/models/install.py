@@ -1,7 +1,7 @@
 """Installs a FlashHead on a model's output projection, and detaches it.
 
 The module keeps its identity, names and place; its class becomes a subclass, and so do those around
-it, to refuse an update. Its rows move into the FlashHead, which gives them back when they are read.
+it, to stop an update. Its rows move into the FlashHead, which gives them back when they are read.
 """
 
 import copy
@@ -25,15 +25,19 @@ from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
 LogitChange = Callable[[mx.array], mx.array]
 
 _known: WeakKeyDictionary[FlashHead, LogitChange] = WeakKeyDictionary()
-
 _Module: Any = object  # the methods of nn.Module come from the class beside those below
 
 NO_FLASH_HEAD = "This model has no FlashHead: load it with mlx_flashhead.load."
 
 
+def _installed_module(model: nn.Module) -> Any:
+    """The module of ``model`` that carries a FlashHead, or None when the model is dense."""
+    return next((m for m in model.modules() if isinstance(m, _FlashModule)), None)
+
+
 def get_flash_head(model: nn.Module) -> FlashHead | None:
     """The FlashHead installed on ``model``, or None when the model is dense."""
-    module = installed_module(model)
+    module = _installed_module(model)
     return None if module is None else module._flash_head
 
 
@@ -47,8 +51,7 @@ def installed_head(model: nn.Module) -> FlashHead:
 
 def hidden_dtype(model: nn.Module) -> mx.Dtype:
     """The dtype of the hidden states that reach the FlashHead of ``model``."""
-    module: Any = installed_module(model)
-    return getattr(mx, module._hidden_dtype)
+    return getattr(mx, _installed_module(model)._hidden_dtype)
 
 
 def install(
@@ -62,19 +65,18 @@ def install(
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
 
     Load, cast, quantize, apply adapters and shard first. ``token_ids`` (C, cluster_size) hold V in
-    padded slots. ``location``, if given, is known to be a plain product. ``settings`` are arguments
+    padded slots. ``location``, if any, is known to be a plain product. ``settings`` are arguments
     of :class:`FlashHead`. ValueError, with the model unchanged, if there is one already, the head
-    is not supported, an argument is not valid, or a kernel of the backend that was asked for fails.
+    is not supported, an argument is not valid, or a kernel of the requested backend fails.
     """
     # a drafter may hold the embedding of a target with a FlashHead
-    holder = model if location is None else location.module
-    if installed_module(holder) is not None:
+    if get_flash_head(model if location is None else location.module) is not None:
         raise ValueError("FlashHead is already installed on this model: detach it first.")
     if location is None:
         location = find_head(model)
         check_plain_product(location)
     head = FlashHead(location.rows(), token_ids, centroids, **settings)
-    module = location.module
+    module: Any = location.module
     # One array after the other, so that at most one more head exists. None keeps a parameter's name
     # and place.
     for name, array in head.clustered.rows.arrays().items():
@@ -107,22 +109,11 @@ def _is_installed(layer: Any) -> bool:
 def detach(model: nn.Module) -> None:
     """Restores the dense model, bit for bit, with the rows that it had before a finer head;
     ValueError if there is neither a FlashHead nor a finer head."""
-    installed = installed_module(model) is not None
+    installed = get_flash_head(model) is not None
     if installed:
         _uninstall(model)
     if not restore_rows(model) and not installed:
         raise ValueError("There is no FlashHead on this model to detach.")
-
-
-def _uninstall(model: nn.Module) -> None:
-    module = installed_module(model)
-    assert module is not None
-    head = module._flash_head
-    for changed in model.modules():
-        if isinstance(changed, _FlashModule | _FlashParent):
-            changed.__class__ = type(changed).__bases__[1]
-    del module._flash_head, module._hidden_dtype
-    _put_back(module, head)
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
@@ -131,6 +122,16 @@ def dense_copy(model: nn.Module) -> nn.Module:
     dense = copy.deepcopy(model)
     _uninstall(dense)  # a finer head stays: it is the dense model's, too
     return dense
+
+
+def _uninstall(model: nn.Module) -> None:
+    module = _installed_module(model)
+    head = module._flash_head
+    for changed in model.modules():
+        if isinstance(changed, _FlashModule | _FlashParent):
+            changed.__class__ = type(changed).__bases__[1]
+    del module._flash_head, module._hidden_dtype
+    _put_back(module, head)
 
 
 def _put_back(module: nn.Module, head: FlashHead) -> None:
@@ -161,13 +162,8 @@ class _Pickled:
         return _unpickled, (mixin, base, arrays, dict(vars(self)))
 
 
-def installed_module(model: nn.Module) -> nn.Module | None:
-    """The module of ``model`` that carries a FlashHead, or None when the model is dense."""
-    return next((m for m in model.modules() if isinstance(m, _FlashModule)), None)
-
-
 class _FlashParent(_Pickled, _Module):
-    """A module around an installed one: refuses an update of it before it changes anything."""
+    """A module around an installed one: prevents an update of it before it changes anything."""
 
     def update(self, parameters, strict=True):
         modules = dict(self.named_modules())
@@ -200,7 +196,7 @@ class _FlashModule(_Pickled, _Module):
         return self._arrays()[key] if self._keeps(key) else super().__getitem__(key)
 
     def get(self, key, default=None):
-        # nn.Module asks for most attributes here, which must not gather the rows
+        # nn.Module looks up most attributes here, which must not gather the rows
         return self._arrays()[key] if self._keeps(key) else super().get(key, default)
 
     def items(self):
@@ -259,22 +255,21 @@ def logit_change_of(model: nn.Module) -> LogitChange:
     return _known[head]
 
 
-def _run(model: nn.Module, logits: mx.array, token: int = 0) -> mx.array:
-    """The model's result when its head gives ``logits`` (1, 1, V)."""
-    with installed_head(model).intercepted(lambda _: logits):
-        return forward(model, mx.array([[token]]))
-
-
 def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
+    def run(logits: mx.array, token: int = 0) -> mx.array:
+        """The model's result when its head gives ``logits`` (1, 1, V)."""
+        with installed_head(model).intercepted(lambda _: logits):
+            return forward(model, mx.array([[token]]))
+
     keys = mx.random.split(mx.random.key(0), 3)
     low, high = (mx.random.normal((1, 1, head.vocab_size), scale=20, key=key) for key in keys[:2])
-    changed = _run(model, low)
+    changed = run(low)
     if changed is low:
         return unchanged
     mixed = mx.random.uniform(shape=low.shape, key=keys[2]) < 0.5
-    apart = mx.where(mixed, changed, _run(model, high, token=1))
-    together = _run(model, mx.where(mixed, low, high))
-    keeps_bounds = (changed <= _run(model, low + 1.0)).all()
+    apart = mx.where(mixed, changed, run(high, token=1))
+    together = run(mx.where(mixed, low, high))
+    keeps_bounds = (changed <= run(low + 1.0)).all()
     if apart.shape != low.shape or not (
         keeps_bounds & mx.allclose(apart, together, rtol=1e-4, atol=1e-4)
     ):
@@ -282,10 +277,10 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
             f"This {architecture(model)!r} model mixes or inverts the logits of different tokens."
         )
     # the model's Python code runs once, while this is traced
-    run = mx.compile(lambda logits: _run(model, logits[None])[0])
+    traced = mx.compile(lambda logits: run(logits[None])[0])
 
     def change(logits: mx.array) -> mx.array:
-        rows = [run(logits[i : i + 1]) for i in range(len(logits))]
+        rows = [traced(logits[i : i + 1]) for i in range(len(logits))]
         return rows[0] if len(rows) == 1 else mx.concatenate(rows)
 
     return change

@@ -1,22 +1,116 @@
-"""The models of two libraries, mlx-lm and mlx-vlm: which one a model is of, how it runs, and its
-tokenizer, which of mlx-vlm's processors is the text side with the face of mlx-lm's tokenizers."""
+"""The models of two libraries, mlx-lm and mlx-vlm: their load with errors of one sentence, how they
+run, and their text: of mlx-vlm's processors the text side with the face of mlx-lm's tokenizers, and
+chat templates, which come with a model, within limits of time and memory."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PreTrainedTokenizerBase
 
+from ..common.guarded import Guard, GuardError
+from ..index.files import is_companion
 from .compat import mlx_vlm
+from .compat.mlx_lm import load, load_adapters, sharded_load
+from .fetch import reason
 
 # For a model whose configuration and tokenizer do not give its context.
 UNKNOWN_CONTEXT = 32768
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+_GUARD = Guard(Path(__file__).with_name("template_renderer.py"))
 
 
 class UnsupportedHeadError(ValueError):
     """A model's output projection cannot be served by FlashHead; mlx-lm can use the model."""
+
+
+def load_dense(folder: Path, *, adapter_path: str | None = None, **kwargs: Any):
+    """``mlx_lm.load`` of a local folder: the dense model, its tokenizer and its configuration;
+    ValueError, in one sentence, if mlx-lm cannot load it."""
+    if is_companion(folder):
+        raise ValueError(
+            f"{folder} is a FlashHead without its model: give it as `flash_head`, and the model "
+            "it was made for in its place."
+        )
+    try:
+        loaded: Any = load(str(folder), return_config=True, **kwargs)
+    except (SystemExit, Exception) as error:  # code of models, and of damaged settings, raises any
+        why, remedy = f" ({reason(error)})", "check or fetch it again"
+        if isinstance(error, SystemExit):
+            if error.code != 1:  # the user ended the program
+                raise
+            # mlx-lm's code of some architectures exits where a package is missing
+            why = ", for the reason printed above"
+            remedy = "install the missing package, or use another model"
+        elif "trust_remote_code" in str(error):
+            remedy = "if you trust its code, add `trust_remote_code=True`"
+        elif "number of bits" in str(error):  # mlx before 0.32 has no rows of 1 bit
+            remedy = "update mlx, or use another form of the model"
+        raise ValueError(f"mlx-lm cannot load the model in {folder}{why}: {remedy}.") from error
+    model, tokenizer, config = loaded
+    if adapter_path is not None:
+        try:
+            model = load_adapters(model, adapter_path)
+        except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"The adapters in {adapter_path} cannot be put on this model ({reason(error)}): "
+                "check `adapter_path`."
+            ) from error
+        model.eval()
+    return model, tokenizer, config
+
+
+def load_dense_part(
+    path_or_hf_repo: str,
+    pipeline_group: mx.distributed.Group | None = None,
+    tensor_group: mx.distributed.Group | None = None,
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+):
+    """This process's part of the dense model, its tokenizer and configuration, or ValueError. Every
+    process has the same hidden state and the whole head, so each finds the same token by itself."""
+    folder = Path(path_or_hf_repo).expanduser()
+    # mlx-lm downloads only this part's files of a repository
+    source = str(folder) if folder.is_dir() else path_or_hf_repo
+    trust = {"trust_remote_code": trust_remote_code}
+    # mlx-lm's default allows a tokenizer's own code
+    options: Any = trust | {"tokenizer_config": tokenizer_config or trust, "return_config": True}
+    try:
+        model, tokenizer, config = sharded_load(source, pipeline_group, tensor_group, **options)
+    except Exception as error:  # each model has its own shard() with its own errors
+        no = "" if pipeline_group is None else "no "
+        raise ValueError(
+            f"mlx-lm cannot split the model {path_or_hf_repo} between these processes "
+            f"({reason(error)}): use {no}`pipeline_group`, another number of "
+            "processes, or one."
+        ) from error
+    if pipeline_group is None and hasattr(model, "shard"):
+        by_layers = hasattr(getattr(model, "model", None), "pipeline")
+        size = (tensor_group or mx.distributed.init()).size()
+        _check_attention_heads(config, size, by_layers=by_layers)
+    return model, tokenizer, config
+
+
+def _check_attention_heads(config: dict, processes: int, *, by_layers: bool) -> None:
+    """Raises if the attention heads cannot be shared out. mlx-lm rounds down and makes garbage."""
+    config = config.get("text_config", config)
+    heads = config.get("num_attention_heads")
+    groups = config.get("num_key_value_heads", heads)
+    if not isinstance(heads, int) or not isinstance(groups, int):
+        return
+    # some models repeat their key-value heads if there are fewer of them than processes
+    if heads % processes or (groups % processes and processes % groups):
+        instead = "`pipeline_group`" if by_layers else "one"
+        raise ValueError(
+            f"The model's {heads} attention heads ({groups} of keys and values) cannot be shared "
+            f"out to {processes} processes: use {instead}, or a number of processes that divides "
+            "both."
+        )
 
 
 def is_vlm(model: nn.Module) -> bool:
@@ -32,26 +126,19 @@ def forward(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) 
     """The logits (B, L, V) of token ids (B, L), after a cache of mlx-lm. Nothing else changes."""
     whole: Any = model
     if is_vlm(model):
-        with _as_it_was(model):
+        held = [(part, dict(dict.items(part)), dict(vars(part))) for part in model.modules()]
+        try:
             output = whole.language_model(tokens, **embeddings(model, tokens))
+        finally:  # its modules hold what they held, such as a text's positions
+            for part, arrays, attributes in held:
+                dict.clear(part)
+                dict.update(part, arrays)
+                vars(part).clear()
+                vars(part).update(attributes)
     else:
         output = whole(tokens) if cache is None else whole(tokens, cache=cache)
     logits = getattr(output, "logits", output)
     return logits[0] if isinstance(logits, tuple) else logits
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """After the block the modules hold what they held, such as a text's positions in mlx-vlm's."""
-    held = [(module, dict(dict.items(module)), dict(vars(module))) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, arrays, attributes in held:
-            dict.clear(module)
-            dict.update(module, arrays)
-            vars(module).clear()
-            vars(module).update(attributes)
 
 
 def embeddings(model: nn.Module, tokens: mx.array) -> dict[str, Any]:
@@ -61,13 +148,20 @@ def embeddings(model: nn.Module, tokens: mx.array) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-def check_writes_text(model: nn.Module) -> None:
-    """Raises UnsupportedHeadError for a model that does not write one token after the other."""
+def check_writes_text(model: nn.Module, *, runs: bool = True) -> None:
+    """Raises UnsupportedHeadError for a model that does not write one token after the other.
+
+    One that does not run may have no head, which mlx-vlm takes away for embeddings.
+    """
     if not is_vlm(model):
         return
-    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "language_model"):
-        raise _without_text(model)
-    old = mlx_vlm.too_old()
+    text, old = getattr(model, "language_model", None), mlx_vlm.too_old()
+    without_head = not runs and getattr(text, "lm_head", model) is None
+    if text is None or without_head or not hasattr(model, "get_input_embeddings"):
+        raise UnsupportedHeadError(
+            f"This {architecture(model)!r} model of mlx-vlm writes no text, so it has no output "
+            "projection for a FlashHead: use it without FlashHead."
+        )
     if old is not None:
         raise UnsupportedHeadError(
             f"A FlashHead takes mlx-vlm 0.7.8 or newer, and {old} is installed: update mlx-vlm, or "
@@ -78,19 +172,6 @@ def check_writes_text(model: nn.Module) -> None:
             f"This {architecture(model)!r} model writes all tokens of a block at once, by "
             "diffusion, which FlashHead does not make faster: use it without FlashHead."
         )
-
-
-def check_has_head(model: nn.Module) -> None:
-    """Raises UnsupportedHeadError if the head is taken away, as mlx-vlm does for embeddings."""
-    if is_vlm(model) and getattr(getattr(model, "language_model", None), "lm_head", model) is None:
-        raise _without_text(model)
-
-
-def _without_text(model: nn.Module) -> UnsupportedHeadError:
-    return UnsupportedHeadError(
-        f"This {architecture(model)!r} model of mlx-vlm writes no text, so it has no output "
-        "projection for a FlashHead: use it without FlashHead."
-    )
 
 
 def text_side(model: nn.Module, processor: Any) -> Any:
@@ -136,10 +217,12 @@ class ProcessorText:
             )
         known = getattr(self._tokenizer, "stopping_criteria", None)
         ends = getattr(known, "eos_token_ids", None) or getattr(self._config, "eos_token_id", None)
-        self.eos_token_ids = mlx_vlm.eos_token_ids(ends, self._tokenizer)
+        self.eos_token_ids = mlx_vlm.resolve_eos_token_ids(ends, self._tokenizer)
         templates = (getattr(side, "chat_template", None) for side in (processor, self._tokenizer))
         hello = [{"role": "user", "content": "Hello"}]
-        self.has_chat_template = any(templates) and self._chat(hello, False) is not None
+        self.has_chat_template = any(templates) and (
+            self.apply_chat_template(hello, tokenize=False) is not None
+        )
 
     def __len__(self) -> int:
         return len(self._tokenizer)
@@ -154,11 +237,67 @@ class ProcessorText:
         tokenize: bool = True,
     ) -> Any:
         """Token ids of a conversation, or its text, as mlx-vlm gives them to the model."""
-        text = self._chat(messages, add_generation_prompt)
+        text = mlx_vlm.chat_text(self._processor, self._config, messages, add_generation_prompt)
         if not tokenize:
             return text
-        special = mlx_vlm.adds_special_tokens(self._config.model_type, self._processor)
+        special = mlx_vlm.should_add_special_tokens(self._config.model_type, self._processor)
         return self._tokenizer.encode(text, add_special_tokens=special)
 
-    def _chat(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str | None:
-        return mlx_vlm.chat_text(self._processor, self._config, messages, add_generation_prompt)
+
+def apply_template(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    *,
+    continue_final_message: bool = False,
+    remedy: str = "change the messages",
+    **options: Any,
+) -> str:
+    """The text that the chat template of mlx-lm's or transformers' tokenizer makes of messages.
+
+    ``options`` are those of transformers' ``apply_chat_template``, such as ``tools``, and variables
+    of the template; ``remedy`` is what an error advises: ValueError, if the template fails, or
+    takes more than 5 seconds or 512 MB.
+    """
+    apply = partial(type(tokenizer).apply_chat_template, tokenizer, messages, tokenize=False)
+    template = _jinja_template(tokenizer, options.get("tools"))
+    text = ""
+    try:
+        if template is not None:
+            # transformers prepares messages, tools and variables, and writes what is read of them
+            written = "".join(
+                f'{{% if {name} is defined %}}"{name}":{{{{ {name}|tojson }}}},{{% endif %}}'
+                for name in _GUARD.call([template])
+            )
+            variables = apply(chat_template=written or " ", **options)
+            text = _GUARD.call([template, f'{{{variables}"":0}}'])
+        if template is None or continue_final_message:  # with what it makes bounded above
+            options |= {"continue_final_message": True} if continue_final_message else {}
+            text = apply(**options)
+    except Exception as error:  # templates raise any type
+        said = str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
+        said = f"it {said}" if isinstance(error, GuardError) else said
+        refusal = "The model's chat template cannot be filled in"
+        raise ValueError(f"{refusal} ({said}): {remedy}.") from error
+    return text
+
+
+def template_variables(tokenizer: Any) -> frozenset[str]:
+    """Names of the variables that a tokenizer's chat template reads, as far as it is Jinja's."""
+    template = _jinja_template(tokenizer, None)
+    try:
+        return frozenset() if template is None else frozenset(_GUARD.call([template]))
+    except (GuardError, RuntimeError):  # said when it is filled in
+        return frozenset()
+
+
+def _jinja_template(tokenizer: Any, tools: Any) -> str | None:
+    """The template; None where code of mlx-lm or of the model is in its place."""
+    inner = tokenizer
+    if isinstance(tokenizer, TokenizerWrapper):
+        if tokenizer._chat_template is not None:
+            return None
+        inner = tokenizer._tokenizer
+    apply = getattr(type(inner), "apply_chat_template", None)
+    if apply is not PreTrainedTokenizerBase.apply_chat_template or not inner.chat_template:
+        return None
+    return inner.get_chat_template(tools=tools)

@@ -10,11 +10,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head.matrix import AFFINE, Matrix
-from . import libraries
+from ..head.matrix import AFFINE, ARRAYS, Matrix
 from .compat.mlx_vlm import own_head
 from .compat.patching import replaced
-from .libraries import UnsupportedHeadError, architecture, forward, is_vlm
+from .libraries import UnsupportedHeadError, architecture, check_writes_text, forward, is_vlm
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
 
@@ -38,8 +37,7 @@ class HeadLocation:
                 f"The rows of {self.path!r} have a global_scale (NVFP4 of newer mlx), which "
                 "FlashHead does not read: use the model without FlashHead."
             )
-        names = ("weight", "scales", "biases", "bias")
-        arrays: dict[str, Any] = {name: module.get(name) for name in names}
+        arrays: dict[str, Any] = {name: module.get(name) for name in (*ARRAYS, "bias")}
         if "scales" not in module:
             return Matrix(**arrays)
         mode = getattr(module, "mode", AFFINE)
@@ -49,7 +47,7 @@ class HeadLocation:
 def find_head(model: nn.Module) -> HeadLocation:
     """The output projection of ``model``, found by tracing one forward pass; of a lazily loaded one
     too. UnsupportedHeadError if no module's output is the logits, or the model does not run."""
-    libraries.check_writes_text(model)
+    check_writes_text(model)
     weights = ((type(module), module.get("weight")) for module in model.modules())
     classes = {cls for cls, w in weights if isinstance(w, mx.array) and w.ndim == 2}
     calls: list[tuple[int, HeadLocation]] = []  # each with the width of its output
@@ -59,21 +57,23 @@ def find_head(model: nn.Module) -> HeadLocation:
         if not (isinstance(hidden, mx.array) and isinstance(output, mx.array)):
             return
         if mx.issubdtype(hidden.dtype, mx.floating):
-            location = HeadLocation(module, "", method, hidden.dtype)
-            calls.append((output.shape[-1], location))
+            calls.append((output.shape[-1], HeadLocation(module, "", method, hidden.dtype)))
 
     name, home = architecture(model), "mlx-vlm" if is_vlm(model) else "mlx-lm"
     try:
         with _observed(classes, record):
             vocab_size = forward(model, mx.array([[0]])).shape[-1]
     except Exception as error:  # whatever the model's code raises
-        libraries.check_has_head(model)
+        check_writes_text(model, runs=False)
         raise UnsupportedHeadError(
             f"{home}'s code of this {name!r} model fails on a token by itself "
             f"({type(error).__name__}: {error}), so it cannot be served with FlashHead either."
         ) from error
-    wide = [call for width, call in calls if width == vocab_size]
-    found = [call for call in wide if call.module["weight"].shape[0] == vocab_size]
+    found = [
+        call
+        for width, call in calls
+        if width == vocab_size and call.module["weight"].shape[0] == vocab_size
+    ]
     if not found:
         _refuse_split(calls, vocab_size, name)
         for path, adapted in model.named_modules():  # DoRA multiplies the rows itself
@@ -97,6 +97,29 @@ def find_head(model: nn.Module) -> HeadLocation:
     return replace(head, path=path)
 
 
+def _refuse_split(calls: list[tuple[int, HeadLocation]], vocab_size: int, name: str) -> None:
+    split = nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear
+    for width, call in calls:
+        processes = call.module.group.size() if isinstance(call.module, split) else 1
+        if processes > 1 and width * processes == vocab_size:
+            raise UnsupportedHeadError(
+                f"Each of the {processes} processes holds a part of this {name!r} model's "
+                f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
+                "by layers instead, with a `pipeline_group`, or use one process."
+            )
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    return {"lora_a", "lora_b"} <= module.keys()
+
+
+def _adapted(path: str) -> UnsupportedHeadError:
+    return UnsupportedHeadError(
+        f"The output projection {path!r} carries a LoRA adapter, which must be fused first: run "
+        "mlx_lm.fuse, then use the fused model."
+    )
+
+
 def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
     """Where a drafter of mlx-vlm makes its logits, if its head is its own and no retrieval."""
     head = own_head(drafter, target)
@@ -113,10 +136,9 @@ def check_plain_product(location: HeadLocation) -> None:
     """Checks on one random state of the model's dtype that the layer multiplies by its rows: an
     UnsupportedHeadError for sharded, rotated or otherwise special layers."""
     rows, module = location.rows(), location.module
-    shape = (1, rows.hidden_size)
-    hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(location.hidden_dtype)
-    expected = rows.matmul(hidden)
-    actual = getattr(module, location.method)(hidden)
+    hidden = mx.random.normal((1, rows.hidden_size), key=mx.random.key(0))
+    hidden = hidden.astype(location.hidden_dtype)
+    expected, actual = rows.matmul(hidden), getattr(module, location.method)(hidden)
     # a special layer differs by the size of its logits, a plain one by the rounding of 16 bits
     allowed = 0.02 * mx.max(mx.abs(expected))
     if expected.shape != actual.shape or not (mx.abs(expected - actual) <= allowed).all():
@@ -165,26 +187,3 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
                 method = observer(name, getattr(cls, name))
                 stack.enter_context(replaced(cls, **{name: method}))
         yield
-
-
-def _refuse_split(calls: list[tuple[int, HeadLocation]], vocab_size: int, name: str) -> None:
-    split = nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear
-    for width, call in calls:
-        processes = call.module.group.size() if isinstance(call.module, split) else 1
-        if processes > 1 and width * processes == vocab_size:
-            raise UnsupportedHeadError(
-                f"Each of the {processes} processes holds a part of this {name!r} model's "
-                f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
-                "by layers instead, with a `pipeline_group`, or use one process."
-            )
-
-
-def _has_adapter(module: nn.Module) -> bool:
-    return {"lora_a", "lora_b"} <= module.keys()
-
-
-def _adapted(path: str) -> UnsupportedHeadError:
-    return UnsupportedHeadError(
-        f"The output projection {path!r} carries a LoRA adapter, which must be fused first: run "
-        "mlx_lm.fuse, then use the fused model."
-    )

@@ -1,5 +1,5 @@
 """The origin of a model: its name, repository and commit, from its folder alone. Reads no card and
-no licence, and asks no network."""
+no licence, and uses no network."""
 
 import json
 import re

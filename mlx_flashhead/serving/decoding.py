@@ -136,11 +136,14 @@ class Batch:
     """
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
-        self.kind, self.proposer = kind_of(job), _proposer(job)
+        self._kind, self.proposer = _kind_of(job), _proposer(job)
         sizes: Any = {"completion_batch_size": size, "prefill_batch_size": size, "stream": stream}
         self._generator = VerifiedBatchGenerator(job.served.model, proposer=self.proposer, **sizes)
         self._jobs: dict[int, Job] = {}
         self._ended: dict[Job, CachedTokens] = {}  # at their greatest number of tokens
+
+    def fits(self, job: Job) -> bool:
+        return self._kind == _kind_of(job)
 
     def add(self, reading: Reading) -> None:
         """Adds a sequence whose prompt has been read."""
@@ -233,7 +236,7 @@ class Single:
         return sum(cache.nbytes for cache in self._cache)
 
 
-def kind_of(job: Job) -> tuple:
+def _kind_of(job: Job) -> tuple:
     """What sequences of one batch have in common."""
     # 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on
     length_class = max(0, (len(job.prompt.tokens) - 1).bit_length() - 9) // 2

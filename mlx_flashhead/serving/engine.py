@@ -22,16 +22,7 @@ import mlx.core as mx
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
 from ..models.compat.mlx_lm_0_31 import let_thread_draw
 from ..models.install import get_flash_head
-from .decoding import (
-    CHUNK_SECONDS,
-    Batch,
-    CachedTokens,
-    PrefillPace,
-    Reading,
-    Single,
-    kind_of,
-    next_reading,
-)
+from .decoding import CHUNK_SECONDS, Batch, PrefillPace, Reading, Single, next_reading
 from .jobs import Job
 from .responses import ApiError
 from .served_models import ServedModel
@@ -253,7 +244,7 @@ class Engine:
         if job.alone or not job.served.batchable or self._flags.kv_bits is not None:
             self._decoders.append(Single(reading, self._flags, self._stream))
             return
-        batches = (d for d in self._decoders if isinstance(d, Batch) and d.kind == kind_of(job))
+        batches = (d for d in self._decoders if isinstance(d, Batch) and d.fits(job))
         if (batch := next(batches, None)) is None:
             batch = Batch(job, self._flags.decode_concurrency, self._stream)
             self._decoders.append(batch)
@@ -312,8 +303,8 @@ class Engine:
         for each in cached:
             self._store(jobs[0].served, each)
 
-    def _store(self, served: ServedModel, cached: CachedTokens, kind: str = "assistant") -> None:
-        """Keeps a cache, which must not change any more, if there is room beside those in use.
+    def _store(self, served: ServedModel, cached: tuple, kind: str = "assistant") -> None:
+        """Keeps tokens and their cache, which must not change any more, as far as there is room.
 
         Of mlx-lm's kinds "system", "user" and "assistant" the last is dropped first.
         """

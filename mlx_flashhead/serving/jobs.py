@@ -18,7 +18,7 @@ from ..models.compat.mlx_lm import (
     make_logits_processors,
     make_text_state_machine,
 )
-from ..models.templates import apply_template
+from ..models.libraries import apply_template
 from ..structured.grammar import GrammarProcessor
 from .requests import Request, read_request
 from .responses import ApiError, loads

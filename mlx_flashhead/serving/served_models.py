@@ -16,11 +16,9 @@ from ..loading.load import load_draft, load_with_head
 from ..loading.sources import LATER, HeadOptions
 from ..lossless.policy import decoding_mode, policy_of
 from ..models.compat.mlx_lm import KVCache, make_prompt_cache
-from ..models.dense import load_dense
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
-from ..models.libraries import UnsupportedHeadError, context_of
-from ..models.templates import template_variables
+from ..models.libraries import UnsupportedHeadError, context_of, load_dense, template_variables
 
 # Variables that the server gives a template.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}

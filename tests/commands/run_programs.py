@@ -1,6 +1,8 @@
-"""Runs programs under ``mlx_flashhead.run``, as a user does."""
+"""Runs programs under ``mlx_flashhead.run``, as a user does, and as they are."""
 
 import json
+import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -27,21 +29,28 @@ for line in sys.argv[1:]:
 """
 
 
+def alone(capsys, place: Path, program: str) -> str:
+    """What a program prints without ``run``, in this process."""
+    before = os.getcwd()
+    os.chdir(place)
+    capsys.readouterr()
+    try:
+        runpy.run_path(program, run_name="__main__")
+    finally:
+        os.chdir(before)
+    return capsys.readouterr().out
+
+
 def process(place: Path, *words, **options) -> subprocess.Popen:
     """A module of Python in a folder."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, words)],
-        cwd=place,
-        stdout=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    command = [sys.executable, "-m", *map(str, words)]
+    return subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, text=True, **options)
 
 
 def start(place: Path, *words, typed: str = "") -> tuple[int, str, str]:
     """(exit code, standard output, standard error) of ``mlx_flashhead.run`` in a folder."""
-    words = ("mlx_flashhead.run", *words)
-    program = process(place, *words, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = dict.fromkeys(("stdin", "stderr"), subprocess.PIPE)
+    program = process(place, "mlx_flashhead.run", *words, **pipes)
     output, errors = program.communicate(typed)
     return program.returncode, output, errors
 
@@ -52,13 +61,14 @@ class RunningServer:
     def __init__(self, port: int):
         self.port, self.said = port, ""
 
-    def ask(self, **body) -> dict:
+    def ask(self, content, **body) -> str:
         """Its answer to a question."""
         url = f"http://127.0.0.1:{self.port}/v1/chat/completions"
+        body["messages"] = [{"role": "user", "content": content}]
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+            return json.load(answer)["choices"][0]["message"]["content"]
 
 
 @contextmanager
@@ -66,7 +76,7 @@ def running_server(
     place: Path, *words, ready: str, under: tuple = ("mlx_flashhead.run", "--flash-head", "head")
 ) -> Iterator[RunningServer]:
     """A server that runs ``under`` another program, from its line ``ready`` on until Ctrl-C."""
-    with socket.socket() as taken:  # port 0 is not told, so a free one is chosen
+    with socket.socket() as taken:  # the port behind 0 is not printed, so a free one is chosen
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     server = RunningServer(port)

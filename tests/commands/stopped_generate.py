@@ -1,7 +1,7 @@
 """``generate`` as a program that sends itself a signal at a moment: KIND MOMENT SIGNAL ARGUMENTS.
 
 The moments are counted, and written beside its home: each piece of text that is printed, each step
-of the build, and each change in the folder of the kept FlashHeads.
+of the build, and each change in the folder of the cached FlashHeads.
 """
 
 import functools

@@ -16,13 +16,23 @@ from mlx_flashhead import load
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.loading import background as build
-from mlx_flashhead.loading import head_cache as cache
+from mlx_flashhead.loading import sources as cache
 from mlx_flashhead.lossless.tuning import Tuning
+from mlx_flashhead.models.libraries import load_dense
 from mlx_flashhead.models.locate import find_head
 from model_folders import contents, write_model
 from tiny_models import tiny_index, tiny_model
 
 STRANGE = "[b]Two\x1b[2J"  # which must not control the terminal
+SLOW = Tuning(4, 9.0, 8, 0.25, gain=0.9, dense_seconds=0.1, spread=0.0, dense=True)
+FAST = replace(SLOW, n_probes=3, gain=1.5, dense=False, max_batch=5)
+
+
+def keep(model, **changes):
+    """Keeps a FlashHead of a model whose settings have changes."""
+    index = tiny_index(model)
+    index = replace(index, config=replace(index.config, **changes))
+    cache.keep(index, cache.place_of(find_head(model).rows()))
 
 
 @pytest.fixture
@@ -30,19 +40,15 @@ def kept(flash_head_home, monkeypatch):
     """Three FlashHeads, of which one is damaged."""
     monkeypatch.setenv("COLUMNS", "200")
     for seed, name in enumerate(("owner/One", STRANGE, "Three")):
-        model = tiny_model(seed=seed)
-        index = tiny_index(model, recipe={"model": name})
-        cache.keep(index, cache.place_of(find_head(model).rows()))
-    (damaged,) = (e.path for e in cache.entries() if e.config.recipe["model"] == "Three")
+        keep(tiny_model(seed=seed), recipe={"model": name})
+    (damaged,) = (entry.path for entry in cache.entries() if entry.model == "Three")
     (damaged / SETTINGS_NAME).write_text("{")
 
 
-def test_lists_what_is_kept(run, kept, flash_head_home, monkeypatch):
-    (two,) = (e.config for e in cache.entries() if e.config and e.config.recipe["model"] == STRANGE)
-    slow = Tuning(4, 9.0, 8, 0.25, gain=0.9, dense_seconds=0.1, spread=0.0, dense=True)
-    fast = replace(slow, n_probes=3, gain=1.5, dense=False, max_batch=5)
-    speeds = {"a": asdict(slow), "b": asdict(fast), "c": asdict(fast)}
-    place = cache.speeds_of(two.fingerprint)
+def test_lists_the_cache(run, kept, flash_head_home, monkeypatch):
+    (two,) = (entry for entry in cache.entries() if entry.model == STRANGE)
+    speeds = {"a": asdict(SLOW), "b": asdict(FAST), "c": asdict(FAST)}
+    place = cache.speeds_of(two.key)
     place.parent.mkdir()
     place.write_text(json.dumps(speeds))
     code, output, _ = run("cache")
@@ -93,7 +99,7 @@ def test_a_home_that_cannot_be(refused, monkeypatch):
 
 
 def test_removes_some_and_then_all(run, refused, kept):
-    key = next(e.path.name for e in cache.entries() if e.config is None)
+    key = next(entry.path.name for entry in cache.entries() if entry.config is None)
     code, output, _ = run("cache", "--remove", "owner/One", key[:10])
     assert code == 0
     removed = [line.split()[:2] for line in output.splitlines()]
@@ -112,28 +118,36 @@ def test_removes_some_and_then_all(run, refused, kept):
 def test_what_is_not_its_own_stays(run, kept, flash_head_home):
     """Folders and files of other names, and other files within its own folders."""
     own = [entry.path for entry in cache.entries()]
-    fine = flash_head_home / "fine_heads"
+    key = own[1].name[:24]
     names = ["flash_heads/thesis/text.md", "fine_heads/weights.safetensors", "speeds/mine.json",
              "notes.txt", f"flash_heads/{own[0].name}/mine.txt", "flash_heads/abc-1/x",
              f"fine_heads/.{own[0].name}.part"]  # fmt: skip
-    for name in names:
+    gone = [f"fine_heads/{key}-8.safetensors", f"fine_heads/.{key}-8.0123456789abcdef.part"]
+    for name in [*names, *gone, f"speeds/{key}.json"]:
         (flash_head_home / name).parent.mkdir(exist_ok=True, parents=True)
         (flash_head_home / name).write_text("x")
-    key = own[1].name[:24]
-    for name in (f"{key}-8.safetensors", f".{key}-8.0123456789abcdef.part"):
-        (fine / name).write_text("x")
-    (flash_head_home / "speeds" / f"{key}.json").write_text("{}")
     code, output, _ = run("cache")
     assert code == 0 and "damaged, head of 8 bits" in " ".join(output.split())
     code, output, _ = run("cache", "--remove-all")
     assert code == 0 and output.count("Removed") == 4
-    left = {str(path.relative_to(flash_head_home)) for path in flash_head_home.rglob("*")}
-    files = {name for name in left if (flash_head_home / name).is_file()}
-    assert files == set(names)
+    left = {path for path in flash_head_home.rglob("*") if path.is_file()}
+    assert {str(path.relative_to(flash_head_home)) for path in left} == set(names)
     for name in ("thesis", "weights.safetensors", "mine.json", "abc-1"):
         assert any(line.startswith("Left") and name in line for line in output.splitlines())
     assert output.count("but other files in it") == 1 and own[0].name in output
     assert cache.entries() == []
+
+
+@pytest.fixture
+def cut_short(tmp_path, monkeypatch):
+    """A model, ``(its folder, the entry of its FlashHead)``, whose build was cut short."""
+    model = write_model(tmp_path / "Some-Model")
+    calibration = {"source": "builtin", "positions": 9, "cut_short": True}
+    keep(load_dense(model)[0], calibration=calibration, recipe={"model": model.name})
+    monkeypatch.setattr(build, "IndexOptions", partial(IndexOptions, calibration_positions=100))
+    monkeypatch.chdir(model.parent)
+    (entry,) = cache.entries()
+    return model, entry
 
 
 def test_speeds_are_measured_now(run, cut_short, monkeypatch):
@@ -144,11 +158,10 @@ def test_speeds_are_measured_now(run, cut_short, monkeypatch):
     def tune(*_):
         measured.append(1)
         yield
-        return Tuning(4, 9.0, 8, 0.25, gain=1.21, dense_seconds=0.1, spread=0.0, dense=False)
+        return replace(FAST, gain=1.21)
 
     monkeypatch.setattr("mlx_flashhead.loading.tuned.tune", tune)
     monkeypatch.setattr("mlx_flashhead.loading.tuned.is_busy", lambda: False)
-    monkeypatch.chdir(model.parent)
     for name in ([], [entry.path.name[:6]], [model]):
         code, output, errors = run("cache", "--measure", *name)
         assert code == 0 and "1.21 x" in output and "Measuring" in errors
@@ -157,38 +170,31 @@ def test_speeds_are_measured_now(run, cut_short, monkeypatch):
     assert not cache.speeds_of(entry.key).exists()
 
 
-@pytest.fixture
-def cut_short(tmp_path, monkeypatch, capsys):
-    """A model, ``(its folder, the entry of its FlashHead)``, whose build was cut short."""
-    model = write_model(tmp_path / "Some-Model")
-    options = partial(IndexOptions, calibration_positions=300)
-    monkeypatch.setattr(build, "IndexOptions", partial(options, calibration_seconds=1e-6))
-    load(str(model))
+def test_an_index_that_is_cut_short_says_how_to_build_it_anew(tmp_path, monkeypatch, capsys):
+    options = partial(IndexOptions, calibration_positions=300, calibration_seconds=1e-6)
+    monkeypatch.setattr(build, "IndexOptions", options)
+    load(str(write_model(tmp_path / "model")))
     errors = capsys.readouterr().err
     assert "This machine was busy, so the build was cut short, after " in errors
     assert "mlx_flashhead.cache --rebuild MODEL makes a faster one." in errors
-    monkeypatch.setattr(build, "IndexOptions", options)
-    (entry,) = cache.entries()
-    return model, entry
+    assert cache.entries()[0].config.calibration["cut_short"]
 
 
-@pytest.mark.parametrize("named_by", ["folder", "name", "identifier"])
-def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, monkeypatch, named_by):
+@pytest.mark.parametrize("named_by", ["name", "identifier"])
+def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, named_by):
     model, entry = cut_short
     assert "cut short" in run("cache")[1].replace("\n", "")
-    before = read_index(entry.path).config
-    speeds = cache.speeds_of(before.fingerprint)
+    speeds = cache.speeds_of(entry.key)
     speeds.parent.mkdir()
     speeds.write_text("{}")
-    monkeypatch.chdir(model.parent)
-    name = {"folder": model, "name": model.name, "identifier": entry.path.name[:8]}[named_by]
+    name = model.name if named_by == "name" else entry.path.name[:8]
     code, output, errors = run("cache", "--rebuild", name)
     assert (code, output) == (0, "")
     assert "Building the FlashHead of Some-Model" in errors and "100%" in errors
     assert "cut short" not in errors and "FlashHead is ready" in errors
     after = read_index(entry.path).config
     assert "cut_short" not in after.calibration and not speeds.exists()
-    assert after.calibration["positions"] > before.calibration["positions"]
+    assert after.calibration["positions"] > 9
     assert [path.name for path in entry.path.parent.iterdir()] == [entry.path.name]
 
 
@@ -207,7 +213,7 @@ def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):
     assert load(str(model), progress=False)  # nothing is locked
 
 
-def test_models_that_cannot_be_built_anew(refused, cut_short, monkeypatch):
+def test_models_that_cannot_be_built_anew(refused, cut_short):
     model, entry = cut_short
     before = contents(entry.path)
     assert "There is no folder 'fffff' here" in refused("cache", "--rebuild", "fffff")

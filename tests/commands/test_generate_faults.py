@@ -17,7 +17,7 @@ import pytest
 import stopped_generate
 from mlx_flashhead.index.files import read_index
 from mlx_flashhead.loading import background as build
-from mlx_flashhead.loading import head_cache as cache
+from mlx_flashhead.loading import sources as cache
 from model_folders import write_model
 from stopped_generate import FILE, STEP, TEXT
 

@@ -14,7 +14,7 @@ import pytest
 
 from mlx_flashhead.index.files import write_companion
 from model_folders import write_model
-from run_programs import DENSE, MANY, running_server, start
+from run_programs import DENSE, MANY, alone, running_server, start
 from tiny_models import tiny_index
 
 # A program that knows nothing of FlashHead, and that loads in three ways.
@@ -29,8 +29,6 @@ for folder in sys.argv[1:]:
         model, _ = function(Path(folder))
         print(type(model.model.embed_tokens).__mro__[1].__name__, __name__)
 """
-
-
 # mlx-lm's batches, and its generator as a server takes it.
 BATCH = """
 import mlx.core as mx
@@ -73,11 +71,13 @@ STARTER = """
 import subprocess, sys
 sys.exit(subprocess.run([sys.executable, "program.py", *sys.argv[1:]]).returncode)
 """
+PROGRAMS = {"program": PROGRAM, "starter": STARTER, "batch": BATCH, "own_loop": OWN_LOOP}
+HEAD = ("--flash-head", "head")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model, its FlashHead apart, texts, and two programs."""
+    """A folder with a model, its FlashHead apart, texts, and programs."""
     place = tmp_path_factory.mktemp("run")
     model = write_model(place / "model")
     for folder in ("head", "data"):
@@ -86,10 +86,8 @@ def place(tmp_path_factory):
     for name in ("train", "valid"):
         lines = 2 * (json.dumps({"text": "One day " * 9}) + "\n")
         (place / "data" / f"{name}.jsonl").write_text(lines)
-    (place / "program.py").write_text(PROGRAM)
-    for name, program in (("starter", STARTER), ("batch", BATCH), ("own_loop", OWN_LOOP)):
+    for name, program in (PROGRAMS | {"many": MANY}).items():
         (place / f"{name}.py").write_text(program)
-    (place / "many.py").write_text(MANY)
     return place
 
 
@@ -105,8 +103,7 @@ def test_programs_get_the_flash_head(place):
             "-m mlx_lm.perplexity --model model --data-path data --sequence-length 16 "
             "--num-samples 2 --batch-size 1"
         )
-    words = ("--flash-head", "head", "many.py", *programs)
-    code, output, errors = start(place, *words, typed="One\nq\n")
+    code, output, errors = start(place, *HEAD, "many.py", *programs, typed="One\nq\n")
     assert code == 0, errors
     assert output.splitlines()[:3] == 3 * ["_FlashEmbedding __main__"]
     assert "chat" in output and "Averages: prompt_tps=" in output
@@ -118,7 +115,7 @@ def test_programs_that_are_started_as_commands(run, place, tmp_path, monkeypatch
     """By a program, beside a sitecustomize that is there already; or by the variables alone."""
     (tmp_path / "sitecustomize.py").write_text("import sys; print('mine', file=sys.stderr)")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
-    code, output, errors = start(place, "--flash-head", "head", "starter.py", "model")
+    code, output, errors = start(place, *HEAD, "starter.py", "model")
     assert (code, output.splitlines()) == (0, 3 * ["_FlashEmbedding __main__"]), errors
     assert errors.count("mine") == 2 and DENSE not in errors
 
@@ -135,7 +132,7 @@ def test_programs_that_are_started_as_commands(run, place, tmp_path, monkeypatch
 
 def test_what_does_not_generate_gets_the_dense_model_silently(place):
     code, _, errors = start(
-        place, "--flash-head", "head", "many.py",
+        place, *HEAD, "many.py",
         "-m mlx_lm.convert --hf-path model -q --q-group-size 32 --mlx-path out",
         "-m mlx_lm convert --hf-path model --mlx-path copy",
         "-m mlx_lm.lora --model model --train --fine-tune-type lora --iters 1 --batch-size 1 "
@@ -153,38 +150,34 @@ def test_dense_with_one_warning_where_there_is_none(place):
     assert errors.count(DENSE) == 1 and "There is no FlashHead of model yet" in errors
 
 
-@pytest.mark.parametrize("draft", [(), ("--draft-model", "model")])
-def test_text_of_mlx_lm_is_the_dense_models(place, draft, monkeypatch, capsys):
-    """And the program's arguments are its own, also those that this one has."""
+def test_text_of_mlx_lm_is_the_dense_models(place, monkeypatch, capsys):
+    """With a draft model, too; and the program's arguments are its own, also those that this one
+    has."""
     words = ("mlx_lm.generate", "--model", "model", "--prompt=--n-probes", "--max-tokens", "24")
-    code, output, errors = start(place, "--flash-head", "head", "-m", *words, *draft)
-    assert code == 0, errors
-    assert "Generation: 24 tokens" in output and DENSE not in errors
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", [*words])
     importlib.import_module("mlx_lm.generate").main()
-    assert output.split("=====")[2] == capsys.readouterr().out.split("=====")[2] != ""
+    dense = capsys.readouterr().out.split("=====")[2]
+    for draft in (), ("--draft-model", "model"):
+        code, output, errors = start(place, *HEAD, "-m", *words, *draft)
+        assert code == 0, errors
+        assert "Generation: 24 tokens" in output and DENSE not in errors
+        assert output.split("=====")[2] == dense != ""
 
 
 @pytest.mark.newest  # the oldest has batches of another kind, which stay dense
-def test_batches_of_mlx_lm_are_those_without_flash_head(place):
+def test_batches_of_mlx_lm_are_those_without_flash_head(place, capsys):
     """Greedy, with a seed, and as a server steps through them."""
-    alone = subprocess.run(
-        [sys.executable, "batch.py"], cwd=place, capture_output=True, text=True, check=True
-    )
-    code, output, errors = start(place, "--flash-head", "head", "batch.py")
-    assert (code, output) == (0, alone.stdout), errors
+    code, output, errors = start(place, *HEAD, "batch.py")
+    assert (code, output) == (0, alone(capsys, place, "batch.py")), errors
     assert errors.count("Text of model: verified.") == 1
-    code, unverified, errors = start(place, "--flash-head", "head", "--no-verify", "batch.py")
+    code, unverified, errors = start(place, *HEAD, "--no-verify", "batch.py")
     assert code == 0 and unverified != output and "Text of model: unverified." in errors
 
 
-def test_a_loop_of_its_own_keeps_the_normal_head(place):
-    alone = subprocess.run(
-        [sys.executable, "own_loop.py"], cwd=place, capture_output=True, text=True, check=True
-    )
-    code, output, errors = start(place, "--flash-head", "head", "own_loop.py")
-    assert (code, output) == (0, alone.stdout)
+def test_a_loop_of_its_own_keeps_the_normal_head(place, capsys):
+    code, output, errors = start(place, *HEAD, "own_loop.py")
+    assert (code, output) == (0, alone(capsys, place, "own_loop.py"))
     assert errors.count("Text of model: dense: this program's loop cannot be verified") == 1
 
 
@@ -192,14 +185,12 @@ def test_a_loop_of_its_own_keeps_the_normal_head(place):
 def test_the_server_of_mlx_lm_with_eight_clients(place):
     """The texts are those of the same server without us, at once and with a seed."""
     answers, errors = [], ""
-    for under in (), ("mlx_flashhead.run", "--flash-head", "head"):
+    for under in (), ("mlx_flashhead.run", *HEAD):
         words = ("mlx_lm.server", "--model", "model")
         with running_server(place, *words, ready="at 127.0.0.1 on port", under=under) as server:
 
             def ask(i, server=server, **options):
-                messages = [{"role": "user", "content": f"{i} One day"}]
-                answer = server.ask(messages=messages, max_tokens=12, **options)
-                return answer["choices"][0]["message"]["content"]
+                return server.ask(f"{i} One day", max_tokens=12, **options)
 
             with ThreadPoolExecutor(8) as pool:
                 texts = list(pool.map(ask, range(8)))
@@ -211,9 +202,8 @@ def test_the_server_of_mlx_lm_with_eight_clients(place):
 
 def test_a_program_of_mlx_lm_that_has_only_a_main(place):
     """As a module ``mlx_lm.evaluate`` runs nothing; `mlx_lm.share` is another such program."""
-    for words in (("mlx_lm.share",), ("-m", "mlx_lm.share")):
-        code, output, _ = start(place, "--flash-head", "head", *words, "--help")
-        assert code == 0 and output.startswith("usage: ")
+    code, output, _ = start(place, *HEAD, "mlx_lm.share", "--help")
+    assert code == 0 and output.startswith("usage: ")
 
 
 def test_a_program_from_pypi(place, monkeypatch):
@@ -226,9 +216,12 @@ def test_a_program_from_pypi(place, monkeypatch):
     monkeypatch.setenv("LLM_USER_PATH", str(user))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     words = ("llm", "-m", "tiny", "One day", "-o", "max_tokens", 5)
-    code, output, errors = start(place, "--flash-head", "head", *words)
+    code, output, errors = start(place, *HEAD, *words)
     assert code == 0, errors
     assert output.strip() and DENSE not in errors
+
+
+NOT_RUN = "that can be run: check the name."
 
 
 @pytest.mark.parametrize(
@@ -236,12 +229,9 @@ def test_a_program_from_pypi(place, monkeypatch):
     [
         ((), "a program is needed, such as mlx_lm.server"),
         (("no_such_program",), "there is no file and no program no_such_program"),
-        (
-            ("-m", "no_such.module"),
-            "there is no module no_such.module that can be run: check the name.",
-        ),
-        (("-m", "mlx_lm.no_such"), "there is no module mlx_lm.no_such that can be run"),
-        (("-m", "model"), "there is no module model that can be run"),
+        (("-m", "no_such.module"), f"there is no module no_such.module {NOT_RUN}"),
+        (("-m", "mlx_lm.no_such"), f"there is no module mlx_lm.no_such {NOT_RUN}"),
+        (("-m", "model"), f"there is no module model {NOT_RUN}"),
         (("--n-probes", 0, "program.py"), "--n-probes is 0: give a whole number of 1 or more"),
         (("--flash-head", "model", "program.py"), "model holds no FlashHead: name another"),
         (("--flash-head", "./absent", "program.py"), "There is no folder ./absent"),

@@ -1,8 +1,6 @@
 # ruff: noqa: E402 - without mlx-vlm all of this is skipped
 """``run``: programs of mlx-vlm with a FlashHead under its ``load``."""
 
-import subprocess
-import sys
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +10,7 @@ mlx_vlm = pytest.importorskip("mlx_vlm")
 
 from mlx_flashhead.index.files import write_companion
 from model_folders import write_model
-from run_programs import DENSE, MANY, running_server, start
+from run_programs import DENSE, MANY, alone, running_server, start
 from tiny_models import tiny_index
 from vlm_folders import write_picture, write_vision_model
 
@@ -44,7 +42,7 @@ for options in {}, {"image": "picture.png"}, {"temperature": 0.8}, {"repetition_
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Two models with their FlashHeads apart, a picture, and two programs."""
+    """Two models with their FlashHeads apart, a picture, and programs."""
     place = tmp_path_factory.mktemp("run_vlm")
     folders = write_vision_model(place / "model"), write_model(place / "text")
     for folder, head in zip(folders, ("head", "text_head"), strict=True):
@@ -52,9 +50,8 @@ def place(tmp_path_factory):
         write_companion(place / head, tiny_index(mlx_vlm.load(str(folder))[0]))
     write_picture(place / "picture.png")
     (place / "no_picture.png").write_text("not a picture")
-    (place / "program.py").write_text(TWO_MODELS)
-    (place / "texts.py").write_text(TEXTS)
-    (place / "many.py").write_text(MANY)
+    for name, program in {"program": TWO_MODELS, "texts": TEXTS, "many": MANY}.items():
+        (place / f"{name}.py").write_text(program)
     return place
 
 
@@ -74,16 +71,14 @@ def test_programs_of_mlx_vlm(place):
     assert "Failed to load image from no_picture.png" in errors.strip().splitlines()[-1]
 
 
-def test_texts_of_mlx_vlm_are_those_without_flash_head(place):
+def test_texts_of_mlx_vlm_are_those_without_flash_head(place, capsys):
     """Greedy ones are verified, also after a picture; the others use the normal head."""
-    words = [sys.executable, "texts.py"]
-    alone = subprocess.run(words, cwd=place, capture_output=True, text=True, check=True)
     code, output, errors = start(place, "--flash-head", "head", "texts.py")
-    assert (code, output) == (0, alone.stdout), errors
+    assert (code, output) == (0, alone(capsys, place, "texts.py")), errors
     assert len({*output.splitlines()}) > 2
     assert "Text of model: verified." in errors
-    code, output, errors = start(place, "--flash-head", "head", "--no-verify", "texts.py")
-    assert code == 0 and output != alone.stdout
+    code, unverified, errors = start(place, "--flash-head", "head", "--no-verify", "texts.py")
+    assert code == 0 and unverified != output
 
 
 @pytest.mark.parametrize(
@@ -94,7 +89,7 @@ def test_texts_of_mlx_vlm_are_those_without_flash_head(place):
     ],
 )
 def test_two_models_of_two_libraries(place, head, layers):
-    """A given FlashHead is one model's. The others run dense, with one warning."""
+    """A named FlashHead belongs to one model. The others run dense, with one warning."""
     code, output, errors = start(place, "--flash-head", head, "program.py")
     assert code == 0, errors
     assert output.split() == layers
@@ -111,15 +106,13 @@ def test_the_server(place):
             content = [{"type": "text", "text": "What is it?"}]
             if picture:
                 content.append({"type": "image_url", "image_url": {"url": str(place / picture)}})
-            messages = [{"role": "user", "content": content}]
-            answer = server.ask(model="model", messages=messages, max_tokens=5, temperature=0)
-            return answer["choices"][0]["message"]["content"]
+            return server.ask(content, model="model", max_tokens=5, temperature=0)
 
-        alone = {picture: ask(picture) for picture in ("picture.png", None)}
+        texts = {picture: ask(picture) for picture in ("picture.png", None)}
         with ThreadPoolExecutor(4) as pool:
             pictures = ["picture.png", None] * 3
-            assert list(pool.map(ask, pictures)) == [alone[picture] for picture in pictures]
+            assert list(pool.map(ask, pictures)) == [texts[picture] for picture in pictures]
         with pytest.raises(urllib.error.HTTPError):
             ask("no_picture.png")
-        assert ask(None) == alone[None]
+        assert ask(None) == texts[None]
     assert WITH in server.said and DENSE not in server.said

@@ -194,7 +194,7 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
         for n_probes, ties in ((1, False), (7, True), (8, False), (40, False), (40, True)):
             for part in (slice(None), slice(7, 8), slice(14, 17), slice(6, 11)):
                 drawing = with_keys(rng, SETTINGS[part])
-                case = scored(rng, steps, len(drawing.of_rows), n_probes, dtype, ties=ties)
+                case = scored(rng, steps, len(drawing.rows), n_probes, dtype, ties=ties)
                 tokens, _ = steps.choose(*case, case[0].unscored, drawing)
                 assert tokens.tolist() == expected(steps, *case, *drawing)
             greedy = steps.token(*case).tolist()

@@ -73,7 +73,7 @@ def truths(rng, clustered, case, n):
 def test_what_is_certain_is_the_dense_choice(path, room, scored_room, spread):
     rng = np.random.default_rng(int(spread * 10))
     with kernels():
-        steps, k = steps_of(rng, path), len(DRAWS.of_rows)
+        steps, k = steps_of(rng, path), len(DRAWS.rows)
         case = case_of(rng, steps.clustered, k, room, scored_room, spread, draws=DRAWS)
         certain = np.array(steps.screen(*case, 0.0).certain)
     ids = np.arange(steps.clustered.vocab_size, dtype=np.uint32)
@@ -105,7 +105,7 @@ def test_the_kernels_say_what_the_operations_say(monkeypatch, dtype, cluster_siz
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
             certain, operations = np.array(found.certain), np.array(expected.certain)
             assert not (operations & ~certain).any()
-            exact = np.array([draws is None or not s.filters for s in DRAWS.of_rows[:k]])
+            exact = np.array([draws is None or not s.filters for s in DRAWS.rows[:k]])
             np.testing.assert_array_equal(certain[exact], operations[exact])
             assert certain.any()
 

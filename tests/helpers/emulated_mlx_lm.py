@@ -82,12 +82,6 @@ def rms_norm_sigmoid_gate(x, gate, *, eps):
 
 
 REPLACEMENTS = (
-    execute_matmul_kernel,
-    expert_routing,
-    norm_add_norm,
-    pre_norm,
-    post_expert_norm_combine,
-    qk_norm,
-    qk_norm_rope,
-    rms_norm_sigmoid_gate,
-)
+    execute_matmul_kernel, expert_routing, norm_add_norm, pre_norm, post_expert_norm_combine,
+    qk_norm, qk_norm_rope, rms_norm_sigmoid_gate,
+)  # fmt: skip

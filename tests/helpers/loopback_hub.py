@@ -69,39 +69,41 @@ class Answer(Exception):
         self.headers = {"Content-Length": len(content)} | headers
 
 
+NO_RIGHTS = {"X_Error_Message": "You don't have the rights"}
+REPO = "([^/]+/[^/]+)"
+ROUTES = (
+    (r"GET /api/whoami-v2", "whoami"),
+    (r"POST /api/repos/create", "create"),
+    (r"POST /api/validate-yaml", "validate"),
+    (rf"GET /api/models/{REPO}/auth-check(/write)?", "auth_check"),
+    (rf"GET /api/models/{REPO}(?:/revision/([^/]+))?", "info"),
+    (rf"GET /api/models/{REPO}/tree/([^/]+)", "tree"),
+    (rf"POST /api/models/{REPO}/preupload/([^/]+)", "preupload"),
+    (rf"POST /api/models/{REPO}/commit/[^/]+", "commit"),
+    (rf"POST /{REPO}\.git/info/lfs/objects/batch", "batch"),
+    (r"POST /lfs/([0-9a-f]{64})/verify", "verify"),
+    (r"PUT /lfs/([0-9a-f]{64})", "store"),
+    (rf"(?:HEAD|GET) /{REPO}/resolve/([^/]+)/(.+)", "resolve"),
+)
+
+
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request after the other: each call is a method that returns its content."""
+    """Answers one request after the other: each call is a method that returns its answer."""
 
     protocol_version = "HTTP/1.1"
-
-    ROUTES = (
-        (r"GET /api/whoami-v2", "whoami"),
-        (r"POST /api/repos/create", "create"),
-        (r"POST /api/validate-yaml", "validate"),
-        (r"GET /api/models/([^/]+/[^/]+)/auth-check(/write)?", "auth_check"),
-        (r"GET /api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
-        (r"GET /api/models/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
-        (r"POST /api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
-        (r"POST /api/models/([^/]+/[^/]+)/commit/[^/]+", "commit"),
-        (r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
-        (r"POST /lfs/([0-9a-f]{64})/verify", "verify"),
-        (r"PUT /lfs/([0-9a-f]{64})", "store"),
-        (r"(?:HEAD|GET) /([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
-    )
 
     def route(self):
         path = urlsplit(self.path).path
         self.server.requests.append((self.command, path))
+        answer = Answer(404, {"error": "no such page"})
         try:
             if self.server.down:
                 raise Down
             self.body = b"" if self.command == "PUT" else b"".join(self.pieces())
-            answer = Answer(404, {"error": "no such page"})
-            for pattern, name in self.ROUTES:
+            for pattern, name in ROUTES:
                 if match := re.fullmatch(pattern, f"{self.command} {path}"):
                     answer = getattr(self, name)(*(g and unquote(g) for g in match.groups()))
                     break
-            answer = answer if isinstance(answer, Answer) else Answer(200, answer)
         except Answer as refusal:
             answer = refusal
         except Down:  # resets the connection, as a cable that is pulled out does
@@ -109,6 +111,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.close_connection = True
             return self.connection.close()
+        answer = answer if isinstance(answer, Answer) else Answer(200, answer)
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name.replace("_", "-"), str(value))
@@ -137,20 +140,15 @@ class Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         return self.server.accounts.get(token)
 
-    def readable(self, repo_id: str) -> Repository:
+    def repository(self, repo_id: str, *, write: bool = False) -> Repository:
         """The repository, if it is there for this token."""
-        repository = self.server.repositories.get(repo_id)
-        account = self.account()
-        hidden = repository and repository.private and not (account and account.may_write(repo_id))
-        if repository is None or hidden:
+        found, account = self.server.repositories.get(repo_id), self.account()
+        may_write = account is not None and account.may_write(repo_id)
+        if found is None or (found.private and not may_write):
             raise Answer(404 if account else 401, {}, X_Error_Code="RepoNotFound")
-        return repository
-
-    def writable(self, repo_id: str) -> Repository:
-        repository, account = self.readable(repo_id), self.account()
-        if not (account and account.may_write(repo_id)):
-            raise Answer(403, {}, X_Error_Message="You don't have the rights")
-        return repository
+        if write and not may_write:
+            raise Answer(403, {}, **NO_RIGHTS)
+        return found
 
     # The calls
 
@@ -169,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(401, {})
         repo_id = f"{wanted.get('organization') or account.name}/{wanted['name']}"
         if not account.may_write(repo_id):
-            raise Answer(403, {}, X_Error_Message="You don't have the rights")
+            raise Answer(403, {}, **NO_RIGHTS)
         status = 409 if repo_id in self.server.repositories else 200
         private = wanted.get("visibility") == "private"
         self.server.repositories.setdefault(repo_id, Repository(private))
@@ -179,18 +177,18 @@ class Handler(BaseHTTPRequestHandler):
         return {"warnings": [], "errors": []}
 
     def auth_check(self, repo_id, write):
-        (self.writable if write else self.readable)(repo_id)
+        self.repository(repo_id, write=bool(write))
         return {}
 
     def info(self, repo_id, revision):
-        repository = self.readable(repo_id)
+        repository = self.repository(repo_id)
         number = repository.find(revision or "main")
         siblings = [{"rfilename": path} for path in repository.commits[number]]
         about = {"id": repo_id, "sha": repository.sha(number), "private": repository.private}
         return about | {"siblings": siblings}
 
     def tree(self, repo_id, revision):
-        repository = self.readable(repo_id)
+        repository = self.repository(repo_id)
         entries = []
         for path, content in repository.commits[repository.find(revision)].items():
             oid, size = git_oid(content)
@@ -201,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
         return entries
 
     def preupload(self, repo_id, revision):
-        repository = self.writable(repo_id)
+        repository = self.repository(repo_id, write=True)
         tree = repository.commits[repository.find(revision)]
         entries = []
         for path in (file["path"] for file in json.loads(self.body)["files"]):
@@ -211,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"files": entries}
 
     def batch(self, repo_id):
-        self.writable(repo_id)
+        self.repository(repo_id, write=True)
         objects = [
             {key: o[key] for key in ("oid", "size")} for o in json.loads(self.body)["objects"]
         ]
@@ -223,19 +221,25 @@ class Handler(BaseHTTPRequestHandler):
         return {"objects": objects, "transfer": "basic"}
 
     def store(self, oid):
-        content = b""
+        content, server = b"", self.server
         for piece in self.pieces():
             content += piece
-            self.server.received(oid, len(piece))
+            with server.lock:
+                server.sent[oid] = server.sent.get(oid, 0) + len(piece)
+                if server.down_after is not None:
+                    server.down_after -= len(piece)
+                    server.down = server.down or server.down_after <= 0
+                if server.down:
+                    raise Down
         assert self.path.endswith(SIGNATURE) and hashlib.sha256(content).hexdigest() == oid
-        self.server.large[oid] = content
-        return b""
+        server.large[oid] = content
+        return Answer()
 
     def verify(self, oid):
         return Answer(200 if oid in self.server.large else 404, {})
 
     def commit(self, repo_id):
-        repository = self.writable(repo_id)
+        repository = self.repository(repo_id, write=True)
         tree = dict(repository.commits[-1])
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
@@ -251,15 +255,15 @@ class Handler(BaseHTTPRequestHandler):
         return {"commitUrl": f"{self.server.url}/{repo_id}/commit/{sha}", "commitOid": sha}
 
     def resolve(self, repo_id, revision, path):
-        repository = self.readable(repo_id)
+        repository = self.repository(repo_id)
         number = repository.find(revision)
         commit, stored = repository.sha(number), repository.commits[number].get(path)
         if stored is None:
             raise Answer(404, {}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
-        content, headers = self.server.content(stored), {"X_Repo_Commit": commit}
-        headers["ETag"] = f'"{git_oid(stored)[0]}"'
         if path in self.server.gated:
             raise Answer(403, {}, X_Error_Code="GatedRepo")
+        content = self.server.content(stored)
+        headers = {"X_Repo_Commit": commit, "ETag": f'"{git_oid(stored)[0]}"'}
         if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
             start, end = int(match[1]), min(int(match[2]), len(content) - 1)
             self.server.ranged_bytes += end + 1 - start
@@ -282,6 +286,7 @@ class LoopbackHub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.accounts: dict[str, Account] = {}  # by token
         self.repositories: dict[str, Repository] = {}  # by "owner/name"
         self.large: dict[str, bytes] = {}  # large files by SHA-256
@@ -293,10 +298,6 @@ class LoopbackHub(ThreadingHTTPServer):
         self.ranged_bytes = 0  # sent as ranges of files
         self.cut_at: int | None = None  # bytes of an answer after which the connection is lost
         self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """The contents of a repository's files."""
@@ -311,20 +312,6 @@ class LoopbackHub(ThreadingHTTPServer):
         """Commits files as if they had been uploaded."""
         repository = self.repositories.setdefault(repo_id, Repository(private))
         repository.commits.append({**repository.commits[-1], **files})
-
-    def received(self, oid: str, n_bytes: int) -> None:
-        """Counts bytes of a large file, and goes down when there were enough.
-
-        Raises:
-            Down: Then.
-        """
-        with self.lock:
-            self.sent[oid] = self.sent.get(oid, 0) + n_bytes
-            if self.down_after is not None:
-                self.down_after -= n_bytes
-                self.down = self.down or self.down_after <= 0
-            if self.down:
-                raise Down
 
     def revive(self) -> None:
         self.down, self.down_after = False, None

@@ -15,7 +15,7 @@ from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.index.files import FlashHeadIndex, Sketch
 from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.models.install import install
-from mlx_flashhead.models.locate import find_head
+from mlx_flashhead.models.locate import HeadLocation, find_head
 
 VOCAB_SIZE, HIDDEN_SIZE = 203, 64
 
@@ -153,9 +153,10 @@ def tiny_index(
     eos_token_ids=(),
     seed: int = 0,
     recipe: dict | None = None,
+    location: HeadLocation | None = None,
 ) -> FlashHeadIndex:
     """A FlashHead for ``model``: random clusters, fitted centroids."""
-    rows = find_head(model).rows()
+    rows = (location or find_head(model)).rows()
     token_ids = random_clusters(np.random.default_rng(seed), rows.n_rows, cluster_size)
     centroids = fitted(rows, token_ids)
     config = FlashHeadConfig(

@@ -12,13 +12,14 @@ import mlx_lm
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index, write_companion
-from mlx_flashhead.loading import head_cache as cache
+from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, write_companion
+from mlx_flashhead.loading import sources as cache
 from mlx_flashhead.loading.load import attach, attach_head, load, load_with_head, sharded_load
 from mlx_flashhead.loading.sources import DENSE, HeadOptions
 from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.libraries import UnsupportedHeadError
-from model_folders import write_model
+from mlx_flashhead.models.locate import find_head
+from model_folders import contents, write_model
 from tiny_models import tiny_index, tiny_model
 
 TOKENS = mx.array([[3, 1, 200, 7]])
@@ -59,8 +60,9 @@ def test_first_use_builds_and_the_second_does_not(folder, quick, capfd, flash_he
     assert mlx_lm.generate(model, tokenizer, "One day", max_tokens=3)
 
 
-def test_found_by_what_the_model_is(folder, quick, tmp_path, capfd):
-    """Elsewhere, and in another precision, where the nearest one is taken."""
+def test_identified_by_the_rows_of_the_model(folder, quick, tmp_path, monkeypatch, capfd):
+    """Elsewhere, and in another precision, where the nearest one is taken; but none of another
+    recipe."""
     load(str(folder))
     moved = str(shutil.move(folder, tmp_path / "elsewhere"))
     capfd.readouterr()
@@ -74,21 +76,25 @@ def test_found_by_what_the_model_is(folder, quick, tmp_path, capfd):
     assert "was made from another form of these rows" in capfd.readouterr().err
     assert get_flash_head(model).clustered.rows.bits == 4
     assert len(cache.entries()) == 2
+    monkeypatch.setattr(cache, "RECIPE", cache.RECIPE + 1)
+    rows = find_head(mlx_lm.load(moved)[0]).rows()
+    assert cache.find(rows, pytest.fail) is None and not cache.place_of(rows).exists()
 
 
-def test_order_of_the_look_up(folder, companion, quick, tmp_path):
+def test_order_of_the_look_up(folder, companion):
     def probes(**options):
         return get_flash_head(load(str(folder), **options)[0]).n_probes
 
-    kept = probes()
-    assert kept != 7 and len(cache.entries()) == 1
-    write_companion(folder, tiny_index(mlx_lm.load(str(folder))[0], n_probes=5))
+    model = mlx_lm.load(str(folder))[0]
+    cache.keep(tiny_index(model, n_probes=6), cache.place_of(find_head(model).rows()))
+    assert probes() == 6
+    write_companion(folder, tiny_index(model, n_probes=5))
     assert probes() == 5  # in the model's folder
     assert probes(flash_head=str(companion)) == 7  # given
     assert probes(flash_head=str(companion), n_probes=3) == 3
 
 
-def test_attach_and_detach(folder, companion):
+def test_attach_and_detach(folder, companion, tmp_path):
     model, tokenizer = mlx_lm.load(str(folder))
     dense = model(TOKENS)
     head = attach(model, tokenizer, companion)
@@ -101,6 +107,12 @@ def test_attach_and_detach(folder, companion):
     assert get_flash_head(model) is None
     assert mx.array_equal(model(TOKENS), dense)
     assert mlx_flashhead.attach is attach and mlx_flashhead.detach is detach
+
+    other, tokenizer = mlx_lm.load(str(write_model(tmp_path / "other", seed=3)))
+    dense = other(TOKENS)
+    with pytest.raises(ValueError, match=rf"in {companion} belongs to other rows than this"):
+        attach(other, tokenizer, flash_head=companion)
+    assert get_flash_head(other) is None and mx.array_equal(other(TOKENS), dense)
 
 
 def test_attach_builds_for_a_model_from_anywhere(folder, quick):
@@ -117,97 +129,88 @@ def test_attach_builds_for_a_model_from_anywhere(folder, quick):
 def test_nothing_is_built_that_was_not_wanted(folder):
     with pytest.raises(ValueError, match=r"no FlashHead of My-Model yet, and `build=False`"):
         load(str(folder), build=False)
-    model, _, _ = load_with_head(folder, HeadOptions(missing=DENSE))
-    assert get_flash_head(model) is None
+    options = HeadOptions(missing=DENSE)
+    assert get_flash_head(load_with_head(folder, options)[0]) is None
     with pytest.raises(ValueError, match=r"no FlashHead of My-Model yet"):
         sharded_load(str(folder))  # several processes build none
     assert cache.entries() == []
-
-
-def test_heads_that_are_not_supported():
     model = tiny_model("minicpm")
     with pytest.raises(UnsupportedHeadError, match="cannot be intercepted"):
         attach(model, None)
-    options = HeadOptions(missing=DENSE)
     assert attach_head(model, None, None, Path("x"), options) is None
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "duplicate ids", "absurd by_probes"])
-def test_a_damaged_entry_is_built_anew(folder, quick, capfd, damage):
-    load(str(folder))
-    (entry,) = cache.entries()
-    file, settings = entry.path / FILE_NAME, entry.path / SETTINGS_NAME
-    index, content = read_index(entry.path), file.read_bytes()
-    reason = f"{file} cannot be read because it is damaged or incomplete"
-    if damage == "duplicate ids":  # with the checksum that belongs to them
-        index.token_ids[0, 0] = index.token_ids[1, 0]
-        write_companion(entry.path, index)
-        reason = f"{file} does not hold the arrays that its settings describe"
-    elif damage == "absurd by_probes":
-        values = json.loads(settings.read_text())
-        values["verification"] = {"risk": {"greedy": [0, 0], "sampled": 1}}
-        values["verification"]["by_probes"] = [{"n_probes": 10**9}]
-        settings.write_text(json.dumps(values))
-        reason = f"{settings} has no valid verification"
-    else:
-        file.write_bytes(content[: len(content) - 100] if damage == "cut" else b"")
+def test_a_damaged_entry_is_built_anew(folder, quick, capfd):
+    model = mlx_lm.load(str(folder))[0]
+    rows, index = find_head(model).rows(), tiny_index(model)
+    place = cache.place_of(rows)
+    file, settings = place / FILE_NAME, place / SETTINGS_NAME
+    cache.keep(index, place)
+    good = contents(place)
+    absurd = json.loads(good[SETTINGS_NAME])
+    absurd["verification"] = {"risk": {"greedy": [0, 0], "sampled": 1}}
+    absurd["verification"]["by_probes"] = [{"n_probes": 10**9}]
+    unread = f"{file} cannot be read because it is damaged or incomplete"
+    for changed, reason in (
+        ({SETTINGS_NAME: json.dumps(absurd).encode()}, "has no valid verification"),
+        ({FILE_NAME: good[FILE_NAME][:-100]}, unread),
+        ({FILE_NAME: b""}, unread),
+        ({}, f"{file} does not hold the arrays that its settings describe"),
+    ):
+        if not changed:  # ids twice, with the checksum that belongs to them
+            index.token_ids[0, 0] = index.token_ids[1, 0]
+            cache.keep(index, place)
+            good = contents(place)
+        for name, content in (good | changed).items():
+            (place / name).write_bytes(content)
+        said = []
+        assert cache.find(rows, said.append) is None
+        (sentence,) = said
+        assert reason in sentence and sentence.endswith(": it is built again.")
+        assert sentence.startswith(str(settings if SETTINGS_NAME in changed else file))
     capfd.readouterr()
     load(str(folder))
     first, second, *_ = capfd.readouterr().err.splitlines()
-    assert first.startswith(reason) and first.endswith(": it is built again.")
-    assert second.startswith("Building the FlashHead of ")
+    assert first == sentence and second.startswith("Building the FlashHead of ")
     load(str(folder))
     assert capfd.readouterr().err == ""
 
 
-def test_an_entry_of_another_recipe_is_not_taken(folder, quick, monkeypatch, capfd):
-    load(str(folder))
-    monkeypatch.setattr(cache, "RECIPE", cache.RECIPE + 1)
-    load(str(folder))
-    assert "Building" in capfd.readouterr().err
-    assert len(cache.entries()) == 2
-
-
-@pytest.mark.parametrize("trouble", ["full", "file", "no permission"])
-def test_a_head_that_cannot_be_kept_works_all_the_same(
-    folder, quick, monkeypatch, capfd, flash_head_home, trouble
+@pytest.mark.parametrize(
+    "trouble, reason",
+    [
+        ("full", "No space left on device"),
+        ("file", "Not a directory"),
+        ("no permission", "Permission denied"),
+    ],
+)
+def test_a_head_that_cannot_be_cached_works_all_the_same(
+    folder, quick, monkeypatch, capfd, flash_head_home, trouble, reason
 ):
+    def fail(code, place):
+        def raises(*_, **__):
+            raise OSError(code, os.strerror(code), place)
+
+        return raises
+
     if trouble == "file":
         flash_head_home.write_text("")
     elif trouble == "full":
-
-        def write(*_):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), FILE_NAME)
-
-        monkeypatch.setattr(cache, "write_companion", write)
+        monkeypatch.setattr(cache.files, "write_companion", fail(errno.ENOSPC, FILE_NAME))
     else:  # an administrator may write everywhere, so the refusal is made up
-
-        def refuse(*_, **__):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(flash_head_home))
-
-        monkeypatch.setattr(Path, "mkdir", refuse)
+        monkeypatch.setattr(Path, "mkdir", fail(errno.EACCES, str(flash_head_home)))
     model, _ = load(str(folder))
     assert get_flash_head(model) is not None
     errors = capfd.readouterr().err
-    reason = {"full": "No space left on device", "file": "Not a directory"}.get(trouble)
-    reason = reason or "Permission denied"
     said = f"It is not kept, since {flash_head_home} cannot be written ({reason}): set MLX_FLASH"
     assert errors.count(said) == 1 and errors.count("kept") == (2 if trouble == "full" else 1)
     monkeypatch.undo()
     assert not list(flash_head_home.rglob(".*"))
 
 
-def test_a_companion_of_another_model(companion, tmp_path):
-    model, tokenizer = mlx_lm.load(str(write_model(tmp_path / "other", seed=3)))
-    dense = model(TOKENS)
-    with pytest.raises(ValueError, match=rf"in {companion} belongs to other rows than this"):
-        attach(model, tokenizer, flash_head=companion)
-    assert get_flash_head(model) is None and mx.array_equal(model(TOKENS), dense)
-
-
 def test_a_companion_from_the_hub(hub, folder, companion):
-    files = {path.name: path.read_bytes() for path in companion.iterdir()}
-    hub.put("maker/Heads", files | {"README.md": b"x", "model.safetensors": b"no"})
+    files = contents(companion) | {"README.md": b"x", "model.safetensors": b"no"}
+    hub.put("maker/Heads", files)
     model, _ = load(str(folder), flash_head="maker/Heads")
     assert get_flash_head(model).n_probes == 7
     assert not any("model.safetensors" in path for _, path in hub.requests)

@@ -19,29 +19,58 @@ from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.loading.load import load, load_with_head
 from mlx_flashhead.loading.sources import DENSE, HeadOptions
 from mlx_flashhead.models import finer_head
-from mlx_flashhead.models.finer_head import Comparison, give_fine_head
+from mlx_flashhead.models.finer_head import check_same, distances, give_fine_head
 from mlx_flashhead.models.locate import find_head
 from model_folders import CARD, contents, write_model
 from tiny_models import install_index, parameters, tiny_index, tiny_model
 
 TOKENS = mx.array([[3, 1, 200, 7]])
+both = pytest.mark.parametrize("kind", ["tied", "untied"])
 
 
-@pytest.fixture(params=["tied", "untied"])
-def original(request, tmp_path):
-    return write_model(tmp_path / "Original", tied=request.param == "tied", dtype=mx.bfloat16)
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """By kind: the folders of a model, and of the same in 4 bits, whose card names its base."""
+    folders = {}
+    for kind in ("tied", "untied"):
+        place, tied = tmp_path_factory.mktemp(kind), kind == "tied"
+        original = write_model(place / "Original", tied=tied, dtype=mx.bfloat16)
+        mlx_lm.convert(str(original), str(place / "Coarse"), quantize=True)
+        name_base(place / "Coarse", "maker/Original")
+        mlx_lm.convert(str(original), str(place / "Finer"), quantize=True, q_bits=8)
+        folders[kind] = original, place / "Coarse"
+    return folders
 
 
-def quantized(original, place, base="maker/Original", **options):
-    """A folder with the model in 4 bits, whose card names its base."""
-    mlx_lm.convert(str(original), str(place), quantize=True, **options)
-    (place / "README.md").write_text(f"---\nbase_model: {base}\nlibrary_name: mlx\n---\n")
-    return place
+def name_base(folder, base):
+    (folder / "README.md").write_text(f"---\nbase_model: {base}\nlibrary_name: mlx\n---\n")
 
 
 @pytest.fixture
-def coarse(original, tmp_path):
-    return quantized(original, tmp_path / "Coarse")
+def kind():
+    return "tied"
+
+
+@pytest.fixture
+def original(pairs, kind):
+    return pairs[kind][0]
+
+
+@pytest.fixture
+def coarse(pairs, kind):
+    return pairs[kind][1]
+
+
+@pytest.fixture
+def copied(original, tmp_path):
+    """A function: writes other weights into a copy of the original."""
+
+    def write(weights):
+        folder = shutil.copytree(original, tmp_path / "Other", dirs_exist_ok=True)
+        mx.save_safetensors(str(folder / "model.safetensors"), weights)
+        return folder
+
+    return write
 
 
 @pytest.fixture
@@ -51,22 +80,20 @@ def on_hub(hub, original):
 
 
 def fine(folder, source, **options):
-    """The model with its finer head, and what was said."""
+    """The place of a finer head on the model, and what was said."""
     said = []
-    model, _ = mlx_lm.load(str(folder))
-    location = find_head(model)
+    location = find_head(mlx_lm.load(str(folder))[0])
     give_fine_head(location, folder, source, say=said.append, progress=False, **options)
-    return model, location, said
+    return location, said
 
 
 def refusal(folder, source=True, **options):
-    """The one sentence that refuses a finer head; the model and the home are as they were."""
+    """The one sentence that rejects a finer head; the model and the home are as they were."""
     model, _ = mlx_lm.load(str(folder))
     before = parameters(model)
+    options |= {"say": lambda _: None, "progress": False}
     with pytest.raises(ValueError) as caught:
-        give_fine_head(
-            find_head(model), folder, source, say=lambda _: None, progress=False, **options
-        )
+        give_fine_head(find_head(model), folder, source, **options)
     assert parameters(model) == before
     assert not [*finer_head.home().rglob("*.safetensors")]
     said = str(caught.value)
@@ -74,16 +101,19 @@ def refusal(folder, source=True, **options):
     return said
 
 
-def original_rows(original):
+def weights_of(original):
+    """The original's arrays, the name of its head's, and that."""
     weights = mx.load(str(original / "model.safetensors"))
     leaf = "lm_head" if "lm_head.weight" in weights else "embed_tokens"
-    return next(array for key, array in weights.items() if key.endswith(f"{leaf}.weight"))
+    name = next(name for name in weights if name.endswith(f"{leaf}.weight"))
+    return weights, name, weights[name]
 
 
+@both
 @pytest.mark.parametrize("bits", [6, 8, 16])
 def test_the_rows_are_the_originals_rounded(original, coarse, bits):
-    _, location, _ = fine(coarse, original, bits=bits)
-    rows, expected = location.rows(), Matrix(original_rows(original))
+    location, _ = fine(coarse, original, bits=bits)
+    rows, expected = location.rows(), Matrix(weights_of(original)[2])
     if bits < 16:
         expected = expected.quantize(bits=bits, group_size=64)
     for name, array in expected.arrays().items():
@@ -91,22 +121,23 @@ def test_the_rows_are_the_originals_rounded(original, coarse, bits):
     assert (rows.bits, rows.quantized) == (bits % 16, bits < 16)
 
 
+@both
 def test_one_tensor_is_fetched_once(on_hub, original, coarse):
-    _, location, (said,) = fine(coarse, True)
-    wanted = original_rows(original)
-    name = "lm_head" if "lm_head" in location.path else "model.embed_tokens"
-    assert f"Fetching {name}.weight of maker/Original (" in said
-    assert wanted.nbytes < on_hub.ranged_bytes < wanted.nbytes + 20_000
+    location, (said,) = fine(coarse, True)
+    _, name, rows = weights_of(original)
+    assert f"Fetching {name} of maker/Original (" in said
+    assert rows.nbytes < on_hub.ranged_bytes < rows.nbytes + 20_000
     on_hub.requests.clear()
-    _, again, said = fine(coarse, True)
+    again, said = fine(coarse, True)
     assert on_hub.requests == said == []
     assert mx.array_equal(again.rows().weight, location.rows().weight)
 
 
+@both
 def test_dense_means_the_finer_head(original, coarse):
     """The whole model with the original's head in 8 bits, in every way."""
     expected, tokenizer = mlx_lm.load(str(coarse))
-    rows = Matrix(original_rows(original)).quantize(bits=8, group_size=64)
+    rows = Matrix(weights_of(original)[2]).quantize(bits=8, group_size=64)
     module = find_head(expected).module
     module.weight, module.scales, module.biases = rows.weight, rows.scales, rows.biases
     module.bits = 8
@@ -120,6 +151,7 @@ def test_dense_means_the_finer_head(original, coarse):
     assert [name for name, *_ in parameters(model)] == [name for name, *_ in parameters(expected)]
 
 
+@both
 @pytest.mark.parametrize("bits, with_flash_head", [(8, True), (16, True), (16, False)])
 def test_detach_gives_the_old_rows_back(original, coarse, bits, with_flash_head):
     model, _ = mlx_lm.load(str(coarse))
@@ -134,34 +166,23 @@ def test_detach_gives_the_old_rows_back(original, coarse, bits, with_flash_head)
         detach(model)
 
 
-def test_a_flash_head_is_built_for_the_finer_rows(original, coarse, quick, capfd):
-    model, _ = load(str(coarse), fine_head=original)
-    head = get_flash_head(model)
-    assert head.clustered.rows.bits == 8
-    model, tokenizer = mlx_lm.load(str(coarse))
-    assert attach(model, tokenizer, fine_head=original, progress=False).clustered.rows.bits == 8
-    assert "Building" in capfd.readouterr().err
-
-
 @pytest.mark.parametrize("form", ["folder", "file", "8 bits", "float16", "renamed"])
-def test_sources_of_many_forms(original, coarse, tmp_path, form):
-    source, file = original, original / "model.safetensors"
-    weights = mx.load(str(file))
-    if form == "file":
-        source = file
-    elif form == "8 bits":
-        source = tmp_path / "Finer"
-        mlx_lm.convert(str(original), str(source), quantize=True, q_bits=8)
-    elif form == "float16":
-        mx.save_safetensors(str(file), {n: a.astype(mx.float16) for n, a in weights.items()})
-    elif form == "renamed":  # as a vision model's text has it
-        mx.save_safetensors(str(file), {f"language_model.{n}": a for n, a in weights.items()})
-    _, location, _ = fine(coarse, source)
+def test_sources_of_many_forms(original, coarse, copied, form):
+    weights, *_ = weights_of(original)
+    source = {
+        "folder": lambda: original,
+        "file": lambda: original / "model.safetensors",
+        "8 bits": lambda: original.with_name("Finer"),
+        "float16": lambda: copied({n: a.astype(mx.float16) for n, a in weights.items()}),
+        # as a vision model's text has it
+        "renamed": lambda: copied({f"language_model.{n}": a for n, a in weights.items()}),
+    }[form]()
+    location, _ = fine(coarse, source)
     assert (location.rows().bits, location.hidden_dtype) == (8, mx.bfloat16)
 
 
 def test_shards_on_the_hub_and_one_that_is_missing(hub, original, coarse, tmp_path):
-    weights = mx.load(str(original / "model.safetensors"))
+    weights, head, _ = weights_of(original)
     files, places = {}, {name: f"model-{i % 3}.safetensors" for i, name in enumerate(weights)}
     for file in set(places.values()):
         shard = {name: array for name, array in weights.items() if places[name] == file}
@@ -169,29 +190,26 @@ def test_shards_on_the_hub_and_one_that_is_missing(hub, original, coarse, tmp_pa
         files[file] = (tmp_path / file).read_bytes()
     index = {"model.safetensors.index.json": json.dumps({"weight_map": places}).encode()}
     hub.put("maker/Shards", files | index)
-    path = fine(coarse, "maker/Shards")[1].path
-    del files[next(place for name, place in places.items() if name.endswith(f"{path}.weight"))]
+    fine(coarse, "maker/Shards")
+    del files[places[head]]
     hub.put("maker/Lacks", files | index)
     shutil.rmtree(finer_head.home())
     assert "maker/Lacks lacks a file of its weights" in refusal(coarse, "maker/Lacks")
 
 
-def test_other_rows_are_refused(original, coarse, tmp_path):
-    weights = mx.load(str(original / "model.safetensors"))
-    leaf = "lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"
-    place, rows = tmp_path / "Other", weights[leaf].astype(mx.float32)
+@both
+def test_other_rows_are_refused(original, coarse, copied):
+    weights, head, rows = weights_of(original)
+    rows = rows.astype(mx.float32)
 
     def refused_with(changed):
-        place.mkdir(exist_ok=True)
-        file = str(place / "model.safetensors")
-        mx.save_safetensors(file, weights | {leaf: changed.astype(mx.bfloat16)})
-        return refusal(coarse, place)
+        return refusal(coarse, copied(weights | {head: changed.astype(mx.bfloat16)}))
 
     length = mx.linalg.norm(rows, axis=1, keepdims=True) / np.sqrt(rows.shape[1])
     for noise in (0.03, 0.1):
         trained = rows + noise * length * mx.random.normal(rows.shape, key=mx.random.key(0))
         said = refused_with(trained)
-        assert f"{place} is not the original of Coarse, or was trained further: beyond" in said
+        assert "Other is not the original of Coarse, or was trained further: beyond" in said
         assert abs(float(re.search(r"are ([\d.]+) % of", said)[1]) / (100 * noise) - 1) < 0.3
     one = mx.concatenate([rows[:5], rows[6:7], rows[6:]])  # a token that was trained
     assert "row 5 the most" in refused_with(one)
@@ -200,19 +218,15 @@ def test_other_rows_are_refused(original, coarse, tmp_path):
     assert "100.0 %" in refused_with(rows[::-1])
 
 
-@pytest.mark.parametrize("mode, group", [("affine", 32), ("affine", 64), ("mxfp4", 32)])
-def test_rounding_is_told_from_training(mode, group):
+def test_rounding_is_distinguished_from_training():
+    """Of rows in mxfp4; those above are affine."""
     mx.random.seed(0)
     rows = mx.random.normal((500, 128))
-    stored = Matrix(rows).quantize(bits=4, group_size=group, mode=mode)
-    for noise, same in ((0.0, True), (0.005, True), (0.03, False)):
-        comparison = Comparison()
-        comparison.add(stored, rows + noise * mx.random.normal(rows.shape))
-        if same:
-            comparison.check("x", finer_head.MAX_DRIFT)
-        else:
-            with pytest.raises(ValueError, match=r"rows are [23]\.\d %"):
-                comparison.check("x", finer_head.MAX_DRIFT)
+    stored = Matrix(rows).quantize(bits=4, group_size=32, mode="mxfp4")
+    near, far = (distances(stored, rows + e * mx.random.normal(rows.shape)) for e in (0.005, 0.03))
+    check_same([near], "x", finer_head.MAX_DRIFT)
+    with pytest.raises(ValueError, match=r"rows are [23]\.\d %"):
+        check_same([far], "x", finer_head.MAX_DRIFT)
 
 
 def test_rows_of_padding_and_a_bias():
@@ -221,58 +235,54 @@ def test_rows_of_padding_and_a_bias():
     weight = mx.concatenate([location.module.weight[:-8], mx.zeros((8, 64), mx.float16)])
     location.module.weight = weight
     nn.quantize(model, group_size=32, bits=4)
-    comparison = Comparison()
     location = find_head(model)
-    comparison.add(location.rows(), weight.astype(mx.float32))
-    comparison.check("x", finer_head.MAX_DRIFT)
+    found = distances(location.rows(), weight.astype(mx.float32))
+    check_same([found], "x", finer_head.MAX_DRIFT)
     bias = location.module.bias
     finer_head.replace_rows(location.module, Matrix(weight))
     assert type(location.module) is nn.Linear and mx.array_equal(location.module.bias, bias)
     assert model(TOKENS).shape == (1, 4, 203)
 
 
-def test_heads_that_need_none(original, coarse, tmp_path):
+def test_heads_that_need_none(original, coarse):
     assert "floats already" in refusal(original, original)
     assert "has 4 bits already" in refusal(coarse, original, bits=4)
     said = refusal(coarse, coarse)
     assert f"{coarse} has 4 bits, no more than the model's 4" in said
 
 
-@pytest.mark.parametrize(
-    "base, said",
-    [
-        ("", "names no original with a finer head"),
-        ("maker/Coarse", "names no original with a finer head"),  # itself
-        ("maker/Two", "names no original with a finer head"),  # a circle
-        ("maker/Gone", "no such repository on the Hugging Face Hub"),
-        ("maker/Gated", "maker/Gated is gated: ask for access on "),
-        ("maker/Empty", "maker/Empty lacks a file of its weights"),
-        ("maker/Damaged", "is damaged or no safetensors file"),
-        ("maker/Cut", "maker/Cut"),
-    ],
-)
-def test_originals_that_cannot_be_had(hub, original, tmp_path, base, said):
-    folder = quantized(original, tmp_path / "Coarse", base or "[]")
+def test_originals_that_cannot_be_had(hub, original, coarse, tmp_path):
+    folder = shutil.copytree(coarse, tmp_path / "Coarse")
     files, weights = contents(folder), (original / "model.safetensors").read_bytes()
-    hub.put("maker/Coarse", files)
-    hub.put("maker/Two", files | {"README.md": b"---\nbase_model: maker/Coarse\n---\n"})
-    hub.put("maker/Gated", {"model.safetensors": weights})
-    hub.put("maker/Empty", {"config.json": b"{}"})
-    hub.put("maker/Damaged", {"model.safetensors": b"\xff" * 100})
-    hub.put("maker/Cut", {"model.safetensors": weights[:2000]})
-    if base == "maker/Gated":
-        hub.gated.add("model.safetensors")
-    assert said in refusal(folder)
+    unnamed, card = "names no original with a finer head", "---\nbase_model: maker/%s\n---\n"
+    for name, base in (("Coarse", "Two"), ("Two", "Coarse")):
+        hub.put(f"maker/{name}", files | {"README.md": (card % base).encode()})
+    for base, there, said in (
+        ("[]", {}, unnamed),
+        ("maker/Coarse", {}, unnamed),
+        ("maker/Two", {}, unnamed),
+        ("maker/Gone", {}, "no such repository on the Hugging Face Hub"),
+        ("maker/Empty", {"config.json": b"{}"}, "maker/Empty lacks a file of its weights"),
+        ("maker/Damaged", {"model.safetensors": b"\xff" * 100}, "is damaged or no safetensors"),
+        ("maker/Cut", {"model.safetensors": weights[:2000]}, "maker/Cut"),
+        ("maker/Gated", {"model.safetensors": weights}, "maker/Gated is gated: ask for access on "),
+    ):
+        if there:
+            hub.put(base, there)
+        if base == "maker/Gated":
+            hub.gated.add("model.safetensors")
+        name_base(folder, base)
+        assert said in refusal(folder), base
 
 
-def test_a_chain_of_quantized_models(on_hub, original, coarse, tmp_path):
+def test_a_chain_of_quantized_models(on_hub, coarse, tmp_path):
     """An 8-bit conversion between the model and its original is passed."""
-    middle = tmp_path / "Middle"
-    mlx_lm.convert(str(original), str(middle), quantize=True, q_bits=8)
     card = b"---\nbase_model:\n- maker/Original\n---\n"
-    on_hub.put("maker/Middle", contents(middle) | {"README.md": card})
-    (coarse / "README.md").write_text("---\nbase_model: maker/Middle\n---\n")
-    assert "of maker/Original" in fine(coarse, True)[2][0]
+    middle = contents(coarse.with_name("Finer")) | {"README.md": card}
+    on_hub.put("maker/Middle", middle)
+    folder = shutil.copytree(coarse, tmp_path / "Coarse")
+    name_base(folder, "maker/Middle")
+    assert "of maker/Original" in fine(folder, True)[1][0]
 
 
 def test_a_lost_connection_continues(on_hub, original, coarse, monkeypatch):
@@ -283,30 +293,27 @@ def test_a_lost_connection_continues(on_hub, original, coarse, monkeypatch):
     (part,) = finer_head.home().rglob("*.part")
     assert 0 < part.stat().st_size <= 20_000
     on_hub.cut_at, on_hub.ranged_bytes = None, 0
-    _, location, _ = fine(coarse, True)
-    rows = original_rows(original)
+    location, _ = fine(coarse, True)
+    *_, rows = weights_of(original)
     assert on_hub.ranged_bytes < rows.nbytes
     expected = Matrix(rows).quantize(bits=8, group_size=64)
     assert mx.array_equal(location.rows().weight, expected.weight)
     assert not [*finer_head.home().rglob("*.part")]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other rows", "text"])
-def test_kept_rows_that_are_damaged_are_fetched_again(original, coarse, damage):
+def test_damaged_rows_in_the_cache_are_fetched_again(original, coarse):
     fine(coarse, original)
     (place,) = finer_head.home().rglob("*.safetensors")
     content = place.read_bytes()
-    if damage == "other rows":
-        loaded, about = mx.load(str(place), return_metadata=True)
-        mx.eval(loaded)
-        mx.save_safetensors(
-            str(place), {name: array[::-1] for name, array in loaded.items()}, metadata=about
-        )
-    else:
-        place.write_bytes({"cut": content[:-2000], "empty": b"", "text": b"{}" * 99}[damage])
-    _, location, said = fine(coarse, original)
-    assert len(said) == 1 and location.rows().bits == 8
-    assert place.stat().st_size > len(content) / 2
+    loaded, about = mx.load(str(place), return_metadata=True)
+    mx.eval(loaded)
+    others = {name: array[::-1] for name, array in loaded.items()}
+    mx.save_safetensors(str(place), others, metadata=about)
+    for damaged in (place.read_bytes(), content[:-2000], b"", b"{}" * 99):
+        place.write_bytes(damaged)
+        location, said = fine(coarse, original)
+        assert len(said) == 1 and location.rows().bits == 8
+        assert place.stat().st_size > len(content) / 2
 
 
 def test_a_full_disk(original, coarse, monkeypatch, flash_head_home):
@@ -319,9 +326,9 @@ def test_a_full_disk(original, coarse, monkeypatch, flash_head_home):
 def test_two_at_once_fetch_once(on_hub, coarse):
     heard, threads = [], []
     for _ in range(2):
-        model, _ = mlx_lm.load(str(coarse))
-        give = partial(give_fine_head, find_head(model), coarse, True, progress=False)
-        threads.append(threading.Thread(target=lambda give=give: give(say=heard.append)))
+        location = find_head(mlx_lm.load(str(coarse))[0])
+        give = partial(give_fine_head, location, coarse, True, say=heard.append, progress=False)
+        threads.append(threading.Thread(target=give))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -329,15 +336,18 @@ def test_two_at_once_fetch_once(on_hub, coarse):
     assert len([said for said in heard if said.startswith("Fetching")]) == 1
 
 
-def test_the_model_goes_on_with_its_own(coarse, quick, capfd):
-    model, _ = load(str(coarse), fine_head="nowhere/at-all")
-    assert get_flash_head(model).clustered.rows.bits == 4
+def test_a_flash_head_is_built_for_the_finer_rows_or_the_models_own(original, coarse, quick, capfd):
+    load_it = partial(load, str(coarse))
+    assert get_flash_head(load_it(fine_head="nowhere/at-all")[0]).clustered.rows.bits == 4
     assert "Without a finer head: There is no folder 'nowhere/at-all'" in capfd.readouterr().err
     with pytest.warns(UserWarning, match="Without a finer head"):
-        load(str(coarse), fine_head="nowhere/at-all", progress=False)
+        load_it(fine_head="nowhere/at-all", progress=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load(str(coarse), progress=False)  # nothing without being asked for
+        load_it(progress=False)  # nothing unless requested
+        assert get_flash_head(load_it(fine_head=original)[0]).clustered.rows.bits == 8
+    model, tokenizer = mlx_lm.load(str(coarse))
+    assert attach(model, tokenizer, fine_head=original, progress=False).clustered.rows.bits == 8
 
 
 def test_flags(run, original, coarse):
@@ -349,7 +359,7 @@ def test_flags(run, original, coarse):
     assert code == 2 and "add --fine-head" in errors
 
 
-def test_a_card_is_read_for_a_finer_head_alone(hub, original, coarse, quick):
+def test_a_card_is_read_for_a_finer_head_alone(hub, coarse, quick):
     hub.put("me/Coarse", contents(coarse) | {"README.md": CARD.encode()})
     load("me/Coarse", progress=False)
     assert not any("README" in path for _, path in hub.requests)

@@ -7,7 +7,6 @@ import sys
 import warnings
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from unittest.mock import Mock
 
 import huggingface_hub
@@ -17,12 +16,10 @@ from mlx_flashhead.index.files import FILE_NAME, write_companion
 from mlx_flashhead.models import fetch
 from mlx_flashhead.models.compat import warn_of_later
 from mlx_flashhead.models.compat.patching import put_in_place, when_imported
-from mlx_flashhead.models.dense import load_dense
 from mlx_flashhead.models.fetch import resolve
+from mlx_flashhead.models.libraries import load_dense
 from refusals import refused
 from tiny_models import tiny_index, tiny_model
-
-CHECKOUT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("package", ["mlx", "mlx-lm"])
@@ -38,54 +35,43 @@ def test_a_later_version_warns_and_is_not_forbidden(package):
 @pytest.mark.newest
 def test_a_program_that_loads_imports_no_other_program():
     code = "import sys; from mlx_flashhead import load; print(*sys.modules)"
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     command = [sys.executable, "-c", code]
-    output = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    output = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=True)
     modules = set(output.stdout.split())
     assert "mlx_lm" in modules
     assert not modules & {"mlx_lm.chat", "mlx_lm.server", "mlx_lm.evaluate", "rich"}
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A package whose module ``uses`` takes a function from its module ``defines``."""
-    folder = tmp_path / "some_package"
+@pytest.mark.parametrize("imported_first", [True, False])
+def test_a_function_is_replaced_wherever_it_is(tmp_path, monkeypatch, imported_first):
+    """Twice, in modules that have taken it already and in those that will; a user's own module
+    that has imported it keeps it, and nobody watches any longer."""
+    package = f"some_package_{imported_first}".lower()
+    folder = tmp_path / package
     folder.mkdir()
     (folder / "__init__.py").touch()
     (folder / "defines.py").write_text("def function():\n    return 'original'\n")
     (folder / "uses.py").write_text("from .defines import function\n")
     monkeypatch.syspath_prepend(tmp_path)
     before = list(sys.meta_path)
-    yield "some_package"
-    assert sys.meta_path == before  # nobody watches any longer
-    for name in [name for name in sys.modules if name.split(".")[0] == "some_package"]:
-        del sys.modules[name]
-
-
-def surround(mark):
-    def put(module):
-        original = module.function
-        put_in_place("some_package", module, "function", lambda: f"{mark} {original()}")
-
-    return put
-
-
-@pytest.mark.parametrize("imported_first", [True, False])
-def test_a_function_is_replaced_wherever_it_is(package, imported_first):
-    """Twice, in modules that have taken it already and in those that will; a user's own
-    module that has imported it keeps it."""
     if imported_first:
         own = importlib.import_module(f"{package}.uses").function
+
+    def surround(original, mark):
+        return lambda: f"{mark} {original()}"
+
     for mark in ("first", "second"):
-        when_imported(f"{package}.defines", surround(mark))
+        put = partial(put_in_place, "function", partial(surround, mark=mark))
+        when_imported(f"{package}.defines", put)
     for name in ("uses", "defines"):
         found = importlib.import_module(f"{package}.{name}").function()
         assert sorted(found.split()) == ["first", "original", "second"]
     assert not imported_first or own() == "original"
+    assert sys.meta_path == before
 
 
 def test_no_such_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "download", pytest.fail)  # the Hub is not asked
+    monkeypatch.setattr(fetch, "download", pytest.fail)  # the Hub is not contacted
     for name in (str(tmp_path / "nowhere"), "./nowhere", "~/nowhere/at/all", "one/two/three"):
         refused(partial(resolve, name), f"There is no folder {name}: check")
     (tmp_path / "file").touch()

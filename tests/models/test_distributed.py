@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import TemporaryFile
 from unittest.mock import Mock
 
 import mlx.core as mx
@@ -17,13 +16,11 @@ import mlx.nn as nn
 import pytest
 
 from mlx_flashhead import convert, generate, load
-from mlx_flashhead.models.dense import _check_attention_heads
+from mlx_flashhead.models.libraries import _check_attention_heads
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
-CHECKOUT = Path(__file__).parents[2]
-SECONDS = 120
 ARGUMENTS = ("--prompt", "One day", "--max-tokens", "24", "--verbose", "False")
 # A script under mlx.launch, since a start takes long: both processes run all commands and load the
 # parts of a model, and each writes what it has got into a file of its own.
@@ -61,94 +58,74 @@ with open(f"{out}.{group.rank()}", "w") as file:
 """
 
 
-def write(folder, **options):
-    """The folder of a tiny converted model."""
-    options = {"hidden_size": 128, "chat_template": None, "seed": 4} | options
-    dense = write_model(folder / "dense", **options)
-    convert(str(dense), str(folder / "flash"), n_probes=3, calibration="none", progress=False)
-    return str(folder / "flash")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("llama"))  # can be split within its layers
-
-
-@pytest.fixture(scope="module")
-def qwen2(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("qwen2"), arch="qwen2", tied=False)  # both ways
-
-
-def free_ports():
-    """Two ports in a row that nobody listens on; taken only when the processes start."""
+def free_ports() -> int:
+    """The first of two ports in a row that nobody listens on; taken when the processes start."""
     for _ in range(100):
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))
             port = first.getsockname()[1]
-            try:
+            with contextlib.suppress(OSError, OverflowError):
                 second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
+                return port
     pytest.fail("there are no two free ports in a row")
 
 
-def launch(*command):
-    """Runs a Python command as two processes: → (standard output, standard error)."""
-    arguments = ["-n", 2, "--backend", "ring", "--starting-port", free_ports(), "--"]
-    with TemporaryFile() as output, TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [str(part) for part in (sys.executable, LAUNCH, *arguments, sys.executable, *command)],
-            stdin=subprocess.PIPE,  # mlx.launch reads from it for as long as it runs
-            stdout=output,
-            stderr=errors,
-            start_new_session=True,  # its children are of its group, and end with it
-            env={**os.environ, "PYTHONPATH": str(CHECKOUT), "HF_HUB_OFFLINE": "1"},
-            cwd=CHECKOUT,
-        )
-        try:
-            process.wait(SECONDS)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        return [(file.seek(0), file.read().decode())[1] for file in (output, errors)]
-
-
 @pytest.fixture(scope="module")
-def launched(llama, qwen2, tmp_path_factory):
-    """What each of two processes has got: → (by command, its parts of a model)."""
-    folder = tmp_path_factory.mktemp("launched")
+def launched(tmp_path_factory):
+    """What each of two processes has got: → (by command, its parts of a model, that model)."""
+    place = tmp_path_factory.mktemp("launched")
+
+    def write(name, **options):
+        options = {"hidden_size": 128, "chat_template": None, "seed": 4} | options
+        dense, flash = write_model(place / f"{name}-dense", **options), str(place / name)
+        convert(str(dense), flash, n_probes=3, calibration="none", progress=False)
+        return flash
+
+    llama = write("llama")  # can be split within its layers
+    qwen2 = write("qwen2", arch="qwen2", tied=False)  # both ways
     heads = {"num_attention_heads": 3, "num_key_value_heads": 3}
-    odd = write(folder / "odd", arch="qwen2", hidden_size=96, further=heads)
     commands = {
         "within layers": (qwen2,),
         "by layers": (qwen2, "--pipeline"),
-        "odd": (odd,),
+        "odd": (write("odd", arch="qwen2", hidden_size=96, further=heads),),
         "llama by layers": (llama, "--pipeline"),
         "prompt": (qwen2, "--prompt", "-"),
     }
     arguments = [["--model", name, *ARGUMENTS, *more] for name, *more in commands.values()]
-    script = folder / "script.py"
+    script = place / "script.py"
     script.write_text(SCRIPT)
-    _, errors = launch(script, json.dumps(arguments), qwen2, folder / "found")
-    files = [folder / f"found.{rank}" for rank in range(2)]
-    assert all(file.exists() for file in files), errors
+    ports = ["-n", "2", "--backend", "ring", "--starting-port", str(free_ports()), "--"]
+    words = [sys.executable, str(script), json.dumps(arguments), qwen2, str(place / "found")]
+    with open(place / "errors", "wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, str(LAUNCH), *ports, *words],
+            stdin=subprocess.PIPE,  # mlx.launch reads from it for as long as it runs
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,  # its children are of its group, and end with it
+        )
+        try:
+            process.wait(120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    said = (place / "errors").read_text()
+    files = [place / f"found.{rank}" for rank in range(2)]
+    assert all(file.exists() for file in files), said
     found = [json.loads(file.read_text()) for file in files]
-    assert "Traceback" not in errors + str(found)
+    assert "Traceback" not in said + str(found)
     by_command = {name: [part[i] for part in found] for i, name in enumerate(commands)}
-    return by_command, [part[len(commands) :] for part in found]
+    return by_command, [part[len(commands) :] for part in found], qwen2
 
 
-@pytest.mark.parametrize("how", ["within layers", "by layers"])
-def test_both_ways_to_split_give_the_text_of_one(launched, qwen2, how):
+def test_both_ways_to_split_give_the_text_of_one(launched):
+    by_command, parts, qwen2 = launched
     expected = generate(*load(qwen2), "One day", max_tokens=24, dense=True) + "\n"
-    assert [output for output, _ in launched[0][how]] == [expected, ""]
-
-
-def test_each_process_has_its_part_and_a_flash_head(launched, qwen2):
+    for how in ("within layers", "by layers"):
+        assert [output for output, _ in by_command[how]] == [expected, ""]
     expected = generate(*load(qwen2, n_probes=2), "One day", max_tokens=12)
     by_layers, within_layers = [expected, 2, "qwen2", 1, 2], [expected, 2, "qwen2", 2, 1]
-    assert launched[1] == [[by_layers, within_layers]] * 2
+    assert parts == [[by_layers, within_layers]] * 2
 
 
 @pytest.mark.parametrize(
@@ -159,7 +136,7 @@ def test_each_process_has_its_part_and_a_flash_head(launched, qwen2):
         ("llama by layers", "does not support pipelining"),
     ],
 )
-def test_mistakes_are_told(launched, mistake, said):
+def test_mistakes_are_reported(launched, mistake, said):
     (output, errors), others = launched[0][mistake]
     assert output == "" and errors.count("error:") == 1
     assert re.search(said, errors)

@@ -12,7 +12,7 @@ from mlx_flashhead.conversion.build import build_index
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.head.steps import NO_DEPTH
 from mlx_flashhead.lossless.policy import policy_of
-from mlx_flashhead.models.dense import load_dense
+from mlx_flashhead.models.libraries import load_dense
 from mlx_flashhead.models.locate import find_head
 from tiny_models import install_index
 

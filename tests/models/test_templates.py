@@ -6,8 +6,8 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead.common.guarded import Guard
-from mlx_flashhead.models import templates
-from mlx_flashhead.models.templates import apply_template, template_variables
+from mlx_flashhead.models import libraries
+from mlx_flashhead.models.libraries import apply_template, template_variables
 from model_folders import write_model
 
 MESSAGES = [
@@ -18,13 +18,9 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    return mlx_lm.load(str(write_model(tmp_path_factory.mktemp("models") / "llama")))[1]
-
-
-@pytest.fixture
-def tokenizer(loaded):
+def tokenizer(tmp_path_factory):
     """A function: template → a tokenizer with it."""
+    loaded = mlx_lm.load(str(write_model(tmp_path_factory.mktemp("models") / "llama")))[1]
 
     def tokenizer(template):
         made = copy.copy(loaded)
@@ -53,6 +49,9 @@ def test_texts_are_those_of_transformers(tokenizer, template):
     options = {"tools": TOOLS, "add_generation_prompt": True, "mode": {"z": [1, "é"], "a": None}}
     expected = made.apply_chat_template(MESSAGES, tokenize=False, **options)
     assert apply_template(made, MESSAGES, **options) == expected
+
+
+def test_a_final_message_goes_on(tokenizer):
     options = {"continue_final_message": True}
     made = tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     messages = [*MESSAGES[:1], {"role": "assistant", "content": "and"}]
@@ -66,22 +65,23 @@ def test_variables(tokenizer):
     assert template_variables(tokenizer("{% if")) == template_variables(tokenizer(None)) == set()
 
 
+DOUBLES = "{% set n.s = n.s ~ n.s %}"
+FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+MEMORY, TIME = "it takes more than 512 MB of memory", "it takes more than 0.5 seconds"
+
+
 @pytest.mark.parametrize(
     "template, said",
     [
         # doubles a text, and computes one number
         (
-            "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
-            "{% endfor %}",
-            "it takes more than 512 MB of memory",
+            "{% set n = namespace(s='x') %}{% for i in range(60) %}" + DOUBLES + "{% endfor %}",
+            MEMORY,
         ),
-        ("{{ 'a' * 10 ** 10 }}", "it takes more than 512 MB of memory"),
-        ("{{ '%9999999999d' % 1 }}", "it takes more than 512 MB of memory"),
-        ("{{ 7 ** 30000000 }}", "it takes more than 0.5 seconds"),
-        (
-            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "it takes more than 0.5 seconds",
-        ),
+        ("{{ 'a' * 10 ** 10 }}", MEMORY),
+        ("{{ '%9999999999d' % 1 }}", MEMORY),
+        ("{{ 7 ** 30000000 }}", TIME),
+        (FOR_EVER, TIME),
         ("{{ 'a' * 2 ** 25 }}", "more than 16,777,216 characters"),
         ("{{ raise_exception('no\nturns') }}", "(no): shorten it"),
         ("{{ raise_exception('') }}", "(TemplateError)"),
@@ -92,8 +92,9 @@ def test_variables(tokenizer):
     ids=range(11),
 )
 def test_what_fails_or_takes_too_much(tokenizer, monkeypatch, template, said):
-    guard = Guard(templates._GUARD.path, seconds=0.5) if "seconds" in said else templates._GUARD
-    monkeypatch.setattr(templates, "_GUARD", guard)
+    if said == TIME:
+        guard = Guard(libraries._GUARD.path, seconds=0.5)
+        monkeypatch.setattr(libraries, "_GUARD", guard)
     with pytest.raises(ValueError, match="chat template cannot be filled in") as raised:
         apply_template(tokenizer(template), MESSAGES, remedy="shorten it")
     assert said in str(raised.value) and "\n" not in str(raised.value)

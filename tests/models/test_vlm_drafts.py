@@ -23,13 +23,13 @@ from mlx_vlm.speculative.drafters.qwen3_dflash.dflash import DFlashDraftModel
 from mlx_flashhead.conversion import calibration
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.index.files import has_flash_head, read_index, write_companion
-from mlx_flashhead.loading import head_cache as cache
+from mlx_flashhead.index.files import write_companion
+from mlx_flashhead.loading import sources as cache
 from mlx_flashhead.loading.load import attach
 from mlx_flashhead.models.install import detach, get_flash_head
 from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
-from vlm_texts import TextGenerator
+from vlm_texts import write_together
 
 PROMPT, TOKENS = [5, 9, 200], 12
 
@@ -64,9 +64,8 @@ def eagle3(target: nn.Module, n_tokens: int | None = None) -> nn.Module:
 
 def assistant(target: nn.Module, **options) -> nn.Module:
     text = target.config.text_config
-    return Gemma4AssistantDraftModel(
-        Gemma4AssistantConfig(backbone_hidden_size=text.hidden_size, text_config=text, **options)
-    )
+    options |= {"backbone_hidden_size": text.hidden_size, "text_config": text}
+    return Gemma4AssistantDraftModel(Gemma4AssistantConfig(**options))
 
 
 # drafters with the kind of their loop, on a target
@@ -128,7 +127,7 @@ def test_text_is_the_dense_models(calls, make, kind, name, tied, bits):
 
 @pytest.fixture
 def attached(tmp_path):
-    """Attaches a FlashHead to a target of a kind."""
+    """Attaches a FlashHead to a target."""
 
     def attach_to(**options) -> tuple[nn.Module, list[int]]:
         model = tiny_vlm("gemma4", tied=True)
@@ -141,33 +140,25 @@ def attached(tmp_path):
     return attach_to
 
 
-def kept_sources() -> list[str]:
-    """What the kept FlashHeads are calibrated on."""
-    folders = filter(has_flash_head, cache.home().rglob("*/"))
-    return [read_index(folder).config.calibration["source"] for folder in folders]
-
-
 @pytest.mark.parametrize("make, kind, untied", OWN)
 def test_a_head_of_the_drafters_own(calls, attached, capfd, monkeypatch, make, kind, untied):
-    """It gets a FlashHead too, which is built from its states as it drafts, and kept."""
+    """It gets a FlashHead too, which is built from its states as it drafts, and cached."""
     monkeypatch.setattr(calibration, "DRAFTED_POSITIONS", 100)
     model, dense = attached()
-    drafters = [make(model) for _ in range(2)]
-    for drafter in drafters:
+    for built in (True, False):
         mx.random.seed(1)
+        drafter = make(model)
         drafter.update(tree_map(lambda a: mx.random.normal(a.shape), drafter.parameters()))
         drafter.eval()
-    for drafter, built in zip(drafters, (True, False), strict=True):
-        drafting = {"draft_model": drafter, "draft_kind": kind}
         calls.clear()
         mx.random.seed(5)
         before = mx.random.uniform().item()
         mx.random.seed(5)
-        assert write(model, **drafting) == dense
+        assert write(model, draft_model=drafter, draft_kind=kind) == dense
         assert mx.random.uniform().item() == before  # the state of the user's own draws
         said = capfd.readouterr().err
         assert ("Building the FlashHead of" in said) == built and "no FlashHead" not in said
-        assert kept_sources() == ["drafts"]
+        assert [entry.config.calibration["source"] for entry in cache.entries()] == ["drafts"]
         assert "draft_logits" in calls
         layer = drafter.lm_head if untied else drafter.model.embed_tokens
         head = get_flash_head(layer)
@@ -194,11 +185,4 @@ def test_several_texts_at_once():
     dense = write(model)
     install_index(model, tiny_index(model), backend="mlx")
     options = {"draft_model": mtp(model), "draft_kind": "mtp"}
-    generator = TextGenerator(model, [[299]], lambda logits: mx.argmax(logits, -1), **options)
-    generator.insert([PROMPT, PROMPT], [TOKENS, TOKENS])
-    texts: dict[int, list[int]] = {}
-    while responses := generator.next_generated():
-        for response in responses:
-            texts.setdefault(response.uid, []).append(response.token)
-    generator.close()
-    assert list(texts.values()) == [dense, dense]
+    assert write_together(model, [PROMPT, PROMPT], TOKENS, **options) == [dense, dense]

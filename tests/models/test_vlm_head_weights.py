@@ -14,7 +14,6 @@ mlx_vlm = pytest.importorskip("mlx_vlm")
 from mlx_vlm.generate.ar import generate_step
 from mlx_vlm.models.cache import make_prompt_cache
 from mlx_vlm.models.glm_moe_dsa import speculative_verifier as glm
-from mlx_vlm.server import reranking
 from mlx_vlm.speculative import eagle3, mtp
 from mlx_vlm.speculative.ops import linear
 
@@ -23,7 +22,7 @@ from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.libraries import forward
 from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
-from vlm_texts import TextGenerator
+from vlm_texts import write_together
 
 
 @pytest.fixture
@@ -132,41 +131,20 @@ def test_eagle3_verifies_through_the_layer(reads):
     assert eagle3._eagle3_hot_token_ids(model.language_model, draft, [1]).size == 10
 
 
-def test_a_decision_is_the_dense_models():
-    """The server's reranker compares two tokens, which an estimate must not decide."""
-    model = served("qwen3_vl", tied=False)
-    hidden = hidden_states(model, 5)
-    tokenizer = SimpleNamespace(convert_tokens_to_ids={"yes": 11, "no": 250}.get)
-    mask = mx.ones((1, 5), dtype=mx.int32)
-    (score,) = reranking._binary_scores(model, hidden, mask, tokenizer)
-    logits = get_flash_head(model).dense_logits(hidden[:, -1])[0]
-    assert score == pytest.approx(mx.sigmoid(logits[11] - logits[250]).item(), abs=1e-5)
-
-
 @pytest.mark.parametrize("name, tied, bits", [("qwen3_5", False, 4), ("gemma4", True, None)])
 def test_a_token_never_reads_the_weights(reads, name, tied, bits):
     """One text by itself and one of a batch: as many reads for many tokens as for few."""
     model = served(name, tied=tied, bits=bits)
     prompt = [5, 9, 200]
-    (first,) = [mx.argmax(forward(model, mx.array([prompt]))[:, -1]).item()]
+    first = mx.argmax(forward(model, mx.array([prompt]))[:, -1]).item()
 
     def alone(max_tokens):
         steps = generate_step(mx.array([prompt]), model, None, None, max_tokens=max_tokens)
-        return [token for token, _ in steps]
+        return [int(token) for token, _ in steps]
 
     def together(max_tokens):
-        written = []
-
-        def sampler(logprobs):
-            written.append(mx.argmax(logprobs, axis=-1))
-            return written[-1]
-
-        generator = TextGenerator(model, [[299]], sampler, prefill_batch_size=1)
-        generator.insert([prompt], [max_tokens])
-        while generator.next_generated():
-            pass
-        generator.close()
-        return [tokens[0].item() for tokens in written[:max_tokens]]
+        (tokens,) = write_together(model, [prompt], max_tokens, prefill_batch_size=1)
+        return tokens
 
     for write in (alone, together):
         counts = []

@@ -10,29 +10,19 @@ from mlx_vlm.utils import StoppingCriteria
 from mlx_flashhead.models.libraries import embeddings
 
 
-class TextGenerator:
-    """Generates from token ids alone; sequences of one token each end a text."""
-
-    def __init__(self, model: Any, stop_tokens: Any, sampler: Any, **options: Any):
-        ends = [token for (token,) in stop_tokens]
-        # a stand-in, since the generator adds to the stop tokens of the tokenizer that it is given
-        tokenizer = SimpleNamespace(stopping_criteria=StoppingCriteria(ends))
-        self._model = model
-        self._generator = BatchGenerator(
-            model.language_model, tokenizer, sampler=sampler, **options
-        )
-
-    def insert(self, prompts: list[list[int]], max_tokens: list[int]) -> None:
-        given = [embeddings(self._model, mx.array([prompt])) for prompt in prompts]
-        self._generator.insert(prompts, max_tokens, prompt_kwargs=given)
-
-    def next_generated(self) -> list[Any]:
-        """The next token of each text that is being written."""
-        while self._generator.has_work:
-            _, responses = self._generator.next()
-            if responses:
-                return responses
-        return []
-
-    def close(self) -> None:
-        self._generator.close()
+def write_together(
+    model: Any, prompts: list[list[int]], max_tokens: int, **options: Any
+) -> list[list[int]]:
+    """The greedy texts after prompts, from token ids alone; 299 ends one."""
+    # a stand-in, since the generator adds to the stop tokens of its tokenizer
+    tokenizer = SimpleNamespace(stopping_criteria=StoppingCriteria([299]))
+    options = {"sampler": lambda logprobs: mx.argmax(logprobs, axis=-1)} | options
+    generator = BatchGenerator(model.language_model, tokenizer, **options)
+    given = [embeddings(model, mx.array([prompt])) for prompt in prompts]
+    generator.insert(prompts, [max_tokens] * len(prompts), prompt_kwargs=given)
+    texts: dict[int, list[int]] = {}
+    while generator.has_work:
+        for response in generator.next()[1]:
+            texts.setdefault(response.uid, []).append(response.token)
+    generator.close()
+    return list(texts.values())

@@ -7,7 +7,7 @@ import pytest
 import mlx_flashhead
 from loopback_hub import TOKEN
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME
-from mlx_flashhead.loading.head_cache import entries
+from mlx_flashhead.loading.sources import entries
 from mlx_flashhead.publishing.publish import publish
 from model_folders import contents, write_model
 

@@ -9,7 +9,7 @@ from rich.console import Console
 import demo
 from demo import Run, compare, encode, race
 from mlx_flashhead import load, stream_generate
-from mlx_flashhead.models.dense import load_dense
+from mlx_flashhead.models.libraries import load_dense
 from record_demo import COLUMNS, picture, wrapped
 
 

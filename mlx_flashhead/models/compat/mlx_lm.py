@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from importlib.util import find_spec
+from inspect import getclosurevars
 from types import CodeType, SimpleNamespace
 from typing import Any
 
@@ -83,28 +84,20 @@ _PROCESSORS = _nested_codes(
 )
 
 
-def _free_values(function: Any) -> dict[str, Any]:
-    """What a function holds from the one around it, by name."""
-    cells = function.__closure__ or ()
-    names = function.__code__.co_freevars
-    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
-
-
 def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
     """What ``make_sampler`` was called with, for a sampler whose draw is a threshold and the best
     noisy logit; None for another sampler, with XTC, or with a least number of tokens. mlx-lm's
     samplers say nothing of themselves, so this reads the closures of 0.31 and 0.32."""
     if sampler is getattr(sample_utils, "greedy_sampler", sample_utils):
         return {}
-    code = getattr(sampler, "__code__", None)
-    if code not in _SAMPLERS:
+    if getattr(sampler, "__code__", None) not in _SAMPLERS:
         return None
-    values = _free_values(sampler)
+    values = getclosurevars(sampler).nonlocals
     if "sampling_methods" not in values:
         return {}  # the best token, of 0.31
     settings: dict[str, Any] = {"temperature": float(values["temp"])}
     for method in values["sampling_methods"]:
-        filtered = _free_values(method)
+        filtered = dict(getclosurevars(method).nonlocals)
         kept = filtered.pop("min_tokens_to_keep", 1)
         known = filtered.keys() <= {"top_p", "min_p", "top_k"}
         if not known or kept != 1 or ("top_p" in filtered and not NEW_TOP_P):
@@ -119,7 +112,8 @@ def is_mlx_lm_processor(processor: Any) -> bool:
     each logit by itself, a larger one never below a smaller one."""
     if getattr(processor, "__code__", None) not in _PROCESSORS:
         return False
-    return _free_values(processor).get("penalty", 1) != 0 or "repetition" not in processor.__name__
+    penalty = getclosurevars(processor).nonlocals.get("penalty", 1)
+    return penalty != 0 or "repetition" not in processor.__name__
 
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.

@@ -66,7 +66,7 @@ def generate_step(
     logits_processors: Sequence[Callable] | None = None,
     **options: Any,
 ) -> Iterator[Any]:
-    """mlx-lm's loop, on its own stream. Processors are given the whole prompt, as by 0.32."""
+    """mlx-lm's loop, on its own stream. Processors see the whole prompt, as with 0.32."""
 
     def after_prompt(process: Callable, tokens: mx.array, logits: mx.array) -> mx.array:
         return process(mx.concatenate([prompt[:-1], tokens]), logits)
@@ -101,7 +101,7 @@ class BatchGenerator(module.BatchGenerator):  # type: ignore[name-defined]
 def batch_generate(
     model: Any, tokenizer: Any, prompts: Any, *, return_token_ids: bool = False, **options: Any
 ) -> Any:
-    """``mlx_lm.batch_generate`` with ``token_ids`` in its response, None unless asked for."""
+    """``mlx_lm.batch_generate`` with ``token_ids`` in its response, None by default."""
     token_ids = []
 
     def decode(ids: list[int]) -> str:

@@ -4,6 +4,7 @@ needed. Tested with 0.7.8 to 0.7.10: older ones decode by other modules."""
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache, partial, wraps
+from importlib import import_module
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -14,18 +15,21 @@ import mlx.nn as nn
 from .patching import put_in_place, when_imported
 
 OLDEST = (0, 7, 8)
-DRAFTERS = "mlx_vlm.speculative.drafters"
-LOOP = "mlx_vlm.generate.ar"
 TEMPERATURE = 0.8  # of answers that are recorded: the states of likely tokens are less alike
-
-# Where mlx-vlm reads a head's weights itself, which a FlashHead would gather anew at each call.
-VERIFIER = "mlx_vlm.models.quantized_verifier"
-LINEAR = "mlx_vlm.speculative.ops.linear"
-EAGLE3 = "mlx_vlm.speculative.eagle3"
-GLM = "mlx_vlm.models.glm_moe_dsa.speculative_verifier"
-LFM2 = "mlx_vlm.models.lfm2.speculative_verifier"
+# Functions, by their modules, that are used as they are.
+_PLACES = {
+    "is_diffusion_model": "generate.diffusion",
+    "resolve_eos_token_ids": "utils",
+    "should_add_special_tokens": "utils",
+}
 
 Applies = Callable[[Any], bool]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(name)
+    return getattr(import_module(f"mlx_vlm.{_PLACES[name]}"), name)
 
 
 def too_old() -> str | None:
@@ -33,24 +37,6 @@ def too_old() -> str | None:
     installed = version("mlx-vlm")
     parts = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
     return installed if parts < OLDEST else None
-
-
-def is_diffusion_model(model: nn.Module) -> bool:
-    from mlx_vlm.generate.diffusion import is_diffusion_model
-
-    return is_diffusion_model(model)
-
-
-def eos_token_ids(ends: Any, tokenizer: Any) -> Any:
-    from mlx_vlm.utils import resolve_eos_token_ids
-
-    return resolve_eos_token_ids(ends, tokenizer)
-
-
-def adds_special_tokens(model_type: str, processor: Any) -> bool:
-    from mlx_vlm.utils import should_add_special_tokens
-
-    return should_add_special_tokens(model_type, processor)
 
 
 def chat_text(
@@ -94,18 +80,15 @@ def drafted_answer(
 
 @cache  # once per process
 def when_drafted(then: Callable[[Any, Any, str], None]) -> None:
-    """Calls ``then`` with each model that is given a drafter, it and its kind, before a prompt."""
+    """Calls ``then`` with each model and its drafter and the drafter's kind, before a prompt."""
 
-    def put(module: Any) -> None:
-        # each loop for one text asks this with its drafter, and so does the server once
-        original = module.validate_drafter_compatibility
-
+    def checked(original: Any) -> Any:
         @wraps(original)
         def validate(target_model: Any, draft_model: Any, draft_kind: Any) -> None:
             original(target_model, draft_model, draft_kind)
             then(target_model, draft_model, draft_kind)
 
-        put_in_place("mlx_vlm", module, "validate_drafter_compatibility", validate)
+        return validate
 
     def put_in_batches(module: Any) -> None:
         original = module.BatchGenerator.__init__
@@ -118,46 +101,49 @@ def when_drafted(then: Callable[[Any, Any, str], None]) -> None:
 
         module.BatchGenerator.__init__ = made
 
-    when_imported(DRAFTERS, put)
-    when_imported(LOOP, put_in_batches)
+    # each loop for one text calls this with its drafter, and so does the server once
+    asked = partial(put_in_place, "validate_drafter_compatibility", checked)
+    when_imported("mlx_vlm.speculative.drafters", asked)
+    when_imported("mlx_vlm.generate.ar", put_in_batches)
 
 
 @cache  # once per process
 def keep_from_weights(applies: Applies) -> None:
-    """Keeps mlx-vlm from the weights of the layers that ``applies`` says yes to."""
-    instead = partial(_instead, applies)
+    """Keeps mlx-vlm from reading the weights of the layers that ``applies`` says yes to, which a
+    FlashHead would gather anew at each call."""
+
+    def instead(
+        place: str,
+        function: Callable[..., Any],
+        layer_of: Callable[[Any], Any] = lambda layer: layer,
+    ) -> None:
+        """Where the first argument is such a layer, or holds one, ``function`` is called."""
+
+        def wrap(original: Any) -> Any:
+            @wraps(original)
+            def call(first: Any, *arguments: Any, **options: Any) -> Any:
+                chosen = function if applies(layer_of(first)) else original
+                return chosen(first, *arguments, **options)
+
+            return call
+
+        module, _, name = f"mlx_vlm.{place}".rpartition(".")
+        when_imported(module, partial(put_in_place, name, wrap))
+
     # fused_greedy_decode, decode_quantized_argmax and speculative_argmax_from_hidden ask these
-    instead(VERIFIER, "supports_quantization", lambda layer: False)
-    instead(VERIFIER, "supports_optimized_affine_head", lambda layer: False)
-    instead(VERIFIER, "optimized_nvfp4_argmax", lambda layer, *_, **__: None)
-    instead(LINEAR, "_target_verify_linear", lambda layer, x: layer(x))
-    instead(LINEAR, "_target_verify_embedding_as_linear", lambda layer, x: layer.as_linear(x))
-    instead(GLM, "verify_logits", lambda lm, x: lm.lm_head(x), lambda lm: lm.lm_head)
+    verifier = "models.quantized_verifier"
+    instead(f"{verifier}.supports_quantization", lambda layer: False)
+    instead(f"{verifier}.supports_optimized_affine_head", lambda layer: False)
+    instead(f"{verifier}.optimized_nvfp4_argmax", lambda layer, *_, **__: None)
+    linear = "speculative.ops.linear._target_verify"
+    instead(f"{linear}_linear", lambda layer, x: layer(x))
+    instead(f"{linear}_embedding_as_linear", lambda layer, x: layer.as_linear(x))
+    glm = "models.glm_moe_dsa.speculative_verifier.verify_logits"
+    instead(glm, lambda lm, x: lm.lm_head(x), lambda lm: lm.lm_head)
     # rows of the draft's tokens only, which lie apart under a FlashHead
-    instead(EAGLE3, "_eagle3_hot_token_ids", lambda *_, **__: None, _embedding)
-    when_imported(LFM2, partial(_keep_from_lfm2, applies))
-
-
-def _instead(
-    applies: Applies,
-    module_name: str,
-    name: str,
-    instead: Callable[..., Any],
-    layer_of: Callable[[Any], Any] = lambda layer: layer,
-) -> None:
-    """Where the first argument is such a layer, or holds one, ``instead`` is called."""
-
-    def put(module: Any) -> None:
-        original = getattr(module, name)
-
-        @wraps(original)
-        def call(first: Any, *arguments: Any, **options: Any) -> Any:
-            function = instead if applies(layer_of(first)) else original
-            return function(first, *arguments, **options)
-
-        put_in_place("mlx_vlm", module, name, call)
-
-    when_imported(module_name, put)
+    instead("speculative.eagle3._eagle3_hot_token_ids", lambda *_, **__: None, _embedding)
+    lfm2 = "mlx_vlm.models.lfm2.speculative_verifier"
+    when_imported(lfm2, partial(_keep_from_lfm2, applies))
 
 
 def _keep_from_lfm2(applies: Applies, module: Any) -> None:
@@ -172,12 +158,12 @@ def _keep_from_lfm2(applies: Applies, module: Any) -> None:
             language_model = SimpleNamespace(model=language_model.model, args=untied, lm_head=layer)
         return call(self, language_model, *arguments, **options)
 
-    def asked(layer: Any, x: mx.array) -> mx.array:
+    def checked_linear(layer: Any, x: mx.array) -> mx.array:
         if not applies(layer):
             return linear(layer, x)
         return layer.as_linear(x) if hasattr(layer, "as_linear") else layer(x)
 
-    verifier.__call__, verifier._linear = verify, staticmethod(asked)
+    verifier.__call__, verifier._linear = verify, staticmethod(checked_linear)
 
 
 def _embedding(language_model: Any) -> Any:
@@ -198,8 +184,8 @@ def is_greedy(model: nn.Module, options: dict[str, Any]) -> bool:
 
     if any(options.get(name) is not None for name in _OTHERWISE):
         return False
-    asked = {name: options.get(name) for name in ("temperature", "top_p", "top_k")}
-    temperature, *_ = resolve_sampling_defaults(getattr(model, "config", None), **asked)
+    settings = {name: options.get(name) for name in ("temperature", "top_p", "top_k")}
+    temperature, *_ = resolve_sampling_defaults(getattr(model, "config", None), **settings)
     return temperature == 0
 
 
@@ -210,7 +196,7 @@ def decodes_by_tokens_alone(model: nn.Module) -> bool:
 
 
 def stream_and_cache(model: nn.Module, options: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The stream of mlx-vlm's loop, and the cache that it is given or makes."""
+    """The stream of mlx-vlm's loop, and the cache it receives or makes."""
     from mlx_vlm.generate import ar
     from mlx_vlm.models import cache
 

@@ -9,6 +9,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+# From what has a name to what gets it.
+Wrap = Callable[[Any], Any]
+
 
 @contextmanager
 def replaced(owner: Any, **names: Any) -> Iterator[None]:
@@ -26,9 +29,10 @@ def replaced(owner: Any, **names: Any) -> Iterator[None]:
                 delattr(owner, name)
 
 
-def put_in_place(package: str, module: ModuleType, name: str, replacement: Any) -> None:
-    """Replaces a name of ``module``, and the same object in all imported modules of ``package``."""
-    original = getattr(module, name)
+def put_in_place(name: str, wrap: Wrap, module: ModuleType) -> None:
+    """Replaces a name of ``module``, and the same object in all imported modules of its package."""
+    original, package = getattr(module, name), module.__name__.split(".")[0]
+    replacement = wrap(original)
     setattr(module, name, replacement)
     for other in list(sys.modules.values()):
         if getattr(other, "__name__", "").split(".")[0] == package:
@@ -70,15 +74,11 @@ class _Watch:
 
 # Programs that know nothing of FlashHead: other functions take the places of their loads and loops.
 
-Load = Callable[..., Any]
-Wrap = Callable[[Load], Load]
-
 # Modules that load a model and do not generate: they convert it, train it, measure its layers.
 WITHOUT_TEXT = {
     "mlx_lm": ["cache_prompt", "convert", "fuse", "lora", "quant", "share", "tuner", "upload"],
     "mlx_vlm": ["convert", "lora", "train", "trainer"],
 }
-
 # Packages that replace methods within mlx-lm's batches, which leaves no room for others.
 CHANGES_BATCHES = ("rapid_mlx",)
 
@@ -105,26 +105,22 @@ def patch_programs(load: Wrap, load_model: Wrap, loop: Wrap, batches: Wrap, vlm_
     import mlx_lm
 
     utils = importlib.import_module("mlx_lm.utils")
-    original = utils.load_model
-    wrapped = load_model(original)
 
-    def for_programs(*arguments: Any, **options: Any) -> Any:
-        # load and sharded_load put adapters and shards on its model
-        by_library = sys._getframe(1).f_globals is vars(utils)
-        return (original if by_library else wrapped)(*arguments, **options)
+    def for_programs(original: Any) -> Any:
+        wrapped = load_model(original)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            # load and sharded_load put adapters and shards on its model
+            by_library = sys._getframe(1).f_globals is vars(utils)
+            return (original if by_library else wrapped)(*arguments, **options)
+
+        return call
 
     generation = importlib.import_module("mlx_lm.generate")
-    put_in_place("mlx_lm", mlx_lm, "load", load(mlx_lm.load))
-    put_in_place("mlx_lm", utils, "load_model", for_programs)
+    put_in_place("load", load, mlx_lm)
+    put_in_place("load_model", for_programs, utils)
     for name in ("generate_step", "speculative_generate_step"):
-        put_in_place("mlx_lm", generation, name, loop(getattr(generation, name)))
-    put_in_place("mlx_lm", generation, "BatchGenerator", batches(generation.BatchGenerator))
-    for name, module_name, wrap in (
-        ("load", "mlx_vlm.utils", load),
-        ("generate_step", "mlx_vlm.generate.ar", vlm_loop),
-    ):
-        when_imported(module_name, partial(_put, name, wrap))
-
-
-def _put(name: str, wrap: Wrap, module: Any) -> None:
-    put_in_place("mlx_vlm", module, name, wrap(getattr(module, name)))
+        put_in_place(name, loop, generation)
+    put_in_place("BatchGenerator", batches, generation)
+    when_imported("mlx_vlm.utils", partial(put_in_place, "load", load))
+    when_imported("mlx_vlm.generate.ar", partial(put_in_place, "generate_step", vlm_loop))
