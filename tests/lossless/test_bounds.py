@@ -104,7 +104,7 @@ def test_a_head_that_cancels_large_terms(sampler, judged):
     weights["lm_head.weight"][:, 1] -= large
     model.load_weights(list(weights.items()))
     flash = flash_of(model)
-    for seed in range(6):
+    for seed in range(3):
         options = SAMPLERS[sampler] | ({"seed": seed} if sampler != "greedy" else {})
         prompt = [(17 * seed + 5 * i) % 200 for i in range(6)]
         texts = [

@@ -118,8 +118,8 @@ def test_settings_of_another_machine():
         assert flash.batch(OTHERS)[0] == before
 
 
-@pytest.mark.parametrize("fixed", [0.03, 0.3, 1.35])
-@pytest.mark.parametrize("share", [0.0003, 0.003, 0.01])
+@pytest.mark.parametrize("fixed", [0.03, 1.35])
+@pytest.mark.parametrize("share", [0.0003, 0.01])
 @pytest.mark.parametrize("honest", [1.0, 5.0])
 def test_the_threshold_of_risk_is_about_the_best(fixed, share, honest):
     """By recorded risks, on others of their kind; ``fixed`` is a verification, in steps.
