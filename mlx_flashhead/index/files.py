@@ -12,7 +12,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -34,13 +34,6 @@ REMEDY = "give the one made for this model, or leave it out and one is found or 
 MIN_COSINE, MAX_LENGTH_CHANGE = 0.94, 0.05  # of rows that an index of others serves
 
 
-class Likeness(NamedTuple):
-    """The likeness of a model's rows to those of a sketch."""
-
-    cosine: float  # mean, of a row with its counterpart
-    length_change: float  # median, as a share of the row's length
-
-
 @dataclass(frozen=True)
 class Sketch:
     """Evenly spaced rows of a head, independent of their format."""
@@ -56,17 +49,18 @@ class Sketch:
         directions = sample / np.maximum(lengths, np.finfo(np.float32).tiny)[:, None]
         return cls(mx.array(directions.astype(np.float16)), mx.array(lengths))
 
-    def likeness(self, rows: Matrix) -> Likeness:
-        """Compares with rows of the same shape (V, D)."""
+    def likeness(self, rows: Matrix) -> tuple[float, float]:
+        """Compares with rows of the same shape (V, D): the mean cosine of the rows, and the median
+        change of their lengths, as a share."""
         other = Sketch.of(rows)
         cosines = (as_float32(self.directions) * as_float32(other.directions)).sum(axis=1)
         mine, theirs = np.array(self.lengths), np.array(other.lengths)
         longer = np.maximum(mine, theirs)
         there = longer > 0  # rows of zeros have no direction
         if not there.any():
-            return Likeness(1.0, 0.0)
+            return 1.0, 0.0
         change = np.abs(theirs - mine)[there] / longer[there]
-        return Likeness(float(cosines[there].mean()), float(np.median(change)))
+        return float(cosines[there].mean()), float(np.median(change))
 
 
 @dataclass(frozen=True)
@@ -137,11 +131,6 @@ def has_flash_head(folder: Path) -> bool:
 def is_companion(folder: Path) -> bool:
     """Whether a folder holds a FlashHead without its model."""
     return (folder / SETTINGS_NAME).exists() and not (folder / CONFIG_NAME).exists()
-
-
-def is_written_here(folder: Path) -> bool:
-    """Whether a folder has the settings of a FlashHead, of any version."""
-    return stored_recipe(folder) is not None
 
 
 def stored_recipe(folder: Path) -> dict[str, Any] | None:

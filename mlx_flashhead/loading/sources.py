@@ -130,7 +130,7 @@ def explicit_head(options: HeadOptions) -> StoredHead | None:
         return None
     name = str(options.flash_head)
     folder = resolve(name, files=[FILE_NAME, SETTINGS_NAME, files.CONFIG_NAME])
-    if not files.is_written_here(folder):
+    if files.stored_recipe(folder) is None:
         raise ValueError(
             f"{name} holds no FlashHead: name another one, or leave it out and one is found or "
             "built."
@@ -142,7 +142,7 @@ def bundled_head(folder: Path, options: HeadOptions) -> StoredHead | None:
     """The FlashHead in a model's folder, or None; ValueError for a damaged or another version's."""
     if files.has_flash_head(folder):
         return StoredHead(read_index(folder), str(folder))
-    if files.is_written_here(folder):
+    if files.stored_recipe(folder) is not None:
         options.say(
             f"{folder} names a FlashHead, but {FILE_NAME} is missing (other programs leave it out "
             "when they save the model), so another one is used."
@@ -254,7 +254,7 @@ def find(rows: Matrix, say: Callable[[str], None]) -> StoredHead | None:
             with suppress(ValueError, OSError):  # damaged, or of other rows
                 index = read_index(path)
                 index.check_fit(rows, str(path))
-                cosine = index.sketch.likeness(rows).cosine
+                cosine, _ = index.sketch.likeness(rows)
                 if cosine > best_cosine:
                     best, best_cosine = StoredHead(index, str(path)), cosine
     return best

@@ -270,14 +270,11 @@ def test_the_command_makes_the_same_again():
     assert " ".join(found["versions"]) == "python mlx_flashhead mlx mlx-lm numpy transformers"
 
 
-def test_defaults_are_left_out_but_the_seed():
+def test_defaults_are_left_out_but_the_seed_and_files_are_named_without_their_folders(tmp_path):
     start = "mlx_flashhead.convert --hf-path maker/Model"
     assert recipe()["command"] == f"{start} --seed 0 --mlx-path Model-4bit"
     command = recipe(quantize=True, quant_predicate=lambda *_: True)["command"]
     assert command.startswith(f"{start} --quantize --quant-predicate FUNCTION --seed")
-
-
-def test_files_are_named_without_their_folders(tmp_path):
     text = tmp_path / "my text.txt"
     text.write_text("calibrate")
     found = recipe(calibration=str(text))

@@ -121,23 +121,20 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "metadata, expected",
-    [
-        ({"license": "llama3.2"}, "llama3.2"),
-        ({"license": "llama3"}, "llama3"),
-        ({"license": ["llama3.1"]}, "llama3.1"),
-        ({"license": "gemma"}, "gemma"),
-        ({"license": "other", "license_name": "llama-3.3-community-license"}, "llama3.3"),
-        ({"license": "other", "license_name": "meta-llama-3-community"}, "llama3"),
-        ({"license": "apache-2.0"}, None),
-        ({"license": "other", "license_name": "qwen"}, None),
-        ({"base_model": "meta-llama/Llama-3.2-1B"}, None),  # nothing is guessed
-    ],
-)
-def test_recognise(metadata, expected):
-    found = cards.recognise(metadata, [])
-    assert (found and found.identifier) == expected
+def test_recognise():
+    for expected, metadata in (
+        ("llama3.2", {"license": "llama3.2"}),
+        ("llama3", {"license": "llama3"}),
+        ("llama3.1", {"license": ["llama3.1"]}),
+        ("gemma", {"license": "gemma"}),
+        ("llama3.3", {"license": "other", "license_name": "llama-3.3-community-license"}),
+        ("llama3", {"license": "other", "license_name": "meta-llama-3-community"}),
+        (None, {"license": "apache-2.0"}),
+        (None, {"license": "other", "license_name": "qwen"}),
+        (None, {"base_model": "meta-llama/Llama-3.2-1B"}),  # nothing is guessed
+    ):
+        found = cards.recognise(metadata, [])
+        assert (found and found.identifier) == expected, metadata
 
 
 def checked(folder, identifier, repo_id=None):
@@ -217,29 +214,29 @@ def make(folder, card=None, **settings):
     return folder
 
 
-@pytest.mark.parametrize(
-    "card, settings, base_model, expected",
-    [
-        (None, {}, None, (None, None)),
-        (None, {}, "maker/Model", ("maker/Model", "quantized")),
-        (None, {"_name_or_path": "maker/Model"}, None, ("maker/Model", "quantized")),
-        (None, {"_name_or_path": "/home/ann/model"}, None, (None, None)),
-        (None, {"_name_or_path": "a/\x1b[2J"}, None, (None, None)),
-        ("---\nlibrary_name: mlx\nbase_model: 5\n---\n", {}, None, (None, None)),
-        ("---\nlibrary_name: mlx\nbase_model: maker/M\n---\n", {}, None, ("maker/M", "quantized")),
-        # a copy of a fine-tune's folder does not say its own name, only what it was made from
-        (CARD, {}, None, ("maker/Base", None)),
-        (CARD, {}, "maker/Tuned", ("maker/Tuned", "quantized")),
-    ],
-)
-def test_base_model_of_a_local_folder(tmp_path, card, settings, base_model, expected):
-    folder = make(tmp_path / "Local-Model", card, **settings)
-    base = cards.find_provenance(str(folder), folder, base_model)
-    metadata = cards.card_metadata(base)
-    assert (metadata.get("base_model"), metadata.get("base_model_relation")) == expected
-    named = base.origin.repo_id or "Local-Model"
-    assert base.origin.name == named.rpartition("/")[2]
-    assert base.origin.revision is None
+def test_base_model_of_a_local_folder(tmp_path):
+    named = ("maker/Model", "quantized")
+    header = "---\nlibrary_name: mlx\nbase_model: {}\n---\n".format
+    for number, (card, name, base_model, expected) in enumerate(
+        (
+            (None, None, None, (None, None)),
+            (None, None, "maker/Model", named),
+            (None, "maker/Model", None, named),
+            (None, "/home/ann/model", None, (None, None)),
+            (None, "a/\x1b[2J", None, (None, None)),
+            (header(5), None, None, (None, None)),
+            (header("maker/Model"), None, None, named),
+            # a copy of a fine-tune's folder does not say its own name, only what it was made from
+            (CARD, None, None, ("maker/Base", None)),
+            (CARD, None, "maker/Model", named),
+        )
+    ):
+        folder = make(tmp_path / str(number), card, **({"_name_or_path": name} if name else {}))
+        base = cards.find_provenance(str(folder), folder, base_model)
+        metadata = cards.card_metadata(base)
+        assert (metadata.get("base_model"), metadata.get("base_model_relation")) == expected
+        of_folder = Origin(str(number))
+        assert base.origin == (Origin("Model", "maker/Model") if expected == named else of_folder)
 
 
 def test_card_of_a_base_model_that_is_named(hub, tmp_path):
