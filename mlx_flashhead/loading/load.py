@@ -50,6 +50,7 @@ def load(
     backend: str | None = None,
     fine_head: str | Path | bool | None = None,
     head_bits: int | None = None,
+    flash_head_always: bool = False,
     progress: bool = True,
 ):
     """Loads a model with a FlashHead: the named one, else the one in the model's folder, else the
@@ -71,6 +72,7 @@ def load(
             folder or a safetensors file, or True for the one that the model names. It is fetched
             once. Where that fails, the model keeps its own, with a sentence.
         head_bits: Bits of the finer head: 6, 8 (default) or 16.
+        flash_head_always: Use the FlashHead even where it makes this model no faster here.
         progress: Print steps and bars on standard error.
 
     Raises:
@@ -78,7 +80,7 @@ def load(
             it is damaged or belongs to another model, or if an argument is not valid.
     """
     missing = BUILD if build else REFUSE
-    fine: Any = {"fine_head": fine_head, "head_bits": head_bits}
+    fine: Any = {"fine_head": fine_head, "head_bits": head_bits, "always": flash_head_always}
     loaded = load_with_head(
         resolve(path_or_hf_repo, revision),
         HeadOptions(flash_head, missing, n_probes, backend, progress, **fine),
@@ -180,6 +182,7 @@ def attach(
     build: bool = True,
     fine_head: str | Path | bool | None = None,
     head_bits: int | None = None,
+    flash_head_always: bool = False,
     progress: bool = True,
 ) -> FlashHead:
     """Puts a FlashHead on a dense model and returns it. `detach` takes it off, and a finer head.
@@ -197,7 +200,7 @@ def attach(
             damaged, or if an argument is not valid. The model stays unchanged.
     """
     missing = BUILD if build else REFUSE
-    fine: Any = {"fine_head": fine_head, "head_bits": head_bits}
+    fine: Any = {"fine_head": fine_head, "head_bits": head_bits, "always": flash_head_always}
     options = HeadOptions(flash_head, missing, n_probes, backend, progress, **fine)
     source = Path(libraries.name_of(tokenizer) or type(model).__module__)
     source = source if source.is_dir() else Path(source.name)

@@ -72,6 +72,14 @@ def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
     assert ("1.50 times as fast" in ready) == tunes
 
 
+@pytest.mark.parametrize("seconds, size", [(299, 16), (301, 32)])
+def test_a_build_that_would_take_long_is_a_shorter_one(loaded, monkeypatch, seconds, size):
+    monkeypatch.setattr(background, "expected_seconds", lambda rows, options: seconds)
+    background_build(*loaded, Path("model"), OPTIONS).finish()
+    head = get_flash_head(loaded[0])
+    assert head.clustered.cluster_size == size
+
+
 def test_a_dropped_build_leaves_nothing(loaded, flash_head_home):
     for n_steps in (0, 1, 5, 20):
         build = build_of(*loaded)
