@@ -64,7 +64,7 @@ def test_says_what_the_dense_model_says(loaded, as_json):
     texts = []
     for dense in (False, True):
         processors = [grammar_processor(tokenizer, json_schema=SCHEMA)] if as_json else None
-        options = {"logits_processors": processors, "max_tokens": 40, "dense": dense}
+        options = {"logits_processors": processors, "max_tokens": 20, "dense": dense}
         texts.append(generate(model, tokenizer, prompt, **options))
     assert texts[0] == texts[1]
     assert json.loads(texts[0])["city"] if as_json else "Paris" in texts[0]

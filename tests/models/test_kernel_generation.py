@@ -18,7 +18,7 @@ from tiny_models import install_index
 pytestmark = pytest.mark.real
 
 N_PROBES = 96
-MAX_TOKENS = 12
+MAX_TOKENS = 9
 PROMPT = "def fibonacci(n):\n    if n < 2:\n        return n\n    return"
 DEPTH = 6.0  # of the proposals, which leaves clusters out
 
