@@ -22,7 +22,7 @@ from ..head.flash_head import FlashHead
 from ..head.steps import Risk
 from ..index.files import FlashHeadIndex
 from ..lossless.policy import policy_of
-from ..lossless.tuning import LEAST_GAIN, Tuning, is_busy, tune
+from ..lossless.tuning import Tuning, is_busy, least_gain, tune
 from ..models.install import hidden_dtype, install, installed_head
 from ..models.locate import HeadLocation, find_head
 from .sources import HeadOptions, StoredHead, speeds_of
@@ -100,7 +100,7 @@ def tune_head(
             later = " for now, and is measured again later" if tuning.provisional else ""
             options.say(
                 f"FlashHead would not make this model faster on this machine ({tuning.gain:.2f} x, "
-                f"and at least {LEAST_GAIN:g} x is needed): it stays dense{later}. "
+                f"and at least {least_gain():g} x is needed): it stays dense{later}. "
                 "`flash_head_always=True` overrides it."
             )
     tuning.apply(head)

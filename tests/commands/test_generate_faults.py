@@ -101,7 +101,9 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", [(cache.files, "write_companion"), (tempfile, "mkdtemp")], ids=str)
+@pytest.mark.parametrize(
+    "where", [(cache.files, "write_companion"), (tempfile, "mkdtemp")], ids=str
+)
 def test_a_full_disk(run, dense, quick, monkeypatch, flash_head_home, where):
     monkeypatch.setattr(*where, full)
     code, output, errors = run("generate", "--model", dense, "--prompt", "One", "--max-tokens", 3)

@@ -7,7 +7,7 @@ import pytest
 from flash_loops import OTHERS, make_flash
 from mlx_flashhead.lossless import tuning
 from mlx_flashhead.lossless.policy import policy_of
-from mlx_flashhead.lossless.tuning import LEAST_GAIN, Tuning, tune
+from mlx_flashhead.lossless.tuning import Tuning, least_gain, tune
 
 
 def measured(*arguments, between=lambda: None, **options):
@@ -40,7 +40,7 @@ def test_a_measurement_chooses_and_changes_no_text(slow):
     )
     assert texts and all(text == before for text in texts)
     assert found.n_probes in (1, 3, 13) and 1 <= found.max_pending <= 32
-    assert found.gain > 0 and found.dense == (found.gain < LEAST_GAIN)
+    assert found.gain > 0 and found.dense == (found.gain < least_gain())
     assert found.predicted == slow
     policy = policy_of(flash.head)
     assert (flash.head.n_probes, policy.max_risk, policy.dense) == (
