@@ -45,7 +45,7 @@ MODELS = {  # name of scripts/fetch_model.py → folder, prompt
 TITLES = ("normal (dense) head", "FlashHead")
 SAMPLING = {"temp": 0.7, "top_p": 0.9, "seed": 1}
 RACE_SECONDS = 40.0  # after which a busy machine's dense form stops, and so does the other
-TIMING_SECONDS = 90.0  # for all rounds that are timed after the race
+TIMING_SECONDS = 60.0  # for all rounds that are timed after the race
 
 
 @dataclass
