@@ -235,7 +235,7 @@ def load_demo(name: str) -> tuple[Path, nn.Module, object]:
     """A model of `MODELS` with its FlashHead; both are made at the first use."""
     folder = MODELS[name][0]
     fetch(name, folder)
-    print("Loading the model. Its FlashHead is built once, in about two minutes.", flush=True)
+    print("Loading the model. Its FlashHead is built once.", flush=True)
     model, tokenizer = load(str(folder))
     # a race shows what FlashHead does, also where this machine would leave it out
     policy_of(get_flash_head(model)).dense = False

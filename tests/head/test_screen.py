@@ -88,6 +88,21 @@ def test_what_is_certain_is_the_dense_choice(path, room, scored_room, spread):
         assert certain[~wrong].mean() > 0.5
 
 
+def test_clusters_beyond_the_nearest_may_hold_the_choice(monkeypatch):
+    """Of which alone the operations compute the noise, where all draws have filters."""
+    monkeypatch.setattr(steps_module, "NEAREST", 2)
+    rng, settings = np.random.default_rng(7), DrawSettings(1.0, top_p=0.999)
+    draws = Draws.of([(settings, position_key(3, i)) for i in range(24)])
+    steps = steps_of(rng, PortableSteps)
+    case = case_of(rng, steps.clustered, 24, 1e-3, 0.0, 0.7, draws=draws)
+    certain = np.array(steps.screen(*case, 0.0).certain)
+    truth = next(truths(rng, steps.clustered, case, 1))
+    gumbel = to_numpy(noise_of_all(draws.keys, steps.clustered.vocab_size))
+    best = (truth + gumbel).argmax(axis=1)  # nearly no token is filtered
+    assert (best != to_numpy(case[1].tokens)).sum() > 5
+    assert not (certain & (best != to_numpy(case[1].tokens))).any()
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("cluster_size, n_clusters", [(1, 40), (16, 40), (3, 2100)])
 def test_the_kernels_say_what_the_operations_say(monkeypatch, dtype, cluster_size, n_clusters):
