@@ -115,6 +115,14 @@ def test_attach_and_detach(folder, companion, tmp_path):
     assert get_flash_head(other) is None and mx.array_equal(other(TOKENS), dense)
 
 
+def test_a_model_in_training_mode_is_refused(folder, companion):
+    model, tokenizer = mlx_lm.load(str(folder))
+    model.train()
+    with pytest.raises(ValueError, match="in training mode.*call model.eval"):
+        attach(model, tokenizer, str(companion))
+    assert get_flash_head(model) is None
+
+
 def test_attach_builds_for_a_model_from_anywhere(folder, quick):
     model, tokenizer = mlx_lm.load(str(folder))
     nn.quantize(model, group_size=64, bits=8)
