@@ -118,7 +118,7 @@ def test_attach_and_detach(folder, companion, tmp_path):
 def test_a_model_in_training_mode_is_refused(folder, companion):
     model, tokenizer = mlx_lm.load(str(folder))
     model.train()
-    with pytest.raises(ValueError, match="in training mode.*call model.eval"):
+    with pytest.raises(ValueError, match=r"in training mode.*call model\.eval"):
         attach(model, tokenizer, str(companion))
     assert get_flash_head(model) is None
 
