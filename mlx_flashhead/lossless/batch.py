@@ -60,6 +60,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         self._sequences: dict[int, Sequence] = {}  # by their numbers in mlx-lm's batch
         self._matchers: dict[Sequence, Any] = {}  # of those with stops of their own
         self._n_sequences = 0
+        self._to_drop: list[int] = []  # out of mlx-lm's batch, which copies its caches to do so
         self._scheduler = VerifyScheduler(self._proposer, self._snapshots)
         self.logprobs = logprobs
 
@@ -141,12 +142,15 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
                 )
                 rows = {i: proposed[place : place + 1] for place, i in enumerate(verified)}
             dense = [i for i in range(n) if i not in rows]
-            # a product of several states rounds otherwise in 16 bits
-            by_itself = proposer.head is not None and not proposer.unverified and n > 1
-            if by_itself and logits.dtype != mx.float32:
-                dense_logits = [proposer.dense_row(states[-1][i, -1:]) for i in dense]
-            else:
-                dense_logits = [logits[i : i + 1] for i in dense]
+            # in 16 bits, where a product of several states rounds otherwise than a verification
+            by_itself = proposer.verifies and 1 < n <= proposer.max_batch
+            by_itself = by_itself and logits.dtype != mx.float32
+            dense_logits = [
+                proposer.dense_row(states[-1][i, -1:])
+                if by_itself and proposer.can_verify(sequences[i])
+                else logits[i : i + 1]
+                for i in dense
+            ]
             rows |= self._choose_densely(dense, sequences, dense_logits, latest)
             chosen += [sequences[i].pending[-1] for i in dense]
             tokens = mx.concatenate([rows[i] for i in range(n)])
@@ -194,6 +198,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         known = {sequence.uid: sequence for sequence in self._sequences.values()}
         with mx.stream(self._stream):
             removed = {uid: self._leave(known[uid]) for uid in uids}
+            self._drop_all()
         return removed if return_prompt_caches else {}
 
     def extract_cache(self, uids: Rows[int]) -> dict[int, Any]:
@@ -220,6 +225,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         responses: list[Any] = []
         for sequence, accepted in self._scheduler.step(list(self._sequences.values()), read):
             responses += self._responses(sequence, accepted)
+        self._drop_all()
         self.count(len(responses) - len(steps))
         for prompt in prompts:
             if prompt.uid in self._sequences:
@@ -268,10 +274,15 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         if not self.is_generating(uid):
             n_cached = max(n_cached - 1, 0)  # its latest token is still to be fed
         cache = self._rolled_back(uid, n_cached, target)
-        self.drop(uid)
+        self._to_drop.append(uid)
         del self._sequences[uid]
         sequence.n_cached, sequence.rejected = target, False
         return cache
+
+    def _drop_all(self) -> None:
+        if self._to_drop:
+            self.drop(self._to_drop)
+            self._to_drop.clear()
 
     def _rolled_back(self, uid: int, n_cached: int, target: int) -> list[Any]:
         """A sequence's own caches, with ``target`` tokens of its text instead of ``n_cached``."""
@@ -287,6 +298,6 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
     def _snapshots(self, sequences: list[Sequence]) -> list[Snapshot]:
         """Snapshots of the batch's caches as they are, with each sequence's row in them."""
         layers = copied_layers(self.generation_cache)
-        rows = {self._sequences[uid]: i for i, uid in enumerate(self.generating)}
+        rows = {self._sequences.get(uid): i for i, uid in enumerate(self.generating)}
         unknown: list[int | None] = [None] * len(layers)
         return [Snapshot(s.n_cached, layers, unknown, rows[s]) for s in sequences]

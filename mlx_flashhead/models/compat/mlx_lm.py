@@ -222,8 +222,8 @@ class ChoosingBatchGenerator(BatchGenerator):
         cache, tokens = super().extract_cache([uid])[uid]
         return list(cache), tokens
 
-    def drop(self, uid: int) -> None:
-        super().remove([uid])
+    def drop(self, uids: list[int]) -> None:
+        super().remove(uids)
 
 
 class StateMachineStops:
