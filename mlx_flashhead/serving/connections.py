@@ -1,8 +1,8 @@
 """The front door: limits of connections and of time, errors of all requests, and the log.
 
 uvicorn waits for ever for a request's head and for a client that reads nothing, so its protocol has
-timers here. A connection carries one request: uvicorn stops reading when more bytes follow a
-request, and would then not see that the client has left.
+timers here. A connection carries one request: uvicorn stops reading when more bytes follow it, and
+would then not see that the client has left.
 """
 
 import asyncio
@@ -36,11 +36,6 @@ HEAD_SECONDS, BODY_SECONDS, WRITE_SECONDS = 10.0, 60.0, 30.0
 REFUSED_SECONDS, HALF_CLOSED_SECONDS = 2.0, 0.2
 # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
 _COOKIE_SETTINGS = f"Path=/; Max-Age={365 * 24 * 3600}; HttpOnly; SameSite=Strict"
-_CROSS_ORIGIN_HEADERS = {
-    "Access-Control-Allow-Methods": "GET, POST",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type",
-    "Vary": "Origin",
-}
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +46,7 @@ Waiting = dict[Any, "Connection"]
 class Connection(H11Protocol):
     """A connection of uvicorn's, with deadlines."""
 
-    def __init__(self, waiting: Waiting, **options: Any) -> None:
+    def __init__(self, waiting: Waiting, **options: Any):
         super().__init__(**options)
         self._waiting = waiting
         self._write_timer: TimerHandle | None = None
@@ -138,8 +133,7 @@ class Connection(H11Protocol):
 class FrontDoor:
     """An application behind the rules of access: it answers errors, and logs requests.
 
-    A request finds it as ``request.app``. What an endpoint adds to ``request.state.notes`` is
-    logged.
+    A request finds it as ``request.app``, and what it adds to ``request.state.notes`` is logged.
     """
 
     def __init__(self, app: ASGIApp, access: Access, waiting: Waiting):
@@ -147,13 +141,12 @@ class FrontDoor:
         self._answered: Counter[str] = Counter()  # requests in progress, by address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
+        method, path = scope["method"], scope["path"]
         notes: list[str] = []
         scope["state"]["notes"] = notes
         scope["app"] = self  # the router raises its 404 and 405 then
-        began, status = time.monotonic(), 0
+        began, status, received = time.monotonic(), 0, False  # received: the whole request
         problem: ApiError | None = None
-        received = headers.get("Content-Length", "0") == "0"  # the whole request
 
         async def receive_message() -> Message:
             nonlocal received
@@ -178,9 +171,8 @@ class FrontDoor:
 
         try:
             self.access.check(scope)
-            app: ASGIApp = self._app
-            if method == "OPTIONS":  # which requests a script of another site may send
-                app = Response(status_code=204)
+            # to OPTIONS, which requests a script of another site may send
+            app = Response(status_code=204) if method == "OPTIONS" else self._app
             with self._answering(scope) if method == "POST" else nullcontext():
                 await app(scope, receive_message, send_message)
         except ClientDisconnect:
@@ -232,7 +224,9 @@ class FrontDoor:
             headers["Set-Cookie"] = f"{COOKIE}={token}; {_COOKIE_SETTINGS}"
         origin = Headers(scope=scope).get("Origin", "")
         if origin in self.access.origins:
-            headers.update({"Access-Control-Allow-Origin": origin, **_CROSS_ORIGIN_HEADERS})
+            headers["Access-Control-Allow-Origin"], headers["Vary"] = origin, "Origin"
+            headers["Access-Control-Allow-Methods"] = "GET, POST"
+            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
 
 
 async def read_body(request: Request) -> bytes:

@@ -15,15 +15,13 @@ import mlx.core as mx
 from ..lossless.batch import VerifiedBatchGenerator
 from ..lossless.loop import drafted_steps, verified_steps
 from ..lossless.policy import Proposer
-from ..lossless.sampler import preserves_margins
 from ..models.compat.mlx_lm import (
     LRUPromptCache,
     can_trim_prompt_cache,
     make_prompt_cache,
     maybe_quantize_kv_cache,
-    trim_prompt_cache,
 )
-from .jobs import Job, LogitsProcessor, Progress
+from .jobs import Job, Progress
 
 # Seconds of a chunk. After it, other answers and cancelled requests have their turn.
 CHUNK_SECONDS = 0.4
@@ -51,26 +49,19 @@ class PrefillPace:
 class Reading:
     """A prompt in the course of being read, up to its last token, with which the answer begins."""
 
-    due = 0  # when so many tokens of all prompts have been read
-
-    def __init__(self, job: Job, caches: LRUPromptCache, flags: Namespace):
+    def __init__(self, job: Job, caches: LRUPromptCache, flags: Namespace, n_read: int):
         self.job, self._flags = job, flags
         self._all_tokens = job.all_tokens
         served = job.served
         self._models = [model for model in (served.model, served.draft_model) if model is not None]
-        tokens = self._all_tokens
-        # the cache of most of the prompt but its last token, from which the model goes on
-        cache, rest = caches.fetch_nearest_cache(served.name, tokens)
-        if not rest and can_trim_prompt_cache(cache):
-            trim_prompt_cache(cache, 1)
-            rest = tokens[-1:]
-        elif not rest:
-            tokens = tokens[:-1]
-            cache, rest = caches.fetch_nearest_cache(served.name, tokens)
-        self.done = len(tokens) - len(rest)
+        # of all but the last token, from which the model goes on: -1 is no token
+        before_last = [*self._all_tokens[:-1], -1]
+        cache, rest = caches.fetch_nearest_cache(served.name, before_last)
+        self.done = len(before_last) - len(rest)
         if cache is None:
             cache = [layer for model in self._models for layer in make_prompt_cache(model)]
         self.cache: KVCaches = cache
+        self.due = n_read + self.left  # when so many tokens of all prompts have been read
         if not job.alone:
             job.cached = self.done
 
@@ -82,10 +73,6 @@ class Reading:
     @property
     def cached(self) -> CachedTokens:
         return self._all_tokens[: self.done], self.cache
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.cache)
 
     def read(self, pace: PrefillPace) -> int:
         """Reads the next chunk and reports the progress. Returns the number of its tokens."""
@@ -129,18 +116,14 @@ def next_reading(readings: Sequence[Reading], turn: int) -> Reading:
 
 
 class Batch:
-    """Sequences of one kind, up to ``size``, whose tokens are verified together.
-
-    A batch pads every cache to the longest one. Prompts of similar lengths therefore share a batch:
-    a long text does not multiply the memory and the time of short questions.
-    """
+    """Sequences of one kind, up to ``size``, whose tokens are verified together."""
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
         self._kind, self.proposer = _kind_of(job), _proposer(job)
         sizes: Any = {"completion_batch_size": size, "prefill_batch_size": size, "stream": stream}
         self._generator = VerifiedBatchGenerator(job.served.model, proposer=self.proposer, **sizes)
         self._jobs: dict[int, Job] = {}
-        self._ended: dict[Job, CachedTokens] = {}  # at their greatest number of tokens
+        self._ended: dict[int, CachedTokens] = {}  # at their greatest number of tokens
 
     def fits(self, job: Job) -> bool:
         return self._kind == _kind_of(job)
@@ -151,7 +134,7 @@ class Batch:
         self._generator.logprobs = job.request.logprobs is not None
         (tokens, cache), last = reading.cached, job.prompt.tokens[-1:]
         held: Any = {"caches": [cache], "all_tokens": [tokens], "samplers": [job.sampler]}
-        held |= {"logits_processors": [_guarded(job)]}
+        held |= {"logits_processors": [job.processors]}
         (uid,) = self._generator.insert([last], [job.max_tokens], **held)
         self._jobs[uid] = job
 
@@ -162,27 +145,21 @@ class Batch:
     def step(self) -> list[Step]:
         """Takes one step. Of each sequence it may give no token, or several."""
         _, responses = self._generator.next()
-        for response in responses:
-            if response.finish_reason is not None:
-                job = self._jobs[response.uid]
-                self._ended[job] = (response.all_tokens, response.prompt_cache)
+        ended = (r for r in responses if r.finish_reason is not None)
+        self._ended |= {r.uid: (r.all_tokens, r.prompt_cache) for r in ended}
         return [(self._jobs[r.uid], r.token, r.logprobs) for r in responses]
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:
         """Removes some of the sequences, at least one. Returns the tokens and caches of these."""
         uids = [uid for uid, job in self._jobs.items() if job in jobs]
-        left = [uid for uid in uids if self._jobs[uid] not in self._ended]
+        left = [uid for uid in uids if uid not in self._ended]
         removed = self._generator.remove(left, return_prompt_caches=True)
         cached = [(tokens, cache) for cache, tokens in removed.values()]
-        gone = [self._jobs.pop(uid) for uid in uids]
-        cached += [self._ended.pop(job) for job in gone if job in self._ended]
+        cached += [self._ended.pop(uid) for uid in uids if uid in self._ended]
+        self._jobs = {uid: job for uid, job in self._jobs.items() if job not in jobs}
         if not self._jobs:
             self._generator.close()
         return cached
-
-    @property
-    def nbytes(self) -> int:
-        return self._generator.prompt_cache_nbytes
 
 
 class Single:
@@ -197,7 +174,7 @@ class Single:
             "prompt_cache": self._cache,
             "context": reading.cached[0],
             "proposer": self.proposer,
-            "logits_processors": _guarded(job),
+            "logits_processors": job.processors,
             "kv_bits": flags.kv_bits,
             "kv_group_size": flags.kv_group_size,
             "quantized_kv_start": flags.quantized_kv_start,
@@ -231,13 +208,10 @@ class Single:
                 cache.trim(cache.offset - n_held)
         return [(self._tokens[:n_held], self._cache)]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in self._cache)
-
 
 def _kind_of(job: Job) -> tuple:
-    """What sequences of one batch have in common."""
+    """What sequences of one batch have in common, which pads every cache to the longest one: a long
+    text does not multiply the memory and the time of short questions."""
     # 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on
     length_class = max(0, (len(job.prompt.tokens) - 1).bit_length() - 9) // 2
     return job.served, job.request.n_probes, job.request.dense, length_class
@@ -247,21 +221,3 @@ def _proposer(job: Job) -> Proposer:
     served, request = job.served, job.request
     how: Any = {"verify": served.verify, "max_wait": served.max_wait}
     return Proposer(served.model, dense=request.dense, n_probes=request.n_probes, **how)
-
-
-def _guarded(job: Job) -> list[LogitsProcessor]:
-    """A sequence's processors, whose failures end this one alone."""
-
-    def guarded(processor: LogitsProcessor) -> LogitsProcessor:
-        def run(tokens: mx.array, logits: mx.array) -> mx.array:
-            if job.error is None:
-                try:
-                    return processor(tokens, logits)
-                except BaseException as error:  # a panic of a library in Rust is no Exception
-                    job.error = error
-            return logits
-
-        run.preserves_margins = preserves_margins(processor)  # type: ignore[attr-defined]
-        return run
-
-    return [guarded(processor) for processor in job.processors]

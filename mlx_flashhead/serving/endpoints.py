@@ -28,7 +28,6 @@ from .responses import PAGE_ROUTES, ApiError, dumps, json_response
 from .served_models import ServedModel
 
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
-TEXT_PATHS = ("/v1/completions",)
 _PREPARED_AT_ONCE = 8
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -49,21 +48,21 @@ class Api:
 
     def router(self) -> Router:
         """The paths."""
-        posts = [Route(path, self.complete, methods=["POST"]) for path in CHAT_PATHS + TEXT_PATHS]
-        gets = [
+        posts = (*CHAT_PATHS, "/v1/completions")
+        routes = [Route(path, self.complete, methods=["POST"]) for path in posts]
+        routes += [
             Route("/health", self.health),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.show_model),
             Route("/page/info.json", self.page_info),
         ]
-        return Router([*posts, *gets, *PAGE_ROUTES], redirect_slashes=False)
+        return Router(routes + PAGE_ROUTES, redirect_slashes=False)
 
-    def fail_answers(self, message: str, *, for_good: bool = False) -> None:
-        """Ends the answers in progress with an error; ``for_good`` also those to come."""
-        problem = ApiError(message, status=503)
-        self.end = problem if for_good else self.end
+    def end_answers(self, message: str) -> None:
+        """Ends the answers in progress, and those to come, with an error."""
+        self.end = ApiError(message, status=503)
         for answer in list(self.answers):
-            answer.put((0, problem))
+            answer.put((0, self.end))
 
     async def health(self, request: HttpRequest) -> Response:
         status = self.engine.status

@@ -4,8 +4,10 @@ import math
 import secrets
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from queue import SimpleQueue
 from typing import Any
@@ -20,20 +22,17 @@ from ..models.compat.mlx_lm import (
 )
 from ..models.libraries import apply_template
 from ..structured.grammar import GrammarProcessor
-from .requests import Request, read_request
+from .requests import Request
 from .responses import ApiError, loads
 from .served_models import ServedModel
 
-TOKENIZE_SECONDS = 5.0
 PART = 4096  # characters that are tokenized at once to see whether a text is too long
 MAX_TOKENS_PER_CUT = 16  # that a text has in addition if it is tokenized in two parts
 SECONDS_PER_MASK = 0.005  # of an answer in a form: all others wait for its mask
 VERY_UNLIKELY = -9999.0  # OpenAI's value for a token that is too unlikely to have a logprob
-_THOUGHT_TAIL = 11  # tokens at a prompt's end in which a thought's beginning is searched
 
 # (id, log-probability) of a chosen token, and then of the likeliest tokens at its place, in order.
 TokenLogprobs = list[tuple[int, float]]
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -91,10 +90,8 @@ class AnswerText:
         self._call = ""  # that is being written
 
     def add(self, token: int | None) -> Token:
-        """Adds a token, or ends the answer with None.
-
-        Returns what is certain now, which a stop text may end.
-        """
+        """Adds a token, or ends the answer with None. Returns what is certain now, which a stop
+        text may end."""
         if token is None:
             self._detokenizer.finalize()
         else:
@@ -138,7 +135,6 @@ class Job:
     cancelled: bool = False  # nobody wants the answer any more
     ended: bool = False  # its last event has been emitted
     alone: bool = False  # goes on by itself, after a failure of a step that it shared
-    error: BaseException | None = None  # of one of its processors
 
     def __post_init__(self):
         request, self.served = self.request, self.request.served
@@ -147,14 +143,16 @@ class Job:
         # function that fails while MLX compiles it leaves unusable.
         seed = secrets.randbits(64) if request.seed is None else request.seed % 2**64 + self.index
         self.sampler = make_sampler(**request.sampling, seed=seed)
-        # Each is called once for every token, with all tokens so far, and may hold a state. Arrays
-        # that it holds must be evaluated already: it is called in another thread.
-        self.processors: list[LogitsProcessor] = make_logits_processors(**request.penalties)
-        self.processors += [] if self.grammar is None else [self.grammar]
+        # Arrays that these hold must be evaluated already: they are called in another thread.
+        self.processors: list[Any] = make_logits_processors(**request.penalties)
+        if self.grammar is not None:  # without its `begin`: a text may go on after a failure
+            keep_form = partial(self.grammar)
+            keep_form.preserves_margins = True  # type: ignore[attr-defined]
+            self.processors.append(keep_form)
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
         tokenizer, begins = self.served.tokenizer, (self.prompt.state, self.prompt.keep_space)
-        self._text = AnswerText(tokenizer, request.stop_machine, *begins)
+        self._text = AnswerText(tokenizer, request.stop, *begins)
 
     @property
     def all_tokens(self) -> list[int]:
@@ -168,12 +166,8 @@ class Job:
         self.events.put((self.index, event))
 
     def take(self, token: int, logprobs: mx.array) -> bool:
-        """Reports a generated token. Returns whether the answer is complete.
-
-        An error of one of its processors is raised, and an ApiError if its form cannot be followed.
-        """
-        if self.error is not None:
-            raise RuntimeError(f"A logits processor has failed: {self.error}") from self.error
+        """Reports a generated token. Returns whether the answer is complete. An ApiError if its
+        form cannot be followed."""
         self.tokens.append(token)
         self.times[1:] = [time.monotonic()]
         if token in self.served.tokenizer.eos_token_ids:
@@ -219,9 +213,8 @@ def read_jobs(
         raise ApiError(f"The body is not JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise ApiError("The body must be a JSON object.")
-    request = read_request(fields, chat=chat, models=models, defaults=flags)
-    prompts = read_prompts(request)
-    grammar = None
+    request = Request(fields, chat=chat, models=models, defaults=flags)
+    prompts, grammar = read_prompts(request), None
     if request.form is not None:
         tokenizer, limit = request.served.tokenizer, {"seconds_per_mask": SECONDS_PER_MASK}
         # an answer has its form once the thought is at its end that the prompt begins
@@ -252,8 +245,8 @@ def read_prompts(request: Request) -> list[Prompt]:
             state = "reasoning"
     landmarks: list[int] = []
     if not served.cuttable:
-        # the next prompt lacks a thought that this one's end begins
-        at_end = thought >= max(0, len(tokens) - _THOUGHT_TAIL)
+        # the next prompt lacks a thought that begins in the last tokens of this one
+        at_end = thought >= max(0, len(tokens) - 11)
         landmarks = [*_end_of_system(request, tokens), thought if at_end else len(tokens) - 1]
     return [Prompt(tokens, tuple(landmarks), state, keep_space=request.form is not None)]
 
@@ -275,30 +268,25 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
 def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options: Any) -> list[int]:
     """The tokens of a prompt that the context has room for."""
     encode, context = served.tokenizer.encode, served.context
-
-    def too_long(length: str) -> ApiError:
-        reason = f"since the answer needs one of the context's {context:,}"
-        most = f"at most {context - 1:,} are read, {reason}"
-        refusal = f"The prompt has {length} tokens, and {most}: send less."
-        return ApiError(refusal, field, code="context_length_exceeded")
-
     tokens: Any = prompt
+    n_least = 0  # tokens, as far as they have been counted
     if isinstance(prompt, str):
-        n_tokens, ends = 0, time.monotonic() + TOKENIZE_SECONDS
         # a tokenizer cannot be interrupted, so a long text is counted in parts first
         parts = range(0, len(prompt), PART) if len(prompt.encode()) >= context else ()
-        for n_cuts, start in enumerate(parts):
-            n_tokens += len(encode(prompt[start : start + PART], add_special_tokens=False))
-            if n_tokens - n_cuts * MAX_TOKENS_PER_CUT > context:
-                raise too_long(f"more than {context:,}")
-            if time.monotonic() > ends:
-                limit = f"within {TOKENIZE_SECONDS:g} seconds"
-                raise ApiError(f"The prompt could not be made tokens {limit}: send less.", field)
-        tokens = encode(prompt, **options)
+        for start in parts:
+            n_least += len(encode(prompt[start : start + PART], add_special_tokens=False))
+            n_least -= MAX_TOKENS_PER_CUT if start else 0
+            if n_least > context:
+                break
+        else:
+            tokens = encode(prompt, **options)
     if not tokens:
         raise ApiError("The prompt is empty: it needs at least one token.", field)
-    if len(tokens) >= context:
-        raise too_long(f"{len(tokens):,}")
+    if n_least > context or len(tokens) >= context:
+        length = f"more than {context:,}" if n_least > context else f"{len(tokens):,}"
+        most = f"at most {context - 1:,} are read, since the answer needs one of the context's"
+        refusal = f"The prompt has {length} tokens, and {most} {context:,}: send less."
+        raise ApiError(refusal, field, code="context_length_exceeded")
     return tokens
 
 
@@ -307,11 +295,9 @@ def _end_of_system(request: Request, tokens: list[int]) -> list[int]:
     system = [*takewhile(lambda message: message["role"] == "system", request.messages)]
     if len(system) in (0, len(request.messages)):
         return []
-    other = [*system, {"role": "user", "content": ""}]
-    try:
-        text = _render(request, other, answer=False)
-    except ApiError:
-        return []  # an answer does not need landmarks
-    shared = request.served.tokenizer.encode(text, add_special_tokens=False)
-    differ = (i for i, (a, b) in enumerate(zip(shared, tokens, strict=False)) if a != b)
-    return [next(differ, 0)]
+    with suppress(ApiError):  # an answer does not need landmarks
+        text = _render(request, [*system, {"role": "user", "content": ""}], answer=False)
+        shared = request.served.tokenizer.encode(text, add_special_tokens=False)
+        differ = (i for i, (a, b) in enumerate(zip(shared, tokens, strict=False)) if a != b)
+        return [next(differ, 0)]
+    return []

@@ -14,19 +14,13 @@ from starlette.routing import Route
 MAX_DEPTH = 100  # levels; readers and writers of JSON call themselves for each
 FOLDER = Path(__file__).parent / "page"
 _TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".mjs": "text/javascript; charset=utf-8",
+    ".html": "text/html",
+    ".css": "text/css",
+    **dict.fromkeys((".js", ".mjs"), "text/javascript"),
     ".woff2": "font/woff2",
     ".json": "application/json",
     ".png": "image/png",
     ".webmanifest": "application/manifest+json",
-}
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
 }
 # Allows the page's own files only, without scripts or styles in the text or a frame around it.
 # Only DOMPurify may turn a text into HTML, and connection.js start a worker.
@@ -56,12 +50,8 @@ class ApiError(ValueError):
 
 
 def loads(text: bytes) -> Any:
-    """Reads JSON.
-
-    Raises:
-        ValueError: If the text is not JSON, is nested too deeply, or holds a number that is not
-            finite or half of a character, which no tokenizer takes.
-    """
+    """Reads JSON. ValueError if it is none, or too deep, or holds a number that is not finite or
+    half of a character, which no tokenizer takes."""
     try:
         decoded = text.decode("utf-8-sig")
         value = json.loads(decoded, parse_constant=_finite_number, parse_float=_finite_number)
@@ -91,11 +81,8 @@ def _finite_number(text: str) -> float:
 
 def dumps(value: Any) -> str:
     """Writes JSON, with null for numbers that are not finite."""
-    try:
-        return json.dumps(value, allow_nan=False)
-    except ValueError:
-        finite = json.loads(json.dumps(value), parse_constant=lambda constant: None)
-        return json.dumps(finite)
+    finite = json.loads(json.dumps(value), parse_constant=lambda constant: None)
+    return json.dumps(finite)
 
 
 def json_response(value: Any, status: int = 200) -> Response:
@@ -104,27 +91,19 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 
 async def page_file(request: Request) -> Response:
-    """A file of the page.
-
-    A Home Screen app does not share the browser's cookies, so the manifest's start address carries
-    the client's token, if the server has one.
-    """
-    path, token = request.scope["path"], request.app.access.shown_token(request.scope)
-    query = "" if token is None else f"?token={token}"
-    if path == "/":
-        text, link = (FOLDER / "index.html").read_text("utf-8"), 'href="/manifest.webmanifest'
-        return _page_response(text.replace(link, link + query), ".html")
-    if path == "/manifest.webmanifest":
-        manifest = json.loads((FOLDER / "manifest.webmanifest").read_text("utf-8"))
-        manifest["start_url"] += query
-        return _page_response(json.dumps(manifest), ".webmanifest")
-    if path == "/page/files.json":
+    """A file of the page. A Home Screen app does not share the browser's cookies, so links to the
+    manifest and from there to the page carry the client's token, if the server has one."""
+    name = request.path_params.get("name", request.scope["path"][1:] or "index.html")
+    if name == "files.json":
         return _page_response(json.dumps(sorted(page_names())), ".json")
     # looked up in a listing, since a client's text must not become a path
-    name = request.path_params.get("name", path[1:])
     if name not in page_names():
         raise HTTPException(404)
-    return _page_response((FOLDER / name).read_bytes(), Path(name).suffix)
+    content, token = (FOLDER / name).read_bytes(), request.app.access.shown_token(request.scope)
+    if token and "name" not in request.path_params:
+        for link in (b'href="/manifest.webmanifest', b'"start_url": "/'):
+            content = content.replace(link, link + f"?token={token}".encode())
+    return _page_response(content, Path(name).suffix)
 
 
 # A worker serves the addresses beside and below its own, so it is outside of /page/.
@@ -148,5 +127,6 @@ def page_names() -> frozenset[str]:
 
 
 def _page_response(content: str | bytes, suffix: str, policy=_POLICY, status=200) -> Response:
-    headers = {"Content-Type": _TYPES[suffix], "Content-Security-Policy": policy}
-    return Response(content, status, headers | _HEADERS)
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+    headers |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+    return Response(content, status, headers, media_type=_TYPES[suffix])

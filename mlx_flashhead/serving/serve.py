@@ -20,13 +20,12 @@ from ..common.command import from_extra, printable
 from .access import MAX_HEAD_BYTES, Access, access_of
 from .connections import MAX_WAITING, Connection, FrontDoor, Waiting
 from .endpoints import Api
-from .engine import SHUTTING_DOWN, Engine
+from .engine import Engine
 from .served_models import load_models
 
 # A token or a chunk of a prompt is computed within this time, or the process ends without it.
 END_SECONDS = 3.0
-_LOOK_SECONDS = 0.5
-LOST = "The server does not come back from a computation: start it again."
+SHUTTING_DOWN = "The server is shutting down."
 
 
 class Server(uvicorn.Server):
@@ -83,28 +82,24 @@ def serve(flags: Namespace) -> None:
 
 async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.socket) -> None:
     api = Api(flags, engine)
-    server = Server(api.router(), access, lambda: api.fail_answers(SHUTTING_DOWN, for_good=True))
+    server = Server(api.router(), access, lambda: api.end_answers(SHUTTING_DOWN))
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as by nohup
         signal.signal(signal.SIGHUP, server.handle_exit)
     serving = asyncio.create_task(server.serve([port]))
     loading: asyncio.Future[Any] = asyncio.wrap_future(engine.models)
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-    failed = loading.exception() if loading.done() else None
-    if failed is not None:
-        server.should_exit = True
-    elif loading.done():  # the address comes last, so it stays in sight
+    if loading.done() and loading.exception() is None:  # the address comes last, in sight
         models = ", ".join(f"{served.name} ({served.decoding()})" for served in loading.result())
         number = port.getsockname()[1]
         where = url(own_address(flags.host), number).rstrip("/")
         print(f"Serving {models} at {where} (Ctrl-C ends it)", flush=True)
         if access.token is not None:
             announce(flags.host, number, access.token, sys.stdout)
-    while not (await asyncio.wait({serving}, timeout=_LOOK_SECONDS))[0]:
-        if loading.done() and not engine.healthy:
-            api.fail_answers(LOST)
+    else:
+        server.should_exit = True
     await serving
-    if failed is not None:
-        raise failed
+    if loading.done():
+        loading.result()  # or why loading has failed
 
 
 def own_address(host: str) -> str:
@@ -126,14 +121,12 @@ def url(host: str, port: int, token: str | None = None) -> str:
 
 
 def announce(host: str, port: int, token: str, out: TextIO) -> None:
-    """Prints how another device opens the page and uses the API of a server on ``host``.
-
-    The page's part comes last, and is on the screen if that has 80 columns and 24 lines. Its code
-    is for a dark terminal, but for one with colours, where it brings its own.
-    """
+    """Prints how another device opens the page and uses the API of a server on ``host``. The page's
+    part comes last, and is on the screen if that has 80 columns and 24 lines."""
     address = own_address(host)
     page = url(address, port, token)
-    before, after = ("\x1b[97;40m", "\x1b[0m") if out.isatty() else ("", "")  # white on black
+    # white on black: the code is for a dark terminal
+    before, after = ("\x1b[97;40m", "\x1b[0m") if out.isatty() else ("", "")
     try:
         segno = from_extra("segno", "qr", "A QR code of this address")
         made, lines = segno.make(page, error="l", micro=False), io.StringIO()

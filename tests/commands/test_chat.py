@@ -180,7 +180,6 @@ def test_every_command_over_pipes(typed, converted, folder):
         ("", "backend 'mlx': MLX finds no Apple GPU on this machine."),
         ("", "3 messages, "),
         ("", f"last answer: {ANSWER_TOKENS} tokens, "),
-        ("", f"1 answer of {ANSWER_TOKENS} tokens"),
         ("/probes 1", "1 of 17 clusters"),
         ("/reset", "A new conversation"),
         ("Hello", "tokens/s"),
@@ -193,7 +192,10 @@ def test_every_command_over_pipes(typed, converted, folder):
         ("/foo bar", "no command /foo"),
         ("/save", "needs the name of a file"),
         ("/load absent/chat.json", "chat.json"),
-        ("/load notes.txt", "does not hold a conversation"),
+        *(
+            (f"{command} notes.txt", "does not hold a conversation")
+            for command in session.WITH_FILES
+        ),
         ('"""/And\nthen?"""', "tokens/s"),
         (" /a message", "tokens/s"),
         ("/save chat.json", "Wrote 7 messages to chat.json"),
@@ -234,7 +236,7 @@ def test_flags_of_the_command_line(typed, converted):
     flags = ("--model", converted, "--temp", 1, "--n-probes", 1, "--max-kv-size", 24, "--seed")
     texts = [typed("Hello\n/stats\n", *flags, seed) for seed in (1, 1, 2)]
     assert texts[0][0] == texts[1][0] != texts[2][0]
-    assert "1 of 17 clusters" in texts[0][1] and "--max-kv-size has no effect" in texts[0][1]
+    assert "1 of 17 clusters" in texts[0][1]
 
 
 def test_a_conversation_goes_on_over_pipes(typed, refused, converted, folder, monkeypatch):
@@ -249,12 +251,12 @@ def test_a_conversation_goes_on_over_pipes(typed, refused, converted, folder, mo
     stored.parent.mkdir(parents=True)
     stored.write_text("{")
     said = refused("chat", *arguments)
-    assert "not JSON" in said and "without --resume" in said
+    assert "does not hold a conversation" in said and "without --resume" in said
     stored.write_text("[]")
     first, said = typed("Hello\n", *arguments)
     assert "0 messages" in said
     second, said = typed("Go on\n", *arguments)
-    assert first + second == both and "2 messages; last: Hello" in said
+    assert first + second == both and "2 messages" in said
     assert len(messages(stored)) == 4
 
     def full(*_):

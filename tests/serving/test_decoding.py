@@ -3,9 +3,7 @@ is generated as if it were alone, in a batch or by itself."""
 
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-import mlx.core as mx
 import mlx_lm
 import pytest
 
@@ -16,7 +14,6 @@ from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.loading import background as build
 from mlx_flashhead.loading.sources import HeadOptions
 from mlx_flashhead.lossless.policy import policy_of
-from mlx_flashhead.models.compat.mlx_lm import KVCache, LRUPromptCache
 from mlx_flashhead.serving.decoding import (
     CHUNK_SECONDS,
     SMALLEST_CHUNK,
@@ -49,7 +46,7 @@ def test_a_long_prompt_does_not_pad_the_caches_of_short_ones(start):
     engine = start()
     text = [LONG[i % 400] for i in range(1100)]  # beyond the 1,024 of a first class
     long, short = endless(engine, text), endless(engine, SHORT)
-    sizes = sorted(decoder.nbytes for decoder in engine._decoders)
+    sizes = sorted(decoder._generator.prompt_cache_nbytes for decoder in engine._decoders)
     assert len(sizes) == 2 and 4 * sizes[0] < sizes[1]
     long.cancelled = short.cancelled = True
 
@@ -142,23 +139,6 @@ def test_caches_are_bounded(start):
     for prompt in (LONG, LONG[:100]):
         tokens_of(one := submit(engine, prompt))
         assert one.cached == 0
-
-
-def test_room_is_made_for_caches_in_use():
-    def filled():
-        cache = KVCache()
-        cache.update_and_fetch(*[mx.zeros((1, 1, 256, 1))] * 2)
-        return [cache]
-
-    served, caches = SimpleNamespace(name="a model"), LRUPromptCache(8)
-    limit = SimpleNamespace(prompt_cache_bytes=3 * filled()[0].nbytes)
-    engine = SimpleNamespace(_flags=limit, _caches=caches, _decoders=[], _readings=[])
-    for number in range(4):
-        engine._readings = [SimpleNamespace(nbytes=1)] * (number == 3)
-        Engine._store(engine, served, ([number, *range(255)], filled()))
-    found = [caches.fetch_nearest_cache("a model", [number, 0, 7])[0] for number in range(4)]
-    assert found.count(None) == 2
-    assert caches.fetch_nearest_cache("another", [3, 0, 7])[0] is None
 
 
 @pytest.mark.parametrize("drafts", [False, True])

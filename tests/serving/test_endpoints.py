@@ -89,7 +89,7 @@ def test_clients_learn_that_the_server_ends(api, engine, send, stream):
     job = engine.next_job()
     if stream:
         job.emit(Token("A"))
-    api.fail_answers(SHUTTING_DOWN, for_good=True)
+    api.end_answers(SHUTTING_DOWN)
     for ended in (connection, send()):
         status, body = answer(ended)
         *_, last = body.strip().splitlines()
