@@ -299,7 +299,7 @@ def byte_level_tokenizer(metadata: dict[str, Any], *pieces: splits.PreTokenizer)
     """Byte-level BPE within the ``pieces`` of a text, to which no token is added."""
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary(metadata), merges=merges))
-    tokenizer.pre_tokenizer = splits.Sequence(pieces)
+    tokenizer.pre_tokenizer = splits.Sequence(list(pieces))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(added_tokens(metadata, SPECIAL_TOKEN))
     return tokenizer

@@ -153,9 +153,9 @@ def test_qwen2_has_biases_and_the_rows_of_its_head(tmp_path):
         write = writer.add_float32 if name == "rope_theta" else writer.add_uint32
         write(f"qwen2.{key}", sizes[name])
     writer.add_float32("qwen2.attention.layer_norm_rms_epsilon", 1e-6)
-    writer.add_token_list([*letters, *(f"<{i}>" for i in range(44))])
-    writer.add_token_types([1] * 256 + [3] * 44)
-    writer.add_token_merges([])
+    writer.add_token_list([*letters, *(f"<{i}>" for i in range(43)), "in"])
+    writer.add_token_types([1] * 256 + [3] * 43 + [1])
+    writer.add_token_merges(["i n"])
     writer.add_eos_token_id(256)
     writer.add_bos_token_id(257)
     writer.add_pad_token_id(257)
@@ -176,8 +176,9 @@ def test_qwen2_has_biases_and_the_rows_of_its_head(tmp_path):
         tree_flatten(loaded.parameters()), tree_flatten(model.parameters()), strict=True
     ):
         assert mx.array_equal(array, expected), name
-    text = "don't 123\n\n  é<3>"
+    text = "don't in 123\n\n  é<3>"
     assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert 299 in tokenizer.encode(text)
     assert tokenizer.eos_token_ids == {256}
 
 
