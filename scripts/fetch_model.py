@@ -302,6 +302,7 @@ def byte_level_tokenizer(metadata: dict[str, Any], *pieces: splits.PreTokenizer)
     tokenizer.pre_tokenizer = splits.Sequence(list(pieces))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(added_tokens(metadata, SPECIAL_TOKEN))
+    tokenizer.add_tokens(added_tokens(metadata, USER_DEFINED_TOKEN))
     return tokenizer
 
 
