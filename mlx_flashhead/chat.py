@@ -41,22 +41,23 @@ def main() -> None:
     import mlx.core as mx
 
     from .chatting.conversation import FILES, Conversation, last_conversation
-    from .chatting.session import COMMANDS, WITH_FILES, ChatSession
+    from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
     from .common.terminal import Terminal
     from .loading.background import IdleBuild, background_build
     from .loading.load import load_with_head
     from .loading.sources import LATER, HeadOptions
     from .lossless.sampler import make_sampler
     from .models.fetch import resolve
+    from .models.install import get_flash_head
 
-    if mx.distributed.init().size() > 1:
-        raise ValueError("A chat runs in one process: use mlx_lm.chat on several machines.")
     resumed = last_conversation() if args.resume else []
     how = HeadOptions.from_flags(args, dense=args.dense)
     folder, trusts = resolve(args.model), {"trust_remote_code": args.trust_remote_code}
     model, tokenizer, _ = load_with_head(
         folder, how, adapter_path=args.adapter_path, tokenizer_config=trusts, **trusts
     )
+    if args.n_probes and (args.dense or args.no_build) and get_flash_head(model) is None:
+        raise ValueError(NO_FLASH_HEAD)
     mx.random.seed(args.seed)
     conversation = Conversation(
         model, tokenizer, system_prompt=args.system_prompt, max_kv_size=args.max_kv_size

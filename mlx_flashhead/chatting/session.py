@@ -83,8 +83,7 @@ class ChatSession:
                 except (ValueError, OSError) as error:
                     say(sentence(error))
             except EOFError:
-                if interactive:
-                    say("")
+                say("")
                 return
             except KeyboardInterrupt:  # at the prompt, or when an answer has just ended
                 if not interactive:

@@ -6,7 +6,6 @@ While prompts wait, answers in progress have at most half of the time.
 import copy
 import gc
 import logging
-import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -19,14 +18,11 @@ import mlx.core as mx
 
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
 from ..models.compat.mlx_lm_0_31 import let_thread_draw
-from .decoding import CHUNK_SECONDS, Batch, PrefillPace, Reading, Single, next_reading
+from .decoding import CHUNK_SECONDS, Batch, Reading, Single, next_chunk, next_reading
 from .jobs import Job
 from .responses import ApiError
 from .served_models import ServedModel
 
-_IDLE_SECONDS = 0.1
-STUCK_SECONDS = 300.0  # of one turn: no chunk of a prompt takes as long
-MOST_BUILD_SECONDS = 0.2  # of a build at once, while answers are written
 FAILING = 3  # answers, one after the other, that failed by the server's fault
 
 logger = logging.getLogger(__name__)
@@ -43,14 +39,11 @@ class Engine:
         self._waiting: list[Job] = []
         self._readings: list[Reading] = []
         self._decoders: list[Batch | Single] = []
-        limits = flags.prompt_cache_size, flags.prompt_cache_bytes or 1 << 63
-        self._caches = LRUPromptCache(*limits)
-        self._pace = PrefillPace(flags.prefill_step_size)
+        self._caches = LRUPromptCache(flags.prompt_cache_size, flags.prompt_cache_bytes or 1 << 63)
+        self._chunk = min(32, flags.prefill_step_size)  # tokens of a prompt to read at once
         self._n_read = self._n_chunks = 0  # of all prompts: tokens and chunks
         self._overtime = 0.0  # seconds of answers, beyond half of the time
-        self._build_seconds = 0.0  # that a build may take while answers are written
         self._n_failures = 0  # since the latest answer that was completed
-        self._latest_turn = math.inf  # nothing is stuck before the first one
         self._thread = Thread(target=self._run, args=(load,), name="generation", daemon=True)
         self._thread.start()
 
@@ -66,8 +59,7 @@ class Engine:
             return "shutting down"
         if not self.models.done():
             return "loading"
-        stuck = time.monotonic() - self._latest_turn > STUCK_SECONDS
-        return "failing" if stuck or self._n_failures >= FAILING else "ok"
+        return "failing" if self._n_failures >= FAILING else "ok"
 
     def close(self, seconds: float) -> bool:
         """Ends the thread, amid answers. Returns whether it did within ``seconds``."""
@@ -88,7 +80,6 @@ class Engine:
             self._ended.set()
         turn_failed = False
         while not self._ended.is_set():
-            self._latest_turn = time.monotonic()
             try:
                 self._take_turns()
                 turn_failed = False
@@ -107,7 +98,7 @@ class Engine:
 
     def _take_turns(self) -> None:
         self._receive()
-        self._drop_cancelled()
+        self._drop_ended()
         began = time.perf_counter()
         has_read = self._read()
         now = time.perf_counter()
@@ -116,36 +107,29 @@ class Engine:
         if self._overtime <= 0:
             until = now - self._overtime
             while self._decode() and time.perf_counter() < until and self._arrived.empty():
-                self._drop_cancelled()
+                self._drop_ended()
             self._overtime = min(max(0.0, time.perf_counter() - until), CHUNK_SECONDS)
-        self._build(time.perf_counter() - began)
+        self._build()
 
     @property
     def _begun(self) -> list[Job]:
-        jobs = [reading.job for reading in self._readings]
-        jobs += [job for decoder in self._decoders for job in decoder.jobs]
-        return [*dict.fromkeys(jobs)]
+        jobs = [job for decoder in self._decoders for job in decoder.jobs]
+        return [*(reading.job for reading in self._readings), *jobs]
 
     @property
     def _busy(self) -> bool:
         return bool(self._waiting or self._readings or self._decoders)
 
-    def _build(self, seconds: float) -> None:
-        """Advances a build: in idle time, else for a fourth of the answers' ``seconds``."""
-        if not self._builds:
+    def _build(self) -> None:
+        """Advances a build, in idle time."""
+        if self._busy or not self._builds:
             return
-        self._build_seconds = min(self._build_seconds + seconds / 4, MOST_BUILD_SECONDS)
-        served, busy = self._builds[0], self._busy
-        dense = served.head is None
-        if busy and (self._build_seconds <= 0 or not dense):
-            return  # a speed that is measured beside answers says little
-        began, build = time.perf_counter(), served.build
+        served = self._builds[0]
+        build, dense = served.build, served.head is None
         assert build is not None
         try:
             more = build.advance() or build.install()
             if dense and served.head is not None:
-                for decoder in self._decoders:
-                    decoder.proposer.look_for_head()
                 logger.info("%s is served with its FlashHead from now on", served.name)
         except BaseException as error:
             logger.warning("%s stays dense: %s", served.name, error)
@@ -154,13 +138,11 @@ class Engine:
             build.drop()
             served.build = None
             del self._builds[0]
-        if busy:
-            self._build_seconds -= time.perf_counter() - began
 
     def _receive(self) -> None:
         if not self._busy and not self._builds:
             with suppress(Empty):
-                self._waiting.append(self._arrived.get(timeout=_IDLE_SECONDS))
+                self._waiting.append(self._arrived.get(timeout=0.1))
         while not self._arrived.empty():
             self._waiting.append(self._arrived.get())
         n_free = self._flags.decode_concurrency - len(self._begun)
@@ -174,17 +156,16 @@ class Engine:
                 except BaseException as error:
                     self._fail(job, error)
 
-    def _drop_cancelled(self) -> None:
-        self._waiting = [job for job in self._waiting if job.wanted]
-        for reading in [r for r in self._readings if not r.job.wanted]:
+    def _drop_ended(self) -> None:
+        self._waiting = [job for job in self._waiting if not job.ended]
+        for reading in [r for r in self._readings if r.job.ended]:
             self._readings.remove(reading)
             self._store(reading.job.served, reading.cached)
         for decoder in list(self._decoders):
-            self._remove(decoder, [job for job in decoder.jobs if not job.wanted])
+            self._remove(decoder, [job for job in decoder.jobs if job.ended])
 
     def _read(self) -> bool:
-        """Reads a chunk of one prompt, which is decoded when it is complete. Returns whether there
-        was one."""
+        """Reads a chunk of a prompt; at its end the answer begins. Returns whether it has read."""
         if not self._readings:
             return False
         self._n_chunks += 1
@@ -192,10 +173,13 @@ class Engine:
         job = reading.job
         try:
             if reading.left:
-                self._n_read += reading.read(self._pace)
+                began, n_read = time.perf_counter(), reading.read(self._chunk)
+                took, largest = time.perf_counter() - began, self._flags.prefill_step_size
+                self._chunk = next_chunk(self._chunk, n_read, took, largest)
+                self._n_read += n_read
             shared = not reading.left and any(other.prompt is job.prompt for other in self._waiting)
             if shared or reading.done in job.prompt.landmarks:
-                self._store(job.served, copy.deepcopy(reading.cached), "user")
+                self._store(job.served, copy.deepcopy(reading.cached))
             if not reading.left:
                 self._readings.remove(reading)
                 self._begin(reading)
@@ -209,7 +193,7 @@ class Engine:
         if job.alone or not job.served.batchable or self._flags.kv_bits is not None:
             self._decoders.append(Single(reading, self._flags, self._stream))
             return
-        batches = (d for d in self._decoders if isinstance(d, Batch) and d.fits(job))
+        batches = (d for d in self._decoders if isinstance(d, Batch) and d.kind == job.kind)
         if (batch := next(batches, None)) is None:
             batch = Batch(job, self._flags.decode_concurrency, self._stream)
             self._decoders.append(batch)
@@ -266,19 +250,16 @@ class Engine:
         """Those that are wanted go on from their accepted tokens, each by itself."""
         for job in jobs:
             job.alone = True
-        self._waiting = [*(job for job in jobs if job.wanted), *self._waiting]
+        self._waiting = [*(job for job in jobs if not job.ended), *self._waiting]
 
-    def _store(self, served: ServedModel, cached: tuple, kind: str = "assistant") -> None:
-        """Keeps tokens and their cache, which must not change any more, as far as there is room.
-
-        Of mlx-lm's kinds "system", "user" and "assistant" the last is dropped first.
-        """
+    def _store(self, served: ServedModel, cached: tuple) -> None:
+        """Keeps tokens and their cache, which must not change any more."""
         tokens, cache = cached
         try:
             if tokens:
                 # evaluated, since an unevaluated part of a batch's cache keeps the whole of it
                 mx.eval([layer.state for layer in cache])
-                self._caches.insert_cache(served.name, tokens, cache, cache_type=kind)
+                self._caches.insert_cache(served.name, tokens, cache)
         except BaseException as error:
             logger.warning("A prompt's cache is not stored: %s", error, exc_info=error)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -46,8 +46,7 @@ class Prompt:
     keep_space: bool = False  # whether a space at the answer's beginning is part of it
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """The prompt has been read as far as ``done`` of its ``total`` tokens."""
 
     done: int
@@ -72,16 +71,12 @@ class Token:
 
 
 class AnswerText:
-    """The text of one answer, which is emitted as soon as a part is certain.
-
-    It ends before a text of ``stop``, and begins in a ``state`` of mlx-lm's names. mlx-lm's
-    detokenizers drop a space at its beginning, unless ``keep_space`` is set.
-    """
+    """The text of one answer, which is emitted as soon as a part is certain. It ends before a text
+    of ``stop``, and begins in a ``state`` of mlx-lm's names."""
 
     def __init__(self, tokenizer: Any, stop: TextStateMachine, state: str, keep_space=False):
         self._detokenizer = tokenizer.detokenizer
-        if keep_space:
-            # they keep a space that follows another word
+        if keep_space:  # detokenizers drop one at the beginning, not after another word
             for token in tokenizer.encode("a", add_special_tokens=False):
                 self._detokenizer.add_token(token)
             _ = self._detokenizer.last_segment
@@ -89,21 +84,21 @@ class AnswerText:
         self._parts = make_text_state_machine(tokenizer).make_state(state)
         self._call = ""  # that is being written
 
-    def add(self, token: int | None) -> Token:
-        """Adds a token, or ends the answer with None. Returns what is certain now, which a stop
-        text may end."""
-        if token is None:
-            self._detokenizer.finalize()
-        else:
+    def add(self, token: int | None, *, last: bool = False) -> Token:
+        """Adds a token, if there is one, and may end the answer. Returns what is certain now, which
+        a stop text may end."""
+        if token is not None:
             self._detokenizer.add_token(token)
+        if last:
+            self._detokenizer.finalize()
         text = self._detokenizer.last_segment
         self._until_stop, ((_, text), *_) = TextStateMachine.split(self._until_stop, text)
         stopped = self._until_stop[0] is None
-        if token is None and not stopped:
+        if last and not stopped:
             self._until_stop, held, _ = TextStateMachine.flush(self._until_stop)
             text += held
         self._parts, parts = TextStateMachine.split(self._parts, text)
-        if token is None or stopped:  # what may have begun a marker is none, and a call ends
+        if last or stopped:  # what may have begun a marker is none, and a call ends
             self._parts, held, name = TextStateMachine.flush(self._parts)
             parts += [(name, held), ("normal", "")]
         certain = Token(finish_reason="stop" if stopped else None)
@@ -125,25 +120,21 @@ class Job:
 
     request: Request
     prompt: Prompt
-    # takes (index, event) by put, from the engine's thread, and must not raise: a Progress, a
-    # Token, or a failure, within the server or an ApiError of the request
+    # takes (index, event) by put, from the engine's thread: a Progress, a Token, or an error
     events: Any = field(default_factory=SimpleQueue)
     index: int = 0  # of this answer within its request
-    # keeps the answer in a form, and allows the end token alone when that is complete
-    grammar: GrammarProcessor | None = None
+    grammar: GrammarProcessor | None = None  # keeps the answer in a form
     cached: int = 0  # tokens of the prompt that a cache held
-    cancelled: bool = False  # nobody wants the answer any more
-    ended: bool = False  # its last event has been emitted
+    ended: bool = False  # its last event has been emitted, or its client has left
     alone: bool = False  # goes on by itself, after a failure of a step that it shared
 
     def __post_init__(self):
         request, self.served = self.request, self.request.served
         self.max_tokens = min(request.max_tokens, self.served.context - len(self.prompt.tokens))
-        # OpenAI's seeds may be negative. Without one, MLX's random state decides nothing, which a
-        # function that fails while MLX compiles it leaves unusable.
+        # OpenAI's seeds may be negative. MLX's random state decides nothing: it is left unusable by
+        # a function that fails while MLX compiles it.
         seed = secrets.randbits(64) if request.seed is None else request.seed % 2**64 + self.index
         self.sampler = make_sampler(**request.sampling, seed=seed)
-        # Arrays that these hold must be evaluated already: they are called in another thread.
         self.processors: list[Any] = make_logits_processors(**request.penalties)
         if self.grammar is not None:  # without its `begin`: a text may go on after a failure
             keep_form = partial(self.grammar)
@@ -155,12 +146,16 @@ class Job:
         self._text = AnswerText(tokenizer, request.stop, *begins)
 
     @property
-    def all_tokens(self) -> list[int]:
-        return self.prompt.tokens + self.tokens
+    def kind(self) -> tuple:
+        """What jobs of one batch have in common. It pads their caches to the longest one, so a long
+        text would multiply the memory and the time of short questions."""
+        # 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on
+        length_class = max(0, (len(self.prompt.tokens) - 1).bit_length() - 9) // 2
+        return self.served, self.request.n_probes, self.request.dense, length_class
 
     @property
-    def wanted(self) -> bool:
-        return not (self.cancelled or self.ended)
+    def all_tokens(self) -> list[int]:
+        return self.prompt.tokens + self.tokens
 
     def emit(self, event: Progress | Token | BaseException) -> None:
         self.events.put((self.index, event))
@@ -170,22 +165,20 @@ class Job:
         form cannot be followed."""
         self.tokens.append(token)
         self.times[1:] = [time.monotonic()]
-        if token in self.served.tokenizer.eos_token_ids:
-            if self.grammar and (problem := self.grammar.problem):
-                why = f"The form cannot be followed any further ({problem}): simplify it."
-                raise ApiError(why, "response_format")
-            event = self._text.add(None)
-            event.finish_reason = "stop"
-        else:
-            event = self._text.add(token)
-            if event.finish_reason is None and len(self.tokens) >= self.max_tokens:
-                event.add(self._text.add(None))
-                event.finish_reason = event.finish_reason or "length"
-            if self.request.logprobs is not None:
-                event.logprobs = token_logprobs(logprobs, token, self.request.logprobs)
-        self.ended = event.finish_reason is not None
+        ends = token in self.served.tokenizer.eos_token_ids
+        if ends and self.grammar and (problem := self.grammar.problem):
+            why = f"The form cannot be followed any further ({problem}): simplify it."
+            raise ApiError(why, "response_format")
+        last = ends or len(self.tokens) >= self.max_tokens
+        event = self._text.add(None if ends else token, last=last)
+        if last:
+            event.finish_reason = "stop" if ends else event.finish_reason or "length"
+        if self.request.logprobs is not None and not ends:
+            event.logprobs = token_logprobs(logprobs, token, self.request.logprobs)
+        complete = event.finish_reason is not None
+        self.ended |= complete
         self.emit(event)
-        return self.ended
+        return complete
 
 
 def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs:
@@ -202,18 +195,15 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
 def read_jobs(
     body: bytes, *, chat: bool, models: Sequence[ServedModel], flags: Namespace
 ) -> list[Job]:
-    """A job for each answer to a request.
-
-    Templates and grammars have limits of time and memory, and whatever else takes time grows with
-    the body alone. An ApiError names the field that is wrong.
-    """
+    """A job for each answer to a request. An ApiError names the field that is wrong. Templates and
+    grammars have limits of time and memory, and all else takes time with the body alone."""
     try:
         fields = loads(body)
     except ValueError as error:
         raise ApiError(f"The body is not JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise ApiError("The body must be a JSON object.")
-    request = Request(fields, chat=chat, models=models, defaults=flags)
+    request = Request(fields, chat=chat, models=models, flags=flags)
     prompts, grammar = read_prompts(request), None
     if request.form is not None:
         tokenizer, limit = request.served.tokenizer, {"seconds_per_mask": SECONDS_PER_MASK}
@@ -238,16 +228,12 @@ def read_prompts(request: Request) -> list[Prompt]:
     text = _render(request, request.messages)
     tokens = _tokens(served, text, "messages", add_special_tokens=False)
     state = tokenizer.response_initial_state or "normal"
-    thought = -1  # where one begins in the prompt
-    if tokenizer.has_thinking:
-        thought = tokenizer.rfind_think_start(tokens)
-        if not tokenizer.response_initial_state and thought > tokenizer.rfind_think_end(tokens):
-            state = "reasoning"
+    if tokenizer.has_thinking and not tokenizer.response_initial_state:
+        begun = tokenizer.rfind_think_start(tokens) > tokenizer.rfind_think_end(tokens)
+        state = "reasoning" if begun else state
     landmarks: list[int] = []
-    if not served.cuttable:
-        # the next prompt lacks a thought that begins in the last tokens of this one
-        at_end = thought >= max(0, len(tokens) - 11)
-        landmarks = [*_end_of_system(request, tokens), thought if at_end else len(tokens) - 1]
+    if not served.cuttable:  # the next prompt may lack this one's last tokens, as for a thought
+        landmarks = [*_end_of_system(request, tokens), max(1, len(tokens) - 11)]
     return [Prompt(tokens, tuple(landmarks), state, keep_space=request.form is not None)]
 
 

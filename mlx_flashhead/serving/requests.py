@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..models.compat.mlx_lm import TextStateMachine
@@ -10,8 +10,7 @@ from ..structured.grammar import Grammar
 from .responses import ApiError, loads
 from .served_models import ServedModel
 
-# Greatest number of texts of a request: n times the number of its prompts.
-MAX_CHOICES = 16
+MAX_CHOICES = 16  # texts of a request: n times the number of its prompts
 MAX_LOGPROBS = 20
 # Characters of a schema, an expression or a grammar; OpenAI's limit for a schema is of this size.
 MAX_CHARACTERS = 100_000
@@ -25,8 +24,8 @@ _COUNT, _SHARE = (int, 0, 2**31 - 1), (float, 0, 1)
 # Of each field its type, a number's type and limits, or the only values that it may have.
 _FIELDS: dict[str, Any] = {
     **dict.fromkeys(("model", "stop", "response_format", "regex", "grammar"), object),
-    "stream": bool,
-    "stream_options": dict,
+    **dict.fromkeys(("stream", "dense"), bool),
+    **dict.fromkeys(("stream_options", "logit_bias"), dict),
     "n": (int, 1, MAX_CHOICES),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), (int, 1, 2**31 - 1)),
     "temperature": (float, 0, 2),  # as OpenAI's
@@ -36,9 +35,7 @@ _FIELDS: dict[str, Any] = {
     "repetition_penalty": (float, 0, 1e30),
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), (float, -1e30, 1e30)),
     **dict.fromkeys((f"{kind}_context_size" for kind in _PENALTIES), _COUNT),
-    "logit_bias": dict,
     "seed": (int, -(2**63), 2**64 - 1),
-    "dense": bool,
     "num_draft_tokens": (int, 1, 64),
     # labels, without effect
     **dict.fromkeys(("user", "metadata", "safety_identifier", "prompt_cache_key"), object),
@@ -46,8 +43,7 @@ _FIELDS: dict[str, Any] = {
     "service_tier": ["auto", "default"],
 }
 _CHAT_FIELDS: dict[str, Any] = _FIELDS | {
-    "messages": list,
-    "tools": list,
+    **dict.fromkeys(("messages", "tools"), list),
     "tool_choice": ["auto", "none"],
     "chat_template_kwargs": dict,
     "logprobs": bool,
@@ -65,27 +61,12 @@ _TEXT_FIELDS: dict[str, Any] = _FIELDS | {
 _STREAM_OPTIONS = {"include_usage": bool, "include_obfuscation": [False]}
 # A schema is always obeyed, strict or not.
 _SCHEMA_FIELDS = {"name": str, "description": str, "strict": bool, "schema": object}
-_GRAMMARS: dict[str, Callable[[Any], Grammar]] = {
-    "json_schema": Grammar.from_json_schema,
-    "regex": Grammar.from_regex,
-    "grammar": Grammar.from_lark,
-}
 
 
 class Request:
-    """A checked request, of its JSON. An ApiError names the field that is wrong.
+    """A checked request, of its JSON and the server's flags. An ApiError names a wrong field."""
 
-    ``defaults`` are the server's flags.
-    """
-
-    def __init__(
-        self,
-        body: dict[str, Any],
-        *,
-        chat: bool,
-        models: Sequence[ServedModel],
-        defaults: Namespace,
-    ):
+    def __init__(self, body: dict, *, chat: bool, models: Sequence[ServedModel], flags: Namespace):
         self.chat = chat  # otherwise it continues texts
         self.served = served = find_model(models, body.get("model"))
         n_clusters = served.head.n_clusters if served.head else 2**31 - 1
@@ -105,7 +86,7 @@ class Request:
             most = f"at most {MAX_CHOICES} texts are made for a request"
             raise ApiError(f"n times the number of prompts is {n_texts}: {most}.", "n")
         # of an answer; the context may leave room for fewer
-        self.max_tokens: int = get("max_completion_tokens", get("max_tokens", defaults.max_tokens))
+        self.max_tokens: int = get("max_completion_tokens", get("max_tokens", flags.max_tokens))
         ends = [(text, None) for text in _stop(get("stop", []))]  # texts before which it ends
         self.stop = TextStateMachine({"normal": ends} if ends else None)
         self.form = _form(fields)  # of an answer; None for any text
@@ -120,7 +101,7 @@ class Request:
         if self.n_probes is not None and (self.dense or served.head is None):
             reason = "dense scores every token" if self.dense else "This model has no FlashHead"
             raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
-        self.num_draft_tokens: int = get("num_draft_tokens", defaults.num_draft_tokens)
+        self.num_draft_tokens: int = get("num_draft_tokens", flags.num_draft_tokens)
         # of so many likeliest tokens beside each token's; None: of none
         self.logprobs: int | None = get("logprobs")
         if chat:
@@ -128,13 +109,13 @@ class Request:
                 raise wrong("top_logprobs", "needs logprobs to be true.")
             self.logprobs = get("top_logprobs", 0) if self.logprobs else None
         self.seed: int | None = get("seed")
-        temp, top_k = get("temperature", defaults.temp), get("top_k", defaults.top_k)
-        top_p, tokenizer = get("top_p", defaults.top_p), served.tokenizer
+        temp, top_k = get("temperature", flags.temp), get("top_k", flags.top_k)
+        top_p, tokenizer = get("top_p", flags.top_p), served.tokenizer
         self.sampling = {  # arguments of make_sampler, without the seed
             "temp": 0.0 if top_p == 0 or temp < _MIN_TEMPERATURE else temp,  # 0: the likeliest
             "top_p": top_p,
             "top_k": top_k if top_k < served.vocab_size else 0,  # that of all tokens cuts none off
-            "min_p": get("min_p", defaults.min_p),
+            "min_p": get("min_p", flags.min_p),
             "xtc_probability": get("xtc_probability", 0.0),
             "xtc_threshold": get("xtc_threshold", 0.1),
             "xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
@@ -156,12 +137,11 @@ def find_model(models: Sequence[ServedModel], name: Any) -> ServedModel:
     """The served model of that name; the first without a name."""
     if name in (None, "default_model"):  # mlx-lm's word for the model of --model
         return models[0]
-    for served in models:
-        if name in served.names:
-            return served
-    names = " or ".join(name for served in models for name in served.names)
-    refusal = f"No model of that name is served here: choose {names}."
-    raise ApiError(refusal, "model", status=404, code="model_not_found")
+    by_name = {known: served for served in models for known in served.names}
+    if not isinstance(name, str) or name not in by_name:
+        refusal = f"No model of that name is served here: choose {' or '.join(by_name)}."
+        raise ApiError(refusal, "model", status=404, code="model_not_found")
+    return by_name[name]
 
 
 def _checked(fields: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,11 +173,9 @@ def _logit_bias(biases: dict[str, Any], served: ServedModel) -> dict[int, float]
     bias = {}
     for key, value in biases.items():
         token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
-        if not 0 <= token < served.vocab_size:
-            known = f"this model has {served.vocab_size}: choose 0 to {served.vocab_size - 1}"
-            raise wrong("logit_bias", f"names the token {key[:20]}, but {known}.")
-        if type(value) not in (int, float):
-            raise wrong("logit_bias", "must give each token id a number.")
+        if not 0 <= token < served.vocab_size or type(value) not in (int, float):
+            last = served.vocab_size - 1
+            raise wrong("logit_bias", f"must give each token id a number: choose 0 to {last}.")
         bias[token] = float(max(-_MAX_BIAS, min(_MAX_BIAS, value)))
     return bias or None
 
@@ -215,31 +193,32 @@ def _stop(stop: Any) -> tuple[str, ...]:
 
 def _form(fields: dict[str, Any]) -> Grammar | None:
     """The form of the answer: ``regex`` or ``grammar``, alone or within ``response_format``."""
-    # each with its place in the request, its kind, and what describes it
-    forms = [(kind, kind, fields[kind]) for kind in ("regex", "grammar") if kind in fields]
+    # each with its place in the request, what makes it, and what describes it
+    makers: dict[str, Any] = {"regex": Grammar.from_regex, "grammar": Grammar.from_lark}
+    forms = [(kind, make, fields[kind]) for kind, make in makers.items() if kind in fields]
     field = "response_format"
     if (value := fields.get(field)) is not None:
         kind = value.get("type") if isinstance(value, dict) else None
-        if kind not in (kinds := ("text", "json_object", "json_schema", "regex", "grammar")):
+        if kind not in (kinds := ("text", "json_object", "json_schema", *makers)):
             raise wrong(field, f"must be an object with a type: {', '.join(kinds)}.")
         where, described = f"{field}.{kind}", _checked(value, {"type": str, kind: object}).get(kind)
         if kind == "json_object":
-            forms.append((where, "json_schema", {"type": "object"}))
+            forms.append((where, Grammar.from_json_schema, {"type": "object"}))
         elif kind == "json_schema":
             if not isinstance(described, dict) or not described.get("name"):
                 raise ApiError(f'{where} must be an object with a "name" and a "schema".', field)
             schema = _checked(described, _SCHEMA_FIELDS).get("schema", {"type": "object"})
-            forms.append((f"{where}.schema", kind, schema))
+            forms.append((f"{where}.schema", Grammar.from_json_schema, schema))
         elif kind != "text":
-            forms.append((where, kind, described))
+            forms.append((where, makers[kind], described))
     if len(forms) > 1:
         raise ApiError("An answer has one form: give response_format, regex or grammar.", field)
-    for where, kind, value in forms:
+    for where, make, value in forms:
         field = where.partition(".")[0]
         if len(json.dumps(value)) > MAX_CHARACTERS:
             raise wrong(field, f"is longer than {MAX_CHARACTERS:,} characters: simplify it.")
         try:
-            return _GRAMMARS[kind](value)
+            return make(value)
         except ValueError as error:
             raise ApiError(f"{where}: {error}", field) from None
     return None
@@ -273,19 +252,17 @@ def _template_settings(settings: dict[str, Any], served: ServedModel) -> dict[st
 
 def _prompts(prompts: Any, served: ServedModel) -> list[str | list[int]]:
     """The texts or token ids to continue."""
+    last = served.vocab_size - 1
 
     def are_tokens(value: Any) -> bool:
-        return isinstance(value, list) and all(type(token) is int for token in value)
+        return isinstance(value, list) and all(type(i) is int and 0 <= i <= last for i in value)
 
     if isinstance(prompts, str) or (prompts and are_tokens(prompts)):
         prompts = [prompts]
     sound = isinstance(prompts, list) and prompts
     if not sound or not all(isinstance(prompt, str) or are_tokens(prompt) for prompt in prompts):
-        raise wrong("prompt", "must be a text, a list of texts, or token ids.")
-    last = served.vocab_size - 1
-    tokens = (token for prompt in prompts if not isinstance(prompt, str) for token in prompt)
-    if not all(0 <= token <= last for token in tokens):
-        raise wrong("prompt", f"holds a token that this model does not have: choose 0 to {last}.")
+        which = f"token ids: choose 0 to {last}"
+        raise wrong("prompt", f"must be a text, a list of texts, or {which}.")
     return prompts
 
 

@@ -23,16 +23,11 @@ from .endpoints import Api
 from .engine import Engine
 from .served_models import load_models
 
-# A token or a chunk of a prompt is computed within this time, or the process ends without it.
-END_SECONDS = 3.0
 SHUTTING_DOWN = "The server is shutting down."
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with a front door and limits of connections.
-
-    ``end_answers`` is called when it shuts down.
-    """
+    """uvicorn's server, with a front door and limits of connections."""
 
     def __init__(self, app: Any, access: Access, end_answers: Callable[[], None] = lambda: None):
         self._end_answers = end_answers
@@ -56,17 +51,12 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Ends the server at a signal, the process at a second one.
-
-        Threads of C++ abort while an interpreter is finalized, so neither signal does that.
-        """
+        """Ends the server at a signal, the process at a second one. Neither finalizes the
+        interpreter, where threads of C++ abort."""
         if self.should_exit:
             os._exit(128 + sig)
         self.should_exit = True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._end_answers()
-        await super().shutdown(sockets)
 
 
 def serve(flags: Namespace) -> None:
@@ -77,7 +67,7 @@ def serve(flags: Namespace) -> None:
         try:
             asyncio.run(_serve(flags, engine, access, port))
         finally:
-            engine.close(END_SECONDS)
+            engine.close(3.0)  # a token or a chunk of a prompt is computed by then
 
 
 async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.socket) -> None:
@@ -156,10 +146,8 @@ def log_requests(level: str) -> None:
     handler.format = lambda record: printable(formatter.format(record))  # type: ignore[method-assign]
     logging.basicConfig(handlers=[handler])
     logging.getLogger(__name__.partition(".")[0]).setLevel(level)
-    # transformers warns of long prompts, which the server rejects itself
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    # uvicorn warns of what clients do; the front door logs failures
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    for chatty in ("transformers", "uvicorn"):  # they warn of what clients do
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
 
 
 @contextmanager

@@ -81,9 +81,10 @@ def load_models(args: Namespace) -> list[ServedModel]:
     models = [_load(args, args.model, default=True)]
     models += [_load(args, path, default=False) for path in args.allow_models]
     names = [name for served in models for name in served.names]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        remedy = "rename a folder, or leave one out"
-        raise ValueError(f"Two of the models have the name {twice}: {remedy}.")
+    if len({*names}) < len(names):
+        raise ValueError(
+            f"Two of the models have one name, of {', '.join(names)}: rename a folder."
+        )
     return models
 
 

@@ -37,21 +37,17 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("models")
     add("--model", "Folder or repository of any model that mlx-lm loads.", required=True)
     add("--served-model-name", "Another name for it, which answers carry.", metavar="NAME")
-    more = "Further models that requests may name. They are loaded at the start and stay in memory."
-    add("--allow-models", more, [], nargs="+", metavar="MODEL")
-    probes = "Clusters scored per token, unless a request gives n_probes (default: the FlashHead's)"
-    add("--n-probes", probes, type=whole_number(1))
+    add("--allow-models", "Models for requests that name them", [], nargs="+", metavar="MODEL")
+    add("--n-probes", "Clusters scored per token (default: the FlashHead's)", type=whole_number(1))
     add_answering_options(group)
     switch("--dense", "Take the normal (dense) head, unless a request says otherwise.")
     add("--adapter-path", "Folder of LoRA adapters for --model.")
     add("--draft-model", "A model that drafts tokens for --model.")
-    draft = "Clusters scored per drafted token (default: as many as read a tenth of its head)."
-    add("--draft-probes", draft, type=whole_number(1))
+    add("--draft-probes", "The same per drafted token (default: few)", type=whole_number(1))
     add("--num-draft-tokens", "Tokens drafted at once", 3, type=whole_number(1, 64))
     switch("--trust-remote-code", "Run Python code of these models.")
     add("--chat-template", "A chat template in place of the one of --model.")
-    settings = 'Settings of the chat template, such as {"enable_thinking": false}'
-    add("--chat-template-args", settings, {}, type=json_object, metavar="JSON")
+    add("--chat-template-args", 'Such as {"enable_thinking": false}', {}, type=json_object)
 
     group = parser.add_argument_group("defaults of requests")
     add("--temp", "Temperature", 0.0, type=number(0, 100))
@@ -61,36 +57,26 @@ def make_parser() -> Parser:
     add("--max-tokens", "Tokens of an answer", 512, type=whole_number(1))
 
     group = parser.add_argument_group("limits")
-    context = "Tokens of a prompt and its answer together (default: the model's limit)"
-    add("--context-size", context, type=whole_number(2), metavar="TOKENS")
+    add("--context-size", "Most tokens of a prompt and its answer", type=whole_number(2))
     add("--max-body-bytes", "Largest body of a request", "4M", type=size, metavar="SIZE")
-    concurrency = "Answers that are made at once; others wait"
-    add("--decode-concurrency", concurrency, 32, type=whole_number(1, 1024))
-    wait = "Verify, and send text, at least this often; 0 takes the normal head (default: fastest)"
-    add("--max-wait", wait, type=number(0, 1), metavar="SECONDS")
+    add("--decode-concurrency", "Answers at once; others wait", 32, type=whole_number(1, 1024))
+    add("--max-wait", "Most SECONDS until text is verified (default: fastest)", type=number(0, 1))
     add("--prefill-step-size", "Most tokens of a prompt read at once", 2048, type=whole_number(1))
     add("--prompt-cache-size", "Number of caches of earlier prompts", 10, type=whole_number(0))
-    memory = "Memory for these caches, such as 4G (default: no limit)"
-    add("--prompt-cache-bytes", memory, type=size, metavar="SIZE")
-    bits = "Quantize caches; answers then take turns instead of sharing a batch (default: none)"
-    add("--kv-bits", bits, type=one_of(2, 3, 4, 5, 6, 8))
+    add("--prompt-cache-bytes", "Memory for them, such as 4G (default: no limit)", type=size)
+    add("--kv-bits", "Bits of quantized caches; answers take turns", type=one_of(2, 3, 4, 5, 6, 8))
     add("--kv-group-size", "Group size of quantized caches", 64, type=one_of(32, 64, 128))
-    start = "Tokens from which a cache is quantized"
-    add("--quantized-kv-start", start, 5000, type=whole_number(0))
+    add("--quantized-kv-start", "First token that is quantized", 5000, type=whole_number(0))
 
     group = parser.add_argument_group("network")
     add("--host", "Address to listen on (default: 127.0.0.1); any other needs the token")
     add("--port", "Port to listen on; 0 takes a free one", 8080, type=whole_number(0, 65535))
-    lan = "Listen on all interfaces, so that an iPad can open the page; prints the address and a "
-    switch("--lan", lan + "QR code. Every client needs the token that they carry.")
-    hosts = "Further names of this machine, with commas between, such as mac.fritz.box"
-    add("--allowed-hosts", hosts, [], type=methodcaller("split", ","))
-    origins = "Origins of other sites whose scripts may use the API, such as https://chat.example"
-    add("--allowed-origins", origins, [], type=methodcaller("split", ","))
-    token, place = "File of the token, made at the first start", "~/.config/mlx_flashhead/lan-token"
-    add("--token-file", token, Path(place), type=Path)
-    log = "INFO logs a line for each answer, without prompts and answers"
-    add("--log-level", log, "INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    switch("--lan", "Listen on all interfaces, for iPads; prints the address with the token")
+    names = methodcaller("split", ",")
+    add("--allowed-hosts", "More names of this machine, such as mac.fritz.box,nas", [], type=names)
+    add("--allowed-origins", "Sites whose scripts may use the API, with commas", [], type=names)
+    add("--token-file", "File of the token", Path("~/.config/mlx_flashhead/lan-token"), type=Path)
+    add("--log-level", "INFO logs answers", "INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     return parser
 
 
@@ -98,8 +84,6 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
     """Ends the command with a sentence if the flags contradict each other; fills in the host."""
     if args.dense and args.n_probes is not None:
         parser.error("--dense scores every token: leave --n-probes out")
-    if args.draft_probes is not None and args.draft_model is None:
-        parser.error("--draft-probes are a draft model's: add --draft-model, or leave it out")
     if args.host is None:
         args.host = "0.0.0.0" if args.lan else "127.0.0.1"
     elif args.lan and is_loopback(args.host):

@@ -25,7 +25,7 @@ def served_model(folder: Path, context=512) -> ServedModel:
 
 def checked(served: ServedModel, body: dict, *, chat: bool = True, arguments=()):
     """A request, read."""
-    return Request(body, chat=chat, models=[served], defaults=flags(*arguments))
+    return Request(body, chat=chat, models=[served], flags=flags(*arguments))
 
 
 def job(engine, tokens, max_tokens=8, processors=(), landmarks=(), **fields):

@@ -17,7 +17,7 @@ from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.serving.decoding import (
     CHUNK_SECONDS,
     SMALLEST_CHUNK,
-    PrefillPace,
+    next_chunk,
     next_reading,
 )
 from mlx_flashhead.serving.engine import Engine
@@ -48,7 +48,7 @@ def test_a_long_prompt_does_not_pad_the_caches_of_short_ones(start):
     long, short = endless(engine, text), endless(engine, SHORT)
     sizes = sorted(decoder._generator.prompt_cache_nbytes for decoder in engine._decoders)
     assert len(sizes) == 2 and 4 * sizes[0] < sizes[1]
-    long.cancelled = short.cancelled = True
+    long.ended = short.ended = True
 
 
 def test_seeds_repeat_whatever_else_is_drawn(engine):
@@ -94,7 +94,7 @@ def test_a_cache_with_drafts_is_cut_where_it_ends(drafting, flash):
     cancelled = endless(drafting, LONG[:70])
     for _ in range(4):
         until(cancelled, Token)
-    cancelled.cancelled = True
+    cancelled.ended = True
     after = ([*LONG[:60], *tokens, 60, 61], 60), ([*LONG[:70], 50, 50, 61], 70)
     for longer, n_cached in after:
         one = submit(drafting, longer)
@@ -166,19 +166,19 @@ def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(
     assert "Traceback" not in caplog.text
 
 
-def test_pace_finds_what_fits_into_a_chunks_time():
-    pace = PrefillPace(2048)
-
-    def took(seconds):
+def test_chunks_are_what_fits_into_their_time():
+    def chunk_after(seconds):
+        chunk = 32
         for _ in range(20):
-            pace.took(pace.n_tokens, seconds(pace.n_tokens))
-        return pace.n_tokens
+            chunk = next_chunk(chunk, chunk, seconds(chunk), 2048)
+        return chunk
 
-    for speed in (10_000, 1000):  # tokens a second, which are fewer far into a prompt
-        assert CHUNK_SECONDS / 4 <= took(lambda n: n / speed) / speed <= CHUNK_SECONDS  # noqa: B023
-    assert took(lambda n: 100.0) == SMALLEST_CHUNK
-    assert took(lambda n: 0.0) == 2048
-    assert PrefillPace(8).n_tokens == 8
+    for speed in (10_000, 1000):  # tokens a second
+        took = chunk_after(lambda n: n / speed) / speed  # noqa: B023
+        assert CHUNK_SECONDS / 4 <= took <= CHUNK_SECONDS
+    assert chunk_after(lambda n: 100.0) == SMALLEST_CHUNK
+    assert chunk_after(lambda n: 0.0) == 2048
+    assert next_chunk(32, 5, 0.0, 2048) == 32  # of a rest
 
 
 def test_whose_chunk_is_next():

@@ -79,7 +79,7 @@ class PanicError(BaseException):
 @pytest.mark.parametrize(
     "owner, names",
     [
-        (Engine, "_receive _drop_cancelled _read _begin _decode _remove _store _take_turns _build"),
+        (Engine, "_receive _drop_ended _read _begin _decode _remove _store _take_turns _build"),
         (LRUPromptCache, "fetch_nearest_cache insert_cache"),
         (Reading, "__init__ read _compute"),
         (Batch, "__init__ add step remove"),

@@ -134,7 +134,7 @@ CHAT_MISTAKES = {
     "messages[0].tool_calls": {
         "must be a list of calls": [message(tool_calls={}), message(tool_calls=[{}])],
         "arguments in JSON": [calling("{")],
-        "NaN is not": [calling('{"a": NaN}')],
+        "nan is not": [calling('{"a": NaN}')],
     },
     "model": {"choose tiny": ["gpt-4o", "", "/", 5]},
     "stream": {"true or false": [1]},
