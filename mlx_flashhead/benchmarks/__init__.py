@@ -3,8 +3,6 @@
 The choices of the flags are here, so that ``--help`` imports no library of models.
 """
 
-from typing import Any
-
 SHAPES = {  # of known heads: vocab_size, hidden_size
     "smollm2": (49152, 576),
     "gemma-3-270m": (262144, 640),
@@ -16,7 +14,4 @@ SHAPES = {  # of known heads: vocab_size, hidden_size
     "llama-3.2-1b": (128256, 2048),
     "llama-3.1-8b": (128256, 4096),
 }
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "greedy": {"temp": 0.0},
-    "top-p": {"temp": 0.8, "top_p": 0.95},
-}
+SAMPLERS = {"greedy": {"temp": 0.0}, "top-p": {"temp": 0.8, "top_p": 0.95}}
