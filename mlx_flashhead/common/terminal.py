@@ -18,7 +18,7 @@ from .command import printable
 
 PROMPT = "> "
 QUOTES = '"""'  # around several lines
-WIDE = (sys.maxsize, 0)  # a terminal of unknown size
+UNKNOWN_SIZE = (sys.maxsize, 0)  # a terminal of unknown size
 _WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\U00020000-\U0003fffd"
 # A word with the space before it. Chinese and Japanese have no spaces: each character is one.
 _UNIT = re.compile(rf"\n|[ \t]*[{_WIDE}]|[ \t]*[^ \t\n{_WIDE}]+|[ \t]+")
@@ -51,7 +51,9 @@ class Terminal:
         self.interactive = sys.stdin.isatty() and shown
         self._own = sys.stdout if shown else sys.stderr
         self._dim = shown and os.environ.get("TERM", "dumb") != "dumb"
-        self._wrap = WordWrap(lambda: shutil.get_terminal_size(WIDE).columns) if shown else None
+        self._wrap = (
+            WordWrap(lambda: shutil.get_terminal_size(UNKNOWN_SIZE).columns) if shown else None
+        )
         self._read_line: Callable[[], str] = input
         if self.interactive:
             try:
