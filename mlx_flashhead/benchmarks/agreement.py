@@ -63,10 +63,7 @@ def evaluate(
     counts = sorted({*(probe_counts or [*usual, head.unverified_probes])})
     for n_probes in counts:
         if not 1 <= n_probes <= head.n_clusters:
-            raise ValueError(
-                f"{n_probes} probes are not possible: this model has {head.n_clusters} clusters, "
-                f"so choose 1 to {head.n_clusters}."
-            )
+            raise ValueError(f"{n_probes} probes are not possible: choose 1 to {head.n_clusters}.")
     read = text_states(model, tokenizer, find_head(model), text, positions=positions)
     states, next_ids = take_all(read)
     rows, centroids = head.clustered.token_rows(), head.clustered.centroids

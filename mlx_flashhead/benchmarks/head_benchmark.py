@@ -60,17 +60,13 @@ def random_head(
     dtype: mx.Dtype = mx.float32,
     bits: int = 16,
 ) -> FlashHead:
-    """Random rows in random clusters of 16, with centroids of 4 bits where the width allows it.
-
-    Rows of fewer than 16 ``bits`` are quantized, 16 leaves them in ``dtype``. ValueError if they
-    cannot be quantized, or ``n_probes`` is too large.
-    """
+    """Random rows of ``dtype``, or of fewer than 16 bits, in random clusters of 16, with centroids
+    of 4 bits where the width allows it. ValueError if a number does not fit the sizes."""
     group_size, n_clusters = affine_group(hidden_size), -(-vocab_size // CLUSTER_SIZE)
     mx.random.seed(0)
     rows = Matrix(mx.random.normal((vocab_size, hidden_size), scale=0.05).astype(dtype))
     if bits != 16 and hidden_size % DEFAULT_GROUP:
-        wrong = f"A width of {hidden_size} cannot be quantized"
-        raise ValueError(f"{wrong}: leave the rows in 16 bits.")
+        raise ValueError(f"A width of {hidden_size} cannot be quantized: leave the 16 bits.")
     if bits != 16:
         rows = rows.quantize(bits=bits, group_size=DEFAULT_GROUP)
     matrix = Matrix(mx.random.normal((n_clusters, hidden_size), scale=0.05))
@@ -87,12 +83,9 @@ def random_head(
 
 
 def forms(head: FlashHead) -> dict[str, Form]:
-    """The ways to use a head, by name: functions of hidden states (R, D).
-
-    mlx-lm's dense form has the rows in the FlashHead's order, which does not change its time. The
-    FlashHead's dense product may be faster, since it lays the rows out for the CPU. FlashHead
-    scores the clusters of its verified proposals, at any number of positions.
-    """
+    """The ways to use a head, by name. mlx-lm's dense form has the rows in the FlashHead's order,
+    which does not change its time. The FlashHead's dense product may be faster, since it lays the
+    rows out for the CPU. FlashHead scores the clusters of its verified proposals."""
     rows = head.clustered.flat_rows().map(lambda array: array[: head.vocab_size])
     mx.eval(rows.arrays())
     return {
@@ -104,10 +97,8 @@ def forms(head: FlashHead) -> dict[str, Form]:
 
 
 def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
-    """Shapes, milliseconds and ratios of the medians, JSON-ready.
-
-    ``read_mb`` are weights that a call reads on this device if no two states share a cluster.
-    """
+    """Shapes, milliseconds and ratios of the medians, JSON-ready. ``read_mb`` are weights that a
+    call reads on this device if no two states share a cluster."""
     ms = {form: spread(times, 1000) for form, times in seconds.items()}
     best_dense = min((DENSE, OWN_DENSE), key=lambda form: ms[form]["median"])
     rows, centroids = head.clustered.rows, head.clustered.centroids.matrix

@@ -1,7 +1,6 @@
 """Times a model's decoding: dense, with FlashHead, and with FlashHead unverified.
 
-The dense model decodes with mlx-lm's loop and sampler. With FlashHead the loop and the sampler are
-this package's, and the time holds the verification of its tokens.
+The dense model has mlx-lm's loop and sampler, FlashHead this package's with its verification.
 """
 
 import argparse
@@ -47,9 +46,7 @@ class Form(NamedTuple):
         self, prompt: list[int], batch: int, n_tokens: int, sampling: dict
     ) -> tuple[float, list[int]]:
         """Seconds per token, the mean of ``n_tokens`` after the first, and the first text's tokens.
-
-        The end of a text does not end a run.
-        """
+        The end of a text does not end a run."""
         sampler, times, tokens = self.make_sampler(**sampling), [], []
         if batch == 1:
             limits = {"max_tokens": n_tokens + 1, "sampler": sampler}

@@ -31,10 +31,8 @@ Item = TypeVar("Item")
 
 
 class Case(NamedTuple):
-    """Forms that are timed in turns: by name, functions of the round's number that return seconds.
-
-    ``figures`` makes JSON-ready ones of the seconds by form.
-    """
+    """Forms that are timed in turns, by name: functions of the round's number that return seconds.
+    ``figures`` makes JSON-ready ones of the seconds by form."""
 
     name: str
     timers: Mapping[str, Callable[[int], float]]
@@ -56,11 +54,11 @@ def cells(spread: dict, decimals: int = 2) -> tuple[str, str]:
 def in_turns(
     timers: Mapping[Item, Callable[[int], float]], rounds: int
 ) -> Iterator[dict[Item, list[float]]]:
-    """Measures in turns: a round 0 to warm up, then ``rounds`` that count.
+    """Measures in turns: a round 0 to warm up, then ``rounds`` that count. Yields after each round
+    the seconds of the counted rounds so far, by name.
 
     The compared functions run once each in a round, so that a machine that heats up or shares its
-    cores slows all of them alike. Each round has another order, since a run leaves its pages and
-    caches behind. Yields after each round the seconds of the counted rounds so far, by name.
+    cores slows all of them alike, in another order each time, since a run leaves caches behind.
     """
     seconds: dict[Item, list[float]] = {name: [] for name in timers}
     draw = random.Random(0)
@@ -153,6 +151,5 @@ def _draw(tables: list[Table], path: str) -> None:
         axis.bar_label(bars, fmt=" %.2f")
         axis.set(title=fill(str(table.title), 75), xlabel=table.columns[1].header)
         axis.invert_yaxis()
-        axis.grid(axis="x", alpha=0.3)
         axis.margins(x=0.1)
     figure.savefig(path, dpi=110)

@@ -1,8 +1,7 @@
 """Puts three servers under load, in turns: with FlashHead, dense, and mlx-lm's own.
 
-Every server has a process of its own, and none of them keeps caches of prompts. Clients stream
-answers to prompts of different lengths, and some hang up after the first text. The other answers
-are compared with the answers to the same questions on their own.
+They keep no caches of prompts. Clients stream answers to prompts of different lengths, and some
+hang up after the first text. The other answers are compared with those to each question alone.
 """
 
 import argparse
@@ -37,18 +36,14 @@ MAX_PROBLEMS = 5  # that are shown
 
 
 class Reply(NamedTuple):
-    """An answer: its text, the server's count of tokens, and the seconds to the first text.
+    """An answer, the server's count of tokens, and the seconds to the first text. A client that
+    hangs up has no count, and the text as far as it came; a lost one has a problem."""
 
-    A client that hangs up has no count, and the text as far as it came; a lost one has a problem.
-    """
-
+    question: str
     text: str = ""
     n_tokens: int | None = None
     first_seconds: float | None = None
     problem: str | None = None
-
-
-Answered = tuple[str, Reply]  # a question with its reply
 
 
 def cases(args: argparse.Namespace) -> Generator[Case]:
@@ -71,7 +66,7 @@ def cases(args: argparse.Namespace) -> Generator[Case]:
             for name, port in ports.items()
         }
         for n in args.clients:
-            replies: dict[str, list[Answered]] = {name: [] for name in ports}
+            replies: dict[str, list[Reply]] = {name: [] for name in ports}
             timers = {
                 name: partial(visit, port, n, args.requests, args.tokens, replies[name])
                 for name, port in ports.items()
@@ -88,29 +83,27 @@ def questions() -> list[str]:
 
 
 def visit(
-    port: int, clients: int, requests: int, tokens: int, replies: list[Answered], number: int
+    port: int, clients: int, requests: int, tokens: int, replies: list[Reply], number: int
 ) -> float:
-    """A round of one server: several clients at once, each with one question after the other.
-
-    Returns the seconds for a token of all clients, and adds to ``replies``.
-    """
+    """A round of one server: several clients at once, each with one question after the other. Adds
+    to ``replies``, and returns the seconds for a token of all clients."""
     if number == 0:
         return 0.0  # the questions alone have warmed it up
     several = questions()
 
-    def request(i: int) -> Answered:
+    def request(i: int) -> Reply:
         question, leaves = several[i % len(several)], i % HANGS_UP == HANGS_UP - 1
         try:
-            return question, ask(port, question, max_tokens=tokens, hang_up=leaves)
+            return ask(port, question, max_tokens=tokens, hang_up=leaves)
         except (OSError, ValueError) as error:
-            return question, Reply(problem=f"{question[-40:]!r}: {error}"[:300])
+            return Reply(question, problem=f"{question[-40:]!r}: {error}"[:300])
 
     began = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(request, range(requests)))
     seconds = time.monotonic() - began
     replies += answers
-    n_tokens = sum(reply.n_tokens or 0 for _, reply in answers)
+    n_tokens = sum(reply.n_tokens or 0 for reply in answers)
     return seconds / n_tokens if n_tokens else math.inf
 
 
@@ -120,18 +113,18 @@ def summary(about: dict, replies: dict, alone: dict, seconds: dict[str, list[flo
     return about | {"loads": loads}
 
 
-def figures(replies: list[Answered], alone: dict[str, str], seconds: list[float]) -> dict:
+def figures(replies: list[Reply], alone: dict[str, str], seconds: list[float]) -> dict:
     """The figures of one server. Complete answers are ``as_alone`` if they have the text that their
     question has in ``alone``."""
-    complete = [(question, reply) for question, reply in replies if reply.n_tokens is not None]
-    problems = [reply.problem for _, reply in replies if reply.problem is not None]
-    first = [reply.first_seconds for _, reply in replies if reply.first_seconds is not None]
+    complete = [reply for reply in replies if reply.n_tokens is not None]
+    problems = [reply.problem for reply in replies if reply.problem is not None]
+    first = [reply.first_seconds for reply in replies if reply.first_seconds is not None]
     times = {"median": median(first) if first else None, "worst": max(first, default=None)}
     return {
         "answered": len(complete),
         "hung_up": len(replies) - len(complete) - len(problems),
         "lost": len(problems),
-        "as_alone": sum(reply.text == alone[question] for question, reply in complete),
+        "as_alone": sum(reply.text == alone[reply.question] for reply in complete),
         "problems": problems[:MAX_PROBLEMS],
         "tokens_per_second": spread([1 / each for each in seconds]),
         "first_seconds": times,
@@ -173,8 +166,7 @@ def serving(module: str, *arguments: str) -> Iterator[int]:
                 if server.poll() is not None:
                     errors.seek(0)
                     lines = errors.read().strip().splitlines() or ["it printed nothing"]
-                    started = " ".join([module, *arguments])
-                    raise ValueError(f"{started} did not start: {lines[-1]}")
+                    raise ValueError(f"{' '.join(command[2:])} did not start: {lines[-1]}")
                 time.sleep(0.1)
             yield port
         finally:
@@ -182,10 +174,9 @@ def serving(module: str, *arguments: str) -> Iterator[int]:
 
 
 def _healthy(port: int) -> bool:
-    client = HTTPConnection(HOST, port, timeout=10)
-    with suppress(OSError, HTTPException), closing(client):
-        client.request("GET", "/health")
-        return client.getresponse().status == 200
+    with suppress(OSError, HTTPException), closing(HTTPConnection(HOST, port, timeout=10)) as http:
+        http.request("GET", "/health")
+        return http.getresponse().status == 200
     return False
 
 
@@ -212,9 +203,9 @@ def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> 
                 if text and first is None:
                     first = time.monotonic() - began
                     if hang_up:
-                        return Reply(text, None, first)
+                        return Reply(question, text, None, first)
                 if chunk.get("usage"):
-                    return Reply(text, chunk["usage"]["completion_tokens"], first)
+                    return Reply(question, text, chunk["usage"]["completion_tokens"], first)
         except HTTPException as error:
             raise ValueError(f"the answer broke off: {error!r}") from error
     raise ValueError("the stream ended without its usage")

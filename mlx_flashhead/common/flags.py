@@ -8,8 +8,6 @@ from typing import Any
 
 from .arguments import Type, json_object, number, one_of, share, whole_number
 
-REFUSES = "Refuse to build a missing FlashHead."
-
 
 def add_model_flags(parser: Any) -> None:
     """Adds the flags that choose a model."""
@@ -72,14 +70,14 @@ def add_prompt_flags(parser: Any) -> None:
     add("--num-draft-tokens", type=whole_number(1), default=3, help=drafts)
 
 
-def add_source_options(group: Any, no_build: str = REFUSES) -> None:
+def add_source_options(group: Any, no_build: str | None = None) -> None:
     """Adds ``--flash-head`` and ``--no-build``."""
     source = "The FlashHead (default: the model folder's, else one built before, else a new one)."
     group.add_argument("--flash-head", metavar="FOLDER_OR_REPO", help=source)
-    group.add_argument("--no-build", action="store_true", help=no_build)
+    group.add_argument("--no-build", action="store_true", help=no_build or "Refuse to build one.")
 
 
-def add_head_options(group: Any, no_build: str = REFUSES) -> None:
+def add_head_options(group: Any, no_build: str | None = None) -> None:
     """Adds the flags of a command that loads a model and builds a missing FlashHead first."""
     text = "Clusters scored per token (default: the number that is fastest on this machine)."
     group.add_argument("--n-probes", type=whole_number(1), help=text)

@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Part of the names of temporary folders, which nobody else's folders have.
-TEMPORARY = "mlx_flashhead-new"
+TEMPORARY = "mlx_flashhead-new"  # part of the names of temporary folders, and of no others
 REPLACED = "replaced"  # what stood in the place, until the new folder stands there
 YOUNG = 1.0  # seconds in which a process may not have locked its folder yet
 

@@ -8,8 +8,6 @@ from .command import from_extra
 if TYPE_CHECKING:  # rich may be absent
     from rich.table import Table
 
-FOLDED = 12  # characters that a folding column has at least
-
 
 def new_table(
     title: str | None, headings: Sequence[str], caption: str | None = None, *, left: int = 1
@@ -42,7 +40,8 @@ def show(*parts: "Table | str") -> None:
             width = console.measure(part).maximum
             for column in part.columns:
                 if not column.no_wrap:
-                    width -= max(0, max(len(str(cell)) for cell in column.cells) - FOLDED)
+                    longest = max(len(str(cell)) for cell in column.cells)
+                    width -= max(0, longest - 12)  # so many characters stay
             console.width = max(screen, width)
         console.print(part)
 

@@ -10,7 +10,6 @@ import tty
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from .command import printable
 
 PROMPT = "> "
 QUOTES = '"""'  # around several lines
-UNKNOWN_SIZE = (sys.maxsize, 0)  # a terminal of unknown size
+UNKNOWN = (sys.maxsize, 0)  # size of a terminal
 _WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\U00020000-\U0003fffd"
 # A word with the space before it. Chinese and Japanese have no spaces: each character is one.
 _UNIT = re.compile(rf"\n|[ \t]*[{_WIDE}]|[ \t]*[^ \t\n{_WIDE}]+|[ \t]+")
@@ -51,9 +50,7 @@ class Terminal:
         self.interactive = sys.stdin.isatty() and shown
         self._own = sys.stdout if shown else sys.stderr
         self._dim = shown and os.environ.get("TERM", "dumb") != "dumb"
-        self._wrap = (
-            WordWrap(lambda: shutil.get_terminal_size(UNKNOWN_SIZE).columns) if shown else None
-        )
+        self._wrap = WordWrap(lambda: shutil.get_terminal_size(UNKNOWN).columns) if shown else None
         self._read_line: Callable[[], str] = input
         if self.interactive:
             try:
@@ -61,7 +58,7 @@ class Terminal:
 
                 self._read_line = line_editor(PROMPT, is_open, commands, with_files, history)
             except ModuleNotFoundError:
-                self._read_line = partial(input, PROMPT)
+                self._read_line = lambda: input(PROMPT)
                 self.say("A history, and pasting lines, need pip install 'mlx_flashhead[chat]'.")
         elif isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
