@@ -11,7 +11,6 @@ from .common.flags import add_source_options
 
 
 def make_parser() -> Parser:
-    """The command's arguments: a subcommand for each benchmark."""
     parser = Parser(prog="mlx_flashhead.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="kind", required=True, metavar="head|model|server")
     head = commands.add_parser("head", help="time a head by itself, on random weights too")
@@ -31,8 +30,7 @@ def make_parser() -> Parser:
         add_number(each, "--rounds", rounds, "Rounds that count")
         report = "JSON file for the figures and the machine, ready to be attached to an issue."
         each.add_argument("--report", "--json", type=writable, metavar="FILE", help=report)
-        plot = "Draw the figures into a picture."
-        each.add_argument("--plot", type=picture, metavar="FILE.png", help=plot)
+        each.add_argument("--plot", type=picture, metavar="FILE.png", help="Draw the figures.")
 
     dtypes = ("float32", "float16", "bfloat16")
     head.add_argument("--dtype", choices=dtypes, default="float32", help="Of random weights.")
@@ -71,7 +69,6 @@ def shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 @command
 def main() -> None:
-    """Entry point of ``mlx_flashhead.benchmark``."""
     args = make_parser().parse_args()
     from_extra("rich", "report", "mlx_flashhead.benchmark")  # before long work
     from .benchmarks.reporting import report

@@ -9,7 +9,6 @@ from .common.flags import add_source_options
 
 
 def make_parser() -> Parser:
-    """The command's arguments."""
     parser = Parser(prog="mlx_flashhead.evaluate", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="text")
     about = "Measure on a text: agreement with the dense head, KL, perplexity and bytes."
@@ -28,7 +27,6 @@ def make_parser() -> Parser:
 
 @command
 def main() -> None:
-    """Entry point of ``mlx_flashhead.evaluate``."""
     args = make_parser().parse_args()
     from_extra("rich", "report", "mlx_flashhead.evaluate")  # before long work
     from .benchmarks import agreement

@@ -25,7 +25,6 @@ ALONE = (
 
 
 def make_parser() -> Parser:
-    """The command's arguments."""
     about = "Generate text with a model and its FlashHead."
     parser = Parser(prog="mlx_flashhead.generate", description=about)
     flags.add_model_flags(parser)
@@ -47,7 +46,6 @@ def make_parser() -> Parser:
 
 @command
 def main() -> None:
-    """Entry point of ``mlx_flashhead.generate``."""
     parser = make_parser()
     try:
         processes = mx.distributed.init()  # a group of one without mlx.launch

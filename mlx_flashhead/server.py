@@ -9,7 +9,6 @@ from .serving.server_options import check_options, make_parser
 
 @command
 def main() -> None:
-    """Entry point of ``mlx_flashhead.server``."""
     parser = make_parser()
     flags = parser.parse_args()
     check_options(parser, flags)

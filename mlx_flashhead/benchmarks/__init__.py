@@ -1,7 +1,5 @@
-"""What `mlx_flashhead.benchmark` times: a head, a model, servers. Each is a file.
-
-The choices of the flags are here, so that ``--help`` imports no library of models.
-"""
+"""What `mlx_flashhead.benchmark` times, a file for each kind, and the choices of its flags, so that
+``--help`` imports no library of models."""
 
 SHAPES = {  # of known heads: vocab_size, hidden_size
     "smollm2": (49152, 576),

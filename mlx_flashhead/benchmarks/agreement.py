@@ -1,7 +1,6 @@
 """Measures an unverified FlashHead on a text, against the dense head of the same model.
 
-Figures are of the head's output. A model that scales or caps its logits afterwards has the same
-agreement and coverage, but another perplexity.
+The figures are of the head's output, before a model scales or caps its logits.
 """
 
 import argparse
@@ -29,7 +28,6 @@ coverage    the true next token is scored
 KL          from the dense head's distribution, in nats
 perplexity  relative to dense, with the estimates of the tail
 bytes       read per token, relative to the dense head"""
-DEFAULT_PROBES = (48, 96, 128, 192, 256, 512)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -53,13 +51,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures ``model``, which has a FlashHead, on a text that calibration has not seen.
 
-    Returns:
-        Positions, the dense perplexity, the model's own probes and clusters, and for each number of
-        probes (by default several and the model's own) a row of `conversion.measures`' means with
-        its share of bytes. ValueError if a number is not 1 … C.
+    Returns positions, the dense perplexity, the model's own probes and clusters, and for each
+    number of probes (default: several, and its own) a row of `conversion.measures`' means with its
+    share of bytes. ValueError if a number is not 1 … C.
     """
     head = installed_head(model)
-    usual = (n_probes for n_probes in DEFAULT_PROBES if n_probes <= head.n_clusters)
+    usual = (n for n in (48, 96, 128, 192, 256, 512) if n <= head.n_clusters)
     counts = sorted({*(probe_counts or [*usual, head.unverified_probes])})
     for n_probes in counts:
         if not 1 <= n_probes <= head.n_clusters:

@@ -29,7 +29,6 @@ Form = Callable[[mx.array], Any]  # a way to use a head: arrays of hidden states
 
 
 def cases(args: argparse.Namespace) -> Generator[Case]:
-    """The heads of the command line."""
     memory = mx.zeros(CACHES_BYTES // 4)
 
     def seconds(form: Form, states: mx.array, number: int) -> float:
@@ -125,7 +124,6 @@ def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, secon
 
 
 def make_table(head: dict) -> Table:
-    """The table of one head."""
     table = new_table(
         "{name}: V={vocab_size:,} D={hidden_size:,}, {head_bits}-bit rows, {dtype}, {n_probes:,} "
         "of {n_clusters:,} clusters, batch {positions}".format(**head),

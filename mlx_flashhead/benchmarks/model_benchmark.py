@@ -119,7 +119,6 @@ def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float
 
 
 def make_table(result: dict) -> Table:
-    """The table of one sampler and batch."""
     probes = result["n_probes"]
     notes = "unverified: the head's own choices, so the text may differ."
     if result["equal_logits"] is not None:

@@ -1,7 +1,5 @@
-"""Times functions in turns, and reports a benchmark: tables, a JSON file, a picture, the machine.
-
-A benchmark that is stopped by Ctrl-C or SIGTERM reports the rounds that it has.
-"""
+"""Times functions in turns, and reports a benchmark, or what it has when it is stopped: tables, a
+JSON file, a picture, the machine."""
 
 import argparse
 import json
@@ -15,7 +13,7 @@ from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import fill
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -27,15 +25,14 @@ from ..version import __version__
 
 PACKAGES = ("mlx", "mlx-lm", "numpy")
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-Item = TypeVar("Item")
+Timers = Mapping[str, Callable[[int], float]]  # by name; the seconds of a round of that number
 
 
 class Case(NamedTuple):
-    """Forms that are timed in turns, by name: functions of the round's number that return seconds.
-    ``figures`` makes JSON-ready ones of the seconds by form."""
+    """Forms that are timed in turns; ``figures`` makes JSON-ready ones of the seconds by form."""
 
     name: str
-    timers: Mapping[str, Callable[[int], float]]
+    timers: Timers
     figures: Callable[[dict[str, list[float]]], dict]
 
 
@@ -51,16 +48,14 @@ def cells(spread: dict, decimals: int = 2) -> tuple[str, str]:
     return median, "–".join(quartiles)
 
 
-def in_turns(
-    timers: Mapping[Item, Callable[[int], float]], rounds: int
-) -> Iterator[dict[Item, list[float]]]:
+def in_turns(timers: Timers, rounds: int) -> Iterator[dict[str, list[float]]]:
     """Measures in turns: a round 0 to warm up, then ``rounds`` that count. Yields after each round
     the seconds of the counted rounds so far, by name.
 
     The compared functions run once each in a round, so that a machine that heats up or shares its
     cores slows all of them alike, in another order each time, since a run leaves caches behind.
     """
-    seconds: dict[Item, list[float]] = {name: [] for name in timers}
+    seconds: dict[str, list[float]] = {name: [] for name in timers}
     draw = random.Random(0)
     for number in range(rounds + 1):
         for name in draw.sample(list(timers), len(timers)):

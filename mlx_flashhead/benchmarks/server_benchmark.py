@@ -47,7 +47,6 @@ class Reply(NamedTuple):
 
 
 def cases(args: argparse.Namespace) -> Generator[Case]:
-    """Each number of clients."""
     model = ("--model", str(resolve(args.model)), "--prompt-cache-size", "0")
     flags = ["--n-probes", str(args.n_probes)] if args.n_probes is not None else []
     flags += ["--flash-head", args.flash_head] if args.flash_head is not None else []
@@ -77,7 +76,6 @@ def cases(args: argparse.Namespace) -> Generator[Case]:
 
 
 def questions() -> list[str]:
-    """Questions of different lengths."""
     pairs = zip(LENGTHS, TOPICS, strict=True)
     return [f"{SENTENCE * n}Write a sentence about {topic}." for n, topic in pairs]
 
@@ -132,7 +130,6 @@ def figures(replies: list[Reply], alone: dict[str, str], seconds: list[float]) -
 
 
 def make_table(result: dict) -> Table:
-    """The table of one number of clients."""
     loads = result["loads"]
     lost = [f"Answers lost: {sum(load['lost'] for load in loads.values())}."]
     lost += [problem for load in loads.values() for problem in load["problems"]]

@@ -25,7 +25,10 @@ def loaded(monkeypatch, ask, requests):
 
 
 def test_answers_are_compared_with_those_alone(monkeypatch):
-    replies = {"first": server.Reply("first", "two", 5, 0.5), "second": server.Reply("second", "two", 5, 0.25)}
+    replies = {
+        "first": server.Reply("first", "two", 5, 0.5),
+        "second": server.Reply("second", "two", 5, 0.25),
+    }
 
     def ask(port, question, *, max_tokens, hang_up):
         return server.Reply(question, "o", None, 0.75) if hang_up else replies[question]
