@@ -25,10 +25,13 @@ def loaded(monkeypatch, ask, requests):
 
 
 def test_answers_are_compared_with_those_alone(monkeypatch):
-    replies = {"first": server.Reply("two", 5, 0.5), "second": server.Reply("two", 5, 0.25)}
+    replies = {
+        "first": server.Reply("first", "two", 5, 0.5),
+        "second": server.Reply("second", "two", 5, 0.25),
+    }
 
     def ask(port, question, *, max_tokens, hang_up):
-        return server.Reply("o", None, 0.75) if hang_up else replies[question]
+        return server.Reply(question, "o", None, 0.75) if hang_up else replies[question]
 
     load = loaded(monkeypatch, ask, 2 * server.HANGS_UP)
     assert (load["answered"], load["hung_up"], load["lost"]) == (2 * server.HANGS_UP - 2, 2, 0)

@@ -160,7 +160,7 @@ def test_prompt_cache_file(generated, refused, dense, converted, prompt_cache, t
         (prompt_cache, ("--draft-model", dense), "leave --draft-model out"),
         (tmp_path / "damaged.safetensors", (), "damaged or not a prompt cache"),
         (converted / "model.safetensors", (), "mlx_lm.cache_prompt"),
-        (tmp_path / "absent", (), "there is no such file"),
+        (tmp_path / "absent", (), "is missing, damaged"),
     ):
         assert said in refused("generate", "--prompt-cache-file", wrong, *further, *ASK)
 
