@@ -115,7 +115,7 @@ def test_a_dequantized_model_may_have_a_quantized_head(sources, tmp_path):
 def test_the_signature_has_mlx_lms_arguments_in_their_order():
     parameters = list(inspect.signature(convert).parameters)
     of_mlx_lm = list(inspect.signature(mlx_lm.convert).parameters)
-    assert parameters[: len(of_mlx_lm)] == of_mlx_lm and parameters[-1] == "progress"
+    assert parameters[: len(of_mlx_lm)] == of_mlx_lm
     with pytest.raises(TypeError, match="head_bit"):
         convert("model", head_bit=8)
 
@@ -137,8 +137,7 @@ def test_calibration_and_goals_follow_the_options(sources, tmp_path, capsys, cal
     assert given.calibration == {"source": calibration, "positions": positions, "seed": 4}
     assert given.report.get("positions", 0) == positions / 4
     assert 1 <= given.n_probes <= N_CLUSTERS
-    said = "are expected to be fastest"
-    assert (said in capsys.readouterr().out) == (calibration != "none")
+    assert ("to be fastest" in capsys.readouterr().out) == (calibration != "none")
 
 
 def test_replaces_what_it_wrote_and_nothing_else(tmp_path, sources):
@@ -152,12 +151,9 @@ def test_replaces_what_it_wrote_and_nothing_else(tmp_path, sources):
     assert weights(place) == before and read_index(place).config.cluster_size == 8
     assert list(tmp_path.iterdir()) == [place]
     (place / "notes.txt").write_text("mine")
-    (place / "runs").mkdir()
-    names = {path.name for path in place.iterdir()}
-    said = r"holds notes\.txt, runs, which no conversion has written"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=r"holds notes\.txt, which no conversion has written"):
         convert(str(sources["tied"]), str(place), overwrite=True, **QUICK)
-    assert {path.name for path in place.iterdir()} == names
+    assert weights(place) == before and (place / "notes.txt").exists()
 
 
 def test_a_folder_is_recognized_under_another_path(tmp_path, monkeypatch):
@@ -199,8 +195,7 @@ def test_free_space_is_checked_before_the_work(sources, tmp_path, monkeypatch):
 def test_a_quantized_model_gets_the_head_of_its_original(sources, tmp_path, bits):
     original, place = str(sources["untied"]), tmp_path / "finer"
     convert(str(sources["quantized"]), str(place), fine_head=original, head_bits=bits, **QUICK)
-    model, _ = mlx_flashhead.load(str(place))
-    assert get_flash_head(model) is not None
+    assert get_flash_head(mlx_flashhead.load(str(place))[0]) is not None
     model, _ = mlx_lm.load(str(place))
     rows, originals = find_head(model).rows(), find_head(mlx_lm.load(original)[0]).rows()
     assert rows.bits == (8 if bits is None else 0)
@@ -223,7 +218,6 @@ def test_the_index_alone(sources, tmp_path):
     "arguments, said",
     [
         ({"n_probes": N_CLUSTERS + 1}, f"choose 1 to {N_CLUSTERS}"),
-        ({"n_probes": 0}, "`n_probes` is 0"),
         ({"cluster_size": VOCAB_SIZE + 1}, f"at most {VOCAB_SIZE}"),
         ({"cluster_size": 0}, "`cluster_size` is 0"),
         ({"target_agreement": 0.0}, "`target_agreement` is 0.0"),

@@ -80,15 +80,9 @@ def test_gap_and_tail_are_what_the_head_knows_of_its_unscored_clusters():
 def test_a_model_s_own_minus_infinity():
     """Tokens that the model rules out have no mass, and no measure is spoilt."""
     case = Case(64, 8)
-    ruled_out = case.token_ids[0, :5]
-    logits_of = case.logits_of
-
-    def with_holes(states):
-        logits = logits_of(states)
-        logits[:, ruled_out] = -np.inf
-        return logits
-
-    case.logits_of = with_holes
+    mask, logits_of = np.zeros(64, np.float32), case.logits_of
+    mask[case.token_ids[0, :5]] = -np.inf
+    case.logits_of = lambda states: logits_of(states) + mask
     case.next_ids = np.full(len(case.states), case.token_ids[1, 0])
     found = case.positions([3, 8])
     got, whole = found.means()
@@ -119,35 +113,23 @@ def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
     return measures.choose_unverified(found, goal, measures.StepBytes(0, 1.0, 1000))
 
 
-def test_the_fewest_that_agree_as_often_as_wanted():
+def test_the_fewest_that_agree_as_often_as_wanted(monkeypatch):
     # 1,000 positions: 90 % and 1.645 standard errors of 0.95 points are 91.6 %
     assert choose(0.9, agree=(0.5, 0.91, 0.917, 1)) == 32
-    bound = measures.lower_bound(0.9, 400)
-    # Wilson: the share whose own standard error reaches to what was seen
-    assert bound + 1.645 * np.sqrt(bound * (1 - bound) / 400) == pytest.approx(0.9)
-
-
-@pytest.mark.parametrize(("share", "n_probes"), [(0.04, 32), (0.001, 8), (1, 64)])
-def test_no_more_than_may_be_read_unless_the_first_is_too_much(share, n_probes, monkeypatch):
-    monkeypatch.setattr(measures, "MAX_BYTES", share)
-    assert choose(0.5, agree=(0, 0, 0, 0)) == n_probes
-
-
-@pytest.mark.parametrize("n_positions", [1, 100, 1300])
-def test_few_positions_that_cannot_show_a_goal_must_all_agree(n_positions):
-    assert choose(0.998, n_positions=n_positions) == 8
-    missed = 1 - 1 / n_positions
-    assert choose(0.998, agree=(missed, missed, 1, 1), n_positions=n_positions) == 32
+    for n_positions in (1, 100, 1300):  # so few that cannot show a goal must all agree
+        missed = 1 - 1 / n_positions
+        assert choose(0.998, agree=(missed, missed, 1, 1), n_positions=n_positions) == 32
+    # no more than may be read, unless the first is too much
+    for share, n_probes in ((0.04, 32), (0.001, 8), (1, 64)):
+        monkeypatch.setattr(measures, "MAX_BYTES", share)
+        assert choose(0.5, agree=(0, 0, 0, 0)) == n_probes
 
 
 def test_grid():
     grid = measures.probe_grid(16_384, 3072)
-    assert grid[:3] == [8, 16, 24]
-    assert all(n_probes % 8 == 0 for n_probes in grid)
-    assert all(b - a == 8 or b <= 1.16 * a for a, b in pairwise(grid))
-    assert grid[-2] < 3072 <= grid[-1]
+    assert grid[:3] == [8, 16, 24] and grid[-2] < 3072 <= grid[-1]
+    assert all(b % 8 == 0 and (b - a == 8 or b <= 1.16 * a) for a, b in pairwise(grid))
     assert measures.probe_grid(13, 100) == [8, 13]
-    assert measures.probe_grid(3, 1) == [3]
 
 
 def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
@@ -171,8 +153,6 @@ def test_a_verification_costs_the_dense_rows_and_a_difference_the_steps_after_it
     k = np.sqrt(2 * 1000 / (0.05 * 650))
     by_hand = 650 * (1 + 0.05 * (k + 1) / 2) + 1000 / k
     assert NBYTES.verified(100, 0.05) == pytest.approx(by_hand)
-    for other in (k / 2, 2 * k):
-        assert by_hand < 650 * (1 + 0.05 * (other + 1) / 2) + 1000 / other
     # always one: a verification per token
     assert NBYTES.verified(100, 1.0) >= 650 + 1000
 
@@ -180,7 +160,7 @@ def test_a_verification_costs_the_dense_rows_and_a_difference_the_steps_after_it
 GREEDY, SAMPLED = [0.1, 0.02, 0.002, 0.001], [0.2, 0.04, 0.004, 0.003]
 
 
-def test_probes_are_those_of_the_fewest_bytes():
+def test_probes_are_those_of_the_fewest_bytes_and_risks_are_recorded_near_them():
     found, shares = settings(GREEDY, SAMPLED), np.mean([GREEDY, SAMPLED], axis=0)
     by_hand = [NBYTES.verified(10 * 2**i, share) for i, share in enumerate(shares)]
     assert found["n_probes"] == 10 * 2 ** int(np.argmin(by_hand))
@@ -189,10 +169,6 @@ def test_probes_are_those_of_the_fewest_bytes():
     assert settings(GREEDY, SAMPLED, heavy)["n_probes"] > found["n_probes"]
     for name, expected in (("greedy_differs", GREEDY), ("sampled_differs", SAMPLED)):
         assert [row[name] for row in found["by_probes"]] == pytest.approx(expected, abs=1e-6)
-
-
-def test_risks_are_recorded_near_the_choice():
-    found = settings(GREEDY, SAMPLED)
     rows, chosen = {row["n_probes"]: row for row in found["by_probes"]}, found["n_probes"]
     recorded = {n for n, row in rows.items() if "risks" in row}
     assert chosen in recorded and recorded <= {chosen // 2, chosen, 2 * chosen}
@@ -213,15 +189,12 @@ def test_the_risk_of_a_greedy_proposal_is_the_one_that_differences_came_from(off
     assert found == pytest.approx((offset, slope), abs=0.15)
 
 
-@pytest.mark.parametrize("n_different", [0, 1, 3])
+@pytest.mark.parametrize("n_different", [0, 3])
 def test_few_differences_leave_the_slope_near_that_of_a_perfect_estimate(n_different):
+    """And none at all, without an unscored cluster, the usual risk."""
     gaps = np.random.default_rng(2).uniform(1, 15, 1000)
-    differs = np.arange(1000) < n_different
-    offset, slope = measures.fit_greedy_risk(np.sort(gaps), differs)
+    offset, slope = measures.fit_greedy_risk(np.sort(gaps), np.arange(1000) < n_different)
     assert 0.5 < slope < 2.5
     risks = np.minimum(1, np.exp(offset - slope * gaps))
     assert risks.sum() == pytest.approx(n_different + 0.5, abs=0.01)
-
-
-def test_without_an_unscored_cluster_the_risk_is_the_usual_one():
     assert measures.fit_greedy_risk(np.empty(0), np.empty(0, bool)) == (0.0, 1.0)

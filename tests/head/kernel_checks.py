@@ -79,7 +79,7 @@ def check_selection(clustered, scores, n_probes, selection, depth=100):
     np.testing.assert_array_equal(words[~is_zero], expected[~is_zero])
 
 
-def check_candidates(clustered, hidden, selection, candidates):
+def check_candidates(clustered, hidden, selection, candidates, slack=1e-7):
     """Logits within the error of a float32 sum and one rounding; bests are their exact maxima.
 
     With a bias the product is rounded before it is added, as the layers of MLX do.
@@ -94,13 +94,14 @@ def check_candidates(clustered, hidden, selection, candidates):
     of_probes = (np.arange(len(probes))[:, None], probes)
     highest = mx.finfo(dtype).max
     expected = np.clip(every[of_probes], -highest, highest)
-    error = errors[of_probes] + ROUNDING[dtype] * np.abs(expected) + 1e-7
+    error = errors[of_probes] + ROUNDING[dtype] * np.abs(expected) + slack
     logits = to_numpy(candidates.logits).astype(np.float64)
     padded = to_numpy(clustered.token_ids)[probes] == clustered.vocab_size
     padded[:, 1:] |= (probes[:, 1:] == probes[:, :-1])[..., None]
     assert (logits[padded] == mx.finfo(dtype).min).all()
     assert (np.abs(logits - expected) <= error)[~padded].all()
-    np.testing.assert_array_equal(to_numpy(candidates.best), logits.max(axis=-1))
+    if candidates.best is not None:  # as the kernels give them
+        np.testing.assert_array_equal(to_numpy(candidates.best), logits.max(axis=-1))
 
 
 def check_full(clustered, scores, selection, candidates, full):

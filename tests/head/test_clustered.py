@@ -70,28 +70,20 @@ def test_columns_hold_the_same_rows(vocab_size, cluster_size, bias):
 
 def test_forced_clusters():
     _, token_ids, clustered = build(61, 8, forced=(5, 60, 1000, -1))
-    bias = np.array(clustered.route_bias)
+    bias, fitted_bias = np.array(clustered.route_bias), np.array(clustered.centroids.bias)
     forced = np.isin(token_ids, [5, 60]).any(axis=1)
     assert np.array_equal(bias == np.float32(ALWAYS_PROBED), forced)
-    fitted_bias = np.array(clustered.centroids.bias)
     assert np.array_equal(bias[~forced], fitted_bias[~forced])
     assert (fitted_bias < 1e3).all()  # the centroids' own bias is left alone
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        pytest.param(lambda ids: np.where(ids == 7, 8, ids), id="without a token"),
-        pytest.param(lambda ids: np.where(ids == 7, 61, ids), id="padded instead"),
-        pytest.param(lambda ids: np.where(ids == 61, 62, ids), id="beyond the vocabulary"),
-        pytest.param(lambda ids: np.where(ids == 60, -1, ids.astype(np.int64)), id="negative"),
-        pytest.param(lambda ids: np.where(ids == 61, 60, ids), id="twice"),
-    ],
-)
-def test_token_ids_must_be_a_permutation(spoil):
+# a token is missing, padded instead, beyond the vocabulary, negative, there twice
+@pytest.mark.parametrize("token, other", [(7, 8), (7, 61), (61, 62), (60, -1), (61, 60)])
+def test_token_ids_must_be_a_permutation(token, other):
     rows, token_ids, clustered = build(61, 8)
+    spoilt = np.where(token_ids == token, other, token_ids.astype(np.int64))
     with pytest.raises(ValueError, match=r"each of the 61 tokens exactly once.*convert"):
-        ClusteredRows.build(rows, spoil(token_ids), clustered.centroids)
+        ClusteredRows.build(rows, spoilt, clustered.centroids)
 
 
 def test_centroids_must_fit():
@@ -115,7 +107,7 @@ def test_centroids_must_fit():
 
 
 @pytest.mark.parametrize("n_states", [1, 32])
-@pytest.mark.parametrize("n_rows, hidden_size", [(1, 8), (12, 8), (13, 8), (97, 24), (256, 16)])
+@pytest.mark.parametrize("n_rows, hidden_size", [(1, 8), (13, 8), (97, 24), (256, 16)])
 @pytest.mark.parametrize("block_products", [1, 50, 500, 100_000])
 def test_blocked_product_is_the_product(monkeypatch, n_states, n_rows, hidden_size, block_products):
     monkeypatch.setattr(steps, "BLOCK_PRODUCTS", block_products)

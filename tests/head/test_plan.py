@@ -1,5 +1,6 @@
 """The exported plan: replayed as metal/swift does it, it gives what the head gives."""
 
+import json
 import re
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from kernel_cases import kernels, to_numpy
 from mlx_flashhead.head.draw import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.plan import METADATA_KEY, export_plan
-from plan_replay import read_plan, replay
 from tiny_models import FORMS as HEAD_FORMS
 from tiny_models import fitted, random_clusters, random_rows
 
@@ -42,7 +42,37 @@ def dtype_of(form):
 def exported(head, dtype, path):
     """The file's arrays and plan."""
     export_plan(head, "lm_head", dtype, path)
-    return read_plan(path)
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    return arrays, json.loads(metadata[METADATA_KEY])
+
+
+def replay(arrays, plan, rows, hidden, path="logits", **settings):
+    """Full logits, or tokens, as FlashHead.swift computes them from the model's own rows (V, …)."""
+    order = mx.minimum(arrays["token_ids"].flatten().astype(mx.int32), rows.n_rows - 1)
+    arrays = arrays | {f"rows_{name}": rows.arrays()[name][order] for name in plan["rows"]}
+    arrays |= settings | {"hidden": hidden.astype(getattr(mx, plan["dtype"]))}
+    n_positions = hidden.shape[0]
+    for name in plan[path]:
+        launch = plan["launches"][name]
+        kernel = mx.fast.metal_kernel(
+            name=launch["name"],
+            input_names=launch["inputNames"],
+            output_names=launch["outputNames"],
+            source=launch["source"],
+            header=launch["header"],
+        )
+        x, y, z = launch["grid"]
+        template = [(each["name"], each["value"]) for each in launch["template"]]
+        results = kernel(
+            inputs=[arrays[name] for name in launch["arrays"]],
+            template=[(n, getattr(mx, v) if isinstance(v, str) else v) for n, v in template],
+            grid=(x, y * n_positions, z),
+            threadgroup=tuple(launch["threadGroup"]),
+            output_shapes=[(n * n_positions, *rest) for n, *rest in launch["outputShapes"]],
+            output_dtypes=[getattr(mx, name) for name in launch["outputDTypes"]],
+        )
+        arrays |= zip(launch["outputNames"], results, strict=True)
+    return arrays[launch["outputNames"][0]]
 
 
 @pytest.mark.parametrize(
@@ -116,4 +146,4 @@ def test_swift_reads_all_that_the_plan_holds(tmp_path):
 def test_rows_that_the_kernels_do_not_read_are_refused(tmp_path):
     rows = random_rows(np.random.default_rng(0), VOCAB_SIZE, HIDDEN_SIZE, bits=3)
     with pytest.raises(ValueError, match="do not read 3-bit affine rows: export a model whose"):
-        export_plan(make_head(rows), "lm_head", mx.float32, tmp_path / "head.safetensors")
+        exported(make_head(rows), mx.float32, tmp_path / "head.safetensors")

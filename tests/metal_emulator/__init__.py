@@ -18,8 +18,8 @@ runtime/           threads as fibers, barriers, simdgroups, watched memory
 Not emulated: textures, simdgroup matrices, function constants, 64-bit atomics, and the rounding of
 the GPU's own transcendental functions. Stricter than Metal: a simd operation needs all lanes of its
 simdgroup, and half and bfloat convert to each other only through float. Not noticed: recursion, an
-index past a thread's own array, and clashes with MLX's internal names, of whose prelude only the
-types and the functions of bfloat are here.
+index past a thread's own array, a kernel's parameter or a function's result that lacks its
+attribute or address space, and clashes with MLX's internal names.
 """
 
 from .build import check_standalone

@@ -17,9 +17,8 @@ class Emulator:
     """Runs custom Metal kernels on the CPU, with checks and counts.
 
     Args:
-        order: Order of threads and threadgroups: ``forward``, ``reverse`` or ``shuffle``. A correct
-            kernel gives the same outputs in each.
-        seed: Of the shuffled order.
+        order: Of threads and threadgroups, ``forward``, ``reverse`` or ``shuffle``: a correct
+            kernel gives the same outputs in each. ``seed`` is that of the shuffled order.
         check: Whether to check and count accesses. Without, kernels run several times faster, and
             only compile errors, divergent barriers and too much threadgroup memory are found.
         max_threads: By a kernel's name, the threads its pipeline allows in a threadgroup: on a

@@ -57,11 +57,11 @@ def test_a_function_is_replaced_wherever_it_is(tmp_path, monkeypatch, imported_f
     if imported_first:
         own = importlib.import_module(f"{package}.uses").function
 
-    def surround(original, mark):
+    def surround(mark, original):
         return lambda: f"{mark} {original()}"
 
     for mark in ("first", "second"):
-        put = partial(put_in_place, "function", partial(surround, mark=mark))
+        put = partial(put_in_place, "function", partial(surround, mark))
         when_imported(f"{package}.defines", put)
     for name in ("uses", "defines"):
         found = importlib.import_module(f"{package}.{name}").function()

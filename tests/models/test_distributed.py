@@ -58,16 +58,11 @@ with open(f"{out}.{group.rank()}", "w") as file:
 """
 
 
-def free_ports() -> int:
-    """The first of two ports in a row that nobody listens on; taken when the processes start."""
-    for _ in range(100):
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port
-    pytest.fail("there are no two free ports in a row")
+def free_port() -> int:
+    """Nobody listens on it, nor, most likely, on the next one, which the second process takes."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +89,7 @@ def launched(tmp_path_factory):
     arguments = [["--model", name, *ARGUMENTS, *more] for name, *more in commands.values()]
     script = place / "script.py"
     script.write_text(SCRIPT)
-    ports = ["-n", "2", "--backend", "ring", "--starting-port", str(free_ports()), "--"]
+    ports = ["-n", "2", "--backend", "ring", "--starting-port", str(free_port()), "--"]
     words = [sys.executable, str(script), json.dumps(arguments), qwen2, str(place / "found")]
     with open(place / "errors", "wb") as errors:
         process = subprocess.Popen(
@@ -148,18 +143,15 @@ def test_mistakes_are_reported(launched, mistake, said):
     [
         ((9, 3), "9 attention heads .3 of"),
         ((9,), "9 attention heads .9 of"),
-        ((12, 3), "to 2 processes"),
+        ((12, 3), "to 2 processes: use one, or"),
         ((8, 1), None),
-        ((4,), None),
         ((), None),
     ],
 )
 def test_attention_heads_that_cannot_be_shared_out(heads, said):
     config = dict(zip(("num_attention_heads", "num_key_value_heads"), heads, strict=False))
-    for by_layers, instead in ((True, "use `pipeline_group`"), (False, "use one, or")):
-        refused = pytest.raises(ValueError, match=f"{said}.*{instead}")
-        with refused if said else contextlib.nullcontext():
-            _check_attention_heads({"text_config": config}, 2, by_layers=by_layers)
+    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+        _check_attention_heads({"text_config": config}, 2, by_layers=False)
 
 
 class SplitHead(nn.Module):

@@ -31,34 +31,25 @@ def state(head):
     return head.n_probes, head._draw_temperature, head._project
 
 
-def text_of_stream(*arguments, **options):
-    return "".join(response.text for response in stream_generate(*arguments, **options))
-
-
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_text_is_mlx_lms_of_the_dense_model(flash, pair, prompt):
     expected = mlx_lm.generate(pair.dense, pair.tokenizer, prompt, max_tokens=TOKENS)
     for options in ({}, {"n_probes": 1}, {"dense": True}):
         assert generate(*flash, prompt, max_tokens=TOKENS, **options) == expected
-        assert text_of_stream(*flash, prompt, max_tokens=TOKENS, **options) == expected
 
 
-def test_without_verification_the_flash_head_chooses(flash, pair, head):
-    ids = pair.encode("One day")
-    usual = pair.tokens(pair.model, ids, verify=False)
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_without_verification_the_flash_head_chooses(flash, pair, head, size):
+    """Whatever the parts in which a prompt is read."""
+    ids, options = pair.encode("How do I bake bread for two people"), {"prefill_step_size": size}
+    assert pair.tokens(pair.model, ids, **options) == pair.expected(ids)
+    usual = pair.tokens(pair.model, ids, verify=False, **options)
     assert usual == pair.unverified(ids) != pair.expected(ids)
     head.n_probes = 1
     expected = pair.until_end(pair.unverified(ids))
     head.n_probes = N_PROBES
-    found = pair.until_end(pair.tokens(pair.model, ids, n_probes=1, verify=False))
+    found = pair.until_end(pair.tokens(pair.model, ids, n_probes=1, verify=False, **options))
     assert found == expected != usual
-
-
-@pytest.mark.parametrize("size", [1, 7])
-def test_prompts_in_parts(flash, pair, size):
-    ids, options = pair.encode("How do I bake bread for two people"), {"prefill_step_size": size}
-    assert pair.tokens(pair.model, ids, **options) == pair.expected(ids)
-    assert pair.tokens(pair.model, ids, verify=False, **options) == pair.unverified(ids)
 
 
 def test_mlx_lms_keywords_arrive(flash, capsys):
@@ -83,7 +74,7 @@ def test_settings_end_with_an_error_and_with_an_abandoned_stream(flash, head):
         raise RuntimeError("in the sampler")
 
     drawn = {"n_probes": 2, "draw_temperature": 1.0}
-    for function, prompt in ((generate, "One day"), (text_of_stream, "x"), (batch_generate, [[5]])):
+    for function, prompt in ((generate, "One day"), (batch_generate, [[5]])):
         with pytest.raises(RuntimeError, match="in the sampler"):
             function(*flash, prompt, sampler=failing, **drawn)
     with pytest.raises(TypeError):

@@ -45,14 +45,17 @@ def close(actual: mx.array, expected: mx.array) -> bool:
     return actual.dtype == expected.dtype and difference.max().item() <= rounding
 
 
+def forms(model) -> list:
+    """The classes and attributes of all modules."""
+    return [(type(module), sorted(vars(module))) for module in model.modules()]
+
+
 @models
 def test_all_probes_give_the_models_logits_and_it_looks_dense_and_is_so_again(how, tmp_path):
     model = tiny_model(**how)
-    before, dense, text = parameters(model), model(TOKENS), repr(model)
+    before, dense, text, was = parameters(model), model(TOKENS), repr(model), forms(model)
     module = find_head(model).module
     weight = mx.array(module.weight)
-    classes = [type(module) for module in model.modules()]
-    attributes = [sorted(vars(module)) for module in model.modules()]
     head = installed(model)
     assert get_flash_head(model) is head
     with head.settings():
@@ -63,43 +66,31 @@ def test_all_probes_give_the_models_logits_and_it_looks_dense_and_is_so_again(ho
             assert close(model(TOKENS), dense)
     assert parameters(model) == before and repr(model) == text
     assert mx.array_equal(module.weight, weight) and mx.array_equal(module["weight"], weight)
-    assert all(isinstance(m, cls) for m, cls in zip(model.modules(), classes, strict=True))
+    assert all(isinstance(m, cls) for m, (cls, _) in zip(model.modules(), was, strict=True))
     file = str(tmp_path / "model.safetensors")
     model.save_weights(file)
     fresh = tiny_model(**how, seed=1)
     fresh.load_weights(file)
     assert parameters(fresh) == before
     detach(model)
-    assert parameters(model) == before
-    assert [type(module) for module in model.modules()] == classes
-    assert [sorted(vars(module)) for module in model.modules()] == attributes
+    assert parameters(model) == before and forms(model) == was
     assert mx.array_equal(model(TOKENS), dense) and get_flash_head(model) is None
 
 
 def test_memory_added_is_the_index():
     """No second copy of the rows: only centroids and ids are added."""
-    vocab_size, n_clusters = 20_000, 1250
-    model = tiny_model(vocab_size=vocab_size)
+    model = tiny_model(vocab_size=20_000)
     index = tiny_index(model, cluster_size=16)
-    centroids = index.centroids
-    stage_1 = [*centroids.matrix.arrays().values(), centroids.bias, centroids.tail_offset]
     gc.collect()
-    before = mx.get_active_memory() - sum(array.nbytes for array in stage_1)
+    before = mx.get_active_memory()
     head = install_index(model, index, backend="mlx")
     gc.collect()
-    added = mx.get_active_memory() - before
-    rows = sum(array.nbytes for array in head.clustered.rows.arrays().values())
-    counted = sum(array.nbytes for array in head.arrays()) - rows
-    assert counted == pytest.approx(added, abs=50_000)  # others' arrays may come or go meanwhile
-    stored = n_clusters * 64 * (0.5 + 4 / 32)  # 4 bits, and two float16 for 32 of them
-    dequantised = n_clusters * 64 * 4
-    ids = 2 * 4 * vocab_size
-    assert added <= stored + dequantised + 3 * 4 * n_clusters + ids + 50_000
-    assert added < rows / 5
+    rows = head.clustered.rows.nbytes
+    assert mx.get_active_memory() - before < rows / 5
     detach(model)
-    del head, index, centroids, stage_1
+    del head, index
     gc.collect()
-    assert mx.get_active_memory() <= before + 50_000
+    assert mx.get_active_memory() <= before + 50_000  # others' arrays may come or go meanwhile
 
 
 @some_models
@@ -133,9 +124,7 @@ def test_copies_and_a_dense_copy_are_independent(how):
     detach(model)
     assert get_flash_head(copied) is not None and parameters(model) == before
     assert not mx.allclose(copied(TOKENS), logits)  # its norms have other weights
-    for other in (copied, pickled):
-        detach(other)
-        assert type(other) is type(model)
+    detach(copied)
     module = find_head(copied).module
     module.weight = module.weight * 0
     assert parameters(model) == parameters(pickled) == before
@@ -146,26 +135,22 @@ def doubled(model) -> list:
 
 
 # of a model, the module that holds its head (itself, or its body where they are tied), and the head
-CHANGES = {
-    "set_dtype": lambda model, *_: model.set_dtype(mx.float16),
-    "apply": lambda model, *_: model.apply(lambda array: array * 2),
-    "update": lambda model, *_: model.update(model.parameters()),
-    "update, not strict": lambda model, *_: model.update(
-        {"layers": [], **model.parameters()}, strict=False
-    ),
-    "load_weights": lambda model, *_: model.load_weights(doubled(model)),
-    "load_weights, not strict": lambda model, *_: model.load_weights(doubled(model), strict=False),
-    "quantize": lambda model, *_: nn.quantize(model, group_size=32, bits=8),
-    "the body's set_dtype": lambda model, parent, head: parent.set_dtype(mx.float16),
-    "the layer's set_dtype": lambda model, parent, head: head.set_dtype(mx.float16),
-    "the layer's update": lambda model, parent, head: head.update({"weight": mx.zeros(1)}),
-    "assignment": lambda model, parent, head: setattr(head, "weight", mx.zeros(1)),
-    "no weight": lambda model, parent, head: setattr(head, "weight", None),
-    "item": lambda model, parent, head: head.__setitem__("weight", mx.zeros(1)),
-    "deletion": lambda model, parent, head: delattr(head, "weight"),
-    "deleted item": lambda model, parent, head: head.__delitem__("weight"),
-    "pop": lambda model, parent, head: head.pop("weight"),
-}
+CHANGES = [
+    lambda model, *_: model.set_dtype(mx.float16),
+    lambda model, *_: model.apply(lambda array: array * 2),
+    lambda model, *_: model.update({"layers": [], **model.parameters()}, strict=False),
+    lambda model, *_: model.load_weights(doubled(model)),
+    lambda model, *_: model.load_weights(doubled(model), strict=False),
+    lambda model, *_: nn.quantize(model, group_size=32, bits=8),
+    lambda model, parent, head: parent.set_dtype(mx.float16),
+    lambda model, parent, head: head.update({"weight": mx.zeros(1)}),
+    lambda model, parent, head: setattr(head, "weight", mx.zeros(1)),
+    lambda model, parent, head: setattr(head, "weight", None),
+    lambda model, parent, head: head.__setitem__("weight", mx.zeros(1)),
+    lambda model, parent, head: delattr(head, "weight"),
+    lambda model, parent, head: head.__delitem__("weight"),
+    lambda model, parent, head: head.pop("weight"),
+]
 
 
 @some_models
@@ -175,15 +160,14 @@ def test_changes_are_refused_but_of_the_rest(how):
     location, before, logits = find_head(model), parameters(model), model(TOKENS)
     parent = dict(model.named_modules())[location.path.rpartition(".")[0]]
     modules = [id(module) for module in model.modules()]
-    for name, change in CHANGES.items():
+    for i, change in enumerate(CHANGES):
         said = "output projection under FlashHead cannot be changed: call mlx_flashhead.detach"
         with pytest.raises(ValueError, match=said):
             change(model, parent, location.module)
-        assert parameters(model) == before, name
-        assert [id(module) for module in model.modules()] == modules, name
-        assert mx.array_equal(model(TOKENS), logits), name
-    of_body = dict(doubled(model))
-    of_body = {name: array for name, array in of_body.items()
+        assert parameters(model) == before, i
+        assert [id(module) for module in model.modules()] == modules, i
+        assert mx.array_equal(model(TOKENS), logits), i
+    of_body = {name: array for name, array in doubled(model)
                if not name.startswith(location.path) and array.dtype != mx.uint32}  # fmt: skip
     model.load_weights([*of_body.items()], strict=False)
     for was, now in zip(before, parameters(model), strict=True):
@@ -195,25 +179,11 @@ def test_changes_are_refused_but_of_the_rest(how):
     assert get_flash_head(model) is not None and model(TOKENS).shape == (2, 4, 203)
 
 
-def test_installing_twice_and_uninstalling_nothing():
-    model = tiny_model()
-    before, index = parameters(model), tiny_index(model)
-    head = install_index(model, index)
-    with pytest.raises(ValueError, match=r"already installed.*: detach it first\.$"):
-        install_index(model, index)
-    assert get_flash_head(model) is head
-    detach(model)
-    with pytest.raises(ValueError, match="no FlashHead on this model"):
-        detach(model)
-    assert parameters(model) == before
-    assert install_index(model, index) is get_flash_head(model)
-
-
 @some_models
 def test_failed_installation_leaves_the_model(how):
+    """Of what does not fit, or a second time; and so does a failed removal."""
     model = tiny_model(**how)
-    before, dense = parameters(model), model(TOKENS)
-    classes = [type(module) for module in model.modules()]
+    before, dense, was = parameters(model), model(TOKENS), forms(model)
     index, other = tiny_index(model), tiny_index(tiny_model(vocab_size=99))
     arguments = {"token_ids": index.token_ids, "centroids": index.centroids, "n_probes": 4}
     unfit = {"n_probes": 1000, "backend": "cuda", "centroids": other.centroids}
@@ -221,9 +191,16 @@ def test_failed_installation_leaves_the_model(how):
     for name, value in unfit.items():
         with pytest.raises(ValueError):
             install(model, **arguments | {name: value})
-        assert [type(module) for module in model.modules()] == classes, name
+        assert forms(model) == was and get_flash_head(model) is None, name
         assert parameters(model) == before and mx.array_equal(model(TOKENS), dense), name
-        assert get_flash_head(model) is None
+    head = install_index(model, index)
+    with pytest.raises(ValueError, match=r"already installed.*: detach it first\.$"):
+        install_index(model, index)
+    assert get_flash_head(model) is head
+    detach(model)
+    with pytest.raises(ValueError, match="no FlashHead on this model"):
+        detach(model)
+    assert parameters(model) == before and forms(model) == was
 
 
 # The layer, used for something else than logits, answers as the dense one does.

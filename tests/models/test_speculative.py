@@ -15,12 +15,10 @@ PROMPT = "The river was wide"
 TOKENS = 24
 OPTIONS = {
     "greedy": lambda pair: {"num_draft_tokens": 3},
-    "one draft at a time": lambda pair: {"num_draft_tokens": 1},
     "dense": lambda pair: {"num_draft_tokens": 5, "dense": True},
     "draws": lambda pair: {"sampler": make_sampler(temp=1.5, top_p=0.95, seed=3)},
     # mlx-lm's loop gives processors the prompt's last token alone
     "penalty": lambda pair: {"logits_processors": make_logits_processors(repetition_penalty=1.3)},
-    "bias": lambda pair: {"logits_processors": forbidding(usual(pair)[::5])},
     "quantized cache": lambda pair: {
         "kv_bits": 8, "quantized_kv_start": 0, "prefill_step_size": 1,
     },
@@ -51,10 +49,6 @@ def usual(pair, n_tokens=TOKENS):
     return pair.expected(pair.encode(PROMPT), n_tokens)
 
 
-def forbidding(tokens):
-    return make_logits_processors(logit_bias=dict.fromkeys(tokens, -1e6))
-
-
 def run(pair, model, draft, prompt=PROMPT, **options):
     """→ tokens, and how many of them the draft model made."""
     options = {"max_tokens": TOKENS} | options
@@ -70,7 +64,7 @@ def test_the_text_is_that_without_drafts(pair, drafts, draft, name):
     options.pop("num_draft_tokens", None)
     expected = pair.tokens(pair.dense, PROMPT, max_tokens=TOKENS, **options)
     assert found == expected
-    assert (expected == usual(pair)) == (name in ("greedy", "one draft at a time", "dense"))
+    assert (expected == usual(pair)) == (name in ("greedy", "dense"))
     if draft == "dense" and name in ("greedy", "grammar"):  # every draft is right
         assert n_drafted == TOKENS * 3 // 4
     elif draft == "other" and name == "greedy":
@@ -123,10 +117,8 @@ def steps(target, draft, prompt, n_tokens, cache=None, dense=False, **options):
     return sum(drafted for *_, drafted in given)
 
 
-@pytest.mark.parametrize("n_prompt", [4, 12, 30])
-@pytest.mark.parametrize(
-    "dense, sampling", [(False, {}), (True, {}), (False, {"temp": 1, "seed": 4})]
-)
+@pytest.mark.parametrize("n_prompt", [4, 30])
+@pytest.mark.parametrize("dense, sampling", [(True, {}), (False, {"temp": 1, "seed": 4})])
 def test_a_sliding_window_writes_its_own_text(n_prompt, dense, sampling):
     """From the window on mlx-lm's rollback does not trim its cache: there are no drafts then."""
     target, draft = (make_flash("gemma3_text", **WINDOW) for _ in range(2))

@@ -42,8 +42,7 @@ def layer_of(target: nn.Module) -> dict[str, int]:
     """The shape of a drafter's layer."""
     text = target.config.text_config
     shape = {"hidden_size": text.hidden_size, "vocab_size": text.vocab_size}
-    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2)
-    return shape | heads | {"intermediate_size": 64}
+    return shape | {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
 
 
 def dflash(target: nn.Module) -> nn.Module:
@@ -57,8 +56,7 @@ def eagle3(target: nn.Module, n_tokens: int | None = None) -> nn.Module:
     options = {"tie_word_embeddings": True, "block_size": 4, "target_layer_ids": [1, 2]}
     options |= {"draft_vocab_size": n_tokens or layer["vocab_size"]}
     drafter = Eagle3DraftModel(Eagle3Config(transformer_layer_config=layer, **options))
-    width = layer["hidden_size"]
-    drafter.fc = nn.Linear(2 * width, width, bias=False)  # of two layers
+    drafter.fc = nn.Linear(2 * layer["hidden_size"], layer["hidden_size"], bias=False)  # two layers
     return drafter
 
 
@@ -92,9 +90,9 @@ def calls(monkeypatch):
     def counted(owner, name):
         original = getattr(owner, name)
 
-        def call(self, *arguments, **options):
+        def call(*arguments, **options):
             found.append(name)
-            return original(self, *arguments, **options)
+            return original(*arguments, **options)
 
         monkeypatch.setattr(owner, name, call)
 
@@ -118,7 +116,6 @@ def test_text_is_the_dense_models(calls, make, kind, name, tied, bits):
     dense = write(model)
     assert write(model, **drafting) == dense
     accepted = list(drafter.accept_lens)
-
     install_index(model, tiny_index(model), backend="mlx")
     calls.clear()
     assert write(model, **drafting) == dense and drafter.accept_lens == accepted
