@@ -1,6 +1,7 @@
 """From a model to an index: in steps, dropped without a trace, and what is chosen and reported."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
@@ -62,13 +63,11 @@ def test_between_the_steps_the_model_is_as_it_was_and_the_index_is_the_same(load
 
 def test_the_expected_time_grows_with_the_head_and_the_text(monkeypatch):
     monkeypatch.setattr(build.timeit, "repeat", lambda *_, **__: [1.0])
-
-    def expected(vocab_size, **options):
-        rows = Matrix(mx.zeros((vocab_size, 64)))
-        return expected_seconds(rows, IndexOptions(calibration_seconds=30, **options)) - 30
-
-    assert 0 < 4 * expected(1000) < expected(20_000)
-    assert 4 * expected(1000, calibration_positions=100) < expected(1000)
+    seconds = [
+        expected_seconds(Matrix(mx.zeros((n, 64))), IndexOptions(calibration_positions=positions))
+        for n, positions in ((1000, 100), (1000, 12_000), (20_000, 12_000))
+    ]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
 
 
 def make_case(**kwargs):
@@ -98,9 +97,8 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
     config, report = index.config, index.config.report
     held_out, followed = mx.array(states[-HELD_OUT:]), next_ids[-HELD_OUT:]
     head = FlashHead(rows, index.token_ids, index.centroids, n_probes=8, backend="mlx")
-    dense = np.array(head(held_out).astype(mx.float32), dtype=np.float64)
+    dense = log_softmax(np.array(head(held_out).astype(mx.float32), dtype=np.float64))
     positions, best = np.arange(HELD_OUT), dense.argmax(axis=1)
-    dense = log_softmax(dense)
     probability, dense_loss = np.exp(dense), -dense[positions, followed].mean()
     assert report["positions"] == HELD_OUT
     assert report["dense_perplexity"] == pytest.approx(np.exp(dense_loss), rel=1e-3)
@@ -118,6 +116,8 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
         own = log_softmax(np.array(logits, dtype=np.float64))
         ratio = np.exp(-own[positions, followed].mean() - dense_loss)
         assert row["perplexity_ratio"] == pytest.approx(ratio, rel=1e-2)
+        kl = (probability * (dense - own)).sum(axis=1).mean()
+        assert row["kl"] == pytest.approx(kl, rel=0.05, abs=5e-3)
         n_bytes = read + stored / VOCAB_SIZE * 8 * row["n_probes"]
         assert row["bytes_per_token"] == round(n_bytes)
         assert row["bytes_share"] == pytest.approx(n_bytes / stored)
@@ -135,6 +135,15 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
         if (np.array(head.token(held_out)) == best).mean() >= 0.95:
             break
     assert config.unverified_probes == n_probes
+
+
+def test_tokens_that_a_model_rules_out_spoil_no_measure():
+    rows, states, next_ids = make_case(bias=True)
+    bias = np.array(rows.bias)
+    bias[np.setdiff1d(np.arange(VOCAB_SIZE), next_ids)[:5]] = -np.inf
+    report = indexed(replace(rows, bias=mx.array(bias)), states, next_ids).config.report
+    measured = [value for row in report["by_probes"] for value in row.values()]
+    assert np.isfinite([report["dense_perplexity"], *measured]).all()
 
 
 def test_clusters_and_centroids_are_made_of_the_states_that_are_not_held_out():

@@ -1,104 +1,11 @@
-"""What `test_build.py` lacks of the measures on held-out states, and the numbers of probes."""
+"""The numbers of probes that follow from measures on held-out states, and the risks."""
 
 from itertools import pairwise
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import measures, take_all
-from tiny_models import fitted, random_clusters, random_rows
-
-
-class Case:
-    """A random head, its clusters, states and next tokens; more states than one chunk."""
-
-    def __init__(self, vocab_size=203, cluster_size=8):
-        rng = np.random.default_rng(0)
-        self.rows = random_rows(rng, vocab_size, 32)
-        self.token_ids = random_clusters(rng, vocab_size, cluster_size)
-        self.n_clusters = len(self.token_ids)
-        self.centroids = fitted(self.rows, self.token_ids)
-        self.states = rng.normal(size=(150, 32)).astype(np.float32)
-        self.logits = self.logits_of(self.states).astype(np.float64)
-        self.next_ids = (self.logits + rng.gumbel(size=self.logits.shape)).argmax(axis=1)
-        self.tail_offset = np.array(self.centroids.tail_offset)
-        flat = np.argsort(self.token_ids.ravel(), kind="stable")[:vocab_size]
-        self.cluster_of = flat // self.token_ids.shape[1]
-
-    def logits_of(self, states):
-        return np.array(self.rows.matmul(mx.array(states)))
-
-    def scores_of(self, states):
-        matrix = np.array(self.centroids.matrix.dequantized(mx.float32))
-        return states @ matrix.T + np.array(self.centroids.bias)
-
-    def positions(self, probe_counts):
-        dense, clusters = (self.states, self.logits_of), (self.token_ids, self.scores_of)
-        further = (self.tail_offset, probe_counts, self.next_ids)
-        return take_all(measures.measure_positions(*dense, *clusters, *further))
-
-    def probed(self, n_probes):
-        """(N, V) bool: the tokens of each state's best clusters."""
-        order = np.argsort(-self.scores_of(self.states), axis=1, kind="stable")
-        chosen = np.zeros((len(self.states), self.n_clusters), bool)
-        np.put_along_axis(chosen, order[:, :n_probes], True, axis=1)
-        return chosen[:, self.cluster_of]
-
-
-@pytest.mark.parametrize("vocab_size, cluster_size", [(64, 8), (40, 1), (30, 30), (37, 16)])
-def test_divergence_and_perplexity_of_full_distributions(vocab_size, cluster_size):
-    """The head's logits from their definition: `test_build.py` has the other measures."""
-    case = Case(vocab_size, cluster_size)
-    estimate = (case.scores_of(case.states) + case.tail_offset)[:, case.cluster_of]
-    for got in case.positions(sorted({1, min(3, case.n_clusters), case.n_clusters})).means():
-        probed = case.probed(got["n_probes"])
-        best = np.where(probed, case.logits, -np.inf).max(axis=1, keepdims=True)
-        cap = best - np.maximum(1, np.abs(best) / 64)
-        retrieved = np.where(probed, case.logits, np.minimum(estimate, cap))
-        dense, own = (x - np.log(np.exp(x).sum(1)[:, None]) for x in (case.logits, retrieved))
-        kl = (np.exp(dense) * (dense - own)).sum(axis=1).mean()
-        assert got["kl"] == pytest.approx(kl, rel=1e-4, abs=1e-6)
-        perplexity = np.exp(-np.take_along_axis(own, case.next_ids[:, None], axis=1).mean())
-        assert got["perplexity"] == pytest.approx(perplexity, rel=1e-5)
-
-
-def test_gap_and_tail_are_what_the_head_knows_of_its_unscored_clusters():
-    case = Case()
-    found = case.positions([3, case.n_clusters])
-    scores = np.sort(case.scores_of(case.states), axis=1)[:, ::-1].astype(np.float64)
-    scored = np.where(case.probed(3), case.logits, -np.inf)
-    gap, tail = found.values[0, measures.GAP], found.values[0, measures.TAIL]
-    np.testing.assert_allclose(gap, scored.max(axis=1) - scores[:, 3], atol=1e-4)
-    rest = np.log(np.exp(scores[:, 3:]).sum(axis=1))
-    total = np.logaddexp(np.log(np.exp(scored).sum(axis=1)), rest)
-    np.testing.assert_allclose(tail, rest - total, atol=1e-4)
-    assert (found.values[1, measures.GAP] == np.inf).all()  # no cluster is left
-    assert (found.values[1, measures.TAIL] < -25).all()
-
-
-def test_a_model_s_own_minus_infinity():
-    """Tokens that the model rules out have no mass, and no measure is spoilt."""
-    case = Case(64, 8)
-    mask, logits_of = np.zeros(64, np.float32), case.logits_of
-    mask[case.token_ids[0, :5]] = -np.inf
-    case.logits_of = lambda states: logits_of(states) + mask
-    case.next_ids = np.full(len(case.states), case.token_ids[1, 0])
-    found = case.positions([3, 8])
-    got, whole = found.means()
-    assert np.isfinite([*got.values(), found.dense_perplexity()]).all()
-    assert whole["kl"] == pytest.approx(0, abs=1e-7)
-
-
-def test_large_vocabularies_are_measured_in_smaller_chunks(monkeypatch):
-    case, sizes = Case(), []
-    expected, logits_of = case.positions([3]), case.logits_of
-    monkeypatch.setattr(measures, "CHUNK_LOGITS", 4 * case.token_ids.size - 1)
-    case.logits_of = lambda states: sizes.append(len(states)) or logits_of(states)
-    found = case.positions([3])
-    assert set(sizes) == {3}
-    np.testing.assert_allclose(found.values, expected.values, rtol=1e-4, atol=1e-4)
-
+from mlx_flashhead.conversion import measures
 
 GRID = [8, 16, 32, 64]
 NBYTES = measures.StepBytes(centroids=50, probe=1.0, dense=1000, body=500)

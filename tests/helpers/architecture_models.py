@@ -58,9 +58,8 @@ def quantized(model: nn.Module) -> nn.Module:
     """The model as ``mlx_lm.convert -q`` quantizes it, to 4 bits but for what it says itself."""
     with redirect_stdout(StringIO()):
         if model.model_type == "afm7":  # whose fused layers do not take mlx-lm's own arguments
-            return set_bits(
-                model, {}, find_head(model), ConvertOptions("model", head_bits=4), print
-            )[0]
+            options = ConvertOptions("model", head_bits=4)
+            return set_bits(model, {}, find_head(model), options, print)[0]
         return quantize_model(model, {}, 64, 4)[0]
 
 

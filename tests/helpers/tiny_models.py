@@ -65,11 +65,8 @@ def tiny_model(
     seed: int = 0,
     **overrides,
 ) -> nn.Module:
-    """A random model, evaluated: weights and biases large enough for logits that differ.
-
-    ``bits`` quantizes the head and the linear layers, and the rest has the ``dtype``. ``overrides``
-    are keys of the configuration.
-    """
+    """A random model whose logits differ: ``bits`` quantizes the head and the linear layers, and
+    ``overrides`` are keys of the configuration."""
     architecture = importlib.import_module(f"mlx_lm.models.{arch}")
     config = {"model_type": arch, "tie_word_embeddings": tied, **CONFIGS[arch], **overrides}
     model = architecture.Model(architecture.ModelArgs.from_dict(config))
@@ -104,45 +101,32 @@ def parameters(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], bytes]
 
 
 def random_rows(
-    rng: np.random.Generator,
-    vocab_size: int,
-    hidden_size: int,
-    *,
-    dtype: mx.Dtype = mx.float32,
-    bits: int | None = None,
-    group_size: int = 32,
-    mode: str = "affine",
-    bias: bool = False,
+    rng, vocab_size, hidden_size, *, dtype=mx.float32, bits=None, mode="affine", bias=False
 ) -> Matrix:
     """The rows of a random head."""
-    weight = mx.array(rng.normal(scale=0.5, size=(vocab_size, hidden_size)).astype(np.float32))
-    weight = weight.astype(dtype)
-    bias = mx.array(rng.normal(size=vocab_size).astype(np.float32)).astype(dtype) if bias else None
+    weight = mx.array(rng.normal(scale=0.5, size=(vocab_size, hidden_size))).astype(dtype)
+    bias = mx.array(rng.normal(size=vocab_size)).astype(dtype) if bias else None
     rows = Matrix(weight, bias=bias)
-    return rows if bits is None else rows.quantize(group_size=group_size, bits=bits, mode=mode)
+    return rows if bits is None else rows.quantize(group_size=32, bits=bits, mode=mode)
 
 
 def random_clusters(rng: np.random.Generator, vocab_size: int, cluster_size: int) -> np.ndarray:
     """Token ids (C, cluster_size) uint32 in random order; padded slots anywhere, hold V."""
     n_clusters = -(-vocab_size // cluster_size)
-    padded = n_clusters * cluster_size - vocab_size
-    # dealt out one by one: no cluster is all padding
     slots = np.full((n_clusters, cluster_size), -1)
-    for i in range(padded):
-        slots[i % n_clusters, rng.choice(np.flatnonzero(slots[i % n_clusters] < 0))] = vocab_size
+    # dealt out one by one: no cluster is all padding
+    for cluster in np.arange(slots.size - vocab_size) % n_clusters:
+        slots[cluster, rng.choice(np.flatnonzero(slots[cluster] < 0))] = vocab_size
     slots[slots < 0] = rng.permutation(vocab_size)
     return rng.permutation(slots).astype(np.uint32)
 
 
-def fitted(rows: Matrix, token_ids: np.ndarray, *, seed: int = 0, **kwargs) -> Centroids:
+def fitted(rows: Matrix, token_ids: np.ndarray) -> Centroids:
     """Centroids fitted to random states."""
-    rng = np.random.default_rng(seed)
-    states = rng.normal(size=(50, rows.hidden_size)).astype(np.float32)
+    states = np.random.default_rng(0).normal(size=(50, rows.hidden_size)).astype(np.float32)
     weight = rows.dequantized().astype(mx.float32)
     bias = None if rows.bias is None else rows.bias.astype(mx.float32)
-    return take_all(
-        fit_centroids(weight, token_ids, states, head_bias=bias, group_size=32, **kwargs)
-    )
+    return take_all(fit_centroids(weight, token_ids, states, head_bias=bias, group_size=32))
 
 
 def tiny_index(

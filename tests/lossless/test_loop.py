@@ -10,7 +10,6 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.lossless.loop import verified_steps
 from mlx_flashhead.lossless.policy import Proposer, policy_of
 from mlx_flashhead.lossless.verify import SlotProduct
@@ -73,36 +72,28 @@ def test_a_seed_is_that_of_the_text(flash):
     assert tokens(of_mlx=1) != tokens(of_mlx=2)
 
 
-@pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_every_format(dtype, bits, misses):
-    flash = make_flash(dtype=dtype, bits=bits)
-    for settings in ({}, {"temp": 1.0}, {"temp": 0.8, "top_p": 0.9}):
-        misses.clear()
-        checked(flash, settings)
-        assert misses
-
-
 WINDOW = {"sliding_window": 16, "sliding_window_pattern": 2, "num_hidden_layers": 2}
-ARCHITECTURES = {
-    "softcap": ("gemma2", {"final_logit_softcapping": 30.0}),
-    "scale": ("cohere", {"logit_scale": 0.5}),
-    "bias": ("phi", {}),
-    "window": ("gemma3_text", WINDOW),
-}
+FORMS = [{"dtype": d, "bits": b} for d in (mx.float32, mx.bfloat16, mx.float16) for b in (None, 4)]
+ARCHITECTURES = [
+    {"arch": "gemma2", "final_logit_softcapping": 30.0},
+    {"arch": "cohere", "logit_scale": 0.5},
+    {"arch": "phi"},
+    {"arch": "gemma3_text"} | WINDOW,
+]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture(name, misses):
-    arch, options = ARCHITECTURES[name]
-    flash = make_flash(arch, **options)
-    checked(flash)
-    misses.clear()
-    checked(flash, {"temp": 9.0, "top_p": 0.99})
-    assert misses or name == "softcap"  # its choices are clear
+@pytest.mark.parametrize("options", FORMS + ARCHITECTURES, ids=str)
+def test_every_format_and_architecture(options, misses):
+    flash = make_flash(**options)
+    for settings in ({}, {"temp": 1.0}, {"temp": 9.0, "top_p": 0.99}):
+        checked(flash, settings)
+    assert misses or "gemma2" in options.values()  # whose choices are clear
 
 
-def test_logits_that_depend_on_each_other_are_dense():
+def test_logits_that_are_nan_or_depend_on_each_other_are_dense():
+    flash = make_flash()
+    flash.model.model.layers[0].mlp.down_proj.weight *= mx.nan
+    checked(flash, max_tokens=5)
     model = tiny_model()
 
     class Normed(type(model)):
@@ -155,8 +146,7 @@ def test_state_space_layers_are_copied_and_replayed(misses):
 
 
 def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
-    checked = list(flash.steps(max_tokens=20))
-    dense = list(flash.steps(max_tokens=20, dense=True))
+    checked, dense = flash.steps(max_tokens=20), flash.steps(max_tokens=20, dense=True)
     for (token, found), (same, expected) in zip(checked, dense, strict=True):
         assert token == same
         assert mx.allclose(found, expected, atol=1e-4)
@@ -188,12 +178,6 @@ def test_a_processor_that_raises_leaves_confirmed_tokens(flash, call):
     assert tokens == dense[: len(tokens)]
     if tokens:
         assert [layer.offset for layer in cache] == [len(PROMPT) + len(tokens)] * 2
-
-
-def test_nan_is_decided_as_by_the_dense_head():
-    flash = make_flash()
-    flash.model.model.layers[0].mlp.down_proj.weight *= mx.nan
-    checked(flash, max_tokens=5)
 
 
 def test_a_cache_that_cannot_be_kept_is_refused(flash):
@@ -249,8 +233,7 @@ def test_processes_that_share_a_model_take_the_same_steps(flash, forward_passes,
 def test_one_evaluation_a_token(flash, monkeypatch):
     """A token that the head has chosen is one command buffer: nothing else is launched, but for
     the verifications."""
-    launched = []
-    original = mx.async_eval
+    launched, original = [], mx.async_eval
     monkeypatch.setattr(mx, "async_eval", lambda *a: launched.append(len(a)) or original(*a))
     proposer = Proposer(flash.model, n_probes=26)
     prompt = mx.array(PROMPT, dtype=mx.uint32)
@@ -259,20 +242,3 @@ def test_one_evaluation_a_token(flash, monkeypatch):
     assert len(tokens) == 40 and proposer.n_verifications >= 3
     steps = len(launched) - proposer.n_verifications - mlx_lm_prefill
     assert steps == len(tokens) - 1 + after_last
-
-
-def test_pending_tokens_are_joined_along_the_way(monkeypatch):
-    """So that a verification of 32 states joins no more than a kernel does at once."""
-    joined, n_sources = FlashHead.joined, []
-
-    def record(head, proposals, rows, tokens):
-        n_sources.append(len(proposals))
-        return joined(head, proposals, rows, tokens)
-
-    monkeypatch.setattr(FlashHead, "joined", record)
-    flash = make_flash(n_probes=13)  # all clusters, so none is rejected
-    policy = policy_of(flash.head)
-    policy.first_pending = policy.max_pending = 32
-    policy.max_risk = policy.max_wait = 1e9
-    assert flash.tokens(max_tokens=36) == flash.tokens(max_tokens=36, dense=True)
-    assert n_sources[:5] == [7, 7, 7, 7, 8]
