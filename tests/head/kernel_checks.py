@@ -64,7 +64,8 @@ def check_selection(clustered, scores, n_probes, selection, depth=100):
     expected = np.clip(estimates, -highest, highest).view(np.uint32)
     expected[np.isnan(estimates)] = NOT_A_NUMBER
     for row, bins in enumerate(bins_of(scores)):
-        deepest = depth - np.log(np.exp((1 - bins[bins > 0]) / 64).sum()) if depth < 100 else 100
+        near = scores[row, bins > 0]
+        deepest = depth - np.log(np.exp(near - near.max()).sum()) if depth < 100 else 100
         n_read = min(n_probes, int((bins <= 1 + max(deepest, 0) * 64).sum()))
         probes = held[row, :n_read]
         np.testing.assert_array_equal(probes, np.sort(np.argsort(bins, kind="stable")[:n_read]))

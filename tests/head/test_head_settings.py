@@ -86,8 +86,7 @@ def test_only_drawn_tokens_can_be_sampled():
     values, dense = np.array(logits), np.array(rows.matmul(hidden))
     assert np.isfinite(values).all()
     can_be_drawn = values > NEVER_DRAWN / 2
-    counts = can_be_drawn.sum(axis=1)
-    assert counts.min() >= 3 * (CLUSTER_SIZE - 1) and counts.max() <= 3 * CLUSTER_SIZE
+    assert (np.abs(can_be_drawn.sum(axis=1) - 3 * CLUSTER_SIZE) <= 3).all()  # some are padded
     assert np.allclose(values[can_be_drawn], dense[can_be_drawn], atol=1e-4)
     tokens = np.array(mx.random.categorical(logits / temperature))
     assert can_be_drawn[np.arange(2000), tokens].all()
@@ -177,12 +176,9 @@ def test_backend_is_chosen(monkeypatch):
     steps, reason = make_steps(make_head()[0].clustered, None)
     assert type(steps) is PortableSteps and reason == "MLX's default device is the CPU."
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    # an argument goes before the environment
-    for variable, argument, chosen in (
-        ("", None, "metal"), ("mlx", None, "mlx"), ("mlx", "metal", "metal")
-    ):  # fmt: skip
-        monkeypatch.setenv(BACKEND_VARIABLE, variable)
-        assert choose_backend(argument) == chosen
+    assert choose_backend() == "metal"
+    monkeypatch.setenv(BACKEND_VARIABLE, "mlx")
+    assert choose_backend() == "mlx" and choose_backend("metal") == "metal"
     for variable, argument in (("mlx", "cuda"), ("cuda", None)):
         monkeypatch.setenv(BACKEND_VARIABLE, variable)
         with pytest.raises(ValueError, match=r"Unknown .* backend 'cuda': choose metal or mlx"):

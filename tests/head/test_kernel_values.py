@@ -35,7 +35,7 @@ def test_a_sum_beyond_float32_saturates():
     clustered, _ = checks.small_head(np.random.default_rng(4), n_tokens=64)
     rows = Matrix(mx.ones((64, 128)))
     clustered = ClusteredRows.build(rows, to_numpy(clustered.token_ids), clustered.centroids)
-    hidden = mx.stack([mx.full((128,), 3e37), mx.full((128,), -3e37)])
+    hidden = mx.stack([mx.full((128,), 3e36), mx.full((128,), -3e36)])
     _, _, candidates, full, _ = checks.run(clustered, hidden, 3)
     highest = mx.finfo(mx.float32).max
     assert (to_numpy(candidates.logits)[:, :3] == [[[highest]], [[-highest]]]).all()

@@ -80,7 +80,7 @@ def test_a_text_that_is_taken_away_leaves_nothing_behind(flash, greedy, n_steps)
     generator = VerifiedBatchGenerator(flash.model, logprobs=False)
     uids = generator.insert(PROMPTS, [25] * 4)
     tokens = {uid: [] for uid in uids}
-    for step in range(60):
+    for step in range(120):
         if step == n_steps:
             cache, held = generator.remove(uids[1:2], return_prompt_caches=True)[uids[1]]
             assert held == PROMPTS[1] + tokens[uids[1]] or not tokens[uids[1]]
@@ -96,7 +96,7 @@ def test_a_text_that_is_taken_away_leaves_nothing_behind(flash, greedy, n_steps)
 def test_a_text_that_joins_later(flash, greedy):
     generator, tokens = VerifiedBatchGenerator(flash.model, logprobs=False), {}
     generator.insert([PROMPT], [25])
-    for step in range(60):
+    for step in range(120):
         if step == 5:
             cache, prompt = make_prompt_cache(flash.model), OTHERS[0]
             flash.model(mx.array([prompt[:-1]]), cache=cache)

@@ -4,8 +4,6 @@ The cases are those that scripts/architectures.py has recorded. An architecture 
 installed mlx-lm makes the comparison fail.
 """
 
-import re
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,11 +11,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import architectures as script
 from architecture_configs import VOCAB_SIZE
-from architecture_models import architectures, quantized, tiny_architecture, write_architecture
+from architecture_models import architectures, quantized, tiny_architecture
 from flash_loops import Flash
 from form_checks import by_form, check_form, check_refused, on_this_machine
 from mlx_flashhead import make_sampler
-from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.models.locate import find_head
 
 FOUND = script.recorded("mlx_lm")
@@ -77,14 +74,3 @@ def test_flash_head(name, tied, bits):
     flash, sampler = Flash(model), make_sampler(temp=2.0, seed=1)
     options = {"prompt": tokens[0].tolist(), "max_tokens": 5, "sampler": sampler}
     assert flash.tokens(**options) == flash.tokens(dense=True, **options)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers on configuration keys
-@by_form(FOUND, lambda form: form.cell == script.REFUSED)
-def test_refused_model_is_one_sentence_and_no_folder(name, tied, tmp_path):
-    source = write_architecture(tmp_path / "source", name, tied=tied)
-    with pytest.raises(ValueError) as raised:
-        convert(str(source), str(tmp_path / "found"), calibration="none", progress=False)
-    assert re.fullmatch(r"[^\n]+[^.]\.", str(raised.value))
-    assert re.search(r"FlashHead|mlx-lm cannot load", str(raised.value))
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -1,12 +1,9 @@
 """The package's generation: mlx-lm's functions under settings that last as long as the call."""
 
-import json
 from itertools import zip_longest
 
-import mlx.core as mx
 import mlx_lm
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_flashhead import batch_generate, generate, load, stream_generate
@@ -153,18 +150,3 @@ def test_adapters_of_the_body_work_and_those_of_the_head_are_refused(pair, tmp_p
         lambda: load(str(pair.folder), adapter_path=adapters),
         f"{path!r} carries a LoRA adapter.* must be fused first",
     )
-
-
-def test_fully_tuned_weights(pair, tmp_path):
-    """Adapters of the kind "full" are weights: those of the body fit, another head does not."""
-    folder, weights = str(tmp_path), dict(tree_flatten(pair.dense.parameters()))
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full"}))
-    file, name = f"{folder}/adapters.safetensors", "model.layers.1.mlp.down_proj.weight"
-    mx.save_safetensors(file, {name: weights[name] * -1})
-    ids = pair.encode(PROMPTS[1])
-    dense, _ = mlx_lm.load(str(pair.dense_folder), adapter_path=folder)
-    model, _ = load(str(pair.folder), adapter_path=folder)
-    assert pair.tokens(model, ids) == uncached(dense, ids) != pair.expected(ids)
-    name = head_of(pair) + ".weight"
-    mx.save_safetensors(file, {name: weights[name] * 2})
-    refused(lambda: load(str(pair.folder), adapter_path=folder), "belongs to other rows than this")
