@@ -208,16 +208,15 @@ def test_the_head_is_compared_with_the_one_before_its_quantization():
 
 
 @pytest.mark.parametrize(
-    ("states", "eos_token_ids", "said"),
+    ("n", "value", "ends", "said"),
     [
-        (np.zeros((0, 64)), (), "0 calibration positions are too few"),
-        (np.zeros((1, 64)), (), "1 calibration positions are too few"),
-        (np.full((40, 64), np.inf), (), "NaN or infinity: check the model"),
-        (np.ones((40, 64)), ["x"], r"eos_token_id must be whole numbers, not \['x'\]"),
+        (1, 0.0, (), "1 calibration positions are too few"),
+        (40, np.inf, (), "NaN or infinity: check the model"),
+        (40, 1.0, ["x"], r"eos_token_id must be whole numbers, not \['x'\]"),
     ],
 )
-def test_bad_states_and_ends_of_a_text(states, eos_token_ids, said):
-    rows, _, next_ids = make_case()
-    states, next_ids = states.astype(np.float32), next_ids[: len(states)]
+def test_bad_states_and_ends_of_a_text(n, value, ends, said):
+    rows, states, next_ids = make_case()
+    given = np.full_like(states[:n], value), next_ids[:n]
     with pytest.raises(ValueError, match=said):
-        take_all(build_index(rows, IndexOptions(), states, next_ids, eos_token_ids=eos_token_ids))
+        take_all(build_index(rows, IndexOptions(), *given, eos_token_ids=ends))

@@ -52,7 +52,6 @@ CASES = [
     ("case", "with_bias"), [(case, bool(i % 2)) for i, case in enumerate(CASES)]
 )
 def test_fit_is_the_ridge_regression_of_the_logsumexp(case, with_bias):
-    """With float centroids, so that little but the fit is compared."""
     rows, token_ids, states, head_bias = make_case(**case)
     rows, states = rows[:, :-1].copy(), states[:, :-1].copy()  # a width that fits no group
     n_states, hidden_size = states.shape
@@ -99,7 +98,6 @@ def test_without_states_the_means_remain():
 
 
 def test_errors_fed_forward_cost_less_where_the_states_are():
-    """GPTQ against mx.quantize, which rounds to nearest."""
     rows, _, states, _ = make_case(vocab_size=400, n_states=2000)
     covariance = np.cov(states.T.astype(np.float64), bias=True)
     matrix, rounded = take_all(clusters._quantize(rows, covariance, 64))

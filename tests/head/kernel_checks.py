@@ -92,8 +92,7 @@ def check_candidates(clustered, hidden, selection, candidates, slack=1e-7):
     if clustered.rows.bias is not None:
         errors = errors + ROUNDING[clustered.rows.product_dtype(hidden.dtype)] * np.abs(every)
         every = every + to_numpy(clustered.rows.bias)
-    of_probes = (np.arange(len(probes))[:, None], probes)
-    highest = mx.finfo(dtype).max
+    of_probes, highest = (np.arange(len(probes))[:, None], probes), mx.finfo(dtype).max
     expected = np.clip(every[of_probes], -highest, highest)
     error = errors[of_probes] + ROUNDING[dtype] * np.abs(expected) + slack
     logits = to_numpy(candidates.logits).astype(np.float64)

@@ -10,15 +10,7 @@ from mlx_lm import sample_utils
 from kernel_cases import kernels, plain_clusters, to_numpy
 from mlx_flashhead import make_sampler
 from mlx_flashhead.head import draw as draw_module
-from mlx_flashhead.head.draw import (
-    Draws,
-    DrawSettings,
-    draw,
-    log_mass,
-    noise_of_all,
-    position_key,
-    threshold,
-)
+from mlx_flashhead.head.draw import Draws, DrawSettings, draw, log_mass, noise_of_all, position_key
 from mlx_flashhead.head.kernels import MIN_PROBES, MetalSteps
 from mlx_flashhead.head.steps import Candidates, Selection
 
@@ -82,7 +74,6 @@ def path_of(kernel: bool, monkeypatch):
 @pytest.mark.parametrize("n_logits", [1, 5, 203])
 @pytest.mark.parametrize("spread, digits", [(0.1, 9), (1, 1), (4, 9)])
 def test_the_threshold_is_the_definitions(monkeypatch, kernel, n_logits, spread, digits):
-    """With ties where few digits are left."""
     rng = np.random.default_rng(n_logits)
     logits = rng.normal(scale=spread, size=(len(SETTINGS), n_logits)).astype(np.float32)
     logits = np.round(logits, digits)
@@ -91,7 +82,7 @@ def test_the_threshold_is_the_definitions(monkeypatch, kernel, n_logits, spread,
     for tail in (-np.inf, 0.5):  # of tokens that are not among these
         total = None if tail < 0 else mx.logaddexp(log_mass(rows), mx.array(tail))
         with path_of(kernel, monkeypatch):
-            found = np.array(rows >= threshold(rows, draws, total))
+            found = np.array(rows >= draw_module.threshold(rows, draws, total))
         each = zip(found, logits, draws.settings.tolist(), draws.top_k.tolist(), strict=True)
         for keeps, x, (_, top_p, log_min_p), top_k in each:
             expected = kept(x, tail, top_p, log_min_p, top_k)
@@ -105,9 +96,9 @@ def test_a_wide_rows_threshold_reads_it_once_a_digit(monkeypatch):
     rows[1] = 3.0
     draws = Draws.of([(s, (0, 0)) for s in (DrawSettings(1.0, top_p=0.95), DrawSettings(1.0, 0.5))])
     with path_of(False, monkeypatch):
-        expected = rows >= threshold(rows, draws)
+        expected = rows >= draw_module.threshold(rows, draws)
     with path_of(True, monkeypatch), kernels() as emulator:
-        found = rows >= threshold(rows, draws)
+        found = rows >= draw_module.threshold(rows, draws)
         mx.eval(found)
     n_kept = np.stack([expected.sum(axis=-1), found.sum(axis=-1)])
     assert (np.abs(n_kept[0] - n_kept[1]) <= 2e-4 * n_kept[0]).all()
@@ -126,7 +117,6 @@ def test_a_wide_rows_threshold_reads_it_once_a_digit(monkeypatch):
     ],
 )
 def test_tokens_are_drawn_as_often_as_by_mlx_lms_sampler(arguments):
-    """Total variation as of two samples of one distribution."""
     rng, n_draws, n_tokens = np.random.default_rng(4), 20_000, 12
     logits = mx.array(rng.normal(scale=1.5, size=(1, n_tokens)).astype(np.float32))
     rows = mx.repeat(logits - log_mass(logits), n_draws, axis=0)

@@ -55,7 +55,6 @@ def test_eos_is_always_scored():
 
 @pytest.mark.parametrize("n_probes, temperature", [(1, 0.5), (2, 2.0), (3, 1.0)])
 def test_drawn_probes_have_the_papers_distribution(n_probes, temperature):
-    """Without replacement from softmax(S / T): all ordered draws are enumerated."""
     scores = np.array([1.0, 0.5, 0.0, -0.5, 2.0])
     share = np.exp(scores / temperature)
     expected: dict[frozenset, float] = {}
@@ -111,7 +110,6 @@ def test_a_plain_call_is_dense_and_a_block_is_not():
 
 
 def test_settings_are_those_of_the_innermost_block():
-    """A block with a wrong setting changes nothing."""
 
     def state():
         return head.unverified_probes, head._draw_temperature

@@ -79,7 +79,6 @@ def test_nan_of_one_token():
 
 @pytest.mark.parametrize("n_probes", [1, 4, 38])
 def test_the_lowest_of_equal_tokens_wins(n_probes):
-    """Three distinct rows for 300 tokens: the winner is there a hundred times."""
     rng = np.random.default_rng(5)
     clustered, hidden = checks.small_head(rng)
     clustered = replace(clustered, rows=clustered.flat_rows().take(clustered.token_ids % 3))
@@ -141,9 +140,8 @@ def test_select_takes_nan_first(n_clusters):
     """Of either sign, as MLX's sort has them; -inf, which samplers give, is the last."""
     rng = np.random.default_rng(12)
     scores = rng.normal(size=(2, n_clusters)).astype(np.float32)
-    scores[:, [3, 17, 30]] = np.array([np.nan, -np.nan, np.nan], dtype=np.float32)
     scores[0, 5:] = -np.inf
-    scores[0, [17, 30]] = np.nan
+    scores[:, [3, 17, 30]] = np.array([np.nan, -np.nan, np.nan], dtype=np.float32)
     with kernels():
         steps = MetalSteps(plain_clusters(rng, n_clusters))
         found = steps.select(mx.array(scores), 9)
@@ -151,7 +149,6 @@ def test_select_takes_nan_first(n_clusters):
     for probes, words, row in zip(*map(to_numpy, found[:2]), scores, strict=True):
         expected = np.argsort(np.where(np.isnan(row), -np.inf, -row), kind="stable")[:9]
         np.testing.assert_array_equal(probes, np.sort(expected))
-        assert set(np.flatnonzero(np.isnan(row))) <= set(probes)
         assert (words[probes] == checks.PROBED + np.arange(9)).all()
     assert few[0, 30] == checks.NOT_A_NUMBER  # three are NaN, of which two are probed
 

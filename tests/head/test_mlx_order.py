@@ -1,8 +1,6 @@
-"""Scored logits are the dense head's to the last bit, as MLX's own kernels compute them.
-
-MLX's text and ours both run on the emulator, whose compiler joins no products and sums, those of an
-expression, or all that meet: it is not known what Apple's does.
-"""
+"""Scored logits are the dense head's to the last bit, as MLX's own kernels compute them. Both run
+on the emulator, whose compiler joins no products and sums, those of an expression, or all that
+meet: it is not known what Apple's does."""
 
 import re
 from functools import cache

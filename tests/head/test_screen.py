@@ -194,7 +194,6 @@ def test_rows_of_proposals_are_joined(n, n_probes, dispatches):
 @pytest.mark.skipif(on_gpu(), reason="counts of the emulator")
 @pytest.mark.parametrize("draws", [None, DRAWS], ids=["greedy", "drawn"])
 def test_a_verification_reads_the_logits_once(draws):
-    """Two kernels beside the product, and the join of the last states."""
     rng = np.random.default_rng(2)
     with kernels() as emulator:
         steps = steps_of(rng, MetalSteps, 16, 2100)

@@ -33,12 +33,8 @@ def run(folder, form, *, tied=False, refused=False):
     mx.save_safetensors(str(folder / "inputs.safetensors"), inputs)
     quantization = {"groupSize": rows.group_size, "bits": rows.bits, "mode": rows.mode}
     settings = [{k: getattr(s, v) for k, v in FIELDS.items()} | {"seed": SEED} for s in SETTINGS]
-    case = {
-        "isTied": tied,
-        "shape": [VOCAB_SIZE, HIDDEN_SIZE],
-        "quantization": quantization if rows.quantized else None,
-        "settings": settings,
-    }
+    case = {"isTied": tied, "shape": [VOCAB_SIZE, HIDDEN_SIZE], "settings": settings}
+    case |= {"quantization": quantization if rows.quantized else None}
     (folder / "case.json").write_text(json.dumps(case))
     environment = {"TMPDIR": str(folder), "FLASH_KERNELS": "refused" if refused else ""}
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | environment}

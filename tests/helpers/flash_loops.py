@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_flashhead import get_flash_head
+from mlx_flashhead import get_flash_head, make_sampler
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
 from mlx_flashhead.lossless.loop import verified_steps
 from mlx_flashhead.lossless.policy import Proposer
@@ -29,6 +29,15 @@ class Flash:
         """The tokens of the loop for one text."""
         mx.random.seed(seed)
         return [token for token, _ in self.steps(**options)]
+
+    def checked(self, settings=None, **options):
+        """The tokens of the loop with a sampler, which are those of the dense loop."""
+        found, dense = (
+            self.tokens(dense=dense, sampler=make_sampler(**settings or {}), **options)
+            for dense in (False, True)
+        )
+        assert found == dense
+        return found
 
     def steps(self, dense=False, verify=True, n_probes=None, prompt=PROMPT, **options):
         n_probes = None if dense else n_probes

@@ -28,11 +28,7 @@ def on_gpu() -> bool:
 
 @contextlib.contextmanager
 def kernels(**options):
-    """Within the block kernels run: on the GPU if there is one, else on the emulator.
-
-    Yields:
-        The emulator, or None on a GPU.
-    """
+    """Within the block kernels run: on the GPU, which yields None, else on the emulator."""
     always = mock.patch.object(kernels_module, "MATRIX_FROM", 1000)  # MLX rounds otherwise
     if on_gpu():
         with always:

@@ -156,8 +156,7 @@ class Handler(BaseHTTPRequestHandler):
         if account is None:  # it repeats the token, as no server should
             header = self.headers.get("Authorization")
             raise Answer(401, {}, X_Error_Message=f"Invalid credentials {header}")
-        token = {"displayName": "test", "role": account.role}
-        return {"name": account.name, "orgs": [], "auth": {"accessToken": token}}
+        return {"name": account.name, "auth": {"accessToken": {"role": account.role}}}
 
     def create(self):
         wanted, account = json.loads(self.body), self.account()
@@ -188,10 +187,9 @@ class Handler(BaseHTTPRequestHandler):
         entries = []
         for path, content in repository.commits[repository.find(revision)].items():
             oid, size = git_oid(content)
-            entry = {"type": "file", "path": path, "oid": oid[:40], "size": size}
+            entries.append({"type": "file", "path": path, "oid": oid[:40], "size": size})
             if not isinstance(content, bytes):
-                entry["lfs"] = {"oid": oid, "size": size, "pointerSize": 130}
-            entries.append(entry)
+                entries[-1]["lfs"] = {"oid": oid, "size": size, "pointerSize": 130}
         return entries
 
     def preupload(self, repo_id, revision):
@@ -206,14 +204,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def batch(self, repo_id):
         self.repository(repo_id, write=True)
-        objects = [
-            {key: o[key] for key in ("oid", "size")} for o in json.loads(self.body)["objects"]
-        ]
-        for entry in objects:
+        objects = []
+        for entry in json.loads(self.body)["objects"]:
+            objects.append({key: entry[key] for key in ("oid", "size")})
             if entry["oid"] not in self.server.large:
                 url = f"{self.server.url}/lfs/{entry['oid']}"
-                upload = {"href": f"{url}?{SIGNATURE}"}
-                entry["actions"] = {"upload": upload, "verify": {"href": f"{url}/verify"}}
+                actions = {"upload": f"{url}?{SIGNATURE}", "verify": f"{url}/verify"}
+                objects[-1]["actions"] = {name: {"href": to} for name, to in actions.items()}
         return {"objects": objects, "transfer": "basic"}
 
     def store(self, oid):

@@ -1,7 +1,5 @@
 """Texts that are generated together: each has the tokens that it has alone."""
 
-from copy import deepcopy
-
 import mlx.core as mx
 import pytest
 from mlx_lm import sample_utils
@@ -38,24 +36,24 @@ def test_mixed_settings_share_the_steps(flash, misses, with_processors):
     assert tokens == expected
     assert misses
     for prompt, found, end in zip(PROMPTS, tokens, ends, strict=True):
-        assert end.finish_reason == "length"
-        assert end.all_tokens == prompt + found
+        assert end.finish_reason == "length" and end.all_tokens == prompt + found
         assert [layer.offset for layer in end.prompt_cache] == [len(prompt) + 25] * 2
 
 
 def test_rows_that_all_are_proposed_by_the_head(flash, misses, monkeypatch):
-    """Greedy and drawn rows share one call that makes no full logits."""
     monkeypatch.setattr(type(flash.head.steps), "expand", None)
     settings = [SETTINGS[i] for i in (0, 1, 2, 0)]
     tokens, _ = flash.batch(PROMPTS, **sampled(settings))
     assert tokens == [alone(flash, p, s, []) for p, s in zip(PROMPTS, settings, strict=True)]
 
 
+def rotating():
+    return [RotatingKVCache(max_size=12) for _ in range(2)]
+
+
 OPTIONS = {
     "another's sampler": lambda: {"samplers": [sample_utils.make_sampler(temp=1.0)] * 4},
-    "rotating caches": lambda: {
-        "caches": [[RotatingKVCache(max_size=12) for _ in range(2)] for _ in PROMPTS]
-    },
+    "rotating caches": lambda: {"caches": [rotating() for _ in PROMPTS]},
     "16 bits": lambda: sampled(SETTINGS[i] for i in (0, 1, 2, 0)),
 }
 
@@ -70,7 +68,6 @@ def test_a_batch_is_as_a_dense_one(flash, misses, name):
 
 @pytest.fixture(scope="module")
 def greedy(flash):
-    """The best tokens of each prompt, alone."""
     return [alone(flash, prompt, {}, []) for prompt in PROMPTS]
 
 
@@ -106,19 +103,16 @@ def test_a_text_that_joins_later(flash, greedy):
     assert [tokens[uid] for uid in sorted(tokens)] == greedy[:2]
 
 
-@pytest.mark.parametrize("rotating", [False, True])
-def test_a_stop_token_ends_a_text(flash, rotating):
+@pytest.mark.parametrize("cache", [lambda: None, rotating])
+def test_a_stop_token_ends_a_text(flash, cache):
     """In each form that mlx-lm takes. Its cache holds its tokens, also where later tokens were
     confirmed with it."""
-    cache = [RotatingKVCache(max_size=12) for _ in range(2)] if rotating else None
-    ((expected,), _) = flash.batch([PROMPT], caches=[deepcopy(cache)], dense=True)
+    ((expected,), _) = flash.batch([PROMPT], caches=[cache()], dense=True)
     for stop, form in zip(expected[5:12:3], (int, list, tuple), strict=True):
         stops = {stop} if form is int else [form([stop])]
         generator = VerifiedBatchGenerator(flash.model, stop_tokens=stops)
-        generator.insert([PROMPT], [25], caches=[deepcopy(cache)])
-        responses = []
-        while confirmed := generator.next_generated():
-            responses += confirmed
+        generator.insert([PROMPT], [25], caches=[cache()])
+        responses = [r for each in iter(generator.next_generated, []) for r in each]
         n = expected.index(stop) + 1
         assert [response.token for response in responses] == expected[:n]
         assert responses[-1].finish_reason == "stop"

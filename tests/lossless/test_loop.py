@@ -5,15 +5,15 @@ from itertools import count
 import mlx.core as mx
 import pytest
 from mlx_lm import sample_utils
-from mlx_lm.models import mamba2
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from architecture_models import tiny_architecture
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
 from mlx_flashhead.lossless.loop import verified_steps
 from mlx_flashhead.lossless.policy import Proposer, policy_of
 from mlx_flashhead.lossless.verify import SlotProduct
-from tiny_models import randomized, tiny_model
+from tiny_models import tiny_model
 
 SAMPLERS = {
     "greedy": {},
@@ -37,20 +37,10 @@ def marked(processor, mark="preserves_margins"):
     return processor
 
 
-def checked(flash, settings=None, **options):
-    """The tokens, which are those of the dense loop."""
-    checked, dense = (
-        flash.tokens(dense=dense, sampler=make_sampler(**settings or {}), **options)
-        for dense in (False, True)
-    )
-    assert checked == dense
-    return checked
-
-
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("n_probes", [1, 3, 26])
 def test_every_sampler(flash, name, n_probes, misses):
-    assert len(checked(flash, SAMPLERS[name], n_probes=n_probes)) == 40
+    assert len(flash.checked(SAMPLERS[name], n_probes=n_probes)) == 40
     assert bool(misses) == (n_probes < 26 and name != "xtc")  # which is dense
 
 
@@ -60,7 +50,7 @@ def test_every_processor(flash, name, settings, misses, monkeypatch):
     """Without one, a thread computes the verification."""
     if name is None:
         monkeypatch.setattr("mlx_flashhead.lossless.verify.WORTH_A_THREAD", 0)
-    checked(flash, settings, logits_processors=PROCESSORS[name]() if name else None)
+    flash.checked(settings, logits_processors=PROCESSORS[name]() if name else None)
     assert misses
 
 
@@ -86,14 +76,14 @@ ARCHITECTURES = [
 def test_every_format_and_architecture(options, misses):
     flash = make_flash(**options)
     for settings in ({}, {"temp": 1.0}, {"temp": 9.0, "top_p": 0.99}):
-        checked(flash, settings)
+        flash.checked(settings)
     assert misses or "gemma2" in options.values()  # whose choices are clear
 
 
 def test_logits_that_are_nan_or_depend_on_each_other_are_dense():
     flash = make_flash()
     flash.model.model.layers[0].mlp.down_proj.weight *= mx.nan
-    checked(flash, max_tokens=5)
+    flash.checked(max_tokens=5)
     model = tiny_model()
 
     class Normed(type(model)):
@@ -102,23 +92,23 @@ def test_logits_that_are_nan_or_depend_on_each_other_are_dense():
             return logits / mx.linalg.norm(logits, axis=-1, keepdims=True)
 
     model.__class__ = Normed
-    checked(flash_of(model), {"temp": 0.05, "seed": 1})
+    flash_of(model).checked({"temp": 0.05, "seed": 1})
 
 
 CACHES = {
-    "plain": lambda model: make_prompt_cache(model),
+    "plain": make_prompt_cache,
+    "quantized": make_prompt_cache,
     "rotating": lambda model: [RotatingKVCache(max_size=12, keep=2) for _ in model.layers],
     "mixed": lambda model: [KVCache(), RotatingKVCache(max_size=12, keep=2)],
 }
 QUANTIZED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 20}
 
 
-@pytest.mark.parametrize(
-    "name, options", [*((name, {}) for name in CACHES), ("plain", QUANTIZED)], ids=str
-)
+@pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("stop", [1, 9, 40])
-def test_every_cache_holds_the_confirmed_tokens(flash, name, options, stop, misses):
+def test_every_cache_holds_the_confirmed_tokens(flash, name, stop):
     """The caller leaves after any token, and goes on as after the dense loop."""
+    options = QUANTIZED if name == "quantized" else {}
 
     def run(dense):
         cache = CACHES[name](flash.model)
@@ -135,13 +125,7 @@ def test_every_cache_holds_the_confirmed_tokens(flash, name, options, stop, miss
 
 
 def test_state_space_layers_are_copied_and_replayed(misses):
-    args = mamba2.ModelArgs(
-        model_type="mamba2", num_heads=4, head_dim=32, vocab_size=203, hidden_size=64,
-        intermediate_size=128, state_size=16, num_hidden_layers=2, layer_norm_epsilon=1e-5,
-        conv_kernel=4, n_groups=1, use_bias=False, use_conv_bias=True, tie_word_embeddings=True,
-        time_step_limit=(0.01, 1.0), time_step_rank=4,
-    )  # fmt: skip
-    checked(flash_of(randomized(mamba2.Model(args))))
+    flash_of(tiny_architecture("mamba2", tied=True)).checked()
     assert misses
 
 
@@ -151,13 +135,6 @@ def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
         assert token == same
         assert mx.allclose(found, expected, atol=1e-4)
     assert misses
-
-
-def test_nothing_is_checked_without_the_check(flash, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.verify.Verification", None)
-    unverified = flash.tokens(verify=False)
-    assert unverified == flash.tokens(verify=False, logprobs=False)
-    assert unverified != flash.tokens(dense=True)
 
 
 @pytest.mark.parametrize("call", [1, 2, 7, 20])
@@ -218,7 +195,6 @@ def test_the_first_tokens_do_not_wait(flash, forward_passes, monkeypatch):
 
 
 def test_processes_that_share_a_model_take_the_same_steps(flash, forward_passes, monkeypatch):
-    """However long a check takes on each of them."""
     monkeypatch.setattr(policy_of(flash.head), "lockstep", True)
     steps = []
     for ready, seconds in ((True, 0.0), (False, 10.0)):

@@ -110,7 +110,6 @@ def test_what_is_trusted():
 
 
 def test_a_least_number_of_tokens_is_min_p_s():
-    """What top-p has removed does not come back."""
     logits = mx.log(mx.array([[0.7, 0.2, 0.06, 0.04]]))
     sampler = make_sampler(temp=1.0, top_p=0.5, min_p=0.5, min_tokens_to_keep=3)
     assert {sampler.choose(logits, 1, i).item() for i in range(200)} == {0}

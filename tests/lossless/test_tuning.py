@@ -1,5 +1,7 @@
 """What is measured on a machine, and the settings that follow from it."""
 
+from itertools import cycle
+
 import pytest
 
 from flash_loops import OTHERS, make_flash
@@ -45,16 +47,13 @@ def test_a_measurement_chooses_and_changes_no_text(slow):
 @pytest.mark.parametrize("busy", [False, True])
 def test_the_steady_gain_is_measured(monkeypatch, gain, busy):
     """On a machine whose clock is made up: a verification takes as long for 8 states as for 32."""
-    flash, clock = make_flash(), [0.0]
+    flash, clock, slow = make_flash(), [0.0], cycle([1, 1, 1 + busy])
     flat, k, dense = 0.003, 32, 0.006
     step = dense / gain - flat / k
 
     class Parts(tuning._Parts):
-        n_calls = 0
-
         def takes(self, n, seconds, extra=0.0):
-            Parts.n_calls += 1
-            seconds *= 2 if busy and Parts.n_calls % 3 == 0 else 1
+            seconds *= next(slow)
             clock[0] += n * seconds + extra
             return [seconds] * (n - 1) + [seconds + extra]
 
@@ -80,7 +79,6 @@ def test_the_steady_gain_is_measured(monkeypatch, gain, busy):
 
 
 def test_settings_of_another_machine():
-    """For more clusters than there are; and a size of batches changes no text."""
     flash = make_flash()
     Tuning(500, 1e30, 8, 0.1, 1.2, 0.01, 0.0, dense=False).apply(flash.head)
     assert flash.head.n_probes == flash.head.n_clusters and flash.head.unverified_probes == 3

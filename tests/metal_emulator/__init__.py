@@ -5,7 +5,6 @@ would compile, compiles that text and runs it. What a GPU does silently is repor
 :class:`KernelFault`: accesses out of bounds, races, reads of uninitialised memory, barriers that
 not all threads reach, missing address spaces.
 
-=================  ===========================================================================
 signature.py       the text MLX writes, and how the runtime calls it
 frontend.py        Metal to C++ for OpenCL, and Apple's rules that clang lacks
 build.py           clang from the ziglang package; compiled kernels are cached by content
@@ -13,7 +12,6 @@ run.py             launch and traffic, and what went wrong in words
 emulator.py        the face of ``mx.fast.metal_kernel``
 shim/              ``metal_stdlib``
 runtime/           threads as fibers, barriers, simdgroups, watched memory
-=================  ===========================================================================
 
 Not emulated: textures, simdgroup matrices, function constants, 64-bit atomics, and the rounding of
 the GPU's own transcendental functions. Stricter than Metal: a simd operation needs all lanes of its

@@ -50,10 +50,7 @@ class Emulator:
     def _run(
         self, options, *, inputs, output_shapes, output_dtypes, grid, threadgroup, template=None
     ):
-        """Runs a kernel at once (MLX would wait until an output is needed), and gives its outputs.
-
-        The first argument is what the kernel was made with, the others are those of its call.
-        """
+        """Runs a kernel, made with ``options``, at once: MLX would wait until it is needed."""
         arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
         mx.eval(arrays)
         call = {"grid": grid, "threadgroup": threadgroup, "template": template or []}

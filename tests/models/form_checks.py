@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from architecture_configs import VOCAB_SIZE
-from architectures import Form
+from architectures import REFUSED, Form, examine
 from emulated_mlx_lm import emulated
 from mlx_flashhead.models.install import get_flash_head, install
 from mlx_flashhead.models.libraries import UnsupportedHeadError
@@ -40,8 +40,13 @@ def by_form(found: dict[str, tuple[Form, Form]], wanted: Callable[[Form], bool])
     )
 
 
-def check_refused(model: nn.Module, reason: str) -> None:
-    """Checks that no FlashHead is installed for that reason, and that the model stays as it was."""
+def check_other(form: Form, name: str, tied: bool, build: Callable, configs: str) -> None:
+    """Checks that a form is as recorded: where it is refused, that no FlashHead is installed for
+    that reason, and that the model stays as it was."""
+    assert examine(name, tied, build, configs) == form
+    if form.cell != REFUSED or "cannot load it here" in form.reason:
+        return
+    model, reason = build(name, tied=tied), form.reason
 
     def modules():
         return [(path, type(module), dict(module)) for path, module in model.named_modules()]

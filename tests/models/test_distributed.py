@@ -1,6 +1,5 @@
 """Two processes on this machine share a model: the text is that of one process."""
 
-import contextlib
 import json
 import os
 import re
@@ -84,17 +83,11 @@ def launched(tmp_path_factory):
     words = [SCRIPT, json.dumps(arguments), qwen2, str(place / "found")]
     port = free_port()
     (place / "hosts").write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in range(2)]))
+    options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"MLX_HOSTFILE": str(place / "hosts")}  # as mlx.launch gives them
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", *words],
-            env=environment | {"MLX_RANK": str(rank)},
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    environments = [environment | {"MLX_RANK": str(rank)} for rank in range(2)]
+    command = [sys.executable, "-c", *words]
+    processes = [subprocess.Popen(command, env=each, **options) for each in environments]
     try:
         said = "".join(process.communicate(timeout=120)[1] for process in processes)
     finally:
@@ -133,20 +126,17 @@ def test_mistakes_are_reported(launched, mistake, said):
     assert others[0] == "" and (mistake != "prompt" or others[1] == "")
 
 
-@pytest.mark.parametrize(
-    "heads, said",
-    [
-        ((9, 3), "9 attention heads .3 of"),
-        ((9,), "9 attention heads .9 of"),
-        ((12, 3), "to 2 processes: use one, or"),
-        ((8, 1), None),
-        ((), None),
-    ],
-)
-def test_attention_heads_that_cannot_be_shared_out(heads, said):
-    config = dict(zip(("num_attention_heads", "num_key_value_heads"), heads, strict=False))
-    with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
+def test_attention_heads_that_cannot_be_shared_out():
+    def check(*heads):
+        config = dict(zip(("num_attention_heads", "num_key_value_heads"), heads, strict=False))
         _check_attention_heads({"text_config": config}, 2, by_layers=False)
+
+    check(8, 1)
+    check()
+    for heads, said in (((9, 3), "9 attention heads .3 of"), ((9,), "heads .9 of"),
+                        ((12, 3), "to 2 processes: use one, or")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            check(*heads)
 
 
 class SplitHead(nn.Module):

@@ -15,21 +15,13 @@ from architecture_configs import VOCAB_SIZE
 from architecture_models import tiny_architecture
 from mlx_flashhead.models.install import dense_copy, detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head
-from tiny_models import install_index, parameters, tiny_index, tiny_model
+from tiny_models import FORMS, install_index, parameters, tiny_index, tiny_model
 
 TOKENS = mx.array([[3, 1, 200, 7], [9, 9, 0, 202]])
 MODELS = {
     f"{kind}-{form}": head | how
     for kind, head in {"tied": {}, "untied": {"tied": False}, "bias": {"arch": "phi"}}.items()
-    for form, how in {
-        "float32": {},
-        "float16": {"dtype": mx.float16},
-        "bfloat16": {"dtype": mx.bfloat16},
-        "4-bit": {"bits": 4},
-        "4-bit-bfloat16": {"bits": 4, "dtype": mx.bfloat16},
-        "8-bit": {"bits": 8, "group_size": 64},
-        "mxfp4": {"bits": 4, "mode": "mxfp4"},
-    }.items()
+    for form, how in FORMS.items()
 }
 models = pytest.mark.parametrize("how", MODELS.values(), ids=MODELS)
 SOME = ("tied-float32", "untied-float32", "bias-float32", "tied-4-bit", "untied-4-bit")
@@ -79,7 +71,6 @@ def test_all_probes_give_the_models_logits_and_it_looks_dense_and_is_so_again(ho
 
 
 def test_memory_added_is_the_index():
-    """No second copy of the rows: only centroids and ids are added."""
     model = tiny_model(vocab_size=20_000)
     index = tiny_index(model, cluster_size=16)
     gc.collect()
@@ -96,7 +87,6 @@ def test_memory_added_is_the_index():
 
 @some_models
 def test_copies_and_a_dense_copy_are_independent(how):
-    """Pickled, copied and dense, which shares all but the rows."""
     model = tiny_model(**how)
     before, logits = parameters(model), model(TOKENS)
     head = installed(model)

@@ -10,7 +10,6 @@ from mlx.utils import tree_map
 
 pytest.importorskip("mlx_vlm")
 
-from mlx_vlm.generate.ar import generate_step
 from mlx_vlm.speculative.drafters.eagle3.config import Eagle3Config
 from mlx_vlm.speculative.drafters.eagle3.eagle3 import Eagle3DraftModel
 from mlx_vlm.speculative.drafters.gemma4_assistant.config import Gemma4AssistantConfig
@@ -29,9 +28,10 @@ from mlx_flashhead.loading.load import attach
 from mlx_flashhead.models.install import detach, get_flash_head
 from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
-from vlm_texts import write_together
+from vlm_texts import write_alone, write_together
 
 PROMPT, TOKENS = [5, 9, 200], 12
+write = partial(write_alone, prompt=PROMPT, max_tokens=TOKENS)
 
 
 def mtp(target: nn.Module) -> nn.Module:
@@ -99,11 +99,6 @@ def calls(monkeypatch):
     counted(FlashHead, "draft_logits")
     counted(ClusteredRows, "token_rows")
     return found
-
-
-def write(model: nn.Module, **options) -> list[int]:
-    steps = generate_step(mx.array([PROMPT]), model, None, None, max_tokens=TOKENS, **options)
-    return [int(token) for token, _ in steps]
 
 
 @pytest.mark.parametrize("make, kind, name, tied, bits", CASES)
@@ -177,7 +172,6 @@ def test_a_head_of_its_own_stays_dense(calls, attached, build, options):
 
 
 def test_several_texts_at_once():
-    """As mlx-vlm's server generates with a drafter."""
     model = tiny_vlm("qwen3_5", tied=True)
     dense = write(model)
     install_index(model, tiny_index(model), backend="mlx")

@@ -10,7 +10,6 @@ import pytest
 
 mlx_vlm = pytest.importorskip("mlx_vlm")
 
-from mlx_vlm.generate.ar import generate_step
 from mlx_vlm.models.cache import make_prompt_cache
 from mlx_vlm.models.glm_moe_dsa import speculative_verifier as glm
 from mlx_vlm.speculative import eagle3, mtp
@@ -21,7 +20,7 @@ from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.libraries import forward
 from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
-from vlm_texts import write_together
+from vlm_texts import write_alone, write_together
 
 
 @pytest.fixture
@@ -121,20 +120,11 @@ def test_a_token_never_reads_the_weights(reads, name, tied, bits):
     prompt = [5, 9, 200]
     first = mx.argmax(forward(model, mx.array([prompt]))[:, -1]).item()
 
-    def alone(max_tokens):
-        steps = generate_step(mx.array([prompt]), model, None, None, max_tokens=max_tokens)
-        return [int(token) for token, _ in steps]
+    def counted(write, *given):
+        reads.clear()
+        return write(model, *given), len(reads)
 
-    def together(max_tokens):
-        (tokens,) = write_together(model, [prompt], max_tokens, prefill_batch_size=1)
-        return tokens
-
-    for write in (alone, together):
-        counts = []
-        for max_tokens in (2, 6):
-            reads.clear()
-            tokens = write(max_tokens)
-            counts.append(len(reads))
-            assert len(tokens) == max_tokens and tokens[0] == first
-        assert counts[0] == counts[1]
-    assert alone(6) == together(6)
+    (few, n_few), (many, n_many) = (counted(write_alone, prompt, n) for n in (2, 6))
+    assert len(few) == 2 and many[:2] == few and many[0] == first and n_few == n_many
+    (few, n_few), (same, n_many) = (counted(write_together, [prompt], n) for n in (2, 6))
+    assert [many] == same and n_few == n_many

@@ -17,16 +17,13 @@ from model_folders import VOCAB_SIZE, write_model
 from tiny_models import install_index, tiny_index, tiny_model
 
 EOS = 1
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 8},
-        "kind": {"enum": ["red", "green", None, 4]},
-        "sizes": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 3},
-    },
-    "required": ["name", "kind", "sizes"],
-    "additionalProperties": False,
+FIELDS = {
+    "name": {"type": "string", "maxLength": 8},
+    "kind": {"enum": ["red", "green", None, 4]},
+    "sizes": {"type": "array", "items": {"type": "integer", "maximum": 99}, "maxItems": 3},
 }
+SCHEMA = {"type": "object", "properties": FIELDS, "required": [*FIELDS]}
+SCHEMA |= {"additionalProperties": False}
 
 
 @pytest.fixture(scope="module")
