@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 # Before anything imports transformers or tokenizers: notices would hide a test's own output, and
@@ -28,6 +29,7 @@ from filelock import FileLock
 import mlx_flashhead
 from fetch_model import fetch
 from loopback_hub import TOKEN, Account, LoopbackHub
+from mlx_flashhead.loading import background
 from model_folders import write_model
 
 
@@ -104,6 +106,13 @@ def flash_head_home(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:  # a test may undo its own patches
         patch.setenv("MLX_FLASHHEAD_HOME", str(home))
         yield home
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The build of a FlashHead takes a second."""
+    options = partial(background.IndexOptions, calibration_positions=100)
+    monkeypatch.setattr(background, "IndexOptions", options)
 
 
 @pytest.fixture

@@ -70,18 +70,9 @@ def test_a_stopped_benchmark_reports_the_rounds_that_it_has(
 def test_machine_is_json_and_names_what_matters(monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     about = json.loads(json.dumps(machine()))
-    for key in ("processor", "system", "blas", "date"):
-        assert isinstance(about[key], str) and about[key]
-    assert about["versions"]["mlx"] == mx.__version__
+    assert all(about[key] for key in ("processor", "system", "blas", "date", "cores"))
+    assert about["versions"]["mlx"] == mx.__version__ and about["memory_gb"] > 0.1
     assert about["threads"]["OPENBLAS_NUM_THREADS"] == "1"
-    assert about["cores"] >= 1 and about["memory_gb"] > 0.1
-    if mx.metal.is_available():
-        assert about["gpu"] and about["read_bandwidth_gb_s"] > 0
-
-
-def test_spread_is_median_and_quartiles():
-    expected = {"median": 3e3, "lower": 2e3, "upper": 4e3, "runs": 5}
-    assert spread([5.0, 1.0, 2.0, 4.0, 3.0], 1000) == expected
 
 
 def test_rounds_take_turns_after_a_warm_up():
@@ -91,17 +82,16 @@ def test_rounds_take_turns_after_a_warm_up():
     def run(name):
         return lambda number: calls.append((name, number)) or 10 * number
 
-    lengths = []
-    for seconds in in_turns({name: run(name) for name in "ABC"}, 20):
-        lengths.append({len(taken) for taken in seconds.values()})
-    assert lengths == [{number} for number in range(21)]
-    assert seconds == {name: [10 * number for number in range(1, 21)] for name in "ABC"}
+    for number, seconds in enumerate(in_turns({name: run(name) for name in "ABC"}, 20)):
+        assert seconds == {name: [10 * i for i in range(1, number + 1)] for name in "ABC"}
     rounds = ["".join(name for name, number in calls if number == i) for i in range(21)]
     assert [number for _, number in calls] == sorted(number for _, number in calls)
     assert set(rounds) == {"ABC", "ACB", "BAC", "BCA", "CAB", "CBA"}
 
 
-def test_a_timer_takes_the_run_and_its_evaluation(monkeypatch):
+def test_a_timer_takes_the_run_and_its_evaluation_and_figures_are_medians(monkeypatch):
+    expected = {"median": 3e3, "lower": 2e3, "upper": 4e3, "runs": 5}
+    assert spread([5.0, 1.0, 2.0, 4.0, 3.0], 1000) == expected
     clock, evaluated, evaluate = iter(range(100)), [], mx.eval
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(module.mx, "eval", lambda *a: (evaluated.extend(a), evaluate(*a)))

@@ -21,8 +21,8 @@ from mlx_flashhead.common.terminal import Terminal
 from model_folders import VOCAB_SIZE, write_model
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
-FIGURES = r"\[(\d+) tokens, [\d.]+ tokens/s, prompt (\d+) tokens"
 ANSWER_TOKENS = 12
+FIGURES = rf"{ANSWER_TOKENS} tokens, [\d.]+ tokens/s, prompt (\d+) tokens"
 
 
 @pytest.fixture(autouse=True)
@@ -87,9 +87,8 @@ def test_a_conversation_at_a_terminal(start, converted, folder):
     for question in ("Hello there", "And then?"):
         text, _, said = chat.say(question).partition("\n[")
         assert words(text) == words("".join(right.ask(question, max_tokens=ANSWER_TOKENS)))
-        figures = re.match(FIGURES, f"[{said}")
-        assert figures, said
-        assert (int(figures[1]), int(figures[2])) == (ANSWER_TOKENS, right.answers[-1].n_prompt)
+        figures = re.match(FIGURES, said)
+        assert int(figures[1]) == right.answers[-1].n_prompt, said
         assert f"[cut at --max-tokens {ANSWER_TOKENS}:" in said
     assert "Wrote 4 messages to chat.json" in chat.say("/save chat.json")
     assert messages(folder / "chat.json") == right.messages
@@ -148,9 +147,8 @@ def test_an_answer_on_a_narrow_screen_is_stopped(start, folder):
         assert re.search(r"\[\d+ tokens,[^]]*\sstopped\]", answer)
         assert "/st" not in "".join(chat.lines(row)[:10]) + answer
     chat.say("/save chat.json")
-    _, first, _, second = (message["content"] for message in messages(folder / "chat.json"))
-    for answer in (first, second):
-        assert answer.startswith("".join(DAYS)) and ("".join(DAYS) * 9999).startswith(answer)
+    for message in messages(folder / "chat.json")[1::2]:
+        assert ("".join(DAYS) * 9999).startswith(message["content"])
     check_end(chat, signal.SIGTERM)
 
 
@@ -163,11 +161,6 @@ def test_without_prompt_toolkit_lines_are_typed_all_the_same(monkeypatch, capsys
     assert terminal.interactive and terminal.read() == '"""Hello\nthere"""'
     shown = capsys.readouterr().out
     assert "pip install 'mlx_flashhead[chat]'" in shown and shown.endswith("> > ")
-
-
-@pytest.mark.parametrize("end", ["/exit now", "exit", " quit ", "/quit", "/q", "q"])
-def test_words_that_end_a_chat(end):
-    assert session._command(end)[0] == "/exit"
 
 
 def test_every_command_over_pipes(typed, converted, folder):
@@ -222,9 +215,9 @@ def test_every_command_over_pipes(typed, converted, folder):
 
 
 def test_dense_needs_no_flash_head(typed, dense, converted):
-    answer, said = typed("Hello\n/probes 3\n/dense\n", "--model", dense, "--dense")
+    answer, said = typed("Hello\n/probes 3\n/dense\nexit\nx", "--model", dense, "--dense")
     assert said.count("This model has no FlashHead") == 2
-    lines = "Hello\n/dense\n/reset\nHello\n"
+    lines = "Hello\n/dense\n/reset\nHello\n quit \nx"
     answers, said = typed(lines, "--model", converted, "--dense")
     assert answers == 2 * answer
     assert "Now verified, 4 of 17" in said
@@ -232,7 +225,7 @@ def test_dense_needs_no_flash_head(typed, dense, converted):
 
 def test_flags_of_the_command_line(typed, converted):
     flags = ("--model", converted, "--temp", 1, "--n-probes", 1, "--max-kv-size", 24, "--seed")
-    texts = [typed("Hello\n/stats\n", *flags, seed) for seed in (1, 1, 2)]
+    texts = [typed("Hello\n/stats\n/quit now\nx", *flags, seed) for seed in (1, 1, 2)]
     assert texts[0][0] == texts[1][0] != texts[2][0]
     assert "1 of 17 clusters" in texts[0][1] and "--max-kv-size has no effect" in texts[0][1]
 

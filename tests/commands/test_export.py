@@ -1,5 +1,7 @@
 """``export``: the file, the table, and its errors."""
 
+from unittest.mock import Mock
+
 import mlx.core as mx
 import pytest
 
@@ -11,10 +13,6 @@ def output(tmp_path):
     return tmp_path / "head.safetensors"
 
 
-def plan_of(file):
-    return read_plan(file)[1]
-
-
 def test_the_file_holds_arrays_and_kernels(run, converted, output):
     code, printed, errors = run("export", "--model", converted, "--output", output)
     assert (code, errors) == (0, "")
@@ -23,7 +21,7 @@ def test_the_file_holds_arrays_and_kernels(run, converted, output):
     for name in (*arrays, str(output), "(17, 16)", "uint32", "4 of 17", "docs/ipad.md"):
         assert name in printed
     assert arrays["n_probes"].item() == 4
-    plan = plan_of(output)
+    _, plan = read_plan(output)
     assert (plan["head"], plan["dtype"]) == ("lm_head", "float32")
     assert plan["rows"]["weight"]["shape"] == [258, 128]
     assert "flash_head::expand" in plan["launches"][plan["logits"][-1]]["source"]
@@ -36,14 +34,11 @@ def test_a_file_that_is_there_is_kept(refused, run, converted, output):
     assert "--overwrite" in said
     assert run("export", *arguments, "--overwrite", "--n-probes", 9)[0] == 0
     assert mx.load(str(output))["n_probes"].item() == 9
-    score = plan_of(output)["launches"]["flash_head_score"]
+    score = read_plan(output)[1]["launches"]["flash_head_score"]
     assert score["outputShapes"] == [[1, 9, 16], [1, 9]]
 
 
 def test_an_interrupted_export_leaves_nothing(run, converted, output, monkeypatch):
-    def fails(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(mx, "save_safetensors", fails)
+    monkeypatch.setattr(mx, "save_safetensors", Mock(side_effect=KeyboardInterrupt))
     assert run("export", "--model", converted, "--output", output)[0] == 130
     assert list(output.parent.iterdir()) == []

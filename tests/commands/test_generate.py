@@ -57,11 +57,14 @@ def generated(run):
     return generated
 
 
+def asked(tokenizer, text, **options):
+    """A question's tokens, by the chat template."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], **options)
+
+
 def test_the_chat_template_and_the_speeds(run, converted, monkeypatch):
     model, tokenizer = mlx_flashhead.load(str(converted))
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "One day"}], add_generation_prompt=True
-    )
+    prompt = asked(tokenizer, "One day", add_generation_prompt=True)
     expected = mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=8) + "\n"
     arguments = ("generate", "--model", converted, "--max-tokens", 8, "--prompt")
     monkeypatch.setattr(sys, "stdin", io.StringIO("One day"))
@@ -91,20 +94,17 @@ def test_flags_are_the_functions_arguments(generated, converted, right, flags, s
     assert found == mlx_flashhead.generate(model, tokenizer, PROMPT, **options) + "\n" != right
 
 
-def test_dense_is_mlx_lms_output(run, dense, converted, monkeypatch, capsys):
-    arguments = ["--prompt", "One day", "--max-tokens", "8", "--verbose", "F", "--model"]
-    monkeypatch.setattr(sys, "argv", ["mlx_lm.generate", *arguments, str(dense)])
-    importlib.import_module("mlx_lm.generate").main()
-    expected = capsys.readouterr().out
+def test_dense_is_mlx_lms_output(run, dense, converted):
+    arguments = ("--prompt", "One day", "--max-tokens", 8, "--verbose", "F", "--model")
+    _, expected, _ = run(importlib.import_module("mlx_lm.generate"), *arguments, dense)
     for folder in (converted, dense):  # without a FlashHead there is nothing to convert first
         assert run("generate", *arguments, folder, "--dense") == (0, expected, "")
 
 
 def test_a_model_without_a_chat_template_or_with_one_that_raises(run, refused, tmp_path):
     source, target = write_model(tmp_path / "source", chat_template=None), tmp_path / "model"
-    arguments = ("--model", source, "--mlx-path", target, "--calibration-positions", 99)
-    code, _, errors = run("convert", *arguments)
-    assert code == 0 and "rror" not in errors
+    flags = ("--model", source, "--mlx-path", target, "--calibration-positions", 99)
+    assert run("convert", *flags)[0] == 0
     code, output, errors = run("generate", "--model", target, "--prompt", "One day")
     assert (code, errors) == (0, "") and "Prompt: 7 tokens" in output
     template = "{{ raise_exception('no \x1b[2Jturns') }}"
@@ -134,32 +134,21 @@ def test_draft_models(generated, refused, dense, converted, right, monkeypatch):
         assert said in refused("generate", *target, *draft, "--draft-probes", 9999, *ASK)
 
 
-@pytest.fixture
-def prompt_cache(converted, monkeypatch, tmp_path):
-    """A file of mlx-lm's."""
-    file = tmp_path / "cache.safetensors"
-    argv = ["mlx_lm.cache_prompt", "--model", converted, "--prompt", "Once"]
-    monkeypatch.setattr(sys, "argv", [*map(str, argv), "--prompt-cache-file", str(file)])
-    importlib.import_module("mlx_lm.cache_prompt").main()
-    return file
-
-
-def test_prompt_cache_file(generated, refused, dense, converted, prompt_cache, tmp_path):
+def test_prompt_cache_file(run, generated, refused, dense, converted, tmp_path):
     """With and without the model's name, which the file knows."""
+    prompt_cache = tmp_path / "cache.safetensors"
+    flags = ("--model", converted, "--prompt", "Once", "--prompt-cache-file", prompt_cache)
+    run(importlib.import_module("mlx_lm.cache_prompt"), *flags)
     found = generated("--prompt-cache-file", prompt_cache)
     assert generated("--prompt-cache-file", prompt_cache, "--model", converted) == found
     model, tokenizer, _ = load_dense(dense)
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Once"}], continue_final_message=True
-    )
-    ids += tokenizer.encode(PROMPT)
+    ids = asked(tokenizer, "Once", continue_final_message=True) + tokenizer.encode(PROMPT)
     assert found == mlx_flashhead.generate(model, tokenizer, ids, max_tokens=TOKENS) + "\n"
     (tmp_path / "damaged.safetensors").write_text("no cache")
     for wrong, further, said in (
         (prompt_cache, ("--model", dense), "different model"),
         (prompt_cache, ("--draft-model", dense), "leave --draft-model out"),
         (tmp_path / "damaged.safetensors", (), "damaged or not a prompt cache"),
-        (converted / "model.safetensors", (), "mlx_lm.cache_prompt"),
         (tmp_path / "absent", (), "there is no such file"),
     ):
         assert said in refused("generate", "--prompt-cache-file", wrong, *further, *ASK)

@@ -1,6 +1,5 @@
 """``run``: other programs with a FlashHead under their ``mlx_lm.load``."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -13,8 +12,9 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead.index.files import write_companion
+from mlx_flashhead.loading.sources import explicit_head
 from model_folders import write_model
-from run_programs import DENSE, MANY, alone, running_server, start
+from run_programs import DENSE, MANY, alone, running_server, start, start_many
 from tiny_models import tiny_index
 
 # A program that knows nothing of FlashHead, and that loads in three ways.
@@ -91,24 +91,32 @@ def place(tmp_path_factory):
     return place
 
 
-def test_programs_get_the_flash_head(place):
-    """One of its own, and those of mlx-lm that generate, each as the program of its process."""
-    programs = [
-        "program.py model",
-        "-m mlx_lm.chat --model model --max-tokens 4",
-        "-m mlx_lm.benchmark --model model -p 8 -g 4 -n 1",
-    ]
+def test_programs_get_the_flash_head(place, capsys):
+    """One of its own, and those of mlx-lm that generate, each as the program of its process. Texts
+    are the normal head's, with a draft model too. A program's arguments are its own, also those
+    that this one has. A loop of its own keeps the normal head."""
+    text = "mlx_lm.generate --model model --prompt=--n-probes --max-tokens 24"
+    programs = ["program.py model", "own_loop.py", f"-m {text}", f"-m {text} --draft-model model"]
+    programs += ["-m mlx_lm.benchmark --model model -p 8 -g 4 -n 1"]
+    programs += ["-m mlx_lm.chat --model model --max-tokens 4"]
     if find_spec("datasets"):  # which the oldest does not install
         programs.append(
             "-m mlx_lm.perplexity --model model --data-path data --sequence-length 16 "
             "--num-samples 2 --batch-size 1"
         )
-    code, output, errors = start(place, *HEAD, "many.py", *programs, typed="One\nq\n")
-    assert code == 0, errors
-    assert output.splitlines()[:3] == 3 * ["_FlashEmbedding __main__"]
-    assert "chat" in output and "Averages: prompt_tps=" in output
-    assert len(programs) == 3 or "Perplexity: " in output
-    assert DENSE not in errors and errors.count("With FlashHead: model") == 2 + len(programs)
+    shown = start_many(place, *HEAD, "many.py", *programs, typed="One\nq\n")
+    output, errors = zip(*shown, strict=True)
+    assert output[0].splitlines() == 3 * ["_FlashEmbedding __main__"]
+    assert output[1] == alone(capsys, place, "own_loop.py")
+    assert "Text of model: dense: this program's loop cannot be verified" in errors[1]
+    dense = alone(capsys, place, *text.split()).split("=====")[2]
+    assert [printed.split("=====")[2] for printed in output[2:4]] == [dense] * 2
+    assert "Text of model: verified." in errors[2]
+    assert "Averages: prompt_tps=" in output[4] and "chat" in output[5]
+    assert len(programs) == 6 or "Perplexity: " in output[6]
+    assert DENSE not in "".join(errors)
+    loads = [said.count("With FlashHead: model") for said in errors]
+    assert loads == [3, *[1] * (len(programs) - 1)]
 
 
 def test_programs_that_are_started_as_commands(run, place, tmp_path, monkeypatch):
@@ -125,21 +133,16 @@ def test_programs_that_are_started_as_commands(run, place, tmp_path, monkeypatch
     program = subprocess.run(words, cwd=place, capture_output=True, text=True)
     assert program.stdout == output and "mine" in program.stderr
 
-    monkeypatch.setenv("MLX_FLASHHEAD_RUN", '{"flash_head": "./absent"}')
-    program = subprocess.run(words[3:], cwd=place, capture_output=True, text=True, env=os.environ)
-    assert program.returncode == 0 and "FlashHead" not in program.stderr  # without the folder
-
 
 def test_what_does_not_generate_gets_the_dense_model_silently(place):
-    code, _, errors = start(
+    shown = start_many(
         place, *HEAD, "many.py",
         "-m mlx_lm.convert --hf-path model -q --q-group-size 32 --mlx-path out",
         "-m mlx_lm convert --hf-path model --mlx-path copy",
         "-m mlx_lm.lora --model model --train --fine-tune-type lora --iters 1 --batch-size 1 "
         "--num-layers 1 --data data",
     )  # fmt: skip
-    assert code == 0, errors
-    assert "FlashHead" not in errors
+    assert len(shown) == 3 and not [errors for _, errors in shown if "FlashHead" in errors]
 
 
 def test_dense_with_one_warning_where_there_is_none(place):
@@ -150,35 +153,14 @@ def test_dense_with_one_warning_where_there_is_none(place):
     assert errors.count(DENSE) == 1 and "There is no FlashHead of model yet" in errors
 
 
-def test_text_of_mlx_lm_is_the_dense_models(place, monkeypatch, capsys):
-    """With a draft model, too; and the program's arguments are its own, also those that this one
-    has."""
-    words = ("mlx_lm.generate", "--model", "model", "--prompt=--n-probes", "--max-tokens", "24")
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(sys, "argv", [*words])
-    importlib.import_module("mlx_lm.generate").main()
-    dense = capsys.readouterr().out.split("=====")[2]
-    for draft in (), ("--draft-model", "model"):
-        code, output, errors = start(place, *HEAD, "-m", *words, *draft)
-        assert code == 0, errors
-        assert "Generation: 24 tokens" in output and DENSE not in errors
-        assert output.split("=====")[2] == dense != ""
-
-
 @pytest.mark.newest  # the oldest has batches of another kind, which stay dense
 def test_batches_of_mlx_lm_are_those_without_flash_head(place, capsys):
     """Greedy, with a seed, and as a server steps through them."""
     code, output, errors = start(place, *HEAD, "batch.py")
     assert (code, output) == (0, alone(capsys, place, "batch.py")), errors
     assert errors.count("Text of model: verified.") == 1
-    code, unverified, errors = start(place, *HEAD, "--no-verify", "batch.py")
-    assert code == 0 and unverified != output and "Text of model: unverified." in errors
-
-
-def test_a_loop_of_its_own_keeps_the_normal_head(place, capsys):
-    code, output, errors = start(place, *HEAD, "own_loop.py")
-    assert (code, output) == (0, alone(capsys, place, "own_loop.py"))
-    assert errors.count("Text of model: dense: this program's loop cannot be verified") == 1
+    _, unverified, errors = start(place, *HEAD, "--no-verify", "batch.py")
+    assert unverified != output and "Text of model: unverified." in errors
 
 
 @pytest.mark.newest
@@ -198,12 +180,6 @@ def test_the_server_of_mlx_lm_with_eight_clients(place):
         errors = server.said
     assert answers[0] == answers[1] and len({*answers[0][0]}) > 1
     assert DENSE not in errors and "Text of model: verified." in errors
-
-
-def test_a_program_of_mlx_lm_that_has_only_a_main(place):
-    """As a module ``mlx_lm.evaluate`` runs nothing; `mlx_lm.share` is another such program."""
-    code, output, _ = start(place, *HEAD, "mlx_lm.share", "--help")
-    assert code == 0 and output.startswith("usage: ")
 
 
 def test_a_program_from_pypi(place, monkeypatch):
@@ -238,9 +214,20 @@ NOT_RUN = "that can be run: check the name."
     ],
 )
 def test_mistakes(refused, place, monkeypatch, words, said):
-    if "-m" in words:  # the loads of this process stay
-        monkeypatch.setattr("mlx_flashhead.loading.patch.patch_load", lambda _: None)
+    in_this_process(monkeypatch, place)
+    assert said in refused("run", *words)
+
+
+def in_this_process(monkeypatch, place):
+    """The loads of this process stay."""
+    monkeypatch.setattr("mlx_flashhead.loading.patch.patch_load", explicit_head)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.chdir(place)
-    assert said in refused("run", *words)
+
+
+def test_a_program_of_mlx_lm_that_has_only_a_main(run, monkeypatch, place):
+    """As a module ``mlx_lm.evaluate`` runs nothing; `mlx_lm.share` is another such program."""
+    in_this_process(monkeypatch, place)
+    code, output, _ = run("run", *HEAD, "mlx_lm.share", "--help")
+    assert code == 0 and output.startswith("usage: ")

@@ -121,10 +121,10 @@ def test_a_thread_builds_while_nothing_is_written(loaded):
     dense = tokens(model, tokenizer)
     idle = IdleBuild(build_of(model, tokenizer))
     seen = []
-    while get_flash_head(model) is None and len(seen) < 200:
+    while get_flash_head(model) is None and len(seen) < 1000:
         with idle.paused():
             seen.append(tokens(model, tokenizer))
-        time.sleep(0.05)
+        time.sleep(0.01)
     idle.close()
     assert get_flash_head(model) is not None
     assert all(found == dense for found in seen)

@@ -1,6 +1,7 @@
 """Loading any model with a FlashHead, and what is said where that cannot be done."""
 
 import json
+import os
 import shutil
 from contextlib import suppress
 
@@ -79,25 +80,16 @@ def change_model_type(folder):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
 
 
-def shorten_weights(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def remove_all(folder):
-    for file in folder.iterdir():
-        file.unlink()
-
-
-SPOILS = [
-    remove_a_tensor,
-    change_model_type,
-    shorten_weights,
-    lambda folder: (folder / "model.safetensors").unlink(),
-]
-
-
-@pytest.mark.parametrize("spoil", [*SPOILS, remove_all], ids=range(5))
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        remove_a_tensor,
+        change_model_type,
+        lambda folder: os.truncate(folder / "model.safetensors", 100_000),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "config.json").unlink(),
+    ],
+)
 def test_model_that_mlx_lm_cannot_load(folder, spoil):
     spoil(folder)
     said = rf"mlx-lm cannot load the model in {folder} \(.*[\w']\)"

@@ -3,7 +3,6 @@
 import itertools
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -28,11 +27,13 @@ CONFIG = {
     "sliding_window": 16,
     "max_position_embeddings": 128,
 }
-PROSE = (
-    "Photosynthesis is the process by which plants, algae, and some bacteria convert light energy "
-    "into chemical energy. During photosynthesis, plants absorb carbon dioxide from the air and "
-    "water from the soil. Using energy from sunlight, they convert these into glucose and oxygen."
-)
+# All have one shape: nothing else would tell that two are swapped.
+NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,7 @@ def folder(model, tmp_path_factory):
 
 
 def test_same_model_as_before_it_was_stored(model, folder):
+    assert NORMS.items() <= GEMMA_NAMES.items()
     loaded, _, config = mlx_lm.load(str(folder), return_config=True)
     stored = dict(tree_flatten(loaded.parameters()))
     for name, array in tree_flatten(model.parameters()):
@@ -104,11 +106,9 @@ def test_tokens_of_a_text(folder):
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (2, 0)
     text = "c abcé\n\n<html>a<eos>"
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
+    assert tokens == ["<bos>", "c", "▁abc", "<0xC3>", "<0xA9>", "\n\n", "<html>", "a", "<eos>"]
     text = f"  a {text} 東京 🙂\0"
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-    assert tokens == [
-        *("<bos>", "c", "▁abc", "<0xC3>", "<0xA9>", "\n\n", "<html>", "a", "<eos>")
-    ]  # fmt: skip
 
 
 def test_best_scored_pieces_win(folder):
@@ -129,21 +129,10 @@ def test_best_scored_pieces_win(folder):
             assert tokenizer.encode(text, add_special_tokens=False).tokens == pieces
 
 
-def test_the_four_norms_of_a_layer():
-    """All have one shape: nothing else would tell that two are swapped."""
-    for stored, expected in (
-        ("attn_norm", "input_layernorm"),
-        ("post_attention_norm", "post_attention_layernorm"),
-        ("ffn_norm", "pre_feedforward_layernorm"),
-        ("post_ffw_norm", "post_feedforward_layernorm"),
-    ):
-        name = hugging_face_name(f"blk.3.{stored}.weight", GEMMA_NAMES)
-        assert name == f"model.layers.3.{expected}.weight"
-
-
 @pytest.mark.real
 def test_smollm2(real_model_folder):
-    model, tokenizer = mlx_lm.load(str(real_model_folder))
+    """Its weights are right, since it says Paris in test_real_model.py."""
+    model, tokenizer = mlx_lm.load(str(real_model_folder), lazy=True)
     text = "  café, 東京, e\u0301, 🙂👩‍🚀 \n\n\ttabs\r\n  f'{i:>3}' don't a \u0000 byte"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     tokens = [tokenizer.decode([token_id]) for token_id in tokenizer.encode("x=31415 in 24")]
@@ -155,7 +144,3 @@ def test_smollm2(real_model_folder):
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (1, 2, 0)
     assert model.model.embed_tokens.weight.shape == (len(tokenizer.vocab), 576)
     assert model.model.embed_tokens.weight.dtype == mx.float32
-    ids = mx.array([tokenizer.encode(PROSE)])
-    losses = nn.losses.cross_entropy(model(ids)[:, :-1], ids[:, 1:], reduction="mean")
-    # 1.58 nats per token; rows in the wrong order for the rotary embedding give more than 2.5.
-    assert losses.item() < 1.7

@@ -9,9 +9,8 @@ from http.client import HTTPConnection
 
 import pytest
 
-import mlx_flashhead
 from chain_models import write_chain_model
-from engines import CHUNK, flags, served_model
+from engines import CHUNK, convert, flags, served_model
 from mlx_flashhead.serving.decoding import Reading
 from mlx_flashhead.serving.engine import Engine
 from model_folders import write_model
@@ -20,13 +19,6 @@ from server_process import serving
 
 CALL = '{"name": "weather", "arguments": {"city": "Rome", "limit": Infinity}}'
 WORDS = ("<tool_call>", CALL, "</tool_call>", " one", " two", " three", " four")
-
-
-def convert(dense, name, n_probes):
-    """Converts a folder into another one beside it."""
-    target, options = dense.parent / name, {"calibration": "none", "progress": False}
-    mlx_flashhead.convert(str(dense), str(target), n_probes=n_probes, **options)
-    return target
 
 
 @pytest.fixture(scope="session")
@@ -96,12 +88,6 @@ def http_server(random_model, chain_model, tmp_path_factory):
         *("--allow-models", chain_model, "--lan", "--token-file", folder / "token"),
     ) as server:
         yield replace(server, token=TOKEN, url=re.sub("//.*:", "//127.0.0.1:", server.url))
-
-
-@pytest.fixture(scope="session")
-def client(http_server):
-    """OpenAI's client of it."""
-    return http_server.client()
 
 
 @pytest.fixture(scope="session")

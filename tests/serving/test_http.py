@@ -16,6 +16,12 @@ TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}
 TOKENS = 12
 
 
+@pytest.fixture(scope="session")
+def client(http_server):
+    """OpenAI's client of it."""
+    return http_server.client()
+
+
 def chat(client, model="mine", **options):
     options = {"messages": MESSAGES, "max_tokens": TOKENS} | options
     return client.chat.completions.create(model=model, **options)

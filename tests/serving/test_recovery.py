@@ -21,23 +21,20 @@ PROMPTS = [[*SHORT, i] for i in range(8)]
 @pytest.mark.parametrize("part", ["processor", "sampler"])
 def test_seven_of_eight_answers_are_those_they_have_alone(engine, flash, part):
     jobs = [job(engine, prompt, 12) for prompt in PROMPTS]
-    calls = []
+    calls = count()
 
     def fails(*arguments):
-        calls.append(0)
-        if len(calls) > 3:
+        if next(calls) >= 3:
             raise RuntimeError("Resource limit (499000) exceeded")
         return arguments[-1] if part == "processor" else arguments[-1].argmax(axis=-1)
 
-    if part == "processor":
-        jobs[3].processors.append(fails)
-    else:
-        jobs[3].sampler = fails
+    failing = jobs[3]
+    failing.processors += [fails] * (part == "processor")
+    failing.sampler = fails if part == "sampler" else failing.sampler
     engine.submit(jobs)
-    assert "Resource limit" in str(until(jobs[3], BaseException))
-    for i, other in enumerate(jobs):
-        if i != 3:
-            assert tokens_of(other) == generated(flash, PROMPTS[i], 12)
+    assert "Resource limit" in str(until(failing, BaseException))
+    for other, prompt in zip(jobs, PROMPTS, strict=True):
+        assert other is failing or tokens_of(other) == generated(flash, prompt, 12)
     assert engine.healthy
     assert tokens_of(submit(engine, SHORT)) == generated(flash, SHORT)
 
@@ -52,11 +49,10 @@ def test_a_sampler_that_fails_does_not_spoil_the_draws_of_others(engine):
 
 
 def test_a_failure_of_nobody_in_particular_costs_nothing(engine, flash, monkeypatch):
-    step, calls = VerifiedBatchGenerator._next, []
+    step, calls = VerifiedBatchGenerator._next, count()
 
     def failing(self):
-        calls.append(0)
-        if len(calls) == 9:
+        if next(calls) == 8:
             raise RuntimeError("out of memory")
         return step(self)
 
@@ -68,7 +64,7 @@ def test_a_failure_of_nobody_in_particular_costs_nothing(engine, flash, monkeypa
     engine.submit(jobs)
     for one, prompt, sampler in zip(jobs, PROMPTS, samplers, strict=True):
         assert tokens_of(one) == generated(flash, prompt, 12, sampler=sampler)
-    assert len(calls) >= 9
+    assert next(calls) > 8
 
 
 class PanicError(BaseException):
@@ -115,20 +111,6 @@ def test_what_fails_once_costs_one_answer_at_most(engine, flash, monkeypatch, ow
             assert failed and lost <= 1, name
             assert tokens_of(submit(engine, SHORT)) == generated(flash, SHORT)
             assert engine.status == "ok" and not any(engine._all_jobs())
-
-
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ZeroDivisionError()])
-def test_nothing_ends_the_thread_and_every_client_gets_an_error(engine, flash, monkeypatch, error):
-    one = endless(engine, SHORT)
-
-    def fails():
-        raise error
-
-    monkeypatch.setattr(engine, "_read", fails)
-    assert until(one, BaseException) is error
-    monkeypatch.undo()
-    assert tokens_of(submit(engine, SHORT)) == generated(flash, SHORT)
-    assert engine.status == "ok"
 
 
 def test_an_engine_whose_answers_all_fail_says_so(start, monkeypatch):
