@@ -44,8 +44,8 @@ def real_model_folder() -> Path:
 
     Its place is ``$MLX_FLASHHEAD_TEST_CACHE``, by default ``~/.cache/mlx_flashhead``.
     """
-    named = os.environ.get("MLX_FLASHHEAD_TEST_CACHE")
-    cache = Path(named) if named else Path.home() / ".cache" / "mlx_flashhead"
+    usual = Path.home() / ".cache" / "mlx_flashhead"
+    cache = Path(os.environ.get("MLX_FLASHHEAD_TEST_CACHE") or usual)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / "smollm2.lock"):  # the tests run in several processes

@@ -7,12 +7,8 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parent.parent
-FOLDERS = (".", ".github", "docs", "metal", "tests/data")
-PAGES = sorted(
-    page
-    for folder in FOLDERS
-    for page in (CHECKOUT / folder).glob("**/*.md" if folder == ".github" else "*.md")
-)
+PATTERNS = ("*.md", ".github/**/*.md", "docs/*.md", "metal/*.md", "tests/data/*.md")
+PAGES = sorted(page for pattern in PATTERNS for page in CHECKOUT.glob(pattern))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 

@@ -36,6 +36,12 @@ def server(scripted):
 
 
 @pytest.fixture
+def script(server):
+    """What the server says, and what it has seen."""
+    return server[1]
+
+
+@pytest.fixture
 def ask(server):
     """A function that makes a request: (path, method, body, headers) → response, its body."""
 
