@@ -13,12 +13,8 @@ pytestmark = pytest.mark.real
 
 TEXT = Path(__file__).parent / "data" / "heldout.txt"
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
-SCHEMA = {
-    "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 20}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
+SCHEMA = {"type": "object", "required": ["city"], "additionalProperties": False}
+SCHEMA["properties"] = {"city": {"type": "string", "maxLength": 20}}
 
 
 @pytest.fixture(scope="module")

@@ -11,40 +11,30 @@ from mlx_flashhead.benchmarks.server_benchmark import ask
 ALONE = {"first": "one", "second": "two"}
 
 
-def caption(load):
-    about = {"model": "m", "clients": 3, "requests": 3, "tokens": 4}
-    return server.make_table(about | {"loads": {"FlashHead": load}}).caption
-
-
-def loaded(monkeypatch, ask, requests):
-    monkeypatch.setattr(server, "ask", ask)
-    monkeypatch.setattr(server, "questions", lambda: list(ALONE))
-    replies = []
-    assert server.visit(0, 3, requests, 4, replies, 0) == 0 and not replies  # it warms up
-    return server.figures(replies, ALONE, [server.visit(0, 3, requests, 4, replies, 1)])
-
-
-def test_answers_are_compared_with_those_alone(monkeypatch):
+def test_answers_are_compared_with_those_alone_and_lost_ones_counted(monkeypatch):
     replies = {"first": server.Reply("two", 5, 0.5), "second": server.Reply("two", 5, 0.25)}
 
     def ask(port, question, *, max_tokens, hang_up):
+        if port == 1:
+            raise ValueError("the stream broke off")
         return server.Reply("o", None, 0.75) if hang_up else replies[question]
 
-    load = loaded(monkeypatch, ask, 2 * server.HANGS_UP)
-    assert (load["answered"], load["hung_up"], load["lost"]) == (2 * server.HANGS_UP - 2, 2, 0)
+    monkeypatch.setattr(server, "ask", ask)
+    monkeypatch.setattr(server, "questions", lambda: list(ALONE))
+    loads, n = [], 2 * server.HANGS_UP
+    for port in (0, 1):
+        answers = []
+        assert server.visit(port, 3, n, 4, answers, 0) == 0 and not answers  # it warms up
+        loads.append(server.figures(answers, ALONE, [server.visit(port, 3, n, 4, answers, 1)]))
+    load, broken = loads
+    assert (load["answered"], load["hung_up"], load["lost"]) == (n - 2, 2, 0)
     # both questions have as many clients, and one client of each hangs up
     assert load["as_alone"] == server.HANGS_UP - 1
     assert load["first_seconds"] == {"median": 0.5, "worst": 0.75}
-    assert "\nAnswers lost: 0." in caption(load)
-
-
-def test_lost_answers_are_counted_with_their_reasons(monkeypatch):
-    def ask(port, question, **_):
-        raise ValueError("the stream broke off")
-
-    load = loaded(monkeypatch, ask, 3)
-    assert (load["answered"], load["lost"]) == (0, 3)
-    assert "Answers lost: 3.\n'first': the stream broke off" in caption(load)
+    assert (broken["answered"], broken["lost"]) == (0, n)
+    about = {"model": "m", "clients": 3, "requests": n, "tokens": 4}
+    caption = server.make_table(about | {"loads": {"FlashHead": load, "dense": broken}}).caption
+    assert f"Answers lost: {n}.\n'first': the stream broke off" in caption
 
 
 @pytest.mark.parametrize(

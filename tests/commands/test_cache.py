@@ -37,25 +37,23 @@ def keep(model, **changes):
 
 @pytest.fixture
 def kept(flash_head_home, monkeypatch):
-    """Three FlashHeads, of which one is damaged."""
+    """Three FlashHeads by their models' names, of which the last one is damaged."""
     monkeypatch.setenv("COLUMNS", "200")
     for seed, name in enumerate(("owner/One", STRANGE, "Three")):
         keep(tiny_model(seed=seed), recipe={"model": name})
-    (damaged,) = (entry.path for entry in cache.entries() if entry.model == "Three")
-    (damaged / SETTINGS_NAME).write_text("{")
+    kept = {entry.model: entry for entry in cache.entries()}
+    (kept["Three"].path / SETTINGS_NAME).write_text("{")
+    return kept
 
 
 def test_lists_the_cache(run, kept, flash_head_home, monkeypatch):
-    (two,) = (entry for entry in cache.entries() if entry.model == STRANGE)
     speeds = {"a": asdict(SLOW), "b": asdict(FAST), "c": asdict(FAST)}
-    place = cache.speeds_of(two.key)
+    place = cache.speeds_of(kept[STRANGE].key)
     place.parent.mkdir()
     place.write_text(json.dumps(speeds))
     code, output, _ = run("cache")
     assert code == 0 and str(flash_head_home) in output
-    rows = [
-        line.split(maxsplit=5) for line in output.splitlines() if re.match(r" *[0-9a-f]{8} ", line)
-    ]
+    rows = [line.split(maxsplit=5) for line in re.findall(r"^ *[0-9a-f]{8} .*", output, re.M)]
     by_model = {row[1]: " ".join(row[5:]).strip() for row in rows}
     measured = "0.90 x (dense), 1.50 x"
     assert by_model == {"owner/One": "–", "[b]Two[2J": measured, "damaged": "–"}
@@ -63,13 +61,11 @@ def test_lists_the_cache(run, kept, flash_head_home, monkeypatch):
     assert max(map(len, run("cache")[1].splitlines()[1:])) <= 80
     monkeypatch.setenv("COLUMNS", "40")
     _, narrow, _ = run("cache")
-    assert all(entry.path.name[:8] in narrow for entry in cache.entries())
-    assert "…" not in narrow
+    assert all(entry.path.name[:8] in narrow for entry in cache.entries()) and "…" not in narrow
 
 
 def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch):
-    bad = next(entry.path for entry in cache.entries() if entry.config is None)
-    good = next(entry.path for entry in cache.entries() if entry.config is not None)
+    bad, good = kept["Three"].path, kept["owner/One"].path
     good.with_name(f"{'0' * 24}-1").write_text("")  # a file
     settings = json.loads((good / SETTINGS_NAME).read_text())
     settings["recipe"]["model"], settings["report"] = ["a", 1], {"agreement": "high"}
@@ -90,8 +86,7 @@ def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch):
 
 
 def test_removes_some_and_then_all(run, refused, kept, monkeypatch):
-    key = next(entry.path.name for entry in cache.entries() if entry.config is None)
-    _, output, _ = run("cache", "--remove", "owner/One", key[:10])
+    _, output, _ = run("cache", "--remove", "owner/One", kept["Three"].path.name[:10])
     removed = [line.split()[:2] for line in output.splitlines()]
     assert removed == [["Removed", "owner/One"], ["Removed", "damaged"]]
     (left,) = cache.entries()

@@ -29,11 +29,10 @@ for folder in sys.argv[1:]:
         model, _ = function(Path(folder))
         print(type(model.model.embed_tokens).__mro__[1].__name__, __name__)
 """
-# mlx-lm's batches, and its generator as a server takes it.
 BATCH = """
 import mlx.core as mx
 import mlx_lm
-from mlx_lm.generate import BatchGenerator, batch_generate
+from mlx_lm.generate import batch_generate
 from mlx_lm.sample_utils import make_sampler
 
 model, tokenizer = mlx_lm.load("model")
@@ -42,19 +41,6 @@ for options in {}, {"sampler": make_sampler(0.8)}, {"sampler": make_sampler(0.7,
     mx.random.seed(3)
     options |= {"max_tokens": 20, "return_token_ids": True}
     print(batch_generate(model, tokenizer, prompts, **options).token_ids)
-batches = BatchGenerator(model, max_tokens=9, stop_tokens=[[t] for t in tokenizer.eos_token_ids])
-texts = {uid: [] for uid in batches.insert(prompts[:4])}
-ended, removed = {}, batches.insert(prompts[4:5])[0]
-for step in range(99):
-    for response in batches.next()[1]:
-        texts.get(response.uid, []).append(response.token)
-        if response.finish_reason is not None:
-            ended[response.uid] = response.finish_reason, len(response.all_tokens)
-    if step == 4:
-        batches.remove([removed])
-    if len(ended) == len(texts):
-        break
-print(texts, sorted(ended.items()), batches.prompt_cache_nbytes)
 """
 OWN_LOOP = """
 import mlx.core as mx
@@ -155,7 +141,7 @@ def test_dense_with_one_warning_where_there_is_none(place):
 
 @pytest.mark.newest  # the oldest has batches of another kind, which stay dense
 def test_batches_of_mlx_lm_are_those_without_flash_head(place, capsys):
-    """Greedy, with a seed, and as a server steps through them."""
+    """Greedy, and with a seed. Those of a server come below."""
     code, output, errors = start(place, *HEAD, "batch.py")
     assert (code, output) == (0, alone(capsys, place, "batch.py")), errors
     assert errors.count("Text of model: verified.") == 1

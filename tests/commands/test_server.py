@@ -61,11 +61,9 @@ def test_it_says_where_it_is_and_logs_its_answers(converted, expected, tmp_path)
         assert "the client has left" in server.lines(2, after=before)[0]
         for n, length in ((1, 1), (3, 1), (3, 2)):
             complete(server, max_tokens=length, n=n, temperature=1.0)
-        lines = server.lines(5, after=before)[2:]
-        answer = r"127\.0\.0\.1 POST /v1/completions 200, \S+ s, model, 7 \+ \d tokens"
-        answer += r"(, \S+ tokens/s)?, verified$"
-        assert [line for line in lines if not re.search(answer, line)] == []
-        assert ["tokens/s" in line for line in lines] == [False, False, True]
+        answer = r"127\.0\.0\.1 POST /v1/completions 200, \S+ s, model, 7 \+ \d tokens{}, verified$"
+        for i, line in enumerate(server.lines(5, after=before)[2:]):
+            assert re.search(answer.format(r", \S+ tokens/s" if i == 2 else ""), line)
         threads, counts = Path(f"/proc/{server.process.pid}/task"), []
         for i in range(24 if threads.exists() else 0):
             complete(server, max_tokens=2, temperature=0.5 + i / 100, top_p=0.9)
@@ -116,7 +114,7 @@ def test_flags_of_mlx_lm_and_of_the_head_arrive(converted, expected, tmp_path):
     """With a draft that has a FlashHead of its own."""
     flags = ["--draft-model", converted, "--num-draft-tokens", 2, "--max-tokens", TOKENS]
     flags += ["--prompt-cache-size", 2, "--decode-concurrency", 4, "--n-probes", 1]
-    flags += ["--prefill-step-size", 16, "--log-level", "INFO", "--served-model-name", "mine"]
+    flags += ["--prefill-step-size", 16, "--served-model-name", "mine"]
     flags += ["--chat-template", "{{ messages[0].content }}", "--chat-template-args", "{}"]
     with serving(tmp_path, "--model", converted, *flags) as server:
         assert server.line.startswith("Serving mine (dense: the draft model proposes tokens)")
@@ -129,7 +127,6 @@ def test_flags_of_mlx_lm_and_of_the_head_arrive(converted, expected, tmp_path):
         texts = [answer.choices[0].text, chat.choices[0].message.content]
         texts += [complete(server, extra_body=body) for body in ({"dense": True}, {"n_probes": 4})]
         assert texts == [expected] * 4
-        assert "POST /v1/completions" in server.log()
 
 
 def test_dense_and_unverified_answers_with_a_flash_head_of_its_own(

@@ -2,7 +2,6 @@
 
 import errno
 import importlib
-import json
 import os
 import re
 import signal
@@ -26,14 +25,10 @@ REMEDIES = (
 
 
 def start(*command, **options):
-    """(exit code, standard output, standard error) of a process."""
-    environment = dict(os.environ)
-    # what a user's shell does not have set
-    for name in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "TRANSFORMERS_VERBOSITY"):
-        environment.pop(name, None)
-    result = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, env=environment, **options
-    )
+    """(exit code, standard output, standard error) of a process, as from a user's shell."""
+    quiet = ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "TRANSFORMERS_VERBOSITY")
+    options["env"] = {name: value for name, value in os.environ.items() if name not in quiet}
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, **options)
     return result.returncode, result.stdout, result.stderr
 
 
@@ -116,10 +111,11 @@ def test_the_package_is_a_command(run, refused):
 OF_EXTRAS = ("rich", "matplotlib", "prompt_toolkit", "segno", "llguidance")
 # None in sys.modules makes an import fail as that of a module that is not installed.
 RUN = f"""
-import json, runpy, sys
+import runpy, sys
 
 sys.modules.update(dict.fromkeys({OF_EXTRAS!r}))
-for command, *arguments in json.loads(sys.argv.pop()):
+for line in sys.argv[1:]:
+    command, *arguments = line.split()
     if command in ("chat", "benchmark"):  # mlx-lm's own chat, whose flags these are, imports rich
         sys.modules.pop("rich", None)
     sys.argv[1:] = arguments
@@ -133,16 +129,15 @@ for command, *arguments in json.loads(sys.argv.pop()):
 
 def test_a_model_is_converted_and_generates(dense, tmp_path):
     """All in one process, without what the extras bring."""
-    answers = ["--model", tmp_path / "flash", "--max-tokens", 4]
+    flash = tmp_path / "flash"
     commands = [
-        ["convert", "--hf-path", dense, "--mlx-path", tmp_path / "flash", "--calibration", "none"],
-        ["generate", *answers, "--prompt", "One day"],
-        ["server", "--help"],
-        ["chat", *answers],
-        ["benchmark", "head", "--shape", "512,64", "--n-probes", 4, "--rounds", 1],
+        f"convert --hf-path {dense} --mlx-path {flash} --calibration none",
+        f"generate --model {flash} --max-tokens 4 --prompt One",
+        "server --help",
+        f"chat --model {flash} --max-tokens 4",
+        "benchmark head --shape 512,64 --n-probes 4 --rounds 1",
     ]
-    words = json.dumps([[*map(str, command)] for command in commands])
-    code, output, errors = start(sys.executable, "-c", RUN, words, input="One day\n")
+    code, output, errors = start(sys.executable, "-c", RUN, *commands, input="One day\n")
     assert code == 0, errors
     shown = dict(part.split("\n", 1) for part in output.split("== ")[1:])
     assert "Writing" in shown["convert"] and "4 tokens" in shown["generate"]

@@ -124,8 +124,7 @@ def test_models_of_other_rows_or_in_training_mode_are_refused(folder, companion,
 def test_attach_builds_for_a_model_from_anywhere(folder, quick):
     model, tokenizer = mlx_lm.load(str(folder))
     nn.quantize(model, group_size=64, bits=8)
-    head = attach(model, tokenizer, progress=False)
-    assert head.clustered.rows.bits == 8
+    assert attach(model, tokenizer, progress=False).clustered.rows.bits == 8
     (entry,) = cache.entries()
     recipe = entry.config.recipe
     assert (recipe["model"], recipe["name"]) == ("My-Model", "My-Model-FlashHead")
@@ -212,8 +211,7 @@ def test_a_head_that_cannot_be_cached_works_all_the_same(
 
 
 def test_a_companion_from_the_hub(hub, folder, companion):
-    files = contents(companion) | {"README.md": b"x", "model.safetensors": b"no"}
-    hub.put("maker/Heads", files)
+    hub.put("maker/Heads", contents(companion) | {"model.safetensors": b"no"})
     model, _ = load(str(folder), flash_head="maker/Heads")
     assert get_flash_head(model).n_probes == 7
     assert not any("model.safetensors" in path for _, path in hub.requests)

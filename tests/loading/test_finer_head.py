@@ -236,11 +236,14 @@ def test_rows_of_padding_and_a_bias():
     assert model(TOKENS).shape == (1, 4, 203)
 
 
-def test_heads_that_need_none(original, coarse):
+def test_heads_that_need_none_and_a_full_disk(original, coarse, monkeypatch, flash_head_home):
     assert "floats already" in refusal(original, original)
     assert "has 4 bits already" in refusal(coarse, original, bits=4)
-    said = refusal(coarse, coarse)
-    assert f"{coarse} has 4 bits, no more than the model's 4" in said
+    assert f"{coarse} has 4 bits, no more than the model's 4" in refusal(coarse, coarse)
+    full = shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    kept = f"cannot be kept in {flash_head_home / 'fine_heads'} (No space left on device)"
+    assert kept in refusal(coarse, original)
 
 
 def test_originals_that_cannot_be_had(hub, original, coarse, tmp_path):
@@ -302,13 +305,6 @@ def test_damaged_rows_in_the_cache_are_fetched_again(original, coarse):
         location, said = fine(coarse, original)
         assert len(said) == 1 and location.rows().bits == 8
         assert place.stat().st_size > len(content) / 2
-
-
-def test_a_full_disk(original, coarse, monkeypatch, flash_head_home):
-    full = shutil.disk_usage("/")._replace(free=10)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    said = refusal(coarse, original)
-    assert f"cannot be kept in {flash_head_home / 'fine_heads'} (No space left on device)" in said
 
 
 def test_two_at_once_fetch_once(on_hub, coarse):

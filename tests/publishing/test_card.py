@@ -12,25 +12,15 @@ from mlx_flashhead.models.origin import Origin
 from mlx_flashhead.publishing import card as cards
 
 LLAMA = next(licence for licence in cards.LICENCES if licence.identifier == "llama3.2")
-METADATA = {
-    "license": "llama3.2",
-    "language": ["en"],
-    "library_name": "mlx",
-    "pipeline_tag": "text-generation",
-    "base_model": "meta-llama/Llama-3.2-1B",
-    "base_model_relation": "quantized",
-    "tags": ["mlx", "flashhead"],
-}
+METADATA = {"license": "llama3.2", "language": ["en"], "tags": ["mlx", "flashhead"]}
+METADATA |= {"library_name": "mlx", "pipeline_tag": "text-generation"}
+METADATA |= {"base_model": "meta-llama/Llama-3.2-1B", "base_model_relation": "quantized"}
 FIGURES = {"coverage": 0.9, "kl": 0.0234, "bytes_per_token": 12_345_678, "bytes_share": 0.0885}
-REPORT = {
-    "positions": 1800,
-    "dense_perplexity": 3.21,
-    "dense_bytes": 139_460_608,
-    "by_probes": [
-        FIGURES | {"n_probes": 128, "agreement": 0.98765, "perplexity_ratio": 1.2345},
-        FIGURES | {"n_probes": 256, "agreement": 0.9951, "perplexity_ratio": None},
-    ],
-}
+REPORT = {"positions": 1800, "dense_perplexity": 3.21, "dense_bytes": 139_460_608}
+REPORT["by_probes"] = [
+    FIGURES | {"n_probes": 128, "agreement": 0.98765, "perplexity_ratio": 1.2345},
+    FIGURES | {"n_probes": 256, "agreement": 0.9951, "perplexity_ratio": None},
+]
 CONFIG = FlashHeadConfig(
     vocab_size=128_256,
     n_clusters=8016,
@@ -81,13 +71,11 @@ def test_header_and_text(tmp_path):
         assert " ".join(said.split()) in " ".join(card.split()), said
 
 
-def test_what_was_not_measured_is_not_shown(tmp_path):
+def test_what_was_not_measured_or_is_damaged_is_not_shown(tmp_path):
     card = write(tmp_path, replace(CONFIG, report={}, calibration={"source": "none", "seed": 0}))
     assert "| probes |" not in card and "Nothing, since it was not calibrated" in card
     assert "Not calibrated, seed 0." in card and "tokens per second" not in card
 
-
-def test_settings_that_a_card_cannot_show(tmp_path):
     for wrong in ({"report": {"by_probes": [None]}}, {"recipe": {"versions": 5}}):
         with pytest.raises(ValueError, match=r"that a card cannot show \(.*make it again with"):
             write(tmp_path, replace(CONFIG, **wrong))
@@ -105,7 +93,7 @@ def test_other_licences(tmp_path):
 
 
 def test_own_text_stays_and_a_card_without_the_marker_is_all_own_text(tmp_path):
-    for text in ("", "My text.\n", "# A\n\n---\n<!-- x -->\n", "no newline"):
+    for text in ("", "# A\n\n---\n<!-- x -->\n", "no newline"):
         assert cards.text_below_marker(write(tmp_path, own_text=text)) == text
     assert cards.text_below_marker("---\nlicense: mit\n---\n\n# Mine\n") == "# Mine\n"
     assert cards.text_below_marker("") == ""
@@ -188,9 +176,6 @@ library_name: transformers
 pipeline_tag: image-text-to-text
 tags: [chat, mlx]
 base_model: maker/Base
-model-index:
-- name: x
-  results: []
 extra_gated_prompt: Accept.
 ---
 # Title
@@ -235,9 +220,8 @@ def test_card_of_a_base_model_that_is_named(hub, tmp_path):
     folder = make(tmp_path / "local")
     (folder / "NOTICE").write_text("of the folder")
     base = cards.find_provenance(str(folder), folder, "maker/Tuned")
-    assert cards.card_metadata(base)["language"] == ["en", "de"]
+    assert cards.card_metadata(base)["language"] == ["en", "de"] and base.origin.revision is None
     assert {file.read_text() for file in base.files} == {"of the Hub", "of the folder"}
-    assert base.origin.revision is None
     assert cards.find_provenance(str(folder), folder, "maker/absent").metadata == {}
     # the folder's own card comes first
     (folder / "README.md").write_text("---\nlanguage: fr\n---\n")
@@ -245,19 +229,14 @@ def test_card_of_a_base_model_that_is_named(hub, tmp_path):
     assert (found["language"], found["base_model"]) == ("fr", "maker/Tuned")
 
 
-def test_licence_is_named_where_the_card_is_silent(tmp_path):
+def test_licence_is_named_where_the_card_says_nothing(tmp_path):
     folder = make(tmp_path / "model")
     (folder / "LICENSE.txt").write_text(TEXTS["llama3.2"])
-    for given in (None, "llama3.2"):
-        base = cards.find_provenance("x", folder, license=given)
-        assert base.licence.identifier == cards.card_metadata(base)["license"] == "llama3.2"
-
-
-def test_cards_that_say_nothing(tmp_path):
-    assert cards.read_metadata(tmp_path / "README.md") == {}
     for text in (b"", b"no header", b"---\n: [\n---\n", b"---\n- a list\n---\n", b"\xff"):
-        (tmp_path / "README.md").write_bytes(text)
-        assert cards.read_metadata(tmp_path / "README.md") == {}
+        (folder / "README.md").write_bytes(text)
+        assert cards.read_metadata(folder / "README.md") == {}
+        base = cards.find_provenance("x", folder)
+        assert base.licence.identifier == cards.card_metadata(base)["license"] == "llama3.2"
 
 
 def test_card_and_licence_are_fetched_beside_the_model(hub, tmp_path):

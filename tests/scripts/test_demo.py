@@ -23,10 +23,10 @@ def test_shows_both_texts_their_speeds_and_that_they_are_the_same(loaded, termin
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
     compare(*loaded, "hello", max_tokens=40, rounds=1, console=console)
     output = console.file.getvalue()
-    for word in ("hello", "dense", "FlashHead", "tokens per second", "median of 2", " x"):
-        assert word in output
     said = " ".join(output.split())
-    assert "the same, token for token" in said and "2 of 17 clusters" in said
+    for words in ("hello", "dense", "tokens per second", "median of 2", " x", "2 of 17 clusters"):
+        assert words in said
+    assert "the same, token for token" in said
     assert ("tokens/s" in output) == ("\x1b[" in output) == terminal
     assert "Warning" not in capsys.readouterr().err
 
@@ -51,11 +51,8 @@ def test_the_picture_shows_each_word_when_it_is_complete():
     run = Run([(0.0, "One"), (1.0, " d"), (2.0, "ay\n"), (3.0, "<" + "x" * COLUMNS), (4.0, " y")])
     assert [run.text(t) for t in (0.5, 2.0)] == ["One", "One day\n"]
     assert [run.speed(t) for t in (0.5, 2.0)] == [0.0, 1.0]
-    assert wrapped(run) == [
-        [(0.0, "One"), (2.0, "day")],
-        [(3.0, "<" + "x" * COLUMNS)],
-        [(4.0, "y")],
-    ]
+    lines = [[(0.0, "One"), (2.0, "day")], [(3.0, "<" + "x" * COLUMNS)], [(4.0, "y")]]
+    assert wrapped(run) == lines
     tree = ElementTree.fromstring(picture((run, run), "a & b"))
     words = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}tspan")]
     assert words[:2] == ["One ", "day "] and len(words) == 8

@@ -15,14 +15,9 @@ from fetch_model import MODELS, PackagedModel
 from model_folders import contents
 
 CONTENT = bytes(range(256)) * 3
-MODEL = PackagedModel(
-    title="Tiny",
-    packages=("tiny==1.0", "tiny-part1==1.0", "tiny-part2==1.0"),
-    gguf_name="tiny.gguf",
-    gguf_sha256=hashlib.sha256(CONTENT).hexdigest(),
-    parts=("tiny.gguf.part00", "tiny.gguf.part01"),
-    further_files=("TERMS.html",),
-)
+PACKAGES = ("tiny==1.0", "tiny-part1==1.0", "tiny-part2==1.0")
+PARTS, DIGEST = ("tiny.gguf.part00", "tiny.gguf.part01"), hashlib.sha256(CONTENT).hexdigest()
+MODEL = PackagedModel("Tiny", PACKAGES, "tiny.gguf", DIGEST, PARTS, ("TERMS.html",))
 
 
 def write_wheel(path, members):
@@ -37,12 +32,12 @@ def wheels(tmp_path):
     """The three wheels of the tiny model, in an order that is not its parts'."""
     folder = tmp_path / "wheels"
     folder.mkdir()
-    members = {
-        "part2": {"tiny_part2/data/tiny.gguf.part01": CONTENT[100:]},
-        "terms": {"tiny/data/TERMS.html": "terms"},
-        "part1": {"tiny_part1/data/tiny.gguf.part00": CONTENT[:100]},
-    }
-    return [write_wheel(folder / f"{name}.whl", files) for name, files in members.items()]
+    members = {"part2/tiny.gguf.part01": CONTENT[100:], "terms/data/TERMS.html": "terms"}
+    members |= {"part1/data/tiny.gguf.part00": CONTENT[:100]}
+    return [
+        write_wheel(folder / f"{name.split('/')[0]}.whl", {name: content})
+        for name, content in members.items()
+    ]
 
 
 @pytest.fixture(autouse=True)

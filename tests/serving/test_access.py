@@ -135,6 +135,13 @@ def test_the_page_needs_the_token_and_keeps_it(lan, ask):
     assert ask("/", Cookie=cookie)[0].status == 200
 
 
+def test_this_machine_gets_page_and_plain_manifest(server, ask):
+    response, content = ask("/")
+    assert response.status == 200 and response.headers["Set-Cookie"] is None
+    assert 'href="/manifest.webmanifest"' in content.decode()
+    assert json.loads(ask("/page/info.json")[1]) == INFO
+
+
 def test_home_screen_gets_icon_and_manifest(lan, ask):
     icon, png = ask("/apple-touch-icon.png")
     assert (icon.status, icon.headers["Content-Type"]) == (200, "image/png")
@@ -230,10 +237,3 @@ def test_the_log_has_refusals_and_no_token(lan, ask):
     lines = [re.sub(", [0-9.]+ s$", "", line) for line in lan.log]
     last = ["/v1/token=…", "/v1/?token=…\\n\\x1b[2J"]
     assert lines == [f"127.0.0.1 GET {path} 401" for path in ["/v1/x"] * len(QUERIES) + last]
-
-
-def test_this_machine_gets_page_and_plain_manifest(server, ask):
-    response, content = ask("/")
-    assert response.status == 200 and response.headers["Set-Cookie"] is None
-    assert 'href="/manifest.webmanifest"' in content.decode()
-    assert json.loads(ask("/page/info.json")[1]) == INFO

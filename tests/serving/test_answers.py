@@ -78,8 +78,7 @@ def test_what_is_not_certain_is_held_back():
 
 def test_bytes_of_a_byte_level_tokenizer(tiny):
     tokenizer = tiny.tokenizer
-    tokens = tokenizer.encode("aé €\n", add_special_tokens=False)
-    assert b"".join(token_bytes(tokenizer, token) for token in tokens) == "aé €\n".encode()
+    tokens = tokenizer.encode("aé", add_special_tokens=False)
     assert [token_text(tokenizer, token) for token in (*tokens[:2], 1)] == ["a", "bytes:\\xc3", EOS]
     assert {token_bytes(tokenizer, i) for i in range(2, 258)} == {bytes([i]) for i in range(256)}
     assert token_bytes(tokenizer, 5000) == b""

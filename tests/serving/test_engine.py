@@ -5,13 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from types import SimpleNamespace
 
-import pytest
-
 from engines import CHUNK, LONG, SHORT, endless, job, submit, tokens_of, until
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
 from mlx_flashhead.serving import engine as engine_module
 from mlx_flashhead.serving.decoding import Reading
-from mlx_flashhead.serving.engine import time_for_answers
 from mlx_flashhead.serving.jobs import Progress, Token
 
 
@@ -57,13 +54,6 @@ def test_neither_a_short_question_nor_an_answer_waits_for_a_long_prompt(start, c
     # half of the time is the answers'
     assert len(answer.tokens) - before > len(chunks) / 2
     answer.cancelled = True
-
-
-@pytest.mark.parametrize(
-    "n_answers, n_prompts, expected", [(1, 1, 1), (8, 1, 1), (1, 4, 0.25), (5, 0, 1), (0, 3, 0)]
-)
-def test_a_burst_of_prompts_is_read_before_few_answers_go_on(n_answers, n_prompts, expected):
-    assert time_for_answers(n_answers, n_prompts) == expected
 
 
 def test_a_prompt_is_read_soon_beside_slow_answers_and_a_stream_of_short_prompts(

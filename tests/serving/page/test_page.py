@@ -174,20 +174,13 @@ def test_appearance(page):
 
 
 def test_copy_without_a_secure_context(lan, script, open_page):
-    """In a sheet, too: what is outside of it has no focus then."""
     answer = "Take `this`:\n\n```\ncode\n  indented\n```"
-    script.answers = [[answer]] * 3
+    script.answers = [[answer]]
     page = open_page("ipad", f"{lan}?token={TOKEN}")
     ask(page, "Code", ends=1)
     assert page.evaluate("navigator.clipboard") is None
-    message, sheet = page.locator(".message.assistant"), page.locator("#sides")
-    code = ("Copy the code", "code\n  indented")
-    for place, label, text in ((message, *code), (message, "Copy", answer), (sheet, *code)):
-        if place is sheet:
-            tap(page, "Compare")
-            expect(page.locator("#verdict")).to_contain_text("equal")
-        place.get_by_role("button", name=label, exact=True).first.tap()
-        page.evaluate("document.querySelector('dialog[open]')?.close()")
+    for label, text in (("Copy the code", "code\n  indented"), ("Copy", answer)):
+        page.get_by_role("button", name=label, exact=True).first.tap()
         page.locator("#input").fill("")
         page.locator("#input").press("Control+v")
         assert page.locator("#input").input_value().strip() == text

@@ -78,16 +78,3 @@ def test_keyboard_does_not_hide_the_input_and_magnifying_is_none(page):
     top, bottom, _, name = page.evaluate(VIEWPORT, [height, change])
     assert top > 30 + height * 0.2 and end - 20 < bottom <= end and name == "keyboard"
     assert page.evaluate(TO_END) < 2
-
-
-def test_reader_is_not_pulled_down_and_the_way_down_is_above_the_text_box(page):
-    page.evaluate("scroller.scrollTop = 0")
-    down, box = page.locator("#to-end"), page.locator("#composer")
-    for text in ("", "line\n" * 30):
-        page.locator("#input").fill(text)
-        expect(down).to_be_visible()
-        arrow = down.bounding_box()
-        assert arrow["y"] + arrow["height"] <= box.bounding_box()["y"]
-    down.tap()
-    expect(down).to_be_hidden()
-    assert page.evaluate(TO_END) < 2

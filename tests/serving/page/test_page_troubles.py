@@ -131,22 +131,3 @@ def test_damaged_records_cost_no_other_conversation(script, open_page):
     expect(answers(page)).to_have_text(["Yes.", "Again."])
     sent = script.requests[-1]
     assert sent["max_tokens"] == 9 and not {"temperature", "dense"} & sent.keys()
-
-
-def test_browser_without_room(script, open_page):
-    page = open_page("ipad-landscape")
-    page.evaluate(
-        """() => {
-            const { setItem } = Storage.prototype;
-            Storage.prototype.setItem = function (key, text) {
-                if (text.length > 1000) throw new DOMException("full");
-                setItem.call(this, key, text);
-            };
-        }"""
-    )
-    for number in (1, 2):
-        ask(page, f"Long question {number}" + "?" * 1000, ends=number)
-    assert len(script.requests[1]["messages"]) == 3
-    page.locator("#new-chat").tap()
-    ask(page, "A short one?", ends=1)
-    expect(page.get_by_text("has no room left")).to_be_visible()
