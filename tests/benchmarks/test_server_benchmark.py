@@ -48,9 +48,10 @@ def test_answers_are_compared_with_those_alone_and_lost_ones_counted(monkeypatch
 def test_an_answer_that_is_not_complete_is_refused(status, body, message):
     def answer():
         connection, _ = listener.accept()
-        connection.recv(1 << 16)
         connection.sendall(f"HTTP/1.1 {status} OK\r\n\r\n{body}".encode())
-        connection.close()
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(1 << 16):
+            pass
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         Thread(target=answer).start()

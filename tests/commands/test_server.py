@@ -96,7 +96,7 @@ def test_it_ends_amid_answers_and_a_second_signal_aborts_nothing(converted, tmp_
         assert server.log() == ""  # no word of C++
         assert rest == ("Stopped.\n" if code == 0 else "")
         for ended in answers:
-            with pytest.raises(Exception, match="" if code else "The server is shutting down"):
+            with pytest.raises(Exception, match="." if code else "The server is shutting down"):
                 ended.result()
 
 

@@ -154,7 +154,7 @@ def test_home_screen_gets_icon_and_manifest(lan, ask):
 
 def test_api_answers_with_the_token_alone(lan, ask):
     chat = ("/v1/chat/completions", "POST")
-    for path, method, served in (("/v1/models", "GET", 200), (*chat, 200), ("/x", "PUT", 404)):
+    for path, method, served in (("/v1/models", "GET", 200), ("/x", "PUT", 404), (*chat, 200)):
         response, content = ask(path, method, b"{}")
         assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
         assert "token" in json.loads(content)["error"]["message"] and not lan.requests

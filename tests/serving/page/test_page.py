@@ -179,8 +179,9 @@ def test_copy_without_a_secure_context(lan, script, open_page):
     page = open_page("ipad", f"{lan}?token={TOKEN}")
     ask(page, "Code", ends=1)
     assert page.evaluate("navigator.clipboard") is None
+    message = page.locator(".message.assistant")
     for label, text in (("Copy the code", "code\n  indented"), ("Copy", answer)):
-        page.get_by_role("button", name=label, exact=True).first.tap()
+        message.get_by_role("button", name=label, exact=True).tap()
         page.locator("#input").fill("")
         page.locator("#input").press("Control+v")
         assert page.locator("#input").input_value().strip() == text
