@@ -60,10 +60,6 @@ class ChatScreen:
         if shown is not None:
             self.wait(lambda: self.here == shown)
 
-    def paste(self, text: str) -> None:
-        """As a terminal tells a program that expects pasted text."""
-        self.child.send(f"\x1b[200~{text}\x1b[201~")
-
     def say(self, text: str = "") -> str:
         """Types a line and Enter; what is shown between it and the next prompt."""
         if text:

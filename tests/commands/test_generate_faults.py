@@ -14,31 +14,20 @@ from model_folders import write_model
 RULE = "==========\n"
 # It sends itself a signal at a moment: a word of its bars, or an event in the home.
 STOPPED = """
-import os
-import sys
+import os, sys
 from functools import partial
-
 from mlx_flashhead.loading import background
-
 moment, number = sys.argv.pop(1), int(sys.argv.pop(1))
-options, write = partial(background.IndexOptions, calibration_positions=100), sys.stderr.write
-
+place, write = os.environ["MLX_FLASHHEAD_HOME"] + "/flash_heads/", sys.stderr.write
 
 def stop_if(reached):
     if reached:
         os.kill(os.getpid(), number)
 
-
-def look(event, values):
-    if event == moment:
-        stop_if(str(values[0]).startswith(os.environ["MLX_FLASHHEAD_HOME"] + "/flash_heads/"))
-
-
-background.IndexOptions = options
+background.IndexOptions = partial(background.IndexOptions, calibration_positions=100)
 sys.stderr.write = lambda text: stop_if(moment in text) or write(text)
-sys.addaudithook(look)
+sys.addaudithook(lambda event, values: stop_if(event == moment and place in str(values[0])))
 from mlx_flashhead.generate import main
-
 main()
 """
 MOMENTS = {

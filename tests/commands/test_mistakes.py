@@ -11,7 +11,6 @@ FILES = {
     "short.txt": b"a",
     "utf-16.txt": b"\xff\xfe",
     "old.json": b"old",
-    "old.safetensors": b"mine",
     "schema.json": b'{"items": {"type": "x"}}',
     "grammar": b"start: foo",
 }
@@ -25,12 +24,10 @@ MISTAKES = [
     ("benchmark head", "arguments --shape --model is required"),
     ("benchmark head --shape llama", "is not a shape"),
     ("benchmark head --shape 320,64 --n-probes 21", "choose 1 to 20"),
-    ("benchmark head --shape 320,72 --head-bits 4", "width of 72"),
     (f"{HEAD} --plot a.xyz", "must end in .png"),
     (f"{HEAD} --json absent/a.json", "cannot be written"),
     ("benchmark server --model ./absent --clients 0", "whole numbers of 1"),
     ("chat --model ./absent", "There is no folder ./absent"),
-    ("chat --model x --pipeline", "unrecognized arguments: --pipeline"),
     ("chat --model dense --dense --n-probes 3", "has no FlashHead"),
     ("chat --model model --n-probes 18", "1 to 17"),
     ("convert --model dense", "exists already"),  # --mlx-path is mlx_model
@@ -38,7 +35,6 @@ MISTAKES = [
     (f"convert --model dense --mlx-path {'long' * 100}", "File name too long"),
     (f"{NEW} --target-agreement 2", "--target-agreement is 2: give a number above 0, at most 1"),
     (f"{NEW} -q -d", "either --quantize or --dequantize, not both"),
-    (f"{OUTPUT} --json absent/out.json", "cannot be written"),
     (f"{OUTPUT} --json old.json", "no folder ./absent"),
     (f"{TEXT} --probes 2,18", "1 to 17"),
     ("evaluate text --model model --text empty.txt", "is empty"),
@@ -46,9 +42,7 @@ MISTAKES = [
     ("evaluate text --model model --text short.txt", "too short"),
     ("export --model model --output head.bin", "must end in .safetensors"),
     ("export --model model --output absent/head.safetensors", "there is no folder absent"),
-    ("export --model model --output folder.safetensors", "is a folder"),
     ("export --model model --output new.safetensors --n-probes 18", "1 to 17"),
-    ("export --model model --output old.safetensors", "exists already"),
     # programs that load every file there would refuse the model
     ("export --model model --output model/new.safetensors", "lies in a model's folder"),
     ("generate", "--model is needed"),
@@ -57,7 +51,6 @@ MISTAKES = [
     ("generate --model x --draw-probes", "--temp above 0"),
     ("generate --model x --dense --n-probes 4", "leave --n-probes out"),
     ("generate --model x --temp nan", "--temp is nan: give a number of 0 or more"),
-    ("generate --model x --chat-template-config {", "give a JSON object such as"),
     ("generate --model model --json-schema schema.json", "schema is wrong: Invalid type"),
     ("generate --model model --grammar grammar", "grammar is wrong at line 1, column 8"),
     ("generate --model model --regex a --grammar b", "not allowed with"),
@@ -67,12 +60,10 @@ MISTAKES = [
     ("server --model x --temp -1", "--temp is -1: give 0 to 100"),
     ("server --model x --max-body-bytes 8Q", "--max-body-bytes is 8Q"),
     ("server --model x --kv-bits 7", "--kv-bits is 7: choose 2"),
-    ("server --model x --dense --n-probes 4", "leave --n-probes out"),
     ("server --model x --lan --host 127.0.0.1", "127.0.0.1 is this machine alone: leave it out"),
     (f"{ANY_SITE} *", "--allowed-origins *: name each site"),
     (f"{ANY_SITE} https://a.example/b", "--allowed-origins https://a.example/b"),
     ("server --model model --port 0 --n-probes 18", "1 to 17"),
-    ("server --model model --port 0 --draft-model ./absent", "no folder ./absent"),
     ("server --model dense --port 0 --flash-head mlx_model", "mlx_model holds no FlashHead"),
     ("server --model model --port 0 --host no.such.host.invalid", "host.invalid cannot be used"),
     ("upload --path absent", "There is no folder absent"),
@@ -89,8 +80,7 @@ def test_mistakes(refused, dense, converted, text, tmp_path, monkeypatch, line, 
     monkeypatch.chdir(tmp_path)
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
-    for name in ("mlx_model", "folder.safetensors"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "mlx_model").mkdir()
     for name, folder in (("model", converted), ("dense", dense)):
         (tmp_path / name).symlink_to(folder)
     before = snapshot(tmp_path), snapshot(converted)

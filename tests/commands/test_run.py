@@ -58,6 +58,7 @@ import subprocess, sys
 sys.exit(subprocess.run([sys.executable, "program.py", *sys.argv[1:]]).returncode)
 """
 PROGRAMS = {"program": PROGRAM, "starter": STARTER, "batch": BATCH, "own_loop": OWN_LOOP}
+PROGRAMS |= {"many": MANY}
 HEAD = ("--flash-head", "head")
 
 
@@ -72,7 +73,7 @@ def place(tmp_path_factory):
     for name in ("train", "valid"):
         lines = 2 * (json.dumps({"text": "One day " * 9}) + "\n")
         (place / "data" / f"{name}.jsonl").write_text(lines)
-    for name, program in (PROGRAMS | {"many": MANY}).items():
+    for name, program in PROGRAMS.items():
         (place / f"{name}.py").write_text(program)
     return place
 
@@ -173,14 +174,12 @@ def test_a_program_from_pypi(place, monkeypatch):
     pytest.importorskip("llm_mlx")
     user = place / "llm"
     user.mkdir()
-    models = {str(place / "model"): {"aliases": ["tiny"]}}
-    (user / "llm-mlx.json").write_text(json.dumps(models))
+    (user / "llm-mlx.json").write_text(json.dumps({str(place / "model"): {"aliases": ["tiny"]}}))
     monkeypatch.setenv("LLM_USER_PATH", str(user))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     words = ("llm", "-m", "tiny", "One day", "-o", "max_tokens", 5)
     code, output, errors = start(place, *HEAD, *words)
-    assert code == 0, errors
-    assert output.strip() and DENSE not in errors
+    assert code == 0 and output.strip() and DENSE not in errors, errors
 
 
 NOT_RUN = "that can be run: check the name."

@@ -151,11 +151,11 @@ def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         said = refused("server", "--model", converted, "--port", port)
-    assert f"Port {port} of 127.0.0.1" in said and "in use" in said
+    assert re.search(f"Port {port} of 127.0.0.1.*in use", said)
     broken = shutil.copytree(converted, tmp_path / "broken")
     (broken / "flash_head.index").write_bytes(b"x")
     assert "damaged or incomplete" in refused("server", "--model", broken, "--port", 0)
-    (broken / "flash_head.index").write_bytes((converted / "flash_head.index").read_bytes())
+    shutil.copy(converted / "flash_head.index", broken)
     (broken / "model.safetensors").write_bytes(b"none")
     assert "cannot load the model" in refused("server", "--model", broken, "--port", 0)
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)

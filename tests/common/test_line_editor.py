@@ -1,37 +1,16 @@
-"""Completion of commands and files, a history, and signals while a line is edited."""
+"""A history, and signals while a line is edited. test_chat.py completes and edits lines."""
 
 import signal
 
 import pytest
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import create_app_session
-from prompt_toolkit.completion import CompleteEvent
-from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from mlx_flashhead.common.line_editor import _Commands, line_editor
+from mlx_flashhead.common.line_editor import line_editor
 from mlx_flashhead.common.terminal import is_open
-
-
-def test_commands_and_files_are_completed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a folder").mkdir()
-    (tmp_path / "sub" / "deep").mkdir(parents=True)
-    (tmp_path / "sub" / "deeper.json").touch()
-    completer = _Commands(["/save", "/stats", "/exit"], ["/save"])
-    for line, expected in (
-        ("/s", ["/save ", "/stats "]),
-        ("", []),
-        ("hello", []),
-        ("/exit ", []),
-        ("/save ", ["/save a folder", "/save sub"]),
-        ("/save sub/de", ["/save sub/deep", "/save sub/deeper.json"]),
-        ("/save absent/x", []),
-    ):
-        completions = completer.get_completions(Document(line), CompleteEvent())
-        assert [line[: len(line) + c.start_position] + c.text for c in completions] == expected
 
 
 def test_the_history_is_its_users_alone_and_may_be_missing(tmp_path):

@@ -52,17 +52,6 @@ def test_no_word_changes_and_no_line_is_too_long(columns):
         assert wrapped(TEXT, columns, seed) == shown
 
 
-def test_a_word_is_shown_when_it_is_complete_with_the_width_of_then():
-    widths = [10]
-    wrap = WordWrap(lambda: widths[-1])
-    pieces = [wrap.feed(piece) for piece in ("on", "e", " tw", "o ", "th", "ree\n", "x", "")]
-    assert pieces == ["", "", "one", " two", "", "\nthree", "\n", ""] and wrap.end() == "x"
-    widths.append(80)
-    assert wrap.feed("one two three ") == "one two three"
-    widths.append(8)
-    assert "\n" in wrap.feed("four five six ")
-
-
 def test_no_figure_of_a_table_is_cut_off(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     headings, figures = zip(*((f"heading {i}", f"{i}234.5678") for i in range(9)), strict=True)

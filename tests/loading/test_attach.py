@@ -60,8 +60,7 @@ def test_first_use_builds_and_the_second_does_not(folder, quick, capfd, flash_he
 
 
 def test_identified_by_the_rows_of_the_model(folder, quick, tmp_path, monkeypatch, capfd):
-    """Elsewhere, and in another precision, where the nearest one is taken; but none of another
-    recipe."""
+    """Elsewhere, and in another precision, the nearest one is taken; but none of another recipe."""
     load(str(folder))
     moved = str(shutil.move(folder, tmp_path / "elsewhere"))
     capfd.readouterr()
@@ -152,9 +151,8 @@ def test_a_damaged_entry_is_built_anew(folder, quick, capfd):
     file, settings = place / FILE_NAME, place / SETTINGS_NAME
     cache.keep(index, place)
     good = contents(place)
-    absurd = json.loads(good[SETTINGS_NAME])
-    absurd["verification"] = {"risk": {"greedy": [0, 0], "sampled": 1}}
-    absurd["verification"]["by_probes"] = [{"n_probes": 10**9}]
+    absurd, risk = json.loads(good[SETTINGS_NAME]), {"greedy": [0, 0], "sampled": 1}
+    absurd["verification"] = {"risk": risk, "by_probes": [{"n_probes": 10**9}]}
     unread = f"{file} cannot be read because it is damaged or incomplete"
     for changed, reason in (
         ({SETTINGS_NAME: json.dumps(absurd).encode()}, "has no valid verification"),

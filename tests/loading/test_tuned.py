@@ -23,18 +23,14 @@ def measure(monkeypatch):
     """Sets what is measured, in turn; a further measurement fails. The machine is quiet."""
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
     monkeypatch.setattr(tuned, "is_busy", lambda: False)
+    left = []
 
-    def set_results(*results):
-        left = list(results)
+    def tune(model, differences):
+        yield
+        return left.pop(0)
 
-        def tune(model, differences):
-            yield
-            return left.pop(0)
-
-        monkeypatch.setattr(tuned, "tune", tune)
-        return left
-
-    return set_results
+    monkeypatch.setattr(tuned, "tune", tune)
+    return lambda *results: left.extend(results) or left
 
 
 @pytest.fixture(scope="module")

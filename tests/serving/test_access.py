@@ -1,7 +1,6 @@
 """The rules of access, on requests as clients and attackers send them, and the front door."""
 
 import json
-import re
 import socket
 import time
 
@@ -218,22 +217,19 @@ def test_what_is_no_http_gets_the_same_errors(lan, connect, request_, status):
     connection.shutdown(socket.SHUT_WR)
     answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
     head, _, body = answer.partition(b"\r\n\r\n")
-    assert head.split()[1] == str(status).encode()
-    assert b"content-type: application/json" in head.lower()
+    assert head.split()[1] == b"%d" % status and b"application/json" in head
     assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
     assert not [line for line in lan.log if TOKEN in line]
 
 
-QUERIES = ["token={}", "%74oken={}", "TOKEN={}", "a;token={}", "a={}"]
-
-
 def test_the_log_has_refusals_and_no_token(lan, ask):
     """However it is written: queries are not logged at all."""
-    paths = [f"/v1/x?{query}" for query in QUERIES] + ["/v1/token={}", "/v1/%3Ftoken={}%0a%1b[2J"]
-    for path in paths:
+    queries = ("token={}", "%74oken={}", "TOKEN={}", "a;token={}", "a={}")
+    logged = {f"/v1/x?{query}": "/v1/x" for query in queries}
+    logged |= {"/v1/token={}": "/v1/token=…", "/v1/%3Ftoken={}%0a%1b[2J": r"/v1/?token=…\n\x1b[2J"}
+    for path in logged:
         ask(path.format(TOKEN.upper() if "TOKEN" in path else TOKEN))
-    while len(lan.log) < len(paths):  # a line is written when its client has the answer
+    while len(lan.log) < len(logged):  # a line is written when its client has the answer
         time.sleep(0.01)
-    lines = [re.sub(", [0-9.]+ s$", "", line) for line in lan.log]
-    last = ["/v1/token=…", "/v1/?token=…\\n\\x1b[2J"]
-    assert lines == [f"127.0.0.1 GET {path} 401" for path in ["/v1/x"] * len(QUERIES) + last]
+    lines = [line.rpartition(", ")[0] for line in lan.log]
+    assert lines == [f"127.0.0.1 GET {path} 401" for path in logged.values()]

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from types import SimpleNamespace
 
-from engines import CHUNK, LONG, SHORT, endless, job, submit, tokens_of, until
+from engines import CHUNK, LONG, SHORT, endless, submit, tokens_of, until
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
 from mlx_flashhead.serving import engine as engine_module
 from mlx_flashhead.serving.decoding import Reading
@@ -95,14 +95,3 @@ def test_a_prompt_is_read_soon_beside_slow_answers_and_a_stream_of_short_prompts
             for one in answers:
                 one.cancelled = True
     assert not any(asker.exception() for asker in askers)
-
-
-def test_answers_to_one_prompt_read_it_once(start, chunks):
-    engine = start()
-    jobs = [job(engine, LONG, 4) for _ in range(6)]
-    for one in jobs[1:]:
-        one.prompt = jobs[0].prompt
-    engine.submit(jobs)
-    assert len({tuple(tokens_of(one)) for one in jobs}) == 1
-    assert {of for of, _ in chunks} == {jobs[0]}
-    assert [one.cached for one in jobs] == [0, *[len(LONG) - 1] * 5]

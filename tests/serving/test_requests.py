@@ -29,10 +29,6 @@ def message(content="Hi", **further):
     return [{"role": "assistant", "content": content} | further]
 
 
-def calling(arguments):
-    return message(tool_calls=[{"function": {"name": "f", "arguments": arguments}}])
-
-
 def test_defaults_are_the_flags(tiny):
     arguments = ("--temp", 0.5, "--top-p", 0.9, "--top-k", 7, "--min-p", 0.1, "--max-tokens", 9)
     request = checked(tiny, {"messages": MESSAGES}, arguments=arguments)
@@ -114,8 +110,7 @@ CHAT_MISTAKES = {
     "messages[0].tool_calls": {
         "a list": [message(tool_calls={})],
         "a name": [message(tool_calls=[{}])],
-        "must be JSON": [calling("{")],
-        "NaN is not": [calling('{"a": NaN}')],
+        "must be JSON": [message(tool_calls=[{"function": {"name": "f", "arguments": "{"}}])],
     },
     "model": {"choose tiny": ["gpt-4o", "", "/", 5]},
     "stream": {"true or false": [1]},

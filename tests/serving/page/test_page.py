@@ -33,8 +33,8 @@ def test_ask_and_see_the_stream(lan, script, open_page, screen, dark):
     """And pictures of everything, for people to look at."""
 
     def picture(name):
-        path = SCREENSHOTS / f"{screen}-{'dark' if dark else 'light'}-{name}.png"
-        page.screenshot(path=path, animations="disabled")
+        name = f"{screen}-{'dark' if dark else 'light'}-{name}.png"
+        page.screenshot(path=SCREENSHOTS / name, animations="disabled")
 
     half = Event()
     text = [ANSWER[i : i + 6] for i in range(0, len(ANSWER), 6)]
@@ -185,3 +185,40 @@ def test_copy_without_a_secure_context(lan, script, open_page):
         page.locator("#input").fill("")
         page.locator("#input").press("Control+v")
         assert page.locator("#input").input_value().strip() == text
+
+
+SMALL = ("temperature", "top_p", "max_tokens", "dense")
+WIDE = "A_very_long_word_" * 30 + "\n\n```\n" + "code " * 100 + "\n```\n\n|a|b|\n|-|-|\n|"
+WIDE += "x" * 300 + "|y|\n\nand long" + "\n\nand long" * 20
+
+
+@pytest.mark.parametrize("screen", ["ipad-landscape", "ipad-half", "iphone-se"])
+def test_nothing_is_too_small_or_sticks_out_or_has_no_name(script, open_page, screen):
+    script.answers = [[WIDE]]
+    page = open_page(screen)
+    ask(page, "Wide", ends=1)
+    viewport = page.locator("meta[name=viewport]").get_attribute("content")
+    assert "viewport-fit=cover" in viewport and "user-scalable" not in viewport
+    nameless = "button:has(svg):not([title]), .round:not([aria-label])"
+    assert page.locator(nameless).count() == 0
+    fonts = page.evaluate(
+        """[...document.querySelectorAll("input, textarea, select")]
+            .map((e) => parseFloat(getComputedStyle(e).fontSize))"""
+    )
+    assert len(fonts) > 5 and min(fonts) >= 16  # below that iOS zooms in
+    tap(page, "Edit the question")
+    for opener in (None, ".actions .text", "#open-settings"):
+        if opener:
+            page.locator(opener).tap()
+        sizes = page.evaluate(
+            """() => [...document.querySelectorAll("button, input, textarea, select, summary")]
+                .filter((e) => e.checkVisibility({ visibilityProperty: true }))
+                .map((e) => [e.id || e.className, e.getBoundingClientRect().toJSON()])"""
+        )
+        assert len(sizes) > 5
+        for name, box in sizes:
+            assert min(box["width"], box["height"]) >= (32 if name in SMALL else 43), name
+            assert box["left"] >= 0 and box["right"] <= page.viewport_size["width"], name
+        page.evaluate("document.querySelector('dialog[open]')?.close()")
+    assert page.evaluate("scroller.scrollWidth <= scroller.clientWidth")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

