@@ -58,12 +58,12 @@ def test_ratios_are_those_of_the_printed_medians():
     }
     about = {"model": "m", "n_probes": {FLASH_HEAD: 3, UNVERIFIED: 4}, "n_clusters": 9}
     about["equal_logits"] = 1.0
-    for keeps_dense_head in (True, False):
-        figures = summary(about | {"keeps_dense_head": keeps_dense_head}, "greedy", 4, seconds)
+    for dense in (True, False):
+        figures = summary(about | {"keeps_dense_head": dense}, "greedy", 4, seconds)
         table = make_table(figures)
         assert "100.000 % of the scored logits equal MLX's." in table.caption
         assert "3 clusters of 9 scored, 4 unverified" in table.title
-        assert ("stays dense" in table.caption) == keeps_dense_head
+        assert ("stays dense" in table.caption) == dense
     assert figures["token_ms"][DENSE]["median"] == pytest.approx(59.3)
     assert figures["tokens_per_second"][FLASH_HEAD] == pytest.approx(4 / 0.0493)
     faster = {FLASH_HEAD: pytest.approx(59.3 / 49.3), UNVERIFIED: pytest.approx(59.3 / 47.9)}

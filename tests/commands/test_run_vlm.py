@@ -10,7 +10,7 @@ mlx_vlm = pytest.importorskip("mlx_vlm")
 
 from mlx_flashhead.index.files import write_companion
 from model_folders import write_model
-from run_programs import DENSE, MANY, alone, running_server, start, start_many
+from run_programs import DENSE, MANY, alone, running_server, start_many
 from tiny_models import tiny_index
 from vlm_folders import write_picture, write_vision_model
 
@@ -42,12 +42,12 @@ for options in {}, {"image": "picture.png"}, {"temperature": 0.8}, {"repetition_
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Two models with their FlashHeads apart, a picture, and programs."""
+    """Two models, the FlashHead of one of them, a picture, and programs."""
     place = tmp_path_factory.mktemp("run_vlm")
-    folders = write_vision_model(place / "model"), write_model(place / "text")
-    for folder, head in zip(folders, ("head", "text_head"), strict=True):
-        (place / head).mkdir()
-        write_companion(place / head, tiny_index(mlx_vlm.load(str(folder))[0]))
+    write_model(place / "text")
+    model, _ = mlx_vlm.load(str(write_vision_model(place / "model")))
+    (place / "head").mkdir()
+    write_companion(place / "head", tiny_index(model))
     write_picture(place / "picture.png")
     (place / "no_picture.png").write_text("not a picture")
     for name, program in {"program": TWO_MODELS, "texts": TEXTS, "many": MANY}.items():
@@ -59,7 +59,7 @@ def test_programs_of_mlx_vlm(place, capsys):
     """Greedy texts are verified, also after a picture; the others use the normal head. A picture
     that is none is the program's own affair."""
     words = "--model model --max-tokens 5"
-    (layers, _), *shown = start_many(
+    (layers, said), *shown = start_many(
         place, "--flash-head", "head", "many.py", "program.py", "texts.py",
         f"-m mlx_vlm generate {words} --prompt What --image picture.png --verbose",
         f"-m mlx_vlm.chat {words}",
@@ -67,20 +67,13 @@ def test_programs_of_mlx_vlm(place, capsys):
         typed="/image picture.png\nWhat is it?\n/exit\n", code=1,
     )  # fmt: skip
     assert layers.split() == ["_FlashLinear", "_FlashLinear", "Module"]
+    assert (said.count("With FlashHead"), said.count(DENSE)) == (2, 1)  # of other rows
     output, errors = zip(*shown, strict=True)
     assert output[0] == alone(capsys, place, "texts.py")
     assert len({*output[0].splitlines()}) > 2 and "Text of model: verified." in errors[0]
     assert "Generation:" in output[1] and "Assistant:" in output[2]
     assert [said.count(WITH) for said in errors] == [1] * 4 and DENSE not in "".join(errors)
     assert "Failed to load image from no_picture.png" in errors[3].strip().splitlines()[-1]
-
-
-def test_a_named_flash_head_belongs_to_one_model(place):
-    """The others run dense, with one warning."""
-    code, output, errors = start(place, "--flash-head", "text_head", "program.py")
-    assert code == 0, errors
-    assert output.split() == ["Module", "Module", "_FlashEmbedding"]
-    assert errors.count(DENSE) == errors.count("With FlashHead") == 1
 
 
 def test_the_server(place):

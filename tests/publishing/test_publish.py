@@ -61,9 +61,8 @@ def test_every_file_is_uploaded_and_stale_weights_are_deleted(hub, converted, mo
     repository = hub.repositories["ours/tiny"]
     repository.refs["first"] = len(repository.commits) - 1
     hub.put("ours/tiny", {"config.json": b"{}"})
-    for offline in (False, True):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        hub.down = offline
+    for hub.down in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", hub.down)
         model, _ = mlx_flashhead.load("ours/tiny", revision="first")
         assert get_flash_head(model).n_probes == 4
 

@@ -145,11 +145,11 @@ def test_growing_code_is_coloured_and_stays_as_it_is_written(page):
                 renderMarkdown(box, "```python\\n" + source.slice(0, end));
             }
             const code = box.querySelector("code");
-            const count = (node) => node.querySelectorAll(".hljs-keyword").length;
-            const atOnce = count(code);
+            const count = () => code.querySelectorAll(".hljs-keyword").length;
+            const atOnce = count();
             getSelection().selectAllChildren(code);
             await new Promise((resolve) => setTimeout(resolve, 300));
-            const selected = count(code);
+            const selected = count();
             getSelection().removeAllRanges();
             return [code.textContent, atOnce, selected];
         }""",
