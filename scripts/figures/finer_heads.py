@@ -147,7 +147,7 @@ def table(figures: dict) -> Iterator[str]:
         name += f", {by_form['unquantized']['positions']:,} positions"
         for form, row in by_form.items():
             cells = [
-                f"{speeds[f'{form}, {kind}']['tokens_per_second']:.1f}"
+                f"{speeds[f'{form}, {kind}']['tokens_per_second']:.2f}"
                 if f"{form}, {kind}" in speeds
                 else ""
                 for kind in (DENSE, TUNED)
