@@ -3,11 +3,9 @@
 import argparse
 import json
 
-import mlx.core as mx
 import pytest
 
-from mlx_flashhead.benchmarks import reporting as module
-from mlx_flashhead.benchmarks.reporting import Case, in_turns, report, spread, timer
+from mlx_flashhead.benchmarks.reporting import Case, in_turns, report, spread
 from mlx_flashhead.common.tables import new_table
 
 
@@ -34,7 +32,7 @@ def test_a_stopped_benchmark_reports_the_rounds_that_it_has(capsys, tmp_path, st
     outputs = {"report": str(tmp_path / "out.json"), "plot": str(tmp_path / "out.png")}
     arguments = argparse.Namespace(kind="any", rounds=5, **outputs)
     with pytest.raises(type(stop)):
-        report(arguments, cases(seconds), 2, make_table)
+        report(arguments, cases(seconds), make_table)
     shown = capsys.readouterr()
     assert ("of a form" in shown.out) == ("Stopped: " in shown.err) == (in_round > 1)
     if in_round == 1:
@@ -45,8 +43,10 @@ def test_a_stopped_benchmark_reports_the_rounds_that_it_has(capsys, tmp_path, st
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rounds_take_turns_after_a_warm_up():
+def test_rounds_take_turns_after_a_warm_up_and_figures_are_medians():
     """Each comes first, and each follows every other one; the first round does not count."""
+    expected = {"median": 3e3, "lower": 2e3, "upper": 4e3, "runs": 5}
+    assert spread([5.0, 1.0, 2.0, 4.0, 3.0], 1000) == expected
     calls = []
 
     def run(name):
@@ -57,14 +57,3 @@ def test_rounds_take_turns_after_a_warm_up():
     rounds = ["".join(name for name, number in calls if number == i) for i in range(21)]
     assert [number for _, number in calls] == sorted(number for _, number in calls)
     assert set(rounds) == {"ABC", "ACB", "BAC", "BCA", "CAB", "CBA"}
-
-
-def test_a_timer_takes_the_run_and_its_evaluation_and_figures_are_medians(monkeypatch):
-    expected = {"median": 3e3, "lower": 2e3, "upper": 4e3, "runs": 5}
-    assert spread([5.0, 1.0, 2.0, 4.0, 3.0], 1000) == expected
-    clock, evaluated, evaluate = iter(range(100)), [], mx.eval
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(module.mx, "eval", lambda *a: (evaluated.extend(a), evaluate(*a)))
-    measured = timer(lambda number: (mx.ones(number), next(clock)), lambda: next(clock))
-    assert measured(3) == 2  # without the tick before
-    assert evaluated[0][0].shape == (3,)

@@ -12,12 +12,13 @@ ALONE = {"first": "one", "second": "two"}
 
 
 def test_answers_are_compared_with_those_alone_and_lost_ones_counted(monkeypatch):
-    replies = {"first": server.Reply("two", 5, 0.5), "second": server.Reply("two", 5, 0.25)}
+    seconds = {"first": 0.5, "second": 0.25}
 
     def ask(port, question, *, max_tokens, hang_up):
         if port == 1:
             raise ValueError("the stream broke off")
-        return server.Reply("o", None, 0.75) if hang_up else replies[question]
+        whole = server.Reply(question, "two", 5, seconds[question])
+        return server.Reply(question, "o", None, 0.75) if hang_up else whole
 
     monkeypatch.setattr(server, "ask", ask)
     monkeypatch.setattr(server, "questions", lambda: list(ALONE))

@@ -144,7 +144,7 @@ def test_prompt_cache_file(run, generated, refused, dense, converted, tmp_path):
         (prompt_cache, ("--model", dense), "different model"),
         (prompt_cache, ("--draft-model", dense), "leave --draft-model out"),
         (tmp_path / "damaged.safetensors", (), "damaged or not a prompt cache"),
-        (tmp_path / "absent", (), "there is no such file"),
+        (tmp_path / "absent", (), "is missing, damaged"),
     ):
         assert said in refused("generate", "--prompt-cache-file", wrong, *further, *ASK)
 

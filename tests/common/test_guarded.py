@@ -58,7 +58,7 @@ def test_helpers_stay_and_no_two_calls_share_one(guard):
         processes = {answer[1] for answer in pool.map(guard.call, [["sleep", 0.2]] * 4)}
     assert len(processes) == 4 and first in processes
     assert len(guard._idle) == guarded.MAX_IDLE
-    guard._idle[0].connection.close()  # as when the caller ends
-    assert guard._idle[0].process.wait(20) == 0
+    guard._idle[0].stdin.close()  # as when the caller ends
+    assert guard._idle[0].wait(20) == 0
     with pytest.raises(GuardError, match="no helper process starts"):
         Guard(guard.path.with_name("absent.py")).call(["", 1])
