@@ -14,16 +14,11 @@ import os, time
 def work(request):
     print("nobody reads this")
     kind, value = request
-    if kind == "sleep":
-        time.sleep(value)
-    elif kind == "fill":
-        return len(bytearray(value))
-    elif kind == "exit":
-        os._exit(value)
-    elif kind == "recurse":
-        return work(request)
-    elif kind == "raise":
+    if kind == "raise":
         raise SystemExit(value)
+    acts = {"sleep": time.sleep, "fill": bytearray, "exit": os._exit}
+    acts |= {"recurse": lambda value: work(request), "": lambda value: None}
+    acts[kind](value)
     return [value, os.getpid()]
 """
 
