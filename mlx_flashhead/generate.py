@@ -152,7 +152,7 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
     """Loads, answers, and builds a missing FlashHead afterwards."""
     # mlx-lm takes a second to import, which mistakes and --help do without
     from .loading.load import load_dense_head, load_draft, load_with_head, sharded_load
-    from .loading.sources import LATER, HeadOptions
+    from .loading.options import LATER, HeadOptions
     from .lossless.generation import generate
     from .lossless.sampler import make_sampler
     from .models.compat.mlx_lm import generation_stream, run_generate
@@ -245,8 +245,7 @@ def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path)
     """Builds the FlashHead after the answer, if the model has none yet."""
     from .loading.background import background_build
 
-    how = {"step_seconds": math.inf, "waits": False}
-    build = background_build(model, tokenizer, folder, options, **how)
+    build = background_build(model, tokenizer, folder, options, step_seconds=math.inf)
     if build is None:
         return
     sys.stdout.flush()

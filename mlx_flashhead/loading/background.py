@@ -20,7 +20,7 @@ import numpy as np
 from filelock import Timeout
 
 from ..conversion import Step, Steps, take_all
-from ..conversion.build import STEP_SECONDS, expected_seconds, index_nbytes, model_index
+from ..conversion.build import STEP_SECONDS, expected_seconds, model_index
 from ..conversion.options import IndexOptions, make_recipe
 from ..lossless.tuning import Tuning
 from ..models.fetch import HOME_VARIABLE, home, lock_of
@@ -29,11 +29,12 @@ from ..models.libraries import UnsupportedHeadError, is_vlm, text_side
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.origin import local_origin
 from . import sources
-from .sources import HeadOptions, StoredHead
+from .options import HeadOptions
+from .sources import StoredHead
 from .tuned import MEASURING, install_stored, tune_head
 
 DRAFT_CLUSTER_SIZE = 32  # within a tenth of the head's bytes more tokens than with 16
-LOCK_SECONDS, PAUSE_SECONDS = 0.5, 0.02  # between looks at another process's build
+PAUSE_SECONDS = 0.02  # between looks at another process's build
 ANEW_SECONDS = 600.0  # for the text of a requested build: on a busy machine, too
 # A first build that may take longer, as on a busy machine, is a shorter one. Clusters of 32 rows
 # are found in half the time; their FlashHead reads up to a tenth more or less (docs/converting.md).
@@ -52,17 +53,15 @@ def build_steps(
     *,
     source: Path,
     options: HeadOptions,
-    waits: bool = True,
     anew: bool = False,
     step_seconds: float = math.inf,
     drafted: Steps[np.ndarray] | None = None,
-) -> Steps[StoredHead | None]:
+) -> Steps[StoredHead]:
     """Builds a FlashHead in steps. A build that is dropped between them leaves nothing behind.
 
-    Where another process builds it, it ``waits`` for that one, and builds itself if that one has
-    ended without; or it returns None. ``anew`` replaces one that there is, and takes more time.
-    ``drafted`` gives a drafter's states, instead of text. ValueError at a step, if the model cannot
-    have one.
+    Where another process builds it, it waits for that one, and builds itself if that one has ended
+    without. ``anew`` replaces one that there is, and takes more time. ``drafted`` gives a drafter's
+    states, instead of text. ValueError at a step, if the model cannot have one.
     """
     rows, say = location.rows(), options.say
     place = sources.place_of(rows)
@@ -70,80 +69,71 @@ def build_steps(
     with suppress(OSError):  # else nothing can be cached there
         lock = lock_of(place)
     if lock is not None and not lock.is_locked:
-        other = "Another process is building the FlashHead of this model: it is used "
-        say(other + ("as soon as it is there." if waits else "next time."))
-        if not waits:
-            return None
-        next_try = time.perf_counter() + LOCK_SECONDS
+        say(
+            "Another process is building the FlashHead of this model: it is used as soon as it is "
+            "there."
+        )
         while not lock.is_locked:
             time.sleep(PAUSE_SECONDS)
             yield Step("Waiting for the other process", 0, 1, "build")
-            if time.perf_counter() > next_try:
-                with suppress(Timeout):
-                    lock.acquire(timeout=0)
-                next_try = time.perf_counter() + LOCK_SECONDS
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
     try:
         stored = None if anew else sources.find(rows, lambda _: None)
         if stored is not None:
             return stored
-        of_index = IndexOptions(quick=True)
+        index_options = IndexOptions(quick=True)
         if drafted is not None:
-            of_index = replace(of_index, cluster_size=DRAFT_CLUSTER_SIZE)
+            index_options = replace(index_options, cluster_size=DRAFT_CLUSTER_SIZE)
         if anew:
-            of_index = replace(of_index, calibration_seconds=ANEW_SECONDS)
-        elif expected_seconds(rows, of_index) > LONG_BUILD_SECONDS:
-            of_index = replace(of_index, **SHORT_BUILD)
-        of_index.check_size(rows.n_rows)
+            index_options = replace(index_options, calibration_seconds=ANEW_SECONDS)
+        elif expected_seconds(rows, index_options) > LONG_BUILD_SECONDS:
+            index_options = replace(index_options, **SHORT_BUILD)
+        index_options.check_size(rows.n_rows)
         origin = local_origin(source)
-        obstacle = sources.obstacle(place, index_nbytes(rows))
-        minutes = max(1, math.ceil(round(expected_seconds(rows, of_index)) / 60))
+        minutes = max(1, math.ceil(round(expected_seconds(rows, index_options)) / 60))
         say(
             f"Building the FlashHead of {origin.known_as}, which takes at most about "
-            f"{'a minute' if minutes == 1 else f'{minutes} minutes'}. "
-            + (f"It is kept in {place}." if obstacle is None else _not_kept(obstacle))
+            f"{'a minute' if minutes == 1 else f'{minutes} minutes'}. It is kept in {place}."
         )
         del rows
-        recipe = make_recipe(of_index, origin, origin.result_name())
+        recipe = make_recipe(index_options, origin, origin.result_name())
         if drafted is not None:
             del recipe["command"]  # no command converts a drafter of mlx-vlm
         tokenizer = text_side(model, tokenizer)
         how: dict[str, Any] = {"drafted": drafted, "recipe": recipe, "step_seconds": step_seconds}
-        index = yield from model_index(model, tokenizer, location, of_index, **how)
+        index = yield from model_index(model, tokenizer, location, index_options, **how)
         if index.config.calibration.get("cut_short"):
             say(
                 "This machine was busy, so the build was cut short, after "
                 f"{index.config.calibration['positions']:,} positions: "
                 "mlx_flashhead.cache --rebuild MODEL makes a faster one."
             )
-        if obstacle is None:
-            try:
-                sources.keep(index, place)
-            except OSError as error:
-                say(_not_kept(error.strerror or str(error)))
-            except ValueError as error:  # of the folder itself
-                say(f"It is not kept: {error}")
+        try:
+            sources.keep(index, place)
+        except (OSError, ValueError) as error:
+            # the ValueError of a new folder hides an OSError
+            disk = error if isinstance(error, OSError) else error.__context__
+            reason = getattr(disk, "strerror", None) or error
+            say(
+                f"It is not kept, since {home()} cannot be written ({reason}): set "
+                f"{HOME_VARIABLE} to another place, or it is built again next time."
+            )
         return StoredHead(index, str(place))
     finally:
         if lock is not None:
             lock.release()
 
 
-def _not_kept(obstacle: str) -> str:
-    return (
-        f"It is not kept, since {home()} cannot be written ({obstacle}): set "
-        f"{HOME_VARIABLE} to another place, or it is built again next time."
-    )
-
-
-def finish(steps: Steps[StoredHead | None], options: HeadOptions) -> StoredHead | None:
+def finish(steps: Steps[StoredHead], options: HeadOptions) -> StoredHead:
     """Takes all steps that are left, with bars."""
     with redirect_stdout(sys.stderr):  # standard output is the command's own
         return take_all(steps, progress=options.progress)
 
 
 class BackgroundBuild:
-    """A FlashHead that is built in steps, whenever there is time. ``how`` are ``step_seconds``,
-    ``waits`` and ``anew`` of `build_steps`. UnsupportedHeadError if there can be none."""
+    """A FlashHead that is built in steps, whenever there is time. ``how`` are ``step_seconds``
+    and ``anew`` of `build_steps`. UnsupportedHeadError if there can be none."""
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, **how: Any
@@ -183,7 +173,7 @@ class BackgroundBuild:
         return True
 
     def finish(self) -> None:
-        """Takes all steps, installs the FlashHead, and says what it took and when it pays back."""
+        """Takes all steps, installs the FlashHead, and says what it took and gains."""
         began, say = time.perf_counter(), self._options.say
         self._result = finish(self._steps, self._options)
         seconds = time.perf_counter() - began
@@ -193,19 +183,13 @@ class BackgroundBuild:
             say(MEASURING)
         while self.advance():
             pass
-        tuning, took = self._result, f"build took {seconds:.0f} s"
+        done = f"FlashHead is ready for next time. Its build took {seconds:.0f} s"
+        tuning = self._result
         if not isinstance(tuning, Tuning):
-            say(f"FlashHead is ready for next time. Its {took}.")
-        elif tuning.dense:
-            say(f"The {took}.")  # that the model stays dense has been said
-        else:
+            say(f"{done}.")
+        elif not tuning.dense:  # which has been said
             makes = "should make" if tuning.predicted else "makes"
-            tokens = seconds / (tuning.dense_seconds * (1 - 1 / tuning.gain))
-            say(
-                f"FlashHead is ready for next time. Its {took}, and it {makes} this model "
-                f"{tuning.gain:.2f} times as fast on this machine: that pays back after about "
-                f"{float(f'{tokens:.2g}'):,.0f} tokens."
-            )
+            say(f"{done}, and it {makes} this model {tuning.gain:.2f} times as fast here.")
 
 
 def background_build(

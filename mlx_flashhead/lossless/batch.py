@@ -208,12 +208,12 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         with mx.stream(self._stream):
             for uid in uids:
                 sequence = self._sequences[inner[uid]]
-                if self.is_generating(inner[uid]):
+                if inner[uid] in self.generating:
                     n_cached, target = sequence.n_cached, sequence.n_yielded
                     cache = self._rolled_back(inner[uid], n_cached, target)
                     caches[uid] = cache, sequence.prompt + sequence.tokens[:target]
                 else:
-                    caches[uid] = self.caches_of(inner[uid])
+                    caches[uid] = super().extract_cache([inner[uid]])[inner[uid]]
         return caches
 
     def _next(self) -> tuple[list[Any], list[Any]]:
@@ -271,7 +271,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         """Takes a sequence out of mlx-lm's batch: its caches, with ``target`` of its tokens."""
         uid = next(uid for uid, other in self._sequences.items() if other is sequence)
         n_cached = sequence.n_cached
-        if not self.is_generating(uid):
+        if uid not in self.generating:
             n_cached = max(n_cached - 1, 0)  # its latest token is still to be fed
         cache = self._rolled_back(uid, n_cached, target)
         self._to_drop.append(uid)
@@ -281,12 +281,12 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
 
     def _drop_all(self) -> None:
         if self._to_drop:
-            self.drop(self._to_drop)
+            super().remove(self._to_drop)
             self._to_drop.clear()
 
     def _rolled_back(self, uid: int, n_cached: int, target: int) -> list[Any]:
         """A sequence's own caches, with ``target`` tokens of its text instead of ``n_cached``."""
-        cache, _ = self.caches_of(uid)
+        cache = list(super().extract_cache([uid])[uid][0])
 
         def replay(token: list[int]) -> None:
             self.model(mx.array([token], dtype=mx.uint32), cache=cache)

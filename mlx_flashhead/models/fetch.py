@@ -26,15 +26,8 @@ HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 
 
 def home() -> Path:
-    """Where FlashHeads and finer heads are cached: $MLX_FLASHHEAD_HOME, or ~/.cache/mlx_flashhead;
-    ValueError if it is that of a user who does not exist."""
-    folder = os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead"
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError as error:
-        raise ValueError(
-            f"The home directory in {folder} is not known: set {HOME_VARIABLE} to a folder."
-        ) from error
+    """Where FlashHeads and finer heads are cached."""
+    return _path(os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead")
 
 
 def lock_of(place: Path) -> FileLock:
@@ -48,10 +41,7 @@ def lock_of(place: Path) -> FileLock:
 
 
 def _path(name: str) -> Path:
-    path = Path(name)
-    with suppress(RuntimeError):  # of a user who does not exist
-        path = path.expanduser()
-    return path
+    return Path(os.path.expanduser(name))  # as it is, of a user who does not exist
 
 
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
@@ -83,7 +73,6 @@ def _hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
         yield
     except Exception as error:  # the client raises many unrelated types
         of_disk = isinstance(error, OSError) and error.errno is not None
-        of_disk = of_disk and not isinstance(error, errors.EntryNotFoundError)
         if of_disk or type(error) is ValueError:
             raise
         missing = f"There is no folder {name!r} here, and"
@@ -250,10 +239,7 @@ def _names(repo_id: str) -> list[str]:
     """The files of a repository's weights, files with a head first."""
     try:
         index = huggingface_hub.hf_hub_download(repo_id, INDEX)
-    except errors.EntryNotFoundError as error:
-        offline = isinstance(error, errors.LocalEntryNotFoundError)
-        if offline and not huggingface_hub.try_to_load_from_cache(repo_id, SINGLE):
-            raise
+    except errors.EntryNotFoundError:
         return [SINGLE]
     try:
         places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]

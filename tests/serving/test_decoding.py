@@ -14,7 +14,7 @@ from engines import CHUNK, LONG, SHORT, endless, flags, generated, submit, token
 from mlx_flashhead import grammar_processor
 from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.loading import background as build
-from mlx_flashhead.loading.sources import HeadOptions
+from mlx_flashhead.loading.options import HeadOptions
 from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.models.compat.mlx_lm import KVCache, LRUPromptCache
 from mlx_flashhead.serving.decoding import (
