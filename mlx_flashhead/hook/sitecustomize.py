@@ -43,6 +43,7 @@ def patch(library):
         return
     try:
         import mlx_lm  # noqa: F401 - which is patched first
+
         from mlx_flashhead.loading.patch import patch_library
     except ImportError as error:
         reason = f"{error} in {sys.executable}"
