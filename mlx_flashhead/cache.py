@@ -1,6 +1,5 @@
 """Lists the FlashHeads cached on this machine, removes, measures or builds some anew."""
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,7 +130,7 @@ def _folder(cached: "Sequence[Entry]", name: str) -> Path:
 def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
     """Builds the FlashHead of a model anew, in place of the cached one."""
     from .index.files import has_flash_head
-    from .loading.background import BackgroundBuild
+    from .loading.background import build_now
     from .loading.options import HeadOptions
     from .models.libraries import load_dense
 
@@ -142,8 +141,7 @@ def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
             "again with mlx_flashhead.convert."
         )
     model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
-    how = {"step_seconds": math.inf, "anew": True}
-    BackgroundBuild(model, tokenizer, folder, HeadOptions(flags=True), **how).finish()
+    build_now(model, tokenizer, folder, HeadOptions(flags=True), anew=True)
 
 
 def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:

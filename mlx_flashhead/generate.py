@@ -1,7 +1,6 @@
 """Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and some more."""
 
 import json
-import math
 import os
 import secrets
 import sys
@@ -243,19 +242,20 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
 
 def _build_for_next_time(options: Any, model: Any, tokenizer: Any, folder: Path) -> None:
     """Builds the FlashHead after the answer, if the model has none yet."""
-    from .loading.background import background_build
+    from .loading.background import build_now
+    from .models.install import get_flash_head
+    from .models.libraries import UnsupportedHeadError
 
-    build = background_build(model, tokenizer, folder, options, step_seconds=math.inf)
-    if build is None:
+    if get_flash_head(model) is not None:
         return
     sys.stdout.flush()
     options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
     try:
-        build.finish()
+        build_now(model, tokenizer, folder, options)
+    except UnsupportedHeadError as error:
+        options.say(f"Without FlashHead: {error}")
     except KeyboardInterrupt:
         options.say("Skipped. The next answer tries again.")
-    finally:
-        build.drop()
 
 
 if __name__ == "__main__":

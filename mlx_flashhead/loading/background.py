@@ -22,7 +22,7 @@ from filelock import Timeout
 from ..conversion import Step, Steps, take_all
 from ..conversion.build import STEP_SECONDS, expected_seconds, model_index
 from ..conversion.options import IndexOptions, make_recipe
-from ..lossless.tuning import Tuning
+from ..lossless.policy import policy_of
 from ..models.fetch import HOME_VARIABLE, home, lock_of
 from ..models.install import get_flash_head
 from ..models.libraries import UnsupportedHeadError, is_vlm, text_side
@@ -31,8 +31,9 @@ from ..models.origin import local_origin
 from . import sources
 from .options import HeadOptions
 from .sources import StoredHead
-from .tuned import MEASURING, install_stored, tune_head
+from .tuned import install_stored, tune_head
 
+ENDED = object()
 DRAFT_CLUSTER_SIZE = 32  # within a tenth of the head's bytes more tokens than with 16
 PAUSE_SECONDS = 0.02  # between looks at another process's build
 ANEW_SECONDS = 600.0  # for the text of a requested build: on a busy machine, too
@@ -131,75 +132,60 @@ def finish(steps: Steps[StoredHead], options: HeadOptions) -> StoredHead:
         return take_all(steps, progress=options.progress)
 
 
-class BackgroundBuild:
-    """A FlashHead that is built in steps, whenever there is time. ``how`` are ``step_seconds``
-    and ``anew`` of `build_steps`. UnsupportedHeadError if there can be none."""
+def build_now(
+    model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, *, anew: bool = False
+) -> None:
+    """Builds the FlashHead of a dense model, installs it, and says what it took and gains; raises
+    as `build_steps`."""
+    began, location = time.perf_counter(), find_head(model)
+    check_plain_product(location)
+    how: dict[str, Any] = {"source": source, "options": options, "anew": anew}
+    stored = finish(build_steps(model, tokenizer, location, **how), options)
+    said = f"FlashHead is ready for next time. Its build took {time.perf_counter() - began:.0f} s"
+    policy = policy_of(install_stored(model, stored, options, location))
+    if policy.gain is None:
+        options.say(f"{said}.")
+    elif not policy.dense:  # which has been said
+        makes = "should make" if policy.predicted else "makes"
+        options.say(f"{said}, and it {makes} this model {policy.gain:.2f} times as fast here.")
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, **how: Any
-    ):
+
+class BackgroundBuild:
+    """A FlashHead that is built in steps, whenever there is time; UnsupportedHeadError if there can
+    be none. Then it is installed, between two tokens, and measured."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions):
         self._model, self._options = model, options
         location = find_head(model)
         check_plain_product(location)
-        how = {"step_seconds": STEP_SECONDS} | how
-        self._steps: Generator[Any, None, Any] = build_steps(
-            model, tokenizer, location, source=source, options=options, **how
-        )
-        self._result: StoredHead | Tuning | None = None  # of the steps
+        how: dict[str, Any] = {"source": source, "options": options, "step_seconds": STEP_SECONDS}
+        self._steps = self._all_steps(build_steps(model, tokenizer, location, **how))
+
+    def _all_steps(self, build: Steps[StoredHead]) -> Generator[Any, None, None]:
+        stored = yield from build
+        if get_flash_head(self._model) is None:
+            install_stored(self._model, stored, replace(self._options, tunes=False))
+            yield
+            yield from tune_head(self._model, stored.index, self._options)
 
     def advance(self) -> bool:
-        """Takes a step, after `install` one that measures some tokens. Returns whether there are
-        more. ValueError if the model can have no FlashHead after all."""
-        try:
-            next(self._steps)
-            return True
-        except StopIteration as end:
-            self._result = end.value
-            return False
+        """Takes a step. Returns whether there are more. ValueError if the model can have no
+        FlashHead after all."""
+        return next(self._steps, ENDED) is not ENDED
 
     def drop(self) -> None:
         """Ends the build. Nothing is left of it."""
         self._steps.close()
 
-    def install(self) -> bool:
-        """Puts the FlashHead on the model, between two tokens. Returns whether that was done. The
-        steps that follow measure the settings for this machine."""
-        stored = self._result
-        if not isinstance(stored, StoredHead) or get_flash_head(self._model) is not None:
-            return False
-        install_stored(self._model, stored, replace(self._options, tunes=False))
-        self._steps = tune_head(self._model, stored.index, self._options)
-        self._result = None
-        return True
-
-    def finish(self) -> None:
-        """Takes all steps, installs the FlashHead, and says what it took and gains."""
-        began, say = time.perf_counter(), self._options.say
-        self._result = finish(self._steps, self._options)
-        seconds = time.perf_counter() - began
-        if not self.install():
-            return
-        if self.advance():
-            say(MEASURING)
-        while self.advance():
-            pass
-        done = f"FlashHead is ready for next time. Its build took {seconds:.0f} s"
-        tuning = self._result
-        if not isinstance(tuning, Tuning):
-            say(f"{done}.")
-        elif not tuning.dense:  # which has been said
-            makes = "should make" if tuning.predicted else "makes"
-            say(f"{done}, and it {makes} this model {tuning.gain:.2f} times as fast here.")
-
 
 def background_build(
-    model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, **how: Any
+    model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions
 ) -> BackgroundBuild | None:
     """The build for a model that has no FlashHead; None if it has one or can have none."""
     if get_flash_head(model) is not None or is_vlm(model):
         return None
     try:
-        return BackgroundBuild(model, tokenizer, source, options, **how)
+        return BackgroundBuild(model, tokenizer, source, options)
     except UnsupportedHeadError as error:
         options.say(f"Without FlashHead: {error}")
         return None
@@ -238,8 +224,7 @@ class IdleBuild:
             while more:
                 self._idle.wait()
                 with self._using_model:
-                    build = self._build
-                    more = not self._closed and (build.advance() or build.install())
+                    more = not self._closed and self._build.advance()
         except (ValueError, OSError, RuntimeError) as error:
             print(f"Without FlashHead: {error}", file=sys.stderr)
         finally:

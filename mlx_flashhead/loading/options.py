@@ -42,13 +42,9 @@ class HeadOptions:
         unverified = getattr(args, "no_verify", False) or getattr(args, "draw_probes", False)
         # unverified choices are a FlashHead's, never silently a normal head's
         answers_first = "build_first" in args and not unverified
-        missing = BUILD
-        if dense or (answers_first and args.no_build):
-            missing = DENSE
-        elif args.no_build:
-            missing = REFUSE
-        elif answers_first and not args.build_first:
-            missing = LATER
+        missing = LATER if answers_first and not args.build_first else BUILD
+        if dense or args.no_build:
+            missing = DENSE if dense or answers_first else REFUSE
         if args.head_bits is not None and not args.fine_head:
             raise ValueError("`head_bits` are those of a finer head: add --fine-head.")
         return cls(

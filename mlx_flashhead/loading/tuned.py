@@ -127,16 +127,12 @@ def read(place: Path) -> dict[str, Tuning]:
 
 def _is_valid(values: Any) -> bool:
     """Whether these are all the fields of a `Tuning`, each of its type and range."""
-
-    def fits(value: Any, hint: Any) -> bool:
-        types = get_args(hint) or (hint,)
-        if value is None or isinstance(value, bool):
-            return type(value) in types
-        if type(value) is int and int in types:
-            return value >= 1
-        return float in types and type(value) in (int, float) and 0 <= value < math.inf
-
     hints = get_type_hints(Tuning)
     if not isinstance(values, dict) or values.keys() != hints.keys():
         return False
-    return all(fits(value, hints[name]) for name, value in values.items())
+    for name, value in values.items():
+        types = get_args(hints[name]) or (hints[name],)
+        least = 1 if int in types else 0
+        if type(value) not in types or not (value is None or least <= value < math.inf):
+            return False
+    return True

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
 from ..models.compat.mlx_vlm import decodes_by_tokens_alone, is_greedy, stream_and_cache
+from ..models.compat.patching import replaced
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.libraries import is_vlm
 from .batch import VerifiedBatchGenerator
@@ -129,7 +130,8 @@ def _verified_loops(
     one_text = partial(verified_steps, proposer=proposer, logprobs=logprobs)
     drafted_text = partial(drafted_steps, proposer=proposer)
     batch = partial(VerifiedBatchGenerator, proposer=proposer, logprobs=logprobs)
-    return compat.loops(
+    return replaced(
+        compat.module,
         generate_step=verified(1, one_text, compat.generate_step),
         speculative_generate_step=verified(1, drafted_text, compat.speculative_generate_step),
         BatchGenerator=verified(0, batch, compat.BatchGenerator),

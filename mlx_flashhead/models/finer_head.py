@@ -52,16 +52,10 @@ def give_fine_head(
 ) -> None:
     """Replaces the rows of a quantized head, in place, by finer ones of the same head.
 
-    They are looked up in the cache, else fetched, rounded and cached. ValueError, in one
-    sentence, if there are no such rows: the model stays as it is.
-
-    Args:
-        location: The head, without a FlashHead.
-        folder: The model's folder, whose card or configuration names its original.
-        source: A repository, folder or safetensors file of the original; True: find it.
-        bits: Of the finer head, 8 by default; 16 keeps the original's floats.
-        say: Takes sentences.
-        progress: Show a bar while rows are fetched.
+    They are looked up in the cache, else fetched from a ``source``, rounded and cached: from a
+    repository, folder or safetensors file of the original, or, if True, from the one that the
+    model's ``folder`` names by its card or configuration. 16 ``bits`` keep the original's floats.
+    ValueError, in one sentence, if there are no such rows: the model stays as it is.
     """
     coarse, bits, kind = location.rows(), bits or DEFAULT_BITS, type(location.module)
     if not coarse.quantized:

@@ -2,6 +2,7 @@
 run, and their text: of mlx-vlm's processors the text side with the face of mlx-lm's tokenizers, and
 chat templates, which come with a model, within limits of time and memory."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -73,9 +74,7 @@ def load_dense_part(
 ):
     """This process's part of the dense model, its tokenizer and configuration, or ValueError. Every
     process has the same hidden state and the whole head, so each finds the same token by itself."""
-    folder = Path(path_or_hf_repo).expanduser()
-    # mlx-lm downloads only this part's files of a repository
-    source = str(folder) if folder.is_dir() else path_or_hf_repo
+    source = os.path.expanduser(path_or_hf_repo)  # a repository's name stays
     trust = {"trust_remote_code": trust_remote_code}
     # mlx-lm's default allows a tokenizer's own code
     options: Any = trust | {"tokenizer_config": tokenizer_config or trust, "return_config": True}
@@ -85,8 +84,7 @@ def load_dense_part(
         no = "" if pipeline_group is None else "no "
         raise ValueError(
             f"mlx-lm cannot split the model {path_or_hf_repo} between these processes "
-            f"({reason(error)}): use {no}`pipeline_group`, another number of "
-            "processes, or one."
+            f"({reason(error)}): use {no}`pipeline_group`, another number of processes, or one."
         ) from error
     if pipeline_group is None and hasattr(model, "shard"):
         by_layers = hasattr(getattr(model, "model", None), "pipeline")
@@ -148,10 +146,8 @@ def embeddings(model: nn.Module, tokens: mx.array) -> dict[str, Any]:
 
 
 def check_writes_text(model: nn.Module, *, runs: bool = True) -> None:
-    """Raises UnsupportedHeadError for a model that does not write one token after the other.
-
-    One that does not run may have no head, which mlx-vlm takes away for embeddings.
-    """
+    """Raises UnsupportedHeadError for a model that does not write one token after the other. One
+    that does not run may have no head, which mlx-vlm takes away for embeddings."""
     if not is_vlm(model):
         return
     text, old = getattr(model, "language_model", None), too_old()

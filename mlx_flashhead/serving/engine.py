@@ -167,8 +167,7 @@ class Engine:
         assert build is not None
         try:
             more = build.advance()
-            if not more and build.install():
-                more = True
+            if served.head is None and get_flash_head(served.model) is not None:
                 served.head = get_flash_head(served.model)
                 for decoder in self._decoders:
                     if decoder.jobs[0].served is served:

@@ -10,7 +10,7 @@ import pytest
 from mlx_flashhead import get_flash_head, stream_generate
 from mlx_flashhead.loading import background, tuned
 from mlx_flashhead.loading import sources as cache
-from mlx_flashhead.loading.background import IdleBuild, background_build
+from mlx_flashhead.loading.background import IdleBuild, background_build, build_now
 from mlx_flashhead.loading.options import HeadOptions
 from mlx_flashhead.lossless.tuning import Tuning
 from model_folders import write_model
@@ -28,8 +28,8 @@ def loaded(folder, quick):
     return mlx_lm.load(str(folder))
 
 
-def build_of(model, tokenizer, **how):
-    return background_build(model, tokenizer, Path("model"), OPTIONS, **how)
+def build_of(model, tokenizer):
+    return background_build(model, tokenizer, Path("model"), OPTIONS)
 
 
 def tokens(model, tokenizer, prompt="One day", n=8):
@@ -46,9 +46,7 @@ def test_text_before_between_and_after_is_the_dense_models(loaded):
         n_steps += 1
         if n_steps % 7 == 0:
             assert tokens(model, tokenizer) == dense
-            assert get_flash_head(model) is None
     assert n_steps > 10
-    assert build.install()
     assert get_flash_head(model) is not None
     assert tokens(model, tokenizer, n=20)[:8] == dense
     assert len(cache.entries()) == 1
@@ -65,7 +63,7 @@ def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
     options, said = HeadOptions(progress=False, tunes=tunes), []
     object.__setattr__(options, "say", said.append)
-    background_build(*loaded, Path("model"), options).finish()
+    build_now(*loaded, Path("model"), options)
     building, *measuring, ready = said
     assert "Building the FlashHead" in building and "FlashHead is ready" in ready
     assert [sentence[:9] for sentence in measuring] == ["Measuring"] * tunes
@@ -75,7 +73,7 @@ def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
 @pytest.mark.parametrize("seconds, size", [(299, 16), (301, 32)])
 def test_a_build_that_would_take_long_is_a_shorter_one(loaded, monkeypatch, seconds, size):
     monkeypatch.setattr(background, "expected_seconds", lambda rows, options: seconds)
-    background_build(*loaded, Path("model"), OPTIONS).finish()
+    build_now(*loaded, Path("model"), OPTIONS)
     head = get_flash_head(loaded[0])
     assert head.clustered.cluster_size == size
 
@@ -86,9 +84,9 @@ def test_a_dropped_build_leaves_nothing(loaded, flash_head_home):
         for _ in range(n_steps):
             build.advance()
         build.drop()
-        assert not build.install() and get_flash_head(loaded[0]) is None
+        assert not build.advance() and get_flash_head(loaded[0]) is None
         assert not cache.entries()
-    build_of(*loaded).finish()  # nothing is locked any more
+    build_now(*loaded, Path("model"), OPTIONS)  # nothing is locked any more
     assert get_flash_head(loaded[0]) is not None
 
 
@@ -100,7 +98,7 @@ def test_another_process_builds(loaded, dies):
     other, _ = mlx_lm.load(str(tokenizer.name_or_path))
     first, second = build_of(model, tokenizer), build_of(other, tokenizer)
     assert first.advance()
-    assert all(second.advance() for _ in range(5)) and not second.install()
+    assert all(second.advance() for _ in range(5)) and get_flash_head(other) is None
     if dies:
         first.drop()
     else:
@@ -109,7 +107,7 @@ def test_another_process_builds(loaded, dies):
     steps = 0
     while second.advance():
         steps += 1
-    assert second.install() and get_flash_head(other) is not None
+    assert get_flash_head(other) is not None
     assert (steps > 10) == dies and len(cache.entries()) == 1
 
 

@@ -4,7 +4,6 @@ import argparse
 import importlib
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from importlib.util import find_spec
 from inspect import getclosurevars
@@ -65,9 +64,6 @@ else:
         speculative_generate_step,
     )
 
-# A top-p of 0.31 cuts elsewhere, and in the dtype of the logits.
-NEW_TOP_P = hasattr(sample_utils, "greedy_sampler")
-
 
 def _nested_codes(*functions: Any) -> set[CodeType]:
     constants = (constant for f in functions for constant in f.__code__.co_consts)
@@ -99,7 +95,9 @@ def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
         filtered = dict(getclosurevars(method).nonlocals)
         kept = filtered.pop("min_tokens_to_keep", 1)
         known = filtered.keys() <= {"top_p", "min_p", "top_k"}
-        if not known or kept != 1 or ("top_p" in filtered and not NEW_TOP_P):
+        # 0.31 cuts at another place, and in the dtype of the logits
+        old_top_p = "top_p" in filtered and not hasattr(sample_utils, "greedy_sampler")
+        if not known or kept != 1 or old_top_p:
             return None
         settings |= filtered
     valid = 0 <= settings.get("min_p", 0) <= 1 and settings.get("top_k", 0) >= 0
@@ -117,11 +115,6 @@ def is_mlx_lm_processor(processor: Any) -> bool:
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
-
-
-def loops(**names: Any) -> AbstractContextManager[None]:
-    """A block in which mlx-lm's functions take other loops, by their names."""
-    return replaced(module, **names)
 
 
 def run_generate(args: argparse.Namespace, **functions: Callable[..., Any]) -> None:
