@@ -14,22 +14,20 @@ LIBRARIES = ("mlx_lm", "mlx_vlm")
 
 
 class Watch:
-    """Waits, as a finder, for the first import of a library."""
+    """A finder that finds the libraries as Python does, and has them patched."""
 
-    def __init__(self, library):
-        self.library = library
+    looks = False
 
     def find_spec(self, name, path=None, target=None):
-        if name != self.library:
+        if name not in LIBRARIES or self.looks:
             return None
-        self.library = None  # the other finders look
+        self.looks = True  # the other finders do
         spec = find_spec(name)
-        self.library = name
+        self.looks = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module):
-                self.library = None
                 execute(module)
                 patch(name)
 
@@ -63,5 +61,5 @@ def pass_on():
 
 
 if "MLX_FLASHHEAD_RUN" in os.environ:
-    sys.meta_path[:0] = map(Watch, LIBRARIES)
+    sys.meta_path.insert(0, Watch())
 pass_on()

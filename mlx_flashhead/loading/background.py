@@ -174,7 +174,6 @@ class BackgroundBuild:
         return next(self._steps, ENDED) is not ENDED
 
     def drop(self) -> None:
-        """Ends the build. Nothing is left of it."""
         self._steps.close()
 
 
@@ -213,7 +212,6 @@ class IdleBuild:
             self._idle.set()
 
     def close(self) -> None:
-        """Drops what is not built."""
         self._closed = True
         self._idle.set()
         self._thread.join()

@@ -60,7 +60,6 @@ def load(
     configuration as a third item if ``return_config``.
 
     Args:
-        path_or_hf_repo: A local folder or a Hugging Face repository: any model that mlx-lm loads.
         adapter_path: LoRA adapters of the body; an adapted head must be fused first.
         flash_head: A folder or a Hugging Face repository of a FlashHead.
         build: Build a FlashHead if there is none, once, in a few minutes.
@@ -95,9 +94,9 @@ def load_with_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
     """A folder's model with its FlashHead: ``(model, tokenizer, config)``. Takes arguments of
     ``mlx_lm.load``, and raises as `load`."""
     stored = sources.named_head(folder, options)
-    model, tokenizer, config = load_dense(folder, **of_mlx_lm)
-    attach_head(model, tokenizer, stored, folder, options)
-    return model, tokenizer, config
+    loaded = load_dense(folder, **of_mlx_lm)
+    attach_head(*loaded[:2], stored, folder, options)
+    return loaded
 
 
 def load_dense_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
@@ -157,17 +156,12 @@ def sharded_load(
     options = HeadOptions(flash_head, REFUSE, n_probes, backend, progress, tunes=False)
     folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
     stored = sources.named_head(folder, options)
-    model, tokenizer, config = load_dense_part(
-        path_or_hf_repo,
-        pipeline_group,
-        tensor_group,
-        tokenizer_config=tokenizer_config,
-        trust_remote_code=trust_remote_code,
-    )
-    head = attach_head(model, tokenizer, stored, folder, options)
+    how: Any = {"tokenizer_config": tokenizer_config, "trust_remote_code": trust_remote_code}
+    loaded = load_dense_part(path_or_hf_repo, pipeline_group, tensor_group, **how)
+    head = attach_head(*loaded[:2], stored, folder, options)
     assert head is not None
     policy_of(head).lockstep = True
-    return (model, tokenizer, config) if return_config else (model, tokenizer)
+    return loaded if return_config else loaded[:2]
 
 
 def attach(
@@ -200,7 +194,10 @@ def attach(
     missing = BUILD if build else REFUSE
     fine: Any = {"fine_head": fine_head, "head_bits": head_bits, "always": flash_head_always}
     options = HeadOptions(flash_head, missing, n_probes, backend, progress, **fine)
-    source = Path(libraries.name_of(tokenizer) or type(model).__module__)
+    # a processor's tokenizer has the name
+    inner = getattr(tokenizer, "tokenizer", None)
+    name = getattr(tokenizer, "name_or_path", "") or getattr(inner, "name_or_path", "")
+    source = Path(str(name or type(model).__module__))
     source = source if source.is_dir() else Path(source.name)
     head = attach_head(model, tokenizer, sources.explicit_head(options), source, options)
     assert head is not None  # only DENSE leaves it out

@@ -100,14 +100,12 @@ class Entry:
     def remove(self) -> bool:
         """Deletes it, and a FlashHead's speeds, of a link the link alone. Returns whether its
         folder is gone: files that are not its own stay."""
+        whole = self.is_fine_head or self.path.is_symlink()
+        for file in [self.path] if whole else [self.path / name for name in ENTRY_FILES]:
+            file.unlink(missing_ok=True)
         if not self.is_fine_head:
             speeds_of(self.key).unlink(missing_ok=True)
-        if self.is_fine_head or self.path.is_symlink():
-            self.path.unlink(missing_ok=True)
-            return True
-        with suppress(OSError):
-            for name in ENTRY_FILES:
-                (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # it holds other files, or is gone
             self.path.rmdir()
         return not self.path.exists()
 
@@ -160,23 +158,21 @@ def find(rows: Matrix, say: Callable[[str], None]) -> StoredHead | None:
     """The FlashHead that was built for these rows (in token order), else the nearest one for
     another form of them. A damaged one counts as missing, with a sentence."""
     place, best, best_cosine = place_of(rows), None, 0.0
-    with suppress(OSError):  # what cannot be read is not there
+    try:
         if place.is_dir():
-            try:
-                return StoredHead(read_index(place), str(place))
-            except (ValueError, OSError) as error:
-                say(f"{str(error).partition(': ')[0]}: it is built again.")
-        for entry in entries():
-            path, config = entry.path, entry.config
-            other = path.name.endswith(f"-{RECIPE}") and path != place
-            if not other or config is None or config.vocab_size != rows.n_rows:
-                continue
-            with suppress(ValueError, OSError):  # damaged, or of other rows
-                index = read_index(path)
-                index.check_fit(rows, str(path))
-                cosine, _ = index.sketch.likeness(rows)
-                if cosine > best_cosine:
-                    best, best_cosine = StoredHead(index, str(path)), cosine
+            return StoredHead(read_index(place), str(place))
+    except (ValueError, OSError) as error:
+        say(f"{str(error).partition(': ')[0]}: it is built again.")
+    for path, config in ((entry.path, entry.config) for entry in entries()):
+        other = path.name.endswith(f"-{RECIPE}") and path != place
+        if not other or config is None or config.vocab_size != rows.n_rows:
+            continue
+        with suppress(ValueError, OSError):  # damaged, or of other rows
+            index = read_index(path)
+            index.check_fit(rows, str(path))
+            cosine, _ = index.sketch.likeness(rows)
+            if cosine > best_cosine:
+                best, best_cosine = StoredHead(index, str(path)), cosine
     return best
 
 

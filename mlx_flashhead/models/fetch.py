@@ -185,12 +185,10 @@ class Tensor:
         return self.nbytes > 0 and self.nbytes == size * np.prod(self.shape, dtype=object)
 
     def array(self, content: Any, n_rows: int) -> mx.array:
-        """The bytes of some rows as an array."""
         raw = np.frombuffer(content, np.uint32 if self.dtype in ("F32", "U32") else np.uint16)
         return mx.array(raw.reshape(n_rows, *self.shape[1:])).view(_DTYPES[self.dtype])
 
     def rows(self, ids: list[int]) -> mx.array:
-        """Some rows, each read by itself."""
         size = self.nbytes // self.shape[0]
         starts = (self.start + i * size for i in ids)
         content = b"".join(piece for at in starts for piece in self.file.stream(at, at + size))
@@ -236,7 +234,6 @@ def tensor_files(source: str) -> Iterator[TensorFile]:
 
 
 def _names(repo_id: str) -> list[str]:
-    """The files of a repository's weights, files with a head first."""
     try:
         index = huggingface_hub.hf_hub_download(repo_id, INDEX)
     except errors.EntryNotFoundError:

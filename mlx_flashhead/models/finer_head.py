@@ -91,7 +91,6 @@ def give_fine_head(
 
 
 def _cached_rows(place: Path, coarse: Matrix) -> Matrix | None:
-    """The cached rows, if they are whole and belong to this head."""
     try:
         loaded: Any = mx.load(str(place), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
@@ -115,7 +114,6 @@ def _fetch(
     say: Say,
     progress: bool,
 ) -> Matrix:
-    """The finer rows, fetched, compared, rounded and cached."""
     coarse = location.rows()
     n_rows, width, scales = coarse.n_rows, coarse.hidden_size, coarse.scales
     assert scales is not None  # it is quantized

@@ -194,17 +194,6 @@ class _FlashModule(_Pickled, _Module):
         self._refuse_change(key)
         super().__setitem__(key, value)
 
-    def pop(self, key, *default):
-        self._refuse_change(key)
-        return super().pop(key, *default)
-
-    def __delitem__(self, key):
-        self.pop(key)
-
-    def __setattr__(self, key, value):
-        self._refuse_change(key)
-        super().__setattr__(key, value)
-
     def to_quantized(self, *args, **kwargs):
         self._refuse_change("weight")
 
@@ -241,7 +230,6 @@ def logit_change_of(model: nn.Module) -> LogitChange:
 
 def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
     def run(logits: mx.array, token: int = 0) -> mx.array:
-        """The model's result when its head gives ``logits`` (1, 1, V)."""
         with installed_head(model).intercepted(lambda _: logits):
             return forward(model, mx.array([[token]]))
 
@@ -271,5 +259,4 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
 
 
 def unchanged(logits: mx.array) -> mx.array:
-    """The change of most models: none."""
     return logits

@@ -115,7 +115,6 @@ def is_vlm(model: nn.Module) -> bool:
 
 
 def architecture(model: nn.Module) -> str:
-    """The name of the model's architecture, for messages."""
     return type(model).__module__.rsplit(".", 1)[-1]
 
 
@@ -174,12 +173,6 @@ def check_writes_text(model: nn.Module, *, runs: bool = True) -> None:
 def text_side(model: nn.Module, processor: Any) -> Any:
     """The tokenizer of a model: mlx-lm's as it is, the text side of mlx-vlm's processor."""
     return ProcessorText(model, processor) if is_vlm(model) else processor
-
-
-def name_of(processor: Any) -> str:
-    """The name or path that a tokenizer, or a processor's tokenizer, was loaded from."""
-    name = getattr(processor, "name_or_path", "")
-    return str(name or getattr(getattr(processor, "tokenizer", None), "name_or_path", "") or "")
 
 
 def context_of(config: dict[str, Any], tokenizer: Any) -> int:

@@ -30,7 +30,6 @@ class HeadLocation:
         return self.method == EMBEDDING
 
     def rows(self) -> Matrix:
-        """The rows as stored."""
         module = self.module
         arrays: dict[str, Any] = {name: module.get(name) for name in (*ARRAYS, "bias")}
         if "scales" not in module:

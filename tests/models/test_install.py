@@ -160,11 +160,7 @@ CHANGES = {
     "the layer's set_dtype": lambda model, parent, head: head.set_dtype(mx.float16),
     "the layer's update": lambda model, parent, head: head.update({"weight": mx.zeros(1)}),
     "assignment": lambda model, parent, head: setattr(head, "weight", mx.zeros(1)),
-    "no weight": lambda model, parent, head: setattr(head, "weight", None),
     "item": lambda model, parent, head: head.__setitem__("weight", mx.zeros(1)),
-    "deletion": lambda model, parent, head: delattr(head, "weight"),
-    "deleted item": lambda model, parent, head: head.__delitem__("weight"),
-    "pop": lambda model, parent, head: head.pop("weight"),
 }
 
 

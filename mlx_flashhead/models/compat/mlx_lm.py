@@ -175,7 +175,6 @@ class ChoosingBatchGenerator(BatchGenerator):
         return super()._next()
 
     def count(self, n_tokens: int) -> None:
-        """Corrects mlx-lm's count of generated tokens."""
         self._counters.generation_tokens += n_tokens
 
     @property
@@ -201,7 +200,6 @@ class StateMachineStops:
         return StateMachineStops(self._machine)
 
     def advance(self, token: int) -> bool:
-        """Whether the text ends with a token."""
         found = self._machine.match(self._state, token)
         self._state, self.match_sequence, self.current_state = found
         return self.match_sequence is not None and self.current_state is None
