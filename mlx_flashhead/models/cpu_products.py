@@ -11,7 +11,12 @@ import numpy as np
 
 from .compat.patching import replaced
 
-HEADS, LINEARS = (nn.Embedding, nn.QuantizedEmbedding), (nn.Linear, nn.QuantizedLinear)
+METHODS = (
+    (nn.Linear, "__call__"),
+    (nn.QuantizedLinear, "__call__"),
+    (nn.Embedding, "as_linear"),
+    (nn.QuantizedEmbedding, "as_linear"),
+)
 
 
 def numpy_is_faster() -> bool:
@@ -37,10 +42,8 @@ def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
         return _attention(queries, keys, values, scale, mask)
 
     with ExitStack() as stack:
-        for cls in HEADS:
-            stack.enter_context(replaced(cls, as_linear=by_numpy(cls.as_linear)))
-        for cls in LINEARS:
-            stack.enter_context(replaced(cls, __call__=by_numpy(cls.__call__)))
+        for cls, name in METHODS:
+            stack.enter_context(replaced(cls, **{name: by_numpy(getattr(cls, name))}))
         stack.enter_context(replaced(mx.fast, scaled_dot_product_attention=attention))
         yield
 
