@@ -112,10 +112,8 @@ def build_steps(
             )
         try:
             sources.keep(index, place)
-        except (OSError, ValueError) as error:
-            # the ValueError of a new folder hides an OSError
-            disk = error if isinstance(error, OSError) else error.__context__
-            reason = getattr(disk, "strerror", None) or error
+        except OSError as error:
+            reason = error.strerror or error
             say(
                 f"It is not kept, since {home()} cannot be written ({reason}): set "
                 f"{HOME_VARIABLE} to another place, or it is built again next time."

@@ -49,8 +49,7 @@ def test_text_before_between_and_after_is_the_dense_models(loaded):
     assert n_steps > 10
     assert get_flash_head(model) is not None
     assert tokens(model, tokenizer, n=20)[:8] == dense
-    assert len(cache.entries()) == 1
-    assert build_of(model, tokenizer) is None
+    assert len(cache.entries()) == 1 and build_of(model, tokenizer) is None
 
 
 @pytest.mark.parametrize("tunes", [True, False])
@@ -116,10 +115,10 @@ def test_a_thread_builds_while_nothing_is_written(loaded):
     dense = tokens(model, tokenizer)
     idle = IdleBuild(build_of(model, tokenizer))
     seen = []
-    while get_flash_head(model) is None and len(seen) < 200:
+    while get_flash_head(model) is None and len(seen) < 1000:
         with idle.paused():
             seen.append(tokens(model, tokenizer))
-        time.sleep(0.05)
+        time.sleep(0.01)
     idle.close()
     assert get_flash_head(model) is not None
     assert all(found == dense for found in seen)
