@@ -26,8 +26,12 @@ HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 
 
 def home() -> Path:
-    """Where FlashHeads and finer heads are cached."""
-    return _path(os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead")
+    """Where FlashHeads and finer heads are cached; ValueError of a user who does not exist."""
+    folder = _path(os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead")
+    if folder.parts[0].startswith("~"):
+        reason = f"The home directory in {folder} is not known"
+        raise ValueError(f"{reason}: set {HOME_VARIABLE} to a folder.")
+    return folder
 
 
 def lock_of(place: Path) -> FileLock:
