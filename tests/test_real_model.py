@@ -12,7 +12,7 @@ from mlx_flashhead.conversion.calibration import read_text
 pytestmark = pytest.mark.real
 
 TEXT = Path(__file__).parent / "data" / "heldout.txt"
-PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
+PROMPT = "The capital of France is"
 SCHEMA = {"type": "object", "required": ["city"], "additionalProperties": False}
 SCHEMA["properties"] = {"city": {"type": "string", "maxLength": 20}}
 
@@ -48,13 +48,11 @@ def test_conversion_reaches_the_goals_within_a_quarter_of_the_bytes(converted):
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_says_what_the_dense_model_says(loaded, as_json):
-    model, tokenizer = loaded
-    prompt = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True)
     texts = []
     for dense in (False, True):
-        processors = [grammar_processor(tokenizer, json_schema=SCHEMA)] if as_json else None
-        options = {"logits_processors": processors, "max_tokens": 12, "dense": dense}
-        texts.append(generate(model, tokenizer, prompt, **options))
+        processors = [grammar_processor(loaded[1], json_schema=SCHEMA)] if as_json else None
+        options = {"logits_processors": processors, "max_tokens": 16, "dense": dense}
+        texts.append(generate(*loaded, PROMPT, **options))
     assert texts[0] == texts[1]
     assert json.loads(texts[0])["city"] if as_json else "Paris" in texts[0]
 

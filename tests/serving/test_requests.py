@@ -155,11 +155,8 @@ CHAT_MISTAKES = {
     },
     "grammar": {"line 1, column 8": ["start: x"]},
     "chat_template_kwargs": {"must be an object": [[]]},
-    "role_mapping": {"not a field": [{}]},
     "draft_model": {"when the server is started": ["/"]},
-    "modalities": {"text": [["audio"]]},
     "store": {"nothing is stored": [True]},
-    "service_tier": {"one tier": ["flex"]},
 }
 TEXT_MISTAKES = {
     "prompt": {
