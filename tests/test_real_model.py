@@ -59,9 +59,9 @@ def test_says_what_the_dense_model_says(loaded, as_json):
 
 def test_quality_on_a_text_that_calibration_has_not_seen(loaded):
     """The bounds leave room for the few positions; `evaluate` on the whole text is the measure."""
-    evaluation = evaluate(*loaded, some_of_all(500), probe_counts=[256, 512])
+    evaluation = evaluate(*loaded, some_of_all(300), probe_counts=[256, 512])
     at_256, at_512 = evaluation["rows"]
     assert at_256["agreement"] >= 0.985 and at_512["agreement"] >= 0.995
-    assert at_256["coverage"] >= 0.95 and at_512["kl"] <= 0.06
+    assert at_256["coverage"] >= 0.94 and at_512["kl"] <= 0.06
     assert at_256["perplexity"] <= 1.2 * evaluation["dense_perplexity"]
     assert at_512["perplexity"] <= 1.12 * evaluation["dense_perplexity"]
