@@ -214,7 +214,7 @@ def test_the_index_alone(sources, tmp_path):
         ({"quantize": True, "dequantize": True}, "either `quantize` or `dequantize`"),
         ({"quantize": True, "quant_predicate": "mixed_4_6", "q_mode": "mxfp4"}, "affine"),
         ({"quantize": True, "q_bits": 7}, "`q_bits` is 7: choose 1, 2, 3, 4, 5, 6 or 8"),
-        ({"quantize": True, "q_group_size": 64, "q_mode": "mxfp4"}, "size` is 64: choose 32"),
+        ({"quantize": True, "q_group_size": 64, "q_mode": "mxfp4"}, "group size|group_size"),
         ({"q_bits": 8}, "`q_bits` is for a quantized model: add `quantize`"),
         ({"quant_predicate": "mixed_4_6"}, "`quant_predicate` is for a quantized model"),
         ({"revision": "main"}, "is a folder, which has no revision 'main'"),
