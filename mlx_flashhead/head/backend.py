@@ -26,10 +26,9 @@ HOW_TO_REPORT = (
 log = logging.getLogger("mlx_flashhead")
 
 # Allowed difference, relative to the size of the products. All sums are float32: only the order of
-# the additions and the rounding of the result differ. A lane that is left out changes a product by
-# a sixth of its size.
-UNITS = 2  # of rounding
-LEAST = 1e-3
+# the additions and the rounding of the result differ, by units of rounding. A lane that is left out
+# changes a product by a sixth of its size.
+UNITS, LEAST = 2, 1e-3
 
 # The constants of the same names in metal/flash_head/constants.h.
 SELECT_BINS = 4096
@@ -127,10 +126,8 @@ def check_kernels(
             f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or unset "
             f"{BACKEND_VARIABLE}, and {HOW_TO_REPORT}."
         )
-    reason = (
-        f"FlashHead takes MLX's own operations instead of its Metal kernels, because {trouble}; "
-        f"{HOW_TO_REPORT}."
-    )
+    instead = "FlashHead takes MLX's own operations instead of its Metal kernels"
+    reason = f"{instead}, because {trouble}; {HOW_TO_REPORT}."
     log.warning(reason)
     return reason
 
@@ -201,8 +198,7 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
         expected_token, expected_risk = plain.choose(*once, *last)
         n_other += drawn != expected_token
         yield risk, expected_risk, rounding
-    # rounding may put a token on the other side of a limit
-    yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0
+    yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0  # rounding may move a token over a limit
 
     yield "join"
     proposal = Proposal(hidden, token, selection.probes, candidates.logits, mx.zeros(1), None)

@@ -32,8 +32,6 @@ PIECE = 64
 NOISE_ROOM, MASS_ROOM = 1e-5, 1e-4
 NEAREST = 1024  # clusters that were not scored, of whose tokens the noise is computed for filters
 
-REFERENCE = "the reference BLAS of the mlx wheel"  # for Linux, a slow one
-
 
 class Selection(NamedTuple):
     # (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)), ascending:
@@ -114,11 +112,10 @@ def blas_name() -> str:
         return "Accelerate"
     process = ctypes.CDLL(None)  # finds preloaded libraries
     if not hasattr(process, "openblas_get_config"):
-        return REFERENCE
+        return "the reference BLAS of the mlx wheel"  # for Linux, a slow one
     process.openblas_get_config.restype = ctypes.c_char_p
-    threads = process.openblas_get_num_threads()
     name = " ".join(process.openblas_get_config().decode().split()[:2])
-    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{name}, threads: {process.openblas_get_num_threads()}"
 
 
 def in_blocks(matrix: Matrix) -> mx.array:
@@ -179,8 +176,7 @@ class PortableSteps:
             scores = self.clustered.centroids.matrix.matmul(hidden).astype(mx.float32)
         else:
             scores = blocked_product(hidden.astype(mx.float32), self._centroids)
-            if scores.shape[-1] > len(route_bias):
-                scores = scores[..., : len(route_bias)]
+            scores = scores[..., : len(route_bias)]
         return scores + route_bias
 
     def select(

@@ -15,7 +15,7 @@ import mlx.core as mx
 from ..lossless.batch import VerifiedBatchGenerator
 from ..lossless.loop import drafted_steps, verified_steps
 from ..lossless.policy import Proposer
-from ..lossless.sampler import preserves_margins
+from ..lossless.sequence import preserves_margins
 from ..models.compat.mlx_lm import (
     LRUPromptCache,
     can_trim_prompt_cache,

@@ -8,7 +8,7 @@ from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
 from engines import LONG, SHORT, endless, flags, generated, job, submit, tokens_of, until
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
-from mlx_flashhead.lossless.sampler import make_sampler
+from mlx_flashhead.lossless.sequence import make_sampler
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache
 from mlx_flashhead.serving.decoding import Batch, Reading
 from mlx_flashhead.serving.engine import Engine
