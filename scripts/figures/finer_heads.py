@@ -106,7 +106,8 @@ def speed(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
         )
         forms[f"{bits}, {DENSE}"] = Form(dense_copy(model))
         forms[f"{bits}, {TUNED}"] = with_flash_head(model, verify=True)
-    run = tokenizer.encode(PROMPT), 1, args.tokens, SAMPLERS["greedy"]
+    prompt = tokenizer.encode(PROMPT)[: args.prompt_tokens]
+    run = prompt, 1, args.tokens, SAMPLERS["greedy"]
 
     def seconds_of(name: str, _: int) -> float:
         return forms[name].decode(*run)[0]
@@ -174,6 +175,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--work", type=Path, default=WORK, help="default: %(default)s")
     add_number(parser, "--positions", None, "Of the held-out text (default: all).")
+    add_number(parser, "--prompt-tokens", None, "Of the prompt, which a large model reads slowly.")
     add_number(parser, "--tokens", 24, "Tokens of a run")
     add_number(parser, "--rounds", 3, "Rounds that count")
     args = parser.parse_args()

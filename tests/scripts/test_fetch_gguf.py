@@ -1,4 +1,4 @@
-"""The folders of both models: Gemma's on a tiny file, SmolLM2's as it is."""
+"""The folders of the models: Gemma's and Qwen's of tiny files, SmolLM2's as it is."""
 
 import itertools
 
@@ -8,10 +8,10 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import gemma3_text
-from tokenizers import Tokenizer
+from mlx_lm.models import gemma3_text, qwen2
+from tokenizers import Tokenizer, pre_tokenizers
 
-from fetch_model import GEMMA_NAMES, MODELS, SIZES, hugging_face_name, write_folder
+from fetch_model import GEMMA_NAMES, LLAMA_NAMES, MODELS, SIZES, hugging_face_name, write_folder
 
 WORDS = ["▁", "a", "b", "c", "▁a", "bc", "▁abc", "abc", "ab", "\n\n", "<html>"]
 TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *WORDS]
@@ -139,6 +139,47 @@ def test_the_four_norms_of_a_layer():
     ):
         name = hugging_face_name(f"blk.3.{stored}.weight", GEMMA_NAMES)
         assert name == f"model.layers.3.{expected}.weight"
+
+
+def test_qwen2_has_biases_and_the_rows_of_its_head(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    sizes = CONFIG | {"vocab_size": 300, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+    sizes |= {"num_hidden_layers": 1, "rope_theta": 1e6}
+    names = {field: sizes[field] for field in qwen2.ModelArgs.__annotations__ if field in sizes}
+    model = qwen2.Model(qwen2.ModelArgs(model_type="qwen2", **names))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    writer = gguf.GGUFWriter(path := tmp_path / "tiny.gguf", "qwen2")
+    for name, key in SIZES.items():
+        write = writer.add_float32 if name == "rope_theta" else writer.add_uint32
+        write(f"qwen2.{key}", sizes[name])
+    writer.add_float32("qwen2.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_token_list([*letters, *(f"<{i}>" for i in range(43)), "in"])
+    writer.add_token_types([1] * 256 + [3] * 42 + [4, 1])
+    writer.add_token_merges(["i n"])
+    writer.add_eos_token_id(256)
+    writer.add_bos_token_id(257)
+    writer.add_pad_token_id(257)
+    stored = ["output", "output_norm", *(f"blk.0.{module}" for module in LLAMA_NAMES)]
+    stored_names = {hugging_face_name(f"{name}.", LLAMA_NAMES): name for name in stored}
+    for name, array in tree_flatten(model.parameters()):
+        module, kind = name.rsplit(".", 1)
+        writer.add_tensor(f"{stored_names[f'{module}.']}.{kind}", np.array(array))
+    writer.add_tensor("token_embd.weight", np.zeros((300, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / "model").mkdir()
+    write_folder(tmp_path / "model", path, "float32")
+    loaded, tokenizer = mlx_lm.load(str(tmp_path / "model"))
+    for (name, array), (_, expected) in zip(
+        tree_flatten(loaded.parameters()), tree_flatten(model.parameters()), strict=True
+    ):
+        assert mx.array_equal(array, expected), name
+    text = "don't in 123\n\n  é<3>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert {298, 299} < {*tokenizer.encode(f"{text}<42>")}
+    assert tokenizer.eos_token_ids == {256}
 
 
 @pytest.mark.real
