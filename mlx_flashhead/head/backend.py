@@ -16,7 +16,6 @@ from .kernels import MetalSteps
 from .steps import Candidates, PortableSteps, Proposal, Selection, in_token_order
 
 METAL, PORTABLE = "metal", "mlx"
-BACKENDS = (METAL, PORTABLE)
 BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
 HOW_TO_REPORT = (
     "please report this as an issue, with the output of "
@@ -56,8 +55,8 @@ def choose_backend(requested: str | None = None) -> str:
     name = named_backend(requested)
     if name is None:
         return METAL if gpu_is_default() else PORTABLE
-    if name not in BACKENDS:
-        raise ValueError(f"Unknown FlashHead backend {name!r}: choose {' or '.join(BACKENDS)}.")
+    if name not in (METAL, PORTABLE):
+        raise ValueError(f"Unknown FlashHead backend {name!r}: choose {METAL} or {PORTABLE}.")
     if name == METAL and not mx.metal.is_available():
         raise ValueError(
             "The FlashHead backend 'metal' needs an Apple GPU and this machine has none: "
@@ -90,10 +89,7 @@ def make_steps(clustered: ClusteredRows, requested: str | None) -> tuple[Portabl
 
 def lacks_bfloat16() -> bool:
     """Whether this GPU emulates bfloat16, as those of M1 and M2 do ("applegpu_g13s", "g14"): a
-    matrix product takes 1.8 times as long as in float16.
-
-    Source: pull request 4216 of ml-explore/mlx, measured on an M1 Max.
-    """
+    matrix product takes 1.8 times as long. Source: ml-explore/mlx, pull request 4216, an M1 Max."""
     generation = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture")))
     return generation is not None and int(generation[1]) < 15
 

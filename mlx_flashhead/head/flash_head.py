@@ -77,7 +77,7 @@ class FlashHead:
         self._project: Project | None = None
 
     def __getstate__(self) -> dict:
-        """Everything but what belongs to this process: kernels, and who intercepts calls."""
+        """Without what belongs to this process: kernels, and who intercepts calls."""
         return {k: v for k, v in vars(self).items() if k != "steps"} | {"_project": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -157,9 +157,8 @@ class FlashHead:
         if dense and n_probes is not None:
             raise ValueError("dense scores every token: leave n_probes out.")
         if draw_temperature is not None and not draw_temperature > 0:
-            raise ValueError(
-                f"The temperature of the draw is {draw_temperature}: it must be above 0."
-            )
+            value = draw_temperature
+            raise ValueError(f"The temperature of the draw is {value}: it must be above 0.")
         names = ("_n_probes", "_unverified_probes", "_verified", "_draw_temperature")
         before = {name: getattr(self, name) for name in names}
         if n_probes is not None:
@@ -243,10 +242,8 @@ class FlashHead:
         full: bool = False,
     ) -> Proposal:
         """Tokens of states (R, D), chosen from ``n_probes`` clusters, for the dense rows to verify.
-
         ``draws`` are of these rows; None takes the best logits. Kernels leave clusters out that lie
-        more than ``depth`` nats below the mass of all. ``full``: make full logits too.
-        """
+        more than ``depth`` nats below the mass of all. ``full``: make full logits too."""
         n_probes = self.n_probes if n_probes is None else n_probes
         depth = NO_DEPTH if full else depth
         scores, selection, candidates = self._retrieve(hidden, n_probes, words=full, depth=depth)

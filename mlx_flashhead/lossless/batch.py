@@ -160,8 +160,8 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         cases = list(zip(chosen, logits, unread, strict=True))
         sampler = chosen[0].sampler
         shared = len(rows) == len(sequences) and all(s.sampler is sampler for s in chosen)
-        if not (shared and chosen[0].uses_random_state):
-            tokens = [sequence.extend(row, last)[0] for sequence, row, last in cases]
+        if not shared or not chosen[0].uses_random_state:
+            tokens = [sequence.extend(row, last) for sequence, row, last in cases]
             return dict(zip(rows, tokens, strict=True))
         processed = [s.process(row, s.context(s.n_chosen, last)) for s, row, last in cases]
         logprobs = normalized(mx.concatenate(processed))

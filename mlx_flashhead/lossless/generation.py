@@ -114,7 +114,7 @@ def _verified_loops(
 ) -> AbstractContextManager[None]:
     """A block in which mlx-lm's functions take the verified loops, for this model alone."""
     how: dict[str, Any] = {"proposer": proposer, "logprobs": logprobs}
-    loops = {
+    loops: dict[str, Callable[..., Any]] = {
         "generate_step": partial(verified_steps, **how),
         "speculative_generate_step": partial(drafted_steps, proposer=proposer),
         "BatchGenerator": partial(VerifiedBatchGenerator, **how),

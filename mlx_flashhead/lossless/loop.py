@@ -75,7 +75,8 @@ def verified_steps(
     options |= {"prompt_cache": cache}
     if not len(prompt):  # embeddings alone, of which processors see nothing
         hooks = {"sampler": sampler, "logits_processors": functions, "max_tokens": max_tokens}
-        yield from compat.generate_step(prompt, model, stream, **(options | hooks))
+        steps: Any = compat.generate_step(prompt, model, stream, **(options | hooks))
+        yield from steps
         return
     bits, quantized_from = options.get("kv_bits"), options.get("quantized_kv_start", 0)
     quantization = quantized_from, options.get("kv_group_size", 64), bits
@@ -111,8 +112,7 @@ def verified_steps(
                 if verifies:
                     proposed, chosen = proposer.propose([sequence], states[-1][:, -1], latest)
                 else:
-                    proposed, pending = sequence.extend(logits, latest)
-                    chosen = [pending]
+                    proposed, chosen = sequence.extend(logits, latest), sequence.pending[-1:]
                 mx.async_eval(step_arrays(proposed, chosen), scheduler.joined)
                 # 4) The latest token is read. It is sure, or is verified when that is due.
                 unread = sequence.pending[sequence.n_read]
@@ -153,7 +153,7 @@ def _first_token(
 
     def take_logits(_: mx.array, logits: mx.array) -> mx.array:
         nonlocal token
-        token = sequence.extend(logits)[0]
+        token = sequence.extend(logits)
         return logits
 
     # with a limit of 0, mlx-lm's loop reads the prompt and calls these once

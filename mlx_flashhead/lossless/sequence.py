@@ -161,7 +161,7 @@ def make_sampler(
     with a least number of tokens, is decoded densely. ValueError if a value is out of its range.
     """
     for name, value, lowest, highest in (
-        ("temp", temp, 0, 1e6),
+        ("temp", temp, 0, 1_000_000),
         ("top_p", top_p, 0, 1),
         ("min_p", min_p, 0, 1),
         ("min_tokens_to_keep", min_tokens_to_keep, 1, MOST_TOKENS),
@@ -170,7 +170,7 @@ def make_sampler(
         ("xtc_threshold", xtc_threshold, 0, 0.5),
     ):
         if not lowest <= value <= highest:
-            raise ValueError(f"{name} is {value}: it must be {lowest} to {highest:g}.")
+            raise ValueError(f"{name} is {value}: it must be {lowest} to {highest:,}.")
     settings = DrawSettings(float(temp), float(top_p) or 1.0, float(min_p), int(top_k))
     xtc = xtc_probability, xtc_threshold, list(xtc_special_tokens or ())
     return Sampler(settings, min_tokens_to_keep, xtc, seed)
@@ -231,7 +231,7 @@ class Sequence:
         self.sampler, self.seed = sampler, 0
         if isinstance(sampler, Sampler) and not self.greedy:
             self.seed = sampler.new_seed()
-        # Whether the sampler draws from MLX's random state, in the order of the tokens.
+        # whether the sampler draws from MLX's random state, in the order of the tokens
         self.uses_random_state = not self.greedy and not isinstance(sampler, Sampler)
         if not self.tokens:
             begin(self.processors)
@@ -290,13 +290,11 @@ class Sequence:
         logprobs = normalized(logits)
         return self.pick(logits, logprobs, index), logprobs.squeeze(0)
 
-    def extend(
-        self, logits: mx.array, latest: mx.array | None = None
-    ) -> tuple[mx.array, PendingToken]:
+    def extend(self, logits: mx.array, latest: mx.array | None = None) -> mx.array:
         """The next token (1,), chosen by the model's logits (1, V), which is pending then."""
         token, logprobs = self.choose(logits, self.n_chosen, latest)
         self.pending.append(PendingToken(logprobs=logprobs if self.logprobs else None))
-        return token, self.pending[-1]
+        return token
 
     def accept(self) -> PendingToken:
         """Moves the first pending token to the accepted ones."""

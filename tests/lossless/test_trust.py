@@ -1,5 +1,7 @@
 """Samplers and processors of others: called once a token, in order, unless known or marked."""
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from mlx_lm import sample_utils
 from flash_loops import PROMPT, make_flash
 from mlx_flashhead import make_sampler
 from mlx_flashhead.lossless.sequence import Trust, trust
+from mlx_flashhead.models.compat.mlx_lm import generate_step
 
 FORMATS = {"float32": {}, "bfloat16": {"dtype": mx.bfloat16}, "4 bits": {"bits": 4}}
 
@@ -56,30 +59,39 @@ class Guide:
         return mx.where(mx.arange(logits.shape[-1]) % 5 == self.allowed, logits, -mx.inf)
 
 
+def mlx_lms_tokens(flash, **options):
+    """The tokens of mlx-lm's own loop, with the normal head."""
+    mx.random.seed(7)
+    prompt = mx.array(PROMPT, dtype=mx.uint32)
+    return [int(t) for t, _ in generate_step(prompt, flash.model, max_tokens=40, **options)]
+
+
 @pytest.mark.parametrize("make", [numpy_sampler, cooling])
 def test_another_sampler_is_called_once_a_token(model, make):
     """Called twice, where draws that agree are taken, it would sample colder."""
 
-    def run(dense):
+    def run(tokens):
         calls, sampler = [], make()
 
         def counted(logprobs):
             calls.append(0)
             return sampler(logprobs)
 
-        return model.tokens(dense=dense, sampler=counted), len(calls)
+        return tokens(sampler=counted), len(calls)
 
-    assert run(False) == run(True)
+    assert run(model.tokens) == run(partial(mlx_lms_tokens, model))
 
 
 @pytest.mark.parametrize("sampler", [None, make_sampler(temp=0.9, seed=2)], ids=["best", "draws"])
 def test_another_processor_is_called_once_a_token(model, sampler):
-    def run(dense):
+    def run(tokens):
         processor = Guide()
-        tokens = model.tokens(dense=dense, sampler=sampler, logits_processors=[processor])
-        return tokens, processor.calls
+        return tokens(sampler=sampler, logits_processors=[processor]), processor.calls
 
-    assert run(False) == run(True)
+    found = run(model.tokens)
+    assert found == run(partial(model.tokens, dense=True))
+    if sampler is None:
+        assert found == run(partial(mlx_lms_tokens, model))
 
 
 MLX_LM = {
