@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from .common.arguments import Parser
 from .version import __version__
 
 COMMANDS = {
@@ -34,11 +35,7 @@ def main() -> None:
     elif name == "--version":
         print(__version__)
     else:
-        print(
-            f"error: there is no command {name}: choose one of {', '.join(COMMANDS)}.",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        Parser().error(f"there is no command {name}: choose one of {', '.join(COMMANDS)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from .common.flags import (
     add_answer_flags,
     add_answering_options,
     add_model_flags,
-    add_probes_option,
     check_before_loading,
 )
 
@@ -21,7 +20,6 @@ def make_parser() -> Parser:
     resume = "Continue the last conversation at a terminal."
     parser.add_argument("--resume", action="store_true", help=resume)
     group = parser.add_argument_group("FlashHead")
-    add_probes_option(group)
     add_answering_options(group)
     dense = "Begin with the normal (dense) head."
     group.add_argument("--dense", action="store_true", help=dense)

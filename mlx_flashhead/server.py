@@ -1,6 +1,7 @@
 """Serves models: a page for browsers, and OpenAI's API."""
 
 import os
+from contextlib import suppress
 
 from .common.command import command
 from .serving.server_options import check_options, make_parser
@@ -8,7 +9,6 @@ from .serving.server_options import check_options, make_parser
 
 @command
 def main() -> None:
-    """Entry point of ``mlx_flashhead.server``."""
     parser = make_parser()
     flags = parser.parse_args()
     check_options(parser, flags)
@@ -21,13 +21,10 @@ def main() -> None:
     if mx.distributed.init().size() > 1:
         parser.error("the server is one process: start it without mlx.launch")
     log_requests(flags.log_level)
-    try:
-        for model in (flags.model, flags.draft_model, *flags.allow_models):
-            if model is not None:
-                resolve(model)  # downloads happen here, where Ctrl-C ends them
+    with suppress(KeyboardInterrupt):  # before it serves
+        for model in filter(None, (flags.model, flags.draft_model, *flags.allow_models)):
+            resolve(model)  # downloads happen here, where Ctrl-C ends them
         serve(flags)
-    except KeyboardInterrupt:  # before it serves
-        pass
     print("Stopped.", flush=True)
     os._exit(0)  # threads of C++ abort while an interpreter is finalized
 

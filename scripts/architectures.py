@@ -24,7 +24,8 @@ if __name__ == "__main__":
 
 from architecture_models import architectures, quantized, tiny_architecture
 from emulated_mlx_lm import emulated
-from mlx_flashhead.common.command import check_writable, command, from_extra
+from mlx_flashhead.common.arguments import writable
+from mlx_flashhead.common.command import command, from_extra
 from mlx_flashhead.models.libraries import UnsupportedHeadError, is_vlm
 from mlx_flashhead.models.locate import check_plain_product, find_head
 from vlm_configs import PICTURES
@@ -190,10 +191,10 @@ def _reasons(surveyed: Forms) -> list[str]:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", default=str(DOCUMENT), help="default: %(default)s")
+    output = {"type": writable, "default": str(DOCUMENT)}
+    parser.add_argument("--output", **output, help="default: %(default)s")
     args = parser.parse_args()
     from_extra("mlx_vlm", "vlm", "scripts/architectures.py")
-    check_writable("--output", args.output)
     surveyed = {"mlx_lm": survey(), "mlx_vlm": vlm_survey()}
     RECORD.write_text(record(surveyed), encoding="utf-8")
     Path(args.output).write_text(document(*surveyed.values()), encoding="utf-8")

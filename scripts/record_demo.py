@@ -11,8 +11,8 @@ from html import escape
 from pathlib import Path
 
 from demo import GEMMA3, MODELS, TITLES, Run, load_demo, race
-from mlx_flashhead.common.arguments import Parser, whole_number
-from mlx_flashhead.common.command import check_writable, command
+from mlx_flashhead.common.arguments import Parser, whole_number, writable
+from mlx_flashhead.common.command import command
 from mlx_flashhead.models.install import dense_copy
 
 COLUMNS, CHARACTER, LINE, MARGIN = 46, 7.8, 18, 16  # of a panel, in characters and pixels
@@ -92,9 +92,9 @@ def main() -> None:
     parser = Parser(prog="scripts/record_demo.py", description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default=GEMMA3, help="default: %(default)s")
     parser.add_argument("--max-tokens", type=whole_number(2), default=100)
-    parser.add_argument("--output", default="docs/demo.svg", help="default: %(default)s")
+    output = {"type": writable, "default": "docs/demo.svg"}
+    parser.add_argument("--output", **output, help="default: %(default)s")
     args = parser.parse_args()
-    check_writable("--output", args.output)
     folder, model, tokenizer = load_demo(args.model)
     prompt = MODELS[args.model][1]
     runs = race((dense_copy(model), model), tokenizer, prompt, args.max_tokens)

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 # Before anything imports transformers or tokenizers: notices would hide a test's own output, and
@@ -28,6 +29,7 @@ from filelock import FileLock
 import mlx_flashhead
 from fetch_model import fetch
 from loopback_hub import TOKEN, Account, LoopbackHub
+from mlx_flashhead.loading import background
 from model_folders import write_model
 
 
@@ -42,8 +44,8 @@ def real_model_folder() -> Path:
 
     Its place is ``$MLX_FLASHHEAD_TEST_CACHE``, by default ``~/.cache/mlx_flashhead``.
     """
-    named = os.environ.get("MLX_FLASHHEAD_TEST_CACHE")
-    cache = Path(named) if named else Path.home() / ".cache" / "mlx_flashhead"
+    usual = Path.home() / ".cache" / "mlx_flashhead"
+    cache = Path(os.environ.get("MLX_FLASHHEAD_TEST_CACHE") or usual)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / "smollm2.lock"):  # the tests run in several processes
@@ -104,6 +106,13 @@ def flash_head_home(tmp_path_factory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:  # a test may undo its own patches
         patch.setenv("MLX_FLASHHEAD_HOME", str(home))
         yield home
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The build of a FlashHead takes a second."""
+    options = partial(background.IndexOptions, calibration_positions=100)
+    monkeypatch.setattr(background, "IndexOptions", options)
 
 
 @pytest.fixture

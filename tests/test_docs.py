@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import apple_estimates
+
 CHECKOUT = Path(__file__).parent.parent
-FOLDERS = (".", ".github", "docs", "metal", "tests/data")
-PAGES = sorted(
-    page
-    for folder in FOLDERS
-    for page in (CHECKOUT / folder).glob("**/*.md" if folder == ".github" else "*.md")
-)
+PATTERNS = ("*.md", ".github/**/*.md", "docs/*.md", "metal/*.md", "tests/data/*.md")
+PAGES = sorted(page for pattern in PATTERNS for page in CHECKOUT.glob(pattern))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -61,3 +59,9 @@ def test_the_map_of_contributing_is_the_tree_on_disk():
     there |= {path for name, path in folders.items() if name not in mirrored}
     unmapped = [path for path in there - mapped if path.name != "__pycache__"]
     assert unmapped == [], "name it in CONTRIBUTING.md"
+
+
+def test_the_pages_have_the_estimates():
+    for (name, marker), lines in apple_estimates.BLOCKS.items():
+        text = (CHECKOUT / name).read_text(encoding="utf-8")
+        assert apple_estimates.with_block(text, marker, lines()) == text, name

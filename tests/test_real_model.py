@@ -11,30 +11,20 @@ from mlx_flashhead.conversion.calibration import read_text
 
 pytestmark = pytest.mark.real
 
-CALIBRATION_POSITIONS = 1_000  # few, since reading them takes longest: the default is 12,000
 TEXT = Path(__file__).parent / "data" / "heldout.txt"
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
-SCHEMA = {
-    "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 20}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
+SCHEMA = {"type": "object", "required": ["city"], "additionalProperties": False}
+SCHEMA["properties"] = {"city": {"type": "string", "maxLength": 20}}
 
 
 @pytest.fixture(scope="module")
 def converted(real_model_folder, tmp_path_factory):
     """The checkpoint, and what conversion reports."""
     folder = tmp_path_factory.mktemp("real") / "flash"
-    config = convert(
-        str(real_model_folder),
-        str(folder),
-        calibration_positions=CALIBRATION_POSITIONS,
-        calibration_seconds=600,  # the bounds are for all positions, on a busy machine too
-        quick=True,
-        progress=False,
-    )
-    return folder, config
+    # few positions, since reading them takes longest: the default is 12,000; but all of these, on a
+    # busy machine too
+    options = {"calibration_positions": 1_000, "calibration_seconds": 600, "quick": True}
+    return folder, convert(str(real_model_folder), str(folder), progress=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +42,7 @@ def some_of_all(n_characters: int) -> str:
 def test_conversion_reaches_the_goals_within_a_quarter_of_the_bytes(converted):
     _, config = converted
     assert (config.n_clusters, config.cluster_size) == (3072, 16)
-    assert config.report["agreement"] >= 0.998
-    assert config.report["kl"] <= 0.05
+    assert config.report["agreement"] >= 0.998 and config.report["kl"] <= 0.05
     assert config.n_probes <= config.n_clusters / 4
 
 
@@ -64,7 +53,7 @@ def test_says_what_the_dense_model_says(loaded, as_json):
     texts = []
     for dense in (False, True):
         processors = [grammar_processor(tokenizer, json_schema=SCHEMA)] if as_json else None
-        options = {"logits_processors": processors, "max_tokens": 20, "dense": dense}
+        options = {"logits_processors": processors, "max_tokens": 12, "dense": dense}
         texts.append(generate(model, tokenizer, prompt, **options))
     assert texts[0] == texts[1]
     assert json.loads(texts[0])["city"] if as_json else "Paris" in texts[0]
@@ -73,11 +62,8 @@ def test_says_what_the_dense_model_says(loaded, as_json):
 def test_quality_on_a_text_that_calibration_has_not_seen(loaded):
     """The bounds leave room for the few positions; `evaluate` on the whole text is the measure."""
     evaluation = evaluate(*loaded, some_of_all(500), probe_counts=[256, 512])
-    measured = {row["n_probes"]: row for row in evaluation["rows"]}
-    at_256, at_512 = measured[256], measured[512]
-    assert at_256["agreement"] >= 0.985
-    assert at_512["agreement"] >= 0.995
-    assert at_256["coverage"] >= 0.95
-    assert at_512["kl"] <= 0.06
+    at_256, at_512 = evaluation["rows"]
+    assert at_256["agreement"] >= 0.985 and at_512["agreement"] >= 0.995
+    assert at_256["coverage"] >= 0.95 and at_512["kl"] <= 0.06
     assert at_256["perplexity"] <= 1.2 * evaluation["dense_perplexity"]
     assert at_512["perplexity"] <= 1.12 * evaluation["dense_perplexity"]

@@ -1,9 +1,5 @@
-"""What `mlx_flashhead.benchmark` times: a head, a model, servers. Each is a file.
-
-The choices of the flags are here, so that ``--help`` imports no library of models.
-"""
-
-from typing import Any
+"""What `mlx_flashhead.benchmark` times, a file for each kind, and the choices of its flags, so that
+``--help`` imports no library of models."""
 
 SHAPES = {  # of known heads: vocab_size, hidden_size
     "smollm2": (49152, 576),
@@ -16,7 +12,4 @@ SHAPES = {  # of known heads: vocab_size, hidden_size
     "llama-3.2-1b": (128256, 2048),
     "llama-3.1-8b": (128256, 4096),
 }
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "greedy": {"temp": 0.0},
-    "top-p": {"temp": 0.8, "top_p": 0.95},
-}
+SAMPLERS = {"greedy": {"temp": 0.0}, "top-p": {"temp": 0.8, "top_p": 0.95}}

@@ -1,7 +1,6 @@
 """Measures an unverified FlashHead on a text, against the dense head of the same model.
 
-Figures are of the head's output. A model that scales or caps its logits afterwards has the same
-agreement and coverage, but another perplexity.
+The figures are of the head's output, before a model scales or caps its logits.
 """
 
 import argparse
@@ -11,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from rich.table import Table
 
-from ..common.flags import source_options
-from ..common.tables import Table, new_table, percent, pyplot, show
+from ..common.tables import new_table, percent, show
 from ..conversion import take_all
 from ..conversion.calibration import read_text, text_states
 from ..conversion.measures import measure_positions
@@ -29,15 +28,13 @@ coverage    the true next token is scored
 KL          from the dense head's distribution, in nats
 perplexity  relative to dense, with the estimates of the tail
 bytes       read per token, relative to the dense head"""
-DEFAULT_PROBES = (48, 96, 128, 192, 256, 512)
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measures the model of the command line, and prints the table."""
-    content = read_text(args.text)
-    model, tokenizer = load(args.model, **source_options(args))
-    limits: dict[str, Any] = {"probe_counts": args.probes, "positions": args.positions}
-    figures = evaluate(model, tokenizer, content, **limits)
+    """Measures the model of the command line, prints the table and draws the picture."""
+    text = read_text(args.text)
+    model, tokenizer = load(args.model, flash_head=args.flash_head, build=not args.no_build)
+    figures = evaluate(model, tokenizer, text, probe_counts=args.probes, positions=args.positions)
     show(make_table(figures))
     if args.plot:
         draw(figures, args.plot)
@@ -46,7 +43,7 @@ def run(args: argparse.Namespace) -> dict:
 
 def evaluate(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Any,
     text: str,
     *,
     probe_counts: Sequence[int] | None = None,
@@ -54,24 +51,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures ``model``, which has a FlashHead, on a text that calibration has not seen.
 
-    Returns:
-        Positions, the dense perplexity, the model's own probes and clusters, and for each number of
-        probes (by default several and the model's own) a row of `conversion.measures`' means with
-        its share of bytes. ValueError if a number is not 1 … C.
+    Returns positions, the dense perplexity, the model's own probes and clusters, and for each
+    number of probes (default: several, and its own) a row of `conversion.measures`' means with its
+    share of bytes. ValueError if a number is not 1 … C.
     """
     head = installed_head(model)
-    if probe_counts is None:
-        usual = (n for n in DEFAULT_PROBES if n <= head.n_clusters)
-        probe_counts = [*usual, head.unverified_probes]
-    for n_probes in probe_counts:
+    usual = (n for n in (48, 96, 128, 192, 256, 512) if n <= head.n_clusters)
+    counts = sorted({*(probe_counts or [*usual, head.unverified_probes])})
+    for n_probes in counts:
         if not 1 <= n_probes <= head.n_clusters:
-            raise ValueError(
-                f"{n_probes} probes are not possible: this model has {head.n_clusters} clusters, "
-                f"so choose 1 to {head.n_clusters}."
-            )
+            raise ValueError(f"{n_probes} probes are not possible: choose 1 to {head.n_clusters}.")
     read = text_states(model, tokenizer, find_head(model), text, positions=positions)
     states, next_ids = take_all(read)
-    rows = head.clustered.token_rows()
+    rows, centroids = head.clustered.token_rows(), head.clustered.centroids
     weight = as_float32(rows.dequantized())
     bias = 0.0 if rows.bias is None else as_float32(rows.bias)
     measure = measure_positions(
@@ -79,20 +71,20 @@ def evaluate(
         lambda h: h @ weight.T + bias,
         np.array(head.clustered.token_ids),
         lambda h: np.array(head.cluster_scores(mx.array(h))),
-        np.array(head.clustered.centroids.tail_offset),
-        sorted(set(probe_counts)),
+        np.array(centroids.tail_offset),
+        counts,
         next_ids,
     )
     measured = take_all(measure)
+    table = measured.means()
+    for row in table:
+        row["bytes_share"] = bytes_share(head, row["n_probes"])
     return {
         "positions": len(states),
         "dense_perplexity": measured.dense_perplexity(),
         "n_probes": head.unverified_probes,
         "n_clusters": head.n_clusters,
-        "rows": [
-            means | {"bytes_share": bytes_share(head, means["n_probes"])}
-            for means in measured.means()
-        ],
+        "rows": table,
     }
 
 
@@ -106,13 +98,9 @@ def bytes_share(head: FlashHead, n_probes: int) -> float:
 
 def make_table(figures: dict) -> Table:
     """A line for each number of probes, the model's own in bold."""
-    table = new_table(
-        f"{figures['positions']} positions, {figures['n_clusters']} clusters, "
-        f"dense perplexity {figures['dense_perplexity']:.2f}",
-        ("probes", "agreement", "coverage", "KL", "perplexity", "bytes"),
-        LEGEND,
-        left=0,
-    )
+    about = "{positions} positions, {n_clusters} clusters, dense perplexity {dense_perplexity:.2f}"
+    headings = ("probes", "agreement", "coverage", "KL", "perplexity", "bytes")
+    table = new_table(about.format(**figures), headings, LEGEND, left=0)
     for row in figures["rows"]:
         table.add_row(
             f"{row['n_probes']}",
@@ -128,15 +116,13 @@ def make_table(figures: dict) -> Table:
 
 def draw(figures: dict, path: str) -> None:
     """Draws agreement and coverage against the number of probes into a picture."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    probes = [row["n_probes"] for row in figures["rows"]]
-    labels = {
-        "agreement": "same best token as the dense head",
-        "coverage": "true next token scored",
-    }
-    for name, label in labels.items():
-        axis.plot(probes, [100 * row[name] for row in figures["rows"]], marker="o", label=label)
+    from matplotlib.figure import Figure  # which may be absent
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axis, rows = figure.subplots(), figures["rows"]
+    for name in ("agreement", "coverage"):
+        shares = [100 * row[name] for row in rows]
+        axis.plot([row["n_probes"] for row in rows], shares, marker="o", label=name)
     axis.axvline(figures["n_probes"], color="tab:gray", linestyle=":", label="as converted")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
@@ -144,4 +130,3 @@ def draw(figures: dict, path: str) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

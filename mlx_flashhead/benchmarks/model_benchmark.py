@@ -1,7 +1,6 @@
 """Times a model's decoding: dense, with FlashHead, and with FlashHead unverified.
 
-The dense model decodes with mlx-lm's loop and sampler. With FlashHead the loop and the sampler are
-this package's, and the time holds the verification of its tokens.
+The dense model has mlx-lm's loop and sampler, FlashHead this package's with its verification.
 """
 
 import argparse
@@ -14,9 +13,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from rich.table import Table
 
-from ..common.flags import source_options
-from ..common.tables import Table, new_table, percent
+from ..common.tables import new_table, percent
 from ..head.backend import scored_logits_agree
 from ..loading.load import load
 from ..lossless.batch import VerifiedBatchGenerator
@@ -24,24 +23,15 @@ from ..lossless.loop import verified_steps
 from ..lossless.policy import Proposer, policy_of
 from ..lossless.sequence import make_sampler
 from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
-from ..models.install import dense_copy, installed_head
+from ..models.install import dense_copy, hidden_dtype, installed_head
 from . import SAMPLERS
-from .head_benchmark import rows_dtype
-from .reporting import Case, cells, report, spread
+from .reporting import Case, cells, spread
 
 DENSE, FLASH_HEAD, UNVERIFIED = "dense", "FlashHead", "unverified"
 PROMPT = (
     "The old bridge over the river had been closed for years, and nobody in the village could say "
     "who had built it. One morning in spring, a stranger came and"
 )
-LEGEND = "unverified: the head's own choices, so the text may differ."
-STAYS_DENSE = "FlashHead gains too little on this machine: the model stays dense by default."
-
-
-def run(args: argparse.Namespace) -> None:
-    """Times the model of the command line, with each sampler and batch."""
-    settings = list(itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8)))
-    report(args, _cases(args, settings), len(settings), make_table)
 
 
 class Form(NamedTuple):
@@ -56,9 +46,7 @@ class Form(NamedTuple):
         self, prompt: list[int], batch: int, n_tokens: int, sampling: dict
     ) -> tuple[float, list[int]]:
         """Seconds per token, the mean of ``n_tokens`` after the first, and the first text's tokens.
-
-        The end of a text does not end a run.
-        """
+        The end of a text does not end a run."""
         sampler, times, tokens = self.make_sampler(**sampling), [], []
         if batch == 1:
             limits = {"max_tokens": n_tokens + 1, "sampler": sampler}
@@ -82,15 +70,13 @@ def with_flash_head(model: nn.Module, *, verify: bool) -> Form:
     return Form(model, steps, generator, make_sampler)
 
 
-def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generator[Case]:
-    """Each sampler and batch.
-
-    Runs are short, so that other work on the machine slows all of them alike. A FlashHead is timed
-    even if the model would stay dense on this machine.
-    """
-    flash, tokenizer = load(args.model, n_probes=args.n_probes, **source_options(args))
-    head = installed_head(flash)
-    on_gpu = head.backend == "metal"  # where scored logits should equal MLX's to the last bit
+def cases(args: argparse.Namespace) -> Generator[Case]:
+    """Each sampler and batch. A FlashHead is timed even if the model would stay dense here."""
+    source = {"flash_head": args.flash_head, "build": not args.no_build}
+    flash, tokenizer = load(args.model, n_probes=args.n_probes, **source)
+    head, agreement = installed_head(flash), None
+    if head.backend == "metal":  # where scored logits should equal MLX's to the last bit
+        agreement = scored_logits_agree(head.steps, hidden_dtype(flash))
     about = {
         "model": Path(args.model).name,
         "head_bits": head.clustered.rows.format.bits,
@@ -98,7 +84,7 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
         "n_clusters": head.n_clusters,
         "backend": head.backend,
         "backend_reason": head.backend_reason,
-        "equal_logits": scored_logits_agree(head.steps, rows_dtype(head)) if on_gpu else None,
+        "equal_logits": agreement,
         "keeps_dense_head": policy_of(head).dense,
         "tokens": args.tokens,
     }
@@ -109,7 +95,7 @@ def _cases(args: argparse.Namespace, settings: list[tuple[str, int]]) -> Generat
         UNVERIFIED: with_flash_head(flash, verify=False),
     }
     prompt = tokenizer.encode(PROMPT)
-    for sampler, batch in settings:
+    for sampler, batch in itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8)):
         run = (prompt, batch, args.tokens, SAMPLERS[sampler])
 
         def seconds(form: Form, _: int, run: tuple = run) -> float:
@@ -133,17 +119,17 @@ def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float
 
 
 def make_table(result: dict) -> Table:
-    """The table of one sampler and batch."""
-    probes, notes = result["n_probes"], [LEGEND]
+    probes = result["n_probes"]
+    notes = "unverified: the head's own choices, so the text may differ."
     if result["equal_logits"] is not None:
-        notes.append(f"{percent(result['equal_logits'], 3)} of the scored logits equal MLX's.")
+        notes += f"\n{percent(result['equal_logits'], 3)} of the scored logits equal MLX's."
     if result["keeps_dense_head"]:
-        notes.append(STAYS_DENSE)
+        notes += "\nFlashHead gains too little on this machine: the model stays dense by default."
     table = new_table(
         f"{result['model']}: {result['sampler']}, batch {result['batch']}, {probes[FLASH_HEAD]:,} "
         f"clusters of {result['n_clusters']:,} scored, {probes[UNVERIFIED]:,} unverified",
         ("", "ms", "quartiles", "tokens/s", "faster"),
-        "\n".join(notes),
+        notes,
     )
     for form, ms in result["token_ms"].items():
         faster = "" if form == DENSE else f"{result['times_faster'][form]:.2f} x"

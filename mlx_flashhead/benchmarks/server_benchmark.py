@@ -1,8 +1,7 @@
 """Puts three servers under load, in turns: with FlashHead, dense, and mlx-lm's own.
 
-Every server has a process of its own, and none of them keeps caches of prompts. Clients stream
-answers to prompts of different lengths, and some hang up after the first text. The other answers
-are compared with the answers to the same questions on their own.
+They keep no caches of prompts. Clients stream answers to prompts of different lengths, and some
+hang up after the first text. The other answers are compared with those to each question alone.
 """
 
 import argparse
@@ -22,40 +21,33 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from ..common.tables import Table, new_table
+from rich.table import Table
+
+from ..common.tables import new_table
 from ..models.fetch import resolve
-from .reporting import Case, report, spread
+from .reporting import Case, spread
 
 TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
 SENTENCE = "The bridge over the river was old and narrow, and nobody knew who had built it. "
 LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)  # sentences before each question
 HANGS_UP = 5  # one in so many clients
-HOST, END_SECONDS, ANSWER_SECONDS = "127.0.0.1", 30, 600
-MAX_PROBLEMS = 5
+HOST, ANSWER_SECONDS = "127.0.0.1", 600
+MAX_PROBLEMS = 5  # that are shown
 
 
 class Reply(NamedTuple):
-    """An answer: its text, the server's count of tokens, and the seconds to the first text.
+    """An answer, the server's count of tokens, and the seconds to the first text. A client that
+    hangs up has no count, and the text as far as it came; a lost one has a problem."""
 
-    A client that hangs up has no count, and the text as far as it came.
-    """
-
-    text: str
-    n_tokens: int | None
-    first_seconds: float | None
-
-
-Answered = tuple[str, Reply | str]  # a question with its reply, or with the error's text
+    question: str
+    text: str = ""
+    n_tokens: int | None = None
+    first_seconds: float | None = None
+    problem: str | None = None
 
 
-def run(args: argparse.Namespace) -> None:
-    """Puts the servers of the command line's model under load."""
-    report(args, _cases(args, str(resolve(args.model))), len(args.clients), make_table)
-
-
-def _cases(args: argparse.Namespace, folder: str) -> Generator[Case]:
-    """Each number of clients."""
-    model = ("--model", folder, "--prompt-cache-size", "0")
+def cases(args: argparse.Namespace) -> Generator[Case]:
+    model = ("--model", str(resolve(args.model)), "--prompt-cache-size", "0")
     flags = ["--n-probes", str(args.n_probes)] if args.n_probes is not None else []
     flags += ["--flash-head", args.flash_head] if args.flash_head is not None else []
     # neither the build nor dense steps are to be measured
@@ -73,141 +65,121 @@ def _cases(args: argparse.Namespace, folder: str) -> Generator[Case]:
             for name, port in ports.items()
         }
         for n in args.clients:
-            replies: dict[str, list[Answered]] = {name: [] for name in ports}
-
-            def result(seconds: dict, n: int = n, replies: dict = replies) -> dict:
-                loads = {name: figures(replies[name], alone[name], seconds[name]) for name in ports}
-                about = {"model": Path(args.model).name, "clients": n}
-                return about | {"requests": args.requests, "tokens": args.tokens, "loads": loads}
-
+            replies: dict[str, list[Reply]] = {name: [] for name in ports}
             timers = {
                 name: partial(visit, port, n, args.requests, args.tokens, replies[name])
                 for name, port in ports.items()
             }
-            yield Case(f"{n} at once, per token", timers, result)
+            about = {"model": Path(args.model).name, "clients": n}
+            about |= {"requests": args.requests, "tokens": args.tokens}
+            yield Case(f"{n} at once, per token", timers, partial(summary, about, replies, alone))
 
 
 def questions() -> list[str]:
-    """Questions of different lengths."""
     pairs = zip(LENGTHS, TOPICS, strict=True)
     return [f"{SENTENCE * n}Write a sentence about {topic}." for n, topic in pairs]
 
 
 def visit(
-    port: int, clients: int, requests: int, tokens: int, replies: list[Answered], number: int
+    port: int, clients: int, requests: int, tokens: int, replies: list[Reply], number: int
 ) -> float:
-    """A round of one server: several clients at once, each with one question after the other.
-
-    Returns the seconds for a token of all clients, and adds to ``replies``.
-    """
+    """A round of one server: several clients at once, each with one question after the other. Adds
+    to ``replies``, and returns the seconds for a token of all clients."""
     if number == 0:
         return 0.0  # the questions alone have warmed it up
     several = questions()
 
-    def request(i: int) -> Answered:
+    def request(i: int) -> Reply:
         question, leaves = several[i % len(several)], i % HANGS_UP == HANGS_UP - 1
         try:
-            return question, ask(port, question, max_tokens=tokens, hang_up=leaves)
+            return ask(port, question, max_tokens=tokens, hang_up=leaves)
         except (OSError, ValueError) as error:
-            return question, f"{question[-40:]!r}: {error}"[:300]
+            return Reply(question, problem=f"{question[-40:]!r}: {error}"[:300])
 
     began = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(request, range(requests)))
     seconds = time.monotonic() - began
     replies += answers
-    n_tokens = sum(reply.n_tokens or 0 for _, reply in answers if isinstance(reply, Reply))
+    n_tokens = sum(reply.n_tokens or 0 for reply in answers)
     return seconds / n_tokens if n_tokens else math.inf
 
 
-def figures(pairs: list[Answered], alone: dict[str, str], seconds: list[float]) -> dict:
-    """The figures of one server with one number of clients, JSON-ready.
+def summary(about: dict, replies: dict, alone: dict, seconds: dict[str, list[float]]) -> dict:
+    """The figures of each server with one number of clients, JSON-ready."""
+    loads = {name: figures(replies[name], alone[name], seconds[name]) for name in seconds}
+    return about | {"loads": loads}
 
-    Complete answers are ``as_alone`` if they have the text that their question has in ``alone``.
-    """
-    replies = [(question, reply) for question, reply in pairs if isinstance(reply, Reply)]
-    problems = [reply for _, reply in pairs if isinstance(reply, str)]
-    complete = [(question, reply) for question, reply in replies if reply.n_tokens is not None]
-    first = [reply.first_seconds for _, reply in replies if reply.first_seconds is not None]
+
+def figures(replies: list[Reply], alone: dict[str, str], seconds: list[float]) -> dict:
+    """The figures of one server. Complete answers are ``as_alone`` if they have the text that their
+    question has in ``alone``."""
+    complete = [reply for reply in replies if reply.n_tokens is not None]
+    problems = [reply.problem for reply in replies if reply.problem is not None]
+    first = [reply.first_seconds for reply in replies if reply.first_seconds is not None]
+    times = {"median": median(first) if first else None, "worst": max(first, default=None)}
     return {
         "answered": len(complete),
-        "hung_up": len(replies) - len(complete),
+        "hung_up": len(replies) - len(complete) - len(problems),
         "lost": len(problems),
-        "as_alone": sum(reply.text == alone[question] for question, reply in complete),
+        "as_alone": sum(reply.text == alone[reply.question] for reply in complete),
         "problems": problems[:MAX_PROBLEMS],
         "tokens_per_second": spread([1 / each for each in seconds]),
-        "first_seconds": {
-            "median": median(first) if first else None,
-            "worst": max(first, default=None),
-        },
+        "first_seconds": times,
     }
 
 
 def make_table(result: dict) -> Table:
-    """The table of one number of clients."""
     loads = result["loads"]
-    problems = [problem for load in loads.values() for problem in load["problems"]]
-    lost = f"Answers lost: {sum(load['lost'] for load in loads.values())}."
+    lost = [f"Answers lost: {sum(load['lost'] for load in loads.values())}."]
+    lost += [problem for load in loads.values() for problem in load["problems"]]
     title = "{model}, {clients} clients: {requests} requests, answers of at most {tokens} tokens"
     caption = "tokens/s: of all clients together. first s: median seconds to the first text.\n"
     caption += "as alone: complete answers with the text that the question has alone.\n"
-    caption += "\n".join([lost, *problems[:MAX_PROBLEMS]])
     headings = ("server", "tokens/s", "first s", "worst", "as alone")
-    table = new_table(title.format(**result), headings, caption)
+    table = new_table(title.format(**result), headings, caption + "\n".join(lost))
     for server, load in loads.items():
-        first, speed = load["first_seconds"], f"{load['tokens_per_second']['median']:.1f}"
-        times = ("–" if s is None else f"{s:.2f}" for s in (first["median"], first["worst"]))
-        table.add_row(server, speed, *times, f"{load['as_alone']} of {load['answered']}")
+        times = ("–" if s is None else f"{s:.2f}" for s in load["first_seconds"].values())
+        speed = f"{load['tokens_per_second']['median']:.1f}"
+        same = f"{load['as_alone']} of {load['answered']}"
+        table.add_row(server, speed, *times, same)
     return table
 
 
 @contextmanager
 def serving(module: str, *arguments: str) -> Iterator[int]:
-    """The port of a server that runs within the block: a module, and its arguments.
-
-    Raises:
-        ValueError: If it ends before it answers.
-    """
+    """The port of a server that runs within the block: a module, and its arguments. ValueError if
+    it ends before it answers."""
     with socket.create_server((HOST, 0)) as free:
         port: int = free.getsockname()[1]
     command = [sys.executable, "-m", module, *arguments, "--host", HOST, "--port", str(port)]
     nowhere = subprocess.DEVNULL
-    with tempfile.TemporaryFile("w+", errors="replace") as errors:
-        process = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=errors)
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=errors) as server,
+    ):
         try:
             while not _healthy(port):
-                if process.poll() is not None:
+                if server.poll() is not None:
                     errors.seek(0)
                     lines = errors.read().strip().splitlines() or ["it printed nothing"]
-                    started = " ".join([module, *arguments])
-                    raise ValueError(f"{started} did not start: {lines[-1]}")
+                    raise ValueError(f"{' '.join(command[2:])} did not start: {lines[-1]}")
                 time.sleep(0.1)
             yield port
         finally:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(END_SECONDS)
-            process.kill()
-            process.wait()
+            server.terminate()
 
 
 def _healthy(port: int) -> bool:
-    client = HTTPConnection(HOST, port, timeout=10)
-    with suppress(OSError, HTTPException), closing(client):
-        client.request("GET", "/health")
-        return client.getresponse().status == 200
+    with suppress(OSError, HTTPException), closing(HTTPConnection(HOST, port, timeout=10)) as http:
+        http.request("GET", "/health")
+        return http.getresponse().status == 200
     return False
 
 
 def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> Reply:
-    """Asks a server on this machine for a greedy answer, and receives it piece by piece.
-
-    With ``hang_up`` the client leaves after the first text.
-
-    Raises:
-        ValueError: If the server answers with an error, or not completely.
-        OSError: If it does not answer.
-    """
+    """A server's greedy answer, received piece by piece. With ``hang_up`` the client leaves after
+    the first text. ValueError if it answers with an error or not completely, OSError if not."""
     body = {"messages": [{"role": "user", "content": question}], "max_tokens": max_tokens}
     body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     headers = {"Content-Type": "application/json"}
@@ -228,9 +200,9 @@ def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> 
                 if text and first is None:
                     first = time.monotonic() - began
                     if hang_up:
-                        return Reply(text, None, first)
+                        return Reply(question, text, None, first)
                 if chunk.get("usage"):
-                    return Reply(text, chunk["usage"]["completion_tokens"], first)
+                    return Reply(question, text, chunk["usage"]["completion_tokens"], first)
         except HTTPException as error:
             raise ValueError(f"the answer broke off: {error!r}") from error
     raise ValueError("the stream ended without its usage")

@@ -1,21 +1,26 @@
 """Arguments of the commands: types that check a value, and a parser with errors of one sentence."""
 
-import argparse
 import json
 import math
+import os
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
+
+from .command import from_extra
 
 # Takes a value from the command line or from Python, or raises an ArgumentTypeError.
 Type = Callable[[Any], Any]
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """A parser whose error is one sentence, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the command with exit code 2."""
-        message = message.removeprefix("argument ").replace(": it is ", " is ", 1)
+        message = message.removeprefix("argument ").replace(": it ", " ", 1)
         self.exit(2, f"error: {message.rstrip('.')}.\n")
 
 
@@ -25,8 +30,8 @@ def _checked(convert: Type, wanted: str) -> Type:
     def checked(raw: Any) -> Any:
         try:
             return convert(raw)
-        except (TypeError, ValueError, KeyError, argparse.ArgumentTypeError):
-            raise argparse.ArgumentTypeError(f"it is {raw}: {wanted}") from None
+        except (TypeError, ValueError, KeyError, ArgumentTypeError):
+            raise ArgumentTypeError(f"it is {raw}: {wanted}") from None
 
     return checked
 
@@ -76,30 +81,35 @@ def whole_numbers(low: int) -> Type:
     return _checked(lambda text: [*map(whole_number(low), text.split(","))], wanted)
 
 
-def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
+def writable(path: str) -> str:
+    """A type: a file that can be written, checked before long work."""
+    file = Path(path)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ArgumentTypeError(f"it is {path}, which cannot be written: choose another place")
+    return path
+
+
+def picture(path: str) -> str:
+    """A type: a file that matplotlib can draw into."""
+    if not path.lower().endswith(PICTURES):
+        raise ArgumentTypeError(f"it is {path}, which must end in {', '.join(PICTURES)}")
+    try:
+        from_extra("matplotlib", "report", "it")
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return writable(path)
 
 
 share = number(0, 1)
-json_object = _checked(_object, 'give a JSON object such as {"enable_thinking": false}')
-
-
-def json_object_text(text: str) -> str:
-    """A type: a JSON object, which stays text."""
-    json_object(text)
-    return text
+# a TypeError if the text is no object
+json_object = _checked(
+    lambda text: {**json.loads(text)}, 'give a JSON object such as {"enable_thinking": false}'
+)
 
 
 def check(name: str, value: Any, type: Type) -> None:
-    """Checks an argument of a Python function.
-
-    Raises:
-        ValueError: If the type does not take the value, naming the argument.
-    """
+    """Checks an argument of a Python function; ValueError, naming it, if the type rejects it."""
     try:
         type(value)
-    except argparse.ArgumentTypeError as error:
+    except ArgumentTypeError as error:
         raise ValueError(f"`{name}` {str(error).removeprefix('it ')}.") from None

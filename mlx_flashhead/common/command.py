@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -50,9 +49,8 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 def ending_soon() -> Iterator[None]:
     """A block that Ctrl-C and SIGTERM end within half a second.
 
-    Python's handlers wait for the code that runs, and a long prompt runs in MLX for minutes. A
-    thread hears of a signal at once. If the handler has not run soon after, the thread ends the
-    process: nothing is being written that could be left half done.
+    Python's handlers wait for the code that runs, and a long prompt runs in MLX for minutes. If the
+    handler has not run soon, a thread ends the process, which is writing nothing then.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -62,7 +60,7 @@ def ending_soon() -> Iterator[None]:
         number = reader.recv(1)
         if number and number[0] in (signal.SIGINT, signal.SIGTERM) and not ended.wait(0.3):
             print("\nInterrupted.", file=sys.stderr, flush=True)
-            os._exit(130 if number[0] == signal.SIGINT else 143)
+            os._exit(128 + number[0])
 
     threading.Thread(target=watch, name="signals", daemon=True).start()
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -72,23 +70,6 @@ def ending_soon() -> Iterator[None]:
         ended.set()
         signal.set_wakeup_fd(before)
         writer.close()
-
-
-def check_writable(option: str, path: str) -> None:
-    """Checks, before long work, that an output file can be written. The file is not changed.
-
-    Raises:
-        ValueError: If it cannot be written, naming the option.
-    """
-    file = Path(path)
-    existed = file.exists()
-    try:
-        file.open("ab").close()
-    except OSError as error:
-        reason = f"{option} {path} cannot be written ({error.strerror})"
-        raise ValueError(f"{reason}: choose another place.") from None
-    if not existed:
-        file.unlink()
 
 
 def sentence(error: Exception) -> str:
@@ -105,9 +86,8 @@ def with_flags(text: str) -> str:
     """A text that names parameters of Python, such as `build=False`, with a command's flags."""
 
     def flag(parameter: re.Match[str]) -> str:
-        name, value = parameter.groups()
-        name = "pipeline" if name == "pipeline_group" else name.replace("_", "-")
-        return f"--no-{name}" if value == "=False" else f"--{name}"
+        name = parameter[1].removesuffix("_group").replace("_", "-")
+        return f"--no-{name}" if parameter[2] == "=False" else f"--{name}"
 
     return _PARAMETER.sub(flag, text)
 
@@ -118,15 +98,9 @@ def printable(text: str) -> str:
 
 
 def from_extra(module: str, extra: str, what: str) -> ModuleType:
-    """Imports a module that an extra of this package brings.
-
-    Raises:
-        ValueError: If it is not installed: ``what`` needs it, and how to install it.
-    """
+    """Imports a module of an extra; ValueError, for ``what`` needs it, if it is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{what} needs {error.name}, which is not installed: "
-            f"pip install 'mlx_flashhead[{extra}]'."
-        ) from error
+        missing = f"{what} needs {error.name}, which is not installed"
+        raise ValueError(f"{missing}: pip install 'mlx_flashhead[{extra}]'.") from error

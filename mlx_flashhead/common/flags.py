@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from .arguments import Type, json_object_text, number, one_of, share, whole_number
+from .arguments import Type, json_object, number, one_of, share, whole_number
 
 
 def add_model_flags(parser: Any) -> None:
@@ -26,10 +26,6 @@ def add_answer_flags(parser: Any, *, max_tokens: int, seed: int | None) -> None:
     longest = "Longest answer, or -1 for no limit (default: %(default)s)."
     tokens = whole_number(1, or_no_limit=True)
     at_least_1 = whole_number(1)
-    threshold = "Probability above which XTC removes all tokens but the last (default: 0)."
-    cached = "Tokens that the cache keeps: the first four and the newest (default: all)."
-    step = "Tokens of the prompt that are read at a time (default: %(default)s)."
-    wait = "Longest time that tokens wait for their verification, 0 to 1 (default: 0.1)."
     parser.add_argument("--system-prompt", help="System prompt for the chat template.")
     parser.add_argument("--max-tokens", "-m", type=tokens, default=max_tokens, help=longest)
     add("--temp", number(0), 0.0, "Temperature; 0 is greedy (default: 0).")
@@ -38,15 +34,23 @@ def add_answer_flags(parser: Any, *, max_tokens: int, seed: int | None) -> None:
     add("--top-k", whole_number(0), 0, "Top-k sampling; 0 is off (default: 0).")
     add("--min-tokens-to-keep", at_least_1, 1, "Fewest tokens that min-p keeps (default: 1).")
     add("--xtc-probability", share, 0.0, "How often XTC is used (default: 0).")
-    add("--xtc-threshold", number(0, 0.5), 0.0, threshold)
+    add("--xtc-threshold", number(0, 0.5), 0.0, "XTC removes tokens above it but one (default: 0).")
     add("--seed", whole_number(0), seed, "The same seed draws the same text.")
-    add("--max-kv-size", at_least_1, None, cached)
-    add("--prefill-step-size", at_least_1, 2048, step)
+    add("--max-kv-size", at_least_1, None, "Tokens that the cache keeps (default: all).")
+    add("--prefill-step-size", at_least_1, 2048, "Prompt tokens read at a time (default: 2048).")
+    wait = "Longest time that tokens wait for their verification, 0 to 1 (default: 0.1)."
     parser.add_argument("--max-wait", type=share, metavar="SECONDS", help=wait)
 
 
 def add_prompt_flags(parser: Any) -> None:
     """Adds the other flags of ``mlx_lm.generate``."""
+
+    def is_true(word: str) -> bool:
+        return word.lower() not in ("false", "f")
+
+    def json_text(text: str) -> str:
+        return json.dumps(json_object(text))
+
     add = parser.add_argument
     add("--prompt", "-p", default="hello", help='Text to answer; "-" reads standard input.')
     add("--prefill-response", help="Beginning of the answer, for the chat template.")
@@ -54,8 +58,8 @@ def add_prompt_flags(parser: Any) -> None:
     add("--extra-eos-token", nargs="+", default=(), help="More tokens that end the answer.")
     add("--ignore-chat-template", action="store_true", help="Give the model the prompt as it is.")
     add("--use-default-chat-template", action="store_true", help="Use the default chat template.")
-    add("--chat-template-config", type=json_object_text, help="A JSON object for the template.")
-    add("--verbose", type=_is_true, default=True, help="F prints the answer alone.")
+    add("--chat-template-config", type=json_text, help="A JSON object for the template.")
+    add("--verbose", type=is_true, default=True, help="F prints the answer alone.")
     add("--prompt-cache-file", help="File of mlx_lm.cache_prompt, whose prompt goes before.")
     add("--quantize-activations", "-qa", action="store_true", help="Quantize activations, too.")
     add("--kv-bits", type=one_of(2, 3, 4, 5, 6, 8), help="Bits of the cache (default: as it is).")
@@ -66,34 +70,18 @@ def add_prompt_flags(parser: Any) -> None:
     add("--num-draft-tokens", type=whole_number(1), default=3, help=drafts)
 
 
-def _is_true(word: str) -> bool:
-    return word.lower() not in ("false", "f")
+def add_source_options(group: Any, no_build: str | None = None) -> None:
+    """Adds ``--flash-head`` and ``--no-build``."""
+    source = "The FlashHead (default: the model folder's, else one built before, else a new one)."
+    group.add_argument("--flash-head", metavar="FOLDER_OR_REPO", help=source)
+    group.add_argument("--no-build", action="store_true", help=no_build or "Refuse to build one.")
 
 
-def add_probes_option(group: Any) -> None:
-    """Adds ``--n-probes``."""
+def add_head_options(group: Any, no_build: str | None = None) -> None:
+    """Adds the flags of a command that loads a model and builds a missing FlashHead first."""
     text = "Clusters scored per token (default: the number that is fastest on this machine)."
     group.add_argument("--n-probes", type=whole_number(1), help=text)
-
-
-def add_source_options(group: Any, no_build: str = "Refuse to build a missing FlashHead.") -> None:
-    """Adds ``--flash-head`` and ``--no-build``."""
-    group.add_argument(
-        "--flash-head",
-        metavar="FOLDER_OR_REPO",
-        help="Source of the FlashHead (default: the model's folder, else the one that was built "
-        "for this model before, else a new one is built once and kept).",
-    )
-    group.add_argument("--no-build", action="store_true", help=no_build)
-
-
-def source_options(args: Namespace) -> dict[str, Any]:
-    """``--flash-head`` and ``--no-build`` as arguments of ``load``."""
-    return {"flash_head": args.flash_head, "build": not args.no_build}
-
-
-def add_fine_head_options(group: Any) -> None:
-    """Adds ``--fine-head`` and ``--head-bits``."""
+    add_source_options(group, no_build)
     group.add_argument(
         "--fine-head",
         nargs="?",
@@ -104,19 +92,8 @@ def add_fine_head_options(group: Any) -> None:
         "the same speed with FlashHead. Only the head's rows are fetched, once. SOURCE is a "
         "repository, a folder or a safetensors file (default: the original that the model names).",
     )
-    group.add_argument(
-        "--head-bits",
-        type=one_of(6, 8, 16),
-        metavar="6|8|16",
-        help="Bits of the finer head; 16 keeps the original's (default: 8).",
-    )
-
-
-def add_head_options(group: Any) -> None:
-    """Adds the flags of a command that loads a model and builds a missing FlashHead first."""
-    add_probes_option(group)
-    add_source_options(group)
-    add_fine_head_options(group)
+    bits = "Bits of the finer head; 16 keeps the original's (default: 8)."
+    group.add_argument("--head-bits", type=one_of(6, 8, 16), metavar="6|8|16", help=bits)
 
 
 def add_always_option(group: Any) -> None:
@@ -127,29 +104,17 @@ def add_always_option(group: Any) -> None:
 
 def add_answering_options(group: Any) -> None:
     """Adds the flags of a command that answers before a FlashHead is built."""
-    add_source_options(group, "Build no FlashHead: without one, answer with the normal head.")
-    add_fine_head_options(group)
-    group.add_argument(
-        "--build-first",
-        action="store_true",
-        help="Build a missing FlashHead before the first answer (default: the model answers with "
-        "its normal head, and the FlashHead is built when there is time).",
-    )
+    add_head_options(group, "Build no FlashHead: without one, answer with the normal head.")
+    first = "Build a missing FlashHead before the first answer (default: when there is time)."
+    group.add_argument("--build-first", action="store_true", help=first)
     add_always_option(group)
-    group.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="Take the FlashHead's choices without verification (default: every token is verified "
-        "with all rows, so that the text is the normal head's).",
-    )
+    own = "Take FlashHead's choices (default: verify them, for the normal head's text)."
+    group.add_argument("--no-verify", action="store_true", help=own)
 
 
 def check_before_loading(args: Namespace) -> None:
-    """Checks the flags against the model's configuration, if its folder is on this machine.
-
-    Raises:
-        ValueError: For images of a text model, or for more clusters than the model has tokens.
-    """
+    """Checks flags against the configuration of a model on this machine; ValueError for images of a
+    text model, or for more clusters than it has tokens."""
     try:
         config = json.loads((Path(args.model or "").expanduser() / "config.json").read_bytes())
         vocab_size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
@@ -158,7 +123,5 @@ def check_before_loading(args: Namespace) -> None:
     if getattr(args, "image", ()) and not config.get("vision_config"):
         raise ValueError(f"{args.model} is a text model: leave --image out.")
     if args.n_probes and isinstance(vocab_size, int) and args.n_probes > vocab_size:
-        raise ValueError(
-            f"--n-probes is {args.n_probes:,}: {args.model} has {vocab_size:,} tokens, and fewer "
-            "clusters."
-        )
+        reason = f"{args.model} has {vocab_size:,} tokens, and fewer clusters"
+        raise ValueError(f"--n-probes is {args.n_probes:,}: {reason}.")

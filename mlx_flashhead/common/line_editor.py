@@ -4,11 +4,11 @@ import asyncio
 import signal
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
-from prompt_toolkit.completion.word_completer import WordCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory
@@ -24,22 +24,22 @@ def line_editor(
     with_files: Sequence[str],
     history: Path,
 ) -> Callable[[], str]:
-    """A function that lets a user type a text after ``prompt`` and returns it.
-
-    A text that ``is_open`` goes on in the next line. ``commands`` complete the beginning of a line,
-    and a file's name follows those in ``with_files``. The file ``history`` stores earlier texts, if
-    it can be written.
-    """
+    """A function that lets a user type a text after ``prompt`` and returns it. A text that is open
+    goes on in the next line. ``commands`` complete the beginning of a line, and a file's name
+    follows those ``with_files``. The file ``history`` stores earlier texts, if it can."""
     keys = KeyBindings()
 
     @keys.add("escape", "enter")
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.newline()
 
+    store = None  # without a place the history lasts as long as the chat
     with suppress(OSError):
         history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        history.touch()
+        store = FileHistory(history)
     session: PromptSession[str] = PromptSession(
-        history=_History(history),
+        history=store,
         completer=_Commands(commands, with_files),
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,
@@ -53,12 +53,10 @@ def line_editor(
         # An exception out of a signal's handler may be lost in the event loop, or leave the
         # terminal raw: the editor ends first.
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-        received: list[int] = []
 
         def leave(number: int) -> None:
-            received.append(number)
             if session.app.future is not None and not session.app.future.done():
-                session.app.exit(result="")
+                session.app.exit(exception=SystemExit(128 + number))
 
         def heed_signals() -> None:
             for number, handler in handlers.items():
@@ -70,27 +68,19 @@ def line_editor(
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            if received:
-                signal.raise_signal(received[0])
 
     return read
 
 
-class _History(FileHistory):
-    def store_string(self, string: str) -> None:
-        with suppress(OSError):  # a full disk must not end the chat
-            super().store_string(string)
-
-
+@dataclass
 class _Commands(Completer):
-    def __init__(self, commands: Sequence[str], with_files: Sequence[str]):
-        self._commands = WordCompleter([f"{name} " for name in commands], sentence=True)
-        self._files = PathCompleter(expanduser=True)
-        self._with_files = with_files
+    commands: Sequence[str]
+    with_files: Sequence[str]
 
     def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
         command, space, path = document.text_before_cursor.partition(" ")
-        if not space and command:
-            yield from self._commands.get_completions(document, event)
-        elif command in self._with_files:
-            yield from self._files.get_completions(Document(path), event)
+        if command in self.with_files and space:
+            yield from PathCompleter(expanduser=True).get_completions(Document(path), event)
+        elif command and not space:
+            fitting = (name for name in self.commands if name.startswith(command))
+            yield from (Completion(f"{name} ", -len(command)) for name in fitting)

@@ -12,39 +12,27 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Part of the names of temporary folders, which nobody else's folders have.
-TEMPORARY = "mlx_flashhead-new"
+TEMPORARY = "mlx_flashhead-new"  # part of the names of temporary folders, and of no others
 REPLACED = "replaced"  # what stood in the place, until the new folder stands there
 YOUNG = 1.0  # seconds in which a process may not have locked its folder yet
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``target`` when the block succeeds.
-
-    Missing parents are made, and a folder there is replaced.
-
-    Raises:
-        ValueError: If the place cannot be written.
-        OSError: If writing into the folder fails, naming ``target``.
-    """
+    """A temporary folder that becomes, or replaces, the folder ``target`` when the block succeeds.
+    Missing parents are made. OSError, naming the place, if it cannot be written."""
     missing_parents = [parent for parent in target.parents if not parent.exists()]
     try:
-        with ExitStack() as stack:
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                folder = stack.enter_context(_temporary_folder(target)) / "new"
-                folder.mkdir()
-            except OSError as error:
-                reason = f"{target} cannot be written ({error.strerror})"
-                raise ValueError(f"{reason}: choose another place.") from None
-            yield folder
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary_folder(target) as temporary:
+            (temporary / "new").mkdir()
+            yield temporary / "new"
             if target.exists():
-                os.replace(target, folder.with_name(REPLACED))
-            os.replace(folder, target)
+                os.replace(target, temporary / REPLACED)
+            os.replace(temporary / "new", target)
     finally:
         for parent in missing_parents:
             with suppress(OSError):  # the folder stands in it
@@ -54,10 +42,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """A temporary path that becomes, or replaces, the file ``target`` when the block succeeds.
-
-    Raises:
-        OSError: If ``target`` cannot be written, naming it.
-    """
+    OSError, naming it, if it cannot be written."""
     with _temporary_folder(target) as folder:
         yield folder / target.name
         os.replace(folder / target.name, target)

@@ -52,23 +52,17 @@ def redacted_logs() -> Iterator[None]:
 def holds_secret(content: bytes) -> bool:
     """Whether a file's content holds the user's token, or text in the form of a token."""
     token = get_token()
-    if token and token.encode() in content:
-        return True
-    return re.search(rb"\bhf_[A-Za-z0-9]{34}\b", content) is not None
+    own = token is not None and token.encode() in content
+    return own or re.search(rb"\bhf_[A-Za-z0-9]{34}\b", content) is not None
 
 
 def full_name(name: str, user: str) -> str:
-    """ "owner/name" of a repository that may be named without its owner.
-
-    Raises:
-        ValueError: If the Hub does not allow the name.
-    """
+    """ "owner/name" of a repository that may be named without its owner; ValueError if the Hub does
+    not allow the name."""
     repo_id = name if "/" in name else f"{user}/{name}"
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise ValueError(
-            f"{name!r} is not a name of a repository: give OWNER/NAME of letters, digits, '-', '_' "
-            "and '.', at most 96 of them."
-        ) from None
+        form = "OWNER/NAME of letters, digits, '-', '_' and '.', at most 96 of them"
+        raise ValueError(f"{name!r} is not a name of a repository: give {form}.") from None
     return repo_id

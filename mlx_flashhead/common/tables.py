@@ -1,36 +1,25 @@
 """What the commands show: quantities as text, tables of one look, and pictures in files."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
-from .command import check_writable, from_extra
+from .command import from_extra
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # rich may be absent
     from rich.table import Table
-else:
-    Table = object  # rich may be absent
-
-FOLDED = 12  # characters that a folding column has at least
-SUFFIXES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def new_table(
     title: str | None, headings: Sequence[str], caption: str | None = None, *, left: int = 1
 ) -> "Table":
-    """An empty table of rich; ``left`` columns hold words, the others figures.
-
-    Raises:
-        ValueError: If rich is not installed.
-    """
-    rich_table, box = (from_extra(f"rich.{name}", "report", "A table") for name in ("table", "box"))
+    """An empty table of rich. The first ``left`` columns hold words, the others figures."""
+    rich_table = from_extra("rich.table", "report", "A table")
     table = rich_table.Table(
         title=title,
         title_justify="left",
         caption=caption,
         caption_justify="left",
-        box=box.SIMPLE,
+        box=rich_table.box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
     for column, heading in enumerate(headings):
@@ -39,11 +28,8 @@ def new_table(
 
 
 def show(*parts: "Table | str") -> None:
-    """Prints tables, and lines of text between them.
-
-    No figure is cut off: a table is as wide as the screen, or wider where it must be. A column
-    that folds makes way first.
-    """
+    """Prints tables, and lines of text between them. No figure is cut off: a table is wider than
+    the screen where it must be. A column that folds makes way first."""
     rich_console = from_extra("rich.console", "report", "A table")
     console = rich_console.Console(highlight=False, markup=False, emoji=False)
     screen = console.width
@@ -54,7 +40,8 @@ def show(*parts: "Table | str") -> None:
             width = console.measure(part).maximum
             for column in part.columns:
                 if not column.no_wrap:
-                    width -= max(0, max(len(str(cell)) for cell in column.cells) - FOLDED)
+                    longest = max(len(str(cell)) for cell in column.cells)
+                    width -= max(0, longest - 12)  # so many characters stay
             console.width = max(screen, width)
         console.print(part)
 
@@ -72,26 +59,3 @@ def count(number: int, noun: str) -> str:
 def megabytes(nbytes: float) -> str:
     """A size, such as "1.2 MB"."""
     return f"{nbytes / 1e6:.1f} MB"
-
-
-def check_picture(option: str, path: str) -> None:
-    """Checks, before long work, that a picture can be drawn into the file of an option.
-
-    Raises:
-        ValueError: If the suffix is unknown, the file cannot be written, or matplotlib is not
-            installed.
-    """
-    if Path(path).suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{option} {path} must end in {', '.join(SUFFIXES)}.")
-    from_extra("matplotlib", "report", option)
-    check_writable(option, path)
-
-
-def pyplot() -> ModuleType:
-    """``matplotlib.pyplot``, which draws into files only.
-
-    Raises:
-        ValueError: If matplotlib is not installed.
-    """
-    from_extra("matplotlib", "report", "A picture").use("Agg")
-    return from_extra("matplotlib.pyplot", "report", "A picture")

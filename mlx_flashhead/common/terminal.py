@@ -2,20 +2,22 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 import termios
+import tty
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
-from .command import from_extra, printable
+from .command import printable
 
 PROMPT = "> "
 QUOTES = '"""'  # around several lines
+UNKNOWN = (sys.maxsize, 0)  # size of a terminal
 _WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\U00020000-\U0003fffd"
 # A word with the space before it. Chinese and Japanese have no spaces: each character is one.
 _UNIT = re.compile(rf"\n|[ \t]*[{_WIDE}]|[ \t]*[^ \t\n{_WIDE}]+|[ \t]+")
@@ -40,38 +42,30 @@ def is_open(text: str) -> bool:
 
 
 class Terminal:
-    """Reads texts and prints. It writes escape codes to a terminal only.
-
-    Behind a pipe, standard output carries the answers alone, and the program's own lines go to
-    standard error. The arguments are those of :func:`.line_editor.line_editor`.
-    """
+    """Reads texts and prints. Behind a pipe, standard output carries the answers alone, and the
+    program's own lines go to standard error. Arguments are those of `line_editor`."""
 
     def __init__(self, commands: Sequence[str], with_files: Sequence[str], history: Path):
         shown = sys.stdout.isatty()
         self.interactive = sys.stdin.isatty() and shown
         self._own = sys.stdout if shown else sys.stderr
         self._dim = shown and os.environ.get("TERM", "dumb") != "dumb"
-        self._wrap = WordWrap(_columns) if shown else None
+        self._wrap = WordWrap(lambda: shutil.get_terminal_size(UNKNOWN).columns) if shown else None
         self._read_line: Callable[[], str] = input
         if self.interactive:
             try:
-                from_extra("prompt_toolkit", "chat", "Pasting several lines, and a history,")
-            except ValueError as error:
-                self.say(str(error))
-                self._read_line = partial(input, PROMPT)
-            else:
                 from .line_editor import line_editor
 
                 self._read_line = line_editor(PROMPT, is_open, commands, with_files, history)
+            except ModuleNotFoundError:
+                self._read_line = lambda: input(PROMPT)
+                self.say("A history, and pasting lines, need pip install 'mlx_flashhead[chat]'.")
         elif isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
 
     def read(self) -> str:
         """The next text: a line, a pasted text, or lines with three quotes before and after them.
-
-        Raises:
-            EOFError: At the end of the input.
-        """
+        EOFError at the end of the input."""
         text = self._read_line()
         while is_open(text):
             try:
@@ -83,8 +77,7 @@ class Terminal:
     def show(self, piece: str) -> None:
         """Prints a piece of an answer. The beginning of a word waits for its end."""
         piece = printable(piece)
-        sys.stdout.write(self._wrap.feed(piece) if self._wrap else piece)
-        sys.stdout.flush()
+        print(self._wrap.feed(piece) if self._wrap else piece, end="", flush=True)
 
     def end(self) -> None:
         """Ends the answer and its line."""
@@ -97,20 +90,10 @@ class Terminal:
         print(f"\x1b[2m{text}\x1b[0m" if self._dim and text else text, file=self._own, flush=True)
 
 
-def _columns() -> int:
-    """Width of the terminal; very wide if it is unknown."""
-    try:  # of this terminal, whatever $COLUMNS says
-        return os.get_terminal_size(sys.stdout.fileno()).columns or sys.maxsize
-    except (OSError, ValueError):
-        return sys.maxsize
-
-
 @contextmanager
 def stop_key() -> Iterator[Callable[[], bool]]:
     """A block in which Ctrl-C asks to stop, and a second one interrupts: yields whether to stop.
-
-    Other keys are not shown, and wait for the next line.
-    """
+    Other keys are not shown, and wait for the next line."""
     pressed = False
 
     def press(number: int, frame: object) -> None:
@@ -123,8 +106,7 @@ def stop_key() -> Iterator[Callable[[], bool]]:
     modes = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
     try:
         if modes:
-            quiet = [*modes[:3], modes[3] & ~(termios.ECHO | termios.ICANON), *modes[4:]]
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+            tty.setcbreak(sys.stdin, termios.TCSANOW)
         yield lambda: pressed
     finally:
         if modes:

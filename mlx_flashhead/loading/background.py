@@ -120,8 +120,6 @@ def build_steps(
                 sources.keep(index, place)
             except OSError as error:
                 say(_not_kept(error.strerror or str(error)))
-            except ValueError as error:  # of the folder itself
-                say(f"It is not kept: {error}")
         return StoredHead(index, str(place))
     finally:
         if lock is not None:

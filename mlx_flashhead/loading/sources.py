@@ -261,8 +261,8 @@ def find(rows: Matrix, say: Callable[[str], None]) -> StoredHead | None:
 
 
 def keep(index: FlashHeadIndex, place: Path) -> None:
-    """Keeps a FlashHead and replaces another one in its place, whose speeds are forgotten; OSError,
-    or ValueError in a sentence, if it cannot be written. Nothing is left behind."""
+    """Keeps a FlashHead and replaces another one in its place, whose speeds are forgotten; OSError
+    if it cannot be written. Nothing is left behind."""
     with new_folder(place) as folder:
         files.write_companion(folder, index)
     speeds_of(index.config.fingerprint).unlink(missing_ok=True)

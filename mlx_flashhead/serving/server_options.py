@@ -45,8 +45,6 @@ def make_parser() -> Parser:
     add("--served-model-name", more, metavar="NAME")
     more = "Further models that requests may name. They are loaded at the start and stay in memory."
     add("--allow-models", more, [], nargs="+", metavar="MODEL")
-    probes = "Clusters scored per token, unless a request gives n_probes (default: the FlashHead's)"
-    add("--n-probes", probes, type=whole_number(1))
     add_answering_options(group)
     switch(
         "--dense",

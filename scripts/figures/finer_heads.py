@@ -30,8 +30,8 @@ from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
 from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Form, with_flash_head
 from mlx_flashhead.benchmarks.reporting import in_turns, machine
-from mlx_flashhead.common.arguments import Parser
-from mlx_flashhead.common.command import check_writable, command
+from mlx_flashhead.common.arguments import Parser, writable
+from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.head.matrix import as_float32
@@ -147,7 +147,7 @@ def table(figures: dict) -> Iterator[str]:
         name += f", {by_form['unquantized']['positions']:,} positions"
         for form, row in by_form.items():
             cells = [
-                f"{speeds[f'{form}, {kind}']['tokens_per_second']:.1f}"
+                f"{speeds[f'{form}, {kind}']['tokens_per_second']:.2f}"
                 if f"{form}, {kind}" in speeds
                 else ""
                 for kind in (DENSE, TUNED)
@@ -170,7 +170,8 @@ def main() -> None:
     """Entry point."""
     parser = Parser(prog="scripts/figures/finer_heads.py", description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", type=Path, help="folders of models in 16 bits or more")
-    parser.add_argument("--json", metavar="FILE", required=True, help="the figures; continued")
+    file = {"type": writable, "metavar": "FILE", "required": True}
+    parser.add_argument("--json", **file, help="the figures; continued")
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--work", type=Path, default=WORK, help="default: %(default)s")
@@ -179,7 +180,6 @@ def main() -> None:
     add_number(parser, "--tokens", 24, "Tokens of a run")
     add_number(parser, "--rounds", 3, "Rounds that count")
     args = parser.parse_args()
-    check_writable("--json", args.json)
     args.work.mkdir(parents=True, exist_ok=True)
     file = Path(args.json)
     figures = json.loads(file.read_text()) if file.exists() else {"quality": {}, "speed": {}}

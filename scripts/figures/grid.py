@@ -27,8 +27,8 @@ from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
 from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Form, with_flash_head
 from mlx_flashhead.benchmarks.reporting import cells, in_turns, machine, spread
-from mlx_flashhead.common.arguments import Parser
-from mlx_flashhead.common.command import check_writable, command
+from mlx_flashhead.common.arguments import Parser, writable
+from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import count, new_table, show
 from mlx_flashhead.lossless.policy import policy_of
 from mlx_flashhead.models.install import dense_copy, installed_head
@@ -139,12 +139,12 @@ def main() -> None:
     """Entry point."""
     parser = Parser(prog="scripts/figures/grid.py", description=__doc__.split("\n")[0])
     parser.add_argument("models", nargs="+", type=Path, help="folders of models in 16 bits or more")
-    parser.add_argument("--json", metavar="FILE", required=True, help="the figures; continued")
+    file = {"type": writable, "metavar": "FILE", "required": True}
+    parser.add_argument("--json", **file, help="the figures; continued")
     parser.add_argument("--work", type=Path, default=WORK, help="default: %(default)s")
     add_number(parser, "--tokens", 24, "Tokens of a run; half as many of 4 texts")
     add_number(parser, "--rounds", 3, "Rounds that count")
     args = parser.parse_args()
-    check_writable("--json", args.json)
     args.work.mkdir(parents=True, exist_ok=True)
     file, began = Path(args.json), time.monotonic()
     cases = json.loads(file.read_text())["cases"] if file.exists() else []

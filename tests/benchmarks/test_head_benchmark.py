@@ -24,7 +24,7 @@ def test_forms_agree_with_the_rows(bits, dtype, vocab_size, hidden_size):
     assert (head.vocab_size, head.hidden_size, head.n_probes) == (vocab_size, hidden_size, 5)
     assert head.clustered.rows.quantized == (bits != 16)
     named = forms(head)
-    hidden = mx.random.normal((2, hidden_size)).astype(dtype)
+    hidden = mx.random.normal((40, hidden_size)).astype(dtype)
     slots = head.clustered.flat_rows().dequantized().astype(mx.float32)[:vocab_size]
     rows = head.clustered.token_rows().dequantized().astype(mx.float32)
     loose = {"rtol": 5e-2, "atol": 5e-2} if dtype != mx.float32 else {"rtol": 1e-4, "atol": 1e-4}
@@ -32,16 +32,10 @@ def test_forms_agree_with_the_rows(bits, dtype, vocab_size, hidden_size):
         logits = np.array(named[name](hidden).astype(mx.float32))
         np.testing.assert_allclose(logits, hidden.astype(mx.float32) @ expected.T, **loose)
     full = np.array(named[LOGITS](hidden).astype(mx.float32))
-    assert full.shape == (2, vocab_size)
+    expected = head.unverified_logits(hidden, 5).astype(mx.float32)  # also of many positions
+    np.testing.assert_allclose(full, expected, **loose)
+    assert not mx.allclose(expected, head(hidden).astype(mx.float32), atol=1e-3)  # which is dense
     assert (np.array(named[PROPOSAL](hidden)) == full.argmax(-1)).all()
-
-
-def test_flash_head_scores_its_clusters_at_any_number_of_positions():
-    head = random_head(320, 64, n_probes=5)
-    hidden = mx.random.normal((40, 64))
-    logits = np.array(forms(head)[LOGITS](hidden))
-    assert not np.allclose(logits, head(hidden), atol=1e-3)  # which is dense
-    np.testing.assert_allclose(logits, head.unverified_logits(hidden, 5), atol=1e-5)
 
 
 def test_ratios_are_those_of_the_printed_medians_and_bytes_those_that_are_read():

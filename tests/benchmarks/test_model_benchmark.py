@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from flash_loops import make_flash
 from mlx_flashhead.benchmarks import model_benchmark
 from mlx_flashhead.benchmarks.model_benchmark import (
     DENSE,
@@ -17,8 +18,7 @@ from mlx_flashhead.benchmarks.model_benchmark import (
     with_flash_head,
 )
 from mlx_flashhead.models.compat.mlx_lm import generate_step
-from mlx_flashhead.models.install import install
-from tiny_models import VOCAB_SIZE, tiny_index, tiny_model
+from tiny_models import VOCAB_SIZE, tiny_model
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -29,14 +29,11 @@ def test_the_first_token_is_not_timed(monkeypatch, batch):
     monkeypatch.setattr(model_benchmark, "time", clock)
     shapes = []
 
-    def make_sampler():
-        def sampler(logprobs):
-            shapes.append(logprobs.shape)
-            return mx.zeros(logprobs.shape[:-1], mx.uint32)
+    def sampler(logprobs):
+        shapes.append(logprobs.shape)
+        return mx.zeros(logprobs.shape[:-1], mx.uint32)
 
-        return sampler
-
-    form = Form(tiny_model(), make_sampler=make_sampler)
+    form = Form(tiny_model(), make_sampler=lambda: sampler)
     seconds, tokens = form.decode([1, 2], batch, 4, {})
     assert (seconds, len(tokens)) == (3, 5)  # (4 + 4 + 1 + 3) / 4
     assert set(shapes) == {(batch, VOCAB_SIZE)} and len(shapes) >= 5
@@ -45,10 +42,7 @@ def test_the_first_token_is_not_timed(monkeypatch, batch):
 @pytest.mark.parametrize("verify", [True, False])
 def test_flash_head_decodes_with_this_package_s_loops(verify):
     """With verification every token that is timed is the dense model's."""
-    flash = tiny_model()
-    index = tiny_index(flash)
-    install(flash, index.token_ids, index.centroids, n_probes=1)
-    form = with_flash_head(flash, verify=verify)
+    form = with_flash_head(make_flash(n_probes=1).model, verify=verify)
     expected = [token for token, _ in generate_step(mx.array([1, 2]), tiny_model(), max_tokens=10)]
     for batch in (1, 3):
         seconds, tokens = form.decode([1, 2], batch, 9, {"temp": 0.0})
@@ -62,18 +56,14 @@ def test_ratios_are_those_of_the_printed_medians():
         FLASH_HEAD: [0.0493, 0.0400, 0.1000],
         UNVERIFIED: [0.0479, 0.0479, 0.0479],
     }
-    about = {
-        "model": "m",
-        "n_probes": {FLASH_HEAD: 3, UNVERIFIED: 4},
-        "n_clusters": 9,
-        "equal_logits": 1.0,
-    }
-    for keeps_dense_head in (True, False):
-        figures = summary(about | {"keeps_dense_head": keeps_dense_head}, "greedy", 4, seconds)
+    about = {"model": "m", "n_probes": {FLASH_HEAD: 3, UNVERIFIED: 4}, "n_clusters": 9}
+    about["equal_logits"] = 1.0
+    for dense in (True, False):
+        figures = summary(about | {"keeps_dense_head": dense}, "greedy", 4, seconds)
         table = make_table(figures)
         assert "100.000 % of the scored logits equal MLX's." in table.caption
         assert "3 clusters of 9 scored, 4 unverified" in table.title
-        assert ("stays dense" in table.caption) == keeps_dense_head
+        assert ("stays dense" in table.caption) == dense
     assert figures["token_ms"][DENSE]["median"] == pytest.approx(59.3)
     assert figures["tokens_per_second"][FLASH_HEAD] == pytest.approx(4 / 0.0493)
     faster = {FLASH_HEAD: pytest.approx(59.3 / 49.3), UNVERIFIED: pytest.approx(59.3 / 47.9)}

@@ -69,10 +69,9 @@ def test_answers_are_those_without_a_cache(conversation):
         right = expected(conversation, text)
         pieces = list(conversation.ask(text, **LIMIT))
         assert len(pieces) > 3 and all(pieces) and "".join(pieces) == right
-        assert conversation.messages[-2:] == [
-            {"role": "user", "content": text},
-            {"role": "assistant", "content": right},
-        ]
+        question, reply = conversation.messages[-2:]
+        assert question == {"role": "user", "content": text}
+        assert reply == {"role": "assistant", "content": right}
         last = conversation.answers[number]
         assert (last.text, last.n_tokens, last.finish) == (right, 12, LENGTH)
         assert (last.n_cached > 0) == (number > 0) and last.n_cached < last.n_prompt
@@ -84,9 +83,9 @@ def test_a_stopped_answer_stays_as_far_as_it_came(conversation, n_pieces):
     right, seen = expected(conversation, "Hello"), []
     for piece in conversation.ask("Hello", stopping=lambda: len(seen) == n_pieces, **LIMIT):
         seen.append(piece)
-    assert len(seen) == n_pieces
-    assert right.startswith("".join(seen)) and "".join(seen) != right
-    assert conversation.messages[-1] == {"role": "assistant", "content": "".join(seen)}
+    text = "".join(seen)
+    assert len(seen) == n_pieces and right.startswith(text) and text != right
+    assert conversation.messages[-1] == {"role": "assistant", "content": text}
     assert conversation.answers[-1].finish == STOPPED
     check_next_answer(conversation)
 
@@ -96,8 +95,7 @@ def test_a_question_stopped_in_the_prompt_is_forgotten(conversation, calls):
     answer(conversation, "Hello")
     before = list(conversation.messages)
     stops = iter([False] * (calls - 1) + [True])
-    text = answer(conversation, "Another", stopping=lambda: next(stops), prefill_step_size=8)
-    assert text == ""
+    assert not answer(conversation, "Another", stopping=lambda: next(stops), prefill_step_size=8)
     assert conversation.messages == before and len(conversation.answers) == 1
     check_next_answer(conversation)
 
@@ -124,11 +122,6 @@ def test_an_error_amid_a_step_leaves_no_half_filled_cache(conversation):
         answer(conversation, "Then", sampler=fails, max_tokens=100)
     assert conversation.messages[-2]["content"] == "Then"
     check_next_answer(conversation)
-    stream = conversation.ask("Hello", **LIMIT)  # an abandoned answer
-    first = next(stream)
-    stream.close()
-    assert conversation.messages[-1]["content"] == first
-    check_cache(conversation)
 
 
 def test_a_full_cache_forgets_the_oldest_and_is_made_anew_where_it_cannot_be_trimmed(loaded):
@@ -179,11 +172,10 @@ SAVED = [
 
 def test_a_conversation_is_written_and_read_and_replaces_nothing_else(tmp_path):
     file = tmp_path / "chat.json"
-    for messages in (SAVED, SAVED[1:], SAVED[:1], []):
+    for messages in (SAVED[1:], SAVED[:1], [], SAVED):
         write_conversation(file, messages, "a model")
         assert read_conversation(file) == messages
-        assert json.loads(file.read_text())["model"] == "a model"
-        assert ("Grüße" in file.read_text()) == (SAVED[1] in messages)
+    assert json.loads(file.read_text())["model"] == "a model" and "Grüße" in file.read_text()
     file.write_text(json.dumps([message | {"name": "x"} for message in SAVED]))
     assert read_conversation(file) == SAVED  # a list alone, without other keys
     file.write_text("shopping list")
@@ -192,26 +184,15 @@ def test_a_conversation_is_written_and_read_and_replaces_nothing_else(tmp_path):
     assert file.read_text() == "shopping list"
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[" * 100_000,
-        b"\xff\xfe\x00",
-        "3",
-        '{"talk": []}',
-        '["hello"]',
-        '[{"role": "user"}]',
-        '[{"role": "user", "content": [1]}, {"role": "assistant", "content": ""}]',
-        '[{"role": "user", "content": "a"}]',
-        '[{"role": "assistant", "content": "a"}]',
-        json.dumps([*SAVED[1:], *SAVED]),
-        json.dumps([SAVED[1], SAVED[1]]),
-    ],
-)
-def test_files_without_a_conversation(tmp_path, content):
+USER, ANSWER = SAVED[1:]
+NONE = [3, {"talk": []}, ["hello"], [{"role": "user"}], [USER | {"content": [1]}, ANSWER]]
+NONE += [[USER], [ANSWER], [USER, ANSWER, *SAVED], [USER, USER]]
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\ud800", *map(json.dumps, NONE)])
+def test_files_without_a_conversation(tmp_path, text):
     file = tmp_path / "chat.json"
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=r"does not hold a conversation \(.*\): choose") as caught:
         read_conversation(file)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)

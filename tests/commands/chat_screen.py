@@ -6,19 +6,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pexpect
 import pyte
 
-ENVIRONMENT = {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
 ROWS, TIMEOUT = 200, 60  # nothing scrolls away
 UP, ESC_ENTER, CTRL_C, CTRL_D = "\x1b[A", "\x1b\r", "\x03", "\x04"
-
-
-def _hear_hang_ups() -> None:
-    """Undoes a nohup around the tests, which the chat would respect."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class ChatScreen:
@@ -30,11 +25,12 @@ class ChatScreen:
         self.child = pexpect.spawn(
             sys.executable,
             ["-m", "mlx_flashhead.chat", *map(str, arguments)],
-            env={**os.environ, **ENVIRONMENT, "HOME": str(home)},
+            env={**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", "HOME": str(home)},
             encoding="utf-8",
             codec_errors="replace",
             dimensions=(ROWS, columns),
-            preexec_fn=_hear_hang_ups,
+            # undoes a nohup around the tests, which the chat would respect
+            preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
             timeout=TIMEOUT,
         )
         self.child.delaybeforesend = 0
@@ -63,10 +59,6 @@ class ChatScreen:
         self.child.send(keys)
         if shown is not None:
             self.wait(lambda: self.here == shown)
-
-    def paste(self, text: str) -> None:
-        """As a terminal tells a program that expects pasted text."""
-        self.child.send(f"\x1b[200~{text}\x1b[201~")
 
     def say(self, text: str = "") -> str:
         """Types a line and Enter; what is shown between it and the next prompt."""

@@ -1,7 +1,8 @@
 """Runs programs under ``mlx_flashhead.run``, as a user does, and as they are."""
 
+import contextlib
+import importlib
 import json
-import os
 import runpy
 import signal
 import socket
@@ -9,8 +10,9 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 DENSE = "Without FlashHead: "
 # A program that runs others, one after the other: the imports of a process take seconds.
@@ -18,26 +20,29 @@ MANY = """
 import runpy
 import sys
 
+from mlx_flashhead.run import _run_module
+
 for line in sys.argv[1:]:
+    for stream in (sys.stdout, sys.stderr):
+        print("\\n==", line, file=stream, flush=True)
     words = line.split()
     if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        _run_module(words[1], words[2:])
     else:
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
 """
 
 
-def alone(capsys, place: Path, program: str) -> str:
-    """What a program prints without ``run``, in this process."""
-    before = os.getcwd()
-    os.chdir(place)
+def alone(capsys, place: Path, *words: str) -> str:
+    """What a program prints without ``run``, in this process: a file, or a module of mlx-lm."""
     capsys.readouterr()
-    try:
-        runpy.run_path(program, run_name="__main__")
-    finally:
-        os.chdir(before)
+    with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*words])
+        if words[0].endswith(".py"):
+            runpy.run_path(words[0], run_name="__main__")
+        else:
+            importlib.import_module(words[0]).main()
     return capsys.readouterr().out
 
 
@@ -53,6 +58,16 @@ def start(place: Path, *words, typed: str = "") -> tuple[int, str, str]:
     program = process(place, "mlx_flashhead.run", *words, **pipes)
     output, errors = program.communicate(typed)
     return program.returncode, output, errors
+
+
+def start_many(place: Path, *words, typed: str = "", code: int = 0) -> list[tuple[str, str]]:
+    """(standard output, standard error) of each program that ``many.py`` runs in a process."""
+    ended, *streams = start(place, *words, typed=typed)
+    assert ended == code, streams[1]
+    parts = [stream.split("\n== ")[1:] for stream in streams]
+    return [
+        tuple(part.partition("\n")[2] for part in program) for program in zip(*parts, strict=True)
+    ]
 
 
 class RunningServer:
@@ -71,7 +86,7 @@ class RunningServer:
             return json.load(answer)["choices"][0]["message"]["content"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def running_server(
     place: Path, *words, ready: str, under: tuple = ("mlx_flashhead.run", "--flash-head", "head")
 ) -> Iterator[RunningServer]:

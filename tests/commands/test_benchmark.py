@@ -1,12 +1,13 @@
 """``benchmark``: tables, files, the report, and what is rejected before the work."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 
 from mlx_flashhead.benchmarks import server_benchmark as server
 
-HEAD = ("head", "--shape", "320,64", "--n-probes", 3, "--rounds", 1)
+FEW = ("--n-probes", 2, "--rounds", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +20,7 @@ def check_outputs(run, tmp_path, *arguments):
     files = ("--report", tmp_path / "out.json", "--plot", tmp_path / "out.png")
     code, screen, errors = run("benchmark", *arguments, *files)
     assert (code, "Traceback" in errors) == (0, False)
-    assert max(len(line) for line in screen.splitlines()) <= 80
+    assert max(map(len, screen.splitlines())) <= 80
     figures = json.loads((tmp_path / "out.json").read_text())
     assert (figures["kind"], figures["complete"]) == (arguments[0], True)
     assert figures["machine"]["versions"]["mlx"] in screen
@@ -27,28 +28,24 @@ def check_outputs(run, tmp_path, *arguments):
     return screen, figures["results"]
 
 
-def test_head_of_shapes(run, tmp_path):
-    flags = ("--shape", "203,128", "--positions", 2, "--head-bits", 8, "--dtype", "float16")
-    screen, results = check_outputs(run, tmp_path, *HEAD, *flags)
+def test_heads_of_shapes_and_of_a_model(run, converted, tmp_path):
+    flags = ("--positions", 2, "--head-bits", 8, "--dtype", "float16")
+    screen, results = check_outputs(
+        run, tmp_path, "head", "--shape", "320,64", "--shape", "203,128", *FEW, *flags
+    )
     shapes = [(result["vocab_size"], result["hidden_size"]) for result in results]
     assert shapes == [(320, 64), (203, 128)]
     for result in results:
         settings = [result[name] for name in ("n_probes", "positions", "dtype", "head_bits")]
-        assert settings == [3, 2, "float16", 8]
-        ms = result["ms"]["FlashHead proposal"]["median"]
-        assert f" {ms:.2f} " in screen
-
-
-def test_head_of_a_model(run, converted, tmp_path):
-    _, (result,) = check_outputs(
-        run, tmp_path, "head", "--model", converted, "--n-probes", 2, "--rounds", 1
-    )
+        assert settings == [2, 2, "float16", 8]
+        assert f" {result['ms']['FlashHead proposal']['median']:.2f} " in screen
+    _, (result,) = check_outputs(run, tmp_path, "head", "--model", converted, *FEW)
     assert (result["n_probes"], result["hidden_size"], result["name"]) == (2, 128, "model")
 
 
 def test_model(run, converted, tmp_path):
     screen, results = check_outputs(
-        run, tmp_path, "model", "--model", converted, "--n-probes", 2, "--rounds", 1,
+        run, tmp_path, "model", "--model", converted, *FEW,
         "--tokens", 3, "--batch", 1, "--batch", 2, "--sampler", "greedy",
     )  # fmt: skip
     settings = [(result["sampler"], result["batch"]) for result in results]
@@ -61,16 +58,22 @@ def test_model(run, converted, tmp_path):
 
 def test_server(run, converted, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "LENGTHS", (0, 1) * 4)  # the tiny model's context is short
-    commands = []
+    commands, ports = [], []
 
+    @contextmanager
     def recorded(*command, serving=server.serving):
         commands.append(command)
-        return serving(*command)
+        if "--dense" in command:  # the first one stands for it
+            yield ports[0]
+            return
+        with serving(*command) as port:
+            ports.append(port)
+            yield port
 
     monkeypatch.setattr(server, "serving", recorded)
     screen, (result,) = check_outputs(
-        run, tmp_path, "server", "--model", converted, "--clients", 3, "--requests", 6,
-        "--tokens", 4, "--n-probes", 4,
+        run, tmp_path, "server", "--model", converted, *FEW,
+        "--clients", 3, "--requests", 6, "--tokens", 4,
     )  # fmt: skip
     assert list(result["loads"]) == ["FlashHead", "dense", "mlx_lm.server"]
     for load in result["loads"].values():

@@ -37,25 +37,23 @@ def keep(model, **changes):
 
 @pytest.fixture
 def kept(flash_head_home, monkeypatch):
-    """Three FlashHeads, of which one is damaged."""
+    """Three FlashHeads by their models' names, of which the last one is damaged."""
     monkeypatch.setenv("COLUMNS", "200")
     for seed, name in enumerate(("owner/One", STRANGE, "Three")):
         keep(tiny_model(seed=seed), recipe={"model": name})
-    (damaged,) = (entry.path for entry in cache.entries() if entry.model == "Three")
-    (damaged / SETTINGS_NAME).write_text("{")
+    kept = {entry.model: entry for entry in cache.entries()}
+    (kept["Three"].path / SETTINGS_NAME).write_text("{")
+    return kept
 
 
 def test_lists_the_cache(run, kept, flash_head_home, monkeypatch):
-    (two,) = (entry for entry in cache.entries() if entry.model == STRANGE)
     speeds = {"a": asdict(SLOW), "b": asdict(FAST), "c": asdict(FAST)}
-    place = cache.speeds_of(two.key)
+    place = cache.speeds_of(kept[STRANGE].key)
     place.parent.mkdir()
     place.write_text(json.dumps(speeds))
     code, output, _ = run("cache")
     assert code == 0 and str(flash_head_home) in output
-    rows = [
-        line.split(maxsplit=5) for line in output.splitlines() if re.match(r" *[0-9a-f]{8} ", line)
-    ]
+    rows = [line.split(maxsplit=5) for line in re.findall(r"^ *[0-9a-f]{8} .*", output, re.M)]
     by_model = {row[1]: " ".join(row[5:]).strip() for row in rows}
     measured = "0.90 x (dense), 1.50 x"
     assert by_model == {"owner/One": "–", "[b]Two[2J": measured, "damaged": "–"}
@@ -63,45 +61,32 @@ def test_lists_the_cache(run, kept, flash_head_home, monkeypatch):
     assert max(map(len, run("cache")[1].splitlines()[1:])) <= 80
     monkeypatch.setenv("COLUMNS", "40")
     _, narrow, _ = run("cache")
-    assert all(entry.path.name[:8] in narrow for entry in cache.entries())
-    assert "…" not in narrow
+    assert all(entry.path.name[:8] in narrow for entry in cache.entries()) and "…" not in narrow
 
 
-@pytest.mark.parametrize("spoil", ["nested", "a link", "a text", "forbidden", "strange"])
-def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch, spoil):
-    bad = next(entry.path for entry in cache.entries() if entry.config is None)
-    good = next(entry.path for entry in cache.entries() if entry.config is not None)
-    if spoil == "nested":
-        (bad / SETTINGS_NAME).write_text("[" * 100_000)
-    elif spoil == "a link":
-        bad, place = bad.rename(tmp_path / "elsewhere"), bad
-        place.symlink_to(bad)
-    elif spoil == "a text":
-        good.with_name(f"{'0' * 24}-1").write_text("")
-    elif spoil == "strange":
-        settings = json.loads((good / SETTINGS_NAME).read_text())
-        settings["recipe"]["model"], settings["report"] = ["a", 1], {"agreement": "high"}
-        (bad / SETTINGS_NAME).write_text(json.dumps(settings))
-    else:
+def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch):
+    bad, good = kept["Three"].path, kept["owner/One"].path
+    good.with_name(f"{'0' * 24}-1").write_text("")  # a file
+    settings = json.loads((good / SETTINGS_NAME).read_text())
+    settings["recipe"]["model"], settings["report"] = ["a", 1], {"agreement": "high"}
+    for content in ("[" * 100_000, json.dumps(settings)):
+        (bad / SETTINGS_NAME).write_text(content)
+        code, output, _ = run("cache")
+        assert code == 0 and "owner/One" in output and "Two" in output
+    elsewhere = bad.rename(tmp_path / "elsewhere")
+    bad.symlink_to(elsewhere)
+    with monkeypatch.context() as patch:
         denied = PermissionError(errno.EACCES, "Permission denied")
-        monkeypatch.setattr(Path, "iterdir", Mock(side_effect=denied))
-    code, output, _ = run("cache")
-    assert code == 0 and "owner/One" in output and "Two" in output
-    monkeypatch.undo()
+        patch.setattr(Path, "iterdir", Mock(side_effect=denied))
+        code, output, _ = run("cache")
+        assert code == 0 and "owner/One" in output and "Two" in output
     for entry in cache.entries():
         entry.remove()
-    assert cache.entries() == [] and (spoil != "a link" or bad.exists())
+    assert cache.entries() == [] and (elsewhere / FILE_NAME).exists()
 
 
-def test_a_home_that_cannot_be(refused, monkeypatch):
-    monkeypatch.setenv("MLX_FLASHHEAD_HOME", "~nosuchuser/x")
-    assert "home directory in ~nosuchuser/x is not known" in refused("cache")
-
-
-def test_removes_some_and_then_all(run, refused, kept):
-    key = next(entry.path.name for entry in cache.entries() if entry.config is None)
-    code, output, _ = run("cache", "--remove", "owner/One", key[:10])
-    assert code == 0
+def test_removes_some_and_then_all(run, refused, kept, monkeypatch):
+    _, output, _ = run("cache", "--remove", "owner/One", kept["Three"].path.name[:10])
     removed = [line.split()[:2] for line in output.splitlines()]
     assert removed == [["Removed", "owner/One"], ["Removed", "damaged"]]
     (left,) = cache.entries()
@@ -113,6 +98,8 @@ def test_removes_some_and_then_all(run, refused, kept):
     assert run("cache", "--remove-all")[0] == 0
     code, output, _ = run("cache")
     assert code == 0 and output.startswith("No FlashHead is kept in ")
+    monkeypatch.setenv("MLX_FLASHHEAD_HOME", "~nosuchuser/x")
+    assert "home directory in ~nosuchuser/x is not known" in refused("cache")
 
 
 def test_what_is_not_its_own_stays(run, kept, flash_head_home):
@@ -139,12 +126,11 @@ def test_what_is_not_its_own_stays(run, kept, flash_head_home):
 
 
 @pytest.fixture
-def cut_short(tmp_path, monkeypatch):
+def cut_short(tmp_path, quick, monkeypatch):
     """A model, ``(its folder, the entry of its FlashHead)``, whose build was cut short."""
     model = write_model(tmp_path / "Some-Model")
     calibration = {"source": "builtin", "positions": 9, "cut_short": True}
     keep(load_dense(model)[0], calibration=calibration, recipe={"model": model.name})
-    monkeypatch.setattr(build, "IndexOptions", partial(IndexOptions, calibration_positions=100))
     monkeypatch.chdir(model.parent)
     (entry,) = cache.entries()
     return model, entry
@@ -153,19 +139,17 @@ def cut_short(tmp_path, monkeypatch):
 def test_speeds_are_measured_now(run, cut_short, monkeypatch):
     model, entry = cut_short
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
-    measured = []
+    gains = iter((1.21, 1.22, 1.23))
 
     def tune(*_):
-        measured.append(1)
         yield
-        return replace(FAST, gain=1.21)
+        return replace(FAST, gain=next(gains))
 
     monkeypatch.setattr("mlx_flashhead.loading.tuned.tune", tune)
     monkeypatch.setattr("mlx_flashhead.loading.tuned.is_busy", lambda: False)
-    for name in ([], [entry.path.name[:6]], [model]):
+    for gain, name in ("1.21", []), ("1.22", [entry.path.name[:6]]), ("1.23", [model]):
         code, output, errors = run("cache", "--measure", *name)
-        assert code == 0 and "1.21 x" in output and "Measuring" in errors
-    assert len(measured) == 3
+        assert code == 0 and f"{gain} x" in output and "Measuring" in errors
     run("cache", "--remove", model.name)
     assert not cache.speeds_of(entry.key).exists()
 
@@ -180,22 +164,21 @@ def test_an_index_that_is_cut_short_says_how_to_build_it_anew(tmp_path, monkeypa
     assert cache.entries()[0].config.calibration["cut_short"]
 
 
-@pytest.mark.parametrize("named_by", ["name", "identifier"])
-def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, named_by):
+@pytest.mark.parametrize("by_name", [True, False])
+def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, by_name):
     model, entry = cut_short
     assert "cut short" in run("cache")[1].replace("\n", "")
     speeds = cache.speeds_of(entry.key)
     speeds.parent.mkdir()
     speeds.write_text("{}")
-    name = model.name if named_by == "name" else entry.path.name[:8]
+    name = model.name if by_name else entry.path.name[:8]
     code, output, errors = run("cache", "--rebuild", name)
     assert (code, output) == (0, "")
     assert "Building the FlashHead of Some-Model" in errors and "100%" in errors
     assert "cut short" not in errors and "FlashHead is ready" in errors
-    after = read_index(entry.path).config
-    assert "cut_short" not in after.calibration and not speeds.exists()
-    assert after.calibration["positions"] > 9
-    assert [path.name for path in entry.path.parent.iterdir()] == [entry.path.name]
+    after = read_index(entry.path).config.calibration
+    assert "cut_short" not in after and after["positions"] > 9 and not speeds.exists()
+    assert [*entry.path.parent.iterdir()] == [entry.path]
 
 
 def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):

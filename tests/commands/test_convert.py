@@ -1,7 +1,7 @@
 """``convert``: what it prints, mlx-lm's flags, and its errors."""
 
 import json
-from dataclasses import fields
+import re
 
 import mlx.core as mx
 import mlx_lm
@@ -12,19 +12,19 @@ from mlx_flashhead.convert import make_parser
 from mlx_flashhead.index.files import CONFIG_KEY
 from model_folders import write_model
 
+POSITIONS = ("--calibration-positions", 150)
+
 
 def test_convert_says_what_it_does(run, dense, tmp_path, text):
     target = tmp_path / "model"
     code, output, errors = run(
         "convert", "--hf-path", dense, "--mlx-path", target, "--calibration", text, "-q",
         "--q-bits", 8, "--head-bits", 16, "--cluster-size", 8, "--target-agreement", 0.9,
-        "--calibration-positions", 150, "--seed", 2, "--dtype", "bfloat16",
+        *POSITIONS, "--seed", 2, "--dtype", "bfloat16",
     )  # fmt: skip
-    assert code == 0
-    assert output.splitlines()[0] == f"Loading {dense}"
-    assert output.splitlines()[-1] == f"Writing {target}"
+    assert code == 0 and "Reading" in errors and "Fitting" in errors
+    assert output.startswith(f"Loading {dense}\n") and output.endswith(f"\nWriting {target}\n")
     assert "held-out positions: bytes and perplexity relative to" in output
-    assert "Reading" in errors and "Fitting" in errors
     model, _, config = mlx_flashhead.load(str(target), return_config=True)
     entry = config[CONFIG_KEY]
     assert entry["cluster_size"] == 8
@@ -35,7 +35,9 @@ def test_convert_says_what_it_does(run, dense, tmp_path, text):
     mlx_lm.load(str(target))
 
 
-def test_every_option_has_a_flag_with_the_default_of_python(monkeypatch):
+def test_every_option_has_a_flag_with_the_default_of_python():
+    shown = " ".join(make_parser().format_help().split())
+    assert "(default: mlx_model)" in shown and "(default: 0.998)" in shown
     assert vars(make_parser().parse_args(["--model", "m"])) == vars(ConvertOptions("m"))
     words = (
         "--model m --mlx-path p -q --q-group-size 32 --q-bits 4 --q-mode mxfp4 --quant-predicate "
@@ -47,43 +49,36 @@ def test_every_option_has_a_flag_with_the_default_of_python(monkeypatch):
     )  # fmt: skip
 
 
-def test_the_help_has_every_option_and_its_default(run):
-    code, output, _ = run("convert", "--help")
-    shown = " ".join(output.split())
-    assert code == 0 and "(default: mlx_model)" in shown and "(default: 0.998)" in shown
-    assert all(f"--{field.name.replace('_', '-')}" in shown for field in fields(ConvertOptions))
-
-
 def test_a_quantized_model_has_a_head_of_8_bits_and_what_4_would_cost_is_said(run, dense, tmp_path):
-    target, positions = tmp_path / "model", ("--calibration-positions", 150)
-    code, output, _ = run("convert", "--model", dense, "--mlx-path", target, "-q", *positions)
-    assert code == 0
+    target = tmp_path / "model"
+    words = (
+        "convert",
+        "--model",
+        dense,
+        "--mlx-path",
+        target,
+        "-q",
+        "--calibration-positions",
+        150,
+    )
+    code, output, _ = run(*words)
+    assert code == 0 and re.search(r"^  8 bits.* ms", output, re.MULTILINE)
     entry = json.loads((target / "config.json").read_text())
-    compared = entry[CONFIG_KEY]["report"]["head_bits"]
-    four, eight, floats = compared["rows"]
-    assert [row["bits"] for row in compared["rows"]] == [4, 8, 32]
-    assert entry["quantization"]["bits"] == 4
+    rows = entry[CONFIG_KEY]["report"]["head_bits"]["rows"]
+    four, eight, floats = rows
+    assert entry["quantization"]["bits"] == 4 and [row["bits"] for row in rows] == [4, 8, 32]
     assert floats["kl"] < eight["kl"] < four["kl"] and floats["agreement"] == 1
     assert four["bytes"] < eight["bytes"] < floats["bytes"]
-    lines = output.splitlines()
-    assert any(line.startswith("  8 bits") and " ms" in line for line in lines)
     assert f"| 8 bits | {eight['kl']:.4f} |" in (target / "README.md").read_text()
-    again = run("convert", "--model", dense, "--mlx-path", target, "-q", "--head-bits", 16,
-                "--overwrite", *positions)  # fmt: skip
-    assert again[0] == 0 and "bits" not in again[1]
-    assert not mlx_flashhead.get_flash_head(
-        mlx_flashhead.load(str(target))[0]
-    ).clustered.rows.quantized
+    code, output, _ = run(*words, "--head-bits", 16, "--overwrite")
+    assert code == 0 and "bits" not in output
+    head = mlx_flashhead.get_flash_head(mlx_flashhead.load(str(target))[0])
+    assert not head.clustered.rows.quantized
 
 
-def test_a_text_that_is_cut_short_names_the_flag(run, dense, tmp_path):
-    short = ("--calibration-seconds", "1e-9", "--calibration-positions", 4000)
-    code, output, _ = run("convert", "--model", dense, "--mlx-path", tmp_path / "model", *short)
-    assert code == 0 and "or with more --calibration-seconds, is faster" in output
-
-
-def test_convert_says_that_tied_rows_change_together(run, tmp_path):
+def test_what_happens_to_a_text_that_is_cut_short_and_to_tied_rows_is_said(run, tmp_path):
     source = write_model(tmp_path / "source", tied=True)
-    arguments = ("--model", source, "--mlx-path", tmp_path / "x", "--calibration", "none")
-    code, output, _ = run("convert", *arguments, "--head-bits", 8)
-    assert code == 0 and "tied" in output and "both get 8 bits" in output
+    short = ("--calibration-seconds", "1e-9", "--calibration-positions", 4000, "--head-bits", 8)
+    code, output, _ = run("convert", "--model", source, "--mlx-path", tmp_path / "model", *short)
+    assert code == 0 and "or with more --calibration-seconds, is faster" in output
+    assert "tied" in output and "both get 8 bits" in output

@@ -1,18 +1,17 @@
 """``export``: the file, the table, and its errors."""
 
+from unittest.mock import Mock
+
 import mlx.core as mx
 import pytest
 
+from model_folders import contents
 from plan_replay import read_plan
 
 
 @pytest.fixture
 def output(tmp_path):
     return tmp_path / "head.safetensors"
-
-
-def plan_of(file):
-    return read_plan(file)[1]
 
 
 def test_the_file_holds_arrays_and_kernels(run, converted, output):
@@ -23,27 +22,23 @@ def test_the_file_holds_arrays_and_kernels(run, converted, output):
     for name in (*arrays, str(output), "(17, 16)", "uint32", "4 of 17", "docs/ipad.md"):
         assert name in printed
     assert arrays["n_probes"].item() == 4
-    plan = plan_of(output)
+    _, plan = read_plan(output)
     assert (plan["head"], plan["dtype"]) == ("lm_head", "float32")
     assert plan["rows"]["weight"]["shape"] == [258, 128]
     assert "flash_head::expand" in plan["launches"][plan["logits"][-1]]["source"]
 
 
-def test_a_file_that_is_there_is_kept(refused, run, converted, output):
+def test_a_file_that_is_there_is_kept(refused, run, converted, output, monkeypatch):
+    """Also by an export that is interrupted."""
     arguments = ("--model", converted, "--output", output)
     output.write_text("mine")
     assert f"{output} exists already" in (said := refused("export", *arguments))
     assert "--overwrite" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "save_safetensors", Mock(side_effect=KeyboardInterrupt))
+        assert run("export", *arguments, "--overwrite")[0] == 130
+    assert contents(output.parent) == {output.name: b"mine"}
     assert run("export", *arguments, "--overwrite", "--n-probes", 9)[0] == 0
     assert mx.load(str(output))["n_probes"].item() == 9
-    score = plan_of(output)["launches"]["flash_head_score"]
+    score = read_plan(output)[1]["launches"]["flash_head_score"]
     assert score["outputShapes"] == [[1, 9, 16], [1, 9]]
-
-
-def test_an_interrupted_export_leaves_nothing(run, converted, output, monkeypatch):
-    def fails(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(mx, "save_safetensors", fails)
-    assert run("export", "--model", converted, "--output", output)[0] == 130
-    assert list(output.parent.iterdir()) == []

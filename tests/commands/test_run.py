@@ -1,6 +1,5 @@
 """``run``: other programs with a FlashHead under their ``mlx_lm.load``."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -13,8 +12,9 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead.index.files import write_companion
+from mlx_flashhead.loading.sources import explicit_head
 from model_folders import write_model
-from run_programs import DENSE, MANY, alone, running_server, start
+from run_programs import DENSE, MANY, alone, running_server, start, start_many
 from tiny_models import tiny_index
 
 # A program that knows nothing of FlashHead, and that loads in three ways.
@@ -29,11 +29,10 @@ for folder in sys.argv[1:]:
         model, _ = function(Path(folder))
         print(type(model.model.embed_tokens).__mro__[1].__name__, __name__)
 """
-# mlx-lm's batches, and its generator as a server takes it.
 BATCH = """
 import mlx.core as mx
 import mlx_lm
-from mlx_lm.generate import BatchGenerator, batch_generate
+from mlx_lm.generate import batch_generate
 from mlx_lm.sample_utils import make_sampler
 
 model, tokenizer = mlx_lm.load("model")
@@ -42,19 +41,6 @@ for options in {}, {"sampler": make_sampler(0.8)}, {"sampler": make_sampler(0.7,
     mx.random.seed(3)
     options |= {"max_tokens": 20, "return_token_ids": True}
     print(batch_generate(model, tokenizer, prompts, **options).token_ids)
-batches = BatchGenerator(model, max_tokens=9, stop_tokens=[[t] for t in tokenizer.eos_token_ids])
-texts = {uid: [] for uid in batches.insert(prompts[:4])}
-ended, removed = {}, batches.insert(prompts[4:5])[0]
-for step in range(99):
-    for response in batches.next()[1]:
-        texts.get(response.uid, []).append(response.token)
-        if response.finish_reason is not None:
-            ended[response.uid] = response.finish_reason, len(response.all_tokens)
-    if step == 4:
-        batches.remove([removed])
-    if len(ended) == len(texts):
-        break
-print(texts, sorted(ended.items()), batches.prompt_cache_nbytes)
 """
 OWN_LOOP = """
 import mlx.core as mx
@@ -72,6 +58,7 @@ import subprocess, sys
 sys.exit(subprocess.run([sys.executable, "program.py", *sys.argv[1:]]).returncode)
 """
 PROGRAMS = {"program": PROGRAM, "starter": STARTER, "batch": BATCH, "own_loop": OWN_LOOP}
+PROGRAMS |= {"many": MANY}
 HEAD = ("--flash-head", "head")
 
 
@@ -86,29 +73,37 @@ def place(tmp_path_factory):
     for name in ("train", "valid"):
         lines = 2 * (json.dumps({"text": "One day " * 9}) + "\n")
         (place / "data" / f"{name}.jsonl").write_text(lines)
-    for name, program in (PROGRAMS | {"many": MANY}).items():
+    for name, program in PROGRAMS.items():
         (place / f"{name}.py").write_text(program)
     return place
 
 
-def test_programs_get_the_flash_head(place):
-    """One of its own, and those of mlx-lm that generate, each as the program of its process."""
-    programs = [
-        "program.py model",
-        "-m mlx_lm.chat --model model --max-tokens 4",
-        "-m mlx_lm.benchmark --model model -p 8 -g 4 -n 1",
-    ]
+def test_programs_get_the_flash_head(place, capsys):
+    """One of its own, and those of mlx-lm that generate, each as the program of its process. Texts
+    are the normal head's, with a draft model too. A program's arguments are its own, also those
+    that this one has. A loop of its own keeps the normal head."""
+    text = "mlx_lm.generate --model model --prompt=--n-probes --max-tokens 24"
+    programs = ["program.py model", "own_loop.py", f"-m {text}", f"-m {text} --draft-model model"]
+    programs += ["-m mlx_lm.benchmark --model model -p 8 -g 4 -n 1"]
+    programs += ["-m mlx_lm.chat --model model --max-tokens 4"]
     if find_spec("datasets"):  # which the oldest does not install
         programs.append(
             "-m mlx_lm.perplexity --model model --data-path data --sequence-length 16 "
             "--num-samples 2 --batch-size 1"
         )
-    code, output, errors = start(place, *HEAD, "many.py", *programs, typed="One\nq\n")
-    assert code == 0, errors
-    assert output.splitlines()[:3] == 3 * ["_FlashEmbedding __main__"]
-    assert "chat" in output and "Averages: prompt_tps=" in output
-    assert len(programs) == 3 or "Perplexity: " in output
-    assert DENSE not in errors and errors.count("With FlashHead: model") == 2 + len(programs)
+    shown = start_many(place, *HEAD, "many.py", *programs, typed="One\nq\n")
+    output, errors = zip(*shown, strict=True)
+    assert output[0].splitlines() == 3 * ["_FlashEmbedding __main__"]
+    assert output[1] == alone(capsys, place, "own_loop.py")
+    assert "Text of model: dense: this program's loop cannot be verified" in errors[1]
+    dense = alone(capsys, place, *text.split()).split("=====")[2]
+    assert [printed.split("=====")[2] for printed in output[2:4]] == [dense] * 2
+    assert "Text of model: verified." in errors[2]
+    assert "Averages: prompt_tps=" in output[4] and "chat" in output[5]
+    assert len(programs) == 6 or "Perplexity: " in output[6]
+    assert DENSE not in "".join(errors)
+    loads = [said.count("With FlashHead: model") for said in errors]
+    assert loads == [3, 1, 1, 2, *[1] * (len(programs) - 4)]  # a draft has one, too
 
 
 def test_programs_that_are_started_as_commands(run, place, tmp_path, monkeypatch):
@@ -125,21 +120,16 @@ def test_programs_that_are_started_as_commands(run, place, tmp_path, monkeypatch
     program = subprocess.run(words, cwd=place, capture_output=True, text=True)
     assert program.stdout == output and "mine" in program.stderr
 
-    monkeypatch.setenv("MLX_FLASHHEAD_RUN", '{"flash_head": "./absent"}')
-    program = subprocess.run(words[3:], cwd=place, capture_output=True, text=True, env=os.environ)
-    assert program.returncode == 0 and "FlashHead" not in program.stderr  # without the folder
-
 
 def test_what_does_not_generate_gets_the_dense_model_silently(place):
-    code, _, errors = start(
+    shown = start_many(
         place, *HEAD, "many.py",
         "-m mlx_lm.convert --hf-path model -q --q-group-size 32 --mlx-path out",
         "-m mlx_lm convert --hf-path model --mlx-path copy",
         "-m mlx_lm.lora --model model --train --fine-tune-type lora --iters 1 --batch-size 1 "
         "--num-layers 1 --data data",
     )  # fmt: skip
-    assert code == 0, errors
-    assert "FlashHead" not in errors
+    assert len(shown) == 3 and not [errors for _, errors in shown if "FlashHead" in errors]
 
 
 def test_dense_with_one_warning_where_there_is_none(place):
@@ -150,35 +140,14 @@ def test_dense_with_one_warning_where_there_is_none(place):
     assert errors.count(DENSE) == 1 and "There is no FlashHead of model yet" in errors
 
 
-def test_text_of_mlx_lm_is_the_dense_models(place, monkeypatch, capsys):
-    """With a draft model, too; and the program's arguments are its own, also those that this one
-    has."""
-    words = ("mlx_lm.generate", "--model", "model", "--prompt=--n-probes", "--max-tokens", "24")
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(sys, "argv", [*words])
-    importlib.import_module("mlx_lm.generate").main()
-    dense = capsys.readouterr().out.split("=====")[2]
-    for draft in (), ("--draft-model", "model"):
-        code, output, errors = start(place, *HEAD, "-m", *words, *draft)
-        assert code == 0, errors
-        assert "Generation: 24 tokens" in output and DENSE not in errors
-        assert output.split("=====")[2] == dense != ""
-
-
 @pytest.mark.newest  # the oldest has batches of another kind, which stay dense
 def test_batches_of_mlx_lm_are_those_without_flash_head(place, capsys):
-    """Greedy, with a seed, and as a server steps through them."""
+    """Greedy, and with a seed. Those of a server come below."""
     code, output, errors = start(place, *HEAD, "batch.py")
     assert (code, output) == (0, alone(capsys, place, "batch.py")), errors
     assert errors.count("Text of model: verified.") == 1
-    code, unverified, errors = start(place, *HEAD, "--no-verify", "batch.py")
-    assert code == 0 and unverified != output and "Text of model: unverified." in errors
-
-
-def test_a_loop_of_its_own_keeps_the_normal_head(place, capsys):
-    code, output, errors = start(place, *HEAD, "own_loop.py")
-    assert (code, output) == (0, alone(capsys, place, "own_loop.py"))
-    assert errors.count("Text of model: dense: this program's loop cannot be verified") == 1
+    _, unverified, errors = start(place, *HEAD, "--no-verify", "batch.py")
+    assert unverified != output and "Text of model: unverified." in errors
 
 
 @pytest.mark.newest
@@ -200,25 +169,17 @@ def test_the_server_of_mlx_lm_with_eight_clients(place):
     assert DENSE not in errors and "Text of model: verified." in errors
 
 
-def test_a_program_of_mlx_lm_that_has_only_a_main(place):
-    """As a module ``mlx_lm.evaluate`` runs nothing; `mlx_lm.share` is another such program."""
-    code, output, _ = start(place, *HEAD, "mlx_lm.share", "--help")
-    assert code == 0 and output.startswith("usage: ")
-
-
 def test_a_program_from_pypi(place, monkeypatch):
     """llm with its plugin llm-mlx, by the name it is installed under."""
     pytest.importorskip("llm_mlx")
     user = place / "llm"
     user.mkdir()
-    models = {str(place / "model"): {"aliases": ["tiny"]}}
-    (user / "llm-mlx.json").write_text(json.dumps(models))
+    (user / "llm-mlx.json").write_text(json.dumps({str(place / "model"): {"aliases": ["tiny"]}}))
     monkeypatch.setenv("LLM_USER_PATH", str(user))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     words = ("llm", "-m", "tiny", "One day", "-o", "max_tokens", 5)
     code, output, errors = start(place, *HEAD, *words)
-    assert code == 0, errors
-    assert output.strip() and DENSE not in errors
+    assert code == 0 and output.strip() and DENSE not in errors, errors
 
 
 NOT_RUN = "that can be run: check the name."
@@ -238,9 +199,20 @@ NOT_RUN = "that can be run: check the name."
     ],
 )
 def test_mistakes(refused, place, monkeypatch, words, said):
-    if "-m" in words:  # the loads of this process stay
-        monkeypatch.setattr("mlx_flashhead.loading.patch.patch_load", lambda _: None)
+    in_this_process(monkeypatch, place)
+    assert said in refused("run", *words)
+
+
+def in_this_process(monkeypatch, place):
+    """The loads of this process stay."""
+    monkeypatch.setattr("mlx_flashhead.loading.patch.patch_load", explicit_head)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.chdir(place)
-    assert said in refused("run", *words)
+
+
+def test_a_program_of_mlx_lm_that_has_only_a_main(run, monkeypatch, place):
+    """As a module ``mlx_lm.evaluate`` runs nothing; `mlx_lm.share` is another such program."""
+    in_this_process(monkeypatch, place)
+    code, output, _ = run("run", *HEAD, "mlx_lm.share", "--help")
+    assert code == 0 and output.startswith("usage: ")

@@ -10,7 +10,7 @@ mlx_vlm = pytest.importorskip("mlx_vlm")
 
 from mlx_flashhead.index.files import write_companion
 from model_folders import write_model
-from run_programs import DENSE, MANY, alone, running_server, start
+from run_programs import DENSE, MANY, alone, running_server, start_many
 from tiny_models import tiny_index
 from vlm_folders import write_picture, write_vision_model
 
@@ -42,12 +42,12 @@ for options in {}, {"image": "picture.png"}, {"temperature": 0.8}, {"repetition_
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Two models with their FlashHeads apart, a picture, and programs."""
+    """Two models, the FlashHead of one of them, a picture, and programs."""
     place = tmp_path_factory.mktemp("run_vlm")
-    folders = write_vision_model(place / "model"), write_model(place / "text")
-    for folder, head in zip(folders, ("head", "text_head"), strict=True):
-        (place / head).mkdir()
-        write_companion(place / head, tiny_index(mlx_vlm.load(str(folder))[0]))
+    write_model(place / "text")
+    model, _ = mlx_vlm.load(str(write_vision_model(place / "model")))
+    (place / "head").mkdir()
+    write_companion(place / "head", tiny_index(model))
     write_picture(place / "picture.png")
     (place / "no_picture.png").write_text("not a picture")
     for name, program in {"program": TWO_MODELS, "texts": TEXTS, "many": MANY}.items():
@@ -55,46 +55,25 @@ def place(tmp_path_factory):
     return place
 
 
-def test_programs_of_mlx_vlm(place):
-    """A picture that is none is the program's own affair."""
+def test_programs_of_mlx_vlm(place, capsys):
+    """Greedy texts are verified, also after a picture; the others use the normal head. A picture
+    that is none is the program's own affair."""
     words = "--model model --max-tokens 5"
-    code, output, errors = start(
-        place, "--flash-head", "head", "many.py",
+    (layers, said), *shown = start_many(
+        place, "--flash-head", "head", "many.py", "program.py", "texts.py",
         f"-m mlx_vlm generate {words} --prompt What --image picture.png --verbose",
         f"-m mlx_vlm.chat {words}",
         f"-m mlx_vlm.generate {words} --prompt What --image no_picture.png",
-        typed="/image picture.png\nWhat is it?\n/exit\n",
+        typed="/image picture.png\nWhat is it?\n/exit\n", code=1,
     )  # fmt: skip
-    assert "Generation:" in output and "Assistant:" in output
-    assert errors.count(WITH) == 3 and DENSE not in errors
-    assert code == 1
-    assert "Failed to load image from no_picture.png" in errors.strip().splitlines()[-1]
-
-
-def test_texts_of_mlx_vlm_are_those_without_flash_head(place, capsys):
-    """Greedy ones are verified, also after a picture; the others use the normal head."""
-    code, output, errors = start(place, "--flash-head", "head", "texts.py")
-    assert (code, output) == (0, alone(capsys, place, "texts.py")), errors
-    assert len({*output.splitlines()}) > 2
-    assert "Text of model: verified." in errors
-    code, unverified, errors = start(place, "--flash-head", "head", "--no-verify", "texts.py")
-    assert code == 0 and unverified != output
-
-
-@pytest.mark.parametrize(
-    "head, layers",
-    [
-        ("head", ["_FlashLinear", "_FlashLinear", "Module"]),
-        ("text_head", ["Module", "Module", "_FlashEmbedding"]),
-    ],
-)
-def test_two_models_of_two_libraries(place, head, layers):
-    """A named FlashHead belongs to one model. The others run dense, with one warning."""
-    code, output, errors = start(place, "--flash-head", head, "program.py")
-    assert code == 0, errors
-    assert output.split() == layers
-    assert errors.count(DENSE) == 1
-    assert errors.count("With FlashHead") == 3 - layers.count("Module")
+    assert layers.split() == ["_FlashLinear", "_FlashLinear", "Module"]
+    assert (said.count("With FlashHead"), said.count(DENSE)) == (2, 1)  # of other rows
+    output, errors = zip(*shown, strict=True)
+    assert output[0] == alone(capsys, place, "texts.py")
+    assert len({*output[0].splitlines()}) > 2 and "Text of model: verified." in errors[0]
+    assert "Generation:" in output[1] and "Assistant:" in output[2]
+    assert [said.count(WITH) for said in errors] == [1] * 4 and DENSE not in "".join(errors)
+    assert "Failed to load image from no_picture.png" in errors[3].strip().splitlines()[-1]
 
 
 def test_the_server(place):

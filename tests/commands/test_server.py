@@ -61,11 +61,9 @@ def test_it_says_where_it_is_and_logs_its_answers(converted, expected, tmp_path)
         assert "the client has left" in server.lines(2, after=before)[0]
         for n, length in ((1, 1), (3, 1), (3, 2)):
             complete(server, max_tokens=length, n=n, temperature=1.0)
-        lines = server.lines(5, after=before)[2:]
-        answer = r"127\.0\.0\.1 POST /v1/completions 200, \S+ s, model, 7 \+ \d tokens"
-        answer += r"(, \S+ tokens/s)?, verified$"
-        assert [line for line in lines if not re.search(answer, line)] == []
-        assert ["tokens/s" in line for line in lines] == [False, False, True]
+        answer = r"127\.0\.0\.1 POST /v1/completions 200, \S+ s, model, 7 \+ \d tokens{}, verified$"
+        for i, line in enumerate(server.lines(5, after=before)[2:]):
+            assert re.search(answer.format(r", \S+ tokens/s" if i == 2 else ""), line)
         threads, counts = Path(f"/proc/{server.process.pid}/task"), []
         for i in range(24 if threads.exists() else 0):
             complete(server, max_tokens=2, temperature=0.5 + i / 100, top_p=0.9)
@@ -98,15 +96,14 @@ def test_it_ends_amid_answers_and_a_second_signal_aborts_nothing(converted, tmp_
         assert server.log() == ""  # no word of C++
         assert rest == ("Stopped.\n" if code == 0 else "")
         for ended in answers:
-            message = "The server is shutting down" if code == 0 else "."
-            with pytest.raises(Exception, match=message):
+            with pytest.raises(Exception, match="." if code else "The server is shutting down"):
                 ended.result()
 
 
 def test_it_ends_while_it_starts(converted):
     command = [sys.executable, "-m", "mlx_flashhead.server", "--model", str(converted)]
     process = subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True)
-    time.sleep(1.5)
+    time.sleep(1)
     process.terminate()
     _, errors = process.communicate(timeout=30)
     assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
@@ -117,7 +114,7 @@ def test_flags_of_mlx_lm_and_of_the_head_arrive(converted, expected, tmp_path):
     """With a draft that has a FlashHead of its own."""
     flags = ["--draft-model", converted, "--num-draft-tokens", 2, "--max-tokens", TOKENS]
     flags += ["--prompt-cache-size", 2, "--decode-concurrency", 4, "--n-probes", 1]
-    flags += ["--prefill-step-size", 16, "--log-level", "INFO", "--served-model-name", "mine"]
+    flags += ["--prefill-step-size", 16, "--served-model-name", "mine"]
     flags += ["--chat-template", "{{ messages[0].content }}", "--chat-template-args", "{}"]
     with serving(tmp_path, "--model", converted, *flags) as server:
         assert server.line.startswith("Serving mine (dense: the draft model proposes tokens)")
@@ -130,7 +127,6 @@ def test_flags_of_mlx_lm_and_of_the_head_arrive(converted, expected, tmp_path):
         texts = [answer.choices[0].text, chat.choices[0].message.content]
         texts += [complete(server, extra_body=body) for body in ({"dense": True}, {"n_probes": 4})]
         assert texts == [expected] * 4
-        assert "POST /v1/completions" in server.log()
 
 
 def test_dense_and_unverified_answers_with_a_flash_head_of_its_own(
@@ -155,11 +151,11 @@ def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         said = refused("server", "--model", converted, "--port", port)
-    assert f"Port {port} of 127.0.0.1" in said and "in use" in said
+    assert re.search(f"Port {port} of 127.0.0.1.*in use", said)
     broken = shutil.copytree(converted, tmp_path / "broken")
     (broken / "flash_head.index").write_bytes(b"x")
     assert "damaged or incomplete" in refused("server", "--model", broken, "--port", 0)
-    (broken / "flash_head.index").write_bytes((converted / "flash_head.index").read_bytes())
+    shutil.copy(converted / "flash_head.index", broken)
     (broken / "model.safetensors").write_bytes(b"none")
     assert "cannot load the model" in refused("server", "--model", broken, "--port", 0)
     assert all(thread.daemon for thread in set(threading.enumerate()) - before)
@@ -177,9 +173,8 @@ def test_any_network_needs_the_token(tmp_path):
     assert rules() == ("127.0.0.1", Access()) and not (tmp_path / "token").exists()
     for flags in (["--lan"], ["--host", "0.0.0.0"], ["--host", "192.168.1.5"], ["--host", "::"]):
         host, access = rules(*flags, "--max-body-bytes", "500K")
-        assert host == (flags[1] if flags[1:] else "0.0.0.0")
+        assert (host, access.max_body_bytes) == ([*flags, "0.0.0.0"][1], 500 << 10)
         assert access.token and access.token == rules(*flags)[1].token
-        assert access.max_body_bytes == 500 << 10
     names = ("--allowed-hosts", "Mac.fritz.box,other", "--allowed-origins", "https://a.example")
     access = rules(*names)[1]
     assert access.hosts == {"mac.fritz.box", "other"} and access.origins == {"https://a.example"}

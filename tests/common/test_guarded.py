@@ -14,16 +14,11 @@ import os, time
 def work(request):
     print("nobody reads this")
     kind, value = request
-    if kind == "sleep":
-        time.sleep(value)
-    elif kind == "fill":
-        return len(bytearray(value))
-    elif kind == "exit":
-        os._exit(value)
-    elif kind == "recurse":
-        return work(request)
-    elif kind == "raise":
+    if kind == "raise":
         raise SystemExit(value)
+    acts = {"sleep": time.sleep, "fill": bytearray, "exit": os._exit}
+    acts |= {"recurse": lambda value: work(request), "": lambda value: None}
+    acts[kind](value)
     return [value, os.getpid()]
 """
 
@@ -63,7 +58,7 @@ def test_helpers_stay_and_no_two_calls_share_one(guard):
         processes = {answer[1] for answer in pool.map(guard.call, [["sleep", 0.2]] * 4)}
     assert len(processes) == 4 and first in processes
     assert len(guard._idle) == guarded.MAX_IDLE
-    guard._idle[0].connection.close()  # as when the caller ends
-    assert guard._idle[0].process.wait(20) == 0
+    guard._idle[0].stdin.close()  # as when the caller ends
+    assert guard._idle[0].wait(20) == 0
     with pytest.raises(GuardError, match="no helper process starts"):
         Guard(guard.path.with_name("absent.py")).call(["", 1])

@@ -1,37 +1,16 @@
-"""Completion of commands and files, a history, and signals while a line is edited."""
+"""A history, and signals while a line is edited. test_chat.py completes and edits lines."""
 
 import signal
 
 import pytest
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import create_app_session
-from prompt_toolkit.completion import CompleteEvent
-from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from mlx_flashhead.common.line_editor import _Commands, line_editor
+from mlx_flashhead.common.line_editor import line_editor
 from mlx_flashhead.common.terminal import is_open
-
-
-def test_commands_and_files_are_completed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a folder").mkdir()
-    (tmp_path / "sub" / "deep").mkdir(parents=True)
-    (tmp_path / "sub" / "deeper.json").touch()
-    completer = _Commands(["/save", "/stats", "/exit"], ["/save"])
-    for line, expected in (
-        ("/s", ["/save ", "/stats "]),
-        ("", []),
-        ("hello", []),
-        ("/exit ", []),
-        ("/save ", ["/save a folder", "/save sub"]),
-        ("/save sub/de", ["/save sub/deep", "/save sub/deeper.json"]),
-        ("/save absent/x", []),
-    ):
-        completions = completer.get_completions(Document(line), CompleteEvent())
-        assert [line[: len(line) + c.start_position] + c.text for c in completions] == expected
 
 
 def test_the_history_is_its_users_alone_and_may_be_missing(tmp_path):
@@ -50,9 +29,9 @@ def test_the_history_is_its_users_alone_and_may_be_missing(tmp_path):
     assert file.parent.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("moment", ["before it starts", "when it starts", "while it waits"])
-def test_a_signal_ends_the_editor_first(tmp_path, monkeypatch, moment):
-    """Whenever it comes: out of an event loop the handler's exception may be lost."""
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_signal_ends_the_editor_first(tmp_path, monkeypatch, waits):
+    """When it starts or waits: out of an event loop the handler's exception may be lost."""
 
     def end(number, frame):
         raise SystemExit(128 + number)
@@ -61,14 +40,11 @@ def test_a_signal_ends_the_editor_first(tmp_path, monkeypatch, moment):
 
     def prompt_with_signal(session, text, pre_run):
         def started():
-            if moment == "when it starts":
+            if not waits:
                 signal.raise_signal(signal.SIGTERM)
             pre_run()
-            if moment == "while it waits":
-                session.app.loop.call_later(0.1, signal.raise_signal, signal.SIGTERM)
+            session.app.loop.call_later(0.1, signal.raise_signal, signal.SIGTERM)
 
-        if moment == "before it starts":
-            signal.raise_signal(signal.SIGTERM)
         return prompt(session, text, pre_run=started)
 
     monkeypatch.setattr(PromptSession, "prompt", prompt_with_signal)

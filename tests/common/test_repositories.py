@@ -18,17 +18,16 @@ def _token(monkeypatch):
     "text, expected",
     [
         (f"Illegal header value b'Bearer {TOKEN}'", "Illegal header value b'Bearer …'"),
-        (f"{TOKEN} is not valid", "… is not valid"),
         ("my-own-secret is not valid", "… is not valid"),
         ("Bearer other.token-of~some/kind=", "Bearer …"),
         ("proxy http://ann:pass@proxy:80 refused", "proxy http://…@proxy:80 refused"),
         ("PUT https://s3/x?X-Amz-Signature=1&b=2 failed", "PUT https://s3/x?… failed"),
-        ("hf_transfer is missing, see https://huggingface.co/a/b", None),
-        ("", None),
+        *(("hf_transfer is missing, see https://huggingface.co/a/b",) * 2,),
     ],
 )
 def test_redact(text, expected):
-    assert redact(text) == (text if expected is None else expected)
+    assert redact(text) == expected
+    assert holds_secret(text.encode()) == any(secret in text for secret in (TOKEN, "my-own-secret"))
 
 
 def test_logs_of_the_client_are_redacted(caplog):
@@ -41,9 +40,3 @@ def test_logs_of_the_client_are_redacted(caplog):
     assert "my-own-secret" not in caplog.text and "… was sent" in caplog.text
     logger.warning("%s again", "my-own-secret")
     assert "my-own-secret again" in caplog.text
-
-
-def test_holds_secret():
-    for text in (f'{{"token": "{TOKEN}"}}', "my-own-secret"):
-        assert holds_secret(text.encode())
-    assert not holds_secret(b"hf_xet and hf_hub_download")

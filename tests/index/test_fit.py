@@ -1,5 +1,7 @@
 """An index and the rows of a model: its own, near ones, others."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -33,27 +35,22 @@ def test_its_own_rows_are_taken_silently_and_near_ones_with_a_sentence(index, ro
         rows.quantize(bits=4, group_size=32, mode="mxfp4"),
         noisy(rows, 0.1),
     ):
-        said = index.check_fit(near, "here")
-        assert said.startswith("The FlashHead in here was made from another form of these rows (")
-        assert said.endswith(".") and "\n" not in said
+        said = "The FlashHead in here was made from another form of these rows [(].*[.]"
+        assert re.fullmatch(said, index.check_fit(near, "here"))
 
 
-def test_other_rows_are_refused(index, rows):
-    for other in (
-        noisy(rows, 0.5),
-        Matrix(rows.weight[::-1]),
-        Matrix(rows.weight * 1.2),
-        rows.quantize(bits=2, group_size=64),
+def test_other_rows_and_shapes_are_refused(index, rows):
+    other = r"here belongs to other rows .*cosine.*one is found"
+    for wrong, said in (
+        (noisy(rows, 0.5), other),
+        (Matrix(rows.weight[::-1]), other),
+        (Matrix(rows.weight * 1.2), other),
+        (rows.quantize(bits=2, group_size=64), other),
+        (Matrix(rows.weight[1:]), "for 300 tokens of width 64, but the model has 299 of"),
+        (Matrix(rows.weight[:, :32]), "has 300 of width 32"),
     ):
-        with pytest.raises(ValueError, match=r"here belongs to other rows .*cosine.*one is found"):
-            index.check_fit(other, "here")
-
-
-def test_other_shapes_are_refused(index, rows):
-    with pytest.raises(ValueError, match="for 300 tokens of width 64, but the model has 299 of"):
-        index.check_fit(Matrix(rows.weight[1:]), "here")
-    with pytest.raises(ValueError, match="has 300 of width 32"):
-        index.check_fit(Matrix(rows.weight[:, :32]), "here")
+        with pytest.raises(ValueError, match=said):
+            index.check_fit(wrong, "here")
 
 
 def test_rows_of_zeros_say_nothing():

@@ -28,8 +28,8 @@ def loaded(folder, quick):
     return mlx_lm.load(str(folder))
 
 
-def build_of(model, tokenizer, **how):
-    return background_build(model, tokenizer, Path("model"), OPTIONS, **how)
+def build_of(model, tokenizer, options=OPTIONS, **how):
+    return background_build(model, tokenizer, Path("model"), options, **how)
 
 
 def tokens(model, tokenizer, prompt="One day", n=8):
@@ -45,14 +45,10 @@ def test_text_before_between_and_after_is_the_dense_models(loaded):
     while build.advance():
         n_steps += 1
         if n_steps % 7 == 0:
-            assert tokens(model, tokenizer) == dense
-            assert get_flash_head(model) is None
-    assert n_steps > 10
-    assert build.install()
-    assert get_flash_head(model) is not None
+            assert tokens(model, tokenizer) == dense and get_flash_head(model) is None
+    assert n_steps > 10 and build.install() and get_flash_head(model) is not None
     assert tokens(model, tokenizer, n=20)[:8] == dense
-    assert len(cache.entries()) == 1
-    assert build_of(model, tokenizer) is None
+    assert len(cache.entries()) == 1 and build_of(model, tokenizer) is None
 
 
 @pytest.mark.parametrize("tunes", [True, False])
@@ -65,7 +61,7 @@ def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
     options, said = HeadOptions(progress=False, tunes=tunes), []
     object.__setattr__(options, "say", said.append)
-    background_build(*loaded, Path("model"), options).finish()
+    build_of(*loaded, options).finish()
     building, *measuring, ready = said
     assert "Building the FlashHead" in building and "FlashHead is ready" in ready
     assert [sentence[:9] for sentence in measuring] == ["Measuring"] * tunes
@@ -75,9 +71,8 @@ def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
 @pytest.mark.parametrize("seconds, size", [(299, 16), (301, 32)])
 def test_a_build_that_would_take_long_is_a_shorter_one(loaded, monkeypatch, seconds, size):
     monkeypatch.setattr(background, "expected_seconds", lambda rows, options: seconds)
-    background_build(*loaded, Path("model"), OPTIONS).finish()
-    head = get_flash_head(loaded[0])
-    assert head.clustered.cluster_size == size
+    build_of(*loaded).finish()
+    assert get_flash_head(loaded[0]).clustered.cluster_size == size
 
 
 def test_a_dropped_build_leaves_nothing(loaded, flash_head_home):
@@ -121,10 +116,10 @@ def test_a_thread_builds_while_nothing_is_written(loaded):
     dense = tokens(model, tokenizer)
     idle = IdleBuild(build_of(model, tokenizer))
     seen = []
-    while get_flash_head(model) is None and len(seen) < 200:
+    while get_flash_head(model) is None and len(seen) < 1000:
         with idle.paused():
             seen.append(tokens(model, tokenizer))
-        time.sleep(0.05)
+        time.sleep(0.01)
     idle.close()
     assert get_flash_head(model) is not None
     assert all(found == dense for found in seen)

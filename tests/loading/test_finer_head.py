@@ -3,8 +3,8 @@
 import json
 import re
 import shutil
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import mlx.core as mx
@@ -25,40 +25,36 @@ from model_folders import CARD, contents, write_model
 from tiny_models import install_index, parameters, tiny_index, tiny_model
 
 TOKENS = mx.array([[3, 1, 200, 7]])
-both = pytest.mark.parametrize("kind", ["tied", "untied"])
+both = pytest.mark.parametrize("original", [True, False], indirect=True, ids=["tied", "untied"])
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """By kind: the folders of a model, and of the same in 4 bits, whose card names its base."""
+    """Whether its rows are tied → a model's folder; beside it lie the same in 4 and in 8 bits."""
     folders = {}
-    for kind in ("tied", "untied"):
-        place, tied = tmp_path_factory.mktemp(kind), kind == "tied"
-        original = write_model(place / "Original", tied=tied, dtype=mx.bfloat16)
-        mlx_lm.convert(str(original), str(place / "Coarse"), quantize=True)
+    for tied in (True, False):
+        place = tmp_path_factory.mktemp("pair")
+        folders[tied] = write_model(place / "Original", tied=tied, dtype=mx.bfloat16)
+        for name, bits in (("Coarse", 4), ("Finer", 8)):
+            mlx_lm.convert(str(folders[tied]), str(place / name), quantize=True, q_bits=bits)
         name_base(place / "Coarse", "maker/Original")
-        mlx_lm.convert(str(original), str(place / "Finer"), quantize=True, q_bits=8)
-        folders[kind] = original, place / "Coarse"
     return folders
+
+
+@pytest.fixture
+def original(pairs, request):
+    """A model's folder, with tied rows unless a test has both."""
+    return pairs[getattr(request, "param", True)]
+
+
+@pytest.fixture
+def coarse(original):
+    """The same model in 4 bits, whose card names its base."""
+    return original.with_name("Coarse")
 
 
 def name_base(folder, base):
     (folder / "README.md").write_text(f"---\nbase_model: {base}\nlibrary_name: mlx\n---\n")
-
-
-@pytest.fixture
-def kind():
-    return "tied"
-
-
-@pytest.fixture
-def original(pairs, kind):
-    return pairs[kind][0]
-
-
-@pytest.fixture
-def coarse(pairs, kind):
-    return pairs[kind][1]
 
 
 @pytest.fixture
@@ -92,13 +88,11 @@ def refusal(folder, source=True, **options):
     model, _ = mlx_lm.load(str(folder))
     before = parameters(model)
     options |= {"say": lambda _: None, "progress": False}
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"\A.*\.\Z") as caught:
         give_fine_head(find_head(model), folder, source, **options)
     assert parameters(model) == before
     assert not [*finer_head.home().rglob("*.safetensors")]
-    said = str(caught.value)
-    assert said.endswith(".") and "\n" not in said
-    return said
+    return str(caught.value)
 
 
 def weights_of(original):
@@ -166,19 +160,18 @@ def test_detach_gives_the_old_rows_back(original, coarse, bits, with_flash_head)
         detach(model)
 
 
-@pytest.mark.parametrize("form", ["folder", "file", "8 bits", "float16", "renamed"])
-def test_sources_of_many_forms(original, coarse, copied, form):
+def test_sources_of_many_forms(original, coarse, copied):
     weights, *_ = weights_of(original)
-    source = {
-        "folder": lambda: original,
-        "file": lambda: original / "model.safetensors",
-        "8 bits": lambda: original.with_name("Finer"),
-        "float16": lambda: copied({n: a.astype(mx.float16) for n, a in weights.items()}),
+    for source in (
+        lambda: original / "model.safetensors",
+        lambda: original.with_name("Finer"),
+        lambda: copied({name: array.astype(mx.float16) for name, array in weights.items()}),
         # as a vision model's text has it
-        "renamed": lambda: copied({f"language_model.{n}": a for n, a in weights.items()}),
-    }[form]()
-    location, _ = fine(coarse, source)
-    assert (location.rows().bits, location.hidden_dtype) == (8, mx.bfloat16)
+        lambda: copied({f"language_model.{name}": array for name, array in weights.items()}),
+    ):
+        location, _ = fine(coarse, source())
+        assert (location.rows().bits, location.hidden_dtype) == (8, mx.bfloat16)
+        shutil.rmtree(finer_head.home())
 
 
 def test_shards_on_the_hub_and_one_that_is_missing(hub, original, coarse, tmp_path):
@@ -210,7 +203,7 @@ def test_other_rows_are_refused(original, coarse, copied):
         trained = rows + noise * length * mx.random.normal(rows.shape, key=mx.random.key(0))
         said = refused_with(trained)
         assert "Other is not the original of Coarse, or was trained further: beyond" in said
-        assert abs(float(re.search(r"are ([\d.]+) % of", said)[1]) / (100 * noise) - 1) < 0.3
+        assert float(re.search(r"are ([\d.]+) % of", said)[1]) == pytest.approx(100 * noise, 0.3)
     one = mx.concatenate([rows[:5], rows[6:7], rows[6:]])  # a token that was trained
     assert "row 5 the most" in refused_with(one)
     assert re.search(r"are (9\d|100)\.\d % of", refused_with(2 * rows))  # of another scale
@@ -218,37 +211,31 @@ def test_other_rows_are_refused(original, coarse, copied):
     assert "100.0 %" in refused_with(rows[::-1])
 
 
-def test_rounding_is_distinguished_from_training():
-    """Of rows in mxfp4; those above are affine."""
-    mx.random.seed(0)
-    rows = mx.random.normal((500, 128))
-    stored = Matrix(rows).quantize(bits=4, group_size=32, mode="mxfp4")
-    near, far = (distances(stored, rows + e * mx.random.normal(rows.shape)) for e in (0.005, 0.03))
-    check_same([near], "x", finer_head.MAX_DRIFT)
-    with pytest.raises(ValueError, match=r"rows are [23]\.\d %"):
-        check_same([far], "x", finer_head.MAX_DRIFT)
-
-
 def test_rows_of_padding_and_a_bias():
     model = tiny_model("phi", tied=False, dtype=mx.float16)
     location = find_head(model)
     weight = mx.concatenate([location.module.weight[:-8], mx.zeros((8, 64), mx.float16)])
     location.module.weight = weight
+    for mode in ("mxfp4", "affine"):
+        rows = Matrix(weight).quantize(group_size=32, bits=4, mode=mode)
+        found = distances(rows, weight.astype(mx.float32))
+        check_same([found], "x", finer_head.MAX_DRIFT)
     nn.quantize(model, group_size=32, bits=4)
     location = find_head(model)
-    found = distances(location.rows(), weight.astype(mx.float32))
-    check_same([found], "x", finer_head.MAX_DRIFT)
     bias = location.module.bias
     finer_head.replace_rows(location.module, Matrix(weight))
     assert type(location.module) is nn.Linear and mx.array_equal(location.module.bias, bias)
     assert model(TOKENS).shape == (1, 4, 203)
 
 
-def test_heads_that_need_none(original, coarse):
+def test_heads_that_need_none_and_a_full_disk(original, coarse, monkeypatch, flash_head_home):
     assert "floats already" in refusal(original, original)
     assert "has 4 bits already" in refusal(coarse, original, bits=4)
-    said = refusal(coarse, coarse)
-    assert f"{coarse} has 4 bits, no more than the model's 4" in said
+    assert f"{coarse} has 4 bits, no more than the model's 4" in refusal(coarse, coarse)
+    full = shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    kept = f"cannot be kept in {flash_head_home / 'fine_heads'} (No space left on device)"
+    assert kept in refusal(coarse, original)
 
 
 def test_originals_that_cannot_be_had(hub, original, coarse, tmp_path):
@@ -258,28 +245,24 @@ def test_originals_that_cannot_be_had(hub, original, coarse, tmp_path):
     for name, base in (("Coarse", "Two"), ("Two", "Coarse")):
         hub.put(f"maker/{name}", files | {"README.md": (card % base).encode()})
     for base, there, said in (
-        ("[]", {}, unnamed),
-        ("maker/Coarse", {}, unnamed),
-        ("maker/Two", {}, unnamed),
-        ("maker/Gone", {}, "no such repository on the Hugging Face Hub"),
-        ("maker/Empty", {"config.json": b"{}"}, "maker/Empty lacks a file of its weights"),
-        ("maker/Damaged", {"model.safetensors": b"\xff" * 100}, "is damaged or no safetensors"),
-        ("maker/Cut", {"model.safetensors": weights[:2000]}, "maker/Cut"),
-        ("maker/Gated", {"model.safetensors": weights}, "maker/Gated is gated: ask for access on "),
+        ("[]", None, unnamed),
+        ("maker/Coarse", None, unnamed),
+        ("maker/Two", None, unnamed),
+        ("maker/Gone", None, "no such repository on the Hugging Face Hub"),
+        ("maker/Damaged", b"\xff" * 100, "is damaged or no safetensors"),
+        ("maker/Cut", weights[:2000], "maker/Cut"),
+        ("maker/Gated", weights, "maker/Gated is gated: ask for access on "),
     ):
         if there:
-            hub.put(base, there)
-        if base == "maker/Gated":
-            hub.gated.add("model.safetensors")
+            hub.put(base, {"model.safetensors": there})
+        hub.gated = {"model.safetensors"} if base == "maker/Gated" else set()
         name_base(folder, base)
         assert said in refusal(folder), base
 
 
-def test_a_chain_of_quantized_models(on_hub, coarse, tmp_path):
-    """An 8-bit conversion between the model and its original is passed."""
+def test_an_8_bit_conversion_between_a_model_and_its_original_is_passed(on_hub, coarse, tmp_path):
     card = b"---\nbase_model:\n- maker/Original\n---\n"
-    middle = contents(coarse.with_name("Finer")) | {"README.md": card}
-    on_hub.put("maker/Middle", middle)
+    on_hub.put("maker/Middle", contents(coarse.with_name("Finer")) | {"README.md": card})
     folder = shutil.copytree(coarse, tmp_path / "Coarse")
     name_base(folder, "maker/Middle")
     assert "of maker/Original" in fine(folder, True)[1][0]
@@ -288,8 +271,7 @@ def test_a_chain_of_quantized_models(on_hub, coarse, tmp_path):
 def test_a_lost_connection_continues(on_hub, original, coarse, monkeypatch):
     monkeypatch.setattr(finer_head, "SKETCH_ROWS", 1)
     on_hub.cut_at = 20_000
-    said = refusal(coarse)
-    assert "the Hugging Face Hub does not give it" in said
+    assert "the Hugging Face Hub does not give it" in refusal(coarse)
     (part,) = finer_head.home().rglob("*.part")
     assert 0 < part.stat().st_size <= 20_000
     on_hub.cut_at, on_hub.ranged_bytes = None, 0
@@ -316,23 +298,11 @@ def test_damaged_rows_in_the_cache_are_fetched_again(original, coarse):
         assert place.stat().st_size > len(content) / 2
 
 
-def test_a_full_disk(original, coarse, monkeypatch, flash_head_home):
-    full = shutil.disk_usage("/")._replace(free=10)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-    said = refusal(coarse, original)
-    assert f"cannot be kept in {flash_head_home / 'fine_heads'} (No space left on device)" in said
-
-
 def test_two_at_once_fetch_once(on_hub, coarse):
-    heard, threads = [], []
-    for _ in range(2):
-        location = find_head(mlx_lm.load(str(coarse))[0])
-        give = partial(give_fine_head, location, coarse, True, say=heard.append, progress=False)
-        threads.append(threading.Thread(target=give))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    heard, locations = [], [find_head(mlx_lm.load(str(coarse))[0]) for _ in range(2)]
+    give = partial(give_fine_head, say=heard.append, progress=False)
+    with ThreadPoolExecutor(2) as pool:
+        [*pool.map(give, locations, [coarse] * 2, [True] * 2)]
     assert len([said for said in heard if said.startswith("Fetching")]) == 1
 
 
@@ -352,9 +322,8 @@ def test_a_flash_head_is_built_for_the_finer_rows_or_the_models_own(original, co
 
 def test_flags(run, original, coarse):
     command = ("generate", "--model", coarse, "--prompt", "One", "--max-tokens", 4)
-    for flags in (["--dense"], ["--dense", "--head-bits", 16]):
-        code, _, errors = run(*command, *flags, "--fine-head", original)
-        assert code == 0 and "Fetching" in errors
+    code, _, errors = run(*command, "--dense", "--head-bits", 16, "--fine-head", original)
+    assert code == 0 and "Fetching" in errors
     code, _, errors = run(*command, "--head-bits", 16)
     assert code == 2 and "add --fine-head" in errors
 

@@ -1,6 +1,7 @@
 """Loading any model with a FlashHead, and what is said where that cannot be done."""
 
 import json
+import os
 import shutil
 from contextlib import suppress
 
@@ -44,26 +45,22 @@ def test_loads_a_model_with_flash_head(folders, form):
     model, tokenizer = load(str(folders[form]))
     head = get_flash_head(model)
     assert (head.n_clusters, head.cluster_size, head.n_probes) == (33, 8, 4)
-    assert head.eos_token_ids == (1,)
-    assert tokenizer.eos_token_id == 1
+    assert (*head.eos_token_ids, tokenizer.eos_token_id) == (1, 1)
     dense, _ = mlx_lm.load(str(folders[form]))
     assert mx.allclose(model(TOKENS), dense(TOKENS), rtol=0, atol=1e-4)
     with head.settings():
         assert not mx.allclose(model(TOKENS), dense(TOKENS))
     text = mlx_lm.generate(model, tokenizer, "hello", max_tokens=12)
-    assert text == mlx_lm.generate(dense, tokenizer, "hello", max_tokens=12)
-    assert text
+    assert text == mlx_lm.generate(dense, tokenizer, "hello", max_tokens=12) != ""
 
 
 def test_arguments_are_passed_on(folders):
     options = {"lazy": True, "return_config": True, "n_probes": 33, "backend": "mlx"}
-    model, _, config = load(str(folders["untied"]), **options)
-    assert config["model_type"] == "llama"
+    options["tokenizer_config"] = {"eos_token": "A"}
+    model, tokenizer, config = load(str(folders["untied"]), **options)
     head = get_flash_head(model)
+    assert (config["model_type"], tokenizer.eos_token) == ("llama", "A")
     assert (head.n_probes, head.backend) == (33, "mlx")
-    with_other_eos, tokenizer = load(str(folders["tied"]), tokenizer_config={"eos_token": "A"})
-    assert tokenizer.eos_token == "A"
-    assert get_flash_head(with_other_eos) is not None
 
 
 def remove_a_tensor(folder):
@@ -79,25 +76,16 @@ def change_model_type(folder):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
 
 
-def shorten_weights(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def remove_all(folder):
-    for file in folder.iterdir():
-        file.unlink()
-
-
-SPOILS = [
-    remove_a_tensor,
-    change_model_type,
-    shorten_weights,
-    lambda folder: (folder / "model.safetensors").unlink(),
-]
-
-
-@pytest.mark.parametrize("spoil", [*SPOILS, remove_all], ids=range(5))
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        remove_a_tensor,
+        change_model_type,
+        lambda folder: os.truncate(folder / "model.safetensors", 100_000),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "config.json").unlink(),
+    ],
+)
 def test_model_that_mlx_lm_cannot_load(folder, spoil):
     spoil(folder)
     said = rf"mlx-lm cannot load the model in {folder} \(.*[\w']\)"

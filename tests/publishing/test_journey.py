@@ -2,33 +2,22 @@
 
 import huggingface_hub
 import mlx_lm
-import pytest
 
 import mlx_flashhead
 from loopback_hub import TOKEN
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME
 from mlx_flashhead.loading.sources import entries
 from mlx_flashhead.publishing.publish import publish
-from model_folders import contents, write_model
-
-
-def put_model(hub, repo_id, folder, **further):
-    """A model's repository, as if it had been uploaded."""
-    hub.put(repo_id, contents(folder) | {name: text.encode() for name, text in further.items()})
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("dense") / "Tiny", tied=False)
+from model_folders import contents
 
 
 def test_a_flash_head_of_its_own_travels(run, hub, dense, tmp_path, monkeypatch):
     """It serves the same model at 4 bits, later without a network."""
     mlx_lm.convert(str(dense), str(tmp_path / "quantized"), quantize=True)
-    text = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n"
-    further = {"README.md": "---\nlicense: llama3.2\n---\n", "LICENSE.txt": text}
-    put_model(hub, "maker/Llama-Tiny", dense, **further)
-    put_model(hub, "other/Llama-Tiny-4bit", tmp_path / "quantized")
+    text = b"LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n"
+    further = {"README.md": b"---\nlicense: llama3.2\n---\n", "LICENSE.txt": text}
+    hub.put("maker/Llama-Tiny", contents(dense) | further)
+    hub.put("other/Llama-Tiny-4bit", contents(tmp_path / "quantized"))
     head, repo_id = tmp_path / "head", "me/Llama-Tiny-FlashHead"
     code, output, errors = run(
         "convert", "--model", "maker/Llama-Tiny", "--index-only", "--upload",
@@ -63,19 +52,19 @@ def test_a_flash_head_of_its_own_travels(run, hub, dense, tmp_path, monkeypatch)
     assert hub.files(repo_id)["model.safetensors"] == b"kept"
 
 
-def test_load_asks_the_network_for_what_is_named_alone(hub, dense):
+def test_load_asks_the_network_for_what_is_named_alone(hub, dense, quick):
     """What was built at the first use is shared, and nobody gets it without naming it."""
     mlx_flashhead.load(str(dense), progress=False)  # builds
     assert hub.requests == []
     (kept,) = entries()
-    address = publish(kept.path, license="mit")
-    assert address == f"{hub.url}/me/Tiny-FlashHead"
-    assert {FILE_NAME, SETTINGS_NAME, "README.md"} == {*hub.files("me/Tiny-FlashHead")}
-    put_model(hub, "me/Tiny", dense)
+    head = "me/model-FlashHead"
+    assert publish(kept.path, license="mit") == f"{hub.url}/{head}"
+    assert {FILE_NAME, SETTINGS_NAME, "README.md"} == {*hub.files(head)}
+    hub.put("me/Tiny", contents(dense))
     hub.requests.clear()
     mlx_flashhead.load("me/Tiny", progress=False)  # with the cached one
     assert hub.requests and not any("FlashHead" in path for _, path in hub.requests)
     hub.requests.clear()
-    model, _ = mlx_flashhead.load(str(dense), flash_head="me/Tiny-FlashHead", progress=False)
+    model, _ = mlx_flashhead.load(str(dense), flash_head=head, progress=False)
     assert mlx_flashhead.get_flash_head(model).n_clusters == 17
-    assert hub.requests and all("me/Tiny-FlashHead" in path for _, path in hub.requests)
+    assert hub.requests and all(head in path for _, path in hub.requests)

@@ -1,16 +1,14 @@
-"""The demo's race and its picture, on a tiny model."""
+"""The demo's race, on a tiny model."""
 
 import io
-import xml.etree.ElementTree as ElementTree
 
 import pytest
 from rich.console import Console
 
 import demo
-from demo import Run, compare, encode, race
+from demo import compare, encode, race
 from mlx_flashhead import load, stream_generate
 from mlx_flashhead.models.libraries import load_dense
-from record_demo import COLUMNS, picture, wrapped
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +21,10 @@ def test_shows_both_texts_their_speeds_and_that_they_are_the_same(loaded, termin
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
     compare(*loaded, "hello", max_tokens=40, rounds=1, console=console)
     output = console.file.getvalue()
-    for word in ("hello", "dense", "FlashHead", "tokens per second", "median of 2", " x"):
-        assert word in output
     said = " ".join(output.split())
-    assert "the same, token for token" in said and "2 of 17 clusters" in said
+    for words in ("hello", "dense", "tokens per second", "median of 2", " x", "2 of 17 clusters"):
+        assert words in said
+    assert "the same, token for token" in said
     assert ("tokens/s" in output) == ("\x1b[" in output) == terminal
     assert "Warning" not in capsys.readouterr().err
 
@@ -44,18 +42,3 @@ def test_a_race_is_of_the_models_own_text_and_of_the_same_length(loaded, dense, 
     monkeypatch.setattr(demo, "RACE_SECONDS", 0.0)  # a machine that is too busy
     runs = race((plain, model), tokenizer, "hello", 20)
     assert len(runs[0].token_ids) == len(runs[1].token_ids) == 2
-
-
-def test_the_picture_shows_each_word_when_it_is_complete():
-    assert Run().speed() == Run().seconds == 0
-    run = Run([(0.0, "One"), (1.0, " d"), (2.0, "ay\n"), (3.0, "<" + "x" * COLUMNS), (4.0, " y")])
-    assert [run.text(t) for t in (0.5, 2.0)] == ["One", "One day\n"]
-    assert [run.speed(t) for t in (0.5, 2.0)] == [0.0, 1.0]
-    assert wrapped(run) == [
-        [(0.0, "One"), (2.0, "day")],
-        [(3.0, "<" + "x" * COLUMNS)],
-        [(4.0, "y")],
-    ]
-    tree = ElementTree.fromstring(picture((run, run), "a & b"))
-    words = [element.text for element in tree.iter("{http://www.w3.org/2000/svg}tspan")]
-    assert words[:2] == ["One ", "day "] and len(words) == 8

@@ -1,9 +1,6 @@
 """The folders of the models: Gemma's and Qwen's of tiny files, SmolLM2's as it is."""
 
-import itertools
-
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -18,21 +15,24 @@ TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(25
 KINDS = [3] * 4 + [6] * 256 + [1] * 9 + [4, 4]
 # of the words: bc before ▁a, the longer ones later, and ab last of all
 SCORES = [0.0] * 260 + [-50, -51, -52, -53, -2, -1, -4, -3, -5, -1000, -1000]
-CONFIG = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "sliding_window": 16,
-    "max_position_embeddings": 128,
+CONFIG = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "head_dim": 32}
+CONFIG |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+CONFIG |= {"sliding_window": 16, "max_position_embeddings": 128}
+# All have one shape: nothing else would tell that two are swapped.
+NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
-PROSE = (
-    "Photosynthesis is the process by which plants, algae, and some bacteria convert light energy "
-    "into chemical energy. During photosynthesis, plants absorb carbon dioxide from the air and "
-    "water from the soil. Using energy from sunlight, they convert these into glucose and oxygen."
-)
+
+
+def finish(writer):
+    """Writes what a file is to hold."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,9 @@ def model():
     model = gemma3_text.Model(gemma3_text.ModelArgs(model_type="gemma3_text", **options))
     model.sanitize({})
     rng = np.random.default_rng(0)
-    weights = [
-        (name, mx.array(rng.normal(scale=0.2, size=array.shape).astype(np.float32)))
-        for name, array in tree_flatten(model.parameters())
-    ]
-    model.load_weights(weights)
+    for name, array in tree_flatten(model.parameters()):
+        weight = mx.array(rng.normal(scale=0.2, size=array.shape).astype(np.float32))
+        model.load_weights([(name, weight)], strict=False)
     return model
 
 
@@ -75,16 +73,14 @@ def folder(model, tmp_path_factory):
             writer.add_tensor("token_embd.weight", blocks, raw_dtype=form)
         else:
             writer.add_tensor(names[name], weight + (1 if "norm" in name else 0))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     folder = tmp_path_factory.mktemp("models")
     write_folder(folder, path, "float16")
     return folder
 
 
 def test_same_model_as_before_it_was_stored(model, folder):
+    assert NORMS.items() <= GEMMA_NAMES.items()
     loaded, _, config = mlx_lm.load(str(folder), return_config=True)
     stored = dict(tree_flatten(loaded.parameters()))
     for name, array in tree_flatten(model.parameters()):
@@ -104,41 +100,17 @@ def test_tokens_of_a_text(folder):
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (2, 0)
     text = "c abcé\n\n<html>a<eos>"
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode(text))
+    assert tokens == ["<bos>", "c", "▁abc", "<0xC3>", "<0xA9>", "\n\n", "<html>", "a", "<eos>"]
     text = f"  a {text} 東京 🙂\0"
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-    assert tokens == [
-        *("<bos>", "c", "▁abc", "<0xC3>", "<0xA9>", "\n\n", "<html>", "a", "<eos>")
-    ]  # fmt: skip
 
 
 def test_best_scored_pieces_win(folder):
     """As in the model's own tokenizer, which always merges the neighbours of the best score."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    score = dict(zip(TOKENS, SCORES, strict=True))
-    for length in range(1, 6):
-        for letters in itertools.product("▁abc", repeat=length):
-            pieces = list(letters)
-            while pairs := [
-                (score[left + right], -i)
-                for i, (left, right) in enumerate(itertools.pairwise(pieces))
-                if left + right in score
-            ]:
-                i = -max(pairs)[1]
-                pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
-            text = "".join(letters).replace("▁", " ")
-            assert tokenizer.encode(text, add_special_tokens=False).tokens == pieces
-
-
-def test_the_four_norms_of_a_layer():
-    """All have one shape: nothing else would tell that two are swapped."""
-    for stored, expected in (
-        ("attn_norm", "input_layernorm"),
-        ("post_attention_norm", "post_attention_layernorm"),
-        ("ffn_norm", "pre_feedforward_layernorm"),
-        ("post_ffw_norm", "post_feedforward_layernorm"),
-    ):
-        name = hugging_face_name(f"blk.3.{stored}.weight", GEMMA_NAMES)
-        assert name == f"model.layers.3.{expected}.weight"
+    by_text = {" abc": "▁abc", " ab": "▁a b", "ab": "ab", "aabc": "a abc", "abbc": "ab bc"}
+    for text, pieces in by_text.items():
+        assert tokenizer.encode(text, add_special_tokens=False).tokens == pieces.split()
 
 
 def test_qwen2_has_biases_and_the_rows_of_its_head(tmp_path):
@@ -165,17 +137,14 @@ def test_qwen2_has_biases_and_the_rows_of_its_head(tmp_path):
         module, kind = name.rsplit(".", 1)
         writer.add_tensor(f"{stored_names[f'{module}.']}.{kind}", np.array(array))
     writer.add_tensor("token_embd.weight", np.zeros((300, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     (tmp_path / "model").mkdir()
     write_folder(tmp_path / "model", path, "float32")
     loaded, tokenizer = mlx_lm.load(str(tmp_path / "model"))
-    for (name, array), (_, expected) in zip(
-        tree_flatten(loaded.parameters()), tree_flatten(model.parameters()), strict=True
-    ):
-        assert mx.array_equal(array, expected), name
+    expected = dict(tree_flatten(model.parameters()))
+    for name, array in tree_flatten(loaded.parameters()):
+        assert mx.array_equal(array, expected.pop(name)), name
+    assert not expected
     text = "don't in 123\n\n  é<3>"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert {298, 299} < {*tokenizer.encode(f"{text}<42>")}
@@ -184,7 +153,8 @@ def test_qwen2_has_biases_and_the_rows_of_its_head(tmp_path):
 
 @pytest.mark.real
 def test_smollm2(real_model_folder):
-    model, tokenizer = mlx_lm.load(str(real_model_folder))
+    """Its weights are right, since it says Paris in test_real_model.py."""
+    model, tokenizer = mlx_lm.load(str(real_model_folder), lazy=True)
     text = "  café, 東京, e\u0301, 🙂👩‍🚀 \n\n\ttabs\r\n  f'{i:>3}' don't a \u0000 byte"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     tokens = [tokenizer.decode([token_id]) for token_id in tokenizer.encode("x=31415 in 24")]
@@ -196,7 +166,3 @@ def test_smollm2(real_model_folder):
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (1, 2, 0)
     assert model.model.embed_tokens.weight.shape == (len(tokenizer.vocab), 576)
     assert model.model.embed_tokens.weight.dtype == mx.float32
-    ids = mx.array([tokenizer.encode(PROSE)])
-    losses = nn.losses.cross_entropy(model(ids)[:, :-1], ids[:, 1:], reduction="mean")
-    # 1.58 nats per token; rows in the wrong order for the rotary embedding give more than 2.5.
-    assert losses.item() < 1.7

@@ -9,24 +9,15 @@ from http.client import HTTPConnection
 
 import pytest
 
-import mlx_flashhead
 from chain_models import write_chain_model
-from engines import CHUNK, flags, served_model
+from engines import CHUNK, convert, flags, served_model
 from mlx_flashhead.serving.decoding import Reading
 from mlx_flashhead.serving.engine import Engine
-from model_folders import write_model
 from scripted_server import TOKEN, scripted_server
 from server_process import serving
 
 CALL = '{"name": "weather", "arguments": {"city": "Rome", "limit": Infinity}}'
 WORDS = ("<tool_call>", CALL, "</tool_call>", " one", " two", " three", " four")
-
-
-def convert(dense, name, n_probes):
-    """Converts a folder into another one beside it."""
-    target, options = dense.parent / name, {"calibration": "none", "progress": False}
-    mlx_flashhead.convert(str(dense), str(target), n_probes=n_probes, **options)
-    return target
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +32,12 @@ def server(scripted):
     """The same, with nothing written yet: on this machine alone."""
     scripted[1].reset()
     return scripted
+
+
+@pytest.fixture
+def script(server):
+    """What the server says, and what it has seen."""
+    return server[1]
 
 
 @pytest.fixture
@@ -71,13 +68,6 @@ def connect(server):
 
 
 @pytest.fixture(scope="session")
-def random_model(tmp_path_factory):
-    """A folder with ``dense`` and ``flash``, a FlashHead of 4 probes."""
-    dense = tmp_path_factory.mktemp("random") / "dense"
-    return convert(write_model(dense, tied=False, hidden_size=128), "flash", n_probes=4).parent
-
-
-@pytest.fixture(scope="session")
 def chain_model(tmp_path_factory):
     """A checkpoint that calls a tool in a chat, and counts to four after the text "a"."""
     dense = tmp_path_factory.mktemp("chain") / "dense"
@@ -86,28 +76,22 @@ def chain_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def http_server(random_model, chain_model, tmp_path_factory):
+def http_server(converted, chain_model, tmp_path_factory):
     """A server in a process of its own, of the random model; another one is allowed by name."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "token").write_text(TOKEN)
     with serving(
         folder,
-        *("--model", random_model / "flash", "--served-model-name", "mine", "--max-tokens", 40),
+        *("--model", converted, "--served-model-name", "mine", "--max-tokens", 40),
         *("--allow-models", chain_model, "--lan", "--token-file", folder / "token"),
     ) as server:
         yield replace(server, token=TOKEN, url=re.sub("//.*:", "//127.0.0.1:", server.url))
 
 
 @pytest.fixture(scope="session")
-def client(http_server):
-    """OpenAI's client of it."""
-    return http_server.client()
-
-
-@pytest.fixture(scope="session")
-def tiny(random_model):
+def tiny(converted):
     """The random model as the server has it."""
-    return served_model(random_model / "flash")
+    return served_model(converted)
 
 
 @pytest.fixture(scope="session")
@@ -117,11 +101,11 @@ def chain(chain_model):
 
 
 @pytest.fixture(scope="session")
-def start_engine(random_model):
+def start_engine(converted):
     """A context with an engine, of the random model if no other is named."""
 
     @contextmanager
-    def started(*arguments, folder=random_model / "flash", drafts=False):
+    def started(*arguments, folder=converted, drafts=False):
         def load():
             served = served_model(folder, context=100_000)
             if drafts:

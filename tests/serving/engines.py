@@ -18,6 +18,13 @@ def flags(*arguments):
     return make_parser().parse_args(["--model", "model", *map(str, arguments)])
 
 
+def convert(dense: Path, name: str, n_probes: int) -> Path:
+    """Converts a folder into another one beside it."""
+    target, options = dense.parent / name, {"calibration": "none", "progress": False}
+    mlx_flashhead.convert(str(dense), str(target), n_probes=n_probes, **options)
+    return target
+
+
 def served_model(folder: Path, context=512) -> ServedModel:
     """A converted folder's model."""
     return ServedModel(("tiny",), *mlx_flashhead.load(str(folder)), None, context)

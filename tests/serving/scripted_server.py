@@ -17,13 +17,8 @@ from mlx_flashhead.serving.serve import Server, listening
 # The name of a machine on a network: plain http, so no secure context. The browser maps it here.
 LAN_NAME = "studio.local"
 TOKEN = "k7mf-3xq2-9tzc-hd4w-p8ns"
-MODEL = {
-    "name": "SmolLM2-135M-Instruct",
-    "dense": False,
-    "decoding": "verified",
-    "flash_head": "verified",
-    "n_probes": 120,
-}
+MODEL = {"name": "SmolLM2-135M-Instruct", "dense": False, "n_probes": 120}
+MODEL |= {"decoding": "verified", "flash_head": "verified"}
 INFO = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 512, "models": [MODEL]}
 # Tokens per second that are reported: with FlashHead, and dense.
 SPEEDS = {False: 35.5, True: 25.0}

@@ -29,17 +29,10 @@ class Detokenizer:
 
 def emitted(parts, stop=(), state="normal"):
     """What each token adds, and the end, unless a stop text came before it."""
-    tokenizer = SimpleNamespace(
-        detokenizer=Detokenizer(),
-        has_thinking=True,
-        think_start="<think>",
-        think_end="</think>",
-        has_tool_calling=True,
-        tool_call_start="<call>",
-        tool_call_end="</call>",
-        structural_markers=(),
-        response_transitions={},
-    )
+    tokenizer = SimpleNamespace(detokenizer=Detokenizer(), has_thinking=True, has_tool_calling=True)
+    tokenizer.think_start, tokenizer.think_end = "<think>", "</think>"
+    tokenizer.tool_call_start, tokenizer.tool_call_end = "<call>", "</call>"
+    tokenizer.structural_markers, tokenizer.response_transitions = (), {}
     machine = TextStateMachine({"normal": [(word, None) for word in stop]} if stop else None)
     text, tokens = AnswerText(tokenizer, machine, state), []
     for part in [*parts, None]:
@@ -54,12 +47,9 @@ def emitted(parts, stop=(), state="normal"):
     [
         ("ab cd ef", "", Token("abcdef"), False),
         ("ab cd ef", "cd", Token("ab"), True),
-        ("ab cd ef", "bc", Token("a"), True),
         ("ab cd ef", "de bc", Token("a"), True),
-        ("ab cd ef", "f", Token("abcde"), True),
         ("ab cd ef", "abcdef", Token(), True),
-        ("ab cd ef", "fg", Token("abcdef"), False),  # held back until it is certain
-        ("ab cd ef", "x", Token("abcdef"), False),
+        ("ab cd ef", "fg x", Token("abcdef"), False),  # held back until it is certain
         ("<thi nk>Hm m.</think> Yes", "", Token("Yes", "Hmm."), False),
         ("<think>Hm m.</think> Yes", "mm", Token("", "H"), True),
         ("<call>f( 1) </call> and <call>g()</call>", "", Token("and", "", ["f(1)", "g()"]), False),
@@ -79,8 +69,7 @@ def test_parts_of_an_answer(parts, stop, expected, ended):
 
 def test_what_is_not_certain_is_held_back():
     """What may begin a stop text, and the beginning of a call."""
-    texts = [token.content for token in emitted(["a", "b", "x"], ["bc"])]
-    assert texts == ["a", "", "bx", ""]
+    assert [token.content for token in emitted(["a", "b", "x"], ["bc"])] == ["a", "", "bx", ""]
     tokens = emitted(["Look: <call>f(", "1)", "</call>", " and", "<call>g()</call>"])
     assert [token.calls for token in tokens] == [[], [], ["f(1)"], [], ["g()"], []]
     first, second, _ = emitted(["Hm.", "</think>Yes"], state="reasoning")
@@ -89,8 +78,7 @@ def test_what_is_not_certain_is_held_back():
 
 def test_bytes_of_a_byte_level_tokenizer(tiny):
     tokenizer = tiny.tokenizer
-    tokens = tokenizer.encode("aé €\n", add_special_tokens=False)
-    assert b"".join(token_bytes(tokenizer, token) for token in tokens) == "aé €\n".encode()
+    tokens = tokenizer.encode("aé", add_special_tokens=False)
     assert [token_text(tokenizer, token) for token in (*tokens[:2], 1)] == ["a", "bytes:\\xc3", EOS]
     assert {token_bytes(tokenizer, i) for i in range(2, 258)} == {bytes([i]) for i in range(256)}
     assert token_bytes(tokenizer, 5000) == b""
@@ -109,17 +97,12 @@ def test_bytes_of_a_sentencepiece_tokenizer():
     assert [token_bytes(tokenizer, i) for i in range(5)] == expected
 
 
-@pytest.mark.parametrize(
-    "token, n_tops, expected",
-    [
-        (1, 3, [(1, -3.0), (2, -0.5), (0, -1.0), (1, -3.0)]),
-        (3, 0, [(3, VERY_UNLIKELY)]),
-        (0, 20, [(0, -1.0), (2, -0.5), (0, -1.0), (1, -3.0), (3, VERY_UNLIKELY)]),
-    ],
-)
-def test_logprobs_of_the_chosen_and_the_likeliest(token, n_tops, expected):
+def test_logprobs_of_the_chosen_and_the_likeliest():
     logprobs = mx.array([-1.0, -3.0, -0.5, -float("inf")])
-    assert token_logprobs(logprobs, token, n_tops) == expected
+    tops = [(2, -0.5), (0, -1.0), (1, -3.0), (3, VERY_UNLIKELY)]
+    assert token_logprobs(logprobs, 1, 3) == [(1, -3.0), *tops[:3]]
+    assert token_logprobs(logprobs, 3, 0) == [(3, VERY_UNLIKELY)]
+    assert token_logprobs(logprobs, 0, 20) == [(0, -1.0), *tops]
 
 
 def test_json_that_is_written_can_be_read():
@@ -137,12 +120,10 @@ def test_json_that_is_written_can_be_read():
         (b'{"a": NaN}', "NaN is not a finite number"),
         (b"[-Infinity]", "-Infinity is not"),
         (b"1e999", "1e999 is not"),
-        (b"{", "Expecting"),
         (b'"\xff"', "byte 1 is not UTF-8"),
         (b'{"a": ["\\ud800"]}', "half of a character"),
         (b'{"\\udE00": 1}', "half of a character"),
         (b'"\xed\xa0\x80"', "byte 1 is not UTF-8"),
-        (b"[" * 100_000, "nested too deeply"),
         (b'{"a":[' * 51 + b"]}" * 51, "nested too deeply"),
         (b"1" * 5000, "4300 digits"),
     ],

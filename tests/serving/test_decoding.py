@@ -1,28 +1,29 @@
 """Sequences: prompts are read a chunk at a time, as far as no cache holds them already, and each
 is generated as if it were alone, in a batch or by itself."""
 
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
-import mlx.core as mx
 import mlx_lm
 import pytest
 
 import mlx_flashhead
-from engines import CHUNK, LONG, SHORT, endless, flags, generated, submit, tokens_of, until
+from engines import (
+    CHUNK,
+    LONG,
+    SHORT,
+    convert,
+    endless,
+    flags,
+    generated,
+    submit,
+    tokens_of,
+    until,
+)
 from mlx_flashhead import grammar_processor
-from mlx_flashhead.conversion.options import IndexOptions
-from mlx_flashhead.loading import background as build
+from mlx_flashhead.loading.background import background_build
 from mlx_flashhead.loading.sources import HeadOptions
 from mlx_flashhead.lossless.policy import policy_of
-from mlx_flashhead.models.compat.mlx_lm import KVCache, LRUPromptCache
-from mlx_flashhead.serving.decoding import (
-    CHUNK_SECONDS,
-    SMALLEST_CHUNK,
-    PrefillPace,
-    next_reading,
-)
+from mlx_flashhead.serving.decoding import CHUNK_SECONDS, SMALLEST_CHUNK, PrefillPace
 from mlx_flashhead.serving.engine import Engine
 from mlx_flashhead.serving.jobs import Progress, Token
 from mlx_flashhead.serving.served_models import ServedModel
@@ -45,24 +46,13 @@ def test_answers_are_what_the_package_generates(either, flash):
         assert tokens_of(one) == generated(flash, prompt, **setting)
 
 
-def test_a_long_prompt_does_not_pad_the_caches_of_short_ones(start):
-    engine = start()
-    text = [LONG[i % 400] for i in range(1100)]  # beyond the 1,024 of a first class
-    long, short = endless(engine, text), endless(engine, SHORT)
-    sizes = sorted(decoder.nbytes for decoder in engine._decoders)
-    assert len(sizes) == 2 and 4 * sizes[0] < sizes[1]
-    long.cancelled = short.cancelled = True
-
-
 def test_seeds_repeat_whatever_else_is_drawn(engine):
     options = {"temperature": 1.5, "seed": -7, "max_tokens": 12}
     alone = tokens_of(submit(engine, SHORT, **options))
     others = [submit(engine, SHORT, temperature=1.5, max_tokens=12) for _ in range(3)]
     others.append(submit(engine, SHORT, **options | {"seed": 8}))
-    again = tokens_of(submit(engine, SHORT, **options))
-    drawn = [tuple(tokens_of(other)) for other in others]
-    assert again == alone
-    assert len({tuple(alone), *drawn}) == 5
+    assert tokens_of(submit(engine, SHORT, **options)) == alone
+    assert len({tuple(alone), *(tuple(tokens_of(other)) for other in others)}) == 5
 
 
 def test_processors_see_the_whole_sequence(either):
@@ -73,8 +63,7 @@ def test_processors_see_the_whole_sequence(either):
         return logits
 
     whole = [*LONG, *tokens_of(submit(either, LONG, 6, processors=[look]))]
-    assert seen[0] == LONG
-    assert all(tokens[: len(LONG)] == LONG for tokens in seen)
+    assert seen[0] == LONG and all(tokens[: len(LONG)] == LONG for tokens in seen)
     assert any(tokens == whole[: len(tokens)] and len(tokens) > 402 for tokens in seen)
 
 
@@ -109,12 +98,10 @@ def test_quantized_caches(start, flash):
     engine = start("--kv-bits", 8, "--kv-group-size", 32, "--quantized-kv-start", 20)
     options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 20}
     options |= {"prefill_step_size": CHUNK}
-    jobs = [submit(engine, prompt) for prompt in (LONG, SHORT)]
-    for one, prompt in zip(jobs, (LONG, SHORT), strict=True):
-        assert tokens_of(one) == generated(flash, prompt, **options)
+    for prompt in (LONG, SHORT):
+        assert tokens_of(submit(engine, prompt)) == generated(flash, prompt, **options)
     again = submit(engine, LONG)
-    assert len(tokens_of(again)) == 8
-    assert again.cached == 399
+    assert len(tokens_of(again)) == 8 and again.cached == 399
 
 
 def test_prompts_that_begin_alike_share_what_is_read_and_progress_is_reported(start, flash, chunks):
@@ -135,30 +122,10 @@ def test_prompts_that_begin_alike_share_what_is_read_and_progress_is_reported(st
         same = submit(engine, prompt)
         assert tokens_of(same) == generated(flash, prompt)
         assert same.cached == len(prompt) - 1
-
-
-def test_caches_are_bounded(start):
-    engine = start("--prompt-cache-bytes", "1K")
-    for prompt in (LONG, LONG[:100]):
-        tokens_of(one := submit(engine, prompt))
+    bounded = start("--prompt-cache-bytes", "1K")
+    for _ in range(2):
+        tokens_of(one := submit(bounded, LONG))
         assert one.cached == 0
-
-
-def test_room_is_made_for_caches_in_use():
-    def filled():
-        cache = KVCache()
-        cache.update_and_fetch(*[mx.zeros((1, 1, 256, 1))] * 2)
-        return [cache]
-
-    served, caches = SimpleNamespace(name="a model"), LRUPromptCache(8)
-    limit = SimpleNamespace(prompt_cache_bytes=3 * filled()[0].nbytes)
-    engine = SimpleNamespace(_flags=limit, _caches=caches, _decoders=[], _readings=[])
-    for number in range(4):
-        engine._readings = [SimpleNamespace(nbytes=1)] * (number == 3)
-        Engine._store(engine, served, ([number, *range(255)], filled()))
-    found = [caches.fetch_nearest_cache("a model", [number, 0, 7])[0] for number in range(4)]
-    assert found.count(None) == 2
-    assert caches.fetch_nearest_cache("another", [3, 0, 7])[0] is None
 
 
 @pytest.mark.parametrize("drafts", [False, True])
@@ -168,9 +135,8 @@ def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(
     settings = {"head_dim": 32, "query_pre_attn_scalar": 32}
     settings |= {"sliding_window": 32, "sliding_window_pattern": 2}
     dense = write_model(tmp_path / "dense", arch="gemma3_text", hidden_size=64, further=settings)
-    folder, options = str(tmp_path / "flash"), {"calibration": "none", "progress": False}
-    mlx_flashhead.convert(str(dense), folder, n_probes=4, **options)
-    loaded = mlx_flashhead.load(folder)
+    folder = convert(dense, "flash", n_probes=4)
+    loaded = mlx_flashhead.load(str(folder))
     first, second = [*LONG[:80], 50, 51], [*LONG[:80], 60, 61, 62]
     with start_engine(folder=folder, drafts=drafts) as engine:
         assert not engine.models.result()[0].cuttable
@@ -189,57 +155,25 @@ def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(
 def test_pace_finds_what_fits_into_a_chunks_time():
     pace = PrefillPace(2048)
 
-    def took(seconds):
+    def chunk_at(speed):
         for _ in range(20):
-            pace.took(pace.n_tokens, seconds(pace.n_tokens))
+            pace.took(pace.n_tokens, pace.n_tokens / speed)
         return pace.n_tokens
 
     for speed in (10_000, 1000):  # tokens a second, which are fewer far into a prompt
-        assert CHUNK_SECONDS / 4 <= took(lambda n: n / speed) / speed <= CHUNK_SECONDS  # noqa: B023
-    assert took(lambda n: 100.0) == SMALLEST_CHUNK
-    assert took(lambda n: 0.0) == 2048
+        assert CHUNK_SECONDS / 4 <= chunk_at(speed) / speed <= CHUNK_SECONDS
+    assert (chunk_at(1), chunk_at(10**9)) == (SMALLEST_CHUNK, 2048)
     assert PrefillPace(8).n_tokens == 8
 
 
-def test_whose_chunk_is_next():
-    """A short prompt always waits. It neither holds up the others, nor do they hold it up."""
-    readings, order, n_read = [], [], 0
-
-    class Reading:
-        def __init__(self, left):
-            self.left, self.due = left, n_read + left
-            readings.append(self)
-
-    long, middling, short = Reading(600), Reading(160), None
-    while long.left:
-        if short not in readings:
-            short = Reading(3)
-        reading = next_reading(readings, len(order) + 1)
-        order.append(reading)
-        n_tokens = min(reading.left, CHUNK)
-        reading.left -= n_tokens
-        n_read += n_tokens
-        if not reading.left:
-            readings.remove(reading)
-    # due after as many tokens as it has, and then every other chunk is its own
-    last = len(order) - order[::-1].index(middling)
-    assert order[:last].count(middling) == 10 and last <= 2 * 10 + 160 / 3
-    assert len(order) <= 2 * (10 + 38) + 600 / 3
-    shorts = [one not in (long, middling) for one in order]
-    assert all(map(max, shorts, shorts[1:]))
-
-
 @pytest.mark.parametrize("together", [1, 3])
-def test_answers_before_at_and_after_the_swap_are_the_dense_models(
-    random_model, flash_head_home, monkeypatch, together
-):
+def test_answers_before_at_and_after_the_swap_are_the_dense_models(dense, quick, together):
     """The generating thread builds a FlashHead beside its answers."""
-    monkeypatch.setattr(build, "IndexOptions", partial(IndexOptions, calibration_positions=100))
-    model, tokenizer = mlx_lm.load(str(random_model / "dense"))
+    model, tokenizer = mlx_lm.load(str(dense))
     expected = generated((model, tokenizer), SHORT, 30)
     options = HeadOptions(progress=False)
     served = ServedModel(("tiny",), model, tokenizer, None, 512)
-    served.build = build.background_build(model, tokenizer, Path("tiny"), options)
+    served.build = background_build(model, tokenizer, Path("tiny"), options)
     engine = Engine(lambda: [served], flags())
     seen = {engine.models.result(60)[0].decoding()}
     while served.build is not None:
@@ -252,18 +186,17 @@ def test_answers_before_at_and_after_the_swap_are_the_dense_models(
 
 
 def test_what_is_said_is_what_decodes(tiny, monkeypatch):
-    policy = policy_of(tiny.head)
-    monkeypatch.setattr(policy, "dense", True)
-    assert tiny.decoding() == "dense: FlashHead is no faster on this machine"
-    assert tiny.decoding(dense=True) == "dense: as requested"
-    assert tiny.decoding(n_probes=2) == "verified"
-    monkeypatch.setattr(tiny, "verify", False)
-    assert tiny.decoding(n_probes=2) == "unverified"
-    monkeypatch.setattr(tiny, "verify", True)
-    monkeypatch.setattr(policy, "drafts_only", True)
-    assert tiny.decoding(n_probes=2) == "dense: its FlashHead only drafts"
-    monkeypatch.setattr(policy, "drafts_only", False)
-    monkeypatch.setattr(tiny, "max_wait", 0)
-    assert tiny.decoding(n_probes=2) == "dense: --max-wait is 0"
+    for owner, name, value, said in (
+        (policy_of(tiny.head), "dense", True, "verified"),
+        (tiny, "verify", False, "unverified"),
+        (policy_of(tiny.head), "drafts_only", True, "dense: its FlashHead only drafts"),
+        (tiny, "max_wait", 0, "dense: --max-wait is 0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert tiny.decoding(n_probes=2) == said
+            assert tiny.decoding(dense=True) == "dense: as requested"
+            if name == "dense":
+                assert tiny.decoding() == "dense: FlashHead is no faster on this machine"
     monkeypatch.setattr(tiny, "dense", True)
     assert tiny.decoding() == "dense: as requested"

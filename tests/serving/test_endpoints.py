@@ -5,13 +5,12 @@ import time
 from concurrent.futures import Future
 from contextlib import ExitStack
 from http.client import HTTPConnection
-from types import SimpleNamespace
 
 import pytest
 
 from engines import flags
 from mlx_flashhead.serving.access import Access
-from mlx_flashhead.serving.endpoints import Api, speed_of
+from mlx_flashhead.serving.endpoints import Api
 from mlx_flashhead.serving.jobs import Token
 from mlx_flashhead.serving.responses import ApiError
 from mlx_flashhead.serving.serve import SHUTTING_DOWN, Server
@@ -132,9 +131,3 @@ def test_a_stream_says_how_it_was_decoded(engine, send):
         connection = send(prompt="x", stream=True, **fields)
         engine.next_job().emit(Token("A", finish_reason="stop"))
         assert f": decoding {decoding}\n\ndata: [DONE]\n\n" in answer(connection)[1]
-
-
-def test_answers_without_a_token_have_no_part_in_the_speed():
-    jobs = [SimpleNamespace(tokens=[0] * 5, times=[1.0, 3.0])]
-    jobs += [SimpleNamespace(tokens=[], times=[])] * 9
-    assert speed_of(jobs) == 2.0

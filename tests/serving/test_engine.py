@@ -3,14 +3,12 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from types import SimpleNamespace
 
-import pytest
-
-from engines import CHUNK, LONG, SHORT, endless, job, submit, tokens_of, until
+from engines import CHUNK, LONG, SHORT, endless, submit, tokens_of, until
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
 from mlx_flashhead.serving import engine as engine_module
 from mlx_flashhead.serving.decoding import Reading
-from mlx_flashhead.serving.engine import time_for_answers
 from mlx_flashhead.serving.jobs import Progress, Token
 
 
@@ -35,9 +33,9 @@ def test_a_cancelled_answer_ends_and_its_cache_stays(start):
     one, other = endless(engine, LONG), endless(engine, SHORT)
     one.cancelled = True
     assert len(tokens_of(submit(engine, [50]))) == 8
-    n_tokens, n_of_other = len(one.tokens), len(other.tokens)
+    before = len(one.tokens), len(other.tokens)
     assert len(tokens_of(submit(engine, [51]))) == 8
-    assert len(one.tokens) == n_tokens and len(other.tokens) > n_of_other
+    assert len(one.tokens) == before[0] and len(other.tokens) > before[1]
     other.cancelled = True
     again = submit(engine, LONG)
     assert len(tokens_of(again)) == 8
@@ -58,39 +56,23 @@ def test_neither_a_short_question_nor_an_answer_waits_for_a_long_prompt(start, c
     answer.cancelled = True
 
 
-@pytest.mark.parametrize(
-    "n_answers, n_prompts, expected", [(1, 1, 1), (8, 1, 1), (1, 4, 0.25), (5, 0, 1), (0, 3, 0)]
-)
-def test_a_burst_of_prompts_is_read_before_few_answers_go_on(n_answers, n_prompts, expected):
-    assert time_for_answers(n_answers, n_prompts) == expected
-
-
-class Clock:
-    """Time as the engine sees it: a chunk takes 0.1 s, a token of all answers 1 s."""
-
-    now = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-    monotonic = staticmethod(time.monotonic)
-
-
 def test_a_prompt_is_read_soon_beside_slow_answers_and_a_stream_of_short_prompts(
     start, monkeypatch, chunks
 ):
-    clock, n_steps = Clock(), []
+    """As the engine sees it, a chunk takes 0.1 s, and a token of all answers 1 s."""
+    seconds, n_steps = [], []
     compute, step = Reading._compute, VerifiedBatchGenerator.next
 
     def computed(self, tokens):
-        clock.now += 0.1
+        seconds.append(0.1)
         compute(self, tokens)
 
     def stepped(self):
-        clock.now += 1
+        seconds.append(1)
         n_steps.append(0)
         return step(self)
 
+    clock = SimpleNamespace(perf_counter=lambda: sum(seconds), monotonic=time.monotonic)
     monkeypatch.setattr(Reading, "_compute", computed)
     monkeypatch.setattr(VerifiedBatchGenerator, "next", stepped)
     monkeypatch.setattr(engine_module, "time", clock)
@@ -113,14 +95,3 @@ def test_a_prompt_is_read_soon_beside_slow_answers_and_a_stream_of_short_prompts
             for one in answers:
                 one.cancelled = True
     assert not any(asker.exception() for asker in askers)
-
-
-def test_answers_to_one_prompt_read_it_once(start, chunks):
-    engine = start()
-    jobs = [job(engine, LONG, 4) for _ in range(6)]
-    for one in jobs[1:]:
-        one.prompt = jobs[0].prompt
-    engine.submit(jobs)
-    assert len({tuple(tokens_of(one)) for one in jobs}) == 1
-    assert {of for of, _ in chunks} == {jobs[0]}
-    assert [one.cached for one in jobs] == [0, *[len(LONG) - 1] * 5]

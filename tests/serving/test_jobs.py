@@ -22,13 +22,12 @@ def text(served, prompt):
     return prompt.tokens
 
 
-def with_template(served: ServedModel, template: str, **options) -> ServedModel:
+def with_template(served, template, template_arguments=None):
     """The same model with another chat template."""
     tokenizer = copy.copy(served.tokenizer)
     tokenizer._tokenizer = copy.copy(served.tokenizer._tokenizer)
-    tokenizer.chat_template = template
-    tokenizer.has_chat_template = template is not None
-    options = {"template_arguments": {}} | options
+    tokenizer.chat_template, tokenizer.has_chat_template = template, template is not None
+    options = {"template_arguments": template_arguments or {}}
     return ServedModel(served.names, served.model, tokenizer, None, served.context, **options)
 
 

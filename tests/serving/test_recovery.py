@@ -1,10 +1,10 @@
 """What fails costs the answer that caused it, and nothing else."""
 
+import sys
 from itertools import count
 from threading import Event
 
 import pytest
-from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
 from engines import LONG, SHORT, endless, flags, generated, job, submit, tokens_of, until
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
@@ -12,7 +12,7 @@ from mlx_flashhead.lossless.sequence import make_sampler
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache
 from mlx_flashhead.serving.decoding import Batch, Reading
 from mlx_flashhead.serving.engine import Engine
-from mlx_flashhead.serving.jobs import AnswerText, Job, Token
+from mlx_flashhead.serving.jobs import AnswerText, Job
 
 NUMBERS = count()
 PROMPTS = [[*SHORT, i] for i in range(8)]
@@ -21,42 +21,29 @@ PROMPTS = [[*SHORT, i] for i in range(8)]
 @pytest.mark.parametrize("part", ["processor", "sampler"])
 def test_seven_of_eight_answers_are_those_they_have_alone(engine, flash, part):
     jobs = [job(engine, prompt, 12) for prompt in PROMPTS]
-    calls = []
+    calls = count()
 
     def fails(*arguments):
-        calls.append(0)
-        if len(calls) > 3:
+        if next(calls) >= 3:
             raise RuntimeError("Resource limit (499000) exceeded")
         return arguments[-1] if part == "processor" else arguments[-1].argmax(axis=-1)
 
-    if part == "processor":
-        jobs[3].processors.append(fails)
-    else:
-        jobs[3].sampler = fails
+    failing = jobs[3]
+    failing.processors += [fails] * (part == "processor")
+    failing.sampler = fails if part == "sampler" else failing.sampler
     engine.submit(jobs)
-    assert "Resource limit" in str(until(jobs[3], BaseException))
-    for i, other in enumerate(jobs):
-        if i != 3:
-            assert tokens_of(other) == generated(flash, PROMPTS[i], 12)
+    assert "Resource limit" in str(until(failing, BaseException))
+    for other, prompt in zip(jobs, PROMPTS, strict=True):
+        assert other is failing or tokens_of(other) == generated(flash, prompt, 12)
     assert engine.healthy
     assert tokens_of(submit(engine, SHORT)) == generated(flash, SHORT)
 
 
-def test_a_sampler_that_fails_does_not_spoil_the_draws_of_others(engine):
-    """mlx-lm's rejects the threshold while MLX compiles it."""
-    bad = job(engine, SHORT)
-    bad.sampler = mlx_lm_sampler(temp=1.0, xtc_probability=1.0, xtc_threshold=0.9)
-    engine.submit([bad])
-    assert "threshold" in str(until(bad, BaseException | Token))
-    assert len(tokens_of(submit(engine, SHORT, temperature=1.0))) > 0
-
-
 def test_a_failure_of_nobody_in_particular_costs_nothing(engine, flash, monkeypatch):
-    step, calls = VerifiedBatchGenerator._next, []
+    step, calls = VerifiedBatchGenerator._next, count()
 
     def failing(self):
-        calls.append(0)
-        if len(calls) == 9:
+        if next(calls) == 8:
             raise RuntimeError("out of memory")
         return step(self)
 
@@ -68,7 +55,7 @@ def test_a_failure_of_nobody_in_particular_costs_nothing(engine, flash, monkeypa
     engine.submit(jobs)
     for one, prompt, sampler in zip(jobs, PROMPTS, samplers, strict=True):
         assert tokens_of(one) == generated(flash, prompt, 12, sampler=sampler)
-    assert len(calls) >= 9
+    assert next(calls) > 8
 
 
 class PanicError(BaseException):
@@ -92,8 +79,8 @@ def test_what_fails_once_costs_one_answer_at_most(engine, flash, monkeypatch, ow
     for name in names.split():
         function, failed = getattr(owner, name), []
         first = next(NUMBERS)  # so that no cache holds the prompts
-        prompts = [[*SHORT, first // 200, first % 200, i] for i in range(4)]
-        jobs = [job(engine, prompt, n) for prompt, n in zip(prompts, (2, 6, 9, 4), strict=True)]
+        prompts = [[*SHORT, first // 200, first % 200, i] for i in range(3)]
+        jobs = [job(engine, prompt, n) for prompt, n in zip(prompts, (2, 6, 4), strict=True)]
 
         def fails(*arguments, function=function, failed=failed, **options):
             result = function(*arguments, **options) if after or failed else None
@@ -115,20 +102,6 @@ def test_what_fails_once_costs_one_answer_at_most(engine, flash, monkeypatch, ow
             assert failed and lost <= 1, name
             assert tokens_of(submit(engine, SHORT)) == generated(flash, SHORT)
             assert engine.status == "ok" and not any(engine._all_jobs())
-
-
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ZeroDivisionError()])
-def test_nothing_ends_the_thread_and_every_client_gets_an_error(engine, flash, monkeypatch, error):
-    one = endless(engine, SHORT)
-
-    def fails():
-        raise error
-
-    monkeypatch.setattr(engine, "_read", fails)
-    assert until(one, BaseException) is error
-    monkeypatch.undo()
-    assert tokens_of(submit(engine, SHORT)) == generated(flash, SHORT)
-    assert engine.status == "ok"
 
 
 def test_an_engine_whose_answers_all_fail_says_so(start, monkeypatch):
@@ -155,12 +128,7 @@ def test_a_server_that_shuts_down_tells_all_of_its_clients(start_engine, chunks)
 
 def test_an_engine_that_still_loads_and_one_that_cannot():
     go_on = Event()
-
-    def load():
-        go_on.wait(20)
-        raise SystemExit("no such model")
-
-    engine = Engine(load, flags())
+    engine = Engine(lambda: go_on.wait(20) and sys.exit("no such model"), flags())
     assert engine.status == "loading"
     go_on.set()
     with pytest.raises(SystemExit, match="no such model"):

@@ -98,12 +98,6 @@ def page(open_page):
 
 
 @pytest.fixture
-def script(server):
-    """What the server says."""
-    return server[1]
-
-
-@pytest.fixture
 def lan(server):
     """The server's address, if it is on a network: it needs the token."""
     server[1].access = Access(TOKEN)

@@ -1,6 +1,7 @@
 """The page when something goes wrong, or many come at once; nothing may be lost."""
 
 import json
+import re
 from threading import Event
 
 from playwright.sync_api import expect
@@ -43,8 +44,6 @@ def test_a_wrong_token_and_one_that_changes_meanwhile(lan, script, open_page):
         if token != f" {TOKEN} ":
             expect(page.locator(".wrong")).to_contain_text("That is not")
     expect(page.locator("#model")).to_have_text(MODEL["name"])
-    manifest = page.evaluate("document.querySelector('link[rel=manifest]').href")
-    assert manifest == f"{lan}manifest.webmanifest?token={TOKEN}"
     page.reload()
     ask(page, "One?", ends=1)
     script.access = Access(OTHER_TOKEN)
@@ -72,8 +71,7 @@ def test_server_gone_and_back(open_page):
         page = open_page("ipad", f"http://127.0.0.1:{port}/?token={TOKEN}", worker=True)
         page.evaluate("navigator.serviceWorker.ready.then(() => true)")
         addresses = page.evaluate(CACHED)
-        assert len(addresses) > 40 and not any(TOKEN in address for address in addresses)
-        assert not any(address.endswith(".json") for address in addresses)
+        assert len(addresses) > 40 and not re.search(rf"{TOKEN}|\.json\b", " ".join(addresses))
         ask(page, "One?", ends=1)
         ask(page, "Two?")
         expect(answers(page).last).to_have_text("Half an")
@@ -92,7 +90,6 @@ def test_server_gone_and_back(open_page):
         expect(page.locator("#banner")).to_have_text("The server is back.")
         tap(page, "Try again")
         expect(answers(page).last).to_have_text("After.")
-        expect(page.locator("#banner")).to_be_hidden()
         script.access = Access(OTHER_TOKEN)
         page.reload()
         expect(page.get_by_role("heading")).to_have_text("This server needs its token")
@@ -105,7 +102,6 @@ DAMAGED_MESSAGES = [
     None,
     *(QUESTION | field for field in ({"content": [{"type": "text"}]}, {"role": 7})),
     *(ANSWER | field for field in ({"reasoning": 1}, {"error": {}}, {"model": 3}, {"decoding": 1})),
-    ANSWER | {"stats": STATS | {"first": None}},
     ANSWER | {"stats": STATS | {"speed": "fast"}},
 ]
 DAMAGED = ["", "{", "null", "[]", '{"messages": 3}']
@@ -129,34 +125,7 @@ def test_damaged_records_cost_no_other_conversation(script, open_page):
         expect(page.locator("#model")).to_have_text(MODEL["name"])
         expect(page.locator("#chats .name")).to_have_text(["Is this kept?", "Hello?"])
     page.locator("#chats .open").first.tap()
-    expect(answers(page)).to_have_text("Yes.")
     ask(page, "And now?")
     expect(answers(page)).to_have_text(["Yes.", "Again."])
     sent = script.requests[-1]
     assert sent["max_tokens"] == 9 and not {"temperature", "dense"} & sent.keys()
-    page.locator("#chats .open").last.tap()
-    expect(page.locator("#show-system")).to_be_hidden()
-    ask(page, "Well?", ends=1)
-    assert [m["role"] for m in script.requests[-1]["messages"]] == ["user", "user"]
-
-
-def test_browser_without_room(script, open_page):
-    page = open_page("ipad-landscape")
-    page.evaluate(
-        """() => {
-            const { setItem } = Storage.prototype;
-            Storage.prototype.setItem = function (key, text) {
-                if (text.length > 1000) throw new DOMException("full");
-                setItem.call(this, key, text);
-            };
-        }"""
-    )
-    for number in (1, 2):
-        ask(page, f"Long question {number}" + "?" * 1000, ends=number)
-    assert len(script.requests[1]["messages"]) == 3
-    page.locator("#new-chat").tap()
-    ask(page, "A short one?", ends=1)
-    expect(page.get_by_text("has no room left")).to_be_visible()
-    page.on("dialog", lambda dialog: dialog.accept())
-    tap(page, "Delete “")
-    expect(page.locator("#full")).to_be_hidden()
