@@ -3,12 +3,12 @@
 Names, defaults and limits are those of `conversion.options.ConvertOptions`.
 """
 
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from .common.arguments import Parser
 from .common.command import command, with_flags
-from .conversion.options import HEAD_BITS, LIMITS, ConvertOptions
+from .conversion.options import LIMITS, ConvertOptions
 
 # The help of each option, by the headings.
 OPTIONS = {
@@ -23,29 +23,23 @@ OPTIONS = {
         "quantize": "Quantize the model.",
         "q_group_size": "Weights that share a scale (default: the mode's usual number).",
         "q_bits": "Bits per weight (default: the mode's usual).",
-        "q_mode": "Quantization mode (default: %(default)s).",
+        "q_mode": "affine, mxfp4, nvfp4 or mxfp8 (default: %(default)s).",
         "quant_predicate": "Recipe of mixed bits.",
-        "head_bits": "Bits of the head's rows, and of a tied embedding (default: 8 where the model "
-        "is quantized, else as the model has it).",
-        "fine_head": "Give a quantized model the finer output head of its original, of 8 bits or "
-        "--head-bits: a repository, a folder or a safetensors file (without a value: the original "
-        "that the model names).",
-        "dtype": "Of the weights that are not quantized (default: an mlx-lm folder's own, else "
-        "that of config.json).",
+        "head_bits": "Bits of the head's rows, and of a tied embedding: 4, 6, 8 or 16 (default: 8 "
+        "where the model is quantized, else as the model has it).",
+        "fine_head": "Give a quantized model the finer output head of its original: a repository, "
+        "a folder or a safetensors file (without a value: the original that the model names).",
+        "dtype": "Of weights that stay floats (default: an mlx-lm folder's own, or config.json's).",
         "dequantize": "Undo the model's quantization.",
     },
     "FlashHead": {
-        "index_only": "Make the FlashHead alone, a few MB that go beside the model in any of its "
-        "precisions.",
-        "quick": "Less text and fewer passes: a fraction of the time, and a few more clusters per "
-        "token.",
+        "index_only": "Make the FlashHead alone, which serves the model in any of its precisions.",
+        "quick": "A fraction of the text and time, and a few more clusters per token.",
         "cluster_size": "Tokens per cluster (default: %(default)s).",
-        "n_probes": "Clusters scored per token (default: the number that is expected to be "
-        "fastest).",
+        "n_probes": "Clusters scored per token (default: the expected fastest number).",
         "target_agreement": "Share of positions that keep the normal (dense) head's best token "
         "without verification (default: %(default)s).",
-        "calibration": "Text to calibrate on: built-in text of many kinds, none, or a file "
-        "(default: %(default)s).",
+        "calibration": "Text: builtin (of many kinds), none, or a file (default: %(default)s).",
         "calibration_positions": "Positions to calibrate on (default: %(default)s).",
         "calibration_seconds": "Time limit of reading the built-in text (default: %(default)s).",
         "seed": "Seed of the clustering (default: %(default)s).",
@@ -56,30 +50,11 @@ OPTIONS = {
         "upload_repo": "The same, as mlx-lm has it.",
         "private": "Make the repository private if it is a new one.",
         "base_model": "The model's repository, for a folder that does not name it.",
-        "license": "The model's licence as the Hub calls it, such as apache-2.0, for a card that "
-        "does not name it.",
+        "license": "The model's licence, such as apache-2.0, for a card that does not name it.",
     },
 }
-FLAGS = {
-    "hf_path": ["--hf-path", "--model"],
-    "quantize": ["-q", "--quantize"],
-    "dequantize": ["-d", "--dequantize"],
-}
-METAVARS = {
-    "hf_path": "FOLDER_OR_REPO",
-    "mlx_path": "FOLDER",
-    "head_bits": "|".join(map(str, HEAD_BITS)),
-    "fine_head": "SOURCE",
-    "calibration": "builtin|none|FILE",
-    "upload": "OWNER/NAME",
-    "upload_repo": "OWNER/NAME",
-    "base_model": "OWNER/NAME",
-    "license": "ID",
-}
-CHOICES = {
-    "q_mode": ("affine", "mxfp4", "nvfp4", "mxfp8"),
-    "quant_predicate": ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"),
-}
+ALIASES = {"hf_path": ["--model"], "quantize": ["-q"], "dequantize": ["-d"]}
+RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")
 
 
 def make_parser() -> Parser:
@@ -87,22 +62,20 @@ def make_parser() -> Parser:
         prog="mlx_flashhead.convert",
         description="Make a folder of a model and its FlashHead, or of a FlashHead alone.",
     )
-    defaults = {each.name: each.default for each in fields(ConvertOptions)}
+    defaults: dict[str, Any] = {each.name: each.default for each in fields(ConvertOptions)}
+    defaults["hf_path"] = None  # needed, which the options say
     for heading, options in OPTIONS.items():
         group: Any = parser if heading == "options" else parser.add_argument_group(heading)
         for name, text in options.items():
-            flags, default = FLAGS.get(name, ["--" + name.replace("_", "-")]), defaults[name]
-            about: dict[str, Any] = {
-                "type": LIMITS.get(name),
-                "metavar": METAVARS.get(name),
-                "choices": CHOICES.get(name),
-            }
-            if name in ("fine_head", "upload"):
-                about |= {"nargs": "?", "const": True}
-            elif default is False:
+            flags = ["--" + name.replace("_", "-"), *ALIASES.get(name, [])]
+            about: dict[str, Any] = {"type": LIMITS.get(name)}
+            if name == "quant_predicate":
+                about = {"choices": RECIPES}
+            elif name in ("fine_head", "upload"):
+                about = {"nargs": "?", "const": True}
+            elif defaults[name] is False:
                 about = {"action": "store_true"}
-            about["default"] = None if default is MISSING else default
-            group.add_argument(*flags, help=text, **about)
+            group.add_argument(*flags, help=text, default=defaults[name], **about)
     return parser
 
 

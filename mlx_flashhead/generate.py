@@ -143,7 +143,7 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
                 raise ValueError("--n-probes needs a FlashHead: leave --no-build out.")
             if options.missing == LATER:
                 how = {"step_seconds": math.inf, "waits": False}
-                build = background_build(*loaded[:2], folder, options, **how)
+                build = background_build(loaded[0], loaded[1], folder, options, **how)
         tokenizer = loaded[1]
         context = context_of(loaded[2], tokenizer)
 

@@ -9,19 +9,15 @@ from .common.command import command
 def make_parser() -> Parser:
     parser = Parser(
         prog="mlx_flashhead.upload",
-        description="Upload what mlx_flashhead.convert has made, a model with its FlashHead or a "
-        "FlashHead alone, to the Hugging Face Hub. An upload that was interrupted continues when "
-        "the same command is run again.",
+        description="Upload the result of mlx_flashhead.convert to the Hugging Face Hub. Run it "
+        "again to continue an interrupted upload.",
     )
     add = parser.add_argument
     add("--path", required=True, metavar="DIR", help="Its folder.")
-    repo = "Repository to upload to (default: the conversion's name for it, under your own)."
-    add("--repo", "--upload-repo", metavar="OWNER/NAME", help=repo)
+    name = "OWNER/NAME (default: the conversion's name for it, under your own)."
+    add("--repo", "--upload-repo", help=name)
     add("--private", action="store_true", help="Make the repository private if it is a new one.")
-    licence = (
-        "The model's licence as the Hub calls it, such as apache-2.0, for a card that does not "
-    )
-    add("--license", metavar="ID", help=licence + "name it.")
+    add("--license", help="Its licence, such as apache-2.0, for a card that does not name it.")
     return parser
 
 

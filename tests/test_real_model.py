@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mlx_flashhead import convert, generate, grammar_processor, load
+from kernel_cases import kernels
+from mlx_flashhead import convert, generate, get_flash_head, grammar_processor, load
 from mlx_flashhead.benchmarks.agreement import evaluate
 from mlx_flashhead.conversion.calibration import read_text
+from mlx_flashhead.lossless.policy import policy_of
 
 pytestmark = pytest.mark.real
 
@@ -57,6 +59,21 @@ def test_says_what_the_dense_model_says(loaded, as_json):
         texts.append(generate(model, tokenizer, prompt, **options))
     assert texts[0] == texts[1]
     assert json.loads(texts[0])["city"] if as_json else "Paris" in texts[0]
+
+
+def test_the_kernels_write_what_the_dense_model_writes(converted, loaded):
+    """On a Mac they run on the GPU, elsewhere on the emulator."""
+    prompt = "def fibonacci(n):\n    if n < 2:\n        return n\n    return"
+    with kernels(check=False) as emulator:
+        model, tokenizer = load(str(converted[0]), backend="metal", n_probes=96)
+        policy_of(get_flash_head(model)).depth = 6.0  # which leaves clusters out
+        if emulator is not None:
+            emulator.dispatches.clear()  # those of the check on installation
+        found = generate(model, tokenizer, prompt, max_tokens=8)
+    assert found == generate(*loaded, prompt, max_tokens=8, dense=True) and len(found) > 8
+    if emulator is not None:
+        names = {dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches}
+        assert names >= {"route", "select", "score", "sample", "screen", "certain"}
 
 
 def test_quality_on_a_text_that_calibration_has_not_seen(loaded):

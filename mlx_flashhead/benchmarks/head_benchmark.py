@@ -104,8 +104,8 @@ def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, secon
     on_cpu = mx.default_device().type == mx.cpu  # where the centroids are float32
     routing = 4 * head.n_clusters * head.hidden_size if on_cpu else centroids.nbytes
     probed = min(n_positions * head.n_probes, head.n_clusters) / head.n_clusters
-    names = ("vocab_size", "hidden_size", "n_clusters", "cluster_size", "n_probes")
-    names += ("backend", "backend_reason")
+    names = ["vocab_size", "hidden_size", "n_clusters", "cluster_size", "n_probes"]
+    names += ["backend", "backend_reason"]
     about = {"name": name} | {each: getattr(head, each) for each in names}
     return about | {
         "dtype": str(dtype).removeprefix("mlx.core."),

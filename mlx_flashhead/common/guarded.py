@@ -73,7 +73,7 @@ class Guard:
 
     def _start(self) -> subprocess.Popen:
         limits = map(str, (math.ceil(self.seconds), self.max_bytes))
-        helper = subprocess.Popen(
+        helper: Any = subprocess.Popen(
             [sys.executable, "-P", __file__, str(self.path), *limits],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -81,7 +81,6 @@ class Guard:
             text=True,
             start_new_session=True,  # Ctrl-C is for the caller
         )
-        assert helper.stdout is not None
         if not (wait([helper.stdout], START_SECONDS) and helper.stdout.readline()):
             helper.kill()
             helper.wait()

@@ -3,7 +3,6 @@
 import math
 import timeit
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -15,9 +14,8 @@ from ..index.files import FlashHeadIndex, Sketch
 from ..index.settings import FlashHeadConfig
 from ..models.locate import HeadLocation
 from . import Steps, measures
-from .calibration import builtin_states, text_states
+from .calibration import builtin_states, read_text, text_states
 from .clusters import PASSES, QUICK_PASSES, cluster_rows, fit_centroids, logit_metric
-from .measures import StepBytes
 from .options import BUILTIN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
 
 STEP_SECONDS = 0.1  # of the device, where a window of text takes no longer
@@ -36,17 +34,15 @@ def model_index(
     location: HeadLocation,
     options: IndexOptions,
     *,
-    text: str | None = None,
     drafted: Steps[np.ndarray] | None = None,
     original: Matrix | None = None,
-    recipe: dict[str, Any] | None = None,
     step_seconds: float = math.inf,
 ) -> Steps[FlashHeadIndex]:
     """The index of a dense model. Between two steps the model is as it was, and may write text.
 
-    It calibrates on the ``text`` of the options' file, or on states ``drafted`` by a drafter. The
-    model works for about ``step_seconds`` at once. ``original`` are the rows before they were
-    quantized. ValueError at a step, if an option is not valid.
+    It calibrates on states ``drafted`` by a drafter, or as the options say. The model works for
+    about ``step_seconds`` at once. ``original`` are the rows before they were quantized. ValueError
+    at a step, if an option is not valid.
     """
     states = next_ids = None
     calibration = {"source": options.source} | ({"quick": True} if options.quick else {})
@@ -54,25 +50,21 @@ def model_index(
     if drafted is not None:
         states = yield from drafted
         calibration["source"] = "drafts"
-    elif text is not None:
-        states, next_ids = yield from text_states(model, tokenizer, location, text, **limits)
-        if len(states) < MIN_POSITIONS:
-            raise ValueError(
-                f"{options.calibration} has only {len(states)} positions to calibrate on: give a "
-                "text of some pages."
-            )
     elif options.source == BUILTIN:
         limits["seconds"] = options.calibration_seconds
         read = yield from builtin_states(model, tokenizer, location, **limits)
         states, next_ids, cut_short = read
         calibration |= {"cut_short": True} if cut_short else {}
+    elif options.source != NO_CALIBRATION:
+        text = read_text(options.calibration)
+        states, next_ids = yield from text_states(model, tokenizer, location, text, **limits)
     # a token reads all weights but those of the head, and one row of the embeddings
     embeddings = (nn.Embedding, nn.QuantizedEmbedding)
     layers = (layer for layer in model.modules() if layer is not location.module)
     arrays = (layer.values() for layer in layers if not isinstance(layer, embeddings))
     body_bytes = sum(a.nbytes for each in arrays for a in each if isinstance(a, mx.array))
     about = {"eos_token_ids": tokenizer.eos_token_ids, "calibration": calibration}
-    about |= {"original": original, "body_bytes": body_bytes, "recipe": recipe}
+    about |= {"original": original, "body_bytes": body_bytes}
     return (yield from build_index(location.rows(), options, states, next_ids, **about))
 
 
@@ -86,7 +78,6 @@ def build_index(
     calibration: dict[str, Any] | None = None,
     original: Matrix | None = None,
     body_bytes: int = 0,
-    recipe: dict[str, Any] | None = None,
 ) -> Steps[FlashHeadIndex]:
     """Builds the index of a head from its rows in token order, as the checkpoint stores them.
 
@@ -95,20 +86,13 @@ def build_index(
     ones. ``body_bytes`` are those of all other layers. ValueError if the states are too few or not
     finite.
     """
-    eos_token_ids = list(eos_token_ids)
-    if not all(isinstance(token, int) for token in eos_token_ids):
-        raise ValueError(
-            f"The model's eos_token_id must be whole numbers, not {eos_token_ids!r}: correct its "
-            "config.json or generation_config.json."
-        )
-    n_positions = n_fitted = 0 if states is None else len(states)
+    n_positions = 0 if states is None else len(states)
+    n_fitted = n_positions - (0 if next_ids is None else round(HELD_OUT_SHARE * n_positions))
     fitted_on = metric = None
     if states is not None:
-        n_fitted -= 0 if next_ids is None else max(round(HELD_OUT_SHARE * n_positions), 1)
-        if n_fitted < 1:
+        if n_positions < MIN_POSITIONS:
             raise ValueError(
-                f"{n_positions} calibration positions are too few, since some are held out: "
-                "give hundreds, or none."
+                f"{n_positions} calibration positions are too few: give hundreds, or none."
             )
         if not np.isfinite(states).all():
             raise ValueError("The calibration states hold NaN or infinity: check the model.")
@@ -119,8 +103,8 @@ def build_index(
     passes = QUICK_PASSES if options.quick else PASSES
     how: dict[str, Any] = {"seed": options.seed, "metric": metric, "passes": passes}
     token_ids = yield from cluster_rows(weight, options.cluster_size, **how)
-    n_clusters = len(token_ids)
     centroids = yield from fit_centroids(weight, token_ids, fitted_on, head_bias=head_bias)
+    n_clusters = len(token_ids)
     n_probes = unverified_probes = options.n_probes
     report: dict[str, Any] = {}
     verification: dict[str, Any] = {}
@@ -128,32 +112,29 @@ def build_index(
         n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
     else:
         probe = rows.nbytes / rows.n_rows * options.cluster_size
-        nbytes = StepBytes(centroids.routing_bytes, probe, rows.nbytes, body_bytes)
+        nbytes = measures.StepBytes(centroids.routing_bytes, probe, rows.nbytes, body_bytes)
         largest = int((measures.MAX_BYTES * nbytes.dense - nbytes.centroids) / nbytes.probe)
         counts = {*measures.probe_grid(n_clusters, max(largest, 1)), *filter(None, (n_probes,))}
         matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
-        held_out, following = states[n_fitted:], next_ids[n_fitted:]
+        held_out = states[n_fitted:], next_ids[n_fitted:]
         measured = yield from measures.measure_positions(
-            held_out,
+            held_out[0],
             lambda h: h @ weight.T + (0.0 if head_bias is None else head_bias),
             token_ids,
             lambda h: h @ matrix.T + bias,
             as_float32(centroids.tail_offset),
             sorted(counts),
-            following,
+            held_out[1],
         )
         if n_probes is None:
             n_probes = measures.choose_verified(measured, nbytes)
-            unverified_probes = measures.choose_unverified(
-                measured, options.target_agreement, nbytes
-            )
+            agreement = options.target_agreement
+            unverified_probes = measures.choose_unverified(measured, agreement, nbytes)
         verification = measures.verification_settings(measured, n_probes)
         report = measures.make_report(measured, n_probes, nbytes)
         if original is not None and rows.quantized and not original.quantized:
-            rejected = measured.rejected_shares().mean(axis=0)
-            share = float(rejected[measured.probe_counts.index(n_probes)])
-            expected = partial(nbytes.verified_share, n_probes=n_probes, share=share)
-            compared = measures.compare_bits(original, rows, held_out, following, expected)
+            heads = (original, rows, *held_out)
+            compared = measures.compare_bits(measured, n_probes, nbytes, *heads)
             report["head_bits"] = yield from compared
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,
@@ -162,13 +143,12 @@ def build_index(
         n_probes=n_probes,
         unverified_probes=unverified_probes or n_probes,
         fingerprint=rows.fingerprint,
-        eos_token_ids=tuple(sorted(i for i in eos_token_ids if 0 <= i < rows.n_rows)),
+        eos_token_ids=tuple(sorted(int(i) for i in eos_token_ids if i in range(rows.n_rows))),
         centroid_bits=centroids.matrix.format.bits,
         centroid_group_size=centroids.matrix.group_size,
         calibration=(calibration or {}) | {"positions": n_positions, "seed": options.seed},
         report=report,
         verification=verification,
-        recipe=recipe or {},
     )
     return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))
 

@@ -163,14 +163,12 @@ def read_text(path: str | Path) -> str:
 
 
 def _parts(name: str) -> list[str]:
-    """The parts of a file of `texts`."""
     file = resources.files(__package__) / "texts" / f"{name}.txt"
     return file.read_text(encoding="utf-8").split("%%%%\n")
 
 
 def builtin_documents() -> dict[str, list[str]]:
-    """Documents by kind, always in the same order, but for dialogues; those that Python has
-    here."""
+    """Documents by kind, but for dialogues, in a fixed order; those that Python has here."""
     documents = {kind: _parts(kind) for kind in SHARES if kind not in (PYTHON, DIALOGUE)}
     with suppress(ImportError):
         from pydoc_data.topics import topics
@@ -201,17 +199,13 @@ def dialogues() -> list[list[dict[str, str]]]:
 def builtin_windows(tokenizer: Any, positions: int) -> list[list[int]]:
     """Windows of built-in text without its beginning, at most ``positions``, of each kind its
     share. The kinds take turns, so that a time limit shortens all of them."""
-    documents = {
-        kind: [list(tokenizer.encode(text)) for text in texts]
-        for kind, texts in builtin_documents().items()
-    }
+    documents: dict[str, list[list[int]]] = {}
+    for kind, texts in builtin_documents().items():
+        documents[kind] = [list(tokenizer.encode(text)) for text in texts]
     if tokenizer.has_chat_template:
         chats = (tokenizer.apply_chat_template(each, tokenize=True) for each in dialogues())
     else:
-        lines = (
-            [f"{m['role'].capitalize()}: {m['content']}" for m in each] for each in dialogues()
-        )
-        chats = (tokenizer.encode("\n\n".join(each)) for each in lines)
+        chats = (tokenizer.encode(text.strip()) for text in _parts(DIALOGUE))
     documents[DIALOGUE] = [list(token_ids) for token_ids in chats]
     beginning = beginning_of_text(tokenizer)
     ends = np.cumsum([0, *(SHARES[kind] for kind in documents)])
@@ -247,11 +241,8 @@ def drafted_states(
     *,
     seconds: float,
 ) -> Steps[np.ndarray]:
-    """Hidden states (N, D) float32 at a drafter's head, up to 4,000, or until the time limit.
-
-    ``answers`` are tokens of answers that are written with the drafter, each until one of
-    ``eos_token_ids``.
-    """
+    """Hidden states (N, D) float32 at a drafter's head, up to 4,000, or until the time limit, while
+    it writes the tokens of ``answers``, each until one of ``eos_token_ids``."""
     states = np.empty((0, location.rows().hidden_size), np.float32)
     ends, end, most = frozenset(eos_token_ids), monotonic() + seconds, DRAFTED_POSITIONS
     for answer in answers:

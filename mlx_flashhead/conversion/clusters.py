@@ -11,9 +11,7 @@ variance s2_c over the states, gives the bias:
     S_c - ln n_c                        the logit of each of the n_c tokens of other clusters
 """
 
-import timeit
-from collections.abc import Callable, Generator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +19,7 @@ import numpy as np
 
 from ..head.clustered import Centroids
 from ..head.matrix import DEFAULT_GROUP, Matrix, affine_group, as_float32
-from . import Result, Step, Steps
+from . import Step, Steps
 
 LIST_LENGTH = 24  # centroids in a row's shortlist
 BUCKETS = 256  # at least, where there are so many; a shortlist holds one centroid of each at most
@@ -29,59 +27,50 @@ BLOCK_ROWS, BLOCK_SCORES = 2048, 1 << 22  # rows and scores at once, which bound
 PASSES, QUICK_PASSES = 6, 2  # dense passes over all rows
 PRICE_STEPS = (40, 20)  # price updates in the first iteration and in each later one
 
-# Near-duplicates are rows whose squared distance is at most this share of their squared distance
-# to the mean of all rows. They are searched around a sample.
-DUPLICATE_DISTANCE = 0.2
-DUPLICATE_SAMPLE = 1024
-ROUNDING = 1e-5  # of a squared distance, relative to the squared norm
+# Rows are duplicates if their squared distance is at most this share of that to the mean of all
+# rows. They are searched around a sample.
+DUPLICATE_DISTANCE, DUPLICATE_SAMPLE = 0.2, 1024
 
 BLOCK_STATES, BLOCK_CLUSTERS = 2048, 64  # at once, which bounds memory
-# Variance added in all directions, as a share of the mean variance. 0.03 to 0.3 make no difference.
-FLOOR = 0.1
+FLOOR = 0.1  # of the variance in all directions, of its mean; 0.03 to 0.3 make no difference
 COLUMNS_SHARE, LEAST_COLUMNS = 1 / 6, 64  # of D; a third or all of them make no difference
 RIDGE = 0.03  # penalty, relative to the states' mean variance per dimension
 BITS, LEVELS = 4, 15  # of a rounded centroid
 DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
 
 Array = np.ndarray
-Counts = Generator[int, None, Result]  # yields the rows that a part of the work has done
+Count = Callable[..., Step]  # takes the rows that a part of the work has done
 
 
 def cluster_rows(
-    rows: Array | mx.array,
+    rows: Array,
     cluster_size: int = 16,
     *,
     seed: int = 0,
     metric: Array | None = None,
     passes: int = PASSES,
 ) -> Steps[Array]:
-    """Groups the rows (V, D) of a head into clusters of equal size; ValueError if one is not
-    finite.
+    """Groups the rows (V, D) float32 of a head into clusters of equal size.
 
     ``metric`` (D, d) float32 multiplies the rows first; None: only their directions count. Returns
     (C, cluster_size) uint32, C = ceil(V / cluster_size): each of 0 … V-1 once, ascending within a
     cluster; V marks padded slots at a cluster's end. The same seed gives the same on a device.
+    ValueError if a row is not finite.
 
     Source: FlashHead, arXiv 2603.14591, clusters its rows by balanced spherical k-means. The way to
         the balance and the metric are this project's own.
     """
-    rows = as_float32(rows)
     if not np.isfinite(rows).all():
         raise ValueError("The rows hold NaN or infinity: check the model's output weights.")
-    counts = _clusters(rows, cluster_size, metric, passes, np.random.default_rng(seed))
-    done, total = 0, len(rows) * passes
-    while True:
-        try:
-            done = min(done + next(counts), total)
-        except StopIteration as end:
-            return end.value
-        yield Step("Clustering", done, total, "row")
+    rng, vocab_size = np.random.default_rng(seed), len(rows)
+    hidden_size = (rows if metric is None else metric).shape[1]
+    done, total = 0, passes * vocab_size
 
+    def progress(n_rows: int = 0) -> Step:
+        nonlocal done
+        done = min(done + n_rows, total)
+        return Step("Clustering", done, total, "row")
 
-def _clusters(
-    rows: Array, cluster_size: int, metric: Array | None, passes: int, rng: np.random.Generator
-) -> Counts[Array]:
-    vocab_size, hidden_size = len(rows), (rows if metric is None else metric).shape[1]
     # the only copy of the rows: less their mean, for exact distances, and a column of ones
     points = np.ones((vocab_size, hidden_size + 1), dtype=np.float32)
     mapped = points[:, :hidden_size]
@@ -91,10 +80,9 @@ def _clusters(
             norms = np.sqrt(_squares(block))
             block = block / np.where(norms > 0, norms, 1)[:, None]
         mapped[start : start + len(block)] = block if metric is None else block @ metric
-        yield 0
+        yield progress()
     mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)
-    grouped, others = yield from _group_duplicates(mapped, cluster_size, rng)
-    yield passes * grouped.size
+    grouped, others = yield from _group_duplicates(mapped, cluster_size, rng, progress)
     n_clusters = -(-len(others) // cluster_size)
     token_ids = np.full((len(grouped) + n_clusters, cluster_size), vocab_size, dtype=np.uint32)
     token_ids[: len(grouped)] = grouped
@@ -102,9 +90,10 @@ def _clusters(
         for start in range(0, len(others), BLOCK_ROWS):  # to the front, without a second copy
             block = points[others[start : start + BLOCK_ROWS]]
             points[start : start + len(block)] = block
-        points = points[: len(others)]
         capacity = len(others) // n_clusters + (np.arange(n_clusters) < len(others) % n_clusters)
-        members = yield from _balanced_kmeans(points, capacity, passes, rng)
+        members = yield from _balanced_kmeans(
+            points[: len(others)], capacity, passes, rng, progress
+        )
         for column, ids in enumerate(members):
             token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
     return np.sort(token_ids, axis=1)
@@ -116,24 +105,21 @@ def _squares(vectors: Array) -> Array:
 
 
 def _group_duplicates(
-    points: Array, cluster_size: int, rng: np.random.Generator
-) -> Counts[tuple[Array, Array]]:
+    points: Array, cluster_size: int, rng: np.random.Generator, progress: Count
+) -> Steps[tuple[Array, Array]]:
     """Ids (G, cluster_size) of large sets of nearly identical rows, such as those of unused tokens,
     which would crowd the same few shortlists; and the ascending ids of all others."""
     sample = rng.permutation(len(points))[:DUPLICATE_SAMPLE]
     smallest = LIST_LENGTH * cluster_size
-    middle = points.mean(axis=0, dtype=np.float64).astype(np.float32)
     n_near = np.zeros(len(sample), dtype=np.int64)
     for start in range(0, len(points), BLOCK_ROWS):
-        n_near += _near(points[start : start + BLOCK_ROWS], points[sample], middle).sum(axis=0)
-        yield 0
+        n_near += _near(points[start : start + BLOCK_ROWS], points[sample]).sum(axis=0)
+        yield progress()
     groups = [np.empty((0, cluster_size), dtype=np.int64)]
     left = np.ones(len(points), dtype=bool)
     for i in np.argsort(-n_near, kind="stable"):
-        if n_near[i] <= smallest:
-            break
-        if left[sample[i]]:
-            near = np.flatnonzero(left & _near(points, points[sample[i], None], middle)[:, 0])
+        if n_near[i] > smallest and left[sample[i]]:
+            near = np.flatnonzero(left & _near(points, points[sample[i], None])[:, 0])
             if len(near) > smallest:
                 near = near[: len(near) // cluster_size * cluster_size]
                 groups.append(near.reshape(-1, cluster_size))
@@ -141,28 +127,26 @@ def _group_duplicates(
     return np.concatenate(groups), np.flatnonzero(left)
 
 
-def _near(points: Array, centres: Array, middle: Array) -> Array:
-    """Whether points (R, D) are near-duplicates of centres (M, D): (R, M) bool."""
+def _near(points: Array, centres: Array) -> Array:
+    """Whether points (R, D) are duplicates of centres (M, D): (R, M) bool. Their mean is zero."""
     own, central = _squares(points), _squares(centres)
-    limit = DUPLICATE_DISTANCE * _squares(centres - middle) + ROUNDING * central
     # |x - y|² <= limit, solved for x · y
-    return points @ centres.T >= 0.5 * (own[:, None] + central - limit)
+    return points @ centres.T >= 0.5 * (own[:, None] + (1 - DUPLICATE_DISTANCE) * central)
 
 
 def _balanced_kmeans(
-    points: Array, capacity: Array, passes: int, rng: np.random.Generator
-) -> Counts[list[Array]]:
+    points: Array, capacity: Array, passes: int, rng: np.random.Generator, progress: Count
+) -> Steps[list[Array]]:
     """Entry j holds the j-th member of each cluster that has more than j: the first ones, since the
     capacity (C,) descends."""
     n_points, n_clusters = len(points), len(capacity)
     members = [rng.permutation(n_points)[:n_clusters]]
     prices = np.zeros(n_clusters, dtype=np.float32)
     every = np.arange(n_points)
-    block, first_ones = every[:BLOCK_ROWS], _centroids(points, members)
-    library = faster_library(lambda xp: list(_shortlists(points, block, first_ones, xp)))
+    library = mx if mx.default_device().type == mx.gpu else np  # a GPU is faster
     for iteration in range(passes):
         centroids = _centroids(points, members)
-        ids, scores = yield from _shortlists(points, every, centroids, library)
+        ids, scores = yield from _shortlists(points, every, centroids, library, progress)
         # prices move until demand for each centroid meets its capacity
         step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
         for _ in range(PRICE_STEPS[min(iteration, 1)]):
@@ -170,15 +154,16 @@ def _balanced_kmeans(
             wanted = np.bincount(ids[every, best], minlength=n_clusters)
             prices += (step * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
             step *= 0.95
-            yield 0
+            yield progress()
         free, assigned, waiting = capacity.copy(), np.full(n_points, -1), every
         while len(waiting):
             _place(waiting, ids, scores - prices[ids], free, assigned)
             waiting = np.flatnonzero(assigned < 0)
             if len(waiting):  # their lists are full: they get one of the open clusters
-                yield 0
+                yield progress()
                 opened = np.flatnonzero(free)
-                listed, scores = yield from _shortlists(points, waiting, centroids[opened], library)
+                lists = _shortlists(points, waiting, centroids[opened], library, progress)
+                listed, scores = yield from lists
                 ids = opened[listed]
         order = np.argsort(assigned, kind="stable")
         first = np.cumsum(capacity) - capacity
@@ -190,26 +175,15 @@ def _centroids(points: Array, members: list[Array]) -> Array:
     """(c, -|c|²/2) for the means c: the product with a point grows as the point comes nearer."""
     centroids = points[members[0]]
     for column in members[1:]:
-        for start in range(0, len(column), BLOCK_ROWS):
-            ids = column[start : start + BLOCK_ROWS]
-            centroids[start : start + len(ids)] += points[ids]
+        centroids[: len(column)] += points[column]
     centroids[:, :-1] /= centroids[:, -1:]
     centroids[:, -1] = -0.5 * _squares(centroids[:, :-1])
     return centroids
 
 
-def faster_library(work: Callable[[Any], object]) -> Any:
-    """numpy, or ``mlx.core`` where its device is a GPU that does the work of a block sooner. Both
-    give clusters of the same quality."""
-    if mx.default_device().type != mx.gpu:
-        return np
-    work(mx)  # compiles the kernels
-    return min((np, mx), key=lambda library: timeit.timeit(partial(work, library), number=1))
-
-
 def _shortlists(
-    points: Array, rows: Array, centroids: Array, library: Any
-) -> Counts[tuple[Array, Array]]:
+    points: Array, rows: Array, centroids: Array, library: Any, progress: Count
+) -> Steps[tuple[Array, Array]]:
     """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered: the
     best ones of buckets, found in rounds of pairs, which take less time than the product."""
     xp, n_clusters = library, len(centroids)
@@ -239,7 +213,7 @@ def _shortlists(
             lost = xp.take_along_axis(products, winners, axis=1) != best
             winners = winners + lost * (products.shape[1] // 2)
         ids[block], scores[block] = np.asarray(winners), np.asarray(best)
-        yield len(best)
+        yield progress(len(best))
     return ids, scores
 
 
@@ -395,9 +369,8 @@ def _quantize(centroids: Array, covariance: Array, group_size: int) -> Steps[tup
             yield Step("Rounding", i + 1, hidden_size, "column")
         left[group.stop :] -= feed[group, group.stop :].T @ errors
     # MLX packs the codes of a row into words of 32 bits, the first in the lowest bits
-    words = codes.T.reshape(len(centroids), -1, 32 // BITS) << np.arange(
-        0, 32, BITS, dtype=np.uint32
-    )
+    shifts = np.arange(0, 32, BITS, dtype=np.uint32)
+    words = codes.T.reshape(len(centroids), -1, 32 // BITS) << shifts
     packed = mx.array(np.bitwise_or.reduce(words, axis=-1))
     scaled = (mx.array(scales.T), mx.array(offsets.T))
     return Matrix(packed, *scaled, group_size=group_size, bits=BITS), rounded.T

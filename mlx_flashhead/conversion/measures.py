@@ -9,8 +9,7 @@ follow, and the report.
 - gap, tail: the best candidate's logit less the best score of an unscored cluster, and the log of
   the estimated share of the unscored tokens.
 
-The number of probes for verified decoding is the one of the fewest expected bytes, without
-verification the fewest that agree with the dense head. docs/how-it-works.md has the reasons.
+docs/how-it-works.md has the reasons for the numbers of probes.
 """
 
 import math
@@ -47,12 +46,11 @@ NEAR = 1.4  # greatest ratio of the chosen number of probes to one that the risk
 SLOPES = np.geomspace(0.25, 4.0, 33)
 SLOPE_SPREAD = 0.3  # standard deviation of the log of the slope before anything is seen
 UNSEEN_DIFFERENCE = 0.5  # positions: where none differs, one in twice as many may still
-LEAST_RISK, GREATEST_RISK = 1e-12, 1 - 1e-6
 RECORDED_AT, RECORDED_POSITIONS = (0.5, 1.0, 2.0), 512  # risks for the tuning, at these shares
 RISK_UNITS = 10_000  # in a risk of 1, as they are recorded
 
 COMPARED_BITS = 4  # what other conversions give the head
-COMPARED_POSITIONS, COMPARED_AT_ONCE, TIMED = 512, 32, 5
+COMPARED_POSITIONS, COMPARED_AT_ONCE = 512, 32
 
 Products = Callable[[np.ndarray], np.ndarray]
 
@@ -66,11 +64,10 @@ class PositionMeasures:
     dense_nll: np.ndarray  # (N,) float64, of the true next tokens under the dense head
 
     def means(self) -> list[dict[str, Any]]:
-        """The measures over all positions, by ``n_probes``: ``agreement``, ``coverage``, ``mass``,
-        ``kl`` and ``perplexity``."""
+        """The measures over all positions by their `NAMES`, for each number of probes."""
         means = self.values[:, :GAP].mean(axis=2, dtype=np.float64).tolist()
         return [
-            dict(zip(NAMES, [n_probes, *shares, _exp(nll)], strict=True))
+            dict(zip(NAMES, [n_probes, *shares, float(np.exp(nll))], strict=True))
             for n_probes, (*shares, nll) in zip(self.probe_counts, means, strict=True)
         ]
 
@@ -79,13 +76,7 @@ class PositionMeasures:
         return 1 - self.values[:, [AGREEMENT, MASS]].mean(axis=2, dtype=np.float64).T
 
     def dense_perplexity(self) -> float:
-        """Of the true next tokens, over all positions."""
-        return _exp(self.dense_nll.mean())
-
-
-def _exp(value: float) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.exp(value))
+        return float(np.exp(self.dense_nll.mean()))
 
 
 def measure_positions(
@@ -106,7 +97,6 @@ def measure_positions(
     n_clusters, cluster_size = token_ids.shape
     size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
     probes = np.array(probe_counts)
-    some = probes < n_clusters
     listed = min(int(probes.max()) + 1, n_clusters)  # one more, the best that is not scored
     values = np.empty((len(probes), 7, len(states)), np.float32)
     dense_nll = np.empty(len(states))
@@ -142,8 +132,8 @@ def measure_positions(
         best = np.maximum.accumulate(np.take_along_axis(best_of, order, 1), 1)[:, probes - 1]
         best = best.astype(np.float64)
         # over the others: the best score, none where all are scored; the estimates
-        next_best = np.full(best.shape, -np.inf)
-        next_best[:, some] = np.take_along_axis(scores, order, 1)[:, probes[some]]
+        ranked = np.take_along_axis(scores, order, 1).astype(np.float64)
+        next_best = np.pad(ranked, ((0, 0), (0, 1)), constant_values=-np.inf)[:, probes]
         unscored = np.maximum(weight.sum(1)[:, None] - estimated, 0.0)
         log_total = np.log(total + unscored)
         divergence = moved.sum(1)[:, None] - divergence
@@ -199,12 +189,6 @@ class StepBytes:
         k = min(max(k, 1.0), MAX_PENDING)
         return step * (1 + share * (k + 1) / 2) + self.dense / k
 
-    def verified_share(self, rows: Matrix, n_probes: int, share: float) -> float:
-        """The same for the head alone with other rows in as many clusters, relative to them."""
-        probe = self.probe * rows.nbytes / self.dense
-        expected = replace(self, probe=probe, dense=rows.nbytes).verified(n_probes, share)
-        return (expected - self.body) / rows.nbytes
-
 
 def probe_grid(n_clusters: int, largest: int) -> list[int]:
     """The numbers of probes to try, up to about ``largest``: multiples of 8, or all C clusters."""
@@ -221,14 +205,11 @@ def choose_unverified(measured: PositionMeasures, goal: float, nbytes: StepBytes
     n_positions = measured.values.shape[2]
     # the goal, or the bound that so few positions can show if all of them agree
     possible = min(goal, lower_bound(1.0, n_positions) - 1e-9)
-    chosen = measured.probe_counts[0]
-    for means in measured.means():
-        if nbytes.head(means["n_probes"]) > MAX_BYTES * nbytes.dense:
-            break
-        chosen = means["n_probes"]
-        if lower_bound(means["agreement"], n_positions) >= possible:
-            break
-    return chosen
+    means = measured.means()
+    most = MAX_BYTES * nbytes.dense
+    allowed = [each for each in means if nbytes.head(each["n_probes"]) <= most] or means[:1]
+    agreeing = (m for m in allowed if lower_bound(m["agreement"], n_positions) >= possible)
+    return next(agreeing, allowed[-1])["n_probes"]
 
 
 def lower_bound(share: float, n: int) -> float:
@@ -242,11 +223,15 @@ def lower_bound(share: float, n: int) -> float:
     return float((share + square / 2 - error) / (1 + square))
 
 
+def expected_bytes(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) -> float:
+    """Bytes per token of verified decoding, if proposals are rejected as often as measured."""
+    rejected = measured.rejected_shares().mean(axis=0)
+    return nbytes.verified(n_probes, float(rejected[list(measured.probe_counts).index(n_probes)]))
+
+
 def choose_verified(measured: PositionMeasures, nbytes: StepBytes) -> int:
-    """The probes of the fewest expected bytes per token of verified decoding."""
-    rejected = measured.rejected_shares().mean(axis=0).tolist()
-    shares = dict(zip(measured.probe_counts, rejected, strict=True))
-    return min(shares, key=lambda n_probes: nbytes.verified(n_probes, shares[n_probes]))
+    """The probes of the fewest expected bytes."""
+    return min(measured.probe_counts, key=lambda n: expected_bytes(measured, n, nbytes))
 
 
 def verification_settings(measured: PositionMeasures, n_probes: int) -> dict[str, Any]:
@@ -291,7 +276,7 @@ def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> tuple[float, float
         risk = np.exp(np.minimum(offset[:, None] + falling, 0))
         above = risk.sum(axis=1) > wanted
         low, high = np.where(above, low, offset), np.where(above, offset, high)
-    risk = np.clip(risk, LEAST_RISK, GREATEST_RISK)
+    risk = np.clip(risk, 1e-12, 1 - 1e-6)  # for the logarithms
     likelihood = np.log(np.where(differs, risk, 1 - risk)).sum(axis=1)
     best = (likelihood - (np.log(SLOPES) / SLOPE_SPREAD) ** 2 / 2).argmax()
     return float(offset[best]), float(SLOPES[best])
@@ -300,43 +285,44 @@ def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> tuple[float, float
 def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) -> dict[str, Any]:
     """The stored report, JSON-ready, of the head's own choices at ``n_probes``; None for
     infinity."""
-    dense_perplexity, by_probes = measured.dense_perplexity(), {}
-    for means in measured.means():
-        by_probes[means["n_probes"]] = {
-            **{key: _finite(means[key]) for key in ("n_probes", "agreement", "coverage", "kl")},
-            "perplexity_ratio": _finite(means["perplexity"] / dense_perplexity),
+
+    def finite(value: float) -> float | None:
+        return value if np.isfinite(value) else None
+
+    perplexity = measured.dense_perplexity()
+    by_probes = {
+        means["n_probes"]: {
+            **{key: finite(means[key]) for key in ("n_probes", "agreement", "coverage", "kl")},
+            "perplexity_ratio": finite(means["perplexity"] / perplexity),
             "bytes_per_token": round(nbytes.head(means["n_probes"])),
             "bytes_share": nbytes.head(means["n_probes"]) / nbytes.dense,
         }
-    chosen = by_probes[n_probes]
-    # those nearest to some multiples of the chosen number
+        for means in measured.means()
+    }
+    # shown are those nearest to some multiples of the chosen number
     multiples = (n_probes * 2 ** (step / 2) for step in range(-4, 4))
     shown = {min(by_probes, key=lambda n: abs(n - wanted)) for wanted in multiples}
+    chosen = by_probes[n_probes]
     return {
         "positions": measured.values.shape[-1],
         **{key: chosen[key] for key in ("agreement", "coverage", "kl", "perplexity_ratio")},
-        "dense_perplexity": _finite(dense_perplexity),
+        "dense_perplexity": finite(perplexity),
         "dense_bytes": nbytes.dense,
         "by_probes": [by_probes[n] for n in sorted(shown | {n_probes})],
     }
 
 
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
-
-
 def compare_bits(
+    measured: PositionMeasures,
+    n_probes: int,
+    nbytes: StepBytes,
     original: Matrix,
     rows: Matrix,
     states: np.ndarray,
     next_ids: np.ndarray,
-    expected_share: Callable[[Matrix], float],
 ) -> Steps[dict[str, Any]]:
     """Compares a head at 4 bits and its ``rows`` with the ``original``, unquantized one, on some of
-    the held-out ``states`` (N, D) float32 and the tokens (N,) after them; JSON-ready.
-
-    ``expected_share`` are the expected bytes of verified decoding with rows, of the dense head's.
-    """
+    the held-out ``states`` (N, D) float32 and the tokens (N,) after them; JSON-ready."""
     group = rows.group_size if rows.mode == AFFINE else affine_group(original.hidden_size)
     heads = {rows.bits: rows, 8 * original.weight.dtype.size: original}
     if COMPARED_BITS not in heads and group:
@@ -357,16 +343,14 @@ def compare_bits(
     hidden, table = mx.array(states[:1]).astype(original.weight.dtype), []
     for bits, head in sorted(heads.items()):
         kl, same, loss = (totals[bits] / len(chosen)).tolist()
-        product = partial(lambda rows: mx.eval(rows.matmul(hidden)), head)
-        seconds = min(timeit.repeat(product, number=1, repeat=TIMED))
-        row = {
-            "bits": bits,
-            "kl": max(kl, 0.0),
-            "agreement": same,
-            "perplexity": float(np.exp(loss)),
-        }
-        times = {"dense_ms": 1000 * seconds, "flash_head_ms": 1000 * seconds * expected_share(head)}
-        table.append(row | {"bytes": head.nbytes} | times)
+        product = partial(lambda head: mx.eval(head.matmul(hidden)), head)
+        milliseconds = 1000 * min(timeit.repeat(product, number=1, repeat=5))
+        probe = nbytes.probe * head.nbytes / nbytes.dense
+        read = expected_bytes(measured, n_probes, replace(nbytes, probe=probe, dense=head.nbytes))
+        row = {"bits": bits, "kl": max(kl, 0.0), "agreement": same}
+        row |= {"perplexity": float(np.exp(loss)), "bytes": head.nbytes, "dense_ms": milliseconds}
+        row["flash_head_ms"] = milliseconds * (read - nbytes.body) / head.nbytes
+        table.append(row)
     return {"positions": len(chosen), "rows": table}
 
 
@@ -379,14 +363,13 @@ def report_lines(config: FlashHeadConfig) -> list[str]:
     differing = {row["n_probes"]: row for row in config.verification["by_probes"]}
     lines = ["  probes   bytes  rejected: greedy  sampled      KL perplexity"]
     for row in report["by_probes"]:
-        n_probes = row["n_probes"]
-        figures = (row["kl"], row["perplexity_ratio"])
+        n_probes, figures = row["n_probes"], (row["kl"], row["perplexity_ratio"])
         kl, ratio = ("–" if figure is None else f"{figure:.3f}" for figure in figures)
-        shares = (differing[n_probes][f"{way}_differs"] for way in ("greedy", "sampled"))
-        greedy, sampled = map(percent, shares)
+        greedy, sampled = (differing[n_probes][f"{way}_differs"] for way in ("greedy", "sampled"))
         lines.append(
             f"{'✓' * (n_probes == config.n_probes):2}{n_probes:>6,} "
-            f"{percent(row['bytes_share'], 1):>7}  {greedy:>16} {sampled:>8} {kl:>7} {ratio:>10}"
+            f"{percent(row['bytes_share'], 1):>7}  {percent(greedy):>16} {percent(sampled):>8} "
+            f"{kl:>7} {ratio:>10}"
         )
     lines += [
         f"On {report['positions']:,} held-out positions: bytes and perplexity relative to",
@@ -401,18 +384,17 @@ def report_lines(config: FlashHeadConfig) -> list[str]:
             "per token."
         )
     if "head_bits" in report:
-        lines.append(
-            "    head      KL  same best token  perplexity     memory     dense  FlashHead"
-        )
+        compared = report["head_bits"]
         lines += [
-            f"{row['bits']:>3} bits {row['kl']:>7.4f} {percent(row['agreement'], 1):>16} "
-            f"{row['perplexity']:>11.2f} {megabytes(row['bytes']):>10} {row['dense_ms']:>6.2f} ms "
-            f"{row['flash_head_ms']:>7.2f} ms"
-            for row in report["head_bits"]["rows"]
-        ]
-        lines += [
-            f"On {report['head_bits']['positions']:,} of these positions, from the unquantized "
-            "head; the time per token of the dense",
+            "    head      KL  same best token  perplexity     memory     dense  FlashHead",
+            *(
+                f"{row['bits']:>3} bits {row['kl']:>7.4f} {percent(row['agreement'], 1):>16} "
+                f"{row['perplexity']:>11.2f} {megabytes(row['bytes']):>10} "
+                f"{row['dense_ms']:>6.2f} ms {row['flash_head_ms']:>7.2f} ms"
+                for row in compared["rows"]
+            ),
+            f"On {compared['positions']:,} of these positions, from the unquantized head; the time "
+            "per token of the dense",
             "head as measured here, and with FlashHead as estimated from the bytes that are read.",
         ]
     return lines

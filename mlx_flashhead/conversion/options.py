@@ -12,13 +12,13 @@ from typing import Any
 
 from ..common.arguments import Type, check, number, one_of, whole_number
 from ..common.repositories import full_name
-from ..head.matrix import FORMATS
+from ..head.matrix import AFFINE, FORMATS, GROUPS
 from ..models.origin import Origin
 from ..version import __version__
 
 BUILTIN, NO_CALIBRATION = "builtin", "none"
 HEAD_BITS = (4, 6, 8, 16)  # 16: floats
-MIN_POSITIONS = 10  # enough to hold some out; hundreds are needed for good probes
+MIN_POSITIONS = 10  # some are held out; hundreds are needed for good probes
 QUICK_POSITIONS = 4_000
 DTYPES = ("float16", "bfloat16", "float32")  # of a conversion of mlx-lm
 PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")
@@ -31,8 +31,9 @@ LIMITS: dict[str, Type] = {
     "calibration_positions": whole_number(MIN_POSITIONS),
     "calibration_seconds": number(0, above=True),
     "seed": whole_number(0),
-    "q_group_size": whole_number(1),
-    "q_bits": whole_number(1),
+    "q_group_size": one_of(16, *GROUPS),  # mlx-lm would leave weights alone with another one
+    "q_bits": one_of(*sorted(form.bits for form in FORMATS if form.mode == AFFINE)),
+    "q_mode": one_of(AFFINE, "mxfp4", "nvfp4", "mxfp8"),
     "dtype": one_of(*DTYPES),
     "head_bits": one_of(*HEAD_BITS),
 }
@@ -58,8 +59,8 @@ class IndexOptions:
 
     @property
     def positions(self) -> int:
-        most = QUICK_POSITIONS if self.quick else self.calibration_positions
-        return min(most, self.calibration_positions)
+        positions = self.calibration_positions
+        return min(positions, QUICK_POSITIONS) if self.quick else positions
 
     @property
     def source(self) -> str:
@@ -86,7 +87,7 @@ class ConvertOptions(IndexOptions):
     quantize: bool = False
     q_group_size: int | None = None
     q_bits: int | None = None
-    q_mode: str = "affine"
+    q_mode: str = AFFINE
     dtype: str | None = None
     upload_repo: str | None = None
     revision: str | None = None
@@ -105,38 +106,28 @@ class ConvertOptions(IndexOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.quantize and self.quant_predicate is None:  # mlx-lm would leave weights alone
-            formats = [form for form in FORMATS if form.mode == self.q_mode]
-            sizes = {size for form in formats for size in form.group_sizes}
-            if self.q_bits is not None:
-                check("q_bits", self.q_bits, one_of(*sorted(form.bits for form in formats)))
-            if self.q_group_size is not None:
-                check("q_group_size", self.q_group_size, one_of(*sorted(sizes)))
         for name in ("quantize", "dequantize", "dtype", "head_bits", "fine_head"):
             if self.index_only and getattr(self, name):
                 raise ValueError(f"`index_only` writes no weights: leave `{name}` out.")
         for name in ("q_group_size", "q_bits", "q_mode", "quant_predicate"):
             if not self.quantize and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(
-                    f"`{name}` is for a quantized model: add `quantize`, or leave it out."
-                )
-        if not self.hf_path:
-            raise ValueError("`hf_path` is needed: the folder or repository of the model.")
-        if self.quantize and self.dequantize:
-            raise ValueError("Choose either `quantize` or `dequantize`, not both.")
-        if self.fine_head and (self.quantize or self.dequantize):
-            raise ValueError(
-                "`fine_head` is for a model that is quantized already: leave it out, or `quantize` "
-                "and `dequantize`."
-            )
-        if isinstance(self.upload, str) and self.upload_repo not in (None, self.upload):
-            raise ValueError("`upload` and `upload_repo` name two repositories: give one of them.")
-        if self.private and not self.uploads:
-            raise ValueError("`private` is for an upload: add `upload`, or leave it out.")
-        if self.base_model is not None and "/" not in self.base_model:
-            raise ValueError(
-                f"`base_model` is {self.base_model!r}: give OWNER/NAME, as on the Hub."
-            )
+                is_for = f"`{name}` is for a quantized model"
+                raise ValueError(f"{is_for}: add `quantize`, or leave it out.")
+        changes, both = self.quantize or self.dequantize, self.quantize and self.dequantize
+        two_names = isinstance(self.upload, str) and self.upload_repo not in (None, self.upload)
+        mixes = isinstance(self.quant_predicate, str) and self.q_mode != AFFINE
+        refused = {
+            "`hf_path` is needed: the folder or repository of the model.": not self.hf_path,
+            "Choose either `quantize` or `dequantize`, not both.": both,
+            "`fine_head` is for a model that is quantized already: leave it out, or `quantize` and "
+            "`dequantize`.": self.fine_head and changes,
+            "Mixed-bit recipes (`quant_predicate`) need the affine `q_mode`.": mixes,
+            "`upload` and `upload_repo` name two repositories: give one of them.": two_names,
+            "`private` is for an upload: add `upload`.": self.private and not self.uploads,
+        }
+        for sentence, is_wrong in refused.items():
+            if is_wrong:
+                raise ValueError(sentence)
         if self.base_model is not None:
             full_name(self.base_model, "")
 
@@ -166,11 +157,9 @@ def make_recipe(options: IndexOptions, origin: Origin, name: str) -> dict[str, A
         path = Path(str(value)).expanduser()
         if field.name == "calibration" and options.source == "file":
             files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-            words.append(path.name)
-        elif field.name == "fine_head" and path.exists():
-            words.append(path.name)
-        elif value is not True:
-            words.append("FUNCTION" if callable(value) else str(value))
+        is_path = field.name in ("calibration", "fine_head") and path.exists()
+        if value is not True:
+            words.append("FUNCTION" if callable(value) else path.name if is_path else str(value))
     words += ["--seed", str(options.seed), "--mlx-path", name]
     versions = {package: version(package) for package in PACKAGES}
     return {

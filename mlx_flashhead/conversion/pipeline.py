@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from ..common.new_folder import new_folder
 from ..common.repositories import full_name
-from ..head.matrix import AFFINE, DEFAULT_GROUP, Matrix, affine_group
+from ..head.matrix import AFFINE, Matrix, affine_group
 from ..index import files
 from ..index.settings import FlashHeadConfig
 from ..models.compat import mlx_lm
@@ -26,13 +26,7 @@ from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
 from ..models.libraries import load_dense
 from ..models.locate import HeadLocation, check_plain_product, find_head
-from ..publishing.card import (
-    CARD_FILE,
-    card_metadata,
-    check_licence,
-    find_provenance,
-    licence_files,
-)
+from ..publishing import card as cards
 from ..publishing.publish import add_documents, publish, reserve, sign_in
 from . import take_all
 from .build import index_nbytes, model_index
@@ -41,10 +35,10 @@ from .measures import report_lines
 from .options import DTYPES, ConvertOptions, make_recipe
 
 FILES_KEY = "folder"  # of the recipe: the names of the files that a conversion has written
-LISTED = 3  # names of other files in a message
 DTYPE_LABELS = {mx.bfloat16: "bf16", mx.float16: "fp16", mx.float32: "fp32"}
 DEFAULT_HEAD_BITS = 8  # of a quantized model: docs/converting.md has what 4 bits cost
-DEFAULT_BITS, DEFAULT_GROUPS = 4, {AFFINE: DEFAULT_GROUP, "nvfp4": 16}  # mlx-lm's, else 32
+# Bits and group sizes of mlx-lm's modes.
+DEFAULT_FORMS = {AFFINE: (4, 64), "mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 
 Say = Callable[[str], None]
 
@@ -79,9 +73,10 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
     """The same; what is done goes to ``say``. Without it there is no progress to be seen."""
     progress = say is not None
     say = say or (lambda _: None)
-    text = read_text(options.calibration) if options.source == "file" else None
     target = Path(options.mlx_path).expanduser()
     check_target(target, options.overwrite)
+    if options.source == "file":
+        read_text(options.calibration)  # before the long work, if it is none
     with new_folder(target) as folder:
         # before the long work, since the Hub would object only at its end
         user = sign_in() if options.uploads else ""
@@ -89,11 +84,13 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
         repo_id = full_name(named, user) if named else None
         source = resolve(options.hf_path, options.revision)
         check_apart(source, target)
-        base = find_provenance(options.hf_path, source, options.base_model, options.license)
+        base = cards.find_provenance(options.hf_path, source, options.base_model, options.license)
         if options.uploads:
-            texts = [*base.files, *licence_files(target)]
+            texts = [*base.files, *cards.licence_files(target)]
             model_name, place = base.origin.known_as, f"{target}, made without `upload`"
-            check_licence(card_metadata(base), texts, repo_id, model=model_name, place=place)
+            cards.check_licence(
+                cards.card_metadata(base), texts, repo_id, model=model_name, place=place
+            )
 
         say(f"Loading {options.hf_path}")
         trust: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
@@ -109,7 +106,7 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
                 quantization = location.rows().quantization or False
                 for key in {"quantization", "quantization_config"} & config.keys():  # as mlx-lm's
                     config[key] = config[key] | {location.path: quantization}
-            model, config = set_dtype(model, config, source, options)
+            set_dtype(model, config, source, options)
             location = replace(location, module=dict(model.named_modules())[location.path])
             original = location.rows()
             model, config = set_bits(model, config, location, options, say)
@@ -118,8 +115,7 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
             weights: Any = tree_flatten(model.parameters())
             nbytes += sum(array.nbytes for _, array in weights)
         name = base.origin.result_name(label, base.licence.prefix if base.licence else "")
-        disk = next(parent for parent in target.absolute().parents if parent.is_dir())
-        free = shutil.disk_usage(disk).free
+        free = shutil.disk_usage(folder).free
         if free < nbytes:
             raise ValueError(
                 f"{target} needs {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free "
@@ -131,29 +127,25 @@ def convert_model(options: ConvertOptions, say: Say | None) -> FlashHeadConfig:
 
         mx.eval(model.parameters())
         recipe = make_recipe(options, base.origin, name)
-        about: dict[str, Any] = {"text": text, "original": original, "recipe": recipe}
-        steps = model_index(model, tokenizer, location, options, **about)
+        steps = model_index(model, tokenizer, location, options, original=original)
         index = take_all(steps, progress=progress)
         say("\n".join(report_lines(index.config)))
 
         say(f"Writing {target}")
         config.pop(files.CONFIG_KEY, None)
-        relation, settings, write = "quantized", files.CONFIG_NAME, files.write_index
-        if options.index_only:
-            relation, settings, write = "adapter", files.SETTINGS_NAME, files.write_companion
+        relation, write, names = "adapter", files.write_companion, [files.SETTINGS_NAME]
         try:
             if not options.index_only:
+                relation, write = "quantized", files.write_index
                 mlx_lm.save(folder, str(source), model, tokenizer, config, donate_model=False)
-            names = {*(file.name for file in folder.iterdir()), files.FILE_NAME, settings}
-            recipe = index.config.recipe | {FILES_KEY: sorted(names)}
+                names = [file.name for file in folder.iterdir()]
+            recipe[FILES_KEY] = sorted({*names, files.FILE_NAME})
             index = replace(index, config=replace(index.config, recipe=recipe))
             write(folder, index)
             add_documents(folder, base, index.config, relation, target)
         except RuntimeError as error:  # MLX raises this for a full disk
-            raise OSError(
-                f"{target} cannot be written ({error}): free some space or choose another "
-                "`mlx_path`."
-            ) from error
+            remedy = "free some space or choose another `mlx_path`"
+            raise OSError(f"{target} cannot be written ({error}): {remedy}.") from error
     if options.uploads:
         say(f"Uploaded to {publish(target, repo_id, private=options.private, say=say)}")
     return index.config
@@ -177,13 +169,12 @@ def check_target(target: Path, overwrite: bool) -> None:
             "it: choose another `mlx_path`, or delete it yourself."
         )
     written = [name for name in (recipe or {}).get(FILES_KEY) or [] if isinstance(name, str)]
-    licence_names = (file.name for file in licence_files(target))
-    others = sorted(names - {*written, CARD_FILE, *licence_names})
+    licence_names = (file.name for file in cards.licence_files(target))
+    others = sorted(names - {*written, cards.CARD_FILE, *licence_names})
     if others:
-        some = ", ".join(others[:LISTED]) + (", …" if len(others) > LISTED else "")
         raise ValueError(
-            f"{target} holds {some}, which no conversion has written: move that away, or "
-            "choose another `mlx_path`."
+            f"{target} holds {', '.join(others[:3])}, which no conversion has written: move that "
+            "away, or choose another `mlx_path`."
         )
 
 
@@ -197,20 +188,14 @@ def check_apart(source: Path, target: Path) -> None:
         )
 
 
-def set_dtype(
-    model: nn.Module, config: dict, source: Path, options: ConvertOptions
-) -> tuple[nn.Module, dict]:
-    """The model with its final dtype, without its quantization if that is to go; not evaluated.
-
-    The dtype is that of ``mlx_lm.convert``; weights that MLX has stored keep theirs.
-    """
+def set_dtype(model: nn.Module, config: dict, source: Path, options: ConvertOptions) -> None:
+    """Gives a model its final dtype, that of ``mlx_lm.convert``, and removes its quantization if
+    that is to go; not evaluated. Weights that MLX has stored keep their dtype."""
     dtype = options.dtype
     load: Any = partial(mx.load, return_metadata=True)
     formats = (load(str(file))[1].get("format") for file in source.glob("model*.safetensors"))
     if dtype is None and "mlx" not in formats:
-        inner = config.get("text_config")
-        inner = inner.get("dtype") if isinstance(inner, dict) else None
-        named = config.get("torch_dtype") or inner
+        named = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
         dtype = named if named in DTYPES else None
     if dtype is not None:
         may_cast = getattr(model, "cast_predicate", lambda _: True)
@@ -223,20 +208,19 @@ def set_dtype(
     if options.dequantize:
         config.pop("quantization", None)
         config.pop("quantization_config", None)
-        model = mlx_lm.dequantize_model(model)
-    return model, config
+        mlx_lm.dequantize_model(model)
 
 
 def precision_label(options: ConvertOptions, config: dict, rows: Matrix) -> str:
     """The precision as models' names have it: "4bit", "mxfp4", "bf16", a recipe of mixed bits."""
     if isinstance(options.quant_predicate, str):
         return options.quant_predicate
-    if not options.quantize and not rows.quantized:
-        return DTYPE_LABELS[rows.weight.dtype]
-    bits, mode = rows.bits, rows.mode
+    form = rows.quantization
     if options.quantize:
-        bits, mode = config["quantization"]["bits"], options.q_mode
-    return f"{bits}bit" if mode == AFFINE else mode
+        form = config["quantization"] | {"mode": options.q_mode}
+    if not form:
+        return DTYPE_LABELS[rows.weight.dtype]
+    return f"{form['bits']}bit" if form["mode"] == AFFINE else form["mode"]
 
 
 def set_bits(
@@ -247,72 +231,49 @@ def set_bits(
 
     ValueError if the head has fewer bits, or its width fits no group.
     """
-    quantizes, group_size = options.quantize, options.q_group_size
-    rows, stored_bits = location.rows(), _bits_of(location.module)
+    quantizes, affine, rows = options.quantize, options.q_mode == AFFINE, location.rows()
+    width, stored_bits = rows.hidden_size, rows.bits or 16
+    mode_bits, mode_group = DEFAULT_FORMS[options.q_mode]
+    body_bits, body_group = options.q_bits or mode_bits, options.q_group_size or mode_group
+    head_group = (options.q_group_size if affine else None) or affine_group(width)
     bits = None if options.fine_head else options.head_bits
-    if (
-        bits is None
-        and quantizes
-        and not callable(options.quant_predicate)  # which chooses for the head too
-        and not rows.quantized
-        # else mlx-lm leaves the head as it is
-        and rows.hidden_size % (group_size or DEFAULT_GROUPS.get(options.q_mode, 32)) == 0
-    ):
+    # a function chooses for the head too, and mlx-lm leaves a width that fits no group as it is
+    by_function = callable(options.quant_predicate)
+    if quantizes and not (bits or by_function or rows.quantized or width % body_group):
         bits = DEFAULT_HEAD_BITS
-    if options.q_mode != AFFINE and bits == int(options.q_mode[-1]):
+    if not affine and bits == mode_bits:
         bits = None  # other modes have one number of bits
     if bits is not None and location.tied:
         say(f"The head is tied to the embedding: both get {bits} bits.")
     if not quantizes and bits in (None, stored_bits):
         return model, config
-    affine = options.q_mode == AFFINE
-    head_group = group_size if affine else None
-    if bits is not None:
-        if bits > stored_bits:
+    if bits is not None and bits > stored_bits:
+        raise ValueError(
+            f"`head_bits` {bits} is more than the {stored_bits} bits that this model's head has: "
+            "convert from a checkpoint with a finer head, or leave the option out."
+        )
+    if bits is not None and bits < stored_bits:
+        group = body_group if quantizes and width % body_group else head_group
+        if group is None or width % group:
             raise ValueError(
-                f"`head_bits` {bits} is more than the {stored_bits} bits that this model's "
-                "head has: convert from a checkpoint with a finer head, or leave the option out."
+                f"The head's width {width} is not a multiple of the quantization group "
+                f"({group or '64 or 32'}): leave `head_bits` out."
             )
-        if bits < stored_bits < 16:
+        if rows.quantized:
             head = mlx_lm.dequantize_model(nn.Sequential(location.module)).layers[0]
             model.update_modules(tree_unflatten([(location.path, head)]))
-        if bits < min(stored_bits, 16):
-            width = rows.hidden_size
-            head_group = affine_group(width) if head_group is None else head_group
-            if head_group is None or width % head_group:
-                raise ValueError(
-                    f"The head's width {width} is not a multiple of a quantization group "
-                    f"({head_group or '64 or 32'}): leave `head_bits` out."
-                )
     body: Any = options.quant_predicate or getattr(model, "quant_predicate", None)
     if isinstance(body, str):
-        if not affine:
-            raise ValueError("Mixed-bit recipes (`quant_predicate`) need the affine `q_mode`.")
-        body = mlx_lm.mixed_quant_predicate_builder(body, model, group_size or DEFAULT_GROUP)
-    body_form = (options.q_bits or DEFAULT_BITS, group_size or DEFAULT_GROUP)
-    same = affine and body is None and (bits, head_group) == body_form
+        body = mlx_lm.mixed_quant_predicate_builder(body, model, body_group)
+    form = (body_group, body_bits) if quantizes else (head_group, bits)
+    same = quantizes and affine and body is None and (head_group, bits) == form
 
     def predicate(path: str, module: nn.Module) -> Any:
-        if path != location.path or bits is None or (quantizes and same):
+        if path != location.path or bits is None or same:
             return quantizes and (body is None or body(path, module))
         return bits < 16 and {"group_size": head_group, "bits": bits, "mode": AFFINE}
 
     with redirect_stdout(StringIO()):  # mlx-lm prints a line of its own
-        model, config = mlx_lm.quantize_model(
-            model,
-            config,
-            group_size if quantizes else head_group,
-            options.q_bits if quantizes else bits,
-            mode=options.q_mode,
-            quant_predicate=predicate,
+        return mlx_lm.quantize_model(
+            model, config, *form, mode=options.q_mode, quant_predicate=predicate
         )
-    if bits is not None and bits != _bits_of(dict(model.named_modules())[location.path]):
-        raise ValueError(
-            "The head's width is not a multiple of the body's quantization group, so mlx-lm leaves "
-            "it out: choose a smaller `q_group_size`, or leave `head_bits` out."
-        )
-    return model, config
-
-
-def _bits_of(module: Any) -> int:
-    return module.bits if "scales" in module else 16

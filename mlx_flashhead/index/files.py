@@ -1,8 +1,7 @@
 """Reads and writes a FlashHead: beside a model's weights, or in a folder of its own.
 
-A model's folder stays an ordinary mlx-lm folder. ``flash_head.index`` lies beside the weights, and
-``config.json`` has one more key. Plain mlx-lm ignores both. In a folder of its own the settings are
-in ``flash_head.json``.
+A model's folder stays an ordinary mlx-lm folder: plain mlx-lm ignores the file ``flash_head.index``
+and one more key of ``config.json``. A folder of its own has the settings in ``flash_head.json``.
 
 The index is a safetensors file with another ending, since mlx-swift-lm up to 3.31.4, and mlx-vlm
 without ``model.safetensors.index.json``, load every ``*.safetensors`` and reject unknown arrays.
@@ -10,6 +9,7 @@ without ``model.safetensors.index.json``, load every ``*.safetensors`` and rejec
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,14 @@ import numpy as np
 
 from ..common.tables import percent
 from ..head.clustered import Centroids
-from ..head.matrix import Matrix, as_float32
+from ..head.matrix import ARRAYS, Matrix, as_float32
 from .settings import AGAIN, FlashHeadConfig
 
 FILE_NAME, SETTINGS_NAME = "flash_head.index", "flash_head.json"
 CONFIG_NAME, CONFIG_KEY = "config.json", "flash_head"
-REMEDY = "give the one made for this model, or leave it out and one is found or built"
 
-# An index serves every precision of its rows almost as well as its own, and most fine-tunes. With
-# the check it costs speed alone. docs/quality.md has the likeness of rounded and of noisy rows.
-# Expected bytes per token when verified, relative to dense, of SmolLM2-135M with the index of other
-# rows: 0.883 with its own, 0.904 at 3 bits (mean cosine 0.973), 0.914 at 0.886, and 1.487 at 2 bits
-# (0.884, lengths 6 % apart).
-MIN_COSINE, MAX_LENGTH_CHANGE = 0.94, 0.05  # of rows that an index of others serves
+# Rows that an index of others serves: their other precisions and most fine-tunes (docs/quality.md).
+MIN_COSINE, MAX_LENGTH_CHANGE = 0.94, 0.05
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,6 @@ class Sketch:
 
     @classmethod
     def of(cls, rows: Matrix) -> "Sketch":
-        """The sketch of a head's rows."""
         sample = as_float32(rows.sample().dequantized(mx.float32))
         lengths = np.linalg.norm(sample, axis=1)
         directions = sample / np.maximum(lengths, np.finfo(np.float32).tiny)[:, None]
@@ -54,12 +48,12 @@ class Sketch:
         change of their lengths, as a share."""
         other = Sketch.of(rows)
         cosines = (as_float32(self.directions) * as_float32(other.directions)).sum(axis=1)
-        mine, theirs = np.array(self.lengths), np.array(other.lengths)
-        longer = np.maximum(mine, theirs)
+        lengths = np.stack([self.lengths, other.lengths])
+        longer = lengths.max(axis=0)
         there = longer > 0  # rows of zeros have no direction
         if not there.any():
             return 1.0, 0.0
-        change = np.abs(theirs - mine)[there] / longer[there]
+        change = np.ptp(lengths, axis=0)[there] / longer[there]
         return float(cosines[there].mean()), float(np.median(change))
 
 
@@ -75,24 +69,21 @@ class FlashHeadIndex:
     def check_fit(self, rows: Matrix, source: str) -> str | None:
         """Compares with the rows of a model: a sentence for near rows, a ValueError for others."""
         n_rows, width = self.config.vocab_size, self.sketch.directions.shape[1]
-        if (rows.n_rows, rows.hidden_size) != (n_rows, width):
-            raise ValueError(
-                f"The FlashHead in {source} is for {n_rows} tokens of width {width}, but the model "
-                f"has {rows.n_rows} of width {rows.hidden_size}: {REMEDY}."
-            )
-        if rows.fingerprint == self.config.fingerprint:
-            return None
-        cosine, length_change = self.sketch.likeness(rows)
-        figures = f"mean cosine {cosine:.3f}, lengths {percent(length_change, 1)} apart"
-        if cosine < MIN_COSINE or length_change > MAX_LENGTH_CHANGE:
-            raise ValueError(
-                f"The FlashHead in {source} belongs to other rows than this model's ({figures}): "
-                f"{REMEDY}."
-            )
-        return (
-            f"The FlashHead in {source} was made from another form of these rows ({figures}): used "
-            "as it is."
+        wrong = (
+            f"is for {n_rows} tokens of width {width}, but the model has {rows.n_rows} of width "
         )
+        wrong += str(rows.hidden_size)
+        if (rows.n_rows, rows.hidden_size) == (n_rows, width):
+            if rows.fingerprint == self.config.fingerprint:
+                return None
+            cosine, length_change = self.sketch.likeness(rows)
+            figures = f"mean cosine {cosine:.3f}, lengths {percent(length_change, 1)} apart"
+            if cosine >= MIN_COSINE and length_change <= MAX_LENGTH_CHANGE:
+                form = f"another form of these rows ({figures})"
+                return f"The FlashHead in {source} was made from {form}: used as it is."
+            wrong = f"belongs to other rows than this model's ({figures})"
+        remedy = "give the one made for this model, or leave it out and one is found or built"
+        raise ValueError(f"The FlashHead in {source} {wrong}: {remedy}.")
 
 
 def write_index(folder: Path, index: FlashHeadIndex) -> None:
@@ -107,16 +98,15 @@ def write_companion(folder: Path, index: FlashHeadIndex) -> None:
 
 
 def _write(folder: Path, index: FlashHeadIndex, name: str, settings: dict[str, Any]) -> None:
-    centroids, sketch = index.centroids, index.sketch
+    centroids = index.centroids
     arrays = {
         "token_ids": mx.array(index.token_ids),
         "centroid_bias": centroids.bias,
         "tail_offset": centroids.tail_offset,
-        "sketch.directions": sketch.directions,
-        "sketch.lengths": sketch.lengths,
-    } | {f"centroids.{part}": array for part, array in centroids.matrix.arrays().items()}
-    # the fingerprint ties the file to its settings and the rows
-    fingerprint = index.config.fingerprint
+        **{f"sketch.{name}": array for name, array in vars(index.sketch).items()},
+        **{f"centroids.{name}": array for name, array in centroids.matrix.arrays().items()},
+    }
+    fingerprint = index.config.fingerprint  # ties the file to its settings and the rows
     metadata = {"format": "mlx", "fingerprint": fingerprint, "checksum": _checksum(arrays)}
     with (folder / FILE_NAME).open("wb") as file:  # MLX would add .safetensors to a name
         mx.save_safetensors(file, arrays, metadata=metadata)
@@ -135,22 +125,18 @@ def is_companion(folder: Path) -> bool:
 
 def stored_recipe(folder: Path) -> dict[str, Any] | None:
     """The recipe in the settings of a folder, of any version; None without settings."""
-    try:
-        entry = _settings(folder)[0]
-    except ValueError:
-        return None
-    recipe = entry.get("recipe", {}) if isinstance(entry, dict) else None
-    return recipe if isinstance(recipe, dict) else None
+    with suppress(ValueError, AttributeError):
+        recipe = _settings(folder)[0].get("recipe", {})
+        return recipe if isinstance(recipe, dict) else None
+    return None
 
 
 def read_settings(folder: Path) -> FlashHeadConfig:
     """Reads the settings of a FlashHead, without its arrays; raises as `read_index`."""
     entry, source = _settings(folder)
     if entry is None:
-        raise ValueError(
-            f"{folder} holds no FlashHead: make one with "
-            f"`mlx_flashhead.convert --model {folder} --mlx-path NEW_FOLDER`."
-        )
+        command = f"mlx_flashhead.convert --model {folder} --mlx-path NEW_FOLDER"
+        raise ValueError(f"{folder} holds no FlashHead: make one with `{command}`.")
     return FlashHeadConfig.from_dict(entry, str(folder / source))
 
 
@@ -158,8 +144,8 @@ def read_index(folder: Path) -> FlashHeadIndex:
     """Reads the FlashHead of a folder.
 
     Raises:
-        ValueError: If there is none, if a file is missing, damaged or of another version, or if its
-            arrays do not fit its settings.
+        ValueError: If there is none, or if its files are missing, damaged, of another version,
+            or do not belong together.
     """
     config, path = read_settings(folder), folder / FILE_NAME
     if not path.exists():
@@ -174,31 +160,24 @@ def read_index(folder: Path) -> FlashHeadIndex:
             f"{path} cannot be read because it is damaged or incomplete: fetch the file again, or "
             f"{AGAIN}."
         ) from error
-    if metadata.get("fingerprint") != config.fingerprint:
-        raise ValueError(
-            f"{path} belongs to other rows than its settings describe: fetch both files again, or "
-            f"{AGAIN}."
-        )
     index = _index_of(arrays, config)
-    if index is None:
+    if index is None or metadata.get("fingerprint") != config.fingerprint:
         raise ValueError(
-            f"{path} does not hold the arrays that its settings describe "
-            f"({config.n_clusters} clusters of {config.cluster_size}, each token once, no NaN): "
-            f"{AGAIN}."
+            f"{path} does not hold the arrays that its settings describe ({config.n_clusters} "
+            f"clusters of {config.cluster_size}, each token once, no NaN, the same rows): fetch "
+            f"both files again, or {AGAIN}."
         )
     return index
 
 
 def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHeadIndex | None:
     """The index of these arrays; None if they do not fit the settings."""
-    names, form = ["weight"], {}
+    form: dict[str, Any] = {}
     if config.centroid_group_size > 0:
-        names += ["scales", "biases"]
         form = {"group_size": config.centroid_group_size, "bits": config.centroid_bits}
     try:
-        token_ids = arrays["token_ids"]
-        stored: dict[str, Any] = {name: arrays[f"centroids.{name}"] for name in names}
-        matrix = Matrix(**stored | form)
+        stored = (arrays[f"centroids.{name}"] for name in (ARRAYS if form else ARRAYS[:1]))
+        matrix, token_ids = Matrix(*stored, **form), arrays["token_ids"]
         centroids = Centroids(matrix, arrays["centroid_bias"], arrays["tail_offset"])
         sketch = Sketch(arrays["sketch.directions"], arrays["sketch.lengths"])
     except KeyError:
@@ -216,11 +195,10 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
     if not fits:
         return None
     ids = np.array(token_ids)
-    counts = np.bincount(ids[ids < config.vocab_size], minlength=config.vocab_size)
-    # V marks a padded slot
-    if ids.max() > config.vocab_size or (counts != 1).any():
-        return None
-    return FlashHeadIndex(config, ids, centroids, sketch)
+    # each token once, and V in the padded slots
+    expected = np.minimum(np.arange(ids.size), config.vocab_size)
+    each_once = np.array_equal(np.sort(ids, axis=None), expected)
+    return FlashHeadIndex(config, ids, centroids, sketch) if each_once else None
 
 
 def _checksum(arrays: dict[str, mx.array]) -> str:

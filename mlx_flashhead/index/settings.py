@@ -1,7 +1,7 @@
 """The settings of a FlashHead: everything but its arrays."""
 
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from typing import Any, get_origin
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 FORMAT_VERSION = 2
 DRAFT_SHARE = 0.095  # of the head's bytes, beside a text's latest tokens: docs/drafts.md
@@ -11,6 +11,9 @@ MAX_END_TOKENS = 64  # models have up to about ten; their clusters are scored at
 MAX_PADDING = 2  # slots per token; a conversion pads the last cluster alone
 MAX_MEASURED, MAX_RISKS = 1000, 4096  # numbers of probes, and positions with a recorded risk
 LARGEST = 1e300  # JSON has whole numbers that no float holds
+# Types of the keys in JSON; those of the others are whole numbers.
+TYPES = {"fingerprint": str, "eos_token_ids": list}
+TYPES |= dict.fromkeys(("calibration", "report", "verification", "recipe"), dict)
 
 
 @dataclass(frozen=True)
@@ -18,15 +21,11 @@ class FlashHeadConfig:
     """Settings of a FlashHead.
 
     Attributes:
-        calibration: The hidden states that it was fitted on: ``source``, ``positions``, ``seed``;
-            ``quick`` if less was read on purpose, ``cut_short`` if the time limit came first.
-        report: Measured on held-out calibration positions: ``positions``, ``agreement``,
-            ``coverage`` (shares of them), ``kl``, ``perplexity_ratio``, ``dense_perplexity``,
-            ``dense_bytes``, and ``by_probes`` with the same at several numbers of probes.
-        verification: For verified decoding: the ``risk`` that a proposal is rejected
-            (`conversion/measures.py`), and ``by_probes`` with the shares ``greedy_differs`` and
-            ``sampled_differs``, and some ``risks``. Empty without calibration.
-        recipe: How the checkpoint was made: `conversion/options.py`.
+        calibration: Its hidden states: ``source``, ``positions``, ``seed``; ``quick`` if less was
+            read on purpose, ``cut_short`` by the time limit.
+        report: Of held-out positions: `conversion.measures.make_report`.
+        verification: For verified decoding: `conversion.measures.verification_settings`.
+        recipe: How the checkpoint was made (`conversion.options.make_recipe`).
     """
 
     vocab_size: int
@@ -66,66 +65,48 @@ class FlashHeadConfig:
                 f"{source} has version {version!r}, but this package reads version "
                 f"{FORMAT_VERSION}: update mlx_flashhead, or {AGAIN}."
             )
-        entries = {each.name: values[each.name] for each in fields(cls) if each.name in values}
-        missing = sorted(REQUIRED - entries.keys())
-        if missing:
-            raise ValueError(f"{source} lacks {', '.join(missing)}: {AGAIN}.")
-        config = cls(**entries)
-        wrong = {name for name, value in vars(config).items() if type(value) not in TYPES[name]}
+        entries = {each.name: values.get(each.name) for each in fields(cls)}
+        # a whole number is neither 2.0 nor true
+        wrong = {name for name, value in entries.items() if type(value) is not TYPES.get(name, int)}
         if not wrong:
-            ends, n_clusters = config.eos_token_ids, config.n_clusters
-            slots = n_clusters * config.cluster_size
-            most = MAX_PADDING * config.vocab_size  # padded slots cost memory as tokens do
+            ends = entries["eos_token_ids"] = tuple(entries["eos_token_ids"])
+            config = cls(**entries)
+            vocab_size, n_clusters = config.vocab_size, config.n_clusters
+            most = MAX_PADDING * vocab_size  # padded slots cost memory as tokens do
             valid = {
-                "vocab_size, n_clusters and cluster_size": 1 <= config.vocab_size <= slots <= most
-                and config.cluster_size >= 1,
+                "vocab_size, n_clusters and cluster_size": config.cluster_size >= 1
+                and 1 <= vocab_size <= n_clusters * config.cluster_size <= most,
                 "n_probes": 1 <= config.n_probes <= n_clusters,
                 "unverified_probes": 1 <= config.unverified_probes <= n_clusters,
                 "eos_token_ids": len(ends) <= MAX_END_TOKENS
-                and all(type(token) is int and 0 <= token < config.vocab_size for token in ends),
+                and all(type(token) is int and 0 <= token < vocab_size for token in ends),
                 "verification": _is_valid(config.verification, n_clusters),
             }
             wrong = {name for name, is_valid in valid.items() if not is_valid}
         if wrong:
             raise ValueError(f"{source} has no valid {', '.join(sorted(wrong))}: {AGAIN}.")
-        return replace(config, eos_token_ids=tuple(ends))
-
-
-REQUIRED = {
-    each.name for each in fields(FlashHeadConfig) if each.default is each.default_factory is MISSING
-}
-# a whole number is neither 2.0 nor true
-_JSON_TYPES: dict[Any, set] = {int: {int}, str: {str}, tuple: {list, tuple}, dict: {dict}}
-TYPES = {
-    each.name: _JSON_TYPES[get_origin(each.type) or each.type] for each in fields(FlashHeadConfig)
-}
+        return config
 
 
 def _is_valid(verification: dict[str, Any], n_clusters: int) -> bool:
     """Whether these are settings of verified decoding, or none."""
     match verification:
-        case {
-            "risk": {
-                "greedy": [int() | float() as a, int() | float() as b],
-                "sampled": int() | float() as scale,
-            },
-            "by_probes": [*rows],
-        }:
-            finite = abs(a) <= LARGEST and abs(b) <= LARGEST and 0 <= scale <= LARGEST
-            return (
-                finite and len(rows) <= MAX_MEASURED and all(_is_row(r, n_clusters) for r in rows)
-            )
+        case {"risk": {"greedy": [a, b], "sampled": scale}, "by_probes": [*rows]}:
+            is_risk = _within(-LARGEST, LARGEST, a, b) and _within(0, LARGEST, scale)
+            measured = len(rows) <= MAX_MEASURED and all(_is_row(row, n_clusters) for row in rows)
+            return is_risk and measured
     return not verification
 
 
 def _is_row(row: Any, n_clusters: int) -> bool:
     match row:
-        case {
-            "n_probes": int(n_probes),
-            "greedy_differs": int() | float() as greedy,
-            "sampled_differs": int() | float() as sampled,
-        } if 1 <= n_probes <= n_clusters and 0 <= greedy <= 1 and 0 <= sampled <= 1:
+        case {"n_probes": int(n_probes), "greedy_differs": greedy, "sampled_differs": sampled}:
             risks = row.get("risks", [])
             listed = isinstance(risks, list) and len(risks) <= MAX_RISKS
-            return listed and all(type(risk) is int for risk in risks)
+            in_range = 1 <= n_probes <= n_clusters and _within(0, 1, greedy, sampled)
+            return in_range and listed and all(type(risk) is int for risk in risks)
     return False
+
+
+def _within(low: float, high: float, *values: Any) -> bool:
+    return all(isinstance(value, int | float) and low <= value <= high for value in values)

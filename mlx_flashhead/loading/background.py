@@ -107,8 +107,9 @@ def build_steps(
         if drafted is not None:
             del recipe["command"]  # no command converts a drafter of mlx-vlm
         tokenizer = text_side(model, tokenizer)
-        how: dict[str, Any] = {"drafted": drafted, "recipe": recipe, "step_seconds": step_seconds}
+        how: dict[str, Any] = {"drafted": drafted, "step_seconds": step_seconds}
         index = yield from model_index(model, tokenizer, location, of_index, **how)
+        index = replace(index, config=replace(index.config, recipe=recipe))
         if index.config.calibration.get("cut_short"):
             say(
                 "This machine was busy, so the build was cut short, after "

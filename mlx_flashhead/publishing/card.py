@@ -1,8 +1,6 @@
 """Model cards and licences: what a base model's card says of it, the conditions of its licence, and
-the card of a model with a FlashHead.
-
-The card, README.md, is made from a folder's settings and the template in card.md. A person may add
-text below a marker. Conversions and uploads keep it.
+the card of a model with a FlashHead, from the template card.md. Text that a person adds below its
+marker stays.
 
 A model's card names its licence. If it does not, the texts beside the model do. Nothing is guessed.
 Source: the licence agreements themselves, Llama's in meta-llama/llama-models (sections 1.b.i and
@@ -12,7 +10,7 @@ Source: the licence agreements themselves, Llama's in meta-llama/llama-models (s
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
@@ -25,7 +23,6 @@ from ..models.origin import Origin, begins_with, is_repository, local_origin
 
 CARD_FILE = "README.md"
 MARKER = "<!-- mlx_flashhead: your own text goes below this line and is kept -->"
-RELATIONS = ("quantized", "adapter")
 # Entries of a base model's card that hold for a derived model too.
 KEPT_METADATA = ("license", "license_name", "license_link", "language")
 
@@ -55,25 +52,25 @@ class Licence:
 
 
 def _llama(version: str, attribution: str = "Built with Llama", prefix: str = "Llama") -> Licence:
-    meta = "Meta " if version == "3" else ""
+    model = "Meta Llama 3" if version == "3" else f"Llama {version}"
     return Licence(
-        identifier=f"llama{version}",
-        name=f"{meta}Llama {version} Community License",
-        link=f"https://www.llama.com/llama{version.replace('.', '_')}/license",
-        text=rf"llama {re.escape(version)} community license agreement",
-        notice=f"{meta}Llama {version} is licensed under the {meta}Llama {version} Community "
-        "License, Copyright © Meta Platforms, Inc. All Rights Reserved.",
-        attribution=attribution,
-        prefix=prefix,
+        f"llama{version}",
+        f"{model} Community License",
+        f"https://www.llama.com/llama{version.replace('.', '_')}/license",
+        rf"llama {re.escape(version)} community license agreement",
+        f"{model} is licensed under the {model} Community License, Copyright © Meta Platforms, "
+        "Inc. All Rights Reserved.",
+        attribution,
+        prefix,
     )
 
 
 GEMMA = Licence(
-    identifier="gemma",
-    name="Gemma Terms of Use",
-    link="https://ai.google.dev/gemma/terms",
-    text=r"gemma terms of use(?! found at)",
-    notice="Gemma is provided under and subject to the Gemma Terms of Use found at "
+    "gemma",
+    "Gemma Terms of Use",
+    "https://ai.google.dev/gemma/terms",
+    r"gemma terms of use(?! found at)",
+    "Gemma is provided under and subject to the Gemma Terms of Use found at "
     "ai.google.dev/gemma/terms",
 )
 LLAMA_2, LLAMA_3 = _llama("2", "", ""), _llama("3", "Built with Meta Llama 3", "Llama-3")
@@ -86,13 +83,11 @@ def recognise(metadata: dict, files: Iterable[Path]) -> Licence | None:
     is_named = any(name not in ("", "other", "unknown") for name in names)
     if not is_named:
         names = [str(metadata.get("license_name") or "").lower()]
-    for name in names:
-        identifier = re.sub(r"(meta|community|license|licence|agreement|[-_ ])", "", name)
-        for licence in LICENCES:
-            if licence.identifier == identifier:
-                return licence
+    rest = r"(meta|community|license|licence|agreement|[-_ ])"
+    identifiers = [re.sub(rest, "", name) for name in names]
     text = "" if is_named else "\n".join(map(_beginning, files))
-    return next((licence for licence in LICENCES if re.search(licence.text, text)), None)
+    named = (licence for licence in LICENCES if licence.identifier in identifiers)
+    return next(named, next((each for each in LICENCES if re.search(each.text, text)), None))
 
 
 def check_licence(
@@ -106,10 +101,8 @@ def check_licence(
     if licence is None:
         if metadata.get("license"):
             return
-        raise ValueError(
-            f"The licence of {model} is not known, since its card does not name it: give it as "
-            "`license`, such as apache-2.0."
-        )
+        remedy = "give it as `license`, such as apache-2.0"
+        raise ValueError(f"The licence of {model} is not known from its card: {remedy}.")
     owner, _, name = (repo_id or "").rpartition("/")
     if repo_id and not begins_with(licence.prefix, name):
         raise ValueError(
@@ -160,9 +153,13 @@ class Provenance:
     """A base model with its card's header and its licence."""
 
     origin: Origin
-    metadata: dict = field(default_factory=dict)
-    licence: Licence | None = None  # one with conditions
-    files: tuple[Path, ...] = ()  # of its licence
+    metadata: dict
+    files: tuple[Path, ...]  # of its licence
+
+    @property
+    def licence(self) -> Licence | None:
+        """Its licence, if it has conditions."""
+        return recognise(self.metadata, self.files)
 
 
 def find_provenance(
@@ -170,14 +167,14 @@ def find_provenance(
 ) -> Provenance:
     """What the folder of a model and its card on the Hub say of it. The user may name its
     repository, and its licence if the card names none."""
-    origin, fetched = local_origin(folder), None
+    origin, documents = local_origin(folder), folder
     in_cache = origin.revision is not None
     if in_cache and not Path(path_or_repo).expanduser().is_dir():
         # mlx-lm does not download these files
-        fetched = _fetched_documents(origin.repo_id or "", origin.revision)
+        documents = _fetched_documents(origin.repo_id or "", origin.revision) or folder
     elif base_model is not None and not (folder / CARD_FILE).exists():
-        fetched = _fetched_documents(base_model)
-    metadata = read_metadata((fetched or folder) / CARD_FILE)
+        documents = _fetched_documents(base_model) or folder
+    metadata = read_metadata(documents / CARD_FILE)
     repo_id = base_model
     if repo_id is None and not in_cache:  # a conversion's card names its source
         relation, bases = metadata.get("base_model_relation"), as_list(metadata.get("base_model"))
@@ -186,23 +183,8 @@ def find_provenance(
             repo_id = bases[0]
     if repo_id not in (None, origin.repo_id):
         origin = Origin(repo_id.rpartition("/")[2], repo_id)
-    return _provenance(origin, metadata, license, (fetched or folder, folder))
-
-
-def published_provenance(repo_id: str | None, license: str | None = None) -> Provenance:
-    """The same of a repository alone; empty if it cannot be reached."""
-    documents = _fetched_documents(repo_id) if repo_id and is_repository(repo_id) else None
-    origin = Origin((repo_id or "model").rpartition("/")[2], repo_id if documents else None)
-    metadata = read_metadata(documents / CARD_FILE) if documents else {}
-    return _provenance(origin, metadata, license, (documents,) if documents else ())
-
-
-def _provenance(
-    origin: Origin, metadata: dict, license: str | None, folders: tuple[Path, ...]
-) -> Provenance:
-    metadata = with_licence(metadata, license)
-    files = tuple({file.name: file for each in folders for file in licence_files(each)}.values())
-    return Provenance(origin, metadata, recognise(metadata, files), files)
+    files = {file.name: file for each in (documents, folder) for file in licence_files(each)}
+    return Provenance(origin, with_licence(metadata, license), tuple(files.values()))
 
 
 def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None:
@@ -215,24 +197,21 @@ def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None
 
 def card_metadata(base: Provenance, relation: str = "quantized") -> dict:
     """The header of a derived model's card: "quantized", or an "adapter" for a FlashHead alone."""
+    bases, tags = (
+        [text for text in as_list(base.metadata.get(key)) if isinstance(text, str)]
+        for key in ("base_model", "tags")
+    )
     metadata = {key: base.metadata[key] for key in KEPT_METADATA if base.metadata.get(key)}
     if base.licence is not None:
         metadata = {"license": base.licence.identifier} | metadata
     metadata |= {"library_name": "mlx", "pipeline_tag": "text-generation"}
-    texts = {
-        key: [each for each in as_list(base.metadata.get(key)) if isinstance(each, str)]
-        for key in ("base_model", "tags")
-    }
-    if base.origin.repo_id is not None:
-        metadata |= {"base_model": base.origin.repo_id, "base_model_relation": relation}
-    elif bases := texts["base_model"]:
-        # a folder of unknown origin may still name its own base model
-        metadata["base_model"] = bases if len(bases) > 1 else bases[0]
-        if named := base.metadata.get("base_model_relation"):
-            metadata["base_model_relation"] = named
-    if relation == "adapter":
-        metadata["base_model_relation"] = relation
-    return metadata | {"tags": list(dict.fromkeys([*texts["tags"], "mlx", "flashhead"]))}
+    base_model = base.origin.repo_id
+    if base_model is None:  # a folder of unknown origin may still name its own base model
+        base_model = bases if len(bases) > 1 else next(iter(bases), None)
+        relation = relation if relation == "adapter" else base.metadata.get("base_model_relation")
+    named = {"base_model": base_model, "base_model_relation": relation}
+    metadata |= {key: value for key, value in named.items() if value}
+    return metadata | {"tags": list(dict.fromkeys([*tags, "mlx", "flashhead"]))}
 
 
 def with_licence(metadata: dict, license: str | None) -> dict:
@@ -242,10 +221,8 @@ def with_licence(metadata: dict, license: str | None) -> dict:
     if license is None or license == declared:
         return metadata
     if declared:
-        raise ValueError(
-            f"`license` {license} contradicts the model's card, which says {declared}: leave it "
-            "out."
-        )
+        contradiction = f"`license` {license} contradicts the model's card, which says {declared}"
+        raise ValueError(f"{contradiction}: leave it out.")
     return metadata | {"license": license}
 
 
@@ -262,7 +239,6 @@ def write_card(
     folder: Path,
     metadata: dict,
     config: FlashHeadConfig,
-    licence: Licence | None,
     title: str,
     model: str,
     own_text: str = "",
@@ -271,9 +247,10 @@ def write_card(
 
     The examples name it as ``model``, a repository or a folder. ``own_text`` is a person's.
     """
-    base, link = metadata.get("base_model"), str(metadata.get("license_link"))
-    if not isinstance(base, str) or metadata.get("base_model_relation") not in RELATIONS:
+    base, relation = metadata.get("base_model"), metadata.get("base_model_relation")
+    if not isinstance(base, str) or relation not in ("quantized", "adapter"):
         base = None
+    link = str(metadata.get("license_link"))
     if not link.startswith("http"):  # the copy beside the card
         link = next((file.name for file in licence_files(folder)), "")
     try:
@@ -286,7 +263,7 @@ def write_card(
             index_size=(folder / FILE_NAME).stat().st_size if is_companion(folder) else None,
             config=config,
             report=config.report,
-            licence=licence,
+            licence=recognise(metadata, ()),
             licence_name=metadata.get("license_name") or metadata.get("license"),
             licence_link=link,
             changes=changes_in(folder),
@@ -295,22 +272,16 @@ def write_card(
             number=lambda value, decimals: "–" if value is None else f"{value:.{decimals}f}",
         )
     except Exception as error:  # whatever foreign settings make of the template
-        raise ValueError(
-            f"The settings in {folder} hold figures that a card cannot show ({error}): {AGAIN}."
-        ) from error
+        wrong = f"The settings in {folder} hold figures that a card cannot show ({error})"
+        raise ValueError(f"{wrong}: {AGAIN}.") from error
     text = f"{card.content.rstrip()}\n\n{MARKER}\n{own_text}"
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def card_of(folder: Path) -> str:
-    """The text of a folder's card, empty without one."""
-    card = folder / CARD_FILE
-    return card.read_text(encoding="utf-8-sig") if card.exists() else ""
-
-
-def text_below_marker(card: str) -> str:
+def text_below_marker(card: Path) -> str:
     """A person's text on a card: all below the marker, or the whole of a card without a marker."""
-    if not card:
-        return ""
-    _, marker, below = card.partition(f"{MARKER}\n")
-    return below if marker else ModelCard(card, ignore_metadata_errors=True).text.strip("\n") + "\n"
+    text = card.read_text(encoding="utf-8-sig") if card.exists() else ""
+    _, marker, below = text.partition(f"{MARKER}\n")
+    if marker or not text:
+        return below
+    return ModelCard(text, ignore_metadata_errors=True).text.strip("\n") + "\n"

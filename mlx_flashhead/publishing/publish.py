@@ -1,5 +1,5 @@
-"""Publishing on the Hugging Face Hub: sign in, reserve a repository, check the licence, write the
-card, upload. Errors of the Hub and its client become one sentence without the user's token."""
+"""Publishes a checkpoint on the Hugging Face Hub: reserve a repository, check the licence, write
+the card, upload. Errors of the Hub and its client become one sentence without the user's token."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,41 +14,26 @@ from ..common.command import printable
 from ..common.repositories import full_name, holds_secret, redact, redacted_logs
 from ..index.files import is_companion, read_index
 from ..index.settings import FlashHeadConfig
-from ..models.origin import begins_with
-from .card import (
-    CARD_FILE,
-    Provenance,
-    card_metadata,
-    card_of,
-    check_licence,
-    licence_files,
-    published_provenance,
-    read_metadata,
-    recognise,
-    text_below_marker,
-    with_licence,
-    write_card,
-    write_notice,
-)
+from ..models.origin import begins_with, is_repository
+from . import card as cards
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
-TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 # Never part of a model, and often private. The client itself leaves out .git and .cache.
 NOT_UPLOADED = [".*", "*/.*", "*.log", "__pycache__/*"]
-WEIGHTS = "model*.safetensors"
 MAX_TEXT_BYTES = 50_000_000  # of a file that is searched for the token
 
 
 def add_documents(
-    folder: Path, base: Provenance, config: FlashHeadConfig, relation: str, target: Path
+    folder: Path, base: cards.Provenance, config: FlashHeadConfig, relation: str, target: Path
 ) -> None:
     """Writes a new checkpoint's card and puts the licence's files beside it. Those of an older one
     in ``target``, the folder's final place, stay, and so does the text below its card's marker."""
-    for file in [*licence_files(target), *base.files]:
+    for file in [*cards.licence_files(target), *base.files]:
         shutil.copy(file, folder)
-    write_notice(base.licence, folder)
-    own, metadata = text_below_marker(card_of(target)), card_metadata(base, relation)
-    write_card(folder, metadata, config, base.licence, config.recipe["name"], target.name, own)
+    cards.write_notice(base.licence, folder)
+    own = cards.text_below_marker(target / cards.CARD_FILE)
+    metadata, title = cards.card_metadata(base, relation), config.recipe["name"]
+    cards.write_card(folder, metadata, config, title, target.name, own)
 
 
 def publish(
@@ -67,36 +52,35 @@ def publish(
     Raises:
         ValueError: If the folder may not be published, or the Hub rejects it. The folder stays.
     """
-    config = read_index(folder).config
-    metadata = with_licence(read_metadata(folder / CARD_FILE), license)
-    texts: tuple[Path, ...] = ()
-    if not (folder / CARD_FILE).exists():  # made at the first use of a model, which reads no card
-        base = published_provenance(config.recipe.get("model"), license)
-        relation = "adapter" if is_companion(folder) else "quantized"
-        metadata, texts = card_metadata(base, relation), base.files
-    files = [*licence_files(folder), *texts]
-    licence = recognise(metadata, files)
+    config, card = read_index(folder).config, folder / cards.CARD_FILE
+    metadata = cards.with_licence(cards.read_metadata(card), license)
+    texts: list[Path] = []
+    if not card.exists():  # made at the first use of a model, which reads no card
+        model = config.recipe.get("model")
+        named = model if is_repository(model) else None
+        base = cards.find_provenance(str(folder), folder, named, license)
+        metadata = cards.card_metadata(base, "adapter" if is_companion(folder) else "quantized")
+        texts = [file for file in base.files if file.parent != folder]
+    files = [*cards.licence_files(folder), *texts]
+    licence = cards.recognise(metadata, files)
     user = sign_in()
-    name = repo or config.recipe.get("name")
-    if name is None:
-        raise ValueError(f"{folder} does not hold its own name: give OWNER/NAME as `repo`.")
+    name = repo or config.recipe.get("name", folder.name)
     if licence is not None:
         metadata = {"license": licence.identifier} | metadata
         if repo is None and not begins_with(licence.prefix, name):
             name = f"{licence.prefix}-{name}"
     repo_id = full_name(name, user)
-    check_licence(metadata, files, repo_id, model=str(folder), place=str(folder))
+    cards.check_licence(metadata, files, repo_id, model=str(folder), place=str(folder))
     _check_secrets(folder)
     address = reserve(repo_id, user, private)
-    own = text_below_marker(card_of(folder))
+    own = cards.text_below_marker(card)
     if not own:
         with _client() as api, suppress(RemoteEntryNotFoundError):
-            published = Path(api.hf_hub_download(repo_id, CARD_FILE)).read_text("utf-8-sig")
-            own = text_below_marker(published)
+            own = cards.text_below_marker(Path(api.hf_hub_download(repo_id, cards.CARD_FILE)))
     for file in texts:
         shutil.copy(file, folder)
-    write_notice(licence, folder)
-    write_card(folder, metadata, config, licence, repo_id.rpartition("/")[2], repo_id, own)
+    cards.write_notice(licence, folder)
+    cards.write_card(folder, metadata, config, repo_id.rpartition("/")[2], repo_id, own)
     say(f"Uploading {folder} to {repo_id}")
     failed = (
         f"{repo_id} could not be uploaded (%s): the model is kept in {folder}, and "
@@ -110,26 +94,20 @@ def publish(
             commit_message="Upload FlashHead",
             ignore_patterns=[*NOT_UPLOADED],  # which the client changes
             # of the repository: mlx-lm reads every file of weights
-            delete_patterns=None if is_companion(folder) else WEIGHTS,
+            delete_patterns=None if is_companion(folder) else "model*.safetensors",
         )
     return address
 
 
 def sign_in() -> str:
-    """The name of the user whose token is used, or a ValueError if it may not write."""
+    """The name of the user whose token is used; ValueError if there is none, or it is not valid."""
     if get_token() is None:
         raise ValueError(f"An upload needs a Hugging Face token, but there is none: {LOGIN}.")
-    refused = "The Hugging Face Hub does not accept the token: get another one from"
-    with _client(f"{refused} {TOKENS_PAGE}, then {LOGIN}.") as api:
-        account = api.whoami()
-        name = str(account["name"])
-        role = ((account.get("auth") or {}).get("accessToken") or {}).get("role")
-    if role == "read":
-        raise ValueError(
-            f"The Hugging Face token may only read: make one that may write at {TOKENS_PAGE}, then "
-            f"{LOGIN}."
-        )
-    return name
+    another = "get another one from https://huggingface.co/settings/tokens"
+    with _client(
+        f"The Hugging Face Hub does not accept the token: {another}, then {LOGIN}."
+    ) as api:
+        return str(api.whoami()["name"])
 
 
 def reserve(repo_id: str, user: str, private: bool = False) -> str:
@@ -162,9 +140,8 @@ def _client(refused: str = "", failed: str = "", unreachable: str = "") -> Itera
         remedy = "unset HF_HUB_OFFLINE" if offline else "check the network and try again"
         sentence = unreachable or f"The Hugging Face Hub cannot be reached (%s): {remedy}."
         causes = [error, error.__cause__] if error.__cause__ else [error]
-        answers = [each for each in causes if isinstance(each, HfHubHTTPError)]
-        if answers:
-            denied = answers[0].response.status_code in (401, 403)
+        for answer in (each for each in causes if isinstance(each, HfHubHTTPError)):
+            denied = answer.response.status_code in (401, 403)
             sentence = (refused if denied else failed) or sentence
         texts = [" ".join(str(each).split()).rstrip(".:") or type(each).__name__ for each in causes]
         reason = printable(redact(": ".join(dict.fromkeys(texts))))
@@ -176,9 +153,8 @@ def _check_secrets(folder: Path) -> None:
     """Refuses an upload with a file that holds the user's token."""
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if hidden or not file.is_file() or file.suffix == ".safetensors":
-            continue
-        if file.stat().st_size <= MAX_TEXT_BYTES and holds_secret(file.read_bytes()):
-            raise ValueError(
-                f"{file} holds a Hugging Face token, which would be published: delete it there."
-            )
+        is_text = file.is_file() and file.suffix != ".safetensors"
+        is_text = is_text and not hidden and file.stat().st_size <= MAX_TEXT_BYTES
+        if is_text and holds_secret(file.read_bytes()):
+            wrong = f"{file} holds a Hugging Face token, which would be published"
+            raise ValueError(f"{wrong}: delete it there.")

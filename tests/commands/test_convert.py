@@ -40,11 +40,11 @@ def test_every_option_has_a_flag_with_the_default_of_python():
     assert "(default: mlx_model)" in shown and "(default: 0.998)" in shown
     assert vars(make_parser().parse_args(["--model", "m"])) == vars(ConvertOptions("m"))
     words = (
-        "--model m --mlx-path p -q --q-group-size 32 --q-bits 4 --q-mode mxfp4 --quant-predicate "
+        "--model m --mlx-path p -q --q-group-size 32 --q-bits 4 --q-mode affine --quant-predicate "
         "mixed_4_6 --dtype float16 --upload-repo me/tiny --trust-remote-code --overwrite"
     )
     assert ConvertOptions(**vars(make_parser().parse_args(words.split()))) == ConvertOptions(
-        "m", "p", True, 32, 4, "mxfp4", "float16", "me/tiny", quant_predicate="mixed_4_6",
+        "m", "p", True, 32, 4, "affine", "float16", "me/tiny", quant_predicate="mixed_4_6",
         trust_remote_code=True, overwrite=True,
     )  # fmt: skip
 

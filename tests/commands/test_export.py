@@ -1,17 +1,22 @@
 """``export``: the file, the table, and its errors."""
 
+import json
 from unittest.mock import Mock
 
 import mlx.core as mx
 import pytest
 
+from mlx_flashhead.head.plan import METADATA_KEY
 from model_folders import contents
-from plan_replay import read_plan
 
 
 @pytest.fixture
 def output(tmp_path):
     return tmp_path / "head.safetensors"
+
+
+def plan_of(file):
+    return json.loads(mx.load(str(file), return_metadata=True)[1][METADATA_KEY])
 
 
 def test_the_file_holds_arrays_and_kernels(run, converted, output):
@@ -22,7 +27,7 @@ def test_the_file_holds_arrays_and_kernels(run, converted, output):
     for name in (*arrays, str(output), "(17, 16)", "uint32", "4 of 17", "docs/ipad.md"):
         assert name in printed
     assert arrays["n_probes"].item() == 4
-    _, plan = read_plan(output)
+    plan = plan_of(output)
     assert (plan["head"], plan["dtype"]) == ("lm_head", "float32")
     assert plan["rows"]["weight"]["shape"] == [258, 128]
     assert "flash_head::expand" in plan["launches"][plan["logits"][-1]]["source"]
@@ -40,5 +45,5 @@ def test_a_file_that_is_there_is_kept(refused, run, converted, output, monkeypat
     assert contents(output.parent) == {output.name: b"mine"}
     assert run("export", *arguments, "--overwrite", "--n-probes", 9)[0] == 0
     assert mx.load(str(output))["n_probes"].item() == 9
-    score = read_plan(output)[1]["launches"]["flash_head_score"]
+    score = plan_of(output)["launches"]["flash_head_score"]
     assert score["outputShapes"] == [[1, 9, 16], [1, 9]]

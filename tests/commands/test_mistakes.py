@@ -70,7 +70,7 @@ MISTAKES = [
     ("upload --path dense", "holds no FlashHead: make one"),
     (f"{NEW} --upload me/a --upload-repo me/b", "two repositories"),
     (f"{NEW} --private", "--private is for an upload"),
-    (f"{NEW} --base-model name", "--base-model is 'name': give OWNER/NAME"),
+    (f"{NEW} --base-model name", "'name' is not a name of a repository: give OWNER/NAME"),
     pytest.param("generate --model x --prefill-step-size 0", "size is 0", marks=pytest.mark.newest),
 ]
 

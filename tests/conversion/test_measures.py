@@ -1,110 +1,11 @@
-"""What `test_build.py` lacks of the measures on held-out states, and the numbers of probes."""
+"""The numbers of probes that follow from measures on held-out states, and the risks."""
 
 from itertools import pairwise
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import measures, take_all
-from tiny_models import fitted, random_clusters, random_rows
-
-
-class Case:
-    """A random head, its clusters, states and next tokens; more states than one chunk."""
-
-    def __init__(self, vocab_size=203, cluster_size=8):
-        rng = np.random.default_rng(0)
-        self.rows = random_rows(rng, vocab_size, 32)
-        self.token_ids = random_clusters(rng, vocab_size, cluster_size)
-        self.n_clusters = len(self.token_ids)
-        self.centroids = fitted(self.rows, self.token_ids)
-        self.states = rng.normal(size=(150, 32)).astype(np.float32)
-        self.logits = self.logits_of(self.states).astype(np.float64)
-        self.next_ids = (self.logits + rng.gumbel(size=self.logits.shape)).argmax(axis=1)
-        self.tail_offset = np.array(self.centroids.tail_offset)
-        flat = np.argsort(self.token_ids.ravel(), kind="stable")[:vocab_size]
-        self.cluster_of = flat // self.token_ids.shape[1]
-
-    def logits_of(self, states):
-        return np.array(self.rows.matmul(mx.array(states)))
-
-    def scores_of(self, states):
-        matrix = np.array(self.centroids.matrix.dequantized(mx.float32))
-        return states @ matrix.T + np.array(self.centroids.bias)
-
-    def positions(self, probe_counts):
-        dense, clusters = (self.states, self.logits_of), (self.token_ids, self.scores_of)
-        further = (self.tail_offset, probe_counts, self.next_ids)
-        return take_all(measures.measure_positions(*dense, *clusters, *further))
-
-    def probed(self, n_probes):
-        """(N, V) bool: the tokens of each state's best clusters."""
-        order = np.argsort(-self.scores_of(self.states), axis=1, kind="stable")
-        chosen = np.zeros((len(self.states), self.n_clusters), bool)
-        np.put_along_axis(chosen, order[:, :n_probes], True, axis=1)
-        return chosen[:, self.cluster_of]
-
-
-@pytest.mark.parametrize("vocab_size, cluster_size", [(64, 8), (40, 1), (30, 30), (37, 16)])
-def test_divergence_and_perplexity_of_full_distributions(vocab_size, cluster_size):
-    """The head's logits from their definition: `test_build.py` has the other measures."""
-    case = Case(vocab_size, cluster_size)
-    estimate = (case.scores_of(case.states) + case.tail_offset)[:, case.cluster_of]
-    for got in case.positions(sorted({1, min(3, case.n_clusters), case.n_clusters})).means():
-        probed = case.probed(got["n_probes"])
-        best = np.where(probed, case.logits, -np.inf).max(axis=1, keepdims=True)
-        cap = best - np.maximum(1, np.abs(best) / 64)
-        retrieved = np.where(probed, case.logits, np.minimum(estimate, cap))
-        dense, own = (x - np.log(np.exp(x).sum(1)[:, None]) for x in (case.logits, retrieved))
-        kl = (np.exp(dense) * (dense - own)).sum(axis=1).mean()
-        assert got["kl"] == pytest.approx(kl, rel=1e-4, abs=1e-6)
-        perplexity = np.exp(-np.take_along_axis(own, case.next_ids[:, None], axis=1).mean())
-        assert got["perplexity"] == pytest.approx(perplexity, rel=1e-5)
-
-
-def test_gap_and_tail_are_what_the_head_knows_of_its_unscored_clusters():
-    case = Case()
-    found = case.positions([3, case.n_clusters])
-    scores = np.sort(case.scores_of(case.states), axis=1)[:, ::-1].astype(np.float64)
-    scored = np.where(case.probed(3), case.logits, -np.inf)
-    gap, tail = found.values[0, measures.GAP], found.values[0, measures.TAIL]
-    np.testing.assert_allclose(gap, scored.max(axis=1) - scores[:, 3], atol=1e-4)
-    rest = np.log(np.exp(scores[:, 3:]).sum(axis=1))
-    total = np.logaddexp(np.log(np.exp(scored).sum(axis=1)), rest)
-    np.testing.assert_allclose(tail, rest - total, atol=1e-4)
-    assert (found.values[1, measures.GAP] == np.inf).all()  # no cluster is left
-    assert (found.values[1, measures.TAIL] < -25).all()
-
-
-def test_a_model_s_own_minus_infinity():
-    """Tokens that the model rules out have no mass, and no measure is spoilt."""
-    case = Case(64, 8)
-    ruled_out = case.token_ids[0, :5]
-    logits_of = case.logits_of
-
-    def with_holes(states):
-        logits = logits_of(states)
-        logits[:, ruled_out] = -np.inf
-        return logits
-
-    case.logits_of = with_holes
-    case.next_ids = np.full(len(case.states), case.token_ids[1, 0])
-    found = case.positions([3, 8])
-    got, whole = found.means()
-    assert np.isfinite([*got.values(), found.dense_perplexity()]).all()
-    assert whole["kl"] == pytest.approx(0, abs=1e-7)
-
-
-def test_large_vocabularies_are_measured_in_smaller_chunks(monkeypatch):
-    case, sizes = Case(), []
-    expected, logits_of = case.positions([3]), case.logits_of
-    monkeypatch.setattr(measures, "CHUNK_LOGITS", 4 * case.token_ids.size - 1)
-    case.logits_of = lambda states: sizes.append(len(states)) or logits_of(states)
-    found = case.positions([3])
-    assert set(sizes) == {3}
-    np.testing.assert_allclose(found.values, expected.values, rtol=1e-4, atol=1e-4)
-
+from mlx_flashhead.conversion import measures
 
 GRID = [8, 16, 32, 64]
 NBYTES = measures.StepBytes(centroids=50, probe=1.0, dense=1000, body=500)
@@ -119,35 +20,23 @@ def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
     return measures.choose_unverified(found, goal, measures.StepBytes(0, 1.0, 1000))
 
 
-def test_the_fewest_that_agree_as_often_as_wanted():
+def test_the_fewest_that_agree_as_often_as_wanted(monkeypatch):
     # 1,000 positions: 90 % and 1.645 standard errors of 0.95 points are 91.6 %
     assert choose(0.9, agree=(0.5, 0.91, 0.917, 1)) == 32
-    bound = measures.lower_bound(0.9, 400)
-    # Wilson: the share whose own standard error reaches to what was seen
-    assert bound + 1.645 * np.sqrt(bound * (1 - bound) / 400) == pytest.approx(0.9)
-
-
-@pytest.mark.parametrize(("share", "n_probes"), [(0.04, 32), (0.001, 8), (1, 64)])
-def test_no_more_than_may_be_read_unless_the_first_is_too_much(share, n_probes, monkeypatch):
-    monkeypatch.setattr(measures, "MAX_BYTES", share)
-    assert choose(0.5, agree=(0, 0, 0, 0)) == n_probes
-
-
-@pytest.mark.parametrize("n_positions", [1, 100, 1300])
-def test_few_positions_that_cannot_show_a_goal_must_all_agree(n_positions):
-    assert choose(0.998, n_positions=n_positions) == 8
-    missed = 1 - 1 / n_positions
-    assert choose(0.998, agree=(missed, missed, 1, 1), n_positions=n_positions) == 32
+    for n_positions in (1, 100, 1300):  # so few that cannot show a goal must all agree
+        missed = 1 - 1 / n_positions
+        assert choose(0.998, agree=(missed, missed, 1, 1), n_positions=n_positions) == 32
+    # no more than may be read, unless the first is too much
+    for share, n_probes in ((0.04, 32), (0.001, 8), (1, 64)):
+        monkeypatch.setattr(measures, "MAX_BYTES", share)
+        assert choose(0.5, agree=(0, 0, 0, 0)) == n_probes
 
 
 def test_grid():
     grid = measures.probe_grid(16_384, 3072)
-    assert grid[:3] == [8, 16, 24]
-    assert all(n_probes % 8 == 0 for n_probes in grid)
-    assert all(b - a == 8 or b <= 1.16 * a for a, b in pairwise(grid))
-    assert grid[-2] < 3072 <= grid[-1]
+    assert grid[:3] == [8, 16, 24] and grid[-2] < 3072 <= grid[-1]
+    assert all(b % 8 == 0 and (b - a == 8 or b <= 1.16 * a) for a, b in pairwise(grid))
     assert measures.probe_grid(13, 100) == [8, 13]
-    assert measures.probe_grid(3, 1) == [3]
 
 
 def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
@@ -171,8 +60,6 @@ def test_a_verification_costs_the_dense_rows_and_a_difference_the_steps_after_it
     k = np.sqrt(2 * 1000 / (0.05 * 650))
     by_hand = 650 * (1 + 0.05 * (k + 1) / 2) + 1000 / k
     assert NBYTES.verified(100, 0.05) == pytest.approx(by_hand)
-    for other in (k / 2, 2 * k):
-        assert by_hand < 650 * (1 + 0.05 * (other + 1) / 2) + 1000 / other
     # always one: a verification per token
     assert NBYTES.verified(100, 1.0) >= 650 + 1000
 
@@ -180,7 +67,7 @@ def test_a_verification_costs_the_dense_rows_and_a_difference_the_steps_after_it
 GREEDY, SAMPLED = [0.1, 0.02, 0.002, 0.001], [0.2, 0.04, 0.004, 0.003]
 
 
-def test_probes_are_those_of_the_fewest_bytes():
+def test_probes_are_those_of_the_fewest_bytes_and_risks_are_recorded_near_them():
     found, shares = settings(GREEDY, SAMPLED), np.mean([GREEDY, SAMPLED], axis=0)
     by_hand = [NBYTES.verified(10 * 2**i, share) for i, share in enumerate(shares)]
     assert found["n_probes"] == 10 * 2 ** int(np.argmin(by_hand))
@@ -189,10 +76,6 @@ def test_probes_are_those_of_the_fewest_bytes():
     assert settings(GREEDY, SAMPLED, heavy)["n_probes"] > found["n_probes"]
     for name, expected in (("greedy_differs", GREEDY), ("sampled_differs", SAMPLED)):
         assert [row[name] for row in found["by_probes"]] == pytest.approx(expected, abs=1e-6)
-
-
-def test_risks_are_recorded_near_the_choice():
-    found = settings(GREEDY, SAMPLED)
     rows, chosen = {row["n_probes"]: row for row in found["by_probes"]}, found["n_probes"]
     recorded = {n for n, row in rows.items() if "risks" in row}
     assert chosen in recorded and recorded <= {chosen // 2, chosen, 2 * chosen}
@@ -213,15 +96,12 @@ def test_the_risk_of_a_greedy_proposal_is_the_one_that_differences_came_from(off
     assert found == pytest.approx((offset, slope), abs=0.15)
 
 
-@pytest.mark.parametrize("n_different", [0, 1, 3])
+@pytest.mark.parametrize("n_different", [0, 3])
 def test_few_differences_leave_the_slope_near_that_of_a_perfect_estimate(n_different):
+    """And none at all, without an unscored cluster, the usual risk."""
     gaps = np.random.default_rng(2).uniform(1, 15, 1000)
-    differs = np.arange(1000) < n_different
-    offset, slope = measures.fit_greedy_risk(np.sort(gaps), differs)
+    offset, slope = measures.fit_greedy_risk(np.sort(gaps), np.arange(1000) < n_different)
     assert 0.5 < slope < 2.5
     risks = np.minimum(1, np.exp(offset - slope * gaps))
     assert risks.sum() == pytest.approx(n_different + 0.5, abs=0.01)
-
-
-def test_without_an_unscored_cluster_the_risk_is_the_usual_one():
     assert measures.fit_greedy_risk(np.empty(0), np.empty(0, bool)) == (0.0, 1.0)

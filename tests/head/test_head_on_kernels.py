@@ -1,6 +1,5 @@
 """FlashHead on the Metal kernels: proposals, views, the path chosen, and its trial."""
 
-import logging
 import pickle
 from copy import deepcopy
 
@@ -9,24 +8,24 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from kernel_cases import changed_kernels, kernels, make_centroids, make_rows, on_gpu, to_numpy
+from kernel_cases import changed_kernels, kernels, make_centroids, make_rows, on_gpu
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.head.backend import BACKEND_VARIABLE
 from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import FORMATS, Matrix
 from mlx_flashhead.models.install import install
+from tiny_models import random_clusters
 
 VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS, N_PROBES = 157, 128, 8, 20, 9
 
 
 def parts(*, bits=4, dtype=mx.float32, mode="affine", group_size=64):
     """Rows, clusters and centroids; three slots are padded."""
-    rng, sizes = np.random.default_rng(0), (VOCAB_SIZE, HIDDEN_SIZE)
-    rows = make_rows(rng, *sizes, bits=bits, group_size=group_size, mode=mode, dtype=dtype)
-    token_ids = rng.permutation(N_CLUSTERS * CLUSTER_SIZE).reshape(N_CLUSTERS, CLUSTER_SIZE)
-    centroids = make_centroids(rng, N_CLUSTERS, HIDDEN_SIZE, group_size=64)
-    return rows, np.minimum(token_ids, VOCAB_SIZE), centroids
+    rng, form = np.random.default_rng(0), {"bits": bits, "group_size": group_size, "mode": mode}
+    rows = make_rows(rng, VOCAB_SIZE, HIDDEN_SIZE, dtype=dtype, **form)
+    token_ids = random_clusters(rng, VOCAB_SIZE, CLUSTER_SIZE)
+    return rows, token_ids, make_centroids(rng, N_CLUSTERS, HIDDEN_SIZE, group_size=64)
 
 
 def make_head(backend=None, **form) -> FlashHead:
@@ -52,35 +51,10 @@ def test_a_proposal_is_the_portable_one():
         for of in (None, Draws.of(draws)):
             found, expected = head.propose(hidden, of), make_head("mlx").propose(hidden, of)
             assert found.tokens.tolist() == expected.tokens.tolist()
-            risks = to_numpy(found.risk), to_numpy(expected.risk)
-            np.testing.assert_allclose(*risks, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found.risk, expected.risk, rtol=1e-4, atol=1e-5)
         near = head.propose(hidden, None, depth=0.0)
     lowest = mx.finfo(near.logits.dtype).min
     assert ((near.logits == lowest).sum() > (found.logits == lowest).sum()).item()
-
-
-def test_views_with_strides():
-    """The last of several positions, as generation takes it, and every second feature."""
-    wide = mx.random.normal((2, 3, 2 * HIDDEN_SIZE), key=mx.random.key(3))
-    for view in (wide[:, -1:, :HIDDEN_SIZE], wide[:, 1, ::2]):
-        packed = mx.array(np.array(view))
-        with kernels():
-            head = make_head("metal")
-            for function in (head.unverified_logits, head.token):
-                np.testing.assert_array_equal(function(view), function(packed))
-
-
-def test_kernels_are_left_alone_where_the_head_is_dense():
-    """In a plain call, a dense block, and where all clusters are probed."""
-    hidden = states(1, 3)
-    with kernels() as emulator:
-        head = make_head("metal")
-        dense = head.dense_logits(hidden)
-        assert mx.array_equal(head(hidden), dense)
-        with head.dense():
-            assert mx.array_equal(head(hidden), dense)
-        assert mx.array_equal(head.unverified_logits(hidden, N_CLUSTERS), dense)
-        assert emulator is None or emulator.dispatches == []
 
 
 @pytest.mark.skipif(on_gpu(), reason="this machine has Metal")
@@ -103,7 +77,7 @@ def test_rows_that_the_kernels_do_not_read(caplog, form):
     with kernels() as emulator:
         head = make_head("metal" if form.bits == 3 else None, **stored)
         pair = head.unverified_logits(hidden), portable.unverified_logits(hidden)
-        np.testing.assert_allclose(*map(to_numpy, pair), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(head.token(hidden), portable.token(hidden))
     assert head.backend == "metal" and f"do not read {form} rows" in head.backend_reason
     assert [record.getMessage() for record in caplog.records] == [head.backend_reason]
@@ -118,8 +92,6 @@ INFINITE = "as_type<float>(0x7f800000u)"
 BROKEN = [
     ("route", "does not run on this device", "uint n_hidden,           // R", "uint wrong,"),
     ("route", NOT_FINITE, "to_finite<float>(totals[", f"({INFINITE} + totals["),
-    ("score", NOT_FINITE, "to_finite<T>(logit)", f"T({INFINITE})"),
-    ("expand", NOT_FINITE, "to_finite<T>(tail)", f"T({INFINITE})"),
     ("route", "differs", "chunk < uint(Rows::CHUNKS)", "chunk + 1 < uint(Rows::CHUNKS)"),
     ("route", NOT_FINITE, "size_t(position + h) * C", "size_t(position) * C"),
     ("select", "differs", "(best - score) *", "fabs(score) *"),
@@ -127,15 +99,11 @@ BROKEN = [
     ("score", "differs", "slot = size_t(cluster) * N + first", "slot = size_t(cluster) * N"),
     ("score", "differs", "= score_of(highest);", "= score_of(highest) + 1.0f;"),
     ("expand", "differs", "slot % N]", "(slot + 1) % N]"),
-    ("expand", "differs", "|| estimate < cap", "|| estimate > cap"),
     ("sample", "differs", "+ i / N]) * N + i % N", "+ i / N]) * N + (N - 1 - i % N)"),
-    ("sample", "differs", "key_0 + token / 2", "key_0 + token"),
     ("sample", "differs", "{top_p * mass,", "{0.1f * mass,"),
     ("sample", "differs", "fit[2] / (1.0f + odds)", "fit[2] / (2.0f + odds)"),
-    ("sample", "differs", "float(n_top)}", "float(n_top) * 9.0f}"),
     ("join", "differs", "source[size_t(from) * n + i]", "source[size_t(from) * n + (i ^ 1)]"),
     ("screen", "differs", "x, x + room, IdOf", "x + 1.0f, x + room, IdOf"),
-    ("screen", "differs", ">> (cluster % 32) & 1u) != 0", ">> (cluster % 7) & 1u) != 0"),
     ("screen", "differs", "known[3 * state] = others.largest;", "known[3 * state] = 0.0f;"),
 ]
 REFUSED = {
@@ -167,9 +135,8 @@ def check_falls_back(caplog, kernel, said):
     """The portable path is taken, which is said once, and gives the logits it always gives."""
     ids, expected, model = mx.array([[5, 7, 11]]), OnlyHead(), OnlyHead()
     install_on(expected, backend="mlx")
-    with caplog.at_level(logging.WARNING):
-        head = install_on(model)
-        np.testing.assert_allclose(to_numpy(model(ids)), to_numpy(expected(ids)), atol=1e-5)
+    head = install_on(model)
+    np.testing.assert_allclose(model(ids), expected(ids), atol=1e-5)
     sentence = head.backend_reason
     assert head.backend == "mlx" and f"the kernel '{kernel}' {said}" in sentence
     assert [record.getMessage() for record in caplog.records] == [sentence]
@@ -190,45 +157,30 @@ class TestBroken:
     @pytest.mark.parametrize("kernel", REFUSED)
     def test_a_refused_pipeline_is_replaced(self, caplog, kernel):
         """As by a device that allows fewer threads, since a kernel takes many registers."""
-        with kernels(max_threads={f"flash_head_{kernel}": REFUSED[kernel]}):
+        with kernels(max_threads={f"flash_head_{kernel}": REFUSED[kernel]}, check=False):
             # screen and certain run as one step
             step = kernel.replace("certain", "screen")
             check_falls_back(caplog, step, "does not run on this device (Thread group size")
 
     @pytest.mark.parametrize("argument, variable", [("metal", "mlx"), (None, "metal")])
     def test_metal_by_name_does_not_fall_back(self, monkeypatch, argument, variable):
-        """The model stays as it was."""
         kernel, _, right, wrong = BROKEN[0]
         model = OnlyHead()
-        weight = to_numpy(model.lm_head.weight)
+        weight = model.lm_head.weight
         monkeypatch.setenv(BACKEND_VARIABLE, variable)
-        said = f"cannot be used: the kernel '{kernel}'.*backend='mlx'"
-        refused = pytest.raises(ValueError, match=said)
+        refused = pytest.raises(ValueError, match=f"used: the kernel '{kernel}'.*backend='mlx'")
         with changed_kernels(right, wrong), kernels(check=False), refused:
             install_on(model, backend=argument)
         assert get_flash_head(model) is None and type(model.lm_head) is nn.Linear
-        np.testing.assert_array_equal(to_numpy(model.lm_head.weight), weight)
-
-
-def test_the_path_is_chosen_once_on_installation(monkeypatch):
-    """Neither a call nor a new environment chooses again, or makes kernels anew."""
-    model, ids = OnlyHead(), mx.array([[5, 7, 11]])
-    with kernels():
-        head = install_on(model)
-        first = to_numpy(model(ids))
-        with monkeypatch.context() as patch:
-            patch.setenv(BACKEND_VARIABLE, "mlx")
-            for owner, name in ((mx.fast, "metal_kernel"), (mx.metal, "is_available")):
-                patch.setattr(owner, name, pytest.fail)
-            np.testing.assert_array_equal(to_numpy(model(ids)), first)
-            assert deepcopy(head).backend == head.backend == "metal"
+        assert mx.array_equal(model.lm_head.weight, weight)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-def test_sound_kernels_pass_and_are_built(dtype, caplog):
-    """Each once, but route has another one for several positions, and sample for draws."""
-    model = OnlyHead(dtype)
-    with kernels() as emulator:
+def test_sound_kernels_pass_and_are_built(dtype, caplog, monkeypatch):
+    """Each once, but route has another one for several positions, and sample for draws. Later
+    neither a call nor a new environment chooses the path again, or makes kernels anew."""
+    model, ids = OnlyHead(dtype), mx.array([[5, 7, 11]])
+    with kernels(check=False) as emulator:
         head = install_on(model)
         assert head.backend == "metal" and not caplog.records
         if emulator is not None:
@@ -236,9 +188,14 @@ def test_sound_kernels_pass_and_are_built(dtype, caplog):
             assert list(dict.fromkeys(names)) == list(REFUSED)
             built = set(emulator.built)
             assert len(built) == 11
-        mx.eval(model(mx.array([[5]])), model(mx.array([[5, 6]])))
-        if emulator is not None:
-            assert emulator.built == built
+        first = model(ids)
+        monkeypatch.setenv(BACKEND_VARIABLE, "mlx")
+        for owner, name in ((mx.fast, "metal_kernel"), (mx.metal, "is_available")):
+            monkeypatch.setattr(owner, name, pytest.fail)
+        assert mx.array_equal(model(ids), first) and model(ids[:, :1]).size == VOCAB_SIZE
+        assert deepcopy(head).backend == head.backend == "metal"
+        monkeypatch.undo()
+        assert emulator is None or emulator.built == built
 
 
 @pytest.mark.skipif(on_gpu(), reason="GPUs are only named here")
@@ -246,7 +203,6 @@ def test_sound_kernels_pass_and_are_built(dtype, caplog):
     "architecture, dtype, taken",
     [
         ("applegpu_g13s", mx.bfloat16, True),
-        ("applegpu_g14d", mx.bfloat16, True),
         ("applegpu_g15p", mx.bfloat16, False),
         ("", mx.bfloat16, False),
         ("applegpu_g13s", mx.float32, False),
@@ -257,21 +213,15 @@ def test_verifications_are_in_float16_where_a_gpu_lacks_bfloat16(
 ):
     """From six states on, and nothing else; the logits keep their dtype."""
     monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": architecture})
+    products, matmul = [], Matrix.matmul
     with kernels(check=False):
         head = make_head("metal", dtype=dtype)
         head.check_kernels(dtype)
-        assert (head.steps.float16_rows is not None) == taken
-        products, matmul = [], Matrix.matmul
-
-        def note(matrix, hidden):
-            products.append(hidden.dtype)
-            return matmul(matrix, hidden)
-
-        monkeypatch.setattr(Matrix, "matmul", note)
+        monkeypatch.setattr(
+            Matrix, "matmul", lambda *given: products.append(given[1].dtype) or matmul(*given)
+        )
         hidden = states(6, key=5).astype(dtype)
         many, few = head.slot_logits(hidden), head.slot_logits(hidden[:5])
         head.dense_logits(hidden)
     assert products == [mx.float16 if taken else dtype, dtype, dtype]
     assert many.dtype == few.dtype == dtype
-    if dtype == mx.float32:  # the CPU's products of 16 bits are not exact
-        np.testing.assert_allclose(many[:5], few, rtol=1e-5, atol=1e-5)

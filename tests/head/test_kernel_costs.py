@@ -8,21 +8,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import (
-    kernels,
-    make_centroids,
-    make_clustered,
-    make_rows,
-    on_gpu,
-    plain_clusters,
-    to_numpy,
-)  # fmt: skip
+from kernel_cases import kernels, make_centroids, make_clustered, make_rows, on_gpu, plain_clusters
 from mlx_flashhead.head import kernels as kernels_module
 from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.steps import Proposal
 from mlx_flashhead.index.settings import FlashHeadConfig
+from tiny_models import random_clusters
 
 emulator_only = pytest.mark.skipif(on_gpu(), reason="counts and checks of the emulator")
 LINE = 128
@@ -46,17 +39,15 @@ class TestGraph:
         rng = np.random.default_rng(0)
         rows = make_rows(rng, 157, 128, bits=bits, group_size=64, dtype=dtype)
         rows = replace(rows, bias=mx.array(rng.normal(size=157)).astype(dtype))
-        centroids = make_centroids(rng, 20, 128, group_size=64)
-        token_ids = np.minimum(rng.permutation(160), 157).reshape(20, 8)
+        parts = random_clusters(rng, 157, 8), make_centroids(rng, 20, 128, group_size=64)
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
         monkeypatch.setattr(kernels_module, "MATRIX_FROM", 1000)
-        settings = {"n_probes": 6, "eos_token_ids": (3,)}
-        head = FlashHead(rows, token_ids, centroids, backend="metal", **settings)
+        head = FlashHead(rows, *parts, n_probes=6, eos_token_ids=(3,), backend="metal")
         mx.eval(head.arrays())
         return head
 
-    @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (4, 8)])
-    @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+    @pytest.mark.parametrize("shape", [(1, 1), (4, 8)])
+    @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
     @pytest.mark.parametrize("bits", [4, 16])
     def test_four_kernels_and_views(self, monkeypatch, shape, dtype, bits):
         """Nothing else: no cast, copy, fill, sort, gather or scatter."""
@@ -80,34 +71,23 @@ class TestGraph:
         rooms = mx.zeros(32), mx.zeros(32)
         mx.eval(rooms, *[] if draws is None else draws[:3])
 
-        def verify(*arrays):
-            parts = [arrays[:3], arrays[3:]]
-            parts = [Proposal(h, None, p, logits, None, None) for h, p, logits in parts]
-            rows = [(0, i) for i in range(31)] + [(1, 0)]
-            one = head.joined(parts, rows, [0] * 32)
+        def verify(hidden, probes, logits):
+            parts = [Proposal(hidden[:n], None, probes[:n], logits[:n], None, None)
+                     for n in (31, 1)]  # fmt: skip
+            one = head.joined(parts, [(0, i) for i in range(31)] + [(1, 0)], [0] * 32)
             slots = head.slot_logits(one.hidden)
             return list(head.steps.screen(slots, one, draws, *rooms, 0.0))
 
-        inputs = []
-        for n in (31, 1):
-            inputs += [mx.zeros((n, 128), mx.bfloat16), mx.zeros((n, 8), mx.uint32)]
-            inputs += [mx.zeros((n, 8, 8), mx.bfloat16)]
-        found = self.primitives(verify, *inputs)
+        inputs = mx.zeros((32, 128), mx.bfloat16), mx.zeros((32, 8), mx.uint32)
+        found = self.primitives(verify, *inputs, mx.zeros((32, 8, 8), mx.bfloat16))
         assert found.pop("CustomKernel") == 3 and found.pop("QuantizedMatmul") == 1
         assert set(found) <= {"Reshape", "Slice", "Squeeze", "Broadcast", "Add"}, found  # the bias
 
-    def test_kernels_get_contiguous_arrays(self, monkeypatch):
-        """MLX would copy any other before each call."""
-        for array in self.head(monkeypatch, mx.float32, 4).clustered.arrays():
-            if array.dtype != mx.bfloat16:  # of which numpy knows nothing
-                assert memoryview(array).c_contiguous
 
-
-def dispatches_of(clustered, hidden, n_probes, setting=(1.0, 0.95, -4.0, 20)):
+def dispatches_of(clustered, n_positions, n_probes, setting=(1.0, 0.95, 0.02, 20)):
     """The emulator's records of each kernel in a step, by name."""
-    n_rows, (*floats, top_k) = len(hidden), setting
-    counts = mx.full((n_rows,), top_k, dtype=mx.uint32)
-    drawing = Draws(mx.array([floats] * n_rows), counts, mx.zeros((n_rows, 2), dtype=mx.uint32))
+    hidden = mx.random.normal((n_positions, clustered.hidden_size), mx.bfloat16)
+    drawing = Draws.of([(DrawSettings(*setting), (0, 0))] * n_positions)
     with kernels() as emulator:
         steps = MetalSteps(clustered)
         scores = steps.route(hidden)
@@ -135,14 +115,13 @@ def test_neither_probes_nor_positions_compile_anything():
     """
     rng, n_clusters = np.random.default_rng(5), 600
     made = make_clustered(rng, n_clusters, 2, 64)
-    parts = made.token_rows(), to_numpy(made.token_ids), made.centroids
+    parts = made.token_rows(), np.array(made.token_ids), made.centroids
     with kernels(check=False) as emulator:
         head = FlashHead(*parts, n_probes=1, backend="metal")
-        for n_probes in (1, 17, n_clusters - 1):
-            head.n_probes = n_probes
-            for n_positions in (1, 2, 8, 32):
-                hidden = mx.array(rng.normal(size=(n_positions, 64))).astype(mx.bfloat16)
-                mx.eval(head.unverified_logits(hidden), head.token(hidden), head.candidates(hidden))
+        for head.n_probes in (1, 17, n_clusters - 1):
+            for n_positions in (1, 2, 12):
+                hidden = mx.zeros((n_positions, 64), mx.bfloat16)
+                mx.eval(head.unverified_logits(hidden), head.token(hidden))
     names = Counter(text.partition("custom_kernel_flash_head_")[2][:3] for text in emulator.built)
     assert names == {"rou": 2, "sel": 2, "sco": 1, "exp": 1, "sam": 1}
 
@@ -152,20 +131,16 @@ class TestTraffic:
     @pytest.mark.parametrize(
         ("hidden_size", "cluster_size", "bits", "group_size", "limit"),
         [
-            *((576, 16, 4, 64, 1.05), (2048, 16, 4, 64, 1.05), (2048, 16, 4, 128, 1.05)),
-            *((1024, 16, 8, 64, 1.05), (1152, 16, 4, 32, 1.05), (576, 16, 16, 0, 1.05)),
-            (1024, 8, 4, 64, 1.05),
+            *((576, 16, 4, 64, 1.05), (1024, 16, 8, 64, 1.05), (576, 16, 16, 0, 1.05)),
+            *((2048, 16, 4, 128, 1.05), (1152, 16, 4, 32, 1.05), (1024, 8, 4, 64, 1.05)),
             (384, 8, 4, 64, 1.25),  # 96 bytes of scales to a cluster: less than a line
         ],
     )
     def test_bytes_of_route_and_score(self, hidden_size, cluster_size, bits, group_size, limit):
-        """Distinct lines near the bytes needed, and no byte of weights twice."""
-        rng, n_clusters, n_probes = np.random.default_rng(1), 256, 24
+        rng, n_clusters, n_probes = np.random.default_rng(1), 128, 24
         form = {"bits": bits, "group_size": group_size}
         clustered = make_clustered(rng, n_clusters, cluster_size, hidden_size, **form)
-        hidden = mx.array(rng.normal(size=(1, hidden_size))).astype(mx.bfloat16)
-        found = dispatches_of(clustered, hidden, n_probes)
-
+        found = dispatches_of(clustered, 1, n_probes)
         row_bytes = clustered.rows.nbytes * n_probes // n_clusters
         needed = {"route": clustered.centroids.matrix.nbytes, "score": row_bytes}
         for name, n_bytes in needed.items():
@@ -174,27 +149,23 @@ class TestTraffic:
             assert weight.reads == weight.distinct_bytes_read
 
     def test_positions_share_one_reading_of_the_centroids(self):
-        rng = np.random.default_rng(2)
-        clustered = make_clustered(rng, 32, 16, 576)
-        for n_positions, readings in ((1, 1), (2, 1), (4, 1), (5, 2), (32, 8)):
-            hidden = mx.array(rng.normal(size=(n_positions, 576))).astype(mx.bfloat16)
-            found = dispatches_of(clustered, hidden, 4)["route"].buffers
+        clustered = make_clustered(np.random.default_rng(2), 32, 16, 576)
+        for n_positions, readings in ((1, 1), (4, 1), (5, 2), (12, 3)):
+            found = dispatches_of(clustered, n_positions, 4)["route"].buffers
             assert found["weight"].reads == readings * found["weight"].bytes
-            assert found["hidden"].distinct_bytes_read == hidden.nbytes
+            assert found["hidden"].distinct_bytes_read == n_positions * 576 * 2
 
     def test_threadgroup_memory_and_barriers(self):
         """As metal/flash_head.metal states them, and fewer where nothing is filtered."""
-        rng = np.random.default_rng(3)
-        clustered = make_clustered(rng, 40, 16, 64)
-        hidden = mx.array(rng.normal(size=(2, 64))).astype(mx.bfloat16)
-        found = dispatches_of(clustered, hidden, 9)
+        clustered = make_clustered(np.random.default_rng(3), 40, 16, 64)
+        found = dispatches_of(clustered, 2, 9)
         assert [dispatch.barriers for dispatch in found.values()] == [0, 6, 1, 13, 6, 1]
         assert max(dispatch.threadgroup_bytes for dispatch in found.values()) == 16784
-        for scale, top_p, top_k, barriers in ((0.0, 0.9, 9, 2), (1.0, 1.0, 0, 3), (1.0, 0.9, 0, 9)):
-            found = dispatches_of(clustered, hidden, 9, (scale, top_p, -1e30, top_k))
+        for setting, barriers in (((0.0, 0.9, 0.0, 9), 2), ((1.0,), 3), ((1.0, 0.9), 9)):
+            found = dispatches_of(clustered, 2, 9, setting)
             assert found["sample"].barriers == barriers
 
-    @pytest.mark.parametrize("n_clusters", [3072, 9496, 16384, 16388])
+    @pytest.mark.parametrize("n_clusters", [3072, 16384, 16388])
     def test_select_reads_the_scores_once(self, n_clusters):
         rng = np.random.default_rng(4)
         clustered = plain_clusters(rng, n_clusters)

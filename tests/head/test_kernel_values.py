@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 import kernel_checks as checks
-from kernel_cases import cluster, kernels, make_centroids, make_rows, plain_clusters, to_numpy
+from kernel_cases import kernels, plain_clusters, to_numpy
 from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
 from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.steps import Candidates, PortableSteps, Selection
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden_scale", [1e-20, 1e-4, 6e4, 1e30])
+@pytest.mark.parametrize("hidden_scale", [1e-20, 6e4, 1e30])
 def test_no_magnitude_gives_an_infinity(dtype, hidden_scale):
     rng = np.random.default_rng(3)
     clustered, hidden = checks.small_head(rng, dtype=dtype, scale=2.0, n_tokens=299)
@@ -31,11 +32,10 @@ def test_no_magnitude_gives_an_infinity(dtype, hidden_scale):
 
 
 def test_a_sum_beyond_float32_saturates():
-    rng = np.random.default_rng(4)
-    rows = make_rows(rng, 64, 64, bits=32, group_size=0, dtype=mx.float32)
-    rows = rows.map(lambda weight: mx.abs(weight) + 1.0)
-    clustered = cluster(rng, rows, make_centroids(rng, 8, 64, group_size=64), 8)
-    hidden = mx.stack([mx.full((64,), 3e37), mx.full((64,), -3e37)])
+    clustered, _ = checks.small_head(np.random.default_rng(4), n_tokens=64)
+    rows = Matrix(mx.ones((64, 128)))
+    clustered = ClusteredRows.build(rows, to_numpy(clustered.token_ids), clustered.centroids)
+    hidden = mx.stack([mx.full((128,), 3e36), mx.full((128,), -3e36)])
     _, _, candidates, full, _ = checks.run(clustered, hidden, 3)
     highest = mx.finfo(mx.float32).max
     assert (to_numpy(candidates.logits)[:, :3] == [[[highest]], [[-highest]]]).all()
@@ -56,16 +56,13 @@ def test_nan_stays_nan(dtype):
         logits = to_numpy(candidates.logits)[1]
         assert np.isnan(logits[logits != mx.finfo(dtype).min]).all()
         assert (to_numpy(token) < 299).all()
-    others = [0, 2, 3, 4]
-    sound = checks.run(clustered, hidden[mx.array(others)], 9)
-    np.testing.assert_array_equal(to_numpy(outputs[3])[others], to_numpy(sound[3]))
 
 
 def test_nan_of_one_token():
     """A row that holds NaN: its token is NaN, and so is what follows from the best candidate."""
     rng = np.random.default_rng(15)
-    clustered, hidden = checks.small_head(rng, dtype=mx.float32)
-    rows = make_rows(rng, 300, 128, bits=32, group_size=0, dtype=mx.float32)
+    clustered, hidden = checks.small_head(rng)
+    rows = Matrix(mx.random.normal((300, 128), key=mx.random.key(0)))
     rows.weight[123, 5] = float("nan")
     token_ids = to_numpy(clustered.token_ids)
     clustered = ClusteredRows.build(rows, token_ids, clustered.centroids, (123,))
@@ -82,12 +79,9 @@ def test_nan_of_one_token():
 
 @pytest.mark.parametrize("n_probes", [1, 4, 38])
 def test_the_lowest_of_equal_tokens_wins(n_probes):
-    """Three distinct rows for 300 tokens: the winner is there a hundred times."""
     rng = np.random.default_rng(5)
     clustered, hidden = checks.small_head(rng)
-    three = mx.array(rng.integers(3, size=(clustered.n_clusters, clustered.cluster_size)))
-    rows = make_rows(rng, 3, 128, bits=8, group_size=64, dtype=mx.float32).take(three)
-    clustered = replace(clustered, rows=rows)
+    clustered = replace(clustered, rows=clustered.flat_rows().take(clustered.token_ids % 3))
     checks.check_all(clustered, hidden, n_probes, checks.run(clustered, hidden, n_probes))
     _, _, _, full, token = checks.all_steps(PortableSteps(clustered), hidden, n_probes)
     checks.check_token(full, token)
@@ -99,24 +93,21 @@ def test_the_tail_is_capped_below_the_best_candidate(dtype):
     rng = np.random.default_rng(11)
     clustered, _ = checks.small_head(rng, dtype=dtype, n_tokens=299)
     bests = mx.array([-3e4, -300.0, -5.0, 0.0, 0.5, 40.0, 700.0, 6e4])
-    n_rows, n_clusters = bests.size, clustered.n_clusters
     logits = (bests[:, None, None] - mx.arange(3 * 8).reshape(1, 3, 8)).astype(dtype)
-    scores = bests[:, None] + mx.array(rng.normal(scale=500, size=(n_rows, n_clusters)))
+    scores = bests[:, None] + mx.array(rng.normal(scale=500, size=(8, 38)), mx.float32)
     scores[:, -1] = ALWAYS_PROBED
-    probes = mx.broadcast_to(mx.array([4, 9, 11], dtype=mx.uint32), (n_rows, 3))
-    scores = scores.astype(mx.float32)
+    probes = mx.broadcast_to(mx.array([4, 9, 11], dtype=mx.uint32), (8, 3))
     words = (scores + clustered.centroids.tail_offset).view(mx.uint32)
-    words[:, mx.array([4, 9, 11])] = checks.PROBED + mx.arange(3, dtype=mx.uint32)
+    words[:, probes[0]] = checks.PROBED + mx.arange(3, dtype=mx.uint32)
+    selection = Selection(probes, words)
     candidates = Candidates(logits, logits.max(axis=-1).astype(mx.float32))
-    with kernels():
-        found = MetalSteps(clustered).expand(scores, Selection(probes, words), candidates)
-        mx.eval(found)
-    selection = Selection(probes)
     scored = np.isin(to_numpy(clustered.slot_of) // 8, [4, 9, 11])
-    for full in (found, PortableSteps(clustered).expand(scores, selection, candidates)):
-        checks.check_full(clustered, scores, selection, candidates, full)
-        others, best = to_numpy(full)[:, ~scored], to_numpy(logits).max(axis=(1, 2))
-        assert (others.max(axis=-1) < best).all()
+    with kernels():
+        for steps in (MetalSteps(clustered), PortableSteps(clustered)):
+            full = steps.expand(scores, selection, candidates)
+            checks.check_full(clustered, scores, selection, candidates, full)
+            others, best = to_numpy(full)[:, ~scored], to_numpy(logits).max(axis=(1, 2))
+            assert (others.max(axis=-1) < best).all()
 
 
 # 18,432 are the most that stay in registers, and 262,144 a Gemma head in clusters of 1
@@ -149,9 +140,8 @@ def test_select_takes_nan_first(n_clusters):
     """Of either sign, as MLX's sort has them; -inf, which samplers give, is the last."""
     rng = np.random.default_rng(12)
     scores = rng.normal(size=(2, n_clusters)).astype(np.float32)
-    scores[:, [3, 17, 30]] = np.array([np.nan, -np.nan, np.nan], dtype=np.float32)
     scores[0, 5:] = -np.inf
-    scores[0, [17, 30]] = np.nan
+    scores[:, [3, 17, 30]] = np.array([np.nan, -np.nan, np.nan], dtype=np.float32)
     with kernels():
         steps = MetalSteps(plain_clusters(rng, n_clusters))
         found = steps.select(mx.array(scores), 9)
@@ -159,7 +149,6 @@ def test_select_takes_nan_first(n_clusters):
     for probes, words, row in zip(*map(to_numpy, found[:2]), scores, strict=True):
         expected = np.argsort(np.where(np.isnan(row), -np.inf, -row), kind="stable")[:9]
         np.testing.assert_array_equal(probes, np.sort(expected))
-        assert set(np.flatnonzero(np.isnan(row))) <= set(probes)
         assert (words[probes] == checks.PROBED + np.arange(9)).all()
     assert few[0, 30] == checks.NOT_A_NUMBER  # three are NaN, of which two are probed
 

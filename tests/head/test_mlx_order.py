@@ -1,8 +1,6 @@
-"""Scored logits are the dense head's to the last bit, as MLX's own kernels compute them.
-
-MLX's text and ours both run on the emulator, whose compiler joins no products and sums, those of an
-expression, or all that meet: it is not known what Apple's does.
-"""
+"""Scored logits are the dense head's to the last bit, as MLX's own kernels compute them. Both run
+on the emulator, whose compiler joins no products and sums, those of an expression, or all that
+meet: it is not known what Apple's does."""
 
 import re
 from functools import cache
@@ -47,20 +45,11 @@ GEMVKernel<T, 8, 1, 1, 32, 4, 4, false>::run(
 def parts(file: str, *names: str) -> str:
     """The functions and structs of these names, each with its template line."""
     text = (FOLDER / file).read_text(encoding="utf-8")
+    begin = r"^(template <[^{};]*>\n)?(static |constant |inline |METAL_FUNC |struct )"
     found = []
     for name in names:
-        start = re.search(
-            r"^(template <[^{};]*>\n)?(static |constant |inline |METAL_FUNC |struct )"
-            rf"[^{{}};]*\b{name}\b[^{{}};]*\{{",
-            text,
-            re.MULTILINE,
-        )
-        depth, end = 1, start.end()
-        while depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        end += text[end] == ";"
-        found.append(text[start.start() : end])
+        rest = rf"[^{{}};]*\b{name}\b[^{{}};]*\{{.*?^\}};?$"  # each ends at the margin
+        found.append(re.search(begin + rest, text, re.MULTILINE | re.DOTALL)[0])
     text = re.sub(r" \[\[[a-z_]+(\(\d+\))?\]\]", "", "\n".join(found))
     half = "this->operator float16_t()"  # Metal converts it to bfloat, the emulator only from float
     return text.replace(f"static_cast<bfloat16_t>({half})", f"bfloat16_t(float({half}))")
@@ -103,15 +92,9 @@ def mlx_logits(matrix: Matrix, hidden: mx.array) -> mx.array:
         )
         header = PRELUDE + header
         rows, threadgroup = 8, (LANES, 2, 1)
-    kernel = mx.fast.metal_kernel(
-        name="mlx_logits",
-        input_names=list(inputs),
-        output_names=["logits"],
-        header=header,
-        source=body,
-    )
-    groups = -(-n_rows // rows)
-    x, y, z = threadgroup
+    names = {"input_names": list(inputs), "output_names": ["logits"]}
+    kernel = mx.fast.metal_kernel(name="mlx_logits", header=header, source=body, **names)
+    groups, (x, y, z) = -(-n_rows // rows), threadgroup
     (logits,) = kernel(
         inputs=list(inputs.values()),
         template=[("T", hidden.dtype)],

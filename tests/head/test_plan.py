@@ -1,5 +1,6 @@
 """The exported plan: replayed as metal/swift does it, it gives what the head gives."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,11 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kernel_cases import kernels, to_numpy
-from mlx_flashhead.head.draw import Draws
+from kernel_cases import kernels
+from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.plan import METADATA_KEY, export_plan
-from plan_replay import read_plan, replay
 from tiny_models import FORMS as HEAD_FORMS
 from tiny_models import fitted, random_clusters, random_rows
 
@@ -42,7 +42,37 @@ def dtype_of(form):
 def exported(head, dtype, path):
     """The file's arrays and plan."""
     export_plan(head, "lm_head", dtype, path)
-    return read_plan(path)
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    return arrays, json.loads(metadata[METADATA_KEY])
+
+
+def replay(arrays, plan, rows, hidden, path="logits", **settings):
+    """Full logits, or tokens, as FlashHead.swift computes them from the model's own rows (V, …)."""
+    order = mx.minimum(arrays["token_ids"].flatten().astype(mx.int32), rows.n_rows - 1)
+    arrays = arrays | {f"rows_{name}": rows.arrays()[name][order] for name in plan["rows"]}
+    arrays |= settings | {"hidden": hidden.astype(getattr(mx, plan["dtype"]))}
+    n_positions = hidden.shape[0]
+    for name in plan[path]:
+        launch = plan["launches"][name]
+        kernel = mx.fast.metal_kernel(
+            name=launch["name"],
+            input_names=launch["inputNames"],
+            output_names=launch["outputNames"],
+            source=launch["source"],
+            header=launch["header"],
+        )
+        x, y, z = launch["grid"]
+        template = [(each["name"], each["value"]) for each in launch["template"]]
+        results = kernel(
+            inputs=[arrays[name] for name in launch["arrays"]],
+            template=[(n, getattr(mx, v) if isinstance(v, str) else v) for n, v in template],
+            grid=(x, y * n_positions, z),
+            threadgroup=tuple(launch["threadGroup"]),
+            output_shapes=[(n * n_positions, *rest) for n, *rest in launch["outputShapes"]],
+            output_dtypes=[getattr(mx, name) for name in launch["outputDTypes"]],
+        )
+        arrays |= zip(launch["outputNames"], results, strict=True)
+    return arrays[launch["outputNames"][0]]
 
 
 @pytest.mark.parametrize(
@@ -53,21 +83,17 @@ def test_the_plan_gives_the_kernels_logits(tmp_path, form, n_probes):
     arrays, plan = exported(make_head(rows, n_probes), dtype, tmp_path / "head.safetensors")
     assert arrays["n_probes"].item() == n_probes
     hidden = states(3, dtype)
-    floats = mx.array([[0.0, 1.0, -1e30], [1.0, 0.9, -1e30], [0.7, 1.0, -3.0]])
-    counts, keys = mx.array([0, 20, 0], mx.uint32), mx.array([[0, 1], [0, 2], [5, 3]], mx.uint32)
-    settings = {"settings": floats, "top_k": counts, "keys": keys}
-    with kernels():
+    settings = DrawSettings(), DrawSettings(1.0, 0.9, top_k=20), DrawSettings(1.4, min_p=0.05)
+    draws = Draws.of(list(zip(settings, [(0, 1), (0, 2), (5, 3)], strict=True)))
+    arguments = {name: getattr(draws, name) for name in ("settings", "top_k", "keys")}
+    with kernels(check=False):
         head = make_head(rows, n_probes)
-        expected = [head.unverified_logits(hidden[i : i + 1]) for i in range(3)]
+        expected = mx.concatenate([head.unverified_logits(hidden[i : i + 1]) for i in range(3)])
         found = replay(arrays, plan, rows, hidden)
-        tokens = replay(arrays, plan, rows, hidden, "tokens", **settings)
-        drawn = head.propose(hidden, Draws(*settings.values())).tokens
-        mx.eval(expected, found, tokens, drawn)
-    assert tokens.tolist() == drawn.tolist()
-    assert tokens[0] == mx.argmax(found[0])
-    assert head.backend == "metal" and found.dtype == expected[0].dtype
-    for one, other in zip(found, expected, strict=True):
-        assert np.array_equal(to_numpy(one), to_numpy(other[0]))
+        tokens = replay(arrays, plan, rows, hidden, "tokens", **arguments)
+        assert mx.array_equal(tokens, head.propose(hidden, draws).tokens)
+    assert head.backend == "metal" and found.dtype == expected.dtype
+    assert mx.array_equal(found, expected) and tokens[0] == mx.argmax(found[0])
 
 
 def test_the_arrays_have_names_shapes_and_dtypes(tmp_path):
@@ -95,7 +121,6 @@ def test_the_arrays_have_names_shapes_and_dtypes(tmp_path):
 
 
 def test_swift_reads_all_that_the_plan_holds(tmp_path):
-    """No kernel's text stands in Swift, and its types have the keys of the JSON."""
     _, plan = exported(make_head(make_rows("4-bit")), mx.float32, tmp_path / "head.safetensors")
     sources = "".join(file.read_text(encoding="utf-8") for file in SWIFT.glob("*.swift"))
     assert "flash_head::" not in sources
@@ -116,4 +141,4 @@ def test_swift_reads_all_that_the_plan_holds(tmp_path):
 def test_rows_that_the_kernels_do_not_read_are_refused(tmp_path):
     rows = random_rows(np.random.default_rng(0), VOCAB_SIZE, HIDDEN_SIZE, bits=3)
     with pytest.raises(ValueError, match="do not read 3-bit affine rows: export a model whose"):
-        export_plan(make_head(rows), "lm_head", mx.float32, tmp_path / "head.safetensors")
+        exported(make_head(rows), mx.float32, tmp_path / "head.safetensors")

@@ -154,20 +154,18 @@ def test_nothing_is_certain_where_a_logit_is_nan_or_equal(path):
     draws = Draws.of([(s, position_key(1, 2)) for s in (SETTINGS[0], SETTINGS[1], SETTINGS[3])])
     with kernels():
         steps = steps_of(rng, path)
-        slots, proposal, *rest = case_of(rng, steps.clustered, 3, 0.0, 0.0, 9.0, draws=draws)
-        ids, best = steps.token_ids(proposal.probes), mx.full((), 1000.0)
-        one = mx.zeros_like(proposal.logits)
-        one[:, 4, 1] = best
-        one = proposal._replace(logits=one, tokens=ids[:, 4, 1])
-        assert mx.all(steps.screen(slots, one, *rest, 0.0).certain)
-        equal, nan = mx.array(one.logits), mx.array(one.logits)
-        equal[:, 5, 1], nan[:, 5, 1] = best, float("nan")
-        assert not steps.screen(slots, one._replace(logits=equal), *rest, 0.0).certain[0].item()
-        assert not mx.any(steps.screen(slots, one._replace(logits=nan), *rest, 0.0).certain)
-        unscored = next(i for i in range(1100) if i not in one.probes.tolist()[0])
+        slots, one, *rest = case_of(rng, steps.clustered, 3, 0.0, 0.0, 9.0, draws=draws)
+
+        def certain(value, slots=slots):
+            logits = mx.zeros_like(one.logits)
+            logits[:, 4, 1], logits[:, 5, 1] = 1000.0, value
+            proposal = one._replace(logits=logits, tokens=steps.token_ids(one.probes)[:, 4, 1])
+            return steps.screen(slots, proposal, *rest, 0.0).certain.tolist()
+
+        assert all(certain(0.0)) and not certain(1000.0)[0] and not any(certain(float("nan")))
         worse = mx.array(slots)
-        worse[:, unscored, 1] = float("nan")
-        assert not steps.screen(worse, one, *rest, 0.0).certain[0].item()
+        worse[:, min({*range(10)} - {*one.probes[0].tolist()}), 1] = float("nan")
+        assert not certain(0.0, worse)[0]
 
 
 @pytest.mark.parametrize("n, n_probes, dispatches", [(1, 9, 1), (8, 9, 1), (9, 9, 0), (3, 7, 0)])
@@ -180,9 +178,8 @@ def test_rows_of_proposals_are_joined(n, n_probes, dispatches):
         for _ in range(n):  # of three rows each
             probes = mx.array(rng.integers(40, size=(3, n_probes)), mx.uint32)
             logits = mx.array(rng.normal(size=(3, n_probes, 16))).astype(mx.float16)
-            made = proposal_of(mx.zeros(3, mx.uint32), probes, logits)
             hidden = mx.array(rng.normal(size=(3, 4))).astype(mx.bfloat16)
-            proposals.append(made._replace(hidden=hidden))
+            proposals.append(Proposal(hidden, None, probes, logits, None, None))
         some = [(int(i), int(r)) for i, r in rng.integers([n, 3], size=(2 * n, 2))]
         for rows in (some, [(i, r) for i in range(n) for r in range(3)]):
             for path in (steps, PortableSteps(steps.clustered)):
@@ -197,7 +194,6 @@ def test_rows_of_proposals_are_joined(n, n_probes, dispatches):
 @pytest.mark.skipif(on_gpu(), reason="counts of the emulator")
 @pytest.mark.parametrize("draws", [None, DRAWS], ids=["greedy", "drawn"])
 def test_a_verification_reads_the_logits_once(draws):
-    """Two kernels beside the product, and the join of the last states."""
     rng = np.random.default_rng(2)
     with kernels() as emulator:
         steps = steps_of(rng, MetalSteps, 16, 2100)

@@ -5,10 +5,9 @@ import os
 import subprocess
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
-from kernel_cases import kernels, to_numpy
+from kernel_cases import kernels
 from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
 from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.plan import export_plan
@@ -20,11 +19,7 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="runs by scripts/check_s
 N_PROBES, LIMIT = 4, 3  # of 13 clusters
 TOKENS = mx.array([[0, 7, VOCAB_SIZE - 1], [7, 3, 3]])
 SEED = 2**63 + 11
-SETTINGS = [
-    DrawSettings(),
-    DrawSettings(temperature=0.7, top_p=0.9),
-    DrawSettings(temperature=1.3, min_p=0.05, top_k=20),
-]
+SETTINGS = [DrawSettings(), DrawSettings(0.7, top_p=0.9), DrawSettings(1.3, min_p=0.05, top_k=20)]
 FIELDS = {"temperature": "temperature", "topP": "top_p", "minP": "min_p", "topK": "top_k"}
 
 
@@ -38,12 +33,8 @@ def run(folder, form, *, tied=False, refused=False):
     mx.save_safetensors(str(folder / "inputs.safetensors"), inputs)
     quantization = {"groupSize": rows.group_size, "bits": rows.bits, "mode": rows.mode}
     settings = [{k: getattr(s, v) for k, v in FIELDS.items()} | {"seed": SEED} for s in SETTINGS]
-    case = {
-        "isTied": tied,
-        "shape": [VOCAB_SIZE, HIDDEN_SIZE],
-        "quantization": quantization if rows.quantized else None,
-        "settings": settings,
-    }
+    case = {"isTied": tied, "shape": [VOCAB_SIZE, HIDDEN_SIZE], "settings": settings}
+    case |= {"quantization": quantization if rows.quantized else None}
     (folder / "case.json").write_text(json.dumps(case))
     environment = {"TMPDIR": str(folder), "FLASH_KERNELS": "refused" if refused else ""}
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | environment}
@@ -73,11 +64,13 @@ def launch(path):
 
 
 def near(found, expected):
-    return np.allclose(to_numpy(found), to_numpy(expected), rtol=2e-2, atol=2e-2)
+    return mx.allclose(found, expected, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("form, tied", [*((form, False) for form in FORMS), ("bfloat16", True),
-                                        ("4-bit", True), ("mxfp4", True)])  # fmt: skip
+TIED = [("bfloat16", True), ("4-bit", True), ("mxfp4", True)]
+
+
+@pytest.mark.parametrize("form, tied", [*((form, False) for form in FORMS), *TIED])
 def test_swift_gives_what_python_gives(tmp_path, form, tied):
     said, arrays, _ = run(tmp_path, form, tied=tied)
     assert said == {"trouble": ""}

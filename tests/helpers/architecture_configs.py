@@ -12,20 +12,10 @@ HIDDEN_SIZE = 64
 
 _LAYERS = {"sliding_attention": {}, "full_attention": {}}
 _ROPE = {"type": "default", "rope_type": "default", "rope_theta": 10000.0}
-_ROPE_OF_LAYERS = {
-    **_ROPE,
-    **dict.fromkeys(_LAYERS, _ROPE),
-    "factor": 1.0,
-    "original_max_position_embeddings": 512,
-    "llama_4_scaling_beta": 0.1,
-}
-_LINEAR_ATTENTION = {
-    "kda_layers": [1],
-    "full_attn_layers": [2],
-    "num_heads": 2,
-    "head_dim": 32,
-    "short_conv_kernel_size": 4,
-}
+_ROPE_OF_LAYERS = _ROPE | dict.fromkeys(_LAYERS, _ROPE) | {"factor": 1.0}
+_ROPE_OF_LAYERS |= {"original_max_position_embeddings": 512, "llama_4_scaling_beta": 0.1}
+_LINEAR_ATTENTION = {"kda_layers": [1], "full_attn_layers": [2], "num_heads": 2, "head_dim": 32}
+_LINEAR_ATTENTION |= {"short_conv_kernel_size": 4}
 
 
 def named(*groups: tuple[Any, str]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Tiny models of every architecture that mlx-lm has, and what FlashHead says to their heads."""
 
 import importlib
-import json
 import re
 from contextlib import redirect_stdout
 from io import StringIO
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path
 from mlx_lm import models
 
 from architecture_configs import COMMON, OVERRIDES, VOCAB_SIZE
@@ -17,7 +16,6 @@ from mlx_flashhead.conversion.options import ConvertOptions
 from mlx_flashhead.conversion.pipeline import set_bits
 from mlx_flashhead.models.compat.mlx_lm import quantize_model
 from mlx_flashhead.models.locate import find_head
-from model_folders import write_tokenizer
 
 TYING_FLAGS = ("tie_word_embeddings", "share_input_output_layers", "weight_tying")
 
@@ -42,8 +40,12 @@ def tiny_architecture(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
     except SystemExit:
         raise ImportError(printed.getvalue().strip()) from None
     mx.random.seed(seed)
+    own = OVERRIDES.get(name, {})
+    own = own(tied) if callable(own) else own
+    config = COMMON | dict.fromkeys(TYING_FLAGS, tied) | {"model_type": name} | own
     known = architecture.ModelArgs.__dataclass_fields__
-    config = {key: value for key, value in _config(name, tied).items() if key in known}
+    whole = config | {"text_config": config}
+    config = {key: value for key, value in whole.items() if key in known}
     model = architecture.Model(architecture.ModelArgs.from_dict(config))
     if tied:  # some drop their head when the checkpoint has none, whatever is configured
         for module in model.modules():
@@ -58,30 +60,9 @@ def quantized(model: nn.Module) -> nn.Module:
     """The model as ``mlx_lm.convert -q`` quantizes it, to 4 bits but for what it says itself."""
     with redirect_stdout(StringIO()):
         if model.model_type == "afm7":  # whose fused layers do not take mlx-lm's own arguments
-            return set_bits(
-                model, {}, find_head(model), ConvertOptions("model", head_bits=4), print
-            )[0]
+            options = ConvertOptions("model", head_bits=4)
+            return set_bits(model, {}, find_head(model), options, print)[0]
         return quantize_model(model, {}, 64, 4)[0]
-
-
-def write_architecture(folder: Path, name: str, *, tied: bool) -> Path:
-    """Writes a tiny model as mlx-lm does, or a stand-in where mlx-lm cannot import its code."""
-    try:
-        weights = tree_flatten(tiny_architecture(name, tied=tied).parameters(), destination={})
-    except ImportError:
-        weights = {"weight": mx.zeros((1,))}
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(_config(name, tied)))
-    write_tokenizer(folder)
-    return folder
-
-
-def _config(name: str, tied: bool) -> dict:
-    own = OVERRIDES.get(name, {})
-    own = own(tied) if callable(own) else own
-    config = COMMON | dict.fromkeys(TYING_FLAGS, tied) | {"model_type": name} | own
-    return config | {"text_config": config}
 
 
 def stirred(model: nn.Module) -> nn.Module:

@@ -25,13 +25,8 @@ def write_chain_model(
     occurs in one place. The last one is followed by the end, or by the second if ``endless``. The
     tokenizer knows single characters and ``words``.
     """
-    write_model(
-        folder,
-        tied=False,
-        hidden_size=128,
-        vocab_size=VOCAB_SIZE + len(words),
-        chat_template=TOOL_TEMPLATE,
-    )
+    options = {"tied": False, "hidden_size": 128, "chat_template": TOOL_TEMPLATE}
+    write_model(folder, vocab_size=VOCAB_SIZE + len(words), **options)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_tokens(list(words))
     tokenizer.save_pretrained(folder)

@@ -1,8 +1,7 @@
-"""What mlx-lm cannot do without Metal, by plain operations.
+"""Two architectures' Metal kernels, which have no other path, by plain operations.
 
-Two architectures have Metal kernels without another path. Only the tests and
-`scripts/architectures.py` run them so: their kernels are mlx-lm's own business, and their heads are
-looked at here. So norms and gates leave out weights that change no shape.
+Only the tests and `scripts/architectures.py` run them so, to look at their heads. So norms and
+gates leave out weights that change no shape.
 """
 
 from collections.abc import Iterator
@@ -20,17 +19,14 @@ MODULES = {
 
 @contextmanager
 def emulated(library: str = "mlx_lm") -> Iterator[None]:
-    """Within the block, all architectures of mlx_lm or mlx_vlm run on this machine.
-
-    Replaces what the installed library has of the names below; versions differ.
-    """
+    """Within the block, all architectures of mlx_lm or mlx_vlm run on this machine."""
     with ExitStack() as stack:
         for name in () if mx.metal.is_available() else MODULES[library]:
             with suppress(ImportError):
                 module = import_module(f"{library}.models.{name}")
                 owner = getattr(module, "BitLinear", module)
                 for function in REPLACEMENTS:
-                    if hasattr(owner, function.__name__):
+                    if hasattr(owner, function.__name__):  # versions differ
                         stack.enter_context(mock.patch.object(owner, function.__name__, function))
         yield
 

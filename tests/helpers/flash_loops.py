@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_flashhead import get_flash_head
+from mlx_flashhead import get_flash_head, make_sampler
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
 from mlx_flashhead.lossless.loop import verified_steps
 from mlx_flashhead.lossless.policy import Proposer
@@ -17,7 +17,7 @@ OTHERS = [[8, 8, 120], [1, 2, 3, 4, 5, 6, 7, 9], [60, 61]]
 
 @dataclass(frozen=True)
 class Flash:
-    """A model with a FlashHead, and its loops with and without the check."""
+    """A model with a FlashHead, and its loops with and without verification."""
 
     model: Any
 
@@ -30,15 +30,20 @@ class Flash:
         mx.random.seed(seed)
         return [token for token, _ in self.steps(**options)]
 
-    def steps(
-        self, dense=False, verify=True, n_probes=None, max_tokens=40, prompt=PROMPT, **options
-    ):
+    def checked(self, settings=None, **options):
+        """The tokens of the loop with a sampler, which are those of the dense loop."""
+        found, dense = (
+            self.tokens(dense=dense, sampler=make_sampler(**settings or {}), **options)
+            for dense in (False, True)
+        )
+        assert found == dense
+        return found
+
+    def steps(self, dense=False, verify=True, n_probes=None, prompt=PROMPT, **options):
         n_probes = None if dense else n_probes
         proposer = Proposer(self.model, verify=verify, dense=dense, n_probes=n_probes)
-        prompt = mx.array(prompt, dtype=mx.uint32)
-        return verified_steps(
-            prompt, self.model, proposer=proposer, max_tokens=max_tokens, **options
-        )
+        options = {"proposer": proposer, "max_tokens": 40} | options
+        return verified_steps(mx.array(prompt, dtype=mx.uint32), self.model, **options)
 
     def batch(self, prompts, *, dense=False, verify=True, max_tokens=25, seed=7, **options):
         """The tokens of each text of a batch, and the responses that ended them."""
@@ -56,12 +61,12 @@ class Flash:
         return [tokens[uid] for uid in uids], [ends[uid] for uid in uids]
 
 
-def flash_of(model, n_probes=3) -> Flash:
-    """A model with a FlashHead of random clusters."""
-    install_index(model, tiny_index(model, n_probes=n_probes))
+def flash_of(model) -> Flash:
+    """The model with a FlashHead of random clusters."""
+    install_index(model, tiny_index(model, n_probes=3))
     return Flash(model)
 
 
-def make_flash(arch="llama", n_probes=3, **options) -> Flash:
+def make_flash(arch="llama", **options) -> Flash:
     """A tiny model with a FlashHead of random clusters."""
-    return flash_of(tiny_model(arch, **options), n_probes)
+    return flash_of(tiny_model(arch, **options))

@@ -1,4 +1,4 @@
-"""Heads for the kernels' tests and report: random ones, and what they must compute, in numpy."""
+"""Heads for the kernels' tests: random ones, and what they must compute, in numpy."""
 
 import contextlib
 from pathlib import Path
@@ -11,6 +11,7 @@ from mlx_flashhead.head import backend, kernel_text
 from mlx_flashhead.head import kernels as kernels_module
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.matrix import Matrix
+from tiny_models import random_clusters
 
 KERNEL_FILES = Path(kernel_text.__file__).parents[2] / "metal" / "flash_head"
 # Half a unit in the last place, relative.
@@ -27,11 +28,7 @@ def on_gpu() -> bool:
 
 @contextlib.contextmanager
 def kernels(**options):
-    """Within the block kernels run: on the GPU if there is one, else on the emulator.
-
-    Yields:
-        The emulator, or None on a GPU.
-    """
+    """Within the block kernels run: on the GPU, which yields None, else on the emulator."""
     always = mock.patch.object(kernels_module, "MATRIX_FROM", 1000)  # MLX rounds otherwise
     if on_gpu():
         with always:
@@ -65,40 +62,32 @@ def to_numpy(array: mx.array) -> np.ndarray:
 
 def make_rows(rng, n_rows, hidden_size, *, bits, group_size, mode="affine", dtype, scale=0.05):
     """A random Matrix in token order; ``bits`` of 16 or 32 are not quantized."""
-    weight = mx.array(rng.normal(scale=scale, size=(n_rows, hidden_size)).astype(np.float32))
-    if bits >= 16:
-        return Matrix(weight.astype(dtype))
-    return Matrix(weight.astype(dtype)).quantize(group_size=group_size, bits=bits, mode=mode)
+    rows = Matrix(mx.array(rng.normal(scale=scale, size=(n_rows, hidden_size))).astype(dtype))
+    return rows if bits >= 16 else rows.quantize(group_size=group_size, bits=bits, mode=mode)
 
 
-def make_centroids(rng, n_clusters, hidden_size, *, group_size, dtype=mx.bfloat16):
+def make_centroids(rng, n_clusters, hidden_size, *, group_size):
     """Random centroids, 4-bit in groups of ``group_size``; 0 for floats."""
-    bits = 4 if group_size else 16
-    stored = make_rows(rng, n_clusters, hidden_size, bits=bits, group_size=group_size, dtype=dtype)
-    return Centroids(
-        stored,
-        mx.array(rng.normal(size=n_clusters).astype(np.float32)),
-        mx.array(rng.normal(loc=-2.0, size=n_clusters).astype(np.float32)),
-    )
+    form = {"bits": 4 if group_size else 16, "group_size": group_size, "dtype": mx.bfloat16}
+    stored = make_rows(rng, n_clusters, hidden_size, **form)
+    bias, tail_offset = rng.normal(size=(2, n_clusters)).astype(np.float32)
+    return Centroids(stored, mx.array(bias), mx.array(tail_offset - 2))
 
 
-def cluster(rng, rows: Matrix, centroids: Centroids, cluster_size, forced=()) -> ClusteredRows:
-    """The rows in random clusters; the padded slots are spread over them at random, too."""
-    n_clusters = -(-rows.n_rows // cluster_size)
-    token_ids = np.full(n_clusters * cluster_size, rows.n_rows)
-    token_ids[: rows.n_rows] = np.arange(rows.n_rows)
-    token_ids = rng.permutation(token_ids).reshape(n_clusters, cluster_size)
-    return ClusteredRows.build(rows, token_ids, centroids, forced)
+def cluster(rng, rows: Matrix, centroids: Centroids, cluster_size) -> ClusteredRows:
+    """The rows in random clusters."""
+    token_ids = random_clusters(rng, rows.n_rows, cluster_size)
+    return ClusteredRows.build(rows, token_ids, centroids)
 
 
 def make_clustered(
-    rng, n_clusters, cluster_size, hidden_size, *, padded=0, centroid_group=64, forced=(), **form
+    rng, n_clusters, cluster_size, hidden_size, *, padded=0, centroid_group=64, **form
 ) -> ClusteredRows:
     """Random rows in random clusters with random centroids; 4-bit bfloat16 without a ``form``."""
     form = {"bits": 4, "group_size": 64, "dtype": mx.bfloat16} | form
     rows = make_rows(rng, n_clusters * cluster_size - padded, hidden_size, **form)
     centroids = make_centroids(rng, n_clusters, hidden_size, group_size=centroid_group)
-    return cluster(rng, rows, centroids, cluster_size, forced)
+    return cluster(rng, rows, centroids, cluster_size)
 
 
 def plain_clusters(rng, n_clusters, cluster_size=1) -> ClusteredRows:

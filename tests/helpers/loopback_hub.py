@@ -1,8 +1,5 @@
-"""A small Hugging Face Hub on this machine, which `huggingface_hub` itself talks to.
-
-It keeps repositories, their commits and large files in memory, checks tokens, and answers the calls
-that creating, uploading and downloading take. It counts what is sent to it, and can go down in the
-middle of a file.
+"""A small Hugging Face Hub on this machine, which `huggingface_hub` itself talks to: repositories,
+commits and large files in memory. It counts what is sent, and can go down in the middle of a file.
 """
 
 import base64
@@ -95,15 +92,11 @@ class Handler(BaseHTTPRequestHandler):
     def route(self):
         path = urlsplit(self.path).path
         self.server.requests.append((self.command, path))
-        answer = Answer(404, {"error": "no such page"})
         try:
             if self.server.down:
                 raise Down
             self.body = b"" if self.command == "PUT" else b"".join(self.pieces())
-            for pattern, name in ROUTES:
-                if match := re.fullmatch(pattern, f"{self.command} {path}"):
-                    answer = getattr(self, name)(*(g and unquote(g) for g in match.groups()))
-                    break
+            answer = self.answer(f"{self.command} {path}")
         except Answer as refusal:
             answer = refusal
         except Down:  # resets the connection, as a cable that is pulled out does
@@ -122,6 +115,12 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection |= most is not None and most < len(answer.content)
 
     do_GET = do_HEAD = do_POST = do_PUT = route
+
+    def answer(self, request: str):
+        for pattern, name in ROUTES:
+            if match := re.fullmatch(pattern, request):
+                return getattr(self, name)(*(g and unquote(g) for g in match.groups()))
+        return Answer(404, {"error": "no such page"})
 
     def log_message(self, *_):
         pass
@@ -157,14 +156,10 @@ class Handler(BaseHTTPRequestHandler):
         if account is None:  # it repeats the token, as no server should
             header = self.headers.get("Authorization")
             raise Answer(401, {}, X_Error_Message=f"Invalid credentials {header}")
-        token = {"displayName": "test", "role": account.role}
-        organisations = [{"name": name} for name in account.organisations]
-        return {"name": account.name, "orgs": organisations, "auth": {"accessToken": token}}
+        return {"name": account.name, "auth": {"accessToken": {"role": account.role}}}
 
     def create(self):
         wanted, account = json.loads(self.body), self.account()
-        if account is None:
-            raise Answer(401, {})
         repo_id = f"{wanted.get('organization') or account.name}/{wanted['name']}"
         if not account.may_write(repo_id):
             raise Answer(403, {}, **NO_RIGHTS)
@@ -192,10 +187,9 @@ class Handler(BaseHTTPRequestHandler):
         entries = []
         for path, content in repository.commits[repository.find(revision)].items():
             oid, size = git_oid(content)
-            entry = {"type": "file", "path": path, "oid": oid[:40], "size": size}
+            entries.append({"type": "file", "path": path, "oid": oid[:40], "size": size})
             if not isinstance(content, bytes):
-                entry["lfs"] = {"oid": oid, "size": size, "pointerSize": 130}
-            entries.append(entry)
+                entries[-1]["lfs"] = {"oid": oid, "size": size, "pointerSize": 130}
         return entries
 
     def preupload(self, repo_id, revision):
@@ -210,14 +204,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def batch(self, repo_id):
         self.repository(repo_id, write=True)
-        objects = [
-            {key: o[key] for key in ("oid", "size")} for o in json.loads(self.body)["objects"]
-        ]
-        for entry in objects:
+        objects = []
+        for entry in json.loads(self.body)["objects"]:
+            objects.append({key: entry[key] for key in ("oid", "size")})
             if entry["oid"] not in self.server.large:
                 url = f"{self.server.url}/lfs/{entry['oid']}"
-                upload = {"href": f"{url}?{SIGNATURE}"}
-                entry["actions"] = {"upload": upload, "verify": {"href": f"{url}/verify"}}
+                actions = {"upload": f"{url}?{SIGNATURE}", "verify": f"{url}/verify"}
+                objects[-1]["actions"] = {name: {"href": to} for name, to in actions.items()}
         return {"objects": objects, "transfer": "basic"}
 
     def store(self, oid):

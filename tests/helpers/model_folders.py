@@ -32,19 +32,9 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> 
 
 
 def write_model(
-    folder: Path,
-    *,
-    arch: str = "llama",
-    tied: bool = True,
-    dtype: mx.Dtype = mx.float32,
-    by_mlx: bool = True,
-    hidden_size: int = 64,
-    vocab_size: int = VOCAB_SIZE,
-    seed: int = 0,
-    chat_template: str | None = CHAT_TEMPLATE,
-    card: str | None = CARD,
-    further: dict | None = None,
-) -> Path:
+    folder: Path, *, arch="llama", tied=True, dtype=mx.float32, by_mlx=True, hidden_size=64,
+    vocab_size=VOCAB_SIZE, seed=0, chat_template=CHAT_TEMPLATE, card=CARD, further=None,
+) -> Path:  # fmt: skip
     """Writes a random two-layer model and its README.md, the ``card``.
 
     The module ``arch`` of mlx-lm takes a llama's configuration, and ``further`` entries. Without

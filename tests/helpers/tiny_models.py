@@ -15,7 +15,7 @@ from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.index.files import FlashHeadIndex, Sketch
 from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.models.install import install
-from mlx_flashhead.models.locate import HeadLocation, find_head
+from mlx_flashhead.models.locate import find_head
 
 VOCAB_SIZE, HIDDEN_SIZE = 203, 64
 
@@ -32,13 +32,11 @@ _WITH_HEAD_DIM = _COMMON | {"head_dim": 32}
 # What each architecture needs besides ``vocab_size`` and, where it has the choice, the tying.
 CONFIGS = {
     "llama": _COMMON,
-    "qwen2": _COMMON,
     "qwen3": _WITH_HEAD_DIM | {"max_position_embeddings": 512, "rope_theta": 10000.0},
     "gemma2": _WITH_HEAD_DIM,
     "gemma3_text": _WITH_HEAD_DIM | {"query_pre_attn_scalar": 32, "sliding_window_pattern": 1},
     "cohere": _COMMON,
     "phi": _COMMON | {"partial_rotary_factor": 0.5},
-    "gptj": {"n_embd": HIDDEN_SIZE, "n_layer": 1, "n_head": 2, "rotary_dim": 16, "vocab_size": 203},
     "minicpm": _COMMON | {"dim_model_base": 32, "scale_depth": 1.4, "scale_emb": 12},
 }
 # How the rows of a random head are stored.
@@ -55,35 +53,18 @@ FORMS = {
 
 
 def tiny_model(
-    arch: str = "llama",
-    *,
-    tied: bool = True,
-    dtype: mx.Dtype = mx.float32,
-    bits: int | None = None,
-    group_size: int = 32,
-    mode: str = "affine",
-    seed: int = 0,
+    arch="llama", *, tied=True, dtype=mx.float32, bits=None, group_size=32, mode="affine", seed=0,
     **overrides,
-) -> nn.Module:
-    """A random model, evaluated: weights and biases large enough for logits that differ.
+) -> nn.Module:  # fmt: skip
+    """A random model with weights and biases that are large enough for logits that differ.
 
-    ``bits`` quantizes the head and the linear layers, and the rest has the ``dtype``. ``overrides``
-    are keys of the configuration.
+    ``bits`` quantizes the head and the linear layers; ``overrides`` are keys of the configuration.
     """
     architecture = importlib.import_module(f"mlx_lm.models.{arch}")
     config = {"model_type": arch, "tie_word_embeddings": tied, **CONFIGS[arch], **overrides}
     model = architecture.Model(architecture.ModelArgs.from_dict(config))
     if arch == "gemma3_text" and tied:
         model.sanitize({})  # tells by the checkpoint's keys, not by the configuration
-    randomized(model, dtype, seed)
-    if bits is not None:
-        nn.quantize(model, group_size=group_size, bits=bits, mode=mode)
-    mx.eval(model.parameters())
-    return model
-
-
-def randomized(model: nn.Module, dtype: mx.Dtype = mx.float32, seed: int = 0) -> nn.Module:
-    """The model with random weights and biases, large enough for logits that differ."""
     rng = np.random.default_rng(seed)
 
     def draw(array):
@@ -93,6 +74,8 @@ def randomized(model: nn.Module, dtype: mx.Dtype = mx.float32, seed: int = 0) ->
 
     model.update(tree_map(draw, model.parameters()))
     model.eval()
+    if bits is not None:
+        nn.quantize(model, group_size=group_size, bits=bits, mode=mode)
     mx.eval(model.parameters())
     return model
 
@@ -104,56 +87,36 @@ def parameters(model: nn.Module) -> list[tuple[str, str, tuple[int, ...], bytes]
 
 
 def random_rows(
-    rng: np.random.Generator,
-    vocab_size: int,
-    hidden_size: int,
-    *,
-    dtype: mx.Dtype = mx.float32,
-    bits: int | None = None,
-    group_size: int = 32,
-    mode: str = "affine",
-    bias: bool = False,
+    rng, vocab_size, hidden_size, *, dtype=mx.float32, bits=None, mode="affine", bias=False
 ) -> Matrix:
     """The rows of a random head."""
-    weight = mx.array(rng.normal(scale=0.5, size=(vocab_size, hidden_size)).astype(np.float32))
-    weight = weight.astype(dtype)
-    bias = mx.array(rng.normal(size=vocab_size).astype(np.float32)).astype(dtype) if bias else None
+    weight = mx.array(rng.normal(scale=0.5, size=(vocab_size, hidden_size))).astype(dtype)
+    bias = mx.array(rng.normal(size=vocab_size)).astype(dtype) if bias else None
     rows = Matrix(weight, bias=bias)
-    return rows if bits is None else rows.quantize(group_size=group_size, bits=bits, mode=mode)
+    return rows if bits is None else rows.quantize(group_size=32, bits=bits, mode=mode)
 
 
 def random_clusters(rng: np.random.Generator, vocab_size: int, cluster_size: int) -> np.ndarray:
     """Token ids (C, cluster_size) uint32 in random order; padded slots anywhere, hold V."""
     n_clusters = -(-vocab_size // cluster_size)
-    padded = n_clusters * cluster_size - vocab_size
-    # dealt out one by one: no cluster is all padding
     slots = np.full((n_clusters, cluster_size), -1)
-    for i in range(padded):
-        slots[i % n_clusters, rng.choice(np.flatnonzero(slots[i % n_clusters] < 0))] = vocab_size
+    # dealt out one by one: no cluster is all padding
+    for cluster in np.arange(slots.size - vocab_size) % n_clusters:
+        slots[cluster, rng.choice(np.flatnonzero(slots[cluster] < 0))] = vocab_size
     slots[slots < 0] = rng.permutation(vocab_size)
     return rng.permutation(slots).astype(np.uint32)
 
 
-def fitted(rows: Matrix, token_ids: np.ndarray, *, seed: int = 0, **kwargs) -> Centroids:
+def fitted(rows: Matrix, token_ids: np.ndarray) -> Centroids:
     """Centroids fitted to random states."""
-    rng = np.random.default_rng(seed)
-    states = rng.normal(size=(50, rows.hidden_size)).astype(np.float32)
+    states = np.random.default_rng(0).normal(size=(50, rows.hidden_size)).astype(np.float32)
     weight = rows.dequantized().astype(mx.float32)
     bias = None if rows.bias is None else rows.bias.astype(mx.float32)
-    return take_all(
-        fit_centroids(weight, token_ids, states, head_bias=bias, group_size=32, **kwargs)
-    )
+    return take_all(fit_centroids(weight, token_ids, states, head_bias=bias, group_size=32))
 
 
 def tiny_index(
-    model: nn.Module,
-    *,
-    cluster_size: int = 8,
-    n_probes: int = 4,
-    eos_token_ids=(),
-    seed: int = 0,
-    recipe: dict | None = None,
-    location: HeadLocation | None = None,
+    model, *, cluster_size=8, n_probes=4, eos_token_ids=(), seed=0, recipe=None, location=None
 ) -> FlashHeadIndex:
     """A FlashHead for ``model``: random clusters, fitted centroids."""
     rows = (location or find_head(model)).rows()

@@ -20,6 +20,17 @@ SIGLIP = {"vision": {"model_type": "siglip_vision_model"}}
 LLAVA = {"vision": {"model_type": "clip_vision_model"}, "text_config": {"model_type": "llama"}}
 MROPE = {"type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 GLM4V = {"eos_token_id": [1], "rope_scaling": MROPE, "rope_parameters": MROPE}
+PROJECTOR = {"projector_type": "mlp_gelu", "depth": 1}
+FLORENCE = named(
+    *(([1], "depths"), ([32], "dim_embed"), ([2], "num_heads num_groups"), ([7], "patch_size")),
+    *(([4], "patch_stride"), ([3], "patch_padding"), ([False], "patch_prenorm")),
+)
+LLAMA4 = named(
+    *(("llama4", "model_type"), (0.02, "initializer_range"), (1e-5, "norm_eps")),
+    *((0.5, "pixel_shuffle_ratio"), (0.0, "projector_dropout"), (10000.0, "rope_theta")),
+    *((-1, "vision_feature_layer"), ("default", "vision_feature_select_strategy")),
+    (64, "projector_input_dim projector_output_dim vision_output_dim"),
+)
 CLEF_HEAD = named(
     (64, "hidden_size feedforward"), (32, "width"), (1, "routing_layers layers"), (2, "heads")
 )
@@ -40,18 +51,7 @@ VLM_OVERRIDES: dict[str, dict] = named(
     "clef": {"text": QWEN3_5, "whole": {"head_config": CLEF_HEAD}},
     "deepseekocr_2": {"vision": {"model_type": "vision", "width": {}}},
     "ernie4_5_moe_vl": {"text": {"mrope_section": [6, 6, 4]}},
-    "florence2": {
-        "vision": {
-            "depths": [1],
-            "dim_embed": [32],
-            "num_heads": [2],
-            "num_groups": [2],
-            "patch_size": [7],
-            "patch_stride": [4],
-            "patch_padding": [3],
-            "patch_prenorm": [False],
-        }
-    },
+    "florence2": {"vision": FLORENCE},
     "gemma3": SIGLIP | {"text": {"mm_tokens_per_image": 4}},
     "gemma3n": {"text": {"intermediate_size": [128, 128]}},
     "glm4v": {"vision": {"model_type": "glm4v"}, "text": GLM4V},
@@ -69,19 +69,7 @@ VLM_OVERRIDES: dict[str, dict] = named(
     "internvl": {"vision": {"model_type": "internvl_vision"}},
     "internvl_chat": {"vision": {"model_type": "intern_vit_6b"}},
     "limite": {"text": {"rope_n_pairs": 8, "attn_gate_channels": 32}},
-    "llama4": {
-        "vision": named(
-            ("llama4", "model_type"),
-            (0.02, "initializer_range"),
-            (1e-5, "norm_eps"),
-            (0.5, "pixel_shuffle_ratio"),
-            (0.0, "projector_dropout"),
-            (64, "projector_input_dim projector_output_dim vision_output_dim"),
-            (10000.0, "rope_theta"),
-            (-1, "vision_feature_layer"),
-            ("default", "vision_feature_select_strategy"),
-        )
-    },
+    "llama4": {"vision": LLAMA4},
     "llava_bunny": SIGLIP | {"whole": {"auto_map": {}, "mm_hidden_size": 32}},
     "llmjpvl": SIGLIP | {"text_config": {"model_type": "llama"}},
     "mage_vl": {"vision": {"hidden_size": 64}},
@@ -91,13 +79,7 @@ VLM_OVERRIDES: dict[str, dict] = named(
     "multi_modality": {
         "vision": {"model_type": "vision", "params": {}},
         "text_config": {"model_type": "llama"},
-        "whole": {
-            "projector_config": {
-                "cls": "",
-                "model_type": "",
-                "params": {"projector_type": "mlp_gelu", "depth": 1},
-            }
-        },
+        "whole": {"projector_config": {"cls": "", "model_type": "", "params": PROJECTOR}},
     },
     "muse_spark": {"audio": {"patch_sizes": [2, 2], "hidden_sizes": [32, 32], "depths": [1, 1]}},
     "nemotron_h_nano_omni": {"text": OVERRIDES["nemotron_h"]},

@@ -31,20 +31,14 @@ def write_vision_model(folder: Path, *, tied: bool = False) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
     tokenizer.save_pretrained(folder)
-    start, end, image, video = tokenizer.convert_tokens_to_ids(list(MARKS))
-    ids = {
-        "vision_start_token_id": start,
-        "vision_end_token_id": end,
-        "image_token_id": image,
-        "video_token_id": video,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+    names = [f"{name}_token_id" for name in ("vision_start", "vision_end", "image", "video")]
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(list(MARKS)), strict=True))
     rope = {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
     text = rope | {"vocab_size": len(tokenizer)}
-    config = vlm_config("qwen2_vl", tied) | text | ids
+    config = vlm_config("qwen2_vl", tied) | text | ids | {"eos_token_id": tokenizer.eos_token_id}
     config["text_config"] |= text
-    vision = {"hidden_size": config["hidden_size"], "in_channels": 3, "mlp_ratio": 2}
-    config["vision_config"] |= vision
+    width = config["hidden_size"]
+    config["vision_config"] |= {"hidden_size": width, "in_channels": 3, "mlp_ratio": 2}
     made = qwen2_vl.ModelConfig.from_dict(deepcopy(config))
     made = update_module_configs(made, qwen2_vl, deepcopy(config), ["text", "vision"])
     mx.random.seed(0)
@@ -52,8 +46,7 @@ def write_vision_model(folder: Path, *, tied: bool = False) -> Path:
         name: array * 4 if array.ndim == 2 and "embed_tokens" not in name else array
         for name, array in tree_flatten(qwen2_vl.Model(made).parameters())
     }
-    metadata = {"format": "mlx"}
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata=metadata)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
     pictures = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
     sizes = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}

@@ -58,13 +58,9 @@ def vlm_config(name: str, tied: bool) -> dict:
     text = OVERRIDES.get(name, {})
     text = (text(tied) if callable(text) else text) | own.get("text", {})
     config = COMMON | IMAGE_TOKENS | dict.fromkeys(TYING_FLAGS, tied) | {"model_type": name} | text
-    parts = {
-        "text_config": config | own.get("text_config", {}),
-        "vision_config": VISION | own.get("vision", {}),
-        "audio_config": VISION | own.get("audio", {}),
-        "projector_config": {},
-        "perceiver_config": {},
-    }
+    parts = {f"{name}_config": VISION | own.get(name, {}) for name in ("vision", "audio")}
+    parts |= {"text_config": config | own.get("text_config", {})}
+    parts |= {"projector_config": {}, "perceiver_config": {}}
     if own.get("exact"):
         package = importlib.import_module(f"mlx_vlm.models.{name}")
         for part, known in (("text_config", "TextConfig"), ("vision_config", "VisionConfig")):
@@ -81,21 +77,15 @@ def picture(name: str, seed: int = 0) -> tuple[mx.array, dict[str, Any]]:
     mx.random.seed(seed)
     pixels = mx.random.normal((1, 3, 28, 28))
     patches = mx.random.normal((4, 3 * 14 * 14))
-    grid = mx.array([[1, 2, 2]])
-    given = {
-        "pixels": {"pixel_values": pixels},
-        "tiles": {"pixel_values": pixels[None]},
-        "sized": {"pixel_values": pixels, "image_sizes": mx.array([[28, 28]])},
-        "patches": {"pixel_values": patches, "image_grid_thw": grid},
-        "two frames": {"pixel_values": mx.tile(patches, (1, 2)), "image_grid_thw": grid},
-        "squares": {
-            "pixel_values": patches.reshape(4, 3, 14, 14),
-            "image_grid_hws": mx.array([[2, 2]]),
-        },
-        "packed": {
-            "pixel_values": patches[None],
-            "spatial_shapes": mx.array([[2, 2]]),
-            "pixel_attention_mask": mx.ones((1, 4), dtype=mx.int32),
-        },
-    }
-    return mx.array([[5, 7, *([IMAGE_TOKEN] * n_tokens), *range(9, 16)]]), given[form]
+    grid, square, mask = mx.array([[1, 2, 2]]), mx.array([[2, 2]]), mx.ones((1, 4), mx.int32)
+    values, further = {
+        "pixels": (pixels, {}),
+        "tiles": (pixels[None], {}),
+        "sized": (pixels, {"image_sizes": mx.array([[28, 28]])}),
+        "patches": (patches, {"image_grid_thw": grid}),
+        "two frames": (mx.tile(patches, (1, 2)), {"image_grid_thw": grid}),
+        "squares": (patches.reshape(4, 3, 14, 14), {"image_grid_hws": square}),
+        "packed": (patches[None], {"spatial_shapes": square, "pixel_attention_mask": mask}),
+    }[form]
+    tokens = mx.array([[5, 7, *([IMAGE_TOKEN] * n_tokens), *range(9, 16)]])
+    return tokens, {"pixel_values": values} | further

@@ -3,14 +3,14 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import mlx.core as mx
 import pytest
 
 import refusals
 from mlx_flashhead.index import files
-from mlx_flashhead.index.settings import REQUIRED
+from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.models.libraries import load_dense
 from model_folders import contents, write_model
 from tiny_models import tiny_index
@@ -165,7 +165,10 @@ WRONG = {  # values of a key; sizes with which an index of some megabytes would 
         ({"version": 1}, "version 1.*reads version 2"),
         ({"version": "2"}, "version '2'.*reads version 2"),
         ([], "version None"),
-        *(({key: None}, f"lacks {key}") for key in sorted(REQUIRED)),
+        *(
+            ({each.name: None}, f"no valid .*{each.name}|version None")
+            for each in fields(FlashHeadConfig)
+        ),
         *(({key: value}, f"has no valid .*{key}") for key in WRONG for value in WRONG[key]),
     ],
 )
@@ -231,4 +234,6 @@ def test_file_of_another_model(folder, tmp_path):
     other = write_model(tmp_path / "other", seed=1)
     files.write_index(other, tiny_index(load_dense(other)[0], seed=1))
     shutil.copy(other / files.FILE_NAME, folder / files.FILE_NAME)
-    refused(folder, f"{files.FILE_NAME} belongs to other rows", "fetch both files", CONVERT)
+    refused(
+        folder, f"{files.FILE_NAME} does not hold", "the same rows", "fetch both files", CONVERT
+    )

@@ -1,7 +1,5 @@
 """Texts that are generated together: each has the tokens that it has alone."""
 
-from copy import deepcopy
-
 import mlx.core as mx
 import pytest
 from mlx_lm import sample_utils
@@ -24,15 +22,9 @@ def sampled(settings):
     return {"samplers": [make_sampler(**each) for each in settings]}
 
 
-def alone(flash, prompt, settings, processors, **options):
-    return flash.tokens(
-        prompt=prompt,
-        max_tokens=25,
-        dense=True,
-        sampler=make_sampler(**settings),
-        logits_processors=processors,
-        **options,
-    )
+def alone(flash, prompt, settings, processors):
+    options = {"sampler": make_sampler(**settings), "logits_processors": processors}
+    return flash.tokens(prompt=prompt, max_tokens=25, dense=True, **options)
 
 
 @pytest.mark.parametrize("with_processors", [False, True])
@@ -44,24 +36,24 @@ def test_mixed_settings_share_the_steps(flash, misses, with_processors):
     assert tokens == expected
     assert misses
     for prompt, found, end in zip(PROMPTS, tokens, ends, strict=True):
-        assert end.finish_reason == "length"
-        assert end.all_tokens == prompt + found
+        assert end.finish_reason == "length" and end.all_tokens == prompt + found
         assert [layer.offset for layer in end.prompt_cache] == [len(prompt) + 25] * 2
 
 
 def test_rows_that_all_are_proposed_by_the_head(flash, misses, monkeypatch):
-    """Greedy and drawn rows share one call that makes no full logits."""
     monkeypatch.setattr(type(flash.head.steps), "expand", None)
     settings = [SETTINGS[i] for i in (0, 1, 2, 0)]
     tokens, _ = flash.batch(PROMPTS, **sampled(settings))
     assert tokens == [alone(flash, p, s, []) for p, s in zip(PROMPTS, settings, strict=True)]
 
 
+def rotating():
+    return [RotatingKVCache(max_size=12) for _ in range(2)]
+
+
 OPTIONS = {
     "another's sampler": lambda: {"samplers": [sample_utils.make_sampler(temp=1.0)] * 4},
-    "rotating caches": lambda: {
-        "caches": [[RotatingKVCache(max_size=12) for _ in range(2)] for _ in PROMPTS]
-    },
+    "rotating caches": lambda: {"caches": [rotating() for _ in PROMPTS]},
     "16 bits": lambda: sampled(SETTINGS[i] for i in (0, 1, 2, 0)),
 }
 
@@ -76,7 +68,6 @@ def test_a_batch_is_as_a_dense_one(flash, misses, name):
 
 @pytest.fixture(scope="module")
 def greedy(flash):
-    """The best tokens of each prompt, alone."""
     return [alone(flash, prompt, {}, []) for prompt in PROMPTS]
 
 
@@ -86,7 +77,7 @@ def test_a_text_that_is_taken_away_leaves_nothing_behind(flash, greedy, n_steps)
     generator = VerifiedBatchGenerator(flash.model, logprobs=False)
     uids = generator.insert(PROMPTS, [25] * 4)
     tokens = {uid: [] for uid in uids}
-    for step in range(200):
+    for step in range(120):
         if step == n_steps:
             cache, held = generator.remove(uids[1:2], return_prompt_caches=True)[uids[1]]
             assert held == PROMPTS[1] + tokens[uids[1]] or not tokens[uids[1]]
@@ -100,36 +91,28 @@ def test_a_text_that_is_taken_away_leaves_nothing_behind(flash, greedy, n_steps)
 
 
 def test_a_text_that_joins_later(flash, greedy):
-    generator = VerifiedBatchGenerator(flash.model, logprobs=False)
-    (first,) = generator.insert([PROMPT], [25])
-    tokens = {first: []}
-    second = None
-    for step in range(200):
+    generator, tokens = VerifiedBatchGenerator(flash.model, logprobs=False), {}
+    generator.insert([PROMPT], [25])
+    for step in range(120):
         if step == 5:
-            cache = make_prompt_cache(flash.model)
-            flash.model(mx.array([OTHERS[0][:-1]]), cache=cache)
-            (second,) = generator.insert(
-                [OTHERS[0][-1:]], [25], caches=[cache], all_tokens=[OTHERS[0][:-1]]
-            )
-            tokens[second] = []
+            cache, prompt = make_prompt_cache(flash.model), OTHERS[0]
+            flash.model(mx.array([prompt[:-1]]), cache=cache)
+            generator.insert([prompt[-1:]], [25], caches=[cache], all_tokens=[prompt[:-1]])
         for response in generator.next()[1]:
-            tokens[response.uid].append(response.token)
-    assert [tokens[first], tokens[second]] == greedy[:2]
+            tokens.setdefault(response.uid, []).append(response.token)
+    assert [tokens[uid] for uid in sorted(tokens)] == greedy[:2]
 
 
-@pytest.mark.parametrize("rotating", [False, True])
-def test_a_stop_token_ends_a_text(flash, rotating):
+@pytest.mark.parametrize("cache", [lambda: None, rotating])
+def test_a_stop_token_ends_a_text(flash, cache):
     """In each form that mlx-lm takes. Its cache holds its tokens, also where later tokens were
     confirmed with it."""
-    cache = [RotatingKVCache(max_size=12) for _ in range(2)] if rotating else None
-    ((expected,), _) = flash.batch([PROMPT], caches=[deepcopy(cache)], dense=True)
+    ((expected,), _) = flash.batch([PROMPT], caches=[cache()], dense=True)
     for stop, form in zip(expected[5:12:3], (int, list, tuple), strict=True):
         stops = {stop} if form is int else [form([stop])]
         generator = VerifiedBatchGenerator(flash.model, stop_tokens=stops)
-        generator.insert([PROMPT], [25], caches=[deepcopy(cache)])
-        responses = []
-        while confirmed := generator.next_generated():
-            responses += confirmed
+        generator.insert([PROMPT], [25], caches=[cache()])
+        responses = [r for each in iter(generator.next_generated, []) for r in each]
         n = expected.index(stop) + 1
         assert [response.token for response in responses] == expected[:n]
         assert responses[-1].finish_reason == "stop"

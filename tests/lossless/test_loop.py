@@ -5,16 +5,15 @@ from itertools import count
 import mlx.core as mx
 import pytest
 from mlx_lm import sample_utils
-from mlx_lm.models import mamba2
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from architecture_models import tiny_architecture
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.lossless.loop import verified_steps
 from mlx_flashhead.lossless.policy import Proposer, policy_of
 from mlx_flashhead.lossless.verify import SlotProduct
-from tiny_models import randomized, tiny_model
+from tiny_models import tiny_model
 
 SAMPLERS = {
     "greedy": {},
@@ -38,33 +37,20 @@ def marked(processor, mark="preserves_margins"):
     return processor
 
 
-def checked(flash, settings=None, **options):
-    """The tokens, which are those of the dense loop."""
-    checked, dense = (
-        flash.tokens(dense=dense, sampler=make_sampler(**settings or {}), **options)
-        for dense in (False, True)
-    )
-    assert checked == dense
-    return checked
-
-
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("n_probes", [1, 3, 26])
 def test_every_sampler(flash, name, n_probes, misses):
-    assert len(checked(flash, SAMPLERS[name], n_probes=n_probes)) == 40
+    assert len(flash.checked(SAMPLERS[name], n_probes=n_probes)) == 40
     assert bool(misses) == (n_probes < 26 and name != "xtc")  # which is dense
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("name", [*PROCESSORS, None])
 @pytest.mark.parametrize("settings", [{}, {"temp": 0.9, "top_p": 0.9}], ids=["greedy", "top-p"])
-def test_every_processor(flash, name, settings, misses):
-    checked(flash, settings, logits_processors=PROCESSORS[name]())
-    assert misses
-
-
-def test_a_thread_may_compute_the_check(flash, misses, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.verify.WORTH_A_THREAD", 0)
-    checked(flash, {"temp": 0.8, "top_p": 0.95, "seed": 1})
+def test_every_processor(flash, name, settings, misses, monkeypatch):
+    """Without one, a thread computes the verification."""
+    if name is None:
+        monkeypatch.setattr("mlx_flashhead.lossless.verify.WORTH_A_THREAD", 0)
+    flash.checked(settings, logits_processors=PROCESSORS[name]() if name else None)
     assert misses
 
 
@@ -76,37 +62,29 @@ def test_a_seed_is_that_of_the_text(flash):
     assert tokens(of_mlx=1) != tokens(of_mlx=2)
 
 
-@pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
-def test_every_format(dtype, bits, misses):
-    flash = make_flash(dtype=dtype, bits=bits)
-    for settings in ({}, {"temp": 1.0}, {"temp": 0.8, "top_p": 0.9}):
-        misses.clear()
-        checked(flash, settings)
-        assert misses
-
-
 WINDOW = {"sliding_window": 16, "sliding_window_pattern": 2, "num_hidden_layers": 2}
-ARCHITECTURES = {
-    "softcap": ("gemma2", {"final_logit_softcapping": 30.0}),
-    "scale": ("cohere", {"logit_scale": 0.5}),
-    "bias": ("phi", {}),
-    "window": ("gemma3_text", WINDOW),
-}
+FORMS = [{"dtype": d, "bits": b} for d in (mx.float32, mx.bfloat16, mx.float16) for b in (None, 4)]
+ARCHITECTURES = [
+    {"arch": "gemma2", "final_logit_softcapping": 30.0},
+    {"arch": "cohere", "logit_scale": 0.5},
+    {"arch": "phi"},
+    {"arch": "gemma3_text"} | WINDOW,
+]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture(name, misses):
-    arch, options = ARCHITECTURES[name]
-    flash = make_flash(arch, **options)
-    checked(flash)
-    misses.clear()
-    checked(flash, {"temp": 9.0, "top_p": 0.99})
-    assert misses or name == "softcap"  # its choices are clear
+@pytest.mark.parametrize("options", FORMS + ARCHITECTURES, ids=str)
+def test_every_format_and_architecture(options, misses):
+    flash = make_flash(**options)
+    for settings in ({}, {"temp": 1.0}, {"temp": 9.0, "top_p": 0.99}):
+        flash.checked(settings)
+    assert misses or "gemma2" in options.values()  # whose choices are clear
 
 
-def test_logits_that_depend_on_each_other_are_dense():
-    model = tiny_model(num_hidden_layers=2)
+def test_logits_that_are_nan_or_depend_on_each_other_are_dense():
+    flash = make_flash()
+    flash.model.model.layers[0].mlp.down_proj.weight *= mx.nan
+    flash.checked(max_tokens=5)
+    model = tiny_model()
 
     class Normed(type(model)):
         def __call__(self, *arguments, **options):
@@ -114,23 +92,23 @@ def test_logits_that_depend_on_each_other_are_dense():
             return logits / mx.linalg.norm(logits, axis=-1, keepdims=True)
 
     model.__class__ = Normed
-    checked(flash_of(model), {"temp": 0.05, "seed": 1})
+    flash_of(model).checked({"temp": 0.05, "seed": 1})
 
 
 CACHES = {
-    "plain": lambda model: make_prompt_cache(model),
+    "plain": make_prompt_cache,
+    "quantized": make_prompt_cache,
     "rotating": lambda model: [RotatingKVCache(max_size=12, keep=2) for _ in model.layers],
     "mixed": lambda model: [KVCache(), RotatingKVCache(max_size=12, keep=2)],
 }
 QUANTIZED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 20}
 
 
-@pytest.mark.parametrize(
-    "name, options", [*((name, {}) for name in CACHES), ("plain", QUANTIZED)], ids=str
-)
-@pytest.mark.parametrize("stop", [1, 2, 9, 40])
-def test_every_cache_holds_the_confirmed_tokens(flash, name, options, stop, misses):
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("stop", [1, 9, 40])
+def test_every_cache_holds_the_confirmed_tokens(flash, name, stop):
     """The caller leaves after any token, and goes on as after the dense loop."""
+    options = QUANTIZED if name == "quantized" else {}
 
     def run(dense):
         cache = CACHES[name](flash.model)
@@ -147,30 +125,16 @@ def test_every_cache_holds_the_confirmed_tokens(flash, name, options, stop, miss
 
 
 def test_state_space_layers_are_copied_and_replayed(misses):
-    args = mamba2.ModelArgs(
-        model_type="mamba2", num_heads=4, head_dim=32, vocab_size=203, hidden_size=64,
-        intermediate_size=128, state_size=16, num_hidden_layers=2, layer_norm_epsilon=1e-5,
-        conv_kernel=4, n_groups=1, use_bias=False, use_conv_bias=True, tie_word_embeddings=True,
-        time_step_limit=(0.01, 1.0), time_step_rank=4,
-    )  # fmt: skip
-    checked(flash_of(randomized(mamba2.Model(args))))
+    flash_of(tiny_architecture("mamba2", tied=True)).checked()
     assert misses
 
 
 def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
-    checked = list(flash.steps(max_tokens=20))
-    dense = list(flash.steps(max_tokens=20, dense=True))
+    checked, dense = flash.steps(max_tokens=20), flash.steps(max_tokens=20, dense=True)
     for (token, found), (same, expected) in zip(checked, dense, strict=True):
         assert token == same
         assert mx.allclose(found, expected, atol=1e-4)
     assert misses
-
-
-def test_nothing_is_checked_without_the_check(flash, monkeypatch):
-    monkeypatch.setattr("mlx_flashhead.lossless.verify.Verification", None)
-    unverified = flash.tokens(verify=False)
-    assert unverified == flash.tokens(verify=False, logprobs=False)
-    assert unverified != flash.tokens(dense=True)
 
 
 @pytest.mark.parametrize("call", [1, 2, 7, 20])
@@ -193,12 +157,6 @@ def test_a_processor_that_raises_leaves_confirmed_tokens(flash, call):
         assert [layer.offset for layer in cache] == [len(PROMPT) + len(tokens)] * 2
 
 
-def test_nan_is_decided_as_by_the_dense_head():
-    flash = make_flash()
-    flash.model.model.layers[0].mlp.down_proj.weight *= mx.nan
-    checked(flash, max_tokens=5)
-
-
 def test_a_cache_that_cannot_be_kept_is_refused(flash):
     class Stubborn(KVCache):
         def is_trimmable(self):
@@ -218,9 +176,9 @@ def forward_passes(flash, monkeypatch):
     flash.tokens(max_tokens=1)  # the first use learns what the model does with logits
     original, calls = type(flash.model).__call__, []
 
-    def counting(self, *arguments, **options):
+    def counting(*arguments, **options):
         calls.append(0)
-        return original(self, *arguments, **options)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(type(flash.model), "__call__", counting)
     return calls
@@ -237,7 +195,6 @@ def test_the_first_tokens_do_not_wait(flash, forward_passes, monkeypatch):
 
 
 def test_processes_that_share_a_model_take_the_same_steps(flash, forward_passes, monkeypatch):
-    """However long a check takes on each of them."""
     monkeypatch.setattr(policy_of(flash.head), "lockstep", True)
     steps = []
     for ready, seconds in ((True, 0.0), (False, 10.0)):
@@ -252,8 +209,7 @@ def test_processes_that_share_a_model_take_the_same_steps(flash, forward_passes,
 def test_one_evaluation_a_token(flash, monkeypatch):
     """A token that the head has chosen is one command buffer: nothing else is launched, but for
     the verifications."""
-    launched = []
-    original = mx.async_eval
+    launched, original = [], mx.async_eval
     monkeypatch.setattr(mx, "async_eval", lambda *a: launched.append(len(a)) or original(*a))
     proposer = Proposer(flash.model, n_probes=26)
     prompt = mx.array(PROMPT, dtype=mx.uint32)
@@ -262,20 +218,3 @@ def test_one_evaluation_a_token(flash, monkeypatch):
     assert len(tokens) == 40 and proposer.n_verifications >= 3
     steps = len(launched) - proposer.n_verifications - mlx_lm_prefill
     assert steps == len(tokens) - 1 + after_last
-
-
-def test_pending_tokens_are_joined_along_the_way(monkeypatch):
-    """So that a verification of 32 states joins no more than a kernel does at once."""
-    joined, n_sources = FlashHead.joined, []
-
-    def record(head, proposals, rows, tokens):
-        n_sources.append(len(proposals))
-        return joined(head, proposals, rows, tokens)
-
-    monkeypatch.setattr(FlashHead, "joined", record)
-    flash = make_flash(n_probes=13)  # all clusters, so none is rejected
-    policy = policy_of(flash.head)
-    policy.first_pending = policy.max_pending = 32
-    policy.max_risk = policy.max_wait = 1e9
-    assert flash.tokens(max_tokens=36) == flash.tokens(max_tokens=36, dense=True)
-    assert n_sources[:5] == [7, 7, 7, 7, 8]

@@ -1,6 +1,8 @@
 """Samplers and processors of others: called once a token, in order, unless known or marked."""
 
 from functools import partial
+from itertools import count
+from unittest.mock import Mock
 
 import mlx.core as mx
 import numpy as np
@@ -31,32 +33,20 @@ def numpy_sampler():
 
 
 def cooling():
-    calls = []
-
-    def sample(logprobs):
-        calls.append(0)
-        return mx.random.categorical(logprobs * (0.5 + 0.1 * len(calls)))
-
-    return sample
+    heat = count(5)
+    return lambda logprobs: mx.random.categorical(logprobs * 0.1 * next(heat))
 
 
 class Guide:
-    """The control flow of outlines' guides: a state that each token moves on, and that raises where
-    a token comes twice or out of order."""
+    """The control flow of outlines' guides: a state that each token moves on."""
 
     def __init__(self):
-        self.read = len(PROMPT)
-        self.allowed = 0
         self.calls = []
 
     def __call__(self, tokens, logits):
-        ids = tokens.tolist()
-        self.calls.append(ids)
-        if len(ids) != self.read:
-            raise RuntimeError(f"{len(ids)} tokens, but {self.read} are next")
-        self.read += 1
-        self.allowed = (self.allowed + ids[-1]) % 5
-        return mx.where(mx.arange(logits.shape[-1]) % 5 == self.allowed, logits, -mx.inf)
+        self.calls.append(tokens.tolist())
+        allowed = sum(ids[-1] for ids in self.calls) % 5
+        return mx.where(mx.arange(logits.shape[-1]) % 5 == allowed, logits, -mx.inf)
 
 
 def mlx_lms_tokens(flash, **options):
@@ -71,13 +61,8 @@ def test_another_sampler_is_called_once_a_token(model, make):
     """Called twice, where draws that agree are taken, it would sample colder."""
 
     def run(tokens):
-        calls, sampler = [], make()
-
-        def counted(logprobs):
-            calls.append(0)
-            return sampler(logprobs)
-
-        return tokens(sampler=counted), len(calls)
+        sampler = Mock(spec=[], side_effect=make())
+        return tokens(sampler=sampler), sampler.call_count
 
     assert run(model.tokens) == run(partial(mlx_lms_tokens, model))
 
@@ -89,7 +74,7 @@ def test_another_processor_is_called_once_a_token(model, sampler):
         return tokens(sampler=sampler, logits_processors=[processor]), processor.calls
 
     found = run(model.tokens)
-    assert found == run(partial(model.tokens, dense=True))
+    assert found == run(partial(model.tokens, dense=True)) and len(found[1][0]) == len(PROMPT)
     if sampler is None:
         assert found == run(partial(mlx_lms_tokens, model))
 
@@ -134,9 +119,7 @@ def test_what_is_trusted():
             assert trust(make(temp=1.0, **chain)) is Trust.UNKNOWN
 
 
-def test_a_least_number_of_tokens_is_min_p_s(flash):
-    """What top-p has removed does not come back."""
+def test_a_least_number_of_tokens_is_min_p_s():
     logits = mx.log(mx.array([[0.7, 0.2, 0.06, 0.04]]))
-    chain = {"temp": 1.0, "top_p": 0.5, "min_p": 0.5, "min_tokens_to_keep": 3}
-    sampler = make_sampler(**chain)
+    sampler = make_sampler(temp=1.0, top_p=0.5, min_p=0.5, min_tokens_to_keep=3)
     assert {sampler.choose(logits, 1, i).item() for i in range(200)} == {0}

@@ -17,9 +17,8 @@ class Emulator:
     """Runs custom Metal kernels on the CPU, with checks and counts.
 
     Args:
-        order: Order of threads and threadgroups: ``forward``, ``reverse`` or ``shuffle``. A correct
-            kernel gives the same outputs in each.
-        seed: Of the shuffled order.
+        order: Of threads and threadgroups, ``forward``, ``reverse`` or ``shuffle``: a correct
+            kernel gives the same outputs in each. ``seed`` is that of the shuffled order.
         check: Whether to check and count accesses. Without, kernels run several times faster, and
             only compile errors, divergent barriers and too much threadgroup memory are found.
         max_threads: By a kernel's name, the threads its pipeline allows in a threadgroup: on a
@@ -51,10 +50,7 @@ class Emulator:
     def _run(
         self, options, *, inputs, output_shapes, output_dtypes, grid, threadgroup, template=None
     ):
-        """Runs a kernel at once (MLX would wait until an output is needed), and gives its outputs.
-
-        The first argument is what the kernel was made with, the others are those of its call.
-        """
+        """Runs a kernel, made with ``options``, at once: MLX would wait until it is needed."""
         arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
         mx.eval(arrays)
         call = {"grid": grid, "threadgroup": threadgroup, "template": template or []}

@@ -1,12 +1,8 @@
 """From Metal to what clang reads, and the rules of Apple's compiler that clang does not know.
 
 clang compiles C++ for OpenCL, where ``device``, ``threadgroup``, ``constant`` and ``thread`` are
-real address spaces. Three things have no counterpart there. They are rewritten in place, so that
-lines and columns of error messages stay right:
-
-* ``[[attributes]]`` are checked by name and blanked;
-* ``threadgroup T name[n];`` in a kernel becomes a reference to memory of the runtime;
-* comments are blanked.
+real address spaces. Comments and ``[[attributes]]`` are blanked, and ``threadgroup T name[n];`` in
+a kernel becomes a reference to memory of the runtime, so that lines of error messages stay right.
 
 The syntax tree then shows what clang accepts and Apple refuses: a pointer without an address space,
 and a conversion to bfloat that is not written out.
@@ -50,25 +46,6 @@ def split_commas(text: str) -> list[str]:
         else:
             parts[-1] += character
     return parts
-
-
-def check_kernel_parameters(text: str, name: str) -> None:
-    """Each parameter of a kernel needs an attribute that says what it is bound to."""
-    blanked = ATTRIBUTE.sub(blank, text)
-    for match in re.finditer(r"\bkernel\b", text):
-        start = re.compile(r"[^;{}(]*\(").match(blanked, match.end())
-        if start is None:
-            continue
-        end, depth = start.end(), 1
-        while depth and end < len(text):
-            depth += (text[end] == "(") - (text[end] == ")")
-            end += 1
-        if text[end:].lstrip()[:1] != "{":  # an instantiation, or another declaration
-            continue
-        for parameter in split_commas(text[start.end() : end - 1]):
-            if parameter.strip() and "[[" not in parameter:
-                reason = f"kernel parameter '{' '.join(parameter.split())}' has no attribute"
-                refuse(name, text, start.end() - 1, reason)
 
 
 def blank_attributes(text: str, name: str) -> str:
@@ -130,14 +107,10 @@ def rewrite_threadgroup_variables(text: str, original: str, name: str) -> str:
 
 
 def translate(text: str, name: str) -> str:
-    """Metal text, of a file of this name, to what clang compiles.
-
-    A KernelFault for an unknown attribute, a kernel parameter without one, or a threadgroup
-    variable outside a kernel.
-    """
+    """Metal text, of a file of this name, to what clang compiles; a KernelFault for an unknown
+    attribute, or a threadgroup variable outside a kernel."""
     comments = r'//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*")'  # strings are left alone
     blanked = re.sub(comments, lambda match: match[1] or blank(match), text, flags=re.DOTALL)
-    check_kernel_parameters(blanked, name)
     return rewrite_threadgroup_variables(blank_attributes(blanked, name), blanked, name)
 
 
@@ -145,9 +118,6 @@ def translate(text: str, name: str) -> str:
 DECLARATION = re.compile(
     r"(?:ParmVarDecl|VarDecl|FieldDecl|TypedefDecl|TypeAliasDecl) 0x\w+ [^']*? ([a-zA-Z_]\w*) "
     r"'[^']*__generic "
-)
-RETURN_TYPE = re.compile(
-    r"(?:FunctionDecl|CXXMethodDecl) 0x\w+ [^']*? (\w+) '[^'(]*__generic [^'(]*\("
 )
 CAST = re.compile(r"(?:CStyleCastExpr|CXXReinterpretCastExpr) 0x\w+ [^']*'([^']*__generic [^']*)'")
 TO_BFLOAT = re.compile(
@@ -162,8 +132,6 @@ LOCATION = re.compile(r"(?:line|\w+\.metal):(\d+):\d+")
 def objection(row: str) -> str | None:
     """What Apple's compiler refuses in a row of the tree, or None."""
     if "__generic" in row and " implicit " not in row:
-        if match := RETURN_TYPE.search(row):
-            return f"the pointer or reference that '{match[1]}' returns has no address space"
         if match := CAST.search(row):
             return f"the cast to '{match[1].replace('__generic ', '')}' has no address space"
         if (match := DECLARATION.search(row)) and match[1] not in ("used", "referenced"):

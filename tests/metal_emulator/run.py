@@ -70,11 +70,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One launch."""
-
     name: str
-    grid: tuple[int, int, int]  # in threads
-    threadgroup: tuple[int, int, int]
     barriers: int  # threadgroup barriers passed by the threadgroup that passed most
     threadgroup_bytes: int  # threadgroup memory
     buffers: dict[str, Traffic]  # without checks the sizes alone
@@ -123,21 +119,9 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dis
         groups = groups[::-1].copy()
     elif order == "shuffle":
         groups = np.random.default_rng(seed).permutation(groups)
-    state = _Launch(
-        kernel=entry,
-        arguments=arguments.ctypes.data,
-        regions=regions,
-        groups=groups.ctypes.data,
-        n_groups=len(groups),
-        image_start=image_start,
-        image_end=image_end,
-        seed=seed,
-        n_regions=len(buffers),
-        order=ORDERS.index(order),
-        check=check,
-        grid=(_u32 * 3)(*grid),
-        threadgroup=(_u32 * 3)(*threadgroup),
-    )
+    pointers = (entry, arguments.ctypes.data, regions, groups.ctypes.data)
+    numbers = (len(groups), image_start, image_end, seed, len(buffers), ORDERS.index(order), check)
+    state = _Launch(*pointers, *numbers, (_u32 * 3)(*grid), (_u32 * 3)(*threadgroup))
     with _launch_lock:
         if not build.runtime().metal_emulator_launch(ctypes.byref(state)):
             raise MemoryError("The Metal emulator could not reserve 256 MB of address space.")
@@ -155,7 +139,7 @@ def launch(name, library, buffers, grid, threadgroup, order, seed, check) -> Dis
         buffer.name: Traffic(buffer.data.size, *(getattr(region, name) for name in COUNTS))
         for buffer, region in zip(buffers, regions, strict=True)
     }
-    return Dispatch(name, grid, threadgroup, state.barriers, state.threadgroup_bytes, traffic)
+    return Dispatch(name, state.barriers, state.threadgroup_bytes, traffic)
 
 
 def runtime_fault(name, fault) -> KernelFault:

@@ -1,7 +1,5 @@
-"""The text that ``mx.fast.metal_kernel`` hands to the Metal compiler, from MLX itself.
-
-MLX writes it while it traces a function for export, on a machine without Metal too.
-"""
+"""The text that ``mx.fast.metal_kernel`` hands to the Metal compiler, from MLX itself: it writes it
+while it traces a function for export, on a machine without Metal too."""
 
 import re
 from dataclasses import dataclass

@@ -13,13 +13,6 @@ def shared_pair(request, tmp_path_factory):
 @pytest.fixture
 def pair(shared_pair):
     """Two forms of a model; settings of its head that a test changes last as long as the test."""
-    head = shared_pair.head
-    before = head.n_probes
+    before = shared_pair.head.n_probes
     yield shared_pair
-    head.n_probes = before
-
-
-@pytest.fixture
-def head(pair):
-    """The FlashHead of ``pair``."""
-    return pair.head
+    shared_pair.head.n_probes = before

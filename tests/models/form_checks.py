@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from architecture_configs import VOCAB_SIZE
-from architectures import Form
+from architectures import REFUSED, Form, examine
 from emulated_mlx_lm import emulated
 from mlx_flashhead.models.install import get_flash_head, install
 from mlx_flashhead.models.libraries import UnsupportedHeadError
@@ -20,8 +20,7 @@ EOS = 7
 
 
 def on_this_machine(library: str):
-    """A fixture: without compilation, which takes a second for some of the models and changes no
-    result."""
+    """A fixture: without compilation, which takes a second for some models."""
 
     @pytest.fixture(autouse=True, scope="module")
     def emulate():
@@ -35,26 +34,29 @@ def on_this_machine(library: str):
 
 def by_form(found: dict[str, tuple[Form, Form]], wanted: Callable[[Form], bool]):
     """Runs a test with the name of each wanted form, and whether it is tied."""
-    forms = [
-        pytest.param(name, bool(tied), id=f"{name}-{('untied', 'tied')[tied]}")
-        for name, both in found.items()
-        for tied, form in enumerate(both)
-        if wanted(form)
-    ]
-    return pytest.mark.parametrize("name, tied", forms)
+    every = ((name, tied) for name in found for tied in (False, True))
+    return pytest.mark.parametrize(
+        "name, tied", [(name, tied) for name, tied in every if wanted(found[name][tied])]
+    )
 
 
-def check_refused(model: nn.Module, reason: str) -> None:
-    """Checks that no FlashHead is installed for that reason, and that the model stays as it was."""
-    before = [(path, type(module), dict(module)) for path, module in model.named_modules()]
-    token_ids = np.arange(-VOCAB_SIZE % CLUSTER_SIZE + VOCAB_SIZE).reshape(-1, CLUSTER_SIZE)
+def check_other(form: Form, name: str, tied: bool, build: Callable, configs: str) -> None:
+    """Checks that a form is as recorded: where it is refused, that no FlashHead is installed for
+    that reason, and that the model stays as it was."""
+    assert examine(name, tied, build, configs) == form
+    if form.cell != REFUSED or "cannot load it here" in form.reason:
+        return
+    model, reason = build(name, tied=tied), form.reason
+
+    def modules():
+        return [(path, type(module), dict(module)) for path, module in model.named_modules()]
+
+    before = modules()
     with pytest.raises(UnsupportedHeadError) as raised:
-        install(model, token_ids, None, n_probes=1)
+        install(model, np.arange(304).reshape(-1, CLUSTER_SIZE), None, n_probes=1)
     assert str(raised.value) == reason
     assert reason.endswith(".") and "\n" not in reason
-    assert get_flash_head(model) is None
-    after = [(path, type(module), dict(module)) for path, module in model.named_modules()]
-    assert after == before
+    assert get_flash_head(model) is None and modules() == before
 
 
 def check_form(

@@ -1,6 +1,7 @@
 """A tiny model in both forms, and greedy decoding without any cache to compare all modes with."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import mlx.core as mx
@@ -45,8 +46,7 @@ class Pair:
 
     def until_end(self, tokens: list[int]) -> list[int]:
         """Without the end of the text and what was made after it."""
-        ends = [i for i, token in enumerate(tokens) if token in self.tokenizer.eos_token_ids]
-        return tokens[: ends[0]] if ends else tokens
+        return list(takewhile(lambda token: token not in self.tokenizer.eos_token_ids, tokens))
 
 
 def make_pair(folder: Path, *, tied: bool, seed: int = 4) -> Pair:
@@ -54,9 +54,7 @@ def make_pair(folder: Path, *, tied: bool, seed: int = 4) -> Pair:
     a wrong cache would not show."""
     dense = write_model(folder / "dense", tied=tied, hidden_size=128, seed=seed)
     file, strong = str(dense / "model.safetensors"), ("q_proj.weight", "v_proj.weight")
-    weights = {
-        name: array * (6 if name.endswith(strong) else 1) for name, array in mx.load(file).items()
-    }
+    weights = {n: a * (6 if n.endswith(strong) else 1) for n, a in mx.load(file).items()}
     mx.eval(weights)
     mx.save_safetensors(file, weights, metadata={"format": "mlx"})
     converted = folder / "converted"

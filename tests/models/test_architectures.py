@@ -1,10 +1,5 @@
-"""Every language-model architecture of mlx-lm through FlashHead.
-
-The cases are those that scripts/architectures.py has recorded. An architecture that is new in the
-installed mlx-lm makes the comparison fail.
-"""
-
-import re
+"""Every language-model architecture of mlx-lm through FlashHead, as scripts/architectures.py has
+recorded it. One that is new in the installed mlx-lm makes the comparison fail."""
 
 import mlx.core as mx
 import numpy as np
@@ -13,11 +8,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import architectures as script
 from architecture_configs import VOCAB_SIZE
-from architecture_models import architectures, quantized, tiny_architecture, write_architecture
+from architecture_models import architectures, quantized, tiny_architecture
 from flash_loops import Flash
-from form_checks import by_form, check_form, check_refused, on_this_machine
-from mlx_flashhead import make_sampler
-from mlx_flashhead.conversion.pipeline import convert
+from form_checks import by_form, check_form, check_other, on_this_machine
 from mlx_flashhead.models.locate import find_head
 
 FOUND = script.recorded("mlx_lm")
@@ -25,7 +18,6 @@ _on_this_machine = on_this_machine("mlx_lm")
 
 
 def test_the_page_is_what_the_script_writes():
-    """Each of its forms is looked at below."""
     assert list(FOUND) == architectures(), (
         "run `python scripts/architectures.py`; if it says 'not tested', give the architecture a "
         "line in tests/helpers/architecture_configs.py"
@@ -38,18 +30,13 @@ def test_the_page_is_what_the_script_writes():
 
 @by_form(FOUND, lambda form: not form.served)
 def test_other_forms_are_as_documented(name, tied):
-    how = tiny_architecture, "architecture_configs.py"
-    form = FOUND[name][tied]
-    assert script.examine(name, tied, *how) == form
-    if form.cell == script.REFUSED and "cannot load it here" not in form.reason:
-        check_refused(tiny_architecture(name, tied=tied), form.reason)
+    check_other(FOUND[name][tied], name, tied, tiny_architecture, "architecture_configs.py")
 
 
 def steps(model, tokens) -> list[mx.array]:
-    """Logits of a whole prompt without a cache, and of a prompt and two tokens with one."""
+    """Logits of a prompt, and of a token after it."""
     cache = make_prompt_cache(model)
-    inputs = (tokens[:, :-2], tokens[:, -2:-1], tokens[:, -1:])
-    return [model(tokens), *(model(part, cache=cache) for part in inputs)]
+    return [model(part, cache=cache) for part in (tokens[:, :-1], tokens[:, -1:])]
 
 
 def cases():
@@ -74,17 +61,4 @@ def test_flash_head(name, tied, bits):
     if bits is not None and not FOUND[name][not tied].served:
         return  # the unquantized form has generated
     # whatever it does with its head's logits, and whatever its caches are
-    flash, sampler = Flash(model), make_sampler(temp=2.0, seed=1)
-    options = {"prompt": tokens[0].tolist(), "max_tokens": 5, "sampler": sampler}
-    assert flash.tokens(**options) == flash.tokens(dense=True, **options)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers on configuration keys
-@by_form(FOUND, lambda form: form.cell == script.REFUSED)
-def test_refused_model_is_one_sentence_and_no_folder(name, tied, tmp_path):
-    source = write_architecture(tmp_path / "source", name, tied=tied)
-    with pytest.raises(ValueError) as raised:
-        convert(str(source), str(tmp_path / "found"), calibration="none", progress=False)
-    assert re.fullmatch(r"[^\n]+[^.]\.", str(raised.value))
-    assert re.search(r"FlashHead|mlx-lm cannot load", str(raised.value))
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    Flash(model).checked({"temp": 2.0, "seed": 1}, prompt=tokens[0].tolist(), max_tokens=5)

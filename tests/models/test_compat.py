@@ -1,7 +1,6 @@
 """What a model is loaded with: its folder, the versions of mlx-lm, functions in others' place."""
 
 import importlib
-import os
 import subprocess
 import sys
 import warnings
@@ -35,9 +34,7 @@ def test_a_later_version_warns_and_is_not_forbidden(package):
 @pytest.mark.newest
 def test_a_program_that_loads_imports_no_other_program():
     code = "import sys; from mlx_flashhead import load; print(*sys.modules)"
-    command = [sys.executable, "-c", code]
-    output = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=True)
-    modules = set(output.stdout.split())
+    modules = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert "mlx_lm" in modules
     assert not modules & {"mlx_lm.chat", "mlx_lm.server", "mlx_lm.evaluate", "rich"}
 
@@ -57,11 +54,11 @@ def test_a_function_is_replaced_wherever_it_is(tmp_path, monkeypatch, imported_f
     if imported_first:
         own = importlib.import_module(f"{package}.uses").function
 
-    def surround(original, mark):
+    def surround(mark, original):
         return lambda: f"{mark} {original()}"
 
     for mark in ("first", "second"):
-        put = partial(put_in_place, "function", partial(surround, mark=mark))
+        put = partial(put_in_place, "function", partial(surround, mark))
         when_imported(f"{package}.defines", put)
     for name in ("uses", "defines"):
         found = importlib.import_module(f"{package}.{name}").function()

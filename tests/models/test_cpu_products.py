@@ -29,18 +29,17 @@ def check(function, atol):
     np.testing.assert_allclose(found, expected, atol=atol)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3_text", "cohere", "minicpm"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text", "minicpm"])
 def test_whole_models(arch):
     model = tiny_model(arch)
     check(lambda: model(TOKENS), 2e-4)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-@pytest.mark.parametrize("bits", [None, 4, 8])
-@pytest.mark.parametrize(
-    "layer", [nn.Linear(64, 48), nn.Linear(64, 48, bias=False), nn.Embedding(48, 64)]
-)
-def test_layers(layer, bits, dtype):
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("make", [nn.Linear, nn.Embedding])
+def test_layers(make, bits, dtype):
+    layer = make(64, 64)
     layer.set_dtype(dtype)
     layer = layer if bits is None else layer.to_quantized(bits=bits)
     x = mx.random.normal((2, 3, 64)).astype(dtype)
@@ -63,12 +62,8 @@ def test_attention(mask, length):
 
 def test_one_layer_may_stay_lazy_and_all_is_as_before_after_the_block(monkeypatch):
     before = [cls.__dict__[name] for cls, name in cpu_products.METHODS]
-    attention, lazy, other = (
-        mx.fast.scaled_dot_product_attention,
-        nn.Linear(64, 8),
-        nn.Linear(64, 8),
-    )
-    seen = []
+    attention, seen = mx.fast.scaled_dot_product_attention, []
+    lazy, other = nn.Linear(64, 8), nn.Linear(64, 8)
     monkeypatch.setattr(cpu_products, "_product", lambda layer, x: seen.append(layer))
     with pytest.raises(KeyError), numpy_products(lazy):
         lazy(mx.zeros((1, 64)))

@@ -1,16 +1,13 @@
 """The package's generation: mlx-lm's functions under settings that last as long as the call."""
 
-import json
 from itertools import zip_longest
 
-import mlx.core as mx
 import mlx_lm
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_flashhead import batch_generate, generate, load, stream_generate
-from model_folders import VOCAB_SIZE
+from mlx_flashhead.models.locate import find_head
 from model_pair import N_PROBES, uncached
 from refusals import refused
 from tiny_adapters import write_adapters
@@ -31,59 +28,46 @@ def state(head):
     return head.n_probes, head._draw_temperature, head._project
 
 
-def text_of_stream(*arguments, **options):
-    return "".join(response.text for response in stream_generate(*arguments, **options))
-
-
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_text_is_mlx_lms_of_the_dense_model(flash, pair, prompt):
-    expected = mlx_lm.generate(pair.dense, pair.tokenizer, prompt, max_tokens=TOKENS)
+    dense = pair.dense, pair.tokenizer
+    expected = mlx_lm.generate(*dense, prompt, max_tokens=TOKENS)
     for options in ({}, {"n_probes": 1}, {"dense": True}):
         assert generate(*flash, prompt, max_tokens=TOKENS, **options) == expected
-        assert text_of_stream(*flash, prompt, max_tokens=TOKENS, **options) == expected
+    for options in ({}, {"dense": True}):
+        assert generate(*dense, prompt, max_tokens=TOKENS, **options) == expected
+    for options in ({"n_probes": 1}, {"draw_temperature": 1.0}):
+        refused(lambda options=options: generate(*dense, prompt, **options), "has no FlashHead")
 
 
-def test_without_verification_the_flash_head_chooses(flash, pair, head):
-    ids = pair.encode("One day")
-    usual = pair.tokens(pair.model, ids, verify=False)
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_without_verification_the_flash_head_chooses(flash, pair, size):
+    ids, options = pair.encode("How do I bake bread for two people"), {"prefill_step_size": size}
+    assert pair.tokens(pair.model, ids, **options) == pair.expected(ids)
+    usual = pair.tokens(pair.model, ids, verify=False, **options)
     assert usual == pair.unverified(ids) != pair.expected(ids)
-    head.n_probes = 1
+    pair.head.n_probes = 1
     expected = pair.until_end(pair.unverified(ids))
-    head.n_probes = N_PROBES
-    found = pair.until_end(pair.tokens(pair.model, ids, n_probes=1, verify=False))
+    pair.head.n_probes = N_PROBES
+    found = pair.until_end(pair.tokens(pair.model, ids, n_probes=1, verify=False, **options))
     assert found == expected != usual
 
 
-@pytest.mark.parametrize("size", [1, 7])
-def test_prompts_in_parts(flash, pair, size):
-    ids, options = pair.encode("How do I bake bread for two people"), {"prefill_step_size": size}
-    assert pair.tokens(pair.model, ids, **options) == pair.expected(ids)
-    assert pair.tokens(pair.model, ids, verify=False, **options) == pair.unverified(ids)
-
-
 def test_mlx_lms_keywords_arrive(flash, capsys):
-    seen = []
-
-    def record(tokens, logits):
-        seen.append(logits.shape)
-        return logits
-
-    processors = [record, *make_logits_processors(logit_bias={7: 1e6})]
-    options = {"sampler": make_sampler(temp=0.8, top_k=5), "logits_processors": processors}
-    for response in stream_generate(*flash, "One day", max_tokens=3, **options):
-        assert response.token == 7
-    assert set(seen) == {(1, VOCAB_SIZE)} and len(seen) >= 3
+    options = {"logits_processors": make_logits_processors(logit_bias={7: 1e6})}
+    options |= {"sampler": make_sampler(temp=0.8, top_k=5), "max_tokens": 3}
+    assert [r.token for r in stream_generate(*flash, "One day", **options)] == [7, 7, 7]
     text = generate(*flash, "One day", max_tokens=3, verbose=True)
     printed = capsys.readouterr().out
     assert text in printed and "tokens-per-sec" in printed
 
 
-def test_settings_end_with_an_error_and_with_an_abandoned_stream(flash, head):
+def test_settings_end_with_an_error_and_with_an_abandoned_stream(flash, pair):
     def failing(logprobs):
         raise RuntimeError("in the sampler")
 
     drawn = {"n_probes": 2, "draw_temperature": 1.0}
-    for function, prompt in ((generate, "One day"), (text_of_stream, "x"), (batch_generate, [[5]])):
+    for function, prompt in ((generate, "One day"), (batch_generate, [[5]])):
         with pytest.raises(RuntimeError, match="in the sampler"):
             function(*flash, prompt, sampler=failing, **drawn)
     with pytest.raises(TypeError):
@@ -91,7 +75,7 @@ def test_settings_end_with_an_error_and_with_an_abandoned_stream(flash, head):
     for options in ({}, drawn):
         stream = stream_generate(*flash, "One day", max_tokens=50, **options)
         next(stream)
-        assert state(head) == (N_PROBES, None, None)
+        assert state(pair.head) == (N_PROBES, None, None)
         stream.close()
 
 
@@ -107,15 +91,6 @@ def test_streams_take_turns(flash):
         for i, response in enumerate(responses):
             texts[i] += response.text if response else ""
     assert texts == expected
-
-
-def test_dense_models_generate_as_they_are(pair):
-    arguments = pair.dense, pair.tokenizer, "One day"
-    expected = mlx_lm.generate(*arguments, max_tokens=TOKENS)
-    for options in ({}, {"dense": True}):
-        assert generate(*arguments, max_tokens=TOKENS, **options) == expected
-    for options in ({"n_probes": 1}, {"draw_temperature": 1.0}):
-        refused(lambda options=options: generate(*arguments, **options), "has no FlashHead")
 
 
 @pytest.mark.parametrize("sizes", [{}, {"completion_batch_size": 2, "prefill_batch_size": 2}])
@@ -142,13 +117,6 @@ def test_batch_of_several_turns(flash, pair):
     refused(lambda: batch_generate(*flash, [[5], []]), "Sequence 1 has an empty prompt: give it at")
 
 
-# Adapters of the body work; those of the head must be fused first.
-
-
-def head_of(pair):
-    return "model.embed_tokens" if pair.model.args.tie_word_embeddings else "lm_head"
-
-
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapters_of_the_body_work_and_those_of_the_head_are_refused(pair, tmp_path, kind):
     adapters = str(write_adapters(tmp_path / "adapters", pair.dense_folder, kind=kind))
@@ -156,24 +124,7 @@ def test_adapters_of_the_body_work_and_those_of_the_head_are_refused(pair, tmp_p
     model, _ = load(str(pair.folder), adapter_path=adapters)
     ids = pair.encode(PROMPTS[1])
     assert pair.tokens(model, ids) == uncached(dense, ids) != pair.expected(ids)
-    path = head_of(pair)
+    path = find_head(pair.dense).path
     adapters = str(write_adapters(tmp_path / "head", pair.dense_folder, kind=kind, keys=(path,)))
-    refused(
-        lambda: load(str(pair.folder), adapter_path=adapters),
-        f"{path!r} carries a LoRA adapter.* must be fused first",
-    )
-
-
-def test_fully_tuned_weights(pair, tmp_path):
-    """Adapters of the kind "full" are weights: those of the body fit, another head does not."""
-    folder, weights = str(tmp_path), dict(tree_flatten(pair.dense.parameters()))
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "full"}))
-    file, name = f"{folder}/adapters.safetensors", "model.layers.1.mlp.down_proj.weight"
-    mx.save_safetensors(file, {name: weights[name] * -1})
-    ids = pair.encode(PROMPTS[1])
-    dense, _ = mlx_lm.load(str(pair.dense_folder), adapter_path=folder)
-    model, _ = load(str(pair.folder), adapter_path=folder)
-    assert pair.tokens(model, ids) == uncached(dense, ids) != pair.expected(ids)
-    name = head_of(pair) + ".weight"
-    mx.save_safetensors(file, {name: weights[name] * 2})
-    refused(lambda: load(str(pair.folder), adapter_path=folder), "belongs to other rows than this")
+    said = f"{path!r} carries a LoRA adapter.* must be fused first"
+    refused(lambda: load(str(pair.folder), adapter_path=adapters), said)

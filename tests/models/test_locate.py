@@ -4,19 +4,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_flashhead.models.locate import (
-    HeadLocation,
-    check_plain_product,
-    find_head,
-    recorded_hidden,
-)
+from mlx_flashhead.models import locate
+from mlx_flashhead.models.locate import HeadLocation, find_head, recorded_hidden
 from tiny_models import tiny_model
 
 TOKENS = mx.array([[3, 1, 200, 7, 5], [9, 9, 0, 202, 5]])
 
 
 def classes(model) -> dict:
-    """The methods of all classes of modules, by identity."""
+    """The methods of all classes of modules."""
     found = {cls for module in model.modules() for cls in type(module).__mro__}
     return {cls: dict(vars(cls)) for cls in found if issubclass(cls, nn.Module)}
 
@@ -35,19 +31,16 @@ class Wrapped(nn.Module):
 
     def __init__(self, model, after):
         super().__init__()
-        self.language_model = model
-        self.after = after
+        self.language_model, self.after = model, after
 
     def __call__(self, tokens, cache=None):
         return self.after(self, self.language_model(tokens, cache))
 
 
-def test_nested_model_and_a_tuple():
+def test_heads_that_cannot_be_served_are_refused():
+    """But one of a nested model that gives a tuple is found."""
     model = Wrapped(tiny_model(tied=False), lambda self, logits: (logits, None))
     assert find_head(model).path == "language_model.lm_head"
-
-
-def test_heads_that_cannot_be_served_are_refused():
     model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64, bias=False))
     model.layers[1].global_scale = mx.array(2.0)
     with pytest.raises(ValueError, match="have a global_scale"):
@@ -60,30 +53,10 @@ def test_heads_that_cannot_be_served_are_refused():
         find_head(Wrapped(tiny_model(tied=False), again))
 
 
-def test_last_of_several_is_the_head():
-    """A layer of the same shape before the head, such as helium's unused one, is not the head."""
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lm_head = nn.Linear(64, 203)
-            self.embed_tokens = nn.Embedding(203, 64)
-            self.draft = nn.Linear(64, 203)
-
-        def __call__(self, tokens):
-            hidden = self.embed_tokens(tokens)
-            hidden = hidden + 0 * self.draft(hidden).sum(axis=-1, keepdims=True)
-            return self.embed_tokens.as_linear(hidden)
-
-    location = find_head(Model())
-    assert (location.path, location.method) == ("embed_tokens", "as_linear")
-
-
 class Special(nn.Linear):
     """Its product is its parent's, which must not be counted twice, after a change."""
 
-    def change(self, product):
-        return product
+    change = staticmethod(lambda product: product)
 
     def __call__(self, hidden):
         return self.change(super().__call__(hidden))
@@ -94,11 +67,8 @@ class Inheriting(nn.Linear):
 
 
 def test_layer_that_calls_its_parent_and_classes_as_they_were():
-    """Also after an error."""
     model = tiny_model(tied=False)
-    head = Special(64, 203, bias=False)
-    head.weight = model.lm_head.weight
-    model.lm_head = head
+    head = model.lm_head = Special(64, 203, bias=False)
     model.model.layers[0].mlp.gate_proj = Inheriting(64, 128, bias=False)
     before = classes(model)
     location = find_head(model)
@@ -120,4 +90,4 @@ def test_special_layers_are_no_plain_product(change):
     layer = Special(64, 203, bias=False)
     layer.change = change
     with pytest.raises(ValueError, match=r"'lm_head' \(Special\) is not a plain product"):
-        check_plain_product(HeadLocation(layer, "lm_head", "__call__"))
+        locate.check_plain_product(HeadLocation(layer, "lm_head", "__call__"))

@@ -65,7 +65,7 @@ def test_variables(tokenizer):
     assert template_variables(tokenizer("{% if")) == template_variables(tokenizer(None)) == set()
 
 
-DOUBLES = "{% set n.s = n.s ~ n.s %}"
+DOUBLING = "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
 FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 MEMORY, TIME = "it takes more than 512 MB of memory", "it takes more than 0.5 seconds"
 
@@ -73,14 +73,9 @@ MEMORY, TIME = "it takes more than 512 MB of memory", "it takes more than 0.5 se
 @pytest.mark.parametrize(
     "template, said",
     [
-        # doubles a text, and computes one number
-        (
-            "{% set n = namespace(s='x') %}{% for i in range(60) %}" + DOUBLES + "{% endfor %}",
-            MEMORY,
-        ),
+        (DOUBLING + "{% endfor %}", MEMORY),
         ("{{ 'a' * 10 ** 10 }}", MEMORY),
-        ("{{ '%9999999999d' % 1 }}", MEMORY),
-        ("{{ 7 ** 30000000 }}", TIME),
+        ("{{ 7 ** 30000000 }}", TIME),  # one number
         (FOR_EVER, TIME),
         ("{{ 'a' * 2 ** 25 }}", "more than 16,777,216 characters"),
         ("{{ raise_exception('no\nturns') }}", "(no): shorten it"),
@@ -89,7 +84,7 @@ MEMORY, TIME = "it takes more than 512 MB of memory", "it takes more than 0.5 se
         ("{{ messages.append(1) }}", "is unsafe"),
         ("{% if", "unexpected"),
     ],
-    ids=range(11),
+    ids=range(10),
 )
 def test_what_fails_or_takes_too_much(tokenizer, monkeypatch, template, said):
     if said == TIME:

@@ -10,7 +10,6 @@ from mlx.utils import tree_map
 
 pytest.importorskip("mlx_vlm")
 
-from mlx_vlm.generate.ar import generate_step
 from mlx_vlm.speculative.drafters.eagle3.config import Eagle3Config
 from mlx_vlm.speculative.drafters.eagle3.eagle3 import Eagle3DraftModel
 from mlx_vlm.speculative.drafters.gemma4_assistant.config import Gemma4AssistantConfig
@@ -29,9 +28,10 @@ from mlx_flashhead.loading.load import attach
 from mlx_flashhead.models.install import detach, get_flash_head
 from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
-from vlm_texts import write_together
+from vlm_texts import write_alone, write_together
 
 PROMPT, TOKENS = [5, 9, 200], 12
+write = partial(write_alone, prompt=PROMPT, max_tokens=TOKENS)
 
 
 def mtp(target: nn.Module) -> nn.Module:
@@ -42,8 +42,7 @@ def layer_of(target: nn.Module) -> dict[str, int]:
     """The shape of a drafter's layer."""
     text = target.config.text_config
     shape = {"hidden_size": text.hidden_size, "vocab_size": text.vocab_size}
-    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2)
-    return shape | heads | {"intermediate_size": 64}
+    return shape | {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
 
 
 def dflash(target: nn.Module) -> nn.Module:
@@ -57,8 +56,7 @@ def eagle3(target: nn.Module, n_tokens: int | None = None) -> nn.Module:
     options = {"tie_word_embeddings": True, "block_size": 4, "target_layer_ids": [1, 2]}
     options |= {"draft_vocab_size": n_tokens or layer["vocab_size"]}
     drafter = Eagle3DraftModel(Eagle3Config(transformer_layer_config=layer, **options))
-    width = layer["hidden_size"]
-    drafter.fc = nn.Linear(2 * width, width, bias=False)  # of two layers
+    drafter.fc = nn.Linear(2 * layer["hidden_size"], layer["hidden_size"], bias=False)  # two layers
     return drafter
 
 
@@ -92,20 +90,15 @@ def calls(monkeypatch):
     def counted(owner, name):
         original = getattr(owner, name)
 
-        def call(self, *arguments, **options):
+        def call(*arguments, **options):
             found.append(name)
-            return original(self, *arguments, **options)
+            return original(*arguments, **options)
 
         monkeypatch.setattr(owner, name, call)
 
     counted(FlashHead, "draft_logits")
     counted(ClusteredRows, "token_rows")
     return found
-
-
-def write(model: nn.Module, **options) -> list[int]:
-    steps = generate_step(mx.array([PROMPT]), model, None, None, max_tokens=TOKENS, **options)
-    return [int(token) for token, _ in steps]
 
 
 @pytest.mark.parametrize("make, kind, name, tied, bits", CASES)
@@ -118,7 +111,6 @@ def test_text_is_the_dense_models(calls, make, kind, name, tied, bits):
     dense = write(model)
     assert write(model, **drafting) == dense
     accepted = list(drafter.accept_lens)
-
     install_index(model, tiny_index(model), backend="mlx")
     calls.clear()
     assert write(model, **drafting) == dense and drafter.accept_lens == accepted
@@ -180,7 +172,6 @@ def test_a_head_of_its_own_stays_dense(calls, attached, build, options):
 
 
 def test_several_texts_at_once():
-    """As mlx-vlm's server generates with a drafter."""
     model = tiny_vlm("qwen3_5", tied=True)
     dense = write(model)
     install_index(model, tiny_index(model), backend="mlx")

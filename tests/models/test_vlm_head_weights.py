@@ -6,12 +6,10 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
 
 mlx_vlm = pytest.importorskip("mlx_vlm")
 
-from mlx_vlm.generate.ar import generate_step
 from mlx_vlm.models.cache import make_prompt_cache
 from mlx_vlm.models.glm_moe_dsa import speculative_verifier as glm
 from mlx_vlm.speculative import eagle3, mtp
@@ -22,20 +20,16 @@ from mlx_flashhead.models.install import detach, get_flash_head
 from mlx_flashhead.models.libraries import forward
 from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
-from vlm_texts import write_together
+from vlm_texts import write_alone, write_together
 
 
 @pytest.fixture
 def reads(monkeypatch):
     """How often the rows have been put back into the model's order since, in a list."""
-    found = []
-    gather = ClusteredRows.token_rows
-
-    def counted(self):
-        found.append(self)
-        return gather(self)
-
-    monkeypatch.setattr(ClusteredRows, "token_rows", counted)
+    found, gather = [], ClusteredRows.token_rows
+    monkeypatch.setattr(
+        ClusteredRows, "token_rows", lambda self: found.append(self) or gather(self)
+    )
     return found
 
 
@@ -46,10 +40,8 @@ def served(name: str, *, tied: bool, bits: int | None = None) -> nn.Module:
     return model
 
 
-def hidden_states(model: nn.Module, length: int = 2) -> mx.array:
-    rng = np.random.default_rng(0)
-    width = get_flash_head(model).hidden_size
-    return mx.array(rng.normal(size=(1, length, width)).astype(np.float32))
+def hidden_states(model: nn.Module) -> mx.array:
+    return mx.random.normal((1, 2, get_flash_head(model).hidden_size), key=mx.random.key(0))
 
 
 def check_asks_the_layer(reads: list, model: nn.Module, function: Callable) -> None:
@@ -63,34 +55,28 @@ def check_asks_the_layer(reads: list, model: nn.Module, function: Callable) -> N
     assert not mx.allclose(logits, head.dense_logits(hidden), atol=1e-3)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("tied, bits", [(False, None), (False, 4), (True, None), (True, 4)])
 def test_verification_of_drafts(reads, bits, tied):
     """Qwen 3.5's own products for it, for the layer of its own and for the tied one."""
     model = served("qwen3_5", tied=tied, bits=bits)
-    text = model.language_model
+    text, hidden, head = model.language_model, hidden_states(model), get_flash_head(model)
     layer = text.model.embed_tokens if tied else text.lm_head
     name = "_target_verify_embedding_as_linear" if tied else "_target_verify_linear"
     check_asks_the_layer(reads, model, text.speculative_logits_from_hidden)
     check_asks_the_layer(reads, model, lambda hidden: getattr(linear, name)(layer, hidden))
-    hidden, head = hidden_states(model), get_flash_head(model)
-    reads.clear()
     with head.settings():
         assert mx.array_equal(text.speculative_argmax_from_hidden(hidden), head.token(hidden))
     assert not reads
 
 
 def test_fused_greedy_decoding_is_left_out(reads):
-    model = tiny_vlm("qwen3_5", tied=False)
-    nn.quantize(model, 32, 4, class_predicate=lambda path, _: path.endswith("lm_head"))
-    decode = model.language_model.fused_greedy_decode
-    tokens = mx.array([[3]])
-    assert decode(tokens, cache=make_prompt_cache(model.language_model)) is not None
+    model = tiny_vlm("qwen3_5", tied=False, bits=4)
+    text, tokens = model.language_model, mx.array([[3]])
+    assert text.fused_greedy_decode(tokens, cache=make_prompt_cache(text)) is not None
     install_index(model, tiny_index(model, n_probes=3), backend="mlx")
     reads.clear()
-    assert decode(tokens, cache=make_prompt_cache(model.language_model)) is None
-    assert not model.language_model.supports_fused_greedy_logits_processors([])
-    assert not reads
+    assert text.fused_greedy_decode(tokens, cache=make_prompt_cache(text)) is None
+    assert not text.supports_fused_greedy_logits_processors([]) and not reads
 
 
 def test_multi_token_prediction(reads):
@@ -104,15 +90,11 @@ def test_multi_token_prediction(reads):
     assert mx.array_equal(tokens, mx.argmax(text.lm_head(hidden), axis=-1))
 
 
-def test_verification_of_glm(reads):
+def test_verification_of_glm_and_lfm2(reads):
     model = served("glm_moe_dsa", tied=False)
     text = model.language_model
     check_asks_the_layer(reads, model, lambda hidden: glm.verify_logits(text, hidden))
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_verification_of_lfm2(reads, tied):
-    model = served("lfm2", tied=tied)
+    model = served("lfm2", tied=True)
     text, tokens = model.language_model, mx.array([[5, 9, 200]])
     reads.clear()
     verified = text(tokens, cache=make_prompt_cache(text), speculative_verify=True)
@@ -138,20 +120,11 @@ def test_a_token_never_reads_the_weights(reads, name, tied, bits):
     prompt = [5, 9, 200]
     first = mx.argmax(forward(model, mx.array([prompt]))[:, -1]).item()
 
-    def alone(max_tokens):
-        steps = generate_step(mx.array([prompt]), model, None, None, max_tokens=max_tokens)
-        return [int(token) for token, _ in steps]
+    def counted(write, *given):
+        reads.clear()
+        return write(model, *given), len(reads)
 
-    def together(max_tokens):
-        (tokens,) = write_together(model, [prompt], max_tokens, prefill_batch_size=1)
-        return tokens
-
-    for write in (alone, together):
-        counts = []
-        for max_tokens in (2, 8):
-            reads.clear()
-            tokens = write(max_tokens)
-            counts.append(len(reads))
-            assert len(tokens) == max_tokens and tokens[0] == first
-        assert counts[0] == counts[1]
-    assert alone(8) == together(8)
+    (few, n_few), (many, n_many) = (counted(write_alone, prompt, n) for n in (2, 6))
+    assert len(few) == 2 and many[:2] == few and many[0] == first and n_few == n_many
+    (few, n_few), (same, n_many) = (counted(write_together, [prompt], n) for n in (2, 6))
+    assert [many] == same and n_few == n_many

@@ -1,10 +1,10 @@
-"""mlx-vlm's generator of many texts at once, with the face of mlx-lm's."""
+"""Texts by mlx-vlm: of one prompt, and of many at once with the face of mlx-lm's generator."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-from mlx_vlm.generate.ar import BatchGenerator
+from mlx_vlm.generate.ar import BatchGenerator, generate_step
 from mlx_vlm.utils import StoppingCriteria
 
 from mlx_flashhead.models.libraries import embeddings
@@ -26,3 +26,9 @@ def write_together(
             texts.setdefault(response.uid, []).append(response.token)
     generator.close()
     return list(texts.values())
+
+
+def write_alone(model: Any, prompt: list[int], max_tokens: int, **options: Any) -> list[int]:
+    """The greedy text after a prompt, by mlx-vlm's loop of one text."""
+    steps = generate_step(mx.array([prompt]), model, None, None, max_tokens=max_tokens, **options)
+    return [int(token) for token, _ in steps]

@@ -39,9 +39,9 @@ CONFIG = FlashHeadConfig(
 )
 
 
-def write(folder, config=CONFIG, metadata=METADATA, licence=LLAMA, **kwargs):
+def write(folder, config=CONFIG, metadata=METADATA, **kwargs):
     named = {"title": "Llama-3.2-1B-FlashHead-4bit", "model": "me/Llama"} | kwargs
-    cards.write_card(folder, metadata, config, licence, **named)
+    cards.write_card(folder, metadata, config, **named)
     return (folder / "README.md").read_text()
 
 
@@ -88,15 +88,18 @@ def test_other_licences(tmp_path):
         (METADATA | named | {"license_link": "LICENSE"}, "The base model's: own."),
         ({}, "Its files do not name it"),
     ):
-        card = write(tmp_path, metadata=metadata, licence=None)
+        card = write(tmp_path, metadata=metadata)
         assert said in card and "Built with" not in card
 
 
 def test_own_text_stays_and_a_card_without_the_marker_is_all_own_text(tmp_path):
+    card = tmp_path / "README.md"
+    assert cards.text_below_marker(card) == ""
     for text in ("", "# A\n\n---\n<!-- x -->\n", "no newline"):
-        assert cards.text_below_marker(write(tmp_path, own_text=text)) == text
-    assert cards.text_below_marker("---\nlicense: mit\n---\n\n# Mine\n") == "# Mine\n"
-    assert cards.text_below_marker("") == ""
+        write(tmp_path, own_text=text)
+        assert cards.text_below_marker(card) == text
+    card.write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    assert cards.text_below_marker(card) == "# Mine\n"
 
 
 TEXTS = {

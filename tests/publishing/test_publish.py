@@ -130,7 +130,7 @@ CHANGES = {
     [
         ("no token", "me/tiny", r"needs a Hugging Face token, but there is none: log in"),
         ("unknown token", "me/tiny", r"does not accept the token"),
-        ("read token", "me/tiny", r"token may only read"),
+        ("read token", "me/tiny", r"me may not write to me/tiny"),
         ("no account", "me/tiny", r"cannot be reached"),
         ("none", "else/tiny", r"me may not write to else/tiny: choose .* such as me/tiny"),
         ("taken", "else/tiny", r"me may not write to else/tiny"),

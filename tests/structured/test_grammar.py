@@ -24,30 +24,6 @@ def references(n):
     return {"$ref": "#/$defs/d0", "$defs": defs | {f"d{n}": {"type": "string"}}}
 
 
-@pytest.mark.parametrize(
-    "schema, said",
-    [
-        ({"type": "objekt"}, "objekt"),
-        ({"properties": {"a": {"type": "numbr"}}}, "numbr"),
-        ({"properties": {"a": {"pattern": "("}}}, "unclosed group"),
-        ({"type": "number", "minimum": 5, "maximum": 1}, "greater"),
-        ({"properties": {"a": {"if": {}}}}, '"if" is not supported'),
-        ({"uniqueItems": True}, '"uniqueItems" is not supported'),
-        ({"items": {"$ref": "#/$defs/x"}}, "does not exist"),
-        (nested(450), "recursion"),
-        (nested(5000), "nested too deeply"),
-        (references(2600), "has 2,601 rules and references, and at most 1,000 are followed"),
-    ],
-    ids=range(10),
-)
-def test_wrong_schema(schema, said):
-    with pytest.raises(GrammarError) as raised:
-        Grammar.from_json_schema(schema)
-    message = str(raised.value)
-    assert message.startswith("The JSON schema is wrong: ")
-    assert said in message and message.endswith(".") and "\n" not in message
-
-
 def test_grammars_of_the_greatest_size_are_followed():
     assert Grammar.from_lark(chain(998)) and Grammar.from_json_schema(references(990))
 
@@ -62,28 +38,40 @@ def test_a_grammar_that_ends_the_process_of_llguidance_is_refused(monkeypatch, o
             Grammar.from_lark(text)
 
 
+SCHEMA, REGEX, LARK = Grammar.from_json_schema, Grammar.from_regex, Grammar.from_lark
+
+
 @pytest.mark.parametrize(
     "read, text, said",
     [
-        (Grammar.from_json_schema, [], "must be an object"),
-        (Grammar.from_json_schema, None, "must be an object"),
-        (Grammar.from_regex, "a(b", "unclosed group"),
-        (Grammar.from_regex, "(?=a)b", "look-around"),
-        (Grammar.from_regex, "", "must be a text"),
-        (Grammar.from_regex, 7, "is 7"),
-        (Grammar.from_regex, "a\\x00", "the character 0"),
-        (Grammar.from_regex, "\0", "the character 0"),
-        (Grammar.from_lark, "start: foo", 'line 1, column 8: unknown name: "foo"'),
-        (Grammar.from_lark, 'start: "a"\nb: (', "line 2"),
-        (Grammar.from_lark, 'x: "a"', "no start rule"),
-        (Grammar.from_lark, " ", "must be a text"),
-        (Grammar.from_lark, chain(2800), "has 2,802 rules and references, and at most 1,000"),
+        (SCHEMA, {"type": "objekt"}, "The JSON schema is wrong: .*objekt"),
+        (SCHEMA, {"properties": {"a": {"type": "numbr"}}}, "numbr"),
+        (SCHEMA, {"properties": {"a": {"pattern": "("}}}, "unclosed group"),
+        (SCHEMA, {"type": "number", "minimum": 5, "maximum": 1}, "greater"),
+        (SCHEMA, {"properties": {"a": {"if": {}}}}, '"if" is not supported'),
+        (SCHEMA, {"items": {"$ref": "#/$defs/x"}}, "does not exist"),
+        (SCHEMA, nested(450), "recursion"),
+        (SCHEMA, nested(5000), "nested too deeply"),
+        (SCHEMA, references(2600), "2,601 rules and references, and at most 1,000 are followed"),
+        (SCHEMA, [], "must be an object"),
+        (REGEX, "a(b", "unclosed group"),
+        (REGEX, "(?=a)b", "look-around"),
+        (REGEX, "", "must be a text"),
+        (REGEX, 7, "is 7"),
+        (REGEX, "a\\x00", "the character 0"),
+        (REGEX, "\0", "the character 0"),
+        (LARK, "start: foo", 'line 1, column 8: unknown name: "foo"'),
+        (LARK, 'start: "a"\nb: (', "line 2"),
+        (LARK, 'x: "a"', "no start rule"),
+        (LARK, " ", "must be a text"),
+        (LARK, chain(2800), "has 2,802 rules and references, and at most 1,000"),
     ],
+    ids=range(21),
 )
-def test_wrong_expressions_and_grammars(read, text, said):
-    with pytest.raises(GrammarError) as raised:
+def test_what_is_wrong_is_one_sentence(read, text, said):
+    with pytest.raises(GrammarError, match=said) as raised:
         read(text)
-    assert said in str(raised.value) and "\n" not in str(raised.value)
+    assert str(raised.value).endswith(".") and "\n" not in str(raised.value)
 
 
 def test_without_llguidance(monkeypatch):
