@@ -1,7 +1,5 @@
 """Chats with a model and its FlashHead: the flags of ``mlx_lm.chat`` and some more."""
 
-from argparse import Namespace
-
 from .common.arguments import Parser
 from .common.command import command
 from .common.flags import (
@@ -36,17 +34,11 @@ def main() -> None:
     if args.resume and args.system_prompt is not None:
         reason = "--resume continues a conversation that has its own system prompt"
         parser.error(f"{reason}: leave --system-prompt out")
-    if args.dense and args.no_verify:
-        parser.error("--dense uses no FlashHead: leave --no-verify out")
     check_before_loading(args)
-    _chat(args)
-
-
-def _chat(args: Namespace) -> None:
     # mlx-lm takes a second to import, which mistakes and --help do without
     import mlx.core as mx
 
-    from .chatting.conversation import Conversation, last_conversation, user_file
+    from .chatting.conversation import FILES, Conversation, last_conversation
     from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
     from .common.terminal import Terminal
     from .loading.background import IdleBuild, background_build
@@ -56,17 +48,11 @@ def _chat(args: Namespace) -> None:
     from .models.fetch import resolve
     from .models.install import get_flash_head
 
-    if mx.distributed.init().size() > 1:
-        raise ValueError("A chat runs in one process: use mlx_lm.chat on several machines.")
     resumed = last_conversation() if args.resume else []
     how = HeadOptions.from_flags(args, dense=args.dense)
-    folder = resolve(args.model)
+    folder, trusts = resolve(args.model), {"trust_remote_code": args.trust_remote_code}
     model, tokenizer, _ = load_with_head(
-        folder,
-        how,
-        adapter_path=args.adapter_path,
-        tokenizer_config={"trust_remote_code": args.trust_remote_code},
-        trust_remote_code=args.trust_remote_code,
+        folder, how, adapter_path=args.adapter_path, tokenizer_config=trusts, **trusts
     )
     if args.n_probes and (args.dense or args.no_build) and get_flash_head(model) is None:
         raise ValueError(NO_FLASH_HEAD)
@@ -76,20 +62,16 @@ def _chat(args: Namespace) -> None:
     )
     if resumed:
         conversation.replace(resumed)
-    names = ["temp", "top_p", "min_p", "min_tokens_to_keep", "top_k"]
-    names += ["xtc_probability", "xtc_threshold"]
+    drawing = (args.temp, args.top_p, args.min_p, args.min_tokens_to_keep, args.top_k)
+    ends = [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
     options = {
         "max_tokens": args.max_tokens,
         "prefill_step_size": args.prefill_step_size,
         "verify": not args.no_verify,
-        "sampler": make_sampler(
-            **{name: getattr(args, name) for name in names},
-            xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-        ),
+        "max_wait": args.max_wait,
+        "sampler": make_sampler(*drawing, args.xtc_probability, args.xtc_threshold, ends),
     }
-    if args.max_wait is not None:
-        options["max_wait"] = args.max_wait
-    terminal = Terminal([*COMMANDS], WITH_FILES, user_file("history"))
+    terminal = Terminal([*COMMANDS], WITH_FILES, FILES.expanduser() / "history")
     build = background_build(model, tokenizer, folder, how) if how.missing == LATER else None
     idle = IdleBuild(build) if build else None
     try:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import mlx.nn as nn
 
@@ -19,15 +19,10 @@ from ..models.compat.mlx_lm import can_trim_prompt_cache, make_prompt_cache, tri
 from ..models.libraries import apply_template
 
 LENGTH, STOPPED = "length", "stopped"
-SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
-KEY = "messages"
+FILES = Path("~/.config/mlx_flashhead/chat")  # what is stored for the user's next start
 
-
-class Message(TypedDict):
-    """One message in the form of chat templates."""
-
-    role: str
-    content: str
+# In the form of chat templates: a role, which is "system", "user" or "assistant", and a content.
+Message = dict[str, str]
 
 
 @dataclass
@@ -40,10 +35,6 @@ class Answer:
     n_tokens: int = 0
     tokens_per_second: float | None = None  # mlx-lm's measure, of two tokens or more
     finish: str = STOPPED  # by the user, "stop" at an end-of-text token, "length" at the limit
-
-
-class _Stopped(Exception):
-    """The user stops while the prompt is read."""
 
 
 class Conversation:
@@ -62,7 +53,7 @@ class Conversation:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: Any,
         *,
         system_prompt: str | None = None,
         max_kv_size: int | None = None,
@@ -73,12 +64,10 @@ class Conversation:
                 "use mlx_flashhead.generate."
             )
         self.model, self.tokenizer, self._max_kv_size = model, tokenizer, max_kv_size
-        self._clear_cache()
-        # some models make caches of their own
-        sizes = [getattr(cache, "max_size", None) for cache in self.cache]
-        self.cache_is_limited = max_kv_size is not None and max_kv_size in sizes
-        self._start = [] if system_prompt is None else [Message(role=SYSTEM, content=system_prompt)]
-        self.replace(self._start)
+        self._start: list[Message] = []
+        if system_prompt is not None:
+            self._start = [{"role": "system", "content": system_prompt}]
+        self.reset()
 
     def reset(self) -> None:
         """Begins anew, with the system prompt."""
@@ -88,7 +77,7 @@ class Conversation:
     def replace(self, messages: list[Message]) -> None:
         """Continues another conversation, unless the chat template refuses it with a ValueError."""
         if messages:
-            self._tokens([*messages, Message(role=USER, content="")])
+            self._tokens([*messages, {"role": "user", "content": ""}])
         self.messages = list(messages)
         self.answers: list[Answer] = []
 
@@ -97,22 +86,18 @@ class Conversation:
     ) -> Iterator[str]:
         """Asks, streams the answer, and appends it to ``answers``.
 
-        ``stopping`` is called after each token and each piece of the prompt; True stops. The answer
-        so far stays, and a question without an answer is forgotten. The other keywords are those of
-        ``stream_generate``, such as dense, max_tokens and sampler.
-
-        Raises:
-            ValueError: If the chat template refuses the conversation, which stays unchanged.
+        ``stopping`` is called after each token, where True stops and the answer so far stays, and
+        while the prompt is read, where it raises KeyboardInterrupt and the question is forgotten.
+        The other keywords are those of ``stream_generate``, such as dense, max_tokens and sampler.
+        ValueError if the chat template refuses the conversation, which stays unchanged.
         """
-        question = Message(role=USER, content=text)
+        question = {"role": "user", "content": text}
         prompt = self._tokens([*self.messages, question])
         answer = Answer(n_prompt=len(prompt), n_cached=self._trim_cache(prompt))
 
         def progress(processed: int, total: int) -> None:
-            if processed < total:  # at the end, the cache is a token ahead
-                self.cached_ids = prompt[: answer.n_cached + processed]
-                if stopping():
-                    raise _Stopped
+            if processed < total and stopping():
+                raise KeyboardInterrupt
 
         stream = stream_generate(
             self.model,
@@ -123,12 +108,11 @@ class Conversation:
             prompt_progress_callback=progress,
             **kwargs,
         )
+        self.cached_ids = list(prompt)
         try:
             for response in stream:
                 answer.n_tokens += 1
-                if answer.n_tokens == 1:
-                    self.cached_ids = list(prompt)
-                else:
+                if answer.n_tokens > 1:
                     answer.tokens_per_second = response.generation_tps
                 self.cached_ids.append(response.token)  # mlx-lm is a step ahead
                 answer.text += response.text
@@ -137,15 +121,13 @@ class Conversation:
                     yield response.text
                 if stopping():
                     break
-        except _Stopped:
-            pass
-        except BaseException:  # within a step: layers may hold different numbers of tokens
+        except BaseException:  # amid a step, layers may hold different numbers of tokens
             self._clear_cache()
             raise
         finally:
             stream.close()
             if answer.text or answer.finish != STOPPED:
-                self.messages += [question, Message(role=ASSISTANT, content=answer.text)]
+                self.messages += [question, {"role": "assistant", "content": answer.text}]
                 self.answers.append(answer)
 
     def _tokens(self, messages: list[Message]) -> list[int]:
@@ -154,7 +136,7 @@ class Conversation:
 
     def _clear_cache(self) -> None:
         self.cache = make_prompt_cache(self.model, self._max_kv_size)
-        self.cached_ids = []  # that were put in, dropped ones included
+        self.cached_ids: list[int] = []  # that were put in, dropped ones included
 
     def _trim_cache(self, prompt: list[int]) -> int:
         """Trims the cache to the beginning that ``prompt`` shares, without its last token."""
@@ -165,71 +147,48 @@ class Conversation:
                 self._clear_cache()
                 return 0
             trim_prompt_cache(self.cache, too_many)
-            del self.cached_ids[shared:]
         return shared
 
 
 def read_conversation(
     path: Path, *, remedy: str = "choose a file written by /save"
 ) -> list[Message]:
-    """Reads the messages of a file in the form of ``write_conversation``, or a list of them alone.
-
-    Raises:
-        ValueError: If it does not hold a conversation that continues with a question.
-    """
-    reason = "it is not JSON"
+    """The messages in a file of ``write_conversation``, or a list of them alone. ValueError if they
+    are no conversation that continues with a question."""
     try:
         content = json.loads(path.read_bytes())
-        reason = "its messages are not questions of a user and answers of an assistant"
         messages = [
-            Message(role=message["role"], content=message["content"])
-            for message in (content[KEY] if isinstance(content, dict) else content)
+            {"role": message["role"], "content": message["content"]}
+            for message in (content["messages"] if isinstance(content, dict) else content)
         ]
         roles = [message["role"] for message in messages]
-        turns = roles[1:] if roles[:1] == [SYSTEM] else roles
+        turns = roles[1:] if roles[:1] == ["system"] else roles
         are_texts = all(isinstance(message["content"], str) for message in messages)
-        if are_texts and turns == [USER, ASSISTANT] * (len(turns) // 2):
+        if are_texts and turns == ["user", "assistant"] * (len(turns) // 2):
             return messages
     except (ValueError, RecursionError, KeyError, TypeError):
         pass
-    raise ValueError(f"{path} does not hold a conversation ({reason}): {remedy}.")
+    form = "JSON of questions and answers in turn"
+    raise ValueError(f"{path} does not hold a conversation ({form}): {remedy}.")
 
 
-def write_conversation(
-    path: Path, messages: list[Message], model: str, *, replace: bool = False
-) -> None:
-    """Writes the messages and the model's name as JSON, completely or not at all.
-
-    Raises:
-        ValueError: If the file exists and is not a conversation, unless ``replace`` is true.
-        OSError: If it cannot be written.
-    """
-    if path.exists() and not replace:
-        try:
-            read_conversation(path)
-        except ValueError:
-            reason = f"{path} exists already and is not a conversation: choose another name."
-            raise ValueError(reason) from None
-    text = json.dumps({"model": model, KEY: messages}, indent=2, ensure_ascii=False) + "\n"
+def write_conversation(path: Path, messages: list[Message], model: str) -> None:
+    """Writes the messages and the model's name as JSON, completely or not at all."""
+    text = json.dumps({"model": model, "messages": messages}, indent=2, ensure_ascii=False) + "\n"
     with new_file(path) as file:
         file.write_text(text, encoding="utf-8")
 
 
-def user_file(name: str) -> Path:
-    """A file in which a chat at the terminal stores something for its user's next start."""
-    return Path("~/.config/mlx_flashhead/chat", name).expanduser()
-
-
 def store_conversation(messages: list[Message], model: str) -> None:
     """Stores a conversation as the last one."""
-    path = user_file("last.json")
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_conversation(path, messages, model, replace=True)
+    folder = FILES.expanduser()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_conversation(folder / "last.json", messages, model)
 
 
 def last_conversation() -> list[Message]:
     """The messages of the last conversation; a ValueError if there is none."""
-    path = user_file("last.json")
+    path = FILES.expanduser() / "last.json"
     if not path.exists():
         raise ValueError("There is no conversation to --resume: none has been kept yet.")
     return read_conversation(path, remedy="start without --resume")

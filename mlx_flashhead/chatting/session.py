@@ -1,6 +1,5 @@
 """A conversation at the terminal: the user types messages and commands."""
 
-import textwrap
 from argparse import Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,14 +12,12 @@ from ..common.arguments import check, whole_number
 from ..common.command import sentence
 from ..common.tables import count
 from ..common.terminal import QUOTES, Terminal, stop_key
-from ..head.flash_head import FlashHead
 from ..loading.background import IdleBuild
 from ..lossless.policy import decoding_mode, policy_of
 from ..models.install import get_flash_head
 from .conversation import (
     LENGTH,
     STOPPED,
-    USER,
     Answer,
     Conversation,
     read_conversation,
@@ -40,13 +37,12 @@ COMMANDS = {
 }
 WITH_FILES = ("/save", "/load")
 # What people type for a command, with a slash or without; the letters are those of mlx_lm.chat.
-ALIASES = dict.fromkeys(("h", "help", "?"), "/help") | {"r": "/reset"}
+ALIASES = {"h": "/help", "help": "/help", "?": "/help", "r": "/reset"}
 ALIASES |= dict.fromkeys(("q", "quit", "exit"), "/exit")
 HELP = """\
 Ctrl-C stops an answer. A message that begins with a slash needs a space before it.
 Several lines: paste them, end a line with Esc Enter, or put \"\"\" before and after them.
 Up and down go through what was typed, Tab completes commands and files."""
-NOT_LIMITED = "--max-kv-size has no effect: mlx-lm lets this model choose the size of its cache."
 NO_FLASH_HEAD = "This model has no FlashHead yet: start without --dense, and it is built."
 
 
@@ -70,44 +66,29 @@ class ChatSession:
         say, interactive = self.terminal.say, self.terminal.interactive
         if interactive:
             say(f"{self.args.model}, {self._settings()}. /help lists the commands.")
-        if self.args.max_kv_size is not None and not self.conversation.cache_is_limited:
-            say(NOT_LIMITED)
         if self.args.resume:
-            messages = self.conversation.messages
-            summary = f"Continuing the last conversation, {count(len(messages), 'message')}"
-            if questions := [m["content"] for m in messages if m["role"] == USER]:
-                summary += f"; last: {textwrap.shorten(questions[-1], 60, placeholder='…')}"
-            say(summary)
+            say(f"Continuing the last conversation, {self._messages()}.")
         while True:
             try:
-                text = self.terminal.read()
-                command, argument = _command(text)
+                command, rest = _command(self.terminal.read())
                 if command == "/exit":
                     return
-                self._do(command, argument, text.strip())
+                try:
+                    if command:
+                        say(self._run(command, rest))
+                    else:
+                        self._answer(rest)
+                except BrokenPipeError:
+                    raise
+                except (ValueError, OSError) as error:
+                    say(sentence(error))
             except EOFError:
-                if interactive:
-                    say("")
+                say("")
                 return
             except KeyboardInterrupt:  # at the prompt, or when an answer has just ended
                 if not interactive:
                     raise
                 say("\n/exit or Ctrl-D leaves.")
-
-    def _do(self, command: str, argument: str, text: str) -> None:
-        try:
-            if command and command not in COMMANDS:
-                raise ValueError(f"There is no command {command}: /help lists the commands.")
-            if command:
-                self.terminal.say(getattr(self, f"_{command[1:]}")(argument))
-            elif text.startswith(QUOTES):
-                self._answer(text.removeprefix(QUOTES).removesuffix(QUOTES).strip())
-            else:
-                self._answer(text)
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError) as error:
-            self.terminal.say(sentence(error))
 
     def _answer(self, text: str) -> None:
         if not text:
@@ -144,17 +125,41 @@ class ChatSession:
                 self.stores = False  # and it is said once
                 say(f"This conversation is not kept for --resume: {sentence(error)}")
 
-    # Each command takes its argument and returns what to say.
+    def _run(self, command: str, argument: str) -> str:
+        """Runs a command. Returns what to say."""
+        path = Path(argument).expanduser()
+        if command in WITH_FILES and not argument:
+            raise ValueError(f"{command} needs the name of a file, such as {command} chat.json.")
+        if command in ("/probes", "/dense") and self.head is None:
+            raise ValueError(NO_FLASH_HEAD)
+        match command:
+            case "/help":
+                return "\n".join([*(f"  {name:8} {what}" for name, what in COMMANDS.items()), HELP])
+            case "/reset":
+                self.conversation.reset()
+                return "A new conversation."
+            case "/stats":
+                return self._stats()
+            case "/save":
+                if path.exists():
+                    read_conversation(path, remedy="choose another name")  # it replaces no other
+                write_conversation(path, self.conversation.messages, self.args.model)
+                return f"Wrote {self._messages()} to {path}."
+            case "/load":
+                self.conversation.replace(read_conversation(path))
+                return f"Read {self._messages()} from {path}."
+            case "/dense":
+                self.dense = not self.dense
+            case "/probes":
+                if argument and self.head is not None:
+                    check("/probes", argument, whole_number(1, self.head.n_clusters))
+                    self.head.n_probes = int(argument)
+                    policy_of(self.head).dense = False  # it comes before what was measured
+            case _:
+                raise ValueError(f"There is no command {command}: /help lists the commands.")
+        return f"Now {self._settings()}."
 
-    def _help(self, _: str) -> str:
-        return "\n".join([*(f"  {name:8} {what}" for name, what in COMMANDS.items()), HELP])
-
-    def _reset(self, _: str) -> str:
-        self.conversation.reset()
-        return "A new conversation."
-
-    def _stats(self, _: str) -> str:
-        answers = self.conversation.answers
+    def _stats(self) -> str:
         lines = [f"{self.args.model}, {self._settings()}"]
         if self.head is not None:
             lines.append(f"backend {self.head.backend!r}: {self.head.backend_reason}")
@@ -163,44 +168,12 @@ class ChatSession:
                 known = "predicted" if policy.predicted else "measured"
                 lines.append(f"{known} on this machine: {policy.gain:.2f} times as fast as dense")
         lines.append(f"{self._messages()}, {len(self.conversation.cached_ids)} tokens in the cache")
-        if self.conversation.cache_is_limited:
-            lines[-1] += f", which keeps the last {self.args.max_kv_size}"
-        if answers:
-            lines.append(f"last answer: {_figures(answers[-1])}")
-            tokens = sum(answer.n_tokens for answer in answers)
-            lines.append(f"{count(len(answers), 'answer')} of {count(tokens, 'token')}")
+        if self.conversation.answers:
+            lines.append(f"last answer: {_figures(self.conversation.answers[-1])}")
         return "\n".join([*lines, f"memory at most {mx.get_peak_memory() / 1e9:.2f} GB"])
-
-    def _probes(self, argument: str) -> str:
-        head = self._flash_head()
-        if argument:
-            check("/probes", argument, whole_number(1, head.n_clusters))
-            head.n_probes = int(argument)
-            policy_of(head).dense = False  # the user's number comes before what was measured
-        return f"Now {self._settings()}."
-
-    def _dense(self, _: str) -> str:
-        self._flash_head()  # or an error that there is none
-        self.dense = not self.dense
-        return f"Now {self._settings()}."
-
-    def _save(self, argument: str) -> str:
-        path = _path("/save", argument)
-        write_conversation(path, self.conversation.messages, self.args.model)
-        return f"Wrote {self._messages()} to {path}."
-
-    def _load(self, argument: str) -> str:
-        path = _path("/load", argument)
-        self.conversation.replace(read_conversation(path))
-        return f"Read {self._messages()} from {path}."
 
     def _messages(self) -> str:
         return count(len(self.conversation.messages), "message")
-
-    def _flash_head(self) -> FlashHead:
-        if self.head is None:
-            raise ValueError(NO_FLASH_HEAD)
-        return self.head
 
     def _settings(self) -> str:
         if self.head is None:
@@ -214,12 +187,15 @@ class ChatSession:
 
 
 def _command(text: str) -> tuple[str, str]:
-    """The command in a line and its argument; two empty texts if it is a message."""
-    is_command = text.startswith("/") or text.strip() in ALIASES  # not a slash after a space
-    if "\n" in text.strip("\n") or not is_command:
-        return "", ""
-    name, *argument = text.split(maxsplit=1)
-    return ALIASES.get(name.removeprefix("/"), name), "".join(argument).strip()
+    """The command in a line and its argument; or no command, and a message."""
+    message = text.strip()
+    is_command = text.startswith("/") or message in ALIASES  # not a slash after a space
+    if is_command and "\n" not in text.strip("\n"):
+        name, *argument = text.split(maxsplit=1)
+        return ALIASES.get(name.removeprefix("/"), name), "".join(argument).strip()
+    if message.startswith(QUOTES):
+        message = message.removeprefix(QUOTES).removesuffix(QUOTES).strip()
+    return "", message
 
 
 def _figures(answer: Answer) -> str:
@@ -230,9 +206,3 @@ def _figures(answer: Answer) -> str:
     if answer.finish == STOPPED:
         figures.append("stopped")
     return ", ".join(figures)
-
-
-def _path(name: str, argument: str) -> Path:
-    if not argument:
-        raise ValueError(f"{name} needs the name of a file, such as {name} chat.json.")
-    return Path(argument).expanduser()

@@ -244,10 +244,13 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
 
     def _leave(self, sequence: Sequence) -> tuple[list[Any], list[int]]:
         """Ends a sequence. Returns its caches and the tokens in them, those handed out."""
+        tokens = sequence.prompt + sequence.tokens[: sequence.n_yielded]
+        if not (sequence.tokens or sequence.pending):  # nor is the prompt's last token in them yet
+            tokens = tokens[:-1]
         cache = self._take_out(sequence, sequence.n_yielded)
         sequence.pending.clear()
         self._matchers.pop(sequence, None)
-        return cache, sequence.prompt + sequence.tokens[: sequence.n_yielded]
+        return cache, tokens
 
     def _take_out(self, sequence: Sequence, target: int) -> list[Any]:
         """Takes a sequence out of mlx-lm's batch: its caches, with ``target`` of its tokens."""

@@ -32,7 +32,7 @@ MAX_HEAD_BYTES = 96 << 10
 
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
 _TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")  # unchanged in an address
-_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # letters and digits that people do not mix up
+_LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # that people do not mix up
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Access:
     def check(self, scope: Scope) -> None:
         """Raises an ApiError unless a request may be served. h11 has rejected what is not HTTP."""
         headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
-        n_bytes = sum(len(name) + len(value) for name, value in headers.raw)
-        if n_bytes + len(path) + len(scope["query_string"]) > MAX_HEAD_BYTES:
+        parts = [path, scope["query_string"], *(part for header in headers.raw for part in header)]
+        if sum(map(len, parts)) > MAX_HEAD_BYTES:
             raise ApiError("The request's head is too long: send less.", status=431)
 
         host = headers.get("Host", "").strip()
@@ -84,23 +84,20 @@ class Access:
         length = headers.get("Content-Length")
         if "Transfer-Encoding" in headers or (method == "POST" and length is None):
             raise ApiError("A request with a body needs Content-Length.", status=411)
-        if (n_bytes := int(length or 0)) > self.max_body_bytes:
+        if int(length or 0) > self.max_body_bytes:
             most = f"at most {self.max_body_bytes:,} are read"
-            raise ApiError(f"The request has {n_bytes:,} bytes, and {most}: send less.", status=413)
+            raise ApiError(f"The request has {length} bytes, and {most}: send less.", status=413)
 
     def shown_token(self, scope: Scope) -> str | None:
-        """The server's token if the request carries it, else None.
-
-        The comparison's time does not depend on the token.
-        """
+        """The server's token if the request carries it, else None. The comparison's time does not
+        depend on the token."""
         if self.token is None:
             return None
-        request = Request(scope)
+        request, token = Request(scope), self.token.encode()
         sent = request.query_params.getlist("token") if scope["path"] in QUERY_PATHS else []
         scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
         sent += [credentials] if scheme.lower() == "bearer" else []
         sent += [request.cookies.get(COOKIE, "")]
-        token = self.token.encode()
         equal = any(hmac.compare_digest(text.strip().encode(), token) for text in sent)
         return self.token if equal else None
 
@@ -118,11 +115,8 @@ def access_of(args: Namespace) -> Access:
 
 
 def kept_token(path: Path) -> str:
-    """The token in a file, so that a page on a Home Screen still opens after a restart.
-
-    A missing file is made with a random one of 99 bits that can be read aloud and typed. A
-    ValueError if the file does not hold a token.
-    """
+    """The token in a file, which is made with one of 99 random bits that can be read aloud and
+    typed. A page on a Home Screen so opens after a restart. ValueError if it holds no token."""
     path = path.expanduser()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +126,5 @@ def kept_token(path: Path) -> str:
     token = path.read_text(encoding="utf-8", errors="replace").strip()
     if not _TOKEN.fullmatch(token):
         form = "16 to 128 letters, digits, '-' or '_'"
-        remedy = "delete it, and a new one is made"
-        raise ValueError(f"{path} does not hold a token ({form}): {remedy}.")
+        raise ValueError(f"{path} does not hold a token ({form}): delete it for a new one.")
     return token

@@ -1,8 +1,8 @@
 """The front door: limits of connections and of time, errors of all requests, and the log.
 
 uvicorn waits for ever for a request's head and for a client that reads nothing, so its protocol has
-timers here. A connection carries one request: uvicorn stops reading when more bytes follow a
-request, and would then not see that the client has left.
+timers here. A connection carries one request: uvicorn stops reading when more bytes follow it, and
+would then not see that the client has left.
 """
 
 import asyncio
@@ -10,10 +10,9 @@ import logging
 import re
 import sys
 import time
-from asyncio import TimerHandle, Transport
+from asyncio import Transport
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -36,11 +35,6 @@ HEAD_SECONDS, BODY_SECONDS, WRITE_SECONDS = 10.0, 60.0, 30.0
 REFUSED_SECONDS, HALF_CLOSED_SECONDS = 2.0, 0.2
 # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
 _COOKIE_SETTINGS = f"Path=/; Max-Age={365 * 24 * 3600}; HttpOnly; SameSite=Strict"
-_CROSS_ORIGIN_HEADERS = {
-    "Access-Control-Allow-Methods": "GET, POST",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type",
-    "Vary": "Origin",
-}
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +45,9 @@ Waiting = dict[Any, "Connection"]
 class Connection(H11Protocol):
     """A connection of uvicorn's, with deadlines."""
 
-    def __init__(self, waiting: Waiting, **options: Any) -> None:
+    def __init__(self, waiting: Waiting, **options: Any):
         super().__init__(**options)
         self._waiting = waiting
-        self._write_timer: TimerHandle | None = None
         self._refused = False
         self._n_ignored = 0  # bytes after the request
 
@@ -66,13 +59,11 @@ class Connection(H11Protocol):
             self._waiting.pop(oldest).transport.abort()
         self._ends = self.client or ("", 0), self.server
         self._waiting[self._ends] = self
-        self._head_timer = self.loop.call_later(HEAD_SECONDS, transport.abort)
+        self._timer = self.loop.call_later(HEAD_SECONDS, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._waiting.pop(self._ends, None)
-        self._head_timer.cancel()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
+        self._timer.cancel()
         super().connection_lost(exc)
 
     @property
@@ -86,9 +77,10 @@ class Connection(H11Protocol):
             if self._n_ignored > MAX_HEAD_BYTES:
                 self.transport.abort()
         elif not self._refused:
+            begun = self.cycle is not None
             super().data_received(data)
-            if self.cycle is not None:
-                self._head_timer.cancel()
+            if self.cycle is not None and not begun:
+                self._timer.cancel()
             if self._complete:
                 self.flow.resume_reading()  # so that the end of the connection is noticed
 
@@ -126,34 +118,30 @@ class Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._write_timer is not None and not self.transport.is_closing():
-            self._write_timer.cancel()
-            self._write_timer = None
+        if not self.transport.is_closing():
+            self._timer.cancel()
 
     def _allow_for_reading(self) -> None:
-        if self._write_timer is None:
-            self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+        self._timer.cancel()
+        self._timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
 
 
 class FrontDoor:
-    """An application behind the rules of access: it answers errors, and logs requests.
-
-    A request finds it as ``request.app``. What an endpoint adds to ``request.state.notes`` is
-    logged.
-    """
+    """An application behind the rules of access, its `access`. It answers errors, and logs requests
+    with what the application adds to ``request.state.notes``."""
 
     def __init__(self, app: ASGIApp, access: Access, waiting: Waiting):
         self._app, self.access, self._waiting = app, access, waiting
         self._answered: Counter[str] = Counter()  # requests in progress, by address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
+        method, path = scope["method"], scope["path"]
         notes: list[str] = []
         scope["state"]["notes"] = notes
         scope["app"] = self  # the router raises its 404 and 405 then
-        began, status = time.monotonic(), 0
+        began, status, received = time.monotonic(), 0, False  # received: the whole request
         problem: ApiError | None = None
-        received = headers.get("Content-Length", "0") == "0"  # the whole request
+        address: str | None = None  # of an admitted request
 
         async def receive_message() -> Message:
             nonlocal received
@@ -178,11 +166,12 @@ class FrontDoor:
 
         try:
             self.access.check(scope)
-            app: ASGIApp = self._app
-            if method == "OPTIONS":  # which requests a script of another site may send
-                app = Response(status_code=204)
-            with self._answering(scope) if method == "POST" else nullcontext():
-                await app(scope, receive_message, send_message)
+            # to OPTIONS, which requests a script of another site may send
+            app = Response(status_code=204) if method == "OPTIONS" else self._app
+            if method == "POST":
+                self._admit(scope)
+                address = scope["client"][0]
+            await app(scope, receive_message, send_message)
         except ClientDisconnect:
             notes.append("the client has left")
         except ApiError as error:
@@ -195,6 +184,8 @@ class FrontDoor:
         except Exception:
             logger.exception("A request could not be answered")
             problem = ApiError("The server has failed: see its log.", status=500)
+        finally:
+            self._answered -= Counter([address] if address else [])  # drops counts of 0
         if problem is not None and not status:  # else the connection ends amid the answer
             response = json_response(problem.as_json(), problem.status)
             if problem.status == HTTPStatus.UNAUTHORIZED and method == "GET" and path == "/":
@@ -207,9 +198,8 @@ class FrontDoor:
             notes = [f"{status or '-'}", f"{time.monotonic() - began:.2f} s", *notes]
             logger.info("%s %s %s %s", scope["client"][0], method, path, ", ".join(notes))
 
-    @contextmanager
-    def _answering(self, scope: Scope) -> Iterator[None]:
-        """A block in which a request is answered; an ApiError if there are too many."""
+    def _admit(self, scope: Scope) -> None:
+        """Counts a request that is answered; an ApiError if there are too many."""
         address = scope["client"][0]
         if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
             answered = f"{most} requests of your address are being answered"
@@ -218,10 +208,6 @@ class FrontDoor:
             raise ApiError("Too many requests at once: try again in a moment.", status=503)
         self._waiting.pop((scope["client"], scope["server"]), None)
         self._answered[address] += 1
-        try:
-            yield
-        finally:
-            self._answered -= Counter([address])  # drops counts of 0
 
     def _add_headers(self, headers: MutableHeaders, status: int, scope: Scope) -> None:
         if status == HTTPStatus.UNAUTHORIZED:
@@ -232,7 +218,9 @@ class FrontDoor:
             headers["Set-Cookie"] = f"{COOKIE}={token}; {_COOKIE_SETTINGS}"
         origin = Headers(scope=scope).get("Origin", "")
         if origin in self.access.origins:
-            headers.update({"Access-Control-Allow-Origin": origin, **_CROSS_ORIGIN_HEADERS})
+            headers["Access-Control-Allow-Origin"], headers["Vary"] = origin, "Origin"
+            headers["Access-Control-Allow-Methods"] = "GET, POST"
+            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
 
 
 async def read_body(request: Request) -> bytes:

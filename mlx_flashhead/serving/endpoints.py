@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -28,12 +28,6 @@ from .responses import PAGE_ROUTES, ApiError, dumps, json_response
 from .served_models import ServedModel
 
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
-TEXT_PATHS = ("/v1/completions",)
-_PREPARED_AT_ONCE = 8
-_STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
-]
 _BYTES = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
 
 
@@ -45,25 +39,24 @@ class Api:
         self.end: ApiError | None = None  # why no request is answered any more
         self.answers: set[Answer] = set()  # in progress
         # where bodies become tokens, which may take many times their size
-        self._readers = ThreadPoolExecutor(_PREPARED_AT_ONCE, "read")
+        self._readers = ThreadPoolExecutor(8, "read")
 
     def router(self) -> Router:
-        """The paths."""
-        posts = [Route(path, self.complete, methods=["POST"]) for path in CHAT_PATHS + TEXT_PATHS]
-        gets = [
+        posts = (*CHAT_PATHS, "/v1/completions")
+        routes = [Route(path, self.complete, methods=["POST"]) for path in posts]
+        routes += [
             Route("/health", self.health),
             Route("/v1/models", self.list_models),
             Route("/v1/models/{name:path}", self.show_model),
             Route("/page/info.json", self.page_info),
         ]
-        return Router([*posts, *gets, *PAGE_ROUTES], redirect_slashes=False)
+        return Router(routes + PAGE_ROUTES, redirect_slashes=False)
 
-    def fail_answers(self, message: str, *, for_good: bool = False) -> None:
-        """Ends the answers in progress with an error; ``for_good`` also those to come."""
-        problem = ApiError(message, status=503)
-        self.end = problem if for_good else self.end
+    def end_answers(self, message: str) -> None:
+        """Ends the answers in progress, and those to come, with an error."""
+        self.end = ApiError(message, status=503)
         for answer in list(self.answers):
-            answer.put((0, problem))
+            answer.put((0, self.end))
 
     async def health(self, request: HttpRequest) -> Response:
         status = self.engine.status
@@ -115,10 +108,8 @@ class Api:
 
 
 class Answer:
-    """The response to a request for texts, whole or as a stream of server-sent events.
-
-    Its queue has what happens, in order: events of the engine, a client that leaves, the end.
-    """
+    """The response to a request for texts, whole or in server-sent events. Its queue has, in order,
+    events of the engine, a client that leaves, the end."""
 
     def __init__(self, api: Api, jobs: list[Job], notes: list[str]):
         self.jobs, self._api, self._notes, self._request = jobs, api, notes, jobs[0].request
@@ -127,12 +118,10 @@ class Answer:
         for job in jobs:
             job.events = self
         request = self._request
-        prefix, kind = "cmpl", "text_completion"
-        if request.chat:
-            prefix, kind = "chatcmpl", f"chat.completion{'.chunk' if request.stream else ''}"
+        chat = "chat.completion.chunk" if request.stream else "chat.completion"
         self._common = {  # what all parts of an answer have beside their choices
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "object": kind,
+            "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": chat if request.chat else "text_completion",
             "created": int(time.time()),
             "model": request.served.name,
             "system_fingerprint": f"mlx_flashhead-{__version__}",
@@ -151,12 +140,10 @@ class Answer:
             self._api.answers.add(self)
             self._api.engine.submit(self.jobs)
             if self._request.stream:
-                start = {"status": 200, "headers": [*_STREAM_HEADERS]}
-                await send({"type": "http.response.start"} | start)
-                body = {"type": "http.response.body"}
-                async for event in self._events():
-                    await send(body | {"body": f"{event}\n\n".encode(), "more_body": True})
-                await send(body)
+                events = (f"{event}\n\n" async for event in self._events())
+                stream = StreamingResponse(events, media_type="text/event-stream")
+                stream.headers["Cache-Control"] = "no-store"
+                await stream.stream_response(send)
             else:
                 async for _ in self._parts():
                     pass  # the choices keep them
@@ -167,9 +154,8 @@ class Answer:
             self._api.answers.discard(self)
             self._cancel()
             tokens = "{prompt_tokens:,} + {completion_tokens:,} tokens".format(**self._usage())
-            speed = speed_of(self.jobs)
-            rate = [] if speed is None else [f"{speed:.1f} tokens/s"]
-            self._notes[:0] = [self._request.served.name, tokens, *rate, self._decoding()]
+            speed = [f"{rate:.1f} tokens/s"] if (rate := speed_of(self.jobs)) else []
+            self._notes[:0] = [self._request.served.name, tokens, *speed, self._decoding()]
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -179,7 +165,7 @@ class Answer:
 
     def _cancel(self) -> None:
         for job in self.jobs:
-            job.cancelled = True
+            job.ended = True
 
     async def _parts(self) -> AsyncIterator[Progress | dict[str, Any]]:
         """The results of the jobs until all are complete: parts of prompts, and chunks' choices."""
@@ -258,7 +244,7 @@ class Choice:
         """Adds a token: the choice of a chunk, or None if there is nothing to send."""
         content, calls, n_before = token.content, [], len(self._whole.calls)
         for text in token.calls:
-            read = self._read_calls(text)
+            read = self._read_calls(text) if self._request.tools else []
             calls += read
             content += "" if read else text
         self._whole.add(replace(token, content=content, calls=calls))
@@ -278,23 +264,19 @@ class Choice:
         return choice | {"delta": delta | {name: part for name, part in added.items() if part}}
 
     def whole(self) -> dict[str, Any]:
-        """The whole answer as a choice."""
         self._offset = 0
         choice, whole = self._choice(self._logprobs), self._whole
         if not self._request.chat:
             return choice | {"text": whole.content}
-        message: dict[str, Any] = {"role": "assistant", "content": whole.content, "refusal": None}
+        content = whole.content or (None if whole.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if whole.reasoning:
             message["reasoning"] = whole.reasoning
-        if whole.calls:
-            message |= {"content": whole.content or None, "tool_calls": whole.calls}
-        return choice | {"message": message}
+        return choice | {"message": message | ({"tool_calls": whole.calls} if whole.calls else {})}
 
     def _read_calls(self, text: str) -> list[dict[str, Any]]:
         """The calls in a text that is marked as one. Without any, the text is content after all."""
-        if not self._request.tools:
-            return []
-        calls = []
+        calls: list[dict[str, Any]] = []
         try:
             parsed = self._request.served.tokenizer.tool_parser(text, self._request.tools)
             for call in parsed if isinstance(parsed, list) else [parsed]:
@@ -338,11 +320,8 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
     name = tokenizer.convert_ids_to_tokens(token) or ""  # a row of the head may have no token
     if token in tokenizer.added_tokens_decoder:
         return name.encode()
-    decoder = str(tokenizer.backend_tokenizer.decoder) if tokenizer.is_fast else "ByteFallback"
-    if "ByteLevel" in decoder:
+    if tokenizer.is_fast and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
         return b"".join(_BYTES.get(letter) or letter.encode() for letter in name)
-    if "ByteFallback" not in decoder:
-        return tokenizer.convert_tokens_to_string([name]).encode()
     if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):  # as in sentencepiece
         return bytes([int(name[3:5], 16)])
     return name.replace("\u2581", " ").encode()

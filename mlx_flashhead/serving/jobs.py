@@ -4,11 +4,13 @@ import math
 import secrets
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -20,20 +22,17 @@ from ..models.compat.mlx_lm import (
 )
 from ..models.libraries import apply_template
 from ..structured.grammar import GrammarProcessor
-from .requests import Request, read_request
+from .requests import Request
 from .responses import ApiError, loads
 from .served_models import ServedModel
 
-TOKENIZE_SECONDS = 5.0
 PART = 4096  # characters that are tokenized at once to see whether a text is too long
 MAX_TOKENS_PER_CUT = 16  # that a text has in addition if it is tokenized in two parts
 SECONDS_PER_MASK = 0.005  # of an answer in a form: all others wait for its mask
 VERY_UNLIKELY = -9999.0  # OpenAI's value for a token that is too unlikely to have a logprob
-_THOUGHT_TAIL = 11  # tokens at a prompt's end in which a thought's beginning is searched
 
 # (id, log-probability) of a chosen token, and then of the likeliest tokens at its place, in order.
 TokenLogprobs = list[tuple[int, float]]
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class Prompt:
     keep_space: bool = False  # whether a space at the answer's beginning is part of it
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """The prompt has been read as far as ``done`` of its ``total`` tokens."""
 
     done: int
@@ -73,16 +71,12 @@ class Token:
 
 
 class AnswerText:
-    """The text of one answer, which is emitted as soon as a part is certain.
-
-    It ends before a text of ``stop``, and begins in a ``state`` of mlx-lm's names. mlx-lm's
-    detokenizers drop a space at its beginning, unless ``keep_space`` is set.
-    """
+    """The text of one answer, which is emitted as soon as a part is certain. It ends before a text
+    of ``stop``, and begins in a ``state`` of mlx-lm's names."""
 
     def __init__(self, tokenizer: Any, stop: TextStateMachine, state: str, keep_space=False):
         self._detokenizer = tokenizer.detokenizer
-        if keep_space:
-            # they keep a space that follows another word
+        if keep_space:  # detokenizers drop one at the beginning, not after another word
             for token in tokenizer.encode("a", add_special_tokens=False):
                 self._detokenizer.add_token(token)
             _ = self._detokenizer.last_segment
@@ -90,23 +84,21 @@ class AnswerText:
         self._parts = make_text_state_machine(tokenizer).make_state(state)
         self._call = ""  # that is being written
 
-    def add(self, token: int | None) -> Token:
-        """Adds a token, or ends the answer with None.
-
-        Returns what is certain now, which a stop text may end.
-        """
-        if token is None:
-            self._detokenizer.finalize()
-        else:
+    def add(self, token: int | None, *, last: bool = False) -> Token:
+        """Adds a token, if there is one, and may end the answer. Returns what is certain now, which
+        a stop text may end."""
+        if token is not None:
             self._detokenizer.add_token(token)
+        if last:
+            self._detokenizer.finalize()
         text = self._detokenizer.last_segment
         self._until_stop, ((_, text), *_) = TextStateMachine.split(self._until_stop, text)
         stopped = self._until_stop[0] is None
-        if token is None and not stopped:
+        if last and not stopped:
             self._until_stop, held, _ = TextStateMachine.flush(self._until_stop)
             text += held
         self._parts, parts = TextStateMachine.split(self._parts, text)
-        if token is None or stopped:  # what may have begun a marker is none, and a call ends
+        if last or stopped:  # what may have begun a marker is none, and a call ends
             self._parts, held, name = TextStateMachine.flush(self._parts)
             parts += [(name, held), ("normal", "")]
         certain = Token(finish_reason="stop" if stopped else None)
@@ -128,70 +120,65 @@ class Job:
 
     request: Request
     prompt: Prompt
-    # takes (index, event) by put, from the engine's thread, and must not raise: a Progress, a
-    # Token, or a failure, within the server or an ApiError of the request
+    # takes (index, event) by put, from the engine's thread: a Progress, a Token, or an error
     events: Any = field(default_factory=SimpleQueue)
     index: int = 0  # of this answer within its request
-    # keeps the answer in a form, and allows the end token alone when that is complete
-    grammar: GrammarProcessor | None = None
+    grammar: GrammarProcessor | None = None  # keeps the answer in a form
     cached: int = 0  # tokens of the prompt that a cache held
-    cancelled: bool = False  # nobody wants the answer any more
-    ended: bool = False  # its last event has been emitted
+    ended: bool = False  # its last event has been emitted, or its client has left
     alone: bool = False  # goes on by itself, after a failure of a step that it shared
-    error: BaseException | None = None  # of one of its processors
 
     def __post_init__(self):
         request, self.served = self.request, self.request.served
         self.max_tokens = min(request.max_tokens, self.served.context - len(self.prompt.tokens))
-        # OpenAI's seeds may be negative. Without one, MLX's random state decides nothing, which a
-        # function that fails while MLX compiles it leaves unusable.
+        # OpenAI's seeds may be negative. MLX's random state decides nothing: it is left unusable by
+        # a function that fails while MLX compiles it.
         seed = secrets.randbits(64) if request.seed is None else request.seed % 2**64 + self.index
         self.sampler = make_sampler(**request.sampling, seed=seed)
-        # Each is called once for every token, with all tokens so far, and may hold a state. Arrays
-        # that it holds must be evaluated already: it is called in another thread.
-        self.processors: list[LogitsProcessor] = make_logits_processors(**request.penalties)
-        self.processors += [] if self.grammar is None else [self.grammar]
+        self.processors: list[Any] = make_logits_processors(**request.penalties)
+        if self.grammar is not None:  # without its `begin`: a text may go on after a failure
+            keep_form = partial(self.grammar)
+            keep_form.preserves_margins = True  # type: ignore[attr-defined]
+            self.processors.append(keep_form)
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
         tokenizer, begins = self.served.tokenizer, (self.prompt.state, self.prompt.keep_space)
-        self._text = AnswerText(tokenizer, request.stop_machine, *begins)
+        self._text = AnswerText(tokenizer, request.stop, *begins)
+
+    @property
+    def kind(self) -> tuple:
+        """What jobs of one batch have in common. It pads their caches to the longest one, so a long
+        text would multiply the memory and the time of short questions."""
+        # 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on
+        length_class = max(0, (len(self.prompt.tokens) - 1).bit_length() - 9) // 2
+        return self.served, self.request.n_probes, self.request.dense, length_class
 
     @property
     def all_tokens(self) -> list[int]:
         return self.prompt.tokens + self.tokens
 
-    @property
-    def wanted(self) -> bool:
-        return not (self.cancelled or self.ended)
-
     def emit(self, event: Progress | Token | BaseException) -> None:
         self.events.put((self.index, event))
 
     def take(self, token: int, logprobs: mx.array) -> bool:
-        """Reports a generated token. Returns whether the answer is complete.
-
-        An error of one of its processors is raised, and an ApiError if its form cannot be followed.
-        """
-        if self.error is not None:
-            raise RuntimeError(f"A logits processor has failed: {self.error}") from self.error
+        """Reports a generated token. Returns whether the answer is complete. An ApiError if its
+        form cannot be followed."""
         self.tokens.append(token)
         self.times[1:] = [time.monotonic()]
-        if token in self.served.tokenizer.eos_token_ids:
-            if self.grammar and (problem := self.grammar.problem):
-                why = f"The form cannot be followed any further ({problem}): simplify it."
-                raise ApiError(why, "response_format")
-            event = self._text.add(None)
-            event.finish_reason = "stop"
-        else:
-            event = self._text.add(token)
-            if event.finish_reason is None and len(self.tokens) >= self.max_tokens:
-                event.add(self._text.add(None))
-                event.finish_reason = event.finish_reason or "length"
-            if self.request.logprobs is not None:
-                event.logprobs = token_logprobs(logprobs, token, self.request.logprobs)
-        self.ended = event.finish_reason is not None
+        ends = token in self.served.tokenizer.eos_token_ids
+        if ends and self.grammar and (problem := self.grammar.problem):
+            why = f"The form cannot be followed any further ({problem}): simplify it."
+            raise ApiError(why, "response_format")
+        last = ends or len(self.tokens) >= self.max_tokens
+        event = self._text.add(None if ends else token, last=last)
+        if last:
+            event.finish_reason = "stop" if ends else event.finish_reason or "length"
+        if self.request.logprobs is not None and not ends:
+            event.logprobs = token_logprobs(logprobs, token, self.request.logprobs)
+        complete = event.finish_reason is not None
+        self.ended |= complete
         self.emit(event)
-        return self.ended
+        return complete
 
 
 def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs:
@@ -208,20 +195,16 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
 def read_jobs(
     body: bytes, *, chat: bool, models: Sequence[ServedModel], flags: Namespace
 ) -> list[Job]:
-    """A job for each answer to a request.
-
-    Templates and grammars have limits of time and memory, and whatever else takes time grows with
-    the body alone. An ApiError names the field that is wrong.
-    """
+    """A job for each answer to a request. An ApiError names the field that is wrong. Templates and
+    grammars have limits of time and memory, and all else takes time with the body alone."""
     try:
         fields = loads(body)
     except ValueError as error:
         raise ApiError(f"The body is not JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise ApiError("The body must be a JSON object.")
-    request = read_request(fields, chat=chat, models=models, defaults=flags)
-    prompts = read_prompts(request)
-    grammar = None
+    request = Request(fields, chat=chat, models=models, flags=flags)
+    prompts, grammar = read_prompts(request), None
     if request.form is not None:
         tokenizer, limit = request.served.tokenizer, {"seconds_per_mask": SECONDS_PER_MASK}
         # an answer has its form once the thought is at its end that the prompt begins
@@ -245,16 +228,12 @@ def read_prompts(request: Request) -> list[Prompt]:
     text = _render(request, request.messages)
     tokens = _tokens(served, text, "messages", add_special_tokens=False)
     state = tokenizer.response_initial_state or "normal"
-    thought = -1  # where one begins in the prompt
-    if tokenizer.has_thinking:
-        thought = tokenizer.rfind_think_start(tokens)
-        if not tokenizer.response_initial_state and thought > tokenizer.rfind_think_end(tokens):
-            state = "reasoning"
+    if tokenizer.has_thinking and not tokenizer.response_initial_state:
+        begun = tokenizer.rfind_think_start(tokens) > tokenizer.rfind_think_end(tokens)
+        state = "reasoning" if begun else state
     landmarks: list[int] = []
-    if not served.cuttable:
-        # the next prompt lacks a thought that this one's end begins
-        at_end = thought >= max(0, len(tokens) - _THOUGHT_TAIL)
-        landmarks = [*_end_of_system(request, tokens), thought if at_end else len(tokens) - 1]
+    if not served.cuttable:  # the next prompt may lack this one's last tokens, as for a thought
+        landmarks = [*_end_of_system(request, tokens), max(1, len(tokens) - 11)]
     return [Prompt(tokens, tuple(landmarks), state, keep_space=request.form is not None)]
 
 
@@ -275,30 +254,25 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
 def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options: Any) -> list[int]:
     """The tokens of a prompt that the context has room for."""
     encode, context = served.tokenizer.encode, served.context
-
-    def too_long(length: str) -> ApiError:
-        reason = f"since the answer needs one of the context's {context:,}"
-        most = f"at most {context - 1:,} are read, {reason}"
-        refusal = f"The prompt has {length} tokens, and {most}: send less."
-        return ApiError(refusal, field, code="context_length_exceeded")
-
     tokens: Any = prompt
+    n_least = 0  # tokens, as far as they have been counted
     if isinstance(prompt, str):
-        n_tokens, ends = 0, time.monotonic() + TOKENIZE_SECONDS
         # a tokenizer cannot be interrupted, so a long text is counted in parts first
         parts = range(0, len(prompt), PART) if len(prompt.encode()) >= context else ()
-        for n_cuts, start in enumerate(parts):
-            n_tokens += len(encode(prompt[start : start + PART], add_special_tokens=False))
-            if n_tokens - n_cuts * MAX_TOKENS_PER_CUT > context:
-                raise too_long(f"more than {context:,}")
-            if time.monotonic() > ends:
-                limit = f"within {TOKENIZE_SECONDS:g} seconds"
-                raise ApiError(f"The prompt could not be made tokens {limit}: send less.", field)
-        tokens = encode(prompt, **options)
+        for start in parts:
+            n_least += len(encode(prompt[start : start + PART], add_special_tokens=False))
+            n_least -= MAX_TOKENS_PER_CUT if start else 0
+            if n_least > context:
+                break
+        else:
+            tokens = encode(prompt, **options)
     if not tokens:
         raise ApiError("The prompt is empty: it needs at least one token.", field)
-    if len(tokens) >= context:
-        raise too_long(f"{len(tokens):,}")
+    if n_least > context or len(tokens) >= context:
+        length = f"more than {context:,}" if n_least > context else f"{len(tokens):,}"
+        most = f"at most {context - 1:,} are read, since the answer needs one of the context's"
+        refusal = f"The prompt has {length} tokens, and {most} {context:,}: send less."
+        raise ApiError(refusal, field, code="context_length_exceeded")
     return tokens
 
 
@@ -307,11 +281,9 @@ def _end_of_system(request: Request, tokens: list[int]) -> list[int]:
     system = [*takewhile(lambda message: message["role"] == "system", request.messages)]
     if len(system) in (0, len(request.messages)):
         return []
-    other = [*system, {"role": "user", "content": ""}]
-    try:
-        text = _render(request, other, answer=False)
-    except ApiError:
-        return []  # an answer does not need landmarks
-    shared = request.served.tokenizer.encode(text, add_special_tokens=False)
-    differ = (i for i, (a, b) in enumerate(zip(shared, tokens, strict=False)) if a != b)
-    return [next(differ, 0)]
+    with suppress(ApiError):  # an answer does not need landmarks
+        text = _render(request, [*system, {"role": "user", "content": ""}], answer=False)
+        shared = request.served.tokenizer.encode(text, add_special_tokens=False)
+        differ = (i for i, (a, b) in enumerate(zip(shared, tokens, strict=False)) if a != b)
+        return [next(differ, 0)]
+    return []

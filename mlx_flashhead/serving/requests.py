@@ -2,9 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..models.compat.mlx_lm import TextStateMachine
@@ -12,26 +10,22 @@ from ..structured.grammar import Grammar
 from .responses import ApiError, loads
 from .served_models import ServedModel
 
-# Greatest number of texts of a request: n times the number of its prompts.
-MAX_CHOICES = 16
+MAX_CHOICES = 16  # texts of a request: n times the number of its prompts
 MAX_LOGPROBS = 20
 # Characters of a schema, an expression or a grammar; OpenAI's limit for a schema is of this size.
 MAX_CHARACTERS = 100_000
 _MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 1000
-_MAX_SETTING = 1000  # characters
 _MAX_BIAS = 1e4  # a larger one has the same effect, and would be infinite in float16
 _MIN_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, but for overflows
 _PENALTIES = ("repetition", "presence", "frequency")
-_EXAMPLE = 'messages must be a list of at least one {"role": "user", "content": "…"}.'
 
 _TYPES = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
-_ANY, _COUNT, _SHARE = (object,), (int, 0, 2**31 - 1), (float, 0, 1)
-_AT_START: tuple = ([], "it is chosen when the server is started.")
-# Of each field its type and a number's limits, or the only values that it may have and the reason.
-_FIELDS: dict[str, tuple] = {
-    **dict.fromkeys(("model", "stop", "response_format", "regex", "grammar"), _ANY),
-    "stream": (bool,),
-    "stream_options": (dict,),
+_COUNT, _SHARE = (int, 0, 2**31 - 1), (float, 0, 1)
+# Of each field its type, a number's type and limits, or the only values that it may have.
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("model", "stop", "response_format", "regex", "grammar"), object),
+    **dict.fromkeys(("stream", "dense"), bool),
+    **dict.fromkeys(("stream_options", "logit_bias"), dict),
     "n": (int, 1, MAX_CHOICES),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), (int, 1, 2**31 - 1)),
     "temperature": (float, 0, 2),  # as OpenAI's
@@ -41,75 +35,97 @@ _FIELDS: dict[str, tuple] = {
     "repetition_penalty": (float, 0, 1e30),
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), (float, -1e30, 1e30)),
     **dict.fromkeys((f"{kind}_context_size" for kind in _PENALTIES), _COUNT),
-    "logit_bias": (dict,),
     "seed": (int, -(2**63), 2**64 - 1),
-    "dense": (bool,),
     "num_draft_tokens": (int, 1, 64),
     # labels, without effect
-    **dict.fromkeys(("user", "metadata", "safety_identifier", "prompt_cache_key"), _ANY),
-    "store": ([False], "nothing is stored here, so leave it out."),
-    "service_tier": (["auto", "default"], "there is one tier, so leave it out."),
-    **dict.fromkeys(("adapters", "draft_model"), _AT_START),
+    **dict.fromkeys(("user", "metadata", "safety_identifier", "prompt_cache_key"), object),
+    "store": [False],
+    "service_tier": ["auto", "default"],
 }
-_CHAT_FIELDS: dict[str, tuple] = _FIELDS | {
-    "messages": (list,),
-    "tools": (list,),
-    "tool_choice": (["auto", "none"], 'a call cannot be forced, so give "auto" or "none".'),
-    "chat_template_kwargs": (dict,),
-    "logprobs": (bool,),
+_CHAT_FIELDS: dict[str, Any] = _FIELDS | {
+    **dict.fromkeys(("messages", "tools"), list),
+    "tool_choice": ["auto", "none"],
+    "chat_template_kwargs": dict,
+    "logprobs": bool,
     "top_logprobs": (int, 0, MAX_LOGPROBS),
-    "modalities": ([["text"]], "answers are text, so leave it out."),
-    "parallel_tool_calls": ([True], "calls are not held back, so leave it out."),
+    "modalities": [["text"]],
+    "parallel_tool_calls": [True],
 }
-_TEXT_FIELDS: dict[str, tuple] = _FIELDS | {
-    "prompt": _ANY,
+_TEXT_FIELDS: dict[str, Any] = _FIELDS | {
+    "prompt": object,
     "logprobs": (int, 0, MAX_LOGPROBS),
-    "echo": ([False], "the prompt is not repeated, so leave it out."),
-    "best_of": ([1], "answers are not compared, so leave it out."),
-    "suffix": ([""], "a text is continued to its end alone, so leave it out."),
+    "echo": [False],
+    "best_of": [1],
+    "suffix": [""],
 }
-_STREAM_OPTIONS = {
-    "include_usage": (bool,),
-    "include_obfuscation": ([False], "chunks are sent as they are, so leave it out."),
-}
+_STREAM_OPTIONS = {"include_usage": bool, "include_obfuscation": [False]}
 # A schema is always obeyed, strict or not.
-_SCHEMA_FIELDS = {"name": (str,), "description": (str,), "strict": (bool,), "schema": _ANY}
-_GRAMMARS: dict[str, Callable[[Any], Grammar]] = {
-    "json_schema": Grammar.from_json_schema,
-    "regex": Grammar.from_regex,
-    "grammar": Grammar.from_lark,
-}
+_SCHEMA_FIELDS = {"name": str, "description": str, "strict": bool, "schema": object}
 
 
-@dataclass(frozen=True)
 class Request:
-    """A checked request."""
+    """A checked request, of its JSON and the server's flags. An ApiError names a wrong field."""
 
-    served: ServedModel
-    chat: bool  # otherwise it continues texts
-    stream: bool
-    include_usage: bool  # at the end of a stream
-    n: int  # answers to each prompt
-    max_tokens: int  # of an answer; the context may leave room for fewer
-    sampling: dict[str, Any]  # arguments of make_sampler, without the seed
-    penalties: dict[str, Any]  # arguments of mlx-lm's make_logits_processors
-    form: Grammar | None  # of an answer; None for any text
-    seed: int | None
-    stop: tuple[str, ...]  # texts before which an answer ends
-    n_probes: int | None  # None: the head's number
-    dense: bool
-    num_draft_tokens: int
-    logprobs: int | None  # of so many likeliest tokens beside each token's; None: of none
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]]
-    template_settings: dict[str, Any]
-    prompts: list[str | list[int]]  # texts or token ids to continue
+    def __init__(self, body: dict, *, chat: bool, models: Sequence[ServedModel], flags: Namespace):
+        self.chat = chat  # otherwise it continues texts
+        self.served = served = find_model(models, body.get("model"))
+        n_clusters = served.head.n_clusters if served.head else 2**31 - 1
+        known = _CHAT_FIELDS if chat else _TEXT_FIELDS
+        fields = _checked(body, known | {"n_probes": (int, 1, n_clusters)})
+        get = fields.get
 
-    @cached_property
-    def stop_machine(self) -> TextStateMachine:
-        """Finds the texts of ``stop``, for all answers."""
-        edges = [(text, None) for text in self.stop]
-        return TextStateMachine({"normal": edges} if edges else None)
+        self.stream: bool = get("stream", False)
+        if "stream_options" in fields and not self.stream:
+            raise wrong("stream_options", "are for requests with stream.")
+        options = _checked(get("stream_options", {}), _STREAM_OPTIONS)
+        self.include_usage: bool = options.get("include_usage", False)  # at the end of a stream
+        self.messages = _messages(get("messages")) if chat else []
+        self.prompts = [] if chat else _prompts(get("prompt"), served)  # texts or token ids
+        self.n: int = get("n", 1)  # answers to each prompt
+        if (n_texts := self.n * len(self.prompts)) > MAX_CHOICES:
+            most = f"at most {MAX_CHOICES} texts are made for a request"
+            raise ApiError(f"n times the number of prompts is {n_texts}: {most}.", "n")
+        # of an answer; the context may leave room for fewer
+        self.max_tokens: int = get("max_completion_tokens", get("max_tokens", flags.max_tokens))
+        ends = [(text, None) for text in _stop(get("stop", []))]  # texts before which it ends
+        self.stop = TextStateMachine({"normal": ends} if ends else None)
+        self.form = _form(fields)  # of an answer; None for any text
+        self.tools = _tools(fields, served)
+        if self.form is not None and self.tools:
+            conflict = "An answer with a response_format calls no tools: leave tools out."
+            raise ApiError(conflict, "tools")
+        self.template_settings = _template_settings(get("chat_template_kwargs", {}), served)
+
+        self.n_probes: int | None = get("n_probes")  # None: the head's number
+        self.dense: bool = get("dense", served.dense and self.n_probes is None)
+        if self.n_probes is not None and (self.dense or served.head is None):
+            reason = "dense scores every token" if self.dense else "This model has no FlashHead"
+            raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
+        self.num_draft_tokens: int = get("num_draft_tokens", flags.num_draft_tokens)
+        # of so many likeliest tokens beside each token's; None: of none
+        self.logprobs: int | None = get("logprobs")
+        if chat:
+            if "top_logprobs" in fields and not self.logprobs:
+                raise wrong("top_logprobs", "needs logprobs to be true.")
+            self.logprobs = get("top_logprobs", 0) if self.logprobs else None
+        self.seed: int | None = get("seed")
+        temp, top_k = get("temperature", flags.temp), get("top_k", flags.top_k)
+        top_p, tokenizer = get("top_p", flags.top_p), served.tokenizer
+        self.sampling = {  # arguments of make_sampler, without the seed
+            "temp": 0.0 if top_p == 0 or temp < _MIN_TEMPERATURE else temp,  # 0: the likeliest
+            "top_p": top_p,
+            "top_k": top_k if top_k < served.vocab_size else 0,  # that of all tokens cuts none off
+            "min_p": get("min_p", flags.min_p),
+            "xtc_probability": get("xtc_probability", 0.0),
+            "xtc_threshold": get("xtc_threshold", 0.1),
+            "xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+        }
+        self.penalties: dict[str, Any] = {  # arguments of mlx-lm's make_logits_processors
+            "logit_bias": _logit_bias(get("logit_bias", {}), served)
+        }
+        for kind in _PENALTIES:
+            self.penalties[f"{kind}_penalty"] = get(f"{kind}_penalty", 0.0)
+            self.penalties[f"{kind}_context_size"] = get(f"{kind}_context_size", 20)
 
 
 def wrong(field: str, why: str) -> ApiError:
@@ -121,15 +137,14 @@ def find_model(models: Sequence[ServedModel], name: Any) -> ServedModel:
     """The served model of that name; the first without a name."""
     if name in (None, "default_model"):  # mlx-lm's word for the model of --model
         return models[0]
-    for served in models:
-        if name in served.names:
-            return served
-    names = " or ".join(name for served in models for name in served.names)
-    refusal = f"No model of that name is served here: choose {names}."
-    raise ApiError(refusal, "model", status=404, code="model_not_found")
+    by_name = {known: served for served in models for known in served.names}
+    if not isinstance(name, str) or name not in by_name:
+        refusal = f"No model of that name is served here: choose {' or '.join(by_name)}."
+        raise ApiError(refusal, "model", status=404, code="model_not_found")
+    return by_name[name]
 
 
-def _checked(fields: dict[str, Any], known: Mapping[str, tuple]) -> dict[str, Any]:
+def _checked(fields: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that are not null. An ApiError names one that is unknown or not as ``known``."""
     checked: dict[str, Any] = {}
     for name, value in fields.items():
@@ -137,104 +152,30 @@ def _checked(fields: dict[str, Any], known: Mapping[str, tuple]) -> dict[str, An
             continue
         if name not in known:
             raise ApiError(f"{_short(name)} is not a field of this server.", name[:80])
-        kind, *limits = known[name]
-        if isinstance(kind, list):
-            if not any(value == allowed and type(value) is type(allowed) for allowed in kind):
-                raise ApiError(f"{name}: {limits[0]}", name)
-        elif kind in (int, float):
-            low, high = limits
-            if type(value) not in (int, kind) or not low <= value <= high:
-                number = "a whole number" if kind is int else "a number"
-                raise wrong(name, f"is {_short(value)}: it must be {number}, {low} to {high}.")
-            value = kind(value)
-        elif not isinstance(value, kind):
-            raise wrong(name, f"must be {_TYPES[kind]}.")
+        match known[name]:
+            case list(values):
+                if not any(value == v and type(value) is type(v) for v in values):
+                    only = " or ".join(map(json.dumps, values))
+                    raise wrong(name, f"is {_short(value)}: here it can be {only}, or left out.")
+            case (kind, low, high):
+                if type(value) not in (int, kind) or not low <= value <= high:
+                    number = "a whole number" if kind is int else "a number"
+                    raise wrong(name, f"is {_short(value)}: it must be {number}, {low} to {high}.")
+                value = kind(value)
+            case kind:
+                if not isinstance(value, kind):
+                    raise wrong(name, f"must be {_TYPES[kind]}.")
         checked[name] = value
     return checked
-
-
-def read_request(
-    body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], defaults: Namespace
-) -> Request:
-    """Checks a request's JSON: an ApiError names the field. The flags are the fields' defaults."""
-    served = find_model(models, body.get("model"))
-    n_clusters = served.head.n_clusters if served.head else 2**31 - 1
-    known = _CHAT_FIELDS if chat else _TEXT_FIELDS
-    fields = _checked(body, known | {"n_probes": (int, 1, n_clusters)})
-    get = fields.get
-
-    max_tokens = get("max_completion_tokens", get("max_tokens", defaults.max_tokens))
-    if get("max_tokens", max_tokens) != max_tokens:
-        both = f"is {fields['max_tokens']} and max_completion_tokens {max_tokens}"
-        raise wrong("max_tokens", f"{both}: give one of them.")
-    if "stream_options" in fields and not get("stream"):
-        raise wrong("stream_options", "are for requests with stream.")
-    stream_options = _checked(get("stream_options", {}), _STREAM_OPTIONS)
-    n_probes = get("n_probes")
-    dense = get("dense", served.dense and n_probes is None)
-    if n_probes is not None and (dense or served.head is None):
-        reason = "dense scores every token" if dense else "This model has no FlashHead"
-        raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
-    logprobs = get("logprobs")
-    if chat:
-        if "top_logprobs" in fields and not logprobs:
-            raise wrong("top_logprobs", "needs logprobs to be true.")
-        logprobs = get("top_logprobs", 0) if logprobs else None
-    form, tools = _form(fields), _tools(fields, served)
-    if form is not None and tools:
-        raise ApiError("An answer with a response_format calls no tools: leave tools out.", "tools")
-    prompts, n = [] if chat else _prompts(get("prompt"), served), get("n", 1)
-    if (n_texts := n * len(prompts)) > MAX_CHOICES:
-        most = f"at most {MAX_CHOICES} texts are made for a request"
-        raise ApiError(f"n times the number of prompts is {n_texts}: {most}.", "n")
-
-    temp, top_k = get("temperature", defaults.temp), get("top_k", defaults.top_k)
-    top_p, tokenizer = get("top_p", defaults.top_p), served.tokenizer
-    sampling = {
-        "temp": 0.0 if top_p == 0 or temp < _MIN_TEMPERATURE else temp,  # 0: the likeliest token
-        "top_p": top_p,
-        "top_k": top_k if top_k < served.vocab_size else 0,  # a top_k of all tokens cuts none off
-        "min_p": get("min_p", defaults.min_p),
-        "xtc_probability": get("xtc_probability", 0.0),
-        "xtc_threshold": get("xtc_threshold", 0.1),
-        "xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-    }
-    penalties: dict[str, Any] = {"logit_bias": _logit_bias(get("logit_bias", {}), served)}
-    for kind in _PENALTIES:
-        penalties[f"{kind}_penalty"] = get(f"{kind}_penalty", 0.0)
-        penalties[f"{kind}_context_size"] = get(f"{kind}_context_size", 20)
-    return Request(
-        served,
-        chat,
-        stream=get("stream", False),
-        include_usage=stream_options.get("include_usage", False),
-        n=n,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        penalties=penalties,
-        form=form,
-        seed=get("seed"),
-        stop=_stop(get("stop", [])),
-        n_probes=n_probes,
-        dense=dense,
-        num_draft_tokens=get("num_draft_tokens", defaults.num_draft_tokens),
-        logprobs=logprobs,
-        messages=_messages(get("messages")) if chat else [],
-        tools=tools,
-        template_settings=_template_settings(get("chat_template_kwargs", {}), served),
-        prompts=prompts,
-    )
 
 
 def _logit_bias(biases: dict[str, Any], served: ServedModel) -> dict[int, float] | None:
     bias = {}
     for key, value in biases.items():
         token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
-        if not 0 <= token < served.vocab_size:
-            known = f"this model has {served.vocab_size}: choose 0 to {served.vocab_size - 1}"
-            raise wrong("logit_bias", f"names the token {key[:20]}, but {known}.")
-        if type(value) not in (int, float):
-            raise wrong("logit_bias", "must give each token id a number.")
+        if not 0 <= token < served.vocab_size or type(value) not in (int, float):
+            last = served.vocab_size - 1
+            raise wrong("logit_bias", f"must give each token id a number: choose 0 to {last}.")
         bias[token] = float(max(-_MAX_BIAS, min(_MAX_BIAS, value)))
     return bias or None
 
@@ -252,34 +193,32 @@ def _stop(stop: Any) -> tuple[str, ...]:
 
 def _form(fields: dict[str, Any]) -> Grammar | None:
     """The form of the answer: ``regex`` or ``grammar``, alone or within ``response_format``."""
-    # each with its place in the request, its kind, and what describes it
-    alone = [kind for kind in ("regex", "grammar") if kind in fields]
-    forms: list[tuple[str, str, Any]] = [(kind, kind, fields[kind]) for kind in alone]
+    # each with its place in the request, what makes it, and what describes it
+    makers: dict[str, Any] = {"regex": Grammar.from_regex, "grammar": Grammar.from_lark}
+    forms = [(kind, make, fields[kind]) for kind, make in makers.items() if kind in fields]
     field = "response_format"
     if (value := fields.get(field)) is not None:
         kind = value.get("type") if isinstance(value, dict) else None
-        if kind not in (kinds := ("text", "json_object", "json_schema", "regex", "grammar")):
+        if kind not in (kinds := ("text", "json_object", "json_schema", *makers)):
             raise wrong(field, f"must be an object with a type: {', '.join(kinds)}.")
-        where = f"{field}.{kind}"
-        described = _checked(value, {"type": _ANY, kind: _ANY}).get(kind)
+        where, described = f"{field}.{kind}", _checked(value, {"type": str, kind: object}).get(kind)
         if kind == "json_object":
-            kind, described = "json_schema", {"name": kind}
-        elif described is None and kind != "text":
-            raise ApiError(f"{where} is missing.", field)
-        if kind == "json_schema":
+            forms.append((where, Grammar.from_json_schema, {"type": "object"}))
+        elif kind == "json_schema":
             if not isinstance(described, dict) or not described.get("name"):
                 raise ApiError(f'{where} must be an object with a "name" and a "schema".', field)
-            described = _checked(described, _SCHEMA_FIELDS).get("schema", {"type": "object"})
-            where = f"{where}.schema"
-        forms += [] if kind == "text" else [(where, kind, described)]
+            schema = _checked(described, _SCHEMA_FIELDS).get("schema", {"type": "object"})
+            forms.append((f"{where}.schema", Grammar.from_json_schema, schema))
+        elif kind != "text":
+            forms.append((where, makers[kind], described))
     if len(forms) > 1:
         raise ApiError("An answer has one form: give response_format, regex or grammar.", field)
-    for where, kind, value in forms:
+    for where, make, value in forms:
         field = where.partition(".")[0]
         if len(json.dumps(value)) > MAX_CHARACTERS:
             raise wrong(field, f"is longer than {MAX_CHARACTERS:,} characters: simplify it.")
         try:
-            return _GRAMMARS[kind](value)
+            return make(value)
         except ValueError as error:
             raise ApiError(f"{where}: {error}", field) from None
     return None
@@ -305,28 +244,25 @@ def _template_settings(settings: dict[str, Any], served: ServedModel) -> dict[st
             takes = ", ".join(sorted(known)) or "none"
             reason = f"is not a setting of this model's chat template, which takes: {takes}."
             raise ApiError(f"{field}.{name[:40]} {reason}", field)
-        sound = isinstance(value, bool | int | float) and abs(value) <= 1e9
-        if not sound and not (isinstance(value, str) and len(value) <= _MAX_SETTING):
-            most = f"a number up to 1e9 or a text of at most {_MAX_SETTING:,} characters"
-            raise ApiError(f"{field}.{name[:40]} must be true, false, {most}.", field)
+        if not isinstance(value, bool | int | float | str):
+            plain = "must be true, false, a number or a text."
+            raise ApiError(f"{field}.{name[:40]} {plain}", field)
     return settings
 
 
 def _prompts(prompts: Any, served: ServedModel) -> list[str | list[int]]:
     """The texts or token ids to continue."""
+    last = served.vocab_size - 1
 
     def are_tokens(value: Any) -> bool:
-        return isinstance(value, list) and all(type(token) is int for token in value)
+        return isinstance(value, list) and all(type(i) is int and 0 <= i <= last for i in value)
 
     if isinstance(prompts, str) or (prompts and are_tokens(prompts)):
         prompts = [prompts]
     sound = isinstance(prompts, list) and prompts
     if not sound or not all(isinstance(prompt, str) or are_tokens(prompt) for prompt in prompts):
-        raise wrong("prompt", "must be a text, a list of texts, or token ids.")
-    last = served.vocab_size - 1
-    tokens = (token for prompt in prompts if not isinstance(prompt, str) for token in prompt)
-    if not all(0 <= token <= last for token in tokens):
-        raise wrong("prompt", f"holds a token that this model does not have: choose 0 to {last}.")
+        which = f"token ids: choose 0 to {last}"
+        raise wrong("prompt", f"must be a text, a list of texts, or {which}.")
     return prompts
 
 
@@ -336,11 +272,9 @@ def _messages(messages: list[Any] | None) -> list[dict[str, Any]]:
     for i, message in enumerate(messages or [None]):
         where = f"messages[{i}]" if messages else "messages"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ApiError(_EXAMPLE, where)
+            example = '{"role": "user", "content": "…"}'
+            raise ApiError(f"messages must be a list of at least one {example}.", where)
         message = {name: value for name, value in message.items() if value is not None}
-        for name in ("audio", "function_call"):  # of OpenAI's, which no template reads
-            if name in message:
-                raise wrong(f"{where}.{name}", "is not read here: leave it out.")
         message["content"] = _text(message.get("content", ""), f"{where}.content")
         if "tool_calls" in message:
             message["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
@@ -349,33 +283,27 @@ def _messages(messages: list[Any] | None) -> list[dict[str, Any]]:
 
 
 def _text(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise wrong(where, "must be a text, or a list of parts with text.")
-    for i, part in enumerate(content):
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for part in parts if isinstance(parts, list) else [None]:
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
         if not isinstance(text, str):
-            raise wrong(f"{where}[{i}]", 'must be {"type": "text", "text": "…"}.')
-    return "".join(part["text"] for part in content)
+            raise wrong(where, 'must be a text, or a list of {"type": "text", "text": "…"}.')
+    return "".join(part["text"] for part in parts)
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """The calls, with arguments as objects: templates write them as JSON themselves."""
-    if not isinstance(calls, list):
-        raise wrong(where, "must be a list.")
     read = []
-    for i, call in enumerate(calls):
+    for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ApiError(f"{where}[{i}].function must be an object with a name.", where)
+            raise wrong(where, "must be a list of calls, each with a function that has a name.")
         arguments = function.get("arguments")
         try:
             if isinstance(arguments, str):
                 arguments = loads((arguments or "{}").encode())
         except ValueError as error:
-            reason = f"{where}[{i}].function.arguments must be JSON, but {error}."
-            raise ApiError(reason, where) from None
+            raise wrong(where, f"must have arguments in JSON, but {error}.") from None
         read.append({**call, "function": {**function, "arguments": arguments}})
     return read
 

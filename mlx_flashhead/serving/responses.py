@@ -11,22 +11,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-MAX_DEPTH = 100  # levels; readers and writers of JSON call themselves for each
+MAX_DEPTH = 100  # levels of JSON; what reads and writes it calls itself for each
 FOLDER = Path(__file__).parent / "page"
 _TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".mjs": "text/javascript; charset=utf-8",
+    ".html": "text/html",
+    ".css": "text/css",
+    **dict.fromkeys((".js", ".mjs"), "text/javascript"),
     ".woff2": "font/woff2",
     ".json": "application/json",
     ".png": "image/png",
     ".webmanifest": "application/manifest+json",
-}
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-store",
 }
 # Allows the page's own files only, without scripts or styles in the text or a frame around it.
 # Only DOMPurify may turn a text into HTML, and connection.js start a worker.
@@ -42,9 +36,7 @@ _LOCKED_POLICY = _POLICY.replace("style-src 'self'", "style-src 'unsafe-inline'"
 class ApiError(ValueError):
     """A rejected request: a sentence, the wrong field if there is one, and a word for programs."""
 
-    def __init__(
-        self, message: str, field: str | None = None, *, status: int = 400, code: str | None = None
-    ):
+    def __init__(self, message: str, field: str | None = None, *, status: int = 400, code=None):
         super().__init__(message)
         self.field, self.status, self.code = field, status, code
 
@@ -56,46 +48,32 @@ class ApiError(ValueError):
 
 
 def loads(text: bytes) -> Any:
-    """Reads JSON.
-
-    Raises:
-        ValueError: If the text is not JSON, is nested too deeply, or holds a number that is not
-            finite or half of a character, which no tokenizer takes.
-    """
+    """Reads JSON. ValueError if it is none, or too deep, or holds a number that is not finite or
+    half of a character, which no tokenizer takes."""
     try:
-        decoded = text.decode("utf-8-sig")
-        value = json.loads(decoded, parse_constant=_finite_number, parse_float=_finite_number)
-        if _depth(value) > MAX_DEPTH:
-            raise RecursionError
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start} is not UTF-8") from None
-    except UnicodeEncodeError:
-        raise ValueError("a text in it holds half of a character") from None
+        value = json.loads(text.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    _check(value, MAX_DEPTH)
     return value
 
 
-def _depth(value: Any) -> int:
-    if not isinstance(value, dict | list):
-        return 0
-    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
-
-
-def _finite_number(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return number
+def _check(value: Any, levels: int) -> None:
+    if isinstance(value, str):
+        value.encode()
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number")
+    elif isinstance(value, dict | list):
+        if not levels:
+            raise ValueError("it is nested too deeply")
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check(part, levels - 1)
 
 
 def dumps(value: Any) -> str:
     """Writes JSON, with null for numbers that are not finite."""
-    try:
-        return json.dumps(value, allow_nan=False)
-    except ValueError:
-        finite = json.loads(json.dumps(value), parse_constant=lambda constant: None)
-        return json.dumps(finite)
+    finite = json.loads(json.dumps(value), parse_constant=lambda constant: None)
+    return json.dumps(finite)
 
 
 def json_response(value: Any, status: int = 200) -> Response:
@@ -104,27 +82,19 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 
 async def page_file(request: Request) -> Response:
-    """A file of the page.
-
-    A Home Screen app does not share the browser's cookies, so the manifest's start address carries
-    the client's token, if the server has one.
-    """
-    path, token = request.scope["path"], request.app.access.shown_token(request.scope)
-    query = "" if token is None else f"?token={token}"
-    if path == "/":
-        text, link = (FOLDER / "index.html").read_text("utf-8"), 'href="/manifest.webmanifest'
-        return _page_response(text.replace(link, link + query), ".html")
-    if path == "/manifest.webmanifest":
-        manifest = json.loads((FOLDER / "manifest.webmanifest").read_text("utf-8"))
-        manifest["start_url"] += query
-        return _page_response(json.dumps(manifest), ".webmanifest")
-    if path == "/page/files.json":
+    """A file of the page. A Home Screen app does not share the browser's cookies, so links to the
+    manifest and from there to the page carry the client's token, if the server has one."""
+    name = request.path_params.get("name", request.scope["path"][1:] or "index.html")
+    if name == "files.json":
         return _page_response(json.dumps(sorted(page_names())), ".json")
     # looked up in a listing, since a client's text must not become a path
-    name = request.path_params.get("name", path[1:])
     if name not in page_names():
         raise HTTPException(404)
-    return _page_response((FOLDER / name).read_bytes(), Path(name).suffix)
+    content, token = (FOLDER / name).read_bytes(), request.app.access.shown_token(request.scope)
+    if token and "name" not in request.path_params:
+        for link in (b'href="/manifest.webmanifest', b'"start_url": "/'):
+            content = content.replace(link, link + f"?token={token}".encode())
+    return _page_response(content, Path(name).suffix)
 
 
 # A worker serves the addresses beside and below its own, so it is outside of /page/.
@@ -148,5 +118,6 @@ def page_names() -> frozenset[str]:
 
 
 def _page_response(content: str | bytes, suffix: str, policy=_POLICY, status=200) -> Response:
-    headers = {"Content-Type": _TYPES[suffix], "Content-Security-Policy": policy}
-    return Response(content, status, headers | _HEADERS)
+    headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+    headers |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+    return Response(content, status, headers, media_type=_TYPES[suffix])

@@ -20,20 +20,14 @@ from ..common.command import from_extra, printable
 from .access import MAX_HEAD_BYTES, Access, access_of
 from .connections import MAX_WAITING, Connection, FrontDoor, Waiting
 from .endpoints import Api
-from .engine import SHUTTING_DOWN, Engine
+from .engine import Engine
 from .served_models import load_models
 
-# A token or a chunk of a prompt is computed within this time, or the process ends without it.
-END_SECONDS = 3.0
-_LOOK_SECONDS = 0.5
-LOST = "The server does not come back from a computation: start it again."
+SHUTTING_DOWN = "The server is shutting down."
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with a front door and limits of connections.
-
-    ``end_answers`` is called when it shuts down.
-    """
+    """uvicorn's server, with a front door and limits of connections."""
 
     def __init__(self, app: Any, access: Access, end_answers: Callable[[], None] = lambda: None):
         self._end_answers = end_answers
@@ -57,17 +51,12 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Ends the server at a signal, the process at a second one.
-
-        Threads of C++ abort while an interpreter is finalized, so neither signal does that.
-        """
+        """Ends the server at a signal, the process at a second one. Neither finalizes the
+        interpreter, where threads of C++ abort."""
         if self.should_exit:
             os._exit(128 + sig)
         self.should_exit = True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._end_answers()
-        await super().shutdown(sockets)
 
 
 def serve(flags: Namespace) -> None:
@@ -78,33 +67,29 @@ def serve(flags: Namespace) -> None:
         try:
             asyncio.run(_serve(flags, engine, access, port))
         finally:
-            engine.close(END_SECONDS)
+            engine.close(3.0)  # a token or a chunk of a prompt is computed by then
 
 
 async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.socket) -> None:
     api = Api(flags, engine)
-    server = Server(api.router(), access, lambda: api.fail_answers(SHUTTING_DOWN, for_good=True))
+    server = Server(api.router(), access, lambda: api.end_answers(SHUTTING_DOWN))
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as by nohup
         signal.signal(signal.SIGHUP, server.handle_exit)
     serving = asyncio.create_task(server.serve([port]))
     loading: asyncio.Future[Any] = asyncio.wrap_future(engine.models)
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-    failed = loading.exception() if loading.done() else None
-    if failed is not None:
-        server.should_exit = True
-    elif loading.done():  # the address comes last, so it stays in sight
+    if loading.done() and loading.exception() is None:  # the address comes last, in sight
         models = ", ".join(f"{served.name} ({served.decoding()})" for served in loading.result())
         number = port.getsockname()[1]
         where = url(own_address(flags.host), number).rstrip("/")
         print(f"Serving {models} at {where} (Ctrl-C ends it)", flush=True)
         if access.token is not None:
             announce(flags.host, number, access.token, sys.stdout)
-    while not (await asyncio.wait({serving}, timeout=_LOOK_SECONDS))[0]:
-        if loading.done() and not engine.healthy:
-            api.fail_answers(LOST)
+    else:
+        server.should_exit = True
     await serving
-    if failed is not None:
-        raise failed
+    if loading.done():
+        loading.result()  # or why loading has failed
 
 
 def own_address(host: str) -> str:
@@ -126,14 +111,12 @@ def url(host: str, port: int, token: str | None = None) -> str:
 
 
 def announce(host: str, port: int, token: str, out: TextIO) -> None:
-    """Prints how another device opens the page and uses the API of a server on ``host``.
-
-    The page's part comes last, and is on the screen if that has 80 columns and 24 lines. Its code
-    is for a dark terminal, but for one with colours, where it brings its own.
-    """
+    """Prints how another device opens the page and uses the API of a server on ``host``. The page's
+    part comes last, and is on the screen if that has 80 columns and 24 lines."""
     address = own_address(host)
     page = url(address, port, token)
-    before, after = ("\x1b[97;40m", "\x1b[0m") if out.isatty() else ("", "")  # white on black
+    # white on black: the code is for a dark terminal
+    before, after = ("\x1b[97;40m", "\x1b[0m") if out.isatty() else ("", "")
     try:
         segno = from_extra("segno", "qr", "A QR code of this address")
         made, lines = segno.make(page, error="l", micro=False), io.StringIO()
@@ -163,10 +146,8 @@ def log_requests(level: str) -> None:
     handler.format = lambda record: printable(formatter.format(record))  # type: ignore[method-assign]
     logging.basicConfig(handlers=[handler])
     logging.getLogger(__name__.partition(".")[0]).setLevel(level)
-    # transformers warns of long prompts, which the server rejects itself
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    # uvicorn warns of what clients do; the front door logs failures
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    for chatty in ("transformers", "uvicorn"):  # they warn of what clients do
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import logging
 from argparse import Namespace
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ class ServedModel:
     build: BackgroundBuild | None = None  # of its FlashHead, if it has none yet
 
     def __post_init__(self):
-        self.head: FlashHead | None = get_flash_head(self.model)
         drafts = [] if self.draft_model is None else make_prompt_cache(self.draft_model)
         caches = make_prompt_cache(self.model) + drafts
         # whether they can always be cut back to their beginning
@@ -73,16 +71,20 @@ class ServedModel:
     def name(self) -> str:
         return self.names[0]
 
+    @property
+    def head(self) -> FlashHead | None:
+        return get_flash_head(self.model)
+
 
 def load_models(args: Namespace) -> list[ServedModel]:
     """Every model that the flags name, the default first; a ValueError if two have one name."""
     models = [_load(args, args.model, default=True)]
     models += [_load(args, path, default=False) for path in args.allow_models]
-    names = Counter(name for served in models for name in served.names)
-    ((name, number),) = names.most_common(1)
-    if number > 1:
-        remedy = "rename a folder, or leave one out"
-        raise ValueError(f"Two of the models have the name {name}: {remedy}.")
+    names = [name for served in models for name in served.names]
+    if len({*names}) < len(names):
+        raise ValueError(
+            f"Two of the models have one name, of {', '.join(names)}: rename a folder."
+        )
     return models
 
 
@@ -90,16 +92,18 @@ def _load(args: Namespace, path_or_repo: str, *, default: bool) -> ServedModel:
     folder, path = resolve(path_or_repo), Path(path_or_repo).expanduser()
     # no client learns where a folder is
     names = [path.resolve().name if path.is_dir() else path_or_repo]
-    config = {"trust_remote_code": args.trust_remote_code}
-    options = config | {"tokenizer_config": config}
+    trust = {"trust_remote_code": args.trust_remote_code}
+    options: dict[str, Any] = {"tokenizer_config": {**trust}, **trust}
     choices = HeadOptions.from_flags(args, dense=args.dense)
     draft_model: nn.Module | None = None
     if default:
         names = [args.served_model_name, *names] if args.served_model_name else names
         options["adapter_path"] = args.adapter_path
-        config |= {"chat_template": args.chat_template} if args.chat_template else {}
-    else:
-        # a source is one model's
+        if args.chat_template:
+            options["tokenizer_config"]["chat_template"] = args.chat_template
+        if args.draft_model:
+            draft_model, _ = load_draft(args.draft_model, draft_probes=args.draft_probes, **trust)
+    else:  # a source is one model's
         fine_head = choices.fine_head if choices.fine_head is True else None
         choices = replace(choices, flash_head=None, n_probes=None, fine_head=fine_head)
     try:
@@ -107,12 +111,6 @@ def _load(args: Namespace, path_or_repo: str, *, default: bool) -> ServedModel:
     except UnsupportedHeadError as error:
         logger.warning("%s is served dense: %s", path_or_repo, error)
         model, tokenizer, settings = load_dense(folder, **options)
-    if default and args.draft_model:
-        how = {"draft_probes": args.draft_probes, "trust_remote_code": args.trust_remote_code}
-        draft_model, draft_tokenizer = load_draft(args.draft_model, **how)
-        if draft_tokenizer.vocab_size != tokenizer.vocab_size:
-            few = "has another tokenizer: few drafts will be accepted."
-            logger.warning("%s %s", args.draft_model, few)
     later = choices.missing == LATER
     return ServedModel(
         tuple(dict.fromkeys(names)),

@@ -18,7 +18,6 @@ from pathlib import Path
 from threading import Thread
 from types import ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -43,77 +42,61 @@ MASK_SECONDS = 0.5
 # Earley items of one mask. Large schemas need up to 10,000; the default of 50,000 takes seconds.
 MAX_ITEMS = 10_000
 
-# llguidance's form of each tokenizer with its end-of-text tokens, which takes a second to make.
-_vocabularies: WeakKeyDictionary[Any, dict[tuple[int, ...], Any]] = WeakKeyDictionary()
-
-
-class GrammarError(ValueError):
-    """A wrong schema, expression or grammar; the message says what is wrong in it."""
-
 
 @dataclass(frozen=True)
 class Grammar:
-    """A checked description of a text. What makes one raises a GrammarError if it is wrong."""
+    """A checked description of a text. What makes one raises a ValueError if it is wrong."""
 
     kind: str  # "JSON schema", "regular expression" or "grammar"
     compiled: str  # in llguidance's form
 
     @classmethod
     def from_json_schema(cls, schema: dict | bool) -> "Grammar":
-        """JSON of a schema, which must be satisfiable and use supported keys alone. ``{"type":
-        "object"}`` stands for any JSON object."""
-        if not isinstance(schema, dict | bool):
+        """JSON of a schema, which must be satisfiable and use supported keys alone."""
+        if not isinstance(schema, dict) and schema is not True:
             form = 'it must be an object such as {"type": "object"}'
-            raise GrammarError(f"The JSON schema is {_shown(schema)}: {form}.")
-        if schema is False:
-            raise GrammarError("The JSON schema is false, which no text fits: give an object.")
-        compile_json, compiled = llguidance().LLMatcher.grammar_from_json_schema, ""
+            raise ValueError(f"The JSON schema is {schema!r:.60}: {form}.")
+        compile_json = llguidance().LLMatcher.grammar_from_json_schema
         try:
             text = json.dumps({} if schema is True else schema)
             compiled = compile_json(text, defaults=_JSON_OPTIONS)
-            problem = _problem(compiled)
-        except RecursionError:
-            problem = "it is nested too deeply"
-        except ValueError as error:
-            problem = str(error)
-        if problem:
-            raise GrammarError(f"The JSON schema is wrong: {_sentence(problem)}.")
-        return cls("JSON schema", compiled)
+        except (RecursionError, ValueError) as error:
+            raise ValueError(f"The JSON schema is wrong: {_sentence(str(error))}.") from None
+        return cls._checked("JSON schema", compiled)
 
     @classmethod
     def from_regex(cls, pattern: str) -> "Grammar":
         """Text that a regular expression matches as a whole, in the syntax of Rust's `regex`."""
         if not isinstance(pattern, str) or not pattern:
-            raise GrammarError(f"The regular expression is {_shown(pattern)}: it must be a text.")
+            raise ValueError(f"The regular expression is {pattern!r:.60}: it must be a text.")
         if _ZERO.search(pattern):
             zero = "holds the character 0, which no text has here"
-            raise GrammarError(f"The regular expression {_shown(pattern)} {zero}: leave it out.")
+            raise ValueError(f"The regular expression {pattern!r:.60} {zero}: leave it out.")
         compiled = llguidance().LLMatcher.grammar_from_regex(pattern)
-        if problem := _problem(compiled):
-            error = re.search(r"error: ([^\n]+)", problem)
-            reason = error[1] if error else _sentence(problem)
-            raise GrammarError(f"The regular expression {pattern!r} is wrong: {reason}.")
-        return cls("regular expression", compiled)
+        return cls._checked("regular expression", compiled, f" {pattern!r:.60}")
 
     @classmethod
     def from_lark(cls, text: str) -> "Grammar":
         """Text that a Lark grammar derives from ``start``, in llguidance's dialect of Lark."""
         if not isinstance(text, str) or not text.strip():
-            raise GrammarError(f"The grammar is {_shown(text)}: it must be a text in Lark's form.")
-        compiled = llguidance().LLMatcher.grammar_from_lark(text)
+            raise ValueError(f"The grammar is {text!r:.60}: it must be a text in Lark's form.")
+        return cls._checked("grammar", llguidance().LLMatcher.grammar_from_lark(text))
+
+    @classmethod
+    def _checked(cls, kind: str, compiled: str, shown: str = "") -> "Grammar":
         if problem := _problem(compiled):
             where = ""
             if place := re.match(r"(?:at )?(\d+)\((\d+)\): *(.*)", problem, re.DOTALL):
                 where, problem = f" at line {place[1]}, column {place[2]}", place[3]
-            raise GrammarError(f"The grammar is wrong{where}: {_sentence(problem)}.")
-        return cls("grammar", compiled)
+            raise ValueError(f"The {kind}{shown} is wrong{where}: {_sentence(problem)}.")
+        return cls(kind, compiled)
 
 
 def add_grammar_options(parser: argparse.ArgumentParser) -> None:
     """Adds ``--json-schema``, ``--regex`` and ``--grammar``, which exclude each other."""
     group = parser.add_argument_group("structured output").add_mutually_exclusive_group()
-    json_schema = "Write JSON that the JSON schema in this file allows."
-    group.add_argument("--json-schema", metavar="FILE", help=json_schema)
+    schema = "Write JSON that the JSON schema in this file allows."
+    group.add_argument("--json-schema", metavar="FILE", help=schema)
     group.add_argument("--regex", help="Write text that this regular expression matches.")
     grammar = "Write text that the Lark grammar in this file allows."
     group.add_argument("--grammar", metavar="FILE", help=grammar)
@@ -121,41 +104,30 @@ def add_grammar_options(parser: argparse.ArgumentParser) -> None:
 
 def grammar_of(args: argparse.Namespace) -> Grammar | None:
     """The description of the text, if it is right; None without any of the options."""
-    option, path = "--json-schema", args.json_schema
+    if args.regex is not None:
+        return Grammar.from_regex(args.regex)
+    path = args.grammar if args.json_schema is None else args.json_schema
     if path is None:
-        option, path = "--grammar", args.grammar
+        return None
     try:
-        if path is None:
-            return None if args.regex is None else Grammar.from_regex(args.regex)
         text = Path(path).expanduser().read_text(encoding="utf-8")
-        if option == "--grammar":
+        if args.json_schema is None:
             return Grammar.from_lark(text)
         return Grammar.from_json_schema(json.loads(text))
-    except GrammarError as error:
-        raise GrammarError(f"{path}: {error}" if path else str(error)) from None
-    except UnicodeDecodeError:
-        reason = "is not UTF-8 text: check the file."
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror}): check the path."
-    except RecursionError:
-        reason = "is nested too deeply: simplify it."
-    except json.JSONDecodeError as error:
-        reason = f"is not JSON: line {error.lineno}, column {error.colno}: {error.msg}."
-    raise ValueError(f"{option} {path} {reason}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def llguidance(submodule: str = "") -> ModuleType:
+def llguidance(module: str = "llguidance") -> ModuleType:
     """llguidance or one of its modules; a ValueError that names its extra if it is absent."""
-    name = f"llguidance.{submodule}" if submodule else "llguidance"
-    return from_extra(name, "structured", "Structured output")
+    return from_extra(module, "structured", "Structured output")
 
 
 @lru_cache(64)
 def _problem(compiled: str) -> str:
     """llguidance's objection to a grammar; empty if there is none. A helper process runs it, since
     some grammars take all of a stack, or of the memory."""
-    n_rules = sum(1 for _ in _RULE.finditer(compiled))
-    if n_rules > MAX_RULES:
+    if (n_rules := len(_RULE.findall(compiled))) > MAX_RULES:
         most = f"at most {MAX_RULES:,} are followed: simplify it"
         return f"it has {n_rules:,} rules and references, and {most}"
     try:
@@ -165,42 +137,34 @@ def _problem(compiled: str) -> str:
 
 
 def _sentence(problem: str) -> str:
-    """The first line of a message, without its full stop."""
+    """What a message of several lines says, without its full stop."""
     if unsupported := re.match(r"Unimplemented keys: \[(.*)\]", problem):
         return f"{unsupported[1]} is not supported"
-    lines = [line.strip() for line in problem.splitlines() if line.strip()]
-    if lines and lines[0].startswith("regex parse error"):
-        lines = [f"no regular expression, {lines[-1].removeprefix('error: ')}"]
-    return lines[0].rstrip(".:") if lines else "it cannot be followed"
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+    if cause := re.search(r"^\s*error: (.+)", problem, re.MULTILINE):
+        return cause[1]
+    return problem.strip().partition("\n")[0].rstrip(".:")
 
 
 class GrammarProcessor:
     """A logits processor that rules out the tokens that a grammar does not allow next.
 
-    It fits every loop that gives a processor the tokens so far and the logits. A token's mask needs
-    the tokens before it, so the processor waits for them, and the logits are computed meanwhile.
-    After the grammar's end it allows end-of-text tokens only. One processor follows one sequence. A
-    call may have fewer tokens than the call before, as in speculative decoding.
+    A token's mask needs the tokens before it, so the processor waits for them, and the logits are
+    computed meanwhile. After the grammar's end it allows end-of-text tokens only. One processor
+    follows one sequence. A call may have fewer tokens than the one before, as in speculation.
 
     Args:
         tokenizer: mlx-lm's or Hugging Face's tokenizer.
-        after: Tokens after which the text begins, such as the end of a thought. Until then every
-            token is allowed.
+        after: Tokens after which the text begins, such as the end of a thought.
         seconds_per_mask: Seconds of computing that a mask may take on average, over this processor
-            and the ones that :meth:`for_sequence` makes. Beyond it their texts end, and ``problem``
-            says so. Ambiguous grammars take more for each further token.
+            and the ones that :meth:`for_sequence` makes. Beyond it their texts end. Ambiguous
+            grammars take more for each further token.
 
     Attributes:
         problem: Reason why the text does not follow the grammar; None as long as it does.
 
     Raises:
-        ValueError: If llguidance is not installed or cannot read the tokenizer, if no text has the
-            form, or if its first mask takes too much computing.
+        ValueError: If llguidance is not installed or cannot read the tokenizer, or if no text has
+            the form, or its first mask takes too much computing.
     """
 
     preserves_margins = True  # a mask leaves the distances of logits as they are
@@ -215,15 +179,17 @@ class GrammarProcessor:
     ):
         self.grammar, self._seconds_per_mask = grammar, seconds_per_mask
         self._after = list(after)
-        self._vocabulary = _vocabulary(tokenizer)
+        ends = getattr(tokenizer, "eos_token_ids", None) or [tokenizer.eos_token_id]
+        inner = getattr(tokenizer, "_tokenizer", tokenizer)  # within mlx-lm's
+        self._vocabulary = _vocabulary(inner, tuple(sorted(ends)))
         self._matcher = self._new_matcher()
-        self._shares_time = False
-        self.begin()
+        self._seconds_left = [CREDIT_SECONDS]  # for the sequences that are made of it, too
         self._in_time(self._matcher.compute_bitmask)
-        if self._out_of_time or "Too many items" in self._matcher.get_error():
+        if self._seconds_left[0] <= 0 or "Too many items" in self._matcher.get_error():
             raise ValueError(f"The {grammar.kind} is too ambiguous to be followed: simplify it.")
         if self._matcher.is_error():
             raise ValueError(f"No text fits the {grammar.kind}: check that it can end.")
+        self._seconds_left = [CREDIT_SECONDS]
         self.begin()
 
     def _new_matcher(self) -> Any:
@@ -238,15 +204,12 @@ class GrammarProcessor:
         self._n_prompt: int | None = None
         self._generated: list[int] = []
         self._n_matched = 0  # of these, the number that the grammar has accepted
-        if not self._shares_time:
-            self._seconds_left = [CREDIT_SECONDS]  # for the sequences that are made of it, too
         self.problem: str | None = None
 
     def for_sequence(self) -> "GrammarProcessor":
         """A processor of the same grammar for another sequence, which shares the time of masks."""
         made = copy.copy(self)
         made._matcher = self._matcher.deep_copy()
-        made._shares_time = True
         made.begin()
         return made
 
@@ -262,21 +225,17 @@ class GrammarProcessor:
             self._n_prompt = len(tokens)
         generated: Any = tokens[self._n_prompt :]
         generated = generated.tolist() if isinstance(generated, mx.array) else list(generated)
-        ends = range(len(self._after), len(generated) + 1)
-        ends_there = (end for end in ends if generated[end - len(self._after) : end] == self._after)
-        begin = next(ends_there, None)
+        n_after = len(self._after)
+        ends = range(n_after, len(generated) + 1)
+        begin = next((end for end in ends if generated[end - n_after : end] == self._after), None)
         if begin is None:
             return logits
-        if not self._out_of_time:
+        if self._seconds_left[0] > 0:
             self._in_time(lambda: self._follow(generated[begin:]))
         return mx.where(mx.array(self._allowed(logits.shape[-1])), logits, -mx.inf)
 
-    @property
-    def _out_of_time(self) -> bool:
-        return self._seconds_left[0] <= 0
-
     def _in_time(self, follow: Callable[[], Any]) -> None:
-        """Calls ``follow``. With a limit it is left alone, in a thread, if it takes too long."""
+        """Calls ``follow``; with a limit in a thread, which is left alone if it takes too long."""
         if math.isinf(self._seconds_per_mask):
             follow()
             return
@@ -293,7 +252,7 @@ class GrammarProcessor:
         Thread(target=run, name="mask", daemon=True).start()
         try:
             self._seconds_left[0] += self._seconds_per_mask - seconds.result(MASK_SECONDS)
-        except TimeoutError:
+        except BaseException:
             self._seconds_left[0] = -math.inf
             self._matcher = None
 
@@ -313,8 +272,8 @@ class GrammarProcessor:
         """(V,) bool: the tokens that may come next."""
         ends, self.problem = self._vocabulary.eos_tokens, None
         left = self._generated[self._n_matched :]
-        if self._out_of_time:
-            self.problem = f"its masks take more than {self._seconds_per_mask:g} s each"
+        if self._seconds_left[0] <= 0:
+            self.problem = f"its masks fail, or take more than {self._seconds_per_mask:g} s each"
         elif self._matcher.is_error():
             self.problem = self._matcher.get_error().splitlines()[0]
         elif left and left[0] not in ends:
@@ -322,10 +281,10 @@ class GrammarProcessor:
         allowed = np.zeros(vocab_size, dtype=bool)
         if left or self.problem or self._matcher.is_stopped():
             allowed[[token for token in ends if token < vocab_size]] = True
-            return allowed
-        mask = np.frombuffer(self._mask, dtype=np.uint8)
-        bits = np.unpackbits(mask, bitorder="little")[:vocab_size]
-        allowed[: len(bits)] = bits
+        else:
+            mask = np.frombuffer(self._mask, dtype=np.uint8)
+            bits = np.unpackbits(mask, bitorder="little")[:vocab_size]
+            allowed[: len(bits)] = bits
         return allowed
 
 
@@ -354,17 +313,7 @@ def grammar_processor(
     return GrammarProcessor(tokenizer, form)
 
 
-def _vocabulary(tokenizer: Any) -> Any:
-    """llguidance's tokenizer for one of mlx-lm's or Hugging Face's."""
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)
-    if not hasattr(inner, "backend_tokenizer"):
-        raise ValueError(
-            "Structured output needs a tokenizer of the tokenizers library, but this one is a "
-            f"{type(inner).__name__}: use another model."
-        )
-    ends = getattr(tokenizer, "eos_token_ids", None) or [tokenizer.eos_token_id]
-    ends = tuple(sorted(ends))
-    made = _vocabularies.setdefault(inner, {})
-    if ends not in made:
-        made[ends] = llguidance("hf").from_tokenizer(inner, eos_token=list(ends))
-    return made[ends]
+@lru_cache(4)
+def _vocabulary(tokenizer: Any, eos_token_ids: tuple[int, ...]) -> Any:
+    """llguidance's form of a tokenizer of Hugging Face, which takes a second to make."""
+    return llguidance("llguidance.hf").from_tokenizer(tokenizer, eos_token=[*eos_token_ids])

@@ -169,7 +169,6 @@ def test_every_command_over_pipes(typed, converted, folder):
         ("", "backend 'mlx': MLX finds no Apple GPU on this machine."),
         ("", "3 messages, "),
         ("", f"last answer: {ANSWER_TOKENS} tokens, "),
-        ("", f"1 answer of {ANSWER_TOKENS} tokens"),
         ("/probes 1", "1 of 17 clusters"),
         ("/reset", "A new conversation"),
         ("Hello", "tokens/s"),
@@ -183,6 +182,7 @@ def test_every_command_over_pipes(typed, converted, folder):
         ("/save", "needs the name of a file"),
         ("/load absent/chat.json", "chat.json"),
         ("/load notes.txt", "does not hold a conversation"),
+        ("/save notes.txt", "does not hold a conversation"),
         ('"""/And\nthen?"""', "tokens/s"),
         (" /a message", "tokens/s"),
         ("/save chat.json", "Wrote 7 messages to chat.json"),
@@ -220,7 +220,7 @@ def test_flags_of_the_command_line(typed, converted):
     flags = ("--model", converted, "--temp", 1, "--n-probes", 1, "--max-kv-size", 24, "--seed")
     texts = [typed("Hello\n/stats\n/quit now\nx", *flags, seed) for seed in (1, 1, 2)]
     assert texts[0][0] == texts[1][0] != texts[2][0]
-    assert "1 of 17 clusters" in texts[0][1] and "--max-kv-size has no effect" in texts[0][1]
+    assert "1 of 17 clusters" in texts[0][1]
 
 
 def test_a_conversation_goes_on_over_pipes(typed, refused, converted, folder, monkeypatch):
@@ -234,12 +234,12 @@ def test_a_conversation_goes_on_over_pipes(typed, refused, converted, folder, mo
     assert "leave --system-prompt out" in refused("chat", *arguments, "--system-prompt", "x")
     stored.parent.mkdir(parents=True)
     stored.write_text("{")
-    assert re.search("not JSON.*without --resume", refused("chat", *arguments))
+    assert re.search("not hold a conversation.*without --resume", refused("chat", *arguments))
     stored.write_text("[]")
     first, said = typed("Hello\n", *arguments)
     assert "0 messages" in said
     second, said = typed("Go on\n", *arguments)
-    assert first + second == both and "2 messages; last: Hello" in said
+    assert first + second == both and "2 messages" in said
     assert len(messages(stored)) == 4
 
     stored.write_text("[]")

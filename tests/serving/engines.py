@@ -4,7 +4,7 @@ from pathlib import Path
 
 import mlx_flashhead
 from mlx_flashhead.serving.jobs import Job, Prompt, Token
-from mlx_flashhead.serving.requests import read_request
+from mlx_flashhead.serving.requests import Request
 from mlx_flashhead.serving.served_models import ServedModel
 from mlx_flashhead.serving.server_options import make_parser
 
@@ -32,7 +32,7 @@ def served_model(folder: Path, context=512) -> ServedModel:
 
 def checked(served: ServedModel, body: dict, *, chat: bool = True, arguments=()):
     """A request, read."""
-    return read_request(body, chat=chat, models=[served], defaults=flags(*arguments))
+    return Request(body, chat=chat, models=[served], flags=flags(*arguments))
 
 
 def job(engine, tokens, max_tokens=8, processors=(), landmarks=(), **fields):

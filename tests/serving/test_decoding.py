@@ -23,7 +23,7 @@ from mlx_flashhead import grammar_processor
 from mlx_flashhead.loading.background import background_build
 from mlx_flashhead.loading.sources import HeadOptions
 from mlx_flashhead.lossless.policy import policy_of
-from mlx_flashhead.serving.decoding import CHUNK_SECONDS, SMALLEST_CHUNK, PrefillPace
+from mlx_flashhead.serving.decoding import CHUNK_SECONDS, SMALLEST_CHUNK, next_chunk
 from mlx_flashhead.serving.engine import Engine
 from mlx_flashhead.serving.jobs import Progress, Token
 from mlx_flashhead.serving.served_models import ServedModel
@@ -86,7 +86,7 @@ def test_a_cache_with_drafts_is_cut_where_it_ends(drafting, flash):
     cancelled = endless(drafting, LONG[:70])
     for _ in range(4):
         until(cancelled, Token)
-    cancelled.cancelled = True
+    cancelled.ended = True
     after = ([*LONG[:60], *tokens, 60, 61], 60), ([*LONG[:70], 50, 50, 61], 70)
     for longer, n_cached in after:
         one = submit(drafting, longer)
@@ -152,18 +152,16 @@ def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(
     assert "Traceback" not in caplog.text
 
 
-def test_pace_finds_what_fits_into_a_chunks_time():
-    pace = PrefillPace(2048)
-
-    def chunk_at(speed):
+def test_chunks_are_what_fits_into_their_time():
+    def chunk_at(speed, chunk=32):
         for _ in range(20):
-            pace.took(pace.n_tokens, pace.n_tokens / speed)
-        return pace.n_tokens
+            chunk = next_chunk(chunk, chunk, chunk / speed, 2048)
+        return chunk
 
-    for speed in (10_000, 1000):  # tokens a second, which are fewer far into a prompt
+    for speed in (10_000, 1000):  # tokens a second
         assert CHUNK_SECONDS / 4 <= chunk_at(speed) / speed <= CHUNK_SECONDS
     assert (chunk_at(1), chunk_at(10**9)) == (SMALLEST_CHUNK, 2048)
-    assert PrefillPace(8).n_tokens == 8
+    assert next_chunk(32, 5, 0.0, 2048) == 32  # of a rest
 
 
 @pytest.mark.parametrize("together", [1, 3])

@@ -88,14 +88,14 @@ def test_clients_learn_that_the_server_ends(api, engine, send, stream):
     job = engine.next_job()
     if stream:
         job.emit(Token("A"))
-    api.fail_answers(SHUTTING_DOWN, for_good=True)
+    api.end_answers(SHUTTING_DOWN)
     for ended in (connection, send()):
         status, body = answer(ended)
         *_, last = body.strip().splitlines()
         error = json.loads(last.removeprefix("data: "))["error"]
         assert (error["message"], error["type"]) == (SHUTTING_DOWN, "server_error")
         assert status == (200 if stream and ended is connection else 503)
-    assert job.cancelled
+    assert job.ended
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_nothing_is_computed_for_a_client_that_has_left(engine, send, stream):
     connection.sock.sendall(b"\r\n")
     connection.sock.close()
     until = time.monotonic() + 20
-    while not all(job.cancelled for job in jobs):
+    while not all(job.ended for job in jobs):
         assert time.monotonic() < until
         time.sleep(0.01)
 

@@ -18,7 +18,7 @@ def test_a_cancelled_prompt_is_read_no_further_and_stays_cached(start, chunks):
     until(one, Progress)
     answer = endless(engine, SHORT)
     waiting = submit(engine, LONG[1:])  # in the queue, and never begun
-    one.cancelled = waiting.cancelled = answer.cancelled = True
+    one.ended = waiting.ended = answer.ended = True
     tokens_of(submit(engine, SHORT))
     n_read = len(chunks)
     other = submit(engine, LONG)
@@ -31,12 +31,12 @@ def test_a_cancelled_prompt_is_read_no_further_and_stays_cached(start, chunks):
 def test_a_cancelled_answer_ends_and_its_cache_stays(start):
     engine = start()
     one, other = endless(engine, LONG), endless(engine, SHORT)
-    one.cancelled = True
+    one.ended = True
     assert len(tokens_of(submit(engine, [50]))) == 8
     before = len(one.tokens), len(other.tokens)
     assert len(tokens_of(submit(engine, [51]))) == 8
     assert len(one.tokens) == before[0] and len(other.tokens) > before[1]
-    other.cancelled = True
+    other.ended = True
     again = submit(engine, LONG)
     assert len(tokens_of(again)) == 8
     assert again.cached == 399
@@ -53,7 +53,7 @@ def test_neither_a_short_question_nor_an_answer_waits_for_a_long_prompt(start, c
     until(long, Token)
     # half of the time is the answers'
     assert len(answer.tokens) - before > len(chunks) / 2
-    answer.cancelled = True
+    answer.ended = True
 
 
 def test_a_prompt_is_read_soon_beside_slow_answers_and_a_stream_of_short_prompts(
@@ -93,5 +93,5 @@ def test_a_prompt_is_read_soon_beside_slow_answers_and_a_stream_of_short_prompts
         finally:
             ended.set()
             for one in answers:
-                one.cancelled = True
+                one.ended = True
     assert not any(asker.exception() for asker in askers)

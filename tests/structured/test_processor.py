@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jsonschema
 import mlx.core as mx
@@ -128,8 +128,6 @@ def test_masks_that_take_long_end_the_texts(tokenizer):
     assert allowed(other, [7, a]) == {EOS} and other.problem == processor.problem
     other.begin()  # as a loop does when its text begins
     assert allowed(other, [7]) == {EOS}
-    processor.begin()
-    assert a in allowed(processor, [7]) and processor.problem is None
 
 
 def test_one_mask_has_a_limit_of_items(tokenizer, monkeypatch):
@@ -152,14 +150,11 @@ def test_a_mask_that_does_not_come_ends_the_text(tokenizer, monkeypatch, seconds
     follow = processor._follow
     monkeypatch.setattr(processor, "_follow", lambda tokens: (time.sleep(0.2), follow(tokens)))
     assert (allowed(processor, [7, a]) != {EOS}) == left == (processor.problem is None)
-    monkeypatch.undo()
-    processor.begin()
-    assert a in allowed(processor, [7])
 
 
 def test_mistakes_of_a_call(tokenizer):
     for forms in ({}, {"regex": "a", "grammar": 'start: "a"'}):
         with pytest.raises(ValueError, match="Give one of"):
             grammar_processor(tokenizer, **forms)
-    with pytest.raises(ValueError, match="tokenizers library"):
-        grammar_processor(SimpleNamespace(eos_token_id=1), regex="a")
+    with pytest.raises(ValueError, match="Only fast tokenizers"):
+        grammar_processor(Mock(eos_token_ids=[1], _tokenizer="slow"), regex="a")
