@@ -105,7 +105,7 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
     from .loading.load import load_dense_head, load_draft, load_with_head, sharded_load
     from .loading.options import LATER, HeadOptions
     from .lossless.generation import generate
-    from .lossless.sampler import make_sampler
+    from .lossless.sequence import make_sampler
     from .models.compat.mlx_lm import generation_stream, run_generate
     from .models.fetch import resolve
     from .models.install import get_flash_head

@@ -200,8 +200,8 @@ def builtin_windows(tokenizer: Any, positions: int) -> list[list[int]]:
     """Windows of built-in text without its beginning, at most ``positions``, of each kind its
     share. The kinds take turns, so that a time limit shortens all of them."""
     documents: dict[str, list[list[int]]] = {}
-    for kind, texts in builtin_documents().items():
-        documents[kind] = [list(tokenizer.encode(text)) for text in texts]
+    for kind, contents in builtin_documents().items():
+        documents[kind] = [list(tokenizer.encode(content)) for content in contents]
     if tokenizer.has_chat_template:
         chats = (tokenizer.apply_chat_template(each, tokenize=True) for each in dialogues())
     else:

@@ -47,9 +47,8 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
     """Converts a model: ``mlx_lm.convert``'s arguments, in its order, and those of FlashHead.
 
     Args:
-        arguments, options: Those of `options.ConvertOptions`, ``hf_path`` and ``mlx_path`` first;
-            ``mlx_flashhead.convert --help`` describes them. ``quant_predicate`` may be a function,
-            as mlx-lm takes it.
+        arguments, options: Those of `options.ConvertOptions`, which ``mlx_flashhead.convert
+            --help`` describes; ``quant_predicate`` may be a function, as mlx-lm takes it.
         progress: Show bars and steps.
 
     Returns:
@@ -57,8 +56,7 @@ def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHead
 
     Raises:
         ValueError: If an option, the model or the target is not valid, or the Hub would reject an
-            upload. Nothing is written then. Also if the upload itself fails. The checkpoint is
-            kept then.
+            upload: nothing is written. If the upload itself fails, the checkpoint is kept.
         OSError: If the checkpoint cannot be written. Nothing is left behind.
     """
     return convert_model(ConvertOptions(*arguments, **options), say=print if progress else None)
@@ -182,10 +180,8 @@ def check_apart(source: Path, target: Path) -> None:
     """Refuses a target that is the model's folder or lies in it; `check_target` one around it."""
     places = (place for place in (target, *target.resolve().parents) if place.exists())
     if any(os.path.samefile(place, source) for place in places):
-        raise ValueError(
-            f"`mlx_path` {target} is the folder of the model itself, or lies in it: choose another "
-            "one."
-        )
+        place = f"`mlx_path` {target} is the folder of the model itself, or lies in it"
+        raise ValueError(f"{place}: choose another one.")
 
 
 def set_dtype(model: nn.Module, config: dict, source: Path, options: ConvertOptions) -> None:

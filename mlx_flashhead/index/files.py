@@ -176,7 +176,8 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
     if config.centroid_group_size > 0:
         form = {"group_size": config.centroid_group_size, "bits": config.centroid_bits}
     try:
-        stored = (arrays[f"centroids.{name}"] for name in (ARRAYS if form else ARRAYS[:1]))
+        names = ARRAYS if form else ARRAYS[:1]
+        stored: Any = (arrays[f"centroids.{name}"] for name in names)
         matrix, token_ids = Matrix(*stored, **form), arrays["token_ids"]
         centroids = Centroids(matrix, arrays["centroid_bias"], arrays["tail_offset"])
         sketch = Sketch(arrays["sketch.directions"], arrays["sketch.lengths"])

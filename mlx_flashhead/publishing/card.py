@@ -205,11 +205,11 @@ def card_metadata(base: Provenance, relation: str = "quantized") -> dict:
     if base.licence is not None:
         metadata = {"license": base.licence.identifier} | metadata
     metadata |= {"library_name": "mlx", "pipeline_tag": "text-generation"}
-    base_model = base.origin.repo_id
-    if base_model is None:  # a folder of unknown origin may still name its own base model
-        base_model = bases if len(bases) > 1 else next(iter(bases), None)
-        relation = relation if relation == "adapter" else base.metadata.get("base_model_relation")
-    named = {"base_model": base_model, "base_model_relation": relation}
+    named: dict = {"base_model": base.origin.repo_id, "base_model_relation": relation}
+    if base.origin.repo_id is None:  # a folder of unknown origin may still name its own base model
+        named["base_model"] = bases if len(bases) > 1 else next(iter(bases), None)
+        if relation != "adapter":
+            named["base_model_relation"] = base.metadata.get("base_model_relation")
     metadata |= {key: value for key, value in named.items() if value}
     return metadata | {"tags": list(dict.fromkeys([*tags, "mlx", "flashhead"]))}
 
