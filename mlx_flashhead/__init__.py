@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .index.settings import FlashHeadConfig
     from .loading.load import attach, load, sharded_load
     from .lossless.generation import batch_generate, generate, stream_generate
-    from .lossless.sampler import make_sampler
+    from .lossless.sequence import make_sampler
     from .models.install import detach, get_flash_head
     from .structured.grammar import grammar_processor
 
@@ -45,7 +45,7 @@ _MODULES = {
     "index.settings": ("FlashHeadConfig",),
     "loading.load": ("attach", "load", "sharded_load"),
     "lossless.generation": ("batch_generate", "generate", "stream_generate"),
-    "lossless.sampler": ("make_sampler",),
+    "lossless.sequence": ("make_sampler",),
     "models.install": ("detach", "get_flash_head"),
     "structured.grammar": ("grammar_processor",),
 }

@@ -21,8 +21,8 @@ def make_parser() -> Parser:
     model = "Folder or Hugging Face repository of any model that mlx-lm loads."
     parser.add_argument("--model", required=True, help=model)
     add_head_options(parser)
-    name = "head.safetensors"
-    parser.add_argument("--output", required=True, metavar=name, help="File to write.")
+    output = {"metavar": f"head{SUFFIX}", "help": "File to write."}
+    parser.add_argument("--output", required=True, **output)
     parser.add_argument("--overwrite", action="store_true", help="Replace an existing file.")
     return parser
 
@@ -38,7 +38,7 @@ def main() -> None:
     from .head.plan import export_plan
     from .index.files import CONFIG_NAME
     from .loading.load import load_with_head
-    from .loading.sources import HeadOptions
+    from .loading.options import HeadOptions
     from .models.fetch import resolve
     from .models.install import installed_head
     from .models.locate import find_head
@@ -53,8 +53,6 @@ def main() -> None:
             f"--output {output} lies in a model's folder, where other programs take it "
             "for weights: choose another folder."
         )
-    if output.is_dir():
-        raise ValueError(f"{output} is a folder: choose another --output.")
     if output.exists() and not args.overwrite:
         raise ValueError(
             f"{output} exists already: choose another --output, or pass --overwrite to replace it."

@@ -21,7 +21,7 @@ from ..loading.load import load
 from ..lossless.batch import VerifiedBatchGenerator
 from ..lossless.loop import verified_steps
 from ..lossless.policy import Proposer, policy_of
-from ..lossless.sampler import make_sampler
+from ..lossless.sequence import make_sampler
 from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
 from ..models.install import dense_copy, hidden_dtype, installed_head
 from . import SAMPLERS

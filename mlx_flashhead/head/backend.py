@@ -16,7 +16,6 @@ from .kernels import MetalSteps
 from .steps import Candidates, PortableSteps, Proposal, Selection, in_token_order
 
 METAL, PORTABLE = "metal", "mlx"
-BACKENDS = (METAL, PORTABLE)
 BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
 HOW_TO_REPORT = (
     "please report this as an issue, with the output of "
@@ -26,10 +25,9 @@ HOW_TO_REPORT = (
 log = logging.getLogger("mlx_flashhead")
 
 # Allowed difference, relative to the size of the products. All sums are float32: only the order of
-# the additions and the rounding of the result differ. A lane that is left out changes a product by
-# a sixth of its size.
-UNITS = 2  # of rounding
-LEAST = 1e-3
+# the additions and the rounding of the result differ, by units of rounding. A lane that is left out
+# changes a product by a sixth of its size.
+UNITS, LEAST = 2, 1e-3
 
 # The constants of the same names in metal/flash_head/constants.h.
 SELECT_BINS = 4096
@@ -57,8 +55,8 @@ def choose_backend(requested: str | None = None) -> str:
     name = named_backend(requested)
     if name is None:
         return METAL if gpu_is_default() else PORTABLE
-    if name not in BACKENDS:
-        raise ValueError(f"Unknown FlashHead backend {name!r}: choose {' or '.join(BACKENDS)}.")
+    if name not in (METAL, PORTABLE):
+        raise ValueError(f"Unknown FlashHead backend {name!r}: choose {METAL} or {PORTABLE}.")
     if name == METAL and not mx.metal.is_available():
         raise ValueError(
             "The FlashHead backend 'metal' needs an Apple GPU and this machine has none: "
@@ -91,10 +89,7 @@ def make_steps(clustered: ClusteredRows, requested: str | None) -> tuple[Portabl
 
 def lacks_bfloat16() -> bool:
     """Whether this GPU emulates bfloat16, as those of M1 and M2 do ("applegpu_g13s", "g14"): a
-    matrix product takes 1.8 times as long as in float16.
-
-    Source: pull request 4216 of ml-explore/mlx, measured on an M1 Max.
-    """
+    matrix product takes 1.8 times as long. Source: ml-explore/mlx, pull request 4216, an M1 Max."""
     generation = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture")))
     return generation is not None and int(generation[1]) < 15
 
@@ -127,10 +122,8 @@ def check_kernels(
             f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or unset "
             f"{BACKEND_VARIABLE}, and {HOW_TO_REPORT}."
         )
-    reason = (
-        f"FlashHead takes MLX's own operations instead of its Metal kernels, because {trouble}; "
-        f"{HOW_TO_REPORT}."
-    )
+    instead = "FlashHead takes MLX's own operations instead of its Metal kernels"
+    reason = f"{instead}, because {trouble}; {HOW_TO_REPORT}."
     log.warning(reason)
     return reason
 
@@ -201,8 +194,7 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
         expected_token, expected_risk = plain.choose(*once, *last)
         n_other += drawn != expected_token
         yield risk, expected_risk, rounding
-    # rounding may put a token on the other side of a limit
-    yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0
+    yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0  # rounding may move a token over a limit
 
     yield "join"
     proposal = Proposal(hidden, token, selection.probes, candidates.logits, mx.zeros(1), None)

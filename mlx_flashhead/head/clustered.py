@@ -104,15 +104,8 @@ class ClusteredRows:
         clustered = rows.take(order)
         if by_column:
             clustered = replace(clustered, weight=_columns(rows.weight, order))
-        return cls(
-            rows=clustered,
-            token_ids=ids,
-            slot_of=mx.array(slot_of.astype(np.uint32)),
-            centroids=centroids,
-            route_bias=mx.array(route_bias),
-            padded=n_padded > 0,
-            by_column=by_column,
-        )
+        slots, biases = mx.array(slot_of.astype(np.uint32)), mx.array(route_bias)
+        return cls(clustered, ids, slots, centroids, biases, n_padded > 0, by_column)
 
     def arrays(self) -> list[mx.array]:
         """Every array held, for evaluation and for counting bytes."""

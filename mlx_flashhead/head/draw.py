@@ -130,12 +130,6 @@ def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None)
     return lowest
 
 
-def nth_best(logits: mx.array, n: int) -> mx.array:
-    """The n-th best logit of each row, the last one of fewer: (R, K) float32 → (R, 1)."""
-    rows = [(DrawSettings(temperature=1.0, top_k=n), (0, 0))] * len(logits)
-    return threshold(logits, Draws.of(rows))
-
-
 def gpu_is_default() -> bool:
     """Whether MLX computes on an Apple GPU."""
     return mx.metal.is_available() and mx.default_device().type == mx.gpu

@@ -28,6 +28,7 @@ class FlashHead:
 
     Loops that verify call :meth:`propose`. The unverified head, whose logits are estimates but for
     the scored tokens, is :meth:`unverified_logits`, or a call within a :meth:`settings` block.
+    ``backend_reason`` is a sentence that says why ``backend`` was taken, or what of it is slower.
 
     Shapes: hidden states (B, L, D), or any leading axes; V tokens in C clusters of
     ``cluster_size``; p = ``n_probes`` clusters scored per position.
@@ -42,10 +43,6 @@ class FlashHead:
         eos_token_ids: Their clusters are always among the probes, so that an answer can end.
         backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
             if MLX computes on an Apple GPU.
-
-    Attributes:
-        steps: The path in use.
-        backend_reason: A sentence that says why this path was taken, or which part of it is slower.
 
     Raises:
         ValueError: If ``n_probes``, ``token_ids`` or ``backend`` is not valid.
@@ -71,17 +68,16 @@ class FlashHead:
         self.n_clusters, self.cluster_size = token_ids.shape
         self._requested_backend = backend
         self.steps, self.backend_reason = make_steps(self.clustered, backend)
-        self.eos_token_ids = tuple(eos_token_ids)
+        self.eos_token_ids, self.risk = tuple(eos_token_ids), risk or Risk()
         self.n_probes = n_probes
         if unverified_probes is not None:
             self.unverified_probes = unverified_probes
-        self.risk = risk or Risk()
         self._verified = True  # whether a plain call is the dense head's
         self._draw_temperature: float | None = None
         self._project: Project | None = None
 
     def __getstate__(self) -> dict:
-        """Everything but what belongs to this process: kernels, and who intercepts calls."""
+        """Without what belongs to this process: kernels, and who intercepts calls."""
         return {k: v for k, v in vars(self).items() if k != "steps"} | {"_project": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -95,10 +91,6 @@ class FlashHead:
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
         return copied
-
-    def __repr__(self) -> str:
-        names = ("vocab_size", "hidden_size", "n_clusters", "cluster_size", "n_probes", "backend")
-        return f"FlashHead({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
     @property
     def backend(self) -> str:
@@ -156,19 +148,17 @@ class FlashHead:
 
         It scores ``n_probes`` clusters, by default ``unverified_probes``; with ``dense`` every
         token, as a plain call does. With ``draw_temperature``, above 0, the p clusters are drawn
-        without replacement from softmax(S / temperature) by Gumbel noise. Only their tokens can be
-        sampled, since all others get a logit of about -10,000: sampling from these logits at the
-        same temperature is the paper's "sampling over the full vocabulary", an approximation. A
-        model that caps its logits gives the others a small probability.
+        without replacement from softmax(S / temperature). Only their tokens can be sampled, since
+        all others get a logit of about -10,000: sampling from these logits at the same temperature
+        is the paper's "sampling over the full vocabulary", an approximation.
 
         Source: Efraimidis and Spirakis 2006 / Gumbel top-k: perturbed scores, then the p largest.
         """
         if dense and n_probes is not None:
             raise ValueError("dense scores every token: leave n_probes out.")
         if draw_temperature is not None and not draw_temperature > 0:
-            raise ValueError(
-                f"The temperature of the draw is {draw_temperature}: it must be above 0."
-            )
+            value = draw_temperature
+            raise ValueError(f"The temperature of the draw is {value}: it must be above 0.")
         names = ("_n_probes", "_unverified_probes", "_verified", "_draw_temperature")
         before = {name: getattr(self, name) for name in names}
         if n_probes is not None:
@@ -252,10 +242,8 @@ class FlashHead:
         full: bool = False,
     ) -> Proposal:
         """Tokens of states (R, D), chosen from ``n_probes`` clusters, for the dense rows to verify.
-
         ``draws`` are of these rows; None takes the best logits. Kernels leave clusters out that lie
-        more than ``depth`` nats below the mass of all. ``full``: make full logits too.
-        """
+        more than ``depth`` nats below the mass of all. ``full``: make full logits too."""
         n_probes = self.n_probes if n_probes is None else n_probes
         depth = NO_DEPTH if full else depth
         scores, selection, candidates = self._retrieve(hidden, n_probes, words=full, depth=depth)

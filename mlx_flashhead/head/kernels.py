@@ -37,8 +37,8 @@ MIN_PROBES = 8
 JOINED = 8  # sources of a join: Metal has 31 buffers
 PACKS = {5: 8, 6: 4}  # values of a pack, where it is not a word
 SHARED_POSITIONS = 4  # that share one reading of the centroids
-# Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions, by
-# the GPU, for more than 4,096 rows. Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
+# Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions.
+# Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
 MATRIX_FROM = 12
 FLOAT16_FROM = 6  # states: fewer are not multiplied as a matrix on any GPU that lacks bfloat16
 
@@ -80,11 +80,7 @@ class MetalSteps(PortableSteps):
         self.unsupported_formats = unsupported_formats(clustered)  # their steps stay plain
         self.float16_rows: Matrix | None = None  # all rows, for `verifying_product`
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
-        n_rows, n_clusters, size = (
-            clustered.vocab_size,
-            clustered.n_clusters,
-            clustered.cluster_size,
-        )
+        n_rows, (n_clusters, size) = clustered.vocab_size, clustered.token_ids.shape
         self._sizes = {"V": n_rows, "C": n_clusters, "N": size, "D": clustered.hidden_size}
         self._sizes["PADDED"] = clustered.padded
         form: tuple[Any, ...]  # files, threads, names of template arguments, and more of them
@@ -187,15 +183,16 @@ class MetalSteps(PortableSteps):
         n_positions, n_clusters = scores.shape
         if "score" in self.unsupported_formats:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
-        limits = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
+        arrays = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
         held = (n_positions, max(n_probes, MIN_PROBES)), mx.uint32
-        results = held, ((n_positions, 2), mx.float32)
-        if not words:
-            probes, unscored = self._select([scores, *limits], 1, n_positions, *results)
-            return Selection(probes, unscored=unscored)
-        arrays, made = [scores, self._tail_offset, *limits], ((n_positions, n_clusters), mx.uint32)
-        probes, unscored, cluster_words = self._select_words(arrays, 1, n_positions, *results, made)
-        return Selection(probes, cluster_words, unscored)
+        results = [held, ((n_positions, 2), mx.float32)]
+        if words:
+            arrays, kernel = [scores, self._tail_offset, *arrays], self._select_words
+            results.append(((n_positions, n_clusters), mx.uint32))
+        else:
+            arrays, kernel = [scores, *arrays], self._select
+        probes, unscored, *made = kernel(arrays, 1, n_positions, *results)
+        return Selection(probes, made[0] if words else None, unscored)
 
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
         if "score" in self.unsupported_formats:
@@ -203,14 +200,10 @@ class MetalSteps(PortableSteps):
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
         probes, rows = selection.probes, self.clustered.rows
         n_positions, held = probes.shape
-        logits, best = self._score(
-            [hidden, probes, *self._score_arrays],
-            held,
-            n_positions,
-            ((n_positions, held, self.clustered.cluster_size), rows.logits_dtype(hidden.dtype)),
-            ((n_positions, held), mx.float32),
-            PRODUCT=rows.product_dtype(hidden.dtype),
-        )
+        shape = n_positions, held, self.clustered.cluster_size
+        results = (shape, rows.logits_dtype(hidden.dtype)), (shape[:2], mx.float32)
+        arrays, product = [hidden, probes, *self._score_arrays], rows.product_dtype(hidden.dtype)
+        logits, best = self._score(arrays, held, n_positions, *results, PRODUCT=product)
         return Candidates(logits, best)
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
@@ -236,10 +229,9 @@ class MetalSteps(PortableSteps):
         logits, n_positions = candidates.logits, len(candidates.logits)
         settings = _greedy_draws(n_positions) if draws is None else draws[:3]
         arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best, unscored]
+        arrays += [*settings, mx.array(risk)]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
-        tokens, chances = self._sample(
-            [*arrays, *settings, mx.array(risk)], 1, n_positions, *results, T=logits.dtype
-        )
+        tokens, chances = self._sample(arrays, 1, n_positions, *results, T=logits.dtype)
         return tokens, chances
 
     def join(

@@ -137,9 +137,8 @@ class Matrix:
         if self.scales is None:
             logits = hidden @ self.weight.swapaxes(-1, -2)
         else:
-            logits = mx.quantized_matmul(
-                hidden, self.weight, self.scales, self.biases, transpose=True, **self.quantization
-            )
+            stored = self.weight, self.scales, self.biases
+            logits = mx.quantized_matmul(hidden, *stored, transpose=True, **self.quantization)
         return logits if self.bias is None else logits + self.bias
 
     def dequantized(self, dtype: mx.Dtype | None = None) -> mx.array:
@@ -159,7 +158,7 @@ class Matrix:
             return None
         rounded = self.map(lambda a: a if a.dtype == mx.uint32 else a.astype(mx.float16))
         pairs = zip(rounded.arrays().values(), self.arrays().values(), strict=True)
-        same = all(mx.array_equal(one.astype(other.dtype), other).item() for one, other in pairs)
+        same = all(mx.array_equal(one.astype(other.dtype), other) for one, other in pairs)
         return rounded if same else None
 
     def sample(self) -> "Matrix":
@@ -187,6 +186,5 @@ def _promoted(first: mx.Dtype, second: mx.Dtype) -> mx.Dtype:
 
 def as_float32(array: np.ndarray | mx.array) -> np.ndarray:
     """The array as numpy float32, from any float dtype (numpy has no bfloat16)."""
-    return np.asarray(
-        array.astype(mx.float32) if isinstance(array, mx.array) else array, np.float32
-    )
+    array = array.astype(mx.float32) if isinstance(array, mx.array) else array
+    return np.asarray(array, np.float32)

@@ -1,8 +1,8 @@
 """A head's kernels in a file, for programs in other languages.
 
-The file is a safetensors file. It holds the FlashHead's arrays, and in its metadata a plan: the
-texts of the kernels and their launches, as `MetalSteps` gives them to MLX. A program that has MLX
-and the model's own rows replays the launches one after the other. `metal/swift` does so in Swift.
+The safetensors file holds the FlashHead's arrays, and in its metadata a plan: the texts of the
+kernels and their launches, as `MetalSteps` gives them to MLX. A program that has MLX and the
+model's own rows replays the launches one after the other, as `metal/swift` does.
 
 The plan is JSON:
 
@@ -12,13 +12,9 @@ The plan is JSON:
     rows       shape and dtype of each array of that layer: the program's model must have the same
     limit      more positions than this at once read more rows than the dense head
     logits     names of the launches that give "expanded", the full logits (1, V), in their order
-    tokens     names of kernels that give "tokens" (1,) from "settings" (1, 3) float32, "top_k" (1,)
-               uint32 and "keys" (1, 2) uint32, which are those of ``MetalSteps.choose``
-    launches   by name
-               name, inputNames, outputNames, source, header: arguments of MLX's ``metalKernel``
-               arrays: names of the inputs among the file's arrays, the results so far, the rows as
-               "rows_weight" …, and "hidden" (1, D)
-               template, grid, threadGroup, outputShapes, outputDTypes: arguments of the call
+    tokens     likewise "tokens" (1,), from "settings", "top_k" and "keys" as `Draws` has them
+    launches   by name: the arguments of MLX's ``metalKernel`` and of the call; ``arrays`` are the
+               file's, results so far, the rows as "rows_weight" …, and "hidden" (1, D)
 
 For R positions the second number of each grid and the first of each shape are R times as large.
 Rows are in the order of "token_ids", with any row in a padded slot. "slot_of" says a token's place
@@ -96,9 +92,8 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
     selection = steps.select(scores, n_probes)
     steps.expand(scores, selection, steps.score(hidden, selection))
     selection = steps.select(scores, n_probes, words=False)
-    steps.choose(
-        selection, steps.score(hidden, selection), steps.unscored(scores, selection), draws
-    )
+    candidates, unscored = steps.score(hidden, selection), steps.unscored(scores, selection)
+    steps.choose(selection, candidates, unscored, draws)
     plan = {
         "head": layer,
         "dtype": _value(dtype),

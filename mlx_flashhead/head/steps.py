@@ -32,15 +32,12 @@ PIECE = 64
 NOISE_ROOM, MASS_ROOM = 1e-5, 1e-4
 NEAREST = 1024  # clusters that were not scored, of whose tokens the noise is computed for filters
 
-REFERENCE = "the reference BLAS of the mlx wheel"  # for Linux, a slow one
-
 
 class Selection(NamedTuple):
     # (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)), ascending:
     # where fewer are worth scoring the last one is repeated, with logits as in padded slots.
     probes: mx.array
-    # (R, C) uint32 for the kernel of `expand`: a cluster's place among the probes, or the estimate
-    # of its tokens' logits
+    # (R, C) uint32 for the kernel of `expand`: a cluster's place among the probes, or its estimate
     words: mx.array | None = None
     unscored: mx.array | None = None  # (R, 2) float32, from ``PortableSteps.unscored``
 
@@ -114,11 +111,10 @@ def blas_name() -> str:
         return "Accelerate"
     process = ctypes.CDLL(None)  # finds preloaded libraries
     if not hasattr(process, "openblas_get_config"):
-        return REFERENCE
+        return "the reference BLAS of the mlx wheel"  # for Linux, a slow one
     process.openblas_get_config.restype = ctypes.c_char_p
-    threads = process.openblas_get_num_threads()
     name = " ".join(process.openblas_get_config().decode().split()[:2])
-    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{name}, threads: {process.openblas_get_num_threads()}"
 
 
 def in_blocks(matrix: Matrix) -> mx.array:
@@ -179,8 +175,7 @@ class PortableSteps:
             scores = self.clustered.centroids.matrix.matmul(hidden).astype(mx.float32)
         else:
             scores = blocked_product(hidden.astype(mx.float32), self._centroids)
-            if scores.shape[-1] > len(route_bias):
-                scores = scores[..., : len(route_bias)]
+            scores = scores[..., : len(route_bias)]
         return scores + route_bias
 
     def select(
@@ -191,12 +186,11 @@ class PortableSteps:
         ``words``: also give what the kernel of `expand` needs. Clusters more than ``depth`` nats
         below the log-sum-exp of all scores, at most C·exp(-depth) of the mass, need not be probed.
         """
-        n_clusters = scores.shape[-1]
-        if n_probes == n_clusters:
-            every = mx.arange(n_clusters, dtype=mx.uint32)
+        n_left = scores.shape[-1] - n_probes
+        if n_left == 0:
+            every = mx.arange(n_probes, dtype=mx.uint32)
             return Selection(mx.broadcast_to(every, scores.shape))
-        order = mx.argpartition(scores, kth=n_clusters - n_probes, axis=-1)
-        return Selection(order[..., n_clusters - n_probes :])
+        return Selection(mx.argpartition(scores, kth=n_left, axis=-1)[..., n_left:])
 
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
         """Logits of the probed clusters' rows: hidden (R, D) → (R, p, n)."""
@@ -292,11 +286,10 @@ class PortableSteps:
 
         Greedy: the token's logit is above every other. Drawn: the filters keep the token, and no
         other that they may keep can have a higher noisy logit. metal/flash_head/screen.h has the
-        rules.
+        rules. ``draws`` are None where all states are greedy.
 
         Args:
             slots: (k, C, n) logits of all states at once, in the order of the clusters.
-            draws: Of the k states, greedy ones among them; None where all are.
             room: (k,) float32, how far a logit may lie from that of its state alone.
             scored_room: (k,) float32, likewise for a scored logit.
             epsilon: Spacing of log-probabilities, relative: equal ones give the lowest id.

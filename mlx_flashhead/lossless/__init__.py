@@ -9,6 +9,6 @@
         rejected   → the dense choice is handed out, the caches roll back             sequence.py
 
 `loop.py` drives one sequence, `batch.py` several, `generation.py` puts them under mlx-lm's
-functions. `sampler.py` says which samplers and processors can be verified. Everything else is
-decoded by the normal (dense) head. `tuning.py` measures what a machine gains.
+functions. `sequence.py` says which samplers and processors can be verified; all others are decoded
+by the normal (dense) head. `tuning.py` measures what a machine gains.
 """

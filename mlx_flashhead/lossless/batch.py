@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -12,8 +13,7 @@ import mlx.nn as nn
 
 from ..models.compat.mlx_lm import ChoosingBatchGenerator, StateMachineStops
 from .policy import Proposer, step_arrays
-from .sampler import Trust
-from .sequence import PendingToken, Sequence, Snapshot, copied_layers, normalized, rollback
+from .sequence import PendingToken, Sequence, Snapshot, Trust, copied_layers, normalized, rollback
 from .verify import VerifyScheduler
 
 NO_LOGPROBS = mx.zeros((1,))
@@ -27,16 +27,16 @@ class Response:
     finish_reason: str | None
     prompt_cache: list[Any] | None
     all_tokens: list[int] | None
-    match_sequence: Any = None  # of a state machine of mlx-lm 0.31
-    current_state: Any = None
+    match_sequence: Any  # of a state machine of mlx-lm 0.31
+    current_state: Any
 
 
 class VerifiedBatchGenerator(ChoosingBatchGenerator):
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
-    A call of :meth:`next` may return no token of a sequence, or several. A sampler passed
-    here, for all sequences, and draws from MLX's random state is called as mlx-lm calls it, so that
-    its texts are decoded densely. Samplers of single sequences draw with a seed of the sequence.
+    A call of :meth:`next` may return no token of a sequence, or several. Texts of a sampler for all
+    sequences that draws from MLX's random state are decoded densely. Samplers of single sequences
+    draw with a seed of the sequence.
     """
 
     def __init__(
@@ -96,10 +96,8 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
                 limit=max_tokens[i] if max_tokens else self.max_tokens,
                 uid=self._n_sequences,
             )
-            if sequence.limit <= 0:
-                raise ValueError(
-                    f"Sequence {i}'s max_tokens is {sequence.limit}: it must be above 0."
-                )
+            if (limit := sequence.limit) <= 0:
+                raise ValueError(f"Sequence {i}'s max_tokens is {limit}: it must be above 0.")
             if sequence.uses_random_state:  # shared with the others
                 sequence.trust = Trust.UNKNOWN
             if stops and stops[i] is not None:
@@ -123,37 +121,30 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         proposer, n = self._proposer, len(sequences)
         with proposer.states() as states:
             logits = self.model(latest[:, None], cache=cache)[:, -1, :]
-        verified: list[int] = []
-        if proposer.verifies and n <= proposer.max_batch:
-            verified = [
-                i
-                for i, sequence in enumerate(sequences)
-                if sequence.snapshot is not None and proposer.can_verify(sequence)
-            ]
-        if len(verified) == n:
-            tokens, chosen = proposer.propose(sequences, states[-1][:, -1], latest)
-        else:
-            chosen, rows = [], {}
-            if verified:
-                index = mx.array(verified)
-                verified_sequences = [sequences[i] for i in verified]
-                proposed, chosen = proposer.propose(
-                    verified_sequences, states[-1][:, -1][index], latest[index]
-                )
-                rows = {i: proposed[place : place + 1] for place, i in enumerate(verified)}
-            dense = [i for i in range(n) if i not in rows]
+        proposes = proposer.verifies and n <= proposer.max_batch
+        known = [proposes and proposer.can_verify(sequence) for sequence in sequences]
+        verified = [i for i in range(n) if known[i] and sequences[i].snapshot is not None]
+        tokens: mx.array = latest
+        chosen: list[PendingToken] = []
+        if verified:
+            rows: Any = slice(None) if len(verified) == n else mx.array(verified)
+            tokens, chosen = proposer.propose(
+                [sequences[i] for i in verified], states[-1][:, -1][rows], latest[rows]
+            )
+        if len(verified) < n:
+            by_row = {i: tokens[place : place + 1] for place, i in enumerate(verified)}
+            dense = [i for i in range(n) if i not in by_row]
             # in 16 bits, where a product of several states rounds otherwise than a verification
-            by_itself = proposer.verifies and 1 < n <= proposer.max_batch
-            by_itself = by_itself and logits.dtype != mx.float32
+            by_itself = n > 1 and logits.dtype != mx.float32
             dense_logits = [
                 proposer.dense_row(states[-1][i, -1:])
-                if by_itself and proposer.can_verify(sequences[i])
+                if by_itself and known[i]
                 else logits[i : i + 1]
                 for i in dense
             ]
-            rows |= self._choose_densely(dense, sequences, dense_logits, latest)
+            by_row |= self._choose_densely(dense, sequences, dense_logits, latest)
             chosen += [sequences[i].pending[-1] for i in dense]
-            tokens = mx.concatenate([rows[i] for i in range(n)])
+            tokens = mx.concatenate([by_row[i] for i in range(n)])
         mx.async_eval(step_arrays(tokens, chosen), self._scheduler.joined)
         return tokens, [None] * n
 
@@ -162,26 +153,22 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
     ) -> dict[int, mx.array]:
         """The tokens (1,) of some rows, by the normal logits (1, V) of each."""
         chosen = [sequences[i] for i in rows]
-        for place, (i, sequence) in enumerate(zip(rows, chosen, strict=True)):
-            if sequence.processors:
-                index = sequence.n_chosen
-                context = sequence.context(index, latest[i : i + 1] if index else None)
-                logits[place] = sequence.process(logits[place], context)
-        shared = len(rows) == len(sequences) and len({id(s.sampler) for s in chosen}) == 1
-        if shared and chosen[0].uses_random_state:  # called once, as mlx-lm does
-            together = normalized(mx.concatenate(logits))
-            sampled = cast(Any, chosen[0].sampler)(together)
-            tokens = [sampled[i : i + 1] for i in rows]
-            logprobs = [together[i : i + 1] for i in rows]
-        else:
-            logprobs = [normalized(row) for row in logits]
-            tokens = [
-                sequence.pick(row, normal, sequence.n_chosen)
-                for sequence, row, normal in zip(chosen, logits, logprobs, strict=True)
-            ]
+        unread = [
+            latest[i : i + 1] if sequences[i].processors and sequences[i].n_chosen else None
+            for i in rows
+        ]
+        cases = list(zip(chosen, logits, unread, strict=True))
+        sampler = chosen[0].sampler
+        shared = len(rows) == len(sequences) and all(s.sampler is sampler for s in chosen)
+        if not shared or not chosen[0].uses_random_state:
+            tokens = [sequence.extend(row, last) for sequence, row, last in cases]
+            return dict(zip(rows, tokens, strict=True))
+        processed = [s.process(row, s.context(s.n_chosen, last)) for s, row, last in cases]
+        logprobs = normalized(mx.concatenate(processed))
+        sampled = cast(Any, sampler)(logprobs)  # called once, as mlx-lm does
         for sequence, row in zip(chosen, logprobs, strict=True):
-            sequence.pending.append(PendingToken(logprobs=row[0] if sequence.logprobs else None))
-        return dict(zip(rows, tokens, strict=True))
+            sequence.pending.append(PendingToken(logprobs=row if sequence.logprobs else None))
+        return {i: sampled[i : i + 1] for i in rows}
 
     def next_generated(self) -> list[Any]:
         """The next accepted tokens; nothing if there are no more sequences."""
@@ -203,17 +190,15 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
 
     def extract_cache(self, uids: Rows[int]) -> dict[int, Any]:
         """Copies of the caches of some sequences, with the tokens in them."""
-        inner = {sequence.uid: uid for uid, sequence in self._sequences.items()}
+        wanted = [(uid, s) for uid, s in self._sequences.items() if s.uid in uids]
         caches: dict[int, Any] = {}
         with mx.stream(self._stream):
-            for uid in uids:
-                sequence = self._sequences[inner[uid]]
-                if self.is_generating(inner[uid]):
-                    n_cached, target = sequence.n_cached, sequence.n_yielded
-                    cache = self._rolled_back(inner[uid], n_cached, target)
-                    caches[uid] = cache, sequence.prompt + sequence.tokens[:target]
-                else:
-                    caches[uid] = self.caches_of(inner[uid])
+            for uid, sequence in wanted:
+                caches[sequence.uid] = super().extract_cache([uid])[uid]
+                if uid in self.generating:
+                    target = sequence.n_yielded
+                    cache = self._rolled_back(uid, sequence.n_cached, target)
+                    caches[sequence.uid] = cache, sequence.prompt + sequence.tokens[:target]
         return caches
 
     def _next(self) -> tuple[list[Any], list[Any]]:
@@ -246,11 +231,8 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
             reason = "stop" if stops else "length" if end >= sequence.limit else None
             logprobs = NO_LOGPROBS if pending.logprobs is None else pending.logprobs
             ended = (None, None) if reason is None else self._leave(sequence)
-            response = Response(sequence.uid, token, logprobs, reason, *ended)
-            if isinstance(matcher, StateMachineStops):
-                response.match_sequence = matcher.match_sequence
-                response.current_state = matcher.current_state
-            responses.append(response)
+            states = [getattr(matcher, name, None) for name in ("match_sequence", "current_state")]
+            responses.append(Response(sequence.uid, token, logprobs, reason, *ended, *states))
             if reason is not None:
                 return responses
         if sequence.rejected:
@@ -274,7 +256,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         """Takes a sequence out of mlx-lm's batch: its caches, with ``target`` of its tokens."""
         uid = next(uid for uid, other in self._sequences.items() if other is sequence)
         n_cached = sequence.n_cached
-        if not self.is_generating(uid):
+        if uid not in self.generating:
             n_cached = max(n_cached - 1, 0)  # its latest token is still to be fed
         cache = self._rolled_back(uid, n_cached, target)
         self._to_drop.append(uid)
@@ -284,18 +266,14 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
 
     def _drop_all(self) -> None:
         if self._to_drop:
-            self.drop(self._to_drop)
+            super().remove(self._to_drop)
             self._to_drop.clear()
 
     def _rolled_back(self, uid: int, n_cached: int, target: int) -> list[Any]:
         """A sequence's own caches, with ``target`` tokens of its text instead of ``n_cached``."""
-        cache, _ = self.caches_of(uid)
-
-        def replay(token: list[int]) -> None:
-            self.model(mx.array([token], dtype=mx.uint32), cache=cache)
-            mx.eval([layer.state for layer in cache])
-
-        rollback(cache, self._sequences[uid], n_cached, target, replay)
+        cache = list(super().extract_cache([uid])[uid][0])
+        feed = partial(self.model, cache=cache)
+        rollback(cache, self._sequences[uid], n_cached, target, feed)
         return cache
 
     def _snapshots(self, sequences: list[Sequence]) -> list[Snapshot]:

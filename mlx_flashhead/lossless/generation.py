@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
 from ..models.compat.mlx_vlm import decodes_by_tokens_alone, is_greedy, stream_and_cache
+from ..models.compat.patching import replaced
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.libraries import is_vlm
 from .batch import VerifiedBatchGenerator
@@ -36,9 +37,8 @@ def stream_generate(
     """Streams text from ``model``: ``mlx_lm.stream_generate`` with settings for the FlashHead.
 
     The text is the dense model's: the FlashHead proposes tokens, and the dense rows verify them
-    before they are handed out. Samplers and processors that cannot be verified, those of neither
-    mlx-lm nor this package, are called once a token, and the text is decoded by the normal (dense)
-    head.
+    before they are handed out. With samplers and processors of neither mlx-lm nor this package,
+    which are called once a token, the normal (dense) head decodes.
 
     Args:
         model: A model loaded by ``mlx_flashhead.load``, or any dense one.
@@ -51,12 +51,9 @@ def stream_generate(
         draw_temperature: Draw the probes at this temperature, without verification; sample with
             the same one.
         max_wait: Seconds that text may wait for its verification, 0 to 1; 0 decodes densely.
-        logprobs: Whether the responses' log-probabilities are used. They are the dense model's.
+        logprobs: Whether the log-probabilities of mlx_lm's responses, the dense model's, are used.
         **kwargs: mlx_lm's keywords, such as max_tokens, sampler, logits_processors. A processor
             with a ``begin``, such as :func:`grammar_processor` makes, hears that a text begins.
-
-    Yields:
-        mlx_lm's responses.
 
     Raises:
         ValueError: If the model has no FlashHead, or a setting is not valid.
@@ -66,9 +63,9 @@ def stream_generate(
     stream = compat.mlx_lm_stream_generate(model, tokenizer, prompt, **kwargs)
     with _verified_loops(model, proposer, logprobs):
         response = next(stream, None)  # takes the loop
-    while response is not None:
+    if response is not None:
         yield response
-        response = next(stream, None)
+        yield from stream
 
 
 def generate(model: nn.Module, tokenizer, prompt, **kwargs: Any) -> str:
@@ -86,8 +83,7 @@ def batch_generate(
     model: nn.Module, tokenizer, prompts: list[list[int]], **kwargs: Any
 ) -> compat.BatchResponse:
     """Generates for several prompts at once: ``mlx_lm.batch_generate`` with the same settings. Each
-    prompt gets its own copy of a processor with ``for_sequence``, as of
-    :func:`grammar_processor`."""
+    prompt gets its own copy of a processor with ``for_sequence``, as of a grammar's."""
     proposer = _proposer(model, kwargs)
     with _verified_loops(model, proposer, bool(kwargs.get("return_logprobs"))):
         return compat.batch_generate(model, tokenizer, prompts, **kwargs)
@@ -118,22 +114,21 @@ def _verified_loops(
     model: nn.Module, proposer: Proposer, logprobs: bool
 ) -> AbstractContextManager[None]:
     """A block in which mlx-lm's functions take the verified loops, for this model alone."""
+    how: dict[str, Any] = {"proposer": proposer, "logprobs": logprobs}
+    loops: dict[str, Callable[..., Any]] = {
+        "generate_step": partial(verified_steps, **how),
+        "speculative_generate_step": partial(drafted_steps, proposer=proposer),
+        "BatchGenerator": partial(VerifiedBatchGenerator, **how),
+    }
 
-    def verified(place: int, loop: Callable[..., Any], original: Callable[..., Any]) -> Any:
+    def verified(name: str) -> Callable[..., Any]:
         def take(*arguments: Any, **options: Any) -> Any:
-            function = loop if arguments[place] is model else original
-            return function(*arguments, **options)
+            ours = any(argument is model for argument in arguments[:2])  # the prompt, the model
+            return (loops[name] if ours else getattr(compat, name))(*arguments, **options)
 
         return take
 
-    one_text = partial(verified_steps, proposer=proposer, logprobs=logprobs)
-    drafted_text = partial(drafted_steps, proposer=proposer)
-    batch = partial(VerifiedBatchGenerator, proposer=proposer, logprobs=logprobs)
-    return compat.loops(
-        generate_step=verified(1, one_text, compat.generate_step),
-        speculative_generate_step=verified(1, drafted_text, compat.speculative_generate_step),
-        BatchGenerator=verified(0, batch, compat.BatchGenerator),
-    )
+    return replaced(compat.module, **{name: verified(name) for name in loops})
 
 
 def verified_loop(model: nn.Module, name: str) -> Callable[..., Any] | None:
@@ -160,9 +155,8 @@ def vlm_steps(
     sampler or processors, a draft model, a quantized cache, or a model that decodes by more than
     tokens."""
     proposer = Proposer(model)
-    if not (proposer.verifies and input_ids.shape[0] == 1):
-        return None
-    if not (is_greedy(model, options) and decodes_by_tokens_alone(model)):
+    takes = proposer.verifies and len(input_ids) == 1 and is_greedy(model, options)
+    if not takes or not decodes_by_tokens_alone(model):
         return None
     stream, cache = stream_and_cache(model, options)
 

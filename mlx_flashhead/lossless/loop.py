@@ -15,11 +15,14 @@ import mlx.nn as nn
 from ..models.compat import mlx_lm as compat
 from ..models.install import get_flash_head
 from .policy import Proposer, policy_of, step_arrays
-from .sampler import Processor, Sampler, SamplerFunction, Trust, trust
 from .sequence import (
     PendingToken,
+    Processor,
+    Sampler,
+    SamplerFunction,
     Sequence,
     Snapshot,
+    Trust,
     begin,
     copied_layers,
     current_random_state,
@@ -27,6 +30,7 @@ from .sequence import (
     rollback,
     set_random_state,
     trims,
+    trust,
 )
 from .verify import VerifyScheduler
 
@@ -55,88 +59,76 @@ def verified_steps(
     **options: Any,
 ) -> Tokens:
     """mlx-lm's ``generate_step`` with the dense model's choices: tokens, and wanted logprobs (V,).
+    What cannot be verified is decoded by the normal (dense) head, or the unverified one.
 
-    What cannot be verified is decoded by mlx-lm's own loop and the normal (dense) head.
-
-    ``max_tokens`` of -1 is no limit. ``prompt_cache`` holds the tokens ``context`` already, and all
-    tokens handed out at the end. The last ``n_begun`` of these belong to the text, which is
-    continued. ``prefill`` reads the prompt instead of mlx-lm's loop, with its keywords. ValueError
-    if a cache can neither be trimmed nor copied, or as ``generate_step``.
+    ``max_tokens`` of -1 is no limit. ``prompt_cache`` holds the tokens ``context`` already, of
+    which ``n_begun`` belong to a text that is continued, and at the end all tokens handed out.
+    ``prefill`` reads the prompt instead of mlx-lm's loop, with its keywords. ValueError if a cache
+    can neither be trimmed nor copied, or as ``generate_step``.
     """
-    context = list(context)
-    before = context + cast(list[int], prompt.tolist())
-    start = len(before) - n_begun
-    sequence = Sequence(
-        sampler,
-        logits_processors or (),
-        before[:start],
-        logprobs=logprobs,
-        limit=max_tokens,
-        tokens=before[start:],
-    )
+    before = [*context, *cast(list[int], prompt.tolist())]
+    n_prompt, functions = len(before) - n_begun, logits_processors or ()
+    how: Any = {"logprobs": logprobs, "limit": max_tokens, "tokens": before[n_prompt:]}
+    sequence = Sequence(sampler, functions, before[:n_prompt], **how)
+    verifies = proposer.can_verify(sequence)
     cache = compat.make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
     options |= {"prompt_cache": cache}
-    if not len(prompt) or not proposer.can_verify(sequence):
-        yield from _plain_steps(prompt, model, stream, proposer, sequence, options, context)
+    if not len(prompt):  # embeddings alone, of which processors see nothing
+        hooks = {"sampler": sampler, "logits_processors": functions, "max_tokens": max_tokens}
+        steps: Any = compat.generate_step(prompt, model, stream, **(options | hooks))
+        yield from steps
         return
     bits, quantized_from = options.get("kv_bits"), options.get("quantized_kv_start", 0)
-    quantize = partial(
-        compat.maybe_quantize_kv_cache,
-        cache,
-        quantized_from,
-        options.get("kv_group_size", 64),
-        bits,
-    )
+    quantization = quantized_from, options.get("kv_group_size", 64), bits
 
-    def feed(token: mx.array) -> None:
-        sequence.n_cached += 1
-        model(token[None], cache=cache)
-        quantize()
-
-    def replay(token: list[int]) -> None:
+    def feed(token: mx.array) -> mx.array:
         with mx.stream(stream):
-            model(mx.array([token], dtype=mx.uint32), cache=cache)
-            quantize()
-            mx.eval([layer.state for layer in cache])
+            logits = model(token, cache=cache)
+            compat.maybe_quantize_kv_cache(cache, *quantization)
+            return logits
 
     def rollback_to(target: int) -> None:
-        rollback(cache, sequence, sequence.n_cached, target, replay)
+        rollback(cache, sequence, sequence.n_cached, target, feed)
         sequence.n_cached, sequence.rejected = target, False
 
     def snapshot(_: list[Sequence]) -> list[Snapshot]:
         layers = copied_layers(cache, None if bits is None else quantized_from)
         return [Snapshot(sequence.n_cached, layers, [length_of(layer) for layer in cache])]
 
-    scheduler = VerifyScheduler(proposer, snapshot)
+    scheduler, accepted = VerifyScheduler(proposer, snapshot), list[PendingToken]()
     sequence.n_cached = n_begun
     try:
-        # 1) Prefill: mlx-lm's loop reads the prompt, and the dense logits choose the first token.
+        # 1) Prefill: mlx-lm's loop reads the prompt, and its last logits choose the first token.
         prefill = prefill or partial(compat.generate_step, prompt, model, stream)
-        latest = _first_token(prefill, sequence, options)
+        with proposer.states() if proposer.unverified else nullcontext():
+            latest = _first_token(prefill, sequence, options)
         while sequence.n_yielded != sequence.limit:
             with mx.stream(stream):
                 # 2) The body: the state of the latest token is taken where the head is called.
+                sequence.n_cached += 1
                 with proposer.states() as states:
-                    feed(latest)
-                hidden = states[-1][:, -1]
+                    logits = feed(latest[None])[:, -1]
                 # 3) The head proposes the next token, which the device begins to compute.
-                proposed, chosen = proposer.propose([sequence], hidden, latest)
+                if verifies:
+                    proposed, chosen = proposer.propose([sequence], states[-1][:, -1], latest)
+                else:
+                    proposed, chosen = sequence.extend(logits, latest), sequence.pending[-1:]
                 mx.async_eval(step_arrays(proposed, chosen), scheduler.joined)
                 # 4) The latest token is read. It is sure, or is verified when that is due.
-                if sequence.pending[sequence.n_read] not in chosen:
-                    sequence.pending[sequence.n_read].read(cast(int, latest.item()))
-                    outcome = list(scheduler.step([sequence], [sequence]))
-                else:  # after a rollback, it is read already
-                    outcome = []
+                unread = sequence.pending[sequence.n_read]
+                if unread not in chosen:  # else, after a rollback, it is read already
+                    unread.read(cast(int, latest.item()))
+                    for _, tokens in scheduler.step([sequence], [sequence]):
+                        accepted += tokens
             # 5) Accepted tokens are handed out.
-            for _, accepted in outcome:
-                for pending in accepted:
-                    sequence.n_yielded += 1
-                    yield cast(int, pending.token), pending.logprobs
-                    if sequence.n_yielded % CLEAR_EVERY == 0:
-                        mx.clear_cache()
-                    if sequence.n_yielded == sequence.limit:
-                        return
+            while accepted:
+                pending = accepted.pop(0)
+                sequence.n_yielded += 1
+                yield cast(int, pending.token), pending.logprobs
+                if sequence.n_yielded % CLEAR_EVERY == 0:
+                    mx.clear_cache()
+                if sequence.n_yielded == sequence.limit:
+                    return
             # 6) After a rejected token, the caches roll back and its place is the dense choice's.
             latest = proposed
             if sequence.rejected:
@@ -147,69 +139,28 @@ def verified_steps(
             if prompt_cache is not None:
                 rollback_to(sequence.n_yielded)
             if sequence.uses_random_state:  # as mlx-lm's loop leaves it, a token further
-                drawing = [*sequence.random_states, *(p.random_state for p in sequence.pending)]
-                index = sequence.n_yielded
-                known = drawing[index] if index < len(drawing) else None
-                drawn = mx.random.split(current_random_state())[0] if known is None else known[1]
-                set_random_state(drawn)
+                ahead = [*accepted, *sequence.pending]
+                drawn = ahead[0].random_state if ahead else None
+                later = mx.random.split(current_random_state())[0] if drawn is None else drawn[1]
+                set_random_state(later)
 
 
 def _first_token(
     prefill: Callable[..., Iterable[Any]], sequence: Sequence, options: dict[str, Any]
 ) -> mx.array:
     """Reads the prompt. Returns the first token (1,), which is pending."""
-    first, token = PendingToken(), mx.array([0])
+    token = mx.array([0])
 
     def take_logits(_: mx.array, logits: mx.array) -> mx.array:
         nonlocal token
-        before = current_random_state()
-        token, first.logprobs = sequence.choose(logits, len(sequence.tokens))
-        if sequence.uses_random_state:
-            first.random_state = mx.stack([before, current_random_state()])
+        token = sequence.extend(logits)
         return logits
 
     # with a limit of 0, mlx-lm's loop reads the prompt and calls these once
     hooks = {"logits_processors": [take_logits], "sampler": lambda _: token, "max_tokens": 0}
     for _ in prefill(**(options | hooks)):
         pass
-    sequence.pending.append(first)
     return token
-
-
-def _plain_steps(
-    prompt: mx.array,
-    model: nn.Module,
-    stream: Any,
-    proposer: Proposer,
-    sequence: Sequence,
-    options: dict[str, Any],
-    context: list[int],
-) -> Tokens:
-    """mlx-lm's own loop, with the normal (dense) head or the unverified one. It calls the sampler
-    and each processor once a token, in order."""
-    sampler, processors = sequence.sampler, after(context, sequence.processors)
-    if isinstance(sampler, Sampler) and sampler.settings.greedy:
-        sampler = None
-    elif isinstance(sampler, Sampler):  # draws from logits, which mlx-lm rounds once more
-        draw = replace(sampler, seed=sequence.seed)
-        draw.position = len(sequence.tokens)
-        latest: list[mx.array] = []
-
-        def hold(_: mx.array, logits: mx.array) -> mx.array:
-            latest[:] = [logits]
-            return logits
-
-        processors.append(hold)
-        sampler = lambda logprobs: draw(latest[0] if latest else logprobs)  # noqa: E731
-    limit = sequence.limit - len(sequence.tokens)  # below 0 there is none
-    hooks = {"sampler": sampler, "logits_processors": processors, "max_tokens": limit}
-    with closing(compat.generate_step(prompt, model, stream, **(options | hooks))) as steps:
-        while True:
-            with proposer.states() if proposer.unverified else nullcontext():
-                step = next(steps, None)
-            if step is None:
-                return
-            yield cast(int, step[0]), step[1]
 
 
 def after(context: list[int], processors: Iterable[Processor]) -> list[Processor]:
@@ -271,9 +222,8 @@ def drafted_steps(
             n_given = len(ids) - n_before
             n_drafts = min(limit - n_given, num_draft_tokens)
             first = n_given + (n_rows if n_rows < n_drafts else n_rows - n_drafts)
-            rows = logprobs.reshape(-1, 1, logprobs.shape[-1])
+            rows, ours = logprobs.reshape(-1, 1, logprobs.shape[-1]), cast(Sampler, sampler)
             n_rows += len(rows)
-            ours = cast(Sampler, sampler)
             seed = cast(int, ours.seed)
             return mx.concatenate([ours.choose(row, seed, first + i) for i, row in enumerate(rows)])
 
@@ -284,8 +234,8 @@ def drafted_steps(
         hook = sampler
         if isinstance(sampler, Sampler):
             hook = None if sampler.settings.greedy else draw
-        # a target that drafts for itself is dense
         head = cast(Any, get_flash_head(draft_model))
+        # a target that drafts for itself is dense
         drafts = head is not None and head is not get_flash_head(model)
         begin(functions)
         steps: Any = compat.speculative_generate_step(
@@ -313,7 +263,7 @@ def drafted_steps(
         if len(ids) == n_before + max_tokens:
             return
     else:
-        _log_once_without_drafts(type(model).__module__)
+        _log_once_without_drafts()
     # 3) The rest of the text without drafts. A token that the cache lacks is fed first.
     n_held = n_context + _longest(cache) - length
     if n_held == len(ids):
@@ -342,9 +292,8 @@ def _longest(cache: list[Any]) -> int:
 
 
 @once
-def _log_once_without_drafts(architecture: str) -> None:
+def _log_once_without_drafts() -> None:
     log.warning(
-        "This text is generated without drafts: a cache of %s models cannot be trimmed as drafts "
-        "need it, or a sampler or processor must be called once a token.",
-        architecture.rsplit(".", 1)[-1],
+        "This text is generated without drafts: a cache of this model cannot be trimmed as drafts "
+        "need it, or a sampler or processor must be called once a token."
     )

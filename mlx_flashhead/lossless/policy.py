@@ -17,8 +17,7 @@ from ..head.flash_head import FlashHead
 from ..head.steps import NO_DEPTH
 from ..models.install import LogitChange, get_flash_head, hidden_dtype, logit_change_of, unchanged
 from ..models.libraries import UnsupportedHeadError
-from .sampler import Trust
-from .sequence import PendingToken, Sequence, current_random_state, normalized
+from .sequence import PendingToken, Sequence, Trust, current_random_state
 
 MAX_PENDING = 32  # states of a verification: a GPU multiplies tiles of 32
 MAX_RISK = 0.1
@@ -95,31 +94,29 @@ class Proposer:
 
     def look_for_head(self) -> None:
         """Takes the model's FlashHead. One that is installed between two tokens changes no text."""
-        self.head: FlashHead | None = get_flash_head(self.model)
+        self.head: Any = get_flash_head(self.model)  # a FlashHead, or None
         self.policy = DecodingPolicy() if self.head is None else policy_of(self.head)
-        # from the head's logits to the model's; None if these depend on each other
-        self.change: LogitChange | None = unchanged
+        self._change: LogitChange | None = unchanged  # from the head's logits to the model's
         if self.head is not None:
             try:
-                self.change = logit_change_of(self.model)
-            except UnsupportedHeadError:
-                self.change = None
+                self._change = logit_change_of(self.model)
+            except UnsupportedHeadError:  # these depend on each other
+                self._change = None
         verify, dense = self._requested
         gains = self._n_probes is not None or not self.policy.dense
         usable = self.head is not None and not self.policy.drafts_only and not dense
-        self.verifies = usable and verify and gains and self.change is not None
+        self.verifies = usable and verify and gains and self._change is not None
         self.unverified = usable and not verify
 
     @property
     def simple(self) -> bool:
         """Whether the model gives its head's logits as they are."""
-        return self.change is unchanged
+        return self._change is unchanged
 
     @property
     def max_batch(self) -> int:
-        """Sequences at once up to which proposals are made. C/p of them read as many rows as the
+        """Sequences at once up to which proposals are made: C/p of them read as many rows as the
         dense head, which reads each row once."""
-        assert self.head is not None
         if self.policy.max_batch is not None:
             return self.policy.max_batch
         if mx.default_device().type == mx.cpu:
@@ -135,8 +132,7 @@ class Proposer:
             return False  # mlx-lm raises an error of its own
         if sequence.trust is Trust.EXACT:
             return True
-        dtype = hidden_dtype(self.model)
-        return self.head.clustered.rows.logits_dtype(dtype) == mx.float32
+        return self.head.clustered.rows.logits_dtype(hidden_dtype(self.model)) == mx.float32
 
     @contextmanager
     def states(self) -> Iterator[list[mx.array]]:
@@ -144,8 +140,7 @@ class Proposer:
         the last of which makes its logits. These are the normal (dense) head's, which nothing
         computes unless they are read; or the unverified head's."""
         taken: list[mx.array] = []
-        head = self.head
-        if head is None:
+        if (head := self.head) is None:
             yield taken
             return
 
@@ -155,11 +150,8 @@ class Proposer:
                 return head.unverified_logits(hidden)
             return head.dense_logits(hidden)
 
-        settings: Any = nullcontext()
-        if self.unverified:
-            settings = head.settings(
-                n_probes=self._n_probes, draw_temperature=self._draw_temperature
-            )
+        how: Any = {"n_probes": self._n_probes, "draw_temperature": self._draw_temperature}
+        settings = head.settings(**how) if self.unverified else nullcontext()
         with settings, head.intercepted(project):
             yield taken
 
@@ -167,32 +159,26 @@ class Proposer:
         self, sequences: Rows[Sequence], hidden: mx.array, latest: mx.array
     ) -> tuple[mx.array, list[PendingToken]]:
         """Tokens of states (R, D), a row a sequence: (R,) uint32, lazy, and as pending tokens.
-
-        ``latest`` (R,) are the tokens before them, which are not read yet.
-        """
-        assert self.head is not None
-        wide = not self.simple or any(s.needs_logits for s in sequences)
+        ``latest`` (R,) are the tokens before them, which are not read yet."""
+        wide = [not self.simple or sequence.needs_logits for sequence in sequences]
         rows = [s.draw_at(s.n_chosen) for s in sequences]
         draws = None if all(settings.greedy for settings, _ in rows) else Draws.of(rows)
         proposal = self.head.propose(
-            hidden, draws, n_probes=self._n_probes, depth=self.policy.depth, full=wide
+            hidden, draws, n_probes=self._n_probes, depth=self.policy.depth, full=any(wide)
         )
         tokens, full = proposal.tokens, proposal.full
-        if full is not None:
-            proposal = proposal._replace(full=None)  # which may be large
+        proposal = proposal._replace(full=None)  # which may be large
         chosen = [PendingToken(proposal, row) for row in range(len(sequences))]
         if full is not None:
-            logits, picked = self.model_logits(full), []
+            logits = self.model_logits(full)
+            picked = [tokens[i : i + 1] for i in range(len(sequences))]
             for i, (sequence, pending) in enumerate(zip(sequences, chosen, strict=True)):
-                row, index = slice(i, i + 1), sequence.n_chosen
-                token = tokens[row]
-                if not self.simple or sequence.needs_logits:
-                    processed = sequence.process(logits[row], sequence.context(index, latest[row]))
+                if wide[i]:
+                    row, index = slice(i, i + 1), sequence.n_chosen
                     before = current_random_state()
-                    token = sequence.pick(processed, normalized(processed), index)
+                    picked[i], _ = sequence.choose(logits[row], index, latest[row])
                     if sequence.uses_random_state:
                         pending.random_state = mx.stack([before, current_random_state()])
-                picked.append(token)
             tokens = picked[0] if len(picked) == 1 else mx.concatenate(picked)
         for sequence, pending in zip(sequences, chosen, strict=True):
             sequence.pending.append(pending)
@@ -200,27 +186,23 @@ class Proposer:
 
     def model_logits(self, logits: mx.array) -> mx.array:
         """The head's logits (R, V) as the model gives them."""
-        return logits if self.change is None else self.change(logits)
+        return logits if self._change is None else self._change(logits)
 
     def dense_row(self, hidden: mx.array) -> mx.array:
         """The model's normal logits of one state (1, D) by itself: (1, V). A product of several
         states rounds otherwise in 16 bits."""
-        assert self.head is not None
         return self.model_logits(self.head.dense_logits(hidden))
 
     def report(self) -> str:
         """What was used, for a line under a text."""
-        assert self.head is not None
         if not self.unverified and not self.n_verifications:
             return "FlashHead: not used, the normal (dense) head chose every token"
         n_probes = self.head.unverified_probes if self.unverified else self.head.n_probes
         clusters = f"{self._n_probes or n_probes:,} of {self.head.n_clusters:,} clusters a token"
         if self.unverified:
             return f"FlashHead: unverified, {clusters}"
-        return (
-            f"FlashHead: {clusters}, {self.n_verifications:,} verifications, "
-            f"{self.n_rejected:,} proposals rejected"
-        )
+        counts = f"{self.n_verifications:,} verifications, {self.n_rejected:,} proposals rejected"
+        return f"FlashHead: {clusters}, {counts}"
 
 
 def step_arrays(tokens: mx.array, chosen: Rows[PendingToken]) -> list[Any]:

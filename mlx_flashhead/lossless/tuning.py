@@ -4,9 +4,11 @@ and of a verification, then whole rounds against dense decoding in turns (docs/s
 import math
 import os
 import time
+import timeit
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise, product
 from statistics import median
 from typing import Any, cast
 
@@ -20,7 +22,6 @@ from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.install import hidden_dtype, installed_head
 from .policy import MAX_PENDING, MAX_RISK, MAX_WAIT, Proposer, policy_of, step_arrays
 from .sequence import Sequence as Text
-from .sequence import normalized
 from .verify import FEW, SlotProduct, join, rounding_of
 
 SECONDS = 5.0  # of all measurements
@@ -55,13 +56,11 @@ class Tuning:
 
     def apply(self, head: FlashHead) -> None:
         """Gives the settings to a head and its policy."""
-        unverified = head.unverified_probes
+        unverified, policy = head.unverified_probes, policy_of(head)
         head.n_probes = min(self.n_probes, head.n_clusters)
         head.unverified_probes = unverified
-        policy = policy_of(head)
-        policy.depth, policy.max_batch = self.depth, self.max_batch
-        policy.max_pending, policy.max_risk = self.max_pending, self.max_risk
-        policy.gain, policy.predicted, policy.dense = self.gain, self.predicted, self.dense
+        for name in ("depth", "max_pending", "max_risk", "gain", "dense", "max_batch", "predicted"):
+            setattr(policy, name, getattr(self, name))
 
 
 def tune(
@@ -86,19 +85,18 @@ def tune(
     depths = (NO_DEPTH,) if slow or head.backend == PORTABLE else (NO_DEPTH, DEPTH)
     settings, expected, waste = (head.n_probes, NO_DEPTH, FEW, MAX_RISK), math.inf, 0.0
     verifications: dict[int, float] = {}
-    for n_probes in sorted({head.n_probes, *near}):
-        for depth in depths:
-            step = median(parts.steps(TOKENS + 1, n_probes, depth)[1:])
-            yield
-            most = min(MAX_PENDING, max(FEW, int(MAX_WAIT / step)))  # as text may wait for
-            for k in sorted({most, *(k for k in (8, 16) if k < most)}):
-                if k not in verifications:
-                    verifications[k] = parts.verification(k)
-                    yield
-                risk, wasted = _wasted(known, n_probes, step, verifications[k], k)
-                total = step + verifications[k] / k + wasted
-                if total < expected:
-                    settings, expected, waste = (n_probes, depth, k, risk), total, wasted
+    for n_probes, depth in product(sorted({head.n_probes, *near}), depths):
+        step = median(parts.steps(TOKENS + 1, n_probes, depth)[1:])
+        yield
+        most = min(MAX_PENDING, max(FEW, int(MAX_WAIT / step)))  # as text may wait for
+        for k in sorted({most, *(k for k in (8, 16) if k < most)}):
+            if k not in verifications:
+                verifications[k] = parts.verification(k)
+                yield
+            risk, wasted = _wasted(known, n_probes, step, verifications[k], k)
+            total = step + verifications[k] / k + wasted
+            if total < expected:
+                settings, expected, waste = (n_probes, depth, k, risk), total, wasted
     # 2) Whole rounds with them, and as many dense steps, in turns.
     n_probes, depth, k, risk = settings
     gains: list[float] = []
@@ -158,8 +156,7 @@ def best_risk(
     chances, scaled to add up to them and half of one more.
     """
     risks = [(abs(value) - 1) / 10_000 for value in recorded]
-    n_rejected = sum(value < 0 for value in recorded)
-    scale = (n_rejected + 0.5) / (sum(risks) + 0.5)
+    scale = (sum(value < 0 for value in recorded) + 0.5) / (sum(risks) + 0.5)
     chances = [min(scale * risk, 1.0) for risk in risks]
     tried = [(overhead(risks, chances, step, verification, k, r), r) for r in THRESHOLDS]
     seconds, risk = min(tried)
@@ -204,12 +201,7 @@ class _Parts:
         self._model, self._head = model, installed_head(model)
 
     def steps(
-        self,
-        n: int,
-        n_probes: int | None = None,
-        depth: float = NO_DEPTH,
-        *,
-        verified: bool = False,
+        self, n: int, n_probes: int | None = None, depth: float = NO_DEPTH, verified: bool = False
     ) -> list[float]:
         """Seconds of ``n`` steps, each launched before the token before it is read, as in the
         loops: with proposals from ``n_probes`` clusters, and with one verification of them all
@@ -218,38 +210,33 @@ class _Parts:
         proposer.policy = replace(proposer.policy, depth=depth)
         text, cache = Text(None), make_prompt_cache(self._model)
         latest = mx.array([13 % self._head.vocab_size], dtype=mx.uint32)
-        times, certain, moment = [], None, time.perf_counter()
+        moments: list[float] = []
         for i in range(n + 1):
             with proposer.states() as states:
                 logits = self._model(latest[None], cache=cache)
             if n_probes is None:
-                logprobs = normalized(logits[:, -1, :])
-                token = mx.argmax(logprobs, axis=-1)
+                token, logprobs = text.choose(logits[:, -1], 0)
                 mx.async_eval(token, logprobs)
             else:
                 token, chosen = proposer.propose([text], states[-1][:, -1], latest)
                 mx.async_eval(step_arrays(token, chosen))
-            latest.item()
+            read = cast(int, latest.item())
             if verified and i:
-                text.pending[i - 1].read(cast(int, latest.item()))
+                text.pending[i - 1].read(read)
             if verified and i == n - 1:
                 certain = self._certain(join(self._head, text.pending[: max(i, 1)]))
                 mx.async_eval(certain)
-            if certain is not None and i == n:
+            if verified and i == n:
                 mx.eval(certain)
-            now = time.perf_counter()
-            if i:
-                times.append(now - moment)
-            moment, latest = now, token
-        return times
+            moments.append(time.perf_counter())
+            latest = token
+        return [after - before for before, after in pairwise(moments)]
 
     def _certain(self, proposal: Proposal) -> mx.array:
         rounding = rounding_of(self._head, proposal.hidden.dtype, len(proposal.hidden))
         slots = SlotProduct(self._head, proposal.hidden).result()
-        room, scored = rounding.rooms(proposal)
-        return self._head.steps.screen(
-            slots, proposal, None, room, scored, rounding.epsilon
-        ).certain
+        rooms, steps = rounding.rooms(proposal), self._head.steps
+        return steps.screen(slots, proposal, None, *rooms, rounding.epsilon).certain
 
     def verification(self, k: int) -> float:
         """Seconds of a verification of ``k`` states."""
@@ -279,9 +266,5 @@ class _Parts:
 
 def _fastest(function: Callable[[], Any]) -> float:
     """The shorter time of two calls."""
-    times = []
-    for _ in range(2):
-        began = time.perf_counter()
-        mx.eval(function())
-        times.append(time.perf_counter() - began)
-    return min(times)
+    evaluate = lambda: mx.eval(function())  # noqa: E731
+    return min(timeit.repeat(evaluate, timer=time.perf_counter, repeat=2, number=1))

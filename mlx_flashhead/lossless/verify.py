@@ -17,8 +17,7 @@ from ..head.flash_head import FlashHead
 from ..head.steps import Proposal
 from ..models.cpu_products import numpy_is_faster, slot_products, to_mlx
 from .policy import Proposer
-from .sampler import Trust
-from .sequence import PendingToken, Sequence, normalized, random_state, set_random_state
+from .sequence import PendingToken, Sequence, Trust, normalized, random_state, set_random_state
 
 MAX_READ = 64  # tokens that may be read while a verification is computed
 JOINED = 7  # pending tokens that are joined at a time; a kernel joins 8 at the launch
@@ -30,13 +29,8 @@ ULPS = 2  # of the result's dtype: each of two values is rounded to the nearest
 MEASURED = 4  # times what was measured on a few states
 MASS_ROUNDING = 2e-4  # of a sum over all tokens, relative
 NOISE_ROUNDING = 1e-5  # of a noisy logit, absolute
-_EPSILON = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 
 Row = tuple[Sequence, PendingToken, int]  # a sequence, its pending token, its place in the text
-
-
-# The dense product of several states at once, and how far its logits may lie from those of one
-# state by itself.
 
 
 class SlotProduct:
@@ -80,8 +74,8 @@ def product_size(k: int) -> int:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Bounds of the differences of a head's logits: shares of the length of the state times that of
-    the longest row, and a rounding to the logits' dtype."""
+    """How far a head's logits may lie off: shares of the length of the state times that of the
+    longest row, and a rounding to the logits' dtype."""
 
     epsilon: float  # spacing of the logits' dtype, relative to a logit
     longest: float  # length of the longest row, with its bias
@@ -89,10 +83,8 @@ class Rounding:
     scored: float  # of a scored token's logit, likewise; 0 if it is the same number
 
     def rooms(self, proposal: Proposal, depth: mx.array | float = 0.0) -> tuple[mx.array, mx.array]:
-        """How far a logit of the product, and a scored one, may lie off: (k,) float32 each.
-
-        ``depth`` (k,): how far below the best logit a token may still win, by its noise.
-        """
+        """The room of a logit of the product, and of a scored one: (k,) float32 each. ``depth``
+        (k,): how far below the best logit a token may still win, by its noise."""
         norms = mx.linalg.norm(proposal.hidden.astype(mx.float32), axis=-1)
         terms = norms * self.longest + self.longest
         best = mx.max(proposal.logits.flatten(1), axis=-1).astype(mx.float32)
@@ -131,12 +123,12 @@ def _measure(head: FlashHead, dtype: mx.Dtype, n_states: int) -> Rounding:
     ids, scored = (mx.concatenate([*parts]) for parts in zip(*candidates, strict=True))
     wanted = mx.take_along_axis(alone, mx.minimum(ids, head.vocab_size - 1), axis=-1)
     wanted = mx.where(ids < head.vocab_size, wanted, scored)
-    longest, rows, epsilon = 0.0, head.clustered.rows, _EPSILON[alone.dtype]
-    for start in range(0, head.n_clusters, 1024):
+    longest, rows, epsilon = 0.0, head.clustered.rows, mx.finfo(alone.dtype).eps
+    for start in range(0, head.n_clusters, 1024):  # all rows at once would take much memory
         part = rows.take(mx.arange(start, min(start + 1024, head.n_clusters)))
         lengths = mx.linalg.norm(part.dequantized(mx.float32), axis=-1)
-        if rows.bias is not None:
-            lengths = lengths + mx.abs(rows.bias[start : start + 1024]).astype(mx.float32)
+        if part.bias is not None:
+            lengths = lengths + mx.abs(part.bias).astype(mx.float32)
         longest = max(longest, cast(float, mx.max(lengths).item()))
     norms = mx.linalg.norm(hidden[:N_STATES].astype(mx.float32), axis=-1, keepdims=True)
     in_16_bits = epsilon > 1e-6
@@ -155,15 +147,12 @@ def _measure(head: FlashHead, dtype: mx.Dtype, n_states: int) -> Rounding:
     return Rounding(epsilon, longest, max(sums + rounded, apart(together, alone)), scored_room)
 
 
-# A verification, from its launch to the accepted tokens.
-
-
 class Verification:
     """A verification of the pending tokens that are read, launched when made, and read by
     :meth:`accept`. ``snapshots`` are the caches of the ``sequences`` as they are now."""
 
     def __init__(self, proposer: Proposer, sequences: list[Sequence], snapshots: list[Any]):
-        self._proposer, self._head = proposer, cast(FlashHead, proposer.head)
+        self._proposer, self._head = proposer, proposer.head
         self.snapshots = dict(zip(sequences, snapshots, strict=True))
         self.counts = {sequence: sequence.n_read for sequence in sequences}
         rows: list[Row] = [
@@ -199,14 +188,12 @@ class Verification:
         temperatures = [settings.temperature for settings, _ in draws]
         depth = mx.array(temperatures) * 32.0 if any(temperatures) else 0.0
         room, scored = self._rounding.rooms(self._proposal, depth)
-        needs_logits = [not proposer.simple or sequence.needs_logits for sequence, *_ in self._rows]
-        n, certain = needs_logits.count(False), []
+        by_logits = [not proposer.simple or sequence.needs_logits for sequence, *_ in self._rows]
+        n, certain = by_logits.count(False), []
         if n:
             row_draws = Draws.of(draws[:n]) if any(temperatures[:n]) else None
-            proposal, epsilon = _rows_of(self._proposal, slice(n)), self._rounding.epsilon
-            screen = self._head.steps.screen(
-                slots[:n], proposal, row_draws, room[:n], scored[:n], epsilon
-            )
+            own = _rows_of(self._proposal, slice(n)), row_draws, room[:n], scored[:n]
+            screen = self._head.steps.screen(slots[:n], *own, self._rounding.epsilon)
             certain.append(screen.certain)
         for i in range(n, len(self._rows)):
             certain.append(self._is_certain(i, slots[i : i + 1], room[i], scored[i]))
@@ -273,16 +260,15 @@ class Verification:
     def _decide(self) -> None:
         """Decides all rows that are in doubt by the dense logits of their own states."""
         certain = cast(list[bool], cast(mx.array, self._certain).tolist())
-        self._certain, doubtful, chosen = None, [], []
+        self._certain, chosen = None, {}
         for (sequence, pending, index), is_certain in zip(self._rows, certain, strict=True):
             if not is_certain:
                 proposal, row = cast(Proposal, pending.proposal), pending.row
                 logits = self._proposer.dense_row(proposal.hidden[row : row + 1])
                 with random_state(pending.state_before):
-                    chosen.append(sequence.choose(logits, index))
-                doubtful.append(pending)
-        mx.eval([token for token, _ in chosen])
-        for pending, (token, logprobs) in zip(doubtful, chosen, strict=True):
+                    chosen[pending] = sequence.choose(logits, index)
+        mx.eval([token for token, _ in chosen.values()])
+        for pending, (token, logprobs) in chosen.items():
             self._choices[pending] = cast(int, token.item()), logprobs
 
 
@@ -291,11 +277,11 @@ def join(head: FlashHead, pending: list[PendingToken]) -> Proposal:
     proposals = {id(each.proposal): cast(Proposal, each.proposal) for each in pending}
     places = {proposal_id: place for place, proposal_id in enumerate(proposals)}
     rows = [(places[id(each.proposal)], each.row) for each in pending]
-    first, *others = proposals.values()
-    if not others and [row for _, row in rows] == list(range(len(first.hidden))):
+    first = cast(Proposal, pending[0].proposal)
+    if rows == [(0, row) for row in range(len(first.hidden))]:
         return first
     tokens = [cast(int, each.token) for each in pending]
-    joined = head.joined([first, *others], rows, tokens)
+    joined = head.joined([*proposals.values()], rows, tokens)
     for row, each in enumerate(pending):
         each.proposal, each.row = joined, row
     return joined
@@ -316,10 +302,8 @@ def is_certain(
     epsilon: float,
 ) -> mx.array:
     """Whether ``draw`` takes the token for all processed logits between ``low`` and ``high`` (1, V)
-    float32: (1,) bool, lazy. With a random ``state`` of MLX a sampler of mlx-lm draws.
-
-    Log-probabilities are rounded to a dtype of the spacing ``epsilon``.
-    """
+    float32: (1,) bool, lazy. With a random ``state`` of MLX a sampler of mlx-lm draws. ``epsilon``
+    is the spacing of log-probabilities, relative."""
     ids = mx.arange(low.shape[-1])
     own = ids == token
     if draw[0].greedy:
@@ -352,11 +336,9 @@ def is_certain(
 
 
 class VerifyScheduler:
-    """Has the pending tokens of some sequences verified, and hands out what is sure.
-
-    ``snapshot`` takes snapshots of the caches of some sequences as they are. The first
-    verifications come after few tokens, so that text begins to flow early.
-    """
+    """Has the pending tokens of some sequences verified, and hands out what is sure. The first
+    verifications come after few tokens, so that text begins to flow early. ``snapshot`` takes
+    snapshots of the caches of some sequences as they are."""
 
     def __init__(self, proposer: Proposer, snapshot: Callable[[list[Sequence]], list[Any]]):
         self._proposer, self._snapshot = proposer, snapshot
@@ -369,10 +351,8 @@ class VerifyScheduler:
     def step(
         self, sequences: list[Sequence], read: list[Sequence]
     ) -> Iterator[tuple[Sequence, list[PendingToken]]]:
-        """After a step, which has read a token of the sequences in ``read``: what is sure now.
-
-        The caller rolls back rejected sequences and drops finished ones.
-        """
+        """After a step, which has read a token of the sequences in ``read``: what is sure now. The
+        caller rolls back rejected sequences and drops finished ones."""
         self.joined, verification = [], self._verification
         n_read = max((sequence.n_read for sequence in sequences), default=0)
         if verification is not None and (verification.ready or n_read >= MAX_READ):
@@ -391,9 +371,8 @@ class VerifyScheduler:
             self._since = self._since if self._n else time.perf_counter()
             self._n, self._risk = self._n + 1, self._risk + pending.risk
             self._unjoined += [pending] * (pending.proposal is not None)
-            n_tokens = len(sequence.tokens) + sequence.n_read
-            eos_token_ids = cast(FlashHead, self._proposer.head).eos_token_ids
-            ends = ends or pending.token in eos_token_ids or n_tokens == sequence.limit
+            ends |= pending.token in self._proposer.head.eos_token_ids
+            ends |= len(sequence.tokens) + sequence.n_read == sequence.limit
         if ends and self._verification is not None:
             yield from self._outcome()
         waiting = [sequence for sequence in sequences if sequence.n_read]
@@ -404,10 +383,7 @@ class VerifyScheduler:
             if ends:  # waits, since the next step may be of no use
                 yield from self._outcome()
         elif len(self._unjoined) >= JOINED:
-            proposal, self._unjoined = (
-                join(cast(FlashHead, self._proposer.head), self._unjoined),
-                [],
-            )
+            proposal, self._unjoined = join(self._proposer.head, self._unjoined), []
             self.joined = [proposal.hidden, proposal.probes, proposal.logits]
 
     @property

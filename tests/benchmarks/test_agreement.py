@@ -8,15 +8,15 @@ import pytest
 
 from mlx_flashhead.benchmarks.agreement import bytes_share, evaluate
 from mlx_flashhead.models.install import get_flash_head
-from model_folders import VOCAB_SIZE, write_model
+from model_folders import VOCAB_SIZE
 from tiny_models import install_index, tiny_index, tiny_model
 
 TEXT = "Sphinx of black quartz, judge my vow. The five boxing wizards jump quickly. " * 2
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return mlx_lm.load(str(write_model(tmp_path_factory.mktemp("models") / "llama")))[1]
+def tokenizer(dense):
+    return mlx_lm.load(str(dense))[1]
 
 
 def installed_model(arch="llama", *, n_probes=5, hidden_size=64, eos_token_ids=(), **options):

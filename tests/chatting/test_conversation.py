@@ -101,15 +101,6 @@ def test_a_question_stopped_in_the_prompt_is_forgotten(conversation, calls):
     check_next_answer(conversation)
 
 
-def test_a_prompt_that_the_cache_holds_completely_is_answered(conversation):
-    right = answer(conversation, "Hello")
-    conversation.replace([])
-    assert answer(conversation, "Hello") == right
-    last = conversation.answers[-1]
-    assert last.n_cached == last.n_prompt - 1  # one is left to go through the model
-    check_cache(conversation)
-
-
 def test_an_error_amid_a_step_leaves_no_half_filled_cache(conversation):
     answer(conversation, "Hello")
     draws = iter([False] * 60 + [True])
@@ -139,7 +130,13 @@ def test_a_full_cache_forgets_the_oldest_and_is_made_anew_where_it_cannot_be_tri
     assert answer(fresh, "Another one") == again
 
 
-def test_an_answer_ends_at_the_end_of_text(conversation):
+def test_a_prompt_that_is_cached_completely_is_answered_up_to_the_end_of_text(conversation):
+    right = answer(conversation, "Hello")
+    conversation.replace([])
+    assert answer(conversation, "Hello") == right
+    last = conversation.answers[-1]
+    assert last.n_cached == last.n_prompt - 1  # one is left to go through the model
+    check_cache(conversation)
     biased = mx.zeros((conversation.tokenizer.vocab_size,))
     biased[1] = 1e4  # the end-of-text token
     assert answer(conversation, "Hello", sampler=lambda p: mx.argmax(p + biased, axis=-1)) == ""

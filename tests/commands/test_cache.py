@@ -13,7 +13,6 @@ from unittest.mock import Mock
 import pytest
 
 from mlx_flashhead import load
-from mlx_flashhead.conversion.options import IndexOptions
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.loading import background as build
 from mlx_flashhead.loading import sources as cache
@@ -155,8 +154,8 @@ def test_speeds_are_measured_now(run, cut_short, monkeypatch):
 
 
 def test_an_index_that_is_cut_short_says_how_to_build_it_anew(tmp_path, monkeypatch, capsys):
-    options = partial(IndexOptions, calibration_positions=300, calibration_seconds=1e-6)
-    monkeypatch.setattr(build, "IndexOptions", options)
+    options = {"calibration_positions": 300, "calibration_seconds": 1e-6}
+    monkeypatch.setattr(build, "IndexOptions", partial(build.IndexOptions, **options))
     load(str(write_model(tmp_path / "model")))
     errors = capsys.readouterr().err
     assert "This machine was busy, so the build was cut short, after " in errors

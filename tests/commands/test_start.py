@@ -149,8 +149,6 @@ def test_a_model_is_converted_and_generates(dense, tmp_path):
     "line, what, module",
     [
         ("evaluate text --text a", "mlx_flashhead.evaluate", "rich"),
-        ("evaluate text --text a --plot a.png", "--plot", "matplotlib"),
-        ("benchmark model", "mlx_flashhead.benchmark", "rich"),
         ("benchmark model --plot a.svg", "--plot", "matplotlib"),
         ("export --output a.safetensors", "mlx_flashhead.export", "rich"),
     ],

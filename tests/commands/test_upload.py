@@ -33,7 +33,6 @@ def test_upload(run, hub, converted, tmp_path):
     [
         (("--upload", "--dtype", "bfloat16"), "me/model-FlashHead-bf16"),
         (("--upload", "--dtype", "float16", "--head-bits", 8), "me/model-FlashHead-8bit"),
-        (("--upload", "-q", "--q-mode", "mxfp4"), "me/model-FlashHead-mxfp4"),
         (("--upload", "-q", "--quant-predicate", "mixed_4_6"), "me/model-FlashHead-mixed_4_6"),
         (("--upload", "ours/x"), "ours/x"),
         (("--upload", "--upload-repo", "x"), "me/x"),

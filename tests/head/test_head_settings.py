@@ -1,6 +1,5 @@
 """A head's settings: always scored tokens, drawn probes, dense blocks, probes, backends."""
 
-from copy import deepcopy
 from itertools import permutations
 
 import mlx.core as mx
@@ -151,17 +150,6 @@ def test_n_probes_that_are_not(n_probes):
     assert head.n_probes == 4
     with pytest.raises(ValueError, match=said):
         make_head(n_probes=n_probes)
-
-
-def test_a_copy_shares_arrays_but_not_settings():
-    head, _, hidden = make_head()
-    copied = deepcopy(head)
-    copied.n_probes = np.int64(9)
-    assert head.n_probes == 4 and type(copied.n_probes) is int
-    assert copied.candidates(hidden)[0].shape[-1] == 9 * CLUSTER_SIZE
-    assert [id(a) for a in copied.arrays()] == [id(a) for a in head.arrays()]
-    with copied.dense():
-        assert head.candidates(hidden)[0].shape[-1] == 4 * CLUSTER_SIZE
 
 
 def test_backend_is_chosen(monkeypatch):

@@ -17,11 +17,11 @@ import mlx_flashhead
 from mlx_flashhead import attach, detach, get_flash_head
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.loading.load import load, load_with_head
-from mlx_flashhead.loading.sources import DENSE, HeadOptions
+from mlx_flashhead.loading.options import DENSE, HeadOptions
 from mlx_flashhead.models import finer_head
 from mlx_flashhead.models.finer_head import check_same, distances, give_fine_head
 from mlx_flashhead.models.locate import find_head
-from model_folders import CARD, contents, write_model
+from model_folders import contents, write_model
 from tiny_models import install_index, parameters, tiny_index, tiny_model
 
 TOKENS = mx.array([[3, 1, 200, 7]])
@@ -106,8 +106,7 @@ def weights_of(original):
 @both
 @pytest.mark.parametrize("bits", [6, 8, 16])
 def test_the_rows_are_the_originals_rounded(original, coarse, bits):
-    location, _ = fine(coarse, original, bits=bits)
-    rows, expected = location.rows(), Matrix(weights_of(original)[2])
+    rows, expected = fine(coarse, original, bits=bits)[0].rows(), Matrix(weights_of(original)[2])
     if bits < 16:
         expected = expected.quantize(bits=bits, group_size=64)
     for name, array in expected.arrays().items():
@@ -326,9 +325,3 @@ def test_flags(run, original, coarse):
     assert code == 0 and "Fetching" in errors
     code, _, errors = run(*command, "--head-bits", 16)
     assert code == 2 and "add --fine-head" in errors
-
-
-def test_a_card_is_read_for_a_finer_head_alone(hub, coarse, quick):
-    hub.put("me/Coarse", contents(coarse) | {"README.md": CARD.encode()})
-    load("me/Coarse", progress=False)
-    assert not any("README" in path for _, path in hub.requests)

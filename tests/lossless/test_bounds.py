@@ -7,7 +7,7 @@ from mlx_lm import sample_utils
 
 from flash_loops import flash_of, make_flash
 from mlx_flashhead.lossless import verify
-from mlx_flashhead.lossless.sampler import preserves_margins
+from mlx_flashhead.lossless.sequence import preserves_margins
 from tiny_models import tiny_model
 
 PROCESSORS = {

@@ -1,5 +1,6 @@
 """Samplers and processors of others: called once a token, in order, unless known or marked."""
 
+from functools import partial
 from itertools import count
 from unittest.mock import Mock
 
@@ -10,7 +11,8 @@ from mlx_lm import sample_utils
 
 from flash_loops import PROMPT, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.lossless.sampler import Trust, trust
+from mlx_flashhead.lossless.sequence import Trust, trust
+from mlx_flashhead.models.compat.mlx_lm import generate_step
 
 FORMATS = {"float32": {}, "bfloat16": {"dtype": mx.bfloat16}, "4 bits": {"bits": 4}}
 
@@ -47,26 +49,34 @@ class Guide:
         return mx.where(mx.arange(logits.shape[-1]) % 5 == allowed, logits, -mx.inf)
 
 
+def mlx_lms_tokens(flash, **options):
+    """The tokens of mlx-lm's own loop, with the normal head."""
+    mx.random.seed(7)
+    prompt = mx.array(PROMPT, dtype=mx.uint32)
+    return [int(t) for t, _ in generate_step(prompt, flash.model, max_tokens=40, **options)]
+
+
 @pytest.mark.parametrize("make", [numpy_sampler, cooling])
 def test_another_sampler_is_called_once_a_token(model, make):
     """Called twice, where draws that agree are taken, it would sample colder."""
 
-    def run(dense):
+    def run(tokens):
         sampler = Mock(spec=[], side_effect=make())
-        return model.tokens(dense=dense, sampler=sampler), sampler.call_count
+        return tokens(sampler=sampler), sampler.call_count
 
-    assert run(False) == run(True)
+    assert run(model.tokens) == run(partial(mlx_lms_tokens, model))
 
 
 @pytest.mark.parametrize("sampler", [None, make_sampler(temp=0.9, seed=2)], ids=["best", "draws"])
 def test_another_processor_is_called_once_a_token(model, sampler):
-    def run(dense):
+    def run(tokens):
         processor = Guide()
-        tokens = model.tokens(dense=dense, sampler=sampler, logits_processors=[processor])
-        return tokens, processor.calls
+        return tokens(sampler=sampler, logits_processors=[processor]), processor.calls
 
-    found = run(False)
-    assert found == run(True) and len(found[1][0]) == len(PROMPT)
+    found = run(model.tokens)
+    assert found == run(partial(model.tokens, dense=True)) and len(found[1][0]) == len(PROMPT)
+    if sampler is None:
+        assert found == run(partial(mlx_lms_tokens, model))
 
 
 MLX_LM = {

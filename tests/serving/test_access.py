@@ -30,8 +30,8 @@ def status(rules, method="GET", target="/", **fields):
     return None
 
 
-FOREIGN = ("evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example")
-FOREIGN += ("mac.local.evil.example", "local", "nas", "", "[::1", "localhost:80:80", "a b")
+FOREIGN = ("evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example", "[::1", "a b")
+FOREIGN += ("mac.local.evil.example", "local", "nas", "", "localhost:80:80")
 
 
 @pytest.mark.parametrize(

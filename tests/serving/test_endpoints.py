@@ -98,19 +98,17 @@ def test_clients_learn_that_the_server_ends(api, engine, send, stream):
     assert job.ended
 
 
-@pytest.mark.parametrize(
-    "error, status, message",
-    [
+def test_an_answer_that_fails_is_an_error(engine, send):
+    failed = "The answer has failed: see the server's log."
+    for error, status, message in (
         (ApiError("No such form.", "regex"), 400, "No such form."),
-        (RuntimeError("secret"), 500, "The answer has failed: see the server's log."),
-        (KeyboardInterrupt(), 500, "The answer has failed: see the server's log."),
-    ],
-)
-def test_an_answer_that_fails_is_an_error(engine, send, error, status, message):
-    connection = send()
-    engine.next_job().emit(error)
-    code, body = answer(connection)
-    assert (code, json.loads(body)["error"]["message"]) == (status, message)
+        (RuntimeError("secret"), 500, failed),
+        (KeyboardInterrupt(), 500, failed),
+    ):
+        connection = send()
+        engine.next_job().emit(error)
+        code, body = answer(connection)
+        assert (code, json.loads(body)["error"]["message"]) == (status, message)
 
 
 @pytest.mark.parametrize("stream", [False, True])

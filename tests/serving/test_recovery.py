@@ -8,7 +8,7 @@ import pytest
 
 from engines import SHORT, flags, generated, job, submit, tokens_of, until
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
-from mlx_flashhead.lossless.sampler import make_sampler
+from mlx_flashhead.lossless.sequence import make_sampler
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache
 from mlx_flashhead.serving.decoding import Batch, Reading
 from mlx_flashhead.serving.engine import Engine

@@ -154,11 +154,8 @@ CHAT_MISTAKES = {
     },
     "grammar": {"line 1, column 8": ["start: x"]},
     "chat_template_kwargs": {"must be an object": [[]]},
-    "role_mapping": {"not a field": [{}]},
     "draft_model": {"not a field": ["/"]},
-    "modalities": {"text": [["audio"]]},
     "store": {"left out": [True]},
-    "service_tier": {"left out": ["flex"]},
 }
 TEXT_MISTAKES = {
     "prompt": {
