@@ -101,12 +101,9 @@ def test_another_process_builds(loaded, monkeypatch, dies):
     assert not left_alone.advance() and not left_alone.install()
     if dies:
         first.drop()
-    else:
-        while first.advance():
-            pass
-    steps = 0
-    while second.advance():
-        steps += 1
+    while not dies and first.advance():
+        pass
+    steps = sum(1 for _ in iter(second.advance, False))
     assert second.install() and get_flash_head(other) is not None
     assert (steps > 10) == dies and len(cache.entries()) == 1
 
