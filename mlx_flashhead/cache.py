@@ -1,6 +1,5 @@
 """Lists the FlashHeads cached on this machine, removes, measures or builds some anew."""
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,45 +58,44 @@ def main() -> None:
     args = make_parser().parse_args()
     from .loading import sources
 
-    cached, fine = sources.entries(), sources.fine_heads()
+    cached = sources.entries()
     if args.rebuild is not None:
         _rebuild(cached, args.rebuild, args.trust_remote_code)
-    elif args.measure is not None:
-        _measure(cached, args.measure, args.trust_remote_code)
     elif args.remove:
-        _remove([head for name in args.remove for head in _matches([*cached, *fine], name)])
-    elif args.remove_all:
-        _remove([*cached, *fine])
-        for path in sources.remove_rest():
-            print(printable(f"Left {path}, which is none of them."))
-    if not (args.rebuild or args.remove or (args.remove_all and (cached or fine))):
-        print_heads(cached, fine)
+        _remove([head for name in args.remove for head in _matches(cached, name)])
+    elif args.remove_all and cached:
+        _remove(cached)
+    else:
+        if args.measure is not None:
+            _measure(cached, args.measure, args.trust_remote_code)
+        print_heads(cached)
+    for path in sources.remove_rest() if args.remove_all else ():
+        print(printable(f"Left {path}, which is none of them."))
 
 
-def print_heads(cached: "Sequence[Entry]", fine: "Sequence[Entry]") -> None:
+def print_heads(cached: "Sequence[Entry]") -> None:
     """Prints the cache as one table of at most 80 columns, where the names allow it."""
     from .loading.sources import speeds_of
     from .loading.tuned import read, speed_text
     from .models.fetch import home
 
-    if not cached and not fine:
+    if not cached:
         print(f"No FlashHead is kept in {home()}.")
         return
-    nbytes = sum(head.nbytes for head in (*cached, *fine))
-    title = printable(f"{home()}: {megabytes(nbytes)}")
+    title = printable(f"{home()}: {megabytes(sum(head.nbytes for head in cached))}")
     table = new_table(title, ("id", "model", "built", "size", "speed here"), left=3)
     table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"  # some names are long
-    for entry in cached:
-        built = time.strftime("%Y-%m-%d", time.localtime(entry.path.stat().st_mtime))
-        if entry.config and entry.config.calibration.get("cut_short"):
+    for head in cached:
+        model, speeds = head.model, "–"
+        built = time.strftime("%Y-%m-%d", time.localtime(head.path.stat().st_mtime))
+        if head.is_fine_head:
+            model += f", head of {head.path.stem.rpartition('-')[2]} bits"
+        else:  # for each dtype and version of MLX
+            known = read(speeds_of(head.key)).values()
+            speeds = ", ".join(dict.fromkeys(map(speed_text, known))) or speeds
+        if head.config and head.config.calibration.get("cut_short"):
             built += ", cut short"
-        # for each dtype and version of MLX
-        speeds = ", ".join(dict.fromkeys(map(speed_text, read(speeds_of(entry.key)).values())))
-        model, size = printable(entry.model), megabytes(entry.nbytes)
-        table.add_row(entry.key[:8], model, built, size, speeds or "–")
-    for head in fine:
-        name = f"{head.model}, head of {head.path.stem.rpartition('-')[2]} bits"
-        table.add_row(head.key[:8], printable(name), "", megabytes(head.nbytes), "")
+        table.add_row(head.key[:8], printable(model), built, megabytes(head.nbytes), speeds)
     show(table)
 
 
@@ -132,8 +130,8 @@ def _folder(cached: "Sequence[Entry]", name: str) -> Path:
 def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
     """Builds the FlashHead of a model anew, in place of the cached one."""
     from .index.files import has_flash_head
-    from .loading.background import BackgroundBuild
-    from .loading.sources import HeadOptions
+    from .loading.background import build_now
+    from .loading.options import HeadOptions
     from .models.libraries import load_dense
 
     folder = _folder(cached, name)
@@ -143,17 +141,16 @@ def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
             "again with mlx_flashhead.convert."
         )
     model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
-    how = {"step_seconds": math.inf, "anew": True}
-    BackgroundBuild(model, tokenizer, folder, HeadOptions(flags=True), **how).finish()
+    build_now(model, tokenizer, folder, HeadOptions(flags=True), anew=True)
 
 
 def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
     """Measures the speed of a model's FlashHead; without a name, of all cached ones."""
     from .loading.load import load_with_head
-    from .loading.sources import REFUSE, HeadOptions
+    from .loading.options import REFUSE, HeadOptions
 
     options = HeadOptions(missing=REFUSE, measures=True, flags=True)
-    for each in [name] if name else dict.fromkeys(entry.model for entry in cached):
+    for each in [name] if name else sorted({entry.model for entry in cached if entry.config}):
         try:
             load_with_head(_folder(cached, each), options, trust_remote_code=trust_remote_code)
         except ValueError as error:

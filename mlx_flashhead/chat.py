@@ -43,7 +43,7 @@ def main() -> None:
     from .common.terminal import Terminal
     from .loading.background import IdleBuild, background_build
     from .loading.load import load_with_head
-    from .loading.sources import LATER, HeadOptions
+    from .loading.options import LATER, HeadOptions
     from .lossless.sequence import make_sampler
     from .models.fetch import resolve
     from .models.install import get_flash_head

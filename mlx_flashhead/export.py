@@ -38,7 +38,7 @@ def main() -> None:
     from .head.plan import export_plan
     from .index.files import CONFIG_NAME
     from .loading.load import load_with_head
-    from .loading.sources import HeadOptions
+    from .loading.options import HeadOptions
     from .models.fetch import resolve
     from .models.install import installed_head
     from .models.locate import find_head

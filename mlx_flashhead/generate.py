@@ -1,7 +1,6 @@
 """Generates text: ``mlx_lm.generate`` with a FlashHead, all its flags and some more."""
 
 import json
-import math
 import os
 import secrets
 import sys
@@ -102,22 +101,28 @@ def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
 def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) -> None:
     """Loads, answers, and builds a missing FlashHead afterwards."""
     # mlx-lm takes a second to import, which mistakes and --help do without
-    from .loading.background import background_build
+    from .loading.background import build_now
     from .loading.load import load_dense_head, load_draft, load_with_head, sharded_load
-    from .loading.sources import LATER, HeadOptions
+    from .loading.options import LATER, HeadOptions
     from .lossless.generation import generate
     from .lossless.sequence import make_sampler
     from .models.compat.mlx_lm import generation_stream, run_generate
     from .models.fetch import resolve
     from .models.install import get_flash_head
-    from .models.libraries import UNKNOWN_CONTEXT, apply_template, context_of, load_dense_part
+    from .models.libraries import (
+        UNKNOWN_CONTEXT,
+        UnsupportedHeadError,
+        apply_template,
+        context_of,
+        load_dense_part,
+    )
 
     options = HeadOptions.from_flags(args)
-    build: Any = None
+    unbuilt: Any = None  # a model without a FlashHead, its tokenizer and its folder
     context = UNKNOWN_CONTEXT
 
     def load(path: Any, *, return_config: bool = False, **kwargs: Any) -> Any:
-        nonlocal build, context
+        nonlocal unbuilt, context
         if "tokenizer_config" not in kwargs:  # as mlx-lm loads the draft model
             trust = args.trust_remote_code
             return load_draft(path, draft_probes=args.draft_probes, trust_remote_code=trust)
@@ -141,9 +146,8 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
             loaded = load_with_head(folder, options, **kwargs)
             if args.n_probes and args.no_build and get_flash_head(loaded[0]) is None:
                 raise ValueError("--n-probes needs a FlashHead: leave --no-build out.")
-            if options.missing == LATER:
-                how = {"step_seconds": math.inf, "waits": False}
-                build = background_build(loaded[0], loaded[1], folder, options, **how)
+            if options.missing == LATER and get_flash_head(loaded[0]) is None:
+                unbuilt = *loaded[:2], folder
         tokenizer = loaded[1]
         context = context_of(loaded[2], tokenizer)
 
@@ -177,15 +181,15 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
 
     with printable_output():
         run_generate(args, load=load, make_sampler=make_sampler, generate=answer)
-    if build is not None:
+    if unbuilt is not None:
         sys.stdout.flush()
         options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
         try:
-            build.finish()
+            build_now(*unbuilt, options)
+        except UnsupportedHeadError as error:
+            options.say(f"Without FlashHead: {error}")
         except KeyboardInterrupt:
             options.say("Skipped. The next answer tries again.")
-        finally:
-            build.drop()
     if processes.size() > 1:  # mlx-lm computes a token ahead, for which each needs the others
         mx.synchronize(generation_stream)
         mx.eval(mx.distributed.all_sum(mx.array(1), group=processes, stream=mx.cpu))

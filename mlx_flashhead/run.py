@@ -1,16 +1,12 @@
 """Runs another program, unchanged, with a FlashHead under its load of mlx-lm or mlx-vlm."""
 
-import importlib.util
 import os
-import runpy
 import shlex
 import shutil
 import sys
-import warnings
-from argparse import Namespace
-from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from .common.arguments import Parser
 from .common.command import command
@@ -50,18 +46,10 @@ def make_parser() -> Parser:
     return parser
 
 
-def main() -> None:
-    """Entry point of ``mlx_flashhead.run``."""
-    args, rest = _prepare()
-    if args.module is not None:
-        _run_module(args.module, rest)
-    elif args.program is not None:
-        _run_program(args.program, rest)
-
-
 @command
-def _prepare() -> tuple[Namespace, list[str]]:
-    """Reads the arguments and patches the loads. What comes after is the program's own."""
+def main() -> None:
+    """Entry point of ``mlx_flashhead.run``: this process becomes the program, which
+    `hook/sitecustomize` patches at its start."""
     parser = make_parser()
     words = _split(parser, sys.argv[1:])
     rest = sys.argv[1 + len(words) :]
@@ -71,24 +59,20 @@ def _prepare() -> tuple[Namespace, list[str]]:
         args.module, args.program = args.program, None
     if not (args.hook or args.module or args.program):
         parser.error("a program is needed, such as mlx_lm.server or -m MODULE")
-    if args.program:
-        args.program = _find(parser, args.program)
-    from .loading.patch import environment, patch_load
-    from .loading.sources import HeadOptions
+    program = _module(parser, args.module) if args.module else []
+    program = _file(parser, args.program) if args.program else program
+    from .loading.options import HeadOptions
 
     options = HeadOptions.from_flags(args)
-    variables = environment(options)
     if args.hook:
-        for name, value in variables.items():
+        for name, value in options.environment().items():
             print(f"export {name}={shlex.quote(value)}")
-        return Namespace(module=None, program=None), rest
-    patch_load(options)
-    os.environ.update(variables)
-    if args.module:
-        sys.path[0] = os.getcwd()  # as python -m does
-        if not _can_run(args.module):
-            parser.error(f"there is no module {args.module} that can be run: check the name")
-    return args, rest
+        return
+    if options.flash_head is not None:  # a mistake is better said here
+        from .loading.sources import explicit_head
+
+        explicit_head(options)
+    os.execve(program[0], [*program, *rest], os.environ | options.environment())
 
 
 def _split(parser: Parser, words: list[str]) -> list[str]:
@@ -104,62 +88,33 @@ def _split(parser: Parser, words: list[str]) -> list[str]:
     return words
 
 
-def _find(parser: Parser, name: str) -> Path:
-    """The file of a program: a path, or a name beside this Python, or one on PATH."""
+def _module(parser: Parser, name: str) -> list[str]:
+    """The command that runs a module: as ``python -m`` does, or by its ``main``."""
+    sys.path[0] = os.getcwd()  # as python -m does
+    package, *parts = name.split(".")
+    spec = find_spec(package) if package else None
+    for part in parts:  # none of its packages is imported
+        inside = spec.submodule_search_locations if spec is not None else None
+        spec = PathFinder.find_spec(part, inside) if inside is not None else None
+    inside = spec.submodule_search_locations if spec is not None else None
+    if spec is None or (inside is not None and PathFinder.find_spec("__main__", inside) is None):
+        parser.error(f"there is no module {name} that can be run: check the name")
+    if package == "mlx_lm" and parts:  # -m would make a second module, with loops of its own
+        code = f"import sys; from {name} import main; sys.argv[0] = {name!r}; main()"
+        return [sys.executable, "-c", code]
+    return [sys.executable, "-m", name]
+
+
+def _file(parser: Parser, name: str) -> list[str]:
+    """The command that runs a path, or a name beside this Python, or one on PATH."""
     file = Path(name).expanduser()
-    if file.is_file():
-        return file.resolve()
     installed = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if installed is None:
+    if not file.is_file() and installed is None:
         parser.error(f"there is no file and no program {name}: check the name")
-    return Path(installed)
-
-
-def _can_run(module: str) -> bool:
-    """Whether ``python -m`` can run it: a module, or a package with a ``__main__``."""
-    try:
-        spec = importlib.util.find_spec(module)
-        if spec is not None and spec.submodule_search_locations is not None:
-            spec = importlib.util.find_spec(f"{module}.__main__")
-    except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
-            raise  # a module that a package of it lacks
-        return False
-    return spec is not None
-
-
-def _run_module(name: str, arguments: list[str]) -> None:
-    sys.argv[1:] = arguments
-    with warnings.catch_warnings():
-        # mlx_lm has imported some of its programs
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
-        # mlx_lm.evaluate has a main, and runs nothing as a module
-        imported: Any = import_module(name) if name.startswith("mlx_lm.") else None
-        if hasattr(imported, "main"):
-            sys.argv[0] = name
-            imported.main()  # runpy would make a second module, with loops of its own
-        else:
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
-
-
-def _run_program(file: Path, arguments: list[str]) -> None:
-    """Runs a program in this Python, if it is this Python's. Any other one starts as a process of
-    its own, whose Python reads the variables."""
-    here = file.suffix == ".py"
-    if not here:
-        with file.open("rb") as opened:
-            first = opened.readline(500).decode(errors="replace").split()
-        if first and first[0].startswith("#!"):
-            interpreter = Path(first[0].removeprefix("#!"))
-            own = (Path(sys.executable).parent, Path(sys.prefix) / "bin")
-            here = interpreter.name.startswith("python") and interpreter.parent in own
-            by_env = interpreter.name == "env" and len(first) > 1
-            here = here or (by_env and first[1].startswith("python"))
-    if not here:
-        os.execv(file, [str(file), *arguments])
-    sys.argv[:] = [str(file), *arguments]
-    sys.path[0] = str(file.parent)
-    runpy.run_path(str(file), run_name="__main__")
+    file = file.resolve() if file.is_file() else Path(installed or "")
+    with file.open("rb") as opened:
+        by_env = b"env python" in opened.readline(500)
+    return [sys.executable, str(file)] if by_env or file.suffix == ".py" else [str(file)]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """What Python runs at its start where `mlx_flashhead.run` has put this folder on PYTHONPATH: in the
-processes that a program starts, and in services.
+program, in the processes that it starts, and in services.
 
 It costs nothing until mlx-lm or mlx-vlm is imported. It stands alone, since other Pythons than the
 one of `run` read it too.
@@ -8,39 +8,46 @@ one of `run` read it too.
 import os
 import sys
 from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
+from importlib.util import find_spec, module_from_spec
 
-VARIABLE = "MLX_FLASHHEAD_RUN"
 LIBRARIES = ("mlx_lm", "mlx_vlm")
 
 
 class Watch:
-    """Waits, as a finder, for the first import of one of the libraries."""
+    """A finder that finds the libraries as Python does, and has them patched."""
+
+    looks = False
 
     def find_spec(self, name, path=None, target=None):
-        spec = PathFinder.find_spec(name, path, target) if name in LIBRARIES else None
-        if spec is None or spec.loader is None or self not in sys.meta_path:
+        if name not in LIBRARIES or self.looks:
             return None
-        sys.meta_path.remove(self)
-        execute = spec.loader.exec_module
+        self.looks = True  # the other finders do
+        spec = find_spec(name)
+        self.looks = False
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
-        def exec_module(module):
-            execute(module)
-            start()
+            def exec_module(module):
+                execute(module)
+                patch(name)
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def start():
-    """Patches the libraries' loads in this process."""
+def patch(library):
+    """Patches a library's loads and loops in this process, unless it is one of mlx_flashhead's."""
+    if library == "mlx_lm" and "mlx_flashhead.models" in sys.modules:
+        return
     try:
-        from mlx_flashhead.loading.patch import patch_from_environment
+        import mlx_lm  # noqa: F401 - which is patched first
+
+        from mlx_flashhead.loading.patch import patch_library
     except ImportError as error:
         reason = f"{error} in {sys.executable}"
         print(f"Without FlashHead: {reason}: install mlx_flashhead there.", file=sys.stderr)
     else:
-        patch_from_environment()
+        patch_library(library)
 
 
 def pass_on():
@@ -53,6 +60,6 @@ def pass_on():
         spec.loader.exec_module(module)
 
 
-if VARIABLE in os.environ:
+if "MLX_FLASHHEAD_RUN" in os.environ:
     sys.meta_path.insert(0, Watch())
 pass_on()

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,12 +26,12 @@ from ..models.locate import HeadLocation, check_plain_product, drafter_head, fin
 from ..models.origin import local_origin
 from . import sources
 from .background import build_steps, finish
-from .sources import BUILD, DENSE, LATER, REFUSE, HeadOptions, StoredHead
+from .options import BUILD, DENSE, LATER, REFUSE, HeadOptions
+from .sources import StoredHead
 from .tuned import install_stored
 
-# models of mlx-vlm, whose drafters may have heads of their own, their tokenizers and the choices
-_targets: WeakKeyDictionary[FlashHead, tuple[ref[nn.Module], Any, HeadOptions]]
-_targets = WeakKeyDictionary()
+# of models of mlx-vlm, whose drafters may have heads of their own: their tokenizers and the choices
+_targets: WeakKeyDictionary[FlashHead, tuple[Any, HeadOptions]] = WeakKeyDictionary()
 
 
 def load(
@@ -60,10 +60,7 @@ def load(
     configuration as a third item if ``return_config``.
 
     Args:
-        path_or_hf_repo: A local folder or a Hugging Face repository: any model that mlx-lm loads.
         adapter_path: LoRA adapters of the body; an adapted head must be fused first.
-        revision: Branch, tag or commit of the repository.
-        trust_remote_code: Allow the repository's own Python code.
         flash_head: A folder or a Hugging Face repository of a FlashHead.
         build: Build a FlashHead if there is none, once, in a few minutes.
         n_probes: Clusters scored per token; default: the FlashHead's own number.
@@ -79,8 +76,8 @@ def load(
         ValueError: If the model does not exist, if there is no FlashHead and none may be built, if
             it is damaged or belongs to another model, or if an argument is not valid.
     """
-    missing = BUILD if build else REFUSE
     fine: Any = {"fine_head": fine_head, "head_bits": head_bits, "always": flash_head_always}
+    missing = BUILD if build else REFUSE
     loaded = load_with_head(
         resolve(path_or_hf_repo, revision),
         HeadOptions(flash_head, missing, n_probes, backend, progress, **fine),
@@ -96,10 +93,10 @@ def load(
 def load_with_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
     """A folder's model with its FlashHead: ``(model, tokenizer, config)``. Takes arguments of
     ``mlx_lm.load``, and raises as `load`."""
-    stored = sources.explicit_head(options) or sources.bundled_head(folder, options)
-    model, tokenizer, config = load_dense(folder, **of_mlx_lm)
-    attach_head(model, tokenizer, stored, folder, options)
-    return model, tokenizer, config
+    stored = sources.named_head(folder, options)
+    loaded = load_dense(folder, **of_mlx_lm)
+    attach_head(*loaded[:2], stored, folder, options)
+    return loaded
 
 
 def load_dense_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
@@ -158,18 +155,13 @@ def sharded_load(
     """
     options = HeadOptions(flash_head, REFUSE, n_probes, backend, progress, tunes=False)
     folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
-    stored = sources.explicit_head(options) or sources.bundled_head(folder, options)
-    model, tokenizer, config = load_dense_part(
-        path_or_hf_repo,
-        pipeline_group,
-        tensor_group,
-        tokenizer_config=tokenizer_config,
-        trust_remote_code=trust_remote_code,
-    )
-    head = attach_head(model, tokenizer, stored, folder, options)
+    stored = sources.named_head(folder, options)
+    how: Any = {"tokenizer_config": tokenizer_config, "trust_remote_code": trust_remote_code}
+    loaded = load_dense_part(path_or_hf_repo, pipeline_group, tensor_group, **how)
+    head = attach_head(*loaded[:2], stored, folder, options)
     assert head is not None
     policy_of(head).lockstep = True
-    return (model, tokenizer, config) if return_config else (model, tokenizer)
+    return loaded if return_config else loaded[:2]
 
 
 def attach(
@@ -202,7 +194,10 @@ def attach(
     missing = BUILD if build else REFUSE
     fine: Any = {"fine_head": fine_head, "head_bits": head_bits, "always": flash_head_always}
     options = HeadOptions(flash_head, missing, n_probes, backend, progress, **fine)
-    source = Path(libraries.name_of(tokenizer) or type(model).__module__)
+    # a processor's tokenizer has the name
+    inner = getattr(tokenizer, "tokenizer", None)
+    name = getattr(tokenizer, "name_or_path", "") or getattr(inner, "name_or_path", "")
+    source = Path(str(name or type(model).__module__))
     source = source if source.is_dir() else Path(source.name)
     head = attach_head(model, tokenizer, sources.explicit_head(options), source, options)
     assert head is not None  # only DENSE leaves it out
@@ -244,10 +239,9 @@ def attach_head(
     if stored is None:
         steps = build_steps(model, tokenizer, location, source=source, options=options)
         stored = finish(steps, options)
-        assert stored is not None  # it has waited for other processes
     head = install_stored(model, stored, options, location)
     if is_vlm(model):
-        _targets[head] = ref(model), tokenizer, options
+        _targets[head] = tokenizer, options
         when_drafted(_attach_to_drafter)
     return head
 
@@ -272,9 +266,7 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
     known = None if head is None else _targets.pop(head, None)
     if head is None or known is None:
         return
-    model_of, tokenizer, options = known
-    model, options = model_of(), replace(options, n_probes=None, drafts=True)
-    assert model is not None  # its head is in use
+    tokenizer, options = known[0], replace(known[1], n_probes=None, drafts=True)
     try:
         location = drafter_head(drafter, target)
         if location is None or get_flash_head(location.module) is not None:
@@ -282,9 +274,9 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
         check_plain_product(location)
         stored = sources.find(location.rows(), options.say)
         if stored is None and options.missing == BUILD:
-            text = libraries.text_side(model, tokenizer)
+            text = libraries.text_side(target, tokenizer)
             prompts = (libraries.prompt_of(text, request) for request in builtin_requests())
-            drafting = partial(drafted_answer, model, drafter, kind, n_tokens=ANSWER_TOKENS)
+            drafting = partial(drafted_answer, target, drafter, kind, n_tokens=ANSWER_TOKENS)
             answers = map(drafting, prompts)
             seconds = IndexOptions.calibration_seconds
             drafted = drafted_states(location, answers, text.eos_token_ids, seconds=seconds)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -25,7 +25,8 @@ from ..lossless.policy import policy_of
 from ..lossless.tuning import Tuning, is_busy, least_gain, tune
 from ..models.install import hidden_dtype, install, installed_head
 from ..models.locate import HeadLocation, find_head
-from .sources import HeadOptions, StoredHead, speeds_of
+from .options import HeadOptions
+from .sources import StoredHead, speeds_of
 
 TUNING_VARIABLE = "MLX_FLASHHEAD_TUNING"
 MEASURING = "Measuring its speed on this machine …"
@@ -41,17 +42,16 @@ def install_stored(
     near = index.check_fit(location.rows(), stored.source)
     if near is not None:
         options.say(near)
-    config, n_probes, unverified = index.config, options.n_probes, None
-    if n_probes is None and options.drafts:
-        n_probes = config.draft_probes
-    elif n_probes is None:
-        n_probes, unverified = config.n_probes, config.unverified_probes
+    config, n_probes = index.config, options.n_probes
+    chosen = n_probes is not None or options.drafts
+    if n_probes is None:
+        n_probes = config.draft_probes if options.drafts else config.n_probes
     head = install(
         model,
         index.token_ids,
         index.centroids,
         n_probes=n_probes,
-        unverified_probes=unverified,
+        unverified_probes=None if chosen else config.unverified_probes,
         risk=Risk.of_settings(config.verification),
         eos_token_ids=config.eos_token_ids,
         backend=options.backend,
@@ -82,7 +82,9 @@ def tune_head(
     dtype = str(hidden_dtype(model)).removeprefix("mlx.core.")
     form = f"{head.clustered.rows.format} rows, {dtype}"
     key = f"{device}, {head.backend}, mlx {version('mlx')}, {form}"  # what the times depend on
-    known = read(place, options.say)
+    known = read(place)
+    if not known and place.exists():
+        options.say(f"{place} is damaged or of another version: its speeds are measured again.")
     before = known.get(key)
     if before is not None and not options.measures and (busy or not before.provisional):
         tuning = before
@@ -90,7 +92,7 @@ def tune_head(
         measured = yield from tune(model, index.config.verification.get("by_probes", ()))
         tuning = replace(measured, provisional=measured.provisional or busy)
         if before is not None and tuning.provisional and not options.measures:
-            tuning = min(before, tuning, key=lambda tuning: tuning.spread)
+            tuning = min(before, tuning, key=lambda each: each.spread)
         stored = {name: asdict(each) for name, each in (known | {key: tuning}).items()}
         with suppress(OSError, ValueError):  # else it is measured again next time
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -115,34 +117,22 @@ def speed_text(tuning: Tuning) -> str:
     return f"{tuning.gain:.2f} x" + (f" ({', '.join(doubts)})" if doubts else "")
 
 
-def read(place: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Tuning]:
-    """The settings by machine. Those that are damaged are left out, with a sentence."""
-    known: dict[str, Tuning] = {}
-    try:
+def read(place: Path) -> dict[str, Tuning]:
+    """The settings by machine. Those that are damaged are left out."""
+    with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
         stored = json.loads(place.read_text(encoding="utf-8"))
-        known = {key: Tuning(**values) for key, values in stored.items() if _is_valid(values)}
-        if len(known) == len(stored):
-            return known
-    except FileNotFoundError:
-        return known
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        pass
-    say(f"{place} is damaged or of another version: its speeds are measured again.")
-    return known
+        return {key: Tuning(**values) for key, values in stored.items() if _is_valid(values)}
+    return {}
 
 
 def _is_valid(values: Any) -> bool:
     """Whether these are all the fields of a `Tuning`, each of its type and range."""
-
-    def fits(value: Any, hint: Any) -> bool:
-        types = get_args(hint) or (hint,)
-        if value is None or isinstance(value, bool):
-            return type(value) in types
-        if type(value) is int and int in types:
-            return value >= 1
-        return float in types and type(value) in (int, float) and 0 <= value < math.inf
-
     hints = get_type_hints(Tuning)
     if not isinstance(values, dict) or values.keys() != hints.keys():
         return False
-    return all(fits(value, hints[name]) for name, value in values.items())
+    for name, value in values.items():
+        types = get_args(hints[name]) or (hints[name],)
+        least = 1 if int in types else 0
+        if type(value) not in types or not (value is None or least <= value < math.inf):
+            return False
+    return True

@@ -194,8 +194,8 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         caches: dict[int, Any] = {}
         with mx.stream(self._stream):
             for uid, sequence in wanted:
-                caches[sequence.uid] = self.caches_of(uid)
-                if self.is_generating(uid):
+                caches[sequence.uid] = super().extract_cache([uid])[uid]
+                if uid in self.generating:
                     target = sequence.n_yielded
                     cache = self._rolled_back(uid, sequence.n_cached, target)
                     caches[sequence.uid] = cache, sequence.prompt + sequence.tokens[:target]
@@ -256,7 +256,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         """Takes a sequence out of mlx-lm's batch: its caches, with ``target`` of its tokens."""
         uid = next(uid for uid, other in self._sequences.items() if other is sequence)
         n_cached = sequence.n_cached
-        if not self.is_generating(uid):
+        if uid not in self.generating:
             n_cached = max(n_cached - 1, 0)  # its latest token is still to be fed
         cache = self._rolled_back(uid, n_cached, target)
         self._to_drop.append(uid)
@@ -266,12 +266,12 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
 
     def _drop_all(self) -> None:
         if self._to_drop:
-            self.drop(self._to_drop)
+            super().remove(self._to_drop)
             self._to_drop.clear()
 
     def _rolled_back(self, uid: int, n_cached: int, target: int) -> list[Any]:
         """A sequence's own caches, with ``target`` tokens of its text instead of ``n_cached``."""
-        cache, _ = self.caches_of(uid)
+        cache = list(super().extract_cache([uid])[uid][0])
         feed = partial(self.model, cache=cache)
         rollback(cache, self._sequences[uid], n_cached, target, feed)
         return cache

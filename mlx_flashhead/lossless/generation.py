@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
 from ..models.compat.mlx_vlm import decodes_by_tokens_alone, is_greedy, stream_and_cache
+from ..models.compat.patching import replaced
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.libraries import is_vlm
 from .batch import VerifiedBatchGenerator
@@ -127,7 +128,7 @@ def _verified_loops(
 
         return take
 
-    return compat.loops(**{name: verified(name) for name in loops})
+    return replaced(compat.module, **{name: verified(name) for name in loops})
 
 
 def verified_loop(model: nn.Module, name: str) -> Callable[..., Any] | None:

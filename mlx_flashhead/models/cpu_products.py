@@ -88,7 +88,6 @@ def _attention(
 
 
 def to_mlx(array: np.ndarray) -> mx.array:
-    """The array as MLX's."""
     # mx.array of a numpy array loses a Ctrl-C that comes meanwhile, a memoryview does not
     return mx.array(memoryview(array))  # type: ignore[arg-type]
 

@@ -26,15 +26,12 @@ HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 
 
 def home() -> Path:
-    """Where FlashHeads and finer heads are cached: $MLX_FLASHHEAD_HOME, or ~/.cache/mlx_flashhead;
-    ValueError if it is that of a user who does not exist."""
-    folder = os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead"
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError as error:
-        raise ValueError(
-            f"The home directory in {folder} is not known: set {HOME_VARIABLE} to a folder."
-        ) from error
+    """Where FlashHeads and finer heads are cached; ValueError of a user who does not exist."""
+    folder = _path(os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead")
+    if folder.parts[0].startswith("~"):
+        reason = f"The home directory in {folder} is not known"
+        raise ValueError(f"{reason}: set {HOME_VARIABLE} to a folder.")
+    return folder
 
 
 def lock_of(place: Path) -> FileLock:
@@ -48,10 +45,7 @@ def lock_of(place: Path) -> FileLock:
 
 
 def _path(name: str) -> Path:
-    path = Path(name)
-    with suppress(RuntimeError):  # of a user who does not exist
-        path = path.expanduser()
-    return path
+    return Path(os.path.expanduser(name))  # as it is, of a user who does not exist
 
 
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
@@ -83,7 +77,6 @@ def _hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
         yield
     except Exception as error:  # the client raises many unrelated types
         of_disk = isinstance(error, OSError) and error.errno is not None
-        of_disk = of_disk and not isinstance(error, errors.EntryNotFoundError)
         if of_disk or type(error) is ValueError:
             raise
         missing = f"There is no folder {name!r} here, and"
@@ -196,12 +189,10 @@ class Tensor:
         return self.nbytes > 0 and self.nbytes == size * np.prod(self.shape, dtype=object)
 
     def array(self, content: Any, n_rows: int) -> mx.array:
-        """The bytes of some rows as an array."""
         raw = np.frombuffer(content, np.uint32 if self.dtype in ("F32", "U32") else np.uint16)
         return mx.array(raw.reshape(n_rows, *self.shape[1:])).view(_DTYPES[self.dtype])
 
     def rows(self, ids: list[int]) -> mx.array:
-        """Some rows, each read by itself."""
         size = self.nbytes // self.shape[0]
         starts = (self.start + i * size for i in ids)
         content = b"".join(piece for at in starts for piece in self.file.stream(at, at + size))
@@ -247,13 +238,9 @@ def tensor_files(source: str) -> Iterator[TensorFile]:
 
 
 def _names(repo_id: str) -> list[str]:
-    """The files of a repository's weights, files with a head first."""
     try:
         index = huggingface_hub.hf_hub_download(repo_id, INDEX)
-    except errors.EntryNotFoundError as error:
-        offline = isinstance(error, errors.LocalEntryNotFoundError)
-        if offline and not huggingface_hub.try_to_load_from_cache(repo_id, SINGLE):
-            raise
+    except errors.EntryNotFoundError:
         return [SINGLE]
     try:
         places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]

@@ -1,11 +1,8 @@
 """A finer output head for a quantized model: the rows of its original, checked and rounded.
 
 Rounding to b bits moves a row by what b bits round away; training moves it by more. So the original
-rows are rounded as the model's are: where that gives the model's rows, they are the same head.
-Measured on SmolLM2-135M and Gemma-3-270M with rows of 2 to 8 bits, affine, mxfp4, nvfp4 and mxfp8:
-the estimate below recovers noise of 2 to 10 % of a row's length within a fifth, and of 0.3 % within
-about a half; with rows of 6 and 8 bits it gives about 15 % for 10 %. It is 0 for the original, at
-most 1.3 % for the original in 8 bits and 1.6 % for rows that older MLX has rounded.
+rows are rounded as the model's are: where that gives the model's rows, they are the same head
+(measured in docs/finer-head.md).
 """
 
 import errno
@@ -18,11 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, hf_hub_download
 from tqdm import tqdm
 
 from ..common.new_folder import new_file
@@ -39,7 +35,7 @@ SKETCH_DRIFT = 3 * MAX_DRIFT  # of few rows
 MAX_ROW_ERROR = 2.0  # of a single row, relative to its rounding
 SKETCH_ROWS = 8  # fetched by themselves before all rows are
 PIECE_ROWS = 2048  # compared and rounded at once, in float32
-CARD, MOST_BASES = "README.md", 5  # repositories from one to its `base_model`
+CARD = "README.md"
 
 Say = Callable[[str], None]
 Rows = dict[str, Tensor]  # weight, with scales and biases where it is quantized
@@ -56,16 +52,10 @@ def give_fine_head(
 ) -> None:
     """Replaces the rows of a quantized head, in place, by finer ones of the same head.
 
-    They are looked up in the cache, else fetched, rounded and cached. ValueError, in one
-    sentence, if there are no such rows: the model stays as it is.
-
-    Args:
-        location: The head, without a FlashHead.
-        folder: The model's folder, whose card or configuration names its original.
-        source: A repository, folder or safetensors file of the original; True: find it.
-        bits: Of the finer head, 8 by default; 16 keeps the original's floats.
-        say: Takes sentences.
-        progress: Show a bar while rows are fetched.
+    They are looked up in the cache, else fetched from a ``source``, rounded and cached: from a
+    repository, folder or safetensors file of the original, or, if True, from the one that the
+    model's ``folder`` names by its card or configuration. 16 ``bits`` keep the original's floats.
+    ValueError, in one sentence, if there are no such rows: the model stays as it is.
     """
     coarse, bits, kind = location.rows(), bits or DEFAULT_BITS, type(location.module)
     if not coarse.quantized:
@@ -91,16 +81,16 @@ def give_fine_head(
             rows = rows or _fetch(location, folder, source, bits, place, say, progress)
         finally:
             lock.release()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # MLX raises the latter where a disk is full
         raise ValueError(
-            f"The finer head cannot be kept in {place.parent} ({error.strerror or error}): free "
-            f"some space, or set {HOME_VARIABLE} to another folder."
+            f"The finer head cannot be kept in {place.parent} "
+            f"({getattr(error, 'strerror', None) or error}): free some space, or set "
+            f"{HOME_VARIABLE} to another folder."
         ) from None
     replace_rows(location.module, rows)
 
 
 def _cached_rows(place: Path, coarse: Matrix) -> Matrix | None:
-    """The cached rows, if they are whole and belong to this head."""
     try:
         loaded: Any = mx.load(str(place), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
@@ -124,7 +114,6 @@ def _fetch(
     say: Say,
     progress: bool,
 ) -> Matrix:
-    """The finer rows, fetched, compared, rounded and cached."""
     coarse = location.rows()
     n_rows, width, scales = coarse.n_rows, coarse.hidden_size, coarse.scales
     assert scales is not None  # it is quantized
@@ -144,13 +133,9 @@ def _fetch(
     if shutil.disk_usage(place.parent).free < 2 * nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     say(f"Fetching {tensors['weight'].name} of {original} ({megabytes(nbytes)}) for a finer head.")
-    try:
-        bar: Any = {"unit": "B", "unit_scale": True, "desc": "Finer head", "disable": not progress}
-        with tqdm(total=nbytes, **bar) as shown:
-            maps = {name: t.fetch(place.parent, place.stem, shown) for name, t in tensors.items()}
-    except OSError:
-        _remove_parts(place)
-        raise
+    bar: Any = {"unit": "B", "unit_scale": True, "desc": "Finer head", "disable": not progress}
+    with tqdm(total=nbytes, **bar) as shown:
+        maps = {name: t.fetch(place.parent, place.stem, shown) for name, t in tensors.items()}
     compared, pieces = [], []
     for start in range(0, n_rows, PIECE_ROWS):
         end, arrays = min(start + PIECE_ROWS, n_rows), {}
@@ -170,18 +155,10 @@ def _fetch(
     about = {"model": local_origin(folder).known_as, "original": original}
     about |= {"bits": str(fine.bits), "group_size": str(fine.group_size)}
     with new_file(place) as file:
-        try:
-            mx.save_safetensors(str(file), joined, metadata=about)
-        except RuntimeError as error:  # of a full disk
-            raise OSError(None, str(error)) from None
-    _remove_parts(place)
+        mx.save_safetensors(str(file), joined, metadata=about)
+    for part in place.parent.glob(f".{glob.escape(place.stem)}.*.part"):
+        part.unlink(missing_ok=True)
     return Matrix(**joined, bias=coarse.bias, group_size=fine.group_size, bits=fine.bits)
-
-
-def _remove_parts(place: Path) -> None:
-    """Removes what was fetched for a finer head."""
-    for file in place.parent.glob(f".{glob.escape(place.stem)}.*.part"):
-        file.unlink(missing_ok=True)
 
 
 def _matrix(arrays: dict[str, Any], width: int) -> Matrix:
@@ -196,9 +173,8 @@ def distances(coarse: Matrix, fine: mx.array) -> np.ndarray:
     beyond rounding, of the rounding, of both, and of the length of ``fine``."""
     scales: Any = coarse.scales
     dtype = mx.bfloat16 if scales.dtype == mx.uint8 else scales.dtype
-    form: Any = {"bits": coarse.bits, "group_size": coarse.group_size, "mode": coarse.mode}
-    rounded = Matrix(fine.astype(dtype)).quantize(**form).dequantized(mx.float32)
-    stored = coarse.dequantized(mx.float32)
+    quantized = Matrix(fine.astype(dtype)).quantize(**coarse.quantization)
+    rounded, stored = quantized.dequantized(mx.float32), coarse.dequantized(mx.float32)
     differences = (stored - rounded, rounded - fine, stored - fine, fine)
     return np.array(mx.stack([mx.linalg.norm(d, axis=1) for d in differences], axis=1))
 
@@ -226,47 +202,37 @@ def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -
     unquantized one from a model to its base, and so on."""
     if source is not True:
         return _find(str(source), location), str(source)
-    base, seen = _base_model(folder), {_name(folder)}
-    while base is not None and base not in seen and len(seen) <= MOST_BASES:
+    name, origin = _name(folder), local_origin(folder)
+    in_cache = origin.revision is not None and not (folder / CARD).exists()  # without its card
+    base, seen = _base_model(name if in_cache else folder), {name}
+    while base is not None and base not in seen:
         tensors = _find(base, location, any_bits=True)
         if "scales" not in tensors:
             return tensors, base
         seen.add(base)
         base = _base_model(base)
     raise ValueError(
-        f"{_name(folder)} names no original with a finer head (`base_model` of its card): "
-        "name one with `fine_head`."
+        f"{name} names no original with a finer head (`base_model` of its card): name one with "
+        "`fine_head`."
     )
 
 
 def _base_model(model: Path | str) -> str | None:
     """The one repository that a model's card, else its configuration, names as its base."""
-    known, in_cache = None, True
-    if isinstance(model, Path):
-        origin = local_origin(model)
-        in_cache = origin.revision is not None
-        known = None if in_cache else origin.repo_id
     with suppress(Exception):  # cards and the Hub's client raise any type
-        if isinstance(model, Path) and (model / CARD).exists():
-            card = model / CARD
-        elif in_cache:
-            card = Path(huggingface_hub.hf_hub_download(_name(model), CARD))
-        else:
-            return known
+        card = model / CARD if isinstance(model, Path) else Path(hf_hub_download(model, CARD))
         text = card.read_text(encoding="utf-8-sig")
         data: Any = ModelCard(text, ignore_metadata_errors=True).data
         bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
         if len(bases) == 1 and is_repository(bases[0]):
             return bases[0]
-    return known
+    return local_origin(model).repo_id if isinstance(model, Path) else None
 
 
-def _name(model: Path | str) -> str:
-    """Its repository, else the name of its folder, which others need not know."""
-    if isinstance(model, str):
-        return model
-    origin = local_origin(model)
-    return model.resolve().name if origin.revision is None else origin.known_as
+def _name(folder: Path) -> str:
+    """A model's repository, else the name of its folder, which others need not know."""
+    origin = local_origin(folder)
+    return folder.resolve().name if origin.revision is None else origin.known_as
 
 
 def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
@@ -319,9 +285,8 @@ def replace_rows(module: nn.Module, rows: Matrix) -> None:
     base, old = type(module), {name: module.pop(name) for name in ARRAYS if name in module}
     attributes = {name: getattr(own, name) for name in ("group_size", "bits", "mode")}
     dict.update(module, rows.arrays())
-    if rows.quantized:
-        own.group_size, own.bits, own.mode = rows.group_size, rows.bits, rows.mode
-    else:
+    vars(module).update(rows.quantization)
+    if not rows.quantized:
         module.__class__ = nn.Embedding if base is nn.QuantizedEmbedding else nn.Linear
     vars(module)["_coarse_head"] = (base, old, attributes)
 
@@ -331,10 +296,9 @@ def restore_rows(model: nn.Module) -> bool:
     for module in model.modules():
         before = vars(module).pop("_coarse_head", None)
         if before is not None:
-            base, old, attributes = before
+            module.__class__, old, attributes = before
             for name in ARRAYS:
                 module.pop(name, None)
-            module.__class__ = base
             dict.update(module, old)
             vars(module).update(attributes)
             return True

@@ -76,34 +76,22 @@ def install(
         location = find_head(model)
         check_plain_product(location)
     head = FlashHead(location.rows(), token_ids, centroids, **settings)
-    module: Any = location.module
-    # One array after the other, so that at most one more head exists. None keeps a parameter's name
-    # and place.
-    for name, array in head.clustered.rows.arrays().items():
-        mx.eval(array)
-        module[name] = None
-    try:
-        head.check_kernels(location.hidden_dtype)
-    except ValueError:
-        _put_back(module, head)
-        raise
-    mx.clear_cache()  # it holds the rows in their old order
+    head.check_kernels(location.hidden_dtype)
     mx.eval(head.arrays())
-    paths = [(path and f"{path}.", parent) for path, parent in model.named_modules()]
-    around = [parent for path, parent in paths if location.path.startswith(path)]
+    module: Any = location.module
+    for name in head.clustered.rows.arrays():
+        module[name] = None  # which keeps its name and place
+    mx.clear_cache()  # it holds the rows in their old order
     module._flash_head = head
     # its name, since MLX's dtypes do not pickle
     module._hidden_dtype = str(location.hidden_dtype).removeprefix("mlx.core.")
     _subclass(module, _FlashEmbedding if location.method == EMBEDDING else _FlashLinear)
-    for parent in around:
-        _subclass(parent, _FlashParent)
+    for path, parent in model.named_modules():
+        if not path or location.path.startswith(f"{path}."):
+            _subclass(parent, _FlashParent)
     if is_vlm(model):
-        keep_from_weights(_is_installed)
+        keep_from_weights(_FlashModule)
     return head
-
-
-def _is_installed(layer: Any) -> bool:
-    return isinstance(layer, _FlashModule)
 
 
 def detach(model: nn.Module) -> None:
@@ -128,13 +116,9 @@ def _uninstall(model: nn.Module) -> None:
     module = _installed_module(model)
     head = module._flash_head
     for changed in model.modules():
-        if isinstance(changed, _FlashModule | _FlashParent):
+        if isinstance(changed, _Pickled):
             changed.__class__ = type(changed).__bases__[1]
     del module._flash_head, module._hidden_dtype
-    _put_back(module, head)
-
-
-def _put_back(module: nn.Module, head: FlashHead) -> None:
     for name, array in head.clustered.token_rows().arrays().items():
         mx.eval(array)
         module[name] = array
@@ -210,17 +194,6 @@ class _FlashModule(_Pickled, _Module):
         self._refuse_change(key)
         super().__setitem__(key, value)
 
-    def pop(self, key, *default):
-        self._refuse_change(key)
-        return super().pop(key, *default)
-
-    def __delitem__(self, key):
-        self.pop(key)
-
-    def __setattr__(self, key, value):
-        self._refuse_change(key)
-        super().__setattr__(key, value)
-
     def to_quantized(self, *args, **kwargs):
         self._refuse_change("weight")
 
@@ -257,7 +230,6 @@ def logit_change_of(model: nn.Module) -> LogitChange:
 
 def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
     def run(logits: mx.array, token: int = 0) -> mx.array:
-        """The model's result when its head gives ``logits`` (1, 1, V)."""
         with installed_head(model).intercepted(lambda _: logits):
             return forward(model, mx.array([[token]]))
 
@@ -287,5 +259,4 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
 
 
 def unchanged(logits: mx.array) -> mx.array:
-    """The change of most models: none."""
     return logits

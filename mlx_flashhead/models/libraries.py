@@ -2,7 +2,9 @@
 run, and their text: of mlx-vlm's processors the text side with the face of mlx-lm's tokenizers, and
 chat templates, which come with a model, within limits of time and memory."""
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..common.guarded import Guard, GuardError
 from ..index.files import is_companion
-from .compat import mlx_vlm
 from .compat.mlx_lm import load, load_adapters, sharded_load
+from .compat.mlx_vlm import too_old
 from .fetch import reason
 
 # For a model whose configuration and tokenizer do not give its context.
@@ -48,14 +50,12 @@ def load_dense(folder: Path, *, adapter_path: str | None = None, **kwargs: Any):
             remedy = "install the missing package, or use another model"
         elif "trust_remote_code" in str(error):
             remedy = "if you trust its code, add `trust_remote_code=True`"
-        elif "number of bits" in str(error):  # mlx before 0.32 has no rows of 1 bit
-            remedy = "update mlx, or use another form of the model"
         raise ValueError(f"mlx-lm cannot load the model in {folder}{why}: {remedy}.") from error
     model, tokenizer, config = loaded
     if adapter_path is not None:
         try:
             model = load_adapters(model, adapter_path)
-        except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # any, as above
             raise ValueError(
                 f"The adapters in {adapter_path} cannot be put on this model ({reason(error)}): "
                 "check `adapter_path`."
@@ -74,9 +74,7 @@ def load_dense_part(
 ):
     """This process's part of the dense model, its tokenizer and configuration, or ValueError. Every
     process has the same hidden state and the whole head, so each finds the same token by itself."""
-    folder = Path(path_or_hf_repo).expanduser()
-    # mlx-lm downloads only this part's files of a repository
-    source = str(folder) if folder.is_dir() else path_or_hf_repo
+    source = os.path.expanduser(path_or_hf_repo)  # a repository's name stays
     trust = {"trust_remote_code": trust_remote_code}
     # mlx-lm's default allows a tokenizer's own code
     options: Any = trust | {"tokenizer_config": tokenizer_config or trust, "return_config": True}
@@ -86,8 +84,7 @@ def load_dense_part(
         no = "" if pipeline_group is None else "no "
         raise ValueError(
             f"mlx-lm cannot split the model {path_or_hf_repo} between these processes "
-            f"({reason(error)}): use {no}`pipeline_group`, another number of "
-            "processes, or one."
+            f"({reason(error)}): use {no}`pipeline_group`, another number of processes, or one."
         ) from error
     if pipeline_group is None and hasattr(model, "shard"):
         by_layers = hasattr(getattr(model, "model", None), "pipeline")
@@ -118,7 +115,6 @@ def is_vlm(model: nn.Module) -> bool:
 
 
 def architecture(model: nn.Module) -> str:
-    """The name of the model's architecture, for messages."""
     return type(model).__module__.rsplit(".", 1)[-1]
 
 
@@ -149,13 +145,11 @@ def embeddings(model: nn.Module, tokens: mx.array) -> dict[str, Any]:
 
 
 def check_writes_text(model: nn.Module, *, runs: bool = True) -> None:
-    """Raises UnsupportedHeadError for a model that does not write one token after the other.
-
-    One that does not run may have no head, which mlx-vlm takes away for embeddings.
-    """
+    """Raises UnsupportedHeadError for a model that does not write one token after the other. One
+    that does not run may have no head, which mlx-vlm takes away for embeddings."""
     if not is_vlm(model):
         return
-    text, old = getattr(model, "language_model", None), mlx_vlm.too_old()
+    text, old = getattr(model, "language_model", None), too_old()
     without_head = not runs and getattr(text, "lm_head", model) is None
     if text is None or without_head or not hasattr(model, "get_input_embeddings"):
         raise UnsupportedHeadError(
@@ -167,7 +161,9 @@ def check_writes_text(model: nn.Module, *, runs: bool = True) -> None:
             f"A FlashHead takes mlx-vlm 0.7.8 or newer, and {old} is installed: update mlx-vlm, or "
             "use the model without FlashHead."
         )
-    if mlx_vlm.is_diffusion_model(model):
+    from mlx_vlm.generate.diffusion import is_diffusion_model
+
+    if is_diffusion_model(model):
         raise UnsupportedHeadError(
             f"This {architecture(model)!r} model writes all tokens of a block at once, by "
             "diffusion, which FlashHead does not make faster: use it without FlashHead."
@@ -177,12 +173,6 @@ def check_writes_text(model: nn.Module, *, runs: bool = True) -> None:
 def text_side(model: nn.Module, processor: Any) -> Any:
     """The tokenizer of a model: mlx-lm's as it is, the text side of mlx-vlm's processor."""
     return ProcessorText(model, processor) if is_vlm(model) else processor
-
-
-def name_of(processor: Any) -> str:
-    """The name or path that a tokenizer, or a processor's tokenizer, was loaded from."""
-    name = getattr(processor, "name_or_path", "")
-    return str(name or getattr(getattr(processor, "tokenizer", None), "name_or_path", "") or "")
 
 
 def context_of(config: dict[str, Any], tokenizer: Any) -> int:
@@ -207,6 +197,8 @@ class ProcessorText:
     """A processor's tokenizer, with the model's own chat template. ValueError if it has none."""
 
     def __init__(self, model: nn.Module, processor: Any):
+        from mlx_vlm.utils import resolve_eos_token_ids
+
         self._config: Any = model.config
         self._processor = processor
         self._tokenizer = getattr(processor, "tokenizer", processor)
@@ -217,12 +209,14 @@ class ProcessorText:
             )
         known = getattr(self._tokenizer, "stopping_criteria", None)
         ends = getattr(known, "eos_token_ids", None) or getattr(self._config, "eos_token_id", None)
-        self.eos_token_ids = mlx_vlm.resolve_eos_token_ids(ends, self._tokenizer)
+        self.eos_token_ids = resolve_eos_token_ids(ends, self._tokenizer)
         templates = (getattr(side, "chat_template", None) for side in (processor, self._tokenizer))
-        hello = [{"role": "user", "content": "Hello"}]
-        self.has_chat_template = any(templates) and (
-            self.apply_chat_template(hello, tokenize=False) is not None
-        )
+        self.has_chat_template = False
+        if any(templates):
+            with suppress(Exception):  # an architecture without one, or whatever a template raises
+                hello = [{"role": "user", "content": "Hello"}]
+                text = self.apply_chat_template(hello, tokenize=False)
+                self.has_chat_template = isinstance(text, str)
 
     def __len__(self) -> int:
         return len(self._tokenizer)
@@ -237,10 +231,13 @@ class ProcessorText:
         tokenize: bool = True,
     ) -> Any:
         """Token ids of a conversation, or its text, as mlx-vlm gives them to the model."""
-        text = mlx_vlm.chat_text(self._processor, self._config, messages, add_generation_prompt)
+        from mlx_vlm.prompt_utils import apply_chat_template
+        from mlx_vlm.utils import should_add_special_tokens
+
+        text = apply_chat_template(self._processor, self._config, messages, add_generation_prompt)
         if not tokenize:
             return text
-        special = mlx_vlm.should_add_special_tokens(self._config.model_type, self._processor)
+        special = should_add_special_tokens(self._config.model_type, self._processor)
         return self._tokenizer.encode(text, add_special_tokens=special)
 
 

@@ -30,13 +30,7 @@ class HeadLocation:
         return self.method == EMBEDDING
 
     def rows(self) -> Matrix:
-        """The rows as stored; UnsupportedHeadError if they have a scale of the whole matrix."""
         module = self.module
-        if "global_scale" in module:
-            raise UnsupportedHeadError(
-                f"The rows of {self.path!r} have a global_scale (NVFP4 of newer mlx), which "
-                "FlashHead does not read: use the model without FlashHead."
-            )
         arrays: dict[str, Any] = {name: module.get(name) for name in (*ARRAYS, "bias")}
         if "scales" not in module:
             return Matrix(**arrays)
@@ -69,32 +63,30 @@ def find_head(model: nn.Module) -> HeadLocation:
             f"{home}'s code of this {name!r} model fails on a token by itself "
             f"({type(error).__name__}: {error}), so it cannot be served with FlashHead either."
         ) from error
-    found = [
-        call
-        for width, call in calls
-        if width == vocab_size and call.module["weight"].shape[0] == vocab_size
-    ]
-    if not found:
+    whole = [call for width, call in calls if width == call.module["weight"].shape[0] == vocab_size]
+    heads = [call.module for call in whole]
+    for path, module in model.named_modules():
+        if {"lora_a", "lora_b"} <= module.keys() and (
+            module.lora_b.shape[-1] == vocab_size  # DoRA multiplies the rows itself
+            or (heads and any(part is heads[-1] for part in module.values()))
+        ):
+            raise UnsupportedHeadError(
+                f"The output projection {path!r} carries a LoRA adapter, which must be fused "
+                "first: run mlx_lm.fuse, then use the fused model."
+            )
+    if not heads:
         _refuse_split(calls, vocab_size, name)
-        for path, adapted in model.named_modules():  # DoRA multiplies the rows itself
-            if _has_adapter(adapted) and adapted.lora_b.shape[-1] == vocab_size:
-                raise _adapted(path)
         raise UnsupportedHeadError(
             f"The output projection of this {name!r} model cannot be intercepted (its {vocab_size} "
             f"logits come from no layer of its own): use it with {home}, without FlashHead."
         )
-    head = found[-1]
-    if sum(other.module is head.module for other in found) > 1:
+    if sum(head is heads[-1] for head in heads) > 1:
         raise UnsupportedHeadError(
             f"This {name!r} model uses its output projection more than once per token, which "
             f"FlashHead does not support: use it with {home}, without FlashHead."
         )
-    paths = dict(model.named_modules())
-    path = next(path for path, other in paths.items() if other is head.module)
-    parent = path.rpartition(".")[0]
-    if parent in paths and _has_adapter(paths[parent]):
-        raise _adapted(parent)
-    return replace(head, path=path)
+    path = next(path for path, module in model.named_modules() if module is heads[-1])
+    return replace(whole[-1], path=path)
 
 
 def _refuse_split(calls: list[tuple[int, HeadLocation]], vocab_size: int, name: str) -> None:
@@ -107,17 +99,6 @@ def _refuse_split(calls: list[tuple[int, HeadLocation]], vocab_size: int, name: 
                 f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
                 "by layers instead, with a `pipeline_group`, or use one process."
             )
-
-
-def _has_adapter(module: nn.Module) -> bool:
-    return {"lora_a", "lora_b"} <= module.keys()
-
-
-def _adapted(path: str) -> UnsupportedHeadError:
-    return UnsupportedHeadError(
-        f"The output projection {path!r} carries a LoRA adapter, which must be fused first: run "
-        "mlx_lm.fuse, then use the fused model."
-    )
 
 
 def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:

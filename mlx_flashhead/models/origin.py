@@ -57,5 +57,4 @@ def local_origin(folder: Path) -> Origin:
 
 
 def is_repository(name: object) -> bool:
-    """Whether this is the name of a repository, "owner/name"."""
     return isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None

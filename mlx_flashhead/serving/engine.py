@@ -128,7 +128,7 @@ class Engine:
         build, dense = served.build, served.head is None
         assert build is not None
         try:
-            more = build.advance() or build.install()
+            more = build.advance()
             if dense and served.head is not None:
                 logger.info("%s is served with its FlashHead from now on", served.name)
         except BaseException as error:

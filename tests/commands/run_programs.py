@@ -17,17 +17,20 @@ import pytest
 DENSE = "Without FlashHead: "
 # A program that runs others, one after the other: the imports of a process take seconds.
 MANY = """
+import importlib
 import runpy
 import sys
-
-from mlx_flashhead.run import _run_module
 
 for line in sys.argv[1:]:
     for stream in (sys.stdout, sys.stderr):
         print("\\n==", line, file=stream, flush=True)
     words = line.split()
     if words[0] == "-m":
-        _run_module(words[1], words[2:])
+        sys.argv = words[1:]
+        if words[1].startswith("mlx_lm."):
+            importlib.import_module(words[1]).main()
+        else:
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")

@@ -12,7 +12,6 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead.index.files import write_companion
-from mlx_flashhead.loading.sources import explicit_head
 from model_folders import write_model
 from run_programs import DENSE, MANY, alone, running_server, start, start_many
 from tiny_models import tiny_index
@@ -112,7 +111,7 @@ def test_programs_that_are_started_as_commands(run, place, tmp_path, monkeypatch
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
     code, output, errors = start(place, *HEAD, "starter.py", "model")
     assert (code, output.splitlines()) == (0, 3 * ["_FlashEmbedding __main__"]), errors
-    assert errors.count("mine") == 2 and DENSE not in errors
+    assert errors.count("mine") == 3 and DENSE not in errors
 
     code, lines, errors = run("run", "--hook", "--flash-head", place / "head")
     assert (code, errors) == (0, "")
@@ -199,20 +198,12 @@ NOT_RUN = "that can be run: check the name."
     ],
 )
 def test_mistakes(refused, place, monkeypatch, words, said):
-    in_this_process(monkeypatch, place)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.chdir(place)
     assert said in refused("run", *words)
 
 
-def in_this_process(monkeypatch, place):
-    """The loads of this process stay."""
-    monkeypatch.setattr("mlx_flashhead.loading.patch.patch_load", explicit_head)
-    monkeypatch.setattr(os, "environ", dict(os.environ))
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
-    monkeypatch.chdir(place)
-
-
-def test_a_program_of_mlx_lm_that_has_only_a_main(run, monkeypatch, place):
+def test_a_program_of_mlx_lm_that_has_only_a_main(place):
     """As a module ``mlx_lm.evaluate`` runs nothing; `mlx_lm.share` is another such program."""
-    in_this_process(monkeypatch, place)
-    code, output, _ = run("run", *HEAD, "mlx_lm.share", "--help")
+    code, output, _ = start(place, *HEAD, "mlx_lm.share", "--help")
     assert code == 0 and output.startswith("usage: ")

@@ -10,8 +10,8 @@ import pytest
 from mlx_flashhead import get_flash_head, stream_generate
 from mlx_flashhead.loading import background, tuned
 from mlx_flashhead.loading import sources as cache
-from mlx_flashhead.loading.background import IdleBuild, background_build
-from mlx_flashhead.loading.sources import HeadOptions
+from mlx_flashhead.loading.background import IdleBuild, background_build, build_now
+from mlx_flashhead.loading.options import HeadOptions
 from mlx_flashhead.lossless.tuning import Tuning
 from model_folders import write_model
 
@@ -28,8 +28,8 @@ def loaded(folder, quick):
     return mlx_lm.load(str(folder))
 
 
-def build_of(model, tokenizer, options=OPTIONS, **how):
-    return background_build(model, tokenizer, Path("model"), options, **how)
+def build_of(model, tokenizer):
+    return background_build(model, tokenizer, Path("model"), OPTIONS)
 
 
 def tokens(model, tokenizer, prompt="One day", n=8):
@@ -45,8 +45,9 @@ def test_text_before_between_and_after_is_the_dense_models(loaded):
     while build.advance():
         n_steps += 1
         if n_steps % 7 == 0:
-            assert tokens(model, tokenizer) == dense and get_flash_head(model) is None
-    assert n_steps > 10 and build.install() and get_flash_head(model) is not None
+            assert tokens(model, tokenizer) == dense
+    assert n_steps > 10
+    assert get_flash_head(model) is not None
     assert tokens(model, tokenizer, n=20)[:8] == dense
     assert len(cache.entries()) == 1 and build_of(model, tokenizer) is None
 
@@ -61,7 +62,7 @@ def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
     options, said = HeadOptions(progress=False, tunes=tunes), []
     object.__setattr__(options, "say", said.append)
-    build_of(*loaded, options).finish()
+    build_now(*loaded, Path("model"), options)
     building, *measuring, ready = said
     assert "Building the FlashHead" in building and "FlashHead is ready" in ready
     assert [sentence[:9] for sentence in measuring] == ["Measuring"] * tunes
@@ -71,8 +72,9 @@ def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
 @pytest.mark.parametrize("seconds, size", [(299, 16), (301, 32)])
 def test_a_build_that_would_take_long_is_a_shorter_one(loaded, monkeypatch, seconds, size):
     monkeypatch.setattr(background, "expected_seconds", lambda rows, options: seconds)
-    build_of(*loaded).finish()
-    assert get_flash_head(loaded[0]).clustered.cluster_size == size
+    build_now(*loaded, Path("model"), OPTIONS)
+    head = get_flash_head(loaded[0])
+    assert head.clustered.cluster_size == size
 
 
 def test_a_dropped_build_leaves_nothing(loaded, flash_head_home):
@@ -81,30 +83,27 @@ def test_a_dropped_build_leaves_nothing(loaded, flash_head_home):
         for _ in range(n_steps):
             build.advance()
         build.drop()
-        assert not build.install() and get_flash_head(loaded[0]) is None
+        assert not build.advance() and get_flash_head(loaded[0]) is None
         assert not cache.entries()
-    build_of(*loaded).finish()  # nothing is locked any more
+    build_now(*loaded, Path("model"), OPTIONS)  # nothing is locked any more
     assert get_flash_head(loaded[0]) is not None
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_another_process_builds(loaded, monkeypatch, dies):
+def test_another_process_builds(loaded, dies):
     """The second one takes what the first has built, or builds itself where that one has died: the
     lock of a file knows no process."""
-    monkeypatch.setattr(background, "LOCK_SECONDS", 0.0)
     model, tokenizer = loaded
     other, _ = mlx_lm.load(str(tokenizer.name_or_path))
     first, second = build_of(model, tokenizer), build_of(other, tokenizer)
     assert first.advance()
-    assert all(second.advance() for _ in range(5)) and not second.install()
-    left_alone = build_of(other, tokenizer, waits=False)
-    assert not left_alone.advance() and not left_alone.install()
+    assert all(second.advance() for _ in range(5)) and get_flash_head(other) is None
     if dies:
         first.drop()
     while not dies and first.advance():
         pass
     steps = sum(1 for _ in iter(second.advance, False))
-    assert second.install() and get_flash_head(other) is not None
+    assert get_flash_head(other) is not None
     assert (steps > 10) == dies and len(cache.entries()) == 1
 
 

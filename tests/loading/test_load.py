@@ -11,8 +11,7 @@ import pytest
 
 from mlx_flashhead.index.files import write_index
 from mlx_flashhead.loading.load import load, load_with_head
-from mlx_flashhead.loading.sources import REFUSE, HeadOptions
-from mlx_flashhead.models import libraries
+from mlx_flashhead.loading.options import REFUSE, HeadOptions
 from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.models.libraries import load_dense
 from model_folders import write_model
@@ -90,13 +89,6 @@ def test_model_that_mlx_lm_cannot_load(folder, spoil):
     spoil(folder)
     said = rf"mlx-lm cannot load the model in {folder} \(.*[\w']\)"
     refused(lambda: load(str(folder)), said, "check or fetch it again")
-
-
-def test_rows_of_a_form_that_mlx_does_not_have(folder, monkeypatch):
-    """As mlx 0.31 rejects rows of 1 bit."""
-    monkeypatch.setattr(libraries, "load", lambda *_, **__: mx.quantize(mx.zeros((1, 64)), bits=9))
-    said = rf"mlx-lm cannot load the model in {folder} \(.*number of bits 9"
-    refused(lambda: load(str(folder)), said, "update mlx, or use another form of the model")
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"num_layers": 1}'])

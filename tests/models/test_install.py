@@ -136,11 +136,7 @@ CHANGES = [
     lambda model, parent, head: parent.set_dtype(mx.float16),
     lambda model, parent, head: head.update({"weight": mx.zeros(1)}),
     lambda model, parent, head: setattr(head, "weight", mx.zeros(1)),
-    lambda model, parent, head: setattr(head, "weight", None),
     lambda model, parent, head: head.__setitem__("weight", mx.zeros(1)),
-    lambda model, parent, head: delattr(head, "weight"),
-    lambda model, parent, head: head.__delitem__("weight"),
-    lambda model, parent, head: head.pop("weight"),
 ]
 
 

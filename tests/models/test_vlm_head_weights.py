@@ -11,7 +11,6 @@ import pytest
 mlx_vlm = pytest.importorskip("mlx_vlm")
 
 from mlx_vlm.models.cache import make_prompt_cache
-from mlx_vlm.models.glm_moe_dsa import speculative_verifier as glm
 from mlx_vlm.speculative import eagle3, mtp
 from mlx_vlm.speculative.ops import linear
 
@@ -88,18 +87,6 @@ def test_multi_token_prediction(reads):
     detach(model)
     tokens = mtp.decode_quantized_argmax(text.lm_head, hidden)
     assert mx.array_equal(tokens, mx.argmax(text.lm_head(hidden), axis=-1))
-
-
-def test_verification_of_glm_and_lfm2(reads):
-    model = served("glm_moe_dsa", tied=False)
-    text = model.language_model
-    check_asks_the_layer(reads, model, lambda hidden: glm.verify_logits(text, hidden))
-    model = served("lfm2", tied=True)
-    text, tokens = model.language_model, mx.array([[5, 9, 200]])
-    reads.clear()
-    verified = text(tokens, cache=make_prompt_cache(text), speculative_verify=True)
-    assert not reads
-    assert mx.allclose(verified.logits, forward(model, tokens), atol=1e-4)
 
 
 def test_eagle3_verifies_through_the_layer(reads):

@@ -4,7 +4,6 @@ import argparse
 import importlib
 from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from importlib.util import find_spec
 from inspect import getclosurevars
@@ -18,6 +17,7 @@ from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.generate import (
     BatchResponse,
     GenerationResponse,
+    batch_generate,
     generation_stream,
     maybe_quantize_kv_cache,
 )
@@ -41,7 +41,6 @@ if find_spec("mlx_lm.cli_ui") is not None:  # new in 0.32
     from mlx_lm.generate import (
         BatchGenerator,
         TextStateMachine,
-        batch_generate,
         generate_step,
         make_text_state_machine,
         speculative_generate_step,
@@ -57,7 +56,6 @@ else:
         DEFAULT_ALLOW_PATTERNS,
         BatchGenerator,
         TextStateMachine,
-        batch_generate,
         generate_step,
         load,
         make_text_state_machine,
@@ -65,9 +63,6 @@ else:
         sharded_load,
         speculative_generate_step,
     )
-
-# A top-p of 0.31 cuts elsewhere, and in the dtype of the logits.
-NEW_TOP_P = hasattr(sample_utils, "greedy_sampler")
 
 
 def _nested_codes(*functions: Any) -> set[CodeType]:
@@ -100,7 +95,9 @@ def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
         filtered = dict(getclosurevars(method).nonlocals)
         kept = filtered.pop("min_tokens_to_keep", 1)
         known = filtered.keys() <= {"top_p", "min_p", "top_k"}
-        if not known or kept != 1 or ("top_p" in filtered and not NEW_TOP_P):
+        # 0.31 cuts at another place, and in the dtype of the logits
+        old_top_p = "top_p" in filtered and not hasattr(sample_utils, "greedy_sampler")
+        if not known or kept != 1 or old_top_p:
             return None
         settings |= filtered
     valid = 0 <= settings.get("min_p", 0) <= 1 and settings.get("top_k", 0) >= 0
@@ -120,49 +117,30 @@ def is_mlx_lm_processor(processor: Any) -> bool:
 module = importlib.import_module("mlx_lm.generate")
 
 
-def loops(**names: Any) -> AbstractContextManager[None]:
-    """A block in which mlx-lm's functions take other loops, by their names."""
-    return replaced(module, **names)
-
-
-def run_generate(
-    args: argparse.Namespace,
-    *,
-    load: Callable[..., Any],
-    make_sampler: Callable[..., Any],
-    generate: Callable[..., str],
-) -> None:
-    """Runs mlx-lm's program with other functions, its only way to take a loaded model. Its ``load``
-    is called first for the model, then for the draft model."""
+def run_generate(args: argparse.Namespace, **functions: Callable[..., Any]) -> None:
+    """Runs mlx-lm's program with other ``load``, ``make_sampler`` and ``generate``, its only way to
+    take a loaded model. Its ``load`` is called first for the model, then for the draft model."""
     parsed = SimpleNamespace(parse_args=lambda: args)
     # mlx-lm 0.31 does not hand the leave on
-    trusted = partial(load, trust_remote_code=args.trust_remote_code)
-    names = {"load": trusted, "make_sampler": make_sampler, "generate": generate}
-    with replaced(module, setup_arg_parser=lambda: parsed, **names):
+    functions["load"] = partial(functions["load"], trust_remote_code=args.trust_remote_code)
+    with replaced(module, setup_arg_parser=lambda: parsed, **functions):
         module.main()
 
 
 # mlx-lm's batch generator, with another choice of tokens. All that touches its inside stands here:
-# ``_next``, ``_generation_batch``, ``_prompt_batch``, ``_find_uids`` and ``_counters`` of mlx-lm
-# 0.31.3 to 0.32.2, which has no hook for a head's states.
-
-IN_GENERATION = 2  # the stage of a sequence whose prompt is read
-
-# Numbers of sequences, their latest tokens (R,) and caches → the next tokens (R,), launched, and
-# log-probabilities (V,) of each, or None.
-Choose = Callable[[list[int], mx.array, list[Any]], tuple[mx.array, list[mx.array | None]]]
+# ``_next``, ``_generation_batch``, ``_prompt_batch`` and ``_counters`` of mlx-lm 0.31.3 to 0.32.2,
+# which has no hook for a head's states.
 
 
 class _GenerationBatch(module.GenerationBatch):  # type: ignore[name-defined]
-    choose: Choose
     _next_tokens: Any
     _next_logprobs: Any
 
     def _step(self) -> tuple[list[int], list[Any]]:
-        """mlx-lm's step, whose forward pass and sampling are ``choose``."""
+        """mlx-lm's step, whose forward pass and sampling are the generator's ``choose``."""
         self._current_tokens, self._current_logprobs = self._next_tokens, self._next_logprobs
-        inputs = self._current_tokens
-        self._next_tokens, self._next_logprobs = self.choose(self.uids, inputs, self.prompt_cache)
+        inputs, choose = self._current_tokens, self.fallback_sampler
+        self._next_tokens, self._next_logprobs = choose(self.uids, inputs, self.prompt_cache)
         tokens = inputs.tolist()
         for held, token in zip(self.tokens, tokens, strict=True):
             held.append(token)
@@ -170,10 +148,8 @@ class _GenerationBatch(module.GenerationBatch):  # type: ignore[name-defined]
 
 
 class _PromptBatch(module.PromptProcessingBatch):  # type: ignore[name-defined]
-    generation_batch: type[_GenerationBatch]
-
     def generate(self, tokens: list[list[int]]) -> Any:
-        with replaced(module, GenerationBatch=self.generation_batch):
+        with replaced(module, GenerationBatch=_GenerationBatch):
             return super().generate(tokens)
 
 
@@ -181,13 +157,9 @@ class ChoosingBatchGenerator(BatchGenerator):
     """mlx-lm's ``BatchGenerator`` whose tokens are chosen by :meth:`choose`."""
 
     def __init__(self, model: nn.Module, **options: Any):
-        super().__init__(model, **options)
-        batch: Any = type(
-            "GenerationBatch", (_GenerationBatch,), {"choose": staticmethod(self.choose)}
-        )
-        prompts: Any = type("PromptBatch", (_PromptBatch,), {"generation_batch": batch})
-        self._generation_batch = batch.empty(self.model, self.sampler)
-        self._prompt_batch = prompts.empty(
+        super().__init__(model, sampler=self.choose, **options)  # which its batches hand on
+        self._generation_batch = _GenerationBatch.empty(self.model, self.sampler)
+        self._prompt_batch = _PromptBatch.empty(
             self.model, self.sampler, prefill_step_size=self.prefill_step_size
         )
 
@@ -195,14 +167,14 @@ class ChoosingBatchGenerator(BatchGenerator):
     def choose(
         self, uids: list[int], latest: mx.array, cache: list[Any]
     ) -> tuple[mx.array, list[mx.array | None]]:
-        """The next tokens (R,) of sequences after their ``latest`` tokens (R,)."""
+        """The next tokens (R,), launched, of sequences after their ``latest`` tokens (R,), and
+        log-probabilities (V,) of each, or None."""
 
     def advance(self) -> tuple[list[Any], list[Any]]:
         """mlx-lm's next step: responses of prompts, and of tokens."""
         return super()._next()
 
     def count(self, n_tokens: int) -> None:
-        """Corrects mlx-lm's count of generated tokens."""
         self._counters.generation_tokens += n_tokens
 
     @property
@@ -213,17 +185,6 @@ class ChoosingBatchGenerator(BatchGenerator):
     @property
     def generation_cache(self) -> list[Any]:
         return self._generation_batch.prompt_cache
-
-    def is_generating(self, uid: int) -> bool:
-        return self._find_uids([uid])[uid][0] == IN_GENERATION
-
-    def caches_of(self, uid: int) -> tuple[list[Any], list[int]]:
-        """A sequence's own caches, and the tokens in them as mlx-lm counts them."""
-        cache, tokens = super().extract_cache([uid])[uid]
-        return list(cache), tokens
-
-    def drop(self, uids: list[int]) -> None:
-        super().remove(uids)
 
 
 class StateMachineStops:
@@ -239,7 +200,6 @@ class StateMachineStops:
         return StateMachineStops(self._machine)
 
     def advance(self, token: int) -> bool:
-        """Whether the text ends with a token."""
         found = self._machine.match(self._state, token)
         self._state, self.match_sequence, self.current_state = found
         return self.match_sequence is not None and self.current_state is None

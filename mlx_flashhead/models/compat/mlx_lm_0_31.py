@@ -7,7 +7,6 @@ from functools import partial
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -96,22 +95,6 @@ class BatchGenerator(module.BatchGenerator):  # type: ignore[name-defined]
         batch = self._generation_batch
         batch.logits_processors = [own or () for own in batch.logits_processors]
         return super()._next()
-
-
-def batch_generate(
-    model: Any, tokenizer: Any, prompts: Any, *, return_token_ids: bool = False, **options: Any
-) -> Any:
-    """``mlx_lm.batch_generate`` with ``token_ids`` in its response, None by default."""
-    token_ids = []
-
-    def decode(ids: list[int]) -> str:
-        token_ids.append(ids)
-        return tokenizer.decode(ids)
-
-    seen = SimpleNamespace(eos_token_ids=tokenizer.eos_token_ids, decode=decode)
-    response = module.batch_generate(model, seen, prompts, **options)
-    response.token_ids = token_ids if return_token_ids else None
-    return response
 
 
 class TextStateMachine:

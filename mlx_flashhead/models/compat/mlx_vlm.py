@@ -3,33 +3,17 @@ needed. Tested with 0.7.8 to 0.7.10: older ones decode by other modules."""
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import cache, partial, wraps
-from importlib import import_module
+from functools import cache, wraps
 from importlib.metadata import version
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .patching import put_in_place, when_imported
+from .patching import put_in_place
 
 OLDEST = (0, 7, 8)
 TEMPERATURE = 0.8  # of answers that are recorded: the states of likely tokens are less alike
-# Functions, by their modules, that are used as they are.
-_PLACES = {
-    "is_diffusion_model": "generate.diffusion",
-    "resolve_eos_token_ids": "utils",
-    "should_add_special_tokens": "utils",
-}
-
-Applies = Callable[[Any], bool]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(name)
-    return getattr(import_module(f"mlx_vlm.{_PLACES[name]}"), name)
 
 
 def too_old() -> str | None:
@@ -37,19 +21,6 @@ def too_old() -> str | None:
     installed = version("mlx-vlm")
     parts = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
     return installed if parts < OLDEST else None
-
-
-def chat_text(
-    processor: Any, config: Any, messages: list[dict[str, str]], add_generation_prompt: bool
-) -> str | None:
-    """A conversation without pictures in the model's own form; None if it has no such form."""
-    from mlx_vlm.prompt_utils import apply_chat_template
-
-    try:
-        text = apply_chat_template(processor, config, messages, add_generation_prompt)
-    except Exception:  # an architecture without such a form, or whatever a template raises
-        return None
-    return text if isinstance(text, str) else None
 
 
 def own_head(drafter: Any, target: Any) -> Any:
@@ -90,45 +61,28 @@ def when_drafted(then: Callable[[Any, Any, str], None]) -> None:
 
         return validate
 
-    def put_in_batches(module: Any) -> None:
-        original = module.BatchGenerator.__init__
-
-        @wraps(original)
-        def made(self: Any, model: Any, *arguments: Any, **options: Any) -> None:
-            if options.get("draft_model") is not None:
-                then(model, options["draft_model"], options["draft_kind"])
-            original(self, model, *arguments, **options)
-
-        module.BatchGenerator.__init__ = made
-
     # each loop for one text calls this with its drafter, and so does the server once
-    asked = partial(put_in_place, "validate_drafter_compatibility", checked)
-    when_imported("mlx_vlm.speculative.drafters", asked)
-    when_imported("mlx_vlm.generate.ar", put_in_batches)
+    put_in_place("mlx_vlm.speculative.drafters.validate_drafter_compatibility", checked)
 
 
 @cache  # once per process
-def keep_from_weights(applies: Applies) -> None:
-    """Keeps mlx-vlm from reading the weights of the layers that ``applies`` says yes to, which a
+def keep_from_weights(kind: type) -> None:
+    """Keeps mlx-vlm from reading the weights of layers of this ``kind``, which their
     FlashHead would gather anew at each call."""
 
-    def instead(
-        place: str,
-        function: Callable[..., Any],
-        layer_of: Callable[[Any], Any] = lambda layer: layer,
-    ) -> None:
-        """Where the first argument is such a layer, or holds one, ``function`` is called."""
+    def instead(place: str, function: Callable[..., Any]) -> None:
+        """For such a layer, or a model that embeds by one, ``function`` is called."""
 
         def wrap(original: Any) -> Any:
             @wraps(original)
             def call(first: Any, *arguments: Any, **options: Any) -> Any:
-                chosen = function if applies(layer_of(first)) else original
-                return chosen(first, *arguments, **options)
+                embedding = getattr(getattr(first, "model", None), "embed_tokens", None)
+                applies = isinstance(first, kind) or isinstance(embedding, kind)
+                return (function if applies else original)(first, *arguments, **options)
 
             return call
 
-        module, _, name = f"mlx_vlm.{place}".rpartition(".")
-        when_imported(module, partial(put_in_place, name, wrap))
+        put_in_place(f"mlx_vlm.{place}", wrap)
 
     # fused_greedy_decode, decode_quantized_argmax and speculative_argmax_from_hidden ask these
     verifier = "models.quantized_verifier"
@@ -138,36 +92,8 @@ def keep_from_weights(applies: Applies) -> None:
     linear = "speculative.ops.linear._target_verify"
     instead(f"{linear}_linear", lambda layer, x: layer(x))
     instead(f"{linear}_embedding_as_linear", lambda layer, x: layer.as_linear(x))
-    glm = "models.glm_moe_dsa.speculative_verifier.verify_logits"
-    instead(glm, lambda lm, x: lm.lm_head(x), lambda lm: lm.lm_head)
     # rows of the draft's tokens only, which lie apart under a FlashHead
-    instead("speculative.eagle3._eagle3_hot_token_ids", lambda *_, **__: None, _embedding)
-    lfm2 = "mlx_vlm.models.lfm2.speculative_verifier"
-    when_imported(lfm2, partial(_keep_from_lfm2, applies))
-
-
-def _keep_from_lfm2(applies: Applies, module: Any) -> None:
-    """Its verifier reads a tied embedding's weight inside a longer function."""
-    verifier = module.Lfm2ExactSpeculativeVerifier
-    call, linear = verifier.__call__, verifier._linear
-
-    def verify(self: Any, language_model: Any, *arguments: Any, **options: Any) -> Any:
-        layer = _embedding(language_model)
-        if applies(layer):  # as if the head were a layer of its own
-            untied = SimpleNamespace(tie_word_embeddings=False)
-            language_model = SimpleNamespace(model=language_model.model, args=untied, lm_head=layer)
-        return call(self, language_model, *arguments, **options)
-
-    def checked_linear(layer: Any, x: mx.array) -> mx.array:
-        if not applies(layer):
-            return linear(layer, x)
-        return layer.as_linear(x) if hasattr(layer, "as_linear") else layer(x)
-
-    verifier.__call__, verifier._linear = verify, staticmethod(checked_linear)
-
-
-def _embedding(language_model: Any) -> Any:
-    return getattr(getattr(language_model, "model", None), "embed_tokens", None)
+    instead("speculative.eagle3._eagle3_hot_token_ids", lambda *_, **__: None)
 
 
 # What makes a text of mlx-vlm's ``generate_step`` other than plain greedy decoding.

@@ -1,0 +1,86 @@
+"""How a model gets its FlashHead: what a user chooses, by flags, in Python, or in the variables of
+a process that `mlx_flashhead.run` has started. Imports no mlx-lm, which takes seconds."""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..common.command import printable, with_flags
+
+BUILD, REFUSE, DENSE, LATER = "build", "refuse", "dense", "later"
+VARIABLE = "MLX_FLASHHEAD_RUN"  # read by hook/sitecustomize.py
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How a model gets its FlashHead. The first five are arguments of `load`."""
+
+    flash_head: str | Path | None = None
+    missing: str = BUILD  # what to do without any; DENSE: for good, LATER: until it is built
+    n_probes: int | None = None
+    backend: str | None = None
+    progress: bool = True
+    tunes: bool = True  # measure the settings of the loop on this machine, once
+    measures: bool = False  # measure them now, even if they are known
+    drafts: bool = False  # whether the model drafts for another one
+    always: bool = False  # use a FlashHead that makes nothing faster, too
+    flags: bool = False  # name parameters by their flags, for a command
+    fine_head: str | Path | bool | None = None  # True: of the original that the model names
+    head_bits: int | None = None  # of the finer head; default: 8
+    verify: bool = True  # whether another program's text is verified
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace, *, dense: bool = False) -> "HeadOptions":
+        """The choices of the flags in `common/flags.py`; ``dense`` builds no FlashHead;
+        ValueError if they contradict each other."""
+        unverified = getattr(args, "no_verify", False) or getattr(args, "draw_probes", False)
+        # unverified choices are a FlashHead's, never silently a normal head's
+        answers_first = "build_first" in args and not unverified
+        missing = LATER if answers_first and not args.build_first else BUILD
+        if dense or args.no_build:
+            missing = DENSE if dense or answers_first else REFUSE
+        if args.head_bits is not None and not args.fine_head:
+            raise ValueError("`head_bits` are those of a finer head: add --fine-head.")
+        return cls(
+            args.flash_head,
+            missing,
+            args.n_probes,
+            always=getattr(args, "flash_head_always", False),
+            flags=True,
+            fine_head=args.fine_head,
+            head_bits=args.head_bits,
+            verify=not unverified,
+        )
+
+    def environment(self) -> dict[str, str]:
+        """The variables with which a new Python process patches mlx-lm, by `hook/sitecustomize`."""
+        values = asdict(self)
+        for name in ("flash_head", "fine_head"):
+            if isinstance(values[name], str | Path) and Path(values[name]).exists():
+                values[name] = str(Path(values[name]).resolve())  # the process may start elsewhere
+        default = asdict(HeadOptions())
+        changed = {name: value for name, value in values.items() if value != default[name]}
+        hook = str(Path(__file__).parents[1] / "hook")
+        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        paths = [hook, *(path for path in paths if path != hook)]
+        return {"PYTHONPATH": os.pathsep.join(paths), VARIABLE: json.dumps(changed)}
+
+    def say(self, text: str) -> None:
+        """Prints a sentence on standard error, if there is progress to be shown."""
+        if self.progress:
+            text = with_flags(text) if self.flags else text
+            tqdm.write(printable(text), file=sys.stderr)  # above a bar that is shown
+            sys.stderr.flush()
+
+    def warn(self, text: str) -> None:
+        """Says what is not as the user wanted it, whether there is progress to be shown or not."""
+        if self.progress:
+            self.say(text)
+        else:
+            warnings.warn(text, stacklevel=2)
