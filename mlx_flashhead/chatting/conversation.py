@@ -136,7 +136,7 @@ class Conversation:
 
     def _clear_cache(self) -> None:
         self.cache = make_prompt_cache(self.model, self._max_kv_size)
-        self.cached_ids: list[int] = []  # that were put in, dropped ones included
+        self.cached_ids = []  # that were put in, dropped ones included
 
     def _trim_cache(self, prompt: list[int]) -> int:
         """Trims the cache to the beginning that ``prompt`` shares, without its last token."""

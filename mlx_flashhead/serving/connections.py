@@ -169,8 +169,7 @@ class FrontDoor:
             # to OPTIONS, which requests a script of another site may send
             app = Response(status_code=204) if method == "OPTIONS" else self._app
             if method == "POST":
-                self._admit(scope)
-                address = scope["client"][0]
+                address = self._admit(scope)
             await app(scope, receive_message, send_message)
         except ClientDisconnect:
             notes.append("the client has left")
@@ -198,8 +197,8 @@ class FrontDoor:
             notes = [f"{status or '-'}", f"{time.monotonic() - began:.2f} s", *notes]
             logger.info("%s %s %s %s", scope["client"][0], method, path, ", ".join(notes))
 
-    def _admit(self, scope: Scope) -> None:
-        """Counts a request that is answered; an ApiError if there are too many."""
+    def _admit(self, scope: Scope) -> str:
+        """Counts a request that is answered, by its address; an ApiError if there are too many."""
         address = scope["client"][0]
         if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
             answered = f"{most} requests of your address are being answered"
@@ -208,6 +207,7 @@ class FrontDoor:
             raise ApiError("Too many requests at once: try again in a moment.", status=503)
         self._waiting.pop((scope["client"], scope["server"]), None)
         self._answered[address] += 1
+        return address
 
     def _add_headers(self, headers: MutableHeaders, status: int, scope: Scope) -> None:
         if status == HTTPStatus.UNAUTHORIZED:

@@ -5,7 +5,7 @@ with others. What no batch takes, as with a draft model or a quantized cache, is
 """
 
 from argparse import Namespace
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import Any
 
 import mlx.core as mx
@@ -86,12 +86,6 @@ class Reading:
                 maybe_quantize_kv_cache(layers, *settings)
         self.cache = [layer for _, layers in parts for layer in layers]
         mx.eval([layer.state for layer in self.cache])
-
-
-def next_reading(readings: Sequence[Reading], turn: int) -> Reading:
-    """Whose chunk is next: in turn that of the prompt that is due first, so that none waits for
-    ever, and that of the one with the fewest tokens left."""
-    return min(readings, key=lambda reading: reading.due if turn % 2 else reading.left)
 
 
 class Batch:

@@ -152,7 +152,8 @@ class Answer:
         finally:
             watch.cancel()
             self._api.answers.discard(self)
-            self._cancel()
+            for job in self.jobs:
+                job.ended = True
             tokens = "{prompt_tokens:,} + {completion_tokens:,} tokens".format(**self._usage())
             speed = [f"{rate:.1f} tokens/s"] if (rate := speed_of(self.jobs)) else []
             self._notes[:0] = [self._request.served.name, tokens, *speed, self._decoding()]
@@ -160,12 +161,9 @@ class Answer:
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._cancel()  # at once, whatever is still in the queue
-        self.put((0, ClientDisconnect()))
-
-    def _cancel(self) -> None:
         for job in self.jobs:
-            job.ended = True
+            job.ended = True  # at once, whatever is still in the queue
+        self.put((0, ClientDisconnect()))
 
     async def _parts(self) -> AsyncIterator[Progress | dict[str, Any]]:
         """The results of the jobs until all are complete: parts of prompts, and chunks' choices."""
@@ -232,9 +230,8 @@ class Choice:
     """One of a request's answers in OpenAI's form, up to its latest token."""
 
     def __init__(self, request: Request, index: int):
-        self.index = index
+        self._request, self._index = request, index
         self.finish_reason: str | None = None
-        self._request = request
         self._first_delta: dict[str, Any] = {"role": "assistant", "content": ""}
         self._whole = Token()  # with the calls as they are sent
         self._logprobs: list[TokenLogprobs] = []
@@ -312,7 +309,7 @@ class Choice:
                 "top_logprobs": [{text_of(i): lp for i, lp in tops} for _, *tops in entries],
                 "text_offset": offsets,
             }
-        return {"index": self.index, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        return {"index": self._index, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
 from ..models.compat.mlx_lm_0_31 import let_thread_draw
-from .decoding import CHUNK_SECONDS, Batch, Reading, Single, next_chunk, next_reading
+from .decoding import CHUNK_SECONDS, Batch, Reading, Single, next_chunk
 from .jobs import Job
 from .responses import ApiError
 from .served_models import ServedModel
@@ -169,7 +169,9 @@ class Engine:
         if not self._readings:
             return False
         self._n_chunks += 1
-        reading = next_reading(self._readings, self._n_chunks)
+        # in turn the prompt that is due first, so that none waits for ever, and the shortest rest
+        due_first = self._n_chunks % 2 == 1
+        reading = min(self._readings, key=lambda r: r.due if due_first else r.left)
         job = reading.job
         try:
             if reading.left:

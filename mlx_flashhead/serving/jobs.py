@@ -4,7 +4,6 @@ import math
 import secrets
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -192,9 +191,7 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
     return [chosen, *sorted(tops, key=lambda top: -top[1])]
 
 
-def read_jobs(
-    body: bytes, *, chat: bool, models: Sequence[ServedModel], flags: Namespace
-) -> list[Job]:
+def read_jobs(body: bytes, *, chat: bool, models: list[ServedModel], flags: Namespace) -> list[Job]:
     """A job for each answer to a request. An ApiError names the field that is wrong. Templates and
     grammars have limits of time and memory, and all else takes time with the body alone."""
     try:

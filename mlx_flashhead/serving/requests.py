@@ -294,7 +294,7 @@ def _text(content: Any, where: str) -> str:
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """The calls, with arguments as objects: templates write them as JSON themselves."""
     read = []
-    for call in calls if isinstance(calls, list) else [None]:
+    for call in calls if isinstance(calls, list) else [{}]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise wrong(where, "must be a list of calls, each with a function that has a name.")

@@ -43,11 +43,9 @@ class ServedModel:
     def __post_init__(self):
         drafts = [] if self.draft_model is None else make_prompt_cache(self.draft_model)
         caches = make_prompt_cache(self.model) + drafts
-        # whether they can always be cut back to their beginning
-        self.cuttable = all(type(cache) is KVCache for cache in caches)
+        self.cuttable = all(type(cache) is KVCache for cache in caches)  # to any length
         self.batchable = self.draft_model is None and all(hasattr(c, "merge") for c in caches)
-        # reads a shape, so nothing is computed
-        self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]
+        self.vocab_size: int = self.model(mx.array([[0]])).shape[-1]  # computes nothing
         # variables of the chat template that the server does not give, as far as it is Jinja's
         variables = template_variables(self.tokenizer) - _GIVEN
         self.template_settings = variables - set(self.tokenizer.special_tokens_map)

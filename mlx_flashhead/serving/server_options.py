@@ -24,7 +24,7 @@ def size(text: str) -> int:
 
 def make_parser() -> Parser:
     """The parser of ``mlx_flashhead.server``."""
-    about = "Serve models with their FlashHeads: a page for browsers, and the OpenAI API."
+    about = "Serve models: a page for browsers, and the OpenAI API."
     parser = Parser(prog="mlx_flashhead.server", description=about)
 
     def add(name: str, help: str, default: Any = None, **further: Any) -> None:
