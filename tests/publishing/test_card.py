@@ -88,16 +88,6 @@ def test_other_licences(tmp_path):
         assert said in card and "Built with" not in card
 
 
-def test_own_text_stays_and_a_card_without_the_marker_is_all_own_text(tmp_path):
-    card = tmp_path / "README.md"
-    assert cards.text_below_marker(card) == ""
-    for text in ("", "# A\n\n---\n<!-- x -->\n", "no newline"):
-        write(tmp_path, own_text=text)
-        assert cards.text_below_marker(card) == text
-    card.write_text("---\nlicense: mit\n---\n\n# Mine\n")
-    assert cards.text_below_marker(card) == "# Mine\n"
-
-
 TEXTS = {
     "llama3.2": "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n\nLlama 3.2 Version Release Date: …",
     "llama3": "META LLAMA 3 COMMUNITY LICENSE AGREEMENT\n",
