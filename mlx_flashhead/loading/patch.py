@@ -57,7 +57,6 @@ class _Patches:
     def __init__(self, options: HeadOptions):
         self._options = options
         self._uses: WeakKeyDictionary[FlashHead, _Use] = WeakKeyDictionary()
-        self._warned = False
 
     def _attach(
         self, model: Any, tokenizer_of: Callable[[], Any], path: Any, revision: str | None = None
@@ -77,12 +76,9 @@ class _Patches:
             )
             self._uses[head] = _Use(head, name, options)
         except (ValueError, OSError) as error:
-            if not self._warned:
-                options.say(f"Without FlashHead: {sentence(error)}")
-            self._warned = True
+            options.say(f"Without FlashHead: {sentence(error)}")
 
     def _verified_use(self, model: Any) -> "_Use | None":
-        """How a program uses a FlashHead that may be verified."""
         head = get_flash_head(model) if self._options.verify else None
         return None if head is None else self._uses.get(head)
 
