@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from .common import flags
 from .common.arguments import Parser, whole_number
-from .common.command import command, ending_soon
+from .common.command import command, ended_by_signals
 from .common.terminal import printable_output
 from .structured.grammar import GrammarProcessor, add_grammar_options, grammar_of
 
@@ -59,7 +59,7 @@ def main() -> None:
             _check_arguments(parser, args, processes.size())
         grammar = grammar_of(args)
         flags.check_before_loading(args)
-        with redirect_stdout(sys.stdout if first else nowhere), ending_soon():
+        with redirect_stdout(sys.stdout if first else nowhere):
             _generate(args, processes, grammar)
 
 
@@ -169,11 +169,11 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
         named["prefill_step_size"] = args.prefill_step_size  # 0.31 leaves it out
         named |= {"verify": not args.no_verify, "max_wait": args.max_wait}
         named["draw_temperature"] = args.temp if args.draw_probes else None
-        if grammar is None:
-            return generate(model, tokenizer, prompt, **named)
-        processor = GrammarProcessor(tokenizer, grammar)
-        text = generate(model, tokenizer, prompt, logits_processors=[processor], **named)
-        if not processor.accepts(text):
+        processor = GrammarProcessor(tokenizer, grammar) if grammar else None
+        named["logits_processors"] = [processor] if processor else None
+        with ended_by_signals():
+            text = generate(model, tokenizer, prompt, **named)
+        if processor and not processor.accepts(text):
             cut = f"it was cut at --max-tokens {args.max_tokens}: give more"
             reason = processor.problem or cut
             print(f"The text does not complete the {grammar.kind}: {reason}.", file=sys.stderr)

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 
 from ..common.command import printable
-from ..common.repositories import full_name, holds_secret, redact, redacted_logs
+from ..common.repositories import full_name, redact, redacted_logs
 from ..index.files import is_companion, read_index
 from ..index.settings import FlashHeadConfig
 from ..models.origin import begins_with, is_repository
@@ -20,7 +20,6 @@ from . import card as cards
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 # Never part of a model, and often private. The client itself leaves out .git and .cache.
 NOT_UPLOADED = [".*", "*/.*", "*.log", "__pycache__/*"]
-MAX_TEXT_BYTES = 50_000_000  # of a file that is searched for the token
 
 
 def add_documents(
@@ -71,7 +70,6 @@ def publish(
             name = f"{licence.prefix}-{name}"
     repo_id = full_name(name, user)
     cards.check_licence(metadata, files, repo_id, model=str(folder), place=str(folder))
-    _check_secrets(folder)
     address = reserve(repo_id, user, private)
     own = cards.text_below_marker(card)
     if not own:
@@ -147,14 +145,3 @@ def _client(refused: str = "", failed: str = "", unreachable: str = "") -> Itera
         reason = printable(redact(": ".join(dict.fromkeys(texts))))
         # `from None`: the client's own message may hold the token
         raise ValueError(sentence.replace("%s", shorten(reason, 300, placeholder=" …"))) from None
-
-
-def _check_secrets(folder: Path) -> None:
-    """Refuses an upload with a file that holds the user's token."""
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        is_text = file.is_file() and file.suffix != ".safetensors"
-        is_text = is_text and not hidden and file.stat().st_size <= MAX_TEXT_BYTES
-        if is_text and holds_secret(file.read_bytes()):
-            wrong = f"{file} holds a Hugging Face token, which would be published"
-            raise ValueError(f"{wrong}: delete it there.")
