@@ -185,7 +185,8 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
         sys.stdout.flush()
         options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
         try:
-            build_now(*unbuilt, options)
+            model, tokenizer, folder = unbuilt
+            build_now(model, tokenizer, folder, options)
         except UnsupportedHeadError as error:
             options.say(f"Without FlashHead: {error}")
         except KeyboardInterrupt:

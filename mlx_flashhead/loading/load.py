@@ -95,7 +95,7 @@ def load_with_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
     ``mlx_lm.load``, and raises as `load`."""
     stored = sources.named_head(folder, options)
     loaded = load_dense(folder, **of_mlx_lm)
-    attach_head(*loaded[:2], stored, folder, options)
+    attach_head(loaded[0], loaded[1], stored, folder, options)
     return loaded
 
 
@@ -158,7 +158,7 @@ def sharded_load(
     stored = sources.named_head(folder, options)
     how: Any = {"tokenizer_config": tokenizer_config, "trust_remote_code": trust_remote_code}
     loaded = load_dense_part(path_or_hf_repo, pipeline_group, tensor_group, **how)
-    head = attach_head(*loaded[:2], stored, folder, options)
+    head = attach_head(loaded[0], loaded[1], stored, folder, options)
     assert head is not None
     policy_of(head).lockstep = True
     return loaded if return_config else loaded[:2]

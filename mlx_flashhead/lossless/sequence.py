@@ -2,6 +2,7 @@
 its unverified tokens; and its caches as they were."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
+from ..head.draw import Draws, DrawSettings, draw, noise_of_all, position_key, threshold
 from ..head.steps import Proposal
 from ..models.compat.mlx_lm import is_mlx_lm_processor, mlx_lm_sampler_settings, sample_utils
 
@@ -119,15 +120,21 @@ class Sampler:
         logits, s = logits.astype(mx.float32), self.settings
         if s.greedy:
             return mx.argmax(logits, axis=-1)
-        key = position_key(seed, position)
+        key, n_tokens = position_key(seed, position), logits.shape[-1]
         if self.plain:
             draws = Draws.of([(s, key)])
-            return draw(logits, noise_of_all(draws.keys, logits.shape[-1]), draws)
-        top_k = s.top_k if s.top_k < logits.shape[-1] else 0
-        filters = s.top_p, s.min_p, self.min_tokens_to_keep, top_k
+            return draw(logits, noise_of_all(draws.keys, n_tokens), draws)
+        # top-p and min-p, of which mlx-lm 0.31 cannot keep a least number, then XTC and top-k
+        top_p = Draws.of([(DrawSettings(s.temperature, s.top_p), key)])
+        kept = mx.where(logits >= threshold(logits, top_p), logits, -mx.inf)
+        if s.min_p:
+            nth_best = mx.sort(kept, axis=-1)[:, -min(self.min_tokens_to_keep, n_tokens)]
+            lowest = mx.minimum(mx.max(kept) + math.log(s.min_p), nth_best)
+            kept = mx.where(kept >= lowest, kept, -mx.inf)
+        top_k = s.top_k if s.top_k < n_tokens else 0
         with random_state(mx.array(key, mx.uint32)):
-            sampler = sample_utils.make_sampler(s.temperature, *filters, *self.xtc)
-            return sampler(normalized(logits))
+            sampler = sample_utils.make_sampler(s.temperature, 0.0, 0.0, 1, top_k, *self.xtc)
+            return sampler(normalized(kept))
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """For other programs' loops: (..., V) → tokens (...), a position a call and a text a

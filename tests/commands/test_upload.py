@@ -35,7 +35,6 @@ def test_upload(run, hub, converted, tmp_path):
         (("--upload", "--dtype", "float16", "--head-bits", 8), "me/model-FlashHead-8bit"),
         (("--upload", "-q", "--quant-predicate", "mixed_4_6"), "me/model-FlashHead-mixed_4_6"),
         (("--upload", "ours/x"), "ours/x"),
-        (("--upload", "--upload-repo", "x"), "me/x"),
     ],
 )
 def test_convert_uploads(run, hub, dense, tmp_path, flags, repo_id):

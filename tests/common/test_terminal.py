@@ -29,7 +29,6 @@ def wrapped(text, columns, seed=None):
     [
         ("one two three four", 10, "one two\nthree\nfour"),
         ("one two three", 13, "one two\nthree"),  # the last column stays empty
-        ("a\tb", 9, "a\nb"),
         ("see " + "x" * 25 + " now", 10, "see\n" + "x" * 25 + " now"),
         ("一二三四五六", 9, "一二三四\n五六"),  # two columns each, and no spaces between
         ("e\u0301" * 3 + " e", 6, "e\u0301" * 3 + " e"),  # an accent takes none

@@ -100,12 +100,9 @@ def test_another_process_builds(loaded, dies):
     assert all(second.advance() for _ in range(5)) and get_flash_head(other) is None
     if dies:
         first.drop()
-    else:
-        while first.advance():
-            pass
-    steps = 0
-    while second.advance():
-        steps += 1
+    while not dies and first.advance():
+        pass
+    steps = sum(1 for _ in iter(second.advance, False))
     assert get_flash_head(other) is not None
     assert (steps > 10) == dies and len(cache.entries()) == 1
 

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import validate_repo_id
 
 import mlx_flashhead
-from loopback_hub import TOKEN, Account, Repository
+from loopback_hub import TOKEN, Account
 from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.models.install import get_flash_head
@@ -115,7 +115,6 @@ CHANGES = {
     "unknown token": lambda hub, patch: hub.accounts.clear(),
     "read token": lambda hub, patch: hub.accounts.update({TOKEN: Account("me", role="read")}),
     "no account": lambda hub, patch: patch.setattr(HfApi, "whoami", lambda _: [1]),
-    "taken": lambda hub, patch: hub.repositories.update({"else/tiny": Repository()}),
     "offline": lambda hub, patch: patch.setattr(constants, "HF_HUB_OFFLINE", True),
     "no network": lambda hub, patch: patch.setattr(hub, "down", True),
 }
@@ -129,7 +128,6 @@ CHANGES = {
         ("read token", "me/tiny", r"me may not write to me/tiny"),
         ("no account", "me/tiny", r"cannot be reached"),
         ("none", "else/tiny", r"me may not write to else/tiny: choose .* such as me/tiny"),
-        ("taken", "else/tiny", r"me may not write to else/tiny"),
         ("offline", "me/tiny", r"cannot be reached .* unset HF_HUB_OFFLINE"),
         ("no network", "me/tiny", r"cannot be reached .* check the network"),
         ("none", "a/b/c", r"'a/b/c' is not a name of a repository"),

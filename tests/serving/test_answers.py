@@ -118,11 +118,9 @@ def test_json_that_is_written_can_be_read():
     "text, said",
     [
         (b'{"a": NaN}', "nan is not a finite number"),
-        (b"[-Infinity]", "-inf is not"),
         (b"1e999", "inf is not"),
         (b'"\xff"', "decode byte"),
         (b'{"a": ["\\ud800"]}', "surrogates not allowed"),
-        (b'{"\\udE00": 1}', "surrogates not allowed"),
         (b'"\xed\xa0\x80"', "decode byte"),
         (b'{"a":[' * 51 + b"]}" * 51, "nested too deeply"),
         (b"1" * 5000, "4300 digits"),

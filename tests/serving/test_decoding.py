@@ -164,8 +164,7 @@ def test_chunks_are_what_fits_into_their_time():
     assert next_chunk(32, 5, 0.0, 2048) == 32  # of a rest
 
 
-@pytest.mark.parametrize("together", [1, 3])
-def test_answers_before_at_and_after_the_swap_are_the_dense_models(dense, quick, together):
+def test_answers_before_at_and_after_the_swap_are_the_dense_models(dense, quick):
     """The generating thread builds a FlashHead beside its answers."""
     model, tokenizer = mlx_lm.load(str(dense))
     expected = generated((model, tokenizer), SHORT, 30)
@@ -175,8 +174,8 @@ def test_answers_before_at_and_after_the_swap_are_the_dense_models(dense, quick,
     engine = Engine(lambda: [served], flags())
     seen = {engine.models.result(60)[0].decoding()}
     while served.build is not None:
-        jobs = [submit(engine, SHORT, 30) for _ in range(together)]
-        assert [tokens_of(job) for job in jobs] == [expected] * together
+        jobs = [submit(engine, SHORT, 30) for _ in range(3)]
+        assert [tokens_of(job) for job in jobs] == [expected] * 3
         seen.add(served.decoding())
     assert "dense: FlashHead is being built" in seen and served.decoding() == "verified"
     assert tokens_of(submit(engine, SHORT, 30)) == expected

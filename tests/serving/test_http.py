@@ -186,7 +186,6 @@ NO_TEXT = {"response_format": {"type": "json_schema", "json_schema": FITS_NOTHIN
         ("/v1/chat/completions", CHAT | NO_TEXT, 400, "response_format", "No text fits"),
         ("/v1/completions", b"{", 400, None, "The body is not JSON"),
         ("/v1/completions", b"[]", 400, None, "must be a JSON object"),
-        ("/no/such", None, 404, None, "nothing at /no/such"),
     ],
     ids=lambda value: str(value)[:20],
 )

@@ -157,7 +157,8 @@ class ChoosingBatchGenerator(BatchGenerator):
     """mlx-lm's ``BatchGenerator`` whose tokens are chosen by :meth:`choose`."""
 
     def __init__(self, model: nn.Module, **options: Any):
-        super().__init__(model, sampler=self.choose, **options)  # which its batches hand on
+        choose: Any = self.choose
+        super().__init__(model, sampler=choose, **options)  # which its batches hand on
         self._generation_batch = _GenerationBatch.empty(self.model, self.sampler)
         self._prompt_batch = _PromptBatch.empty(
             self.model, self.sampler, prefill_step_size=self.prefill_step_size

@@ -31,7 +31,6 @@ def test_instructions_of_a_conversation_and_of_new_ones(script, page):
     with settings(page):
         area.fill(" Answer like a pirate. ")
     ask(page, "Two?", ends=2)
-    assert sent(script, 0) == [("user", "One?")]
     assert sent(script)[:2] == [("system", "Answer like a pirate."), ("user", "One?")]
     page.reload()
     expect(shown).to_have_text("Answer like a pirate.")
@@ -92,7 +91,6 @@ def test_conversations_are_named_and_found(script, page):
     expect(open_list(page)).to_have_text(["Home", "France"])
     page.get_by_text("France").tap()
     expect(answers(page)).to_have_text("It is Paris.")
-    expect(page.locator("#history")).to_be_hidden()
 
 
 def choose_file(page, path, content=None):
