@@ -222,6 +222,7 @@ class Sequence:
         uid: int = 0,
     ):
         self.processors, self.prompt, self.tokens = list(processors), list(prompt), list(tokens)
+        self._prompt_ids = mx.array(self.prompt, mx.uint32)
         self.logprobs, self.limit, self.uid = logprobs, limit, uid
         self.pending: list[PendingToken] = []
         self.n_yielded = len(self.tokens)  # tokens that the caller has
@@ -267,9 +268,9 @@ class Sequence:
         if not self.processors:
             return None
         known = [pending.token for pending in self.pending if pending.token is not None]
-        n_known = len(self.prompt) + index - (latest is not None)
-        tokens = mx.array((self.prompt + self.tokens + known)[:n_known], mx.uint32)
-        return tokens if latest is None else mx.concatenate([tokens, latest.astype(mx.uint32)])
+        text = mx.array((self.tokens + known)[: index - (latest is not None)], mx.uint32)
+        last = [] if latest is None else [latest.astype(mx.uint32)]
+        return mx.concatenate([self._prompt_ids, text, *last])
 
     def process(self, logits: mx.array, context: mx.array | None) -> mx.array:
         """The logits (1, V) after the processors, which may write into them."""
