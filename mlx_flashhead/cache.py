@@ -90,9 +90,7 @@ def _matches(cached: "Sequence[Entry]", name: str, *, needed: bool = True) -> "l
     matches = [head for head in cached if head.model == name]
     matches = matches or [head for head in cached if name and head.path.name.startswith(name)]
     if len({head.model for head in matches}) > 1:
-        raise ValueError(
-            f"The identifiers of {len(matches)} models begin with {name}: give more of one."
-        )
+        raise ValueError(f"{len(matches)} identifiers begin with {name}: give more of one.")
     if needed and not matches:
         raise ValueError(f"No FlashHead of {name!r} is kept: `mlx_flashhead.cache` lists them.")
     return matches
@@ -114,10 +112,8 @@ def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
 
     folder = _folder(cached, name)
     if has_flash_head(folder):
-        raise ValueError(
-            f"{folder} has a FlashHead of its own, which comes before one that is kept: make it "
-            "again with mlx_flashhead.convert."
-        )
+        wrong = f"{folder} has a FlashHead of its own, which comes before one that is kept"
+        raise ValueError(f"{wrong}: make it again with mlx_flashhead.convert.")
     model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
     build_now(model, tokenizer, folder, HeadOptions(flags=True), anew=True)
 

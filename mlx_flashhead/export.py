@@ -46,14 +46,11 @@ def main() -> None:
     if not output.parent.is_dir():
         raise ValueError(f"--output {output}: there is no folder {output.parent}, make it first.")
     if (output.parent / CONFIG_NAME).exists():
-        raise ValueError(
-            f"--output {output} lies in a model's folder, where other programs take it "
-            "for weights: choose another folder."
-        )
+        reason = "where other programs take it for weights: choose another folder"
+        raise ValueError(f"--output {output} lies in a model's folder, {reason}.")
     if output.exists() and not args.overwrite:
-        raise ValueError(
-            f"{output} exists already: choose another --output, or pass --overwrite to replace it."
-        )
+        remedy = "choose another --output, or pass --overwrite to replace it"
+        raise ValueError(f"{output} exists already: {remedy}.")
     options = replace(HeadOptions.from_flags(args), backend=PORTABLE, tunes=False)
     model, _, _ = load_with_head(resolve(args.model), options)
     head, location = installed_head(model), find_head(model)

@@ -91,8 +91,6 @@ def report(
                 figures = {"kind": args.kind, "machine": about, "command": command}
                 figures |= {"complete": complete, "results": [*measured.values()]}
                 Path(args.report).write_text(json.dumps(figures, indent=2) + "\n")
-                if mx.metal.is_available():
-                    print(f"Please attach {args.report} to an issue of the project.")
             if args.plot:
                 _draw(tables, args.plot)
 
@@ -123,8 +121,7 @@ def _draw(tables: list[Table], path: str) -> None:
     axes = figure.subplots(len(rows), squeeze=False, height_ratios=rows)
     for axis, table in zip(axes[:, 0], tables, strict=True):
         names, values = (list(column.cells) for column in table.columns[:2])
-        colors = ["tab:gray" if "dense" in str(name) else "tab:blue" for name in names]
-        bars = axis.barh(names, [float(str(value)) for value in values], color=colors)
+        bars = axis.barh(names, [float(str(value)) for value in values])
         axis.bar_label(bars, fmt=" %.2f")
         axis.set(title=fill(str(table.title), 75), xlabel=table.columns[1].header)
         axis.invert_yaxis()

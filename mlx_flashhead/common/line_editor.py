@@ -6,13 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import (
-    DynamicCompleter,
-    NestedCompleter,
-    PathCompleter,
-    WordCompleter,
-)
+from prompt_toolkit import PromptSession, completion
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings
@@ -41,11 +35,14 @@ def line_editor(
         history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         history.touch()
         store = FileHistory(history)
-    names = WordCompleter([f"{name} " for name in commands], sentence=True)
-    files = NestedCompleter({name: PathCompleter(expanduser=True) for name in with_files})
+    names = completion.WordCompleter([f"{name} " for name in commands], sentence=True)
+    paths = completion.PathCompleter(expanduser=True)
+    files = completion.NestedCompleter({name: paths for name in with_files})
     session: PromptSession[str] = PromptSession(
         history=store,
-        completer=DynamicCompleter(lambda: files if " " in session.default_buffer.text else names),
+        completer=completion.DynamicCompleter(
+            lambda: files if " " in session.default_buffer.text else names
+        ),
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,
         key_bindings=keys,

@@ -1,5 +1,5 @@
-"""Publishes a checkpoint on the Hugging Face Hub: reserve a repository, check the licence, write
-the card, upload. Errors of the Hub and its client become one sentence without the user's token."""
+"""Publishes a checkpoint on the Hugging Face Hub. Errors of the Hub and its client become one
+sentence without the user's token."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -43,14 +43,9 @@ def publish(
     license: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """Uploads a checkpoint's folder, and returns the address of its repository.
-
-    Without ``repo`` it has the conversion's name for it, under the user's own. ``license`` is for a
-    card that does not name it.
-
-    Raises:
-        ValueError: If the folder may not be published, or the Hub rejects it. The folder stays.
-    """
+    """Uploads a checkpoint's folder, and returns the address of its repository, which by default
+    has the conversion's name under the user's own. ``license`` is for a card that does not name it.
+    ValueError if the folder may not be published, or the Hub rejects it. The folder stays."""
     config, card = read_index(folder).config, folder / cards.CARD_FILE
     metadata = cards.with_licence(cards.read_metadata(card), license)
     texts: list[Path] = []
@@ -101,29 +96,24 @@ def sign_in() -> str:
     """The name of the user whose token is used; ValueError if there is none, or it is not valid."""
     if get_token() is None:
         raise ValueError(f"An upload needs a Hugging Face token, but there is none: {LOGIN}.")
-    another = "get another one from https://huggingface.co/settings/tokens"
-    with _client(
-        f"The Hugging Face Hub does not accept the token: {another}, then {LOGIN}."
-    ) as api:
+    another = f"get another one from https://huggingface.co/settings/tokens, then {LOGIN}"
+    with _client(f"The Hugging Face Hub does not accept the token: {another}.") as api:
         return str(api.whoami()["name"])
 
 
 def reserve(repo_id: str, user: str, private: bool = False) -> str:
     """Creates the repository, or checks that the user may write to it. Returns its address."""
-    refused = (
-        f"{user} may not write to {repo_id}: choose another name, such as "
-        f"{user}/{repo_id.rpartition('/')[2]}, or get a token that may."
-    )
+    own = f"{user}/{repo_id.rpartition('/')[2]}"
+    remedy = f"choose another name, such as {own}, or get a token that may"
+    refused = f"{user} may not write to {repo_id}: {remedy}."
     failed = f"{repo_id} cannot be created on the Hugging Face Hub (%s): choose another name."
     with _client(refused, failed) as api:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
         api.auth_check(repo_id, write=True)  # create_repo accepts any visible repository
         is_public = private and not api.repo_info(repo_id).private
     if is_public:
-        raise ValueError(
-            f"{repo_id} exists already and is public, in spite of `private=True`: choose another "
-            "name, or make it private on its page."
-        )
+        wrong = f"{repo_id} exists already and is public, in spite of `private=True`"
+        raise ValueError(f"{wrong}: choose another name, or make it private on its page.")
     return str(address)
 
 
