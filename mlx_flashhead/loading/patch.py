@@ -57,6 +57,7 @@ class _Patches:
     def __init__(self, options: HeadOptions):
         self._options = options
         self._uses: WeakKeyDictionary[FlashHead, _Use] = WeakKeyDictionary()
+        self._warned = False
 
     def _attach(
         self, model: Any, tokenizer_of: Callable[[], Any], path: Any, revision: str | None = None
@@ -76,7 +77,9 @@ class _Patches:
             )
             self._uses[head] = _Use(head, name, options)
         except (ValueError, OSError) as error:
-            options.say(f"Without FlashHead: {sentence(error)}")
+            if not self._warned:
+                options.say(f"Without FlashHead: {sentence(error)}")
+            self._warned = True
 
     def _verified_use(self, model: Any) -> "_Use | None":
         head = get_flash_head(model) if self._options.verify else None
