@@ -89,7 +89,10 @@ class Terminal:
 
 def _columns() -> int:
     """The terminal's width, whatever $COLUMNS says; very wide if it is unknown."""
-    return os.get_terminal_size(sys.stdout.fileno()).columns or sys.maxsize
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or sys.maxsize
+    except OSError:
+        return sys.maxsize
 
 
 @contextmanager
