@@ -46,12 +46,14 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 def ended_by_signals() -> Iterator[None]:
     """A block, which writes no files, that Ctrl-C and SIGTERM end at once. Python's own handlers
     wait for the code that runs, and a long prompt runs in MLX for minutes."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     try:
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import sys
 import termios
@@ -49,8 +48,7 @@ class Terminal:
         self.interactive = sys.stdin.isatty() and shown
         self._own = sys.stdout if shown else sys.stderr
         self._dim = shown and os.environ.get("TERM", "dumb") != "dumb"
-        endless = (sys.maxsize, 0)  # for a terminal of unknown size
-        self._wrap = WordWrap(lambda: shutil.get_terminal_size(endless).columns) if shown else None
+        self._wrap = WordWrap(_columns) if shown else None
         self._read_line: Callable[[], str] = input
         if self.interactive:
             try:
@@ -87,6 +85,14 @@ class Terminal:
         if self._wrap:
             text = self._wrap.feed(text) + self._wrap.end()
         print(f"\x1b[2m{text}\x1b[0m" if self._dim and text else text, file=self._own, flush=True)
+
+
+def _columns() -> int:
+    """The terminal's width, whatever $COLUMNS says; very wide if it is unknown."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or sys.maxsize
+    except OSError:
+        return sys.maxsize
 
 
 @contextmanager
