@@ -22,21 +22,10 @@ if TYPE_CHECKING:
     from .structured.grammar import grammar_processor
 
 __all__ = [
-    "FlashHead",
-    "FlashHeadConfig",
-    "__version__",
-    "attach",
-    "batch_generate",
-    "convert",
-    "detach",
-    "generate",
-    "get_flash_head",
-    "grammar_processor",
-    "load",
-    "make_sampler",
-    "sharded_load",
+    "FlashHead", "FlashHeadConfig", "__version__", "attach", "batch_generate", "convert", "detach",
+    "generate", "get_flash_head", "grammar_processor", "load", "make_sampler", "sharded_load",
     "stream_generate",
-]
+]  # fmt: skip
 
 # Imported at first use: mlx-lm takes a second, which `--help` and `--version` do without.
 _MODULES = {

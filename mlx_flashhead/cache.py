@@ -14,47 +14,27 @@ if TYPE_CHECKING:  # mlx-lm takes seconds to import, and --help none
 
 
 def make_parser() -> Parser:
-    """The command's arguments."""
     parser = Parser(
         prog="mlx_flashhead.cache",
         description="List the FlashHeads and finer heads that are kept on this machine since the "
         "first use of a model, remove some, measure their speed, or build one anew. They are in "
         "$MLX_FLASHHEAD_HOME or ~/.cache/mlx_flashhead.",
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--remove",
-        nargs="+",
-        metavar="ID_OR_MODEL",
-        help="Remove what is kept of these identifiers, beginnings of them, or models, with its "
-        "measured speeds.",
-    )
-    what.add_argument("--remove-all", action="store_true", help="Remove all of it.")
-    what.add_argument(
-        "--rebuild",
-        metavar="ID_OR_MODEL",
-        help="Build the FlashHead of a model (a folder or a repository) anew, such as one that was "
-        "cut short on a busy machine. The old one stays until the new one is whole.",
-    )
-    what.add_argument(
-        "--measure",
-        nargs="?",
-        const="",
-        metavar="ID_OR_MODEL",
-        help="Measure the speed of a model's FlashHead on this machine now (default: of all that "
-        "are kept).",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="Allow the code of a model that is measured or built anew.",
-    )
+    group, name = parser.add_mutually_exclusive_group(), "ID_OR_MODEL"
+    remove = "Remove what is kept of these identifiers, beginnings of them, or models."
+    group.add_argument("--remove", nargs="+", metavar=name, help=remove)
+    group.add_argument("--remove-all", action="store_true", help="Remove all of it.")
+    rebuild = "Build the FlashHead of a model anew. The old one stays until the new one is whole."
+    group.add_argument("--rebuild", metavar=name, help=rebuild)
+    measure = "Measure the speed of a model's FlashHead now (default: of all that are kept)."
+    group.add_argument("--measure", nargs="?", const="", metavar=name, help=measure)
+    trust = "Allow the code of a model that is measured or built anew."
+    parser.add_argument("--trust-remote-code", action="store_true", help=trust)
     return parser
 
 
 @command
 def main() -> None:
-    """Entry point of ``mlx_flashhead.cache``."""
     args = make_parser().parse_args()
     from .loading import sources
 
@@ -74,7 +54,7 @@ def main() -> None:
 
 
 def print_heads(cached: "Sequence[Entry]") -> None:
-    """Prints the cache as one table of at most 80 columns, where the names allow it."""
+    """Prints the cache as one table."""
     from .loading.sources import speeds_of
     from .loading.tuned import read, speed_text
     from .models.fetch import home
@@ -84,9 +64,8 @@ def print_heads(cached: "Sequence[Entry]") -> None:
         return
     title = printable(f"{home()}: {megabytes(sum(head.nbytes for head in cached))}")
     table = new_table(title, ("id", "model", "built", "size", "speed here"), left=3)
-    table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"  # some names are long
     for head in cached:
-        model, speeds = head.model, "–"
+        model, speeds = printable(head.model), "–"
         built = time.strftime("%Y-%m-%d", time.localtime(head.path.stat().st_mtime))
         if head.is_fine_head:
             model += f", head of {head.path.stem.rpartition('-')[2]} bits"
@@ -95,7 +74,7 @@ def print_heads(cached: "Sequence[Entry]") -> None:
             speeds = ", ".join(dict.fromkeys(map(speed_text, known))) or speeds
         if head.config and head.config.calibration.get("cut_short"):
             built += ", cut short"
-        table.add_row(head.key[:8], printable(model), built, megabytes(head.nbytes), speeds)
+        table.add_row(head.key[:8], model, built, megabytes(head.nbytes), speeds)
     show(table)
 
 
@@ -111,9 +90,7 @@ def _matches(cached: "Sequence[Entry]", name: str, *, needed: bool = True) -> "l
     matches = [head for head in cached if head.model == name]
     matches = matches or [head for head in cached if name and head.path.name.startswith(name)]
     if len({head.model for head in matches}) > 1:
-        raise ValueError(
-            f"The identifiers of {len(matches)} models begin with {name}: give more of one."
-        )
+        raise ValueError(f"{len(matches)} identifiers begin with {name}: give more of one.")
     if needed and not matches:
         raise ValueError(f"No FlashHead of {name!r} is kept: `mlx_flashhead.cache` lists them.")
     return matches
@@ -128,7 +105,6 @@ def _folder(cached: "Sequence[Entry]", name: str) -> Path:
 
 
 def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
-    """Builds the FlashHead of a model anew, in place of the cached one."""
     from .index.files import has_flash_head
     from .loading.background import build_now
     from .loading.options import HeadOptions
@@ -136,10 +112,8 @@ def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
 
     folder = _folder(cached, name)
     if has_flash_head(folder):
-        raise ValueError(
-            f"{folder} has a FlashHead of its own, which comes before one that is kept: make it "
-            "again with mlx_flashhead.convert."
-        )
+        wrong = f"{folder} has a FlashHead of its own, which comes before one that is kept"
+        raise ValueError(f"{wrong}: make it again with mlx_flashhead.convert.")
     model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
     build_now(model, tokenizer, folder, HeadOptions(flags=True), anew=True)
 

@@ -1,24 +1,18 @@
 """Chats with a model and its FlashHead: the flags of ``mlx_lm.chat`` and some more."""
 
+from .common import flags
 from .common.arguments import Parser
 from .common.command import command
-from .common.flags import (
-    add_answer_flags,
-    add_answering_options,
-    add_model_flags,
-    check_before_loading,
-)
 
 
 def make_parser() -> Parser:
-    """The command's arguments."""
     parser = Parser(prog="mlx_flashhead.chat", description="Chat with a model and its FlashHead.")
-    add_model_flags(parser)
-    add_answer_flags(parser, max_tokens=256, seed=0)
+    flags.add_model_flags(parser)
+    flags.add_answer_flags(parser, max_tokens=256, seed=0)
     resume = "Continue the last conversation at a terminal."
     parser.add_argument("--resume", action="store_true", help=resume)
     group = parser.add_argument_group("FlashHead")
-    add_answering_options(group)
+    flags.add_answering_options(group)
     dense = "Begin with the normal (dense) head."
     group.add_argument("--dense", action="store_true", help=dense)
     return parser
@@ -26,7 +20,6 @@ def make_parser() -> Parser:
 
 @command
 def main() -> None:
-    """Entry point of ``mlx_flashhead.chat``."""
     parser = make_parser()
     args = parser.parse_args()
     if not args.model:
@@ -34,7 +27,7 @@ def main() -> None:
     if args.resume and args.system_prompt is not None:
         reason = "--resume continues a conversation that has its own system prompt"
         parser.error(f"{reason}: leave --system-prompt out")
-    check_before_loading(args)
+    flags.check_before_loading(args)
     # mlx-lm takes a second to import, which mistakes and --help do without
     import mlx.core as mx
 

@@ -81,7 +81,6 @@ def make_parser() -> Parser:
 
 @command
 def main() -> None:
-    """Entry point of ``mlx_flashhead.convert``."""
     options = ConvertOptions(**vars(make_parser().parse_args()))
     from .conversion.pipeline import convert_model  # imports mlx-lm, which takes seconds
 

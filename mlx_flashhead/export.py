@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from .common.arguments import Parser
-from .common.command import command, from_extra
+from .common.command import command
 from .common.flags import add_head_options
 from .common.new_folder import new_file
-from .common.tables import new_table, show
+from .common.tables import megabytes
 
 SUFFIX = ".safetensors"
 
@@ -29,10 +29,7 @@ def make_parser() -> Parser:
 
 @command
 def main() -> None:
-    """Entry point of ``mlx_flashhead.export``."""
     args = make_parser().parse_args()
-    from_extra("rich", "report", "mlx_flashhead.export")  # before long work
-
     # --help needs none of these, which take seconds
     from .head.backend import PORTABLE
     from .head.plan import export_plan
@@ -49,25 +46,18 @@ def main() -> None:
     if not output.parent.is_dir():
         raise ValueError(f"--output {output}: there is no folder {output.parent}, make it first.")
     if (output.parent / CONFIG_NAME).exists():
-        raise ValueError(
-            f"--output {output} lies in a model's folder, where other programs take it "
-            "for weights: choose another folder."
-        )
+        reason = "where other programs take it for weights: choose another folder"
+        raise ValueError(f"--output {output} lies in a model's folder, {reason}.")
     if output.exists() and not args.overwrite:
-        raise ValueError(
-            f"{output} exists already: choose another --output, or pass --overwrite to replace it."
-        )
+        remedy = "choose another --output, or pass --overwrite to replace it"
+        raise ValueError(f"{output} exists already: {remedy}.")
     options = replace(HeadOptions.from_flags(args), backend=PORTABLE, tunes=False)
     model, _, _ = load_with_head(resolve(args.model), options)
     head, location = installed_head(model), find_head(model)
     with new_file(output) as path:
-        arrays = export_plan(head, location.path, location.hidden_dtype, path)
-    title = f"{head.unverified_probes:,} of {head.n_clusters:,} clusters"
-    table = new_table(title, ("array", "shape", "dtype"), left=3)
-    for name, array in arrays.items():
-        table.add_row(name, str(array.shape), str(array.dtype).removeprefix("mlx.core."))
-    show(table)
-    print(f"{output}: {output.stat().st_size / 1e6:.2f} MB")
+        export_plan(head, location.path, location.hidden_dtype, path)
+    scored = f"{head.unverified_probes:,} of {head.n_clusters:,} clusters scored per token"
+    print(f"{output}: {megabytes(output.stat().st_size)}, {scored}")
     print(f"Next: add {output.name} and the model's folder to the app, as docs/ipad.md shows.")
 
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from .common import flags
 from .common.arguments import Parser, whole_number
-from .common.command import command, ending_soon
+from .common.command import command, ended_by_signals
 from .common.terminal import printable_output
 from .structured.grammar import GrammarProcessor, add_grammar_options, grammar_of
 
@@ -59,7 +59,7 @@ def main() -> None:
             _check_arguments(parser, args, processes.size())
         grammar = grammar_of(args)
         flags.check_before_loading(args)
-        with redirect_stdout(sys.stdout if first else nowhere), ending_soon():
+        with redirect_stdout(sys.stdout if first else nowhere):
             _generate(args, processes, grammar)
 
 
@@ -106,20 +106,14 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
     from .loading.options import LATER, HeadOptions
     from .lossless.generation import generate
     from .lossless.sequence import make_sampler
+    from .models import libraries
     from .models.compat.mlx_lm import generation_stream, run_generate
     from .models.fetch import resolve
     from .models.install import get_flash_head
-    from .models.libraries import (
-        UNKNOWN_CONTEXT,
-        UnsupportedHeadError,
-        apply_template,
-        context_of,
-        load_dense_part,
-    )
 
     options = HeadOptions.from_flags(args)
     unbuilt: Any = None  # a model without a FlashHead, its tokenizer and its folder
-    context = UNKNOWN_CONTEXT
+    context = libraries.UNKNOWN_CONTEXT
 
     def load(path: Any, *, return_config: bool = False, **kwargs: Any) -> Any:
         nonlocal unbuilt, context
@@ -130,7 +124,7 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
             how = {name: kwargs[name] for name in ("tokenizer_config", "trust_remote_code")}
             how["pipeline_group"] = processes if args.pipeline else None
             if args.dense:
-                loaded = load_dense_part(path, **how)
+                loaded = libraries.load_dense_part(path, **how)
             else:
                 how |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
                 loaded = sharded_load(path, return_config=True, **how)
@@ -149,11 +143,11 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
             if options.missing == LATER and get_flash_head(loaded[0]) is None:
                 unbuilt = *loaded[:2], folder
         tokenizer = loaded[1]
-        context = context_of(loaded[2], tokenizer)
+        context = libraries.context_of(loaded[2], tokenizer)
 
         def fill_in(messages: Any, tokenize: bool = True, **options: Any) -> Any:
             options["remedy"] = "give --ignore-chat-template"
-            text = apply_template(tokenizer, messages, **options)
+            text = libraries.apply_template(tokenizer, messages, **options)
             return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
 
         # mlx-lm 0.31 hands an assignment on to the tokenizer within, which would call itself
@@ -169,11 +163,11 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
         named["prefill_step_size"] = args.prefill_step_size  # 0.31 leaves it out
         named |= {"verify": not args.no_verify, "max_wait": args.max_wait}
         named["draw_temperature"] = args.temp if args.draw_probes else None
-        if grammar is None:
-            return generate(model, tokenizer, prompt, **named)
-        processor = GrammarProcessor(tokenizer, grammar)
-        text = generate(model, tokenizer, prompt, logits_processors=[processor], **named)
-        if not processor.accepts(text):
+        processor = GrammarProcessor(tokenizer, grammar) if grammar else None
+        named["logits_processors"] = [processor] if processor else None
+        with ended_by_signals():
+            text = generate(model, tokenizer, prompt, **named)
+        if processor and not processor.accepts(text):
             cut = f"it was cut at --max-tokens {args.max_tokens}: give more"
             reason = processor.problem or cut
             print(f"The text does not complete the {grammar.kind}: {reason}.", file=sys.stderr)
@@ -187,7 +181,7 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
         try:
             model, tokenizer, folder = unbuilt
             build_now(model, tokenizer, folder, options)
-        except UnsupportedHeadError as error:
+        except libraries.UnsupportedHeadError as error:
             options.say(f"Without FlashHead: {error}")
         except KeyboardInterrupt:
             options.say("Skipped. The next answer tries again.")

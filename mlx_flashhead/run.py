@@ -16,7 +16,6 @@ LIBRARIES = ("mlx_lm", "mlx_vlm")
 
 
 def make_parser() -> Parser:
-    """The command's arguments."""
     parser = Parser(
         prog="mlx_flashhead.run",
         description="Run another program with a FlashHead under its mlx_lm.load or mlx_vlm.load. "
@@ -25,31 +24,19 @@ def make_parser() -> Parser:
     )
     add_head_options(parser)
     add_always_option(parser)
-    parser.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="Use FlashHead's own choices, in loops that cannot be verified, too.",
-    )
-    parser.add_argument(
-        "--hook",
-        action="store_true",
-        help="Print the variables with which any Python process has a FlashHead, such as a "
-        "service's or an app's.",
-    )
+    unverified = "Use FlashHead's own choices, in loops that cannot be verified, too."
+    parser.add_argument("--no-verify", action="store_true", help=unverified)
+    hook = "Print the variables with which any Python process, such as an app's, has a FlashHead."
+    parser.add_argument("--hook", action="store_true", help=hook)
     parser.add_argument("-m", dest="module", metavar="MODULE", help="A module, as python -m does.")
-    parser.add_argument(
-        "program",
-        nargs="?",
-        metavar="PROGRAM",
-        help="A Python file, an installed program, or a program of mlx-lm such as mlx_lm.server.",
-    )
+    program = "A Python file, an installed program, or a program of mlx-lm such as mlx_lm.server."
+    parser.add_argument("program", nargs="?", metavar="PROGRAM", help=program)
     return parser
 
 
 @command
 def main() -> None:
-    """Entry point of ``mlx_flashhead.run``: this process becomes the program, which
-    `hook/sitecustomize` patches at its start."""
+    """This process becomes the program, which `hook/sitecustomize` patches at its start."""
     parser = make_parser()
     words = _split(parser, sys.argv[1:])
     rest = sys.argv[1 + len(words) :]

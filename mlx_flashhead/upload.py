@@ -23,7 +23,6 @@ def make_parser() -> Parser:
 
 @command
 def main() -> None:
-    """Entry point of ``mlx_flashhead.upload``."""
     args = make_parser().parse_args()
     folder = Path(args.path).expanduser()
     if not folder.is_dir():

@@ -1,7 +1,5 @@
-"""Measures an unverified FlashHead on a text, against the dense head of the same model.
-
-The figures are of the head's output, before a model scales or caps its logits.
-"""
+"""Measures an unverified FlashHead on a text, against the dense head of the same model: its output,
+before a model scales or caps its logits."""
 
 import argparse
 from collections.abc import Sequence
@@ -31,7 +29,6 @@ bytes       read per token, relative to the dense head"""
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Measures the model of the command line, prints the table and draws the picture."""
     text = read_text(args.text)
     model, tokenizer = load(args.model, flash_head=args.flash_head, build=not args.no_build)
     figures = evaluate(model, tokenizer, text, probe_counts=args.probes, positions=args.positions)

@@ -83,8 +83,7 @@ def random_head(
 
 def forms(head: FlashHead) -> dict[str, Form]:
     """The ways to use a head, by name. mlx-lm's dense form has the rows in the FlashHead's order,
-    which does not change its time. The FlashHead's dense product may be faster, since it lays the
-    rows out for the CPU. FlashHead scores the clusters of its verified proposals."""
+    the FlashHead's dense product lays them out for the CPU."""
     rows = head.clustered.flat_rows().map(lambda array: array[: head.vocab_size])
     mx.eval(rows.arrays())
     return {
@@ -96,18 +95,17 @@ def forms(head: FlashHead) -> dict[str, Form]:
 
 
 def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
-    """Shapes, milliseconds and ratios of the medians, JSON-ready. ``read_mb`` are weights that a
-    call reads on this device if no two states share a cluster."""
+    """Shapes, milliseconds and ratios of the medians, JSON-ready. ``read_mb``: weights that a call
+    reads here if no two states share a cluster."""
     ms = {form: spread(times, 1000) for form, times in seconds.items()}
     best_dense = min((DENSE, OWN_DENSE), key=lambda form: ms[form]["median"])
     rows, centroids = head.clustered.rows, head.clustered.centroids.matrix
     on_cpu = mx.default_device().type == mx.cpu  # where the centroids are float32
     routing = 4 * head.n_clusters * head.hidden_size if on_cpu else centroids.nbytes
     probed = min(n_positions * head.n_probes, head.n_clusters) / head.n_clusters
-    names = ["vocab_size", "hidden_size", "n_clusters", "cluster_size", "n_probes"]
-    names += ["backend", "backend_reason"]
-    about = {"name": name} | {each: getattr(head, each) for each in names}
-    return about | {
+    sizes = ("vocab_size", "hidden_size", "n_clusters", "cluster_size", "n_probes")
+    return {each: getattr(head, each) for each in (*sizes, "backend", "backend_reason")} | {
+        "name": name,
         "dtype": str(dtype).removeprefix("mlx.core."),
         "head_bits": rows.format.bits,
         "positions": n_positions,

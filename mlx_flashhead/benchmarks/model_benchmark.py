@@ -1,7 +1,4 @@
-"""Times a model's decoding: dense, with FlashHead, and with FlashHead unverified.
-
-The dense model has mlx-lm's loop and sampler, FlashHead this package's with its verification.
-"""
+"""Times a model's decoding: dense with mlx-lm's loop and sampler, with FlashHead, unverified."""
 
 import argparse
 import itertools

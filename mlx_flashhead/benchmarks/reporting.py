@@ -24,7 +24,6 @@ from ..head.steps import blas_name
 from ..version import __version__
 
 PACKAGES = ("mlx", "mlx-lm", "numpy")
-THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 Timers = Mapping[str, Callable[[int], float]]  # by name; the seconds of a round of that number
 
 
@@ -50,11 +49,8 @@ def cells(spread: dict, decimals: int = 2) -> tuple[str, str]:
 
 def in_turns(timers: Timers, rounds: int) -> Iterator[dict[str, list[float]]]:
     """Measures in turns: a round 0 to warm up, then ``rounds`` that count. Yields after each round
-    the seconds of the counted rounds so far, by name.
-
-    The compared functions run once each in a round, so that a machine that heats up or shares its
-    cores slows all of them alike, in another order each time, since a run leaves caches behind.
-    """
+    the seconds of the counted rounds so far, by name. The order changes, since a run leaves caches
+    behind."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     draw = random.Random(0)
     for number in range(rounds + 1):
@@ -75,7 +71,12 @@ def report(
     try:
         with closing(cases):
             for case in cases:
-                _time(case, args.rounds, measured)
+                for number, seconds in enumerate(in_turns(case.timers, args.rounds)):
+                    if number:  # the first one warms up
+                        measured[case.name] = case.figures(seconds)
+                        latest = [f"{form} {1000 * s[-1]:.2f} ms" for form, s in seconds.items()]
+                        progress = f"[{number} of {args.rounds}] {case.name}: {', '.join(latest)}"
+                        print(progress, file=sys.stderr, flush=True)
         complete = True
     finally:
         if measured:
@@ -90,26 +91,12 @@ def report(
                 figures = {"kind": args.kind, "machine": about, "command": command}
                 figures |= {"complete": complete, "results": [*measured.values()]}
                 Path(args.report).write_text(json.dumps(figures, indent=2) + "\n")
-                if mx.metal.is_available():
-                    print(f"Please attach {args.report} to an issue of the project.")
             if args.plot:
                 _draw(tables, args.plot)
 
 
-def _time(case: Case, rounds: int, measured: dict[str, dict]) -> None:
-    """Times a case, and puts its figures into ``measured`` after each round that counts."""
-    began = time.monotonic()
-    for number, seconds in enumerate(in_turns(case.timers, rounds)):
-        if number:  # the first one warms up
-            measured[case.name] = case.figures(seconds)
-            left = (time.monotonic() - began) / (number + 1) * (rounds - number)
-            latest = [f"{form} {1000 * times[-1]:.2f} ms" for form, times in seconds.items()]
-            progress = f"[{number} of {rounds}, {left:.0f} s left] {case.name}:"
-            print(progress, ", ".join(latest), file=sys.stderr, flush=True)
-
-
 def machine() -> dict:
-    """The machine, JSON-ready: processor, memory, versions, BLAS, threads."""
+    """The machine, JSON-ready: processor, memory, versions, BLAS."""
     about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.release()}",
@@ -119,17 +106,10 @@ def machine() -> dict:
         "device": "cpu" if mx.default_device().type == mx.cpu else "gpu",
         "versions": {"mlx-flashhead": __version__} | {name: version(name) for name in PACKAGES},
         "blas": blas_name(),
-        "threads": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
     }
     about["versions"]["python"] = platform.python_version()
     if mx.metal.is_available():
         about["gpu"] = {key: str(value) for key, value in mx.device_info().items()}
-        memory, times = mx.ones((512 << 20) // 4), []
-        for _ in range(6):  # a reduction reads it
-            start = time.perf_counter()
-            mx.eval(mx.max(memory))
-            times.append(time.perf_counter() - start)
-        about["read_bandwidth_gb_s"] = memory.nbytes / min(times) / 1e9
     return about
 
 
@@ -141,8 +121,7 @@ def _draw(tables: list[Table], path: str) -> None:
     axes = figure.subplots(len(rows), squeeze=False, height_ratios=rows)
     for axis, table in zip(axes[:, 0], tables, strict=True):
         names, values = (list(column.cells) for column in table.columns[:2])
-        colors = ["tab:gray" if "dense" in str(name) else "tab:blue" for name in names]
-        bars = axis.barh(names, [float(str(value)) for value in values], color=colors)
+        bars = axis.barh(names, [float(str(value)) for value in values])
         axis.bar_label(bars, fmt=" %.2f")
         axis.set(title=fill(str(table.title), 75), xlabel=table.columns[1].header)
         axis.invert_yaxis()

@@ -32,12 +32,11 @@ SENTENCE = "The bridge over the river was old and narrow, and nobody knew who ha
 LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)  # sentences before each question
 HANGS_UP = 5  # one in so many clients
 HOST, ANSWER_SECONDS = "127.0.0.1", 600
-MAX_PROBLEMS = 5  # that are shown
 
 
 class Reply(NamedTuple):
-    """An answer, the server's count of tokens, and the seconds to the first text. A client that
-    hangs up has no count, and the text as far as it came; a lost one has a problem."""
+    """An answer, the server's count of tokens, None if the client hung up, and the seconds to the
+    first text. A lost one has a problem."""
 
     question: str
     text: str = ""
@@ -83,8 +82,8 @@ def questions() -> list[str]:
 def visit(
     port: int, clients: int, requests: int, tokens: int, replies: list[Reply], number: int
 ) -> float:
-    """A round of one server: several clients at once, each with one question after the other. Adds
-    to ``replies``, and returns the seconds for a token of all clients."""
+    """A round of one server: several clients at once, each with one question after the other, which
+    adds to ``replies``. The seconds for a token of all clients."""
     if number == 0:
         return 0.0  # the questions alone have warmed it up
     several = questions()
@@ -112,8 +111,7 @@ def summary(about: dict, replies: dict, alone: dict, seconds: dict[str, list[flo
 
 
 def figures(replies: list[Reply], alone: dict[str, str], seconds: list[float]) -> dict:
-    """The figures of one server. Complete answers are ``as_alone`` if they have the text that their
-    question has in ``alone``."""
+    """The figures of one server; complete answers with their question's text in ``alone`` count."""
     complete = [reply for reply in replies if reply.n_tokens is not None]
     problems = [reply.problem for reply in replies if reply.problem is not None]
     first = [reply.first_seconds for reply in replies if reply.first_seconds is not None]
@@ -123,7 +121,7 @@ def figures(replies: list[Reply], alone: dict[str, str], seconds: list[float]) -
         "hung_up": len(replies) - len(complete) - len(problems),
         "lost": len(problems),
         "as_alone": sum(reply.text == alone[reply.question] for reply in complete),
-        "problems": problems[:MAX_PROBLEMS],
+        "problems": problems[:5],
         "tokens_per_second": spread([1 / each for each in seconds]),
         "first_seconds": times,
     }
@@ -148,8 +146,7 @@ def make_table(result: dict) -> Table:
 
 @contextmanager
 def serving(module: str, *arguments: str) -> Iterator[int]:
-    """The port of a server that runs within the block: a module, and its arguments. ValueError if
-    it ends before it answers."""
+    """The port of a server that runs within the block; ValueError if it ends before it answers."""
     with socket.create_server((HOST, 0)) as free:
         port: int = free.getsockname()[1]
     command = [sys.executable, "-m", module, *arguments, "--host", HOST, "--port", str(port)]
@@ -178,8 +175,8 @@ def _healthy(port: int) -> bool:
 
 
 def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> Reply:
-    """A server's greedy answer, received piece by piece. With ``hang_up`` the client leaves after
-    the first text. ValueError if it answers with an error or not completely, OSError if not."""
+    """A server's greedy answer. With ``hang_up`` the client leaves after the first text. ValueError
+    if it answers with an error or not completely, OSError if not at all."""
     body = {"messages": [{"role": "user", "content": question}], "max_tokens": max_tokens}
     body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     headers = {"Content-Type": "application/json"}

@@ -1,12 +1,12 @@
 """A conversation with a model: its messages, and the prompt cache that follows them.
 
-The messages are the truth. For each question all of them go through the tokenizer's chat template.
-The cache keeps the tokens that it shares with the result, and the rest of it is trimmed. A cache
-that cannot be trimmed is made anew. The way in which an answer ended therefore does not matter.
+For each question all messages go through the tokenizer's chat template. The cache keeps the tokens
+that it shares with the result, so the way in which an answer ended does not matter.
 """
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,11 @@ class Conversation:
         max_kv_size: int | None = None,
     ):
         if not tokenizer.has_chat_template:
-            raise ValueError(
-                "This model's tokenizer has no chat template, so it cannot hold a conversation: "
-                "use mlx_flashhead.generate."
-            )
+            wrong = "This model's tokenizer has no chat template, so it cannot hold a conversation"
+            raise ValueError(f"{wrong}: use mlx_flashhead.generate.")
         self.model, self.tokenizer, self._max_kv_size = model, tokenizer, max_kv_size
-        self._start: list[Message] = []
-        if system_prompt is not None:
-            self._start = [{"role": "system", "content": system_prompt}]
+        system = {"role": "system", "content": system_prompt or ""}
+        self._start: list[Message] = [] if system_prompt is None else [system]
         self.reset()
 
     def reset(self) -> None:
@@ -99,15 +96,9 @@ class Conversation:
             if processed < total and stopping():
                 raise KeyboardInterrupt
 
-        stream = stream_generate(
-            self.model,
-            self.tokenizer,
-            prompt[answer.n_cached :],
-            logprobs=False,
-            prompt_cache=self.cache,
-            prompt_progress_callback=progress,
-            **kwargs,
-        )
+        kwargs |= {"prompt_cache": self.cache, "prompt_progress_callback": progress}
+        rest = prompt[answer.n_cached :]
+        stream = stream_generate(self.model, self.tokenizer, rest, logprobs=False, **kwargs)
         self.cached_ids = list(prompt)
         try:
             for response in stream:
@@ -155,19 +146,15 @@ def read_conversation(
 ) -> list[Message]:
     """The messages in a file of ``write_conversation``, or a list of them alone. ValueError if they
     are no conversation that continues with a question."""
-    try:
+    with suppress(ValueError, RecursionError, KeyError, TypeError):
         content = json.loads(path.read_bytes())
-        messages = [
-            {"role": message["role"], "content": message["content"]}
-            for message in (content["messages"] if isinstance(content, dict) else content)
-        ]
+        listed = content["messages"] if isinstance(content, dict) else content
+        messages = [{name: message[name] for name in ("role", "content")} for message in listed]
         roles = [message["role"] for message in messages]
         turns = roles[1:] if roles[:1] == ["system"] else roles
         are_texts = all(isinstance(message["content"], str) for message in messages)
         if are_texts and turns == ["user", "assistant"] * (len(turns) // 2):
             return messages
-    except (ValueError, RecursionError, KeyError, TypeError):
-        pass
     form = "JSON of questions and answers in turn"
     raise ValueError(f"{path} does not hold a conversation ({form}): {remedy}.")
 
@@ -180,7 +167,6 @@ def write_conversation(path: Path, messages: list[Message], model: str) -> None:
 
 
 def store_conversation(messages: list[Message], model: str) -> None:
-    """Stores a conversation as the last one."""
     folder = FILES.expanduser()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_conversation(folder / "last.json", messages, model)

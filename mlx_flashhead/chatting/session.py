@@ -36,7 +36,7 @@ COMMANDS = {
     "/exit": "leave (or q, or Ctrl-D)",
 }
 WITH_FILES = ("/save", "/load")
-# What people type for a command, with a slash or without; the letters are those of mlx_lm.chat.
+# With a slash or without; the letters are those of mlx_lm.chat.
 ALIASES = {"h": "/help", "help": "/help", "?": "/help", "r": "/reset"}
 ALIASES |= dict.fromkeys(("q", "quit", "exit"), "/exit")
 HELP = """\
@@ -76,7 +76,7 @@ class ChatSession:
                 try:
                     if command:
                         say(self._run(command, rest))
-                    else:
+                    elif rest:
                         self._answer(rest)
                 except BrokenPipeError:
                     raise
@@ -91,8 +91,6 @@ class ChatSession:
                 say("\n/exit or Ctrl-D leaves.")
 
     def _answer(self, text: str) -> None:
-        if not text:
-            return
         conversation, say = self.conversation, self.terminal.say
         before = len(conversation.answers)
         try:
@@ -126,7 +124,7 @@ class ChatSession:
                 say(f"This conversation is not kept for --resume: {sentence(error)}")
 
     def _run(self, command: str, argument: str) -> str:
-        """Runs a command. Returns what to say."""
+        """Runs a command, and returns what to say."""
         path = Path(argument).expanduser()
         if command in WITH_FILES and not argument:
             raise ValueError(f"{command} needs the name of a file, such as {command} chat.json.")
@@ -187,7 +185,7 @@ class ChatSession:
 
 
 def _command(text: str) -> tuple[str, str]:
-    """The command in a line and its argument; or no command, and a message."""
+    """A command and its argument; or no command, and a message."""
     message = text.strip()
     is_command = text.startswith("/") or message in ALIASES  # not a slash after a space
     if is_command and "\n" not in text.strip("\n"):

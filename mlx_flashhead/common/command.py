@@ -3,12 +3,9 @@
 import errno
 import functools
 import importlib
-import os
 import re
 import signal
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -46,30 +43,18 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def ending_soon() -> Iterator[None]:
-    """A block that Ctrl-C and SIGTERM end within half a second.
-
-    Python's handlers wait for the code that runs, and a long prompt runs in MLX for minutes. If the
-    handler has not run soon, a thread ends the process, which is writing nothing then.
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    ended = threading.Event()
-
-    def watch() -> None:
-        number = reader.recv(1)
-        if number and number[0] in (signal.SIGINT, signal.SIGTERM) and not ended.wait(0.3):
-            print("\nInterrupted.", file=sys.stderr, flush=True)
-            os._exit(128 + number[0])
-
-    threading.Thread(target=watch, name="signals", daemon=True).start()
-    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+def ended_by_signals() -> Iterator[None]:
+    """A block, which writes no files, that Ctrl-C and SIGTERM end at once. Python's own handlers
+    wait for the code that runs, and a long prompt runs in MLX for minutes."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     try:
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
         yield
     finally:
-        ended.set()
-        signal.set_wakeup_fd(before)
-        writer.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def sentence(error: Exception) -> str:

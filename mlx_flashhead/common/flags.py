@@ -1,5 +1,5 @@
-"""Flags that several commands share: those of mlx-lm's ``generate`` and ``chat``, with limits, and
-the flags of a FlashHead. mlx-lm's own parsers would take a second to import."""
+"""Flags of several commands: those of mlx-lm's ``generate`` and ``chat``, whose own parsers would
+take a second to import, and FlashHead's."""
 
 import json
 from argparse import Namespace
@@ -10,7 +10,6 @@ from .arguments import Type, json_object, number, one_of, share, whole_number
 
 
 def add_model_flags(parser: Any) -> None:
-    """Adds the flags that choose a model."""
     add = parser.add_argument
     add("--model", help="Folder or Hugging Face repository of any model that mlx-lm loads.")
     add("--trust-remote-code", action="store_true", help="Run Python code of the model's own.")
@@ -71,7 +70,6 @@ def add_prompt_flags(parser: Any) -> None:
 
 
 def add_source_options(group: Any, no_build: str | None = None) -> None:
-    """Adds ``--flash-head`` and ``--no-build``."""
     source = "The FlashHead (default: the model folder's, else one built before, else a new one)."
     group.add_argument("--flash-head", metavar="FOLDER_OR_REPO", help=source)
     group.add_argument("--no-build", action="store_true", help=no_build or "Refuse to build one.")
@@ -82,22 +80,18 @@ def add_head_options(group: Any, no_build: str | None = None) -> None:
     text = "Clusters scored per token (default: the number that is fastest on this machine)."
     group.add_argument("--n-probes", type=whole_number(1), help=text)
     add_source_options(group, no_build)
-    group.add_argument(
-        "--fine-head",
-        nargs="?",
-        const=True,
-        type=lambda text: text or True,
-        metavar="SOURCE",
-        help="Give a quantized model the finer output head of its original: better text, at about "
-        "the same speed with FlashHead. Only the head's rows are fetched, once. SOURCE is a "
-        "repository, a folder or a safetensors file (default: the original that the model names).",
+    finer = (
+        "Give a quantized model the finer output head of its original: better text, at about the "
+        "same speed. Only its rows are fetched, once. SOURCE is a repository, a folder or a "
+        "safetensors file (default: the original that the model names)."
     )
+    source: Any = {"nargs": "?", "const": True, "type": lambda text: text or True}
+    group.add_argument("--fine-head", **source, metavar="SOURCE", help=finer)
     bits = "Bits of the finer head; 16 keeps the original's (default: 8)."
     group.add_argument("--head-bits", type=one_of(6, 8, 16), metavar="6|8|16", help=bits)
 
 
 def add_always_option(group: Any) -> None:
-    """Adds ``--flash-head-always``."""
     text = "Use the FlashHead even where it makes this model no faster on this machine."
     group.add_argument("--flash-head-always", action="store_true", help=text)
 

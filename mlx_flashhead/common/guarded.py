@@ -1,8 +1,5 @@
-"""Work on what others wrote, such as templates and grammars, in a helper process with limits.
-
-A native library that recurses too deeply ends its process, and an expression that doubles a text in
-a loop fills the memory. Neither can be caught or interrupted from inside. Here it ends the helper.
-"""
+"""Work on what others wrote, such as templates and grammars, in a helper process with limits: too
+deep a recursion in a native library, or a text doubled in a loop, ends the helper alone."""
 
 import json
 import math
@@ -28,11 +25,9 @@ class GuardError(ValueError):
 
 
 class Guard:
-    """Calls ``work(request)`` of a file, in helpers that stay until this process ends.
-
-    The file is run without this package, so a helper starts as fast as the file's own imports.
-    Requests and results are lines of JSON. Each call has a helper of its own while it lasts.
-    """
+    """Calls ``work(request)`` of a file, which imports nothing of this package, in helpers that
+    stay until this process ends. Requests and results are lines of JSON. Each call has a helper of
+    its own while it lasts."""
 
     def __init__(self, path: Path, *, seconds: float = 5.0, max_bytes: int = 512 << 20):
         self.path, self.seconds, self.max_bytes = path, seconds, max_bytes
@@ -73,14 +68,11 @@ class Guard:
 
     def _start(self) -> subprocess.Popen:
         limits = map(str, (math.ceil(self.seconds), self.max_bytes))
-        helper: Any = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(self.path), *limits],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the caller
-        )
+        command = [sys.executable, "-P", __file__, str(self.path), *limits]
+        pipes: Any = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+        pipes |= {"stderr": subprocess.DEVNULL, "text": True}
+        # in a session of its own, since Ctrl-C is for the caller
+        helper: Any = subprocess.Popen(command, **pipes, start_new_session=True)
         if not (wait([helper.stdout], START_SECONDS) and helper.stdout.readline()):
             helper.kill()
             helper.wait()

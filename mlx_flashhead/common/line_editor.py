@@ -2,14 +2,11 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
-from prompt_toolkit.document import Document
+from prompt_toolkit import PromptSession, completion
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings
@@ -38,9 +35,14 @@ def line_editor(
         history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         history.touch()
         store = FileHistory(history)
+    names = completion.WordCompleter([f"{name} " for name in commands], sentence=True)
+    paths = completion.PathCompleter(expanduser=True)
+    files = completion.NestedCompleter({name: paths for name in with_files})
     session: PromptSession[str] = PromptSession(
         history=store,
-        completer=_Commands(commands, with_files),
+        completer=completion.DynamicCompleter(
+            lambda: files if " " in session.default_buffer.text else names
+        ),
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,
         key_bindings=keys,
@@ -70,17 +72,3 @@ def line_editor(
                 signal.signal(number, handler)
 
     return read
-
-
-@dataclass
-class _Commands(Completer):
-    commands: Sequence[str]
-    with_files: Sequence[str]
-
-    def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
-        command, space, path = document.text_before_cursor.partition(" ")
-        if command in self.with_files and space:
-            yield from PathCompleter(expanduser=True).get_completions(Document(path), event)
-        elif command and not space:
-            fitting = (name for name in self.commands if name.startswith(command))
-            yield from (Completion(f"{name} ", -len(command)) for name in fitting)

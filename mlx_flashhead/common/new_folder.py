@@ -1,9 +1,5 @@
-"""A folder or a file that is written completely or not at all.
-
-It is written in a temporary folder beside its place and renamed at the end. A failure or an
-interruption leaves the disk as it was. The next process that writes to the same place removes the
-remains of killed ones.
-"""
+"""A folder or a file that is written completely or not at all: in a temporary folder beside its
+place, and renamed at the end. The next process that writes there removes what killed ones left."""
 
 import fcntl
 import glob

@@ -29,7 +29,7 @@ def new_table(
 
 def show(*parts: "Table | str") -> None:
     """Prints tables, and lines of text between them. No figure is cut off: a table is wider than
-    the screen where it must be. A column that folds makes way first."""
+    the screen where it must be."""
     rich_console = from_extra("rich.console", "report", "A table")
     console = rich_console.Console(highlight=False, markup=False, emoji=False)
     screen = console.width
@@ -37,12 +37,7 @@ def show(*parts: "Table | str") -> None:
         console.width = screen
         if not isinstance(part, str):
             console.width = 10_000  # its full width is measured
-            width = console.measure(part).maximum
-            for column in part.columns:
-                if not column.no_wrap:
-                    longest = max(len(str(cell)) for cell in column.cells)
-                    width -= max(0, longest - 12)  # so many characters stay
-            console.width = max(screen, width)
+            console.width = max(screen, console.measure(part).maximum)
         console.print(part)
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import signal
 import sys
 import termios
@@ -17,7 +16,6 @@ from .command import printable
 
 PROMPT = "> "
 QUOTES = '"""'  # around several lines
-UNKNOWN = (sys.maxsize, 0)  # size of a terminal
 _WIDE = "\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uff60\U00020000-\U0003fffd"
 # A word with the space before it. Chinese and Japanese have no spaces: each character is one.
 _UNIT = re.compile(rf"\n|[ \t]*[{_WIDE}]|[ \t]*[^ \t\n{_WIDE}]+|[ \t]+")
@@ -50,7 +48,7 @@ class Terminal:
         self.interactive = sys.stdin.isatty() and shown
         self._own = sys.stdout if shown else sys.stderr
         self._dim = shown and os.environ.get("TERM", "dumb") != "dumb"
-        self._wrap = WordWrap(lambda: shutil.get_terminal_size(UNKNOWN).columns) if shown else None
+        self._wrap = WordWrap(_columns) if shown else None
         self._read_line: Callable[[], str] = input
         if self.interactive:
             try:
@@ -80,7 +78,6 @@ class Terminal:
         print(self._wrap.feed(piece) if self._wrap else piece, end="", flush=True)
 
     def end(self) -> None:
-        """Ends the answer and its line."""
         print(self._wrap.end() if self._wrap else "", flush=True)
 
     def say(self, text: str) -> None:
@@ -88,6 +85,14 @@ class Terminal:
         if self._wrap:
             text = self._wrap.feed(text) + self._wrap.end()
         print(f"\x1b[2m{text}\x1b[0m" if self._dim and text else text, file=self._own, flush=True)
+
+
+def _columns() -> int:
+    """The terminal's width, whatever $COLUMNS says; very wide if it is unknown."""
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or sys.maxsize
+    except OSError:
+        return sys.maxsize
 
 
 @contextmanager
@@ -115,12 +120,9 @@ def stop_key() -> Iterator[Callable[[], bool]]:
 
 
 class WordWrap:
-    """Breaks lines between words, as the pieces of a text come.
-
-    A word is shown when it is complete, one token later. The last column stays empty, since some
-    terminals begin a new line when it is filled. The terminal itself breaks a word that is wider
-    than a line, so that it can be copied in one piece. ``columns`` returns the terminal's width.
-    """
+    """Breaks lines between words, as the pieces of a text come: a word is shown when it is whole.
+    The last column stays empty, since some terminals begin a new line when it is filled. The
+    terminal breaks a word that is wider than a line. ``columns`` returns the terminal's width."""
 
     def __init__(self, columns: Callable[[], int]):
         self._columns = columns
@@ -128,7 +130,6 @@ class WordWrap:
         self._rest = ""  # may still grow
 
     def feed(self, text: str) -> str:
-        """The text that can be shown now that ``text`` has come."""
         *units, self._rest = _UNIT.findall(self._rest + text) or [""]
         return "".join(map(self._placed, units))
 

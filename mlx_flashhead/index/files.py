@@ -1,7 +1,5 @@
-"""Reads and writes a FlashHead: beside a model's weights, or in a folder of its own.
-
-A model's folder stays an ordinary mlx-lm folder: plain mlx-lm ignores the file ``flash_head.index``
-and one more key of ``config.json``. A folder of its own has the settings in ``flash_head.json``.
+"""Reads and writes a FlashHead: beside a model's weights, where plain mlx-lm ignores the file
+``flash_head.index`` and a key of ``config.json``, or with ``flash_head.json`` in its own folder.
 
 The index is a safetensors file with another ending, since mlx-swift-lm up to 3.31.4, and mlx-vlm
 without ``model.safetensors.index.json``, load every ``*.safetensors`` and reject unknown arrays.
@@ -69,10 +67,8 @@ class FlashHeadIndex:
     def check_fit(self, rows: Matrix, source: str) -> str | None:
         """Compares with the rows of a model: a sentence for near rows, a ValueError for others."""
         n_rows, width = self.config.vocab_size, self.sketch.directions.shape[1]
-        wrong = (
-            f"is for {n_rows} tokens of width {width}, but the model has {rows.n_rows} of width "
-        )
-        wrong += str(rows.hidden_size)
+        wrong = f"is for {n_rows} tokens of width {width}, but the model has "
+        wrong += f"{rows.n_rows} of width {rows.hidden_size}"
         if (rows.n_rows, rows.hidden_size) == (n_rows, width):
             if rows.fingerprint == self.config.fingerprint:
                 return None
@@ -141,12 +137,8 @@ def read_settings(folder: Path) -> FlashHeadConfig:
 
 
 def read_index(folder: Path) -> FlashHeadIndex:
-    """Reads the FlashHead of a folder.
-
-    Raises:
-        ValueError: If there is none, or if its files are missing, damaged, of another version,
-            or do not belong together.
-    """
+    """Reads the FlashHead of a folder; ValueError if there is none, or if its files are missing,
+    damaged, of another version, or do not belong together."""
     config, path = read_settings(folder), folder / FILE_NAME
     if not path.exists():
         raise ValueError(f"{path} is missing: fetch the file, or {AGAIN}.")
@@ -156,10 +148,8 @@ def read_index(folder: Path) -> FlashHeadIndex:
         if metadata.get("checksum") != _checksum(arrays):
             raise ValueError("Bytes have changed.")
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read because it is damaged or incomplete: fetch the file again, or "
-            f"{AGAIN}."
-        ) from error
+        wrong = f"{path} cannot be read because it is damaged or incomplete"
+        raise ValueError(f"{wrong}: fetch the file again, or {AGAIN}.") from error
     index = _index_of(arrays, config)
     if index is None or metadata.get("fingerprint") != config.fingerprint:
         raise ValueError(

@@ -49,22 +49,16 @@ class FlashHeadConfig:
         return max(1, int(self.n_clusters * max(DRAFT_SHARE - 1 / self.cluster_size, LEAST_DRAFT)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The form for JSON."""
         return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
 
     @classmethod
     def from_dict(cls, values: Any, source: str) -> "FlashHeadConfig":
         """Reads the form written by :meth:`to_dict`; ``source`` is its place, for messages.
-
-        Raises:
-            ValueError: If the version is not this package's, or a key is missing or not valid.
-        """
+        ValueError if the version is not this package's, or a key is missing or not valid."""
         version = values.get("version") if isinstance(values, dict) else None
         if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{source} has version {version!r}, but this package reads version "
-                f"{FORMAT_VERSION}: update mlx_flashhead, or {AGAIN}."
-            )
+            reads = f"but this package reads version {FORMAT_VERSION}: update mlx_flashhead"
+            raise ValueError(f"{source} has version {version!r}, {reads}, or {AGAIN}.")
         entries = {each.name: values.get(each.name) for each in fields(cls)}
         # a whole number is neither 2.0 nor true
         wrong = {name for name, value in entries.items() if type(value) is not TYPES.get(name, int)}

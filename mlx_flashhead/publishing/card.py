@@ -1,10 +1,6 @@
-"""Model cards and licences: what a base model's card says of it, the conditions of its licence, and
-the card of a model with a FlashHead, from the template card.md. Text that a person adds below its
-marker stays.
-
-A model's card names its licence. If it does not, the texts beside the model do. Nothing is guessed.
-Source: the licence agreements themselves, Llama's in meta-llama/llama-models (sections 1.b.i and
-1.b.iii), Gemma's at ai.google.dev/gemma/terms (section 3.1).
+"""Model cards, from the template card.md, and licences: a base model's card names its licence, or
+else the texts beside the model do. Nothing is guessed. Source: the agreements, Llama's in
+meta-llama/llama-models (sections 1.b.i and 1.b.iii), Gemma's at ai.google.dev/gemma/terms (3.1).
 """
 
 import re
@@ -79,13 +75,12 @@ LICENCES = (LLAMA_2, LLAMA_3, *map(_llama, ("3.1", "3.2", "3.3", "4")), GEMMA)
 
 def recognise(metadata: dict, files: Iterable[Path]) -> Licence | None:
     """The licence with conditions that a card's header names, or else the files beside it."""
-    names = [str(each or "").lower() for each in as_list(metadata.get("license"))]
-    is_named = any(name not in ("", "other", "unknown") for name in names)
-    if not is_named:
-        names = [str(metadata.get("license_name") or "").lower()]
+    declared = [str(each or "").lower() for each in as_list(metadata.get("license"))]
+    names = [name for name in declared if name not in ("", "other", "unknown")]
+    text = "" if names else "\n".join(map(_beginning, files))
+    names = names or [str(metadata.get("license_name") or "").lower()]
     rest = r"(meta|community|license|licence|agreement|[-_ ])"
     identifiers = [re.sub(rest, "", name) for name in names]
-    text = "" if is_named else "\n".join(map(_beginning, files))
     named = (licence for licence in LICENCES if licence.identifier in identifiers)
     return next(named, next((each for each in LICENCES if re.search(each.text, text)), None))
 
@@ -93,10 +88,8 @@ def recognise(metadata: dict, files: Iterable[Path]) -> Licence | None:
 def check_licence(
     metadata: dict, files: Sequence[Path], repo_id: str | None, *, model: str, place: str
 ) -> None:
-    """Refuses to make a model public whose licence is unknown, lacks its text or forbids the name.
-
-    A derived name, None, is allowed. ``place`` says where the text is to be saved.
-    """
+    """Refuses to make a model public whose licence is unknown, lacks its text, which belongs into
+    ``place``, or forbids the name. A derived name, None, is allowed."""
     licence = recognise(metadata, files)
     if licence is None:
         if metadata.get("license"):
@@ -215,8 +208,7 @@ def card_metadata(base: Provenance, relation: str = "quantized") -> dict:
 
 
 def with_licence(metadata: dict, license: str | None) -> dict:
-    """A card's header with the licence that the user names; ValueError if the card names another
-    one."""
+    """A card's header with the user's licence; ValueError if the card names another one."""
     declared = metadata.get("license")
     if license is None or license == declared:
         return metadata
@@ -244,9 +236,7 @@ def write_card(
     own_text: str = "",
 ) -> None:
     """Writes README.md into the folder of a model with a FlashHead, or of a FlashHead alone.
-
-    The examples name it as ``model``, a repository or a folder. ``own_text`` is a person's.
-    """
+    The examples name it as ``model``, a repository or a folder. ``own_text`` is a person's."""
     base, relation = metadata.get("base_model"), metadata.get("base_model_relation")
     if not isinstance(base, str) or relation not in ("quantized", "adapter"):
         base = None
@@ -279,7 +269,7 @@ def write_card(
 
 
 def text_below_marker(card: Path) -> str:
-    """A person's text on a card: all below the marker, or the whole of a card without a marker."""
+    """A person's text on a card: all below the marker, or all of a card without it."""
     text = card.read_text(encoding="utf-8-sig") if card.exists() else ""
     _, marker, below = text.partition(f"{MARKER}\n")
     if marker or not text:

@@ -1,5 +1,5 @@
-"""Publishes a checkpoint on the Hugging Face Hub: reserve a repository, check the licence, write
-the card, upload. Errors of the Hub and its client become one sentence without the user's token."""
+"""Publishes a checkpoint on the Hugging Face Hub. Errors of the Hub and its client become one
+sentence without the user's token."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 
 from ..common.command import printable
-from ..common.repositories import full_name, holds_secret, redact, redacted_logs
+from ..common.repositories import full_name, redact, redacted_logs
 from ..index.files import is_companion, read_index
 from ..index.settings import FlashHeadConfig
 from ..models.origin import begins_with, is_repository
@@ -20,7 +20,6 @@ from . import card as cards
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 # Never part of a model, and often private. The client itself leaves out .git and .cache.
 NOT_UPLOADED = [".*", "*/.*", "*.log", "__pycache__/*"]
-MAX_TEXT_BYTES = 50_000_000  # of a file that is searched for the token
 
 
 def add_documents(
@@ -44,14 +43,9 @@ def publish(
     license: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """Uploads a checkpoint's folder, and returns the address of its repository.
-
-    Without ``repo`` it has the conversion's name for it, under the user's own. ``license`` is for a
-    card that does not name it.
-
-    Raises:
-        ValueError: If the folder may not be published, or the Hub rejects it. The folder stays.
-    """
+    """Uploads a checkpoint's folder, and returns the address of its repository, which by default
+    has the conversion's name under the user's own. ``license`` is for a card that does not name it.
+    ValueError if the folder may not be published, or the Hub rejects it. The folder stays."""
     config, card = read_index(folder).config, folder / cards.CARD_FILE
     metadata = cards.with_licence(cards.read_metadata(card), license)
     texts: list[Path] = []
@@ -71,7 +65,6 @@ def publish(
             name = f"{licence.prefix}-{name}"
     repo_id = full_name(name, user)
     cards.check_licence(metadata, files, repo_id, model=str(folder), place=str(folder))
-    _check_secrets(folder)
     address = reserve(repo_id, user, private)
     own = cards.text_below_marker(card)
     if not own:
@@ -103,29 +96,24 @@ def sign_in() -> str:
     """The name of the user whose token is used; ValueError if there is none, or it is not valid."""
     if get_token() is None:
         raise ValueError(f"An upload needs a Hugging Face token, but there is none: {LOGIN}.")
-    another = "get another one from https://huggingface.co/settings/tokens"
-    with _client(
-        f"The Hugging Face Hub does not accept the token: {another}, then {LOGIN}."
-    ) as api:
+    another = f"get another one from https://huggingface.co/settings/tokens, then {LOGIN}"
+    with _client(f"The Hugging Face Hub does not accept the token: {another}.") as api:
         return str(api.whoami()["name"])
 
 
 def reserve(repo_id: str, user: str, private: bool = False) -> str:
     """Creates the repository, or checks that the user may write to it. Returns its address."""
-    refused = (
-        f"{user} may not write to {repo_id}: choose another name, such as "
-        f"{user}/{repo_id.rpartition('/')[2]}, or get a token that may."
-    )
+    own = f"{user}/{repo_id.rpartition('/')[2]}"
+    remedy = f"choose another name, such as {own}, or get a token that may"
+    refused = f"{user} may not write to {repo_id}: {remedy}."
     failed = f"{repo_id} cannot be created on the Hugging Face Hub (%s): choose another name."
     with _client(refused, failed) as api:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
         api.auth_check(repo_id, write=True)  # create_repo accepts any visible repository
         is_public = private and not api.repo_info(repo_id).private
     if is_public:
-        raise ValueError(
-            f"{repo_id} exists already and is public, in spite of `private=True`: choose another "
-            "name, or make it private on its page."
-        )
+        wrong = f"{repo_id} exists already and is public, in spite of `private=True`"
+        raise ValueError(f"{wrong}: choose another name, or make it private on its page.")
     return str(address)
 
 
@@ -147,14 +135,3 @@ def _client(refused: str = "", failed: str = "", unreachable: str = "") -> Itera
         reason = printable(redact(": ".join(dict.fromkeys(texts))))
         # `from None`: the client's own message may hold the token
         raise ValueError(sentence.replace("%s", shorten(reason, 300, placeholder=" …"))) from None
-
-
-def _check_secrets(folder: Path) -> None:
-    """Refuses an upload with a file that holds the user's token."""
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        is_text = file.is_file() and file.suffix != ".safetensors"
-        is_text = is_text and not hidden and file.stat().st_size <= MAX_TEXT_BYTES
-        if is_text and holds_secret(file.read_bytes()):
-            wrong = f"{file} holds a Hugging Face token, which would be published"
-            raise ValueError(f"{wrong}: delete it there.")

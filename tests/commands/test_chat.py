@@ -83,7 +83,7 @@ def check_end(chat, number):
 def test_a_conversation_at_a_terminal(start, converted, folder):
     right = Conversation(*mlx_flashhead.load(str(converted)))
     chat = start()
-    assert "4 of 17 clusters" in chat.greeting and "/help" in chat.greeting
+    assert "4 of 17 clusters" in " ".join(words(chat.greeting)) and "/help" in chat.greeting
     for question in ("Hello there", "And then?"):
         text, _, said = chat.say(question).partition("\n[")
         assert words(text) == words("".join(right.ask(question, max_tokens=ANSWER_TOKENS)))

@@ -1,4 +1,4 @@
-"""``export``: the file, the table, and its errors."""
+"""``export``: the file, what is said of it, and its errors."""
 
 import json
 from unittest.mock import Mock
@@ -24,7 +24,7 @@ def test_the_file_holds_arrays_and_kernels(run, converted, output):
     assert (code, errors) == (0, "")
     assert [file.name for file in output.parent.iterdir()] == [output.name]
     arrays = mx.load(str(output))
-    for name in (*arrays, str(output), "(17, 16)", "uint32", "4 of 17", "docs/ipad.md"):
+    for name in (str(output), "4 of 17", "docs/ipad.md"):
         assert name in printed
     assert arrays["n_probes"].item() == 4
     plan = plan_of(output)

@@ -150,7 +150,6 @@ def test_a_model_is_converted_and_generates(dense, tmp_path):
     [
         ("evaluate text --text a", "mlx_flashhead.evaluate", "rich"),
         ("benchmark model --plot a.svg", "--plot", "matplotlib"),
-        ("export --output a.safetensors", "mlx_flashhead.export", "rich"),
     ],
 )
 def test_a_missing_module_is_named_with_its_extra(refused, monkeypatch, line, what, module):

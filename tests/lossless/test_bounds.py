@@ -96,3 +96,12 @@ def test_a_head_that_cancels_large_terms(sampler, judged):
         settings = SAMPLERS[sampler] | ({"seed": seed} if sampler != "greedy" else {})
         flash.checked(settings, prompt=[17 * seed, 5, 10, 15, 20, 25])
     assert len(judged) > 100 and not all(judged)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.5])
+def test_doubts_are_few_with_a_penalty(judged, penalty):
+    """Scored logits are exact, so that rounding leaves few positions in doubt in bfloat16."""
+    flash = make_flash(num_hidden_layers=2, dtype=mx.bfloat16)
+    processors = sample_utils.make_logits_processors(repetition_penalty=penalty)
+    flash.tokens(logits_processors=processors, n_probes=20)
+    assert len(judged) > 20 and sum(judged) > 0.7 * len(judged)

@@ -10,6 +10,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from architecture_models import tiny_architecture
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
+from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.lossless.loop import verified_steps
 from mlx_flashhead.lossless.policy import Proposer, policy_of
 from mlx_flashhead.lossless.verify import SlotProduct
@@ -218,3 +219,20 @@ def test_one_evaluation_a_token(flash, monkeypatch):
     assert len(tokens) == 40 and proposer.n_verifications >= 3
     steps = len(launched) - proposer.n_verifications - mlx_lm_prefill
     assert steps == len(tokens) - 1 + after_last
+
+
+def test_pending_tokens_are_joined_along_the_way(monkeypatch):
+    """So that a verification of 32 states joins no more than a kernel does at once."""
+    joined, n_sources = FlashHead.joined, []
+
+    def record(head, proposals, rows, tokens):
+        n_sources.append(len(proposals))
+        return joined(head, proposals, rows, tokens)
+
+    monkeypatch.setattr(FlashHead, "joined", record)
+    flash = make_flash(n_probes=13)  # all clusters, so none is rejected
+    policy = policy_of(flash.head)
+    policy.first_pending = policy.max_pending = 32
+    policy.max_risk = policy.max_wait = 1e9
+    assert flash.tokens(max_tokens=36) == flash.tokens(max_tokens=36, dense=True)
+    assert n_sources[:5] == [7, 7, 7, 7, 8]
