@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from textwrap import shorten
+from typing import cast
 
 import mlx.core as mx
 
@@ -149,7 +150,7 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
 
     yield "select"
     single = steps.select(scores, n_probes, words=False)
-    probes = single.probes[:, :n_probes]
+    probes, left = single.probes[:, :n_probes], cast(mx.array, single.unscored)
     # distances to the best score as the kernel sees them; see metal/flash_head/select.h
     forced = scores >= CERTAIN
     best = mx.where(forced, mx.finfo(mx.float32).min, scores).max()
@@ -158,12 +159,12 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
     found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
     yield found, mx.sort(bins, axis=-1)[:, :n_probes], 0.0
     yield (probes[:, 1:] == probes[:, :-1]).sum(), mx.zeros(()), 0.0  # none is repeated
-    yield single.unscored, unscored(scores, probes), LEAST
+    yield left, unscored(scores, probes), LEAST
 
     yield "select_words"
     selection = steps.select(scores, n_probes)
     yield selection.probes, single.probes, 0.0
-    yield selection.unscored, single.unscored, 0.0
+    yield cast(mx.array, selection.unscored), left, 0.0
 
     yield "score"
     candidates = steps.score(hidden, selection)

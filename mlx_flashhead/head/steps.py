@@ -80,7 +80,8 @@ class Risk(NamedTuple):
     def of_settings(cls, settings: Mapping[str, Any]) -> "Risk":
         """From an index's settings of the checked loop; the usual numbers where there are none."""
         fitted = settings.get("risk") or {}
-        return cls(*fitted.get("greedy", USUAL[:2]), fitted.get("sampled", USUAL.scale))
+        a, b = fitted.get("greedy", USUAL[:2])
+        return cls(a, b, fitted.get("sampled", USUAL.scale))
 
     def of(self, candidates: Candidates, unscored: mx.array, draws: Draws | None) -> mx.array:
         """For each of R positions, (R,) float32."""
