@@ -107,7 +107,7 @@ def check_kernels(
     if trouble is None:
         # GPUs of M1 and M2 emulate bfloat16: a matrix product takes 1.8 times as long on an M1 Max.
         # Source: ml-explore/mlx, pull request 4216.
-        emulating = r"applegpu_g1[34]\D"
+        emulating = "applegpu_g1[34]"
         if dtype == mx.bfloat16 and re.match(emulating, str(mx.device_info().get("architecture"))):
             steps.float16_rows = steps.clustered.flat_rows().in_float16()
         return None
