@@ -208,9 +208,11 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
             sequence.pending[sequence.n_read].read(step.token)
             sequence.n_cached = len(sequence.tokens) + sequence.n_read
         responses: list[Any] = []
-        for sequence, accepted in self._scheduler.step(list(self._sequences.values()), read):
-            responses += self._responses(sequence, accepted)
-        self._drop_all()
+        try:
+            for sequence, accepted in self._scheduler.step([*self._sequences.values()], read):
+                responses += self._responses(sequence, accepted)
+        finally:
+            self._drop_all()
         self.count(len(responses) - len(steps))
         for prompt in prompts:
             if prompt.uid in self._sequences:

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import pytest
 from mlx_lm import sample_utils
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from flash_loops import OTHERS, PROMPT, make_flash
@@ -45,6 +46,16 @@ def test_rows_that_all_are_proposed_by_the_head(flash, misses, monkeypatch):
     settings = [SETTINGS[i] for i in (0, 1, 2, 0)]
     tokens, _ = flash.batch(PROMPTS, **sampled(settings))
     assert tokens == [alone(flash, p, s, []) for p, s in zip(PROMPTS, settings, strict=True)]
+
+
+def test_sequences_that_end_together_leave_in_one_step(flash, monkeypatch):
+    """mlx-lm copies the caches of all layers to drop a sequence."""
+    removed, remove = [], BatchGenerator.remove
+    monkeypatch.setattr(
+        BatchGenerator, "remove", lambda self, uids: removed.append(len(uids)) or remove(self, uids)
+    )
+    flash.batch(PROMPTS, dense=True)
+    assert removed == [len(PROMPTS)]
 
 
 def rotating():
