@@ -34,17 +34,10 @@ from .sources import StoredHead
 from .tuned import install_stored, tune_head
 
 ENDED = object()
-DRAFT_CLUSTER_SIZE = 32  # within a tenth of the head's bytes more tokens than with 16
 PAUSE_SECONDS = 0.02  # between looks at another process's build
 ANEW_SECONDS = 600.0  # for the text of a requested build: on a busy machine, too
-# A first build that may take longer, as on a busy machine, is a shorter one. Clusters of 32 rows
-# are found in half the time; their FlashHead reads up to a tenth more or less (docs/converting.md).
+# A first build that may take longer, as on a busy machine, is a shorter one (docs/converting.md).
 LONG_BUILD_SECONDS = 300.0
-SHORT_BUILD: dict[str, Any] = {
-    "cluster_size": 32,
-    "calibration_positions": 800,
-    "calibration_seconds": 30.0,
-}
 
 
 def build_steps(
@@ -65,15 +58,11 @@ def build_steps(
     states, instead of text. ValueError at a step, if the model cannot have one.
     """
     rows, say = location.rows(), options.say
-    place = sources.place_of(rows)
-    lock = None
+    place, lock = sources.place_of(rows), None
     with suppress(OSError):  # else nothing can be cached there
         lock = lock_of(place)
     if lock is not None and not lock.is_locked:
-        say(
-            "Another process is building the FlashHead of this model: it is used as soon as it is "
-            "there."
-        )
+        say("Another process is building the FlashHead of this model: it is used once it is there.")
         while not lock.is_locked:
             time.sleep(PAUSE_SECONDS)
             yield Step("Waiting for the other process", 0, 1, "build")
@@ -84,12 +73,14 @@ def build_steps(
         if stored is not None:
             return stored
         index_options = IndexOptions(quick=True)
-        if drafted is not None:
-            index_options = replace(index_options, cluster_size=DRAFT_CLUSTER_SIZE)
+        if drafted is not None:  # within a tenth of the head's bytes more tokens than with 16
+            index_options = replace(index_options, cluster_size=32)
         if anew:
             index_options = replace(index_options, calibration_seconds=ANEW_SECONDS)
         elif expected_seconds(rows, index_options) > LONG_BUILD_SECONDS:
-            index_options = replace(index_options, **SHORT_BUILD)
+            index_options = replace(
+                index_options, cluster_size=32, calibration_positions=800, calibration_seconds=30.0
+            )
         index_options.check_size(rows.n_rows)
         origin = local_origin(source)
         minutes = max(1, math.ceil(round(expected_seconds(rows, index_options)) / 60))
@@ -101,9 +92,8 @@ def build_steps(
         recipe = make_recipe(index_options, origin, origin.result_name())
         if drafted is not None:
             del recipe["command"]  # no command converts a drafter of mlx-vlm
-        tokenizer = text_side(model, tokenizer)
-        how: dict[str, Any] = {"drafted": drafted, "step_seconds": step_seconds}
-        index = yield from model_index(model, tokenizer, location, index_options, **how)
+        text, how = text_side(model, tokenizer), {"drafted": drafted, "step_seconds": step_seconds}
+        index = yield from model_index(model, text, location, index_options, **how)
         index = replace(index, config=replace(index.config, recipe=recipe))
         if index.config.calibration.get("cut_short"):
             say(
@@ -138,8 +128,8 @@ def build_now(
     as `build_steps`."""
     began, location = time.perf_counter(), find_head(model)
     check_plain_product(location)
-    how: dict[str, Any] = {"source": source, "options": options, "anew": anew}
-    stored = finish(build_steps(model, tokenizer, location, **how), options)
+    steps = build_steps(model, tokenizer, location, source=source, options=options, anew=anew)
+    stored = finish(steps, options)
     said = f"FlashHead is ready for next time. Its build took {time.perf_counter() - began:.0f} s"
     policy = policy_of(install_stored(model, stored, options, location))
     if policy.gain is None:
@@ -157,7 +147,7 @@ class BackgroundBuild:
         self._model, self._options = model, options
         location = find_head(model)
         check_plain_product(location)
-        how: dict[str, Any] = {"source": source, "options": options, "step_seconds": STEP_SECONDS}
+        how: Any = {"source": source, "options": options, "step_seconds": STEP_SECONDS}
         self._steps = self._all_steps(build_steps(model, tokenizer, location, **how))
 
     def _all_steps(self, build: Steps[StoredHead]) -> Generator[Any, None, None]:
@@ -190,7 +180,7 @@ def background_build(
 
 
 class IdleBuild:
-    """Advances a build in a thread while its model is idle, and installs it at its end."""
+    """Advances a build in a thread while its model is idle."""
 
     def __init__(self, build: BackgroundBuild):
         self._build = build

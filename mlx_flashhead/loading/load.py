@@ -1,6 +1,7 @@
 """Loads any model with a FlashHead, or attaches one to a model in memory: a named FlashHead, a kept
 one, or a new one."""
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,18 +57,18 @@ def load(
     """Loads a model with a FlashHead: the named one, else the one in the model's folder, else the
     one that was built for this model before, else a new one, which is cached.
 
-    Takes ``mlx_lm.load``'s arguments and more. Returns ``(model, tokenizer)``, with the
-    configuration as a third item if ``return_config``.
+    Takes ``mlx_lm.load``'s arguments and these. Returns ``(model, tokenizer)``, and the
+    configuration if ``return_config``.
 
     Args:
         adapter_path: LoRA adapters of the body; an adapted head must be fused first.
         flash_head: A folder or a Hugging Face repository of a FlashHead.
-        build: Build a FlashHead if there is none, once, in a few minutes.
+        build: Build a FlashHead if there is none, once.
         n_probes: Clusters scored per token; default: the FlashHead's own number.
         backend: "metal", "mlx" or None to choose.
         fine_head: Give a quantized model the finer output head of its original: a repository, a
-            folder or a safetensors file, or True for the one that the model names. It is fetched
-            once. Where that fails, the model keeps its own, with a sentence.
+            folder or a safetensors file, or True for the one that the model names. Where it
+            cannot be had, the model keeps its own, with a sentence.
         head_bits: Bits of the finer head: 6, 8 (default) or 16.
         flash_head_always: Use the FlashHead even where it makes this model no faster here.
         progress: Print steps and bars on standard error.
@@ -112,8 +113,8 @@ def load_draft(
     """Loads a draft model, with its FlashHead if it has one. It builds none.
 
     The target verifies each draft, so fewer probes cost no exactness. By default a draft reads a
-    tenth of its head's bytes (docs/drafts.md). ValueError as in `load`, and if a number of probes
-    is given without a FlashHead.
+    tenth of its head's bytes (docs/drafts.md). ValueError as in `load`, and for probes without a
+    FlashHead.
     """
     options = HeadOptions(missing=DENSE, n_probes=draft_probes, drafts=True)
     folder, trust = resolve(path_or_hf_repo), {"trust_remote_code": trust_remote_code}
@@ -139,19 +140,13 @@ def sharded_load(
     backend: str | None = None,
     progress: bool = True,
 ):
-    """Loads this process's part of a model: ``mlx_lm.utils.sharded_load`` with a FlashHead.
+    """Loads this process's part of a model: ``mlx_lm.utils.sharded_load`` with a FlashHead, which
+    is named, in the model's folder, or was built before by a single process.
 
-    Several processes do not build a FlashHead. It is named, in the model's folder, or was built
-    before by a single process.
-
-    Args:
-        path_or_hf_repo: A folder at the same place on each machine, or a Hugging Face repository.
-        pipeline_group: The processes that share the layers out.
-        tensor_group: The processes that share each layer. Without either group all processes share
-            the model in the way that it supports, tensor first.
-
-    The other arguments, what is returned and raised are as in `load`; also a ValueError if the
-    model cannot be split in this way, or if its head is split over the vocabulary.
+    The processes of ``pipeline_group`` share the layers out, those of ``tensor_group`` share each
+    layer; without either all share the model in the way that it supports, tensor first. The rest is
+    as in `load`; also a ValueError if the model cannot be split in this way, or if its head is
+    split over the vocabulary.
     """
     options = HeadOptions(flash_head, REFUSE, n_probes, backend, progress, tunes=False)
     folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
@@ -182,14 +177,8 @@ def attach(
     Args:
         model: Any model of mlx-lm or mlx-vlm, with its final adapters and bits.
         tokenizer: What its ``load`` returned beside it: mlx-lm's tokenizer, or mlx-vlm's processor.
-        flash_head: A folder or a Hugging Face repository of a FlashHead; default: the one that was
-            built for this model before, else a new one.
 
-    The other arguments are as in `load`; the model gets a finer head first.
-
-    Raises:
-        ValueError: If there is none and none may be built, if it belongs to another model or is
-            damaged, or if an argument is not valid. The model stays unchanged.
+    The other arguments and errors are as in `load`: after an error the model is unchanged.
     """
     missing = BUILD if build else REFUSE
     fine: Any = {"fine_head": fine_head, "head_bits": head_bits, "always": flash_head_always}
@@ -253,7 +242,8 @@ def _attach_fine_head(location: HeadLocation, source: Path, options: HeadOptions
         try:
             give_fine_head(location, source, options.fine_head, bits=bits, say=say, progress=bar)
         except ValueError as error:
-            options.warn(f"Without a finer head: {error}")
+            text = f"Without a finer head: {error}"
+            options.say(text) if options.progress else warnings.warn(text, stacklevel=2)
 
 
 def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None:
@@ -262,10 +252,9 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
     It is built from states of the drafter as it drafts answers of the target.
     """
     head = get_flash_head(target)
-    # of a drafter that drafts for the build the target is not known
-    known = None if head is None else _targets.pop(head, None)
-    if head is None or known is None:
+    if head is None or head not in _targets:  # as while the drafter drafts for its own build
         return
+    known = _targets.pop(head)
     tokenizer, options = known[0], replace(known[1], n_probes=None, drafts=True)
     try:
         location = drafter_head(drafter, target)

@@ -5,7 +5,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,10 +76,3 @@ class HeadOptions:
             text = with_flags(text) if self.flags else text
             tqdm.write(printable(text), file=sys.stderr)  # above a bar that is shown
             sys.stderr.flush()
-
-    def warn(self, text: str) -> None:
-        """Says what is not as the user wanted it, whether there is progress to be shown or not."""
-        if self.progress:
-            self.say(text)
-        else:
-            warnings.warn(text, stacklevel=2)

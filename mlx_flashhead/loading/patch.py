@@ -82,7 +82,6 @@ class _Patches:
             self._warned = True
 
     def _verified_use(self, model: Any) -> "_Use | None":
-        """How a program uses a FlashHead that may be verified."""
         head = get_flash_head(model) if self._options.verify else None
         return None if head is None else self._uses.get(head)
 

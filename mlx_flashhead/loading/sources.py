@@ -1,9 +1,8 @@
 """Where a model's FlashHead comes from: the one that is named, the one beside the model, and the
 cached ones on this machine.
 
-A cache entry is a folder, or a file of a finer head, written completely or not at all. Its name is
-the fingerprint of a head's rows and a number, so a moved or renamed model finds its own. Nothing of
-another name is touched. The network is used only for repositories that the user names.
+A cache entry is a folder, or a file of a finer head. Its name is the fingerprint of a head's rows
+and a number, so a moved or renamed model finds its own. Nothing of another name is touched.
 """
 
 import re
@@ -49,26 +48,19 @@ def explicit_head(options: HeadOptions) -> StoredHead | None:
     name = str(options.flash_head)
     folder = resolve(name, files=[FILE_NAME, SETTINGS_NAME, files.CONFIG_NAME])
     if files.stored_recipe(folder) is None:
-        raise ValueError(
-            f"{name} holds no FlashHead: name another one, or leave it out and one is found or "
-            "built."
-        )
+        raise ValueError(f"{name} holds no FlashHead: name another one, or none to have one built.")
     return StoredHead(read_index(folder), name)
 
 
 def named_head(folder: Path, options: HeadOptions) -> StoredHead | None:
     """The FlashHead that the user names, else the one in the model's folder, or None; ValueError
     for a damaged or another version's."""
-    explicit = explicit_head(options)
-    if explicit is not None:
-        return explicit
+    if options.flash_head is not None:
+        return explicit_head(options)
     if files.has_flash_head(folder):
         return StoredHead(read_index(folder), str(folder))
     if files.stored_recipe(folder) is not None:
-        options.say(
-            f"{folder} names a FlashHead, but {FILE_NAME} is missing (other programs leave it out "
-            "when they save the model), so another one is used."
-        )
+        options.say(f"{folder} names a FlashHead, but {FILE_NAME} is missing: another one is used.")
     return None
 
 
@@ -91,7 +83,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Its size on the disk, as far as it can be read."""
+        """Its size on the disk, or 0 if it cannot be read."""
         with suppress(OSError):
             parts = self.path.iterdir() if self.path.is_dir() else [self.path]
             return sum(part.stat().st_size for part in parts if part.is_file())
@@ -130,8 +122,7 @@ def entries() -> list[Entry]:
 
 
 def remove_rest() -> list[Path]:
-    """Deletes speeds and partly fetched finer heads. Returns what else lies among the cached
-    heads and is none of them."""
+    """Deletes speeds and partly fetched finer heads. Returns the files that are not the cache's."""
     parts = (file for file in _well_named(FINE_FOLDER) if file.suffix == ".part")
     for file in (*_well_named(SPEEDS), *parts):
         file.unlink(missing_ok=True)
@@ -155,30 +146,26 @@ def speeds_of(fingerprint: str) -> Path:
 
 
 def find(rows: Matrix, say: Callable[[str], None]) -> StoredHead | None:
-    """The FlashHead that was built for these rows (in token order), else the nearest one for
-    another form of them. A damaged one counts as missing, with a sentence."""
-    place, best, best_cosine = place_of(rows), None, 0.0
+    """The FlashHead that was built for these rows (in token order), else one for another
+    form of them. A damaged one counts as missing, with a sentence."""
+    place = place_of(rows)
     try:
         if place.is_dir():
             return StoredHead(read_index(place), str(place))
     except (ValueError, OSError) as error:
         say(f"{str(error).partition(': ')[0]}: it is built again.")
     for path, config in ((entry.path, entry.config) for entry in entries()):
-        other = path.name.endswith(f"-{RECIPE}") and path != place
-        if not other or config is None or config.vocab_size != rows.n_rows:
+        if not path.name.endswith(f"-{RECIPE}") or config is None:
             continue
         with suppress(ValueError, OSError):  # damaged, or of other rows
             index = read_index(path)
             index.check_fit(rows, str(path))
-            cosine, _ = index.sketch.likeness(rows)
-            if cosine > best_cosine:
-                best, best_cosine = StoredHead(index, str(path)), cosine
-    return best
+            return StoredHead(index, str(path))
+    return None
 
 
 def keep(index: FlashHeadIndex, place: Path) -> None:
-    """Keeps a FlashHead and replaces another one in its place, whose speeds are forgotten; OSError
-    if it cannot be written. Nothing is left behind."""
+    """Keeps a FlashHead and forgets the speeds of another one in its place; OSError."""
     with new_folder(place) as folder:
         files.write_companion(folder, index)
     speeds_of(index.config.fingerprint).unlink(missing_ok=True)

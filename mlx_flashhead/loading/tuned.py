@@ -1,7 +1,5 @@
-"""The settings of the loop that were measured on this machine, stored beside the FlashHeads.
-
-A measurement of a busy machine is provisional: it is used, and made again when it is quieter.
-"""
+"""The settings of the loop that were measured on this machine, stored beside the FlashHeads. Those
+of a busy machine are provisional: they are used, and measured again when it is quieter."""
 
 import json
 import math
@@ -39,8 +37,7 @@ def install_stored(
     the model stays as it was, if it does not fit or an option is not valid."""
     index = stored.index
     location = location or find_head(model)
-    near = index.check_fit(location.rows(), stored.source)
-    if near is not None:
+    if near := index.check_fit(location.rows(), stored.source):
         options.say(near)
     config, n_probes = index.config, options.n_probes
     chosen = n_probes is not None or options.drafts
@@ -69,10 +66,9 @@ def tune_head(
 ) -> Generator[None, None, Tuning | None]:
     """Gives the FlashHead of ``model`` the settings that were measured on this machine, in steps.
 
-    They are measured at the first use of this machine, version of MLX and dtype, in a few seconds,
-    and again as long as they are provisional, whenever the machine is quiet. A number of probes
-    that the user has chosen stays, and ``always`` keeps a FlashHead that gains nothing.
-    ``$MLX_FLASHHEAD_TUNING=off`` measures nothing, and returns None.
+    They are measured at first, for a machine, version of MLX and dtype, and again while they are
+    provisional and the machine is quiet. Returns None, with nothing measured, for probes that the
+    user has chosen, and with ``$MLX_FLASHHEAD_TUNING=off``.
     """
     off = os.environ.get(TUNING_VARIABLE) == "off"
     if options.n_probes is not None or options.drafts or not options.tunes or off:
@@ -112,7 +108,6 @@ def tune_head(
 
 
 def speed_text(tuning: Tuning) -> str:
-    """What is known of a machine's gain, such as "1.21 x"."""
     doubts = [name for name in ("dense", "predicted", "provisional") if getattr(tuning, name)]
     return f"{tuning.gain:.2f} x" + (f" ({', '.join(doubts)})" if doubts else "")
 
@@ -126,7 +121,6 @@ def read(place: Path) -> dict[str, Tuning]:
 
 
 def _is_valid(values: Any) -> bool:
-    """Whether these are all the fields of a `Tuning`, each of its type and range."""
     hints = get_type_hints(Tuning)
     if not isinstance(values, dict) or values.keys() != hints.keys():
         return False

@@ -27,7 +27,7 @@ HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 
 def home() -> Path:
     """Where FlashHeads and finer heads are cached; ValueError of a user who does not exist."""
-    folder = _path(os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead")
+    folder = Path(os.path.expanduser(os.environ.get(HOME_VARIABLE) or "~/.cache/mlx_flashhead"))
     if folder.parts[0].startswith("~"):
         reason = f"The home directory in {folder} is not known"
         raise ValueError(f"{reason}: set {HOME_VARIABLE} to a folder.")
@@ -44,16 +44,12 @@ def lock_of(place: Path) -> FileLock:
     return lock
 
 
-def _path(name: str) -> Path:
-    return Path(os.path.expanduser(name))  # as it is, of a user who does not exist
-
-
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
     """The local folder of a model: itself, or its download from the Hugging Face Hub; ValueError if
     neither exists. ``files`` are patterns of what to download; default: the whole checkpoint."""
     if not path_or_repo:
         raise ValueError("The name of the model is empty: give a folder or a repository.")
-    path = _path(path_or_repo)
+    path = Path(os.path.expanduser(path_or_repo))
     if path.is_dir():
         if revision is not None:
             raise ValueError(
@@ -71,8 +67,8 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
 
 @contextmanager
 def _hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
-    """A block in which errors of the Hub's client become a ValueError: one sentence on what a user
-    can do. Those of this package pass, and those of the disk of a tensor."""
+    """A block in which errors of the Hub's client become a ValueError of one sentence. Those of
+    this package pass, and those of the disk."""
     try:
         yield
     except Exception as error:  # the client raises many unrelated types
@@ -80,18 +76,19 @@ def _hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
         if of_disk or type(error) is ValueError:
             raise
         missing = f"There is no folder {name!r} here, and"
-        page = f"{constants.ENDPOINT}/{name}"
-        unreached = "the Hugging Face Hub cannot be reached: check the network and the name."
+        nobody = (
+            f"{missing} the Hugging Face Hub cannot be reached: check the network and the name."
+        )
         if constants.HF_HUB_OFFLINE:
-            unreached = "it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
-        nobody = f"{missing} {unreached}"
+            nobody = (
+                f"{missing} it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
+            )
         sentences = {
-            errors.GatedRepoError: f"{name} is gated: ask for access on {page}, then log in with "
-            "`hf auth login`.",
+            errors.GatedRepoError: f"{name} is gated: ask for access on {constants.ENDPOINT}/{name}"
+            ", then log in with `hf auth login`.",
             errors.RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face "
             "Hub: check the name, or log in with `hf auth login` if it is private.",
-            errors.RevisionNotFoundError: f"The repository {name} has no revision {revision!r}: "
-            "its page lists them.",
+            errors.RevisionNotFoundError: f"{name} has no revision {revision!r}: see its page.",
             errors.RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another "
             "source.",
             errors.OfflineModeIsEnabled: nobody,
@@ -224,7 +221,7 @@ class Tensor:
 def tensor_files(source: str) -> Iterator[TensorFile]:
     """The safetensors files of a file, a folder or a repository, those of a head first; ValueError
     if there are none."""
-    path = _path(source)
+    path = Path(os.path.expanduser(source))
     if path.exists():
         files = sorted(path.glob("*" + ENDING)) if path.is_dir() else [path]
         yield from (TensorFile(str(file)) for file in files)

@@ -1,8 +1,7 @@
 """A finer output head for a quantized model: the rows of its original, checked and rounded.
 
-Rounding to b bits moves a row by what b bits round away; training moves it by more. So the original
-rows are rounded as the model's are: where that gives the model's rows, they are the same head
-(measured in docs/finer-head.md).
+Training moves a row by more than rounding does. So the original rows are rounded as the model's
+are: where that gives the model's rows, they are the same head (measured in docs/finer-head.md).
 """
 
 import errno
@@ -52,22 +51,18 @@ def give_fine_head(
 ) -> None:
     """Replaces the rows of a quantized head, in place, by finer ones of the same head.
 
-    They are looked up in the cache, else fetched from a ``source``, rounded and cached: from a
-    repository, folder or safetensors file of the original, or, if True, from the one that the
-    model's ``folder`` names by its card or configuration. 16 ``bits`` keep the original's floats.
-    ValueError, in one sentence, if there are no such rows: the model stays as it is.
+    They are looked up in the cache, else fetched from the original, rounded and cached. ``source``
+    is its repository, folder or safetensors file, or True for the one that the model's ``folder``
+    names. 16 ``bits`` keep its floats. ValueError, in one sentence, if there are no such rows.
     """
     coarse, bits, kind = location.rows(), bits or DEFAULT_BITS, type(location.module)
     if not coarse.quantized:
         raise ValueError("The head's rows are floats already: leave `fine_head` out.")
     if kind not in (nn.QuantizedEmbedding, nn.QuantizedLinear):
-        raise ValueError(
-            f"A head of the type {kind.__name__} cannot be made finer: leave `fine_head` out."
-        )
+        raise ValueError(f"A {kind.__name__} cannot be made finer: leave `fine_head` out.")
     if coarse.bits >= bits:
         raise ValueError(
-            f"The head has {coarse.bits} bits already: leave `fine_head` out, or choose more "
-            "`head_bits`."
+            f"The head has {coarse.bits} bits already: choose more `head_bits`, or no `fine_head`."
         )
     place = home() / FOLDER / f"{coarse.fingerprint[:24]}-{bits}{ENDING}"
     try:
@@ -106,13 +101,7 @@ def _cached_rows(place: Path, coarse: Matrix) -> Matrix | None:
 
 
 def _fetch(
-    location: HeadLocation,
-    folder: Path,
-    source: str | Path | bool,
-    bits: int,
-    place: Path,
-    say: Say,
-    progress: bool,
+    location: HeadLocation, folder: Path, source: Any, bits: int, place: Path, say: Say, bar: bool
 ) -> Matrix:
     coarse = location.rows()
     n_rows, width, scales = coarse.n_rows, coarse.hidden_size, coarse.scales
@@ -133,8 +122,7 @@ def _fetch(
     if shutil.disk_usage(place.parent).free < 2 * nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     say(f"Fetching {tensors['weight'].name} of {original} ({megabytes(nbytes)}) for a finer head.")
-    bar: Any = {"unit": "B", "unit_scale": True, "desc": "Finer head", "disable": not progress}
-    with tqdm(total=nbytes, **bar) as shown:
+    with tqdm(total=nbytes, unit="B", unit_scale=True, desc="Finer head", disable=not bar) as shown:
         maps = {name: t.fetch(place.parent, place.stem, shown) for name, t in tensors.items()}
     compared, pieces = [], []
     for start in range(0, n_rows, PIECE_ROWS):
@@ -279,8 +267,7 @@ def _rows(tensors: Rows, name: str, shape: tuple[int, int]) -> Rows | None:
 
 
 def replace_rows(module: nn.Module, rows: Matrix) -> None:
-    """Gives a quantized layer other rows in place. The old ones, which `restore_rows` gives back,
-    stay in memory: of 4 bits they take half of what 8-bit rows do."""
+    """Gives a quantized layer other rows in place. `restore_rows` gives the old ones back."""
     own: Any = module
     base, old = type(module), {name: module.pop(name) for name in ARRAYS if name in module}
     attributes = {name: getattr(own, name) for name in ("group_size", "bits", "mode")}

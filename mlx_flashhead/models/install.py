@@ -31,7 +31,6 @@ NO_FLASH_HEAD = "This model has no FlashHead: load it with mlx_flashhead.load."
 
 
 def _installed_module(model: nn.Module) -> Any:
-    """The module of ``model`` that carries a FlashHead, or None when the model is dense."""
     return next((m for m in model.modules() if isinstance(m, _FlashModule)), None)
 
 
@@ -64,10 +63,9 @@ def install(
 ) -> FlashHead:
     """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
 
-    Load, cast, quantize, apply adapters and shard first. ``token_ids`` (C, cluster_size) hold V in
-    padded slots. ``location``, if any, is known to be a plain product. ``settings`` are arguments
-    of :class:`FlashHead`. ValueError, with the model unchanged, if there is one already, the head
-    is not supported, an argument is not valid, or a kernel of the requested backend fails.
+    ``token_ids`` (C, cluster_size) hold V in padded slots. ``location``, if any, is known to be a
+    plain product. ``settings`` are arguments of :class:`FlashHead`. ValueError, with the model
+    unchanged, if there is one already, the head is not supported, or an argument is not valid.
     """
     # a drafter may hold the embedding of a target with a FlashHead
     if get_flash_head(model if location is None else location.module) is not None:
@@ -105,8 +103,8 @@ def detach(model: nn.Module) -> None:
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
-    """The dense form of a model with a FlashHead. It has its own rows and shares all other arrays:
-    their place in memory alone changes the time of a step by up to a tenth on a CPU."""
+    """The dense form of a model with a FlashHead. It shares all arrays but its rows, since their
+    place in memory alone changes the time of a step by up to a tenth on a CPU."""
     dense = copy.deepcopy(model)
     _uninstall(dense)  # a finer head stays: it is the dense model's, too
     return dense
@@ -219,9 +217,8 @@ class _FlashEmbedding(_FlashModule):
 
 
 def logit_change_of(model: nn.Module) -> LogitChange:
-    """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``, which keeps
-    bounds; UnsupportedHeadError if a token's result depends on anything but its logit, or a larger
-    logit may become a smaller one."""
+    """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``;
+    UnsupportedHeadError if it is not a rising function of each logit by itself."""
     head = installed_head(model)
     if head not in _known:
         _known[head] = _learn(model, head)
@@ -252,8 +249,7 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
     traced = mx.compile(lambda logits: run(logits[None])[0])
 
     def change(logits: mx.array) -> mx.array:
-        rows = [traced(logits[i : i + 1]) for i in range(len(logits))]
-        return rows[0] if len(rows) == 1 else mx.concatenate(rows)
+        return mx.concatenate([traced(logits[i : i + 1]) for i in range(len(logits))])
 
     return change
 

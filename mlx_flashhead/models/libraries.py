@@ -1,6 +1,5 @@
-"""The models of two libraries, mlx-lm and mlx-vlm: their load with errors of one sentence, how they
-run, and their text: of mlx-vlm's processors the text side with the face of mlx-lm's tokenizers, and
-chat templates, which come with a model, within limits of time and memory."""
+"""The models of mlx-lm and mlx-vlm: their load with errors of one sentence, how they run, and their
+text, with chat templates within limits of time and memory."""
 
 import os
 from collections.abc import Sequence
@@ -20,8 +19,7 @@ from .compat.mlx_lm import load, load_adapters, sharded_load
 from .compat.mlx_vlm import too_old
 from .fetch import reason
 
-# For a model whose configuration and tokenizer do not give its context.
-UNKNOWN_CONTEXT = 32768
+UNKNOWN_CONTEXT = 32768  # of a model whose configuration and tokenizer do not give it
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _GUARD = Guard(Path(__file__).with_name("template_renderer.py"))
 
@@ -87,13 +85,11 @@ def load_dense_part(
             f"({reason(error)}): use {no}`pipeline_group`, another number of processes, or one."
         ) from error
     if pipeline_group is None and hasattr(model, "shard"):
-        by_layers = hasattr(getattr(model, "model", None), "pipeline")
-        size = (tensor_group or mx.distributed.init()).size()
-        _check_attention_heads(config, size, by_layers=by_layers)
+        _check_attention_heads(config, (tensor_group or mx.distributed.init()).size())
     return model, tokenizer, config
 
 
-def _check_attention_heads(config: dict, processes: int, *, by_layers: bool) -> None:
+def _check_attention_heads(config: dict, processes: int) -> None:
     """Raises if the attention heads cannot be shared out. mlx-lm rounds down and makes garbage."""
     config = config.get("text_config", config)
     heads = config.get("num_attention_heads")
@@ -102,11 +98,9 @@ def _check_attention_heads(config: dict, processes: int, *, by_layers: bool) -> 
         return
     # some models repeat their key-value heads if there are fewer of them than processes
     if heads % processes or (groups % processes and processes % groups):
-        instead = "`pipeline_group`" if by_layers else "one"
         raise ValueError(
             f"The model's {heads} attention heads ({groups} of keys and values) cannot be shared "
-            f"out to {processes} processes: use {instead}, or a number of processes that divides "
-            "both."
+            f"out to {processes} processes: use a number that divides both, or `pipeline_group`."
         )
 
 
@@ -251,9 +245,8 @@ def apply_template(
 ) -> str:
     """The text that the chat template of mlx-lm's or transformers' tokenizer makes of messages.
 
-    ``options`` are those of transformers' ``apply_chat_template``, such as ``tools``, and variables
-    of the template; ``remedy`` is what an error advises: ValueError, if the template fails, or
-    takes more than 5 seconds or 512 MB.
+    ``options`` are transformers', such as ``tools``, and variables of the template. ValueError,
+    which advises the ``remedy``, if the template fails, or takes more than 5 seconds or 512 MB.
     """
     apply = partial(type(tokenizer).apply_chat_template, tokenizer, messages, tokenize=False)
     template = _jinja_template(tokenizer, options.get("tools"))

@@ -39,8 +39,8 @@ class HeadLocation:
 
 
 def find_head(model: nn.Module) -> HeadLocation:
-    """The output projection of ``model``, found by tracing one forward pass; of a lazily loaded one
-    too. UnsupportedHeadError if no module's output is the logits, or the model does not run."""
+    """The output projection of ``model``, found by tracing one forward pass; UnsupportedHeadError
+    if no module's output is the logits, or the model does not run."""
     check_writes_text(model)
     weights = ((type(module), module.get("weight")) for module in model.modules())
     classes = {cls for cls, w in weights if isinstance(w, mx.array) and w.ndim == 2}
@@ -75,7 +75,6 @@ def find_head(model: nn.Module) -> HeadLocation:
                 "first: run mlx_lm.fuse, then use the fused model."
             )
     if not heads:
-        _refuse_split(calls, vocab_size, name)
         raise UnsupportedHeadError(
             f"The output projection of this {name!r} model cannot be intercepted (its {vocab_size} "
             f"logits come from no layer of its own): use it with {home}, without FlashHead."
@@ -87,18 +86,6 @@ def find_head(model: nn.Module) -> HeadLocation:
         )
     path = next(path for path, module in model.named_modules() if module is heads[-1])
     return replace(whole[-1], path=path)
-
-
-def _refuse_split(calls: list[tuple[int, HeadLocation]], vocab_size: int, name: str) -> None:
-    split = nn.AllToShardedLinear | nn.QuantizedAllToShardedLinear
-    for width, call in calls:
-        processes = call.module.group.size() if isinstance(call.module, split) else 1
-        if processes > 1 and width * processes == vocab_size:
-            raise UnsupportedHeadError(
-                f"Each of the {processes} processes holds a part of this {name!r} model's "
-                f"vocabulary of {vocab_size}, which FlashHead cannot search: split the model "
-                "by layers instead, with a `pipeline_group`, or use one process."
-            )
 
 
 def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
@@ -153,10 +140,8 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
             if key in under_way:  # a call of the parent's method belongs to this call
                 return original(self, *args, **kwargs)
             under_way.add(key)
-            try:
-                output = original(self, *args, **kwargs)
-            finally:
-                under_way.remove(key)
+            output = original(self, *args, **kwargs)
+            under_way.remove(key)
             record(self, name, args, output)
             return output
 

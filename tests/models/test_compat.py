@@ -3,9 +3,7 @@
 import importlib
 import subprocess
 import sys
-import warnings
 from functools import partial
-from importlib.metadata import version
 from unittest.mock import Mock
 
 import huggingface_hub
@@ -13,22 +11,11 @@ import pytest
 
 from mlx_flashhead.index.files import FILE_NAME, write_companion
 from mlx_flashhead.models import fetch
-from mlx_flashhead.models.compat import warn_of_later
 from mlx_flashhead.models.compat.patching import put_in_place
 from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.libraries import load_dense
 from refusals import refused
 from tiny_models import tiny_index, tiny_model
-
-
-@pytest.mark.parametrize("package", ["mlx", "mlx-lm"])
-def test_a_later_version_warns_and_is_not_forbidden(package):
-    with pytest.warns(UserWarning, match=f"{package} up to 0.32, and 0.33.1 is installed"):
-        warn_of_later(package, "0.33.1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_later(package, "0.32.9")
-        warn_of_later(package, version(package))
 
 
 @pytest.mark.newest

@@ -80,9 +80,8 @@ _PROCESSORS = _nested_codes(
 
 
 def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
-    """What ``make_sampler`` was called with, for a sampler whose draw is a threshold and the best
-    noisy logit; None for another sampler, with XTC, or with a least number of tokens. mlx-lm's
-    samplers say nothing of themselves, so this reads the closures of 0.31 and 0.32."""
+    """What ``make_sampler`` was called with, read from its closures; None for a sampler whose draw
+    is not a threshold and the best noisy logit, as with XTC or a least number of tokens."""
     if sampler is getattr(sample_utils, "greedy_sampler", sample_utils):
         return {}
     if getattr(sampler, "__code__", None) not in _SAMPLERS:
@@ -180,7 +179,7 @@ class ChoosingBatchGenerator(BatchGenerator):
 
     @property
     def generating(self) -> list[int]:
-        """Numbers of the sequences whose tokens are generated, in the order of their rows."""
+        """The sequences whose tokens are generated, in the order of their rows."""
         return self._generation_batch.uids
 
     @property

@@ -51,13 +51,12 @@ CHANGES_BATCHES = ("rapid_mlx",)
 
 
 def caller_changes_batches() -> bool:
-    """Whether the module that makes a batch, by the present function, is of one of those above."""
-    name = sys._getframe(2).f_globals.get("__name__", "")
-    return name.split(".")[0] in CHANGES_BATCHES
+    """Whether the caller of the present function is of one of these packages."""
+    return sys._getframe(2).f_globals.get("__name__", "").split(".")[0] in CHANGES_BATCHES
 
 
 def caller_generates() -> bool:
-    """Whether the module that has called the present function is none of those above."""
+    """Whether the caller of the present function is none of the modules without text."""
     names = sys._getframe(2).f_globals
     spec = names.get("__spec__")  # a program that runs has another name than its own
     name = spec.name if spec is not None else names.get("__name__", "")
