@@ -18,7 +18,7 @@ TYPES |= dict.fromkeys(("calibration", "report", "verification", "recipe"), dict
 
 @dataclass(frozen=True)
 class FlashHeadConfig:
-    """Settings of a FlashHead. ``calibration`` has ``source``, ``positions``, ``seed``; ``quick`` if
+    """A FlashHead's settings. ``calibration`` has ``source``, ``positions``, ``seed``, ``quick`` if
     less was read on purpose, ``cut_short`` by the time limit. `conversion.measures` makes the
     ``report`` of held-out positions and ``verification``, `conversion.options` the ``recipe``."""
 
