@@ -58,7 +58,7 @@ def compare(folder: str, prompts=PROMPTS, max_tokens: int = 40) -> bool:
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         line = f"{prompt!r}: {same} of {max(map(len, tokens))} tokens are the same"
         if tokens[0] != tokens[1]:
-            with get_flash_head(model).dense():
+            with get_flash_head(model).settings(dense=True):
                 context = mx.array([[*tokenizer.encode(prompt), *tokens[0][:same]]])
                 tie, difference = verdict(model(context)[0, -1], pairs[same])
             agree &= tie

@@ -46,12 +46,9 @@ def evaluate(
     probe_counts: Sequence[int] | None = None,
     positions: int | None = None,
 ) -> dict[str, Any]:
-    """Measures ``model``, which has a FlashHead, on a text that calibration has not seen.
-
-    Returns positions, the dense perplexity, the model's own probes and clusters, and for each
-    number of probes (default: several, and its own) a row of `conversion.measures`' means with its
-    share of bytes. ValueError if a number is not 1 … C.
-    """
+    """Positions, the dense perplexity, the model's own probes and clusters, and for each number of
+    probes (default: several, and its own) a row of `conversion.measures`' means with its share of
+    bytes. ValueError if a number is not 1 … C."""
     head = installed_head(model)
     usual = (n for n in (48, 96, 128, 192, 256, 512) if n <= head.n_clusters)
     counts = sorted({*(probe_counts or [*usual, head.unverified_probes])})

@@ -38,16 +38,10 @@ class Answer:
 
 
 class Conversation:
-    """Questions and answers in turn.
+    """Questions and answers in turn, with any model and mlx-lm's wrapper of its tokenizer.
 
-    Args:
-        model: Any model, with a FlashHead or dense.
-        tokenizer: mlx-lm's wrapper, with a chat template.
-        system_prompt: The beginning of every conversation.
-        max_kv_size: Tokens that the cache keeps, the first four and the newest; default: all.
-
-    Raises:
-        ValueError: If the tokenizer has no chat template, or the template takes no system prompt.
+    The cache keeps ``max_kv_size`` tokens (default: all), the first four and the newest. ValueError
+    if the tokenizer has no chat template, or the template takes no system prompt.
     """
 
     def __init__(
@@ -81,11 +75,10 @@ class Conversation:
     def ask(
         self, text: str, *, stopping: Callable[[], bool] = lambda: False, **kwargs: Any
     ) -> Iterator[str]:
-        """Asks, streams the answer, and appends it to ``answers``.
+        """Asks, streams the answer, and appends it to ``answers``; keywords of ``stream_generate``.
 
         ``stopping`` is called after each token, where True stops and the answer so far stays, and
         while the prompt is read, where it raises KeyboardInterrupt and the question is forgotten.
-        The other keywords are those of ``stream_generate``, such as dense, max_tokens and sampler.
         ValueError if the chat template refuses the conversation, which stays unchanged.
         """
         question = {"role": "user", "content": text}

@@ -49,6 +49,12 @@ def redacted_logs() -> Iterator[None]:
             handler.removeFilter(redacted)
 
 
+def holds_secret(content: bytes) -> bool:
+    """Whether a file's content holds the user's token, or text in the form of a token."""
+    tokens = [re.escape(token)] if (token := get_token()) else []
+    return re.search("|".join([*tokens, r"\bhf_[A-Za-z0-9]{34}\b"]).encode(), content) is not None
+
+
 def full_name(name: str, user: str) -> str:
     """ "owner/name" of a repository that may be named without its owner; ValueError if the Hub does
     not allow the name."""

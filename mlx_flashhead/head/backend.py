@@ -7,13 +7,14 @@ import os
 import re
 from collections.abc import Iterator
 from textwrap import shorten
+from typing import cast
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import Draws, DrawSettings, gpu_is_default, position_key
 from .kernels import MetalSteps
-from .steps import Candidates, PortableSteps, Proposal, Selection, in_token_order
+from .steps import Candidates, PortableSteps, Proposal, Selection, in_token_order, unscored
 
 METAL, PORTABLE = "metal", "mlx"
 BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
@@ -24,9 +25,8 @@ HOW_TO_REPORT = (
 
 log = logging.getLogger("mlx_flashhead")
 
-# Allowed difference, relative to the size of the products. All sums are float32: only the order of
-# the additions and the rounding of the result differ, by units of rounding. A lane that is left out
-# changes a product by a sixth of its size.
+# Allowed difference, relative to the size of the products: only the order of additions and the
+# rounding of results differ. A lane that is left out changes a product by a sixth of its size.
 UNITS, LEAST = 2, 1e-3
 
 # The constants of the same names in metal/flash_head/constants.h.
@@ -75,30 +75,21 @@ def make_steps(clustered: ClusteredRows, requested: str | None) -> tuple[Portabl
             reason = "MLX's default device is the CPU."
         return PortableSteps(clustered), reason
     steps = MetalSteps(clustered)
-    if not steps.unsupported_formats:
+    if steps.reads_rows:
         return steps, "MLX computes on an Apple GPU."
-    what = {"route": "centroids", "score": "rows"}
-    said = " and ".join(f"{form} {what[step]}" for step, form in steps.unsupported_formats.items())
     reason = (
-        f"FlashHead's Metal kernels do not read {said}: MLX's own operations do, which takes a "
-        "few more kernels per token. The other steps are FlashHead's."
+        f"FlashHead's Metal kernels do not read {clustered.rows.format} rows: MLX's own operations "
+        "do, which takes a few more kernels per token. The other steps are FlashHead's."
     )
     log.warning(reason)
     return steps, reason
 
 
-def lacks_bfloat16() -> bool:
-    """Whether this GPU emulates bfloat16, as those of M1 and M2 do ("applegpu_g13s", "g14"): a
-    matrix product takes 1.8 times as long. Source: ml-explore/mlx, pull request 4216, an M1 Max."""
-    generation = re.match(r"applegpu_g(\d+)", str(mx.device_info().get("architecture")))
-    return generation is not None and int(generation[1]) < 15
-
-
 def check_kernels(
     steps: PortableSteps, requested: str | None, dtype: mx.Dtype, n_probes: int
 ) -> str | None:
-    """Builds each kernel and runs it once. If one fails, why the portable path has to be taken, or
-    a ValueError if "metal" was requested by name; None if all are sound."""
+    """Runs each kernel once: None if all are sound. If one fails, why the portable path has to be
+    taken, or a ValueError if "metal" was requested by name."""
     if not isinstance(steps, MetalSteps):
         return None
     kernel, trouble = "", None
@@ -114,7 +105,10 @@ def check_kernels(
         said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
         trouble = f"the kernel {kernel!r} does not run on this device ({said})"
     if trouble is None:
-        if dtype == mx.bfloat16 and lacks_bfloat16():
+        # GPUs of M1 and M2 emulate bfloat16: a matrix product takes 1.8 times as long on an M1 Max.
+        # Source: ml-explore/mlx, pull request 4216.
+        emulating = "applegpu_g1[34]"
+        if dtype == mx.bfloat16 and re.match(emulating, str(mx.device_info().get("architecture"))):
             steps.float16_rows = steps.clustered.flat_rows().in_float16()
         return None
     if named_backend(requested) == METAL:
@@ -122,8 +116,10 @@ def check_kernels(
             f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or unset "
             f"{BACKEND_VARIABLE}, and {HOW_TO_REPORT}."
         )
-    instead = "FlashHead takes MLX's own operations instead of its Metal kernels"
-    reason = f"{instead}, because {trouble}; {HOW_TO_REPORT}."
+    reason = (
+        "FlashHead takes MLX's own operations instead of its Metal kernels, because "
+        f"{trouble}; {HOW_TO_REPORT}."
+    )
     log.warning(reason)
     return reason
 
@@ -142,7 +138,7 @@ def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | 
 def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | Pair]:
     """The name of each kernel before it runs, then what it gives."""
     plain = PortableSteps(steps.clustered)
-    shape = (1, steps.clustered.hidden_size)
+    shape = (1, steps.clustered.rows.hidden_size)
     hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
     in_float32 = hidden.astype(mx.float32)  # all sums are, whatever the dtype
     rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
@@ -154,7 +150,7 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
 
     yield "select"
     single = steps.select(scores, n_probes, words=False)
-    probes, unscored = single.probes[:, :n_probes], steps.unscored(scores, single)
+    probes, left = single.probes[:, :n_probes], cast(mx.array, single.unscored)
     # distances to the best score as the kernel sees them; see metal/flash_head/select.h
     forced = scores >= CERTAIN
     best = mx.where(forced, mx.finfo(mx.float32).min, scores).max()
@@ -163,18 +159,18 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
     found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
     yield found, mx.sort(bins, axis=-1)[:, :n_probes], 0.0
     yield (probes[:, 1:] == probes[:, :-1]).sum(), mx.zeros(()), 0.0  # none is repeated
-    yield unscored, plain.unscored(scores, Selection(probes)), LEAST
+    yield left, unscored(scores, probes), LEAST
 
     yield "select_words"
     selection = steps.select(scores, n_probes)
     yield selection.probes, single.probes, 0.0
-    yield steps.unscored(scores, selection), unscored, 0.0
+    yield cast(mx.array, selection.unscored), left, 0.0
 
     yield "score"
     candidates = steps.score(hidden, selection)
     # the probes, which the kernels repeat below 8, each once
-    once = Selection(probes), Candidates(candidates.logits[:, :n_probes])
-    if "score" not in steps.unsupported_formats:
+    once = single._replace(probes=probes), Candidates(candidates.logits[:, :n_probes])
+    if steps.reads_rows:
         lowest = mx.finfo(candidates.logits.dtype).min  # of padded slots
         expected = mx.maximum(plain.score(in_float32, once[0]).logits, lowest)
         yield once[1].logits, expected, rounding
@@ -185,13 +181,13 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
     yield steps.expand(scores, selection, candidates), plain.expand(scores, *once), rounding
 
     yield "sample"  # the greedy token, and draws with each kind of filter
-    token = plain.token(*once)
-    yield steps.token(selection, candidates), token, 0.0
+    token, _ = plain.choose(*once, None)
+    yield steps.choose(selection, candidates, None)[0], token, 0.0
     n_other = mx.array(0)
     for position, settings in enumerate(DRAWN):
-        last = unscored, Draws.of([(settings, position_key(0, position))])
-        drawn, risk = steps.choose(selection, candidates, *last)
-        expected_token, expected_risk = plain.choose(*once, *last)
+        draws = Draws.of([(settings, position_key(0, position))])
+        drawn, risk = steps.choose(selection, candidates, draws)
+        expected_token, expected_risk = plain.choose(*once, draws)
         n_other += drawn != expected_token
         yield risk, expected_risk, rounding
     yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0  # rounding may move a token over a limit
@@ -209,7 +205,7 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
     both = Proposal(hidden, mx.tile(token, 2), probes, logits, mx.zeros(2), None)
     draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN[:2]])
     rooms = mx.array([0.01, 0.01]), mx.array([0.0, 0.01])
-    screens = [path.screen(slots, both, draws, *rooms, 0.0) for path in (steps, plain)]
+    screens = [path.screen(slots, both, draws, rooms, 0.0) for path in (steps, plain)]
     for one, other in zip(*screens, strict=True):
         yield one, other, rounding
 
@@ -218,7 +214,7 @@ def scored_logits_agree(steps: PortableSteps, dtype: mx.Dtype) -> float:
     """The share of all V logits that the scores give as MLX's product with one state does, to the
     last bit. Evaluates."""
     clustered = steps.clustered
-    hidden = mx.random.normal((1, clustered.hidden_size), key=mx.random.key(1)).astype(dtype)
+    hidden = mx.random.normal((1, clustered.rows.hidden_size), key=mx.random.key(1)).astype(dtype)
     every = Selection(mx.arange(clustered.n_clusters, dtype=mx.uint32)[None])
     scored = steps.score(hidden, every).logits.reshape(1, -1)
     same = in_token_order(scored, clustered.slot_of) == steps.dense(hidden)

@@ -21,20 +21,21 @@ class Centroids:
 
     @property
     def routing_bytes(self) -> int:
-        """Bytes read to choose the clusters: the centroids and their bias."""
+        """Bytes read to choose the clusters."""
         return self.matrix.nbytes + self.bias.nbytes
 
     def fits(self, n_clusters: int, hidden_size: int) -> bool:
-        """Whether these are centroids for ``n_clusters`` clusters of rows (V, D)."""
-        matrix = self.matrix
-        width: float = hidden_size
-        groups_fit = matrix.weight.dtype != mx.uint32
+        """Whether these are centroids for ``n_clusters`` clusters of rows (V, D), of a format that
+        the kernels read."""
+        matrix, width = self.matrix, float(hidden_size)
+        fits = matrix.weight.dtype != mx.uint32
         if matrix.scales is not None and matrix.biases is not None:
             width = hidden_size * matrix.bits / 32
             groups = (n_clusters, hidden_size / matrix.group_size)
-            groups_fit = not groups_fit and matrix.scales.shape == matrix.biases.shape == groups
-        one_each = self.bias.shape == self.tail_offset.shape == (n_clusters,)
-        return groups_fit and one_each and matrix.weight.shape == (n_clusters, width)
+            fits = not fits and matrix.scales.shape == matrix.biases.shape == groups
+        fits &= self.bias.shape == self.tail_offset.shape == (n_clusters,)
+        fits &= matrix.weight.shape == (n_clusters, width)
+        return fits and matrix.format.metal is not None
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ class ClusteredRows:
     slot_of: mx.array  # (V,) uint32, the slot c·cluster_size + i that holds a token
     centroids: Centroids
     route_bias: mx.array  # (C,) float32, the centroids' bias, ALWAYS_PROBED for forced clusters
-    padded: bool  # whether any slot is
     # Whether the (n, D) weight of each cluster lies in memory as (D, n), which a CPU's BLAS
     # multiplies faster; its shape is the same.
     by_column: bool = False
@@ -64,8 +64,8 @@ class ClusteredRows:
         return self.token_ids.shape[1]
 
     @property
-    def hidden_size(self) -> int:
-        return self.rows.hidden_size
+    def padded(self) -> bool:
+        return self.token_ids.size > self.vocab_size
 
     @classmethod
     def build(
@@ -76,17 +76,13 @@ class ClusteredRows:
         always_probed_ids: tuple[int, ...] = (),
         by_column: bool = False,
     ) -> "ClusteredRows":
-        """Reorders rows in token order, lazily. During the evaluation both orders exist.
-
-        ``token_ids`` (C, cluster_size) are a permutation of 0 … V-1 padded with V, or ValueError.
-        Clusters of ``always_probed_ids`` are always chosen. ``by_column``: by columns, for floats.
-        """
+        """Reorders rows in token order, lazily. ``token_ids`` (C, cluster_size) are a permutation
+        of 0 … V-1 padded with V, or ValueError. Clusters of ``always_probed_ids`` are forced."""
         vocab_size, (n_clusters, cluster_size) = rows.n_rows, token_ids.shape
         flat = np.asarray(token_ids, dtype=np.int64).ravel()
-        slot_of = np.argsort(flat, kind="stable")[:vocab_size]  # padded slots come last
-        n_padded = int(np.count_nonzero(flat == vocab_size))
-        every = np.array_equal(flat[slot_of], np.arange(vocab_size))
-        if not every or vocab_size + n_padded != flat.size:
+        order = np.argsort(flat, kind="stable")  # padded slots come last
+        expected = np.minimum(np.arange(max(flat.size, vocab_size)), vocab_size)
+        if not np.array_equal(flat[order], expected):
             raise ValueError(
                 f"token_ids must hold each of the {vocab_size} tokens exactly once "
                 f"(padded with {vocab_size}): convert the model again."
@@ -96,23 +92,23 @@ class ClusteredRows:
                 f"The centroids do not fit {n_clusters} clusters of rows with {rows.hidden_size} "
                 "columns: convert the model again."
             )
+        slot_of = order[:vocab_size]
         forced = slot_of[[i for i in always_probed_ids if 0 <= i < vocab_size]]
         route_bias = np.array(centroids.bias, dtype=np.float32)
         route_bias[forced // cluster_size] = ALWAYS_PROBED
         ids = mx.array(token_ids.astype(np.uint32))
-        order = mx.minimum(ids, vocab_size - 1)
-        clustered = rows.take(order)
+        source_rows = mx.minimum(ids, vocab_size - 1)
+        clustered = rows.take(source_rows)
         if by_column:
-            clustered = replace(clustered, weight=_columns(rows.weight, order))
+            clustered = replace(clustered, weight=_columns(rows.weight, source_rows))
         slots, biases = mx.array(slot_of.astype(np.uint32)), mx.array(route_bias)
-        return cls(clustered, ids, slots, centroids, biases, n_padded > 0, by_column)
+        return cls(clustered, ids, slots, centroids, biases, by_column)
 
     def arrays(self) -> list[mx.array]:
         """Every array held, for evaluation and for counting bytes."""
-        centroids = self.centroids
-        stored = [*self.rows.arrays().values(), *centroids.matrix.arrays().values()]
-        stored += [centroids.bias, centroids.tail_offset, self.route_bias]
-        return [*stored, self.token_ids, self.slot_of]
+        bias, tail_offset = self.centroids.bias, self.centroids.tail_offset
+        stored = [*self.rows.arrays().values(), *self.centroids.matrix.arrays().values()]
+        return [*stored, bias, tail_offset, self.route_bias, self.token_ids, self.slot_of]
 
     def in_rows(self) -> "ClusteredRows":
         """The same with each row in one piece, for the kernels and other programs. Lazy."""
@@ -125,16 +121,14 @@ class ClusteredRows:
         """The rows in slot order, (C·cluster_size, …): a view, or a copy of rows by columns."""
         return self.rows.map(lambda array: array.reshape(-1, *array.shape[2:]))
 
-    def rows_in(self, slots: mx.array) -> Matrix:
-        """The rows in ``slots`` (any shape, integer), which become the leading axes. Lazy."""
+    def token_rows(self, token_ids: mx.array | None = None) -> Matrix:
+        """The rows of ``token_ids`` (integers of any shape, which becomes the leading axes), or all
+        in the model's own order. Gathered anew (lazily) at each call."""
+        slots = self.slot_of if token_ids is None else mx.take(self.slot_of, token_ids)
         if not self.by_column:
             return self.flat_rows().take(slots)
         clusters, places = slots // self.cluster_size, slots % self.cluster_size
         return self.rows.map(lambda array: array[clusters, places])
-
-    def token_rows(self) -> Matrix:
-        """The rows in the model's own order, gathered anew (lazily) at each call."""
-        return self.rows_in(self.slot_of)
 
 
 def _columns(weight: mx.array, order: mx.array) -> mx.array:

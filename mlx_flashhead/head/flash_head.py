@@ -4,7 +4,7 @@ Source: arXiv 2603.14591. docs/how-it-works.md has the steps and what differs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ from .backend import PORTABLE, check_kernels, choose_backend, make_steps
 from .clustered import Centroids, ClusteredRows
 from .draw import Draws
 from .matrix import Matrix
-from .steps import NO_DEPTH, Candidates, PortableSteps, Proposal, Risk, Selection
+from .steps import NO_DEPTH, Candidates, PortableSteps, Proposal, Risk, Rows, Selection
 
 # Score of clusters whose tokens must not be drawn. Finite, since -inf breaks softcaps, logit_bias
 # and JSON; so low that exp() of it is 0.
@@ -28,10 +28,8 @@ class FlashHead:
 
     Loops that verify call :meth:`propose`. The unverified head, whose logits are estimates but for
     the scored tokens, is :meth:`unverified_logits`, or a call within a :meth:`settings` block.
-    ``backend_reason`` is a sentence that says why ``backend`` was taken, or what of it is slower.
-
-    Shapes: hidden states (B, L, D), or any leading axes; V tokens in C clusters of
-    ``cluster_size``; p = ``n_probes`` clusters scored per position.
+    ``backend_reason`` says why ``backend`` was taken. Shapes: hidden states (..., D); V tokens in C
+    clusters of ``cluster_size``, of which p = ``n_probes`` are scored per position.
 
     Args:
         rows: The dense head's rows in token order. They are reordered; the caller drops its copy.
@@ -147,10 +145,9 @@ class FlashHead:
         """Within the block a call is the unverified head's, with these settings, or ValueError.
 
         It scores ``n_probes`` clusters, by default ``unverified_probes``; with ``dense`` every
-        token, as a plain call does. With ``draw_temperature``, above 0, the p clusters are drawn
-        without replacement from softmax(S / temperature). Only their tokens can be sampled, since
-        all others get a logit of about -10,000: sampling from these logits at the same temperature
-        is the paper's "sampling over the full vocabulary", an approximation.
+        token. With ``draw_temperature``, above 0, the p clusters are drawn without replacement from
+        softmax(S / temperature), and all tokens but theirs get a logit of about -10,000: sampled at
+        the same temperature, that is the paper's "sampling over the full vocabulary".
 
         Source: Efraimidis and Spirakis 2006 / Gumbel top-k: perturbed scores, then the p largest.
         """
@@ -168,10 +165,6 @@ class FlashHead:
             yield self
         finally:
             vars(self).update(before)
-
-    def dense(self) -> AbstractContextManager["FlashHead"]:
-        """``settings(dense=True)``: within the block every token is scored."""
-        return self.settings(dense=True)
 
     @contextmanager
     def intercepted(self, project: Project) -> Iterator[None]:
@@ -227,8 +220,7 @@ class FlashHead:
         logits = self.unverified_logits(hidden, n_probes)
         if token_ids is None:
             return logits
-        rows = self.clustered.rows_in(mx.take(self.clustered.slot_of, token_ids))
-        scored = rows.matmul(hidden).astype(logits.dtype)
+        scored = self.clustered.token_rows(token_ids).matmul(hidden).astype(logits.dtype)
         ids = mx.broadcast_to(token_ids, scored.shape)
         return mx.put_along_axis(logits, ids, scored, axis=-1)
 
@@ -247,16 +239,13 @@ class FlashHead:
         n_probes = self.n_probes if n_probes is None else n_probes
         depth = NO_DEPTH if full else depth
         scores, selection, candidates = self._retrieve(hidden, n_probes, words=full, depth=depth)
-        unscored = self.steps.unscored(scores, selection)
-        tokens, risk = self.steps.choose(selection, candidates, unscored, draws, self.risk)
+        tokens, risk = self.steps.choose(selection, candidates, draws, self.risk)
         expanded = self.steps.expand(scores, selection, candidates) if full else None
         # without the probes that a kernel repeats
         probes, logits = selection.probes[:, :n_probes], candidates.logits[:, :n_probes]
         return Proposal(hidden, tokens, probes, logits, risk, expanded)
 
-    def joined(
-        self, proposals: Sequence[Proposal], rows: Sequence[tuple[int, int]], tokens: Sequence[int]
-    ) -> Proposal:
+    def joined(self, proposals: Sequence[Proposal], rows: Rows, tokens: Sequence[int]) -> Proposal:
         """Rows of several proposals as one, for a product of them all: ``rows`` are (index of a
         proposal, row of it), with their ``tokens``. It has no risk and no full logits."""
         hidden, probes, logits = self.steps.join(proposals, rows)
@@ -276,7 +265,7 @@ class FlashHead:
         """The unverified greedy token: hidden (..., D) → (...) uint32; of equals the lowest id."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         _, selection, candidates = self._retrieve(rows, self.unverified_probes, words=False)
-        return self.steps.token(selection, candidates).reshape(hidden.shape[:-1])
+        return self.steps.choose(selection, candidates, None)[0].reshape(hidden.shape[:-1])
 
     def cluster_scores(self, hidden: mx.array) -> mx.array:
         """Stage 1 alone: hidden (..., D) → (..., C) float32, ALWAYS_PROBED for forced clusters."""
@@ -285,8 +274,7 @@ class FlashHead:
 
     def embedding(self, token_ids: mx.array) -> mx.array:
         """Rows of a tied embedding: integers (...) → (..., D), as the dense embedding gives."""
-        slots = mx.take(self.clustered.slot_of, token_ids)
-        return self.clustered.rows_in(slots).dequantized()
+        return self.clustered.token_rows(token_ids).dequantized()
 
     def _retrieve(
         self, rows: mx.array, n_probes: int, words: bool, depth: float = NO_DEPTH

@@ -85,13 +85,8 @@ JOIN_CASE = """  case {i}:
 def part(name: str) -> str:
     """The text of one file of the kernels: of the installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
-    file = Path("metal", "flash_head", f"{name}.h")
-    for folder in (package, package.parent):
-        if (folder / file).is_file():
-            return (folder / file).read_text(encoding="utf-8")
-    raise FileNotFoundError(
-        f"The kernels' file {file} is missing from this installation: install mlx-flashhead again."
-    )
+    folder = package if (package / "metal").is_dir() else package.parent
+    return (folder / "metal" / "flash_head" / f"{name}.h").read_text(encoding="utf-8")
 
 
 @cache

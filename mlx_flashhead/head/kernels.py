@@ -12,12 +12,14 @@ from .clustered import ClusteredRows
 from .draw import Draws
 from .matrix import Matrix
 from .steps import (
-    DEFAULT_RISK,
     NO_DEPTH,
+    USUAL,
     Candidates,
     PortableSteps,
     Proposal,
     Risk,
+    Rooms,
+    Rows,
     Screen,
     Selection,
 )
@@ -43,12 +45,6 @@ MATRIX_FROM = 12
 FLOAT16_FROM = 6  # states: fewer are not multiplied as a matrix on any GPU that lacks bfloat16
 
 
-def unsupported_formats(clustered: ClusteredRows) -> dict[str, str]:
-    """The steps for which no kernel reads the rows, with the format of these rows."""
-    formats = {"route": clustered.centroids.matrix.format, "score": clustered.rows.format}
-    return {step: str(form) for step, form in formats.items() if form.metal is None}
-
-
 class _StoredRows:
     """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them."""
 
@@ -56,14 +52,14 @@ class _StoredRows:
         maker, names = cast(str, stored.format.metal), stored.format.arrays
         self.inputs = " ".join(names)
         self.arrays = [stored.arrays()[name] for name in names]
-        sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
+        self.sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
         if stored.quantized:
             # Packs that a lane takes at once, words of 32 bits, of 5 and 6 bits 8 and 4 values: as
             # qmv in MLX's quantized.cpp does.
             pack = PACKS.get(stored.bits, 32 // stored.bits)
             two = stored.hidden_size % (2 * LANES * pack) == 0 and n_rows % 8 == 0
-            sizes["WORDS"] = 2 if two else 1
-        self.template = {name: size for name, size in sizes.items() if name in maker}
+            self.sizes["WORDS"] = 2 if two else 1
+        self.names = " ".join(name for name in self.sizes if name in maker)
         self.expression = f"flash_head::{maker}({', '.join(names)})"
         self.files = f"{maker.partition('_rows')[0]} dot"
 
@@ -77,28 +73,28 @@ class MetalSteps(PortableSteps):
     def __init__(self, clustered: ClusteredRows, metal_kernel: Callable | None = None):
         super().__init__(clustered)
         self._metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
-        self.unsupported_formats = unsupported_formats(clustered)  # their steps stay plain
+        self.reads_rows = clustered.rows.format.metal is not None  # else `score` stays plain
         self.float16_rows: Matrix | None = None  # all rows, for `verifying_product`
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         n_rows, (n_clusters, size) = clustered.vocab_size, clustered.token_ids.shape
-        self._sizes = {"V": n_rows, "C": n_clusters, "N": size, "D": clustered.hidden_size}
+        self._sizes = {"V": n_rows, "C": n_clusters, "N": size, "D": clustered.rows.hidden_size}
         self._sizes["PADDED"] = clustered.padded
-        form: tuple[Any, ...]  # files, threads, names of template arguments, and more of them
-        if "route" not in self.unsupported_formats:
-            stored = _StoredRows(clustered.centroids.matrix, n_clusters)
-            self._route_arrays = [*stored.arrays, clustered.route_bias]
-            inputs, files = f"hidden {stored.inputs} route_bias", f"{stored.files} route"
-            body, threads = text.ROUTE_BODY.format(rows=stored.expression), LANES * ROUTE_SIMDGROUPS
-            form = (files, threads, "D C", stored.template)
-            self._route = self._kernel("route", inputs, "scores", body, *form)
-        if "score" not in self.unsupported_formats:
+        stored = _StoredRows(clustered.centroids.matrix, n_clusters)
+        self._route_arrays = [*stored.arrays, clustered.route_bias]
+        inputs, body = f"hidden {stored.inputs} route_bias", text.ROUTE_BODY
+        body = body.format(rows=stored.expression)
+        self._sizes |= stored.sizes
+        form = (f"{stored.files} route", LANES * ROUTE_SIMDGROUPS, f"D C {stored.names}")
+        self._route = self._kernel("route", inputs, "scores", body, *form)
+        if self.reads_rows:
             stored = _StoredRows(clustered.rows, n_rows)
             bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
             self._score_arrays = [clustered.token_ids, *stored.arrays, *bias]
             inputs = f"hidden probes token_ids {stored.inputs}" + " bias" * len(bias)
             names = {"rows": stored.expression, "bias": "bias" if bias else "flash_head::NoBias{}"}
             threads = LANES * min(SCORE_SIMDGROUPS, -(-size // ROWS))
-            form = (f"{stored.files} score", threads, "D N V PADDED", stored.template)
+            self._sizes |= stored.sizes
+            form = (f"{stored.files} score", threads, f"D N V PADDED {stored.names}")
             body = text.SCORE_BODY.format(**names)
             self._score = self._kernel("score", inputs, "logits best", body, *form)
         form = ("histogram select", ROW_THREADS, "C")
@@ -124,18 +120,10 @@ class MetalSteps(PortableSteps):
         self._certain = self._kernel("certain", inputs, "sure known", text.CERTAIN_BODY, *form)
 
     def _kernel(
-        self,
-        name: str,
-        inputs: str,
-        outputs: str,
-        body: str,
-        files: str,
-        threads: int,
-        sizes: str,
-        template: dict[str, int] | None = None,
+        self, name: str, inputs: str, outputs: str, body: str, files: str, threads: int, sizes: str
     ) -> Callable[..., list[mx.array]]:
         """A function that launches (x, y) threadgroups of ``threads``, for the arrays of the inputs
-        and the shape and dtype of each output; ``more`` are template arguments of the call."""
+        and the shape and dtype of each output; ``sizes`` and ``more`` are template arguments."""
         kernel = self._metal_kernel(
             name=f"flash_head_{name}",
             input_names=inputs.split(),
@@ -143,7 +131,7 @@ class MetalSteps(PortableSteps):
             header=text.header(*files.split()),
             source=body,
         )
-        known = [*((size, self._sizes[size]) for size in sizes.split()), *(template or {}).items()]
+        known = [(size, self._sizes[size]) for size in sizes.split()]
 
         def launch(
             arrays: list[mx.array], x: int, y: int, *results: tuple[tuple, mx.Dtype], **more: Any
@@ -168,7 +156,7 @@ class MetalSteps(PortableSteps):
 
     def route(self, hidden: mx.array) -> mx.array:
         n_positions, n_clusters = len(hidden), self.clustered.n_clusters
-        if "route" in self.unsupported_formats or n_positions >= MATRIX_FROM:
+        if n_positions >= MATRIX_FROM:
             return super().route(hidden)
         shared = 1 if n_positions == 1 else SHARED_POSITIONS
         groups = -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS)), -(-n_positions // shared)
@@ -181,7 +169,7 @@ class MetalSteps(PortableSteps):
         """The ``n_probes`` best clusters of each row, ascending, and the tail. Of clusters that
         differ by less than 1/64 nat those of lower ids count as better."""
         n_positions, n_clusters = scores.shape
-        if "score" in self.unsupported_formats:
+        if not self.reads_rows:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
         arrays = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
         held = (n_positions, max(n_probes, MIN_PROBES)), mx.uint32
@@ -195,7 +183,7 @@ class MetalSteps(PortableSteps):
         return Selection(probes, made[0] if words else None, unscored)
 
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
-        if "score" in self.unsupported_formats:
+        if not self.reads_rows:
             logits = super().score(hidden, selection).logits
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
         probes, rows = selection.probes, self.clustered.rows
@@ -214,29 +202,18 @@ class MetalSteps(PortableSteps):
         groups = -(-vocab_size // (WIDE_THREADS * EXPAND_TOKENS)), len(logits)
         return self._expand(arrays, *groups, ((len(logits), vocab_size), logits.dtype))[0]
 
-    def token(self, selection: Selection, candidates: Candidates) -> mx.array:
-        unscored, *_ = _greedy_draws(len(candidates.logits))  # any values, for the risk alone
-        return self.choose(selection, candidates, unscored, None)[0]
-
     def choose(
-        self,
-        selection: Selection,
-        candidates: Candidates,
-        unscored: mx.array,
-        draws: Draws | None,
-        risk: Risk = DEFAULT_RISK,
+        self, selection: Selection, candidates: Candidates, draws: Draws | None, risk: Risk = USUAL
     ) -> tuple[mx.array, mx.array]:
         logits, n_positions = candidates.logits, len(candidates.logits)
         settings = _greedy_draws(n_positions) if draws is None else draws[:3]
-        arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best, unscored]
-        arrays += [*settings, mx.array(risk)]
+        arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
+        arrays += [selection.unscored, *settings, mx.array(risk)]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
         tokens, chances = self._sample(arrays, 1, n_positions, *results, T=logits.dtype)
         return tokens, chances
 
-    def join(
-        self, proposals: Sequence[Proposal], rows: Sequence[tuple[int, int]]
-    ) -> tuple[mx.array, ...]:
+    def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
         # MLX passes small arrays in another address space
         if len(proposals) > JOINED or proposals[0].probes.shape[-1] < MIN_PROBES:
             return super().join(proposals, rows)
@@ -247,21 +224,15 @@ class MetalSteps(PortableSteps):
         return tuple(self._join(arrays, JOINED, len(rows), *results))
 
     def screen(
-        self,
-        slots: mx.array,
-        proposal: Proposal,
-        draws: Draws | None,
-        room: mx.array,
-        scored_room: mx.array,
-        epsilon: float,
+        self, slots: mx.array, proposal: Proposal, draws: Draws | None, rooms: Rooms, epsilon: float
     ) -> Screen:
         k, n_parts = len(slots), -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
         settings, top_k, keys = _greedy_draws(k) if draws is None else draws[:3]
         ids, chosen = self.clustered.token_ids, (proposal.logits, proposal.tokens, settings)
         arrays = [slots, proposal.probes, ids, self.clustered.slot_of, *chosen, keys]
         tallied = (k, n_parts, TALLIED), mx.float32
-        (parts,) = self._screen([*arrays, room, scored_room], n_parts, k, tallied)
-        arrays = [parts, proposal.probes, ids, *chosen, top_k, keys, room, scored_room]
+        (parts,) = self._screen([*arrays, *rooms], n_parts, k, tallied)
+        arrays = [parts, proposal.probes, ids, *chosen, top_k, keys, *rooms]
         results = ((k,), mx.bool_), ((k, 3), mx.float32)
         sure, known = self._certain([*arrays, mx.array(epsilon, mx.float32)], 1, k, *results)
         return Screen(sure, *(known[:, i] for i in range(3)))

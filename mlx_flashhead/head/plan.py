@@ -1,10 +1,8 @@
 """A head's kernels in a file, for programs in other languages.
 
-The safetensors file holds the FlashHead's arrays, and in its metadata a plan: the texts of the
-kernels and their launches, as `MetalSteps` gives them to MLX. A program that has MLX and the
-model's own rows replays the launches one after the other, as `metal/swift` does.
-
-The plan is JSON:
+The safetensors file holds the FlashHead's arrays, and in its metadata a plan, the kernels and their
+launches as `MetalSteps` gives them to MLX. A program that has MLX and the model's own rows replays
+them one after the other, as `metal/swift` does. The plan is JSON:
 
     head       path of the model's output layer, such as "model.embed_tokens"
     dtype      dtype of the hidden states
@@ -30,29 +28,26 @@ import mlx.core as mx
 
 from .draw import Draws
 from .flash_head import FlashHead
-from .kernels import MetalSteps, unsupported_formats
+from .kernels import MetalSteps
 
 METADATA_KEY = "flash_head"
-LOGITS = ("route", "select_words", "score", "expand")
-TOKENS = ("route", "select", "score", "sample")
 
 
 def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dict[str, mx.array]:
     """Writes the file of a head at ``layer`` of a model, for states of ``dtype``. It scores as many
     clusters as ``head`` does. Returns the file's arrays."""
     clustered, n_probes = head.clustered.in_rows(), head.unverified_probes
-    forms = unsupported_formats(clustered)
-    if forms:
+    if clustered.rows.format.metal is None:
         raise ValueError(
-            f"The Metal kernels do not read {' and '.join(forms.values())} rows: export a model "
-            "whose head has 4, 5, 6, 8, 16 or 32 bits."
+            f"The Metal kernels do not read {clustered.rows.format} rows: export a model whose "
+            "head has 4, 5, 6, 8, 16 or 32 bits."
         )
     hidden = mx.zeros((1, head.hidden_size), dtype)
     draws = Draws(mx.zeros((1, 3)), mx.zeros((1,), mx.uint32), mx.zeros((1, 2), mx.uint32))
     rows = clustered.rows.arrays()
     # what a program has, and what it computes: all other arrays that a launch reads are the file's
-    others = {"hidden": hidden, "settings": draws.settings, "top_k": draws.top_k}
-    others |= {"keys": draws.keys} | {f"rows_{name}": array for name, array in rows.items()}
+    others = {"hidden": hidden, **draws._asdict()}
+    others |= {f"rows_{name}": array for name, array in rows.items()}
     centroids = clustered.centroids.matrix.arrays()
     arrays = {f"centroids_{name}": array for name, array in centroids.items()}
     launches: dict[str, dict[str, Any]] = {}
@@ -92,8 +87,7 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
     selection = steps.select(scores, n_probes)
     steps.expand(scores, selection, steps.score(hidden, selection))
     selection = steps.select(scores, n_probes, words=False)
-    candidates, unscored = steps.score(hidden, selection), steps.unscored(scores, selection)
-    steps.choose(selection, candidates, unscored, draws)
+    steps.choose(selection, steps.score(hidden, selection), draws)
     plan = {
         "head": layer,
         "dtype": _value(dtype),
@@ -103,8 +97,8 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
             for name, array in rows.items()
         },
         "limit": head.n_clusters // n_probes,
-        "logits": [f"flash_head_{step}" for step in LOGITS],
-        "tokens": [f"flash_head_{step}" for step in TOKENS],
+        "logits": [f"flash_head_{step}" for step in ("route", "select_words", "score", "expand")],
+        "tokens": [f"flash_head_{step}" for step in ("route", "select", "score", "sample")],
         "launches": launches,
     }
     mx.save_safetensors(str(path), arrays, {METADATA_KEY: json.dumps(plan)})

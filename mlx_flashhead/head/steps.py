@@ -8,7 +8,7 @@ hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
 import ctypes
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -39,7 +39,7 @@ class Selection(NamedTuple):
     probes: mx.array
     # (R, C) uint32 for the kernel of `expand`: a cluster's place among the probes, or its estimate
     words: mx.array | None = None
-    unscored: mx.array | None = None  # (R, 2) float32, from ``PortableSteps.unscored``
+    unscored: mx.array | None = None  # (R, 2) float32, as :func:`unscored` gives it
 
 
 class Candidates(NamedTuple):
@@ -80,11 +80,11 @@ class Risk(NamedTuple):
     def of_settings(cls, settings: Mapping[str, Any]) -> "Risk":
         """From an index's settings of the checked loop; the usual numbers where there are none."""
         fitted = settings.get("risk") or {}
-        a, b = fitted.get("greedy", DEFAULT_RISK[:2])
-        return cls(a, b, fitted.get("sampled", DEFAULT_RISK.scale))
+        a, b = fitted.get("greedy", USUAL[:2])
+        return cls(a, b, fitted.get("sampled", USUAL.scale))
 
     def of(self, candidates: Candidates, unscored: mx.array, draws: Draws | None) -> mx.array:
-        """The chance for each of R positions, (R,) float32."""
+        """For each of R positions, (R,) float32."""
         # over one axis: mlx 0.31 keeps one of two that has a single element
         logits = candidates.logits.flatten(-2).astype(mx.float32)
         best = mx.max(logits if candidates.best is None else candidates.best, axis=-1)
@@ -96,7 +96,19 @@ class Risk(NamedTuple):
         return mx.minimum(mx.where(draws.settings[:, 0] == 0, greedy, drawn), 1.0)
 
 
-DEFAULT_RISK = Risk()  # the usual numbers
+USUAL = Risk()
+
+Rows = Sequence[tuple[int, int]]  # (index of a proposal, row of it) each
+# How far the logits of k states may lie from those of each state alone, (k,) float32: any logit,
+# and a scored one.
+Rooms = tuple[mx.array, mx.array]
+
+
+def unscored(scores: mx.array, probes: mx.array) -> mx.array:
+    """Best score and logsumexp of the clusters that are not probed, (R, 2) float32."""
+    lowest = mx.array(mx.finfo(mx.float32).min)
+    left = mx.put_along_axis(scores, probes, lowest, axis=-1)
+    return mx.stack([mx.max(left, axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
 
 
 def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:
@@ -135,7 +147,7 @@ def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
 
 
 class PortableSteps:
-    """Route, select, score, expand and token as MLX operations."""
+    """Each step as MLX operations."""
 
     name = "mlx"
 
@@ -187,10 +199,10 @@ class PortableSteps:
         below the log-sum-exp of all scores, at most C·exp(-depth) of the mass, need not be probed.
         """
         n_left = scores.shape[-1] - n_probes
-        if n_left == 0:
-            every = mx.arange(n_probes, dtype=mx.uint32)
-            return Selection(mx.broadcast_to(every, scores.shape))
-        return Selection(mx.argpartition(scores, kth=n_left, axis=-1)[..., n_left:])
+        probes = mx.broadcast_to(mx.arange(n_probes, dtype=mx.uint32), (len(scores), n_probes))
+        if n_left > 0:
+            probes = mx.argpartition(scores, kth=n_left, axis=-1)[..., n_left:]
+        return Selection(probes, unscored=unscored(scores, probes))
 
     def score(self, hidden: mx.array, selection: Selection) -> Candidates:
         """Logits of the probed clusters' rows: hidden (R, D) → (R, p, n)."""
@@ -232,39 +244,20 @@ class PortableSteps:
         blocks = mx.put_along_axis(blocks, selection.probes[..., None], logits, axis=1)
         return in_token_order(blocks.reshape(n_rows, -1), self.clustered.slot_of)
 
-    def token(self, selection: Selection, candidates: Candidates) -> mx.array:
-        """The greedy token: (R,) uint32; of equals the lowest id, NaN the highest, as argmax."""
-        ids = self.token_ids(selection.probes).flatten(1)
-        return draw(candidates.logits.flatten(1), None, None, ids)
-
-    def unscored(self, scores: mx.array, selection: Selection) -> mx.array:
-        """Best score and logsumexp of the clusters that are not probed, (R, 2) float32."""
-        if selection.unscored is not None:
-            return selection.unscored
-        lowest = mx.array(mx.finfo(mx.float32).min)
-        left = mx.put_along_axis(scores, selection.probes, lowest, axis=-1)
-        return mx.stack([mx.max(left, axis=-1), mx.logsumexp(left, axis=-1)], axis=-1)
-
     def choose(
-        self,
-        selection: Selection,
-        candidates: Candidates,
-        unscored: mx.array,
-        draws: Draws | None,
-        risk: Risk = DEFAULT_RISK,
+        self, selection: Selection, candidates: Candidates, draws: Draws | None, risk: Risk = USUAL
     ) -> tuple[mx.array, mx.array]:
-        """A token of each row, (R,) uint32, the best logit without ``draws``; and (R,) float32, an
-        estimate of the chance that the dense head chooses another."""
-        ids = self.token_ids(selection.probes).flatten(1)
-        logits = candidates.logits.flatten(1).astype(mx.float32)
-        gumbel = None if draws is None else noise(draws.keys, ids)
-        tokens = draw(logits, gumbel, draws, ids, unscored[:, 1])
-        return tokens, risk.of(candidates, unscored, draws)
+        """A token of each row, (R,) uint32: without ``draws`` the best logit, of equals the lowest
+        id, NaN the highest; and (R,) float32, the ``risk`` that the dense head chooses another."""
+        ids, logits = self.token_ids(selection.probes).flatten(1), candidates.logits.flatten(1)
+        left, gumbel = cast(mx.array, selection.unscored), None
+        if draws is not None:
+            logits, gumbel = logits.astype(mx.float32), noise(draws.keys, ids)
+        tokens = draw(logits, gumbel, draws, ids, left[:, 1])
+        return tokens, risk.of(candidates, left, draws)
 
-    def join(
-        self, proposals: Sequence[Proposal], rows: Sequence[tuple[int, int]]
-    ) -> tuple[mx.array, ...]:
-        """The states, probes and logits of ``rows``, (index of a proposal, row of it) each."""
+    def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
+        """The states, probes and logits of some rows of the proposals."""
         places = [(i, row) for i, each in enumerate(proposals) for row in range(len(each.hidden))]
         parts = zip(*((each.hidden, each.probes, each.logits) for each in proposals), strict=True)
         joined = tuple(mx.concatenate(list(arrays)) for arrays in parts)
@@ -274,30 +267,20 @@ class PortableSteps:
         return tuple(array[order] for array in joined)
 
     def screen(
-        self,
-        slots: mx.array,
-        proposal: Proposal,
-        draws: Draws | None,
-        room: mx.array,
-        scored_room: mx.array,
-        epsilon: float,
+        self, slots: mx.array, proposal: Proposal, draws: Draws | None, rooms: Rooms, epsilon: float
     ) -> Screen:
         """Which proposals of k states are the dense choice for sure, by the logits of all slots.
 
         Greedy: the token's logit is above every other. Drawn: the filters keep the token, and no
         other that they may keep can have a higher noisy logit. metal/flash_head/screen.h has the
-        rules. ``draws`` are None where all states are greedy.
-
-        Args:
-            slots: (k, C, n) logits of all states at once, in the order of the clusters.
-            room: (k,) float32, how far a logit may lie from that of its state alone.
-            scored_room: (k,) float32, likewise for a scored logit.
-            epsilon: Spacing of log-probabilities, relative: equal ones give the lowest id.
+        rules. ``slots`` (k, C, n) are the logits of all states at once, in the order of the
+        clusters; ``draws`` None where all states are greedy; ``epsilon`` is the relative spacing of
+        log-probabilities, of which equal ones give the lowest id.
         """
         clustered, lowest = self.clustered, mx.finfo(mx.float32).min
         largest = mx.maximum(-mx.min(slots, axis=(1, 2)), mx.max(slots, axis=(1, 2)))
         largest = largest.astype(mx.float32)
-        room, scored_room = room[:, None], scored_room[:, None]
+        room, scored_room = (each[:, None] for each in rooms)
         others = slots.astype(mx.float32)
         others = mx.put_along_axis(others, proposal.probes[..., None], mx.array(-mx.inf), axis=1)
         if clustered.padded:

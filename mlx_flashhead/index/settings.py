@@ -18,15 +18,9 @@ TYPES |= dict.fromkeys(("calibration", "report", "verification", "recipe"), dict
 
 @dataclass(frozen=True)
 class FlashHeadConfig:
-    """Settings of a FlashHead.
-
-    Attributes:
-        calibration: Its hidden states: ``source``, ``positions``, ``seed``; ``quick`` if less was
-            read on purpose, ``cut_short`` by the time limit.
-        report: Of held-out positions: `conversion.measures.make_report`.
-        verification: For verified decoding: `conversion.measures.verification_settings`.
-        recipe: How the checkpoint was made (`conversion.options.make_recipe`).
-    """
+    """A FlashHead's settings. ``calibration`` has ``source``, ``positions``, ``seed``, ``quick`` if
+    less was read on purpose, ``cut_short`` by the time limit. `conversion.measures` makes the
+    ``report`` of held-out positions and ``verification``, `conversion.options` the ``recipe``."""
 
     vocab_size: int
     n_clusters: int

@@ -236,7 +236,7 @@ class _Parts:
         rounding = rounding_of(self._head, proposal.hidden.dtype, len(proposal.hidden))
         slots = SlotProduct(self._head, proposal.hidden).result()
         rooms, steps = rounding.rooms(proposal), self._head.steps
-        return steps.screen(slots, proposal, None, *rooms, rounding.epsilon).certain
+        return steps.screen(slots, proposal, None, rooms, rounding.epsilon).certain
 
     def verification(self, k: int) -> float:
         """Seconds of a verification of ``k`` states."""

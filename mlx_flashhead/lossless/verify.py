@@ -192,7 +192,7 @@ class Verification:
         n, certain = by_logits.count(False), []
         if n:
             row_draws = Draws.of(draws[:n]) if any(temperatures[:n]) else None
-            own = _rows_of(self._proposal, slice(n)), row_draws, room[:n], scored[:n]
+            own = _rows_of(self._proposal, slice(n)), row_draws, (room[:n], scored[:n])
             screen = self._head.steps.screen(slots[:n], *own, self._rounding.epsilon)
             certain.append(screen.certain)
         for i in range(n, len(self._rows)):

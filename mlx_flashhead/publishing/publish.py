@@ -9,9 +9,10 @@ from textwrap import shorten
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from ..common.command import printable
-from ..common.repositories import full_name, redact, redacted_logs
+from ..common.repositories import full_name, holds_secret, redact, redacted_logs
 from ..index.files import is_companion, read_index
 from ..index.settings import FlashHeadConfig
 from ..models.origin import begins_with, is_repository
@@ -20,6 +21,7 @@ from . import card as cards
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 # Never part of a model, and often private. The client itself leaves out .git and .cache.
 NOT_UPLOADED = [".*", "*/.*", "*.log", "__pycache__/*"]
+MAX_TEXT_BYTES = 50_000_000  # of a file that is searched for the token
 
 
 def add_documents(
@@ -65,6 +67,12 @@ def publish(
             name = f"{licence.prefix}-{name}"
     repo_id = full_name(name, user)
     cards.check_licence(metadata, files, repo_id, model=str(folder), place=str(folder))
+    names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+    for name in filter_repo_objects(names, ignore_patterns=[*NOT_UPLOADED, "*.safetensors"]):
+        file = folder / name
+        if file.stat().st_size <= MAX_TEXT_BYTES and holds_secret(file.read_bytes()):
+            wrong = f"{file} holds a Hugging Face token, which would be published"
+            raise ValueError(f"{wrong}: delete it there.")
     address = reserve(repo_id, user, private)
     own = cards.text_below_marker(card)
     if not own:

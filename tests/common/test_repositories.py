@@ -1,10 +1,10 @@
-"""Secrets do not appear in messages and logs."""
+"""Secrets do not appear in messages, logs and uploads."""
 
 import logging
 
 import pytest
 
-from mlx_flashhead.common.repositories import redact, redacted_logs
+from mlx_flashhead.common.repositories import holds_secret, redact, redacted_logs
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
@@ -27,6 +27,7 @@ def _token(monkeypatch):
 )
 def test_redact(text, expected):
     assert redact(text) == expected
+    assert holds_secret(text.encode()) == any(secret in text for secret in (TOKEN, "my-own-secret"))
 
 
 def test_logs_of_the_client_are_redacted(caplog):

@@ -23,7 +23,7 @@ def all_steps(steps, hidden, n_probes):
     selection = steps.select(scores, n_probes)
     candidates = steps.score(hidden, selection)
     full = steps.expand(scores, selection, candidates)
-    return scores, selection, candidates, full, steps.token(selection, candidates)
+    return scores, selection, candidates, full, steps.choose(selection, candidates, None)[0]
 
 
 def small_head(rng, *, dtype=mx.float32, scale=0.05, n_tokens=300):

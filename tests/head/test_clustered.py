@@ -36,7 +36,7 @@ def test_each_slot_holds_its_token(vocab_size, cluster_size, bits):
     rows, token_ids, clustered = build(vocab_size, cluster_size, bits=bits, bias=True)
     shape = -(-vocab_size // cluster_size), cluster_size
     assert (clustered.n_clusters, clustered.cluster_size) == shape
-    assert (clustered.vocab_size, clustered.hidden_size) == (vocab_size, 32)
+    assert (clustered.vocab_size, clustered.rows.hidden_size) == (vocab_size, 32)
     assert clustered.padded == (vocab_size % cluster_size > 0)
     assert np.array_equal(np.array(clustered.token_ids), token_ids)
     real = token_ids < vocab_size
@@ -61,7 +61,7 @@ def test_columns_hold_the_same_rows(vocab_size, cluster_size):
     ids = [[3, 0], [8, 3]]
     for clustered in (by_column, again, by_row):
         assert mx.array_equal(clustered.rows.weight, by_row.rows.weight)
-        assert equal(clustered.rows_in(clustered.slot_of[mx.array(ids)]), rows, ids)
+        assert equal(clustered.token_rows(mx.array(ids)), rows, ids)
         assert equal(clustered.token_rows(), rows)
 
 

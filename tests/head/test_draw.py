@@ -178,9 +178,9 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
             for part in (slice(None), slice(7, 8), slice(14, 17), slice(6, 11)):
                 drawing = with_keys(rng, SETTINGS[part])
                 case = scored(rng, steps, len(drawing.rows), n_probes, dtype, ties=ties)
-                tokens, _ = steps.choose(*case, case[0].unscored, drawing)
+                tokens, _ = steps.choose(*case, drawing)
                 assert tokens.tolist() == expected(steps, *case, *drawing)
-            greedy = steps.token(*case).tolist()
+            greedy = steps.choose(*case, None)[0].tolist()
             zeros = mx.zeros_like(drawing.settings)
             assert greedy == expected(steps, *case, *drawing._replace(settings=zeros))
 
@@ -197,7 +197,7 @@ def test_values_without_order():
         tail = mx.array([[0.0, 0.0], [0.0, 0.0], [1e30, 700.0]])
         case = selection._replace(unscored=tail), candidates_of(logits)
         drawing = with_keys(rng, [DrawSettings(1.0, 0.9, top_k=4)] * 3)
-        found = steps.choose(*case, tail, drawing)[0].tolist()
+        found = steps.choose(*case, drawing)[0].tolist()
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
     assert found == expected(steps, *case, *drawing)
     assert found[0] == ids[0][[3, 5], [2, 1]].min()

@@ -98,7 +98,7 @@ def test_a_plain_call_is_dense_and_a_block_is_not():
     assert not mx.allclose(expected, estimates, rtol=0, atol=1e-2)
     with pytest.raises(RuntimeError), head.settings() as same:
         assert same is head and mx.array_equal(head(hidden), estimates)
-        with head.dense():
+        with head.settings(dense=True):
             assert mx.array_equal(head(hidden), expected)
         assert mx.array_equal(head(hidden), estimates)
         raise RuntimeError

@@ -76,7 +76,7 @@ class TestGraph:
                      for n in (31, 1)]  # fmt: skip
             one = head.joined(parts, [(0, i) for i in range(31)] + [(1, 0)], [0] * 32)
             slots = head.slot_logits(one.hidden)
-            return list(head.steps.screen(slots, one, draws, *rooms, 0.0))
+            return list(head.steps.screen(slots, one, draws, rooms, 0.0))
 
         inputs = mx.zeros((32, 128), mx.bfloat16), mx.zeros((32, 8), mx.uint32)
         found = self.primitives(verify, *inputs, mx.zeros((32, 8, 8), mx.bfloat16))
@@ -86,14 +86,14 @@ class TestGraph:
 
 def dispatches_of(clustered, n_positions, n_probes, setting=(1.0, 0.95, 0.02, 20)):
     """The emulator's records of each kernel in a step, by name."""
-    hidden = mx.random.normal((n_positions, clustered.hidden_size), mx.bfloat16)
+    hidden = mx.random.normal((n_positions, clustered.rows.hidden_size), mx.bfloat16)
     drawing = Draws.of([(DrawSettings(*setting), (0, 0))] * n_positions)
     with kernels() as emulator:
         steps = MetalSteps(clustered)
         scores = steps.route(hidden)
         selection = steps.select(scores, n_probes, words=False)
         candidates = steps.score(hidden, selection)
-        steps.choose(selection, candidates, selection.unscored, drawing)
+        steps.choose(selection, candidates, drawing)
         steps.expand(scores, steps.select(scores, n_probes), candidates)
     found = {d.name.removeprefix("flash_head_"): d for d in emulator.dispatches}
     assert list(found) == ["route", "select", "score", "sample", "select_words", "expand"]
@@ -108,8 +108,8 @@ def stored_lines(dispatch) -> int:
 
 @emulator_only
 def test_neither_probes_nor_positions_compile_anything():
-    """Seven kernels serve a head: route has one for one position and one for several, select one
-    for tokens and one for full logits.
+    """Eight kernels serve a head: route has one for one position and one for several, select one
+    for tokens and one for full logits, sample one for few positions.
 
     MLX compiles a text once for each set of template arguments, dtypes and small arrays.
     """
@@ -123,7 +123,7 @@ def test_neither_probes_nor_positions_compile_anything():
                 hidden = mx.zeros((n_positions, 64), mx.bfloat16)
                 mx.eval(head.unverified_logits(hidden), head.token(hidden))
     names = Counter(text.partition("custom_kernel_flash_head_")[2][:3] for text in emulator.built)
-    assert names == {"rou": 2, "sel": 2, "sco": 1, "exp": 1, "sam": 1}
+    assert names == {"rou": 2, "sel": 2, "sco": 1, "exp": 1, "sam": 2}
 
 
 @emulator_only

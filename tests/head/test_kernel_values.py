@@ -162,7 +162,7 @@ def test_clusters_far_below_the_best_are_not_read(depth):
         scores = steps.route(hidden)
         selection = steps.select(scores, 30, depth=depth)
         candidates = steps.score(hidden, selection)
-        tokens = steps.token(selection, candidates)
+        tokens = steps.choose(selection, candidates, None)[0]
         drawn = steps.select(scores, 30, words=False, depth=depth)
         mx.eval(tokens, drawn)
     checks.check_selection(clustered, scores, 30, selection, depth)

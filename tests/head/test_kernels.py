@@ -80,7 +80,7 @@ def test_outputs_do_not_depend_on_the_order_of_threads():
         with kernels(order=order, seed=seed):
             steps = MetalSteps(clustered)
             scores, selection, candidates, full, token = all_steps(steps, hidden, 45)
-            drawn = steps.choose(selection, candidates, selection.unscored, draws)
+            drawn = steps.choose(selection, candidates, draws)
             outputs.append([scores, *selection, *candidates, full, token, *drawn])
     for others in outputs[1:]:
         for first, other in zip(outputs[0], others, strict=True):

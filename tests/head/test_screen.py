@@ -49,15 +49,15 @@ def case_of(rng, clustered, k, room, scored_room, spread, dtype=mx.float32, draw
     ids, flat = ids.flatten(1), logits.astype(mx.float32).flatten(1)
     tokens = draw(flat, None if draws is None else noise(draws.keys, ids), draws, ids)
     rooms = mx.full((k,), room), mx.full((k,), scored_room)
-    return slots, proposal_of(tokens, probes, logits), draws, *rooms
+    return slots, proposal_of(tokens, probes, logits), draws, rooms
 
 
 def truths(rng, clustered, case, n):
     """Dense logits by token (k, V), within the rooms: at random, and at their ends."""
-    slots, proposal, _, room, scored_room = case
+    slots, proposal, _, rooms = case
     slots, probes = to_numpy(slots).astype(np.float64), to_numpy(proposal.probes)
     logits, slot_of = to_numpy(proposal.logits).astype(np.float64), to_numpy(clustered.slot_of)
-    room, scored_room = (to_numpy(each)[:, None, None] for each in (room, scored_room))
+    room, scored_room = (to_numpy(each)[:, None, None] for each in rooms)
     for i in range(n):
         shift = rng.uniform(-1, 1, slots.shape) if i % 2 else rng.choice([-1, 1], slots.shape)
         # the first one favours all others
@@ -144,7 +144,7 @@ def test_filters_count_what_was_not_scored(path, better):
         slots = slots.reshape(k, *clustered.token_ids.shape)
         logits = mx.take_along_axis(slots, probes[..., None], axis=1)
         proposal = proposal_of(mx.full((k,), token, mx.uint32), probes, logits)
-        certain = steps.screen(slots, proposal, draws, mx.zeros(k), mx.zeros(k), 0.0).certain
+        certain = steps.screen(slots, proposal, draws, (mx.zeros(k), mx.zeros(k)), 0.0).certain
         assert certain.tolist() == [True, *[better < 0] * 3]
 
 

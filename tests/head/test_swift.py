@@ -94,7 +94,7 @@ def test_swift_gives_what_python_gives(tmp_path, form, tied):
                 assert mx.array_equal(arrays[f"{name}_{i}"], getattr(draws, name)[:4]), name
             selection = steps.select(steps.route(hidden[:6]), N_PROBES, words=False)
             candidates = steps.score(hidden[:6], selection)
-            tokens, _ = steps.choose(selection, candidates, selection.unscored, draws)
+            tokens, _ = steps.choose(selection, candidates, draws)
             found = [arrays[f"token_{i}_{step}"].item() for step in range(4)]
             assert found == tokens.tolist()[2:]
     if tied:
