@@ -2,6 +2,7 @@
 JSON file, a picture, the machine."""
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -20,7 +21,6 @@ import numpy as np
 from rich.table import Table
 
 from ..common.tables import show
-from ..head.steps import blas_name
 from ..version import __version__
 
 PACKAGES = ("mlx", "mlx-lm", "numpy")
@@ -97,6 +97,9 @@ def report(
 
 def machine() -> dict:
     """The machine, JSON-ready: processor, memory, versions, BLAS."""
+    blas = "Accelerate" if sys.platform == "darwin" else "the reference BLAS of the mlx wheel"
+    if hasattr(ctypes.CDLL(None), "openblas_get_config"):  # preloaded
+        blas = "OpenBLAS"
     about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.release()}",
@@ -105,7 +108,7 @@ def machine() -> dict:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "device": "cpu" if mx.default_device().type == mx.cpu else "gpu",
         "versions": {"mlx-flashhead": __version__} | {name: version(name) for name in PACKAGES},
-        "blas": blas_name(),
+        "blas": blas,
     }
     about["versions"]["python"] = platform.python_version()
     if mx.metal.is_available():

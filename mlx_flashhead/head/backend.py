@@ -105,8 +105,7 @@ def check_kernels(
         said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
         trouble = f"the kernel {kernel!r} does not run on this device ({said})"
     if trouble is None:
-        # GPUs of M1 and M2 emulate bfloat16: a matrix product takes 1.8 times as long on an M1 Max.
-        # Source: ml-explore/mlx, pull request 4216.
+        # those of M1 and M2: a matrix product takes 1.8 times as long (ml-explore/mlx, number 4216)
         emulating = "applegpu_g1[34]"
         if dtype == mx.bfloat16 and re.match(emulating, str(mx.device_info().get("architecture"))):
             steps.float16_rows = steps.clustered.flat_rows().in_float16()
@@ -116,11 +115,8 @@ def check_kernels(
             f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or unset "
             f"{BACKEND_VARIABLE}, and {HOW_TO_REPORT}."
         )
-    reason = (
-        "FlashHead takes MLX's own operations instead of its Metal kernels, because "
-        f"{trouble}; {HOW_TO_REPORT}."
-    )
-    log.warning(reason)
+    instead = "FlashHead takes MLX's own operations instead of its Metal kernels"
+    log.warning(reason := f"{instead}, because {trouble}; {HOW_TO_REPORT}.")
     return reason
 
 
@@ -138,8 +134,8 @@ def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | 
 def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | Pair]:
     """The name of each kernel before it runs, then what it gives."""
     plain = PortableSteps(steps.clustered)
-    shape = (1, steps.clustered.rows.hidden_size)
-    hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
+    width, seed = steps.clustered.rows.hidden_size, mx.random.key(0)
+    hidden = mx.random.normal((1, width), key=seed).astype(dtype)
     in_float32 = hidden.astype(mx.float32)  # all sums are, whatever the dtype
     rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
 
@@ -174,8 +170,7 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
         lowest = mx.finfo(candidates.logits.dtype).min  # of padded slots
         expected = mx.maximum(plain.score(in_float32, once[0]).logits, lowest)
         yield once[1].logits, expected, rounding
-    if candidates.best is not None:
-        yield candidates.best, candidates.logits.max(axis=-1), 0.0
+    yield cast(mx.array, candidates.best), candidates.logits.max(axis=-1), 0.0
 
     yield "expand"
     yield steps.expand(scores, selection, candidates), plain.expand(scores, *once), rounding

@@ -40,10 +40,8 @@ class FlashHead:
         risk: How likely a proposal differs from the dense choice.
         eos_token_ids: Their clusters are always among the probes, so that an answer can end.
         backend: "metal", "mlx" or None: the environment variable MLX_FLASHHEAD_BACKEND, else Metal
-            if MLX computes on an Apple GPU.
-
-    Raises:
-        ValueError: If ``n_probes``, ``token_ids`` or ``backend`` is not valid.
+            if MLX computes on an Apple GPU. ValueError if it, ``n_probes`` or ``token_ids`` is not
+            valid.
     """
 
     def __init__(

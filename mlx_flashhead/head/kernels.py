@@ -42,7 +42,6 @@ SHARED_POSITIONS = 4  # that share one reading of the centroids
 # Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions.
 # Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
 MATRIX_FROM = 12
-FLOAT16_FROM = 6  # states: fewer are not multiplied as a matrix on any GPU that lacks bfloat16
 
 
 class _StoredRows:
@@ -74,15 +73,14 @@ class MetalSteps(PortableSteps):
         super().__init__(clustered)
         self._metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
         self.reads_rows = clustered.rows.format.metal is not None  # else `score` stays plain
-        self.float16_rows: Matrix | None = None  # all rows, for `verifying_product`
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         n_rows, (n_clusters, size) = clustered.vocab_size, clustered.token_ids.shape
         self._sizes = {"V": n_rows, "C": n_clusters, "N": size, "D": clustered.rows.hidden_size}
         self._sizes["PADDED"] = clustered.padded
         stored = _StoredRows(clustered.centroids.matrix, n_clusters)
         self._route_arrays = [*stored.arrays, clustered.route_bias]
-        inputs, body = f"hidden {stored.inputs} route_bias", text.ROUTE_BODY
-        body = body.format(rows=stored.expression)
+        inputs = f"hidden {stored.inputs} route_bias"
+        body = text.ROUTE_BODY.format(rows=stored.expression)
         self._sizes |= stored.sizes
         form = (f"{stored.files} route", LANES * ROUTE_SIMDGROUPS, f"D C {stored.names}")
         self._route = self._kernel("route", inputs, "scores", body, *form)
@@ -146,13 +144,6 @@ class MetalSteps(PortableSteps):
             )
 
         return launch
-
-    def verifying_product(self, hidden: mx.array) -> mx.array:
-        """In float16 where these rows are the same in it and a GPU lacks bfloat16."""
-        if self.float16_rows is None or hidden.dtype != mx.bfloat16 or len(hidden) < FLOAT16_FROM:
-            return self.product(hidden)
-        logits = self.float16_rows.matmul(hidden.astype(mx.float16))
-        return logits.astype(self.clustered.rows.logits_dtype(hidden.dtype))
 
     def route(self, hidden: mx.array) -> mx.array:
         n_positions, n_clusters = len(hidden), self.clustered.n_clusters

@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-SAMPLE_ROWS = 64
 ARRAYS = ("weight", "scales", "biases")  # in the order in which MLX and the kernels take them
 FLOATS, AFFINE = None, "affine"
 GROUPS = (32, 64, 128)
@@ -33,12 +32,11 @@ class Format:
         return self.mode
 
 
-DENSE_ROWS = "dense_rows<D>"
 AFFINE_ROWS, FP_ROWS = "affine_rows<D, BITS, GROUP, WORDS>", "fp_rows<D, BITS, GROUP, WORDS>"
 
 # Source: the table of modes in the documentation of mlx.core.quantize (0.32).
 FORMATS = (
-    *(Format(FLOATS, bits, (), ARRAYS[:1], DENSE_ROWS) for bits in (32, 16)),
+    *(Format(FLOATS, bits, (), ARRAYS[:1], "dense_rows<D>") for bits in (32, 16)),
     *(Format(AFFINE, bits, GROUPS, ARRAYS, AFFINE_ROWS) for bits in (8, 6, 5, 4)),
     *(Format(AFFINE, bits, GROUPS, ARRAYS, None) for bits in (3, 2, 1)),
     Format("mxfp8", 8, (32,), ARRAYS[:2], FP_ROWS),
@@ -163,7 +161,7 @@ class Matrix:
 
     def sample(self) -> "Matrix":
         """64 evenly spaced rows, which identify the rows without reading them all. Lazy."""
-        ids = np.linspace(0, self.n_rows - 1, SAMPLE_ROWS).astype(np.uint32)
+        ids = np.linspace(0, self.n_rows - 1, 64).astype(np.uint32)
         return self.take(mx.array(ids))
 
     @cached_property

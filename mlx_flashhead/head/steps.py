@@ -5,8 +5,6 @@ hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
               ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token, choose ─▶ (R,)
 """
 
-import ctypes
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +25,7 @@ BLOCK_PRODUCTS = 500_000
 BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
 # Rows that are dequantized at once: for all of them MLX's CPU build needs three times the floats.
 PIECE = 64
+FLOAT16_FROM = 6  # states: fewer are not multiplied as a matrix on any GPU that lacks bfloat16
 
 # Room for two implementations of a logarithm, and for sums of many exponentials.
 NOISE_ROOM, MASS_ROOM = 1e-5, 1e-4
@@ -99,8 +98,7 @@ class Risk(NamedTuple):
 USUAL = Risk()
 
 Rows = Sequence[tuple[int, int]]  # (index of a proposal, row of it) each
-# How far the logits of k states may lie from those of each state alone, (k,) float32: any logit,
-# and a scored one.
+# How far any logit of k states, and a scored one, may lie from its state alone: (k,) float32
 Rooms = tuple[mx.array, mx.array]
 
 
@@ -115,18 +113,6 @@ def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:
     """Logits by slot (R, C·n) → by token (R, V)."""
     # `take` along an axis is five to ten times slower on a CPU
     return mx.take_along_axis(slots, slot_of[None], axis=-1)
-
-
-def blas_name() -> str:
-    """The BLAS of MLX's CPU products, with its number of threads if it is known."""
-    if sys.platform == "darwin":
-        return "Accelerate"
-    process = ctypes.CDLL(None)  # finds preloaded libraries
-    if not hasattr(process, "openblas_get_config"):
-        return "the reference BLAS of the mlx wheel"  # for Linux, a slow one
-    process.openblas_get_config.restype = ctypes.c_char_p
-    name = " ".join(process.openblas_get_config().decode().split()[:2])
-    return f"{name}, threads: {process.openblas_get_num_threads()}"
 
 
 def in_blocks(matrix: Matrix) -> mx.array:
@@ -150,6 +136,7 @@ class PortableSteps:
     """Each step as MLX operations."""
 
     name = "mlx"
+    float16_rows: Matrix | None = None  # all rows, for :meth:`verifying_product` on some GPUs
 
     def __init__(self, clustered: ClusteredRows):
         self.clustered = clustered
@@ -169,8 +156,12 @@ class PortableSteps:
         return logits if rows.bias is None else logits + rows.bias.reshape(-1)
 
     def verifying_product(self, hidden: mx.array) -> mx.array:
-        """As :meth:`product`, for states that are verified: another rounding is allowed."""
-        return self.product(hidden)
+        """As :meth:`product`, for states that are verified: another rounding is allowed. In float16
+        where these rows are the same in it and a GPU lacks bfloat16."""
+        if self.float16_rows is None or hidden.dtype != mx.bfloat16 or len(hidden) < FLOAT16_FROM:
+            return self.product(hidden)
+        logits = self.float16_rows.matmul(hidden.astype(mx.float16))
+        return logits.astype(self.clustered.rows.logits_dtype(hidden.dtype))
 
     def dense(self, hidden: mx.array) -> mx.array:
         """Logits of all tokens: hidden (R, D) → (R, V)."""
