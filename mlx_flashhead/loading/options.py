@@ -36,7 +36,7 @@ class HeadOptions:
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, *, dense: bool = False) -> "HeadOptions":
-        """The choices of the flags in `common/flags.py`; ValueError if they contradict each other."""
+        """The choices of `common/flags.py`; ValueError if they contradict each other."""
         unverified = getattr(args, "no_verify", False) or getattr(args, "draw_probes", False)
         # unverified choices are a FlashHead's, never silently a normal head's
         answers_first = "build_first" in args and not unverified

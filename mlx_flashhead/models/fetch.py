@@ -192,7 +192,7 @@ class Tensor:
         return self.array(content, len(ids))
 
     def fetch(self, folder: Path, key: str, bar: tqdm) -> np.memmap:
-        """Its bytes, of a repository fetched into a file of ``folder``, where a fetch that has ended
+        """Its bytes; of a repository fetched into a file of ``folder``, where one that has ended
         early continues. ValueError if it ends early."""
         if self.file.repo_id is None:
             bar.update(self.nbytes)
