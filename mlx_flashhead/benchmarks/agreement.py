@@ -64,7 +64,7 @@ def evaluate(
         states,
         lambda h: h @ weight.T + bias,
         np.array(head.clustered.token_ids),
-        lambda h: np.array(head.cluster_scores(mx.array(h))),
+        lambda h: np.array(head.steps.route(mx.array(h))),
         np.array(centroids.tail_offset),
         counts,
         next_ids,

@@ -82,15 +82,12 @@ class ClusteredRows:
         flat = np.asarray(token_ids, dtype=np.int64).ravel()
         order = np.argsort(flat, kind="stable")  # padded slots come last
         expected = np.minimum(np.arange(max(flat.size, vocab_size)), vocab_size)
-        if not np.array_equal(flat[order], expected):
+        fits = centroids.fits(n_clusters, rows.hidden_size)
+        if not (fits and np.array_equal(flat[order], expected)):
             raise ValueError(
-                f"token_ids must hold each of the {vocab_size} tokens exactly once "
-                f"(padded with {vocab_size}): convert the model again."
-            )
-        if not centroids.fits(n_clusters, rows.hidden_size):
-            raise ValueError(
-                f"The centroids do not fit {n_clusters} clusters of rows with {rows.hidden_size} "
-                "columns: convert the model again."
+                f"token_ids must hold each of the {vocab_size} tokens exactly once (padded with "
+                f"{vocab_size}) and the centroids must fit {n_clusters} clusters of rows with "
+                f"{rows.hidden_size} columns: convert the model again."
             )
         slot_of = order[:vocab_size]
         forced = slot_of[[i for i in always_probed_ids if 0 <= i < vocab_size]]

@@ -63,10 +63,8 @@ class Draws(NamedTuple):
 
 
 def position_key(seed: int, position: int) -> tuple[int, int]:
-    """The key of a position: two words of 32 bits.
-
-    Source: SplitMix64 (Steele, Lea and Flood 2014) of the seed's stream at this position.
-    """
+    """The key of a position, two words of 32 bits: SplitMix64 (Steele, Lea and Flood 2014) of the
+    seed's stream."""
     value = 0
     for number in (seed, position):
         value = (value + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -186,12 +184,9 @@ def draw(
     token_ids: mx.array | None = None,
     others: mx.array | None = None,
 ) -> mx.array:
-    """Draws a token of each row (R, K) float32: (R,) uint32, of equal values the lowest id.
-
-    ``gumbel`` (R, K) is the noise; without it and ``draws`` the best logit is taken, NaN the
-    highest. ``token_ids`` (R, K) are 0 … V-1 if None. ``others`` (R,): log of the mass of the
-    others.
-    """
+    """Draws a token of each row (R, K) float32: (R,) uint32, of equal values the lowest id. Without
+    noise, ``gumbel`` (R, K), and ``draws`` the best logit is taken, NaN the highest. ``token_ids``
+    (R, K) are 0 … V-1 if None; ``others`` (R,) is the log of the mass of the others."""
     values = logits
     if gumbel is not None and draws is not None:
         inverse = draws.settings[:, :1]

@@ -232,8 +232,8 @@ class FlashHead:
         full: bool = False,
     ) -> Proposal:
         """Tokens of states (R, D), chosen from ``n_probes`` clusters, for the dense rows to verify.
-        ``draws`` are of these rows; None takes the best logits. Kernels leave clusters out that lie
-        more than ``depth`` nats below the mass of all. ``full``: make full logits too."""
+        Without ``draws`` the best logits win. Kernels leave clusters out that lie more than
+        ``depth`` nats below the mass of all. ``full``: make full logits too."""
         n_probes = self.n_probes if n_probes is None else n_probes
         depth = NO_DEPTH if full else depth
         scores, selection, candidates = self._retrieve(hidden, n_probes, words=full, depth=depth)
@@ -244,8 +244,7 @@ class FlashHead:
         return Proposal(hidden, tokens, probes, logits, risk, expanded)
 
     def joined(self, proposals: Sequence[Proposal], rows: Rows, tokens: Sequence[int]) -> Proposal:
-        """Rows of several proposals as one, for a product of them all: ``rows`` are (index of a
-        proposal, row of it), with their ``tokens``. It has no risk and no full logits."""
+        """Rows of several proposals, with their ``tokens``, as one without risk and full logits."""
         hidden, probes, logits = self.steps.join(proposals, rows)
         chosen = mx.array(list(tokens), mx.uint32)
         return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)), None)
@@ -264,11 +263,6 @@ class FlashHead:
         rows = hidden.reshape(-1, hidden.shape[-1])
         _, selection, candidates = self._retrieve(rows, self.unverified_probes, words=False)
         return self.steps.choose(selection, candidates, None)[0].reshape(hidden.shape[:-1])
-
-    def cluster_scores(self, hidden: mx.array) -> mx.array:
-        """Stage 1 alone: hidden (..., D) → (..., C) float32, ALWAYS_PROBED for forced clusters."""
-        scores = self.steps.route(hidden.reshape(-1, hidden.shape[-1]))
-        return scores.reshape(*hidden.shape[:-1], self.n_clusters)
 
     def embedding(self, token_ids: mx.array) -> mx.array:
         """Rows of a tied embedding: integers (...) → (..., D), as the dense embedding gives."""

@@ -5,8 +5,7 @@ launches as `MetalSteps` gives them to MLX. A program that has MLX and the model
 them one after the other, as `metal/swift` does. The plan is JSON:
 
     head       path of the model's output layer, such as "model.embed_tokens"
-    dtype      dtype of the hidden states
-    hiddenSize their size D
+    dtype      of the hidden states, whose size is "hiddenSize"
     rows       shape and dtype of each array of that layer: the program's model must have the same
     limit      more positions than this at once read more rows than the dense head
     logits     names of the launches that give "expanded", the full logits (1, V), in their order
@@ -70,11 +69,11 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
                 "source": texts["source"],
                 "header": texts["header"],
                 "arrays": list(map(name_of, call["inputs"], texts["input_names"])),
-                "template": [{"name": k, "value": _value(item)} for k, item in call["template"]],
-                "grid": list(call["grid"]),
-                "threadGroup": list(call["threadgroup"]),
-                "outputShapes": [list(shape) for shape in shapes],
-                "outputDTypes": list(map(_value, dtypes)),
+                "template": [{"name": k, "value": item} for k, item in call["template"]],
+                "grid": call["grid"],
+                "threadGroup": call["threadgroup"],
+                "outputShapes": shapes,
+                "outputDTypes": dtypes,
             }
             results = [mx.zeros(*each) for each in zip(shapes, dtypes, strict=True)]
             others.update(zip(texts["output_names"], results, strict=True))
@@ -90,10 +89,10 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
     steps.choose(selection, steps.score(hidden, selection), draws)
     plan = {
         "head": layer,
-        "dtype": _value(dtype),
+        "dtype": dtype,
         "hiddenSize": head.hidden_size,
         "rows": {
-            name: {"shape": [head.vocab_size, *array.shape[2:]], "dtype": _value(array.dtype)}
+            name: {"shape": [head.vocab_size, *array.shape[2:]], "dtype": array.dtype}
             for name, array in rows.items()
         },
         "limit": head.n_clusters // n_probes,
@@ -101,10 +100,6 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
         "tokens": [f"flash_head_{step}" for step in ("route", "select", "score", "sample")],
         "launches": launches,
     }
-    mx.save_safetensors(str(path), arrays, {METADATA_KEY: json.dumps(plan)})
+    text = json.dumps(plan, default=lambda dtype: str(dtype).removeprefix("mlx.core."))
+    mx.save_safetensors(str(path), arrays, {METADATA_KEY: text})
     return arrays
-
-
-def _value(item: int | bool | mx.Dtype) -> int | bool | str:
-    """A template argument in JSON: a number, true or false, or the name of a dtype."""
-    return str(item).removeprefix("mlx.core.") if isinstance(item, mx.Dtype) else item

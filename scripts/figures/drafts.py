@@ -127,7 +127,7 @@ class Drafter:
         exact = to_mlx(as_float32(states) @ self._rows.T)
         in_clusters = exact[:, mx.array(self._token_ids.ravel())]
         in_clusters = in_clusters.reshape(n_tokens, *self._token_ids.shape)
-        scores = head.cluster_scores(states)
+        scores = head.steps.route(states)
         latest = np.zeros((n_tokens, vocab_size), dtype=bool)
         for i in range(n_tokens):
             latest[i, [*prompt, *answer[:i]][-LATEST:]] = True

@@ -84,7 +84,7 @@ def test_nothing_is_evaluated(form):
         logits, tokens = head.unverified_logits(hidden), head.token(hidden)
         with head.settings(draw_temperature=1.0):
             drawn = head(hidden)
-        scores = head.cluster_scores(hidden)
+        scores = head.steps.route(hidden[0])
         return logits, tokens, head(hidden), drawn, *head.candidates(hidden), scores
 
     outputs = mx.compile(everything)(hidden)
