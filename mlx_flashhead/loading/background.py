@@ -30,8 +30,6 @@ from .options import HeadOptions
 from .sources import StoredHead
 from .tuned import install_stored, tune_head
 
-PAUSE_SECONDS = 0.02  # between looks at another process's build
-ANEW_SECONDS = 600.0  # for the text of a requested build: on a busy machine, too
 # A first build that may take longer, as on a busy machine, is a shorter one (docs/converting.md).
 LONG_BUILD_SECONDS = 300.0
 
@@ -60,7 +58,7 @@ def build_steps(
     if lock is not None and not lock.is_locked:
         say("Another process is building the FlashHead of this model: it is used once it is there.")
         while not lock.is_locked:
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(0.02)
             yield Step("Waiting for the other process", 0, 1, "build")
             with suppress(Timeout):
                 lock.acquire(timeout=0)
@@ -72,7 +70,7 @@ def build_steps(
         if drafted is not None:  # within a tenth of the head's bytes more tokens than with 16
             how = replace(how, cluster_size=32)
         if anew:
-            how = replace(how, calibration_seconds=ANEW_SECONDS)
+            how = replace(how, calibration_seconds=600.0)  # all of its text on a busy machine, too
         elif expected_seconds(rows, how) > LONG_BUILD_SECONDS:
             less: dict[str, Any] = {"calibration_positions": 800, "calibration_seconds": 30.0}
             how = replace(how, cluster_size=32, **less)
@@ -129,11 +127,11 @@ def build_now(
     stored = finish(steps, options)
     said = f"FlashHead is ready for next time. Its build took {time.perf_counter() - began:.0f} s"
     policy = policy_of(install_stored(model, stored, options, location))
-    if policy.gain is None:
-        options.say(f"{said}.")
-    elif not policy.dense:  # which has been said
+    if policy.gain is not None:
         makes = "should make" if policy.predicted else "makes"
-        options.say(f"{said}, and it {makes} this model {policy.gain:.2f} times as fast here.")
+        said += f", and it {makes} this model {policy.gain:.2f} times as fast here"
+    if not policy.dense:  # which has been said
+        options.say(f"{said}.")
 
 
 class BackgroundBuild:

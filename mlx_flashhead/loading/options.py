@@ -62,8 +62,7 @@ class HeadOptions:
         for name in ("flash_head", "fine_head"):
             if isinstance(values[name], str | Path) and Path(values[name]).exists():
                 values[name] = str(Path(values[name]).resolve())  # the process may start elsewhere
-        default = asdict(HeadOptions())
-        changed = {name: value for name, value in values.items() if value != default[name]}
+        changed = {name: v for name, v in values.items() if v != getattr(HeadOptions, name)}
         hook = str(Path(__file__).parents[1] / "hook")
         paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         paths = [hook, *(path for path in paths if path not in ("", hook))]

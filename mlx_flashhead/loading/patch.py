@@ -70,10 +70,8 @@ class _Patches:
             head = attach_head(model, tokenizer_of(), stored, folder, options)
             assert head is not None  # only DENSE leaves it out
             name = local_origin(folder).known_as
-            options.say(
-                f"With FlashHead: {name}, {head.n_probes:,} of {head.n_clusters:,} clusters scored "
-                "per token."
-            )
+            clusters = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
+            options.say(f"With FlashHead: {name}, {clusters} scored per token.")
             self._uses[head] = _Use(head, name, options)
         except (ValueError, OSError) as error:
             if not self._warned:

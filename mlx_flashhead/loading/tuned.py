@@ -26,7 +26,6 @@ from ..models.locate import HeadLocation, find_head
 from .options import HeadOptions
 from .sources import StoredHead, speeds_of
 
-TUNING_VARIABLE = "MLX_FLASHHEAD_TUNING"
 MEASURING = "Measuring its speed on this machine …"
 
 
@@ -70,7 +69,7 @@ def tune_head(
     provisional and the machine is quiet. Returns None, with nothing measured, for probes that the
     user has chosen, and with ``$MLX_FLASHHEAD_TUNING=off``.
     """
-    off = os.environ.get(TUNING_VARIABLE) == "off"
+    off = os.environ.get("MLX_FLASHHEAD_TUNING") == "off"
     if options.n_probes is not None or options.drafts or not options.tunes or off:
         return None
     head, place, busy = installed_head(model), speeds_of(index.config.fingerprint), is_busy()

@@ -51,10 +51,8 @@ def load_dense(folder: Path, *, adapter_path: str | None = None, **kwargs: Any):
         try:
             model = load_adapters(model, adapter_path)
         except Exception as error:  # any, as above
-            raise ValueError(
-                f"The adapters in {adapter_path} cannot be put on this model ({reason(error)}): "
-                "check `adapter_path`."
-            ) from error
+            said = f"The adapters in {adapter_path} cannot be put on this model ({reason(error)})"
+            raise ValueError(f"{said}: check `adapter_path`.") from error
         model.eval()
     return model, tokenizer, config
 

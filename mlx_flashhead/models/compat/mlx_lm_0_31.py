@@ -30,7 +30,7 @@ Wrapper.response_initial_state = None  # a format of answers, which 0.31 knows n
 
 
 def maybe_set_recommended_wired_limit() -> int | None:
-    """Lets the GPU keep as much memory as is recommended. Returns the limit before, if any."""
+    """0.32's: the GPU keeps as much memory as is recommended."""
     recommended = mx.device_info().get("max_recommended_working_set_size")
     return None if recommended is None else mx.set_wired_limit(int(recommended))
 
@@ -39,14 +39,13 @@ def checks_code(load: Callable[..., Any]) -> Callable[..., Any]:
     """A ``load`` that takes ``trust_remote_code``: 0.31 runs a checkpoint's own code unasked."""
 
     def checked(path: str, *arguments: Any, trust_remote_code: bool = False, **options: Any) -> Any:
-        revision = options.get("revision")
-        folder = Path(utils._download(str(path), revision=revision, allow_patterns=["config.json"]))
-        config = folder / "config.json"
+        how: Any = {"revision": options.get("revision"), "allow_patterns": ["config.json"]}
+        config = Path(utils._download(str(path), **how)) / "config.json"
         # what cannot be read is left to mlx-lm's own errors
         settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
         if settings.get("model_file") is not None and not trust_remote_code:
             raise ValueError(
-                f"The model at {folder} runs its own Python code ({settings['model_file']!r}): "
+                f"The model at {config.parent} runs its own code ({settings['model_file']!r}): "
                 "pass trust_remote_code=True if you trust it."
             )
         return load(path, *arguments, **options)

@@ -12,8 +12,6 @@ import mlx.nn as nn
 
 from .patching import put_in_place
 
-TEMPERATURE = 0.8  # of answers that are recorded: the states of likely tokens are less alike
-
 
 def too_old() -> str | None:
     """The installed version of mlx-vlm, if a FlashHead cannot be under its models."""
@@ -43,7 +41,7 @@ def drafted_answer(
 
     options = {"max_tokens": n_tokens, "draft_model": drafter, "draft_kind": kind}
     if not getattr(drafter, "requires_greedy_sampling", False):
-        options["temperature"] = TEMPERATURE
+        options["temperature"] = 0.8  # the states of likely tokens alone are more alike
     for token, _ in generate_step(mx.array([prompt]), target, None, None, **options):
         yield int(token)
 
