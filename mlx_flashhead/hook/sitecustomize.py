@@ -1,9 +1,6 @@
-"""What Python runs at its start where `mlx_flashhead.run` has put this folder on PYTHONPATH: in the
-program, in the processes that it starts, and in services.
-
-It costs nothing until mlx-lm or mlx-vlm is imported. It stands alone, since other Pythons than the
-one of `run` read it too.
-"""
+"""What Python runs at its start where `mlx_flashhead.run` has put this folder on PYTHONPATH. It
+costs nothing until mlx-lm or mlx-vlm is imported, and stands alone, since other Pythons than the
+one of `run` read it too."""
 
 import os
 import sys

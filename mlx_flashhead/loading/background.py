@@ -1,8 +1,5 @@
-"""The build of a FlashHead beside the use of its model: the answer comes first.
-
-Verified text does not depend on the FlashHead, so nobody waits for one. The model answers with its
-normal (dense) head until it is there.
-"""
+"""The build of a FlashHead beside the use of its model, which answers with its normal (dense) head
+until the FlashHead is there: verified text does not depend on it."""
 
 import math
 import sys
@@ -33,7 +30,6 @@ from .options import HeadOptions
 from .sources import StoredHead
 from .tuned import install_stored, tune_head
 
-ENDED = object()
 PAUSE_SECONDS = 0.02  # between looks at another process's build
 ANEW_SECONDS = 600.0  # for the text of a requested build: on a busy machine, too
 # A first build that may take longer, as on a busy machine, is a shorter one (docs/converting.md).
@@ -53,9 +49,9 @@ def build_steps(
 ) -> Steps[StoredHead]:
     """Builds a FlashHead in steps. A build that is dropped between them leaves nothing behind.
 
-    Where another process builds it, it waits for that one, and builds itself if that one has ended
-    without. ``anew`` replaces one that there is, and takes more time. ``drafted`` gives a drafter's
-    states, instead of text. ValueError at a step, if the model cannot have one.
+    Waits for another process that builds it. ``anew`` replaces one that there is, and takes more
+    time. ``drafted`` gives a drafter's states, instead of text. ValueError at a step, if the model
+    cannot have one.
     """
     rows, say = location.rows(), options.say
     place, lock = sources.place_of(rows), None
@@ -72,34 +68,35 @@ def build_steps(
         stored = None if anew else sources.find(rows, lambda _: None)
         if stored is not None:
             return stored
-        index_options = IndexOptions(quick=True)
+        how = IndexOptions(quick=True)
         if drafted is not None:  # within a tenth of the head's bytes more tokens than with 16
-            index_options = replace(index_options, cluster_size=32)
+            how = replace(how, cluster_size=32)
         if anew:
-            index_options = replace(index_options, calibration_seconds=ANEW_SECONDS)
-        elif expected_seconds(rows, index_options) > LONG_BUILD_SECONDS:
-            index_options = replace(
-                index_options, cluster_size=32, calibration_positions=800, calibration_seconds=30.0
-            )
-        index_options.check_size(rows.n_rows)
+            how = replace(how, calibration_seconds=ANEW_SECONDS)
+        elif expected_seconds(rows, how) > LONG_BUILD_SECONDS:
+            less: dict[str, Any] = {"calibration_positions": 800, "calibration_seconds": 30.0}
+            how = replace(how, cluster_size=32, **less)
+        how.check_size(rows.n_rows)
         origin = local_origin(source)
-        minutes = max(1, math.ceil(round(expected_seconds(rows, index_options)) / 60))
+        minutes = max(1, math.ceil(round(expected_seconds(rows, how)) / 60))
         say(
             f"Building the FlashHead of {origin.known_as}, which takes at most about "
             f"{'a minute' if minutes == 1 else f'{minutes} minutes'}. It is kept in {place}."
         )
         del rows
-        recipe = make_recipe(index_options, origin, origin.result_name())
+        recipe = make_recipe(how, origin, origin.result_name())
         if drafted is not None:
             del recipe["command"]  # no command converts a drafter of mlx-vlm
-        text, how = text_side(model, tokenizer), {"drafted": drafted, "step_seconds": step_seconds}
-        index = yield from model_index(model, text, location, index_options, **how)
+        text = text_side(model, tokenizer)
+        index = yield from model_index(
+            model, text, location, how, drafted=drafted, step_seconds=step_seconds
+        )
         index = replace(index, config=replace(index.config, recipe=recipe))
         if index.config.calibration.get("cut_short"):
+            n_positions = index.config.calibration["positions"]
             say(
-                "This machine was busy, so the build was cut short, after "
-                f"{index.config.calibration['positions']:,} positions: "
-                "mlx_flashhead.cache --rebuild MODEL makes a faster one."
+                f"This machine was busy, so the build was cut short, after {n_positions:,} "
+                "positions: mlx_flashhead.cache --rebuild MODEL makes a faster one."
             )
         try:
             sources.keep(index, place)
@@ -140,8 +137,8 @@ def build_now(
 
 
 class BackgroundBuild:
-    """A FlashHead that is built in steps, whenever there is time; UnsupportedHeadError if there can
-    be none. Then it is installed, between two tokens, and measured."""
+    """A FlashHead that is built in steps, then installed, between two tokens, and measured;
+    UnsupportedHeadError if there can be none."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions):
         self._model, self._options = model, options
@@ -158,9 +155,9 @@ class BackgroundBuild:
             yield from tune_head(self._model, stored.index, self._options)
 
     def advance(self) -> bool:
-        """Takes a step. Returns whether there are more. ValueError if the model can have no
-        FlashHead after all."""
-        return next(self._steps, ENDED) is not ENDED
+        """Takes a step, and returns whether it was not the end; ValueError as `build_steps`."""
+        ended = object()
+        return next(self._steps, ended) is not ended
 
     def drop(self) -> None:
         self._steps.close()

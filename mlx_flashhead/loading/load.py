@@ -1,5 +1,4 @@
-"""Loads any model with a FlashHead, or attaches one to a model in memory: a named FlashHead, a kept
-one, or a new one."""
+"""Loads any model with a FlashHead, or attaches one to a model in memory."""
 
 import warnings
 from dataclasses import replace
@@ -120,10 +119,7 @@ def load_draft(
     folder, trust = resolve(path_or_hf_repo), {"trust_remote_code": trust_remote_code}
     model, tokenizer, _ = load_with_head(folder, options, **trust)
     if draft_probes is not None and get_flash_head(model) is None:
-        raise ValueError(
-            f"{path_or_hf_repo} has no FlashHead, so it drafts without probes: leave "
-            "`draft_probes` out."
-        )
+        raise ValueError(f"{path_or_hf_repo} has no FlashHead: leave `draft_probes` out.")
     return model, tokenizer
 
 
@@ -202,8 +198,7 @@ def attach_head(
     """
     if model.training:
         raise ValueError(
-            "This model is in training mode, whose dropout would change the states that a "
-            "FlashHead is built from: call model.eval() first."
+            "A model in training mode cannot get a FlashHead: call model.eval() first."
         )
     if get_flash_head(model) is not None:
         raise ValueError("FlashHead is already installed on this model: detach it first.")
@@ -221,8 +216,7 @@ def attach_head(
     if stored is None and options.missing == REFUSE:
         raise ValueError(
             f"There is no FlashHead of {local_origin(source).known_as} yet, and `build=False` or "
-            "several processes build none: use the model without them once, or name one as "
-            "`flash_head`."
+            "several processes build none: use it without them once, or name one as `flash_head`."
         )
     check_plain_product(location)
     if stored is None:
@@ -247,10 +241,8 @@ def _attach_fine_head(location: HeadLocation, source: Path, options: HeadOptions
 
 
 def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None:
-    """Gives a drafter with a head of its own a FlashHead, kept or built, where its target has one.
-
-    It is built from states of the drafter as it drafts answers of the target.
-    """
+    """Gives a drafter with a head of its own a FlashHead, where its target has one. It is built
+    from states of the drafter as it drafts answers of the target."""
     head = get_flash_head(target)
     if head is None or head not in _targets:  # as while the drafter drafts for its own build
         return

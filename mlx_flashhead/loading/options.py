@@ -18,7 +18,7 @@ VARIABLE = "MLX_FLASHHEAD_RUN"  # read by hook/sitecustomize.py
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How a model gets its FlashHead. The first five are arguments of `load`."""
+    """How a model gets its FlashHead."""
 
     flash_head: str | Path | None = None
     missing: str = BUILD  # what to do without any; DENSE: for good, LATER: until it is built
@@ -36,8 +36,7 @@ class HeadOptions:
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, *, dense: bool = False) -> "HeadOptions":
-        """The choices of the flags in `common/flags.py`; ``dense`` builds no FlashHead;
-        ValueError if they contradict each other."""
+        """The choices of `common/flags.py`; ValueError if they contradict each other."""
         unverified = getattr(args, "no_verify", False) or getattr(args, "draw_probes", False)
         # unverified choices are a FlashHead's, never silently a normal head's
         answers_first = "build_first" in args and not unverified
@@ -66,13 +65,13 @@ class HeadOptions:
         default = asdict(HeadOptions())
         changed = {name: value for name, value in values.items() if value != default[name]}
         hook = str(Path(__file__).parents[1] / "hook")
-        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-        paths = [hook, *(path for path in paths if path != hook)]
+        paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        paths = [hook, *(path for path in paths if path not in ("", hook))]
         return {"PYTHONPATH": os.pathsep.join(paths), VARIABLE: json.dumps(changed)}
 
     def say(self, text: str) -> None:
         """Prints a sentence on standard error, if there is progress to be shown."""
         if self.progress:
-            text = with_flags(text) if self.flags else text
-            tqdm.write(printable(text), file=sys.stderr)  # above a bar that is shown
+            text = printable(with_flags(text) if self.flags else text)
+            tqdm.write(text, file=sys.stderr)  # above a bar that is shown
             sys.stderr.flush()

@@ -32,9 +32,8 @@ DENSE_LOOP = (
 
 
 def patch_library(library: str) -> None:
-    """From now on the loads of mlx-lm or mlx-vlm attach a FlashHead to a model, if they can, with
-    the options in the environment. Programs of theirs that convert or train a model get the dense
-    one. A mistake in the options is a warning."""
+    """From now on the loads of mlx-lm or mlx-vlm attach a FlashHead, if they can, with the options
+    in the environment. A mistake in these is a warning."""
     try:
         patches = _patches()
     except (ValueError, TypeError) as error:

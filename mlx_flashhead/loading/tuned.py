@@ -33,8 +33,8 @@ MEASURING = "Measuring its speed on this machine …"
 def install_stored(
     model: nn.Module, stored: StoredHead, options: HeadOptions, location: HeadLocation | None = None
 ) -> FlashHead:
-    """Puts a stored FlashHead on a dense model, with the settings for this machine; ValueError, and
-    the model stays as it was, if it does not fit or an option is not valid."""
+    """Puts a stored FlashHead on a dense model, with the settings for this machine; ValueError if
+    it does not fit or an option is not valid."""
     index = stored.index
     location = location or find_head(model)
     if near := index.check_fit(location.rows(), stored.source):

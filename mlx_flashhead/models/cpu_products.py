@@ -11,12 +11,8 @@ import numpy as np
 
 from .compat.patching import replaced
 
-METHODS = (
-    (nn.Linear, "__call__"),
-    (nn.QuantizedLinear, "__call__"),
-    (nn.Embedding, "as_linear"),
-    (nn.QuantizedEmbedding, "as_linear"),
-)
+METHODS = [(nn.Linear, "__call__"), (nn.QuantizedLinear, "__call__")]
+METHODS += [(nn.Embedding, "as_linear"), (nn.QuantizedEmbedding, "as_linear")]
 
 
 def numpy_is_faster() -> bool:

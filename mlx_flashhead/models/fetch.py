@@ -35,8 +35,7 @@ def home() -> Path:
 
 
 def lock_of(place: Path) -> FileLock:
-    """The lock of the one process that writes to a place of the home, taken if it is free; OSError
-    if it cannot be."""
+    """The lock of a place of the home, taken if it is free; OSError if it cannot be."""
     lock = FileLock(home() / "locks" / f"{place.name}.lock")
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     with suppress(Timeout):
@@ -45,16 +44,15 @@ def lock_of(place: Path) -> FileLock:
 
 
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
-    """The local folder of a model: itself, or its download from the Hugging Face Hub; ValueError if
-    neither exists. ``files`` are patterns of what to download; default: the whole checkpoint."""
+    """The local folder of a model: itself, or its download of ``files``, patterns of names, from
+    the Hugging Face Hub; ValueError if neither exists."""
     if not path_or_repo:
         raise ValueError("The name of the model is empty: give a folder or a repository.")
     path = Path(os.path.expanduser(path_or_repo))
     if path.is_dir():
         if revision is not None:
-            raise ValueError(
-                f"{path_or_repo} is a folder, which has no revision {revision!r}: leave it out."
-            )
+            said = f"{path_or_repo} is a folder, which has no revision {revision!r}: leave it out."
+            raise ValueError(said)
         return path
     if path.exists():
         raise ValueError(f"{path_or_repo} is a file: name its folder instead.")
@@ -89,8 +87,7 @@ def _hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
             errors.RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face "
             "Hub: check the name, or log in with `hf auth login` if it is private.",
             errors.RevisionNotFoundError: f"{name} has no revision {revision!r}: see its page.",
-            errors.RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another "
-            "source.",
+            errors.RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another.",
             errors.OfflineModeIsEnabled: nobody,
             errors.HFValidationError: f"{missing} it cannot be a repository: give a folder or "
             "OWNER/NAME.",
@@ -107,8 +104,7 @@ def reason(error: BaseException) -> str:
     return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__
 
 
-# Single tensors. A safetensors file says in its header where each lies, so one of a repository is
-# fetched, by ranges of bytes, without the rest of the model.
+# Single tensors, fetched by ranges of bytes: the header of a safetensors file says where each lies.
 
 INDEX, SINGLE, ENDING = "model.safetensors.index.json", "model.safetensors", ".safetensors"
 LARGEST_HEADER = 100_000_000  # bytes, as the format's own library has it
@@ -196,8 +192,8 @@ class Tensor:
         return self.array(content, len(ids))
 
     def fetch(self, folder: Path, key: str, bar: tqdm) -> np.memmap:
-        """Its bytes, fetched into a file of ``folder`` if they are a repository's. A fetch that has
-        ended early continues there. ValueError if it ends early again."""
+        """Its bytes; of a repository fetched into a file of ``folder``, where one that has ended
+        early continues. ValueError if it ends early."""
         if self.file.repo_id is None:
             bar.update(self.nbytes)
             return np.memmap(self.file.name, mode="r", offset=self.start, shape=(self.nbytes,))

@@ -168,8 +168,7 @@ def distances(coarse: Matrix, fine: mx.array) -> np.ndarray:
 
 
 def check_same(compared: list[np.ndarray], names: str, max_drift: float) -> None:
-    """Raises a ValueError, which begins with ``names``, if `distances` of rows, piece by piece, are
-    not those of the same rows."""
+    """ValueError, which begins with ``names``, if `distances` are not those of the same rows."""
     moved, rounding, error, length = np.concatenate(compared).T.astype(np.float64)
     whole = float(np.linalg.norm(length)) or 1.0
     total, rounded = (float(np.linalg.norm(a)) / whole for a in (moved, rounding))
@@ -179,9 +178,8 @@ def check_same(compared: list[np.ndarray], names: str, max_drift: float) -> None
     worst = int(np.argmax(error / (MAX_ROW_ERROR * rounding + floor)))
     if not drift <= max_drift or error[worst] > MAX_ROW_ERROR * rounding[worst] + floor:
         raise ValueError(
-            f"{names}, or was trained further: beyond rounding, their rows are "
-            f"{100 * min(drift, 1):.1f} % of their length apart, row {worst} the most. Choose "
-            "another `fine_head`."
+            f"{names}, or was trained further: beyond rounding, rows are {100 * min(drift, 1):.1f} "
+            f"% of their length apart, row {worst} the most. Choose another `fine_head`."
         )
 
 
@@ -199,10 +197,8 @@ def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -
             return tensors, base
         seen.add(base)
         base = _base_model(base)
-    raise ValueError(
-        f"{name} names no original with a finer head (`base_model` of its card): name one with "
-        "`fine_head`."
-    )
+    said = f"{name} names no original with a finer head (`base_model` of its card)"
+    raise ValueError(f"{said}: name one with `fine_head`.")
 
 
 def _base_model(model: Path | str) -> str | None:
@@ -256,8 +252,7 @@ def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
 
 
 def _rows(tensors: Rows, name: str, shape: tuple[int, int]) -> Rows | None:
-    """The tensor of that name with its scales and biases, if it holds so many rows of floats, or of
-    affine groups."""
+    """A tensor, its scales and biases, if they are so many rows of floats or affine groups."""
     tensor, stem = tensors[name], name.removesuffix("weight")
     if tensor.dtype != "U32":
         return {"weight": tensor} if tensor.readable and tensor.shape == shape else None

@@ -1,8 +1,6 @@
-"""Installs a FlashHead on a model's output projection, and detaches it.
-
-The module keeps its identity, names and place; its class becomes a subclass, and so do those around
-it, to stop an update. Its rows move into the FlashHead, which gives them back when they are read.
-"""
+"""Installs a FlashHead on a model's output projection, and detaches it. The module keeps its names
+and place; its class becomes a subclass, and so do those around it, to stop an update. Its rows move
+into the FlashHead, which gives them back when they are read."""
 
 import copy
 from collections.abc import Callable
@@ -111,8 +109,7 @@ def dense_copy(model: nn.Module) -> nn.Module:
 
 
 def _uninstall(model: nn.Module) -> None:
-    module = _installed_module(model)
-    head = module._flash_head
+    module, head = _installed_module(model), installed_head(model)
     for changed in model.modules():
         if isinstance(changed, _Pickled):
             changed.__class__ = type(changed).__bases__[1]
@@ -159,7 +156,7 @@ class _FlashParent(_Pickled, _Module):
 
 class _FlashModule(_Pickled, _Module):
     """An installed module, whose dict holds None for each array that the FlashHead keeps. Reading
-    such an array gives it in the model's own order, lazily. Writing it raises."""
+    it gives it in the model's own order, lazily. Writing it raises."""
 
     _flash_head: FlashHead
     _hidden_dtype: str

@@ -33,22 +33,19 @@ def load_dense(folder: Path, *, adapter_path: str | None = None, **kwargs: Any):
     ValueError, in one sentence, if mlx-lm cannot load it."""
     if is_companion(folder):
         raise ValueError(
-            f"{folder} is a FlashHead without its model: give it as `flash_head`, and the model "
-            "it was made for in its place."
+            f"{folder} is a FlashHead without its model: give it as `flash_head` of its model."
         )
     try:
         loaded: Any = load(str(folder), return_config=True, **kwargs)
     except (SystemExit, Exception) as error:  # code of models, and of damaged settings, raises any
-        why, remedy = f" ({reason(error)})", "check or fetch it again"
+        why, remedy = reason(error), "check or fetch it again"
         if isinstance(error, SystemExit):
             if error.code != 1:  # the user ended the program
                 raise
-            # mlx-lm's code of some architectures exits where a package is missing
-            why = ", for the reason printed above"
-            remedy = "install the missing package, or use another model"
+            why = "a package is missing, as printed above"  # of some architectures
         elif "trust_remote_code" in str(error):
             remedy = "if you trust its code, add `trust_remote_code=True`"
-        raise ValueError(f"mlx-lm cannot load the model in {folder}{why}: {remedy}.") from error
+        raise ValueError(f"mlx-lm cannot load the model in {folder} ({why}): {remedy}.") from error
     model, tokenizer, config = loaded
     if adapter_path is not None:
         try:
@@ -71,7 +68,7 @@ def load_dense_part(
     trust_remote_code: bool = False,
 ):
     """This process's part of the dense model, its tokenizer and configuration, or ValueError. Every
-    process has the same hidden state and the whole head, so each finds the same token by itself."""
+    process has the whole head, so each finds the same token by itself."""
     source = os.path.expanduser(path_or_hf_repo)  # a repository's name stays
     trust = {"trust_remote_code": trust_remote_code}
     # mlx-lm's default allows a tokenizer's own code
@@ -140,7 +137,7 @@ def embeddings(model: nn.Module, tokens: mx.array) -> dict[str, Any]:
 
 def check_writes_text(model: nn.Module, *, runs: bool = True) -> None:
     """Raises UnsupportedHeadError for a model that does not write one token after the other. One
-    that does not run may have no head, which mlx-vlm takes away for embeddings."""
+    that does not run may have lost its head to mlx-vlm, for embeddings."""
     if not is_vlm(model):
         return
     text, old = getattr(model, "language_model", None), too_old()
@@ -152,8 +149,7 @@ def check_writes_text(model: nn.Module, *, runs: bool = True) -> None:
         )
     if old is not None:
         raise UnsupportedHeadError(
-            f"A FlashHead takes mlx-vlm 0.7.8 or newer, and {old} is installed: update mlx-vlm, or "
-            "use the model without FlashHead."
+            f"A FlashHead takes mlx-vlm 0.7.8 or newer, and {old} is installed: update mlx-vlm."
         )
     from mlx_vlm.generate.diffusion import is_diffusion_model
 
@@ -197,10 +193,8 @@ class ProcessorText:
         self._processor = processor
         self._tokenizer = getattr(processor, "tokenizer", processor)
         if not hasattr(self._tokenizer, "encode"):
-            raise ValueError(
-                f"{type(processor).__name__} has no tokenizer, which a FlashHead is built "
-                "with: give the processor that mlx_vlm.load returns."
-            )
+            name = type(processor).__name__
+            raise ValueError(f"{name} has no tokenizer: give the processor of mlx_vlm.load.")
         known = getattr(self._tokenizer, "stopping_criteria", None)
         ends = getattr(known, "eos_token_ids", None) or getattr(self._config, "eos_token_id", None)
         self.eos_token_ids = resolve_eos_token_ids(ends, self._tokenizer)

@@ -101,8 +101,8 @@ def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
 
 
 def check_plain_product(location: HeadLocation) -> None:
-    """Checks on one random state of the model's dtype that the layer multiplies by its rows: an
-    UnsupportedHeadError for sharded, rotated or otherwise special layers."""
+    """Checks on a random state that the layer multiplies by its rows: an UnsupportedHeadError for
+    sharded, rotated or otherwise special layers."""
     rows, module = location.rows(), location.module
     hidden = mx.random.normal((1, rows.hidden_size), key=mx.random.key(0))
     hidden = hidden.astype(location.hidden_dtype)

@@ -1,5 +1,5 @@
-"""Fills in a chat template, as transformers does: the work of a helper process
-(common/guarded.py). transformers itself takes a second and much memory to import."""
+"""Fills in a chat template, as transformers does, which takes a second and much memory to import:
+the work of a helper process (common/guarded.py)."""
 
 import json
 from datetime import datetime

@@ -91,7 +91,8 @@ def calls(monkeypatch):
         original = getattr(owner, name)
 
         def call(*arguments, **options):
-            found.append(name)
+            if name != "token_rows" or len(arguments) == 1:  # of all tokens
+                found.append(name)
             return original(*arguments, **options)
 
         monkeypatch.setattr(owner, name, call)

@@ -26,9 +26,13 @@ from vlm_texts import write_alone, write_together
 def reads(monkeypatch):
     """How often the rows have been put back into the model's order since, in a list."""
     found, gather = [], ClusteredRows.token_rows
-    monkeypatch.setattr(
-        ClusteredRows, "token_rows", lambda self: found.append(self) or gather(self)
-    )
+
+    def counted(self, token_ids=None):
+        if token_ids is None:
+            found.append(self)
+        return gather(self, token_ids)
+
+    monkeypatch.setattr(ClusteredRows, "token_rows", counted)
     return found
 
 

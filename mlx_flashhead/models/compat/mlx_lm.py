@@ -126,9 +126,7 @@ def run_generate(args: argparse.Namespace, **functions: Callable[..., Any]) -> N
         module.main()
 
 
-# mlx-lm's batch generator, with another choice of tokens. All that touches its inside stands here:
-# ``_next``, ``_generation_batch``, ``_prompt_batch`` and ``_counters`` of mlx-lm 0.31.3 to 0.32.2,
-# which has no hook for a head's states.
+# mlx-lm's batch generator, with another choice of tokens. All that touches its inside stands here.
 
 
 class _GenerationBatch(module.GenerationBatch):  # type: ignore[name-defined]
@@ -188,8 +186,8 @@ class ChoosingBatchGenerator(BatchGenerator):
 
 
 class StateMachineStops:
-    """0.31's state machine of a sequence, in the place of 0.32's ``StopSequences``. After a call of
-    :meth:`advance` it has 0.31's ``match_sequence`` and ``current_state`` of the token."""
+    """0.31's state machine of a sequence, with the face of 0.32's ``StopSequences``. It has 0.31's
+    ``match_sequence`` and ``current_state`` of the latest token."""
 
     def __init__(self, machine: Any):
         self._machine, self._state = machine, machine.make_state()

@@ -12,7 +12,6 @@ import mlx.nn as nn
 
 from .patching import put_in_place
 
-OLDEST = (0, 7, 8)
 TEMPERATURE = 0.8  # of answers that are recorded: the states of likely tokens are less alike
 
 
@@ -20,7 +19,7 @@ def too_old() -> str | None:
     """The installed version of mlx-vlm, if a FlashHead cannot be under its models."""
     installed = version("mlx-vlm")
     parts = tuple(int(part) for part in installed.split(".")[:3] if part.isdigit())
-    return installed if parts < OLDEST else None
+    return installed if parts < (0, 7, 8) else None
 
 
 def own_head(drafter: Any, target: Any) -> Any:
@@ -67,8 +66,7 @@ def when_drafted(then: Callable[[Any, Any, str], None]) -> None:
 
 @cache  # once per process
 def keep_from_weights(kind: type) -> None:
-    """Keeps mlx-vlm from reading the weights of layers of this ``kind``, which their
-    FlashHead would gather anew at each call."""
+    """Keeps mlx-vlm from reading weights of this ``kind``, which a FlashHead would gather anew."""
 
     def instead(place: str, function: Callable[..., Any]) -> None:
         """For such a layer, or a model that embeds by one, ``function`` is called."""

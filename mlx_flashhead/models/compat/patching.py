@@ -6,8 +6,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
-# From what has a name to what gets it.
-Wrap = Callable[[Any], Any]
+Wrap = Callable[[Any], Any]  # from what has a name to what gets it
 
 
 @contextmanager
@@ -46,13 +45,12 @@ WITHOUT_TEXT = {
     "mlx_lm": ["cache_prompt", "convert", "fuse", "lora", "quant", "share", "tuner", "upload"],
     "mlx_vlm": ["convert", "lora", "train", "trainer"],
 }
-# Packages that replace methods within mlx-lm's batches, which leaves no room for others.
-CHANGES_BATCHES = ("rapid_mlx",)
 
 
 def caller_changes_batches() -> bool:
-    """Whether the caller of the present function is of one of these packages."""
-    return sys._getframe(2).f_globals.get("__name__", "").split(".")[0] in CHANGES_BATCHES
+    """Whether the caller of the present function is rapid-mlx, whose own methods take the places of
+    those within mlx-lm's batches."""
+    return sys._getframe(2).f_globals.get("__name__", "").split(".")[0] == "rapid_mlx"
 
 
 def caller_generates() -> bool:
