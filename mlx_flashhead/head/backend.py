@@ -1,6 +1,5 @@
-"""Which path a head takes: its Metal kernels, or plain MLX operations.
-
-Before they are used each kernel runs once, at its real shapes, beside the plain operations."""
+"""Which path a head takes: plain MLX operations, or Metal kernels, which are first tried beside
+them at their real shapes."""
 
 import logging
 import os
@@ -18,10 +17,8 @@ from .steps import Candidates, PortableSteps, Proposal, Selection, in_token_orde
 
 METAL, PORTABLE = "metal", "mlx"
 BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
-HOW_TO_REPORT = (
-    "please report this as an issue, with the output of "
-    "`mlx_flashhead.benchmark head --shape 32000,1024 --report`"
-)
+COMMAND = "mlx_flashhead.benchmark head --shape 32000,1024 --report"
+HOW_TO_REPORT = f"please report this as an issue, with the output of `{COMMAND}`"
 
 log = logging.getLogger("mlx_flashhead")
 

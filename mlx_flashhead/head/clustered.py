@@ -47,8 +47,7 @@ class ClusteredRows:
     slot_of: mx.array  # (V,) uint32, the slot c·cluster_size + i that holds a token
     centroids: Centroids
     route_bias: mx.array  # (C,) float32, the centroids' bias, ALWAYS_PROBED for forced clusters
-    # Whether the (n, D) weight of each cluster lies in memory as (D, n), which a CPU's BLAS
-    # multiplies faster; its shape is the same.
+    # whether each cluster's (n, D) weight lies in memory as (D, n), for a CPU's BLAS
     by_column: bool = False
 
     @property

@@ -16,8 +16,7 @@ from .draw import Draws
 from .matrix import Matrix
 from .steps import NO_DEPTH, Candidates, PortableSteps, Proposal, Risk, Rows, Selection
 
-# Score of clusters whose tokens must not be drawn. Finite, since -inf breaks softcaps, logit_bias
-# and JSON; so low that exp() of it is 0.
+# Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
 
 Project = Callable[[mx.array], mx.array]  # hidden states (..., D) → logits (..., V)
@@ -66,8 +65,7 @@ class FlashHead:
         self.steps, self.backend_reason = make_steps(self.clustered, backend)
         self.eos_token_ids, self.risk = tuple(eos_token_ids), risk or Risk()
         self.n_probes = n_probes
-        if unverified_probes is not None:
-            self.unverified_probes = unverified_probes
+        self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
         self._verified = True  # whether a plain call is the dense head's
         self._draw_temperature: float | None = None
         self._project: Project | None = None
@@ -126,8 +124,7 @@ class FlashHead:
     def check_kernels(self, dtype: mx.Dtype) -> None:
         """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path, or
         raises a ValueError where the backend "metal" was requested by name."""
-        reason = check_kernels(self.steps, self._requested_backend, dtype, self.n_probes)
-        if reason is not None:
+        if reason := check_kernels(self.steps, self._requested_backend, dtype, self.n_probes):
             self.steps, self.backend_reason = PortableSteps(self.clustered), reason
         if self.backend == PORTABLE:
             self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
@@ -178,8 +175,8 @@ class FlashHead:
         self._project = partial(self.draft_logits, n_probes=n_probes)
 
     def __call__(self, hidden: mx.array) -> mx.array:
-        """Full logits: hidden (..., D) → (..., V), in the dense head's dtype. Lazy. They are the
-        dense head's; within a block of :meth:`settings` :meth:`unverified_logits`."""
+        """Full logits: hidden (..., D) → (..., V). Lazy. They are :meth:`dense_logits`, within a
+        block of :meth:`settings` :meth:`unverified_logits`."""
         if self._project is not None:
             return self._project(hidden)
         return self.dense_logits(hidden) if self._verified else self.unverified_logits(hidden)
@@ -195,8 +192,7 @@ class FlashHead:
         return logits.reshape(len(hidden), self.n_clusters, -1)
 
     def unverified_logits(self, hidden: mx.array, n_probes: int | None = None) -> mx.array:
-        """Full logits by retrieval: hidden (..., D) → (..., V). A probed token has its exact logit,
-        every other one an estimate below the best candidate."""
+        """Logits (..., V) by retrieval: exact if probed, else an estimate below the best."""
         n_probes = self.unverified_probes if n_probes is None else n_probes
         if n_probes == self.n_clusters and self._draw_temperature is None:
             return self.dense_logits(hidden)

@@ -1,5 +1,4 @@
-"""The steps of a FlashHead as Metal kernels, one dispatch each: their arrays and threads. The files
-in ``metal/flash_head/`` hold the kernels, their plans and shapes."""
+"""The steps of a FlashHead as Metal kernels of ``metal/flash_head/``, one dispatch each."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -9,7 +8,7 @@ import mlx.core as mx
 
 from . import kernel_text as text
 from .clustered import ClusteredRows
-from .draw import Draws
+from .draw import ROW_THREADS, Draws
 from .matrix import Matrix
 from .steps import (
     NO_DEPTH,
@@ -29,7 +28,6 @@ LANES = 32
 ROWS = 4
 ROUTE_SIMDGROUPS = 2
 SCORE_SIMDGROUPS = 8
-ROW_THREADS = 512
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 SCREEN_CLUSTERS = 1024

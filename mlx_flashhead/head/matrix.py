@@ -21,9 +21,7 @@ class Format:
     bits: int  # per weight, without scales
     group_sizes: tuple[int, ...]  # columns that may share a scale; empty for floats
     arrays: tuple[str, ...]  # their names, in the order in which MLX and the kernels take them
-    # The kernels' function that makes rows of the arrays, with its template arguments; None if the
-    # kernels do not read the format.
-    metal: str | None
+    metal: str | None  # the kernels' function that makes rows of the arrays, if they read it
 
     def __str__(self) -> str:
         """In words that come before "rows": "16-bit float", "3-bit affine", "nvfp4"."""

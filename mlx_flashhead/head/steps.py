@@ -67,9 +67,8 @@ class Screen(NamedTuple):
 
 
 class Risk(NamedTuple):
-    """How the estimate of that chance depends on what was not scored: for the best token exp(a -
-    b·gap) of its distance to the best score of the other clusters, for a draw ``scale`` times their
-    mass."""
+    """That estimate, by what was not scored: for the best token exp(a - b·gap) of its distance to
+    the best score of the other clusters, for a draw ``scale`` times their mass."""
 
     a: float = 0.0
     b: float = 1.0
@@ -184,11 +183,9 @@ class PortableSteps:
     def select(
         self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
     ) -> Selection:
-        """The ``n_probes`` best clusters of each row, unordered: (R, C) float32 → (R, p).
-
-        ``words``: also give what the kernel of `expand` needs. Clusters more than ``depth`` nats
-        below the log-sum-exp of all scores, at most C·exp(-depth) of the mass, need not be probed.
-        """
+        """The ``n_probes`` best clusters of each row, unordered: (R, C) float32 → (R, p). Kernels
+        give ``words`` for `expand`, and leave clusters out that lie more than ``depth`` nats below
+        the log-sum-exp of all scores: at most C·exp(-depth) of the mass."""
         n_left = scores.shape[-1] - n_probes
         probes = mx.broadcast_to(mx.arange(n_probes, dtype=mx.uint32), (len(scores), n_probes))
         if n_left > 0:
@@ -218,11 +215,8 @@ class PortableSteps:
         return Candidates(logits)
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
-        """Full logits: a probed token keeps its own, every other token gets its cluster's estimate.
-
-        Scores (R, C) float32 → (R, V) in the dtype of the candidates' logits. The estimate is
-        min(S_c - ln n_c, m - max(1, |m|/64)), with n_c tokens and the best candidate logit m.
-        """
+        """Scores (R, C) float32 → full logits (R, V) of the candidates' dtype. Tokens not probed
+        get min(S_c - ln n_c, m - max(1, |m|/64)), with n_c tokens and the best logit m."""
         logits = candidates.logits
         n_rows, n_clusters = scores.shape
         best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1).astype(mx.float32)  # (R, 1)

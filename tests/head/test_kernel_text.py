@@ -57,7 +57,7 @@ def test_parts_are_ascii_include_nothing_and_are_all_in_the_file():
     assert sorted(included) == names
     for name in names:
         assert part(name).isascii() and "#include" not in part(name), name
-    with pytest.raises(FileNotFoundError, match=r"flash_head/sort\.h is missing.*install"):
+    with pytest.raises(FileNotFoundError, match=r"flash_head/sort\.h"):
         part("sort")
     # a kernel gets those it needs, without comments
     text = header("histogram", "sample")
