@@ -23,6 +23,7 @@ from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
 LogitChange = Callable[[mx.array], mx.array]
 
 _known: WeakKeyDictionary[FlashHead, LogitChange] = WeakKeyDictionary()
+NO_FLASH_HEAD = "This model has no FlashHead: load it with mlx_flashhead.load."
 _Module: Any = object  # the methods of nn.Module come from the class beside those below
 
 
@@ -40,7 +41,7 @@ def installed_head(model: nn.Module) -> FlashHead:
     """The FlashHead installed on ``model``, or ValueError."""
     head = get_flash_head(model)
     if head is None:
-        raise ValueError("This model has no FlashHead: load it with mlx_flashhead.load.")
+        raise ValueError(NO_FLASH_HEAD)
     return head
 
 
