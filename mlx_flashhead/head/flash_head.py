@@ -260,10 +260,6 @@ class FlashHead:
         _, selection, candidates = self._retrieve(rows, self.unverified_probes, words=False)
         return self.steps.choose(selection, candidates, None)[0].reshape(hidden.shape[:-1])
 
-    def embedding(self, token_ids: mx.array) -> mx.array:
-        """Rows of a tied embedding: integers (...) → (..., D), as the dense embedding gives."""
-        return self.clustered.token_rows(token_ids).dequantized()
-
     def _retrieve(
         self, rows: mx.array, n_probes: int, words: bool, depth: float = NO_DEPTH
     ) -> tuple[mx.array, Selection, Candidates]:
