@@ -27,8 +27,7 @@ log = logging.getLogger("mlx_flashhead")
 UNITS, LEAST = 2, 1e-3
 
 # The constants of the same names in metal/flash_head/constants.h.
-SELECT_BINS = 4096
-BINS_PER_NAT = 64.0
+SELECT_BINS, BINS_PER_NAT = 4096, 64.0
 CERTAIN = 1e29
 
 DRAWN = 4 * (

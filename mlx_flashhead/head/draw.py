@@ -77,13 +77,14 @@ def position_key(seed: int, position: int) -> tuple[int, int]:
 def noise(keys: mx.array, token_ids: mx.array) -> mx.array:
     """Gumbel noise of tokens: keys (R, 2), ids (R, K) uint32 → (R, K) float32."""
     words = _uniform(keys, token_ids // 2)
-    return _gumbel(mx.where(token_ids % 2 == 0, words[..., 0], words[..., 1]))
+    uniform = mx.where(token_ids % 2 == 0, words[..., 0], words[..., 1])
+    return -mx.log(-mx.log(uniform))  # -inf at 0
 
 
 def noise_of_all(keys: mx.array, vocab_size: int) -> mx.array:
     """Gumbel noise of tokens 0 … V-1: keys (R, 2) → (R, V) float32."""
     words = _uniform(keys, mx.arange(-(-vocab_size // 2), dtype=mx.uint32))
-    return _gumbel(words.reshape(len(keys), -1)[:, :vocab_size])
+    return -mx.log(-mx.log(words.reshape(len(keys), -1)[:, :vocab_size]))
 
 
 def _uniform(keys: mx.array, pairs: mx.array) -> mx.array:
@@ -95,10 +96,6 @@ def _uniform(keys: mx.array, pairs: mx.array) -> mx.array:
 
 
 _words_of_key = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))
-
-
-def _gumbel(uniform: mx.array) -> mx.array:
-    return -mx.log(-mx.log(uniform))  # -inf at 0
 
 
 def log_mass(logits: mx.array) -> mx.array:

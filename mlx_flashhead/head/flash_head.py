@@ -19,8 +19,6 @@ from .steps import NO_DEPTH, Candidates, PortableSteps, Proposal, Risk, Rows, Se
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
 
-Project = Callable[[mx.array], mx.array]  # hidden states (..., D) → logits (..., V)
-
 
 class FlashHead:
     """An output projection by retrieval. A plain call is the normal (dense) head.
@@ -68,7 +66,7 @@ class FlashHead:
         self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
         self._verified = True  # whether a plain call is the dense head's
         self._draw_temperature: float | None = None
-        self._project: Project | None = None
+        self._project: Callable[[mx.array], mx.array] | None = None
 
     def __getstate__(self) -> dict:
         """Without what belongs to this process: kernels, and who intercepts calls."""
@@ -162,7 +160,7 @@ class FlashHead:
             vars(self).update(before)
 
     @contextmanager
-    def intercepted(self, project: Project) -> Iterator[None]:
+    def intercepted(self, project: Callable[[mx.array], mx.array]) -> Iterator[None]:
         """Within the block ``project`` makes the logits of each call from its hidden states."""
         before, self._project = self._project, project
         try:
@@ -259,10 +257,6 @@ class FlashHead:
         rows = hidden.reshape(-1, hidden.shape[-1])
         _, selection, candidates = self._retrieve(rows, self.unverified_probes, words=False)
         return self.steps.choose(selection, candidates, None)[0].reshape(hidden.shape[:-1])
-
-    def embedding(self, token_ids: mx.array) -> mx.array:
-        """Rows of a tied embedding: integers (...) → (..., D), as the dense embedding gives."""
-        return self.clustered.token_rows(token_ids).dequantized()
 
     def _retrieve(
         self, rows: mx.array, n_probes: int, words: bool, depth: float = NO_DEPTH

@@ -24,10 +24,8 @@ from .steps import (
 )
 
 # The constants of the same names in metal/flash_head/constants.h.
-LANES = 32
-ROWS = 4
-ROUTE_SIMDGROUPS = 2
-SCORE_SIMDGROUPS = 8
+LANES, ROWS = 32, 4
+ROUTE_SIMDGROUPS, SCORE_SIMDGROUPS = 2, 8
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 SCREEN_CLUSTERS = 1024

@@ -2,7 +2,7 @@
 the fallback, and the reference of the Metal kernels. Nothing here evaluates.
 
 hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
-              ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ token, choose ─▶ (R,)
+              ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ choose ─▶ (R,)
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,7 +76,7 @@ class Risk(NamedTuple):
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> "Risk":
-        """From an index's settings of the checked loop; the usual numbers where there are none."""
+        """From an index's settings of verification; the usual numbers where there are none."""
         fitted = settings.get("risk") or {}
         a, b = fitted.get("greedy", USUAL[:2])
         return cls(a, b, fitted.get("sampled", USUAL.scale))
