@@ -119,8 +119,7 @@ def finish(steps: Steps[StoredHead], options: HeadOptions) -> StoredHead:
 def build_now(
     model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, *, anew: bool = False
 ) -> None:
-    """Builds the FlashHead of a dense model, installs it, and says what it took and gains; raises
-    as `build_steps`."""
+    """Builds and installs a FlashHead, and says what it took and gains; raises as `build_steps`."""
     began, location = time.perf_counter(), find_head(model)
     check_plain_product(location)
     steps = build_steps(model, tokenizer, location, source=source, options=options, anew=anew)

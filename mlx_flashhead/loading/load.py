@@ -91,8 +91,7 @@ def load(
 
 
 def load_with_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
-    """A folder's model with its FlashHead: ``(model, tokenizer, config)``. Takes arguments of
-    ``mlx_lm.load``, and raises as `load`."""
+    """A folder's model with its FlashHead: ``(model, tokenizer, config)``; raises as `load`."""
     stored = sources.named_head(folder, options)
     loaded = load_dense(folder, **of_mlx_lm)
     attach_head(loaded[0], loaded[1], stored, folder, options)
@@ -111,9 +110,8 @@ def load_draft(
 ):
     """Loads a draft model, with its FlashHead if it has one. It builds none.
 
-    The target verifies each draft, so fewer probes cost no exactness. By default a draft reads a
-    tenth of its head's bytes (docs/drafts.md). ValueError as in `load`, and for probes without a
-    FlashHead.
+    The target verifies each draft, so few probes will do: by default a tenth of the head's bytes
+    (docs/drafts.md). ValueError as in `load`, and for probes without a FlashHead.
     """
     options = HeadOptions(missing=DENSE, n_probes=draft_probes, drafts=True)
     folder, trust = resolve(path_or_hf_repo), {"trust_remote_code": trust_remote_code}
@@ -192,10 +190,8 @@ def attach(
 def attach_head(
     model: nn.Module, tokenizer: Any, stored: StoredHead | None, source: Path, options: HeadOptions
 ) -> FlashHead | None:
-    """Puts the stored FlashHead on a dense model, else a cached one, else a new one, as `attach`.
-
-    ``source`` is the model's folder, or its name. Returns None for a model that stays dense.
-    """
+    """Puts the stored FlashHead on a dense model, else a cached one, else a new one, as `attach`;
+    None if it stays dense. ``source`` is the model's folder, or its name."""
     if model.training:
         raise ValueError(
             "A model in training mode cannot get a FlashHead: call model.eval() first."

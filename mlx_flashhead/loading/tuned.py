@@ -65,9 +65,8 @@ def tune_head(
 ) -> Generator[None, None, Tuning | None]:
     """Gives the FlashHead of ``model`` the settings that were measured on this machine, in steps.
 
-    They are measured at first, for a machine, version of MLX and dtype, and again while they are
-    provisional and the machine is quiet. Returns None, with nothing measured, for probes that the
-    user has chosen, and with ``$MLX_FLASHHEAD_TUNING=off``.
+    They are measured again while they are provisional and the machine is quiet. Nothing is
+    measured for probes that the user has chosen, and with ``$MLX_FLASHHEAD_TUNING=off``.
     """
     off = os.environ.get("MLX_FLASHHEAD_TUNING") == "off"
     if options.n_probes is not None or options.drafts or not options.tunes or off:

@@ -22,8 +22,7 @@ def numpy_is_faster() -> bool:
 
 @contextmanager
 def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
-    """Within the block, linear layers and embeddings as heads multiply by numpy if it is faster,
-    but for the layer ``lazy``, whose product may never be needed."""
+    """A block in which layers multiply by numpy, if it is faster, but for a ``lazy`` one."""
     if not numpy_is_faster():
         yield
         return

@@ -65,8 +65,7 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
 
 @contextmanager
 def _hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
-    """A block in which errors of the Hub's client become a ValueError of one sentence. Those of
-    this package pass, and those of the disk."""
+    """A block in which errors of the Hub's client, not of the disk, become a ValueError."""
     try:
         yield
     except Exception as error:  # the client raises many unrelated types
@@ -215,8 +214,7 @@ class Tensor:
 
 
 def tensor_files(source: str) -> Iterator[TensorFile]:
-    """The safetensors files of a file, a folder or a repository, those of a head first; ValueError
-    if there are none."""
+    """The safetensors files of a source, those of a head first; ValueError if there are none."""
     path = Path(os.path.expanduser(source))
     if path.exists():
         files = sorted(path.glob("*" + ENDING)) if path.is_dir() else [path]

@@ -220,8 +220,7 @@ def _name(folder: Path) -> str:
 
 
 def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
-    """The tensors of a source's head, by the end of its path and its shape, else by shape alone;
-    finer than the model's, unless ``any_bits`` will do."""
+    """The tensors of a source's finer head, or of one of ``any_bits``, by path and shape."""
     coarse = location.rows()
     shape, leaf = (coarse.n_rows, coarse.hidden_size), f"{location.path.rpartition('.')[2]}.weight"
     fitting: list[Rows] = []

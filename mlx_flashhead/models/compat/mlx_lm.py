@@ -104,8 +104,8 @@ def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
 
 
 def is_mlx_lm_processor(processor: Any) -> bool:
-    """Whether it is a penalty or a bias of mlx-lm's, which depends on its arguments alone and moves
-    each logit by itself, a larger one never below a smaller one."""
+    """Whether it is mlx-lm's, depends on its arguments alone and moves each logit by itself, a
+    larger one never below a smaller one."""
     if getattr(processor, "__code__", None) not in _PROCESSORS:
         return False
     penalty = getclosurevars(processor).nonlocals.get("penalty", 1)
@@ -186,8 +186,7 @@ class ChoosingBatchGenerator(BatchGenerator):
 
 
 class StateMachineStops:
-    """0.31's state machine of a sequence, with the face of 0.32's ``StopSequences``. It has 0.31's
-    ``match_sequence`` and ``current_state`` of the latest token."""
+    """0.31's state machine of a sequence, with the face of 0.32's ``StopSequences`` too."""
 
     def __init__(self, machine: Any):
         self._machine, self._state = machine, machine.make_state()

@@ -48,8 +48,7 @@ WITHOUT_TEXT = {
 
 
 def caller_changes_batches() -> bool:
-    """Whether the caller of the present function is rapid-mlx, whose own methods take the places of
-    those within mlx-lm's batches."""
+    """Whether the caller is rapid-mlx, which replaces methods within mlx-lm's batches."""
     return sys._getframe(2).f_globals.get("__name__", "").split(".")[0] == "rapid_mlx"
 
 
