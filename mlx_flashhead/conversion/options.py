@@ -116,7 +116,7 @@ class ConvertOptions(IndexOptions):
         changes, both = self.quantize or self.dequantize, self.quantize and self.dequantize
         two_names = isinstance(self.upload, str) and self.upload_repo not in (None, self.upload)
         mixes = isinstance(self.quant_predicate, str) and self.q_mode != AFFINE
-        refused = {
+        mistakes = {
             "`hf_path` is needed: the folder or repository of the model.": not self.hf_path,
             "Choose either `quantize` or `dequantize`, not both.": both,
             "`fine_head` is for a model that is quantized already: leave it out, or `quantize` and "
@@ -125,7 +125,7 @@ class ConvertOptions(IndexOptions):
             "`upload` and `upload_repo` name two repositories: give one of them.": two_names,
             "`private` is for an upload: add `upload`.": self.private and not self.uploads,
         }
-        for sentence, is_wrong in refused.items():
+        for sentence, is_wrong in mistakes.items():
             if is_wrong:
                 raise ValueError(sentence)
         if self.base_model is not None:

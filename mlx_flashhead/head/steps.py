@@ -75,7 +75,7 @@ class Risk(NamedTuple):
     scale: float = 1.0
 
     @classmethod
-    def of_settings(cls, settings: Mapping[str, Any]) -> "Risk":
+    def from_settings(cls, settings: Mapping[str, Any]) -> "Risk":
         """From an index's settings of verification; the usual numbers where there are none."""
         fitted = settings.get("risk") or {}
         a, b = fitted.get("greedy", USUAL[:2])

@@ -90,17 +90,17 @@ def load(
     return loaded if return_config else loaded[:2]
 
 
-def load_with_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
+def load_with_head(folder: Path, options: HeadOptions, **loading: Any):
     """A folder's model with its FlashHead: ``(model, tokenizer, config)``; raises as `load`."""
-    stored = sources.named_head(folder, options)
-    loaded = load_dense(folder, **of_mlx_lm)
+    stored = sources.explicit_or_bundled_head(folder, options)
+    loaded = load_dense(folder, **loading)
     attach_head(loaded[0], loaded[1], stored, folder, options)
     return loaded
 
 
-def load_dense_head(folder: Path, options: HeadOptions, **of_mlx_lm: Any):
+def load_dense_head(folder: Path, options: HeadOptions, **loading: Any):
     """A folder's model with its normal (dense) head, or a finer one that the options name."""
-    loaded = load_dense(folder, **of_mlx_lm)
+    loaded = load_dense(folder, **loading)
     _attach_fine_head(find_head(loaded[0]), folder, options)
     return loaded
 
@@ -144,7 +144,7 @@ def sharded_load(
     """
     options = HeadOptions(flash_head, REFUSE, n_probes, backend, progress, tunes=False)
     folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
-    stored = sources.named_head(folder, options)
+    stored = sources.explicit_or_bundled_head(folder, options)
     how: Any = {"tokenizer_config": tokenizer_config, "trust_remote_code": trust_remote_code}
     loaded = load_dense_part(path_or_hf_repo, pipeline_group, tensor_group, **how)
     head = attach_head(loaded[0], loaded[1], stored, folder, options)

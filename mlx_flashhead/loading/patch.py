@@ -23,7 +23,7 @@ from ..models.install import get_flash_head
 from ..models.origin import local_origin
 from .load import attach_head
 from .options import VARIABLE, HeadOptions
-from .sources import named_head
+from .sources import explicit_or_bundled_head
 
 OWN_STEPS = 4  # a prompt's last token is a step, too, and a loop of ours may follow
 DENSE_LOOP = (
@@ -66,7 +66,7 @@ class _Patches:
             # mlx_vlm.generate names a revision of a folder too
             revision = None if Path(path).expanduser().is_dir() else revision
             folder = resolve(str(path), revision)  # the libraries download no FlashHead
-            stored = named_head(folder, options)
+            stored = explicit_or_bundled_head(folder, options)
             head = attach_head(model, tokenizer_of(), stored, folder, options)
             assert head is not None  # only DENSE leaves it out
             name = local_origin(folder).known_as

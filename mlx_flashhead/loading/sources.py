@@ -52,7 +52,7 @@ def explicit_head(options: HeadOptions) -> StoredHead | None:
     return StoredHead(read_index(folder), name)
 
 
-def named_head(folder: Path, options: HeadOptions) -> StoredHead | None:
+def explicit_or_bundled_head(folder: Path, options: HeadOptions) -> StoredHead | None:
     """The FlashHead that the user names, else the one in the model's folder, or None; ValueError
     for a damaged or another version's."""
     if options.flash_head is not None:

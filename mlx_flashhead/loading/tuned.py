@@ -48,7 +48,7 @@ def install_stored(
         index.centroids,
         n_probes=n_probes,
         unverified_probes=None if chosen else config.unverified_probes,
-        risk=Risk.of_settings(config.verification),
+        risk=Risk.from_settings(config.verification),
         eos_token_ids=config.eos_token_ids,
         backend=options.backend,
         location=location,

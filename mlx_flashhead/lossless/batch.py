@@ -153,11 +153,11 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
     ) -> dict[int, mx.array]:
         """The tokens (1,) of some rows, by the normal logits (1, V) of each."""
         chosen = [sequences[i] for i in rows]
-        unread = [
+        latest_ids = [
             latest[i : i + 1] if sequences[i].processors and sequences[i].n_chosen else None
             for i in rows
         ]
-        cases = list(zip(chosen, logits, unread, strict=True))
+        cases = list(zip(chosen, logits, latest_ids, strict=True))
         sampler = chosen[0].sampler
         shared = len(rows) == len(sequences) and all(s.sampler is sampler for s in chosen)
         if not shared or not chosen[0].uses_random_state:

@@ -100,12 +100,12 @@ def _proposer(model: nn.Module, keywords: dict[str, Any]) -> Proposer:
     max_wait = settings.get("max_wait")
     if max_wait is not None and not 0 <= max_wait <= 1:
         raise ValueError(f"max_wait is {max_wait}: it must be 0 to 1 seconds.")
-    of_head = {name: settings.get(name) for name in ("n_probes", "draw_temperature")}
+    head_settings = {name: settings.get(name) for name in ("n_probes", "draw_temperature")}
     head = get_flash_head(model)
     if head is not None:
-        with head.settings(dense=settings.get("dense", False), **of_head):
+        with head.settings(dense=settings.get("dense", False), **head_settings):
             pass
-    elif any(value is not None for value in of_head.values()):
+    elif any(value is not None for value in head_settings.values()):
         raise ValueError(NO_FLASH_HEAD)
     return Proposer(model, **settings)
 

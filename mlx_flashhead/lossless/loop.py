@@ -115,9 +115,9 @@ def verified_steps(
                     proposed, chosen = sequence.extend(logits, latest), sequence.pending[-1:]
                 mx.async_eval(step_arrays(proposed, chosen), scheduler.joined)
                 # 4) The latest token is read. It is sure, or is verified when that is due.
-                unread = sequence.pending[sequence.n_read]
-                if unread not in chosen:  # else, after a rollback, it is read already
-                    unread.read(cast(int, latest.item()))
+                current = sequence.pending[sequence.n_read]
+                if current not in chosen:  # else, after a rollback, it is read already
+                    current.read(cast(int, latest.item()))
                     for _, tokens in scheduler.step([sequence], [sequence]):
                         accepted += tokens
             # 5) Accepted tokens are handed out.

@@ -69,8 +69,8 @@ def _hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client raises many unrelated types
-        of_disk = isinstance(error, OSError) and error.errno is not None
-        if of_disk or type(error) is ValueError:
+        disk_error = isinstance(error, OSError) and error.errno is not None
+        if disk_error or type(error) is ValueError:
             raise
         missing = f"There is no folder {name!r} here, and"
         nobody = (

@@ -146,8 +146,8 @@ class _FlashParent(_Pickled, _Module):
     def update(self, parameters, strict=True):
         modules = dict(self.named_modules())
         for path in dict(tree_flatten(parameters)):
-            of_module, _, key = path.rpartition(".")
-            module = modules.get(of_module)
+            owner, _, key = path.rpartition(".")
+            module = modules.get(owner)
             if isinstance(module, _FlashModule):
                 module._refuse_change(key)
         return super().update(parameters, strict)

@@ -113,9 +113,9 @@ def reserve(repo_id: str, user: str, private: bool = False) -> str:
     """Creates the repository, or checks that the user may write to it. Returns its address."""
     own = f"{user}/{repo_id.rpartition('/')[2]}"
     remedy = f"choose another name, such as {own}, or get a token that may"
-    refused = f"{user} may not write to {repo_id}: {remedy}."
+    denial = f"{user} may not write to {repo_id}: {remedy}."
     failed = f"{repo_id} cannot be created on the Hugging Face Hub (%s): choose another name."
-    with _client(refused, failed) as api:
+    with _client(denial, failed) as api:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
         api.auth_check(repo_id, write=True)  # create_repo accepts any visible repository
         is_public = private and not api.repo_info(repo_id).private
@@ -126,7 +126,7 @@ def reserve(repo_id: str, user: str, private: bool = False) -> str:
 
 
 @contextmanager
-def _client(refused: str = "", failed: str = "", unreachable: str = "") -> Iterator[HfApi]:
+def _client(denial: str = "", failed: str = "", unreachable: str = "") -> Iterator[HfApi]:
     """The Hub's client. Its errors become one of these sentences, with the reason as %s."""
     try:
         with redacted_logs():
@@ -138,7 +138,7 @@ def _client(refused: str = "", failed: str = "", unreachable: str = "") -> Itera
         causes = [error, error.__cause__] if error.__cause__ else [error]
         for answer in (each for each in causes if isinstance(each, HfHubHTTPError)):
             denied = answer.response.status_code in (401, 403)
-            sentence = (refused if denied else failed) or sentence
+            sentence = (denial if denied else failed) or sentence
         texts = [" ".join(str(each).split()).rstrip(".:") or type(each).__name__ for each in causes]
         reason = printable(redact(": ".join(dict.fromkeys(texts))))
         # `from None`: the client's own message may hold the token

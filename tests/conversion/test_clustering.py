@@ -114,8 +114,8 @@ def test_thousands_of_unused_tokens_keep_to_themselves(kind, metric):
     groups = np.where(token_ids < len(rows), np.append(group_of, -2)[token_ids], -2)
     mixed = (groups == -1).any(axis=1) & (groups >= 0).any(axis=1)
     assert mixed.sum() <= 2
-    of_used = groups[(groups >= 0).all(axis=1)]
-    assert (of_used == of_used[:, :1]).all(axis=1).mean() > 0.8
+    used_groups = groups[(groups >= 0).all(axis=1)]
+    assert (used_groups == used_groups[:, :1]).all(axis=1).mean() > 0.8
 
 
 @pytest.mark.parametrize(("n_alike", "metric"), [(0, None), (1280, np.eye(640, dtype=np.float32))])

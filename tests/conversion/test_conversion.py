@@ -113,8 +113,8 @@ def test_a_dequantized_model_may_have_a_quantized_head(sources, tmp_path):
 
 def test_the_signature_has_mlx_lms_arguments_in_their_order():
     parameters = list(inspect.signature(convert).parameters)
-    of_mlx_lm = list(inspect.signature(mlx_lm.convert).parameters)
-    assert parameters[: len(of_mlx_lm)] == of_mlx_lm
+    expected = list(inspect.signature(mlx_lm.convert).parameters)
+    assert parameters[: len(expected)] == expected
     with pytest.raises(TypeError, match="head_bit"):
         convert("model", head_bit=8)
 

@@ -89,11 +89,11 @@ def test_bias_belongs_to_the_rounded_centroids(case):
 def test_without_states_the_means_remain():
     rows, token_ids, _, head_bias = make_case()
     fitted = fit(rows, token_ids, head_bias=head_bias)
-    of_rows, of_bias = ([x[ids].mean(axis=0) for ids in members(token_ids, len(rows))]
+    row_means, bias_means = ([x[ids].mean(axis=0) for ids in members(token_ids, len(rows))]
                         for x in (rows, head_bias))  # fmt: skip
-    off = np.abs(dequantized(fitted) - of_rows).max()
-    assert off < 0.51 * np.ptp(of_rows, axis=1).max() / 15
-    np.testing.assert_allclose(np.array(fitted.bias), of_bias, atol=1e-6)
+    off = np.abs(dequantized(fitted) - row_means).max()
+    assert off < 0.51 * np.ptp(row_means, axis=1).max() / 15
+    np.testing.assert_allclose(np.array(fitted.bias), bias_means, atol=1e-6)
     np.testing.assert_array_equal(np.array(fitted.tail_offset), 0)
 
 
@@ -111,9 +111,9 @@ def test_squared_distances_are_variances_of_differences_of_logits():
     rows, _, states, _ = make_case(vocab_size=40, hidden_size=24, n_states=3000)
     metric = logit_metric(states)
     assert metric.dtype == np.float32
-    of_logits = np.cov((states @ rows.T).T, bias=True)
-    variance = np.diag(of_logits)
-    expected = variance[:, None] + variance - 2 * of_logits
+    logit_covariance = np.cov((states @ rows.T).T, bias=True)
+    variance = np.diag(logit_covariance)
+    expected = variance[:, None] + variance - 2 * logit_covariance
     expected /= states.var(axis=0, dtype=np.float64).mean()
     expected += FLOOR * np.square(rows[:, None] - rows).sum(axis=-1)
     found = np.square((rows[:, None] - rows) @ metric).sum(axis=-1)

@@ -14,8 +14,8 @@ NBYTES = measures.StepBytes(centroids=50, probe=1.0, dense=1000, body=500)
 def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
     """The choice without verification, if these shares of the positions agree."""
     values = np.zeros((4, 7, n_positions), np.float32)
-    for of_probes, share in zip(values, agree, strict=True):
-        of_probes[measures.AGREEMENT] = np.arange(n_positions) < round(share * n_positions)
+    for measured, share in zip(values, agree, strict=True):
+        measured[measures.AGREEMENT] = np.arange(n_positions) < round(share * n_positions)
     found = measures.PositionMeasures(GRID, values, np.zeros(n_positions))
     return measures.choose_unverified(found, goal, measures.StepBytes(0, 1.0, 1000))
 
@@ -43,11 +43,11 @@ def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
     """Of measures in which these shares of the proposals differ, by number of probes."""
     rng = np.random.default_rng(0)
     values = np.zeros((len(greedy), 7, n_positions), np.float32)
-    for of_probes, of_greedy, of_sampled in zip(values, greedy, sampled, strict=True):
-        of_probes[measures.AGREEMENT] = np.arange(n_positions) >= of_greedy * n_positions
-        of_probes[measures.MASS] = 1 - of_sampled
-        of_probes[measures.GAP] = rng.exponential(3, n_positions)
-        of_probes[measures.TAIL] = np.log(of_sampled / 2)
+    for measured, greedy_share, sampled_share in zip(values, greedy, sampled, strict=True):
+        measured[measures.AGREEMENT] = np.arange(n_positions) >= greedy_share * n_positions
+        measured[measures.MASS] = 1 - sampled_share
+        measured[measures.GAP] = rng.exponential(3, n_positions)
+        measured[measures.TAIL] = np.log(sampled_share / 2)
     counts = [10 * 2**i for i in range(len(greedy))]
     found = measures.PositionMeasures(counts, values, np.zeros(n_positions))
     n_probes = measures.choose_verified(found, nbytes)

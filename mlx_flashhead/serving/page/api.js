@@ -1,6 +1,6 @@
 // The server's API: the models and defaults, streamed answers, and an answer in progress.
 
-// kind: "token" (the server needs another one), "away" (no connection), "refused" (with a reason).
+// kind: "token" (the server needs another one), "away" (no connection), "rejected" (with a reason).
 export class ServerError extends Error {
   constructor(kind, message) {
     super(message);
@@ -20,7 +20,7 @@ async function request(path, options = {}) {
   if (response.ok) return response;
   if (response.status === 401) throw new ServerError("token", "The server needs its token.");
   const text = await response.text().catch(() => "");
-  throw new ServerError("refused", reason(text) || `The server answered ${response.status}.`);
+  throw new ServerError("rejected", reason(text) || `The server answered ${response.status}.`);
 }
 
 function reason(text) {
@@ -66,7 +66,7 @@ async function* ask(messages, settings, signal) {
     }
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ServerError("refused", reason(data) || "The server failed.");
+    if (chunk.error) throw new ServerError("rejected", reason(data) || "The server failed.");
     const choice = chunk.choices?.[0];
     yield {
       text: choice?.delta?.content,
