@@ -107,7 +107,7 @@ def _folder(cached: "Sequence[Entry]", name: str) -> Path:
 def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
     from .index.files import has_flash_head
     from .loading.background import build_now
-    from .loading.options import HeadOptions
+    from .loading.head_options import HeadOptions
     from .models.libraries import load_dense
 
     folder = _folder(cached, name)
@@ -120,8 +120,8 @@ def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
 
 def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
     """Measures the speed of a model's FlashHead; without a name, of all cached ones."""
+    from .loading.head_options import REFUSE, HeadOptions
     from .loading.load import load_with_head
-    from .loading.options import REFUSE, HeadOptions
 
     options = HeadOptions(missing=REFUSE, measures=True, flags=True)
     for each in [name] if name else sorted({entry.model for entry in cached if entry.config}):

@@ -34,8 +34,8 @@ def main() -> None:
     from .head.backend import PORTABLE
     from .head.plan import export_plan
     from .index.files import CONFIG_NAME
+    from .loading.head_options import HeadOptions
     from .loading.load import load_with_head
-    from .loading.options import HeadOptions
     from .models.fetch import resolve
     from .models.install import installed_head
     from .models.locate import find_head

@@ -102,8 +102,8 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
     """Loads, answers, and builds a missing FlashHead afterwards."""
     # mlx-lm takes a second to import, which mistakes and --help do without
     from .loading.background import build_now
+    from .loading.head_options import LATER, HeadOptions
     from .loading.load import load_dense_head, load_draft, load_with_head, sharded_load
-    from .loading.options import LATER, HeadOptions
     from .lossless.generation import generate
     from .lossless.sequence import make_sampler
     from .models import libraries

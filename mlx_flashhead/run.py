@@ -48,7 +48,7 @@ def main() -> None:
         parser.error("a program is needed, such as mlx_lm.server or -m MODULE")
     program = _module(parser, args.module) if args.module else []
     program = _file(parser, args.program) if args.program else program
-    from .loading.options import HeadOptions
+    from .loading.head_options import HeadOptions
 
     options = HeadOptions.from_flags(args)
     if args.hook:

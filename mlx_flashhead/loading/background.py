@@ -26,7 +26,7 @@ from ..models.libraries import UnsupportedHeadError, is_vlm, text_side
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.origin import local_origin
 from . import sources
-from .options import HeadOptions
+from .head_options import HeadOptions
 from .sources import StoredHead
 from .tuned import install_stored, tune_head
 

@@ -26,7 +26,7 @@ from ..models.locate import HeadLocation, check_plain_product, drafter_head, fin
 from ..models.origin import local_origin
 from . import sources
 from .background import build_steps, finish
-from .options import BUILD, DENSE, LATER, REFUSE, HeadOptions
+from .head_options import BUILD, DENSE, LATER, REFUSE, HeadOptions
 from .sources import StoredHead
 from .tuned import install_stored
 

@@ -21,8 +21,8 @@ from ..models.compat.mlx_lm import load_tokenizer
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.origin import local_origin
+from .head_options import VARIABLE, HeadOptions
 from .load import attach_head
-from .options import VARIABLE, HeadOptions
 from .sources import explicit_or_bundled_head
 
 OWN_STEPS = 4  # a prompt's last token is a step, too, and a loop of ours may follow

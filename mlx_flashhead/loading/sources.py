@@ -21,7 +21,7 @@ from ..index.files import FILE_NAME, SETTINGS_NAME, FlashHeadIndex, read_index
 from ..index.settings import FlashHeadConfig
 from ..models.fetch import ENDING, home, resolve
 from ..models.finer_head import FOLDER as FINE_FOLDER
-from .options import HeadOptions
+from .head_options import HeadOptions
 
 RECIPE = 1  # a new version builds all FlashHeads again
 _NAME_LENGTH = 24  # of the 64 characters of a fingerprint

@@ -23,7 +23,7 @@ from ..lossless.policy import policy_of
 from ..lossless.tuning import Tuning, is_busy, least_gain, tune
 from ..models.install import hidden_dtype, install, installed_head
 from ..models.locate import HeadLocation, find_head
-from .options import HeadOptions
+from .head_options import HeadOptions
 from .sources import StoredHead, speeds_of
 
 MEASURING = "Measuring its speed on this machine …"

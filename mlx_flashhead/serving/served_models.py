@@ -11,8 +11,8 @@ import mlx.nn as nn
 
 from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
+from ..loading.head_options import LATER, HeadOptions
 from ..loading.load import load_draft, load_with_head
-from ..loading.options import LATER, HeadOptions
 from ..lossless.policy import decoding_mode, policy_of
 from ..models.compat.mlx_lm import KVCache, make_prompt_cache
 from ..models.fetch import resolve

@@ -11,7 +11,7 @@ from mlx_flashhead import get_flash_head, stream_generate
 from mlx_flashhead.loading import background, tuned
 from mlx_flashhead.loading import sources as cache
 from mlx_flashhead.loading.background import IdleBuild, background_build, build_now
-from mlx_flashhead.loading.options import HeadOptions
+from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.lossless.tuning import Tuning
 from model_folders import write_model
 

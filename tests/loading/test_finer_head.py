@@ -16,8 +16,8 @@ import pytest
 import mlx_flashhead
 from mlx_flashhead import attach, detach, get_flash_head
 from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.loading.head_options import DENSE, HeadOptions
 from mlx_flashhead.loading.load import load, load_with_head
-from mlx_flashhead.loading.options import DENSE, HeadOptions
 from mlx_flashhead.models import finer_head
 from mlx_flashhead.models.finer_head import check_same, distances, give_fine_head
 from mlx_flashhead.models.locate import find_head

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.loading import tuned
-from mlx_flashhead.loading.options import HeadOptions
+from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.loading.sources import StoredHead
 from mlx_flashhead.loading.tuned import install_stored
 from mlx_flashhead.lossless.policy import policy_of
