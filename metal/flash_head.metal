@@ -207,7 +207,7 @@ template <typename T, int V, int C, int N>
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup atomic<uint> marks[flash_head::SCREEN_CLUSTERS / 32];
   threadgroup uint place[1];
-  threadgroup float shared[6 * flash_head::WIDE_SIMDGROUPS];
+  threadgroup float shared[7 * flash_head::WIDE_SIMDGROUPS];
   flash_head::screen<C, N, V, false>(
       slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, parts,
       marks, place, shared, held, groups.x, group, thread_id, simdgroup, lane);
@@ -234,7 +234,7 @@ template <typename T, int V, int N>
     uint thread_id [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float shared[8 * flash_head::ROW_SIMDGROUPS];
+  threadgroup float shared[9 * flash_head::ROW_SIMDGROUPS];
   flash_head::certain<N, V>(
       parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, epsilon,
       sure, known, shared, held, n_parts, group.y, thread_id, simdgroup, lane);

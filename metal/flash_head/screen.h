@@ -7,16 +7,17 @@
 //   drawn   the token is kept, and each token that may have a higher noisy logit is not
 // A token is surely kept if top_p holds with the most mass above it and the least in all, top_k with
 // the most tokens above it, and min_p with the highest logit. One is surely left out if the opposite
-// holds for it by the scored tokens alone. It is enough to look at the highest such rival.
+// holds for it. It is enough to look at the highest such rival. Of the mass above it, what was not
+// scored is known down to a cut below which few tokens have the noise to be a rival.
 //
 // screen reads the slots once: one threadgroup takes SCREEN_CLUSTERS clusters of a state, marks those
 // that were scored by a bit each, and writes what certain adds up (TALLIED values):
 //   largest |logit|; of the others the best, the highest rival, their mass, the mass and the number of
-//   those above the token; the token's logit and its place among the scored ones.
+//   those above the token, the mass above the cut; the token's logit and place among the scored ones.
 // Masses are relative to the token's logit. Noise is computed where it may matter alone.
-// Threadgroup memory: 132 + 192 bytes. Barriers: 2, then 1.
+// Threadgroup memory: 132 + 224 bytes. Barriers: 2, then 1.
 // certain: one threadgroup a state, over the scored logits; once more if top_p or top_k must leave a
-// rival out. Threadgroup memory: 512 bytes. Barriers: 1 or 2.
+// rival out. Threadgroup memory: 576 bytes. Barriers: 1 or 2.
 
 namespace flash_head {
 
@@ -24,6 +25,7 @@ constant constexpr float LOWEST = -3.4028235e38f;
 constant constexpr float NOISE_ROOM = 1e-5f;   // two implementations of a logarithm differ
 constant constexpr float MASS_ROOM = 1e-4f;    // and the sums of many exponentials
 constant constexpr float MOST_NATS = 80.0f;    // exp() of more is infinite
+constant constexpr float LIKELY_NOISE = 11.0f;  // one in e^11 tokens has more
 
 // What is known of a set of tokens.
 struct Tally {
@@ -33,9 +35,10 @@ struct Tally {
   float mass;
   float mass_above;
   float n_above;
+  float mass_over;  // of those above the cut
 };
 
-inline Tally empty_tally() { return Tally{0.0f, LOWEST, LOWEST, 0.0f, 0.0f, 0.0f}; }
+inline Tally empty_tally() { return Tally{0.0f, LOWEST, LOWEST, 0.0f, 0.0f, 0.0f, 0.0f}; }
 
 // The proposed token of a state, and the lowest that its values may be.
 struct Proposed {
@@ -43,6 +46,7 @@ struct Proposed {
   float lowest;      // within the room
   float scale;       // 1 / temperature; 0: greedy
   float worst;       // the lowest noisy logit
+  float cut;         // logits above which another's noise is likely to reach it
   uint key_0;
   uint key_1;
 };
@@ -51,23 +55,29 @@ template <typename Settings, typename Keys>
 inline Proposed make_proposed(
     float logit, float scored_room, uint token, Settings settings, Keys keys, uint state) {
   Proposed proposed = {
-      logit, logit - scored_room, settings[3 * state], 0.0f, keys[2 * state], keys[2 * state + 1]};
+      logit, logit - scored_room, settings[3 * state], 0.0f, INFINITY, keys[2 * state],
+      keys[2 * state + 1]};
   if (proposed.scale != 0.0f) {
     const float noise = noise_of(token, proposed.key_0, proposed.key_1);
     const float noisy = proposed.lowest * proposed.scale + noise;
     proposed.worst = noisy - NOISE_ROOM * max(1.0f, fabs(noisy));
+    proposed.cut = (proposed.worst - LIKELY_NOISE) / proposed.scale;
   }
   return proposed;
 }
 
-// Takes in a token whose logit is at most `highest`.
+// Takes in a token whose logit lies within `room`.
 template <typename Id>
-inline void take_in(thread Tally& tally, Proposed proposed, float logit, float highest, Id id) {
+inline void take_in(thread Tally& tally, Proposed proposed, float logit, float room, Id id) {
+  const float highest = logit + room;
   tally.best = isnan(logit) || logit > tally.best ? logit : tally.best;
   tally.mass += fast::exp(min(logit - proposed.logit, MOST_NATS));
   if (highest > proposed.lowest) {
     tally.mass_above += fast::exp(min(highest - proposed.logit, MOST_NATS));
     tally.n_above += 1.0f;
+  }
+  if (logit - room > proposed.cut) {
+    tally.mass_over += fast::exp(min(logit - room - proposed.logit, MOST_NATS));
   }
   const float scaled = highest * proposed.scale;
   if (proposed.scale != 0.0f && highest > tally.rival && scaled + MOST_NOISE >= proposed.worst &&
@@ -83,28 +93,29 @@ inline float max_of(float a) {
 inline Tally reduce_lanes(Tally tally) {
   return Tally{
       max_of(tally.largest), max_of(tally.best), max_of(tally.rival), simd_sum(tally.mass),
-      simd_sum(tally.mass_above), simd_sum(tally.n_above)};
+      simd_sum(tally.mass_above), simd_sum(tally.n_above), simd_sum(tally.mass_over)};
 }
 
-// What all simdgroups have, on every thread. `shared` holds 6 values a simdgroup.
+// What all simdgroups have, on every thread. `shared` holds 7 values a simdgroup.
 template <int SIMDGROUPS>
 inline Tally reduce_tally(
     Tally tally, threadgroup float* shared, uint simdgroup, uint lane) {
   tally = reduce_lanes(tally);
   if (lane == 0) {
-    threadgroup float* mine = shared + 6 * simdgroup;
+    threadgroup float* mine = shared + 7 * simdgroup;
     mine[0] = tally.largest;
     mine[1] = tally.best;
     mine[2] = tally.rival;
     mine[3] = tally.mass;
     mine[4] = tally.mass_above;
     mine[5] = tally.n_above;
+    mine[6] = tally.mass_over;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   tally = empty_tally();
   if (lane < uint(SIMDGROUPS)) {
-    const threadgroup float* other = shared + 6 * lane;
-    tally = Tally{other[0], other[1], other[2], other[3], other[4], other[5]};
+    const threadgroup float* other = shared + 7 * lane;
+    tally = Tally{other[0], other[1], other[2], other[3], other[4], other[5], other[6]};
   }
   return reduce_lanes(tally);
 }
@@ -144,7 +155,7 @@ inline void screen(
     device float* parts,              // (k, parts, TALLIED)
     threadgroup atomic<uint>* marks,  // [SCREEN_CLUSTERS / 32]
     threadgroup uint* place,          // [1]
-    threadgroup float* shared,        // [6 * WIDE_SIMDGROUPS]
+    threadgroup float* shared,        // [7 * WIDE_SIMDGROUPS]
     uint held,                        // S
     uint n_parts,
     uint3 group,
@@ -193,7 +204,7 @@ inline void screen(
     if ((mark >> (cluster % 32) & 1u) != 0 || (PADDED && token_ids[slot] == uint(V))) {
       continue;
     }
-    take_in(tally, proposed, x, x + room, IdOf<Ids>{token_ids, slot});
+    take_in(tally, proposed, x, room, IdOf<Ids>{token_ids, slot});
   }
   tally = reduce_tally<WIDE_SIMDGROUPS>(tally, shared, simdgroup, lane);
   if (thread_id == 0) {
@@ -204,8 +215,9 @@ inline void screen(
     part[3] = tally.mass;
     part[4] = tally.mass_above;
     part[5] = tally.n_above;
-    part[6] = logit;
-    part[7] = float(index);
+    part[6] = tally.mass_over;
+    part[7] = logit;
+    part[8] = float(index);
   }
 }
 
@@ -235,7 +247,7 @@ inline void certain(
     float epsilon,              // the spacing of log-probabilities, relative
     device bool* sure,          // (k,)
     device float* known,        // (k, 3): largest |logit|, best unscored, log of their mass
-    threadgroup float* shared,  // [8 * ROW_SIMDGROUPS]
+    threadgroup float* shared,  // [9 * ROW_SIMDGROUPS]
     uint held,                  // S
     uint n_parts,
     uint state,
@@ -245,9 +257,9 @@ inline void certain(
   const float room = rooms[state];
   const float scored_room = scored_rooms[state];
   const size_t first_part = size_t(state) * n_parts;
-  const uint proposed_index = uint(parts[first_part * TALLIED + 7]);
+  const uint proposed_index = uint(parts[first_part * TALLIED + 8]);
   const Proposed proposed =
-      make_proposed(parts[first_part * TALLIED + 6], scored_room, tokens[state], settings, keys, state);
+      make_proposed(parts[first_part * TALLIED + 7], scored_room, tokens[state], settings, keys, state);
 
   Tally others = empty_tally();  // not scored; each simdgroup adds up all parts
   for (uint i = lane; i < n_parts; i += LANES) {
@@ -259,6 +271,7 @@ inline void certain(
     others.mass += parts[at + 3];
     others.mass_above += parts[at + 4];
     others.n_above += parts[at + 5];
+    others.mass_over += parts[at + 6];
   }
   others = reduce_lanes(others);
 
@@ -268,7 +281,7 @@ inline void certain(
     const float x = float(logits[first * N + i]);
     if (i != proposed_index && x > -Finite<float>::highest()) {
       const size_t first_slot = size_t(probes[first + i / N]) * N;
-      take_in(scored, proposed, x, x + scored_room, IdOf<Ids>{token_ids, first_slot + i % N});
+      take_in(scored, proposed, x, scored_room, IdOf<Ids>{token_ids, first_slot + i % N});
     } else if (isnan(x)) {
       scored.best = x;
     }
@@ -310,14 +323,14 @@ inline void certain(
       }
       mass = simd_sum(mass);
       number = simd_sum(number);
-      threadgroup float* again = shared + 6 * ROW_SIMDGROUPS;
+      threadgroup float* again = shared + 7 * ROW_SIMDGROUPS;
       if (lane == 0) {
         again[simdgroup] = mass;
         again[ROW_SIMDGROUPS + simdgroup] = number;
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       const bool within = lane < uint(ROW_SIMDGROUPS);
-      mass = simd_sum(within ? again[lane] : 0.0f);
+      mass = simd_sum(within ? again[lane] : 0.0f) + (rival <= proposed.cut ? others.mass_over : 0.0f);
       number = simd_sum(within ? again[ROW_SIMDGROUPS + lane] : 0.0f);
       yes = yes &&
           ((top_p < 1.0f && mass >= most) || (n_top > 0.0f && number >= n_top) ||

@@ -51,14 +51,14 @@ flash_head::lowest_kept(
 SCREEN_BODY = """
 threadgroup atomic<uint> marks[flash_head::SCREEN_CLUSTERS / 32];
 threadgroup uint place[1];
-threadgroup float shared[6 * flash_head::WIDE_SIMDGROUPS];
+threadgroup float shared[7 * flash_head::WIDE_SIMDGROUPS];
 flash_head::screen<C, N, V, PADDED>(
     slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, parts,
     marks, place, shared, logits_shape[1], threadgroups_per_grid.x, threadgroup_position_in_grid,
     thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 CERTAIN_BODY = """
-threadgroup float shared[8 * flash_head::ROW_SIMDGROUPS];
+threadgroup float shared[9 * flash_head::ROW_SIMDGROUPS];
 flash_head::certain<N, V>(
     parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, epsilon,
     sure, known, shared, logits_shape[1], parts_shape[1], threadgroup_position_in_grid.y,

@@ -29,6 +29,7 @@ FLOAT16_FROM = 6  # states: fewer are not multiplied as a matrix on any GPU that
 
 # Room for two implementations of a logarithm, and for sums of many exponentials.
 NOISE_ROOM, MASS_ROOM = 1e-5, 1e-4
+LIKELY_NOISE = 11.0  # one in e^11 tokens has more
 NEAREST = 1024  # clusters that were not scored, of whose tokens the noise is computed for filters
 
 
@@ -301,9 +302,12 @@ class PortableSteps:
             worst = worst - NOISE_ROOM * mx.maximum(1, mx.abs(worst))
             noisy = high * inverse + noise(draws.keys, ids)
             rival = mx.max(mx.where(noisy >= worst, high, -mx.inf), axis=-1, keepdims=True)
-            rival = mx.maximum(rival, self._rival(others, room, inverse, worst, draws))
+            left, near = self._rival(others, room, inverse, worst, draws)
+            rival, cut = mx.maximum(rival, left), (worst - LIKELY_NOISE) / inverse
             over = scored - scored_room > rival
             mass_over = mx.where(over, mx.exp(scored - scored_room - own), 0).sum(axis=-1)[:, None]
+            near_over = mx.where(near > cut, mx.exp(near - own), 0).sum(axis=-1, keepdims=True)
+            mass_over = mass_over + mx.where(rival <= cut, near_over, 0)
             dropped = (share < 1) & (mass_over >= share * most * (1 + MASS_ROOM))
             dropped |= (count > 0) & (over.sum(axis=-1, keepdims=True) >= count)
             dropped |= rival < mx.maximum(floor, second - scored_room) + log_min_p
@@ -314,9 +318,10 @@ class PortableSteps:
 
     def _rival(
         self, others: mx.array, room: mx.array, inverse: mx.array, worst: mx.array, draws: Draws
-    ) -> mx.array:
+    ) -> tuple[mx.array, mx.array]:
         """The highest logit that was not scored, (k, 1), whose noisy value reaches the worst of the
-        token: of all, or where the draws have filters of the nearest clusters and any other."""
+        token: of all, or where the draws have filters of the nearest clusters and any other. And
+        the lowest that these logits may be, (k, K)."""
         clustered, left = self.clustered, mx.array(-mx.inf)
         if clustered.n_clusters > NEAREST and all(s.filters or s.greedy for s in draws.rows):
             bests = mx.max(others, axis=-1)
@@ -330,4 +335,5 @@ class PortableSteps:
             gumbel = noise_of_all(draws.keys, clustered.vocab_size)
         high = others + room
         reaches = high * inverse + gumbel >= worst
-        return mx.maximum(left, mx.max(mx.where(reaches, high, -mx.inf), axis=-1, keepdims=True))
+        rival = mx.max(mx.where(reaches, high, -mx.inf), axis=-1, keepdims=True)
+        return mx.maximum(left, rival), others - room
