@@ -283,8 +283,7 @@ def fit_greedy_risk(gaps: np.ndarray, differs: np.ndarray) -> tuple[float, float
 
 
 def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) -> dict[str, Any]:
-    """The stored report, JSON-ready, of the head's own choices at ``n_probes``; None for
-    infinity."""
+    """The stored report of the head's own choices at ``n_probes``, for JSON; None for infinity."""
 
     def finite(value: float) -> float | None:
         return value if np.isfinite(value) else None

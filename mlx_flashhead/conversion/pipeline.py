@@ -1,5 +1,4 @@
-"""Conversion: from an mlx-lm or Hugging Face model to a folder of it and its FlashHead, or
-nothing."""
+"""Conversion: from an mlx-lm or Hugging Face model to a folder with its FlashHead, or nothing."""
 
 import inspect
 import os

@@ -23,8 +23,7 @@ from .kernel_text import LOWEST_KEPT_BODY, header
 NO_MIN_P = -1e30
 ROW_THREADS = 512  # as in metal/flash_head/constants.h
 
-# Rows are halved down to so many logits, then sorted. On a CPU a sort is slower, but fewer
-# operations follow the model's: MLX builds the next step beside the last 50 of one alone.
+# Logits that are sorted at once: halving more of them takes more operations, which a CPU feels.
 SORTED = 65536
 LEAST = 1e-30  # of a top-p, in float32
 

@@ -28,8 +28,7 @@ PIECE = 64
 FLOAT16_FROM = 6  # states: fewer are not multiplied as a matrix on any GPU that lacks bfloat16
 
 # Room for two implementations of a logarithm, and for sums of many exponentials.
-NOISE_ROOM, MASS_ROOM = 1e-5, 1e-4
-LIKELY_NOISE = 11.0  # one in e^11 tokens has more
+NOISE_ROOM, MASS_ROOM, LIKELY_NOISE = 1e-5, 1e-4, 11.0  # one in e^11 tokens has more noise
 NEAREST = 1024  # clusters that were not scored, of whose tokens the noise is computed for filters
 
 
@@ -334,6 +333,5 @@ class PortableSteps:
             others = in_token_order(others.flatten(1), clustered.slot_of)
             gumbel = noise_of_all(draws.keys, clustered.vocab_size)
         high = others + room
-        reaches = high * inverse + gumbel >= worst
-        rival = mx.max(mx.where(reaches, high, -mx.inf), axis=-1, keepdims=True)
-        return mx.maximum(left, rival), others - room
+        reached = mx.where(high * inverse + gumbel >= worst, high, -mx.inf)
+        return mx.maximum(left, mx.max(reached, axis=-1, keepdims=True)), others - room

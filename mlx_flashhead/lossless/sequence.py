@@ -137,8 +137,7 @@ class Sampler:
             return sampler(normalized(kept))
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        """For other programs' loops: (..., V) → tokens (...), a position a call and a text a
-        row."""
+        """For other programs' loops: (..., V) → tokens (...), a position each, a text a row."""
         if self._text_seed is None:
             self._text_seed = self.new_seed()
         rows = logprobs.reshape(-1, 1, logprobs.shape[-1])

@@ -149,6 +149,31 @@ def test_filters_count_what_was_not_scored(path, better):
 
 
 @BOTH
+def test_unscored_tokens_above_a_rival_leave_it_out(path):
+    """The proposed token has less than top-p of the mass, and one of much noise is far below."""
+    positions = iter(range(1000))
+    with kernels():
+        steps = steps_of(np.random.default_rng(1), path)
+        clustered, gumbel = steps.clustered, np.zeros(1)
+        while gumbel.max() < 11.5:
+            draws = Draws.of([(DrawSettings(1.0, top_p=0.9), position_key(3, next(positions)))])
+            gumbel = to_numpy(noise_of_all(draws.keys, clustered.vocab_size)[0])
+        order = np.argsort(-gumbel).tolist()
+        rival, token = order[0], order[2000]
+        slots = mx.full((1, clustered.n_clusters * clustered.cluster_size), -30.0)
+        slots[:, clustered.slot_of[token]], slots[:, clustered.slot_of[order[-1]]] = 0.0, -1.0
+        place = clustered.slot_of[token].item() // clustered.cluster_size
+        probes = mx.array([[place, *(place + i + 1 for i in range(8))]], mx.uint32)
+        for logit, sure in ((gumbel[token] - gumbel[rival] + 0.1, True), (-1.5, False)):
+            slots[:, clustered.slot_of[rival]] = float(logit)
+            blocks = slots.reshape(1, *clustered.token_ids.shape)
+            logits = mx.take_along_axis(blocks, probes[..., None], axis=1)
+            proposal = proposal_of(mx.array([token], mx.uint32), probes, logits)
+            screen = steps.screen(blocks, proposal, draws, (mx.zeros(1), mx.zeros(1)), 0.0)
+            assert screen.certain.tolist() == [sure]
+
+
+@BOTH
 def test_nothing_is_certain_where_a_logit_is_nan_or_equal(path):
     rng = np.random.default_rng(1)
     draws = Draws.of([(s, position_key(1, 2)) for s in (SETTINGS[0], SETTINGS[1], SETTINGS[3])])
