@@ -7,8 +7,8 @@
 //   drawn   the token is kept, and each token that may have a higher noisy logit is not
 // A token is surely kept if top_p holds with the most mass above it and the least in all, top_k with
 // the most tokens above it, and min_p with the highest logit. One is surely left out if the opposite
-// holds for it. It is enough to look at the highest such rival. Of the mass above it, what was not
-// scored is known down to a cut below which few tokens have the noise to be a rival.
+// holds for it. It is enough to look at the highest such rival. Unscored mass above it counts down to
+// a cut, which few rivals exceed: LIKELY_NOISE says how much noise it takes to be one below it.
 //
 // screen reads the slots once: one threadgroup takes SCREEN_CLUSTERS clusters of a state, marks those
 // that were scored by a bit each, and writes what certain adds up (TALLIED values):
@@ -55,7 +55,7 @@ template <typename Settings, typename Keys>
 inline Proposed make_proposed(
     float logit, float scored_room, uint token, Settings settings, Keys keys, uint state) {
   Proposed proposed = {
-      logit, logit - scored_room, settings[3 * state], 0.0f, INFINITY, keys[2 * state],
+      logit, logit - scored_room, settings[3 * state], 0.0f, -LOWEST, keys[2 * state],
       keys[2 * state + 1]};
   if (proposed.scale != 0.0f) {
     const float noise = noise_of(token, proposed.key_0, proposed.key_1);
