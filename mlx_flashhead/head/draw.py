@@ -25,7 +25,6 @@ ROW_THREADS = 512  # as in metal/flash_head/constants.h
 
 # Logits that are sorted at once: halving more of them takes more operations, which a CPU feels.
 SORTED = 65536
-LEAST = 1e-30  # of a top-p, in float32
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ class Draws(NamedTuple):
 
 
 def position_key(seed: int, position: int) -> tuple[int, int]:
-    """The key of a position, two words of 32 bits: SplitMix64 (Steele, Lea and Flood 2014) of the
-    seed's stream."""
+    """A position's key, two words: SplitMix64 (Steele et al. 2014) of the seed's stream."""
     value = 0
     for number in (seed, position):
         value = (value + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -101,7 +99,11 @@ _words_of_key = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))
 
 def log_mass(logits: mx.array) -> mx.array:
     """The log of the summed exponentials: (R, K) float32 → (R, 1)."""
-    return mx.logsumexp(logits, axis=-1, keepdims=True)
+    if gpu_is_default():
+        return mx.logsumexp(logits, axis=-1, keepdims=True)
+    best = mx.maximum(mx.max(logits, axis=-1, keepdims=True), mx.finfo(mx.float32).min)
+    powers = mx.power(2.0, (logits - best) * math.log2(math.e))  # exp takes three times as long
+    return best + mx.log(powers.sum(axis=-1, keepdims=True))
 
 
 def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None) -> mx.array:
@@ -159,7 +161,7 @@ def _lowest_kept_kernel() -> Callable:
 def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.array:
     """The lowest logit that top-p keeps: those above it have less than ``top_p`` of the mass. The
     half of the masses that holds it is halved again, and sorted when it is short."""
-    limit = mx.array([[max(s.top_p, LEAST) if s.top_p < 1 else mx.inf] for s in draws.rows])
+    limit = mx.array([[max(s.top_p, 1e-30) if s.top_p < 1 else mx.inf] for s in draws.rows])
     masses = mx.softmax(logits, axis=-1) if log_total is None else mx.exp(logits - log_total)
     n_halvings, left = ((logits.shape[-1] - 1) // SORTED).bit_length(), masses
     if n_more := -logits.shape[-1] % 2**n_halvings:

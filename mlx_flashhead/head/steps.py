@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 from .clustered import ClusteredRows
-from .draw import Draws, draw, noise, noise_of_all
+from .draw import Draws, draw, log_mass, noise, noise_of_all
 from .matrix import Matrix
 
 NO_DEPTH = 1e30  # nats: every probe is scored
@@ -109,8 +109,7 @@ def unscored(scores: mx.array, probes: mx.array) -> mx.array:
 
 
 def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:
-    """Logits by slot (R, C·n) → by token (R, V)."""
-    # `take` along an axis is five to ten times slower on a CPU
+    """Logits by slot (R, C·n) → by token (R, V). `take` is five to ten times slower on a CPU."""
     return mx.take_along_axis(slots, slot_of[None], axis=-1)
 
 
@@ -263,22 +262,21 @@ class PortableSteps:
         log-probabilities, of which equal ones give the lowest id.
         """
         clustered, lowest = self.clustered, mx.finfo(mx.float32).min
-        largest = mx.maximum(-mx.min(slots, axis=(1, 2)), mx.max(slots, axis=(1, 2)))
-        largest = largest.astype(mx.float32)
+        largest = mx.max(mx.abs(slots), axis=(1, 2)).astype(mx.float32)
         room, scored_room = (each[:, None] for each in rooms)
         others = slots.astype(mx.float32)
         others = mx.put_along_axis(others, proposal.probes[..., None], mx.array(-mx.inf), axis=1)
         if clustered.padded:
             others = mx.where(clustered.token_ids == clustered.vocab_size, -mx.inf, others)
         best = mx.maximum(mx.max(others, axis=(1, 2)), lowest)[:, None]
-        tail = mx.logsumexp(others.flatten(1), axis=-1, keepdims=True)
+        tail = log_mass(others.flatten(1))
         ids = self.token_ids(proposal.probes).flatten(1)
         own_token = proposal.tokens[:, None]
         scored = proposal.logits.astype(mx.float32).flatten(1)
         own = mx.max(mx.where(ids == own_token, scored, -mx.inf), axis=-1, keepdims=True)
         rest = mx.where(ids == own_token, -mx.inf, scored)
         second = mx.maximum(mx.max(rest, axis=-1, keepdims=True), lowest)
-        mass = mx.logsumexp(scored, axis=-1, keepdims=True)
+        mass = log_mass(scored)
         most = mx.logaddexp(mass, tail + room)
         certain = (own - second > 2 * scored_room + (most - second + 0.5) * epsilon) & (
             own - best > room + scored_room + (most - best + 0.5) * epsilon
