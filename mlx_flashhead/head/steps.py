@@ -20,7 +20,7 @@ NO_DEPTH = 1e30  # nats: every probe is scored
 MARGIN_SHARE = 1 / 64
 
 # Multiply-adds of one state's product with a block: above about a million OpenBLAS copies the
-# matrix first, which does not pay for few states (docs/speed.md).
+# matrix first, which does not pay for few states (docs/how-it-works.md).
 BLOCK_PRODUCTS = 500_000
 BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
 # Rows that are dequantized at once: for all of them MLX's CPU build needs three times the floats.
