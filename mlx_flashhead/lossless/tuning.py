@@ -204,14 +204,14 @@ class _Parts:
         self, n: int, n_probes: int | None = None, depth: float = NO_DEPTH, verified: bool = False
     ) -> list[float]:
         """Seconds of ``n`` steps, each launched before the token before it is read, as in the
-        loops: with proposals from ``n_probes`` clusters, and with one verification of them all
-        beside a last step; or dense ones as mlx-lm's loop makes them."""
+        loops: with proposals from ``n_probes`` clusters, and with one verification of as many
+        beside the last step; or dense ones as mlx-lm's loop makes them."""
         proposer = Proposer(self._model, dense=n_probes is None, n_probes=n_probes)
         proposer.policy = replace(proposer.policy, depth=depth)
         text, cache = Text(None), make_prompt_cache(self._model)
         latest = mx.array([13 % self._head.vocab_size], dtype=mx.uint32)
         moments: list[float] = []
-        for i in range(n + 1):
+        for i in range(n + 1 + verified):
             with proposer.states() as states:
                 logits = self._model(latest[None], cache=cache)
             if n_probes is None:
@@ -223,14 +223,14 @@ class _Parts:
             read = cast(int, latest.item())
             if verified and i:
                 text.pending[i - 1].read(read)
-            if verified and i == n - 1:
-                certain = self._certain(join(self._head, text.pending[: max(i, 1)]))
-                mx.async_eval(certain)
             if verified and i == n:
+                certain = self._certain(join(self._head, text.pending[:n]))
+                mx.async_eval(certain)
+            if i > n:
                 mx.eval(certain)
             moments.append(time.perf_counter())
             latest = token
-        return [after - before for before, after in pairwise(moments)]
+        return [after - before for before, after in pairwise(moments[verified:])]
 
     def _certain(self, proposal: Proposal) -> mx.array:
         rounding = rounding_of(self._head, proposal.hidden.dtype, len(proposal.hidden))

@@ -78,6 +78,18 @@ def test_the_steady_gain_is_measured(monkeypatch, gain, busy):
         assert found.gain == pytest.approx(gain, rel=0.02)
 
 
+def test_a_round_verifies_as_many_tokens_as_it_takes(monkeypatch):
+    flash, verified = make_flash(), []
+    parts = tuning._Parts(flash.model)
+    judge = parts._certain
+    monkeypatch.setattr(
+        parts, "_certain", lambda each: verified.append(len(each.hidden)) or judge(each)
+    )
+    for n in (1, 4, 32):
+        assert len(parts.steps(n, 3, verified=True)) == len(parts.steps(n)) == n
+    assert verified == [1, 4, 32]
+
+
 def test_settings_of_another_machine():
     flash = make_flash()
     Tuning(500, 1e30, 8, 0.1, 1.2, 0.01, 0.0, dense=False).apply(flash.head)
