@@ -276,7 +276,7 @@ class PortableSteps:
         rest = mx.where(ids == own_token, -mx.inf, scored)
         second = mx.maximum(mx.max(rest, axis=-1, keepdims=True), lowest)
         mass = log_mass(scored)
-        bound = tail if epsilon > 1e-6 else best + mx.log(clustered.vocab_size)  # spares a pass
+        bound = tail if epsilon > 1e-6 else best + mx.log(mx.array(clustered.vocab_size))
         most = mx.logaddexp(mass, bound + room)
         certain = (own - second > 2 * scored_room + (most - second + 0.5) * epsilon) & (
             own - best > room + scored_room + (most - best + 0.5) * epsilon
