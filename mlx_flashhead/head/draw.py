@@ -24,7 +24,7 @@ NO_MIN_P = -1e30
 ROW_THREADS = 512  # as in metal/flash_head/constants.h
 
 # Logits that are sorted at once: halving more of them takes more operations, which a CPU feels.
-SORTED = 32768
+SORTED = 65536
 
 
 @dataclass(frozen=True)
