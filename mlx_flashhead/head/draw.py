@@ -148,8 +148,7 @@ def _lowest_kept(logits: mx.array, draws: Draws, log_total: mx.array | None) -> 
 
 @cache
 def _lowest_kept_kernel() -> Callable:
-    metal_kernel: Callable = mx.fast.metal_kernel
-    return metal_kernel(
+    return mx.fast.metal_kernel(  # type: ignore[return-value]
         name="flash_head_lowest_kept",
         input_names=["logits", "settings", "top_k", "log_total"],
         output_names=["kept"],
@@ -201,3 +200,9 @@ def draw(
     best = mx.max(values, axis=-1, keepdims=True)
     highest = (values == best) | mx.isnan(values)  # where one is NaN, no value equals the best
     return mx.min(mx.where(highest, token_ids, mx.array(0xFFFFFFFF, mx.uint32)), axis=-1)
+
+
+def draw_all(logits: mx.array, rows: Sequence[tuple[DrawSettings, tuple[int, int]]]) -> mx.array:
+    """Draws from all tokens, by the settings and the key of each row: (R, V) → (R,) uint32."""
+    draws = Draws.of(rows)
+    return draw(logits.astype(mx.float32), noise_of_all(draws.keys, logits.shape[-1]), draws)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..head.draw import draw_all
 from ..models.compat.mlx_lm import ChoosingBatchGenerator, StateMachineStops
 from .policy import Proposer, step_arrays
 from .sequence import PendingToken, Sequence, Snapshot, Trust, copied_layers, normalized, rollback
@@ -108,9 +109,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
             self._n_sequences += 1
         return list(range(first, self._n_sequences))
 
-    def _join(
-        self, sequence: Sequence, parts: list[list[int]], cache: Any, before: list[int]
-    ) -> None:
+    def _join(self, sequence: Sequence, parts: list[Any], cache: Any, before: list[int]) -> None:
         (uid,) = super().insert_segments([parts], [sys.maxsize], [cache], [before])
         self._sequences[uid] = sequence
 
@@ -131,44 +130,41 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
             tokens, chosen = proposer.propose(
                 [sequences[i] for i in verified], states[-1][:, -1][rows], latest[rows]
             )
-        if len(verified) < n:
-            by_row = {i: tokens[place : place + 1] for place, i in enumerate(verified)}
-            dense = [i for i in range(n) if i not in by_row]
+        if dense := [i for i in range(n) if i not in verified]:
             # in 16 bits, where a product of several states rounds otherwise than a verification
-            by_itself = n > 1 and logits.dtype != mx.float32
+            by_itself = [n > 1 and logits.dtype != mx.float32 and each for each in known]
             dense_logits = [
-                proposer.dense_row(states[-1][i, -1:])
-                if by_itself and known[i]
-                else logits[i : i + 1]
+                proposer.dense_row(states[-1][i, -1:]) if by_itself[i] else logits[i : i + 1]
                 for i in dense
             ]
-            by_row |= self._choose_densely(dense, sequences, dense_logits, latest)
+            sampled = self._choose_densely(dense, sequences, dense_logits, latest)
             chosen += [sequences[i].pending[-1] for i in dense]
-            tokens = mx.concatenate([by_row[i] for i in range(n)])
+            places = mx.argsort(mx.array(verified + dense))
+            tokens = mx.concatenate([tokens, sampled])[places] if verified else sampled
         mx.async_eval(step_arrays(tokens, chosen), self._scheduler.joined)
         return tokens, [None] * n
 
     def _choose_densely(
         self, rows: list[int], sequences: list[Sequence], logits: list[mx.array], latest: mx.array
-    ) -> dict[int, mx.array]:
-        """The tokens (1,) of some rows, by the normal logits (1, V) of each."""
+    ) -> mx.array:
+        """The tokens (R,) of some rows, by the normal logits (1, V) of each."""
         chosen = [sequences[i] for i in rows]
-        latest_ids = [
-            latest[i : i + 1] if sequences[i].processors and sequences[i].n_chosen else None
-            for i in rows
-        ]
+        latest_ids = [latest[i : i + 1] if sequences[i].n_chosen else None for i in rows]
         cases = list(zip(chosen, logits, latest_ids, strict=True))
-        sampler = chosen[0].sampler
-        shared = len(rows) == len(sequences) and all(s.sampler is sampler for s in chosen)
-        if not shared or not chosen[0].uses_random_state:
-            tokens = [sequence.extend(row, last) for sequence, row, last in cases]
-            return dict(zip(rows, tokens, strict=True))
-        processed = [s.process(row, s.context(s.n_chosen, last)) for s, row, last in cases]
-        logprobs = normalized(mx.concatenate(processed))
-        sampled = cast(Any, sampler)(logprobs)  # called once, as mlx-lm does
+        shared = len(rows) == len(sequences) and all(s.sampler is chosen[0].sampler for s in chosen)
+        if shared and chosen[0].uses_random_state:
+            each = [s.process(row, s.context(s.n_chosen, last)) for s, row, last in cases]
+            logprobs = normalized(mx.concatenate(each))
+            sampled = cast(Any, chosen[0].sampler)(logprobs)  # called once, as mlx-lm does
+        elif any(s.needs_logits or s.greedy for s in chosen):
+            return mx.concatenate([s.extend(row, last) for s, row, last in cases])
+        else:
+            together = mx.concatenate(logits)  # one draw, in a fraction of the operations
+            logprobs = normalized(together)
+            sampled = draw_all(together, [s.draw_at(s.n_chosen) for s in chosen])
         for sequence, row in zip(chosen, logprobs, strict=True):
             sequence.pending.append(PendingToken(logprobs=row if sequence.logprobs else None))
-        return {i: sampled[i : i + 1] for i in rows}
+        return sampled
 
     def next_generated(self) -> list[Any]:
         """The next accepted tokens; nothing if there are no more sequences."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..head.draw import Draws, DrawSettings, draw, noise_of_all, position_key, threshold
+from ..head.draw import Draws, DrawSettings, draw_all, position_key, threshold
 from ..head.steps import Proposal
 from ..models.compat.mlx_lm import is_mlx_lm_processor, mlx_lm_sampler_settings, sample_utils
 
@@ -122,8 +122,7 @@ class Sampler:
             return mx.argmax(logits, axis=-1)
         key, n_tokens = position_key(seed, position), logits.shape[-1]
         if self.plain:
-            draws = Draws.of([(s, key)])
-            return draw(logits, noise_of_all(draws.keys, n_tokens), draws)
+            return draw_all(logits, [(s, key)])
         # top-p and min-p, of which mlx-lm 0.31 cannot keep a least number, then XTC and top-k
         top_p = Draws.of([(DrawSettings(s.temperature, s.top_p), key)])
         kept = mx.where(logits >= threshold(logits, top_p), logits, -mx.inf)

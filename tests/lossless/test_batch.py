@@ -8,6 +8,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from flash_loops import OTHERS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
+from mlx_flashhead.lossless import batch
 from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
 
 PROMPTS = [PROMPT, *OTHERS]
@@ -46,6 +47,18 @@ def test_rows_that_all_are_proposed_by_the_head(flash, misses, monkeypatch):
     settings = [SETTINGS[i] for i in (0, 1, 2, 0)]
     tokens, _ = flash.batch(PROMPTS, **sampled(settings))
     assert tokens == [alone(flash, p, s, []) for p, s in zip(PROMPTS, settings, strict=True)]
+
+
+def test_samplers_of_all_rows_draw_at_once(flash, monkeypatch):
+    """A CPU starts the next step beside the last operations of one: four draws hide nothing."""
+    n_rows, draw_all = [], batch.draw_all
+    monkeypatch.setattr(
+        batch, "draw_all", lambda logits, rows: n_rows.append(len(rows)) or draw_all(logits, rows)
+    )
+    settings = [SETTINGS[i] for i in (1, 2, 2, 1)]
+    tokens, _ = flash.batch(PROMPTS, dense=True, **sampled(settings))
+    assert tokens == [alone(flash, p, s, []) for p, s in zip(PROMPTS, settings, strict=True)]
+    assert set(n_rows) == {4}
 
 
 def test_sequences_that_end_together_leave_in_one_step(flash, monkeypatch):
