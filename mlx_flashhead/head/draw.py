@@ -159,21 +159,22 @@ def _lowest_kept_kernel() -> Callable:
 
 def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.array:
     """The lowest logit that top-p keeps: those above it have less than ``top_p`` of the mass. The
-    half of the masses that holds it is halved again, and sorted when it is short."""
+    half of the logits that holds it is halved again, and sorted when it is short."""
     limit = mx.array([[max(s.top_p, 1e-30) if s.top_p < 1 else mx.inf] for s in draws.rows])
-    masses = mx.softmax(logits, axis=-1) if log_total is None else mx.exp(logits - log_total)
-    n_halvings, left = ((logits.shape[-1] - 1) // SORTED).bit_length(), masses
+    n_halvings, left = ((logits.shape[-1] - 1) // SORTED).bit_length(), logits
+    total = mx.logsumexp(logits, axis=-1, keepdims=True) if log_total is None else log_total
     if n_more := -logits.shape[-1] % 2**n_halvings:
-        left = mx.pad(left, [(0, 0), (0, n_more)])
+        left = mx.pad(left, [(0, 0), (0, n_more)], constant_values=-mx.inf)
     for _ in range(n_halvings):
         low, high = mx.split(mx.partition(left, left.shape[-1] // 2, axis=-1), 2, axis=-1)
-        below_high = limit - high.sum(axis=-1, keepdims=True)
+        below_high = limit - mx.exp(high - total).sum(axis=-1, keepdims=True)
         in_low = below_high > 0
         left, limit = mx.where(in_low, low, high), mx.where(in_low, below_high, limit)
     left = mx.sort(left, axis=-1)
-    kept = mx.cumsum(left, axis=-1, reverse=True, inclusive=False) < limit
-    lowest = mx.min(mx.where(kept, left, mx.inf), axis=-1, keepdims=True)
-    return mx.min(mx.where(masses >= lowest, logits, mx.inf), axis=-1, keepdims=True)
+    whole = log_total is None and not n_halvings
+    masses = mx.softmax(left, axis=-1) if whole else mx.exp(left - total)
+    kept = mx.cumsum(masses, axis=-1, reverse=True, inclusive=False) < limit
+    return mx.min(mx.where(kept, left, mx.inf), axis=-1, keepdims=True)
 
 
 def draw(

@@ -123,8 +123,7 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         proposes = proposer.verifies and n <= proposer.max_batch
         known = [proposes and proposer.can_verify(sequence) for sequence in sequences]
         verified = [i for i in range(n) if known[i] and sequences[i].snapshot is not None]
-        tokens: mx.array = latest
-        chosen: list[PendingToken] = []
+        tokens, chosen = latest, list[PendingToken]()
         if verified:
             rows: Any = slice(None) if len(verified) == n else mx.array(verified)
             tokens, chosen = proposer.propose(
