@@ -171,7 +171,7 @@ def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.a
         in_low = below_high > 0
         left, limit = mx.where(in_low, low, high), mx.where(in_low, below_high, limit)
     left = mx.sort(left, axis=-1)
-    whole = log_total is None and not n_halvings
+    whole = log_total is None and not n_halvings  # then one operation is enough
     masses = mx.softmax(left, axis=-1) if whole else mx.exp(left - total)
     kept = mx.cumsum(masses, axis=-1, reverse=True, inclusive=False) < limit
     return mx.min(mx.where(kept, left, mx.inf), axis=-1, keepdims=True)
