@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .head.flash_head import FlashHead
     from .index.settings import FlashHeadConfig
     from .loading.load import attach, load, sharded_load
-    from .lossless.generation import batch_generate, generate, stream_generate
-    from .lossless.sequence import make_sampler
+    from .decoding.generation import batch_generate, generate, stream_generate
+    from .decoding.sampler import make_sampler
     from .models.install import detach, get_flash_head
     from .structured.grammar import grammar_processor
 
@@ -33,8 +33,8 @@ _MODULES = {
     "head.flash_head": ("FlashHead",),
     "index.settings": ("FlashHeadConfig",),
     "loading.load": ("attach", "load", "sharded_load"),
-    "lossless.generation": ("batch_generate", "generate", "stream_generate"),
-    "lossless.sequence": ("make_sampler",),
+    "decoding.generation": ("batch_generate", "generate", "stream_generate"),
+    "decoding.sampler": ("make_sampler",),
     "models.install": ("detach", "get_flash_head"),
     "structured.grammar": ("grammar_processor",),
 }

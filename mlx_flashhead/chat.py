@@ -37,7 +37,7 @@ def main() -> None:
     from .loading.background import IdleBuild, background_build
     from .loading.head_options import LATER, HeadOptions
     from .loading.load import load_with_head
-    from .lossless.sequence import make_sampler
+    from .decoding.sampler import make_sampler
     from .models.fetch import resolve
     from .models.install import get_flash_head
 

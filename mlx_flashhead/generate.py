@@ -104,8 +104,8 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
     from .loading.background import build_now
     from .loading.head_options import LATER, HeadOptions
     from .loading.load import load_dense_head, load_draft, load_with_head, sharded_load
-    from .lossless.generation import generate
-    from .lossless.sequence import make_sampler
+    from .decoding.generation import generate
+    from .decoding.sampler import make_sampler
     from .models import libraries
     from .models.compat.mlx_lm import generation_stream, run_generate
     from .models.fetch import resolve

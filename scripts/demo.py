@@ -31,7 +31,7 @@ from mlx_flashhead import get_flash_head, load, make_sampler, stream_generate
 from mlx_flashhead.common.arguments import Parser, whole_number
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table
-from mlx_flashhead.lossless.policy import policy_of
+from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.models.install import dense_copy
 
 SMOLLM2, GEMMA3 = "smollm2", "gemma3"

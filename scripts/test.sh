@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ "$1" = --oldest ]; then
   shift
   make_venv .venv-oldest -r scripts/oldest.txt
-  exec .venv-oldest/bin/pytest -q -m "not real and not newest" tests/lossless \
+  exec .venv-oldest/bin/pytest -q -m "not real and not newest" tests/decoding \
     tests/serving/test_{decoding,engine,http,jobs,recovery}.py \
     tests/models/test_{compat,install}.py \
     tests/commands/test_{generate,chat,convert,run}.py "$@"

@@ -9,7 +9,7 @@ from kernel_cases import kernels
 from mlx_flashhead import convert, generate, get_flash_head, grammar_processor, load
 from mlx_flashhead.benchmarks.agreement import evaluate
 from mlx_flashhead.conversion.calibration import read_text
-from mlx_flashhead.lossless.policy import policy_of
+from mlx_flashhead.decoding.policy import policy_of
 
 pytestmark = pytest.mark.real
 

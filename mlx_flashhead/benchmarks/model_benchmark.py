@@ -15,10 +15,10 @@ from rich.table import Table
 from ..common.tables import new_table, percent
 from ..head.backend import scored_logits_agree
 from ..loading.load import load
-from ..lossless.batch import VerifiedBatchGenerator
-from ..lossless.loop import verified_steps
-from ..lossless.policy import Proposer, policy_of
-from ..lossless.sequence import make_sampler
+from ..decoding.batch import VerifiedBatchGenerator
+from ..decoding.loop import verified_steps
+from ..decoding.policy import Proposer, policy_of
+from ..decoding.sampler import make_sampler
 from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
 from ..models.install import dense_copy, hidden_dtype, installed_head
 from . import SAMPLERS

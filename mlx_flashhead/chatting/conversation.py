@@ -14,7 +14,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..common.new_folder import new_file
-from ..lossless.generation import stream_generate
+from ..decoding.generation import stream_generate
 from ..models.compat.mlx_lm import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from ..models.libraries import apply_template
 

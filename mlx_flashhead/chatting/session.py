@@ -13,7 +13,7 @@ from ..common.command import sentence
 from ..common.tables import count
 from ..common.terminal import QUOTES, Terminal, stop_key
 from ..loading.background import IdleBuild
-from ..lossless.policy import decoding_mode, policy_of
+from ..decoding.policy import decoding_mode, policy_of
 from ..models.install import get_flash_head
 from .conversation import (
     LENGTH,

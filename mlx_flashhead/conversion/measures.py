@@ -238,7 +238,7 @@ def verification_settings(measured: PositionMeasures, n_probes: int) -> dict[str
     """The stored settings of verified decoding: shares of positions with another proposal
     ``by_probes``, and the ``risk`` of `head/steps.py` near ``n_probes``.
 
-    Some have the ``risks`` of held-out positions in their order, for `lossless/tuning.py`: each in
+    Some have the ``risks`` of held-out positions in their order, for `decoding/tuning.py`: each in
     1/10,000 and one more, negative where the greedy proposal differs.
     """
     probes = np.array(measured.probe_counts)

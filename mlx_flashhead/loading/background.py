@@ -19,7 +19,7 @@ from filelock import Timeout
 from ..conversion import Step, Steps, take_all
 from ..conversion.build import STEP_SECONDS, expected_seconds, model_index
 from ..conversion.options import IndexOptions, make_recipe
-from ..lossless.policy import policy_of
+from ..decoding.policy import policy_of
 from ..models.fetch import HOME_VARIABLE, home, lock_of
 from ..models.install import get_flash_head
 from ..models.libraries import UnsupportedHeadError, is_vlm, text_side

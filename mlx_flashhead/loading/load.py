@@ -14,8 +14,8 @@ from ..conversion.calibration import ANSWER_TOKENS, builtin_requests, drafted_st
 from ..conversion.options import IndexOptions
 from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME
-from ..lossless.policy import policy_of
-from ..lossless.sequence import random_state
+from ..decoding.policy import policy_of
+from ..decoding.sampler import random_state
 from ..models import libraries
 from ..models.compat.mlx_vlm import drafted_answer, when_drafted
 from ..models.fetch import resolve

@@ -13,9 +13,9 @@ import mlx.core as mx
 
 from ..common.command import sentence
 from ..head.flash_head import FlashHead
-from ..lossless.batch import VerifiedBatchGenerator
-from ..lossless.generation import verified_loop, vlm_steps
-from ..lossless.policy import decoding_mode
+from ..decoding.batch import VerifiedBatchGenerator
+from ..decoding.generation import verified_loop, vlm_steps
+from ..decoding.policy import decoding_mode
 from ..models.compat import patching
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.fetch import resolve

@@ -19,8 +19,8 @@ from ..common.new_folder import new_file
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
 from ..index.files import FlashHeadIndex
-from ..lossless.policy import policy_of
-from ..lossless.tuning import Tuning, is_busy, least_gain, tune
+from ..decoding.policy import policy_of
+from ..decoding.tuning import Tuning, is_busy, least_gain, tune
 from ..models.install import hidden_dtype, install, installed_head
 from ..models.locate import HeadLocation, find_head
 from .head_options import HeadOptions

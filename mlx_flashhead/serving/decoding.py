@@ -10,9 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..lossless.batch import VerifiedBatchGenerator
-from ..lossless.loop import drafted_steps, verified_steps
-from ..lossless.policy import Proposer
+from ..decoding.batch import VerifiedBatchGenerator
+from ..decoding.loop import drafted_steps, verified_steps
+from ..decoding.policy import Proposer
 from ..models.compat.mlx_lm import (
     LRUPromptCache,
     can_trim_prompt_cache,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..lossless.sequence import make_sampler
+from ..decoding.sampler import make_sampler
 from ..models.compat.mlx_lm import (
     TextStateMachine,
     make_logits_processors,

@@ -13,7 +13,7 @@ from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
 from ..loading.head_options import LATER, HeadOptions
 from ..loading.load import load_draft, load_with_head
-from ..lossless.policy import decoding_mode, policy_of
+from ..decoding.policy import decoding_mode, policy_of
 from ..models.compat.mlx_lm import KVCache, make_prompt_cache
 from ..models.fetch import resolve
 from ..models.install import get_flash_head

@@ -30,7 +30,7 @@ from mlx_flashhead.benchmarks.reporting import cells, in_turns, machine, spread
 from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import count, new_table, show
-from mlx_flashhead.lossless.policy import policy_of
+from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.models.install import dense_copy, installed_head
 
 BATCHES = (1, 4)

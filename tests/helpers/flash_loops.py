@@ -6,9 +6,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_flashhead import get_flash_head, make_sampler
-from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
-from mlx_flashhead.lossless.loop import verified_steps
-from mlx_flashhead.lossless.policy import Proposer
+from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
+from mlx_flashhead.decoding.loop import verified_steps
+from mlx_flashhead.decoding.policy import Proposer
 from tiny_models import install_index, tiny_index, tiny_model
 
 PROMPT = [5, 17, 3, 99, 42, 7]

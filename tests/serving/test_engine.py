@@ -6,7 +6,7 @@ from threading import Event
 from types import SimpleNamespace
 
 from engines import CHUNK, LONG, SHORT, endless, submit, tokens_of, until
-from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
+from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.serving import engine as engine_module
 from mlx_flashhead.serving.decoding import Reading
 from mlx_flashhead.serving.jobs import Progress, Token

@@ -7,8 +7,8 @@ from threading import Event
 import pytest
 
 from engines import SHORT, flags, generated, job, submit, tokens_of, until
-from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
-from mlx_flashhead.lossless.sequence import make_sampler
+from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
+from mlx_flashhead.decoding.sampler import make_sampler
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache
 from mlx_flashhead.serving.decoding import Batch, Reading
 from mlx_flashhead.serving.engine import Engine

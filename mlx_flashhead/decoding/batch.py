@@ -14,8 +14,10 @@ import mlx.nn as nn
 from ..head.draw import draw_all
 from ..models.compat.mlx_lm import ChoosingBatchGenerator, StateMachineStops
 from .policy import Proposer, step_arrays
-from .sequence import PendingToken, Sequence, Snapshot, Trust, copied_layers, normalized, rollback
-from .verify import VerifyScheduler
+from .caches import Snapshot, copied_layers, rollback
+from .sampler import Trust, normalized
+from .sequence import PendingToken, Sequence
+from .schedule import VerifyScheduler
 
 NO_LOGPROBS = mx.zeros((1,))
 

@@ -8,8 +8,8 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from flash_loops import OTHERS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.lossless import batch
-from mlx_flashhead.lossless.batch import VerifiedBatchGenerator
+from mlx_flashhead.decoding import batch
+from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 
 PROMPTS = [PROMPT, *OTHERS]
 SETTINGS = [

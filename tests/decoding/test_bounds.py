@@ -6,8 +6,8 @@ from mlx.utils import tree_flatten
 from mlx_lm import sample_utils
 
 from flash_loops import flash_of, make_flash
-from mlx_flashhead.lossless import verify
-from mlx_flashhead.lossless.sequence import preserves_margins
+from mlx_flashhead.decoding import verify
+from mlx_flashhead.decoding.sampler import preserves_margins
 from tiny_models import tiny_model
 
 PROCESSORS = {

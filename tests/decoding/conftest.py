@@ -4,7 +4,7 @@ import pytest
 
 from flash_loops import make_flash
 from mlx_flashhead.head import draw
-from mlx_flashhead.lossless.verify import Verification
+from mlx_flashhead.decoding.verification import Verification
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,9 @@ from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.install import hidden_dtype, installed_head
 from .policy import MAX_PENDING, MAX_RISK, MAX_WAIT, Proposer, policy_of, step_arrays
 from .sequence import Sequence as Text
-from .verify import FEW, SlotProduct, join, rounding_of
+from .rounding import SlotProduct, rounding_of
+from .schedule import FEW
+from .verification import join
 
 SECONDS = 5.0  # of all measurements
 DEPTH = 9.0  # leaves out a quarter to a half of the clusters at equal shares of differences

@@ -5,9 +5,9 @@ from itertools import cycle
 import pytest
 
 from flash_loops import OTHERS, make_flash
-from mlx_flashhead.lossless import tuning
-from mlx_flashhead.lossless.policy import policy_of
-from mlx_flashhead.lossless.tuning import Tuning, least_gain, tune
+from mlx_flashhead.decoding import tuning
+from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.decoding.tuning import Tuning, least_gain, tune
 
 
 def measured(*arguments, between=lambda: None, **options):

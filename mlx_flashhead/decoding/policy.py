@@ -17,7 +17,8 @@ from ..head.flash_head import FlashHead
 from ..head.steps import NO_DEPTH
 from ..models.install import LogitChange, get_flash_head, hidden_dtype, logit_change_of, unchanged
 from ..models.libraries import UnsupportedHeadError
-from .sequence import PendingToken, Sequence, Trust, current_random_state
+from .sampler import Trust, current_random_state
+from .sequence import PendingToken, Sequence
 
 MAX_PENDING = 32  # states of a verification: a GPU multiplies tiles of 32
 MAX_RISK = 0.1

@@ -15,24 +15,10 @@ import mlx.nn as nn
 from ..models.compat import mlx_lm as compat
 from ..models.install import get_flash_head
 from .policy import Proposer, policy_of, step_arrays
-from .sequence import (
-    PendingToken,
-    Processor,
-    Sampler,
-    SamplerFunction,
-    Sequence,
-    Snapshot,
-    Trust,
-    begin,
-    copied_layers,
-    current_random_state,
-    length_of,
-    rollback,
-    set_random_state,
-    trims,
-    trust,
-)
-from .verify import VerifyScheduler
+from .caches import Snapshot, copied_layers, length_of, rollback, trims
+from .sampler import Processor, Sampler, SamplerFunction, Trust, current_random_state, set_random_state, trust
+from .sequence import PendingToken, Sequence, begin
+from .schedule import VerifyScheduler
 
 LATEST = 256  # tokens of a text that a draft model's FlashHead always scores
 CLEAR_EVERY = 256  # tokens, as mlx-lm's loop

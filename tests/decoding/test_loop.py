@@ -11,9 +11,9 @@ from architecture_models import tiny_architecture
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.lossless.loop import verified_steps
-from mlx_flashhead.lossless.policy import Proposer, policy_of
-from mlx_flashhead.lossless.verify import SlotProduct
+from mlx_flashhead.decoding.loop import verified_steps
+from mlx_flashhead.decoding.policy import Proposer, policy_of
+from mlx_flashhead.decoding.rounding import SlotProduct
 from tiny_models import tiny_model
 
 SAMPLERS = {
@@ -50,7 +50,7 @@ def test_every_sampler(flash, name, n_probes, misses):
 def test_every_processor(flash, name, settings, misses, monkeypatch):
     """Without one, a thread computes the verification."""
     if name is None:
-        monkeypatch.setattr("mlx_flashhead.lossless.verify.WORTH_A_THREAD", 0)
+        monkeypatch.setattr("mlx_flashhead.decoding.rounding.WORTH_A_THREAD", 0)
     flash.checked(settings, logits_processors=PROCESSORS[name]() if name else None)
     assert misses
 

@@ -11,7 +11,7 @@ from mlx_lm import sample_utils
 
 from flash_loops import PROMPT, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.lossless.sequence import Trust, trust
+from mlx_flashhead.decoding.sampler import Trust, trust
 from mlx_flashhead.models.compat.mlx_lm import generate_step
 
 FORMATS = {"float32": {}, "bfloat16": {"dtype": mx.bfloat16}, "4 bits": {"bits": 4}}
