@@ -13,11 +13,11 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .conversion.pipeline import convert
+    from .decoding.generation import batch_generate, generate, stream_generate
+    from .decoding.sampler import make_sampler
     from .head.flash_head import FlashHead
     from .index.settings import FlashHeadConfig
     from .loading.load import attach, load, sharded_load
-    from .decoding.generation import batch_generate, generate, stream_generate
-    from .decoding.sampler import make_sampler
     from .models.install import detach, get_flash_head
     from .structured.grammar import grammar_processor
 

@@ -34,10 +34,10 @@ def main() -> None:
     from .chatting.conversation import FILES, Conversation, last_conversation
     from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
     from .common.terminal import Terminal
+    from .decoding.sampler import make_sampler
     from .loading.background import IdleBuild, background_build
     from .loading.head_options import LATER, HeadOptions
     from .loading.load import load_with_head
-    from .decoding.sampler import make_sampler
     from .models.fetch import resolve
     from .models.install import get_flash_head
 

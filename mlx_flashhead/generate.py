@@ -101,11 +101,11 @@ def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
 def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) -> None:
     """Loads, answers, and builds a missing FlashHead afterwards."""
     # mlx-lm takes a second to import, which mistakes and --help do without
+    from .decoding.generation import generate
+    from .decoding.sampler import make_sampler
     from .loading.background import build_now
     from .loading.head_options import LATER, HeadOptions
     from .loading.load import load_dense_head, load_draft, load_with_head, sharded_load
-    from .decoding.generation import generate
-    from .decoding.sampler import make_sampler
     from .models import libraries
     from .models.compat.mlx_lm import generation_stream, run_generate
     from .models.fetch import resolve

@@ -13,12 +13,12 @@ import mlx.nn as nn
 from rich.table import Table
 
 from ..common.tables import new_table, percent
-from ..head.backend import scored_logits_agree
-from ..loading.load import load
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.loop import verified_steps
 from ..decoding.policy import Proposer, policy_of
 from ..decoding.sampler import make_sampler
+from ..head.backend import scored_logits_agree
+from ..loading.load import load
 from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
 from ..models.install import dense_copy, hidden_dtype, installed_head
 from . import SAMPLERS

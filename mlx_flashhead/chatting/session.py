@@ -12,8 +12,8 @@ from ..common.arguments import check, whole_number
 from ..common.command import sentence
 from ..common.tables import count
 from ..common.terminal import QUOTES, Terminal, stop_key
-from ..loading.background import IdleBuild
 from ..decoding.policy import decoding_mode, policy_of
+from ..loading.background import IdleBuild
 from ..models.install import get_flash_head
 from .conversation import (
     LENGTH,

@@ -13,11 +13,11 @@ import mlx.nn as nn
 
 from ..head.draw import draw_all
 from ..models.compat.mlx_lm import ChoosingBatchGenerator, StateMachineStops
-from .policy import Proposer, step_arrays
 from .caches import Snapshot, copied_layers, rollback
+from .policy import Proposer, step_arrays
 from .sampler import Trust, normalized
-from .sequence import PendingToken, Sequence
 from .schedule import VerifyScheduler
+from .sequence import PendingToken, Sequence
 
 NO_LOGPROBS = mx.zeros((1,))
 

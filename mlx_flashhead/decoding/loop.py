@@ -14,11 +14,19 @@ import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
 from ..models.install import get_flash_head
-from .policy import Proposer, policy_of, step_arrays
 from .caches import Snapshot, copied_layers, length_of, rollback, trims
-from .sampler import Processor, Sampler, SamplerFunction, Trust, current_random_state, set_random_state, trust
-from .sequence import PendingToken, Sequence, begin
+from .policy import Proposer, policy_of, step_arrays
+from .sampler import (
+    Processor,
+    Sampler,
+    SamplerFunction,
+    Trust,
+    current_random_state,
+    set_random_state,
+    trust,
+)
 from .schedule import VerifyScheduler
+from .sequence import PendingToken, Sequence, begin
 
 LATEST = 256  # tokens of a text that a draft model's FlashHead always scores
 CLEAR_EVERY = 256  # tokens, as mlx-lm's loop

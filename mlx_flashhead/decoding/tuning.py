@@ -21,9 +21,9 @@ from ..head.steps import NO_DEPTH, Proposal
 from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.install import hidden_dtype, installed_head
 from .policy import MAX_PENDING, MAX_RISK, MAX_WAIT, Proposer, policy_of, step_arrays
-from .sequence import Sequence as Text
 from .rounding import SlotProduct, rounding_of
 from .schedule import FEW
+from .sequence import Sequence as Text
 from .verification import join
 
 SECONDS = 5.0  # of all measurements

@@ -12,10 +12,10 @@ import mlx.nn as nn
 
 from ..conversion.calibration import ANSWER_TOKENS, builtin_requests, drafted_states
 from ..conversion.options import IndexOptions
-from ..head.flash_head import FlashHead
-from ..index.files import FILE_NAME
 from ..decoding.policy import policy_of
 from ..decoding.sampler import random_state
+from ..head.flash_head import FlashHead
+from ..index.files import FILE_NAME
 from ..models import libraries
 from ..models.compat.mlx_vlm import drafted_answer, when_drafted
 from ..models.fetch import resolve

@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary, ref
 import mlx.core as mx
 
 from ..common.command import sentence
-from ..head.flash_head import FlashHead
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.generation import verified_loop, vlm_steps
 from ..decoding.policy import decoding_mode
+from ..head.flash_head import FlashHead
 from ..models.compat import patching
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.fetch import resolve

@@ -16,11 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..common.new_folder import new_file
+from ..decoding.policy import policy_of
+from ..decoding.tuning import Tuning, is_busy, least_gain, tune
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
 from ..index.files import FlashHeadIndex
-from ..decoding.policy import policy_of
-from ..decoding.tuning import Tuning, is_busy, least_gain, tune
 from ..models.install import hidden_dtype, install, installed_head
 from ..models.locate import HeadLocation, find_head
 from .head_options import HeadOptions

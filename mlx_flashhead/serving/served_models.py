@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..decoding.policy import decoding_mode, policy_of
 from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
 from ..loading.head_options import LATER, HeadOptions
 from ..loading.load import load_draft, load_with_head
-from ..decoding.policy import decoding_mode, policy_of
 from ..models.compat.mlx_lm import KVCache, make_prompt_cache
 from ..models.fetch import resolve
 from ..models.install import get_flash_head

@@ -13,10 +13,10 @@ from unittest.mock import Mock
 import pytest
 
 from mlx_flashhead import load
+from mlx_flashhead.decoding.tuning import Tuning
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.loading import background as build
 from mlx_flashhead.loading import sources as cache
-from mlx_flashhead.decoding.tuning import Tuning
 from mlx_flashhead.models.libraries import load_dense
 from mlx_flashhead.models.locate import find_head
 from model_folders import contents, write_model

@@ -3,8 +3,8 @@
 import pytest
 
 from flash_loops import make_flash
-from mlx_flashhead.head import draw
 from mlx_flashhead.decoding.verification import Verification
+from mlx_flashhead.head import draw
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from architecture_models import tiny_architecture
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import Proposer, policy_of
 from mlx_flashhead.decoding.rounding import SlotProduct
+from mlx_flashhead.head.flash_head import FlashHead
 from tiny_models import tiny_model
 
 SAMPLERS = {

@@ -8,11 +8,11 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead import get_flash_head, stream_generate
+from mlx_flashhead.decoding.tuning import Tuning
 from mlx_flashhead.loading import background, tuned
 from mlx_flashhead.loading import sources as cache
 from mlx_flashhead.loading.background import IdleBuild, background_build, build_now
 from mlx_flashhead.loading.head_options import HeadOptions
-from mlx_flashhead.decoding.tuning import Tuning
 from model_folders import write_model
 
 OPTIONS = HeadOptions(progress=False, tunes=False)

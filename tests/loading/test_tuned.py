@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from mlx_flashhead import get_flash_head
+from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.decoding.tuning import Tuning
 from mlx_flashhead.loading import tuned
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.loading.sources import StoredHead
 from mlx_flashhead.loading.tuned import install_stored
-from mlx_flashhead.decoding.policy import policy_of
-from mlx_flashhead.decoding.tuning import Tuning
 from mlx_flashhead.models.install import detach
 from tiny_models import tiny_index, tiny_model
 

@@ -20,9 +20,9 @@ from engines import (
     until,
 )
 from mlx_flashhead import grammar_processor
+from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.loading.background import background_build
 from mlx_flashhead.loading.head_options import HeadOptions
-from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.serving.decoding import CHUNK_SECONDS, SMALLEST_CHUNK, next_chunk
 from mlx_flashhead.serving.engine import Engine
 from mlx_flashhead.serving.jobs import Progress, Token

@@ -1,0 +1,177 @@
+"""How tokens are drawn, and what is known of a caller's sampler and processors."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, cast
+
+import mlx.core as mx
+
+from ..head.draw import Draws, DrawSettings, draw_all, position_key, threshold
+from ..models.compat.mlx_lm import is_mlx_lm_processor, mlx_lm_sampler_settings, sample_utils
+
+MOST_TOKENS = 2**31 - 1  # more than any vocabulary has
+
+Processor = Callable[[Any, mx.array], mx.array]  # tokens (n,), logits (1, V) → logits (1, V)
+SamplerFunction = Callable[[mx.array], mx.array]  # log-probabilities (1, V) → token (1,)
+
+
+def current_random_state() -> mx.array:
+    """MLX's random state, (2,) uint32. Lazy."""
+    return mx.random.state[0]  # type: ignore[index]
+
+
+def set_random_state(state: mx.array) -> None:
+    """Makes ``state`` (2,) uint32 MLX's random state. Waits for it."""
+    high, low = cast(list[int], state.tolist())
+    mx.random.seed(high << 32 | low)
+
+
+@contextmanager
+def random_state(state: mx.array | None) -> Iterator[None]:
+    """Within the block MLX's random state is ``state``; with None it stays as it is."""
+    if state is None:
+        yield
+        return
+    before = current_random_state()
+    set_random_state(state)
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
+def normalized(logits: mx.array) -> mx.array:
+    """Log-probabilities as mlx-lm's loops make them: (R, V) → (R, V)."""
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+class Trust(Enum):
+    """What may be done with a sequence's sampler and processors."""
+
+    EXACT = "exact"  # bounds hold: a choice is certain, or it is decided by its own logits
+    REPLAYABLE = "replayable"  # pure: called again, on logits that are rounded otherwise
+    UNKNOWN = "unknown"  # called once a token, in order: decoded by the normal (dense) head
+
+
+def trust(sampler: Any, processors: Iterable[Processor] = ()) -> Trust:
+    """Whether the choices of a sampler and processors can be verified.
+
+    A caller marks a function of its arguments alone with an attribute ``pure = True``, and a
+    processor that also keeps the order of a token's logits (a larger logit never becomes the
+    smaller one, whatever the other tokens' are) with ``preserves_margins = True``.
+    """
+    changing: list[Any] = [each for each in processors if not preserves_margins(each)]
+    if draw_settings(sampler) is None:
+        changing.append(sampler)
+    if not changing:
+        return Trust.EXACT
+    pure = all(getattr(function, "pure", False) for function in changing)
+    return Trust.REPLAYABLE if pure else Trust.UNKNOWN
+
+
+def preserves_margins(processor: Any) -> bool:
+    """Whether bounds of a logit are bounds after this processor, too."""
+    return getattr(processor, "preserves_margins", False) or is_mlx_lm_processor(processor)
+
+
+def draw_settings(sampler: Any) -> DrawSettings | None:
+    """The settings that describe a sampler's draws; None where none do."""
+    if sampler is None:
+        return DrawSettings()
+    if isinstance(sampler, Sampler):
+        return sampler.settings if sampler.plain else None
+    settings = mlx_lm_sampler_settings(sampler)
+    return None if settings is None else DrawSettings(**settings)
+
+
+@dataclass(eq=False)
+class Sampler:
+    """Draws tokens from logits; :func:`make_sampler` says what its values mean."""
+
+    settings: DrawSettings
+    min_tokens_to_keep: int = 1
+    xtc: tuple[float, float, list[int]] = (0.0, 0.1, [])  # probability, threshold, special tokens
+    seed: int | None = None
+    position: int = field(default=0, init=False)  # of the next call
+    _text_seed: int | None = field(default=None, init=False, repr=False)  # of these calls
+
+    @property
+    def plain(self) -> bool:
+        """Whether :class:`Draws` describe its draws: without XTC and a least number of tokens."""
+        keeps_more = self.settings.min_p > 0 and self.min_tokens_to_keep > 1
+        return self.settings.greedy or not (self.xtc[0] or keeps_more)
+
+    def new_seed(self) -> int:
+        """The seed for a new text. Evaluates two numbers of MLX's random state if it has none."""
+        if self.seed is not None:
+            return self.seed
+        high, low = cast(list[int], mx.random.randint(0, 2**31 - 1, shape=(2,)).tolist())
+        return high << 31 | low
+
+    def choose(self, logits: mx.array, seed: int, position: int) -> mx.array:
+        """The token of a position: logits (1, V) → (1,) uint32. Lazy."""
+        logits, s = logits.astype(mx.float32), self.settings
+        if s.greedy:
+            return mx.argmax(logits, axis=-1)
+        key, n_tokens = position_key(seed, position), logits.shape[-1]
+        if self.plain:
+            return draw_all(logits, [(s, key)])
+        # top-p and min-p, of which mlx-lm 0.31 cannot keep a least number, then XTC and top-k
+        top_p = Draws.of([(DrawSettings(s.temperature, s.top_p), key)])
+        kept = mx.where(logits >= threshold(logits, top_p), logits, -mx.inf)
+        if s.min_p:
+            nth_best = mx.sort(kept, axis=-1)[:, -min(self.min_tokens_to_keep, n_tokens)]
+            lowest = mx.minimum(mx.max(kept) + math.log(s.min_p), nth_best)
+            kept = mx.where(kept >= lowest, kept, -mx.inf)
+        top_k = s.top_k if s.top_k < n_tokens else 0
+        with random_state(mx.array(key, mx.uint32)):
+            sampler = sample_utils.make_sampler(s.temperature, 0.0, 0.0, 1, top_k, *self.xtc)
+            return sampler(normalized(kept))
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        """For other programs' loops: (..., V) → tokens (...), a position each, a text a row."""
+        if self._text_seed is None:
+            self._text_seed = self.new_seed()
+        rows = logprobs.reshape(-1, 1, logprobs.shape[-1])
+        seeds = range(self._text_seed, self._text_seed + len(rows))
+        tokens = [self.choose(rows[i], seed, self.position) for i, seed in enumerate(seeds)]
+        self.position += 1
+        return mx.concatenate(tokens).reshape(logprobs.shape[:-1])
+
+
+def make_sampler(
+    temp: float = 0.0,
+    top_p: float = 0.0,
+    min_p: float = 0.0,
+    min_tokens_to_keep: int = 1,
+    top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_special_tokens: list[int] | None = None,
+    *,
+    seed: int | None = None,
+) -> Sampler:
+    """A sampler with the arguments of ``mlx_lm.sample_utils.make_sampler``, and a ``seed`` of every
+    text; by default each text has a new one, from MLX's random state.
+
+    It draws from mlx-lm's distribution, with noise of its own: the same seed gives other tokens
+    than mlx-lm's sampler. Of equal logits at the end of a top-k all remain. Text with XTC, or min-p
+    with a least number of tokens, is decoded densely. ValueError if a value is out of its range.
+    """
+    for name, value, lowest, highest in (
+        ("temp", temp, 0, 1_000_000),
+        ("top_p", top_p, 0, 1),
+        ("min_p", min_p, 0, 1),
+        ("min_tokens_to_keep", min_tokens_to_keep, 1, MOST_TOKENS),
+        ("top_k", top_k, 0, MOST_TOKENS),
+        ("xtc_probability", xtc_probability, 0, 1),
+        ("xtc_threshold", xtc_threshold, 0, 0.5),
+    ):
+        if not lowest <= value <= highest:
+            raise ValueError(f"{name} is {value}: it must be {lowest} to {highest:,}.")
+    settings = DrawSettings(float(temp), float(top_p) or 1.0, float(min_p), int(top_k))
+    xtc = xtc_probability, xtc_threshold, list(xtc_special_tokens or ())
+    return Sampler(settings, min_tokens_to_keep, xtc, seed)

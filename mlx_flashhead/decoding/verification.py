@@ -1,0 +1,204 @@
+"""Verification: the dense rows over all pending states at once, and which proposals they leave
+certain whatever rounding does."""
+
+from typing import Any, cast
+
+import mlx.core as mx
+
+from ..head.draw import Draws, DrawSettings, log_mass, noise_of_all, threshold
+from ..head.flash_head import FlashHead
+from ..head.steps import Proposal
+from .policy import Proposer
+from .rounding import MASS_ROUNDING, NOISE_ROUNDING, SlotProduct, rounding_of
+from .sampler import Trust, normalized, random_state, set_random_state
+from .sequence import PendingToken, Sequence
+
+Row = tuple[Sequence, PendingToken, int]  # a sequence, its pending token, its place in the text
+
+
+class Verification:
+    """A verification of the pending tokens that are read, launched when made, and read by
+    :meth:`accept`. ``snapshots`` are the caches of the ``sequences`` as they are now."""
+
+    def __init__(self, proposer: Proposer, sequences: list[Sequence], snapshots: list[Any]):
+        self._proposer, self._head = proposer, proposer.head
+        self.snapshots = dict(zip(sequences, snapshots, strict=True))
+        self.counts = {sequence: sequence.n_read for sequence in sequences}
+        rows: list[Row] = [
+            (sequence, sequence.pending[i], len(sequence.tokens) + i)
+            for sequence, n in self.counts.items()
+            for i in range(n)
+            if sequence.pending[i].proposal is not None
+        ]
+        # those first that a kernel screens, by the head's logits alone
+        self._rows = sorted(rows, key=lambda row: row[0].needs_logits)
+        self._product: SlotProduct | None = None
+        self._certain: mx.array | None = None  # whether each row's token is the dense choice, lazy
+        self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # those in doubt
+        if rows:
+            proposer.n_verifications += 1
+            self._proposal = join(self._head, [pending for _, pending, _ in self._rows])
+            hidden = self._proposal.hidden
+            self._rounding = rounding_of(self._head, hidden.dtype, len(hidden))
+            self._product = SlotProduct(self._head, hidden)
+            if self._product.ready:
+                self._screen()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is time to :meth:`accept`: no thread is at work, or it is waited for."""
+        return self._product is None or self._product.ready or self._proposer.policy.lockstep
+
+    def _screen(self) -> None:
+        """Judges the rows by the product, as soon as it is there."""
+        proposer, product = self._proposer, cast(SlotProduct, self._product)
+        slots, self._product = product.result(), None
+        draws = [sequence.draw_at(index) for sequence, _, index in self._rows]
+        temperatures = [settings.temperature for settings, _ in draws]
+        depth = mx.array(temperatures) * 32.0 if any(temperatures) else 0.0
+        room, scored = self._rounding.rooms(self._proposal, depth)
+        by_logits = [not proposer.simple or sequence.needs_logits for sequence, *_ in self._rows]
+        n, certain = by_logits.count(False), []
+        if n:
+            row_draws = Draws.of(draws[:n]) if any(temperatures[:n]) else None
+            own = _rows_of(self._proposal, slice(n)), row_draws, (room[:n], scored[:n])
+            screen = self._head.steps.screen(slots[:n], *own, self._rounding.epsilon)
+            certain.append(screen.certain)
+        for i in range(n, len(self._rows)):
+            certain.append(self._is_certain(i, slots[i : i + 1], room[i], scored[i]))
+        self._certain = certain[0] if len(certain) == 1 else mx.concatenate(certain)
+        for i, (sequence, pending, index) in enumerate(self._rows):
+            if sequence.logprobs:  # lazy, since few are read
+                logits = self._in_order(slots[i : i + 1])
+                logits = sequence.process(logits, sequence.context(index))
+                pending.logprobs = normalized(logits)[0]
+        mx.async_eval(self._certain)
+
+    def _is_certain(self, i: int, slots: mx.array, room: mx.array, scored: mx.array) -> mx.array:
+        """For a choice by the processed logits of all tokens: whether it is certain, (1,) bool."""
+        sequence, pending, index = self._rows[i]
+        token, context = cast(int, pending.token), sequence.context(index)
+        own = _rows_of(self._proposal, slice(i, i + 1))
+
+        def bound(sign: float) -> mx.array:
+            """The processed logits (1, V) where the model's lie off by ``sign`` times the rooms.
+            Rounding to their dtype keeps an order, so that bounds of rounded logits are such."""
+            values = (slots.astype(mx.float32) + sign * room).astype(slots.dtype)
+            exact = (own.logits.astype(mx.float32) + sign * scored).astype(slots.dtype)
+            values = mx.put_along_axis(values, own.probes[..., None], exact, axis=1)
+            return sequence.process(self._in_order(values), context)
+
+        if sequence.trust is not Trust.EXACT:  # pure: called again, on what is known best
+            same = mx.array([True])
+            for logits in (bound(0.0), bound(-1.0), bound(1.0)):
+                with random_state(pending.state_before):
+                    same = same & (sequence.pick(logits, normalized(logits), index) == token)
+            return same
+        low, high = (bound(sign).astype(mx.float32) for sign in (-1.0, 1.0))
+        draw, state = sequence.draw_at(index), pending.state_before
+        return is_certain(low, high, token, draw, state, self._rounding.epsilon)
+
+    def _in_order(self, slots: mx.array) -> mx.array:
+        """(k, C, n) in the order of the clusters → the model's logits (k, V)."""
+        logits = mx.take(slots.reshape(len(slots), -1), self._head.clustered.slot_of, axis=-1)
+        return self._proposer.model_logits(logits)
+
+    def accept(self, sequence: Sequence) -> list[PendingToken]:
+        """Waits for the verification and accepts the sequence's tokens up to a rejected one, whose
+        place the dense choice takes. Nothing is pending any more then."""
+        if self._product is not None:
+            self._screen()
+        if self._certain is not None:
+            self._decide()
+        accepted: list[PendingToken] = []
+        while len(accepted) < self.counts[sequence] and not sequence.rejected:
+            pending = sequence.pending[0]
+            if pending in self._choices:
+                token, logprobs = self._choices[pending]
+                pending.logprobs = logprobs if sequence.logprobs else None
+                sequence.rejected = token != pending.token
+                pending.token = token
+            accepted.append(sequence.accept())
+        if sequence.rejected:
+            self._proposer.n_rejected += 1
+            sequence.pending.clear()
+            if accepted[-1].random_state is not None:
+                set_random_state(accepted[-1].random_state[1])
+        return accepted
+
+    def _decide(self) -> None:
+        """Decides all rows that are in doubt by the dense logits of their own states."""
+        certain = cast(list[bool], cast(mx.array, self._certain).tolist())
+        self._certain, chosen = None, {}
+        for (sequence, pending, index), is_certain in zip(self._rows, certain, strict=True):
+            if not is_certain:
+                proposal, row = cast(Proposal, pending.proposal), pending.row
+                logits = self._proposer.dense_row(proposal.hidden[row : row + 1])
+                with random_state(pending.state_before):
+                    chosen[pending] = sequence.choose(logits, index)
+        mx.eval([token for token, _ in chosen.values()])
+        for pending, (token, logprobs) in chosen.items():
+            self._choices[pending] = cast(int, token.item()), logprobs
+
+
+def join(head: FlashHead, pending: list[PendingToken]) -> Proposal:
+    """One proposal of pending tokens, which become its rows."""
+    proposals = {id(each.proposal): cast(Proposal, each.proposal) for each in pending}
+    places = {proposal_id: place for place, proposal_id in enumerate(proposals)}
+    rows = [(places[id(each.proposal)], each.row) for each in pending]
+    first = cast(Proposal, pending[0].proposal)
+    if rows == [(0, row) for row in range(len(first.hidden))]:
+        return first
+    tokens = [cast(int, each.token) for each in pending]
+    joined = head.joined([*proposals.values()], rows, tokens)
+    for row, each in enumerate(pending):
+        each.proposal, each.row = joined, row
+    return joined
+
+
+def _rows_of(proposal: Proposal, rows: slice) -> Proposal:
+    """Some rows of a joined proposal."""
+    names = ("hidden", "tokens", "probes", "logits")
+    return proposal._replace(**{name: getattr(proposal, name)[rows] for name in names})
+
+
+def is_certain(
+    low: mx.array,
+    high: mx.array,
+    token: int,
+    draw: tuple[DrawSettings, tuple[int, int]],
+    state: mx.array | None,
+    epsilon: float,
+) -> mx.array:
+    """Whether ``draw`` takes the token for all processed logits between ``low`` and ``high`` (1, V)
+    float32: (1,) bool, lazy. With a random ``state`` of MLX a sampler of mlx-lm draws. ``epsilon``
+    is the spacing of log-probabilities, relative."""
+    ids = mx.arange(low.shape[-1])
+    own = ids == token
+    if draw[0].greedy:
+        rival = mx.max(mx.where(own, -mx.inf, high), axis=-1)
+        merged = (log_mass(high)[:, 0] - rival + 0.5) * epsilon  # rounding may merge two
+        return low[:, token] - rival > merged
+    draws = Draws.of([draw])
+    if state is not None:
+        grid = epsilon * (mx.abs(low - log_mass(high)) + 1.0) + MASS_ROUNDING
+        low, high = low - grid, high + grid
+    lowest = threshold(high, draws, log_mass(low) - MASS_ROUNDING)
+    # mlx-lm may leave out a token that equals the last of a top-k
+    surely = low > lowest if state is not None and draw[0].top_k else low >= lowest
+    maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
+    likely = mx.where(maybe, high * draws.settings[:, :1], -mx.inf)
+    unlikely = mx.where(surely, low * draws.settings[:, :1], -mx.inf)
+    if state is None:
+        noisy = mx.where(own, unlikely, likely) + noise_of_all(draws.keys, len(ids))
+        rival = mx.max(mx.where(own, -mx.inf, noisy), axis=-1)
+        return noisy[:, token] > rival + NOISE_ROUNDING * (1 + mx.abs(noisy[:, token]))
+    # MLX draws by noise, or by where a uniform number falls in the cumulated probabilities. Either
+    # way the draw is certain if it is the token for the three worst cases: all others as likely as
+    # they may be, those of lower ids, and those of higher ids, the rest as unlikely as they may be.
+    key = mx.random.split(state)[1]
+    certain = surely[:, token]
+    for pushed in (~own, ids < token, ids > token):
+        case = mx.where(pushed, likely, unlikely)
+        certain = certain & (mx.random.categorical(case, key=key) == token)
+    return certain
