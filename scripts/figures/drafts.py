@@ -25,12 +25,12 @@ from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, strea
 from mlx_flashhead.benchmarks.agreement import bytes_share
 from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion.calibration import builtin_documents, dialogues
+from mlx_flashhead.decoding.loop import LATEST
+from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
 from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.head.steps import Candidates
 from mlx_flashhead.loading.load import load_draft
-from mlx_flashhead.decoding.loop import LATEST
-from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.models.cpu_products import numpy_products, to_mlx
 from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.libraries import load_dense, prompt_of

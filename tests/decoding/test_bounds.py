@@ -6,7 +6,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import sample_utils
 
 from flash_loops import flash_of, make_flash
-from mlx_flashhead.decoding import verify
+from mlx_flashhead.decoding import rounding, verification
 from mlx_flashhead.decoding.sampler import preserves_margins
 from tiny_models import tiny_model
 
@@ -34,7 +34,7 @@ def model(request):
 def faults(monkeypatch):
     """Products of several states that lie off by as much as their bounds allow."""
     injected = []
-    result, screen = verify.SlotProduct.result, verify.Verification._screen
+    result, screen = rounding.SlotProduct.result, verification.Verification._screen
 
     def wrong(product):
         slots = result(product)
@@ -49,8 +49,8 @@ def faults(monkeypatch):
         verification._product.room, _ = verification._rounding.rooms(verification._proposal)
         screen(verification)
 
-    monkeypatch.setattr(verify.SlotProduct, "result", wrong)
-    monkeypatch.setattr(verify.Verification, "_screen", with_room)
+    monkeypatch.setattr(rounding.SlotProduct, "result", wrong)
+    monkeypatch.setattr(verification.Verification, "_screen", with_room)
     return injected
 
 
@@ -67,13 +67,13 @@ def test_faults_within_the_bounds_change_no_text(model, faults, processors, samp
 def judged(monkeypatch):
     """Whether each verified proposal was certain without the logits of its own state."""
     flags = []
-    decide = verify.Verification._decide
+    decide = verification.Verification._decide
 
     def noting(verification):
         flags.extend(verification._certain.tolist())
         decide(verification)
 
-    monkeypatch.setattr(verify.Verification, "_decide", noting)
+    monkeypatch.setattr(verification.Verification, "_decide", noting)
     return flags
 
 
