@@ -33,7 +33,8 @@ from mlx_flashhead.head.steps import Candidates
 from mlx_flashhead.loading.load import load_draft
 from mlx_flashhead.models.cpu_products import numpy_products, to_mlx
 from mlx_flashhead.models.fetch import resolve
-from mlx_flashhead.models.libraries import load_dense, prompt_of
+from mlx_flashhead.models.loading import load_dense
+from mlx_flashhead.models.templates import prompt_of
 
 REQUESTS = Path(__file__).with_name("requests.txt")  # calibration has others
 DENSE = "dense, 100.0 %"

@@ -36,7 +36,7 @@ from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.models.install import dense_copy
-from mlx_flashhead.models.libraries import load_dense
+from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.models.locate import find_head
 
 HEAD_BITS = (4, 6, 8, 16)
