@@ -19,8 +19,8 @@ import mlx.core as mx
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
 from ..models.compat.mlx_lm_0_31 import let_thread_draw
 from .decoding import CHUNK_SECONDS, Batch, Reading, Single, next_chunk
+from .errors import ApiError
 from .jobs import Job
-from .responses import ApiError
 from .served_models import ServedModel
 
 FAILING = 3  # answers, one after the other, that failed by the server's fault
