@@ -7,7 +7,7 @@ A request, traced. ``serve`` opens the port, and starts the engine, which loads 
    what ``access`` allows, answers errors, and writes the log. ``page_files`` has the page.
 2. ``endpoints`` reads the body, by ``strict_json``. ``requests`` checks each field by the rules of
    ``fields``, and ``messages`` those of a chat. ``jobs`` fills in the chat template and makes
-   tokens. A mistake is an ``ApiError`` of ``errors``.
+   tokens. A mistake is an ``ApiError`` of ``api_errors``.
 3. Each answer is a job in the queue of ``engine``, the one thread that computes. Its prompt is read
    a chunk at a time, and decoded beside the others (``decoding``).
 4. Each token comes back through the answer's queue. ``endpoints`` makes OpenAI's JSON of it.

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .access import COOKIE, MAX_HEAD_BYTES, Access
-from .errors import ApiError
+from .api_errors import ApiError
 from .page_files import locked_page
 from .strict_json import dumps, json_response
 

@@ -21,9 +21,9 @@ from starlette.types import Receive, Scope, Send
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..version import __version__
+from .api_errors import ApiError
 from .connections import read_body
 from .engine import Engine
-from .errors import ApiError
 from .jobs import Job, Progress, Token, TokenLogprobs, read_jobs
 from .page_files import PAGE_ROUTES
 from .requests import Request, find_model

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .errors import ApiError, field_error
+from .api_errors import ApiError, field_error
 
 MAX_CHOICES = 16  # texts of a request: n times the number of its prompts
 MAX_LOGPROBS = 20

@@ -19,9 +19,9 @@ from ..models.compat.mlx_lm import (
     make_logits_processors,
     make_text_state_machine,
 )
-from ..models.libraries import apply_template
+from ..models.templates import apply_template
 from ..structured.grammar import GrammarProcessor
-from .errors import ApiError
+from .api_errors import ApiError
 from .requests import Request
 from .served_models import ServedModel
 from .strict_json import loads

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .errors import ApiError, field_error
+from .api_errors import ApiError, field_error
 from .strict_json import loads
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..models.compat.mlx_lm import TextStateMachine
 from ..structured.grammar import Grammar
-from .errors import ApiError, field_error
+from .api_errors import ApiError, field_error
 from .fields import (
     CHAT_FIELDS,
     MAX_CHOICES,

@@ -10,8 +10,8 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route, Router
 
 from mlx_flashhead.serving.access import Access
+from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.connections import logger, read_body
-from mlx_flashhead.serving.errors import ApiError
 from mlx_flashhead.serving.page_files import PAGE_ROUTES
 from mlx_flashhead.serving.serve import Server, listening
 from mlx_flashhead.serving.strict_json import json_response

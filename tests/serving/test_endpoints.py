@@ -10,8 +10,8 @@ import pytest
 
 from engines import flags
 from mlx_flashhead.serving.access import Access
+from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.endpoints import Api
-from mlx_flashhead.serving.errors import ApiError
 from mlx_flashhead.serving.jobs import Token
 from mlx_flashhead.serving.serve import SHUTTING_DOWN, Server
 from scripted_server import running

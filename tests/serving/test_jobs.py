@@ -6,7 +6,7 @@ import pytest
 
 from engines import checked
 from mlx_flashhead.serving import jobs
-from mlx_flashhead.serving.errors import ApiError
+from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.jobs import read_prompts
 from mlx_flashhead.serving.served_models import ServedModel
 

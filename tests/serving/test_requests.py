@@ -5,7 +5,7 @@ import json
 import pytest
 
 from engines import checked
-from mlx_flashhead.serving.errors import ApiError
+from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.fields import MAX_CHOICES, MAX_LOGPROBS
 from mlx_flashhead.serving.requests import MAX_CHARACTERS
 from model_folders import VOCAB_SIZE
