@@ -108,7 +108,7 @@ def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
     from .index.files import has_flash_head
     from .loading.background import build_now
     from .loading.head_options import HeadOptions
-    from .models.libraries import load_dense
+    from .models.loading import load_dense
 
     folder = _folder(cached, name)
     if has_flash_head(folder):
