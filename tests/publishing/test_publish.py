@@ -161,13 +161,16 @@ def test_what_the_hub_would_refuse_is_said_before_the_conversion(
 def test_the_hub_is_asked_before_the_long_work_and_after_it(hub, dense, tmp_path, monkeypatch):
     """Account, licence and repository are known before a text is read; then the upload follows."""
     asked = []
-    for name in ("model_index", "publish"):
 
-        def counted(*args, original=getattr(pipeline, name), **kwargs):
+    def counted(function):
+        def call(*args, **kwargs):
             asked.append(len(hub.requests))
-            return original(*args, **kwargs)
+            return function(*args, **kwargs)
 
-        monkeypatch.setattr(pipeline, name, counted)
+        return call
+
+    for name in ("model_index", "publish"):
+        monkeypatch.setattr(pipeline, name, counted(getattr(pipeline, name)))
     convert(str(dense), str(tmp_path / "new"), upload=True, **QUICK)
     before, after = asked
     assert 0 < before == after < len(hub.requests) and len(hub.repositories) == 1
