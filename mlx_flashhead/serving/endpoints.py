@@ -5,7 +5,6 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -19,13 +18,17 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ..common.guarded import MAX_HELPERS
+from ..models.tool_calls import read_tool_calls
 from ..version import __version__
-from .connections import read_body
+from .bodies import LARGE_BODY, fields_of, has_grammar
+from .connections import MAX_ANSWERED, read_body
 from .engine import Engine
 from .jobs import Job, Progress, Token, TokenLogprobs, read_jobs
 from .requests import Request, find_model
 from .responses import PAGE_ROUTES, ApiError, dumps, json_response
 from .served_models import ServedModel
+from .turns import Turns
 
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 _BYTES = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
@@ -38,8 +41,12 @@ class Api:
         self.engine, self._flags, self._started = engine, flags, int(time.time())
         self.end: ApiError | None = None  # why no request is answered any more
         self.answers: set[Answer] = set()  # in progress
-        # where bodies become tokens, which may take many times their size
-        self._readers = ThreadPoolExecutor(8, "read")
+        # Bodies become tokens in steps, and in each of them addresses take turns.
+        self._bodies = Turns("receive", total=MAX_ANSWERED, each=1)  # large ones
+        self._parsing = Turns("parse", total=1, each=1)  # Python reads JSON alone in any case
+        self._readers = Turns("read", total=MAX_HELPERS, each=2)
+        self._grammar_readers = Turns("read grammar", total=4, each=1)
+        self.call_readers = Turns("read calls", total=4, each=1)
 
     def router(self) -> Router:
         posts = (*CHAT_PATHS, "/v1/completions")
@@ -86,11 +93,30 @@ class Api:
 
     async def complete(self, request: HttpRequest) -> "Answer":
         """Answers a chat, or continues texts."""
-        models, chat = self._models, request.scope["path"] in CHAT_PATHS
+        models = self._models  # or an error, before the body
+        if int(request.headers["Content-Length"]) > LARGE_BODY:
+            async with self._bodies.place(request.scope["client"][0]):
+                jobs = await self._read_jobs(request, models)
+        else:
+            jobs = await self._read_jobs(request, models)
+        return Answer(self, jobs, request)
+
+    async def _read_jobs(self, request: HttpRequest, models: list[ServedModel]) -> list[Job]:
+        address = request.scope["client"][0]
         body = await read_body(request)
-        read = partial(read_jobs, body, chat=chat, models=models, flags=self._flags)
-        jobs = await asyncio.get_running_loop().run_in_executor(self._readers, read)
-        return Answer(self, jobs, request.state.notes)
+        fields = await self._parsing.run(address, partial(fields_of, body))
+        readers = self._grammar_readers if has_grammar(fields) else self._readers
+        read = partial(
+            read_jobs,
+            fields,
+            chat=request.scope["path"] in CHAT_PATHS,
+            models=models,
+            flags=self._flags,
+        )
+        async with readers.place(address):
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            return await readers.work(read)
 
     @property
     def _models(self) -> list[ServedModel]:
@@ -111,8 +137,10 @@ class Answer:
     """The response to a request for texts, whole or in server-sent events. Its queue has, in order,
     events of the engine, a client that leaves, the end."""
 
-    def __init__(self, api: Api, jobs: list[Job], notes: list[str]):
-        self.jobs, self._api, self._notes, self._request = jobs, api, notes, jobs[0].request
+    def __init__(self, api: Api, jobs: list[Job], http_request: HttpRequest):
+        self.jobs, self._api, self._request = jobs, api, jobs[0].request
+        self._notes: list[str] = http_request.state.notes
+        self._address: str = http_request.scope["client"][0]
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         self._choices = [Choice(job.request, job.index) for job in jobs]
         for job in jobs:
@@ -175,8 +203,24 @@ class Answer:
                 raise ApiError("The answer has failed: see the server's log.", status=500)
             if isinstance(event, Progress):
                 yield event
-            elif (chunk := self._choices[index].add(event)) is not None:
-                yield chunk
+            else:
+                token = await self._with_calls(event)
+                if (chunk := self._choices[index].add(token)) is not None:
+                    yield chunk
+
+    async def _with_calls(self, token: Token) -> Token:
+        """The token with its calls in OpenAI's form. A text that is none is content after all."""
+        content = token.content
+        calls: list[dict[str, Any]] = []
+        for text in token.calls:
+            try:
+                if not self._request.tools:
+                    raise ValueError("the request has no tools")
+                read = partial(read_calls, self._request, text)
+                calls += await self._api.call_readers.run(self._address, read)
+            except ValueError:
+                content += text
+        return replace(token, content=content, calls=calls)
 
     def _whole(self) -> Response:
         choices = [choice.whole() for choice in self._choices]
@@ -239,12 +283,8 @@ class Choice:
 
     def add(self, token: Token) -> dict[str, Any] | None:
         """Adds a token: the choice of a chunk, or None if there is nothing to send."""
-        content, calls, n_before = token.content, [], len(self._whole.calls)
-        for text in token.calls:
-            read = self._read_calls(text) if self._request.tools else []
-            calls += read
-            content += "" if read else text
-        self._whole.add(replace(token, content=content, calls=calls))
+        content, calls, n_before = token.content, token.calls, len(self._whole.calls)
+        self._whole.add(token)
         entries = [] if token.logprobs is None else [token.logprobs]
         self._logprobs += entries
         self.finish_reason = token.finish_reason
@@ -270,19 +310,6 @@ class Choice:
         if whole.reasoning:
             message["reasoning"] = whole.reasoning
         return choice | {"message": message | ({"tool_calls": whole.calls} if whole.calls else {})}
-
-    def _read_calls(self, text: str) -> list[dict[str, Any]]:
-        """The calls in a text that is marked as one. Without any, the text is content after all."""
-        calls: list[dict[str, Any]] = []
-        try:
-            parsed = self._request.served.tokenizer.tool_parser(text, self._request.tools)
-            for call in parsed if isinstance(parsed, list) else [parsed]:
-                function = {"name": call["name"], "arguments": dumps(call["arguments"])}
-                number = call.get("id") or f"call_{uuid.uuid4().hex}"
-                calls.append({"id": number, "type": "function", "function": function})
-        except Exception:  # mlx-lm's parsers raise any type
-            return []
-        return calls
 
     def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
         tokenizer = self._request.served.tokenizer
@@ -310,6 +337,19 @@ class Choice:
                 "text_offset": offsets,
             }
         return {"index": self._index, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+
+def read_calls(request: Request, text: str) -> list[dict[str, Any]]:
+    """The calls in a text that is marked as one, in OpenAI's form; ValueError if it is none."""
+    calls = []
+    for call in read_tool_calls(request.served.tokenizer, text, request.tools):
+        try:
+            function = {"name": call["name"], "arguments": dumps(call["arguments"])}
+            number = call.get("id") or f"call_{uuid.uuid4().hex}"
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"The parser's call lacks a part: {error!r}") from None
+        calls.append({"id": number, "type": "function", "function": function})
+    return calls
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
