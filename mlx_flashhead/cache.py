@@ -157,7 +157,7 @@ def _build(name: str, trust_remote_code: bool) -> None:
 def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
     from .loading.background import build_now
     from .loading.head_options import HeadOptions
-    from .models.libraries import load_dense
+    from .models.loading import load_dense
 
     folder = _folder(cached, name)
     _check_has_none(folder, "make it again with mlx_flashhead.convert")

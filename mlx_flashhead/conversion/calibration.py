@@ -23,8 +23,8 @@ import numpy as np
 from ..head.matrix import as_float32
 from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.cpu_products import numpy_products
-from ..models.libraries import forward, is_vlm
 from ..models.locate import HeadLocation, recorded_hidden
+from ..models.vlm import forward, is_vlm
 from . import Step, Steps
 
 PYTHON, DIALOGUE = "python", "dialogue"

@@ -175,11 +175,15 @@ class StepBytes:
 
     centroids: int
     probe: float  # the rows of one cluster
-    dense: int  # all rows
+    dense: float  # all rows
     body: int = 0  # all other layers
 
     def head(self, n_probes: int) -> float:
         return self.centroids + n_probes * self.probe
+
+    def share(self, n_probes: int) -> float:
+        """The bytes of `head`, relative to those of the dense head."""
+        return self.head(n_probes) / self.dense
 
     def verified(self, n_probes: int, share: float) -> float:
         """Expected bytes per token of verified decoding, if that share of proposals is rejected,
@@ -294,7 +298,7 @@ def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) ->
             **{key: finite(means[key]) for key in ("n_probes", "agreement", "coverage", "kl")},
             "perplexity_ratio": finite(means["perplexity"] / perplexity),
             "bytes_per_token": round(nbytes.head(means["n_probes"])),
-            "bytes_share": nbytes.head(means["n_probes"]) / nbytes.dense,
+            "bytes_share": nbytes.share(means["n_probes"]),
         }
         for means in measured.means()
     }

@@ -23,7 +23,7 @@ from ..index.settings import FlashHeadConfig
 from ..models.compat import mlx_lm
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
-from ..models.libraries import load_dense
+from ..models.loading import load_dense
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..publishing import card as cards
 from ..publishing.publish import add_documents, publish, reserve, sign_in

@@ -15,8 +15,8 @@ from ..head.backend import PORTABLE
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
 from ..head.steps import NO_DEPTH
+from ..models.errors import UnsupportedHeadError
 from ..models.install import LogitChange, get_flash_head, hidden_dtype, logit_change_of, unchanged
-from ..models.libraries import UnsupportedHeadError
 from .sampler import Trust, current_random_state
 from .sequence import PendingToken, Sequence
 

@@ -83,7 +83,6 @@ class Risk(NamedTuple):
 
     def of(self, candidates: Candidates, unscored: mx.array, draws: Draws | None) -> mx.array:
         """For each of R positions, (R,) float32."""
-        # over one axis: mlx 0.31 keeps one of two that has a single element
         logits = candidates.logits.flatten(-2).astype(mx.float32)
         best = mx.max(logits if candidates.best is None else candidates.best, axis=-1)
         greedy = mx.exp(self.a - self.b * (best - unscored[:, 0]))

@@ -20,11 +20,12 @@ from ..conversion import Step, Steps, take_all
 from ..conversion.build import STEP_SECONDS, expected_seconds, model_index
 from ..conversion.options import IndexOptions, make_recipe
 from ..decoding.policy import policy_of
+from ..models.errors import UnsupportedHeadError
 from ..models.fetch import HOME_VARIABLE, home, lock_of
 from ..models.install import get_flash_head
-from ..models.libraries import UnsupportedHeadError, is_vlm, text_side
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.origin import local_origin
+from ..models.vlm import is_vlm, text_side
 from . import sources
 from .head_options import HeadOptions
 from .sources import StoredHead

@@ -16,14 +16,16 @@ from ..decoding.policy import policy_of
 from ..decoding.sampler import random_state
 from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME
-from ..models import libraries
 from ..models.compat.mlx_vlm import drafted_answer, when_drafted
+from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
 from ..models.install import get_flash_head
-from ..models.libraries import UnsupportedHeadError, is_vlm, load_dense, load_dense_part
+from ..models.loading import load_dense, load_dense_part
 from ..models.locate import HeadLocation, check_plain_product, drafter_head, find_head
 from ..models.origin import local_origin
+from ..models.templates import prompt_of
+from ..models.vlm import architecture, is_vlm, text_side
 from . import sources
 from .background import build_steps, finish
 from .head_options import BUILD, DENSE, LATER, REFUSE, HeadOptions
@@ -251,13 +253,13 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
         check_plain_product(location)
         stored = sources.find(location.rows(), options.say)
         if stored is None and options.missing == BUILD:
-            text = libraries.text_side(target, tokenizer)
-            prompts = (libraries.prompt_of(text, request) for request in builtin_requests())
+            text = text_side(target, tokenizer)
+            prompts = (prompt_of(text, request) for request in builtin_requests())
             drafting = partial(drafted_answer, target, drafter, kind, n_tokens=ANSWER_TOKENS)
             answers = map(drafting, prompts)
             seconds = IndexOptions.calibration_seconds
             drafted = drafted_states(location, answers, text.eos_token_ids, seconds=seconds)
-            how: Any = {"source": Path(libraries.architecture(drafter)), "options": options}
+            how: Any = {"source": Path(architecture(drafter)), "options": options}
             with random_state(mx.random.key(0)):
                 steps = build_steps(drafter, tokenizer, location, drafted=drafted, **how)
                 stored = finish(steps, options)

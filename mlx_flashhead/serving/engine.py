@@ -17,7 +17,6 @@ from threading import Event, Thread
 import mlx.core as mx
 
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
-from ..models.compat.mlx_lm_0_31 import let_thread_draw
 from .decoding import CHUNK_SECONDS, Batch, Reading, Single, next_chunk
 from .jobs import Job
 from .responses import ApiError
@@ -71,7 +70,6 @@ class Engine:
         try:
             models = load()
             maybe_set_recommended_wired_limit()
-            let_thread_draw()
             self._stream = mx.default_stream(mx.default_device())
             self._builds = [served for served in models if served.build is not None]
             self.models.set_result(models)

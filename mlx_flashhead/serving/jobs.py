@@ -19,7 +19,7 @@ from ..models.compat.mlx_lm import (
     make_logits_processors,
     make_text_state_machine,
 )
-from ..models.libraries import apply_template
+from ..models.templates import apply_template
 from ..structured.grammar import GrammarProcessor
 from .requests import Request
 from .responses import ApiError, loads

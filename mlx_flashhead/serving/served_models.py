@@ -15,9 +15,11 @@ from ..loading.background import BackgroundBuild, background_build
 from ..loading.head_options import LATER, HeadOptions
 from ..loading.load import load_draft, load_with_head
 from ..models.compat.mlx_lm import KVCache, make_prompt_cache
+from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
-from ..models.libraries import UnsupportedHeadError, context_of, load_dense, template_variables
+from ..models.loading import context_of, load_dense
+from ..models.templates import template_variables
 
 # Variables that the server gives a template.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}

@@ -28,7 +28,7 @@ from apple_estimates import BYTES, CHECKOUT, line, with_block
 from grid import DENSE, TUNED, WORK, index_of
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
-from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Form, with_flash_head
+from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Variant, with_flash_head
 from mlx_flashhead.benchmarks.reporting import in_turns, machine
 from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
@@ -36,7 +36,7 @@ from mlx_flashhead.conversion import take_all
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.models.install import dense_copy
-from mlx_flashhead.models.libraries import load_dense
+from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.models.locate import find_head
 
 HEAD_BITS = (4, 6, 8, 16)
@@ -99,12 +99,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def speed(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
     """Tokens per second of each head, greedy, dense and with FlashHead; all in turns."""
-    forms: dict[str, Form] = {}
+    forms: dict[str, Variant] = {}
     for bits in HEAD_BITS:
         model, tokenizer = mlx_flashhead.load(
             str(with_head(folder, bits, args.work)), flash_head=str(index_of(folder, args.work))
         )
-        forms[f"{bits}, {DENSE}"] = Form(dense_copy(model))
+        forms[f"{bits}, {DENSE}"] = Variant(dense_copy(model))
         forms[f"{bits}, {TUNED}"] = with_flash_head(model, verify=True)
     prompt = tokenizer.encode(PROMPT)[: args.prompt_tokens]
     run = prompt, 1, args.tokens, SAMPLERS["greedy"]

@@ -11,7 +11,7 @@ import mlx_lm
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.models.libraries import load_dense
+from mlx_flashhead.models.loading import load_dense
 from model_folders import VOCAB_SIZE, write_model
 from tiny_adapters import write_adapters
 

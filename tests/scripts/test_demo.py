@@ -8,7 +8,7 @@ from rich.console import Console
 import demo
 from demo import compare, encode, race
 from mlx_flashhead import load, stream_generate
-from mlx_flashhead.models.libraries import load_dense
+from mlx_flashhead.models.loading import load_dense
 
 
 @pytest.fixture(scope="module")
