@@ -140,7 +140,7 @@ def _build(name: str, trust_remote_code: bool) -> None:
     from .loading.head_options import HeadOptions
     from .loading.sources import find
     from .models.fetch import resolve
-    from .models.libraries import load_dense
+    from .models.loading import load_dense
     from .models.locate import find_head
 
     folder = resolve(name)

@@ -34,8 +34,9 @@ TOKENS = 5  # whose times make a median
 BATCHES = (4, 8, 16, 32)  # sequences at once, for which proposals may be slower than the dense head
 SCATTER = 0.15  # of the turns, relative to their median: the machine did something else, too
 # of a tuning, that a policy takes over
-APPLIED = ("depth", "max_pending", "max_risk", "gain", "dense", "max_batch")
-APPLIED += ("predicted", "provisional")
+APPLIED = (
+    "depth", "max_pending", "max_risk", "gain", "dense", "max_batch", "predicted", "provisional",
+)  # fmt: skip
 THRESHOLDS = tuple(round(0.003 * math.sqrt(2) ** i, 4) for i in range(17))  # 0.003 … 0.77
 
 

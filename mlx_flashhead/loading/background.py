@@ -129,7 +129,7 @@ def build_now(
     policy = policy_of(install_stored(model, stored, options, location))
     if policy.dense:  # which has been said
         return
-    speed = "" if policy.gain is None else f" Speed on this machine: {speed_text(policy)}."
+    speed = "" if policy.gain is None else f" Speed with it: {speed_text(policy)}."
     options.say(f"FlashHead is ready for next time. Its build took {seconds:.0f} s.{speed}")
 
 
