@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .responses import ApiError, loads
+from .api_errors import ApiError
+from .strict_json import loads
 
 LARGE_BODY = 256 << 10  # bytes: of larger ones, each address has one at a time in memory
 MAX_VALUES = 300_000  # such as token ids
