@@ -30,7 +30,7 @@ from ..models.vlm import is_vlm, text_side
 from . import sources
 from .head_options import HeadOptions
 from .sources import StoredHead
-from .tuned import install_stored, tune_head
+from .tuned import install_stored, speed_text, tune_head
 
 # A first build that may take longer, as on a busy machine, is a shorter one (docs/converting.md).
 LONG_BUILD_SECONDS = 300.0
@@ -126,13 +126,12 @@ def build_now(
     check_plain_product(location)
     steps = build_steps(model, tokenizer, location, source=source, options=options, anew=anew)
     stored = finish(steps, options)
-    said = f"FlashHead is ready for next time. Its build took {time.perf_counter() - began:.0f} s"
+    seconds = time.perf_counter() - began
     policy = policy_of(install_stored(model, stored, options, location))
-    if policy.gain is not None:
-        makes = "should make" if policy.predicted else "makes"
-        said += f", and it {makes} this model {policy.gain:.2f} times as fast here"
-    if not policy.dense:  # which has been said
-        options.say(f"{said}.")
+    if policy.dense:  # which has been said
+        return
+    speed = "" if policy.gain is None else f" Speed with it: {speed_text(policy)}."
+    options.say(f"FlashHead is ready for next time. Its build took {seconds:.0f} s.{speed}")
 
 
 class BackgroundBuild:
