@@ -20,7 +20,7 @@ from ..decoding.policy import DecodingPolicy, policy_of
 from ..decoding.tuning import Tuning, is_busy, least_gain, tune
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
-from ..index.files import FlashHeadIndex
+from ..index.flash_head_index import FlashHeadIndex
 from ..models.install import hidden_dtype, install, installed_head
 from ..models.locate import HeadLocation, find_head
 from .free_head import free_head_gain
