@@ -152,10 +152,8 @@ _roundings: WeakKeyDictionary[FlashHead, dict[mx.Dtype, dict[int, Rounding]]] = 
 
 def rounding_of(head: FlashHead, dtype: mx.Dtype, k: int) -> Rounding:
     """The bounds for products of ``k`` states of ``dtype``, measured by now or else at once."""
-    size = CLASSES[0]
-    if mx.default_device().type != mx.cpu:
-        size = min(product_size(k), CLASSES[-1])
-    return measure_rounding(head, dtype)[size]
+    by_size = measure_rounding(head, dtype)
+    return next((by_size[size] for size in by_size if size >= k), by_size[max(by_size)])
 
 
 def measure_rounding(head: FlashHead, dtype: mx.Dtype) -> dict[int, Rounding]:
@@ -180,9 +178,8 @@ def measure_rounding(head: FlashHead, dtype: mx.Dtype) -> dict[int, Rounding]:
 
 
 def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]]:
-    classes = CLASSES[:1] if mx.default_device().type == mx.cpu else CLASSES
-    n_states = max(N_STATES, classes[-1])
-    hidden = mx.random.normal((n_states, head.hidden_size), key=mx.random.key(0)).astype(dtype)
+    classes = _classes()
+    hidden = mx.random.normal((CLASSES[-1], head.hidden_size), key=mx.random.key(0)).astype(dtype)
     states = [hidden[i : i + 1] for i in range(N_STATES)]
     alone = mx.concatenate([head.dense_logits(state) for state in states])
     scored = mx.concatenate([logits_of_scores(head.steps, state) for state in states])
@@ -208,11 +205,18 @@ def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]
     same = bool(mx.array_equal(scored, alone).item()) and (kernel is None or kernel.scored)
     scored_share = 0.0 if same else max(in_float32, beyond(scored))
     for size in classes:
-        product = SlotProduct(head, hidden[: max(N_STATES, size)]).result()[:N_STATES]
-        together = mx.take(product.reshape(N_STATES, -1), head.clustered.slot_of, axis=-1)
+        starts = range(0, N_STATES, size)
+        products = [SlotProduct(head, hidden[i : i + size]).result() for i in starts]
+        slots = mx.concatenate(products)[:N_STATES].reshape(N_STATES, -1)
+        together = mx.take(slots, head.clustered.slot_of, axis=-1)
         known = in_float32 + _coarser(rows, head.clustered.token_ids.size, product_dtype, size)
         share = max(known, beyond(together))
         yield size, Rounding(epsilon, longest, share, scored_share, sums)
+
+
+def _classes() -> tuple[int, ...]:
+    """The sizes of products that differ in their rounding. A CPU has one kernel for all."""
+    return (N_STATES,) if mx.default_device().type == mx.cpu else CLASSES
 
 
 def _coarser(rows: Matrix, n_rows: int, dtype: mx.Dtype, n_states: int) -> float:
