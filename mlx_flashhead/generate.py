@@ -106,14 +106,16 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
     from .loading.background import build_now
     from .loading.head_options import LATER, HeadOptions
     from .loading.load import load_dense_head, load_draft, load_with_head, sharded_load
-    from .models import libraries
     from .models.compat.mlx_lm import generation_stream, run_generate
+    from .models.errors import UnsupportedHeadError
     from .models.fetch import resolve
     from .models.install import get_flash_head
+    from .models.loading import UNKNOWN_CONTEXT, context_of, load_dense_part
+    from .models.templates import apply_template
 
     options = HeadOptions.from_flags(args)
     unbuilt: Any = None  # a model without a FlashHead, its tokenizer and its folder
-    context = libraries.UNKNOWN_CONTEXT
+    context = UNKNOWN_CONTEXT
 
     def load(path: Any, *, return_config: bool = False, **kwargs: Any) -> Any:
         nonlocal unbuilt, context
@@ -124,7 +126,7 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
             how = {name: kwargs[name] for name in ("tokenizer_config", "trust_remote_code")}
             how["pipeline_group"] = processes if args.pipeline else None
             if args.dense:
-                loaded = libraries.load_dense_part(path, **how)
+                loaded = load_dense_part(path, **how)
             else:
                 how |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
                 loaded = sharded_load(path, return_config=True, **how)
@@ -143,11 +145,11 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
             if options.missing == LATER and get_flash_head(loaded[0]) is None:
                 unbuilt = *loaded[:2], folder
         tokenizer = loaded[1]
-        context = libraries.context_of(loaded[2], tokenizer)
+        context = context_of(loaded[2], tokenizer)
 
         def fill_in(messages: Any, tokenize: bool = True, **options: Any) -> Any:
             options["remedy"] = "give --ignore-chat-template"
-            text = libraries.apply_template(tokenizer, messages, **options)
+            text = apply_template(tokenizer, messages, **options)
             return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
 
         # mlx-lm 0.31 hands an assignment on to the tokenizer within, which would call itself
@@ -181,7 +183,7 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
         try:
             model, tokenizer, folder = unbuilt
             build_now(model, tokenizer, folder, options)
-        except libraries.UnsupportedHeadError as error:
+        except UnsupportedHeadError as error:
             options.say(f"Without FlashHead: {error}")
         except KeyboardInterrupt:
             options.say("Skipped. The next answer tries again.")

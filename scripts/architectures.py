@@ -26,8 +26,9 @@ from architecture_models import architectures, quantized, tiny_architecture
 from emulated_mlx_lm import emulated
 from mlx_flashhead.common.arguments import writable
 from mlx_flashhead.common.command import command, from_extra
-from mlx_flashhead.models.libraries import UnsupportedHeadError, is_vlm
+from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.locate import check_plain_product, find_head
+from mlx_flashhead.models.vlm import is_vlm
 from vlm_configs import PICTURES
 
 DOCUMENT = CHECKOUT / "docs" / "architectures.md"

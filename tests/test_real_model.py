@@ -7,7 +7,7 @@ import pytest
 
 from kernel_cases import kernels
 from mlx_flashhead import convert, generate, get_flash_head, grammar_processor, load
-from mlx_flashhead.benchmarks.agreement import evaluate
+from mlx_flashhead.benchmarks.agreement import measure_agreement
 from mlx_flashhead.conversion.calibration import read_text
 from mlx_flashhead.decoding.policy import policy_of
 
@@ -76,7 +76,7 @@ def test_the_kernels_write_what_the_dense_model_writes(converted, loaded):
 
 def test_quality_on_a_text_that_calibration_has_not_seen(loaded):
     """The bounds leave room for the few positions; `evaluate` on the whole text is the measure."""
-    evaluation = evaluate(*loaded, some_of_all(300), probe_counts=[256, 512])
+    evaluation = measure_agreement(*loaded, some_of_all(300), probe_counts=[256, 512])
     at_256, at_512 = evaluation["rows"]
     assert at_256["agreement"] >= 0.985 and at_512["agreement"] >= 0.995
     assert at_256["coverage"] >= 0.94 and at_512["kl"] <= 0.06

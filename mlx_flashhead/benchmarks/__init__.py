@@ -1,5 +1,7 @@
-"""What `mlx_flashhead.benchmark` times, a file for each kind, and the choices of its flags, so that
-``--help`` imports no library of models."""
+"""What `mlx_flashhead.benchmark` times, a file for each kind, and the choices of its flags.
+
+The choices are here so that ``--help`` imports no library of models.
+"""
 
 SHAPES = {  # of known heads: vocab_size, hidden_size
     "smollm2": (49152, 576),

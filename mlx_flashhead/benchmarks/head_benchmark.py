@@ -17,37 +17,53 @@ from ..head.flash_head import FlashHead
 from ..head.matrix import DEFAULT_GROUP, Matrix, affine_group
 from ..loading.load import load
 from ..models.install import hidden_dtype, installed_head
-from .reporting import Case, cells, spread
+from .reporting import Case, spread, spread_cells
 
-CLUSTER_SIZE, DEFAULT_PROBES = 16, 256  # of random heads
+# of random heads
+CLUSTER_SIZE = 16
+DEFAULT_PROBES = 256
+
 N_STATES = 16  # used in turn
 CACHES_BYTES = 128 << 20  # more than the last cache of most machines
-DENSE, OWN_DENSE = "dense (mlx-lm)", "dense (FlashHead's)"
-PROPOSAL, LOGITS = "FlashHead proposal", "FlashHead full logits"
 
-Form = Callable[[mx.array], Any]  # a way to use a head: arrays of hidden states (R, D)
+DENSE = "dense (mlx-lm)"
+OWN_DENSE = "dense (FlashHead's)"
+PROPOSAL = "FlashHead proposal"
+LOGITS = "FlashHead full logits"
+
+Variant = Callable[[mx.array], Any]  # a way to use a head: arrays of hidden states (R, D)
 
 
 def cases(args: argparse.Namespace) -> Generator[Case]:
+    """Yields a case for each shape, or for the model.
+
+    Args:
+        args: The flags of ``mlx_flashhead.benchmark head``.
+    """
     memory = mx.zeros(CACHES_BYTES // 4)
 
-    def seconds(form: Form, states: mx.array, number: int) -> float:
+    def seconds(variant: Variant, states: mx.array, number: int) -> float:
         mx.eval(memory + 1)  # fills the caches as the body of a model does, on the same device
         start = time.perf_counter()
-        mx.eval(form(states[number % N_STATES]))
+        mx.eval(variant(states[number % N_STATES]))
         return time.perf_counter() - start
 
     for name, sizes in args.shape or [(Path(args.model).name, None)]:
         if sizes is None:
-            source = {"flash_head": args.flash_head, "build": not args.no_build}
-            model, _ = load(args.model, n_probes=args.n_probes, **source)
-            head, dtype = installed_head(model), hidden_dtype(model)
+            model, _ = load(
+                args.model,
+                n_probes=args.n_probes,
+                flash_head=args.flash_head,
+                build=not args.no_build,
+            )
+            head = installed_head(model)
+            dtype = hidden_dtype(model)
         else:
-            dtype, bits = getattr(mx, args.dtype), args.head_bits
-            head = random_head(*sizes, n_probes=args.n_probes, dtype=dtype, bits=bits)
+            dtype = getattr(mx, args.dtype)
+            head = random_head(*sizes, n_probes=args.n_probes, dtype=dtype, bits=args.head_bits)
         states = mx.random.normal((N_STATES, args.positions, head.hidden_size)).astype(dtype)
         mx.eval(states)
-        timers = {key: partial(seconds, form, states) for key, form in forms(head).items()}
+        timers = {key: partial(seconds, variant, states) for key, variant in variants(head).items()}
         yield Case(name, timers, partial(summary, name, head, dtype, args.positions))
 
 
@@ -59,9 +75,22 @@ def random_head(
     dtype: mx.Dtype = mx.float32,
     bits: int = 16,
 ) -> FlashHead:
-    """Random rows of ``dtype``, or of fewer than 16 bits, in random clusters of 16, with centroids
-    of 4 bits where the width allows it. ValueError if a number does not fit the sizes."""
-    group_size, n_clusters = affine_group(hidden_size), -(-vocab_size // CLUSTER_SIZE)
+    """Makes a FlashHead of random rows in random clusters of 16.
+
+    Its centroids have 4 bits where the width allows it.
+
+    Args:
+        vocab_size: Number of rows.
+        hidden_size: Width of a row.
+        n_probes: Clusters scored per token (default: 256, or all).
+        dtype: Of the rows if ``bits`` is 16, and of their scales.
+        bits: Of the rows.
+
+    Raises:
+        ValueError: If a number does not fit the sizes.
+    """
+    group_size = affine_group(hidden_size)
+    n_clusters = -(-vocab_size // CLUSTER_SIZE)
     mx.random.seed(0)
     rows = Matrix(mx.random.normal((vocab_size, hidden_size), scale=0.05).astype(dtype))
     if bits != 16 and hidden_size % DEFAULT_GROUP:
@@ -81,9 +110,15 @@ def random_head(
     return head
 
 
-def forms(head: FlashHead) -> dict[str, Form]:
-    """The ways to use a head, by name. mlx-lm's dense form has the rows in the FlashHead's order,
-    the FlashHead's dense product lays them out for the CPU."""
+def variants(head: FlashHead) -> dict[str, Variant]:
+    """The ways to use a head that are timed, by name.
+
+    mlx-lm's dense product has the rows in the FlashHead's order; the FlashHead's own dense product
+    lays them out for the CPU.
+
+    Args:
+        head: The head to use.
+    """
     rows = head.clustered.flat_rows().map(lambda array: array[: head.vocab_size])
     mx.eval(rows.arrays())
     return {
@@ -94,17 +129,46 @@ def forms(head: FlashHead) -> dict[str, Form]:
     }
 
 
-def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, seconds: dict) -> dict:
-    """Shapes, milliseconds and ratios of the medians, JSON-ready. ``read_mb``: weights that a call
-    reads here if no two states share a cluster."""
-    ms = {form: spread(times, 1000) for form, times in seconds.items()}
-    best_dense = min((DENSE, OWN_DENSE), key=lambda form: ms[form]["median"])
-    rows, centroids = head.clustered.rows, head.clustered.centroids.matrix
-    on_cpu = mx.default_device().type == mx.cpu  # where the centroids are float32
-    routing = 4 * head.n_clusters * head.hidden_size if on_cpu else centroids.nbytes
+def summary(
+    name: str,
+    head: FlashHead,
+    dtype: mx.Dtype,
+    n_positions: int,
+    seconds: dict[str, list[float]],
+) -> dict[str, Any]:
+    """The figures of one head.
+
+    Args:
+        name: Of the shape or the model.
+        head: The head that was timed.
+        dtype: Of the hidden states.
+        n_positions: Hidden states at once.
+        seconds: The times of the rounds, by variant.
+
+    Returns:
+        Shapes, milliseconds and ratios of the medians, JSON-ready. ``read_mb`` are the megabytes of
+        weights that a call reads here if no two states share a cluster.
+    """
+    ms = {variant: spread(times, 1000) for variant, times in seconds.items()}
+    best_dense = min((DENSE, OWN_DENSE), key=lambda variant: ms[variant]["median"])
+    times_faster = {}
+    for dense in dict.fromkeys((DENSE, best_dense)):
+        for variant in (PROPOSAL, LOGITS):
+            ratio = ms[dense]["median"] / ms[variant]["median"]
+            times_faster[f"{variant} against {dense}"] = ratio
+    rows = head.clustered.rows
+    routing = head.clustered.centroids.matrix.nbytes
+    if mx.default_device().type == mx.cpu:  # where the centroids are float32
+        routing = 4 * head.n_clusters * head.hidden_size
     probed = min(n_positions * head.n_probes, head.n_clusters) / head.n_clusters
-    sizes = ("vocab_size", "hidden_size", "n_clusters", "cluster_size", "n_probes")
-    return {each: getattr(head, each) for each in (*sizes, "backend", "backend_reason")} | {
+    return {
+        "vocab_size": head.vocab_size,
+        "hidden_size": head.hidden_size,
+        "n_clusters": head.n_clusters,
+        "cluster_size": head.cluster_size,
+        "n_probes": head.n_probes,
+        "backend": head.backend,
+        "backend_reason": head.backend_reason,
         "name": name,
         "dtype": str(dtype).removeprefix("mlx.core."),
         "head_bits": rows.format.bits,
@@ -113,23 +177,27 @@ def summary(name: str, head: FlashHead, dtype: mx.Dtype, n_positions: int, secon
         "read_mb": (routing + rows.nbytes * probed) / 1e6,
         "best_dense": best_dense,
         "ms": ms,
-        "times_faster": {
-            f"{form} against {dense}": ms[dense]["median"] / ms[form]["median"]
-            for dense in dict.fromkeys((DENSE, best_dense))
-            for form in (PROPOSAL, LOGITS)
-        },
+        "times_faster": times_faster,
     }
 
 
-def make_table(head: dict) -> Table:
-    table = new_table(
+def make_table(figures: dict[str, Any]) -> Table:
+    """A table with a line for each variant.
+
+    Args:
+        figures: Those of `summary`.
+    """
+    title = (
         "{name}: V={vocab_size:,} D={hidden_size:,}, {head_bits}-bit rows, {dtype}, {n_probes:,} "
-        "of {n_clusters:,} clusters, batch {positions}".format(**head),
-        ("", "ms", "quartiles", "vs mlx-lm", "vs best dense"),
-        "Reads {read_mb:.1f} MB of weights, dense {head_mb:.1f} MB; cold caches.".format(**head),
+        "of {n_clusters:,} clusters, batch {positions}"
     )
-    for name, ms in head["ms"].items():
-        pairs = [f"{name} against {dense}" for dense in (DENSE, head["best_dense"])]
-        ratios = (head["times_faster"].get(pair) for pair in pairs)
-        table.add_row(name, *cells(ms), *(f"{ratio:.1f} x" if ratio else "" for ratio in ratios))
+    caption = "Reads {read_mb:.1f} MB of weights, dense {head_mb:.1f} MB; cold caches."
+    headings = ("", "ms", "quartiles", "vs mlx-lm", "vs best dense")
+    table = new_table(title.format(**figures), headings, caption.format(**figures))
+    for variant, ms in figures["ms"].items():
+        ratios = []
+        for dense in (DENSE, figures["best_dense"]):
+            ratio = figures["times_faster"].get(f"{variant} against {dense}")
+            ratios.append("" if ratio is None else f"{ratio:.1f} x")
+        table.add_row(variant, *spread_cells(ms), *ratios)
     return table

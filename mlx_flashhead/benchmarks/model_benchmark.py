@@ -22,16 +22,19 @@ from ..loading.load import load
 from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
 from ..models.install import dense_copy, hidden_dtype, installed_head
 from . import SAMPLERS
-from .reporting import Case, cells, spread
+from .reporting import Case, spread, spread_cells
 
-DENSE, FLASH_HEAD, UNVERIFIED = "dense", "FlashHead", "unverified"
+DENSE = "dense"
+FLASH_HEAD = "FlashHead"
+UNVERIFIED = "unverified"
+DEFAULT_BATCHES = (1, 4, 8)
 PROMPT = (
     "The old bridge over the river had been closed for years, and nobody in the village could say "
     "who had built it. One morning in spring, a stranger came and"
 )
 
 
-class Form(NamedTuple):
+class Variant(NamedTuple):
     """A way to decode: a model, and its loops with the arguments of mlx-lm's."""
 
     model: nn.Module
@@ -40,14 +43,27 @@ class Form(NamedTuple):
     make_sampler: Callable[..., Any] = sample_utils.make_sampler
 
     def decode(
-        self, prompt: list[int], batch: int, n_tokens: int, sampling: dict
+        self, prompt: list[int], batch: int, n_tokens: int, sampling: dict[str, Any]
     ) -> tuple[float, list[int]]:
-        """Seconds per token, the mean of ``n_tokens`` after the first, and the first text's tokens.
-        The end of a text does not end a run."""
-        sampler, times, tokens = self.make_sampler(**sampling), [], []
+        """Decodes and times it. The end of a text does not end a run.
+
+        Args:
+            prompt: Token ids.
+            batch: Sequences at once, all with this prompt.
+            n_tokens: Tokens of each sequence that are timed: those after the first.
+            sampling: Arguments of ``make_sampler``.
+
+        Returns:
+            The mean seconds of a token, and the tokens of the first sequence.
+        """
+        sampler = self.make_sampler(**sampling)
+        times: list[float] = []
+        tokens: list[int] = []
         if batch == 1:
-            limits = {"max_tokens": n_tokens + 1, "sampler": sampler}
-            for token, _ in self.steps(mx.array(prompt), self.model, **limits):
+            steps = self.steps(
+                mx.array(prompt), self.model, max_tokens=n_tokens + 1, sampler=sampler
+            )
+            for token, _ in steps:
                 times.append(time.perf_counter())
                 tokens.append(int(token))
         else:
@@ -60,20 +76,40 @@ class Form(NamedTuple):
         return (times[-1] - times[0]) / n_tokens, tokens
 
 
-def with_flash_head(model: nn.Module, *, verify: bool) -> Form:
-    """This package's loops for a model with a FlashHead."""
-    how: dict[str, Any] = {"proposer": Proposer(model, verify=verify), "logprobs": False}
-    steps, generator = partial(verified_steps, **how), partial(VerifiedBatchGenerator, **how)
-    return Form(model, steps, generator, make_sampler)
+def with_flash_head(model: nn.Module, *, verify: bool) -> Variant:
+    """This package's loops for a model with a FlashHead.
+
+    Args:
+        model: A model with a FlashHead.
+        verify: Whether the dense rows verify its proposals.
+    """
+    proposer = Proposer(model, verify=verify)
+    return Variant(
+        model,
+        steps=partial(verified_steps, proposer=proposer, logprobs=False),
+        generator=partial(VerifiedBatchGenerator, proposer=proposer, logprobs=False),
+        make_sampler=make_sampler,
+    )
 
 
 def cases(args: argparse.Namespace) -> Generator[Case]:
-    """Each sampler and batch. A FlashHead is timed even if the model would stay dense here."""
-    source = {"flash_head": args.flash_head, "build": not args.no_build}
-    flash, tokenizer = load(args.model, n_probes=args.n_probes, **source)
-    head, agreement = installed_head(flash), None
+    """Yields a case for each sampler and batch.
+
+    A FlashHead is timed even if the model would stay dense here.
+
+    Args:
+        args: The flags of ``mlx_flashhead.benchmark model``.
+    """
+    model, tokenizer = load(
+        args.model,
+        n_probes=args.n_probes,
+        flash_head=args.flash_head,
+        build=not args.no_build,
+    )
+    head = installed_head(model)
+    equal_logits = None
     if head.backend == "metal":  # where scored logits should equal MLX's to the last bit
-        agreement = scored_logits_agree(head.steps, hidden_dtype(flash))
+        equal_logits = scored_logits_agree(head.steps, hidden_dtype(model))
     about = {
         "model": Path(args.model).name,
         "head_bits": head.clustered.rows.format.bits,
@@ -81,54 +117,79 @@ def cases(args: argparse.Namespace) -> Generator[Case]:
         "n_clusters": head.n_clusters,
         "backend": head.backend,
         "backend_reason": head.backend_reason,
-        "equal_logits": agreement,
+        "equal_logits": equal_logits,
         "keeps_dense_head": policy_of(head).dense,
         "tokens": args.tokens,
     }
     policy_of(head).dense = False
-    forms = {
-        DENSE: Form(dense_copy(flash)),
-        FLASH_HEAD: with_flash_head(flash, verify=True),
-        UNVERIFIED: with_flash_head(flash, verify=False),
+    variants = {
+        DENSE: Variant(dense_copy(model)),
+        FLASH_HEAD: with_flash_head(model, verify=True),
+        UNVERIFIED: with_flash_head(model, verify=False),
     }
     prompt = tokenizer.encode(PROMPT)
-    for sampler, batch in itertools.product(args.sampler or SAMPLERS, args.batch or (1, 4, 8)):
-        run = (prompt, batch, args.tokens, SAMPLERS[sampler])
 
-        def seconds(form: Form, _: int, run: tuple = run) -> float:
-            return form.decode(*run)[0]
+    def seconds(variant: Variant, sampler: str, batch: int, _: int) -> float:
+        return variant.decode(prompt, batch, args.tokens, SAMPLERS[sampler])[0]
 
-        timers = {name: partial(seconds, form) for name, form in forms.items()}
+    for sampler, batch in itertools.product(
+        args.sampler or SAMPLERS, args.batch or DEFAULT_BATCHES
+    ):
+        timers = {
+            name: partial(seconds, variant, sampler, batch) for name, variant in variants.items()
+        }
         yield Case(f"{sampler}, batch {batch}", timers, partial(summary, about, sampler, batch))
 
 
-def summary(about: dict, sampler: str, batch: int, seconds: dict[str, list[float]]) -> dict:
-    """Milliseconds, tokens/s of all sequences and ratios of the medians to dense, JSON-ready."""
-    token_ms = {form: spread(times, 1000) for form, times in seconds.items()}
-    medians = {form: ms["median"] for form, ms in token_ms.items()}
+def summary(
+    about: dict[str, Any], sampler: str, batch: int, seconds: dict[str, list[float]]
+) -> dict[str, Any]:
+    """The figures of one sampler and batch.
+
+    Args:
+        about: What all cases share: the model and its head.
+        sampler: One of `SAMPLERS`.
+        batch: Sequences at once.
+        seconds: The times of the rounds, by variant.
+
+    Returns:
+        ``about``, milliseconds, tokens/s of all sequences, and ratios of the medians to dense,
+        JSON-ready.
+    """
+    token_ms = {variant: spread(times, 1000) for variant, times in seconds.items()}
+    medians = {variant: ms["median"] for variant, ms in token_ms.items()}
     return about | {
         "sampler": sampler,
         "batch": batch,
         "token_ms": token_ms,
-        "tokens_per_second": {form: 1000 * batch / ms for form, ms in medians.items()},
-        "times_faster": {form: medians[DENSE] / medians[form] for form in medians if form != DENSE},
+        "tokens_per_second": {variant: 1000 * batch / ms for variant, ms in medians.items()},
+        "times_faster": {
+            variant: medians[DENSE] / ms for variant, ms in medians.items() if variant != DENSE
+        },
     }
 
 
-def make_table(result: dict) -> Table:
-    probes = result["n_probes"]
-    notes = "unverified: the head's own choices, so the text may differ."
-    if result["equal_logits"] is not None:
-        notes += f"\n{percent(result['equal_logits'], 3)} of the scored logits equal MLX's."
-    if result["keeps_dense_head"]:
-        notes += "\nFlashHead gains too little on this machine: the model stays dense by default."
-    table = new_table(
-        f"{result['model']}: {result['sampler']}, batch {result['batch']}, {probes[FLASH_HEAD]:,} "
-        f"clusters of {result['n_clusters']:,} scored, {probes[UNVERIFIED]:,} unverified",
-        ("", "ms", "quartiles", "tokens/s", "faster"),
-        notes,
+def make_table(figures: dict[str, Any]) -> Table:
+    """A table with a line for each variant.
+
+    Args:
+        figures: Those of `summary`.
+    """
+    probes = figures["n_probes"]
+    caption = "unverified: the head's own choices, so the text may differ."
+    if figures["equal_logits"] is not None:
+        share = percent(figures["equal_logits"], 3)
+        caption += f"\n{share} of the scored logits equal MLX's."
+    if figures["keeps_dense_head"]:
+        caption += "\nFlashHead gains too little on this machine: the model stays dense by default."
+    title = (
+        f"{figures['model']}: {figures['sampler']}, batch {figures['batch']}, "
+        f"{probes[FLASH_HEAD]:,} clusters of {figures['n_clusters']:,} scored, "
+        f"{probes[UNVERIFIED]:,} unverified"
     )
-    for form, ms in result["token_ms"].items():
-        faster = "" if form == DENSE else f"{result['times_faster'][form]:.2f} x"
-        table.add_row(form, *cells(ms), f"{result['tokens_per_second'][form]:.1f}", faster)
+    table = new_table(title, ("", "ms", "quartiles", "tokens/s", "faster"), caption)
+    for variant, ms in figures["token_ms"].items():
+        speed = f"{figures['tokens_per_second'][variant]:.1f}"
+        faster = "" if variant == DENSE else f"{figures['times_faster'][variant]:.2f} x"
+        table.add_row(variant, *spread_cells(ms), speed, faster)
     return table

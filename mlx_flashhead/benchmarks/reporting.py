@@ -1,5 +1,7 @@
-"""Times functions in turns, and reports a benchmark, or what it has when it is stopped: tables, a
-JSON file, a picture, the machine."""
+"""Times functions in turns and reports a benchmark: tables, a JSON file, a picture, the machine.
+
+A benchmark that is stopped reports what it has.
+"""
 
 import argparse
 import ctypes
@@ -28,33 +30,56 @@ Timers = Mapping[str, Callable[[int], float]]  # by name; the seconds of a round
 
 
 class Case(NamedTuple):
-    """Forms that are timed in turns; ``figures`` makes JSON-ready ones of the seconds by form."""
+    """Variants that are timed in turns."""
 
     name: str
     timers: Timers
-    figures: Callable[[dict[str, list[float]]], dict]
+    # makes JSON-ready figures of the seconds by variant
+    figures: Callable[[dict[str, list[float]]], dict[str, Any]]
 
 
-def spread(values: Sequence[float], factor: float = 1) -> dict:
-    """Median and quartiles of some runs, times a factor, and their number, JSON-ready."""
+def spread(values: Sequence[float], factor: float = 1) -> dict[str, Any]:
+    """Median and quartiles of the values of some runs, JSON-ready.
+
+    Args:
+        values: One for each run.
+        factor: Multiplies them.
+
+    Returns:
+        ``median``, ``lower`` and ``upper`` quartile, and the number of ``runs``.
+    """
     lower, median, upper = (factor * float(x) for x in np.percentile(values, (25, 50, 75)))
     return {"median": median, "lower": lower, "upper": upper, "runs": len(values)}
 
 
-def cells(spread: dict, decimals: int = 2) -> tuple[str, str]:
-    """The median and the quartiles of a `spread`."""
-    median, *quartiles = (f"{spread[x]:.{decimals}f}" for x in ("median", "lower", "upper"))
-    return median, "–".join(quartiles)
+def spread_cells(figures: dict[str, Any], decimals: int = 2) -> tuple[str, str]:
+    """The median and the quartiles of a `spread`, as cells of a table.
+
+    Args:
+        figures: The `spread`.
+        decimals: Digits after the point.
+    """
+    median = f"{figures['median']:.{decimals}f}"
+    quartiles = f"{figures['lower']:.{decimals}f}–{figures['upper']:.{decimals}f}"
+    return median, quartiles
 
 
 def in_turns(timers: Timers, rounds: int) -> Iterator[dict[str, list[float]]]:
-    """Measures in turns: a round 0 to warm up, then ``rounds`` that count. Yields after each round
-    the seconds of the counted rounds so far, by name. The order changes, since a run leaves caches
-    behind."""
+    """Measures in turns: a round 0 to warm up, then those that count.
+
+    The order changes from round to round, since a run leaves caches behind.
+
+    Args:
+        timers: What is timed, by name.
+        rounds: The number of rounds that count.
+
+    Yields:
+        After each round the seconds of the counted rounds so far, by name.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in timers}
-    draw = random.Random(0)
+    generator = random.Random(0)
     for number in range(rounds + 1):
-        for name in draw.sample(list(timers), len(timers)):
+        for name in generator.sample(list(timers), len(timers)):
             taken = timers[name](number)
             if number:
                 seconds[name].append(taken)
@@ -62,44 +87,74 @@ def in_turns(timers: Timers, rounds: int) -> Iterator[dict[str, list[float]]]:
 
 
 def report(
-    args: argparse.Namespace, cases: Generator[Case], make_table: Callable[[dict], Table]
+    args: argparse.Namespace,
+    cases: Generator[Case],
+    make_table: Callable[[dict[str, Any]], Table],
 ) -> None:
-    """Times the cases, and reports what it has: a table of each one's figures, the files that
-    ``args`` names, and a picture of the first column of figures of each table."""
-    measured: dict[str, dict] = {}
+    """Times the cases and reports them, or those that it has when it is stopped.
+
+    Prints a table of each case's figures, and writes the files that the flags name. The picture
+    shows the first column of figures of each table.
+
+    Args:
+        args: The flags of ``mlx_flashhead.benchmark``.
+        cases: What is timed.
+        make_table: Makes a table of the figures of a case.
+    """
+    measured: dict[str, dict[str, Any]] = {}
     complete = False
     try:
         with closing(cases):
             for case in cases:
-                for number, seconds in enumerate(in_turns(case.timers, args.rounds)):
-                    if number:  # the first one warms up
-                        measured[case.name] = case.figures(seconds)
-                        latest = [f"{form} {1000 * s[-1]:.2f} ms" for form, s in seconds.items()]
-                        progress = f"[{number} of {args.rounds}] {case.name}: {', '.join(latest)}"
-                        print(progress, file=sys.stderr, flush=True)
+                _time_case(case, args.rounds, measured)
         complete = True
     finally:
         if measured:
             if not complete:
                 print("\nStopped: these are the figures so far.", file=sys.stderr, flush=True)
-            about, tables = machine(), [*map(make_table, measured.values())]
-            versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-            cores = f"{about['processor']}, {about['cores']} cores, {about['blas']}"
-            show(*tables, f"{cores}; {about['system']}; {versions}; {about['date']}")
+            tables = [make_table(figures) for figures in measured.values()]
+            about = machine()
+            show(*tables, _machine_line(about))
             if args.report:
-                command = " ".join(["mlx_flashhead.benchmark", *sys.argv[1:]])
-                figures = {"kind": args.kind, "machine": about, "command": command}
-                figures |= {"complete": complete, "results": [*measured.values()]}
+                figures = {
+                    "kind": args.kind,
+                    "machine": about,
+                    "command": " ".join(["mlx_flashhead.benchmark", *sys.argv[1:]]),
+                    "complete": complete,
+                    "results": list(measured.values()),
+                }
                 Path(args.report).write_text(json.dumps(figures, indent=2) + "\n")
             if args.plot:
-                _draw(tables, args.plot)
+                _plot_tables(tables, args.plot)
 
 
-def machine() -> dict:
+def _time_case(case: Case, rounds: int, measured: dict[str, dict[str, Any]]) -> None:
+    """Times a case and keeps its figures in ``measured`` after each round that counts."""
+    for number, seconds in enumerate(in_turns(case.timers, rounds)):
+        if number == 0:  # the round that warms up
+            continue
+        measured[case.name] = case.figures(seconds)
+        latest = [f"{variant} {1000 * times[-1]:.2f} ms" for variant, times in seconds.items()]
+        progress = f"[{number} of {rounds}] {case.name}: {', '.join(latest)}"
+        print(progress, file=sys.stderr, flush=True)
+
+
+def _machine_line(about: dict[str, Any]) -> str:
+    """The `machine` as the line under the tables."""
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    cores = f"{about['processor']}, {about['cores']} cores, {about['blas']}"
+    return f"{cores}; {about['system']}; {versions}; {about['date']}"
+
+
+def machine() -> dict[str, Any]:
     """The machine, JSON-ready: processor, memory, versions, BLAS."""
     blas = "Accelerate" if sys.platform == "darwin" else "the reference BLAS of the mlx wheel"
     if hasattr(ctypes.CDLL(None), "openblas_get_config"):  # preloaded
         blas = "OpenBLAS"
+    versions = {"mlx-flashhead": __version__}
+    for package in PACKAGES:
+        versions[package] = version(package)
+    versions["python"] = platform.python_version()
     about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.release()}",
@@ -107,24 +162,26 @@ def machine() -> dict:
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "device": "cpu" if mx.default_device().type == mx.cpu else "gpu",
-        "versions": {"mlx-flashhead": __version__} | {name: version(name) for name in PACKAGES},
+        "versions": versions,
         "blas": blas,
     }
-    about["versions"]["python"] = platform.python_version()
     if mx.metal.is_available():
         about["gpu"] = {key: str(value) for key, value in mx.device_info().items()}
     return about
 
 
-def _draw(tables: list[Table], path: str) -> None:
+def _plot_tables(tables: list[Table], path: str) -> None:
+    """Draws the first column of figures of each table as bars."""
     from matplotlib.figure import Figure  # which may be absent
 
     rows = [table.row_count for table in tables]
-    figure = Figure(figsize=(8, 1 + sum(0.4 * n + 1 for n in rows)), layout="constrained")
+    height = 1 + sum(0.4 * n_rows + 1 for n_rows in rows)
+    figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.subplots(len(rows), squeeze=False, height_ratios=rows)
     for axis, table in zip(axes[:, 0], tables, strict=True):
-        names, values = (list(column.cells) for column in table.columns[:2])
-        bars = axis.barh(names, [float(str(value)) for value in values])
+        names = list(table.columns[0].cells)
+        values = [float(str(value)) for value in table.columns[1].cells]
+        bars = axis.barh(names, values)
         axis.bar_label(bars, fmt=" %.2f")
         axis.set(title=fill(str(table.title), 75), xlabel=table.columns[1].header)
         axis.invert_yaxis()

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from ..common.new_folder import new_file
 from ..decoding.generation import stream_generate
 from ..models.compat.mlx_lm import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-from ..models.libraries import apply_template
+from ..models.templates import apply_template
 
 LENGTH, STOPPED = "length", "stopped"
 FILES = Path("~/.config/mlx_flashhead/chat")  # what is stored for the user's next start

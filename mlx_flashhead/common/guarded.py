@@ -1,9 +1,13 @@
-"""Work on what others wrote, such as templates and grammars, in a helper process with limits: too
-deep a recursion in a native library, or a text doubled in a loop, ends the helper alone."""
+"""Work on what others wrote, such as templates and grammars, in helper processes with limits.
+
+A recursion that is too deep in a native library, or a text that is doubled in a loop, ends the
+helper alone.
+"""
 
 import json
-import math
+import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -11,13 +15,17 @@ from importlib.util import module_from_spec, spec_from_file_location
 from io import StringIO
 from multiprocessing.connection import wait
 from pathlib import Path
-from threading import Thread, stack_size
+from threading import BoundedSemaphore, Thread, stack_size
 from typing import Any
 
 STACK_BYTES = 4 << 20  # of the work; half of the smallest default that the caller's threads have
 START_SECONDS = 30.0  # of a helper, on a busy machine
-LOOK_SECONDS = 0.1  # between two looks at the time and the memory of a helper
-MAX_IDLE = 2  # helpers that stay for the next call
+# Seconds by the clock for each second of processor time that a call may take: a busy machine is no
+# reason to refuse, and a helper that stands still is.
+PATIENCE = 12
+LOOK_SECONDS = 0.1  # between two looks at the memory of a helper
+MAX_HELPERS = 8
+NICENESS = 5  # what decodes tokens goes first
 
 
 class GuardError(ValueError):
@@ -25,55 +33,96 @@ class GuardError(ValueError):
 
 
 class Guard:
-    """Calls ``work(request)`` of a file, which imports nothing of this package, in helpers that
-    stay until this process ends. Requests and results are lines of JSON. Each call has a helper of
-    its own while it lasts."""
+    """Calls the function ``work`` of a file in helper processes.
 
-    def __init__(self, path: Path, *, seconds: float = 5.0, max_bytes: int = 512 << 20):
-        self.path, self.seconds, self.max_bytes = path, seconds, max_bytes
+    Helpers are started when they are needed, and stay until this process ends: a call that finds
+    one idle starts no process. Requests and results are lines of JSON. Each call has a helper of
+    its own while it lasts, and waits while all of them are busy.
+
+    Args:
+        path: A file with ``work(request)``, which imports nothing of this package.
+        seconds: Processor time of a call.
+        max_bytes: Memory of a helper.
+        max_helpers: Helpers at once.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        seconds: float = 5.0,
+        max_bytes: int = 512 << 20,
+        max_helpers: int = MAX_HELPERS,
+    ):
+        self.path = path
+        self.seconds = seconds
+        self.max_bytes = max_bytes
+        self._free = BoundedSemaphore(max_helpers)
         self._idle: list[subprocess.Popen] = []  # pop and append are atomic
 
     def call(self, request: Any) -> Any:
-        """The result of ``work(request)``. GuardError if it takes more time or memory than it may
-        or ends its process; RuntimeError with its message if it raises anything."""
-        try:
-            helper: Any = self._idle.pop()
-        except IndexError:
-            helper = self._start()
-        answer: Any = None  # its kind, and the result or a message
-        too_large = f"takes more than {self.max_bytes >> 20:,} MB of memory"
-        ends = time.monotonic() + self.seconds
-        try:
-            print(json.dumps(request), file=helper.stdin, flush=True)
-            while not wait([helper.stdout], LOOK_SECONDS):
-                if time.monotonic() >= ends:
-                    raise GuardError(f"takes more than {self.seconds:g} seconds")
-                if memory_of(helper.pid) > self.max_bytes:
-                    raise GuardError(too_large)
-            answer = json.loads(helper.stdout.readline())
-        except (OSError, json.JSONDecodeError):  # it has ended
-            raise GuardError("is too complex for the library that reads it") from None
-        finally:
-            if answer and len(self._idle) < MAX_IDLE:
-                self._idle.append(helper)
-            else:
-                helper.kill()
-                helper.wait()
+        """The result of ``work(request)``.
+
+        Raises:
+            GuardError: If it takes more time or memory than it may, or ends its process.
+            RuntimeError: If it raises anything, with the message of that.
+        """
+        with self._free:
+            try:
+                helper = self._idle.pop()
+            except IndexError:
+                helper = self._start()
+            answer: list[Any] | None = None  # its kind, and the result or a message
+            try:
+                answer = self._ask(helper, request)
+            finally:
+                if answer is None:
+                    helper.kill()
+                    helper.wait()
+                else:
+                    self._idle.append(helper)
         kind, value = answer
         if kind == "memory":
-            raise GuardError(too_large)
+            raise GuardError(self._too_large)
         if kind == "error":
             raise RuntimeError(value)
         return value
 
+    @property
+    def _too_large(self) -> str:
+        return f"takes more than {self.max_bytes >> 20:,} MB of memory"
+
+    def _ask(self, helper: subprocess.Popen, request: Any) -> list[Any]:
+        """The answer of a helper; GuardError if it gives none."""
+        stdin: Any = helper.stdin
+        stdout: Any = helper.stdout
+        too_slow = f"takes more than {self.seconds:g} seconds"
+        ends = time.monotonic() + PATIENCE * self.seconds
+        try:
+            print(json.dumps(request), file=stdin, flush=True)
+            while not wait([stdout], LOOK_SECONDS):
+                if time.monotonic() >= ends:
+                    raise GuardError(too_slow)
+                if memory_of(helper.pid) > self.max_bytes:
+                    raise GuardError(self._too_large)
+            return json.loads(stdout.readline())
+        except (OSError, json.JSONDecodeError):  # it has ended
+            if helper.wait() == -signal.SIGPROF:
+                raise GuardError(too_slow) from None
+            raise GuardError("is too complex for the library that reads it") from None
+
     def _start(self) -> subprocess.Popen:
-        limits = map(str, (math.ceil(self.seconds), self.max_bytes))
-        command = [sys.executable, "-P", __file__, str(self.path), *limits]
-        pipes: Any = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
-        pipes |= {"stderr": subprocess.DEVNULL, "text": True}
-        # in a session of its own, since Ctrl-C is for the caller
-        helper: Any = subprocess.Popen(command, **pipes, start_new_session=True)
-        if not (wait([helper.stdout], START_SECONDS) and helper.stdout.readline()):
+        limits = (str(self.seconds), str(self.max_bytes))
+        helper = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(self.path), *limits],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # since Ctrl-C is for the caller
+        )
+        stdout: Any = helper.stdout
+        if not (wait([stdout], START_SECONDS) and stdout.readline()):
             helper.kill()
             helper.wait()
             raise GuardError("cannot be examined: no helper process starts")
@@ -83,15 +132,22 @@ class Guard:
 def memory_of(pid: int) -> int:
     """Bytes that a process uses; 0 if that is unknown. macOS enforces no such limit."""
     try:
+        n_pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return n_pages * resource.getpagesize()
+    except (OSError, IndexError):
+        pass  # no Linux
+    try:
         shown = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True)
     except OSError:
         return 0
     return 1024 * int(shown.stdout.strip() or 0)
 
 
-def _serve(path: str, seconds: int, max_bytes: int) -> None:
+def _serve(path: str, seconds: float, max_bytes: int) -> None:
     """The helper's loop, until the caller ends."""
-    answers, sys.stdout = sys.stdout, StringIO()  # nobody reads what the work prints
+    answers = sys.stdout
+    sys.stdout = StringIO()  # nobody reads what the work prints
+    os.nice(NICENESS)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_DATA, max_bytes)  # Linux enforces it
     spec: Any = spec_from_file_location("work", path)
@@ -99,22 +155,27 @@ def _serve(path: str, seconds: int, max_bytes: int) -> None:
     spec.loader.exec_module(module)
     print("ready", file=answers, flush=True)
     for request in sys.stdin:
-        # a helper that nobody waits for any more ends too
-        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + seconds + 1)
+        # SIGPROF ends this process after so much processor time, whatever runs in it. So a helper
+        # that nobody waits for any more ends too.
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             answer = "result", module.work(json.loads(request))
         except MemoryError:
             answer = "memory", None
         except BaseException as error:  # a panic in Rust is no Exception
             answer = "error", str(error) or type(error).__name__
-        print(json.dumps(answer), file=answers, flush=True)
+        line = json.dumps(answer)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(line, file=answers, flush=True)
 
 
 def _limit(kind: int, value: int) -> None:
     hard = resource.getrlimit(kind)[1]
-    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+    soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (soft, hard))
 
 
 if __name__ == "__main__":
+    work_path, cpu_seconds, most_bytes = sys.argv[1:]
     stack_size(STACK_BYTES)
-    Thread(target=_serve, args=(sys.argv[1], *map(int, sys.argv[2:]))).start()
+    Thread(target=_serve, args=(work_path, float(cpu_seconds), int(most_bytes))).start()

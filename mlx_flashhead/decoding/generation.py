@@ -13,7 +13,7 @@ from ..models.compat import mlx_lm as compat
 from ..models.compat.mlx_vlm import decodes_by_tokens_alone, is_greedy, stream_and_cache
 from ..models.compat.patching import replaced
 from ..models.install import NO_FLASH_HEAD, get_flash_head
-from ..models.libraries import is_vlm
+from ..models.vlm import is_vlm
 from .batch import VerifiedBatchGenerator
 from .loop import drafted_steps, verified_steps
 from .policy import Proposer

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from . import kernel_text as text
 from .clustered import ClusteredRows
+from .dense_kernels import DenseKernel, dense_kernel
 from .draw import ROW_THREADS, Draws
 from .matrix import Matrix
 from .steps import (
@@ -33,7 +34,6 @@ TALLIED = 9
 MIN_PROBES = 8
 
 JOINED = 8  # sources of a join: Metal has 31 buffers
-PACKS = {5: 8, 6: 4}  # values of a pack, where it is not a word
 SHARED_POSITIONS = 4  # that share one reading of the centroids
 # Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions.
 # Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
@@ -45,15 +45,13 @@ class _StoredRows:
 
     def __init__(self, stored: Matrix, n_rows: int):
         maker, names = cast(str, stored.format.metal), stored.format.arrays
+        self.kernel: DenseKernel = dense_kernel(stored, n_rows)
         self.inputs = " ".join(names)
         self.arrays = [stored.arrays()[name] for name in names]
         self.sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
         if stored.quantized:
-            # Packs that a lane takes at once, words of 32 bits, of 5 and 6 bits 8 and 4 values: as
-            # qmv in MLX's quantized.cpp does.
-            pack = PACKS.get(stored.bits, 32 // stored.bits)
-            two = stored.hidden_size % (2 * LANES * pack) == 0 and n_rows % 8 == 0
-            self.sizes["WORDS"] = 2 if two else 1
+            # qmv_quad takes more: then only the order of the sums is another one
+            self.sizes["WORDS"] = max(1, self.kernel.packs)
         self.names = " ".join(name for name in self.sizes if name in maker)
         self.expression = f"flash_head::{maker}({', '.join(names)})"
         self.files = f"{maker.partition('_rows')[0]} dot"
@@ -83,6 +81,7 @@ class MetalSteps(PortableSteps):
         if self.reads_rows:
             stored = _StoredRows(clustered.rows, n_rows)
             bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
+            self._adds_in_dtype = stored.kernel.added > 1
             self._score_arrays = [clustered.token_ids, *stored.arrays, *bias]
             inputs = f"hidden probes token_ids {stored.inputs}" + " bias" * len(bias)
             names = {"rows": stored.expression, "bias": "bias" if bias else "flash_head::NoBias{}"}
@@ -148,7 +147,8 @@ class MetalSteps(PortableSteps):
         shared = 1 if n_positions == 1 else SHARED_POSITIONS
         groups = -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS)), -(-n_positions // shared)
         scores = (n_positions, n_clusters), mx.float32
-        return self._route([hidden, *self._route_arrays], *groups, scores, H=shared)[0]
+        arrays = [hidden, *self._route_arrays]
+        return self._route(arrays, *groups, scores, H=shared, SUM=mx.float32)[0]
 
     def select(
         self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
@@ -177,8 +177,10 @@ class MetalSteps(PortableSteps):
         n_positions, held = probes.shape
         shape = n_positions, held, self.clustered.cluster_size
         results = (shape, rows.logits_dtype(hidden.dtype)), (shape[:2], mx.float32)
-        arrays, product = [hidden, probes, *self._score_arrays], rows.product_dtype(hidden.dtype)
-        logits, best = self._score(arrays, held, n_positions, *results, PRODUCT=product)
+        product = rows.product_dtype(hidden.dtype)
+        dtypes = {"PRODUCT": product, "SUM": product if self._adds_in_dtype else mx.float32}
+        arrays = [hidden, probes, *self._score_arrays]
+        logits, best = self._score(arrays, held, n_positions, *results, **dtypes)
         return Candidates(logits, best)
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -30,7 +30,8 @@ class Format:
         return self.mode
 
 
-AFFINE_ROWS, FP_ROWS = "affine_rows<D, BITS, GROUP, WORDS>", "fp_rows<D, BITS, GROUP, WORDS>"
+AFFINE_ROWS = "affine_rows<D, BITS, GROUP, WORDS, SUM>"
+FP_ROWS = "fp_rows<D, BITS, GROUP, WORDS>"
 
 # Source: the table of modes in the documentation of mlx.core.quantize (0.32).
 FORMATS = (
@@ -110,6 +111,10 @@ class Matrix:
         """Rows ``ids`` (integers of any shape). The shape becomes the leading axes. Lazy."""
         return self.map(lambda array: mx.take(array, ids, axis=0))
 
+    def part(self, start: int, stop: int) -> "Matrix":
+        """Rows ``start`` … ``stop`` - 1, without a copy."""
+        return self.map(lambda array: array[start:stop])
+
     def quantize(self, *, bits: int, group_size: int, mode: str = AFFINE) -> "Matrix":
         """Floats in fewer bits, rounded to nearest by MLX. Lazy."""
         form: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
@@ -121,12 +126,12 @@ class Matrix:
         values = self.weight if self.scales is None else self.scales
         if values.dtype == mx.uint8:  # scales that are powers of two
             return hidden_dtype
-        return _promoted(hidden_dtype, values.dtype)
+        return mx.result_type(hidden_dtype, values.dtype)
 
     def logits_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of the dense head's logits for hidden states of ``hidden_dtype``."""
         dtype = self.product_dtype(hidden_dtype)
-        return dtype if self.bias is None else _promoted(dtype, self.bias.dtype)
+        return dtype if self.bias is None else mx.result_type(dtype, self.bias.dtype)
 
     def matmul(self, hidden: mx.array) -> mx.array:
         """Logits of all rows: hidden (..., D) → (..., V)."""
@@ -172,12 +177,6 @@ class Matrix:
                 digest.update(f"{name}:{array.dtype}:{tuple(array.shape)};".encode())
                 digest.update(bytes(sample[name].view(mx.uint8)))
         return digest.hexdigest()
-
-
-@cache
-def _promoted(first: mx.Dtype, second: mx.Dtype) -> mx.Dtype:
-    """The dtype of a result of two arrays; mlx 0.31 has no ``result_type``."""
-    return (mx.zeros((), first) + mx.zeros((), second)).dtype
 
 
 def as_float32(array: np.ndarray | mx.array) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 from .clustered import ClusteredRows
+from .dense_kernels import dense_ranges
 from .draw import Draws, draw, log_mass, noise, noise_of_all
 from .matrix import Matrix
 
@@ -83,7 +84,6 @@ class Risk(NamedTuple):
 
     def of(self, candidates: Candidates, unscored: mx.array, draws: Draws | None) -> mx.array:
         """For each of R positions, (R,) float32."""
-        # over one axis: mlx 0.31 keeps one of two that has a single element
         logits = candidates.logits.flatten(-2).astype(mx.float32)
         best = mx.max(logits if candidates.best is None else candidates.best, axis=-1)
         greedy = mx.exp(self.a - self.b * (best - unscored[:, 0]))
@@ -136,12 +136,18 @@ class PortableSteps:
 
     name = "mlx"
     float16_rows: Matrix | None = None  # all rows, for :meth:`verifying_product` on some GPUs
+    gathers_rows = False  # whether :meth:`dense` of one state multiplies the rows in token order
 
     def __init__(self, clustered: ClusteredRows):
         self.clustered = clustered
         self._on_cpu = mx.default_device().type == mx.cpu
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
         self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
+        self._ranges: list[tuple[int, int, int]] = []
+        if mx.metal.is_available():
+            n_slots = clustered.token_ids.size
+            self._ranges = dense_ranges(clustered.rows, clustered.vocab_size, n_slots)
+            self.gathers_rows = not self._ranges
 
     def arrays(self) -> list[mx.array]:
         return [] if self._centroids is None else [self._centroids]
@@ -163,8 +169,24 @@ class PortableSteps:
         return logits.astype(self.clustered.rows.logits_dtype(hidden.dtype))
 
     def dense(self, hidden: mx.array) -> mx.array:
-        """Logits of all tokens: hidden (R, D) → (R, V)."""
-        return in_token_order(self.product(hidden), self.clustered.slot_of)
+        """Logits of all tokens: hidden (R, D) → (R, V). Of one state they are those of the model's
+        own rows on an Apple GPU, to the last bit."""
+        if len(hidden) > 1:
+            return in_token_order(self.product(hidden), self.clustered.slot_of)
+        if self.gathers_rows:
+            return self.clustered.token_rows().matmul(hidden)
+        return in_token_order(self._product_of_one(hidden), self.clustered.slot_of)
+
+    def _product_of_one(self, hidden: mx.array) -> mx.array:
+        """Logits of all slots, (1, D) → (1, C·n), by the kernel that MLX has for V rows."""
+        if len(self._ranges) < 2:
+            return self.product(hidden)
+        parts = []
+        rows = self.clustered.flat_rows()
+        for start, stop, n_new in self._ranges:
+            logits = rows.part(start, stop).matmul(hidden)
+            parts.append(logits[:, stop - start - n_new :])
+        return mx.concatenate(parts, axis=-1)
 
     def token_ids(self, probes: mx.array) -> mx.array:
         """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""

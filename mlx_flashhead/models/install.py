@@ -15,9 +15,10 @@ from mlx.utils import tree_flatten
 from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
 from .compat.mlx_vlm import keep_from_weights
+from .errors import UnsupportedHeadError
 from .finer_head import restore_rows
-from .libraries import UnsupportedHeadError, architecture, forward, is_vlm
 from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
+from .vlm import architecture, forward, is_vlm
 
 # The head's logits (R, V) → the model's, such as a scale, a softcap or a cast.
 LogitChange = Callable[[mx.array], mx.array]
@@ -70,8 +71,10 @@ def install(
     if location is None:
         location = find_head(model)
         check_plain_product(location)
-    head = FlashHead(location.rows(), token_ids, centroids, **settings)
-    head.check_kernels(location.hidden_dtype)
+    rows = location.rows()
+    head = FlashHead(rows, token_ids, centroids, **settings)
+    head.check_kernels(location.hidden_dtype, rows)
+    del rows  # they leave the memory as the module lets them go
     mx.eval(head.arrays())
     module: Any = location.module
     for name in head.clustered.rows.arrays():

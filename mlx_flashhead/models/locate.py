@@ -13,7 +13,8 @@ import mlx.nn as nn
 from ..head.matrix import AFFINE, ARRAYS, Matrix
 from .compat.mlx_vlm import own_head
 from .compat.patching import replaced
-from .libraries import UnsupportedHeadError, architecture, check_writes_text, forward, is_vlm
+from .errors import UnsupportedHeadError
+from .vlm import architecture, check_writes_text, forward, is_vlm
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
 

@@ -16,11 +16,12 @@ from threading import Event, Thread
 
 import mlx.core as mx
 
+from ..decoding.policy import policy_of
+from ..loading.tuned import speed_text
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
-from ..models.compat.mlx_lm_0_31 import let_thread_draw
+from .api_errors import ApiError
 from .decoding import CHUNK_SECONDS, Batch, Reading, Single, next_chunk
 from .jobs import Job
-from .responses import ApiError
 from .served_models import ServedModel
 
 FAILING = 3  # answers, one after the other, that failed by the server's fault
@@ -71,7 +72,6 @@ class Engine:
         try:
             models = load()
             maybe_set_recommended_wired_limit()
-            let_thread_draw()
             self._stream = mx.default_stream(mx.default_device())
             self._builds = [served for served in models if served.build is not None]
             self.models.set_result(models)
@@ -125,12 +125,13 @@ class Engine:
         if self._busy or not self._builds:
             return
         served = self._builds[0]
-        build, dense = served.build, served.head is None
+        build = served.build
         assert build is not None
         try:
             more = build.advance()
-            if dense and served.head is not None:
-                logger.info("%s is served with its FlashHead from now on", served.name)
+            if not more and served.head is not None and not policy_of(served.head).dense:
+                speed = speed_text(policy_of(served.head))
+                logger.info("%s is served with its FlashHead (speed: %s)", served.name, speed)
         except BaseException as error:
             logger.warning("%s stays dense: %s", served.name, error)
             more = False

@@ -53,12 +53,15 @@ def make_parser() -> Parser:
     add("--top-p", "Draw from the likeliest tokens of this probability", 1.0, type=share)
     add("--top-k", "Draw from so many likeliest tokens; 0: from all", 0, type=whole_number(0))
     add("--min-p", "Draw from tokens of this share of the likeliest one's", 0.0, type=share)
-    add("--max-tokens", "Tokens of an answer", 512, type=whole_number(1))
+    longest = "Most tokens of an answer whose request has no max_tokens (default: the context's)"
+    add("--max-tokens", longest, type=whole_number(1))
 
     group = parser.add_argument_group("limits")
     add("--context-size", "Most tokens of a prompt and its answer", type=whole_number(2))
     add("--max-body-bytes", "Largest body of a request", "4M", type=size, metavar="SIZE")
     add("--decode-concurrency", "Answers at once; others wait", 32, type=whole_number(1, 1024))
+    wait = "Most SECONDS that a request waits for a model that is being loaded"
+    add("--load-wait", wait, 60.0, type=number(0, 3600), metavar="SECONDS")
     add("--max-wait", "Most SECONDS until text is verified (default: fastest)", type=number(0, 1))
     add("--prefill-step-size", "Most tokens of a prompt read at once", 2048, type=whole_number(1))
     add("--prompt-cache-size", "Number of caches of earlier prompts", 10, type=whole_number(0))

@@ -22,9 +22,9 @@ from mlx_lm import batch_generate
 from tqdm import tqdm
 
 from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, stream_generate
-from mlx_flashhead.benchmarks.agreement import bytes_share
+from mlx_flashhead.benchmarks.agreement import bytes_read
 from mlx_flashhead.common.command import command
-from mlx_flashhead.conversion.calibration import builtin_documents, dialogues
+from mlx_flashhead.conversion.builtin_text import builtin_documents, dialogues
 from mlx_flashhead.decoding.loop import LATEST
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
@@ -33,7 +33,8 @@ from mlx_flashhead.head.steps import Candidates
 from mlx_flashhead.loading.load import load_draft
 from mlx_flashhead.models.cpu_products import numpy_products, to_mlx
 from mlx_flashhead.models.fetch import resolve
-from mlx_flashhead.models.libraries import load_dense, prompt_of
+from mlx_flashhead.models.loading import load_dense
+from mlx_flashhead.models.templates import prompt_of
 
 REQUESTS = Path(__file__).with_name("requests.txt")  # calibration has others
 DENSE = "dense, 100.0 %"
@@ -145,7 +146,7 @@ class Drafter:
 
         yield DENSE, draw(exact)
         n_probes = policy_of(head).draft_probes or head.n_probes
-        share = bytes_share(head, n_probes) + LATEST / vocab_size
+        share = bytes_read(head).share(n_probes) + LATEST / vocab_size
         logits = mx.where(mx.array(latest), exact, flash(n_probes))
         yield f"default, {100 * share:.1f} %, {n_probes}", draw(logits)
         for share in SHARES if draw.quick else FEW_SHARES:
@@ -206,8 +207,9 @@ def masks_of(grammar, prompt: list[int], answer: list[int], vocab_size: int) -> 
 
 def probes_of(head, share: float) -> int:
     """The number of probes that reads a share of the dense head's bytes; below 1 for none."""
-    fixed = bytes_share(head, 0)
-    return max(0, int((share - fixed) / (bytes_share(head, 1) - fixed)))
+    nbytes = bytes_read(head)
+    fixed = nbytes.share(0)
+    return max(0, int((share - fixed) / (nbytes.share(1) - fixed)))
 
 
 def frequent_tokens(target, tokenizer, vocab_size: int) -> list[int]:

@@ -25,8 +25,8 @@ import mlx_flashhead
 from apple_estimates import CHECKOUT, line, with_block
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
-from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Form, with_flash_head
-from mlx_flashhead.benchmarks.reporting import cells, in_turns, machine, spread
+from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Variant, with_flash_head
+from mlx_flashhead.benchmarks.reporting import in_turns, machine, spread, spread_cells
 from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import count, new_table, show
@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[None]:
             continue
         model, tokenizer = prepared(folder, bits, args.work)
         head = installed_head(model)
-        forms = {DENSE: Form(dense_copy(model)), TUNED: with_flash_head(model, verify=True)}
+        forms = {DENSE: Variant(dense_copy(model)), TUNED: with_flash_head(model, verify=True)}
         policy = policy_of(head)
         about = {"model": folder.name, "bits": bits, "keeps_dense_head": policy.dense}
         about |= {"predicted_gain": policy.gain, "n_probes": head.n_probes}
@@ -84,7 +84,7 @@ def index_of(folder: Path, work: Path) -> Path:
     return index
 
 
-def in_rounds(forms: dict[str, Form], run: tuple, rounds: int) -> dict:
+def in_rounds(forms: dict[str, Variant], run: tuple, rounds: int) -> dict:
     """The ratio of each turn, tokens per second of all texts, and whether greedy texts agree."""
     texts: dict[str, list[int]] = {}
 
@@ -113,7 +113,7 @@ def make_table(cases: list[dict]):
             f"{case['bits']}",
             case["sampler"],
             f"{case['batch']}",
-            *cells(case["ratio"], 3),
+            *spread_cells(case["ratio"], 3),
             *(f"{speed:.2f}" for speed in case["tokens_per_second"].values()),
             "stays dense" if case["keeps_dense_head"] else "",
         )

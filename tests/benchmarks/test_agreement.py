@@ -6,7 +6,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_flashhead.benchmarks.agreement import bytes_share, evaluate
+from mlx_flashhead.benchmarks.agreement import bytes_read, measure_agreement
 from mlx_flashhead.models.install import get_flash_head
 from model_folders import VOCAB_SIZE
 from tiny_models import install_index, tiny_index, tiny_model
@@ -43,7 +43,7 @@ def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
     head = get_flash_head(model)
     token_ids = np.array(tokenizer.encode(TEXT))
     tokens, next_ids = mx.array(token_ids[None, :-1]), token_ids[1:]
-    found = evaluate(model, tokenizer, TEXT, probe_counts=[5, 2])
+    found = measure_agreement(model, tokenizer, TEXT, probe_counts=[5, 2])
     dense = np.array(model(tokens)[0])
     assert found["positions"] == len(next_ids)
     assert found["dense_perplexity"] == pytest.approx(perplexity(dense, next_ids), rel=1e-3)
@@ -59,7 +59,7 @@ def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
 def test_eos_clusters_are_among_the_probes(tokenizer):
     """As they are in the head: every state's first probe is taken by the EOS token's cluster."""
     model = installed_model(eos_token_ids=(1,))
-    found = rows_by(evaluate(model, tokenizer, TEXT, probe_counts=[1]))
+    found = rows_by(measure_agreement(model, tokenizer, TEXT, probe_counts=[1]))
     held = np.array(get_flash_head(model).clustered.token_ids)
     (own,) = [ids for ids in held if 1 in ids]
     token_ids = np.array(tokenizer.encode(TEXT))
@@ -70,7 +70,7 @@ def test_eos_clusters_are_among_the_probes(tokenizer):
 def test_default_probes_and_the_model_s_own(tokenizer):
     model = installed_model(n_probes=7)
     for counts, expected in ((None, [7]), ([9, 3, 9], [3, 9])):  # the usual ones exceed C
-        found = evaluate(model, tokenizer, TEXT, positions=20, probe_counts=counts)
+        found = measure_agreement(model, tokenizer, TEXT, positions=20, probe_counts=counts)
         assert (found["n_probes"], found["positions"], [*rows_by(found)]) == (7, 20, expected)
     assert get_flash_head(model).unverified_probes == 7
 
@@ -83,4 +83,4 @@ def test_bytes_by_hand(bits):
     centroid = 64 // 2 + 2 * 2 * 2 + 4  # 4-bit weights, two 16-bit scales and offsets, the bias
     for n_probes in (1, 10, 33):
         expected = (33 * centroid + n_probes * 8 * row) / (VOCAB_SIZE * row)
-        assert bytes_share(head, n_probes) == pytest.approx(expected)
+        assert bytes_read(head).share(n_probes) == pytest.approx(expected)

@@ -9,9 +9,9 @@ from mlx_flashhead.benchmarks.head_benchmark import (
     LOGITS,
     OWN_DENSE,
     PROPOSAL,
-    forms,
     random_head,
     summary,
+    variants,
 )
 
 
@@ -23,7 +23,7 @@ def test_forms_agree_with_the_rows(bits, dtype, vocab_size, hidden_size):
     head = random_head(vocab_size, hidden_size, n_probes=5, dtype=dtype, bits=bits)
     assert (head.vocab_size, head.hidden_size, head.n_probes) == (vocab_size, hidden_size, 5)
     assert head.clustered.rows.quantized == (bits != 16)
-    named = forms(head)
+    named = variants(head)
     hidden = mx.random.normal((40, hidden_size)).astype(dtype)
     slots = head.clustered.flat_rows().dequantized().astype(mx.float32)[:vocab_size]
     rows = head.clustered.token_rows().dequantized().astype(mx.float32)

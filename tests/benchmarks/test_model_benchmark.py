@@ -12,7 +12,7 @@ from mlx_flashhead.benchmarks.model_benchmark import (
     DENSE,
     FLASH_HEAD,
     UNVERIFIED,
-    Form,
+    Variant,
     make_table,
     summary,
     with_flash_head,
@@ -33,8 +33,8 @@ def test_the_first_token_is_not_timed(monkeypatch, batch):
         shapes.append(logprobs.shape)
         return mx.zeros(logprobs.shape[:-1], mx.uint32)
 
-    form = Form(tiny_model(), make_sampler=lambda: sampler)
-    seconds, tokens = form.decode([1, 2], batch, 4, {})
+    variant = Variant(tiny_model(), make_sampler=lambda: sampler)
+    seconds, tokens = variant.decode([1, 2], batch, 4, {})
     assert (seconds, len(tokens)) == (3, 5)  # (4 + 4 + 1 + 3) / 4
     assert set(shapes) == {(batch, VOCAB_SIZE)} and len(shapes) >= 5
 
@@ -42,10 +42,10 @@ def test_the_first_token_is_not_timed(monkeypatch, batch):
 @pytest.mark.parametrize("verify", [True, False])
 def test_flash_head_decodes_with_this_package_s_loops(verify):
     """With verification every token that is timed is the dense model's."""
-    form = with_flash_head(make_flash(n_probes=1).model, verify=verify)
+    variant = with_flash_head(make_flash(n_probes=1).model, verify=verify)
     expected = [token for token, _ in generate_step(mx.array([1, 2]), tiny_model(), max_tokens=10)]
     for batch in (1, 3):
-        seconds, tokens = form.decode([1, 2], batch, 9, {"temp": 0.0})
+        seconds, tokens = variant.decode([1, 2], batch, 9, {"temp": 0.0})
         assert seconds > 0 and (tokens == expected) == verify
 
 

@@ -17,7 +17,7 @@ import pytest
 
 import mlx_flashhead
 from mlx_flashhead.index.files import write_companion
-from mlx_flashhead.models.libraries import load_dense
+from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.serving.access import Access, access_of
 from mlx_flashhead.serving.server_options import check_options, make_parser
 from server_process import serving

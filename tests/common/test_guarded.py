@@ -16,7 +16,12 @@ def work(request):
     kind, value = request
     if kind == "raise":
         raise SystemExit(value)
-    acts = {"sleep": time.sleep, "fill": bytearray, "exit": os._exit}
+    def spin(seconds):
+        ends = time.process_time() + seconds
+        while time.process_time() < ends:
+            pass
+
+    acts = {"spin": spin, "sleep": time.sleep, "fill": bytearray, "exit": os._exit}
     acts |= {"recurse": lambda value: work(request), "": lambda value: None}
     acts[kind](value)
     return [value, os.getpid()]
@@ -31,7 +36,7 @@ def guard(tmp_path):
 
 def test_a_failure_ends_its_own_work_alone(guard):
     for request, error, text in (
-        (("sleep", 60), GuardError, "takes more than 0.5 seconds"),
+        (("spin", 60), GuardError, "takes more than 0.5 seconds"),
         (("fill", 10**9), GuardError, "takes more than 200 MB of memory"),
         (("exit", 3), GuardError, "is too complex for the library"),
         (("raise", "why"), RuntimeError, "why"),
@@ -51,13 +56,38 @@ def test_the_memory_of_a_helper_is_looked_at(guard, monkeypatch):
         guard.call(["sleep", 60])
 
 
+def test_time_is_the_processor_s_and_a_helper_that_stands_still_ends_later(guard, monkeypatch):
+    """A busy machine refuses nothing that a quiet one takes."""
+    process = guard.call(["", 1])[1]
+    assert guard.call(["sleep", 0.8])[1] == process  # by the clock more than the limit
+    for _ in range(2):  # and no call pays for the one before
+        assert guard.call(["spin", 0.3])[1] == process
+    monkeypatch.setattr(guarded, "PATIENCE", 1)
+    with pytest.raises(GuardError, match="takes more than"):
+        guard.call(["sleep", 60])
+
+
+def test_as_many_chats_at_once_as_there_are_helpers_start_no_more_processes(guard, monkeypatch):
+    started = []
+    start = Guard._start
+    monkeypatch.setattr(Guard, "_start", lambda self: started.append(self) or start(self))
+    small = Guard(guard.path, max_helpers=4)
+    with ThreadPoolExecutor(12) as pool:
+        first = {answer[1] for answer in pool.map(small.call, [["sleep", 0.05]] * 12)}
+        assert len(started) == len(first) <= 4
+        while len(started) < 4:
+            list(pool.map(small.call, [["sleep", 0.3]] * 12))
+        again = {answer[1] for answer in pool.map(small.call, [["sleep", 0.3]] * 12)}
+    assert len(started) == len(again) == 4 and first <= again
+
+
 def test_helpers_stay_and_no_two_calls_share_one(guard):
     first = guard.call(["", 1])[1]
     assert first == guard.call(["", 2])[1] != os.getpid()
     with ThreadPoolExecutor(4) as pool:
         processes = {answer[1] for answer in pool.map(guard.call, [["sleep", 0.2]] * 4)}
     assert len(processes) == 4 and first in processes
-    assert len(guard._idle) == guarded.MAX_IDLE
+    assert len(guard._idle) == 4  # for as many calls at once
     guard._idle[0].stdin.close()  # as when the caller ends
     assert guard._idle[0].wait(20) == 0
     with pytest.raises(GuardError, match="no helper process starts"):

@@ -11,7 +11,7 @@ import pytest
 import refusals
 from mlx_flashhead.index import files
 from mlx_flashhead.index.settings import FlashHeadConfig
-from mlx_flashhead.models.libraries import load_dense
+from mlx_flashhead.models.loading import load_dense
 from model_folders import contents, write_model
 from tiny_models import tiny_index
 

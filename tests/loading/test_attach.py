@@ -16,8 +16,8 @@ from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, write_companion
 from mlx_flashhead.loading import sources as cache
 from mlx_flashhead.loading.head_options import DENSE, HeadOptions
 from mlx_flashhead.loading.load import attach, attach_head, load, load_with_head, sharded_load
+from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.install import detach, get_flash_head
-from mlx_flashhead.models.libraries import UnsupportedHeadError
 from mlx_flashhead.models.locate import find_head
 from model_folders import contents, write_model
 from tiny_models import tiny_index, tiny_model

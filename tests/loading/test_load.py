@@ -13,7 +13,7 @@ from mlx_flashhead.index.files import write_index
 from mlx_flashhead.loading.head_options import REFUSE, HeadOptions
 from mlx_flashhead.loading.load import load, load_with_head
 from mlx_flashhead.models.install import get_flash_head
-from mlx_flashhead.models.libraries import load_dense
+from mlx_flashhead.models.loading import load_dense
 from model_folders import write_model
 from refusals import refused
 from tiny_models import tiny_index

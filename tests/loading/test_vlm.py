@@ -14,7 +14,7 @@ from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.loading.load import attach
 from mlx_flashhead.models.install import detach
-from mlx_flashhead.models.libraries import ProcessorText, text_side
+from mlx_flashhead.models.vlm import ProcessorText, text_side
 from model_folders import write_model
 from tiny_models import parameters, tiny_index
 from vlm_folders import MARKS, write_picture, write_vision_model

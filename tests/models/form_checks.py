@@ -10,8 +10,8 @@ import pytest
 from architecture_configs import VOCAB_SIZE
 from architectures import REFUSED, Form, examine
 from emulated_mlx_lm import emulated
+from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.install import get_flash_head, install
-from mlx_flashhead.models.libraries import UnsupportedHeadError
 from mlx_flashhead.models.locate import HeadLocation, recorded_hidden
 from tiny_models import install_index, tiny_index
 

@@ -13,7 +13,7 @@ from mlx_flashhead.index.files import FILE_NAME, write_companion
 from mlx_flashhead.models import fetch
 from mlx_flashhead.models.compat.patching import put_in_place
 from mlx_flashhead.models.fetch import resolve
-from mlx_flashhead.models.libraries import load_dense
+from mlx_flashhead.models.loading import load_dense
 from refusals import refused
 from tiny_models import tiny_index, tiny_model
 

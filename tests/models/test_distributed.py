@@ -13,7 +13,7 @@ import mlx.nn as nn
 import pytest
 
 from mlx_flashhead import convert, generate, load
-from mlx_flashhead.models.libraries import _check_attention_heads
+from mlx_flashhead.models.loading import _check_attention_heads
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
 

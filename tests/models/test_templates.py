@@ -6,8 +6,8 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead.common.guarded import Guard
-from mlx_flashhead.models import libraries
-from mlx_flashhead.models.libraries import apply_template, template_variables
+from mlx_flashhead.models import templates
+from mlx_flashhead.models.templates import apply_template, template_variables
 from model_folders import write_model
 
 MESSAGES = [
@@ -88,8 +88,8 @@ MEMORY, TIME = "it takes more than 512 MB of memory", "it takes more than 0.5 se
 )
 def test_what_fails_or_takes_too_much(tokenizer, monkeypatch, template, said):
     if said == TIME:
-        guard = Guard(libraries._GUARD.path, seconds=0.5)
-        monkeypatch.setattr(libraries, "_GUARD", guard)
+        guard = Guard(templates._GUARD.path, seconds=0.5)
+        monkeypatch.setattr(templates, "_GUARD", guard)
     with pytest.raises(ValueError, match="chat template cannot be filled in") as raised:
         apply_template(tokenizer(template), MESSAGES, remedy="shorten it")
     assert said in str(raised.value) and "\n" not in str(raised.value)

@@ -12,8 +12,8 @@ from mlx_vlm.models.cache import make_prompt_cache
 import architectures as script
 from architecture_configs import VOCAB_SIZE
 from form_checks import by_form, check_form, check_other, on_this_machine
-from mlx_flashhead.models.libraries import embeddings
 from mlx_flashhead.models.locate import find_head
+from mlx_flashhead.models.vlm import embeddings
 from vlm_configs import PICTURES
 from vlm_models import picture, tiny_vlm, vlm_architectures
 

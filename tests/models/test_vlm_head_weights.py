@@ -16,7 +16,7 @@ from mlx_vlm.speculative.ops import linear
 
 from mlx_flashhead.head.clustered import ClusteredRows
 from mlx_flashhead.models.install import detach, get_flash_head
-from mlx_flashhead.models.libraries import forward
+from mlx_flashhead.models.vlm import forward
 from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
 from vlm_texts import write_alone, write_together

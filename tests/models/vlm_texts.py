@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_vlm.generate.ar import BatchGenerator, generate_step
 from mlx_vlm.utils import StoppingCriteria
 
-from mlx_flashhead.models.libraries import embeddings
+from mlx_flashhead.models.vlm import embeddings
 
 
 def write_together(

@@ -4,7 +4,6 @@ import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -142,9 +141,3 @@ def make_text_state_machine(tokenizer: Any) -> TextStateMachine:
             edges.append((tokenizer.tool_call_start, "tool"))
         transitions["tool"] = [(tokenizer.tool_call_end, "normal")]
     return TextStateMachine(transitions)
-
-
-def let_thread_draw() -> None:
-    """Lets a thread besides the main one draw: up to 0.32.0 its compiled draws are all the same."""
-    if version("mlx") in ("0.31.2", "0.32.0"):
-        mx.disable_compile()

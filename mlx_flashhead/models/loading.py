@@ -1,0 +1,144 @@
+"""Loads dense models with mlx-lm: whole ones and parts, with errors of one sentence."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..index.files import is_companion
+from .compat.mlx_lm import load, load_adapters, sharded_load
+from .fetch import reason
+
+UNKNOWN_CONTEXT = 32768  # of a model whose configuration and tokenizer do not give it
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+def load_dense(
+    folder: Path, *, adapter_path: str | None = None, **kwargs: Any
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Loads a dense model as ``mlx_lm.load`` does.
+
+    Args:
+        folder: The model's folder.
+        adapter_path: Adapters to put on it.
+        kwargs: Other arguments of ``mlx_lm.load``.
+
+    Returns:
+        The model, its tokenizer and its configuration.
+
+    Raises:
+        ValueError: If mlx-lm cannot load it, in one sentence.
+    """
+    if is_companion(folder):
+        raise ValueError(
+            f"{folder} is a FlashHead without its model: give it as `flash_head` of its model."
+        )
+    try:
+        loaded: Any = load(str(folder), return_config=True, **kwargs)
+    except (SystemExit, Exception) as error:  # code of models, and of damaged settings, raises any
+        cause = reason(error)
+        remedy = "check or fetch it again"
+        if isinstance(error, SystemExit):
+            if error.code != 1:  # the user ended the program
+                raise
+            cause = "a package is missing, as printed above"  # of some architectures
+        elif "trust_remote_code" in str(error):
+            remedy = "if you trust its code, add `trust_remote_code=True`"
+        raise ValueError(
+            f"mlx-lm cannot load the model in {folder} ({cause}): {remedy}."
+        ) from error
+    model, tokenizer, config = loaded
+    if adapter_path is not None:
+        try:
+            model = load_adapters(model, adapter_path)
+        except Exception as error:  # any, as above
+            raise ValueError(
+                f"The adapters in {adapter_path} cannot be put on this model ({reason(error)}): "
+                "check `adapter_path`."
+            ) from error
+        model.eval()
+    return model, tokenizer, config
+
+
+def load_dense_part(
+    path_or_hf_repo: str,
+    pipeline_group: mx.distributed.Group | None = None,
+    tensor_group: mx.distributed.Group | None = None,
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Loads this process's part of a dense model.
+
+    Every process has the whole head, so each finds the same token by itself.
+
+    Args:
+        path_or_hf_repo: The model's folder or repository.
+        pipeline_group: Processes that share the layers out.
+        tensor_group: Processes that share each layer.
+        tokenizer_config: Arguments of the tokenizer.
+        trust_remote_code: Allow the repository's own code.
+
+    Returns:
+        The model, its tokenizer and its configuration.
+
+    Raises:
+        ValueError: If mlx-lm cannot split it between the processes.
+    """
+    source = os.path.expanduser(path_or_hf_repo)  # a repository's name stays
+    # mlx-lm's default allows a tokenizer's own code
+    tokenizer_config = tokenizer_config or {"trust_remote_code": trust_remote_code}
+    try:
+        loaded: Any = sharded_load(
+            source,
+            pipeline_group,
+            tensor_group,
+            return_config=True,
+            tokenizer_config=tokenizer_config,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:  # each model has its own shard() with its own errors
+        no = "" if pipeline_group is None else "no "
+        raise ValueError(
+            f"mlx-lm cannot split the model {path_or_hf_repo} between these processes "
+            f"({reason(error)}): use {no}`pipeline_group`, another number of processes, or one."
+        ) from error
+    model, tokenizer, config = loaded
+    if pipeline_group is None and hasattr(model, "shard"):
+        _check_attention_heads(config, (tensor_group or mx.distributed.init()).size())
+    return model, tokenizer, config
+
+
+def _check_attention_heads(config: dict[str, Any], processes: int) -> None:
+    """Raises a ValueError if the attention heads cannot be shared out.
+
+    mlx-lm rounds their numbers down and makes garbage.
+    """
+    config = config.get("text_config", config)
+    heads = config.get("num_attention_heads")
+    groups = config.get("num_key_value_heads", heads)
+    if not isinstance(heads, int) or not isinstance(groups, int):
+        return
+    # some models repeat their key-value heads if there are fewer of them than processes
+    if heads % processes or (groups % processes and processes % groups):
+        raise ValueError(
+            f"The model's {heads} attention heads ({groups} of keys and values) cannot be shared "
+            f"out to {processes} processes: use a number that divides both, or `pipeline_group`."
+        )
+
+
+def context_of(config: dict[str, Any], tokenizer: Any) -> int:
+    """The number of tokens in a model's context.
+
+    Args:
+        config: The model's configuration.
+        tokenizer: The model's tokenizer, for a configuration that does not give it.
+    """
+    for part in (config, config.get("text_config") or {}):
+        for key in _CONTEXT_KEYS:
+            if isinstance(part.get(key), int) and part[key] > 1:
+                return part[key]
+    length = tokenizer.model_max_length  # transformers writes 1e30 for unknown
+    return length if 1 < length <= 2**24 else UNKNOWN_CONTEXT

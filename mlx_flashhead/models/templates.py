@@ -1,0 +1,108 @@
+"""Prompts by the chat template of a tokenizer, within limits of time and memory."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PreTrainedTokenizerBase
+
+from ..common.guarded import Guard, GuardError
+
+_GUARD = Guard(Path(__file__).with_name("template_renderer.py"))
+
+
+def prompt_of(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a request: as a chat, or as a text where the model has no turns.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The request.
+    """
+    if not tokenizer.has_chat_template:
+        return list(tokenizer.encode(text))
+    messages = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
+def apply_template(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    *,
+    continue_final_message: bool = False,
+    remedy: str = "change the messages",
+    **options: Any,
+) -> str:
+    """Fills in the chat template of mlx-lm's or transformers' tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: The conversation.
+        continue_final_message: Leave the last message open, so that the model goes on with it.
+        remedy: What the error advises.
+        options: Those of transformers, such as ``tools``, and variables of the template.
+
+    Returns:
+        The text that the template makes of the messages.
+
+    Raises:
+        ValueError: If the template fails, or takes more than 5 seconds or 512 MB.
+    """
+    apply = partial(type(tokenizer).apply_chat_template, tokenizer, messages, tokenize=False)
+    template = _jinja_template(tokenizer, options.get("tools"))
+    text = ""
+    try:
+        if template is not None:
+            # transformers prepares messages, tools and variables, and writes those that are read
+            variables = apply(chat_template=_variables_template(template) or " ", **options)
+            text = _GUARD.call([template, f'{{{variables}"":0}}'])
+        if continue_final_message:  # what it makes is bounded above
+            text = apply(continue_final_message=True, **options)
+        elif template is None:
+            text = apply(**options)
+    except Exception as error:  # templates raise any type
+        raise ValueError(
+            f"The model's chat template cannot be filled in ({_reason(error)}): {remedy}."
+        ) from error
+    return text
+
+
+def _variables_template(template: str) -> str:
+    """A template that writes the variables of another one, as entries of a JSON object."""
+    entries = []
+    for name in _GUARD.call([template]):
+        entries.append(
+            f'{{% if {name} is defined %}}"{name}":{{{{ {name}|tojson }}}},{{% endif %}}'
+        )
+    return "".join(entries)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error of a template."""
+    line = str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
+    return f"it {line}" if isinstance(error, GuardError) else line
+
+
+def template_variables(tokenizer: Any) -> frozenset[str]:
+    """Names of the variables that a tokenizer's chat template reads, as far as it is Jinja's."""
+    template = _jinja_template(tokenizer, None)
+    if template is None:
+        return frozenset()
+    try:
+        return frozenset(_GUARD.call([template]))
+    except (GuardError, RuntimeError):  # the error is raised when it is filled in
+        return frozenset()
+
+
+def _jinja_template(tokenizer: Any, tools: Any) -> str | None:
+    """The template; None where code of mlx-lm or of the model is in its place."""
+    inner = tokenizer
+    if isinstance(tokenizer, TokenizerWrapper):
+        if tokenizer._chat_template is not None:
+            return None
+        inner = tokenizer._tokenizer
+    apply = getattr(type(inner), "apply_chat_template", None)
+    if apply is not PreTrainedTokenizerBase.apply_chat_template or not inner.chat_template:
+        return None
+    return inner.get_chat_template(tools=tools)
