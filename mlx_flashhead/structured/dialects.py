@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .lark import LarkRules, containing, literal, one_of, quoted_regex
-from .regexes import CharacterSet
+from .lark import LarkRules, literal, one_of
+from .regexes import CharacterSet, quoted_regex, without
 
 _ESCAPES = {
     '"': r"\"",
@@ -61,26 +61,25 @@ class Dialect:
         branches += [re.escape(text) for letter, text in _ESCAPES.items() if letter in allowed]
         return f"({'|'.join(branches)})"
 
-    def any_string(self) -> str:
-        """A regular expression of the inside of any string."""
+    def other_than(self, excluded: str) -> str:
+        """A regular expression of a written character that is none of these."""
+        known = "".join(rf"\x{{{ord(letter):x}}}" for letter in excluded)
         if not self.has_escapes:
-            return "(?s:.*)"
+            return rf"[^\x00{known}]"
         slash = "/" if self.has_slash_escape else ""
-        return rf'({_PLAIN}|\\["\\bfnrt{slash}]|{_BY_NUMBER})*'
+        return rf'[^"\\\x00-\x1f\x7f{known}]|\\["\\bfnrt{slash}]|{_BY_NUMBER}'
 
     def string(
         self, rules: LarkRules, marks: "Marks", inside: Sequence[str], never: Sequence[str] = ()
     ) -> str:
         """Strings whose inside matches all of ``inside`` and none of ``never``."""
-        inside = inside or [self.any_string()]
         if not self.has_escapes:
-            end = marks.text_until(rules, self.quote, inside, [*never, *self._forbidden_inside()])
+            end = marks.text_until(rules, self.quote, inside, never, forbidden=self.forbidden)
             return f"{marks.expression(self.quote)} {end}"
-        forbidden = [f'"{regex}"' for regex in (*never, *self._forbidden_inside())]
-        return rules.terminal([f'"{regex}"' for regex in inside], forbidden)
-
-    def _forbidden_inside(self) -> list[str]:
-        return [containing(text) for text in self.forbidden]
+        matching = [without(self.forbidden, self.other_than), *inside]
+        return rules.terminal(
+            [f'"({regex})"' for regex in matching], [f'"({regex})"' for regex in never]
+        )
 
     def key(self, name: str) -> str | None:
         """A listed key as it is written."""
@@ -138,18 +137,33 @@ class Marks:
         return " ".join(self._part(part) for part in self._split.split(text) if part)
 
     def text_until(
-        self, rules: LarkRules, mark: str, matching: Sequence[str], never: Sequence[str] = ()
+        self,
+        rules: LarkRules,
+        mark: str,
+        matching: Sequence[str] = (),
+        never: Sequence[str] = (),
+        *,
+        forbidden: Sequence[str] = (),
     ) -> str:
-        """A Lark expression of a text that does not hold ``mark``, and the mark after it."""
+        """A Lark expression of a text that ends at the first ``mark``, and the mark.
+
+        Args:
+            rules: Where its terminal goes.
+            mark: What follows the text, and does not occur in it.
+            matching: Regular expressions that the text matches, all of them.
+            never: Those that it does not match.
+            forbidden: Further texts that do not occur in it.
+        """
+        text = without([mark, *forbidden], BARE.other_than)
         first, *rest = [part for part in self._split.split(mark) if part]
         if first in self._special:
-            text = rules.terminal(matching, [*never, containing(mark)])
-            return f"{text} {self.expression(mark)}"
+            return f"{rules.terminal([text, *matching], never)} {self.expression(mark)}"
         # one terminal, since the longest one counts: a text by itself would take the mark's letters
         end = quoted_regex(first)
-        others = [f"({regex}){end}" for regex in never]
-        others.append(f"(?s:.*){end}(?s:.+)")
-        whole = rules.terminal([f"({regex}){end}" for regex in matching], others)
+        whole = rules.terminal(
+            [f"({regex}){end}" for regex in (text, *matching)],
+            [f"({regex}){end}" for regex in never],
+        )
         return " ".join([whole, *map(self._part, rest)])
 
     def _part(self, part: str) -> str:

@@ -44,19 +44,6 @@ def regex_literal(regex: str) -> str:
     return "/" + regex.replace("/", r"\/").replace("\n", r"\n") + "/"
 
 
-def quoted_regex(text: str) -> str:
-    """A regular expression of exactly this text."""
-    return "".join(
-        letter if letter.isascii() and letter.isalnum() else rf"\x{{{ord(letter):x}}}"
-        for letter in text
-    )
-
-
-def containing(text: str) -> str:
-    """A regular expression of texts in which ``text`` occurs."""
-    return f"(?s:.*){quoted_regex(text)}(?s:.*)"
-
-
 def one_of(expressions: Iterable[str]) -> str:
     """A Lark expression of one of several, of which one may be nothing."""
     distinct = list(dict.fromkeys(expressions))

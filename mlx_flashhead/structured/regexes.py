@@ -4,8 +4,9 @@ What comes out is in the syntax of Rust's `regex`, which llguidance reads.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 _SHORTHANDS: dict[str, Callable[[str], bool]] = {
     "d": lambda character: character in "0123456789",
@@ -209,3 +210,69 @@ def _anchored(branch: list[str], anything: str, begins: bool, ends: bool) -> str
     before = "" if begins else anything
     after = "" if ends else anything
     return before + "".join(branch) + after
+
+
+def without(marks: Iterable[str], other_than: Callable[[str], str]) -> str:
+    """Texts in which none of some marks occurs.
+
+    One expression without a complement, which would make masks slow.
+
+    Args:
+        marks: Texts. Where one is longer than a character, its first one is in no other place of
+            any of them.
+        other_than: The regular expression of a character that is none of these.
+    """
+    marks = list(marks)
+    least = [mark for mark in marks if not any(other in mark for other in marks if other != mark)]
+    single = "".join(mark for mark in least if len(mark) == 1)
+    longer = [mark for mark in least if len(mark) > 1]
+    starts = "".join(dict.fromkeys(mark[0] for mark in longer))
+    others = other_than(single + starts)
+    if not longer:
+        return f"({others})*"
+    tree = _tree_of(longer)
+    begun = "|".join(f"{quoted_regex(start)}{_begun(tree[start])}" for start in starts)
+    left = "|".join(
+        f"{quoted_regex(start)}{_left(tree[start], single + starts, other_than)}"
+        for start in starts
+    )
+    return f"({others}|({begun})*({left}))*({begun})*"
+
+
+def _tree_of(marks: list[str]) -> dict[str, Any]:
+    """The marks as a tree of characters, in which each ends with an empty branch."""
+    tree: dict[str, Any] = {}
+    for mark in marks:
+        branch = tree
+        for character in mark:
+            branch = branch.setdefault(character, {})
+    return tree
+
+
+def _begun(branch: dict[str, Any]) -> str:
+    """What may follow the beginning of a mark, up to before its last character."""
+    further = [
+        f"{quoted_regex(character)}{_begun(rest)}" for character, rest in branch.items() if rest
+    ]
+    return f"({'|'.join(further)})?" if further else ""
+
+
+def _left(branch: dict[str, Any], excluded: str, other_than: Callable[[str], str]) -> str:
+    """What follows the beginning of a mark up to a character that is not the mark's."""
+    further = [other_than(excluded + "".join(branch))]
+    for character, rest in branch.items():
+        if rest:
+            further.append(f"{quoted_regex(character)}{_left(rest, excluded, other_than)}")
+    return f"({'|'.join(further)})"
+
+
+def quoted_regex(text: str) -> str:
+    """A regular expression of exactly this text."""
+    return "".join(
+        letter if letter.isascii() and letter.isalnum() else _escaped(letter) for letter in text
+    )
+
+
+def containing(text: str) -> str:
+    """A regular expression of texts in which ``text`` occurs."""
+    return f"(?s:.*){quoted_regex(text)}(?s:.*)"

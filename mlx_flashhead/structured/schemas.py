@@ -6,7 +6,6 @@ left out. What a grammar cannot follow is a ValueError: nothing that limits a va
 """
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -152,9 +151,9 @@ def fits(value: Any, plain: Plain) -> bool:
     if kind is not None and not _is_a(value, kind):
         return False
     if isinstance(value, str):
-        if not plain.get("minLength", 0) <= len(value) <= plain.get("maxLength", len(value)):
-            return False
-        return all(re.search(pattern, value) for pattern in plain.get("patterns", ()))
+        if "patterns" in plain:
+            raise ValueError('"enum" with "pattern" is not supported')
+        return plain.get("minLength", 0) <= len(value) <= plain.get("maxLength", len(value))
     if isinstance(value, int | float) and not isinstance(value, bool):
         return (
             plain.get("minimum", value) <= value <= plain.get("maximum", value)
@@ -182,7 +181,7 @@ def _base(schema: dict[str, Any]) -> Plain:
             values = [value for value in values if _equal(value, schema["const"])]
         base["enum"] = values
     patterns = [schema["pattern"]] if "pattern" in schema else []
-    if schema.get("format") in _FORMATS:
+    if schema.get("format") in _FORMATS and "enum" not in base:
         patterns.append(_FORMATS[schema["format"]])
     if patterns:
         base["patterns"] = patterns

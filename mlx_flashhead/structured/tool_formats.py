@@ -22,15 +22,15 @@ from .dialects import (
     json_dialect,
     python_dialect,
 )
-from .lark import LarkRules, containing, literal, one_of, quoted_regex
+from .lark import LarkRules, literal, one_of
+from .regexes import containing, quoted_regex
 from .schemas import Plain, Schemas, listed_properties, types_of
 from .values import Brackets, ValueRules, string_regexes
 
 # Strings without quotes beside JSON's values: what no reader takes for a literal.
-_BARE_WORD = r"""[A-Za-z][^'"()\[\]{}\\<>\x00-\x1f\x7f]{0,200}"""
+_BARE_WORD = r"""[A-Za-z]([^'"()\[\]{}\\<>\x00-\x1f\x7f]{0,80}[^'"()\[\]{}\\<>\x00-\x1f\x7f\s])?"""
 _LITERAL = "(?i:true|false|null|none|nan|infinity|inf|nil|yes|no|on|off)([^A-Za-z0-9_](?s:.*))?"
-_BEGINS_WITH_SPACE = r"[\s\x1c-\x1f](?s:.*)"
-_ENDS_WITH_SPACE = r"(?s:.*)[\s\x1c-\x1f]"
+_WITHOUT_SPACE_AROUND = r"([^\s\x1c-\x1f]((?s:.*)[^\s\x1c-\x1f])?)?"
 _CDATA = ("<![CDATA[", "]]>")
 # What Python's JSON reads, and more.
 _LIKE_JSON = (
@@ -76,8 +76,13 @@ class CallFormat:
         for tool in tools:
             try:
                 call = self._checked_call(tool)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"The tool {tool.name!r:.60} cannot be called: {error}.") from None
+            except (TypeError, AttributeError, KeyError, ArithmeticError):
+                problem = "its parameters are no JSON schema"
+                raise ValueError(
+                    f"The tool {tool.name!r:.60} cannot be called: {problem}."
+                ) from None
             calls.append(self.rules.rule(call))
         any_call = self.rules.rule(one_of(calls))
         return self.calls(any_call, several=several and self.several_in_section)
@@ -264,9 +269,9 @@ class KimiK3(CallFormat):
             inside = string_regexes(plain, BARE)
             if inside is None:
                 return []
-            never = [containing(mark) for mark in self._FORBIDDEN]
-            text = self.marks.text_until(self.rules, closing, inside or ["(?s:.*)"], never)
-            return [("string", text)]
+            forbidden = self._FORBIDDEN
+            string = self.marks.text_until(self.rules, closing, inside, forbidden=forbidden)
+            return [("string", string)]
         if "enum" not in plain:
             expression = values.any_of([plain])
             return [] if expression is None else [(plain["type"], f"{expression} {end}")]
@@ -435,22 +440,21 @@ class TaggedFormat(CallFormat):
         inside = string_regexes(plain, BARE)
         if inside is None:
             return []
-        others = [*never, *(containing(mark) for mark in self.forbidden)]
-        if inside and self.strips:
-            others += [_BEGINS_WITH_SPACE, _ENDS_WITH_SPACE]
+        matching = [*inside, _WITHOUT_SPACE_AROUND] if inside and self.strips else inside
         if self.null_is_none:
-            others.append(r"\s*(?i:null)\s*" if self.strips else "(?i:null)")
-        matching = inside or ["(?s:.*)"]
-        return [self.marks.text_until(self.rules, self.closing, matching, others)]
+            never = [*never, r"\s*(?i:null)\s*" if self.strips else "(?i:null)"]
+        forbidden = self.forbidden
+        return [
+            self.marks.text_until(self.rules, self.closing, matching, never, forbidden=forbidden)
+        ]
 
     def _bare_word(self, plain: Plain) -> list[str]:
         """A string beside JSON's values, without quotes."""
         inside = string_regexes(plain, BARE)
         if inside is None:
             return []
-        never = [_LITERAL, _ENDS_WITH_SPACE, *(containing(mark) for mark in self.forbidden)]
         matching = [_BARE_WORD, *inside]
-        return [self.marks.text_until(self.rules, self.closing, matching, never)]
+        return [self.marks.text_until(self.rules, self.closing, matching, [_LITERAL])]
 
     def _spellings(self, value: Any, is_text: bool, dialect: Dialect) -> list[str]:
         """How a value of an enumeration may be written."""
@@ -610,9 +614,10 @@ class MiniCpm5(TaggedFormat):
             null = r"\s*<!\[CDATA\[(?i:null)\]\]>\s*"
             return super()._text(plain, values, never=[*never, null])
         bare = super()._text(plain, values, never=[*never, quoted_regex(_CDATA[0]) + "(?s:.*)"])
-        marks = (self.closing, _CDATA[1], *self.forbidden)
-        others = [*map(containing, marks), "(?i:null)"]
-        block = self.marks.text_until(self.rules, _CDATA[1] + self.closing, inside, others)
+        others = [containing(_CDATA[1]), "(?i:null)"]
+        end = _CDATA[1] + self.closing
+        forbidden = (self.closing, *self.forbidden)
+        block = self.marks.text_until(self.rules, end, inside, others, forbidden=forbidden)
         return [*bare, f"{self.marks.expression(_CDATA[0])} {block}"]
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .dialects import Dialect, Marks
-from .lark import LarkRules, one_of, quoted_regex
+from .lark import LarkRules, one_of
 from .numbers import ANY_NUMBER, bounds_of, integer_regex, number_regex
-from .regexes import ANY_CHARACTER, written_pattern
+from .regexes import ANY_CHARACTER, quoted_regex, written_pattern
 from .schemas import MAX_DEPTH, Plain, Schemas, allows_more, listed_properties
 
 FREE_LEVELS = 6  # of a value that may be anything: lists and objects within each other
@@ -174,7 +174,7 @@ class ValueRules:
         if self.dialect.free_key:
             return self.rules.terminal([self.dialect.free_key], map(quoted_regex, listed))
         # a character has one way to be written here, so that a listed name is known as such
-        inside = [self.dialect.character(ANY_CHARACTER) + "{0,60}"]
+        inside = [self.dialect.character(ANY_CHARACTER) + "*"]
         if self.dialect.has_escapes:
             listed = [json.dumps(name, ensure_ascii=False)[1:-1] for name in listed]
         never = [quoted_regex(name) for name in listed]
