@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..head.flash_head import FlashHead
-from ..head.steps import Proposal
+from ..head.proposal import Tolerance
 from ..models.cpu_products import numpy_is_faster, slot_products, to_mlx
 
 CLASSES = (1, 2, 4, 8, 16, 32)  # sizes of a product whose kernels and rounding are the same
@@ -71,15 +71,13 @@ class Rounding:
     product: float  # of a product of several states, relative to both lengths
     scored: float  # of a scored token's logit, likewise; 0 if it is the same number
 
-    def rooms(self, proposal: Proposal, depth: mx.array | float = 0.0) -> tuple[mx.array, mx.array]:
-        """The room of a logit of the product, and of a scored one: (k,) float32 each. ``depth``
-        (k,): how far below the best logit a token may still win, by its noise."""
-        norms = mx.linalg.norm(proposal.hidden.astype(mx.float32), axis=-1)
+    def tolerance(self, hidden: mx.array) -> Tolerance:
+        """How far logits of states (k, D) may lie from those of each state alone."""
+        norms = mx.linalg.norm(hidden.astype(mx.float32), axis=-1)
         terms = norms * self.longest + self.longest
-        best = mx.max(proposal.logits.flatten(1), axis=-1).astype(mx.float32)
-        last_places = ULPS * self.epsilon * (mx.abs(best) + depth) if self.epsilon > 1e-6 else 0.0
-        room = self.product * terms + last_places
-        return room, self.scored * terms + last_places if self.scored else mx.zeros_like(room)
+        product = self.product * terms
+        scored = self.scored * terms if self.scored else mx.zeros_like(product)
+        return Tolerance(product, scored, ULPS * self.epsilon if self.epsilon > 1e-6 else 0.0)
 
 
 _roundings: WeakKeyDictionary[FlashHead, dict[Any, Rounding]] = WeakKeyDictionary()
