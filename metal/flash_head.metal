@@ -80,7 +80,7 @@ template <typename T, int D, int C, int WORDS>
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   flash_head::route<D, C, 1>(
-      flash_head::affine_rows<D, 4, 64, WORDS>(weight, scales, biases),
+      flash_head::affine_rows<D, 4, 64, WORDS, float>(weight, scales, biases),
       hidden, route_bias, scores, n_hidden, group, simdgroup, lane);
 }
 
@@ -140,7 +140,7 @@ template <typename T, int D, int N, int V, bool PADDED, int WORDS>
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup uint shared[flash_head::SCORE_SIMDGROUPS];
   flash_head::score<D, N, V, PADDED, T, T, NoMap<T>>(
-      flash_head::affine_rows<D, 4, 64, WORDS>(weight, scales, biases),
+      flash_head::affine_rows<D, 4, 64, WORDS, float>(weight, scales, biases),
       hidden, probes, token_ids, flash_head::NoBias{}, logits, best, shared,
       groups.x, group, simdgroup, lane);
 }

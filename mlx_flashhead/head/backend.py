@@ -13,6 +13,7 @@ import mlx.core as mx
 from .clustered import ClusteredRows, in_token_order
 from .draw import Draws, DrawSettings, gpu_is_default, position_key
 from .kernels import MetalSteps
+from .matrix import Matrix
 from .proposal import Candidates, Proposal, Selection, Tolerance
 from .steps import PortableSteps, unscored
 
@@ -26,6 +27,8 @@ log = logging.getLogger("mlx_flashhead")
 # Allowed difference, relative to the size of the products: only the order of additions and the
 # rounding of results differ. A lane that is left out changes a product by a sixth of its size.
 UNITS, LEAST = 2, 1e-3
+
+N_STATES = 3  # whose dense logits are compared
 
 # The constants of the same names in metal/flash_head/constants.h.
 SELECT_BINS, BINS_PER_NAT = 4096, 64.0
@@ -200,6 +203,26 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
     screens = [path.screen(slots, both, draws, tolerance, 0.0) for path in (steps, plain)]
     for one, other in zip(*screens, strict=True):
         yield one, other, rounding
+
+
+def check_dense_rows(steps: PortableSteps, rows: Matrix, dtype: mx.Dtype) -> None:
+    """Compares the dense logits of single states with those of the model's own rows. Where they are
+    not the same numbers, the steps multiply the rows in the model's order from now on. Evaluates.
+
+    Args:
+        steps: Of a head made of ``rows``.
+        rows: (V, D), in token order.
+        dtype: Of the hidden states.
+    """
+    for seed in range(N_STATES):
+        hidden = mx.random.normal((1, rows.hidden_size), key=mx.random.key(seed)).astype(dtype)
+        if not mx.array_equal(steps.dense(hidden), rows.matmul(hidden)).item():
+            steps.gathers_rows = True
+            log.warning(
+                "This version of MLX multiplies reordered rows in another order of sums: where "
+                "FlashHead needs dense logits it puts the rows in order first, which takes longer."
+            )
+            return
 
 
 def scored_logits_agree(steps: PortableSteps, dtype: mx.Dtype) -> float:

@@ -10,9 +10,9 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from .backend import PORTABLE, check_kernels, choose_backend, make_steps
+from .backend import PORTABLE, check_dense_rows, check_kernels, choose_backend, make_steps
 from .clustered import Centroids, ClusteredRows
-from .draw import Draws
+from .draw import Draws, gpu_is_default
 from .kernels import MetalSteps
 from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
@@ -73,11 +73,14 @@ class FlashHead:
 
     def __getstate__(self) -> dict:
         """Without what belongs to this process: kernels, and who intercepts calls."""
-        return {k: v for k, v in vars(self).items() if k != "steps"} | {"_project": None}
+        state = {k: v for k, v in vars(self).items() if k != "steps"} | {"_project": None}
+        return state | {"_gathers_rows": self.steps.gathers_rows}
 
     def __setstate__(self, state: dict) -> None:
+        gathers_rows = state.pop("_gathers_rows")
         vars(self).update(state)
         self.steps, reason = make_steps(self.clustered, self._requested_backend)
+        self.steps.gathers_rows = gathers_rows
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
             self.backend_reason = reason
 
@@ -122,13 +125,16 @@ class FlashHead:
         """All arrays of this head, for ``mx.eval`` and for measuring memory."""
         return [*self.clustered.arrays(), *self.steps.arrays()]
 
-    def check_kernels(self, dtype: mx.Dtype) -> None:
+    def check_kernels(self, dtype: mx.Dtype, rows: Matrix | None = None) -> None:
         """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path, or
-        raises a ValueError where the backend "metal" was requested by name."""
+        raises a ValueError where the backend "metal" was requested by name. On an Apple GPU the
+        dense logits are compared with those of ``rows``, the model's own in token order."""
         if reason := check_kernels(self.steps, self._requested_backend, dtype, self.n_probes):
             self.steps, self.backend_reason = PortableSteps(self.clustered), reason
         if self.backend == PORTABLE:
             self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
+        if rows is not None and gpu_is_default():
+            check_dense_rows(self.steps, rows, dtype)
 
     def applies(self, logit_map: LogitMap, dtype: mx.Dtype) -> bool:
         """Whether the steps map logits of ``dtype`` as MLX's operations do: in 16 bits all to the

@@ -57,8 +57,9 @@ threadgroup uint place[1];
 threadgroup float shared[flash_head::TALLY * flash_head::WIDE_SIMDGROUPS];
 flash_head::screen<C, N, V, PADDED, MASKED, {LOGIT_MAP}>(
     slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, relative,
-    allowed, parts, marks, place, shared, logits_shape[1], threadgroups_per_grid.x, threadgroup_position_in_grid,
-    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    allowed, parts, marks, place, shared, logits_shape[1], threadgroups_per_grid.x,
+    threadgroup_position_in_grid, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);
 """
 CERTAIN_BODY = f"""
 threadgroup float shared[(flash_head::TALLY + 2) * flash_head::ROW_SIMDGROUPS];
@@ -97,7 +98,7 @@ def part(name: str) -> str:
 
 @cache
 def header(*names: str) -> str:
-    """The files that a kernel needs, "constants", "values" and "logit_map" first, without comments and
+    """The files that a kernel needs, those that all need first, without comments and
     indentation: MLX copies and hashes this text at every call of a kernel (docs/speed.md)."""
     text = "\n".join(map(part, ("constants", "values", "logit_map", *names)))
     lines = (line.split("//")[0].strip() for line in text.splitlines())

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from . import kernel_text as text
 from .clustered import ClusteredRows
+from .dense_kernels import DenseKernel, dense_kernel
 from .draw import ROW_THREADS, Draws
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
@@ -24,7 +25,6 @@ TALLIED = 10
 MIN_PROBES = 8
 
 JOINED = 8  # sources of a join: Metal has 31 buffers
-PACKS = {5: 8, 6: 4}  # values of a pack, where it is not a word
 SHARED_POSITIONS = 4  # that share one reading of the centroids
 # Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions.
 # Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
@@ -36,15 +36,13 @@ class _StoredRows:
 
     def __init__(self, stored: Matrix, n_rows: int):
         maker, names = cast(str, stored.format.metal), stored.format.arrays
+        self.kernel: DenseKernel = dense_kernel(stored, n_rows)
         self.inputs = " ".join(names)
         self.arrays = [stored.arrays()[name] for name in names]
         self.sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
         if stored.quantized:
-            # Packs that a lane takes at once, words of 32 bits, of 5 and 6 bits 8 and 4 values: as
-            # qmv in MLX's quantized.cpp does.
-            pack = PACKS.get(stored.bits, 32 // stored.bits)
-            two = stored.hidden_size % (2 * LANES * pack) == 0 and n_rows % 8 == 0
-            self.sizes["WORDS"] = 2 if two else 1
+            # qmv_quad takes more: then only the order of the sums is another one
+            self.sizes["WORDS"] = max(1, self.kernel.packs)
         self.names = " ".join(name for name in self.sizes if name in maker)
         self.expression = f"flash_head::{maker}({', '.join(names)})"
         self.files = f"{maker.partition('_rows')[0]} dot"
@@ -74,6 +72,7 @@ class MetalSteps(PortableSteps):
         if self.reads_rows:
             stored = _StoredRows(clustered.rows, n_rows)
             bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
+            self._adds_in_dtype = stored.kernel.added > 1
             self._score_arrays = [clustered.token_ids, *stored.arrays, *bias]
             inputs = f"hidden probes token_ids {stored.inputs}" + " bias" * len(bias)
             names = {"rows": stored.expression, "bias": "bias" if bias else "flash_head::NoBias{}"}
@@ -142,7 +141,8 @@ class MetalSteps(PortableSteps):
         shared = 1 if n_positions == 1 else SHARED_POSITIONS
         groups = -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS)), -(-n_positions // shared)
         scores = (n_positions, n_clusters), mx.float32
-        return self._route([hidden, *self._route_arrays], *groups, scores, H=shared)[0]
+        arrays = [hidden, *self._route_arrays]
+        return self._route(arrays, *groups, scores, H=shared, SUM=mx.float32)[0]
 
     def mapped(self, values: mx.array, logit_map: LogitMap) -> mx.array:
         """Each of the values (n,) mapped as the kernels do it: at least 8 of them."""
@@ -187,8 +187,9 @@ class MetalSteps(PortableSteps):
         shape = n_positions, held, self.clustered.cluster_size
         raw = rows.logits_dtype(hidden.dtype)
         results = (shape, logit_map.result_dtype(raw)), (shape[:2], mx.float32)
-        template = {"PRODUCT": rows.product_dtype(hidden.dtype), "RAW": raw}
-        template |= logit_map.template(raw)
+        product = rows.product_dtype(hidden.dtype)
+        sums = product if self._adds_in_dtype else mx.float32
+        template = {"PRODUCT": product, "SUM": sums, "RAW": raw, **logit_map.template(raw)}
         arrays = [hidden, probes, *self._score_arrays]
         logits, best = self._score(arrays, held, n_positions, *results, **template)
         return Candidates(logits, best)
@@ -215,9 +216,7 @@ class MetalSteps(PortableSteps):
         arrays += [selection.unscored, *settings, mx.array(risk)]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
         template = logit_map.template(logits.dtype)
-        tokens, chances = self._sample(
-            arrays, 1, n_positions, *results, T=logits.dtype, **template
-        )
+        tokens, chances = self._sample(arrays, 1, n_positions, *results, T=logits.dtype, **template)
         return tokens, chances
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:

@@ -7,6 +7,7 @@ head's. Each step that looks at logits applies these numbers to what it looks at
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -78,7 +79,7 @@ class LogitMap:
         """How far the roundings of two values of ``dtype`` may move them apart, relative."""
         return self.n_roundings * mx.finfo(self.result_dtype(dtype)).eps
 
-    def template(self, dtype: mx.Dtype) -> dict[str, int | mx.Dtype]:
+    def template(self, dtype: mx.Dtype) -> dict[str, Any]:
         """The template arguments of a kernel for logits of ``dtype``, of which numbers are their
         float32's bits and 0 is a step left out."""
         mapped = self.result_dtype(dtype)
@@ -129,17 +130,17 @@ def _rises(candidate: LogitMap, rising: mx.array) -> bool:
 
 def _candidates(function: Function, dtype: mx.Dtype, result: mx.Dtype) -> Iterator[LogitMap]:
     """Maps that ``function`` may be, by what it makes of a tiny and a huge logit in float32."""
-    cast = None if dtype == result else result
+    cast_to = None if dtype == result else result
     probes = function(mx.array([2.0**-10, HUGE], mx.float32)).astype(mx.float32)
-    tiny, huge = (float(each) for each in probes.tolist())  # type: ignore[union-attr]
+    tiny, huge = cast(list[float], probes.tolist())
     slope = tiny * 2.0**10
     if not (slope > 0 and huge > 0 and np.isfinite([slope, huge]).all()):
         return
     cap = huge if huge < slope * HUGE / 2 else 0.0
     for multiplier in _near(slope):
-        yield LogitMap(multiplier=multiplier, cap=cap, dtype=cast)
+        yield LogitMap(multiplier=multiplier, cap=cap, dtype=cast_to)
     for divisor in _near(1 / slope):
-        yield LogitMap(divisor=divisor, cap=cap, dtype=cast)
+        yield LogitMap(divisor=divisor, cap=cap, dtype=cast_to)
 
 
 def _near(number: float) -> list[float]:

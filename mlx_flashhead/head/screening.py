@@ -115,8 +115,8 @@ def _scored(
     rest = mx.where(is_own, LOWEST, logits)
     second = mx.maximum(mx.max(rest, axis=-1, keepdims=True), LOWEST)
     absolute = (logit_map.slope * tolerance.scored)[:, None]
-    share = tolerance.relative + logit_map.rounding(dtype)
-    share = mx.where(absolute > 0, share, 0.0) + logit_map.slack(dtype)
+    rounding = tolerance.relative + logit_map.rounding(dtype)
+    share = mx.where(absolute > 0, rounding, 0.0) + logit_map.slack(dtype)
 
     def interval(values: mx.array) -> Interval:
         return Interval(values, absolute + share * mx.abs(values))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 from .clustered import ClusteredRows, in_token_order
+from .dense_kernels import dense_ranges
 from .draw import Draws, draw, noise
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
@@ -83,7 +84,7 @@ def unscored(
     Args:
         scores: (R, C) float32, the log of the summed exponentials of each cluster's logits.
         probes: (R, p) uint32.
-        logit_map: What the model does to the logits, of which the tokens of a cluster have the same.
+        logit_map: What the model does to the logits, if those of a cluster are all the same.
         cluster_size: Tokens of a cluster.
 
     Returns:
@@ -122,12 +123,18 @@ class PortableSteps:
 
     name = "mlx"
     float16_rows: Matrix | None = None  # all rows, for :meth:`verifying_product` on some GPUs
+    gathers_rows = False  # whether :meth:`dense` of one state multiplies the rows in token order
 
     def __init__(self, clustered: ClusteredRows):
         self.clustered = clustered
         self._on_cpu = mx.default_device().type == mx.cpu
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
         self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
+        self._ranges: list[tuple[int, int, int]] = []
+        if mx.metal.is_available():
+            n_slots = clustered.token_ids.size
+            self._ranges = dense_ranges(clustered.rows, clustered.vocab_size, n_slots)
+            self.gathers_rows = not self._ranges
 
     def arrays(self) -> list[mx.array]:
         return [] if self._centroids is None else [self._centroids]
@@ -149,8 +156,24 @@ class PortableSteps:
         return logits.astype(self.clustered.rows.logits_dtype(hidden.dtype))
 
     def dense(self, hidden: mx.array) -> mx.array:
-        """Logits of all tokens: hidden (R, D) → (R, V)."""
-        return in_token_order(self.product(hidden), self.clustered.slot_of)
+        """Logits of all tokens: hidden (R, D) → (R, V). Of one state they are those of the model's
+        own rows on an Apple GPU, to the last bit."""
+        if len(hidden) > 1:
+            return in_token_order(self.product(hidden), self.clustered.slot_of)
+        if self.gathers_rows:
+            return self.clustered.token_rows().matmul(hidden)
+        return in_token_order(self._product_of_one(hidden), self.clustered.slot_of)
+
+    def _product_of_one(self, hidden: mx.array) -> mx.array:
+        """Logits of all slots, (1, D) → (1, C·n), by the kernel that MLX has for V rows."""
+        if len(self._ranges) < 2:
+            return self.product(hidden)
+        parts = []
+        rows = self.clustered.flat_rows()
+        for start, stop, n_new in self._ranges:
+            logits = rows.part(start, stop).matmul(hidden)
+            parts.append(logits[:, stop - start - n_new :])
+        return mx.concatenate(parts, axis=-1)
 
     def token_ids(self, probes: mx.array) -> mx.array:
         """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""

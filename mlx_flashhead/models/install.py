@@ -74,8 +74,10 @@ def install(
     if location is None:
         location = find_head(model)
         check_plain_product(location)
-    head = FlashHead(location.rows(), token_ids, centroids, **settings)
-    head.check_kernels(location.hidden_dtype)
+    rows = location.rows()
+    head = FlashHead(rows, token_ids, centroids, **settings)
+    head.check_kernels(location.hidden_dtype, rows)
+    del rows  # they leave the memory as the module lets them go
     mx.eval(head.arrays())
     module: Any = location.module
     for name in head.clustered.rows.arrays():

@@ -197,7 +197,8 @@ def test_filters_count_what_was_not_scored(path, better):
         slots = slots.reshape(k, *clustered.token_ids.shape)
         logits = mx.take_along_axis(slots, probes[..., None], axis=1)
         proposal = proposal_of(mx.full((k,), token, mx.uint32), probes, logits)
-        certain = steps.screen(slots, proposal, draws, Tolerance(mx.zeros(k), mx.zeros(k)), 0.0).certain
+        exact = Tolerance(mx.zeros(k), mx.zeros(k))
+        certain = steps.screen(slots, proposal, draws, exact, 0.0).certain
         assert certain.tolist() == [True, *[better < 0] * 3]
 
 
