@@ -19,7 +19,8 @@ import mlx.core as mx
 from ..common.new_folder import new_folder
 from ..head.matrix import Matrix
 from ..index import files
-from ..index.files import FILE_NAME, SETTINGS_NAME, FlashHeadIndex, read_index
+from ..index.files import FILE_NAME, SETTINGS_NAME, read_index
+from ..index.flash_head_index import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
 from ..models.fetch import ENDING, home, resolve
 from ..models.finer_head import FOLDER as FINE_FOLDER
