@@ -39,6 +39,7 @@ class DecodingPolicy:
     max_batch: int | None = None  # sequences at once up to which proposals pay; None: an estimate
     gain: float | None = None  # tokens per second relative to dense decoding, where known
     predicted: bool = False  # whether the gain is calculated from times of the parts
+    provisional: bool = False  # whether the machine was busy, so that it is measured again
     dense: bool = False  # whether proposals gain nothing on this machine
     lockstep: bool = False  # whether processes compute the same steps: no time decides anything
     drafts_only: bool = False  # whether the head only serves a draft model

@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..conversion.calibration import ANSWER_TOKENS, builtin_requests, drafted_states
+from ..conversion.builtin_text import builtin_requests
+from ..conversion.calibration import ANSWER_TOKENS, drafted_states
 from ..conversion.options import IndexOptions
 from ..decoding.policy import policy_of
 from ..decoding.sampler import random_state

@@ -148,6 +148,7 @@ def log_requests(level: str) -> None:
     logging.getLogger(__name__.partition(".")[0]).setLevel(level)
     for chatty in ("transformers", "uvicorn"):  # they warn of what clients do
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # which warns of clients that have left
 
 
 @contextmanager

@@ -59,14 +59,27 @@ def test_help_of_all_commands_imports_no_library_of_models(tmp_path):
     assert used == [f"mlx_flashhead.{command}" for command in (*COMMANDS, "convert")]
 
 
-def test_ctrl_c_during_the_imports_ends_without_a_traceback(dense):
-    words = ["-X", "importtime", "-m", "mlx_flashhead.generate", "--model", str(dense)]
+COMMANDS_THAT_LOAD = {
+    "generate": ["--model", "{model}"],
+    "chat": ["--model", "{model}"],
+    "convert": ["--model", "{model}", "--mlx-path", "{new}"],
+    "cache": ["--measure"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_THAT_LOAD)
+@pytest.mark.parametrize("module", ["mlx_flashhead.common.command", "mlx", "transformers.utils"])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(dense, tmp_path, command, module):
+    """Before the command's ``main`` runs, and within it."""
+    flags = [f.format(model=dense, new=tmp_path / "new") for f in COMMANDS_THAT_LOAD[command]]
+    words = ["-X", "importtime", "-m", f"mlx_flashhead.{command}", *flags]
     with subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True) as process:
-        while not process.stderr.readline().endswith(" transformers.utils\n"):
+        while not process.stderr.readline().endswith(f" {module}\n"):
             pass
         process.send_signal(signal.SIGINT)
-        assert "Traceback" not in process.stderr.read()
-    assert process.returncode == 130
+        errors = process.stderr.read()
+    assert "Traceback" not in errors and "\nInterrupted.\n" in errors
+    assert process.returncode == 130 and not (tmp_path / "new").exists()
 
 
 def test_console_script_generates_and_prints_nothing_else(run, converted):

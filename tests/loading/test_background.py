@@ -66,7 +66,7 @@ def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
     building, *measuring, ready = said
     assert "Building the FlashHead" in building and "FlashHead is ready" in ready
     assert [sentence[:9] for sentence in measuring] == ["Measuring"] * tunes
-    assert ("1.50 times as fast" in ready) == tunes
+    assert ("Speed with it: 1.50 x" in ready) == tunes
 
 
 @pytest.mark.parametrize("seconds, size", [(299, 16), (301, 32)])
