@@ -56,7 +56,7 @@ class Verification:
         draws = [sequence.draw_at(index) for sequence, _, index in self._rows]
         temperatures = [settings.temperature for settings, _ in draws]
         depth = mx.array(temperatures) * 32.0 if any(temperatures) else 0.0
-        room, scored = self._rounding.rooms(self._proposal, depth)
+        room, scored = self._rounding.tolerances(self._proposal, depth)
         by_logits = [not proposer.simple or sequence.needs_logits for sequence, *_ in self._rows]
         n, certain = by_logits.count(False), []
         if n:

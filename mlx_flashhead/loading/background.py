@@ -183,6 +183,11 @@ class IdleBuild:
         self._thread = Thread(target=self._run, name="build", daemon=True)
         self._thread.start()
 
+    @property
+    def is_building(self) -> bool:
+        """Whether the build, or the measurement of its speed, has not ended."""
+        return self._thread.is_alive()
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """A block in which the model may be used. Waits for the step that is being taken."""

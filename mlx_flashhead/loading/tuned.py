@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from ..common.new_folder import new_file
 from ..decoding.policy import DecodingPolicy, policy_of
+from ..decoding.rounding import measure_rounding
 from ..decoding.tuning import Tuning, is_busy, least_gain, tune
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
@@ -59,6 +60,8 @@ def install_stored(
     for step, _ in enumerate(tune_head(model, index, options)):
         if step == 0:  # there is more to come
             options.say(MEASURING)
+    if not options.drafts and not policy_of(head).dense:
+        measure_rounding(head, hidden_dtype(model))  # here, not in the first answer
     return head
 
 

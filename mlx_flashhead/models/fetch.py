@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -108,6 +109,7 @@ def reason(error: BaseException) -> str:
 INDEX, SINGLE, ENDING = "model.safetensors.index.json", "model.safetensors", ".safetensors"
 LARGEST_HEADER = 100_000_000  # bytes, as the format's own library has it
 SILENCE = 30.0  # seconds without a byte, after which the network is down
+ANSWER_SECONDS = 10.0  # in which the Hub answers, if it can be reached
 _DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # in JSON
 
@@ -225,12 +227,35 @@ def tensor_files(source: str) -> Iterator[TensorFile]:
     with _hub_errors(source):
         for name in _names(source):
             copy = huggingface_hub.try_to_load_from_cache(source, name)
+            if not isinstance(copy, str) and not hub_is_reachable():
+                raise errors.LocalEntryNotFoundError(f"{name} of {source} is not in the cache")
             yield TensorFile(copy) if isinstance(copy, str) else TensorFile(name, source)
+
+
+def hub_is_reachable() -> bool:
+    """Whether the Hub answers, asked once for each address of it. The Hub's client would try for
+    half a minute, with a warning each time."""
+    return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
+
+
+@cache
+def _answers(address: str) -> bool:
+    try:
+        get_session().head(address, timeout=ANSWER_SECONDS)
+    except Exception:  # the client raises many unrelated types
+        return False
+    return True
+
+
+def small_file(repo_id: str, name: str) -> str:
+    """The path of a repository's file in the Hub's cache, fetched if it can be."""
+    offline = not hub_is_reachable()
+    return huggingface_hub.hf_hub_download(repo_id, name, local_files_only=offline)
 
 
 def _names(repo_id: str) -> list[str]:
     try:
-        index = huggingface_hub.hf_hub_download(repo_id, INDEX)
+        index = small_file(repo_id, INDEX)
     except errors.EntryNotFoundError:
         return [SINGLE]
     try:

@@ -17,13 +17,22 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import ModelCard
 from tqdm import tqdm
 
 from ..common.new_folder import new_file
 from ..common.tables import megabytes
 from ..head.matrix import ARRAYS, Matrix, affine_group
-from .fetch import ENDING, HOME_VARIABLE, Tensor, home, lock_of, tensor_files
+from .fetch import (
+    ENDING,
+    HOME_VARIABLE,
+    Tensor,
+    home,
+    hub_is_reachable,
+    lock_of,
+    small_file,
+    tensor_files,
+)
 from .locate import HeadLocation
 from .origin import is_repository, local_origin
 
@@ -51,9 +60,20 @@ def give_fine_head(
 ) -> None:
     """Replaces the rows of a quantized head, in place, by finer ones of the same head.
 
-    They are looked up in the cache, else fetched from the original, rounded and cached. ``source``
-    is its repository, folder or safetensors file, or True for the one that the model's ``folder``
-    names. 16 ``bits`` keep its floats. ValueError, in one sentence, if there are no such rows.
+    They are looked up in the cache, else fetched from the original, rounded and cached. A source
+    that is named is not replaced by another one that is cached.
+
+    Args:
+        location: The place of the model's head.
+        folder: The model's folder.
+        source: The original's repository, folder or safetensors file, or True for the one that the
+            model's folder names.
+        bits: Of the finer rows; 16 keeps the original's floats.
+        say: Hears where the finer head comes from.
+        progress: Show a bar while it is fetched.
+
+    Raises:
+        ValueError: In one sentence, if there are no such rows.
     """
     coarse, bits, kind = location.rows(), bits or DEFAULT_BITS, type(location.module)
     if not coarse.quantized:
@@ -72,8 +92,12 @@ def give_fine_head(
             say("Another process is fetching this finer head: waiting for it.")
             lock.acquire()
         try:
-            rows = _cached_rows(place, coarse)
-            rows = rows or _fetch(location, folder, source, bits, place, say, progress)
+            original = None if source is True else _name_of_source(source)
+            if original is not None and Path(original).exists():
+                _check_sketch(location, folder, source)  # its files may be others by now
+            rows, known_as = _cached_rows(place, coarse)
+            if rows is None or original not in (None, known_as):
+                rows, known_as = _fetch(location, folder, source, bits, place, say, progress)
         finally:
             lock.release()
     except (OSError, RuntimeError) as error:  # MLX raises the latter where a disk is full
@@ -83,26 +107,35 @@ def give_fine_head(
             f"{HOME_VARIABLE} to another folder."
         ) from None
     replace_rows(location.module, rows)
+    say(f"With the finer head of {known_as}, in {rows.bits or 16} bits.")
 
 
-def _cached_rows(place: Path, coarse: Matrix) -> Matrix | None:
+def _name_of_source(source: str | Path | bool) -> str:
+    """A named source, as the cache knows it: its path from the root, or its repository."""
+    path = Path(str(source)).expanduser()
+    return str(path.resolve()) if path.exists() else str(source)
+
+
+def _cached_rows(place: Path, coarse: Matrix) -> tuple[Matrix | None, str]:
+    """The finer rows in the cache, if they are these rows', and the source that they are from."""
     try:
         loaded: Any = mx.load(str(place), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
         numbers: Any = {name: int(metadata[name]) for name in ("bits", "group_size")}
         rows = Matrix(**arrays, bias=coarse.bias, **numbers)
         if (rows.n_rows, rows.hidden_size) != (coarse.n_rows, coarse.hidden_size):
-            return None
+            return None, ""
         sample = rows.sample().dequantized(mx.float32)
         check_same([distances(coarse.sample(), sample)], "", SKETCH_DRIFT)
-        return rows
+        return rows, str(metadata["original"])
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ZeroDivisionError):
-        return None
+        return None, ""
 
 
 def _fetch(
     location: HeadLocation, folder: Path, source: Any, bits: int, place: Path, say: Say, bar: bool
-) -> Matrix:
+) -> tuple[Matrix, str]:
+    """Fetches the finer rows and keeps them: the rows, and the source that they are from."""
     coarse = location.rows()
     n_rows, width, scales = coarse.n_rows, coarse.hidden_size, coarse.scales
     assert scales is not None  # it is quantized
@@ -110,13 +143,9 @@ def _fetch(
     group = affine_group(width) if bits < 16 else 0
     if group is None:
         raise ValueError(f"Rows of width {width} fit no group of 32: add `head_bits` 16.")
-    tensors, original = _original(location, folder, source)
-    names = f"{original} is not the original of {_name(folder)}"
     # 1) A few rows, so that another head is rejected before much is fetched
-    ids = np.linspace(0, n_rows - 1, SKETCH_ROWS).astype(int).tolist()
-    fine = _matrix({name: tensor.rows(ids) for name, tensor in tensors.items()}, width)
-    sketch = distances(coarse.take(mx.array(ids)), fine.dequantized(mx.float32))
-    check_same([sketch], names, SKETCH_DRIFT)
+    tensors, original = _check_sketch(location, folder, source)
+    names = f"{original} is not the original of {_name(folder)}"
     # 2) All rows
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     if shutil.disk_usage(place.parent).free < 2 * nbytes:
@@ -146,7 +175,23 @@ def _fetch(
         mx.save_safetensors(str(file), joined, metadata=about)
     for part in place.parent.glob(f".{glob.escape(place.stem)}.*.part"):
         part.unlink(missing_ok=True)
-    return Matrix(**joined, bias=coarse.bias, group_size=fine.group_size, bits=fine.bits)
+    rows = Matrix(**joined, bias=coarse.bias, group_size=fine.group_size, bits=fine.bits)
+    return rows, original
+
+
+def _check_sketch(
+    location: HeadLocation, folder: Path, source: str | Path | bool
+) -> tuple[Rows, str]:
+    """The tensors of a source, a few rows of which are those of the model's head, and the name of
+    the source; ValueError if they are not."""
+    coarse = location.rows()
+    tensors, original = _original(location, folder, source)
+    ids = np.linspace(0, coarse.n_rows - 1, SKETCH_ROWS).astype(int).tolist()
+    arrays = {name: tensor.rows(ids) for name, tensor in tensors.items()}
+    fine = _matrix(arrays, coarse.hidden_size).dequantized(mx.float32)
+    names = f"{original} is not the original of {_name(folder)}"
+    check_same([distances(coarse.take(mx.array(ids)), fine)], names, SKETCH_DRIFT)
+    return tensors, original
 
 
 def _matrix(arrays: dict[str, Any], width: int) -> Matrix:
@@ -187,7 +232,7 @@ def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -
     """The tensors of the finer rows, and their source: the one that is named, else the first
     unquantized one from a model to its base, and so on."""
     if source is not True:
-        return _find(str(source), location), str(source)
+        return _find(str(source), location), _name_of_source(source)
     name, origin = _name(folder), local_origin(folder)
     in_cache = origin.revision is not None and not (folder / CARD).exists()  # without its card
     base, seen = _base_model(name if in_cache else folder), {name}
@@ -197,14 +242,21 @@ def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -
             return tensors, base
         seen.add(base)
         base = _base_model(base)
-    said = f"{name} names no original with a finer head (`base_model` of its card)"
-    raise ValueError(f"{said}: name one with `fine_head`.")
+    if not hub_is_reachable():
+        raise ValueError(
+            f"The original of {name} is not known while the Hugging Face Hub cannot be reached: "
+            "check the network, or name it with `fine_head`."
+        )
+    raise ValueError(
+        f"{name} names no original with a finer head (`base_model` of its card): name one with "
+        "`fine_head`."
+    )
 
 
 def _base_model(model: Path | str) -> str | None:
     """The one repository that a model's card, else its configuration, names as its base."""
     with suppress(Exception):  # cards and the Hub's client raise any type
-        card = model / CARD if isinstance(model, Path) else Path(hf_hub_download(model, CARD))
+        card = model / CARD if isinstance(model, Path) else Path(small_file(model, CARD))
         text = card.read_text(encoding="utf-8-sig")
         data: Any = ModelCard(text, ignore_metadata_errors=True).data
         bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []

@@ -38,19 +38,21 @@ def faults(monkeypatch):
 
     def wrong(product):
         slots = result(product)
-        if not hasattr(product, "room"):  # it is being measured
+        if not hasattr(product, "tolerance"):  # it is being measured
             return slots
         injected.append(product)
         signs = mx.random.randint(0, 2, slots.shape, key=mx.random.key(len(injected))) * 2 - 1
-        room = 0.99 * product.room[:, None, None]
-        return (slots.astype(mx.float32) + signs * room).astype(slots.dtype)
+        tolerance = 0.99 * product.tolerance[:, None, None]
+        return (slots.astype(mx.float32) + signs * tolerance).astype(slots.dtype)
 
-    def with_room(verification):
-        verification._product.room, _ = verification._rounding.rooms(verification._proposal)
+    def with_tolerance(verification):
+        verification._product.tolerance, _ = verification._rounding.tolerances(
+            verification._proposal
+        )
         screen(verification)
 
     monkeypatch.setattr(rounding.SlotProduct, "result", wrong)
-    monkeypatch.setattr(verification.Verification, "_screen", with_room)
+    monkeypatch.setattr(verification.Verification, "_screen", with_tolerance)
     return injected
 
 

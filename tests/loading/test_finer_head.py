@@ -12,6 +12,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 import mlx_flashhead
 from mlx_flashhead import attach, detach, get_flash_head
@@ -116,13 +117,14 @@ def test_the_rows_are_the_originals_rounded(original, coarse, bits):
 
 @both
 def test_one_tensor_is_fetched_once(on_hub, original, coarse):
-    location, (said,) = fine(coarse, True)
+    location, (said, used) = fine(coarse, True)
     _, name, rows = weights_of(original)
     assert f"Fetching {name} of maker/Original (" in said
     assert rows.nbytes < on_hub.ranged_bytes < rows.nbytes + 20_000
     on_hub.requests.clear()
     again, said = fine(coarse, True)
-    assert on_hub.requests == said == []
+    assert on_hub.requests == [] and said == [used]
+    assert used == "With the finer head of maker/Original, in 8 bits."
     assert mx.array_equal(again.rows().weight, location.rows().weight)
 
 
@@ -293,7 +295,7 @@ def test_damaged_rows_in_the_cache_are_fetched_again(original, coarse):
     for damaged in (place.read_bytes(), content[:-2000], b"", b"{}" * 99):
         place.write_bytes(damaged)
         location, said = fine(coarse, original)
-        assert len(said) == 1 and location.rows().bits == 8
+        assert len(said) == 2 and location.rows().bits == 8
         assert place.stat().st_size > len(content) / 2
 
 
@@ -307,10 +309,13 @@ def test_two_at_once_fetch_once(on_hub, coarse):
 
 def test_a_flash_head_is_built_for_the_finer_rows_or_the_models_own(original, coarse, quick, capfd):
     load_it = partial(load, str(coarse))
-    assert get_flash_head(load_it(fine_head="nowhere/at-all")[0]).clustered.rows.bits == 4
-    assert "Without a finer head: There is no folder 'nowhere/at-all'" in capfd.readouterr().err
+    assert get_flash_head(load_it(fine_head=True)[0]).clustered.rows.bits == 4
+    missing = "Without a finer head: There is no folder 'maker/Original' here"
+    assert missing in capfd.readouterr().err
     with pytest.warns(UserWarning, match="Without a finer head"):
-        load_it(fine_head="nowhere/at-all", progress=False)
+        load_it(fine_head=True, progress=False)
+    with pytest.raises(ValueError, match="There is no folder 'nowhere/at-all' here"):
+        load_it(fine_head="nowhere/at-all")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_it(progress=False)  # nothing unless requested
@@ -325,3 +330,32 @@ def test_flags(run, original, coarse):
     assert code == 0 and "Fetching" in errors
     code, _, errors = run(*command, "--head-bits", 16)
     assert code == 2 and "add --fine-head" in errors
+
+
+def test_a_named_source_is_used_or_refused_whatever_is_cached(run, original, coarse, copied):
+    fine(coarse, original)
+    weights, head, rows = weights_of(original)
+    other = copied(weights | {head: rows[::-1]})
+    said = []
+    for source, refusal in (
+        ("nowhere/at-all", "There is no folder 'nowhere/at-all' here"),
+        (coarse.with_name("Absent"), "There is no folder"),
+        (other, "is not the original of Coarse, or was trained further"),
+    ):
+        command = ("generate", "--model", coarse, "--prompt", "One", "--dense")
+        code, output, errors = run(*command, "--max-tokens", 2, "--fine-head", source)
+        assert (code, output) == (2, "") and refusal in errors and errors.count("\n") == 1
+    _, said = fine(coarse, original)
+    assert said == [f"With the finer head of {original}, in 8 bits."]
+    _, said = fine(coarse, copied(weights))  # the same rows of another source, which was named
+    assert said[-1] == f"With the finer head of {other}, in 8 bits."
+
+
+def test_without_a_network_it_says_so_at_once(coarse, monkeypatch, caplog):
+    """The Hub's client would try again for half a minute."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
+    assert "cannot be reached" in refusal(coarse)
+    assert "cannot be reached: check the network and" in refusal(coarse, "maker/Original")
+    assert caplog.text == ""
