@@ -22,8 +22,9 @@ from ..index import files
 from ..index.files import FILE_NAME, SETTINGS_NAME, read_index
 from ..index.flash_head_index import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
-from ..models.fetch import ENDING, home, resolve
+from ..models.fetch import home, resolve
 from ..models.finer_head import FOLDER as FINE_FOLDER
+from ..models.tensor_files import ENDING
 from .head_options import HeadOptions
 
 RECIPE = 1  # a new version builds all FlashHeads again
