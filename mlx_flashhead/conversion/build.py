@@ -11,7 +11,7 @@ import numpy as np
 
 from ..head.clustered import Centroids
 from ..head.matrix import Matrix, as_float32
-from ..index.files import FlashHeadIndex, Sketch
+from ..index.flash_head_index import FlashHeadIndex, Sketch
 from ..index.settings import FlashHeadConfig
 from ..models.locate import HeadLocation
 from . import Task

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..common.new_folder import new_folder
 from ..index import files
-from ..index.files import FlashHeadIndex
+from ..index.flash_head_index import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
 from ..models.compat import mlx_lm
 from ..publishing.publish import add_documents, publish

@@ -18,13 +18,8 @@ from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
 from ..models.loading import load_dense
 from ..models.locate import HeadLocation, check_plain_product, find_head
-from ..publishing.card import (
-    Provenance,
-    card_metadata,
-    check_licence,
-    find_provenance,
-    licence_files,
-)
+from ..publishing.card import Provenance, card_metadata, find_provenance
+from ..publishing.licence import check_licence, licence_files
 from ..publishing.publish import reserve, sign_in
 from .build import index_nbytes
 from .options import ConvertOptions

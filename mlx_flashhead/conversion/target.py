@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 from ..index import files
-from ..publishing.card import CARD_FILE, licence_files
+from ..publishing.card import CARD_FILE
+from ..publishing.licence import licence_files
 
 FILES_KEY = "folder"  # of the recipe: the names of the files that a conversion has written
 

@@ -19,7 +19,7 @@ from .sampler import Trust, normalized
 from .schedule import VerifyScheduler
 from .sequence import PendingToken, Sequence
 
-NO_LOGPROBS = mx.zeros((1,))
+NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
 
 
 @dataclass

@@ -241,8 +241,9 @@ class _Parts:
     def _certain(self, proposal: Proposal) -> mx.array:
         rounding = rounding_of(self._head, proposal.hidden.dtype, len(proposal.hidden))
         slots = SlotProduct(self._head, proposal.hidden).result()
-        rooms, steps = rounding.rooms(proposal), self._head.steps
-        return steps.screen(slots, proposal, None, rooms, rounding.epsilon).certain
+        tolerance = rounding.tolerance(proposal.hidden)
+        steps = self._head.steps
+        return steps.screen(slots, proposal, None, tolerance, rounding.epsilon).certain
 
     def verification(self, k: int) -> float:
         """Seconds of a verification of ``k`` states."""

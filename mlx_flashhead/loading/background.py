@@ -30,7 +30,7 @@ from ..models.vlm import is_vlm, text_side
 from . import sources
 from .head_options import HeadOptions
 from .sources import StoredHead
-from .tuned import install_stored, speed_text, tune_head
+from .tuned import install_stored, tune_head
 
 # A first build that may take longer, as on a busy machine, is a shorter one (docs/converting.md).
 LONG_BUILD_SECONDS = 300.0
@@ -121,17 +121,15 @@ def finish(steps: Task[StoredHead], options: HeadOptions) -> StoredHead:
 def build_now(
     model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, *, anew: bool = False
 ) -> None:
-    """Builds and installs a FlashHead, and says what it took and gains; raises as `build_steps`."""
+    """Builds and installs a FlashHead, and says what it took; raises as `build_steps`."""
     began, location = time.perf_counter(), find_head(model)
     check_plain_product(location)
     steps = build_steps(model, tokenizer, location, source=source, options=options, anew=anew)
     stored = finish(steps, options)
     seconds = time.perf_counter() - began
-    policy = policy_of(install_stored(model, stored, options, location))
-    if policy.dense:  # which has been said
-        return
-    speed = "" if policy.gain is None else f" Speed with it: {speed_text(policy)}."
-    options.say(f"FlashHead is ready for next time. Its build took {seconds:.0f} s.{speed}")
+    policy = policy_of(install_stored(model, stored, options, location))  # it says what it gains
+    if not policy.dense:
+        options.say(f"FlashHead is ready for next time. Its build took {seconds:.0f} s.")
 
 
 class BackgroundBuild:
@@ -184,6 +182,11 @@ class IdleBuild:
         self._idle.set()
         self._thread = Thread(target=self._run, name="build", daemon=True)
         self._thread.start()
+
+    @property
+    def is_building(self) -> bool:
+        """Whether the build, or the measurement of its speed, has not ended."""
+        return self._thread.is_alive()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

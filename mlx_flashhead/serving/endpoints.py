@@ -6,7 +6,6 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,15 +19,19 @@ from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from ..common.guarded import MAX_HELPERS
+from ..models.tool_calls import read_tool_calls
 from ..version import __version__
 from .api_errors import ApiError
-from .connections import read_body
+from .bodies import LARGE_BODY, fields_of, has_grammar
+from .connections import MAX_ANSWERED, read_body
 from .engine import Engine
 from .jobs import Job, Progress, Token, TokenLogprobs, read_jobs
 from .page_files import PAGE_ROUTES
 from .requests import Request, find_model, unknown_model
 from .served_models import ServedModel, served_names
-from .strict_json import dumps, json_response, loads
+from .strict_json import dumps, json_response
+from .turns import Turns
 
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 LOADING = "The model is being loaded: try again in a moment."
@@ -73,8 +76,12 @@ class Api:
         self.answers: set[Answer] = set()  # in progress
         self.n_waiting_bytes = 0  # of the bodies that wait for a model
         self._named: set[str] = set()  # fields without effect that the log has named
-        # where bodies become tokens, which may take many times their size
-        self._readers = ThreadPoolExecutor(8, "read")
+        # Bodies become tokens in steps, and in each of them addresses take turns.
+        self._large_bodies = Turns("receive", total=MAX_ANSWERED, each=1)
+        self._parsing = Turns("parse", total=1, each=1)  # Python reads JSON alone in any case
+        self._readers = Turns("read", total=MAX_HELPERS, each=2)
+        self._grammar_readers = Turns("read grammar", total=4, each=1)
+        self.call_readers = Turns("read calls", total=4, each=1)
 
     def router(self) -> Router:
         """The paths that are served."""
@@ -127,18 +134,34 @@ class Api:
         """Answers a chat, or continues texts."""
         if self.end is not None:
             raise self.end
-        chat = request.scope["path"] in CHAT_PATHS
-        body = await read_body(request)
-        if not self.engine.models.done():
-            return AnswerAfterLoading(self, body, chat, request.state.notes)
-        return await self.answer(body, chat, request.state.notes)
+        if int(request.headers["Content-Length"]) <= LARGE_BODY:
+            return await self._complete(request)
+        async with self._large_bodies.place(address_of(request)):
+            return await self._complete(request)
 
-    async def answer(self, body: bytes, chat: bool, notes: list[str]) -> "Answer":
-        """The answer to a request, whose models have been loaded."""
-        read = partial(read_jobs, body, chat=chat, models=self._models, flags=self._flags)
-        jobs = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+    async def _complete(self, request: HttpRequest) -> "Answer | AnswerAfterLoading":
+        body = await read_body(request)
+        fields = await self._parsing.run(address_of(request), partial(fields_of, body))
+        if not self.engine.models.done():
+            return AnswerAfterLoading(self, fields, request)
+        return await self.answer(fields, request)
+
+    async def answer(self, fields: dict[str, Any], request: HttpRequest) -> "Answer":
+        """The answer to a request of these fields, whose models have been loaded."""
+        read = partial(
+            read_jobs,
+            fields,
+            chat=request.scope["path"] in CHAT_PATHS,
+            models=self._models,
+            flags=self._flags,
+        )
+        readers = self._grammar_readers if has_grammar(fields) else self._readers
+        async with readers.place(address_of(request)):
+            if await request.is_disconnected():
+                raise ClientDisconnect
+            jobs = await readers.work(read)
         self._name_ignored(jobs[0].request.ignored)
-        return Answer(self, jobs, notes)
+        return Answer(self, jobs, request)
 
     def _name_ignored(self, fields: list[str]) -> None:
         """Names fields of a request that have no effect, each once, in the log."""
@@ -161,7 +184,7 @@ class Api:
             raise self.end
         loaded = self.engine.models
         if not loaded.done():
-            raise ApiError(LOADING, status=503)
+            raise still_loading()
         if loaded.exception() is not None:
             raise ApiError("The model cannot be loaded: see the server's log.", status=503)
         return loaded.result()
@@ -185,6 +208,11 @@ class Api:
         return {**model, "created": self._started, "owned_by": "mlx_flashhead"}
 
 
+def still_loading() -> ApiError:
+    """The error while the models are being loaded, whose code the page knows."""
+    return ApiError(LOADING, status=503, code="model_loading")
+
+
 async def refuse_other_api(request: HttpRequest) -> Response:
     """Names what answers a path of another API."""
     path = request.scope["path"]
@@ -196,17 +224,17 @@ class AnswerAfterLoading:
     """The response to a request that came before its model: it waits, and a stream has comments
     meanwhile, so that no client and no proxy gives up."""
 
-    def __init__(self, api: Api, body: bytes, chat: bool, notes: list[str]):
+    def __init__(self, api: Api, fields: dict[str, Any], request: HttpRequest):
         self._api = api
-        self._body = body
-        self._chat = chat
-        self._notes = notes
+        self._fields = fields
+        self._request = request
+        self._n_bytes = int(request.headers["Content-Length"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not await asyncio.to_thread(wants_stream, self._body):
+        if self._fields.get("stream") is not True:
             async for _ in self._ticks(receive):
                 pass
-            answer = await self._api.answer(self._body, self._chat, self._notes)
+            answer = await self._api.answer(self._fields, self._request)
             await answer(scope, receive, send)
             return
 
@@ -222,10 +250,10 @@ class AnswerAfterLoading:
         try:
             async for comment in self._ticks(receive):
                 await send_text(comment)
-            answer = await self._api.answer(self._body, self._chat, self._notes)
+            answer = await self._api.answer(self._fields, self._request)
             await answer(scope, receive, send_rest)
         except ApiError as problem:
-            self._notes.append(f"ended by an error: {problem}")
+            self._request.state.notes.append(f"ended by an error: {problem}")
             await send_text(f"data: {dumps(problem.as_json())}", more=False)
 
     async def _ticks(self, receive: Receive) -> AsyncIterator[str]:
@@ -238,12 +266,12 @@ class AnswerAfterLoading:
         loaded = asyncio.create_task(self._loaded())
         leaving = asyncio.create_task(_disconnected(receive))
         until = time.monotonic() + self._api.load_seconds
-        self._api.n_waiting_bytes += len(self._body)
+        self._api.n_waiting_bytes += self._n_bytes
         try:
             while not loaded.done():
                 left = until - time.monotonic()
                 if left <= 0 or self._api.n_waiting_bytes > _MAX_WAITING_BYTES:
-                    raise ApiError(LOADING, status=503)
+                    raise still_loading()
                 yield ": loading"
                 await asyncio.wait(
                     {loaded, leaving},
@@ -255,7 +283,7 @@ class AnswerAfterLoading:
                 if self._api.end is not None:
                     raise self._api.end
         finally:
-            self._api.n_waiting_bytes -= len(self._body)
+            self._api.n_waiting_bytes -= self._n_bytes
             leaving.cancel()
             loaded.cancel()
 
@@ -278,21 +306,19 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def wants_stream(body: bytes) -> bool:
-    """Whether a body asks for server-sent events. What is wrong with it is said later."""
-    try:
-        fields = loads(body)
-    except ValueError:
-        return False
-    return isinstance(fields, dict) and fields.get("stream") is True
+def address_of(request: HttpRequest) -> str:
+    """The address of a request's client."""
+    return request.scope["client"][0]
 
 
 class Answer:
     """The response to a request for texts, whole or in server-sent events. Its queue has, in order,
     events of the engine, a client that leaves, the end."""
 
-    def __init__(self, api: Api, jobs: list[Job], notes: list[str]):
-        self.jobs, self._api, self._notes, self._request = jobs, api, notes, jobs[0].request
+    def __init__(self, api: Api, jobs: list[Job], http_request: HttpRequest):
+        self.jobs, self._api, self._request = jobs, api, jobs[0].request
+        self._notes: list[str] = http_request.state.notes
+        self._address = address_of(http_request)
         self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
         self._choices = [Choice(job.request, job.index) for job in jobs]
         for job in jobs:
@@ -354,8 +380,24 @@ class Answer:
                 raise ApiError("The answer has failed: see the server's log.", status=500)
             if isinstance(event, Progress):
                 yield event
-            elif (chunk := self._choices[index].add(event)) is not None:
-                yield chunk
+            else:
+                token = await self._with_calls(event)
+                if (chunk := self._choices[index].add(token)) is not None:
+                    yield chunk
+
+    async def _with_calls(self, token: Token) -> Token:
+        """The token with its calls in OpenAI's form. A text that is none is content after all."""
+        content = token.content
+        calls: list[dict[str, Any]] = []
+        for text in token.calls:
+            try:
+                if not self._request.tools:
+                    raise ValueError("the request has no tools")
+                read = partial(read_calls, self._request, text)
+                calls += await self._api.call_readers.run(self._address, read)
+            except ValueError:
+                content += text
+        return replace(token, content=content, calls=calls)
 
     def _whole(self) -> Response:
         choices = [choice.whole() for choice in self._choices]
@@ -418,12 +460,8 @@ class Choice:
 
     def add(self, token: Token) -> dict[str, Any] | None:
         """Adds a token: the choice of a chunk, or None if there is nothing to send."""
-        content, calls, n_before = token.content, [], len(self._whole.calls)
-        for text in token.calls:
-            read = self._read_calls(text) if self._request.tools else []
-            calls += read
-            content += "" if read else text
-        self._whole.add(replace(token, content=content, calls=calls))
+        content, calls, n_before = token.content, token.calls, len(self._whole.calls)
+        self._whole.add(token)
         entries = [] if token.logprobs is None else [token.logprobs]
         self._logprobs += entries
         self.finish_reason = token.finish_reason
@@ -449,19 +487,6 @@ class Choice:
         if whole.reasoning:
             message["reasoning"] = whole.reasoning
         return choice | {"message": message | ({"tool_calls": whole.calls} if whole.calls else {})}
-
-    def _read_calls(self, text: str) -> list[dict[str, Any]]:
-        """The calls in a text that is marked as one. Without any, the text is content after all."""
-        calls: list[dict[str, Any]] = []
-        try:
-            parsed = self._request.served.tokenizer.tool_parser(text, self._request.tools)
-            for call in parsed if isinstance(parsed, list) else [parsed]:
-                function = {"name": call["name"], "arguments": dumps(call["arguments"])}
-                number = call.get("id") or f"call_{uuid.uuid4().hex}"
-                calls.append({"id": number, "type": "function", "function": function})
-        except Exception:  # mlx-lm's parsers raise any type
-            return []
-        return calls
 
     def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
         tokenizer = self._request.served.tokenizer
@@ -489,6 +514,19 @@ class Choice:
                 "text_offset": offsets,
             }
         return {"index": self._index, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+
+def read_calls(request: Request, text: str) -> list[dict[str, Any]]:
+    """The calls in a text that is marked as one, in OpenAI's form; ValueError if it is none."""
+    calls = []
+    for call in read_tool_calls(request.served.tokenizer, text, request.tools):
+        try:
+            function = {"name": call["name"], "arguments": dumps(call["arguments"])}
+            number = call.get("id") or f"call_{uuid.uuid4().hex}"
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"The parser's call lacks a part: {error!r}") from None
+        calls.append({"id": number, "type": "function", "function": function})
+    return calls
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:

@@ -16,7 +16,7 @@ from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.models.origin import Origin
-from mlx_flashhead.publishing.card import recognise
+from mlx_flashhead.publishing.licence import recognise
 from mlx_flashhead.publishing.publish import publish
 from model_folders import contents, write_model
 
