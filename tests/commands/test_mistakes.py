@@ -69,6 +69,12 @@ MISTAKES = [
     ("server --model model --port 0 --n-probes 18", "1 to 17"),
     ("server --model dense --port 0 --flash-head mlx_model", "mlx_model holds no FlashHead"),
     ("server --model model --port 0 --host no.such.host.invalid", "host.invalid cannot be used"),
+    (
+        "server --model model --port 0 --kv-bits 4 --kv-group-size 128 --quantized-kv-start 0",
+        "groups of 128 (",
+    ),
+    ("server --model nested --port 0", "cannot load the model in nested (maximum recursion"),
+    ("chat --model nested", "cannot load the model in nested (maximum recursion"),
     ("upload --path dense", "holds no FlashHead: make one"),
     (f"{NEW} --upload me/a --upload-repo me/b", "two repositories"),
     (f"{NEW} --base-model name", "'name' is not a name of a repository: give OWNER/NAME"),
@@ -82,6 +88,8 @@ def test_mistakes(refused, dense, converted, text, tmp_path, monkeypatch, line, 
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "mlx_model").mkdir()
+    (tmp_path / "nested").mkdir()
+    (tmp_path / "nested" / "config.json").write_text("[" * 50_000 + "]" * 50_000)
     for name, folder in (("model", converted), ("dense", dense)):
         (tmp_path / name).symlink_to(folder)
     before = snapshot(tmp_path), snapshot(converted)
