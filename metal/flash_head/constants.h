@@ -15,6 +15,9 @@ constant constexpr int SELECT_SCORES = 36;      // that a thread keeps in regist
 constant constexpr int SELECT_BINS = 4096;      // the last 4,095 of 1/64 nat each
 constant constexpr float BINS_PER_NAT = 64.0f;
 constant constexpr float CERTAIN = 1e29f;       // scores of clusters that are always probed are above
+constant constexpr float FORCED_SCORE = 1e30f;  // theirs
+constant constexpr uint ADJUST_HEAD = 3;        // words of an adjustment's row before its tokens'
+constant constexpr uint ADJUST_TOKEN = 3;       // words of a token
 constant constexpr int SELECT_SHARED = 4 * ROW_SIMDGROUPS + 1;
 constant constexpr int SAMPLE_BINS = 2048;      // of each of two histograms
 constant constexpr int SAMPLE_SHARED = 4 * ROW_SIMDGROUPS;
@@ -23,7 +26,7 @@ constant constexpr int WIDE_THREADS = 256;      // of expand
 constant constexpr int WIDE_SIMDGROUPS = WIDE_THREADS / LANES;
 constant constexpr int EXPAND_TOKENS = 4;       // per thread
 constant constexpr int SCREEN_CLUSTERS = 1024;  // that a threadgroup of screen takes
-constant constexpr int TALLIED = 9;             // values that it writes
+constant constexpr int TALLIED = 10;            // values that it writes
 constant constexpr uint MIN_PROBES = 8;         // held per position
 
 // A word at or above PROBED is a place among the probes: no estimate has such bits, since a NaN is

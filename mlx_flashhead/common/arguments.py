@@ -184,7 +184,7 @@ def picture(path: str) -> str:
     if not path.lower().endswith(PICTURES):
         raise ArgumentTypeError(f"it is {path}, which must end in {', '.join(PICTURES)}")
     try:
-        from_extra("matplotlib", "report", "it")
+        from_extra("matplotlib", "plot", "it")
     except ValueError as error:
         raise ArgumentTypeError(str(error)) from None
     return writable(path)

@@ -15,7 +15,7 @@ from ..head.backend import logits_of_scores
 from ..head.dense_kernels import DenseKernel, dense_kernel, split_parts
 from ..head.flash_head import FlashHead
 from ..head.matrix import Matrix
-from ..head.steps import Proposal
+from ..head.proposal import Tolerance
 from ..models.cpu_products import numpy_is_faster, slot_products, to_mlx
 
 CLASSES = (1, 2, 4, 8, 16, 32)  # sizes of a product whose kernels and rounding are the same
@@ -122,29 +122,16 @@ class Rounding:
     scored: float
     sums: RoundedSums | None = None
 
-    def tolerances(
-        self, proposal: Proposal, depth: mx.array | float = 0.0
-    ) -> tuple[mx.array, mx.array]:
-        """How far a logit of the product may lie off, and a scored one.
-
-        Args:
-            proposal: Of k states.
-            depth: How far below the best logit a token may still win by its noise, (k,) or one
-                number.
-
-        Returns:
-            Two arrays, (k,) float32.
-        """
-        norms = mx.linalg.norm(proposal.hidden.astype(mx.float32), axis=-1)
+    def tolerance(self, hidden: mx.array) -> Tolerance:
+        """How far logits of states (k, D) may lie from those of each state alone."""
+        norms = mx.linalg.norm(hidden.astype(mx.float32), axis=-1)
         lengths = norms * self.longest + self.longest
-        more = mx.zeros_like(lengths)
-        if self.epsilon > IN_16_BITS:
-            best = mx.max(proposal.logits.flatten(1), axis=-1).astype(mx.float32)
-            more = ULPS * self.epsilon * (mx.abs(best) + depth)
-        if self.sums is not None:
-            more = more + self.sums.tolerance(proposal.hidden)
-        product = self.product * lengths + more
-        return product, self.scored * lengths + more if self.scored else mx.zeros_like(product)
+        more = mx.zeros_like(lengths) if self.sums is None else self.sums.tolerance(hidden)
+        return Tolerance(
+            product=self.product * lengths + more,
+            scored=self.scored * lengths + more if self.scored else mx.zeros_like(lengths),
+            relative=ULPS * self.epsilon if self.epsilon > IN_16_BITS else 0.0,
+        )
 
 
 _roundings: WeakKeyDictionary[FlashHead, dict[mx.Dtype, dict[int, Rounding]]] = WeakKeyDictionary()

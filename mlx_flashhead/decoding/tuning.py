@@ -241,9 +241,9 @@ class _Parts:
     def _certain(self, proposal: Proposal) -> mx.array:
         rounding = rounding_of(self._head, proposal.hidden.dtype, len(proposal.hidden))
         slots = SlotProduct(self._head, proposal.hidden).result()
-        tolerances = rounding.tolerances(proposal)
-        screen = self._head.steps.screen
-        return screen(slots, proposal, None, tolerances, rounding.epsilon).certain
+        tolerance = rounding.tolerance(proposal.hidden)
+        steps = self._head.steps
+        return steps.screen(slots, proposal, None, tolerance, rounding.epsilon).certain
 
     def verification(self, k: int) -> float:
         """Seconds of a verification of ``k`` states."""

@@ -10,11 +10,12 @@ from typing import cast
 
 import mlx.core as mx
 
-from .clustered import ClusteredRows
+from .clustered import ClusteredRows, in_token_order
 from .draw import Draws, DrawSettings, gpu_is_default, position_key
 from .kernels import MIN_PROBES, MetalSteps
 from .matrix import Matrix
-from .steps import Candidates, PortableSteps, Proposal, Selection, in_token_order, unscored
+from .proposal import Candidates, Proposal, Selection, Tolerance
+from .steps import PortableSteps, unscored
 
 METAL, PORTABLE = "metal", "mlx"
 BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
@@ -199,8 +200,8 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
     slots = steps.product(hidden).reshape(len(rows), *steps.clustered.token_ids.shape)
     both = Proposal(hidden, mx.tile(token, 2), probes, logits, mx.zeros(2), None)
     draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN[:2]])
-    rooms = mx.array([0.01, 0.01]), mx.array([0.0, 0.01])
-    screens = [path.screen(slots, both, draws, rooms, 0.0) for path in (steps, plain)]
+    tolerance = Tolerance(mx.array([0.01, 0.01]), mx.array([0.0, 0.01]))
+    screens = [path.screen(slots, both, draws, tolerance, 0.0) for path in (steps, plain)]
     for one, other in zip(*screens, strict=True):
         yield one, other, rounding
 

@@ -7,22 +7,14 @@ from typing import Any, cast
 import mlx.core as mx
 
 from . import kernel_text as text
+from .adjustment import Adjustment
 from .clustered import ClusteredRows
 from .dense_kernels import DenseKernel, dense_kernel
 from .draw import ROW_THREADS, Draws
+from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
-from .steps import (
-    NO_DEPTH,
-    USUAL,
-    Candidates,
-    PortableSteps,
-    Proposal,
-    Risk,
-    Rooms,
-    Rows,
-    Screen,
-    Selection,
-)
+from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance
+from .steps import NO_DEPTH, USUAL, PortableSteps, Risk
 
 # The constants of the same names in metal/flash_head/constants.h.
 LANES, ROWS = 32, 4
@@ -30,7 +22,7 @@ ROUTE_SIMDGROUPS, SCORE_SIMDGROUPS = 2, 8
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 SCREEN_CLUSTERS = 1024
-TALLIED = 9
+TALLIED = 10
 MIN_PROBES = 8
 
 JOINED = 8  # sources of a join: Metal has 31 buffers
@@ -90,10 +82,18 @@ class MetalSteps(PortableSteps):
             form = (f"{stored.files} score", threads, f"D N V PADDED {stored.names}")
             body = text.SCORE_BODY.format(**names)
             self._score = self._kernel("score", inputs, "logits best", body, *form)
-        form = ("histogram select", ROW_THREADS, "C")
-        body, inputs = text.SELECT_BODY.format(words="NoWords{}"), "scores n_probes depth"
+        form = ("histogram select", ROW_THREADS, "C N")
+        body = text.SELECT_BODY.format(marks="", words="NoWords{}", forced="NotForced{}")
+        inputs = "scores n_probes depth"
         self._select = self._kernel("select", inputs, "probes unscored", body, *form)
-        body = text.SELECT_BODY.format(words="cluster_words(words, tail_offset)")
+        body = text.SELECT_BODY.format(marks=text.MARKS, words="NoWords{}", forced=text.FORCED)
+        inputs = "scores adjustment latest slot_of n_probes depth"
+        form = ("histogram select", ROW_THREADS, "C N V")
+        outputs = "probes unscored"
+        self._select_forced = self._kernel("select_forced", inputs, outputs, body, *form)
+        form = ("histogram select", ROW_THREADS, "C N")
+        words = "cluster_words(words, tail_offset)"
+        body = text.SELECT_BODY.format(marks="", words=words, forced="NotForced{}")
         inputs, outputs = "scores tail_offset n_probes depth", "probes unscored words"
         self._select_words = self._kernel("select_words", inputs, outputs, body, *form)
         inputs, form = "words slot_of logits best", ("expand", WIDE_THREADS, "V C N")
@@ -106,11 +106,17 @@ class MetalSteps(PortableSteps):
         body, form = text.JOIN_BODY.format(cases=body), ("join", WIDE_THREADS, "D N")
         self._join = self._kernel("join", inputs, "hidden probes logits", body, *form)
         inputs = "slots probes token_ids slot_of logits tokens settings keys room scored_room"
+        inputs += " relative allowed"
         form = ("noise screen", WIDE_THREADS, "C N V PADDED")
         self._screen = self._kernel("screen", inputs, "parts", text.SCREEN_BODY, *form)
-        inputs = "parts probes token_ids logits tokens settings top_k keys room scored_room epsilon"
+        inputs = "parts probes token_ids logits tokens settings top_k keys room scored_room"
+        inputs += " relative epsilon"
         form = ("noise screen", ROW_THREADS, "N V")
         self._certain = self._kernel("certain", inputs, "sure known", text.CERTAIN_BODY, *form)
+        inputs = "probes token_ids logits adjustment latest allowed"
+        form = ("adjust", WIDE_THREADS, "N V")
+        self._adjust = self._kernel("adjust", inputs, "changed best", text.ADJUST_BODY, *form)
+        self._map = self._kernel("map", "values", "mapped", text.MAP_BODY, "", WIDE_THREADS, "")
 
     def _kernel(
         self, name: str, inputs: str, outputs: str, body: str, files: str, threads: int, sizes: str
@@ -150,37 +156,84 @@ class MetalSteps(PortableSteps):
         arrays = [hidden, *self._route_arrays]
         return self._route(arrays, *groups, scores, H=shared, SUM=mx.float32)[0]
 
+    def mapped(self, values: mx.array, logit_map: LogitMap) -> mx.array:
+        """Each of the values (n,) mapped as the kernels do it: at least 8 of them."""
+        template = logit_map.template(values.dtype)
+        groups = -(-len(values) // WIDE_THREADS)
+        result = values.shape, logit_map.result_dtype(values.dtype)
+        return self._map([values], groups, 1, result, **template)[0]
+
     def select(
-        self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
+        self,
+        scores: mx.array,
+        n_probes: int,
+        words: bool = True,
+        depth: float = NO_DEPTH,
+        logit_map: LogitMap = IDENTITY,
+        adjustment: Adjustment | None = None,
     ) -> Selection:
         """The ``n_probes`` best clusters of each row, ascending, and the tail. Of clusters that
         differ by less than 1/64 nat those of lower ids count as better."""
         n_positions, n_clusters = scores.shape
         if not self.reads_rows:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
+        words = words and adjustment is None  # then MLX's operations expand
         arrays = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
         held = (n_positions, max(n_probes, MIN_PROBES)), mx.uint32
         results = [held, ((n_positions, 2), mx.float32)]
         if words:
             arrays, kernel = [scores, self._tail_offset, *arrays], self._select_words
             results.append(((n_positions, n_clusters), mx.uint32))
+        elif adjustment is not None:
+            changes = [*adjustment[:2], self.clustered.slot_of]
+            arrays, kernel = [scores, *changes, *arrays], self._select_forced
         else:
             arrays, kernel = [scores, *arrays], self._select
-        probes, unscored, *made = kernel(arrays, 1, n_positions, *results)
+        template = logit_map.template(mx.float32)
+        probes, unscored, *made = kernel(arrays, 1, n_positions, *results, **template)
         return Selection(probes, made[0] if words else None, unscored)
 
-    def score(self, hidden: mx.array, selection: Selection) -> Candidates:
+    def score(
+        self, hidden: mx.array, selection: Selection, logit_map: LogitMap = IDENTITY
+    ) -> Candidates:
         if not self.reads_rows:
-            logits = super().score(hidden, selection).logits
+            logits = super().score(hidden, selection, logit_map).logits
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
         probes, rows = selection.probes, self.clustered.rows
         n_positions, held = probes.shape
         shape = n_positions, held, self.clustered.cluster_size
-        results = (shape, rows.logits_dtype(hidden.dtype)), (shape[:2], mx.float32)
+        raw = rows.logits_dtype(hidden.dtype)
+        results = (shape, logit_map.result_dtype(raw)), (shape[:2], mx.float32)
         product = rows.product_dtype(hidden.dtype)
-        dtypes = {"PRODUCT": product, "SUM": product if self._adds_in_dtype else mx.float32}
+        sums = product if self._adds_in_dtype else mx.float32
+        template = {"PRODUCT": product, "SUM": sums, "RAW": raw, **logit_map.template(raw)}
         arrays = [hidden, probes, *self._score_arrays]
-        logits, best = self._score(arrays, held, n_positions, *results, **dtypes)
+        logits, best = self._score(arrays, held, n_positions, *results, **template)
+        return Candidates(logits, best)
+
+    def adjust(
+        self,
+        selection: Selection,
+        candidates: Candidates,
+        adjustment: Adjustment | None,
+        allowed: mx.array | None,
+    ) -> Candidates:
+        logits, probes = candidates.logits, selection.probes
+        n_positions, held = probes.shape
+        ids = self.clustered.token_ids
+        # any arrays in the place of those that are not read
+        words, latest = (probes, probes) if adjustment is None else adjustment[:2]
+        mask = probes if allowed is None else allowed
+        results = (logits.shape, logits.dtype), ((n_positions, held), mx.float32)
+        logits, best = self._adjust(
+            [probes, ids, logits, words, latest, mask],
+            -(-held // WIDE_THREADS),
+            n_positions,
+            *results,
+            ADJUSTED=adjustment is not None,
+            MASKED=allowed is not None,
+            T=logits.dtype,
+        )
         return Candidates(logits, best)
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
@@ -192,14 +245,21 @@ class MetalSteps(PortableSteps):
         return self._expand(arrays, *groups, ((len(logits), vocab_size), logits.dtype))[0]
 
     def choose(
-        self, selection: Selection, candidates: Candidates, draws: Draws | None, risk: Risk = USUAL
+        self,
+        selection: Selection,
+        candidates: Candidates,
+        draws: Draws | None,
+        risk: Risk = USUAL,
+        logit_map: LogitMap = IDENTITY,
+        masked: bool = False,
     ) -> tuple[mx.array, mx.array]:
         logits, n_positions = candidates.logits, len(candidates.logits)
         settings = _greedy_draws(n_positions) if draws is None else draws[:3]
         arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
-        arrays += [selection.unscored, *settings, mx.array(risk)]
+        arrays += [selection.unscored, *settings, mx.array([*risk, 0.0 if masked else 1.0])]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
-        tokens, chances = self._sample(arrays, 1, n_positions, *results, T=logits.dtype)
+        template = logit_map.template(logits.dtype)
+        tokens, chances = self._sample(arrays, 1, n_positions, *results, T=logits.dtype, **template)
         return tokens, chances
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
@@ -213,17 +273,46 @@ class MetalSteps(PortableSteps):
         return tuple(self._join(arrays, JOINED, len(rows), *results))
 
     def screen(
-        self, slots: mx.array, proposal: Proposal, draws: Draws | None, rooms: Rooms, epsilon: float
+        self,
+        slots: mx.array,
+        proposal: Proposal,
+        draws: Draws | None,
+        tolerance: Tolerance,
+        epsilon: float,
+        logit_map: LogitMap = IDENTITY,
+        allowed: mx.array | None = None,
     ) -> Screen:
-        k, n_parts = len(slots), -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
+        k = len(slots)
+        n_parts = -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
         settings, top_k, keys = _greedy_draws(k) if draws is None else draws[:3]
-        ids, chosen = self.clustered.token_ids, (proposal.logits, proposal.tokens, settings)
-        arrays = [slots, proposal.probes, ids, self.clustered.slot_of, *chosen, keys]
-        tallied = (k, n_parts, TALLIED), mx.float32
-        (parts,) = self._screen([*arrays, *rooms], n_parts, k, tallied)
-        arrays = [parts, proposal.probes, ids, *chosen, top_k, keys, *rooms]
-        results = ((k,), mx.bool_), ((k, 3), mx.float32)
-        sure, known = self._certain([*arrays, mx.array(epsilon, mx.float32)], 1, k, *results)
+        ids, slot_of = self.clustered.token_ids, self.clustered.slot_of
+        chosen = (proposal.logits, proposal.tokens, settings)
+        relative = mx.array(tolerance.relative, mx.float32)
+        tolerances = (tolerance.product, tolerance.scored, relative)
+        template = logit_map.template(slots.dtype)
+        (parts,) = self._screen(
+            [
+                *(slots, proposal.probes, ids, slot_of, *chosen, keys, *tolerances),
+                slot_of if allowed is None else allowed,  # any array, which is not read
+            ],
+            n_parts,
+            k,
+            ((k, n_parts, TALLIED), mx.float32),
+            MASKED=allowed is not None,
+            **template,
+        )
+        sure, known = self._certain(
+            [
+                *(parts, proposal.probes, ids, *chosen, top_k, keys, *tolerances),
+                mx.array(epsilon, mx.float32),
+            ],
+            1,
+            k,
+            ((k,), mx.bool_),
+            ((k, 3), mx.float32),
+            T=proposal.logits.dtype,
+            **template,
+        )
         return Screen(sure, *(known[:, i] for i in range(3)))
 
 

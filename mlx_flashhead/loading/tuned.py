@@ -24,6 +24,7 @@ from ..head.steps import Risk
 from ..index.flash_head_index import FlashHeadIndex
 from ..models.install import hidden_dtype, install, installed_head
 from ..models.locate import HeadLocation, find_head
+from .first_gain import first_gain
 from .free_head import free_head_gain
 from .head_options import HeadOptions
 from .sources import StoredHead, speeds_of
@@ -91,8 +92,11 @@ def tune_head(
         if before is not None and tuning.provisional and not options.measures:
             tuning = min(before, tuning, key=_doubt)
         _store(place, known | {key: tuning})
-        if tuning.dense and not options.always:
-            options.say(_why_dense(tuning))
+        said = [_why_dense(tuning)] if tuning.dense and not options.always else []
+        if before is None:
+            said.append(first_gain(model, tuning, finer=bool(options.fine_head)))
+        if any(said):
+            options.say(" ".join(filter(None, said)))
     tuning.apply(head)
     if options.always:
         policy_of(head).dense = False

@@ -23,18 +23,10 @@ from tqdm import tqdm
 from ..common.new_folder import new_file
 from ..common.tables import megabytes
 from ..head.matrix import ARRAYS, Matrix, affine_group
-from .fetch import (
-    ENDING,
-    HOME_VARIABLE,
-    Tensor,
-    home,
-    hub_is_reachable,
-    lock_of,
-    small_file,
-    tensor_files,
-)
+from .fetch import HOME_VARIABLE, home, hub_is_reachable, lock_of, small_file
 from .locate import HeadLocation
 from .origin import is_repository, local_origin
+from .tensor_files import ENDING, Tensor, tensor_files
 
 FOLDER = "fine_heads"  # in the home of cached FlashHeads
 DEFAULT_BITS = 8
@@ -133,50 +125,98 @@ def _cached_rows(place: Path, coarse: Matrix) -> tuple[Matrix | None, str]:
 
 
 def _fetch(
-    location: HeadLocation, folder: Path, source: Any, bits: int, place: Path, say: Say, bar: bool
+    location: HeadLocation,
+    folder: Path,
+    source: str | Path | bool,
+    bits: int,
+    place: Path,
+    say: Say,
+    progress: bool,
 ) -> tuple[Matrix, str]:
     """Fetches the finer rows and keeps them: the rows, and the source that they are from."""
-    coarse = location.rows()
-    n_rows, width, scales = coarse.n_rows, coarse.hidden_size, coarse.scales
-    assert scales is not None  # it is quantized
-    dtype = location.hidden_dtype if scales.dtype == mx.uint8 else scales.dtype
-    group = affine_group(width) if bits < 16 else 0
-    if group is None:
+    width = location.rows().hidden_size
+    group_size = affine_group(width) if bits < 16 else 0
+    if group_size is None:
         raise ValueError(f"Rows of width {width} fit no group of 32: add `head_bits` 16.")
-    # 1) A few rows, so that another head is rejected before much is fetched
+    # a few rows first, so that another head is rejected before much is fetched
     tensors, original = _check_sketch(location, folder, source)
-    names = f"{original} is not the original of {_name(folder)}"
-    # 2) All rows
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     if shutil.disk_usage(place.parent).free < 2 * nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     say(f"Fetching {tensors['weight'].name} of {original} ({megabytes(nbytes)}) for a finer head.")
-    with tqdm(total=nbytes, unit="B", unit_scale=True, desc="Finer head", disable=not bar) as shown:
-        maps = {name: t.fetch(place.parent, place.stem, shown) for name, t in tensors.items()}
-    compared, pieces = [], []
-    for start in range(0, n_rows, PIECE_ROWS):
-        end, arrays = min(start + PIECE_ROWS, n_rows), {}
+    bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc="Finer head", disable=not progress)
+    with bar:
+        maps = {
+            name: tensor.fetch(place.parent, place.stem, bar) for name, tensor in tensors.items()
+        }
+    names = f"{original} is not the original of {_name(folder)}"
+    try:
+        rows = _checked_rows(location, tensors, maps, bits, group_size, names)
+    except ValueError:
+        _delete_parts(place)  # of a bad answer, which the next start would take for good
+        raise
+    about = {
+        "model": local_origin(folder).known_as,
+        "original": original,
+        "bits": str(rows.bits),
+        "group_size": str(rows.group_size),
+    }
+    arrays = {name: array for name, array in rows.arrays().items() if name in ARRAYS}
+    with new_file(place) as file:  # whole or not at all
+        mx.save_safetensors(str(file), arrays, metadata=about)
+    _delete_parts(place)
+    return rows, original
+
+
+def _checked_rows(
+    location: HeadLocation,
+    tensors: Rows,
+    maps: dict[str, np.memmap],
+    bits: int,
+    group_size: int,
+    names: str,
+) -> Matrix:
+    """The rows of fetched tensors, rounded.
+
+    Args:
+        location: The place of the model's head, whose rows they are to be.
+        tensors: What was fetched.
+        maps: The bytes of each tensor, (nbytes,) uint8.
+        bits: Of the rows; those that an original has in fewer stay.
+        group_size: Of the rounding; 0 keeps floats.
+        names: What an error begins with.
+
+    Raises:
+        ValueError: If they are other rows, or trained further.
+    """
+    coarse = location.rows()
+    scales: Any = coarse.scales
+    dtype = location.hidden_dtype if scales.dtype == mx.uint8 else scales.dtype
+    compared = []
+    pieces = []
+    for start in range(0, coarse.n_rows, PIECE_ROWS):
+        end = min(start + PIECE_ROWS, coarse.n_rows)
+        arrays = {}
         for name, tensor in tensors.items():
-            size = tensor.nbytes // n_rows
+            size = tensor.nbytes // coarse.n_rows
             arrays[name] = tensor.array(maps[name][start * size : end * size], end - start)
-        fine, stored = _matrix(arrays, width), coarse.take(mx.arange(start, end))
+        fine = _matrix(arrays, coarse.hidden_size)
+        stored = coarse.take(mx.arange(start, end))
         compared.append(distances(stored, fine.dequantized(mx.float32)))
-        fine = fine.map(lambda a: a if a.dtype == mx.uint32 else a.astype(dtype))
-        if group and not fine.quantized:  # the bits of an original that has some stay
-            fine = fine.quantize(bits=bits, group_size=group)
+        fine = fine.map(lambda array: array if array.dtype == mx.uint32 else array.astype(dtype))
+        if group_size and not fine.quantized:
+            fine = fine.quantize(bits=bits, group_size=group_size)
         mx.eval(*fine.arrays().values())
         pieces.append(fine.arrays())
     check_same(compared, names, MAX_DRIFT)
     joined: Any = {name: mx.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-    # 3) Kept, whole or not at all
-    about = {"model": local_origin(folder).known_as, "original": original}
-    about |= {"bits": str(fine.bits), "group_size": str(fine.group_size)}
-    with new_file(place) as file:
-        mx.save_safetensors(str(file), joined, metadata=about)
+    return Matrix(**joined, bias=coarse.bias, group_size=fine.group_size, bits=fine.bits)
+
+
+def _delete_parts(place: Path) -> None:
+    """Deletes what was fetched for a place of the cache."""
     for part in place.parent.glob(f".{glob.escape(place.stem)}.*.part"):
         part.unlink(missing_ok=True)
-    rows = Matrix(**joined, bias=coarse.bias, group_size=fine.group_size, bits=fine.bits)
-    return rows, original
 
 
 def _check_sketch(
@@ -219,7 +259,7 @@ def check_same(compared: list[np.ndarray], names: str, max_drift: float) -> None
     total, rounded = (float(np.linalg.norm(a)) / whole for a in (moved, rounding))
     # noise e moves a share e·√(2/π)/step of the weights by a step, which is √12 roundings
     drift = total**2 / (math.sqrt(24 / math.pi) * max(rounded, 1e-9))
-    floor = 1e-3 * length.mean()  # rows of padding have no length
+    floor = 1e-3 * length.mean() + 1e-30  # rows of padding have no length
     worst = int(np.argmax(error / (MAX_ROW_ERROR * rounding + floor)))
     if not drift <= max_drift or error[worst] > MAX_ROW_ERROR * rounding[worst] + floor:
         raise ValueError(

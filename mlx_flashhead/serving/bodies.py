@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from .api_errors import ApiError
-from .strict_json import loads
+from .strict_json import loads, outside_strings
 
-LARGE_BODY = 256 << 10  # bytes: of larger ones, each address has one at a time in memory
+LARGE_BODY = 64 << 10  # bytes: of larger ones, each address has one at a time in memory
 MAX_VALUES = 300_000  # such as token ids
 MAX_OBJECTS = 50_000  # objects, lists, and members of objects, which take more memory and time
 MAX_MESSAGES = 4096
@@ -45,13 +45,10 @@ def has_grammar(fields: Mapping[str, Any]) -> bool:
 def check_size(text: bytes) -> None:
     """ApiError if JSON has more values than it may.
 
-    NumPy counts, and other threads run meanwhile. Of what is no JSON any number may come out.
+    Of what is no JSON any number may come out.
     """
-    without_escapes = text.replace(b"\\\\", b"").replace(b'\\"', b"")
-    letters = np.frombuffer(without_escapes, dtype=np.uint8)
-    in_string = np.logical_xor.accumulate(letters == ord('"'))
-    outside = letters[~in_string]
-    n_of = {letter: int(np.count_nonzero(outside == ord(letter))) for letter in ",:[{"}
+    letters = outside_strings(text)
+    n_of = {letter: int(np.count_nonzero(letters == ord(letter))) for letter in ",:[{"}
     n_values = n_of[","] + n_of["["] + n_of["{"]
     n_objects = n_of[":"] + n_of["["] + n_of["{"]
     for number, limit, what in (

@@ -184,7 +184,7 @@ class Api:
             raise self.end
         loaded = self.engine.models
         if not loaded.done():
-            raise ApiError(LOADING, status=503)
+            raise still_loading()
         if loaded.exception() is not None:
             raise ApiError("The model cannot be loaded: see the server's log.", status=503)
         return loaded.result()
@@ -206,6 +206,11 @@ class Api:
         if self.engine.models.done():
             model["decoding"] = find_model(self._models, name).decoding()
         return {**model, "created": self._started, "owned_by": "mlx_flashhead"}
+
+
+def still_loading() -> ApiError:
+    """The error while the models are being loaded, whose code the page knows."""
+    return ApiError(LOADING, status=503, code="model_loading")
 
 
 async def refuse_other_api(request: HttpRequest) -> Response:
@@ -266,7 +271,7 @@ class AnswerAfterLoading:
             while not loaded.done():
                 left = until - time.monotonic()
                 if left <= 0 or self._api.n_waiting_bytes > _MAX_WAITING_BYTES:
-                    raise ApiError(LOADING, status=503)
+                    raise still_loading()
                 yield ": loading"
                 await asyncio.wait(
                     {loaded, leaving},

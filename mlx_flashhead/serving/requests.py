@@ -86,6 +86,8 @@ class Request:
         self.grammar = _grammar(fields)  # that an answer follows; None for any text
         self.tools = read_tools(fields, served)
         self.template_settings = self._template_settings(fields)
+        # whether control tokens in the texts of users and tools are read as text
+        self.escape_control_tokens: bool = flags.escape_control_tokens
 
         self.n_probes: int | None = fields.get("n_probes")  # None: the head's number
         self.dense: bool = fields.get("dense", served.dense and self.n_probes is None)

@@ -1,6 +1,7 @@
 """The HTTP server: a port, the generating thread behind it, its log and its end."""
 
 import asyncio
+import gc
 import io
 import logging
 import os
@@ -23,6 +24,9 @@ from .endpoints import Api
 from .engine import Engine
 from .served_models import load_models
 
+# A thread that reads a request gives way so soon to those that compute and send tokens. Python's
+# own 5 ms are a large part of a token's time.
+SWITCH_SECONDS = 0.0005
 SHUTTING_DOWN = "The server is shutting down."
 
 
@@ -61,13 +65,31 @@ class Server(uvicorn.Server):
 
 def serve(flags: Namespace) -> None:
     """Serves the models of the flags until a signal; a ValueError if they cannot be served."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     with listening(flags.host, flags.port) as port:
         access = access_of(flags)
         engine = Engine(lambda: load_models(flags), flags)
-        try:
-            asyncio.run(_serve(flags, engine, access, port))
-        finally:
-            engine.close(3.0)  # a token or a chunk of a prompt is computed by then
+        with ended_at_once_by_signals():
+            try:
+                asyncio.run(_serve(flags, engine, access, port))
+            finally:
+                engine.close(3.0)  # a token or a chunk of a prompt is computed by then
+
+
+@contextmanager
+def ended_at_once_by_signals() -> Iterator[None]:
+    """A block in which signals that nothing else handles end the process, without finalizing the
+    interpreter: threads of C++ abort there. uvicorn handles them while it serves, not while it and
+    the engine end."""
+    handled = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
+            handled[number] = signal.signal(number, lambda number, _: os._exit(128 + number))
+    try:
+        yield
+    finally:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
 
 
 async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.socket) -> None:
@@ -80,6 +102,9 @@ async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
     if loading.done() and loading.exception() is None:  # the address comes last, in sight
         models = ", ".join(f"{served.name} ({served.decoding()})" for served in loading.result())
+        # Modules and models stay, and looking through them for garbage would stop all threads.
+        gc.collect()
+        gc.freeze()
         number = port.getsockname()[1]
         where = url(own_address(flags.host), number).rstrip("/")
         print(f"Serving {models} at {where} (Ctrl-C ends it)", flush=True)

@@ -159,23 +159,23 @@ def test_a_model_is_converted_and_generates(dense, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line, what, module",
+    "line, what, module, extra",
     [
-        ("evaluate text --text a", "mlx_flashhead.evaluate", "rich"),
-        ("benchmark model --plot a.svg", "--plot", "matplotlib"),
+        ("evaluate text --text a", "mlx_flashhead.evaluate", "rich", "report"),
+        ("benchmark model --plot a.svg", "--plot", "matplotlib", "plot"),
     ],
 )
-def test_a_missing_module_is_named_with_its_extra(refused, monkeypatch, line, what, module):
+def test_a_missing_module_is_named_with_its_extra(refused, monkeypatch, line, what, module, extra):
     """Before any work: the model is not looked for."""
     monkeypatch.setitem(sys.modules, module, None)
     said = refused(*line.split(), "--model", "./absent")
-    install = "pip install 'mlx_flashhead[report]'"
+    install = f"pip install 'mlx_flashhead[{extra}]'"
     assert said == f"error: {what} needs {module}, which is not installed: {install}."
 
 
 def test_the_sample_prints_an_answer_of_the_chat(converted, tmp_path, monkeypatch, capsys):
     (tmp_path / "mlx-community").mkdir()
-    (tmp_path / "mlx-community" / "gemma-3-1b-it-4bit").symlink_to(converted)
+    (tmp_path / "mlx-community" / "gemma-3-4b-it-qat-4bit").symlink_to(converted)
     monkeypatch.chdir(tmp_path)
     readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
     sample = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]

@@ -19,7 +19,7 @@ from mlx_flashhead import attach, detach, get_flash_head
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.loading.head_options import DENSE, HeadOptions
 from mlx_flashhead.loading.load import load, load_with_head
-from mlx_flashhead.models import finer_head
+from mlx_flashhead.models import fetch, finer_head, tensor_files
 from mlx_flashhead.models.finer_head import check_same, distances, give_fine_head
 from mlx_flashhead.models.locate import find_head
 from model_folders import contents, write_model
@@ -282,6 +282,43 @@ def test_a_lost_connection_continues(on_hub, original, coarse, monkeypatch):
     expected = Matrix(rows).quantize(bits=8, group_size=64)
     assert mx.array_equal(location.rows().weight, expected.weight)
     assert not [*finer_head.home().rglob("*.part")]
+
+
+def of_rows(spoil):
+    """What `LoopbackHub.spoil` does, to ranges of the tensor's size alone."""
+    return lambda piece, range_: spoil(piece, range_) if len(piece) > 20_000 else (piece, range_)
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda piece, range_: (bytes(len(piece)), range_), "is not the original of"),
+        (lambda piece, range_: (piece[::-1], range_), "is not the original of"),
+        (lambda piece, range_: (piece + piece, range_), "sends more of model.safetensors of maker"),
+        (lambda piece, range_: (piece, "bytes 0-99/100"), "sends bytes 0-99/100 of model.safet"),
+        (lambda piece, range_: (piece, ""), "sends all of model.safetensors"),
+    ],
+    ids=["zeros", "other rows", "too long", "another range", "no range"],
+)
+def test_a_bad_answer_is_not_kept(on_hub, original, coarse, spoil, said):
+    on_hub.spoil = of_rows(spoil)
+    assert said in refusal(coarse)
+    assert not [*finer_head.home().rglob("*.part")]
+    on_hub.spoil = None
+    location, _ = fine(coarse, True)
+    expected = Matrix(weights_of(original)[2]).quantize(bits=8, group_size=64)
+    assert mx.array_equal(location.rows().weight, expected.weight)
+
+
+def test_headers_and_small_files_have_limits(on_hub, coarse, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_files, "LARGEST_HEADER", 100)
+        assert "headers have up to 100 bytes" in refusal(coarse)
+    assert on_hub.ranged_bytes == 8  # the length, and nothing of it
+    monkeypatch.setattr(fetch, "LARGEST_SMALL_FILE", 100)
+    index = json.dumps({"weight_map": {f"w{i}": "model.safetensors" for i in range(100)}})
+    on_hub.put("maker/Original", {"model.safetensors.index.json": index.encode()})
+    assert "model.safetensors.index.json of maker/Original has" in refusal(coarse)
 
 
 def test_damaged_rows_in_the_cache_are_fetched_again(original, coarse):
