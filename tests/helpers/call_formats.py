@@ -29,7 +29,18 @@ TOKENS = {
 _WORDS = (
     *("</", "<", ">", "tool_call>", "</tool_call", "</parameter>", "</function", "parameter=x>"),
     *("null", "None", "true", "NaN", '"', "\\", '\\"', "\n\n", "  ", "12", "]]>", "<![CDATA["),
-    *("</arg_value>", "<|", "|>", "escape>", "<function name=", 'name="', "},", "[ARGS]", "é", "日本"),
+    *(
+        "</arg_value>",
+        "<|",
+        "|>",
+        "escape>",
+        "<function name=",
+        'name="',
+        "},",
+        "[ARGS]",
+        "é",
+        "日本",
+    ),
     *('="', '>"', ">\n", "l_call>{", "<tool_call>{", "x<tool_call>", "call>\n"),
 )
 
@@ -92,7 +103,7 @@ SIMPLE = [
         of(
             ["text", "code"],
             text={"type": "string", "minLength": 2, "maxLength": 12},
-            code={"type": "string", "pattern": "^[A-Z]{2}-\\d+(\"|\\\\)?[^a]$"},
+            code={"type": "string", "pattern": '^[A-Z]{2}-\\d+("|\\\\)?[^a]$'},
             share={"type": "number", "exclusiveMinimum": 0, "maximum": 0.75},
             level={"enum": [1, 2.5, "high", None, True]},
             on={"type": "string", "format": "date"},

@@ -84,7 +84,7 @@ def test_a_choice_says_which_tools_may_be_called(random):
         ({"tools": [PING, PING]}, r"tools\[1\] has the name of another tool"),
         ({"tools": [tool("f", 5)]}, "must be a JSON schema"),
         ({"tools": [tool("f", {"properties": 5})]}, "'f' cannot be called: .* no JSON schema"),
-        ({"tools": [tool("f", {"properties": {"a": {"not": {}}}})]}, '\'f\'.*"not" is not supp'),
+        ({"tools": [tool("f", {"properties": {"a": {"not": {}}}})]}, "'f'.*\"not\" is not supp"),
         ({"tools": [tool("f", {"description": "a" * 400_000})]}, "longer than 400,000 characters"),
     ],
 )
@@ -122,9 +122,7 @@ def answers(engine, **fields):
             answer.add(event)
         parse = job.request.tools.for_parser
         answer.calls = [
-            call
-            for text in answer.calls
-            for call in read_tool_calls(served.tokenizer, text, parse)
+            call for text in answer.calls for call in read_tool_calls(served.tokenizer, text, parse)
         ]
         found.append(answer)
     return found
