@@ -3,7 +3,7 @@ applies them in the loops of one sequence and of several."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ from ..head.flash_head import FlashHead
 from ..head.steps import NO_DEPTH
 from ..models.errors import UnsupportedHeadError
 from ..models.install import LogitChange, get_flash_head, hidden_dtype, logit_change_of, unchanged
-from .sampler import Trust, current_random_state
+from .sampler import Trust
 from .sequence import PendingToken, Sequence
 
 MAX_PENDING = 32  # states of a verification: a GPU multiplies tiles of 32
@@ -148,19 +148,16 @@ class Proposer:
         def project(hidden: mx.array) -> mx.array:
             taken.append(hidden)
             if self.unverified and hidden.shape[-2] == 1:
-                return head.unverified_logits(hidden)
+                return head.unverified_logits(hidden, self._n_probes, self._draw_temperature)
             return head.dense_logits(hidden)
 
-        how: Any = {"n_probes": self._n_probes, "draw_temperature": self._draw_temperature}
-        settings = head.settings(**how) if self.unverified else nullcontext()
-        with settings, head.intercepted(project):
+        with head.intercepted(project):
             yield taken
 
     def propose(
-        self, sequences: Rows[Sequence], hidden: mx.array, latest: mx.array
-    ) -> tuple[mx.array, list[PendingToken]]:
-        """Tokens of states (R, D), a row a sequence: (R,) uint32, lazy, and as pending tokens.
-        ``latest`` (R,) are the tokens before them, which are not read yet."""
+        self, sequences: Rows[Sequence], hidden: mx.array
+    ) -> mx.array:
+        """Tokens of states (R, D), a row a sequence, which are pending then: (R,) uint32, lazy."""
         wide = [not self.simple or sequence.needs_logits for sequence in sequences]
         rows = [s.draw_at(s.n_chosen) for s in sequences]
         draws = None if all(settings.greedy for settings, _ in rows) else Draws.of(rows)
@@ -169,21 +166,16 @@ class Proposer:
         )
         tokens, full = proposal.tokens, proposal.full
         proposal = proposal._replace(full=None)  # which may be large
-        chosen = [PendingToken(proposal, row) for row in range(len(sequences))]
         if full is not None:
             logits = self.model_logits(full)
             picked = [tokens[i : i + 1] for i in range(len(sequences))]
-            for i, (sequence, pending) in enumerate(zip(sequences, chosen, strict=True)):
+            for i, sequence in enumerate(sequences):
                 if wide[i]:
-                    row, index = slice(i, i + 1), sequence.n_chosen
-                    before = current_random_state()
-                    picked[i], _ = sequence.choose(logits[row], index, latest[row])
-                    if sequence.uses_random_state:
-                        pending.random_state = mx.stack([before, current_random_state()])
+                    picked[i], _ = sequence.choose(logits[i : i + 1], sequence.n_chosen)
             tokens = picked[0] if len(picked) == 1 else mx.concatenate(picked)
-        for sequence, pending in zip(sequences, chosen, strict=True):
-            sequence.pending.append(pending)
-        return tokens, chosen
+        for row, sequence in enumerate(sequences):
+            sequence.pending.append(PendingToken(proposal, row))
+        return tokens
 
     def model_logits(self, logits: mx.array) -> mx.array:
         """The head's logits (R, V) as the model gives them."""
@@ -209,6 +201,5 @@ class Proposer:
 def step_arrays(tokens: mx.array, chosen: Rows[PendingToken]) -> list[Any]:
     """What has to be computed before the tokens of a step can be read, in one evaluation."""
     risks = {id(p.proposal): p.proposal.risk for p in chosen if p.proposal is not None}
-    states = [p.random_state for p in chosen if p.random_state is not None]
     logprobs = [p.logprobs for p in chosen if p.logprobs is not None]
-    return [tokens, *risks.values(), *states, *logprobs]
+    return [tokens, *risks.values(), *logprobs]
