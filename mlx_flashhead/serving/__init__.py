@@ -4,10 +4,10 @@ A request, traced. ``serve`` opens the port, and starts the engine, which loads 
 ``served_models`` in its own thread. uvicorn's event loop in the main thread does the rest.
 
 1. ``connections`` limits connections and the time for a request to arrive. Its front door lets in
-   what ``access`` allows, answers errors, and writes the log. ``responses`` has the errors, JSON,
-   and the files of the page.
-2. ``endpoints`` reads the body: ``requests`` checks each field, ``jobs`` fills in the chat template
-   and makes tokens. A mistake is an ``ApiError``.
+   what ``access`` allows, answers errors, and writes the log. ``page_files`` has the page.
+2. ``endpoints`` reads the body, by ``strict_json``. ``requests`` checks each field by the rules of
+   ``fields``, and ``messages`` those of a chat. ``jobs`` fills in the chat template and makes
+   tokens. A mistake is an ``ApiError`` of ``api_errors``.
 3. Each answer is a job in the queue of ``engine``, the one thread that computes. Its prompt is read
    a chunk at a time, and decoded beside the others (``decoding``).
 4. Each token comes back through the answer's queue. ``endpoints`` makes OpenAI's JSON of it.

@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Scope
 
-from .responses import ApiError
+from .api_errors import ApiError
 from .server_options import is_loopback
 
 COOKIE = "flashhead_token"

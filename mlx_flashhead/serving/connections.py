@@ -24,7 +24,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .access import COOKIE, MAX_HEAD_BYTES, Access
-from .responses import ApiError, dumps, json_response, locked_page
+from .api_errors import ApiError
+from .page_files import locked_page
+from .strict_json import dumps, json_response
 
 MAX_WAITING = 64  # connections; beyond it, the address with most of them loses its oldest
 # Requests in progress, in total and for one address.

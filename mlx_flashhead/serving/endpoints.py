@@ -1,6 +1,7 @@
 """Answers requests of OpenAI's API: in the event loop, with what the engine's thread computes."""
 
 import asyncio
+import logging
 import time
 import uuid
 from argparse import Namespace
@@ -20,15 +21,22 @@ from starlette.types import Receive, Scope, Send
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..version import __version__
+from .api_errors import ApiError
 from .connections import read_body
 from .engine import Engine
 from .jobs import Job, Progress, Token, TokenLogprobs, read_jobs
+from .page_files import PAGE_ROUTES
 from .requests import Request, find_model
-from .responses import PAGE_ROUTES, ApiError, dumps, json_response
 from .served_models import ServedModel
+from .strict_json import dumps, json_response
 
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
+# Fields without effect that the log names: of any number, which clients choose.
+_MAX_FIELDS_NAMED = 100
+_MAX_FIELD_NAME = 40  # characters
 _BYTES = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
+
+logger = logging.getLogger(__name__)
 
 
 class Api:
@@ -38,6 +46,7 @@ class Api:
         self.engine, self._flags, self._started = engine, flags, int(time.time())
         self.end: ApiError | None = None  # why no request is answered any more
         self.answers: set[Answer] = set()  # in progress
+        self._named: set[str] = set()  # fields without effect that the log has named
         # where bodies become tokens, which may take many times their size
         self._readers = ThreadPoolExecutor(8, "read")
 
@@ -90,7 +99,17 @@ class Api:
         body = await read_body(request)
         read = partial(read_jobs, body, chat=chat, models=models, flags=self._flags)
         jobs = await asyncio.get_running_loop().run_in_executor(self._readers, read)
+        self._name_ignored(jobs[0].request.ignored)
         return Answer(self, jobs, request.state.notes)
+
+    def _name_ignored(self, fields: list[str]) -> None:
+        """Names fields of a request that have no effect, each once, in the log."""
+        new = {field[:_MAX_FIELD_NAME] for field in fields} - self._named
+        listed = sorted(new)[: _MAX_FIELDS_NAMED - len(self._named)]
+        if listed:
+            self._named |= set(listed)
+            names = ", ".join(ascii(field)[1:-1] for field in listed)
+            logger.info("Fields without effect here, named once: %s", names)
 
     @property
     def _models(self) -> list[ServedModel]:

@@ -17,9 +17,9 @@ from threading import Event, Thread
 import mlx.core as mx
 
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
+from .api_errors import ApiError
 from .decoding import CHUNK_SECONDS, Batch, Reading, Single, next_chunk
 from .jobs import Job
-from .responses import ApiError
 from .served_models import ServedModel
 
 FAILING = 3  # answers, one after the other, that failed by the server's fault

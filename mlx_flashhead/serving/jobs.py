@@ -21,9 +21,10 @@ from ..models.compat.mlx_lm import (
 )
 from ..models.templates import apply_template
 from ..structured.grammar import GrammarProcessor
+from .api_errors import ApiError
 from .requests import Request
-from .responses import ApiError, loads
 from .served_models import ServedModel
+from .strict_json import loads
 
 PART = 4096  # characters that are tokenized at once to see whether a text is too long
 MAX_TOKENS_PER_CUT = 16  # that a text has in addition if it is tokenized in two parts
@@ -129,7 +130,8 @@ class Job:
 
     def __post_init__(self):
         request, self.served = self.request, self.request.served
-        self.max_tokens = min(request.max_tokens, self.served.context - len(self.prompt.tokens))
+        n_free = self.served.context - len(self.prompt.tokens)
+        self.max_tokens = n_free if request.max_tokens is None else min(request.max_tokens, n_free)
         # OpenAI's seeds may be negative. MLX's random state decides nothing: it is left unusable by
         # a function that fails while MLX compiles it.
         seed = secrets.randbits(64) if request.seed is None else request.seed % 2**64 + self.index
@@ -202,12 +204,12 @@ def read_jobs(body: bytes, *, chat: bool, models: list[ServedModel], flags: Name
         raise ApiError("The body must be a JSON object.")
     request = Request(fields, chat=chat, models=models, flags=flags)
     prompts, grammar = read_prompts(request), None
-    if request.form is not None:
+    if request.grammar is not None:
         tokenizer, limit = request.served.tokenizer, {"seconds_per_mask": SECONDS_PER_MASK}
         # an answer has its form once the thought is at its end that the prompt begins
         after = tokenizer.think_end_tokens if prompts[0].state == "reasoning" else ()
         try:
-            grammar = GrammarProcessor(tokenizer, request.form, after=after, **limit)
+            grammar = GrammarProcessor(tokenizer, request.grammar, after=after, **limit)
         except ValueError as error:
             raise ApiError(str(error), "response_format") from None
     return [
@@ -231,7 +233,7 @@ def read_prompts(request: Request) -> list[Prompt]:
     landmarks: list[int] = []
     if not served.cuttable:  # the next prompt may lack this one's last tokens, as for a thought
         landmarks = [*_end_of_system(request, tokens), max(1, len(tokens) - 11)]
-    return [Prompt(tokens, tuple(landmarks), state, keep_space=request.form is not None)]
+    return [Prompt(tokens, tuple(landmarks), state, keep_space=request.grammar is not None)]
 
 
 def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = True) -> str:

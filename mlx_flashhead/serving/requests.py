@@ -1,136 +1,116 @@
-"""Checks requests: every field has OpenAI's meaning, or is an error."""
+"""Checks requests: a field has OpenAI's meaning, or changes nothing, or is an error."""
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from ..models.compat.mlx_lm import TextStateMachine
 from ..structured.grammar import Grammar
-from .responses import ApiError, loads
+from .api_errors import ApiError, field_error
+from .fields import (
+    CHAT_FIELDS,
+    MAX_CHOICES,
+    PENALTIES,
+    SCHEMA_FIELDS,
+    STREAM_OPTIONS,
+    TEMPLATE_FIELDS,
+    TEXT_FIELDS,
+    Number,
+    Of,
+    read_all_fields,
+    read_fields,
+)
+from .messages import read_messages
 from .served_models import ServedModel
 
-MAX_CHOICES = 16  # texts of a request: n times the number of its prompts
-MAX_LOGPROBS = 20
 # Characters of a schema, an expression or a grammar; OpenAI's limit for a schema is of this size.
 MAX_CHARACTERS = 100_000
-_MAX_STOPS, _MAX_STOP_CHARACTERS = 16, 1000
+_MAX_STOPS = 16
+_MAX_STOP_CHARACTERS = 1000
 _MAX_BIAS = 1e4  # a larger one has the same effect, and would be infinite in float16
 _MIN_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, but for overflows
-_PENALTIES = ("repetition", "presence", "frequency")
-
-_TYPES = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
-_COUNT, _SHARE = (int, 0, 2**31 - 1), (float, 0, 1)
-# Of each field its type, a number's type and limits, or the only values that it may have.
-_FIELDS: dict[str, Any] = {
-    **dict.fromkeys(("model", "stop", "response_format", "regex", "grammar"), object),
-    **dict.fromkeys(("stream", "dense"), bool),
-    **dict.fromkeys(("stream_options", "logit_bias"), dict),
-    "n": (int, 1, MAX_CHOICES),
-    **dict.fromkeys(("max_tokens", "max_completion_tokens"), (int, 1, 2**31 - 1)),
-    "temperature": (float, 0, 2),  # as OpenAI's
-    "top_k": _COUNT,
-    **dict.fromkeys(("top_p", "min_p", "xtc_probability"), _SHARE),
-    "xtc_threshold": (float, 0, 0.5),
-    "repetition_penalty": (float, 0, 1e30),
-    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (float, -1e30, 1e30)),
-    **dict.fromkeys((f"{kind}_context_size" for kind in _PENALTIES), _COUNT),
-    "seed": (int, -(2**63), 2**64 - 1),
-    "num_draft_tokens": (int, 1, 64),
-    # labels, without effect
-    **dict.fromkeys(("user", "metadata", "safety_identifier", "prompt_cache_key"), object),
-    "store": [False],
-    "service_tier": ["auto", "default"],
-}
-_CHAT_FIELDS: dict[str, Any] = _FIELDS | {
-    **dict.fromkeys(("messages", "tools"), list),
-    "tool_choice": ["auto", "none"],
-    "chat_template_kwargs": dict,
-    "logprobs": bool,
-    "top_logprobs": (int, 0, MAX_LOGPROBS),
-    "modalities": [["text"]],
-    "parallel_tool_calls": [True],
-}
-_TEXT_FIELDS: dict[str, Any] = _FIELDS | {
-    "prompt": object,
-    "logprobs": (int, 0, MAX_LOGPROBS),
-    "echo": [False],
-    "best_of": [1],
-    "suffix": [""],
-}
-_STREAM_OPTIONS = {"include_usage": bool, "include_obfuscation": [False]}
-# A schema is always obeyed, strict or not.
-_SCHEMA_FIELDS = {"name": str, "description": str, "strict": bool, "schema": object}
 
 
 class Request:
-    """A checked request, of its JSON and the server's flags. An ApiError names a wrong field."""
+    """A checked request.
 
-    def __init__(self, body: dict, *, chat: bool, models: Sequence[ServedModel], flags: Namespace):
-        self.chat = chat  # otherwise it continues texts
+    Args:
+        body: The JSON object of the client.
+        chat: Whether it is a chat. Otherwise it continues texts.
+        models: The models that are served, the default first.
+        flags: The server's flags, which have the defaults.
+
+    Raises:
+        ApiError: If a field cannot be followed. The error names the field.
+    """
+
+    def __init__(
+        self, body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], flags: Namespace
+    ):
+        self.chat = chat
         self.served = served = find_model(models, body.get("model"))
         n_clusters = served.head.n_clusters if served.head else 2**31 - 1
-        known = _CHAT_FIELDS if chat else _TEXT_FIELDS
-        fields = _checked(body, known | {"n_probes": (int, 1, n_clusters)})
-        get = fields.get
+        rules = {**(CHAT_FIELDS if chat else TEXT_FIELDS), "n_probes": Number(int, 1, n_clusters)}
+        fields, self.ignored = read_fields(body, rules)  # the names of fields without effect
 
-        self.stream: bool = get("stream", False)
-        if "stream_options" in fields and not self.stream:
-            raise wrong("stream_options", "are for requests with stream.")
-        options = _checked(get("stream_options", {}), _STREAM_OPTIONS)
+        self.stream: bool = fields.get("stream", False)
+        options, further = read_fields(fields.get("stream_options", {}), STREAM_OPTIONS)
         self.include_usage: bool = options.get("include_usage", False)  # at the end of a stream
-        self.messages = _messages(get("messages")) if chat else []
-        self.prompts = [] if chat else _prompts(get("prompt"), served)  # texts or token ids
-        self.n: int = get("n", 1)  # answers to each prompt
-        if (n_texts := self.n * len(self.prompts)) > MAX_CHOICES:
+        self.ignored += [f"stream_options.{name}" for name in further]
+        if "stream_options" in fields and not self.stream:
+            self.ignored.append("stream_options")
+
+        self.messages: list[dict[str, Any]] = []
+        self.prompts: list[str | list[int]] = []  # texts or token ids to continue
+        stops = list(_stop_texts(fields.get("stop", [])))  # texts before which an answer ends
+        if chat:
+            takes_developer = served.takes_developer
+            self.messages = read_messages(fields.get("messages"), takes_developer=takes_developer)
+        else:
+            self.prompts = _prompts(fields.get("prompt"), served)
+            if suffix := fields.get("suffix"):
+                self.prompts = _around_gaps(self.prompts, suffix, served)
+                stops += served.middle_ends
+        self.n: int = fields.get("n", 1)  # answers to each prompt
+        n_texts = self.n * len(self.prompts)
+        if n_texts > MAX_CHOICES:
             most = f"at most {MAX_CHOICES} texts are made for a request"
             raise ApiError(f"n times the number of prompts is {n_texts}: {most}.", "n")
-        # of an answer; the context may leave room for fewer
-        self.max_tokens: int = get("max_completion_tokens", get("max_tokens", flags.max_tokens))
-        ends = [(text, None) for text in _stop(get("stop", []))]  # texts before which it ends
-        self.stop = TextStateMachine({"normal": ends} if ends else None)
-        self.form = _form(fields)  # of an answer; None for any text
+        # tokens of an answer; None: as many as the context has room for
+        self.max_tokens: int | None = _max_tokens(fields, flags.max_tokens)
+        self.stop = TextStateMachine(
+            {"normal": [(text, None) for text in stops]} if stops else None
+        )
+        self.grammar = _grammar(fields)  # that an answer follows; None for any text
         self.tools = _tools(fields, served)
-        if self.form is not None and self.tools:
+        if self.grammar is not None and self.tools:
             conflict = "An answer with a response_format calls no tools: leave tools out."
             raise ApiError(conflict, "tools")
-        self.template_settings = _template_settings(get("chat_template_kwargs", {}), served)
+        self.template_settings = self._template_settings(fields)
 
-        self.n_probes: int | None = get("n_probes")  # None: the head's number
-        self.dense: bool = get("dense", served.dense and self.n_probes is None)
+        self.n_probes: int | None = fields.get("n_probes")  # None: the head's number
+        self.dense: bool = fields.get("dense", served.dense and self.n_probes is None)
         if self.n_probes is not None and (self.dense or served.head is None):
             reason = "dense scores every token" if self.dense else "This model has no FlashHead"
             raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
-        self.num_draft_tokens: int = get("num_draft_tokens", flags.num_draft_tokens)
-        # of so many likeliest tokens beside each token's; None: of none
-        self.logprobs: int | None = get("logprobs")
-        if chat:
-            if "top_logprobs" in fields and not self.logprobs:
-                raise wrong("top_logprobs", "needs logprobs to be true.")
-            self.logprobs = get("top_logprobs", 0) if self.logprobs else None
-        self.seed: int | None = get("seed")
-        temp, top_k = get("temperature", flags.temp), get("top_k", flags.top_k)
-        top_p, tokenizer = get("top_p", flags.top_p), served.tokenizer
-        self.sampling = {  # arguments of make_sampler, without the seed
-            "temp": 0.0 if top_p == 0 or temp < _MIN_TEMPERATURE else temp,  # 0: the likeliest
-            "top_p": top_p,
-            "top_k": top_k if top_k < served.vocab_size else 0,  # that of all tokens cuts none off
-            "min_p": get("min_p", flags.min_p),
-            "xtc_probability": get("xtc_probability", 0.0),
-            "xtc_threshold": get("xtc_threshold", 0.1),
-            "xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-        }
-        self.penalties: dict[str, Any] = {  # arguments of mlx-lm's make_logits_processors
-            "logit_bias": _logit_bias(get("logit_bias", {}), served)
-        }
-        for kind in _PENALTIES:
-            self.penalties[f"{kind}_penalty"] = get(f"{kind}_penalty", 0.0)
-            self.penalties[f"{kind}_context_size"] = get(f"{kind}_context_size", 20)
+        self.num_draft_tokens: int = fields.get("num_draft_tokens", flags.num_draft_tokens)
+        # the number of likeliest tokens beside each chosen one; None: no logprobs
+        self.logprobs: int | None = _n_logprobs(fields) if chat else fields.get("logprobs")
+        self.seed: int | None = fields.get("seed")
+        self.sampling = _sampling(fields, served, flags)  # arguments of make_sampler
+        self.penalties = _penalties(fields, served)  # arguments of mlx-lm's make_logits_processors
 
-
-def wrong(field: str, why: str) -> ApiError:
-    """The error of a wrong field: a sentence that begins with the field's name."""
-    return ApiError(f"{field} {why}", field)
+    def _template_settings(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The variables that a request gives to the chat template."""
+        known = self.served.template_settings
+        settings = {}
+        for name in TEMPLATE_FIELDS:
+            if name in fields and name in known:
+                settings[name] = fields[name]
+            elif name in fields:
+                self.ignored.append(name)
+        return settings | _template_arguments(fields.get("chat_template_kwargs", {}), known)
 
 
 def find_model(models: Sequence[ServedModel], name: Any) -> ServedModel:
@@ -139,107 +119,148 @@ def find_model(models: Sequence[ServedModel], name: Any) -> ServedModel:
         return models[0]
     by_name = {known: served for served in models for known in served.names}
     if not isinstance(name, str) or name not in by_name:
-        refusal = f"No model of that name is served here: choose {' or '.join(by_name)}."
-        raise ApiError(refusal, "model", status=404, code="model_not_found")
+        raise unknown_model(list(by_name))
     return by_name[name]
 
 
-def _checked(fields: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that are not null. An ApiError names one that is unknown or not as ``known``."""
-    checked: dict[str, Any] = {}
-    for name, value in fields.items():
-        if value is None:
-            continue
-        if name not in known:
-            raise ApiError(f"{_short(name)} is not a field of this server.", name[:80])
-        match known[name]:
-            case list(values):
-                if not any(value == v and type(value) is type(v) for v in values):
-                    only = " or ".join(map(json.dumps, values))
-                    raise wrong(name, f"is {_short(value)}: here it can be {only}, or left out.")
-            case (kind, low, high):
-                if type(value) not in (int, kind) or not low <= value <= high:
-                    number = "a whole number" if kind is int else "a number"
-                    raise wrong(name, f"is {_short(value)}: it must be {number}, {low} to {high}.")
-                value = kind(value)
-            case kind:
-                if not isinstance(value, kind):
-                    raise wrong(name, f"must be {_TYPES[kind]}.")
-        checked[name] = value
-    return checked
+def unknown_model(names: Sequence[str]) -> ApiError:
+    """The error of a model that is not among the served ones."""
+    refusal = f"No model of that name is served here: choose {' or '.join(names)}."
+    return ApiError(refusal, "model", status=404, code="model_not_found")
+
+
+def _max_tokens(fields: dict[str, Any], default: int | None) -> int | None:
+    """The request's limit of an answer, else the server's."""
+    names = [name for name in ("max_completion_tokens", "max_tokens") if name in fields]
+    limits = {fields[name] for name in names}
+    if len(limits) > 1:
+        differ = "max_completion_tokens and max_tokens are two names of one limit, and they differ"
+        raise ApiError(f"{differ}: send one of them.", "max_tokens")
+    return limits.pop() if limits else default
+
+
+def _n_logprobs(fields: dict[str, Any]) -> int | None:
+    """The number of likeliest tokens that a chat wants to see; None without logprobs."""
+    if fields.get("logprobs"):
+        return fields.get("top_logprobs", 0)
+    if fields.get("top_logprobs"):
+        raise field_error("top_logprobs", "needs logprobs to be true.")
+    return None
+
+
+def _sampling(fields: dict[str, Any], served: ServedModel, flags: Namespace) -> dict[str, Any]:
+    """The arguments of ``make_sampler``, without the seed."""
+    temperature = fields.get("temperature", flags.temp)
+    top_p = fields.get("top_p", flags.top_p)
+    top_k = fields.get("top_k", flags.top_k)
+    takes_likeliest = top_p == 0 or temperature < _MIN_TEMPERATURE
+    tokenizer = served.tokenizer
+    return {
+        "temp": 0.0 if takes_likeliest else temperature,
+        "top_p": top_p,
+        "top_k": 0 if top_k >= served.vocab_size else top_k,  # 0: all tokens
+        "min_p": fields.get("min_p", flags.min_p),
+        "xtc_probability": fields.get("xtc_probability", 0.0),
+        "xtc_threshold": fields.get("xtc_threshold", 0.1),
+        "xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+    }
+
+
+def _penalties(fields: dict[str, Any], served: ServedModel) -> dict[str, Any]:
+    """The arguments of mlx-lm's ``make_logits_processors``."""
+    penalties: dict[str, Any] = {"logit_bias": _logit_bias(fields.get("logit_bias", {}), served)}
+    for kind in PENALTIES:
+        for name, default in ((f"{kind}_penalty", 0.0), (f"{kind}_context_size", 20)):
+            penalties[name] = fields.get(name, default)
+    return penalties
 
 
 def _logit_bias(biases: dict[str, Any], served: ServedModel) -> dict[int, float] | None:
     bias = {}
     for key, value in biases.items():
-        token = int(key) if key.isascii() and key.isdigit() and len(key) < 10 else -1
+        is_number = key.isascii() and key.isdigit() and len(key) < 10
+        token = int(key) if is_number else -1
         if not 0 <= token < served.vocab_size or type(value) not in (int, float):
-            last = served.vocab_size - 1
-            raise wrong("logit_bias", f"must give each token id a number: choose 0 to {last}.")
+            remedy = f"choose 0 to {served.vocab_size - 1}"
+            raise field_error("logit_bias", f"must give each token id a number: {remedy}.")
         bias[token] = float(max(-_MAX_BIAS, min(_MAX_BIAS, value)))
     return bias or None
 
 
-def _stop(stop: Any) -> tuple[str, ...]:
-    words = [stop] if isinstance(stop, str) else stop
-    sound = isinstance(words, list) and len(words) <= _MAX_STOPS
-    if not sound or not all(
-        isinstance(word, str) and 0 < len(word) <= _MAX_STOP_CHARACTERS for word in words
+def _stop_texts(stop: Any) -> list[str]:
+    texts = [stop] if isinstance(stop, str) else stop
+    is_valid = isinstance(texts, list) and len(texts) <= _MAX_STOPS
+    if not is_valid or not all(
+        isinstance(text, str) and 0 < len(text) <= _MAX_STOP_CHARACTERS for text in texts
     ):
         most = f"at most {_MAX_STOPS} texts, each of 1 to {_MAX_STOP_CHARACTERS:,} characters"
-        raise wrong("stop", f"must be a text or a list of {most}.")
-    return tuple(words)
+        raise field_error("stop", f"must be a text or a list of {most}.")
+    return texts
 
 
-def _form(fields: dict[str, Any]) -> Grammar | None:
-    """The form of the answer: ``regex`` or ``grammar``, alone or within ``response_format``."""
-    # each with its place in the request, what makes it, and what describes it
-    makers: dict[str, Any] = {"regex": Grammar.from_regex, "grammar": Grammar.from_lark}
-    forms = [(kind, make, fields[kind]) for kind, make in makers.items() if kind in fields]
-    field = "response_format"
-    if (value := fields.get(field)) is not None:
-        kind = value.get("type") if isinstance(value, dict) else None
-        if kind not in (kinds := ("text", "json_object", "json_schema", *makers)):
-            raise wrong(field, f"must be an object with a type: {', '.join(kinds)}.")
-        where, described = f"{field}.{kind}", _checked(value, {"type": str, kind: object}).get(kind)
-        if kind == "json_object":
-            forms.append((where, Grammar.from_json_schema, {"type": "object"}))
-        elif kind == "json_schema":
-            if not isinstance(described, dict) or not described.get("name"):
-                raise ApiError(f'{where} must be an object with a "name" and a "schema".', field)
-            schema = _checked(described, _SCHEMA_FIELDS).get("schema", {"type": "object"})
-            forms.append((f"{where}.schema", Grammar.from_json_schema, schema))
-        elif kind != "text":
-            forms.append((where, makers[kind], described))
-    if len(forms) > 1:
-        raise ApiError("An answer has one form: give response_format, regex or grammar.", field)
-    for where, make, value in forms:
+def _grammar(fields: dict[str, Any]) -> Grammar | None:
+    """What ``response_format``, ``regex`` or ``grammar`` asks for; an ApiError for two of them."""
+    makers: dict[str, Callable[[Any], Grammar]] = {
+        "regex": Grammar.from_regex,
+        "grammar": Grammar.from_lark,
+    }
+    # of each: its place in the request, what makes a grammar, and from what
+    wanted = [(name, make, fields[name]) for name, make in makers.items() if name in fields]
+    if "response_format" in fields:
+        wanted += _response_format(fields["response_format"], makers)
+    if len(wanted) > 1:
+        only_one = "An answer has one form: give response_format, regex or grammar."
+        raise ApiError(only_one, "response_format")
+    for where, make, source in wanted:
         field = where.partition(".")[0]
-        if len(json.dumps(value)) > MAX_CHARACTERS:
-            raise wrong(field, f"is longer than {MAX_CHARACTERS:,} characters: simplify it.")
+        if len(json.dumps(source)) > MAX_CHARACTERS:
+            raise field_error(field, f"is longer than {MAX_CHARACTERS:,} characters: simplify it.")
         try:
-            return make(value)
+            return make(source)
         except ValueError as error:
             raise ApiError(f"{where}: {error}", field) from None
     return None
 
 
+def _response_format(
+    value: Any, makers: dict[str, Callable[[Any], Grammar]]
+) -> list[tuple[str, Callable[[Any], Grammar], Any]]:
+    """The grammar that a ``response_format`` asks for, as in `_grammar`; none for any text."""
+    field = "response_format"
+    kinds = ("text", "json_object", "json_schema", *makers)
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in kinds:
+        raise field_error(field, f"must be an object with a type: {', '.join(kinds)}.")
+    described = read_all_fields(value, {"type": Of(str), kind: Of(object)}).get(kind)
+    where = f"{field}.{kind}"
+    if kind == "text":
+        return []
+    if kind == "json_object":
+        return [(where, Grammar.from_json_schema, {"type": "object"})]
+    if kind == "json_schema":
+        if not isinstance(described, dict) or not described.get("name"):
+            raise ApiError(f'{where} must be an object with a "name" and a "schema".', field)
+        schema = read_all_fields(described, SCHEMA_FIELDS).get("schema", {"type": "object"})
+        return [(f"{where}.schema", Grammar.from_json_schema, schema)]
+    return [(where, makers[kind], described)]
+
+
 def _tools(fields: dict[str, Any], served: ServedModel) -> list[dict[str, Any]]:
     tools = fields.get("tools", [])
     for i, tool in enumerate(tools):
-        sound = isinstance(tool, dict) and tool.get("type") == "function"
-        function = tool.get("function") if sound else None
+        is_function = isinstance(tool, dict) and tool.get("type") == "function"
+        function = tool.get("function") if is_function else None
         if not isinstance(function, dict) or not function.get("name"):
-            form = '{"type": "function", "function": …}, whose function has a name'
-            raise ApiError(f"tools[{i}] must be {form}.", "tools")
+            wanted = '{"type": "function", "function": …}, whose function has a name'
+            raise ApiError(f"tools[{i}] must be {wanted}.", "tools")
     if tools and not served.tokenizer.has_tool_calling:
         raise ApiError("This model's chat template knows no tools: leave them out.", "tools")
     return tools if fields.get("tool_choice") != "none" else []
 
 
-def _template_settings(settings: dict[str, Any], served: ServedModel) -> dict[str, Any]:
-    field, known = "chat_template_kwargs", served.template_settings
-    for name, value in settings.items():
+def _template_arguments(arguments: dict[str, Any], known: Set[str]) -> dict[str, Any]:
+    field = "chat_template_kwargs"
+    for name, value in arguments.items():
         if name not in known:
             takes = ", ".join(sorted(known)) or "none"
             reason = f"is not a setting of this model's chat template, which takes: {takes}."
@@ -247,7 +268,7 @@ def _template_settings(settings: dict[str, Any], served: ServedModel) -> dict[st
         if not isinstance(value, bool | int | float | str):
             plain = "must be true, false, a number or a text."
             raise ApiError(f"{field}.{name[:40]} {plain}", field)
-    return settings
+    return arguments
 
 
 def _prompts(prompts: Any, served: ServedModel) -> list[str | list[int]]:
@@ -259,55 +280,21 @@ def _prompts(prompts: Any, served: ServedModel) -> list[str | list[int]]:
 
     if isinstance(prompts, str) or (prompts and are_tokens(prompts)):
         prompts = [prompts]
-    sound = isinstance(prompts, list) and prompts
-    if not sound or not all(isinstance(prompt, str) or are_tokens(prompt) for prompt in prompts):
+    is_list = isinstance(prompts, list) and prompts
+    if not is_list or not all(isinstance(prompt, str) or are_tokens(prompt) for prompt in prompts):
         which = f"token ids: choose 0 to {last}"
-        raise wrong("prompt", f"must be a text, a list of texts, or {which}.")
+        raise field_error("prompt", f"must be a text, a list of texts, or {which}.")
     return prompts
 
 
-def _messages(messages: list[Any] | None) -> list[dict[str, Any]]:
-    """The messages in the form of chat templates: each content a text, each argument an object."""
-    read = []
-    for i, message in enumerate(messages or [None]):
-        where = f"messages[{i}]" if messages else "messages"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            example = '{"role": "user", "content": "…"}'
-            raise ApiError(f"messages must be a list of at least one {example}.", where)
-        message = {name: value for name, value in message.items() if value is not None}
-        message["content"] = _text(message.get("content", ""), f"{where}.content")
-        if "tool_calls" in message:
-            message["tool_calls"] = _tool_calls(message["tool_calls"], f"{where}.tool_calls")
-        read.append(message)
-    return read
-
-
-def _text(content: Any, where: str) -> str:
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    for part in parts if isinstance(parts, list) else [None]:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            raise wrong(where, 'must be a text, or a list of {"type": "text", "text": "…"}.')
-    return "".join(part["text"] for part in parts)
-
-
-def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """The calls, with arguments as objects: templates write them as JSON themselves."""
-    read = []
-    for call in calls if isinstance(calls, list) else [{}]:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise wrong(where, "must be a list of calls, each with a function that has a name.")
-        arguments = function.get("arguments")
-        try:
-            if isinstance(arguments, str):
-                arguments = loads((arguments or "{}").encode())
-        except ValueError as error:
-            raise wrong(where, f"must have arguments in JSON, but {error}.") from None
-        read.append({**call, "function": {**function, "arguments": arguments}})
-    return read
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"
+def _around_gaps(
+    prompts: list[str | list[int]], suffix: str, served: ServedModel
+) -> list[str | list[int]]:
+    """The prompts whose continuation stands between each of ``prompts`` and the suffix."""
+    if served.middle is None:
+        reason = "needs a model with fill-in-the-middle tokens, and this one has none"
+        raise field_error("suffix", f"{reason}: leave it out.")
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if len(texts) < len(prompts):
+        raise field_error("suffix", "needs prompts that are texts, not token ids.")
+    return [served.middle.prompt(text, suffix) for text in texts]

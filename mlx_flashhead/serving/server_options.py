@@ -53,7 +53,8 @@ def make_parser() -> Parser:
     add("--top-p", "Draw from the likeliest tokens of this probability", 1.0, type=share)
     add("--top-k", "Draw from so many likeliest tokens; 0: from all", 0, type=whole_number(0))
     add("--min-p", "Draw from tokens of this share of the likeliest one's", 0.0, type=share)
-    add("--max-tokens", "Tokens of an answer", 512, type=whole_number(1))
+    longest = "Most tokens of an answer whose request has no max_tokens (default: the context's)"
+    add("--max-tokens", longest, type=whole_number(1))
 
     group = parser.add_argument_group("limits")
     add("--context-size", "Most tokens of a prompt and its answer", type=whole_number(2))

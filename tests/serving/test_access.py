@@ -7,7 +7,8 @@ import time
 import pytest
 
 from mlx_flashhead.serving.access import Access
-from mlx_flashhead.serving.responses import FOLDER, ApiError, page_names
+from mlx_flashhead.serving.api_errors import ApiError
+from mlx_flashhead.serving.page_files import FOLDER, page_names
 from scripted_server import INFO, TOKEN
 
 LOCAL = Access()

@@ -11,7 +11,7 @@ from tokenizers import decoders
 from mlx_flashhead.models.compat.mlx_lm import TextStateMachine
 from mlx_flashhead.serving.endpoints import token_bytes, token_text
 from mlx_flashhead.serving.jobs import VERY_UNLIKELY, AnswerText, Token, token_logprobs
-from mlx_flashhead.serving.responses import dumps, loads
+from mlx_flashhead.serving.strict_json import dumps, loads
 from model_folders import EOS
 
 

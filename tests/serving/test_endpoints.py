@@ -10,9 +10,9 @@ import pytest
 
 from engines import flags
 from mlx_flashhead.serving.access import Access
+from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.endpoints import Api
 from mlx_flashhead.serving.jobs import Token
-from mlx_flashhead.serving.responses import ApiError
 from mlx_flashhead.serving.serve import SHUTTING_DOWN, Server
 from scripted_server import running
 
@@ -122,6 +122,22 @@ def test_nothing_is_computed_for_a_client_that_has_left(engine, send, stream):
     while not all(job.ended for job in jobs):
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def test_fields_without_effect_are_named_once_in_the_log(engine, send, caplog):
+    caplog.set_level("INFO", "mlx_flashhead.serving.endpoints")
+    for fields in ({"store": True}, {"store": True, "user": "me"}, {"user": None, "a\nb" * 50: 1}):
+        connection = send(prompt="x", **fields)
+        engine.next_job().emit(Token("A", finish_reason="stop"))
+        assert answer(connection)[0] == 200
+    made_up = {f"x{i:03}": 1 for i in range(300)}  # by a client that fills logs
+    for fields in (made_up, made_up):
+        connection = send(prompt="x", **fields)
+        engine.next_job().emit(Token("A", finish_reason="stop"))
+        answer(connection)
+    named = [record.args[0] for record in caplog.records if "endpoints" in record.name]
+    assert named[:3] == ["store", "user", ("a\\nb" * 50)[:53]]
+    assert len(named) == 4 and named[3].count(",") == 96
 
 
 def test_a_stream_says_how_it_was_decoded(engine, send):

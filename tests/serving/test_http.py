@@ -9,7 +9,7 @@ import openai
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.serving.responses import loads
+from mlx_flashhead.serving.strict_json import loads
 
 MESSAGES = [{"role": "user", "content": "One day"}]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]

@@ -6,8 +6,8 @@ import pytest
 
 from engines import checked
 from mlx_flashhead.serving import jobs
+from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.jobs import read_prompts
-from mlx_flashhead.serving.responses import ApiError
 from mlx_flashhead.serving.served_models import ServedModel
 
 

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from engines import checked
-from mlx_flashhead.serving.requests import MAX_CHARACTERS, MAX_CHOICES, MAX_LOGPROBS
-from mlx_flashhead.serving.responses import ApiError
+from mlx_flashhead.serving.api_errors import ApiError
+from mlx_flashhead.serving.fields import MAX_CHOICES, MAX_LOGPROBS
+from mlx_flashhead.serving.requests import MAX_CHARACTERS
 from model_folders import VOCAB_SIZE
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
@@ -35,6 +36,7 @@ def test_defaults_are_the_flags(tiny):
     found = [request.sampling[name] for name in ("temp", "top_p", "top_k", "min_p")]
     assert found == [0.5, 0.9, 7, 0.1]
     assert (request.max_tokens, request.n_probes, request.logprobs) == (9, None, None)
+    assert checked(tiny, {"messages": MESSAGES}).max_tokens is None  # the context's rest
     nulls = dict.fromkeys(field.split("[")[0] for field in CHAT_MISTAKES)
     same = checked(tiny, nulls | {"messages": MESSAGES}, arguments=arguments)
     assert vars(request) | {"stop": None} == vars(same) | {"stop": None}
@@ -45,7 +47,7 @@ def test_values_arrive(tiny):
     fields |= {"max_completion_tokens": 6, "temperature": 1, "top_k": 3, "seed": -5}
     fields |= {"logprobs": True, "top_logprobs": MAX_LOGPROBS, "logit_bias": {"5": 1e30, "6": -1}}
     without_effect = {"frequency_penalty": 0.5, "user": "me", "metadata": {"a": "b"}}
-    without_effect |= {"tool_choice": "none", "store": False, "model": "tiny"}
+    without_effect |= {"tool_choice": "none", "model": "tiny"}
     request = chat(tiny, **fields, **without_effect)
     assert (request.stream, request.include_usage, request.n) == (True, True, 3)
     assert (request.max_tokens, request.seed) == (6, -5)
@@ -59,6 +61,48 @@ def test_values_arrive(tiny):
     assert chat(tiny, top_k=10**6).sampling["top_k"] == 0
     for least in ({"temperature": 1e-7}, {"temperature": 1, "top_p": 0}):
         assert chat(tiny, **least).sampling["temp"] == 0
+
+
+def test_what_changes_nothing_is_taken_and_named(tiny):
+    taken = {"store": True, "metadata": {"a": "b"}, "user": "me", "service_tier": "flex"}
+    taken |= {"parallel_tool_calls": False, "keep_alive": "5m", "reasoning_effort": "low"}
+    taken |= {"verbosity": "low", "stream_options": {"include_usage": True}, "x" * 1000: [5]}
+    request = chat(tiny, **taken)
+    assert sorted(request.ignored) == sorted(taken)
+    assert request.template_settings == {}
+    options = {"include_usage": True, "include_obfuscation": True}
+    request = chat(tiny, stream=True, stream_options=options)
+    assert request.include_usage and request.ignored == ["stream_options.include_obfuscation"]
+    assert text(tiny, keep_alive=5, store=None).ignored == ["keep_alive"]
+    neutral = {"best_of": 1, "echo": False, "suffix": "", "repeat_penalty": 1.0, "top_logprobs": 0}
+    assert text(tiny, **neutral).ignored == []
+
+
+def test_minus_one_is_no_limit(tiny):
+    arguments = ("--max-tokens", 9, "--top-k", 7)
+    body = {"messages": MESSAGES, "max_tokens": -1, "top_k": -1}
+    request = checked(tiny, body, arguments=arguments)
+    assert (request.max_tokens, request.sampling["top_k"]) == (9, 0)
+    assert chat(tiny, max_completion_tokens=-1).max_tokens is None
+    assert chat(tiny, max_tokens=6, max_completion_tokens=6).max_tokens == 6
+
+
+def test_effort_goes_to_a_template_that_knows_it(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "template_settings", frozenset({"reasoning_effort"}))
+    request = chat(tiny, reasoning_effort="low", verbosity="high")
+    assert request.template_settings == {"reasoning_effort": "low"}
+    assert request.ignored == ["verbosity"]
+    named = {"chat_template_kwargs": {"reasoning_effort": "high"}}
+    assert chat(tiny, reasoning_effort="low", **named).template_settings == {
+        "reasoning_effort": "high"
+    }
+
+
+def test_developers_are_the_system_where_the_template_knows_none(tiny, monkeypatch):
+    messages = [{"role": "developer", "content": "Be brief."}, *MESSAGES]
+    assert chat(tiny, messages=messages).messages[0]["role"] == "system"
+    monkeypatch.setattr(tiny, "takes_developer", True)
+    assert chat(tiny, messages=messages).messages[0]["role"] == "developer"
 
 
 @pytest.mark.parametrize("default", [False, True])
@@ -95,8 +139,8 @@ def json_schema(schema, **further):
     ],
 )
 def test_forms(tiny, fields, kind):
-    form = chat(tiny, **fields).form
-    assert (None if form is None else form.kind) == kind
+    grammar = chat(tiny, **fields).grammar
+    assert (None if grammar is None else grammar.kind) == kind
 
 
 # of a chat: field → what is said → values
@@ -112,7 +156,7 @@ CHAT_MISTAKES = {
     },
     "model": {"choose tiny": ["gpt-4o", "", "/", 5]},
     "stream": {"true or false": [1]},
-    "stream_options": {"with stream": [{}]},
+    "stream_options": {"an object": [[]]},
     "n": {"1 to 16": [0, MAX_CHOICES + 1]},
     "temperature": {"it must be a number, 0 to 2": [2.1, "1", True]},
     "xtc_threshold": {"0 to 0.5": [1]},
@@ -122,7 +166,17 @@ CHAT_MISTAKES = {
         "give each token id a number": [{"5": None}],
         f"choose 0 to {VOCAB_SIZE - 1}": [{"5000": 1}, {"-1": 1}, {"x": 1}],
     },
-    "max_tokens": {"1 to 2147483647": [0, 10**30]},
+    "max_tokens": {"1 to 2147483647": [0, -2, 10**30]},
+    "top_k": {"0 to 2147483647": [-2]},
+    "best_of": {"can be 1, or left out": [2]},
+    "echo": {"left out": [True]},
+    "functions": {"leave it out": [[TOOL]]},
+    "guided_json": {"leave it out": [SCHEMA]},
+    "ignore_eos": {"can be false": [True]},
+    "repeat_penalty": {"can be 1": [1.1]},
+    "reasoning_effort": {"must be a text": [5]},
+    "prompt": {"leave it out": ["One day"]},
+    "suffix": {"left out": ["b"]},
     "n_probes": {f"1 to {N_CLUSTERS}": [0, N_CLUSTERS + 1], "n_probes is 2.5": [2.5]},
     "dense": {"true or false": [1]},
     "stop": {"at most 16 texts, each of 1 to 1,000": ["", [1], {}, ["x"] * 17, ["a", "x" * 1001]]},
@@ -135,7 +189,6 @@ CHAT_MISTAKES = {
         "tools[0] must be": [[{}], [{"type": "function", "function": {}}]],
     },
     "tool_choice": {'can be "auto" or "none"': ["required", TOOL]},
-    "parallel_tool_calls": {"left out": [False]},
     "response_format": {
         "must be an object with a type": ["json", {"type": ["text"]}],
         "json_schema, regex, grammar": [{"type": "xml"}],
@@ -154,8 +207,6 @@ CHAT_MISTAKES = {
     },
     "grammar": {"line 1, column 8": ["start: x"]},
     "chat_template_kwargs": {"must be an object": [[]]},
-    "draft_model": {"not a field": ["/"]},
-    "store": {"left out": [True]},
 }
 TEXT_MISTAKES = {
     "prompt": {
@@ -163,11 +214,12 @@ TEXT_MISTAKES = {
         f"choose 0 to {VOCAB_SIZE - 1}": [[VOCAB_SIZE], [-1]],
     },
     "logprobs": {"0 to 20": [True, 21]},
-    "top_logprobs": {"not a field": [2]},
+    "top_logprobs": {"left out": [2]},
     "echo": {"left out": [True]},
-    "suffix": {"left out": ["b"]},
+    "suffix": {"this one has none": ["b"], "must be a text": [5]},
     "best_of": {"left out": [2]},
-    "messages": {"not a field": [MESSAGES]},
+    "messages": {"leave it out": [MESSAGES]},
+    "tools": {"left out": [[TOOL]]},
 }
 
 
@@ -181,11 +233,11 @@ TEXT_MISTAKES = {
             for said, values in by_reason.items()
             for value in values
         ),
-        (chat, {"stream": True, "stream_options": {"x": 1}}, "x", "not a field"),
+        (chat, {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "they differ"),
         (chat, {"response_format": {"type": "text", "x": 1}}, "x", "not a field"),
         (chat, {"regex": "a", "grammar": LARK}, "response_format", "one form"),
         (chat, {"dense": True, "n_probes": 3}, "n_probes", "leave n_probes out"),
-        (chat, {"\ud800" * 100: 1}, "\ud800" * 80, "not a field"),
+        (chat, {"response_format": {"type": "text", "x" * 100: 1}}, "x" * 80, "not a field"),
         (text, {"prompt": ["a"] * 9, "n": 2}, "n", "is 18: at most 16"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,

@@ -6,7 +6,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from mlx_flashhead.serving.responses import FOLDER
+from mlx_flashhead.serving.page_files import FOLDER
 from page_actions import ask, settings, tap
 from vendor_page import checksum
 
