@@ -213,9 +213,9 @@ class VerifiedBatchGenerator:
     ) -> tuple[_Text, Waiting]:
         parts = [list(part) for part in segments if part]
         if not parts:
-            raise ValueError(f"Sequence {uid} has an empty prompt.")
+            raise ValueError(f"Sequence {uid} has an empty prompt: give it at least one token.")
         if limit <= 0:
-            raise ValueError(f"Sequence {uid}'s max_tokens must be > 0.")
+            raise ValueError(f"Sequence {uid}'s max_tokens is {limit}: it must be above 0.")
         if len(parts[-1]) != 1:
             parts.append(parts[-1][-1:])
             parts[-2] = parts[-2][:-1]
@@ -314,12 +314,14 @@ class VerifiedBatchGenerator:
         if n_free <= 0:
             return [], generated
         self._prompts.begin(n_free)
-        started, responses = self._prompts.start()
-        if started is not None:
-            logits = self._feed(started.last[:, None], started.cache)[:, -1, :]
-            sequences = [self._texts[uid].sequence for uid in started.uids]
-            decoder.start(sequences, started.cache, logits)
-        return responses + self._prompts.read(), generated
+        with self._proposer.reading():
+            started, responses = self._prompts.start()
+            if started is not None:
+                logits = self._feed(started.last[:, None], started.cache)[:, -1, :]
+                sequences = [self._texts[uid].sequence for uid in started.uids]
+                decoder.start(sequences, started.cache, logits)
+            responses += self._prompts.read()
+        return responses, generated
 
     def _hand_out(self) -> list[Any]:
         """One accepted token of each text that has one. Ended texts leave together, since mlx-lm's
@@ -348,7 +350,7 @@ class VerifiedBatchGenerator:
         text = self._texts[sequence.uid]
         pending = sequence.hand_out()
         token = cast(int, pending.token)
-        if self._announce is not None and sequence.n_yielded <= 2:
+        if self._announce is not None and sequence.n_yielded == (2 if sequence.verified else 1):
             self._announce(self._proposer.mode_of(sequence))
         reason = "length" if sequence.n_yielded >= sequence.limit else None
         if text.matcher.advance(token):

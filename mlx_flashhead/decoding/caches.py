@@ -5,7 +5,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as once
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -150,7 +150,7 @@ class OwnCaches:
     def drop(self, rows: list[int]) -> None:
         """The only row leaves, and keeps its caches."""
 
-    def join(self, layers: list[Any]) -> None:
+    def join(self, layers: list[Any], n_rows: int = 1) -> None:
         self.layers = layers
 
     def merged(self, caches: list[list[Any]]) -> list[Any]:
@@ -178,7 +178,7 @@ class OwnCaches:
 
             for layer in self._guarded:
                 vars(layer)["_flash_look"] = look
-                layer.__class__ = _guard_class(type(layer))
+                layer.__class__ = _guard_class(cast(Any, type(layer)))
 
     def _trim(self, layer: Any, n_ahead: int) -> None:
         for part in getattr(layer, "caches", (layer,)):
@@ -274,7 +274,7 @@ def _guard_class(base: type) -> type:
 
 def vars_of(guarded: Any) -> dict[str, Any]:
     """The attributes of a guarded cache, which nobody has looked at by that."""
-    return object.__getattribute__(guarded, "__dict__")  # type: ignore[no-any-return]
+    return object.__getattribute__(guarded, "__dict__")
 
 
 def _unguard(layer: Any) -> None:

@@ -83,8 +83,7 @@ def drafted_steps(
             **options,
         )
         with closing(drafted):
-            for step in drafted:
-                yield step
+            yield from drafted
         if len(ids) == n_before + max_tokens:
             return
     else:
@@ -176,7 +175,7 @@ def _drafted(
 
 
 class _Places:
-    """Where in the text the draws of a round of drafts are: its drafts, then the target's choices."""
+    """Where in the text a round draws: its drafts, then the target's choices."""
 
     def __init__(self, n_before: int, num_draft_tokens: int, max_tokens: int):
         self._n_before = n_before

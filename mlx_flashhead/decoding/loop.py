@@ -1,7 +1,6 @@
 """The loop of one text: its prompt is read, then the decoder makes its tokens."""
 
 from collections.abc import Callable, Generator, Iterable
-from contextlib import nullcontext
 from typing import Any, cast
 
 import mlx.core as mx
@@ -44,7 +43,8 @@ def verified_steps(
     prefill: Callable[..., Iterable[Any]] | None = None,
     announce: Callable[[str], Any] | None = None,
 ) -> Tokens:
-    """mlx-lm's ``generate_step`` with the dense model's choices: tokens, and log-probabilities (V,).
+    """mlx-lm's ``generate_step`` with the dense model's choices: tokens, log-probabilities (V,).
+
     What cannot be verified is decoded by the normal (dense) head, or the unverified one.
 
     Args:
@@ -91,20 +91,19 @@ def verified_steps(
     )
     caches = OwnCaches(cache, None if kv_bits is None else quantized_kv_start)
     decoder = Decoder(proposer, caches, feed)
-    with mx.stream(stream):
-        with proposer.states() if proposer.unverified else nullcontext():
-            if prefill is not None:
-                logits = read_by(prefill, {"prompt_cache": cache})
-            else:
-                logits = read_prompt(
-                    prompt,
-                    lambda tokens, embeddings: feed(tokens, cache, embeddings),
-                    cache,
-                    embeddings=input_embeddings,
-                    step_size=prefill_step_size,
-                    progress=prompt_progress_callback,
-                )
-            decoder.start([sequence], cache, logits)
+    with mx.stream(stream), proposer.reading():
+        if prefill is not None:
+            logits = read_by(prefill, {"prompt_cache": cache})
+        else:
+            logits = read_prompt(
+                prompt,
+                lambda tokens, embeddings: feed(tokens, cache, embeddings),
+                cache,
+                embeddings=input_embeddings,
+                step_size=prefill_step_size,
+                progress=prompt_progress_callback,
+            )
+        decoder.start([sequence], cache, logits)
     n_prompt = len(prompt) if input_embeddings is None else len(input_embeddings)
     n_settled = 0
     handed_out = False  # whether the caller has the latest token, and may do what it wants
@@ -120,7 +119,7 @@ def verified_steps(
             n_given = sequence.n_yielded - n_begun
             if n_given == 1 and prompt_progress_callback is not None:
                 prompt_progress_callback(n_prompt, n_prompt)
-            if announce is not None and n_given <= 2:
+            if announce is not None and n_given == (2 if sequence.verified else 1):
                 announce(proposer.mode_of(sequence))
             if shared and sequence.verified:
                 n_ahead = sequence.n_cached - sequence.n_yielded
@@ -173,6 +172,4 @@ def _sequence(
         seen = mx.array(before[:n_before], prompt.dtype)
     elif not compat.PROCESSORS_SEE_PROMPT:
         seen = prompt[-1:]
-    return Sequence(
-        sampler, processors, seen, logprobs=logprobs, limit=limit, tokens=begun
-    )
+    return Sequence(sampler, processors, seen, logprobs=logprobs, limit=limit, tokens=begun)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
@@ -16,7 +16,14 @@ from ..head.draw import Draws
 from ..head.flash_head import FlashHead
 from ..head.steps import NO_DEPTH
 from ..models.errors import UnsupportedHeadError
-from ..models.install import LogitChange, get_flash_head, hidden_dtype, logit_change_of, unchanged
+from ..models.install import (
+    LogitChange,
+    get_flash_head,
+    hidden_dtype,
+    is_recognised,
+    logit_change_of,
+    unchanged,
+)
 from .sampler import Trust
 from .sequence import PendingToken, Sequence
 
@@ -68,6 +75,8 @@ def decoding_mode(model: nn.Module, *, verify: bool = True, dense: bool = False)
         return "dense: its FlashHead only drafts"
     if not verify:
         return "unverified"
+    if not is_recognised(model):
+        return "dense: the model is wrapped or changed, so nothing is known of its text"
     if policy_of(head).dense:
         return "dense: FlashHead is no faster on this machine"
     return "verified"
@@ -106,7 +115,9 @@ class Proposer:
         verify, dense = self._requested
         gains = self._n_probes is not None or not self.policy.dense
         usable = self.head is not None and not self.policy.drafts_only and not dense
-        self.verifies = usable and verify and gains and self._change is not None
+        self.verifies = (
+            usable and verify and gains and self._change is not None and is_recognised(self.model)
+        )
         self.unverified = usable and not verify
 
     @property
@@ -124,6 +135,16 @@ class Proposer:
             return CPU_BATCH
         return max(1, self.head.n_clusters // self.head.n_probes)
 
+    def mode_of(self, sequence: Sequence) -> str:
+        """How a text is decoded, in words: "verified", "unverified", or "dense: " and why."""
+        if sequence.verified:
+            return "verified"
+        verify, dense = self._requested
+        mode = decoding_mode(self.model, verify=verify, dense=dense)
+        if mode == "verified":
+            return "dense: its sampler, or one of its processors, cannot be verified"
+        return mode
+
     def can_verify(self, sequence: Sequence) -> bool:
         """Whether a sequence's choices can be verified. A pure function that keeps no bounds can
         where rounding is as small as float32's."""
@@ -134,6 +155,23 @@ class Proposer:
         if sequence.trust is Trust.EXACT:
             return True
         return self.head.clustered.rows.logits_dtype(hidden_dtype(self.model)) == mx.float32
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A block in which the model reads prompts, whose last logits choose the first token: by
+        the normal (dense) head, or the unverified one."""
+        if self.head is None:
+            yield
+            return
+        with self.head.intercepted(self._project):
+            yield
+
+    def _project(self, hidden: mx.array) -> mx.array:
+        if self.unverified and hidden.shape[-2] == 1:
+            logits = self.head.unverified_logits(hidden, self._n_probes, self._draw_temperature)
+        else:
+            logits = self.head.dense_logits(hidden)
+        return cast(mx.array, logits)
 
     @contextmanager
     def states(self) -> Iterator[list[mx.array]]:
@@ -147,16 +185,12 @@ class Proposer:
 
         def project(hidden: mx.array) -> mx.array:
             taken.append(hidden)
-            if self.unverified and hidden.shape[-2] == 1:
-                return head.unverified_logits(hidden, self._n_probes, self._draw_temperature)
-            return head.dense_logits(hidden)
+            return self._project(hidden)
 
         with head.intercepted(project):
             yield taken
 
-    def propose(
-        self, sequences: Rows[Sequence], hidden: mx.array
-    ) -> mx.array:
+    def propose(self, sequences: Rows[Sequence], hidden: mx.array) -> mx.array:
         """Tokens of states (R, D), a row a sequence, which are pending then: (R,) uint32, lazy."""
         wide = [not self.simple or sequence.needs_logits for sequence in sequences]
         rows = [s.draw_at(s.n_chosen) for s in sequences]

@@ -4,7 +4,7 @@ rounding, are mlx-lm's."""
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -144,6 +144,6 @@ class PromptQueue:
             caches,
             tokens,
             prefill_step_size=self._step_size,
-            samplers=[None] * len(uids),
-            logits_processors=[()] * len(uids),
+            samplers=cast(Any, [None] * len(uids)),
+            logits_processors=[[] for _ in uids],
         )

@@ -1,8 +1,7 @@
 """How tokens are drawn, and what is known of a caller's sampler and processors."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, cast

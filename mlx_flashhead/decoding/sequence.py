@@ -69,8 +69,8 @@ class Sequence:
         ids_dtype: mx.Dtype | None = None,
     ):
         self.sampler = sampler
-        kept = isinstance(processors, list | tuple)
-        self.processors: Any = processors if kept else tuple(processors or ())
+        given: Any = () if processors is None else processors
+        self.processors: Any = given if isinstance(given, list | tuple) else tuple(given)
         self._processors_at_start = tuple(self.processors)
         self.tokens = list(tokens)
         self.logprobs = logprobs
@@ -82,7 +82,8 @@ class Sequence:
         self.n_yielded = len(self.tokens)  # tokens that the caller has
         self.n_cached = len(self.tokens)  # tokens of the text in the caches
         self.rejected = False  # whether the caches hold another token in the last one's place
-        self.snapshots: deque[Snapshot] = deque()  # at the last token handed out or before, or later
+        # the first one is at the last token handed out, or before
+        self.snapshots: deque[Snapshot] = deque()
         self.trust = trust(sampler, self._processors_at_start)
         self.settings = draw_settings(sampler)  # None where only the sampler itself knows
         self.greedy = self.settings is not None and self.settings.greedy

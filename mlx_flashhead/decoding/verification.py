@@ -9,8 +9,8 @@ from ..head.draw import Draws, DrawSettings, log_mass, noise_of_all, threshold
 from ..head.flash_head import FlashHead
 from ..head.steps import Proposal
 from .policy import Proposer
-from .rounding import MASS_ROUNDING, NOISE_ROUNDING, SlotProduct, rounding_of
 from .random_state import Key
+from .rounding import MASS_ROUNDING, NOISE_ROUNDING, SlotProduct, rounding_of
 from .sampler import Trust, normalized
 from .sequence import PendingToken, Sequence
 
@@ -173,8 +173,8 @@ def is_certain(
     epsilon: float,
 ) -> mx.array:
     """Whether ``draw`` takes the token for all processed logits between ``low`` and ``high`` (1, V)
-    float32: (1,) bool, lazy. With ``mlx_key`` a sampler of mlx-lm draws, by that key. ``epsilon`` is
-    the spacing of log-probabilities, relative."""
+    float32: (1,) bool, lazy. With ``mlx_key`` a sampler of mlx-lm draws, by that key. ``epsilon``
+    is the spacing of log-probabilities, relative."""
     ids = mx.arange(low.shape[-1])
     own = ids == token
     if draw[0].greedy:

@@ -70,11 +70,12 @@ class FlashHead:
         self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
         self._verified = True  # whether a plain call is the dense head's
         self._draw_temperature: float | None = None
-        self._project: Projection | None = None
+        # makes the logits of calls that nobody intercepts
+        self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None
 
     def __getstate__(self) -> dict:
         """Without what belongs to this process: kernels, and who intercepts calls."""
-        return {k: v for k, v in vars(self).items() if k != "steps"} | {"_project": None}
+        return {k: v for k, v in vars(self).items() if k != "steps"} | {"projection": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -179,20 +180,23 @@ class FlashHead:
             else:
                 taken[name] = before
 
-    def project_calls(self, project: Projection) -> None:
-        """From now on ``project`` makes the logits of each call that nobody intercepts."""
-        self._project = project
+    def project_calls(self, project: Callable[["FlashHead", mx.array], mx.array]) -> None:
+        """From now on ``project`` makes the logits of each call that nobody intercepts, from this
+        head, or a copy of it, and the hidden states."""
+        self.projection = project
 
     def serve_drafts(self, n_probes: int) -> None:
         """From now on a call gives a draft's logits: the head is a drafter's own."""
-        self.project_calls(partial(self.draft_logits, n_probes=n_probes))
+        self.project_calls(partial(FlashHead.draft_logits, n_probes=n_probes))
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Full logits: hidden (..., D) → (..., V). Lazy. They are :meth:`dense_logits`, within a
         block of :meth:`settings` :meth:`unverified_logits`."""
-        project = vars(_calls).get(str(id(self)), self._project)
-        if project is not None:
-            return project(hidden)
+        taken = vars(_calls).get(str(id(self)))
+        if taken is not None:
+            return taken(hidden)
+        if self.projection is not None:
+            return self.projection(self, hidden)
         return self.dense_logits(hidden) if self._verified else self.unverified_logits(hidden)
 
     def dense_logits(self, hidden: mx.array) -> mx.array:

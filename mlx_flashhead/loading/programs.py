@@ -3,24 +3,26 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial, wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
 import mlx.core as mx
 
 from ..common.command import sentence
-from ..decoding.batch import VerifiedBatchGenerator
-from ..decoding.generation import verified_loop, vlm_steps
-from ..decoding.policy import decoding_mode
+from ..decoding.drafting import drafted_steps
+from ..decoding.loop import verified_steps
+from ..decoding.policy import Proposer, decoding_mode
+from ..decoding.vlm_text import vlm_steps
 from ..head.flash_head import FlashHead
-from ..models.compat import patching
+from ..interop import libraries
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.fetch import resolve
-from ..models.install import get_flash_head
+from ..models.install import get_flash_head, is_recognised
 from ..models.origin import local_origin
+from .batches import batch_class
 from .head_options import VARIABLE, HeadOptions
 from .load import attach_head
 from .sources import explicit_or_bundled_head
@@ -40,9 +42,9 @@ def patch_library(library: str) -> None:
         print(f"Without FlashHead: {sentence(error)}", file=sys.stderr)
         return
     if library == "mlx_lm":
-        patching.patch_mlx_lm(patches.load, patches.load_model, patches.loop, patches.batches)
+        libraries.patch_mlx_lm(patches.load, patches.load_model, patches.loop, patches.batches)
     else:
-        patching.patch_mlx_vlm(patches.load, patches.vlm_loop)
+        libraries.patch_mlx_vlm(patches.load, patches.vlm_loop)
 
 
 @cache  # once per process
@@ -55,7 +57,6 @@ class _Patches:
 
     def __init__(self, options: HeadOptions):
         self._options = options
-        self._uses: WeakKeyDictionary[FlashHead, _Use] = WeakKeyDictionary()
         self._warned = False
 
     def _attach(
@@ -72,21 +73,34 @@ class _Patches:
             name = local_origin(folder).known_as
             clusters = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
             options.say(f"With FlashHead: {name}, {clusters} scored per token.")
-            self._uses[head] = _Use(head, name, options)
+            head.project_calls(_Use(name, options).project)
         except (ValueError, OSError) as error:
             if not self._warned:
                 options.say(f"Without FlashHead: {sentence(error)}")
             self._warned = True
 
-    def _verified_use(self, model: Any) -> "_Use | None":
+    def _use_of(self, model: Any) -> "_Use | None":
+        """What is said of a model's texts; None if it has no FlashHead that verifies."""
         head = get_flash_head(model) if self._options.verify else None
-        return None if head is None else self._uses.get(head)
+        use = getattr(getattr(head, "projection", None), "__self__", None)
+        return use if isinstance(use, _Use) else None
+
+    def _announcer_of(self, model: Any) -> Callable[[str], None] | None:
+        """Takes how texts of the model are decoded; None if they are left to mlx-lm."""
+        use = self._use_of(model)
+        if use is None:
+            return None
+        mode = decoding_mode(model)
+        if mode == "verified":
+            return use.announce
+        use.announce(mode)
+        return None
 
     def load(self, original: Any) -> Any:
         @wraps(original)
         def load(path_or_hf_repo: Any, *arguments: Any, **named: Any) -> Any:
             loaded = original(path_or_hf_repo, *arguments, **named)
-            if patching.caller_generates():
+            if libraries.caller_generates():
                 revision = named.get("revision")
                 self._attach(loaded[0], lambda: loaded[1], path_or_hf_repo, revision)
             return loaded
@@ -104,68 +118,84 @@ class _Patches:
         return load_model
 
     def loop(self, original: Any) -> Any:
+        """One of mlx-lm's loops of a text, which decides at its first token who decodes."""
+        parameters = signature(original)
+        ours = {"generate_step": self._steps, "speculative_generate_step": self._drafted}
+        take = ours[original.__name__]
+
         @wraps(original)
-        def steps(prompt: Any, model: Any, *arguments: Any, **named: Any) -> Any:
-            use = self._verified_use(model)
-            loop = verified_loop(model, original.__name__) if self._options.verify else None
-            if loop is None:
-                return original(prompt, model, *arguments, **named)
-            if use is not None:
-                use.announce(decoding_mode(model))
-            return loop(prompt, model, *arguments, **named)
+        def steps(*arguments: Any, **named: Any) -> Iterator[Any]:
+            try:
+                options = dict(parameters.bind(*arguments, **named).arguments)
+            except TypeError:  # mlx-lm has a sentence for it
+                options = None
+            loop = None if options is None else take(options)
+            yield from original(*arguments, **named) if loop is None else loop
 
         return steps
 
+    def _steps(self, options: dict[str, Any]) -> Iterator[Any] | None:
+        model = options["model"]
+        announce = self._announcer_of(model)
+        if announce is None:
+            return None
+        return verified_steps(**options, proposer=Proposer(model), announce=announce)
+
+    def _drafted(self, options: dict[str, Any]) -> Iterator[Any] | None:
+        """With a draft model the target is dense: it is the draft's FlashHead that is used."""
+        draft = self._use_of(options["draft_model"])
+        if (
+            draft is None
+            or options.get("logits_processors")
+            or not is_recognised(options["draft_model"])
+        ):
+            return None
+        return drafted_steps(**options, proposer=Proposer(options["model"]))
+
     def batches(self, original: Any) -> Any:
-        verified_use = self._verified_use
-
-        class RunBatchGenerator(VerifiedBatchGenerator):
-            def __new__(cls, model: Any, *arguments: Any, **named: Any) -> Any:
-                use = verified_use(model)
-                if use is None or patching.caller_changes_batches():
-                    return original(model, *arguments, **named)
-                use.announce(decoding_mode(model))
-                return super().__new__(cls)
-
-        return RunBatchGenerator
+        """mlx-lm's ``BatchGenerator``, which decides at its first use who decodes."""
+        return batch_class(self._announcer_of)
 
     def vlm_loop(self, original: Any) -> Any:
+        """mlx-vlm's loop of a text, verified where it is greedy."""
+
         @wraps(original)
-        def steps(input_ids: Any, model: Any, pixel_values: Any, mask: Any, **named: Any) -> Any:
-            use = self._verified_use(model)
-            prompt = input_ids, model, pixel_values, mask
-            loop = None if use is None else vlm_steps(original, *prompt, named)
-            if use is None or loop is None:
-                return original(*prompt, **named)
-            use.announce(decoding_mode(model))
-            return loop
+        def steps(
+            input_ids: Any, model: Any, pixel_values: Any, mask: Any, **named: Any
+        ) -> Iterator[Any]:
+            announce = self._announcer_of(model)
+            prompt = (input_ids, model, pixel_values, mask)
+            loop = None
+            if announce is not None:
+                loop = vlm_steps(original, *prompt, named, announce)
+                if loop is None:
+                    announce("dense: with mlx-vlm only greedy text is verified")
+            yield from original(*prompt, **named) if loop is None else loop
 
         return steps
 
 
 class _Use:
-    """How a program decodes with a FlashHead. The first text shows it, in one line."""
+    """How a program decodes with a FlashHead. It says so in a line, once for each way."""
 
-    def __init__(self, head: FlashHead, name: str, options: HeadOptions):
-        self._head = ref(head)  # a program may drop its model
-        self._name, self._say, self._verify = name, options.say, options.verify
+    def __init__(self, name: str, options: HeadOptions):
+        self._name = name
+        self._say = options.say
+        self._verify = options.verify
         self._n_steps = 0  # of a loop that is not ours
-        self._told = False
+        self._said: set[str] = set()
         if not options.verify:
             self.announce("unverified")
-        self._interception = head.intercepted(self._project)
-        self._interception.__enter__()  # for good
 
     def announce(self, mode: str) -> None:
-        """Says, once, how the text is decoded."""
-        if not self._told:
+        """Says how a text is decoded, if it was not said yet."""
+        if mode not in self._said:
+            self._said.add(mode)
             self._say(f"Text of {self._name}: {mode}.")
-        self._told = True
 
-    def _project(self, hidden: mx.array) -> mx.array:
-        head = self._head()
-        assert head is not None  # it calls
-        if hidden.shape[-2] == 1:
+    def project(self, head: FlashHead, hidden: mx.array) -> mx.array:
+        """The logits of a call that none of our loops has made."""
+        if hidden.shape[-2:-1] == (1,):
             if not self._verify:
                 return head.unverified_logits(hidden)
             self._n_steps += 1

@@ -14,6 +14,7 @@ from mlx_lm import sample_utils
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.generate import (
     BatchResponse,
+    GenerationBatch,
     GenerationResponse,
     PromptProcessingBatch,
     generation_stream,
@@ -23,12 +24,14 @@ from mlx_lm.generate import (
 from mlx_lm.models.cache import (
     KVCache,
     LRUPromptCache,
+    QuantizedKVCache,
     can_trim_prompt_cache,
     load_prompt_cache,
     make_prompt_cache,
     trim_prompt_cache,
 )
 from mlx_lm.sample_utils import make_logits_processors
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download as download
 from mlx_lm.utils import dequantize_model, load_adapters, load_tokenizer, quantize_model, save
 
@@ -45,6 +48,7 @@ if find_spec("mlx_lm.cli_ui") is not None:  # new in 0.32
         speculative_generate_step,
     )
     from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
+    from mlx_lm.processors import load_processor
     from mlx_lm.utils import (
         DEFAULT_ALLOW_PATTERNS,
         does_model_support_input_embeddings,
@@ -64,6 +68,7 @@ else:
         does_model_support_input_embeddings,
         generate_step,
         load,
+        load_processor,
         make_text_state_machine,
         maybe_set_recommended_wired_limit,
         sharded_load,

@@ -24,7 +24,6 @@ DEFAULT_ALLOW_PATTERNS = ["*.json", "model*.safetensors", "*.py", "tokenizer.mod
 DEFAULT_ALLOW_PATTERNS += ["*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl", "*.jinja"]
 
 
-
 def maybe_set_recommended_wired_limit() -> int | None:
     """0.32's: the GPU keeps as much memory as is recommended."""
     recommended = mx.device_info().get("max_recommended_working_set_size")
@@ -52,7 +51,9 @@ def checks_code(load: Callable[..., Any]) -> Callable[..., Any]:
 load, sharded_load = checks_code(utils.load), checks_code(utils.sharded_load)
 
 
-def generate_step(prompt: mx.array, model: Any, stream: Any = None, **options: Any) -> Iterator[Any]:
+def generate_step(
+    prompt: mx.array, model: Any, stream: Any = None, **options: Any
+) -> Iterator[Any]:
     """mlx-lm's loop, on its own stream."""
     return plain_steps(prompt, model, **options)
 
@@ -70,7 +71,11 @@ def does_model_support_input_embeddings(model: Any) -> bool:
     return bool(module.does_model_support_input_embeddings(model))
 
 
-def StopSequences(stops: Any) -> Any:  # noqa: N802 - 0.32's name
+def load_processor(model: Any, config: dict[str, Any]) -> None:
+    """0.31 knows no images."""
+
+
+def StopSequences(stops: Any) -> Any:
     """0.32's: a machine of the tokens, or sequences of tokens, that end a text."""
     from .mlx_lm import StateMachineStops
 
@@ -112,7 +117,8 @@ class BatchStats(module.BatchStats):  # type: ignore[name-defined]
     """0.31's statistics, which 0.32's code adds up."""
 
     def __iadd__(self, other: Any) -> "BatchStats":
-        vars(self).update(vars(other))
+        for name, value in vars(other).items():
+            setattr(self, name, value)
         return self
 
 
