@@ -108,6 +108,8 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
     from .models.compat.mlx_lm import generation_stream
 
     options = HeadOptions.from_flags(args)
+    if args.seed is not None:
+        mx.random.seed(args.seed)
     with printable_output():
         cache = _prompt_cache(args)
         loaded = _load(args, processes, options, cache)
@@ -211,8 +213,6 @@ def _load(
                 f"--draft-model {args.draft_model} has another vocabulary than {name}: give a "
                 "smaller model of the same family."
             )
-    if processes.size() == 1 and args.seed is not None:
-        mx.random.seed(args.seed)
     return loaded
 
 

@@ -127,8 +127,8 @@ class OwnCaches:
     """The caches of one text. Between two tokens the caller finds them with the tokens that were
     handed out, as mlx-lm's loop would leave them, though the model is ahead.
 
-    A layer that can be trimmed is trimmed for that moment, which moves its position and no array.
-    Another one is brought back, from a snapshot, when anyone looks at it.
+    Caches that can be trimmed are trimmed for that moment, which moves their positions and no
+    arrays. Others are brought back, from a snapshot, when anyone looks at one of them.
     """
 
     def __init__(self, layers: list[Any], quantized_from: int | None = None):
@@ -162,23 +162,21 @@ class OwnCaches:
         ``bring_back`` rolls them back for good, from ``snapshot``.
         """
         self.looked_at = False
-        if n_ahead == 0:
-            return
-        for layer, held in zip(self.layers, snapshot.copies, strict=True):
-            if held is None and _has_positions(layer):
+        if all(held is None for held in snapshot.copies) and all(map(_has_positions, self.layers)):
+            for layer in self.layers:
                 self._trim(layer, n_ahead)
-            else:
-                self._guarded.append(layer)
-        if self._guarded:
+            return
 
-            def look() -> None:
-                self.resume()
-                self.looked_at = True
-                bring_back()
+        def look() -> None:
+            self.resume()
+            self.looked_at = True
+            bring_back()
 
-            for layer in self._guarded:
-                vars(layer)["_flash_look"] = look
-                layer.__class__ = _guard_class(cast(Any, type(layer)))
+        # all of them, so that the first look brings back all
+        self._guarded = list(self.layers)
+        for layer in self._guarded:
+            vars(layer)["_flash_look"] = look
+            layer.__class__ = _guard_class(cast(Any, type(layer)))
 
     def _trim(self, layer: Any, n_ahead: int) -> None:
         for part in getattr(layer, "caches", (layer,)):

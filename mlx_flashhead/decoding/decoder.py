@@ -82,24 +82,35 @@ class Decoder:
         self._schedule.step(self.sequences)
         self._restart([sequence for sequence in self.sequences if sequence.rejected])
 
-    def settle(self, sequence: Sequence, dense: bool) -> None:
+    def settle(self, sequence: Sequence, *, dense: bool, caches_changed: bool = False) -> None:
         """Forgets what was computed beyond the token that mlx-lm's loop would have computed: the
         one after the last that was handed out, which is decided now if it was not. MLX's random
         state stays as it is.
 
         What a caller has changed in between counts from the place on where it would in that loop.
-        With ``dense`` the normal (dense) head decodes the rest of the text.
+
+        Args:
+            sequence: One whose tokens are verified.
+            dense: Whether the normal (dense) head decodes the rest of the text.
+            caches_changed: Whether the text goes on with whatever its caches hold.
         """
         state = current_key()
         if len(sequence.tokens) == sequence.n_yielded:
             self._decide(sequence)
         self._schedule.forget([sequence])
         sequence.cut(sequence.n_yielded + 1)
+        if caches_changed:
+            sequence.rolled_back(sequence.n_yielded)
+            sequence.verified_anew(self.snapshot(sequence))
         layers = self._take_back([sequence])
+        set_key(state)
         if dense:
             sequence.end_verified()
-        set_key(state)
         self._feed_last([sequence], layers)
+
+    def snapshot(self, sequence: Sequence) -> Snapshot:
+        """A snapshot of a sequence's caches as they are."""
+        return self._snapshots([sequence])[0]
 
     def handed_out_cache(self, sequence: Sequence) -> list[Any]:
         """The caches of one sequence, with the tokens that were handed out and no others: copies
@@ -204,7 +215,7 @@ class Decoder:
     def _adopt(self, sequence: Sequence) -> None:
         """Has a sequence's tokens proposed from now on, if they can be verified."""
         if not sequence.verified and self._proposer.can_verify(sequence):
-            sequence.begin_verified(self._snapshots([sequence])[0])
+            sequence.begin_verified(self.snapshot(sequence))
 
     def _decide(self, sequence: Sequence) -> None:
         """Accepts the first pending token, or what the dense logits choose in its place."""

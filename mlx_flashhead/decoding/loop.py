@@ -132,10 +132,12 @@ def verified_steps(
             if sequence.verified and not (as_shown and sequence.as_at_start):
                 n_settled += 1
                 changed = not (caches.looked_at and sequence.as_at_start)
-                if not as_shown:
-                    sequence.rolled_back(sequence.n_yielded)
                 with mx.stream(stream):
-                    decoder.settle(sequence, dense=changed or n_settled > MOST_SETTLED)
+                    decoder.settle(
+                        sequence,
+                        dense=changed or n_settled > MOST_SETTLED,
+                        caches_changed=not as_shown,
+                    )
             handed_out = False
             if n_given % CLEAR_EVERY == 1:
                 mx.clear_cache()

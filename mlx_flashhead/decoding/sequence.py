@@ -112,7 +112,12 @@ class Sequence:
     @property
     def needs_logits(self) -> bool:
         """Whether a choice needs the logits of all tokens."""
-        return bool(self.processors) or self.draws_from_mlx
+        return bool(self._current_processors) or self.draws_from_mlx
+
+    @property
+    def _current_processors(self) -> Any:
+        """Those that choose the next token: a change in between counts from a later one on."""
+        return self._processors_at_start if self.verified else self.processors
 
     @property
     def as_at_start(self) -> bool:
@@ -136,6 +141,11 @@ class Sequence:
             self._chain = DrawChain()
             self._chain_begins = self.n_chosen
 
+    def verified_anew(self, snapshot: Snapshot) -> None:
+        """Its caches may have been changed: earlier snapshots are of no use."""
+        self.snapshots.clear()
+        self.snapshots.append(snapshot)
+
     def end_verified(self) -> None:
         """From now on the normal (dense) head chooses its tokens, each function called once."""
         self.trust = Trust.UNKNOWN
@@ -156,7 +166,7 @@ class Sequence:
     def feed(self, latest: mx.array) -> None:
         """Notes that the model gets the tokens (n,), for the processors."""
         self.n_cached += len(latest)
-        if self.processors:
+        if self._current_processors:
             if self._ids_dtype is not None:
                 latest = latest.astype(self._ids_dtype)
             self._ids = latest if self._ids is None else mx.concatenate([self._ids, latest])
@@ -214,11 +224,10 @@ class Sequence:
 
     def process(self, logits: mx.array, context: mx.array | None) -> mx.array:
         """The logits (1, V) after the processors, which may write into them."""
-        if context is None:
-            return logits
-        if self.processors:
+        processors = () if context is None else self._current_processors
+        if processors:
             logits = mx.array(logits)
-        for processor in self.processors:
+        for processor in processors:
             logits = processor(context, logits)
         return logits
 
