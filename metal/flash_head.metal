@@ -46,6 +46,7 @@ typedef bfloat bfloat16_t;
 
 #include "flash_head/constants.h"
 #include "flash_head/values.h"
+#include "flash_head/logit_map.h"
 #include "flash_head/affine.h"
 #include "flash_head/fp.h"
 #include "flash_head/dense.h"
@@ -60,8 +61,11 @@ typedef bfloat bfloat16_t;
 #include "flash_head/screen.h"
 #include "flash_head/join.h"
 
-// 4-bit rows and centroids of group 64, one position at a time (H = 1). Any other head is one more
-// line at the end.
+// 4-bit rows and centroids of group 64, one position at a time (H = 1), whose model gives its head's
+// logits as they are. Any other head is one more line at the end.
+
+template <typename T>
+using NoMap = flash_head::LogitMap<T, 0, 0, 0>;
 
 template <typename T, int D, int C, int WORDS>
 [[kernel]] void flash_head_route(
@@ -76,11 +80,11 @@ template <typename T, int D, int C, int WORDS>
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   flash_head::route<D, C, 1>(
-      flash_head::affine_rows<D, 4, 64, WORDS>(weight, scales, biases),
+      flash_head::affine_rows<D, 4, 64, WORDS, float>(weight, scales, biases),
       hidden, route_bias, scores, n_hidden, group, simdgroup, lane);
 }
 
-template <int C>
+template <int C, int N>
 [[kernel, max_total_threads_per_threadgroup(512)]] void flash_head_select(
     const device float* scores [[buffer(0)]],
     constant uint& n_probes [[buffer(1)]],
@@ -94,12 +98,12 @@ template <int C>
   threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
   threadgroup uint shared[flash_head::SELECT_SHARED];
   threadgroup float sums[flash_head::ROW_SUMS];
-  flash_head::select_probes<C>(
+  flash_head::select_probes<C, N, NoMap<float>>(
       scores, flash_head::NoWords{}, n_probes, depth, probes, unscored, histogram, shared, sums,
       group.y, thread_id, simdgroup, lane);
 }
 
-template <int C>
+template <int C, int N>
 [[kernel, max_total_threads_per_threadgroup(512)]] void flash_head_select_words(
     const device float* scores [[buffer(0)]],
     const device float* tail_offset [[buffer(1)]],
@@ -115,7 +119,7 @@ template <int C>
   threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
   threadgroup uint shared[flash_head::SELECT_SHARED];
   threadgroup float sums[flash_head::ROW_SUMS];
-  flash_head::select_probes<C>(
+  flash_head::select_probes<C, N, NoMap<float>>(
       scores, flash_head::cluster_words(words, tail_offset), n_probes, depth, probes, unscored,
       histogram, shared, sums, group.y, thread_id, simdgroup, lane);
 }
@@ -135,8 +139,8 @@ template <typename T, int D, int N, int V, bool PADDED, int WORDS>
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup uint shared[flash_head::SCORE_SIMDGROUPS];
-  flash_head::score<D, N, V, PADDED, T>(
-      flash_head::affine_rows<D, 4, 64, WORDS>(weight, scales, biases),
+  flash_head::score<D, N, V, PADDED, T, T, NoMap<T>>(
+      flash_head::affine_rows<D, 4, 64, WORDS, float>(weight, scales, biases),
       hidden, probes, token_ids, flash_head::NoBias{}, logits, best, shared,
       groups.x, group, simdgroup, lane);
 }
@@ -179,7 +183,7 @@ template <typename T, int N, int V>
   threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
   threadgroup uint shared[flash_head::SAMPLE_SHARED];
   threadgroup float sums[flash_head::ROW_SUMS];
-  flash_head::sample<N, V, T>(
+  flash_head::sample<N, V, NoMap<T>, T>(
       probes, token_ids, logits, best, unscored, settings, top_k, keys, fit, tokens, risk, histogram,
       shared, sums, held, group.y, thread_id, simdgroup, lane);
 }
@@ -198,8 +202,9 @@ template <typename T, int V, int C, int N>
     const device uint* keys [[buffer(7)]],
     const device float* room [[buffer(8)]],
     const device float* scored_room [[buffer(9)]],
-    device float* parts [[buffer(10)]],
-    constant uint& held [[buffer(11)]],
+    constant float& relative [[buffer(10)]],
+    device float* parts [[buffer(11)]],
+    constant uint& held [[buffer(12)]],
     uint3 groups [[threadgroups_per_grid]],
     uint3 group [[threadgroup_position_in_grid]],
     uint thread_id [[thread_index_in_threadgroup]],
@@ -207,10 +212,10 @@ template <typename T, int V, int C, int N>
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup atomic<uint> marks[flash_head::SCREEN_CLUSTERS / 32];
   threadgroup uint place[1];
-  threadgroup float shared[7 * flash_head::WIDE_SIMDGROUPS];
-  flash_head::screen<C, N, V, false>(
-      slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, parts,
-      marks, place, shared, held, groups.x, group, thread_id, simdgroup, lane);
+  threadgroup float shared[flash_head::TALLY * flash_head::WIDE_SIMDGROUPS];
+  flash_head::screen<C, N, V, false, false, NoMap<T>>(
+      slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, relative,
+      token_ids, parts, marks, place, shared, held, groups.x, group, thread_id, simdgroup, lane);
 }
 
 template <typename T, int V, int N>
@@ -225,19 +230,20 @@ template <typename T, int V, int N>
     const device uint* keys [[buffer(7)]],
     const device float* room [[buffer(8)]],
     const device float* scored_room [[buffer(9)]],
-    constant float& epsilon [[buffer(10)]],
-    device bool* sure [[buffer(11)]],
-    device float* known [[buffer(12)]],
-    constant uint& held [[buffer(13)]],
-    constant uint& n_parts [[buffer(14)]],
+    constant float& relative [[buffer(10)]],
+    constant float& epsilon [[buffer(11)]],
+    device bool* sure [[buffer(12)]],
+    device float* known [[buffer(13)]],
+    constant uint& held [[buffer(14)]],
+    constant uint& n_parts [[buffer(15)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint thread_id [[thread_index_in_threadgroup]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup float shared[9 * flash_head::ROW_SIMDGROUPS];
-  flash_head::certain<N, V>(
-      parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, epsilon,
-      sure, known, shared, held, n_parts, group.y, thread_id, simdgroup, lane);
+  threadgroup float shared[(flash_head::TALLY + 2) * flash_head::ROW_SIMDGROUPS];
+  flash_head::certain<N, V, NoMap<T>, T>(
+      parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, relative,
+      epsilon, sure, known, shared, held, n_parts, group.y, thread_id, simdgroup, lane);
 }
 
 #define FLASH_HEAD_KERNEL(name, kernel_name, ...)    \
@@ -247,8 +253,8 @@ template <typename T, int V, int N>
 // A head of clusters of 16 rows, none padded (V = 16*C). WORDS is 2 where 512 divides D, else 1.
 #define FLASH_HEAD_KERNELS(name, T, V, D, WORDS)                                              \
   FLASH_HEAD_KERNEL(name, "flash_head_route", flash_head_route<T, D, V / 16, WORDS>)          \
-  FLASH_HEAD_KERNEL(name, "flash_head_select", flash_head_select<V / 16>)                     \
-  FLASH_HEAD_KERNEL(name, "flash_head_select_words", flash_head_select_words<V / 16>)         \
+  FLASH_HEAD_KERNEL(name, "flash_head_select", flash_head_select<V / 16, 16>)                   \
+  FLASH_HEAD_KERNEL(name, "flash_head_select_words", flash_head_select_words<V / 16, 16>)       \
   FLASH_HEAD_KERNEL(name, "flash_head_score", flash_head_score<T, D, 16, V, false, WORDS>)    \
   FLASH_HEAD_KERNEL(name, "flash_head_sample", flash_head_sample<T, 16, V>)                   \
   FLASH_HEAD_KERNEL(name, "flash_head_screen", flash_head_screen<T, V, V / 16, 16>)           \

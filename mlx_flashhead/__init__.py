@@ -9,6 +9,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .common.interrupts import heed_ctrl_c_while_starting
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .loading.load import attach, load, sharded_load
     from .models.install import detach, get_flash_head
     from .structured.grammar import grammar_processor
+
+heed_ctrl_c_while_starting()
 
 __all__ = [
     "FlashHead", "FlashHeadConfig", "__version__", "attach", "batch_generate", "convert", "detach",

@@ -2,57 +2,109 @@
 
 from argparse import ArgumentParser, ArgumentTypeError
 from importlib import import_module
-from typing import Any
 
 from .benchmarks import SAMPLERS, SHAPES
 from .common.arguments import Parser, picture, whole_number, whole_numbers, writable
 from .common.command import command, from_extra
 from .common.flags import add_source_options
+from .common.interrupts import ended_by_signals
+
+ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
+EXAMPLE = "mlx_flashhead.benchmark model --model mlx-community/gemma-3-1b-it-4bit"
 
 
 def make_parser() -> Parser:
-    parser = Parser(prog="mlx_flashhead.benchmark", description=__doc__)
+    """The parser of ``mlx_flashhead.benchmark``."""
+    parser = Parser(prog="mlx_flashhead.benchmark", description=__doc__, example=EXAMPLE)
     commands = parser.add_subparsers(dest="kind", required=True, metavar="head|model|server")
-    head = commands.add_parser("head", help="time a head by itself, on random weights too")
-    model = commands.add_parser("model", help="time a model's decoding: dense and with FlashHead")
-    server = commands.add_parser("server", help="put three servers under load, in turns")
-
-    what = head.add_mutually_exclusive_group(required=True)
-    shapes = f"Random weights of a shape: {', '.join(SHAPES)} or V,D; may be given several times."
-    what.add_argument("--shape", type=shape, action="append", metavar="NAME|V,D", help=shapes)
-    any_model = "Folder or repository of any model that mlx-lm loads."
-    what.add_argument("--model", help=any_model)
-    for each in (model, server):
-        each.add_argument("--model", required=True, help=any_model)
-    for each, rounds in ((head, 20), (model, 8), (server, 1)):
-        add_source_options(each)
-        add_number(each, "--n-probes", None, "Clusters scored (default: the model's own, or 256).")
-        add_number(each, "--rounds", rounds, "Rounds that count")
-        report = "JSON file for the figures and the machine, ready to be attached to an issue."
-        each.add_argument("--report", "--json", type=writable, metavar="FILE", help=report)
-        each.add_argument("--plot", type=picture, metavar="FILE.png", help="Draw the figures.")
-
-    dtypes = ("float32", "float16", "bfloat16")
-    head.add_argument("--dtype", choices=dtypes, default="float32", help="Of random weights.")
-    bits: Any = {"type": int, "choices": (4, 5, 6, 8, 16), "default": 16}
-    head.add_argument("--head-bits", **bits, help="Of random rows; 16 is --dtype (default: 16).")
-    add_number(head, "--positions", 1, "Hidden states at once")
-
-    several = "May be given several times (default: all)."
-    model.add_argument("--sampler", choices=SAMPLERS, action="append", help=several)
-    batches = "Sequences at once; may be given several times (default: 1, 4 and 8)."
-    model.add_argument("--batch", type=whole_number(1), action="append", help=batches)
-    add_number(model, "--tokens", 48, "Tokens of a run")
-
-    clients: Any = {"type": whole_numbers(1), "default": (1, 4, 8, 16), "metavar": "1,4,…"}
-    server.add_argument("--clients", **clients, help="Clients at once (default: 1,4,8,16).")
-    add_number(server, "--requests", 16, "Requests to a server for each number of clients")
-    add_number(server, "--tokens", 16, "Tokens of each answer")
+    _add_head_flags(
+        commands.add_parser("head", help="time a head by itself, on random weights too")
+    )
+    _add_model_flags(
+        commands.add_parser(
+            "model", help="time a model's decoding: dense and with FlashHead", example=EXAMPLE
+        )
+    )
+    _add_server_flags(commands.add_parser("server", help="put three servers under load, in turns"))
     return parser
 
 
+def _add_head_flags(parser: ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--shape",
+        type=shape,
+        action="append",
+        metavar="NAME|V,D",
+        help=f"Random weights of a shape: {', '.join(SHAPES)} or V,D; may be given several times.",
+    )
+    what.add_argument("--model", help=ANY_MODEL)
+    _add_common_flags(parser, rounds=20)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="Type of random weights (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        choices=(4, 5, 6, 8, 16),
+        default=16,
+        help="Bits of random rows; 16 keeps --dtype (default: %(default)s).",
+    )
+    add_number(parser, "--positions", 1, "Hidden states at once")
+
+
+def _add_model_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=ANY_MODEL)
+    _add_common_flags(parser, rounds=8)
+    parser.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        action="append",
+        help="May be given several times (default: all).",
+    )
+    parser.add_argument(
+        "--batch",
+        type=whole_number(1),
+        action="append",
+        help="Sequences at once; may be given several times (default: 1, 4 and 8).",
+    )
+    add_number(parser, "--tokens", 48, "Tokens of a run")
+
+
+def _add_server_flags(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=ANY_MODEL)
+    _add_common_flags(parser, rounds=1)
+    parser.add_argument(
+        "--clients",
+        type=whole_numbers(1),
+        default=(1, 4, 8, 16),
+        metavar="1,4,…",
+        help="Clients at once (default: 1,4,8,16).",
+    )
+    add_number(parser, "--requests", 16, "Requests to a server for each number of clients")
+    add_number(parser, "--tokens", 16, "Tokens of each answer")
+
+
+def _add_common_flags(parser: ArgumentParser, *, rounds: int) -> None:
+    add_source_options(parser)
+    probes = "Clusters scored (default: the model's own number, or 256 for random weights)."
+    add_number(parser, "--n-probes", None, probes)
+    add_number(parser, "--rounds", rounds, "Rounds that count")
+    parser.add_argument(
+        "--report",
+        "--json",
+        type=writable,
+        metavar="FILE",
+        help="JSON file for the figures and the machine, ready to be attached to an issue.",
+    )
+    parser.add_argument("--plot", type=picture, metavar="FILE.png", help="Draw the figures.")
+
+
 def add_number(parser: ArgumentParser, flag: str, default: int | None, text: str) -> None:
-    """A flag for a whole number of 1 or more, whose text names the default if it is None."""
+    """Adds a flag for a whole number of 1 or more. ``text`` names the default if it is None."""
     text = text if default is None else f"{text} (default: {default})."
     parser.add_argument(flag, type=whole_number(1), default=default, help=text)
 
@@ -69,11 +121,13 @@ def shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 @command
 def main() -> None:
+    """Entry point."""
     args = make_parser().parse_args()
     from_extra("rich", "report", "mlx_flashhead.benchmark")  # before long work
-    from .benchmarks.reporting import report
+    with ended_by_signals():
+        from .benchmarks.reporting import report
 
-    benchmark = import_module(f".benchmarks.{args.kind}_benchmark", __package__)
+        benchmark = import_module(f".benchmarks.{args.kind}_benchmark", __package__)
     report(args, benchmark.cases(args), benchmark.make_table)
 
 

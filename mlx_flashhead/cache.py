@@ -1,4 +1,4 @@
-"""Lists the FlashHeads cached on this machine, removes, measures or builds some anew."""
+"""Lists the FlashHeads cached on this machine, removes, measures or builds some."""
 
 import time
 from collections.abc import Sequence
@@ -7,56 +7,63 @@ from typing import TYPE_CHECKING
 
 from .common.arguments import Parser
 from .common.command import command, printable, sentence
+from .common.interrupts import ended_by_signals
 from .common.tables import megabytes, new_table, show
 
 if TYPE_CHECKING:  # mlx-lm takes seconds to import, and --help none
     from .loading.sources import Entry
 
+NAME = "ID_OR_MODEL"
+NO_SPEED = "–"
+
 
 def make_parser() -> Parser:
+    """The parser of ``mlx_flashhead.cache``."""
     parser = Parser(
         prog="mlx_flashhead.cache",
         description="List the FlashHeads and finer heads that are kept on this machine since the "
-        "first use of a model, remove some, measure their speed, or build one anew. They are in "
+        "first use of a model, remove some, measure their speed, or build one. They are in "
         "$MLX_FLASHHEAD_HOME or ~/.cache/mlx_flashhead.",
     )
-    group, name = parser.add_mutually_exclusive_group(), "ID_OR_MODEL"
-    remove = "Remove what is kept of these identifiers, beginnings of them, or models."
-    group.add_argument("--remove", nargs="+", metavar=name, help=remove)
-    group.add_argument("--remove-all", action="store_true", help="Remove all of it.")
+    group = parser.add_mutually_exclusive_group()
+    remove = "Remove what is kept of these models, or of identifiers that begin like this."
+    group.add_argument("--remove", nargs="+", metavar=NAME, help=remove)
+    group.add_argument("--remove-all", action="store_true", help="Remove everything.")
+    build = "Build the FlashHead of a model now, if there is none."
+    group.add_argument("--build", metavar="MODEL", help=build)
     rebuild = "Build the FlashHead of a model anew. The old one stays until the new one is whole."
-    group.add_argument("--rebuild", metavar=name, help=rebuild)
-    measure = "Measure the speed of a model's FlashHead now (default: of all that are kept)."
-    group.add_argument("--measure", nargs="?", const="", metavar=name, help=measure)
-    trust = "Allow the code of a model that is measured or built anew."
+    group.add_argument("--rebuild", metavar=NAME, help=rebuild)
+    measure = "Measure the speed of a model's FlashHead now (without a value: of all FlashHeads)."
+    group.add_argument("--measure", nargs="?", const="", metavar=NAME, help=measure)
+    trust = "Run the own Python code of a model that is measured or built."
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
     return parser
 
 
 @command
 def main() -> None:
+    """Entry point."""
     args = make_parser().parse_args()
-    from .loading import sources
+    with ended_by_signals():
+        from .loading import sources
 
     cached = sources.entries()
-    if args.rebuild is not None:
+    if args.build is not None:
+        _build(args.build, args.trust_remote_code)
+    elif args.rebuild is not None:
         _rebuild(cached, args.rebuild, args.trust_remote_code)
     elif args.remove:
         _remove([head for name in args.remove for head in _matches(cached, name)])
-    elif args.remove_all and cached:
-        _remove(cached)
+    elif args.remove_all:
+        _remove_all(cached)
     else:
         if args.measure is not None:
             _measure(cached, args.measure, args.trust_remote_code)
         print_heads(cached)
-    for path in sources.remove_rest() if args.remove_all else ():
-        print(printable(f"Left {path}, which is none of them."))
 
 
 def print_heads(cached: "Sequence[Entry]") -> None:
     """Prints the cache as one table."""
-    from .loading.sources import speeds_of
-    from .loading.tuned import read, speed_text
     from .models.fetch import home
 
     if not cached:
@@ -65,32 +72,55 @@ def print_heads(cached: "Sequence[Entry]") -> None:
     title = printable(f"{home()}: {megabytes(sum(head.nbytes for head in cached))}")
     table = new_table(title, ("id", "model", "built", "size", "speed here"), left=3)
     for head in cached:
-        model, speeds = printable(head.model), "–"
-        built = time.strftime("%Y-%m-%d", time.localtime(head.path.stat().st_mtime))
-        if head.is_fine_head:
-            model += f", head of {head.path.stem.rpartition('-')[2]} bits"
-        else:  # for each dtype and version of MLX
-            known = read(speeds_of(head.key)).values()
-            speeds = ", ".join(dict.fromkeys(map(speed_text, known))) or speeds
-        if head.config and head.config.calibration.get("cut_short"):
-            built += ", cut short"
-        table.add_row(head.key[:8], model, built, megabytes(head.nbytes), speeds)
+        table.add_row(*_row(head))
     show(table)
+
+
+def _row(head: "Entry") -> tuple[str, ...]:
+    """The cells of a cache entry."""
+    from .loading.sources import speeds_of
+    from .loading.tuned import read, speed_text
+
+    model = printable(head.model)
+    if head.is_fine_head:
+        model += f", head of {head.path.stem.rpartition('-')[2]} bits"
+    built = time.strftime("%Y-%m-%d", time.localtime(head.path.stat().st_mtime))
+    speeds = ""
+    if head.config is not None:
+        if head.config.calibration.get("cut_short"):
+            built += ", cut short"
+        known = read(speeds_of(head.config)).values()  # for each dtype and version of MLX
+        speeds = ", ".join(dict.fromkeys(map(speed_text, known)))
+    return head.key[:8], model, built, megabytes(head.nbytes), speeds or NO_SPEED
 
 
 def _remove(chosen: "Sequence[Entry]") -> None:
     for head in {head.path: head for head in chosen}.values():
         nbytes = head.nbytes
-        others = "" if head.remove() else ", but other files in it"
+        others = "" if head.remove() else ", but other files in it stay"
         print(printable(f"Removed {head.model} ({head.path.name}, {megabytes(nbytes)}){others}"))
+
+
+def _remove_all(cached: "Sequence[Entry]") -> None:
+    from .loading.sources import remove_rest
+
+    if cached:
+        _remove(cached)
+    else:
+        print_heads(cached)
+    for path in remove_rest():
+        print(printable(f"Left {path}, which belongs to no FlashHead."))
 
 
 def _matches(cached: "Sequence[Entry]", name: str, *, needed: bool = True) -> "list[Entry]":
     """The cache entries of a model, or of the beginning of an identifier."""
     matches = [head for head in cached if head.model == name]
-    matches = matches or [head for head in cached if name and head.path.name.startswith(name)]
+    if not matches and name:
+        matches = [head for head in cached if head.path.name.startswith(name)]
     if len({head.model for head in matches}) > 1:
-        raise ValueError(f"{len(matches)} identifiers begin with {name}: give more of one.")
+        raise ValueError(
+            f"{len(matches)} identifiers begin with {name}: give more characters of one."
+        )
     if needed and not matches:
         raise ValueError(f"No FlashHead of {name!r} is kept: `mlx_flashhead.cache` lists them.")
     return matches
@@ -104,18 +134,45 @@ def _folder(cached: "Sequence[Entry]", name: str) -> Path:
     return resolve(matches[0].model if matches else name)
 
 
+def _build(name: str, trust_remote_code: bool) -> None:
+    """Builds and measures a model's FlashHead, unless there is one."""
+    from .loading.background import build_now
+    from .loading.head_options import HeadOptions
+    from .loading.sources import find
+    from .models.fetch import resolve
+    from .models.loading import load_dense
+    from .models.locate import find_head
+
+    folder = resolve(name)
+    _check_has_none(folder, "nothing is to be built")
+    options = HeadOptions(flags=True)
+    model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
+    stored = find(find_head(model).rows(), options.say)
+    if stored is None:
+        build_now(model, tokenizer, folder, options)
+    else:
+        print(printable(f"The FlashHead of {name} is kept in {stored.source} already."))
+
+
 def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
-    from .index.files import has_flash_head
     from .loading.background import build_now
     from .loading.head_options import HeadOptions
     from .models.loading import load_dense
 
     folder = _folder(cached, name)
-    if has_flash_head(folder):
-        wrong = f"{folder} has a FlashHead of its own, which comes before one that is kept"
-        raise ValueError(f"{wrong}: make it again with mlx_flashhead.convert.")
+    _check_has_none(folder, "make it again with mlx_flashhead.convert")
     model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
     build_now(model, tokenizer, folder, HeadOptions(flags=True), anew=True)
+
+
+def _check_has_none(folder: Path, remedy: str) -> None:
+    """ValueError if a model's folder has a FlashHead of its own."""
+    from .index.files import has_flash_head
+
+    if has_flash_head(folder):
+        raise ValueError(
+            f"{folder} has a FlashHead of its own, which comes before one that is kept: {remedy}."
+        )
 
 
 def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
@@ -124,13 +181,13 @@ def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> N
     from .loading.load import load_with_head
 
     options = HeadOptions(missing=REFUSE, measures=True, flags=True)
-    for each in [name] if name else sorted({entry.model for entry in cached if entry.config}):
+    for model in [name] if name else sorted({entry.model for entry in cached if entry.config}):
         try:
-            load_with_head(_folder(cached, each), options, trust_remote_code=trust_remote_code)
+            load_with_head(_folder(cached, model), options, trust_remote_code=trust_remote_code)
         except ValueError as error:
             if name:
                 raise
-            print(printable(f"{each} is not measured: {sentence(error)}"))
+            print(printable(f"{model} is not measured: {sentence(error)}"))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 `scripts/demo.sh` runs this in the checkout's virtual environment. Both forms have the same weights
 and the same seed, so they write the same text. The dense form writes first. Then FlashHead writes,
 and beside it the dense text appears again at the times at which it was written: a race that neither
-slows down.
+slows down. Each clock stops when its text is complete.
 """
 
 import argparse
@@ -46,6 +46,7 @@ TITLES = ("normal (dense) head", "FlashHead")
 SAMPLING = {"temp": 0.7, "top_p": 0.9, "seed": 1}
 RACE_SECONDS = 40.0  # after which a busy machine's dense form stops, and so does the other
 TIMING_SECONDS = 60.0  # for all rounds that are timed after the race
+FRAME_SECONDS = 0.08  # between two pictures of the race
 
 
 @dataclass
@@ -109,6 +110,19 @@ def race(
     return runs
 
 
+def let_the_slower_finish(
+    runs: tuple[Run, Run], show: Callable[[tuple[Run, Run], float | None], None]
+) -> None:
+    """After FlashHead's last token the dense text goes on, at the times at which it was written."""
+    began = time.perf_counter()
+    seconds = runs[1].seconds
+    while seconds < runs[0].seconds:
+        show(runs, seconds)
+        time.sleep(FRAME_SECONDS)
+        seconds = runs[1].seconds + time.perf_counter() - began
+    show(runs, math.inf)
+
+
 def encode(tokenizer, prompt: str) -> list[int]:
     """The prompt's tokens: a question by the chat template, else a text that goes on."""
     if not tokenizer.has_chat_template:
@@ -125,22 +139,43 @@ def compare(
     console.print(Text.assemble(("\nPrompt: ", "bold"), prompt))
     with _panels(console) as show:
         runs = race(models, tokenizer, prompt, max_tokens, show)
-    speeds = [[run.speed()] for run in runs]
+        if console.is_terminal:
+            let_the_slower_finish(runs, show)
     took = sum(run.seconds for run in runs)
     rounds = min(rounds, int(TIMING_SECONDS / max(took, 0.1)))
-    prompt_ids, n_tokens = encode(tokenizer, prompt), len(runs[0].token_ids)
+    speeds = _time_again(models, tokenizer, encode(tokenizer, prompt), runs, rounds)
+    console.print(_table(runs, speeds))
+    console.print(_agreement(get_flash_head(model), *runs), highlight=False)
+
+
+def _time_again(
+    models: tuple[nn.Module, nn.Module], tokenizer, prompt_ids, runs: tuple[Run, Run], rounds: int
+) -> list[list[float]]:
+    """The speeds of both forms: of the race, and of more rounds in turns."""
+    speeds = [[run.speed()] for run in runs]
+    if not rounds:
+        return speeds
+    n_tokens = len(runs[0].token_ids)
     for _ in tqdm(range(rounds), desc="Timing both again, in turns", unit="round", leave=False):
         for column, form in enumerate(models):
             again = Run()
             list(write(form, tokenizer, prompt_ids, n_tokens, again))
             speeds[column].append(again.speed())
+    return speeds
 
-    table = new_table(f"median of {rounds + 1}", ("", *TITLES, "faster"))
+
+def _table(runs: tuple[Run, Run], speeds: list[list[float]]):
+    """The seconds of the race and the median speeds, as a table."""
+    n_runs = len(speeds[0])
+    title = None if n_runs == 1 else f"speed: median of {n_runs} runs"
+    table = new_table(title, ("", *TITLES, "faster"))
+    seconds = [run.seconds for run in runs]
     medians = [median(values) for values in speeds]
-    faster = medians[1] / medians[0]
-    table.add_row("tokens per second", *(f"{value:.1f}" for value in medians), f"{faster:.2f} x")
-    console.print(table)
-    console.print(_agreement(get_flash_head(model), *runs), highlight=False)
+    times = f"{seconds[0] / max(seconds[1], 1e-9):.2f} x"
+    table.add_row("seconds for this text", *(f"{value:.1f}" for value in seconds), times)
+    times = f"{medians[1] / medians[0]:.2f} x"
+    table.add_row("tokens per second", *(f"{value:.1f}" for value in medians), times)
+    return table
 
 
 def _agreement(head, dense: Run, flash: Run) -> str:
@@ -175,34 +210,43 @@ def _panels(console: Console) -> Iterator[Callable[..., None]]:
         console.print("\n")
         return
 
-    def panels(runs: tuple[Run, Run], seconds: float | None) -> Columns:
-        clocks = (math.inf, 0.0) if seconds is None else (seconds, seconds)
-        width = (console.width - 1) // 2
-        height = max(8, 3 + len(runs[0].text()) // max(1, width - 6))
-        return Columns(
-            Panel(
-                Text(run.text(clock)),
-                title=title,
-                subtitle=f"{min(clock, run.seconds):.1f} s, {run.speed(clock):.1f} tokens/s",
-                width=width,
-                height=height,
-            )
-            for title, run, clock in zip(TITLES, runs, clocks, strict=True)
-        )
-
     with Live(console=console, auto_refresh=False) as live:
         drawn = 0.0
+        last: list = []
 
         def update(runs: tuple[Run, Run], seconds: float | None) -> None:
             nonlocal drawn
-            if time.perf_counter() - drawn > 0.08:
-                live.update(panels(runs, seconds), refresh=True)
+            if time.perf_counter() - drawn > FRAME_SECONDS:
+                live.update(picture_of_race(runs, seconds, console.width), refresh=True)
                 drawn = time.perf_counter()
             last[:] = runs, seconds
 
-        last: list = []
         yield update
-        live.update(panels(*last), refresh=True)
+        live.update(picture_of_race(*last, console.width), refresh=True)
+
+
+def picture_of_race(runs: tuple[Run, Run], seconds: float | None, columns: int) -> Columns:
+    """Both texts after some seconds, side by side; without seconds while the dense one is written.
+    A text that is complete has its own time, whatever the clock of the race says."""
+    clocks = (math.inf, 0.0) if seconds is None else (seconds, seconds)
+    width = (columns - 1) // 2
+    height = max(8, 3 + len(runs[0].text()) // max(1, width - 6))
+    return Columns(
+        Panel(
+            Text(run.text(clock)),
+            title=title,
+            subtitle=_subtitle(run, clock, is_complete=seconds is not None),
+            width=width,
+            height=height,
+        )
+        for title, run, clock in zip(TITLES, runs, clocks, strict=True)
+    )
+
+
+def _subtitle(run: Run, clock: float, *, is_complete: bool) -> str:
+    """The time and the speed of a text; the time is the end's when its last token is shown."""
+    figures = f"{min(clock, run.seconds):.1f} s, {run.speed(clock):.1f} tokens/s"
+    return f"done in {figures}" if is_complete and clock > run.seconds else figures
 
 
 def make_parser() -> Parser:
@@ -235,7 +279,7 @@ def load_demo(name: str) -> tuple[Path, nn.Module, object]:
     """A model of `MODELS` with its FlashHead; both are made at the first use."""
     folder = MODELS[name][0]
     fetch(name, folder)
-    print("Loading the model. Its FlashHead is built once.", flush=True)
+    print("Loading the model …", flush=True)
     model, tokenizer = load(str(folder))
     # a race shows what FlashHead does, also where this machine would leave it out
     policy_of(get_flash_head(model)).dense = False

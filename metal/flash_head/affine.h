@@ -8,15 +8,15 @@
 //   add       multiply the two, and add that to a lane's total,
 //   reduce    add up the lanes' totals.
 // Chunks, order and association of all sums are those of MLX's kernel, qmv_fast with 2 packs to a
-// chunk, qmv with 1 (of MLX 0.32.4; up to 0.32.2 it added four hidden values in their own dtype, not
-// in float32). So is the shape of each expression, since a compiler contracts a product and a sum
+// chunk, qmv with 1. Sum is the type in which some hidden values are added up before they go on in
+// float32: up to MLX 0.32.3 that of the product, from 0.32.4 on float32. So is the shape of each expression, since a compiler contracts a product and a sum
 // within an expression: what is one expression there is one here, and what a function returns there
 // is returned here. As there, a q is masked in place within its byte, of 4 bits within its 16 bits.
 // Instead of a shift, `prepare` divides its hidden value by 2^shift, exactly.
 
 namespace flash_head {
 
-template <int D, int BITS, int GROUP, int WORDS, typename Words, typename Scales>
+template <int D, int BITS, int GROUP, int WORDS, typename Sum, typename Words, typename Scales>
 struct AffineRows {
   static constant constexpr const int PACK = BITS == 5 ? 8 : BITS == 6 ? 4 : 32 / BITS;
   static constant constexpr const int VALUES = WORDS * PACK;
@@ -66,12 +66,12 @@ struct AffineRows {
       if (BITS == 8) {
         sum += float(hidden[i]);
       } else if (BITS == 5 && i % 8 == 7) {
-        sum += float(hidden[i - 7]) + float(hidden[i - 6]) + float(hidden[i - 5]) +
-            float(hidden[i - 4]) + float(hidden[i - 3]) + float(hidden[i - 2]) +
-            float(hidden[i - 1]) + float(hidden[i]);
+        sum += float(
+            Sum(hidden[i - 7]) + Sum(hidden[i - 6]) + Sum(hidden[i - 5]) + Sum(hidden[i - 4]) +
+            Sum(hidden[i - 3]) + Sum(hidden[i - 2]) + Sum(hidden[i - 1]) + Sum(hidden[i]));
       } else if (BITS != 5 && i % 4 == 3) {
-        sum += float(hidden[i - 3]) + float(hidden[i - 2]) + float(hidden[i - 1]) +
-            float(hidden[i]);
+        sum += float(
+            Sum(hidden[i - 3]) + Sum(hidden[i - 2]) + Sum(hidden[i - 1]) + Sum(hidden[i]));
       }
     }
     return sum;
@@ -133,10 +133,17 @@ struct AffineRows {
   static float reduce(float total) { return simd_sum(total); }
 };
 
-template <int D, int BITS, int GROUP, int WORDS, typename Words, typename Scales>
-inline AffineRows<D, BITS, GROUP, WORDS, Words, Scales> affine_rows(
+template <
+    int D,
+    int BITS,
+    int GROUP,
+    int WORDS,
+    typename Sum,
+    typename Words,
+    typename Scales>
+inline AffineRows<D, BITS, GROUP, WORDS, Sum, Words, Scales> affine_rows(
     Words weight, Scales scales, Scales biases) {
-  return AffineRows<D, BITS, GROUP, WORDS, Words, Scales>{weight, scales, biases};
+  return AffineRows<D, BITS, GROUP, WORDS, Sum, Words, Scales>{weight, scales, biases};
 }
 
 }  // namespace flash_head

@@ -23,7 +23,7 @@ constant constexpr int WIDE_THREADS = 256;      // of expand
 constant constexpr int WIDE_SIMDGROUPS = WIDE_THREADS / LANES;
 constant constexpr int EXPAND_TOKENS = 4;       // per thread
 constant constexpr int SCREEN_CLUSTERS = 1024;  // that a threadgroup of screen takes
-constant constexpr int TALLIED = 9;             // values that it writes
+constant constexpr int TALLIED = 10;            // values that it writes
 constant constexpr uint MIN_PROBES = 8;         // held per position
 
 // A word at or above PROBED is a place among the probes: no estimate has such bits, since a NaN is

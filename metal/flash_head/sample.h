@@ -11,7 +11,7 @@
 //   top_k      fewer than top_k tokens have a higher x; 0 keeps all
 //
 // risk: an estimate of the chance that all tokens give another one. Of a greedy token
-// exp(a - b * (x - unscored[0])), of a draw `scale` times the share of the mass that was not scored; at
+// exp(a - b * (X - unscored[0])), where Map makes x of X, of a draw `scale` times the share of the mass that was not scored; at
 // most 1. fit holds a, b, scale.
 //
 // One threadgroup per position. The bests give the highest x, and the noise of its token a bound: a
@@ -152,6 +152,7 @@ inline void lowest_kept(
 template <
     int N,
     int V,
+    typename Map,
     typename T,
     typename Probes,
     typename Ids,
@@ -259,7 +260,7 @@ inline void sample(
   threadgroup_best<ROW_SIMDGROUPS>(key, token, shared + 2 * ROW_SIMDGROUPS, simdgroup, lane);
   if (thread_id == 0) {
     tokens[position] = token;
-    const float gap = highest - unscored[2 * position];
+    const float gap = Map::inverse(highest) - unscored[2 * position];
     const float odds = exp(min(highest + log(mass) - unscored[2 * position + 1], 80.0f));
     const float of_draw = min(fit[2] / (1.0f + odds), 1.0f);
     risk[position] = greedy ? exp(min(fit[0] - fit[1] * gap, 0.0f)) : of_draw;

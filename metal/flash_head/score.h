@@ -8,6 +8,7 @@
 // Edges: n not divisible by 4 repeats the last row and drops the result. A padded slot gets the
 // lowest finite value. So do the slots of a probe that repeats the one before: its rows are not read.
 // Head bias: a pointer (slots,), added to the product rounded to Product, as MLX does; or NoBias.
+// A logit is rounded to Raw, the head's dtype, and then mapped.
 
 namespace flash_head {
 
@@ -29,6 +30,8 @@ template <
     int V,
     bool PADDED,
     typename Product,
+    typename Raw,
+    typename Map,
     typename T,
     typename Rows,
     typename Hidden,
@@ -71,11 +74,11 @@ inline void score(
     FLASH_HEAD_UNROLL
     for (int row = 0; row < BLOCK; row++) {
       if (row <= last_row) {
-        float logit = with_bias<Product>(totals[row], bias, slot + row);
+        const Raw raw = to_finite<Raw>(with_bias<Product>(totals[row], bias, slot + row));
+        T stored = T(Map::of(float(raw)));
         if (PADDED && token_ids[slot + row] == uint(V)) {
-          logit = -Finite<T>::highest();
+          stored = T(-Finite<T>::highest());
         }
-        const T stored = to_finite<T>(logit);
         highest = max(highest, order_key(float(stored)));
         if (lane == 0) {
           logits[probe * N + first + row] = stored;

@@ -11,8 +11,9 @@
 // the clusters that are always probed, the last bin all from 64 nats on.
 // `depth` limits the bins: a cluster more than `depth` nats below the log-sum-exp of all (without those
 // that are always probed) is not probed. Places without a cluster repeat the last one.
-// unscored: the best score of the clusters that are not probed, and the log-sum-exp of their scores;
-// the lowest finite value where none is left.
+// unscored: the best score of the clusters that are not probed, and the log-sum-exp of their scores,
+// each as high as Map makes it if all its N tokens have the same logit; the lowest finite value where
+// none is left.
 // Threadgroup memory: 16,384 + 388 bytes. Barriers: 6.
 
 namespace flash_head {
@@ -62,12 +63,22 @@ inline uint bin_of(uint id, float score, float best) {
   return 1u + uint(min((best - score) * BINS_PER_NAT, float(SELECT_BINS - 2)));
 }
 
+// The score of a cluster of `Size` tokens of the same logit, which is mapped.
+template <int Size, typename Map>
+inline float mapped_score(float score) {
+  if (Map::identity()) {
+    return score;
+  }
+  const float tokens = log(float(Size));
+  return Map::of(score - tokens) + tokens;
+}
+
 // The lanes of the simdgroup for which it is true, a bit each.
 inline uint ballot(bool yes) {
   return uint(simd_vote::vote_t(simd_ballot(yes)));
 }
 
-template <int C, typename Scores, typename WordsOrNot>
+template <int C, int Size, typename Map, typename Scores, typename WordsOrNot>
 inline void select_probes(
     Scores scores,                        // (R, C) float
     WordsOrNot words,
@@ -167,7 +178,9 @@ inline void select_probes(
 
   const uint held = max(n_probes, MIN_PROBES);
   const uint lower_lanes = (1u << lane) - 1u;
-  const float edge = best - float(max(last, 1u) - 1u) / BINS_PER_NAT;  // no score left is higher
+  // no score left is higher
+  const float edge =
+      mapped_score<Size, Map>(best - float(max(last, 1u) - 1u) / BINS_PER_NAT);
   uint left = 0;
   mass = 0.0f;
   for (int block = 0; block < BLOCKS; block++) {
@@ -188,7 +201,7 @@ inline void select_probes(
         words.write(row, id, loaded[i], probed, place);
         if (!probed) {
           left = max(left, order_key(loaded[i]));
-          mass += fast::exp(min(loaded[i] - edge, 1.0f));
+          mass += fast::exp(min(mapped_score<Size, Map>(loaded[i]) - edge, 1.0f));
         }
       }
       if (probed) {
@@ -215,7 +228,8 @@ inline void select_probes(
     const float highest_left = left == 0 ? lowest : score_of(left);
     unscored[2 * position] = highest_left;
     // the mass is 0 where all scores left are far below the edge
-    unscored[2 * position + 1] = mass > 0.0f ? max(highest_left, edge + log(mass)) : highest_left;
+    const float least = left == 0 ? lowest : mapped_score<Size, Map>(highest_left);
+    unscored[2 * position + 1] = mass > 0.0f ? max(least, edge + log(mass)) : least;
   }
 }
 

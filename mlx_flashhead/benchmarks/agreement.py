@@ -13,9 +13,10 @@ import numpy as np
 from rich.table import Table
 
 from ..common.tables import new_table, percent, show
-from ..conversion import take_all
+from ..conversion import run_task
 from ..conversion.calibration import read_text, text_states
-from ..conversion.measures import StepBytes, measure_positions
+from ..conversion.measures import measure_positions
+from ..conversion.probes import StepBytes
 from ..head.flash_head import FlashHead
 from ..head.matrix import as_float32
 from ..loading.load import load
@@ -85,7 +86,7 @@ def measure_agreement(
         if not 1 <= n_probes <= head.n_clusters:
             raise ValueError(f"{n_probes} probes are not possible: choose 1 to {head.n_clusters}.")
     reading = text_states(model, tokenizer, find_head(model), text, positions=positions)
-    states, next_ids = take_all(reading)
+    states, next_ids = run_task(reading)
     rows = head.clustered.token_rows()
     weight = as_float32(rows.dequantized())
     bias = 0.0 if rows.bias is None else as_float32(rows.bias)
@@ -105,7 +106,7 @@ def measure_agreement(
         sorted(counts),
         next_ids,
     )
-    measured = take_all(measuring)
+    measured = run_task(measuring)
     nbytes = bytes_read(head)
     table = measured.means()
     for row in table:

@@ -1,6 +1,6 @@
 """A conversation at the terminal: the user types messages and commands."""
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +8,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..common.arguments import check, whole_number
+from ..common.arguments import whole_number
 from ..common.command import sentence
 from ..common.tables import count
 from ..common.terminal import QUOTES, Terminal, stop_key
 from ..decoding.policy import decoding_mode, policy_of
 from ..loading.background import IdleBuild
+from ..loading.tuned import speed_text
 from ..models.install import get_flash_head
 from .conversation import (
     LENGTH,
@@ -96,13 +97,12 @@ class ChatSession:
         try:
             with self.idle.paused() if self.idle else nullcontext():  # the model to itself
                 if self.head is None:
-                    self.head = get_flash_head(conversation.model)
-                    if self.head is not None:
-                        say(f"[FlashHead is ready: {self._settings()}]")
+                    self._welcome_head()
                 with stop_key() as stopping:
-                    for piece in conversation.ask(
+                    pieces = conversation.ask(
                         text, stopping=stopping, dense=self.dense, **self.options
-                    ):
+                    )
+                    for piece in pieces:
                         self.terminal.show(piece)
         except KeyboardInterrupt:
             pass  # the answer so far stays
@@ -122,6 +122,16 @@ class ChatSession:
             except OSError as error:
                 self.stores = False  # and it is said once
                 say(f"This conversation is not kept for --resume: {sentence(error)}")
+
+    def _welcome_head(self) -> None:
+        """Takes a FlashHead that was built meanwhile, and says so."""
+        self.head = get_flash_head(self.conversation.model)
+        if self.head is None:
+            return
+        if self.idle is not None and self.idle.is_building:
+            self.terminal.say("[FlashHead is ready. Its speed is still being measured.]")
+        elif not policy_of(self.head).dense:  # of which the measurement has told
+            self.terminal.say(f"[FlashHead is ready: {self._settings()}]")
 
     def _run(self, command: str, argument: str) -> str:
         """Runs a command, and returns what to say."""
@@ -149,22 +159,27 @@ class ChatSession:
             case "/dense":
                 self.dense = not self.dense
             case "/probes":
-                if argument and self.head is not None:
-                    check("/probes", argument, whole_number(1, self.head.n_clusters))
-                    self.head.n_probes = int(argument)
-                    policy_of(self.head).dense = False  # it comes before what was measured
+                if argument:
+                    self._set_probes(argument)
             case _:
                 raise ValueError(f"There is no command {command}: /help lists the commands.")
         return f"Now {self._settings()}."
+
+    def _set_probes(self, argument: str) -> None:
+        assert self.head is not None  # which `_run` has checked
+        n_clusters = self.head.n_clusters
+        try:
+            self.head.n_probes = whole_number(1, n_clusters)(argument)
+        except ArgumentTypeError:
+            raise ValueError(f"/probes needs a number from 1 to {n_clusters:,}.") from None
+        policy_of(self.head).dense = False  # it comes before what was measured
 
     def _stats(self) -> str:
         lines = [f"{self.args.model}, {self._settings()}"]
         if self.head is not None:
             lines.append(f"backend {self.head.backend!r}: {self.head.backend_reason}")
             policy = policy_of(self.head)
-            if policy.gain is not None:
-                known = "predicted" if policy.predicted else "measured"
-                lines.append(f"{known} on this machine: {policy.gain:.2f} times as fast as dense")
+            lines.append(f"speed with FlashHead on this machine: {speed_text(policy)}")
         lines.append(f"{self._messages()}, {len(self.conversation.cached_ids)} tokens in the cache")
         if self.conversation.answers:
             lines.append(f"last answer: {_figures(self.conversation.answers[-1])}")

@@ -1,15 +1,19 @@
 """Errors of all commands: one sentence and exit code 2 for a mistake that a user can correct."""
 
+import _thread
 import errno
 import functools
 import importlib
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from .interrupts import INTERRUPTED, ended_by_signals, heed_ctrl_c_as_usual
+
+__all__ = ["command", "ended_by_signals", "from_extra", "printable", "sentence", "with_flags"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -24,15 +28,17 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a command's ``main``: mistakes end with a sentence on stderr, never a traceback."""
 
     @functools.wraps(main)
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> Any:
+        heed_ctrl_c_as_usual()
+        sys.unraisablehook = _interrupt_again
         for number in (signal.SIGTERM, signal.SIGHUP):  # it cleans up after itself then, too
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores some on purpose
-                signal.signal(number, lambda number, _: sys.exit(128 + number))
+                signal.signal(number, _exit_by_signal)
         try:
             return main(*args, **kwargs)
         except KeyboardInterrupt:
             print("\nInterrupted.", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
         except BrokenPipeError:
             sys.exit(141)
         except (ValueError, OSError) as error:
@@ -42,19 +48,17 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """A block, which writes no files, that Ctrl-C and SIGTERM end at once. Python's own handlers
-    wait for the code that runs, and a long prompt runs in MLX for minutes."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
-    try:
-        for number in handlers:
-            signal.signal(number, signal.SIG_DFL)
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def _exit_by_signal(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Raises a KeyboardInterrupt that came within a callback, such as that of a weak reference,
+    once more: Python would print it with a traceback and go on."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        _thread.interrupt_main()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def sentence(error: Exception) -> str:

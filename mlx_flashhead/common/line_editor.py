@@ -4,6 +4,7 @@ import asyncio
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from prompt_toolkit import PromptSession, completion
@@ -21,25 +22,26 @@ def line_editor(
     with_files: Sequence[str],
     history: Path,
 ) -> Callable[[], str]:
-    """A function that lets a user type a text after ``prompt`` and returns it. A text that is open
-    goes on in the next line. ``commands`` complete the beginning of a line, and a file's name
-    follows those ``with_files``. The file ``history`` stores earlier texts, if it can."""
+    """Makes a function that lets a user type a text and returns it.
+
+    Args:
+        prompt: What stands before the text.
+        is_open: Whether a text goes on in the next line.
+        commands: They complete the beginning of a line.
+        with_files: The commands that the name of a file follows.
+        history: The file that stores earlier texts, if it can be written.
+    """
     keys = KeyBindings()
 
     @keys.add("escape", "enter")
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.newline()
 
-    store = None  # without a place the history lasts as long as the chat
-    with suppress(OSError):
-        history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        history.touch()
-        store = FileHistory(history)
     names = completion.WordCompleter([f"{name} " for name in commands], sentence=True)
     paths = completion.PathCompleter(expanduser=True)
     files = completion.NestedCompleter({name: paths for name in with_files})
     session: PromptSession[str] = PromptSession(
-        history=store,
+        history=_stored_history(history),
         completer=completion.DynamicCompleter(
             lambda: files if " " in session.default_buffer.text else names
         ),
@@ -51,24 +53,36 @@ def line_editor(
         prompt_continuation="… ",
     )
 
-    def read() -> str:
-        # An exception out of a signal's handler may be lost in the event loop, or leave the
-        # terminal raw: the editor ends first.
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    return partial(_read_line, session, prompt)
 
-        def leave(number: int) -> None:
-            if session.app.future is not None and not session.app.future.done():
-                session.app.exit(exception=SystemExit(128 + number))
 
-        def heed_signals() -> None:
-            for number, handler in handlers.items():
-                if callable(handler):
-                    asyncio.get_running_loop().add_signal_handler(number, leave, number)
+def _stored_history(file: Path) -> FileHistory | None:
+    """The history in a file; None if it cannot be written, and lasts as long as the chat."""
+    with suppress(OSError):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file.touch()
+        return FileHistory(file)
+    return None
 
-        try:
-            return session.prompt(prompt, pre_run=heed_signals)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
-    return read
+def _read_line(session: PromptSession[str], prompt: str) -> str:
+    """A text that the user types; a signal to end the process ends the editor first.
+
+    An exception out of a signal's handler may be lost in the event loop, or leave the terminal raw.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def leave(number: int) -> None:
+        if session.app.future is not None and not session.app.future.done():
+            session.app.exit(exception=SystemExit(128 + number))
+
+    def heed_signals() -> None:
+        for number, handler in handlers.items():
+            if callable(handler):
+                asyncio.get_running_loop().add_signal_handler(number, leave, number)
+
+    try:
+        return session.prompt(prompt, pre_run=heed_signals)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,5 +1,8 @@
-"""A folder or a file that is written completely or not at all: in a temporary folder beside its
-place, and renamed at the end. The next process that writes there removes what killed ones left."""
+"""A folder or a file that is written completely or not at all.
+
+It is written in a temporary folder beside its place, and renamed at the end. A process that was
+killed leaves its temporary folder, which the next process that writes there removes.
+"""
 
 import fcntl
 import glob
@@ -18,8 +21,19 @@ YOUNG = 1.0  # seconds in which a process may not have locked its folder yet
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes, or replaces, the folder ``target`` when the block succeeds.
-    Missing parents are made. OSError, naming the place, if it cannot be written."""
+    """A temporary folder that takes its place when the block succeeds.
+
+    Missing parents are made.
+
+    Args:
+        target: The place, where an earlier folder is replaced.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        OSError: If the place cannot be written. It names the place.
+    """
     missing_parents = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -37,8 +51,17 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A temporary path that becomes, or replaces, the file ``target`` when the block succeeds.
-    OSError, naming it, if it cannot be written."""
+    """A temporary file that takes its place when the block succeeds.
+
+    Args:
+        target: The place, where an earlier file is replaced.
+
+    Yields:
+        The path of the temporary file, which is not there yet.
+
+    Raises:
+        OSError: If the place cannot be written. It names the place.
+    """
     with _temporary_folder(target) as folder:
         yield folder / target.name
         os.replace(folder / target.name, target)

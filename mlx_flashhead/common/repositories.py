@@ -36,8 +36,10 @@ def redacted_logs() -> Iterator[None]:
     handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
 
     def redacted(record: logging.LogRecord) -> bool:
-        record.msg, record.args = printable(redact(record.getMessage())), ()
-        record.exc_info = record.exc_text = None
+        record.msg = printable(redact(record.getMessage()))
+        record.args = ()
+        record.exc_info = None
+        record.exc_text = None
         return True
 
     for handler in handlers:
@@ -51,17 +53,31 @@ def redacted_logs() -> Iterator[None]:
 
 def holds_secret(content: bytes) -> bool:
     """Whether a file's content holds the user's token, or text in the form of a token."""
-    tokens = [re.escape(token)] if (token := get_token()) else []
-    return re.search("|".join([*tokens, r"\bhf_[A-Za-z0-9]{34}\b"]).encode(), content) is not None
+    patterns = [r"\bhf_[A-Za-z0-9]{34}\b"]
+    if token := get_token():
+        patterns.append(re.escape(token))
+    return re.search("|".join(patterns).encode(), content) is not None
 
 
 def full_name(name: str, user: str) -> str:
-    """ "owner/name" of a repository that may be named without its owner; ValueError if the Hub does
-    not allow the name."""
+    """The full name of a repository.
+
+    Args:
+        name: Its name, with or without its owner.
+        user: The owner, where it is named without.
+
+    Returns:
+        "owner/name".
+
+    Raises:
+        ValueError: If the Hub does not allow the name.
+    """
     repo_id = name if "/" in name else f"{user}/{name}"
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        form = "OWNER/NAME of letters, digits, '-', '_' and '.', at most 96 of them"
-        raise ValueError(f"{name!r} is not a name of a repository: give {form}.") from None
+        raise ValueError(
+            f"{name!r} is not a name of a repository: give OWNER/NAME of letters, digits, '-', '_' "
+            "and '.', at most 96 of them."
+        ) from None
     return repo_id

@@ -1,4 +1,4 @@
-"""What the commands show: quantities as text, tables of one look, and pictures in files."""
+"""What the commands show: tables of one look, and quantities as text."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,7 +12,14 @@ if TYPE_CHECKING:  # rich may be absent
 def new_table(
     title: str | None, headings: Sequence[str], caption: str | None = None, *, left: int = 1
 ) -> "Table":
-    """An empty table of rich. The first ``left`` columns hold words, the others figures."""
+    """Makes an empty table of rich.
+
+    Args:
+        title: The text above it.
+        headings: One for each column.
+        caption: The text below it.
+        left: The number of columns, from the left, that hold words; the others hold figures.
+    """
     rich_table = from_extra("rich.table", "report", "A table")
     table = rich_table.Table(
         title=title,
@@ -28,8 +35,13 @@ def new_table(
 
 
 def show(*parts: "Table | str") -> None:
-    """Prints tables, and lines of text between them. No figure is cut off: a table is wider than
-    the screen where it must be."""
+    """Prints tables, and lines of text between them.
+
+    No figure is cut off: a table is wider than the screen where it must be.
+
+    Args:
+        parts: Tables and lines.
+    """
     rich_console = from_extra("rich.console", "report", "A table")
     console = rich_console.Console(highlight=False, markup=False, emoji=False)
     screen = console.width

@@ -40,8 +40,16 @@ def is_open(text: str) -> bool:
 
 
 class Terminal:
-    """Reads texts and prints. Behind a pipe, standard output carries the answers alone, and the
-    program's own lines go to standard error. Arguments are those of `line_editor`."""
+    """Reads texts and prints.
+
+    Behind a pipe, standard output carries the answers alone, and the program's own lines go to
+    standard error.
+
+    Args:
+        commands: They complete the beginning of a line.
+        with_files: The commands that the name of a file follows.
+        history: The file of earlier texts.
+    """
 
     def __init__(self, commands: Sequence[str], with_files: Sequence[str], history: Path):
         shown = sys.stdout.isatty()
@@ -62,8 +70,11 @@ class Terminal:
             sys.stdin.reconfigure(errors="replace")
 
     def read(self) -> str:
-        """The next text: a line, a pasted text, or lines with three quotes before and after them.
-        EOFError at the end of the input."""
+        """Reads the next text: a line, a pasted text, or lines within three quotes.
+
+        Raises:
+            EOFError: At the end of the input.
+        """
         text = self._read_line()
         while is_open(text):
             try:
@@ -78,6 +89,7 @@ class Terminal:
         print(self._wrap.feed(piece) if self._wrap else piece, end="", flush=True)
 
     def end(self) -> None:
+        """Prints the rest of an answer, and ends its line."""
         print(self._wrap.end() if self._wrap else "", flush=True)
 
     def say(self, text: str) -> None:
@@ -97,8 +109,13 @@ def _columns() -> int:
 
 @contextmanager
 def stop_key() -> Iterator[Callable[[], bool]]:
-    """A block in which Ctrl-C asks to stop, and a second one interrupts: yields whether to stop.
-    Other keys are not shown, and wait for the next line."""
+    """A block in which Ctrl-C asks to stop, and a second one interrupts.
+
+    Other keys are not shown, and wait for the next line.
+
+    Yields:
+        A function that says whether to stop.
+    """
     pressed = False
 
     def press(number: int, frame: object) -> None:
@@ -120,9 +137,14 @@ def stop_key() -> Iterator[Callable[[], bool]]:
 
 
 class WordWrap:
-    """Breaks lines between words, as the pieces of a text come: a word is shown when it is whole.
-    The last column stays empty, since some terminals begin a new line when it is filled. The
-    terminal breaks a word that is wider than a line. ``columns`` returns the terminal's width."""
+    """Breaks lines between words, as the pieces of a text come.
+
+    A word is shown when it is whole. The last column stays empty, since some terminals begin a new
+    line when it is filled. The terminal breaks a word that is wider than a line.
+
+    Args:
+        columns: Returns the terminal's width.
+    """
 
     def __init__(self, columns: Callable[[], int]):
         self._columns = columns
@@ -130,13 +152,15 @@ class WordWrap:
         self._rest = ""  # may still grow
 
     def feed(self, text: str) -> str:
+        """Takes a piece of a text, and returns what can be shown now."""
         *units, self._rest = _UNIT.findall(self._rest + text) or [""]
         return "".join(map(self._placed, units))
 
     def end(self) -> str:
-        """The rest of the text. The next text begins on a new line."""
+        """Returns the rest of the text. The next text begins on a new line."""
         rest = self._placed(self._rest)
-        self._column, self._rest = 0, ""
+        self._column = 0
+        self._rest = ""
         return rest
 
     def _placed(self, unit: str) -> str:
@@ -146,11 +170,18 @@ class WordWrap:
             self._column = 0
             return word
         columns = self._columns()
-        # accents and joiners take no column, and some characters two
-        shown = [char for char in word if unicodedata.category(char) not in ("Mn", "Me", "Cf")]
-        width = sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in shown)
-        end = len((" " * self._column + unit.removesuffix(word)).expandtabs()) + width
+        width = sum(_width(char) for char in word)
+        before = (" " * self._column + unit.removesuffix(word)).expandtabs()
+        end = len(before) + width
         if self._column and end >= columns:
-            unit, end = f"\n{word}", width
+            unit = f"\n{word}"
+            end = width
         self._column = end % columns
         return unit
+
+
+def _width(char: str) -> int:
+    """The columns of a character: none for accents and joiners, two for some."""
+    if unicodedata.category(char) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1

@@ -1,7 +1,8 @@
 """From a model to an index: hidden states, clusters, centroids, probes.
 
-The work is done in short steps, which a caller can advance between other work, or drop: generators
-that yield a `Step` after each part, and return their result.
+The work is done in short parts, which a caller can advance between other work, or drop. It is
+written as generators, the type `Task`: they yield a `Progress` after each part, and return their
+result.
 """
 
 from collections.abc import Generator
@@ -12,7 +13,7 @@ from tqdm import tqdm
 Result = TypeVar("Result")
 
 
-class Step(NamedTuple):
+class Progress(NamedTuple):
     """How far a stage of the work is: ``done`` of ``total`` units."""
 
     stage: str
@@ -21,23 +22,33 @@ class Step(NamedTuple):
     unit: str
 
 
-Steps = Generator[Step, None, Result]
+Task = Generator[Progress, None, Result]
 
 
-def take_all(steps: Steps[Result], *, progress: bool = True) -> Result:
-    """Takes all steps, with a bar for each stage, and returns the result."""
-    bar, shown = tqdm(disable=True), ""
+def run_task(task: Task[Result], *, progress: bool = True) -> Result:
+    """Does all parts of a task that are left.
+
+    Args:
+        task: The task, which may have begun.
+        progress: Show a bar for each stage.
+
+    Returns:
+        The task's result.
+    """
+    bar = tqdm(disable=True)
+    shown = ""
     try:
         while True:
-            stage, done, total, unit = next(steps)
+            stage, done, total, unit = next(task)
             if stage != shown:
                 bar.total = bar.n  # a stage may end before its total, by its time limit
                 bar.close()
-                bar, shown = tqdm(total=total, desc=stage, unit=unit, disable=not progress), stage
+                bar = tqdm(total=total, desc=stage, unit=unit, disable=not progress)
+                shown = stage
             bar.update(done - bar.n)
     except StopIteration as end:
         bar.total = bar.n
         return end.value
     finally:
-        steps.close()
+        task.close()
         bar.close()

@@ -1,22 +1,34 @@
-"""Makes the index of a model in short steps and writes nothing: a build may be dropped."""
+"""Makes the index of a model in short parts and writes nothing: a build may be dropped."""
 
 import math
 import timeit
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..head.clustered import Centroids
 from ..head.matrix import Matrix, as_float32
-from ..index.files import FlashHeadIndex, Sketch
+from ..index.flash_head_index import FlashHeadIndex, Sketch
 from ..index.settings import FlashHeadConfig
 from ..models.locate import HeadLocation
-from . import Steps, measures
+from . import Task
 from .calibration import builtin_states, read_text, text_states
-from .clusters import PASSES, QUICK_PASSES, cluster_rows, fit_centroids, logit_metric
+from .centroids import fit_centroids
+from .clusters import PASSES, QUICK_PASSES, cluster_rows
+from .covariance import logit_metric
+from .measures import PositionMeasures, measure_positions
 from .options import BUILTIN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
+from .probes import (
+    StepBytes,
+    choose_unverified,
+    choose_verified,
+    measured_probes,
+    verification_settings,
+)
+from .report import compare_bits, make_report
 
 STEP_SECONDS = 0.1  # of the device, where a window of text takes no longer
 HELD_OUT_SHARE = 1 / 4  # of the positions
@@ -24,8 +36,16 @@ UNCALIBRATED_SHARE = 1 / 6  # of the clusters; means need it for 99 % agreement 
 
 # Passes over all centroids for each dense pass of the clustering, and over all rows for each
 # position, that take as long as clustering, fitting and measuring.
-CLUSTER_PASSES, POSITION_PASSES = 0.5, 6
+CLUSTER_PASSES = 0.5
+POSITION_PASSES = 6
 SPEED_SAMPLE = 1024  # rows and columns of the product that measures the machine's speed
+
+
+class _HeldOut(NamedTuple):
+    """Positions that are measured, and fit nothing."""
+
+    states: np.ndarray  # (N, D) float32
+    next_ids: np.ndarray  # (N,)
 
 
 def model_index(
@@ -34,38 +54,81 @@ def model_index(
     location: HeadLocation,
     options: IndexOptions,
     *,
-    drafted: Steps[np.ndarray] | None = None,
+    drafted: Task[np.ndarray] | None = None,
     original: Matrix | None = None,
     step_seconds: float = math.inf,
-) -> Steps[FlashHeadIndex]:
-    """The index of a dense model. Between two steps the model is as it was, and may write text.
+) -> Task[FlashHeadIndex]:
+    """Makes the index of a dense model.
 
-    It calibrates on states ``drafted`` by a drafter, or as the options say. The model works for
-    about ``step_seconds`` at once. ``original`` are the rows before they were quantized. ValueError
-    at a step, if an option is not valid.
+    Between two parts the model is as it was, and may write text.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        location: Its head.
+        options: How the index is made, and what it is calibrated on.
+        drafted: Makes states of a drafter (N, D) float32, on which the index is calibrated in place
+            of the options' text.
+        original: The rows before they were quantized.
+        step_seconds: About how long the model works at once.
+
+    Returns:
+        The index.
+
+    Raises:
+        ValueError: In one of the parts, if an option is not valid.
     """
-    states = next_ids = None
-    calibration = {"source": options.source} | ({"quick": True} if options.quick else {})
-    limits: dict[str, Any] = {"positions": options.positions, "step_seconds": step_seconds}
+    states = None
+    next_ids = None
+    calibration: dict[str, Any] = {"source": options.source}
+    if options.quick:
+        calibration["quick"] = True
     if drafted is not None:
         states = yield from drafted
         calibration["source"] = "drafts"
     elif options.source == BUILTIN:
-        limits["seconds"] = options.calibration_seconds
-        read = yield from builtin_states(model, tokenizer, location, **limits)
-        states, next_ids, cut_short = read
-        calibration |= {"cut_short": True} if cut_short else {}
+        states, next_ids, cut_short = yield from builtin_states(
+            model,
+            tokenizer,
+            location,
+            positions=options.positions,
+            seconds=options.calibration_seconds,
+            step_seconds=step_seconds,
+        )
+        if cut_short:
+            calibration["cut_short"] = True
     elif options.source != NO_CALIBRATION:
-        text = read_text(options.calibration)
-        states, next_ids = yield from text_states(model, tokenizer, location, text, **limits)
-    # a token reads all weights but those of the head, and one row of the embeddings
-    embeddings = (nn.Embedding, nn.QuantizedEmbedding)
-    layers = (layer for layer in model.modules() if layer is not location.module)
-    arrays = (layer.values() for layer in layers if not isinstance(layer, embeddings))
-    body_bytes = sum(a.nbytes for each in arrays for a in each if isinstance(a, mx.array))
-    about = {"eos_token_ids": tokenizer.eos_token_ids, "calibration": calibration}
-    about |= {"original": original, "body_bytes": body_bytes}
-    return (yield from build_index(location.rows(), options, states, next_ids, **about))
+        states, next_ids = yield from text_states(
+            model,
+            tokenizer,
+            location,
+            read_text(options.calibration),
+            positions=options.positions,
+            step_seconds=step_seconds,
+        )
+    return (
+        yield from build_index(
+            location.rows(),
+            options,
+            states,
+            next_ids,
+            eos_token_ids=tokenizer.eos_token_ids,
+            calibration=calibration,
+            original=original,
+            body_bytes=_body_bytes(model, location),
+        )
+    )
+
+
+def _body_bytes(model: nn.Module, location: HeadLocation) -> int:
+    """The bytes that a token reads, but for the head: all weights, and one row of embeddings."""
+    nbytes = 0
+    for layer in model.modules():
+        if layer is location.module or isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
+            continue
+        for arrays in layer.values():
+            nbytes += sum(array.nbytes for array in arrays if isinstance(array, mx.array))
+    return nbytes
 
 
 def build_index(
@@ -78,64 +141,65 @@ def build_index(
     calibration: dict[str, Any] | None = None,
     original: Matrix | None = None,
     body_bytes: int = 0,
-) -> Steps[FlashHeadIndex]:
-    """Builds the index of a head from its rows in token order, as the checkpoint stores them.
+) -> Task[FlashHeadIndex]:
+    """Builds the index of a head from its rows.
 
-    ``states`` (N, D) float32 calibrate it. With the tokens after them, ``next_ids`` (N,), the last
-    quarter chooses the probes and makes the report, which compares the rows with the ``original``
-    ones. ``body_bytes`` are those of all other layers. ValueError if the states are too few or not
-    finite.
+    Args:
+        rows: The rows (V, D) in token order, as the checkpoint stores them.
+        options: How the index is made.
+        states: Hidden states (N, D) float32 that calibrate it.
+        next_ids: The tokens after them (N,). With them the last quarter chooses the probes and
+            makes the report.
+        eos_token_ids: Tokens that end a text.
+        calibration: What is stored of the calibration.
+        original: The rows before they were quantized, with which the report compares them.
+        body_bytes: The bytes that a token reads of all other layers.
+
+    Returns:
+        The index.
+
+    Raises:
+        ValueError: If the states are too few or not finite.
     """
-    n_positions = 0 if states is None else len(states)
-    n_fitted = n_positions - (0 if next_ids is None else round(HELD_OUT_SHARE * n_positions))
-    fitted_on = metric = None
-    if states is not None:
-        if n_positions < MIN_POSITIONS:
-            raise ValueError(
-                f"{n_positions} calibration positions are too few: give hundreds, or none."
-            )
-        if not np.isfinite(states).all():
-            raise ValueError("The calibration states hold NaN or infinity: check the model.")
-        fitted_on = states[:n_fitted]
-        metric = logit_metric(fitted_on)
+    fitted_on, held_out = _split(states, next_ids)
     weight = as_float32(rows.dequantized())
     head_bias = None if rows.bias is None else as_float32(rows.bias)
-    passes = QUICK_PASSES if options.quick else PASSES
-    how: dict[str, Any] = {"seed": options.seed, "metric": metric, "passes": passes}
-    token_ids = yield from cluster_rows(weight, options.cluster_size, **how)
+    token_ids = yield from cluster_rows(
+        weight,
+        options.cluster_size,
+        seed=options.seed,
+        metric=None if fitted_on is None else logit_metric(fitted_on),
+        passes=QUICK_PASSES if options.quick else PASSES,
+    )
     centroids = yield from fit_centroids(weight, token_ids, fitted_on, head_bias=head_bias)
     n_clusters = len(token_ids)
-    n_probes = unverified_probes = options.n_probes
+    n_probes = options.n_probes
+    unverified_probes = n_probes
     report: dict[str, Any] = {}
     verification: dict[str, Any] = {}
-    if states is None or next_ids is None:
+    if held_out is None:
         n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
     else:
-        probe = rows.nbytes / rows.n_rows * options.cluster_size
-        nbytes = measures.StepBytes(centroids.routing_bytes, probe, rows.nbytes, body_bytes)
-        largest = int((measures.MAX_BYTES * nbytes.dense - nbytes.centroids) / nbytes.probe)
-        counts = {*measures.probe_grid(n_clusters, max(largest, 1)), *filter(None, (n_probes,))}
-        matrix, bias = as_float32(centroids.matrix.dequantized()), as_float32(centroids.bias)
-        held_out = states[n_fitted:], next_ids[n_fitted:]
-        measured = yield from measures.measure_positions(
-            held_out[0],
-            lambda h: h @ weight.T + (0.0 if head_bias is None else head_bias),
-            token_ids,
-            lambda h: h @ matrix.T + bias,
-            as_float32(centroids.tail_offset),
-            sorted(counts),
-            held_out[1],
+        nbytes = StepBytes(
+            centroids=centroids.routing_bytes,
+            probe=rows.nbytes / rows.n_rows * options.cluster_size,
+            dense=rows.nbytes,
+            body=body_bytes,
         )
+        counts = measured_probes(n_clusters, nbytes, n_probes)
+        measured = yield from _measure(weight, head_bias, token_ids, centroids, counts, held_out)
         if n_probes is None:
-            n_probes = measures.choose_verified(measured, nbytes)
-            agreement = options.target_agreement
-            unverified_probes = measures.choose_unverified(measured, agreement, nbytes)
-        verification = measures.verification_settings(measured, n_probes)
-        report = measures.make_report(measured, n_probes, nbytes)
+            n_probes = choose_verified(measured, nbytes)
+            unverified_probes = choose_unverified(measured, options.target_agreement, nbytes)
+        verification = verification_settings(measured, n_probes)
+        report = make_report(measured, n_probes, nbytes)
         if original is not None and rows.quantized and not original.quantized:
-            heads = (original, rows, *held_out)
-            compared = measures.compare_bits(measured, n_probes, nbytes, *heads)
-            report["head_bits"] = yield from compared
+            report["head_bits"] = yield from compare_bits(
+                measured, n_probes, nbytes, original, rows, *held_out
+            )
+    stored = dict(calibration or {})
+    stored["positions"] = 0 if states is None else len(states)
+    stored["seed"] = options.seed
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,
         n_clusters=n_clusters,
@@ -146,11 +210,64 @@ def build_index(
         eos_token_ids=tuple(sorted(int(i) for i in eos_token_ids if i in range(rows.n_rows))),
         centroid_bits=centroids.matrix.format.bits,
         centroid_group_size=centroids.matrix.group_size,
-        calibration=(calibration or {}) | {"positions": n_positions, "seed": options.seed},
+        calibration=stored,
         report=report,
         verification=verification,
     )
     return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))
+
+
+def _split(
+    states: np.ndarray | None, next_ids: np.ndarray | None
+) -> tuple[np.ndarray | None, _HeldOut | None]:
+    """States that fit clusters and centroids, and those that are held out, if tokens follow them.
+
+    ValueError if the states are too few or not finite.
+    """
+    if states is None:
+        return None, None
+    if len(states) < MIN_POSITIONS:
+        raise ValueError(
+            f"{len(states)} calibration positions are too few: give hundreds, or none."
+        )
+    if not np.isfinite(states).all():
+        raise ValueError("The calibration states hold NaN or infinity: check the model.")
+    if next_ids is None:
+        return states, None
+    n_fitted = len(states) - round(HELD_OUT_SHARE * len(states))
+    return states[:n_fitted], _HeldOut(states[n_fitted:], next_ids[n_fitted:])
+
+
+def _measure(
+    weight: np.ndarray,
+    head_bias: np.ndarray | None,
+    token_ids: np.ndarray,
+    centroids: Centroids,
+    probe_counts: list[int],
+    held_out: _HeldOut,
+) -> Task[PositionMeasures]:
+    """Measures clusters and centroids on the positions that are held out."""
+    bias = 0.0 if head_bias is None else head_bias
+    centroid_matrix = as_float32(centroids.matrix.dequantized())
+    centroid_bias = as_float32(centroids.bias)
+
+    def dense_logits(hidden: np.ndarray) -> np.ndarray:
+        return hidden @ weight.T + bias
+
+    def cluster_scores(hidden: np.ndarray) -> np.ndarray:
+        return hidden @ centroid_matrix.T + centroid_bias
+
+    return (
+        yield from measure_positions(
+            held_out.states,
+            dense_logits,
+            token_ids,
+            cluster_scores,
+            as_float32(centroids.tail_offset),
+            probe_counts,
+            held_out.next_ids,
+        )
+    )
 
 
 def index_nbytes(rows: Matrix) -> int:
@@ -159,7 +276,12 @@ def index_nbytes(rows: Matrix) -> int:
 
 
 def expected_seconds(rows: Matrix, options: IndexOptions) -> float:
-    """The approximate greatest time of an index: the time limit of the text, and the products."""
+    """The approximate greatest time of an index: the time limit of the text, and the products.
+
+    Args:
+        rows: The head's rows (V, D).
+        options: How the index is made.
+    """
     matrix = np.ones((SPEED_SAMPLE, SPEED_SAMPLE), dtype=np.float32)
     seconds_of_sample = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=3))
     n_clusters = -(-rows.n_rows // options.cluster_size)

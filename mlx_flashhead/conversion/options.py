@@ -1,27 +1,19 @@
-"""The options of a conversion with their defaults and limits, and the recipe that is stored: the
-command that makes the result again, and the versions. Flags and help are `convert.py`'s."""
+"""The options of a conversion, with their defaults and limits. Their help is in `convert.py`."""
 
-import hashlib
-import platform
-import shlex
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, fields
-from importlib.metadata import version
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..common.arguments import Type, check, number, one_of, whole_number
 from ..common.repositories import full_name
 from ..head.matrix import AFFINE, FORMATS, GROUPS
-from ..models.origin import Origin
-from ..version import __version__
 
-BUILTIN, NO_CALIBRATION = "builtin", "none"
+BUILTIN = "builtin"
+NO_CALIBRATION = "none"
 HEAD_BITS = (4, 6, 8, 16)  # 16: floats
 MIN_POSITIONS = 10  # some are held out; hundreds are needed for good probes
 QUICK_POSITIONS = 4_000
 DTYPES = ("float16", "bfloat16", "float32")  # of a conversion of mlx-lm
-PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")
 
 # Limits of the options, for Python and the command.
 LIMITS: dict[str, Type] = {
@@ -59,6 +51,7 @@ class IndexOptions:
 
     @property
     def positions(self) -> int:
+        """The most positions to calibrate on."""
         positions = self.calibration_positions
         return min(positions, QUICK_POSITIONS) if self.quick else positions
 
@@ -68,14 +61,26 @@ class IndexOptions:
         return self.calibration if self.calibration in (BUILTIN, NO_CALIBRATION) else "file"
 
     def check_size(self, vocab_size: int) -> None:
-        """Raises a ValueError if the clusters or the probes do not fit a vocabulary."""
-        size, n_clusters = self.cluster_size, -(-vocab_size // self.cluster_size)
+        """Checks that the clusters and the probes fit a vocabulary.
+
+        Args:
+            vocab_size: The number of the head's rows.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        size = self.cluster_size
+        n_clusters = -(-vocab_size // size)
         if size > vocab_size:
-            wrong = f"the model has {vocab_size} tokens: choose at most {vocab_size} (16 is usual)"
-            raise ValueError(f"`cluster_size` is {size}, but {wrong}.")
+            raise ValueError(
+                f"`cluster_size` is {size}, but the model has {vocab_size} tokens: choose at most "
+                f"{vocab_size} (16 is usual)."
+            )
         if self.n_probes is not None and self.n_probes > n_clusters:
-            wrong = f"clusters of {size} make only {n_clusters} of them: choose 1 to {n_clusters}"
-            raise ValueError(f"`n_probes` is {self.n_probes}, but {wrong}.")
+            raise ValueError(
+                f"`n_probes` is {self.n_probes}, but clusters of {size} make only {n_clusters} of "
+                f"them: choose 1 to {n_clusters}."
+            )
 
 
 @dataclass(frozen=True)
@@ -106,66 +111,41 @@ class ConvertOptions(IndexOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_needless()
+        self._check_contradictions()
+        if self.base_model is not None:
+            full_name(self.base_model, "")
+
+    def _check_needless(self) -> None:
+        """Raises a ValueError for an option that would change nothing."""
         for name in ("quantize", "dequantize", "dtype", "head_bits", "fine_head"):
             if self.index_only and getattr(self, name):
                 raise ValueError(f"`index_only` writes no weights: leave `{name}` out.")
         for name in ("q_group_size", "q_bits", "q_mode", "quant_predicate"):
             if not self.quantize and getattr(self, name) != getattr(type(self), name):
-                is_for = f"`{name}` is for a quantized model"
-                raise ValueError(f"{is_for}: add `quantize`, or leave it out.")
-        changes, both = self.quantize or self.dequantize, self.quantize and self.dequantize
-        two_names = isinstance(self.upload, str) and self.upload_repo not in (None, self.upload)
-        mixes = isinstance(self.quant_predicate, str) and self.q_mode != AFFINE
-        mistakes = {
-            "`hf_path` is needed: the folder or repository of the model.": not self.hf_path,
-            "Choose either `quantize` or `dequantize`, not both.": both,
-            "`fine_head` is for a model that is quantized already: leave it out, or `quantize` and "
-            "`dequantize`.": self.fine_head and changes,
-            "Mixed-bit recipes (`quant_predicate`) need the affine `q_mode`.": mixes,
-            "`upload` and `upload_repo` name two repositories: give one of them.": two_names,
-            "`private` is for an upload: add `upload`.": self.private and not self.uploads,
-        }
-        for sentence, is_wrong in mistakes.items():
-            if is_wrong:
-                raise ValueError(sentence)
-        if self.base_model is not None:
-            full_name(self.base_model, "")
+                raise ValueError(
+                    f"`{name}` is for a quantized model: add `quantize`, or leave it out."
+                )
+
+    def _check_contradictions(self) -> None:
+        """Raises a ValueError for options that contradict each other, or lack one."""
+        if not self.hf_path:
+            raise ValueError("`hf_path` is needed: the folder or repository of the model.")
+        if self.quantize and self.dequantize:
+            raise ValueError("Choose either `quantize` or `dequantize`, not both.")
+        if self.fine_head and (self.quantize or self.dequantize):
+            raise ValueError(
+                "`fine_head` is for a model that is quantized already: leave it out, or `quantize` "
+                "and `dequantize`."
+            )
+        if isinstance(self.quant_predicate, str) and self.q_mode != AFFINE:
+            raise ValueError("Mixed-bit recipes (`quant_predicate`) need the affine `q_mode`.")
+        if isinstance(self.upload, str) and self.upload_repo not in (None, self.upload):
+            raise ValueError("`upload` and `upload_repo` name two repositories: give one of them.")
+        if self.private and not self.uploads:
+            raise ValueError("`private` is for an upload: add `upload`.")
 
     @property
     def uploads(self) -> bool:
+        """Whether the result is uploaded."""
         return bool(self.upload) or self.upload_repo is not None
-
-
-# Options that say where from, where to and who, not what is made.
-NOT_IN_RECIPE = {"hf_path", "mlx_path", "upload_repo", "revision", "base_model", "license"}
-NOT_IN_RECIPE |= {"upload", "private", "overwrite", "seed"}
-
-
-def make_recipe(options: IndexOptions, origin: Origin, name: str) -> dict[str, Any]:
-    """The recipe that the result ``name`` stores: JSON-ready, without paths of this machine."""
-    words = ["mlx_flashhead.convert", "--hf-path", origin.known_as]
-    if origin.revision is not None:
-        words += ["--revision", origin.revision]
-    if not isinstance(options, ConvertOptions):
-        words.append("--index-only")
-    files = {}
-    for field in fields(options):
-        value = getattr(options, field.name)
-        if field.name in NOT_IN_RECIPE or value == field.default:
-            continue
-        words.append("--" + field.name.replace("_", "-"))
-        path = Path(str(value)).expanduser()
-        if field.name == "calibration" and options.source == "file":
-            files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        is_path = field.name in ("calibration", "fine_head") and path.exists()
-        if value is not True:
-            words.append("FUNCTION" if callable(value) else path.name if is_path else str(value))
-    words += ["--seed", str(options.seed), "--mlx-path", name]
-    versions = {package: version(package) for package in PACKAGES}
-    return {
-        "name": name,
-        "model": origin.known_as,
-        "command": shlex.join(words),
-        "versions": {"python": platform.python_version(), "mlx_flashhead": __version__} | versions,
-        "platform": f"{platform.system()} {platform.machine()}",
-    } | ({"files": files} if files else {})

@@ -18,9 +18,7 @@ from .prompts import PromptQueue, Waiting
 from .sequence import Sequence, own_processors
 
 CLEAR_EVERY = 512  # steps, as mlx-lm's batches
-
-_no_logprobs = mx.zeros((1,))
-mx.eval(_no_logprobs)  # an array that is not computed yet belongs to this thread
+NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
 
 
 @dataclass
@@ -358,7 +356,7 @@ class VerifiedBatchGenerator:
         return Response(
             sequence.uid,
             token,
-            _no_logprobs if pending.logprobs is None else pending.logprobs,
+            NO_LOGPROBS if pending.logprobs is None else pending.logprobs,
             reason,
             None,
             None,

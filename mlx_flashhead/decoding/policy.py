@@ -14,6 +14,7 @@ import mlx.nn as nn
 from ..head.backend import PORTABLE
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
+from ..head.logit_map import IDENTITY, LogitMap
 from ..head.steps import NO_DEPTH
 from ..models.errors import UnsupportedHeadError
 from ..models.install import (
@@ -22,7 +23,6 @@ from ..models.install import (
     hidden_dtype,
     is_recognised,
     logit_change_of,
-    unchanged,
 )
 from .sampler import Trust
 from .sequence import PendingToken, Sequence
@@ -46,6 +46,7 @@ class DecodingPolicy:
     max_batch: int | None = None  # sequences at once up to which proposals pay; None: an estimate
     gain: float | None = None  # tokens per second relative to dense decoding, where known
     predicted: bool = False  # whether the gain is calculated from times of the parts
+    provisional: bool = False  # whether the machine was busy, so that it is measured again
     dense: bool = False  # whether proposals gain nothing on this machine
     lockstep: bool = False  # whether processes compute the same steps: no time decides anything
     drafts_only: bool = False  # whether the head only serves a draft model
@@ -106,7 +107,7 @@ class Proposer:
         """Takes the model's FlashHead. One that is installed between two tokens changes no text."""
         self.head: Any = get_flash_head(self.model)  # a FlashHead, or None
         self.policy = DecodingPolicy() if self.head is None else policy_of(self.head)
-        self._change: LogitChange | None = unchanged  # from the head's logits to the model's
+        self._change: LogitChange | None = IDENTITY  # from the head's logits to the model's
         if self.head is not None:
             try:
                 self._change = logit_change_of(self.model)
@@ -121,9 +122,9 @@ class Proposer:
         self.unverified = usable and not verify
 
     @property
-    def simple(self) -> bool:
-        """Whether the model gives its head's logits as they are."""
-        return self._change is unchanged
+    def logit_map(self) -> LogitMap | None:
+        """What the model does to each of its head's logits; None where that is not of this form."""
+        return self._change if isinstance(self._change, LogitMap) else None
 
     @property
     def max_batch(self) -> int:
@@ -192,11 +193,17 @@ class Proposer:
 
     def propose(self, sequences: Rows[Sequence], hidden: mx.array) -> mx.array:
         """Tokens of states (R, D), a row a sequence, which are pending then: (R,) uint32, lazy."""
-        wide = [not self.simple or sequence.needs_logits for sequence in sequences]
+        logit_map = self.logit_map
+        wide = [logit_map is None or sequence.needs_logits for sequence in sequences]
         rows = [s.draw_at(s.n_chosen) for s in sequences]
         draws = None if all(settings.greedy for settings, _ in rows) else Draws.of(rows)
         proposal = self.head.propose(
-            hidden, draws, n_probes=self._n_probes, depth=self.policy.depth, full=any(wide)
+            hidden,
+            draws,
+            n_probes=self._n_probes,
+            depth=self.policy.depth,
+            full=any(wide),
+            logit_map=logit_map or IDENTITY,
         )
         tokens, full = proposal.tokens, proposal.full
         proposal = proposal._replace(full=None)  # which may be large

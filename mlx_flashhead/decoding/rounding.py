@@ -1,16 +1,21 @@
 """How far two ways of computing a logit may lie apart, and the product of several states."""
 
+import re
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
 
+from ..head.backend import logits_of_scores
+from ..head.dense_kernels import DenseKernel, dense_kernel, split_parts
 from ..head.flash_head import FlashHead
-from ..head.steps import Proposal
+from ..head.matrix import Matrix
+from ..head.proposal import Tolerance
 from ..models.cpu_products import numpy_is_faster, slot_products, to_mlx
 
 CLASSES = (1, 2, 4, 8, 16, 32)  # sizes of a product whose kernels and rounding are the same
@@ -18,6 +23,15 @@ WORTH_A_THREAD = 10_000_000  # multiply-adds, a millisecond of work
 N_STATES = 3  # whose products are compared for the rounding
 ULPS = 2  # of the result's dtype: each of two values is rounded to the nearest
 MEASURED = 4  # times what was measured on a few states
+FLOAT32 = 2.0**-24  # half the spacing of float32, relative
+# Products of several float32 states on an M5 and later: its matrix units take TF32, which keeps ten
+# bits after the first. Rounded to the nearest each factor lies off by 2^-11, cut off by 2^-10. An
+# M1 to M4 has no such units. MLX uses them unless MLX_ENABLE_TF32 is 0.
+# Source: `is_nax_available` and `enable_tf32` in MLX's matmul.cpp and quantized.cpp.
+TF32 = 2.0**-9
+WITHOUT_TF32 = re.compile(r"applegpu_g1[0-6]")
+PIECE = 1024  # clusters whose rows are floats at once
+IN_16_BITS = 1e-6  # a larger spacing is one of 16 bits
 MASS_ROUNDING = 2e-4  # of a sum over all tokens, relative
 NOISE_ROUNDING = 1e-5  # of a noisy logit, absolute
 
@@ -62,75 +76,176 @@ def product_size(k: int) -> int:
 
 
 @dataclass(frozen=True)
+class RoundedSums:
+    """Sums of a few hidden values that a single state's kernel rounds to 16 bits, before they meet
+    the offsets of affine rows: MLX up to 0.32.3. See head/dense_kernels.py.
+
+    Attributes:
+        dtype: To which each addition is rounded.
+        added: Hidden values of a sum.
+        group_size: Columns that share an offset.
+        longest: Length of the longest row of offsets.
+    """
+
+    dtype: mx.Dtype
+    added: int
+    group_size: int
+    longest: float
+
+    def tolerance(self, hidden: mx.array) -> mx.array:
+        """How much the rounding changes a logit at most: states (k, D) → (k,) float32."""
+        shape = (len(hidden), -1, self.group_size // self.added, self.added)
+        values = hidden.astype(self.dtype).reshape(shape)
+        rounded = values[..., 0]
+        for i in range(1, self.added):
+            rounded = rounded + values[..., i]
+        lost = rounded.astype(mx.float32) - values.astype(mx.float32).sum(axis=-1)
+        return mx.linalg.norm(lost.sum(axis=-1), axis=-1) * self.longest
+
+
+@dataclass(frozen=True)
 class Rounding:
-    """How far a head's logits may lie off: shares of the length of the state times that of the
-    longest row, and a rounding to the logits' dtype."""
+    """How far a head's logits may lie from those that each state has alone.
 
-    epsilon: float  # spacing of the logits' dtype, relative to a logit
-    longest: float  # length of the longest row, with its bias
-    product: float  # of a product of several states, relative to both lengths
-    scored: float  # of a scored token's logit, likewise; 0 if it is the same number
+    Attributes:
+        epsilon: Spacing of the logits' dtype, relative to a logit.
+        longest: Length of the longest row, with its bias.
+        product: Of a logit of a product of several states, a share of the state's length times that
+            of the longest row.
+        scored: Likewise of a scored logit; 0 where it is the same number.
+        sums: What a state alone loses beside that.
+    """
 
-    def rooms(self, proposal: Proposal, depth: mx.array | float = 0.0) -> tuple[mx.array, mx.array]:
-        """The room of a logit of the product, and of a scored one: (k,) float32 each. ``depth``
-        (k,): how far below the best logit a token may still win, by its noise."""
-        norms = mx.linalg.norm(proposal.hidden.astype(mx.float32), axis=-1)
-        terms = norms * self.longest + self.longest
-        best = mx.max(proposal.logits.flatten(1), axis=-1).astype(mx.float32)
-        last_places = ULPS * self.epsilon * (mx.abs(best) + depth) if self.epsilon > 1e-6 else 0.0
-        room = self.product * terms + last_places
-        return room, self.scored * terms + last_places if self.scored else mx.zeros_like(room)
+    epsilon: float
+    longest: float
+    product: float
+    scored: float
+    sums: RoundedSums | None = None
+
+    def tolerance(self, hidden: mx.array) -> Tolerance:
+        """How far logits of states (k, D) may lie from those of each state alone."""
+        norms = mx.linalg.norm(hidden.astype(mx.float32), axis=-1)
+        lengths = norms * self.longest + self.longest
+        more = mx.zeros_like(lengths) if self.sums is None else self.sums.tolerance(hidden)
+        return Tolerance(
+            product=self.product * lengths + more,
+            scored=self.scored * lengths + more if self.scored else mx.zeros_like(lengths),
+            relative=ULPS * self.epsilon if self.epsilon > IN_16_BITS else 0.0,
+        )
 
 
-_roundings: WeakKeyDictionary[FlashHead, dict[Any, Rounding]] = WeakKeyDictionary()
+_roundings: WeakKeyDictionary[FlashHead, dict[mx.Dtype, dict[int, Rounding]]] = WeakKeyDictionary()
 
 
 def rounding_of(head: FlashHead, dtype: mx.Dtype, k: int) -> Rounding:
-    """The bounds for products of ``k`` states of ``dtype``. Evaluates once in each class of k.
+    """The bounds for products of ``k`` states of ``dtype``, measured by now or else at once."""
+    by_size = measure_rounding(head, dtype)
+    return next((by_size[size] for size in by_size if size >= k), by_size[max(by_size)])
+
+
+def measure_rounding(head: FlashHead, dtype: mx.Dtype) -> dict[int, Rounding]:
+    """The bounds for products of states of ``dtype``, for each class of their number. Evaluates,
+    once for a head.
 
     A sum of D products in float32 lies within D·2^-24 of Σ|h·w| ≤ ‖h‖·‖w‖, in whichever order it
-    is made; rows of few bits are rounded to 16 bits first. What a few states show beyond that, as
-    where float32 is computed in fewer bits, counts four times.
+    is made. To that come what MLX is known to round more coarsely (rows of few bits, which become
+    16 bits first; TF32; sums in parts; sums of hidden values), and what a few states show beyond
+    it on this machine, which counts four times.
+
+    A scored logit has no tolerance where all of N_STATES·V scored logits are the dense ones to the
+    last bit, and the table of MLX's kernels gives no other reason for it than the same sums: of
+    rounded logits fewer would not show another order.
 
     Source: Higham 2002, "Accuracy and stability of numerical algorithms", section 3.1.
     """
     known = _roundings.setdefault(head, {})
-    size = N_STATES if mx.default_device().type == mx.cpu else product_size(k)
-    if (dtype, size) not in known:
-        known[dtype, size] = _measure(head, dtype, max(N_STATES, size))
-    return known[dtype, size]
+    if dtype not in known:
+        known[dtype] = dict(_measured(head, dtype))
+    return known[dtype]
 
 
-def _measure(head: FlashHead, dtype: mx.Dtype, n_states: int) -> Rounding:
-    hidden = mx.random.normal((n_states, head.hidden_size), key=mx.random.key(0)).astype(dtype)
+def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]]:
+    classes = _classes()
+    hidden = mx.random.normal((CLASSES[-1], head.hidden_size), key=mx.random.key(0)).astype(dtype)
     states = [hidden[i : i + 1] for i in range(N_STATES)]
     alone = mx.concatenate([head.dense_logits(state) for state in states])
-    slots = SlotProduct(head, hidden).result()[:N_STATES].reshape(N_STATES, -1)
-    together = mx.take(slots, head.clustered.slot_of, axis=-1)
-    with head.settings(n_probes=min(64, head.n_clusters)):
-        candidates = [head.candidates(state) for state in states]
-    ids, scored = (mx.concatenate([*parts]) for parts in zip(*candidates, strict=True))
-    wanted = mx.take_along_axis(alone, mx.minimum(ids, head.vocab_size - 1), axis=-1)
-    wanted = mx.where(ids < head.vocab_size, wanted, scored)
-    longest, rows, epsilon = 0.0, head.clustered.rows, mx.finfo(alone.dtype).eps
-    for start in range(0, head.n_clusters, 1024):  # all rows at once would take much memory
-        part = rows.take(mx.arange(start, min(start + 1024, head.n_clusters)))
+    scored = mx.concatenate([logits_of_scores(head.steps, state) for state in states])
+    rows = head.clustered.rows
+    longest, longest_offsets = _longest_rows(head)
+    kernel = _dense_kernel(head)
+    epsilon = mx.finfo(alone.dtype).eps
+    product_dtype = rows.product_dtype(dtype)
+    sums = None
+    if kernel is not None and kernel.added > 1 and product_dtype != mx.float32:
+        sums = RoundedSums(product_dtype, kernel.added, rows.group_size, longest_offsets)
+    norms = mx.linalg.norm(hidden[:N_STATES].astype(mx.float32), axis=-1, keepdims=True)
+
+    def beyond(values: mx.array) -> float:
+        """The greatest distance from the dense logits beyond known roundings, times a margin."""
+        allowed = ULPS * epsilon * mx.abs(alone).astype(mx.float32) if epsilon > IN_16_BITS else 0.0
+        if sums is not None:
+            allowed = allowed + sums.tolerance(hidden[:N_STATES])[:, None]
+        distance = mx.abs(values.astype(mx.float32) - alone.astype(mx.float32)) - allowed
+        return MEASURED * max(cast(float, mx.max(distance / (norms * longest)).item()), 0.0)
+
+    in_float32 = 2 * (head.hidden_size + 1) * FLOAT32
+    same = bool(mx.array_equal(scored, alone).item()) and (kernel is None or kernel.scored)
+    scored_share = 0.0 if same else max(in_float32, beyond(scored))
+    for size in classes:
+        starts = range(0, N_STATES, size)
+        products = [SlotProduct(head, hidden[i : i + size]).result() for i in starts]
+        slots = mx.concatenate(products)[:N_STATES].reshape(N_STATES, -1)
+        together = mx.take(slots, head.clustered.slot_of, axis=-1)
+        known = in_float32 + _coarser(rows, head.clustered.token_ids.size, product_dtype, size)
+        share = max(known, beyond(together))
+        yield size, Rounding(epsilon, longest, share, scored_share, sums)
+
+
+def _classes() -> tuple[int, ...]:
+    """The sizes of products that differ in their rounding. A CPU has one kernel for all."""
+    return (N_STATES,) if mx.default_device().type == mx.cpu else CLASSES
+
+
+def _coarser(rows: Matrix, n_rows: int, dtype: mx.Dtype, n_states: int) -> float:
+    """What MLX may round more coarsely in a product of several states, as a share of both
+    lengths: ``n_rows`` rows, and products of ``dtype``."""
+    if dtype == mx.float32:
+        return TF32 if n_states > 1 and may_use_tf32() else 0.0
+    if not rows.quantized:
+        return 0.0
+    half = mx.finfo(dtype).eps / 2
+    n_parts = split_parts(rows, n_rows) if mx.default_device().type != mx.cpu else 1
+    # the rows become 16 bits; so does each part of a sum, and each sum of parts
+    return half * (1 if n_parts == 1 else 1 + n_parts)
+
+
+def may_use_tf32() -> bool:
+    """Whether MLX may multiply several float32 states in TF32 on this machine."""
+    if mx.default_device().type == mx.cpu:
+        return False
+    architecture = str(mx.device_info().get("architecture"))
+    return WITHOUT_TF32.match(architecture) is None
+
+
+def _dense_kernel(head: FlashHead) -> DenseKernel | None:
+    """MLX's kernel for one state; None on a CPU."""
+    if mx.default_device().type == mx.cpu:
+        return None
+    return dense_kernel(head.clustered.rows, head.vocab_size)
+
+
+def _longest_rows(head: FlashHead) -> tuple[float, float]:
+    """The length of the longest row with its bias, and that of the longest row of offsets."""
+    rows = head.clustered.rows
+    longest = longest_offsets = mx.array(0.0)
+    for start in range(0, head.n_clusters, PIECE):  # all at once would take much memory
+        part = rows.part(start, start + PIECE)
         lengths = mx.linalg.norm(part.dequantized(mx.float32), axis=-1)
         if part.bias is not None:
             lengths = lengths + mx.abs(part.bias).astype(mx.float32)
-        longest = max(longest, cast(float, mx.max(lengths).item()))
-    norms = mx.linalg.norm(hidden[:N_STATES].astype(mx.float32), axis=-1, keepdims=True)
-    in_16_bits = epsilon > 1e-6
-
-    def apart(values: mx.array, others: mx.array) -> float:
-        """The greatest distance beyond the rounding to the logits' dtype, times a margin."""
-        values, others = values.astype(mx.float32), others.astype(mx.float32)
-        allowed = ULPS * epsilon * mx.abs(others) if in_16_bits else 0.0
-        beyond = (mx.abs(values - others) - allowed) / (norms * longest)
-        return MEASURED * max(cast(float, mx.max(beyond).item()), 0.0)
-
-    sums = 2 * (head.hidden_size + 1) * 2.0**-24
-    rounded = epsilon / 2 if rows.quantized and in_16_bits else 0.0
-    same = bool(mx.array_equal(scored, wanted).item())
-    scored_room = 0.0 if same else max(sums, apart(scored, wanted))
-    return Rounding(epsilon, longest, max(sums + rounded, apart(together, alone)), scored_room)
+        longest = mx.maximum(longest, mx.max(lengths))
+        if part.biases is not None:
+            offsets = mx.linalg.norm(part.biases.astype(mx.float32), axis=-1)
+            longest_offsets = mx.maximum(longest_offsets, mx.max(offsets))
+        mx.eval(longest, longest_offsets)
+    return cast(float, longest.item()), cast(float, longest_offsets.item())

@@ -33,6 +33,10 @@ TURNS = 3
 TOKENS = 5  # whose times make a median
 BATCHES = (4, 8, 16, 32)  # sequences at once, for which proposals may be slower than the dense head
 SCATTER = 0.15  # of the turns, relative to their median: the machine did something else, too
+# of a tuning, that a policy takes over
+APPLIED = (
+    "depth", "max_pending", "max_risk", "gain", "dense", "max_batch", "predicted", "provisional",
+)  # fmt: skip
 THRESHOLDS = tuple(round(0.003 * math.sqrt(2) ** i, 4) for i in range(17))  # 0.003 … 0.77
 
 
@@ -48,7 +52,7 @@ class Tuning:
     depth: float  # nats below the mass of all tokens from which a cluster is left out
     max_pending: int  # tokens that wait for a verification, at most
     max_risk: float  # sum of their risks at which they are verified
-    gain: float  # tokens per second relative to dense decoding, the median of the turns
+    gain: float | None  # tokens per second relative to dense decoding, the median of the turns
     dense_seconds: float  # time of a token when it is decoded densely
     spread: float  # half of the range of the turns' gains
     dense: bool  # whether dense decoding is as fast, so that the model stays dense
@@ -61,7 +65,7 @@ class Tuning:
         unverified, policy = head.unverified_probes, policy_of(head)
         head.n_probes = min(self.n_probes, head.n_clusters)
         head.unverified_probes = unverified
-        for name in ("depth", "max_pending", "max_risk", "gain", "dense", "max_batch", "predicted"):
+        for name in APPLIED:
             setattr(policy, name, getattr(self, name))
 
 
@@ -237,8 +241,9 @@ class _Parts:
     def _certain(self, proposal: Proposal) -> mx.array:
         rounding = rounding_of(self._head, proposal.hidden.dtype, len(proposal.hidden))
         slots = SlotProduct(self._head, proposal.hidden).result()
-        rooms, steps = rounding.rooms(proposal), self._head.steps
-        return steps.screen(slots, proposal, None, rooms, rounding.epsilon).certain
+        tolerance = rounding.tolerance(proposal.hidden)
+        steps = self._head.steps
+        return steps.screen(slots, proposal, None, tolerance, rounding.epsilon).certain
 
     def verification(self, k: int) -> float:
         """Seconds of a verification of ``k`` states."""

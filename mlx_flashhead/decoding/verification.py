@@ -5,9 +5,10 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from ..head.clustered import in_token_order
 from ..head.draw import Draws, DrawSettings, log_mass, noise_of_all, threshold
 from ..head.flash_head import FlashHead
-from ..head.steps import Proposal
+from ..head.proposal import Proposal, Tolerance
 from .policy import Proposer
 from .random_state import Key
 from .rounding import MASS_ROUNDING, NOISE_ROUNDING, SlotProduct, rounding_of
@@ -55,18 +56,25 @@ class Verification:
         proposer, product = self._proposer, cast(SlotProduct, self._product)
         slots, self._product = product.result(), None
         draws = [sequence.draw_at(index) for sequence, _, index in self._rows]
-        temperatures = [settings.temperature for settings, _ in draws]
-        depth = mx.array(temperatures) * 32.0 if any(temperatures) else 0.0
-        room, scored = self._rounding.rooms(self._proposal, depth)
-        by_logits = [not proposer.simple or sequence.needs_logits for sequence, *_ in self._rows]
+        tolerance = self._rounding.tolerance(self._proposal.hidden)
+        logit_map = proposer.logit_map
+        by_logits = [logit_map is None or sequence.needs_logits for sequence, *_ in self._rows]
         n, certain = by_logits.count(False), []
         if n:
-            row_draws = Draws.of(draws[:n]) if any(temperatures[:n]) else None
-            own = _rows_of(self._proposal, slice(n)), row_draws, (room[:n], scored[:n])
-            screen = self._head.steps.screen(slots[:n], *own, self._rounding.epsilon)
+            assert logit_map is not None
+            greedy = all(settings.greedy for settings, _ in draws[:n])
+            screen = self._head.steps.screen(
+                slots[:n],
+                _rows_of(self._proposal, slice(n)),
+                None if greedy else Draws.of(draws[:n]),
+                _tolerance_of(tolerance, slice(n)),
+                self._rounding.epsilon,
+                logit_map,
+            )
             certain.append(screen.certain)
         for i in range(n, len(self._rows)):
-            certain.append(self._is_certain(i, slots[i : i + 1], room[i], scored[i]))
+            row = slice(i, i + 1)
+            certain.append(self._is_certain(i, slots[row], _tolerance_of(tolerance, row)))
         self._certain = certain[0] if len(certain) == 1 else mx.concatenate(certain)
         for i, (sequence, pending, index) in enumerate(self._rows):
             if sequence.logprobs:  # lazy, since few are read
@@ -75,19 +83,33 @@ class Verification:
                 pending.logprobs = normalized(logits)[0]
         mx.async_eval(self._certain)
 
-    def _is_certain(self, i: int, slots: mx.array, room: mx.array, scored: mx.array) -> mx.array:
+    def _is_certain(self, i: int, slots: mx.array, tolerance: Tolerance) -> mx.array:
         """For a choice by the processed logits of all tokens: whether it is certain, (1,) bool."""
         sequence, pending, index = self._rows[i]
         token, context = cast(int, pending.token), sequence.context(index)
         own = _rows_of(self._proposal, slice(i, i + 1))
+        change, logit_map = self._proposer.model_logits, self._proposer.logit_map
 
         def bound(sign: float) -> mx.array:
-            """The processed logits (1, V) where the model's lie off by ``sign`` times the rooms.
+            """The processed logits (1, V) where the head's lie off by ``sign`` times the tolerance.
             Rounding to their dtype keeps an order, so that bounds of rounded logits are such."""
-            values = (slots.astype(mx.float32) + sign * room).astype(slots.dtype)
-            exact = (own.logits.astype(mx.float32) + sign * scored).astype(slots.dtype)
+            values = slots.astype(mx.float32)
+            off = tolerance.product + tolerance.relative * mx.abs(values)
+            values = (values + sign * off).astype(slots.dtype)
+            scored = own.logits.astype(mx.float32)
+            share = mx.where(tolerance.scored > 0, tolerance.relative, 0.0)
+            if logit_map is None:  # the scored logits are the head's, too
+                off = tolerance.scored + share * mx.abs(scored)
+            else:
+                values = logit_map(values)
+                share = share + logit_map.rounding(slots.dtype)
+                share = mx.where(tolerance.scored > 0, share, 0.0) + logit_map.slack(slots.dtype)
+                off = logit_map.slope * tolerance.scored + share * mx.abs(scored)
+            exact = (scored + sign * off).astype(own.logits.dtype)
             values = mx.put_along_axis(values, own.probes[..., None], exact, axis=1)
-            return sequence.process(self._in_order(values), context)
+            logits = in_token_order(values.flatten(1), self._head.clustered.slot_of)
+            logits = change(logits) if logit_map is None else logits
+            return sequence.process(logits, context)
 
         if sequence.trust is not Trust.EXACT:  # pure: called again, on what is known best
             same = mx.array([True])
@@ -101,7 +123,7 @@ class Verification:
 
     def _in_order(self, slots: mx.array) -> mx.array:
         """(k, C, n) in the order of the clusters → the model's logits (k, V)."""
-        logits = mx.take(slots.reshape(len(slots), -1), self._head.clustered.slot_of, axis=-1)
+        logits = in_token_order(slots.flatten(1), self._head.clustered.slot_of)
         return self._proposer.model_logits(logits)
 
     def forget(self, sequences: list[Sequence]) -> None:
@@ -162,6 +184,11 @@ def _rows_of(proposal: Proposal, rows: slice) -> Proposal:
     """Some rows of a joined proposal."""
     names = ("hidden", "tokens", "probes", "logits")
     return proposal._replace(**{name: getattr(proposal, name)[rows] for name in names})
+
+
+def _tolerance_of(tolerance: Tolerance, rows: slice) -> Tolerance:
+    """The tolerance of some rows."""
+    return tolerance._replace(product=tolerance.product[rows], scored=tolerance.scored[rows])
 
 
 def is_certain(

@@ -10,10 +10,12 @@ from typing import cast
 
 import mlx.core as mx
 
-from .clustered import ClusteredRows
+from .clustered import ClusteredRows, in_token_order
 from .draw import Draws, DrawSettings, gpu_is_default, position_key
-from .kernels import MetalSteps
-from .steps import Candidates, PortableSteps, Proposal, Selection, in_token_order, unscored
+from .kernels import MIN_PROBES, MetalSteps
+from .matrix import Matrix
+from .proposal import Candidates, Proposal, Selection, Tolerance
+from .steps import PortableSteps, unscored
 
 METAL, PORTABLE = "metal", "mlx"
 BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
@@ -25,6 +27,9 @@ log = logging.getLogger("mlx_flashhead")
 # Allowed difference, relative to the size of the products: only the order of additions and the
 # rounding of results differ. A lane that is left out changes a product by a sixth of its size.
 UNITS, LEAST = 2, 1e-3
+
+N_STATES = 3  # whose dense logits are compared
+SCORED_AT_ONCE = 1024  # clusters, of which a CPU makes a copy
 
 # The constants of the same names in metal/flash_head/constants.h.
 SELECT_BINS, BINS_PER_NAT = 4096, 64.0
@@ -195,18 +200,52 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
     slots = steps.product(hidden).reshape(len(rows), *steps.clustered.token_ids.shape)
     both = Proposal(hidden, mx.tile(token, 2), probes, logits, mx.zeros(2), None)
     draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN[:2]])
-    rooms = mx.array([0.01, 0.01]), mx.array([0.0, 0.01])
-    screens = [path.screen(slots, both, draws, rooms, 0.0) for path in (steps, plain)]
+    tolerance = Tolerance(mx.array([0.01, 0.01]), mx.array([0.0, 0.01]))
+    screens = [path.screen(slots, both, draws, tolerance, 0.0) for path in (steps, plain)]
     for one, other in zip(*screens, strict=True):
         yield one, other, rounding
+
+
+def check_dense_rows(steps: PortableSteps, rows: Matrix, dtype: mx.Dtype) -> None:
+    """Compares the dense logits of single states with those of the model's own rows. Where they are
+    not the same numbers, the steps multiply the rows in the model's order from now on. Evaluates.
+
+    Args:
+        steps: Of a head made of ``rows``.
+        rows: (V, D), in token order.
+        dtype: Of the hidden states.
+    """
+    for seed in range(N_STATES):
+        hidden = mx.random.normal((1, rows.hidden_size), key=mx.random.key(seed)).astype(dtype)
+        if not mx.array_equal(steps.dense(hidden), rows.matmul(hidden)).item():
+            steps.gathers_rows = True
+            log.warning(
+                "This version of MLX multiplies reordered rows in another order of sums: where "
+                "FlashHead needs dense logits it puts the rows in order first, which takes longer."
+            )
+            return
+
+
+def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
+    """Logits of all tokens as the step that scores clusters gives them: (1, D) → (1, V)."""
+    clustered = steps.clustered
+    n_clusters = clustered.n_clusters
+    size = min(n_clusters, SCORED_AT_ONCE)
+    parts = []
+    for start in range(0, n_clusters, size):
+        first = min(start, n_clusters - size)
+        # fewer than MIN_PROBES would be another kernel
+        clusters = mx.arange(first, first + max(size, MIN_PROBES), dtype=mx.uint32)
+        selection = Selection(mx.minimum(clusters, n_clusters - 1)[None])
+        parts.append(steps.score(hidden, selection).logits[:, start - first : size])
+    slots = mx.concatenate(parts, axis=1).reshape(1, -1)
+    return in_token_order(slots, clustered.slot_of)
 
 
 def scored_logits_agree(steps: PortableSteps, dtype: mx.Dtype) -> float:
     """The share of all V logits that the scores give as MLX's product with one state does, to the
     last bit. Evaluates."""
-    clustered = steps.clustered
-    hidden = mx.random.normal((1, clustered.rows.hidden_size), key=mx.random.key(1)).astype(dtype)
-    every = Selection(mx.arange(clustered.n_clusters, dtype=mx.uint32)[None])
-    scored = steps.score(hidden, every).logits.reshape(1, -1)
-    same = in_token_order(scored, clustered.slot_of) == steps.dense(hidden)
+    width = steps.clustered.rows.hidden_size
+    hidden = mx.random.normal((1, width), key=mx.random.key(1)).astype(dtype)
+    same = logits_of_scores(steps, hidden) == steps.dense(hidden)
     return int(mx.sum(same)) / same.size

@@ -127,6 +127,11 @@ class ClusteredRows:
         return self.rows.map(lambda array: array[clusters, places])
 
 
+def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:
+    """Logits by slot (R, C·n) → by token (R, V). `take` is five to ten times slower on a CPU."""
+    return mx.take_along_axis(slots, slot_of[None], axis=-1)
+
+
 def _columns(weight: mx.array, order: mx.array) -> mx.array:
     """Rows ``order`` (C, n) of ``weight`` (V, D), laid out as (C, D, n), as a view (C, n, D)."""
     n_clusters, cluster_size = order.shape

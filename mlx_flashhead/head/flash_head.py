@@ -11,11 +11,14 @@ from threading import local
 import mlx.core as mx
 import numpy as np
 
-from .backend import PORTABLE, check_kernels, choose_backend, make_steps
+from .backend import PORTABLE, check_dense_rows, check_kernels, choose_backend, make_steps
 from .clustered import Centroids, ClusteredRows
-from .draw import Draws
+from .draw import Draws, gpu_is_default
+from .kernels import MetalSteps
+from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
-from .steps import NO_DEPTH, Candidates, PortableSteps, Proposal, Risk, Rows, Selection
+from .proposal import Candidates, Proposal, Rows, Selection
+from .steps import NO_DEPTH, PortableSteps, Risk
 
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
@@ -75,11 +78,14 @@ class FlashHead:
 
     def __getstate__(self) -> dict:
         """Without what belongs to this process: kernels, and who intercepts calls."""
-        return {k: v for k, v in vars(self).items() if k != "steps"} | {"projection": None}
+        state = {k: v for k, v in vars(self).items() if k != "steps"} | {"projection": None}
+        return state | {"_gathers_rows": self.steps.gathers_rows}
 
     def __setstate__(self, state: dict) -> None:
+        gathers_rows = state.pop("_gathers_rows")
         vars(self).update(state)
         self.steps, reason = make_steps(self.clustered, self._requested_backend)
+        self.steps.gathers_rows = gathers_rows
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
             self.backend_reason = reason
 
@@ -124,13 +130,30 @@ class FlashHead:
         """All arrays of this head, for ``mx.eval`` and for measuring memory."""
         return [*self.clustered.arrays(), *self.steps.arrays()]
 
-    def check_kernels(self, dtype: mx.Dtype) -> None:
+    def check_kernels(self, dtype: mx.Dtype, rows: Matrix | None = None) -> None:
         """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path, or
-        raises a ValueError where the backend "metal" was requested by name."""
+        raises a ValueError where the backend "metal" was requested by name. On an Apple GPU the
+        dense logits are compared with those of ``rows``, the model's own in token order."""
         if reason := check_kernels(self.steps, self._requested_backend, dtype, self.n_probes):
             self.steps, self.backend_reason = PortableSteps(self.clustered), reason
         if self.backend == PORTABLE:
             self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
+        if rows is not None and gpu_is_default():
+            check_dense_rows(self.steps, rows, dtype)
+
+    def applies(self, logit_map: LogitMap, dtype: mx.Dtype) -> bool:
+        """Whether the steps map logits of ``dtype`` as MLX's operations do: in 16 bits all to the
+        last bit, in float32 but for the map's slack. Evaluates."""
+        if not isinstance(self.steps, MetalSteps):
+            return True
+        values = all_values(dtype)
+        expected = logit_map(values).astype(mx.float32)
+        try:
+            found = self.steps.mapped(values, logit_map).astype(mx.float32)
+            off = mx.abs(found - expected) > logit_map.slack(dtype) / 4 * mx.abs(expected)
+            return not off.any().item()
+        except RuntimeError:  # the kernel does not run on this device
+            return False
 
     @contextmanager
     def settings(
@@ -253,15 +276,33 @@ class FlashHead:
         n_probes: int | None = None,
         depth: float = NO_DEPTH,
         full: bool = False,
+        logit_map: LogitMap = IDENTITY,
     ) -> Proposal:
-        """Tokens of states (R, D), chosen from ``n_probes`` clusters, for the dense rows to verify.
-        Without ``draws`` the best logits win. Kernels leave clusters out that lie more than
-        ``depth`` nats below the mass of all. ``full``: make full logits too."""
+        """Tokens chosen from a few clusters, for the dense rows to verify.
+
+        Args:
+            hidden: (R, D), the states.
+            draws: Of R rows. Without them the best logits win.
+            n_probes: Clusters that are scored; None: the head's number.
+            depth: Nats of the model's logits below the mass of all, from which kernels leave
+                clusters out.
+            full: Whether to make full logits too, which are the head's own.
+            logit_map: What the model does to each of its head's logits.
+
+        Returns:
+            The tokens, with the scored tokens' logits as the model gives them.
+        """
         n_probes = self.n_probes if n_probes is None else n_probes
-        depth = NO_DEPTH if full else depth
-        scores, selection, candidates = self._retrieve(hidden, n_probes, words=full, depth=depth)
-        tokens, risk = self.steps.choose(selection, candidates, draws, self.risk)
+        depth = NO_DEPTH if full else depth / logit_map.slope
+        score_map = IDENTITY if full else logit_map  # full logits are the head's own
+        scores = self.steps.route(hidden)
+        selection = self.steps.select(scores, n_probes, full, depth, logit_map)
+        candidates = self.steps.score(hidden, selection, score_map)
         expanded = self.steps.expand(scores, selection, candidates) if full else None
+        if full and not logit_map.identity:
+            lowest = mx.finfo(candidates.logits.dtype).min
+            candidates = _mapped(candidates, logit_map, lowest)
+        tokens, risk = self.steps.choose(selection, candidates, draws, self.risk, logit_map)
         # without the probes that a kernel repeats
         probes, logits = selection.probes[:, :n_probes], candidates.logits[:, :n_probes]
         return Proposal(hidden, tokens, probes, logits, risk, expanded)
@@ -296,7 +337,6 @@ class FlashHead:
         rows: mx.array,
         n_probes: int,
         words: bool,
-        depth: float = NO_DEPTH,
         draw_temperature: float | None = None,
     ) -> tuple[mx.array, Selection, Candidates]:
         """(R, D) → scores (R, C), the probed clusters, and their logits; ``words`` for `expand`."""
@@ -304,5 +344,13 @@ class FlashHead:
         if draw_temperature is not None:
             # always probed clusters keep their 1e30 and stay on top
             ordering = scores / draw_temperature + mx.random.gumbel(scores.shape)
-        selection = self.steps.select(ordering, n_probes, words, depth)
+        selection = self.steps.select(ordering, n_probes, words)
         return scores, selection, self.steps.score(rows, selection)
+
+
+def _mapped(candidates: Candidates, logit_map: LogitMap, lowest: float) -> Candidates:
+    """The model's logits of the scored tokens; ``lowest`` marks padded slots."""
+    logits = logit_map(candidates.logits)
+    padded = candidates.logits == lowest
+    logits = mx.where(padded, mx.finfo(logits.dtype).min, logits)
+    return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))

@@ -3,24 +3,27 @@
 from functools import cache
 from pathlib import Path
 
+# A map of logits, whose template arguments LogitMap.template gives.
+LOGIT_MAP = "flash_head::LogitMap<MAPPED, MULTIPLIER, DIVISOR, CAP>"
+
 ROUTE_BODY = """
 flash_head::route<D, C, H>(
     {rows}, hidden, route_bias, scores, hidden_shape[0], threadgroup_position_in_grid,
     simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
-SELECT_BODY = """
+SELECT_BODY = f"""
 threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
 threadgroup uint shared[flash_head::SELECT_SHARED];
 threadgroup float sums[flash_head::ROW_SUMS];
-flash_head::select_probes<C>(
-    scores, flash_head::{words}, n_probes, depth, probes, unscored, histogram, shared, sums,
+flash_head::select_probes<C, N, {LOGIT_MAP}>(
+    scores, flash_head::{{words}}, n_probes, depth, probes, unscored, histogram, shared, sums,
     threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
     thread_index_in_simdgroup);
 """
-SCORE_BODY = """
+SCORE_BODY = f"""
 threadgroup uint shared[flash_head::SCORE_SIMDGROUPS];
-flash_head::score<D, N, V, PADDED, PRODUCT>(
-    {rows}, hidden, probes, token_ids, {bias}, logits, best, shared, threadgroups_per_grid.x,
+flash_head::score<D, N, V, PADDED, PRODUCT, RAW, {LOGIT_MAP}>(
+    {{rows}}, hidden, probes, token_ids, {{bias}}, logits, best, shared, threadgroups_per_grid.x,
     threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 EXPAND_BODY = """
@@ -29,11 +32,11 @@ flash_head::expand<V, C, N>(
     words, slot_of, logits, best, expanded, shared, best_shape[1], threadgroup_position_in_grid,
     thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
-SAMPLE_BODY = """
+SAMPLE_BODY = f"""
 threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
 threadgroup uint shared[flash_head::SAMPLE_SHARED];
 threadgroup float sums[flash_head::ROW_SUMS];
-flash_head::sample<N, V, T>(
+flash_head::sample<N, V, {LOGIT_MAP}, T>(
     probes, token_ids, logits, best, unscored, settings, top_k, keys, fit, tokens, risk, histogram,
     shared, sums, best_shape[1], threadgroup_position_in_grid.y, thread_index_in_threadgroup,
     simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
@@ -48,21 +51,25 @@ flash_head::lowest_kept(
     threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
     thread_index_in_simdgroup);
 """
-SCREEN_BODY = """
+SCREEN_BODY = f"""
 threadgroup atomic<uint> marks[flash_head::SCREEN_CLUSTERS / 32];
 threadgroup uint place[1];
-threadgroup float shared[7 * flash_head::WIDE_SIMDGROUPS];
-flash_head::screen<C, N, V, PADDED>(
-    slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, parts,
-    marks, place, shared, logits_shape[1], threadgroups_per_grid.x, threadgroup_position_in_grid,
+threadgroup float shared[flash_head::TALLY * flash_head::WIDE_SIMDGROUPS];
+flash_head::screen<C, N, V, PADDED, MASKED, {LOGIT_MAP}>(
+    slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, relative,
+    allowed, parts, marks, place, shared, logits_shape[1], threadgroups_per_grid.x,
+    threadgroup_position_in_grid, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);
+"""
+CERTAIN_BODY = f"""
+threadgroup float shared[(flash_head::TALLY + 2) * flash_head::ROW_SIMDGROUPS];
+flash_head::certain<N, V, {LOGIT_MAP}, T>(
+    parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, relative,
+    epsilon, sure, known, shared, logits_shape[1], parts_shape[1], threadgroup_position_in_grid.y,
     thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
-CERTAIN_BODY = """
-threadgroup float shared[9 * flash_head::ROW_SIMDGROUPS];
-flash_head::certain<N, V>(
-    parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, epsilon,
-    sure, known, shared, logits_shape[1], parts_shape[1], threadgroup_position_in_grid.y,
-    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+MAP_BODY = f"""
+flash_head::map_values<{LOGIT_MAP}>(values, mapped, values_shape[0], thread_position_in_grid.x);
 """
 JOIN_BODY = """
 const uint row = threadgroup_position_in_grid.y;
@@ -91,8 +98,8 @@ def part(name: str) -> str:
 
 @cache
 def header(*names: str) -> str:
-    """The files that a kernel needs, "constants" and "values" first, without comments and
+    """The files that a kernel needs, those that all need first, without comments and
     indentation: MLX copies and hashes this text at every call of a kernel (docs/speed.md)."""
-    text = "\n".join(map(part, ("constants", "values", *names)))
+    text = "\n".join(map(part, ("constants", "values", "logit_map", *names)))
     lines = (line.split("//")[0].strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line) + "\n"

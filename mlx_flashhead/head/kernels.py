@@ -8,20 +8,12 @@ import mlx.core as mx
 
 from . import kernel_text as text
 from .clustered import ClusteredRows
+from .dense_kernels import DenseKernel, dense_kernel
 from .draw import ROW_THREADS, Draws
+from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
-from .steps import (
-    NO_DEPTH,
-    USUAL,
-    Candidates,
-    PortableSteps,
-    Proposal,
-    Risk,
-    Rooms,
-    Rows,
-    Screen,
-    Selection,
-)
+from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance
+from .steps import NO_DEPTH, USUAL, PortableSteps, Risk
 
 # The constants of the same names in metal/flash_head/constants.h.
 LANES, ROWS = 32, 4
@@ -29,11 +21,10 @@ ROUTE_SIMDGROUPS, SCORE_SIMDGROUPS = 2, 8
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 SCREEN_CLUSTERS = 1024
-TALLIED = 9
+TALLIED = 10
 MIN_PROBES = 8
 
 JOINED = 8  # sources of a join: Metal has 31 buffers
-PACKS = {5: 8, 6: 4}  # values of a pack, where it is not a word
 SHARED_POSITIONS = 4  # that share one reading of the centroids
 # Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions.
 # Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
@@ -45,15 +36,13 @@ class _StoredRows:
 
     def __init__(self, stored: Matrix, n_rows: int):
         maker, names = cast(str, stored.format.metal), stored.format.arrays
+        self.kernel: DenseKernel = dense_kernel(stored, n_rows)
         self.inputs = " ".join(names)
         self.arrays = [stored.arrays()[name] for name in names]
         self.sizes = {"BITS": stored.bits, "GROUP": stored.group_size}
         if stored.quantized:
-            # Packs that a lane takes at once, words of 32 bits, of 5 and 6 bits 8 and 4 values: as
-            # qmv in MLX's quantized.cpp does.
-            pack = PACKS.get(stored.bits, 32 // stored.bits)
-            two = stored.hidden_size % (2 * LANES * pack) == 0 and n_rows % 8 == 0
-            self.sizes["WORDS"] = 2 if two else 1
+            # qmv_quad takes more: then only the order of the sums is another one
+            self.sizes["WORDS"] = max(1, self.kernel.packs)
         self.names = " ".join(name for name in self.sizes if name in maker)
         self.expression = f"flash_head::{maker}({', '.join(names)})"
         self.files = f"{maker.partition('_rows')[0]} dot"
@@ -83,6 +72,7 @@ class MetalSteps(PortableSteps):
         if self.reads_rows:
             stored = _StoredRows(clustered.rows, n_rows)
             bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
+            self._adds_in_dtype = stored.kernel.added > 1
             self._score_arrays = [clustered.token_ids, *stored.arrays, *bias]
             inputs = f"hidden probes token_ids {stored.inputs}" + " bias" * len(bias)
             names = {"rows": stored.expression, "bias": "bias" if bias else "flash_head::NoBias{}"}
@@ -91,7 +81,7 @@ class MetalSteps(PortableSteps):
             form = (f"{stored.files} score", threads, f"D N V PADDED {stored.names}")
             body = text.SCORE_BODY.format(**names)
             self._score = self._kernel("score", inputs, "logits best", body, *form)
-        form = ("histogram select", ROW_THREADS, "C")
+        form = ("histogram select", ROW_THREADS, "C N")
         body, inputs = text.SELECT_BODY.format(words="NoWords{}"), "scores n_probes depth"
         self._select = self._kernel("select", inputs, "probes unscored", body, *form)
         body = text.SELECT_BODY.format(words="cluster_words(words, tail_offset)")
@@ -107,11 +97,14 @@ class MetalSteps(PortableSteps):
         body, form = text.JOIN_BODY.format(cases=body), ("join", WIDE_THREADS, "D N")
         self._join = self._kernel("join", inputs, "hidden probes logits", body, *form)
         inputs = "slots probes token_ids slot_of logits tokens settings keys room scored_room"
+        inputs += " relative allowed"
         form = ("noise screen", WIDE_THREADS, "C N V PADDED")
         self._screen = self._kernel("screen", inputs, "parts", text.SCREEN_BODY, *form)
-        inputs = "parts probes token_ids logits tokens settings top_k keys room scored_room epsilon"
+        inputs = "parts probes token_ids logits tokens settings top_k keys room scored_room"
+        inputs += " relative epsilon"
         form = ("noise screen", ROW_THREADS, "N V")
         self._certain = self._kernel("certain", inputs, "sure known", text.CERTAIN_BODY, *form)
+        self._map = self._kernel("map", "values", "mapped", text.MAP_BODY, "", WIDE_THREADS, "")
 
     def _kernel(
         self, name: str, inputs: str, outputs: str, body: str, files: str, threads: int, sizes: str
@@ -148,10 +141,23 @@ class MetalSteps(PortableSteps):
         shared = 1 if n_positions == 1 else SHARED_POSITIONS
         groups = -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS)), -(-n_positions // shared)
         scores = (n_positions, n_clusters), mx.float32
-        return self._route([hidden, *self._route_arrays], *groups, scores, H=shared)[0]
+        arrays = [hidden, *self._route_arrays]
+        return self._route(arrays, *groups, scores, H=shared, SUM=mx.float32)[0]
+
+    def mapped(self, values: mx.array, logit_map: LogitMap) -> mx.array:
+        """Each of the values (n,) mapped as the kernels do it: at least 8 of them."""
+        template = logit_map.template(values.dtype)
+        groups = -(-len(values) // WIDE_THREADS)
+        result = values.shape, logit_map.result_dtype(values.dtype)
+        return self._map([values], groups, 1, result, **template)[0]
 
     def select(
-        self, scores: mx.array, n_probes: int, words: bool = True, depth: float = NO_DEPTH
+        self,
+        scores: mx.array,
+        n_probes: int,
+        words: bool = True,
+        depth: float = NO_DEPTH,
+        logit_map: LogitMap = IDENTITY,
     ) -> Selection:
         """The ``n_probes`` best clusters of each row, ascending, and the tail. Of clusters that
         differ by less than 1/64 nat those of lower ids count as better."""
@@ -166,19 +172,26 @@ class MetalSteps(PortableSteps):
             results.append(((n_positions, n_clusters), mx.uint32))
         else:
             arrays, kernel = [scores, *arrays], self._select
-        probes, unscored, *made = kernel(arrays, 1, n_positions, *results)
+        template = logit_map.template(mx.float32)
+        probes, unscored, *made = kernel(arrays, 1, n_positions, *results, **template)
         return Selection(probes, made[0] if words else None, unscored)
 
-    def score(self, hidden: mx.array, selection: Selection) -> Candidates:
+    def score(
+        self, hidden: mx.array, selection: Selection, logit_map: LogitMap = IDENTITY
+    ) -> Candidates:
         if not self.reads_rows:
-            logits = super().score(hidden, selection).logits
+            logits = super().score(hidden, selection, logit_map).logits
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
         probes, rows = selection.probes, self.clustered.rows
         n_positions, held = probes.shape
         shape = n_positions, held, self.clustered.cluster_size
-        results = (shape, rows.logits_dtype(hidden.dtype)), (shape[:2], mx.float32)
-        arrays, product = [hidden, probes, *self._score_arrays], rows.product_dtype(hidden.dtype)
-        logits, best = self._score(arrays, held, n_positions, *results, PRODUCT=product)
+        raw = rows.logits_dtype(hidden.dtype)
+        results = (shape, logit_map.result_dtype(raw)), (shape[:2], mx.float32)
+        product = rows.product_dtype(hidden.dtype)
+        sums = product if self._adds_in_dtype else mx.float32
+        template = {"PRODUCT": product, "SUM": sums, "RAW": raw, **logit_map.template(raw)}
+        arrays = [hidden, probes, *self._score_arrays]
+        logits, best = self._score(arrays, held, n_positions, *results, **template)
         return Candidates(logits, best)
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
@@ -190,14 +203,20 @@ class MetalSteps(PortableSteps):
         return self._expand(arrays, *groups, ((len(logits), vocab_size), logits.dtype))[0]
 
     def choose(
-        self, selection: Selection, candidates: Candidates, draws: Draws | None, risk: Risk = USUAL
+        self,
+        selection: Selection,
+        candidates: Candidates,
+        draws: Draws | None,
+        risk: Risk = USUAL,
+        logit_map: LogitMap = IDENTITY,
     ) -> tuple[mx.array, mx.array]:
         logits, n_positions = candidates.logits, len(candidates.logits)
         settings = _greedy_draws(n_positions) if draws is None else draws[:3]
         arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
         arrays += [selection.unscored, *settings, mx.array(risk)]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
-        tokens, chances = self._sample(arrays, 1, n_positions, *results, T=logits.dtype)
+        template = logit_map.template(logits.dtype)
+        tokens, chances = self._sample(arrays, 1, n_positions, *results, T=logits.dtype, **template)
         return tokens, chances
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
@@ -211,17 +230,46 @@ class MetalSteps(PortableSteps):
         return tuple(self._join(arrays, JOINED, len(rows), *results))
 
     def screen(
-        self, slots: mx.array, proposal: Proposal, draws: Draws | None, rooms: Rooms, epsilon: float
+        self,
+        slots: mx.array,
+        proposal: Proposal,
+        draws: Draws | None,
+        tolerance: Tolerance,
+        epsilon: float,
+        logit_map: LogitMap = IDENTITY,
+        allowed: mx.array | None = None,
     ) -> Screen:
-        k, n_parts = len(slots), -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
+        k = len(slots)
+        n_parts = -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
         settings, top_k, keys = _greedy_draws(k) if draws is None else draws[:3]
-        ids, chosen = self.clustered.token_ids, (proposal.logits, proposal.tokens, settings)
-        arrays = [slots, proposal.probes, ids, self.clustered.slot_of, *chosen, keys]
-        tallied = (k, n_parts, TALLIED), mx.float32
-        (parts,) = self._screen([*arrays, *rooms], n_parts, k, tallied)
-        arrays = [parts, proposal.probes, ids, *chosen, top_k, keys, *rooms]
-        results = ((k,), mx.bool_), ((k, 3), mx.float32)
-        sure, known = self._certain([*arrays, mx.array(epsilon, mx.float32)], 1, k, *results)
+        ids, slot_of = self.clustered.token_ids, self.clustered.slot_of
+        chosen = (proposal.logits, proposal.tokens, settings)
+        relative = mx.array(tolerance.relative, mx.float32)
+        tolerances = (tolerance.product, tolerance.scored, relative)
+        template = logit_map.template(slots.dtype)
+        (parts,) = self._screen(
+            [
+                *(slots, proposal.probes, ids, slot_of, *chosen, keys, *tolerances),
+                slot_of if allowed is None else allowed,  # any array, which is not read
+            ],
+            n_parts,
+            k,
+            ((k, n_parts, TALLIED), mx.float32),
+            MASKED=allowed is not None,
+            **template,
+        )
+        sure, known = self._certain(
+            [
+                *(parts, proposal.probes, ids, *chosen, top_k, keys, *tolerances),
+                mx.array(epsilon, mx.float32),
+            ],
+            1,
+            k,
+            ((k,), mx.bool_),
+            ((k, 3), mx.float32),
+            T=proposal.logits.dtype,
+            **template,
+        )
         return Screen(sure, *(known[:, i] for i in range(3)))
 
 

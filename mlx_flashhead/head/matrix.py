@@ -30,7 +30,8 @@ class Format:
         return self.mode
 
 
-AFFINE_ROWS, FP_ROWS = "affine_rows<D, BITS, GROUP, WORDS>", "fp_rows<D, BITS, GROUP, WORDS>"
+AFFINE_ROWS = "affine_rows<D, BITS, GROUP, WORDS, SUM>"
+FP_ROWS = "fp_rows<D, BITS, GROUP, WORDS>"
 
 # Source: the table of modes in the documentation of mlx.core.quantize (0.32).
 FORMATS = (
@@ -109,6 +110,10 @@ class Matrix:
     def take(self, ids: mx.array) -> "Matrix":
         """Rows ``ids`` (integers of any shape). The shape becomes the leading axes. Lazy."""
         return self.map(lambda array: mx.take(array, ids, axis=0))
+
+    def part(self, start: int, stop: int) -> "Matrix":
+        """Rows ``start`` … ``stop`` - 1, without a copy."""
+        return self.map(lambda array: array[start:stop])
 
     def quantize(self, *, bits: int, group_size: int, mode: str = AFFINE) -> "Matrix":
         """Floats in fewer bits, rounded to nearest by MLX. Lazy."""

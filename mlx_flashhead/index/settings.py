@@ -9,28 +9,52 @@ LEAST_DRAFT = 1 / 32  # of the clusters, where the centroids alone are nearly as
 AGAIN = "make it again with mlx_flashhead.convert"
 MAX_END_TOKENS = 64  # models have up to about ten; their clusters are scored at every position
 MAX_PADDING = 2  # slots per token; a conversion pads the last cluster alone
-MAX_MEASURED, MAX_RISKS = 1000, 4096  # numbers of probes, and positions with a recorded risk
+MAX_MEASURED = 1000  # numbers of probes
+MAX_RISKS = 4096  # positions with a recorded risk
 LARGEST = 1e300  # JSON has whole numbers that no float holds
+
 # Types of the keys in JSON; those of the others are whole numbers.
-TYPES = {"fingerprint": str, "eos_token_ids": list}
-TYPES |= dict.fromkeys(("calibration", "report", "verification", "recipe"), dict)
+TYPES = {
+    "fingerprint": str,
+    "eos_token_ids": list,
+    "calibration": dict,
+    "report": dict,
+    "verification": dict,
+    "recipe": dict,
+}
 
 
 @dataclass(frozen=True)
 class FlashHeadConfig:
-    """A FlashHead's settings. ``calibration`` has ``source``, ``positions``, ``seed``, ``quick`` if
-    less was read on purpose, ``cut_short`` by the time limit. `conversion.measures` makes the
-    ``report`` of held-out positions and ``verification``, `conversion.options` the ``recipe``."""
+    """A FlashHead's settings.
+
+    Attributes:
+        vocab_size: Rows V of the head.
+        n_clusters: Clusters C.
+        cluster_size: Slots of a cluster.
+        n_probes: Clusters scored per verified proposal, 1 … C: the fewest expected bytes.
+        unverified_probes: Clusters scored per token without verification, 1 … C.
+        fingerprint: SHA-256 over 64 evenly spaced rows as stored.
+        eos_token_ids: Tokens whose clusters are always among the probes.
+        centroid_bits: Bits of a centroid's weights; 16 or 32 are floats.
+        centroid_group_size: Weights that share a scale; 0 are floats.
+        calibration: ``source``, ``positions``, ``seed``; ``quick`` if less was read on purpose,
+            ``cut_short`` if the time limit ended it.
+        report: Measures of held-out positions, by `conversion.report`.
+        verification: Settings of verified decoding, by `conversion.probes`.
+        recipe: How it was made, by `conversion.recipe`.
+        version: Of this format.
+    """
 
     vocab_size: int
     n_clusters: int
     cluster_size: int
-    n_probes: int  # clusters scored per verified proposal, 1 … C: the fewest expected bytes
-    unverified_probes: int  # clusters scored per token without verification, 1 … C
-    fingerprint: str  # SHA-256 over 64 evenly spaced rows as stored
-    eos_token_ids: tuple[int, ...] = ()  # whose clusters are always among the probes
-    centroid_bits: int = 4  # 16 or 32: floats
-    centroid_group_size: int = 64  # 0: floats
+    n_probes: int
+    unverified_probes: int
+    fingerprint: str
+    eos_token_ids: tuple[int, ...] = ()
+    centroid_bits: int = 4
+    centroid_group_size: int = 64
     calibration: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
@@ -40,43 +64,62 @@ class FlashHeadConfig:
     @property
     def draft_probes(self) -> int:
         """Clusters for a draft: with the centroids they are a tenth of the head's bytes."""
-        return max(1, int(self.n_clusters * max(DRAFT_SHARE - 1 / self.cluster_size, LEAST_DRAFT)))
+        share = max(DRAFT_SHARE - 1 / self.cluster_size, LEAST_DRAFT)
+        return max(1, int(self.n_clusters * share))
 
     def to_dict(self) -> dict[str, Any]:
+        """The settings as they are stored, JSON-ready."""
         return asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
 
     @classmethod
     def from_dict(cls, values: Any, source: str) -> "FlashHeadConfig":
-        """Reads the form written by :meth:`to_dict`; ``source`` is its place, for messages.
-        ValueError if the version is not this package's, or a key is missing or not valid."""
+        """Reads stored settings.
+
+        Args:
+            values: What :meth:`to_dict` has made.
+            source: Its place, for messages.
+
+        Raises:
+            ValueError: If the version is not this package's, or a key is missing or not valid.
+        """
         version = values.get("version") if isinstance(values, dict) else None
         if version != FORMAT_VERSION:
-            reads = f"but this package reads version {FORMAT_VERSION}: update mlx_flashhead"
-            raise ValueError(f"{source} has version {version!r}, {reads}, or {AGAIN}.")
+            raise ValueError(
+                f"{source} has version {version!r}, but this package reads version "
+                f"{FORMAT_VERSION}: update mlx_flashhead, or {AGAIN}."
+            )
         entries = {each.name: values.get(each.name) for each in fields(cls)}
-        # a whole number is neither 2.0 nor true
-        wrong = {name for name, value in entries.items() if type(value) is not TYPES.get(name, int)}
-        if not wrong:
-            ends = entries["eos_token_ids"] = tuple(entries["eos_token_ids"])
+        invalid = []
+        for name, value in entries.items():
+            # a whole number is neither 2.0 nor true
+            if type(value) is not TYPES.get(name, int):
+                invalid.append(name)
+        if not invalid:
+            entries["eos_token_ids"] = tuple(entries["eos_token_ids"])
             config = cls(**entries)
-            vocab_size, n_clusters = config.vocab_size, config.n_clusters
-            most = MAX_PADDING * vocab_size  # padded slots cost memory as tokens do
-            valid = {
-                "vocab_size, n_clusters and cluster_size": config.cluster_size >= 1
-                and 1 <= vocab_size <= n_clusters * config.cluster_size <= most,
-                "n_probes": 1 <= config.n_probes <= n_clusters,
-                "unverified_probes": 1 <= config.unverified_probes <= n_clusters,
-                "eos_token_ids": len(ends) <= MAX_END_TOKENS
-                and all(type(token) is int and 0 <= token < vocab_size for token in ends),
-                "verification": _is_valid(config.verification, n_clusters),
-            }
-            wrong = {name for name, is_valid in valid.items() if not is_valid}
-        if wrong:
-            raise ValueError(f"{source} has no valid {', '.join(sorted(wrong))}: {AGAIN}.")
+            invalid = config._invalid()
+        if invalid:
+            raise ValueError(f"{source} has no valid {', '.join(sorted(invalid))}: {AGAIN}.")
         return config
 
+    def _invalid(self) -> list[str]:
+        """The keys, of the right types, whose values are not possible."""
+        n_slots = self.n_clusters * self.cluster_size
+        most_slots = MAX_PADDING * self.vocab_size  # padded slots cost memory as tokens do
+        ends = self.eos_token_ids
+        valid = {
+            "vocab_size, n_clusters and cluster_size": self.cluster_size >= 1
+            and 1 <= self.vocab_size <= n_slots <= most_slots,
+            "n_probes": 1 <= self.n_probes <= self.n_clusters,
+            "unverified_probes": 1 <= self.unverified_probes <= self.n_clusters,
+            "eos_token_ids": len(ends) <= MAX_END_TOKENS
+            and all(type(token) is int and 0 <= token < self.vocab_size for token in ends),
+            "verification": _is_verification(self.verification, self.n_clusters),
+        }
+        return [name for name, is_valid in valid.items() if not is_valid]
 
-def _is_valid(verification: dict[str, Any], n_clusters: int) -> bool:
+
+def _is_verification(verification: dict[str, Any], n_clusters: int) -> bool:
     """Whether these are settings of verified decoding, or none."""
     match verification:
         case {"risk": {"greedy": [a, b], "sampled": scale}, "by_probes": [*rows]}:
@@ -87,6 +130,7 @@ def _is_valid(verification: dict[str, Any], n_clusters: int) -> bool:
 
 
 def _is_row(row: Any, n_clusters: int) -> bool:
+    """Whether this is what was measured with a number of probes."""
     match row:
         case {"n_probes": int(n_probes), "greedy_differs": greedy, "sampled_differs": sampled}:
             risks = row.get("risks", [])
@@ -97,4 +141,5 @@ def _is_row(row: Any, n_clusters: int) -> bool:
 
 
 def _within(low: float, high: float, *values: Any) -> bool:
+    """Whether all values are numbers from ``low`` to ``high``."""
     return all(isinstance(value, int | float) and low <= value <= high for value in values)

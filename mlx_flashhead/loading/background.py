@@ -16,9 +16,10 @@ import mlx.nn as nn
 import numpy as np
 from filelock import Timeout
 
-from ..conversion import Step, Steps, take_all
+from ..conversion import Progress, Task, run_task
 from ..conversion.build import STEP_SECONDS, expected_seconds, model_index
-from ..conversion.options import IndexOptions, make_recipe
+from ..conversion.options import IndexOptions
+from ..conversion.recipe import make_recipe
 from ..decoding.policy import policy_of
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import HOME_VARIABLE, home, lock_of
@@ -44,8 +45,8 @@ def build_steps(
     options: HeadOptions,
     anew: bool = False,
     step_seconds: float = math.inf,
-    drafted: Steps[np.ndarray] | None = None,
-) -> Steps[StoredHead]:
+    drafted: Task[np.ndarray] | None = None,
+) -> Task[StoredHead]:
     """Builds a FlashHead in steps. A build that is dropped between them leaves nothing behind.
 
     Waits for another process that builds it. ``anew`` replaces one that there is, and takes more
@@ -60,7 +61,7 @@ def build_steps(
         say("Another process is building the FlashHead of this model: it is used once it is there.")
         while not lock.is_locked:
             time.sleep(0.02)
-            yield Step("Waiting for the other process", 0, 1, "build")
+            yield Progress("Waiting for the other process", 0, 1, "build")
             with suppress(Timeout):
                 lock.acquire(timeout=0)
     try:
@@ -111,27 +112,24 @@ def build_steps(
             lock.release()
 
 
-def finish(steps: Steps[StoredHead], options: HeadOptions) -> StoredHead:
+def finish(steps: Task[StoredHead], options: HeadOptions) -> StoredHead:
     """Takes all steps that are left, with bars."""
     with redirect_stdout(sys.stderr):  # standard output is the command's own
-        return take_all(steps, progress=options.progress)
+        return run_task(steps, progress=options.progress)
 
 
 def build_now(
     model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, *, anew: bool = False
 ) -> None:
-    """Builds and installs a FlashHead, and says what it took and gains; raises as `build_steps`."""
+    """Builds and installs a FlashHead, and says what it took; raises as `build_steps`."""
     began, location = time.perf_counter(), find_head(model)
     check_plain_product(location)
     steps = build_steps(model, tokenizer, location, source=source, options=options, anew=anew)
     stored = finish(steps, options)
-    said = f"FlashHead is ready for next time. Its build took {time.perf_counter() - began:.0f} s"
-    policy = policy_of(install_stored(model, stored, options, location))
-    if policy.gain is not None:
-        makes = "should make" if policy.predicted else "makes"
-        said += f", and it {makes} this model {policy.gain:.2f} times as fast here"
-    if not policy.dense:  # which has been said
-        options.say(f"{said}.")
+    seconds = time.perf_counter() - began
+    policy = policy_of(install_stored(model, stored, options, location))  # it says what it gains
+    if not policy.dense:
+        options.say(f"FlashHead is ready for next time. Its build took {seconds:.0f} s.")
 
 
 class BackgroundBuild:
@@ -145,7 +143,7 @@ class BackgroundBuild:
         how: Any = {"source": source, "options": options, "step_seconds": STEP_SECONDS}
         self._steps = self._all_steps(build_steps(model, tokenizer, location, **how))
 
-    def _all_steps(self, build: Steps[StoredHead]) -> Generator[Any, None, None]:
+    def _all_steps(self, build: Task[StoredHead]) -> Generator[Any, None, None]:
         stored = yield from build
         if get_flash_head(self._model) is None:
             install_stored(self._model, stored, replace(self._options, tunes=False))
@@ -184,6 +182,11 @@ class IdleBuild:
         self._idle.set()
         self._thread = Thread(target=self._run, name="build", daemon=True)
         self._thread.start()
+
+    @property
+    def is_building(self) -> bool:
+        """Whether the build, or the measurement of its speed, has not ended."""
+        return self._thread.is_alive()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..conversion.calibration import ANSWER_TOKENS, builtin_requests, drafted_states
+from ..conversion.builtin_text import builtin_requests
+from ..conversion.calibration import ANSWER_TOKENS, drafted_states
 from ..conversion.options import IndexOptions
 from ..decoding.policy import policy_of
 from ..decoding.random_state import random_key
@@ -69,7 +70,7 @@ def load(
         n_probes: Clusters scored per token; default: the FlashHead's own number.
         backend: "metal", "mlx" or None to choose.
         fine_head: Give a quantized model the finer output head of its original: a repository, a
-            folder or a safetensors file, or True for the one that the model names. Where it
+            folder or a safetensors file, or True for the one that the model names. Where that
             cannot be had, the model keeps its own, with a sentence.
         head_bits: Bits of the finer head: 6, 8 (default) or 16.
         flash_head_always: Use the FlashHead even where it makes this model no faster here.
@@ -77,7 +78,8 @@ def load(
 
     Raises:
         ValueError: If the model does not exist, if there is no FlashHead and none may be built, if
-            it is damaged or belongs to another model, or if an argument is not valid.
+            it is damaged or belongs to another model, if the source of a finer head is named and
+            cannot be used, or if an argument is not valid.
     """
     fine: Any = {"fine_head": fine_head, "head_bits": head_bits, "always": flash_head_always}
     missing = BUILD if build else REFUSE
@@ -229,14 +231,30 @@ def attach_head(
 
 
 def _attach_fine_head(location: HeadLocation, source: Path, options: HeadOptions) -> None:
-    """Gives a quantized model the finer head that the options name; it keeps its own otherwise."""
-    if options.fine_head:
-        bits, say, bar = options.head_bits, options.say, options.progress
-        try:
-            give_fine_head(location, source, options.fine_head, bits=bits, say=say, progress=bar)
-        except ValueError as error:
-            text = f"Without a finer head: {error}"
-            options.say(text) if options.progress else warnings.warn(text, stacklevel=2)
+    """Gives a quantized model the finer head that the options ask for.
+
+    ValueError if they name a source that cannot be used. The original that a model names may be
+    out of reach: the model keeps its own head then, with a sentence.
+    """
+    if not options.fine_head:
+        return
+    try:
+        give_fine_head(
+            location,
+            source,
+            options.fine_head,
+            bits=options.head_bits,
+            say=options.say,
+            progress=options.progress,
+        )
+    except ValueError as error:
+        if options.fine_head is not True:
+            raise
+        text = f"Without a finer head: {error}"
+        if options.progress:
+            options.say(text)
+        else:
+            warnings.warn(text, stacklevel=2)
 
 
 def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None:

@@ -5,6 +5,8 @@ A cache entry is a folder, or a file of a finer head. Its name is the fingerprin
 and a number, so a moved or renamed model finds its own. Nothing of another name is touched.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,10 +19,12 @@ import mlx.core as mx
 from ..common.new_folder import new_folder
 from ..head.matrix import Matrix
 from ..index import files
-from ..index.files import FILE_NAME, SETTINGS_NAME, FlashHeadIndex, read_index
+from ..index.files import FILE_NAME, SETTINGS_NAME, read_index
+from ..index.flash_head_index import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
-from ..models.fetch import ENDING, home, resolve
+from ..models.fetch import home, resolve
 from ..models.finer_head import FOLDER as FINE_FOLDER
+from ..models.tensor_files import ENDING
 from .head_options import HeadOptions
 
 RECIPE = 1  # a new version builds all FlashHeads again
@@ -90,13 +94,17 @@ class Entry:
         return 0
 
     def remove(self) -> bool:
-        """Deletes it, and a FlashHead's speeds, of a link the link alone. Returns whether its
-        folder is gone: files that are not its own stay."""
-        whole = self.is_fine_head or self.path.is_symlink()
-        for file in [self.path] if whole else [self.path / name for name in ENTRY_FILES]:
+        """Deletes it with its speeds. Where it is a link, only the link is deleted.
+
+        Returns:
+            Whether its folder is gone, which it is not if it holds other files.
+        """
+        is_one_file = self.is_fine_head or self.path.is_symlink()
+        files_of_it = [self.path] if is_one_file else [self.path / name for name in ENTRY_FILES]
+        for file in files_of_it:
             file.unlink(missing_ok=True)
-        if not self.is_fine_head:
-            speeds_of(self.key).unlink(missing_ok=True)
+        if self.config is not None:
+            speeds_of(self.config).unlink(missing_ok=True)
         with suppress(OSError):  # it holds other files, or is gone
             self.path.rmdir()
         return not self.path.exists()
@@ -140,9 +148,12 @@ def place_of(rows: Matrix) -> Path:
     return home() / SHELF / f"{rows.fingerprint[:_NAME_LENGTH]}-{RECIPE}"
 
 
-def speeds_of(fingerprint: str) -> Path:
-    """The file of what was measured with the FlashHead of these rows."""
-    return home() / SPEEDS / f"{fingerprint[:_NAME_LENGTH]}.json"
+def speeds_of(config: FlashHeadConfig) -> Path:
+    """The file of what was measured with this FlashHead: another one of the same rows has other
+    clusters, and a file of its own."""
+    settings = json.dumps(config.to_dict(), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()
+    return home() / SPEEDS / f"{digest[:_NAME_LENGTH]}.json"
 
 
 def find(rows: Matrix, say: Callable[[str], None]) -> StoredHead | None:
@@ -165,7 +176,11 @@ def find(rows: Matrix, say: Callable[[str], None]) -> StoredHead | None:
 
 
 def keep(index: FlashHeadIndex, place: Path) -> None:
-    """Keeps a FlashHead and forgets the speeds of another one in its place; OSError."""
+    """Keeps a FlashHead, and forgets the speeds of the one that was in its place; OSError."""
+    replaced = [index.config]
+    with suppress(ValueError, OSError):  # there is none, or it is damaged
+        replaced.append(files.read_settings(place))
     with new_folder(place) as folder:
         files.write_companion(folder, index)
-    speeds_of(index.config.fingerprint).unlink(missing_ok=True)
+    for config in replaced:
+        speeds_of(config).unlink(missing_ok=True)

@@ -16,13 +16,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..common.new_folder import new_file
-from ..decoding.policy import policy_of
+from ..decoding.policy import DecodingPolicy, policy_of
+from ..decoding.rounding import measure_rounding
 from ..decoding.tuning import Tuning, is_busy, least_gain, tune
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
-from ..index.files import FlashHeadIndex
+from ..index.flash_head_index import FlashHeadIndex
 from ..models.install import hidden_dtype, install, installed_head
 from ..models.locate import HeadLocation, find_head
+from .first_gain import first_gain
+from .free_head import free_head_gain
 from .head_options import HeadOptions
 from .sources import StoredHead, speeds_of
 
@@ -57,6 +60,8 @@ def install_stored(
     for step, _ in enumerate(tune_head(model, index, options)):
         if step == 0:  # there is more to come
             options.say(MEASURING)
+    if not options.drafts and not policy_of(head).dense:
+        measure_rounding(head, hidden_dtype(model))  # here, not in the first answer
     return head
 
 
@@ -71,11 +76,10 @@ def tune_head(
     off = os.environ.get("MLX_FLASHHEAD_TUNING") == "off"
     if options.n_probes is not None or options.drafts or not options.tunes or off:
         return None
-    head, place, busy = installed_head(model), speeds_of(index.config.fingerprint), is_busy()
-    device = mx.device_info().get("device_name") or platform.processor() or platform.machine()
-    dtype = str(hidden_dtype(model)).removeprefix("mlx.core.")
-    form = f"{head.clustered.rows.format} rows, {dtype}"
-    key = f"{device}, {head.backend}, mlx {version('mlx')}, {form}"  # what the times depend on
+    head = installed_head(model)
+    place = speeds_of(index.config)
+    busy = is_busy()
+    key = _conditions(model, head)
     known = read(place)
     if not known and place.exists():
         options.say(f"{place} is damaged or of another version: its speeds are measured again.")
@@ -84,30 +88,81 @@ def tune_head(
         tuning = before
     else:
         measured = yield from tune(model, index.config.verification.get("by_probes", ()))
-        tuning = replace(measured, provisional=measured.provisional or busy)
+        tuning = _credible(replace(measured, provisional=measured.provisional or busy), model)
         if before is not None and tuning.provisional and not options.measures:
-            tuning = min(before, tuning, key=lambda each: each.spread)
-        stored = {name: asdict(each) for name, each in (known | {key: tuning}).items()}
-        with suppress(OSError, ValueError):  # else it is measured again next time
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(place) as file:
-                file.write_text(json.dumps(stored, indent=1), encoding="utf-8")
-        if tuning.dense and not options.always:
-            later = " for now, and is measured again later" if tuning.provisional else ""
-            options.say(
-                f"FlashHead would not make this model faster on this machine ({tuning.gain:.2f} x, "
-                f"and at least {least_gain():g} x is needed): it stays dense{later}. "
-                "`flash_head_always=True` overrides it."
-            )
+            tuning = min(before, tuning, key=_doubt)
+        _store(place, known | {key: tuning})
+        said = [_why_dense(tuning)] if tuning.dense and not options.always else []
+        if before is None:
+            said.append(first_gain(model, tuning, finer=bool(options.fine_head)))
+        if any(said):
+            options.say(" ".join(filter(None, said)))
     tuning.apply(head)
     if options.always:
         policy_of(head).dense = False
     return tuning
 
 
-def speed_text(tuning: Tuning) -> str:
-    doubts = [name for name in ("dense", "predicted", "provisional") if getattr(tuning, name)]
-    return f"{tuning.gain:.2f} x" + (f" ({', '.join(doubts)})" if doubts else "")
+def _conditions(model: nn.Module, head: FlashHead) -> str:
+    """What the times depend on, in words: the machine, the backend, MLX and the formats."""
+    device = mx.device_info().get("device_name") or platform.processor() or platform.machine()
+    dtype = str(hidden_dtype(model)).removeprefix("mlx.core.")
+    form = f"{head.clustered.rows.format} rows, {dtype}"
+    return f"{device}, {head.backend}, mlx {version('mlx')}, {form}"
+
+
+def _credible(tuning: Tuning, model: nn.Module) -> Tuning:
+    """The tuning without a predicted gain that not even a head without cost would have: the times
+    of its parts were those of a busy machine."""
+    most = free_head_gain(model)
+    if not tuning.predicted or tuning.gain is None or tuning.gain <= most:
+        return tuning
+    return replace(tuning, gain=None, dense=most < least_gain(), provisional=True)
+
+
+def _doubt(tuning: Tuning) -> tuple[bool, float]:
+    """Orders tunings of a busy machine, the best first."""
+    return tuning.gain is None, tuning.spread
+
+
+def _store(place: Path, tunings: dict[str, Tuning]) -> None:
+    """Writes the settings by machine, if the place can be written: else they are measured again
+    next time."""
+    stored = {name: asdict(tuning) for name, tuning in tunings.items()}
+    with suppress(OSError, ValueError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(place) as file:
+            file.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+
+
+def _why_dense(tuning: Tuning) -> str:
+    """Says that a model stays dense: its FlashHead gains less than is needed."""
+    needed = f"at least {least_gain():g} x is needed"
+    figures = needed if tuning.gain is None else f"{', '.join(_words(tuning))}, and {needed}"
+    later = " for now, and is measured again later" if tuning.provisional else ""
+    return (
+        f"FlashHead would not make this model faster on this machine ({figures}): it stays "
+        f"dense{later}. `flash_head_always=True` overrides it."
+    )
+
+
+def speed_text(known: Tuning | DecodingPolicy) -> str:
+    """A gain with all that limits it, such as "1.20 x (predicted, provisional)"."""
+    if known.gain is None:
+        return "not known yet"
+    gain, *doubts = _words(known)
+    if known.dense:
+        doubts.insert(0, "dense")
+    return f"{gain} ({', '.join(doubts)})" if doubts else gain
+
+
+def _words(known: Tuning | DecodingPolicy) -> list[str]:
+    """A gain, then the words that make it doubtful."""
+    return [
+        f"{known.gain:.2f} x",
+        *(["predicted"] if known.predicted else []),
+        *(["provisional"] if known.provisional else []),
+    ]
 
 
 def read(place: Path) -> dict[str, Tuning]:
@@ -119,12 +174,16 @@ def read(place: Path) -> dict[str, Tuning]:
 
 
 def _is_valid(values: Any) -> bool:
+    """Whether these are the fields of a `Tuning`, each of its type and in its range."""
     hints = get_type_hints(Tuning)
     if not isinstance(values, dict) or values.keys() != hints.keys():
         return False
-    for name, value in values.items():
-        types = get_args(hints[name]) or (hints[name],)
-        least = 1 if int in types else 0
-        if type(value) not in types or not (value is None or least <= value < math.inf):
-            return False
-    return True
+    return all(_is_field(value, hints[name]) for name, value in values.items())
+
+
+def _is_field(value: Any, hint: Any) -> bool:
+    types = get_args(hint) or (hint,)
+    if type(value) not in types:
+        return False
+    least = 1 if int in types else 0
+    return value is None or least <= value < math.inf

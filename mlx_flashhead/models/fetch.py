@@ -1,28 +1,28 @@
-"""Fetches models from the Hugging Face Hub: whole folders, and single tensors of their files."""
+"""Fetches models and small files from the Hugging Face Hub, and says what went wrong."""
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 import huggingface_hub
-import mlx.core as mx
-import numpy as np
 from filelock import FileLock, Timeout
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-from tqdm import tqdm
+from huggingface_hub.utils import get_session
 
 from ..common.repositories import redact
 from ..index.files import FILE_NAME
 from .compat.mlx_lm import DEFAULT_ALLOW_PATTERNS, download
 
 HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
+ANSWER_SECONDS = 10.0  # in which the Hub answers, if it can be reached
+LARGEST_SMALL_FILE = 25_000_000  # bytes of a card or an index
+
+
+class BadAnswerError(ValueError):
+    """The Hub has sent something else than what it was asked for, in one sentence."""
 
 
 def home() -> Path:
@@ -58,19 +58,19 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
         raise ValueError(f"{path_or_repo} is a file: name its folder instead.")
     if len(path.parts) > 2 or path.is_absolute() or path_or_repo.startswith((".", "~")):
         raise ValueError(f"There is no folder {path_or_repo}: check the path of the model.")
-    with _hub_errors(path_or_repo, revision):
+    with hub_errors(path_or_repo, revision):
         patterns = files or [*DEFAULT_ALLOW_PATTERNS, FILE_NAME]
         return download(path_or_repo, revision=revision, allow_patterns=patterns)
 
 
 @contextmanager
-def _hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
+def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
     """A block in which errors of the Hub's client, not of the disk, become a ValueError."""
     try:
         yield
     except Exception as error:  # the client raises many unrelated types
         disk_error = isinstance(error, OSError) and error.errno is not None
-        if disk_error or type(error) is ValueError:
+        if disk_error or type(error) in (ValueError, BadAnswerError):
             raise
         missing = f"There is no folder {name!r} here, and"
         nobody = (
@@ -103,139 +103,33 @@ def reason(error: BaseException) -> str:
     return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__
 
 
-# Single tensors, fetched by ranges of bytes: the header of a safetensors file says where each lies.
-
-INDEX, SINGLE, ENDING = "model.safetensors.index.json", "model.safetensors", ".safetensors"
-LARGEST_HEADER = 100_000_000  # bytes, as the format's own library has it
-SILENCE = 30.0  # seconds without a byte, after which the network is down
-_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
-DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)  # in JSON
+def hub_is_reachable() -> bool:
+    """Whether the Hub answers, asked once for each address of it. The Hub's client would try for
+    half a minute, with a warning each time."""
+    return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
 
 
-@dataclass(frozen=True)
-class TensorFile:
-    """A safetensors file: a path on this machine, or a file of a repository."""
-
-    name: str
-    repo_id: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name} of {self.repo_id}" if self.repo_id else self.name
-
-    def stream(self, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from ``start`` to ``end``, as many as there are; ValueError from the Hub."""
-        if self.repo_id is None:
-            with open(self.name, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                file.seek(min(start, size))
-                yield file.read(max(0, min(end, size) - start))
-            return
-        with _hub_errors(self.repo_id):
-            if constants.HF_HUB_OFFLINE:
-                raise errors.OfflineModeIsEnabled("offline")
-            url = huggingface_hub.hf_hub_url(self.repo_id, self.name)
-            headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
-            with get_session().stream("GET", url, headers=headers, timeout=SILENCE) as response:
-                hf_raise_for_status(response)
-                if response.status_code != 206:
-                    raise ValueError("the server sends whole files alone")
-                yield from response.iter_bytes()  # as they come: a lost connection loses none
-
-    def tensors(self) -> dict[str, "Tensor"]:
-        """The tensors of the header; ValueError if it is not one."""
-        first = 8 + int.from_bytes(b"".join(self.stream(0, 8)), "little")
-        content = b"".join(self.stream(8, first)) if 10 <= first <= LARGEST_HEADER else b""
-        tensors = {}
-        try:
-            header = json.loads(content)
-            header.pop("__metadata__", None)
-            for name, about in header.items():
-                start, end = (first + int(offset) for offset in about["data_offsets"])
-                shape = tuple(map(int, about["shape"]))
-                tensors[name] = Tensor(self, name, str(about["dtype"]), shape, start, end)
-        except DAMAGE:
-            said = f"{self} is damaged or no safetensors file: choose another source."
-            raise ValueError(said) from None
-        return tensors
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A matrix in a file, by its place."""
-
-    file: TensorFile
-    name: str
-    dtype: str  # in the format's words, such as "BF16"
-    shape: tuple[int, ...]
-    start: int  # of its bytes in the file
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
-
-    @property
-    def readable(self) -> bool:
-        """Whether its dtype is known and its place holds its shape."""
-        size = _DTYPES[self.dtype].size if self.dtype in _DTYPES else 0
-        return self.nbytes > 0 and self.nbytes == size * np.prod(self.shape, dtype=object)
-
-    def array(self, content: Any, n_rows: int) -> mx.array:
-        raw = np.frombuffer(content, np.uint32 if self.dtype in ("F32", "U32") else np.uint16)
-        return mx.array(raw.reshape(n_rows, *self.shape[1:])).view(_DTYPES[self.dtype])
-
-    def rows(self, ids: list[int]) -> mx.array:
-        size = self.nbytes // self.shape[0]
-        starts = (self.start + i * size for i in ids)
-        content = b"".join(piece for at in starts for piece in self.file.stream(at, at + size))
-        return self.array(content, len(ids))
-
-    def fetch(self, folder: Path, key: str, bar: tqdm) -> np.memmap:
-        """Its bytes; of a repository fetched into a file of ``folder``, where one that has ended
-        early continues. ValueError if it ends early."""
-        if self.file.repo_id is None:
-            bar.update(self.nbytes)
-            return np.memmap(self.file.name, mode="r", offset=self.start, shape=(self.nbytes,))
-        with _hub_errors(self.file.repo_id):
-            url = huggingface_hub.hf_hub_url(self.file.repo_id, self.file.name)
-            version = huggingface_hub.get_hf_file_metadata(url).etag
-        about = f"{self.file}, {self.name}, {version}"
-        part = folder / f".{key}.{hashlib.sha256(about.encode()).hexdigest()[:16]}.part"
-        with part.open("ab") as file:
-            done = file.tell()
-            bar.update(min(done, self.nbytes))
-            if done < self.nbytes:
-                for piece in self.file.stream(self.start + done, self.end):
-                    file.write(piece)
-                    bar.update(len(piece))
-            if file.tell() != self.nbytes:
-                raise ValueError(f"{self.file} ended early: start again, which continues.")
-        return np.memmap(part, mode="r", shape=(self.nbytes,))
-
-
-def tensor_files(source: str) -> Iterator[TensorFile]:
-    """The safetensors files of a source, those of a head first; ValueError if there are none."""
-    path = Path(os.path.expanduser(source))
-    if path.exists():
-        files = sorted(path.glob("*" + ENDING)) if path.is_dir() else [path]
-        yield from (TensorFile(str(file)) for file in files)
-        if not files:
-            raise ValueError(f"{path} holds no safetensors file: choose another source.")
-        return
-    with _hub_errors(source):
-        for name in _names(source):
-            copy = huggingface_hub.try_to_load_from_cache(source, name)
-            yield TensorFile(copy) if isinstance(copy, str) else TensorFile(name, source)
-
-
-def _names(repo_id: str) -> list[str]:
+@cache
+def _answers(address: str) -> bool:
     try:
-        index = huggingface_hub.hf_hub_download(repo_id, INDEX)
-    except errors.EntryNotFoundError:
-        return [SINGLE]
-    try:
-        places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(places, key=lambda name: not ("embed" in name or "head" in name))
-        return list(dict.fromkeys(str(places[name]) for name in names))
-    except DAMAGE:
-        raise ValueError(f"{INDEX} of {repo_id} is damaged: choose another source.") from None
+        get_session().head(address, timeout=ANSWER_SECONDS)
+    except Exception:  # the client raises many unrelated types
+        return False
+    return True
+
+
+def small_file(repo_id: str, name: str) -> str:
+    """The path of a repository's file in the Hub's cache, fetched if it can be.
+
+    Raises:
+        ValueError: If it is too large for a card or an index.
+        Exception: Whatever the Hub's client raises, see :func:`hub_errors`.
+    """
+    offline = not hub_is_reachable()
+    if not offline:
+        url = huggingface_hub.hf_hub_url(repo_id, name)
+        size = huggingface_hub.get_hf_file_metadata(url).size or 0
+        if size > LARGEST_SMALL_FILE:
+            most = f"at most {LARGEST_SMALL_FILE:,} are read"
+            raise ValueError(f"{name} of {repo_id} has {size:,} bytes, and {most}.")
+    return huggingface_hub.hf_hub_download(repo_id, name, local_files_only=offline)

@@ -17,15 +17,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub import ModelCard
 from tqdm import tqdm
 
 from ..common.new_folder import new_file
 from ..common.tables import megabytes
 from ..head.matrix import ARRAYS, Matrix, affine_group
-from .fetch import ENDING, HOME_VARIABLE, Tensor, home, lock_of, tensor_files
+from .fetch import HOME_VARIABLE, home, hub_is_reachable, lock_of, small_file
 from .locate import HeadLocation
 from .origin import is_repository, local_origin
+from .tensor_files import ENDING, Tensor, tensor_files
 
 FOLDER = "fine_heads"  # in the home of cached FlashHeads
 DEFAULT_BITS = 8
@@ -51,9 +52,20 @@ def give_fine_head(
 ) -> None:
     """Replaces the rows of a quantized head, in place, by finer ones of the same head.
 
-    They are looked up in the cache, else fetched from the original, rounded and cached. ``source``
-    is its repository, folder or safetensors file, or True for the one that the model's ``folder``
-    names. 16 ``bits`` keep its floats. ValueError, in one sentence, if there are no such rows.
+    They are looked up in the cache, else fetched from the original, rounded and cached. A source
+    that is named is not replaced by another one that is cached.
+
+    Args:
+        location: The place of the model's head.
+        folder: The model's folder.
+        source: The original's repository, folder or safetensors file, or True for the one that the
+            model's folder names.
+        bits: Of the finer rows; 16 keeps the original's floats.
+        say: Hears where the finer head comes from.
+        progress: Show a bar while it is fetched.
+
+    Raises:
+        ValueError: In one sentence, if there are no such rows.
     """
     coarse, bits, kind = location.rows(), bits or DEFAULT_BITS, type(location.module)
     if not coarse.quantized:
@@ -72,8 +84,12 @@ def give_fine_head(
             say("Another process is fetching this finer head: waiting for it.")
             lock.acquire()
         try:
-            rows = _cached_rows(place, coarse)
-            rows = rows or _fetch(location, folder, source, bits, place, say, progress)
+            original = None if source is True else _name_of_source(source)
+            if original is not None and Path(original).exists():
+                _check_sketch(location, folder, source)  # its files may be others by now
+            rows, known_as = _cached_rows(place, coarse)
+            if rows is None or original not in (None, known_as):
+                rows, known_as = _fetch(location, folder, source, bits, place, say, progress)
         finally:
             lock.release()
     except (OSError, RuntimeError) as error:  # MLX raises the latter where a disk is full
@@ -83,70 +99,139 @@ def give_fine_head(
             f"{HOME_VARIABLE} to another folder."
         ) from None
     replace_rows(location.module, rows)
+    say(f"With the finer head of {known_as}, in {rows.bits or 16} bits.")
 
 
-def _cached_rows(place: Path, coarse: Matrix) -> Matrix | None:
+def _name_of_source(source: str | Path | bool) -> str:
+    """A named source, as the cache knows it: its path from the root, or its repository."""
+    path = Path(str(source)).expanduser()
+    return str(path.resolve()) if path.exists() else str(source)
+
+
+def _cached_rows(place: Path, coarse: Matrix) -> tuple[Matrix | None, str]:
+    """The finer rows in the cache, if they are these rows', and the source that they are from."""
     try:
         loaded: Any = mx.load(str(place), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
         numbers: Any = {name: int(metadata[name]) for name in ("bits", "group_size")}
         rows = Matrix(**arrays, bias=coarse.bias, **numbers)
         if (rows.n_rows, rows.hidden_size) != (coarse.n_rows, coarse.hidden_size):
-            return None
+            return None, ""
         sample = rows.sample().dequantized(mx.float32)
         check_same([distances(coarse.sample(), sample)], "", SKETCH_DRIFT)
-        return rows
+        return rows, str(metadata["original"])
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, ZeroDivisionError):
-        return None
+        return None, ""
 
 
 def _fetch(
-    location: HeadLocation, folder: Path, source: Any, bits: int, place: Path, say: Say, bar: bool
-) -> Matrix:
-    coarse = location.rows()
-    n_rows, width, scales = coarse.n_rows, coarse.hidden_size, coarse.scales
-    assert scales is not None  # it is quantized
-    dtype = location.hidden_dtype if scales.dtype == mx.uint8 else scales.dtype
-    group = affine_group(width) if bits < 16 else 0
-    if group is None:
+    location: HeadLocation,
+    folder: Path,
+    source: str | Path | bool,
+    bits: int,
+    place: Path,
+    say: Say,
+    progress: bool,
+) -> tuple[Matrix, str]:
+    """Fetches the finer rows and keeps them: the rows, and the source that they are from."""
+    width = location.rows().hidden_size
+    group_size = affine_group(width) if bits < 16 else 0
+    if group_size is None:
         raise ValueError(f"Rows of width {width} fit no group of 32: add `head_bits` 16.")
-    tensors, original = _original(location, folder, source)
-    names = f"{original} is not the original of {_name(folder)}"
-    # 1) A few rows, so that another head is rejected before much is fetched
-    ids = np.linspace(0, n_rows - 1, SKETCH_ROWS).astype(int).tolist()
-    fine = _matrix({name: tensor.rows(ids) for name, tensor in tensors.items()}, width)
-    sketch = distances(coarse.take(mx.array(ids)), fine.dequantized(mx.float32))
-    check_same([sketch], names, SKETCH_DRIFT)
-    # 2) All rows
+    # a few rows first, so that another head is rejected before much is fetched
+    tensors, original = _check_sketch(location, folder, source)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     if shutil.disk_usage(place.parent).free < 2 * nbytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     say(f"Fetching {tensors['weight'].name} of {original} ({megabytes(nbytes)}) for a finer head.")
-    with tqdm(total=nbytes, unit="B", unit_scale=True, desc="Finer head", disable=not bar) as shown:
-        maps = {name: t.fetch(place.parent, place.stem, shown) for name, t in tensors.items()}
-    compared, pieces = [], []
-    for start in range(0, n_rows, PIECE_ROWS):
-        end, arrays = min(start + PIECE_ROWS, n_rows), {}
+    bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc="Finer head", disable=not progress)
+    with bar:
+        maps = {
+            name: tensor.fetch(place.parent, place.stem, bar) for name, tensor in tensors.items()
+        }
+    names = f"{original} is not the original of {_name(folder)}"
+    try:
+        rows = _checked_rows(location, tensors, maps, bits, group_size, names)
+    except ValueError:
+        _delete_parts(place)  # of a bad answer, which the next start would take for good
+        raise
+    about = {
+        "model": local_origin(folder).known_as,
+        "original": original,
+        "bits": str(rows.bits),
+        "group_size": str(rows.group_size),
+    }
+    arrays = {name: array for name, array in rows.arrays().items() if name in ARRAYS}
+    with new_file(place) as file:  # whole or not at all
+        mx.save_safetensors(str(file), arrays, metadata=about)
+    _delete_parts(place)
+    return rows, original
+
+
+def _checked_rows(
+    location: HeadLocation,
+    tensors: Rows,
+    maps: dict[str, np.memmap],
+    bits: int,
+    group_size: int,
+    names: str,
+) -> Matrix:
+    """The rows of fetched tensors, rounded.
+
+    Args:
+        location: The place of the model's head, whose rows they are to be.
+        tensors: What was fetched.
+        maps: The bytes of each tensor, (nbytes,) uint8.
+        bits: Of the rows; those that an original has in fewer stay.
+        group_size: Of the rounding; 0 keeps floats.
+        names: What an error begins with.
+
+    Raises:
+        ValueError: If they are other rows, or trained further.
+    """
+    coarse = location.rows()
+    scales: Any = coarse.scales
+    dtype = location.hidden_dtype if scales.dtype == mx.uint8 else scales.dtype
+    compared = []
+    pieces = []
+    for start in range(0, coarse.n_rows, PIECE_ROWS):
+        end = min(start + PIECE_ROWS, coarse.n_rows)
+        arrays = {}
         for name, tensor in tensors.items():
-            size = tensor.nbytes // n_rows
+            size = tensor.nbytes // coarse.n_rows
             arrays[name] = tensor.array(maps[name][start * size : end * size], end - start)
-        fine, stored = _matrix(arrays, width), coarse.take(mx.arange(start, end))
+        fine = _matrix(arrays, coarse.hidden_size)
+        stored = coarse.take(mx.arange(start, end))
         compared.append(distances(stored, fine.dequantized(mx.float32)))
-        fine = fine.map(lambda a: a if a.dtype == mx.uint32 else a.astype(dtype))
-        if group and not fine.quantized:  # the bits of an original that has some stay
-            fine = fine.quantize(bits=bits, group_size=group)
+        fine = fine.map(lambda array: array if array.dtype == mx.uint32 else array.astype(dtype))
+        if group_size and not fine.quantized:
+            fine = fine.quantize(bits=bits, group_size=group_size)
         mx.eval(*fine.arrays().values())
         pieces.append(fine.arrays())
     check_same(compared, names, MAX_DRIFT)
     joined: Any = {name: mx.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-    # 3) Kept, whole or not at all
-    about = {"model": local_origin(folder).known_as, "original": original}
-    about |= {"bits": str(fine.bits), "group_size": str(fine.group_size)}
-    with new_file(place) as file:
-        mx.save_safetensors(str(file), joined, metadata=about)
+    return Matrix(**joined, bias=coarse.bias, group_size=fine.group_size, bits=fine.bits)
+
+
+def _delete_parts(place: Path) -> None:
+    """Deletes what was fetched for a place of the cache."""
     for part in place.parent.glob(f".{glob.escape(place.stem)}.*.part"):
         part.unlink(missing_ok=True)
-    return Matrix(**joined, bias=coarse.bias, group_size=fine.group_size, bits=fine.bits)
+
+
+def _check_sketch(
+    location: HeadLocation, folder: Path, source: str | Path | bool
+) -> tuple[Rows, str]:
+    """The tensors of a source, a few rows of which are those of the model's head, and the name of
+    the source; ValueError if they are not."""
+    coarse = location.rows()
+    tensors, original = _original(location, folder, source)
+    ids = np.linspace(0, coarse.n_rows - 1, SKETCH_ROWS).astype(int).tolist()
+    arrays = {name: tensor.rows(ids) for name, tensor in tensors.items()}
+    fine = _matrix(arrays, coarse.hidden_size).dequantized(mx.float32)
+    names = f"{original} is not the original of {_name(folder)}"
+    check_same([distances(coarse.take(mx.array(ids)), fine)], names, SKETCH_DRIFT)
+    return tensors, original
 
 
 def _matrix(arrays: dict[str, Any], width: int) -> Matrix:
@@ -174,7 +259,7 @@ def check_same(compared: list[np.ndarray], names: str, max_drift: float) -> None
     total, rounded = (float(np.linalg.norm(a)) / whole for a in (moved, rounding))
     # noise e moves a share e·√(2/π)/step of the weights by a step, which is √12 roundings
     drift = total**2 / (math.sqrt(24 / math.pi) * max(rounded, 1e-9))
-    floor = 1e-3 * length.mean()  # rows of padding have no length
+    floor = 1e-3 * length.mean() + 1e-30  # rows of padding have no length
     worst = int(np.argmax(error / (MAX_ROW_ERROR * rounding + floor)))
     if not drift <= max_drift or error[worst] > MAX_ROW_ERROR * rounding[worst] + floor:
         raise ValueError(
@@ -187,7 +272,7 @@ def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -
     """The tensors of the finer rows, and their source: the one that is named, else the first
     unquantized one from a model to its base, and so on."""
     if source is not True:
-        return _find(str(source), location), str(source)
+        return _find(str(source), location), _name_of_source(source)
     name, origin = _name(folder), local_origin(folder)
     in_cache = origin.revision is not None and not (folder / CARD).exists()  # without its card
     base, seen = _base_model(name if in_cache else folder), {name}
@@ -197,14 +282,21 @@ def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -
             return tensors, base
         seen.add(base)
         base = _base_model(base)
-    said = f"{name} names no original with a finer head (`base_model` of its card)"
-    raise ValueError(f"{said}: name one with `fine_head`.")
+    if not hub_is_reachable():
+        raise ValueError(
+            f"The original of {name} is not known while the Hugging Face Hub cannot be reached: "
+            "check the network, or name it with `fine_head`."
+        )
+    raise ValueError(
+        f"{name} names no original with a finer head (`base_model` of its card): name one with "
+        "`fine_head`."
+    )
 
 
 def _base_model(model: Path | str) -> str | None:
     """The one repository that a model's card, else its configuration, names as its base."""
     with suppress(Exception):  # cards and the Hub's client raise any type
-        card = model / CARD if isinstance(model, Path) else Path(hf_hub_download(model, CARD))
+        card = model / CARD if isinstance(model, Path) else Path(small_file(model, CARD))
         text = card.read_text(encoding="utf-8-sig")
         data: Any = ModelCard(text, ignore_metadata_errors=True).data
         bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
+from ..head.logit_map import IDENTITY, fit_logit_map
 from ..interop.drafters import keep_from_weights
 from .errors import UnsupportedHeadError
 from .finer_head import restore_rows
@@ -26,7 +27,9 @@ from .vlm import architecture, forward, is_vlm
 # The head's logits (R, V) → the model's, such as a scale, a softcap or a cast.
 LogitChange = Callable[[mx.array], mx.array]
 
-_known: WeakKeyDictionary[FlashHead, LogitChange] = WeakKeyDictionary()
+# What the model's settings were, and the change that was learned then.
+_known: WeakKeyDictionary[FlashHead, tuple[list[Any], LogitChange]] = WeakKeyDictionary()
+SETTINGS_DEPTH = 3  # objects and dictionaries within each other that hold a model's settings
 LIBRARIES = ("mlx", "mlx_lm", "mlx_vlm")
 NO_FLASH_HEAD = "This model has no FlashHead: load it with mlx_flashhead.load."
 _Module: Any = object  # the methods of nn.Module come from the class beside those below
@@ -117,8 +120,10 @@ def install(
     if location is None:
         location = find_head(model)
         check_plain_product(location)
-    head = FlashHead(location.rows(), token_ids, centroids, **settings)
-    head.check_kernels(location.hidden_dtype)
+    rows = location.rows()
+    head = FlashHead(rows, token_ids, centroids, **settings)
+    head.check_kernels(location.hidden_dtype, rows)
+    del rows  # they leave the memory as the module lets them go
     mx.eval(head.arrays())
     module: Any = location.module
     for name in head.clustered.rows.arrays():
@@ -266,12 +271,48 @@ class _FlashEmbedding(_FlashModule):
 
 
 def logit_change_of(model: nn.Module) -> LogitChange:
-    """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``;
-    UnsupportedHeadError if it is not a rising function of each logit by itself."""
+    """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``, which is a
+    :class:`LogitMap` where it is of that form. It is learned anew when a number has changed in
+    the model's settings, so that a loop asks when a text begins.
+
+    Raises:
+        UnsupportedHeadError: If it is not a rising function of each logit by itself.
+    """
     head = installed_head(model)
-    if head not in _known:
-        _known[head] = _learn(model, head)
-    return _known[head]
+    settings = _settings_of(model)
+    known = _known.get(head)
+    if known is None or known[0] != settings:
+        known = settings, _learn(model, head)
+        _known[head] = known
+    return known[1]
+
+
+def _settings_of(model: nn.Module) -> list[Any]:
+    """The numbers that ``model`` and the modules around its head hold, also within their
+    configurations: a softcap or a scale is one of them."""
+    found: list[Any] = []
+    head_path = next(
+        path for path, module in model.named_modules() if isinstance(module, _FlashModule)
+    )
+    for path, module in model.named_modules():
+        if not path or head_path.startswith(f"{path}."):
+            small = {k: v for k, v in dict.items(module) if isinstance(v, mx.array) and v.size == 1}
+            found += _numbers(vars(module), SETTINGS_DEPTH)
+            found += [(name, id(array)) for name, array in small.items()]
+    return found
+
+
+def _numbers(named: dict[str, Any], depth: int) -> list[Any]:
+    """The numbers of a dictionary by name, and of the objects and dictionaries in it."""
+    found: list[Any] = []
+    for name, value in named.items():
+        if value is None or isinstance(value, int | float):
+            found.append((name, value))
+        elif depth and isinstance(value, dict):
+            found += _numbers(value, depth - 1)
+        elif depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
+            found += _numbers(vars(value), depth - 1)
+    return found
 
 
 def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
@@ -285,7 +326,7 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
     low, high = (mx.random.normal((1, 1, head.vocab_size), scale=20, key=key) for key in keys[:2])
     changed = run(low)
     if changed is low:
-        return unchanged
+        return IDENTITY
     mixed = mx.random.uniform(shape=low.shape, key=keys[2]) < 0.5
     apart = mx.where(mixed, changed, run(high, token=1))
     together = run(mx.where(mixed, low, high))
@@ -295,6 +336,13 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
         raise UnsupportedHeadError(
             f"This {architecture(model)!r} model mixes or inverts the logits of different tokens."
         )
+    dtype = head.clustered.rows.logits_dtype(hidden_dtype(model))
+    try:
+        logit_map = fit_logit_map(lambda values: run(values[None, None]).reshape(-1), dtype)
+    except ValueError:  # it looks at the number of tokens
+        logit_map = None
+    if logit_map is not None and head.applies(logit_map, dtype):
+        return logit_map
     # the model's Python code runs once, while this is traced
     traced = mx.compile(lambda logits: run(logits[None])[0])
 
@@ -302,7 +350,3 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
         return mx.concatenate([traced(logits[i : i + 1]) for i in range(len(logits))])
 
     return change
-
-
-def unchanged(logits: mx.array) -> mx.array:
-    return logits

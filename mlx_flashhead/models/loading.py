@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..index.files import is_companion
 from .compat.mlx_lm import load, load_adapters, sharded_load
@@ -14,9 +15,22 @@ UNKNOWN_CONTEXT = 32768  # of a model whose configuration and tokenizer do not g
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
-def load_dense(folder: Path, *, adapter_path: str | None = None, **kwargs: Any):
-    """``mlx_lm.load`` of a local folder: the dense model, its tokenizer and its configuration;
-    ValueError, in one sentence, if mlx-lm cannot load it."""
+def load_dense(
+    folder: Path, *, adapter_path: str | None = None, **kwargs: Any
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Loads a dense model as ``mlx_lm.load`` does.
+
+    Args:
+        folder: The model's folder.
+        adapter_path: Adapters to put on it.
+        kwargs: Other arguments of ``mlx_lm.load``.
+
+    Returns:
+        The model, its tokenizer and its configuration.
+
+    Raises:
+        ValueError: If mlx-lm cannot load it, in one sentence.
+    """
     if is_companion(folder):
         raise ValueError(
             f"{folder} is a FlashHead without its model: give it as `flash_head` of its model."
@@ -24,21 +38,26 @@ def load_dense(folder: Path, *, adapter_path: str | None = None, **kwargs: Any):
     try:
         loaded: Any = load(str(folder), return_config=True, **kwargs)
     except (SystemExit, Exception) as error:  # code of models, and of damaged settings, raises any
-        why, remedy = reason(error), "check or fetch it again"
+        cause = reason(error)
+        remedy = "check or fetch it again"
         if isinstance(error, SystemExit):
             if error.code != 1:  # the user ended the program
                 raise
-            why = "a package is missing, as printed above"  # of some architectures
+            cause = "a package is missing, as printed above"  # of some architectures
         elif "trust_remote_code" in str(error):
             remedy = "if you trust its code, add `trust_remote_code=True`"
-        raise ValueError(f"mlx-lm cannot load the model in {folder} ({why}): {remedy}.") from error
+        raise ValueError(
+            f"mlx-lm cannot load the model in {folder} ({cause}): {remedy}."
+        ) from error
     model, tokenizer, config = loaded
     if adapter_path is not None:
         try:
             model = load_adapters(model, adapter_path)
         except Exception as error:  # any, as above
-            said = f"The adapters in {adapter_path} cannot be put on this model ({reason(error)})"
-            raise ValueError(f"{said}: check `adapter_path`.") from error
+            raise ValueError(
+                f"The adapters in {adapter_path} cannot be put on this model ({reason(error)}): "
+                "check `adapter_path`."
+            ) from error
         model.eval()
     return model, tokenizer, config
 
@@ -50,28 +69,53 @@ def load_dense_part(
     *,
     tokenizer_config: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
-):
-    """This process's part of the dense model, its tokenizer and configuration, or ValueError. Every
-    process has the whole head, so each finds the same token by itself."""
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """Loads this process's part of a dense model.
+
+    Every process has the whole head, so each finds the same token by itself.
+
+    Args:
+        path_or_hf_repo: The model's folder or repository.
+        pipeline_group: Processes that share the layers out.
+        tensor_group: Processes that share each layer.
+        tokenizer_config: Arguments of the tokenizer.
+        trust_remote_code: Allow the repository's own code.
+
+    Returns:
+        The model, its tokenizer and its configuration.
+
+    Raises:
+        ValueError: If mlx-lm cannot split it between the processes.
+    """
     source = os.path.expanduser(path_or_hf_repo)  # a repository's name stays
-    trust = {"trust_remote_code": trust_remote_code}
     # mlx-lm's default allows a tokenizer's own code
-    options: Any = trust | {"tokenizer_config": tokenizer_config or trust, "return_config": True}
+    tokenizer_config = tokenizer_config or {"trust_remote_code": trust_remote_code}
     try:
-        model, tokenizer, config = sharded_load(source, pipeline_group, tensor_group, **options)
+        loaded: Any = sharded_load(
+            source,
+            pipeline_group,
+            tensor_group,
+            return_config=True,
+            tokenizer_config=tokenizer_config,
+            trust_remote_code=trust_remote_code,
+        )
     except Exception as error:  # each model has its own shard() with its own errors
         no = "" if pipeline_group is None else "no "
         raise ValueError(
             f"mlx-lm cannot split the model {path_or_hf_repo} between these processes "
             f"({reason(error)}): use {no}`pipeline_group`, another number of processes, or one."
         ) from error
+    model, tokenizer, config = loaded
     if pipeline_group is None and hasattr(model, "shard"):
         _check_attention_heads(config, (tensor_group or mx.distributed.init()).size())
     return model, tokenizer, config
 
 
-def _check_attention_heads(config: dict, processes: int) -> None:
-    """Raises if the attention heads cannot be shared out. mlx-lm rounds down and makes garbage."""
+def _check_attention_heads(config: dict[str, Any], processes: int) -> None:
+    """Raises a ValueError if the attention heads cannot be shared out.
+
+    mlx-lm rounds their numbers down and makes garbage.
+    """
     config = config.get("text_config", config)
     heads = config.get("num_attention_heads")
     groups = config.get("num_key_value_heads", heads)
@@ -86,7 +130,12 @@ def _check_attention_heads(config: dict, processes: int) -> None:
 
 
 def context_of(config: dict[str, Any], tokenizer: Any) -> int:
-    """The number of tokens in a model's context, from its configuration or its tokenizer."""
+    """The number of tokens in a model's context.
+
+    Args:
+        config: The model's configuration.
+        tokenizer: The model's tokenizer, for a configuration that does not give it.
+    """
     for part in (config, config.get("text_config") or {}):
         for key in _CONTEXT_KEYS:
             if isinstance(part.get(key), int) and part[key] > 1:

@@ -1,5 +1,7 @@
-"""The origin of a model: its name, repository and commit, from its folder alone. Reads no card and
-no licence, and uses no network."""
+"""The origin of a model: its name, repository and commit, from its folder alone.
+
+Reads no card and no licence, and uses no network.
+"""
 
 import json
 import re
@@ -25,8 +27,12 @@ class Origin:
         return self.repo_id or self.name
 
     def result_name(self, label: str | None = None, prefix: str = "") -> str:
-        """The name of a conversion's result: ``<model>-FlashHead``, with the label of a precision;
-        ``prefix`` is what a licence asks names to begin with."""
+        """The name of a conversion's result: ``<model>-FlashHead``, and a precision.
+
+        Args:
+            label: Of the precision, such as "4bit".
+            prefix: The word with which a licence asks names to begin.
+        """
         # the Hub allows these characters, but neither "--" nor ".."
         name = re.sub(r"[^\w.]+|\.{2,}", "-", self.name, flags=re.ASCII).strip("-.") or "model"
         name = name.removesuffix(f"-{label}").removesuffix("-FlashHead")
@@ -39,8 +45,12 @@ class Origin:
 
 def begins_with(prefix: str, name: str) -> bool:
     """Whether a name begins with a licence's prefix; case and hyphens do not matter."""
-    plain = (re.sub(r"[^a-z0-9]", "", text.lower()) for text in (name, prefix))
-    return next(plain).startswith(next(plain))
+    return _letters(name).startswith(_letters(prefix))
+
+
+def _letters(text: str) -> str:
+    """The letters and digits of a text, in small letters."""
+    return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def local_origin(folder: Path) -> Origin:
@@ -57,4 +67,5 @@ def local_origin(folder: Path) -> Origin:
 
 
 def is_repository(name: object) -> bool:
+    """Whether a name has the form "owner/name" of a repository."""
     return isinstance(name, str) and _REPOSITORY.fullmatch(name) is not None

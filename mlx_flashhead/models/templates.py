@@ -14,7 +14,12 @@ _GUARD = Guard(Path(__file__).with_name("template_renderer.py"))
 
 
 def prompt_of(tokenizer: Any, text: str) -> list[int]:
-    """A request as a chat, or as a text where the model has no turns."""
+    """The token ids of a request: as a chat, or as a text where the model has no turns.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The request.
+    """
     if not tokenizer.has_chat_template:
         return list(tokenizer.encode(text))
     messages = [{"role": "user", "content": text}]
@@ -29,40 +34,64 @@ def apply_template(
     remedy: str = "change the messages",
     **options: Any,
 ) -> str:
-    """The text that the chat template of mlx-lm's or transformers' tokenizer makes of messages.
+    """Fills in the chat template of mlx-lm's or transformers' tokenizer.
 
-    ``options`` are transformers', such as ``tools``, and variables of the template. ValueError,
-    which advises the ``remedy``, if the template fails, or takes more than 5 seconds or 512 MB.
+    Args:
+        tokenizer: The tokenizer.
+        messages: The conversation.
+        continue_final_message: Leave the last message open, so that the model goes on with it.
+        remedy: What the error advises.
+        options: Those of transformers, such as ``tools``, and variables of the template.
+
+    Returns:
+        The text that the template makes of the messages.
+
+    Raises:
+        ValueError: If the template fails, or takes more than 5 seconds or 512 MB.
     """
     apply = partial(type(tokenizer).apply_chat_template, tokenizer, messages, tokenize=False)
     template = _jinja_template(tokenizer, options.get("tools"))
     text = ""
     try:
         if template is not None:
-            # transformers prepares messages, tools and variables, and writes what is read of them
-            written = "".join(
-                f'{{% if {name} is defined %}}"{name}":{{{{ {name}|tojson }}}},{{% endif %}}'
-                for name in _GUARD.call([template])
-            )
-            variables = apply(chat_template=written or " ", **options)
+            # transformers prepares messages, tools and variables, and writes those that are read
+            variables = apply(chat_template=_variables_template(template) or " ", **options)
             text = _GUARD.call([template, f'{{{variables}"":0}}'])
-        if template is None or continue_final_message:  # with what it makes bounded above
-            options |= {"continue_final_message": True} if continue_final_message else {}
+        if continue_final_message:  # what it makes is bounded above
+            text = apply(continue_final_message=True, **options)
+        elif template is None:
             text = apply(**options)
     except Exception as error:  # templates raise any type
-        said = str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
-        said = f"it {said}" if isinstance(error, GuardError) else said
-        refusal = "The model's chat template cannot be filled in"
-        raise ValueError(f"{refusal} ({said}): {remedy}.") from error
+        raise ValueError(
+            f"The model's chat template cannot be filled in ({_reason(error)}): {remedy}."
+        ) from error
     return text
+
+
+def _variables_template(template: str) -> str:
+    """A template that writes the variables of another one, as entries of a JSON object."""
+    entries = []
+    for name in _GUARD.call([template]):
+        entries.append(
+            f'{{% if {name} is defined %}}"{name}":{{{{ {name}|tojson }}}},{{% endif %}}'
+        )
+    return "".join(entries)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error of a template."""
+    line = str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
+    return f"it {line}" if isinstance(error, GuardError) else line
 
 
 def template_variables(tokenizer: Any) -> frozenset[str]:
     """Names of the variables that a tokenizer's chat template reads, as far as it is Jinja's."""
     template = _jinja_template(tokenizer, None)
+    if template is None:
+        return frozenset()
     try:
-        return frozenset() if template is None else frozenset(_GUARD.call([template]))
-    except (GuardError, RuntimeError):  # said when it is filled in
+        return frozenset(_GUARD.call([template]))
+    except (GuardError, RuntimeError):  # the error is raised when it is filled in
         return frozenset()
 
 

@@ -1,5 +1,7 @@
-"""Publishes a checkpoint on the Hugging Face Hub. Errors of the Hub and its client become one
-sentence without the user's token."""
+"""Publishes a checkpoint on the Hugging Face Hub.
+
+Errors of the Hub and its client become one sentence without the user's token.
+"""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +18,16 @@ from ..common.repositories import full_name, holds_secret, redact, redacted_logs
 from ..index.files import is_companion, read_index
 from ..index.settings import FlashHeadConfig
 from ..models.origin import begins_with, is_repository
-from . import card as cards
+from .card import (
+    CARD_FILE,
+    Provenance,
+    card_metadata,
+    find_provenance,
+    read_metadata,
+    text_below_marker,
+    write_card,
+)
+from .licence import check_licence, licence_files, recognise, with_licence, write_notice
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 # Never part of a model, and often private. The client itself leaves out .git and .cache.
@@ -25,16 +36,30 @@ MAX_TEXT_BYTES = 50_000_000  # of a file that is searched for the token
 
 
 def add_documents(
-    folder: Path, base: cards.Provenance, config: FlashHeadConfig, relation: str, target: Path
+    folder: Path, base: Provenance, config: FlashHeadConfig, relation: str, target: Path
 ) -> None:
-    """Writes a new checkpoint's card and puts the licence's files beside it. Those of an older one
-    in ``target``, the folder's final place, stay, and so does the text below its card's marker."""
-    for file in [*cards.licence_files(target), *base.files]:
+    """Writes a new checkpoint's card and puts the licence's files beside it.
+
+    The licence's files of an older checkpoint stay, and so does the text below its card's marker.
+
+    Args:
+        folder: The new checkpoint.
+        base: The model that it was made from.
+        config: The settings of its FlashHead.
+        relation: What it is to that model: "quantized", or an "adapter" for a FlashHead alone.
+        target: The folder's final place, where an older checkpoint may be.
+    """
+    for file in [*licence_files(target), *base.files]:
         shutil.copy(file, folder)
-    cards.write_notice(base.licence, folder)
-    own = cards.text_below_marker(target / cards.CARD_FILE)
-    metadata, title = cards.card_metadata(base, relation), config.recipe["name"]
-    cards.write_card(folder, metadata, config, title, target.name, own)
+    write_notice(base.licence, folder)
+    write_card(
+        folder,
+        card_metadata(base, relation),
+        config,
+        title=config.recipe["name"],
+        model=target.name,
+        own_text=text_below_marker(target / CARD_FILE),
+    )
 
 
 def publish(
@@ -45,20 +70,34 @@ def publish(
     license: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> str:
-    """Uploads a checkpoint's folder, and returns the address of its repository, which by default
-    has the conversion's name under the user's own. ``license`` is for a card that does not name it.
-    ValueError if the folder may not be published, or the Hub rejects it. The folder stays."""
-    config, card = read_index(folder).config, folder / cards.CARD_FILE
-    metadata = cards.with_licence(cards.read_metadata(card), license)
+    """Uploads a checkpoint. Its folder stays.
+
+    Args:
+        folder: The checkpoint.
+        repo: The repository, with or without its owner (default: the conversion's name under the
+            user's own).
+        private: Make the repository private if it is a new one.
+        license: The licence, for a card that does not name it.
+        say: Takes a line before the upload.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ValueError: If the folder may not be published, or the Hub rejects it.
+    """
+    config = read_index(folder).config
+    card = folder / CARD_FILE
+    metadata = with_licence(read_metadata(card), license)
     texts: list[Path] = []
     if not card.exists():  # made at the first use of a model, which reads no card
         model = config.recipe.get("model")
         named = model if is_repository(model) else None
-        base = cards.find_provenance(str(folder), folder, named, license)
-        metadata = cards.card_metadata(base, "adapter" if is_companion(folder) else "quantized")
+        base = find_provenance(str(folder), folder, named, license)
+        metadata = card_metadata(base, "adapter" if is_companion(folder) else "quantized")
         texts = [file for file in base.files if file.parent != folder]
-    files = [*cards.licence_files(folder), *texts]
-    licence = cards.recognise(metadata, files)
+    files = [*licence_files(folder), *texts]
+    licence = recognise(metadata, files)
     user = sign_in()
     name = repo or config.recipe.get("name", folder.name)
     if licence is not None:
@@ -66,23 +105,40 @@ def publish(
         if repo is None and not begins_with(licence.prefix, name):
             name = f"{licence.prefix}-{name}"
     repo_id = full_name(name, user)
-    cards.check_licence(metadata, files, repo_id, model=str(folder), place=str(folder))
+    check_licence(metadata, files, repo_id, model=str(folder), place=str(folder))
+    _check_secrets(folder)
+    address = reserve(repo_id, user, private)
+    own_text = text_below_marker(card) or _published_text(repo_id)
+    for file in texts:
+        shutil.copy(file, folder)
+    write_notice(licence, folder)
+    title = repo_id.rpartition("/")[2]
+    write_card(folder, metadata, config, title=title, model=repo_id, own_text=own_text)
+    say(f"Uploading {folder} to {repo_id}")
+    _upload(folder, repo_id)
+    return address
+
+
+def _check_secrets(folder: Path) -> None:
+    """Raises a ValueError if a file that would be uploaded holds a token."""
     names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
     for name in filter_repo_objects(names, ignore_patterns=[*NOT_UPLOADED, "*.safetensors"]):
         file = folder / name
         if file.stat().st_size <= MAX_TEXT_BYTES and holds_secret(file.read_bytes()):
-            wrong = f"{file} holds a Hugging Face token, which would be published"
-            raise ValueError(f"{wrong}: delete it there.")
-    address = reserve(repo_id, user, private)
-    own = cards.text_below_marker(card)
-    if not own:
-        with _client() as api, suppress(RemoteEntryNotFoundError):
-            own = cards.text_below_marker(Path(api.hf_hub_download(repo_id, cards.CARD_FILE)))
-    for file in texts:
-        shutil.copy(file, folder)
-    cards.write_notice(licence, folder)
-    cards.write_card(folder, metadata, config, repo_id.rpartition("/")[2], repo_id, own)
-    say(f"Uploading {folder} to {repo_id}")
+            raise ValueError(
+                f"{file} holds a Hugging Face token, which would be published: delete it there."
+            )
+
+
+def _published_text(repo_id: str) -> str:
+    """A person's text on the card of a repository, if it has one."""
+    with _client() as api, suppress(RemoteEntryNotFoundError):
+        return text_below_marker(Path(api.hf_hub_download(repo_id, CARD_FILE)))
+    return ""
+
+
+def _upload(folder: Path, repo_id: str) -> None:
+    """Uploads a folder, and deletes weights in the repository that it does not have."""
     failed = (
         f"{repo_id} could not be uploaded (%s): the model is kept in {folder}, and "
         f"`mlx_flashhead.upload --path {folder} --repo {repo_id}` continues without sending stored "
@@ -97,11 +153,17 @@ def publish(
             # of the repository: mlx-lm reads every file of weights
             delete_patterns=None if is_companion(folder) else "model*.safetensors",
         )
-    return address
 
 
 def sign_in() -> str:
-    """The name of the user whose token is used; ValueError if there is none, or it is not valid."""
+    """Finds out whose token is used.
+
+    Returns:
+        The name of the user.
+
+    Raises:
+        ValueError: If there is no token, or the Hub does not accept it.
+    """
     if get_token() is None:
         raise ValueError(f"An upload needs a Hugging Face token, but there is none: {LOGIN}.")
     another = f"get another one from https://huggingface.co/settings/tokens, then {LOGIN}"
@@ -110,7 +172,19 @@ def sign_in() -> str:
 
 
 def reserve(repo_id: str, user: str, private: bool = False) -> str:
-    """Creates the repository, or checks that the user may write to it. Returns its address."""
+    """Creates a repository, or checks that the user may write to it.
+
+    Args:
+        repo_id: "owner/name".
+        user: The user.
+        private: Make it private if it is a new one.
+
+    Returns:
+        Its address.
+
+    Raises:
+        ValueError: If the user may not write to it, or it is public and should be private.
+    """
     own = f"{user}/{repo_id.rpartition('/')[2]}"
     remedy = f"choose another name, such as {own}, or get a token that may"
     denial = f"{user} may not write to {repo_id}: {remedy}."
@@ -120,14 +194,24 @@ def reserve(repo_id: str, user: str, private: bool = False) -> str:
         api.auth_check(repo_id, write=True)  # create_repo accepts any visible repository
         is_public = private and not api.repo_info(repo_id).private
     if is_public:
-        wrong = f"{repo_id} exists already and is public, in spite of `private=True`"
-        raise ValueError(f"{wrong}: choose another name, or make it private on its page.")
+        raise ValueError(
+            f"{repo_id} exists already and is public, in spite of `private=True`: choose another "
+            "name, or make it private on its page."
+        )
     return str(address)
 
 
 @contextmanager
 def _client(denial: str = "", failed: str = "", unreachable: str = "") -> Iterator[HfApi]:
-    """The Hub's client. Its errors become one of these sentences, with the reason as %s."""
+    """The Hub's client, whose errors become one sentence.
+
+    Args:
+        denial: The sentence if the Hub denies the access.
+        failed: The sentence if it rejects the request.
+        unreachable: The sentence if it cannot be reached.
+
+    Each sentence may have the reason, as %s.
+    """
     try:
         with redacted_logs():
             yield HfApi()
@@ -136,10 +220,16 @@ def _client(denial: str = "", failed: str = "", unreachable: str = "") -> Iterat
         remedy = "unset HF_HUB_OFFLINE" if offline else "check the network and try again"
         sentence = unreachable or f"The Hugging Face Hub cannot be reached (%s): {remedy}."
         causes = [error, error.__cause__] if error.__cause__ else [error]
-        for answer in (each for each in causes if isinstance(each, HfHubHTTPError)):
-            denied = answer.response.status_code in (401, 403)
-            sentence = (denial if denied else failed) or sentence
-        texts = [" ".join(str(each).split()).rstrip(".:") or type(each).__name__ for each in causes]
-        reason = printable(redact(": ".join(dict.fromkeys(texts))))
+        for cause in causes:
+            if isinstance(cause, HfHubHTTPError):
+                denied = cause.response.status_code in (401, 403)
+                sentence = (denial if denied else failed) or sentence
+        reasons = [_reason(cause) for cause in causes]
+        reason = printable(redact(": ".join(dict.fromkeys(reasons))))
         # `from None`: the client's own message may hold the token
         raise ValueError(sentence.replace("%s", shorten(reason, 300, placeholder=" …"))) from None
+
+
+def _reason(error: BaseException) -> str:
+    """The message of an error on one line, or its type."""
+    return " ".join(str(error).split()).rstrip(".:") or type(error).__name__

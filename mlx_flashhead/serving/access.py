@@ -31,58 +31,100 @@ QUERY_PATHS = frozenset({"/", "/manifest.webmanifest"})
 MAX_HEAD_BYTES = 96 << 10
 
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9_.-]+))(?::[0-9]{1,5})?", re.IGNORECASE)
+_HTTPS_ORIGIN = re.compile(r"https://([a-z0-9_.-]+)(:[0-9]{1,5})?")
 _TOKEN = re.compile(r"[0-9A-Za-z_-]{16,128}")  # unchanged in an address
 _LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # that people do not mix up
 
 
 @dataclass(frozen=True)
 class Access:
-    """The rules of a server."""
+    """The rules of a server.
 
-    token: str | None = None  # that clients send; None on 127.0.0.1, where they need none
-    hosts: frozenset[str] = frozenset()  # further names of the server, in lower case
-    origins: frozenset[str] = frozenset()  # of other sites whose scripts may use the API
+    Attributes:
+        token: What clients send; None on 127.0.0.1, where they need none.
+        hosts: Further names of the server, in lower case.
+        origins: Other sites whose scripts may use the API.
+        max_body_bytes: Bytes of the largest body that is read.
+        proxied: Those of ``hosts`` that may be a proxy's, which answers by https.
+    """
+
+    token: str | None = None
+    hosts: frozenset[str] = frozenset()
+    origins: frozenset[str] = frozenset()
     max_body_bytes: int = 4 << 20
+    proxied: frozenset[str] = frozenset()
 
     def check(self, scope: Scope) -> None:
         """Raises an ApiError unless a request may be served. h11 has rejected what is not HTTP."""
-        headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
-        parts = [path, scope["query_string"], *(part for header in headers.raw for part in header)]
+        headers = Headers(scope=scope)
+        parts = [scope["path"], scope["query_string"]]
+        parts += [part for header in headers.raw for part in header]
         if sum(map(len, parts)) > MAX_HEAD_BYTES:
             raise ApiError("The request's head is too long: send less.", status=431)
-
         host = headers.get("Host", "").strip()
-        match = _HOST.fullmatch(host)
-        name = (match[1] or match[2]).lower().rstrip(".") if match else ""
-        known = name == "localhost" or name in self.hosts
-        try:
-            # a page from an address has that address as its origin, so nothing was rebound
-            known |= ipaddress.ip_address(name).is_loopback or self.token is not None
-        except ValueError:
-            # machines of the network answer for names in .local, and the DNS does not
-            known |= self.token is not None and name.endswith(".local")
-        if match is None or not known:
+        if not self._is_own_name(host):
             remedy = "use its address, or start it with --allowed-hosts and the name"
             raise ApiError(f"This server does not go by that name: {remedy}.", status=403)
-
-        if (origin := headers.get("Origin")) is not None:
-            allowed = origin.lower() == f"http://{host}".lower() or origin in self.origins
-        else:
-            # a link on another site may lead here, but its scripts and images may not
-            by_script = headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
-            allowed = not by_script or headers.get("Sec-Fetch-Mode") == "navigate"
-        if not allowed:
+        if not self._may_ask(host, headers):
             remedy = "start it with --allowed-origins and the site's origin to allow one"
             raise ApiError(f"Scripts of other sites may not use this server: {remedy}.", status=403)
-
-        preflight = method == "OPTIONS" and origin in self.origins
-        public = method in ("GET", "HEAD") and path in PUBLIC_PATHS
-        if self.token is not None and not (preflight or public or self.shown_token(scope)):
+        if self.token is not None and not (self._is_public(scope, headers) or self._shows(scope)):
             needed = "the token that it printed at its start, as 'Authorization: Bearer TOKEN'"
             raise ApiError(f"This server needs {needed}.", status=401)
+        self._check_length(scope, headers)
 
+    def _is_own_name(self, host: str) -> bool:
+        """Whether a ``Host`` is a name of this server."""
+        match = _HOST.fullmatch(host)
+        if match is None:
+            return False
+        name = (match[1] or match[2]).lower().rstrip(".")
+        if name == "localhost" or name in self.hosts:
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            # machines of the network answer for names in .local, and the DNS does not
+            return self.token is not None and name.endswith(".local")
+        # a page from an address has that address as its origin, so nothing was rebound
+        return address.is_loopback or self.token is not None
+
+    def _may_ask(self, host: str, headers: Headers) -> bool:
+        """Whether the page that sends a request, if it is one, is this server's or is allowed."""
+        origin = headers.get("Origin")
+        if origin is None:
+            # a link on another site may lead here, but its scripts and images may not
+            by_script = headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
+            return not by_script or headers.get("Sec-Fetch-Mode") == "navigate"
+        return self._is_own_origin(origin.lower(), host.lower()) or origin in self.origins
+
+    def _is_own_origin(self, origin: str, host: str) -> bool:
+        """Whether a page of an origin came from this server, or through its proxy.
+
+        A proxy that answers by https may pass on the ``Host`` that it was asked by, or send one of
+        its own. The names of --allowed-hosts are not those of another site in either case.
+        """
+        if origin == f"http://{host}":
+            return True
+        match = _HTTPS_ORIGIN.fullmatch(origin)
+        if match is None or match[1].rstrip(".") not in self.proxied:
+            return False
+        return origin == f"https://{host}" or match[2] is None
+
+    def _is_public(self, scope: Scope, headers: Headers) -> bool:
+        """Whether a request needs no token."""
+        method = scope["method"]
+        if method == "OPTIONS":  # before a request of an allowed site, and without its token
+            return headers.get("Origin") in self.origins
+        return method in ("GET", "HEAD") and scope["path"] in PUBLIC_PATHS
+
+    def _shows(self, scope: Scope) -> bool:
+        return self.shown_token(scope) is not None
+
+    def _check_length(self, scope: Scope, headers: Headers) -> None:
+        """Raises an ApiError unless the body's length is known and within the limit."""
         length = headers.get("Content-Length")
-        if "Transfer-Encoding" in headers or (method == "POST" and length is None):
+        if "Transfer-Encoding" in headers or (scope["method"] == "POST" and length is None):
             raise ApiError("A request with a body needs Content-Length.", status=411)
         if int(length or 0) > self.max_body_bytes:
             most = f"at most {self.max_body_bytes:,} are read"
@@ -93,30 +135,40 @@ class Access:
         depend on the token."""
         if self.token is None:
             return None
-        request, token = Request(scope), self.token.encode()
-        sent = request.query_params.getlist("token") if scope["path"] in QUERY_PATHS else []
+        request = Request(scope)
+        token = self.token.encode()
+        sent = [request.cookies.get(COOKIE, "")]
+        if scope["path"] in QUERY_PATHS:
+            sent += request.query_params.getlist("token")
         scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
-        sent += [credentials] if scheme.lower() == "bearer" else []
-        sent += [request.cookies.get(COOKIE, "")]
+        if scheme.lower() == "bearer":
+            sent.append(credentials)
         equal = any(hmac.compare_digest(text.strip().encode(), token) for text in sent)
         return self.token if equal else None
 
 
 def access_of(args: Namespace) -> Access:
     """The rules for clients that the server's flags set."""
-    hosts = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
+    proxied = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
+    hosts = proxied
     token = None
     if not is_loopback(args.host):
         token = kept_token(args.token_file)
         # names by which other machines may call this one
         name = socket.gethostname().lower().rstrip(".")
         hosts |= {args.host.lower(), name, name.partition(".")[0]} - {""}
-    return Access(token, hosts, frozenset(args.allowed_origins), args.max_body_bytes)
+    origins = frozenset(args.allowed_origins)
+    return Access(token, hosts, origins, args.max_body_bytes, proxied)
 
 
 def kept_token(path: Path) -> str:
-    """The token in a file, which is made with one of 99 random bits that can be read aloud and
-    typed. A page on a Home Screen so opens after a restart. ValueError if it holds no token."""
+    """The token in a file, so that a page on a Home Screen opens after a restart.
+
+    A missing file is made, with a token of 99 random bits that can be read aloud and typed.
+
+    Raises:
+        ValueError: If the file holds no token.
+    """
     path = path.expanduser()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,13 +55,17 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._timer = self.loop.call_later(HEAD_SECONDS, transport.abort)
+        self._ends = self.client, self.server
+        if self.client is None:  # it has gone already
+            self._refused = True
+            transport.abort()
+            return
         if len(self._waiting) >= MAX_WAITING:  # one makes room
             (address, _), *_ = Counter(host for (host, _), _ in self._waiting).most_common(1)
             oldest = next(ends for ends in self._waiting if ends[0][0] == address)
             self._waiting.pop(oldest).transport.abort()
-        self._ends = self.client or ("", 0), self.server
         self._waiting[self._ends] = self
-        self._timer = self.loop.call_later(HEAD_SECONDS, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._waiting.pop(self._ends, None)
@@ -106,12 +110,14 @@ class Connection(H11Protocol):
         lines += [f"Content-Length: {len(body)}", "Connection: close", "", body]
         self.transport.write("\r\n".join(lines).encode())
         self._refused = True
-        self.transport.write_eof()
+        with suppress(OSError):  # it has gone
+            self.transport.write_eof()
         self.loop.call_later(REFUSED_SECONDS, self.transport.abort)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._waiting[self._ends] = self  # until the client has read it
+        if not self.transport.is_closing():
+            self._waiting[self._ends] = self  # until the client has read it
         self._allow_for_reading()
 
     def pause_writing(self) -> None:
@@ -143,12 +149,15 @@ class FrontDoor:
         scope["app"] = self  # the router raises its 404 and 405 then
         began, status, received = time.monotonic(), 0, False  # received: the whole request
         problem: ApiError | None = None
-        address: str | None = None  # of an admitted request
+        address: str | None = None  # of a request that is being answered
 
         async def receive_message() -> Message:
-            nonlocal received
+            nonlocal received, address
             message = await receive()
             received |= not message.get("more_body", False)
+            arrived = received and message["type"] == "http.request"
+            if arrived and method == "POST" and address is None and not status:
+                address = self._admit(scope)
             return message
 
         async def send_message(message: Message) -> None:
@@ -171,7 +180,7 @@ class FrontDoor:
             # to OPTIONS, which requests a script of another site may send
             app = Response(status_code=204) if method == "OPTIONS" else self._app
             if method == "POST":
-                address = self._admit(scope)
+                self._check_room(scope)
             await app(scope, receive_message, send_message)
         except ClientDisconnect:
             notes.append("the client has left")
@@ -197,16 +206,25 @@ class FrontDoor:
                 path = re.sub(re.escape(self.access.token), "…", path, flags=re.IGNORECASE)
             path = path.encode("unicode_escape").decode().replace("\\u2026", "…")[:200]
             notes = [f"{status or '-'}", f"{time.monotonic() - began:.2f} s", *notes]
-            logger.info("%s %s %s %s", scope["client"][0], method, path, ", ".join(notes))
+            client = scope["client"][0]
+            logger.info("%s %s %s %s", client, method[:20], path, ", ".join(notes))
 
-    def _admit(self, scope: Scope) -> str:
-        """Counts a request that is answered, by its address; an ApiError if there are too many."""
-        address = scope["client"][0]
-        if self._answered[address] >= (most := MAX_ANSWERED_PER_ADDRESS):
-            answered = f"{most} requests of your address are being answered"
+    def _check_room(self, scope: Scope) -> None:
+        """Raises an ApiError if too many requests are being answered."""
+        if self._answered[scope["client"][0]] >= MAX_ANSWERED_PER_ADDRESS:
+            answered = f"{MAX_ANSWERED_PER_ADDRESS} requests of your address are being answered"
             raise ApiError(f"{answered}: wait for one of them to end.", status=429)
         if self._answered.total() >= MAX_ANSWERED:
             raise ApiError("Too many requests at once: try again in a moment.", status=503)
+
+    def _admit(self, scope: Scope) -> str:
+        """Counts a request that has arrived, by its address, which is returned.
+
+        Until then its connection is one of those that wait, so a body that never comes takes
+        nobody's place.
+        """
+        self._check_room(scope)
+        address = scope["client"][0]
         self._waiting.pop((scope["client"], scope["server"]), None)
         self._answered[address] += 1
         return address

@@ -16,6 +16,8 @@ from threading import Event, Thread
 
 import mlx.core as mx
 
+from ..decoding.policy import policy_of
+from ..loading.tuned import speed_text
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
 from .api_errors import ApiError
 from .decoding import CHUNK_SECONDS, Batch, Reading, Single, next_chunk
@@ -123,12 +125,13 @@ class Engine:
         if self._busy or not self._builds:
             return
         served = self._builds[0]
-        build, dense = served.build, served.head is None
+        build = served.build
         assert build is not None
         try:
             more = build.advance()
-            if dense and served.head is not None:
-                logger.info("%s is served with its FlashHead from now on", served.name)
+            if not more and served.head is not None and not policy_of(served.head).dense:
+                speed = speed_text(policy_of(served.head))
+                logger.info("%s is served with its FlashHead (speed: %s)", served.name, speed)
         except BaseException as error:
             logger.warning("%s stays dense: %s", served.name, error)
             more = False

@@ -25,7 +25,6 @@ from ..structured.grammar import GrammarProcessor
 from .api_errors import ApiError
 from .requests import Request
 from .served_models import ServedModel
-from .strict_json import loads
 
 PART = 4096  # characters that are tokenized at once to see whether a text is too long
 MAX_TOKENS_PER_CUT = 16  # that a text has in addition if it is tokenized in two parts
@@ -192,15 +191,14 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
     return [chosen, *sorted(tops, key=lambda top: -top[1])]
 
 
-def read_jobs(body: bytes, *, chat: bool, models: list[ServedModel], flags: Namespace) -> list[Job]:
-    """A job for each answer to a request. An ApiError names the field that is wrong. Templates and
-    grammars have limits of time and memory, and all else takes time with the body alone."""
-    try:
-        fields = loads(body)
-    except ValueError as error:
-        raise ApiError(f"The body is not JSON: {error}.") from None
-    if not isinstance(fields, dict):
-        raise ApiError("The body must be a JSON object.")
+def read_jobs(
+    fields: dict[str, Any], *, chat: bool, models: list[ServedModel], flags: Namespace
+) -> list[Job]:
+    """A job for each answer to a request of these fields.
+
+    Templates and grammars have limits of time and memory, and all else takes time with the number
+    of fields alone. An ApiError names the field that is wrong.
+    """
     request = Request(fields, chat=chat, models=models, flags=flags)
     prompts, grammar = read_prompts(request), None
     if request.grammar is not None:

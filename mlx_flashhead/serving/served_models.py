@@ -81,28 +81,46 @@ class ServedModel:
         return get_flash_head(self.model)
 
 
+def served_names(args: Namespace) -> list[tuple[str, ...]]:
+    """The names of every model that the flags name, the default's first. Clients learn no paths."""
+    own = [_public_name(args.model)]
+    if args.served_model_name:
+        own.insert(0, args.served_model_name)
+    others = [(_public_name(model),) for model in args.allow_models]
+    return [tuple(dict.fromkeys(own)), *others]
+
+
+def _public_name(path_or_repo: str) -> str:
+    path = Path(path_or_repo).expanduser()
+    return path.resolve().name if path.is_dir() else path_or_repo
+
+
 def load_models(args: Namespace) -> list[ServedModel]:
-    """Every model that the flags name, the default first; a ValueError if two have one name."""
-    models = [_load(args, args.model, default=True)]
-    models += [_load(args, path, default=False) for path in args.allow_models]
-    names = [name for served in models for name in served.names]
-    if len({*names}) < len(names):
-        raise ValueError(
-            f"Two of the models have one name, of {', '.join(names)}: rename a folder."
-        )
+    """Loads every model that the flags name, the default first.
+
+    Raises:
+        ValueError: If two have one name, or one cannot be served.
+    """
+    names = served_names(args)
+    all_names = [name for some in names for name in some]
+    if len({*all_names}) < len(all_names):
+        listed = ", ".join(all_names)
+        raise ValueError(f"Two of the models have one name, of {listed}: rename a folder.")
+    models = [_load(args, args.model, names[0], default=True)]
+    for path, its_names in zip(args.allow_models, names[1:], strict=True):
+        models.append(_load(args, path, its_names, default=False))
     return models
 
 
-def _load(args: Namespace, path_or_repo: str, *, default: bool) -> ServedModel:
-    folder, path = resolve(path_or_repo), Path(path_or_repo).expanduser()
-    # no client learns where a folder is
-    names = [path.resolve().name if path.is_dir() else path_or_repo]
+def _load(
+    args: Namespace, path_or_repo: str, names: tuple[str, ...], *, default: bool
+) -> ServedModel:
+    folder = resolve(path_or_repo)
     trust = {"trust_remote_code": args.trust_remote_code}
     options: dict[str, Any] = {"tokenizer_config": {**trust}, **trust}
     choices = HeadOptions.from_flags(args, dense=args.dense)
     draft_model: nn.Module | None = None
     if default:
-        names = [args.served_model_name, *names] if args.served_model_name else names
         options["adapter_path"] = args.adapter_path
         if args.chat_template:
             options["tokenizer_config"]["chat_template"] = args.chat_template
@@ -116,9 +134,11 @@ def _load(args: Namespace, path_or_repo: str, *, default: bool) -> ServedModel:
     except UnsupportedHeadError as error:
         logger.warning("%s is served dense: %s", path_or_repo, error)
         model, tokenizer, settings = load_dense(folder, **options)
-    later = choices.missing == LATER
+    build: BackgroundBuild | None = None
+    if choices.missing == LATER:
+        build = background_build(model, tokenizer, folder, choices)
     return ServedModel(
-        tuple(dict.fromkeys(names)),
+        names,
         model,
         tokenizer,
         draft_model,
@@ -127,5 +147,5 @@ def _load(args: Namespace, path_or_repo: str, *, default: bool) -> ServedModel:
         dense=args.dense and default,
         verify=not args.no_verify,
         max_wait=args.max_wait,
-        build=background_build(model, tokenizer, folder, choices) if later else None,
+        build=build,
     )

@@ -60,6 +60,8 @@ def make_parser() -> Parser:
     add("--context-size", "Most tokens of a prompt and its answer", type=whole_number(2))
     add("--max-body-bytes", "Largest body of a request", "4M", type=size, metavar="SIZE")
     add("--decode-concurrency", "Answers at once; others wait", 32, type=whole_number(1, 1024))
+    wait = "Most SECONDS that a request waits for a model that is being loaded"
+    add("--load-wait", wait, 60.0, type=number(0, 3600), metavar="SECONDS")
     add("--max-wait", "Most SECONDS until text is verified (default: fastest)", type=number(0, 1))
     add("--prefill-step-size", "Most tokens of a prompt read at once", 2048, type=whole_number(1))
     add("--prompt-cache-size", "Number of caches of earlier prompts", 10, type=whole_number(0))

@@ -4,26 +4,27 @@
     python scripts/figures/apple_estimates.py --write    # puts them into the pages
 
 One sequence, a short context (no bytes of the cache), a model that fits into memory, an idle
-machine. Nothing is measured here: times are counted from bytes and dependent kernels.
+machine. Nothing is measured here: times are counted from bytes and kernels.
 
-    dense     = (body + rows + logits) / bandwidth + kernels · launch + logsumexp
+    dense     = (body + rows + logits) / bandwidth + kernels · launch
+                + logsumexp + argmax (+ softcap) (+ sort)
     FlashHead = (body + centroids + probed rows / g) / bandwidth + kernels · launch + select
-                + verification + wasted steps
+                + verification + wasted steps + doubts
+    step      = the device's time or the host's, whichever is longer
     verification of k states, a k-th part of it for each token:
-                product + (write + read of k rows of logits) / bandwidth + 4 launches
+                product + (write + read of k rows of logits) / bandwidth + its launches
     product   = of 1, 2, 4, 8, 16 or 32 states: as many reads of the rows, or fewer, up to the
                 limit of MLX's vector kernels, else
                 max(rows / bandwidth, 2 · 32 · V · D / arithmetic)
 
 The public speeds of dense models in apple_estimates/speeds.csv fit four constants by least squares
 of relative errors: the share of Apple's bandwidth that is reached, on an Ultra too, and the time of
-a dependent kernel, on M1 and M2 too.
+a kernel, on M1 and M2 too. Steps that wait for the host are left out of the fit.
 
-Bodies: a layer of an ordinary decoder has 10 dependent kernels and its norms. Qwen3.5 has three
-gated delta layers (16 heads of 128; the 4B 32 value heads) for each attention layer, whose queries
-have a gate. Gemma 4's layers read two matrices of 256 columns each for the per-layer inputs; of the
-embedding of these one row is read, which is not counted. The kernels of these and of LFM2.5 are
-counted in mlx-lm's source.
+Bodies: `kernels.py` counts the kernels in the graphs of mlx-lm's code. A mixture of experts reads
+those of a token alone, with its router and its shared experts, and gathers them at ``g`` of a plain
+read. Gemma 4's small models read one row of the embedding of their per-layer inputs, which is not
+counted. A softcap is a pass of the dense side; within FlashHead's kernels it adds none.
 """
 
 import csv
@@ -41,22 +42,35 @@ from mlx_flashhead.common.command import command
 CHECKOUT = Path(__file__).resolve().parents[2]
 DATA = Path(__file__).with_suffix("")
 CHIPS = ("m1", "m2", "m4", "m5", "m4-pro", "m4-max", "m3-ultra")
-MODELS = (
-    *("gemma-3-270m", "gemma-3-1b", "gemma-4-e2b", "gemma-4-e4b", "qwen3-0.6b", "qwen3.5-0.8b"),
-    *("qwen3.5-2b", "qwen3.5-4b", "llama-3.2-1b", "lfm2.5-1.2b", "smollm2"),
+README_CHIPS = ("m4", "m5", "m4-pro", "m4-max", "m5-max")
+README_MODELS = (  # what people run, small to large
+    *("gemma-3-1b", "gemma-3-4b", "qwen3.5-4b", "gpt-oss-20b", "gemma-4-26b-a4b"),
+    "qwen3.5-35b-a3b",
 )
-LARGE = "llama-3.1-8b"  # in one line
+EXPERTS = ("lfm2-8b-a1b", "ling-mini", "gpt-oss-20b", "gemma-4-26b-a4b", "qwen3.5-35b-a3b")
+MODELS = (
+    *("gemma-3-270m", "gemma-3-1b", "gemma-3-4b", "gemma-4-e2b", "gemma-4-e4b", "qwen3-0.6b"),
+    *("qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "llama-3.2-1b", "llama-3.1-8b", "minicpm5-1b"),
+    *("lfm2.5-1.2b", "lfm2.5-2.6b", "smollm2", *EXPERTS),
+)
+FINER = tuple(model for model in MODELS if model not in ("llama-3.1-8b", "gpt-oss-20b"))
 PAYS = 1.03  # below, a model stays dense
 BYTES = {4: 0.5625, 5: 0.6875, 6: 0.8125, 8: 1.0625, 16: 2.0}  # per weight, in groups of 64
-LAYER_KERNELS, OTHER_KERNELS, DENSE_KERNELS = 10, 2, 3
-FLASH_HEAD_KERNELS = 5  # route, select, score, sample; the row of the next token's embedding
+BYTES[4.25] = 0.53125  # mxfp4
+DENSE_KERNELS = 4  # the product, logsumexp, the log-probabilities, argmax
+DENSE_GROUPS = 2  # of these, one threadgroup over all logits each
+FLASH_HEAD_KERNELS = 4  # route, select, score, sample
 GATHER = 387 / 514  # of a plain read, gather_qmm on an M3 Ultra: mlx issue 4509
 GROUP_GB_S = 13  # of one threadgroup: a logsumexp of 262,144 logits in 40 µs
 BARRIER_US, BARRIERS = 1, 8  # of select and sample, one threadgroup each
 STATES, WAIT_US = 32, 300e3  # a tile of MLX's matrix kernels; the longest wait for text
-VERIFY_LAUNCHES = 4  # the product and its screening
+VERIFY_LAUNCHES, JOINED = 18, 7  # the product, bounds and screening; states that a join takes
 WASTED = {"greedy": 0.01, "sampled": 0.03}  # of the steps, after a rejection
-SORT_US = 3300 / 248_000  # per token of the vocabulary, mlx-lm's top-p: Rapid-MLX pull request 542
+DOUBTS = 0.01  # of the tokens, decided by one more dense row: ten times as many as are rejected
+SORT_US = {"least": 1000 / 248_000, "most": 1300 / 248_000}  # mlx-lm's top-p, per token of the V
+HOST_US = {"m1": 4.9, "m2": 4.3, "m3": 3.7, "m4": 3.0, "m5": 2.7}  # of mlx-lm's loop, a kernel
+HOST_BOUND = 0.9  # of a step: what takes the host longer waits for it
+HOST_MORE = {"greedy": 300, "sampled": 750}  # microseconds of FlashHead's loop on an M1
 SIZES = (1, 2, 4, 8, 16, 32)  # of a product
 WIDE_READS = {1: 1, 2: 1.01, 4: 1.47, 8: 3.03}  # of the rows by so many states: mlx 3852
 
@@ -68,13 +82,31 @@ class Model(NamedTuple):
     vocab_size: int
     hidden_size: int
     kernels: int
-    body: int
+    body: int  # weights that a token reads, its experts among them
+    experts: int  # of these, weights of routed experts
+    expert_bits: float  # where they have a format of their own, else 0
+    softcap: bool
     cache_values: int
     n_probes: int
 
     @property
     def head(self) -> int:
         return self.vocab_size * self.hidden_size
+
+    def body_bytes(self, per_weight: float) -> float:
+        """What a token reads of the body, as if it were one plain read."""
+        per_expert_weight = BYTES[self.expert_bits] if self.expert_bits else per_weight
+        return (self.body - self.experts) * per_weight + self.experts * per_expert_weight / GATHER
+
+    @property
+    def dense_kernels(self) -> int:
+        return DENSE_KERNELS + self.softcap
+
+    @property
+    def logit_bytes(self) -> int:
+        """Written and read outside of the passes of one threadgroup: the product's logits, those
+        after a softcap, the log-probabilities."""
+        return 2 * self.vocab_size * (3 + 2 * self.softcap)
 
 
 class Chip(NamedTuple):
@@ -99,6 +131,11 @@ class Chip(NamedTuple):
     @property
     def launch_us(self) -> float:
         return constants()["old launch" if self.old else "launch"]
+
+    @property
+    def host_us(self) -> float:
+        """Of mlx-lm's loop in Python, for each kernel."""
+        return HOST_US[self.name[:2]]
 
     @property
     def tflops(self) -> float:
@@ -136,23 +173,25 @@ def models() -> dict[str, Model]:
         keys = row["kv_heads"] * row["head_size"]
         layer = 2 * width * (row["heads"] * row["head_size"] + keys)
         layer += 3 * width * row["intermediate_size"]
-        kernels = row["layer_kernels"] or LAYER_KERNELS + row["norms"]
         clusters = row["vocab_size"] / 16
         found[row["shape"]] = Model(
             name=row["name"],
             vocab_size=row["vocab_size"],
             hidden_size=width,
-            kernels=layers * kernels + OTHER_KERNELS,
+            kernels=row["dispatches"],
             body=row["body_weights"] or layers * layer,
+            experts=row["expert_weights"],
+            expert_bits=row["expert_bits"],
+            softcap=row["softcap"] == "True",
             cache_values=2 * layers * keys,
             n_probes=row["n_probes"] or min(max(512, clusters / 16), clusters),
         )
     return found
 
 
-def logsumexp_us(model: Model) -> float:
-    """Of mlx-lm's loop: all logits in one threadgroup."""
-    return 2 * model.vocab_size / GROUP_GB_S / 1e3
+def groups_us(model: Model) -> float:
+    """Of mlx-lm's loop: what one threadgroup does over all logits."""
+    return DENSE_GROUPS * 2 * model.vocab_size / GROUP_GB_S / 1e3
 
 
 def parts(speed: dict) -> tuple[list[float], float]:
@@ -161,12 +200,22 @@ def parts(speed: dict) -> tuple[list[float], float]:
     per_weight = BYTES[speed["bits"]]
     if speed["group_size"]:
         per_weight += 4 / speed["group_size"] - 1 / 16
-    read = (model.body + model.head) * per_weight + 2 * model.vocab_size
+    read = model.body_bytes(per_weight) + model.head * per_weight + model.logit_bytes
     us = (read + 2 * model.cache_values * speed["context"]) / chip.peak_gb_s / 1e3
-    kernels = model.kernels + DENSE_KERNELS
+    kernels = model.kernels + model.dense_kernels
     factors = us * (not chip.ultra), us * chip.ultra, kernels * (not chip.old), kernels * chip.old
     share = speed["tokens_per_second"] / 1e6
-    return [share * factor for factor in factors], share * logsumexp_us(model)
+    return [share * factor for factor in factors], share * groups_us(model)
+
+
+def waits_for_host(speed: dict) -> bool:
+    """Whether the host needs all of a public speed's step."""
+    model, chip = models()[speed["model"]], chips()[speed["chip"]]
+    return host_us(model, chip) > HOST_BOUND * 1e6 / speed["tokens_per_second"]
+
+
+def fitted_speeds() -> list[dict]:
+    return [speed for speed in rows("speeds") if not waits_for_host(speed)]
 
 
 def fit(speeds: list[dict]) -> np.ndarray:
@@ -178,13 +227,13 @@ def fit(speeds: list[dict]) -> np.ndarray:
 @cache
 def constants() -> dict[str, float]:
     """The fitted constants: shares of Apple's bandwidth, microseconds of a kernel."""
-    us, ultra_us, launch, old_launch = fit(rows("speeds"))
+    us, ultra_us, launch, old_launch = fit(fitted_speeds())
     return {"bandwidth": 1 / us, "ultra": 1 / ultra_us, "launch": launch, "old launch": old_launch}
 
 
 def left_out(key: str) -> np.ndarray:
     """The relative error of each public speed when those with the same ``key`` are left out."""
-    speeds, errors = rows("speeds"), []
+    speeds, errors = fitted_speeds(), []
     for speed in speeds:
         factors, rest = parts(speed)
         others = [other for other in speeds if other[key] != speed[key]]
@@ -192,27 +241,40 @@ def left_out(key: str) -> np.ndarray:
     return np.array(errors)
 
 
+def host_us(model: Model, chip: Chip, text: str = "greedy", flash_head: bool = False) -> float:
+    """What Python and MLX's graph take before the device has its work."""
+    us = (model.kernels + model.dense_kernels) * chip.host_us
+    return us + flash_head * HOST_MORE[text] * chip.host_us / HOST_US["m1"]
+
+
+def body_us(model: Model, chip: Chip, bits: int) -> float:
+    """The device's time before the head."""
+    return chip.us(model.body_bytes(BYTES[bits])) + model.kernels * chip.launch_us
+
+
+def row_us(model: Model, chip: Chip, head: int) -> float:
+    """The device's time of a dense head and its choice."""
+    read = model.head * BYTES[head] + model.logit_bytes
+    return chip.us(read) + model.dense_kernels * chip.launch_us + groups_us(model)
+
+
 def dense_us(model: Model, chip: Chip, body: int, head: int, text: str = "greedy") -> float:
-    """A step of mlx-lm's loop with so many bits in body and head; 0 for a head that is free."""
-    us = chip.us(model.body * BYTES[body]) + model.kernels * chip.launch_us
-    if not head:
-        return us
-    us += chip.us(model.head * BYTES[head] + 2 * model.vocab_size) + DENSE_KERNELS * chip.launch_us
-    us += logsumexp_us(model)
-    return us + (SORT_US * model.vocab_size if text == "sampled" else 0)
+    """A step of mlx-lm's loop with so many bits in body and head, without a sort."""
+    return max(body_us(model, chip, body) + row_us(model, chip, head), host_us(model, chip, text))
 
 
 def flash_us(model: Model, chip: Chip, body: int, head: int, text: str = "greedy") -> float:
-    """A step with FlashHead, its part of a verification and of the wasted steps."""
+    """A step with FlashHead, its part of a verification, of the wasted steps and of the doubts."""
     clusters = model.vocab_size / 16
     centroids = clusters * (model.hidden_size * BYTES[4] + 4)
     probed = 16 * model.n_probes * model.hidden_size * BYTES[head]
-    us = dense_us(model, chip, body, 0) + chip.us(centroids + probed / GATHER)
+    us = body_us(model, chip, body) + chip.us(centroids + probed / GATHER)
     us += FLASH_HEAD_KERNELS * chip.launch_us
     us += 4 * (clusters + model.n_probes) / GROUP_GB_S / 1e3 + BARRIERS * BARRIER_US
     most = max(1, min(STATES, int(WAIT_US / us)))
-    verification = min(verify_us(model, chip, head, k, text) / k for k in range(1, most + 1))
-    return (us + verification) * (1 + WASTED[text])
+    us += min(verify_us(model, chip, head, k, text) / k for k in range(1, most + 1))
+    us += DOUBTS * row_us(model, chip, head)
+    return max(us, host_us(model, chip, text, flash_head=True)) * (1 + WASTED[text])
 
 
 def verify_us(model: Model, chip: Chip, head: int, k: int, text: str) -> float:
@@ -225,22 +287,34 @@ def verify_us(model: Model, chip: Chip, head: int, k: int, text: str) -> float:
     if size < vectors and head < 16:  # a read for each state; M3 and later have a kernel for 8
         product = read * (size if chip.old else WIDE_READS[size])
     passes = (2 if text == "greedy" else 4) * 2 * size * model.vocab_size
-    return product + chip.us(passes) + VERIFY_LAUNCHES * chip.launch_us
+    launches = VERIFY_LAUNCHES + -(-k // JOINED)
+    return product + chip.us(passes) + launches * chip.launch_us
 
 
-def gain(model: str, chip: str, head: int, text: str = "greedy", dense: int = 0) -> float:
-    """How many times as fast as dense, with a 4-bit body and a dense head of as many bits.
+def body_bits(model: str, head: int) -> int:
+    """4, or those of the file: gpt-oss beside a head of 8 bits has 8 in all but its experts."""
+    return 8 if models()[model].expert_bits and head == 8 else 4
 
-    ``dense`` is another number of bits of the dense head.
-    """
-    of = models()[model], chips()[chip]
-    return dense_us(*of, 4, dense or head, text) / flash_us(*of, 4, head, text)
+
+def gain(model: str, chip: str, head: int) -> float:
+    """How many times as fast as dense, greedy, with a 4-bit body and a head of so many bits."""
+    of, body = (models()[model], chips()[chip]), body_bits(model, head)
+    return dense_us(*of, body, head) / flash_us(*of, body, head)
+
+
+def sampled_gains(model: str, chip: str) -> tuple[float, float]:
+    """The same for 4-bit heads with top-p, by the least and the most that mlx-lm's sort takes."""
+    of, sorts = (models()[model], chips()[chip]), (SORT_US["least"], SORT_US["most"])
+    dense, flash = dense_us(*of, 4, 4, "sampled"), flash_us(*of, 4, 4, "sampled")
+    least, most = ((dense + sort * of[0].vocab_size) / flash for sort in sorts)
+    return least, most
 
 
 def ceiling(model: str, chip: str, head: int) -> float:
-    """The same with a head that takes no time."""
-    of = models()[model], chips()[chip]
-    return dense_us(*of, 4, head) / dense_us(*of, 4, 0)
+    """The greedy gain of a head that takes no time."""
+    of, body = (models()[model], chips()[chip]), body_bits(model, head)
+    free = max(body_us(*of, body), host_us(*of))
+    return dense_us(*of, body, head) / free
 
 
 def shown(value: float) -> str:
@@ -248,9 +322,9 @@ def shown(value: float) -> str:
     return f"{value:.2f}" if value >= PAYS else "dense"
 
 
-def table(*columns: str) -> list[str]:
+def table(*columns: str, chips: tuple[str, ...] = CHIPS) -> list[str]:
     """The head of a table with a column for each chip."""
-    names = [*columns, *(chip.replace("-", " ").title() for chip in CHIPS)]
+    names = [*columns, *(chip.replace("-", " ").title() for chip in chips)]
     return [line(*names), line(*("---" for _ in names))]
 
 
@@ -258,52 +332,71 @@ def line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def head_bits(model: str) -> tuple[int, ...]:
+    """The heads that are shown; gpt-oss is not made with others."""
+    return (4, 8) if models()[model].expert_bits else (4, 8, 16)
+
+
 def speed_page() -> list[str]:
-    """All models: greedy with three heads, in brackets with a free one, and sampled."""
+    """All models: greedy with several heads, in brackets with a free one, and sampled."""
 
     def cells(model: str, head: int) -> list[str]:
         gains = [(gain(model, chip, head), ceiling(model, chip, head)) for chip in CHIPS]
         return [f"{shown(faster)} ({free:.2f})" for faster, free in gains]
 
-    lines = table("model", "body, head")
+    lines = table("model", "head")
     for model in MODELS:
-        lines.append(line(models()[model].name, "4, 4", *cells(model, 4)))
-        lines += [line("", f"4, {head}", *cells(model, head)) for head in (8, 16)]
-        sampled = (shown(gain(model, chip, 4, "sampled")) for chip in CHIPS)
-        lines.append(line("", "4, 4, top-p", *sampled))
-    return [*lines, line(models()[LARGE].name, "4, 8", *cells(LARGE, 8))]
+        for head in head_bits(model):
+            name = models()[model].name if head == 4 else ""
+            lines.append(line(name, f"{head} bits", *cells(model, head)))
+        ranges = [sampled_gains(model, chip) for chip in CHIPS]
+        sampled = ("–".join(dict.fromkeys(map(shown, ends))) for ends in ranges)
+        lines.append(line("", "4 bits, top-p", *sampled))
+    return lines
 
 
 def fit_text() -> list[str]:
     """The constants, and the errors of speeds that are left out."""
     c, speeds, by_chip = constants(), left_out("tokens_per_second"), left_out("chip")
-    sizes = np.abs(speeds)
+    sizes, known = np.abs(speeds), rows("speeds")
+    experts = [models()[speed["model"]].experts > 0 for speed in fitted_speeds()]
     text = (
-        f"Fitted to {len(speeds)} public speeds on {len({s['chip'] for s in rows('speeds')})} "
-        f"chips: {c['bandwidth']:.2f} of Apple's bandwidth, {c['ultra']:.2f} on an Ultra, "
+        f"Fitted to {len(speeds)} of {len(known)} public speeds on "
+        f"{len({s['chip'] for s in known})} chips ({len(known) - len(speeds)} wait for the host): "
+        f"{c['bandwidth']:.2f} of Apple's bandwidth, {c['ultra']:.2f} on an Ultra, "
         f"{c['launch']:.1f} µs a kernel, {c['old launch']:.1f} µs on M1 and M2. A "
         f"speed that is left out is missed by {np.median(sizes):.0%} in the median, nine of ten by "
         f"less than {np.quantile(sizes, 0.9):.0%}, all by {speeds.min():+.0%} to "
-        f"{speeds.max():+.0%}; a whole chip by {np.median(np.abs(by_chip)):.0%}."
+        f"{speeds.max():+.0%}; a whole chip by {np.median(np.abs(by_chip)):.0%}; the "
+        f"{sum(experts)} of mixtures of experts by {np.median(sizes[experts]):.0%} in the median."
     )
     return wrap(text.replace("%", " %"), 120)
 
 
 def readme() -> list[str]:
-    """4-bit models as most people have them: greedy, without a finer head."""
-    lines = table("4-bit model")
-    for model in (*MODELS, LARGE):
-        lines.append(line(models()[model].name, *(shown(gain(model, c, 4)) for c in CHIPS)))
+    """Models that people run: greedy, with heads as files have them."""
+    lines = table("model", "head", chips=README_CHIPS)
+    for model in README_MODELS:
+        for head in (4, 8):
+            gains = (shown(gain(model, chip, head)) for chip in README_CHIPS)
+            name = models()[model].name if head == 4 else ""
+            lines.append(line(name, f"{head} bits", *gains))
     return lines
 
 
 def finer_head() -> list[str]:
-    """FlashHead with a finer head, as a multiple of the dense model whose head has 4 bits."""
+    """A finer head with whichever is faster, as a multiple of the dense model with 4 bits."""
+
+    def cell(model: str, chip: str, head: int) -> str:
+        of = models()[model], chips()[chip]
+        step = min(flash_us(*of, 4, head), dense_us(*of, 4, head))
+        return f"{dense_us(*of, 4, 4) / step:.2f}"
+
     lines = table("model", "head, bits")
-    for model in MODELS:
+    for model in FINER:
         for head in (8, 16):
-            cells = (f"{gain(model, chip, head, dense=4):.2f}" for chip in CHIPS)
-            lines.append(line("" if head == 16 else models()[model].name, str(head), *cells))
+            name = "" if head == 16 else models()[model].name
+            lines.append(line(name, str(head), *(cell(model, chip, head) for chip in CHIPS)))
     return lines
 
 

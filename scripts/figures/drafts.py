@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, stream_generate
 from mlx_flashhead.benchmarks.agreement import bytes_read
 from mlx_flashhead.common.command import command
-from mlx_flashhead.conversion.calibration import builtin_documents, dialogues
+from mlx_flashhead.conversion.builtin_text import builtin_documents, dialogues
 from mlx_flashhead.decoding.drafting import LATEST
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key

@@ -32,7 +32,7 @@ from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Variant, with_flash
 from mlx_flashhead.benchmarks.reporting import in_turns, machine
 from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
-from mlx_flashhead.conversion import take_all
+from mlx_flashhead.conversion import run_task
 from mlx_flashhead.conversion.calibration import read_text, text_states
 from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.models.install import dense_copy
@@ -60,7 +60,7 @@ def quality(folder: Path, positions: int | None) -> dict[str, dict]:
     location = find_head(model)
     states = partial(text_states, model, tokenizer, location, read_text(TEXT), positions=positions)
     weight = location.module.weight
-    exact, next_ids = take_all(states())
+    exact, next_ids = run_task(states())
     exact_rows = as_float32(weight)
     figures = {"unquantized": compared(exact, exact_rows, exact, exact_rows, next_ids)}
     for _, module in model.named_modules():
@@ -69,7 +69,7 @@ def quality(folder: Path, positions: int | None) -> dict[str, dict]:
     for bits in HEAD_BITS:
         location.module.weight = rounded(weight, bits)
         rows = as_float32(location.module.weight)
-        form_states, _ = take_all(states())
+        form_states, _ = run_task(states())
         figures[str(bits)] = compared(exact, exact_rows, form_states, rows, next_ids)
         figures[str(bits)]["head_mb"] = weight.size * BYTES[bits] / 1e6
     return figures

@@ -10,7 +10,7 @@ def refused(run):
     def refused(command, *arguments):
         code, _, errors = run(command, *arguments)
         assert (code, errors.count("\n")) == (2, 1), errors
-        assert errors.startswith("error: ") and errors.rstrip().endswith((".", ")"))
+        assert errors.startswith("error: ") and errors.rstrip().endswith((".", ")", "?"))
         return errors.rstrip()
 
     return refused

@@ -47,15 +47,17 @@ def kept(flash_head_home, monkeypatch):
 
 def test_lists_the_cache(run, kept, flash_head_home, monkeypatch):
     speeds = {"a": asdict(SLOW), "b": asdict(FAST), "c": asdict(FAST)}
-    place = cache.speeds_of(kept[STRANGE].key)
+    speeds["d"] = asdict(replace(FAST, predicted=True, provisional=True))
+    place = cache.speeds_of(kept[STRANGE].config)
     place.parent.mkdir()
     place.write_text(json.dumps(speeds))
     code, output, _ = run("cache")
     assert code == 0 and str(flash_head_home) in output
     rows = [line.split(maxsplit=5) for line in re.findall(r"^ *[0-9a-f]{8} .*", output, re.M)]
     by_model = {row[1]: " ".join(row[5:]).strip() for row in rows}
-    measured = "0.90 x (dense), 1.50 x"
+    measured = "0.90 x (dense), 1.50 x, 1.50 x (predicted, provisional)"
     assert by_model == {"owner/One": "–", "[b]Two[2J": measured, "damaged": "–"}
+    place.write_text(json.dumps({"a": asdict(SLOW), "b": asdict(FAST)}))
     monkeypatch.setenv("COLUMNS", "80")
     assert max(map(len, run("cache")[1].splitlines()[1:])) <= 80
     monkeypatch.setenv("COLUMNS", "40")
@@ -150,7 +152,7 @@ def test_speeds_are_measured_now(run, cut_short, monkeypatch):
         code, output, errors = run("cache", "--measure", *name)
         assert code == 0 and f"{gain} x" in output and "Measuring" in errors
     run("cache", "--remove", model.name)
-    assert not cache.speeds_of(entry.key).exists()
+    assert not cache.speeds_of(entry.config).exists()
 
 
 def test_an_index_that_is_cut_short_says_how_to_build_it_anew(tmp_path, monkeypatch, capsys):
@@ -167,7 +169,7 @@ def test_an_index_that_is_cut_short_says_how_to_build_it_anew(tmp_path, monkeypa
 def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, by_name):
     model, entry = cut_short
     assert "cut short" in run("cache")[1].replace("\n", "")
-    speeds = cache.speeds_of(entry.key)
+    speeds = cache.speeds_of(entry.config)
     speeds.parent.mkdir()
     speeds.write_text("{}")
     name = model.name if by_name else entry.path.name[:8]
@@ -193,6 +195,19 @@ def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):
     assert code == 130 and errors.endswith("Interrupted.\n")
     assert contents(entry.path) == before
     assert load(str(model), progress=False)  # nothing is locked
+
+
+def test_a_missing_index_is_built_once(run, refused, tmp_path, quick):
+    model = write_model(tmp_path / "Some-Model")
+    code, output, errors = run("cache", "--build", model)
+    assert (code, output) == (0, "") and "FlashHead is ready" in errors
+    (entry,) = cache.entries()
+    before = contents(entry.path)
+    code, output, errors = run("cache", "--build", model)
+    assert code == 0 and f"is kept in {entry.path} already" in output and "Building" not in errors
+    assert contents(entry.path) == before
+    shutil.copytree(entry.path, model, dirs_exist_ok=True)
+    assert "has a FlashHead of its own" in refused("cache", "--build", model)
 
 
 def test_models_that_cannot_be_built_anew(refused, cut_short):

@@ -177,7 +177,7 @@ def test_refuses_prompts_and_probes_before_it_prints(run, converted):
         (("--prompt", ""), "--prompt is empty: give a text"),
         (("--prompt", "x" * 600), "The prompt has 600 tokens, and at most 511 fit"),
         (("--dense", "--no-verify"), "--dense uses no FlashHead: leave --no-verify out"),
-        (("--n-probes", 99_999_999), f"--n-probes is 99,999,999: {converted} has "),
+        (("--n-probes", 99_999_999), f"--n-probes is 99,999,999, but {converted} has "),
         (("--image", "a.png"), f"{converted} is a text model: leave --image out"),
         (("--n-probes", N_CLUSTERS + 1), f"n_probes is {N_CLUSTERS + 1}, but "),
     ):

@@ -59,14 +59,27 @@ def test_help_of_all_commands_imports_no_library_of_models(tmp_path):
     assert used == [f"mlx_flashhead.{command}" for command in (*COMMANDS, "convert")]
 
 
-def test_ctrl_c_during_the_imports_ends_without_a_traceback(dense):
-    words = ["-X", "importtime", "-m", "mlx_flashhead.generate", "--model", str(dense)]
+COMMANDS_THAT_LOAD = {
+    "generate": ["--model", "{model}"],
+    "chat": ["--model", "{model}"],
+    "convert": ["--model", "{model}", "--mlx-path", "{new}"],
+    "cache": ["--measure"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_THAT_LOAD)
+@pytest.mark.parametrize("module", ["mlx_flashhead.common.command", "mlx", "transformers.utils"])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(dense, tmp_path, command, module):
+    """Before the command's ``main`` runs, and within it."""
+    flags = [f.format(model=dense, new=tmp_path / "new") for f in COMMANDS_THAT_LOAD[command]]
+    words = ["-X", "importtime", "-m", f"mlx_flashhead.{command}", *flags]
     with subprocess.Popen([sys.executable, *words], stderr=subprocess.PIPE, text=True) as process:
-        while not process.stderr.readline().endswith(" transformers.utils\n"):
+        while not process.stderr.readline().endswith(f" {module}\n"):
             pass
         process.send_signal(signal.SIGINT)
-        assert "Traceback" not in process.stderr.read()
-    assert process.returncode == 130
+        errors = process.stderr.read()
+    assert "Traceback" not in errors and "\nInterrupted.\n" in errors
+    assert process.returncode == 130 and not (tmp_path / "new").exists()
 
 
 def test_console_script_generates_and_prints_nothing_else(run, converted):
@@ -146,23 +159,23 @@ def test_a_model_is_converted_and_generates(dense, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line, what, module",
+    "line, what, module, extra",
     [
-        ("evaluate text --text a", "mlx_flashhead.evaluate", "rich"),
-        ("benchmark model --plot a.svg", "--plot", "matplotlib"),
+        ("evaluate text --text a", "mlx_flashhead.evaluate", "rich", "report"),
+        ("benchmark model --plot a.svg", "--plot", "matplotlib", "plot"),
     ],
 )
-def test_a_missing_module_is_named_with_its_extra(refused, monkeypatch, line, what, module):
+def test_a_missing_module_is_named_with_its_extra(refused, monkeypatch, line, what, module, extra):
     """Before any work: the model is not looked for."""
     monkeypatch.setitem(sys.modules, module, None)
     said = refused(*line.split(), "--model", "./absent")
-    install = "pip install 'mlx_flashhead[report]'"
+    install = f"pip install 'mlx_flashhead[{extra}]'"
     assert said == f"error: {what} needs {module}, which is not installed: {install}."
 
 
 def test_the_sample_prints_an_answer_of_the_chat(converted, tmp_path, monkeypatch, capsys):
     (tmp_path / "mlx-community").mkdir()
-    (tmp_path / "mlx-community" / "gemma-3-1b-it-4bit").symlink_to(converted)
+    (tmp_path / "mlx-community" / "gemma-3-4b-it-qat-4bit").symlink_to(converted)
     monkeypatch.chdir(tmp_path)
     readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
     sample = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]

@@ -10,6 +10,7 @@ from mlx_flashhead.common.arguments import (
     json_object,
     number,
     one_of,
+    true_or_false,
     whole_number,
     whole_numbers,
 )
@@ -73,3 +74,41 @@ def test_an_error_is_one_sentence(words, text, capsys):
     assert end.value.code == 2
     output, errors = capsys.readouterr()
     assert output == "" and errors.startswith(f"error: {text}") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("--promt hi", "there is no --promt: did you mean --prompt?"),
+        ("--model a --temperature 0.5", "there is no --temperature: did you mean --temp?"),
+        ("--model a --max_tokens=5", "there is no --max_tokens: did you mean --max-tokens?"),
+        ("--model a hi", "hi has no flag before it: did you mean --prompt hi?"),
+        ("owner/name hi", "owner/name has no flag before it: did you mean --model owner/name?"),
+        ("--zebra", "the following arguments are required: --model, as in program --model a."),
+        ("--model a --zebra", "unrecognized arguments: --zebra."),
+        ("--model a -z", "unrecognized arguments: -z."),
+    ],
+)
+def test_a_near_miss_names_the_flag(line, said, capsys):
+    parser = Parser(example="program --model a")
+    parser.add_argument("--model", required=True)
+    for flag in ("--prompt", "--temp", "--top-p", "--max-tokens", "--max-kv-size"):
+        parser.add_argument(flag)
+    with pytest.raises(SystemExit):
+        parser.parse_args(line.split())
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_a_near_miss_of_a_subcommand(capsys):
+    parser = Parser()
+    parser.add_subparsers().add_parser("text").add_argument("--probes")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["text", "--prob", "1", "--probse", "2"])
+    assert capsys.readouterr().err == "error: there is no --probse: did you mean --probes?\n"
+
+
+@pytest.mark.parametrize("raw, value", [("F", False), ("false", False), ("T", True), ("1", True)])
+def test_true_or_false(raw, value):
+    assert true_or_false(raw) is value
+    with pytest.raises(argparse.ArgumentTypeError, match="it is maybe: give T or F"):
+        true_or_false("maybe")

@@ -8,11 +8,13 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import build, measures, take_all
+from mlx_flashhead.conversion import build, probes, run_task
 from mlx_flashhead.conversion.build import build_index, expected_seconds, model_index
-from mlx_flashhead.conversion.clusters import cluster_rows, fit_centroids, logit_metric
-from mlx_flashhead.conversion.measures import report_lines
+from mlx_flashhead.conversion.centroids import fit_centroids
+from mlx_flashhead.conversion.clusters import cluster_rows
+from mlx_flashhead.conversion.covariance import logit_metric
 from mlx_flashhead.conversion.options import IndexOptions
+from mlx_flashhead.conversion.report import report_lines
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.models.locate import find_head
@@ -55,7 +57,7 @@ def test_between_the_steps_the_model_is_as_it_was_and_the_index_is_the_same(load
         assert 0 <= step.done <= step.total
     assert stages == STAGES and np.diff([0, *sizes]).max() <= 16
     assert mx.array_equal(mx.random.state[0], key)
-    at_once = take_all(model_index(*loaded, OPTIONS)).config
+    at_once = run_task(model_index(*loaded, OPTIONS)).config
     assert indexes[0].config.n_clusters == at_once.n_clusters
     about = {"source": "builtin", "quick": True, "positions": 200, "seed": 0}
     assert indexes[0].config.calibration == at_once.calibration == about
@@ -81,7 +83,7 @@ def make_case(**kwargs):
 
 def indexed(rows, states=None, next_ids=None, *, body_bytes=0, **options):
     options = IndexOptions(**{"cluster_size": 8} | options)
-    return take_all(build_index(rows, options, states, next_ids, body_bytes=body_bytes))
+    return run_task(build_index(rows, options, states, next_ids, body_bytes=body_bytes))
 
 
 def log_softmax(logits):
@@ -91,7 +93,7 @@ def log_softmax(logits):
 @pytest.mark.parametrize("kwargs", [{}, {"bias": True}, {"bits": 4}, {"dtype": mx.bfloat16}])
 def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
     """The last quarter; the head itself serves as the reference."""
-    monkeypatch.setattr(measures, "MAX_BYTES", 1.0)  # may be read
+    monkeypatch.setattr(probes, "MAX_BYTES", 1.0)  # may be read
     rows, states, next_ids = make_case(**kwargs)
     index = indexed(rows, states, next_ids, target_agreement=0.9)
     config, report = index.config, index.config.report
@@ -150,9 +152,9 @@ def test_clusters_and_centroids_are_made_of_the_states_that_are_not_held_out():
     rows, states, next_ids = make_case()
     weight, known = np.array(rows.weight), states[:-HELD_OUT]
     index = indexed(rows, states, next_ids, seed=7)
-    expected = take_all(cluster_rows(weight, 8, metric=logit_metric(known), seed=7))
+    expected = run_task(cluster_rows(weight, 8, metric=logit_metric(known), seed=7))
     np.testing.assert_array_equal(index.token_ids, expected)
-    fitted = take_all(fit_centroids(weight, expected, known))
+    fitted = run_task(fit_centroids(weight, expected, known))
     assert mx.array_equal(index.centroids.matrix.weight, fitted.matrix.weight)
     assert mx.array_equal(index.centroids.bias, fitted.bias)
 
@@ -165,7 +167,7 @@ def test_without_states():
     assert config.calibration == {"positions": 0, "seed": 7}
     assert report_lines(config) == ["8 of 51 clusters per token, not calibrated"]
     assert config.report == config.verification == {}
-    by_direction = take_all(cluster_rows(np.array(rows.weight), 8, seed=7))
+    by_direction = run_task(cluster_rows(np.array(rows.weight), 8, seed=7))
     np.testing.assert_array_equal(index.token_ids, by_direction)
 
 
@@ -173,7 +175,7 @@ def test_settings_are_recorded():
     rows, states, next_ids = make_case()
     options = IndexOptions(cluster_size=16, seed=7, n_probes=5)
     about = {"eos_token_ids": (9, 2, 1000, "x"), "calibration": {"source": "file"}}
-    index = take_all(build_index(rows, options, states, next_ids, **about))
+    index = run_task(build_index(rows, options, states, next_ids, **about))
     config = index.config
     assert (config.n_clusters, config.cluster_size) == (26, 16) == index.token_ids.shape
     assert config.n_probes == config.unverified_probes == 5
@@ -187,7 +189,7 @@ def test_settings_are_recorded():
 def test_the_head_is_compared_with_the_one_before_its_quantization():
     original, states, next_ids = make_case()
     rows = original.quantize(bits=8, group_size=64)
-    config = take_all(build_index(rows, IndexOptions(), states, next_ids, original=original)).config
+    config = run_task(build_index(rows, IndexOptions(), states, next_ids, original=original)).config
     compared = config.report["head_bits"]
     assert compared["positions"] == HELD_OUT
 
@@ -218,4 +220,4 @@ def test_bad_states(n, value, said):
     rows, states, next_ids = make_case()
     given = np.full_like(states[:n], value), next_ids[:n]
     with pytest.raises(ValueError, match=said):
-        take_all(build_index(rows, IndexOptions(), *given))
+        run_task(build_index(rows, IndexOptions(), *given))

@@ -11,13 +11,21 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from drafts import REQUESTS
-from mlx_flashhead.conversion import calibration, take_all
-from mlx_flashhead.conversion.calibration import builtin_documents, builtin_windows, text_states
+from mlx_flashhead.conversion import builtin_text, calibration, run_task
+from mlx_flashhead.conversion.builtin_text import (
+    CONTEXT,
+    DIALOGUE,
+    PYTHON,
+    SHARES,
+    builtin_documents,
+    builtin_windows,
+    dialogues,
+)
+from mlx_flashhead.conversion.calibration import text_states
 from mlx_flashhead.models.locate import find_head
 from model_folders import BOS, VOCAB_SIZE, write_model
 from tiny_models import tiny_model
 
-CONTEXT, PYTHON, DIALOGUE = calibration.CONTEXT, calibration.PYTHON, calibration.DIALOGUE
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3
 # and whether the head is tied; minicpm scales what enters its head
 ARCHITECTURES = {"llama": False, "gemma3_text": True, "cohere": True, "minicpm": False}
@@ -46,7 +54,7 @@ def test_text_states_enter_the_head(begins, arch, tmp_path, monkeypatch):
             single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
         )
     token_ids, expected = tokenizer.encode(TEXT), []
-    states, next_ids = take_all(text_states(model, tokenizer, find_head(model), TEXT))
+    states, next_ids = run_task(text_states(model, tokenizer, find_head(model), TEXT))
     for start in range(0, len(token_ids) - 1, 40):
         bos = [tokenizer.bos_token_id] * (begins and start > 0)
         window = [*bos, *token_ids[start : min(start + 40, len(token_ids) - 1)]]
@@ -55,7 +63,7 @@ def test_text_states_enter_the_head(begins, arch, tmp_path, monkeypatch):
     np.testing.assert_allclose(states, expected, atol=2e-4)
     np.testing.assert_array_equal(next_ids, token_ids[1:])
     assert (states.dtype, next_ids.dtype) == (np.float32, np.int64)
-    few, _ = take_all(text_states(model, tokenizer, find_head(model), TEXT, positions=5))
+    few, _ = run_task(text_states(model, tokenizer, find_head(model), TEXT, positions=5))
     np.testing.assert_allclose(few, states[:5], atol=2e-4)
 
 
@@ -76,7 +84,7 @@ def test_a_step_reads_what_its_time_allows(loaded, milliseconds, sizes, monkeypa
     token_ids = loaded[1].encode(TEXT)
     windows = [token_ids[:41], token_ids[41:102]]
     read = partial(calibration.read_windows, model, location, windows)
-    whole = take_all(read())
+    whole = run_task(read())
     monkeypatch.setattr(calibration, "forward", slow_forward)
     monkeypatch.setattr(calibration, "monotonic", lambda: now)
     found = []
@@ -93,32 +101,32 @@ def test_a_step_reads_what_its_time_allows(loaded, milliseconds, sizes, monkeypa
 def test_builtin_states_are_those_of_their_windows(loaded, monkeypatch):
     """Without the first tokens of each window, and without windows after the time limit."""
     arguments, (model, tokenizer) = (*loaded, find_head(loaded[0])), loaded
-    states, next_ids, cut_short = take_all(calibration.builtin_states(*arguments, 600))
+    states, next_ids, cut_short = run_task(calibration.builtin_states(*arguments, positions=600))
     assert states.shape == (600, 64) and states.dtype == np.float32 and not cut_short
     windows = builtin_windows(tokenizer, 600)
     expected = np.concatenate([hidden_of(model, window[:-1])[CONTEXT:] for window in windows])
     np.testing.assert_allclose(states, expected, atol=2e-4)
     assert next_ids.tolist() == [token for window in windows for token in window[CONTEXT + 1 :]]
     monkeypatch.setattr(calibration, "READ_TOKENS", 700)
-    few = calibration.builtin_states(*arguments, 4000, seconds=1e-9)
-    states, next_ids, cut_short = take_all(few)
+    few = calibration.builtin_states(*arguments, positions=4000, seconds=1e-9)
+    states, next_ids, cut_short = run_task(few)
     assert 0 < len(states) == len(next_ids) < 1000 and cut_short
 
 
 def test_what_an_installation_lacks_is_left_out(monkeypatch):
-    documents, read = builtin_documents(), calibration._parts
+    documents, read = builtin_documents(), builtin_text.read_parts
     own = len(read("documentation"))
     assert "def " in "".join(documents[PYTHON]) and len(documents[PYTHON]) > 30
     assert len(documents["documentation"]) > own + 30
     few = {"modules": ["no_such_module textwrap _thread"], "topics": ["no-such-topic with"]}
-    monkeypatch.setattr(calibration, "_parts", lambda name: few.get(name) or read(name))
+    monkeypatch.setattr(builtin_text, "read_parts", lambda name: few.get(name) or read(name))
     found = builtin_documents()
     assert (len(found[PYTHON]), len(found["documentation"])) == (1, 1 + own)
     assert found["prose"] == documents["prose"]
 
 
 def test_dialogues_alternate():
-    found = calibration.dialogues()
+    found = dialogues()
     assert len(found) > 10
     for messages in found:
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
@@ -143,5 +151,5 @@ def test_the_kinds_take_turns(options, tmp_path):
     kinds = [next((k for k in texts if as_text(w) in texts[k]), DIALOGUE) for w in found]
     for kind, window in zip(kinds, found, strict=True):
         counts[kind] += len(window) - 1 - CONTEXT
-    assert counts == {kind: 50 * share for kind, share in calibration.SHARES.items()}
-    assert set(kinds[: len(calibration.SHARES)]) == set(calibration.SHARES)
+    assert counts == {kind: 50 * share for kind, share in SHARES.items()}
+    assert set(kinds[: len(SHARES)]) == set(SHARES)

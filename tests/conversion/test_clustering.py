@@ -6,14 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import clusters, take_all
+from mlx_flashhead.conversion import clusters, run_task
 from mlx_flashhead.conversion.clusters import cluster_rows
 
 METRICS = [None, np.eye(24, dtype=np.float32)]
 
 
 def cluster(rows, cluster_size=16, **options):
-    return take_all(cluster_rows(rows, cluster_size, **options))
+    return run_task(cluster_rows(rows, cluster_size, **options))
 
 
 def normal_rows(vocab_size, hidden_size, seed=0):
@@ -93,7 +93,8 @@ def test_clusters_by_mlx_are_as_good_and_without_prices_they_are_worse(monkeypat
         token_ids = cluster(rows, metric=metric)
     check_balanced(token_ids, 1500, 16)
     assert scatter(rows, token_ids) == pytest.approx(expected, rel=0.01)
-    monkeypatch.setattr(clusters, "PRICE_STEPS", (0, 0))
+    monkeypatch.setattr(clusters, "FIRST_PRICE_STEPS", 0)
+    monkeypatch.setattr(clusters, "LATER_PRICE_STEPS", 0)
     assert expected < 0.99 * scatter(rows, cluster(rows, metric=metric))
 
 

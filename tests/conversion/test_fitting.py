@@ -4,8 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import clusters, take_all
-from mlx_flashhead.conversion.clusters import FLOOR, fit_centroids, logit_metric
+from mlx_flashhead.conversion import centroids, run_task
+from mlx_flashhead.conversion.centroids import fit_centroids
+from mlx_flashhead.conversion.covariance import FLOOR, logit_metric
 from mlx_flashhead.head.matrix import Matrix
 from tiny_models import random_clusters
 
@@ -37,7 +38,7 @@ def dequantized(centroids):
 
 
 def fit(*args, **kwargs):
-    return take_all(fit_centroids(*args, **kwargs))
+    return run_task(fit_centroids(*args, **kwargs))
 
 
 CASES = [
@@ -100,7 +101,7 @@ def test_without_states_the_means_remain():
 def test_errors_fed_forward_cost_less_where_the_states_are():
     rows, _, states, _ = make_case(vocab_size=400, n_states=2000)
     covariance = np.cov(states.T.astype(np.float64), bias=True)
-    matrix, rounded = take_all(clusters._quantize(rows, covariance, 64))
+    matrix, rounded = run_task(centroids._quantize(rows, covariance, 64))
     np.testing.assert_allclose(np.array(matrix.dequantized(mx.float32)), rounded, atol=1e-6)
     plain = np.array(Matrix(mx.array(rows)).quantize(bits=4, group_size=64).dequantized())
     costs = [np.einsum("cd,de,ce->", x - rows, covariance, x - rows) for x in (rounded, plain)]

@@ -5,10 +5,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mlx_flashhead.conversion import measures
+from mlx_flashhead.conversion import measures, probes
 
 GRID = [8, 16, 32, 64]
-NBYTES = measures.StepBytes(centroids=50, probe=1.0, dense=1000, body=500)
+NBYTES = probes.StepBytes(centroids=50, probe=1.0, dense=1000, body=500)
 
 
 def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
@@ -17,7 +17,7 @@ def choose(goal, *, agree=(1, 1, 1, 1), n_positions=1000):
     for measured, share in zip(values, agree, strict=True):
         measured[measures.AGREEMENT] = np.arange(n_positions) < round(share * n_positions)
     found = measures.PositionMeasures(GRID, values, np.zeros(n_positions))
-    return measures.choose_unverified(found, goal, measures.StepBytes(0, 1.0, 1000))
+    return probes.choose_unverified(found, goal, probes.StepBytes(0, 1.0, 1000))
 
 
 def test_the_fewest_that_agree_as_often_as_wanted(monkeypatch):
@@ -28,15 +28,15 @@ def test_the_fewest_that_agree_as_often_as_wanted(monkeypatch):
         assert choose(0.998, agree=(missed, missed, 1, 1), n_positions=n_positions) == 32
     # no more than may be read, unless the first is too much
     for share, n_probes in ((0.04, 32), (0.001, 8), (1, 64)):
-        monkeypatch.setattr(measures, "MAX_BYTES", share)
+        monkeypatch.setattr(probes, "MAX_BYTES", share)
         assert choose(0.5, agree=(0, 0, 0, 0)) == n_probes
 
 
 def test_grid():
-    grid = measures.probe_grid(16_384, 3072)
+    grid = probes.probe_grid(16_384, 3072)
     assert grid[:3] == [8, 16, 24] and grid[-2] < 3072 <= grid[-1]
     assert all(b % 8 == 0 and (b - a == 8 or b <= 1.16 * a) for a, b in pairwise(grid))
-    assert measures.probe_grid(13, 100) == [8, 13]
+    assert probes.probe_grid(13, 100) == [8, 13]
 
 
 def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
@@ -50,8 +50,8 @@ def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
         measured[measures.TAIL] = np.log(sampled_share / 2)
     counts = [10 * 2**i for i in range(len(greedy))]
     found = measures.PositionMeasures(counts, values, np.zeros(n_positions))
-    n_probes = measures.choose_verified(found, nbytes)
-    return measures.verification_settings(found, n_probes) | {"n_probes": n_probes}
+    n_probes = probes.choose_verified(found, nbytes)
+    return probes.verification_settings(found, n_probes) | {"n_probes": n_probes}
 
 
 def test_a_verification_costs_the_dense_rows_and_a_difference_the_steps_after_it():
@@ -72,7 +72,7 @@ def test_probes_are_those_of_the_fewest_bytes_and_risks_are_recorded_near_them()
     by_hand = [NBYTES.verified(10 * 2**i, share) for i, share in enumerate(shares)]
     assert found["n_probes"] == 10 * 2 ** int(np.argmin(by_hand))
     # a step that reads much more beside the rows pays for more of them
-    heavy = measures.StepBytes(centroids=50, probe=1.0, dense=1000, body=50_000)
+    heavy = probes.StepBytes(centroids=50, probe=1.0, dense=1000, body=50_000)
     assert settings(GREEDY, SAMPLED, heavy)["n_probes"] > found["n_probes"]
     for name, expected in (("greedy_differs", GREEDY), ("sampled_differs", SAMPLED)):
         assert [row[name] for row in found["by_probes"]] == pytest.approx(expected, abs=1e-6)
@@ -92,7 +92,7 @@ def test_the_risk_of_a_greedy_proposal_is_the_one_that_differences_came_from(off
     rng = np.random.default_rng(1)
     gaps = rng.uniform(-1, 12, 40_000)
     differs = rng.random(len(gaps)) < np.minimum(1, np.exp(offset - slope * gaps))
-    found = measures.fit_greedy_risk(gaps, differs)
+    found = probes.fit_greedy_risk(gaps, differs)
     assert found == pytest.approx((offset, slope), abs=0.15)
 
 
@@ -100,8 +100,8 @@ def test_the_risk_of_a_greedy_proposal_is_the_one_that_differences_came_from(off
 def test_few_differences_leave_the_slope_near_that_of_a_perfect_estimate(n_different):
     """And none at all, without an unscored cluster, the usual risk."""
     gaps = np.random.default_rng(2).uniform(1, 15, 1000)
-    offset, slope = measures.fit_greedy_risk(np.sort(gaps), np.arange(1000) < n_different)
+    offset, slope = probes.fit_greedy_risk(np.sort(gaps), np.arange(1000) < n_different)
     assert 0.5 < slope < 2.5
     risks = np.minimum(1, np.exp(offset - slope * gaps))
     assert risks.sum() == pytest.approx(n_different + 0.5, abs=0.01)
-    assert measures.fit_greedy_risk(np.empty(0), np.empty(0, bool)) == (0.0, 1.0)
+    assert probes.fit_greedy_risk(np.empty(0), np.empty(0, bool)) == (0.0, 1.0)

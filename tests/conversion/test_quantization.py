@@ -10,7 +10,7 @@ from mlx_lm.utils import save
 
 import refusals
 from mlx_flashhead.conversion.options import HEAD_BITS, ConvertOptions
-from mlx_flashhead.conversion.pipeline import set_bits
+from mlx_flashhead.conversion.precision import set_bits
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
 
@@ -26,7 +26,7 @@ def converted(source, **options):
     """The model of a folder with its new bits, its tokenizer and its configuration."""
     model, tokenizer, config = mlx_lm.load(str(source), lazy=True, return_config=True)
     given = ConvertOptions(str(source), **options)
-    model, config = set_bits(model, config, find_head(model), given, print)
+    model, config = set_bits(model, config, find_head(model), given)
     return model, tokenizer, config
 
 

@@ -38,19 +38,22 @@ def faults(monkeypatch):
 
     def wrong(product):
         slots = result(product)
-        if not hasattr(product, "room"):  # it is being measured
+        if not hasattr(product, "tolerance"):  # it is being measured
             return slots
         injected.append(product)
         signs = mx.random.randint(0, 2, slots.shape, key=mx.random.key(len(injected))) * 2 - 1
-        room = 0.99 * product.room[:, None, None]
-        return (slots.astype(mx.float32) + signs * room).astype(slots.dtype)
+        exact = slots.astype(mx.float32)
+        tolerance = product.tolerance
+        off = tolerance.product[:, None, None] + tolerance.relative / 2 * mx.abs(exact)
+        return (exact + 0.99 * signs * off).astype(slots.dtype)
 
-    def with_room(verification):
-        verification._product.room, _ = verification._rounding.rooms(verification._proposal)
+    def with_tolerance(verification):
+        hidden = verification._proposal.hidden
+        verification._product.tolerance = verification._rounding.tolerance(hidden)
         screen(verification)
 
     monkeypatch.setattr(rounding.SlotProduct, "result", wrong)
-    monkeypatch.setattr(verification.Verification, "_screen", with_room)
+    monkeypatch.setattr(verification.Verification, "_screen", with_tolerance)
     return injected
 
 

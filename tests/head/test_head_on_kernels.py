@@ -103,7 +103,7 @@ BROKEN = [
     ("sample", "differs", "{top_p * mass,", "{0.1f * mass,"),
     ("sample", "differs", "fit[2] / (1.0f + odds)", "fit[2] / (2.0f + odds)"),
     ("join", "differs", "source[size_t(from) * n + i]", "source[size_t(from) * n + (i ^ 1)]"),
-    ("screen", "differs", "x, room, IdOf", "x + 1.0f, room, IdOf"),
+    ("screen", "differs", "mapped_token<Map>(x, tol", "mapped_token<Map>(x + 1.0f, tol"),
     ("screen", "differs", "known[3 * state] = others.largest;", "known[3 * state] = 0.0f;"),
 ]
 REFUSED = {

@@ -13,7 +13,7 @@ from mlx_flashhead.head import kernels as kernels_module
 from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
-from mlx_flashhead.head.steps import Proposal
+from mlx_flashhead.head.proposal import Proposal, Tolerance
 from mlx_flashhead.index.settings import FlashHeadConfig
 from tiny_models import random_clusters
 
@@ -68,15 +68,15 @@ class TestGraph:
     def test_a_verification_is_three_kernels_beside_the_product(self, monkeypatch, draws):
         """The last join, screen and certain; a join for each 7 tokens that wait came before."""
         head = self.head(monkeypatch, mx.bfloat16, 4)
-        rooms = mx.zeros(32), mx.zeros(32)
-        mx.eval(rooms, *[] if draws is None else draws[:3])
+        tolerance = Tolerance(mx.zeros(32), mx.zeros(32))
+        mx.eval(tolerance[:2], *[] if draws is None else draws[:3])
 
         def verify(hidden, probes, logits):
             parts = [Proposal(hidden[:n], None, probes[:n], logits[:n], None, None)
                      for n in (31, 1)]  # fmt: skip
             one = head.joined(parts, [(0, i) for i in range(31)] + [(1, 0)], [0] * 32)
             slots = head.slot_logits(one.hidden)
-            return list(head.steps.screen(slots, one, draws, rooms, 0.0))
+            return list(head.steps.screen(slots, one, draws, tolerance, 0.0))
 
         inputs = mx.zeros((32, 128), mx.bfloat16), mx.zeros((32, 8), mx.uint32)
         found = self.primitives(verify, *inputs, mx.zeros((32, 8, 8), mx.bfloat16))

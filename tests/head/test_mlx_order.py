@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
+from mlx_flashhead.head import dense_kernels
 from mlx_flashhead.head.backend import scored_logits_agree
+from mlx_flashhead.head.dense_kernels import ANY_ROWS, dense_kernel, mlx_version
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.kernels import PACKS, MetalSteps
+from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.matrix import Matrix
-from mlx_flashhead.head.steps import Selection
+from mlx_flashhead.head.steps import PortableSteps, Selection, in_token_order
 
 FOLDER = Path(mx.__file__).parent / "include/mlx/backend/metal/kernels"
 LANES = 32
@@ -56,7 +58,7 @@ def parts(file: str, *names: str) -> str:
 
 
 def mlx_logits(matrix: Matrix, hidden: mx.array) -> mx.array:
-    """The product with one state, (1, D) → (1, V), as MLX 0.32 makes it on a GPU.
+    """The product with one state, (1, D) → (1, V), as the installed MLX makes it on a GPU.
 
     To be called while the emulator is installed, without checks: where the last rows do not fill
     a tile, two simdgroups write them alike. Source: dispatch_qmv and gemv_axbpy in MLX's
@@ -72,10 +74,10 @@ def mlx_logits(matrix: Matrix, hidden: mx.array) -> mx.array:
         rows, threadgroup = 32, (LANES, 1, 8)
         assert n_rows >= 4096  # fewer rows have fewer simdgroups
     else:
-        pack = PACKS.get(matrix.bits, 32 // matrix.bits)
-        fast = n_rows % 8 == 0 and hidden_size % (2 * LANES * pack) == 0
+        kernel = dense_kernel(matrix, n_rows)
         affine = matrix.biases is not None
-        name = f"{'' if affine else 'fp_'}qmv{'_fast' if fast else ''}_impl"
+        name = f"{'' if affine else 'fp_'}{kernel.name}_impl"
+        partial = kernel.name == "qmv_fast" and n_rows % 8 > 0
         helpers = ("get_pack_factor", "get_bytes_per_pack", "load_vector", "load_vector_safe")
         if affine:
             header = parts("quantized.h", *helpers, "qdot", "qdot_safe", name)
@@ -87,7 +89,7 @@ def mlx_logits(matrix: Matrix, hidden: mx.array) -> mx.array:
             header += parts("fp_quantized.h", *helpers, *scales)
         body = QMV.format(
             name=name,
-            constants=f"{matrix.group_size}, {matrix.bits}",
+            constants=f"{matrix.group_size}, {matrix.bits}" + ", true" * partial,
             offsets="biases" if affine else "(const device float*)nullptr",
         )
         header = PRELUDE + header
@@ -106,13 +108,7 @@ def mlx_logits(matrix: Matrix, hidden: mx.array) -> mx.array:
     return logits
 
 
-pytestmark = [
-    pytest.mark.skipif(on_gpu(), reason="the emulator's sums are compared"),
-    pytest.mark.skipif(
-        "U(x[i]) + U(x[i + 1])" not in parts("quantized.h", "load_vector"),
-        reason="this version of MLX adds four hidden values in the model's dtype",
-    ),
-]
+pytestmark = pytest.mark.skipif(on_gpu(), reason="the emulator's sums are compared")
 
 FORMS = [(bits, group) for bits in (4, 5, 6, 8) for group in (64, 32)]
 FORMS += [(4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4")]
@@ -123,6 +119,7 @@ CASES = [
     *[(form, (576, 160), *case) for form in FORMS for case in F32],
     *[(form, (1024 if form[0] % 4 else 512, 160), *F32[-1]) for form in FORMS],
     *[(form, (512, 157), *F16[i % 2]) for i, form in enumerate(FORMS)],
+    *[((4, 64), (512, n_rows), *F32[-1]) for n_rows in (157, 1001)],
     *[((16, 0), (1022, 4099), *case) for case in F32 + F16],
     ((16, 0), (576, 4099), *F32[0]),
 ]
@@ -144,6 +141,32 @@ def test_scored_logits_are_those_of_mlxs_kernel(form, sizes, dtype, contract):
         selection = Selection(mx.arange(n_clusters, dtype=mx.uint32)[None])
         found = to_numpy(steps.score(hidden, selection).logits).reshape(1, -1)
     np.testing.assert_array_equal(found[:, to_numpy(clustered.slot_of)], expected)
+
+
+@pytest.mark.parametrize("n_rows, cluster_size", [(1001, 16), (1000, 11)])
+def test_dense_logits_are_those_of_mlxs_kernel(monkeypatch, n_rows, cluster_size):
+    """Also where MLX up to 0.32.3 has another kernel for the rows with the padded slots."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(dense_kernels, "mlx_version", lambda: (0, 32, 3))
+    rows = make_rows(rng, n_rows, 512, bits=4, group_size=64, dtype=mx.float32)
+    centroids = make_centroids(rng, -(-n_rows // cluster_size), 512, group_size=0)
+    clustered = cluster(rng, rows, centroids, cluster_size)
+    hidden = mx.array(rng.normal(size=(1, 512))).astype(mx.float32)
+    monkeypatch.setattr(Matrix, "matmul", mlx_logits)
+    with kernels(check=False):
+        steps = PortableSteps(clustered)
+        expected = to_numpy(mlx_logits(rows, hidden))
+        at_once = in_token_order(mlx_logits(clustered.flat_rows(), hidden), clustered.slot_of)
+        found = to_numpy(steps.dense(hidden))
+    np.testing.assert_array_equal(found, expected)
+    assert (to_numpy(at_once) != expected).any()
+
+
+def test_the_table_is_that_of_the_installed_mlx():
+    """What differs between its lines shows in the texts of the kernels."""
+    in_float32 = "U(x[i]) + U(x[i + 1])" in parts("quantized.h", "load_vector")
+    any_rows = "partial_rows" in parts("quantized.h", "qmv_fast_impl")
+    assert in_float32 == any_rows == (mlx_version() >= ANY_ROWS)
 
 
 def test_the_share_of_equal_logits_is_reported(monkeypatch):

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 from kernel_cases import kernels, on_gpu, plain_clusters, to_numpy
-from mlx_flashhead.head import steps as steps_module
+from mlx_flashhead.head import screening
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise, noise_of_all, position_key
 from mlx_flashhead.head.kernels import TALLIED, MetalSteps
-from mlx_flashhead.head.steps import PortableSteps, Proposal
+from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
+from mlx_flashhead.head.proposal import Proposal, Tolerance
+from mlx_flashhead.head.steps import PortableSteps
 from test_draw import drawn_token
 
 SETTINGS = [
@@ -35,8 +37,10 @@ def proposal_of(tokens, probes, logits):
     return Proposal(mx.zeros((k, 4)), tokens, probes, logits, mx.zeros(k), None)
 
 
-def case_of(rng, clustered, k, room, scored_room, spread, dtype=mx.float32, draws=None):
-    """Logits of all slots, a proposal from the best clusters, and rooms (k,)."""
+def case_of(
+    rng, clustered, k, room, scored_room, spread, dtype=mx.float32, draws=None, logit_map=IDENTITY
+):
+    """Logits of all slots, a proposal from the best clusters, and the tolerance."""
     slots = rng.normal(size=(k, clustered.n_clusters, clustered.cluster_size)) * spread
     slots = mx.array(slots.astype(np.float32)).astype(dtype)
     order = mx.argsort(-slots.max(axis=-1), axis=-1)
@@ -44,53 +48,81 @@ def case_of(rng, clustered, k, room, scored_room, spread, dtype=mx.float32, draw
     probes = mx.sort(mx.concatenate([order[:, :1], order[:, 2 : N_PROBES + 1]], axis=-1), axis=-1)
     exact = mx.random.uniform(-1, 1, slots.shape, key=mx.random.key(int(rng.integers(1000))))
     logits = mx.take_along_axis(slots + (exact * room).astype(dtype), probes[..., None], axis=1)
+    logits = logit_map(logits)
     ids = clustered.token_ids[probes]
-    logits = mx.where(ids == clustered.vocab_size, mx.finfo(dtype).min, logits)
+    logits = mx.where(ids == clustered.vocab_size, mx.finfo(logits.dtype).min, logits)
     ids, flat = ids.flatten(1), logits.astype(mx.float32).flatten(1)
     tokens = draw(flat, None if draws is None else noise(draws.keys, ids), draws, ids)
-    rooms = mx.full((k,), room), mx.full((k,), scored_room)
-    return slots, proposal_of(tokens, probes, logits), draws, rooms
+    tolerance = Tolerance(mx.full((k,), room), mx.full((k,), scored_room))
+    return slots, proposal_of(tokens, probes, logits), draws, tolerance
 
 
-def truths(rng, clustered, case, n):
-    """Dense logits by token (k, V), within the rooms: at random, and at their ends."""
-    slots, proposal, _, rooms = case
+def truths(rng, clustered, case, n, logit_map=IDENTITY):
+    """Dense logits by token (k, V), within the tolerance: at random, and at its ends."""
+    slots, proposal, _, tolerance = case
     slots, probes = to_numpy(slots).astype(np.float64), to_numpy(proposal.probes)
     logits, slot_of = to_numpy(proposal.logits).astype(np.float64), to_numpy(clustered.slot_of)
-    room, scored_room = (to_numpy(each)[:, None, None] for each in rooms)
+    room, scored_room = (to_numpy(each)[:, None, None] for each in tolerance[:2])
     for i in range(n):
         shift = rng.uniform(-1, 1, slots.shape) if i % 2 else rng.choice([-1, 1], slots.shape)
         # the first one favours all others
         shift = np.ones(slots.shape) if i == 0 else shift
         truth, places = slots + 0.999 * shift * room, (np.arange(len(slots))[:, None], probes)
-        truth[places] = logits + 0.999 * shift[places] * scored_room
+        truth = to_numpy(logit_map(mx.array(truth.astype(np.float32)))).astype(np.float64)
+        off = logit_map.slope * scored_room
+        if logit_map.cap:  # which holds the scored logits too
+            edge = np.arctanh(np.clip(logits / logit_map.cap, -1 + 1e-7, 1 - 1e-7))
+            off = off / np.cosh(edge) ** 2 * 0.9
+        truth[places] = logits + 0.999 * shift[places] * off
         yield truth.reshape(len(slots), -1)[:, slot_of].astype(np.float32)
+
+
+MAPS = {
+    "no map": IDENTITY,
+    "softcap": LogitMap(cap=5.0),
+    "scale": LogitMap(multiplier=0.4),
+    "division, softcap": LogitMap(divisor=1.7, cap=4.0),
+}
 
 
 @BOTH
 @pytest.mark.parametrize("room, scored_room", [(1e-3, 0.0), (0.05, 0.02), (0.5, 0.0)])
 @pytest.mark.parametrize("spread", [0.7, 2.0])
 def test_what_is_certain_is_the_dense_choice(path, room, scored_room, spread):
+    check_certain(path, room, scored_room, spread)
+
+
+@BOTH
+@pytest.mark.parametrize("room, scored_room", [(1e-3, 0.0), (0.05, 0.02)])
+@pytest.mark.parametrize("logit_map", list(MAPS)[1:])
+def test_what_is_certain_of_mapped_logits_is_the_dense_choice(path, room, scored_room, logit_map):
+    check_certain(path, room, scored_room, 2.0, MAPS[logit_map])
+
+
+def check_certain(path, room, scored_room, spread, logit_map=IDENTITY):
+    """No proposal that is certain is wrong for any logits within the tolerance."""
     rng = np.random.default_rng(int(spread * 10))
     with kernels():
         steps, k = steps_of(rng, path), len(DRAWS.rows)
-        case = case_of(rng, steps.clustered, k, room, scored_room, spread, draws=DRAWS)
-        certain = np.array(steps.screen(*case, 0.0).certain)
+        case = case_of(
+            rng, steps.clustered, k, room, scored_room, spread, draws=DRAWS, logit_map=logit_map
+        )
+        certain = np.array(steps.screen(*case, 0.0, logit_map).certain)
     ids = np.arange(steps.clustered.vocab_size, dtype=np.uint32)
     settings, top_k, keys = DRAWS.settings.tolist(), DRAWS.top_k.tolist(), np.array(DRAWS.keys)
     wrong = np.zeros(k, bool)
-    for truth in truths(rng, steps.clustered, case, 3):
+    for truth in truths(rng, steps.clustered, case, 3, logit_map):
         for row in range(k):
             drawn = drawn_token(ids, truth[row], -np.inf, settings[row], top_k[row], keys[row])
             wrong[row] |= drawn != case[1].tokens[row].item()
     assert not (wrong & certain).any(), np.flatnonzero(wrong & certain)
     if room < 0.1 and spread == 2.0:
-        assert certain[~wrong].mean() > 0.5
+        assert certain[~wrong].mean() > (0.5 if logit_map.identity else 0.3)
 
 
 def test_clusters_beyond_the_nearest_may_hold_the_choice(monkeypatch):
     """Of which alone the operations compute the noise, where all draws have filters."""
-    monkeypatch.setattr(steps_module, "NEAREST", 2)
+    monkeypatch.setattr(screening, "NEAREST", 2)
     rng, settings = np.random.default_rng(7), DrawSettings(1.0, top_p=0.999)
     draws = Draws.of([(settings, position_key(3, i)) for i in range(24)])
     steps = steps_of(rng, PortableSteps)
@@ -103,11 +135,32 @@ def test_clusters_beyond_the_nearest_may_hold_the_choice(monkeypatch):
     assert not (certain & (best != to_numpy(case[1].tokens))).any()
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_logits_that_a_map_merges_in_16_bits_are_a_doubt(path, dtype):
+    """Near a cap two logits of the head become the same one."""
+    logit_map, value = LogitMap(cap=5.0), 40.0
+    with kernels():
+        steps = steps_of(np.random.default_rng(3), path)
+        shape = (1, *steps.clustered.token_ids.shape)
+        slots, probes = mx.zeros(shape, dtype), mx.arange(9, dtype=mx.uint32)[None]
+        slots[0, 3, 1] = value
+        token = steps.clustered.token_ids[3, 1].reshape(1)
+        tolerance = Tolerance(mx.zeros(1), mx.zeros(1))
+        for other, place, sure in ((30.0, 5, False), (30.0, 50, False), (1.0, 50, True)):
+            changed = mx.array(slots)
+            changed[0, place, 2] = other
+            logits = logit_map(mx.take_along_axis(changed, probes[..., None], axis=1))
+            proposal = proposal_of(token, probes, logits)
+            screen = steps.screen(changed, proposal, None, tolerance, 0.0, logit_map)
+            assert screen.certain.tolist() == [sure]
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("cluster_size, n_clusters", [(1, 40), (16, 40), (3, 2100)])
 def test_the_kernels_say_what_the_operations_say(monkeypatch, dtype, cluster_size, n_clusters):
     """Where tokens are left out by filters, the operations look at the nearest clusters alone."""
-    monkeypatch.setattr(steps_module, "NEAREST", 32)
+    monkeypatch.setattr(screening, "NEAREST", 32)
     rng = np.random.default_rng(cluster_size)
     epsilon = 0.0 if dtype == mx.float32 else mx.finfo(dtype).eps
     with kernels():
@@ -144,7 +197,8 @@ def test_filters_count_what_was_not_scored(path, better):
         slots = slots.reshape(k, *clustered.token_ids.shape)
         logits = mx.take_along_axis(slots, probes[..., None], axis=1)
         proposal = proposal_of(mx.full((k,), token, mx.uint32), probes, logits)
-        certain = steps.screen(slots, proposal, draws, (mx.zeros(k), mx.zeros(k)), 0.0).certain
+        exact = Tolerance(mx.zeros(k), mx.zeros(k))
+        certain = steps.screen(slots, proposal, draws, exact, 0.0).certain
         assert certain.tolist() == [True, *[better < 0] * 3]
 
 
@@ -169,7 +223,7 @@ def test_unscored_tokens_above_a_rival_leave_it_out(path):
             blocks = slots.reshape(1, *clustered.token_ids.shape)
             logits = mx.take_along_axis(blocks, probes[..., None], axis=1)
             proposal = proposal_of(mx.array([token], mx.uint32), probes, logits)
-            screen = steps.screen(blocks, proposal, draws, (mx.zeros(1), mx.zeros(1)), 0.0)
+            screen = steps.screen(blocks, proposal, draws, Tolerance(mx.zeros(1), mx.zeros(1)), 0.0)
             assert screen.certain.tolist() == [sure]
 
 

@@ -13,7 +13,7 @@ from mlx_lm import models
 
 from architecture_configs import COMMON, OVERRIDES, VOCAB_SIZE
 from mlx_flashhead.conversion.options import ConvertOptions
-from mlx_flashhead.conversion.pipeline import set_bits
+from mlx_flashhead.conversion.precision import set_bits
 from mlx_flashhead.models.compat.mlx_lm import quantize_model
 from mlx_flashhead.models.locate import find_head
 
@@ -61,7 +61,7 @@ def quantized(model: nn.Module) -> nn.Module:
     with redirect_stdout(StringIO()):
         if model.model_type == "afm7":  # whose fused layers do not take mlx-lm's own arguments
             options = ConvertOptions("model", head_bits=4)
-            return set_bits(model, {}, find_head(model), options, print)[0]
+            return set_bits(model, {}, find_head(model), options)[0]
         return quantize_model(model, {}, 64, 4)[0]
 
 

@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -261,7 +262,10 @@ class Handler(BaseHTTPRequestHandler):
             start, end = int(match[1]), min(int(match[2]), len(content) - 1)
             self.server.ranged_bytes += end + 1 - start
             headers["Content_Range"] = f"bytes {start}-{end}/{len(content)}"
-            return Answer(206, content[start : end + 1], **headers)
+            piece = content[start : end + 1]
+            if self.server.spoil is not None:
+                piece, headers["Content_Range"] = self.server.spoil(piece, headers["Content_Range"])
+            return Answer(206, piece, **headers)
         return Answer(200, content, **headers)
 
 
@@ -289,6 +293,8 @@ class LoopbackHub(ThreadingHTTPServer):
         self.down = False
         self.gated: set[str] = set()  # paths of files
         self.ranged_bytes = 0  # sent as ranges of files
+        # (bytes of a range, its header) → what is sent in their place
+        self.spoil: Callable[[bytes, str], tuple[bytes, str]] | None = None
         self.cut_at: int | None = None  # bytes of an answer after which the connection is lost
         self.lock = threading.Lock()
 

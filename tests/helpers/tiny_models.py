@@ -7,12 +7,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_flashhead.conversion import take_all
-from mlx_flashhead.conversion.clusters import fit_centroids
+from mlx_flashhead.conversion import run_task
+from mlx_flashhead.conversion.centroids import fit_centroids
 from mlx_flashhead.head.clustered import Centroids
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
-from mlx_flashhead.index.files import FlashHeadIndex, Sketch
+from mlx_flashhead.index.flash_head_index import FlashHeadIndex, Sketch
 from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.models.install import install
 from mlx_flashhead.models.locate import find_head
@@ -112,7 +112,7 @@ def fitted(rows: Matrix, token_ids: np.ndarray) -> Centroids:
     states = np.random.default_rng(0).normal(size=(50, rows.hidden_size)).astype(np.float32)
     weight = rows.dequantized().astype(mx.float32)
     bias = None if rows.bias is None else rows.bias.astype(mx.float32)
-    return take_all(fit_centroids(weight, token_ids, states, head_bias=bias, group_size=32))
+    return run_task(fit_centroids(weight, token_ids, states, head_bias=bias, group_size=32))
 
 
 def tiny_index(

@@ -12,13 +12,14 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 import mlx_flashhead
 from mlx_flashhead import attach, detach, get_flash_head
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.loading.head_options import DENSE, HeadOptions
 from mlx_flashhead.loading.load import load, load_with_head
-from mlx_flashhead.models import finer_head
+from mlx_flashhead.models import fetch, finer_head, tensor_files
 from mlx_flashhead.models.finer_head import check_same, distances, give_fine_head
 from mlx_flashhead.models.locate import find_head
 from model_folders import contents, write_model
@@ -116,13 +117,14 @@ def test_the_rows_are_the_originals_rounded(original, coarse, bits):
 
 @both
 def test_one_tensor_is_fetched_once(on_hub, original, coarse):
-    location, (said,) = fine(coarse, True)
+    location, (said, used) = fine(coarse, True)
     _, name, rows = weights_of(original)
     assert f"Fetching {name} of maker/Original (" in said
     assert rows.nbytes < on_hub.ranged_bytes < rows.nbytes + 20_000
     on_hub.requests.clear()
     again, said = fine(coarse, True)
-    assert on_hub.requests == said == []
+    assert on_hub.requests == [] and said == [used]
+    assert used == "With the finer head of maker/Original, in 8 bits."
     assert mx.array_equal(again.rows().weight, location.rows().weight)
 
 
@@ -282,6 +284,43 @@ def test_a_lost_connection_continues(on_hub, original, coarse, monkeypatch):
     assert not [*finer_head.home().rglob("*.part")]
 
 
+def of_rows(spoil):
+    """What `LoopbackHub.spoil` does, to ranges of the tensor's size alone."""
+    return lambda piece, range_: spoil(piece, range_) if len(piece) > 20_000 else (piece, range_)
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda piece, range_: (bytes(len(piece)), range_), "is not the original of"),
+        (lambda piece, range_: (piece[::-1], range_), "is not the original of"),
+        (lambda piece, range_: (piece + piece, range_), "sends more of model.safetensors of maker"),
+        (lambda piece, range_: (piece, "bytes 0-99/100"), "sends bytes 0-99/100 of model.safet"),
+        (lambda piece, range_: (piece, ""), "sends all of model.safetensors"),
+    ],
+    ids=["zeros", "other rows", "too long", "another range", "no range"],
+)
+def test_a_bad_answer_is_not_kept(on_hub, original, coarse, spoil, said):
+    on_hub.spoil = of_rows(spoil)
+    assert said in refusal(coarse)
+    assert not [*finer_head.home().rglob("*.part")]
+    on_hub.spoil = None
+    location, _ = fine(coarse, True)
+    expected = Matrix(weights_of(original)[2]).quantize(bits=8, group_size=64)
+    assert mx.array_equal(location.rows().weight, expected.weight)
+
+
+def test_headers_and_small_files_have_limits(on_hub, coarse, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_files, "LARGEST_HEADER", 100)
+        assert "headers have up to 100 bytes" in refusal(coarse)
+    assert on_hub.ranged_bytes == 8  # the length, and nothing of it
+    monkeypatch.setattr(fetch, "LARGEST_SMALL_FILE", 100)
+    index = json.dumps({"weight_map": {f"w{i}": "model.safetensors" for i in range(100)}})
+    on_hub.put("maker/Original", {"model.safetensors.index.json": index.encode()})
+    assert "model.safetensors.index.json of maker/Original has" in refusal(coarse)
+
+
 def test_damaged_rows_in_the_cache_are_fetched_again(original, coarse):
     fine(coarse, original)
     (place,) = finer_head.home().rglob("*.safetensors")
@@ -293,7 +332,7 @@ def test_damaged_rows_in_the_cache_are_fetched_again(original, coarse):
     for damaged in (place.read_bytes(), content[:-2000], b"", b"{}" * 99):
         place.write_bytes(damaged)
         location, said = fine(coarse, original)
-        assert len(said) == 1 and location.rows().bits == 8
+        assert len(said) == 2 and location.rows().bits == 8
         assert place.stat().st_size > len(content) / 2
 
 
@@ -307,10 +346,13 @@ def test_two_at_once_fetch_once(on_hub, coarse):
 
 def test_a_flash_head_is_built_for_the_finer_rows_or_the_models_own(original, coarse, quick, capfd):
     load_it = partial(load, str(coarse))
-    assert get_flash_head(load_it(fine_head="nowhere/at-all")[0]).clustered.rows.bits == 4
-    assert "Without a finer head: There is no folder 'nowhere/at-all'" in capfd.readouterr().err
+    assert get_flash_head(load_it(fine_head=True)[0]).clustered.rows.bits == 4
+    missing = "Without a finer head: There is no folder 'maker/Original' here"
+    assert missing in capfd.readouterr().err
     with pytest.warns(UserWarning, match="Without a finer head"):
-        load_it(fine_head="nowhere/at-all", progress=False)
+        load_it(fine_head=True, progress=False)
+    with pytest.raises(ValueError, match="There is no folder 'nowhere/at-all' here"):
+        load_it(fine_head="nowhere/at-all")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_it(progress=False)  # nothing unless requested
@@ -325,3 +367,32 @@ def test_flags(run, original, coarse):
     assert code == 0 and "Fetching" in errors
     code, _, errors = run(*command, "--head-bits", 16)
     assert code == 2 and "add --fine-head" in errors
+
+
+def test_a_named_source_is_used_or_refused_whatever_is_cached(run, original, coarse, copied):
+    fine(coarse, original)
+    weights, head, rows = weights_of(original)
+    other = copied(weights | {head: rows[::-1]})
+    said = []
+    for source, refusal in (
+        ("nowhere/at-all", "There is no folder 'nowhere/at-all' here"),
+        (coarse.with_name("Absent"), "There is no folder"),
+        (other, "is not the original of Coarse, or was trained further"),
+    ):
+        command = ("generate", "--model", coarse, "--prompt", "One", "--dense")
+        code, output, errors = run(*command, "--max-tokens", 2, "--fine-head", source)
+        assert (code, output) == (2, "") and refusal in errors and errors.count("\n") == 1
+    _, said = fine(coarse, original)
+    assert said == [f"With the finer head of {original}, in 8 bits."]
+    _, said = fine(coarse, copied(weights))  # the same rows of another source, which was named
+    assert said[-1] == f"With the finer head of {other}, in 8 bits."
+
+
+def test_without_a_network_it_says_so_at_once(coarse, monkeypatch, caplog):
+    """The Hub's client would try again for half a minute."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
+    assert "cannot be reached" in refusal(coarse)
+    assert "cannot be reached: check the network and" in refusal(coarse, "maker/Original")
+    assert caplog.text == ""

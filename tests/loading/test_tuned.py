@@ -4,16 +4,18 @@ import json
 from dataclasses import replace
 
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.tuning import Tuning
 from mlx_flashhead.loading import tuned
+from mlx_flashhead.loading.free_head import free_head_gain
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.loading.sources import StoredHead
 from mlx_flashhead.loading.tuned import install_stored
 from mlx_flashhead.models.install import detach
-from tiny_models import tiny_index, tiny_model
+from tiny_models import install_index, tiny_index, tiny_model
 
 FAST = Tuning(2, 1e30, 8, 0.07, 1.5, 0.01, 0.0, dense=False, max_batch=5)
 SLOW = Tuning(3, 1e30, 16, 0.02, 1.01, 0.01, 0.0, dense=True)
@@ -58,12 +60,12 @@ def loaded(dense):
 
 def test_it_is_measured_once(measure, loaded):
     left = measure(FAST)
-    for expected in ([tuned.MEASURING], []):
+    for n_said in (2, 0):
         head, said = loaded()
         policy = policy_of(head)
         assert (head.n_probes, policy.max_pending, policy.max_risk) == (2, 8, 0.07)
         assert policy.max_batch == 5 and not policy.dense
-        assert head.unverified_probes == 4 and said == expected
+        assert head.unverified_probes == 4 and len(said) == n_said
     assert not left
     assert loaded(n_probes=3)[0].n_probes == 3  # a chosen number stays
 
@@ -92,6 +94,56 @@ def test_a_busy_machine_is_measured_until_it_is_quiet(measure, monkeypatch, load
         assert policy_of(loaded()[0]).dense  # the steadier measurement stays
     assert not policy_of(loaded()[0]).dense and not left
     loaded()  # not provisional any more
+
+
+def test_measurements_belong_to_an_index(measure, dense, loaded, flash_head_home):
+    """Another index of the same rows has settings of its own."""
+    model, stored = dense
+    left = measure(FAST, replace(FAST, n_probes=3))
+    assert loaded()[0].n_probes == 2
+    detach(model)
+    other = StoredHead(tiny_index(model, n_probes=5), "there")
+    assert other.index.config.fingerprint == stored.index.config.fingerprint
+    assert install_stored(model, other, HeadOptions(progress=False)).n_probes == 3 and not left
+    assert loaded()[0].n_probes == 2  # as before
+    assert len([*flash_head_home.glob("speeds/*.json")]) == 2
+
+
+def test_a_prediction_above_what_a_free_head_would_save_is_not_shown(measure, loaded, dense):
+    loaded(tunes=False)
+    most = free_head_gain(dense[0])
+    assert 1 < most < 10
+    wild = replace(FAST, gain=1.01 * most, predicted=True)
+    left = measure(wild, replace(wild, gain=0.99 * most), replace(wild, predicted=False))
+    policy = policy_of(loaded()[0])
+    assert policy.gain is None and policy.provisional and not policy.dense
+    assert tuned.speed_text(policy) == "not known yet"
+    policy = policy_of(loaded()[0])  # measured again, since the machine is quiet
+    assert tuned.speed_text(policy) == f"{0.99 * most:.2f} x (predicted)"
+    # what whole rounds took is no prediction
+    policy = policy_of(loaded(measures=True)[0])
+    assert policy.gain == wild.gain and not left
+
+
+def test_the_gain_of_a_free_head_counts_the_bytes_that_a_token_reads():
+    for tied in (True, False):
+        model = tiny_model(tied=tied)
+        sizes = {path: array.nbytes for path, array in tree_flatten(model.parameters())}
+        read = {name: size for name, size in sizes.items() if tied or "embed_tokens" not in name}
+        head = max(read.values())  # the rows
+        expected = sum(read.values()) / (sum(read.values()) - head)
+        assert free_head_gain_of(model) == pytest.approx(expected, rel=0.02)  # with padded slots
+
+
+def free_head_gain_of(model):
+    install_index(model, tiny_index(model))
+    return free_head_gain(model)
+
+
+def test_a_busy_machines_figure_is_called_provisional(measure, loaded, monkeypatch):
+    measure(FAST)
+    monkeypatch.setattr(tuned, "is_busy", lambda: True)
+    assert tuned.speed_text(policy_of(loaded()[0])) == "1.50 x (provisional)"
 
 
 WRONG = [None, "x", -1, 0, 1.5, 1e999, float("nan"), True, [1], {}, 10**400]

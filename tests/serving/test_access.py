@@ -6,9 +6,11 @@ import time
 
 import pytest
 
-from mlx_flashhead.serving.access import Access
+from engines import flags
+from mlx_flashhead.serving.access import Access, access_of
 from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.page_files import FOLDER, page_names
+from mlx_flashhead.serving.server_options import check_options, make_parser
 from scripted_server import INFO, TOKEN
 
 LOCAL = Access()
@@ -103,6 +105,39 @@ def test_own_and_named_origins_are_served_and_no_others():
         ("same-origin", "cors", None),
     ):
         assert status(LOCAL, Sec_Fetch_Site=site, Sec_Fetch_Mode=mode) == expected
+
+
+NAME = "chat.example"
+
+
+@pytest.mark.parametrize("lan", [False, True])
+def test_a_page_behind_a_proxy_is_the_servers_own(tmp_path, lan):
+    """The proxy answers by https, and passes on the name that it was asked by or its own."""
+    (tmp_path / "token").write_text(TOKEN)
+    arguments = ["--allowed-hosts", f"other.example,{NAME}", "--token-file", tmp_path / "token"]
+    parsed = flags(*arguments, *(["--lan"] if lan else []))
+    check_options(make_parser(), parsed)
+    rules = access_of(parsed)
+    chat = ("POST", "/v1/chat/completions")
+    sent = POST | BEARER
+    for host, origin, expected in (
+        (NAME, f"https://{NAME}", None),
+        (f"{NAME}:8443", f"https://{NAME}:8443", None),
+        ("127.0.0.1:8080", f"https://{NAME}", None),
+        (NAME, f"https://{NAME.upper()}", None),
+        (NAME, "https://evil.example", 403),
+        (NAME, f"https://{NAME}.evil.example", 403),
+        (NAME, f"https://evil.{NAME}", 403),
+        (NAME, f"https://{NAME}:8443", 403),  # another server of that machine
+        ("127.0.0.1:8080", f"https://{NAME}:8443", 403),
+        ("127.0.0.1:8080", f"http://{NAME}", 403),
+        ("127.0.0.1:8080", "https://127.0.0.1:8080", 403),
+        ("evil.example", f"https://{NAME}", 403),
+    ):
+        assert status(rules, *chat, Host=host, Origin=origin, **sent) == expected, (host, origin)
+    if lan:
+        assert status(rules, *chat, Host=NAME, Origin=f"https://{NAME}", **POST) == 401
+    assert status(LAN, *chat, Host="studio", Origin="https://studio", **sent) == 403
 
 
 def test_bodies_are_bounded():

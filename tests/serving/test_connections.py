@@ -3,6 +3,7 @@
 import json
 import select
 import socket
+import struct
 import time
 from contextlib import suppress
 from threading import Event
@@ -123,3 +124,49 @@ def test_requests_are_limited_and_health_is_not(
         assert b"[DONE]" in received(connection)
     script.answers = ["as before"]
     assert ask(CHAT, "POST", b"{}")[0].status == 400
+
+
+def test_bodies_that_never_come_take_nobodys_place(monkeypatch, script, ask, connect):
+    """Until a body has arrived, its connection is one of those that wait."""
+    for limit in ("MAX_ANSWERED_PER_ADDRESS", "MAX_ANSWERED", "MAX_WAITING"):
+        monkeypatch.setattr(connections, limit, 3)
+    opened = [connect(HEAD % 1000 + b"{") for _ in range(9)]
+    time.sleep(0.1)
+    for _ in range(4):
+        assert ask(CHAT, "POST", b"{}")[0].status == 200
+    ended = select.select(opened, [], [], 1)[0]
+    assert len(ended) >= 6  # the oldest have made room
+    connection = connect(HEAD % 2 + b"{")
+    connection.sendall(b"}")
+    assert b"[DONE]" in received(connection)
+    assert len(script.requests) == 5
+
+
+REQUESTS = {
+    "nothing": b"",
+    "half a head": b"POST / HTTP/1.1\r\n",
+    "no HTTP": b"bad\r\n\r\n",
+    "a page": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "a chat": HEAD % 2 + b"{}",
+    "half a chat": HEAD % 1000 + b"{}",
+    "another path": b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}",
+}
+
+
+@pytest.mark.parametrize("sent", REQUESTS.values(), ids=REQUESTS)
+def test_clients_that_reset_at_once_leave_no_traceback(script, ask, connect, caplog, sent):
+    for _ in range(20):
+        connection = connect(sent)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    assert ask("/health")[0].status == 200
+    assert ask(CHAT, "POST", b"{}")[0].status == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_method_of_any_length_is_logged_in_short(script, connect):
+    connection = connect(b"A" * 90_000 + b" / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert b" 405 " in received(connection)
+    while not script.log:
+        time.sleep(0.01)
+    assert script.log[0].startswith(f"127.0.0.1 {'A' * 20} / 405")

@@ -2,6 +2,7 @@
 is generated as if it were alone, in a batch or by itself."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx_lm
 import pytest
@@ -180,6 +181,28 @@ def test_answers_before_at_and_after_the_swap_are_the_dense_models(dense, quick)
     assert "dense: FlashHead is being built" in seen and served.decoding() == "verified"
     assert tokens_of(submit(engine, SHORT, 30)) == expected
     assert engine.close(20)
+
+
+@pytest.mark.parametrize("stays_dense", [False, True])
+def test_the_log_says_what_was_measured_at_the_end_of_a_build(
+    tiny, monkeypatch, caplog, stays_dense
+):
+    """A model that stays dense is not said to be served with its FlashHead before that."""
+    policy = policy_of(tiny.head)
+    for name, value in (("gain", 1.5), ("provisional", True), ("dense", stays_dense)):
+        monkeypatch.setattr(policy, name, value)
+    more = [True, False]
+    build = SimpleNamespace(advance=lambda: more.pop(0), drop=lambda: None)
+    engine = Engine.__new__(Engine)
+    engine._waiting = engine._readings = engine._decoders = []
+    served = SimpleNamespace(name="tiny", head=tiny.head, build=build)
+    engine._builds = [served]
+    with caplog.at_level("INFO"):
+        engine._build()
+        assert caplog.text == ""
+        engine._build()
+    said = "tiny is served with its FlashHead (speed: 1.50 x (provisional))"
+    assert (said in caplog.text) == (not stays_dense) and engine._builds == []
 
 
 def test_what_is_said_is_what_decodes(tiny, monkeypatch):

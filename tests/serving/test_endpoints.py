@@ -9,6 +9,7 @@ from http.client import HTTPConnection
 import pytest
 
 from engines import flags
+from mlx_flashhead.serving import endpoints
 from mlx_flashhead.serving.access import Access
 from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.endpoints import Api
@@ -67,19 +68,104 @@ def answer(connection):
     return response.status, response.read().decode()
 
 
-def test_health_says_how_the_engine_is(engine, send, tiny):
-    """A model that is being loaded is no reason to wait without an answer."""
+def test_health_and_models_answer_while_the_model_is_loaded(engine, api, send, tiny):
     engine.models = Future()
     assert answer(send("/health")) == (503, '{"status": "loading"}')
     assert answer(send("/"))[0] == 200
-    for path in ("/v1/models", "/page/info.json", "/v1/completions"):
-        status, body = answer(send(path))
-        assert status == 503 and "is being loaded" in body
+    status, body = answer(send("/v1/models"))
+    (model,) = json.loads(body)["data"]
+    assert (status, model["id"], model["status"]) == (200, "model", "loading")
+    assert answer(send("/v1/models/model"))[0] == 200
+    assert answer(send("/v1/models/other"))[0] == 404
+    status, body = answer(send("/page/info.json"))
+    assert status == 503 and "is being loaded" in body
     engine.models.set_result([tiny])
     for engine.status, code in (("ok", 200), ("failing", 503)):
         status, body = answer(send("/health"))
         assert (status, json.loads(body)["status"]) == (code, engine.status)
+        (model,) = json.loads(answer(send("/v1/models"))[1])["data"]
+        assert (model["id"], model["status"]) == ("tiny", engine.status)
+        assert model["decoding"] == "verified"
     assert json.loads(body)["decoding"] == {"tiny": "verified"}
+
+
+@pytest.fixture
+def loading(engine, monkeypatch):
+    """The future of an engine that loads. Comments of streams come often."""
+    monkeypatch.setattr(endpoints, "_TICK_SECONDS", 0.02)
+    engine.models = Future()
+    return engine.models
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_waits_for_its_model(engine, loading, send, tiny, stream):
+    connection = send(prompt="x", stream=stream, max_tokens=3)
+    if stream:
+        response = connection.getresponse()
+        assert response.status == 200
+        assert [response.readline() for _ in range(4)] == [b": loading\n", b"\n"] * 2
+    loading.set_result([tiny])
+    engine.next_job().emit(Token("A", finish_reason="stop"))
+    if stream:
+        rest = response.read().decode()
+        assert '"text": "A"' in rest and rest.endswith("data: [DONE]\n\n")
+    else:
+        status, body = answer(connection)
+        assert (status, json.loads(body)["choices"][0]["text"]) == (200, "A")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reason", ["time", "mistake", "end", "failure", "memory"])
+def test_waiting_ends_with_an_error(api, loading, send, tiny, monkeypatch, stream, reason):
+    monkeypatch.setattr(endpoints, "_MAX_WAITING_BYTES", 0 if reason == "memory" else 1 << 20)
+    api._flags.load_wait = 0.1 if reason == "time" else 60
+    connection = send(prompt="x", stream=stream, temperature=5)
+    while reason in ("mistake", "failure", "end") and not api.n_waiting_bytes:
+        time.sleep(0.01)
+    if reason == "mistake":
+        loading.set_result([tiny])
+    if reason == "failure":
+        loading.set_exception(ValueError("damaged"))
+    if reason == "end":
+        api.end_answers(SHUTTING_DOWN)
+    status, body = answer(connection)
+    *_, last = body.strip().splitlines()
+    message = json.loads(last.removeprefix("data: "))["error"]["message"]
+    expected = {"mistake": "temperature is 5", "end": SHUTTING_DOWN, "failure": "cannot be loaded"}
+    assert expected.get(reason, "is being loaded") in message
+    assert status == (200 if stream else 400 if reason == "mistake" else 503)
+    assert api.n_waiting_bytes == 0
+
+
+def test_a_client_that_leaves_waits_no_longer(api, loading, send):
+    connections = [send(prompt="x", stream=stream) for stream in (False, True)]
+    until = time.monotonic() + 20
+    while not api.n_waiting_bytes and time.monotonic() < until:
+        time.sleep(0.01)
+    for connection in connections:
+        connection.sock.close()
+    while api.n_waiting_bytes:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert loading.set_running_or_notify_cancel()  # nobody has cancelled it
+
+
+@pytest.mark.parametrize(
+    "path, named",
+    [
+        ("/v1/responses", "vllm-mlx, mlx-openai-server or oMLX"),
+        ("/v1/messages", "vllm-mlx or oMLX"),
+        ("/v1/messages/count_tokens", "vllm-mlx or oMLX"),
+        ("/api/chat", "this server's address with /v1"),
+        ("/api/tags", "this server's address with /v1"),
+    ],
+)
+def test_other_apis_name_what_serves_them(send, path, named):
+    for body in ({}, {"model": "x"}):
+        status, text = answer(send(path, **body))
+        message = json.loads(text)["error"]["message"]
+        assert status == 404 and message.startswith(f"{path} is not served here")
+        assert named in message and "`mlx_flashhead.run`" in message
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,6 +1,7 @@
 // The server's API: the models and defaults, streamed answers, and an answer in progress.
 
-// kind: "token" (the server needs another one), "away" (no connection), "rejected" (with a reason).
+// kind: "token" (the server needs another one), "away" (no connection), "loading" (its model is not
+// there yet), "rejected" (with a reason).
 export class ServerError extends Error {
   constructor(kind, message) {
     super(message);
@@ -8,6 +9,7 @@ export class ServerError extends Error {
   }
 }
 
+export const LOADING_MS = 1000; // between two questions to a server that loads its model
 const AWAY = "The server does not answer. Is it still running, and on the same network?";
 
 async function request(path, options = {}) {
@@ -20,16 +22,20 @@ async function request(path, options = {}) {
   if (response.ok) return response;
   if (response.status === 401) throw new ServerError("token", "The server needs its token.");
   const text = await response.text().catch(() => "");
-  throw new ServerError("rejected", reason(text) || `The server answered ${response.status}.`);
+  throw rejection(text, `The server answered ${response.status}.`);
 }
 
-function reason(text) {
+// The error in the text of an answer, which is OpenAI's JSON where the server itself has answered.
+function rejection(text, otherwise) {
+  let error = null;
   try {
-    const { error } = JSON.parse(text);
-    return typeof error === "string" ? error : error?.message;
+    error = JSON.parse(text).error;
   } catch {
-    return "";
+    // a proxy has answered
   }
+  const message = typeof error === "string" ? error : error?.message;
+  const kind = error?.code === "model_loading" ? "loading" : "rejected";
+  return new ServerError(kind, message || otherwise);
 }
 
 export const serverInfo = async () => (await request("/page/info.json")).json();
@@ -39,8 +45,8 @@ export async function unlock(token) {
   await request(`/?token=${encodeURIComponent(token.trim())}`);
 }
 
-// Yields {read, text, reasoning, finish, decoding, speed, usage}, each optional, until the answer is
-// complete. read is the share of the question that the model has read, 0 … 1; speed is in tokens/s;
+// Yields {loading, read, text, reasoning, finish, decoding, speed, usage}, each optional, until the
+// answer is complete. loading says that the server waits for its model; read is the share of the question that the model has read, 0 … 1; speed is in tokens/s;
 // decoding is the server's word for how the tokens were chosen.
 async function* ask(messages, settings, signal) {
   const response = await request("/v1/chat/completions", {
@@ -56,6 +62,7 @@ async function* ask(messages, settings, signal) {
   });
   for await (const { comment, data } of events(response.body.getReader())) {
     if (comment) {
+      if (comment === "loading") yield { loading: true };
       const [, done, total] = comment.match(/^prompt (\d+)\/(\d+)$/) ?? [];
       if (total) yield { read: done / total };
       const [, decoding] = comment.match(/^decoding (.+)$/) ?? [];
@@ -66,7 +73,7 @@ async function* ask(messages, settings, signal) {
     }
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ServerError("rejected", reason(data) || "The server failed.");
+    if (chunk.error) throw rejection(data, "The server failed.");
     const choice = chunk.choices?.[0];
     yield {
       text: choice?.delta?.content,
@@ -115,25 +122,48 @@ export class Run {
     Object.assign(this.message, { running: false, stopped: true });
   }
 
-  // Resolves when the answer has ended, to the ServerError if there was one.
+  // Resolves when the answer has ended, to the ServerError if there was one. While the server loads
+  // its model, the question is sent again and again.
   async finish() {
-    const clock = new Clock();
+    let clock = new Clock();
     let failure = null;
-    try {
-      for await (const part of ask(this.messages, this.settings, this.controller.signal)) {
-        this.take(part, clock);
+    for (;;) {
+      try {
+        for await (const part of ask(this.messages, this.settings, this.controller.signal)) {
+          this.take(part, clock);
+        }
+      } catch (error) {
+        if (await this.waits(error)) {
+          clock = new Clock();
+          continue;
+        }
+        if (!this.controller.signal.aborted) failure = this.fail(error);
       }
-    } catch (error) {
-      if (!this.controller.signal.aborted) failure = this.fail(error);
+      break;
     }
     this.message.running = false;
     delete this.message.read;
+    delete this.message.loading;
     if (clock.tokens) this.message.stats = clock.stats();
     this.changed();
     return failure;
   }
 
-  take({ read, text, reasoning, finish, decoding, speed, usage }, clock) {
+  // Whether a question that was refused is to be sent again, after a pause.
+  async waits(error) {
+    if (error.kind !== "loading" || this.controller.signal.aborted) return false;
+    this.message.loading = true;
+    this.changed();
+    await new Promise((resume) => {
+      const timer = setTimeout(resume, LOADING_MS);
+      this.controller.signal.addEventListener("abort", () => (clearTimeout(timer), resume()));
+    });
+    return !this.controller.signal.aborted;
+  }
+
+  take({ loading, read, text, reasoning, finish, decoding, speed, usage }, clock) {
+    if (loading) this.message.loading = true;
+    else delete this.message.loading;
     if (read !== undefined) this.message.read = read;
     if (text || reasoning) clock.tick();
     if (reasoning) this.message.reasoning = (this.message.reasoning ?? "") + reasoning;

@@ -148,6 +148,7 @@ async function answer(chat) {
     drawFrame();
   }
   if (failure) lost(failure);
+  else refresh(); // the model may have got its FlashHead meanwhile
 }
 
 // A function that draws the growing message once per frame, and saves it now and then.

@@ -73,6 +73,7 @@ async function start() {
     if (run !== mine || !dialog.open) return;
     if (answer.error) {
       verdict.textContent = "";
+      againButton.hidden = true; // the notice has the one button
       body.append(notice(answer.error, start));
       if (failure) question.onFailure(failure);
       return;

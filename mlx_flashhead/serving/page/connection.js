@@ -1,7 +1,7 @@
 // The connection: the banner, the dialog for the token, and the worker that keeps the page's files
 // while the server is away.
 
-import { serverInfo, unlock } from "./api.js";
+import { LOADING_MS, serverInfo, unlock } from "./api.js";
 
 const EVERY_MS = 2000;
 const WORKER = "/worker.js";
@@ -12,6 +12,7 @@ const token = document.getElementById("token");
 
 let timer = null;
 let arrived = () => {};
+let loading = false; // whether the banner says that the model is being loaded
 
 // onInfo is called with the server's info at the start, and whenever the server is back.
 export function connect(onInfo) {
@@ -32,11 +33,19 @@ export async function refresh() {
   clearTimeout(timer);
   try {
     const info = await serverInfo();
-    if (!banner.hidden) say("The server is back.", false);
+    if (loading) banner.hidden = true;
+    else if (!banner.hidden) say("The server is back.", false);
+    loading = false;
     arrived(info);
   } catch (error) {
     if (error.kind === "token") askForToken();
-    else {
+    else if (error.kind === "loading") {
+      loading = true;
+      say("Loading the model …", false);
+      clearTimeout(timer);
+      timer = setTimeout(refresh, LOADING_MS);
+    } else {
+      loading = false;
       say("The server does not answer. Your conversations are safe here; trying again …", true);
       timer = setTimeout(refresh, EVERY_MS);
     }

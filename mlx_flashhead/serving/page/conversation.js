@@ -18,7 +18,12 @@ export const newChat = (system = "") => ({
 });
 
 const LONGEST_TITLE = 80;
-const toTitle = (text) => text.trim().replace(/\s+/g, " ").slice(0, LONGEST_TITLE);
+
+function toTitle(text) {
+  const title = text.trim().replace(/\s+/g, " ");
+  if (title.length <= LONGEST_TITLE) return title;
+  return `${title.slice(0, LONGEST_TITLE - 1).trimEnd()}…`;
+}
 
 // An empty title gives the first question back its place.
 export function rename(chat, text) {
@@ -74,6 +79,7 @@ export function fromRecord(id, record) {
   for (const message of record.messages) {
     if (message.running) Object.assign(message, { running: false, stopped: true });
     delete message.read;
+    delete message.loading;
   }
   return {
     id,

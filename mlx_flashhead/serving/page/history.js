@@ -45,14 +45,15 @@ function itemOf(chat, isCurrent, handlers) {
 
 // Return and leaving the field save the name, Escape does not.
 function editName(item, chat, handlers) {
-  const field = element("input", { type: "text", value: chatTitle(chat), maxLength: 80 });
+  const before = chatTitle(chat);
+  const field = element("input", { type: "text", value: before, maxLength: 80 });
   field.setAttribute("aria-label", "Name of the conversation");
   let open = true;
   const end = (save) => {
     if (!open) return;
     open = false;
     field.remove();
-    if (save) handlers.rename(chat, field.value);
+    if (save && field.value !== before) handlers.rename(chat, field.value);
     else draw();
   };
   field.addEventListener("blur", () => end(true));
@@ -69,9 +70,17 @@ function when(time) {
   const date = new Date(time);
   const today = new Date().toDateString() === date.toDateString();
   return today
-    ? date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })
-    : date.toLocaleDateString([], { day: "numeric", month: "short", year: "numeric" });
+    ? date.toLocaleTimeString(locale, { hour: "2-digit", minute: "2-digit", hourCycle })
+    : date.toLocaleDateString(locale, { day: "numeric", month: "short", year: "numeric" });
 }
+
+// The user's first language, which is not always the browser's own. A clock has 24 hours where
+// either of them has.
+const locale = navigator.language;
+const cycles = [undefined, locale].map(
+  (each) => new Intl.DateTimeFormat(each, { hour: "numeric" }).resolvedOptions().hourCycle,
+);
+const hourCycle = cycles.includes("h23") ? "h23" : undefined;
 
 export const isHistoryOpen = () => document.body.classList.contains("history-open");
 export const closeHistory = () => setOpen(false);

@@ -72,25 +72,26 @@ function update(node, message) {
   node.setAttribute("aria-busy", Boolean(message.running)); // VoiceOver reads it when it is complete
   node.classList.toggle("running", Boolean(message.running));
   updateThinking(node, body, message);
-  if (message.running && !message.content) showWaiting(body, message.read);
+  if (message.running && !message.content) showWaiting(body, message);
   else {
     body.querySelector(":scope > .waiting")?.remove();
     renderMarkdown(body, message.content);
   }
 }
 
-// read: the share of the question that the model has read. A short question is read at once.
-function showWaiting(body, read) {
+// read: the share of the question that the model has read, as a short question is at once. loading:
+// whether the model is not there yet.
+function showWaiting(body, { read, loading }) {
   let node = body.querySelector(":scope > .waiting");
   if (!node) {
     node = element("span", { className: "waiting" });
     node.append(element("i"), element("i"), element("i"), element("span"));
     node.setAttribute("role", "status");
-    node.setAttribute("aria-label", "The model is reading");
     body.replaceChildren(node);
   }
   const share = read > 0 && read < 1 ? `${Math.floor(100 * read)} % read` : "";
-  node.lastChild.textContent = share;
+  node.setAttribute("aria-label", loading ? "The model is being loaded" : "The model is reading");
+  node.lastChild.textContent = loading ? "Loading the model …" : share;
 }
 
 function updateThinking(node, body, message) {
@@ -156,7 +157,8 @@ function actionsOf(message, can) {
   const row = element("div", { className: "actions" });
   if (content) row.append(copyButton("Copy", () => content));
   if (can.edit) row.append(iconButton("edit", "Edit the question", can.edit));
-  if (can.again) row.append(iconButton("again", "Answer again", can.again));
+  // a notice of an error has the button already
+  if (can.again && !error) row.append(iconButton("again", "Answer again", can.again));
   if (can.compare) row.append(compareButton(can.compare));
   if (stats) row.append(statsOf(message));
   parts.push(row);

@@ -22,6 +22,7 @@ SCREENS = {  # points
     "ipad": (820, 1180),
     "ipad-landscape": (1180, 820),
     "ipad-half": (507, 1180),
+    "small": (800, 600),
     "iphone": (390, 844),
     "iphone-se": (320, 568),
 }
@@ -51,13 +52,14 @@ def opener(chromium, port):
         if message.type == "error" and "Failed to load resource" not in message.text:
             problems.append(message.text)
 
-    def open_page(screen="iphone", url="/", *, dark=False, worker=False):
+    def open_page(screen="iphone", url="/", *, dark=False, worker=False, locale=None):
         context = chromium.new_context(
             viewport=dict(zip(("width", "height"), SCREENS[screen], strict=True)),
             service_workers="allow" if worker else "block",
             has_touch=screen != "macbook",
             is_mobile=screen != "macbook",
             color_scheme="dark" if dark else "light",
+            locale=locale,
             base_url=f"http://127.0.0.1:{port}",
         )
         context.set_default_timeout(20_000)

@@ -1,15 +1,19 @@
 """What people do with conversations: instructions, other words, names, files, another model."""
 
 import json
+import re
 from operator import itemgetter
+from pathlib import Path
 from threading import Event
 
+import pytest
 from playwright.sync_api import expect
 
 from mlx_flashhead.chatting.conversation import Message, read_conversation, write_conversation
 from page_actions import answers, ask, settings, tap
 from scripted_server import INFO, MODEL
 
+SCREENSHOTS = Path(__file__).parents[3] / "screenshots"
 OTHER = MODEL | {"name": "other/Model-4bit", "decoding": "unverified"}
 PLAIN = {"name": "plain", "dense": False, "decoding": "dense: FlashHead is being built"}
 HELLO = {"role": "user", "content": "Hello"}
@@ -241,3 +245,47 @@ def test_a_choice_of_models(script, open_page):
     expect(choice).to_be_hidden()
     ask(page, "Four?", ends=4)
     assert "model" not in script.requests[-1]
+
+
+@pytest.mark.parametrize(
+    "locale, time",
+    [("en-US", r"\d\d:\d\d [AP]M"), ("de-DE", r"\d\d:\d\d"), ("en-GB", r"\d\d:\d\d")],
+)
+def test_times_and_titles(script, open_page, locale, time):
+    """24 hours where the user's language has them, and "…" where a title is too long."""
+    page = open_page("macbook", locale=locale)
+    ask(page, "word " * 30, ends=1)
+    expect(page.locator("#chats .when")).to_have_text(re.compile(rf"^{time}$"))
+    title = page.locator("#chats .name").text_content()
+    assert title == f"{'word ' * 15}word…"
+    page.get_by_role("button", name="Rename “").click()
+    page.keyboard.press("Enter")  # which changes nothing
+    expect(page.locator("#chats .name")).to_have_text(title)
+    record = page.evaluate(
+        "Object.entries(localStorage).find(([key]) => key.includes('.chat.'))[1]"
+    )
+    assert "title" not in json.loads(record)
+
+
+OVERFLOWING = """[...document.querySelectorAll("body *")].filter((node) => {
+    const { left, right, width } = node.getBoundingClientRect();
+    return width && node.checkVisibility() && !node.closest("#history, pre, .spoken")
+        && (left < -1 || right > innerWidth + 1);
+}).map((node) => node.outerHTML.slice(0, 80))"""
+
+
+def test_nothing_is_cut_off_on_a_small_screen(script, open_page):
+    name = "mlx-community/a-model-with-a-very-long-name-of-many-words-Instruct-4bit"
+    script.info = INFO | {"models": [MODEL | {"name": name}]}
+    script.answers = [[f"{'word ' * 50}\n\n```\n{'code ' * 60}\n```\n"]] * 3
+    page = open_page("small")
+    ask(page, "word " * 60, ends=1)
+    assert page.evaluate(OVERFLOWING) == []
+    page.locator("#open-settings").click()
+    assert page.evaluate("settings.scrollHeight <= settings.clientHeight")
+    assert page.evaluate(OVERFLOWING) == []
+    page.screenshot(path=SCREENSHOTS / "small-4-settings.png")
+    page.get_by_role("button", name="Done").click()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#verdict")).to_contain_text("The texts are equal.")
+    assert page.evaluate(OVERFLOWING) == []

@@ -2,14 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 from threading import Event
 
 from playwright.sync_api import expect
 
 from mlx_flashhead.serving.access import Access
 from page_actions import answers, ask, tap
-from scripted_server import BREAK, MODEL, TOKEN, Script, scripted_server
+from scripted_server import BREAK, INFO, MODEL, TOKEN, Script, scripted_server
 
+SCREENSHOTS = Path(__file__).parents[3] / "screenshots"
 OTHER_TOKEN = "another-token-of-this-server"
 
 
@@ -33,6 +35,55 @@ def test_stop_reload_and_refusal_of_an_answer(script, page):
     expect(page.locator(".notice").last).to_contain_text(refusal)
     tap(page, "Try again")
     expect(answers(page)).to_have_text(["Half of it", "Fine."])
+
+
+def test_a_question_while_the_model_loads_is_sent_when_it_can_be(script, open_page):
+    script.loading = True
+    script.answers = [["Here ", "it is."], "The server failed.", ["Fine."]]
+    page = open_page("small")
+    banner = page.locator("#banner")
+    expect(banner).to_have_text("Loading the model …")
+    expect(banner).not_to_have_class(re.compile("wrong"))
+    page.screenshot(path=SCREENSHOTS / "small-1-loading.png")
+    ask(page, "One?")
+    expect(page.locator(".waiting")).to_have_text("Loading the model …")
+    expect(page.locator(".notice")).to_have_count(0)
+    page.screenshot(path=SCREENSHOTS / "small-2-question-while-loading.png")
+    script.loading = False
+    expect(answers(page)).to_have_text("Here it is.")
+    expect(banner).to_be_hidden()
+    expect(page.locator("#model")).to_have_text(MODEL["name"])
+    assert {request["messages"][0]["content"] for request in script.requests} == {"One?"}
+    ask(page, "Two?")
+    expect(page.locator(".notice")).to_contain_text("The server failed.")
+    again = page.get_by_role("button", name=re.compile("again", re.IGNORECASE))
+    expect(again).to_have_count(1)  # one way to try it again
+    page.screenshot(path=SCREENSHOTS / "small-3-failure.png")
+    again.tap()
+    expect(answers(page)).to_have_text(["Here it is.", "Fine."])
+
+
+def test_a_question_that_waits_for_the_model_can_be_stopped(script, page):
+    script.loading = True
+    ask(page, "One?")
+    expect(page.locator(".waiting")).to_have_text("Loading the model …")
+    page.locator("#stop").tap()
+    expect(page.locator(".notice")).to_have_text("Stopped before the end.")
+    n_requests = len(script.requests)
+    script.loading = False
+    ask(page, "Two?", ends=1)
+    assert len(script.requests) == n_requests + 1
+
+
+def test_the_header_says_how_the_next_answer_is_decoded(script, page):
+    """A FlashHead that has been built is known after the next answer."""
+    dense = MODEL | {"decoding": "dense: FlashHead is being built"}
+    script.info = INFO | {"models": [dense]}
+    page.reload()
+    expect(page.locator("#mode")).to_have_text("· dense")
+    script.info = INFO
+    ask(page, "One?", ends=1)
+    expect(page.locator("#mode")).to_have_text("· verified")
 
 
 def test_a_wrong_token_and_one_that_changes_meanwhile(lan, script, open_page):

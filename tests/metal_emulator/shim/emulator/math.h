@@ -9,6 +9,7 @@ float logf(float);
 float log2f(float);
 float ceilf(float);
 float roundf(float);
+float tanhf(float);
 }
 
 namespace metal {
@@ -71,8 +72,14 @@ METAL_FUNC T select(T if_false, T if_true, bool condition) {
   return condition ? if_true : if_false;
 }
 
+METAL_EMULATOR_UNARY(tanh, tanhf(x))
+
 namespace fast {
 using metal::exp;
+}
+
+namespace precise {
+using metal::tanh;
 }
 
 }  // namespace metal

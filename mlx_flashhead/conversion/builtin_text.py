@@ -1,0 +1,152 @@
+"""The built-in text, of many kinds, on which models are calibrated.
+
+It was written for this project except the first sentences of Caesar's De Bello Gallico, and
+Python's own modules and help topics. The files of `texts` name these modules and topics.
+"""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import resources
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .windows import beginning_of_text, windows_of
+
+PYTHON = "python"
+DIALOGUE = "dialogue"
+# The kinds in their order, each with its parts of the whole; most are files of `texts`.
+SHARES = {
+    "prose": 1,
+    "documentation": 1,
+    "code": 1,
+    "markup": 1,
+    "european": 2,
+    "asian": 2,
+    PYTHON: 1,
+    DIALOGUE: 1,
+}
+EXCERPT_CHARACTERS = 3000  # of a help topic, or of a module's source
+EXCERPT_START = 2 / 5  # of a module's source, where its excerpt begins
+BEGINNING = 300  # characters of a document that are a request
+
+BUILTIN_WINDOW = 64  # tokens; longer windows of built-in text take longer steps and gain nothing
+CONTEXT = 8  # first tokens of such a window, whose states have seen too little and are left out
+MIN_WINDOW = 16  # tokens; shorter rests are left out
+
+
+def read_parts(name: str) -> list[str]:
+    """The parts of a file of `texts`."""
+    file = resources.files(__package__) / "texts" / f"{name}.txt"
+    return file.read_text(encoding="utf-8").split("%%%%\n")
+
+
+def builtin_documents() -> dict[str, list[str]]:
+    """Documents by kind, but for dialogues, in a fixed order.
+
+    Modules and help topics that this Python lacks are left out.
+    """
+    documents = {kind: read_parts(kind) for kind in SHARES if kind not in (PYTHON, DIALOGUE)}
+    documents["documentation"] += _help_topics()
+    documents[PYTHON] = _module_excerpts()
+    return documents
+
+
+def _help_topics() -> list[str]:
+    """Beginnings of Python's own help topics."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return []
+    names = read_parts("topics")[0].split()
+    return [topics[name][:EXCERPT_CHARACTERS] for name in names if name in topics]
+
+
+def _module_excerpts() -> list[str]:
+    """Excerpts of the sources of Python's own modules."""
+    excerpts = []
+    for name in read_parts("modules")[0].split():
+        source = ""
+        with suppress(ImportError, OSError, UnicodeDecodeError):
+            spec = importlib.util.find_spec(name)
+            if spec is not None:
+                source = Path(spec.origin or "").read_text(encoding="utf-8")
+        if source:
+            start = source.find("\n", int(len(source) * EXCERPT_START)) + 1
+            excerpts.append(source[start : start + EXCERPT_CHARACTERS])
+    return excerpts
+
+
+def dialogues() -> list[list[dict[str, str]]]:
+    """Conversations as lists of messages with ``role`` and ``content``."""
+    conversations = []
+    for document in read_parts(DIALOGUE):
+        _, *parts = re.split(r"^(User|Assistant): ", document, flags=re.MULTILINE)
+        messages = []
+        for role, text in zip(parts[::2], parts[1::2], strict=True):
+            messages.append({"role": role.lower(), "content": text.strip()})
+        conversations.append(messages)
+    return conversations
+
+
+def builtin_windows(tokenizer: Any, positions: int) -> list[list[int]]:
+    """Windows of built-in text, without the token that begins a text.
+
+    Each kind has its share. The kinds take turns, so that a time limit shortens all of them.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        positions: The most states of all windows together.
+    """
+    documents: dict[str, list[list[int]]] = {}
+    for kind, contents in builtin_documents().items():
+        documents[kind] = [list(tokenizer.encode(content)) for content in contents]
+    documents[DIALOGUE] = _encoded_dialogues(tokenizer)
+    beginning = beginning_of_text(tokenizer)
+    ends = np.cumsum([0, *(SHARES[kind] for kind in documents)])
+    sizes = np.diff(np.rint(positions * ends / ends[-1])).astype(int).tolist()
+    turns: list[tuple[float, list[int]]] = []
+    for texts, size in zip(documents.values(), sizes, strict=True):
+        left = size
+        for window in _mixed_windows(texts, beginning):
+            if len(window) >= MIN_WINDOW and left > 0:
+                chosen = window[: CONTEXT + left + 1]
+                turns.append(((size - left) / size, chosen))
+                left -= len(chosen) - 1 - CONTEXT
+    return [window for _, window in sorted(turns, key=lambda turn: turn[0])]
+
+
+def _encoded_dialogues(tokenizer: Any) -> list[list[int]]:
+    """The tokens of the dialogues, by the chat template if there is one."""
+    if not tokenizer.has_chat_template:
+        return [list(tokenizer.encode(text.strip())) for text in read_parts(DIALOGUE)]
+    chats = []
+    for messages in dialogues():
+        chats.append(list(tokenizer.apply_chat_template(messages, tokenize=True)))
+    return chats
+
+
+def _mixed_windows(texts: Sequence[list[int]], beginning: list[int]) -> list[list[int]]:
+    """The windows of texts in a fixed random order, the first windows of all texts first."""
+    rng = np.random.default_rng(0)
+    placed = []
+    for token_ids in texts:
+        text = token_ids[len(beginning) :] if token_ids[:1] == beginning else token_ids
+        for place, window in enumerate(windows_of(text, BUILTIN_WINDOW)):
+            placed.append((place, rng.random(), window))
+    return [window for _, _, window in sorted(placed)]
+
+
+def builtin_requests() -> list[str]:
+    """What users say in the dialogues, and the beginnings of the documents, in turns."""
+    requests = []
+    for messages in dialogues():
+        requests += [message["content"] for message in messages if message["role"] == "user"]
+    kinds = [requests]
+    for texts in builtin_documents().values():
+        kinds.append([text[:BEGINNING] for text in texts])
+    return [text for turn in zip_longest(*kinds) for text in turn if text]

@@ -1,0 +1,201 @@
+"""Centroids of clusters.
+
+They predict the logsumexp of their clusters' logits, by ridge regression on states h. They are
+rounded to 4 bits with the errors fed forward (GPTQ). The remaining residual, of mean m_c and
+variance s2_c over the states, gives the bias:
+
+    S_c = h · mu_c + m_c + s2_c / 2     the log of the cluster's expected mass, if it is normal
+    S_c - ln n_c                        the logit of each of the n_c tokens of other clusters
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..head.clustered import Centroids
+from ..head.matrix import DEFAULT_GROUP, Matrix, affine_group, as_float32
+from . import Progress, Task
+from .covariance import BLOCK_STATES, covariance
+
+BLOCK_CLUSTERS = 64  # at once, which bounds memory
+RIDGE = 0.03  # penalty, relative to the states' mean variance per dimension
+BITS = 4  # of a rounded centroid
+LEVELS = 15
+DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
+
+Array = np.ndarray
+
+
+class _Residuals(NamedTuple):
+    """The residuals r_c = logsumexp_c - h · mean_c over the states h, in float64."""
+
+    mean: Array  # (C,)
+    variance: Array  # (C,)
+    cross: Array  # (C, D), the covariance with h
+
+
+def fit_centroids(
+    rows: Array | mx.array,
+    token_ids: Array,
+    states: Array | None = None,
+    *,
+    head_bias: Array | mx.array | None = None,
+    group_size: int = DEFAULT_GROUP,
+) -> Task[Centroids]:
+    """Fits the centroids of clusters, rounded to 4 bits with float16 scales.
+
+    Without states they are the plain means, with a tail offset of zero.
+
+    Source: GPTQ is arXiv 2210.17323, algorithm 1; the fit is this project's own.
+
+    Args:
+        rows: Of the head (V, D).
+        token_ids: The clusters (C, cluster_size), with V in padded slots.
+        states: Hidden states (N, D) float32.
+        head_bias: The head's bias (V,), if it has one.
+        group_size: Columns that share a scale, else 32. If neither divides D the centroids stay
+            floats.
+
+    Returns:
+        The centroids, their bias and their tail offset.
+    """
+    rows = as_float32(rows)
+    vocab_size, hidden_size = rows.shape
+    n_clusters = len(token_ids)
+    head_bias = np.zeros(vocab_size, np.float32) if head_bias is None else as_float32(head_bias)
+    means = mean_rows(rows, token_ids)
+    if states is None:
+        matrix, _ = yield from _quantize(means, np.eye(hidden_size), group_size)
+        mean_bias = mean_rows(head_bias[:, None], token_ids)[:, 0]
+        return Centroids(matrix, mx.array(mean_bias), mx.zeros(n_clusters))
+
+    state_mean, state_variance = covariance(states)
+    residuals = yield from _fit_residuals(rows, token_ids, means, states, state_mean, head_bias)
+    # max: equal states have no variance, and the means stay
+    penalty = RIDGE * max(np.trace(state_variance) / hidden_size, 1e-12)
+    penalised = state_variance + penalty * np.eye(hidden_size)
+    fitted = means + np.linalg.solve(penalised, residuals.cross.T).T
+    matrix, rounded = yield from _quantize(fitted, state_variance, group_size)
+    change = rounded - means
+    moved = np.sum((change @ state_variance - 2 * residuals.cross) * change, axis=1)
+    variance = np.maximum(residuals.variance + moved, 0)
+    bias = (residuals.mean - change @ state_mean + variance / 2).astype(np.float32)
+    tail_offset = -np.log((token_ids < vocab_size).sum(axis=1)).astype(np.float32)
+    return Centroids(matrix, mx.array(bias), mx.array(tail_offset))
+
+
+def mean_rows(rows: Array, token_ids: Array) -> Array:
+    """Means of the clusters' rows.
+
+    Args:
+        rows: Rows (V, D) float32.
+        token_ids: The clusters (C, cluster_size), with V in padded slots, which do not count.
+
+    Returns:
+        The means (C, D) float32.
+    """
+    sums = np.zeros((len(token_ids), rows.shape[1]), dtype=np.float32)
+    real = token_ids < len(rows)
+    for column in range(token_ids.shape[1]):
+        held = real[:, column]
+        sums[held] += rows[token_ids[held, column]]
+    return sums / real.sum(axis=1, keepdims=True, dtype=np.float32)
+
+
+def _fit_residuals(
+    rows: Array,
+    token_ids: Array,
+    means: Array,
+    states: Array,
+    state_mean: Array,
+    head_bias: Array,
+) -> Task[_Residuals]:
+    """The residuals of the means (C, D) over the states (N, D) with the mean (D,)."""
+    vocab_size, hidden_size = rows.shape
+    n_clusters = len(token_ids)
+    blocks = [states[i : i + BLOCK_STATES] for i in range(0, len(states), BLOCK_STATES)]
+    centred = [(block - state_mean).astype(np.float32) for block in blocks]
+    total = np.zeros(n_clusters)
+    squares = np.zeros(n_clusters)
+    cross = np.zeros((n_clusters, hidden_size))
+    slot_bias = np.append(head_bias, -np.inf).astype(np.float32)  # leaves padded slots out
+    for start in range(0, n_clusters, BLOCK_CLUSTERS):
+        part = slice(start, start + BLOCK_CLUSTERS)
+        slots = token_ids[part].T  # (cluster_size, c): sums over a cluster run along axis 0
+        columns = rows[np.minimum(slots, vocab_size - 1)].reshape(-1, hidden_size).T
+        for block, centred_block in zip(blocks, centred, strict=True):
+            logits = (block @ columns).reshape(len(block), *slots.shape) + slot_bias[slots]
+            best = logits.max(axis=1)
+            residuals = np.log(np.exp(logits - best[:, None]).sum(axis=1)) + best
+            residuals -= block @ means[part].T
+            total[part] += residuals.sum(axis=0, dtype=np.float64)
+            squares[part] += np.square(residuals, dtype=np.float64).sum(axis=0)
+            cross[part] += residuals.T @ centred_block
+            done = min(start + BLOCK_CLUSTERS, n_clusters)
+            yield Progress("Fitting", done, n_clusters, "cluster")
+    mean = total / len(states)
+    variance = squares / len(states) - np.square(mean)
+    return _Residuals(mean, variance, cross / len(states))
+
+
+def _quantize(centroids: Array, covariance: Array, group_size: int) -> Task[tuple[Matrix, Array]]:
+    """Rounds centroids so that their products with states change least.
+
+    Args:
+        centroids: The centroids (C, D).
+        covariance: Of the states (D, D), float64.
+        group_size: Columns that share a scale.
+
+    Returns:
+        The matrix, and its values (C, D) in float64.
+    """
+    n_clusters, hidden_size = centroids.shape
+    group_size = affine_group(hidden_size, group_size) or 0
+    if not group_size:
+        weight = centroids.astype(np.float16)
+        return Matrix(mx.array(weight)), weight.astype(np.float64)
+    damping = DAMPING * max(np.trace(covariance) / hidden_size, 1e-12)
+    inverse = np.linalg.inv(covariance + damping * np.eye(hidden_size))
+    feed = np.linalg.cholesky(inverse).T  # upper: the effect of a column's error on later ones
+    left = centroids.T.astype(np.float64)  # (D, C): the columns of the centroids are contiguous
+    codes = np.empty(left.shape, dtype=np.uint32)
+    rounded = np.empty_like(left)
+    n_groups = hidden_size // group_size
+    scales = np.empty((n_groups, n_clusters), np.float16)
+    offsets = np.empty((n_groups, n_clusters), np.float16)
+    for number in range(n_groups):
+        start = number * group_size
+        group = slice(start, start + group_size)
+        # the scale spans the range exactly; mx.quantize's keeps zero representable
+        low = left[group].min(axis=0)
+        high = left[group].max(axis=0)
+        scales[number] = (high - low) / LEVELS
+        offsets[number] = low
+        scale = scales[number].astype(np.float32)
+        offset = offsets[number].astype(np.float32)
+        step = np.where(scale > 0, scale, 1)  # the scale of a constant group is 0
+        errors = np.empty((group_size, n_clusters))
+        for i in range(start, group.stop):
+            codes[i] = np.clip(np.round((left[i] - offset) / step), 0, LEVELS)
+            rounded[i] = codes[i] * scale + offset
+            errors[i - start] = (left[i] - rounded[i]) / feed[i, i]
+            later = slice(i + 1, group.stop)
+            left[later] -= np.outer(feed[i, later], errors[i - start])
+            yield Progress("Rounding", i + 1, hidden_size, "column")
+        left[group.stop :] -= feed[group, group.stop :].T @ errors
+    matrix = Matrix(
+        mx.array(_packed(codes.T)),
+        mx.array(scales.T),
+        mx.array(offsets.T),
+        group_size=group_size,
+        bits=BITS,
+    )
+    return matrix, rounded.T
+
+
+def _packed(codes: Array) -> Array:
+    """Codes (C, D) of 4 bits in words of 32 bits, the first code in the lowest bits, as in MLX."""
+    shifts = np.arange(0, 32, BITS, dtype=np.uint32)
+    words = codes.reshape(len(codes), -1, 32 // BITS) << shifts
+    return np.bitwise_or.reduce(words, axis=-1)

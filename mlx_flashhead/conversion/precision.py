@@ -1,0 +1,197 @@
+"""The precision of a converted model: the dtype of its floats, its bits and those of its head."""
+
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map_with_path, tree_unflatten
+
+from ..head.matrix import AFFINE, Matrix, affine_group
+from ..models.compat import mlx_lm
+from ..models.locate import HeadLocation
+from .options import DTYPES, ConvertOptions
+
+DTYPE_LABELS = {mx.bfloat16: "bf16", mx.float16: "fp16", mx.float32: "fp32"}
+DEFAULT_HEAD_BITS = 8  # of a quantized model: docs/converting.md has what 4 bits cost
+FLOAT_BITS = 16  # what `head_bits` calls floats
+
+# The usual bits and group sizes of mlx-lm's modes.
+DEFAULT_BITS = {AFFINE: 4, "mxfp4": 4, "nvfp4": 4, "mxfp8": 8}
+DEFAULT_GROUPS = {AFFINE: 64, "mxfp4": 32, "nvfp4": 16, "mxfp8": 32}
+
+
+def set_dtype(
+    model: nn.Module, config: dict[str, Any], source: Path, options: ConvertOptions
+) -> None:
+    """Gives a model its final dtype, and removes its quantization if that is to go.
+
+    The dtype is that of ``mlx_lm.convert``: weights that MLX has stored keep theirs. Nothing is
+    evaluated.
+
+    Args:
+        model: The model, which changes.
+        config: Its configuration, which changes too.
+        source: The model's folder.
+        options: Those of the conversion.
+    """
+    dtype = options.dtype
+    if dtype is None and not _stored_by_mlx(source):
+        named = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+        dtype = named if named in DTYPES else None
+    if dtype is not None:
+        may_cast = getattr(model, "cast_predicate", lambda _: True)
+
+        def cast(name: str, array: mx.array) -> mx.array:
+            floating = mx.issubdtype(array.dtype, mx.floating)
+            return array.astype(getattr(mx, dtype)) if floating and may_cast(name) else array
+
+        model.update(tree_map_with_path(cast, model.parameters()))
+    if options.dequantize:
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+        mlx_lm.dequantize_model(model)
+
+
+def _stored_by_mlx(folder: Path) -> bool:
+    """Whether MLX has stored the weights of a folder."""
+    for file in folder.glob("model*.safetensors"):
+        loaded: Any = mx.load(str(file), return_metadata=True)
+        if loaded[1].get("format") == "mlx":
+            return True
+    return False
+
+
+def precision_label(options: ConvertOptions, config: dict[str, Any], rows: Matrix) -> str:
+    """The precision as models' names have it.
+
+    Args:
+        options: Those of the conversion.
+        config: The configuration of the converted model.
+        rows: The rows of its head.
+
+    Returns:
+        "4bit", "mxfp4", "bf16", or a recipe of mixed bits.
+    """
+    if isinstance(options.quant_predicate, str):
+        return options.quant_predicate
+    quantization = rows.quantization
+    if options.quantize:
+        quantization = config["quantization"] | {"mode": options.q_mode}
+    if not quantization:
+        return DTYPE_LABELS[rows.weight.dtype]
+    if quantization["mode"] == AFFINE:
+        return f"{quantization['bits']}bit"
+    return quantization["mode"]
+
+
+def set_bits(
+    model: nn.Module,
+    config: dict[str, Any],
+    location: HeadLocation,
+    options: ConvertOptions,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Quantizes the body and the head, each to bits of its own.
+
+    The body is quantized by its recipe, if it has one. The head gets the bits that are chosen, or 8
+    in a model that is quantized, since FlashHead reads few of its rows.
+
+    Args:
+        model: The model, which changes.
+        config: Its configuration.
+        location: Its head.
+        options: Those of the conversion.
+
+    Returns:
+        The model and its configuration.
+
+    Raises:
+        ValueError: If the head has fewer bits than chosen, or its width fits no group.
+    """
+    rows = location.rows()
+    body_bits = options.q_bits or DEFAULT_BITS[options.q_mode]
+    body_group = options.q_group_size or DEFAULT_GROUPS[options.q_mode]
+    head_group = affine_group(rows.hidden_size)
+    if options.q_mode == AFFINE and options.q_group_size:
+        head_group = options.q_group_size
+    bits = head_bits(rows, options)
+    stored_bits = rows.bits or FLOAT_BITS
+    if not options.quantize and bits in (None, stored_bits):
+        return model, config
+    if bits is not None:
+        group = head_group
+        if options.quantize and rows.hidden_size % body_group:
+            group = body_group
+        _check_head(rows, bits, group)
+        if bits < stored_bits and rows.quantized:
+            _dequantize_head(model, location)
+    recipe: Any = options.quant_predicate or getattr(model, "quant_predicate", None)
+    if isinstance(recipe, str):
+        recipe = mlx_lm.mixed_quant_predicate_builder(recipe, model, body_group)
+    # the head's bits are those of the body, so that mlx-lm need not store them by themselves
+    same_bits = (
+        options.quantize
+        and options.q_mode == AFFINE
+        and recipe is None
+        and (head_group, bits) == (body_group, body_bits)
+    )
+
+    def quantization(path: str, module: nn.Module) -> Any:
+        """How mlx-lm is to quantize a layer."""
+        if path != location.path or bits is None or same_bits:
+            return options.quantize and (recipe is None or recipe(path, module))
+        if bits >= FLOAT_BITS:
+            return False
+        return {"group_size": head_group, "bits": bits, "mode": AFFINE}
+
+    with redirect_stdout(StringIO()):  # mlx-lm prints a line of its own
+        return mlx_lm.quantize_model(
+            model,
+            config,
+            body_group if options.quantize else head_group,
+            body_bits if options.quantize else bits,
+            mode=options.q_mode,
+            quant_predicate=quantization,
+        )
+
+
+def head_bits(rows: Matrix, options: ConvertOptions) -> int | None:
+    """The bits that a conversion gives the head; None if it treats the head as any other layer.
+
+    Args:
+        rows: The head's rows (V, D).
+        options: Those of the conversion.
+    """
+    bits = None if options.fine_head else options.head_bits
+    body_group = options.q_group_size or DEFAULT_GROUPS[options.q_mode]
+    # a function chooses for the head too, and mlx-lm leaves a width that fits no group as it is
+    by_function = callable(options.quant_predicate)
+    fits = not rows.hidden_size % body_group
+    if options.quantize and not bits and not by_function and not rows.quantized and fits:
+        bits = DEFAULT_HEAD_BITS
+    if options.q_mode != AFFINE and bits == DEFAULT_BITS[options.q_mode]:
+        return None  # other modes have one number of bits
+    return bits
+
+
+def _check_head(rows: Matrix, bits: int, group_size: int | None) -> None:
+    """Raises a ValueError if the head has fewer bits, or its width fits no group."""
+    stored_bits = rows.bits or FLOAT_BITS
+    if bits > stored_bits:
+        raise ValueError(
+            f"`head_bits` {bits} is more than the {stored_bits} bits that this model's head has: "
+            "convert from a checkpoint with a finer head, or leave the option out."
+        )
+    if bits < stored_bits and (group_size is None or rows.hidden_size % group_size):
+        raise ValueError(
+            f"The head's width {rows.hidden_size} is not a multiple of the quantization group "
+            f"({group_size or '64 or 32'}): leave `head_bits` out."
+        )
+
+
+def _dequantize_head(model: nn.Module, location: HeadLocation) -> None:
+    """Puts floats in the place of the model's quantized head."""
+    head = mlx_lm.dequantize_model(nn.Sequential(location.module)).layers[0]
+    model.update_modules(tree_unflatten([(location.path, head)]))

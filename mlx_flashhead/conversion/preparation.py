@@ -1,0 +1,156 @@
+"""What a conversion does before the long work: everything that may refuse it.
+
+The user's account, the licence and the repository are checked here and not later. The model is
+loaded and changed lazily: nothing of it is evaluated yet.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..common.repositories import full_name
+from ..head.matrix import Matrix
+from ..models.fetch import resolve
+from ..models.finer_head import give_fine_head
+from ..models.loading import load_dense
+from ..models.locate import HeadLocation, check_plain_product, find_head
+from ..publishing.card import Provenance, card_metadata, find_provenance
+from ..publishing.licence import check_licence, licence_files
+from ..publishing.publish import reserve, sign_in
+from .build import index_nbytes
+from .options import ConvertOptions
+from .precision import head_bits, precision_label, set_bits, set_dtype
+from .target import check_apart, check_space
+
+
+class ConvertedModel(NamedTuple):
+    """A model with its new bits, of which nothing is evaluated."""
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    location: HeadLocation
+    original: Matrix | None = None  # the head's rows before they were quantized
+    label: str | None = None  # of its precision; None if its weights are not written
+
+
+class Preparation(NamedTuple):
+    """A conversion that nothing refuses."""
+
+    source: Path  # the model's folder
+    base: Provenance  # the model, its card and its licence
+    converted: ConvertedModel
+    name: str  # of the result
+    repo_id: str | None  # where it is uploaded to
+
+
+def prepare(
+    options: ConvertOptions,
+    target: Path,
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    progress: bool,
+) -> Preparation:
+    """Checks a conversion, and loads its model.
+
+    An upload's account, licence and repository are checked, since the Hub would object only at the
+    end of the long work.
+
+    Args:
+        options: Those of the conversion.
+        target: The folder to write.
+        folder: A folder on the same disk.
+        say: Takes a line for each thing that is done.
+        progress: Show bars.
+
+    Returns:
+        What the conversion needs.
+
+    Raises:
+        ValueError: If an option, the model or the target is not valid, or the Hub would reject an
+            upload.
+    """
+    user = sign_in() if options.uploads else ""
+    named = options.upload if isinstance(options.upload, str) else options.upload_repo
+    repo_id = full_name(named, user) if named else None
+    source = resolve(options.hf_path, options.revision)
+    check_apart(source, target)
+    base = find_provenance(options.hf_path, source, options.base_model, options.license)
+    if options.uploads:
+        check_licence(
+            card_metadata(base),
+            [*base.files, *licence_files(target)],
+            repo_id,
+            model=base.origin.known_as,
+            place=f"{target}, made without `upload`",
+        )
+    say(f"Loading {options.hf_path}")
+    converted = _load(source, options)
+    nbytes = index_nbytes(converted.location.rows())
+    if not options.index_only:
+        converted = _convert_weights(converted, source, options, say, progress=progress)
+        weights: Any = tree_flatten(converted.model.parameters())
+        for _, array in weights:
+            nbytes += array.nbytes
+    check_space(target, folder, nbytes)
+    prefix = base.licence.prefix if base.licence else ""
+    name = base.origin.result_name(converted.label, prefix)
+    if options.uploads:
+        repo_id = repo_id or full_name(name, user)
+        reserve(repo_id, user, options.private)
+    return Preparation(source, base, converted, name, repo_id)
+
+
+def _load(source: Path, options: ConvertOptions) -> ConvertedModel:
+    """The model as it is, with a head that a FlashHead can serve."""
+    model, tokenizer, config = load_dense(
+        source,
+        tokenizer_config={"trust_remote_code": options.trust_remote_code},
+        lazy=True,
+        trust_remote_code=options.trust_remote_code,
+    )
+    location = find_head(model)
+    check_plain_product(location)
+    options.check_size(location.rows().n_rows)
+    return ConvertedModel(model, tokenizer, config, location)
+
+
+def _convert_weights(
+    loaded: ConvertedModel,
+    source: Path,
+    options: ConvertOptions,
+    say: Callable[[str], None],
+    *,
+    progress: bool,
+) -> ConvertedModel:
+    """The model with the head, the dtype and the bits that the options choose."""
+    model, tokenizer, config, location, *_ = loaded
+    if options.fine_head:
+        give_fine_head(
+            location, source, options.fine_head, bits=options.head_bits, say=say, progress=progress
+        )
+        quantization = location.rows().quantization or False
+        for key in ("quantization", "quantization_config"):  # as mlx-lm's
+            if key in config:
+                config[key] = config[key] | {location.path: quantization}
+    set_dtype(model, config, source, options)
+    location = _located_again(location, model)
+    original = location.rows()
+    if location.tied:
+        bits = head_bits(original, options)
+        if bits is not None:
+            say(f"The head is tied to the embedding: both get {bits} bits.")
+    model, config = set_bits(model, config, location, options)
+    location = _located_again(location, model)
+    label = precision_label(options, config, location.rows())
+    return ConvertedModel(model, tokenizer, config, location, original, label)
+
+
+def _located_again(location: HeadLocation, model: nn.Module) -> HeadLocation:
+    """The head's location after its module may have been replaced."""
+    return replace(location, module=dict(model.named_modules())[location.path])

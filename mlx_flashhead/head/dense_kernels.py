@@ -1,0 +1,145 @@
+"""Which of MLX's Metal kernels multiplies one state by a head's rows, by MLX's version.
+
+A doubt is decided by the sums that mlx-lm's own head would make, and the kernel that scores rows
+adds in the order of MLX's. Both rest on this table, of rows (V, D) in few bits, with a block of
+32 lanes times two packs of columns (one of 1 and 2 bits):
+
+| MLX              | D is 64 or 128; 1, 2, 4, 8 bits | D is whole blocks           | others |
+|------------------|---------------------------------|-----------------------------|--------|
+| 0.32.1 to 0.32.3 | qmv_quad                        | V % 8 == 0: qmv_fast, or qmv | qmv    |
+| 0.32.4           | qmv_quad                        | qmv_fast                    | qmv    |
+
+qmv_fast gives a lane two packs at once, qmv one. Affine rows need the sum of the hidden values that
+share an offset: up to 0.32.3 four of them (eight of 3 and 5 bits, one of 8) are added in the dtype
+of the product, from 0.32.4 on in float32 (but for 1 bit, which is new). Floats are multiplied by
+gemv in all versions.
+
+Source: MLX's mlx/backend/metal, of 0.32.1: `qmv` and `qmv_fast_k_alignment` (quantized.cpp, lines
+    484 and 147), `dispatch_qmv` and `qmm_splitk` there, `gemv_axbpy` (matmul.cpp); kernels/
+    quantized.h, `load_vector` (line 28), `qmv_fast_impl` and `qmv_impl`, of 0.32.1 to 0.32.4;
+    kernels/fp_quantized.h. Of 0.32.3 and 0.32.4 the kernels' names in the library of the wheel.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version as version_of
+
+from .matrix import Matrix
+
+LANES = 32
+ROWS_AT_ONCE = 8  # of a threadgroup of qmv and qmv_fast
+# Columns of a pack, where it is no word of 32 bits.
+PACKS = {3: 8, 5: 8, 6: 4}
+QUAD_WIDTHS = (64, 128)
+QUAD_BITS = (1, 2, 4, 8)
+# The first version whose qmv_fast takes any number of rows, and adds hidden values in float32.
+ANY_ROWS = (0, 32, 4)
+# Parts of a sum of several states, of rows up to 0.32.3: about this many threadgroups are wanted.
+SPLIT_GROUPS = 512
+SPLIT_TILE = 32  # rows, columns and states
+
+
+@dataclass(frozen=True)
+class DenseKernel:
+    """How one state is multiplied by rows.
+
+    Attributes:
+        name: Of MLX's kernel, with what changes its order of sums.
+        packs: Packs of a row that a lane takes at once; 0 of floats.
+        added: Hidden values that are added up in the dtype of the product; 1 where they are added
+            in float32, or not at all.
+        scored: Whether the kernel that scores rows adds in the same order.
+    """
+
+    name: str
+    packs: int = 0
+    added: int = 1
+    scored: bool = True
+
+
+@cache
+def mlx_version() -> tuple[int, ...]:
+    """MLX's version, three numbers."""
+    return tuple(int(part) for part in version_of("mlx").split(".")[:3])
+
+
+def pack_columns(bits: int) -> int:
+    """Columns of a row of ``bits`` that MLX's kernels unpack together."""
+    return PACKS.get(bits, 32 // bits)
+
+
+def dense_kernel(rows: Matrix, n_rows: int, version: tuple[int, ...] | None = None) -> DenseKernel:
+    """The kernel for one state and ``n_rows`` rows of the format and width of ``rows``.
+
+    Args:
+        rows: A matrix (…, D).
+        n_rows: How many rows are multiplied at once.
+        version: MLX's; the installed one if None.
+    """
+    version = mlx_version() if version is None else version
+    width = rows.hidden_size
+    if not rows.quantized:
+        if width <= 64:
+            return DenseKernel("gemv of 4 lanes", scored=False)
+        if width >= 16 * n_rows:
+            return DenseKernel("gemv of 8 simdgroups a row", scored=False)
+        return DenseKernel("gemv")
+    bits = rows.bits
+    added = 1
+    if rows.biases is not None and (bits == 1 or (bits != 8 and version < ANY_ROWS)):
+        added = 8 if bits in (1, 3, 5) else 4
+    if width in QUAD_WIDTHS and bits in QUAD_BITS:
+        return DenseKernel("qmv_quad", added=added, scored=False)
+    packs = 1 if bits <= 2 else 2
+    # 1 bit takes 32 columns to a lane, and a remainder of 512
+    block = 512 if bits == 1 else LANES * packs * pack_columns(bits)
+    fast = width % block == 0
+    if version < ANY_ROWS:
+        fast = fast and n_rows % ROWS_AT_ONCE == 0
+    if fast:
+        return DenseKernel("qmv_fast", packs, added)
+    return DenseKernel("qmv", 1, added)
+
+
+def dense_ranges(
+    rows: Matrix, n_rows: int, n_slots: int, version: tuple[int, ...] | None = None
+) -> list[tuple[int, int, int]]:
+    """How to multiply one state by ``n_slots`` rows as MLX multiplies it by ``n_rows``.
+
+    Args:
+        rows: A matrix of the rows' format.
+        n_rows: The rows of the head as mlx-lm has it.
+        n_slots: The rows as they are stored here, some of them repeated.
+        version: MLX's; the installed one if None.
+
+    Returns:
+        Ranges of slots, each a product by itself: the first, the one after the last, and how many
+        of its last results are new. Empty if no ranges have the kernel.
+    """
+    wanted = dense_kernel(rows, n_rows, version)
+    if dense_kernel(rows, n_slots, version) == wanted:
+        return [(0, n_slots, n_slots)]
+    if wanted.name == "qmv_fast":  # for whole blocks of rows: the last ones once more
+        n_left = n_slots % ROWS_AT_ONCE
+        ranges = [
+            (0, n_slots - n_left, n_slots - n_left),
+            (n_slots - ROWS_AT_ONCE, n_slots, n_left),
+        ]
+    else:  # by two products, neither of whole blocks
+        half = ROWS_AT_ONCE // 2
+        ranges = [(0, n_slots - half, n_slots - half), (n_slots - half, n_slots, half)]
+    sizes = [stop - start for start, stop, _ in ranges]
+    fits = ranges[0][0] >= 0 and all(
+        size > 0 and dense_kernel(rows, size, version) == wanted for size in sizes
+    )
+    return ranges if fits else []
+
+
+def split_parts(rows: Matrix, n_rows: int, version: tuple[int, ...] | None = None) -> int:
+    """Into how many parts, each rounded to the dtype of the product, MLX may cut the sums of
+    several states with quantized rows."""
+    version = mlx_version() if version is None else version
+    if not rows.quantized or version >= ANY_ROWS:
+        return 1
+    n_tiles = -(-n_rows // SPLIT_TILE)
+    return max(1, min(SPLIT_GROUPS // n_tiles, rows.hidden_size // SPLIT_TILE))

@@ -1,0 +1,151 @@
+"""What a model does to each of its head's logits, as numbers: a scale, a softcap, a cast.
+
+Gemma 2 to 4, Cohere, Granite, nanochat and others give logits that are a rising function of the
+head's. Each step that looks at logits applies these numbers to what it looks at.
+"""
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+Function = Callable[[mx.array], mx.array]  # logits of any shape → as many
+
+# Spacings of float32 by which a tangent may fail to rise, or a kernel's may differ from MLX's.
+SLACK_ULPS = 8
+NEAR_CAP = 1 - 1e-6  # of a cap, above which its inverse is cut off
+HUGE = 1e30  # a logit at which a softcap is reached
+N_VALUES = 1 << 16  # on which a map is confirmed; in 16 bits these are all values
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """A rising map of each logit by itself, the steps in this order, each rounded to ``dtype``.
+
+    y = cap · tanh(x · multiplier / divisor / cap), without the steps that change nothing.
+    """
+
+    multiplier: float = 1.0
+    divisor: float = 1.0
+    cap: float = 0.0  # 0: none
+    dtype: mx.Dtype | None = None  # of the result; the logits are cast first. None: as they are
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """The mapped logits, by the operations that the models use: any shape → the same."""
+        mapped = logits if self.dtype is None else logits.astype(self.dtype)
+        if self.multiplier != 1:
+            mapped = mapped * self.multiplier
+        if self.divisor != 1:
+            mapped = mapped / self.divisor
+        if self.cap:
+            mapped = mx.tanh(mapped / self.cap) * self.cap
+        return mapped
+
+    @property
+    def identity(self) -> bool:
+        """Whether logits stay as they are."""
+        return self.n_roundings == 0 and self.dtype is None
+
+    @property
+    def slope(self) -> float:
+        """The most that the map can stretch a distance."""
+        return self.multiplier / self.divisor
+
+    @property
+    def n_roundings(self) -> int:
+        """Operations that round their result."""
+        return (self.multiplier != 1) + (self.divisor != 1) + 3 * (self.cap != 0)
+
+    def result_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
+        """The dtype of mapped logits of ``dtype``."""
+        return self.dtype or dtype
+
+    def inverse(self, mapped: mx.array) -> mx.array:
+        """An estimate of the logits before the map: float32 → float32."""
+        if self.cap:
+            share = mx.clip(mapped / self.cap, -NEAR_CAP, NEAR_CAP)
+            mapped = mx.arctanh(share) * self.cap
+        return mapped / self.slope
+
+    def slack(self, dtype: mx.Dtype) -> float:
+        """How far values of ``dtype`` may fail to rise, relative. In 16 bits all were looked at."""
+        wide = self.result_dtype(dtype) == mx.float32
+        return SLACK_ULPS * mx.finfo(mx.float32).eps if wide and not self.identity else 0.0
+
+    def rounding(self, dtype: mx.Dtype) -> float:
+        """How far the roundings of two values of ``dtype`` may move them apart, relative."""
+        return self.n_roundings * mx.finfo(self.result_dtype(dtype)).eps
+
+    def template(self, dtype: mx.Dtype) -> dict[str, Any]:
+        """The template arguments of a kernel for logits of ``dtype``, of which numbers are their
+        float32's bits and 0 is a step left out."""
+        mapped = self.result_dtype(dtype)
+
+        def bits(number: float, *, if_not: float) -> int:
+            value = mx.array(number, mapped).astype(mx.float32).item()
+            return 0 if number == if_not else struct.unpack("<i", struct.pack("<f", value))[0]
+
+        return {
+            "MAPPED": mapped,
+            "MULTIPLIER": bits(self.multiplier, if_not=1.0),
+            "DIVISOR": bits(self.divisor, if_not=1.0),
+            "CAP": bits(self.cap, if_not=0.0),
+        }
+
+
+IDENTITY = LogitMap()
+
+
+def fit_logit_map(function: Function, dtype: mx.Dtype) -> LogitMap | None:
+    """The map that ``function`` is for logits of ``dtype``, to the last bit of N_VALUES logits, or
+    None if it has another form. Evaluates."""
+    values = all_values(dtype)
+    expected = function(values)
+    for candidate in _candidates(function, values.dtype, expected.dtype):
+        if mx.array_equal(candidate(values), expected).item() and _rises(candidate, values):
+            return candidate
+    return None
+
+
+def all_values(dtype: mx.Dtype) -> mx.array:
+    """Finite logits (N_VALUES,) in rising order: in 16 bits all of them, else random ones."""
+    if dtype == mx.float32:
+        values = np.random.default_rng(0).normal(scale=40, size=N_VALUES).astype(np.float32)
+        values[::64] *= 1e-4
+        values[::63] *= 1e4
+        return mx.array(np.sort(values))
+    patterns = mx.arange(N_VALUES, dtype=mx.uint32).astype(mx.uint16).view(dtype)
+    finite = mx.where(mx.isfinite(patterns), patterns, mx.zeros_like(patterns))
+    return mx.sort(finite)
+
+
+def _rises(candidate: LogitMap, rising: mx.array) -> bool:
+    mapped = candidate(rising).astype(mx.float32)
+    slack = candidate.slack(rising.dtype) * mx.abs(mapped[1:])
+    return bool((mapped[1:] >= mapped[:-1] - slack).all().item())
+
+
+def _candidates(function: Function, dtype: mx.Dtype, result: mx.Dtype) -> Iterator[LogitMap]:
+    """Maps that ``function`` may be, by what it makes of a tiny and a huge logit in float32."""
+    cast_to = None if dtype == result else result
+    probes = function(mx.array([2.0**-10, HUGE], mx.float32)).astype(mx.float32)
+    tiny, huge = cast(list[float], probes.tolist())
+    slope = tiny * 2.0**10
+    if not (slope > 0 and huge > 0 and np.isfinite([slope, huge]).all()):
+        return
+    cap = huge if huge < slope * HUGE / 2 else 0.0
+    for multiplier in _near(slope):
+        yield LogitMap(multiplier=multiplier, cap=cap, dtype=cast_to)
+    for divisor in _near(1 / slope):
+        yield LogitMap(divisor=divisor, cap=cap, dtype=cast_to)
+
+
+def _near(number: float) -> list[float]:
+    """Numbers that ``number`` may be but for rounding: those of few digits first."""
+    short = [float(f"{number:.{digits}g}") for digits in range(1, 8)]
+    close = [each for each in short if abs(each / number - 1) < 1e-5]
+    steps = [float(np.float32(number * (1 + i * 2.0**-24))) for i in range(-8, 9)]
+    return list(dict.fromkeys([*close, *steps]))

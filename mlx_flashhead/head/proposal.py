@@ -1,0 +1,56 @@
+"""What the steps of a FlashHead hand to each other. R positions, p probed clusters of n slots."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+
+class Selection(NamedTuple):
+    """The clusters whose rows are scored."""
+
+    # (R, p) uint32, distinct clusters of each position. From the kernels (R, max(p, 8)), ascending:
+    # where fewer are worth scoring the last one is repeated, with logits as in padded slots.
+    probes: mx.array
+    # (R, C) uint32 for the kernel of `expand`: a cluster's place among the probes, or its estimate
+    words: mx.array | None = None
+    unscored: mx.array | None = None  # (R, 2) float32, as :func:`steps.unscored` gives it
+
+
+class Candidates(NamedTuple):
+    """The scored tokens' logits."""
+
+    logits: mx.array  # (R, p, n) in the dense dtype; padded slots hold the lowest finite value
+    best: mx.array | None = None  # (R, p) float32, each probed cluster's best logit, for a kernel
+
+
+class Proposal(NamedTuple):
+    """Tokens chosen from the scored rows of R positions."""
+
+    hidden: mx.array  # (R, D), the states
+    tokens: mx.array  # (R,) uint32
+    probes: mx.array  # (R, S) uint32, the probed clusters
+    logits: mx.array  # (R, S, n), the scored tokens' logits as the model gives them
+    risk: mx.array  # (R,) float32, an estimate of the chance of another choice
+    full: mx.array | None  # (R, V) logits of the head with estimates, if requested
+
+
+class Screen(NamedTuple):
+    """What the logits of all tokens say of the proposals of k states."""
+
+    certain: mx.array  # (k,) bool, whether a proposal is the dense choice for sure
+    largest: mx.array  # (k,) float32, the head's largest absolute logit
+    best_unscored: mx.array  # (k,) float32, the head's best logit of the tokens not scored
+    unscored_mass: mx.array  # (k,) float32, a log-sum-exp of the model's logits of these
+
+
+class Tolerance(NamedTuple):
+    """How far a logit x of the head may lie from what its state alone has, before it is mapped."""
+
+    product: mx.array  # (k,) float32, for the product of k states
+    scored: mx.array  # (k,) float32, for a scored logit; 0 where it is the same number
+    # and of both, but for a scored logit that is the same, this share of |x|: a rounding to 16 bits
+    relative: float = 0.0
+
+
+Rows = Sequence[tuple[int, int]]  # (index of a proposal, row of it) each

@@ -1,0 +1,266 @@
+"""Which proposals of k states are the dense choice for sure, by the logits of all slots, in plain
+MLX operations. ``metal/flash_head/screen.h`` has the rules, and the same as a kernel.
+
+Every logit lies within a tolerance. A token is certain if it is the choice whatever the logits are
+within theirs.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .clustered import ClusteredRows, in_token_order
+from .draw import Draws, log_mass, noise, noise_of_all
+from .logit_map import LogitMap
+from .proposal import Proposal, Screen, Tolerance
+
+# Two implementations of a logarithm differ, and sums of many exponentials do.
+NOISE_ROOM = 1e-5
+MASS_ROOM = 1e-4
+LIKELY_NOISE = 11.0  # one in e^11 tokens has more
+MOST_NATS = 80.0  # the exponential of more is infinite
+NEAREST = 1024  # clusters that were not scored, of whose tokens the noise is computed for filters
+
+LOWEST = mx.finfo(mx.float32).min
+
+
+class Interval(NamedTuple):
+    """Logits (k, …) float32 and how far each may be off."""
+
+    logits: mx.array
+    off: mx.array
+
+    @property
+    def low(self) -> mx.array:
+        return self.logits - self.off
+
+    @property
+    def high(self) -> mx.array:
+        return self.logits + self.off
+
+    @property
+    def even(self) -> bool:
+        """Whether all logits of a state may be off as far."""
+        return self.off.size == len(self.logits)
+
+    def map(self, take: Callable[[mx.array], mx.array]) -> "Interval":
+        """Some of the logits (k, K), as ``take`` picks them of an array."""
+        off = self.off.reshape(-1, 1) if self.even else take(self.off)
+        return Interval(take(self.logits), off)
+
+    def masses(self) -> tuple[mx.array, mx.array]:
+        """The least and the most of the log of the summed exponentials: (k, 1) each."""
+        if self.even:
+            mass = log_mass(self.logits.flatten(1))
+            off = self.off.reshape(-1, 1)
+            return mass - off, mass + off
+        return log_mass(self.low.flatten(1)), log_mass(self.high.flatten(1))
+
+
+class Scored(NamedTuple):
+    """The scored tokens of k states. Their logits are the model's."""
+
+    ids: mx.array  # (k, K) uint32
+    tokens: mx.array  # (k, 1) uint32, the proposed ones
+    own: Interval  # (k, 1), of these
+    all: Interval  # (k, K)
+    rest: Interval  # (k, K), the lowest value in the place of the proposed token
+    second: Interval  # (k, 1), the best of the rest
+
+
+def screen(
+    clustered: ClusteredRows,
+    slots: mx.array,
+    proposal: Proposal,
+    draws: Draws | None,
+    tolerance: Tolerance,
+    epsilon: float,
+    logit_map: LogitMap,
+    allowed: mx.array | None,
+) -> Screen:
+    """Which proposals of k states are the dense choice for sure; see ``PortableSteps.screen``."""
+    lowest = mx.array(LOWEST)
+    scored = _scored(clustered, proposal, tolerance, logit_map, slots.dtype)
+    others = _not_scored(clustered, slots, proposal, allowed)
+    largest = mx.max(mx.abs(slots), axis=(1, 2)).astype(mx.float32)
+    best = mx.maximum(mx.max(others, axis=(1, 2)).astype(mx.float32), lowest)[:, None]
+    best_high = _highest(best, tolerance, logit_map, slots.dtype)
+    unscored = _mapped(others, tolerance, logit_map)
+    tail_low, tail_high = unscored.masses()
+    if epsilon > 1e-6 and logit_map.identity:
+        bound = tail_high
+    else:  # without a pass over all logits
+        bound = best_high + mx.log(mx.array(clustered.vocab_size))
+    certain = _greedy_is_certain(scored, best_high, bound, epsilon)
+    if draws is not None:
+        drawn = _draw_is_certain(clustered, scored, unscored, best_high, tail_low, tail_high, draws)
+        certain = mx.where(draws.settings[:, :1] == 0, certain, drawn)
+    certain = certain[:, 0] & (largest < mx.inf)  # float16 may overflow
+    return Screen(certain, largest, best[:, 0], log_mass(unscored.logits.flatten(1))[:, 0])
+
+
+def _scored(
+    clustered: ClusteredRows,
+    proposal: Proposal,
+    tolerance: Tolerance,
+    logit_map: LogitMap,
+    dtype: mx.Dtype,
+) -> Scored:
+    logits = proposal.logits.astype(mx.float32).flatten(1)
+    ids = mx.take(clustered.token_ids, proposal.probes, axis=0).flatten(1)
+    tokens = proposal.tokens[:, None]
+    is_own = ids == tokens
+    own = mx.max(mx.where(is_own, logits, -mx.inf), axis=-1, keepdims=True)
+    rest = mx.where(is_own, LOWEST, logits)
+    second = mx.maximum(mx.max(rest, axis=-1, keepdims=True), LOWEST)
+    absolute = (logit_map.slope * tolerance.scored)[:, None]
+    rounding = tolerance.relative + logit_map.rounding(dtype)
+    share = mx.where(absolute > 0, rounding, 0.0) + logit_map.slack(dtype)
+
+    def interval(values: mx.array) -> Interval:
+        return Interval(values, absolute + share * mx.abs(values))
+
+    return Scored(ids, tokens, *map(interval, (own, logits, rest, second)))
+
+
+def _not_scored(
+    clustered: ClusteredRows, slots: mx.array, proposal: Proposal, allowed: mx.array | None
+) -> mx.array:
+    """The logits of the slots (k, C, n), minus infinity for those that are scored, padded or
+    masked."""
+    nothing = mx.array(-mx.inf, slots.dtype)
+    others = mx.put_along_axis(slots, proposal.probes[..., None], nothing, axis=1)
+    if clustered.padded:
+        others = mx.where(clustered.token_ids == clustered.vocab_size, nothing, others)
+    if allowed is not None:
+        others = mx.where(is_allowed(allowed, clustered.token_ids), others, nothing)
+    return others
+
+
+def is_allowed(allowed: mx.array, token_ids: mx.array) -> mx.array:
+    """The bits of tokens for each state: words (k, ⌈V/32⌉) uint32, ids (C, n) → bool (k, C, n)."""
+    places = mx.minimum(token_ids // 32, allowed.shape[1] - 1)  # of padded slots
+    words = mx.take(allowed, places, axis=1)
+    return (words >> (token_ids % 32)) & 1 != 0
+
+
+def _highest(
+    logits: mx.array, tolerance: Tolerance, logit_map: LogitMap, dtype: mx.Dtype
+) -> mx.array:
+    """The highest that the model's logits may be: the head's (k, 1) float32 → (k, 1)."""
+    high = logits + tolerance.product[:, None] + tolerance.relative * mx.abs(logits)
+    if logit_map.identity:
+        return high
+    # rounded to the nearest: no value of the dtype below `high` is rounded higher
+    mapped = logit_map(high.astype(dtype)).astype(mx.float32)
+    mapped = mapped + logit_map.slack(dtype) * mx.abs(mapped)
+    return mx.where(logits <= LOWEST, LOWEST, mapped)
+
+
+def _mapped(others: mx.array, tolerance: Tolerance, logit_map: LogitMap) -> Interval:
+    """The model's logits of the slots (k, C, n) that are left, the lowest value for others."""
+    left = others.astype(mx.float32)
+    off = tolerance.product[:, None, None]
+    left = mx.maximum(left, LOWEST)
+    if tolerance.relative:
+        off = off + tolerance.relative * mx.abs(left)
+    if logit_map.identity:
+        return Interval(left, off)
+    mapped = logit_map(others).astype(mx.float32)
+    mapped = mx.where(others == -mx.inf, LOWEST, mapped)
+    share = logit_map.rounding(others.dtype) + logit_map.slack(others.dtype)
+    sizes = mx.abs(mapped)
+    if not tolerance.relative:  # the same for all logits of a state
+        sizes = mx.max(mx.where(others == -mx.inf, 0.0, sizes), axis=(1, 2), keepdims=True)
+    return Interval(mapped, logit_map.slope * off + share * sizes)
+
+
+def _greedy_is_certain(
+    scored: Scored, best_high: mx.array, bound: mx.array, epsilon: float
+) -> mx.array:
+    """Whether the token's logit is above every other, and the rounding of log-probabilities, whose
+    spacing is ``epsilon``, merges it with none: (k, 1) bool. ``bound`` is the most mass of the
+    tokens that were not scored."""
+    second_high = scored.second.high
+    most = mx.logaddexp(log_mass(scored.all.logits), bound)
+    merged = (most - scored.second.logits + 0.5) * epsilon
+    merged_others = (most - best_high + 0.5) * epsilon
+    above_scored = scored.own.low - second_high > merged
+    return above_scored & (scored.own.low - best_high > merged_others)
+
+
+def _draw_is_certain(
+    clustered: ClusteredRows,
+    scored: Scored,
+    unscored: Interval,
+    best_high: mx.array,
+    tail_low: mx.array,
+    tail_high: mx.array,
+    draws: Draws,
+) -> mx.array:
+    """Whether the filters keep the token, and no other that they may keep can have a higher noisy
+    logit: (k, 1) bool."""
+    inverse, top_p, log_min_p = mx.split(draws.settings, 3, axis=-1)
+    top_k = draws.top_k[:, None]
+    own = scored.own.logits
+    floor = scored.own.low
+    scored_low, scored_high = scored.all.masses()
+    least = mx.exp(mx.logaddexp(scored_low, tail_low) - own)
+    most = mx.exp(mx.logaddexp(scored_high, tail_high) - own)
+
+    # the token is kept, whatever lies above it
+    high = scored.rest.high
+    n_rivals = (unscored.high > floor[..., None]).sum(axis=(1, 2))[:, None]
+    above = mx.where(high > floor, mx.exp(high - own), 0).sum(axis=-1, keepdims=True)
+    # of the others their number times the best of them
+    above = above + n_rivals * mx.exp(mx.minimum(best_high - own, MOST_NATS))
+    n_above = (high > floor).sum(axis=-1, keepdims=True) + n_rivals
+    kept = (top_p >= 1) | (above < top_p * least * (1 - MASS_ROOM))
+    kept &= (top_k == 0) | (n_above < top_k)
+    kept &= floor >= mx.maximum(scored.second.high, best_high) + log_min_p
+
+    # the highest logit of those whose noisy logit may reach the token's
+    worst = floor * inverse + noise(draws.keys, scored.tokens)
+    worst = worst - NOISE_ROOM * mx.maximum(1, mx.abs(worst))
+    noisy = high * inverse + noise(draws.keys, scored.ids)
+    rival = mx.max(mx.where(noisy >= worst, high, -mx.inf), axis=-1, keepdims=True)
+    left, near_low = _unscored_rival(clustered, unscored, inverse, worst, draws)
+    rival = mx.maximum(rival, left)
+
+    # the filters leave it out, and so all below it
+    low = scored.all.low
+    over = low > rival
+    mass_over = mx.where(over, mx.exp(low - own), 0).sum(axis=-1, keepdims=True)
+    cut = (worst - LIKELY_NOISE) / inverse
+    near_over = mx.where(near_low > cut, mx.exp(near_low - own), 0).sum(axis=-1, keepdims=True)
+    mass_over = mass_over + mx.where(rival <= cut, near_over, 0)
+    dropped = (top_p < 1) & (mass_over >= top_p * most * (1 + MASS_ROOM))
+    dropped |= (top_k > 0) & (over.sum(axis=-1, keepdims=True) >= top_k)
+    dropped |= rival < mx.maximum(floor, scored.second.low) + log_min_p
+    return kept & ((rival == -mx.inf) | dropped)
+
+
+def _unscored_rival(
+    clustered: ClusteredRows, unscored: Interval, inverse: mx.array, worst: mx.array, draws: Draws
+) -> tuple[mx.array, mx.array]:
+    """The highest logit that was not scored, (k, 1), whose noisy value reaches the worst of the
+    token: of all, or where the draws have filters of the nearest clusters and any other. And
+    the lowest that these logits may be, (k, K)."""
+    left = mx.array(-mx.inf)
+    if clustered.n_clusters > NEAREST and all(s.filters or s.greedy for s in draws.rows):
+        bests = mx.max(unscored.high, axis=-1)
+        order = mx.argpartition(-bests, kth=NEAREST, axis=-1)
+        left = mx.take_along_axis(bests, order[:, NEAREST : NEAREST + 1], axis=-1)
+        nearest = order[:, :NEAREST]
+        ids = mx.take(clustered.token_ids, nearest, axis=0).flatten(1)
+        gumbel = noise(draws.keys, ids)
+        near = unscored.map(
+            lambda array: mx.take_along_axis(array, nearest[..., None], axis=1).flatten(1)
+        )
+    else:
+        gumbel = noise_of_all(draws.keys, clustered.vocab_size)
+        near = unscored.map(lambda array: in_token_order(array.flatten(1), clustered.slot_of))
+    high = near.high
+    reached = mx.where(high * inverse + gumbel >= worst, high, -mx.inf)
+    return mx.maximum(left, mx.max(reached, axis=-1, keepdims=True)), near.low

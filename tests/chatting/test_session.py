@@ -1,0 +1,62 @@
+"""The session: what it says of a FlashHead's speed, and of one that was built meanwhile."""
+
+from argparse import Namespace
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_flashhead.chatting.conversation import Conversation
+from mlx_flashhead.chatting.session import ChatSession
+from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.loading.load import load
+from mlx_flashhead.models.install import detach
+from tiny_models import install_index, tiny_index
+
+
+@pytest.fixture
+def loaded(converted):
+    return load(str(converted))
+
+
+@pytest.fixture
+def session(loaded):
+    said = []
+    terminal = SimpleNamespace(interactive=False, said=said, say=said.append)
+    terminal.show = terminal.end = lambda *_: None
+    args = Namespace(resume=False, dense=False, model="tiny", max_tokens=2)
+    return ChatSession(Conversation(*loaded), terminal, args, {"max_tokens": 2})
+
+
+@pytest.mark.parametrize(
+    "known, said",
+    [
+        ({"gain": None}, "not known yet"),
+        ({"gain": 1.5}, "1.50 x"),
+        ({"gain": 1.5, "predicted": True}, "1.50 x (predicted)"),
+        ({"gain": 1.5, "provisional": True}, "1.50 x (provisional)"),
+        ({"gain": 0.9, "dense": True, "provisional": True}, "0.90 x (dense, provisional)"),
+    ],
+)
+def test_the_figures_say_how_far_a_speed_can_be_trusted(session, known, said):
+    vars(policy_of(session.head)).update(known)
+    assert f"speed with FlashHead on this machine: {said}\n" in session._stats()
+
+
+@pytest.mark.parametrize(
+    "is_building, stays_dense, said",
+    [
+        (True, False, "[FlashHead is ready. Its speed is still being measured.]"),
+        (False, False, "[FlashHead is ready: verified, "),
+        (False, True, None),  # which the measurement has said
+    ],
+)
+def test_a_head_that_was_built_meanwhile(loaded, session, is_building, stays_dense, said):
+    model, _ = loaded
+    detach(model)
+    session.head = None
+    session.idle = SimpleNamespace(paused=nullcontext, is_building=is_building)
+    policy_of(install_index(model, tiny_index(model))).dense = stays_dense
+    session._answer("Hello")
+    ready = [line for line in session.terminal.said if "FlashHead is ready" in line]
+    assert [line.startswith(said or "?") for line in ready] == [True] * (said is not None)

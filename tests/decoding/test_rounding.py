@@ -1,0 +1,179 @@
+"""How far two ways of computing a logit may lie apart: each bound against a simulation of it."""
+
+import threading
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from flash_loops import make_flash
+from kernel_cases import make_rows
+from mlx_flashhead.decoding import batch, rounding
+from mlx_flashhead.decoding.rounding import (
+    CLASSES,
+    TF32,
+    RoundedSums,
+    SlotProduct,
+    measure_rounding,
+    rounding_of,
+)
+from mlx_flashhead.head.dense_kernels import DenseKernel
+from mlx_flashhead.head.steps import Candidates
+
+
+def in_tf32(values, cut_off: bool) -> np.ndarray:
+    """Float32 with ten bits after the first, rounded to the nearest or cut off."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    rounded = bits if cut_off else bits + 0xFFF + (bits >> 13 & 1)
+    return (rounded & 0xFFFFE000).astype(np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+@pytest.mark.parametrize("hidden_size", [64, 576, 1024, 2048])
+def test_tf32_lies_within_its_bound(hidden_size, cut_off):
+    rng = np.random.default_rng(hidden_size)
+    states, rows = rng.normal(size=(2, 200, hidden_size)).astype(np.float32)
+    rows[0] = states[0]  # all products have one sign
+    states[1] = rows[1] = 1 + 2.0**-10 - 2.0**-23  # the most that is cut off
+    states[2] = rows[2] = 1 + 2.0**-11  # the most that is rounded
+    exact = states.astype(np.float64) @ rows.T.astype(np.float64)
+    found = in_tf32(states, cut_off).astype(np.float64) @ in_tf32(rows, cut_off).T
+    lengths = np.linalg.norm(states, axis=1)[:, None] * np.linalg.norm(rows, axis=1)
+    shares = np.abs(found - exact) / lengths
+    assert shares.max() <= TF32
+    assert shares.max() > TF32 / 2.1  # a smaller bound would be exceeded
+
+
+@pytest.mark.parametrize(
+    "architecture, expected",
+    [("applegpu_g13g", False), ("applegpu_g16s", False), ("applegpu_g17s", True), (None, True)],
+)
+def test_machines_that_may_use_tf32(monkeypatch, architecture, expected):
+    assert not rounding.may_use_tf32()  # a CPU
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": architecture})
+    assert rounding.may_use_tf32() == expected
+    rows = make_rows(np.random.default_rng(0), 9000, 64, bits=8, group_size=64, dtype=mx.float32)
+    shares = [rounding._coarser(rows, 9000, mx.float32, n) for n in (1, 2, 32)]
+    assert shares == ([0.0, TF32, TF32] if expected else [0.0] * 3)
+    half = mx.finfo(mx.bfloat16).eps / 2  # rows of few bits, in 16 bits first
+    assert rounding._coarser(rows, 9000, mx.bfloat16, 2) == half
+
+
+def test_no_text_differs_where_products_are_made_in_tf32(monkeypatch):
+    """With a bound that is measured on a few states of which none shows the error."""
+    flash = make_flash(num_hidden_layers=2)
+    rows = np.array(flash.head.clustered.rows.weight)
+    result = SlotProduct.result
+    used = []
+
+    def coarse(product):
+        used.append(product)
+        states = in_tf32(np.array(product._hidden, np.float32), cut_off=True)
+        slots = result(product)
+        return mx.array(np.einsum("kd,cnd->kcn", states, in_tf32(rows, cut_off=True))).astype(
+            slots.dtype
+        )
+
+    monkeypatch.setattr(rounding, "may_use_tf32", lambda: True)
+    assert rounding_of(flash.head, mx.float32, 4).product > TF32
+    monkeypatch.setattr(SlotProduct, "result", coarse)
+    for seed in range(3):
+        flash.checked({"temp": 1.0, "seed": seed})
+    flash.checked()
+    assert used
+
+
+@pytest.fixture
+def flash():
+    return make_flash(num_hidden_layers=1, dtype=mx.bfloat16)
+
+
+def test_scored_logits_are_compared_on_all_clusters(flash, monkeypatch):
+    """One that differs, wherever it is, gives all of them a tolerance."""
+    head = flash.head
+    assert measure_rounding(head, mx.bfloat16)[rounding.N_STATES].scored == 0
+    score, last = head.steps.score, head.n_clusters - 1
+
+    def other(hidden, selection, *logit_map):
+        logits = score(hidden, selection, *logit_map).logits
+        differs = (selection.probes == last)[..., None] & (mx.arange(logits.shape[-1]) == 0)
+        return Candidates(mx.where(differs, logits * (1 + 2.0**-7), logits))
+
+    monkeypatch.setattr(head.steps, "score", other)
+    rounding._roundings.pop(head)
+    found = measure_rounding(head, mx.bfloat16)[rounding.N_STATES]
+    assert found.scored >= 2 * head.hidden_size * 2.0**-24
+    hidden = mx.random.normal((2, head.hidden_size)).astype(mx.bfloat16)
+    assert (found.tolerance(hidden).scored > 0).all()
+
+
+def test_a_kernel_of_another_order_gives_scored_logits_a_tolerance(flash, monkeypatch):
+    kernel = DenseKernel("qmv_quad", scored=False)
+    monkeypatch.setattr(rounding, "_dense_kernel", lambda head: kernel)
+    assert measure_rounding(flash.head, mx.bfloat16)[rounding.N_STATES].scored > 0
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("bits, added", [(4, 4), (5, 8)])
+def test_rounded_sums_of_hidden_values(dtype, bits, added):
+    """MLX up to 0.32.3: a row's offset meets sums that are rounded after each addition."""
+    rows = make_rows(np.random.default_rng(0), 256, 1024, bits=bits, group_size=64, dtype=dtype)
+    hidden = mx.random.normal((3, 1024), key=mx.random.key(0)).astype(dtype)
+    values = hidden.reshape(3, -1, 64 // added, added)
+    total = values[..., 0]
+    for i in range(1, added):
+        total = total + values[..., i]
+    sums = total.astype(mx.float32).sum(axis=-1)  # (3, groups)
+    offsets = rows.biases.astype(mx.float32)
+    exact = hidden.astype(mx.float32).reshape(3, -1, 64).sum(axis=-1)
+    distance = mx.abs((sums - exact) @ offsets.T).max(axis=-1)
+    longest = mx.max(mx.linalg.norm(offsets, axis=-1)).item()
+    bound = RoundedSums(dtype, added, 64, longest).tolerance(hidden)
+    assert (distance <= bound).all() and (bound < 3 * distance).all()
+
+
+def test_the_tolerances_have_what_a_state_alone_loses(flash):
+    found = measure_rounding(flash.head, mx.bfloat16)[rounding.N_STATES]
+    more = replace(found, scored=1e-6, sums=RoundedSums(mx.bfloat16, 4, 64, 2.0))
+    without = replace(more, sums=None)
+    hidden = mx.random.normal((2, flash.head.hidden_size)).astype(mx.bfloat16)
+    lost = more.sums.tolerance(hidden)
+    for one, other in zip(more.tolerance(hidden)[:2], without.tolerance(hidden)[:2], strict=True):
+        assert mx.allclose(one - other, lost, rtol=1e-3) and (lost > 0).all()
+
+
+def test_all_classes_are_measured_at_once(flash, monkeypatch):
+    """And the longest row is computed once for all of them."""
+    asked = []
+    longest_rows = rounding._longest_rows
+    monkeypatch.setattr(rounding, "_classes", lambda: CLASSES)
+    monkeypatch.setattr(
+        rounding, "_longest_rows", lambda head: asked.append(head) or longest_rows(head)
+    )
+    head, sizes = flash.head, (1, 2, 3, 5, 9, 17, 32, 40)
+    found = [rounding_of(head, mx.bfloat16, k) for k in sizes]
+    assert asked == [head]
+    known = measure_rounding(head, mx.bfloat16)
+    assert list(known) == list(CLASSES)
+    classes = [1, 2, 4, 8, 16, 32, 32, 32]
+    assert all(one is known[size] for one, size in zip(found, classes, strict=True))
+
+
+def test_the_longest_row_has_its_bias():
+    flash = make_flash(num_hidden_layers=1, arch="phi")
+    rows = flash.head.clustered.rows
+    lengths = np.linalg.norm(np.array(rows.weight, np.float32), axis=-1)
+    lengths += np.abs(np.array(rows.bias))
+    longest, offsets = rounding._longest_rows(flash.head)
+    assert longest == pytest.approx(lengths.max(), rel=1e-5) and offsets == 0
+
+
+def test_arrays_made_at_import_are_evaluated_in_any_thread():
+    """A lazy array could not be evaluated but in the thread that imported the module."""
+    read = []
+    thread = threading.Thread(target=lambda: read.append(batch.NO_LOGPROBS.tolist()))
+    thread.start()
+    thread.join()
+    assert read == [[0.0]]

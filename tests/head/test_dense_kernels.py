@@ -1,0 +1,137 @@
+"""The table of MLX's kernels by version, and products of reordered rows that keep to it."""
+
+import pickle
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kernel_cases import cluster, make_centroids, make_rows
+from mlx_flashhead.head import dense_kernels
+from mlx_flashhead.head.backend import check_dense_rows
+from mlx_flashhead.head.dense_kernels import dense_kernel, dense_ranges, split_parts
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.head.steps import PortableSteps
+
+BEFORE, SINCE = (0, 32, 3), (0, 32, 4)
+
+
+def rows_of(width: int, bits: int, mode: str = "affine") -> Matrix:
+    """Arrays of the right shapes alone."""
+    weight = mx.zeros((1, width * bits // 32), mx.uint32)
+    scales = mx.zeros((1, width // 32))
+    biases = scales if mode == "affine" else None
+    return Matrix(weight, scales, biases, group_size=32, bits=bits, mode=mode)
+
+
+@pytest.mark.parametrize(
+    "width, bits, n_rows, version, name, packs, added",
+    [
+        (2048, 4, 1000, BEFORE, "qmv_fast", 2, 4),
+        (2048, 4, 1001, BEFORE, "qmv", 1, 4),
+        (2048, 4, 1001, SINCE, "qmv_fast", 2, 1),
+        (576, 4, 1000, SINCE, "qmv", 1, 1),  # no whole blocks of 512
+        (768, 8, 1000, SINCE, "qmv_fast", 2, 1),
+        (768, 8, 1000, BEFORE, "qmv_fast", 2, 1),
+        (768, 6, 1001, BEFORE, "qmv", 1, 4),
+        (1024, 5, 1000, BEFORE, "qmv_fast", 2, 8),
+        (1024, 3, 1000, SINCE, "qmv_fast", 2, 1),
+        (512, 2, 1000, BEFORE, "qmv_fast", 1, 4),
+        (128, 4, 1000, SINCE, "qmv_quad", 0, 1),
+        (128, 5, 1000, SINCE, "qmv", 1, 1),
+    ],
+)
+def test_the_table(width, bits, n_rows, version, name, packs, added):
+    kernel = dense_kernel(rows_of(width, bits), n_rows, version)
+    assert (kernel.name, kernel.packs, kernel.added) == (name, packs, added)
+    assert kernel.scored == (name != "qmv_quad")
+    others = dense_kernel(rows_of(width, bits, "mxfp4"), n_rows, version)
+    assert (others.name, others.added) == (name, 1)  # no sum of hidden values
+
+
+def test_floats_have_one_kernel_but_for_narrow_ones():
+    for width, scored in ((64, False), (576, True)):
+        assert dense_kernel(Matrix(mx.zeros((1, width))), 1000, SINCE).scored == scored
+
+
+@pytest.mark.parametrize("version", [BEFORE, SINCE])
+@pytest.mark.parametrize("n_rows", [1000, 1001])
+@pytest.mark.parametrize("n_slots", [1000, 1001, 1004, 1007, 1008])
+def test_each_slot_is_multiplied_once_by_the_models_kernel(version, n_rows, n_slots):
+    rows, found = rows_of(512, 4), []
+    for start, stop, n_new in dense_ranges(rows, n_rows, n_slots, version):
+        found += range(stop - n_new, stop)
+        assert 0 <= start <= stop - n_new
+        kernel = dense_kernel(rows, stop - start, version)
+        assert kernel == dense_kernel(rows, n_rows, version)
+    assert found == list(range(n_slots))
+
+
+def test_sums_of_several_states_are_cut_for_few_rows_alone():
+    rows = rows_of(2048, 4)
+    assert [split_parts(rows, n, BEFORE) for n in (1024, 8192, 8224, 32000)] == [16, 2, 1, 1]
+    assert split_parts(rows, 1024, SINCE) == 1
+    assert split_parts(Matrix(mx.zeros((1, 64))), 1024, BEFORE) == 1
+
+
+def small_head(monkeypatch, n_rows: int, cluster_size: int) -> tuple[PortableSteps, Matrix]:
+    """Steps as on a GPU, of a head whose rows are more than the model's."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(dense_kernels, "mlx_version", lambda: BEFORE)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    rows = make_rows(rng, n_rows, 512, bits=4, group_size=64, dtype=mx.float32)
+    n_clusters = -(-n_rows // cluster_size)
+    centroids = make_centroids(rng, n_clusters, 512, group_size=64)
+    return PortableSteps(cluster(rng, rows, centroids, cluster_size)), rows
+
+
+@pytest.mark.parametrize("n_rows, cluster_size", [(157, 16), (160, 9)])
+def test_logits_of_parts_are_those_of_all(monkeypatch, n_rows, cluster_size):
+    steps, rows = small_head(monkeypatch, n_rows, cluster_size)
+    assert len(steps._ranges) == 2
+    hidden = mx.random.normal((1, 512), key=mx.random.key(0))
+    np.testing.assert_allclose(steps.dense(hidden), rows.matmul(hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_gathered_where_mlx_adds_in_an_order_of_its_own(monkeypatch, caplog):
+    steps, rows = small_head(monkeypatch, 160, 16)
+    hidden = mx.random.normal((1, 512), key=mx.random.key(0))
+    product = Matrix.matmul
+
+    def by_size(self, states):
+        """More rows than the model's, or others first, give other last bits."""
+        if mx.array_equal(self.weight, rows.weight):
+            return product(self, states)
+        return product(self, states) * (1 + 2.0**-22)
+
+    monkeypatch.setattr(Matrix, "matmul", by_size)
+    assert not mx.array_equal(steps.dense(hidden), rows.matmul(hidden))
+    check_dense_rows(steps, rows, mx.float32)
+    assert steps.gathers_rows and "in order first" in caplog.text
+    assert mx.array_equal(steps.dense(hidden), rows.matmul(hidden))
+
+
+def test_equal_rows_are_not_gathered_and_copies_of_a_head_know(monkeypatch):
+    steps, rows = small_head(monkeypatch, 160, 16)
+    check_dense_rows(steps, rows, mx.float32)
+    assert not steps.gathers_rows
+    monkeypatch.undo()
+    token_ids = np.arange(160).reshape(10, 16)
+    head = FlashHead(rows, token_ids, steps.clustered.centroids, n_probes=2)
+    for gathers in (False, True):
+        head.steps.gathers_rows = gathers
+        assert pickle.loads(pickle.dumps(head)).steps.gathers_rows == gathers
+
+
+def test_the_models_rows_are_compared_on_a_gpu(monkeypatch):
+    rows = make_rows(np.random.default_rng(0), 160, 512, bits=4, group_size=64, dtype=mx.float32)
+    centroids = make_centroids(np.random.default_rng(0), 10, 512, group_size=64)
+    head = FlashHead(rows, np.arange(160).reshape(10, 16), centroids, n_probes=2)
+    compared = []
+    monkeypatch.setattr("mlx_flashhead.head.flash_head.gpu_is_default", lambda: True)
+    monkeypatch.setattr(
+        "mlx_flashhead.head.flash_head.check_dense_rows", lambda *given: compared.append(given)
+    )
+    head.check_kernels(mx.float16, rows)
+    assert compared == [(head.steps, rows, mx.float16)]
