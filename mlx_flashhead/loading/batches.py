@@ -32,7 +32,7 @@ def batch_class(announcer_of: Callable[[Any], Announce | None]) -> type:
             self._options = options if not arguments else None
             self._verified: VerifiedBatchGenerator | None = None
             self._decided = False
-            self._as_made = set(vars(self))
+            self._as_made = {"_as_made", *vars(self)}
 
         def _verifies(self) -> VerifiedBatchGenerator | None:
             """What decodes in its place, if everything is recognised."""

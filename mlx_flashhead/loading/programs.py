@@ -93,7 +93,7 @@ class _Patches:
         mode = decoding_mode(model)
         if mode == "verified":
             return use.announce
-        use.announce(mode)
+        use.leave(mode)
         return None
 
     def load(self, original: Any) -> Any:
@@ -183,6 +183,7 @@ class _Use:
         self._say = options.say
         self._verify = options.verify
         self._n_steps = 0  # of a loop that is not ours
+        self._left = False  # whether it was said why a loop is not ours
         self._said: set[str] = set()
         if not options.verify:
             self.announce("unverified")
@@ -193,12 +194,17 @@ class _Use:
             self._said.add(mode)
             self._say(f"Text of {self._name}: {mode}.")
 
+    def leave(self, mode: str) -> None:
+        """Says why texts are left to the program's own loop."""
+        self.announce(mode)
+        self._left = True
+
     def project(self, head: FlashHead, hidden: mx.array) -> mx.array:
         """The logits of a call that none of our loops has made."""
         if hidden.shape[-2:-1] == (1,):
             if not self._verify:
                 return head.unverified_logits(hidden)
             self._n_steps += 1
-            if self._n_steps == OWN_STEPS:
+            if self._n_steps == OWN_STEPS and not self._left:
                 self.announce(DENSE_LOOP)
         return head.dense_logits(hidden)
