@@ -20,6 +20,7 @@ from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.loading import context_of, load_dense
 from ..models.templates import template_variables
+from .control_tokens import ControlTokens
 from .fill_in_the_middle import END_TOKENS, middle_format
 
 # Variables that the server gives a template.
@@ -55,6 +56,7 @@ class ServedModel:
         if self.tokenizer.has_thinking:
             self.template_settings |= {"enable_thinking"}  # mlx-lm's name for it
         self.takes_developer = "developer" in str(self.tokenizer.chat_template)  # as a role
+        self.control_tokens = ControlTokens(self.tokenizer)
         vocabulary = self.tokenizer.get_vocab()
         self.middle = middle_format(vocabulary)  # in which it fills gaps, if it does
         self.middle_ends = [token for token in END_TOKENS if token in vocabulary]

@@ -50,6 +50,8 @@ def make_parser() -> Parser:
     add("--num-draft-tokens", "Tokens drafted at once", 3, type=whole_number(1, 64))
     switch("--trust-remote-code", "Run these models' own Python code.")
     add("--chat-template", "A chat template in place of the one of --model.")
+    escape = "Read control tokens such as <|im_start|> in texts of users and tools as text."
+    switch("--escape-control-tokens", escape)
     add("--chat-template-args", 'Such as {"enable_thinking": false}', {}, type=json_object)
 
     group = parser.add_argument_group("defaults of requests")
