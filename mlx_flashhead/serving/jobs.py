@@ -23,6 +23,7 @@ from ..models.compat.mlx_lm import (
 from ..models.templates import apply_template
 from ..structured.grammar import GrammarProcessor
 from .api_errors import ApiError
+from .control_tokens import mark_control_tokens
 from .requests import Request
 from .served_models import ServedModel
 
@@ -223,6 +224,8 @@ def read_prompts(request: Request) -> list[Prompt]:
         return [Prompt(tokens, keep_space=True) for tokens in texts]
     text = _render(request, request.messages)
     tokens = _tokens(served, text, "messages", add_special_tokens=False)
+    if request.escape_control_tokens:
+        tokens = _escaped_tokens(request)
     initial = getattr(tokenizer, "response_initial_state", None)  # 0.31 has no formats of answers
     state = initial or "normal"
     if tokenizer.has_thinking and not initial:
@@ -232,6 +235,16 @@ def read_prompts(request: Request) -> list[Prompt]:
     if not served.cuttable:  # the next prompt may lack this one's last tokens, as for a thought
         landmarks = [*_end_of_system(request, tokens), max(1, len(tokens) - 11)]
     return [Prompt(tokens, tuple(landmarks), state, keep_space=request.grammar is not None)]
+
+
+def _escaped_tokens(request: Request) -> list[int]:
+    """The tokens of a chat's prompt, without control tokens from users and tools."""
+    served = request.served
+    messages, mark = mark_control_tokens(request.messages, served.control_tokens)
+    tokens: list[int] = []
+    for piece in _render(request, messages).split(mark):
+        tokens += served.tokenizer.encode(piece, add_special_tokens=False)
+    return _tokens(served, tokens, "messages")
 
 
 def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = True) -> str:

@@ -114,6 +114,9 @@ def grammar_of(args: argparse.Namespace) -> Grammar | None:
         if args.json_schema is None:
             return Grammar.from_lark(text)
         return Grammar.from_json_schema(json.loads(text))
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path} is not JSON ({where}): give a file with a schema.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
 
