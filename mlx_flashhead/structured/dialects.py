@@ -70,7 +70,11 @@ class Dialect:
         return rf'[^"\\\x00-\x1f\x7f{known}]|\\["\\bfnrt{slash}]|{_BY_NUMBER}'
 
     def string(
-        self, rules: LarkRules, marks: "Marks", inside: Sequence[str], never: Sequence[str] = ()
+        self,
+        rules: LarkRules,
+        marks: "FormatMarks",
+        inside: Sequence[str],
+        never: Sequence[str] = (),
     ) -> str:
         """Strings whose inside matches all of ``inside`` and none of ``never``."""
         if not self.has_escapes:
@@ -120,7 +124,7 @@ class Dialect:
         return one_of(map(literal, texts))
 
 
-class Marks:
+class FormatMarks:
     """The marks of a format as a tokenizer has them: tokens of their own, or plain text.
 
     Args:

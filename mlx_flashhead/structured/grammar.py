@@ -23,7 +23,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..common.guarded import Guard, GuardError
-from .dialects import Marks
+from ..common.marks import keeps_state, preserves_margins
+from .dialects import FormatMarks
 from .vocabulary import Mark, llguidance, vocabulary_of
 
 # Between the tokens of JSON: nothing, a space, or a new line with an indentation. The limit keeps
@@ -253,8 +254,6 @@ class GrammarProcessor:
             the form, or its first mask takes too much computing.
     """
 
-    preserves_margins = True  # a mask leaves the distances of logits as they are
-
     def __init__(
         self,
         tokenizer: Any,
@@ -284,6 +283,12 @@ class GrammarProcessor:
         self._overshooting: dict[int, list[int]] = {}  # by the bytes of a mark before them
         self._seconds_left = [CREDIT_SECONDS]
         self.begin()
+        self._mark()
+
+    def _mark(self) -> None:
+        """Says what loops may do with it: a mask leaves the distances of logits as they are."""
+        preserves_margins(self)
+        keeps_state(self, begin=self.begin, for_sequence=self.for_sequence)
 
     def _make_forms(self, thought: tuple[str, str] | None) -> list[Run]:
         """What the whole text may be: any of these."""
@@ -293,7 +298,7 @@ class GrammarProcessor:
         if self._has_form and self.calls is not None:
             forms.append(Run(self._checked_matcher(self.calls.only), "calls"))
         if self._has_form and thought is not None and not self._begins_in_thought:
-            opening = Marks(self._vocabulary.special).expression(thought[0])
+            opening = FormatMarks(self._vocabulary.special).expression(thought[0])
             compiled = f"start: /[ \\n]{{0,2}}/ {opening}"
             forms.append(Run(self._new_matcher(compiled), "thought"))
         return forms
@@ -329,6 +334,7 @@ class GrammarProcessor:
         """A processor of the same grammar for another sequence, which shares the time of masks."""
         made = copy.copy(self)
         made.begin()
+        made._mark()
         return made
 
     def accepts(self, text: str) -> bool:

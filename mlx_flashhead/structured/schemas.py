@@ -124,7 +124,7 @@ def allows_more(plain: Plain) -> bool:
     """
     if "patternProperties" in plain:
         return True
-    listed = bool(plain.get("properties") or plain.get("required"))
+    listed = "properties" in plain or bool(plain.get("required"))
     return plain.get("additionalProperties", not listed) is not False
 
 
@@ -255,10 +255,11 @@ def _merge_properties(a: Plain, b: Plain, both: Plain) -> None:
     names = [*a.get("properties", {}), *b.get("properties", {})]
     if ("patternProperties" in both) and names:
         raise ValueError('"patternProperties" with "allOf" is not supported')
-    both["properties"] = {
-        name: _all_of(*(_property(plain, name) for plain in (a, b)))
-        for name in dict.fromkeys(names)
-    }
+    if "properties" in both:
+        both["properties"] = {
+            name: _all_of(*(_property(plain, name) for plain in (a, b)))
+            for name in dict.fromkeys(names)
+        }
     more = [plain["additionalProperties"] for plain in (a, b) if "additionalProperties" in plain]
     if more:
         both["additionalProperties"] = _all_of(*more)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from .dialects import (
     BARE,
     Dialect,
-    Marks,
+    FormatMarks,
     function_gemma_dialect,
     gemma_dialect,
     json_dialect,
@@ -62,7 +62,7 @@ class CallFormat:
     names: ClassVar[str] = r"[^\s\"'<>&\[\]{}|:=\\]+"
     several_in_section: ClassVar[bool] = False
 
-    def __init__(self, marks: Marks):
+    def __init__(self, marks: FormatMarks):
         self.marks = marks
         self.rules = LarkRules()
 
@@ -348,7 +348,7 @@ class TaggedFormat(CallFormat):
     """Arguments between tags, the strings among them without quotes.
 
     Attributes:
-        forbidden: Marks that no value may hold beside its own end.
+        forbidden: FormatMarks that no value may hold beside its own end.
         closing: The tag at an argument's end, with what is before it.
         strips: Whether the parser takes spaces off the ends of a value.
         null_is_none: Whether the parser reads the word null as None, even if it is a string.

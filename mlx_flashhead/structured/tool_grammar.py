@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from .dialects import Marks
+from .dialects import FormatMarks
 from .grammar import Grammar, ToolCalls
 from .lark import literal
 from .tool_formats import Tool, format_of
@@ -30,7 +30,7 @@ def tool_calls(
             schema has a part that is not followed. It names the tool.
     """
     read = tuple(_tool(tool) for tool in tools)
-    call_format = format_of(tokenizer)(Marks(vocabulary_of(tokenizer).special))
+    call_format = format_of(tokenizer)(FormatMarks(vocabulary_of(tokenizer).special))
     section = call_format.section(read, several=several)
     start = call_format.start
     # the mark at the beginning is plain text here: whoever follows the text has seen it
@@ -50,7 +50,7 @@ def tool_calls(
 
 def tools_for_parser(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The tools with types that mlx-lm's parser reads: it knows neither references nor unions."""
-    call_format = format_of(tokenizer)(Marks({}))
+    call_format = format_of(tokenizer)(FormatMarks({}))
     views = []
     for tool in tools:
         function = {**tool["function"], "parameters": call_format.view(_tool(tool))}

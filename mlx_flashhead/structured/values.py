@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .dialects import Dialect, Marks
+from .dialects import Dialect, FormatMarks
 from .lark import LarkRules, one_of
 from .numbers import ANY_NUMBER, bounds_of, integer_regex, number_regex
 from .regexes import ANY_CHARACTER, quoted_regex, written_pattern
@@ -34,7 +34,7 @@ class ValueRules:
         marks: The marks of the format.
     """
 
-    def __init__(self, rules: LarkRules, schemas: Schemas, dialect: Dialect, marks: Marks):
+    def __init__(self, rules: LarkRules, schemas: Schemas, dialect: Dialect, marks: FormatMarks):
         self.rules = rules
         self.schemas = schemas
         self.dialect = dialect
