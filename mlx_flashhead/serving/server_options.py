@@ -11,6 +11,7 @@ from typing import Any
 from ..common.arguments import Parser, json_object, number, one_of, share, whole_number
 from ..common.flags import MAX_WAIT, add_answering_options
 
+LOCAL = "127.0.0.1"
 DEFAULT_TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
@@ -99,10 +100,7 @@ def make_parser() -> Parser:
     add("--quantized-kv-start", "First token whose cache is quantized", 5000, type=whole_number(0))
 
     group = parser.add_argument_group("network")
-    add(
-        "--host",
-        "Address to listen on; any other than 127.0.0.1 needs the token (default: 127.0.0.1).",
-    )
+    add("--host", f"Address to listen on; others than {LOCAL} need the token (default: {LOCAL})")
     add("--port", "Port to listen on; 0 takes a free one", 8080, type=whole_number(0, 65535))
     switch("--lan", "Listen on all interfaces, for iPads; prints the address with the token.")
     names = methodcaller("split", ",")
@@ -127,7 +125,7 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
     if args.draft_probes is not None and args.draft_model is None:
         parser.error("--draft-probes is for a draft model: add --draft-model, or leave it out")
     if args.host is None:
-        args.host = "0.0.0.0" if args.lan else "127.0.0.1"
+        args.host = "0.0.0.0" if args.lan else LOCAL
     elif args.lan and is_loopback(args.host):
         remedy = "leave it out with --lan, or give the address of one interface"
         parser.error(f"--host {args.host} is this machine alone: {remedy}")
