@@ -110,7 +110,11 @@ def add_number(parser: ArgumentParser, flag: str, default: int | None, text: str
 
 
 def shape(text: str) -> tuple[str, tuple[int, ...]]:
-    """ "qwen3-0.6b" or "151936,1024" → its name and (V, D)."""
+    """A type: a shape by its name, such as "qwen3-0.6b", or as "151936,1024".
+
+    Returns:
+        The text, and (V, D).
+    """
     try:
         vocab_size, hidden_size = SHAPES.get(text.lower()) or whole_numbers(1)(text)
     except (ValueError, ArgumentTypeError):
