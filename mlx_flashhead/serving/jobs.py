@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..common.marks import preserves_margins
 from ..decoding.sampler import make_sampler
 from ..models.compat.mlx_lm import (
     TextStateMachine,
@@ -138,9 +139,7 @@ class Job:
         self.sampler = make_sampler(**request.sampling, seed=seed)
         self.processors: list[Any] = make_logits_processors(**request.penalties)
         if self.grammar is not None:  # without its `begin`: a text may go on after a failure
-            keep_form = partial(self.grammar)
-            keep_form.preserves_margins = True  # type: ignore[attr-defined]
-            self.processors.append(keep_form)
+            self.processors.append(preserves_margins(partial(self.grammar)))
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
         tokenizer, begins = self.served.tokenizer, (self.prompt.state, self.prompt.keep_space)
@@ -227,8 +226,9 @@ def read_prompts(request: Request) -> list[Prompt]:
     tokens = _tokens(served, text, "messages", add_special_tokens=False)
     if request.escape_control_tokens:
         tokens = _escaped_tokens(request)
-    state = tokenizer.response_initial_state or "normal"
-    if tokenizer.has_thinking and not tokenizer.response_initial_state:
+    initial = getattr(tokenizer, "response_initial_state", None)  # 0.31 has no formats of answers
+    state = initial or "normal"
+    if tokenizer.has_thinking and not initial:
         begun = tokenizer.rfind_think_start(tokens) > tokenizer.rfind_think_end(tokens)
         state = "reasoning" if begun else state
     landmarks: list[int] = []

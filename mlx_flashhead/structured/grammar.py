@@ -24,6 +24,7 @@ import numpy as np
 
 from ..common.command import from_extra
 from ..common.guarded import Guard, GuardError
+from ..common.marks import keeps_state, preserves_margins
 
 # Between the tokens of JSON: nothing, a space, or a new line with an indentation. The limit keeps
 # small models from endless spaces.
@@ -169,8 +170,6 @@ class GrammarProcessor:
             the form, or its first mask takes too much computing.
     """
 
-    preserves_margins = True  # a mask leaves the distances of logits as they are
-
     def __init__(
         self,
         tokenizer: Any,
@@ -193,6 +192,12 @@ class GrammarProcessor:
             raise ValueError(f"No text fits the {grammar.kind}: check that it can end.")
         self._seconds_left = [CREDIT_SECONDS]
         self.begin()
+        self._mark()
+
+    def _mark(self) -> None:
+        """Says what loops may do with it: a mask leaves the distances of logits as they are."""
+        preserves_margins(self)
+        keeps_state(self, begin=self.begin, for_sequence=self.for_sequence)
 
     def _new_matcher(self) -> Any:
         limits = llguidance().LLParserLimits(step_max_items=MAX_ITEMS)
@@ -213,6 +218,7 @@ class GrammarProcessor:
         made = copy.copy(self)
         made._matcher = self._matcher.deep_copy()
         made.begin()
+        made._mark()
         return made
 
     def accepts(self, text: str) -> bool:
