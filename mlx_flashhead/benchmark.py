@@ -157,7 +157,10 @@ def main() -> None:
         from .benchmarks.reporting import report
 
         benchmark = import_module(f".benchmarks.{kind}_benchmark", __package__)
-    report(args, benchmark.cases(args), benchmark.make_table)
+        confirm = None
+        if args.kind == "model" and args.report:
+            confirm = import_module(".benchmarks.confirmations", __package__).confirm
+    report(args, benchmark.cases(args), benchmark.make_table, confirm)
 
 
 if __name__ == "__main__":

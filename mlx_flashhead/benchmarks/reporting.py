@@ -90,6 +90,7 @@ def report(
     args: argparse.Namespace,
     cases: Generator[Case],
     make_table: Callable[[dict[str, Any]], Table],
+    confirm: Callable[[argparse.Namespace], dict[str, Any]] | None = None,
 ) -> None:
     """Times the cases and reports them, or those that it has when it is stopped.
 
@@ -100,7 +101,9 @@ def report(
         args: The flags of ``mlx_flashhead.benchmark``.
         cases: What is timed.
         make_table: Makes a table of the figures of a case.
+        confirm: Makes what the report has besides, of the flags; computed first.
     """
+    confirmed = None if confirm is None else confirm(args)
     measured: dict[str, dict[str, Any]] = {}
     complete = False
     try:
@@ -123,6 +126,8 @@ def report(
                     "complete": complete,
                     "results": list(measured.values()),
                 }
+                if confirmed is not None:
+                    figures["confirmed"] = confirmed
                 Path(args.report).write_text(json.dumps(figures, indent=2) + "\n")
             if args.plot:
                 _plot_tables(tables, args.plot)

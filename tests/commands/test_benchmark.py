@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from mlx_flashhead.benchmarks import confirmations
 from mlx_flashhead.benchmarks import server_benchmark as server
 from model_folders import VOCAB_SIZE
 
@@ -45,7 +46,11 @@ def test_heads_of_shapes_and_of_a_model(run, converted, tmp_path):
     assert (result["n_probes"], result["hidden_size"], result["name"]) == (2, 128, "model")
 
 
-def test_model(run, converted, tmp_path):
+def test_model(run, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(confirmations, "SIZES", [(64, 64)])
+    monkeypatch.setattr(confirmations, "WIDTHS", [64])
+    monkeypatch.setattr(confirmations, "SMALL", ())
+    monkeypatch.setattr(confirmations, "SHAPES", {})
     screen, results = check_outputs(
         run, tmp_path, "model", "--model", converted, *FEW,
         "--tokens", 3, "--batch", 1, "--batch", 2, "--sampler", "greedy",
@@ -56,6 +61,10 @@ def test_model(run, converted, tmp_path):
         assert result["n_probes"] == {"FlashHead": 2, "unverified": 2}
         assert f" {result['times_faster']['FlashHead']:.2f} x" in screen
         assert f" {result['token_ms']['unverified']['median']:.2f} " in screen
+    confirmed = json.loads((tmp_path / "out.json").read_text())["confirmed"]
+    names = ["first_token", "kernels", "rounding", "sums", "products", "heads"]
+    assert list(confirmed) == names
+    assert confirmed["first_token"]["seconds"] > 0
 
 
 def test_server(run, converted, tmp_path, monkeypatch):

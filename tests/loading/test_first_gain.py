@@ -19,13 +19,13 @@ FAST = Tuning(4, 1e30, 8, 0.07, 1.5, 0.01, 0.0, dense=False)
 
 def with_head(bits):
     model = tiny_model()
-    if bits < 16:
+    if bits < 32:
         nn.quantize(model, 64, bits)
     install_index(model, tiny_index(model, n_probes=4))
     return model
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", [4, 8, 32])
 def test_files_with_8_bits_are_the_best_case(bits):
     said = first_gain(with_head(bits), FAST)
     assert said.startswith("FlashHead makes this model 1.50 times as fast here. ")
@@ -33,6 +33,7 @@ def test_files_with_8_bits_are_the_best_case(bits):
         assert "with `fine_head` its text gets better" in said
     else:
         assert f"has {bits} bits already, the best case: it needs no `fine_head`" in said
+        assert first_gain(with_head(bits), replace(FAST, dense=True)) == ""
 
 
 def test_a_finer_head_costs_what_its_probes_read():

@@ -1,0 +1,321 @@
+"""What a machine has to confirm, for the report of a model: the rounding of MLX's kernels and of
+ours, what kernels may ask of its GPU, and what is compiled when.
+
+On a CPU the same is computed by MLX's own operations, which says how the report looks.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..decoding.policy import policy_of
+from ..decoding.rounding import CLASSES, may_use_tf32, measure_rounding
+from ..head.backend import logits_of_scores, make_steps
+from ..head.clustered import Centroids, ClusteredRows
+from ..head.dense_kernels import dense_kernel
+from ..head.draw import gpu_is_default
+from ..head.flash_head import FlashHead
+from ..head.kernels import MetalSteps
+from ..head.matrix import FORMATS, Format, Matrix, as_float32
+from ..loading.load import load
+from ..models.install import hidden_dtype, installed_head
+from . import SAMPLERS, SHAPES
+from .head_benchmark import random_head
+from .model_benchmark import Variant, with_flash_head
+
+CLUSTER_SIZE = 16
+# Rows and columns: whole blocks, a remainder of the rows, and one of the columns.
+SIZES = ((4096, 1024), (4099, 1024), (4096, 576))
+WIDTHS = (576, 1024, 2048)
+N_ROWS = 4096
+SMALL = ("smollm2",)  # shapes of heads that a CPU times
+N_STATES = 8
+REPEATS = 5
+TOO_MANY_THREADS = 2048  # for any pipeline: the refusal names the number that it allows
+ALLOWED = re.compile(r"allowed threads per threadgroup \((\d+)\)")
+PROMPT = "The old bridge over the river had been closed for years, and"
+ANSWER = 48  # tokens
+
+
+def confirm(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that a machine confirms, JSON-ready, in a few minutes.
+
+    Args:
+        args: The flags of ``mlx_flashhead.benchmark model``.
+
+    Returns:
+        By name: ``first_token``, ``kernels``, ``rounding`` of the model's head, ``sums``,
+        ``products``, ``heads``.
+    """
+    start = time.perf_counter()
+    found: dict[str, Any] = {}
+    with closing(_parts(args)) as parts:
+        for name, value in parts:
+            found[name] = value
+            seconds = time.perf_counter() - start
+            print(f"[{seconds:.0f} s] confirmed: {name}", file=sys.stderr, flush=True)
+    return found
+
+
+def _parts(args: argparse.Namespace) -> Generator[tuple[str, Any]]:
+    model, tokenizer = load(
+        args.model, n_probes=args.n_probes, flash_head=args.flash_head, build=not args.no_build
+    )
+    head = installed_head(model)
+    dtype = hidden_dtype(model)
+    prompt = tokenizer.encode(PROMPT)
+    policy_of(head).dense = False
+    variant = with_flash_head(model, verify=True)
+    first, second = (_answer(variant, prompt, "greedy", 1) for _ in range(2))
+    yield "first_token", {"seconds": first, "seconds_again": second}
+    yield "kernels", _kernels(head, dtype, lambda name: _answer(variant, prompt, name, ANSWER))
+    bounds = measure_rounding(head, dtype)
+    yield "rounding", {size: _rounding_figures(each) for size, each in bounds.items()}
+    yield "sums", list(sums(SIZES))
+    yield "products", list(products(WIDTHS))
+    yield "heads", list(head_times(tuple(SHAPES) if gpu_is_default() else SMALL))
+
+
+def _answer(variant: Variant, prompt: list[int], sampler: str, n_tokens: int) -> float:
+    """Seconds of an answer, from the prompt to its last token."""
+    start = time.perf_counter()
+    steps = variant.steps(
+        mx.array(prompt),
+        variant.model,
+        max_tokens=n_tokens,
+        sampler=variant.make_sampler(**SAMPLERS[sampler]),
+    )
+    for _ in steps:
+        pass
+    return time.perf_counter() - start
+
+
+def _rounding_figures(rounding: Any) -> dict[str, Any]:
+    figures = {name: value for name, value in asdict(rounding).items() if name != "sums"}
+    return figures | {"rounded_sums": rounding.sums is not None}
+
+
+class CountedKernels:
+    """In the place of ``mx.fast.metal_kernel``: notes what MLX compiles, and what pipelines allow.
+
+    Attributes:
+        texts: One for each kernel that MLX has compiled: its name, template arguments, and of each
+            input the dtype, whether it is a number, and whether it has fewer than 8 elements.
+        limits: The most threads of a threadgroup, by kernel; measured if ``measures`` is set.
+    """
+
+    def __init__(self, metal_kernel: Callable[..., Any] | None = None):
+        self._metal_kernel: Callable[..., Any] = metal_kernel or mx.fast.metal_kernel
+        self.texts: set[tuple[Any, ...]] = set()
+        self.limits: dict[str, int] = {}
+        self.measures = False
+
+    def metal_kernel(self, **options: Any) -> Callable[..., list[mx.array]]:
+        """As ``mx.fast.metal_kernel``."""
+        kernel = self._metal_kernel(**options)
+        name = options["name"].removeprefix("flash_head_")
+
+        def launch(**call: Any) -> list[mx.array]:
+            inputs = [(str(x.dtype), x.ndim == 0, x.size < 8) for x in call["inputs"]]
+            template = [(key, str(value)) for key, value in call["template"]]
+            self.texts.add((name, *template, *inputs))
+            if self.measures and name not in self.limits:
+                self._measure(name, kernel, call)
+            return kernel(**call)
+
+        return launch
+
+    def _measure(self, name: str, kernel: Callable[..., Any], call: dict[str, Any]) -> None:
+        """Asks for more threads than any pipeline allows: the refusal names its number."""
+        x, y, z = call["grid"]
+        wide = {"grid": (max(x, TOO_MANY_THREADS), y, z), "threadgroup": (TOO_MANY_THREADS, 1, 1)}
+        try:
+            mx.eval(kernel(**call | wide))
+        except (RuntimeError, ValueError) as error:
+            if said := ALLOWED.search(str(error)):
+                self.limits[name] = int(said[1])
+
+
+def _kernels(
+    head: FlashHead, dtype: mx.Dtype, answer: Callable[[str], float]
+) -> dict[str, Any] | None:
+    """Texts that are compiled by an installation and afterwards, and the pipelines' limits. None
+    without kernels."""
+    if not isinstance(head.steps, MetalSteps):
+        return None
+    counted = CountedKernels()
+    head.steps = MetalSteps(head.clustered, counted.metal_kernel)
+    head.check_kernels(dtype)
+    at_installation = len(counted.texts)
+    for sampler in SAMPLERS:
+        answer(sampler)
+    compiled_later = len(counted.texts) - at_installation
+    counted.measures = True
+    head.check_kernels(dtype)
+    return {
+        "backend_reason": head.backend_reason,
+        "compiled_at_installation": at_installation,
+        "compiled_later": compiled_later,
+        "allowed_threads": counted.limits,
+    }
+
+
+def random_rows(form: Format, n_rows: int, hidden_size: int, dtype: mx.Dtype) -> Matrix | None:
+    """Random rows of a format; None where MLX has no such rows of this width."""
+    weight = mx.random.normal((n_rows, hidden_size), key=mx.random.key(0)) * 0.05
+    rows = Matrix(weight.astype(dtype))
+    if form.mode is None:
+        return rows
+    group_size = min(form.group_sizes, key=lambda size: abs(size - 64))
+    if hidden_size % group_size:
+        return None
+    return rows.quantize(bits=form.bits, group_size=group_size, mode=form.mode)
+
+
+def sums(
+    sizes: Sequence[tuple[int, int]], forms: Sequence[Format] = FORMATS
+) -> Iterator[dict[str, Any]]:
+    """For each format and size, which share of a state's logits has the very sums of MLX's product
+    with the rows in the model's order.
+
+    Args:
+        sizes: Rows and columns.
+        forms: Formats that the kernels read; others are left out.
+
+    Yields:
+        ``format``, ``rows``, ``columns``, ``dtype``, the name of MLX's ``kernel``, whether the
+        table of kernels expects equal scores, and the shares of ``scored`` and ``dense`` logits.
+    """
+    for form in forms:
+        if form.metal is None:
+            continue
+        dtypes = (mx.float32,) if form.bits == 32 else (mx.bfloat16, mx.float16)
+        for n_rows, hidden_size in sizes:
+            for dtype in dtypes:
+                rows = random_rows(form, n_rows, hidden_size, dtype)
+                if rows is None:
+                    continue
+                steps = make_steps(_clustered(rows), None)[0]
+                state = mx.random.normal((1, hidden_size), key=mx.random.key(1)).astype(dtype)
+                expected = rows.matmul(state)
+                kernel = dense_kernel(rows, n_rows)
+                yield {
+                    "format": str(form),
+                    "rows": n_rows,
+                    "columns": hidden_size,
+                    "dtype": _name(dtype),
+                    "kernel": kernel.name,
+                    "equal_expected": kernel.scored and steps.name == MetalSteps.name,
+                    "scored": _share_equal(logits_of_scores(steps, state), expected),
+                    "dense": _share_equal(steps.dense(state), expected),
+                }
+
+
+def products(widths: Sequence[int], sizes: Sequence[int] = CLASSES) -> Iterator[dict[str, Any]]:
+    """How far products of several states lie from those of single ones: in float32 with and
+    without quantized rows, where an M5 takes TF32, and in bfloat16.
+
+    Args:
+        widths: Columns of the rows.
+        sizes: Numbers of states.
+
+    Yields:
+        ``format``, ``dtype``, ``columns``, ``states``, and the largest ``distance`` as a share of
+        the lengths of state and row; whether the bounds take TF32 into account.
+    """
+    floats = next(form for form in FORMATS if form.mode is None)
+    eight_bits = next(form for form in FORMATS if form.bits == 8 and form.mode == "affine")
+    for form, dtype in ((floats, mx.float32), (eight_bits, mx.float32), (floats, mx.bfloat16)):
+        for width in widths:
+            rows = random_rows(form, N_ROWS, width, dtype)
+            if rows is None:
+                continue
+            key = mx.random.key(2)
+            states = mx.random.normal((max(sizes), width), key=key).astype(dtype)
+            alone = mx.concatenate([rows.matmul(states[i : i + 1]) for i in range(N_STATES)])
+            lengths = mx.linalg.norm(states[:N_STATES].astype(mx.float32), axis=-1)[:, None]
+            lengths = lengths * mx.linalg.norm(rows.dequantized(mx.float32), axis=-1)
+            for size in sizes:
+                parts = [rows.matmul(states[i : i + size]) for i in range(0, N_STATES, size)]
+                together = mx.concatenate(parts)[:N_STATES]
+                distance = mx.abs(together.astype(mx.float32) - alone.astype(mx.float32))
+                yield {
+                    "format": str(form),
+                    "dtype": _name(dtype),
+                    "columns": width,
+                    "states": size,
+                    "distance": float(np.max(as_float32(distance / lengths))),
+                    "tf32_expected": may_use_tf32() and dtype == mx.float32 and size > 1,
+                }
+
+
+def head_times(shapes: Sequence[str], bits: Sequence[int] = (4, 16)) -> Iterator[dict[str, Any]]:
+    """Times of the heads of known models, of random weights in bfloat16: the median of a few.
+
+    Args:
+        shapes: Names of `SHAPES`.
+        bits: Of the rows.
+
+    Yields:
+        ``shape``, ``bits``, and the milliseconds of the ``dense`` product, of a ``proposal`` and of
+        the product of a ``verification`` of 32 states.
+    """
+    for shape in shapes:
+        for n_bits in bits:
+            head = random_head(*SHAPES[shape], dtype=mx.bfloat16, bits=n_bits)
+            states = mx.random.normal((CLASSES[-1], head.hidden_size)).astype(mx.bfloat16)
+            state = states[:1]
+            mx.eval(states)
+            yield {
+                "shape": shape,
+                "bits": n_bits,
+                "dense": _milliseconds(head.dense_logits, state),
+                "proposal": _milliseconds(partial(_proposed, head), state),
+                "verification": _milliseconds(head.slot_logits, states),
+            }
+            del head
+            mx.clear_cache()
+
+
+def _clustered(rows: Matrix) -> ClusteredRows:
+    """The rows in random clusters, with centroids that are not used."""
+    n_clusters = -(-rows.n_rows // CLUSTER_SIZE)
+    slots = np.full(n_clusters * CLUSTER_SIZE, rows.n_rows)
+    slots[: rows.n_rows] = np.random.default_rng(0).permutation(rows.n_rows)
+    centroids = Centroids(
+        Matrix(mx.zeros((n_clusters, rows.hidden_size), mx.float16)),
+        mx.zeros(n_clusters),
+        mx.zeros(n_clusters),
+    )
+    return ClusteredRows.build(rows, slots.reshape(n_clusters, -1), centroids)
+
+
+def _share_equal(found: mx.array, expected: mx.array) -> float:
+    return float(np.mean(as_float32(found == expected)))
+
+
+def _milliseconds(function: Callable[[mx.array], mx.array], states: mx.array) -> float:
+    """The median of some calls, after one that warms up."""
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        mx.eval(function(states))
+        times.append(1000 * (time.perf_counter() - start))
+    return float(np.median(times[1:]))
+
+
+def _proposed(head: FlashHead, states: mx.array) -> mx.array:
+    return head.propose(states, None).tokens
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
