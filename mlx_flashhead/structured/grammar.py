@@ -373,7 +373,8 @@ class GrammarProcessor:
         Args:
             context: The tokens so far (n,), of the prompt and the text.
             vocab_size: The number of logits V; that of the tokenizer's tokens without it. A token
-                that the tokenizer does not have is not allowed.
+                that the tokenizer does not have is allowed in a free text alone. Bits beyond V
+                have no meaning.
 
         Returns:
             (⌈V/32⌉,) uint32; None if every token is allowed.
@@ -394,7 +395,10 @@ class GrammarProcessor:
             mask = self._vocabulary.words(self._vocabulary.end_tokens)
         if mask is None:
             return None
-        words = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        # in a free text, what the tokenizer does not know is as allowed as without a mask
+        is_free = self._places[-1].mode in (Mode.FREE, Mode.THOUGHT) and self.problem is None
+        further = 0xFFFFFFFF if is_free else 0
+        words = np.full(-(-vocab_size // 32), further, dtype=np.uint32)
         words[: len(mask)] = mask[: len(words)]
         return words
 

@@ -43,6 +43,8 @@ def _calls(format_name: str, vocabulary: Vocabulary, tools: str, several: bool) 
     start = call_format.start
     # the mark at the beginning is plain text here: whoever follows the text has seen it
     one = call_format.rules.text(f"{literal(start)} {section}")
+    # without forcing, which allows one way alone to cut what must follow into tokens
+    one = '%llguidance {"no_forcing": true}\n' + one
     again = "(PADDING? section)*" if several and call_format.end else ""
     many = call_format.rules.text(f"PADDING? section {again}")
     first = call_format.marks.expression(start)

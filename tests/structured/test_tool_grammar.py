@@ -113,6 +113,22 @@ def test_random_calls_are_valid(parser, plain):
 
 
 @pytest.mark.parametrize("parser", PARSERS)
+def test_a_mark_that_is_spelled_out_begins_a_call_too(parser):
+    """As where a model writes the mark in other tokens than its own."""
+    tokenizer = tokenizer_of(parser)
+    pong = tool("pong", of(["n"], n={"type": "integer", "maximum": 9}))
+    calls = tool_calls(tokenizer, [pong], several=False)
+    processor = GrammarProcessor(tokenizer, calls=calls)
+    walk = Walk(tokenizer, processor, 0)
+    spell = processor._vocabulary.tokens.greedy_tokenize
+    walk.tokens += spell("Look: " + calls.start)
+    assert walk.go()
+    (call,), content = calls_in(tokenizer, walk.text, [pong])
+    assert call["name"] == "pong" and call["arguments"]["n"] <= 9
+    assert content.startswith("Look: ")
+
+
+@pytest.mark.parametrize("parser", PARSERS)
 def test_sections_of_several_calls(parser):
     tokenizer = tokenizer_of(parser)
     pair = [tool("ping"), tool("pong", of(["n"], n={"type": "integer", "maximum": 9}))]
