@@ -407,7 +407,7 @@ class Answer:
         calls: list[dict[str, Any]] = []
         for text in token.calls:
             try:
-                if not self._request.tools:
+                if not self._request.tools.offered:
                     raise ValueError("the request has no tools")
                 read = partial(read_calls, self._request, text)
                 calls += await self._api.call_readers.run(self._address, read)
@@ -466,7 +466,7 @@ def speed_of(jobs: list[Job]) -> float | None:
 def read_calls(request: Request, text: str) -> list[dict[str, Any]]:
     """The calls in a text that is marked as one, in OpenAI's form; ValueError if it is none."""
     calls = []
-    for call in read_tool_calls(request.served.tokenizer, text, request.tools):
+    for call in read_tool_calls(request.served.tokenizer, text, request.tools.for_parser):
         try:
             function = {"name": call["name"], "arguments": dumps(call["arguments"])}
             number = call.get("id") or f"call_{uuid.uuid4().hex}"

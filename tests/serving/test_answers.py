@@ -57,7 +57,7 @@ def emitted(parts, stop=(), state="normal"):
         ("<call>f( 1", "", Token("", "", ["f(1"]), False),  # cut off
         # what was held back is text after all, and a call is as long as it is
         ("a<cal .b", ".", Token("a<cal"), True),
-        ("<call>f( 1.5)", ".", Token("", "", ["f(1"]), True),
+        ("<call>f( 1.5)", ".", Token("f(1"), True),  # a call that is cut is none
         ("a<cal f>b<ca", "", Token("a<calf>b<ca"), False),
     ],
 )
