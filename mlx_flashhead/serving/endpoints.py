@@ -280,9 +280,11 @@ class AnswerAfterLoading:
         until = time.monotonic() + self._api.load_seconds
         self._api.n_waiting_bytes += self._n_bytes
         try:
+            if self._api.n_waiting_bytes > _MAX_WAITING_BYTES:  # those that came before stay
+                raise still_loading()
             while not loaded.done():
                 left = until - time.monotonic()
-                if left <= 0 or self._api.n_waiting_bytes > _MAX_WAITING_BYTES:
+                if left <= 0:
                     raise still_loading()
                 yield ": loading"
                 await asyncio.wait(
