@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -17,16 +16,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..common.guarded import MAX_HELPERS
 from ..models.tool_calls import read_tool_calls
 from ..version import __version__
 from .api_errors import ApiError
 from .bodies import LARGE_BODY, fields_of, has_grammar
+from .choices import Choice
 from .connections import MAX_ANSWERED, read_body
 from .engine import Engine
-from .jobs import Job, Progress, Token, TokenLogprobs, read_jobs
+from .jobs import Job, Progress, Token, read_jobs
 from .page_files import PAGE_ROUTES
 from .requests import Request, find_model, unknown_model
 from .served_models import ServedModel, served_names
@@ -40,6 +39,7 @@ _MAX_WAITING_BYTES = 32 << 20  # of the bodies that wait for a model
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold pieces back
 ]
 _METHODS = ["GET", "POST", "PUT", "DELETE"]
 # Paths of APIs that others serve, and what programs that need them can do, by the first word.
@@ -62,7 +62,6 @@ _REMEDIES = {
 # Fields without effect that the log names: of any number, which clients choose.
 _MAX_FIELDS_NAMED = 100
 _MAX_FIELD_NAME = 40  # characters
-_BYTES = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,9 @@ class Api:
     """The endpoints, with the state that all requests share."""
 
     def __init__(self, flags: Namespace, engine: Engine):
-        self.engine, self._flags, self._started = engine, flags, int(time.time())
+        self.engine = engine
+        self._flags = flags
+        self._started = int(time.time())
         self.end: ApiError | None = None  # why no request is answered any more
         self.answers: set[Answer] = set()  # in progress
         self.n_waiting_bytes = 0  # of the bodies that wait for a model
@@ -279,9 +280,11 @@ class AnswerAfterLoading:
         until = time.monotonic() + self._api.load_seconds
         self._api.n_waiting_bytes += self._n_bytes
         try:
+            if self._api.n_waiting_bytes > _MAX_WAITING_BYTES:  # those that came before stay
+                raise still_loading()
             while not loaded.done():
                 left = until - time.monotonic()
-                if left <= 0 or self._api.n_waiting_bytes > _MAX_WAITING_BYTES:
+                if left <= 0:
                     raise still_loading()
                 yield ": loading"
                 await asyncio.wait(
@@ -327,10 +330,13 @@ class Answer:
     events of the engine, a client that leaves, the end."""
 
     def __init__(self, api: Api, jobs: list[Job], http_request: HttpRequest):
-        self.jobs, self._api, self._request = jobs, api, jobs[0].request
+        self.jobs = jobs
+        self._api = api
+        self._request = jobs[0].request
         self._notes: list[str] = http_request.state.notes
         self._address = address_of(http_request)
-        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        self._loop = asyncio.get_running_loop()
+        self._queue = asyncio.Queue[Any]()
         self._choices = [Choice(job.request, job.index) for job in jobs]
         for job in jobs:
             job.events = self
@@ -360,6 +366,7 @@ class Answer:
                 events = (f"{event}\n\n" async for event in self._events())
                 stream = StreamingResponse(events, media_type="text/event-stream")
                 stream.headers["Cache-Control"] = "no-store"
+                stream.headers["X-Accel-Buffering"] = "no"  # nginx would hold pieces back
                 await stream.stream_response(send)
             else:
                 async for _ in self._parts():
@@ -458,75 +465,6 @@ def speed_of(jobs: list[Job]) -> float | None:
     return n_tokens / seconds if n_tokens and seconds > 0 else None
 
 
-class Choice:
-    """One of a request's answers in OpenAI's form, up to its latest token."""
-
-    def __init__(self, request: Request, index: int):
-        self._request, self._index = request, index
-        self.finish_reason: str | None = None
-        self._first_delta: dict[str, Any] = {"role": "assistant", "content": ""}
-        self._whole = Token()  # with the calls as they are sent
-        self._logprobs: list[TokenLogprobs] = []
-        self._offset = 0  # characters of the text before the next token
-
-    def add(self, token: Token) -> dict[str, Any] | None:
-        """Adds a token: the choice of a chunk, or None if there is nothing to send."""
-        content, calls, n_before = token.content, token.calls, len(self._whole.calls)
-        self._whole.add(token)
-        entries = [] if token.logprobs is None else [token.logprobs]
-        self._logprobs += entries
-        self.finish_reason = token.finish_reason
-        if token.finish_reason == "stop" and self._whole.calls:
-            self.finish_reason = "tool_calls"
-        if not (content or token.reasoning or calls or entries or self.finish_reason):
-            return None
-        choice = self._choice(entries)
-        if not self._request.chat:
-            return choice | {"text": content}
-        delta, self._first_delta = self._first_delta, {}
-        numbered = [{"index": i, **call} for i, call in enumerate(calls, n_before)]
-        added = {"content": content, "reasoning": token.reasoning, "tool_calls": numbered}
-        return choice | {"delta": delta | {name: part for name, part in added.items() if part}}
-
-    def whole(self) -> dict[str, Any]:
-        self._offset = 0
-        choice, whole = self._choice(self._logprobs), self._whole
-        if not self._request.chat:
-            return choice | {"text": whole.content}
-        content = whole.content or (None if whole.calls else "")
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if whole.reasoning:
-            message["reasoning"] = whole.reasoning
-        return choice | {"message": message | ({"tool_calls": whole.calls} if whole.calls else {})}
-
-    def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
-        tokenizer = self._request.served.tokenizer
-        logprobs: dict[str, Any] | None = None
-        if self._request.logprobs is not None and self._request.chat:
-
-            def named(token: int, logprob: float) -> dict[str, Any]:
-                content = token_bytes(tokenizer, token)
-                text = content.decode("utf-8", "replace")
-                return {"token": text, "logprob": logprob, "bytes": list(content)}
-
-            chat = [
-                named(*chosen) | {"top_logprobs": [named(*top) for top in tops]}
-                for chosen, *tops in entries
-            ]
-            logprobs = {"content": chat, "refusal": None}
-        elif self._request.logprobs is not None:
-            text_of = partial(token_text, tokenizer)
-            texts = [text_of(token) for (token, _), *_ in entries]
-            *offsets, self._offset = accumulate(map(len, texts), initial=self._offset)
-            logprobs = {
-                "tokens": texts,
-                "token_logprobs": [logprob for (_, logprob), *_ in entries],
-                "top_logprobs": [{text_of(i): lp for i, lp in tops} for _, *tops in entries],
-                "text_offset": offsets,
-            }
-        return {"index": self._index, "logprobs": logprobs, "finish_reason": self.finish_reason}
-
-
 def read_calls(request: Request, text: str) -> list[dict[str, Any]]:
     """The calls in a text that is marked as one, in OpenAI's form; ValueError if it is none."""
     calls = []
@@ -538,24 +476,3 @@ def read_calls(request: Request, text: str) -> list[dict[str, Any]]:
             raise ValueError(f"The parser's call lacks a part: {error!r}") from None
         calls.append({"id": number, "type": "function", "function": function})
     return calls
-
-
-def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """The bytes of a token's text, possibly incomplete characters."""
-    name = tokenizer.convert_ids_to_tokens(token) or ""  # a row of the head may have no token
-    if token in tokenizer.added_tokens_decoder:
-        return name.encode()
-    if tokenizer.is_fast and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
-        return b"".join(_BYTES.get(letter) or letter.encode() for letter in name)
-    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):  # as in sentencepiece
-        return bytes([int(name[3:5], 16)])
-    return name.replace("\u2581", " ").encode()
-
-
-def token_text(tokenizer: Any, token: int) -> str:
-    """A token's text; for bytes that are not a text, OpenAI's name for them."""
-    content = token_bytes(tokenizer, token)
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
