@@ -171,7 +171,8 @@ class Sequence:
     @property
     def n_read(self) -> int:
         """Pending tokens that are known: all but the one that is being computed."""
-        return sum(pending.token is not None for pending in self.pending)
+        unread = bool(self.pending) and self.pending[-1].token is None
+        return len(self.pending) - unread
 
     def feed(self, latest: mx.array) -> None:
         """Notes that the model gets the tokens (n,), for the processors."""

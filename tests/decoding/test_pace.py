@@ -92,7 +92,7 @@ def test_the_text_is_the_same_through_all_changes(arch, settings, misses):
             phases.append(n_dense)
             super()._fail(5)
 
-    policy.paces = {(sampled, 1): Short(1e-9) for sampled in (False, True)}
+    policy.paces = {(sampled, sampled, 1): Short(1e-9) for sampled in (False, True)}
     sampler = sample_utils.make_sampler(**settings) if settings else None
     mx.random.seed(3)
     expected = [
