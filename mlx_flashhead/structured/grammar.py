@@ -81,7 +81,8 @@ class Grammar:
             zero = "holds the character 0, which no text has here"
             raise ValueError(f"The regular expression {pattern!r:.60} {zero}: leave it out.")
         compiled = llguidance().LLMatcher.grammar_from_regex(pattern)
-        return cls._checked("regular expression", compiled, f" {pattern!r:.60}")
+        place = _place_in(pattern)
+        return cls._checked("regular expression", compiled, f" {pattern!r:.60}", place)
 
     @classmethod
     def from_lark(cls, text: str) -> "Grammar":
@@ -100,16 +101,32 @@ class Grammar:
         return cls(FORM_OF_CALLS, llguidance().LLMatcher.grammar_from_lark(text))
 
     @classmethod
-    def _checked(cls, kind: str, compiled: str, shown: str = "") -> "Grammar":
+    def _checked(
+        cls, kind: str, compiled: str, shown: str = "", where: str | None = None
+    ) -> "Grammar":
         problem = _problem(compiled)
         if not problem:
             return cls(kind, compiled)
-        where = ""
         place = re.match(r"(?:at )?(\d+)\((\d+)\): *(.*)", problem, re.DOTALL)
         if place:
-            where = f" at line {place[1]}, column {place[2]}"
+            if where is None:
+                where = f" at line {place[1]}, column {place[2]}"
             problem = place[3]
-        raise ValueError(f"The {kind}{shown} is wrong{where}: {_sentence(problem)}.")
+        raise ValueError(f"The {kind}{shown} is wrong{where or ''}: {_sentence(problem)}.")
+
+
+def _place_in(pattern: str) -> str:
+    """Where a regular expression is wrong, in words, as far as Python's own parser finds it.
+
+    llguidance tells a place in the grammar that it makes of the expression.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f" at column {error.colno}"
+    except (RecursionError, OverflowError):
+        pass
+    return ""
 
 
 def add_grammar_options(parser: argparse.ArgumentParser) -> None:
