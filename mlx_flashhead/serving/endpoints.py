@@ -77,7 +77,7 @@ class Api:
         self._large_bodies = Turns("receive", total=MAX_ANSWERED, each=1)
         self._parsing = Turns("parse", total=1, each=1)  # Python reads JSON alone in any case
         self._readers = Turns("read", total=MAX_HELPERS, each=2)
-        self._grammar_readers = Turns("read grammar", total=4, each=1)
+        self._grammar_readers = Turns("read grammar", total=6, each=2)
         self.call_readers = Turns("read calls", total=4, each=1)
 
     def router(self) -> Router:
