@@ -34,6 +34,8 @@ PIECE = 1024  # clusters whose rows are floats at once
 IN_16_BITS = 1e-6  # a larger spacing is one of 16 bits
 MASS_ROUNDING = 2e-4  # of a sum over all tokens, relative
 NOISE_ROUNDING = 1e-5  # of a noisy logit, absolute
+SMALLEST_FLOAT16 = 2.0**-24  # above 0
+SMALLEST_FLOAT32 = 2.0**-126  # normal above 0; bfloat16's, too
 
 
 class SlotProduct:

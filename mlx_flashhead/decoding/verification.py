@@ -1,7 +1,8 @@
 """Verification: the dense rows over all pending states at once, and which proposals they leave
 certain whatever rounding does."""
 
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -11,7 +12,14 @@ from ..head.flash_head import FlashHead
 from ..head.proposal import Proposal, Tolerance
 from .policy import Proposer
 from .random_state import Key
-from .rounding import MASS_ROUNDING, NOISE_ROUNDING, SlotProduct, rounding_of
+from .rounding import (
+    MASS_ROUNDING,
+    NOISE_ROUNDING,
+    SMALLEST_FLOAT16,
+    SMALLEST_FLOAT32,
+    SlotProduct,
+    rounding_of,
+)
 from .sampler import Trust, normalized
 from .sequence import PendingToken, Sequence
 
@@ -116,7 +124,8 @@ class Verification:
             for logits in (bound(0.0), bound(-1.0), bound(1.0)):
                 same = same & (sequence.pick(logits, normalized(logits), index) == token)
             return same
-        low, high = (bound(sign).astype(mx.float32) for sign in (-1.0, 1.0))
+        low = bound(-1.0)
+        high = bound(1.0)
         draw = sequence.draw_at(index)
         key = sequence.mlx_key(index)
         return is_certain(low, high, token, draw, key, self._rounding.epsilon)
@@ -200,22 +209,35 @@ def is_certain(
     epsilon: float,
 ) -> mx.array:
     """Whether ``draw`` takes the token for all processed logits between ``low`` and ``high`` (1, V)
-    float32: (1,) bool, lazy. With ``mlx_key`` a sampler of mlx-lm draws, by that key. ``epsilon``
-    is the spacing of log-probabilities, relative."""
+    of their dtype: (1,) bool, lazy. With ``mlx_key`` a sampler of mlx-lm draws, by that key.
+    ``epsilon`` is the spacing of log-probabilities, relative."""
+    settings, position = draw
+    old_cut = kept_from_least(low, high, settings.top_p) if settings.sums_from_least else None
+    if old_cut is not None:
+        settings = replace(settings, top_p=1.0)
+    low = low.astype(mx.float32)
+    high = high.astype(mx.float32)
     ids = mx.arange(low.shape[-1])
     own = ids == token
-    if draw[0].greedy:
+    if settings.greedy:
         rival = mx.max(mx.where(own, -mx.inf, high), axis=-1)
         merged = (log_mass(high)[:, 0] - rival + 0.5) * epsilon  # rounding may merge two
         return low[:, token] - rival > merged
-    draws = Draws.of([draw])
+    draws = Draws.of([(settings, position)])
     if mlx_key is not None:
         grid = epsilon * (mx.abs(low - log_mass(high)) + 1.0) + MASS_ROUNDING
         low, high = low - grid, high + grid
     lowest = threshold(high, draws, log_mass(low) - MASS_ROUNDING)
     # mlx-lm may leave out a token that equals the last of a top-k
-    surely = low > lowest if mlx_key is not None and draw[0].top_k else low >= lowest
+    surely = low > lowest if mlx_key is not None and settings.top_k else low >= lowest
     maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
+    if old_cut is not None:
+        surely = surely & old_cut.surely
+        if settings.top_k:  # of fewer tokens that surely remain, top-k may keep any other
+            all_kept = Draws.of([(replace(settings, top_k=0), position)])
+            before_top_k = high >= threshold(low, all_kept)
+            maybe = maybe | (before_top_k & (old_cut.n_surely < settings.top_k))
+        maybe = maybe & old_cut.maybe
     likely = mx.where(maybe, high * draws.settings[:, :1], -mx.inf)
     unlikely = mx.where(surely, low * draws.settings[:, :1], -mx.inf)
     if mlx_key is None:
@@ -231,3 +253,49 @@ def is_certain(
         case = mx.where(pushed, likely, unlikely)
         certain = certain & (mx.random.categorical(case, key=key) == token)
     return certain
+
+
+class Kept(NamedTuple):
+    """What a filter makes of logits that are known within bounds."""
+
+    surely: mx.array  # (1, V) bool: kept whatever the logits are
+    maybe: mx.array  # (1, V) bool: kept for some of them
+    n_surely: mx.array  # (1, 1): how many of the best tokens are kept, at least
+
+
+def kept_from_least(low: mx.array, high: mx.array, top_p: float) -> Kept:
+    """What mlx-lm 0.31's top-p keeps of logits between ``low`` and ``high`` (1, V), which are of
+    the logits' dtype. Lazy.
+
+    It sorts log-probabilities, adds up their probabilities from the least one on, in their dtype,
+    and keeps each place at which the sum is greater than 1 - top_p. In 16 bits such a sum may lie
+    far from the true one. But in sorted order each of the true values lies between those of the
+    bounds, and a sum that is rounded after each addition never falls where its terms rise: the
+    same operation on both bounds gives bounds of it, in whichever order MLX adds. Sums need not
+    rise from one place to the next, as a GPU adds blocks, so a token is kept surely if it is at
+    all places where it may be. Of equal values each may stand at any of their places.
+    """
+    dtype = low.dtype
+    n_tokens = low.shape[-1]
+    least_total = (log_mass(low.astype(mx.float32)) - MASS_ROUNDING).astype(dtype)
+    most_total = (log_mass(high.astype(mx.float32)) + MASS_ROUNDING).astype(dtype)
+    low = (low - most_total).astype(mx.float32)
+    high = (high - least_total).astype(mx.float32)
+    sorted_low = mx.sort(low, axis=-1)
+    sorted_high = mx.sort(high, axis=-1)
+    # an exponential is off by less than the spacing of its dtype
+    off = max(mx.finfo(dtype).eps, MASS_ROUNDING)
+    smallest = SMALLEST_FLOAT16 if dtype == mx.float16 else SMALLEST_FLOAT32
+    low_terms = mx.maximum(mx.exp(sorted_low) * (1 - off) - smallest, 0.0)
+    high_terms = mx.exp(sorted_high) * (1 + off) + smallest
+    surely_above = mx.cumsum(low_terms.astype(dtype), axis=-1) > 1 - top_p
+    surely_below = mx.cumsum(high_terms.astype(dtype), axis=-1) <= 1 - top_p
+    places = mx.arange(n_tokens)
+    # from the one place on all are kept, before the other none
+    n_unsure = mx.max(mx.where(surely_above, -1, places), axis=-1, keepdims=True) + 1
+    n_dropped = mx.min(mx.where(surely_below, n_tokens, places), axis=-1, keepdims=True)
+    last_unsure = mx.take_along_axis(sorted_high, mx.maximum(n_unsure - 1, 0), axis=-1)
+    first_kept = mx.take_along_axis(sorted_low, mx.minimum(n_dropped, n_tokens - 1), axis=-1)
+    surely = (n_unsure == 0) | (low > last_unsure)
+    maybe = ~(high < first_kept)  # NaN may be anything
+    return Kept(surely, maybe, n_tokens - n_unsure)

@@ -33,6 +33,9 @@ class DrawSettings:
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability
     min_p: float = 0.0  # keep tokens of at least this share of the best one's probability
     top_k: int = 0  # keep this number of best tokens, and those equal to the last; 0 keeps all
+    # Whether top-p adds up probabilities from the least likely on, as mlx-lm 0.31 does. Its own
+    # sampler draws then; :class:`Draws` have the cut of 0.32, which is near.
+    sums_from_least: bool = False
 
     @property
     def greedy(self) -> bool:
