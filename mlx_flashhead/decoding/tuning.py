@@ -241,8 +241,8 @@ class _Parts:
     def _certain(self, proposal: Proposal) -> mx.array:
         rounding = rounding_of(self._head, proposal.hidden.dtype, len(proposal.hidden))
         slots = SlotProduct(self._head, proposal.hidden).result()
-        tolerance = rounding.tolerance(proposal.hidden)
         steps = self._head.steps
+        tolerance = rounding.tolerance(proposal.hidden, steps)
         return steps.screen(slots, proposal, None, tolerance, rounding.epsilon).certain
 
     def verification(self, k: int) -> float:

@@ -55,7 +55,7 @@ class Verification:
         proposer, product = self._proposer, cast(SlotProduct, self._product)
         slots, self._product = product.result(), None
         draws = [sequence.draw_at(index) for sequence, _, index in self._rows]
-        tolerance = self._rounding.tolerance(self._proposal.hidden)
+        tolerance = self._rounding.tolerance(self._proposal.hidden, self._head.steps)
         logit_map = proposer.logit_map
         by_logits = [logit_map is None or sequence.needs_logits for sequence, *_ in self._rows]
         n, certain = by_logits.count(False), []

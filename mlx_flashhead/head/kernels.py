@@ -116,6 +116,9 @@ class MetalSteps(PortableSteps):
         inputs = "probes token_ids logits adjustment latest allowed"
         form = ("adjust", WIDE_THREADS, "N V")
         self._adjust = self._kernel("adjust", inputs, "changed best", text.ADJUST_BODY, *form)
+        form = ("tolerance", WIDE_THREADS, "D")
+        inputs, outputs = "hidden shares", "product scored"
+        self._tolerance = self._kernel("tolerance", inputs, outputs, text.TOLERANCE_BODY, *form)
         self._map = self._kernel("map", "values", "mapped", text.MAP_BODY, "", WIDE_THREADS, "")
 
     def _kernel(
@@ -271,6 +274,14 @@ class MetalSteps(PortableSteps):
         results = [((len(rows), *array.shape[1:]), array.dtype) for array in arrays[:3]]
         arrays.append(mx.array(list(rows), mx.uint32))
         return tuple(self._join(arrays, JOINED, len(rows), *results))
+
+    def tolerances(
+        self, hidden: mx.array, longest: float, product: float, scored: float
+    ) -> tuple[mx.array, mx.array]:
+        shares = mx.array([product, scored, longest], mx.float32)
+        result = (len(hidden),), mx.float32
+        of_product, of_scored = self._tolerance([hidden, shares], 1, len(hidden), result, result)
+        return of_product, of_scored
 
     def screen(
         self,
