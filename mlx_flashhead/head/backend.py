@@ -10,6 +10,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from .adjustment import Adjustment, ChangedTokens, changed_clusters
 from .clustered import ClusteredRows, in_token_order
 from .draw import Draws, DrawSettings, gpu_is_default, position_key
 from .kernels import MIN_PROBES, MetalSteps
@@ -204,6 +205,40 @@ def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | 
     screens = [path.screen(slots, both, draws, tolerance, 0.0) for path in (steps, plain)]
     for one, other in zip(*screens, strict=True):
         yield one, other, rounding
+    yield from _trial_of_changes(steps, plain, hidden[:1], scores)
+
+
+def _trial_of_changes(
+    steps: MetalSteps, plain: PortableSteps, hidden: mx.array, scores: mx.array
+) -> Iterator[str | Pair]:
+    """The kernels for biases, penalties and masks, and that of tolerances."""
+    yield "tolerance"
+    expected = plain.tolerances(hidden, 1.5, 0.1, 0.01)
+    for one, other in zip(steps.tolerances(hidden, 1.5, 0.1, 0.01), expected, strict=True):
+        yield one, other, LEAST
+
+    yield "select_forced"
+    vocab_size = steps.clustered.vocab_size
+    last = vocab_size - 1
+    change = ChangedTokens(1.3, 0.5, 0.25, {last: 2.0, 0: -1.0}, frozenset([last]), frozenset([0]))
+    worst = mx.min(steps.clustered.token_ids[mx.argmin(scores)])  # a token that is not probed else
+    adjustment = Adjustment.of([change], worst.reshape(1), vocab_size)
+    n_probes = min(MIN_PROBES, steps.clustered.n_clusters)
+    selection = steps.select(scores, n_probes, words=False, adjustment=adjustment)
+    clusters = changed_clusters(adjustment, steps.clustered)
+    probed = (selection.probes[:, :, None] == clusters[:, None]).any(axis=1)
+    yield probed, clusters < steps.clustered.n_clusters, 0.0
+
+    yield "adjust"
+    candidates = steps.score(hidden, selection)
+    mask = mx.full((1, -(-vocab_size // 32)), 0x55555555, mx.uint32)
+    lowest = mx.finfo(candidates.logits.dtype).min
+    # the probes that the kernels repeat below 8 are the last
+    once = slice(None), slice(n_probes)
+    for changes in ((adjustment, None), (None, mask), (adjustment, mask)):
+        found = steps.adjust(selection, candidates, *changes).logits[once]
+        wanted = plain.adjust(selection, candidates, *changes).logits[once]
+        yield mx.where(found == lowest, 0, found), mx.where(wanted == lowest, 0, wanted), 0.0
 
 
 def check_dense_rows(steps: PortableSteps, rows: Matrix, dtype: mx.Dtype) -> None:

@@ -74,9 +74,10 @@ flash_head::certain<N, V, {LOGIT_MAP}, T>(
     thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 ADJUST_BODY = """
-flash_head::adjust<N, V, ADJUSTED, MASKED, T>(
+flash_head::adjust<N, V, T>(
     probes, token_ids, logits, adjustment, latest, allowed, changed, best, probes_shape[1],
-    adjustment_shape[1], threadgroup_position_in_grid.y, thread_position_in_grid.x);
+    adjustment_shape[1], allowed_shape[1], threadgroup_position_in_grid.y,
+    thread_position_in_grid.x);
 """
 TOLERANCE_BODY = """
 threadgroup float shared[flash_head::WIDE_SIMDGROUPS];

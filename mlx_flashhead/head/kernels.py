@@ -7,7 +7,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from . import kernel_text as text
-from .adjustment import Adjustment
+from .adjustment import ADJUST_HEAD, Adjustment
 from .clustered import ClusteredRows
 from .dense_kernels import DenseKernel, dense_kernel
 from .draw import ROW_THREADS, Draws
@@ -224,20 +224,30 @@ class MetalSteps(PortableSteps):
         logits, probes = candidates.logits, selection.probes
         n_positions, held = probes.shape
         ids = self.clustered.token_ids
-        # any arrays in the place of those that are not read
-        words, latest = (probes, probes) if adjustment is None else adjustment[:2]
-        mask = probes if allowed is None else allowed
+        no_words, no_mask = self._nothing_changed(n_positions)
+        if adjustment is None:
+            words = no_words
+            latest = mx.full((n_positions,), self.clustered.vocab_size, mx.uint32)
+        else:
+            words, latest = adjustment[:2]
+        mask = no_mask if allowed is None else allowed
         results = (logits.shape, logits.dtype), ((n_positions, held), mx.float32)
         logits, best = self._adjust(
             [probes, ids, logits, words, latest, mask],
             -(-held // WIDE_THREADS),
             n_positions,
             *results,
-            ADJUSTED=adjustment is not None,
-            MASKED=allowed is not None,
             T=logits.dtype,
         )
         return Candidates(logits, best)
+
+    def _nothing_changed(self, n_positions: int) -> tuple[mx.array, mx.array]:
+        """Words of an adjustment that changes nothing, and of no mask: at least 8, since MLX passes
+        fewer in another address space, to another kernel."""
+        n_rows = max(n_positions, MIN_PROBES)
+        n_mask_words = -(-self.clustered.vocab_size // 32)
+        words = mx.zeros((n_rows, ADJUST_HEAD), mx.uint32)
+        return words, mx.zeros((1, n_mask_words + MIN_PROBES), mx.uint32)
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
         if selection.words is None:
