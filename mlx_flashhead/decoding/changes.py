@@ -2,20 +2,21 @@
 tokens, and tokens that a grammar rules out."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from ..common.marks import marks_of
 from ..head.adjustment import ChangedTokens
 from ..models.compat.penalties import BIAS, FREQUENCY, PRESENCE, REPETITION, Penalty, penalty_of
 
 # mlx-lm's makers apply their processors in this order, each at most once.
 ORDER = [BIAS, REPETITION, PRESENCE, FREQUENCY]
 MOST_CHANGED = 512  # tokens that may change: their clusters are scored, too
-EPSILON = 2.0**-23  # the spacing of float32
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,15 @@ class Changes:
     mask: Any = None
 
     @classmethod
-    def of(
-        cls, processors: Sequence[Any], is_mask: Callable[[Any], bool] = lambda _: False
-    ) -> "Changes | None":
+    def of(cls, processors: Sequence[Any]) -> "Changes | None":
         """What the processors change; None if one of them is not known, or in another order."""
         kinds: list[str] = []
         penalties: dict[str, Penalty] = {}
         mask = None
         for processor in processors:
             penalty = penalty_of(processor)
-            if mask is not None or (penalty is None and not is_mask(processor)):
+            is_mask = marks_of(processor).allowed is not None
+            if mask is not None or (penalty is None and not is_mask):
                 return None
             if penalty is None:
                 mask = processor
@@ -74,9 +74,14 @@ class Changes:
         """Tokens whose logits may change at one place."""
         return len(self.biases) + self.window
 
+    @cached_property
+    def _ends(self) -> tuple[int, int]:
+        return min(self.biases, default=0), max(self.biases, default=0)
+
     def fit(self, vocab_size: int) -> bool:
         """Whether all biases are of tokens of the vocabulary."""
-        return all(0 <= token < vocab_size for token in self.biases)
+        lowest, highest = self._ends
+        return lowest >= 0 and highest < vocab_size
 
     def changed_tokens(self, tokens: Sequence[int], n_unread: int) -> ChangedTokens | None:
         """What changes after a text; None if nothing does.
@@ -102,20 +107,49 @@ class Changes:
             occurrences=Counter(window(FREQUENCY)),
         )
 
-    def scored_tolerance(self, scored: mx.array, largest: mx.array, epsilon: float) -> mx.array:
-        """How far a scored logit may be off after the penalties.
+    def allowed(self, tokens: Any, vocab_size: int) -> np.ndarray | None:
+        """What the mask allows after ``tokens`` (n,): (⌈V/32⌉,) uint32, a bit a token, the lowest
+        first; None where everything may come."""
+        allows = None if self.mask is None else marks_of(self.mask).allowed
+        bits = None if allows is None else allows(tokens)
+        return None if bits is None else mask_words(np.asarray(bits), vocab_size)
 
-        Args:
-            scored: (k,) float32, before them; 0 where it is exact.
-            largest: (k,) float32, the largest absolute logit after them.
-            epsilon: Spacing of the logits' dtype.
-        """
-        if not self.penalties:
-            return scored
+    @property
+    def stretch(self) -> float:
+        """The most that the penalties can stretch the distance of two logits."""
         repetition = self._penalty(REPETITION, 1.0)
-        n_steps = 4 + (self.window if FREQUENCY in self.penalties else 0)
-        after = scored * max(repetition, 1 / repetition) + n_steps * epsilon * largest
-        return mx.where(scored > 0, after, 0.0)
+        return max(repetition, 1 / repetition)
+
+    @property
+    def n_roundings(self) -> int:
+        """Roundings of a logit that the penalties change."""
+        if not self.penalties:
+            return 0
+        return len(ORDER) + (self.penalties[FREQUENCY].window if FREQUENCY in self.penalties else 0)
+
+
+def after_changes(
+    scored: mx.array, logits: mx.array, changes: Sequence[Changes | None], epsilon: float
+) -> mx.array:
+    """How far scored logits of k states may be off after the penalties of each.
+
+    Args:
+        scored: (k,) float32, before them; 0 where they are exact.
+        logits: (k, S, n), after them.
+        changes: Of each state.
+        epsilon: Spacing of the logits' dtype.
+
+    Returns:
+        (k,) float32.
+    """
+    stretches = [1.0 if change is None else change.stretch for change in changes]
+    roundings = [0 if change is None else change.n_roundings for change in changes]
+    if not any(roundings):
+        return scored
+    real = logits > mx.finfo(logits.dtype).min  # neither padded nor ruled out
+    largest = mx.max(mx.abs(mx.where(real, logits, 0)), axis=(1, 2)).astype(mx.float32)
+    after = scored * mx.array(stretches) + epsilon * mx.array(roundings) * largest
+    return mx.where(scored > 0, after, 0.0)
 
 
 def mask_words(allowed: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -124,3 +158,13 @@ def mask_words(allowed: np.ndarray, vocab_size: int) -> np.ndarray:
     packed = np.packbits(allowed[:vocab_size], bitorder="little")
     words.view(np.uint8)[: len(packed)] = packed
     return words
+
+
+def mask_array(masks: Sequence[np.ndarray | None]) -> mx.array | None:
+    """The words (⌈V/32⌉,) of some rows as one array, all bits set where a row has None; None where
+    no row has any."""
+    known = next((mask for mask in masks if mask is not None), None)
+    if known is None:
+        return None
+    everything = np.full_like(known, 0xFFFFFFFF)
+    return mx.array(np.stack([everything if mask is None else mask for mask in masks]))
