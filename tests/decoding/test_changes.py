@@ -1,5 +1,5 @@
-"""Scales, softcaps, penalties, biases and masks: the text of plain mlx-lm, and neither a proposal nor
-its verification computes the logits of all tokens."""
+"""Scales, softcaps, penalties, biases and masks: the text is plain mlx-lm's, and neither a proposal
+nor its verification computes the logits of all tokens."""
 
 import copy
 

@@ -108,7 +108,7 @@ def test_the_arrays_have_names_shapes_and_dtypes(tmp_path):
         "tail_offset": ((N_CLUSTERS,), mx.float32),
         "n_probes": ((), mx.uint32),
         "depth": ((), mx.float32),
-        "fit": ((3,), mx.float32),
+        "fit": ((4,), mx.float32),
         **{f"centroids_{name}": (array.shape, array.dtype) for name, array in stored.items()},
     }
     assert (plan["head"], plan["dtype"]) == ("lm_head", "float16")
