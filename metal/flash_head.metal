@@ -60,6 +60,7 @@ typedef bfloat bfloat16_t;
 #include "flash_head/sample.h"
 #include "flash_head/screen.h"
 #include "flash_head/join.h"
+#include "flash_head/adjust.h"
 
 // 4-bit rows and centroids of group 64, one position at a time (H = 1), whose model gives its head's
 // logits as they are. Any other head is one more line at the end.
@@ -99,7 +100,7 @@ template <int C, int N>
   threadgroup uint shared[flash_head::SELECT_SHARED];
   threadgroup float sums[flash_head::ROW_SUMS];
   flash_head::select_probes<C, N, NoMap<float>>(
-      scores, flash_head::NoWords{}, n_probes, depth, probes, unscored, histogram, shared, sums,
+      scores, flash_head::NoWords{}, flash_head::NotForced{}, n_probes, depth, probes, unscored, histogram, shared, sums,
       group.y, thread_id, simdgroup, lane);
 }
 
@@ -120,8 +121,8 @@ template <int C, int N>
   threadgroup uint shared[flash_head::SELECT_SHARED];
   threadgroup float sums[flash_head::ROW_SUMS];
   flash_head::select_probes<C, N, NoMap<float>>(
-      scores, flash_head::cluster_words(words, tail_offset), n_probes, depth, probes, unscored,
-      histogram, shared, sums, group.y, thread_id, simdgroup, lane);
+      scores, flash_head::cluster_words(words, tail_offset), flash_head::NotForced{}, n_probes,
+      depth, probes, unscored, histogram, shared, sums, group.y, thread_id, simdgroup, lane);
 }
 
 template <typename T, int D, int N, int V, bool PADDED, int WORDS>

@@ -12,7 +12,9 @@
 //
 // risk: an estimate of the chance that all tokens give another one. Of a greedy token
 // exp(a - b * (X - unscored[0])), where Map makes x of X, of a draw `scale` times the share of the mass that was not scored; at
-// most 1. fit holds a, b, scale.
+// most 1; 2 where no scored token may be chosen, since a mask leaves none. fit holds a, b, scale, and
+// what the mass that was not scored counts for the filters: nothing with a mask, of which it knows
+// nothing.
 //
 // One threadgroup per position. The bests give the highest x, and the noise of its token a bound: a
 // cluster whose best cannot reach it, or is not kept, is skipped without a look at its logits. For
@@ -172,7 +174,7 @@ inline void sample(
     Settings settings,                    // (R, 3) float: inv_temperature, top_p, log_min_p
     Counts top_k,                         // (R,) uint
     Keys keys,                            // (R, 2) uint
-    Fit fit,                              // (3,) float
+    Fit fit,                              // (4,) float
     device uint* tokens,                  // (R,)
     device float* risk,                   // (R,)
     threadgroup atomic<uint>* histogram,  // [2 * SAMPLE_BINS]
@@ -233,7 +235,7 @@ inline void sample(
     threadgroup_barrier(mem_flags::mem_threadgroup);
     mass = simd_sum(lane < uint(ROW_SIMDGROUPS) ? sums[ROW_SIMDGROUPS + lane] : 0.0f);
     if (cuts) {
-      const float tail = exp(min(unscored[2 * position + 1] - highest, 80.0f));
+      const float tail = fit[3] * exp(min(unscored[2 * position + 1] - highest, 80.0f));
       rule.cut = find_cut<T>(
           logits + first * N, n_logits, highest, top_p, mass + tail, n_top, histogram, sums, shared,
           thread_id, simdgroup, lane);
@@ -263,7 +265,9 @@ inline void sample(
     const float gap = Map::inverse(highest) - unscored[2 * position];
     const float odds = exp(min(highest + log(mass) - unscored[2 * position + 1], 80.0f));
     const float of_draw = min(fit[2] / (1.0f + odds), 1.0f);
-    risk[position] = greedy ? exp(min(fit[0] - fit[1] * gap, 0.0f)) : of_draw;
+    const float of_best = exp(min(fit[0] - fit[1] * gap, 0.0f));
+    const bool none = highest <= -Finite<T>::highest();
+    risk[position] = none ? 2.0f : greedy ? of_best : of_draw;
   }
 }
 

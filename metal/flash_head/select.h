@@ -14,6 +14,7 @@
 // unscored: the best score of the clusters that are not probed, and the log-sum-exp of their scores,
 // each as high as Map makes it if all its N tokens have the same logit; the lowest finite value where
 // none is left.
+// Clusters that an adjustment needs are probed too, which takes C/8 bytes and two barriers more.
 // Threadgroup memory: 16,384 + 388 bytes. Barriers: 6.
 
 namespace flash_head {
@@ -41,13 +42,62 @@ struct NoWords {
   void write(size_t, uint, float, bool, uint) const {}
 };
 
+// Clusters that hold a token that an adjustment changes: they are always probed. A bit each.
+struct Forced {
+  threadgroup atomic<uint>* marks;  // [ceil(C/32)]
+
+  bool has(uint id) const {
+    return (atomic_load_explicit(&marks[id / 32], memory_order_relaxed) >> (id % 32) & 1u) != 0;
+  }
+
+  void add(uint id) const {
+    atomic_fetch_or_explicit(&marks[id / 32], 1u << (id % 32), memory_order_relaxed);
+  }
+};
+
+// For positions without one.
+struct NotForced {
+  bool has(uint) const { return false; }
+};
+
+// Marks the clusters of a row's tokens, as adjust.h has them, and of the latest one.
+template <int C, int Size, typename Words, typename Latest, typename Places>
+inline Forced mark_clusters(
+    Words words,                      // (R, W) uint
+    Latest latest,                    // (R,) uint
+    Places slot_of,                   // (V,) uint
+    threadgroup atomic<uint>* marks,  // [ceil(C/32)]
+    uint n_words,                     // W
+    uint vocab_size,                  // V
+    uint row,
+    uint thread_id) {
+  const Forced forced = {marks};
+  for (uint i = thread_id; i < uint((C + 31) / 32); i += ROW_THREADS) {
+    atomic_store_explicit(&marks[i], 0u, memory_order_relaxed);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const uint n_tokens = (n_words - ADJUST_HEAD) / ADJUST_TOKEN;
+  for (uint i = thread_id; i <= n_tokens; i += ROW_THREADS) {
+    const size_t at = size_t(row) * n_words + ADJUST_HEAD + i * ADJUST_TOKEN;
+    const uint token = i < n_tokens ? uint(words[at]) : uint(latest[row]);
+    if (token < vocab_size) {
+      forced.add(slot_of[token] / Size);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return forced;
+}
+
 // The scores of ids first_id, first_id + 32, ...
-template <int C, int N, typename Scores>
-inline void load_scores(Scores scores, uint first_id, thread float* loaded) {
+template <int C, int N, typename Scores, typename Always>
+inline void load_scores(Scores scores, Always forced, uint first_id, thread float* loaded) {
   FLASH_HEAD_UNROLL
   for (int i = 0; i < N; i++) {
     const uint id = first_id + i * LANES;
     loaded[i] = id < uint(C) ? to_finite<float>(scores[id]) : 0.0f;
+    if (id < uint(C) && forced.has(id)) {
+      loaded[i] = FORCED_SCORE;
+    }
   }
 }
 
@@ -78,10 +128,17 @@ inline uint ballot(bool yes) {
   return uint(simd_vote::vote_t(simd_ballot(yes)));
 }
 
-template <int C, int Size, typename Map, typename Scores, typename WordsOrNot>
+template <
+    int C,
+    int Size,
+    typename Map,
+    typename Scores,
+    typename WordsOrNot,
+    typename Always>
 inline void select_probes(
     Scores scores,                        // (R, C) float
     WordsOrNot words,
+    Always forced,
     uint n_probes,                        // p
     float depth,
     device uint* probes,                  // (R, S)
@@ -99,13 +156,13 @@ inline void select_probes(
   const uint first_id = simdgroup * (LANES * N * BLOCKS) + lane;
   const size_t row = size_t(position) * C;
   float loaded[N];
-  load_scores<C, N>(scores + row, first_id, loaded);
+  load_scores<C, N>(scores + row, forced, first_id, loaded);
 
   uint highest = 0;
   for (int block = 0; block < BLOCKS; block++) {
     const uint block_id = first_id + block * (N * LANES);
     if (BLOCKS > 1) {
-      load_scores<C, N>(scores + row, block_id, loaded);
+      load_scores<C, N>(scores + row, forced, block_id, loaded);
     }
     FLASH_HEAD_UNROLL
     for (int i = 0; i < N; i++) {
@@ -121,7 +178,7 @@ inline void select_probes(
   for (int block = 0; block < BLOCKS; block++) {
     const uint block_id = first_id + block * (N * LANES);
     if (BLOCKS > 1) {
-      load_scores<C, N>(scores + row, block_id, loaded);
+      load_scores<C, N>(scores + row, forced, block_id, loaded);
     }
     FLASH_HEAD_UNROLL
     for (int i = 0; i < N; i++) {
@@ -154,7 +211,7 @@ inline void select_probes(
   for (int block = 0; block < BLOCKS; block++) {
     const uint block_id = first_id + block * (N * LANES);
     if (BLOCKS > 1) {
-      load_scores<C, N>(scores + row, block_id, loaded);
+      load_scores<C, N>(scores + row, forced, block_id, loaded);
     }
     FLASH_HEAD_UNROLL
     for (int i = 0; i < N; i++) {
@@ -186,7 +243,7 @@ inline void select_probes(
   for (int block = 0; block < BLOCKS; block++) {
     const uint block_id = first_id + block * (N * LANES);
     if (BLOCKS > 1) {
-      load_scores<C, N>(scores + row, block_id, loaded);
+      load_scores<C, N>(scores + row, forced, block_id, loaded);
     }
     FLASH_HEAD_UNROLL
     for (int i = 0; i < N; i++) {

@@ -10,6 +10,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
+from .adjustment import Adjustment
 from .backend import PORTABLE, check_dense_rows, check_kernels, choose_backend, make_steps
 from .clustered import Centroids, ClusteredRows
 from .draw import Draws, gpu_is_default
@@ -248,6 +249,8 @@ class FlashHead:
         depth: float = NO_DEPTH,
         full: bool = False,
         logit_map: LogitMap = IDENTITY,
+        adjustment: Adjustment | None = None,
+        allowed: mx.array | None = None,
     ) -> Proposal:
         """Tokens chosen from a few clusters, for the dense rows to verify.
 
@@ -259,21 +262,32 @@ class FlashHead:
                 clusters out.
             full: Whether to make full logits too, which are the head's own.
             logit_map: What the model does to each of its head's logits.
+            adjustment: What biases and penalties change of some tokens' logits, whose clusters are
+                scored, too. The full logits are without it.
+            allowed: (R, ⌈V/32⌉) uint32, a bit a token, the lowest first, whether it may be chosen;
+                None where all may. If no scored token may be, the row's risk is NOTHING_ALLOWED
+                and its token is no choice: the dense row has to choose at once.
 
         Returns:
-            The tokens, with the scored tokens' logits as the model gives them.
+            The tokens, with the scored tokens' logits by which they were chosen: as the model gives
+            them, adjusted, and the lowest finite value of those that are not allowed.
         """
         n_probes = self.n_probes if n_probes is None else n_probes
+        if adjustment is not None:
+            n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)
         depth = NO_DEPTH if full else depth / logit_map.slope
         score_map = IDENTITY if full else logit_map  # full logits are the head's own
         scores = self.steps.route(hidden)
-        selection = self.steps.select(scores, n_probes, full, depth, logit_map)
+        selection = self.steps.select(scores, n_probes, full, depth, logit_map, adjustment)
         candidates = self.steps.score(hidden, selection, score_map)
         expanded = self.steps.expand(scores, selection, candidates) if full else None
         if full and not logit_map.identity:
             lowest = mx.finfo(candidates.logits.dtype).min
             candidates = _mapped(candidates, logit_map, lowest)
-        tokens, risk = self.steps.choose(selection, candidates, draws, self.risk, logit_map)
+        masked = allowed is not None
+        if adjustment is not None or masked:
+            candidates = self.steps.adjust(selection, candidates, adjustment, allowed)
+        tokens, risk = self.steps.choose(selection, candidates, draws, self.risk, logit_map, masked)
         # without the probes that a kernel repeats
         probes, logits = selection.probes[:, :n_probes], candidates.logits[:, :n_probes]
         return Proposal(hidden, tokens, probes, logits, risk, expanded)

@@ -12,14 +12,19 @@ flash_head::route<D, C, H>(
     simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 SELECT_BODY = f"""
-threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
+{{marks}}threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
 threadgroup uint shared[flash_head::SELECT_SHARED];
 threadgroup float sums[flash_head::ROW_SUMS];
 flash_head::select_probes<C, N, {LOGIT_MAP}>(
-    scores, flash_head::{{words}}, n_probes, depth, probes, unscored, histogram, shared, sums,
-    threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
-    thread_index_in_simdgroup);
+    scores, flash_head::{{words}}, flash_head::{{forced}}, n_probes, depth, probes, unscored,
+    histogram, shared, sums, threadgroup_position_in_grid.y, thread_index_in_threadgroup,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
+# The clusters that an adjustment needs, for SELECT_BODY.
+MARKS = "threadgroup atomic<uint> marks[(C + 31) / 32];\n"
+FORCED = """mark_clusters<C, N>(
+    adjustment, latest, slot_of, marks, adjustment_shape[1], V, threadgroup_position_in_grid.y,
+    thread_index_in_threadgroup)"""
 SCORE_BODY = f"""
 threadgroup uint shared[flash_head::SCORE_SIMDGROUPS];
 flash_head::score<D, N, V, PADDED, PRODUCT, RAW, {LOGIT_MAP}>(
@@ -67,6 +72,11 @@ flash_head::certain<N, V, {LOGIT_MAP}, T>(
     parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, relative,
     epsilon, sure, known, shared, logits_shape[1], parts_shape[1], threadgroup_position_in_grid.y,
     thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+ADJUST_BODY = """
+flash_head::adjust<N, V, ADJUSTED, MASKED, T>(
+    probes, token_ids, logits, adjustment, latest, allowed, changed, best, probes_shape[1],
+    adjustment_shape[1], threadgroup_position_in_grid.y, thread_position_in_grid.x);
 """
 MAP_BODY = f"""
 flash_head::map_values<{LOGIT_MAP}>(values, mapped, values_shape[0], thread_position_in_grid.x);

@@ -7,6 +7,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from . import kernel_text as text
+from .adjustment import Adjustment
 from .clustered import ClusteredRows
 from .dense_kernels import DenseKernel, dense_kernel
 from .draw import ROW_THREADS, Draws
@@ -82,9 +83,17 @@ class MetalSteps(PortableSteps):
             body = text.SCORE_BODY.format(**names)
             self._score = self._kernel("score", inputs, "logits best", body, *form)
         form = ("histogram select", ROW_THREADS, "C N")
-        body, inputs = text.SELECT_BODY.format(words="NoWords{}"), "scores n_probes depth"
+        body = text.SELECT_BODY.format(marks="", words="NoWords{}", forced="NotForced{}")
+        inputs = "scores n_probes depth"
         self._select = self._kernel("select", inputs, "probes unscored", body, *form)
-        body = text.SELECT_BODY.format(words="cluster_words(words, tail_offset)")
+        body = text.SELECT_BODY.format(marks=text.MARKS, words="NoWords{}", forced=text.FORCED)
+        inputs = "scores adjustment latest slot_of n_probes depth"
+        form = ("histogram select", ROW_THREADS, "C N V")
+        outputs = "probes unscored"
+        self._select_forced = self._kernel("select_forced", inputs, outputs, body, *form)
+        form = ("histogram select", ROW_THREADS, "C N")
+        words = "cluster_words(words, tail_offset)"
+        body = text.SELECT_BODY.format(marks="", words=words, forced="NotForced{}")
         inputs, outputs = "scores tail_offset n_probes depth", "probes unscored words"
         self._select_words = self._kernel("select_words", inputs, outputs, body, *form)
         inputs, form = "words slot_of logits best", ("expand", WIDE_THREADS, "V C N")
@@ -104,6 +113,9 @@ class MetalSteps(PortableSteps):
         inputs += " relative epsilon"
         form = ("noise screen", ROW_THREADS, "N V")
         self._certain = self._kernel("certain", inputs, "sure known", text.CERTAIN_BODY, *form)
+        inputs = "probes token_ids logits adjustment latest allowed"
+        form = ("adjust", WIDE_THREADS, "N V")
+        self._adjust = self._kernel("adjust", inputs, "changed best", text.ADJUST_BODY, *form)
         self._map = self._kernel("map", "values", "mapped", text.MAP_BODY, "", WIDE_THREADS, "")
 
     def _kernel(
@@ -158,18 +170,23 @@ class MetalSteps(PortableSteps):
         words: bool = True,
         depth: float = NO_DEPTH,
         logit_map: LogitMap = IDENTITY,
+        adjustment: Adjustment | None = None,
     ) -> Selection:
         """The ``n_probes`` best clusters of each row, ascending, and the tail. Of clusters that
         differ by less than 1/64 nat those of lower ids count as better."""
         n_positions, n_clusters = scores.shape
         if not self.reads_rows:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
+        words = words and adjustment is None  # then MLX's operations expand
         arrays = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
         held = (n_positions, max(n_probes, MIN_PROBES)), mx.uint32
         results = [held, ((n_positions, 2), mx.float32)]
         if words:
             arrays, kernel = [scores, self._tail_offset, *arrays], self._select_words
             results.append(((n_positions, n_clusters), mx.uint32))
+        elif adjustment is not None:
+            changes = [*adjustment[:2], self.clustered.slot_of]
+            arrays, kernel = [scores, *changes, *arrays], self._select_forced
         else:
             arrays, kernel = [scores, *arrays], self._select
         template = logit_map.template(mx.float32)
@@ -194,6 +211,31 @@ class MetalSteps(PortableSteps):
         logits, best = self._score(arrays, held, n_positions, *results, **template)
         return Candidates(logits, best)
 
+    def adjust(
+        self,
+        selection: Selection,
+        candidates: Candidates,
+        adjustment: Adjustment | None,
+        allowed: mx.array | None,
+    ) -> Candidates:
+        logits, probes = candidates.logits, selection.probes
+        n_positions, held = probes.shape
+        ids = self.clustered.token_ids
+        # any arrays in the place of those that are not read
+        words, latest = (probes, probes) if adjustment is None else adjustment[:2]
+        mask = probes if allowed is None else allowed
+        results = (logits.shape, logits.dtype), ((n_positions, held), mx.float32)
+        logits, best = self._adjust(
+            [probes, ids, logits, words, latest, mask],
+            -(-held // WIDE_THREADS),
+            n_positions,
+            *results,
+            ADJUSTED=adjustment is not None,
+            MASKED=allowed is not None,
+            T=logits.dtype,
+        )
+        return Candidates(logits, best)
+
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
         if selection.words is None:
             return super().expand(scores, selection, candidates)
@@ -209,11 +251,12 @@ class MetalSteps(PortableSteps):
         draws: Draws | None,
         risk: Risk = USUAL,
         logit_map: LogitMap = IDENTITY,
+        masked: bool = False,
     ) -> tuple[mx.array, mx.array]:
         logits, n_positions = candidates.logits, len(candidates.logits)
         settings = _greedy_draws(n_positions) if draws is None else draws[:3]
         arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
-        arrays += [selection.unscored, *settings, mx.array(risk)]
+        arrays += [selection.unscored, *settings, mx.array([*risk, 0.0 if masked else 1.0])]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
         template = logit_map.template(logits.dtype)
         tokens, chances = self._sample(arrays, 1, n_positions, *results, T=logits.dtype, **template)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from .clustered import ClusteredRows, in_token_order
+from .adjustment import Adjustment, adjusted_logits, changed_clusters
+from .clustered import ALWAYS_PROBED, ClusteredRows, in_token_order
 from .dense_kernels import dense_ranges
 from .draw import Draws, draw, noise
 from .logit_map import IDENTITY, LogitMap
@@ -23,6 +24,7 @@ from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance
 from .screening import screen
 
 NO_DEPTH = 1e30  # nats: every probe is scored
+NOTHING_ALLOWED = 2.0  # the risk of a row of which no scored token may be chosen
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
 MARGIN_SHARE = 1 / 64
@@ -61,13 +63,15 @@ class Risk(NamedTuple):
         """For each of R positions, (R,) float32. The candidates' logits are mapped."""
         logits = candidates.logits.flatten(-2).astype(mx.float32)
         best = mx.max(logits if candidates.best is None else candidates.best, axis=-1)
+        nothing = best <= mx.finfo(candidates.logits.dtype).min
         best = best if logit_map.identity else logit_map.inverse(best)
         greedy = mx.exp(self.a - self.b * (best - unscored[:, 0]))
         if draws is None:
-            return mx.minimum(greedy, 1.0)
+            return mx.where(nothing, NOTHING_ALLOWED, mx.minimum(greedy, 1.0))
         scored = mx.logsumexp(logits, axis=-1)
         drawn = self.scale * mx.sigmoid(unscored[:, 1] - scored)
-        return mx.minimum(mx.where(draws.settings[:, 0] == 0, greedy, drawn), 1.0)
+        risk = mx.minimum(mx.where(draws.settings[:, 0] == 0, greedy, drawn), 1.0)
+        return mx.where(nothing, NOTHING_ALLOWED, risk)
 
 
 USUAL = Risk()
@@ -196,11 +200,19 @@ class PortableSteps:
         words: bool = True,
         depth: float = NO_DEPTH,
         logit_map: LogitMap = IDENTITY,
+        adjustment: Adjustment | None = None,
     ) -> Selection:
         """The ``n_probes`` best clusters of each row, unordered: (R, C) float32 → (R, p). Kernels
         give ``words`` for `expand`, and leave clusters out that lie more than ``depth`` nats below
         the log-sum-exp of all scores: at most C·exp(-depth) of the mass. ``logit_map`` makes the
-        mass of the clusters that are left what the model's logits give."""
+        mass of the clusters that are left what the model's logits give. The clusters of tokens
+        that an ``adjustment`` changes are probed in any case, where ``n_probes`` has room."""
+        if adjustment is not None:
+            more = mx.zeros((len(scores), 1))  # of rows with fewer tokens
+            padded = mx.concatenate([scores, more], axis=-1)
+            clusters = changed_clusters(adjustment, self.clustered)
+            always = mx.array(ALWAYS_PROBED, mx.float32)
+            scores = mx.put_along_axis(padded, clusters, always, axis=-1)[:, :-1]
         n_left = scores.shape[-1] - n_probes
         probes = mx.broadcast_to(mx.arange(n_probes, dtype=mx.uint32), (len(scores), n_probes))
         if n_left > 0:
@@ -233,6 +245,33 @@ class PortableSteps:
             logits = mx.where(padded, mx.finfo(logits.dtype).min, logits)
         return Candidates(logits)
 
+    def adjust(
+        self,
+        selection: Selection,
+        candidates: Candidates,
+        adjustment: Adjustment | None,
+        allowed: mx.array | None,
+    ) -> Candidates:
+        """The scored logits after biases and penalties and a mask.
+
+        Args:
+            selection: Clusters that hold all tokens that the adjustment changes.
+            candidates: The model's logits of their tokens, (R, p, n).
+            adjustment: Of R rows, or None.
+            allowed: (R, ⌈V/32⌉) uint32, a bit a token, the lowest first; None where all may be
+                chosen. Others get the lowest finite value.
+        """
+        logits, probes = candidates.logits, selection.probes
+        if adjustment is not None:
+            logits = adjusted_logits(logits, probes, adjustment, self.clustered)
+        if allowed is not None:
+            ids = self.token_ids(probes)
+            places = mx.minimum(ids.flatten(1) // 32, allowed.shape[1] - 1)  # of padded slots
+            words = mx.take_along_axis(allowed, places, axis=1).reshape(ids.shape)
+            may = (words >> (ids % 32)) & 1 != 0
+            logits = mx.where(may, logits, mx.finfo(logits.dtype).min)
+        return Candidates(logits)
+
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
         """Scores (R, C) float32 → full logits (R, V) of the candidates' dtype. Tokens not probed
         get min(S_c - ln n_c, m - max(1, |m|/64)), with n_c tokens and the best logit m."""
@@ -254,15 +293,18 @@ class PortableSteps:
         draws: Draws | None,
         risk: Risk = USUAL,
         logit_map: LogitMap = IDENTITY,
+        masked: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """A token of each row, (R,) uint32: without ``draws`` the best logit, of equals the lowest
         id, NaN the highest; and (R,) float32, the ``risk`` that the dense head chooses another.
-        The candidates and what was not scored are mapped already, by ``logit_map``."""
+        The candidates and what was not scored are mapped already, by ``logit_map``. Where they are
+        ``masked``, the risk is NOTHING_ALLOWED if all scored tokens are; and the filters do not
+        count what was not scored."""
         ids, logits = self.token_ids(selection.probes).flatten(1), candidates.logits.flatten(1)
         left, gumbel = cast(mx.array, selection.unscored), None
         if draws is not None:
             logits, gumbel = logits.astype(mx.float32), noise(draws.keys, ids)
-        tokens = draw(logits, gumbel, draws, ids, left[:, 1])
+        tokens = draw(logits, gumbel, draws, ids, None if masked else left[:, 1])
         return tokens, risk.of(candidates, left, draws, logit_map)
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:

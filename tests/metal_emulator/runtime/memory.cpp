@@ -197,7 +197,7 @@ EXPORT u64 metal_emulator_threadgroup(const char* name, u32 id, u64 bytes) {
 
 // The operations of shim/emulator/atomic.h, in its order.
 EXPORT u32 metal_emulator_atomic(u64 address, u32 operation, u32 operand) {
-  enum { kLoad, kStore, kAdd };
+  enum { kLoad, kStore, kAdd, kOr };
   if (launch->check) {
     access(address, 4, operation != kStore, operation != kLoad, PC, kAtomic);
   }
@@ -205,6 +205,7 @@ EXPORT u32 metal_emulator_atomic(u64 address, u32 operation, u32 operand) {
   u32 old = cell;
   if (operation == kStore) cell = operand;
   if (operation == kAdd) cell = old + operand;
+  if (operation == kOr) cell = old | operand;
   return old;
 }
 

@@ -1,0 +1,177 @@
+"""Biases and penalties: the few tokens of a text whose logits they change, and by how much.
+
+The steps, in mlx-lm's order, each rounded to the dtype of the model's logits:
+
+    x + bias;  x · repetition where x < 0, else x / repetition;  x - presence;
+    x - frequency, once for each time that the token occurs
+
+Source: mlx_lm.sample_utils.make_logits_processors.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .clustered import ClusteredRows
+
+# The constants of the same names in metal/flash_head/adjust.h.
+ADJUST_HEAD = 3  # words of a row before its tokens'
+ADJUST_TOKEN = 3  # words of a token: its id, the bits of its bias, how it occurs
+
+REPEATED, PRESENT, OCCURS = 1, 2, 4
+# Tokens of a row are filled up to a multiple, since proposals of as many probes can be joined.
+TOKENS_MULTIPLE = 32
+
+
+@dataclass
+class ChangedTokens:
+    """What the biases and penalties of one text change at one position.
+
+    Attributes:
+        repetition, presence, frequency: The penalties; 1, 0 and 0 for none.
+        biases: By token.
+        repeated, present: Tokens that these penalties count, but the latest one if that is not read
+            yet.
+        occurrences: How often each occurs that the frequency penalty counts, likewise.
+    """
+
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    biases: Mapping[int, float] = field(default_factory=dict)
+    repeated: frozenset[int] = frozenset()
+    present: frozenset[int] = frozenset()
+    occurrences: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All tokens that change, but the latest one if that is not read yet."""
+        return sorted({*self.biases, *self.repeated, *self.present, *self.occurrences})
+
+    @property
+    def most_occurrences(self) -> int:
+        """How often a token may be charged by the frequency penalty, with the latest one."""
+        return max(self.occurrences.values(), default=0) + 1 if self.frequency else 0
+
+
+class Adjustment(NamedTuple):
+    """What biases and penalties change, for R rows of at most K tokens each."""
+
+    words: mx.array  # (R, ADJUST_HEAD + ADJUST_TOKEN·K) uint32; metal/flash_head/adjust.h has them
+    latest: mx.array  # (R,) uint32, the latest token, which may not be computed yet; V for none
+    most_occurrences: int  # of a token, with the latest one; 0 without a frequency penalty
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[ChangedTokens | None], latest: mx.array | None, vocab_size: int
+    ) -> "Adjustment":
+        """The adjustment of some rows.
+
+        Args:
+            rows: What changes in each; None for a row that has neither biases nor penalties.
+            latest: (R,) tokens that the rows do not count yet, or None where they count all.
+            vocab_size: V.
+        """
+        changes = [row or ChangedTokens() for row in rows]
+        n_tokens = max(len(change.token_ids) for change in changes)
+        n_tokens = -(-max(n_tokens, 1) // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
+        words = np.zeros((len(rows), ADJUST_HEAD + ADJUST_TOKEN * n_tokens), np.uint32)
+        for row, change in zip(words, changes, strict=True):
+            _write(row, change, vocab_size)
+        if latest is None:
+            latest = mx.full((len(rows),), vocab_size, mx.uint32)
+        most = max(change.most_occurrences for change in changes)
+        return cls(mx.array(words), latest.astype(mx.uint32), most)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of a row, K and the latest one: as many clusters are probed for them."""
+        return (self.words.shape[1] - ADJUST_HEAD) // ADJUST_TOKEN + 1
+
+
+def _write(row: np.ndarray, change: ChangedTokens, vocab_size: int) -> None:
+    """Writes a row's words."""
+    penalties = [change.repetition, change.presence, change.frequency]
+    row[:ADJUST_HEAD] = np.array(penalties, np.float32).view(np.uint32)
+    tokens = row[ADJUST_HEAD:].reshape(-1, ADJUST_TOKEN)
+    tokens[:, 0] = vocab_size
+    for place, token in zip(tokens, change.token_ids, strict=False):
+        place[0] = token
+        place[1] = np.float32(change.biases.get(token, 0.0)).view(np.uint32)
+        place[2] = (
+            REPEATED * (token in change.repeated)
+            + PRESENT * (token in change.present)
+            + OCCURS * change.occurrences.get(token, 0)
+        )
+
+
+class _Tokens(NamedTuple):
+    """An adjustment as arrays of R rows, the latest token among the others."""
+
+    ids: mx.array  # (R, K + 1) uint32, V where there is none
+    biases: mx.array  # (R, K + 1) float32
+    counts: mx.array  # (R, K + 1) uint32
+    penalties: mx.array  # (R, ADJUST_HEAD) float32
+
+
+def _unpacked(adjustment: Adjustment, vocab_size: int) -> _Tokens:
+    words = adjustment.words
+    tokens = words[:, ADJUST_HEAD:].reshape(len(words), -1, ADJUST_TOKEN)
+    ids, latest = tokens[..., 0], adjustment.latest[:, None]
+    is_latest = ids == latest
+    counts = mx.where(is_latest, (tokens[..., 2] | REPEATED | PRESENT) + OCCURS, tokens[..., 2])
+    # a place of its own, unless it is one of the others
+    other = mx.where(is_latest.any(axis=1, keepdims=True), vocab_size, latest).astype(mx.uint32)
+    own = mx.full(other.shape, REPEATED + PRESENT + OCCURS, mx.uint32)
+    return _Tokens(
+        ids=mx.concatenate([ids, other], axis=1),
+        biases=mx.concatenate([tokens[..., 1].view(mx.float32), mx.zeros(other.shape)], axis=1),
+        counts=mx.concatenate([counts, own], axis=1),
+        penalties=words[:, :ADJUST_HEAD].view(mx.float32),
+    )
+
+
+def changed_clusters(adjustment: Adjustment, clustered: ClusteredRows) -> mx.array:
+    """The clusters of the tokens that change, (R, K + 1) uint32; C where there is none."""
+    ids = mx.concatenate([_ids(adjustment), adjustment.latest[:, None]], axis=1)
+    slots = mx.take(clustered.slot_of, mx.minimum(ids, clustered.vocab_size - 1))
+    clusters = slots // clustered.cluster_size
+    return mx.where(ids < clustered.vocab_size, clusters, clustered.n_clusters)
+
+
+def _ids(adjustment: Adjustment) -> mx.array:
+    return adjustment.words[:, ADJUST_HEAD::ADJUST_TOKEN]
+
+
+def adjusted_logits(
+    logits: mx.array, probes: mx.array, adjustment: Adjustment, clustered: ClusteredRows
+) -> mx.array:
+    """The scored logits after biases and penalties: (R, p, n), of clusters ``probes`` (R, p) that
+    hold all tokens that change → (R, p, n)."""
+    vocab_size, size = clustered.vocab_size, clustered.cluster_size
+    tokens = _unpacked(adjustment, vocab_size)
+    slots = mx.take(clustered.slot_of, mx.minimum(tokens.ids, vocab_size - 1))
+    places = mx.argmax(probes[:, None, :] == (slots // size)[..., None], axis=-1)
+    flat = mx.concatenate([logits.flatten(1), mx.zeros((len(logits), 1), logits.dtype)], axis=1)
+    nowhere = flat.shape[1] - 1  # of places that hold no token
+    index = mx.where(tokens.ids < vocab_size, places * size + slots % size, nowhere)
+    before = mx.take_along_axis(flat, index, axis=1)
+    after = _changed(before, tokens, adjustment.most_occurrences)
+    flat = mx.put_along_axis(flat, index, after, axis=1)
+    return flat[:, :-1].reshape(logits.shape)
+
+
+def _changed(logits: mx.array, tokens: _Tokens, most_occurrences: int) -> mx.array:
+    """The logits (R, K) of the tokens by the steps of mlx-lm, in their dtype."""
+    dtype, counts = logits.dtype, tokens.counts
+    repetition, presence, frequency = mx.split(tokens.penalties.astype(dtype), 3, axis=1)
+    logits = logits + tokens.biases.astype(dtype)
+    repeated = mx.where(logits < 0, logits * repetition, logits / repetition)
+    logits = mx.where((counts & REPEATED) != 0, repeated, logits)
+    logits = mx.where((counts & PRESENT) != 0, logits - presence, logits)
+    for i in range(most_occurrences):
+        logits = mx.where(counts >= OCCURS * (i + 1), logits - frequency, logits)
+    return logits
