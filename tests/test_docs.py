@@ -1,4 +1,4 @@
-"""The pages: links lead somewhere, and the map is the tree on disk."""
+"""The pages: links lead somewhere, promises have tests, and the map is the tree on disk."""
 
 import json
 import re
@@ -48,6 +48,20 @@ def mapped_paths(text):
         paths |= {base / name for name in names}
         above.append((indent, base / names[0]))
     return paths
+
+
+def test_every_promise_of_the_readme_has_its_tests():
+    """A line of CONTRIBUTING has a promise in the README's words, and tests that exist."""
+    readme = " ".join((CHECKOUT / "README.md").read_text(encoding="utf-8").split())
+    section = (CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = section.partition("## Promises and their tests")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| (`.+`) \|$", section, flags=re.MULTILINE)
+    assert len(rows) >= 10
+    for promise, tests in rows:
+        assert promise in readme, promise
+        for path, name in re.findall(r"`([^`]+?)::(\w+)`", tests):
+            source = (CHECKOUT / path).read_text(encoding="utf-8")
+            assert re.search(rf"^ *def {name}\(", source, flags=re.MULTILINE), f"{path}::{name}"
 
 
 def test_the_map_of_contributing_is_the_tree_on_disk():

@@ -38,7 +38,17 @@ def proposal_of(tokens, probes, logits):
 
 
 def case_of(
-    rng, clustered, k, room, scored_room, spread, dtype=mx.float32, draws=None, logit_map=IDENTITY
+    rng,
+    clustered,
+    k,
+    room,
+    scored_room,
+    spread,
+    dtype=mx.float32,
+    draws=None,
+    logit_map=IDENTITY,
+    relative=0.0,
+    bits=None,
 ):
     """Logits of all slots, a proposal from the best clusters, and the tolerance."""
     slots = rng.normal(size=(k, clustered.n_clusters, clustered.cluster_size)) * spread
@@ -51,9 +61,12 @@ def case_of(
     logits = logit_map(logits)
     ids = clustered.token_ids[probes]
     logits = mx.where(ids == clustered.vocab_size, mx.finfo(logits.dtype).min, logits)
+    if bits is not None:
+        may = np.take_along_axis(np.pad(bits, [(0, 0), (0, 1)]), to_numpy(ids.flatten(1)), axis=1)
+        logits = mx.where(mx.array(may).reshape(ids.shape), logits, mx.finfo(logits.dtype).min)
     ids, flat = ids.flatten(1), logits.astype(mx.float32).flatten(1)
     tokens = draw(flat, None if draws is None else noise(draws.keys, ids), draws, ids)
-    tolerance = Tolerance(mx.full((k,), room), mx.full((k,), scored_room))
+    tolerance = Tolerance(mx.full((k,), room), mx.full((k,), scored_room), relative)
     return slots, proposal_of(tokens, probes, logits), draws, tolerance
 
 
@@ -67,7 +80,8 @@ def truths(rng, clustered, case, n, logit_map=IDENTITY):
         shift = rng.uniform(-1, 1, slots.shape) if i % 2 else rng.choice([-1, 1], slots.shape)
         # the first one favours all others
         shift = np.ones(slots.shape) if i == 0 else shift
-        truth, places = slots + 0.999 * shift * room, (np.arange(len(slots))[:, None], probes)
+        off = room + tolerance.relative * np.abs(slots)
+        truth, places = slots + 0.999 * shift * off, (np.arange(len(slots))[:, None], probes)
         truth = to_numpy(logit_map(mx.array(truth.astype(np.float32)))).astype(np.float64)
         off = logit_map.slope * scored_room
         if logit_map.cap:  # which holds the scored logits too
@@ -99,25 +113,47 @@ def test_what_is_certain_of_mapped_logits_is_the_dense_choice(path, room, scored
     check_certain(path, room, scored_room, 2.0, MAPS[logit_map])
 
 
-def check_certain(path, room, scored_room, spread, logit_map=IDENTITY):
+@BOTH
+@pytest.mark.parametrize("logit_map", ["no map", "softcap"])
+def test_a_share_of_each_logit_is_within_the_tolerance(path, logit_map):
+    check_certain(path, 1e-3, 0.0, 2.0, MAPS[logit_map], relative=0.01)
+
+
+@BOTH
+@pytest.mark.parametrize("share", [0.5, 0.02])
+@pytest.mark.parametrize("logit_map", ["no map", "softcap"])
+def test_what_is_masked_is_no_rival(path, share, logit_map):
+    """Half of the tokens may be chosen, or few of them."""
+    check_certain(path, 1e-3, 0.0, 2.0, MAPS[logit_map], share=share)
+
+
+def check_certain(path, room, scored_room, spread, logit_map=IDENTITY, relative=0.0, share=None):
     """No proposal that is certain is wrong for any logits within the tolerance."""
     rng = np.random.default_rng(int(spread * 10))
+    bits, allowed, k = None, None, len(DRAWS.rows)
     with kernels():
-        steps, k = steps_of(rng, path), len(DRAWS.rows)
+        steps = steps_of(rng, path)
+        n_tokens = steps.clustered.vocab_size
+        if share is not None:
+            every = rng.random((k, -(-n_tokens // 32) * 32)) < share
+            allowed = mx.array(np.packbits(every, axis=1, bitorder="little").view(np.uint32))
+            bits = every[:, :n_tokens]
         case = case_of(
-            rng, steps.clustered, k, room, scored_room, spread, draws=DRAWS, logit_map=logit_map
-        )
-        certain = np.array(steps.screen(*case, 0.0, logit_map).certain)
+            rng, steps.clustered, k, room, scored_room, spread, mx.float32, DRAWS, logit_map,
+            relative, bits,
+        )  # fmt: skip
+        certain = np.array(steps.screen(*case, 0.0, logit_map, allowed).certain)
     ids = np.arange(steps.clustered.vocab_size, dtype=np.uint32)
     settings, top_k, keys = DRAWS.settings.tolist(), DRAWS.top_k.tolist(), np.array(DRAWS.keys)
     wrong = np.zeros(k, bool)
     for truth in truths(rng, steps.clustered, case, 3, logit_map):
+        truth = truth if bits is None else np.where(bits, truth, np.float32(-1e30))
         for row in range(k):
             drawn = drawn_token(ids, truth[row], -np.inf, settings[row], top_k[row], keys[row])
             wrong[row] |= drawn != case[1].tokens[row].item()
     assert not (wrong & certain).any(), np.flatnonzero(wrong & certain)
     if room < 0.1 and spread == 2.0:
-        assert certain[~wrong].mean() > (0.5 if logit_map.identity else 0.3)
+        assert certain[~wrong].mean() > (0.5 if logit_map.identity and not relative else 0.25)
 
 
 def test_clusters_beyond_the_nearest_may_hold_the_choice(monkeypatch):
