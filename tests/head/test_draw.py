@@ -10,7 +10,9 @@ from mlx_lm import sample_utils
 from kernel_cases import kernels, plain_clusters, to_numpy
 from mlx_flashhead import make_sampler
 from mlx_flashhead.head import draw as draw_module
+from mlx_flashhead.head import lowest_kept
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, log_mass, noise_of_all, position_key
+from mlx_flashhead.head.kernel_text import ROW_THREADS
 from mlx_flashhead.head.kernels import MIN_PROBES, MetalSteps
 from mlx_flashhead.head.steps import Candidates, Selection
 
@@ -62,12 +64,11 @@ SETTINGS = [DrawSettings(*each) for each in (
 @contextlib.contextmanager
 def path_of(kernel: bool, monkeypatch):
     """Within the block thresholds are found by the kernel, as on a GPU, or by operations."""
-    draw_module._lowest_kept_kernel.cache_clear()
     monkeypatch.setattr(draw_module, "SORTED", 4)
-    monkeypatch.setattr(draw_module, "gpu_is_default", lambda: kernel)
+    lowest_kept.use_kernel(ROW_THREADS if kernel else 0)
     with kernels() if kernel else contextlib.nullcontext():
         yield
-    draw_module._lowest_kept_kernel.cache_clear()
+    lowest_kept.use_kernel(0)
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["operations", "kernel"])
