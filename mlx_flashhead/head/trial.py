@@ -272,6 +272,8 @@ class _Trial:
         largest, best = (tallies[..., i].max(axis=1) for i in range(2))
         yield largest, expected.largest, self._rounding
         yield best, expected.best_unscored, self._rounding
+        mass = mx.log(tallies[..., 3].sum(axis=1)) + tallies[:, 0, 8]  # relative to the token's
+        yield mass, expected.unscored_mass, self._rounding
         yield "certain"
         found = self._kernels.screen(slots, both, draws, tolerance, 0.0, self._map, allowed)
         for one, other in zip(found, expected, strict=True):

@@ -97,7 +97,7 @@ BROKEN = [
     ("select", "differs", "(best - score) *", "fabs(score) *"),
     ("select", "differs", "edge + log(mass)", "edge + mass"),
     ("score", "differs", "slot = size_t(cluster) * N + first", "slot = size_t(cluster) * N"),
-    ("score", "differs", "= score_of(highest);", "= score_of(highest) + 1.0f;"),
+    ("score", "differs", "    best[probe] = score_of(highest);", "    best[probe] = 1.0f;"),
     ("expand", "differs", "slot % N]", "(slot + 1) % N]"),
     ("sample", "differs", "+ i / N]) * N + i % N", "+ i / N]) * N + (N - 1 - i % N)"),
     ("sample", "differs", "{top_p * mass,", "{0.1f * mass,"),
