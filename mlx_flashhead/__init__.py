@@ -13,6 +13,7 @@ from .common.interrupts import heed_ctrl_c_while_starting
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .common.marks import preserves_margins, pure
     from .conversion.pipeline import convert
     from .decoding.generation import batch_generate, generate, stream_generate
     from .decoding.sampler import make_sampler
@@ -26,8 +27,8 @@ heed_ctrl_c_while_starting()
 
 __all__ = [
     "FlashHead", "FlashHeadConfig", "__version__", "attach", "batch_generate", "convert", "detach",
-    "generate", "get_flash_head", "grammar_processor", "load", "make_sampler", "sharded_load",
-    "stream_generate",
+    "generate", "get_flash_head", "grammar_processor", "load", "make_sampler",
+    "preserves_margins", "pure", "sharded_load", "stream_generate",
 ]  # fmt: skip
 
 # Imported at first use: mlx-lm takes a second, which `--help` and `--version` do without.
@@ -38,6 +39,7 @@ _MODULES = {
     "loading.load": ("attach", "load", "sharded_load"),
     "decoding.generation": ("batch_generate", "generate", "stream_generate"),
     "decoding.sampler": ("make_sampler",),
+    "common.marks": ("preserves_margins", "pure"),
     "models.install": ("detach", "get_flash_head"),
     "structured.grammar": ("grammar_processor",),
 }

@@ -6,9 +6,12 @@ import secrets
 import sys
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .common import flags
 from .common.arguments import Parser, whole_number
@@ -101,95 +104,289 @@ def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
 def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) -> None:
     """Loads, answers, and builds a missing FlashHead afterwards."""
     # mlx-lm takes a second to import, which mistakes and --help do without
-    from .decoding.generation import generate
-    from .decoding.sampler import make_sampler
-    from .loading.background import build_now
-    from .loading.head_options import LATER, HeadOptions
-    from .loading.load import load_dense_head, load_draft, load_with_head, sharded_load
-    from .models.compat.mlx_lm import generation_stream, run_generate
-    from .models.errors import UnsupportedHeadError
-    from .models.fetch import resolve
-    from .models.install import get_flash_head
-    from .models.loading import UNKNOWN_CONTEXT, context_of, load_dense_part
-    from .models.templates import apply_template
+    from .loading.head_options import HeadOptions
+    from .models.compat.mlx_lm import generation_stream
 
     options = HeadOptions.from_flags(args)
-    unbuilt: Any = None  # a model without a FlashHead, its tokenizer and its folder
-    context = UNKNOWN_CONTEXT
-
-    def load(path: Any, *, return_config: bool = False, **kwargs: Any) -> Any:
-        nonlocal unbuilt, context
-        if "tokenizer_config" not in kwargs:  # as mlx-lm loads the draft model
-            trust = args.trust_remote_code
-            return load_draft(path, draft_probes=args.draft_probes, trust_remote_code=trust)
-        if processes.size() > 1:
-            how = {name: kwargs[name] for name in ("tokenizer_config", "trust_remote_code")}
-            how["pipeline_group"] = processes if args.pipeline else None
-            if args.dense:
-                loaded = load_dense_part(path, **how)
-            else:
-                how |= {"flash_head": args.flash_head, "n_probes": args.n_probes}
-                loaded = sharded_load(path, return_config=True, **how)
-            if args.seed is None:  # each process samples every token, and all must agree
-                drawn = mx.array(secrets.randbits(24))
-                drawn = mx.distributed.all_sum(drawn, group=processes, stream=mx.cpu)
-                args.seed = drawn.item()
-            mx.random.seed(args.seed)
-        elif args.dense:
-            loaded = load_dense_head(resolve(path), options, **kwargs)
-        else:
-            folder = resolve(path)
-            loaded = load_with_head(folder, options, **kwargs)
-            if args.n_probes and args.no_build and get_flash_head(loaded[0]) is None:
-                raise ValueError("--n-probes needs a FlashHead: leave --no-build out.")
-            if options.missing == LATER and get_flash_head(loaded[0]) is None:
-                unbuilt = *loaded[:2], folder
-        tokenizer = loaded[1]
-        context = context_of(loaded[2], tokenizer)
-
-        def fill_in(messages: Any, tokenize: bool = True, **options: Any) -> Any:
-            options["remedy"] = "give --ignore-chat-template"
-            text = apply_template(tokenizer, messages, **options)
-            return tokenizer.encode(text, add_special_tokens=False) if tokenize else text
-
-        # mlx-lm 0.31 hands an assignment on to the tokenizer within, which would call itself
-        vars(tokenizer)["apply_chat_template"] = fill_in
-        return loaded if return_config else loaded[:2]  # mlx-lm 0.31 takes two
-
-    def answer(model: Any, tokenizer: Any, prompt: Any, **named: Any) -> str:
-        if not len(prompt):
-            raise ValueError("The prompt is empty: give at least one token with --prompt.")
-        if len(prompt) >= context:
-            reason = f"The prompt has {len(prompt):,} tokens, and at most {context - 1:,} fit"
-            raise ValueError(f"{reason}: give a shorter --prompt.")
-        named["prefill_step_size"] = args.prefill_step_size  # 0.31 leaves it out
-        named |= {"verify": not args.no_verify, "max_wait": args.max_wait}
-        named["draw_temperature"] = args.temp if args.draw_probes else None
-        processor = GrammarProcessor(tokenizer, grammar) if grammar else None
-        named["logits_processors"] = [processor] if processor else None
-        with ended_by_signals():
-            text = generate(model, tokenizer, prompt, **named)
-        if processor and not processor.accepts(text):
-            cut = f"it was cut at --max-tokens {args.max_tokens}: give more"
-            reason = processor.problem or cut
-            print(f"The text does not complete the {grammar.kind}: {reason}.", file=sys.stderr)
-        return text
-
+    if args.seed is not None:
+        mx.random.seed(args.seed)
     with printable_output():
-        run_generate(args, load=load, make_sampler=make_sampler, generate=answer)
-    if unbuilt is not None:
-        sys.stdout.flush()
-        options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
-        try:
-            model, tokenizer, folder = unbuilt
-            build_now(model, tokenizer, folder, options)
-        except UnsupportedHeadError as error:
-            options.say(f"Without FlashHead: {error}")
-        except KeyboardInterrupt:
-            options.say("Skipped. The next answer tries again.")
-    if processes.size() > 1:  # mlx-lm computes a token ahead, for which each needs the others
+        cache = _prompt_cache(args)
+        loaded = _load(args, processes, options, cache)
+        prompt, embeddings = _prompt(args, loaded, cache)
+        _answer(args, loaded, prompt, embeddings, cache, grammar)
+    if loaded.unbuilt:
+        _build(loaded, options)
+    if processes.size() > 1:  # the loop computes a token ahead, for which each needs the others
         mx.synchronize(generation_stream)
         mx.eval(mx.distributed.all_sum(mx.array(1), group=processes, stream=mx.cpu))
+
+
+@dataclass
+class _Loaded:
+    """A model and what belongs to it."""
+
+    model: Any
+    tokenizer: Any
+    config: dict[str, Any]
+    folder: Path
+    draft_model: Any = None
+    unbuilt: bool = False  # whether its FlashHead is still to be built
+
+
+@dataclass
+class _PromptCache:
+    """What ``mlx_lm.cache_prompt`` wrote."""
+
+    layers: list[Any]
+    model: str
+    tokenizer_config: dict[str, Any]
+
+
+def _prompt_cache(args: Namespace) -> _PromptCache | None:
+    """The cache of --prompt-cache-file, checked against the flags. ValueError if they differ."""
+    if args.prompt_cache_file is None:
+        return None
+    from .models.compat.mlx_lm import QuantizedKVCache, load_prompt_cache
+
+    layers, metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
+    first = layers[0]
+    if isinstance(first, QuantizedKVCache):
+        if args.kv_bits is not None and args.kv_bits != first.bits:
+            raise ValueError(
+                f"--kv-bits is {args.kv_bits}, but the cache of --prompt-cache-file has "
+                f"{first.bits}: leave it out."
+            )
+        if args.kv_group_size != first.group_size:
+            raise ValueError(
+                f"--kv-group-size is {args.kv_group_size}, but the cache of --prompt-cache-file "
+                f"has {first.group_size}: give that."
+            )
+    if args.model and args.model != metadata["model"]:
+        raise ValueError(
+            f"--model is {args.model}, but the cache of --prompt-cache-file is of "
+            f"{metadata['model']}: give that one, or leave --model out."
+        )
+    return _PromptCache(layers, metadata["model"], json.loads(metadata["tokenizer_config"]))
+
+
+def _load(
+    args: Namespace, processes: mx.distributed.Group, options: Any, cache: _PromptCache | None
+) -> _Loaded:
+    """The model with its FlashHead, its tokenizer, and the draft model."""
+    from .loading.head_options import LATER
+    from .loading.load import load_dense_head, load_draft, load_with_head
+    from .models.fetch import resolve
+    from .models.install import get_flash_head
+
+    name: str = cache.model if cache is not None else args.model
+    tokenizer_config = {} if cache is None else dict(cache.tokenizer_config)
+    tokenizer_config["trust_remote_code"] = args.trust_remote_code
+    if processes.size() > 1:
+        loaded = _load_part(args, processes, name, tokenizer_config)
+    else:
+        folder = resolve(name)
+        load = load_dense_head if args.dense else load_with_head
+        model, tokenizer, config = load(
+            folder,
+            options,
+            adapter_path=args.adapter_path,
+            tokenizer_config=tokenizer_config,
+            model_config={"quantize_activations": args.quantize_activations},
+            trust_remote_code=args.trust_remote_code,
+        )
+        loaded = _Loaded(model, tokenizer, config, folder)
+        if not args.dense and get_flash_head(model) is None:
+            if args.n_probes and args.no_build:
+                raise ValueError("--n-probes needs a FlashHead: leave --no-build out.")
+            loaded.unbuilt = options.missing == LATER
+    for token in args.extra_eos_token:
+        loaded.tokenizer.add_eos_token(token)
+    if args.draft_model is not None:
+        loaded.draft_model, draft_tokenizer = load_draft(
+            args.draft_model,
+            draft_probes=args.draft_probes,
+            trust_remote_code=args.trust_remote_code,
+        )
+        if draft_tokenizer.vocab_size != loaded.tokenizer.vocab_size:
+            raise ValueError(
+                f"--draft-model {args.draft_model} has another vocabulary than {name}: give a "
+                "smaller model of the same family."
+            )
+    return loaded
+
+
+def _load_part(
+    args: Namespace, processes: mx.distributed.Group, name: str, tokenizer_config: dict[str, Any]
+) -> _Loaded:
+    """This process's part of the model. All processes draw from the same seed."""
+    from .loading.load import sharded_load
+    from .models.loading import load_dense_part
+
+    group = processes if args.pipeline else None
+    if args.dense:
+        model, tokenizer, config = load_dense_part(
+            name,
+            pipeline_group=group,
+            tokenizer_config=tokenizer_config,
+            trust_remote_code=args.trust_remote_code,
+        )
+    else:
+        model, tokenizer, config = sharded_load(
+            name,
+            pipeline_group=group,
+            return_config=True,
+            tokenizer_config=tokenizer_config,
+            trust_remote_code=args.trust_remote_code,
+            flash_head=args.flash_head,
+            n_probes=args.n_probes,
+        )
+    seed = args.seed
+    if seed is None:  # each process samples every token, and all must agree
+        drawn = mx.array(secrets.randbits(24))
+        seed = mx.distributed.all_sum(drawn, group=processes, stream=mx.cpu).item()
+    mx.random.seed(seed)
+    return _Loaded(model, tokenizer, config, Path(name))
+
+
+def _prompt(
+    args: Namespace, loaded: _Loaded, cache: _PromptCache | None
+) -> tuple[list[int], mx.array | None]:
+    """The prompt's token ids, and the embeddings (n, D) of one with images. ValueError for a prompt
+    that is empty or longer than the context."""
+    tokenizer = loaded.tokenizer
+    text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    text = sys.stdin.read() if text == "-" else text
+    templated = not args.ignore_chat_template and tokenizer.has_chat_template
+    if templated:
+        text = _filled_in(args, tokenizer, text)
+        if cache is not None:  # which holds what is before the question
+            before = _filled_in(args, tokenizer, "<query>")
+            text = text[before.index("<query>") :]
+    images = None
+    if args.image:
+        text, images = _with_images(args, loaded, text)
+    token_ids = list(tokenizer.encode(text, add_special_tokens=not templated))
+    if not token_ids:
+        raise ValueError("The prompt is empty: give at least one token with --prompt.")
+    from .models.loading import context_of
+
+    context = context_of(loaded.config, tokenizer)
+    if len(token_ids) >= context:
+        raise ValueError(
+            f"The prompt has {len(token_ids):,} tokens, and at most {context - 1:,} fit: "
+            "give a shorter --prompt."
+        )
+    if images is None:
+        return token_ids, None
+    embeddings = loaded.model.embed_inputs(mx.array(token_ids), pixel_values=images)
+    mx.eval(embeddings)  # the prompt is read on another stream
+    return token_ids, embeddings
+
+
+def _filled_in(args: Namespace, tokenizer: Any, question: str) -> str:
+    """The chat template's text of a question, with --system-prompt and --prefill-response."""
+    from .models.templates import apply_template
+
+    messages = []
+    if args.system_prompt is not None:
+        messages.append({"role": "system", "content": args.system_prompt})
+    messages.append({"role": "user", "content": question})
+    has_prefill = args.prefill_response is not None
+    if has_prefill:
+        messages.append({"role": "assistant", "content": args.prefill_response})
+    variables = json.loads(args.chat_template_config) if args.chat_template_config else {}
+    return apply_template(
+        tokenizer,
+        messages,
+        remedy="give --ignore-chat-template",
+        continue_final_message=has_prefill,
+        add_generation_prompt=not has_prefill,
+        **variables,
+    )
+
+
+def _with_images(args: Namespace, loaded: _Loaded, text: str) -> tuple[str, Any]:
+    """The prompt with the images' placeholders, and the images' values."""
+    from PIL import Image
+
+    from .models.compat.mlx_lm import load_processor
+
+    processor = load_processor(loaded.model, loaded.config)
+    if processor is None:
+        raise ValueError(f"{args.model} does not take images: leave --image out.")
+    images = [np.asarray(Image.open(file).convert("RGB")) for file in args.image]
+    return processor(text, images=images)
+
+
+def _answer(
+    args: Namespace,
+    loaded: _Loaded,
+    prompt: list[int],
+    embeddings: mx.array | None,
+    cache: _PromptCache | None,
+    grammar: Any,
+) -> None:
+    """Writes the answer to the terminal."""
+    from .decoding.generation import generate
+    from .decoding.sampler import make_sampler
+
+    tokenizer = loaded.tokenizer
+    processor = GrammarProcessor(tokenizer, grammar) if grammar else None
+    sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+    )
+    with ended_by_signals():
+        text = generate(
+            loaded.model,
+            tokenizer,
+            prompt,
+            verbose=args.verbose,
+            n_probes=args.n_probes,
+            verify=not args.no_verify,
+            draw_temperature=args.temp if args.draw_probes else None,
+            max_wait=args.max_wait,
+            max_tokens=args.max_tokens,
+            sampler=sampler,
+            logits_processors=[processor] if processor else None,
+            max_kv_size=args.max_kv_size,
+            prefill_step_size=args.prefill_step_size,
+            prompt_cache=None if cache is None else cache.layers,
+            kv_bits=args.kv_bits,
+            kv_group_size=args.kv_group_size,
+            quantized_kv_start=args.quantized_kv_start,
+            draft_model=loaded.draft_model,
+            num_draft_tokens=args.num_draft_tokens,
+            input_embeddings=embeddings,
+        )
+    if not args.verbose:
+        print(text)
+    if processor and not processor.accepts(text):
+        cut = f"it was cut at --max-tokens {args.max_tokens}: give more"
+        reason = processor.problem or cut
+        print(f"The text does not complete the {grammar.kind}: {reason}.", file=sys.stderr)
+
+
+def _build(loaded: _Loaded, options: Any) -> None:
+    """Builds the FlashHead for next time."""
+    from .loading.background import build_now
+    from .models.errors import UnsupportedHeadError
+
+    sys.stdout.flush()
+    options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
+    try:
+        build_now(loaded.model, loaded.tokenizer, loaded.folder, options)
+    except UnsupportedHeadError as error:
+        options.say(f"Without FlashHead: {error}")
+    except KeyboardInterrupt:
+        options.say("Skipped. The next answer tries again.")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def make_parser() -> Parser:
 
 @command
 def main() -> None:
-    """This process becomes the program, which `hook/sitecustomize` patches at its start."""
+    """This process becomes the program, which `interop/hook/sitecustomize` patches at its start."""
     parser = make_parser()
     words = _split(parser, sys.argv[1:])
     rest = sys.argv[1 + len(words) :]

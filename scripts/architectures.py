@@ -33,7 +33,9 @@ from vlm_configs import PICTURES
 
 DOCUMENT = CHECKOUT / "docs" / "architectures.md"
 RECORD = Path(__file__).with_suffix(".json")
-NO_SUCH_FORM, REFUSED, UNTESTED = "–", "refused", "not tested"
+NO_SUCH_FORM = "–"
+REFUSED = "refused"
+UNTESTED = "not tested"
 SERVED = "`"  # begins a cell that names the head
 
 
@@ -47,6 +49,7 @@ class Form:
 
     @property
     def served(self) -> bool:
+        """Whether FlashHead serves it."""
         return self.cell.startswith(SERVED)
 
 
@@ -54,7 +57,14 @@ Forms = dict[str, tuple[Form, Form]]  # untied and tied, by architecture
 
 
 def examine(name: str, tied: bool, build: Callable[..., nn.Module], configs: str) -> Form:
-    """How FlashHead finds the head of an architecture, built from a file of configurations."""
+    """How FlashHead finds the head of an architecture.
+
+    Args:
+        name: The architecture.
+        tied: Whether the head is tied to the embedding.
+        build: Makes a small model.
+        configs: The file of small configurations, for messages.
+    """
     try:
         model = build(name, tied=tied)
     except ImportError as error:
@@ -79,9 +89,11 @@ def examine(name: str, tied: bool, build: Callable[..., nn.Module], configs: str
 def survey(progress: bool = True) -> Forms:
     """Untied and tied form of every architecture of the installed mlx-lm."""
     names = tqdm(architectures(), desc="Architectures of mlx-lm", disable=not progress)
-    how = (tiny_architecture, "architecture_configs.py")
     with emulated():
-        return {name: (examine(name, False, *how), examine(name, True, *how)) for name in names}
+        return {
+            name: _examine_both(name, tiny_architecture, "architecture_configs.py")
+            for name in names
+        }
 
 
 def vlm_survey(progress: bool = True) -> Forms:
@@ -89,9 +101,13 @@ def vlm_survey(progress: bool = True) -> Forms:
     from vlm_models import tiny_vlm, vlm_architectures  # which import mlx-vlm
 
     names = tqdm(vlm_architectures(), desc="Architectures of mlx-vlm", disable=not progress)
-    how = (tiny_vlm, "vlm_configs.py")
     with emulated("mlx_vlm"):
-        return {name: (examine(name, False, *how), examine(name, True, *how)) for name in names}
+        return {name: _examine_both(name, tiny_vlm, "vlm_configs.py") for name in names}
+
+
+def _examine_both(name: str, build: Callable[..., nn.Module], configs: str) -> tuple[Form, Form]:
+    """The untied and the tied form of an architecture."""
+    return examine(name, False, build, configs), examine(name, True, build, configs)
 
 
 def recorded(library: str) -> Forms:
@@ -102,24 +118,23 @@ def recorded(library: str) -> Forms:
 
 def record(surveyed: dict[str, Forms]) -> str:
     """The content of architectures.json, a line for each architecture."""
-
-    def lines(forms: Forms) -> str:
-        return ",\n".join(
-            f"{json.dumps(name)}: {json.dumps([list(astuple(form)) for form in both])}"
-            for name, both in forms.items()
-        )
-
-    parts = (f'"{library}": {{\n{lines(forms)}\n}}' for library, forms in surveyed.items())
+    parts = []
+    for library, forms in surveyed.items():
+        lines = []
+        for name, both in forms.items():
+            entry = [list(astuple(form)) for form in both]
+            lines.append(f"{json.dumps(name)}: {json.dumps(entry)}")
+        joined = ",\n".join(lines)
+        parts.append(f'"{library}": {{\n{joined}\n}}')
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def document(lm: Forms, vlm: Forms) -> str:
     """docs/architectures.md."""
-    served, vlm_served = _served(lm), _served(vlm)
     return f"""# Architectures
 
-FlashHead serves {len(served)} of the {len(lm)} language-model architectures of mlx-lm
-{version("mlx-lm")}, and {len(vlm_served)} of the {len(vlm)} of mlx-vlm {version("mlx-vlm")}
+FlashHead serves {len(_served(lm))} of the {len(lm)} language-model architectures of mlx-lm
+{version("mlx-lm")}, and {len(_served(vlm))} of the {len(vlm)} of mlx-vlm {version("mlx-vlm")}
 that take text, without code for any of them: it traces a model on one token.
 `python scripts/architectures.py` writes this page; tests compare it with the installed libraries.
 
@@ -159,10 +174,15 @@ def _groups(surveyed: Forms, *, bits: bool) -> str:
     """A line for all architectures with the same layers, the most frequent ones first."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, (untied, tied) in surveyed.items():
-        key = (untied.cell, tied.cell, *([_bits((untied, tied))] if bits else []))
-        groups.setdefault(key, []).append(name)
-    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return "\n".join(f"| {' | '.join([*key, ', '.join(names)])} |" for key, names in ordered)
+        cells = [untied.cell, tied.cell]
+        if bits:
+            cells.append(_bits((untied, tied)))
+        groups.setdefault(tuple(cells), []).append(name)
+    lines = []
+    for group, names in sorted(groups.items(), key=lambda item: -len(item[1])):
+        line = " | ".join([*group, ", ".join(names)])
+        lines.append(f"| {line} |")
+    return "\n".join(lines)
 
 
 def _served(surveyed: Forms) -> list[str]:
@@ -192,8 +212,9 @@ def _reasons(surveyed: Forms) -> list[str]:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    output = {"type": writable, "default": str(DOCUMENT)}
-    parser.add_argument("--output", **output, help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=writable, default=str(DOCUMENT), help="default: %(default)s"
+    )
     args = parser.parse_args()
     from_extra("mlx_vlm", "vlm", "scripts/architectures.py")
     surveyed = {"mlx_lm": survey(), "mlx_vlm": vlm_survey()}

@@ -9,8 +9,10 @@ decided. In a tie two logits differ by rounding alone, and the paths may choose 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import mlx.core as mx
@@ -32,34 +34,37 @@ PROMPTS = (
 SUMMATION = 1e-5  # of a logit: float32 sums in another order, or two steps of a coarser dtype
 
 
-def compare(folder: str, prompts=PROMPTS, max_tokens: int = 40) -> bool:
-    """Prints a line for each prompt; whether the paths agree on all of them.
+def compare(folder: str, prompts: Sequence[str] = PROMPTS, max_tokens: int = 40) -> bool:
+    """Generates on both paths, and prints a line for each prompt.
+
+    Args:
+        folder: A model with a FlashHead.
+        prompts: What the texts begin with.
+        max_tokens: The longest text.
+
+    Returns:
+        Whether the paths agree on all prompts.
 
     Raises:
         ValueError: If the model cannot be loaded, or its head does not run on one of the paths.
     """
-    answers: list[list[list[int]]] = []  # FlashHead's own tokens, which no verification corrects
+    answers = []
     for path in PATHS:
         with mock.patch.dict(os.environ, {BACKEND_VARIABLE: path}):
             model, tokenizer = load(folder)
             taken = get_flash_head(model).backend
             if taken != path:
                 raise ValueError(f"The head runs on the path {taken!r} instead of {path!r}.")
-            options = {"max_tokens": max_tokens, "verify": False}
-            answers.append(
-                [
-                    [r.token for r in stream_generate(model, tokenizer, prompt, **options)]
-                    for prompt in prompts
-                ]
-            )
+            answers.append([answer(model, tokenizer, prompt, max_tokens) for prompt in prompts])
     agree = True
-    for prompt, *tokens in zip(prompts, *answers, strict=True):
-        pairs = list(zip(*tokens, strict=False))
+    for prompt, first, second in zip(prompts, *answers, strict=True):
+        pairs = list(zip(first, second, strict=False))
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        line = f"{prompt!r}: {same} of {max(map(len, tokens))} tokens are the same"
-        if tokens[0] != tokens[1]:
+        longest = max(len(first), len(second))
+        line = f"{prompt!r}: {same} of {longest} tokens are the same"
+        if first != second:
             with get_flash_head(model).settings(dense=True):
-                context = mx.array([[*tokenizer.encode(prompt), *tokens[0][:same]]])
+                context = mx.array([[*tokenizer.encode(prompt), *first[:same]]])
                 tie, difference = verdict(model(context)[0, -1], pairs[same])
             agree &= tie
             line += f", then {difference}"
@@ -67,8 +72,22 @@ def compare(folder: str, prompts=PROMPTS, max_tokens: int = 40) -> bool:
     return agree
 
 
+def answer(model: Any, tokenizer: Any, prompt: str, max_tokens: int) -> list[int]:
+    """FlashHead's own tokens, which no verification corrects."""
+    responses = stream_generate(model, tokenizer, prompt, max_tokens=max_tokens, verify=False)
+    return [response.token for response in responses]
+
+
 def verdict(logits: mx.array, pair: tuple[int, int]) -> tuple[bool, str]:
-    """Whether two tokens are a tie in the dense logits (V,), and their difference in words."""
+    """Compares two tokens.
+
+    Args:
+        logits: Dense logits (V,).
+        pair: The tokens, one of each path.
+
+    Returns:
+        Whether they are a tie, and their difference in words.
+    """
     first, second = (logits[token].item() for token in pair)
     rounding = max(SUMMATION, 2 * mx.finfo(logits.dtype).eps) * max(abs(first), abs(second))
     tie = abs(first - second) <= rounding

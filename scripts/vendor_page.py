@@ -40,9 +40,15 @@ def fetch(name: str, version: str) -> bytes:
 
 
 def take_files(package: bytes, wanted: dict[str, Any], folder: Path) -> None:
-    """Writes the wanted files of a package, a tar archive, and their checksums into ``wanted``.
+    """Writes the wanted files of a package, and their checksums into ``wanted``.
 
-    ``wanted`` is {path in ``folder``: {"from": path in the package, "integrity": …}}.
+    Args:
+        package: A tar archive.
+        wanted: {path in ``folder``: {"from": path in the package, "integrity": …}}.
+        folder: The folder of the package's files.
+
+    Raises:
+        ValueError: If the package lacks a file.
     """
     with tarfile.open(fileobj=io.BytesIO(package)) as archive:
         for place, file in wanted.items():
@@ -56,7 +62,11 @@ def take_files(package: bytes, wanted: dict[str, Any], folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] = tuple(sys.argv[1:])) -> None:
-    """Fetches every listed package."""
+    """Fetches every listed package.
+
+    Args:
+        arguments: Packages and the versions that they are to have, such as ``katex@0.19.1``.
+    """
     packages = json.loads((FOLDER / LIST).read_text())
     updates = dict(argument.rsplit("@", 1) for argument in arguments)
     if unknown := updates.keys() - packages.keys():

@@ -211,7 +211,7 @@ def check_before_loading(args: Namespace) -> None:
         config = json.loads((Path(args.model or "").expanduser() / "config.json").read_bytes())
         text_config = config.get("text_config", {})
         vocab_size = config.get("vocab_size", text_config.get("vocab_size"))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return  # loading says what is wrong
     if getattr(args, "image", ()) and not config.get("vision_config"):
         raise ValueError(f"{args.model} is a text model: leave --image out.")

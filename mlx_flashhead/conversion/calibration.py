@@ -158,7 +158,7 @@ def read_windows(
         for start in range(0, length, size):
             part = slice(start, start + size)
             began = monotonic()
-            with numpy_products(location.module), recorded_hidden(location) as recorded:
+            with numpy_products(model, location.module), recorded_hidden(location) as recorded:
                 forward(model, tokens[:, part], cache)
                 # only the states are evaluated, and the windows' logits are never computed
                 parts.append(np.array(recorded[-1].astype(mx.float32)))

@@ -1,71 +1,160 @@
-"""Several sequences at once: mlx-lm's batch, verified. A sequence with a rejected token leaves it
-with its caches, rolls back and joins it again."""
+"""Several texts at once, with the face of mlx-lm's ``BatchGenerator``."""
 
-import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head.draw import draw_all
-from ..models.compat.mlx_lm import ChoosingBatchGenerator, StateMachineStops
-from .caches import Snapshot, copied_layers, rollback
-from .policy import Proposer, step_arrays
-from .sampler import Trust, normalized
-from .schedule import VerifyScheduler
-from .sequence import PendingToken, Sequence
+from ..models.compat import mlx_lm as compat
+from .caches import BatchCaches
+from .decoder import Decoder
+from .policy import Proposer
+from .prompts import PromptQueue, Waiting
+from .sequence import Sequence, own_processors
 
+CLEAR_EVERY = 512  # steps, as mlx-lm's batches
 NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
 
 
 @dataclass
 class Response:
+    """A token of a text, with the fields of mlx-lm's responses of either version."""
+
     uid: int
     token: int
-    logprobs: mx.array
-    finish_reason: str | None
-    prompt_cache: list[Any] | None
-    all_tokens: list[int] | None
-    match_sequence: Any  # of a state machine of mlx-lm 0.31
-    current_state: Any
+    logprobs: mx.array  # (V,); (1,) where they are not wanted
+    finish_reason: str | None  # "stop", "length", or None while the text goes on
+    prompt_cache: list[Any] | None  # at its end: with the tokens handed out
+    all_tokens: list[int] | None  # at its end: those in the cache
+    match_sequence: Any = None  # of a state machine of mlx-lm 0.31
+    current_state: Any = None
 
 
-class VerifiedBatchGenerator(ChoosingBatchGenerator):
+@dataclass
+class _Text:
+    """A text of the batch, from its insertion to its end."""
+
+    sequence: Sequence
+    prompt: list[int]
+    matcher: Any  # of its stops
+
+
+class VerifiedBatchGenerator:
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
-    A call of :meth:`next` may return no token of a sequence, or several. Texts of a sampler for all
-    sequences that draws from MLX's random state are decoded densely. Samplers of single sequences
-    draw with a seed of the sequence.
+    :meth:`next` hands out one token of each text at most; while tokens are left from before it
+    computes nothing. Where more than one text has a sampler that draws from MLX's random state,
+    these are decoded densely, as mlx-lm would draw.
+
+    Args:
+        model: A model of mlx-lm.
+        proposer: What proposes; None makes one for the model.
+        max_tokens: Tokens of a text, where its own number is not given.
+        stop_tokens: Tokens, or sequences of tokens, that end a text.
+        sampler: For texts without one; None takes the likeliest token.
+        logits_processors: For texts where none are given.
+        completion_batch_size: Texts that are generated at once, at most.
+        prefill_batch_size: Prompts that are read at once, at most.
+        prefill_step_size: Tokens of each that are read at once, at most.
+        max_kv_size: Tokens of a cache, at most.
+        stream: Where it computes.
+        logprobs: Whether texts that are inserted from now on need log-probabilities.
+        announce: Called with how a text is decoded, as by :func:`verified_steps`.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        proposer: Proposer | None = None,  # None: a new one
-        max_tokens: int = 128,  # of a text
-        stop_tokens: Iterable[int | Rows[int]] | None = None,  # tokens, or sequences, that end it
-        sampler: Any = None,  # for sequences without one
-        logits_processors: Any = None,  # for sequences without any
-        logprobs: bool = True,  # whether sequences inserted from now on need log-probabilities
-        **options: Any,
+        proposer: Proposer | None = None,
+        max_tokens: int = 128,
+        stop_tokens: Any = None,
+        sampler: Any = None,
+        logits_processors: Any = None,
+        completion_batch_size: int = 32,
+        prefill_batch_size: int = 8,
+        prefill_step_size: int = 2048,
+        max_kv_size: int | None = None,
+        stream: Any = None,
+        logprobs: bool = True,
+        announce: Callable[[str], Any] | None = None,
     ):
-        super().__init__(model, max_tokens=max_tokens, **options)
-        self._proposer = Proposer(model) if proposer is None else proposer
-        self._defaults = sampler, logits_processors or []
-        # mlx-lm takes single tokens as well
-        stops = [[stop] if isinstance(stop, int) else list(stop) for stop in stop_tokens or ()]
-        self._stops = [stop for stop in stops if stop]
-        self._sequences: dict[int, Sequence] = {}  # by their numbers in mlx-lm's batch
-        self._matchers: dict[Sequence, Any] = {}  # of those with stops of their own
-        self._n_sequences = 0
-        self._to_drop: list[int] = []  # out of mlx-lm's batch, which copies its caches to do so
-        self._scheduler = VerifyScheduler(self._proposer, self._snapshots)
+        self.model = model
+        self.max_tokens = max_tokens
+        self.sampler = sampler
+        self.logits_processors = logits_processors or []
+        self.prefill_step_size = prefill_step_size
+        self.prefill_batch_size = prefill_batch_size
+        self.completion_batch_size = max(completion_batch_size, prefill_batch_size)
+        self.max_kv_size = max_kv_size
         self.logprobs = logprobs
+        self._announce = announce
+        self._stream = compat.generation_stream if stream is None else stream
+        self._stops = compat.stop_matchers(stop_tokens)
+        self._proposer = Proposer(model) if proposer is None else proposer
+        self._counters = compat.BatchCounters()
+        self._prompts = PromptQueue(model, prefill_batch_size, prefill_step_size, self._counters)
+        self._decoder = Decoder(self._proposer, BatchCaches(), self._feed)
+        self._texts: dict[int, _Text] = {}
+        self._n_inserted = 0
+        self._old_wired_limit = compat.maybe_set_recommended_wired_limit()
+
+    def _feed(self, tokens: mx.array, layers: list[Any]) -> mx.array:
+        return cast(mx.array, self.model(tokens, cache=layers))
+
+    @property
+    def stream(self) -> Any:
+        return self._stream
+
+    def close(self) -> None:
+        """Gives the wired limit back. The generator is of no use afterwards."""
+        if self._old_wired_limit is not None:
+            mx.synchronize(self._stream)
+            mx.set_wired_limit(self._old_wired_limit)
+            self._old_wired_limit = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_old_wired_limit"):
+            self.close()
+
+    @contextmanager
+    def stats(self) -> Iterator[Any]:
+        """The work that is done while the block runs, as mlx-lm's ``BatchStats``."""
+        with compat.counted(self._counters) as stats:
+            yield stats
+
+    @property
+    def prompt_cache_nbytes(self) -> int:
+        """Bytes of all caches."""
+        return self._prompts.nbytes + sum(layer.nbytes for layer in self._decoder.caches.layers)
+
+    def insert(
+        self,
+        prompts: list[list[int]],
+        max_tokens: list[int] | None = None,
+        caches: list[Any] | None = None,
+        all_tokens: list[list[int]] | None = None,
+        samplers: list[Any] | None = None,
+        logits_processors: list[Any] | None = None,
+        stop_sequences: list[Any] | None = None,
+        state_machines: list[Any] | None = None,
+    ) -> list[int]:
+        """Adds texts by their prompts, as :meth:`insert_segments`."""
+        return self.insert_segments(
+            [[prompt] for prompt in prompts],
+            max_tokens,
+            caches,
+            all_tokens,
+            samplers,
+            logits_processors,
+            stop_sequences,
+            state_machines,
+        )
 
     def insert_segments(
         self,
@@ -78,206 +167,199 @@ class VerifiedBatchGenerator(ChoosingBatchGenerator):
         stop_sequences: list[Any] | None = None,
         state_machines: list[Any] | None = None,
     ) -> list[int]:
-        """As ``BatchGenerator.insert_segments``. A processor with ``for_sequence`` makes another
-        one for each text. ``state_machines`` are 0.31's ``stop_sequences``."""
-        first = self._n_sequences
-        sampler, processors = self._defaults
-        stops = stop_sequences or state_machines
-        for i, segment in enumerate(segments):
-            parts = [part for part in segment if part]
-            if not parts:
-                raise ValueError(f"Sequence {i} has an empty prompt: give it at least one token.")
-            functions = (logits_processors[i] if logits_processors else None) or processors
-            before = list(all_tokens[i]) if all_tokens else []
-            own = samplers[i] if samplers else None
-            sequence = Sequence(
-                sampler if own is None else own,
-                [p.for_sequence() if hasattr(p, "for_sequence") else p for p in functions],
-                before + [token for part in parts for token in part],
-                logprobs=self.logprobs,
-                batched=own is not None,
-                limit=max_tokens[i] if max_tokens else self.max_tokens,
-                uid=self._n_sequences,
-            )
-            if (limit := sequence.limit) <= 0:
-                raise ValueError(f"Sequence {i}'s max_tokens is {limit}: it must be above 0.")
-            if sequence.uses_random_state:  # shared with the others
-                sequence.trust = Trust.UNKNOWN
-            if stops and stops[i] is not None:
-                of_0_31 = hasattr(stops[i], "make_state")
-                stop = StateMachineStops(stops[i]) if of_0_31 else stops[i]
-                self._matchers[sequence] = stop.matcher()
-            self._join(sequence, parts, caches[i] if caches else None, before)
-            self._n_sequences += 1
-        return list(range(first, self._n_sequences))
+        """Adds texts by the segments of their prompts, and returns their numbers.
 
-    def _join(self, sequence: Sequence, parts: list[Any], cache: Any, before: list[int]) -> None:
-        (uid,) = super().insert_segments([parts], [sys.maxsize], [cache], [before])
-        self._sequences[uid] = sequence
+        The arguments are mlx-lm's, a list with an entry for each text or None: ``all_tokens`` are
+        those that its cache holds, None or an empty list of ``logits_processors`` are none, and
+        ``state_machines`` are 0.31's ``stop_sequences``. A processor that keeps a state is made
+        anew for each text. ValueError as from mlx-lm.
+        """
+        n = len(segments)
+        given: dict[str, Any] = {
+            "max_tokens": max_tokens or [self.max_tokens] * n,
+            "caches": caches or [None] * n,
+            "all_tokens": all_tokens or [[] for _ in segments],
+            "samplers": samplers or [None] * n,
+            "logits_processors": logits_processors or [self.logits_processors] * n,
+            "stop_sequences": stop_sequences or state_machines or [None] * n,
+        }
+        for name, entries in given.items():
+            if len(entries) != n:
+                raise ValueError(
+                    f"Option {name} must have one entry per segment: expected {n}, "
+                    f"got {len(entries)}."
+                )
+        first = self._n_inserted
+        rows = zip(segments, *given.values(), strict=True)
+        added = [self._new_text(first + i, *row) for i, row in enumerate(rows)]
+        self._n_inserted += n
+        self._texts |= {waiting.uid: text for text, waiting in added}
+        self._prompts.add([waiting for _, waiting in added])
+        self._let_one_draw()
+        return list(range(first, self._n_inserted))
 
-    def choose(
-        self, uids: list[int], latest: mx.array, cache: list[Any]
-    ) -> tuple[mx.array, list[mx.array | None]]:
-        sequences = [self._sequences[uid] for uid in uids]
-        proposer, n = self._proposer, len(sequences)
-        with proposer.states() as states:
-            logits = self.model(latest[:, None], cache=cache)[:, -1, :]
-        proposes = proposer.verifies and n <= proposer.max_batch
-        known = [proposes and proposer.can_verify(sequence) for sequence in sequences]
-        verified = [i for i in range(n) if known[i] and sequences[i].snapshot is not None]
-        tokens, chosen = latest, list[PendingToken]()
-        if verified:
-            rows: Any = slice(None) if len(verified) == n else mx.array(verified)
-            tokens, chosen = proposer.propose(
-                [sequences[i] for i in verified], states[-1][:, -1][rows], latest[rows]
-            )
-        if dense := [i for i in range(n) if i not in verified]:
-            # in 16 bits, where a product of several states rounds otherwise than a verification
-            by_itself = [n > 1 and logits.dtype != mx.float32 and each for each in known]
-            dense_logits = [
-                proposer.dense_row(states[-1][i, -1:]) if by_itself[i] else logits[i : i + 1]
-                for i in dense
-            ]
-            sampled = self._choose_densely(dense, sequences, dense_logits, latest)
-            chosen += [sequences[i].pending[-1] for i in dense]
-            places = mx.argsort(mx.array(verified + dense))
-            tokens = mx.concatenate([tokens, sampled])[places] if verified else sampled
-        mx.async_eval(step_arrays(tokens, chosen), self._scheduler.joined)
-        return tokens, [None] * n
+    def _new_text(
+        self,
+        uid: int,
+        segments: list[list[int]],
+        limit: int,
+        cache: Any,
+        held: list[int],
+        sampler: Any,
+        processors: Any,
+        stops: Any,
+    ) -> tuple[_Text, Waiting]:
+        parts = [list(part) for part in segments if part]
+        if not parts:
+            raise ValueError(f"Sequence {uid} has an empty prompt: give it at least one token.")
+        if limit <= 0:
+            raise ValueError(f"Sequence {uid}'s max_tokens is {limit}: it must be above 0.")
+        if len(parts[-1]) != 1:
+            parts.append(parts[-1][-1:])
+            parts[-2] = parts[-2][:-1]
+        held = list(held)
+        prompt = [*held, *(token for part in parts for token in part)]
+        sequence = Sequence(
+            self.sampler if sampler is None else sampler,
+            own_processors(processors or ()),
+            mx.array(prompt, mx.int32),
+            logprobs=self.logprobs,
+            limit=limit,
+            uid=uid,
+            ids_dtype=mx.int32,
+        )
+        matcher = (self._stops if stops is None else compat.as_stop_sequences(stops)).matcher()
+        if cache is None:
+            cache = compat.make_prompt_cache(self.model, self.max_kv_size)
+        return _Text(sequence, prompt, matcher), Waiting(uid, parts, cache, held)
 
-    def _choose_densely(
-        self, rows: list[int], sequences: list[Sequence], logits: list[mx.array], latest: mx.array
-    ) -> mx.array:
-        """The tokens (R,) of some rows, by the normal logits (1, V) of each."""
-        chosen = [sequences[i] for i in rows]
-        latest_ids = [latest[i : i + 1] if sequences[i].n_chosen else None for i in rows]
-        cases = list(zip(chosen, logits, latest_ids, strict=True))
-        shared = len(rows) == len(sequences) and all(s.sampler is chosen[0].sampler for s in chosen)
-        if shared and chosen[0].uses_random_state:
-            each = [s.process(row, s.context(s.n_chosen, last)) for s, row, last in cases]
-            logprobs = normalized(mx.concatenate(each))
-            sampled = cast(Any, chosen[0].sampler)(logprobs)  # called once, as mlx-lm does
-        elif any(s.needs_logits or s.greedy for s in chosen):
-            return mx.concatenate([s.extend(row, last) for s, row, last in cases])
+    def _let_one_draw(self) -> None:
+        """Decodes the texts that draw from MLX's random state densely if there are several, since
+        each draw then depends on which texts are there."""
+        drawing = [text.sequence for text in self._texts.values() if text.sequence.draws_from_mlx]
+        if len(drawing) > 1:
+            for sequence in drawing:
+                self._decode_densely(sequence)
+
+    def _decode_densely(self, sequence: Sequence) -> None:
+        if sequence.verified:
+            with mx.stream(self._stream):
+                self._decoder.settle(sequence, dense=True)
         else:
-            together = mx.concatenate(logits)  # one draw, in a fraction of the operations
-            logprobs = normalized(together)
-            sampled = draw_all(together, [s.draw_at(s.n_chosen) for s in chosen])
-        for sequence, row in zip(chosen, logprobs, strict=True):
-            sequence.pending.append(PendingToken(logprobs=row if sequence.logprobs else None))
-        return sampled
+            sequence.end_verified()
+
+    def next(self) -> tuple[list[Any], list[Any]]:
+        """Takes a step: responses of prompts, and the next accepted token of each text that has
+        one. It may have none."""
+        with mx.stream(self._stream):
+            return self._next()
 
     def next_generated(self) -> list[Any]:
-        """The next accepted tokens; nothing if there are no more sequences."""
+        """The next accepted tokens; nothing if there are no more texts."""
         with mx.stream(self._stream):
-            while self._sequences:
+            while self._texts:
                 _, responses = self._next()
                 if responses:
                     return responses
         return []
 
-    def remove(self, uids: Rows[int], return_prompt_caches: bool = False) -> dict[int, Any]:
-        """Removes sequences. Returns, where wanted, their caches and the tokens in them, those that
-        were handed out."""
-        known = {sequence.uid: sequence for sequence in self._sequences.values()}
-        with mx.stream(self._stream):
-            removed = {uid: self._leave(known[uid]) for uid in uids}
-            self._drop_all()
-        return removed if return_prompt_caches else {}
-
     def extract_cache(self, uids: Rows[int]) -> dict[int, Any]:
-        """Copies of the caches of some sequences, with the tokens in them."""
-        wanted = [(uid, s) for uid, s in self._sequences.items() if s.uid in uids]
-        caches: dict[int, Any] = {}
+        """Copies of the caches of some texts, with the tokens in them."""
         with mx.stream(self._stream):
-            for uid, sequence in wanted:
-                caches[sequence.uid] = super().extract_cache([uid])[uid]
-                if uid in self.generating:
-                    target = sequence.n_yielded
-                    cache = self._rolled_back(uid, sequence.n_cached, target)
-                    caches[sequence.uid] = cache, sequence.prompt + sequence.tokens[:target]
-        return caches
+            return {uid: self._held(uid) for uid in uids if uid in self._texts}
+
+    def remove(self, uids: Rows[int], return_prompt_caches: bool = False) -> dict[int, Any]:
+        """Removes texts. Returns, where wanted, their caches with the tokens in them."""
+        held = self.extract_cache(uids) if return_prompt_caches else {}
+        known = [uid for uid in dict.fromkeys(uids) if uid in self._texts]
+        with mx.stream(self._stream):
+            self._prompts.remove(known)
+            decoded = [self._texts[uid].sequence for uid in known]
+            self._decoder.drop([s for s in decoded if s in self._decoder.sequences])
+        for uid in known:
+            del self._texts[uid]
+        return held
+
+    def _held(self, uid: int) -> tuple[list[Any], list[int]]:
+        text = self._texts[uid]
+        held = self._prompts.held(uid)
+        if held is not None:
+            return held
+        sequence = text.sequence
+        tokens = text.prompt + sequence.tokens[: sequence.n_yielded]
+        return self._decoder.handed_out_cache(sequence), tokens
 
     def _next(self) -> tuple[list[Any], list[Any]]:
-        prompts, steps = self.advance()
-        read = [self._sequences[step.uid] for step in steps]
-        for sequence, step in zip(read, steps, strict=True):
-            sequence.pending[sequence.n_read].read(step.token)
-            sequence.n_cached = len(sequence.tokens) + sequence.n_read
-        responses: list[Any] = []
-        try:
-            for sequence, accepted in self._scheduler.step([*self._sequences.values()], read):
-                responses += self._responses(sequence, accepted)
-        finally:
-            self._drop_all()
-        self.count(len(responses) - len(steps))
-        for prompt in prompts:
-            if prompt.uid in self._sequences:
-                prompt.uid = self._sequences[prompt.uid].uid
-        return prompts, responses
+        decoder = self._decoder
+        for sequence in list(decoder.sequences):
+            if sequence.verified and not sequence.as_at_start:
+                decoder.settle(sequence, dense=True)
+        # 1) Tokens that are left from before, or else a round.
+        left = self._hand_out()
+        if left:
+            return [], left
+        generated: list[Any] = []
+        if decoder.sequences:
+            began = time.perf_counter()
+            decoder.round()
+            generated = self._hand_out()
+            self._counters.decode_time += time.perf_counter() - began
+            self._counters.generation_steps += 1
+            if self._counters.generation_steps % CLEAR_EVERY == 0:
+                mx.clear_cache()
+        # 2) Prompts, unless there are as many texts as allowed.
+        n_free = self.completion_batch_size - len(decoder.sequences)
+        if n_free <= 0:
+            return [], generated
+        self._prompts.begin(n_free)
+        with self._proposer.reading():
+            started, responses = self._prompts.start()
+            if started is not None:
+                logits = self._feed(started.last[:, None], started.cache)[:, -1, :]
+                sequences = [self._texts[uid].sequence for uid in started.uids]
+                decoder.start(sequences, started.cache, logits)
+            responses += self._prompts.read()
+        return responses, generated
 
-    def _responses(self, sequence: Sequence, accepted: list[PendingToken]) -> list[Any]:
-        responses: list[Any] = []
-        matcher = self._matchers.get(sequence)
-        for pending in accepted:
-            sequence.n_yielded += 1
-            end, token = sequence.n_yielded, cast(int, pending.token)
-            if matcher is not None:
-                stops = matcher.advance(token)
-            else:
-                tokens = sequence.tokens
-                stops = any(tokens[max(end - len(s), 0) : end] == s for s in self._stops)
-            reason = "stop" if stops else "length" if end >= sequence.limit else None
-            logprobs = NO_LOGPROBS if pending.logprobs is None else pending.logprobs
-            ended = (None, None) if reason is None else self._leave(sequence)
-            states = [getattr(matcher, name, None) for name in ("match_sequence", "current_state")]
-            responses.append(Response(sequence.uid, token, logprobs, reason, *ended, *states))
-            if reason is not None:
-                return responses
-        if sequence.rejected:
-            cache = self._take_out(sequence, len(sequence.tokens) - 1)
-            before = sequence.prompt + sequence.tokens[:-1]
-            self._join(sequence, [sequence.tokens[-1:]], cache, before)
-            sequence.n_cached = len(sequence.tokens)
+    def _hand_out(self) -> list[Any]:
+        """One accepted token of each text that has one. Ended texts leave together, since mlx-lm's
+        caches are copied each time."""
+        responses = []
+        ended = []
+        for sequence in self._decoder.sequences:
+            if sequence.ready:
+                response = self._response(sequence)
+                responses.append(response)
+                if response.finish_reason is not None:
+                    ended.append(sequence)
+        if ended:
+            caches = dict(zip(ended, self._decoder.leave(ended), strict=True))
+            for response in responses:
+                text = self._texts[response.uid]
+                if text.sequence in caches:
+                    response.prompt_cache = caches[text.sequence]
+                    n_tokens = text.sequence.n_yielded
+                    response.all_tokens = text.prompt + text.sequence.tokens[:n_tokens]
+                    del self._texts[response.uid]
+        self._counters.generation_tokens += len(responses)
         return responses
 
-    def _leave(self, sequence: Sequence) -> tuple[list[Any], list[int]]:
-        """Ends a sequence. Returns its caches and the tokens in them, those handed out."""
-        tokens = sequence.prompt + sequence.tokens[: sequence.n_yielded]
-        if not (sequence.tokens or sequence.pending):  # nor is the prompt's last token in them yet
-            tokens = tokens[:-1]
-        cache = self._take_out(sequence, sequence.n_yielded)
-        sequence.pending.clear()
-        self._matchers.pop(sequence, None)
-        return cache, tokens
-
-    def _take_out(self, sequence: Sequence, target: int) -> list[Any]:
-        """Takes a sequence out of mlx-lm's batch: its caches, with ``target`` of its tokens."""
-        uid = next(uid for uid, other in self._sequences.items() if other is sequence)
-        n_cached = sequence.n_cached
-        if uid not in self.generating:
-            n_cached = max(n_cached - 1, 0)  # its latest token is still to be fed
-        cache = self._rolled_back(uid, n_cached, target)
-        self._to_drop.append(uid)
-        del self._sequences[uid]
-        sequence.n_cached, sequence.rejected = target, False
-        return cache
-
-    def _drop_all(self) -> None:
-        if self._to_drop:
-            super().remove(self._to_drop)
-            self._to_drop.clear()
-
-    def _rolled_back(self, uid: int, n_cached: int, target: int) -> list[Any]:
-        """A sequence's own caches, with ``target`` tokens of its text instead of ``n_cached``."""
-        cache = list(super().extract_cache([uid])[uid][0])
-        feed = partial(self.model, cache=cache)
-        rollback(cache, self._sequences[uid], n_cached, target, feed)
-        return cache
-
-    def _snapshots(self, sequences: list[Sequence]) -> list[Snapshot]:
-        """Snapshots of the batch's caches as they are, with each sequence's row in them."""
-        layers = copied_layers(self.generation_cache)
-        rows = {self._sequences.get(uid): i for i, uid in enumerate(self.generating)}
-        unknown: list[int | None] = [None] * len(layers)
-        return [Snapshot(s.n_cached, layers, unknown, rows[s]) for s in sequences]
+    def _response(self, sequence: Sequence) -> Response:
+        text = self._texts[sequence.uid]
+        pending = sequence.hand_out()
+        token = cast(int, pending.token)
+        if self._announce is not None and sequence.n_yielded == (2 if sequence.verified else 1):
+            self._announce(self._proposer.mode_of(sequence))
+        reason = "length" if sequence.n_yielded >= sequence.limit else None
+        if text.matcher.advance(token):
+            reason = "stop"
+        return Response(
+            sequence.uid,
+            token,
+            NO_LOGPROBS if pending.logprobs is None else pending.logprobs,
+            reason,
+            None,
+            None,
+            getattr(text.matcher, "match_sequence", None),
+            getattr(text.matcher, "current_state", None),
+        )

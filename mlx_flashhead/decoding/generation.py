@@ -1,30 +1,34 @@
-"""Generation with the choices of the dense model: mlx-lm's functions, and mlx-vlm's loop, on the
-verified loops."""
+"""``stream_generate``, ``generate`` and ``batch_generate``: mlx-lm's functions, with the choices of
+the dense model."""
 
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
-from functools import partial
+import time
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
-from ..models.compat.mlx_vlm import decodes_by_tokens_alone, is_greedy, stream_and_cache
-from ..models.compat.patching import replaced
+from ..models.compat.mlx_lm import BatchResponse, GenerationResponse, TokenizerWrapper
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.vlm import is_vlm
 from .batch import VerifiedBatchGenerator
-from .loop import drafted_steps, verified_steps
+from .drafting import drafted_steps
+from .loop import verified_steps
 from .policy import Proposer
 
-SETTINGS = ("n_probes", "verify", "dense", "draw_temperature", "max_wait")
+# Tokens, log-probabilities (V,), and whether a draft model proposed the token.
+Steps = Generator[tuple[int, Any, bool], None, None]
 
 
 def stream_generate(
     model: nn.Module,
-    tokenizer,
-    prompt,
+    tokenizer: Any,
+    prompt: Any,
+    max_tokens: int = 256,
+    draft_model: nn.Module | None = None,
+    stream: Any = compat.generation_stream,
     *,
     n_probes: int | None = None,
     verify: bool = True,
@@ -33,7 +37,7 @@ def stream_generate(
     max_wait: float | None = None,
     logprobs: bool = True,
     **kwargs: Any,
-) -> Generator[compat.GenerationResponse, None, None]:
+) -> Generator[GenerationResponse, None, None]:
     """Streams text from ``model``: ``mlx_lm.stream_generate`` with settings for the FlashHead.
 
     The text is the dense model's: the FlashHead proposes tokens, and the dense rows verify them
@@ -44,6 +48,9 @@ def stream_generate(
         model: A model loaded by ``mlx_flashhead.load``, or any dense one.
         tokenizer: Its tokenizer.
         prompt: Text, token ids or an array of them.
+        max_tokens: Tokens of the text, at most; -1 is no limit.
+        draft_model: A smaller model that proposes tokens, which the target verifies.
+        stream: The stream of MLX that computes.
         n_probes: Clusters scored per token in this call.
         verify: Verify every token. Without, the FlashHead alone chooses, with estimates for tokens
             that it does not score.
@@ -52,47 +59,201 @@ def stream_generate(
             the same one.
         max_wait: Seconds that text may wait for its verification, 0 to 1; 0 decodes densely.
         logprobs: Whether the log-probabilities of mlx_lm's responses, the dense model's, are used.
-        **kwargs: mlx_lm's keywords, such as max_tokens, sampler, logits_processors. A processor
-            with a ``begin``, such as :func:`grammar_processor` makes, hears that a text begins.
+        **kwargs: mlx_lm's keywords, such as sampler, logits_processors and prompt_cache.
+
+    Yields:
+        mlx-lm's responses.
 
     Raises:
-        ValueError: If the model has no FlashHead, or a setting is not valid.
+        ValueError: If the model has no FlashHead, a setting is not valid, or as from mlx-lm.
+        TypeError: If there is no such keyword.
     """
-    settings = dict(n_probes=n_probes, verify=verify, dense=dense, max_wait=max_wait)
-    proposer = _proposer(model, settings | {"draw_temperature": draw_temperature})
-    stream = compat.mlx_lm_stream_generate(model, tokenizer, prompt, **kwargs)
-    with _verified_loops(model, proposer, logprobs):
-        response = next(stream, None)  # takes the loop
-    if response is not None:
-        yield response
-        yield from stream
+    proposer = make_proposer(
+        model,
+        n_probes=n_probes,
+        verify=verify,
+        dense=dense,
+        draw_temperature=draw_temperature,
+        max_wait=max_wait,
+    )
+    yield from _responses(
+        model,
+        tokenizer,
+        prompt,
+        proposer=proposer,
+        max_tokens=max_tokens,
+        draft_model=draft_model,
+        stream=stream,
+        logprobs=logprobs,
+        **kwargs,
+    )
 
 
-def generate(model: nn.Module, tokenizer, prompt, **kwargs: Any) -> str:
-    """Generates a complete text: ``mlx_lm.generate`` with settings for the FlashHead. Arguments and
-    errors are those of :func:`stream_generate`; ``verbose=True`` prints as it goes."""
-    proposer = _proposer(model, kwargs)
-    with _verified_loops(model, proposer, False):
-        text = compat.mlx_lm_generate(model, tokenizer, prompt, **kwargs)
-    if kwargs.get("verbose") and proposer.head is not None:
-        print(proposer.report())
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Any,
+    verbose: bool = False,
+    *,
+    n_probes: int | None = None,
+    verify: bool = True,
+    dense: bool = False,
+    draw_temperature: float | None = None,
+    max_wait: float | None = None,
+    **kwargs: Any,
+) -> str:
+    """Generates a complete text: ``mlx_lm.generate`` with settings for the FlashHead.
+
+    Args:
+        model: A model loaded by ``mlx_flashhead.load``, or any dense one.
+        tokenizer: Its tokenizer.
+        prompt: Text, token ids or an array of them.
+        verbose: Print the text as it goes, and its speed.
+        n_probes: As for :func:`stream_generate`, like the other arguments.
+        verify: Likewise.
+        dense: Likewise.
+        draw_temperature: Likewise.
+        max_wait: Likewise.
+        **kwargs: Likewise.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: As :func:`stream_generate`.
+        TypeError: Likewise.
+    """
+    proposer = make_proposer(
+        model,
+        n_probes=n_probes,
+        verify=verify,
+        dense=dense,
+        draw_temperature=draw_temperature,
+        max_wait=max_wait,
+    )
+    if verbose:
+        print("=" * 10)
+    text = ""
+    for response in _responses(
+        model, tokenizer, prompt, proposer=proposer, **{"logprobs": False, **kwargs}
+    ):
+        if verbose:
+            print(response.text, end="", flush=True)
+        text += response.text
+    if verbose:
+        print()
+        print("=" * 10)
+        if text:
+            _print_statistics(response)
+        else:
+            print("No text generated for this prompt")
+        if proposer.head is not None:
+            print(proposer.report())
     return text
 
 
 def batch_generate(
-    model: nn.Module, tokenizer, prompts: list[list[int]], **kwargs: Any
-) -> compat.BatchResponse:
-    """Generates for several prompts at once: ``mlx_lm.batch_generate`` with the same settings. Each
-    prompt gets its own copy of a processor with ``for_sequence``, as of a grammar's."""
-    proposer = _proposer(model, kwargs)
-    with _verified_loops(model, proposer, bool(kwargs.get("return_logprobs"))):
-        return compat.batch_generate(model, tokenizer, prompts, **kwargs)
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    prompt_caches: list[list[Any]] | None = None,
+    max_tokens: int | list[int] = 128,
+    verbose: bool = False,
+    return_prompt_caches: bool = False,
+    return_token_ids: bool = False,
+    return_logprobs: bool = False,
+    *,
+    n_probes: int | None = None,
+    verify: bool = True,
+    dense: bool = False,
+    draw_temperature: float | None = None,
+    max_wait: float | None = None,
+    **kwargs: Any,
+) -> BatchResponse:
+    """Generates for several prompts at once: ``mlx_lm.batch_generate`` with settings for the
+    FlashHead.
+
+    Args:
+        model: A model loaded by ``mlx_flashhead.load``, or any dense one.
+        tokenizer: Its tokenizer.
+        prompts: The token ids of each prompt.
+        prompt_caches: Caches that hold the beginning of each text; they are not changed.
+        max_tokens: Tokens of each text, or of all.
+        verbose: Print the progress and the speed.
+        return_prompt_caches: Whether the caches are wanted.
+        return_token_ids: Whether the token ids are wanted.
+        return_logprobs: Whether the log-probability of each token is wanted.
+        n_probes: As for :func:`stream_generate`, like the other settings.
+        verify: Likewise.
+        dense: Likewise.
+        draw_temperature: Likewise.
+        max_wait: Likewise.
+        **kwargs: Of mlx-lm's ``BatchGenerator``, such as sampler and logits_processors. Each prompt
+            gets its own copy of a processor that keeps a state, as a grammar's does.
+
+    Returns:
+        mlx-lm's response.
+
+    Raises:
+        ValueError: If a setting is not valid, or as from mlx-lm.
+        TypeError: If there is no such keyword.
+    """
+    proposer = make_proposer(
+        model,
+        n_probes=n_probes,
+        verify=verify,
+        dense=dense,
+        draw_temperature=draw_temperature,
+        max_wait=max_wait,
+    )
+    generator = VerifiedBatchGenerator(
+        model,
+        proposer=proposer,
+        stop_tokens=[[token] for token in tokenizer.eos_token_ids],
+        logprobs=return_logprobs,
+        **kwargs,
+    )
+    n_prompts = len(prompts)
+    progress = f"[batch_generate] Finished processing {{}}/{n_prompts}"
+    if verbose:
+        print(progress.format(0), "...", end="\r")
+    limits = [max_tokens] * n_prompts if isinstance(max_tokens, int) else max_tokens
+    uids = generator.insert(prompts, limits, caches=prompt_caches)
+    token_ids: dict[int, list[int]] = {uid: [] for uid in uids}
+    logprobs: dict[int, list[float]] = {uid: [] for uid in uids}
+    caches: dict[int, Any] = {}
+    try:
+        with generator.stats() as stats:
+            while responses := generator.next_generated():
+                for response in responses:
+                    if response.finish_reason is not None:
+                        caches[response.uid] = response.prompt_cache
+                        if verbose:
+                            print(progress.format(len(caches)), "...", end="\r")
+                    if response.finish_reason != "stop":
+                        token_ids[response.uid].append(response.token)
+                        if return_logprobs:
+                            value = response.logprobs[response.token].item()
+                            logprobs[response.uid].append(value)
+    finally:
+        generator.close()
+    if verbose:
+        print(progress.format(len(caches)))
+    texts = [tokenizer.decode(token_ids[uid]) for uid in uids]
+    if verbose:
+        _print_batch_statistics(stats)
+    return compat.batch_response(
+        texts=texts,
+        stats=stats,
+        caches=[caches[uid] for uid in uids] if return_prompt_caches else None,
+        token_ids=[token_ids[uid] for uid in uids] if return_token_ids else None,
+        logprobs=[logprobs[uid] for uid in uids] if return_logprobs else None,
+    )
 
 
-def _proposer(model: nn.Module, keywords: dict[str, Any]) -> Proposer:
-    """Takes the settings of the FlashHead out of a call's ``keywords``. ValueError, before anything
-    is computed, if one is not valid."""
-    settings = {name: keywords.pop(name) for name in SETTINGS if name in keywords}
+def make_proposer(model: nn.Module, *, dense: bool = False, **settings: Any) -> Proposer:
+    """A proposer with the settings of a call. ValueError, before anything is computed, if one is
+    not valid."""
     if is_vlm(model):
         raise ValueError(
             "This is a model of mlx-vlm: generate with mlx_vlm.generate, which uses its FlashHead."
@@ -100,74 +261,132 @@ def _proposer(model: nn.Module, keywords: dict[str, Any]) -> Proposer:
     max_wait = settings.get("max_wait")
     if max_wait is not None and not 0 <= max_wait <= 1:
         raise ValueError(f"max_wait is {max_wait}: it must be 0 to 1 seconds.")
-    head_settings = {name: settings.get(name) for name in ("n_probes", "draw_temperature")}
+    of_head = {name: settings.get(name) for name in ("n_probes", "draw_temperature")}
     head = get_flash_head(model)
     if head is not None:
-        with head.settings(dense=settings.get("dense", False), **head_settings):
+        with head.settings(dense=dense, **of_head):
             pass
-    elif any(value is not None for value in head_settings.values()):
+    elif any(value is not None for value in of_head.values()):
         raise ValueError(NO_FLASH_HEAD)
-    return Proposer(model, **settings)
+    return Proposer(model, dense=dense, **settings)
 
 
-def _verified_loops(
-    model: nn.Module, proposer: Proposer, logprobs: bool
-) -> AbstractContextManager[None]:
-    """A block in which mlx-lm's functions take the verified loops, for this model alone."""
-    how: dict[str, Any] = {"proposer": proposer, "logprobs": logprobs}
-    loops: dict[str, Callable[..., Any]] = {
-        "generate_step": partial(verified_steps, **how),
-        "speculative_generate_step": partial(drafted_steps, proposer=proposer),
-        "BatchGenerator": partial(VerifiedBatchGenerator, **how),
-    }
-
-    def verified(name: str) -> Callable[..., Any]:
-        def take(*arguments: Any, **options: Any) -> Any:
-            ours = any(argument is model for argument in arguments[:2])  # the prompt, the model
-            return (loops[name] if ours else getattr(compat, name))(*arguments, **options)
-
-        return take
-
-    return replaced(compat.module, **{name: verified(name) for name in loops})
+def prompt_ids(tokenizer: Any, prompt: Any) -> mx.array:
+    """The token ids (n,) of a prompt, as ``mlx_lm.stream_generate`` makes them."""
+    if isinstance(prompt, mx.array):
+        return prompt
+    if isinstance(prompt, str):
+        bos = tokenizer.bos_token
+        adds = bos is None or not prompt.startswith(bos)
+        prompt = tokenizer.encode(prompt, add_special_tokens=adds)
+    return mx.array(prompt)
 
 
-def verified_loop(model: nn.Module, name: str) -> Callable[..., Any] | None:
-    """A loop like mlx-lm's of that name, with the dense model's choices; None where mlx-lm's own
-    serves as well."""
-    if is_vlm(model):
-        return None
-    proposer = Proposer(model)
-    if name == "speculative_generate_step":
-        return partial(drafted_steps, proposer=proposer)
-    return None if proposer.head is None else partial(verified_steps, proposer=proposer)
-
-
-def vlm_steps(
-    original: Callable[..., Iterator[Any]],
-    input_ids: mx.array,
+def _responses(
     model: nn.Module,
-    pixel_values: Any,
-    mask: Any,
+    tokenizer: Any,
+    prompt: Any,
+    *,
+    proposer: Proposer,
+    max_tokens: int = 256,
+    draft_model: nn.Module | None = None,
+    stream: Any = compat.generation_stream,
+    logprobs: bool = True,
+    **kwargs: Any,
+) -> Generator[GenerationResponse, None, None]:
+    """A text as mlx-lm's responses: prompt → steps → detokenizer."""
+    if max_tokens == 0:
+        raise ValueError("Maximum number of tokens must be non-zero (use -1 for no limit).")
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    prompt = prompt_ids(tokenizer, prompt)
+    detokenizer = tokenizer.detokenizer
+    steps = _steps(prompt, model, draft_model, stream, proposer, logprobs, max_tokens, kwargs)
+    with compat.wired_limit(model, [stream]), closing(steps):
+        began = time.perf_counter()
+        for n, (token, token_logprobs, from_draft) in enumerate(steps, 1):
+            if n == 1:
+                prompt_tps = prompt.size / (time.perf_counter() - began)
+                began = time.perf_counter()
+            is_end = token in tokenizer.eos_token_ids
+            if not is_end:
+                detokenizer.add_token(token)
+            is_last = is_end or n == max_tokens
+            if is_last:
+                detokenizer.finalize()
+            yield GenerationResponse(
+                text=detokenizer.last_segment,
+                token=token,
+                logprobs=token_logprobs,
+                from_draft=from_draft,
+                prompt_tokens=prompt.size,
+                prompt_tps=prompt_tps,
+                generation_tokens=n,
+                generation_tps=n / (time.perf_counter() - began),
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=("stop" if is_end else "length") if is_last else None,
+            )
+            if is_last:
+                return
+
+
+def _steps(
+    prompt: mx.array,
+    model: nn.Module,
+    draft_model: nn.Module | None,
+    stream: Any,
+    proposer: Proposer,
+    logprobs: bool,
+    max_tokens: int,
     options: dict[str, Any],
-) -> Iterator[Any] | None:
-    """mlx-vlm's ``generate_step`` for greedy text, verified: ``original`` reads the prompt and its
-    pictures, and the loop of one sequence goes on. None where ``original`` must serve: for a
-    sampler or processors, a draft model, a quantized cache, or a model that decodes by more than
-    tokens."""
-    proposer = Proposer(model)
-    takes = proposer.verifies and len(input_ids) == 1 and is_greedy(model, options)
-    if not takes or not decodes_by_tokens_alone(model):
-        return None
-    stream, cache = stream_and_cache(model, options)
-
-    def text(token_ids: mx.array, cache: list[Any]) -> mx.array:
-        return model.language_model(token_ids, cache=cache, logits_to_keep=1).logits
-
-    return verified_steps(
-        input_ids[0],
-        text,  # type: ignore[arg-type]
+) -> Steps:
+    """The tokens of a text, of the loop that its options ask for."""
+    if draft_model is not None:
+        if options.pop("input_embeddings", None) is not None:
+            raise ValueError("Speculative decoding does not support input embeddings.")
+        options.pop("max_kv_size", None)
+        options.pop("prompt_progress_callback", None)
+        yield from drafted_steps(
+            prompt,
+            model,
+            draft_model,
+            stream,
+            proposer=proposer,
+            max_tokens=max_tokens,
+            **options,
+        )
+        return
+    options.pop("num_draft_tokens", None)
+    steps = verified_steps(
+        prompt,
+        model,
         stream,
         proposer=proposer,
-        prefill=partial(original, input_ids, model, pixel_values, mask),
-        **(options | {"prompt_cache": cache}),
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        **options,
     )
+    with closing(steps):
+        for token, token_logprobs in steps:
+            yield token, token_logprobs, False
+
+
+def _print_statistics(response: GenerationResponse) -> None:
+    print(f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")
+    print(
+        f"Generation: {response.generation_tokens} tokens, "
+        f"{response.generation_tps:.3f} tokens-per-sec"
+    )
+    print(f"Peak memory: {response.peak_memory:.3f} GB")
+
+
+def _print_batch_statistics(stats: Any) -> None:
+    print(
+        f"[batch_generate] Prompt: {stats.prompt_tokens} tokens, "
+        f"{stats.prompt_tps:.3f} tokens-per-sec"
+    )
+    print(
+        f"[batch_generate] Generation: {stats.generation_tokens} tokens, "
+        f"{stats.generation_tps:.3f} tokens-per-sec"
+    )
+    print(f"[batch_generate] Peak memory: {stats.peak_memory:.3f} GB")

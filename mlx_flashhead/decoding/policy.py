@@ -3,9 +3,9 @@ applies them in the loops of one sequence and of several."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
@@ -17,8 +17,14 @@ from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
 from ..head.steps import NO_DEPTH
 from ..models.errors import UnsupportedHeadError
-from ..models.install import LogitChange, get_flash_head, hidden_dtype, logit_change_of
-from .sampler import Trust, current_random_state
+from ..models.install import (
+    LogitChange,
+    get_flash_head,
+    hidden_dtype,
+    is_recognised,
+    logit_change_of,
+)
+from .sampler import Trust
 from .sequence import PendingToken, Sequence
 
 MAX_PENDING = 32  # states of a verification: a GPU multiplies tiles of 32
@@ -70,6 +76,8 @@ def decoding_mode(model: nn.Module, *, verify: bool = True, dense: bool = False)
         return "dense: its FlashHead only drafts"
     if not verify:
         return "unverified"
+    if not is_recognised(model):
+        return "dense: the model is wrapped or changed, so nothing is known of its text"
     if policy_of(head).dense:
         return "dense: FlashHead is no faster on this machine"
     return "verified"
@@ -108,7 +116,9 @@ class Proposer:
         verify, dense = self._requested
         gains = self._n_probes is not None or not self.policy.dense
         usable = self.head is not None and not self.policy.drafts_only and not dense
-        self.verifies = usable and verify and gains and self._change is not None
+        self.verifies = (
+            usable and verify and gains and self._change is not None and is_recognised(self.model)
+        )
         self.unverified = usable and not verify
 
     @property
@@ -126,6 +136,16 @@ class Proposer:
             return CPU_BATCH
         return max(1, self.head.n_clusters // self.head.n_probes)
 
+    def mode_of(self, sequence: Sequence) -> str:
+        """How a text is decoded, in words: "verified", "unverified", or "dense: " and why."""
+        if sequence.verified:
+            return "verified"
+        verify, dense = self._requested
+        mode = decoding_mode(self.model, verify=verify, dense=dense)
+        if mode == "verified":
+            return "dense: its sampler, or one of its processors, cannot be verified"
+        return mode
+
     def can_verify(self, sequence: Sequence) -> bool:
         """Whether a sequence's choices can be verified. A pure function that keeps no bounds can
         where rounding is as small as float32's."""
@@ -136,6 +156,23 @@ class Proposer:
         if sequence.trust is Trust.EXACT:
             return True
         return self.head.clustered.rows.logits_dtype(hidden_dtype(self.model)) == mx.float32
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A block in which the model reads prompts, whose last logits choose the first token: by
+        the normal (dense) head, or the unverified one."""
+        if self.head is None:
+            yield
+            return
+        with self.head.intercepted(self._project):
+            yield
+
+    def _project(self, hidden: mx.array) -> mx.array:
+        if self.unverified and hidden.shape[-2] == 1:
+            logits = self.head.unverified_logits(hidden, self._n_probes, self._draw_temperature)
+        else:
+            logits = self.head.dense_logits(hidden)
+        return cast(mx.array, logits)
 
     @contextmanager
     def states(self) -> Iterator[list[mx.array]]:
@@ -149,20 +186,13 @@ class Proposer:
 
         def project(hidden: mx.array) -> mx.array:
             taken.append(hidden)
-            if self.unverified and hidden.shape[-2] == 1:
-                return head.unverified_logits(hidden)
-            return head.dense_logits(hidden)
+            return self._project(hidden)
 
-        how: Any = {"n_probes": self._n_probes, "draw_temperature": self._draw_temperature}
-        settings = head.settings(**how) if self.unverified else nullcontext()
-        with settings, head.intercepted(project):
+        with head.intercepted(project):
             yield taken
 
-    def propose(
-        self, sequences: Rows[Sequence], hidden: mx.array, latest: mx.array
-    ) -> tuple[mx.array, list[PendingToken]]:
-        """Tokens of states (R, D), a row a sequence: (R,) uint32, lazy, and as pending tokens.
-        ``latest`` (R,) are the tokens before them, which are not read yet."""
+    def propose(self, sequences: Rows[Sequence], hidden: mx.array) -> mx.array:
+        """Tokens of states (R, D), a row a sequence, which are pending then: (R,) uint32, lazy."""
         logit_map = self.logit_map
         wide = [logit_map is None or sequence.needs_logits for sequence in sequences]
         rows = [s.draw_at(s.n_chosen) for s in sequences]
@@ -177,21 +207,16 @@ class Proposer:
         )
         tokens, full = proposal.tokens, proposal.full
         proposal = proposal._replace(full=None)  # which may be large
-        chosen = [PendingToken(proposal, row) for row in range(len(sequences))]
         if full is not None:
             logits = self.model_logits(full)
             picked = [tokens[i : i + 1] for i in range(len(sequences))]
-            for i, (sequence, pending) in enumerate(zip(sequences, chosen, strict=True)):
+            for i, sequence in enumerate(sequences):
                 if wide[i]:
-                    row, index = slice(i, i + 1), sequence.n_chosen
-                    before = current_random_state()
-                    picked[i], _ = sequence.choose(logits[row], index, latest[row])
-                    if sequence.uses_random_state:
-                        pending.random_state = mx.stack([before, current_random_state()])
+                    picked[i], _ = sequence.choose(logits[i : i + 1], sequence.n_chosen)
             tokens = picked[0] if len(picked) == 1 else mx.concatenate(picked)
-        for sequence, pending in zip(sequences, chosen, strict=True):
-            sequence.pending.append(pending)
-        return tokens, chosen
+        for row, sequence in enumerate(sequences):
+            sequence.pending.append(PendingToken(proposal, row))
+        return tokens
 
     def model_logits(self, logits: mx.array) -> mx.array:
         """The head's logits (R, V) as the model gives them."""
@@ -217,6 +242,5 @@ class Proposer:
 def step_arrays(tokens: mx.array, chosen: Rows[PendingToken]) -> list[Any]:
     """What has to be computed before the tokens of a step can be read, in one evaluation."""
     risks = {id(p.proposal): p.proposal.risk for p in chosen if p.proposal is not None}
-    states = [p.random_state for p in chosen if p.random_state is not None]
     logprobs = [p.logprobs for p in chosen if p.logprobs is not None]
-    return [tokens, *risks.values(), *states, *logprobs]
+    return [tokens, *risks.values(), *logprobs]

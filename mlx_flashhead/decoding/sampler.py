@@ -1,46 +1,22 @@
 """How tokens are drawn, and what is known of a caller's sampler and processors."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, cast
 
 import mlx.core as mx
 
+from ..common.marks import marks_of
 from ..head.draw import Draws, DrawSettings, draw_all, position_key, threshold
 from ..models.compat.mlx_lm import is_mlx_lm_processor, mlx_lm_sampler_settings, sample_utils
+from .random_state import random_key
 
 MOST_TOKENS = 2**31 - 1  # more than any vocabulary has
 
 Processor = Callable[[Any, mx.array], mx.array]  # tokens (n,), logits (1, V) → logits (1, V)
 SamplerFunction = Callable[[mx.array], mx.array]  # log-probabilities (1, V) → token (1,)
-
-
-def current_random_state() -> mx.array:
-    """MLX's random state, (2,) uint32. Lazy."""
-    return mx.random.state[0]  # type: ignore[index]
-
-
-def set_random_state(state: mx.array) -> None:
-    """Makes ``state`` (2,) uint32 MLX's random state. Waits for it."""
-    high, low = cast(list[int], state.tolist())
-    mx.random.seed(high << 32 | low)
-
-
-@contextmanager
-def random_state(state: mx.array | None) -> Iterator[None]:
-    """Within the block MLX's random state is ``state``; with None it stays as it is."""
-    if state is None:
-        yield
-        return
-    before = current_random_state()
-    set_random_state(state)
-    try:
-        yield
-    finally:
-        set_random_state(before)
 
 
 def normalized(logits: mx.array) -> mx.array:
@@ -59,22 +35,21 @@ class Trust(Enum):
 def trust(sampler: Any, processors: Iterable[Processor] = ()) -> Trust:
     """Whether the choices of a sampler and processors can be verified.
 
-    A caller marks a function of its arguments alone with an attribute ``pure = True``, and a
-    processor that also keeps the order of a token's logits (a larger logit never becomes the
-    smaller one, whatever the other tokens' are) with ``preserves_margins = True``.
+    A caller marks functions with :func:`mlx_flashhead.pure` and
+    :func:`mlx_flashhead.preserves_margins`; mlx-lm's are known by their code.
     """
-    changing: list[Any] = [each for each in processors if not preserves_margins(each)]
+    changing: list[Any] = [each for each in processors if not keeps_margins(each)]
     if draw_settings(sampler) is None:
         changing.append(sampler)
     if not changing:
         return Trust.EXACT
-    pure = all(getattr(function, "pure", False) for function in changing)
-    return Trust.REPLAYABLE if pure else Trust.UNKNOWN
+    replayable = all(marks_of(function).pure for function in changing)
+    return Trust.REPLAYABLE if replayable else Trust.UNKNOWN
 
 
-def preserves_margins(processor: Any) -> bool:
+def keeps_margins(processor: Any) -> bool:
     """Whether bounds of a logit are bounds after this processor, too."""
-    return getattr(processor, "preserves_margins", False) or is_mlx_lm_processor(processor)
+    return marks_of(processor).preserves_margins or is_mlx_lm_processor(processor)
 
 
 def draw_settings(sampler: Any) -> DrawSettings | None:
@@ -127,7 +102,7 @@ class Sampler:
             lowest = mx.minimum(mx.max(kept) + math.log(s.min_p), nth_best)
             kept = mx.where(kept >= lowest, kept, -mx.inf)
         top_k = s.top_k if s.top_k < n_tokens else 0
-        with random_state(mx.array(key, mx.uint32)):
+        with random_key(key):
             sampler = sample_utils.make_sampler(s.temperature, 0.0, 0.0, 1, top_k, *self.xtc)
             return sampler(normalized(kept))
 

@@ -1,11 +1,11 @@
-"""When pending tokens are verified, and what is sure then."""
+"""When pending tokens are verified, and what is accepted then."""
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import mlx.core as mx
 
+from .caches import Snapshot
 from .policy import Proposer
 from .sequence import PendingToken, Sequence
 from .verification import Verification, join
@@ -15,72 +15,116 @@ JOINED = 7  # pending tokens that are joined at a time; a kernel joins 8 at the 
 FEW = 4  # tokens that may wait longer, on a machine that is slow to compute them
 
 
-class VerifyScheduler:
-    """Has the pending tokens of some sequences verified, and hands out what is sure. The first
-    verifications come after few tokens, so that text begins to flow early. ``snapshot`` takes
-    snapshots of the caches of some sequences as they are."""
+class VerifySchedule:
+    """Has the pending tokens of some sequences verified, and accepts what is sure.
 
-    def __init__(self, proposer: Proposer, snapshot: Callable[[list[Sequence]], list[Any]]):
-        self._proposer, self._snapshot = proposer, snapshot
+    The first verifications come after few tokens, so that text begins to flow early.
+
+    Args:
+        proposer: What proposed the tokens.
+        snapshot: Takes snapshots of the caches of some sequences as they are.
+    """
+
+    def __init__(self, proposer: Proposer, snapshot: Callable[[list[Sequence]], list[Snapshot]]):
+        self._proposer = proposer
+        self._snapshot = snapshot
         self._verification: Verification | None = None
         self._limit = proposer.policy.first_pending
-        self._n, self._risk, self._since = 0, 0.0, 0.0  # of the tokens that wait for a launch
+        self._n_waiting = 0  # tokens that wait for a launch
+        self._risk = 0.0  # of these, in all
+        self._since = 0.0  # when the first of these was read
         self._unjoined: list[PendingToken] = []
         self.joined: list[mx.array] = []  # of these, to be computed with the next step
 
-    def step(
-        self, sequences: list[Sequence], read: list[Sequence]
-    ) -> Iterator[tuple[Sequence, list[PendingToken]]]:
-        """After a step, which has read a token of the sequences in ``read``: what is sure now. The
-        caller rolls back rejected sequences and drops finished ones."""
-        self.joined, verification = [], self._verification
+    def step(self, sequences: list[Sequence]) -> None:
+        """After a step, which has read a token of each sequence: accepts what is sure. The caller
+        rolls back the caches of sequences that have a rejected token then."""
+        self.joined = []
         n_read = max((sequence.n_read for sequence in sequences), default=0)
+        verification = self._verification
         if verification is not None and (verification.ready or n_read >= MAX_READ):
-            yield from self._outcome()
+            self._accept()
         ends = False
-        for sequence in read:
-            if not sequence.n_read:  # it has ended or was rolled back
-                continue
-            pending = sequence.pending[sequence.n_read - 1]
-            if pending.proposal is None and sequence.n_read == 1:
-                accepted = [sequence.accept()]
-                if self._proposer.can_verify(sequence):
-                    (sequence.snapshot,) = self._snapshot([sequence])
-                yield sequence, accepted
-                continue
-            self._since = self._since if self._n else time.perf_counter()
-            self._n, self._risk = self._n + 1, self._risk + pending.risk
-            self._unjoined += [pending] * (pending.proposal is not None)
-            ends |= pending.token in self._proposer.head.eos_token_ids
-            ends |= len(sequence.tokens) + sequence.n_read == sequence.limit
+        for sequence in sequences:
+            if sequence.n_read:  # else a token before was rejected
+                ends |= self._note(sequence)
         if ends and self._verification is not None:
-            yield from self._outcome()
+            self._accept()
         waiting = [sequence for sequence in sequences if sequence.n_read]
         if waiting and self._verification is None and (ends or self._due):
-            self._n, self._risk, self._limit = 0, 0.0, self._limit * 2
-            self._unjoined = []
-            self._verification = Verification(self._proposer, waiting, self._snapshot(waiting))
+            self._launch(waiting)
             if ends:  # waits, since the next step may be of no use
-                yield from self._outcome()
+                self._accept()
         elif len(self._unjoined) >= JOINED:
-            proposal, self._unjoined = join(self._proposer.head, self._unjoined), []
+            proposal = join(self._proposer.head, self._unjoined)
+            self._unjoined = []
             self.joined = [proposal.hidden, proposal.probes, proposal.logits]
+
+    def flush(self, sequence: Sequence) -> None:
+        """Accepts the sequence's tokens that are read, up to a rejected one, without delay."""
+        if self._verification is not None:
+            self._accept()
+        if sequence.n_read and not sequence.rejected:
+            first = sequence.pending[0]
+            if first.proposal is None:
+                sequence.accept()
+            else:
+                self._launch([sequence])
+                self._accept()
+
+    def forget(self, sequences: list[Sequence]) -> None:
+        """What is pending of some sequences is verified no more."""
+        if self._verification is not None:
+            self._verification.forget(sequences)
+        self._unjoined = [
+            pending
+            for pending in self._unjoined
+            if not any(pending in sequence.pending for sequence in sequences)
+        ]
+
+    def _note(self, sequence: Sequence) -> bool:
+        """Takes note of the token read last; accepts it if the dense logits chose it and nothing is
+        pending before it. Returns whether it ends the text."""
+        pending = sequence.pending[sequence.n_read - 1]
+        if pending.proposal is None and sequence.n_read == 1:
+            sequence.accept()
+            return False
+        if not self._n_waiting:
+            self._since = time.perf_counter()
+        self._n_waiting += 1
+        self._risk += pending.risk
+        if pending.proposal is not None:
+            self._unjoined.append(pending)
+        at_limit = len(sequence.tokens) + sequence.n_read == sequence.limit
+        return at_limit or pending.token in self._proposer.head.eos_token_ids
 
     @property
     def _due(self) -> bool:
-        policy, max_wait = self._proposer.policy, self._proposer.max_wait
-        few, seconds = (FEW, policy.max_wait) if max_wait is None else (1, max_wait)
-        too_long = self._n >= few and time.perf_counter() - self._since >= seconds
-        too_many = self._n >= min(self._limit, policy.max_pending)
-        return too_many or self._risk >= policy.max_risk or (too_long and not policy.lockstep)
+        policy = self._proposer.policy
+        few, seconds = FEW, policy.max_wait
+        if self._proposer.max_wait is not None:
+            few, seconds = 1, self._proposer.max_wait
+        if self._n_waiting >= min(self._limit, policy.max_pending):
+            return True
+        if self._risk >= policy.max_risk:
+            return True
+        waited = time.perf_counter() - self._since
+        return self._n_waiting >= few and waited >= seconds and not policy.lockstep
 
-    def _outcome(self) -> Iterator[tuple[Sequence, list[PendingToken]]]:
+    def _launch(self, sequences: list[Sequence]) -> None:
+        self._n_waiting = 0
+        self._risk = 0.0
+        self._limit *= 2
+        self._unjoined = []
+        snapshots = self._snapshot(sequences)
+        self._verification = Verification(self._proposer, sequences, snapshots)
+
+    def _accept(self) -> None:
         """Waits for the verification. A sequence that goes on has a snapshot of its launch."""
-        verification, self._verification = self._verification, None
+        verification = self._verification
         assert verification is not None
+        self._verification = None
         for sequence, snapshot in verification.snapshots.items():
-            if sequence.pending:  # else it has ended meanwhile
-                accepted = verification.accept(sequence)
-                if not sequence.rejected:
-                    sequence.snapshot = snapshot
-                yield sequence, accepted
+            verification.accept(sequence)
+            if not sequence.rejected:
+                sequence.snapshots.append(snapshot)

@@ -1,18 +1,22 @@
-"""One sequence in progress: its accepted tokens, and the pending ones after them."""
+"""One text in progress: its accepted tokens, the pending ones after them, and how it is drawn."""
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
+from ..common.marks import marks_of
 from ..head.draw import DrawSettings, position_key
 from ..head.steps import Proposal
 from .caches import Snapshot
+from .random_state import DrawChain, Key, set_key
 from .sampler import (
     Processor,
     Sampler,
     SamplerFunction,
+    Trust,
     draw_settings,
     normalized,
     trust,
@@ -21,19 +25,13 @@ from .sampler import (
 
 @dataclass(eq=False)
 class PendingToken:
-    """A token that was chosen for a sequence and is not handed out yet."""
+    """A token that was chosen for a sequence and is not accepted yet."""
 
     proposal: Proposal | None = None  # None where the dense logits chose the token
     row: int = 0  # its row in the proposal
-    random_state: mx.array | None = None  # MLX's before and after the draw, (2, 2) uint32
     logprobs: mx.array | None = None  # (V,) of the dense logits, where wanted and known
     token: int | None = None  # once it is read
     risk: float = 0.0  # estimated chance that the dense logits choose another token, likewise
-
-    @property
-    def state_before(self) -> mx.array | None:
-        """MLX's random state before the draw, where the sampler uses it."""
-        return None if self.random_state is None else self.random_state[0]
 
     def read(self, token: int) -> None:
         """Notes the token, which has been computed."""
@@ -43,47 +41,118 @@ class PendingToken:
 
 
 class Sequence:
-    """A sequence: its prompt, its accepted tokens, and the pending ones after them."""
+    """A text: its prompt, its accepted tokens, and the pending ones after them.
+
+    Args:
+        sampler: The caller's; None takes the likeliest token.
+        processors: The caller's, applied in order. A list may be changed while the text goes on.
+        prompt_ids: The tokens before the text, (n,), of the dtype that processors get; None if
+            processors see none of them.
+        logprobs: Whether log-probabilities are wanted.
+        limit: Tokens after which it ends; -1 for no limit.
+        tokens: Accepted ones of a text that is continued.
+        uid: Its number in a batch.
+        ids_dtype: The dtype of the tokens that processors get; None for what mlx-lm's loop of one
+            text makes of the prompt's and the sampler's.
+    """
 
     def __init__(
         self,
-        sampler: Sampler | SamplerFunction | None,  # None takes the likeliest token
-        processors: Iterable[Processor] = (),  # applied in order
-        prompt: Iterable[int] = (),  # tokens before the text, which the processors see, too
+        sampler: Sampler | SamplerFunction | None,
+        processors: Iterable[Processor] | None = None,
+        prompt_ids: mx.array | None = None,
         *,
-        logprobs: bool = False,  # whether log-probabilities are wanted
-        batched: bool = False,  # whether it is generated beside others
-        limit: int = -1,  # tokens after which it ends; -1 for no limit
-        tokens: Iterable[int] = (),  # accepted ones of a text that is continued
+        logprobs: bool = False,
+        limit: int = -1,
+        tokens: Iterable[int] = (),
         uid: int = 0,
+        ids_dtype: mx.Dtype | None = None,
     ):
-        self.processors, self.prompt, self.tokens = list(processors), list(prompt), list(tokens)
-        self._prompt_ids = mx.array(self.prompt, mx.uint32)
-        self.logprobs, self.limit, self.uid = logprobs, limit, uid
+        self.sampler = sampler
+        given: Any = () if processors is None else processors
+        self.processors: Any = given if isinstance(given, list | tuple) else tuple(given)
+        self._processors_at_start = tuple(self.processors)
+        self.tokens = list(tokens)
+        self.logprobs = logprobs
+        self.limit = limit
+        self.uid = uid
+        self._ids_dtype = ids_dtype
         self.pending: list[PendingToken] = []
+        self.ready: deque[PendingToken] = deque()  # accepted, and not handed out
         self.n_yielded = len(self.tokens)  # tokens that the caller has
-        self.n_cached = 0  # tokens of the text in the caches
+        self.n_cached = len(self.tokens)  # tokens of the text in the caches
         self.rejected = False  # whether the caches hold another token in the last one's place
-        self.snapshot: Snapshot | None = None  # the caches at an accepted token
-        self.trust = trust(sampler, self.processors)
-        # How its tokens are drawn; None where only the sampler itself knows.
-        self.settings = settings = draw_settings(sampler)
-        self.greedy = settings is not None and settings.greedy
-        # mlx-lm's samplers draw from MLX's random state, which sequences would share
-        if batched and settings and not self.greedy and not isinstance(sampler, Sampler):
-            sampler = Sampler(settings)
-        self.sampler, self.seed = sampler, 0
-        if isinstance(sampler, Sampler) and not self.greedy:
+        # the first one is at the last token handed out, or before
+        self.snapshots: deque[Snapshot] = deque()
+        self.trust = trust(sampler, self._processors_at_start)
+        self.settings = draw_settings(sampler)  # None where only the sampler itself knows
+        self.greedy = self.settings is not None and self.settings.greedy
+        self.seed = 0
+        if type(sampler) is Sampler and not self.greedy:
             self.seed = sampler.new_seed()
-        # whether the sampler draws from MLX's random state, in the order of the tokens
-        self.uses_random_state = not self.greedy and not isinstance(sampler, Sampler)
+        self._chain: DrawChain | None = None
+        self._chain_begins = 0  # the place in the text of the chain's first draw
+        self._n_before = 0 if prompt_ids is None else len(prompt_ids)
+        self._ids: mx.array | None = None
+        if self._processors_at_start and prompt_ids is not None:
+            self._ids = prompt_ids
+            if self.tokens:
+                begun = mx.array(self.tokens, mx.uint32).astype(prompt_ids.dtype)
+                self._ids = mx.concatenate([prompt_ids, begun])
         if not self.tokens:
-            begin(self.processors)
+            begin(self._processors_at_start)
+
+    # What the text depends on.
+
+    @property
+    def draws_from_mlx(self) -> bool:
+        """Whether its sampler draws from MLX's random state: any but the greedy ones and ours."""
+        return not self.greedy and type(self.sampler) is not Sampler
 
     @property
     def needs_logits(self) -> bool:
         """Whether a choice needs the logits of all tokens."""
-        return bool(self.processors) or self.uses_random_state or self.settings is None
+        return bool(self._current_processors) or self.draws_from_mlx
+
+    @property
+    def _current_processors(self) -> Any:
+        """Those that choose the next token: a change in between counts from a later one on."""
+        return self._processors_at_start if self.verified else self.processors
+
+    @property
+    def as_at_start(self) -> bool:
+        """Whether the text still depends on what it depended on when it began, and nobody has drawn
+        from MLX's random state or seeded it meanwhile."""
+        at_start = self._processors_at_start
+        if len(self.processors) != len(at_start):
+            return False
+        same = all(now is before for now, before in zip(self.processors, at_start, strict=True))
+        return same and (self._chain is None or self._chain.undisturbed)
+
+    @property
+    def verified(self) -> bool:
+        """Whether its tokens are proposed, and verified."""
+        return bool(self.snapshots)
+
+    def begin_verified(self, snapshot: Snapshot) -> None:
+        """From now on its tokens are proposed; ``snapshot`` is of its caches as they are."""
+        self.snapshots.append(snapshot)
+        if self.settings is not None and self.draws_from_mlx:
+            self._chain = DrawChain()
+            self._chain_begins = self.n_chosen
+
+    def verified_anew(self, snapshot: Snapshot) -> None:
+        """Its caches may have been changed: earlier snapshots are of no use."""
+        self.snapshots.clear()
+        self.snapshots.append(snapshot)
+
+    def end_verified(self) -> None:
+        """From now on the normal (dense) head chooses its tokens, each function called once."""
+        self.trust = Trust.UNKNOWN
+        self.snapshots.clear()
+        self._chain = None
+
+    # Its tokens.
 
     @property
     def n_chosen(self) -> int:
@@ -94,61 +163,111 @@ class Sequence:
         """Pending tokens that are known: all but the one that is being computed."""
         return sum(pending.token is not None for pending in self.pending)
 
-    def draw_at(self, index: int) -> tuple[DrawSettings, tuple[int, int]]:
-        """The settings and the key of the draw at place ``index`` of the text."""
-        return self.settings or DrawSettings(), position_key(self.seed, index)
-
-    def context(self, index: int, latest: mx.array | None = None) -> mx.array | None:
-        """The tokens before place ``index`` of the text, (n,) uint32, if processors read them.
-        ``latest`` (1,) is the last of them where it is not read yet."""
-        if not self.processors:
-            return None
-        known = [pending.token for pending in self.pending if pending.token is not None]
-        text = mx.array((self.tokens + known)[: index - (latest is not None)], mx.uint32)
-        last = [] if latest is None else [latest.astype(mx.uint32)]
-        return mx.concatenate([self._prompt_ids, text, *last])
-
-    def process(self, logits: mx.array, context: mx.array | None) -> mx.array:
-        """The logits (1, V) after the processors, which may write into them."""
-        if self.processors:
-            logits = mx.array(logits)
-        for processor in self.processors:
-            logits = processor(context, logits)
-        return logits
-
-    def pick(self, logits: mx.array, logprobs: mx.array, index: int) -> mx.array:
-        """The token (1,) uint32 that processed logits (1, V) choose. ``logprobs`` are the same,
-        normalized as mlx-lm's loops do."""
-        if self.greedy:
-            return mx.argmax(logprobs, axis=-1)
-        if isinstance(self.sampler, Sampler):
-            return self.sampler.choose(logits, self.seed, index)
-        return cast(SamplerFunction, self.sampler)(logprobs)
-
-    def choose(
-        self, logits: mx.array, index: int, latest: mx.array | None = None
-    ) -> tuple[mx.array, mx.array]:
-        """The token (1,) that the model's logits (1, V) choose at place ``index`` of the text, and
-        log-probabilities (V,). Calls the sampler and each processor once."""
-        logits = self.process(logits, self.context(index, latest))
-        logprobs = normalized(logits)
-        return self.pick(logits, logprobs, index), logprobs.squeeze(0)
-
-    def extend(self, logits: mx.array, latest: mx.array | None = None) -> mx.array:
-        """The next token (1,), chosen by the model's logits (1, V), which is pending then."""
-        token, logprobs = self.choose(logits, self.n_chosen, latest)
-        self.pending.append(PendingToken(logprobs=logprobs if self.logprobs else None))
-        return token
+    def feed(self, latest: mx.array) -> None:
+        """Notes that the model gets the tokens (n,), for the processors."""
+        self.n_cached += len(latest)
+        if self._current_processors:
+            if self._ids_dtype is not None:
+                latest = latest.astype(self._ids_dtype)
+            self._ids = latest if self._ids is None else mx.concatenate([self._ids, latest])
 
     def accept(self) -> PendingToken:
         """Moves the first pending token to the accepted ones."""
         pending = self.pending.pop(0)
         self.tokens.append(cast(int, pending.token))
+        self.ready.append(pending)
         return pending
+
+    def hand_out(self) -> PendingToken:
+        """The next accepted token. MLX's random state becomes what mlx-lm's loop has left then."""
+        pending = self.ready.popleft()
+        self.n_yielded += 1
+        while len(self.snapshots) > 1 and self.snapshots[1].n_tokens <= self.n_yielded:
+            self.snapshots.popleft()
+        self.leave_state()
+        return pending
+
+    def leave_state(self) -> None:
+        """Leaves MLX's random state as mlx-lm's loop would at the token handed out last."""
+        if self._chain is not None:  # that loop is a token ahead
+            self._chain.place(self.n_yielded + 1 - self._chain_begins)
+
+    def cut(self, n_tokens: int) -> None:
+        """Forgets all tokens after the first ``n_tokens`` accepted ones, pending ones too."""
+        self.pending.clear()
+        for _ in range(len(self.tokens) - n_tokens):
+            self.ready.pop()
+        del self.tokens[n_tokens:]
+
+    def rolled_back(self, n_tokens: int) -> None:
+        """Notes that the caches hold the first ``n_tokens`` of the text and no others."""
+        self.rejected = False
+        self.n_cached = n_tokens
+        if self._ids is not None:
+            self._ids = self._ids[: self._n_before + n_tokens]
+        while len(self.snapshots) > 1 and self.snapshots[-1].n_tokens > n_tokens:
+            self.snapshots.pop()
+
+    # Its choices.
+
+    def draw_at(self, index: int) -> tuple[DrawSettings, Key]:
+        """The settings and the key of the draw at place ``index`` of the text."""
+        return self.settings or DrawSettings(), position_key(self.seed, index)
+
+    def mlx_key(self, index: int) -> Key | None:
+        """The key of that draw, where a sampler of mlx-lm draws ahead."""
+        return None if self._chain is None else self._chain.key(index - self._chain_begins)
+
+    def context(self, index: int) -> mx.array | None:
+        """The tokens before place ``index`` of the text, (n,), as processors get them."""
+        return None if self._ids is None else self._ids[: self._n_before + index]
+
+    def process(self, logits: mx.array, context: mx.array | None) -> mx.array:
+        """The logits (1, V) after the processors, which may write into them."""
+        processors = () if context is None else self._current_processors
+        if processors:
+            logits = mx.array(logits)
+        for processor in processors:
+            logits = processor(context, logits)
+        return logits
+
+    def pick(self, logits: mx.array, logprobs: mx.array, index: int) -> mx.array:
+        """The token (1,) that processed logits (1, V) choose. ``logprobs`` are the same, normalized
+        as mlx-lm's loops do."""
+        if self.greedy:
+            return mx.argmax(logprobs, axis=-1)
+        if type(self.sampler) is Sampler:
+            return self.sampler.choose(logits, self.seed, index)
+        if self._chain is not None:  # `hand_out` makes the state right for the caller
+            set_key(self._chain.state(index - self._chain_begins))
+        return cast(SamplerFunction, self.sampler)(logprobs)
+
+    def choose(self, logits: mx.array, index: int) -> tuple[mx.array, mx.array]:
+        """The token (1,) that the model's logits (1, V) choose at place ``index`` of the text, and
+        log-probabilities (V,). Calls the sampler and each processor once."""
+        logits = self.process(logits, self.context(index))
+        logprobs = normalized(logits)
+        return self.pick(logits, logprobs, index), logprobs.squeeze(0)
+
+    def extend(self, logits: mx.array) -> mx.array:
+        """The next token (1,), chosen by the model's logits (1, V), which is pending then."""
+        token, logprobs = self.choose(logits, self.n_chosen)
+        self.pending.append(PendingToken(logprobs=logprobs if self.logprobs else None))
+        return token
 
 
 def begin(processors: Iterable[Processor]) -> None:
-    """Calls ``begin`` of the processors that have one: a text begins."""
+    """Tells the processors that keep a state that a text begins."""
     for processor in processors:
-        if hasattr(processor, "begin"):
-            processor.begin()
+        marks = marks_of(processor)
+        if marks.begin is not None:
+            marks.begin()
+
+
+def own_processors(processors: Iterable[Processor]) -> tuple[Processor, ...]:
+    """Processors for one text of a batch: another one in the place of each that keeps a state."""
+    made = []
+    for processor in processors:
+        marks = marks_of(processor)
+        made.append(processor if marks.for_sequence is None else marks.for_sequence())
+    return tuple(made)

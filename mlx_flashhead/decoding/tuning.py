@@ -224,8 +224,8 @@ class _Parts:
                 token, logprobs = text.choose(logits[:, -1], 0)
                 mx.async_eval(token, logprobs)
             else:
-                token, chosen = proposer.propose([text], states[-1][:, -1], latest)
-                mx.async_eval(step_arrays(token, chosen))
+                token = proposer.propose([text], states[-1][:, -1])
+                mx.async_eval(step_arrays(token, text.pending[-1:]))
             read = cast(int, latest.item())
             if verified and i:
                 text.pending[i - 1].read(read)

@@ -10,8 +10,9 @@ from ..head.draw import Draws, DrawSettings, log_mass, noise_of_all, threshold
 from ..head.flash_head import FlashHead
 from ..head.proposal import Proposal, Tolerance
 from .policy import Proposer
+from .random_state import Key
 from .rounding import MASS_ROUNDING, NOISE_ROUNDING, SlotProduct, rounding_of
-from .sampler import Trust, normalized, random_state, set_random_state
+from .sampler import Trust, normalized
 from .sequence import PendingToken, Sequence
 
 Row = tuple[Sequence, PendingToken, int]  # a sequence, its pending token, its place in the text
@@ -113,51 +114,52 @@ class Verification:
         if sequence.trust is not Trust.EXACT:  # pure: called again, on what is known best
             same = mx.array([True])
             for logits in (bound(0.0), bound(-1.0), bound(1.0)):
-                with random_state(pending.state_before):
-                    same = same & (sequence.pick(logits, normalized(logits), index) == token)
+                same = same & (sequence.pick(logits, normalized(logits), index) == token)
             return same
         low, high = (bound(sign).astype(mx.float32) for sign in (-1.0, 1.0))
-        draw, state = sequence.draw_at(index), pending.state_before
-        return is_certain(low, high, token, draw, state, self._rounding.epsilon)
+        draw = sequence.draw_at(index)
+        key = sequence.mlx_key(index)
+        return is_certain(low, high, token, draw, key, self._rounding.epsilon)
 
     def _in_order(self, slots: mx.array) -> mx.array:
         """(k, C, n) in the order of the clusters → the model's logits (k, V)."""
         logits = in_token_order(slots.flatten(1), self._head.clustered.slot_of)
         return self._proposer.model_logits(logits)
 
-    def accept(self, sequence: Sequence) -> list[PendingToken]:
+    def forget(self, sequences: list[Sequence]) -> None:
+        """What was launched for these is of no use any more."""
+        for sequence in sequences:
+            self.snapshots.pop(sequence, None)
+
+    def accept(self, sequence: Sequence) -> None:
         """Waits for the verification and accepts the sequence's tokens up to a rejected one, whose
         place the dense choice takes. Nothing is pending any more then."""
         if self._product is not None:
             self._screen()
         if self._certain is not None:
             self._decide()
-        accepted: list[PendingToken] = []
-        while len(accepted) < self.counts[sequence] and not sequence.rejected:
+        for _ in range(self.counts[sequence]):
             pending = sequence.pending[0]
             if pending in self._choices:
                 token, logprobs = self._choices[pending]
                 pending.logprobs = logprobs if sequence.logprobs else None
                 sequence.rejected = token != pending.token
                 pending.token = token
-            accepted.append(sequence.accept())
-        if sequence.rejected:
-            self._proposer.n_rejected += 1
-            sequence.pending.clear()
-            if accepted[-1].random_state is not None:
-                set_random_state(accepted[-1].random_state[1])
-        return accepted
+            sequence.accept()
+            if sequence.rejected:
+                self._proposer.n_rejected += 1
+                sequence.pending.clear()
+                return
 
     def _decide(self) -> None:
         """Decides all rows that are in doubt by the dense logits of their own states."""
         certain = cast(list[bool], cast(mx.array, self._certain).tolist())
         self._certain, chosen = None, {}
         for (sequence, pending, index), is_certain in zip(self._rows, certain, strict=True):
-            if not is_certain:
+            if not is_certain and sequence in self.snapshots:
                 proposal, row = cast(Proposal, pending.proposal), pending.row
                 logits = self._proposer.dense_row(proposal.hidden[row : row + 1])
-                with random_state(pending.state_before):
-                    chosen[pending] = sequence.choose(logits, index)
+                chosen[pending] = sequence.choose(logits, index)
         mx.eval([token for token, _ in chosen.values()])
         for pending, (token, logprobs) in chosen.items():
             self._choices[pending] = cast(int, token.item()), logprobs
@@ -194,11 +196,11 @@ def is_certain(
     high: mx.array,
     token: int,
     draw: tuple[DrawSettings, tuple[int, int]],
-    state: mx.array | None,
+    mlx_key: Key | None,
     epsilon: float,
 ) -> mx.array:
     """Whether ``draw`` takes the token for all processed logits between ``low`` and ``high`` (1, V)
-    float32: (1,) bool, lazy. With a random ``state`` of MLX a sampler of mlx-lm draws. ``epsilon``
+    float32: (1,) bool, lazy. With ``mlx_key`` a sampler of mlx-lm draws, by that key. ``epsilon``
     is the spacing of log-probabilities, relative."""
     ids = mx.arange(low.shape[-1])
     own = ids == token
@@ -207,23 +209,23 @@ def is_certain(
         merged = (log_mass(high)[:, 0] - rival + 0.5) * epsilon  # rounding may merge two
         return low[:, token] - rival > merged
     draws = Draws.of([draw])
-    if state is not None:
+    if mlx_key is not None:
         grid = epsilon * (mx.abs(low - log_mass(high)) + 1.0) + MASS_ROUNDING
         low, high = low - grid, high + grid
     lowest = threshold(high, draws, log_mass(low) - MASS_ROUNDING)
     # mlx-lm may leave out a token that equals the last of a top-k
-    surely = low > lowest if state is not None and draw[0].top_k else low >= lowest
+    surely = low > lowest if mlx_key is not None and draw[0].top_k else low >= lowest
     maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
     likely = mx.where(maybe, high * draws.settings[:, :1], -mx.inf)
     unlikely = mx.where(surely, low * draws.settings[:, :1], -mx.inf)
-    if state is None:
+    if mlx_key is None:
         noisy = mx.where(own, unlikely, likely) + noise_of_all(draws.keys, len(ids))
         rival = mx.max(mx.where(own, -mx.inf, noisy), axis=-1)
         return noisy[:, token] > rival + NOISE_ROUNDING * (1 + mx.abs(noisy[:, token]))
     # MLX draws by noise, or by where a uniform number falls in the cumulated probabilities. Either
     # way the draw is certain if it is the token for the three worst cases: all others as likely as
     # they may be, those of lower ids, and those of higher ids, the rest as unlikely as they may be.
-    key = mx.random.split(state)[1]
+    key = mx.array(mlx_key, mx.uint32)
     certain = surely[:, token]
     for pushed in (~own, ids < token, ids > token):
         case = mx.where(pushed, likely, unlikely)

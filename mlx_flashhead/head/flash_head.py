@@ -6,6 +6,7 @@ Source: arXiv 2603.14591. docs/how-it-works.md has the steps and what differs.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import local
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,9 @@ from .steps import NO_DEPTH, Risk
 
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
+
+Projection = Callable[[mx.array], mx.array]  # hidden (..., D) → logits (..., V)
+_calls = local()  # by head: who makes the logits of its calls in this thread
 
 
 class FlashHead:
@@ -70,11 +74,12 @@ class FlashHead:
         self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
         self._verified = True  # whether a plain call is the dense head's
         self._draw_temperature: float | None = None
-        self._project: Callable[[mx.array], mx.array] | None = None
+        # makes the logits of calls that nobody intercepts
+        self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None
 
     def __getstate__(self) -> dict:
         """Without what belongs to this process: kernels, and who intercepts calls."""
-        state = {k: v for k, v in vars(self).items() if k != "steps"} | {"_project": None}
+        state = {k: v for k, v in vars(self).items() if k != "steps"} | {"projection": None}
         return state | {"_gathers_rows": self.steps.gathers_rows}
 
     def __setstate__(self, state: dict) -> None:
@@ -201,23 +206,38 @@ class FlashHead:
             vars(self).update(before)
 
     @contextmanager
-    def intercepted(self, project: Callable[[mx.array], mx.array]) -> Iterator[None]:
-        """Within the block ``project`` makes the logits of each call from its hidden states."""
-        before, self._project = self._project, project
+    def intercepted(self, project: Projection) -> Iterator[None]:
+        """Within the block ``project`` makes the logits of each call from its hidden states, in
+        this thread: another one may run the model at the same time."""
+        taken = vars(_calls)
+        name = str(id(self))
+        before = taken.get(name)
+        taken[name] = project
         try:
             yield
         finally:
-            self._project = before
+            if before is None:
+                del taken[name]
+            else:
+                taken[name] = before
+
+    def project_calls(self, project: Callable[["FlashHead", mx.array], mx.array]) -> None:
+        """From now on ``project`` makes the logits of each call that nobody intercepts, from this
+        head, or a copy of it, and the hidden states."""
+        self.projection = project
 
     def serve_drafts(self, n_probes: int) -> None:
         """From now on a call gives a draft's logits: the head is a drafter's own."""
-        self._project = partial(self.draft_logits, n_probes=n_probes)
+        self.project_calls(partial(FlashHead.draft_logits, n_probes=n_probes))
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Full logits: hidden (..., D) → (..., V). Lazy. They are :meth:`dense_logits`, within a
         block of :meth:`settings` :meth:`unverified_logits`."""
-        if self._project is not None:
-            return self._project(hidden)
+        taken = vars(_calls).get(str(id(self)))
+        if taken is not None:
+            return taken(hidden)
+        if self.projection is not None:
+            return self.projection(self, hidden)
         return self.dense_logits(hidden) if self._verified else self.unverified_logits(hidden)
 
     def dense_logits(self, hidden: mx.array) -> mx.array:
@@ -230,14 +250,23 @@ class FlashHead:
         logits = self.steps.verifying_product(hidden)
         return logits.reshape(len(hidden), self.n_clusters, -1)
 
-    def unverified_logits(self, hidden: mx.array, n_probes: int | None = None) -> mx.array:
-        """Logits (..., V) by retrieval: exact if probed, else an estimate below the best."""
+    def unverified_logits(
+        self,
+        hidden: mx.array,
+        n_probes: int | None = None,
+        draw_temperature: float | None = None,
+    ) -> mx.array:
+        """Logits (..., V) by retrieval: exact if probed, else an estimate below the best. The
+        arguments are those of :meth:`settings`, whose values they are if None."""
         n_probes = self.unverified_probes if n_probes is None else n_probes
-        if n_probes == self.n_clusters and self._draw_temperature is None:
+        temperature = self._draw_temperature if draw_temperature is None else draw_temperature
+        if n_probes == self.n_clusters and temperature is None:
             return self.dense_logits(hidden)
         rows = hidden.reshape(-1, hidden.shape[-1])
-        scores, selection, candidates = self._retrieve(rows, n_probes, words=True)
-        if self._draw_temperature is not None:
+        scores, selection, candidates = self._retrieve(
+            rows, n_probes, words=True, draw_temperature=temperature
+        )
+        if temperature is not None:
             scores = mx.full(scores.shape, NEVER_DRAWN, dtype=mx.float32)
             # without the estimates, which belong to other scores
             selection = Selection(selection.probes[:, :n_probes])
@@ -319,7 +348,9 @@ class FlashHead:
         """The scored tokens: hidden (..., D) → ids (..., p·cluster_size) uint32 and logits of the
         same shape. A padded slot has the id V and the dtype's lowest finite value."""
         rows, n_probes = hidden.reshape(-1, hidden.shape[-1]), self.unverified_probes
-        _, selection, candidates = self._retrieve(rows, n_probes, words=False)
+        _, selection, candidates = self._retrieve(
+            rows, n_probes, words=False, draw_temperature=self._draw_temperature
+        )
         shape = (*hidden.shape[:-1], n_probes * self.cluster_size)
         ids = self.steps.token_ids(selection.probes)[:, :n_probes]
         return ids.reshape(shape), candidates.logits[:, :n_probes].reshape(shape)
@@ -327,17 +358,23 @@ class FlashHead:
     def token(self, hidden: mx.array) -> mx.array:
         """The unverified greedy token: hidden (..., D) → (...) uint32; of equals the lowest id."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        _, selection, candidates = self._retrieve(rows, self.unverified_probes, words=False)
+        _, selection, candidates = self._retrieve(
+            rows, self.unverified_probes, words=False, draw_temperature=self._draw_temperature
+        )
         return self.steps.choose(selection, candidates, None)[0].reshape(hidden.shape[:-1])
 
     def _retrieve(
-        self, rows: mx.array, n_probes: int, words: bool
+        self,
+        rows: mx.array,
+        n_probes: int,
+        words: bool,
+        draw_temperature: float | None = None,
     ) -> tuple[mx.array, Selection, Candidates]:
         """(R, D) → scores (R, C), the probed clusters, and their logits; ``words`` for `expand`."""
         scores = ordering = self.steps.route(rows)
-        if self._draw_temperature is not None:
+        if draw_temperature is not None:
             # always probed clusters keep their 1e30 and stay on top
-            ordering = scores / self._draw_temperature + mx.random.gumbel(scores.shape)
+            ordering = scores / draw_temperature + mx.random.gumbel(scores.shape)
         selection = self.steps.select(ordering, n_probes, words)
         return scores, selection, self.steps.score(rows, selection)
 

@@ -23,6 +23,8 @@ TYPES = {
     "recipe": dict,
 }
 
+_JSON_NAMES = {int: "a whole number", str: "a text", list: "a list", dict: "an object"}
+
 
 @dataclass(frozen=True)
 class FlashHeadConfig:
@@ -89,34 +91,47 @@ class FlashHeadConfig:
                 f"{FORMAT_VERSION}: update mlx_flashhead, or {AGAIN}."
             )
         entries = {each.name: values.get(each.name) for each in fields(cls)}
-        invalid = []
+        problems = []
         for name, value in entries.items():
+            wanted = TYPES.get(name, int)
             # a whole number is neither 2.0 nor true
-            if type(value) is not TYPES.get(name, int):
-                invalid.append(name)
-        if not invalid:
+            if type(value) is not wanted:
+                problems.append(f"{name} is {_shown(value)}, and must be {_JSON_NAMES[wanted]}")
+        if not problems:
             entries["eos_token_ids"] = tuple(entries["eos_token_ids"])
             config = cls(**entries)
-            invalid = config._invalid()
-        if invalid:
-            raise ValueError(f"{source} has no valid {', '.join(sorted(invalid))}: {AGAIN}.")
+            problems = config._problems()
+        if problems:
+            raise ValueError(f"{source} is damaged ({'; '.join(problems)}): {AGAIN}.")
         return config
 
-    def _invalid(self) -> list[str]:
-        """The keys, of the right types, whose values are not possible."""
-        n_slots = self.n_clusters * self.cluster_size
+    def _problems(self) -> list[str]:
+        """What is wrong with values of the right types, in words."""
+        n_clusters = self.n_clusters
+        n_slots = n_clusters * self.cluster_size
         most_slots = MAX_PADDING * self.vocab_size  # padded slots cost memory as tokens do
+        problems = []
+        if self.cluster_size < 1 or not 1 <= self.vocab_size <= n_slots <= most_slots:
+            problems.append(
+                f"n_clusters is {n_clusters} and cluster_size is {self.cluster_size}, which do not "
+                f"fit a vocab_size of {self.vocab_size}"
+            )
+        for name in ("n_probes", "unverified_probes"):
+            value = getattr(self, name)
+            if not 1 <= value <= n_clusters:
+                problems.append(f"{name} is {value}, and must be 1 to {n_clusters}")
         ends = self.eos_token_ids
-        valid = {
-            "vocab_size, n_clusters and cluster_size": self.cluster_size >= 1
-            and 1 <= self.vocab_size <= n_slots <= most_slots,
-            "n_probes": 1 <= self.n_probes <= self.n_clusters,
-            "unverified_probes": 1 <= self.unverified_probes <= self.n_clusters,
-            "eos_token_ids": len(ends) <= MAX_END_TOKENS
-            and all(type(token) is int and 0 <= token < self.vocab_size for token in ends),
-            "verification": _is_verification(self.verification, self.n_clusters),
-        }
-        return [name for name, is_valid in valid.items() if not is_valid]
+        are_tokens = all(type(token) is int and 0 <= token < self.vocab_size for token in ends)
+        if len(ends) > MAX_END_TOKENS or not are_tokens:
+            problems.append(f"eos_token_ids is {_shown(list(ends))}, and must be a few token ids")
+        if not _is_verification(self.verification, n_clusters):
+            problems.append(f"verification is {_shown(self.verification)}, which is not complete")
+        return problems
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value, for messages."""
+    return "missing" if value is None else f"{value!r:.60}"
 
 
 def _is_verification(verification: dict[str, Any], n_clusters: int) -> bool:

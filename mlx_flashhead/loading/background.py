@@ -1,5 +1,8 @@
-"""The build of a FlashHead beside the use of its model, which answers with its normal (dense) head
-until the FlashHead is there: verified text does not depend on it."""
+"""The build of a FlashHead beside the use of its model.
+
+The model answers with its normal (dense) head until the FlashHead is there: verified text does not
+depend on it.
+"""
 
 import math
 import sys
@@ -14,13 +17,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from filelock import Timeout
+from filelock import BaseFileLock, Timeout
 
 from ..conversion import Progress, Task, run_task
 from ..conversion.build import STEP_SECONDS, expected_seconds, model_index
 from ..conversion.options import IndexOptions
 from ..conversion.recipe import make_recipe
 from ..decoding.policy import policy_of
+from ..head.matrix import Matrix
+from ..index.flash_head_index import FlashHeadIndex
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import HOME_VARIABLE, home, lock_of
 from ..models.install import get_flash_head
@@ -47,85 +52,146 @@ def build_steps(
     step_seconds: float = math.inf,
     drafted: Task[np.ndarray] | None = None,
 ) -> Task[StoredHead]:
-    """Builds a FlashHead in steps. A build that is dropped between them leaves nothing behind.
+    """Builds a FlashHead in short parts, or waits for another process that builds it.
 
-    Waits for another process that builds it. ``anew`` replaces one that there is, and takes more
-    time. ``drafted`` gives a drafter's states, instead of text. ValueError at a step, if the model
-    cannot have one.
+    A build that is dropped between two parts leaves nothing behind.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, or its processor.
+        location: Its head.
+        source: Its folder, which names it.
+        options: How the model gets its FlashHead.
+        anew: Replace a FlashHead that there is, and take more time.
+        step_seconds: About how long the model works at once.
+        drafted: Makes a drafter's states (N, D), in place of those of text.
+
+    Returns:
+        The FlashHead.
+
+    Raises:
+        ValueError: In one of the parts, if the model cannot have one.
     """
-    rows, say = location.rows(), options.say
-    place, lock = sources.place_of(rows), None
-    with suppress(OSError):  # else nothing can be cached there
-        lock = lock_of(place)
-    if lock is not None and not lock.is_locked:
-        say("Another process is building the FlashHead of this model: it is used once it is there.")
-        while not lock.is_locked:
-            time.sleep(0.02)
-            yield Progress("Waiting for the other process", 0, 1, "build")
-            with suppress(Timeout):
-                lock.acquire(timeout=0)
+    rows = location.rows()
+    place = sources.place_of(rows)
+    lock = yield from _locked(place, options)
     try:
         stored = None if anew else sources.find(rows, lambda _: None)
         if stored is not None:
             return stored
-        how = IndexOptions(quick=True)
-        if drafted is not None:  # within a tenth of the head's bytes more tokens than with 16
-            how = replace(how, cluster_size=32)
-        if anew:
-            how = replace(how, calibration_seconds=600.0)  # all of its text on a busy machine, too
-        elif expected_seconds(rows, how) > LONG_BUILD_SECONDS:
-            less: dict[str, Any] = {"calibration_positions": 800, "calibration_seconds": 30.0}
-            how = replace(how, cluster_size=32, **less)
+        how = _index_options(rows, anew=anew, of_drafter=drafted is not None)
         how.check_size(rows.n_rows)
         origin = local_origin(source)
-        minutes = max(1, math.ceil(round(expected_seconds(rows, how)) / 60))
-        say(
-            f"Building the FlashHead of {origin.known_as}, which takes at most about "
-            f"{'a minute' if minutes == 1 else f'{minutes} minutes'}. It is kept in {place}."
+        duration = _duration(expected_seconds(rows, how))
+        options.say(
+            f"Building the FlashHead of {origin.known_as}, which takes at most about {duration}. "
+            f"It is kept in {place}."
         )
         del rows
         recipe = make_recipe(how, origin, origin.result_name())
         if drafted is not None:
             del recipe["command"]  # no command converts a drafter of mlx-vlm
-        text = text_side(model, tokenizer)
         index = yield from model_index(
-            model, text, location, how, drafted=drafted, step_seconds=step_seconds
+            model,
+            text_side(model, tokenizer),
+            location,
+            how,
+            drafted=drafted,
+            step_seconds=step_seconds,
         )
         index = replace(index, config=replace(index.config, recipe=recipe))
         if index.config.calibration.get("cut_short"):
             n_positions = index.config.calibration["positions"]
-            say(
+            options.say(
                 f"This machine was busy, so the build was cut short, after {n_positions:,} "
                 "positions: mlx_flashhead.cache --rebuild MODEL makes a faster one."
             )
-        try:
-            sources.keep(index, place)
-        except OSError as error:
-            reason = error.strerror or error
-            say(
-                f"It is not kept, since {home()} cannot be written ({reason}): set "
-                f"{HOME_VARIABLE} to another place, or it is built again next time."
-            )
+        _keep(index, place, options)
         return StoredHead(index, str(place))
     finally:
         if lock is not None:
             lock.release()
 
 
-def finish(steps: Task[StoredHead], options: HeadOptions) -> StoredHead:
-    """Takes all steps that are left, with bars."""
+def _locked(place: Path, options: HeadOptions) -> Task[BaseFileLock | None]:
+    """Waits for the lock of a FlashHead's place; None if nothing can be cached there."""
+    try:
+        lock = lock_of(place)
+    except OSError:
+        return None
+    if not lock.is_locked:
+        options.say(
+            "Another process is building the FlashHead of this model: it is used once it is there."
+        )
+    while not lock.is_locked:
+        time.sleep(0.02)
+        yield Progress("Waiting for the other process", 0, 1, "build")
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+    return lock
+
+
+def _index_options(rows: Matrix, *, anew: bool, of_drafter: bool) -> IndexOptions:
+    """How an index is made at the first use of a model, or anew."""
+    how = IndexOptions(quick=True)
+    if of_drafter:  # within a tenth of the head's bytes more tokens than with 16
+        how = replace(how, cluster_size=32)
+    if anew:
+        return replace(how, calibration_seconds=600.0)  # all of its text on a busy machine, too
+    if expected_seconds(rows, how) > LONG_BUILD_SECONDS:
+        return replace(how, cluster_size=32, calibration_positions=800, calibration_seconds=30.0)
+    return how
+
+
+def _duration(seconds: float) -> str:
+    """A time in whole minutes, such as "a minute" and "2 minutes"."""
+    minutes = max(1, math.ceil(round(seconds) / 60))
+    return "a minute" if minutes == 1 else f"{minutes} minutes"
+
+
+def _keep(index: FlashHeadIndex, place: Path, options: HeadOptions) -> None:
+    """Keeps a FlashHead in the cache, or says why it cannot be kept."""
+    try:
+        sources.keep(index, place)
+    except OSError as error:
+        reason = error.strerror or error
+        options.say(
+            f"It is not kept, since {home()} cannot be written ({reason}): set {HOME_VARIABLE} to "
+            "another place, or it is built again next time."
+        )
+
+
+def finish(task: Task[StoredHead], options: HeadOptions) -> StoredHead:
+    """Does all parts of a build that are left, with bars.
+
+    Args:
+        task: The build.
+        options: How the model gets its FlashHead.
+    """
     with redirect_stdout(sys.stderr):  # standard output is the command's own
-        return run_task(steps, progress=options.progress)
+        return run_task(task, progress=options.progress)
 
 
 def build_now(
     model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, *, anew: bool = False
 ) -> None:
-    """Builds and installs a FlashHead, and says what it took; raises as `build_steps`."""
-    began, location = time.perf_counter(), find_head(model)
+    """Builds and installs a FlashHead, and says what it took.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, or its processor.
+        source: Its folder, which names it.
+        options: How the model gets its FlashHead.
+        anew: Replace a FlashHead that there is, and take more time.
+
+    Raises:
+        ValueError: If the model cannot have one.
+    """
+    began = time.perf_counter()
+    location = find_head(model)
     check_plain_product(location)
-    steps = build_steps(model, tokenizer, location, source=source, options=options, anew=anew)
-    stored = finish(steps, options)
+    task = build_steps(model, tokenizer, location, source=source, options=options, anew=anew)
+    stored = finish(task, options)
     seconds = time.perf_counter() - began
     policy = policy_of(install_stored(model, stored, options, location))  # it says what it gains
     if not policy.dense:
@@ -133,15 +199,32 @@ def build_now(
 
 
 class BackgroundBuild:
-    """A FlashHead that is built in steps, then installed, between two tokens, and measured;
-    UnsupportedHeadError if there can be none."""
+    """A FlashHead that is built in short parts, installed between two tokens, and measured.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        source: Its folder, which names it.
+        options: How the model gets its FlashHead.
+
+    Raises:
+        UnsupportedHeadError: If the model cannot have one.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions):
-        self._model, self._options = model, options
+        self._model = model
+        self._options = options
         location = find_head(model)
         check_plain_product(location)
-        how: Any = {"source": source, "options": options, "step_seconds": STEP_SECONDS}
-        self._steps = self._all_steps(build_steps(model, tokenizer, location, **how))
+        build = build_steps(
+            model,
+            tokenizer,
+            location,
+            source=source,
+            options=options,
+            step_seconds=STEP_SECONDS,
+        )
+        self._steps = self._all_steps(build)
 
     def _all_steps(self, build: Task[StoredHead]) -> Generator[Any, None, None]:
         stored = yield from build
@@ -151,18 +234,33 @@ class BackgroundBuild:
             yield from tune_head(self._model, stored.index, self._options)
 
     def advance(self) -> bool:
-        """Takes a step, and returns whether it was not the end; ValueError as `build_steps`."""
+        """Does a part of the work.
+
+        Returns:
+            Whether there was one left.
+
+        Raises:
+            ValueError: If the model cannot have a FlashHead.
+        """
         ended = object()
         return next(self._steps, ended) is not ended
 
     def drop(self) -> None:
+        """Ends the build, of which nothing is left."""
         self._steps.close()
 
 
 def background_build(
     model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions
 ) -> BackgroundBuild | None:
-    """The build for a model that has no FlashHead; None if it has one or can have none."""
+    """The build for a model that has no FlashHead; None if it has one or can have none.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        source: Its folder, which names it.
+        options: How the model gets its FlashHead, and where it is said that it can have none.
+    """
     if get_flash_head(model) is not None or is_vlm(model):
         return None
     try:
@@ -173,12 +271,17 @@ def background_build(
 
 
 class IdleBuild:
-    """Advances a build in a thread while its model is idle."""
+    """Advances a build in a thread while its model is idle.
+
+    Args:
+        build: The build.
+    """
 
     def __init__(self, build: BackgroundBuild):
         self._build = build
         self._using_model = Lock()
-        self._idle, self._closed = Event(), False
+        self._closed = False
+        self._idle = Event()
         self._idle.set()
         self._thread = Thread(target=self._run, name="build", daemon=True)
         self._thread.start()
@@ -190,7 +293,7 @@ class IdleBuild:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A block in which the model may be used. Waits for the step that is being taken."""
+        """A block in which the model may be used. It waits for the part that is being done."""
         self._idle.clear()
         try:
             with self._using_model:
@@ -199,6 +302,7 @@ class IdleBuild:
             self._idle.set()
 
     def close(self) -> None:
+        """Ends the build and its thread."""
         self._closed = True
         self._idle.set()
         self._thread.join()

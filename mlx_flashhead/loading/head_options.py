@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..common.command import printable, with_flags
 
 BUILD, REFUSE, DENSE, LATER = "build", "refuse", "dense", "later"
-VARIABLE = "MLX_FLASHHEAD_RUN"  # read by hook/sitecustomize.py
+VARIABLE = "MLX_FLASHHEAD_RUN"  # read by interop/hook/sitecustomize.py
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class HeadOptions:
         )
 
     def environment(self) -> dict[str, str]:
-        """The variables with which a new Python process patches mlx-lm, by `hook/sitecustomize`."""
+        """The variables with which a new Python process patches mlx-lm, by `interop/hook`."""
         values = asdict(self)
         for name in ("flash_head", "fine_head"):
             if isinstance(values[name], str | Path) and Path(values[name]).exists():
                 values[name] = str(Path(values[name]).resolve())  # the process may start elsewhere
         changed = {name: v for name, v in values.items() if v != getattr(HeadOptions, name)}
-        hook = str(Path(__file__).parents[1] / "hook")
+        hook = str(Path(__file__).parents[1] / "interop" / "hook")
         paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         paths = [hook, *(path for path in paths if path not in ("", hook))]
         return {"PYTHONPATH": os.pathsep.join(paths), VARIABLE: json.dumps(changed)}

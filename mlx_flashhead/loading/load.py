@@ -14,10 +14,11 @@ from ..conversion.builtin_text import builtin_requests
 from ..conversion.calibration import ANSWER_TOKENS, drafted_states
 from ..conversion.options import IndexOptions
 from ..decoding.policy import policy_of
-from ..decoding.sampler import random_state
+from ..decoding.random_state import random_key
 from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME
-from ..models.compat.mlx_vlm import drafted_answer, when_drafted
+from ..interop.drafters import when_drafted
+from ..models.compat.mlx_vlm import drafted_answer
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
@@ -278,7 +279,7 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
             seconds = IndexOptions.calibration_seconds
             drafted = drafted_states(location, answers, text.eos_token_ids, seconds=seconds)
             how: Any = {"source": Path(architecture(drafter)), "options": options}
-            with random_state(mx.random.key(0)):
+            with random_key((0, 0)):
                 steps = build_steps(drafter, tokenizer, location, drafted=drafted, **how)
                 stored = finish(steps, options)
         if stored is not None:

@@ -1,5 +1,4 @@
-"""Where a model's FlashHead comes from: the one that is named, the one beside the model, and the
-cached ones on this machine.
+"""Where a model's FlashHead comes from: from the user, from the model's folder, or from the cache.
 
 A cache entry is a folder, or a file of a finer head. Its name is the fingerprint of a head's rows
 and a number, so a moved or renamed model finds its own. Nothing of another name is touched.
@@ -29,11 +28,13 @@ from .head_options import HeadOptions
 
 RECIPE = 1  # a new version builds all FlashHeads again
 _NAME_LENGTH = 24  # of the 64 characters of a fingerprint
-SHELF, SPEEDS, ENTRY_FILES = "flash_heads", "speeds", (FILE_NAME, SETTINGS_NAME)
+INDEX_FOLDER = "flash_heads"
+SPEEDS_FOLDER = "speeds"
+INDEX_FILES = (FILE_NAME, SETTINGS_NAME)
 _NAMES = {  # names of cache entries, by folder: nothing else is touched
-    SHELF: re.compile(r"[0-9a-f]{24}-\d+"),
+    INDEX_FOLDER: re.compile(r"[0-9a-f]{24}-\d+"),
     FINE_FOLDER: re.compile(r"[0-9a-f]{24}-\d+\.safetensors|\.[0-9a-f]{24}-\d+\.\w+\.part"),
-    SPEEDS: re.compile(r"[0-9a-f]{24}\.json"),
+    SPEEDS_FOLDER: re.compile(r"[0-9a-f]{24}\.json"),
 }
 
 
@@ -46,7 +47,14 @@ class StoredHead:
 
 
 def explicit_head(options: HeadOptions) -> StoredHead | None:
-    """The FlashHead that the user names, or None; ValueError if it is not there, or damaged."""
+    """The FlashHead that the user names, if there is one.
+
+    Args:
+        options: How a model gets its FlashHead.
+
+    Raises:
+        ValueError: If it is not there, or damaged.
+    """
     if options.flash_head is None:
         return None
     name = str(options.flash_head)
@@ -57,8 +65,15 @@ def explicit_head(options: HeadOptions) -> StoredHead | None:
 
 
 def explicit_or_bundled_head(folder: Path, options: HeadOptions) -> StoredHead | None:
-    """The FlashHead that the user names, else the one in the model's folder, or None; ValueError
-    for a damaged or another version's."""
+    """The FlashHead that the user names, else the one in the model's folder, if there is one.
+
+    Args:
+        folder: The model's folder.
+        options: How a model gets its FlashHead.
+
+    Raises:
+        ValueError: If it is damaged or of another version.
+    """
     if options.flash_head is not None:
         return explicit_head(options)
     if files.has_flash_head(folder):
@@ -70,11 +85,11 @@ def explicit_or_bundled_head(folder: Path, options: HeadOptions) -> StoredHead |
 
 @dataclass(frozen=True)
 class Entry:
-    """A cached FlashHead, or a finer head, which has no settings, as a damaged one."""
+    """A cached FlashHead, or a finer head."""
 
     path: Path
     model: str  # its name
-    config: FlashHeadConfig | None = None
+    config: FlashHeadConfig | None = None  # None for a finer head, and for a damaged FlashHead
 
     @property
     def key(self) -> str:
@@ -83,6 +98,7 @@ class Entry:
 
     @property
     def is_fine_head(self) -> bool:
+        """Whether this is a finer head."""
         return self.path.suffix == ENDING
 
     @property
@@ -100,7 +116,7 @@ class Entry:
             Whether its folder is gone, which it is not if it holds other files.
         """
         is_one_file = self.is_fine_head or self.path.is_symlink()
-        files_of_it = [self.path] if is_one_file else [self.path / name for name in ENTRY_FILES]
+        files_of_it = [self.path] if is_one_file else [self.path / name for name in INDEX_FILES]
         for file in files_of_it:
             file.unlink(missing_ok=True)
         if self.config is not None:
@@ -113,70 +129,102 @@ class Entry:
 def entries() -> list[Entry]:
     """All cached FlashHeads and finer heads, the latest first."""
     found = []
-    for path in (*_well_named(SHELF), *_well_named(FINE_FOLDER)):
-        config, model = None, "damaged"
+    for path in _cached(INDEX_FOLDER):
+        if any((path / name).exists() for name in INDEX_FILES):
+            found.append(_index_entry(path))
+    for path in _cached(FINE_FOLDER):
         if path.suffix == ENDING:
-            with suppress(RuntimeError, ValueError, OSError):
-                loaded: Any = mx.load(str(path), return_metadata=True)
-                model = loaded[1].get("model", model)
-        elif any((path / name).exists() for name in ENTRY_FILES):
-            with suppress(ValueError, OSError):
-                config = files.read_settings(path)
-                model = str(config.recipe.get("model", "unknown"))
-        else:
-            continue
-        found.append(Entry(path, model, config))
+            found.append(_fine_head_entry(path))
     return sorted(found, key=lambda entry: entry.path.stat().st_mtime, reverse=True)
 
 
+def _index_entry(folder: Path) -> Entry:
+    """The entry of a cached FlashHead."""
+    try:
+        config = files.read_settings(folder)
+    except (ValueError, OSError):
+        return Entry(folder, "damaged")
+    return Entry(folder, str(config.recipe.get("model", "unknown")), config)
+
+
+def _fine_head_entry(file: Path) -> Entry:
+    """The entry of a cached finer head."""
+    try:
+        loaded: Any = mx.load(str(file), return_metadata=True)
+    except (RuntimeError, ValueError, OSError):
+        return Entry(file, "damaged")
+    return Entry(file, loaded[1].get("model", "damaged"))
+
+
 def remove_rest() -> list[Path]:
-    """Deletes speeds and partly fetched finer heads. Returns the files that are not the cache's."""
-    parts = (file for file in _well_named(FINE_FOLDER) if file.suffix == ".part")
-    for file in (*_well_named(SPEEDS), *parts):
+    """Deletes speeds and partly fetched finer heads.
+
+    Returns:
+        The files in the cache's folders that are not its own.
+    """
+    parts = [file for file in _cached(FINE_FOLDER) if file.suffix == ".part"]
+    for file in (*_cached(SPEEDS_FOLDER), *parts):
         file.unlink(missing_ok=True)
-    left = (path for name in _NAMES for path in (home() / name).glob("*"))
-    return sorted(path for path in left if not _NAMES[path.parent.name].fullmatch(path.name))
+    others = []
+    for folder, pattern in _NAMES.items():
+        others += [path for path in (home() / folder).glob("*") if not pattern.fullmatch(path.name)]
+    return sorted(others)
 
 
-def _well_named(folder: str) -> list[Path]:
-    """The entries of a folder of the home whose names have its form."""
-    return [path for path in (home() / folder).glob("*") if _NAMES[folder].fullmatch(path.name)]
+def _cached(folder: str) -> list[Path]:
+    """The paths in a folder of the cache that have the names of its entries."""
+    pattern = _NAMES[folder]
+    return [path for path in (home() / folder).glob("*") if pattern.fullmatch(path.name)]
 
 
 def place_of(rows: Matrix) -> Path:
     """The place of these rows' FlashHead, which may not exist yet."""
-    return home() / SHELF / f"{rows.fingerprint[:_NAME_LENGTH]}-{RECIPE}"
+    return home() / INDEX_FOLDER / f"{rows.fingerprint[:_NAME_LENGTH]}-{RECIPE}"
 
 
 def speeds_of(config: FlashHeadConfig) -> Path:
-    """The file of what was measured with this FlashHead: another one of the same rows has other
-    clusters, and a file of its own."""
+    """The file of what was measured with this FlashHead.
+
+    Another FlashHead of the same rows has other clusters, and a file of its own.
+    """
     settings = json.dumps(config.to_dict(), sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()
-    return home() / SPEEDS / f"{digest[:_NAME_LENGTH]}.json"
+    return home() / SPEEDS_FOLDER / f"{digest[:_NAME_LENGTH]}.json"
 
 
 def find(rows: Matrix, say: Callable[[str], None]) -> StoredHead | None:
-    """The FlashHead that was built for these rows (in token order), else one for another
-    form of them. A damaged one counts as missing, with a sentence."""
+    """Finds the cached FlashHead that was built for these rows, else one for near rows.
+
+    Args:
+        rows: The head's rows (V, D) in token order.
+        say: Takes a sentence if the FlashHead is damaged, which counts as missing.
+    """
     place = place_of(rows)
     try:
         if place.is_dir():
             return StoredHead(read_index(place), str(place))
     except (ValueError, OSError) as error:
         say(f"{str(error).partition(': ')[0]}: it is built again.")
-    for path, config in ((entry.path, entry.config) for entry in entries()):
-        if not path.name.endswith(f"-{RECIPE}") or config is None:
+    for entry in entries():
+        if entry.config is None or not entry.path.name.endswith(f"-{RECIPE}"):
             continue
         with suppress(ValueError, OSError):  # damaged, or of other rows
-            index = read_index(path)
-            index.check_fit(rows, str(path))
-            return StoredHead(index, str(path))
+            index = read_index(entry.path)
+            index.check_fit(rows, str(entry.path))
+            return StoredHead(index, str(entry.path))
     return None
 
 
 def keep(index: FlashHeadIndex, place: Path) -> None:
-    """Keeps a FlashHead, and forgets the speeds of the one that was in its place; OSError."""
+    """Keeps a FlashHead in the cache, and forgets the speeds of the one that was in its place.
+
+    Args:
+        index: The FlashHead.
+        place: Its folder.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
     replaced = [index.config]
     with suppress(ValueError, OSError):  # there is none, or it is damaged
         replaced.append(files.read_settings(place))

@@ -3,16 +3,14 @@ works.md). Each is evaluated at once, which pays for prompts and batches."""
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .compat.patching import replaced
-
-METHODS = [(nn.Linear, "__call__"), (nn.QuantizedLinear, "__call__")]
-METHODS += [(nn.Embedding, "as_linear"), (nn.QuantizedEmbedding, "as_linear")]
+from .observed import with_methods
 
 
 def numpy_is_faster() -> bool:
@@ -21,26 +19,23 @@ def numpy_is_faster() -> bool:
 
 
 @contextmanager
-def numpy_products(lazy: nn.Module | None = None) -> Iterator[None]:
-    """A block in which layers multiply by numpy, if it is faster, but for a ``lazy`` one."""
+def numpy_products(model: nn.Module, lazy: nn.Module | None = None) -> Iterator[None]:
+    """A block in which a model's layers multiply by numpy, if it is faster, but for a ``lazy``
+    one."""
     if not numpy_is_faster():
         yield
         return
-    by_mlx = mx.fast.scaled_dot_product_attention
-
-    def by_numpy(original):
-        return lambda self, x: original(self, x) if self is lazy else _product(self, x)
-
-    def attention(queries, keys, values, *, scale, mask=None, **others):
-        if others.get("sinks") is not None:
-            return by_mlx(queries, keys, values, scale=scale, mask=mask, **others)
-        return _attention(queries, keys, values, scale, mask)
-
-    with ExitStack() as stack:
-        for cls, name in METHODS:
-            stack.enter_context(replaced(cls, **{name: by_numpy(getattr(cls, name))}))
-        stack.enter_context(replaced(mx.fast, scaled_dot_product_attention=attention))
+    multiplied = [module for module in model.modules() if module is not lazy]
+    with with_methods(multiplied, _methods_by_numpy):
         yield
+
+
+def _methods_by_numpy(cls: type) -> dict[str, Any]:
+    if cls in (nn.Linear, nn.QuantizedLinear):
+        return {"__call__": _product}
+    if cls in (nn.Embedding, nn.QuantizedEmbedding):
+        return {"as_linear": _product}
+    return {}
 
 
 def _floats(array: mx.array) -> np.ndarray:
@@ -58,28 +53,6 @@ def _product(layer: nn.Module, x: mx.array) -> mx.array:
     product = to_mlx(_floats(x).reshape(-1, x.shape[-1]) @ _floats(weight).T)
     product = product.reshape(*x.shape[:-1], len(weight)).astype(x.dtype)
     return product + layer.bias if "bias" in layer else product
-
-
-def _attention(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
-) -> mx.array:
-    """``mx.fast.scaled_dot_product_attention`` by numpy: (B, H, L, D) → (B, H, L, D_v)."""
-    batch, heads, length, width = queries.shape
-    n_groups, n_keys = keys.shape[1:3]
-    asked = (_floats(queries) * np.float32(scale)).reshape(batch, n_groups, -1, width)
-    scores = (asked @ _floats(keys).swapaxes(-1, -2)).reshape(batch, heads, length, n_keys)
-    if isinstance(mask, str):  # "causal"
-        later = np.arange(n_keys) > np.arange(length)[:, None] + (n_keys - length)
-        scores[..., later] = -np.inf
-    elif mask is not None and mask.dtype == mx.bool_:
-        scores = np.where(np.asarray(mask), scores, np.finfo(np.float32).min)
-    elif mask is not None:
-        scores += _floats(mask)
-    scores -= scores.max(axis=-1, keepdims=True)
-    np.exp(scores, out=scores)
-    scores /= scores.sum(axis=-1, keepdims=True)
-    mixed = scores.reshape(batch, n_groups, -1, n_keys) @ _floats(values)
-    return to_mlx(mixed.reshape(batch, heads, length, -1)).astype(queries.dtype)
 
 
 def to_mlx(array: np.ndarray) -> mx.array:

@@ -1,6 +1,7 @@
 """Fetches models and small files from the Hugging Face Hub, and says what went wrong."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -16,6 +17,8 @@ from ..common.repositories import redact
 from ..index.files import FILE_NAME
 from .compat.mlx_lm import DEFAULT_ALLOW_PATTERNS, download
 
+# An address of a model's page on the Hub, or of a file of it.
+_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)")
 HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 ANSWER_SECONDS = 10.0  # in which the Hub answers, if it can be reached
 LARGEST_SMALL_FILE = 25_000_000  # bytes of a card or an index
@@ -56,6 +59,8 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
         return path
     if path.exists():
         raise ValueError(f"{path_or_repo} is a file: name its folder instead.")
+    if address := _ADDRESS.match(path_or_repo):
+        raise ValueError(f"{path_or_repo} is an address: give OWNER/NAME, {address[1]}.")
     if len(path.parts) > 2 or path.is_absolute() or path_or_repo.startswith((".", "~")):
         raise ValueError(f"There is no folder {path_or_repo}: check the path of the model.")
     with hub_errors(path_or_repo, revision):

@@ -3,7 +3,10 @@ and place; its class becomes a subclass, and so do those around it, to stop an u
 into the FlashHead, which gives them back when they are read."""
 
 import copy
+import sys
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -15,7 +18,7 @@ from mlx.utils import tree_flatten
 from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, fit_logit_map
-from .compat.mlx_vlm import keep_from_weights
+from ..interop.drafters import keep_from_weights
 from .errors import UnsupportedHeadError
 from .finer_head import restore_rows
 from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
@@ -27,11 +30,14 @@ LogitChange = Callable[[mx.array], mx.array]
 # What the model's settings were, and the change that was learned then.
 _known: WeakKeyDictionary[FlashHead, tuple[list[Any], LogitChange]] = WeakKeyDictionary()
 SETTINGS_DEPTH = 3  # objects and dictionaries within each other that hold a model's settings
+LIBRARIES = ("mlx", "mlx_lm", "mlx_vlm")
 NO_FLASH_HEAD = "This model has no FlashHead: load it with mlx_flashhead.load."
 _Module: Any = object  # the methods of nn.Module come from the class beside those below
 
 
 def _installed_module(model: nn.Module) -> Any:
+    if not isinstance(model, nn.Module):
+        return None
     return next((m for m in model.modules() if isinstance(m, _FlashModule)), None)
 
 
@@ -47,6 +53,46 @@ def installed_head(model: nn.Module) -> FlashHead:
     if head is None:
         raise ValueError(NO_FLASH_HEAD)
     return head
+
+
+def is_recognised(model: Any) -> bool:
+    """Whether this is the very model that got its FlashHead, or a copy of it, and all of its parts
+    are as mlx, mlx-lm or mlx-vlm have them: of their classes, whose calls nobody has replaced.
+
+    Of a module around a model, or a changed one, nobody knows what it does with a text's tokens.
+    """
+    if not isinstance(model, _FlashRoot):
+        return False
+    return all(_is_libraries(_class_of(module)) for module in model.modules())
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class of a module, without what an installation has put before it."""
+    cls = type(module)
+    return cls.__bases__[1] if isinstance(module, _Pickled) else cls
+
+
+def _is_libraries(cls: type) -> bool:
+    """Whether a class is the one that its library has under its name, and its call is its own."""
+    if cls.__module__.split(".")[0] not in LIBRARIES:
+        return False
+    home = sys.modules.get(cls.__module__)
+    if getattr(home, cls.__qualname__, None) is not cls:
+        return False
+    for name in ("__call__", "as_linear"):
+        function = getattr(cls, name, None)
+        code = getattr(function, "__code__", None)
+        if code is not None and not _in_libraries(code.co_filename):
+            return False
+    return True
+
+
+@cache
+def _in_libraries(filename: str) -> bool:
+    """Whether a file of code is one of the libraries'."""
+    folders = [sys.modules[name].__spec__ for name in LIBRARIES if name in sys.modules]
+    places = [p for spec in folders if spec for p in spec.submodule_search_locations or ()]
+    return any(Path(filename).is_relative_to(place) for place in places)
 
 
 def hidden_dtype(model: nn.Module) -> mx.Dtype:
@@ -88,7 +134,9 @@ def install(
     module._hidden_dtype = str(location.hidden_dtype).removeprefix("mlx.core.")
     _subclass(module, _FlashEmbedding if location.method == EMBEDDING else _FlashLinear)
     for path, parent in model.named_modules():
-        if not path or location.path.startswith(f"{path}."):
+        if not path:
+            _subclass(parent, _FlashRoot)
+        elif location.path.startswith(f"{path}."):
             _subclass(parent, _FlashParent)
     if is_vlm(model):
         keep_from_weights(_FlashModule)
@@ -157,6 +205,10 @@ class _FlashParent(_Pickled, _Module):
             if isinstance(module, _FlashModule):
                 module._refuse_change(key)
         return super().update(parameters, strict)
+
+
+class _FlashRoot(_FlashParent):
+    """The model itself, which got the FlashHead, or a copy of it."""
 
 
 class _FlashModule(_Pickled, _Module):

@@ -1,10 +1,9 @@
 """Finds the output projection of any model in one traced pass: the last module that has a row for
 each token and whose output is as wide as the logits. Records its inputs."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +11,8 @@ import mlx.nn as nn
 
 from ..head.matrix import AFFINE, ARRAYS, Matrix
 from .compat.mlx_vlm import own_head
-from .compat.patching import replaced
 from .errors import UnsupportedHeadError
+from .observed import with_methods
 from .vlm import architecture, check_writes_text, forward, is_vlm
 
 LINEAR, EMBEDDING = "__call__", "as_linear"
@@ -43,8 +42,7 @@ def find_head(model: nn.Module) -> HeadLocation:
     """The output projection of ``model``, found by tracing one forward pass; UnsupportedHeadError
     if no module's output is the logits, or the model does not run."""
     check_writes_text(model)
-    weights = ((type(module), module.get("weight")) for module in model.modules())
-    classes = {cls for cls, w in weights if isinstance(w, mx.array) and w.ndim == 2}
+    weighted = [module for module in model.modules() if _has_rows(module)]
     calls: list[tuple[int, HeadLocation]] = []  # each with the width of its output
 
     def record(module, method, args, output):
@@ -56,7 +54,7 @@ def find_head(model: nn.Module) -> HeadLocation:
 
     name, home = architecture(model), "mlx-vlm" if is_vlm(model) else "mlx-lm"
     try:
-        with _observed(classes, record):
+        with _observed(weighted, record):
             vocab_size = forward(model, mx.array([[0]])).shape[-1]
     except Exception as error:  # whatever the model's code raises
         check_writes_text(model, runs=False)
@@ -87,6 +85,11 @@ def find_head(model: nn.Module) -> HeadLocation:
         )
     path = next(path for path, module in model.named_modules() if module is heads[-1])
     return replace(whole[-1], path=path)
+
+
+def _has_rows(module: nn.Module) -> bool:
+    weight = module.get("weight")
+    return isinstance(weight, mx.array) and weight.ndim == 2
 
 
 def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
@@ -126,17 +129,17 @@ def recorded_hidden(location: HeadLocation) -> Iterator[list[mx.array]]:
         if module is location.module and method == location.method:
             states.append(args[0])
 
-    with _observed({type(location.module)}, record):
+    with _observed([location.module], record):
         yield states
 
 
 @contextmanager
-def _observed(classes: set[type], record: Callable) -> Iterator[None]:
-    """Within the block, calls of the head-like methods of ``classes`` are passed to ``record``."""
+def _observed(modules: Iterable[nn.Module], record: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, calls of the head-like methods of layers are passed to ``record``."""
     under_way: set[tuple[int, str]] = set()
 
-    def observer(name, original):
-        def call(self, *args, **kwargs):
+    def observing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             key = (id(self), name)
             if key in under_way:  # a call of the parent's method belongs to this call
                 return original(self, *args, **kwargs)
@@ -148,9 +151,9 @@ def _observed(classes: set[type], record: Callable) -> Iterator[None]:
 
         return call
 
-    with ExitStack() as stack:
-        for cls, name in product(classes, (LINEAR, EMBEDDING)):
-            if hasattr(cls, name):
-                method = observer(name, getattr(cls, name))
-                stack.enter_context(replaced(cls, **{name: method}))
+    def methods(cls: type) -> dict[str, Callable[..., Any]]:
+        names = [name for name in (LINEAR, EMBEDDING) if hasattr(cls, name)]
+        return {name: observing(name, getattr(cls, name)) for name in names}
+
+    with with_methods(modules, methods):
         yield

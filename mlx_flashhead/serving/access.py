@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.types import Scope
 
 from .api_errors import ApiError
-from .server_options import is_loopback
+from .server_options import DEFAULT_TOKEN_FILE, is_loopback
 
 COOKIE = "flashhead_token"
 # An operating system fetches these without cookies to put a page on the Home Screen.
@@ -169,9 +169,15 @@ def kept_token(path: Path) -> str:
     Raises:
         ValueError: If the file holds no token.
     """
+    is_usual = path == DEFAULT_TOKEN_FILE
     path = path.expanduser()
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if is_usual:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        elif not path.parent.is_dir():
+            raise ValueError(
+                f"--token-file {path}: there is no folder {path.parent}, make it first."
+            )
         words = ("".join(secrets.choice(_LETTERS) for _ in range(4)) for _ in range(5))
         with open(path, "x", opener=lambda name, how: os.open(name, how, 0o600)) as file:
             file.write("-".join(words) + "\n")

@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..decoding.batch import VerifiedBatchGenerator
-from ..decoding.loop import drafted_steps, verified_steps
+from ..decoding.drafting import drafted_steps
+from ..decoding.loop import verified_steps
 from ..decoding.policy import Proposer
 from ..models.compat.mlx_lm import (
     LRUPromptCache,
@@ -93,9 +94,13 @@ class Batch:
 
     def __init__(self, job: Job, size: int, stream: mx.Stream):
         self.kind = job.kind
-        sizes: Any = {"completion_batch_size": size, "prefill_batch_size": size, "stream": stream}
-        sizes["proposer"] = _proposer(job)
-        self._generator = VerifiedBatchGenerator(job.served.model, **sizes)
+        self._generator = VerifiedBatchGenerator(
+            job.served.model,
+            completion_batch_size=size,
+            prefill_batch_size=size,
+            stream=stream,
+            proposer=_proposer(job),
+        )
         self._jobs: dict[int, Job] = {}
         self._ended: dict[int, CachedTokens] = {}  # at their greatest number of tokens
 
@@ -103,10 +108,15 @@ class Batch:
         """Adds a sequence whose prompt has been read."""
         job = reading.job
         self._generator.logprobs = job.request.logprobs is not None
-        (tokens, cache), last = reading.cached, job.prompt.tokens[-1:]
-        held: Any = {"caches": [cache], "all_tokens": [tokens], "samplers": [job.sampler]}
-        held |= {"logits_processors": [job.processors]}
-        (uid,) = self._generator.insert([last], [job.max_tokens], **held)
+        tokens, cache = reading.cached
+        (uid,) = self._generator.insert(
+            [job.prompt.tokens[-1:]],
+            [job.max_tokens],
+            caches=[cache],
+            all_tokens=[tokens],
+            samplers=[job.sampler],
+            logits_processors=[job.processors],
+        )
         self._jobs[uid] = job
 
     @property
@@ -114,10 +124,11 @@ class Batch:
         return list(self._jobs.values())
 
     def step(self) -> list[Step]:
-        """Takes one step. Of each sequence it may give no token, or several."""
+        """Takes one step. It may give no token of a sequence."""
         _, responses = self._generator.next()
-        ended = (r for r in responses if r.finish_reason is not None)
-        self._ended |= {r.uid: (r.all_tokens, r.prompt_cache) for r in ended}
+        for response in responses:
+            if response.finish_reason is not None:
+                self._ended[response.uid] = response.all_tokens, response.prompt_cache
         return [(self._jobs[r.uid], r.token, r.logprobs) for r in responses]
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:
@@ -137,8 +148,14 @@ class Single:
     """A batch of one sequence, in the loop for one, or in mlx-lm's with a draft model."""
 
     def __init__(self, reading: Reading, flags: Namespace, stream: mx.Stream):
-        job, served = reading.job, reading.job.served
-        self.jobs, self._cache, self._tokens = [job], reading.cache, job.all_tokens
+        job = reading.job
+        self.jobs = [job]
+        self._cache = reading.cache
+        self._tokens = job.all_tokens
+        self._held = len(self._tokens) - 1  # tokens in the cache: not yet the prompt's last one
+        start = mx.array(self._tokens[-1:])
+        model = job.served.model
+        draft_model = job.served.draft_model
         options: dict[str, Any] = {
             "sampler": job.sampler,
             "prompt_cache": self._cache,
@@ -149,36 +166,52 @@ class Single:
             "kv_group_size": flags.kv_group_size,
             "quantized_kv_start": flags.quantized_kv_start,
         }
-        start = mx.array(self._tokens[-1:])
         self._steps: Generator[tuple[Any, ...], None, None]
-        if served.draft_model is None:
-            options |= {"logprobs": job.request.logprobs is not None, "n_begun": len(job.tokens)}
-            # without a limit, so that its cache holds all tokens that it has yielded
-            self._steps = verified_steps(start, served.model, stream, max_tokens=-1, **options)
+        if draft_model is None:
+            self._steps = verified_steps(
+                start,
+                model,
+                stream,
+                max_tokens=-1,  # without a limit, so that a step is launched after the last token
+                logprobs=job.request.logprobs is not None,
+                n_begun=len(job.tokens),
+                **options,
+            )
         else:
-            options |= {"num_draft_tokens": job.request.num_draft_tokens}
-            options |= {"max_tokens": job.max_tokens}
-            self._steps = drafted_steps(start, served.model, served.draft_model, stream, **options)
+            self._steps = drafted_steps(
+                start,
+                model,
+                draft_model,
+                stream,
+                max_tokens=job.max_tokens,
+                num_draft_tokens=job.request.num_draft_tokens,
+                **options,
+            )
 
     def step(self) -> list[Step]:
         token, logprobs = next(self._steps)[:2]
         self._tokens.append(token)
+        self._held = len(self._tokens)
         return [(self.jobs[0], token, logprobs)]
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:
+        """Removes the sequence. Returns its tokens and caches; nothing if they do not agree."""
         self.jobs = []
         self._steps.close()  # brings the cache to the tokens that were yielded
-        n_held = len(self._tokens)
         if jobs[0].served.draft_model is not None:  # whose cache may be some tokens behind
             if not can_trim_prompt_cache(self._cache):
                 return []
-            n_held = min(n_held, *(cache.offset for cache in self._cache))
+            self._held = min(self._held, *(cache.offset for cache in self._cache))
             for cache in self._cache:
-                cache.trim(cache.offset - n_held)
-        return [(self._tokens[:n_held], self._cache)]
+                cache.trim(cache.offset - self._held)
+        return [(self._tokens[: self._held], self._cache)]
 
 
 def _proposer(job: Job) -> Proposer:
-    served, request = job.served, job.request
-    how: Any = {"verify": served.verify, "max_wait": served.max_wait}
-    return Proposer(served.model, dense=request.dense, n_probes=request.n_probes, **how)
+    return Proposer(
+        job.served.model,
+        verify=job.served.verify,
+        dense=job.request.dense,
+        n_probes=job.request.n_probes,
+        max_wait=job.served.max_wait,
+    )

@@ -120,15 +120,26 @@ class Api:
 
     async def page_info(self, request: HttpRequest) -> Response:
         """What the page needs: the models, and the defaults of requests."""
-        flags, models = self._flags, []
+        flags = self._flags
+        models = []
         for served in self._models:
-            model = {"name": served.name, "dense": served.dense, "decoding": served.decoding()}
+            model = {
+                "name": served.name,
+                "dense": served.dense,
+                "decoding": served.decoding(),
+                "context": served.context,
+            }
             if served.head is not None:
-                flash_head = served.decoding(dense=False)  # Compare's other side
-                model |= {"flash_head": flash_head, "n_probes": served.head.n_probes}
+                model["flash_head"] = served.decoding(dense=False)  # Compare's other side
+                model["n_probes"] = served.head.n_probes
             models.append(model)
-        settings = {"temperature": flags.temp, "top_p": flags.top_p, "max_tokens": flags.max_tokens}
-        return json_response(settings | {"models": models})
+        info = {
+            "temperature": flags.temp,
+            "top_p": flags.top_p,
+            "max_tokens": flags.max_tokens,  # null: an answer may fill the context
+            "models": models,
+        }
+        return json_response(info)
 
     async def complete(self, request: HttpRequest) -> "Answer | AnswerAfterLoading":
         """Answers a chat, or continues texts."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..common.marks import preserves_margins
 from ..decoding.sampler import make_sampler
 from ..models.compat.mlx_lm import (
     TextStateMachine,
@@ -22,6 +23,7 @@ from ..models.compat.mlx_lm import (
 from ..models.templates import apply_template
 from ..structured.grammar import GrammarProcessor
 from .api_errors import ApiError
+from .control_tokens import mark_control_tokens
 from .requests import Request
 from .served_models import ServedModel
 
@@ -137,9 +139,7 @@ class Job:
         self.sampler = make_sampler(**request.sampling, seed=seed)
         self.processors: list[Any] = make_logits_processors(**request.penalties)
         if self.grammar is not None:  # without its `begin`: a text may go on after a failure
-            keep_form = partial(self.grammar)
-            keep_form.preserves_margins = True  # type: ignore[attr-defined]
-            self.processors.append(keep_form)
+            self.processors.append(preserves_margins(partial(self.grammar)))
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
         tokenizer, begins = self.served.tokenizer, (self.prompt.state, self.prompt.keep_space)
@@ -224,14 +224,27 @@ def read_prompts(request: Request) -> list[Prompt]:
         return [Prompt(tokens, keep_space=True) for tokens in texts]
     text = _render(request, request.messages)
     tokens = _tokens(served, text, "messages", add_special_tokens=False)
-    state = tokenizer.response_initial_state or "normal"
-    if tokenizer.has_thinking and not tokenizer.response_initial_state:
+    if request.escape_control_tokens:
+        tokens = _escaped_tokens(request)
+    initial = getattr(tokenizer, "response_initial_state", None)  # 0.31 has no formats of answers
+    state = initial or "normal"
+    if tokenizer.has_thinking and not initial:
         begun = tokenizer.rfind_think_start(tokens) > tokenizer.rfind_think_end(tokens)
         state = "reasoning" if begun else state
     landmarks: list[int] = []
     if not served.cuttable:  # the next prompt may lack this one's last tokens, as for a thought
         landmarks = [*_end_of_system(request, tokens), max(1, len(tokens) - 11)]
     return [Prompt(tokens, tuple(landmarks), state, keep_space=request.grammar is not None)]
+
+
+def _escaped_tokens(request: Request) -> list[int]:
+    """The tokens of a chat's prompt, without control tokens from users and tools."""
+    served = request.served
+    messages, mark = mark_control_tokens(request.messages, served.control_tokens)
+    tokens: list[int] = []
+    for piece in _render(request, messages).split(mark):
+        tokens += served.tokenizer.encode(piece, add_special_tokens=False)
+    return _tokens(served, tokens, "messages")
 
 
 def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = True) -> str:

@@ -88,6 +88,8 @@ class Request:
             conflict = "An answer with a response_format calls no tools: leave tools out."
             raise ApiError(conflict, "tools")
         self.template_settings = self._template_settings(fields)
+        # whether control tokens in the texts of users and tools are read as text
+        self.escape_control_tokens: bool = flags.escape_control_tokens
 
         self.n_probes: int | None = fields.get("n_probes")  # None: the head's number
         self.dense: bool = fields.get("dense", served.dense and self.n_probes is None)

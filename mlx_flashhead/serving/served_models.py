@@ -14,12 +14,13 @@ from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
 from ..loading.head_options import LATER, HeadOptions
 from ..loading.load import load_draft, load_with_head
-from ..models.compat.mlx_lm import KVCache, make_prompt_cache
+from ..models.compat.mlx_lm import KVCache, make_prompt_cache, maybe_quantize_kv_cache
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.loading import context_of, load_dense
 from ..models.templates import template_variables
+from .control_tokens import ControlTokens
 from .fill_in_the_middle import END_TOKENS, middle_format
 
 # Variables that the server gives a template.
@@ -55,6 +56,7 @@ class ServedModel:
         if self.tokenizer.has_thinking:
             self.template_settings |= {"enable_thinking"}  # mlx-lm's name for it
         self.takes_developer = "developer" in str(self.tokenizer.chat_template)  # as a role
+        self.control_tokens = ControlTokens(self.tokenizer)
         vocabulary = self.tokenizer.get_vocab()
         self.middle = middle_format(vocabulary)  # in which it fills gaps, if it does
         self.middle_ends = [token for token in END_TOKENS if token in vocabulary]
@@ -134,6 +136,10 @@ def _load(
     except UnsupportedHeadError as error:
         logger.warning("%s is served dense: %s", path_or_repo, error)
         model, tokenizer, settings = load_dense(folder, **options)
+    context = args.context_size or context_of(settings, tokenizer)
+    if args.kv_bits is not None and args.quantized_kv_start < context:
+        for each in filter(None, (model, draft_model)):
+            check_quantized_cache(each, args.kv_bits, args.kv_group_size)
     build: BackgroundBuild | None = None
     if choices.missing == LATER:
         build = background_build(model, tokenizer, folder, choices)
@@ -142,10 +148,31 @@ def _load(
         model,
         tokenizer,
         draft_model,
-        args.context_size or context_of(settings, tokenizer),
+        context,
         template_arguments=args.chat_template_args,
         dense=args.dense and default,
         verify=not args.no_verify,
         max_wait=args.max_wait,
         build=build,
     )
+
+
+def check_quantized_cache(model: nn.Module, bits: int, group_size: int) -> None:
+    """Tries a quantized cache: of a token, and with a second one that reads it.
+
+    Raises:
+        ValueError: If this model's caches cannot be quantized so.
+    """
+    token = mx.array([[0]])
+    cache = make_prompt_cache(model)
+    try:
+        model(token, cache=cache)
+        maybe_quantize_kv_cache(cache, 0, group_size, bits)
+        mx.eval(model(token, cache=cache), [layer.state for layer in cache])
+    except Exception as error:  # each cache and each model raises its own
+        reason, *_ = str(error).strip().split("\n")
+        raise ValueError(
+            f"This model's caches cannot have `kv_bits` {bits} in groups of {group_size} "
+            f"({reason or type(error).__name__}): choose another `kv_group_size`, or leave "
+            "`kv_bits` out."
+        ) from error

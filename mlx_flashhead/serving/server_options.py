@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arguments import Parser, json_object, number, one_of, share, whole_number
-from ..common.flags import add_answering_options
+from ..common.flags import MAX_WAIT, add_answering_options
 
+LOCAL = "127.0.0.1"
+DEFAULT_TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
 
@@ -28,57 +30,91 @@ def make_parser() -> Parser:
     parser = Parser(prog="mlx_flashhead.server", description=about)
 
     def add(name: str, help: str, default: Any = None, **further: Any) -> None:
-        help += "" if default in (None, [], {}) else " (default: %(default)s)"
-        group.add_argument(name, default=default, help=help, **further)
+        if default not in (None, [], {}):
+            help += " (default: %(default)s)"
+        group.add_argument(name, default=default, help=f"{help.rstrip('.')}.", **further)
 
     def switch(name: str, help: str) -> None:
         group.add_argument(name, action="store_true", help=help)
 
     group = parser.add_argument_group("models")
     add("--model", "Folder or repository of any model that mlx-lm loads.", required=True)
-    add("--served-model-name", "Another name for it, which answers carry.", metavar="NAME")
+    add("--served-model-name", "Name of --model in answers (default: its own).", metavar="NAME")
     add("--allow-models", "Models for requests that name them", [], nargs="+", metavar="MODEL")
     add_answering_options(group)
     switch("--dense", "Take the normal (dense) head, unless a request says otherwise.")
     add("--adapter-path", "Folder of LoRA adapters for --model.")
     add("--draft-model", "A model that drafts tokens for --model.")
-    add("--draft-probes", "Clusters scored per drafted token (default: few)", type=whole_number(1))
+    drafts = "Clusters scored for each drafted token (default: a tenth of its head's bytes)."
+    add("--draft-probes", drafts, type=whole_number(1))
     add("--num-draft-tokens", "Tokens drafted at once", 3, type=whole_number(1, 64))
-    switch("--trust-remote-code", "Run Python code of these models.")
+    switch("--trust-remote-code", "Run these models' own Python code.")
     add("--chat-template", "A chat template in place of the one of --model.")
+    escape = "Read control tokens such as <|im_start|> in texts of users and tools as text."
+    switch("--escape-control-tokens", escape)
     add("--chat-template-args", 'Such as {"enable_thinking": false}', {}, type=json_object)
 
     group = parser.add_argument_group("defaults of requests")
     add("--temp", "Temperature", 0.0, type=number(0, 100))
-    add("--top-p", "Draw from the likeliest tokens of this probability", 1.0, type=share)
-    add("--top-k", "Draw from so many likeliest tokens; 0: from all", 0, type=whole_number(0))
-    add("--min-p", "Draw from tokens of this share of the likeliest one's", 0.0, type=share)
-    longest = "Most tokens of an answer whose request has no max_tokens (default: the context's)"
+    likeliest = "Keep the likeliest tokens that together have this probability (top-p); 1 keeps all"
+    add("--top-p", likeliest, 1.0, type=share)
+    most = "Keep this many of the likeliest tokens (top-k); 0 keeps all"
+    add("--top-k", most, 0, type=whole_number(0))
+    relative = "Keep tokens at least this likely relative to the best (min-p); 0 keeps all"
+    add("--min-p", relative, 0.0, type=share)
+    longest = (
+        "Longest answer in tokens, where a request names no max_tokens (default: the context)."
+    )
     add("--max-tokens", longest, type=whole_number(1))
 
     group = parser.add_argument_group("limits")
-    add("--context-size", "Most tokens of a prompt and its answer", type=whole_number(2))
+    add(
+        "--context-size",
+        "Most tokens of a prompt and its answer (default: the model's).",
+        type=whole_number(2),
+    )
     add("--max-body-bytes", "Largest body of a request", "4M", type=size, metavar="SIZE")
     add("--decode-concurrency", "Answers at once; others wait", 32, type=whole_number(1, 1024))
-    wait = "Most SECONDS that a request waits for a model that is being loaded"
+    wait = "Longest time that a request waits for a model that is being loaded"
     add("--load-wait", wait, 60.0, type=number(0, 3600), metavar="SECONDS")
-    add("--max-wait", "Most SECONDS until text is verified (default: fastest)", type=number(0, 1))
+    wait = "Longest time that a token waits for its verification; 0 uses the normal head"
+    add("--max-wait", f"{wait} (default: {MAX_WAIT:g}).", type=number(0, 1), metavar="SECONDS")
     add("--prefill-step-size", "Most tokens of a prompt read at once", 2048, type=whole_number(1))
-    add("--prompt-cache-size", "Number of caches of earlier prompts", 10, type=whole_number(0))
-    add("--prompt-cache-bytes", "Memory for them, such as 4G (default: no limit)", type=size)
-    add("--kv-bits", "Bits of quantized caches; answers take turns", type=one_of(2, 3, 4, 5, 6, 8))
+    add(
+        "--prompt-cache-size",
+        "Most earlier prompts whose caches are kept",
+        10,
+        type=whole_number(0),
+    )
+    add(
+        "--prompt-cache-bytes",
+        "Most memory for these caches, such as 4G (default: no limit).",
+        type=size,
+    )
+    add(
+        "--kv-bits",
+        "Bits of quantized caches; answers take turns (default: not quantized).",
+        type=one_of(2, 3, 4, 5, 6, 8),
+    )
     add("--kv-group-size", "Group size of quantized caches", 64, type=one_of(32, 64, 128))
-    add("--quantized-kv-start", "First token that is quantized", 5000, type=whole_number(0))
+    add("--quantized-kv-start", "First token whose cache is quantized", 5000, type=whole_number(0))
 
     group = parser.add_argument_group("network")
-    add("--host", "Address to listen on (default: 127.0.0.1); any other needs the token")
+    add("--host", f"Address to listen on; others than {LOCAL} need the token (default: {LOCAL})")
     add("--port", "Port to listen on; 0 takes a free one", 8080, type=whole_number(0, 65535))
-    switch("--lan", "Listen on all interfaces, for iPads; prints the address with the token")
+    switch("--lan", "Listen on all interfaces, for iPads; prints the address with the token.")
     names = methodcaller("split", ",")
     add("--allowed-hosts", "More names of this machine, such as mac.fritz.box,nas", [], type=names)
     add("--allowed-origins", "Sites whose scripts may use the API, with commas", [], type=names)
-    add("--token-file", "File of the token", Path("~/.config/mlx_flashhead/lan-token"), type=Path)
-    add("--log-level", "INFO logs answers", "INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    add("--token-file", "File that keeps the token", DEFAULT_TOKEN_FILE, type=Path)
+    levels = ("DEBUG", "INFO", "WARNING", "ERROR")
+    add(
+        "--log-level",
+        "What is logged; INFO has a line for each answer",
+        "INFO",
+        choices=levels,
+        type=str.upper,
+    )
     return parser
 
 
@@ -86,8 +122,10 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
     """Ends the command with a sentence if the flags contradict each other; fills in the host."""
     if args.dense and args.n_probes is not None:
         parser.error("--dense scores every token: leave --n-probes out")
+    if args.draft_probes is not None and args.draft_model is None:
+        parser.error("--draft-probes is for a draft model: add --draft-model, or leave it out")
     if args.host is None:
-        args.host = "0.0.0.0" if args.lan else "127.0.0.1"
+        args.host = "0.0.0.0" if args.lan else LOCAL
     elif args.lan and is_loopback(args.host):
         remedy = "leave it out with --lan, or give the address of one interface"
         parser.error(f"--host {args.host} is this machine alone: {remedy}")

@@ -46,7 +46,15 @@ class Turns:
 
     async def work(self, work: Callable[[], Result]) -> Result:
         """The result of ``work()`` in a thread, for those who hold a place."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+        def without_stop_iteration() -> Result:
+            try:
+                return work()
+            except StopIteration as error:  # which a future cannot hold: it would never end
+                raise RuntimeError("A StopIteration has left the code of a model") from error
+
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, without_stop_iteration)
 
     async def _take(self, address: str) -> None:
         if self._has_place(address):

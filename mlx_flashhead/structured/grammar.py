@@ -24,6 +24,7 @@ import numpy as np
 
 from ..common.command import from_extra
 from ..common.guarded import Guard, GuardError
+from ..common.marks import keeps_state, preserves_margins
 
 # Between the tokens of JSON: nothing, a space, or a new line with an indentation. The limit keeps
 # small models from endless spaces.
@@ -113,6 +114,9 @@ def grammar_of(args: argparse.Namespace) -> Grammar | None:
         if args.json_schema is None:
             return Grammar.from_lark(text)
         return Grammar.from_json_schema(json.loads(text))
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path} is not JSON ({where}): give a file with a schema.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -166,8 +170,6 @@ class GrammarProcessor:
             the form, or its first mask takes too much computing.
     """
 
-    preserves_margins = True  # a mask leaves the distances of logits as they are
-
     def __init__(
         self,
         tokenizer: Any,
@@ -190,6 +192,12 @@ class GrammarProcessor:
             raise ValueError(f"No text fits the {grammar.kind}: check that it can end.")
         self._seconds_left = [CREDIT_SECONDS]
         self.begin()
+        self._mark()
+
+    def _mark(self) -> None:
+        """Says what loops may do with it: a mask leaves the distances of logits as they are."""
+        preserves_margins(self)
+        keeps_state(self, begin=self.begin, for_sequence=self.for_sequence)
 
     def _new_matcher(self) -> Any:
         limits = llguidance().LLParserLimits(step_max_items=MAX_ITEMS)
@@ -210,6 +218,7 @@ class GrammarProcessor:
         made = copy.copy(self)
         made._matcher = self._matcher.deep_copy()
         made.begin()
+        made._mark()
         return made
 
     def accepts(self, text: str) -> bool:

@@ -62,9 +62,12 @@ DENSE_GROUPS = 2  # of these, one threadgroup over all logits each
 FLASH_HEAD_KERNELS = 4  # route, select, score, sample
 GATHER = 387 / 514  # of a plain read, gather_qmm on an M3 Ultra: mlx issue 4509
 GROUP_GB_S = 13  # of one threadgroup: a logsumexp of 262,144 logits in 40 µs
-BARRIER_US, BARRIERS = 1, 8  # of select and sample, one threadgroup each
-STATES, WAIT_US = 32, 300e3  # a tile of MLX's matrix kernels; the longest wait for text
-VERIFY_LAUNCHES, JOINED = 18, 7  # the product, bounds and screening; states that a join takes
+BARRIER_US = 1
+BARRIERS = 8  # of select and sample, one threadgroup each
+STATES = 32  # a tile of MLX's matrix kernels
+WAIT_US = 300e3  # the longest wait for text
+VERIFY_LAUNCHES = 18  # the product, its bounds and its screening
+JOINED = 7  # states that one launch of a join takes
 WASTED = {"greedy": 0.01, "sampled": 0.03}  # of the steps, after a rejection
 DOUBTS = 0.01  # of the tokens, decided by one more dense row: ten times as many as are rejected
 SORT_US = {"least": 1000 / 248_000, "most": 1300 / 248_000}  # mlx-lm's top-p, per token of the V
@@ -169,7 +172,8 @@ def models() -> dict[str, Model]:
     """The models of models.csv, whose sizes are those of their config.json."""
     found = {}
     for row in rows("models"):
-        layers, width = row["n_layers"], row["hidden_size"]
+        layers = row["n_layers"]
+        width = row["hidden_size"]
         keys = row["kv_heads"] * row["head_size"]
         layer = 2 * width * (row["heads"] * row["head_size"] + keys)
         layer += 3 * width * row["intermediate_size"]
@@ -227,13 +231,19 @@ def fit(speeds: list[dict]) -> np.ndarray:
 @cache
 def constants() -> dict[str, float]:
     """The fitted constants: shares of Apple's bandwidth, microseconds of a kernel."""
-    us, ultra_us, launch, old_launch = fit(fitted_speeds())
-    return {"bandwidth": 1 / us, "ultra": 1 / ultra_us, "launch": launch, "old launch": old_launch}
+    fitted = fit(fitted_speeds())
+    return {
+        "bandwidth": 1 / fitted[0],
+        "ultra": 1 / fitted[1],
+        "launch": fitted[2],
+        "old launch": fitted[3],
+    }
 
 
 def left_out(key: str) -> np.ndarray:
     """The relative error of each public speed when those with the same ``key`` are left out."""
-    speeds, errors = fitted_speeds(), []
+    speeds = fitted_speeds()
+    errors = []
     for speed in speeds:
         factors, rest = parts(speed)
         others = [other for other in speeds if other[key] != speed[key]]
@@ -258,9 +268,10 @@ def row_us(model: Model, chip: Chip, head: int) -> float:
     return chip.us(read) + model.dense_kernels * chip.launch_us + groups_us(model)
 
 
-def dense_us(model: Model, chip: Chip, body: int, head: int, text: str = "greedy") -> float:
-    """A step of mlx-lm's loop with so many bits in body and head, without a sort."""
-    return max(body_us(model, chip, body) + row_us(model, chip, head), host_us(model, chip, text))
+def dense_us(model: Model, chip: Chip, body: int, head: int, sort_us: float = 0) -> float:
+    """A step of mlx-lm's loop with so many bits in body and head, greedy without a sort."""
+    device = body_us(model, chip, body) + row_us(model, chip, head) + sort_us
+    return max(device, host_us(model, chip))
 
 
 def flash_us(model: Model, chip: Chip, body: int, head: int, text: str = "greedy") -> float:
@@ -298,21 +309,24 @@ def body_bits(model: str, head: int) -> int:
 
 def gain(model: str, chip: str, head: int) -> float:
     """How many times as fast as dense, greedy, with a 4-bit body and a head of so many bits."""
-    of, body = (models()[model], chips()[chip]), body_bits(model, head)
+    of = models()[model], chips()[chip]
+    body = body_bits(model, head)
     return dense_us(*of, body, head) / flash_us(*of, body, head)
 
 
 def sampled_gains(model: str, chip: str) -> tuple[float, float]:
     """The same for 4-bit heads with top-p, by the least and the most that mlx-lm's sort takes."""
-    of, sorts = (models()[model], chips()[chip]), (SORT_US["least"], SORT_US["most"])
-    dense, flash = dense_us(*of, 4, 4, "sampled"), flash_us(*of, 4, 4, "sampled")
-    least, most = ((dense + sort * of[0].vocab_size) / flash for sort in sorts)
-    return least, most
+    of = models()[model], chips()[chip]
+    flash = flash_us(*of, 4, 4, "sampled")
+    least = dense_us(*of, 4, 4, SORT_US["least"] * of[0].vocab_size)
+    most = dense_us(*of, 4, 4, SORT_US["most"] * of[0].vocab_size)
+    return least / flash, most / flash
 
 
 def ceiling(model: str, chip: str, head: int) -> float:
     """The greedy gain of a head that takes no time."""
-    of, body = (models()[model], chips()[chip]), body_bits(model, head)
+    of = models()[model], chips()[chip]
+    body = body_bits(model, head)
     free = max(body_us(*of, body), host_us(*of))
     return dense_us(*of, body, head) / free
 
@@ -357,8 +371,11 @@ def speed_page() -> list[str]:
 
 def fit_text() -> list[str]:
     """The constants, and the errors of speeds that are left out."""
-    c, speeds, by_chip = constants(), left_out("tokens_per_second"), left_out("chip")
-    sizes, known = np.abs(speeds), rows("speeds")
+    c = constants()
+    known = rows("speeds")
+    speeds = left_out("tokens_per_second")
+    by_chip = left_out("chip")
+    sizes = np.abs(speeds)
     experts = [models()[speed["model"]].experts > 0 for speed in fitted_speeds()]
     text = (
         f"Fitted to {len(speeds)} of {len(known)} public speeds on "
@@ -410,7 +427,8 @@ BLOCKS = {  # page and marker: lines
 
 def with_block(page: str, name: str, lines: list[str]) -> str:
     """The page with other lines between the comments of a block, if it has them."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    begin = f"<!-- {name} -->\n"
+    end = f"<!-- end of {name} -->"
     block = begin + "".join(f"{one}\n" for one in lines) + end
     return re.sub(f"(?s){re.escape(begin)}.*?{re.escape(end)}", lambda _: block, page)
 

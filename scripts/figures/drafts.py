@@ -25,7 +25,7 @@ from mlx_flashhead import get_flash_head, grammar_processor, make_sampler, strea
 from mlx_flashhead.benchmarks.agreement import bytes_read
 from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion.builtin_text import builtin_documents, dialogues
-from mlx_flashhead.decoding.loop import LATEST
+from mlx_flashhead.decoding.drafting import LATEST
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
 from mlx_flashhead.head.matrix import as_float32
@@ -169,7 +169,7 @@ class Drafter:
             states.append(hidden)
             return mx.zeros((*hidden.shape[:-1], 1))
 
-        with numpy_products(), self.head.intercepted(record):
+        with numpy_products(self.model), self.head.intercepted(record):
             self.model(mx.array([[*prompt, *answer[:-1]]]))
         return states[0][0, len(prompt) - 1 :]
 
@@ -222,7 +222,7 @@ def frequent_tokens(target, tokenizer, vocab_size: int) -> list[int]:
     documents += [message["content"] for messages in dialogues() for message in messages]
     for text in documents:
         counted.update(tokenizer.encode(text))
-    with numpy_products():
+    with numpy_products(target):
         written = batch_generate(
             target,
             tokenizer,

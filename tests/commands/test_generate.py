@@ -141,7 +141,7 @@ def test_prompt_cache_file(run, generated, refused, dense, converted, tmp_path):
     assert found == mlx_flashhead.generate(model, tokenizer, ids, max_tokens=TOKENS) + "\n"
     (tmp_path / "damaged.safetensors").write_text("no cache")
     for wrong, further, said in (
-        (prompt_cache, ("--model", dense), "different model"),
+        (prompt_cache, ("--model", dense), "is of"),
         (prompt_cache, ("--draft-model", dense), "leave --draft-model out"),
         (tmp_path / "damaged.safetensors", (), "damaged or not a prompt cache"),
         (tmp_path / "absent", (), "is missing, damaged"),

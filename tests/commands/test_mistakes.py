@@ -32,6 +32,7 @@ MISTAKES = [
     ("generate --model x --verbose maybe", "--verbose is maybe: give T or F"),
     ("server owner/name", "owner/name has no flag before it: did you mean --model owner/name?"),
     ("chat --model ./absent", "There is no folder ./absent"),
+    ("chat --model https://huggingface.co/owner/name/tree/main", "give OWNER/NAME, owner/name."),
     ("chat --model dense --dense --n-probes 3", "has no FlashHead"),
     ("chat --model model --n-probes 18", "1 to 17"),
     ("convert --model dense", "exists already"),  # --mlx-path is mlx_model
@@ -51,16 +52,29 @@ MISTAKES = [
     ("generate --model x --draw-probes", "--temp above 0"),
     ("generate --model x --dense --n-probes 4", "leave --n-probes out"),
     ("generate --model model --json-schema schema.json", "schema is wrong: Invalid type"),
+    (
+        "generate --model model --json-schema text.txt",
+        "text.txt is not JSON (Expecting value at li",
+    ),
     ("generate --model model --grammar grammar", "grammar is wrong at line 1, column 8"),
     ("generate --model model --regex a --grammar b", "not allowed with"),
     ("generate --model model --regex a --draw-probes --temp 1", "leave it out"),
     ("server --model ./absent", "There is no folder ./absent"),
+    ("server --model x --draft-probes 2", "add --draft-model"),
+    ("server --model model --lan --token-file absent/token", "there is no folder absent"),
+    ("server --model x --log-level loud", "--log-level: invalid choice: 'LOUD'"),
     ("server --model x --lan --host 127.0.0.1", "127.0.0.1 is this machine alone: leave it out"),
     (f"{ANY_SITE} *", "--allowed-origins *: name each site"),
     (f"{ANY_SITE} https://a.example/b", "--allowed-origins https://a.example/b"),
     ("server --model model --port 0 --n-probes 18", "1 to 17"),
     ("server --model dense --port 0 --flash-head mlx_model", "mlx_model holds no FlashHead"),
     ("server --model model --port 0 --host no.such.host.invalid", "host.invalid cannot be used"),
+    (
+        "server --model model --port 0 --kv-bits 4 --kv-group-size 128 --quantized-kv-start 0",
+        "groups of 128 (",
+    ),
+    ("server --model nested --port 0", "cannot load the model in nested (maximum recursion"),
+    ("chat --model nested", "cannot load the model in nested (maximum recursion"),
     ("upload --path dense", "holds no FlashHead: make one"),
     (f"{NEW} --upload me/a --upload-repo me/b", "two repositories"),
     (f"{NEW} --base-model name", "'name' is not a name of a repository: give OWNER/NAME"),
@@ -74,6 +88,8 @@ def test_mistakes(refused, dense, converted, text, tmp_path, monkeypatch, line, 
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "mlx_model").mkdir()
+    (tmp_path / "nested").mkdir()
+    (tmp_path / "nested" / "config.json").write_text("[" * 50_000 + "]" * 50_000)
     for name, folder in (("model", converted), ("dense", dense)):
         (tmp_path / name).symlink_to(folder)
     before = snapshot(tmp_path), snapshot(converted)

@@ -100,6 +100,20 @@ def test_it_ends_amid_answers_and_a_second_signal_aborts_nothing(converted, tmp_
                 ended.result()
 
 
+@pytest.mark.parametrize("seconds", [0.2, 0.5])
+def test_signals_while_it_ends_abort_nothing(converted, tmp_path, seconds):
+    """uvicorn no longer handles them then, and the engine ends its thread."""
+    with serving(tmp_path, "--model", converted) as server:
+        stream = server.client().completions.create(model="model", prompt=PROMPT, **ENDLESS_ANSWER)
+        next(iter(stream))
+        for _ in range(3):
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(seconds)
+        code, _ = server.end()
+        assert code in (0, 128 + signal.SIGTERM)
+        assert not {"terminate", "Fatal"} & {*server.log().split()}
+
+
 def test_it_ends_while_it_starts(converted):
     command = [sys.executable, "-m", "mlx_flashhead.server", "--model", str(converted)]
     process = subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True)

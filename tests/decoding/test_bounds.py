@@ -7,7 +7,7 @@ from mlx_lm import sample_utils
 
 from flash_loops import flash_of, make_flash
 from mlx_flashhead.decoding import rounding, verification
-from mlx_flashhead.decoding.sampler import preserves_margins
+from mlx_flashhead.decoding.sampler import keeps_margins
 from tiny_models import tiny_model
 
 PROCESSORS = {
@@ -61,7 +61,7 @@ def faults(monkeypatch):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_faults_within_the_bounds_change_no_text(model, faults, processors, sampler):
     functions = sample_utils.make_logits_processors(**PROCESSORS[processors])
-    assert all(map(preserves_margins, functions))
+    assert all(map(keeps_margins, functions))
     model.checked(SAMPLERS[sampler], logits_processors=functions, max_tokens=14)
     assert faults or sampler == "xtc"
 

@@ -9,7 +9,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from architecture_models import tiny_architecture
 from flash_loops import PROMPT, flash_of, make_flash
-from mlx_flashhead import make_sampler
+from mlx_flashhead import make_sampler, preserves_margins, pure
 from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import Proposer, policy_of
 from mlx_flashhead.decoding.rounding import SlotProduct
@@ -29,13 +29,12 @@ PROCESSORS = {
     "bias": lambda: sample_utils.make_logits_processors(logit_bias={5: 9.0, 40: -9.0}),
     "mask": lambda: [marked(lambda _, logits: mx.where(ONLY, logits, -mx.inf))],
     "scale": lambda: [marked(lambda _, logits: logits * 3.0)],
-    "pure": lambda: [marked(lambda _, logits: logits[:, ::-1] * 0.5 + logits, "pure")],
+    "pure": lambda: [marked(lambda _, logits: logits[:, ::-1] * 0.5 + logits, pure)],
 }
 
 
-def marked(processor, mark="preserves_margins"):
-    setattr(processor, mark, True)
-    return processor
+def marked(processor, mark=preserves_margins):
+    return mark(processor)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -10,7 +10,7 @@ import pytest
 from mlx_lm import sample_utils
 
 from flash_loops import PROMPT, make_flash
-from mlx_flashhead import make_sampler
+from mlx_flashhead import make_sampler, pure
 from mlx_flashhead.decoding.sampler import Trust, trust
 from mlx_flashhead.models.compat.mlx_lm import generate_step
 
@@ -111,8 +111,7 @@ def test_samplers_of_mlx_lm_are_verified(model, name, penalty, misses):
 
 
 def test_what_is_trusted():
-    marked = lambda tokens, logits: logits  # noqa: E731
-    marked.pure = True
+    marked = pure(lambda tokens, logits: logits)
     unknown = lambda tokens, logits: logits  # noqa: E731
     assert trust(None) is trust(make_sampler(temp=1.0, top_p=0.9)) is Trust.EXACT
     assert trust(None, sample_utils.make_logits_processors({1: 5.0}, 1.2, 20, 0.5)) is Trust.EXACT

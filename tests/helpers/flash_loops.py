@@ -43,7 +43,7 @@ class Flash:
         n_probes = None if dense else n_probes
         proposer = Proposer(self.model, verify=verify, dense=dense, n_probes=n_probes)
         options = {"proposer": proposer, "max_tokens": 40} | options
-        return verified_steps(mx.array(prompt, dtype=mx.uint32), self.model, **options)
+        return verified_steps(mx.array(prompt), self.model, **options)
 
     def batch(self, prompts, *, dense=False, verify=True, max_tokens=25, seed=7, **options):
         """The tokens of each text of a batch, and the responses that ended them."""

@@ -166,10 +166,10 @@ WRONG = {  # values of a key; sizes with which an index of some megabytes would 
         ({"version": "2"}, "version '2'.*reads version 2"),
         ([], "version None"),
         *(
-            ({each.name: None}, f"no valid .*{each.name}|version None")
+            ({each.name: None}, f"{each.name} is missing, and must be a|version None")
             for each in fields(FlashHeadConfig)
         ),
-        *(({key: value}, f"has no valid .*{key}") for key in WRONG for value in WRONG[key]),
+        *(({key: value}, rf"is damaged \(.*{key}") for key in WRONG for value in WRONG[key]),
     ],
 )
 def test_settings_that_are_none(folder, change, said):

@@ -8,10 +8,10 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
+from mlx_flashhead.models.compat.patching import put_in_place
 
 from mlx_flashhead.index.files import FILE_NAME, write_companion
 from mlx_flashhead.models import fetch
-from mlx_flashhead.models.compat.patching import put_in_place
 from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.loading import load_dense
 from refusals import refused

@@ -25,7 +25,7 @@ def flash(pair):
 
 
 def state(head):
-    return head.n_probes, head._draw_temperature, head._project
+    return head.n_probes, head._draw_temperature, head.projection
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -59,7 +59,7 @@ def test_a_multiple_above_two_rests_on_a_16_bit_head_or_on_a_sort():
         for chip in CHIPS:
             assert max(gain(model, chip, head) for head in (4, 8)) < 2
             greedy, (least, most) = gain(model, chip, 4), sampled_gains(model, chip)
-            assert least < most
+            assert least <= most
             assert most < 2 or greedy < 2
 
 

@@ -8,7 +8,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text, qwen2
 from tokenizers import Tokenizer, pre_tokenizers
 
-from fetch_model import GEMMA_NAMES, LLAMA_NAMES, MODELS, SIZES, hugging_face_name, write_folder
+from fetch_model import MODELS
+from gguf_folder import GEMMA_NAMES, LLAMA_NAMES, SIZES, hugging_face_name, write_folder
 
 WORDS = ["▁", "a", "b", "c", "▁a", "bc", "▁abc", "abc", "ab", "\n\n", "<html>"]
 TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{i:02X}>" for i in range(256)), *WORDS]

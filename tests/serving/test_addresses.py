@@ -15,7 +15,7 @@ import zxingcpp
 from engines import flags
 from mlx_flashhead.serving.access import access_of, kept_token
 from mlx_flashhead.serving.serve import announce, own_address, url
-from mlx_flashhead.serving.server_options import is_loopback
+from mlx_flashhead.serving.server_options import DEFAULT_TOKEN_FILE, is_loopback
 from scripted_server import TOKEN
 
 
@@ -70,7 +70,7 @@ def test_announcement_without_a_code(monkeypatch, encoding, segno, said):
 
 
 def test_token_is_random_private_and_stored(tmp_path):
-    paths = [tmp_path / "folder" / str(number) for number in range(50)]
+    paths = [tmp_path / str(number) for number in range(50)]
     tokens = [kept_token(path) for path in paths]
     assert [kept_token(path) for path in paths] == tokens and len(set(tokens)) == 50
     assert {stat.S_IMODE(os.stat(path).st_mode) for path in paths} == {0o600}
@@ -81,6 +81,14 @@ def test_token_is_random_private_and_stored(tmp_path):
         paths[0].write_bytes(content)
         with pytest.raises(ValueError, match=r"does not hold a token .* delete it"):
             kept_token(paths[0])
+
+
+def test_only_the_usual_token_file_gets_a_folder(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"--token-file .*: there is no folder .*absent, make"):
+        kept_token(tmp_path / "absent" / "token")
+    assert [*tmp_path.iterdir()] == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert kept_token(DEFAULT_TOKEN_FILE) and DEFAULT_TOKEN_FILE.expanduser().exists()
 
 
 def test_addresses(monkeypatch, tmp_path):

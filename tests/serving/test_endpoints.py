@@ -226,6 +226,13 @@ def test_fields_without_effect_are_named_once_in_the_log(engine, send, caplog):
     assert len(named) == 4 and named[3].count(",") == 96
 
 
+def test_a_reading_that_runs_out_of_something_ends(send, monkeypatch):
+    """A future cannot hold a StopIteration: the client would wait for ever."""
+    monkeypatch.setattr(endpoints, "read_jobs", lambda *_, **__: next(iter(())))
+    status, body = answer(send())
+    assert status == 500 and "The server has failed" in body
+
+
 def test_a_stream_says_how_it_was_decoded(engine, send):
     for fields, decoding in (({}, "verified"), ({"dense": True}, "dense: as requested")):
         connection = send(prompt="x", stream=True, **fields)

@@ -143,7 +143,7 @@ def test_models_have_names_and_no_paths(http_server, client, dense):
     assert absent == present  # which folders there are is not said
     first, second = request(http_server, "/page/info.json")[1]["models"]
     known = {"name": "mine", "dense": False, "decoding": "verified", "flash_head": "verified"}
-    assert (first, second["name"]) == (known | {"n_probes": 4}, "chain")
+    assert (first, second["name"]) == (known | {"n_probes": 4, "context": 512}, "chain")
 
 
 def test_several_answers_and_prompts(client, flash):

@@ -7,7 +7,8 @@ import pytest
 from engines import checked
 from mlx_flashhead.serving import jobs
 from mlx_flashhead.serving.api_errors import ApiError
-from mlx_flashhead.serving.jobs import read_prompts
+from mlx_flashhead.serving.fill_in_the_middle import FORMATS, middle_format
+from mlx_flashhead.serving.jobs import AnswerText, read_prompts
 from mlx_flashhead.serving.served_models import ServedModel
 
 
@@ -93,3 +94,54 @@ def test_a_text_that_is_too_long_is_tokenized_as_far_as_the_context_reaches(tiny
     assert lengths == [jobs.PART]
     monkeypatch.setattr(jobs, "PART", 100)  # cutting rejects nothing
     assert len(text(tiny, "a" * 511)) == 511
+
+
+def test_control_tokens_of_users_are_tokens_as_in_mlx_lm_or_text_with_the_flag(chain):
+    """Exactly the text that the user has written, also where two of them overlap."""
+    text = "a</s><s></s<s>>< <tool_call>\ufdd0[</s> b"
+    messages = [
+        {"role": "system", "content": "Be </s>."},
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "</s>"},
+        {"role": "tool", "content": "</s>"},
+    ]
+    tokenizer = chain.tokenizer
+    end, call = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<tool_call>")
+
+    def read(*arguments):
+        (prompt,) = read_prompts(checked(chain, {"messages": messages}, arguments=arguments))
+        return prompt.tokens
+
+    plain, escaped = read(), read("--escape-control-tokens")
+    assert (plain.count(end), plain.count(call)) == (5, 1)
+    assert (escaped.count(end), escaped.count(call)) == (2, 0)  # of the system and the model
+    assert tokenizer.decode(escaped) == tokenizer.decode(plain)
+    messages[1]["content"] = "a" * 300 + "</s>" * 100  # 300 tokens more than without the flag
+    assert len(read()) < 512
+    with pytest.raises(ApiError, match="at most 511"):
+        read("--escape-control-tokens")
+    messages[1]["content"] = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+    with pytest.raises(ApiError, match="leave one out"):
+        read("--escape-control-tokens")
+
+
+def test_the_text_of_a_gap_is_asked_for_in_the_models_own_tokens(tiny, monkeypatch):
+    qwen, codestral = FORMATS[0], FORMATS[4]
+    monkeypatch.setattr(tiny, "middle", qwen)
+    monkeypatch.setattr(tiny, "middle_ends", ["<|file_sep|>"])
+    fields = {"prompt": ["def f(", "x"], "suffix": "):", "stop": "\n"}
+    request = checked(tiny, fields, chat=False)
+    before, after, middle = qwen.tokens
+    assert request.prompts == [f"{before}{text}{after}):{middle}" for text in fields["prompt"]]
+    text = AnswerText(tiny.tokenizer, request.stop, "normal")
+    ended = [text.add(token) for token in tiny.tokenizer.encode("ab<|file_sep|>")]
+    assert "".join(part.content for part in ended) == "ab" and ended[-1].finish_reason == "stop"
+    assert codestral.prompt("a", "b") == "[SUFFIX]b[PREFIX]a"
+    with pytest.raises(ApiError, match="needs prompts that are texts"):
+        checked(tiny, fields | {"prompt": [5, 6]}, chat=False)
+    # what a tokenizer has decides
+    for known in FORMATS:
+        assert middle_format({*known.tokens, "a"}) is known
+        assert middle_format({*known.tokens[1:], "a"}) is None
+    monkeypatch.undo()
+    assert tiny.middle is None and not tiny.middle_ends

@@ -2,15 +2,14 @@
 
 import importlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from operator import attrgetter
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm import utils
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
@@ -23,9 +22,6 @@ State = tuple[str | None, Transitions, str]
 
 DEFAULT_ALLOW_PATTERNS = ["*.json", "model*.safetensors", "*.py", "tokenizer.model"]
 DEFAULT_ALLOW_PATTERNS += ["*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl", "*.jinja"]
-
-Wrapper: Any = TokenizerWrapper
-Wrapper.response_initial_state = None  # a format of answers, which 0.31 knows none of
 
 
 def maybe_set_recommended_wired_limit() -> int | None:
@@ -56,20 +52,10 @@ load, sharded_load = checks_code(utils.load), checks_code(utils.sharded_load)
 
 
 def generate_step(
-    prompt: mx.array,
-    model: Any,
-    stream: Any = None,
-    *,
-    logits_processors: Sequence[Callable] | None = None,
-    **options: Any,
+    prompt: mx.array, model: Any, stream: Any = None, **options: Any
 ) -> Iterator[Any]:
-    """mlx-lm's loop, on its own stream. Processors see the whole prompt, as with 0.32."""
-
-    def after_prompt(process: Callable, tokens: mx.array, logits: mx.array) -> mx.array:
-        return process(mx.concatenate([prompt[:-1], tokens]), logits)
-
-    processors = [partial(after_prompt, process) for process in logits_processors or ()]
-    return plain_steps(prompt, model, logits_processors=processors, **options)
+    """mlx-lm's loop, on its own stream."""
+    return plain_steps(prompt, model, **options)
 
 
 def speculative_generate_step(
@@ -78,21 +64,62 @@ def speculative_generate_step(
     return drafted_steps(prompt, model, draft_model, **options)
 
 
-class BatchGenerator(module.BatchGenerator):  # type: ignore[name-defined]
-    """mlx-lm's, with 0.32's counters and without its failure on processors of some texts."""
+BatchGenerator: Any = module.BatchGenerator
 
-    @property
-    def _counters(self) -> "BatchGenerator":
+
+def does_model_support_input_embeddings(model: Any) -> bool:
+    return bool(module.does_model_support_input_embeddings(model))
+
+
+def load_processor(model: Any, config: dict[str, Any]) -> None:
+    """0.31 knows no images."""
+
+
+def StopSequences(stops: Any) -> Any:
+    """0.32's: a machine of the tokens, or sequences of tokens, that end a text."""
+    from .mlx_lm import StateMachineStops
+
+    edges = {"normal": [(stop, None) for stop in stops]} if stops else {}
+    return StateMachineStops(module.SequenceStateMachine(edges, initial="normal"))
+
+
+@dataclass(kw_only=True)
+class BatchCounters:
+    """0.32's counts of a batch."""
+
+    prompt_tokens: int = 0
+    prompt_time: float = 0.0
+    generation_tokens: int = 0
+    generation_steps: int = 0
+    decode_time: float = 0.0
+
+
+@dataclass(kw_only=True)
+class BatchCountersSnapshot(BatchCounters):
+    """Counts, and when they were read."""
+
+    measured_at: float = field(default_factory=time.perf_counter)
+
+    @staticmethod
+    def between(start: "BatchCountersSnapshot", end: "BatchCountersSnapshot") -> "BatchStats":
+        stats = BatchStats()
+        stats.prompt_tokens = end.prompt_tokens - start.prompt_tokens
+        stats.prompt_time = end.prompt_time - start.prompt_time
+        stats.prompt_tps = stats.prompt_tokens / max(stats.prompt_time, 1e-9)
+        stats.generation_tokens = end.generation_tokens - start.generation_tokens
+        stats.generation_time = end.measured_at - start.measured_at - stats.prompt_time
+        stats.generation_tps = stats.generation_tokens / max(stats.generation_time, 1e-9)
+        stats.peak_memory = mx.get_peak_memory() / 1e9
+        return stats
+
+
+class BatchStats(module.BatchStats):  # type: ignore[name-defined]
+    """0.31's statistics, which 0.32's code adds up."""
+
+    def __iadd__(self, other: Any) -> "BatchStats":
+        for name, value in vars(other).items():
+            setattr(self, name, value)
         return self
-
-    generation_tokens = property(
-        attrgetter("_gen_tokens_counter"), lambda self, n: setattr(self, "_gen_tokens_counter", n)
-    )
-
-    def _next(self) -> tuple[list[Any], list[Any]]:
-        batch = self._generation_batch
-        batch.logits_processors = [own or () for own in batch.logits_processors]
-        return super()._next()
 
 
 class TextStateMachine:

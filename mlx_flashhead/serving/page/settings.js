@@ -7,6 +7,10 @@ import { onPreference, prefer, preference } from "./store.js";
 
 const dialog = document.getElementById("settings");
 const sliders = ["temperature", "top_p", "max_tokens"];
+const longest = document.getElementById("max_tokens");
+const together = document.getElementById("context");
+const SHORTEST = 64; // tokens of an answer that can be chosen, and then twice as many at each step
+const USUAL_CONTEXT = 8192; // before the server has answered
 const denseSwitch = document.getElementById("dense");
 const themes = [...document.querySelectorAll("input[name=theme]")];
 const instructions = document.getElementById("system");
@@ -43,19 +47,40 @@ function draw() {
   denseSwitch.disabled = !model().flash_head;
   denseSwitch.checked = !model().flash_head || (preference("dense") ?? model().dense ?? false);
   for (const name of sliders) {
-    const field = input(name);
-    const value = preference(name) ?? defaults[name];
-    if (value === undefined) continue;
-    if (name === "max_tokens") field.max = Math.max(8192, value);
-    field.value = value;
-    const suffix = preference(name) === undefined ? " (default)" : "";
-    document.querySelector(`output[for="${name}"]`).textContent = `${value}${suffix}`;
+    const chosen = preference(name);
+    const value = chosen ?? defaults[name];
+    if (name === "max_tokens") drawLongest(value ?? context());
+    else if (value === undefined) continue;
+    else input(name).value = value;
+    const shown = name === "max_tokens" ? tokens(value ?? context()) : value;
+    const suffix = chosen === undefined ? " (default)" : "";
+    document.querySelector(`output[for="${name}"]`).textContent = `${shown}${suffix}`;
   }
   for (const theme of themes) theme.checked = theme.value === (preference("theme") ?? "system");
   globalThis.applyTheme(preference("theme"));
 }
 
-for (const name of sliders) {
+const context = () => model().context ?? USUAL_CONTEXT;
+const tokens = (number) => number.toLocaleString("en");
+
+// Lengths of an answer, of which the slider has the places: the last one is the whole context.
+function lengths() {
+  const found = [];
+  for (let length = SHORTEST; length < context(); length *= 2) found.push(length);
+  return [...found, context()];
+}
+
+// length: tokens of the longest answer.
+function drawLongest(length) {
+  const places = lengths();
+  longest.max = places.length - 1;
+  longest.value = places.findIndex((place) => place >= length || place === context());
+  longest.setAttribute("aria-valuetext", `${tokens(length)} tokens`);
+  together.textContent = `Question and answer together have at most ${tokens(context())}.`;
+}
+
+longest.addEventListener("input", () => prefer({ max_tokens: lengths()[Number(longest.value)] }));
+for (const name of sliders.filter((name) => name !== "max_tokens")) {
   input(name).addEventListener("input", () => prefer({ [name]: Number(input(name).value) }));
 }
 for (const theme of themes) theme.addEventListener("change", () => prefer({ theme: theme.value }));

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import expect
 
 from page_actions import answers, ask, settings, tap
-from scripted_server import MODEL, TOKEN
+from scripted_server import INFO, MODEL, TOKEN
 
 SCREENSHOTS = Path(__file__).parents[3] / "screenshots"
 SCREENS = ("macbook", "ipad", "ipad-half", "iphone-se")
@@ -138,6 +138,8 @@ def test_settings_go_into_the_request(script, page):
         for name, value in {"temperature": "0.7", "top_p": "0.9"}.items():
             page.locator(f"#{name}").fill(value)
             expect(page.locator(f"output[for={name}]")).to_have_text(value)
+        page.locator("#max_tokens").fill("4")
+        expect(page.locator("output[for=max_tokens]")).to_have_text("1,024")
     page.reload()
     ask(page, "Set", ends=2)
     with settings(page):
@@ -151,8 +153,29 @@ def test_settings_go_into_the_request(script, page):
 
     always = {"messages", "stream", "stream_options"}
     chosen = [{k: v for k, v in body.items() if k not in always} for body in script.requests]
-    drawn = {"temperature": 0.7, "top_p": 0.9}
+    drawn = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 1024}
     assert chosen == [{}, drawn, drawn | {"dense": True}, {}]
+
+
+def test_an_answer_may_be_as_long_as_the_context(script, open_page):
+    """Unless the server or the user says otherwise, and the page says how long that is."""
+    script.info = INFO | {"max_tokens": None, "models": [MODEL | {"context": 3000}]}
+    page = open_page()
+    shown = page.locator("output[for=max_tokens]")
+    with settings(page):
+        expect(shown).to_have_text("3,000 (default)")
+        expect(page.locator("#context")).to_have_text(
+            "Question and answer together have at most 3,000."
+        )
+        assert page.locator("#max_tokens").input_value() == page.locator(
+            "#max_tokens"
+        ).get_attribute("max")
+        page.locator("#max_tokens").fill("5")
+        expect(shown).to_have_text("2,048")
+        page.locator("#max_tokens").fill("6")
+        expect(shown).to_have_text("3,000")
+    ask(page, "Long", ends=1)
+    assert script.requests[0]["max_tokens"] == 3000
 
 
 SHOWN = """[getComputedStyle(document.documentElement).backgroundColor,

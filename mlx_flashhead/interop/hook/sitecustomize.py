@@ -39,7 +39,7 @@ def patch(library):
     try:
         import mlx_lm  # noqa: F401 - which is patched first
 
-        from mlx_flashhead.loading.patch import patch_library
+        from mlx_flashhead.loading.programs import patch_library
     except ImportError as error:
         reason = f"{error} in {sys.executable}"
         print(f"Without FlashHead: {reason}: install mlx_flashhead there.", file=sys.stderr)

@@ -1,55 +1,16 @@
-"""What replaces functions of other packages: for a block, or for the rest of the process."""
+"""Which names of mlx-lm and mlx-vlm get another function under `mlx_flashhead.run`."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from importlib import import_module
+from contextlib import suppress
 from typing import Any
 
-Wrap = Callable[[Any], Any]  # from what has a name to what gets it
-
-
-@contextmanager
-def replaced(owner: Any, **names: Any) -> Iterator[None]:
-    """Within the block, globals of a module or attributes of an object have other values."""
-    own = {name: vars(owner)[name] for name in names if name in vars(owner)}
-    try:
-        for name, value in names.items():
-            setattr(owner, name, value)
-        yield
-    finally:
-        for name in names:
-            if name in own:
-                setattr(owner, name, own[name])
-            else:  # a class's parent has it
-                delattr(owner, name)
-
-
-def put_in_place(place: str, wrap: Wrap) -> None:
-    """Replaces what is at ``place``, such as "mlx_lm.utils.load", and the same object in all
-    imported modules of its package."""
-    module, _, name = place.rpartition(".")
-    original, package = getattr(import_module(module), name), module.split(".")[0]
-    replacement = wrap(original)
-    for other in list(sys.modules.values()):
-        if getattr(other, "__name__", "").split(".")[0] == package:
-            for held, value in list(vars(other).items()):
-                if value is original:
-                    setattr(other, held, replacement)
-
-
-# Programs that know nothing of FlashHead: other functions take the places of their loads and loops.
+from .replace import Wrap, put_in_place
 
 # Modules that load a model and do not generate: they convert it, train it, measure its layers.
 WITHOUT_TEXT = {
     "mlx_lm": ["cache_prompt", "convert", "fuse", "lora", "quant", "share", "tuner", "upload"],
     "mlx_vlm": ["convert", "lora", "train", "trainer"],
 }
-
-
-def caller_changes_batches() -> bool:
-    """Whether the caller is rapid-mlx, which replaces methods within mlx-lm's batches."""
-    return sys._getframe(2).f_globals.get("__name__", "").split(".")[0] == "rapid_mlx"
 
 
 def caller_generates() -> bool:

@@ -1,0 +1,282 @@
+"""One round of decoding, for one text or several.
+
+    states   ← model(latest tokens, caches)         taken where the head is called     _step
+    proposed ← the head's tokens, or the dense ones, launched in one evaluation        _step
+    read the latest tokens, which the step before has launched                         round
+    verify when it is due: launched, and read a step later                  schedule.py
+    accept up to the first rejected token, whose place the dense choice takes
+    roll back: the rejected sequence's caches; its next step is launched                _restart
+
+A text whose choices cannot be verified takes the same steps: its tokens, chosen by the normal
+(dense) head, are accepted when they are read.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import mlx.core as mx
+
+from ..head.draw import draw_all
+from .caches import Snapshot, rollback
+from .policy import Proposer, step_arrays
+from .random_state import current_key, set_key
+from .sampler import normalized
+from .schedule import VerifySchedule
+from .sequence import PendingToken, Sequence
+
+# Feeds tokens (R, 1) to the model with these caches: logits (R, 1, V).
+Feed = Callable[[mx.array, list[Any]], mx.array]
+
+
+class Caches(Protocol):
+    """The caches of the decoder's sequences, a row each (`caches.py` has one for a text alone, and
+    one for several)."""
+
+    layers: list[Any]
+
+    def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]: ...
+
+    def extract(self, row: int) -> list[Any]: ...
+
+    def drop(self, rows: list[int]) -> None: ...
+
+    def join(self, layers: list[Any], n_rows: int = 1) -> None: ...
+
+    def merged(self, caches: list[list[Any]]) -> list[Any]: ...
+
+
+class Decoder:
+    """Decodes R ≥ 1 sequences: :meth:`round` makes the next tokens of each, and what is accepted
+    waits in its ``ready`` until :meth:`Sequence.hand_out`.
+
+    Args:
+        proposer: Proposes tokens, and says what can be verified.
+        caches: The caches of the sequences.
+        feed: Runs the model.
+    """
+
+    def __init__(self, proposer: Proposer, caches: Caches, feed: Feed):
+        self.sequences: list[Sequence] = []
+        self.caches = caches
+        self._proposer = proposer
+        self._feed = feed
+        self._latest: mx.array | None = None  # (R,), launched and not read
+        self._schedule = VerifySchedule(proposer, self._snapshots)
+
+    def start(self, sequences: list[Sequence], layers: list[Any], logits: mx.array) -> None:
+        """Adds sequences whose prompts have been read into the caches ``layers``. The dense logits
+        (R, V) of their last positions choose the first tokens, which are launched."""
+        tokens = self._choose_densely(sequences, logits)
+        mx.async_eval(step_arrays(tokens, [sequence.pending[-1] for sequence in sequences]))
+        self._join(sequences, layers, tokens)
+
+    def round(self) -> None:
+        """Computes the next token of each sequence while the one before it is read, and accepts
+        what is sure. Evaluates."""
+        latest = cast(mx.array, self._latest)
+        for sequence in self.sequences:
+            self._adopt(sequence)
+        self._latest = self._step(self.sequences, self.caches.layers, latest)
+        for sequence, token in zip(self.sequences, cast(list[int], latest.tolist()), strict=True):
+            sequence.pending[sequence.n_read].read(token)
+        self._schedule.step(self.sequences)
+        self._restart([sequence for sequence in self.sequences if sequence.rejected])
+
+    def settle(self, sequence: Sequence, *, dense: bool, caches_changed: bool = False) -> None:
+        """Forgets what was computed beyond the token that mlx-lm's loop would have computed: the
+        one after the last that was handed out, which is decided now if it was not. MLX's random
+        state stays as it is.
+
+        What a caller has changed in between counts from the place on where it would in that loop.
+
+        Args:
+            sequence: One whose tokens are verified.
+            dense: Whether the normal (dense) head decodes the rest of the text.
+            caches_changed: Whether the text goes on with whatever its caches hold.
+        """
+        state = current_key()
+        if len(sequence.tokens) == sequence.n_yielded:
+            self._decide(sequence)
+        self._schedule.forget([sequence])
+        sequence.cut(sequence.n_yielded + 1)
+        if caches_changed:
+            sequence.rolled_back(sequence.n_yielded)
+            sequence.verified_anew(self.snapshot(sequence))
+        layers = self._take_back([sequence])
+        set_key(state)
+        if dense:
+            sequence.end_verified()
+        self._feed_last([sequence], layers)
+
+    def snapshot(self, sequence: Sequence) -> Snapshot:
+        """A snapshot of a sequence's caches as they are."""
+        return self._snapshots([sequence])[0]
+
+    def handed_out_cache(self, sequence: Sequence) -> list[Any]:
+        """The caches of one sequence, with the tokens that were handed out and no others: copies
+        of rows of a batch, or those of a text alone, after which it must :meth:`settle`."""
+        row = self.sequences.index(sequence)
+        return self._rolled_back(sequence, self.caches.extract(row), sequence.n_yielded)
+
+    def leave(self, sequences: list[Sequence]) -> list[list[Any]]:
+        """Takes sequences out. Returns the caches of each, with the tokens handed out."""
+        caches = [self.handed_out_cache(sequence) for sequence in sequences]
+        self.drop(sequences)
+        return caches
+
+    def drop(self, sequences: list[Sequence]) -> None:
+        """Takes sequences out, and their caches with them."""
+        if sequences:
+            self._schedule.forget(sequences)
+            self._drop(sequences)
+
+    # The round's parts.
+
+    def _step(self, sequences: list[Sequence], layers: list[Any], latest: mx.array) -> mx.array:
+        """Feeds the latest tokens (R,), and launches the next ones (R,)."""
+        proposer = self._proposer
+        for i, sequence in enumerate(sequences):
+            sequence.feed(latest[i : i + 1])
+        with proposer.states() as states:
+            logits = self._feed(latest[:, None], layers)[:, -1, :]
+        n = len(sequences)
+        proposed = [i for i in range(n) if sequences[i].verified] if n <= proposer.max_batch else []
+        if not proposed:
+            tokens = self._choose_densely(sequences, logits, states)
+        elif len(proposed) == n:
+            tokens = proposer.propose(sequences, states[-1][:, -1])
+        else:
+            dense = [i for i in range(n) if i not in proposed]
+            rows = mx.array(proposed)
+            first = proposer.propose([sequences[i] for i in proposed], states[-1][:, -1][rows])
+            rest = [sequences[i] for i in dense]
+            second = self._choose_densely(rest, logits[mx.array(dense)], states, dense)
+            tokens = mx.concatenate([first, second])[mx.argsort(mx.array(proposed + dense))]
+        chosen = [sequence.pending[-1] for sequence in sequences]
+        mx.async_eval(step_arrays(tokens, chosen), self._schedule.joined)
+        return tokens
+
+    def _choose_densely(
+        self,
+        sequences: list[Sequence],
+        logits: mx.array,
+        states: list[mx.array] | None = None,
+        rows: list[int] | None = None,
+    ) -> mx.array:
+        """The tokens (R,) of sequences by their dense logits (R, V), as mlx-lm's loops choose them.
+
+        Where the text of a verified sequence must be the same in a batch as alone, a row of 16 bits
+        is multiplied by itself, from its state in ``states`` (row ``rows`` of the model's).
+        """
+        if len(sequences) == 1:
+            return sequences[0].extend(self._alone(sequences[0], logits, states, rows, 0))
+        each = [
+            self._alone(sequence, logits[i : i + 1], states, rows, i)
+            for i, sequence in enumerate(sequences)
+        ]
+        first = sequences[0]
+        shares_sampler = all(sequence.sampler is first.sampler for sequence in sequences)
+        if shares_sampler and first.draws_from_mlx:
+            processed = [
+                sequence.process(row, sequence.context(sequence.n_chosen))
+                for sequence, row in zip(sequences, each, strict=True)
+            ]
+            logprobs = normalized(mx.concatenate(processed))
+            tokens = cast(Any, first.sampler)(logprobs)  # called once, as mlx-lm does
+        elif any(sequence.needs_logits or sequence.greedy for sequence in sequences) or any(
+            sequence.settings is None for sequence in sequences
+        ):
+            chosen = [s.extend(row) for s, row in zip(sequences, each, strict=True)]
+            return mx.concatenate(chosen)
+        else:
+            together = mx.concatenate(each)  # one draw, in a fraction of the operations
+            logprobs = normalized(together)
+            tokens = draw_all(together, [s.draw_at(s.n_chosen) for s in sequences])
+        for sequence, row in zip(sequences, logprobs, strict=True):
+            sequence.pending.append(PendingToken(logprobs=row if sequence.logprobs else None))
+        return tokens
+
+    def _alone(
+        self,
+        sequence: Sequence,
+        logits: mx.array,
+        states: list[mx.array] | None,
+        rows: list[int] | None,
+        i: int,
+    ) -> mx.array:
+        """The dense logits (1, V) of a row as its text alone has them: in 16 bits a product of
+        several states rounds otherwise."""
+        batched = states is not None and len(states) > 0 and len(states[-1]) > 1
+        if not batched or logits.dtype == mx.float32 or not self._proposer.can_verify(sequence):
+            return logits
+        row = i if rows is None else rows[i]
+        return self._proposer.dense_row(cast(list[mx.array], states)[-1][row, -1:])
+
+    def _adopt(self, sequence: Sequence) -> None:
+        """Has a sequence's tokens proposed from now on, if they can be verified."""
+        if not sequence.verified and self._proposer.can_verify(sequence):
+            sequence.begin_verified(self.snapshot(sequence))
+
+    def _decide(self, sequence: Sequence) -> None:
+        """Accepts the first pending token, or what the dense logits choose in its place."""
+        if not sequence.n_read:
+            row = self.sequences.index(sequence)
+            sequence.pending[0].read(cast(int, cast(mx.array, self._latest)[row].item()))
+        self._schedule.flush(sequence)
+
+    # Sequences come, go, and start again.
+
+    def _restart(self, sequences: list[Sequence]) -> None:
+        """Goes on after the last accepted token of sequences, in whose place their caches hold
+        another one, or none. The next step of each is launched."""
+        if sequences:
+            self._feed_last(sequences, self._take_back(sequences))
+
+    def _take_back(self, sequences: list[Sequence]) -> list[Any]:
+        """Takes sequences out of the round: their caches, with all tokens but the last."""
+        caches = []
+        for sequence in sequences:
+            target = len(sequence.tokens) - 1
+            cache = self.caches.extract(self.sequences.index(sequence))
+            caches.append(self._rolled_back(sequence, cache, target))
+            sequence.rolled_back(target)
+        self._drop(sequences)
+        return self.caches.merged(caches)
+
+    def _feed_last(self, sequences: list[Sequence], layers: list[Any]) -> None:
+        """Launches the step after the last accepted tokens of sequences, which join the round."""
+        latest = mx.array([sequence.tokens[-1] for sequence in sequences], dtype=mx.uint32)
+        tokens = self._step(sequences, layers, latest)
+        self._join(sequences, layers, tokens)
+
+    def _join(self, sequences: list[Sequence], layers: list[Any], tokens: mx.array) -> None:
+        self.caches.join(layers, len(sequences))
+        latest = self._latest
+        self._latest = tokens if latest is None else mx.concatenate([latest, tokens])
+        self.sequences += sequences
+
+    def _drop(self, sequences: list[Sequence]) -> None:
+        rows = [self.sequences.index(sequence) for sequence in sequences]
+        kept = [row for row in range(len(self.sequences)) if row not in rows]
+        self.caches.drop(rows)
+        self.sequences = [self.sequences[row] for row in kept]
+        self._latest = cast(mx.array, self._latest)[mx.array(kept)] if kept else None
+
+    def _rolled_back(self, sequence: Sequence, cache: list[Any], target: int) -> list[Any]:
+        """A sequence's own caches, with the first ``target`` tokens of its text."""
+        held = [each for each in sequence.snapshots if each.n_tokens <= target]
+        if held:
+            rollback(
+                cache,
+                held[-1],
+                sequence.tokens,
+                len(sequence.tokens) - sequence.rejected,
+                sequence.n_cached,
+                target,
+                lambda token: self._feed(token, cache),
+            )
+        return cache
+
+    def _snapshots(self, sequences: list[Sequence]) -> list[Snapshot]:
+        rows = [(self.sequences.index(sequence), sequence.n_cached) for sequence in sequences]
+        return self.caches.snapshots(rows)

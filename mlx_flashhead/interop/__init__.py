@@ -1,0 +1,2 @@
+"""The only place that replaces names of other packages: once per process, for good, for programs
+that know nothing of FlashHead (`mlx_flashhead.run`), and for mlx-vlm's drafters."""

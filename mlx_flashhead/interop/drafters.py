@@ -1,0 +1,54 @@
+"""Hooks in mlx-vlm for models with drafters, which have no other door: they read a head's weights,
+and meet their targets, inside of its loops. Put in place at the first such model."""
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+from .replace import put_in_place
+
+
+@cache  # once per process
+def when_drafted(then: Callable[[Any, Any, str], None]) -> None:
+    """Calls ``then`` with each model and its drafter and the drafter's kind, before a prompt."""
+
+    def checked(original: Any) -> Any:
+        @wraps(original)
+        def validate(target_model: Any, draft_model: Any, draft_kind: Any) -> None:
+            original(target_model, draft_model, draft_kind)
+            then(target_model, draft_model, draft_kind)
+
+        return validate
+
+    # each loop for one text calls this with its drafter, and so does the server once
+    put_in_place("mlx_vlm.speculative.drafters.validate_drafter_compatibility", checked)
+
+
+@cache  # once per process
+def keep_from_weights(kind: type) -> None:
+    """Keeps mlx-vlm from reading weights of this ``kind``, which a FlashHead would gather anew."""
+
+    def instead(place: str, function: Callable[..., Any]) -> None:
+        """For such a layer, or a model that embeds by one, ``function`` is called."""
+
+        def wrap(original: Any) -> Any:
+            @wraps(original)
+            def call(first: Any, *arguments: Any, **options: Any) -> Any:
+                embedding = getattr(getattr(first, "model", None), "embed_tokens", None)
+                applies = isinstance(first, kind) or isinstance(embedding, kind)
+                return (function if applies else original)(first, *arguments, **options)
+
+            return call
+
+        put_in_place(f"mlx_vlm.{place}", wrap)
+
+    # fused_greedy_decode, decode_quantized_argmax and speculative_argmax_from_hidden ask these
+    verifier = "models.quantized_verifier"
+    instead(f"{verifier}.supports_quantization", lambda layer: False)
+    instead(f"{verifier}.supports_optimized_affine_head", lambda layer: False)
+    instead(f"{verifier}.optimized_nvfp4_argmax", lambda layer, *_, **__: None)
+    linear = "speculative.ops.linear._target_verify"
+    instead(f"{linear}_linear", lambda layer, x: layer(x))
+    instead(f"{linear}_embedding_as_linear", lambda layer, x: layer.as_linear(x))
+    # rows of the draft's tokens only, which lie apart under a FlashHead
+    instead("speculative.eagle3._eagle3_hot_token_ids", lambda *_, **__: None)

@@ -1,0 +1,22 @@
+"""Replaces what has a name in another package, for the rest of the process."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+Wrap = Callable[[Any], Any]  # from what has a name to what gets it
+
+
+def put_in_place(place: str, wrap: Wrap) -> None:
+    """Replaces what is at ``place``, such as "mlx_lm.utils.load", and the same object in all
+    imported modules of its package."""
+    module, _, name = place.rpartition(".")
+    original = getattr(import_module(module), name)
+    package = module.split(".")[0]
+    replacement = wrap(original)
+    for other in list(sys.modules.values()):
+        if getattr(other, "__name__", "").split(".")[0] == package:
+            for held, value in list(vars(other).items()):
+                if value is original:
+                    setattr(other, held, replacement)
