@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, ArgumentTypeError
 from importlib import import_module
+from typing import Any
 
 from .benchmarks import SAMPLERS, SHAPES
 from .common.arguments import Parser, picture, whole_number, whole_numbers, writable
@@ -80,12 +81,33 @@ def _add_server_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--clients",
         type=whole_numbers(1),
-        default=(1, 4, 8, 16),
         metavar="1,4,…",
-        help="Clients at once (default: 1,4,8,16).",
+        help="Clients at once (default: 1,4,8,16; with --mixed 16).",
     )
     add_number(parser, "--requests", 16, "Requests to a server for each number of clients")
-    add_number(parser, "--tokens", 16, "Tokens of each answer")
+    tokens = "Tokens of each answer (default: 16; with --mixed 32)."
+    add_number(parser, "--tokens", None, tokens)
+    mixed = parser.add_argument_group("a mixed load, in place of three servers in turns")
+    mixed.add_argument(
+        "--mixed",
+        action="store_true",
+        help="Send one server requests of all kinds for a time, of clients some of whom hang up, "
+        "and compare each answer with the one it has alone.",
+    )
+    add_number(mixed, "--minutes", 10, "Minutes for each server and number of clients")
+    mixed.add_argument(
+        "--allow-models",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="Further models of this server, such as one with a window and one with states.",
+    )
+    mixed.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(2, 3, 4, 5, 6, 8),
+        help="Then put a second server of --model under the load, with quantized caches.",
+    )
 
 
 def _add_common_flags(parser: ArgumentParser, *, rounds: int) -> None:
@@ -103,14 +125,21 @@ def _add_common_flags(parser: ArgumentParser, *, rounds: int) -> None:
     parser.add_argument("--plot", type=picture, metavar="FILE.png", help="Draw the figures.")
 
 
-def add_number(parser: ArgumentParser, flag: str, default: int | None, text: str) -> None:
-    """Adds a flag for a whole number of 1 or more. ``text`` names the default if it is None."""
+def add_number(parser: Any, flag: str, default: int | None, text: str) -> None:
+    """Adds a flag for a whole number of 1 or more to a parser or a group of it.
+
+    ``text`` names the default if it is None.
+    """
     text = text if default is None else f"{text} (default: {default})."
     parser.add_argument(flag, type=whole_number(1), default=default, help=text)
 
 
 def shape(text: str) -> tuple[str, tuple[int, ...]]:
-    """ "qwen3-0.6b" or "151936,1024" → its name and (V, D)."""
+    """A type: a shape by its name, such as "qwen3-0.6b", or as "151936,1024".
+
+    Returns:
+        The text, and (V, D).
+    """
     try:
         vocab_size, hidden_size = SHAPES.get(text.lower()) or whole_numbers(1)(text)
     except (ValueError, ArgumentTypeError):
@@ -123,11 +152,15 @@ def shape(text: str) -> tuple[str, tuple[int, ...]]:
 def main() -> None:
     """Entry point."""
     args = make_parser().parse_args()
+    kind = args.kind
+    if kind == "server" and args.mixed:
+        kind = "mixed"
+        args.rounds = args.minutes  # a round takes a minute
     from_extra("rich", "report", "mlx_flashhead.benchmark")  # before long work
     with ended_by_signals():
         from .benchmarks.reporting import report
 
-        benchmark = import_module(f".benchmarks.{args.kind}_benchmark", __package__)
+        benchmark = import_module(f".benchmarks.{kind}_benchmark", __package__)
         confirm = None
         if args.kind == "model" and args.report:
             confirm = import_module(".benchmarks.confirmations", __package__).confirm

@@ -36,6 +36,8 @@ RECORD = Path(__file__).with_suffix(".json")
 NO_SUCH_FORM = "–"
 REFUSED = "refused"
 UNTESTED = "not tested"
+LM_CONFIGS = "architecture_configs.py"
+VLM_CONFIGS = "vlm_configs.py"
 SERVED = "`"  # begins a cell that names the head
 
 
@@ -90,10 +92,7 @@ def survey(progress: bool = True) -> Forms:
     """Untied and tied form of every architecture of the installed mlx-lm."""
     names = tqdm(architectures(), desc="Architectures of mlx-lm", disable=not progress)
     with emulated():
-        return {
-            name: _examine_both(name, tiny_architecture, "architecture_configs.py")
-            for name in names
-        }
+        return {name: _examine_both(name, tiny_architecture, LM_CONFIGS) for name in names}
 
 
 def vlm_survey(progress: bool = True) -> Forms:
@@ -102,7 +101,7 @@ def vlm_survey(progress: bool = True) -> Forms:
 
     names = tqdm(vlm_architectures(), desc="Architectures of mlx-vlm", disable=not progress)
     with emulated("mlx_vlm"):
-        return {name: _examine_both(name, tiny_vlm, "vlm_configs.py") for name in names}
+        return {name: _examine_both(name, tiny_vlm, VLM_CONFIGS) for name in names}
 
 
 def _examine_both(name: str, build: Callable[..., nn.Module], configs: str) -> tuple[Form, Form]:

@@ -95,8 +95,10 @@ def race(
     max_tokens: int,
     show: Callable[[tuple[Run, Run], float | None], None] = lambda runs, seconds: None,
 ) -> tuple[Run, Run]:
-    """Writes a text with the dense model, then with FlashHead; ``show`` gets both runs, and the
-    second one's time."""
+    """Writes a text with the dense model, then with FlashHead.
+
+    ``show`` gets both runs, and the second one's time.
+    """
     prompt_ids = encode(tokenizer, prompt)
     for model in models:  # warms up
         list(write(model, tokenizer, prompt_ids, 4, Run()))
@@ -192,8 +194,10 @@ def _agreement(head, dense: Run, flash: Run) -> str:
 
 @contextmanager
 def _panels(console: Console) -> Iterator[Callable[..., None]]:
-    """Two panels whose texts grow, each with its speed. Without a terminal the texts follow each
-    other."""
+    """Two panels whose texts grow, each with its speed.
+
+    Without a terminal the texts follow each other.
+    """
     if not console.is_terminal:
         shown = [0, 0]
 
@@ -227,7 +231,9 @@ def _panels(console: Console) -> Iterator[Callable[..., None]]:
 
 def picture_of_race(runs: tuple[Run, Run], seconds: float | None, columns: int) -> Columns:
     """Both texts after some seconds, side by side; without seconds while the dense one is written.
-    A text that is complete has its own time, whatever the clock of the race says."""
+
+    A text that is complete has its own time, whatever the clock of the race says.
+    """
     clocks = (math.inf, 0.0) if seconds is None else (seconds, seconds)
     width = (columns - 1) // 2
     height = max(8, 3 + len(runs[0].text()) // max(1, width - 6))

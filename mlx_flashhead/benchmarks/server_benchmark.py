@@ -7,89 +7,118 @@ hang up after the first text. The other answers are compared with those to each 
 import argparse
 import json
 import math
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing
 from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from ..common.tables import new_table
 from ..models.fetch import resolve
 from .reporting import Case, spread
+from .server_process import HOST, serving
 
 TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "winter", "trains")
 SENTENCE = "The bridge over the river was old and narrow, and nobody knew who had built it. "
 LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)  # sentences before each question
 HANGS_UP = 5  # one in so many clients
-HOST, ANSWER_SECONDS = "127.0.0.1", 600
+CLIENTS = (1, 4, 8, 16)  # at once, unless others are asked for
+TOKENS = 16  # of an answer
+ANSWER_SECONDS = 600
 
 
 class Reply(NamedTuple):
-    """An answer, the server's count of tokens, None if the client hung up, and the seconds to the
-    first text. A lost one has a problem."""
+    """An answer to a question, as far as it came."""
 
     question: str
     text: str = ""
-    n_tokens: int | None = None
-    first_seconds: float | None = None
-    problem: str | None = None
+    n_tokens: int | None = None  # by the server's count; None if the client hung up
+    first_seconds: float | None = None  # to the first text
+    problem: str | None = None  # of an answer that was lost
 
 
 def cases(args: argparse.Namespace) -> Generator[Case]:
+    """Runs the three servers, and yields what each number of clients is to them."""
     model = ("--model", str(resolve(args.model)), "--prompt-cache-size", "0")
-    flags = ["--n-probes", str(args.n_probes)] if args.n_probes is not None else []
-    flags += ["--flash-head", args.flash_head] if args.flash_head is not None else []
-    # neither the build nor dense steps are to be measured
-    flags += ["--no-build" if args.no_build else "--build-first", "--flash-head-always"]
     commands = {
-        "FlashHead": ("mlx_flashhead.server", *model, *flags),
+        "FlashHead": ("mlx_flashhead.server", *model, *head_flags(args)),
         "dense": ("mlx_flashhead.server", *model, "--dense"),
         "mlx_lm.server": ("mlx_lm.server", *model),
     }
+    n_tokens = args.tokens or TOKENS
     print("Three servers start, and answer each question alone.", file=sys.stderr, flush=True)
     with ExitStack() as stack:
-        ports = {name: stack.enter_context(serving(*each)) for name, each in commands.items()}
-        alone = {
-            name: {q: ask(port, q, max_tokens=args.tokens).text for q in questions()}
-            for name, port in ports.items()
+        ports = {
+            name: stack.enter_context(serving(*command)).port for name, command in commands.items()
         }
-        for n in args.clients:
+        alone = {name: answers_alone(port, n_tokens) for name, port in ports.items()}
+        for n_clients in args.clients or CLIENTS:
             replies: dict[str, list[Reply]] = {name: [] for name in ports}
             timers = {
-                name: partial(visit, port, n, args.requests, args.tokens, replies[name])
+                name: partial(visit, port, n_clients, args.requests, n_tokens, replies[name])
                 for name, port in ports.items()
             }
-            about = {"model": Path(args.model).name, "clients": n}
-            about |= {"requests": args.requests, "tokens": args.tokens}
-            yield Case(f"{n} at once, per token", timers, partial(summary, about, replies, alone))
+            about = {
+                "model": Path(args.model).name,
+                "clients": n_clients,
+                "requests": args.requests,
+                "tokens": n_tokens,
+            }
+            figures_of = partial(summary, about, replies, alone)
+            yield Case(f"{n_clients} at once, per token", timers, figures_of)
+
+
+def head_flags(args: argparse.Namespace) -> list[str]:
+    """The flags of a server whose FlashHead is there and used: its build is not to be measured."""
+    flags = ["--no-build" if args.no_build else "--build-first", "--flash-head-always"]
+    if args.n_probes is not None:
+        flags += ["--n-probes", str(args.n_probes)]
+    if args.flash_head is not None:
+        flags += ["--flash-head", args.flash_head]
+    return flags
 
 
 def questions() -> list[str]:
+    """Questions of different lengths."""
     pairs = zip(LENGTHS, TOPICS, strict=True)
     return [f"{SENTENCE * n}Write a sentence about {topic}." for n, topic in pairs]
+
+
+def answers_alone(port: int, n_tokens: int) -> dict[str, str]:
+    """The answer to each question, while nobody else asks."""
+    return {question: ask(port, question, max_tokens=n_tokens).text for question in questions()}
 
 
 def visit(
     port: int, clients: int, requests: int, tokens: int, replies: list[Reply], number: int
 ) -> float:
-    """A round of one server: several clients at once, each with one question after the other, which
-    adds to ``replies``. The seconds for a token of all clients."""
+    """A round of one server: several clients at once, each with one question after the other.
+
+    Args:
+        port: The server's port.
+        clients: Clients at once.
+        requests: Of all clients together.
+        tokens: Of an answer, at most.
+        replies: Gets the answers.
+        number: Of the round; the first one does nothing, since the questions alone warm it up.
+
+    Returns:
+        The seconds for a token of all clients.
+    """
     if number == 0:
-        return 0.0  # the questions alone have warmed it up
+        return 0.0
     several = questions()
 
     def request(i: int) -> Reply:
-        question, leaves = several[i % len(several)], i % HANGS_UP == HANGS_UP - 1
+        question = several[i % len(several)]
+        leaves = i % HANGS_UP == HANGS_UP - 1
         try:
             return ask(port, question, max_tokens=tokens, hang_up=leaves)
         except (OSError, ValueError) as error:
@@ -104,14 +133,25 @@ def visit(
     return seconds / n_tokens if n_tokens else math.inf
 
 
-def summary(about: dict, replies: dict, alone: dict, seconds: dict[str, list[float]]) -> dict:
+def summary(
+    about: dict[str, Any],
+    replies: dict[str, list[Reply]],
+    alone: dict[str, dict[str, str]],
+    seconds: dict[str, list[float]],
+) -> dict[str, Any]:
     """The figures of each server with one number of clients, JSON-ready."""
     loads = {name: figures(replies[name], alone[name], seconds[name]) for name in seconds}
     return about | {"loads": loads}
 
 
-def figures(replies: list[Reply], alone: dict[str, str], seconds: list[float]) -> dict:
-    """The figures of one server; complete answers with their question's text in ``alone`` count."""
+def figures(replies: list[Reply], alone: dict[str, str], seconds: list[float]) -> dict[str, Any]:
+    """The figures of one server, JSON-ready.
+
+    Args:
+        replies: Its answers. Those that hung up, or were lost, are counted by themselves.
+        alone: The answer to each question alone.
+        seconds: For a token, of each round.
+    """
     complete = [reply for reply in replies if reply.n_tokens is not None]
     problems = [reply.problem for reply in replies if reply.problem is not None]
     first = [reply.first_seconds for reply in replies if reply.first_seconds is not None]
@@ -127,7 +167,8 @@ def figures(replies: list[Reply], alone: dict[str, str], seconds: list[float]) -
     }
 
 
-def make_table(result: dict) -> Table:
+def make_table(result: dict[str, Any]) -> Table:
+    """The table of one number of clients."""
     loads = result["loads"]
     lost = [f"Answers lost: {sum(load['lost'] for load in loads.values())}."]
     lost += [problem for load in loads.values() for problem in load["problems"]]
@@ -144,43 +185,30 @@ def make_table(result: dict) -> Table:
     return table
 
 
-@contextmanager
-def serving(module: str, *arguments: str) -> Iterator[int]:
-    """The port of a server that runs within the block; ValueError if it ends before it answers."""
-    with socket.create_server((HOST, 0)) as free:
-        port: int = free.getsockname()[1]
-    command = [sys.executable, "-m", module, *arguments, "--host", HOST, "--port", str(port)]
-    nowhere = subprocess.DEVNULL
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as errors,
-        subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=errors) as server,
-    ):
-        try:
-            while not _healthy(port):
-                if server.poll() is not None:
-                    errors.seek(0)
-                    lines = errors.read().strip().splitlines() or ["it printed nothing"]
-                    raise ValueError(f"{' '.join(command[2:])} did not start: {lines[-1]}")
-                time.sleep(0.1)
-            yield port
-        finally:
-            server.terminate()
-
-
-def _healthy(port: int) -> bool:
-    with suppress(OSError, HTTPException), closing(HTTPConnection(HOST, port, timeout=10)) as http:
-        http.request("GET", "/health")
-        return http.getresponse().status == 200
-    return False
-
-
 def ask(port: int, question: str, *, max_tokens: int, hang_up: bool = False) -> Reply:
-    """A server's greedy answer. With ``hang_up`` the client leaves after the first text. ValueError
-    if it answers with an error or not completely, OSError if not at all."""
-    body = {"messages": [{"role": "user", "content": question}], "max_tokens": max_tokens}
-    body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    """A server's greedy answer.
+
+    Args:
+        port: The server's port.
+        question: Of the user.
+        max_tokens: Of the answer.
+        hang_up: The client leaves after the first text.
+
+    Raises:
+        ValueError: If it answers with an error, or not completely.
+        OSError: If it does not answer.
+    """
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     headers = {"Content-Type": "application/json"}
-    began, text, first = time.monotonic(), "", None
+    began = time.monotonic()
+    text = ""
+    first = None
     with closing(HTTPConnection(HOST, port, timeout=ANSWER_SECONDS)) as client:
         client.request("POST", "/v1/chat/completions", json.dumps(body), headers)
         try:

@@ -137,8 +137,18 @@ class Conversation:
 def read_conversation(
     path: Path, *, remedy: str = "choose a file written by /save"
 ) -> list[Message]:
-    """The messages in a file of ``write_conversation``, or a list of them alone. ValueError if they
-    are no conversation that continues with a question."""
+    """Reads the messages in a file of ``write_conversation``, or in a list of them alone.
+
+    Args:
+        path: The file.
+        remedy: What an error tells the user to do.
+
+    Returns:
+        The messages: a system prompt if there is one, then questions and answers in turn.
+
+    Raises:
+        ValueError: If the file does not hold such a conversation.
+    """
     with suppress(ValueError, RecursionError, KeyError, TypeError):
         content = json.loads(path.read_bytes())
         listed = content["messages"] if isinstance(content, dict) else content
@@ -160,6 +170,7 @@ def write_conversation(path: Path, messages: list[Message], model: str) -> None:
 
 
 def store_conversation(messages: list[Message], model: str) -> None:
+    """Keeps the conversation for `last_conversation`."""
     folder = FILES.expanduser()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_conversation(folder / "last.json", messages, model)

@@ -30,13 +30,14 @@ COMMANDS = {
     "/help": "what can be typed (or h)",
     "/reset": "begin a new conversation (or r)",
     "/stats": "settings, and figures of the conversation",
-    "/probes": "N: clusters probed per token",
+    "/probes": "N: score N clusters per token",
     "/dense": "switch between the normal (dense) head and FlashHead",
     "/save": "FILE: write the conversation as JSON",
     "/load": "FILE: continue a conversation from there",
     "/exit": "leave (or q, or Ctrl-D)",
 }
 WITH_FILES = ("/save", "/load")
+WITH_HEAD = ("/probes", "/dense")
 # With a slash or without; the letters are those of mlx_lm.chat.
 ALIASES = {"h": "/help", "help": "/help", "?": "/help", "r": "/reset"}
 ALIASES |= dict.fromkeys(("q", "quit", "exit"), "/exit")
@@ -69,27 +70,33 @@ class ChatSession:
             say(f"{self.args.model}, {self._settings()}. /help lists the commands.")
         if self.args.resume:
             say(f"Continuing the last conversation, {self._messages()}.")
-        while True:
+        more = True
+        while more:
             try:
-                command, rest = _command(self.terminal.read())
-                if command == "/exit":
-                    return
-                try:
-                    if command:
-                        say(self._run(command, rest))
-                    elif rest:
-                        self._answer(rest)
-                except BrokenPipeError:
-                    raise
-                except (ValueError, OSError) as error:
-                    say(sentence(error))
+                more = self._take_turn()
             except EOFError:
                 say("")
-                return
+                more = False
             except KeyboardInterrupt:  # at the prompt, or when an answer has just ended
                 if not interactive:
                     raise
                 say("\n/exit or Ctrl-D leaves.")
+
+    def _take_turn(self) -> bool:
+        """Reads a text and answers it, or runs the command in it; False at /exit."""
+        command, rest = _command(self.terminal.read())
+        if command == "/exit":
+            return False
+        try:
+            if command:
+                self.terminal.say(self._run(command, rest))
+            elif rest:
+                self._answer(rest)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            self.terminal.say(sentence(error))
+        return True
 
     def _answer(self, text: str) -> None:
         conversation, say = self.conversation, self.terminal.say
@@ -135,44 +142,55 @@ class ChatSession:
 
     def _run(self, command: str, argument: str) -> str:
         """Runs a command, and returns what to say."""
-        path = Path(argument).expanduser()
+        actions = {
+            "/help": self._help,
+            "/reset": self._reset,
+            "/stats": self._stats,
+            "/probes": lambda: self._set_probes(argument),
+            "/dense": self._switch_head,
+            "/save": lambda: self._save(Path(argument).expanduser()),
+            "/load": lambda: self._load(Path(argument).expanduser()),
+        }
+        if command not in actions:
+            raise ValueError(f"There is no command {command}: /help lists the commands.")
         if command in WITH_FILES and not argument:
             raise ValueError(f"{command} needs the name of a file, such as {command} chat.json.")
-        if command in ("/probes", "/dense") and self.head is None:
+        if command in WITH_HEAD and self.head is None:
             raise ValueError(NO_FLASH_HEAD)
-        match command:
-            case "/help":
-                return "\n".join([*(f"  {name:8} {what}" for name, what in COMMANDS.items()), HELP])
-            case "/reset":
-                self.conversation.reset()
-                return "A new conversation."
-            case "/stats":
-                return self._stats()
-            case "/save":
-                if path.exists():
-                    read_conversation(path, remedy="choose another name")  # it replaces no other
-                write_conversation(path, self.conversation.messages, self.args.model)
-                return f"Wrote {self._messages()} to {path}."
-            case "/load":
-                self.conversation.replace(read_conversation(path))
-                return f"Read {self._messages()} from {path}."
-            case "/dense":
-                self.dense = not self.dense
-            case "/probes":
-                if argument:
-                    self._set_probes(argument)
-            case _:
-                raise ValueError(f"There is no command {command}: /help lists the commands.")
+        return actions[command]()
+
+    def _help(self) -> str:
+        listed = [f"  {name:8} {what}" for name, what in COMMANDS.items()]
+        return "\n".join([*listed, HELP])
+
+    def _reset(self) -> str:
+        self.conversation.reset()
+        return "A new conversation."
+
+    def _save(self, path: Path) -> str:
+        if path.exists():
+            read_conversation(path, remedy="choose another name")  # it replaces no other file
+        write_conversation(path, self.conversation.messages, self.args.model)
+        return f"Wrote {self._messages()} to {path}."
+
+    def _load(self, path: Path) -> str:
+        self.conversation.replace(read_conversation(path))
+        return f"Read {self._messages()} from {path}."
+
+    def _switch_head(self) -> str:
+        self.dense = not self.dense
         return f"Now {self._settings()}."
 
-    def _set_probes(self, argument: str) -> None:
+    def _set_probes(self, argument: str) -> str:
         assert self.head is not None  # which `_run` has checked
         n_clusters = self.head.n_clusters
-        try:
-            self.head.n_probes = whole_number(1, n_clusters)(argument)
-        except ArgumentTypeError:
-            raise ValueError(f"/probes needs a number from 1 to {n_clusters:,}.") from None
-        policy_of(self.head).dense = False  # it comes before what was measured
+        if argument:
+            try:
+                self.head.n_probes = whole_number(1, n_clusters)(argument)
+            except ArgumentTypeError:
+                raise ValueError(f"/probes needs a number from 1 to {n_clusters:,}.") from None
+            policy_of(self.head).dense = False  # it comes before what was measured
+        return f"Now {self._settings()}."
 
     def _stats(self) -> str:
         lines = [f"{self.args.model}, {self._settings()}"]

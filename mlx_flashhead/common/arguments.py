@@ -35,8 +35,10 @@ class Parser(ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None
     ) -> tuple[Namespace, list[str]]:
-        """As argparse's, but unknown arguments are an error: here the subcommand's flags are known,
-        among which the user may have meant one."""
+        """As argparse's, but unknown arguments are an error.
+
+        A subcommand's parser comes here, too, and knows the flags that the user may have meant.
+        """
         self._words = list(sys.argv[1:] if args is None else args)
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -58,8 +60,10 @@ class Parser(ArgumentParser):
         self.exit(2, f"error: {message.rstrip('.')}{end}\n")
 
     def _is_unknown(self, word: str) -> bool:
-        """Whether a word of the command line is surely no argument: a flag that there is not, or
-        a first word where nothing stands without a flag."""
+        """Whether a word of the command line is surely no argument.
+
+        It is an unknown flag, or a first word where nothing may stand without a flag.
+        """
         if word.startswith("--"):
             flag = word.partition("=")[0]
             return not any(known.startswith(flag) for known in self._option_string_actions)
@@ -89,8 +93,10 @@ class Parser(ArgumentParser):
 
 
 def _nearest(flag: str, flags: Sequence[str]) -> str | None:
-    """The flag that a near miss was meant for: one that it begins with, else one of nearly the
-    same letters."""
+    """The flag that a near miss was meant for, or None.
+
+    It is one that the word begins with, else one of nearly the same letters.
+    """
     spelled = flag.lower().replace("_", "-")
     beginnings = [known for known in flags if spelled.startswith(known)]
     if beginnings:

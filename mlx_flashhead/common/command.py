@@ -53,8 +53,10 @@ def _exit_by_signal(number: int, frame: Any) -> None:
 
 
 def _interrupt_again(unraisable: Any) -> None:
-    """Raises a KeyboardInterrupt that came within a callback, such as that of a weak reference,
-    once more: Python would print it with a traceback and go on."""
+    """Raises a KeyboardInterrupt once more that came within a callback.
+
+    Python would print it with a traceback and go on, for example in that of a weak reference.
+    """
     if unraisable.exc_type is KeyboardInterrupt:
         _thread.interrupt_main()
     else:

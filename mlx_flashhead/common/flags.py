@@ -1,5 +1,7 @@
-"""Flags of several commands: those of mlx-lm's ``generate`` and ``chat``, whose own parsers would
-take a second to import, and FlashHead's."""
+"""Flags of several commands: those of mlx-lm's ``generate`` and ``chat``, and FlashHead's.
+
+mlx-lm's own parsers would take a second to import.
+"""
 
 import json
 from argparse import Namespace
@@ -158,7 +160,12 @@ def add_head_options(
     group: Any, no_build: str | None = None, *, probes: str = TUNED_PROBES
 ) -> None:
     """Adds the flags of a command that loads a model and builds a missing FlashHead first.
-    ``probes`` is the help of ``--n-probes``."""
+
+    Args:
+        group: A parser, or a group of its flags.
+        no_build: The help of ``--no-build``, if it does not refuse to build one.
+        probes: The help of ``--n-probes``.
+    """
     group.add_argument("--n-probes", type=whole_number(1), help=probes)
     add_source_options(group, no_build)
     group.add_argument(

@@ -1,5 +1,8 @@
-"""How a model gets its FlashHead: what a user chooses, by flags, in Python, or in the variables of
-a process that `mlx_flashhead.run` has started. Imports no mlx-lm, which takes seconds."""
+"""How a model gets its FlashHead, as a user chooses.
+
+The choices are made by flags, in Python, or in the variables of a process that `mlx_flashhead.run`
+has started. Imports no mlx-lm, which takes seconds.
+"""
 
 import argparse
 import json

@@ -57,14 +57,20 @@ def load(
     flash_head_always: bool = False,
     progress: bool = True,
 ):
-    """Loads a model with a FlashHead: the named one, else the one in the model's folder, else the
-    one that was built for this model before, else a new one, which is cached.
+    """Loads a model with a FlashHead.
 
-    Takes ``mlx_lm.load``'s arguments and these. Returns ``(model, tokenizer)``, and the
-    configuration if ``return_config``.
+    It is the one that is named, else the one in the model's folder, else the one that was built
+    for this model before, else a new one, which is cached.
 
     Args:
+        path_or_hf_repo: Folder or Hugging Face repository of the model.
+        tokenizer_config: As for ``mlx_lm.load``.
+        model_config: Likewise.
         adapter_path: LoRA adapters of the body; an adapted head must be fused first.
+        lazy: As for ``mlx_lm.load``.
+        return_config: Whether the configuration is wanted, too.
+        revision: Branch, tag or commit of the repository.
+        trust_remote_code: Run the model's own Python code.
         flash_head: A folder or a Hugging Face repository of a FlashHead.
         build: Build a FlashHead if there is none, once.
         n_probes: Clusters scored per token; default: the FlashHead's own number.
@@ -76,16 +82,27 @@ def load(
         flash_head_always: Use the FlashHead even where it makes this model no faster here.
         progress: Print steps and bars on standard error.
 
+    Returns:
+        ``(model, tokenizer)``, and the configuration if ``return_config``.
+
     Raises:
         ValueError: If the model does not exist, if there is no FlashHead and none may be built, if
             it is damaged or belongs to another model, if the source of a finer head is named and
             cannot be used, or if an argument is not valid.
     """
-    fine: Any = {"fine_head": fine_head, "head_bits": head_bits, "always": flash_head_always}
-    missing = BUILD if build else REFUSE
+    options = HeadOptions(
+        flash_head=flash_head,
+        missing=BUILD if build else REFUSE,
+        n_probes=n_probes,
+        backend=backend,
+        progress=progress,
+        always=flash_head_always,
+        fine_head=fine_head,
+        head_bits=head_bits,
+    )
     loaded = load_with_head(
         resolve(path_or_hf_repo, revision),
-        HeadOptions(flash_head, missing, n_probes, backend, progress, **fine),
+        options,
         tokenizer_config=tokenizer_config,
         model_config=model_config,
         adapter_path=adapter_path,
@@ -116,11 +133,24 @@ def load_draft(
     """Loads a draft model, with its FlashHead if it has one. It builds none.
 
     The target verifies each draft, so few probes will do: by default a tenth of the head's bytes
-    (docs/drafts.md). ValueError as in `load`, and for probes without a FlashHead.
+    (docs/drafts.md).
+
+    Args:
+        path_or_hf_repo: Folder or Hugging Face repository of the draft model.
+        draft_probes: Clusters scored for each draft.
+        trust_remote_code: Run the model's own Python code.
+
+    Returns:
+        ``(model, tokenizer)``.
+
+    Raises:
+        ValueError: As in `load`, and for probes without a FlashHead.
     """
-    options = HeadOptions(missing=DENSE, n_probes=draft_probes, drafts=True)
-    folder, trust = resolve(path_or_hf_repo), {"trust_remote_code": trust_remote_code}
-    model, tokenizer, _ = load_with_head(folder, options, **trust)
+    model, tokenizer, _ = load_with_head(
+        resolve(path_or_hf_repo),
+        HeadOptions(missing=DENSE, n_probes=draft_probes, drafts=True),
+        trust_remote_code=trust_remote_code,
+    )
     if draft_probes is not None and get_flash_head(model) is None:
         raise ValueError(f"{path_or_hf_repo} has no FlashHead: leave `draft_probes` out.")
     return model, tokenizer
@@ -139,19 +169,47 @@ def sharded_load(
     backend: str | None = None,
     progress: bool = True,
 ):
-    """Loads this process's part of a model: ``mlx_lm.utils.sharded_load`` with a FlashHead, which
-    is named, in the model's folder, or was built before by a single process.
+    """Loads this process's part of a model: ``mlx_lm.utils.sharded_load`` with a FlashHead.
 
-    The processes of ``pipeline_group`` share the layers out, those of ``tensor_group`` share each
-    layer; without either all share the model in the way that it supports, tensor first. The rest is
-    as in `load`; also a ValueError if the model cannot be split in this way, or if its head is
-    split over the vocabulary.
+    The FlashHead is named, or in the model's folder, or a single process has built it before.
+
+    Args:
+        path_or_hf_repo: Folder or Hugging Face repository of the model.
+        pipeline_group: Processes that share the layers out.
+        tensor_group: Processes that share each layer. Without either group all processes share the
+            model in the way that it supports, by layers only if there is no other.
+        return_config: Whether the configuration is wanted, too.
+        tokenizer_config: As for ``mlx_lm.load``.
+        trust_remote_code: Run the model's own Python code.
+        flash_head: As in `load`, like the others.
+        n_probes: Likewise.
+        backend: Likewise.
+        progress: Likewise.
+
+    Returns:
+        ``(model, tokenizer)``, and the configuration if ``return_config``.
+
+    Raises:
+        ValueError: As in `load`, and if the model cannot be split in this way, or its head is split
+            over the vocabulary.
     """
-    options = HeadOptions(flash_head, REFUSE, n_probes, backend, progress, tunes=False)
+    options = HeadOptions(
+        flash_head=flash_head,
+        missing=REFUSE,
+        n_probes=n_probes,
+        backend=backend,
+        progress=progress,
+        tunes=False,
+    )
     folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
     stored = sources.explicit_or_bundled_head(folder, options)
-    how: Any = {"tokenizer_config": tokenizer_config, "trust_remote_code": trust_remote_code}
-    loaded = load_dense_part(path_or_hf_repo, pipeline_group, tensor_group, **how)
+    loaded = load_dense_part(
+        path_or_hf_repo,
+        pipeline_group,
+        tensor_group,
+        tokenizer_config=tokenizer_config,
+        trust_remote_code=trust_remote_code,
+    )
     head = attach_head(loaded[0], loaded[1], stored, folder, options)
     assert head is not None
     policy_of(head).lockstep = True
@@ -171,32 +229,68 @@ def attach(
     flash_head_always: bool = False,
     progress: bool = True,
 ) -> FlashHead:
-    """Puts a FlashHead on a dense model and returns it. `detach` takes it off, and a finer head.
+    """Puts a FlashHead on a dense model. `detach` takes it off, and a finer head.
 
     Args:
         model: Any model of mlx-lm or mlx-vlm, with its final adapters and bits.
         tokenizer: What its ``load`` returned beside it: mlx-lm's tokenizer, or mlx-vlm's processor.
+        flash_head: As in `load`, like the others.
+        n_probes: Likewise.
+        backend: Likewise.
+        build: Likewise.
+        fine_head: Likewise.
+        head_bits: Likewise.
+        flash_head_always: Likewise.
+        progress: Likewise.
 
-    The other arguments and errors are as in `load`: after an error the model is unchanged.
+    Returns:
+        The FlashHead.
+
+    Raises:
+        ValueError: As in `load`; the model is unchanged.
     """
-    missing = BUILD if build else REFUSE
-    fine: Any = {"fine_head": fine_head, "head_bits": head_bits, "always": flash_head_always}
-    options = HeadOptions(flash_head, missing, n_probes, backend, progress, **fine)
-    # a processor's tokenizer has the name
-    inner = getattr(tokenizer, "tokenizer", None)
-    name = getattr(tokenizer, "name_or_path", "") or getattr(inner, "name_or_path", "")
-    source = Path(str(name or type(model).__module__))
-    source = source if source.is_dir() else Path(source.name)
+    options = HeadOptions(
+        flash_head=flash_head,
+        missing=BUILD if build else REFUSE,
+        n_probes=n_probes,
+        backend=backend,
+        progress=progress,
+        always=flash_head_always,
+        fine_head=fine_head,
+        head_bits=head_bits,
+    )
+    source = _source_of(model, tokenizer)
     head = attach_head(model, tokenizer, sources.explicit_head(options), source, options)
     assert head is not None  # only DENSE leaves it out
     return head
 
 
+def _source_of(model: nn.Module, tokenizer: Any) -> Path:
+    """The folder of a model in memory, as far as its tokenizer tells, else its name."""
+    inner = getattr(tokenizer, "tokenizer", None)  # of a processor
+    name = getattr(tokenizer, "name_or_path", "") or getattr(inner, "name_or_path", "")
+    source = Path(str(name or type(model).__module__))
+    return source if source.is_dir() else Path(source.name)
+
+
 def attach_head(
     model: nn.Module, tokenizer: Any, stored: StoredHead | None, source: Path, options: HeadOptions
 ) -> FlashHead | None:
-    """Puts the stored FlashHead on a dense model, else a cached one, else a new one, as `attach`;
-    None if it stays dense. ``source`` is the model's folder, or its name."""
+    """Puts the stored FlashHead on a dense model, else a cached one, else a new one.
+
+    Args:
+        model: As for `attach`.
+        tokenizer: Likewise.
+        stored: The FlashHead that is named or in the model's folder, if there is one.
+        source: The model's folder, or its name.
+        options: What to do if there is none.
+
+    Returns:
+        The FlashHead, or None if the model stays dense.
+
+    Raises:
+        ValueError: As `attach`.
+    """
     if model.training:
         raise ValueError(
             "A model in training mode cannot get a FlashHead: call model.eval() first."
@@ -258,8 +352,10 @@ def _attach_fine_head(location: HeadLocation, source: Path, options: HeadOptions
 
 
 def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None:
-    """Gives a drafter with a head of its own a FlashHead, where its target has one. It is built
-    from states of the drafter as it drafts answers of the target."""
+    """Gives a drafter with a head of its own a FlashHead, where its target has one.
+
+    It is built from the drafter's states, as it drafts answers of the target.
+    """
     head = get_flash_head(target)
     if head is None or head not in _targets:  # as while the drafter drafts for its own build
         return
@@ -272,16 +368,7 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
         check_plain_product(location)
         stored = sources.find(location.rows(), options.say)
         if stored is None and options.missing == BUILD:
-            text = text_side(target, tokenizer)
-            prompts = (prompt_of(text, request) for request in builtin_requests())
-            drafting = partial(drafted_answer, target, drafter, kind, n_tokens=ANSWER_TOKENS)
-            answers = map(drafting, prompts)
-            seconds = IndexOptions.calibration_seconds
-            drafted = drafted_states(location, answers, text.eos_token_ids, seconds=seconds)
-            how: Any = {"source": Path(architecture(drafter)), "options": options}
-            with random_key((0, 0)):
-                steps = build_steps(drafter, tokenizer, location, drafted=drafted, **how)
-                stored = finish(steps, options)
+            stored = _build_for_drafter(target, drafter, kind, tokenizer, location, options)
         if stored is not None:
             own = install_stored(drafter, stored, options, location)
             own.serve_drafts(stored.index.config.draft_probes)
@@ -290,3 +377,33 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
         options.say(f"The drafter has no FlashHead: {error}")
     finally:
         _targets[head] = known
+
+
+def _build_for_drafter(
+    target: nn.Module,
+    drafter: nn.Module,
+    kind: str,
+    tokenizer: Any,
+    location: HeadLocation,
+    options: HeadOptions,
+) -> StoredHead:
+    """Builds the FlashHead of a drafter's own head, at ``location``."""
+    text = text_side(target, tokenizer)
+    prompts = (prompt_of(text, request) for request in builtin_requests())
+    drafting = partial(drafted_answer, target, drafter, kind, n_tokens=ANSWER_TOKENS)
+    drafted = drafted_states(
+        location,
+        map(drafting, prompts),
+        text.eos_token_ids,
+        seconds=IndexOptions.calibration_seconds,
+    )
+    with random_key((0, 0)):
+        steps = build_steps(
+            drafter,
+            tokenizer,
+            location,
+            source=Path(architecture(drafter)),
+            options=options,
+            drafted=drafted,
+        )
+        return finish(steps, options)

@@ -1,5 +1,7 @@
-"""The settings of the loop that were measured on this machine, stored beside the FlashHeads. Those
-of a busy machine are provisional: they are used, and measured again when it is quieter."""
+"""The settings of the loop that were measured on this machine, stored beside the FlashHeads.
+
+Those of a busy machine are provisional: they are used, and measured again when it is quieter.
+"""
 
 import json
 import math
@@ -37,8 +39,11 @@ MEASURING = "Measuring its speed on this machine …"
 def install_stored(
     model: nn.Module, stored: StoredHead, options: HeadOptions, location: HeadLocation | None = None
 ) -> FlashHead:
-    """Puts a stored FlashHead on a dense model, with the settings for this machine; ValueError if
-    it does not fit or an option is not valid."""
+    """Puts a stored FlashHead on a dense model, with the settings for this machine.
+
+    Raises:
+        ValueError: If it does not fit, or an option is not valid.
+    """
     index = stored.index
     location = location or find_head(model)
     if near := index.check_fit(location.rows(), stored.source):
@@ -126,8 +131,10 @@ def _conditions(model: nn.Module, head: FlashHead) -> str:
 
 
 def _credible(tuning: Tuning, model: nn.Module) -> Tuning:
-    """The tuning without a predicted gain that not even a head without cost would have: the times
-    of its parts were those of a busy machine."""
+    """The tuning, without a predicted gain that not even a head without cost would have.
+
+    The times from which it was predicted were those of a busy machine.
+    """
     most = free_head_gain(model)
     if not tuning.predicted or tuning.gain is None or tuning.gain <= most:
         return tuning
@@ -140,8 +147,10 @@ def _doubt(tuning: Tuning) -> tuple[bool, float]:
 
 
 def _store(place: Path, tunings: dict[str, Tuning]) -> None:
-    """Writes the settings by machine, if the place can be written: else they are measured again
-    next time."""
+    """Writes the settings by machine.
+
+    Where the place cannot be written, they are measured again next time.
+    """
     stored = {name: asdict(tuning) for name, tuning in tunings.items()}
     with suppress(OSError, ValueError):
         place.parent.mkdir(parents=True, exist_ok=True)

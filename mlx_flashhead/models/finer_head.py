@@ -222,8 +222,14 @@ def _delete_parts(place: Path) -> None:
 def _check_sketch(
     location: HeadLocation, folder: Path, source: str | Path | bool
 ) -> tuple[Rows, str]:
-    """The tensors of a source, a few rows of which are those of the model's head, and the name of
-    the source; ValueError if they are not."""
+    """Compares a few rows of a source with those of the model's head.
+
+    Returns:
+        The source's tensors, and its name.
+
+    Raises:
+        ValueError: If there is no such source, or the rows are others.
+    """
     coarse = location.rows()
     tensors, original = _original(location, folder, source)
     ids = np.linspace(0, coarse.n_rows - 1, SKETCH_ROWS).astype(int).tolist()
@@ -242,8 +248,16 @@ def _matrix(arrays: dict[str, Any], width: int) -> Matrix:
 
 
 def distances(coarse: Matrix, fine: mx.array) -> np.ndarray:
-    """How far rows (n, D) are from their finer forms (n, D) float32: (n, 4) of what they moved by
-    beyond rounding, of the rounding, of both, and of the length of ``fine``."""
+    """Measures how far rows are from their finer forms.
+
+    Args:
+        coarse: Quantized rows (n, D).
+        fine: The finer ones (n, D), float32.
+
+    Returns:
+        For each row four lengths (n, 4), float32: of its movement beyond rounding, of its rounding,
+        of both together, and of the finer row itself.
+    """
     scales: Any = coarse.scales
     dtype = mx.bfloat16 if scales.dtype == mx.uint8 else scales.dtype
     quantized = Matrix(fine.astype(dtype)).quantize(**coarse.quantization)
@@ -269,8 +283,11 @@ def check_same(compared: list[np.ndarray], names: str, max_drift: float) -> None
 
 
 def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -> tuple[Rows, str]:
-    """The tensors of the finer rows, and their source: the one that is named, else the first
-    unquantized one from a model to its base, and so on."""
+    """The tensors of the finer rows, and the name of their source.
+
+    Without a named source it is the first model without quantization on the way from a model to
+    its base, to the base's base, and so on.
+    """
     if source is not True:
         return _find(str(source), location), _name_of_source(source)
     name, origin = _name(folder), local_origin(folder)

@@ -55,10 +55,12 @@ class Request:
         fields, self.ignored = read_fields(body, rules)  # the names of fields without effect
 
         self.stream: bool = fields.get("stream", False)
-        options, further = read_fields(fields.get("stream_options", {}), STREAM_OPTIONS)
-        self.include_usage: bool = options.get("include_usage", False)  # at the end of a stream
-        self.ignored += [f"stream_options.{name}" for name in further]
-        if "stream_options" in fields and not self.stream:
+        self.include_usage = False  # at the end of a stream
+        if self.stream:
+            options, further = read_fields(fields.get("stream_options", {}), STREAM_OPTIONS)
+            self.include_usage = options.get("include_usage", False)
+            self.ignored += [f"stream_options.{name}" for name in further]
+        elif "stream_options" in fields:
             self.ignored.append("stream_options")
 
         self.messages: list[dict[str, Any]] = []

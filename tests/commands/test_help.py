@@ -104,7 +104,7 @@ def command_lines():
                     yield pytest.param(match[1], words, id=f"{page.name}: {line.strip()[:60]}")
 
 
-@pytest.mark.parametrize("name, words", command_lines())
+@pytest.mark.parametrize("name, words", [*command_lines()])
 def test_a_command_line_of_a_page_is_taken(name, words, monkeypatch):
     monkeypatch.chdir(CHECKOUT)
     parser = parser_of(name)
@@ -122,7 +122,7 @@ def defaults_in_tables():
                 yield pytest.param(match[1], match[2], id=f"{page.name} {match[1]}")
 
 
-@pytest.mark.parametrize("flag, text", defaults_in_tables())
+@pytest.mark.parametrize("flag, text", [*defaults_in_tables()])
 def test_a_default_in_a_table_of_a_page_is_the_codes(flag, text):
     having = [parser for parser in all_parsers().values() if flag in parser._option_string_actions]
     actions = [parser._option_string_actions[flag] for parser in having]

@@ -17,7 +17,7 @@ KERNEL_FILES = Path(kernel_text.__file__).parents[2] / "metal" / "flash_head"
 # Half a unit in the last place, relative.
 ROUNDING = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 # Error of a float32 sum, relative to the sum of its terms' magnitudes. A lane adds D/32 terms one
-# after the other, and the simdgroup 32 sums, so that this holds with room for D up to 2,560.
+# after the other, and the simdgroup 32 sums, so that this is enough for D up to 2,560.
 SUMMATION = 2e-6
 
 
@@ -68,8 +68,14 @@ def make_rows(rng, n_rows, hidden_size, *, bits, group_size, mode="affine", dtyp
 
 def make_centroids(rng, n_clusters, hidden_size, *, group_size):
     """Random centroids, 4-bit in groups of ``group_size``; 0 for floats."""
-    form = {"bits": 4 if group_size else 16, "group_size": group_size, "dtype": mx.bfloat16}
-    stored = make_rows(rng, n_clusters, hidden_size, **form)
+    stored = make_rows(
+        rng,
+        n_clusters,
+        hidden_size,
+        bits=4 if group_size else 16,
+        group_size=group_size,
+        dtype=mx.bfloat16,
+    )
     bias, tail_offset = rng.normal(size=(2, n_clusters)).astype(np.float32)
     return Centroids(stored, mx.array(bias), mx.array(tail_offset - 2))
 
@@ -92,9 +98,17 @@ def make_clustered(
 
 def plain_clusters(rng, n_clusters, cluster_size=1) -> ClusteredRows:
     """Clusters of which only the token ids matter; two slots are padded if there is room."""
-    form = {"bits": 16, "group_size": 0, "dtype": mx.float16, "centroid_group": 0}
-    padded = 2 if cluster_size > 1 else 0
-    return make_clustered(rng, n_clusters, cluster_size, 4, padded=padded, **form)
+    return make_clustered(
+        rng,
+        n_clusters,
+        cluster_size,
+        4,
+        padded=2 if cluster_size > 1 else 0,
+        centroid_group=0,
+        bits=16,
+        group_size=0,
+        dtype=mx.float16,
+    )
 
 
 def dequantized(stored) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,7 @@
-"""A small Hugging Face Hub on this machine, which `huggingface_hub` itself talks to: repositories,
-commits and large files in memory. It counts what is sent, and can go down in the middle of a file.
+"""A small Hugging Face Hub on this machine, which `huggingface_hub` itself talks to.
+
+Repositories, commits and large files are in memory. It counts what is sent, and can go down in the
+middle of a file.
 """
 
 import base64
@@ -63,7 +65,8 @@ class Answer(Exception):
         if not isinstance(content, bytes):
             content = json.dumps(content).encode()
             headers["Content-Type"] = "application/json"
-        self.status, self.content = status, content
+        self.status = status
+        self.content = content
         self.headers = {"Content-Length": len(content)} | headers
 
 
@@ -142,7 +145,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def repository(self, repo_id: str, *, write: bool = False) -> Repository:
         """The repository, if it is there for this token."""
-        found, account = self.server.repositories.get(repo_id), self.account()
+        found = self.server.repositories.get(repo_id)
+        account = self.account()
         may_write = account is not None and account.may_write(repo_id)
         if found is None or (found.private and not may_write):
             raise Answer(404 if account else 401, {}, X_Error_Code="RepoNotFound")
@@ -160,7 +164,8 @@ class Handler(BaseHTTPRequestHandler):
         return {"name": account.name, "auth": {"accessToken": {"role": account.role}}}
 
     def create(self):
-        wanted, account = json.loads(self.body), self.account()
+        wanted = json.loads(self.body)
+        account = self.account()
         repo_id = f"{wanted.get('organization') or account.name}/{wanted['name']}"
         if not account.may_write(repo_id):
             raise Answer(403, {}, **NO_RIGHTS)
@@ -197,7 +202,8 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(repo_id, write=True)
         tree = repository.commits[repository.find(revision)]
         entries = []
-        for path in (file["path"] for file in json.loads(self.body)["files"]):
+        for file in json.loads(self.body)["files"]:
+            path = file["path"]
             mode = "lfs" if path.endswith(".safetensors") else "regular"
             known = {"oid": git_oid(tree[path])[0]} if path in tree else {}
             entries.append({"path": path, "uploadMode": mode, "shouldIgnore": False} | known)
@@ -215,7 +221,8 @@ class Handler(BaseHTTPRequestHandler):
         return {"objects": objects, "transfer": "basic"}
 
     def store(self, oid):
-        content, server = b"", self.server
+        content = b""
+        server = self.server
         for piece in self.pieces():
             content += piece
             with server.lock:
@@ -251,7 +258,8 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repo_id, revision, path):
         repository = self.repository(repo_id)
         number = repository.find(revision)
-        commit, stored = repository.sha(number), repository.commits[number].get(path)
+        commit = repository.sha(number)
+        stored = repository.commits[number].get(path)
         if stored is None:
             raise Answer(404, {}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         if path in self.server.gated:
@@ -259,7 +267,8 @@ class Handler(BaseHTTPRequestHandler):
         content = self.server.content(stored)
         headers = {"X_Repo_Commit": commit, "ETag": f'"{git_oid(stored)[0]}"'}
         if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
-            start, end = int(match[1]), min(int(match[2]), len(content) - 1)
+            start = int(match[1])
+            end = min(int(match[2]), len(content) - 1)
             self.server.ranged_bytes += end + 1 - start
             headers["Content_Range"] = f"bytes {start}-{end}/{len(content)}"
             piece = content[start : end + 1]
@@ -277,7 +286,7 @@ def git_oid(content: bytes | tuple[str, int]) -> tuple[str, int]:
 
 
 class LoopbackHub(ThreadingHTTPServer):
-    """The server."""
+    """The server. Within a block it answers; afterwards it is closed."""
 
     daemon_threads = True
 
@@ -313,7 +322,8 @@ class LoopbackHub(ThreadingHTTPServer):
         repository.commits.append({**repository.commits[-1], **files})
 
     def revive(self) -> None:
-        self.down, self.down_after = False, None
+        self.down = False
+        self.down_after = None
 
     def handle_error(self, request, client_address):
         pass  # a lost connection is no news

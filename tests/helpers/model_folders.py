@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 # One token a byte, a beginning and an end: no multiple of 16.
-BOS, EOS = "<s>", "</s>"
+BOS = "<s>"
+EOS = "</s>"
 VOCAB_SIZE = 258
 CARD = "---\nlicense: mit\n---\n"
 CHAT_TEMPLATE = (

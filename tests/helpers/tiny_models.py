@@ -17,7 +17,8 @@ from mlx_flashhead.index.settings import FlashHeadConfig
 from mlx_flashhead.models.install import install
 from mlx_flashhead.models.locate import find_head
 
-VOCAB_SIZE, HIDDEN_SIZE = 203, 64
+VOCAB_SIZE = 203
+HIDDEN_SIZE = 64
 
 _COMMON = {
     "hidden_size": HIDDEN_SIZE,

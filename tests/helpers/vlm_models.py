@@ -77,7 +77,9 @@ def picture(name: str, seed: int = 0) -> tuple[mx.array, dict[str, Any]]:
     mx.random.seed(seed)
     pixels = mx.random.normal((1, 3, 28, 28))
     patches = mx.random.normal((4, 3 * 14 * 14))
-    grid, square, mask = mx.array([[1, 2, 2]]), mx.array([[2, 2]]), mx.ones((1, 4), mx.int32)
+    grid = mx.array([[1, 2, 2]])
+    square = mx.array([[2, 2]])
+    mask = mx.ones((1, 4), mx.int32)
     values, further = {
         "pixels": (pixels, {}),
         "tiles": (pixels[None], {}),

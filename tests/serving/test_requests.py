@@ -234,6 +234,7 @@ TEXT_MISTAKES = {
             for value in values
         ),
         (chat, {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "they differ"),
+        (chat, {"stream": True, "stream_options": {"include_usage": 1}}, "include_usage", "true"),
         (chat, {"response_format": {"type": "text", "x": 1}}, "x", "not a field"),
         (chat, {"regex": "a", "grammar": LARK}, "response_format", "one form"),
         (chat, {"dense": True, "n_probes": 3}, "n_probes", "leave n_probes out"),

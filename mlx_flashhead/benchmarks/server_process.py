@@ -1,0 +1,65 @@
+"""A server in a process of its own, for the time of a benchmark."""
+
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from http.client import HTTPConnection, HTTPException
+from typing import IO, NamedTuple
+
+HOST = "127.0.0.1"
+
+
+class ServerProcess(NamedTuple):
+    """A server under way."""
+
+    port: int
+    pid: int
+    errors: IO[str]  # what it writes to standard error
+
+    def log(self) -> list[str]:
+        """The lines that it has written to standard error."""
+        self.errors.seek(0)
+        return self.errors.read().strip().splitlines()
+
+
+@contextmanager
+def serving(module: str, *arguments: str) -> Iterator[ServerProcess]:
+    """A block within which a server runs.
+
+    Args:
+        module: The server's module, as for ``python -m``.
+        arguments: Its flags, but for ``--host`` and ``--port``.
+
+    Raises:
+        ValueError: If it ends before it answers.
+    """
+    with socket.create_server((HOST, 0)) as free:
+        port: int = free.getsockname()[1]
+    command = [sys.executable, "-m", module, *arguments, "--host", HOST, "--port", str(port)]
+    nowhere = subprocess.DEVNULL
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=errors) as process,
+    ):
+        running = ServerProcess(port, process.pid, errors)
+        try:
+            while not is_healthy(port):
+                if process.poll() is not None:
+                    lines = running.log() or ["it printed nothing"]
+                    raise ValueError(f"{' '.join(command[2:])} did not start: {lines[-1]}")
+                time.sleep(0.1)
+            yield running
+        finally:
+            process.terminate()
+
+
+def is_healthy(port: int) -> bool:
+    """Whether the server at a port says that it answers requests."""
+    with suppress(OSError, HTTPException), closing(HTTPConnection(HOST, port, timeout=10)) as http:
+        http.request("GET", "/health")
+        return http.getresponse().status == 200
+    return False
