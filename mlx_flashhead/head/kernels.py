@@ -275,7 +275,7 @@ class MetalSteps(PortableSteps):
         settings = _draw_arrays(draws, n_positions)
         arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
         arrays += [
-            cast(mx.array, selection.unscored),
+            _with_unscored(selection),
             *settings,
             mx.array([*risk, 0.0 if masked else 1.0]),
         ]
@@ -386,6 +386,13 @@ class _ScreenInputs(NamedTuple):
     top_k: mx.array
     keys: mx.array
     tolerances: tuple[mx.array, mx.array, mx.array]  # of the product, of scored logits, relative
+
+
+def _with_unscored(selection: Selection) -> mx.array:
+    """What was not scored, (R, UNSCORED): of MLX's operations filled up."""
+    unscored = cast(mx.array, selection.unscored)
+    missing = UNSCORED - unscored.shape[1]
+    return mx.pad(unscored, [(0, 0), (0, missing)]) if missing else unscored
 
 
 def _with_held_probes(proposal: Proposal) -> Proposal:

@@ -180,10 +180,10 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
                 drawing = with_keys(rng, SETTINGS[part])
                 case = scored(rng, steps, len(drawing.rows), n_probes, dtype, ties=ties)
                 tokens, _ = steps.choose(*case, drawing)
-                assert tokens.tolist() == expected(steps, *case, *drawing)
+                assert tokens.tolist() == expected(steps, *case, *drawing[:4])
             greedy = steps.choose(*case, None)[0].tolist()
             zeros = mx.zeros_like(drawing.settings)
-            assert greedy == expected(steps, *case, *drawing._replace(settings=zeros))
+            assert greedy == expected(steps, *case, zeros, *drawing[1:4])
 
 
 def test_values_without_order():
@@ -200,5 +200,5 @@ def test_values_without_order():
         drawing = with_keys(rng, [DrawSettings(1.0, 0.9, top_k=4)] * 3)
         found = steps.choose(*case, drawing)[0].tolist()
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
-    assert found == expected(steps, *case, *drawing)
+    assert found == expected(steps, *case, *drawing[:4])
     assert found[0] == ids[0][[3, 5], [2, 1]].min()
