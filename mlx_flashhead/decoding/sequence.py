@@ -81,6 +81,7 @@ class Sequence:
         self.ready: deque[PendingToken] = deque()  # accepted, and not handed out
         self.n_yielded = len(self.tokens)  # tokens that the caller has
         self.n_cached = len(self.tokens)  # tokens of the text in the caches
+        self.paused = False  # whether no more tokens are proposed for the time being
         self.rejected = False  # whether the caches hold another token in the last one's place
         # the first one is at the last token handed out, or before
         self.snapshots: deque[Snapshot] = deque()
@@ -145,6 +146,15 @@ class Sequence:
         """Its caches may have been changed: earlier snapshots are of no use."""
         self.snapshots.clear()
         self.snapshots.append(snapshot)
+
+    def pause_verified(self) -> None:
+        """From now on its tokens are decoded densely for a while. Nothing that was proposed may be
+        pending. MLX's random state becomes what mlx-lm's loop has left."""
+        if self._chain is not None:
+            set_key(self._chain.state(self.n_chosen - self._chain_begins))
+        self.snapshots.clear()
+        self._chain = None
+        self.paused = False
 
     def end_verified(self) -> None:
         """From now on the normal (dense) head chooses its tokens, each function called once."""

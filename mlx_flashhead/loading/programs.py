@@ -11,15 +11,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..common.command import sentence
+from ..common.command import printable, sentence
 from ..decoding.drafting import drafted_steps
 from ..decoding.loop import verified_steps
 from ..decoding.policy import Proposer, decoding_mode
 from ..decoding.vlm_text import vlm_steps
 from ..head.flash_head import FlashHead
 from ..interop import libraries
+from ..interop.explanations import explain
 from ..models.compat.mlx_lm import load_tokenizer
-from ..models.fetch import resolve
+from ..models.fetch import hub_sentence, resolve
 from ..models.install import get_flash_head, is_recognised
 from ..models.origin import local_origin
 from .batches import batch_class
@@ -99,7 +100,11 @@ class _Patches:
     def load(self, original: Any) -> Any:
         @wraps(original)
         def load(path_or_hf_repo: Any, *arguments: Any, **named: Any) -> Any:
-            loaded = original(path_or_hf_repo, *arguments, **named)
+            try:
+                loaded = original(path_or_hf_repo, *arguments, **named)
+            except Exception as error:
+                _explain(error, str(path_or_hf_repo))
+                raise
             if libraries.caller_generates():
                 revision = named.get("revision")
                 self._attach(loaded[0], lambda: loaded[1], path_or_hf_repo, revision)
@@ -173,6 +178,14 @@ class _Patches:
             yield from original(*prompt, **named) if loop is None else loop
 
         return steps
+
+
+def _explain(error: Exception, name: str) -> None:
+    """Adds a line to the traceback of a program that cannot load a model."""
+    if not Path(name).expanduser().exists():
+        reason = hub_sentence(error, name)
+        if reason is not None:
+            explain(error, printable(f"mlx_flashhead.run: {reason}"))
 
 
 class _Use:

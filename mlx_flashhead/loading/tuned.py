@@ -118,7 +118,10 @@ def tune_head(
             options.say(" ".join(filter(None, said)))
     tuning.apply(head)
     if options.always:
-        policy_of(head).dense = False
+        policy = policy_of(head)
+        policy.dense = False
+        policy.sampled_dense = False
+        policy.adapts = False
     return tuning
 
 

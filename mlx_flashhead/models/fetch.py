@@ -74,33 +74,48 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client raises many unrelated types
-        disk_error = isinstance(error, OSError) and error.errno is not None
-        if disk_error or type(error) in (ValueError, BadAnswerError):
+        sentence = hub_sentence(error, name, revision)
+        if sentence is None:
             raise
-        missing = f"There is no folder {name!r} here, and"
-        nobody = (
-            f"{missing} the Hugging Face Hub cannot be reached: check the network and the name."
-        )
-        if constants.HF_HUB_OFFLINE:
-            nobody = (
-                f"{missing} it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
-            )
-        sentences = {
-            errors.GatedRepoError: f"{name} is gated: ask for access on {constants.ENDPOINT}/{name}"
-            ", then log in with `hf auth login`.",
-            errors.RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face "
-            "Hub: check the name, or log in with `hf auth login` if it is private.",
-            errors.RevisionNotFoundError: f"{name} has no revision {revision!r}: see its page.",
-            errors.RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another.",
-            errors.OfflineModeIsEnabled: nobody,
-            errors.HFValidationError: f"{missing} it cannot be a repository: give a folder or "
-            "OWNER/NAME.",
-            errors.LocalEntryNotFoundError: nobody,
-            Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check "
-            "the name and the network.",
-        }
-        sentence = next(said for kind, said in sentences.items() if isinstance(error, kind))
         raise ValueError(sentence) from None  # the error's own text may hold the token
+
+
+def hub_sentence(error: Exception, name: str, revision: str | None = None) -> str | None:
+    """What an error of the Hub's client means for a user who has named a model.
+
+    Args:
+        error: Of the client, or another one.
+        name: The model, as the user has named it.
+        revision: Its revision, if one is named.
+
+    Returns:
+        A sentence with a remedy, or None if it is the disk's error, or has a sentence of its own.
+    """
+    disk_error = isinstance(error, OSError) and error.errno is not None
+    if disk_error or type(error) in (ValueError, BadAnswerError):
+        return None
+    missing = f"There is no folder {name!r} here, and"
+    if constants.HF_HUB_OFFLINE:
+        remedy = "check the name, or unset HF_HUB_OFFLINE"
+        nobody = f"{missing} it was not downloaded before: {remedy}."
+    else:
+        remedy = "check the network and the name"
+        nobody = f"{missing} the Hugging Face Hub cannot be reached: {remedy}."
+    sentences = {
+        errors.GatedRepoError: f"{name} is gated: ask for access on {constants.ENDPOINT}/{name}"
+        ", then log in with `hf auth login`.",
+        errors.RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face "
+        "Hub: check the name, or log in with `hf auth login` if it is private.",
+        errors.RevisionNotFoundError: f"{name} has no revision {revision!r}: see its page.",
+        errors.RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another.",
+        errors.OfflineModeIsEnabled: nobody,
+        errors.HFValidationError: f"{missing} it cannot be a repository: give a folder or "
+        "OWNER/NAME.",
+        errors.LocalEntryNotFoundError: nobody,
+        Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check "
+        "the name and the network.",
+    }
+    return next(said for kind, said in sentences.items() if isinstance(error, kind))
 
 
 def reason(error: BaseException) -> str:

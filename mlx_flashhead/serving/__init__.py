@@ -10,5 +10,6 @@ A request, traced. ``serve`` opens the port, and starts the engine, which loads 
    tokens. A mistake is an ``ApiError`` of ``api_errors``.
 3. Each answer is a job in the queue of ``engine``, the one thread that computes. Its prompt is read
    a chunk at a time, and decoded beside the others (``decoding``).
-4. Each token comes back through the answer's queue. ``endpoints`` makes OpenAI's JSON of it.
+4. Each token comes back through the queue of its answer (``answers``). ``choices`` makes OpenAI's
+   JSON of it.
 """

@@ -122,7 +122,7 @@ def test_tools_are_called_with_valid_json_and_their_answer_is_read(client, strea
     choices, parts = chosen(answer, stream)
     (call,) = [call for part in parts for call in part.tool_calls or ()]
     assert (call.function.name, choices[-1].finish_reason) == ("weather", "tool_calls")
-    assert loads(call.function.arguments.encode()) == {"city": "Rome", "limit": None}
+    assert loads(call.function.arguments.encode()) == {"city": "Rome", "limit": 5}
     made = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     result = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
     messages = [*MESSAGES, {"role": "assistant", "tool_calls": [made]}, result]
