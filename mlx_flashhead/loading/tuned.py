@@ -25,8 +25,8 @@ from ..head.flash_head import FlashHead
 from ..head.logit_map import LogitMap
 from ..head.steps import Risk
 from ..index.flash_head_index import FlashHeadIndex
+from ..models.errors import UnsupportedHeadError
 from ..models.install import hidden_dtype, install, installed_head, logit_change_of
-from ..models.libraries import UnsupportedHeadError
 from ..models.locate import HeadLocation, find_head
 from .first_gain import first_gain
 from .free_head import free_head_gain
