@@ -312,9 +312,7 @@ def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options:
     if not tokens:
         raise ApiError("The prompt is empty: it needs at least one token.", field)
     if n_least > context or len(tokens) >= context:
-        length = f"more than {context:,}" if n_least > context else f"{len(tokens):,}"
-        most = f"at most {context - 1:,} are read, since the answer needs one of the context's"
-        refusal = f"The prompt has {length} tokens, and {most} {context:,}: send less."
+        refusal = f"The prompt is longer than this model's {context:,}-token context: shorten it."
         raise ApiError(refusal, field, code="context_length_exceeded")
     return tokens
 
