@@ -58,10 +58,11 @@ def lowest_kept(
 
 @cache
 def _kernel(threads: int, metal_kernel: Callable[..., Any]) -> Callable[..., list[mx.array]]:
-    return metal_kernel(
+    kernel: Callable[..., list[mx.array]] = metal_kernel(
         name=f"flash_head_{NAME}",
         input_names=["logits", "settings", "top_k", "log_total"],
         output_names=["kept"],
         header=header("histogram", "noise", "sample", row_threads=threads),
         source=LOWEST_KEPT_BODY,
     )
+    return kernel
