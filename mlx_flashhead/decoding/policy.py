@@ -51,7 +51,8 @@ class DecodingPolicy:
     sampled_dense: bool = False  # whether those of sampled text gain nothing
     adapts: bool = False  # whether a text whose proposals do not pay goes on densely
     dense_seconds: float | None = None  # of a dense token of one text, where known
-    paces: dict[tuple[bool, int], Pace] = field(default_factory=dict)  # sampled, texts at once
+    # by whether texts are sampled, whether mlx-lm draws, and how many there are at once
+    paces: dict[tuple[bool, bool, int], Pace] = field(default_factory=dict)
     dense: bool = False  # whether proposals gain nothing on this machine
     lockstep: bool = False  # whether processes compute the same steps: no time decides anything
     drafts_only: bool = False  # whether the head only serves a draft model
@@ -158,7 +159,9 @@ class Proposer:
         policy = self.policy
         if not (self.verifies and policy.adapts) or policy.lockstep or self._n_probes is not None:
             return None
-        key = any(not sequence.greedy for sequence in sequences), len(sequences)
+        sampled = any(not sequence.greedy for sequence in sequences)
+        by_mlx_lm = any(sequence.draws_from_mlx for sequence in sequences)
+        key = sampled, by_mlx_lm, len(sequences)
         if key not in policy.paces:
             policy.paces[key] = Pace(policy.dense_seconds if len(sequences) == 1 else None)
         return policy.paces[key]

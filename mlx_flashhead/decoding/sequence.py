@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..common.marks import marks_of
 from ..head.draw import DrawSettings, position_key
-from ..head.steps import Proposal
+from ..head.proposal import Proposal
 from .caches import Snapshot
 from .random_state import DrawChain, Key, set_key
 from .sampler import (
@@ -171,7 +171,10 @@ class Sequence:
     @property
     def n_read(self) -> int:
         """Pending tokens that are known: all but the one that is being computed."""
-        return sum(pending.token is not None for pending in self.pending)
+        n_read = len(self.pending)
+        while n_read and self.pending[n_read - 1].token is None:
+            n_read -= 1
+        return n_read
 
     def feed(self, latest: mx.array) -> None:
         """Notes that the model gets the tokens (n,), for the processors."""

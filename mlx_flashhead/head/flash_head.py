@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import local
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -77,12 +78,12 @@ class FlashHead:
         # makes the logits of calls that nobody intercepts
         self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: kernels, and who intercepts calls."""
         state = {k: v for k, v in vars(self).items() if k != "steps"} | {"projection": None}
         return state | {"_gathers_rows": self.steps.gathers_rows}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         gathers_rows = state.pop("_gathers_rows")
         vars(self).update(state)
         self.steps, reason = make_steps(self.clustered, self._requested_backend)
@@ -90,7 +91,7 @@ class FlashHead:
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
             self.backend_reason = reason
 
-    def __deepcopy__(self, memo) -> "FlashHead":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FlashHead":
         """A head with its own settings that shares the arrays and the steps."""
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
@@ -216,7 +217,7 @@ class FlashHead:
     def __call__(self, hidden: mx.array) -> mx.array:
         """Full logits: hidden (..., D) → (..., V). Lazy. They are :meth:`dense_logits`, within a
         block of :meth:`settings` :meth:`unverified_logits`."""
-        taken = vars(_calls).get(str(id(self)))
+        taken: Projection | None = vars(_calls).get(str(id(self)))
         if taken is not None:
             return taken(hidden)
         if self.projection is not None:

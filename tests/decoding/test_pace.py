@@ -92,7 +92,7 @@ def test_the_text_is_the_same_through_all_changes(arch, settings, misses):
             phases.append(n_dense)
             super()._fail(5)
 
-    policy.paces = {(sampled, 1): Short(1e-9) for sampled in (False, True)}
+    policy.paces = {(sampled, sampled, 1): Short(1e-9) for sampled in (False, True)}
     sampler = sample_utils.make_sampler(**settings) if settings else None
     mx.random.seed(3)
     expected = [
@@ -102,5 +102,5 @@ def test_the_text_is_the_same_through_all_changes(arch, settings, misses):
     mx.random.seed(3)
     assert [t for t, _ in flash.steps(max_tokens=90, sampler=sampler)] == expected
     assert mx.random.state[0].tolist() == state
-    assert len(phases) > 2
+    assert len(phases) > 1
     assert misses or arch == "gemma3_text"  # whose choices are clear
