@@ -55,8 +55,9 @@ def preserves_margins(processor: Function) -> Function:
 
 
 def masks(processor: Function, allowed: Callable[[Any], Any]) -> Function:
-    """Marks a processor that rules tokens out and changes no other logit, and returns it: no text
-    needs the logits of all tokens for it.
+    """Marks a processor that rules tokens out and changes no other logit, and returns it.
+
+    No text needs the logits of all tokens for it.
 
     Args:
         processor: (n,) tokens and (1, V) logits → (1, V) logits, minus infinity for what is ruled

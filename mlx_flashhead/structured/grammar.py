@@ -294,7 +294,7 @@ class GrammarProcessor:
         self._has_form = grammar is not None or required
         self._begins_in_thought = bool(after)
         self._start = None if calls is None else self._vocabulary.mark(calls.start)
-        end_of_thought = b"".join(self._vocabulary.texts[token] for token in after).decode()
+        end_of_thought = b"".join(map(self._vocabulary.text_of, after)).decode()
         if thought is not None and not after:
             end_of_thought = thought[1]
         self._end_of_thought = self._vocabulary.mark(end_of_thought) if end_of_thought else None
@@ -476,7 +476,9 @@ class GrammarProcessor:
     def _next_place(self, token: int) -> Place:
         """The place after one more token."""
         place = self._places[-1]
-        text = self._vocabulary.texts[token] if token < self._vocabulary.size else b""
+        text = b""
+        if self._start is not None or place.mode is Mode.THOUGHT:
+            text = self._vocabulary.text_of(token)
         of_start, start_end = _advanced(self._start, place.of_start, text)
         if place.mode in (Mode.FREE, Mode.THOUGHT):
             of_end, thought_end = 0, None

@@ -52,6 +52,10 @@ class Vocabulary:
             self._marks[text] = Mark(self, text)
         return self._marks[text]
 
+    def text_of(self, token: int) -> bytes:
+        """The bytes of a token; none of one that the tokenizer does not have."""
+        return self.tokens.decode_bytes([token]) if token < self.size else b""
+
     @cached_property
     def texts(self) -> list[bytes]:
         """The bytes of each token, in the order of their numbers."""
