@@ -245,7 +245,7 @@ class MetalSteps(PortableSteps):
             latest = mx.full((max(n_positions, HELD),), self.clustered.vocab_size, mx.uint32)
         else:
             words, latest = adjustment.words, held(adjustment.latest)
-        mask = no_mask if allowed is None else held(allowed)
+        mask = no_mask if allowed is None else held(allowed).reshape(-1, allowed.shape[-1])
         results = (logits.shape, logits.dtype), ((n_positions, n_held), mx.float32)
         logits, best = self._adjust(
             [probes, ids, logits, words, latest, mask],
