@@ -20,7 +20,7 @@ from .kernels import MetalSteps
 from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
 from .proposal import Candidates, Proposal, Rows, Selection
-from .steps import NO_DEPTH, PortableSteps, Risk
+from .steps import NO_DEPTH, Risk
 
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
@@ -132,12 +132,29 @@ class FlashHead:
         """All arrays of this head, for ``mx.eval`` and for measuring memory."""
         return [*self.clustered.arrays(), *self.steps.arrays()]
 
-    def check_kernels(self, dtype: mx.Dtype, rows: Matrix | None = None) -> None:
-        """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path, or
-        raises a ValueError where the backend "metal" was requested by name. On an Apple GPU the
-        dense logits are compared with those of ``rows``, the model's own in token order."""
-        if reason := check_kernels(self.steps, self._requested_backend, dtype, self.n_probes):
-            self.steps, self.backend_reason = PortableSteps(self.clustered), reason
+    def check_kernels(
+        self, dtype: mx.Dtype, rows: Matrix | None = None, logit_map: LogitMap = IDENTITY
+    ) -> None:
+        """Runs each kernel once: all that settings can ask for is compiled. If one fails, takes the
+        portable path.
+
+        Args:
+            dtype: Of the hidden states.
+            rows: The model's own, in token order: on an Apple GPU the dense logits are compared
+                with theirs.
+            logit_map: What the model does to each of its head's logits. With another one than the
+                identity only the kernels that know of it run.
+
+        Raises:
+            ValueError: If one fails and the backend "metal" was requested by name.
+        """
+        before = self.steps.gathers_rows
+        self.steps, reason = check_kernels(
+            self.steps, self._requested_backend, dtype, self.n_probes, logit_map
+        )
+        self.steps.gathers_rows = self.steps.gathers_rows or before
+        if reason is not None:
+            self.backend_reason = reason
         if self.backend == PORTABLE:
             self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
         if rows is not None and gpu_is_default():
@@ -324,7 +341,9 @@ class FlashHead:
 
     def joined(self, proposals: Sequence[Proposal], rows: Rows, tokens: Sequence[int]) -> Proposal:
         """Rows of several proposals, with their ``tokens``, as one without risk and full logits."""
-        hidden, probes, logits = self.steps.join(proposals, rows)
+        most = max(proposal.probes.shape[1] for proposal in proposals)
+        filled = [_filled(proposal, most) for proposal in proposals]
+        hidden, probes, logits = self.steps.join(filled, rows)
         chosen = mx.array(list(tokens), mx.uint32)
         return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)), None)
 
@@ -369,3 +388,18 @@ def _mapped(candidates: Candidates, logit_map: LogitMap, lowest: float) -> Candi
     padded = candidates.logits == lowest
     logits = mx.where(padded, mx.finfo(logits.dtype).min, logits)
     return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
+
+
+def _filled(proposal: Proposal, n_probes: int) -> Proposal:
+    """The proposal with the last probe repeated, with logits as in padded slots."""
+    missing = n_probes - proposal.probes.shape[1]
+    if not missing:
+        return proposal
+    n_rows, _, size = proposal.logits.shape
+    last = mx.broadcast_to(proposal.probes[:, -1:], (n_rows, missing))
+    lowest = mx.finfo(proposal.logits.dtype).min
+    more = mx.full((n_rows, missing, size), lowest, proposal.logits.dtype)
+    return proposal._replace(
+        probes=mx.concatenate([proposal.probes, last], axis=1),
+        logits=mx.concatenate([proposal.logits, more], axis=1),
+    )

@@ -74,9 +74,16 @@ flash_head::certain<N, V, {LOGIT_MAP}, T>(
     thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 ADJUST_BODY = """
-flash_head::adjust<N, V, ADJUSTED, MASKED, T>(
+flash_head::adjust<N, V, T>(
     probes, token_ids, logits, adjustment, latest, allowed, changed, best, probes_shape[1],
-    adjustment_shape[1], threadgroup_position_in_grid.y, thread_position_in_grid.x);
+    adjustment_shape[1], allowed_shape[1], threadgroup_position_in_grid.y,
+    thread_position_in_grid.x);
+"""
+TOLERANCE_BODY = """
+threadgroup float shared[flash_head::WIDE_SIMDGROUPS];
+flash_head::tolerance<D>(
+    hidden, shares, product, scored, shared, threadgroup_position_in_grid.y,
+    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 MAP_BODY = f"""
 flash_head::map_values<{LOGIT_MAP}>(values, mapped, values_shape[0], thread_position_in_grid.x);
@@ -106,10 +113,24 @@ def part(name: str) -> str:
     return (folder / "metal" / "flash_head" / f"{name}.h").read_text(encoding="utf-8")
 
 
+# Threads of a threadgroup of the kernels that have one for each position, and where a pipeline
+# allows no more.
+ROW_THREADS = 512
+FEWER_THREADS = 256
+
+
 @cache
-def header(*names: str) -> str:
+def header(*names: str, row_threads: int = ROW_THREADS) -> str:
     """The files that a kernel needs, those that all need first, without comments and
-    indentation: MLX copies and hashes this text at every call of a kernel (docs/speed.md)."""
+    indentation: MLX copies and hashes this text at every call of a kernel (docs/speed.md).
+
+    Args:
+        names: Of the files, without those that all need.
+        row_threads: Threads of a kernel with one threadgroup a position.
+    """
     text = "\n".join(map(part, ("constants", "values", "logit_map", *names)))
     lines = (line.split("//")[0].strip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line) + "\n"
+    text = "\n".join(line for line in lines if line) + "\n"
+    if row_threads != ROW_THREADS:
+        text = f"#define FLASH_HEAD_ROW_THREADS {row_threads}\n{text}"
+    return text

@@ -304,7 +304,7 @@ class PortableSteps:
         left, gumbel = cast(mx.array, selection.unscored), None
         if draws is not None:
             logits, gumbel = logits.astype(mx.float32), noise(draws.keys, ids)
-        tokens = draw(logits, gumbel, draws, ids, None if masked else left[:, 1])
+        tokens = draw(logits, gumbel, draws, ids, None if masked else left[:, 1], kernel=False)
         return tokens, risk.of(candidates, left, draws, logit_map)
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
@@ -316,6 +316,24 @@ class PortableSteps:
             return joined
         order = mx.array([places.index(row) for row in rows], mx.uint32)
         return tuple(array[order] for array in joined)
+
+    def tolerances(
+        self, hidden: mx.array, longest: float, product: float, scored: float
+    ) -> tuple[mx.array, mx.array]:
+        """How far logits of states may be off, by the states' lengths.
+
+        Args:
+            hidden: (k, D).
+            longest: Length of the longest row, with its bias.
+            product: Share of both lengths by which a logit of a product may be off.
+            scored: Likewise of a scored logit.
+
+        Returns:
+            Two arrays, (k,) float32, of a product's logits and of scored ones.
+        """
+        norms = mx.linalg.norm(hidden.astype(mx.float32), axis=-1)
+        lengths = (norms + 1) * longest
+        return product * lengths, scored * lengths
 
     def screen(
         self,

@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..common.guarded import Guard, GuardError
-from ..common.marks import keeps_state, preserves_margins
+from ..common.marks import keeps_state, masks
 from .dialects import FormatMarks
 from .vocabulary import Mark, llguidance, vocabulary_of
 
@@ -60,7 +60,11 @@ class Grammar:
 
     @classmethod
     def from_json_schema(cls, schema: dict | bool) -> "Grammar":
-        """JSON of a schema, which must be satisfiable and use supported keys alone."""
+        """JSON of a schema, which must be satisfiable and use supported keys alone.
+
+        Raises:
+            ValueError: If the schema is wrong, or has a key that llguidance does not follow.
+        """
         if not isinstance(schema, dict) and schema is not True:
             form = 'it must be an object such as {"type": "object"}'
             raise ValueError(f"The JSON schema is {schema!r:.60}: {form}.")
@@ -74,7 +78,11 @@ class Grammar:
 
     @classmethod
     def from_regex(cls, pattern: str) -> "Grammar":
-        """Text that a regular expression matches as a whole, in the syntax of Rust's `regex`."""
+        """Text that a regular expression matches as a whole, in the syntax of Rust's `regex`.
+
+        Raises:
+            ValueError: If the expression is wrong.
+        """
         if not isinstance(pattern, str) or not pattern:
             raise ValueError(f"The regular expression is {pattern!r:.60}: it must be a text.")
         if _ZERO.search(pattern):
@@ -86,14 +94,22 @@ class Grammar:
 
     @classmethod
     def from_lark(cls, text: str) -> "Grammar":
-        """Text that a Lark grammar derives from ``start``, in llguidance's dialect of Lark."""
+        """Text that a Lark grammar derives from ``start``, in llguidance's dialect of Lark.
+
+        Raises:
+            ValueError: If the grammar is wrong, or has more than 1,000 rules.
+        """
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"The grammar is {text!r:.60}: it must be a text in Lark's form.")
         return cls._checked("grammar", llguidance().LLMatcher.grammar_from_lark(text))
 
     @classmethod
     def from_rules(cls, text: str) -> "Grammar":
-        """A Lark grammar that this package has put together, of as many rules as it takes."""
+        """A Lark grammar that this package has put together, of as many rules as it takes.
+
+        Raises:
+            ValueError: If compiling it takes too much time or memory.
+        """
         # llguidance's check has no tokens but bytes
         problem = _problem_of(_TOKEN.sub('"token"', text))
         if problem:
@@ -302,14 +318,15 @@ class GrammarProcessor:
         self._forms = self._make_forms(thought)
         # matchers that have followed nothing yet: each text begins with copies
         self._section = None if calls is None else self._checked_matcher(calls.section)
-        self._overshooting: dict[int, list[int]] = {}  # by the bytes of a mark before them
+        # by how many bytes of a call's mark a free text ends with: tokens that go on wrongly
+        self._wrong_tokens = {} if calls is None else self._find_wrong_tokens(calls)
         self._seconds_left = [CREDIT_SECONDS]
         self.begin()
         self._mark()
 
     def _mark(self) -> None:
         """Says what loops may do with it: a mask leaves the distances of logits as they are."""
-        preserves_margins(self)
+        masks(self, self.allowed_words)
         keeps_state(self, begin=self.begin, for_sequence=self.for_sequence)
 
     def _make_forms(self, thought: tuple[str, str] | None) -> list[Run]:
@@ -556,11 +573,22 @@ class GrammarProcessor:
         """Everything but tokens that complete a call's mark and go on as no call does."""
         if self._start is None:
             return None
-        length = place.of_start
-        if length not in self._overshooting:
-            self._overshooting[length] = self._find_wrong(length)
-        wrong = self._overshooting[length]
+        wrong = self._wrong_tokens[place.of_start]
         return ~self._vocabulary.words(wrong) if wrong else None
+
+    def _find_wrong_tokens(self, calls: ToolCalls) -> dict[int, list[int]]:
+        """Those of :meth:`_find_wrong` for each number of bytes. They are found before any text:
+        the first time it takes seconds, in which no mask would come."""
+        known = self._vocabulary.wrong_tokens
+        key = calls.section.compiled
+        if key not in known:
+            found = {
+                length: self._find_wrong(length) for length in range(len(calls.start.encode()))
+            }
+            while len(known) >= MAX_MATCHERS:
+                known.pop(next(iter(known)), None)
+            known[key] = found
+        return known[key]
 
     def _find_wrong(self, length: int) -> list[int]:
         """The tokens that complete a call's mark, after so many bytes of it, and go on wrongly."""

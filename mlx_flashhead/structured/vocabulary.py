@@ -28,6 +28,7 @@ class Vocabulary:
         size: The number of tokens.
         special: The numbers of tokens that no plain text becomes, by their texts.
         matchers: Matchers to be copied, each by its grammar and limit.
+        wrong_tokens: Of a grammar of calls, the tokens that complete its mark and go on wrongly.
 
     Raises:
         ValueError: If llguidance is not installed or cannot read the tokenizer.
@@ -46,6 +47,7 @@ class Vocabulary:
         }
         self._marks: dict[str, Mark] = {}
         self.matchers: dict[tuple[str, int], Any] = {}  # that have followed nothing, by grammar
+        self.wrong_tokens: dict[str, dict[int, list[int]]] = {}
 
     def mark(self, text: str) -> "Mark":
         if text not in self._marks:

@@ -158,3 +158,17 @@ def test_the_text_is_that_of_plain_mlx_lm(temperature):
     expected = text(mlx_lm.generate, plain)
     assert "paint" in expected or "weather" in expected
     assert text(generate, flash) == expected
+
+
+def test_the_first_mask_of_a_free_text_comes_in_time(monkeypatch):
+    """What takes long is found when a processor is made, not while others wait for a mask."""
+    monkeypatch.setattr("mlx_flashhead.structured.grammar.MASK_SECONDS", 5.0)
+    tokenizer = tokenizer_of("json_tools")
+    processor = processor_of(tokenizer, seconds_per_mask=1.0)
+    vocabulary = processor._vocabulary
+    # a mask that looks at all tokens would fail
+    monkeypatch.setattr(type(vocabulary), "beginning_with", None)
+    monkeypatch.setitem(vars(vocabulary), "texts", None)
+    for text in ("a", "<", "<tool", "<tool_call", "<tool_call>", MARKED, MARKED + "b"):
+        allowed(processor, ids(tokenizer, text))
+        assert processor.problem is None
