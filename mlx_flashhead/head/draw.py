@@ -13,7 +13,7 @@ Source: Gumbel 1954, the Gumbel-max trick; Salmon et al. 2011, "Parallel random 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -54,12 +54,34 @@ class Draws(NamedTuple):
     @classmethod
     def of(cls, rows: Sequence[tuple[DrawSettings, tuple[int, int]]]) -> "Draws":
         """The draws of some rows, from the settings and the key of each."""
-        settings, keys = [s for s, _ in rows], mx.array([key for _, key in rows], mx.uint32)
-        inverse = [1 / s.temperature if s.temperature else 0.0 for s in settings]
-        log_min_p = [math.log(s.min_p) if s.min_p else NO_MIN_P for s in settings]
-        floats = [[x, s.top_p, y] for x, s, y in zip(inverse, settings, log_min_p, strict=True)]
-        top_k = mx.array([s.top_k for s in settings], mx.uint32)
-        return cls(mx.array(floats, mx.float32), top_k, keys, settings)
+        settings = tuple(settings for settings, _ in rows)
+        keys = mx.array([key for _, key in rows], mx.uint32)
+        floats, top_k = _settings_arrays(settings)
+        return cls(floats, top_k, keys, settings)
+
+    @property
+    def steps(self) -> tuple[DrawSettings, ...]:
+        """Settings that take the same steps, whatever the values in the arrays are."""
+        return tuple(
+            DrawSettings(
+                temperature=1.0 if row.temperature else 0.0,
+                top_p=0.5 if row.top_p < 1 else 1.0,
+                min_p=0.5 if row.min_p > 0 else 0.0,
+                top_k=row.top_k,
+            )
+            for row in self.rows
+        )
+
+
+@lru_cache(maxsize=256)
+def _settings_arrays(rows: tuple[DrawSettings, ...]) -> tuple[mx.array, mx.array]:
+    """The settings of rows, which stay the same for a text: floats (R, 3), and top-k (R,)."""
+    floats = []
+    for row in rows:
+        inverse = 1 / row.temperature if row.temperature else 0.0
+        log_min_p = math.log(row.min_p) if row.min_p else NO_MIN_P
+        floats.append([inverse, row.top_p, log_min_p])
+    return mx.array(floats, mx.float32), mx.array([row.top_k for row in rows], mx.uint32)
 
 
 def position_key(seed: int, position: int) -> tuple[int, int]:
@@ -160,7 +182,8 @@ def _lowest_kept_kernel() -> Callable:
 def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.array:
     """The lowest logit that top-p keeps: those above it have less than ``top_p`` of the mass. The
     half of the logits that holds it is halved again, and sorted when it is short."""
-    limit = mx.array([[max(s.top_p, 1e-30) if s.top_p < 1 else mx.inf] for s in draws.rows])
+    share = draws.settings[:, 1:2]
+    limit = mx.where(share < 1, mx.maximum(share, 1e-30), mx.inf)
     n_halvings, left = ((logits.shape[-1] - 1) // SORTED).bit_length(), logits
     total = mx.logsumexp(logits, axis=-1, keepdims=True) if log_total is None else log_total
     if n_more := -logits.shape[-1] % 2**n_halvings:
