@@ -16,6 +16,7 @@ LIBRARIES = ("mlx_lm", "mlx_vlm")
 
 
 def make_parser() -> Parser:
+    """The parser of ``mlx_flashhead.run``."""
     parser = Parser(
         prog="mlx_flashhead.run",
         description="Run another program with a FlashHead under its mlx_lm.load or mlx_vlm.load. "

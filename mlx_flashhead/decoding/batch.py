@@ -132,7 +132,10 @@ class VerifiedBatchGenerator:
     @property
     def prompt_cache_nbytes(self) -> int:
         """Bytes of all caches."""
-        return self._prompts.nbytes + sum(layer.nbytes for layer in self._decoder.caches.layers)
+        nbytes = self._prompts.nbytes
+        for layer in self._decoder.caches.layers:
+            nbytes += layer.nbytes
+        return nbytes
 
     def insert(
         self,

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..common.marks import marks_of
 from ..head.draw import DrawSettings, position_key
-from ..head.steps import Proposal
+from ..head.proposal import Proposal
 from .caches import Snapshot
 from .random_state import DrawChain, Key, set_key
 from .sampler import (

@@ -19,7 +19,8 @@ from ..head.backend import PORTABLE
 from ..head.draw import Draws, DrawSettings
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY
-from ..head.steps import NO_DEPTH, Proposal
+from ..head.proposal import Proposal
+from ..head.steps import NO_DEPTH
 from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.install import hidden_dtype, installed_head
 from .policy import MAX_PENDING, MAX_RISK, MAX_WAIT, Proposer, policy_of, step_arrays

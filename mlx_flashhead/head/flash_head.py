@@ -21,7 +21,7 @@ from .kernels import MetalSteps
 from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
 from .proposal import Candidates, Proposal, Rows, Selection
-from .steps import NO_DEPTH, PortableSteps, Risk
+from .steps import NO_DEPTH, Risk
 
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
@@ -77,17 +77,19 @@ class FlashHead:
         self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
         self._verified = True  # whether a plain call is the dense head's
         self._draw_temperature: float | None = None
+        # whether the steps of a proposal are traced once, not made anew for each token
+        self._traces = True
         self._functions: dict[Any, Callable[..., tuple[mx.array, ...]]] = {}  # of proposals
         # makes the logits of calls that nobody intercepts
         self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: kernels, and who intercepts calls."""
         here = ("steps", "_functions")
         state = {k: v for k, v in vars(self).items() if k not in here} | {"projection": None}
         return state | {"_gathers_rows": self.steps.gathers_rows}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         gathers_rows = state.pop("_gathers_rows")
         vars(self).update(state)
         self._functions = {}
@@ -96,7 +98,7 @@ class FlashHead:
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
             self.backend_reason = reason
 
-    def __deepcopy__(self, memo) -> "FlashHead":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FlashHead":
         """A head with its own settings that shares the arrays and the steps."""
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
@@ -138,12 +140,29 @@ class FlashHead:
         """All arrays of this head, for ``mx.eval`` and for measuring memory."""
         return [*self.clustered.arrays(), *self.steps.arrays()]
 
-    def check_kernels(self, dtype: mx.Dtype, rows: Matrix | None = None) -> None:
-        """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path, or
-        raises a ValueError where the backend "metal" was requested by name. On an Apple GPU the
-        dense logits are compared with those of ``rows``, the model's own in token order."""
-        if reason := check_kernels(self.steps, self._requested_backend, dtype, self.n_probes):
-            self.steps, self.backend_reason = PortableSteps(self.clustered), reason
+    def check_kernels(
+        self, dtype: mx.Dtype, rows: Matrix | None = None, logit_map: LogitMap = IDENTITY
+    ) -> None:
+        """Runs each kernel once: all that settings can ask for is compiled. If one fails, takes the
+        portable path.
+
+        Args:
+            dtype: Of the hidden states.
+            rows: The model's own, in token order: on an Apple GPU the dense logits are compared
+                with theirs.
+            logit_map: What the model does to each of its head's logits. With another one than the
+                identity only the kernels that know of it run.
+
+        Raises:
+            ValueError: If one fails and the backend "metal" was requested by name.
+        """
+        before = self.steps.gathers_rows
+        self.steps, reason = check_kernels(
+            self.steps, self._requested_backend, dtype, self.n_probes, logit_map
+        )
+        self.steps.gathers_rows = self.steps.gathers_rows or before
+        if reason is not None:
+            self.backend_reason = reason
         if self.backend == PORTABLE:
             self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
         if rows is not None and gpu_is_default():
@@ -223,7 +242,7 @@ class FlashHead:
     def __call__(self, hidden: mx.array) -> mx.array:
         """Full logits: hidden (..., D) → (..., V). Lazy. They are :meth:`dense_logits`, within a
         block of :meth:`settings` :meth:`unverified_logits`."""
-        taken = vars(_calls).get(str(id(self)))
+        taken: Projection | None = vars(_calls).get(str(id(self)))
         if taken is not None:
             return taken(hidden)
         if self.projection is not None:
@@ -311,25 +330,21 @@ class FlashHead:
         n_probes = self.n_probes if n_probes is None else n_probes
         if adjustment is not None:
             n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)
+        how = (n_probes, depth, full, logit_map, adjustment, allowed)
         if full or not self._traces:
-            return self._proposal(
-                hidden, draws, n_probes, depth, full, logit_map, adjustment, allowed
-            )
+            return self._proposal(hidden, draws, *how)
         function = self._traced(n_probes, depth, draws, logit_map, adjustment, allowed is not None)
-        arrays = function(
-            hidden,
-            [] if draws is None else list(draws[:3]),
-            [] if adjustment is None else list(adjustment[:2]),
-            [] if allowed is None else [allowed],
-        )
-        tokens, probes, logits, risk = arrays
+        try:
+            tokens, probes, logits, risk = function(
+                hidden,
+                [] if draws is None else list(draws.held),
+                [] if adjustment is None else list(adjustment[:2]),
+                [] if allowed is None else [allowed],
+            )
+        except ValueError:  # kernels that are emulated, or a mistake that the steps will say again
+            self._traces = False
+            return self._proposal(hidden, draws, *how)
         return Proposal(hidden, tokens, probes, logits, risk, None)
-
-    @property
-    def _traces(self) -> bool:
-        """Whether the steps of a proposal are traced once, not made anew for each token: not where
-        kernels are emulated."""
-        return self.backend == PORTABLE or mx.metal.is_available()
 
     def _traced(
         self,
@@ -361,7 +376,7 @@ class FlashHead:
                 hidden,
                 None
                 if rows is None
-                else Draws(draw_arrays[0], draw_arrays[1], draw_arrays[2], rows),
+                else Draws.held_in((draw_arrays[0], draw_arrays[1], draw_arrays[2]), rows),
                 n_probes,
                 depth,
                 False,

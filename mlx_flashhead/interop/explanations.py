@@ -10,8 +10,12 @@ _explained: list[tuple[BaseException, str]] = []
 
 
 def explain(error: BaseException, text: str) -> None:
-    """Prints a text after the traceback, if this program ends by the error, or by one that it has
-    caused."""
+    """Prints a text after the traceback if this program ends by an error.
+
+    Args:
+        error: The error, or the cause of the one that ends the program.
+        text: The explanation.
+    """
     if not _explained:
         sys.excepthook = partial(_print_after, sys.excepthook)
         threading.excepthook = partial(_print_after_thread, threading.excepthook)

@@ -35,8 +35,13 @@ DENSE_LOOP = (
 
 
 def patch_library(library: str) -> None:
-    """From now on the loads of mlx-lm or mlx-vlm attach a FlashHead, if they can, with the options
-    in the environment. A mistake in these is a warning."""
+    """From now on the loads of mlx-lm or mlx-vlm attach a FlashHead, if they can.
+
+    The options are in the environment. A mistake in them is a warning.
+
+    Args:
+        library: "mlx_lm" or "mlx_vlm".
+    """
     try:
         patches = _patches()
     except (ValueError, TypeError) as error:

@@ -47,8 +47,16 @@ def lock_of(place: Path) -> FileLock:
 
 
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
-    """The local folder of a model: itself, or its download of ``files``, patterns of names, from
-    the Hugging Face Hub; ValueError if neither exists."""
+    """The local folder of a model, which is downloaded from the Hugging Face Hub if need be.
+
+    Args:
+        path_or_repo: A folder or a repository.
+        revision: A branch, tag or commit of the repository.
+        files: Patterns of the names of the files to download (default: a model's).
+
+    Raises:
+        ValueError: If there is neither such a folder nor such a repository.
+    """
     if not path_or_repo:
         raise ValueError("The name of the model is empty: give a folder or a repository.")
     path = Path(os.path.expanduser(path_or_repo))
@@ -124,8 +132,10 @@ def reason(error: BaseException) -> str:
 
 
 def hub_is_reachable() -> bool:
-    """Whether the Hub answers, asked once for each address of it. The Hub's client would try for
-    half a minute, with a warning each time."""
+    """Whether the Hub answers, asked once for each address of it.
+
+    The Hub's client would try for half a minute, with a warning each time.
+    """
     return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
 
 

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 from ..structured.grammar import ToolCalls
+from ..structured.tool_formats import format_name_of
 from ..structured.tool_grammar import tool_calls, tools_for_parser
 from ..structured.vocabulary import vocabulary_of
 from .api_errors import ApiError, field_error
@@ -50,7 +51,8 @@ def read_tools(fields: Mapping[str, Any], served: ServedModel) -> RequestedTools
     several = fields.get("parallel_tool_calls", True)
     try:
         vocabulary_of(served.tokenizer)
-    except ValueError as error:  # llguidance is not installed, or cannot read the tokenizer
+        format_name_of(served.tokenizer)
+    except ValueError as error:  # without llguidance, a fast tokenizer, or a format that is known
         if required:
             raise ApiError(f"tool_choice cannot be followed: {error}", "tool_choice") from None
         _tell_once(served.name, str(error))

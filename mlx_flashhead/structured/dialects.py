@@ -158,7 +158,7 @@ class FormatMarks:
             never: Those that it does not match.
             forbidden: Further texts that do not occur in it.
         """
-        text = without([mark, *forbidden], BARE.other_than)
+        text = without((mark, *forbidden), BARE.other_than)
         first, *rest = [part for part in self._split.split(mark) if part]
         if first in self._special:
             return f"{rules.terminal([text, *matching], never)} {self.expression(mark)}"

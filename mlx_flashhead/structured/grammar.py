@@ -42,6 +42,11 @@ _GUARD = Guard(Path(__file__).with_name("grammar_check.py"))
 CREDIT_SECONDS = 0.1
 # Seconds in which one mask must be there, if masks have a limit. llguidance cannot be interrupted.
 MASK_SECONDS = 0.5
+# Matchers of a tokenizer that are kept for further texts of the same form.
+MAX_MATCHERS = 16
+# What llguidance may spend on a grammar of many tools at once, about 0.2 s.
+LEXER_FUEL = 10_000_000
+FORM_OF_CALLS = "form of calls"
 # Earley items of one mask. Large schemas need up to 10,000; the default of 50,000 takes seconds.
 MAX_ITEMS = 10_000
 
@@ -55,7 +60,11 @@ class Grammar:
 
     @classmethod
     def from_json_schema(cls, schema: dict | bool) -> "Grammar":
-        """JSON of a schema, which must be satisfiable and use supported keys alone."""
+        """JSON of a schema, which must be satisfiable and use supported keys alone.
+
+        Raises:
+            ValueError: If the schema is wrong, or has a key that llguidance does not follow.
+        """
         if not isinstance(schema, dict) and schema is not True:
             form = 'it must be an object such as {"type": "object"}'
             raise ValueError(f"The JSON schema is {schema!r:.60}: {form}.")
@@ -69,7 +78,11 @@ class Grammar:
 
     @classmethod
     def from_regex(cls, pattern: str) -> "Grammar":
-        """Text that a regular expression matches as a whole, in the syntax of Rust's `regex`."""
+        """Text that a regular expression matches as a whole, in the syntax of Rust's `regex`.
+
+        Raises:
+            ValueError: If the expression is wrong.
+        """
         if not isinstance(pattern, str) or not pattern:
             raise ValueError(f"The regular expression is {pattern!r:.60}: it must be a text.")
         if _ZERO.search(pattern):
@@ -81,19 +94,27 @@ class Grammar:
 
     @classmethod
     def from_lark(cls, text: str) -> "Grammar":
-        """Text that a Lark grammar derives from ``start``, in llguidance's dialect of Lark."""
+        """Text that a Lark grammar derives from ``start``, in llguidance's dialect of Lark.
+
+        Raises:
+            ValueError: If the grammar is wrong, or has more than 1,000 rules.
+        """
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"The grammar is {text!r:.60}: it must be a text in Lark's form.")
         return cls._checked("grammar", llguidance().LLMatcher.grammar_from_lark(text))
 
     @classmethod
     def from_rules(cls, text: str) -> "Grammar":
-        """A Lark grammar that this package has put together, of as many rules as it takes."""
+        """A Lark grammar that this package has put together, of as many rules as it takes.
+
+        Raises:
+            ValueError: If compiling it takes too much time or memory.
+        """
         # llguidance's check has no tokens but bytes
         problem = _problem_of(_TOKEN.sub('"token"', text))
         if problem:
             raise ValueError(f"The tools are too much for a grammar: {_sentence(problem)}.")
-        return cls("form of calls", llguidance().LLMatcher.grammar_from_lark(text))
+        return cls(FORM_OF_CALLS, llguidance().LLMatcher.grammar_from_lark(text))
 
     @classmethod
     def _checked(
@@ -289,7 +310,7 @@ class GrammarProcessor:
         self._has_form = grammar is not None or required
         self._begins_in_thought = bool(after)
         self._start = None if calls is None else self._vocabulary.mark(calls.start)
-        end_of_thought = b"".join(self._vocabulary.texts[token] for token in after).decode()
+        end_of_thought = b"".join(map(self._vocabulary.text_of, after)).decode()
         if thought is not None and not after:
             end_of_thought = thought[1]
         self._end_of_thought = self._vocabulary.mark(end_of_thought) if end_of_thought else None
@@ -297,7 +318,8 @@ class GrammarProcessor:
         self._forms = self._make_forms(thought)
         # matchers that have followed nothing yet: each text begins with copies
         self._section = None if calls is None else self._checked_matcher(calls.section)
-        self._overshooting: dict[int, list[int]] = {}  # by the bytes of a mark before them
+        # by how many bytes of a call's mark a free text ends with: tokens that go on wrongly
+        self._wrong_tokens = {} if calls is None else self._find_wrong_tokens(calls)
         self._seconds_left = [CREDIT_SECONDS]
         self.begin()
         self._mark()
@@ -316,24 +338,32 @@ class GrammarProcessor:
             forms.append(Run(self._checked_matcher(self.calls.only), "calls"))
         if self._has_form and thought is not None and not self._begins_in_thought:
             opening = FormatMarks(self._vocabulary.special).expression(thought[0])
-            compiled = f"start: /[ \\n]{{0,2}}/ {opening}"
-            forms.append(Run(self._new_matcher(compiled), "thought"))
+            beginning = Grammar(FORM_OF_CALLS, f"start: /[ \\n]{{0,2}}/ {opening}")
+            forms.append(Run(self._new_matcher(beginning), "thought"))
         return forms
 
     def _checked_matcher(self, grammar: Grammar) -> Any:
-        """A matcher whose first mask has been computed, in time."""
-        matcher = self._new_matcher(grammar.compiled)
+        """A matcher whose first mask has been computed, in time. It is to be copied."""
+        known = self._vocabulary.matchers
+        key = grammar.compiled, MAX_ITEMS
+        if key in known:
+            return known[key]
+        matcher = self._new_matcher(grammar)
         self._in_time(matcher.compute_bitmask)
         if self._seconds_left[0] <= 0 or "Too many items" in matcher.get_error():
             raise ValueError(f"The {grammar.kind} is too ambiguous to be followed: simplify it.")
         if matcher.is_error():
             raise ValueError(f"No text fits the {grammar.kind}: check that it can end.")
+        while len(known) >= MAX_MATCHERS:
+            known.pop(next(iter(known)), None)
+        known[key] = matcher
         return matcher
 
-    def _new_matcher(self, compiled: str) -> Any:
-        limits = llguidance().LLParserLimits(step_max_items=MAX_ITEMS)
+    def _new_matcher(self, grammar: Grammar) -> Any:
+        fuel = LEXER_FUEL if grammar.kind == FORM_OF_CALLS else None
+        limits = llguidance().LLParserLimits(step_max_items=MAX_ITEMS, initial_lexer_fuel=fuel)
         make = llguidance().LLMatcher
-        return make(self._vocabulary.tokens, compiled, log_level=0, limits=limits)
+        return make(self._vocabulary.tokens, grammar.compiled, log_level=0, limits=limits)
 
     def begin(self) -> None:
         """Forgets the text so far. The next tokens are a prompt."""
@@ -357,7 +387,7 @@ class GrammarProcessor:
     def accepts(self, text: str) -> bool:
         """Whether ``text`` is a complete text of the grammar."""
         assert self.grammar is not None
-        matcher = self._new_matcher(self.grammar.compiled)
+        matcher = self._new_matcher(self.grammar)
         tokens = self._vocabulary.tokens.tokenize_bytes(text.encode())
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
@@ -377,7 +407,8 @@ class GrammarProcessor:
         Args:
             context: The tokens so far (n,), of the prompt and the text.
             vocab_size: The number of logits V; that of the tokenizer's tokens without it. A token
-                that the tokenizer does not have is not allowed.
+                that the tokenizer does not have is allowed in a free text alone. Bits beyond V
+                have no meaning.
 
         Returns:
             (⌈V/32⌉,) uint32; None if every token is allowed.
@@ -398,7 +429,10 @@ class GrammarProcessor:
             mask = self._vocabulary.words(self._vocabulary.end_tokens)
         if mask is None:
             return None
-        words = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        # in a free text, what the tokenizer does not know is as allowed as without a mask
+        is_free = self._places[-1].mode in (Mode.FREE, Mode.THOUGHT) and self.problem is None
+        further = 0xFFFFFFFF if is_free else 0
+        words = np.full(-(-vocab_size // 32), further, dtype=np.uint32)
         words[: len(mask)] = mask[: len(words)]
         return words
 
@@ -459,7 +493,9 @@ class GrammarProcessor:
     def _next_place(self, token: int) -> Place:
         """The place after one more token."""
         place = self._places[-1]
-        text = self._vocabulary.texts[token] if token < self._vocabulary.size else b""
+        text = b""
+        if self._start is not None or place.mode is Mode.THOUGHT:
+            text = self._vocabulary.text_of(token)
         of_start, start_end = _advanced(self._start, place.of_start, text)
         if place.mode in (Mode.FREE, Mode.THOUGHT):
             of_end, thought_end = 0, None
@@ -537,11 +573,22 @@ class GrammarProcessor:
         """Everything but tokens that complete a call's mark and go on as no call does."""
         if self._start is None:
             return None
-        length = place.of_start
-        if length not in self._overshooting:
-            self._overshooting[length] = self._find_wrong(length)
-        wrong = self._overshooting[length]
+        wrong = self._wrong_tokens[place.of_start]
         return ~self._vocabulary.words(wrong) if wrong else None
+
+    def _find_wrong_tokens(self, calls: ToolCalls) -> dict[int, list[int]]:
+        """Those of :meth:`_find_wrong` for each number of bytes. They are found before any text:
+        the first time it takes seconds, in which no mask would come."""
+        known = self._vocabulary.wrong_tokens
+        key = calls.section.compiled
+        if key not in known:
+            found = {
+                length: self._find_wrong(length) for length in range(len(calls.start.encode()))
+            }
+            while len(known) >= MAX_MATCHERS:
+                known.pop(next(iter(known)), None)
+            known[key] = found
+        return known[key]
 
     def _find_wrong(self, length: int) -> list[int]:
         """The tokens that complete a call's mark, after so many bytes of it, and go on wrongly."""

@@ -4,8 +4,9 @@ What comes out is in the syntax of Rust's `regex`, which llguidance reads.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 _SHORTHANDS: dict[str, Callable[[str], bool]] = {
@@ -212,7 +213,8 @@ def _anchored(branch: list[str], anything: str, begins: bool, ends: bool) -> str
     return before + "".join(branch) + after
 
 
-def without(marks: Iterable[str], other_than: Callable[[str], str]) -> str:
+@lru_cache(64)
+def without(marks: tuple[str, ...], other_than: Callable[[str], str]) -> str:
     """Texts in which none of some marks occurs.
 
     One expression without a complement, which would make masks slow.
@@ -222,7 +224,6 @@ def without(marks: Iterable[str], other_than: Callable[[str], str]) -> str:
             any of them.
         other_than: The regular expression of a character that is none of these.
     """
-    marks = list(marks)
     least = [mark for mark in marks if not any(other in mark for other in marks if other != mark)]
     single = "".join(mark for mark in least if len(mark) == 1)
     longer = [mark for mark in least if len(mark) > 1]

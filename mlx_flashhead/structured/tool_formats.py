@@ -678,8 +678,8 @@ FORMATS: dict[str, type[CallFormat]] = {
 }
 
 
-def format_of(tokenizer: Any) -> type[CallFormat]:
-    """The format of a tokenizer's calls: that of mlx-lm's parser for it.
+def format_name_of(tokenizer: Any) -> str:
+    """The name of the format of a tokenizer's calls: that of mlx-lm's parser for it.
 
     Raises:
         ValueError: If it has none, or one that is not known here.
@@ -688,4 +688,4 @@ def format_of(tokenizer: Any) -> type[CallFormat]:
     name = getattr(parser, "__module__", "").rpartition(".")[2]
     if name not in FORMATS:
         raise ValueError("The format of this model's calls is not known here.")
-    return FORMATS[name]
+    return name

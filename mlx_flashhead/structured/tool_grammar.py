@@ -1,5 +1,6 @@
 """The grammar of a model's calls, in the format of its chat template."""
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -7,8 +8,8 @@ from typing import Any
 from .dialects import FormatMarks
 from .grammar import Grammar, ToolCalls
 from .lark import literal
-from .tool_formats import Tool, format_of
-from .vocabulary import vocabulary_of
+from .tool_formats import FORMATS, Tool, format_name_of
+from .vocabulary import Vocabulary, vocabulary_of
 
 
 def tool_calls(
@@ -29,20 +30,29 @@ def tool_calls(
         ValueError: If the model's format is not known, or cannot carry one of the tools, or a
             schema has a part that is not followed. It names the tool.
     """
-    read = tuple(_tool(tool) for tool in tools)
-    call_format = format_of(tokenizer)(FormatMarks(vocabulary_of(tokenizer).special))
+    text = json.dumps([_tool(tool) for tool in tools])
+    return _calls(format_name_of(tokenizer), vocabulary_of(tokenizer), text, several)
+
+
+@lru_cache(16)
+def _calls(format_name: str, vocabulary: Vocabulary, tools: str, several: bool) -> ToolCalls:
+    """The calls of tools, whose names and parameters are JSON: a client sends the same again."""
+    call_format = FORMATS[format_name](FormatMarks(vocabulary.special))
+    read = [Tool(name, parameters) for name, parameters in json.loads(tools)]
     section = call_format.section(read, several=several)
     start = call_format.start
     # the mark at the beginning is plain text here: whoever follows the text has seen it
     one = call_format.rules.text(f"{literal(start)} {section}")
+    # without forcing, which allows one way alone to cut what must follow into tokens
+    one = '%llguidance {"no_forcing": true}\n' + one
     again = "(PADDING? section)*" if several and call_format.end else ""
     many = call_format.rules.text(f"PADDING? section {again}")
     first = call_format.marks.expression(start)
     many += f"section: {first} {section}\nPADDING: /[ \\n]{{1,3}}/\n"
     return ToolCalls(
         start=start,
-        section=_compiled(one),
-        only=_compiled(many),
+        section=Grammar.from_rules(one),
+        only=Grammar.from_rules(many),
         several=several,
         is_closed=bool(call_format.end),
     )
@@ -50,20 +60,17 @@ def tool_calls(
 
 def tools_for_parser(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The tools with types that mlx-lm's parser reads: it knows neither references nor unions."""
-    call_format = format_of(tokenizer)(FormatMarks({}))
+    call_format = FORMATS[format_name_of(tokenizer)](FormatMarks({}))
     views = []
     for tool in tools:
-        function = {**tool["function"], "parameters": call_format.view(_tool(tool))}
+        parameters = call_format.view(Tool(*_tool(tool)))
+        function = {**tool["function"], "parameters": parameters}
         views.append({"type": "function", "function": function})
     return views
 
 
-def _tool(tool: Mapping[str, Any]) -> Tool:
+def _tool(tool: Mapping[str, Any]) -> tuple[str, Any]:
+    """A tool's name and parameters."""
     function = tool["function"]
     parameters = function.get("parameters")
-    return Tool(function["name"], {} if parameters is None else parameters)
-
-
-@lru_cache(64)
-def _compiled(text: str) -> Grammar:
-    return Grammar.from_rules(text)
+    return function["name"], {} if parameters is None else parameters

@@ -25,6 +25,10 @@ class Vocabulary:
     Attributes:
         tokens: llguidance's form of them.
         end_tokens: Those that end a text.
+        size: The number of tokens.
+        special: The numbers of tokens that no plain text becomes, by their texts.
+        matchers: Matchers to be copied, each by its grammar and limit.
+        wrong_tokens: Of a grammar of calls, the tokens that complete its mark and go on wrongly.
 
     Raises:
         ValueError: If llguidance is not installed or cannot read the tokenizer.
@@ -42,11 +46,17 @@ class Vocabulary:
             text: token for text, token in added.items() if is_special(token)
         }
         self._marks: dict[str, Mark] = {}
+        self.matchers: dict[tuple[str, int], Any] = {}  # that have followed nothing, by grammar
+        self.wrong_tokens: dict[str, dict[int, list[int]]] = {}
 
     def mark(self, text: str) -> "Mark":
         if text not in self._marks:
             self._marks[text] = Mark(self, text)
         return self._marks[text]
+
+    def text_of(self, token: int) -> bytes:
+        """The bytes of a token; none of one that the tokenizer does not have."""
+        return self.tokens.decode_bytes([token]) if token < self.size else b""
 
     @cached_property
     def texts(self) -> list[bytes]:

@@ -35,7 +35,7 @@ class Walk:
         self._ending = []
         self._processor.begin()
 
-    def go(self, most=600):
+    def go(self, most=400):
         """Adds tokens until the end, or as many; whether it has ended."""
         for _ in range(most):
             token = self._draw(allowed(self._processor, [0, *self.tokens]))
@@ -47,7 +47,7 @@ class Walk:
     def _draw(self, tokens):
         if EOS in tokens and self._random.random() < 0.7:
             return EOS
-        if not self._ending and self._random.random() < 0.1:
+        if not self._ending and self._random.random() < 0.2:
             text = self._random.choice(ENDINGS)
             self._ending = self._tokenizer.encode(text, add_special_tokens=False)
         if self._ending and self._ending[0] in tokens:
@@ -65,11 +65,11 @@ def allowed(processor, tokens):
     size = len(processor._vocabulary.texts)
     if processor._n_prompt is None:
         processor(mx.array(tokens[:1]), mx.zeros((1, size)))
-    words = processor.allowed_words(tokens)
+    words = processor._words_after(tokens, size)
     assert processor.problem is None
     if words is None:
         return list(range(size))
-    bits = np.unpackbits(np.array(words).view(np.uint8), bitorder="little")
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
     return np.flatnonzero(bits).tolist()
 
 
@@ -102,18 +102,30 @@ def test_random_calls_are_valid(parser, plain):
     for name, schema in schemas.items():
         only = [each for each in tools if each["function"]["name"] == name]
         calls = tool_calls(tokenizer, only, several=False)
-        walks = [
-            Walk(tokenizer, GrammarProcessor(tokenizer, calls=calls, required=True), i)
-            for i in (0, 1)
-        ]
-        for walk in walks:
-            if not walk.go():
-                continue
-            (call,), content = calls_in(tokenizer, walk.text, tools)
-            assert call["name"] == name and not content.strip()
-            jsonschema.validate(call["arguments"], schema)
-            n_calls += 1
-    assert n_calls >= 5
+        walk = Walk(tokenizer, GrammarProcessor(tokenizer, calls=calls, required=True), 0)
+        if not walk.go():
+            continue
+        (call,), content = calls_in(tokenizer, walk.text, tools)
+        assert call["name"] == name and not content.strip()
+        jsonschema.validate(call["arguments"], schema)
+        n_calls += 1
+    assert n_calls >= 2
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_a_mark_that_is_spelled_out_begins_a_call_too(parser):
+    """As where a model writes the mark in other tokens than its own."""
+    tokenizer = tokenizer_of(parser)
+    pong = tool("pong", of(["n"], n={"type": "integer", "maximum": 9}))
+    calls = tool_calls(tokenizer, [pong], several=False)
+    processor = GrammarProcessor(tokenizer, calls=calls)
+    walk = Walk(tokenizer, processor, 0)
+    spell = processor._vocabulary.tokens.greedy_tokenize
+    walk.tokens += spell("Look: " + calls.start)
+    assert walk.go()
+    (call,), content = calls_in(tokenizer, walk.text, [pong])
+    assert call["name"] == "pong" and call["arguments"]["n"] <= 9
+    assert content.startswith("Look: ")
 
 
 @pytest.mark.parametrize("parser", PARSERS)
@@ -122,7 +134,7 @@ def test_sections_of_several_calls(parser):
     pair = [tool("ping"), tool("pong", of(["n"], n={"type": "integer", "maximum": 9}))]
     calls = tool_calls(tokenizer, pair)
     numbers = set()
-    for seed in range(12):
+    for seed in range(8):
         walk = Walk(tokenizer, GrammarProcessor(tokenizer, calls=calls, required=True), seed)
         if not walk.go():
             continue
