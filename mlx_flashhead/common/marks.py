@@ -17,6 +17,9 @@ class Marks:
 
     pure: bool = False
     preserves_margins: bool = False
+    # The tokens (n,) of a text → (V,) bool or shorter, which may come next and no others, or None
+    # for all; of a processor that does nothing else.
+    allowed: Callable[[Any], Any] | None = None
     begin: Callable[[], Any] | None = None  # called when a text begins
     for_sequence: Callable[[], Any] | None = None  # makes another one, for another text
 
@@ -48,6 +51,23 @@ def preserves_margins(processor: Function) -> Function:
         processor: (n,) tokens and (1, V) logits → (1, V) logits.
     """
     _marks_for(processor).preserves_margins = True
+    return processor
+
+
+def masks(processor: Function, allowed: Callable[[Any], Any]) -> Function:
+    """Marks a processor that rules tokens out and changes no other logit, and returns it.
+
+    No text needs the logits of all tokens for it.
+
+    Args:
+        processor: (n,) tokens and (1, V) logits → (1, V) logits, minus infinity for what is ruled
+            out.
+        allowed: (n,) tokens → what may come next, (V,) bool as numpy has it, or shorter where all
+            beyond is ruled out; None where everything may.
+    """
+    marks = _marks_for(processor)
+    marks.preserves_margins = True
+    marks.allowed = allowed
     return processor
 
 

@@ -9,6 +9,7 @@ from ..head.clustered import in_token_order
 from ..head.draw import Draws, DrawSettings, log_mass, noise_of_all, threshold
 from ..head.flash_head import FlashHead
 from ..head.proposal import Proposal, Tolerance
+from .changes import after_changes, mask_array
 from .policy import Proposer
 from .random_state import Key
 from .rounding import MASS_ROUNDING, NOISE_ROUNDING, SlotProduct, rounding_of
@@ -33,7 +34,7 @@ class Verification:
             if sequence.pending[i].proposal is not None
         ]
         # those first that a kernel screens, by the head's logits alone
-        self._rows = sorted(rows, key=lambda row: row[0].needs_logits)
+        self._rows = sorted(rows, key=lambda row: proposer.needs_logits(row[0]))
         self._product: SlotProduct | None = None
         self._certain: mx.array | None = None  # whether each row's token is the dense choice, lazy
         self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # those in doubt
@@ -56,20 +57,28 @@ class Verification:
         proposer, product = self._proposer, cast(SlotProduct, self._product)
         slots, self._product = product.result(), None
         draws = [sequence.draw_at(index) for sequence, _, index in self._rows]
-        tolerance = self._rounding.tolerance(self._proposal.hidden)
+        tolerance = self._rounding.tolerance(self._proposal.hidden, self._head.steps)
         logit_map = proposer.logit_map
-        by_logits = [logit_map is None or sequence.needs_logits for sequence, *_ in self._rows]
+        by_logits = [proposer.needs_logits(sequence) for sequence, *_ in self._rows]
         n, certain = by_logits.count(False), []
         if n:
             assert logit_map is not None
             greedy = all(settings.greedy for settings, _ in draws[:n])
+            screened = _rows_of(self._proposal, slice(n))
+            of_rows = _tolerance_of(tolerance, slice(n))
+            if self._rounding.scored:
+                changes = [sequence.changes for sequence, *_ in self._rows[:n]]
+                epsilon = self._rounding.epsilon
+                scored = after_changes(of_rows.scored, screened.logits, changes, epsilon)
+                of_rows = of_rows._replace(scored=scored)
             screen = self._head.steps.screen(
                 slots[:n],
-                _rows_of(self._proposal, slice(n)),
+                screened,
                 None if greedy else Draws.of(draws[:n]),
-                _tolerance_of(tolerance, slice(n)),
+                of_rows,
                 self._rounding.epsilon,
                 logit_map,
+                mask_array([pending.allowed for _, pending, _ in self._rows[:n]]),
             )
             certain.append(screen.certain)
         for i in range(n, len(self._rows)):

@@ -420,7 +420,9 @@ class FlashHead:
 
     def joined(self, proposals: Sequence[Proposal], rows: Rows, tokens: Sequence[int]) -> Proposal:
         """Rows of several proposals, with their ``tokens``, as one without risk and full logits."""
-        hidden, probes, logits = self.steps.join(proposals, rows)
+        most = max(proposal.probes.shape[1] for proposal in proposals)
+        filled = [_filled(proposal, most) for proposal in proposals]
+        hidden, probes, logits = self.steps.join(filled, rows)
         chosen = mx.array(list(tokens), mx.uint32)
         return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)), None)
 
@@ -465,3 +467,18 @@ def _mapped(candidates: Candidates, logit_map: LogitMap, lowest: float) -> Candi
     padded = candidates.logits == lowest
     logits = mx.where(padded, mx.finfo(logits.dtype).min, logits)
     return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
+
+
+def _filled(proposal: Proposal, n_probes: int) -> Proposal:
+    """The proposal with the last probe repeated, with logits as in padded slots."""
+    missing = n_probes - proposal.probes.shape[1]
+    if not missing:
+        return proposal
+    n_rows, _, size = proposal.logits.shape
+    last = mx.broadcast_to(proposal.probes[:, -1:], (n_rows, missing))
+    lowest = mx.finfo(proposal.logits.dtype).min
+    more = mx.full((n_rows, missing, size), lowest, proposal.logits.dtype)
+    return proposal._replace(
+        probes=mx.concatenate([proposal.probes, last], axis=1),
+        logits=mx.concatenate([proposal.logits, more], axis=1),
+    )

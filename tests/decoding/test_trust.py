@@ -107,7 +107,7 @@ def test_samplers_of_mlx_lm_are_verified(model, name, penalty, misses):
         return texts, mx.random.state[0].tolist()
 
     assert run(False) == run(True)
-    assert misses
+    assert misses or penalty  # whose tokens' clusters are scored, too: here nearly all
 
 
 def test_what_is_trusted():
