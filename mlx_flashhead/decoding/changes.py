@@ -111,8 +111,8 @@ class Changes:
         """What the mask allows after ``tokens`` (n,): (⌈V/32⌉,) uint32, a bit a token, the lowest
         first; None where everything may come."""
         allows = None if self.mask is None else marks_of(self.mask).allowed
-        bits = None if allows is None else allows(tokens)
-        return None if bits is None else mask_words(np.asarray(bits), vocab_size)
+        words = None if allows is None else allows(tokens, vocab_size)
+        return None if words is None else np.array(words, np.uint32).reshape(-1)
 
     @property
     def stretch(self) -> float:
@@ -150,14 +150,6 @@ def after_changes(
     largest = mx.max(mx.abs(mx.where(real, logits, 0)), axis=(1, 2)).astype(mx.float32)
     after = scored * mx.array(stretches) + epsilon * mx.array(roundings) * largest
     return mx.where(scored > 0, after, 0.0)
-
-
-def mask_words(allowed: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The bits of a mask, (V,) bool or shorter, the rest not allowed → (⌈V/32⌉,) uint32."""
-    words = np.zeros(-(-vocab_size // 32), np.uint32)
-    packed = np.packbits(allowed[:vocab_size], bitorder="little")
-    words.view(np.uint8)[: len(packed)] = packed
-    return words
 
 
 def mask_array(masks: Sequence[np.ndarray | None]) -> mx.array | None:

@@ -49,13 +49,19 @@ def every_third(tokens):
     return np.arange(VOCAB_SIZE) % 3 == len(tokens) % 3
 
 
+def words(bits, vocab_size):
+    """The bits (V,) as words of a mask."""
+    more = -vocab_size % 32
+    return np.packbits(np.pad(bits, (0, more)), bitorder="little").view(np.uint32)
+
+
 def mask():
     """A processor that rules out what ``every_third`` leaves."""
 
     def rule_out(tokens, logits):
         return mx.where(mx.array(every_third(tokens)), logits, -mx.inf)
 
-    return masks(rule_out, every_third)
+    return masks(rule_out, lambda tokens, n: words(every_third(tokens), n))
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -135,7 +141,7 @@ def test_a_mask_that_leaves_no_scored_token(misses):
     def rule_out(tokens, logits):
         return mx.where(mx.array(few(tokens)), logits, -mx.inf)
 
-    processors = [masks(rule_out, few)]
+    processors = [masks(rule_out, lambda tokens, n: words(few(tokens), n))]
     found = flash.tokens(logits_processors=processors)
     assert found == plain_tokens(dense, logits_processors=processors)
     assert all(few(PROMPT + found[:i])[token] for i, token in enumerate(found)) and misses
