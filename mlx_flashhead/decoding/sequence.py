@@ -99,7 +99,8 @@ class Sequence:
         self._chain: DrawChain | None = None
         self._chain_begins = 0  # the place in the text of the chain's first draw
         self._n_before = 0 if prompt_ids is None else len(prompt_ids)
-        self._ids: mx.array | None = None
+        self._ids: mx.array | None = None  # tokens before the next one, but for those fed since
+        self._fed: list[mx.array] = []  # joined to them once a processor is called
         if self._processors_at_start and prompt_ids is not None:
             self._ids = prompt_ids
             if self.tokens:
@@ -207,7 +208,14 @@ class Sequence:
         if self._current_processors:
             if self._ids_dtype is not None:
                 latest = latest.astype(self._ids_dtype)
-            self._ids = latest if self._ids is None else mx.concatenate([self._ids, latest])
+            self._fed.append(latest)
+
+    def _join_fed(self) -> None:
+        """Joins the tokens that were fed to those before them."""
+        if self._fed:
+            before = [] if self._ids is None else [self._ids]
+            self._ids = mx.concatenate([*before, *self._fed])
+            self._fed = []
 
     def accept(self) -> PendingToken:
         """Moves the first pending token to the accepted ones."""
@@ -241,6 +249,7 @@ class Sequence:
         """Notes that the caches hold the first ``n_tokens`` of the text and no others."""
         self.rejected = False
         self.n_cached = n_tokens
+        self._join_fed()
         if self._ids is not None:
             self._ids = self._ids[: self._n_before + n_tokens]
         while len(self.snapshots) > 1 and self.snapshots[-1].n_tokens > n_tokens:
@@ -258,6 +267,7 @@ class Sequence:
 
     def context(self, index: int) -> mx.array | None:
         """The tokens before place ``index`` of the text, (n,), as processors get them."""
+        self._join_fed()
         return None if self._ids is None else self._ids[: self._n_before + index]
 
     def process(self, logits: mx.array, context: mx.array | None) -> mx.array:

@@ -22,8 +22,13 @@ ADJUST_HEAD = 3  # words of a row before its tokens'
 ADJUST_TOKEN = 3  # words of a token: its id, the bits of its bias, how it occurs
 
 REPEATED, PRESENT, OCCURS = 1, 2, 4
-# Tokens of a row are filled up to a multiple, since proposals of as many probes can be joined.
+# Tokens of a row are filled up to a multiple, since proposals of as many probes can be joined, and
+# each other number is traced anew: up to FEW_TOKENS to a small one, as each place costs a cluster.
 TOKENS_MULTIPLE = 32
+FEW_TOKENS = 64
+FEW_MULTIPLE = 8
+# Likewise the most occurrences of a token, which may rise with each token of a text.
+OCCURRENCES_MULTIPLE = 4
 
 
 @dataclass
@@ -62,7 +67,8 @@ class Adjustment(NamedTuple):
 
     words: mx.array  # (R, ADJUST_HEAD + ADJUST_TOKEN·K) uint32; metal/flash_head/adjust.h has them
     latest: mx.array  # (R,) uint32, the latest token, which may not be computed yet; V for none
-    most_occurrences: int  # of a token, with the latest one; 0 without a frequency penalty
+    # of a token, with the latest one, or more; 0 without a frequency penalty
+    most_occurrences: int
 
     @classmethod
     def of(
@@ -76,14 +82,17 @@ class Adjustment(NamedTuple):
             vocab_size: V.
         """
         changes = [row or ChangedTokens() for row in rows]
-        n_tokens = max(len(change.token_ids) for change in changes)
-        n_tokens = -(-max(n_tokens, 1) // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
+        token_ids = [change.token_ids for change in changes]
+        n_tokens = max(1, *map(len, token_ids))
+        multiple = FEW_MULTIPLE if n_tokens <= FEW_TOKENS else TOKENS_MULTIPLE
+        n_tokens = _filled_up(n_tokens, multiple)
         words = np.zeros((len(rows), ADJUST_HEAD + ADJUST_TOKEN * n_tokens), np.uint32)
-        for row, change in zip(words, changes, strict=True):
-            _write(row, change, vocab_size)
+        for row, change, ids in zip(words, changes, token_ids, strict=True):
+            _write(row, change, ids, vocab_size)
         if latest is None:
             latest = mx.full((len(rows),), vocab_size, mx.uint32)
         most = max(change.most_occurrences for change in changes)
+        most = _filled_up(most, OCCURRENCES_MULTIPLE)
         return cls(mx.array(words), latest.astype(mx.uint32), most)
 
     @property
@@ -92,20 +101,29 @@ class Adjustment(NamedTuple):
         return (self.words.shape[1] - ADJUST_HEAD) // ADJUST_TOKEN + 1
 
 
-def _write(row: np.ndarray, change: ChangedTokens, vocab_size: int) -> None:
-    """Writes a row's words."""
+def _filled_up(number: int, multiple: int) -> int:
+    """The least multiple that is not below the number."""
+    return -(-number // multiple) * multiple
+
+
+def _write(row: np.ndarray, change: ChangedTokens, token_ids: list[int], vocab_size: int) -> None:
+    """Writes a row's words, of the tokens that change."""
     penalties = [change.repetition, change.presence, change.frequency]
     row[:ADJUST_HEAD] = np.array(penalties, np.float32).view(np.uint32)
     tokens = row[ADJUST_HEAD:].reshape(-1, ADJUST_TOKEN)
-    tokens[:, 0] = vocab_size
-    for place, token in zip(tokens, change.token_ids, strict=False):
-        place[0] = token
-        place[1] = np.float32(change.biases.get(token, 0.0)).view(np.uint32)
-        place[2] = (
-            REPEATED * (token in change.repeated)
-            + PRESENT * (token in change.present)
-            + OCCURS * change.occurrences.get(token, 0)
-        )
+    n_tokens = len(token_ids)
+    tokens[:n_tokens, 0] = token_ids
+    tokens[n_tokens:, 0] = vocab_size
+    biases, occurrences = change.biases, change.occurrences
+    if biases:
+        each = np.array([biases.get(token, 0.0) for token in token_ids], np.float32)
+        tokens[:n_tokens, 1] = each.view(np.uint32)
+    tokens[:n_tokens, 2] = [
+        REPEATED * (token in change.repeated)
+        + PRESENT * (token in change.present)
+        + OCCURS * occurrences.get(token, 0)
+        for token in token_ids
+    ]
 
 
 class _Tokens(NamedTuple):

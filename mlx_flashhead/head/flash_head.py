@@ -404,7 +404,9 @@ class FlashHead:
         depth = NO_DEPTH if full else depth / logit_map.slope
         score_map = IDENTITY if full else logit_map  # full logits are the head's own
         scores = self.steps.route(hidden)
-        selection = self.steps.select(scores, n_probes, full, depth, logit_map, adjustment)
+        selection = self.steps.select(
+            scores, n_probes, full, depth, logit_map, adjustment, mass=draws is not None
+        )
         candidates = self.steps.score(hidden, selection, score_map)
         expanded = self.steps.expand(scores, selection, candidates) if full else None
         if full and not logit_map.identity:

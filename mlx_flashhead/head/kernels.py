@@ -189,6 +189,7 @@ class MetalSteps(PortableSteps):
         depth: float = NO_DEPTH,
         logit_map: LogitMap = IDENTITY,
         adjustment: Adjustment | None = None,
+        mass: bool = True,  # which costs a kernel nothing
     ) -> Selection:
         """The ``n_probes`` best clusters of each row, ascending, and the tail. Of clusters that
         differ by less than 1/64 nat those of lower ids count as better."""

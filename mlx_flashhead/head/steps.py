@@ -82,6 +82,7 @@ def unscored(
     probes: mx.array,
     logit_map: LogitMap = IDENTITY,
     cluster_size: int = 1,
+    mass: bool = True,
 ) -> mx.array:
     """What the clusters that are not probed hold, by their scores.
 
@@ -90,13 +91,17 @@ def unscored(
         probes: (R, p) uint32.
         logit_map: What the model does to the logits, if those of a cluster are all the same.
         cluster_size: Tokens of a cluster.
+        mass: Whether the mass is wanted, too.
 
     Returns:
         (R, 2) float32: the best score, and the log of the summed exponentials of all mapped logits.
+        Without the mass (R, 1).
     """
     lowest = mx.array(mx.finfo(mx.float32).min)
     left = mx.put_along_axis(scores, probes, lowest, axis=-1)
     best = mx.max(left, axis=-1)
+    if not mass:
+        return best[:, None]
     if not logit_map.identity:
         n_tokens = math.log(cluster_size)
         mapped = logit_map(left - n_tokens).astype(mx.float32) + n_tokens
@@ -201,12 +206,14 @@ class PortableSteps:
         depth: float = NO_DEPTH,
         logit_map: LogitMap = IDENTITY,
         adjustment: Adjustment | None = None,
+        mass: bool = True,
     ) -> Selection:
         """The ``n_probes`` best clusters of each row, unordered: (R, C) float32 → (R, p). Kernels
         give ``words`` for `expand`, and leave clusters out that lie more than ``depth`` nats below
         the log-sum-exp of all scores: at most C·exp(-depth) of the mass. ``logit_map`` makes the
         mass of the clusters that are left what the model's logits give. The clusters of tokens
-        that an ``adjustment`` changes are probed in any case, where ``n_probes`` has room."""
+        that an ``adjustment`` changes are probed in any case, where ``n_probes`` has room. Without
+        ``mass``, which only draws look at, the mass of the others may be left out."""
         if adjustment is not None:
             more = mx.zeros((len(scores), 1))  # of rows with fewer tokens
             padded = mx.concatenate([scores, more], axis=-1)
@@ -217,7 +224,7 @@ class PortableSteps:
         probes = mx.broadcast_to(mx.arange(n_probes, dtype=mx.uint32), (len(scores), n_probes))
         if n_left > 0:
             probes = mx.argpartition(scores, kth=n_left, axis=-1)[..., n_left:]
-        left = unscored(scores, probes, logit_map, self.clustered.cluster_size)
+        left = unscored(scores, probes, logit_map, self.clustered.cluster_size, mass)
         return Selection(probes, unscored=left)
 
     def score(
@@ -301,10 +308,12 @@ class PortableSteps:
         ``masked``, the risk is NOTHING_ALLOWED if all scored tokens are; and the filters do not
         count what was not scored."""
         ids, logits = self.token_ids(selection.probes).flatten(1), candidates.logits.flatten(1)
-        left, gumbel = cast(mx.array, selection.unscored), None
+        left = cast(mx.array, selection.unscored)
+        gumbel, others = None, None
         if draws is not None:
             logits, gumbel = logits.astype(mx.float32), noise(draws.keys, ids)
-        tokens = draw(logits, gumbel, draws, ids, None if masked else left[:, 1], kernel=False)
+            others = None if masked else left[:, 1]
+        tokens = draw(logits, gumbel, draws, ids, others, kernel=False)
         return tokens, risk.of(candidates, left, draws, logit_map)
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
