@@ -32,6 +32,8 @@ MAX_RISK = 0.1
 MAX_WAIT = 0.3  # seconds
 FIRST_PENDING = 4
 CPU_BATCH = 32  # sequences at once up to which proposals pay on a CPU
+FIRST = "the first of its text"  # token, which the prompt's own logits have chosen
+UNKNOWN_FUNCTION = "dense: its sampler, or one of its processors, cannot be verified"
 
 
 @dataclass
@@ -136,15 +138,16 @@ class Proposer:
             return CPU_BATCH
         return max(1, self.head.n_clusters // self.head.n_probes)
 
-    def mode_of(self, sequence: Sequence) -> str:
-        """How a text is decoded, in words: "verified", "unverified", or "dense: " and why."""
+    def mode_of(self, sequence: Sequence, n_handed_out: int = 2) -> str:
+        """How the latest token of a text was decoded, in words: "verified", "unverified", FIRST, or
+        "dense: " and why. ``n_handed_out`` counts the tokens since its prompt was read."""
         if sequence.verified:
-            return "verified"
-        verify, dense = self._requested
-        mode = decoding_mode(self.model, verify=verify, dense=dense)
-        if mode == "verified":
-            return "dense: its sampler, or one of its processors, cannot be verified"
-        return mode
+            return FIRST if n_handed_out == 1 else "verified"
+        if not sequence.why_dense:
+            verify, dense = self._requested
+            mode = decoding_mode(self.model, verify=verify, dense=dense)
+            sequence.why_dense = UNKNOWN_FUNCTION if mode == "verified" else mode
+        return sequence.why_dense
 
     def can_verify(self, sequence: Sequence) -> bool:
         """Whether a sequence's choices can be verified. A pure function that keeps no bounds can
