@@ -12,7 +12,7 @@ COMMANDS = {
     "server": "serve models to browsers and over the OpenAI API",
     "run": "run another program with FlashHead under its mlx-lm",
     "cache": "list the FlashHeads that were built here, and remove some",
-    "convert": "make a folder of a model and its FlashHead, also with other bits",
+    "convert": "put a model and its FlashHead into one folder, also with other bits",
     "upload": "publish such a folder on the Hugging Face Hub",
     "export": "write the head's kernels and arrays for an app on an iPad or a Mac",
     "evaluate": "measure how close unverified choices come to the normal head's",

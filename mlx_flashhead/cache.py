@@ -35,7 +35,7 @@ def make_parser() -> Parser:
     group.add_argument("--rebuild", metavar=NAME, help=rebuild)
     measure = "Measure the speed of a model's FlashHead now (without a value: of all FlashHeads)."
     group.add_argument("--measure", nargs="?", const="", metavar=NAME, help=measure)
-    trust = "Run the own Python code of a model that is measured or built."
+    trust = "Run the model's own Python code, to measure or to build."
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
     return parser
 

@@ -1,6 +1,6 @@
-"""Converts a model: the flags of ``mlx_lm.convert`` and those of FlashHead.
+"""Converts a model. Takes the flags of ``mlx_lm.convert``, and FlashHead's own.
 
-Names, defaults and limits are those of `conversion.options.ConvertOptions`.
+`conversion.options.ConvertOptions` has their names, defaults and limits.
 """
 
 from dataclasses import fields

@@ -19,6 +19,7 @@ from .common.command import command, ended_by_signals
 from .common.terminal import printable_output
 from .structured.grammar import GrammarProcessor, add_grammar_options, grammar_of
 
+EMPTY = "--prompt is empty: give a text, or - for standard input"
 # Flags that several processes do not support.
 ALONE = (
     "adapter_path", "draft_model", "prompt_cache_file", "image", "quantize_activations",
@@ -27,6 +28,7 @@ ALONE = (
 
 
 def make_parser() -> Parser:
+    """The parser of ``mlx_flashhead.generate``."""
     about = "Generate text with a model and its FlashHead."
     parser = Parser(prog="mlx_flashhead.generate", description=about)
     flags.add_model_flags(parser)
@@ -34,20 +36,31 @@ def make_parser() -> Parser:
     flags.add_answer_flags(parser, max_tokens=100, seed=None)
     group = parser.add_argument_group("FlashHead")
     flags.add_answering_options(group)
-    probes = "Clusters scored for each drafted token (default: a tenth of its head's bytes)."
-    group.add_argument("--draft-probes", type=whole_number(1), help=probes)
-    dense = "Use the normal (dense) head, for comparison."
-    group.add_argument("--dense", action="store_true", help=dense)
-    drawn = "Draw the clusters by probability at --temp, as in the paper, without verification."
-    group.add_argument("--draw-probes", action="store_true", help=drawn)
-    pipeline = "Under mlx.launch, share the layers out instead of splitting each of them."
-    group.add_argument("--pipeline", action="store_true", help=pipeline)
+    group.add_argument(
+        "--draft-probes",
+        type=whole_number(1),
+        help="Clusters scored for each drafted token (default: a tenth of its head's bytes).",
+    )
+    group.add_argument(
+        "--dense", action="store_true", help="Use the normal (dense) head, for comparison."
+    )
+    group.add_argument(
+        "--draw-probes",
+        action="store_true",
+        help="Draw the clusters by probability at --temp, as in the paper, without verification.",
+    )
+    group.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="Under mlx.launch, give each process some layers, instead of a part of every layer.",
+    )
     add_grammar_options(parser)
     return parser
 
 
 @command
 def main() -> None:
+    """Entry point."""
     parser = make_parser()
     try:
         processes = mx.distributed.init()  # a group of one without mlx.launch
@@ -62,6 +75,9 @@ def main() -> None:
             _check_arguments(parser, args, processes.size())
         grammar = grammar_of(args)
         flags.check_before_loading(args)
+        with ended_by_signals():  # mlx-lm takes a second to import: mistakes and --help do without
+            from .decoding import generation  # noqa: F401
+            from .loading import load  # noqa: F401
         with redirect_stdout(sys.stdout if first else nowhere):
             _generate(args, processes, grammar)
 
@@ -70,7 +86,7 @@ def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
     if not args.model and args.prompt_cache_file is None:
         parser.error("--model is needed: give a folder or a repository of a model")
     if not args.prompt:
-        parser.error("--prompt is empty: give a text, or - for standard input")
+        parser.error(EMPTY)
     if args.draw_probes and (args.dense or not args.temp > 0):
         parser.error("--draw-probes needs --temp above 0, and no --dense")
     if args.draw_probes and (args.json_schema or args.regex or args.grammar):
@@ -86,19 +102,43 @@ def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
         if n_processes > 1 and getattr(args, flag):
             name = flag.replace("_", "-")
             parser.error(f"--{name} is for one process: start it without mlx.launch")
-    if n_processes > 1 and args.prompt == "-":
-        parser.error("--prompt - is the input of mlx.launch, which has no end: give the prompt")
     if args.prompt_cache_file is not None and args.draft_model is not None:
         parser.error("--prompt-cache-file holds no cache of a draft model: leave --draft-model out")
     if args.prompt_cache_file is not None:
-        from .models.compat.mlx_lm import load_prompt_cache
+        _check_prompt_cache(parser, args.prompt_cache_file)
+    if n_processes > 1 and args.prompt == "-":
+        parser.error("--prompt - is the input of mlx.launch, which has no end: give the prompt")
+    args.prompt_text = _text_of(args.prompt)
+    if not args.prompt_text:
+        parser.error(EMPTY)
 
-        try:
-            _, metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
-            json.loads(metadata["tokenizer_config"]), metadata["model"]
-        except (RuntimeError, ValueError, KeyError, TypeError):
-            wrong = "is missing, damaged or not a prompt cache: make one with mlx_lm.cache_prompt"
-            parser.error(f"--prompt-cache-file {args.prompt_cache_file} {wrong}")
+
+def _check_prompt_cache(parser: Parser, name: str) -> None:
+    """Ends the command with a sentence unless a file holds a prompt cache."""
+    from .models.compat.mlx_lm import load_prompt_cache
+
+    if not Path(name).is_file():
+        parser.error(f"--prompt-cache-file: there is no file {name}, check the path")
+    try:
+        _, metadata = load_prompt_cache(name, return_metadata=True)
+    except (RuntimeError, ValueError, KeyError, TypeError):
+        parser.error(
+            f"--prompt-cache-file {name} is damaged, or no safetensors file of a prompt cache: "
+            "make it again with mlx_lm.cache_prompt"
+        )
+    try:
+        json.loads(metadata["tokenizer_config"]), metadata["model"]
+    except (ValueError, KeyError, TypeError):
+        parser.error(
+            f"--prompt-cache-file {name} does not name its model and tokenizer: make one with "
+            "mlx_lm.cache_prompt"
+        )
+
+
+def _text_of(prompt: str) -> str:
+    """The text of --prompt: standard input for "-", else itself with its escapes."""
+    text = prompt.replace("\\n", "\n").replace("\\t", "\t")
+    return sys.stdin.read() if text == "-" else text
 
 
 def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) -> None:
@@ -115,8 +155,14 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
         loaded = _load(args, processes, options, cache)
         prompt, embeddings = _prompt(args, loaded, cache)
         _answer(args, loaded, prompt, embeddings, cache, grammar)
-    if loaded.unbuilt:
+    if loaded.unbuilt and sys.stdout.isatty():
         _build(loaded, options)
+    elif loaded.unbuilt:  # a script waits for its end
+        name = args.model or loaded.folder
+        options.say(
+            f"FlashHead is not built yet: `mlx_flashhead.cache --build {name}` builds it, as does "
+            "the next answer at a terminal."
+        )
     if processes.size() > 1:  # the loop computes a token ahead, for which each needs the others
         mx.synchronize(generation_stream)
         mx.eval(mx.distributed.all_sum(mx.array(1), group=processes, stream=mx.cpu))
@@ -255,8 +301,7 @@ def _prompt(
     """The prompt's token ids, and the embeddings (n, D) of one with images. ValueError for a prompt
     that is empty or longer than the context."""
     tokenizer = loaded.tokenizer
-    text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-    text = sys.stdin.read() if text == "-" else text
+    text = args.prompt_text
     templated = not args.ignore_chat_template and tokenizer.has_chat_template
     if templated:
         text = _filled_in(args, tokenizer, text)
@@ -274,8 +319,7 @@ def _prompt(
     context = context_of(loaded.config, tokenizer)
     if len(token_ids) >= context:
         raise ValueError(
-            f"The prompt has {len(token_ids):,} tokens, and at most {context - 1:,} fit: "
-            "give a shorter --prompt."
+            f"The prompt is longer than this model's {context:,}-token context: shorten it."
         )
     if images is None:
         return token_ids, None

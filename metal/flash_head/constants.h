@@ -3,13 +3,18 @@
 // An array stays in registers only where every loop over it is unrolled.
 #define FLASH_HEAD_UNROLL _Pragma("clang loop unroll(full)")
 
+// Threads of the kernels with one threadgroup a position: 512, or 256 where a pipeline allows no more.
+#ifndef FLASH_HEAD_ROW_THREADS
+#define FLASH_HEAD_ROW_THREADS 512
+#endif
+
 namespace flash_head {
 
 constant constexpr int LANES = 32;
 constant constexpr int ROWS = 4;                // rows a simdgroup computes at once
 constant constexpr int ROUTE_SIMDGROUPS = 2;    // 8 centroids per threadgroup
 constant constexpr int SCORE_SIMDGROUPS = 8;    // at most
-constant constexpr int ROW_THREADS = 512;       // of select and sample, one threadgroup a position
+constant constexpr int ROW_THREADS = FLASH_HEAD_ROW_THREADS;
 constant constexpr int ROW_SIMDGROUPS = ROW_THREADS / LANES;
 constant constexpr int SELECT_SCORES = 36;      // that a thread keeps in registers, at most
 constant constexpr int SELECT_BINS = 4096;      // the last 4,095 of 1/64 nat each
@@ -28,6 +33,7 @@ constant constexpr int EXPAND_TOKENS = 4;       // per thread
 constant constexpr int SCREEN_CLUSTERS = 1024;  // that a threadgroup of screen takes
 constant constexpr int TALLIED = 10;            // values that it writes
 constant constexpr uint MIN_PROBES = 8;         // held per position
+constant constexpr int UNSCORED = 8;            // values of a position that select writes, 2 of use
 
 // A word at or above PROBED is a place among the probes: no estimate has such bits, since a NaN is
 // written as NOT_A_NUMBER.

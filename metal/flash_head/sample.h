@@ -170,7 +170,7 @@ inline void sample(
     Ids token_ids,                        // (slots,) uint, V for a padded slot
     Logits logits,                        // (R, S, N)
     Best best,                            // (R, S) float
-    Unscored unscored,                    // (R, 2) float
+    Unscored unscored,                    // (R, UNSCORED) float
     Settings settings,                    // (R, 3) float: inv_temperature, top_p, log_min_p
     Counts top_k,                         // (R,) uint
     Keys keys,                            // (R, 2) uint
@@ -235,7 +235,7 @@ inline void sample(
     threadgroup_barrier(mem_flags::mem_threadgroup);
     mass = simd_sum(lane < uint(ROW_SIMDGROUPS) ? sums[ROW_SIMDGROUPS + lane] : 0.0f);
     if (cuts) {
-      const float tail = fit[3] * exp(min(unscored[2 * position + 1] - highest, 80.0f));
+      const float tail = fit[3] * exp(min(unscored[UNSCORED * position + 1] - highest, 80.0f));
       rule.cut = find_cut<T>(
           logits + first * N, n_logits, highest, top_p, mass + tail, n_top, histogram, sums, shared,
           thread_id, simdgroup, lane);
@@ -262,8 +262,8 @@ inline void sample(
   threadgroup_best<ROW_SIMDGROUPS>(key, token, shared + 2 * ROW_SIMDGROUPS, simdgroup, lane);
   if (thread_id == 0) {
     tokens[position] = token;
-    const float gap = Map::inverse(highest) - unscored[2 * position];
-    const float odds = exp(min(highest + log(mass) - unscored[2 * position + 1], 80.0f));
+    const float gap = Map::inverse(highest) - unscored[UNSCORED * position];
+    const float odds = exp(min(highest + log(mass) - unscored[UNSCORED * position + 1], 80.0f));
     const float of_draw = min(fit[2] / (1.0f + odds), 1.0f);
     const float of_best = exp(min(fit[0] - fit[1] * gap, 0.0f));
     const bool none = highest <= -Finite<T>::highest();

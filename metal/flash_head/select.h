@@ -142,7 +142,7 @@ inline void select_probes(
     uint n_probes,                        // p
     float depth,
     device uint* probes,                  // (R, S)
-    device float* unscored,               // (R, 2)
+    device float* unscored,               // (R, UNSCORED)
     threadgroup atomic<uint>* histogram,  // [SELECT_BINS]
     threadgroup uint* shared,             // [SELECT_SHARED]
     threadgroup float* sums,              // [ROW_SUMS]
@@ -283,10 +283,13 @@ inline void select_probes(
   if (thread_id == 0) {
     const float lowest = -Finite<float>::highest();
     const float highest_left = left == 0 ? lowest : score_of(left);
-    unscored[2 * position] = highest_left;
+    unscored[UNSCORED * position] = highest_left;
     // the mass is 0 where all scores left are far below the edge
     const float least = left == 0 ? lowest : mapped_score<Size, Map>(highest_left);
-    unscored[2 * position + 1] = mass > 0.0f ? max(least, edge + log(mass)) : least;
+    unscored[UNSCORED * position + 1] = mass > 0.0f ? max(least, edge + log(mass)) : least;
+    for (int i = 2; i < UNSCORED; i++) {
+      unscored[UNSCORED * position + i] = 0.0f;
+    }
   }
 }
 

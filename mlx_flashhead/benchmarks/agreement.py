@@ -135,7 +135,7 @@ def make_table(figures: dict[str, Any]) -> Table:
     """A table with a line for each number of probes, the model's own in bold.
 
     Args:
-        figures: Those of `measure_agreement`.
+        figures: What `measure_agreement` returns.
     """
     title = "{positions} positions, {n_clusters} clusters, dense perplexity {dense_perplexity:.2f}"
     headings = ("probes", "agreement", "coverage", "KL", "perplexity", "bytes")
@@ -157,7 +157,7 @@ def plot_agreement(figures: dict[str, Any], path: str) -> None:
     """Draws agreement and coverage against the number of probes into a picture.
 
     Args:
-        figures: Those of `measure_agreement`.
+        figures: What `measure_agreement` returns.
         path: The picture to write.
     """
     from matplotlib.figure import Figure  # which may be absent

@@ -82,7 +82,10 @@ def _parts(args: argparse.Namespace) -> Generator[tuple[str, Any]]:
     yield "rounding", {size: _rounding_figures(each) for size, each in bounds.items()}
     yield "sums", list(sums(SIZES))
     yield "products", list(products(WIDTHS))
-    yield "heads", list(head_times(tuple(SHAPES) if gpu_is_default() else SMALL))
+    if gpu_is_default():
+        yield "heads", list(head_times(tuple(SHAPES), bits=(4, 16)))
+    else:  # whose products of 4 bits take seconds
+        yield "heads", list(head_times(SMALL, bits=(16,)))
 
 
 def _answer(variant: Variant, prompt: list[int], sampler: str, n_tokens: int) -> float:
@@ -258,7 +261,7 @@ def products(widths: Sequence[int], sizes: Sequence[int] = CLASSES) -> Iterator[
                 }
 
 
-def head_times(shapes: Sequence[str], bits: Sequence[int] = (4, 16)) -> Iterator[dict[str, Any]]:
+def head_times(shapes: Sequence[str], bits: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Times of the heads of known models, of random weights in bfloat16: the median of a few.
 
     Args:

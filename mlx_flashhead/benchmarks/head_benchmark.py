@@ -185,7 +185,7 @@ def make_table(figures: dict[str, Any]) -> Table:
     """A table with a line for each variant.
 
     Args:
-        figures: Those of `summary`.
+        figures: What `summary` returns.
     """
     title = (
         "{name}: V={vocab_size:,} D={hidden_size:,}, {head_bits}-bit rows, {dtype}, {n_probes:,} "

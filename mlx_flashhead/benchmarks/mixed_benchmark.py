@@ -166,7 +166,10 @@ class MixedLoad:
     def _ask_alone(self) -> None:
         """Asks each question while nobody else asks. Kinds that a model refuses are left out."""
         for model in served_models(self._server.port):
-            for question in questions_of(model, self._n_tokens):
+            questions = questions_of(model, self._n_tokens)
+            progress = f"{model} answers {len(questions)} questions alone."
+            print(progress, file=sys.stderr, flush=True)
+            for question in questions:
                 try:
                     self._alone[question] = ask(self._server.port, question, stream=False)
                 except RefusedError as refusal:

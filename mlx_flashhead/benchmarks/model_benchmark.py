@@ -173,7 +173,7 @@ def make_table(figures: dict[str, Any]) -> Table:
     """A table with a line for each variant.
 
     Args:
-        figures: Those of `summary`.
+        figures: What `summary` returns.
     """
     probes = figures["n_probes"]
     caption = "unverified: the head's own choices, so the text may differ."

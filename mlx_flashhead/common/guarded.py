@@ -4,6 +4,7 @@ A recursion that is too deep in a native library, or a text that is doubled in a
 helper alone.
 """
 
+import atexit
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from io import StringIO
 from multiprocessing.connection import wait
@@ -59,6 +61,12 @@ class Guard:
         self.max_bytes = max_bytes
         self._free = BoundedSemaphore(max_helpers)
         self._idle: list[subprocess.Popen] = []  # pop and append are atomic
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Ends the idle helpers."""
+        while self._idle:
+            _end(self._idle.pop())
 
     def call(self, request: Any) -> Any:
         """The result of ``work(request)``.
@@ -68,17 +76,13 @@ class Guard:
             RuntimeError: If it raises anything, with the message of that.
         """
         with self._free:
-            try:
-                helper = self._idle.pop()
-            except IndexError:
-                helper = self._start()
+            helper = self._next()
             answer: list[Any] | None = None  # its kind, and the result or a message
             try:
                 answer = self._ask(helper, request)
             finally:
                 if answer is None:
-                    helper.kill()
-                    helper.wait()
+                    _end(helper)
                 else:
                     self._idle.append(helper)
         kind, value = answer
@@ -87,6 +91,16 @@ class Guard:
         if kind == "error":
             raise RuntimeError(value)
         return value
+
+    def _next(self) -> subprocess.Popen:
+        """A helper that is idle, else a new one."""
+        with suppress(IndexError):  # there is none
+            while True:
+                helper = self._idle.pop()
+                if helper.poll() is None:
+                    return helper
+                _end(helper)  # somebody else has ended it
+        return self._start()
 
     @property
     def _too_large(self) -> str:
@@ -123,10 +137,17 @@ class Guard:
         )
         stdout: Any = helper.stdout
         if not (wait([stdout], START_SECONDS) and stdout.readline()):
-            helper.kill()
-            helper.wait()
+            _end(helper)
             raise GuardError("cannot be examined: no helper process starts")
         return helper
+
+
+def _end(helper: subprocess.Popen) -> None:
+    helper.kill()
+    helper.wait()
+    for pipe in (helper.stdin, helper.stdout):
+        with suppress(OSError):  # what it has not read cannot be sent any more
+            pipe.close()  # type: ignore[union-attr]
 
 
 def memory_of(pid: int) -> int:

@@ -1,5 +1,7 @@
-"""What is known of a caller's sampler or processor, by identity: an attribute of somebody else's
-object says nothing, whatever its name."""
+"""Marks of a caller's samplers and processors, kept by identity.
+
+An attribute of somebody else's object says nothing, whatever its name.
+"""
 
 import weakref
 from collections.abc import Callable
@@ -37,9 +39,10 @@ def pure(function: Function) -> Function:
 
 
 def preserves_margins(processor: Function) -> Function:
-    """Marks a processor that depends on its arguments alone and keeps the order of each token's
-    logits: a larger logit never becomes the smaller one, whatever the other tokens' are. A mask, a
-    bias and a scale are such processors. Returns it.
+    """Marks a processor that keeps the order of each token's logits, and returns it.
+
+    It depends on its arguments alone. A larger logit of a token never becomes the smaller one,
+    whatever the other tokens' are. A mask, a bias and a scale are such processors.
 
     Args:
         processor: (n,) tokens and (1, V) logits → (1, V) logits.

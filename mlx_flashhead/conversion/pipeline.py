@@ -25,13 +25,13 @@ from .target import FILES_KEY, check_target
 
 
 def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHeadConfig:
-    """Converts a model: ``mlx_lm.convert``'s arguments, in its order, and those of FlashHead.
+    """Converts a model. Takes ``mlx_lm.convert``'s arguments in its order, then FlashHead's.
 
     Args:
-        arguments: Those of `options.ConvertOptions`, which ``mlx_flashhead.convert --help``
-            describes.
+        arguments: The fields of `options.ConvertOptions`, as ``mlx_flashhead.convert --help``
+            describes them.
         progress: Show bars and steps.
-        options: The same, by name; ``quant_predicate`` may be a function, as mlx-lm takes it.
+        options: More of them, by name; ``quant_predicate`` may be a function, as mlx-lm takes it.
 
     Returns:
         The stored settings with the measured report.
@@ -53,7 +53,7 @@ def convert_model(options: ConvertOptions, say: Callable[[str], None] | None) ->
     """Converts a model as `convert` does.
 
     Args:
-        options: Those of the conversion.
+        options: The conversion's options.
         say: Takes a line for each thing that is done; None shows nothing, and no bars.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The precision of a converted model: the dtype of its floats, its bits and those of its head."""
+"""The precision of a converted model: the dtype of its floats, and the bits of body and head."""
 
 from contextlib import redirect_stdout
 from io import StringIO
@@ -35,7 +35,7 @@ def set_dtype(
         model: The model, which changes.
         config: Its configuration, which changes too.
         source: The model's folder.
-        options: Those of the conversion.
+        options: The conversion's options.
     """
     dtype = options.dtype
     if dtype is None and not _stored_by_mlx(source):
@@ -68,7 +68,7 @@ def precision_label(options: ConvertOptions, config: dict[str, Any], rows: Matri
     """The precision as models' names have it.
 
     Args:
-        options: Those of the conversion.
+        options: The conversion's options.
         config: The configuration of the converted model.
         rows: The rows of its head.
 
@@ -102,7 +102,7 @@ def set_bits(
         model: The model, which changes.
         config: Its configuration.
         location: Its head.
-        options: Those of the conversion.
+        options: The conversion's options.
 
     Returns:
         The model and its configuration.
@@ -130,7 +130,7 @@ def set_bits(
     recipe: Any = options.quant_predicate or getattr(model, "quant_predicate", None)
     if isinstance(recipe, str):
         recipe = mlx_lm.mixed_quant_predicate_builder(recipe, model, body_group)
-    # the head's bits are those of the body, so that mlx-lm need not store them by themselves
+    # body and head share their bits, so that mlx-lm need not store the head's by themselves
     same_bits = (
         options.quantize
         and options.q_mode == AFFINE
@@ -162,7 +162,7 @@ def head_bits(rows: Matrix, options: ConvertOptions) -> int | None:
 
     Args:
         rows: The head's rows (V, D).
-        options: Those of the conversion.
+        options: The conversion's options.
     """
     bits = None if options.fine_head else options.head_bits
     body_group = options.q_group_size or DEFAULT_GROUPS[options.q_mode]

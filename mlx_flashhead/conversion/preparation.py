@@ -28,7 +28,7 @@ from .target import check_apart, check_space
 
 
 class ConvertedModel(NamedTuple):
-    """A model with its new bits, of which nothing is evaluated."""
+    """A model with its new bits. Nothing of it is evaluated yet."""
 
     model: nn.Module
     tokenizer: Any
@@ -62,7 +62,7 @@ def prepare(
     end of the long work.
 
     Args:
-        options: Those of the conversion.
+        options: The conversion's options.
         target: The folder to write.
         folder: A folder on the same disk.
         say: Takes a line for each thing that is done.

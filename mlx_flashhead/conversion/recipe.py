@@ -14,7 +14,7 @@ from .options import ConvertOptions, IndexOptions
 
 PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")
 
-# Options that say where from, where to and who, not what is made.
+# Options that do not change the result.
 NOT_IN_RECIPE = {
     "hf_path",
     "mlx_path",
@@ -33,7 +33,7 @@ def make_recipe(options: IndexOptions, origin: Origin, name: str) -> dict[str, A
     """Makes the recipe of a result, JSON-ready, without paths of this machine.
 
     Args:
-        options: Those of the conversion, or of the index alone.
+        options: The options of the conversion, or of the index alone.
         origin: The model.
         name: The name of the result.
     """

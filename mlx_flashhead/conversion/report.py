@@ -142,7 +142,7 @@ def _compare_logprobs(actual: mx.array, expected: mx.array, truth: mx.array) -> 
 
 
 def _product_milliseconds(head: Matrix, hidden: mx.array) -> float:
-    """The least time of a few products of the head's rows with a state (1, D)."""
+    """How long a product of the head's rows with a state (1, D) takes: the shortest of a few."""
     seconds = timeit.repeat(lambda: mx.eval(head.matmul(hidden)), number=1, repeat=5)
     return 1000 * min(seconds)
 

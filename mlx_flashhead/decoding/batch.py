@@ -103,6 +103,7 @@ class VerifiedBatchGenerator:
         self._decoder = Decoder(self._proposer, BatchCaches(), self._feed)
         self._texts: dict[int, _Text] = {}
         self.n_inserted = 0
+        self._settled = False  # whether a text's next step was launched outside of a call
         self._old_wired_limit = compat.maybe_set_recommended_wired_limit()
 
     def _feed(self, tokens: mx.array, layers: list[Any]) -> mx.array:
@@ -136,7 +137,10 @@ class VerifiedBatchGenerator:
     @property
     def prompt_cache_nbytes(self) -> int:
         """Bytes of all caches."""
-        return self._prompts.nbytes + sum(layer.nbytes for layer in self._decoder.caches.layers)
+        nbytes = self._prompts.nbytes
+        for layer in self._decoder.caches.layers:
+            nbytes += layer.nbytes
+        return nbytes
 
     def insert(
         self,
@@ -250,6 +254,7 @@ class VerifiedBatchGenerator:
         if sequence.verified:
             with mx.stream(self._stream):
                 self._decoder.settle(sequence, dense=True)
+            self._settled = True
         sequence.end_verified(SEVERAL_DRAW)
 
     def next(self) -> tuple[list[Any], list[Any]]:
@@ -299,13 +304,15 @@ class VerifiedBatchGenerator:
             if sequence.verified and not sequence.as_at_start:
                 decoder.settle(sequence, dense=True)
         # 1) Tokens that are left from before, or else a round.
-        left = self._hand_out()
-        if left:
-            return [], left
-        generated: list[Any] = []
-        if decoder.sequences:
+        generated = self._hand_out()
+        settled, self._settled = self._settled, False
+        if generated and not settled:
+            return [], generated
+        if decoder.sequences and not generated:
             began = time.perf_counter()
             decoder.round()
+            for sequence in decoder.sequences:
+                sequence.leave_state()  # also where it has no token yet
             generated = self._hand_out()
             self._counters.decode_time += time.perf_counter() - began
             self._counters.generation_steps += 1

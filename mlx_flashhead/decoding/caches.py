@@ -272,7 +272,8 @@ def _guard_class(base: type) -> type:
 
 def vars_of(guarded: Any) -> dict[str, Any]:
     """The attributes of a guarded cache, which nobody has looked at by that."""
-    return object.__getattribute__(guarded, "__dict__")
+    attributes: dict[str, Any] = object.__getattribute__(guarded, "__dict__")
+    return attributes
 
 
 def _unguard(layer: Any) -> None:

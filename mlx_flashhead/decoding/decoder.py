@@ -11,6 +11,7 @@ A text whose choices cannot be verified takes the same steps: its tokens, chosen
 (dense) head, are accepted when they are read.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -18,6 +19,7 @@ import mlx.core as mx
 
 from ..head.draw import draw_all
 from .caches import Snapshot, rollback
+from .pace import Pace
 from .policy import Proposer, step_arrays
 from .random_state import current_key, set_key
 from .sampler import normalized
@@ -73,14 +75,28 @@ class Decoder:
     def round(self) -> None:
         """Computes the next token of each sequence while the one before it is read, and accepts
         what is sure. Evaluates."""
-        latest = cast(mx.array, self._latest)
+        began = time.perf_counter()
+        pace = self._proposer.pace_of(self.sequences)
         for sequence in self.sequences:
-            self._adopt(sequence)
+            self._adopt(sequence, pace)
+        n_before = sum(sequence.n_chosen for sequence in self.sequences)
+        n_verified = self._schedule.n_verified
+        proposes = all(sequence.verified and not sequence.paused for sequence in self.sequences)
+        latest = cast(mx.array, self._latest)
         self._latest = self._step(self.sequences, self.caches.layers, latest)
         for sequence, token in zip(self.sequences, cast(list[int], latest.tolist()), strict=True):
             sequence.pending[sequence.n_read].read(token)
         self._schedule.step(self.sequences)
         self._restart([sequence for sequence in self.sequences if sequence.rejected])
+        if pace is None:
+            return
+        seconds = time.perf_counter() - began
+        if proposes:
+            n_tokens = sum(sequence.n_chosen for sequence in self.sequences) - n_before
+            verified = self._schedule.n_verified > n_verified
+            pace.note_proposed(seconds, n_tokens / len(self.sequences), verified)
+        elif not any(sequence.verified for sequence in self.sequences):
+            pace.note_dense(seconds)
 
     def settle(self, sequence: Sequence, *, dense: bool, caches_changed: bool = False) -> None:
         """Forgets what was computed beyond the token that mlx-lm's loop would have computed: the
@@ -140,7 +156,9 @@ class Decoder:
         with proposer.states() as states:
             logits = self._feed(latest[:, None], layers)[:, -1, :]
         n = len(sequences)
-        proposed = [i for i in range(n) if sequences[i].verified] if n <= proposer.max_batch else []
+        proposed = [i for i in range(n) if sequences[i].verified and not sequences[i].paused]
+        if n > proposer.max_batch:
+            proposed = []
         if not proposed:
             tokens = self._choose_densely(sequences, logits, states)
         elif len(proposed) == n:
@@ -212,10 +230,17 @@ class Decoder:
         row = i if rows is None else rows[i]
         return self._proposer.dense_row(cast(list[mx.array], states)[-1][row, -1:])
 
-    def _adopt(self, sequence: Sequence) -> None:
-        """Has a sequence's tokens proposed from now on, if they can be verified."""
-        if not sequence.verified and self._proposer.can_verify(sequence):
-            sequence.begin_verified(self.snapshot(sequence))
+    def _adopt(self, sequence: Sequence, pace: Pace | None) -> None:
+        """Has a sequence's tokens proposed from now on, if they can be verified and proposals pay;
+        or decoded densely, once nothing that was proposed is pending any more."""
+        pays = pace is None or not pace.dense
+        if not sequence.verified:
+            if pays and self._proposer.can_verify(sequence):
+                sequence.begin_verified(self.snapshot(sequence))
+        elif not pays:
+            sequence.paused = True
+            if all(pending.proposal is None for pending in sequence.pending):
+                sequence.pause_verified()
 
     def _decide(self, sequence: Sequence) -> None:
         """Accepts the first pending token, or what the dense logits choose in its place."""

@@ -226,3 +226,18 @@ def _log_once_without_drafts() -> None:
         "This text is generated without drafts: a cache of this model cannot be trimmed as drafts "
         "need it, or a sampler or processor must be called once a token."
     )
+
+
+def draft_report(draft_model: Any, n_tokens: int) -> str:
+    """What was drafted, for a line under a text.
+
+    Args:
+        draft_model: The draft model, with a FlashHead or without.
+        n_tokens: The text's tokens that it has proposed.
+    """
+    drafted = f"Drafts: {n_tokens:,} tokens of the text"
+    head = get_flash_head(draft_model)
+    if head is None:
+        return f"{drafted}, by a draft model without a FlashHead"
+    probes = policy_of(head).draft_probes or head.n_probes
+    return f"{drafted}. FlashHead drafted, {probes:,} of {head.n_clusters:,} clusters a draft"

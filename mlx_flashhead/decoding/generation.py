@@ -4,7 +4,8 @@ the dense model."""
 import time
 from collections.abc import Generator
 from contextlib import closing
-from typing import Any
+from inspect import signature
+from typing import Any, Unpack
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,8 +15,9 @@ from ..models.compat.mlx_lm import BatchResponse, GenerationResponse, TokenizerW
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.vlm import is_vlm
 from .batch import VerifiedBatchGenerator
-from .drafting import drafted_steps
+from .drafting import draft_report, drafted_steps
 from .loop import verified_steps
+from .options import DecodeOptions, GenerateOptions, check_keywords, check_prompt
 from .policy import Proposer
 
 # Tokens, log-probabilities (V,), and whether a draft model proposed the token.
@@ -36,7 +38,7 @@ def stream_generate(
     draw_temperature: float | None = None,
     max_wait: float | None = None,
     logprobs: bool = True,
-    **kwargs: Any,
+    **kwargs: Unpack[DecodeOptions],
 ) -> Generator[GenerationResponse, None, None]:
     """Streams text from ``model``: ``mlx_lm.stream_generate`` with settings for the FlashHead.
 
@@ -59,15 +61,18 @@ def stream_generate(
             the same one.
         max_wait: Seconds that text may wait for its verification, 0 to 1; 0 decodes densely.
         logprobs: Whether the log-probabilities of mlx_lm's responses, the dense model's, are used.
-        **kwargs: mlx_lm's keywords, such as sampler, logits_processors and prompt_cache.
+        **kwargs: mlx_lm's other keywords, such as sampler, logits_processors and prompt_cache:
+            :class:`DecodeOptions` has them all.
 
     Yields:
         mlx-lm's responses.
 
     Raises:
         ValueError: If the model has no FlashHead, a setting is not valid, or as from mlx-lm.
-        TypeError: If there is no such keyword.
+        TypeError: If there is no such keyword, or the prompt is a list of messages.
     """
+    check_prompt(prompt)
+    check_keywords(kwargs, DecodeOptions.__annotations__)
     proposer = make_proposer(
         model,
         n_probes=n_probes,
@@ -100,7 +105,7 @@ def generate(
     dense: bool = False,
     draw_temperature: float | None = None,
     max_wait: float | None = None,
-    **kwargs: Any,
+    **kwargs: Unpack[GenerateOptions],
 ) -> str:
     """Generates a complete text: ``mlx_lm.generate`` with settings for the FlashHead.
 
@@ -114,7 +119,7 @@ def generate(
         dense: Likewise.
         draw_temperature: Likewise.
         max_wait: Likewise.
-        **kwargs: Likewise.
+        **kwargs: Likewise; :class:`GenerateOptions` has them all.
 
     Returns:
         The text.
@@ -123,6 +128,8 @@ def generate(
         ValueError: As :func:`stream_generate`.
         TypeError: Likewise.
     """
+    check_prompt(prompt)
+    check_keywords(kwargs, GenerateOptions.__annotations__)
     proposer = make_proposer(
         model,
         n_probes=n_probes,
@@ -133,13 +140,14 @@ def generate(
     )
     if verbose:
         print("=" * 10)
+    options: dict[str, Any] = {"logprobs": False, **kwargs}
     text = ""
-    for response in _responses(
-        model, tokenizer, prompt, proposer=proposer, **{"logprobs": False, **kwargs}
-    ):
+    n_drafted = 0
+    for response in _responses(model, tokenizer, prompt, proposer=proposer, **options):
         if verbose:
             print(response.text, end="", flush=True)
         text += response.text
+        n_drafted += response.from_draft
     if verbose:
         print()
         print("=" * 10)
@@ -147,7 +155,10 @@ def generate(
             _print_statistics(response)
         else:
             print("No text generated for this prompt")
-        if proposer.head is not None:
+        draft_model = kwargs.get("draft_model")
+        if draft_model is not None:
+            print(draft_report(draft_model, n_drafted))
+        elif proposer.head is not None:
             print(proposer.report())
     return text
 
@@ -198,6 +209,7 @@ def batch_generate(
         ValueError: If a setting is not valid, or as from mlx-lm.
         TypeError: If there is no such keyword.
     """
+    check_keywords(kwargs, signature(VerifiedBatchGenerator).parameters)
     proposer = make_proposer(
         model,
         n_probes=n_probes,

@@ -4,7 +4,7 @@ applies them in the loops of one sequence and of several."""
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,7 @@ from ..models.install import (
     is_recognised,
     logit_change_of,
 )
+from .pace import Pace
 from .sampler import Trust
 from .sequence import PendingToken, Sequence
 
@@ -33,6 +34,7 @@ MAX_WAIT = 0.3  # seconds
 FIRST_PENDING = 4
 CPU_BATCH = 32  # sequences at once up to which proposals pay on a CPU
 FIRST = "the first of its text"  # token, which the prompt's own logits have chosen
+PAUSED = "decoded densely for a while, since that was faster"  # of a text that can be verified
 UNKNOWN_FUNCTION = "dense: its sampler, or one of its processors, cannot be verified"
 
 
@@ -49,6 +51,11 @@ class DecodingPolicy:
     gain: float | None = None  # tokens per second relative to dense decoding, where known
     predicted: bool = False  # whether the gain is calculated from times of the parts
     provisional: bool = False  # whether the machine was busy, so that it is measured again
+    sampled_dense: bool = False  # whether those of sampled text gain nothing
+    adapts: bool = False  # whether a text whose proposals do not pay goes on densely
+    dense_seconds: float | None = None  # of a dense token of one text, where known
+    # by whether texts are sampled, whether mlx-lm draws, and how many there are at once
+    paces: dict[tuple[bool, bool, int], Pace] = field(default_factory=dict)
     dense: bool = False  # whether proposals gain nothing on this machine
     lockstep: bool = False  # whether processes compute the same steps: no time decides anything
     drafts_only: bool = False  # whether the head only serves a draft model
@@ -144,15 +151,38 @@ class Proposer:
         if sequence.verified:
             return FIRST if n_handed_out == 1 else "verified"
         if not sequence.why_dense:
-            verify, dense = self._requested
-            mode = decoding_mode(self.model, verify=verify, dense=dense)
-            sequence.why_dense = UNKNOWN_FUNCTION if mode == "verified" else mode
+            if self.can_verify(sequence):
+                return PAUSED
+            sequence.why_dense = self._why_dense(sequence)
         return sequence.why_dense
+
+    def _why_dense(self, sequence: Sequence) -> str:
+        verify, dense = self._requested
+        mode = decoding_mode(self.model, verify=verify, dense=dense)
+        if mode != "verified":
+            return mode
+        if self.policy.sampled_dense and not sequence.greedy and sequence.trust is Trust.EXACT:
+            return "dense: FlashHead is no faster for sampled text on this machine"
+        return UNKNOWN_FUNCTION
+
+    def pace_of(self, sequences: Rows[Sequence]) -> Pace | None:
+        """The pace of texts like these; None where they are decoded in one way throughout."""
+        policy = self.policy
+        if not (self.verifies and policy.adapts) or policy.lockstep or self._n_probes is not None:
+            return None
+        sampled = any(not sequence.greedy for sequence in sequences)
+        by_mlx_lm = any(sequence.draws_from_mlx for sequence in sequences)
+        key = sampled, by_mlx_lm, len(sequences)
+        if key not in policy.paces:
+            policy.paces[key] = Pace(policy.dense_seconds if len(sequences) == 1 else None)
+        return policy.paces[key]
 
     def can_verify(self, sequence: Sequence) -> bool:
         """Whether a sequence's choices can be verified. A pure function that keeps no bounds can
         where rounding is as small as float32's."""
         if self.head is None or not self.verifies or sequence.trust is Trust.UNKNOWN:
+            return False
+        if self.policy.sampled_dense and not sequence.greedy and self._n_probes is None:
             return False
         if sequence.settings is not None and sequence.settings.top_k >= self.head.vocab_size:
             return False  # mlx-lm raises an error of its own

@@ -59,8 +59,12 @@ class PromptQueue:
     @property
     def nbytes(self) -> int:
         """Bytes of all caches."""
-        waiting = sum(layer.nbytes for prompt in self._waiting for layer in prompt.cache)
-        return waiting + sum(layer.nbytes for layer in self._batch.prompt_cache)
+        nbytes = 0
+        for prompt in self._waiting:
+            nbytes += sum(layer.nbytes for layer in prompt.cache)
+        for layer in self._batch.prompt_cache:
+            nbytes += layer.nbytes
+        return nbytes
 
     def held(self, uid: int) -> Held | None:
         """What is in the caches of a prompt; None if it is not here."""

@@ -34,6 +34,7 @@ class VerifySchedule:
         self._risk = 0.0  # of these, in all
         self._since = 0.0  # when the first of these was read
         self._unjoined: list[PendingToken] = []
+        self.n_verified = 0  # verifications that were read
         self.joined: list[mx.array] = []  # of these, to be computed with the next step
 
     def step(self, sequences: list[Sequence]) -> None:
@@ -51,7 +52,8 @@ class VerifySchedule:
         if ends and self._verification is not None:
             self._accept()
         waiting = [sequence for sequence in sequences if sequence.n_read]
-        if waiting and self._verification is None and (ends or self._due):
+        due = self._due or any(sequence.paused for sequence in waiting)
+        if waiting and self._verification is None and (ends or due):
             self._launch(waiting)
             if ends:  # waits, since the next step may be of no use
                 self._accept()
@@ -124,6 +126,7 @@ class VerifySchedule:
         verification = self._verification
         assert verification is not None
         self._verification = None
+        self.n_verified += 1
         for sequence, snapshot in verification.snapshots.items():
             verification.accept(sequence)
             if not sequence.rejected:

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..common.marks import marks_of
 from ..head.draw import DrawSettings, position_key
-from ..head.steps import Proposal
+from ..head.proposal import Proposal
 from .caches import Snapshot
 from .random_state import DrawChain, Key, set_key
 from .sampler import (
@@ -83,6 +83,7 @@ class Sequence:
         self.ready: deque[PendingToken] = deque()  # accepted, and not handed out
         self.n_yielded = len(self.tokens)  # tokens that the caller has
         self.n_cached = len(self.tokens)  # tokens of the text in the caches
+        self.paused = False  # whether no more tokens are proposed for the time being
         self.rejected = False  # whether the caches hold another token in the last one's place
         # the first one is at the last token handed out, or before
         self.snapshots: deque[Snapshot] = deque()
@@ -149,6 +150,15 @@ class Sequence:
         self.snapshots.clear()
         self.snapshots.append(snapshot)
 
+    def pause_verified(self) -> None:
+        """From now on its tokens are decoded densely for a while. Nothing that was proposed may be
+        pending. MLX's random state becomes what mlx-lm's loop has left."""
+        if self._chain is not None:
+            set_key(self._chain.state(self.n_chosen - self._chain_begins))
+        self.snapshots.clear()
+        self._chain = None
+        self.paused = False
+
     def end_verified(self, why: str = CHANGED) -> None:
         """From now on the normal (dense) head chooses its tokens, each function called once.
 
@@ -168,7 +178,10 @@ class Sequence:
     @property
     def n_read(self) -> int:
         """Pending tokens that are known: all but the one that is being computed."""
-        return sum(pending.token is not None for pending in self.pending)
+        n_read = len(self.pending)
+        while n_read and self.pending[n_read - 1].token is None:
+            n_read -= 1
+        return n_read
 
     def feed(self, latest: mx.array) -> None:
         """Notes that the model gets the tokens (n,), for the processors."""

@@ -16,12 +16,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..head.backend import PORTABLE
+from ..head.draw import Draws, DrawSettings
 from ..head.flash_head import FlashHead
-from ..head.steps import NO_DEPTH, Proposal
+from ..head.logit_map import IDENTITY
+from ..head.proposal import Proposal
+from ..head.steps import NO_DEPTH
 from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.install import hidden_dtype, installed_head
 from .policy import MAX_PENDING, MAX_RISK, MAX_WAIT, Proposer, policy_of, step_arrays
 from .rounding import SlotProduct, rounding_of
+from .sampler import Sampler
 from .schedule import FEW
 from .sequence import Sequence as Text
 from .verification import join
@@ -30,19 +34,22 @@ SECONDS = 5.0  # of all measurements
 DEPTH = 9.0  # leaves out a quarter to a half of the clusters at equal shares of differences
 SHARES = (0.5, 1.0, 2.0)  # numbers of probes to try, relative to the index's
 TURNS = 3
+SAMPLED_TURNS = 2
+# What most programs send.
+SAMPLED = Sampler(DrawSettings(temperature=0.7, top_p=0.95), seed=0)
 TOKENS = 5  # whose times make a median
 BATCHES = (4, 8, 16, 32)  # sequences at once, for which proposals may be slower than the dense head
 SCATTER = 0.15  # of the turns, relative to their median: the machine did something else, too
 # of a tuning, that a policy takes over
 APPLIED = (
-    "depth", "max_pending", "max_risk", "gain", "dense", "max_batch", "predicted", "provisional",
+    "dense_seconds", "sampled_dense", "depth", "max_pending", "max_risk", "gain", "dense",
+    "max_batch", "predicted", "provisional",
 )  # fmt: skip
 THRESHOLDS = tuple(round(0.003 * math.sqrt(2) ** i, 4) for i in range(17))  # 0.003 … 0.77
 
 
 def least_gain() -> float:
-    """The gain of greedy text below which a model stays dense. Sampled text is not measured: its
-    screen and its doubts take a tenth of a small model's step on a CPU, and little on a GPU."""
+    """The gain below which text stays dense, greedy and sampled each for itself."""
     return 1.1 if mx.default_device().type == mx.cpu else 1.03
 
 
@@ -59,6 +66,8 @@ class Tuning:
     provisional: bool = False  # whether the machine was busy, so that it is measured again
     max_batch: int | None = None  # sequences at once up to which proposals pay, if measured
     predicted: bool = False  # whether the gain is calculated from the times of the parts
+    sampled_gain: float | None = None  # as the gain, of text at temperature .7 with top-p .95
+    sampled_dense: bool = False  # whether sampled text stays dense
 
     def apply(self, head: FlashHead) -> None:
         """Gives the settings to a head and its policy."""
@@ -67,6 +76,8 @@ class Tuning:
         head.unverified_probes = unverified
         for name in APPLIED:
             setattr(policy, name, getattr(self, name))
+        policy.adapts = True
+        policy.paces.clear()
 
 
 def tune(
@@ -114,6 +125,13 @@ def tune(
         after = sum(parts.steps(k, n_probes, depth, verified=True))
         gains.append(before / (after + k * waste))
         yield
+    sampled: list[float] = []
+    while len(sampled) < SAMPLED_TURNS and not slow:
+        before = sum(parts.steps(k, sampled=True))
+        after = sum(parts.steps(k, n_probes, depth, verified=True, sampled=True))
+        sampled.append(before / (after + k * waste))
+        yield
+    sampled_gain = median(sampled) if sampled else None
     gain = median(gains) if gains else dense / expected
     scattered = gains if len(gains) > 1 else [dense / each for each in times]
     spread = (max(scattered) - min(scattered)) / 2
@@ -126,6 +144,8 @@ def tune(
         provisional=spread > SCATTER * median(scattered) or is_busy(),
         max_batch=None if slow else parts.max_batch(verifications[k] / k, began + 2 * seconds),
         predicted=not gains,
+        sampled_gain=sampled_gain,
+        sampled_dense=(gain if sampled_gain is None else sampled_gain) < least_gain(),
     )
     tuning.apply(head)
     return tuning
@@ -204,17 +224,25 @@ class _Parts:
     """The parts of decoding, on a short text of no meaning: nothing is rejected."""
 
     def __init__(self, model: nn.Module):
-        self._model, self._head = model, installed_head(model)
+        self._model = model
+        self._head = installed_head(model)
+        self._proposer = Proposer(model)
 
     def steps(
-        self, n: int, n_probes: int | None = None, depth: float = NO_DEPTH, verified: bool = False
+        self,
+        n: int,
+        n_probes: int | None = None,
+        depth: float = NO_DEPTH,
+        verified: bool = False,
+        sampled: bool = False,
     ) -> list[float]:
         """Seconds of ``n`` steps, each launched before the token before it is read, as in the
         loops: with proposals from ``n_probes`` clusters, and with one verification of as many
-        beside the last step; or dense ones as mlx-lm's loop makes them."""
+        beside the last step; or dense ones as mlx-lm's loop makes them. Greedy, or ``sampled``."""
         proposer = Proposer(self._model, dense=n_probes is None, n_probes=n_probes)
         proposer.policy = replace(proposer.policy, depth=depth)
-        text, cache = Text(None), make_prompt_cache(self._model)
+        text = Text(SAMPLED if sampled else None)
+        cache = make_prompt_cache(self._model)
         latest = mx.array([13 % self._head.vocab_size], dtype=mx.uint32)
         moments: list[float] = []
         for i in range(n + 1 + verified):
@@ -230,7 +258,8 @@ class _Parts:
             if verified and i:
                 text.pending[i - 1].read(read)
             if verified and i == n:
-                certain = self._certain(join(self._head, text.pending[:n]))
+                draws = Draws.of([text.draw_at(i) for i in range(n)]) if sampled else None
+                certain = self._certain(join(self._head, text.pending[:n]), draws)
                 mx.async_eval(certain)
             if i > n:
                 mx.eval(certain)
@@ -238,12 +267,20 @@ class _Parts:
             latest = token
         return [after - before for before, after in pairwise(moments[verified:])]
 
-    def _certain(self, proposal: Proposal) -> mx.array:
+    def _certain(self, proposal: Proposal, draws: Draws | None = None) -> mx.array:
         rounding = rounding_of(self._head, proposal.hidden.dtype, len(proposal.hidden))
         slots = SlotProduct(self._head, proposal.hidden).result()
         tolerance = rounding.tolerance(proposal.hidden)
         steps = self._head.steps
-        return steps.screen(slots, proposal, None, tolerance, rounding.epsilon).certain
+        screen = steps.screen(
+            slots,
+            proposal,
+            draws,
+            tolerance,
+            rounding.epsilon,
+            self._proposer.logit_map or IDENTITY,
+        )
+        return screen.certain
 
     def verification(self, k: int) -> float:
         """Seconds of a verification of ``k`` states."""

@@ -4,18 +4,19 @@ them at their real shapes."""
 import logging
 import os
 import re
-from collections.abc import Iterator
-from textwrap import shorten
-from typing import cast
 
 import mlx.core as mx
 
 from .clustered import ClusteredRows, in_token_order
-from .draw import Draws, DrawSettings, gpu_is_default, position_key
+from .draw import gpu_is_default
+from .kernel_text import FEWER_THREADS
 from .kernels import MIN_PROBES, MetalSteps
+from .logit_map import IDENTITY, LogitMap
+from .lowest_kept import use_kernel
 from .matrix import Matrix
-from .proposal import Candidates, Proposal, Selection, Tolerance
-from .steps import PortableSteps, unscored
+from .proposal import Selection
+from .steps import PortableSteps
+from .trial import find_trouble
 
 METAL, PORTABLE = "metal", "mlx"
 BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
@@ -24,25 +25,8 @@ HOW_TO_REPORT = f"please report this as an issue, with the output of `{COMMAND}`
 
 log = logging.getLogger("mlx_flashhead")
 
-# Allowed difference, relative to the size of the products: only the order of additions and the
-# rounding of results differ. A lane that is left out changes a product by a sixth of its size.
-UNITS, LEAST = 2, 1e-3
-
 N_STATES = 3  # whose dense logits are compared
 SCORED_AT_ONCE = 1024  # clusters, of which a CPU makes a copy
-
-# The constants of the same names in metal/flash_head/constants.h.
-SELECT_BINS, BINS_PER_NAT = 4096, 64.0
-CERTAIN = 1e29
-
-DRAWN = 4 * (
-    DrawSettings(),
-    DrawSettings(temperature=1.0),
-    DrawSettings(temperature=2.0, top_p=0.9),
-    DrawSettings(temperature=0.7, top_k=5, min_p=0.02),
-)
-
-Pair = tuple[mx.array, mx.array, float]  # a result, the expected values and the tolerance
 
 
 def named_backend(requested: str | None) -> str | None:
@@ -74,6 +58,7 @@ def make_steps(clustered: ClusteredRows, requested: str | None) -> tuple[Portabl
             reason = "The backend 'mlx' was requested."
         elif mx.metal.is_available():
             reason = "MLX's default device is the CPU."
+        use_kernel(0)
         return PortableSteps(clustered), reason
     steps = MetalSteps(clustered)
     if steps.reads_rows:
@@ -87,123 +72,54 @@ def make_steps(clustered: ClusteredRows, requested: str | None) -> tuple[Portabl
 
 
 def check_kernels(
-    steps: PortableSteps, requested: str | None, dtype: mx.Dtype, n_probes: int
-) -> str | None:
-    """Runs each kernel once: None if all are sound. If one fails, why the portable path has to be
-    taken, or a ValueError if "metal" was requested by name."""
+    steps: PortableSteps,
+    requested: str | None,
+    dtype: mx.Dtype,
+    n_probes: int,
+    logit_map: LogitMap = IDENTITY,
+) -> tuple[PortableSteps, str | None]:
+    """Runs each kernel once, with smaller threadgroups if its pipeline allows no others.
+
+    Args:
+        steps: Those of :func:`make_steps`.
+        requested: The path requested by name, or None.
+        dtype: Of the hidden states.
+        n_probes: Clusters that are scored.
+        logit_map: What the model does to its head's logits.
+
+    Returns:
+        The steps to take; and if a kernel fails, why these are MLX's operations.
+
+    Raises:
+        ValueError: If a kernel fails and "metal" was requested by name.
+    """
     if not isinstance(steps, MetalSteps):
-        return None
-    kernel, trouble = "", None
-    try:
-        for step in _trial(steps, dtype, n_probes):
-            if isinstance(step, str):
-                kernel = step
-            elif problem := _difference(*step):
-                trouble = f"the kernel {kernel!r} {problem}"
+        return steps, None
+    trouble = find_trouble(steps, dtype, n_probes, logit_map)
+    if trouble is not None and trouble.too_many_threads and steps.row_threads > FEWER_THREADS:
+        steps = MetalSteps(steps.clustered, steps.metal_kernel, FEWER_THREADS)
+        # a second trial of a map comes after one without it, whose kernels are others now
+        for tried in dict.fromkeys((IDENTITY, logit_map)):
+            trouble = find_trouble(steps, dtype, n_probes, tried)
+            if trouble is not None:
                 break
-    # MLX raises this for a text that does not compile, a rejected pipeline, a lost device
-    except (RuntimeError, ValueError) as error:
-        said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
-        trouble = f"the kernel {kernel!r} does not run on this device ({said})"
     if trouble is None:
+        use_kernel(steps.row_threads)
         # those of M1 and M2: a matrix product takes 1.8 times as long (ml-explore/mlx, number 4216)
         emulating = "applegpu_g1[34]"
         if dtype == mx.bfloat16 and re.match(emulating, str(mx.device_info().get("architecture"))):
             steps.float16_rows = steps.clustered.flat_rows().in_float16()
-        return None
+        return steps, None
+    use_kernel(0)
     if named_backend(requested) == METAL:
         raise ValueError(
-            f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or unset "
-            f"{BACKEND_VARIABLE}, and {HOW_TO_REPORT}."
+            f"FlashHead's Metal kernels cannot be used: {trouble.sentence}; use backend='mlx' or "
+            f"unset {BACKEND_VARIABLE}, and {HOW_TO_REPORT}."
         )
     instead = "FlashHead takes MLX's own operations instead of its Metal kernels"
-    log.warning(reason := f"{instead}, because {trouble}; {HOW_TO_REPORT}.")
-    return reason
-
-
-def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | None:
-    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
-    if not mx.isfinite(found).all().item():
-        return "returns values that are not finite"
-    worst = float((mx.abs(found - expected) - tolerance * mx.abs(expected)).max())
-    # the median magnitude, since always probed clusters have huge values
-    if worst > tolerance * float(mx.median(mx.abs(expected))):
-        return f"differs from MLX's own operations by {worst:.3g}"
-    return None
-
-
-def _trial(steps: MetalSteps, dtype: mx.Dtype, n_probes: int) -> Iterator[str | Pair]:
-    """The name of each kernel before it runs, then what it gives."""
-    plain = PortableSteps(steps.clustered)
-    width, seed = steps.clustered.rows.hidden_size, mx.random.key(0)
-    hidden = mx.random.normal((1, width), key=seed).astype(dtype)
-    in_float32 = hidden.astype(mx.float32)  # all sums are, whatever the dtype
-    rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
-
-    yield "route"
-    scores = steps.route(hidden)
-    yield scores, plain.route(in_float32), rounding
-    yield steps.route(mx.tile(hidden, (2, 1))), mx.tile(scores, (2, 1)), rounding
-
-    yield "select"
-    single = steps.select(scores, n_probes, words=False)
-    probes, left = single.probes[:, :n_probes], cast(mx.array, single.unscored)
-    # distances to the best score as the kernel sees them; see metal/flash_head/select.h
-    forced = scores >= CERTAIN
-    best = mx.where(forced, mx.finfo(mx.float32).min, scores).max()
-    bins = mx.minimum(mx.floor((best - scores) * BINS_PER_NAT), SELECT_BINS - 2)
-    bins = mx.where(forced, -1, bins)
-    found = mx.sort(mx.take_along_axis(bins, probes, axis=-1), axis=-1)
-    yield found, mx.sort(bins, axis=-1)[:, :n_probes], 0.0
-    yield (probes[:, 1:] == probes[:, :-1]).sum(), mx.zeros(()), 0.0  # none is repeated
-    yield left, unscored(scores, probes), LEAST
-
-    yield "select_words"
-    selection = steps.select(scores, n_probes)
-    yield selection.probes, single.probes, 0.0
-    yield cast(mx.array, selection.unscored), left, 0.0
-
-    yield "score"
-    candidates = steps.score(hidden, selection)
-    # the probes, which the kernels repeat below 8, each once
-    once = single._replace(probes=probes), Candidates(candidates.logits[:, :n_probes])
-    if steps.reads_rows:
-        lowest = mx.finfo(candidates.logits.dtype).min  # of padded slots
-        expected = mx.maximum(plain.score(in_float32, once[0]).logits, lowest)
-        yield once[1].logits, expected, rounding
-    yield cast(mx.array, candidates.best), candidates.logits.max(axis=-1), 0.0
-
-    yield "expand"
-    yield steps.expand(scores, selection, candidates), plain.expand(scores, *once), rounding
-
-    yield "sample"  # the greedy token, and draws with each kind of filter
-    token, _ = plain.choose(*once, None)
-    yield steps.choose(selection, candidates, None)[0], token, 0.0
-    n_other = mx.array(0)
-    for position, settings in enumerate(DRAWN):
-        draws = Draws.of([(settings, position_key(0, position))])
-        drawn, risk = steps.choose(selection, candidates, draws)
-        expected_token, expected_risk = plain.choose(*once, draws)
-        n_other += drawn != expected_token
-        yield risk, expected_risk, rounding
-    yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0  # rounding may move a token over a limit
-
-    yield "join"
-    proposal = Proposal(hidden, token, selection.probes, candidates.logits, mx.zeros(1), None)
-    rows = [(1, 0), (0, 0)]
-    joined = steps.join([proposal] * 2, rows)
-    for one, other in zip(joined, plain.join([proposal] * 2, rows), strict=True):
-        yield one, other, 0.0
-
-    yield "screen"  # of two states, of which one is greedy
-    hidden, probes, logits = joined
-    slots = steps.product(hidden).reshape(len(rows), *steps.clustered.token_ids.shape)
-    both = Proposal(hidden, mx.tile(token, 2), probes, logits, mx.zeros(2), None)
-    draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN[:2]])
-    tolerance = Tolerance(mx.array([0.01, 0.01]), mx.array([0.0, 0.01]))
-    screens = [path.screen(slots, both, draws, tolerance, 0.0) for path in (steps, plain)]
-    for one, other in zip(*screens, strict=True):
-        yield one, other, rounding
+    reason = f"{instead}, because {trouble.sentence}; {HOW_TO_REPORT}."
+    log.warning(reason)
+    return PortableSteps(steps.clustered), reason
 
 
 def check_dense_rows(steps: PortableSteps, rows: Matrix, dtype: mx.Dtype) -> None:

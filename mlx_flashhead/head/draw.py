@@ -11,17 +11,16 @@ Source: Gumbel 1954, the Gumbel-max trick; Salmon et al. 2011, "Parallel random 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from .kernel_text import LOWEST_KEPT_BODY, header
+from .lowest_kept import kernel_is_used, lowest_kept
+from .short_inputs import HELD
 
 NO_MIN_P = -1e30
-ROW_THREADS = 512  # as in metal/flash_head/constants.h
 
 # Logits that are sorted at once: halving more of them takes more operations, which a CPU feels.
 SORTED = 65536
@@ -50,16 +49,26 @@ class Draws(NamedTuple):
     top_k: mx.array  # (R,) uint32; 0 keeps all
     keys: mx.array  # (R, 2) uint32, of each row's seed and position
     rows: Sequence[DrawSettings] = ()  # settings of each; none where a kernel reads the arrays
+    # the three arrays with HELD rows or more, the last one repeated, for kernels
+    held: tuple[mx.array, ...] = ()
 
     @classmethod
     def of(cls, rows: Sequence[tuple[DrawSettings, tuple[int, int]]]) -> "Draws":
         """The draws of some rows, from the settings and the key of each."""
-        settings, keys = [s for s, _ in rows], mx.array([key for _, key in rows], mx.uint32)
-        inverse = [1 / s.temperature if s.temperature else 0.0 for s in settings]
-        log_min_p = [math.log(s.min_p) if s.min_p else NO_MIN_P for s in settings]
-        floats = [[x, s.top_p, y] for x, s, y in zip(inverse, settings, log_min_p, strict=True)]
-        top_k = mx.array([s.top_k for s in settings], mx.uint32)
-        return cls(mx.array(floats, mx.float32), top_k, keys, settings)
+        n_rows = len(rows)
+        filled = [*rows, *[rows[-1]] * (HELD - n_rows)]
+        numbers = []
+        for each, _ in filled:
+            inverse = 1 / each.temperature if each.temperature else 0.0
+            log_min_p = math.log(each.min_p) if each.min_p else NO_MIN_P
+            numbers.append([inverse, each.top_p, log_min_p])
+        held = (
+            mx.array(numbers, mx.float32),
+            mx.array([each.top_k for each, _ in filled], mx.uint32),
+            mx.array([key for _, key in filled], mx.uint32),
+        )
+        settings, top_k, keys = (array[:n_rows] for array in held)  # views
+        return cls(settings, top_k, keys, [each for each, _ in rows], held)
 
 
 def position_key(seed: int, position: int) -> tuple[int, int]:
@@ -106,14 +115,23 @@ def log_mass(logits: mx.array) -> mx.array:
     return best + mx.log(powers.sum(axis=-1, keepdims=True))
 
 
-def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None) -> mx.array:
-    """The lowest logit that the filters keep: (R, K) float32 → (R, 1). ``log_total`` (R, 1) is the
-    log of the mass of all tokens; None if these are the K."""
+def threshold(
+    logits: mx.array, draws: Draws, log_total: mx.array | None = None, kernel: bool = True
+) -> mx.array:
+    """The lowest logit that the filters keep: (R, K) float32 → (R, 1).
+
+    Args:
+        logits: Of R rows.
+        draws: Of R rows.
+        log_total: (R, 1), the log of the mass of all tokens; None if these are the K.
+        kernel: Whether the kernel may compute it, where it is used.
+    """
     most = max((s.top_k for s in draws.rows), default=0)
     by_mass = any(s.top_p < 1 for s in draws.rows)
-    if (by_mass or most) and gpu_is_default():
+    if (by_mass or most) and kernel and kernel_is_used():
         total = log_mass(logits) if by_mass and log_total is None else log_total
-        return _lowest_kept(logits, draws, total)
+        settings, top_k = (draws.held or draws)[:2]
+        return lowest_kept(logits, settings, top_k, total)
     lowest = mx.array(-mx.inf)
     if any(s.min_p > 0 for s in draws.rows):
         lowest = mx.max(logits, axis=-1, keepdims=True) + draws.settings[:, 2:]
@@ -131,30 +149,6 @@ def threshold(logits: mx.array, draws: Draws, log_total: mx.array | None = None)
 def gpu_is_default() -> bool:
     """Whether MLX computes on an Apple GPU."""
     return mx.metal.is_available() and mx.default_device().type == mx.gpu
-
-
-def _lowest_kept(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.array:
-    """:func:`threshold` in one kernel: a GPU's partition sorts all logits, in milliseconds."""
-    total = mx.zeros(len(logits)) if log_total is None else log_total.reshape(-1)
-    (kept,) = _lowest_kept_kernel()(
-        inputs=[logits.astype(mx.float32), draws.settings, draws.top_k, total],
-        grid=(ROW_THREADS, len(logits), 1),
-        threadgroup=(ROW_THREADS, 1, 1),
-        output_shapes=[(len(logits), 1)],
-        output_dtypes=[mx.float32],
-    )
-    return kept
-
-
-@cache
-def _lowest_kept_kernel() -> Callable:
-    return mx.fast.metal_kernel(  # type: ignore[return-value]
-        name="flash_head_lowest_kept",
-        input_names=["logits", "settings", "top_k", "log_total"],
-        output_names=["kept"],
-        header=header("histogram", "noise", "sample"),
-        source=LOWEST_KEPT_BODY,
-    )
 
 
 def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.array:
@@ -183,17 +177,25 @@ def draw(
     draws: Draws | None,
     token_ids: mx.array | None = None,
     others: mx.array | None = None,
+    kernel: bool = True,
 ) -> mx.array:
-    """Draws a token of each row (R, K) float32: (R,) uint32, of equal values the lowest id. Without
-    noise, ``gumbel`` (R, K), and ``draws`` the best logit is taken, NaN the highest. ``token_ids``
-    (R, K) are 0 … V-1 if None; ``others`` (R,) is the log of the mass of the others."""
+    """Draws a token of each row: (R,) uint32, of equal values the lowest id.
+
+    Args:
+        logits: (R, K) float32.
+        gumbel: Noise (R, K). Without it and ``draws`` the best logit is taken, NaN the highest.
+        draws: Of R rows.
+        token_ids: (R, K) uint32; 0 … V-1 if None.
+        others: (R,), the log of the mass of the other tokens.
+        kernel: As of :func:`threshold`.
+    """
     values = logits
     if gumbel is not None and draws is not None:
         inverse = draws.settings[:, :1]
         values = logits * inverse + gumbel
         if any(s.filters for s in draws.rows):
             total = None if others is None else mx.logaddexp(log_mass(logits), others[:, None])
-            values = mx.where(logits >= threshold(logits, draws, total), values, -mx.inf)
+            values = mx.where(logits >= threshold(logits, draws, total, kernel), values, -mx.inf)
         if any(s.greedy for s in draws.rows):
             values = mx.where(inverse == 0, logits, values)
     if token_ids is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import local
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +20,7 @@ from .kernels import MetalSteps
 from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
 from .proposal import Candidates, Proposal, Rows, Selection
-from .steps import NO_DEPTH, PortableSteps, Risk
+from .steps import NO_DEPTH, Risk
 
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
@@ -77,12 +78,12 @@ class FlashHead:
         # makes the logits of calls that nobody intercepts
         self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: kernels, and who intercepts calls."""
         state = {k: v for k, v in vars(self).items() if k != "steps"} | {"projection": None}
         return state | {"_gathers_rows": self.steps.gathers_rows}
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         gathers_rows = state.pop("_gathers_rows")
         vars(self).update(state)
         self.steps, reason = make_steps(self.clustered, self._requested_backend)
@@ -90,7 +91,7 @@ class FlashHead:
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
             self.backend_reason = reason
 
-    def __deepcopy__(self, memo) -> "FlashHead":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FlashHead":
         """A head with its own settings that shares the arrays and the steps."""
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
@@ -131,12 +132,29 @@ class FlashHead:
         """All arrays of this head, for ``mx.eval`` and for measuring memory."""
         return [*self.clustered.arrays(), *self.steps.arrays()]
 
-    def check_kernels(self, dtype: mx.Dtype, rows: Matrix | None = None) -> None:
-        """Runs each kernel once for states of ``dtype``. If one fails, takes the portable path, or
-        raises a ValueError where the backend "metal" was requested by name. On an Apple GPU the
-        dense logits are compared with those of ``rows``, the model's own in token order."""
-        if reason := check_kernels(self.steps, self._requested_backend, dtype, self.n_probes):
-            self.steps, self.backend_reason = PortableSteps(self.clustered), reason
+    def check_kernels(
+        self, dtype: mx.Dtype, rows: Matrix | None = None, logit_map: LogitMap = IDENTITY
+    ) -> None:
+        """Runs each kernel once: all that settings can ask for is compiled. If one fails, takes the
+        portable path.
+
+        Args:
+            dtype: Of the hidden states.
+            rows: The model's own, in token order: on an Apple GPU the dense logits are compared
+                with theirs.
+            logit_map: What the model does to each of its head's logits. With another one than the
+                identity only the kernels that know of it run.
+
+        Raises:
+            ValueError: If one fails and the backend "metal" was requested by name.
+        """
+        before = self.steps.gathers_rows
+        self.steps, reason = check_kernels(
+            self.steps, self._requested_backend, dtype, self.n_probes, logit_map
+        )
+        self.steps.gathers_rows = self.steps.gathers_rows or before
+        if reason is not None:
+            self.backend_reason = reason
         if self.backend == PORTABLE:
             self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
         if rows is not None and gpu_is_default():
@@ -216,7 +234,7 @@ class FlashHead:
     def __call__(self, hidden: mx.array) -> mx.array:
         """Full logits: hidden (..., D) → (..., V). Lazy. They are :meth:`dense_logits`, within a
         block of :meth:`settings` :meth:`unverified_logits`."""
-        taken = vars(_calls).get(str(id(self)))
+        taken: Projection | None = vars(_calls).get(str(id(self)))
         if taken is not None:
             return taken(hidden)
         if self.projection is not None:

@@ -106,10 +106,24 @@ def part(name: str) -> str:
     return (folder / "metal" / "flash_head" / f"{name}.h").read_text(encoding="utf-8")
 
 
+# Threads of a threadgroup of the kernels that have one for each position, and where a pipeline
+# allows no more.
+ROW_THREADS = 512
+FEWER_THREADS = 256
+
+
 @cache
-def header(*names: str) -> str:
+def header(*names: str, row_threads: int = ROW_THREADS) -> str:
     """The files that a kernel needs, those that all need first, without comments and
-    indentation: MLX copies and hashes this text at every call of a kernel (docs/speed.md)."""
+    indentation: MLX copies and hashes this text at every call of a kernel (docs/speed.md).
+
+    Args:
+        names: Of the files, without those that all need.
+        row_threads: Threads of a kernel with one threadgroup a position.
+    """
     text = "\n".join(map(part, ("constants", "values", "logit_map", *names)))
     lines = (line.split("//")[0].strip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line) + "\n"
+    text = "\n".join(line for line in lines if line) + "\n"
+    if row_threads != ROW_THREADS:
+        text = f"#define FLASH_HEAD_ROW_THREADS {row_threads}\n{text}"
+    return text

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -10,10 +10,12 @@ from . import kernel_text as text
 from .adjustment import Adjustment
 from .clustered import ClusteredRows
 from .dense_kernels import DenseKernel, dense_kernel
-from .draw import ROW_THREADS, Draws
+from .draw import Draws
+from .kernel_text import ROW_THREADS
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
 from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance
+from .short_inputs import HELD, held
 from .steps import NO_DEPTH, USUAL, PortableSteps, Risk
 
 # The constants of the same names in metal/flash_head/constants.h.
@@ -23,7 +25,8 @@ WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 SCREEN_CLUSTERS = 1024
 TALLIED = 10
-MIN_PROBES = 8
+MIN_PROBES = HELD
+UNSCORED = HELD
 
 JOINED = 8  # sources of a join: Metal has 31 buffers
 SHARED_POSITIONS = 4  # that share one reading of the centroids
@@ -50,14 +53,26 @@ class _StoredRows:
 
 
 class MetalSteps(PortableSteps):
-    """The steps of ``PortableSteps``, each one Metal kernel, as ``metal_kernel`` makes them. A
-    position holds max(p, 8) probes; beyond p the last one is repeated."""
+    """The steps of ``PortableSteps``, each one Metal kernel. A position holds max(p, 8) probes;
+    beyond p the last one is repeated.
+
+    Args:
+        clustered: The rows.
+        metal_kernel: Makes the kernels; None: ``mx.fast.metal_kernel``.
+        row_threads: Threads of a threadgroup of the kernels that have one for each position.
+    """
 
     name = "metal"
 
-    def __init__(self, clustered: ClusteredRows, metal_kernel: Callable | None = None):
+    def __init__(
+        self,
+        clustered: ClusteredRows,
+        metal_kernel: Callable | None = None,
+        row_threads: int = ROW_THREADS,
+    ):
         super().__init__(clustered)
-        self._metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
+        self.row_threads = row_threads
+        self.metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
         self.reads_rows = clustered.rows.format.metal is not None  # else `score` stays plain
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         n_rows, (n_clusters, size) = clustered.vocab_size, clustered.token_ids.shape
@@ -82,16 +97,16 @@ class MetalSteps(PortableSteps):
             form = (f"{stored.files} score", threads, f"D N V PADDED {stored.names}")
             body = text.SCORE_BODY.format(**names)
             self._score = self._kernel("score", inputs, "logits best", body, *form)
-        form = ("histogram select", ROW_THREADS, "C N")
+        form = ("histogram select", self.row_threads, "C N")
         body = text.SELECT_BODY.format(marks="", words="NoWords{}", forced="NotForced{}")
         inputs = "scores n_probes depth"
         self._select = self._kernel("select", inputs, "probes unscored", body, *form)
         body = text.SELECT_BODY.format(marks=text.MARKS, words="NoWords{}", forced=text.FORCED)
         inputs = "scores adjustment latest slot_of n_probes depth"
-        form = ("histogram select", ROW_THREADS, "C N V")
+        form = ("histogram select", self.row_threads, "C N V")
         outputs = "probes unscored"
         self._select_forced = self._kernel("select_forced", inputs, outputs, body, *form)
-        form = ("histogram select", ROW_THREADS, "C N")
+        form = ("histogram select", self.row_threads, "C N")
         words = "cluster_words(words, tail_offset)"
         body = text.SELECT_BODY.format(marks="", words=words, forced="NotForced{}")
         inputs, outputs = "scores tail_offset n_probes depth", "probes unscored words"
@@ -99,7 +114,7 @@ class MetalSteps(PortableSteps):
         inputs, form = "words slot_of logits best", ("expand", WIDE_THREADS, "V C N")
         self._expand = self._kernel("expand", inputs, "expanded", text.EXPAND_BODY, *form)
         inputs = "probes token_ids logits best unscored settings top_k keys fit"
-        form = ("histogram noise sample", ROW_THREADS, "N V")
+        form = ("histogram noise sample", self.row_threads, "N V")
         self._sample = self._kernel("sample", inputs, "tokens risk", text.SAMPLE_BODY, *form)
         inputs = " ".join(f"hidden_{i} probes_{i} logits_{i}" for i in range(JOINED)) + " rows"
         body = "\n".join(text.JOIN_CASE.format(i=i) for i in range(JOINED))
@@ -111,7 +126,7 @@ class MetalSteps(PortableSteps):
         self._screen = self._kernel("screen", inputs, "parts", text.SCREEN_BODY, *form)
         inputs = "parts probes token_ids logits tokens settings top_k keys room scored_room"
         inputs += " relative epsilon"
-        form = ("noise screen", ROW_THREADS, "N V")
+        form = ("noise screen", self.row_threads, "N V")
         self._certain = self._kernel("certain", inputs, "sure known", text.CERTAIN_BODY, *form)
         inputs = "probes token_ids logits adjustment latest allowed"
         form = ("adjust", WIDE_THREADS, "N V")
@@ -123,11 +138,11 @@ class MetalSteps(PortableSteps):
     ) -> Callable[..., list[mx.array]]:
         """A function that launches (x, y) threadgroups of ``threads``, for the arrays of the inputs
         and the shape and dtype of each output; ``sizes`` and ``more`` are template arguments."""
-        kernel = self._metal_kernel(
+        kernel = self.metal_kernel(
             name=f"flash_head_{name}",
             input_names=inputs.split(),
             output_names=outputs.split(),
-            header=text.header(*files.split()),
+            header=text.header(*files.split(), row_threads=self.row_threads),
             source=body,
         )
         known = [(size, self._sizes[size]) for size in sizes.split()]
@@ -179,13 +194,13 @@ class MetalSteps(PortableSteps):
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
         words = words and adjustment is None  # then MLX's operations expand
         arrays = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
-        held = (n_positions, max(n_probes, MIN_PROBES)), mx.uint32
-        results = [held, ((n_positions, 2), mx.float32)]
+        probed = (n_positions, max(n_probes, MIN_PROBES)), mx.uint32
+        results = [probed, ((n_positions, UNSCORED), mx.float32)]
         if words:
             arrays, kernel = [scores, self._tail_offset, *arrays], self._select_words
             results.append(((n_positions, n_clusters), mx.uint32))
         elif adjustment is not None:
-            changes = [*adjustment[:2], self.clustered.slot_of]
+            changes = [adjustment.words, held(adjustment.latest), self.clustered.slot_of]
             arrays, kernel = [scores, *changes, *arrays], self._select_forced
         else:
             arrays, kernel = [scores, *arrays], self._select
@@ -200,15 +215,15 @@ class MetalSteps(PortableSteps):
             logits = super().score(hidden, selection, logit_map).logits
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
         probes, rows = selection.probes, self.clustered.rows
-        n_positions, held = probes.shape
-        shape = n_positions, held, self.clustered.cluster_size
+        n_positions, n_held = probes.shape
+        shape = n_positions, n_held, self.clustered.cluster_size
         raw = rows.logits_dtype(hidden.dtype)
         results = (shape, logit_map.result_dtype(raw)), (shape[:2], mx.float32)
         product = rows.product_dtype(hidden.dtype)
         sums = product if self._adds_in_dtype else mx.float32
         template = {"PRODUCT": product, "SUM": sums, "RAW": raw, **logit_map.template(raw)}
         arrays = [hidden, probes, *self._score_arrays]
-        logits, best = self._score(arrays, held, n_positions, *results, **template)
+        logits, best = self._score(arrays, n_held, n_positions, *results, **template)
         return Candidates(logits, best)
 
     def adjust(
@@ -219,15 +234,18 @@ class MetalSteps(PortableSteps):
         allowed: mx.array | None,
     ) -> Candidates:
         logits, probes = candidates.logits, selection.probes
-        n_positions, held = probes.shape
+        n_positions, n_held = probes.shape
         ids = self.clustered.token_ids
         # any arrays in the place of those that are not read
-        words, latest = (probes, probes) if adjustment is None else adjustment[:2]
-        mask = probes if allowed is None else allowed
-        results = (logits.shape, logits.dtype), ((n_positions, held), mx.float32)
+        words = latest = mask = probes
+        if adjustment is not None:
+            words, latest = adjustment.words, held(adjustment.latest)
+        if allowed is not None:
+            mask = held(allowed)
+        results = (logits.shape, logits.dtype), ((n_positions, n_held), mx.float32)
         logits, best = self._adjust(
             [probes, ids, logits, words, latest, mask],
-            -(-held // WIDE_THREADS),
+            -(-n_held // WIDE_THREADS),
             n_positions,
             *results,
             ADJUSTED=adjustment is not None,
@@ -254,22 +272,26 @@ class MetalSteps(PortableSteps):
         masked: bool = False,
     ) -> tuple[mx.array, mx.array]:
         logits, n_positions = candidates.logits, len(candidates.logits)
-        settings = _greedy_draws(n_positions) if draws is None else draws[:3]
+        settings = _draw_arrays(draws, n_positions)
         arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
-        arrays += [selection.unscored, *settings, mx.array([*risk, 0.0 if masked else 1.0])]
+        arrays += [
+            _with_unscored(selection),
+            *settings,
+            mx.array([*risk, 0.0 if masked else 1.0]),
+        ]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
         template = logit_map.template(logits.dtype)
         tokens, chances = self._sample(arrays, 1, n_positions, *results, T=logits.dtype, **template)
         return tokens, chances
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
-        # MLX passes small arrays in another address space
         if len(proposals) > JOINED or proposals[0].probes.shape[-1] < MIN_PROBES:
             return super().join(proposals, rows)
         sources = [*proposals, *[proposals[0]] * (JOINED - len(proposals))]
         arrays = [array for p in sources for array in (p.hidden, p.probes, p.logits)]
         results = [((len(rows), *array.shape[1:]), array.dtype) for array in arrays[:3]]
-        arrays.append(mx.array(list(rows), mx.uint32))
+        filled = [*rows, *[rows[-1]] * (HELD - len(rows))]
+        arrays.append(mx.array(filled, mx.uint32))
         return tuple(self._join(arrays, JOINED, len(rows), *results))
 
     def screen(
@@ -282,38 +304,117 @@ class MetalSteps(PortableSteps):
         logit_map: LogitMap = IDENTITY,
         allowed: mx.array | None = None,
     ) -> Screen:
-        k = len(slots)
-        n_parts = -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
-        settings, top_k, keys = _greedy_draws(k) if draws is None else draws[:3]
-        ids, slot_of = self.clustered.token_ids, self.clustered.slot_of
-        chosen = (proposal.logits, proposal.tokens, settings)
-        relative = mx.array(tolerance.relative, mx.float32)
-        tolerances = (tolerance.product, tolerance.scored, relative)
-        template = logit_map.template(slots.dtype)
-        (parts,) = self._screen(
-            [
-                *(slots, proposal.probes, ids, slot_of, *chosen, keys, *tolerances),
-                slot_of if allowed is None else allowed,  # any array, which is not read
-            ],
-            n_parts,
-            k,
-            ((k, n_parts, TALLIED), mx.float32),
-            MASKED=allowed is not None,
-            **template,
-        )
+        inputs = self._screen_inputs(proposal, draws, tolerance)
+        parts = self._tallies(slots, inputs, logit_map, allowed)
+        n_states = len(slots)
         sure, known = self._certain(
             [
-                *(parts, proposal.probes, ids, *chosen, top_k, keys, *tolerances),
+                *(parts, inputs.probes, self.clustered.token_ids, inputs.logits, inputs.tokens),
+                *(inputs.settings, inputs.top_k, inputs.keys, *inputs.tolerances),
                 mx.array(epsilon, mx.float32),
             ],
             1,
-            k,
-            ((k,), mx.bool_),
-            ((k, 3), mx.float32),
-            T=proposal.logits.dtype,
-            **template,
+            n_states,
+            ((n_states,), mx.bool_),
+            ((n_states, 3), mx.float32),
+            T=inputs.logits.dtype,
+            **logit_map.template(slots.dtype),
         )
         return Screen(sure, *(known[:, i] for i in range(3)))
+
+    def tallies(
+        self,
+        slots: mx.array,
+        proposal: Proposal,
+        draws: Draws | None,
+        tolerance: Tolerance,
+        logit_map: LogitMap = IDENTITY,
+        allowed: mx.array | None = None,
+    ) -> mx.array:
+        """What the first kernel of :meth:`screen` finds, (k, parts, TALLIED) float32: of each part
+        of the clusters the largest logit, the best that was not scored, …"""
+        inputs = self._screen_inputs(proposal, draws, tolerance)
+        return self._tallies(slots, inputs, logit_map, allowed)
+
+    def _screen_inputs(
+        self, proposal: Proposal, draws: Draws | None, tolerance: Tolerance
+    ) -> "_ScreenInputs":
+        proposal = _with_held_probes(proposal)
+        relative = mx.array(tolerance.relative, mx.float32)
+        settings, top_k, keys = _draw_arrays(draws, len(proposal.probes))
+        return _ScreenInputs(
+            proposal.probes,
+            proposal.logits,
+            held(proposal.tokens),
+            settings,
+            top_k,
+            keys,
+            (held(tolerance.product), held(tolerance.scored), relative),
+        )
+
+    def _tallies(
+        self,
+        slots: mx.array,
+        inputs: "_ScreenInputs",
+        logit_map: LogitMap,
+        allowed: mx.array | None,
+    ) -> mx.array:
+        n_states = len(slots)
+        n_parts = -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
+        ids, slot_of = self.clustered.token_ids, self.clustered.slot_of
+        return self._screen(
+            [
+                *(slots, inputs.probes, ids, slot_of, inputs.logits, inputs.tokens),
+                *(inputs.settings, inputs.keys, *inputs.tolerances),
+                slot_of if allowed is None else held(allowed),  # any array, which is not read
+            ],
+            n_parts,
+            n_states,
+            ((n_states, n_parts, TALLIED), mx.float32),
+            MASKED=allowed is not None,
+            **logit_map.template(slots.dtype),
+        )[0]
+
+
+class _ScreenInputs(NamedTuple):
+    """What both kernels of a screen read, none of it short."""
+
+    probes: mx.array
+    logits: mx.array
+    tokens: mx.array
+    settings: mx.array
+    top_k: mx.array
+    keys: mx.array
+    tolerances: tuple[mx.array, mx.array, mx.array]  # of the product, of scored logits, relative
+
+
+def _with_unscored(selection: Selection) -> mx.array:
+    """What was not scored, (R, UNSCORED): of MLX's operations filled up."""
+    unscored = cast(mx.array, selection.unscored)
+    missing = UNSCORED - unscored.shape[1]
+    return mx.pad(unscored, [(0, 0), (0, missing)]) if missing else unscored
+
+
+def _with_held_probes(proposal: Proposal) -> Proposal:
+    """The proposal with MIN_PROBES or more: the last one is repeated, as `select` does it."""
+    missing = MIN_PROBES - proposal.probes.shape[1]
+    if missing <= 0:
+        return proposal
+    logits = proposal.logits
+    n_rows, _, size = logits.shape
+    nothing = mx.full((n_rows, missing, size), mx.finfo(logits.dtype).min, logits.dtype)
+    last = mx.repeat(proposal.probes[:, -1:], missing, axis=1)
+    return proposal._replace(
+        probes=mx.concatenate([proposal.probes, last], axis=1),
+        logits=mx.concatenate([logits, nothing], axis=1),
+    )
+
+
+def _draw_arrays(draws: Draws | None, n_positions: int) -> list[mx.array]:
+    """Settings, top_k and keys for a kernel; without draws of greedy rows."""
+    if draws is None:
+        return _greedy_draws(n_positions)
+    return [held(array) for array in draws.held or draws[:3]]
 
 
 @cache

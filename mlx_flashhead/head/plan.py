@@ -9,7 +9,8 @@ them one after the other, as `metal/swift` does. The plan is JSON:
     rows       shape and dtype of each array of that layer: the program's model must have the same
     limit      more positions than this at once read more rows than the dense head
     logits     names of the launches that give "expanded", the full logits (1, V), in their order
-    tokens     likewise "tokens" (1,), from "settings", "top_k" and "keys" as `Draws` has them
+    tokens     likewise "tokens" (1,), from "settings", "top_k" and "keys" as `Draws` has them, of 8
+               rows or more: MLX passes a shorter array in another way, with another kernel
     launches   by name: the arguments of MLX's ``metalKernel`` and of the call; ``arrays`` are the
                file's, results so far, the rows as "rows_weight" …, and "hidden" (1, D)
 
@@ -28,6 +29,7 @@ import mlx.core as mx
 from .draw import Draws
 from .flash_head import FlashHead
 from .kernels import MetalSteps
+from .short_inputs import HELD
 
 METADATA_KEY = "flash_head"
 
@@ -42,10 +44,16 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
             "head has 4, 5, 6, 8, 16 or 32 bits."
         )
     hidden = mx.zeros((1, head.hidden_size), dtype)
-    draws = Draws(mx.zeros((1, 3)), mx.zeros((1,), mx.uint32), mx.zeros((1, 2), mx.uint32))
+    counts = mx.zeros((HELD, 2), mx.uint32)
+    draws = Draws(mx.zeros((HELD, 3)), counts[:, 0], counts)
     rows = clustered.rows.arrays()
     # what a program has, and what it computes: all other arrays that a launch reads are the file's
-    others = {"hidden": hidden, **draws._asdict()}
+    others = {
+        "hidden": hidden,
+        "settings": draws.settings,
+        "top_k": draws.top_k,
+        "keys": draws.keys,
+    }
     others |= {f"rows_{name}": array for name, array in rows.items()}
     centroids = clustered.centroids.matrix.arrays()
     arrays = {f"centroids_{name}": array for name, array in centroids.items()}

@@ -14,7 +14,8 @@ class Selection(NamedTuple):
     probes: mx.array
     # (R, C) uint32 for the kernel of `expand`: a cluster's place among the probes, or its estimate
     words: mx.array | None = None
-    unscored: mx.array | None = None  # (R, 2) float32, as :func:`steps.unscored` gives it
+    # (R, 2) float32, as :func:`steps.unscored` gives it; from the kernels 6 zeros follow
+    unscored: mx.array | None = None
 
 
 class Candidates(NamedTuple):

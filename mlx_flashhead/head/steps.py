@@ -304,7 +304,7 @@ class PortableSteps:
         left, gumbel = cast(mx.array, selection.unscored), None
         if draws is not None:
             logits, gumbel = logits.astype(mx.float32), noise(draws.keys, ids)
-        tokens = draw(logits, gumbel, draws, ids, None if masked else left[:, 1])
+        tokens = draw(logits, gumbel, draws, ids, None if masked else left[:, 1], kernel=False)
         return tokens, risk.of(candidates, left, draws, logit_map)
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:

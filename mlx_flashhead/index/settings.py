@@ -13,7 +13,7 @@ MAX_MEASURED = 1000  # numbers of probes
 MAX_RISKS = 4096  # positions with a recorded risk
 LARGEST = 1e300  # JSON has whole numbers that no float holds
 
-# Types of the keys in JSON; those of the others are whole numbers.
+# Types of keys in JSON. All other keys are whole numbers.
 TYPES = {
     "fingerprint": str,
     "eos_token_ids": list,
@@ -145,7 +145,7 @@ def _is_verification(verification: dict[str, Any], n_clusters: int) -> bool:
 
 
 def _is_row(row: Any, n_clusters: int) -> bool:
-    """Whether this is what was measured with a number of probes."""
+    """Whether this is a row of measures with a number of probes."""
     match row:
         case {"n_probes": int(n_probes), "greedy_differs": greedy, "sampled_differs": sampled}:
             risks = row.get("risks", [])

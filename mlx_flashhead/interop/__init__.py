@@ -1,2 +1,5 @@
-"""The only place that replaces names of other packages: once per process, for good, for programs
-that know nothing of FlashHead (`mlx_flashhead.run`), and for mlx-vlm's drafters."""
+"""The only place that replaces names of other packages, once per process and for good.
+
+It does so for programs that know nothing of FlashHead (`mlx_flashhead.run`), and for mlx-vlm's
+drafters.
+"""

@@ -1,5 +1,7 @@
-"""Hooks in mlx-vlm for models with drafters, which have no other door: they read a head's weights,
-and meet their targets, inside of its loops. Put in place at the first such model."""
+"""Hooks in mlx-vlm for models with drafters, put in place at the first such model.
+
+There is no other way: drafters read a head's weights, and meet their targets, inside of its loops.
+"""
 
 from collections.abc import Callable
 from functools import cache, wraps

@@ -9,8 +9,12 @@ Wrap = Callable[[Any], Any]  # from what has a name to what gets it
 
 
 def put_in_place(place: str, wrap: Wrap) -> None:
-    """Replaces what is at ``place``, such as "mlx_lm.utils.load", and the same object in all
-    imported modules of its package."""
+    """Replaces an object, also in all imported modules of its package.
+
+    Args:
+        place: Its name, such as "mlx_lm.utils.load".
+        wrap: Makes the replacement of the original.
+    """
     module, _, name = place.rpartition(".")
     original = getattr(import_module(module), name)
     package = module.split(".")[0]

@@ -64,7 +64,7 @@ def build_steps(
         options: How the model gets its FlashHead.
         anew: Replace a FlashHead that there is, and take more time.
         step_seconds: About how long the model works at once.
-        drafted: Makes a drafter's states (N, D), in place of those of text.
+        drafted: Makes a drafter's states (N, D), which replace the states of a text.
 
     Returns:
         The FlashHead.
@@ -246,7 +246,7 @@ class BackgroundBuild:
         return next(self._steps, ended) is not ended
 
     def drop(self) -> None:
-        """Ends the build, of which nothing is left."""
+        """Ends the build, and leaves nothing behind."""
         self._steps.close()
 
 

@@ -9,14 +9,15 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from ..common.command import sentence
+from ..common.command import printable, sentence
 from ..decoding.drafting import drafted_steps
 from ..decoding.loop import verified_steps
 from ..decoding.policy import Proposer, decoding_mode
 from ..decoding.vlm_text import vlm_steps
 from ..interop import libraries
+from ..interop.explanations import explain
 from ..models.compat.mlx_lm import load_tokenizer
-from ..models.fetch import resolve
+from ..models.fetch import hub_sentence, resolve
 from ..models.install import get_flash_head, is_recognised
 from ..models.origin import local_origin
 from ..models.vlm import architecture
@@ -30,8 +31,13 @@ ONLY_GREEDY = "dense: with mlx-vlm only greedy text is verified"
 
 
 def patch_library(library: str) -> None:
-    """From now on the loads of mlx-lm or mlx-vlm attach a FlashHead, if they can, with the options
-    in the environment. A mistake in these is a warning."""
+    """From now on the loads of mlx-lm or mlx-vlm attach a FlashHead, if they can.
+
+    The options are in the environment. A mistake in them is a warning.
+
+    Args:
+        library: "mlx_lm" or "mlx_vlm".
+    """
     try:
         patches = _patches()
     except (ValueError, TypeError) as error:
@@ -96,7 +102,11 @@ class _Patches:
     def load(self, original: Any) -> Any:
         @wraps(original)
         def load(path_or_hf_repo: Any, *arguments: Any, **named: Any) -> Any:
-            loaded = original(path_or_hf_repo, *arguments, **named)
+            try:
+                loaded = original(path_or_hf_repo, *arguments, **named)
+            except Exception as error:
+                _explain(error, str(path_or_hf_repo))
+                raise
             if libraries.caller_generates():
                 revision = named.get("revision")
                 self._attach(loaded[0], lambda: loaded[1], path_or_hf_repo, revision)
@@ -176,3 +186,11 @@ class _Patches:
             yield from use.follow(original(*prompt, **named), mode) if loop is None else loop
 
         return steps
+
+
+def _explain(error: Exception, name: str) -> None:
+    """Adds a line to the traceback of a program that cannot load a model."""
+    if not Path(name).expanduser().exists():
+        reason = hub_sentence(error, name)
+        if reason is not None:
+            explain(error, printable(f"mlx_flashhead.run: {reason}"))

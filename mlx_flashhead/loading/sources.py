@@ -183,7 +183,7 @@ def place_of(rows: Matrix) -> Path:
 
 
 def speeds_of(config: FlashHeadConfig) -> Path:
-    """The file of what was measured with this FlashHead.
+    """The file with the speeds that this FlashHead was measured to have.
 
     Another FlashHead of the same rows has other clusters, and a file of its own.
     """

@@ -22,9 +22,11 @@ from ..decoding.policy import DecodingPolicy, policy_of
 from ..decoding.rounding import measure_rounding
 from ..decoding.tuning import Tuning, is_busy, least_gain, tune
 from ..head.flash_head import FlashHead
+from ..head.logit_map import LogitMap
 from ..head.steps import Risk
 from ..index.flash_head_index import FlashHeadIndex
-from ..models.install import hidden_dtype, install, installed_head
+from ..models.errors import UnsupportedHeadError
+from ..models.install import hidden_dtype, install, installed_head, logit_change_of
 from ..models.locate import HeadLocation, find_head
 from .first_gain import first_gain
 from .free_head import free_head_gain
@@ -66,8 +68,20 @@ def install_stored(
         if step == 0:  # there is more to come
             options.say(MEASURING)
     if not options.drafts and not policy_of(head).dense:
-        measure_rounding(head, hidden_dtype(model))  # here, not in the first answer
+        _prepare(model, head)
     return head
+
+
+def _prepare(model: nn.Module, head: FlashHead) -> None:
+    """Compiles and measures all that the first answer would have to wait for otherwise."""
+    dtype = hidden_dtype(model)
+    try:
+        change = logit_change_of(model)
+    except UnsupportedHeadError:  # such a model decodes densely
+        return
+    if isinstance(change, LogitMap) and not change.identity:
+        head.check_kernels(dtype, logit_map=change)
+    measure_rounding(head, dtype)
 
 
 def tune_head(
@@ -104,7 +118,10 @@ def tune_head(
             options.say(" ".join(filter(None, said)))
     tuning.apply(head)
     if options.always:
-        policy_of(head).dense = False
+        policy = policy_of(head)
+        policy.dense = False
+        policy.sampled_dense = False
+        policy.adapts = False
     return tuning
 
 

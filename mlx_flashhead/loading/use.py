@@ -13,7 +13,7 @@ from weakref import ref
 
 import mlx.core as mx
 
-from ..decoding.policy import FIRST
+from ..decoding.policy import FIRST, PAUSED
 from ..head.flash_head import FlashHead
 from .head_options import HeadOptions
 
@@ -57,7 +57,7 @@ class Use:
     def announce(self, mode: str) -> None:
         """Counts a token, and says how it was decoded, if it was not said yet."""
         self._n_tokens[mode] += 1
-        if mode != FIRST:
+        if mode not in (FIRST, PAUSED):
             self._tell(mode)
 
     @contextmanager

@@ -1,5 +1,7 @@
-"""Products of a model's layers by numpy, for CPUs on which MLX's own are slow (docs/how-it-
-works.md). Each is evaluated at once, which pays for prompts and batches."""
+"""Products of a model's layers by numpy, for CPUs on which MLX's own are slow.
+
+Each is evaluated at once, which pays for prompts and batches. docs/how-it-works.md has figures.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -20,8 +22,12 @@ def numpy_is_faster() -> bool:
 
 @contextmanager
 def numpy_products(model: nn.Module, lazy: nn.Module | None = None) -> Iterator[None]:
-    """A block in which a model's layers multiply by numpy, if it is faster, but for a ``lazy``
-    one."""
+    """A block in which a model's layers multiply by numpy, if it is faster.
+
+    Args:
+        model: The model.
+        lazy: A layer that stays as it is.
+    """
     if not numpy_is_faster():
         yield
         return
@@ -31,6 +37,7 @@ def numpy_products(model: nn.Module, lazy: nn.Module | None = None) -> Iterator[
 
 
 def _methods_by_numpy(cls: type) -> dict[str, Any]:
+    """The methods of a layer's class that numpy takes over, by name."""
     if cls in (nn.Linear, nn.QuantizedLinear):
         return {"__call__": _product}
     if cls in (nn.Embedding, nn.QuantizedEmbedding):
@@ -56,12 +63,21 @@ def _product(layer: nn.Module, x: mx.array) -> mx.array:
 
 
 def to_mlx(array: np.ndarray) -> mx.array:
+    """An array of numpy as one of MLX."""
     # mx.array of a numpy array loses a Ctrl-C that comes meanwhile, a memoryview does not
     return mx.array(memoryview(array))  # type: ignore[arg-type]
 
 
 def slot_products(rows: np.ndarray, states: np.ndarray) -> np.ndarray:
-    """Rows in clusters (C, n, D), maybe by columns, times states (k, D) float32 → (k, C, n)."""
+    """Products of rows in clusters with states.
+
+    Args:
+        rows: Rows (C, n, D) float32, in memory by rows or by columns.
+        states: States (k, D) float32.
+
+    Returns:
+        The products (k, C, n).
+    """
     if rows.flags.c_contiguous:
         return (states @ rows.reshape(-1, rows.shape[-1]).T).reshape(-1, *rows.shape[:2])
     products = np.matmul(states[None], rows.swapaxes(1, 2))  # (C, k, n)

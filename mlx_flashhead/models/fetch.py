@@ -47,8 +47,16 @@ def lock_of(place: Path) -> FileLock:
 
 
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:
-    """The local folder of a model: itself, or its download of ``files``, patterns of names, from
-    the Hugging Face Hub; ValueError if neither exists."""
+    """The local folder of a model, which is downloaded from the Hugging Face Hub if need be.
+
+    Args:
+        path_or_repo: A folder or a repository.
+        revision: A branch, tag or commit of the repository.
+        files: Patterns of the names of the files to download (default: a model's).
+
+    Raises:
+        ValueError: If there is neither such a folder nor such a repository.
+    """
     if not path_or_repo:
         raise ValueError("The name of the model is empty: give a folder or a repository.")
     path = Path(os.path.expanduser(path_or_repo))
@@ -74,33 +82,48 @@ def hub_errors(name: str, revision: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client raises many unrelated types
-        disk_error = isinstance(error, OSError) and error.errno is not None
-        if disk_error or type(error) in (ValueError, BadAnswerError):
+        sentence = hub_sentence(error, name, revision)
+        if sentence is None:
             raise
-        missing = f"There is no folder {name!r} here, and"
-        nobody = (
-            f"{missing} the Hugging Face Hub cannot be reached: check the network and the name."
-        )
-        if constants.HF_HUB_OFFLINE:
-            nobody = (
-                f"{missing} it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
-            )
-        sentences = {
-            errors.GatedRepoError: f"{name} is gated: ask for access on {constants.ENDPOINT}/{name}"
-            ", then log in with `hf auth login`.",
-            errors.RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face "
-            "Hub: check the name, or log in with `hf auth login` if it is private.",
-            errors.RevisionNotFoundError: f"{name} has no revision {revision!r}: see its page.",
-            errors.RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another.",
-            errors.OfflineModeIsEnabled: nobody,
-            errors.HFValidationError: f"{missing} it cannot be a repository: give a folder or "
-            "OWNER/NAME.",
-            errors.LocalEntryNotFoundError: nobody,
-            Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check "
-            "the name and the network.",
-        }
-        sentence = next(said for kind, said in sentences.items() if isinstance(error, kind))
         raise ValueError(sentence) from None  # the error's own text may hold the token
+
+
+def hub_sentence(error: Exception, name: str, revision: str | None = None) -> str | None:
+    """What an error of the Hub's client means for a user who has named a model.
+
+    Args:
+        error: Of the client, or another one.
+        name: The model, as the user has named it.
+        revision: Its revision, if one is named.
+
+    Returns:
+        A sentence with a remedy, or None if it is the disk's error, or has a sentence of its own.
+    """
+    disk_error = isinstance(error, OSError) and error.errno is not None
+    if disk_error or type(error) in (ValueError, BadAnswerError):
+        return None
+    missing = f"There is no folder {name!r} here, and"
+    if constants.HF_HUB_OFFLINE:
+        remedy = "check the name, or unset HF_HUB_OFFLINE"
+        nobody = f"{missing} it was not downloaded before: {remedy}."
+    else:
+        remedy = "check the network and the name"
+        nobody = f"{missing} the Hugging Face Hub cannot be reached: {remedy}."
+    sentences = {
+        errors.GatedRepoError: f"{name} is gated: ask for access on {constants.ENDPOINT}/{name}"
+        ", then log in with `hf auth login`.",
+        errors.RepositoryNotFoundError: f"{missing} no such repository on the Hugging Face "
+        "Hub: check the name, or log in with `hf auth login` if it is private.",
+        errors.RevisionNotFoundError: f"{name} has no revision {revision!r}: see its page.",
+        errors.RemoteEntryNotFoundError: f"{name} lacks a file of its weights: choose another.",
+        errors.OfflineModeIsEnabled: nobody,
+        errors.HFValidationError: f"{missing} it cannot be a repository: give a folder or "
+        "OWNER/NAME.",
+        errors.LocalEntryNotFoundError: nobody,
+        Exception: f"{missing} the Hugging Face Hub does not give it ({reason(error)}): check "
+        "the name and the network.",
+    }
+    return next(said for kind, said in sentences.items() if isinstance(error, kind))
 
 
 def reason(error: BaseException) -> str:
@@ -109,8 +132,10 @@ def reason(error: BaseException) -> str:
 
 
 def hub_is_reachable() -> bool:
-    """Whether the Hub answers, asked once for each address of it. The Hub's client would try for
-    half a minute, with a warning each time."""
+    """Whether the Hub answers, asked once for each address of it.
+
+    The Hub's client would try for half a minute, with a warning each time.
+    """
     return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
 
 

@@ -67,7 +67,9 @@ def give_fine_head(
     Raises:
         ValueError: In one sentence, if there are no such rows.
     """
-    coarse, bits, kind = location.rows(), bits or DEFAULT_BITS, type(location.module)
+    coarse = location.rows()
+    bits = bits or DEFAULT_BITS
+    kind = type(location.module)
     if not coarse.quantized:
         raise ValueError("The head's rows are floats already: leave `fine_head` out.")
     if kind not in (nn.QuantizedEmbedding, nn.QuantizedLinear):
@@ -241,10 +243,12 @@ def _check_sketch(
 
 
 def _matrix(arrays: dict[str, Any], width: int) -> Matrix:
+    """Rows of so many weights, from their arrays as they are stored."""
     if "scales" not in arrays:
         return Matrix(**arrays)
-    bits, groups = arrays["weight"].shape[1] * 32 // width, arrays["scales"].shape[1]
-    return Matrix(**arrays, bits=bits, group_size=width // groups)
+    n_groups = arrays["scales"].shape[1]
+    bits = arrays["weight"].shape[1] * 32 // width
+    return Matrix(**arrays, bits=bits, group_size=width // n_groups)
 
 
 def distances(coarse: Matrix, fine: mx.array) -> np.ndarray:
@@ -261,16 +265,27 @@ def distances(coarse: Matrix, fine: mx.array) -> np.ndarray:
     scales: Any = coarse.scales
     dtype = mx.bfloat16 if scales.dtype == mx.uint8 else scales.dtype
     quantized = Matrix(fine.astype(dtype)).quantize(**coarse.quantization)
-    rounded, stored = quantized.dequantized(mx.float32), coarse.dequantized(mx.float32)
+    rounded = quantized.dequantized(mx.float32)
+    stored = coarse.dequantized(mx.float32)
     differences = (stored - rounded, rounded - fine, stored - fine, fine)
     return np.array(mx.stack([mx.linalg.norm(d, axis=1) for d in differences], axis=1))
 
 
 def check_same(compared: list[np.ndarray], names: str, max_drift: float) -> None:
-    """ValueError, which begins with ``names``, if `distances` are not those of the same rows."""
+    """Compares the `distances` of all rows with those that rounding explains.
+
+    Args:
+        compared: `distances` (n, 4) of parts of the rows.
+        names: What the error begins with.
+        max_drift: Share of the rows' length that they may have moved by, beyond rounding.
+
+    Raises:
+        ValueError: If they are not those of the same rows.
+    """
     moved, rounding, error, length = np.concatenate(compared).T.astype(np.float64)
     whole = float(np.linalg.norm(length)) or 1.0
-    total, rounded = (float(np.linalg.norm(a)) / whole for a in (moved, rounding))
+    total = float(np.linalg.norm(moved)) / whole
+    rounded = float(np.linalg.norm(rounding)) / whole
     # noise e moves a share e·√(2/π)/step of the weights by a step, which is √12 roundings
     drift = total**2 / (math.sqrt(24 / math.pi) * max(rounded, 1e-9))
     floor = 1e-3 * length.mean() + 1e-30  # rows of padding have no length
@@ -290,9 +305,11 @@ def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -
     """
     if source is not True:
         return _find(str(source), location), _name_of_source(source)
-    name, origin = _name(folder), local_origin(folder)
-    in_cache = origin.revision is not None and not (folder / CARD).exists()  # without its card
-    base, seen = _base_model(name if in_cache else folder), {name}
+    name = _name(folder)
+    in_cache = local_origin(folder).revision is not None
+    card_is_here = (folder / CARD).exists()
+    base = _base_model(name if in_cache and not card_is_here else folder)
+    seen = {name}
     while base is not None and base not in seen:
         tensors = _find(base, location, any_bits=True)
         if "scales" not in tensors:
@@ -331,7 +348,9 @@ def _name(folder: Path) -> str:
 def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
     """The tensors of a source's finer head, or of one of ``any_bits``, by path and shape."""
     coarse = location.rows()
-    shape, leaf = (coarse.n_rows, coarse.hidden_size), f"{location.path.rpartition('.')[2]}.weight"
+    shape = (coarse.n_rows, coarse.hidden_size)
+    *_, last = location.path.split(".")
+    leaf = f"{last}.weight"
     fitting: list[Rows] = []
     unfit: list[tuple[int, ...]] = []  # shapes of what has the head's name
     for tensors in (file.tensors() for file in tensor_files(source)):
@@ -339,7 +358,8 @@ def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
         rows_of = {name: rows for name in tensors if (rows := _rows(tensors, name, shape))}
         exact = [rows_of[name] for name in named if name in rows_of]
         if exact:
-            fitting, unfit = exact[:1], []
+            fitting = exact[:1]
+            unfit = []
             break
         fitting += rows_of.values()
         unfit += [tensors[name].shape for name in named]
@@ -361,7 +381,8 @@ def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
 
 def _rows(tensors: Rows, name: str, shape: tuple[int, int]) -> Rows | None:
     """A tensor, its scales and biases, if they are so many rows of floats or affine groups."""
-    tensor, stem = tensors[name], name.removesuffix("weight")
+    tensor = tensors[name]
+    stem = name.removesuffix("weight")
     if tensor.dtype != "U32":
         return {"weight": tensor} if tensor.readable and tensor.shape == shape else None
     rows = {part: tensors[stem + part] for part in ARRAYS if stem + part in tensors}
@@ -372,7 +393,8 @@ def _rows(tensors: Rows, name: str, shape: tuple[int, int]) -> Rows | None:
 def replace_rows(module: nn.Module, rows: Matrix) -> None:
     """Gives a quantized layer other rows in place. `restore_rows` gives the old ones back."""
     own: Any = module
-    base, old = type(module), {name: module.pop(name) for name in ARRAYS if name in module}
+    base = type(module)
+    old = {name: module.pop(name) for name in ARRAYS if name in module}
     attributes = {name: getattr(own, name) for name in ("group_size", "bits", "mode")}
     dict.update(module, rows.arrays())
     vars(module).update(rows.quantization)

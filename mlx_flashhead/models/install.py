@@ -1,6 +1,8 @@
-"""Installs a FlashHead on a model's output projection, and detaches it. The module keeps its names
-and place; its class becomes a subclass, and so do those around it, to stop an update. Its rows move
-into the FlashHead, which gives them back when they are read."""
+"""Installs a FlashHead on a model's output projection, and detaches it.
+
+The module keeps its names and place; its class becomes a subclass, and so do those around it, to
+stop an update. Its rows move into the FlashHead, which gives them back when they are read.
+"""
 
 import copy
 import sys
@@ -56,10 +58,10 @@ def installed_head(model: nn.Module) -> FlashHead:
 
 
 def is_recognised(model: Any) -> bool:
-    """Whether this is the very model that got its FlashHead, or a copy of it, and all of its parts
-    are as mlx, mlx-lm or mlx-vlm have them: of their classes, whose calls nobody has replaced.
+    """Whether a model is the one that got its FlashHead, or a copy of it, and unchanged.
 
-    Of a module around a model, or a changed one, nobody knows what it does with a text's tokens.
+    All of its parts are of classes of mlx, mlx-lm or mlx-vlm, whose calls nobody has replaced. A
+    module around a model, or a changed one, may do anything with a text's tokens.
     """
     if not isinstance(model, _FlashRoot):
         return False
@@ -108,11 +110,18 @@ def install(
     location: HeadLocation | None = None,
     **settings: Any,
 ) -> FlashHead:
-    """Installs a FlashHead on ``model``; for a moment this needs room for a second head.
+    """Installs a FlashHead on a model. For a moment this needs the memory of a second head.
 
-    ``token_ids`` (C, cluster_size) hold V in padded slots. ``location``, if any, is known to be a
-    plain product. ``settings`` are arguments of :class:`FlashHead`. ValueError, with the model
-    unchanged, if there is one already, the head is not supported, or an argument is not valid.
+    Args:
+        model: The model.
+        token_ids: The clusters (C, cluster_size), with V in padded slots.
+        centroids: Their centroids.
+        location: The model's head, if it is known, and known to be a plain product.
+        settings: Arguments of :class:`FlashHead`.
+
+    Raises:
+        ValueError: If there is a FlashHead already, the head is not supported, or an argument is
+            not valid. The model is unchanged.
     """
     # a drafter may hold the embedding of a target with a FlashHead
     if get_flash_head(model if location is None else location.module) is not None:
@@ -144,8 +153,14 @@ def install(
 
 
 def detach(model: nn.Module) -> None:
-    """Restores the dense model, bit for bit, with the rows that it had before a finer head;
-    ValueError if there is neither a FlashHead nor a finer head."""
+    """Restores the dense model, bit for bit, with the rows that it had before a finer head.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If it has neither a FlashHead nor a finer head.
+    """
     installed = get_flash_head(model) is not None
     if installed:
         _uninstall(model)
@@ -154,8 +169,11 @@ def detach(model: nn.Module) -> None:
 
 
 def dense_copy(model: nn.Module) -> nn.Module:
-    """The dense form of a model with a FlashHead. It shares all arrays but its rows, since their
-    place in memory alone changes the time of a step by up to a tenth on a CPU."""
+    """A dense copy of a model with a FlashHead.
+
+    It shares all arrays but its rows, since their place in memory alone changes the time of a step
+    by up to a tenth on a CPU.
+    """
     dense = copy.deepcopy(model)
     _uninstall(dense)  # a finer head stays: it is the dense model's, too
     return dense
@@ -212,8 +230,10 @@ class _FlashRoot(_FlashParent):
 
 
 class _FlashModule(_Pickled, _Module):
-    """An installed module, whose dict holds None for each array that the FlashHead keeps. Reading
-    it gives it in the model's own order, lazily. Writing it raises."""
+    """An installed module, whose dict holds None for each array that the FlashHead keeps.
+
+    Reading such an array gives it in the model's own order, lazily. Writing it raises.
+    """
 
     _flash_head: FlashHead
     _hidden_dtype: str
@@ -271,9 +291,10 @@ class _FlashEmbedding(_FlashModule):
 
 
 def logit_change_of(model: nn.Module) -> LogitChange:
-    """The function (R, V) → (R, V) from the FlashHead's logits to those of ``model``, which is a
-    :class:`LogitMap` where it is of that form. It is learned anew when a number has changed in
-    the model's settings, so that a loop asks when a text begins.
+    """Finds the function (R, V) → (R, V) from the FlashHead's logits to the model's.
+
+    It is a :class:`LogitMap` where it has that form. It is learned anew when a number has changed
+    in the model's settings, so that a loop asks when a text begins.
 
     Raises:
         UnsupportedHeadError: If it is not a rising function of each logit by itself.
@@ -288,8 +309,10 @@ def logit_change_of(model: nn.Module) -> LogitChange:
 
 
 def _settings_of(model: nn.Module) -> list[Any]:
-    """The numbers that ``model`` and the modules around its head hold, also within their
-    configurations: a softcap or a scale is one of them."""
+    """The numbers that a model and the modules around its head hold, such as a softcap or a scale.
+
+    Numbers within their configurations are among them.
+    """
     found: list[Any] = []
     head_path = next(
         path for path, module in model.named_modules() if isinstance(module, _FlashModule)

@@ -1,25 +1,33 @@
-"""Finds the output projection of any model in one traced pass: the last module that has a row for
-each token and whose output is as wide as the logits. Records its inputs."""
+"""Finds the output projection of any model in one traced pass, and records its inputs.
+
+It is the last module that has a row for each token and whose output is as wide as the logits.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head.matrix import AFFINE, ARRAYS, Matrix
+from ..head.matrix import AFFINE, Matrix
 from .compat.mlx_vlm import own_head
 from .errors import UnsupportedHeadError
 from .observed import with_methods
 from .vlm import architecture, check_writes_text, forward, is_vlm
 
-LINEAR, EMBEDDING = "__call__", "as_linear"
+# Methods by which a layer multiplies with its rows: of a linear layer, and of an embedding.
+LINEAR = "__call__"
+EMBEDDING = "as_linear"
+
+MAX_PLAIN_DIFFERENCE = 0.02  # of the largest logit: the rounding of 16 bits
 
 
 @dataclass(frozen=True)
 class HeadLocation:
+    """Where a model makes its logits."""
+
     module: nn.Module  # the output projection itself
     path: str  # its dotted name in the model, such as "lm_head" or "model.embed_tokens"
     method: str  # "__call__" for a linear layer, "as_linear" for a tied embedding
@@ -27,105 +35,193 @@ class HeadLocation:
 
     @property
     def tied(self) -> bool:
+        """Whether the embedding makes them."""
         return self.method == EMBEDDING
 
     def rows(self) -> Matrix:
+        """The head's rows (V, D), as they are stored."""
         module = self.module
-        arrays: dict[str, Any] = {name: module.get(name) for name in (*ARRAYS, "bias")}
-        if "scales" not in module:
-            return Matrix(**arrays)
-        mode = getattr(module, "mode", AFFINE)
-        return Matrix(**arrays, group_size=module.group_size, bits=module.bits, mode=mode)
+        weight: mx.array = module["weight"]
+        scales = module.get("scales")
+        bias = module.get("bias")
+        if scales is None:
+            return Matrix(weight, bias=bias)
+        return Matrix(
+            weight,
+            scales,
+            module.get("biases"),
+            bias=bias,
+            group_size=module.group_size,
+            bits=module.bits,
+            mode=getattr(module, "mode", AFFINE),
+        )
+
+
+class _Call(NamedTuple):
+    """A call of a layer that may be the head."""
+
+    location: HeadLocation  # without its path
+    width: int  # of its output
 
 
 def find_head(model: nn.Module) -> HeadLocation:
-    """The output projection of ``model``, found by tracing one forward pass; UnsupportedHeadError
-    if no module's output is the logits, or the model does not run."""
+    """Finds a model's output projection by tracing one forward pass.
+
+    Args:
+        model: A model of mlx-lm or mlx-vlm.
+
+    Returns:
+        Where the model makes its logits.
+
+    Raises:
+        UnsupportedHeadError: If no module's output is the logits, or the model does not run.
+    """
     check_writes_text(model)
-    weighted = [module for module in model.modules() if _has_rows(module)]
-    calls: list[tuple[int, HeadLocation]] = []  # each with the width of its output
-
-    def record(module, method, args, output):
-        hidden = args[0] if args else None
-        if not (isinstance(hidden, mx.array) and isinstance(output, mx.array)):
-            return
-        if mx.issubdtype(hidden.dtype, mx.floating):
-            calls.append((output.shape[-1], HeadLocation(module, "", method, hidden.dtype)))
-
-    name, home = architecture(model), "mlx-vlm" if is_vlm(model) else "mlx-lm"
-    try:
-        with _observed(weighted, record):
-            vocab_size = forward(model, mx.array([[0]])).shape[-1]
-    except Exception as error:  # whatever the model's code raises
-        check_writes_text(model, runs=False)
-        raise UnsupportedHeadError(
-            f"{home}'s code of this {name!r} model fails on a token by itself "
-            f"({type(error).__name__}: {error}), so it cannot be served with FlashHead either."
-        ) from error
-    whole = [call for width, call in calls if width == call.module["weight"].shape[0] == vocab_size]
-    heads = [call.module for call in whole]
-    for path, module in model.named_modules():
-        if {"lora_a", "lora_b"} <= module.keys() and (
-            module.lora_b.shape[-1] == vocab_size  # DoRA multiplies the rows itself
-            or (heads and any(part is heads[-1] for part in module.values()))
-        ):
-            raise UnsupportedHeadError(
-                f"The output projection {path!r} carries a LoRA adapter, which must be fused "
-                "first: run mlx_lm.fuse, then use the fused model."
-            )
-    if not heads:
+    vocab_size, calls = _trace(model)
+    locations = []
+    for location, width in calls:
+        if width == location.module["weight"].shape[0] == vocab_size:
+            locations.append(location)
+    heads = [location.module for location in locations]
+    head = heads[-1] if heads else None
+    _check_adapters(model, head, vocab_size)
+    name = architecture(model)
+    home = _library(model)
+    if head is None:
         raise UnsupportedHeadError(
             f"The output projection of this {name!r} model cannot be intercepted (its {vocab_size} "
             f"logits come from no layer of its own): use it with {home}, without FlashHead."
         )
-    if sum(head is heads[-1] for head in heads) > 1:
+    if sum(other is head for other in heads) > 1:
         raise UnsupportedHeadError(
             f"This {name!r} model uses its output projection more than once per token, which "
             f"FlashHead does not support: use it with {home}, without FlashHead."
         )
-    path = next(path for path, module in model.named_modules() if module is heads[-1])
-    return replace(whole[-1], path=path)
+    return replace(locations[-1], path=_path_of(model, head))
+
+
+def _trace(model: nn.Module) -> tuple[int, list[_Call]]:
+    """The width of a model's logits, and the calls of its layers on a token, in their order."""
+    calls: list[_Call] = []
+
+    def record(module: nn.Module, method: str, args: tuple[Any, ...], output: Any) -> None:
+        hidden = args[0] if args else None
+        if not (isinstance(hidden, mx.array) and isinstance(output, mx.array)):
+            return
+        if mx.issubdtype(hidden.dtype, mx.floating):
+            location = HeadLocation(module, "", method, hidden.dtype)
+            calls.append(_Call(location, output.shape[-1]))
+
+    weighted = [module for module in model.modules() if _has_rows(module)]
+    try:
+        with _observed(weighted, record):
+            logits = forward(model, mx.array([[0]]))
+    except Exception as error:  # whatever the model's code raises
+        check_writes_text(model, runs=False)
+        raise UnsupportedHeadError(
+            f"{_library(model)}'s code of this {architecture(model)!r} model fails on a token by "
+            f"itself ({type(error).__name__}: {error}), so it cannot be served with FlashHead "
+            "either."
+        ) from error
+    return logits.shape[-1], calls
+
+
+def _check_adapters(model: nn.Module, head: nn.Module | None, vocab_size: int) -> None:
+    """Raises an UnsupportedHeadError if the head carries a LoRA adapter."""
+    for path, module in model.named_modules():
+        if not {"lora_a", "lora_b"} <= module.keys():
+            continue
+        holds_head = head is not None and any(part is head for part in module.values())
+        # DoRA multiplies the rows itself
+        if holds_head or module.lora_b.shape[-1] == vocab_size:
+            raise UnsupportedHeadError(
+                f"The output projection {path!r} carries a LoRA adapter, which must be fused "
+                "first: run mlx_lm.fuse, then use the fused model."
+            )
+
+
+def _library(model: nn.Module) -> str:
+    return "mlx-vlm" if is_vlm(model) else "mlx-lm"
+
+
+def _path_of(model: nn.Module, module: nn.Module) -> str:
+    """The dotted name of a module in its model."""
+    return next(path for path, other in model.named_modules() if other is module)
 
 
 def _has_rows(module: nn.Module) -> bool:
+    """Whether a module has a matrix of weights."""
     weight = module.get("weight")
     return isinstance(weight, mx.array) and weight.ndim == 2
 
 
 def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
-    """Where a drafter of mlx-vlm makes its logits, if its head is its own and no retrieval."""
+    """Finds where a drafter of mlx-vlm makes its logits.
+
+    Args:
+        drafter: The drafter.
+        target: The model that it drafts for.
+
+    Returns:
+        The place; None if its head is the target's, or retrieves.
+    """
     head = own_head(drafter, target)
     if head is None:
         return None
-    module, method = (head, LINEAR) if isinstance(head, nn.Module) else (head.__self__, EMBEDDING)
-    path = next(path for path, other in drafter.named_modules() if other is module)
-    arrays = (a for part in drafter.modules() for a in part.values() if isinstance(a, mx.array))
-    dtype = next(a.dtype for a in arrays if mx.issubdtype(a.dtype, mx.floating))
-    return HeadLocation(module, path, method, hidden_dtype=dtype)
+    if isinstance(head, nn.Module):
+        module = head
+        method = LINEAR
+    else:
+        module = head.__self__
+        method = EMBEDDING
+    return HeadLocation(module, _path_of(drafter, module), method, _first_float_dtype(drafter))
+
+
+def _first_float_dtype(model: nn.Module) -> mx.Dtype:
+    """The dtype of a model's first floating array."""
+    for part in model.modules():
+        for array in part.values():
+            if isinstance(array, mx.array) and mx.issubdtype(array.dtype, mx.floating):
+                return array.dtype
+    raise ValueError("The model has no floating arrays: check it.")
 
 
 def check_plain_product(location: HeadLocation) -> None:
-    """Checks on a random state that the layer multiplies by its rows: an UnsupportedHeadError for
-    sharded, rotated or otherwise special layers."""
-    rows, module = location.rows(), location.module
+    """Checks on a random state that a layer multiplies by its rows.
+
+    Args:
+        location: The layer.
+
+    Raises:
+        UnsupportedHeadError: If it is sharded, rotated or otherwise special.
+    """
+    rows = location.rows()
     hidden = mx.random.normal((1, rows.hidden_size), key=mx.random.key(0))
     hidden = hidden.astype(location.hidden_dtype)
-    expected, actual = rows.matmul(hidden), getattr(module, location.method)(hidden)
-    # a special layer differs by the size of its logits, a plain one by the rounding of 16 bits
-    allowed = 0.02 * mx.max(mx.abs(expected))
+    expected = rows.matmul(hidden)
+    actual = getattr(location.module, location.method)(hidden)
+    # a special layer differs by the size of its logits
+    allowed = MAX_PLAIN_DIFFERENCE * mx.max(mx.abs(expected))
     if expected.shape != actual.shape or not (mx.abs(expected - actual) <= allowed).all():
         raise UnsupportedHeadError(
-            f"The output projection {location.path!r} ({type(module).__name__}) is not a plain "
-            "product with its rows, which FlashHead needs: use the model without FlashHead."
+            f"The output projection {location.path!r} ({type(location.module).__name__}) is not a "
+            "plain product with its rows, which FlashHead needs: use the model without FlashHead."
         )
 
 
 @contextmanager
 def recorded_hidden(location: HeadLocation) -> Iterator[list[mx.array]]:
-    """Within the block, collects every array (B, L, D) that enters the head, unevaluated."""
+    """Within the block, records what enters a head.
+
+    Args:
+        location: The head.
+
+    Yields:
+        A list to which every array (B, L, D) is added, unevaluated.
+    """
     states: list[mx.array] = []
 
-    def record(module, method, args, output):
+    def record(module: nn.Module, method: str, args: tuple[Any, ...], output: Any) -> None:
         if module is location.module and method == location.method:
             states.append(args[0])
 
@@ -152,8 +248,11 @@ def _observed(modules: Iterable[nn.Module], record: Callable[..., Any]) -> Itera
         return call
 
     def methods(cls: type) -> dict[str, Callable[..., Any]]:
-        names = [name for name in (LINEAR, EMBEDDING) if hasattr(cls, name)]
-        return {name: observing(name, getattr(cls, name)) for name in names}
+        observed = {}
+        for name in (LINEAR, EMBEDDING):
+            if hasattr(cls, name):
+                observed[name] = observing(name, getattr(cls, name))
+        return observed
 
     with with_methods(modules, methods):
         yield

@@ -1,5 +1,7 @@
-"""Calls of a model's layers go to other methods, for a block. Each layer gets a subclass of its
-class for that time: no class of another package is changed."""
+"""Calls of a model's layers go to other methods, for a block.
+
+Each layer gets a subclass of its class for that time: no class of another package is changed.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
-"""Fills in a chat template, as transformers does, which takes a second and much memory to import:
-the work of a helper process (common/guarded.py)."""
+"""Fills in a chat template, as transformers does, in a helper process (common/guarded.py).
+
+It does without transformers, which takes a second and much memory to import.
+"""
 
 import json
 from datetime import datetime

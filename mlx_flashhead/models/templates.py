@@ -1,7 +1,7 @@
 """Prompts by the chat template of a tokenizer, within limits of time and memory."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,12 @@ def template_variables(tokenizer: Any) -> frozenset[str]:
         return frozenset(_GUARD.call([template]))
     except (GuardError, RuntimeError):  # the error is raised when it is filled in
         return frozenset()
+
+
+@lru_cache(32)
+def _variables_read(template: str) -> tuple[str, ...]:
+    """Names of the variables that a template reads."""
+    return tuple(_GUARD.call([template]))
 
 
 def _jinja_template(tokenizer: Any, tools: Any) -> str | None:

@@ -21,7 +21,7 @@ MAX_CALLS = 128  # of a message
 MAX_TOOLS = 512
 MAX_PROMPTS = 1024
 
-_GRAMMAR_FIELDS = ("response_format", "regex", "grammar")
+_GRAMMAR_FIELDS = ("response_format", "regex", "grammar", "tools")
 
 
 def fields_of(body: bytes) -> dict[str, Any]:

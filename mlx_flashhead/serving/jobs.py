@@ -101,13 +101,18 @@ class AnswerText:
         self._parts, parts = TextStateMachine.split(self._parts, text)
         if last or stopped:  # what may have begun a marker is none, and a call ends
             self._parts, held, name = TextStateMachine.flush(self._parts)
-            parts += [(name, held), ("normal", "")]
+            parts.append((name, held))
+            is_cut = stopped or token is not None
+            parts.append(("cut" if is_cut and name == "tool" else "normal", ""))
         certain = Token(finish_reason="stop" if stopped else None)
         for name, part in parts:
             if name == "tool":
                 self._call += part
             elif name == "reasoning":
                 certain.reasoning += part
+            elif name == "cut":  # what there is of a call is none
+                certain.content += self._call
+                self._call = ""
             elif name == "normal":
                 certain.calls += [self._call] if self._call else []
                 self._call = ""
@@ -168,7 +173,7 @@ class Job:
         ends = token in self.served.tokenizer.eos_token_ids
         if ends and self.grammar and (problem := self.grammar.problem):
             why = f"The form cannot be followed any further ({problem}): simplify it."
-            raise ApiError(why, "response_format")
+            raise ApiError(why, _field_of_form(self.request))
         last = ends or len(self.tokens) >= self.max_tokens
         event = self._text.add(None if ends else token, last=last)
         if last:
@@ -201,19 +206,47 @@ def read_jobs(
     of fields alone. An ApiError names the field that is wrong.
     """
     request = Request(fields, chat=chat, models=models, flags=flags)
-    prompts, grammar = read_prompts(request), None
-    if request.grammar is not None:
-        tokenizer, limit = request.served.tokenizer, {"seconds_per_mask": SECONDS_PER_MASK}
-        # an answer has its form once the thought is at its end that the prompt begins
-        after = tokenizer.think_end_tokens if prompts[0].state == "reasoning" else ()
-        try:
-            grammar = GrammarProcessor(tokenizer, request.grammar, after=after, **limit)
-        except ValueError as error:
-            raise ApiError(str(error), "response_format") from None
+    prompts = read_prompts(request)
+    grammar = _processor(request, prompts[0].state)
     return [
         Job(request, prompt, index=index, grammar=grammar and grammar.for_sequence())
         for index, prompt in enumerate(prompt for prompt in prompts for _ in range(request.n))
     ]
+
+
+def _processor(request: Request, state: str) -> GrammarProcessor | None:
+    """What keeps an answer in its form, and its calls in theirs; None if it is free.
+
+    Args:
+        request: A checked request.
+        state: That of the text at the answer's beginning, in mlx-lm's words.
+    """
+    tools = request.tools
+    if request.grammar is None and tools.calls is None:
+        return None
+    tokenizer = request.served.tokenizer
+    # an answer has its form once the thought is at its end that the prompt begins
+    after = tokenizer.think_end_tokens if state == "reasoning" else ()
+    thought = None
+    if tools.calls is not None and tokenizer.has_thinking:
+        thought = (tokenizer.think_start, tokenizer.think_end)
+    try:
+        return GrammarProcessor(
+            tokenizer,
+            None if tools.required else request.grammar,
+            calls=tools.calls,
+            required=tools.required,
+            after=after,
+            thought=thought,
+            seconds_per_mask=SECONDS_PER_MASK,
+        )
+    except ValueError as error:
+        raise ApiError(str(error), _field_of_form(request)) from None
+
+
+def _field_of_form(request: Request) -> str:
+    """The field that an answer's form comes from."""
+    return "tools" if request.grammar is None else "response_format"
 
 
 def read_prompts(request: Request) -> list[Prompt]:
@@ -253,7 +286,7 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
         remedy = "use /v1/completions, or start the server with --chat-template"
         raise ApiError(f"This model has no chat template: {remedy}.", "messages")
     settings = request.served.template_arguments | request.template_settings
-    settings |= {"tools": request.tools or None, "add_generation_prompt": answer}
+    settings |= {"tools": request.tools.offered or None, "add_generation_prompt": answer}
     try:
         remedy = "send fewer or other messages"
         return apply_template(tokenizer, messages, remedy=remedy, **settings)
@@ -279,9 +312,7 @@ def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options:
     if not tokens:
         raise ApiError("The prompt is empty: it needs at least one token.", field)
     if n_least > context or len(tokens) >= context:
-        length = f"more than {context:,}" if n_least > context else f"{len(tokens):,}"
-        most = f"at most {context - 1:,} are read, since the answer needs one of the context's"
-        refusal = f"The prompt has {length} tokens, and {most} {context:,}: send less."
+        refusal = f"The prompt is longer than this model's {context:,}-token context: shorten it."
         raise ApiError(refusal, field, code="context_length_exceeded")
     return tokens
 

@@ -23,6 +23,7 @@ from .fields import (
 )
 from .messages import read_messages
 from .served_models import ServedModel
+from .tool_calls import read_tools
 
 # Characters of a schema, an expression or a grammar; OpenAI's limit for a schema is of this size.
 MAX_CHARACTERS = 100_000
@@ -55,10 +56,12 @@ class Request:
         fields, self.ignored = read_fields(body, rules)  # the names of fields without effect
 
         self.stream: bool = fields.get("stream", False)
-        options, further = read_fields(fields.get("stream_options", {}), STREAM_OPTIONS)
-        self.include_usage: bool = options.get("include_usage", False)  # at the end of a stream
-        self.ignored += [f"stream_options.{name}" for name in further]
-        if "stream_options" in fields and not self.stream:
+        self.include_usage = False  # at the end of a stream
+        if self.stream:
+            options, further = read_fields(fields.get("stream_options", {}), STREAM_OPTIONS)
+            self.include_usage = options.get("include_usage", False)
+            self.ignored += [f"stream_options.{name}" for name in further]
+        elif "stream_options" in fields:
             self.ignored.append("stream_options")
 
         self.messages: list[dict[str, Any]] = []
@@ -83,10 +86,7 @@ class Request:
             {"normal": [(text, None) for text in stops]} if stops else None
         )
         self.grammar = _grammar(fields)  # that an answer follows; None for any text
-        self.tools = _tools(fields, served)
-        if self.grammar is not None and self.tools:
-            conflict = "An answer with a response_format calls no tools: leave tools out."
-            raise ApiError(conflict, "tools")
+        self.tools = read_tools(fields, served)
         self.template_settings = self._template_settings(fields)
         # whether control tokens in the texts of users and tools are read as text
         self.escape_control_tokens: bool = flags.escape_control_tokens
@@ -245,19 +245,6 @@ def _response_format(
         schema = read_all_fields(described, SCHEMA_FIELDS).get("schema", {"type": "object"})
         return [(f"{where}.schema", Grammar.from_json_schema, schema)]
     return [(where, makers[kind], described)]
-
-
-def _tools(fields: dict[str, Any], served: ServedModel) -> list[dict[str, Any]]:
-    tools = fields.get("tools", [])
-    for i, tool in enumerate(tools):
-        is_function = isinstance(tool, dict) and tool.get("type") == "function"
-        function = tool.get("function") if is_function else None
-        if not isinstance(function, dict) or not function.get("name"):
-            wanted = '{"type": "function", "function": …}, whose function has a name'
-            raise ApiError(f"tools[{i}] must be {wanted}.", "tools")
-    if tools and not served.tokenizer.has_tool_calling:
-        raise ApiError("This model's chat template knows no tools: leave them out.", "tools")
-    return tools if fields.get("tool_choice") != "none" else []
 
 
 def _template_arguments(arguments: dict[str, Any], known: Set[str]) -> dict[str, Any]:

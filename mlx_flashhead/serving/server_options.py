@@ -104,7 +104,8 @@ def make_parser() -> Parser:
     add("--port", "Port to listen on; 0 takes a free one", 8080, type=whole_number(0, 65535))
     switch("--lan", "Listen on all interfaces, for iPads; prints the address with the token.")
     names = methodcaller("split", ",")
-    add("--allowed-hosts", "More names of this machine, such as mac.fritz.box,nas", [], type=names)
+    hosts = "More names of this machine or of its https proxy, such as mac.fritz.box,chat.example"
+    add("--allowed-hosts", hosts, [], type=names)
     add("--allowed-origins", "Sites whose scripts may use the API, with commas", [], type=names)
     add("--token-file", "File that keeps the token", DEFAULT_TOKEN_FILE, type=Path)
     levels = ("DEBUG", "INFO", "WARNING", "ERROR")

@@ -192,6 +192,7 @@ class Draw:
             mx.eval(self._noise)
 
     def __call__(self, logits: mx.array) -> np.ndarray:
+        """The tokens (n,) that are drawn from logits (n, V)."""
         return np.array(draw(logits + self._masks, self._noise, self._draws))
 
 

@@ -229,6 +229,7 @@ def _graph(array: mx.array) -> tuple[dict[str, str], dict[str, list[str]]]:
 
 
 def rows() -> list[dict[str, str]]:
+    """The rows of the table, by heading."""
     with TABLE.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

@@ -65,6 +65,9 @@ def test_the_chat_template_and_the_speeds(run, converted, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("One day"))
     for text in ("One day", "-"):  # which is standard input
         assert run(*arguments, text, "--verbose", "F") == (0, expected, "")
+    for text in ("", "-"):  # standard input is at its end
+        code, output, errors = run(*arguments, text)
+        assert (code, output) == (2, "") and errors.startswith("error: --prompt is empty: give a t")
     code, verbose, errors = run(*arguments, "One day")
     assert (code, errors) == (0, "")
     assert expected.strip() in verbose and "Generation: 8 tokens" in verbose
@@ -108,7 +111,7 @@ def test_a_model_without_a_chat_template_or_with_one_that_raises(run, refused, t
     assert "cannot be filled in (no [2Jturns): give --ignore-chat-template" in said
 
 
-def test_draft_models(generated, refused, dense, converted, right, monkeypatch):
+def test_draft_models(run, generated, refused, dense, converted, right, monkeypatch):
     """Also the target itself. A draft's FlashHead is used, and a dense folder has none."""
     module = importlib.import_module("mlx_flashhead.loading.load")
     drafts, load_draft = [], module.load_draft
@@ -122,6 +125,13 @@ def test_draft_models(generated, refused, dense, converted, right, monkeypatch):
     for draft in ((converted,), (converted, "--draft-probes", 2), (dense,)):
         assert generated(*target, *draft) == right
     assert generated(*target, dense, "--dense") == right
+    for draft, said in (
+        (converted, "FlashHead drafted, 1 of 17 clusters a draft"),
+        (dense, "without"),
+    ):
+        code, output, _ = run("generate", *target, draft, "--prompt", PROMPT, "--max-tokens", 6)
+        last = output.splitlines()[-1]
+        assert code == 0 and re.match(r"Drafts: [0-6] tokens of the text", last) and said in last
     heads = [mlx_flashhead.get_flash_head(model) for model, _ in drafts]
     assert heads[0].n_probes == 1  # of 17: a tenth of the bytes
     assert heads[1].n_probes == 2 and heads[2] is None
@@ -140,11 +150,16 @@ def test_prompt_cache_file(run, generated, refused, dense, converted, tmp_path):
     ids = asked(tokenizer, "Once", continue_final_message=True) + tokenizer.encode(PROMPT)
     assert found == mlx_flashhead.generate(model, tokenizer, ids, max_tokens=TOKENS) + "\n"
     (tmp_path / "damaged.safetensors").write_text("no cache")
+    caches = mlx_lm.models.cache
+    caches.save_prompt_cache(
+        str(tmp_path / "bare.safetensors"), caches.load_prompt_cache(prompt_cache)
+    )
     for wrong, further, said in (
         (prompt_cache, ("--model", dense), "is of"),
         (prompt_cache, ("--draft-model", dense), "leave --draft-model out"),
-        (tmp_path / "damaged.safetensors", (), "damaged or not a prompt cache"),
-        (tmp_path / "absent", (), "is missing, damaged"),
+        (tmp_path / "damaged.safetensors", (), "is damaged, or no safetensors file"),
+        (tmp_path / "absent", (), "there is no file"),
+        (tmp_path / "bare.safetensors", (), "does not name its model and tokenizer"),
     ):
         assert said in refused("generate", "--prompt-cache-file", wrong, *further, *ASK)
 
@@ -175,7 +190,10 @@ def test_own_code_of_a_model(run, generated, refused, tmp_path):
 def test_refuses_prompts_and_probes_before_it_prints(run, converted):
     for flags, said in (
         (("--prompt", ""), "--prompt is empty: give a text"),
-        (("--prompt", "x" * 600), "The prompt has 600 tokens, and at most 511 fit"),
+        (
+            ("--prompt", "x" * 600),
+            "The prompt is longer than this model's 512-token context: shorten it.",
+        ),
         (("--dense", "--no-verify"), "--dense uses no FlashHead: leave --no-verify out"),
         (("--n-probes", 99_999_999), f"--n-probes is 99,999,999, but {converted} has "),
         (("--image", "a.png"), f"{converted} is a text model: leave --image out"),

@@ -24,6 +24,7 @@ def stop_if(reached):
     if reached:
         os.kill(os.getpid(), number)
 
+sys.stdout.isatty = lambda: True  # a script's answer builds nothing
 background.IndexOptions = partial(background.IndexOptions, calibration_positions=100)
 sys.stderr.write = lambda text: stop_if(moment in text) or write(text)
 sys.addaudithook(lambda event, values: stop_if(event == moment and place in str(values[0])))
@@ -37,7 +38,8 @@ MOMENTS = {
 }
 
 
-def test_stopped_at_three_moments(run, quick, tmp_path, flash_head_home):
+def test_stopped_at_three_moments(run, quick, tmp_path, flash_head_home, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     model = write_model(tmp_path / "model")
     words = ("--model", model, "--prompt", "One day", "--max-tokens", 8)
     text = run("generate", *words, "--dense")[1].split(RULE)[1]
@@ -56,6 +58,14 @@ def test_stopped_at_three_moments(run, quick, tmp_path, flash_head_home):
     assert code == 0 and output.split(RULE)[1] == text and "FlashHead is ready" in errors
     assert len(cache.entries()) == 1 and not list(flash_head_home.rglob(".*"))
     assert "FlashHead: " in run("generate", *words)[1]
+
+
+def test_a_script_does_not_wait_for_a_build(run, tmp_path):
+    model = write_model(tmp_path / "model")
+    code, output, errors = run("generate", "--model", model, "--prompt", "One", "--max-tokens", 4)
+    assert code == 0 and "Generation: 4 tokens" in output and cache.entries() == []
+    said = f"FlashHead is not built yet: `mlx_flashhead.cache --build {model}` builds it"
+    assert errors.startswith(said) and errors.count("\n") == 1
 
 
 @pytest.mark.newest

@@ -57,6 +57,8 @@ MISTAKES = [
         "text.txt is not JSON (Expecting value at li",
     ),
     ("generate --model model --grammar grammar", "grammar is wrong at line 1, column 8"),
+    ("generate --model model --regex [", "expression '[' is wrong at column 1: unclosed character"),
+    ("generate --model model --regex ab(", "'ab(' is wrong at column 3: unclosed group"),
     ("generate --model model --regex a --grammar b", "not allowed with"),
     ("generate --model model --regex a --draw-probes --temp 1", "leave it out"),
     ("server --model ./absent", "There is no folder ./absent"),

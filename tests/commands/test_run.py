@@ -106,6 +106,15 @@ def test_programs_get_the_flash_head(place, capsys):
     assert loads == [3, 1, 1, 2, *[1] * (len(programs) - 4)]  # a draft has one, too
 
 
+def test_a_model_that_is_not_there(place):
+    """The program's own traceback stays, and one line says what to do."""
+    words = ("-m", "mlx_lm.generate", "--model", "owner/absent", "--prompt", "x")
+    code, _, errors = start(place, *words)
+    *_, traceback, last = errors.splitlines()
+    assert code == 1 and "Traceback (most recent call last)" in errors and "Error" in traceback
+    assert last.startswith("mlx_flashhead.run: There is no folder 'owner/absent' here, and it was")
+
+
 def test_programs_that_are_started_as_commands(run, place, tmp_path, monkeypatch):
     """By a program, beside a sitecustomize that is there already; or by the variables alone."""
     (tmp_path / "sitecustomize.py").write_text("import sys; print('mine', file=sys.stderr)")

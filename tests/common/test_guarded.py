@@ -88,7 +88,12 @@ def test_helpers_stay_and_no_two_calls_share_one(guard):
         processes = {answer[1] for answer in pool.map(guard.call, [["sleep", 0.2]] * 4)}
     assert len(processes) == 4 and first in processes
     assert len(guard._idle) == 4  # for as many calls at once
+    guard._idle[-1].kill()  # as by a system that is short of memory
+    guard._idle[-1].wait()
+    assert guard.call(["", 1])[1] in processes
     guard._idle[0].stdin.close()  # as when the caller ends
     assert guard._idle[0].wait(20) == 0
+    guard.close()
+    assert not guard._idle
     with pytest.raises(GuardError, match="no helper process starts"):
         Guard(guard.path.with_name("absent.py")).call(["", 1])

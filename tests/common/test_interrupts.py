@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 
+import pexpect
 import pytest
 
 from mlx_flashhead.common import interrupts
@@ -68,3 +69,15 @@ def test_only_the_packages_commands_heed_it(monkeypatch, argv, words, is_a_comma
         assert signal.getsignal(signal.SIGINT) is before
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_the_line_of_a_terminal_ends():
+    """Half of an answer stands in it."""
+    work = "print('Half of', end='', flush=True); time.sleep(60)"
+    child = pexpect.spawn(sys.executable, ["-c", BLOCK.format(work=work)], timeout=30)
+    child.expect_exact("Half of")
+    child.kill(signal.SIGINT)
+    child.expect(pexpect.EOF)
+    assert child.before == b"\r\nInterrupted.\r\n"
+    child.close()
+    assert child.exitstatus == 130

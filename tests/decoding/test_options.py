@@ -2,9 +2,11 @@
 
 import importlib
 import inspect
+from typing import get_args
 
 import pytest
 
+import mlx_flashhead
 from mlx_flashhead.decoding.options import (
     PROCESSOR_ARGUMENTS,
     SAMPLER_ARGUMENTS,
@@ -50,6 +52,24 @@ def test_other_keywords_are_refused_with_a_remedy(name, value, said):
     with pytest.raises(TypeError) as caught:
         check_keywords({"max_tokens": 3, name: value}, known)
     assert said in str(caught.value)
+
+
+def test_the_functions_refuse_them(converted):
+    model, tokenizer = mlx_flashhead.load(str(converted))
+    message = [{"role": "user", "content": "Hello"}]
+    for call in (
+        lambda **named: next(mlx_flashhead.stream_generate(model, tokenizer, **named)),
+        lambda **named: mlx_flashhead.generate(model, tokenizer, **named),
+    ):
+        with pytest.raises(TypeError, match=r"give `sampler=make_sampler\(temp=0.5\)`"):
+            call(prompt="One", temp=0.5)
+        with pytest.raises(TypeError, match="apply the chat template"):
+            call(prompt=message)
+    with pytest.raises(TypeError, match=r"give `sampler=make_sampler\(top_p=0.9\)`"):
+        mlx_flashhead.batch_generate(model, tokenizer, [[1]], top_p=0.9)
+    for function in (mlx_flashhead.stream_generate, mlx_flashhead.generate):
+        kwargs = inspect.signature(function).parameters["kwargs"]
+        assert get_args(kwargs.annotation)[0].__annotations__.keys() >= {"sampler", "kv_bits"}
 
 
 def test_messages_are_no_prompt():

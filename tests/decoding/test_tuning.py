@@ -57,7 +57,7 @@ def test_the_steady_gain_is_measured(monkeypatch, gain, busy):
             clock[0] += n * seconds + extra
             return [seconds] * (n - 1) + [seconds + extra]
 
-        def steps(self, n, n_probes=None, depth=None, *, verified=False):
+        def steps(self, n, n_probes=None, depth=None, *, verified=False, sampled=False):
             return self.takes(n, step if n_probes else dense, flat if verified else 0.0)
 
         def verification(self, k):
@@ -83,7 +83,9 @@ def test_a_round_verifies_as_many_tokens_as_it_takes(monkeypatch):
     parts = tuning._Parts(flash.model)
     judge = parts._certain
     monkeypatch.setattr(
-        parts, "_certain", lambda each: verified.append(len(each.hidden)) or judge(each)
+        parts,
+        "_certain",
+        lambda each, draws=None: verified.append(len(each.hidden)) or judge(each, draws),
     )
     for n in (1, 4, 32):
         assert len(parts.steps(n, 3, verified=True)) == len(parts.steps(n)) == n

@@ -108,8 +108,8 @@ def stored_lines(dispatch) -> int:
 
 @emulator_only
 def test_neither_probes_nor_positions_compile_anything():
-    """Eight kernels serve a head: route has one for one position and one for several, select one
-    for tokens and one for full logits, sample one for few positions.
+    """Seven kernels serve a head: route has one for one position and one for several, select one
+    for tokens and one for full logits.
 
     MLX compiles a text once for each set of template arguments, dtypes and small arrays.
     """
@@ -123,7 +123,7 @@ def test_neither_probes_nor_positions_compile_anything():
                 hidden = mx.zeros((n_positions, 64), mx.bfloat16)
                 mx.eval(head.unverified_logits(hidden), head.token(hidden))
     names = Counter(text.partition("custom_kernel_flash_head_")[2][:3] for text in emulator.built)
-    assert names == {"rou": 2, "sel": 2, "sco": 1, "exp": 1, "sam": 2}
+    assert names == {"rou": 2, "sel": 2, "sco": 1, "exp": 1, "sam": 1}
 
 
 @emulator_only

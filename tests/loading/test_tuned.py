@@ -7,6 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_flashhead import get_flash_head
+from mlx_flashhead.decoding import rounding
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.tuning import Tuning
 from mlx_flashhead.loading import tuned
@@ -144,6 +145,14 @@ def test_a_busy_machines_figure_is_called_provisional(measure, loaded, monkeypat
     measure(FAST)
     monkeypatch.setattr(tuned, "is_busy", lambda: True)
     assert tuned.speed_text(policy_of(loaded()[0])) == "1.50 x (provisional)"
+
+
+def test_rounding_is_measured_before_the_first_answer(measure, loaded):
+    """Unless the model stays dense, which needs no bounds."""
+    for tuning, measured in ((SLOW, False), (FAST, True)):
+        measure(tuning)
+        head, _ = loaded(measures=True)
+        assert (head in rounding._roundings) == measured
 
 
 WRONG = [None, "x", -1, 0, 1.5, 1e999, float("nan"), True, [1], {}, 10**400]

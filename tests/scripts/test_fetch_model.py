@@ -110,6 +110,8 @@ def test_pip_runs_with_its_words_in_a_file(tmp_path, capfd):
     command = [sys.executable, "-c", script]
     assert fetch_model.run_pip(command, tmp_path, log, lambda: ticks.append(1)) == 3
     assert log.read_text() == f"{tmp_path}\n" and ticks and capfd.readouterr() == ("", "")
+    (tmp_path / "copy").mkdir()
+    shutil.copy(log, tmp_path / "copy" / log.name)
     assert fetch_model.size_of(tmp_path) == log.stat().st_size
 
 

@@ -16,7 +16,7 @@ from mlx_flashhead.serving.engine import Engine
 from scripted_server import TOKEN, scripted_server
 from server_process import serving
 
-CALL = '{"name": "weather", "arguments": {"city": "Rome", "limit": Infinity}}'
+CALL = '{"name": "weather", "arguments": {"city": "Rome", "limit": 5}}'
 WORDS = ("<tool_call>", CALL, "</tool_call>", " one", " two", " three", " four")
 
 

@@ -8,8 +8,9 @@ import mlx.core as mx
 import pytest
 from tokenizers import decoders
 
+from engines import checked
 from mlx_flashhead.models.compat.mlx_lm import TextStateMachine
-from mlx_flashhead.serving.endpoints import token_bytes, token_text
+from mlx_flashhead.serving.choices import Choice, token_bytes, token_text
 from mlx_flashhead.serving.jobs import VERY_UNLIKELY, AnswerText, Token, token_logprobs
 from mlx_flashhead.serving.strict_json import dumps, loads
 from model_folders import EOS
@@ -56,7 +57,7 @@ def emitted(parts, stop=(), state="normal"):
         ("<call>f( 1", "", Token("", "", ["f(1"]), False),  # cut off
         # what was held back is text after all, and a call is as long as it is
         ("a<cal .b", ".", Token("a<cal"), True),
-        ("<call>f( 1.5)", ".", Token("", "", ["f(1"]), True),
+        ("<call>f( 1.5)", ".", Token("f(1"), True),  # a call that is cut is none
         ("a<cal f>b<ca", "", Token("a<calf>b<ca"), False),
     ],
 )
@@ -130,3 +131,14 @@ def test_json_that_is_written_can_be_read():
 def test_json_that_is_not_strict_is_refused(text, said):
     with pytest.raises(ValueError, match=said):
         loads(text)
+
+
+def test_a_thought_has_the_names_that_clients_look_for(tiny):
+    request = checked(tiny, {"messages": [{"role": "user", "content": "x"}]})
+    choice = Choice(request, 0)
+    named = {"reasoning": "Hm.", "reasoning_content": "Hm."}
+    delta = choice.add(Token(reasoning="Hm."))["delta"]
+    assert delta == {"role": "assistant", "content": "", **named}
+    assert choice.add(Token("Yes.", finish_reason="stop"))["delta"] == {"content": "Yes."}
+    message = choice.whole()["message"]
+    assert message == {"role": "assistant", "content": "Yes.", "refusal": None, **named}

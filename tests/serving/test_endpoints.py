@@ -137,6 +137,21 @@ def test_waiting_ends_with_an_error(api, loading, send, tiny, monkeypatch, strea
     assert api.n_waiting_bytes == 0
 
 
+def test_bodies_that_wait_have_a_limit_for_those_that_come(
+    engine, api, loading, send, tiny, monkeypatch
+):
+    first = send(prompt="x")
+    until = time.monotonic() + 20
+    while not api.n_waiting_bytes:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    monkeypatch.setattr(endpoints, "_MAX_WAITING_BYTES", api.n_waiting_bytes)
+    assert answer(send(prompt="y"))[0] == 503
+    loading.set_result([tiny])
+    engine.next_job().emit(Token("A", finish_reason="stop"))
+    assert answer(first)[0] == 200
+
+
 def test_a_client_that_leaves_waits_no_longer(api, loading, send):
     connections = [send(prompt="x", stream=stream) for stream in (False, True)]
     until = time.monotonic() + 20

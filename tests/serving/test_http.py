@@ -122,7 +122,7 @@ def test_tools_are_called_with_valid_json_and_their_answer_is_read(client, strea
     choices, parts = chosen(answer, stream)
     (call,) = [call for part in parts for call in part.tool_calls or ()]
     assert (call.function.name, choices[-1].finish_reason) == ("weather", "tool_calls")
-    assert loads(call.function.arguments.encode()) == {"city": "Rome", "limit": None}
+    assert loads(call.function.arguments.encode()) == {"city": "Rome", "limit": 5}
     made = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     result = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
     messages = [*MESSAGES, {"role": "assistant", "tool_calls": [made]}, result]
@@ -182,7 +182,7 @@ NO_TEXT = {"response_format": {"type": "json_schema", "json_schema": FITS_NOTHIN
     [
         ("/chat/completions", CHAT | {"stream": True, "seed": "a"}, 400, "seed", "whole number"),
         ("/v1/chat/completions", CHAT | {"model": "./absent"}, 404, "model", "choose mine"),
-        ("/v1/completions", {"prompt": "a" * 600}, 400, "prompt", "at most 511"),
+        ("/v1/completions", {"prompt": "a" * 600}, 400, "prompt", "longer than this model"),
         ("/v1/chat/completions", CHAT | NO_TEXT, 400, "response_format", "No text fits"),
         ("/v1/completions", b"{", 400, None, "The body is not JSON"),
         ("/v1/completions", b"[]", 400, None, "must be a JSON object"),

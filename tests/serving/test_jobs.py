@@ -8,7 +8,7 @@ from engines import checked
 from mlx_flashhead.serving import jobs
 from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.fill_in_the_middle import FORMATS, middle_format
-from mlx_flashhead.serving.jobs import AnswerText, read_prompts
+from mlx_flashhead.serving.jobs import AnswerText, Job, Prompt, read_prompts
 from mlx_flashhead.serving.served_models import ServedModel
 
 
@@ -65,14 +65,17 @@ def test_templates_that_fail_are_errors_of_the_messages(tiny):
         assert refused.value.field == "messages"
 
 
+TOO_LONG = "The prompt is longer than this model's 512-token context: shorten it."
+
+
 def test_a_prompt_leaves_room_for_a_token(tiny):
     assert len(text(tiny, "a" * 511)) == 511
-    with pytest.raises(ApiError, match="has 512 tokens, and at most 511 are read") as refused:
+    with pytest.raises(ApiError, match=TOO_LONG) as refused:
         text(tiny, "a" * 512)
     assert (refused.value.field, refused.value.code) == ("prompt", "context_length_exceeded")
-    with pytest.raises(ApiError, match="more than 512 tokens, and at most 511"):
+    with pytest.raises(ApiError, match=TOO_LONG):
         chat(tiny, "a" * 508)
-    with pytest.raises(ApiError, match="at most 511"):
+    with pytest.raises(ApiError, match=TOO_LONG):
         text(tiny, [5] * 512)
     for empty in ("", [[]]):
         with pytest.raises(ApiError, match="The prompt is empty"):
@@ -118,11 +121,43 @@ def test_control_tokens_of_users_are_tokens_as_in_mlx_lm_or_text_with_the_flag(c
     assert tokenizer.decode(escaped) == tokenizer.decode(plain)
     messages[1]["content"] = "a" * 300 + "</s>" * 100  # 300 tokens more than without the flag
     assert len(read()) < 512
-    with pytest.raises(ApiError, match="at most 511"):
+    with pytest.raises(ApiError, match=TOO_LONG):
         read("--escape-control-tokens")
     messages[1]["content"] = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     with pytest.raises(ApiError, match="leave one out"):
         read("--escape-control-tokens")
+
+
+def test_an_answer_may_fill_the_context(tiny):
+    """Unless the request or the server has a limit."""
+    prompt = Prompt([5] * 100)
+    for fields, arguments, most in (
+        ({}, (), 412),
+        ({"max_tokens": -1}, (), 412),
+        ({}, ("--max-tokens", 9), 9),
+        ({"max_tokens": -1}, ("--max-tokens", 9), 9),
+        ({"max_tokens": 50}, ("--max-tokens", 9), 50),
+        ({"max_completion_tokens": 9999}, ("--max-tokens", 9), 412),
+    ):
+        body = {"messages": [{"role": "user", "content": "x"}]} | fields
+        assert Job(checked(tiny, body, arguments=arguments), prompt).max_tokens == most
+
+
+def test_a_gap_is_marked_by_the_tokens_of_the_vocabulary(tiny):
+    tokenizer = copy.copy(tiny.tokenizer)
+    tokenizer._tokenizer = copy.deepcopy(tiny.tokenizer._tokenizer)
+    names = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|file_sep|>"]
+    tokenizer._tokenizer.add_tokens(names, special_tokens=True)
+    tokenizer._detokenizer = type(tokenizer._detokenizer)(tokenizer._tokenizer)
+    served = ServedModel(tiny.names, tiny.model, tokenizer, None, tiny.context)
+    before, after, middle, end = map(tokenizer.convert_tokens_to_ids, names)
+    request = checked(served, {"prompt": "ab", "suffix": "c", "max_tokens": 9}, chat=False)
+    (prompt,) = read_prompts(request)
+    a, b, c = tokenizer.encode("abc", add_special_tokens=False)
+    assert prompt.tokens == [before, a, b, after, c, middle]
+    text = AnswerText(tokenizer, request.stop, prompt.state, prompt.keep_space)
+    parts = [text.add(token) for token in (a, end)]
+    assert (parts[0].content, parts[1].finish_reason) == ("a", "stop")
 
 
 def test_the_text_of_a_gap_is_asked_for_in_the_models_own_tokens(tiny, monkeypatch):

@@ -65,7 +65,7 @@ def test_values_arrive(tiny):
 
 def test_what_changes_nothing_is_taken_and_named(tiny):
     taken = {"store": True, "metadata": {"a": "b"}, "user": "me", "service_tier": "flex"}
-    taken |= {"parallel_tool_calls": False, "keep_alive": "5m", "reasoning_effort": "low"}
+    taken |= {"keep_alive": "5m", "reasoning_effort": "low"}
     taken |= {"verbosity": "low", "stream_options": {"include_usage": True}, "x" * 1000: [5]}
     request = chat(tiny, **taken)
     assert sorted(request.ignored) == sorted(taken)
@@ -188,7 +188,11 @@ CHAT_MISTAKES = {
         "knows no tools": [[TOOL]],
         "tools[0] must be": [[{}], [{"type": "function", "function": {}}]],
     },
-    "tool_choice": {'can be "auto" or "none"': ["required", TOOL]},
+    "tool_choice": {
+        "there are no tools": ["required"],
+        "must name some of the tools": [TOOL],
+        'must be "none", "auto", "required"': ["sometimes", 5],
+    },
     "response_format": {
         "must be an object with a type": ["json", {"type": ["text"]}],
         "json_schema, regex, grammar": [{"type": "xml"}],
@@ -234,6 +238,7 @@ TEXT_MISTAKES = {
             for value in values
         ),
         (chat, {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "they differ"),
+        (chat, {"stream": True, "stream_options": {"include_usage": 1}}, "include_usage", "true"),
         (chat, {"response_format": {"type": "text", "x": 1}}, "x", "not a field"),
         (chat, {"regex": "a", "grammar": LARK}, "response_format", "one form"),
         (chat, {"dense": True, "n_probes": 3}, "n_probes", "leave n_probes out"),
@@ -260,10 +265,3 @@ def test_contents_in_parts_and_calls_become_what_templates_take(tiny):
     assert (first["content"], second["content"]) == ("ab", "")
     assert second["tool_calls"][0]["function"]["arguments"] == {"a": 1}
     assert call["function"]["arguments"] == '{"a": 1}'
-
-
-def test_tools_go_to_a_model_that_knows_them(chain):
-    assert chat(chain, tools=[TOOL]).tools == [TOOL]
-    assert chat(chain, tools=[TOOL], tool_choice="none", regex="a").tools == []
-    with pytest.raises(ApiError, match="calls no tools"):
-        chat(chain, tools=[TOOL], regex="a")

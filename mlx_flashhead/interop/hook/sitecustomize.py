@@ -1,6 +1,8 @@
-"""What Python runs at its start where `mlx_flashhead.run` has put this folder on PYTHONPATH. It
-costs nothing until mlx-lm or mlx-vlm is imported, and stands alone, since other Pythons than the
-one of `run` read it too."""
+"""Python runs this at its start where `mlx_flashhead.run` has put this folder on PYTHONPATH.
+
+It costs nothing until mlx-lm or mlx-vlm is imported, and stands alone, since other Pythons than
+the one of `run` read it too.
+"""
 
 import os
 import sys
@@ -16,6 +18,7 @@ class Watch:
     looks = False
 
     def find_spec(self, name, path=None, target=None):
+        """Finds one of the libraries; None for other modules."""
         if name not in LIBRARIES or self.looks:
             return None
         self.looks = True  # the other finders do

@@ -21,15 +21,17 @@ public struct FlashSettings {
         self.seed = seed
     }
 
-    /// The kernel's arrays for a number of positions; `step` is the number of those before.
+    /// The kernel's arrays for a number of positions; `step` is the number of those before. They have
+    /// 8 rows or more, since MLX compiles another kernel for an array of fewer than 8 elements.
     func arrays(step: UInt64, positions: Int = 1) -> [String: MLXArray] {
         let inverse = temperature > 0 ? 1 / temperature : 0
         let floats = [inverse, topP, minP > 0 ? log(minP) : -1e30]
-        let keys = (0 ..< UInt64(positions)).flatMap { key(step &+ $0) }
+        let rows = max(positions, 8)
+        let keys = (0 ..< UInt64(rows)).flatMap { key(step &+ $0) }
         return [
-            "settings": tiled(MLXArray(floats.map(Float.init), [1, 3]), repetitions: [positions, 1]),
-            "top_k": MLXArray.full([positions], values: MLXArray(UInt32(topK))),
-            "keys": MLXArray(keys, [positions, 2]),
+            "settings": tiled(MLXArray(floats.map(Float.init), [1, 3]), repetitions: [rows, 1]),
+            "top_k": MLXArray.full([rows], values: MLXArray(UInt32(topK))),
+            "keys": MLXArray(keys, [rows, 2]),
         ]
     }
 

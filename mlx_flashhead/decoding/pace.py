@@ -1,0 +1,89 @@
+"""Whether proposals pay in the text at hand: a flat distribution, or text that is unlike what the
+machine was measured on, costs more doubts and rejections than the proposals save."""
+
+from dataclasses import dataclass, field
+
+FIRST_ROUNDS = 8  # of a trial, before anything is said of it
+TRIAL = 24  # rounds of a trial after which it has passed
+WARM = 2  # dense rounds after a change whose times are not taken
+DENSE_TOKENS = (
+    96  # decoded densely after a trial that has failed; each next time three times as many
+)
+MOST_DENSE = 4096
+MEASURED = 12  # dense rounds whose times say how long a token takes
+LOST = 0.15  # share of rounds that gave no token, from which dense ones are timed
+SLOWER = 1.02  # relative to dense decoding
+
+
+@dataclass
+class Pace:
+    """The pace of one kind of text, greedy or sampled, of one head. It outlives a text.
+
+    Rounds of proposals are a trial: as long as they give tokens as fast as dense ones, they go on.
+    Where they do not, the next tokens are decoded densely, and then there is another trial.
+
+    Args:
+        dense_seconds: Of a round of dense decoding, where it was measured for one text.
+    """
+
+    dense_seconds: float | None = None
+    dense_left: int = 0  # tokens that are still decoded densely
+    _next_dense: int = DENSE_TOKENS
+    _rounds: int = 0  # of the trial
+    _seconds: float = 0.0  # of these
+    _tokens: float = 0.0  # that these gave, to each text
+    _dense_times: list[float] = field(default_factory=list)
+    _warm: int = 0
+
+    @property
+    def dense(self) -> bool:
+        """Whether the next tokens are to be decoded densely."""
+        return self.dense_left > 0
+
+    def note_dense(self, seconds: float) -> None:
+        """Notes a round in which all texts were decoded densely."""
+        self.dense_left = max(self.dense_left - 1, 0)
+        self._warm += 1
+        if self._warm > WARM:
+            self._dense_times = [*self._dense_times[1 - MEASURED :], seconds]
+            ordered = sorted(self._dense_times)
+            self.dense_seconds = ordered[len(ordered) // 2]
+        self._begin_trial()
+
+    def note_proposed(self, seconds: float, n_tokens: float, verified: bool) -> None:
+        """Notes a round of proposals.
+
+        Args:
+            seconds: That it took.
+            n_tokens: By how many tokens each text, with its pending ones, has grown: 1, or less
+                than 0 where proposals were rejected.
+            verified: Whether it ended with a verification: then it is known what the trial gave.
+        """
+        self._warm = 0
+        self._rounds += 1
+        self._seconds += seconds
+        self._tokens += n_tokens
+        if not verified or self._rounds < FIRST_ROUNDS:
+            return
+        if self.dense_seconds is None:  # dense rounds are timed, at once if tokens are lost
+            if self._rounds >= TRIAL or self._tokens < (1 - LOST) * self._rounds:
+                self._fail(MEASURED + WARM)
+            return
+        if self._seconds > SLOWER * self.dense_seconds * self._tokens:
+            if not self._dense_times:  # the machine may be slower than when it was measured
+                self._fail(MEASURED + WARM)
+                return
+            self._fail(self._next_dense)
+            self._next_dense = min(3 * self._next_dense, MOST_DENSE)
+        elif self._rounds >= TRIAL:
+            self._next_dense = DENSE_TOKENS
+            self._begin_trial()
+
+    def _fail(self, n_dense: int) -> None:
+        self.dense_left = n_dense
+        self._begin_trial()
+
+    def _begin_trial(self) -> None:
+        self._rounds = 0
+        self._seconds = 0.0
+        self._tokens = 0.0

@@ -1,0 +1,125 @@
+"""Answers in the form of OpenAI's API: choices of chunks and of whole answers, and logprobs."""
+
+from itertools import accumulate
+from typing import Any
+
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from .jobs import Token, TokenLogprobs
+from .requests import Request
+
+_BYTES = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
+
+
+class Choice:
+    """One of a request's answers in OpenAI's form, up to its latest token."""
+
+    def __init__(self, request: Request, index: int):
+        self._request = request
+        self._index = index
+        self.finish_reason: str | None = None
+        self._first_delta: dict[str, Any] = {"role": "assistant", "content": ""}
+        self._whole = Token()  # with the calls as they are sent
+        self._logprobs: list[TokenLogprobs] = []
+        self._offset = 0  # characters of the text before the next token
+
+    def add(self, token: Token) -> dict[str, Any] | None:
+        """Adds a token: the choice of a chunk, or None if there is nothing to send."""
+        n_calls_before = len(self._whole.calls)
+        self._whole.add(token)
+        entries = [] if token.logprobs is None else [token.logprobs]
+        self._logprobs += entries
+        self.finish_reason = token.finish_reason
+        if token.finish_reason == "stop" and self._whole.calls:
+            self.finish_reason = "tool_calls"
+        is_empty = not (token.content or token.reasoning or token.calls or entries)
+        if is_empty and self.finish_reason is None:
+            return None
+        choice = self._choice(entries)
+        if not self._request.chat:
+            return {**choice, "text": token.content}
+        delta = self._first_delta
+        self._first_delta = {}
+        if token.content:
+            delta["content"] = token.content
+        delta |= _thought(token.reasoning)
+        if token.calls:
+            numbered = enumerate(token.calls, n_calls_before)
+            delta["tool_calls"] = [{"index": i, **call} for i, call in numbered]
+        return {**choice, "delta": delta}
+
+    def whole(self) -> dict[str, Any]:
+        """The choice of a whole answer."""
+        self._offset = 0
+        choice = self._choice(self._logprobs)
+        whole = self._whole
+        if not self._request.chat:
+            return {**choice, "text": whole.content}
+        content = whole.content or (None if whole.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        message |= _thought(whole.reasoning)
+        if whole.calls:
+            message["tool_calls"] = whole.calls
+        return {**choice, "message": message}
+
+    def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
+        logprobs: dict[str, Any] | None = None
+        if self._request.logprobs is not None and self._request.chat:
+            logprobs = self._chat_logprobs(entries)
+        elif self._request.logprobs is not None:
+            logprobs = self._text_logprobs(entries)
+        return {"index": self._index, "logprobs": logprobs, "finish_reason": self.finish_reason}
+
+    def _chat_logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
+        tokenizer = self._request.served.tokenizer
+
+        def named(token: int, logprob: float) -> dict[str, Any]:
+            content = token_bytes(tokenizer, token)
+            text = content.decode("utf-8", "replace")
+            return {"token": text, "logprob": logprob, "bytes": list(content)}
+
+        content = []
+        for chosen, *tops in entries:
+            content.append({**named(*chosen), "top_logprobs": [named(*top) for top in tops]})
+        return {"content": content, "refusal": None}
+
+    def _text_logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
+        tokenizer = self._request.served.tokenizer
+        chosen = [entry[0] for entry in entries]
+        texts = [token_text(tokenizer, token) for token, _ in chosen]
+        *offsets, self._offset = accumulate(map(len, texts), initial=self._offset)
+        tops = []
+        for _, *likeliest in entries:
+            tops.append({token_text(tokenizer, token): logprob for token, logprob in likeliest})
+        return {
+            "tokens": texts,
+            "token_logprobs": [logprob for _, logprob in chosen],
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+
+def _thought(text: str) -> dict[str, str]:
+    """A thought under the names that clients look for: mlx-lm's, and that of most others."""
+    return {"reasoning": text, "reasoning_content": text} if text else {}
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """The bytes of a token's text, possibly incomplete characters."""
+    name = tokenizer.convert_ids_to_tokens(token) or ""  # a row of the head may have no token
+    if token in tokenizer.added_tokens_decoder:
+        return name.encode()
+    if tokenizer.is_fast and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
+        return b"".join(_BYTES.get(letter) or letter.encode() for letter in name)
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):  # as in sentencepiece
+        return bytes([int(name[3:5], 16)])
+    return name.replace("\u2581", " ").encode()
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """A token's text; for bytes that are not a text, OpenAI's name for them."""
+    content = token_bytes(tokenizer, token)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)

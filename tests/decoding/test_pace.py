@@ -1,0 +1,106 @@
+"""Whether proposals pay is seen while a text runs, on a clock that is made up."""
+
+import copy
+
+import mlx.core as mx
+import pytest
+from mlx_lm import sample_utils
+from mlx_lm.generate import generate_step
+
+from flash_loops import PROMPT, flash_of
+from mlx_flashhead.decoding.pace import Pace
+from mlx_flashhead.decoding.policy import policy_of
+from tiny_models import tiny_model
+
+DENSE = 1.0  # seconds of a dense token
+
+
+def seconds_of_text(pace, n_tokens, step, k, rejected_every):
+    """The time of a text: proposals of ``step`` seconds, verified each ``k``, of which each
+    ``rejected_every``-th verification rejects all but its first token."""
+    total, made, since, verifications = 0.0, 0, 0, 0
+    while made < n_tokens:
+        if pace.dense:
+            total += DENSE
+            made += 1
+            pace.note_dense(DENSE)
+            continue
+        since += 1
+        grown, verified = 1, since == k
+        if verified:
+            verifications += 1
+            since = 0
+            if rejected_every and verifications % rejected_every == 0:
+                grown = 2 - k  # all but its first token
+        total += step
+        made += grown
+        pace.note_proposed(step, grown, verified)
+    return total
+
+
+@pytest.mark.parametrize("known", [None, DENSE, 0.3 * DENSE])
+@pytest.mark.parametrize("step, k, rejected_every", [(0.5, 8, 0), (0.5, 8, 3), (0.9, 4, 0)])
+def test_proposals_that_pay_go_on(known, step, k, rejected_every):
+    pace = Pace(known)
+    whole = seconds_of_text(Pace(0.0), 0, step, k, 0)
+    proposed = seconds_of_text(_always(), 3000, step, k, rejected_every)
+    assert seconds_of_text(pace, 3000, step, k, rejected_every) < 1.04 * proposed + whole
+
+
+def _always():
+    """A pace that never says dense."""
+    pace = Pace()
+    pace._fail = lambda n: pace._begin_trial()
+    return pace
+
+
+@pytest.mark.parametrize("known", [None, DENSE])
+@pytest.mark.parametrize("step, k, rejected_every", [(0.8, 4, 1), (2.0, 8, 0), (1.1, 8, 0)])
+def test_text_whose_proposals_cost_more_is_never_much_slower(known, step, k, rejected_every):
+    """Within 2 % of dense decoding, over the texts of a session, and it tries again."""
+    pace = Pace(known)
+    trials = 0
+    total = 0.0
+    for _ in range(20):
+        total += seconds_of_text(pace, 500, step, k, rejected_every)
+        trials += not pace.dense
+    assert total < 1.02 * 20 * 500 * DENSE
+    assert pace._next_dense > 96
+
+
+def test_text_that_changes_is_proposed_again():
+    pace = Pace(DENSE)
+    seconds_of_text(pace, 1000, 0.8, 4, 1)
+    assert pace.dense
+    later = seconds_of_text(pace, 6000, 0.5, 8, 0)
+    assert later < 0.8 * 6000 * DENSE
+
+
+@pytest.mark.parametrize("settings", [None, {"temp": 1.0}], ids=["greedy", "drawn by mlx-lm"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
+def test_the_text_is_the_same_through_all_changes(arch, settings, misses):
+    """Dense phases begin and end at any token, and draws go on where they were."""
+    window = {"sliding_window": 12, "sliding_window_pattern": 2, "num_hidden_layers": 2}
+    dense = tiny_model(arch, **(window if arch == "gemma3_text" else {}))
+    flash = flash_of(copy.deepcopy(dense))
+    policy = policy_of(flash.head)
+    policy.adapts = True
+    phases = []
+
+    class Short(Pace):
+        def _fail(self, n_dense):
+            phases.append(n_dense)
+            super()._fail(5)
+
+    policy.paces = {(sampled, sampled, 1): Short(1e-9) for sampled in (False, True)}
+    sampler = sample_utils.make_sampler(**settings) if settings else None
+    mx.random.seed(3)
+    expected = [
+        t for t, _ in generate_step(mx.array(PROMPT), dense, max_tokens=90, sampler=sampler)
+    ]
+    state = mx.random.state[0].tolist()
+    mx.random.seed(3)
+    assert [t for t, _ in flash.steps(max_tokens=90, sampler=sampler)] == expected
+    assert mx.random.state[0].tolist() == state
+    assert len(phases) > 1
+    assert misses or arch == "gemma3_text"  # whose choices are clear

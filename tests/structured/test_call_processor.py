@@ -1,0 +1,174 @@
+"""A text with calls, token by token: free up to a call's mark, then held to the grammar."""
+
+import random
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+
+from call_formats import of, tokenizer_of, tool
+from mlx_flashhead import generate
+from mlx_flashhead.decoding.sampler import make_sampler
+from mlx_flashhead.structured.grammar import Grammar, GrammarProcessor
+from mlx_flashhead.structured.tool_grammar import tool_calls
+from tiny_models import install_index, tiny_index, tiny_model
+
+EOS = 1
+COLOUR = tool("paint", of(["colour"], colour={"enum": ["red", "blue"]}))
+CALL = '{"name": "paint", "arguments": {"colour": "red"}}'
+MARKED = f"<tool_call>{CALL}</tool_call>"
+
+
+def processor_of(tokenizer, tools=(COLOUR,), grammar=None, *, several=True, **options):
+    calls = tool_calls(tokenizer, tools, several=several)
+    made = GrammarProcessor(tokenizer, grammar, calls=calls, **options)
+    made([0], mx.zeros((1, made._vocabulary.size)))  # the prompt
+    return made
+
+
+def allowed(processor, tokens):
+    """The tokens that may follow; None for all of them."""
+    words = processor.allowed_words([0, *tokens])
+    if words is None:
+        return None
+    size = processor._vocabulary.size
+    bits = np.unpackbits(np.array(words).view(np.uint8), bitorder="little")[:size]
+    logits = processor([0, *tokens], mx.zeros((1, size)))
+    found = {*np.flatnonzero(bits).tolist()}
+    assert found == {*np.flatnonzero(np.isfinite(np.array(logits[0]))).tolist()}
+    return found
+
+
+def ids(tokenizer, *texts):
+    """One token for each text of several letters that is one, else a token a byte."""
+    vocabulary = tokenizer.get_vocab()
+    found = []
+    for text in texts:
+        whole = vocabulary.get(text.replace("\n", "Ċ").replace(" ", "Ġ"))
+        found += [whole] if whole is not None else tokenizer.encode(text, add_special_tokens=False)
+    return found
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["token", "text"])
+def test_free_up_to_the_mark_and_after_the_call(plain):
+    tokenizer = tokenizer_of("json_tools", plain=plain)
+    processor = processor_of(tokenizer)
+    before, call = ids(tokenizer, "Well, <tool"), ids(tokenizer, MARKED)
+    assert allowed(processor, before) is None
+    tokens = [*before, *call]
+    for end in range(len(before), len(tokens)):
+        following = allowed(processor, tokens[:end])
+        assert following is None or tokens[end] in following
+        if tokenizer.decode(tokens[len(before) : end]).startswith("<tool_call>{"):
+            assert following is not None and len(following) < 100
+    assert allowed(processor, tokens) is None and processor.problem is None
+    assert allowed(processor, [*tokens, *ids(tokenizer, " Done.")]) is None
+    second = [*tokens, *ids(tokenizer, "<tool_call>")]
+    assert allowed(processor, second) <= {*ids(tokenizer, "{", " ", "\n", "\n\n")}
+    processor = processor_of(tokenizer, several=False)
+    assert allowed(processor, tokens) == {EOS}
+
+
+def test_a_token_that_completes_the_mark_goes_on_as_a_call_does():
+    """``l_call>{`` after ``<too``: right where JSON follows, wrong where a tag does."""
+    for parser, right in (("json_tools", True), ("qwen3_coder", False)):
+        tokenizer = tokenizer_of(parser, plain=True)
+        processor = processor_of(tokenizer)
+        begun = ids(tokenizer, "a <too")
+        token = ids(tokenizer, "l_call>{")
+        following = allowed(processor, begun)
+        assert (following is None or token[0] in following) == right
+        assert following is None or len(following) > 250
+        if right:
+            assert ids(tokenizer, '"')[0] in allowed(processor, [*begun, *token])
+            assert len(allowed(processor, [*begun, *token])) < 20
+    whole = ids(tokenizer_of("json_tools", plain=True), "x<tool_call>")
+    assert len(allowed(processor_of(tokenizer_of("json_tools", plain=True)), whole)) < 20
+
+
+def test_masks_follow_the_tokens_back_and_forth():
+    tokenizer = tokenizer_of("json_tools")
+    text = ids(tokenizer, "Hm ", MARKED, "\n", MARKED, " so")
+    processor = processor_of(tokenizer)
+    expected = [allowed(processor, text[:end]) for end in range(len(text) + 1)]
+    draw = random.Random(1)
+    for _ in range(60):
+        end = draw.randrange(len(text) + 1)
+        assert allowed(processor, text[:end]) == expected[end]
+    other = processor.for_sequence()
+    other([0], mx.zeros((1, other._vocabulary.size)))
+    assert allowed(other, text[:9]) == expected[9]
+
+
+def test_a_required_call_is_first_but_for_a_thought():
+    tokenizer = tokenizer_of("json_tools")
+    mark, *_ = ids(tokenizer, "<tool_call>")
+    space = {*ids(tokenizer, " ", "\n", "\n\n", "  ")}
+    processor = processor_of(tokenizer, required=True)
+    assert mark in allowed(processor, []) <= {mark} | space
+    after_call = allowed(processor, ids(tokenizer, MARKED))
+    assert {mark, EOS} <= after_call <= {mark, EOS} | space
+    thought = processor_of(tokenizer, required=True, thought=("[T]", "[/T]"))
+    assert {mark, *ids(tokenizer, "[")} <= allowed(thought, [])
+    begun = ids(tokenizer, "[T]Hm")
+    assert allowed(thought, begun) is None
+    thought_over = [*begun, *ids(tokenizer, "[/T]")]
+    assert mark in allowed(thought, thought_over) <= {mark} | space
+    # a thought that the prompt begins; a call within it is one, as mlx-lm has it
+    end = ids(tokenizer, "[/T]")
+    begun_by_prompt = processor_of(tokenizer, required=True, after=end)
+    assert allowed(begun_by_prompt, ids(tokenizer, "Hm")) is None
+    assert mark in allowed(begun_by_prompt, [*ids(tokenizer, "Hm"), *end]) <= {mark} | space
+    assert len(allowed(begun_by_prompt, ids(tokenizer, "Hm<tool_call>"))) < 20
+
+
+def test_a_form_beside_calls_holds_no_mark_of_a_call():
+    tokenizer = tokenizer_of("json_tools", plain=True)
+    grammar = Grammar.from_json_schema({"type": "array", "items": {"type": "string"}})
+    processor = processor_of(tokenizer, grammar=grammar)
+    first = allowed(processor, [])
+    assert {*ids(tokenizer, "[", "<")} <= first
+    inside = ids(tokenizer, '["<tool_call')
+    assert not {*ids(tokenizer, ">", '>"', ">\n")} & allowed(processor, inside)
+    assert {*ids(tokenizer, "<", '"')} <= allowed(processor, inside)
+    assert allowed(processor, ids(tokenizer, '["a"]')) == {EOS}
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_the_text_is_that_of_plain_mlx_lm(temperature):
+    """With the same processor, in mlx-lm's own loop and model."""
+    tokenizer = tokenizer_of("json_tools")
+    city = tool("weather", of(["city"], city={"type": "string", "maxLength": 6}))
+
+    def text(write, model):
+        processor = GrammarProcessor(
+            tokenizer,
+            calls=tool_calls(tokenizer, [city, COLOUR], several=False),
+            required=True,
+        )
+        sampler = make_sampler(temp=temperature, seed=5)
+        prompt = ids(tokenizer, "hello")
+        options = {"max_tokens": 120, "sampler": sampler, "logits_processors": [processor]}
+        return write(model, tokenizer, prompt, **options)
+
+    plain = tiny_model(vocab_size=len(tokenizer))
+    flash = tiny_model(vocab_size=len(tokenizer))
+    install_index(flash, tiny_index(flash, n_probes=3))
+    expected = text(mlx_lm.generate, plain)
+    assert "paint" in expected or "weather" in expected
+    assert text(generate, flash) == expected
+
+
+def test_the_first_mask_of_a_free_text_comes_in_time(monkeypatch):
+    """What takes long is found when a processor is made, not while others wait for a mask."""
+    monkeypatch.setattr("mlx_flashhead.structured.grammar.MASK_SECONDS", 5.0)
+    tokenizer = tokenizer_of("json_tools")
+    processor = processor_of(tokenizer, seconds_per_mask=1.0)
+    vocabulary = processor._vocabulary
+    # a mask that looks at all tokens would fail
+    monkeypatch.setattr(type(vocabulary), "beginning_with", None)
+    monkeypatch.setitem(vars(vocabulary), "texts", None)
+    for text in ("a", "<", "<tool", "<tool_call", "<tool_call>", MARKED, MARKED + "b"):
+        allowed(processor, ids(tokenizer, text))
+        assert processor.problem is None
