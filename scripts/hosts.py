@@ -33,19 +33,22 @@ from host_environment import CHECKOUT, Environment, Package
 
 sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests" / "helpers")]
 
+import mlx_vlm
 from mlx_lm import load
 
 from mlx_flashhead.index.files import write_companion
 from model_folders import write_model
 from tiny_models import tiny_index
+from vlm_folders import write_vision_model
 
 RESULTS = CHECKOUT / "docs" / "benchmarks" / "hosts.json"
 PAGE = CHECKOUT / "docs" / "integrations.md"
 MARKS = ("<!-- hosts: scripts/hosts.py -->\n", "<!-- end of hosts -->\n")
 DEFAULT_CACHE = Path("~/.cache/mlx_flashhead-hosts").expanduser()
-UNDER = ("-m", "mlx_flashhead.run", "--check", "--flash-head", "head", "--flash-head-always")
+UNDER = ("-m", "mlx_flashhead.run", "--check", "--flash-head-always", "--flash-head")
 CHECKED = re.compile(r"^Checked .*?: ([\d,]+) tokens: ([\d,]+) verified.*$", re.MULTILINE)
-TIMES = re.compile(r"^.*(tokens-per-sec|Peak memory).*$", re.MULTILINE)
+TIMES = re.compile(r"^.*(tokens-per-sec|[Tt]okens per|Peak memory).*$", re.MULTILINE)
+BUSY = 503  # from a server that takes one client at a time
 N_CLIENTS = 8
 N_TOKENS = 24
 SECONDS = 240  # until a server answers
@@ -76,6 +79,7 @@ class Host:
         greedy: Further words with which a command is greedy, if it is not by default.
         variables: Of its environment.
         model: Its model's name in requests.
+        head: The folder of its FlashHead.
         not_run: Why it cannot be run on this kind of machine.
     """
 
@@ -86,6 +90,7 @@ class Host:
     greedy: tuple[str, ...] = ()
     variables: dict[str, str] = field(default_factory=dict)
     model: str = "model"
+    head: str = "head"
     not_run: str = ""
 
     @property
@@ -108,8 +113,9 @@ HOSTS = [
     Host(
         "mlx-vlm",
         Package("mlx-vlm", "0.7.10"),
-        ("mlx_vlm.chat", "--model", "model", "--max-tokens", str(N_TOKENS)),
-        typed="One day\n/exit\n",
+        ("mlx_vlm.generate", "--model", "vision", "--prompt", "One day", "--max-tokens", "24"),
+        typed="",
+        head="vision_head",
     ),
     Host("vllm-mlx", VLLM, VLLM_WORDS),
     Host("vllm-mlx, batches", VLLM, (*VLLM_WORDS, "--continuous-batching")),
@@ -138,10 +144,13 @@ HOSTS = [
 
 
 def make_place(place: Path) -> None:
-    """Writes a tiny model, its FlashHead apart, and what the programs keep beside them."""
+    """Writes tiny models, their FlashHeads apart, and what the programs keep beside them."""
     model = write_model(place / "model", further={"max_position_embeddings": 4096})
     (place / "head").mkdir()
     write_companion(place / "head", tiny_index(load(str(model))[0]))
+    vision, _ = mlx_vlm.load(str(write_vision_model(place / "vision")))
+    (place / "vision_head").mkdir()
+    write_companion(place / "vision_head", tiny_index(vision))
     (place / "models").mkdir()
     (place / "models" / "model").symlink_to(model, target_is_directory=True)
     (place / "llm").mkdir()
@@ -153,7 +162,7 @@ def command_of(host: Host, environment: Environment, under: bool) -> list[str]:
     """The words that start a program, under ``run`` or as it is."""
     program = environment.folder / "bin" / host.words[0]
     words = [str(program), *host.words[1:]]
-    return [str(environment.python), *UNDER, *words] if under else words
+    return [str(environment.python), *UNDER, host.head, *words] if under else words
 
 
 def variables_of(host: Host, environment: Environment, place: Path) -> dict[str, str]:
@@ -220,11 +229,16 @@ def ask(port: int, model: str, content: str, settings: dict[str, Any]) -> str:
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    try:
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-            message = json.load(answer)["choices"][0]["message"]
-    except urllib.error.HTTPError as error:
-        return f"{error.code}: {error.read().decode()[:300]}"
+    end = time.monotonic() + SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+                message = json.load(answer)["choices"][0]["message"]
+            break
+        except urllib.error.HTTPError as error:
+            if error.code != BUSY or time.monotonic() > end:
+                return f"{error.code}: {error.read().decode()[:300]}"
+        time.sleep(0.5)
     return json.dumps([message.get("content"), message.get("tool_calls")])
 
 
