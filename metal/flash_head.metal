@@ -61,6 +61,7 @@ typedef bfloat bfloat16_t;
 #include "flash_head/screen.h"
 #include "flash_head/join.h"
 #include "flash_head/adjust.h"
+#include "flash_head/tolerance.h"
 
 // 4-bit rows and centroids of group 64, one position at a time (H = 1), whose model gives its head's
 // logits as they are. Any other head is one more line at the end.

@@ -6,7 +6,8 @@
 // the latest token, which may not be known on the host yet: it is repeated and present, and occurs
 // once more. All of them were probed. The steps and their rounding to T are mlx-lm's, in its order:
 //   x + bias;  x < 0 ? x * repetition : x / repetition;  x - presence;  x - frequency, once each time
-// With a mask (MASKED), a token whose bit of `allowed` is 0 gets the lowest finite value.
+// A token whose bit of `allowed` is 0 gets the lowest finite value. Words of another number than
+// ceil(V/32) are no mask, and a row of no tokens whose latest one is V changes nothing.
 //
 // One thread a probe, which takes the cluster's N tokens one after the other. It reads and writes all
 // scored logits once. No threadgroup memory, no barrier.
@@ -57,8 +58,6 @@ inline T adjusted(T x, uint id, uint latest, Words words, size_t row, uint n_tok
 template <
     int N,
     int V,
-    bool ADJUSTED,
-    bool MASKED,
     typename T,
     typename Probes,
     typename Ids,
@@ -72,11 +71,12 @@ inline void adjust(
     Logits logits,          // (R, S, N)
     Words words,            // (R, W) uint
     Latest latest,          // (R,) uint, V for none
-    Allowed allowed,        // (R, ceil(V/32)) uint
+    Allowed allowed,        // (R, M) uint
     device T* changed,      // (R, S, N)
     device float* best,     // (R, S)
     uint held,              // S
     uint n_words,           // W
+    uint n_mask_words,      // M
     uint row,
     uint place) {
   if (place >= held) {
@@ -89,21 +89,19 @@ inline void adjust(
     T x = logits[probe * N + i];
     const uint id = token_ids[size_t(probes[probe]) * N + i];
     if (id != uint(V) && !repeats) {
-      if (ADJUSTED) {
-        const T y = adjusted<T>(
-            x, id, latest[row], words, size_t(row) * n_words,
-            (n_words - ADJUST_HEAD) / ADJUST_TOKEN);
-        x = to_finite<T>(float(y));
-      }
-      if (MASKED &&
-          (allowed[size_t(row) * ((V + 31) / 32) + id / 32] >> (id % 32) & 1u) == 0) {
+      const T y = adjusted<T>(
+          x, id, latest[row], words, size_t(row) * n_words,
+          (n_words - ADJUST_HEAD) / ADJUST_TOKEN);
+      x = to_finite<T>(float(y));
+      const size_t word = size_t(row) * n_mask_words + id / 32;
+      if (n_mask_words == uint((V + 31) / 32) && (allowed[word] >> (id % 32) & 1u) == 0) {
         x = T(-Finite<T>::highest());
       }
     }
     changed[probe * N + i] = x;
     highest = max(highest, order_key(float(x)));
   }
-  best[probe] = score_of(highest);
+  best[probe] = float(score_of(highest));
 }
 
 }  // namespace flash_head

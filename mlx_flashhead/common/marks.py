@@ -6,6 +6,7 @@ An attribute of somebody else's object says nothing, whatever its name.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import ismethod
 from typing import Any, TypeVar
 
 Function = TypeVar("Function")
@@ -17,6 +18,9 @@ class Marks:
 
     pure: bool = False
     preserves_margins: bool = False
+    # The tokens (n,) of a text and V → (⌈V/32⌉,) uint32, a bit for each token that may come next,
+    # or None for all; of a processor that does nothing else.
+    allowed: Callable[[Any, int], Any] | None = None
     begin: Callable[[], Any] | None = None  # called when a text begins
     for_sequence: Callable[[], Any] | None = None  # makes another one, for another text
 
@@ -48,6 +52,23 @@ def preserves_margins(processor: Function) -> Function:
         processor: (n,) tokens and (1, V) logits → (1, V) logits.
     """
     _marks_for(processor).preserves_margins = True
+    return processor
+
+
+def masks(processor: Function, allowed: Callable[[Any, int], Any]) -> Function:
+    """Marks a processor that rules tokens out and changes no other logit, and returns it.
+
+    No text needs the logits of all tokens for it.
+
+    Args:
+        processor: (n,) tokens and (1, V) logits → (1, V) logits, minus infinity for what is ruled
+            out.
+        allowed: (n,) tokens and V → (⌈V/32⌉,) uint32, a bit for each token that may come next, that
+            of token t bit t % 32 of word t // 32; None where all may.
+    """
+    marks = _marks_for(processor)
+    marks.preserves_margins = True
+    marks.allowed = _unbound(allowed) if ismethod(allowed) else allowed
     return processor
 
 
@@ -88,12 +109,12 @@ def _marks_for(function: Any) -> Marks:
     return known
 
 
-def _unbound(method: Callable[[], Any]) -> Callable[[], Any]:
+def _unbound(method: Callable[..., Any]) -> Callable[..., Any]:
     """The method of an object that it does not keep alive."""
     reference = weakref.WeakMethod(method)
 
-    def call() -> Any:
+    def call(*given: Any) -> Any:
         bound = reference()
-        return None if bound is None else bound()
+        return None if bound is None else bound(*given)
 
     return call

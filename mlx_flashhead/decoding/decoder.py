@@ -162,11 +162,12 @@ class Decoder:
         if not proposed:
             tokens = self._choose_densely(sequences, logits, states)
         elif len(proposed) == n:
-            tokens = proposer.propose(sequences, states[-1][:, -1])
+            tokens = proposer.propose(sequences, states[-1][:, -1], latest)
         else:
             dense = [i for i in range(n) if i not in proposed]
             rows = mx.array(proposed)
-            first = proposer.propose([sequences[i] for i in proposed], states[-1][:, -1][rows])
+            some = [sequences[i] for i in proposed]
+            first = proposer.propose(some, states[-1][:, -1][rows], latest[rows])
             rest = [sequences[i] for i in dense]
             second = self._choose_densely(rest, logits[mx.array(dense)], states, dense)
             tokens = mx.concatenate([first, second])[mx.argsort(mx.array(proposed + dense))]

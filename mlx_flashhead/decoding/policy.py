@@ -10,12 +10,14 @@ from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+from ..head.adjustment import Adjustment
 from ..head.backend import PORTABLE
 from ..head.draw import Draws
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
-from ..head.steps import NO_DEPTH
+from ..head.steps import NO_DEPTH, NOTHING_ALLOWED
 from ..models.errors import UnsupportedHeadError
 from ..models.install import (
     LogitChange,
@@ -24,6 +26,7 @@ from ..models.install import (
     is_recognised,
     logit_change_of,
 )
+from .changes import mask_array
 from .pace import Pace
 from .sampler import Trust
 from .sequence import PendingToken, Sequence
@@ -224,10 +227,30 @@ class Proposer:
         with head.intercepted(project):
             yield taken
 
-    def propose(self, sequences: Rows[Sequence], hidden: mx.array) -> mx.array:
-        """Tokens of states (R, D), a row a sequence, which are pending then: (R,) uint32, lazy."""
+    def needs_logits(self, sequence: Sequence) -> bool:
+        """Whether a choice of the sequence needs the logits of all tokens."""
+        if self.logit_map is None or sequence.changes is None or not sequence.changes_few:
+            return True
+        return not sequence.changes.fit(self.head.vocab_size)
+
+    def propose(
+        self, sequences: Rows[Sequence], hidden: mx.array, latest: mx.array | None = None
+    ) -> mx.array:
+        """Tokens that are pending then, lazy.
+
+        Args:
+            sequences: R of them.
+            hidden: (R, D), their states.
+            latest: (R,), the tokens of these states, which may not be computed yet; None where the
+                sequences know all of their tokens.
+
+        Returns:
+            (R,) uint32.
+        """
         logit_map = self.logit_map
-        wide = [logit_map is None or sequence.needs_logits for sequence in sequences]
+        wide = [self.needs_logits(sequence) for sequence in sequences]
+        narrow = [None if is_wide else s for s, is_wide in zip(sequences, wide, strict=True)]
+        masks = [None if s is None else self._mask(s) for s in narrow]
         rows = [s.draw_at(s.n_chosen) for s in sequences]
         draws = None if all(settings.greedy for settings, _ in rows) else Draws.of(rows)
         proposal = self.head.propose(
@@ -237,6 +260,8 @@ class Proposer:
             depth=self.policy.depth,
             full=any(wide),
             logit_map=logit_map or IDENTITY,
+            adjustment=self._adjustment(narrow, latest),
+            allowed=mask_array(masks),
         )
         tokens, full = proposal.tokens, proposal.full
         proposal = proposal._replace(full=None)  # which may be large
@@ -248,8 +273,36 @@ class Proposer:
                     picked[i], _ = sequence.choose(logits[i : i + 1], sequence.n_chosen)
             tokens = picked[0] if len(picked) == 1 else mx.concatenate(picked)
         for row, sequence in enumerate(sequences):
-            sequence.pending.append(PendingToken(proposal, row))
+            sequence.pending.append(PendingToken(proposal, row, allowed=masks[row]))
         return tokens
+
+    def _adjustment(
+        self, sequences: Rows[Sequence | None], latest: mx.array | None
+    ) -> Adjustment | None:
+        """What the penalties and biases of sequences change; of None nothing is looked at."""
+        changes = [None if s is None else s.changed_tokens() for s in sequences]
+        if all(change is None for change in changes):
+            return None
+        vocab_size = self.head.vocab_size
+        counted = [s is None or s.n_read == len(s.pending) for s in sequences]
+        if latest is None or all(counted):
+            latest = None
+        elif any(counted):
+            latest = mx.where(mx.array(counted), vocab_size, latest)
+        return Adjustment.of(changes, latest, vocab_size)
+
+    def _mask(self, sequence: Sequence) -> np.ndarray | None:
+        """What a mask of the sequence allows at its next place. It reads the latest token, and
+        looks at no mask where that one was no choice, so that it will be rejected."""
+        changes, pending = sequence.changes, sequence.pending
+        if changes is None or changes.mask is None:
+            return None
+        last = pending[-1] if pending else None
+        if last is not None and last.proposal is not None and last.allowed is not None:
+            risks = cast(list[float], last.proposal.risk.tolist())
+            if risks[last.row] == NOTHING_ALLOWED:
+                return None
+        return changes.allowed(sequence.context(sequence.n_chosen), self.head.vocab_size)
 
     def model_logits(self, logits: mx.array) -> mx.array:
         """The head's logits (R, V) as the model gives them."""

@@ -16,6 +16,7 @@ from ..head.dense_kernels import DenseKernel, dense_kernel, split_parts
 from ..head.flash_head import FlashHead
 from ..head.matrix import Matrix
 from ..head.proposal import Tolerance
+from ..head.steps import PortableSteps
 from ..models.cpu_products import numpy_is_faster, slot_products, to_mlx
 
 CLASSES = (1, 2, 4, 8, 16, 32)  # sizes of a product whose kernels and rounding are the same
@@ -34,6 +35,8 @@ PIECE = 1024  # clusters whose rows are floats at once
 IN_16_BITS = 1e-6  # a larger spacing is one of 16 bits
 MASS_ROUNDING = 2e-4  # of a sum over all tokens, relative
 NOISE_ROUNDING = 1e-5  # of a noisy logit, absolute
+SMALLEST_FLOAT16 = 2.0**-24  # above 0
+SMALLEST_FLOAT32 = 2.0**-126  # normal above 0; bfloat16's, too
 
 
 class SlotProduct:
@@ -122,16 +125,15 @@ class Rounding:
     scored: float
     sums: RoundedSums | None = None
 
-    def tolerance(self, hidden: mx.array) -> Tolerance:
-        """How far logits of states (k, D) may lie from those of each state alone."""
-        norms = mx.linalg.norm(hidden.astype(mx.float32), axis=-1)
-        lengths = norms * self.longest + self.longest
-        more = mx.zeros_like(lengths) if self.sums is None else self.sums.tolerance(hidden)
-        return Tolerance(
-            product=self.product * lengths + more,
-            scored=self.scored * lengths + more if self.scored else mx.zeros_like(lengths),
-            relative=ULPS * self.epsilon if self.epsilon > IN_16_BITS else 0.0,
-        )
+    def tolerance(self, hidden: mx.array, steps: PortableSteps) -> Tolerance:
+        """How far logits of states (k, D) may lie from those of each state alone. The head's
+        ``steps`` compute it."""
+        product, scored = steps.tolerances(hidden, self.longest, self.product, self.scored)
+        if self.sums is not None:
+            lost = self.sums.tolerance(hidden)
+            product = product + lost
+            scored = scored + lost if self.scored else scored
+        return Tolerance(product, scored, ULPS * self.epsilon if self.epsilon > IN_16_BITS else 0.0)
 
 
 _roundings: WeakKeyDictionary[FlashHead, dict[mx.Dtype, dict[int, Rounding]]] = WeakKeyDictionary()

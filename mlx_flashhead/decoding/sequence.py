@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 
 from ..common.marks import marks_of
+from ..head.adjustment import ChangedTokens
 from ..head.draw import DrawSettings, position_key
 from ..head.proposal import Proposal
 from .caches import Snapshot
+from .changes import Changes
 from .random_state import DrawChain, Key, set_key
 from .sampler import (
     Processor,
@@ -33,6 +36,8 @@ class PendingToken:
     row: int = 0  # its row in the proposal
     logprobs: mx.array | None = None  # (V,) of the dense logits, where wanted and known
     token: int | None = None  # once it is read
+    # (⌈V/32⌉,) uint32, a bit a token, whether it could be chosen; None where all could
+    allowed: np.ndarray | None = None
     risk: float = 0.0  # estimated chance that the dense logits choose another token, likewise
 
     def read(self, token: int) -> None:
@@ -103,6 +108,10 @@ class Sequence:
             if self.tokens:
                 begun = mx.array(self.tokens, mx.uint32).astype(prompt_ids.dtype)
                 self._ids = mx.concatenate([prompt_ids, begun])
+        self.changes = Changes.of(self._processors_at_start)  # None where that is not known
+        self._prompt_tail: list[int] = []  # as many of the prompt's last tokens as penalties need
+        if self.changes is not None and self.changes.window and prompt_ids is not None:
+            self._prompt_tail = cast(list[int], prompt_ids[-self.changes.window :].tolist())
         if not self.tokens:
             begin(self._processors_at_start)
 
@@ -117,6 +126,22 @@ class Sequence:
     def needs_logits(self) -> bool:
         """Whether a choice needs the logits of all tokens."""
         return bool(self._current_processors) or self.draws_from_mlx
+
+    @property
+    def changes_few(self) -> bool:
+        """Whether its choices are known by the scored logits, what its processors change of them,
+        and a screen of all others: no choice needs the processed logits of all tokens."""
+        return self.changes is not None and not self.draws_from_mlx
+
+    def changed_tokens(self) -> ChangedTokens | None:
+        """What its penalties change at the next place; None where they change nothing. The latest
+        token is not counted if it is not read yet."""
+        if self.changes is None or not self.changes.penalties:
+            return None
+        window = self.changes.window
+        read = [pending.token for pending in self.pending if pending.token is not None]
+        known = [*self._prompt_tail, *self.tokens[-window:], *read][-window:]
+        return self.changes.changed_tokens(known, len(self.pending) - len(read))
 
     @property
     def _current_processors(self) -> Any:

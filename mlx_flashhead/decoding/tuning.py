@@ -270,8 +270,8 @@ class _Parts:
     def _certain(self, proposal: Proposal, draws: Draws | None = None) -> mx.array:
         rounding = rounding_of(self._head, proposal.hidden.dtype, len(proposal.hidden))
         slots = SlotProduct(self._head, proposal.hidden).result()
-        tolerance = rounding.tolerance(proposal.hidden)
         steps = self._head.steps
+        tolerance = rounding.tolerance(proposal.hidden, steps)
         screen = steps.screen(
             slots,
             proposal,

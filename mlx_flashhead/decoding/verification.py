@@ -1,7 +1,8 @@
 """Verification: the dense rows over all pending states at once, and which proposals they leave
 certain whatever rounding does."""
 
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -9,9 +10,17 @@ from ..head.clustered import in_token_order
 from ..head.draw import Draws, DrawSettings, log_mass, noise_of_all, threshold
 from ..head.flash_head import FlashHead
 from ..head.proposal import Proposal, Tolerance
+from .changes import after_changes, mask_array
 from .policy import Proposer
 from .random_state import Key
-from .rounding import MASS_ROUNDING, NOISE_ROUNDING, SlotProduct, rounding_of
+from .rounding import (
+    MASS_ROUNDING,
+    NOISE_ROUNDING,
+    SMALLEST_FLOAT16,
+    SMALLEST_FLOAT32,
+    SlotProduct,
+    rounding_of,
+)
 from .sampler import Trust, normalized
 from .sequence import PendingToken, Sequence
 
@@ -33,7 +42,7 @@ class Verification:
             if sequence.pending[i].proposal is not None
         ]
         # those first that a kernel screens, by the head's logits alone
-        self._rows = sorted(rows, key=lambda row: row[0].needs_logits)
+        self._rows = sorted(rows, key=lambda row: proposer.needs_logits(row[0]))
         self._product: SlotProduct | None = None
         self._certain: mx.array | None = None  # whether each row's token is the dense choice, lazy
         self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # those in doubt
@@ -56,20 +65,28 @@ class Verification:
         proposer, product = self._proposer, cast(SlotProduct, self._product)
         slots, self._product = product.result(), None
         draws = [sequence.draw_at(index) for sequence, _, index in self._rows]
-        tolerance = self._rounding.tolerance(self._proposal.hidden)
+        tolerance = self._rounding.tolerance(self._proposal.hidden, self._head.steps)
         logit_map = proposer.logit_map
-        by_logits = [logit_map is None or sequence.needs_logits for sequence, *_ in self._rows]
+        by_logits = [proposer.needs_logits(sequence) for sequence, *_ in self._rows]
         n, certain = by_logits.count(False), []
         if n:
             assert logit_map is not None
             greedy = all(settings.greedy for settings, _ in draws[:n])
+            screened = _rows_of(self._proposal, slice(n))
+            of_rows = _tolerance_of(tolerance, slice(n))
+            if self._rounding.scored:
+                changes = [sequence.changes for sequence, *_ in self._rows[:n]]
+                epsilon = self._rounding.epsilon
+                scored = after_changes(of_rows.scored, screened.logits, changes, epsilon)
+                of_rows = of_rows._replace(scored=scored)
             screen = self._head.steps.screen(
                 slots[:n],
-                _rows_of(self._proposal, slice(n)),
+                screened,
                 None if greedy else Draws.of(draws[:n]),
-                _tolerance_of(tolerance, slice(n)),
+                of_rows,
                 self._rounding.epsilon,
                 logit_map,
+                mask_array([pending.allowed for _, pending, _ in self._rows[:n]]),
             )
             certain.append(screen.certain)
         for i in range(n, len(self._rows)):
@@ -116,7 +133,8 @@ class Verification:
             for logits in (bound(0.0), bound(-1.0), bound(1.0)):
                 same = same & (sequence.pick(logits, normalized(logits), index) == token)
             return same
-        low, high = (bound(sign).astype(mx.float32) for sign in (-1.0, 1.0))
+        low = bound(-1.0)
+        high = bound(1.0)
         draw = sequence.draw_at(index)
         key = sequence.mlx_key(index)
         return is_certain(low, high, token, draw, key, self._rounding.epsilon)
@@ -200,22 +218,35 @@ def is_certain(
     epsilon: float,
 ) -> mx.array:
     """Whether ``draw`` takes the token for all processed logits between ``low`` and ``high`` (1, V)
-    float32: (1,) bool, lazy. With ``mlx_key`` a sampler of mlx-lm draws, by that key. ``epsilon``
-    is the spacing of log-probabilities, relative."""
+    of their dtype: (1,) bool, lazy. With ``mlx_key`` a sampler of mlx-lm draws, by that key.
+    ``epsilon`` is the spacing of log-probabilities, relative."""
+    settings, position = draw
+    old_cut = kept_from_least(low, high, settings.top_p) if settings.sums_from_least else None
+    if old_cut is not None:
+        settings = replace(settings, top_p=1.0)
+    low = low.astype(mx.float32)
+    high = high.astype(mx.float32)
     ids = mx.arange(low.shape[-1])
     own = ids == token
-    if draw[0].greedy:
+    if settings.greedy:
         rival = mx.max(mx.where(own, -mx.inf, high), axis=-1)
         merged = (log_mass(high)[:, 0] - rival + 0.5) * epsilon  # rounding may merge two
         return low[:, token] - rival > merged
-    draws = Draws.of([draw])
+    draws = Draws.of([(settings, position)])
     if mlx_key is not None:
         grid = epsilon * (mx.abs(low - log_mass(high)) + 1.0) + MASS_ROUNDING
         low, high = low - grid, high + grid
     lowest = threshold(high, draws, log_mass(low) - MASS_ROUNDING)
     # mlx-lm may leave out a token that equals the last of a top-k
-    surely = low > lowest if mlx_key is not None and draw[0].top_k else low >= lowest
+    surely = low > lowest if mlx_key is not None and settings.top_k else low >= lowest
     maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
+    if old_cut is not None:
+        surely = surely & old_cut.surely
+        if settings.top_k:  # of fewer tokens that surely remain, top-k may keep any other
+            all_kept = Draws.of([(replace(settings, top_k=0), position)])
+            before_top_k = high >= threshold(low, all_kept)
+            maybe = maybe | (before_top_k & (old_cut.n_surely < settings.top_k))
+        maybe = maybe & old_cut.maybe
     likely = mx.where(maybe, high * draws.settings[:, :1], -mx.inf)
     unlikely = mx.where(surely, low * draws.settings[:, :1], -mx.inf)
     if mlx_key is None:
@@ -231,3 +262,49 @@ def is_certain(
         case = mx.where(pushed, likely, unlikely)
         certain = certain & (mx.random.categorical(case, key=key) == token)
     return certain
+
+
+class Kept(NamedTuple):
+    """What a filter makes of logits that are known within bounds."""
+
+    surely: mx.array  # (1, V) bool: kept whatever the logits are
+    maybe: mx.array  # (1, V) bool: kept for some of them
+    n_surely: mx.array  # (1, 1): how many of the best tokens are kept, at least
+
+
+def kept_from_least(low: mx.array, high: mx.array, top_p: float) -> Kept:
+    """What mlx-lm 0.31's top-p keeps of logits between ``low`` and ``high`` (1, V), which are of
+    the logits' dtype. Lazy.
+
+    It sorts log-probabilities, adds up their probabilities from the least one on, in their dtype,
+    and keeps each place at which the sum is greater than 1 - top_p. In 16 bits such a sum may lie
+    far from the true one. But in sorted order each of the true values lies between those of the
+    bounds, and a sum that is rounded after each addition never falls where its terms rise: the
+    same operation on both bounds gives bounds of it, in whichever order MLX adds. Sums need not
+    rise from one place to the next, as a GPU adds blocks, so a token is kept surely if it is at
+    all places where it may be. Of equal values each may stand at any of their places.
+    """
+    dtype = low.dtype
+    n_tokens = low.shape[-1]
+    least_total = (log_mass(low.astype(mx.float32)) - MASS_ROUNDING).astype(dtype)
+    most_total = (log_mass(high.astype(mx.float32)) + MASS_ROUNDING).astype(dtype)
+    low = (low - most_total).astype(mx.float32)
+    high = (high - least_total).astype(mx.float32)
+    sorted_low = mx.sort(low, axis=-1)
+    sorted_high = mx.sort(high, axis=-1)
+    # an exponential is off by less than the spacing of its dtype
+    off = max(mx.finfo(dtype).eps, MASS_ROUNDING)
+    smallest = SMALLEST_FLOAT16 if dtype == mx.float16 else SMALLEST_FLOAT32
+    low_terms = mx.maximum(mx.exp(sorted_low) * (1 - off) - smallest, 0.0)
+    high_terms = mx.exp(sorted_high) * (1 + off) + smallest
+    surely_above = mx.cumsum(low_terms.astype(dtype), axis=-1) > 1 - top_p
+    surely_below = mx.cumsum(high_terms.astype(dtype), axis=-1) <= 1 - top_p
+    places = mx.arange(n_tokens)
+    # from the one place on all are kept, before the other none
+    n_unsure = mx.max(mx.where(surely_above, -1, places), axis=-1, keepdims=True) + 1
+    n_dropped = mx.min(mx.where(surely_below, n_tokens, places), axis=-1, keepdims=True)
+    last_unsure = mx.take_along_axis(sorted_high, mx.maximum(n_unsure - 1, 0), axis=-1)
+    first_kept = mx.take_along_axis(sorted_low, mx.minimum(n_dropped, n_tokens - 1), axis=-1)
+    surely = (n_unsure == 0) | (low > last_unsure)
+    maybe = ~(high < first_kept)  # NaN may be anything
+    return Kept(surely, maybe, n_tokens - n_unsure)

@@ -174,4 +174,5 @@ def _changed(logits: mx.array, tokens: _Tokens, most_occurrences: int) -> mx.arr
     logits = mx.where((counts & PRESENT) != 0, logits - presence, logits)
     for i in range(most_occurrences):
         logits = mx.where(counts >= OCCURS * (i + 1), logits - frequency, logits)
-    return logits
+    finite = mx.finfo(dtype)
+    return mx.clip(logits, finite.min, finite.max)  # a bias may be infinite

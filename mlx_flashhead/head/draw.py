@@ -13,6 +13,7 @@ Source: Gumbel 1954, the Gumbel-max trick; Salmon et al. 2011, "Parallel random 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -32,6 +33,9 @@ class DrawSettings:
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability
     min_p: float = 0.0  # keep tokens of at least this share of the best one's probability
     top_k: int = 0  # keep this number of best tokens, and those equal to the last; 0 keeps all
+    # Whether top-p adds up probabilities from the least likely on, as mlx-lm 0.31 does. Its own
+    # sampler draws then; :class:`Draws` have the cut of 0.32, which is near.
+    sums_from_least: bool = False
 
     @property
     def greedy(self) -> bool:
@@ -55,20 +59,46 @@ class Draws(NamedTuple):
     @classmethod
     def of(cls, rows: Sequence[tuple[DrawSettings, tuple[int, int]]]) -> "Draws":
         """The draws of some rows, from the settings and the key of each."""
-        n_rows = len(rows)
-        filled = [*rows, *[rows[-1]] * (HELD - n_rows)]
-        numbers = []
-        for each, _ in filled:
-            inverse = 1 / each.temperature if each.temperature else 0.0
-            log_min_p = math.log(each.min_p) if each.min_p else NO_MIN_P
-            numbers.append([inverse, each.top_p, log_min_p])
-        held = (
-            mx.array(numbers, mx.float32),
-            mx.array([each.top_k for each, _ in filled], mx.uint32),
-            mx.array([key for _, key in filled], mx.uint32),
+        n_filled = max(HELD, len(rows))
+        settings = tuple(settings for settings, _ in rows)
+        keys = [key for _, key in rows]
+        keys += [keys[-1]] * (n_filled - len(rows))
+        floats, top_k = _settings_arrays(settings, n_filled)
+        return cls.held_in((floats, top_k, mx.array(keys, mx.uint32)), settings)
+
+    @classmethod
+    def held_in(
+        cls, held: tuple[mx.array, mx.array, mx.array], rows: Sequence[DrawSettings]
+    ) -> "Draws":
+        """The draws of some rows, whose arrays are the beginnings of longer ones."""
+        settings, top_k, keys = (array[: len(rows)] for array in held)  # views
+        return cls(settings, top_k, keys, rows, held)
+
+    @property
+    def steps(self) -> tuple[DrawSettings, ...]:
+        """Settings that take the same steps, whatever the values in the arrays are."""
+        return tuple(
+            DrawSettings(
+                temperature=1.0 if row.temperature else 0.0,
+                top_p=0.5 if row.top_p < 1 else 1.0,
+                min_p=0.5 if row.min_p > 0 else 0.0,
+                top_k=row.top_k,
+            )
+            for row in self.rows
         )
-        settings, top_k, keys = (array[:n_rows] for array in held)  # views
-        return cls(settings, top_k, keys, [each for each, _ in rows], held)
+
+
+@lru_cache(maxsize=256)
+def _settings_arrays(rows: tuple[DrawSettings, ...], n_filled: int) -> tuple[mx.array, mx.array]:
+    """The settings of rows, which stay the same for a text: floats (n, 3), and top-k (n,), filled
+    up with the last row's."""
+    filled = [*rows, *[rows[-1]] * (n_filled - len(rows))]
+    floats = []
+    for row in filled:
+        inverse = 1 / row.temperature if row.temperature else 0.0
+        log_min_p = math.log(row.min_p) if row.min_p else NO_MIN_P
+        floats.append([inverse, row.top_p, log_min_p])
+    return mx.array(floats, mx.float32), mx.array([row.top_k for row in filled], mx.uint32)
 
 
 def position_key(seed: int, position: int) -> tuple[int, int]:
@@ -154,7 +184,8 @@ def gpu_is_default() -> bool:
 def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.array:
     """The lowest logit that top-p keeps: those above it have less than ``top_p`` of the mass. The
     half of the logits that holds it is halved again, and sorted when it is short."""
-    limit = mx.array([[max(s.top_p, 1e-30) if s.top_p < 1 else mx.inf] for s in draws.rows])
+    share = draws.settings[:, 1:2]
+    limit = mx.where(share < 1, mx.maximum(share, 1e-30), mx.inf)
     n_halvings, left = ((logits.shape[-1] - 1) // SORTED).bit_length(), logits
     total = mx.logsumexp(logits, axis=-1, keepdims=True) if log_total is None else log_total
     if n_more := -logits.shape[-1] % 2**n_halvings:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import local
-from typing import Any
+from typing import Any, cast
+from weakref import ref
 
 import mlx.core as mx
 import numpy as np
@@ -26,6 +27,7 @@ from .steps import NO_DEPTH, Risk
 NEVER_DRAWN = -1e4
 
 Projection = Callable[[mx.array], mx.array]  # hidden (..., D) → logits (..., V)
+MOST_TRACED = 64  # kinds of proposals whose steps are kept
 _calls = local()  # by head: who makes the logits of its calls in this thread
 
 
@@ -75,17 +77,22 @@ class FlashHead:
         self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
         self._verified = True  # whether a plain call is the dense head's
         self._draw_temperature: float | None = None
+        # whether the steps of a proposal are traced once, not made anew for each token
+        self._traces = True
+        self._functions: dict[Any, Callable[..., tuple[mx.array, ...]]] = {}  # of proposals
         # makes the logits of calls that nobody intercepts
         self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: kernels, and who intercepts calls."""
-        state = {k: v for k, v in vars(self).items() if k != "steps"} | {"projection": None}
+        here = ("steps", "_functions")
+        state = {k: v for k, v in vars(self).items() if k not in here} | {"projection": None}
         return state | {"_gathers_rows": self.steps.gathers_rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         gathers_rows = state.pop("_gathers_rows")
         vars(self).update(state)
+        self._functions = {}
         self.steps, reason = make_steps(self.clustered, self._requested_backend)
         self.steps.gathers_rows = gathers_rows
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
@@ -95,6 +102,7 @@ class FlashHead:
         """A head with its own settings that shares the arrays and the steps."""
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
+        copied._functions = {}
         return copied
 
     @property
@@ -322,6 +330,77 @@ class FlashHead:
         n_probes = self.n_probes if n_probes is None else n_probes
         if adjustment is not None:
             n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)
+        how = (n_probes, depth, full, logit_map, adjustment, allowed)
+        if full or not self._traces:
+            return self._proposal(hidden, draws, *how)
+        function = self._traced(n_probes, depth, draws, logit_map, adjustment, allowed is not None)
+        try:
+            tokens, probes, logits, risk = function(
+                hidden,
+                [] if draws is None else list(draws.held),
+                [] if adjustment is None else list(adjustment[:2]),
+                [] if allowed is None else [allowed],
+            )
+        except ValueError:  # kernels that are emulated, or a mistake that the steps will say again
+            self._traces = False
+            return self._proposal(hidden, draws, *how)
+        return Proposal(hidden, tokens, probes, logits, risk, None)
+
+    def _traced(
+        self,
+        n_probes: int,
+        depth: float,
+        draws: Draws | None,
+        logit_map: LogitMap,
+        adjustment: Adjustment | None,
+        masked: bool,
+    ) -> Callable[..., tuple[mx.array, ...]]:
+        """The steps of proposals of one kind as a function of arrays, which MLX traces once."""
+        rows = None if draws is None else draws.steps
+        most = None if adjustment is None else adjustment.most_occurrences
+        gathers = self.steps.gathers_rows
+        key = (self.steps, self.risk, gathers, n_probes, depth, rows, logit_map, most, masked)
+        if key in self._functions:
+            return self._functions[key]
+        while len(self._functions) >= MOST_TRACED:
+            del self._functions[next(iter(self._functions))]
+        head = ref(self)
+
+        def propose(
+            hidden: mx.array,
+            draw_arrays: list[mx.array],
+            adjusted: list[mx.array],
+            allowed: list[mx.array],
+        ) -> tuple[mx.array, ...]:
+            proposal = cast(FlashHead, head())._proposal(
+                hidden,
+                None
+                if rows is None
+                else Draws.held_in((draw_arrays[0], draw_arrays[1], draw_arrays[2]), rows),
+                n_probes,
+                depth,
+                False,
+                logit_map,
+                None if most is None else Adjustment(adjusted[0], adjusted[1], most),
+                allowed[0] if allowed else None,
+            )
+            return proposal[1:5]
+
+        self._functions[key] = mx.compile(propose)
+        return self._functions[key]
+
+    def _proposal(
+        self,
+        hidden: mx.array,
+        draws: Draws | None,
+        n_probes: int,
+        depth: float,
+        full: bool,
+        logit_map: LogitMap,
+        adjustment: Adjustment | None,
+        allowed: mx.array | None,
+    ) -> Proposal:
+        """:meth:`propose`, step by step."""
         depth = NO_DEPTH if full else depth / logit_map.slope
         score_map = IDENTITY if full else logit_map  # full logits are the head's own
         scores = self.steps.route(hidden)
@@ -341,7 +420,9 @@ class FlashHead:
 
     def joined(self, proposals: Sequence[Proposal], rows: Rows, tokens: Sequence[int]) -> Proposal:
         """Rows of several proposals, with their ``tokens``, as one without risk and full logits."""
-        hidden, probes, logits = self.steps.join(proposals, rows)
+        most = max(proposal.probes.shape[1] for proposal in proposals)
+        filled = [_filled(proposal, most) for proposal in proposals]
+        hidden, probes, logits = self.steps.join(filled, rows)
         chosen = mx.array(list(tokens), mx.uint32)
         return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)), None)
 
@@ -386,3 +467,18 @@ def _mapped(candidates: Candidates, logit_map: LogitMap, lowest: float) -> Candi
     padded = candidates.logits == lowest
     logits = mx.where(padded, mx.finfo(logits.dtype).min, logits)
     return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
+
+
+def _filled(proposal: Proposal, n_probes: int) -> Proposal:
+    """The proposal with the last probe repeated, with logits as in padded slots."""
+    missing = n_probes - proposal.probes.shape[1]
+    if not missing:
+        return proposal
+    n_rows, _, size = proposal.logits.shape
+    last = mx.broadcast_to(proposal.probes[:, -1:], (n_rows, missing))
+    lowest = mx.finfo(proposal.logits.dtype).min
+    more = mx.full((n_rows, missing, size), lowest, proposal.logits.dtype)
+    return proposal._replace(
+        probes=mx.concatenate([proposal.probes, last], axis=1),
+        logits=mx.concatenate([proposal.logits, more], axis=1),
+    )

@@ -74,9 +74,16 @@ flash_head::certain<N, V, {LOGIT_MAP}, T>(
     thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 ADJUST_BODY = """
-flash_head::adjust<N, V, ADJUSTED, MASKED, T>(
+flash_head::adjust<N, V, T>(
     probes, token_ids, logits, adjustment, latest, allowed, changed, best, probes_shape[1],
-    adjustment_shape[1], threadgroup_position_in_grid.y, thread_position_in_grid.x);
+    adjustment_shape[1], allowed_shape[1], threadgroup_position_in_grid.y,
+    thread_position_in_grid.x);
+"""
+TOLERANCE_BODY = """
+threadgroup float shared[flash_head::WIDE_SIMDGROUPS];
+flash_head::tolerance<D>(
+    hidden, shares, product, scored, shared, threadgroup_position_in_grid.y,
+    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 MAP_BODY = f"""
 flash_head::map_values<{LOGIT_MAP}>(values, mapped, values_shape[0], thread_position_in_grid.x);

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 from . import kernel_text as text
-from .adjustment import Adjustment
+from .adjustment import ADJUST_HEAD, Adjustment
 from .clustered import ClusteredRows
 from .dense_kernels import DenseKernel, dense_kernel
 from .draw import Draws
@@ -131,6 +131,9 @@ class MetalSteps(PortableSteps):
         inputs = "probes token_ids logits adjustment latest allowed"
         form = ("adjust", WIDE_THREADS, "N V")
         self._adjust = self._kernel("adjust", inputs, "changed best", text.ADJUST_BODY, *form)
+        form = ("tolerance", WIDE_THREADS, "D")
+        inputs, outputs = "hidden shares", "product scored"
+        self._tolerance = self._kernel("tolerance", inputs, outputs, text.TOLERANCE_BODY, *form)
         self._map = self._kernel("map", "values", "mapped", text.MAP_BODY, "", WIDE_THREADS, "")
 
     def _kernel(
@@ -236,23 +239,30 @@ class MetalSteps(PortableSteps):
         logits, probes = candidates.logits, selection.probes
         n_positions, n_held = probes.shape
         ids = self.clustered.token_ids
-        # any arrays in the place of those that are not read
-        words = latest = mask = probes
-        if adjustment is not None:
+        no_words, no_mask = self._nothing_changed(n_positions)
+        if adjustment is None:
+            words = no_words
+            latest = mx.full((max(n_positions, HELD),), self.clustered.vocab_size, mx.uint32)
+        else:
             words, latest = adjustment.words, held(adjustment.latest)
-        if allowed is not None:
-            mask = held(allowed)
+        mask = no_mask if allowed is None else held(allowed).reshape(-1, allowed.shape[-1])
         results = (logits.shape, logits.dtype), ((n_positions, n_held), mx.float32)
         logits, best = self._adjust(
             [probes, ids, logits, words, latest, mask],
             -(-n_held // WIDE_THREADS),
             n_positions,
             *results,
-            ADJUSTED=adjustment is not None,
-            MASKED=allowed is not None,
             T=logits.dtype,
         )
         return Candidates(logits, best)
+
+    def _nothing_changed(self, n_positions: int) -> tuple[mx.array, mx.array]:
+        """Words of an adjustment that changes nothing, and of no mask: at least 8, since MLX passes
+        fewer in another address space, to another kernel."""
+        n_rows = max(n_positions, MIN_PROBES)
+        n_mask_words = -(-self.clustered.vocab_size // 32)
+        words = mx.zeros((n_rows, ADJUST_HEAD), mx.uint32)
+        return words, mx.zeros((1, n_mask_words + MIN_PROBES), mx.uint32)
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
         if selection.words is None:
@@ -293,6 +303,14 @@ class MetalSteps(PortableSteps):
         filled = [*rows, *[rows[-1]] * (HELD - len(rows))]
         arrays.append(mx.array(filled, mx.uint32))
         return tuple(self._join(arrays, JOINED, len(rows), *results))
+
+    def tolerances(
+        self, hidden: mx.array, longest: float, product: float, scored: float
+    ) -> tuple[mx.array, mx.array]:
+        shares = mx.array([product, scored, longest], mx.float32)
+        result = (len(hidden),), mx.float32
+        of_product, of_scored = self._tolerance([hidden, shares], 1, len(hidden), result, result)
+        return of_product, of_scored
 
     def screen(
         self,

@@ -317,6 +317,24 @@ class PortableSteps:
         order = mx.array([places.index(row) for row in rows], mx.uint32)
         return tuple(array[order] for array in joined)
 
+    def tolerances(
+        self, hidden: mx.array, longest: float, product: float, scored: float
+    ) -> tuple[mx.array, mx.array]:
+        """How far logits of states may be off, by the states' lengths.
+
+        Args:
+            hidden: (k, D).
+            longest: Length of the longest row, with its bias.
+            product: Share of both lengths by which a logit of a product may be off.
+            scored: Likewise of a scored logit.
+
+        Returns:
+            Two arrays, (k,) float32, of a product's logits and of scored ones.
+        """
+        norms = mx.linalg.norm(hidden.astype(mx.float32), axis=-1)
+        lengths = (norms + 1) * longest
+        return product * lengths, scored * lengths
+
     def screen(
         self,
         slots: mx.array,

@@ -130,6 +130,12 @@ class _Trial:
             expected_rows = self._plain.join([proposal] * 2, rows)
             for one, other in zip(found, expected_rows, strict=True):
                 yield one, other, 0.0
+            yield "tolerance"
+            shares = {"longest": 1.5, "product": 0.1, "scored": 0.01}
+            lengths = self._kernels.tolerances(self._hidden, **shares)
+            plainly = self._plain.tolerances(self._hidden, **shares)
+            for one, other in zip(lengths, plainly, strict=True):
+                yield one, other, LEAST
         yield from self._screen(proposal, None)
         yield from self._adjust(scores)
         masked = self._masked(with_words, candidates, token)

@@ -66,10 +66,16 @@ class Reading:
     def read(self, chunk: int) -> int:
         """Reads the next tokens, at most a chunk, and reports this. Returns their number."""
         start = self.done
-        stops = (*self.job.prompt.landmarks, start + self.left)
+        step = self._flags.prefill_step_size
+        stops = [*self.job.prompt.landmarks, start + self.left]
+        if self._flags.kv_bits is not None:
+            stops.append(start - start % step + step)
         end = min(start + chunk, *(stop for stop in stops if stop > start))
         self._compute(mx.array(self._all_tokens[start:end])[None])
         self.done = end
+        # Where mlx-lm quantizes: what a chunk sees must not depend on how long chunks take.
+        if end % step == 0 or self.left == 0:
+            self._quantize()
         if self.left == 0:
             mx.clear_cache()
         self.job.emit(Progress(end, len(self._all_tokens)))
@@ -77,15 +83,24 @@ class Reading:
 
     def _compute(self, tokens: mx.array) -> None:
         """Runs the models over tokens (1, n), without computing their logits."""
-        served, flags = self.job.served, self._flags
-        n_layers = len(self.cache) if served.draft_model is None else len(served.model.layers)
-        parts = [(served.model, self.cache[:n_layers]), (served.draft_model, self.cache[n_layers:])]
-        for model, layers in parts:
-            if model is not None:
-                model(tokens, cache=layers)
-                settings = flags.quantized_kv_start, flags.kv_group_size, flags.kv_bits
-                maybe_quantize_kv_cache(layers, *settings)
-        self.cache = [layer for _, layers in parts for layer in layers]
+        served = self.job.served
+        if served.draft_model is None:
+            served.model(tokens, cache=self.cache)
+        else:
+            n_layers = len(served.model.layers)
+            served.model(tokens, cache=self.cache[:n_layers])
+            served.draft_model(tokens, cache=self.cache[n_layers:])
+        mx.eval([layer.state for layer in self.cache])
+
+    def _quantize(self) -> None:
+        """Quantizes the layers' caches, from a length on, if the server's flags ask for it."""
+        flags = self._flags
+        maybe_quantize_kv_cache(
+            self.cache,
+            quantized_kv_start=flags.quantized_kv_start,
+            kv_group_size=flags.kv_group_size,
+            kv_bits=flags.kv_bits,
+        )
         mx.eval([layer.state for layer in self.cache])
 
 

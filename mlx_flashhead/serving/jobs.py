@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..common.marks import preserves_margins
+from ..common.marks import masks
 from ..decoding.sampler import make_sampler
 from ..models.compat.mlx_lm import (
     TextStateMachine,
@@ -144,7 +144,7 @@ class Job:
         self.sampler = make_sampler(**request.sampling, seed=seed)
         self.processors: list[Any] = make_logits_processors(**request.penalties)
         if self.grammar is not None:  # without its `begin`: a text may go on after a failure
-            self.processors.append(preserves_margins(partial(self.grammar)))
+            self.processors.append(masks(partial(self.grammar), self.grammar.allowed_words))
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
         tokenizer, begins = self.served.tokenizer, (self.prompt.state, self.prompt.keep_space)

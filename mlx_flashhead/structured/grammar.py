@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..common.guarded import Guard, GuardError
-from ..common.marks import keeps_state, preserves_margins
+from ..common.marks import keeps_state, masks
 from .dialects import FormatMarks
 from .vocabulary import Mark, llguidance, vocabulary_of
 
@@ -326,7 +326,7 @@ class GrammarProcessor:
 
     def _mark(self) -> None:
         """Says what loops may do with it: a mask leaves the distances of logits as they are."""
-        preserves_margins(self)
+        masks(self, self.allowed_words)
         keeps_state(self, begin=self.begin, for_sequence=self.for_sequence)
 
     def _make_forms(self, thought: tuple[str, str] | None) -> list[Run]:

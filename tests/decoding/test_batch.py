@@ -36,7 +36,7 @@ def test_mixed_settings_share_the_steps(flash, misses, with_processors):
     tokens, ends = flash.batch(PROMPTS, logits_processors=processors, **sampled(SETTINGS))
     expected = [alone(flash, *each) for each in zip(PROMPTS, SETTINGS, processors, strict=True)]
     assert tokens == expected
-    assert misses
+    assert misses or with_processors  # whose tokens' clusters are scored too, here all
     for prompt, found, end in zip(PROMPTS, tokens, ends, strict=True):
         assert end.finish_reason == "length" and end.all_tokens == prompt + found
         assert [layer.offset for layer in end.prompt_cache] == [len(prompt) + 25] * 2

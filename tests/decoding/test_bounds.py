@@ -49,7 +49,9 @@ def faults(monkeypatch):
 
     def with_tolerance(verification):
         hidden = verification._proposal.hidden
-        verification._product.tolerance = verification._rounding.tolerance(hidden)
+        verification._product.tolerance = verification._rounding.tolerance(
+            hidden, verification._head.steps
+        )
         screen(verification)
 
     monkeypatch.setattr(rounding.SlotProduct, "result", wrong)

@@ -12,7 +12,7 @@ from mlx_lm import sample_utils
 from flash_loops import PROMPT, make_flash
 from mlx_flashhead import make_sampler, pure
 from mlx_flashhead.decoding.sampler import Trust, trust
-from mlx_flashhead.models.compat.mlx_lm import generate_step
+from mlx_flashhead.models.compat.mlx_lm import PROCESSORS_SEE_PROMPT, generate_step
 
 FORMATS = {"float32": {}, "bfloat16": {"dtype": mx.bfloat16}, "4 bits": {"bits": 4}}
 
@@ -74,7 +74,8 @@ def test_another_processor_is_called_once_a_token(model, sampler):
         return tokens(sampler=sampler, logits_processors=[processor]), processor.calls
 
     found = run(model.tokens)
-    assert found == run(partial(model.tokens, dense=True)) and len(found[1][0]) == len(PROMPT)
+    assert found == run(partial(model.tokens, dense=True))
+    assert len(found[1][0]) == (len(PROMPT) if PROCESSORS_SEE_PROMPT else 1)
     if sampler is None:
         assert found == run(partial(mlx_lms_tokens, model))
 
@@ -83,16 +84,13 @@ MLX_LM = {
     "greedy": {},
     "temperature": {"temp": 1.0},
     "min-p": {"temp": 1.1, "min_p": 0.05},
-    # 0.31's top-p is another one
     "top-p": {"temp": 0.8, "top_p": 0.9},
+    "top-k": {"temp": 1.5, "top_k": 6},
     "all": {"temp": 1.2, "top_p": 0.95, "min_p": 0.01, "top_k": 30},
 }
 
 
-NEWEST = [pytest.param(name, marks=pytest.mark.newest) for name in ("top-p", "all")]
-
-
-@pytest.mark.parametrize("name", ["greedy", "temperature", "min-p", *NEWEST])
+@pytest.mark.parametrize("name", MLX_LM)
 @pytest.mark.parametrize("penalty", [None, 1.4])
 def test_samplers_of_mlx_lm_are_verified(model, name, penalty, misses):
     """Two texts after one another, as the second draws from where the first has left the state."""
@@ -107,7 +105,7 @@ def test_samplers_of_mlx_lm_are_verified(model, name, penalty, misses):
         return texts, mx.random.state[0].tolist()
 
     assert run(False) == run(True)
-    assert misses
+    assert misses or penalty  # whose tokens' clusters are scored, too: here nearly all
 
 
 def test_what_is_trusted():

@@ -8,9 +8,9 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
-from mlx_flashhead.models.compat.patching import put_in_place
 
 from mlx_flashhead.index.files import FILE_NAME, write_companion
+from mlx_flashhead.interop.replace import put_in_place
 from mlx_flashhead.models import fetch
 from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.loading import load_dense

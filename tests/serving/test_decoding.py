@@ -105,6 +105,19 @@ def test_quantized_caches(start, flash):
     assert len(tokens_of(again)) == 8 and again.cached == 399
 
 
+@pytest.mark.parametrize("first", [16, 40, 128])
+def test_quantized_caches_do_not_depend_on_how_a_prompt_is_cut(start, flash, first):
+    """The size of a chunk follows its time, and so what other clients do."""
+    settings = {"kv_bits": 2, "kv_group_size": 32, "quantized_kv_start": 0}
+    flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    flags = [str(part).replace("_", "-") for part in flags]
+    engine = start(*flags, "--prefill-step-size", 128)
+    expected = generated(flash, LONG, **settings, prefill_step_size=128)
+    engine._chunk = first
+    assert tokens_of(submit(engine, LONG)) == expected
+    assert tokens_of(submit(engine, LONG)) == expected  # from the cache
+
+
 def test_prompts_that_begin_alike_share_what_is_read_and_progress_is_reported(start, flash, chunks):
     engine = start()
     one, events = submit(engine, LONG), []

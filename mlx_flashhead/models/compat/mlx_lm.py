@@ -87,6 +87,11 @@ _PROCESSORS = nested_codes(
 )
 
 
+# 0.31's top-p adds up probabilities in rising order and in the dtype of the logits, and keeps those
+# at which the sum is greater than 1 - top_p.
+TOP_P_SUMS_FROM_LEAST = not hasattr(sample_utils, "greedy_sampler")
+
+
 def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
     """What ``make_sampler`` was called with, read from its closures; None for a sampler whose draw
     is not a threshold and the best noisy logit, as with XTC or a least number of tokens."""
@@ -105,12 +110,11 @@ def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
         filtered = dict(getclosurevars(method).nonlocals)
         kept = filtered.pop("min_tokens_to_keep", 1)
         known = filtered.keys() <= {"top_p", "min_p", "top_k"}
-        # 0.31 cuts at another place, and in the dtype of the logits
-        is_old = of_omlx or not hasattr(sample_utils, "greedy_sampler")
-        old_top_p = "top_p" in filtered and is_old
-        if not known or kept != 1 or old_top_p:
+        if not known or kept != 1:
             return None
         settings |= filtered
+        if "top_p" in filtered and (of_omlx or TOP_P_SUMS_FROM_LEAST):
+            settings["sums_from_least"] = True
     valid = 0 <= settings.get("min_p", 0) <= 1 and settings.get("top_k", 0) >= 0
     return settings if valid and settings["temperature"] > 0 else None
 

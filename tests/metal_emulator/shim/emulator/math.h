@@ -10,6 +10,7 @@ float log2f(float);
 float ceilf(float);
 float roundf(float);
 float tanhf(float);
+float sqrtf(float);
 }
 
 namespace metal {
@@ -73,6 +74,7 @@ METAL_FUNC T select(T if_false, T if_true, bool condition) {
 }
 
 METAL_EMULATOR_UNARY(tanh, tanhf(x))
+METAL_EMULATOR_UNARY(sqrt, sqrtf(x))
 
 namespace fast {
 using metal::exp;

@@ -1,0 +1,162 @@
+"""What a text's processors change of the logits, where that is known: biases and penalties of a few
+tokens, and tokens that a grammar rules out."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..common.marks import marks_of
+from ..head.adjustment import ChangedTokens
+from ..models.compat.penalties import BIAS, FREQUENCY, PRESENCE, REPETITION, Penalty, penalty_of
+
+# mlx-lm's makers apply their processors in this order, each at most once.
+ORDER = [BIAS, REPETITION, PRESENCE, FREQUENCY]
+MOST_CHANGED = 512  # tokens that may change: their clusters are scored, too
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the processors of a text change.
+
+    Attributes:
+        penalties: By kind.
+        mask: A processor that rules tokens out, after these; None without one.
+    """
+
+    penalties: dict[str, Penalty] = field(default_factory=dict)
+    mask: Any = None
+
+    @classmethod
+    def of(cls, processors: Sequence[Any]) -> "Changes | None":
+        """What the processors change; None if one of them is not known, or in another order."""
+        kinds: list[str] = []
+        penalties: dict[str, Penalty] = {}
+        mask = None
+        for processor in processors:
+            penalty = penalty_of(processor)
+            is_mask = marks_of(processor).allowed is not None
+            if mask is not None or (penalty is None and not is_mask):
+                return None
+            if penalty is None:
+                mask = processor
+            else:
+                kinds.append(penalty.kind)
+                penalties[penalty.kind] = penalty
+        if kinds != [kind for kind in ORDER if kind in kinds]:
+            return None
+        known = cls(penalties, mask)
+        return known if known.most_tokens <= MOST_CHANGED and known._rises else None
+
+    @property
+    def _rises(self) -> bool:
+        """Whether no penalty makes a larger logit the smaller one."""
+        return self._penalty(REPETITION, 1.0) > 0
+
+    def _penalty(self, kind: str, otherwise: float) -> float:
+        return self.penalties[kind].penalty if kind in self.penalties else otherwise
+
+    @property
+    def biases(self) -> dict[int, float]:
+        return self.penalties[BIAS].biases if BIAS in self.penalties else {}
+
+    @property
+    def window(self) -> int:
+        """Tokens before a place that the penalties look at."""
+        return max((penalty.window for penalty in self.penalties.values()), default=0)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens whose logits may change at one place."""
+        return len(self.biases) + self.window
+
+    @cached_property
+    def _ends(self) -> tuple[int, int]:
+        return min(self.biases, default=0), max(self.biases, default=0)
+
+    def fit(self, vocab_size: int) -> bool:
+        """Whether all biases are of tokens of the vocabulary."""
+        lowest, highest = self._ends
+        return lowest >= 0 and highest < vocab_size
+
+    def changed_tokens(self, tokens: Sequence[int], n_unread: int) -> ChangedTokens | None:
+        """What changes after a text; None if nothing does.
+
+        Args:
+            tokens: The last tokens of the text, a window of them or more, that are known.
+            n_unread: Tokens after these, 0 or 1, which are not read yet.
+        """
+        if not self.penalties:
+            return None
+
+        def window(kind: str) -> Sequence[int]:
+            n = self.penalties[kind].window - n_unread if kind in self.penalties else 0
+            return tokens[-n:] if n > 0 else []
+
+        return ChangedTokens(
+            repetition=self._penalty(REPETITION, 1.0),
+            presence=self._penalty(PRESENCE, 0.0),
+            frequency=self._penalty(FREQUENCY, 0.0),
+            biases=self.biases,
+            repeated=frozenset(window(REPETITION)),
+            present=frozenset(window(PRESENCE)),
+            occurrences=Counter(window(FREQUENCY)),
+        )
+
+    def allowed(self, tokens: Any, vocab_size: int) -> np.ndarray | None:
+        """What the mask allows after ``tokens`` (n,): (⌈V/32⌉,) uint32, a bit a token, the lowest
+        first; None where everything may come."""
+        allows = None if self.mask is None else marks_of(self.mask).allowed
+        words = None if allows is None else allows(tokens, vocab_size)
+        return None if words is None else np.array(words, np.uint32).reshape(-1)
+
+    @property
+    def stretch(self) -> float:
+        """The most that the penalties can stretch the distance of two logits."""
+        repetition = self._penalty(REPETITION, 1.0)
+        return max(repetition, 1 / repetition)
+
+    @property
+    def n_roundings(self) -> int:
+        """Roundings of a logit that the penalties change."""
+        if not self.penalties:
+            return 0
+        return len(ORDER) + (self.penalties[FREQUENCY].window if FREQUENCY in self.penalties else 0)
+
+
+def after_changes(
+    scored: mx.array, logits: mx.array, changes: Sequence[Changes | None], epsilon: float
+) -> mx.array:
+    """How far scored logits of k states may be off after the penalties of each.
+
+    Args:
+        scored: (k,) float32, before them; 0 where they are exact.
+        logits: (k, S, n), after them.
+        changes: Of each state.
+        epsilon: Spacing of the logits' dtype.
+
+    Returns:
+        (k,) float32.
+    """
+    stretches = [1.0 if change is None else change.stretch for change in changes]
+    roundings = [0 if change is None else change.n_roundings for change in changes]
+    if not any(roundings):
+        return scored
+    real = logits > mx.finfo(logits.dtype).min  # neither padded nor ruled out
+    largest = mx.max(mx.abs(mx.where(real, logits, 0)), axis=(1, 2)).astype(mx.float32)
+    after = scored * mx.array(stretches) + epsilon * mx.array(roundings) * largest
+    return mx.where(scored > 0, after, 0.0)
+
+
+def mask_array(masks: Sequence[np.ndarray | None]) -> mx.array | None:
+    """The words (⌈V/32⌉,) of some rows as one array, all bits set where a row has None; None where
+    no row has any."""
+    known = next((mask for mask in masks if mask is not None), None)
+    if known is None:
+        return None
+    everything = np.full_like(known, 0xFFFFFFFF)
+    return mx.array(np.stack([everything if mask is None else mask for mask in masks]))

@@ -1,0 +1,61 @@
+"""mlx-lm's biases and penalties, read from the closures of its processors."""
+
+from dataclasses import dataclass, field
+from inspect import getclosurevars
+from types import CodeType
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx_lm import sample_utils
+
+BIAS, REPETITION, PRESENCE, FREQUENCY = "bias", "repetition", "presence", "frequency"
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """What a processor of mlx-lm was made with.
+
+    Attributes:
+        kind: BIAS, REPETITION, PRESENCE or FREQUENCY.
+        penalty: Of the last three.
+        window: Tokens before a place that the penalty looks at.
+        biases: By token.
+    """
+
+    kind: str
+    penalty: float = 0.0
+    window: int = 0
+    biases: dict[int, float] = field(default_factory=dict)
+
+
+def _codes(maker: Any) -> list[CodeType]:
+    return [each for each in maker.__code__.co_consts if isinstance(each, CodeType)]
+
+
+_KINDS = {
+    code: kind
+    for maker, kind in (
+        (sample_utils.make_logits_processors, BIAS),
+        (sample_utils.make_repetition_penalty, REPETITION),
+        (sample_utils.make_presence_penalty, PRESENCE),
+        (sample_utils.make_frequency_penalty, FREQUENCY),
+    )
+    for code in _codes(maker)
+}
+
+
+def penalty_of(processor: Any) -> Penalty | None:
+    """What a processor of mlx-lm's makers changes; None for any other function."""
+    kind = _KINDS.get(getattr(processor, "__code__", None))  # type: ignore[arg-type]
+    if kind is None:
+        return None
+    values = getclosurevars(processor).nonlocals
+    if kind == BIAS:
+        if not {"indices", "values"} <= values.keys():
+            return None  # another function of this maker
+        indices, biases = (cast(mx.array, values[name]).tolist() for name in ("indices", "values"))
+        return Penalty(BIAS, biases=dict(zip(cast(Any, indices), cast(Any, biases), strict=True)))
+    window = values.get("context_size")
+    if not isinstance(window, int) or window < 1:
+        return None  # which mlx-lm reads from the other end
+    return Penalty(kind, float(values["penalty"]), window)

@@ -1,0 +1,205 @@
+"""Scales, softcaps, penalties, biases and masks: the text is plain mlx-lm's, and neither a proposal
+nor its verification computes the logits of all tokens."""
+
+import copy
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.sample_utils import make_logits_processors
+
+from flash_loops import OTHERS, PROMPT, flash_of, make_flash
+from kernel_cases import kernels
+from mlx_flashhead import make_sampler
+from mlx_flashhead.common.marks import masks
+from mlx_flashhead.decoding.changes import Changes
+from mlx_flashhead.decoding.sequence import Sequence
+from mlx_flashhead.head import adjustment
+from mlx_flashhead.head.logit_map import LogitMap
+from mlx_flashhead.head.steps import PortableSteps
+from mlx_flashhead.models.install import logit_change_of
+from tiny_models import VOCAB_SIZE, tiny_model
+
+MODELS = {
+    "llama, float32": {},
+    "softcap, bfloat16, 4 bits": {
+        "arch": "gemma2", "final_logit_softcapping": 8.0, "dtype": mx.bfloat16, "bits": 4,
+    },
+    "softcap, float16": {"arch": "gemma2", "final_logit_softcapping": 5.0, "dtype": mx.float16},
+    "scale, bfloat16": {"arch": "cohere", "logit_scale": 0.3, "dtype": mx.bfloat16},
+}  # fmt: skip
+PENALTIES = {
+    "none": {},
+    "bias": {"logit_bias": {5: 3.0, 40: -float("inf"), 7: 2.5}},
+    "repetition": {"repetition_penalty": 1.3, "repetition_context_size": 4},
+    "all": {
+        "logit_bias": {5: 1.5, 60: -4.0}, "repetition_penalty": 0.9, "presence_penalty": 0.6,
+        "frequency_penalty": 0.7, "repetition_context_size": 2, "presence_context_size": 3,
+        "frequency_context_size": 5,
+    },
+}  # fmt: skip
+
+
+judged: list = []  # sequences with a rejected proposal
+
+
+def every_third(tokens):
+    """Which tokens may come next: a third of them, another one at each place."""
+    return np.arange(VOCAB_SIZE) % 3 == len(tokens) % 3
+
+
+def words(bits, vocab_size):
+    """The bits (V,) as words of a mask."""
+    more = -vocab_size % 32
+    return np.packbits(np.pad(bits, (0, more)), bitorder="little").view(np.uint32)
+
+
+def mask():
+    """A processor that rules out what ``every_third`` leaves."""
+
+    def rule_out(tokens, logits):
+        return mx.where(mx.array(every_third(tokens)), logits, -mx.inf)
+
+    return masks(rule_out, lambda tokens, n: words(every_third(tokens), n))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request):
+    """A model without a FlashHead, and the same with one."""
+    model = tiny_model(num_hidden_layers=2, **MODELS[request.param])
+    return copy.deepcopy(model), flash_of(model)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """No step may compute the logits of all tokens. An adjustment has no more places than tokens:
+    of so few clusters all would be scored for them."""
+    monkeypatch.setattr(adjustment, "TOKENS_MULTIPLE", 2)
+
+    def expand(*_):
+        raise AssertionError("a proposal computes the logits of all tokens")
+
+    monkeypatch.setattr(PortableSteps, "expand", expand)
+
+
+def plain_tokens(model, **options):
+    """What mlx-lm's own loop writes."""
+    steps = generate_step(mx.array(PROMPT), model, max_tokens=40, **options)
+    return [int(token) for token, _ in steps]
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_the_text_is_mlx_lms(pair, misses, penalties, masked):
+    dense, flash = pair
+    processors = make_logits_processors(**PENALTIES[penalties]) + [mask()] * masked
+    expected = plain_tokens(dense, logits_processors=processors or None)
+    assert flash.tokens(logits_processors=processors) == expected
+    judged.extend(misses)
+
+
+def test_proposals_were_rejected():
+    """Else the texts before this one show nothing."""
+    assert len(judged) > 20
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("penalties", ["bias", "all"])
+@pytest.mark.parametrize("settings", [{"temp": 1.0}, {"temp": 0.8, "top_p": 0.9, "top_k": 50}])
+def test_drawn_text_is_the_dense_loops(pair, misses, settings, penalties):
+    _, flash = pair
+    processors = [*make_logits_processors(**PENALTIES[penalties]), mask()]
+    flash.checked(settings | {"seed": 3}, logits_processors=processors)
+    flash.checked(settings | {"seed": 4}, logits_processors=processors[:-1])
+    judged.extend(misses)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_texts_of_a_batch_have_processors_of_their_own(pair):
+    _, flash = pair
+    kinds = [*PENALTIES.values()]
+    each = [make_logits_processors(**kind) for kind in kinds]
+    each[1].append(mask())
+    prompts = [PROMPT, *OTHERS]
+    samplers = [make_sampler(), make_sampler(0.9, seed=1), make_sampler(), make_sampler(1, 0.8)]
+    options = {"logits_processors": each, "samplers": samplers[:4]}
+    found, _ = flash.batch(prompts, **options)
+    expected, _ = flash.batch(prompts, dense=True, **options)
+    assert found == expected
+
+
+def test_a_mask_that_leaves_no_scored_token(misses):
+    """The dense row chooses at once, and the text goes on."""
+    model = tiny_model(num_hidden_layers=2)
+    dense, flash = copy.deepcopy(model), flash_of(model)
+
+    def few(tokens):
+        return np.isin(np.arange(VOCAB_SIZE), [3 + len(tokens) % 5, 150 + len(tokens) % 7])
+
+    def rule_out(tokens, logits):
+        return mx.where(mx.array(few(tokens)), logits, -mx.inf)
+
+    processors = [masks(rule_out, lambda tokens, n: words(few(tokens), n))]
+    found = flash.tokens(logits_processors=processors)
+    assert found == plain_tokens(dense, logits_processors=processors)
+    assert all(few(PROMPT + found[:i])[token] for i, token in enumerate(found)) and misses
+
+
+@pytest.mark.parametrize(
+    "processors, known",
+    [
+        (make_logits_processors(**PENALTIES["all"]), True),
+        (make_logits_processors(**PENALTIES["all"])[::-1], False),  # another order
+        (make_logits_processors(**PENALTIES["repetition"]) * 2, False),
+        (make_logits_processors(repetition_penalty=1.1, repetition_context_size=0), False),
+        (make_logits_processors(repetition_penalty=1.1, repetition_context_size=5000), False),
+        ([mask()], True),
+        ([mask(), mask()], False),
+        ([mask(), *make_logits_processors(**PENALTIES["bias"])], False),
+        ([lambda tokens, logits: logits], False),
+    ],
+)
+def test_what_is_known_of_processors(processors, known):
+    assert (Changes.of(processors) is not None) == known
+    sequence = Sequence(make_sampler(), processors, mx.array(PROMPT))
+    assert sequence.changes_few == known and sequence.needs_logits
+
+
+def test_a_settings_change_counts_from_the_next_text_on():
+    """A softcap or a scale is read when a text begins."""
+    model = tiny_model("gemma2", num_hidden_layers=2, final_logit_softcapping=30.0)
+    dense, flash = copy.deepcopy(model), flash_of(model)
+    processors = make_logits_processors(logit_bias={7: 1.0, 9: 2.0})
+    for cap in (30.0, 2.0, 5.5):
+        dense.final_logit_softcapping = model.final_logit_softcapping = cap
+        expected = plain_tokens(dense, logits_processors=processors)
+        assert flash.tokens(logits_processors=processors) == expected
+        found = logit_change_of(model)
+        assert isinstance(found, LogitMap) and found.cap == cap
+    scaled = make_flash("cohere", logit_scale=0.25)
+    for scale in (0.25, 3.0):
+        scaled.model.args.logit_scale = scale
+        assert logit_change_of(scaled.model).multiplier == scale
+        scaled.checked({"temp": 0.7, "seed": 1})
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("name", ["none", "all"])
+def test_on_the_kernels(misses, name):
+    """A softcap, penalties and a mask, greedy and drawn: no kernel but those of every text, and one
+    that changes the scored logits."""
+    options = MODELS["softcap, bfloat16, 4 bits"]
+    with kernels(check=False) as emulator:
+        flash = flash_of(tiny_model(num_hidden_layers=2, **options))
+        processors = make_logits_processors(**PENALTIES[name])
+        if emulator is not None:
+            emulator.dispatches.clear()
+        for more in ([], [mask()]):
+            flash.checked({}, logits_processors=processors + more)
+            flash.checked({"temp": 0.9, "top_p": 0.9, "seed": 2}, logits_processors=processors)
+        assert misses
+    if emulator is not None:
+        names = {dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches}
+        assert "expand" not in names and "adjust" in names
