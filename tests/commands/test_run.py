@@ -39,8 +39,7 @@ model, tokenizer = mlx_lm.load("model")
 prompts = [tokenizer.encode(f"{i} One day") for i in range(8)]
 for options in {}, {"sampler": make_sampler(0.8)}, {"sampler": make_sampler(0.7, top_p=0.9)}:
     mx.random.seed(3)
-    options |= {"max_tokens": 20, "return_token_ids": True}
-    print(batch_generate(model, tokenizer, prompts, **options).token_ids)
+    print(batch_generate(model, tokenizer, prompts, max_tokens=20, **options).texts)
 """
 OWN_LOOP = """
 import mlx.core as mx
@@ -149,7 +148,6 @@ def test_dense_with_one_warning_where_there_is_none(place):
     assert errors.count(DENSE) == 1 and "There is no FlashHead of model yet" in errors
 
 
-@pytest.mark.newest  # the oldest has batches of another kind, which stay dense
 def test_batches_of_mlx_lm_are_those_without_flash_head(place, capsys):
     """Greedy, and with a seed. Those of a server come below."""
     code, output, errors = start(place, *HEAD, "batch.py")
@@ -159,7 +157,6 @@ def test_batches_of_mlx_lm_are_those_without_flash_head(place, capsys):
     assert unverified != output and "Text of model: unverified." in errors
 
 
-@pytest.mark.newest
 def test_the_server_of_mlx_lm_with_eight_clients(place):
     """The texts are those of the same server without us, at once and with a seed."""
     answers, errors = [], ""
@@ -172,7 +169,8 @@ def test_the_server_of_mlx_lm_with_eight_clients(place):
 
             with ThreadPoolExecutor(8) as pool:
                 texts = list(pool.map(ask, range(8)))
-            answers.append((texts, ask(0, temperature=1.0, seed=5)))
+            sampled = [ask(0, temperature=0.7, top_p=top_p, seed=5) for top_p in (1.0, 0.9)]
+            answers.append((texts, sampled))
         errors = server.said
     assert answers[0] == answers[1] and len({*answers[0][0]}) > 1
     assert DENSE not in errors and "Text of model: verified." in errors
