@@ -57,8 +57,8 @@ def verified_steps(
         context: Tokens that ``prompt_cache`` holds already, and that processors see.
         n_begun: How many of these and of the prompt belong to a text that is continued.
         prefill: Reads the prompt in the place of :func:`read_prompt`, with mlx-lm's keywords.
-        announce: Called with how the text is decoded: "verified" when the first verified token is
-            handed out, or "dense: " and why.
+        announce: Called for each token with how it was decoded: "verified", "dense: " and why, or
+            FIRST for the first one of a text that is verified from its second on.
 
     The other arguments are those of mlx-lm. Between two tokens, and at the end, ``prompt_cache``
     holds the prompt and the tokens handed out, and MLX's random state is what mlx-lm would have
@@ -115,8 +115,8 @@ def verified_steps(
             n_given = sequence.n_yielded - n_begun
             if n_given == 1:
                 progress(n_prompt, n_prompt)
-            if announce is not None and n_given == (2 if sequence.verified else 1):
-                announce(proposer.mode_of(sequence))
+            if announce is not None:
+                announce(proposer.mode_of(sequence, n_given))
             # 3) The caller gets one, and may use the caches, draw, or change the processors.
             text.show()
             yield cast(int, pending.token), pending.logprobs
