@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx_lm
 import pytest
 
+import mlx_flashhead.run as run_command
 from mlx_flashhead.index.files import write_companion
 from model_folders import write_model
 from run_programs import DENSE, MANY, alone, running_server, start, start_many
@@ -214,3 +215,52 @@ def test_a_program_of_mlx_lm_that_has_only_a_main(place):
     """As a module ``mlx_lm.evaluate`` runs nothing; `mlx_lm.share` is another such program."""
     code, output, _ = start(place, *HEAD, "mlx_lm.share", "--help")
     assert code == 0 and output.startswith("usage: ")
+
+
+CHECKS = """
+import mlx.core as mx
+import mlx_lm
+
+model, tokenizer = mlx_lm.load("model")
+print(mlx_lm.generate(model, tokenizer, "One day", max_tokens=20))
+unknown = lambda logprobs: mx.argmax(logprobs, axis=-1)
+print(mlx_lm.generate(model, tokenizer, "One day", max_tokens=20, sampler=unknown))
+"""
+
+
+def test_the_tokens_are_counted_at_the_end(place):
+    (place / "checks.py").write_text(CHECKS)
+    code, output, errors = start(place, *HEAD, "--check", "checks.py")
+    first, second = output.splitlines() if output.count("\n") == 2 else (output, output)
+    assert code == 0 and first == second
+    reason = "dense: its sampler, or one of its processors, cannot be verified"
+    assert f"Text of model: {reason}." in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith(
+        "Checked model: 40 tokens: 19 verified (48%); 1 the first of their texts"
+    )
+    assert last.endswith(f"20 {reason}.")
+
+
+@pytest.mark.parametrize(
+    "words, flag",
+    [
+        (("-I", "empty.py"), "-I"),
+        (("-sE", "empty.py", "-I"), "-sE"),
+        (("-u", "-S", "-c", "1"), "-S"),
+        (("empty.py", "-I"), ""),
+        (("-c", "1", "-S"), ""),
+    ],
+)
+def test_options_that_leave_python_without_us(place, monkeypatch, capsys, words, flag):
+    """In the command, or in the first line of a program."""
+    monkeypatch.chdir(place)
+    (place / "empty.py").write_text("")
+    (place / "isolated").write_text(f"#!{sys.executable} {flag}\n")
+    monkeypatch.setattr(os, "execve", lambda *_: None)
+    commands = [(sys.executable, *words)] + [("./isolated",)] * bool(flag)
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["run", *command])
+        run_command.main()
+        said = capsys.readouterr().err
+        assert (f"Without FlashHead: `{flag}` keeps Python" in said) == bool(flag)
