@@ -18,6 +18,7 @@ from .prompts import PromptQueue, Waiting
 from .sequence import Sequence, own_processors
 
 CLEAR_EVERY = 512  # steps, as mlx-lm's batches
+SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
 NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
 
 
@@ -64,7 +65,7 @@ class VerifiedBatchGenerator:
         max_kv_size: Tokens of a cache, at most.
         stream: Where it computes.
         logprobs: Whether texts that are inserted from now on need log-probabilities.
-        announce: Called with how a text is decoded, as by :func:`verified_steps`.
+        announce: Called for each token with how it was decoded, as by :func:`verified_steps`.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class VerifiedBatchGenerator:
         self._prompts = PromptQueue(model, prefill_batch_size, prefill_step_size, self._counters)
         self._decoder = Decoder(self._proposer, BatchCaches(), self._feed)
         self._texts: dict[int, _Text] = {}
-        self._n_inserted = 0
+        self.n_inserted = 0
         self._settled = False  # whether a text's next step was launched outside of a call
         self._old_wired_limit = compat.maybe_set_recommended_wired_limit()
 
@@ -129,6 +130,10 @@ class VerifiedBatchGenerator:
         """The work that is done while the block runs, as mlx-lm's ``BatchStats``."""
         with compat.counted(self._counters) as stats:
             yield stats
+
+    def uids(self) -> list[int]:
+        """The numbers of the texts that have not ended."""
+        return list(self._texts)
 
     @property
     def prompt_cache_nbytes(self) -> int:
@@ -194,14 +199,14 @@ class VerifiedBatchGenerator:
                     f"Option {name} must have one entry per segment: expected {n}, "
                     f"got {len(entries)}."
                 )
-        first = self._n_inserted
+        first = self.n_inserted
         rows = zip(segments, *given.values(), strict=True)
         added = [self._new_text(first + i, *row) for i, row in enumerate(rows)]
-        self._n_inserted += n
+        self.n_inserted += n
         self._texts |= {waiting.uid: text for text, waiting in added}
         self._prompts.add([waiting for _, waiting in added])
         self._let_one_draw()
-        return list(range(first, self._n_inserted))
+        return list(range(first, self.n_inserted))
 
     def _new_text(
         self,
@@ -253,8 +258,7 @@ class VerifiedBatchGenerator:
             with mx.stream(self._stream):
                 self._decoder.settle(sequence, dense=True)
             self._settled = True
-        else:
-            sequence.end_verified()
+        sequence.end_verified(SEVERAL_DRAW)
 
     def next(self) -> tuple[list[Any], list[Any]]:
         """Takes a step, and returns responses of prompts and of texts.
@@ -362,8 +366,8 @@ class VerifiedBatchGenerator:
         text = self._texts[sequence.uid]
         pending = sequence.hand_out()
         token = cast(int, pending.token)
-        if self._announce is not None and sequence.n_yielded == (2 if sequence.verified else 1):
-            self._announce(self._proposer.mode_of(sequence))
+        if self._announce is not None:
+            self._announce(self._proposer.mode_of(sequence, sequence.n_yielded))
         reason = "length" if sequence.n_yielded >= sequence.limit else None
         if text.matcher.advance(token):
             reason = "stop"

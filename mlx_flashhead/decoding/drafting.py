@@ -20,6 +20,7 @@ from .sampler import Processor, Sampler, SamplerFunction, Trust, draw_settings, 
 from .sequence import begin
 
 LATEST = 256  # tokens of a text that a draft model's FlashHead always scores
+DRAFTED = "dense: a draft model proposes, and the target chooses every token"
 log = logging.getLogger("mlx_flashhead")
 
 
@@ -66,8 +67,6 @@ def drafted_steps(
         limit = _trimmable_tokens(caches, n_ahead, max_tokens)
     if isinstance(sampler, Sampler):  # the same noise with drafts and without
         sampler = replace(sampler, seed=sampler.new_seed())
-    if announce is not None:
-        announce("dense: a draft model proposes, and the target chooses every token")
     # 1) mlx-lm's loop, up to where a cache could not be trimmed any more.
     if limit > 0:
         begin(functions)
@@ -85,7 +84,10 @@ def drafted_steps(
             **options,
         )
         with closing(drafted):
-            yield from drafted
+            for step in drafted:
+                if announce is not None:
+                    announce(DRAFTED)
+                yield step
         if len(ids) == n_before + max_tokens:
             return
     else:

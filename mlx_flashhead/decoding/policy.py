@@ -39,6 +39,9 @@ MAX_RISK = 0.1
 MAX_WAIT = 0.3  # seconds
 FIRST_PENDING = 4
 CPU_BATCH = 32  # sequences at once up to which proposals pay on a CPU
+FIRST = "the first of its text"  # token, which the prompt's own logits have chosen
+PAUSED = "decoded densely for a while, since that was faster"  # of a text that can be verified
+UNKNOWN_FUNCTION = "dense: its sampler, or one of its processors, cannot be verified"
 
 
 @dataclass
@@ -150,17 +153,25 @@ class Proposer:
             return CPU_BATCH
         return max(1, self.head.n_clusters // self.head.n_probes)
 
-    def mode_of(self, sequence: Sequence) -> str:
-        """How a text is decoded, in words: "verified", "unverified", or "dense: " and why."""
+    def mode_of(self, sequence: Sequence, n_handed_out: int = 2) -> str:
+        """How the latest token of a text was decoded, in words: "verified", "unverified", FIRST, or
+        "dense: " and why. ``n_handed_out`` counts the tokens since its prompt was read."""
         if sequence.verified:
-            return "verified"
+            return FIRST if n_handed_out == 1 else "verified"
+        if not sequence.why_dense:
+            if self.can_verify(sequence):
+                return PAUSED
+            sequence.why_dense = self._why_dense(sequence)
+        return sequence.why_dense
+
+    def _why_dense(self, sequence: Sequence) -> str:
         verify, dense = self._requested
         mode = decoding_mode(self.model, verify=verify, dense=dense)
         if mode != "verified":
             return mode
         if self.policy.sampled_dense and not sequence.greedy and sequence.trust is Trust.EXACT:
             return "dense: FlashHead is no faster for sampled text on this machine"
-        return "dense: its sampler, or one of its processors, cannot be verified"
+        return UNKNOWN_FUNCTION
 
     def pace_of(self, sequences: Rows[Sequence]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""

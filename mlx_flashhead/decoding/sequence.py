@@ -25,6 +25,8 @@ from .sampler import (
     trust,
 )
 
+CHANGED = "dense: between tokens the program uses the text's caches, processors or random state"
+
 
 @dataclass(eq=False)
 class PendingToken:
@@ -93,6 +95,7 @@ class Sequence:
         self.trust = trust(sampler, self._processors_at_start)
         self.settings = draw_settings(sampler)  # None where only the sampler itself knows
         self.greedy = self.settings is not None and self.settings.greedy
+        self.why_dense = ""  # said of its tokens while it is not verified; "": not known yet
         self.seed = 0
         if type(sampler) is Sampler and not self.greedy:
             self.seed = sampler.new_seed()
@@ -191,8 +194,12 @@ class Sequence:
         self._chain = None
         self.paused = False
 
-    def end_verified(self) -> None:
-        """From now on the normal (dense) head chooses its tokens, each function called once."""
+    def end_verified(self, why: str = CHANGED) -> None:
+        """From now on the normal (dense) head chooses its tokens, each function called once.
+
+        ``why`` is what is said of them.
+        """
+        self.why_dense = why
         self.trust = Trust.UNKNOWN
         self.snapshots.clear()
         self._chain = None

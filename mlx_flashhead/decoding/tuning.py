@@ -259,7 +259,8 @@ class _Parts:
         moments: list[float] = []
         for i in range(n + 1 + verified):
             with proposer.states() as states:
-                logits = self._model(latest[None], cache=cache)
+                output = self._model(latest[None], cache=cache)
+            logits = getattr(output, "logits", output)  # as a vision model has them
             if n_probes is None:
                 token, logprobs = text.choose(logits[:, -1], 0)
                 mx.async_eval(token, logprobs)
