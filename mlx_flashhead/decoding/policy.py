@@ -154,8 +154,11 @@ class Proposer:
         return max(1, self.head.n_clusters // self.head.n_probes)
 
     def mode_of(self, sequence: Sequence, n_handed_out: int = 2) -> str:
-        """How the latest token of a text was decoded, in words: "verified", "unverified", FIRST, or
-        "dense: " and why. ``n_handed_out`` counts the tokens since its prompt was read."""
+        """Returns in words how the latest token of a text was decoded.
+
+        The words are "verified", "unverified", FIRST, or "dense: " and why. ``n_handed_out`` counts
+        the tokens since its prompt was read.
+        """
         if sequence.verified:
             return FIRST if n_handed_out == 1 else "verified"
         if not sequence.why_dense:
