@@ -143,8 +143,9 @@ class FlashHead:
     def check_kernels(
         self, dtype: mx.Dtype, rows: Matrix | None = None, logit_map: LogitMap = IDENTITY
     ) -> None:
-        """Runs each kernel once: all that settings can ask for is compiled. If one fails, takes the
-        portable path.
+        """Runs each kernel once, so that all that settings can ask for is compiled.
+
+        If one fails, takes the portable path.
 
         Args:
             dtype: Of the hidden states.
@@ -169,8 +170,10 @@ class FlashHead:
             check_dense_rows(self.steps, rows, dtype)
 
     def applies(self, logit_map: LogitMap, dtype: mx.Dtype) -> bool:
-        """Whether the steps map logits of ``dtype`` as MLX's operations do: in 16 bits all to the
-        last bit, in float32 but for the map's slack. Evaluates."""
+        """Returns whether the steps map logits of ``dtype`` as MLX's operations do.
+
+        In 16 bits all agree to the last bit, in float32 but for the map's slack. Evaluates.
+        """
         if not isinstance(self.steps, MetalSteps):
             return True
         values = all_values(dtype)
@@ -216,8 +219,10 @@ class FlashHead:
 
     @contextmanager
     def intercepted(self, project: Projection) -> Iterator[None]:
-        """Within the block ``project`` makes the logits of each call from its hidden states, in
-        this thread: another one may run the model at the same time."""
+        """A block in which ``project`` makes the logits of each call from its hidden states.
+
+        That holds in this thread: another one may run the model at the same time.
+        """
         taken = vars(_calls)
         name = str(id(self))
         before = taken.get(name)
@@ -231,8 +236,10 @@ class FlashHead:
                 taken[name] = before
 
     def project_calls(self, project: Callable[["FlashHead", mx.array], mx.array]) -> None:
-        """From now on ``project`` makes the logits of each call that nobody intercepts, from this
-        head, or a copy of it, and the hidden states."""
+        """Has ``project`` make the logits of each call that nobody intercepts, from now on.
+
+        It gets this head, or a copy of it, and the hidden states.
+        """
         self.projection = project
 
     def serve_drafts(self, n_probes: int) -> None:
@@ -240,8 +247,10 @@ class FlashHead:
         self.project_calls(partial(FlashHead.draft_logits, n_probes=n_probes))
 
     def __call__(self, hidden: mx.array) -> mx.array:
-        """Full logits: hidden (..., D) → (..., V). Lazy. They are :meth:`dense_logits`, within a
-        block of :meth:`settings` :meth:`unverified_logits`."""
+        """Returns full logits: hidden (..., D) → (..., V). Lazy.
+
+        They are :meth:`dense_logits`, within a block of :meth:`settings` :meth:`unverified_logits`.
+        """
         taken: Projection | None = vars(_calls).get(str(id(self)))
         if taken is not None:
             return taken(hidden)
@@ -265,8 +274,10 @@ class FlashHead:
         n_probes: int | None = None,
         draw_temperature: float | None = None,
     ) -> mx.array:
-        """Logits (..., V) by retrieval: exact if probed, else an estimate below the best. The
-        arguments are those of :meth:`settings`, whose values they are if None."""
+        """Returns logits (..., V) by retrieval: exact if probed, else an estimate below the best.
+
+        The arguments are those of :meth:`settings`, whose values they are if None.
+        """
         n_probes = self.unverified_probes if n_probes is None else n_probes
         temperature = self._draw_temperature if draw_temperature is None else draw_temperature
         if n_probes == self.n_clusters and temperature is None:
@@ -286,8 +297,16 @@ class FlashHead:
     def draft_logits(
         self, hidden: mx.array, token_ids: mx.array | None = None, *, n_probes: int | None = None
     ) -> mx.array:
-        """Full logits by ``n_probes`` clusters and ``token_ids`` (K,), for tokens that a target
-        verifies: hidden (..., D) → (..., V)."""
+        """Returns full logits by few clusters, for tokens that a target verifies.
+
+        Args:
+            hidden: (..., D).
+            token_ids: Tokens (K,) that are scored beside the clusters.
+            n_probes: The number of clusters.
+
+        Returns:
+            (..., V).
+        """
         logits = self.unverified_logits(hidden, n_probes)
         if token_ids is None:
             return logits
@@ -427,8 +446,12 @@ class FlashHead:
         return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)), None)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
-        """The scored tokens: hidden (..., D) → ids (..., p·cluster_size) uint32 and logits of the
-        same shape. A padded slot has the id V and the dtype's lowest finite value."""
+        """Finds the tokens that are scored for hidden states (..., D).
+
+        Returns:
+            Ids (..., p·cluster_size) uint32, and logits of the same shape. A padded slot has the id
+            V and the dtype's lowest finite value.
+        """
         rows, n_probes = hidden.reshape(-1, hidden.shape[-1]), self.unverified_probes
         _, selection, candidates = self._retrieve(
             rows, n_probes, words=False, draw_temperature=self._draw_temperature

@@ -17,6 +17,8 @@ DEFAULT_GROUP = 64  # MLX's own default
 
 @dataclass(frozen=True)
 class Format:
+    """A format of rows: floats, or one of MLX's quantizations."""
+
     mode: str | None  # MLX's quantization mode; None for floats
     bits: int  # per weight, without scales
     group_sizes: tuple[int, ...]  # columns that may share a scale; empty for floats
@@ -63,6 +65,7 @@ class Matrix:
 
     @property
     def quantized(self) -> bool:
+        """Whether the rows are quantized."""
         return self.scales is not None
 
     @property
@@ -79,15 +82,18 @@ class Matrix:
 
     @property
     def n_rows(self) -> int:
+        """The number of rows."""
         return self.weight.shape[0]
 
     @property
     def hidden_size(self) -> int:
+        """The number of columns D, whatever the bits of a weight."""
         width = self.weight.shape[-1]
         return width * 32 // self.bits if self.quantized else width
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all of its arrays."""
         return sum(array.nbytes for array in self.arrays().values())
 
     @property
@@ -153,8 +159,10 @@ class Matrix:
         return mx.dequantize(self.weight, scales, biases, **self.quantization, dtype=dtype)
 
     def in_float16(self) -> "Matrix | None":
-        """The same quantized rows with float16 scales; None where a value would change, or for
-        floats, which would be a second copy. Evaluates."""
+        """Returns the same quantized rows with float16 scales, or None. Evaluates.
+
+        It is None where a value would change, and for floats, which would be a second copy.
+        """
         if self.biases is None:
             return None
         rounded = self.map(lambda a: a if a.dtype == mx.uint32 else a.astype(mx.float16))

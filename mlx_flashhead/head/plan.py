@@ -35,8 +35,10 @@ METADATA_KEY = "flash_head"
 
 
 def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dict[str, mx.array]:
-    """Writes the file of a head at ``layer`` of a model, for states of ``dtype``. It scores as many
-    clusters as ``head`` does. Returns the file's arrays."""
+    """Writes the file of a head at ``layer`` of a model, and returns the file's arrays.
+
+    The file is for states of ``dtype``. It scores as many clusters as ``head`` does.
+    """
     clustered, n_probes = head.clustered.in_rows(), head.unverified_probes
     if clustered.rows.format.metal is None:
         raise ValueError(

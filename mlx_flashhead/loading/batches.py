@@ -36,8 +36,10 @@ CHANGED = "dense: this program changes mlx-lm's batches, or looks into them"
 
 
 class _Seen:
-    """What a program sees that looks for a batch while ours decodes: the texts in it, until the
-    last of them has ended and the program gets mlx-lm's own."""
+    """What a program sees that looks for a batch while ours decodes.
+
+    It sees the texts in it, until the last of them has ended and the program gets mlx-lm's own.
+    """
 
     def __init__(self, verified: VerifiedBatchGenerator, uids: list[int]):
         self._verified = verified
@@ -82,12 +84,12 @@ class _Private:
 
 
 def batch_class(use_of: Callable[[Any], Use | None]) -> type:
-    """A ``BatchGenerator`` of mlx-lm that decodes as :class:`VerifiedBatchGenerator` where
-    everything is recognised at its first use.
+    """Makes a ``BatchGenerator`` of mlx-lm that decodes as :class:`VerifiedBatchGenerator`.
 
-    It is mlx-lm's own in all other cases: where the model is another one, or the program has
-    subclassed it, replaced a function in it or in the classes that it uses, or looks at its private
-    attributes. A program that does so later gets mlx-lm's own when no text is in progress.
+    It does so where everything is recognised at its first use. It is mlx-lm's own in all other
+    cases: where the model is another one, or the program has subclassed it, replaced a function in
+    it or in the classes that it uses, or looks at its private attributes. A program that does so
+    later gets mlx-lm's own when no text is in progress.
 
     Args:
         use_of: What is said of a model's texts; None for a model that is not recognised.
@@ -110,8 +112,10 @@ def batch_class(use_of: Callable[[Any], Use | None]) -> type:
                 self._flash_changed = True
 
         def _looked_at(self, name: str) -> Any:
-            """Notes that a program looks at a private attribute. What it sees, if it is not what
-            mlx-lm has there."""
+            """Notes that a program looks at a private attribute.
+
+            Returns what it sees, if that is not what mlx-lm has there.
+            """
             self._flash_changed = True
             verified = self._flash_verified
             if verified is None or name not in INSIDE:
@@ -163,8 +167,11 @@ def batch_class(use_of: Callable[[Any], Use | None]) -> type:
             return given | numbers
 
         def _flash_settle(self) -> None:
-            """Before a text is added: gives the program mlx-lm's own where it has changed
-            something since, and no text is in progress."""
+            """Prepares for a text that is about to be added.
+
+            It gives the program mlx-lm's own where it has changed something since, and no text is
+            in progress.
+            """
             verified = self._flash_verified
             if verified is None or verified.uids():
                 return
