@@ -111,6 +111,7 @@ class VerifiedBatchGenerator:
 
     @property
     def stream(self) -> Any:
+        """The stream on which the batch computes."""
         return self._stream
 
     def close(self) -> None:
@@ -243,8 +244,10 @@ class VerifiedBatchGenerator:
         return _Text(sequence, prompt, matcher), Waiting(uid, parts, cache, held)
 
     def _let_one_draw(self) -> None:
-        """Decodes the texts that draw from MLX's random state densely if there are several, since
-        each draw then depends on which texts are there."""
+        """Decodes texts that draw from MLX's random state densely if there are several.
+
+        Each draw then depends on which texts are there.
+        """
         drawing = [text.sequence for text in self._texts.values() if text.sequence.draws_from_mlx]
         if len(drawing) > 1:
             for sequence in drawing:
@@ -258,8 +261,10 @@ class VerifiedBatchGenerator:
         sequence.end_verified(SEVERAL_DRAW)
 
     def next(self) -> tuple[list[Any], list[Any]]:
-        """Takes a step: responses of prompts, and the next accepted token of each text that has
-        one. It may have none."""
+        """Takes a step, and returns responses of prompts and of texts.
+
+        A text has one response for its next accepted token, and none if no token is accepted yet.
+        """
         with mx.stream(self._stream):
             return self._next()
 
@@ -333,8 +338,10 @@ class VerifiedBatchGenerator:
         return responses, generated
 
     def _hand_out(self) -> list[Any]:
-        """One accepted token of each text that has one. Ended texts leave together, since mlx-lm's
-        caches are copied each time."""
+        """Hands out one accepted token of each text that has one.
+
+        Ended texts leave together, since mlx-lm's caches are copied each time.
+        """
         responses = []
         ended = []
         for sequence in self._decoder.sequences:

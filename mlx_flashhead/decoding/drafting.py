@@ -40,8 +40,10 @@ def drafted_steps(
     announce: Callable[[str], Any] | None = None,
     **options: Any,
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
-    """mlx-lm's ``speculative_generate_step``: tokens, log-probabilities (V,), and whether the draft
-    model has proposed the token. Caches hold the ``context`` already.
+    """Does what mlx-lm's ``speculative_generate_step`` does, with FlashHeads.
+
+    It yields tokens, log-probabilities (V,), and whether the draft model has proposed the token.
+    Caches hold the ``context`` already.
 
     The target is dense: it verifies several positions in one product, which rounds otherwise than
     one position at a time. A draft model's FlashHead changes no token that the target accepts or

@@ -43,9 +43,12 @@ def verified_steps(
     prefill: Callable[..., Iterable[Any]] | None = None,
     announce: Callable[[str], Any] | None = None,
 ) -> Tokens:
-    """mlx-lm's ``generate_step`` with the dense model's choices: tokens, log-probabilities (V,).
+    """Does what mlx-lm's ``generate_step`` does, with the dense model's choices.
 
-    What cannot be verified is decoded by the normal (dense) head, or the unverified one.
+    It yields tokens and log-probabilities (V,). What cannot be verified is decoded by the normal
+    (dense) head, or the unverified one. Between two tokens, and at the end, ``prompt_cache`` holds
+    the prompt and the tokens handed out, and MLX's random state is what mlx-lm would have left
+    (`docs/lossless.md`).
 
     Args:
         prompt: Tokens (n,) of any integer dtype, which processors get as they are.
@@ -53,16 +56,22 @@ def verified_steps(
         stream: Where it computes.
         proposer: Proposes the tokens, and has the settings.
         max_tokens: Tokens of the text; -1 is no limit.
+        sampler: As for mlx-lm.
+        logits_processors: As for mlx-lm.
+        max_kv_size: As for mlx-lm.
+        prompt_cache: As for mlx-lm.
+        prefill_step_size: As for mlx-lm.
+        kv_bits: As for mlx-lm.
+        kv_group_size: As for mlx-lm.
+        quantized_kv_start: As for mlx-lm.
+        prompt_progress_callback: As for mlx-lm.
+        input_embeddings: As for mlx-lm.
         logprobs: Whether log-probabilities are wanted; else None may come in their place.
         context: Tokens that ``prompt_cache`` holds already, and that processors see.
         n_begun: How many of these and of the prompt belong to a text that is continued.
         prefill: Reads the prompt in the place of :func:`read_prompt`, with mlx-lm's keywords.
         announce: Called for each token with how it was decoded: "verified", "dense: " and why, or
             FIRST for the first one of a text that is verified from its second on.
-
-    The other arguments are those of mlx-lm. Between two tokens, and at the end, ``prompt_cache``
-    holds the prompt and the tokens handed out, and MLX's random state is what mlx-lm would have
-    left (`docs/lossless.md`).
 
     Raises:
         ValueError: As mlx-lm, or if a cache can neither be trimmed nor copied.
@@ -196,8 +205,10 @@ def _sequence(
     logprobs: bool,
     limit: int,
 ) -> Sequence:
-    """The sequence of a text whose last ``n_begun`` tokens, of the context and the prompt, are of
-    the text itself."""
+    """Makes the sequence of a text.
+
+    The last ``n_begun`` tokens of the context and the prompt belong to the text itself.
+    """
     seen: mx.array | None = prompt if len(prompt) else None
     begun: list[int] = []
     if context:

@@ -1,5 +1,7 @@
-"""The keywords of mlx-lm's ``generate``, for editors that complete them, and sentences for what is
-given in their place by mistake."""
+"""The keywords of mlx-lm's ``generate``, for editors that complete them.
+
+Sentences explain what was given in their place by mistake.
+"""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping

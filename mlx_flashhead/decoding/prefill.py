@@ -66,8 +66,10 @@ def read_prompt(
 
 
 def read_by(prefill: Callable[..., Iterable[Any]], options: dict[str, Any]) -> mx.array:
-    """Reads a prompt by another loop with mlx-lm's keywords, which hands the logits (1, V) of the
-    last position to a processor."""
+    """Reads a prompt by another loop with mlx-lm's keywords.
+
+    The loop hands the logits (1, V) of the last position to a processor, which are returned.
+    """
     taken: list[mx.array] = []
 
     def take(_: mx.array, logits: mx.array) -> mx.array:
