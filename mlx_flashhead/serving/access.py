@@ -131,8 +131,10 @@ class Access:
             raise ApiError(f"The request has {length} bytes, and {most}: send less.", status=413)
 
     def shown_token(self, scope: Scope) -> str | None:
-        """The server's token if the request carries it, else None. The comparison's time does not
-        depend on the token."""
+        """Returns the server's token if the request carries it, else None.
+
+        The comparison's time does not depend on the token.
+        """
         if self.token is None:
             return None
         request = Request(scope)

@@ -53,8 +53,10 @@ def address_of(request: HttpRequest) -> str:
 
 
 class Answer:
-    """The response to a request for texts, whole or in server-sent events. Its queue has, in order,
-    events of the engine, a client that leaves, the end."""
+    """The response to a request for texts, whole or in server-sent events.
+
+    Its queue has, in order, events of the engine, a client that leaves, the end.
+    """
 
     def __init__(self, api: Answering, jobs: list[Job], http_request: HttpRequest):
         self.jobs = jobs
@@ -83,6 +85,7 @@ class Answer:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Generates the texts and sends them, as an ASGI application."""
         watch = asyncio.create_task(self._watch(receive))
         try:
             if self._api.end is not None:

@@ -229,8 +229,10 @@ async def refuse_other_api(request: HttpRequest) -> Response:
 
 
 class AnswerAfterLoading:
-    """The response to a request that came before its model: it waits, and a stream has comments
-    meanwhile, so that no client and no proxy gives up."""
+    """The response to a request that came before its model.
+
+    It waits, and a stream has comments meanwhile, so that no client and no proxy gives up.
+    """
 
     def __init__(self, api: Api, fields: dict[str, Any], request: HttpRequest):
         self._api = api
@@ -239,6 +241,7 @@ class AnswerAfterLoading:
         self._n_bytes = int(request.headers["Content-Length"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Waits for the model, and answers then."""
         if self._fields.get("stream") is not True:
             async for _ in self._ticks(receive):
                 pass

@@ -55,7 +55,7 @@ class Engine:
 
     @property
     def status(self) -> str:
-        """ "loading", "ok", "failing" or "shutting down"."""
+        """The engine's state: "loading", "ok", "failing" or "shutting down"."""
         if self._ended.is_set():
             return "shutting down"
         if not self.models.done():

@@ -32,6 +32,7 @@ class Of:
     kind: type
 
     def read(self, name: str, value: Any) -> Any:
+        """Returns the value if it is of the type, and raises an error of the field otherwise."""
         if not isinstance(value, self.kind):
             raise field_error(name, f"must be {_TYPE_NAMES[self.kind]}.")
         return value
@@ -47,6 +48,7 @@ class Number:
     instead: Mapping[int, int | None] | None = None
 
     def read(self, name: str, value: Any) -> Any:
+        """Returns a number within the limits, and raises an error of the field otherwise."""
         is_number = type(value) in (int, self.kind)
         if is_number and self.instead is not None and value in self.instead:
             return self.instead[value]
@@ -64,6 +66,7 @@ class OneOf:
     values: tuple[Any, ...] = ()
 
     def read(self, name: str, value: Any) -> Any:
+        """Returns an allowed value, and raises an error of the field otherwise."""
         if not self.values:
             raise field_error(name, "cannot be followed here: leave it out.")
         if not any(value == known and type(value) is type(known) for known in self.values):

@@ -94,6 +94,7 @@ class Model(NamedTuple):
 
     @property
     def head(self) -> int:
+        """The number of weights of the output projection."""
         return self.vocab_size * self.hidden_size
 
     def body_bytes(self, per_weight: float) -> float:
@@ -103,12 +104,15 @@ class Model(NamedTuple):
 
     @property
     def dense_kernels(self) -> int:
+        """The number of kernels of a step that only dense decoding needs."""
         return DENSE_KERNELS + self.softcap
 
     @property
     def logit_bytes(self) -> int:
-        """Written and read outside of the passes of one threadgroup: the product's logits, those
-        after a softcap, the log-probabilities."""
+        """The bytes written and read outside of the passes of one threadgroup.
+
+        They are the product's logits, those after a softcap, the log-probabilities.
+        """
         return 2 * self.vocab_size * (3 + 2 * self.softcap)
 
 
@@ -121,18 +125,22 @@ class Chip(NamedTuple):
 
     @property
     def old(self) -> bool:
+        """Whether it is an M1 or M2, with slower launches."""
         return self.name[:2] in ("m1", "m2")
 
     @property
     def ultra(self) -> bool:
+        """Whether it is two chips in one, an Ultra."""
         return self.name.endswith("ultra")
 
     @property
     def gb_s(self) -> float:
+        """The bandwidth that a step gets, in GB/s."""
         return self.peak_gb_s * constants()["ultra" if self.ultra else "bandwidth"]
 
     @property
     def launch_us(self) -> float:
+        """The time that each kernel adds, in microseconds."""
         return constants()["old launch" if self.old else "launch"]
 
     @property
@@ -219,6 +227,7 @@ def waits_for_host(speed: dict) -> bool:
 
 
 def fitted_speeds() -> list[dict]:
+    """Returns the measured speeds to which the constants are fitted."""
     return [speed for speed in rows("speeds") if not waits_for_host(speed)]
 
 
@@ -343,6 +352,7 @@ def table(*columns: str, chips: tuple[str, ...] = CHIPS) -> list[str]:
 
 
 def line(*cells: str) -> str:
+    """Formats a line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 

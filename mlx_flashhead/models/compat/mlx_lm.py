@@ -93,8 +93,12 @@ TOP_P_SUMS_FROM_LEAST = not hasattr(sample_utils, "greedy_sampler")
 
 
 def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
-    """What ``make_sampler`` was called with, read from its closures; None for a sampler whose draw
-    is not a threshold and the best noisy logit, as with XTC or a least number of tokens."""
+    """Reads from a sampler's closures what ``make_sampler`` was called with.
+
+    Returns:
+        The arguments; None for a sampler whose draw is not a threshold and the best noisy logit, as
+        with XTC or a least number of tokens.
+    """
     if sampler is getattr(sample_utils, "greedy_sampler", sample_utils):
         return {}
     if not isinstance(sampler, FunctionType):
@@ -120,8 +124,10 @@ def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
 
 
 def is_mlx_lm_processor(processor: Any) -> bool:
-    """Whether it is mlx-lm's, depends on its arguments alone and moves each logit by itself, a
-    larger one never below a smaller one."""
+    """Returns whether a processor is mlx-lm's, and moves each logit by itself.
+
+    It must depend on its arguments alone, and move a larger logit never below a smaller one.
+    """
     if not isinstance(processor, FunctionType) or processor.__code__ not in _PROCESSORS:
         return False
     penalty = getclosurevars(processor).nonlocals.get("penalty", 1)
@@ -171,9 +177,11 @@ class StateMachineStops:
         self.current_state: Any = None
 
     def matcher(self) -> "StateMachineStops":
+        """Returns a new matcher of the same machine, at its beginning."""
         return StateMachineStops(self._machine)
 
     def advance(self, token: int) -> bool:
+        """Goes on by a token, and returns whether a stop sequence is complete."""
         found = self._machine.match(self._state, token)
         self._state, self.match_sequence, self.current_state = found
         return self.match_sequence is not None and self.current_state is None

@@ -22,8 +22,10 @@ SERVED = {
 
 
 def is_known(cls: type, as_imported: dict[str, Any], model: Any) -> bool:
-    """Whether a class of mlx-lm is as it was imported, but for changes that are known and do
-    nothing to the texts of ``model``."""
+    """Returns whether a class of mlx-lm is as it was imported.
+
+    Changes are allowed that are known and do nothing to the texts of ``model``.
+    """
     now = dict(vars(cls))
     if now.keys() != as_imported.keys():
         return False
@@ -39,8 +41,11 @@ def _is_known_change(name: str, function: Any) -> bool:
 
 
 def needs_own_step(generator: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """Whether the arguments of ``insert_segments`` have a processor to which oMLX's step says which
-    tokens were chosen: any that is not mlx-lm's."""
+    """Returns whether a processor needs oMLX's step, which says which tokens were chosen.
+
+    The processors are those in the arguments of ``insert_segments``; any needs it that is not
+    mlx-lm's.
+    """
     if not _is_known_change(STEP, vars(GenerationBatch)[STEP]):
         return False
     named = signature(BatchGenerator.insert_segments).bind(generator, *arguments, **options)
