@@ -18,8 +18,8 @@ from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.vlm import is_vlm
 from .batch import VerifiedBatchGenerator
 from .drafting import draft_report, drafted_steps
+from .keywords import DecodeOptions, GenerateOptions, check_keywords, check_prompt
 from .loop import verified_steps
-from .options import DecodeOptions, GenerateOptions, check_keywords, check_prompt
 from .policy import Proposer
 
 # Tokens, log-probabilities (V,), and whether a draft model proposed the token.

@@ -11,7 +11,7 @@ from typing import Any
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.policy import decoding_mode
 from ..models.compat import mlx_lm as compat
-from ..models.compat import programs as known
+from ..models.compat import other_programs as known
 from .use import Use
 
 # Of mlx-lm, with the functions that they have as imported: a program may replace some.

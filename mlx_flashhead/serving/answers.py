@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..models.tool_calls import read_tool_calls
+from ..models.call_parsers import read_tool_calls
 from ..version import __version__
 from .api_errors import ApiError
 from .choices import Choice

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.decoding.options import (
+from mlx_flashhead.decoding.keywords import (
     PROCESSOR_ARGUMENTS,
     SAMPLER_ARGUMENTS,
     DecodeOptions,
