@@ -70,7 +70,11 @@ class Matrix:
 
     @property
     def format(self) -> Format:
-        """The row of the table of formats; ValueError if it has none."""
+        """The row of the table of formats.
+
+        Raises:
+            ValueError: If the table has none.
+        """
         mode, bits = (self.mode, self.bits) if self.quantized else (None, 8 * self.weight.itemsize)
         for form in FORMATS:
             if (form.mode, form.bits) == (mode, bits):

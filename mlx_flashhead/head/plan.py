@@ -35,9 +35,21 @@ METADATA_KEY = "flash_head"
 
 
 def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dict[str, mx.array]:
-    """Writes the file of a head at ``layer`` of a model, and returns the file's arrays.
+    """Writes the file of a head at a layer of a model.
 
-    The file is for states of ``dtype``. It scores as many clusters as ``head`` does.
+    The file scores as many clusters as ``head`` does.
+
+    Args:
+        head: The head.
+        layer: The name of the layer that it replaces.
+        dtype: Of the hidden states.
+        path: Where the file is written.
+
+    Returns:
+        The file's arrays.
+
+    Raises:
+        ValueError: If the Metal kernels do not read the head's rows.
     """
     clustered, n_probes = head.clustered.in_rows(), head.unverified_probes
     if clustered.rows.format.metal is None:
