@@ -106,7 +106,7 @@ class Verification:
         mx.async_eval(self._certain)
 
     def _is_certain(self, i: int, slots: mx.array, tolerance: Tolerance) -> mx.array:
-        """For a choice by the processed logits of all tokens: whether it is certain, (1,) bool."""
+        """Returns whether a choice by the processed logits of all tokens is certain, (1,) bool."""
         sequence, pending, index = self._rows[i]
         token, context = cast(int, pending.token), sequence.context(index)
         own = _rows_of(self._proposal, slice(i, i + 1))
@@ -147,7 +147,7 @@ class Verification:
         return is_certain(low, high, token, draw, key, self._rounding.epsilon)
 
     def _in_order(self, slots: mx.array) -> mx.array:
-        """(k, C, n) in the order of the clusters → the model's logits (k, V)."""
+        """Brings logits (k, C, n) in the order of the clusters into the model's order: (k, V)."""
         logits = in_token_order(slots.flatten(1), self._head.clustered.slot_of)
         return self._proposer.model_logits(logits)
 

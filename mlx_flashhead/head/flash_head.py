@@ -259,7 +259,7 @@ class FlashHead:
         self.projection = project
 
     def serve_drafts(self, n_probes: int) -> None:
-        """From now on a call gives a draft's logits: the head is a drafter's own."""
+        """Has a call give a draft's logits from now on: the head is a drafter's own."""
         self.project_calls(partial(FlashHead.draft_logits, n_probes=n_probes))
 
     def __call__(self, hidden: mx.array) -> mx.array:
@@ -491,7 +491,10 @@ class FlashHead:
         words: bool,
         draw_temperature: float | None = None,
     ) -> tuple[mx.array, Selection, Candidates]:
-        """(R, D) → scores (R, C), the probed clusters, and their logits; ``words`` for `expand`."""
+        """Retrieves for (R, D): scores (R, C), the probed clusters, and their logits.
+
+        ``words`` are for `expand`.
+        """
         scores = ordering = self.steps.route(rows)
         if draw_temperature is not None:
             # always probed clusters keep their 1e30 and stay on top

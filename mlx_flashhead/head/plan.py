@@ -80,7 +80,7 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
         return known or input_name
 
     def kernel(**texts: Any) -> Callable[..., list[mx.array]]:
-        """In place of ``mx.fast.metal_kernel``: writes the launches down and runs nothing."""
+        """Writes the launches down in place of ``mx.fast.metal_kernel``, and runs nothing."""
 
         def launch(**call: Any) -> list[mx.array]:
             shapes, dtypes = call["output_shapes"], call["output_dtypes"]

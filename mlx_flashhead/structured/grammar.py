@@ -132,7 +132,7 @@ class Grammar:
 
 
 def _place_in(pattern: str) -> str:
-    """Where a regular expression is wrong, in words, as far as Python's own parser finds it.
+    """Says where a regular expression is wrong, as far as Python's own parser finds it.
 
     llguidance tells a place in the grammar that it makes of the expression.
     """
