@@ -125,7 +125,7 @@ class CountedKernels:
         self.measures = False
 
     def metal_kernel(self, **options: Any) -> Callable[..., list[mx.array]]:
-        """As ``mx.fast.metal_kernel``."""
+        """Makes a kernel as ``mx.fast.metal_kernel`` does, and notes what is compiled."""
         kernel = self._metal_kernel(**options)
         name = options["name"].removeprefix("flash_head_")
 

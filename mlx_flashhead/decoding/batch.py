@@ -182,7 +182,10 @@ class VerifiedBatchGenerator:
         The arguments are mlx-lm's, a list with an entry for each text or None: ``all_tokens`` are
         those that its cache holds, None or an empty list of ``logits_processors`` are none, and
         ``state_machines`` are 0.31's ``stop_sequences``. A processor that keeps a state is made
-        anew for each text. ValueError as from mlx-lm.
+        anew for each text.
+
+        Raises:
+            ValueError: As from mlx-lm.
         """
         n = len(segments)
         given: dict[str, Any] = {

@@ -229,7 +229,7 @@ class BatchCaches:
         self._n_rows = 0
 
     def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]:
-        """As :meth:`OwnCaches.snapshots`."""
+        """Returns snapshots as :meth:`OwnCaches.snapshots` does."""
         copies = copied_layers(self.layers)
         unknown: list[int | None] = [None] * len(copies)
         return [Snapshot(n_tokens, [], copies, unknown, row) for row, n_tokens in rows]

@@ -42,15 +42,30 @@ def drafted_steps(
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
     """Does what mlx-lm's ``speculative_generate_step`` does, with FlashHeads.
 
-    It yields tokens, log-probabilities (V,), and whether the draft model has proposed the token.
-    Caches hold the ``context`` already.
-
     The target is dense: it verifies several positions in one product, which rounds otherwise than
     one position at a time. A draft model's FlashHead changes no token that the target accepts or
     chooses. It also scores the text's latest tokens, and serves greedy text and this package's
     samplers alone, since mlx-lm's draw from MLX's random state as often as there are rounds. Where
     a cache cannot be trimmed, as past the window of a sliding attention, and for functions that are
     called once a token, the text goes on without drafts.
+
+    Args:
+        prompt: Tokens (n,).
+        model: The target.
+        draft_model: The model that proposes tokens.
+        stream: Where they compute.
+        proposer: Has the settings.
+        max_tokens: Tokens of the text.
+        num_draft_tokens: Tokens that the draft model proposes at once.
+        sampler: As for mlx-lm.
+        logits_processors: As for mlx-lm.
+        prompt_cache: Caches of both models, which hold the ``context`` already.
+        context: Tokens that come before the prompt.
+        announce: Called with how the text is decoded.
+        **options: As for mlx-lm.
+
+    Yields:
+        Tokens, log-probabilities (V,), and whether the draft model has proposed the token.
     """
     ids = [*context, *cast(list[int], prompt.tolist())]  # and the text, as it grows
     n_before = len(ids)

@@ -79,7 +79,11 @@ def _refusal(name: str, value: Any, known: set[str]) -> str:
 
 
 def check_prompt(prompt: Any) -> None:
-    """Refuses the messages of a chat in the place of a prompt; TypeError in one sentence."""
+    """Refuses the messages of a chat in the place of a prompt.
+
+    Raises:
+        TypeError: If the prompt is a list of messages; it says so in one sentence.
+    """
     messages = [prompt] if isinstance(prompt, dict) else prompt
     if isinstance(messages, list | tuple) and messages and isinstance(messages[0], dict):
         raise TypeError(

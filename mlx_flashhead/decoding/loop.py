@@ -137,7 +137,7 @@ def verified_steps(
 
 
 def _no_progress(n_read: int, n_prompt: int) -> None:
-    """In the place of a callback that nobody gave."""
+    """Stands in the place of a callback that nobody gave."""
 
 
 class _Text:

@@ -13,7 +13,16 @@ FeedPrompt = Callable[[mx.array, mx.array | None], mx.array]
 
 
 def check_prompt(model: nn.Module, prompt: mx.array, embeddings: mx.array | None) -> None:
-    """ValueError, as from mlx-lm, if there is nothing to read or the two do not fit together."""
+    """Checks that there is something to read, and that prompt and embeddings fit together.
+
+    Args:
+        model: The model that will read them.
+        prompt: Tokens (n,).
+        embeddings: Embeddings (n, D) in their place; None without any.
+
+    Raises:
+        ValueError: As from mlx-lm, if there is nothing to read or the two do not fit together.
+    """
     if embeddings is None:
         if len(prompt) == 0:
             raise ValueError("Either input_embeddings or prompt (or both) must be provided.")

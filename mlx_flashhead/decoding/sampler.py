@@ -107,7 +107,10 @@ class Sampler:
             return sampler(normalized(kept))
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        """For other programs' loops: (..., V) → tokens (...), a position each, a text a row."""
+        """Draws tokens for other programs' loops: (..., V) → (...).
+
+        Each call is a position, each row a text.
+        """
         if self._text_seed is None:
             self._text_seed = self.new_seed()
         rows = logprobs.reshape(-1, 1, logprobs.shape[-1])

@@ -150,7 +150,10 @@ class Sequence:
 
     @property
     def _current_processors(self) -> Any:
-        """Those that choose the next token: a change in between counts from a later one on."""
+        """Returns the processors that choose the next token.
+
+        A change in between counts from a later one on.
+        """
         return self._processors_at_start if self.verified else self.processors
 
     @property
@@ -171,7 +174,7 @@ class Sequence:
         return bool(self.snapshots)
 
     def begin_verified(self, snapshot: Snapshot) -> None:
-        """From now on its tokens are proposed; ``snapshot`` is of its caches as they are."""
+        """Has its tokens proposed from now on; ``snapshot`` is of its caches as they are."""
         self.snapshots.append(snapshot)
         if self.settings is not None and self.draws_from_mlx:
             self._chain = DrawChain()
@@ -195,7 +198,7 @@ class Sequence:
         self.paused = False
 
     def end_verified(self, why: str = CHANGED) -> None:
-        """From now on the normal (dense) head chooses its tokens, each function called once.
+        """Has the normal (dense) head choose its tokens from now on, each function called once.
 
         ``why`` is what is said of them.
         """

@@ -90,11 +90,17 @@ def tune(
 ) -> Generator[None, None, Tuning]:
     """Measures the settings on this machine, and gives them to the head.
 
-    It takes about ``seconds``. Between two measurements the model is free for other work.
+    Between two measurements the model is free for other work. Where a round of steps takes too
+    long, the gain is predicted from the times of steps and verifications and the recorded risks.
 
-    ``by_probes`` are an index's: shares of differences and recorded risks by number of probes. They
-    say how many steps are wasted; the machine says what steps and verifications take. Where a round
-    of steps takes too long, the gain is predicted from these.
+    Args:
+        model: A model with a FlashHead.
+        by_probes: Those of an index: shares of differences and recorded risks by number of probes.
+            They say how many steps are wasted; the machine says what steps and verifications take.
+        seconds: About the time that it takes.
+
+    Returns:
+        The settings, and what they gain.
     """
     head, parts, began = installed_head(model), _Parts(model), time.perf_counter()
     times = parts.steps(TOKENS + 1)[1:]
@@ -206,11 +212,17 @@ def overhead(
     k: int,
     max_risk: float,
 ) -> float:
-    """Expected seconds a token that verifications and wasted steps take.
+    """Returns the expected seconds a token that verifications and wasted steps take.
 
-    ``risks`` and ``chances`` of another dense choice are those of proposals in their order. A
-    verification of up to ``k`` tokens takes ``verification`` seconds and comes when their risks add
-    up to ``max_risk``. A rejected token wastes the steps behind it, and the one that runs then.
+    A rejected token wastes the steps behind it, and the one that runs then.
+
+    Args:
+        risks: Those of proposals in their order.
+        chances: The chances of another dense choice, for each proposal.
+        step: Seconds of a step.
+        verification: Seconds of a verification.
+        k: The most tokens of a verification.
+        max_risk: The sum of the risks at which it comes.
     """
     total, n, i = 0.0, 0.0, 0
     while i < len(risks):

@@ -106,7 +106,7 @@ class Verification:
         mx.async_eval(self._certain)
 
     def _is_certain(self, i: int, slots: mx.array, tolerance: Tolerance) -> mx.array:
-        """For a choice by the processed logits of all tokens: whether it is certain, (1,) bool."""
+        """Returns whether a choice by the processed logits of all tokens is certain, (1,) bool."""
         sequence, pending, index = self._rows[i]
         token, context = cast(int, pending.token), sequence.context(index)
         own = _rows_of(self._proposal, slice(i, i + 1))
@@ -147,7 +147,7 @@ class Verification:
         return is_certain(low, high, token, draw, key, self._rounding.epsilon)
 
     def _in_order(self, slots: mx.array) -> mx.array:
-        """(k, C, n) in the order of the clusters → the model's logits (k, V)."""
+        """Brings logits (k, C, n) in the order of the clusters into the model's order: (k, V)."""
         logits = in_token_order(slots.flatten(1), self._head.clustered.slot_of)
         return self._proposer.model_logits(logits)
 
@@ -292,9 +292,7 @@ class Kept(NamedTuple):
 
 
 def kept_from_least(low: mx.array, high: mx.array, top_p: float) -> Kept:
-    """Returns what mlx-lm 0.31's top-p keeps of logits between ``low`` and ``high``.
-
-    These are (1, V), of the logits' dtype. Lazy.
+    """Returns what mlx-lm 0.31's top-p keeps of logits between ``low`` and ``high``. Lazy.
 
     It sorts log-probabilities, adds up their probabilities from the least one on, in their dtype,
     and keeps each place at which the sum is greater than 1 - top_p. In 16 bits such a sum may lie
@@ -303,6 +301,11 @@ def kept_from_least(low: mx.array, high: mx.array, top_p: float) -> Kept:
     operation on both bounds gives bounds of it, in whichever order MLX adds. Sums need not rise
     from one place to the next, as a GPU adds blocks, so a token is kept surely if it is at all
     places where it may be. Of equal values each may stand at any of their places.
+
+    Args:
+        low: The lowest logits (1, V), of the logits' dtype.
+        high: The highest ones, likewise.
+        top_p: The probability of the tokens that are kept.
     """
     dtype = low.dtype
     n_tokens = low.shape[-1]

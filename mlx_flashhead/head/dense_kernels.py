@@ -139,6 +139,11 @@ def split_parts(rows: Matrix, n_rows: int, version: tuple[int, ...] | None = Non
     """Returns into how many parts MLX may cut the sums of several states.
 
     These are sums with quantized rows. Each part is rounded to the dtype of the product.
+
+    Args:
+        rows: The rows.
+        n_rows: The number of rows of the product.
+        version: A version of MLX; None is the one that is installed.
     """
     version = mlx_version() if version is None else version
     if not rows.quantized or version >= ANY_ROWS:

@@ -112,7 +112,13 @@ class FlashHead:
 
     @property
     def n_probes(self) -> int:
-        """Clusters scored for a proposal, 1 … C, or ValueError; sets ``unverified_probes`` too."""
+        """The number of clusters scored for a proposal, 1 … C.
+
+        Setting it sets ``unverified_probes`` too.
+
+        Raises:
+            ValueError: If it is set to anything else.
+        """
         return self._n_probes
 
     @n_probes.setter
@@ -122,7 +128,11 @@ class FlashHead:
 
     @property
     def unverified_probes(self) -> int:
-        """Clusters scored where nothing verifies the choice, 1 … C, or ValueError."""
+        """The number of clusters scored where nothing verifies the choice, 1 … C.
+
+        Raises:
+            ValueError: If it is set to anything else.
+        """
         return self._unverified_probes
 
     @unverified_probes.setter
@@ -193,14 +203,20 @@ class FlashHead:
         dense: bool = False,
         draw_temperature: float | None = None,
     ) -> Iterator["FlashHead"]:
-        """Within the block a call is the unverified head's, with these settings, or ValueError.
-
-        It scores ``n_probes`` clusters, by default ``unverified_probes``; with ``dense`` every
-        token. With ``draw_temperature``, above 0, the p clusters are drawn without replacement from
-        softmax(S / temperature), and all tokens but theirs get a logit of about -10,000: sampled at
-        the same temperature, that is the paper's "sampling over the full vocabulary".
+        """A block in which a call is the unverified head's, with these settings.
 
         Source: Efraimidis and Spirakis 2006 / Gumbel top-k: perturbed scores, then the p largest.
+
+        Args:
+            n_probes: Clusters that are scored; by default ``unverified_probes``.
+            dense: Whether every token is scored.
+            draw_temperature: A temperature above 0 at which the p clusters are drawn without
+                replacement from softmax(S / temperature); all tokens but theirs get a logit of
+                about -10,000. Sampled at the same temperature, that is the paper's "sampling over
+                the full vocabulary".
+
+        Raises:
+            ValueError: If a setting is not valid.
         """
         if dense and n_probes is not None:
             raise ValueError("dense scores every token: leave n_probes out.")
@@ -243,7 +259,7 @@ class FlashHead:
         self.projection = project
 
     def serve_drafts(self, n_probes: int) -> None:
-        """From now on a call gives a draft's logits: the head is a drafter's own."""
+        """Has a call give a draft's logits from now on: the head is a drafter's own."""
         self.project_calls(partial(FlashHead.draft_logits, n_probes=n_probes))
 
     def __call__(self, hidden: mx.array) -> mx.array:
@@ -475,7 +491,10 @@ class FlashHead:
         words: bool,
         draw_temperature: float | None = None,
     ) -> tuple[mx.array, Selection, Candidates]:
-        """(R, D) → scores (R, C), the probed clusters, and their logits; ``words`` for `expand`."""
+        """Retrieves for (R, D): scores (R, C), the probed clusters, and their logits.
+
+        ``words`` are for `expand`.
+        """
         scores = ordering = self.steps.route(rows)
         if draw_temperature is not None:
             # always probed clusters keep their 1e30 and stay on top

@@ -26,7 +26,7 @@ class Format:
     metal: str | None  # the kernels' function that makes rows of the arrays, if they read it
 
     def __str__(self) -> str:
-        """In words that come before "rows": "16-bit float", "3-bit affine", "nvfp4"."""
+        """Says the format in words before "rows": "16-bit float", "3-bit affine", "nvfp4"."""
         if self.mode in (FLOATS, AFFINE):
             return f"{self.bits}-bit {self.mode or 'float'}"
         return self.mode
@@ -70,7 +70,11 @@ class Matrix:
 
     @property
     def format(self) -> Format:
-        """The row of the table of formats; ValueError if it has none."""
+        """The row of the table of formats.
+
+        Raises:
+            ValueError: If the table has none.
+        """
         mode, bits = (self.mode, self.bits) if self.quantized else (None, 8 * self.weight.itemsize)
         for form in FORMATS:
             if (form.mode, form.bits) == (mode, bits):

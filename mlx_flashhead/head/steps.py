@@ -52,7 +52,7 @@ class Risk(NamedTuple):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "Risk":
-        """From an index's settings of verification; the usual numbers where there are none."""
+        """Reads an index's settings of verification; the usual numbers where there are none."""
         fitted = settings.get("risk") or {}
         a, b = fitted.get("greedy", USUAL[:2])
         return cls(a, b, fitted.get("sampled", USUAL.scale))
@@ -64,7 +64,10 @@ class Risk(NamedTuple):
         draws: Draws | None,
         logit_map: LogitMap = IDENTITY,
     ) -> mx.array:
-        """For each of R positions, (R,) float32. The candidates' logits are mapped."""
+        """Estimates the risk of each of R positions, (R,) float32.
+
+        The candidates' logits are mapped.
+        """
         logits = candidates.logits.flatten(-2).astype(mx.float32)
         best = mx.max(logits if candidates.best is None else candidates.best, axis=-1)
         nothing = best <= mx.finfo(candidates.logits.dtype).min
@@ -124,7 +127,10 @@ def in_blocks(matrix: Matrix) -> mx.array:
 
 
 def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
-    """(R, D) times all rows (n_blocks, block, D) → (R, n_blocks·block). Fast for few states."""
+    """Multiplies (R, D) with all rows (n_blocks, block, D) → (R, n_blocks·block).
+
+    It is fast for few states.
+    """
     return (hidden @ blocks.swapaxes(-1, -2)).swapaxes(0, 1).reshape(len(hidden), -1)
 
 

@@ -55,7 +55,11 @@ class Access:
     proxied: frozenset[str] = frozenset()
 
     def check(self, scope: Scope) -> None:
-        """Raises an ApiError unless a request may be served. h11 has rejected what is not HTTP."""
+        """Checks that a request may be served. h11 has rejected what is not HTTP.
+
+        Raises:
+            ApiError: If it may not.
+        """
         headers = Headers(scope=scope)
         parts = [scope["path"], scope["query_string"]]
         parts += [part for header in headers.raw for part in header]

@@ -196,7 +196,11 @@ def speed_of(jobs: list[Job]) -> float | None:
 
 
 def read_calls(request: Request, text: str) -> list[dict[str, Any]]:
-    """The calls in a text that is marked as one, in OpenAI's form; ValueError if it is none."""
+    """Returns the calls in a text that is marked as one, in OpenAI's form.
+
+    Raises:
+        ValueError: If the text is no call.
+    """
     calls = []
     for call in read_tool_calls(request.served.tokenizer, text, request.tools.for_parser):
         try:

@@ -257,7 +257,11 @@ class FrontDoor:
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body; an ApiError if it does not come in time."""
+    """Returns the whole body.
+
+    Raises:
+        ApiError: If it does not come in time.
+    """
     try:
         async with asyncio.timeout(BODY_SECONDS):
             return await request.body()

@@ -222,7 +222,11 @@ def still_loading() -> ApiError:
 
 
 async def refuse_other_api(request: HttpRequest) -> Response:
-    """Names what answers a path of another API."""
+    """Refuses a path of another API, and names what answers it here.
+
+    Raises:
+        ApiError: Always.
+    """
     path = request.scope["path"]
     first, *_ = path.removeprefix("/v1").strip("/").split("/")
     raise ApiError(f"{path[:80]} is not served here: {_REMEDIES[first]}.", status=404)

@@ -201,7 +201,13 @@ class Job:
 
 
 def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs:
-    """Those of a chosen token and of the ``n_tops`` likeliest ones, of all ``logprobs`` (V,)."""
+    """Returns the log-probabilities of a chosen token and of the likeliest ones.
+
+    Args:
+        logprobs: Those of all tokens (V,).
+        token: The chosen token.
+        n_tops: The number of the likeliest tokens.
+    """
     n_tops = min(n_tops, logprobs.size)
     likeliest: Any = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist() if n_tops else []
     ids = [token, *likeliest]
@@ -214,10 +220,19 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
 def read_jobs(
     fields: dict[str, Any], *, chat: bool, models: list[ServedModel], flags: Namespace
 ) -> list[Job]:
-    """A job for each answer to a request of these fields.
+    """Makes a job for each answer to a request.
 
     Templates and grammars have limits of time and memory, and all else takes time with the number
-    of fields alone. An ApiError names the field that is wrong.
+    of fields alone.
+
+    Args:
+        fields: Those of the request.
+        chat: Whether they are those of a chat; else texts are continued.
+        models: The models that are served.
+        flags: The server's options.
+
+    Raises:
+        ApiError: If a field is wrong; it names the field.
     """
     request = Request(fields, chat=chat, models=models, flags=flags)
     prompts = read_prompts(request)

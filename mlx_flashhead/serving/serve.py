@@ -66,7 +66,11 @@ class Server(uvicorn.Server):
 
 
 def serve(flags: Namespace) -> None:
-    """Serves the models of the flags until a signal; a ValueError if they cannot be served."""
+    """Serves the models of the flags until a signal.
+
+    Raises:
+        ValueError: If they cannot be served.
+    """
     sys.setswitchinterval(SWITCH_SECONDS)
     with listening(flags.host, flags.port) as port:
         access = access_of(flags)
@@ -187,7 +191,11 @@ def log_requests(level: str) -> None:
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens; a ValueError if it cannot."""
+    """Returns a socket that listens.
+
+    Raises:
+        ValueError: If the port cannot be used.
+    """
     try:
         places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         (family, *_, address), *_ = places

@@ -132,7 +132,7 @@ class Grammar:
 
 
 def _place_in(pattern: str) -> str:
-    """Where a regular expression is wrong, in words, as far as Python's own parser finds it.
+    """Says where a regular expression is wrong, as far as Python's own parser finds it.
 
     llguidance tells a place in the grammar that it makes of the expression.
     """
@@ -155,7 +155,11 @@ def add_grammar_options(parser: argparse.ArgumentParser) -> None:
 
 
 def grammar_of(args: argparse.Namespace) -> Grammar | None:
-    """The description of the text, if it is right; None without any of the options."""
+    """Returns the description of the text; None without any of the options.
+
+    Raises:
+        ValueError: If the description is not right.
+    """
     if args.regex is not None:
         return Grammar.from_regex(args.regex)
     path = args.grammar if args.json_schema is None else args.json_schema

@@ -400,7 +400,11 @@ class TaggedFormat(CallFormat):
         return {"type": "object", "properties": properties}
 
     def arguments(self, tool: Tool) -> list[str]:
-        """Lark expressions of the arguments, one for each alternative of the parameters."""
+        """Returns Lark expressions of the arguments, one for each alternative of the parameters.
+
+        Raises:
+            ValueError: If a part of the schema is not supported.
+        """
         types = self.view(tool)["properties"]
         values = self._values(tool, json_dialect(self.closing.strip(), *self.forbidden))
         written = partial(self._argument, types=types, values=values)

@@ -145,7 +145,7 @@ class Chip(NamedTuple):
 
     @property
     def host_us(self) -> float:
-        """Of mlx-lm's loop in Python, for each kernel."""
+        """The time of mlx-lm's loop in Python for each kernel, in microseconds."""
         return HOST_US[self.name[:2]]
 
     @property
@@ -202,12 +202,15 @@ def models() -> dict[str, Model]:
 
 
 def groups_us(model: Model) -> float:
-    """Of mlx-lm's loop: what one threadgroup does over all logits."""
+    """Microseconds that one threadgroup of mlx-lm's loop takes for its passes over all logits."""
     return DENSE_GROUPS * 2 * model.vocab_size / GROUP_GB_S / 1e3
 
 
 def parts(speed: dict) -> tuple[list[float], float]:
-    """Of a public speed's step: the constants' factors, and the rest; relative to the whole."""
+    """Returns the parts of a public speed's step: the constants' factors, and the rest.
+
+    They are relative to the whole.
+    """
     model, chip = models()[speed["model"]], chips()[speed["chip"]]
     per_weight = BYTES[speed["bits"]]
     if speed["group_size"]:

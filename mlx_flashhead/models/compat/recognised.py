@@ -13,7 +13,7 @@ OMLX_SAMPLING = ("omlx.utils.sampling", "c76da93ba87cca11")
 
 @cache
 def digest(thing: Any) -> str:
-    """Of the text of a function or a module; "" if there is none."""
+    """Returns the digest of the text of a function or a module; "" if there is none."""
     try:
         return sha256(getsource(thing).encode()).hexdigest()[:16]
     except (OSError, TypeError):
