@@ -298,8 +298,11 @@ def _load_part(
 def _prompt(
     args: Namespace, loaded: _Loaded, cache: _PromptCache | None
 ) -> tuple[list[int], mx.array | None]:
-    """The prompt's token ids, and the embeddings (n, D) of one with images. ValueError for a prompt
-    that is empty or longer than the context."""
+    """Returns the prompt's token ids, and the embeddings (n, D) of one with images.
+
+    Raises:
+        ValueError: For a prompt that is empty or longer than the context.
+    """
     tokenizer = loaded.tokenizer
     text = args.prompt_text
     templated = not args.ignore_chat_template and tokenizer.has_chat_template

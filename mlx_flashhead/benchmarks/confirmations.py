@@ -1,5 +1,7 @@
-"""What a machine has to confirm, for the report of a model: the rounding of MLX's kernels and of
-ours, what kernels may ask of its GPU, and what is compiled when.
+"""What a machine has to confirm, for the report of a model.
+
+It confirms the rounding of MLX's kernels and of ours, what kernels may ask of its GPU, and what is
+compiled when.
 
 On a CPU the same is computed by MLX's own operations, which says how the report looks.
 """
@@ -123,7 +125,7 @@ class CountedKernels:
         self.measures = False
 
     def metal_kernel(self, **options: Any) -> Callable[..., list[mx.array]]:
-        """As ``mx.fast.metal_kernel``."""
+        """Makes a kernel as ``mx.fast.metal_kernel`` does, and notes what is compiled."""
         kernel = self._metal_kernel(**options)
         name = options["name"].removeprefix("flash_head_")
 
@@ -151,8 +153,10 @@ class CountedKernels:
 def _kernels(
     head: FlashHead, dtype: mx.Dtype, answer: Callable[[str], float]
 ) -> dict[str, Any] | None:
-    """Texts that are compiled by an installation and afterwards, and the pipelines' limits. None
-    without kernels."""
+    """Returns texts that are compiled by an installation and afterwards, and pipelines' limits.
+
+    None without kernels.
+    """
     if not isinstance(head.steps, MetalSteps):
         return None
     counted = CountedKernels()
@@ -187,8 +191,9 @@ def random_rows(form: Format, n_rows: int, hidden_size: int, dtype: mx.Dtype) ->
 def sums(
     sizes: Sequence[tuple[int, int]], forms: Sequence[Format] = FORMATS
 ) -> Iterator[dict[str, Any]]:
-    """For each format and size, which share of a state's logits has the very sums of MLX's product
-    with the rows in the model's order.
+    """Yields which share of a state's logits has the very sums of MLX's product.
+
+    That is the product with the rows in the model's order, for each format and size.
 
     Args:
         sizes: Rows and columns.
@@ -224,8 +229,9 @@ def sums(
 
 
 def products(widths: Sequence[int], sizes: Sequence[int] = CLASSES) -> Iterator[dict[str, Any]]:
-    """How far products of several states lie from those of single ones: in float32 with and
-    without quantized rows, where an M5 takes TF32, and in bfloat16.
+    """Yields how far products of several states lie from those of single ones.
+
+    They are in float32 with and without quantized rows, where an M5 takes TF32, and in bfloat16.
 
     Args:
         widths: Columns of the rows.

@@ -18,6 +18,7 @@ from .prompts import PromptQueue, Waiting
 from .sequence import Sequence, own_processors
 
 CLEAR_EVERY = 512  # steps, as mlx-lm's batches
+SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
 NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
 
 
@@ -64,7 +65,7 @@ class VerifiedBatchGenerator:
         max_kv_size: Tokens of a cache, at most.
         stream: Where it computes.
         logprobs: Whether texts that are inserted from now on need log-probabilities.
-        announce: Called with how a text is decoded, as by :func:`verified_steps`.
+        announce: Called for each token with how it was decoded, as by :func:`verified_steps`.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class VerifiedBatchGenerator:
         self._prompts = PromptQueue(model, prefill_batch_size, prefill_step_size, self._counters)
         self._decoder = Decoder(self._proposer, BatchCaches(), self._feed)
         self._texts: dict[int, _Text] = {}
-        self._n_inserted = 0
+        self.n_inserted = 0
         self._settled = False  # whether a text's next step was launched outside of a call
         self._old_wired_limit = compat.maybe_set_recommended_wired_limit()
 
@@ -110,6 +111,7 @@ class VerifiedBatchGenerator:
 
     @property
     def stream(self) -> Any:
+        """The stream on which the batch computes."""
         return self._stream
 
     def close(self) -> None:
@@ -128,6 +130,10 @@ class VerifiedBatchGenerator:
         """The work that is done while the block runs, as mlx-lm's ``BatchStats``."""
         with compat.counted(self._counters) as stats:
             yield stats
+
+    def uids(self) -> list[int]:
+        """The numbers of the texts that have not ended."""
+        return list(self._texts)
 
     @property
     def prompt_cache_nbytes(self) -> int:
@@ -176,7 +182,10 @@ class VerifiedBatchGenerator:
         The arguments are mlx-lm's, a list with an entry for each text or None: ``all_tokens`` are
         those that its cache holds, None or an empty list of ``logits_processors`` are none, and
         ``state_machines`` are 0.31's ``stop_sequences``. A processor that keeps a state is made
-        anew for each text. ValueError as from mlx-lm.
+        anew for each text.
+
+        Raises:
+            ValueError: As from mlx-lm.
         """
         n = len(segments)
         given: dict[str, Any] = {
@@ -193,14 +202,14 @@ class VerifiedBatchGenerator:
                     f"Option {name} must have one entry per segment: expected {n}, "
                     f"got {len(entries)}."
                 )
-        first = self._n_inserted
+        first = self.n_inserted
         rows = zip(segments, *given.values(), strict=True)
         added = [self._new_text(first + i, *row) for i, row in enumerate(rows)]
-        self._n_inserted += n
+        self.n_inserted += n
         self._texts |= {waiting.uid: text for text, waiting in added}
         self._prompts.add([waiting for _, waiting in added])
         self._let_one_draw()
-        return list(range(first, self._n_inserted))
+        return list(range(first, self.n_inserted))
 
     def _new_text(
         self,
@@ -238,8 +247,10 @@ class VerifiedBatchGenerator:
         return _Text(sequence, prompt, matcher), Waiting(uid, parts, cache, held)
 
     def _let_one_draw(self) -> None:
-        """Decodes the texts that draw from MLX's random state densely if there are several, since
-        each draw then depends on which texts are there."""
+        """Decodes texts that draw from MLX's random state densely if there are several.
+
+        Each draw then depends on which texts are there.
+        """
         drawing = [text.sequence for text in self._texts.values() if text.sequence.draws_from_mlx]
         if len(drawing) > 1:
             for sequence in drawing:
@@ -250,12 +261,13 @@ class VerifiedBatchGenerator:
             with mx.stream(self._stream):
                 self._decoder.settle(sequence, dense=True)
             self._settled = True
-        else:
-            sequence.end_verified()
+        sequence.end_verified(SEVERAL_DRAW)
 
     def next(self) -> tuple[list[Any], list[Any]]:
-        """Takes a step: responses of prompts, and the next accepted token of each text that has
-        one. It may have none."""
+        """Takes a step, and returns responses of prompts and of texts.
+
+        A text has one response for its next accepted token, and none if no token is accepted yet.
+        """
         with mx.stream(self._stream):
             return self._next()
 
@@ -329,8 +341,10 @@ class VerifiedBatchGenerator:
         return responses, generated
 
     def _hand_out(self) -> list[Any]:
-        """One accepted token of each text that has one. Ended texts leave together, since mlx-lm's
-        caches are copied each time."""
+        """Hands out one accepted token of each text that has one.
+
+        Ended texts leave together, since mlx-lm's caches are copied each time.
+        """
         responses = []
         ended = []
         for sequence in self._decoder.sequences:
@@ -355,8 +369,8 @@ class VerifiedBatchGenerator:
         text = self._texts[sequence.uid]
         pending = sequence.hand_out()
         token = cast(int, pending.token)
-        if self._announce is not None and sequence.n_yielded == (2 if sequence.verified else 1):
-            self._announce(self._proposer.mode_of(sequence))
+        if self._announce is not None:
+            self._announce(self._proposer.mode_of(sequence, sequence.n_yielded))
         reason = "length" if sequence.n_yielded >= sequence.limit else None
         if text.matcher.advance(token):
             reason = "stop"

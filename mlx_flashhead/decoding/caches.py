@@ -1,5 +1,7 @@
-"""A model's caches: trimmed, copied, brought back to an earlier token, and shown to the caller as
-mlx-lm's loop would leave them."""
+"""A model's caches can be trimmed, copied, and brought back to an earlier token.
+
+Between two tokens the caller finds them as mlx-lm's loop would leave them.
+"""
 
 import copy
 from collections.abc import Callable
@@ -32,8 +34,18 @@ class Snapshot:
 
 
 def copied_layers(cache: list[Any], quantized_from: int | None = None) -> list[Any]:
-    """A copy of each layer's cache; None for one that can be trimmed. mlx-lm quantizes a cache of
-    the length ``quantized_from``. ValueError if a cache cannot be copied."""
+    """Copies each layer's cache, but for those that can be trimmed.
+
+    Args:
+        cache: The caches of the model's layers.
+        quantized_from: The length from which mlx-lm quantizes a cache; None if it never does.
+
+    Returns:
+        A copy of each layer's cache; None for one that can be trimmed.
+
+    Raises:
+        ValueError: If a cache cannot be copied.
+    """
     return [None if trims(layer, quantized_from) else _copied(layer) for layer in cache]
 
 
@@ -124,8 +136,10 @@ def trims(layer: Any, quantized_from: int | None = None, ahead: int = AHEAD) -> 
 
 
 class OwnCaches:
-    """The caches of one text. Between two tokens the caller finds them with the tokens that were
-    handed out, as mlx-lm's loop would leave them, though the model is ahead.
+    """The caches of one text.
+
+    Between two tokens the caller finds them with the tokens that were handed out, as mlx-lm's loop
+    would leave them, though the model is ahead.
 
     Caches that can be trimmed are trimmed for that moment, which moves their positions and no
     arrays. Others are brought back, from a snapshot, when anyone looks at one of them.
@@ -145,15 +159,18 @@ class OwnCaches:
         return [Snapshot(n_tokens, list(self.layers), copies, lengths) for _, n_tokens in rows]
 
     def extract(self, row: int) -> list[Any]:
+        """Returns the text's caches, whatever the row: there is one text."""
         return self.layers
 
     def drop(self, rows: list[int]) -> None:
         """The only row leaves, and keeps its caches."""
 
     def join(self, layers: list[Any], n_rows: int = 1) -> None:
+        """Takes the caches of a text, which has just been read."""
         self.layers = layers
 
     def merged(self, caches: list[list[Any]]) -> list[Any]:
+        """Returns the caches of the one text, which need no merging."""
         return caches[0]
 
     def show(self, n_ahead: int, snapshot: Snapshot, bring_back: Callable[[], None]) -> None:
@@ -187,8 +204,12 @@ class OwnCaches:
                 self._moved.append((part, name, ahead, shown))
 
     def resume(self) -> bool:
-        """Goes on with the caches as they were. False if somebody has changed them, or they were
-        brought back: then they stay as they are."""
+        """Goes on with the caches as they were.
+
+        Returns:
+            False if somebody has changed them, or they were brought back: then they stay as they
+            are.
+        """
         for layer in self._guarded:
             _unguard(layer)
         self._guarded = []
@@ -208,7 +229,7 @@ class BatchCaches:
         self._n_rows = 0
 
     def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]:
-        """As :meth:`OwnCaches.snapshots`."""
+        """Returns snapshots as :meth:`OwnCaches.snapshots` does."""
         copies = copied_layers(self.layers)
         unknown: list[int | None] = [None] * len(copies)
         return [Snapshot(n_tokens, [], copies, unknown, row) for row, n_tokens in rows]

@@ -1,5 +1,7 @@
-"""What a text's processors change of the logits, where that is known: biases and penalties of a few
-tokens, and tokens that a grammar rules out."""
+"""What a text's processors change of the logits, where that is known.
+
+They change biases and penalties of a few tokens, and rule out tokens by a grammar.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -62,6 +64,7 @@ class Changes:
 
     @property
     def biases(self) -> dict[int, float]:
+        """The bias of each token that has one; empty if there are none."""
         return self.penalties[BIAS].biases if BIAS in self.penalties else {}
 
     @property
@@ -108,8 +111,12 @@ class Changes:
         )
 
     def allowed(self, tokens: Any, vocab_size: int) -> np.ndarray | None:
-        """What the mask allows after ``tokens`` (n,): (⌈V/32⌉,) uint32, a bit a token, the lowest
-        first; None where everything may come."""
+        """Returns what the mask allows after ``tokens`` (n,).
+
+        Returns:
+            (⌈V/32⌉,) uint32, a bit for each token, the lowest first; None where everything may
+            come.
+        """
         allows = None if self.mask is None else marks_of(self.mask).allowed
         words = None if allows is None else allows(tokens, vocab_size)
         return None if words is None else np.array(words, np.uint32).reshape(-1)
@@ -153,8 +160,14 @@ def after_changes(
 
 
 def mask_array(masks: Sequence[np.ndarray | None]) -> mx.array | None:
-    """The words (⌈V/32⌉,) of some rows as one array, all bits set where a row has None; None where
-    no row has any."""
+    """Joins the masks of some rows in one array.
+
+    Args:
+        masks: The words (⌈V/32⌉,) uint32 of each row; None for a row without a mask.
+
+    Returns:
+        One array with all bits set where a row has None; None where no row has a mask.
+    """
     known = next((mask for mask in masks if mask is not None), None)
     if known is None:
         return None

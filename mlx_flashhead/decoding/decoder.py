@@ -31,25 +31,39 @@ Feed = Callable[[mx.array, list[Any]], mx.array]
 
 
 class Caches(Protocol):
-    """The caches of the decoder's sequences, a row each (`caches.py` has one for a text alone, and
-    one for several)."""
+    """The caches of the decoder's sequences, a row for each.
+
+    `caches.py` has one class for a text alone, and one for several.
+    """
 
     layers: list[Any]
 
-    def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]: ...
+    def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]:
+        """Returns snapshots of rows' caches, from which they can be rolled back."""
+        ...
 
-    def extract(self, row: int) -> list[Any]: ...
+    def extract(self, row: int) -> list[Any]:
+        """Returns the caches of one row, as a text alone would have them."""
+        ...
 
-    def drop(self, rows: list[int]) -> None: ...
+    def drop(self, rows: list[int]) -> None:
+        """Takes rows out."""
+        ...
 
-    def join(self, layers: list[Any], n_rows: int = 1) -> None: ...
+    def join(self, layers: list[Any], n_rows: int = 1) -> None:
+        """Adds the rows of the caches ``layers``."""
+        ...
 
-    def merged(self, caches: list[list[Any]]) -> list[Any]: ...
+    def merged(self, caches: list[list[Any]]) -> list[Any]:
+        """Returns caches of single texts as those of a batch."""
+        ...
 
 
 class Decoder:
-    """Decodes R ≥ 1 sequences: :meth:`round` makes the next tokens of each, and what is accepted
-    waits in its ``ready`` until :meth:`Sequence.hand_out`.
+    """Decodes R ≥ 1 sequences at once.
+
+    :meth:`round` makes the next tokens of each sequence. What is accepted waits in the sequence's
+    ``ready`` until :meth:`Sequence.hand_out`.
 
     Args:
         proposer: Proposes tokens, and says what can be verified.
@@ -66,15 +80,22 @@ class Decoder:
         self._schedule = VerifySchedule(proposer, self._snapshots)
 
     def start(self, sequences: list[Sequence], layers: list[Any], logits: mx.array) -> None:
-        """Adds sequences whose prompts have been read into the caches ``layers``. The dense logits
-        (R, V) of their last positions choose the first tokens, which are launched."""
+        """Adds sequences whose prompts have been read, and launches their first tokens.
+
+        Args:
+            sequences: The R sequences.
+            layers: The caches that hold their prompts.
+            logits: The dense logits (R, V) of the last positions, which choose the first tokens.
+        """
         tokens = self._choose_densely(sequences, logits)
         mx.async_eval(step_arrays(tokens, [sequence.pending[-1] for sequence in sequences]))
         self._join(sequences, layers, tokens)
 
     def round(self) -> None:
-        """Computes the next token of each sequence while the one before it is read, and accepts
-        what is sure. Evaluates."""
+        """Computes the next token of each sequence, and accepts what is sure.
+
+        The step is launched while the token before it is read. Evaluates.
+        """
         began = time.perf_counter()
         pace = self._proposer.pace_of(self.sequences)
         for sequence in self.sequences:
@@ -99,9 +120,10 @@ class Decoder:
             pace.note_dense(seconds)
 
     def settle(self, sequence: Sequence, *, dense: bool, caches_changed: bool = False) -> None:
-        """Forgets what was computed beyond the token that mlx-lm's loop would have computed: the
-        one after the last that was handed out, which is decided now if it was not. MLX's random
-        state stays as it is.
+        """Forgets what was computed beyond the token that mlx-lm's loop would have computed.
+
+        That is the one after the last that was handed out. It is decided now if it was not. MLX's
+        random state stays as it is.
 
         What a caller has changed in between counts from the place on where it would in that loop.
 
@@ -129,8 +151,11 @@ class Decoder:
         return self._snapshots([sequence])[0]
 
     def handed_out_cache(self, sequence: Sequence) -> list[Any]:
-        """The caches of one sequence, with the tokens that were handed out and no others: copies
-        of rows of a batch, or those of a text alone, after which it must :meth:`settle`."""
+        """Returns one sequence's caches with the tokens that were handed out and no others.
+
+        They are copies of rows of a batch, or those of a text alone, after which it must
+        :meth:`settle`.
+        """
         row = self.sequences.index(sequence)
         return self._rolled_back(sequence, self.caches.extract(row), sequence.n_yielded)
 
@@ -223,8 +248,10 @@ class Decoder:
         rows: list[int] | None,
         i: int,
     ) -> mx.array:
-        """The dense logits (1, V) of a row as its text alone has them: in 16 bits a product of
-        several states rounds otherwise."""
+        """Returns the dense logits (1, V) of a row as its text alone has them.
+
+        In 16 bits a product of several states rounds otherwise.
+        """
         batched = states is not None and len(states) > 0 and len(states[-1]) > 1
         if not batched or logits.dtype == mx.float32 or not self._proposer.can_verify(sequence):
             return logits
@@ -232,8 +259,11 @@ class Decoder:
         return self._proposer.dense_row(cast(list[mx.array], states)[-1][row, -1:])
 
     def _adopt(self, sequence: Sequence, pace: Pace | None) -> None:
-        """Has a sequence's tokens proposed from now on, if they can be verified and proposals pay;
-        or decoded densely, once nothing that was proposed is pending any more."""
+        """Has a sequence's tokens proposed from now on, or decodes them densely.
+
+        They are proposed if they can be verified and proposals pay. Dense decoding begins once
+        nothing that was proposed is pending any more.
+        """
         pays = pace is None or not pace.dense
         if not sequence.verified:
             if pays and self._proposer.can_verify(sequence):
@@ -253,8 +283,10 @@ class Decoder:
     # Sequences come, go, and start again.
 
     def _restart(self, sequences: list[Sequence]) -> None:
-        """Goes on after the last accepted token of sequences, in whose place their caches hold
-        another one, or none. The next step of each is launched."""
+        """Goes on after the last accepted token of sequences, and launches their next steps.
+
+        In that token's place their caches hold another one, or none.
+        """
         if sequences:
             self._feed_last(sequences, self._take_back(sequences))
 

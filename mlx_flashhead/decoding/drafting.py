@@ -20,6 +20,7 @@ from .sampler import Processor, Sampler, SamplerFunction, Trust, draw_settings, 
 from .sequence import begin
 
 LATEST = 256  # tokens of a text that a draft model's FlashHead always scores
+DRAFTED = "dense: a draft model proposes, and the target chooses every token"
 log = logging.getLogger("mlx_flashhead")
 
 
@@ -39,8 +40,7 @@ def drafted_steps(
     announce: Callable[[str], Any] | None = None,
     **options: Any,
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
-    """mlx-lm's ``speculative_generate_step``: tokens, log-probabilities (V,), and whether the draft
-    model has proposed the token. Caches hold the ``context`` already.
+    """Does what mlx-lm's ``speculative_generate_step`` does, with FlashHeads.
 
     The target is dense: it verifies several positions in one product, which rounds otherwise than
     one position at a time. A draft model's FlashHead changes no token that the target accepts or
@@ -48,6 +48,24 @@ def drafted_steps(
     samplers alone, since mlx-lm's draw from MLX's random state as often as there are rounds. Where
     a cache cannot be trimmed, as past the window of a sliding attention, and for functions that are
     called once a token, the text goes on without drafts.
+
+    Args:
+        prompt: Tokens (n,).
+        model: The target.
+        draft_model: The model that proposes tokens.
+        stream: Where they compute.
+        proposer: Has the settings.
+        max_tokens: Tokens of the text.
+        num_draft_tokens: Tokens that the draft model proposes at once.
+        sampler: As for mlx-lm.
+        logits_processors: As for mlx-lm.
+        prompt_cache: Caches of both models, which hold the ``context`` already.
+        context: Tokens that come before the prompt.
+        announce: Called with how the text is decoded.
+        **options: As for mlx-lm.
+
+    Yields:
+        Tokens, log-probabilities (V,), and whether the draft model has proposed the token.
     """
     ids = [*context, *cast(list[int], prompt.tolist())]  # and the text, as it grows
     n_before = len(ids)
@@ -64,8 +82,6 @@ def drafted_steps(
         limit = _trimmable_tokens(caches, n_ahead, max_tokens)
     if isinstance(sampler, Sampler):  # the same noise with drafts and without
         sampler = replace(sampler, seed=sampler.new_seed())
-    if announce is not None:
-        announce("dense: a draft model proposes, and the target chooses every token")
     # 1) mlx-lm's loop, up to where a cache could not be trimmed any more.
     if limit > 0:
         begin(functions)
@@ -83,7 +99,10 @@ def drafted_steps(
             **options,
         )
         with closing(drafted):
-            yield from drafted
+            for step in drafted:
+                if announce is not None:
+                    announce(DRAFTED)
+                yield step
         if len(ids) == n_before + max_tokens:
             return
     else:

@@ -1,5 +1,7 @@
-"""``stream_generate``, ``generate`` and ``batch_generate``: mlx-lm's functions, with the choices of
-the dense model."""
+"""mlx-lm's functions ``stream_generate``, ``generate`` and ``batch_generate`` with FlashHead.
+
+The choices are those of the dense model.
+"""
 
 import time
 from collections.abc import Generator
@@ -16,8 +18,8 @@ from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.vlm import is_vlm
 from .batch import VerifiedBatchGenerator
 from .drafting import draft_report, drafted_steps
+from .keywords import DecodeOptions, GenerateOptions, check_keywords, check_prompt
 from .loop import verified_steps
-from .options import DecodeOptions, GenerateOptions, check_keywords, check_prompt
 from .policy import Proposer
 
 # Tokens, log-probabilities (V,), and whether a draft model proposed the token.
@@ -181,8 +183,9 @@ def batch_generate(
     max_wait: float | None = None,
     **kwargs: Any,
 ) -> BatchResponse:
-    """Generates for several prompts at once: ``mlx_lm.batch_generate`` with settings for the
-    FlashHead.
+    """Generates for several prompts at once, with settings for the FlashHead.
+
+    Apart from these it is ``mlx_lm.batch_generate``.
 
     Args:
         model: A model loaded by ``mlx_flashhead.load``, or any dense one.
@@ -264,8 +267,11 @@ def batch_generate(
 
 
 def make_proposer(model: nn.Module, *, dense: bool = False, **settings: Any) -> Proposer:
-    """A proposer with the settings of a call. ValueError, before anything is computed, if one is
-    not valid."""
+    """Makes a proposer with the settings of a call.
+
+    Raises:
+        ValueError: Before anything is computed, if a setting is not valid.
+    """
     if is_vlm(model):
         raise ValueError(
             "This is a model of mlx-vlm: generate with mlx_vlm.generate, which uses its FlashHead."

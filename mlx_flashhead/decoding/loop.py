@@ -12,7 +12,7 @@ from .decoder import Decoder
 from .policy import Proposer
 from .prefill import check_prompt, read_by, read_prompt
 from .sampler import Processor, Sampler, SamplerFunction
-from .sequence import Sequence
+from .sequence import PendingToken, Sequence
 
 CLEAR_EVERY = 256  # tokens, as mlx-lm's loop
 MOST_SETTLED = 2  # times that a caller may look at the caches or change what a text depends on
@@ -43,9 +43,12 @@ def verified_steps(
     prefill: Callable[..., Iterable[Any]] | None = None,
     announce: Callable[[str], Any] | None = None,
 ) -> Tokens:
-    """mlx-lm's ``generate_step`` with the dense model's choices: tokens, log-probabilities (V,).
+    """Does what mlx-lm's ``generate_step`` does, with the dense model's choices.
 
-    What cannot be verified is decoded by the normal (dense) head, or the unverified one.
+    It yields tokens and log-probabilities (V,). What cannot be verified is decoded by the normal
+    (dense) head, or the unverified one. Between two tokens, and at the end, ``prompt_cache`` holds
+    the prompt and the tokens handed out, and MLX's random state is what mlx-lm would have left
+    (`docs/lossless.md`).
 
     Args:
         prompt: Tokens (n,) of any integer dtype, which processors get as they are.
@@ -53,22 +56,26 @@ def verified_steps(
         stream: Where it computes.
         proposer: Proposes the tokens, and has the settings.
         max_tokens: Tokens of the text; -1 is no limit.
+        sampler: As for mlx-lm.
+        logits_processors: As for mlx-lm.
+        max_kv_size: As for mlx-lm.
+        prompt_cache: As for mlx-lm.
+        prefill_step_size: As for mlx-lm.
+        kv_bits: As for mlx-lm.
+        kv_group_size: As for mlx-lm.
+        quantized_kv_start: As for mlx-lm.
+        prompt_progress_callback: As for mlx-lm.
+        input_embeddings: As for mlx-lm.
         logprobs: Whether log-probabilities are wanted; else None may come in their place.
         context: Tokens that ``prompt_cache`` holds already, and that processors see.
         n_begun: How many of these and of the prompt belong to a text that is continued.
         prefill: Reads the prompt in the place of :func:`read_prompt`, with mlx-lm's keywords.
-        announce: Called with how the text is decoded: "verified" when the first verified token is
-            handed out, or "dense: " and why.
-
-    The other arguments are those of mlx-lm. Between two tokens, and at the end, ``prompt_cache``
-    holds the prompt and the tokens handed out, and MLX's random state is what mlx-lm would have
-    left (`docs/lossless.md`).
+        announce: Called for each token with how it was decoded: "verified", "dense: " and why, or
+            FIRST for the first one of a text that is verified from its second on.
 
     Raises:
         ValueError: As mlx-lm, or if a cache can neither be trimmed nor copied.
     """
-    if prefill is None:
-        check_prompt(model, prompt, input_embeddings)
     shared = prompt_cache is not None
     cache = compat.make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
     quantization = (quantized_kv_start, kv_group_size, kv_bits)
@@ -95,6 +102,7 @@ def verified_steps(
         if prefill is not None:
             logits = read_by(prefill, {"prompt_cache": cache})
         else:
+            check_prompt(model, prompt, input_embeddings)
             logits = read_prompt(
                 prompt,
                 lambda tokens, embeddings: feed(tokens, cache, embeddings),
@@ -105,52 +113,86 @@ def verified_steps(
             )
         decoder.start([sequence], cache, logits)
     n_prompt = len(prompt) if input_embeddings is None else len(input_embeddings)
-    n_settled = 0
-    handed_out = False  # whether the caller has the latest token, and may do what it wants
-    if max_tokens == 0 and prompt_progress_callback is not None:
-        prompt_progress_callback(n_prompt, n_prompt)
+    progress = prompt_progress_callback or _no_progress
+    if max_tokens == 0:
+        progress(n_prompt, n_prompt)
+    text = _Text(decoder, sequence, caches, stream, shared)
     try:
         while sequence.n_yielded != sequence.limit:
             # 2) The decoder makes tokens until some are accepted.
-            with mx.stream(stream):
-                while not sequence.ready:
-                    decoder.round()
-            pending = sequence.hand_out()
+            pending = text.next_token()
             n_given = sequence.n_yielded - n_begun
-            if n_given == 1 and prompt_progress_callback is not None:
-                prompt_progress_callback(n_prompt, n_prompt)
-            if announce is not None and n_given == (2 if sequence.verified else 1):
-                announce(proposer.mode_of(sequence))
-            if shared and sequence.verified:
-                n_ahead = sequence.n_cached - sequence.n_yielded
-                snapshot = sequence.snapshots[0]
-                caches.show(n_ahead, snapshot, lambda: _bring_back(decoder, sequence, stream))
+            if n_given == 1:
+                progress(n_prompt, n_prompt)
+            if announce is not None:
+                announce(proposer.mode_of(sequence, n_given))
             # 3) The caller gets one, and may use the caches, draw, or change the processors.
-            handed_out = True
+            text.show()
             yield cast(int, pending.token), pending.logprobs
-            as_shown = caches.resume()
-            if sequence.verified and not (as_shown and sequence.as_at_start):
-                n_settled += 1
-                changed = not (caches.looked_at and sequence.as_at_start)
-                with mx.stream(stream):
-                    decoder.settle(
-                        sequence,
-                        dense=changed or n_settled > MOST_SETTLED,
-                        caches_changed=not as_shown,
-                    )
-            handed_out = False
+            text.resume()
             if n_given % CLEAR_EVERY == 1:
                 mx.clear_cache()
     finally:
-        if caches.resume() and shared and sequence.verified:
-            _bring_back(decoder, sequence, stream)
-        if not handed_out:
-            sequence.leave_state()
+        text.end()
 
 
-def _bring_back(decoder: Decoder, sequence: Sequence, stream: Any) -> None:
-    with mx.stream(stream):
-        decoder.handed_out_cache(sequence)
+def _no_progress(n_read: int, n_prompt: int) -> None:
+    """Stands in the place of a callback that nobody gave."""
+
+
+class _Text:
+    """A text between its decoder and its caller."""
+
+    def __init__(
+        self, decoder: Decoder, sequence: Sequence, caches: OwnCaches, stream: Any, shared: bool
+    ):
+        self._decoder = decoder
+        self._sequence = sequence
+        self._caches = caches
+        self._stream = stream
+        self._shared = shared  # whether the caller has the caches, too
+        self._shown = False  # whether the caller has the latest token, and may do what it wants
+        self._n_settled = 0
+
+    def next_token(self) -> PendingToken:
+        with mx.stream(self._stream):
+            while not self._sequence.ready:
+                self._decoder.round()
+        return self._sequence.hand_out()
+
+    def show(self) -> None:
+        """Leaves everything to the caller as mlx-lm's loop would leave it at this token."""
+        sequence = self._sequence
+        if self._shared and sequence.verified:
+            n_ahead = sequence.n_cached - sequence.n_yielded
+            self._caches.show(n_ahead, sequence.snapshots[0], self._bring_back)
+        self._shown = True
+
+    def resume(self) -> None:
+        """Goes on, with what the caller has changed since :meth:`show`."""
+        sequence = self._sequence
+        as_shown = self._caches.resume()
+        if sequence.verified and not (as_shown and sequence.as_at_start):
+            self._n_settled += 1
+            changed = not (self._caches.looked_at and sequence.as_at_start)
+            with mx.stream(self._stream):
+                self._decoder.settle(
+                    sequence,
+                    dense=changed or self._n_settled > MOST_SETTLED,
+                    caches_changed=not as_shown,
+                )
+        self._shown = False
+
+    def end(self) -> None:
+        """Leaves the caches and MLX's random state as at the token handed out last."""
+        if self._caches.resume() and self._shared and self._sequence.verified:
+            self._bring_back()
+        if not self._shown:
+            self._sequence.leave_state()
+
+    def _bring_back(self) -> None:
+        with mx.stream(self._stream):
+            self._decoder.handed_out_cache(self._sequence)
 
 
 def _sequence(
@@ -163,8 +205,10 @@ def _sequence(
     logprobs: bool,
     limit: int,
 ) -> Sequence:
-    """The sequence of a text whose last ``n_begun`` tokens, of the context and the prompt, are of
-    the text itself."""
+    """Makes the sequence of a text.
+
+    The last ``n_begun`` tokens of the context and the prompt belong to the text itself.
+    """
     seen: mx.array | None = prompt if len(prompt) else None
     begun: list[int] = []
     if context:

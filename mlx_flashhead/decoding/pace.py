@@ -1,5 +1,8 @@
-"""Whether proposals pay in the text at hand: a flat distribution, or text that is unlike what the
-machine was measured on, costs more doubts and rejections than the proposals save."""
+"""Whether proposals pay in the text at hand.
+
+A flat distribution, or text that is unlike what the machine was measured on, costs more doubts and
+rejections than the proposals save.
+"""
 
 from dataclasses import dataclass, field
 

@@ -1,5 +1,8 @@
-"""Which head chooses the next token: a machine's settings for a FlashHead, and the proposer that
-applies them in the loops of one sequence and of several."""
+"""Which head chooses the next token.
+
+A machine has settings for a FlashHead. The proposer applies them in the loops of one sequence and
+of several.
+"""
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
@@ -36,6 +39,9 @@ MAX_RISK = 0.1
 MAX_WAIT = 0.3  # seconds
 FIRST_PENDING = 4
 CPU_BATCH = 32  # sequences at once up to which proposals pay on a CPU
+FIRST = "the first of its text"  # token, which the prompt's own logits have chosen
+PAUSED = "decoded densely for a while, since that was faster"  # of a text that can be verified
+UNKNOWN_FUNCTION = "dense: its sampler, or one of its processors, cannot be verified"
 
 
 @dataclass
@@ -137,25 +143,38 @@ class Proposer:
 
     @property
     def max_batch(self) -> int:
-        """Sequences at once up to which proposals are made: C/p of them read as many rows as the
-        dense head, which reads each row once."""
+        """The number of sequences at once up to which proposals are made.
+
+        C/p sequences read as many rows as the dense head, which reads each row once.
+        """
         if self.policy.max_batch is not None:
             return self.policy.max_batch
         if mx.default_device().type == mx.cpu:
             return CPU_BATCH
         return max(1, self.head.n_clusters // self.head.n_probes)
 
-    def mode_of(self, sequence: Sequence) -> str:
-        """How a text is decoded, in words: "verified", "unverified", or "dense: " and why."""
+    def mode_of(self, sequence: Sequence, n_handed_out: int = 2) -> str:
+        """Returns in words how the latest token of a text was decoded.
+
+        The words are "verified", "unverified", FIRST, or "dense: " and why. ``n_handed_out`` counts
+        the tokens since its prompt was read.
+        """
         if sequence.verified:
-            return "verified"
+            return FIRST if n_handed_out == 1 else "verified"
+        if not sequence.why_dense:
+            if self.can_verify(sequence):
+                return PAUSED
+            sequence.why_dense = self._why_dense(sequence)
+        return sequence.why_dense
+
+    def _why_dense(self, sequence: Sequence) -> str:
         verify, dense = self._requested
         mode = decoding_mode(self.model, verify=verify, dense=dense)
         if mode != "verified":
             return mode
         if self.policy.sampled_dense and not sequence.greedy and sequence.trust is Trust.EXACT:
             return "dense: FlashHead is no faster for sampled text on this machine"
-        return "dense: its sampler, or one of its processors, cannot be verified"
+        return UNKNOWN_FUNCTION
 
     def pace_of(self, sequences: Rows[Sequence]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
@@ -170,8 +189,11 @@ class Proposer:
         return policy.paces[key]
 
     def can_verify(self, sequence: Sequence) -> bool:
-        """Whether a sequence's choices can be verified. A pure function that keeps no bounds can
-        where rounding is as small as float32's."""
+        """Returns whether a sequence's choices can be verified.
+
+        A pure function that keeps no bounds can be verified where rounding is as small as
+        float32's.
+        """
         if self.head is None or not self.verifies or sequence.trust is Trust.UNKNOWN:
             return False
         if self.policy.sampled_dense and not sequence.greedy and self._n_probes is None:
@@ -184,8 +206,10 @@ class Proposer:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """A block in which the model reads prompts, whose last logits choose the first token: by
-        the normal (dense) head, or the unverified one."""
+        """A block in which the model reads prompts.
+
+        Their last logits choose the first token: by the normal (dense) head, or the unverified one.
+        """
         if self.head is None:
             yield
             return
@@ -201,9 +225,11 @@ class Proposer:
 
     @contextmanager
     def states(self) -> Iterator[list[mx.array]]:
-        """A block in which the model's forward pass notes the hidden states of the head's calls,
-        the last of which makes its logits. These are the normal (dense) head's, which nothing
-        computes unless they are read; or the unverified head's."""
+        """A block in which the model's forward pass notes the hidden states of the head's calls.
+
+        The last of these makes the model's logits. They are the normal (dense) head's, which
+        nothing computes unless they are read; or the unverified head's.
+        """
         taken: list[mx.array] = []
         if (head := self.head) is None:
             yield taken
@@ -281,8 +307,11 @@ class Proposer:
         return Adjustment.of(changes, latest, vocab_size)
 
     def _mask(self, sequence: Sequence) -> np.ndarray | None:
-        """What a mask of the sequence allows at its next place. It reads the latest token, and
-        looks at no mask where that one was no choice, so that it will be rejected."""
+        """Returns what a mask of the sequence allows at its next place.
+
+        It reads the latest token, and looks at no mask where that one was no choice, so that it
+        will be rejected.
+        """
         changes, pending = sequence.changes, sequence.pending
         if changes is None or changes.mask is None:
             return None
@@ -298,8 +327,10 @@ class Proposer:
         return logits if self._change is None else self._change(logits)
 
     def dense_row(self, hidden: mx.array) -> mx.array:
-        """The model's normal logits of one state (1, D) by itself: (1, V). A product of several
-        states rounds otherwise in 16 bits."""
+        """Returns the model's normal logits (1, V) of one state (1, D) by itself.
+
+        A product of several states rounds otherwise in 16 bits.
+        """
         return self.model_logits(self.head.dense_logits(hidden))
 
     def report(self) -> str:

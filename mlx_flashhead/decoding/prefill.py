@@ -13,7 +13,16 @@ FeedPrompt = Callable[[mx.array, mx.array | None], mx.array]
 
 
 def check_prompt(model: nn.Module, prompt: mx.array, embeddings: mx.array | None) -> None:
-    """ValueError, as from mlx-lm, if there is nothing to read or the two do not fit together."""
+    """Checks that there is something to read, and that prompt and embeddings fit together.
+
+    Args:
+        model: The model that will read them.
+        prompt: Tokens (n,).
+        embeddings: Embeddings (n, D) in their place; None without any.
+
+    Raises:
+        ValueError: As from mlx-lm, if there is nothing to read or the two do not fit together.
+    """
     if embeddings is None:
         if len(prompt) == 0:
             raise ValueError("Either input_embeddings or prompt (or both) must be provided.")
@@ -66,8 +75,10 @@ def read_prompt(
 
 
 def read_by(prefill: Callable[..., Iterable[Any]], options: dict[str, Any]) -> mx.array:
-    """Reads a prompt by another loop with mlx-lm's keywords, which hands the logits (1, V) of the
-    last position to a processor."""
+    """Reads a prompt by another loop with mlx-lm's keywords.
+
+    The loop hands the logits (1, V) of the last position to a processor, which are returned.
+    """
     taken: list[mx.array] = []
 
     def take(_: mx.array, logits: mx.array) -> mx.array:

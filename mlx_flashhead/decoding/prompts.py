@@ -1,5 +1,7 @@
-"""The prompts of a batch, read by mlx-lm's own class, so that chunks and padding, and with them the
-rounding, are mlx-lm's."""
+"""The prompts of a batch, read by mlx-lm's own class.
+
+So chunks and padding, and with them the rounding, are mlx-lm's.
+"""
 
 import time
 from collections import deque
@@ -54,6 +56,7 @@ class PromptQueue:
         self._progress: list[tuple[int, int]] = []  # tokens read of each, and in all
 
     def add(self, prompts: list[Waiting]) -> None:
+        """Adds prompts that wait to be read."""
         self._waiting.extend(prompts)
 
     @property

@@ -25,7 +25,7 @@ def set_key(key: Key) -> None:
 
 @contextmanager
 def random_key(key: Key | None) -> Iterator[None]:
-    """Within the block MLX's random state is ``key``; with None it stays as it is."""
+    """A block in which MLX's random state is ``key``; with None it stays as it is."""
     if key is None:
         yield
         return

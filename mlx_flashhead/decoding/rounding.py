@@ -40,8 +40,11 @@ SMALLEST_FLOAT32 = 2.0**-126  # normal above 0; bfloat16's, too
 
 
 class SlotProduct:
-    """Logits of states (k, D) in the order of the clusters, (k, C, n): lazy, or computed by a
-    thread beside the steps of the model, on a CPU whose BLAS numpy beats."""
+    """Logits of states (k, D) in the order of the clusters, (k, C, n).
+
+    They are lazy, or computed by a thread beside the steps of the model, on a CPU whose BLAS numpy
+    beats.
+    """
 
     def __init__(self, head: FlashHead, hidden: mx.array):
         self._head, self._k, rows = head, len(hidden), head.clustered.rows
@@ -59,6 +62,7 @@ class SlotProduct:
         return self._future is None or self._future.done()
 
     def result(self) -> mx.array:
+        """Returns the logits (k, C, n), after waiting for the thread if there is one."""
         if self._future is None:
             return self._head.slot_logits(self._hidden)[: self._k]
         logits, bias = to_mlx(self._future.result()), self._head.clustered.rows.bias
@@ -71,8 +75,10 @@ def _worker() -> ThreadPoolExecutor:
 
 
 def product_size(k: int) -> int:
-    """The size to which a product of ``k`` states is filled up, so that its kernel is that whose
-    rounding is known. A CPU has one for all."""
+    """Returns the size to which a product of ``k`` states is filled up.
+
+    Its kernel is then the one whose rounding is known. A CPU has one for all sizes.
+    """
     if mx.default_device().type == mx.cpu:
         return k
     return next((size for size in CLASSES if size >= k), -(-k // CLASSES[-1]) * CLASSES[-1])
@@ -80,8 +86,10 @@ def product_size(k: int) -> int:
 
 @dataclass(frozen=True)
 class RoundedSums:
-    """Sums of a few hidden values that a single state's kernel rounds to 16 bits, before they meet
-    the offsets of affine rows: MLX up to 0.32.3. See head/dense_kernels.py.
+    """Sums of a few hidden values that a single state's kernel rounds to 16 bits.
+
+    It rounds them before they meet the offsets of affine rows: MLX up to 0.32.3. See
+    head/dense_kernels.py.
 
     Attributes:
         dtype: To which each addition is rounded.
@@ -126,8 +134,10 @@ class Rounding:
     sums: RoundedSums | None = None
 
     def tolerance(self, hidden: mx.array, steps: PortableSteps) -> Tolerance:
-        """How far logits of states (k, D) may lie from those of each state alone. The head's
-        ``steps`` compute it."""
+        """Returns how far logits of states (k, D) may lie from those of each state alone.
+
+        The head's ``steps`` compute it.
+        """
         product, scored = steps.tolerances(hidden, self.longest, self.product, self.scored)
         if self.sums is not None:
             lost = self.sums.tolerance(hidden)
@@ -146,19 +156,27 @@ def rounding_of(head: FlashHead, dtype: mx.Dtype, k: int) -> Rounding:
 
 
 def measure_rounding(head: FlashHead, dtype: mx.Dtype) -> dict[int, Rounding]:
-    """The bounds for products of states of ``dtype``, for each class of their number. Evaluates,
-    once for a head.
+    """Measures the bounds for products of states, for each class of their number.
 
-    A sum of D products in float32 lies within D·2^-24 of Σ|h·w| ≤ ‖h‖·‖w‖, in whichever order it
-    is made. To that come what MLX is known to round more coarsely (rows of few bits, which become
-    16 bits first; TF32; sums in parts; sums of hidden values), and what a few states show beyond
-    it on this machine, which counts four times.
+    Evaluates, once for a head.
+
+    A sum of D products in float32 lies within D·2^-24 of Σ|h·w| ≤ ‖h‖·‖w‖, in whichever order it is
+    made. To that come what MLX is known to round more coarsely (rows of few bits, which become 16
+    bits first; TF32; sums in parts; sums of hidden values), and what a few states show beyond it on
+    this machine, which counts four times.
 
     A scored logit has no tolerance where all of N_STATES·V scored logits are the dense ones to the
     last bit, and the table of MLX's kernels gives no other reason for it than the same sums: of
     rounded logits fewer would not show another order.
 
     Source: Higham 2002, "Accuracy and stability of numerical algorithms", section 3.1.
+
+    Args:
+        head: The head whose products are measured.
+        dtype: The dtype of the states.
+
+    Returns:
+        The bounds for each class of the number of states.
     """
     known = _roundings.setdefault(head, {})
     if dtype not in known:
@@ -209,8 +227,10 @@ def _classes() -> tuple[int, ...]:
 
 
 def _coarser(rows: Matrix, n_rows: int, dtype: mx.Dtype, n_states: int) -> float:
-    """What MLX may round more coarsely in a product of several states, as a share of both
-    lengths: ``n_rows`` rows, and products of ``dtype``."""
+    """Returns what MLX may round more coarsely in a product of several states.
+
+    The result is a share of both lengths, for ``n_rows`` rows and products of ``dtype``.
+    """
     if dtype == mx.float32:
         return TF32 if n_states > 1 and may_use_tf32() else 0.0
     if not rows.quantized:

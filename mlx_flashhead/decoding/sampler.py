@@ -107,7 +107,10 @@ class Sampler:
             return sampler(normalized(kept))
 
     def __call__(self, logprobs: mx.array) -> mx.array:
-        """For other programs' loops: (..., V) → tokens (...), a position each, a text a row."""
+        """Draws tokens for other programs' loops: (..., V) → (...).
+
+        Each call is a position, each row a text.
+        """
         if self._text_seed is None:
             self._text_seed = self.new_seed()
         rows = logprobs.reshape(-1, 1, logprobs.shape[-1])
@@ -129,12 +132,16 @@ def make_sampler(
     *,
     seed: int | None = None,
 ) -> Sampler:
-    """A sampler with the arguments of ``mlx_lm.sample_utils.make_sampler``, and a ``seed`` of every
-    text; by default each text has a new one, from MLX's random state.
+    """Makes a sampler with the arguments of ``mlx_lm.sample_utils.make_sampler`` and a seed.
+
+    The ``seed`` is that of every text; by default each text has a new one, from MLX's random state.
 
     It draws from mlx-lm's distribution, with noise of its own: the same seed gives other tokens
     than mlx-lm's sampler. Of equal logits at the end of a top-k all remain. Text with XTC, or min-p
-    with a least number of tokens, is decoded densely. ValueError if a value is out of its range.
+    with a least number of tokens, is decoded densely.
+
+    Raises:
+        ValueError: If a value is out of its range.
     """
     for name, value, lowest, highest in (
         ("temp", temp, 0, 1_000_000),

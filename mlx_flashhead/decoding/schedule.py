@@ -38,8 +38,10 @@ class VerifySchedule:
         self.joined: list[mx.array] = []  # of these, to be computed with the next step
 
     def step(self, sequences: list[Sequence]) -> None:
-        """After a step, which has read a token of each sequence: accepts what is sure. The caller
-        rolls back the caches of sequences that have a rejected token then."""
+        """Accepts what is sure after a step, which has read a token of each sequence.
+
+        The caller rolls back the caches of sequences that have a rejected token then.
+        """
         self.joined = []
         n_read = max((sequence.n_read for sequence in sequences), default=0)
         verification = self._verification
@@ -85,8 +87,10 @@ class VerifySchedule:
         ]
 
     def _note(self, sequence: Sequence) -> bool:
-        """Takes note of the token read last; accepts it if the dense logits chose it and nothing is
-        pending before it. Returns whether it ends the text."""
+        """Takes note of the token read last, and returns whether it ends the text.
+
+        It is accepted if the dense logits chose it and nothing is pending before it.
+        """
         pending = sequence.pending[sequence.n_read - 1]
         if pending.proposal is None and sequence.n_read == 1:
             sequence.accept()

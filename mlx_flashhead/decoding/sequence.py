@@ -25,6 +25,8 @@ from .sampler import (
     trust,
 )
 
+CHANGED = "dense: between tokens the program uses the text's caches, processors or random state"
+
 
 @dataclass(eq=False)
 class PendingToken:
@@ -93,6 +95,7 @@ class Sequence:
         self.trust = trust(sampler, self._processors_at_start)
         self.settings = draw_settings(sampler)  # None where only the sampler itself knows
         self.greedy = self.settings is not None and self.settings.greedy
+        self.why_dense = ""  # said of its tokens while it is not verified; "": not known yet
         self.seed = 0
         if type(sampler) is Sampler and not self.greedy:
             self.seed = sampler.new_seed()
@@ -127,13 +130,18 @@ class Sequence:
 
     @property
     def changes_few(self) -> bool:
-        """Whether its choices are known by the scored logits, what its processors change of them,
-        and a screen of all others: no choice needs the processed logits of all tokens."""
+        """Whether no choice of the sequence needs the processed logits of all tokens.
+
+        Its choices are then known by the scored logits, what its processors change of them, and a
+        screen of all others.
+        """
         return self.changes is not None and not self.draws_from_mlx
 
     def changed_tokens(self) -> ChangedTokens | None:
-        """What its penalties change at the next place; None where they change nothing. The latest
-        token is not counted if it is not read yet."""
+        """Returns what its penalties change at the next place; None where they change nothing.
+
+        The latest token is not counted if it is not read yet.
+        """
         if self.changes is None or not self.changes.penalties:
             return None
         window = self.changes.window
@@ -143,13 +151,18 @@ class Sequence:
 
     @property
     def _current_processors(self) -> Any:
-        """Those that choose the next token: a change in between counts from a later one on."""
+        """Returns the processors that choose the next token.
+
+        A change in between counts from a later one on.
+        """
         return self._processors_at_start if self.verified else self.processors
 
     @property
     def as_at_start(self) -> bool:
-        """Whether the text still depends on what it depended on when it began, and nobody has drawn
-        from MLX's random state or seeded it meanwhile."""
+        """Whether the text still depends on what it depended on when it began.
+
+        Nobody may have drawn from MLX's random state or seeded it meanwhile.
+        """
         at_start = self._processors_at_start
         if len(self.processors) != len(at_start):
             return False
@@ -162,7 +175,7 @@ class Sequence:
         return bool(self.snapshots)
 
     def begin_verified(self, snapshot: Snapshot) -> None:
-        """From now on its tokens are proposed; ``snapshot`` is of its caches as they are."""
+        """Has its tokens proposed from now on; ``snapshot`` is of its caches as they are."""
         self.snapshots.append(snapshot)
         if self.settings is not None and self.draws_from_mlx:
             self._chain = DrawChain()
@@ -174,16 +187,23 @@ class Sequence:
         self.snapshots.append(snapshot)
 
     def pause_verified(self) -> None:
-        """From now on its tokens are decoded densely for a while. Nothing that was proposed may be
-        pending. MLX's random state becomes what mlx-lm's loop has left."""
+        """Decodes its tokens densely for a while, from now on.
+
+        Nothing that was proposed may be pending. MLX's random state becomes what mlx-lm's loop has
+        left.
+        """
         if self._chain is not None:
             set_key(self._chain.state(self.n_chosen - self._chain_begins))
         self.snapshots.clear()
         self._chain = None
         self.paused = False
 
-    def end_verified(self) -> None:
-        """From now on the normal (dense) head chooses its tokens, each function called once."""
+    def end_verified(self, why: str = CHANGED) -> None:
+        """Has the normal (dense) head choose its tokens from now on, each function called once.
+
+        ``why`` is what is said of them.
+        """
+        self.why_dense = why
         self.trust = Trust.UNKNOWN
         self.snapshots.clear()
         self._chain = None
@@ -192,6 +212,7 @@ class Sequence:
 
     @property
     def n_chosen(self) -> int:
+        """The number of tokens chosen so far, those that are pending among them."""
         return len(self.tokens) + len(self.pending)
 
     @property
@@ -280,8 +301,10 @@ class Sequence:
         return logits
 
     def pick(self, logits: mx.array, logprobs: mx.array, index: int) -> mx.array:
-        """The token (1,) that processed logits (1, V) choose. ``logprobs`` are the same, normalized
-        as mlx-lm's loops do."""
+        """Returns the token (1,) that processed logits (1, V) choose.
+
+        ``logprobs`` are the same, normalized as mlx-lm's loops do.
+        """
         if self.greedy:
             return mx.argmax(logprobs, axis=-1)
         if type(self.sampler) is Sampler:
@@ -291,8 +314,15 @@ class Sequence:
         return cast(SamplerFunction, self.sampler)(logprobs)
 
     def choose(self, logits: mx.array, index: int) -> tuple[mx.array, mx.array]:
-        """The token (1,) that the model's logits (1, V) choose at place ``index`` of the text, and
-        log-probabilities (V,). Calls the sampler and each processor once."""
+        """Chooses a token by the model's logits, and calls the sampler and each processor once.
+
+        Args:
+            logits: The model's logits (1, V).
+            index: The place of the token in the text.
+
+        Returns:
+            The token (1,) and log-probabilities (V,).
+        """
         logits = self.process(logits, self.context(index))
         logprobs = normalized(logits)
         return self.pick(logits, logprobs, index), logprobs.squeeze(0)

@@ -1,5 +1,8 @@
-"""What a machine gains: the settings with the least expected time a token, by the times of a step
-and of a verification, then whole rounds against dense decoding in turns (docs/speed.md)."""
+"""What a machine gains, and the settings with the least expected time a token.
+
+These follow from the times of a step and of a verification. Then whole rounds are measured against
+dense decoding in turns (docs/speed.md).
+"""
 
 import math
 import os
@@ -55,6 +58,8 @@ def least_gain() -> float:
 
 @dataclass(frozen=True)
 class Tuning:
+    """The settings that suit a machine, and what they gain."""
+
     n_probes: int  # clusters scored for a proposal, at most
     depth: float  # nats below the mass of all tokens from which a cluster is left out
     max_pending: int  # tokens that wait for a verification, at most
@@ -83,12 +88,19 @@ class Tuning:
 def tune(
     model: nn.Module, by_probes: Sequence[dict[str, Any]] = (), *, seconds: float = SECONDS
 ) -> Generator[None, None, Tuning]:
-    """Measures the settings on this machine, in about ``seconds``, and gives them to the head.
-    Between two measurements the model is free for other work.
+    """Measures the settings on this machine, and gives them to the head.
 
-    ``by_probes`` are an index's: shares of differences and recorded risks by number of probes. They
-    say how many steps are wasted; the machine says what steps and verifications take. Where a round
-    of steps takes too long, the gain is predicted from these.
+    Between two measurements the model is free for other work. Where a round of steps takes too
+    long, the gain is predicted from the times of steps and verifications and the recorded risks.
+
+    Args:
+        model: A model with a FlashHead.
+        by_probes: Those of an index: shares of differences and recorded risks by number of probes.
+            They say how many steps are wasted; the machine says what steps and verifications take.
+        seconds: About the time that it takes.
+
+    Returns:
+        The settings, and what they gain.
     """
     head, parts, began = installed_head(model), _Parts(model), time.perf_counter()
     times = parts.steps(TOKENS + 1)[1:]
@@ -162,8 +174,11 @@ def is_busy() -> bool:
 def _wasted(
     known: dict[int, Any], n_probes: int, step: float, verification: float, k: int
 ) -> tuple[float, float]:
-    """The best sum of risks for a verification, and the seconds a token that it takes beyond one
-    verification of k tokens at a time: steps that are thrown away, and earlier verifications."""
+    """Returns the best sum of risks for a verification, and the seconds a token that it wastes.
+
+    These are beyond one verification of k tokens at a time: steps that are thrown away, and earlier
+    verifications.
+    """
     below = [n for n in known if n <= n_probes]
     entry = known[max(below)] if below else {}
     if entry.get("risks"):
@@ -197,11 +212,17 @@ def overhead(
     k: int,
     max_risk: float,
 ) -> float:
-    """Expected seconds a token that verifications and wasted steps take.
+    """Returns the expected seconds a token that verifications and wasted steps take.
 
-    ``risks`` and ``chances`` of another dense choice are those of proposals in their order. A
-    verification of up to ``k`` tokens takes ``verification`` seconds and comes when their risks add
-    up to ``max_risk``. A rejected token wastes the steps behind it, and the one that runs then.
+    A rejected token wastes the steps behind it, and the one that runs then.
+
+    Args:
+        risks: Those of proposals in their order.
+        chances: The chances of another dense choice, for each proposal.
+        step: Seconds of a step.
+        verification: Seconds of a verification.
+        k: The most tokens of a verification.
+        max_risk: The sum of the risks at which it comes.
     """
     total, n, i = 0.0, 0.0, 0
     while i < len(risks):
@@ -236,9 +257,12 @@ class _Parts:
         verified: bool = False,
         sampled: bool = False,
     ) -> list[float]:
-        """Seconds of ``n`` steps, each launched before the token before it is read, as in the
-        loops: with proposals from ``n_probes`` clusters, and with one verification of as many
-        beside the last step; or dense ones as mlx-lm's loop makes them. Greedy, or ``sampled``."""
+        """Returns the seconds of ``n`` steps, each launched before the token before it is read.
+
+        That is as in the loops: with proposals from ``n_probes`` clusters, and with one
+        verification of as many beside the last step; or dense ones as mlx-lm's loop makes them. The
+        tokens are greedy, or ``sampled``.
+        """
         proposer = Proposer(self._model, dense=n_probes is None, n_probes=n_probes)
         proposer.policy = replace(proposer.policy, depth=depth)
         text = Text(SAMPLED if sampled else None)
@@ -247,7 +271,8 @@ class _Parts:
         moments: list[float] = []
         for i in range(n + 1 + verified):
             with proposer.states() as states:
-                logits = self._model(latest[None], cache=cache)
+                output = self._model(latest[None], cache=cache)
+            logits = getattr(output, "logits", output)  # as a vision model has them
             if n_probes is None:
                 token, logprobs = text.choose(logits[:, -1], 0)
                 mx.async_eval(token, logprobs)
@@ -290,8 +315,11 @@ class _Parts:
         return _fastest(lambda: self._certain(proposal))
 
     def max_batch(self, verification: float, end: float) -> int | None:
-        """The largest number of sequences whose proposals, and verifications of ``verification``
-        seconds each, beat their dense product. None if the time is up at ``end``."""
+        """Returns the largest number of sequences whose proposals beat their dense product.
+
+        Verifications of ``verification`` seconds each count with the proposals. None if the time is
+        up at ``end``.
+        """
         most = 1
         for n in BATCHES:
             if time.perf_counter() > end:

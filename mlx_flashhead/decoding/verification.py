@@ -1,5 +1,7 @@
-"""Verification: the dense rows over all pending states at once, and which proposals they leave
-certain whatever rounding does."""
+"""Verification multiplies the dense rows with all pending states at once.
+
+It finds which proposals are certain whatever rounding does.
+"""
 
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -28,8 +30,11 @@ Row = tuple[Sequence, PendingToken, int]  # a sequence, its pending token, its p
 
 
 class Verification:
-    """A verification of the pending tokens that are read, launched when made, and read by
-    :meth:`accept`. ``snapshots`` are the caches of the ``sequences`` as they are now."""
+    """A verification of the pending tokens that are read.
+
+    It is launched when made, and read by :meth:`accept`. ``snapshots`` are the caches of the
+    ``sequences`` as they are now.
+    """
 
     def __init__(self, proposer: Proposer, sequences: list[Sequence], snapshots: list[Any]):
         self._proposer, self._head = proposer, proposer.head
@@ -101,15 +106,17 @@ class Verification:
         mx.async_eval(self._certain)
 
     def _is_certain(self, i: int, slots: mx.array, tolerance: Tolerance) -> mx.array:
-        """For a choice by the processed logits of all tokens: whether it is certain, (1,) bool."""
+        """Returns whether a choice by the processed logits of all tokens is certain, (1,) bool."""
         sequence, pending, index = self._rows[i]
         token, context = cast(int, pending.token), sequence.context(index)
         own = _rows_of(self._proposal, slice(i, i + 1))
         change, logit_map = self._proposer.model_logits, self._proposer.logit_map
 
         def bound(sign: float) -> mx.array:
-            """The processed logits (1, V) where the head's lie off by ``sign`` times the tolerance.
-            Rounding to their dtype keeps an order, so that bounds of rounded logits are such."""
+            """Returns processed logits (1, V) where the head's lie off by ``sign`` tolerances.
+
+            Rounding to their dtype keeps an order, so that bounds of rounded logits are such.
+            """
             values = slots.astype(mx.float32)
             off = tolerance.product + tolerance.relative * mx.abs(values)
             values = (values + sign * off).astype(slots.dtype)
@@ -140,7 +147,7 @@ class Verification:
         return is_certain(low, high, token, draw, key, self._rounding.epsilon)
 
     def _in_order(self, slots: mx.array) -> mx.array:
-        """(k, C, n) in the order of the clusters → the model's logits (k, V)."""
+        """Brings logits (k, C, n) in the order of the clusters into the model's order: (k, V)."""
         logits = in_token_order(slots.flatten(1), self._head.clustered.slot_of)
         return self._proposer.model_logits(logits)
 
@@ -150,8 +157,10 @@ class Verification:
             self.snapshots.pop(sequence, None)
 
     def accept(self, sequence: Sequence) -> None:
-        """Waits for the verification and accepts the sequence's tokens up to a rejected one, whose
-        place the dense choice takes. Nothing is pending any more then."""
+        """Waits for the verification and accepts the sequence's tokens up to a rejected one.
+
+        The dense choice takes the place of that one. Nothing is pending any more then.
+        """
         if self._product is not None:
             self._screen()
         if self._certain is not None:
@@ -217,9 +226,19 @@ def is_certain(
     mlx_key: Key | None,
     epsilon: float,
 ) -> mx.array:
-    """Whether ``draw`` takes the token for all processed logits between ``low`` and ``high`` (1, V)
-    of their dtype: (1,) bool, lazy. With ``mlx_key`` a sampler of mlx-lm draws, by that key.
-    ``epsilon`` is the spacing of log-probabilities, relative."""
+    """Returns whether ``draw`` takes the token for all logits within bounds.
+
+    Args:
+        low: The lowest processed logits (1, V), of their dtype.
+        high: The highest ones, likewise.
+        token: The token.
+        draw: The settings of the draw, and its key.
+        mlx_key: The key by which a sampler of mlx-lm draws; None if none does.
+        epsilon: The spacing of log-probabilities, relative.
+
+    Returns:
+        (1,) bool, lazy.
+    """
     settings, position = draw
     old_cut = kept_from_least(low, high, settings.top_p) if settings.sums_from_least else None
     if old_cut is not None:
@@ -273,16 +292,20 @@ class Kept(NamedTuple):
 
 
 def kept_from_least(low: mx.array, high: mx.array, top_p: float) -> Kept:
-    """What mlx-lm 0.31's top-p keeps of logits between ``low`` and ``high`` (1, V), which are of
-    the logits' dtype. Lazy.
+    """Returns what mlx-lm 0.31's top-p keeps of logits between ``low`` and ``high``. Lazy.
 
     It sorts log-probabilities, adds up their probabilities from the least one on, in their dtype,
     and keeps each place at which the sum is greater than 1 - top_p. In 16 bits such a sum may lie
     far from the true one. But in sorted order each of the true values lies between those of the
-    bounds, and a sum that is rounded after each addition never falls where its terms rise: the
-    same operation on both bounds gives bounds of it, in whichever order MLX adds. Sums need not
-    rise from one place to the next, as a GPU adds blocks, so a token is kept surely if it is at
-    all places where it may be. Of equal values each may stand at any of their places.
+    bounds, and a sum that is rounded after each addition never falls where its terms rise: the same
+    operation on both bounds gives bounds of it, in whichever order MLX adds. Sums need not rise
+    from one place to the next, as a GPU adds blocks, so a token is kept surely if it is at all
+    places where it may be. Of equal values each may stand at any of their places.
+
+    Args:
+        low: The lowest logits (1, V), of the logits' dtype.
+        high: The highest ones, likewise.
+        top_p: The probability of the tokens that are kept.
     """
     dtype = low.dtype
     n_tokens = low.shape[-1]

@@ -167,8 +167,14 @@ def _ids(adjustment: Adjustment) -> mx.array:
 def adjusted_logits(
     logits: mx.array, probes: mx.array, adjustment: Adjustment, clustered: ClusteredRows
 ) -> mx.array:
-    """The scored logits after biases and penalties: (R, p, n), of clusters ``probes`` (R, p) that
-    hold all tokens that change → (R, p, n)."""
+    """Returns the scored logits (R, p, n) after biases and penalties.
+
+    Args:
+        logits: The scored logits (R, p, n).
+        probes: The clusters (R, p), which hold all tokens that change.
+        adjustment: The biases and penalties.
+        clustered: The rows.
+    """
     vocab_size, size = clustered.vocab_size, clustered.cluster_size
     tokens = _unpacked(adjustment, vocab_size)
     slots = mx.take(clustered.slot_of, mx.minimum(tokens.ids, vocab_size - 1))

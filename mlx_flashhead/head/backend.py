@@ -1,5 +1,7 @@
-"""Which path a head takes: plain MLX operations, or Metal kernels, which are first tried beside
-them at their real shapes."""
+"""Which path a head takes: plain MLX operations, or Metal kernels.
+
+Kernels are first tried beside the operations at their real shapes.
+"""
 
 import logging
 import os
@@ -35,8 +37,14 @@ def named_backend(requested: str | None) -> str | None:
 
 
 def choose_backend(requested: str | None = None) -> str:
-    """The path to take: the one requested by name, else Metal if MLX computes on an Apple GPU.
-    ValueError if the name is unknown, or this machine has no Metal."""
+    """Returns the path to take.
+
+    Args:
+        requested: The name of a path; None takes Metal if MLX computes on an Apple GPU.
+
+    Raises:
+        ValueError: If the name is unknown, or this machine has no Metal.
+    """
     name = named_backend(requested)
     if name is None:
         return METAL if gpu_is_default() else PORTABLE
@@ -123,8 +131,10 @@ def check_kernels(
 
 
 def check_dense_rows(steps: PortableSteps, rows: Matrix, dtype: mx.Dtype) -> None:
-    """Compares the dense logits of single states with those of the model's own rows. Where they are
-    not the same numbers, the steps multiply the rows in the model's order from now on. Evaluates.
+    """Compares the dense logits of single states with those of the model's own rows.
+
+    Where they are not the same numbers, the steps multiply the rows in the model's order from now
+    on. Evaluates.
 
     Args:
         steps: Of a head made of ``rows``.
@@ -159,8 +169,10 @@ def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
 
 
 def scored_logits_agree(steps: PortableSteps, dtype: mx.Dtype) -> float:
-    """The share of all V logits that the scores give as MLX's product with one state does, to the
-    last bit. Evaluates."""
+    """Returns the share of all V logits that the scores give as MLX's product does.
+
+    The product is that with one state, and the logits must agree to the last bit. Evaluates.
+    """
     width = steps.clustered.rows.hidden_size
     hidden = mx.random.normal((1, width), key=mx.random.key(1)).astype(dtype)
     same = logits_of_scores(steps, hidden) == steps.dense(hidden)

@@ -15,6 +15,8 @@ PIECES = 4096  # rows are laid out by columns in this number of pieces, of which
 
 @dataclass(frozen=True)
 class Centroids:
+    """The centroids of the clusters, by whose scores the clusters are chosen."""
+
     matrix: Matrix  # (C, D), without a bias of its own
     bias: mx.array  # (C,) float32, added to the scores
     tail_offset: mx.array  # (C,) float32, added to a score for the logit of the cluster's tokens
@@ -25,8 +27,10 @@ class Centroids:
         return self.matrix.nbytes + self.bias.nbytes
 
     def fits(self, n_clusters: int, hidden_size: int) -> bool:
-        """Whether these are centroids for ``n_clusters`` clusters of rows (V, D), of a format that
-        the kernels read."""
+        """Returns whether these are centroids for ``n_clusters`` clusters of rows (V, D).
+
+        Their format must also be one that the kernels read.
+        """
         matrix, width = self.matrix, float(hidden_size)
         fits = matrix.weight.dtype != mx.uint32
         if matrix.scales is not None and matrix.biases is not None:
@@ -52,18 +56,22 @@ class ClusteredRows:
 
     @property
     def vocab_size(self) -> int:
+        """The number of tokens V."""
         return self.slot_of.shape[0]
 
     @property
     def n_clusters(self) -> int:
+        """The number of clusters C."""
         return self.token_ids.shape[0]
 
     @property
     def cluster_size(self) -> int:
+        """The number of slots of a cluster."""
         return self.token_ids.shape[1]
 
     @property
     def padded(self) -> bool:
+        """Whether some slots hold no token."""
         return self.token_ids.size > self.vocab_size
 
     @classmethod
@@ -75,8 +83,18 @@ class ClusteredRows:
         always_probed_ids: tuple[int, ...] = (),
         by_column: bool = False,
     ) -> "ClusteredRows":
-        """Reorders rows in token order, lazily. ``token_ids`` (C, cluster_size) are a permutation
-        of 0 … V-1 padded with V, or ValueError. Clusters of ``always_probed_ids`` are forced."""
+        """Reorders rows in token order, lazily.
+
+        Args:
+            rows: The rows (V, D) in token order.
+            token_ids: (C, cluster_size), a permutation of 0 … V-1 padded with V.
+            centroids: The centroids of the C clusters.
+            always_probed_ids: Tokens whose clusters are probed in any case.
+            by_column: Whether each cluster's (n, D) weight lies in memory as (D, n).
+
+        Raises:
+            ValueError: If ``token_ids`` are no such permutation.
+        """
         vocab_size, (n_clusters, cluster_size) = rows.n_rows, token_ids.shape
         flat = np.asarray(token_ids, dtype=np.int64).ravel()
         order = np.argsort(flat, kind="stable")  # padded slots come last
@@ -118,8 +136,11 @@ class ClusteredRows:
         return self.rows.map(lambda array: array.reshape(-1, *array.shape[2:]))
 
     def token_rows(self, token_ids: mx.array | None = None) -> Matrix:
-        """The rows of ``token_ids`` (integers of any shape, which becomes the leading axes), or all
-        in the model's own order. Gathered anew (lazily) at each call."""
+        """Returns the rows of ``token_ids``, or all in the model's own order.
+
+        They are gathered anew (lazily) at each call. The ids are integers of any shape, which
+        becomes the leading axes.
+        """
         slots = self.slot_of if token_ids is None else mx.take(self.slot_of, token_ids)
         if not self.by_column:
             return self.flat_rows().take(slots)

@@ -136,8 +136,15 @@ def dense_ranges(
 
 
 def split_parts(rows: Matrix, n_rows: int, version: tuple[int, ...] | None = None) -> int:
-    """Into how many parts, each rounded to the dtype of the product, MLX may cut the sums of
-    several states with quantized rows."""
+    """Returns into how many parts MLX may cut the sums of several states.
+
+    These are sums with quantized rows. Each part is rounded to the dtype of the product.
+
+    Args:
+        rows: The rows.
+        n_rows: The number of rows of the product.
+        version: A version of MLX; None is the one that is installed.
+    """
     version = mlx_version() if version is None else version
     if not rows.quantized or version >= ANY_ROWS:
         return 1

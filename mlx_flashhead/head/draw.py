@@ -29,6 +29,8 @@ SORTED = 65536
 
 @dataclass(frozen=True)
 class DrawSettings:
+    """The settings by which a sampler draws a token."""
+
     temperature: float = 0.0  # 0 takes the best logit
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability
     min_p: float = 0.0  # keep tokens of at least this share of the best one's probability
@@ -39,10 +41,12 @@ class DrawSettings:
 
     @property
     def greedy(self) -> bool:
+        """Whether the best logit is taken."""
         return self.temperature == 0
 
     @property
     def filters(self) -> bool:
+        """Whether top-p, min-p or top-k leaves tokens out."""
         return self.top_p < 1 or self.min_p > 0 or self.top_k > 0
 
 
@@ -90,8 +94,10 @@ class Draws(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _settings_arrays(rows: tuple[DrawSettings, ...], n_filled: int) -> tuple[mx.array, mx.array]:
-    """The settings of rows, which stay the same for a text: floats (n, 3), and top-k (n,), filled
-    up with the last row's."""
+    """Returns the settings of rows as arrays: floats (n, 3), and top-k (n,).
+
+    They stay the same for a text. They are filled up with the last row's.
+    """
     filled = [*rows, *[rows[-1]] * (n_filled - len(rows))]
     floats = []
     for row in filled:
@@ -182,8 +188,11 @@ def gpu_is_default() -> bool:
 
 
 def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.array:
-    """The lowest logit that top-p keeps: those above it have less than ``top_p`` of the mass. The
-    half of the logits that holds it is halved again, and sorted when it is short."""
+    """Returns the lowest logit that top-p keeps.
+
+    The logits above it have less than ``top_p`` of the mass. The half of the logits that holds it
+    is halved again, and sorted when it is short.
+    """
     share = draws.settings[:, 1:2]
     limit = mx.where(share < 1, mx.maximum(share, 1e-30), mx.inf)
     n_halvings, left = ((logits.shape[-1] - 1) // SORTED).bit_length(), logits

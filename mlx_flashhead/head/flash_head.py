@@ -112,7 +112,13 @@ class FlashHead:
 
     @property
     def n_probes(self) -> int:
-        """Clusters scored for a proposal, 1 … C, or ValueError; sets ``unverified_probes`` too."""
+        """The number of clusters scored for a proposal, 1 … C.
+
+        Setting it sets ``unverified_probes`` too.
+
+        Raises:
+            ValueError: If it is set to anything else.
+        """
         return self._n_probes
 
     @n_probes.setter
@@ -122,7 +128,11 @@ class FlashHead:
 
     @property
     def unverified_probes(self) -> int:
-        """Clusters scored where nothing verifies the choice, 1 … C, or ValueError."""
+        """The number of clusters scored where nothing verifies the choice, 1 … C.
+
+        Raises:
+            ValueError: If it is set to anything else.
+        """
         return self._unverified_probes
 
     @unverified_probes.setter
@@ -143,8 +153,9 @@ class FlashHead:
     def check_kernels(
         self, dtype: mx.Dtype, rows: Matrix | None = None, logit_map: LogitMap = IDENTITY
     ) -> None:
-        """Runs each kernel once: all that settings can ask for is compiled. If one fails, takes the
-        portable path.
+        """Runs each kernel once, so that all that settings can ask for is compiled.
+
+        If one fails, takes the portable path.
 
         Args:
             dtype: Of the hidden states.
@@ -169,8 +180,10 @@ class FlashHead:
             check_dense_rows(self.steps, rows, dtype)
 
     def applies(self, logit_map: LogitMap, dtype: mx.Dtype) -> bool:
-        """Whether the steps map logits of ``dtype`` as MLX's operations do: in 16 bits all to the
-        last bit, in float32 but for the map's slack. Evaluates."""
+        """Returns whether the steps map logits of ``dtype`` as MLX's operations do.
+
+        In 16 bits all agree to the last bit, in float32 but for the map's slack. Evaluates.
+        """
         if not isinstance(self.steps, MetalSteps):
             return True
         values = all_values(dtype)
@@ -190,14 +203,20 @@ class FlashHead:
         dense: bool = False,
         draw_temperature: float | None = None,
     ) -> Iterator["FlashHead"]:
-        """Within the block a call is the unverified head's, with these settings, or ValueError.
-
-        It scores ``n_probes`` clusters, by default ``unverified_probes``; with ``dense`` every
-        token. With ``draw_temperature``, above 0, the p clusters are drawn without replacement from
-        softmax(S / temperature), and all tokens but theirs get a logit of about -10,000: sampled at
-        the same temperature, that is the paper's "sampling over the full vocabulary".
+        """A block in which a call is the unverified head's, with these settings.
 
         Source: Efraimidis and Spirakis 2006 / Gumbel top-k: perturbed scores, then the p largest.
+
+        Args:
+            n_probes: Clusters that are scored; by default ``unverified_probes``.
+            dense: Whether every token is scored.
+            draw_temperature: A temperature above 0 at which the p clusters are drawn without
+                replacement from softmax(S / temperature); all tokens but theirs get a logit of
+                about -10,000. Sampled at the same temperature, that is the paper's "sampling over
+                the full vocabulary".
+
+        Raises:
+            ValueError: If a setting is not valid.
         """
         if dense and n_probes is not None:
             raise ValueError("dense scores every token: leave n_probes out.")
@@ -216,8 +235,10 @@ class FlashHead:
 
     @contextmanager
     def intercepted(self, project: Projection) -> Iterator[None]:
-        """Within the block ``project`` makes the logits of each call from its hidden states, in
-        this thread: another one may run the model at the same time."""
+        """A block in which ``project`` makes the logits of each call from its hidden states.
+
+        That holds in this thread: another one may run the model at the same time.
+        """
         taken = vars(_calls)
         name = str(id(self))
         before = taken.get(name)
@@ -231,17 +252,21 @@ class FlashHead:
                 taken[name] = before
 
     def project_calls(self, project: Callable[["FlashHead", mx.array], mx.array]) -> None:
-        """From now on ``project`` makes the logits of each call that nobody intercepts, from this
-        head, or a copy of it, and the hidden states."""
+        """Has ``project`` make the logits of each call that nobody intercepts, from now on.
+
+        It gets this head, or a copy of it, and the hidden states.
+        """
         self.projection = project
 
     def serve_drafts(self, n_probes: int) -> None:
-        """From now on a call gives a draft's logits: the head is a drafter's own."""
+        """Has a call give a draft's logits from now on: the head is a drafter's own."""
         self.project_calls(partial(FlashHead.draft_logits, n_probes=n_probes))
 
     def __call__(self, hidden: mx.array) -> mx.array:
-        """Full logits: hidden (..., D) → (..., V). Lazy. They are :meth:`dense_logits`, within a
-        block of :meth:`settings` :meth:`unverified_logits`."""
+        """Returns full logits: hidden (..., D) → (..., V). Lazy.
+
+        They are :meth:`dense_logits`, within a block of :meth:`settings` :meth:`unverified_logits`.
+        """
         taken: Projection | None = vars(_calls).get(str(id(self)))
         if taken is not None:
             return taken(hidden)
@@ -265,8 +290,10 @@ class FlashHead:
         n_probes: int | None = None,
         draw_temperature: float | None = None,
     ) -> mx.array:
-        """Logits (..., V) by retrieval: exact if probed, else an estimate below the best. The
-        arguments are those of :meth:`settings`, whose values they are if None."""
+        """Returns logits (..., V) by retrieval: exact if probed, else an estimate below the best.
+
+        The arguments are those of :meth:`settings`, whose values they are if None.
+        """
         n_probes = self.unverified_probes if n_probes is None else n_probes
         temperature = self._draw_temperature if draw_temperature is None else draw_temperature
         if n_probes == self.n_clusters and temperature is None:
@@ -286,8 +313,16 @@ class FlashHead:
     def draft_logits(
         self, hidden: mx.array, token_ids: mx.array | None = None, *, n_probes: int | None = None
     ) -> mx.array:
-        """Full logits by ``n_probes`` clusters and ``token_ids`` (K,), for tokens that a target
-        verifies: hidden (..., D) → (..., V)."""
+        """Returns full logits by few clusters, for tokens that a target verifies.
+
+        Args:
+            hidden: (..., D).
+            token_ids: Tokens (K,) that are scored beside the clusters.
+            n_probes: The number of clusters.
+
+        Returns:
+            (..., V).
+        """
         logits = self.unverified_logits(hidden, n_probes)
         if token_ids is None:
             return logits
@@ -429,8 +464,12 @@ class FlashHead:
         return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)), None)
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
-        """The scored tokens: hidden (..., D) → ids (..., p·cluster_size) uint32 and logits of the
-        same shape. A padded slot has the id V and the dtype's lowest finite value."""
+        """Finds the tokens that are scored for hidden states (..., D).
+
+        Returns:
+            Ids (..., p·cluster_size) uint32, and logits of the same shape. A padded slot has the id
+            V and the dtype's lowest finite value.
+        """
         rows, n_probes = hidden.reshape(-1, hidden.shape[-1]), self.unverified_probes
         _, selection, candidates = self._retrieve(
             rows, n_probes, words=False, draw_temperature=self._draw_temperature
@@ -454,7 +493,10 @@ class FlashHead:
         words: bool,
         draw_temperature: float | None = None,
     ) -> tuple[mx.array, Selection, Candidates]:
-        """(R, D) → scores (R, C), the probed clusters, and their logits; ``words`` for `expand`."""
+        """Retrieves for (R, D): scores (R, C), the probed clusters, and their logits.
+
+        ``words`` are for `expand`.
+        """
         scores = ordering = self.steps.route(rows)
         if draw_temperature is not None:
             # always probed clusters keep their 1e30 and stay on top

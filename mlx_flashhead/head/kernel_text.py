@@ -121,8 +121,10 @@ FEWER_THREADS = 256
 
 @cache
 def header(*names: str, row_threads: int = ROW_THREADS) -> str:
-    """The files that a kernel needs, those that all need first, without comments and
-    indentation: MLX copies and hashes this text at every call of a kernel (docs/speed.md).
+    """Joins the files that a kernel needs, beginning with those that all kernels need.
+
+    The text has no comments and no indentation: MLX copies and hashes this text at every call of a
+    kernel (docs/speed.md).
 
     Args:
         names: Of the files, without those that all need.

@@ -53,8 +53,9 @@ class _StoredRows:
 
 
 class MetalSteps(PortableSteps):
-    """The steps of ``PortableSteps``, each one Metal kernel. A position holds max(p, 8) probes;
-    beyond p the last one is repeated.
+    """The steps of ``PortableSteps``, each one Metal kernel.
+
+    A position holds max(p, 8) probes; beyond p the last one is repeated.
 
     Args:
         clustered: The rows.
@@ -139,8 +140,11 @@ class MetalSteps(PortableSteps):
     def _kernel(
         self, name: str, inputs: str, outputs: str, body: str, files: str, threads: int, sizes: str
     ) -> Callable[..., list[mx.array]]:
-        """A function that launches (x, y) threadgroups of ``threads``, for the arrays of the inputs
-        and the shape and dtype of each output; ``sizes`` and ``more`` are template arguments."""
+        """Makes a function that launches (x, y) threadgroups of ``threads``.
+
+        The function takes the arrays of the inputs, and the shape and dtype of each output.
+        ``sizes`` and ``more`` are template arguments.
+        """
         kernel = self.metal_kernel(
             name=f"flash_head_{name}",
             input_names=inputs.split(),
@@ -165,6 +169,7 @@ class MetalSteps(PortableSteps):
         return launch
 
     def route(self, hidden: mx.array) -> mx.array:
+        """Scores all clusters: hidden (R, D) → (R, C) float32."""
         n_positions, n_clusters = len(hidden), self.clustered.n_clusters
         if n_positions >= MATRIX_FROM:
             return super().route(hidden)
@@ -191,8 +196,10 @@ class MetalSteps(PortableSteps):
         adjustment: Adjustment | None = None,
         mass: bool = True,  # which costs a kernel nothing
     ) -> Selection:
-        """The ``n_probes`` best clusters of each row, ascending, and the tail. Of clusters that
-        differ by less than 1/64 nat those of lower ids count as better."""
+        """Selects the ``n_probes`` best clusters of each row, ascending, and the tail.
+
+        Of clusters that differ by less than 1/64 nat those of lower ids count as better.
+        """
         n_positions, n_clusters = scores.shape
         if not self.reads_rows:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
@@ -215,6 +222,7 @@ class MetalSteps(PortableSteps):
     def score(
         self, hidden: mx.array, selection: Selection, logit_map: LogitMap = IDENTITY
     ) -> Candidates:
+        """Computes the logits of the probed clusters' rows, mapped: hidden (R, D) → (R, p, n)."""
         if not self.reads_rows:
             logits = super().score(hidden, selection, logit_map).logits
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
@@ -237,6 +245,7 @@ class MetalSteps(PortableSteps):
         adjustment: Adjustment | None,
         allowed: mx.array | None,
     ) -> Candidates:
+        """Applies biases, penalties and a mask to the scored logits (R, p, n)."""
         logits, probes = candidates.logits, selection.probes
         n_positions, n_held = probes.shape
         ids = self.clustered.token_ids
@@ -258,14 +267,17 @@ class MetalSteps(PortableSteps):
         return Candidates(logits, best)
 
     def _nothing_changed(self, n_positions: int) -> tuple[mx.array, mx.array]:
-        """Words of an adjustment that changes nothing, and of no mask: at least 8, since MLX passes
-        fewer in another address space, to another kernel."""
+        """Returns words of an adjustment that changes nothing, and of no mask.
+
+        They are at least 8, since MLX passes fewer in another address space, to another kernel.
+        """
         n_rows = max(n_positions, MIN_PROBES)
         n_mask_words = -(-self.clustered.vocab_size // 32)
         words = mx.zeros((n_rows, ADJUST_HEAD), mx.uint32)
         return words, mx.zeros((1, n_mask_words + MIN_PROBES), mx.uint32)
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
+        """Expands scores (R, C) float32 to full logits (R, V) of the candidates' dtype."""
         if selection.words is None:
             return super().expand(scores, selection, candidates)
         logits, vocab_size = candidates.logits, self.clustered.vocab_size
@@ -282,6 +294,7 @@ class MetalSteps(PortableSteps):
         logit_map: LogitMap = IDENTITY,
         masked: bool = False,
     ) -> tuple[mx.array, mx.array]:
+        """Chooses a token of each row, (R,) uint32, with its risk, (R,) float32."""
         logits, n_positions = candidates.logits, len(candidates.logits)
         settings = _draw_arrays(draws, n_positions)
         arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
@@ -296,6 +309,7 @@ class MetalSteps(PortableSteps):
         return tokens, chances
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
+        """Joins the states, probes and logits of some rows of the proposals."""
         if len(proposals) > JOINED or proposals[0].probes.shape[-1] < MIN_PROBES:
             return super().join(proposals, rows)
         sources = [*proposals, *[proposals[0]] * (JOINED - len(proposals))]
@@ -308,6 +322,7 @@ class MetalSteps(PortableSteps):
     def tolerances(
         self, hidden: mx.array, longest: float, product: float, scored: float
     ) -> tuple[mx.array, mx.array]:
+        """Computes how far logits of states (k, D) may be off: two arrays (k,) float32."""
         shares = mx.array([product, scored, longest], mx.float32)
         result = (len(hidden),), mx.float32
         of_product, of_scored = self._tolerance([hidden, shares], 1, len(hidden), result, result)
@@ -323,6 +338,10 @@ class MetalSteps(PortableSteps):
         logit_map: LogitMap = IDENTITY,
         allowed: mx.array | None = None,
     ) -> Screen:
+        """Finds which proposals of k states are the dense choice for sure.
+
+        It takes the logits (k, C, n) of all slots.
+        """
         inputs = self._screen_inputs(proposal, draws, tolerance)
         parts = self._tallies(slots, inputs, logit_map, allowed)
         n_states = len(slots)
@@ -350,8 +369,12 @@ class MetalSteps(PortableSteps):
         logit_map: LogitMap = IDENTITY,
         allowed: mx.array | None = None,
     ) -> mx.array:
-        """What the first kernel of :meth:`screen` finds, (k, parts, TALLIED) float32: of each part
-        of the clusters the largest logit, the best that was not scored, …"""
+        """Runs the first kernel of :meth:`screen`.
+
+        Returns:
+            (k, parts, TALLIED) float32: of each part of the clusters the largest logit, the best
+            that was not scored, and so on.
+        """
         inputs = self._screen_inputs(proposal, draws, tolerance)
         return self._tallies(slots, inputs, logit_map, allowed)
 

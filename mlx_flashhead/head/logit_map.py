@@ -80,8 +80,10 @@ class LogitMap:
         return self.n_roundings * mx.finfo(self.result_dtype(dtype)).eps
 
     def template(self, dtype: mx.Dtype) -> dict[str, Any]:
-        """The template arguments of a kernel for logits of ``dtype``, of which numbers are their
-        float32's bits and 0 is a step left out."""
+        """Returns the template arguments of a kernel for logits of ``dtype``.
+
+        Numbers are their float32's bits, and 0 is a step left out.
+        """
         mapped = self.result_dtype(dtype)
 
         def bits(number: float, *, if_not: float) -> int:
@@ -100,8 +102,13 @@ IDENTITY = LogitMap()
 
 
 def fit_logit_map(function: Function, dtype: mx.Dtype) -> LogitMap | None:
-    """The map that ``function`` is for logits of ``dtype``, to the last bit of N_VALUES logits, or
-    None if it has another form. Evaluates."""
+    """Finds the map that ``function`` is for logits of ``dtype``.
+
+    It is so to the last bit of N_VALUES logits. Evaluates.
+
+    Returns:
+        The map, or None if the function has another form.
+    """
     values = all_values(dtype)
     expected = function(values)
     for candidate in _candidates(function, values.dtype, expected.dtype):

@@ -1,5 +1,6 @@
-"""The lowest logit of a row that top-p, min-p and top-k keep, in one kernel: a GPU's partition
-sorts all logits, in milliseconds.
+"""The lowest logit of a row that top-p, min-p and top-k keep, in one kernel.
+
+A GPU's partition sorts all logits, in milliseconds.
 
 It belongs to no head, so it is used in the whole process once a head on the kernels was installed,
 which tries it, and no longer once one takes MLX's operations.

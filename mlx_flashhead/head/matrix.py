@@ -17,6 +17,8 @@ DEFAULT_GROUP = 64  # MLX's own default
 
 @dataclass(frozen=True)
 class Format:
+    """A format of rows: floats, or one of MLX's quantizations."""
+
     mode: str | None  # MLX's quantization mode; None for floats
     bits: int  # per weight, without scales
     group_sizes: tuple[int, ...]  # columns that may share a scale; empty for floats
@@ -24,7 +26,7 @@ class Format:
     metal: str | None  # the kernels' function that makes rows of the arrays, if they read it
 
     def __str__(self) -> str:
-        """In words that come before "rows": "16-bit float", "3-bit affine", "nvfp4"."""
+        """Says the format in words before "rows": "16-bit float", "3-bit affine", "nvfp4"."""
         if self.mode in (FLOATS, AFFINE):
             return f"{self.bits}-bit {self.mode or 'float'}"
         return self.mode
@@ -63,11 +65,16 @@ class Matrix:
 
     @property
     def quantized(self) -> bool:
+        """Whether the rows are quantized."""
         return self.scales is not None
 
     @property
     def format(self) -> Format:
-        """The row of the table of formats; ValueError if it has none."""
+        """The row of the table of formats.
+
+        Raises:
+            ValueError: If the table has none.
+        """
         mode, bits = (self.mode, self.bits) if self.quantized else (None, 8 * self.weight.itemsize)
         for form in FORMATS:
             if (form.mode, form.bits) == (mode, bits):
@@ -79,15 +86,18 @@ class Matrix:
 
     @property
     def n_rows(self) -> int:
+        """The number of rows."""
         return self.weight.shape[0]
 
     @property
     def hidden_size(self) -> int:
+        """The number of columns D, whatever the bits of a weight."""
         width = self.weight.shape[-1]
         return width * 32 // self.bits if self.quantized else width
 
     @property
     def nbytes(self) -> int:
+        """The bytes of all of its arrays."""
         return sum(array.nbytes for array in self.arrays().values())
 
     @property
@@ -153,8 +163,10 @@ class Matrix:
         return mx.dequantize(self.weight, scales, biases, **self.quantization, dtype=dtype)
 
     def in_float16(self) -> "Matrix | None":
-        """The same quantized rows with float16 scales; None where a value would change, or for
-        floats, which would be a second copy. Evaluates."""
+        """Returns the same quantized rows with float16 scales, or None. Evaluates.
+
+        It is None where a value would change, and for floats, which would be a second copy.
+        """
         if self.biases is None:
             return None
         rounded = self.map(lambda a: a if a.dtype == mx.uint32 else a.astype(mx.float16))

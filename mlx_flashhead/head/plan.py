@@ -35,8 +35,22 @@ METADATA_KEY = "flash_head"
 
 
 def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dict[str, mx.array]:
-    """Writes the file of a head at ``layer`` of a model, for states of ``dtype``. It scores as many
-    clusters as ``head`` does. Returns the file's arrays."""
+    """Writes the file of a head at a layer of a model.
+
+    The file scores as many clusters as ``head`` does.
+
+    Args:
+        head: The head.
+        layer: The name of the layer that it replaces.
+        dtype: Of the hidden states.
+        path: Where the file is written.
+
+    Returns:
+        The file's arrays.
+
+    Raises:
+        ValueError: If the Metal kernels do not read the head's rows.
+    """
     clustered, n_probes = head.clustered.in_rows(), head.unverified_probes
     if clustered.rows.format.metal is None:
         raise ValueError(
@@ -66,7 +80,7 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
         return known or input_name
 
     def kernel(**texts: Any) -> Callable[..., list[mx.array]]:
-        """In place of ``mx.fast.metal_kernel``: writes the launches down and runs nothing."""
+        """Writes the launches down in place of ``mx.fast.metal_kernel``, and runs nothing."""
 
         def launch(**call: Any) -> list[mx.array]:
             shapes, dtypes = call["output_shapes"], call["output_dtypes"]

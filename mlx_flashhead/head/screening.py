@@ -1,5 +1,7 @@
-"""Which proposals of k states are the dense choice for sure, by the logits of all slots, in plain
-MLX operations. ``metal/flash_head/screen.h`` has the rules, and the same as a kernel.
+"""Which proposals of k states are the dense choice for sure, in plain MLX operations.
+
+The logits of all slots decide it. ``metal/flash_head/screen.h`` has the rules, and the same as a
+kernel.
 
 Every logit lies within a tolerance. A token is certain if it is the choice whatever the logits are
 within theirs.
@@ -33,10 +35,12 @@ class Interval(NamedTuple):
 
     @property
     def low(self) -> mx.array:
+        """The lowest that the logits may be."""
         return self.logits - self.off
 
     @property
     def high(self) -> mx.array:
+        """The highest that the logits may be."""
         return self.logits + self.off
 
     @property
@@ -127,8 +131,10 @@ def _scored(
 def _not_scored(
     clustered: ClusteredRows, slots: mx.array, proposal: Proposal, allowed: mx.array | None
 ) -> mx.array:
-    """The logits of the slots (k, C, n), minus infinity for those that are scored, padded or
-    masked."""
+    """Returns the logits of the slots (k, C, n) that were not scored.
+
+    Those that are scored, padded or masked are minus infinity.
+    """
     nothing = mx.array(-mx.inf, slots.dtype)
     others = mx.put_along_axis(slots, proposal.probes[..., None], nothing, axis=1)
     if clustered.padded:
@@ -179,9 +185,11 @@ def _mapped(others: mx.array, tolerance: Tolerance, logit_map: LogitMap) -> Inte
 def _greedy_is_certain(
     scored: Scored, best_high: mx.array, bound: mx.array, epsilon: float
 ) -> mx.array:
-    """Whether the token's logit is above every other, and the rounding of log-probabilities, whose
-    spacing is ``epsilon``, merges it with none: (k, 1) bool. ``bound`` is the most mass of the
-    tokens that were not scored."""
+    """Returns whether the token's logit is above every other: (k, 1) bool.
+
+    The rounding of log-probabilities, whose spacing is ``epsilon``, must merge it with none.
+    ``bound`` is the most mass of the tokens that were not scored.
+    """
     second_high = scored.second.high
     most = mx.logaddexp(log_mass(scored.all.logits), bound)
     merged = (most - scored.second.logits + 0.5) * epsilon
@@ -199,8 +207,11 @@ def _draw_is_certain(
     tail_high: mx.array,
     draws: Draws,
 ) -> mx.array:
-    """Whether the filters keep the token, and no other that they may keep can have a higher noisy
-    logit: (k, 1) bool."""
+    """Returns whether no other token can be drawn than the proposed one: (k, 1) bool.
+
+    None can if the filters keep the token, and no other that they may keep can have a higher noisy
+    logit.
+    """
     inverse, top_p, log_min_p = mx.split(draws.settings, 3, axis=-1)
     top_k = draws.top_k[:, None]
     own = scored.own.logits
@@ -244,9 +255,14 @@ def _draw_is_certain(
 def _unscored_rival(
     clustered: ClusteredRows, unscored: Interval, inverse: mx.array, worst: mx.array, draws: Draws
 ) -> tuple[mx.array, mx.array]:
-    """The highest logit that was not scored, (k, 1), whose noisy value reaches the worst of the
-    token: of all, or where the draws have filters of the nearest clusters and any other. And
-    the lowest that these logits may be, (k, K)."""
+    """Returns the highest logit that was not scored and that may win.
+
+    A logit may win if its noisy value reaches the worst of the token. All logits are looked at, or
+    where the draws have filters those of the nearest clusters and any other.
+
+    Returns:
+        That logit, (k, 1), and the lowest that these logits may be, (k, K).
+    """
     left = mx.array(-mx.inf)
     if clustered.n_clusters > NEAREST and all(s.filters or s.greedy for s in draws.rows):
         bests = mx.max(unscored.high, axis=-1)

@@ -1,5 +1,6 @@
-"""The steps of a FlashHead in plain MLX operations, and what they hand to each other: the CPU path,
-the fallback, and the reference of the Metal kernels. Nothing here evaluates.
+"""The steps of a FlashHead in plain MLX operations, and what they hand to each other.
+
+They are the CPU path, the fallback, and the reference of the Metal kernels. Nothing here evaluates.
 
 hidden (R, D) ─ route ─▶ scores (R, C) ─ select ─▶ probes (R, p)
               ─ score ─▶ logits (R, p·n) ─ expand ─▶ (R, V)   or   ─ choose ─▶ (R,)
@@ -39,8 +40,11 @@ FLOAT16_FROM = 6  # states: fewer are not multiplied as a matrix on any GPU that
 
 
 class Risk(NamedTuple):
-    """That estimate, by what was not scored: for the best token exp(a - b·gap) of its distance to
-    the best score of the other clusters, for a draw ``scale`` times their mass."""
+    """The constants of the estimated risk that the dense head chooses another token.
+
+    The risk follows from what was not scored. For the best token it is exp(a - b·gap) of the
+    token's distance to the best score of the other clusters, for a draw ``scale`` times their mass.
+    """
 
     a: float = 0.0
     b: float = 1.0
@@ -48,7 +52,7 @@ class Risk(NamedTuple):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "Risk":
-        """From an index's settings of verification; the usual numbers where there are none."""
+        """Reads an index's settings of verification; the usual numbers where there are none."""
         fitted = settings.get("risk") or {}
         a, b = fitted.get("greedy", USUAL[:2])
         return cls(a, b, fitted.get("sampled", USUAL.scale))
@@ -60,7 +64,10 @@ class Risk(NamedTuple):
         draws: Draws | None,
         logit_map: LogitMap = IDENTITY,
     ) -> mx.array:
-        """For each of R positions, (R,) float32. The candidates' logits are mapped."""
+        """Estimates the risk of each of R positions, (R,) float32.
+
+        The candidates' logits are mapped.
+        """
         logits = candidates.logits.flatten(-2).astype(mx.float32)
         best = mx.max(logits if candidates.best is None else candidates.best, axis=-1)
         nothing = best <= mx.finfo(candidates.logits.dtype).min
@@ -110,8 +117,10 @@ def unscored(
 
 
 def in_blocks(matrix: Matrix) -> mx.array:
-    """Rows (V, D) for ``blocked_product``: (n_blocks, block, D) float32, zeros at the end, and as
-    columns in memory, of which MLX's BLAS takes half the time. Lazy."""
+    """Returns rows (V, D) for ``blocked_product``: (n_blocks, block, D) float32.
+
+    The end is zeros. In memory they are columns, of which MLX's BLAS takes half the time. Lazy.
+    """
     n_rows, hidden_size = matrix.n_rows, matrix.hidden_size
     n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
     block = BLOCK_MULTIPLE * -(-n_rows // (n_blocks * BLOCK_MULTIPLE))
@@ -123,7 +132,10 @@ def in_blocks(matrix: Matrix) -> mx.array:
 
 
 def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
-    """(R, D) times all rows (n_blocks, block, D) → (R, n_blocks·block). Fast for few states."""
+    """Multiplies (R, D) with all rows (n_blocks, block, D) → (R, n_blocks·block).
+
+    It is fast for few states.
+    """
     return (hidden @ blocks.swapaxes(-1, -2)).swapaxes(0, 1).reshape(len(hidden), -1)
 
 
@@ -146,6 +158,7 @@ class PortableSteps:
             self.gathers_rows = not self._ranges
 
     def arrays(self) -> list[mx.array]:
+        """The arrays that the steps hold beside the rows."""
         return [] if self._centroids is None else [self._centroids]
 
     def product(self, hidden: mx.array) -> mx.array:
@@ -157,16 +170,20 @@ class PortableSteps:
         return logits if rows.bias is None else logits + rows.bias.reshape(-1)
 
     def verifying_product(self, hidden: mx.array) -> mx.array:
-        """As :meth:`product`, for states that are verified: another rounding is allowed. In float16
-        where these rows are the same in it and a GPU lacks bfloat16."""
+        """Computes :meth:`product` for states that are verified: another rounding is allowed.
+
+        In float16 where these rows are the same in it and a GPU lacks bfloat16.
+        """
         if self.float16_rows is None or hidden.dtype != mx.bfloat16 or len(hidden) < FLOAT16_FROM:
             return self.product(hidden)
         logits = self.float16_rows.matmul(hidden.astype(mx.float16))
         return logits.astype(self.clustered.rows.logits_dtype(hidden.dtype))
 
     def dense(self, hidden: mx.array) -> mx.array:
-        """Logits of all tokens: hidden (R, D) → (R, V). Of one state they are those of the model's
-        own rows on an Apple GPU, to the last bit."""
+        """Computes logits of all tokens: hidden (R, D) → (R, V).
+
+        Of one state they are those of the model's own rows on an Apple GPU, to the last bit.
+        """
         if len(hidden) > 1:
             return in_token_order(self.product(hidden), self.clustered.slot_of)
         if self.gathers_rows:
@@ -208,12 +225,19 @@ class PortableSteps:
         adjustment: Adjustment | None = None,
         mass: bool = True,
     ) -> Selection:
-        """The ``n_probes`` best clusters of each row, unordered: (R, C) float32 → (R, p). Kernels
-        give ``words`` for `expand`, and leave clusters out that lie more than ``depth`` nats below
-        the log-sum-exp of all scores: at most C·exp(-depth) of the mass. ``logit_map`` makes the
-        mass of the clusters that are left what the model's logits give. The clusters of tokens
-        that an ``adjustment`` changes are probed in any case, where ``n_probes`` has room. Without
-        ``mass``, which only draws look at, the mass of the others may be left out."""
+        """Selects the ``n_probes`` best clusters of each row, unordered: (R, C) → (R, p).
+
+        Args:
+            scores: (R, C) float32.
+            n_probes: The number of clusters to select.
+            words: Whether kernels give words for `expand`.
+            depth: Kernels leave clusters out that lie more than this number of nats below the
+                log-sum-exp of all scores: at most C·exp(-depth) of the mass.
+            logit_map: Makes the mass of the clusters that are left what the model's logits give.
+            adjustment: Clusters of tokens that it changes are probed in any case, where
+                ``n_probes`` has room.
+            mass: Whether the mass of the clusters that are left is wanted, which draws look at.
+        """
         if adjustment is not None:
             more = mx.zeros((len(scores), 1))  # of rows with fewer tokens
             padded = mx.concatenate([scores, more], axis=-1)
@@ -280,8 +304,11 @@ class PortableSteps:
         return Candidates(logits)
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
-        """Scores (R, C) float32 → full logits (R, V) of the candidates' dtype. Tokens not probed
-        get min(S_c - ln n_c, m - max(1, |m|/64)), with n_c tokens and the best logit m."""
+        """Expands scores (R, C) float32 to full logits (R, V) of the candidates' dtype.
+
+        Tokens not probed get min(S_c - ln n_c, m - max(1, |m|/64)), with n_c tokens and the best
+        logit m.
+        """
         logits, (n_rows, n_clusters) = candidates.logits, scores.shape
         best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1).astype(mx.float32)  # (R, 1)
         cap = best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
@@ -302,11 +329,23 @@ class PortableSteps:
         logit_map: LogitMap = IDENTITY,
         masked: bool = False,
     ) -> tuple[mx.array, mx.array]:
-        """A token of each row, (R,) uint32: without ``draws`` the best logit, of equals the lowest
-        id, NaN the highest; and (R,) float32, the ``risk`` that the dense head chooses another.
-        The candidates and what was not scored are mapped already, by ``logit_map``. Where they are
-        ``masked``, the risk is NOTHING_ALLOWED if all scored tokens are; and the filters do not
-        count what was not scored."""
+        """Chooses a token of each row, with the risk that the dense head chooses another.
+
+        The candidates and what was not scored are mapped already, by ``logit_map``.
+
+        Args:
+            selection: The clusters, and what was not scored.
+            candidates: The scored logits.
+            draws: How tokens are drawn; without it the best logit is taken, of equals the one of
+                the lowest id, and NaN counts as the highest.
+            risk: Estimates the risk by what was not scored.
+            logit_map: What the model does to each of its head's logits.
+            masked: Whether the candidates are masked. The risk is then NOTHING_ALLOWED if all
+                scored tokens are, and the filters do not count what was not scored.
+
+        Returns:
+            The tokens (R,) uint32, and their risks (R,) float32.
+        """
         ids, logits = self.token_ids(selection.probes).flatten(1), candidates.logits.flatten(1)
         left = cast(mx.array, selection.unscored)
         gumbel, others = None, None

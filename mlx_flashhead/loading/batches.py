@@ -1,83 +1,255 @@
 """mlx-lm's ``BatchGenerator`` for programs that know nothing of FlashHead."""
 
+import dis
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import update_wrapper
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 from ..decoding.batch import VerifiedBatchGenerator
+from ..decoding.policy import decoding_mode
 from ..models.compat import mlx_lm as compat
+from ..models.compat import other_programs as known
+from .use import Use
 
 # Of mlx-lm, with the functions that they have as imported: a program may replace some.
 CLASSES = (compat.BatchGenerator, compat.PromptProcessingBatch, compat.GenerationBatch)
 _as_imported = [(cls, dict(vars(cls))) for cls in CLASSES]
+_mlx_lm_file = compat.BatchGenerator.__init__.__code__.co_filename
 OPTIONS = {
     "max_tokens", "stop_tokens", "sampler", "logits_processors", "completion_batch_size",
     "prefill_batch_size", "prefill_step_size", "max_kv_size", "stream",
 }  # fmt: skip
+# Numbers that a program may set before its first text.
+NUMBERS = {
+    "max_tokens", "completion_batch_size", "prefill_batch_size", "prefill_step_size", "max_kv_size",
+}  # fmt: skip
+METHODS = (
+    "__init__", "insert_segments", "next", "next_generated", "extract_cache", "remove", "stats",
+    "close",
+)  # fmt: skip
+# What only a program mentions that looks into the batches.
+INSIDE = {"_generation_batch", "_prompt_batch", "_unprocessed_sequences", "_currently_processing"}
+CHANGED = "dense: this program changes mlx-lm's batches, or looks into them"
 
-# Takes the announcements of a model's texts; None where the model is not recognised.
-Announce = Callable[[str], Any]
+
+class _Seen:
+    """What a program sees that looks for a batch while ours decodes.
+
+    It sees the texts in it, until the last of them has ended and the program gets mlx-lm's own.
+    """
+
+    def __init__(self, verified: VerifiedBatchGenerator, uids: list[int]):
+        self._verified = verified
+        self.uids = uids
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    def extract_cache(self, idx: int) -> list[Any]:
+        uid = self.uids[idx]
+        caches: list[Any] = self._verified.extract_cache([uid])[uid][0]
+        return caches
 
 
-def batch_class(announcer_of: Callable[[Any], Announce | None]) -> type:
-    """A ``BatchGenerator`` of mlx-lm that decodes as :class:`VerifiedBatchGenerator` where
-    everything is recognised at its first use, and as ever otherwise: where its model is another
-    one, or the program has subclassed it or replaced a function in it or in the classes that it
-    uses."""
+class _Private:
+    """A private name of mlx-lm's ``BatchGenerator``: notes that a program looks at it."""
+
+    def __init__(self, name: str, original: type):
+        self._name = name
+        self._of_class = vars(original).get(name)
+
+    def __get__(self, generator: Any, owner: type) -> Any:
+        if generator is None:
+            if self._of_class is None:
+                raise AttributeError(self._name)
+            return self._of_class
+        if sys._getframe(1).f_code.co_filename != _mlx_lm_file:
+            seen = generator._looked_at(self._name)
+            if seen is not None:
+                return seen
+        values = vars(generator)
+        if self._name in values:
+            return values[self._name]
+        if self._of_class is None:
+            raise AttributeError(self._name)
+        return self._of_class.__get__(generator, owner)
+
+    def __set__(self, generator: Any, value: Any) -> None:
+        if sys._getframe(1).f_code.co_filename != _mlx_lm_file:
+            generator._looked_at(self._name)
+        vars(generator)[self._name] = value
+
+
+def batch_class(use_of: Callable[[Any], Use | None]) -> type:
+    """Makes a ``BatchGenerator`` of mlx-lm that decodes as :class:`VerifiedBatchGenerator`.
+
+    It does so where everything is recognised at its first use. It is mlx-lm's own in all other
+    cases: where the model is another one, or the program has subclassed it, replaced a function in
+    it or in the classes that it uses, or looks at its private attributes. A program that does so
+    later gets mlx-lm's own when no text is in progress.
+
+    Args:
+        use_of: What is said of a model's texts; None for a model that is not recognised.
+    """
     original: Any = compat.BatchGenerator
 
     class BatchGenerator(original):
         def __init__(self, model: Any, *arguments: Any, **options: Any):
+            self._flash_changed = False  # mlx-lm's attributes, or looked at
+            self._flash_use: Any = None
+            self._flash_mode = ""  # how texts are decoded that are left to mlx-lm
+            self._flash_used: dict[str, Any] | None = None  # options of the one below
+            self._flash_verified: VerifiedBatchGenerator | None = None
+            self._flash_decided = False
             super().__init__(model, *arguments, **options)
-            self._options = options if not arguments else None
-            self._verified: VerifiedBatchGenerator | None = None
-            self._decided = False
-            self._as_made = {"_as_made", *vars(self)}
+            self._flash_options = options if not arguments else None
+            self._flash_as_made = dict(self.__dict__)
+            self._flash_own: set[int] = set()  # texts that mlx-lm decodes beside ours
+            if mentions_inside(sys._getframe(1)):
+                self._flash_changed = True
+
+        def _looked_at(self, name: str) -> Any:
+            """Notes that a program looks at a private attribute.
+
+            Returns what it sees, if that is not what mlx-lm has there.
+            """
+            self._flash_changed = True
+            verified = self._flash_verified
+            if verified is None or name not in INSIDE:
+                return None
+            return _Seen(verified, verified.uids() if name == "_generation_batch" else [])
 
         def _verifies(self) -> VerifiedBatchGenerator | None:
             """What decodes in its place, if everything is recognised."""
-            if self._decided:
-                return self._verified
-            self._decided = True
-            announce = announcer_of(self.model)
-            if announce is not None and self._as_mlx_lm_has_it():
-                self._verified = VerifiedBatchGenerator(
-                    self.model, announce=announce, **(self._options or {})
-                )
-            elif announce is not None:
-                announce("dense: this program changes mlx-lm's batches")
-            return self._verified
+            if self._flash_decided:
+                return self._flash_verified
+            self._flash_decided = True
+            self._flash_use = use_of(self.model)
+            if self._flash_use is not None:
+                self._flash_mode = decoding_mode(self.model)
+                if self._flash_mode == "verified":
+                    self._flash_mode = CHANGED
+                    self._flash_begin()
+            return self._flash_verified
 
-        def _as_mlx_lm_has_it(self) -> bool:
-            if type(self) is not BatchGenerator or set(vars(BatchGenerator)) != own_names:
-                return False
-            if set(vars(self)) != self._as_made or self._options is None:
-                return False
-            return self._options.keys() <= OPTIONS and all(
-                dict(vars(cls)) == known for cls, known in _as_imported
-            )
+        def _flash_begin(self) -> None:
+            """Has ours decode in its place, if it is as mlx-lm has it."""
+            self._flash_used = self._flash_accepted()
+            if self._flash_used is not None:
+                self._flash_verified = VerifiedBatchGenerator(
+                    self.model, announce=self._flash_use.announce, **self._flash_used
+                )
+                self._flash_verified.n_inserted = self.__dict__["_uid_count"]
+
+        def _flash_accepted(self) -> dict[str, Any] | None:
+            """The options, where this is as mlx-lm has it."""
+            if type(self) is not BatchGenerator or dict(vars(BatchGenerator)) != own:
+                return None
+            given = self._flash_options
+            if self._flash_changed or given is None or not given.keys() <= OPTIONS:
+                return None
+            if not all(known.is_known(cls, before, self.model) for cls, before in _as_imported):
+                return None
+            values = self.__dict__
+            numbers: dict[str, Any] = {}
+            for name, before in self._flash_as_made.items():
+                if name in NUMBERS and values.get(name) != before:
+                    numbers[name] = values.get(name)
+                elif values.get(name, self) is not before and not name.startswith("_"):
+                    return None
+            # What has another name than mlx-lm's is nothing to it.
+            added = values.keys() - self._flash_as_made.keys()
+            if any(hasattr(original, name) for name in added):
+                return None
+            return given | numbers
+
+        def _flash_settle(self) -> None:
+            """Prepares for a text that is about to be added.
+
+            It gives the program mlx-lm's own where it has changed something since, and no text is
+            in progress.
+            """
+            verified = self._flash_verified
+            if verified is None or verified.uids():
+                return
+            if self._flash_accepted() != self._flash_used:
+                verified.close()
+                self._flash_verified = None
+                self._flash_begin()
 
         def insert_segments(self, *arguments: Any, **options: Any) -> Any:
             verified = self._verifies()
-            own = super().insert_segments if verified is None else verified.insert_segments
-            return own(*arguments, **options)
+            if verified is not None:
+                self._flash_settle()
+                verified = self._flash_verified
+            if verified is None:
+                return super().insert_segments(*arguments, **options)
+            values = self.__dict__
+            if known.needs_own_step(self, arguments, options):
+                values["_uid_count"] = verified.n_inserted
+                uids = super().insert_segments(*arguments, **options)
+                verified.n_inserted = values["_uid_count"]
+                self._flash_own.update(uids)
+                return uids
+            uids = verified.insert_segments(*arguments, **options)
+            values["_uid_count"] = verified.n_inserted
+            return uids
 
         def next(self) -> Any:
             verified = self._verifies()
-            return super().next() if verified is None else verified.next()
+            if verified is None:
+                return self._flash_next(super().next)
+            prompts, generated = verified.next()
+            if self._flash_own:
+                own_prompts, own_generated = self._flash_next(super().next)
+                prompts = [*prompts, *own_prompts]
+                generated = [*generated, *own_generated]
+            return prompts, generated
+
+        def _flash_next(self, step: Callable[[], Any]) -> Any:
+            """A step of mlx-lm's own, whose tokens are announced."""
+            use = self._flash_use
+            if use is None:
+                return step()
+            with use.announcing():
+                responses = step()
+            generated = responses[1] if isinstance(responses, tuple) else responses
+            for response in generated:
+                use.announce(self._flash_mode)
+                if response.finish_reason is not None:
+                    self._flash_own.discard(response.uid)
+            return responses
 
         def next_generated(self) -> Any:
             verified = self._verifies()
-            return super().next_generated() if verified is None else verified.next_generated()
+            if verified is None:
+                return self._flash_next(super().next_generated)
+            if not self._flash_own:
+                return verified.next_generated()
+            generated: list[Any] = []
+            while not generated and (verified.uids() or self._flash_own):
+                _, generated = self.next()
+            return generated
 
         def extract_cache(self, uids: Any) -> Any:
             verified = self._verifies()
-            return super().extract_cache(uids) if verified is None else verified.extract_cache(uids)
+            if verified is None:
+                return super().extract_cache(uids)
+            held = verified.extract_cache(uids)
+            return held | super().extract_cache(uids) if self._flash_own else held
 
         def remove(self, uids: Any, return_prompt_caches: bool = False) -> Any:
             verified = self._verifies()
-            own = super().remove if verified is None else verified.remove
-            return own(uids, return_prompt_caches)
+            if verified is None:
+                return super().remove(uids, return_prompt_caches)
+            held = verified.remove(uids, return_prompt_caches)
+            if self._flash_own:
+                held |= super().remove(uids, return_prompt_caches)
+                self._flash_own.difference_update(uids)
+            return held
 
         @contextmanager
         def stats(self, *arguments: Any) -> Iterator[Any]:
@@ -88,18 +260,62 @@ def batch_class(announcer_of: Callable[[Any], Announce | None]) -> type:
 
         @property
         def prompt_cache_nbytes(self) -> int:
-            if self._verified is None:
-                return int(super().prompt_cache_nbytes)
-            return self._verified.prompt_cache_nbytes
+            own = int(super().prompt_cache_nbytes)
+            verified = self._flash_verified
+            return own if verified is None else own + verified.prompt_cache_nbytes
 
         def close(self) -> None:
-            verified = getattr(self, "_verified", None)
+            verified = getattr(self, "_flash_verified", None)
             if verified is not None:
                 verified.close()
             super().close()
 
+    for name in METHODS:  # a program may ask for their parameters
+        update_wrapper(vars(BatchGenerator)[name], vars(original)[name])
+    for name in _private_names(original):
+        setattr(BatchGenerator, name, _Private(name, original))
     BatchGenerator.__doc__ = original.__doc__
     BatchGenerator.__module__ = original.__module__
     BatchGenerator.__qualname__ = original.__qualname__
-    own_names = set(vars(BatchGenerator))
+    own = dict(vars(BatchGenerator))
     return BatchGenerator
+
+
+def _private_names(original: type) -> set[str]:
+    """The private attributes that mlx-lm's ``BatchGenerator`` sets, and its private methods."""
+    made = dis.get_instructions(original.__init__)  # type: ignore[misc]
+    attributes = {step.argval for step in made if step.opname == "STORE_ATTR"}
+    methods = {name for name, value in vars(original).items() if isinstance(value, FunctionType)}
+    return {n for n in attributes | methods if n.startswith("_") and not n.startswith("__")}
+
+
+def mentions_inside(frame: FrameType | None) -> bool:
+    """Whether the module of a frame has code that names what is inside of mlx-lm's batches."""
+    if frame is None:
+        return False
+    module = frame.f_globals
+    codes = []
+    caller: FrameType | None = frame
+    while caller is not None and caller.f_globals is module:
+        codes.append(caller.f_code)
+        caller = caller.f_back
+    for value in list(module.values()):
+        inside = list(vars(value).values()) if isinstance(value, type) else [value]
+        codes += [f.__code__ for f in inside if isinstance(f, FunctionType) and _is_of(f, module)]
+    return any(_names_inside(code) for code in codes)
+
+
+def _is_of(function: FunctionType, module: dict[str, Any]) -> bool:
+    return function.__globals__ is module and not known.is_served(function)
+
+
+def _names_inside(code: CodeType) -> bool:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, str):  # as for getattr
+            names.add(constant)
+        elif isinstance(constant, tuple):
+            names.update(item for item in constant if isinstance(item, str))
+        elif isinstance(constant, CodeType) and _names_inside(constant):
+            return True
+    return bool(INSIDE & names)

@@ -36,6 +36,7 @@ class HeadOptions:
     fine_head: str | Path | bool | None = None  # True: of the original that the model names
     head_bits: int | None = None  # of the finer head; default: 8
     verify: bool = True  # whether another program's text is verified
+    check: bool = False  # whether its tokens are counted, for a line at its end
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, *, dense: bool = False) -> "HeadOptions":
@@ -57,6 +58,7 @@ class HeadOptions:
             fine_head=args.fine_head,
             head_bits=args.head_bits,
             verify=not unverified,
+            check=getattr(args, "check", False),
         )
 
     def environment(self) -> dict[str, str]:

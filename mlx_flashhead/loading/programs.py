@@ -9,29 +9,25 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from ..common.command import printable, sentence
 from ..decoding.drafting import drafted_steps
 from ..decoding.loop import verified_steps
 from ..decoding.policy import Proposer, decoding_mode
 from ..decoding.vlm_text import vlm_steps
-from ..head.flash_head import FlashHead
 from ..interop import libraries
 from ..interop.explanations import explain
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.fetch import hub_sentence, resolve
 from ..models.install import get_flash_head, is_recognised
 from ..models.origin import local_origin
+from ..models.vlm import architecture
 from .batches import batch_class
 from .head_options import VARIABLE, HeadOptions
 from .load import attach_head
 from .sources import explicit_or_bundled_head
+from .use import Use
 
-OWN_STEPS = 4  # a prompt's last token is a step, too, and a loop of ours may follow
-DENSE_LOOP = (
-    "dense: this program's loop cannot be verified; --no-verify uses FlashHead's own choices"
-)
+ONLY_GREEDY = "dense: with mlx-vlm only greedy text is verified"
 
 
 def patch_library(library: str) -> None:
@@ -79,28 +75,29 @@ class _Patches:
             name = local_origin(folder).known_as
             clusters = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
             options.say(f"With FlashHead: {name}, {clusters} scored per token.")
-            head.project_calls(_Use(name, options).project)
+            head.project_calls(Use(name, options, head).project)
         except (ValueError, OSError) as error:
             if not self._warned:
                 options.say(f"Without FlashHead: {sentence(error)}")
             self._warned = True
 
-    def _use_of(self, model: Any) -> "_Use | None":
+    def _use_of(self, model: Any) -> Use | None:
         """What is said of a model's texts; None if it has no FlashHead that verifies."""
         head = get_flash_head(model) if self._options.verify else None
-        use = getattr(getattr(head, "projection", None), "__self__", None)
-        return use if isinstance(use, _Use) else None
-
-    def _announcer_of(self, model: Any) -> Callable[[str], None] | None:
-        """Takes how texts of the model are decoded; None if they are left to mlx-lm."""
-        use = self._use_of(model)
-        if use is None:
+        if head is None:
             return None
-        mode = decoding_mode(model)
-        if mode == "verified":
-            return use.announce
-        use.leave(mode)
-        return None
+        owner = getattr(head.projection, "__self__", None)
+        if isinstance(owner, Use):
+            if owner.is_of(head):
+                return owner
+            name = f"a copy of {owner.name}"
+        elif head.projection is None and is_recognised(model):  # a pickled copy, or `attach`
+            name = f"a {architecture(model)}"
+        else:
+            return None
+        use = Use(name, self._options, head)
+        head.project_calls(use.project)
+        return use
 
     def load(self, original: Any) -> Any:
         @wraps(original)
@@ -139,32 +136,35 @@ class _Patches:
                 options = dict(parameters.bind(*arguments, **named).arguments)
             except TypeError:  # mlx-lm has a sentence for it
                 options = None
-            loop = None if options is None else take(options)
+            loop = None if options is None else take(original, options)
             yield from original(*arguments, **named) if loop is None else loop
 
         return steps
 
-    def _steps(self, options: dict[str, Any]) -> Iterator[Any] | None:
+    def _steps(self, original: Any, options: dict[str, Any]) -> Iterator[Any] | None:
         model = options["model"]
-        announce = self._announcer_of(model)
-        if announce is None:
+        use = self._use_of(model)
+        if use is None:
             return None
-        return verified_steps(**options, proposer=Proposer(model), announce=announce)
+        mode = decoding_mode(model)
+        if mode != "verified":
+            return use.follow(original(**options), mode)
+        return verified_steps(**options, proposer=Proposer(model), announce=use.announce)
 
-    def _drafted(self, options: dict[str, Any]) -> Iterator[Any] | None:
+    def _drafted(self, original: Any, options: dict[str, Any]) -> Iterator[Any] | None:
         """With a draft model the target is dense: it is the draft's FlashHead that is used."""
-        draft = self._use_of(options["draft_model"])
-        if (
-            draft is None
-            or options.get("logits_processors")
-            or not is_recognised(options["draft_model"])
-        ):
+        model = options["model"]
+        draft_model = options["draft_model"]
+        draft = self._use_of(draft_model)
+        if draft is None or options.get("logits_processors") or not is_recognised(draft_model):
             return None
-        return drafted_steps(**options, proposer=Proposer(options["model"]))
+        use = self._use_of(model) or draft
+        steps = drafted_steps(**options, proposer=Proposer(model), announce=use.announce)
+        return draft.follow(use.follow(steps))
 
     def batches(self, original: Any) -> Any:
         """mlx-lm's ``BatchGenerator``, which decides at its first use who decodes."""
-        return batch_class(self._announcer_of)
+        return batch_class(self._use_of)
 
     def vlm_loop(self, original: Any) -> Any:
         """mlx-vlm's loop of a text, verified where it is greedy."""
@@ -173,14 +173,17 @@ class _Patches:
         def steps(
             input_ids: Any, model: Any, pixel_values: Any, mask: Any, **named: Any
         ) -> Iterator[Any]:
-            announce = self._announcer_of(model)
             prompt = (input_ids, model, pixel_values, mask)
+            use = self._use_of(model)
+            if use is None:
+                yield from original(*prompt, **named)
+                return
+            mode = decoding_mode(model)
             loop = None
-            if announce is not None:
-                loop = vlm_steps(original, *prompt, named, announce)
-                if loop is None:
-                    announce("dense: with mlx-vlm only greedy text is verified")
-            yield from original(*prompt, **named) if loop is None else loop
+            if mode == "verified":
+                mode = ONLY_GREEDY
+                loop = vlm_steps(original, *prompt, named, use.announce)
+            yield from use.follow(original(*prompt, **named), mode) if loop is None else loop
 
         return steps
 
@@ -191,38 +194,3 @@ def _explain(error: Exception, name: str) -> None:
         reason = hub_sentence(error, name)
         if reason is not None:
             explain(error, printable(f"mlx_flashhead.run: {reason}"))
-
-
-class _Use:
-    """How a program decodes with a FlashHead. It says so in a line, once for each way."""
-
-    def __init__(self, name: str, options: HeadOptions):
-        self._name = name
-        self._say = options.say
-        self._verify = options.verify
-        self._n_steps = 0  # of a loop that is not ours
-        self._left = False  # whether it was said why a loop is not ours
-        self._said: set[str] = set()
-        if not options.verify:
-            self.announce("unverified")
-
-    def announce(self, mode: str) -> None:
-        """Says how a text is decoded, if it was not said yet."""
-        if mode not in self._said:
-            self._said.add(mode)
-            self._say(f"Text of {self._name}: {mode}.")
-
-    def leave(self, mode: str) -> None:
-        """Says why texts are left to the program's own loop."""
-        self.announce(mode)
-        self._left = True
-
-    def project(self, head: FlashHead, hidden: mx.array) -> mx.array:
-        """The logits of a call that none of our loops has made."""
-        if hidden.shape[-2:-1] == (1,):
-            if not self._verify:
-                return head.unverified_logits(hidden)
-            self._n_steps += 1
-            if self._n_steps == OWN_STEPS and not self._left:
-                self.announce(DENSE_LOOP)
-        return head.dense_logits(hidden)

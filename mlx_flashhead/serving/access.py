@@ -55,7 +55,11 @@ class Access:
     proxied: frozenset[str] = frozenset()
 
     def check(self, scope: Scope) -> None:
-        """Raises an ApiError unless a request may be served. h11 has rejected what is not HTTP."""
+        """Checks that a request may be served. h11 has rejected what is not HTTP.
+
+        Raises:
+            ApiError: If it may not.
+        """
         headers = Headers(scope=scope)
         parts = [scope["path"], scope["query_string"]]
         parts += [part for header in headers.raw for part in header]
@@ -131,8 +135,10 @@ class Access:
             raise ApiError(f"The request has {length} bytes, and {most}: send less.", status=413)
 
     def shown_token(self, scope: Scope) -> str | None:
-        """The server's token if the request carries it, else None. The comparison's time does not
-        depend on the token."""
+        """Returns the server's token if the request carries it, else None.
+
+        The comparison's time does not depend on the token.
+        """
         if self.token is None:
             return None
         request = Request(scope)

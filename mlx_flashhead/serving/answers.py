@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..models.tool_calls import read_tool_calls
+from ..models.call_parsers import read_tool_calls
 from ..version import __version__
 from .api_errors import ApiError
 from .choices import Choice
@@ -53,8 +53,10 @@ def address_of(request: HttpRequest) -> str:
 
 
 class Answer:
-    """The response to a request for texts, whole or in server-sent events. Its queue has, in order,
-    events of the engine, a client that leaves, the end."""
+    """The response to a request for texts, whole or in server-sent events.
+
+    Its queue has, in order, events of the engine, a client that leaves, the end.
+    """
 
     def __init__(self, api: Answering, jobs: list[Job], http_request: HttpRequest):
         self.jobs = jobs
@@ -83,6 +85,7 @@ class Answer:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Generates the texts and sends them, as an ASGI application."""
         watch = asyncio.create_task(self._watch(receive))
         try:
             if self._api.end is not None:
@@ -193,7 +196,11 @@ def speed_of(jobs: list[Job]) -> float | None:
 
 
 def read_calls(request: Request, text: str) -> list[dict[str, Any]]:
-    """The calls in a text that is marked as one, in OpenAI's form; ValueError if it is none."""
+    """Returns the calls in a text that is marked as one, in OpenAI's form.
+
+    Raises:
+        ValueError: If the text is no call.
+    """
     calls = []
     for call in read_tool_calls(request.served.tokenizer, text, request.tools.for_parser):
         try:

@@ -25,7 +25,11 @@ _GRAMMAR_FIELDS = ("response_format", "regex", "grammar", "tools")
 
 
 def fields_of(body: bytes) -> dict[str, Any]:
-    """The fields of a request, as many as it may have; an ApiError says what is too much."""
+    """Returns the fields of a request, as many as it may have.
+
+    Raises:
+        ApiError: If the body is no JSON object, or too much; the error says of what.
+    """
     check_size(body)
     try:
         fields = loads(body)
@@ -43,9 +47,12 @@ def has_grammar(fields: Mapping[str, Any]) -> bool:
 
 
 def check_size(text: bytes) -> None:
-    """ApiError if JSON has more values than it may.
+    """Checks that JSON has no more values than it may.
 
-    Of what is no JSON any number may come out.
+    If the text is no JSON, any number may be counted.
+
+    Raises:
+        ApiError: If there are more.
     """
     letters = outside_strings(text)
     n_of = {letter: int(np.count_nonzero(letters == ord(letter))) for letter in ",:[{"}
@@ -61,7 +68,11 @@ def check_size(text: bytes) -> None:
 
 
 def check_lengths(fields: Mapping[str, Any]) -> None:
-    """ApiError if a list is longer than it may be, before anything looks at its elements."""
+    """Checks that no list is longer than it may be, before anything looks at its elements.
+
+    Raises:
+        ApiError: If one is longer.
+    """
     _check_length(fields.get("messages"), MAX_MESSAGES, "messages", "messages")
     _check_length(fields.get("tools"), MAX_TOOLS, "tools", "tools")
     prompts = fields.get("prompt")

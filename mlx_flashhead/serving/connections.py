@@ -54,6 +54,10 @@ class Connection(H11Protocol):
         self._n_ignored = 0  # bytes after the request
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        """Admits a new connection to the waiting ones, and aborts the oldest if there are too many.
+
+        The oldest is one of the address that has most of them.
+        """
         super().connection_made(transport)
         self._timer = self.loop.call_later(HEAD_SECONDS, transport.abort)
         self._ends = self.client, self.server
@@ -68,6 +72,7 @@ class Connection(H11Protocol):
         self._waiting[self._ends] = self
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Forgets the connection and its timer."""
         self._waiting.pop(self._ends, None)
         self._timer.cancel()
         super().connection_lost(exc)
@@ -78,6 +83,7 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.more_body
 
     def data_received(self, data: bytes) -> None:
+        """Reads the request, and ignores what comes after it, up to a limit."""
         if self._complete:
             self._n_ignored += len(data)
             if self._n_ignored > MAX_HEAD_BYTES:
@@ -91,6 +97,7 @@ class Connection(H11Protocol):
                 self.flow.resume_reading()  # so that the end of the connection is noticed
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
+        """Leaves a complete request some time for its answer when the client has ended its side."""
         if not self._complete:
             return None
         self.loop.call_later(HALF_CLOSED_SECONDS, self.transport.close)
@@ -115,16 +122,19 @@ class Connection(H11Protocol):
         self.loop.call_later(REFUSED_SECONDS, self.transport.abort)
 
     def on_response_complete(self) -> None:
+        """Allows the client some time to read the response."""
         super().on_response_complete()
         if not self.transport.is_closing():
             self._waiting[self._ends] = self  # until the client has read it
         self._allow_for_reading()
 
     def pause_writing(self) -> None:
+        """Begins the time in which the client must read."""
         super().pause_writing()
         self._allow_for_reading()
 
     def resume_writing(self) -> None:
+        """Ends the time in which the client must read."""
         super().resume_writing()
         if not self.transport.is_closing():
             self._timer.cancel()
@@ -135,14 +145,17 @@ class Connection(H11Protocol):
 
 
 class FrontDoor:
-    """An application behind the rules of access, its `access`. It answers errors, and logs requests
-    with what the application adds to ``request.state.notes``."""
+    """An application behind the rules of access, its `access`.
+
+    It answers errors, and logs requests with what the application adds to ``request.state.notes``.
+    """
 
     def __init__(self, app: ASGIApp, access: Access, waiting: Waiting):
         self._app, self.access, self._waiting = app, access, waiting
         self._answered: Counter[str] = Counter()  # requests in progress, by address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request by the application, if the rules of access admit it."""
         method, path = scope["method"], scope["path"]
         notes: list[str] = []
         scope["state"]["notes"] = notes
@@ -244,7 +257,11 @@ class FrontDoor:
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body; an ApiError if it does not come in time."""
+    """Returns the whole body.
+
+    Raises:
+        ApiError: If it does not come in time.
+    """
     try:
         async with asyncio.timeout(BODY_SECONDS):
             return await request.body()

@@ -61,6 +61,7 @@ class Reading:
 
     @property
     def cached(self) -> CachedTokens:
+        """The tokens that have been read, and the caches that hold them."""
         return self._all_tokens[: self.done], self.cache
 
     def read(self, chunk: int) -> int:
@@ -136,6 +137,7 @@ class Batch:
 
     @property
     def jobs(self) -> list[Job]:
+        """The jobs that are being decoded."""
         return list(self._jobs.values())
 
     def step(self) -> list[Step]:
@@ -204,6 +206,7 @@ class Single:
             )
 
     def step(self) -> list[Step]:
+        """Decodes the next token."""
         token, logprobs = next(self._steps)[:2]
         self._tokens.append(token)
         self._held = len(self._tokens)

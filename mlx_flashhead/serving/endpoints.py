@@ -222,15 +222,21 @@ def still_loading() -> ApiError:
 
 
 async def refuse_other_api(request: HttpRequest) -> Response:
-    """Names what answers a path of another API."""
+    """Refuses a path of another API, and names what answers it here.
+
+    Raises:
+        ApiError: Always.
+    """
     path = request.scope["path"]
     first, *_ = path.removeprefix("/v1").strip("/").split("/")
     raise ApiError(f"{path[:80]} is not served here: {_REMEDIES[first]}.", status=404)
 
 
 class AnswerAfterLoading:
-    """The response to a request that came before its model: it waits, and a stream has comments
-    meanwhile, so that no client and no proxy gives up."""
+    """The response to a request that came before its model.
+
+    It waits, and a stream has comments meanwhile, so that no client and no proxy gives up.
+    """
 
     def __init__(self, api: Api, fields: dict[str, Any], request: HttpRequest):
         self._api = api
@@ -239,6 +245,7 @@ class AnswerAfterLoading:
         self._n_bytes = int(request.headers["Content-Length"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Waits for the model, and answers then."""
         if self._fields.get("stream") is not True:
             async for _ in self._ticks(receive):
                 pass

@@ -55,7 +55,7 @@ class Engine:
 
     @property
     def status(self) -> str:
-        """ "loading", "ok", "failing" or "shutting down"."""
+        """The engine's state: "loading", "ok", "failing" or "shutting down"."""
         if self._ended.is_set():
             return "shutting down"
         if not self.models.done():
@@ -250,7 +250,7 @@ class Engine:
         self._go_on_alone(decoder.jobs)
 
     def _go_on_alone(self, jobs: list[Job]) -> None:
-        """Those that are wanted go on from their accepted tokens, each by itself."""
+        """Goes on with those jobs that are wanted from their accepted tokens, each by itself."""
         for job in jobs:
             job.alone = True
         self._waiting = [*(job for job in jobs if not job.ended), *self._waiting]

@@ -22,7 +22,11 @@ class Rule(Protocol):
     """What a field may hold."""
 
     def read(self, name: str, value: Any) -> Any:
-        """The value of a field, or an ApiError that names it. None stands for an absent field."""
+        """Returns the value of a field. None stands for an absent field.
+
+        Raises:
+            ApiError: If the value is not allowed; it names the field.
+        """
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,11 @@ class Of:
     kind: type
 
     def read(self, name: str, value: Any) -> Any:
+        """Returns the value if it is of the type.
+
+        Raises:
+            ApiError: If it is not; it names the field.
+        """
         if not isinstance(value, self.kind):
             raise field_error(name, f"must be {_TYPE_NAMES[self.kind]}.")
         return value
@@ -47,6 +56,11 @@ class Number:
     instead: Mapping[int, int | None] | None = None
 
     def read(self, name: str, value: Any) -> Any:
+        """Returns the number if it is within the limits, or what stands instead of it.
+
+        Raises:
+            ApiError: If it is not; it names the field.
+        """
         is_number = type(value) in (int, self.kind)
         if is_number and self.instead is not None and value in self.instead:
             return self.instead[value]
@@ -64,6 +78,11 @@ class OneOf:
     values: tuple[Any, ...] = ()
 
     def read(self, name: str, value: Any) -> Any:
+        """Returns the value if it is one of those allowed.
+
+        Raises:
+            ApiError: If it is not; it names the field.
+        """
         if not self.values:
             raise field_error(name, "cannot be followed here: leave it out.")
         if not any(value == known and type(value) is type(known) for known in self.values):
@@ -199,7 +218,11 @@ def read_fields(
 
 
 def read_all_fields(fields: dict[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
-    """As `read_fields`, where each field would have an effect: an ApiError names an unknown one."""
+    """Reads fields as `read_fields` does, where each field would have an effect.
+
+    Raises:
+        ApiError: If a field is unknown or not allowed; it names the field.
+    """
     values, unknown = read_fields(fields, rules)
     for name in unknown:
         raise ApiError(f"{shortened(name)} is not a field of this server.", name[:80])

@@ -65,6 +65,7 @@ class Token:
     logprobs: TokenLogprobs | None = None  # if the request wants it; None for the end token
 
     def add(self, other: "Token") -> None:
+        """Adds the content of a later token, whose finish reason counts."""
         self.content += other.content
         self.reasoning += other.reasoning
         self.calls += other.calls
@@ -72,8 +73,10 @@ class Token:
 
 
 class AnswerText:
-    """The text of one answer, which is emitted as soon as a part is certain. It ends before a text
-    of ``stop``, and begins in a ``state`` of mlx-lm's names."""
+    """The text of one answer, which is emitted as soon as a part is certain.
+
+    It ends before a text of ``stop``, and begins in a ``state`` of mlx-lm's names.
+    """
 
     def __init__(self, tokenizer: Any, stop: TextStateMachine, state: str, keep_space=False):
         self._detokenizer = tokenizer.detokenizer
@@ -86,8 +89,11 @@ class AnswerText:
         self._call = ""  # that is being written
 
     def add(self, token: int | None, *, last: bool = False) -> Token:
-        """Adds a token, if there is one, and may end the answer. Returns what is certain now, which
-        a stop text may end."""
+        """Adds a token, if there is one, and may end the answer.
+
+        Returns:
+            What is certain now, which a stop text may end.
+        """
         if token is not None:
             self._detokenizer.add_token(token)
         if last:
@@ -152,22 +158,30 @@ class Job:
 
     @property
     def kind(self) -> tuple:
-        """What jobs of one batch have in common. It pads their caches to the longest one, so a long
-        text would multiply the memory and the time of short questions."""
+        """What jobs of one batch have in common.
+
+        A batch pads its caches to the longest one, so a long text would multiply the memory and the
+        time of short questions.
+        """
         # 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on
         length_class = max(0, (len(self.prompt.tokens) - 1).bit_length() - 9) // 2
         return self.served, self.request.n_probes, self.request.dense, length_class
 
     @property
     def all_tokens(self) -> list[int]:
+        """The tokens of the prompt and of the answer so far."""
         return self.prompt.tokens + self.tokens
 
     def emit(self, event: Progress | Token | BaseException) -> None:
+        """Puts an event of this job in its queue."""
         self.events.put((self.index, event))
 
     def take(self, token: int, logprobs: mx.array) -> bool:
-        """Reports a generated token. Returns whether the answer is complete. An ApiError if its
-        form cannot be followed."""
+        """Reports a generated token, and returns whether the answer is complete.
+
+        Raises:
+            ApiError: If its form cannot be followed.
+        """
         self.tokens.append(token)
         self.times[1:] = [time.monotonic()]
         ends = token in self.served.tokenizer.eos_token_ids
@@ -187,7 +201,13 @@ class Job:
 
 
 def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs:
-    """Those of a chosen token and of the ``n_tops`` likeliest ones, of all ``logprobs`` (V,)."""
+    """Returns the log-probabilities of a chosen token and of the likeliest ones.
+
+    Args:
+        logprobs: Those of all tokens (V,).
+        token: The chosen token.
+        n_tops: The number of the likeliest tokens.
+    """
     n_tops = min(n_tops, logprobs.size)
     likeliest: Any = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist() if n_tops else []
     ids = [token, *likeliest]
@@ -200,10 +220,19 @@ def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs
 def read_jobs(
     fields: dict[str, Any], *, chat: bool, models: list[ServedModel], flags: Namespace
 ) -> list[Job]:
-    """A job for each answer to a request of these fields.
+    """Makes a job for each answer to a request.
 
     Templates and grammars have limits of time and memory, and all else takes time with the number
-    of fields alone. An ApiError names the field that is wrong.
+    of fields alone.
+
+    Args:
+        fields: Those of the request.
+        chat: Whether they are those of a chat; else texts are continued.
+        models: The models that are served.
+        flags: The server's options.
+
+    Raises:
+        ApiError: If a field is wrong; it names the field.
     """
     request = Request(fields, chat=chat, models=models, flags=flags)
     prompts = read_prompts(request)

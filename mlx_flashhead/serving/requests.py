@@ -116,7 +116,11 @@ class Request:
 
 
 def find_model(models: Sequence[ServedModel], name: Any) -> ServedModel:
-    """The served model of that name; the first without a name."""
+    """Returns the served model of that name; the first without a name.
+
+    Raises:
+        ApiError: If no served model has the name.
+    """
     if name in (None, "default_model"):  # mlx-lm's word for the model of --model
         return models[0]
     by_name = {known: served for served in models for known in served.names}

@@ -55,8 +55,10 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Ends the server at a signal, the process at a second one. Neither finalizes the
-        interpreter, where threads of C++ abort."""
+        """Ends the server at a signal, the process at a second one.
+
+        Neither finalizes the interpreter, where threads of C++ abort.
+        """
         if self.should_exit:
             os._exit(128 + sig)
         self.should_exit = True
@@ -64,7 +66,11 @@ class Server(uvicorn.Server):
 
 
 def serve(flags: Namespace) -> None:
-    """Serves the models of the flags until a signal; a ValueError if they cannot be served."""
+    """Serves the models of the flags until a signal.
+
+    Raises:
+        ValueError: If they cannot be served.
+    """
     sys.setswitchinterval(SWITCH_SECONDS)
     with listening(flags.host, flags.port) as port:
         access = access_of(flags)
@@ -78,9 +84,11 @@ def serve(flags: Namespace) -> None:
 
 @contextmanager
 def ended_at_once_by_signals() -> Iterator[None]:
-    """A block in which signals that nothing else handles end the process, without finalizing the
-    interpreter: threads of C++ abort there. uvicorn handles them while it serves, not while it and
-    the engine end."""
+    """A block in which signals that nothing else handles end the process.
+
+    They do so without finalizing the interpreter: threads of C++ abort there. uvicorn handles them
+    while it serves, not while it and the engine end.
+    """
     handled = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
@@ -131,13 +139,16 @@ def own_address(host: str) -> str:
 
 
 def url(host: str, port: int, token: str | None = None) -> str:
+    """Returns the address of the page, with the token if there is one."""
     name = f"[{host}]" if ":" in host else host
     return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
 
 
 def announce(host: str, port: int, token: str, out: TextIO) -> None:
-    """Prints how another device opens the page and uses the API of a server on ``host``. The page's
-    part comes last, and is on the screen if that has 80 columns and 24 lines."""
+    """Prints how another device opens the page and uses the API of a server on ``host``.
+
+    The page's part comes last, and is on the screen if that has 80 columns and 24 lines.
+    """
     address = own_address(host)
     page = url(address, port, token)
     # white on black: the code is for a dark terminal
@@ -180,7 +191,11 @@ def log_requests(level: str) -> None:
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens; a ValueError if it cannot."""
+    """Returns a socket that listens.
+
+    Raises:
+        ValueError: If the port cannot be used.
+    """
     try:
         places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         (family, *_, address), *_ = places

@@ -76,10 +76,12 @@ class ServedModel:
 
     @property
     def name(self) -> str:
+        """The first of its names."""
         return self.names[0]
 
     @property
     def head(self) -> FlashHead | None:
+        """The model's FlashHead; None if it has none."""
         return get_flash_head(self.model)
 
 

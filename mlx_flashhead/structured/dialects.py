@@ -175,6 +175,7 @@ class FormatMarks:
 
 
 def json_dialect(*forbidden: str) -> Dialect:
+    """Returns JSON's dialect, whose strings have none of the ``forbidden`` texts."""
     return Dialect(forbidden=forbidden)
 
 

@@ -1,7 +1,7 @@
-"""Text that a JSON schema, a regular expression or a Lark grammar allows: the checked descriptions,
-and the logits processor that keeps to one.
+"""Text that a JSON schema, a regular expression or a Lark grammar allows.
 
-llguidance reads the descriptions. Unsupported parts are errors, so none is ignored silently.
+Here are the checked descriptions, and the logits processor that keeps to one. llguidance reads the
+descriptions. Unsupported parts are errors, so none is ignored silently.
 """
 
 import argparse
@@ -132,7 +132,7 @@ class Grammar:
 
 
 def _place_in(pattern: str) -> str:
-    """Where a regular expression is wrong, in words, as far as Python's own parser finds it.
+    """Says where a regular expression is wrong, as far as Python's own parser finds it.
 
     llguidance tells a place in the grammar that it makes of the expression.
     """
@@ -155,7 +155,11 @@ def add_grammar_options(parser: argparse.ArgumentParser) -> None:
 
 
 def grammar_of(args: argparse.Namespace) -> Grammar | None:
-    """The description of the text, if it is right; None without any of the options."""
+    """Returns the description of the text; None without any of the options.
+
+    Raises:
+        ValueError: If the description is not right.
+    """
     if args.regex is not None:
         return Grammar.from_regex(args.regex)
     path = args.grammar if args.json_schema is None else args.json_schema
@@ -174,7 +178,7 @@ def grammar_of(args: argparse.Namespace) -> Grammar | None:
 
 
 def _problem(compiled: str) -> str:
-    """llguidance's objection to a grammar of somebody else; empty if there is none."""
+    """Returns llguidance's objection to a grammar of somebody else; empty if there is none."""
     n_rules = len(_RULE.findall(compiled))
     if n_rules > MAX_RULES:
         most = f"at most {MAX_RULES:,} are followed: simplify it"
@@ -184,8 +188,10 @@ def _problem(compiled: str) -> str:
 
 @lru_cache(64)
 def _problem_of(compiled: str) -> str:
-    """llguidance's objection to a grammar; empty if there is none. A helper process runs it, since
-    some grammars take all of a stack, or of the memory."""
+    """Returns llguidance's objection to a grammar; empty if there is none.
+
+    A helper process runs it, since some grammars take all of a stack, or of the memory.
+    """
     try:
         return _GUARD.call(compiled)
     except (GuardError, RuntimeError) as error:
@@ -401,14 +407,15 @@ class GrammarProcessor:
         return mx.where(mx.array(bits.astype(bool)), logits, -mx.inf)
 
     def allowed_words(self, context: Any, vocab_size: int | None = None) -> mx.array | None:
-        """The mask of the tokens that may come next, a bit for each: that of token t is bit t % 32
-        of word t // 32.
+        """Returns the mask of the tokens that may come next, a bit for each.
+
+        The bit of token t is bit t % 32 of word t // 32.
 
         Args:
             context: The tokens so far (n,), of the prompt and the text.
             vocab_size: The number of logits V; that of the tokenizer's tokens without it. A token
-                that the tokenizer does not have is allowed in a free text alone. Bits beyond V
-                have no meaning.
+                that the tokenizer does not have is allowed in a free text alone. Bits beyond V have
+                no meaning.
 
         Returns:
             (⌈V/32⌉,) uint32; None if every token is allowed.
@@ -577,8 +584,11 @@ class GrammarProcessor:
         return ~self._vocabulary.words(wrong) if wrong else None
 
     def _find_wrong_tokens(self, calls: ToolCalls) -> dict[int, list[int]]:
-        """Those of :meth:`_find_wrong` for each number of bytes. They are found before any text:
-        the first time it takes seconds, in which no mask would come."""
+        """Returns those of :meth:`_find_wrong` for each number of bytes.
+
+        They are found before any text: the first time it takes seconds, in which no mask would
+        come.
+        """
         known = self._vocabulary.wrong_tokens
         key = calls.section.compiled
         if key not in known:
@@ -618,9 +628,10 @@ def grammar_processor(
     regex: str | None = None,
     grammar: str | None = None,
 ) -> GrammarProcessor:
-    """A logits processor for one text, of mlx-lm's or Hugging Face's ``tokenizer`` and one form.
+    """Makes a logits processor for one text that keeps to one form.
 
     Args:
+        tokenizer: mlx-lm's or Hugging Face's.
         json_schema: A JSON schema; ``{"type": "object"}`` allows any JSON object.
         regex: A regular expression that the whole text matches.
         grammar: A Lark grammar with a rule ``start``.

@@ -16,8 +16,10 @@ class LarkRules:
         return self._named("r", body)
 
     def terminal(self, matching: Iterable[str], never: Iterable[str] = ()) -> str:
-        """The name of a terminal: a text that each of ``matching`` matches as a whole, and none of
-        ``never`` does."""
+        """Returns the name of a terminal.
+
+        It is a text that each of ``matching`` matches as a whole, and none of ``never`` does.
+        """
         parts = [regex_literal(regex) for regex in matching]
         parts += [f"~{regex_literal(regex)}" for regex in never]
         return self._named("T", " & ".join(parts))
@@ -41,6 +43,7 @@ def literal(text: str) -> str:
 
 
 def regex_literal(regex: str) -> str:
+    """Returns a regular expression as Lark writes it."""
     return "/" + regex.replace("/", r"\/").replace("\n", r"\n") + "/"
 
 

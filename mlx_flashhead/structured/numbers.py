@@ -33,6 +33,7 @@ class Bound:
         return int(whole), fraction.rstrip("0")
 
     def negated(self) -> "Bound":
+        """Returns the bound of the numbers with the opposite sign."""
         return Bound(-self.value, self.exclusive)
 
 

@@ -23,7 +23,7 @@ _LOOKAROUND = ("(?=", "(?!", "(?<=", "(?<!")
 
 @dataclass
 class CharacterSet:
-    """A class of characters, such as ``[^a-z\\d]``."""
+    r"""A class of characters, such as ``[^a-z\d]``."""
 
     negated: bool = False
     ranges: list[tuple[str, str]] = field(default_factory=list)

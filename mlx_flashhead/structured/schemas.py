@@ -77,7 +77,11 @@ class Schemas:
         return [typed for plain in found for typed in _of_one_type(plain)]
 
     def resolve(self, reference: Any) -> Any:
-        """The schema that a reference points to."""
+        """Returns the schema that a reference points to.
+
+        Raises:
+            ValueError: If the reference leads nowhere, or out of the schema.
+        """
         if not isinstance(reference, str) or not reference.startswith("#"):
             raise ValueError(f"the reference {reference!r:.60} is not within the schema")
         found = self.root
@@ -144,7 +148,11 @@ def types_of(plain: Plain) -> set[str]:
 
 
 def fits(value: Any, plain: Plain) -> bool:
-    """Whether a value of an enumeration follows a plain schema."""
+    """Returns whether a value of an enumeration follows a plain schema.
+
+    Raises:
+        ValueError: If the schema has a part that is not supported beside an enumeration.
+    """
     if "enum" in plain and not any(_equal(value, known) for known in plain["enum"]):
         return False
     kind = plain.get("type")

@@ -136,6 +136,7 @@ class JsonTools(CallFormat):
     names = r"[^\x00-\x1f\x7f]+"
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a JSON object with the tool's name and arguments."""
         return self._named_object(tool, self.end)
 
     def _named_object(self, tool: Tool, *forbidden: str, further: str = "") -> str | None:
@@ -151,6 +152,7 @@ class JsonTools(CallFormat):
         )
 
     def calls(self, call: str, *, several: bool) -> str:
+        """Returns a Lark expression of a section, which has a single call."""
         return f"{self._padding()} {call} {self._padding()} {self.marks.expression(self.end)}"
 
 
@@ -163,6 +165,7 @@ class Mistral(JsonTools):
     names = r"[^\x00-\x1f\x7f]+"
 
     def section(self, tools: Sequence[Tool], *, several: bool) -> str:
+        """Returns a Lark expression of calls with headers, or of a list of calls."""
         with_header = [tool for tool in tools if re.fullmatch(r"[\w-]+", tool.name, re.ASCII)]
         listed = super().section(tools, several=several)
         headed = [self.rules.rule(self._headed(tool) or "") for tool in with_header]
@@ -177,6 +180,7 @@ class Mistral(JsonTools):
         return f"{self.marks.expression(f'{tool.name}[ARGS]')} {arguments}"
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a call in a list, whose identifier may be left out."""
         comma = self.rules.terminal([json_dialect().comma])
         colon = self.rules.terminal([json_dialect().colon])
         number = self.rules.terminal(['"[A-Za-z0-9]{9}"'])
@@ -184,6 +188,7 @@ class Mistral(JsonTools):
         return self._named_object(tool, further=identifier)
 
     def calls(self, call: str, *, several: bool) -> str:
+        """Returns a Lark expression of a list of calls."""
         space = self._padding()
         comma = self.rules.terminal([json_dialect().comma])
         more = f"({comma} {call})*" if several else ""
@@ -199,6 +204,7 @@ class KimiK2(CallFormat):
     several_in_section = True
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a call; None if its arguments cannot be written."""
         arguments = self._json_object(tool, "<|tool_call_end|>", self.end)
         expression = self.marks.expression
         number = self.rules.terminal(["[0-9]{1,3}"])
@@ -221,6 +227,7 @@ class KimiK3(CallFormat):
     _FORBIDDEN = ("<|open|>", "<|close|>", "<|sep|>")
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a call; None if its arguments cannot be written."""
         values = self._values(tool, json_dialect(*self._FORBIDDEN))
         bodies = []
         for plain in self._objects(tool):
@@ -292,6 +299,7 @@ class Gemma4(CallFormat):
     names = r"[\w-]+"
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a call; None if its arguments cannot be written."""
         arguments = self._values(tool, gemma_dialect(self.end)).any_of(self._objects(tool))
         return None if arguments is None else f"{literal(f'call:{tool.name}')} {arguments}"
 
@@ -304,6 +312,7 @@ class FunctionGemma(CallFormat):
     names = r"\w+"
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a call; None if its arguments cannot be written."""
         values = self._values(tool, function_gemma_dialect("}", self.end))
         brackets = Brackets(literal("{"), literal(","), literal(":"), literal("}"))
         bodies = [values.members(plain, brackets, key=self._key) for plain in self._objects(tool)]
@@ -324,6 +333,11 @@ class Pythonic(CallFormat):
     several_in_section = True
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a call; None if its arguments cannot be written.
+
+        Raises:
+            ValueError: If the name has a word of Python.
+        """
         if any(keyword.iskeyword(part) for part in tool.name.split(".")):
             raise ValueError("its name is a word of Python, whose form this model's calls have")
         values = self._values(tool, python_dialect(self.end))
@@ -339,6 +353,7 @@ class Pythonic(CallFormat):
         return name if is_name else None
 
     def calls(self, call: str, *, several: bool) -> str:
+        """Returns a Lark expression of a Python list of calls."""
         comma = self.rules.terminal([",[ ]?"])
         more = f"({comma} {call})*" if several else ""
         return f"{literal('[')} {call} {more} {literal(']')} {self.marks.expression(self.end)}"
@@ -370,6 +385,10 @@ class TaggedFormat(CallFormat):
         return self._padding()
 
     def view(self, tool: Tool) -> Any:
+        """Returns parameters that have only the types "string" and "object".
+
+        For an object mlx-lm's parser reads any JSON.
+        """
         schemas = Schemas(tool.parameters)
         properties: dict[str, Any] = {}
         for plain in self._objects(tool):
@@ -381,7 +400,11 @@ class TaggedFormat(CallFormat):
         return {"type": "object", "properties": properties}
 
     def arguments(self, tool: Tool) -> list[str]:
-        """Lark expressions of the arguments, one for each alternative of the parameters."""
+        """Returns Lark expressions of the arguments, one for each alternative of the parameters.
+
+        Raises:
+            ValueError: If a part of the schema is not supported.
+        """
         types = self.view(tool)["properties"]
         values = self._values(tool, json_dialect(self.closing.strip(), *self.forbidden))
         written = partial(self._argument, types=types, values=values)
@@ -503,12 +526,15 @@ class Qwen3Coder(TaggedFormat):
     null_is_none = True
 
     def opening(self, name: str) -> str:
+        """Returns the tag at an argument's beginning."""
         return f"<parameter={name}>\n"
 
     def between(self) -> str:
+        """Returns a Lark expression of what follows an argument."""
         return literal("\n")
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a call; None if its arguments cannot be written."""
         expression = self.marks.expression
         bodies = self.arguments(tool)
         if not bodies:
@@ -517,6 +543,7 @@ class Qwen3Coder(TaggedFormat):
         return f"{opening} {one_of(bodies)} {expression('</function>')}"
 
     def calls(self, call: str, *, several: bool) -> str:
+        """Returns a Lark expression of a section, with line breaks around its call."""
         line = f"{literal(chr(10))}?"
         return f"{line} {call} {line} {self.marks.expression(self.end)}"
 
@@ -532,9 +559,11 @@ class Glm47(TaggedFormat):
     tag = "arg"
 
     def opening(self, name: str) -> str:
+        """Returns the tag at an argument's beginning."""
         return f"<{self.tag}_key>{name}</{self.tag}_key>"
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a call; None if its arguments cannot be written."""
         bodies = self.arguments(tool)
         return f"{literal(tool.name)} {self._padding()} {one_of(bodies)}" if bodies else None
 
@@ -555,6 +584,10 @@ class Longcat(Glm47):
     needs_argument = True
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a call; None if its arguments cannot be written.
+
+        A call without arguments is a JSON object.
+        """
         written = []
         if any(not plain.get("required") for plain in self._objects(tool)):
             without = json.dumps({"name": tool.name, "arguments": {}}, ensure_ascii=False)
@@ -576,9 +609,11 @@ class MinimaxM2(TaggedFormat):
     several_in_section = True
 
     def opening(self, name: str) -> str:
+        """Returns the tag at an argument's beginning."""
         return f'<parameter name="{name}">'
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a call; None if its arguments cannot be written."""
         bodies = self.arguments(tool)
         if not bodies:
             return None
@@ -587,6 +622,7 @@ class MinimaxM2(TaggedFormat):
         return f"{opening} {self._padding()} {one_of(bodies)} {closing} {self._padding()}"
 
     def calls(self, call: str, *, several: bool) -> str:
+        """Returns a Lark expression of a section of calls."""
         return f"{self._padding()} {super().calls(call, several=several)}"
 
 
@@ -601,9 +637,11 @@ class MiniCpm5(TaggedFormat):
     null_is_none = True
 
     def opening(self, name: str) -> str:
+        """Returns the tag at an argument's beginning."""
         return f'<param name="{name}">'
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a call; None if its arguments cannot be written."""
         bodies = self.arguments(tool)
         opening = self.marks.expression(f'"{tool.name}">')
         return f"{opening} {self._padding()} {one_of(bodies)}" if bodies else None
@@ -632,9 +670,11 @@ class MuseSpark(TaggedFormat):
     several_in_section = True
 
     def opening(self, name: str) -> str:
+        """Returns the tag at an argument's beginning."""
         return f'<atem:parameter name="{name}">'
 
     def call(self, tool: Tool) -> str | None:
+        """Returns a Lark expression of a call; None if its arguments cannot be written."""
         bodies = self.arguments(tool)
         if not bodies:
             return None
@@ -643,6 +683,7 @@ class MuseSpark(TaggedFormat):
         return f"{opening} {self._padding()} {one_of(bodies)} {closing} {self._padding()}"
 
     def calls(self, call: str, *, several: bool) -> str:
+        """Returns a Lark expression of a section of calls."""
         return f"{self._padding()} {super().calls(call, several=several)}"
 
     def _text(self, plain: Plain, values: ValueRules, *, never: Sequence[str] = ()) -> list[str]:

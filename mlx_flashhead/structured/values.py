@@ -277,8 +277,11 @@ class ValueRules:
 
 
 def string_regexes(plain: Plain, dialect: Dialect) -> list[str] | None:
-    """What the inside of a plain schema's strings must match, as the dialect writes it. Nothing if
-    it may be anything; None if there are no such strings."""
+    """Finds what the inside of a plain schema's strings must match, as the dialect writes it.
+
+    Returns:
+        Regular expressions, none if the string may be anything; None if there are no such strings.
+    """
     regexes = [written_pattern(pattern, dialect.character) for pattern in plain.get("patterns", ())]
     shortest = plain.get("minLength", 0)
     longest = plain.get("maxLength")

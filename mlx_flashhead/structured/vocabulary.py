@@ -12,7 +12,11 @@ from ..common.command import from_extra
 
 
 def llguidance(module: str = "llguidance") -> ModuleType:
-    """llguidance or one of its modules; a ValueError that names its extra if it is absent."""
+    """Imports llguidance or one of its modules.
+
+    Raises:
+        ValueError: If it is absent; the message names its extra.
+    """
     return from_extra(module, "structured", "Structured output")
 
 
@@ -50,6 +54,7 @@ class Vocabulary:
         self.wrong_tokens: dict[str, dict[int, list[int]]] = {}
 
     def mark(self, text: str) -> "Mark":
+        """Returns the mark with a text, which is made once."""
         if text not in self._marks:
             self._marks[text] = Mark(self, text)
         return self._marks[text]
@@ -106,8 +111,12 @@ class Mark:
         self._completing: dict[int, np.ndarray] = {}
 
     def advance(self, length: int, text: bytes) -> tuple[int, int | None]:
-        """Goes on from a number of bytes. Returns the number after ``text``, and where in it the
-        mark is complete for the first time, which is the end of a token's effect."""
+        """Goes on from a number of the mark's bytes.
+
+        Returns:
+            The number after ``text``, and where in it the mark is complete for the first time,
+            which is the end of a token's effect.
+        """
         for at, byte in enumerate(text):
             while length and self._bytes[length] != byte:
                 length = self._shorter[length]
@@ -117,8 +126,12 @@ class Mark:
         return length, None
 
     def overshooting(self, length: int) -> list[tuple[int, int]]:
-        """The tokens that complete the mark and go on, each with the number of the mark's bytes
-        before it; -1 where the mark begins within the token, after other text."""
+        """Finds the tokens that complete the mark and go on.
+
+        Returns:
+            Each token with the number of the mark's bytes before it; -1 where the mark begins
+            within the token, after other text.
+        """
         if length not in self._overshooting:
             texts, found = self._vocabulary.texts, []
             for token in self._tokens_completing(length):

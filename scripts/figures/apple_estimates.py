@@ -94,6 +94,7 @@ class Model(NamedTuple):
 
     @property
     def head(self) -> int:
+        """The number of weights of the output projection."""
         return self.vocab_size * self.hidden_size
 
     def body_bytes(self, per_weight: float) -> float:
@@ -103,12 +104,15 @@ class Model(NamedTuple):
 
     @property
     def dense_kernels(self) -> int:
+        """The number of kernels of a step that only dense decoding needs."""
         return DENSE_KERNELS + self.softcap
 
     @property
     def logit_bytes(self) -> int:
-        """Written and read outside of the passes of one threadgroup: the product's logits, those
-        after a softcap, the log-probabilities."""
+        """The bytes written and read outside of the passes of one threadgroup.
+
+        They are the product's logits, those after a softcap, the log-probabilities.
+        """
         return 2 * self.vocab_size * (3 + 2 * self.softcap)
 
 
@@ -121,23 +125,27 @@ class Chip(NamedTuple):
 
     @property
     def old(self) -> bool:
+        """Whether it is an M1 or M2, with slower launches."""
         return self.name[:2] in ("m1", "m2")
 
     @property
     def ultra(self) -> bool:
+        """Whether it is two chips in one, an Ultra."""
         return self.name.endswith("ultra")
 
     @property
     def gb_s(self) -> float:
+        """The bandwidth that a step gets, in GB/s."""
         return self.peak_gb_s * constants()["ultra" if self.ultra else "bandwidth"]
 
     @property
     def launch_us(self) -> float:
+        """The time that each kernel adds, in microseconds."""
         return constants()["old launch" if self.old else "launch"]
 
     @property
     def host_us(self) -> float:
-        """Of mlx-lm's loop in Python, for each kernel."""
+        """The time of mlx-lm's loop in Python for each kernel, in microseconds."""
         return HOST_US[self.name[:2]]
 
     @property
@@ -194,12 +202,15 @@ def models() -> dict[str, Model]:
 
 
 def groups_us(model: Model) -> float:
-    """Of mlx-lm's loop: what one threadgroup does over all logits."""
+    """Microseconds that one threadgroup of mlx-lm's loop takes for its passes over all logits."""
     return DENSE_GROUPS * 2 * model.vocab_size / GROUP_GB_S / 1e3
 
 
 def parts(speed: dict) -> tuple[list[float], float]:
-    """Of a public speed's step: the constants' factors, and the rest; relative to the whole."""
+    """Returns the parts of a public speed's step: the constants' factors, and the rest.
+
+    They are relative to the whole.
+    """
     model, chip = models()[speed["model"]], chips()[speed["chip"]]
     per_weight = BYTES[speed["bits"]]
     if speed["group_size"]:
@@ -219,6 +230,7 @@ def waits_for_host(speed: dict) -> bool:
 
 
 def fitted_speeds() -> list[dict]:
+    """Returns the measured speeds to which the constants are fitted."""
     return [speed for speed in rows("speeds") if not waits_for_host(speed)]
 
 
@@ -343,6 +355,7 @@ def table(*columns: str, chips: tuple[str, ...] = CHIPS) -> list[str]:
 
 
 def line(*cells: str) -> str:
+    """Formats a line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx_lm
 import pytest
 
+import mlx_flashhead.run as run_command
 from mlx_flashhead.index.files import write_companion
 from model_folders import write_model
 from run_programs import DENSE, MANY, alone, running_server, start, start_many
@@ -38,8 +39,7 @@ model, tokenizer = mlx_lm.load("model")
 prompts = [tokenizer.encode(f"{i} One day") for i in range(8)]
 for options in {}, {"sampler": make_sampler(0.8)}, {"sampler": make_sampler(0.7, top_p=0.9)}:
     mx.random.seed(3)
-    options |= {"max_tokens": 20, "return_token_ids": True}
-    print(batch_generate(model, tokenizer, prompts, **options).token_ids)
+    print(batch_generate(model, tokenizer, prompts, max_tokens=20, **options).texts)
 """
 OWN_LOOP = """
 import mlx.core as mx
@@ -148,7 +148,6 @@ def test_dense_with_one_warning_where_there_is_none(place):
     assert errors.count(DENSE) == 1 and "There is no FlashHead of model yet" in errors
 
 
-@pytest.mark.newest  # the oldest has batches of another kind, which stay dense
 def test_batches_of_mlx_lm_are_those_without_flash_head(place, capsys):
     """Greedy, and with a seed. Those of a server come below."""
     code, output, errors = start(place, *HEAD, "batch.py")
@@ -158,7 +157,6 @@ def test_batches_of_mlx_lm_are_those_without_flash_head(place, capsys):
     assert unverified != output and "Text of model: unverified." in errors
 
 
-@pytest.mark.newest
 def test_the_server_of_mlx_lm_with_eight_clients(place):
     """The texts are those of the same server without us, at once and with a seed."""
     answers, errors = [], ""
@@ -171,7 +169,8 @@ def test_the_server_of_mlx_lm_with_eight_clients(place):
 
             with ThreadPoolExecutor(8) as pool:
                 texts = list(pool.map(ask, range(8)))
-            answers.append((texts, ask(0, temperature=1.0, seed=5)))
+            sampled = [ask(0, temperature=0.7, top_p=top_p, seed=5) for top_p in (1.0, 0.9)]
+            answers.append((texts, sampled))
         errors = server.said
     assert answers[0] == answers[1] and len({*answers[0][0]}) > 1
     assert DENSE not in errors and "Text of model: verified." in errors
@@ -216,3 +215,52 @@ def test_a_program_of_mlx_lm_that_has_only_a_main(place):
     """As a module ``mlx_lm.evaluate`` runs nothing; `mlx_lm.share` is another such program."""
     code, output, _ = start(place, *HEAD, "mlx_lm.share", "--help")
     assert code == 0 and output.startswith("usage: ")
+
+
+CHECKS = """
+import mlx.core as mx
+import mlx_lm
+
+model, tokenizer = mlx_lm.load("model")
+print(mlx_lm.generate(model, tokenizer, "One day", max_tokens=20))
+unknown = lambda logprobs: mx.argmax(logprobs, axis=-1)
+print(mlx_lm.generate(model, tokenizer, "One day", max_tokens=20, sampler=unknown))
+"""
+
+
+def test_the_tokens_are_counted_at_the_end(place):
+    (place / "checks.py").write_text(CHECKS)
+    code, output, errors = start(place, *HEAD, "--check", "checks.py")
+    first, second = output.splitlines() if output.count("\n") == 2 else (output, output)
+    assert code == 0 and first == second
+    reason = "dense: its sampler, or one of its processors, cannot be verified"
+    assert f"Text of model: {reason}." in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith(
+        "Checked model: 40 tokens: 19 verified (48%); 1 the first of their texts"
+    )
+    assert last.endswith(f"20 {reason}.")
+
+
+@pytest.mark.parametrize(
+    "words, flag",
+    [
+        (("-I", "empty.py"), "-I"),
+        (("-sE", "empty.py", "-I"), "-sE"),
+        (("-u", "-S", "-c", "1"), "-S"),
+        (("empty.py", "-I"), ""),
+        (("-c", "1", "-S"), ""),
+    ],
+)
+def test_options_that_leave_python_without_us(place, monkeypatch, capsys, words, flag):
+    """In the command, or in the first line of a program."""
+    monkeypatch.chdir(place)
+    (place / "empty.py").write_text("")
+    (place / "isolated").write_text(f"#!{sys.executable} {flag}\n")
+    monkeypatch.setattr(os, "execve", lambda *_: None)
+    commands = [(sys.executable, *words)] + [("./isolated",)] * bool(flag)
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["run", *command])
+        run_command.main()
+        said = capsys.readouterr().err
+        assert (f"Without FlashHead: `{flag}` keeps Python" in said) == bool(flag)

@@ -266,7 +266,7 @@ def test_a_list_of_processors_may_be_changed(plain_pair, n_before, misses):
                 processors.clear()
         found.append(tokens)
     assert found[0] == found[1]
-    assert misses
+    assert misses or n_before  # with a penalty all clusters of this model are scored
 
 
 def test_attributes_of_others_objects_say_nothing(plain_pair):

@@ -1,2 +1,5 @@
-"""The names of mlx-lm that may move from one version to the next, a file per module of mlx-lm.
-Tested with mlx-lm 0.31.3 to 0.32.2 and mlx 0.32.1 to 0.32.4."""
+"""The names of mlx-lm that may move from one version to the next.
+
+There is a file for each module of mlx-lm. Tested with mlx-lm 0.31.3 to 0.32.2 and mlx 0.32.1 to
+0.32.4.
+"""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from importlib.util import find_spec
 from inspect import getclosurevars, signature
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from mlx_lm import sample_utils
@@ -34,6 +34,8 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import _download as download
 from mlx_lm.utils import dequantize_model, load_adapters, load_tokenizer, quantize_model, save
+
+from .recognised import is_omlx_sampler, nested_codes
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
@@ -76,13 +78,8 @@ else:
     )
 
 
-def _nested_codes(*functions: Any) -> set[CodeType]:
-    constants = (constant for f in functions for constant in f.__code__.co_consts)
-    return {constant for constant in constants if isinstance(constant, CodeType)}
-
-
-_SAMPLERS = _nested_codes(sample_utils.make_sampler)
-_PROCESSORS = _nested_codes(
+_SAMPLERS = nested_codes(sample_utils.make_sampler)
+_PROCESSORS = nested_codes(
     sample_utils.make_logits_processors,
     sample_utils.make_repetition_penalty,
     sample_utils.make_presence_penalty,
@@ -96,11 +93,18 @@ TOP_P_SUMS_FROM_LEAST = not hasattr(sample_utils, "greedy_sampler")
 
 
 def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
-    """What ``make_sampler`` was called with, read from its closures; None for a sampler whose draw
-    is not a threshold and the best noisy logit, as with XTC or a least number of tokens."""
+    """Reads from a sampler's closures what ``make_sampler`` was called with.
+
+    Returns:
+        The arguments; None for a sampler whose draw is not a threshold and the best noisy logit, as
+        with XTC or a least number of tokens.
+    """
     if sampler is getattr(sample_utils, "greedy_sampler", sample_utils):
         return {}
-    if not isinstance(sampler, FunctionType) or sampler.__code__ not in _SAMPLERS:
+    if not isinstance(sampler, FunctionType):
+        return None
+    of_omlx = is_omlx_sampler(sampler)
+    if sampler.__code__ not in _SAMPLERS and not of_omlx:
         return None
     values = getclosurevars(sampler).nonlocals
     if "sampling_methods" not in values:
@@ -113,15 +117,17 @@ def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
         if not known or kept != 1:
             return None
         settings |= filtered
-        if "top_p" in filtered and TOP_P_SUMS_FROM_LEAST:
+        if "top_p" in filtered and (of_omlx or TOP_P_SUMS_FROM_LEAST):
             settings["sums_from_least"] = True
     valid = 0 <= settings.get("min_p", 0) <= 1 and settings.get("top_k", 0) >= 0
     return settings if valid and settings["temperature"] > 0 else None
 
 
 def is_mlx_lm_processor(processor: Any) -> bool:
-    """Whether it is mlx-lm's, depends on its arguments alone and moves each logit by itself, a
-    larger one never below a smaller one."""
+    """Returns whether a processor is mlx-lm's, and moves each logit by itself.
+
+    It must depend on its arguments alone, and move a larger logit never below a smaller one.
+    """
     if not isinstance(processor, FunctionType) or processor.__code__ not in _PROCESSORS:
         return False
     penalty = getclosurevars(processor).nonlocals.get("penalty", 1)
@@ -171,9 +177,11 @@ class StateMachineStops:
         self.current_state: Any = None
 
     def matcher(self) -> "StateMachineStops":
+        """Returns a new matcher of the same machine, at its beginning."""
         return StateMachineStops(self._machine)
 
     def advance(self, token: int) -> bool:
+        """Goes on by a token, and returns whether a stop sequence is complete."""
         found = self._machine.match(self._state, token)
         self._state, self.match_sequence, self.current_state = found
         return self.match_sequence is not None and self.current_state is None

@@ -61,6 +61,7 @@ def generate_step(
 def speculative_generate_step(
     prompt: mx.array, model: Any, draft_model: Any, stream: Any = None, **options: Any
 ) -> Iterator[Any]:
+    """Decodes with a draft model in mlx-lm's loop, on its own stream."""
     return drafted_steps(prompt, model, draft_model, **options)
 
 
@@ -68,6 +69,7 @@ BatchGenerator: Any = module.BatchGenerator
 
 
 def does_model_support_input_embeddings(model: Any) -> bool:
+    """Returns whether the model takes embeddings in the place of tokens."""
     return bool(module.does_model_support_input_embeddings(model))
 
 
@@ -102,6 +104,7 @@ class BatchCountersSnapshot(BatchCounters):
 
     @staticmethod
     def between(start: "BatchCountersSnapshot", end: "BatchCountersSnapshot") -> "BatchStats":
+        """Computes the statistics of what happened between two snapshots."""
         stats = BatchStats()
         stats.prompt_tokens = end.prompt_tokens - start.prompt_tokens
         stats.prompt_time = end.prompt_time - start.prompt_time
@@ -129,6 +132,7 @@ class TextStateMachine:
         self._transitions = transitions or {}
 
     def make_state(self, initial: str = "normal") -> State:
+        """Returns a state of the name ``initial``, with no text held back."""
         return initial, self._transitions, ""
 
     @staticmethod
@@ -159,6 +163,7 @@ class TextStateMachine:
 
 
 def make_text_state_machine(tokenizer: Any) -> TextStateMachine:
+    """Makes the machine that finds thinking and tool calls by the tokenizer's marks."""
     transitions: Transitions = {"normal": []}
     if tokenizer.has_thinking:
         transitions["normal"].append((tokenizer.think_start, "reasoning"))

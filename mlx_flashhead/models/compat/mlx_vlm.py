@@ -1,5 +1,7 @@
-"""The names of mlx-vlm that may move, tested with 0.7.8 to 0.7.10. It is an extra, so that nothing
-here is imported before it is needed."""
+"""The names of mlx-vlm that may move, tested with 0.7.8 to 0.7.10.
+
+It is an extra, so that nothing here is imported before it is needed.
+"""
 
 import inspect
 from collections.abc import Iterator
@@ -18,8 +20,12 @@ def too_old() -> str | None:
 
 
 def own_head(drafter: Any, target: Any) -> Any:
-    """What makes a drafter's logits: a linear layer, or an embedding's ``as_linear``; None if it
-    is the target's, or a retrieval as of Gemma 4's assistant with centroids."""
+    """Returns what makes a drafter's logits, if it is the drafter's own.
+
+    Returns:
+        A linear layer, or an embedding's ``as_linear``; None if it is the target's, or a retrieval
+        as of Gemma 4's assistant with centroids.
+    """
     target = getattr(target, "language_model", target)
     drafter.bind(target)
     head = getattr(drafter, "_lm_head_fn", None) or getattr(drafter, "lm_head", None)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from inspect import getclosurevars
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 import mlx.core as mx
@@ -46,7 +46,7 @@ _KINDS = {
 
 def penalty_of(processor: Any) -> Penalty | None:
     """What a processor of mlx-lm's makers changes; None for any other function."""
-    kind = _KINDS.get(getattr(processor, "__code__", None))  # type: ignore[arg-type]
+    kind = _KINDS.get(processor.__code__) if isinstance(processor, FunctionType) else None
     if kind is None:
         return None
     values = getclosurevars(processor).nonlocals

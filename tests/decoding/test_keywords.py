@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.decoding.options import (
+from mlx_flashhead.decoding.keywords import (
     PROCESSOR_ARGUMENTS,
     SAMPLER_ARGUMENTS,
     DecodeOptions,
@@ -24,7 +24,6 @@ def names_of(*functions):
     return names - {"prompt", "model", "draft_model", "stream", "tokenizer", "kwargs", "max_tokens"}
 
 
-@pytest.mark.newest
 def test_the_keywords_are_mlx_lms():
     steps = mlx_lm_generate.generate_step, mlx_lm_generate.speculative_generate_step
     assert names_of(*steps) == DecodeOptions.__annotations__.keys()

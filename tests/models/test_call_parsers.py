@@ -7,7 +7,7 @@ import pytest
 
 from mlx_flashhead.common.guarded import Guard
 from mlx_flashhead.models import tool_calls
-from mlx_flashhead.models.tool_calls import read_tool_calls
+from mlx_flashhead.models.call_parsers import read_tool_calls
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {}}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]

@@ -1,5 +1,7 @@
-"""The keywords of mlx-lm's ``generate``, for editors that complete them, and sentences for what is
-given in their place by mistake."""
+"""The keywords of mlx-lm's ``generate``, for editors that complete them.
+
+Sentences explain what was given in their place by mistake.
+"""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
@@ -77,7 +79,11 @@ def _refusal(name: str, value: Any, known: set[str]) -> str:
 
 
 def check_prompt(prompt: Any) -> None:
-    """Refuses the messages of a chat in the place of a prompt; TypeError in one sentence."""
+    """Refuses the messages of a chat in the place of a prompt.
+
+    Raises:
+        TypeError: If the prompt is a list of messages; it says so in one sentence.
+    """
     messages = [prompt] if isinstance(prompt, dict) else prompt
     if isinstance(messages, list | tuple) and messages and isinstance(messages[0], dict):
         raise TypeError(

@@ -1,0 +1,372 @@
+"""Compares the texts of other programs with `mlx_flashhead.run` and without, with a tiny model.
+
+    python scripts/hosts.py                # all programs
+    python scripts/hosts.py llm vllm-mlx   # some of them
+    python scripts/hosts.py --cache FOLDER
+
+Each program is installed in an environment of its own, under the cache folder, and asked for greedy
+texts (by eight clients at once, where it serves) and with its own default request. Results go to
+docs/benchmarks/hosts.json and into the table of docs/integrations.md. Ends with 1 if a text
+differs.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from host_environment import CHECKOUT, Environment, Package
+
+sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests" / "helpers")]
+
+import mlx_vlm
+from mlx_lm import load
+
+from mlx_flashhead.index.files import write_companion
+from model_folders import write_model
+from tiny_models import tiny_index
+from vlm_folders import write_vision_model
+
+RESULTS = CHECKOUT / "docs" / "benchmarks" / "hosts.json"
+PAGE = CHECKOUT / "docs" / "integrations.md"
+MARKS = ("<!-- hosts: scripts/hosts.py -->\n", "<!-- end of hosts -->\n")
+DEFAULT_CACHE = Path("~/.cache/mlx_flashhead-hosts").expanduser()
+UNDER = ("-m", "mlx_flashhead.run", "--check", "--flash-head-always", "--flash-head")
+CHECKED = re.compile(r"^Checked .*?: ([\d,]+) tokens: ([\d,]+) verified.*$", re.MULTILINE)
+TIMES = re.compile(r"^.*(tokens-per-sec|[Tt]okens per|Peak memory).*$", re.MULTILINE)
+BUSY = 503  # from a server that takes one client at a time
+N_CLIENTS = 8
+N_TOKENS = 24
+SECONDS = 240  # until a server answers
+# Packages of pictures, sound and pages.
+HEAVY = ("torch", "torchvision", "mflux", "gradio", "opencv-python", "mlx-whisper", "librosa", "av")
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+GREEDY = {"temperature": 0}
+# What a program adds of its own to a request without settings, with a seed and with tools.
+DEFAULTS = ({"seed": 7}, {"seed": 8, "tools": [WEATHER]})
+
+
+@dataclass(frozen=True)
+class Host:
+    """A program that is compared.
+
+    Attributes:
+        name: On the page, and on the command line.
+        package: What is installed.
+        words: Its command: a program of its environment, and arguments. PORT is a free port.
+        typed: What a user types, for a program that does not serve.
+        greedy: Further words with which a command is greedy, if it is not by default.
+        variables: Of its environment.
+        model: Its model's name in requests.
+        head: The folder of its FlashHead.
+        not_run: Why it cannot be run on this kind of machine.
+    """
+
+    name: str
+    package: Package
+    words: tuple[str, ...]
+    typed: str | None = None
+    greedy: tuple[str, ...] = ()
+    variables: dict[str, str] = field(default_factory=dict)
+    model: str = "model"
+    head: str = "head"
+    not_run: str = ""
+
+    @property
+    def serves(self) -> bool:
+        """Whether it is a server."""
+        return "PORT" in self.words
+
+
+MLX_LM = Package("mlx-lm", "0.32.2")
+VLLM = Package("vllm-mlx", "0.6.0", without=HEAVY)
+VLLM_WORDS = ("vllm-mlx", "serve", "model", "--port", "PORT")
+OPENAI = Package("mlx-openai-server", "1.8.1", without=HEAVY)
+OPENAI_WORDS = (
+    "mlx-openai-server", "launch", "--model-path", "model", "--model-type", "lm", "--port", "PORT",
+)  # fmt: skip
+MAC_ONLY = "its packages are for macOS alone"
+HOSTS = [
+    Host("mlx_lm.server", MLX_LM, ("mlx_lm.server", "--model", "model", "--port", "PORT")),
+    Host("mlx_lm.chat", MLX_LM, ("mlx_lm.chat", "--model", "model"), typed="One day\nTwo\nq\n"),
+    Host(
+        "mlx-vlm",
+        Package("mlx-vlm", "0.7.10"),
+        ("mlx_vlm.generate", "--model", "vision", "--prompt", "One day", "--max-tokens", "24"),
+        typed="",
+        head="vision_head",
+    ),
+    Host("vllm-mlx", VLLM, VLLM_WORDS),
+    Host("vllm-mlx, batches", VLLM, (*VLLM_WORDS, "--continuous-batching")),
+    Host("mlx-openai-server", OPENAI, OPENAI_WORDS),
+    Host(
+        "oMLX",
+        Package("flyto-mlx", "0.7.0", without=HEAVY),
+        ("omlx", "serve", "--model-dir", "models", "--base-path", "omlx", "--port", "PORT"),
+    ),
+    Host(
+        "llm",
+        Package("llm", "0.36", beside=("llm-mlx==0.4",)),
+        ("llm", "-m", "tiny", "One day", "-o", "max_tokens", str(N_TOKENS), "-o", "seed", "7"),
+        typed="",
+        greedy=("-o", "temperature", "0"),
+        variables={"LLM_USER_PATH": "llm"},
+    ),
+    Host("MTPLX", Package("mtplx", "2.12.2"), ("mtplx", "serve"), not_run=MAC_ONLY),
+    Host(
+        "rapid-mlx",
+        Package("rapid-mlx", "0.16.10"),
+        ("rapid-mlx", "serve"),
+        not_run="it changes mlx-lm's batches from within, and stays dense by rule",
+    ),
+]
+
+
+def make_place(place: Path) -> None:
+    """Writes tiny models, their FlashHeads apart, and what the programs keep beside them."""
+    model = write_model(place / "model", further={"max_position_embeddings": 4096})
+    (place / "head").mkdir()
+    write_companion(place / "head", tiny_index(load(str(model))[0]))
+    vision, _ = mlx_vlm.load(str(write_vision_model(place / "vision")))
+    (place / "vision_head").mkdir()
+    write_companion(place / "vision_head", tiny_index(vision))
+    (place / "models").mkdir()
+    (place / "models" / "model").symlink_to(model, target_is_directory=True)
+    (place / "llm").mkdir()
+    names = {str(place / "model"): {"aliases": ["tiny"]}}
+    (place / "llm" / "llm-mlx.json").write_text(json.dumps(names))
+
+
+def command_of(host: Host, environment: Environment, under: bool) -> list[str]:
+    """The words that start a program, under ``run`` or as it is."""
+    program = environment.folder / "bin" / host.words[0]
+    words = [str(program), *host.words[1:]]
+    return [str(environment.python), *UNDER, host.head, *words] if under else words
+
+
+def variables_of(host: Host, environment: Environment, place: Path) -> dict[str, str]:
+    """The environment of a program, in which nothing is downloaded."""
+    own = {name: str(place / value) for name, value in host.variables.items()}
+    path = f"{environment.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return kept | {"PATH": path, "HF_HUB_OFFLINE": "1", "HOME": str(place)} | own
+
+
+@contextlib.contextmanager
+def running(words: list[str], variables: dict[str, str], place: Path) -> Iterator[dict[str, Any]]:
+    """A server until Ctrl-C: its ``port``, and after the block what it has ``said``."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    words = [str(port) if word == "PORT" else word for word in words]
+    server: dict[str, Any] = {"port": port, "said": ""}
+    with tempfile.TemporaryFile("w+") as output:
+        started = subprocess.Popen(
+            words,
+            cwd=place,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            wait_for(started, port)
+            yield server
+        finally:
+            started.send_signal(signal.SIGINT)
+            try:
+                started.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(started.pid, signal.SIGKILL)
+                started.wait()
+            output.seek(0)
+            server["said"] = output.read()
+            if "failed" in server:
+                print(server["said"][-3000:], file=sys.stderr)
+
+
+def wait_for(process: subprocess.Popen[str], port: int) -> None:
+    """Waits until a server answers. TimeoutError if it does not, RuntimeError if it ends."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"The server ended with {process.returncode}.")
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=20).close()
+            return
+        time.sleep(1)
+    raise TimeoutError(f"The server did not answer within {SECONDS} seconds.")
+
+
+def ask(port: int, model: str, content: str, settings: dict[str, Any]) -> str:
+    """The text that a server answers, or what it says against the request."""
+    body = {"model": model, "max_tokens": N_TOKENS, **settings}
+    body["messages"] = [{"role": "user", "content": content}]
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    end = time.monotonic() + SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+                message = json.load(answer)["choices"][0]["message"]
+            break
+        except urllib.error.HTTPError as error:
+            if error.code != BUSY or time.monotonic() > end:
+                return f"{error.code}: {error.read().decode()[:300]}"
+        time.sleep(0.5)
+    return json.dumps([message.get("content"), message.get("tool_calls")])
+
+
+def texts_of_server(host: Host, environment: Environment, place: Path, under: bool) -> list[Any]:
+    """Texts of a server, what it said, and which of its own defaults it repeats."""
+    words = command_of(host, environment, under)
+    with running(words, variables_of(host, environment, place), place) as server:
+
+        def asking(content: str, settings: dict[str, Any]) -> str:
+            return ask(server["port"], host.model, content, settings)
+
+        with ThreadPoolExecutor(N_CLIENTS) as clients:
+            contents = [f"{i} One day" for i in range(N_CLIENTS)]
+            greedy = list(clients.map(lambda content: asking(content, GREEDY), contents))
+        defaults = [[asking("One day", each) for _ in range(2)] for each in DEFAULTS]
+    return [greedy, defaults, server["said"]]
+
+
+def texts_of_command(host: Host, environment: Environment, place: Path, under: bool) -> list[Any]:
+    """Texts of a command, in the form of `texts_of_server`: greedy, and as it is by default."""
+    said = ""
+
+    def run(*further: str) -> str:
+        nonlocal said
+        ended = subprocess.run(
+            [*command_of(host, environment, under), *further],
+            cwd=place,
+            env=variables_of(host, environment, place),
+            input=host.typed,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        if ended.returncode:
+            raise RuntimeError(f"It ended with {ended.returncode}: {ended.stderr[-600:]}")
+        said += ended.stderr
+        return TIMES.sub("", ended.stdout)
+
+    greedy = [run(*host.greedy)] if host.greedy else []
+    default = run()
+    # Whether it draws anew is seen without us.
+    return [greedy, [[default, default if under else run()]], said]
+
+
+def compare(host: Host, cache: Path, place: Path) -> dict[str, Any]:
+    """Runs a program twice, and returns its row of the table."""
+    row: dict[str, Any] = {"program": host.name, "version": host.package.version}
+    row["package"] = host.package.name
+    if host.not_run:
+        return row | {"result": f"not run: {host.not_run}"}
+    environment = Environment(cache, host.package)
+    try:
+        environment.make()
+        row["mlx_lm"] = environment.version_of("mlx-lm")
+        texts = texts_of_server if host.serves else texts_of_command
+        plain = texts(host, environment, place, False)
+        ours = texts(host, environment, place, True)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return row | {"result": f"not run here: {str(error).splitlines()[-1][:200]}"}
+    pairs = list(zip(plain[0], ours[0], strict=True))
+    # Where a program draws anew at each request, its texts cannot be compared.
+    repeats = [answers[0] == answers[1] for answers in plain[1]]
+    drawn = zip(plain[1], ours[1], repeats, strict=True)
+    pairs += [(a[0], b[0]) for a, b, repeated in drawn if repeated]
+    for a, b in pairs:
+        if a != b:
+            print(f"{host.name} differs:\n  {a[:300]!r}\n  {b[:300]!r}", file=sys.stderr)
+    counts = [[int(n.replace(",", "")) for n in found] for found in CHECKED.findall(ours[2])]
+    said = sorted(set(re.findall(r"^Text of .*?: (.*)\.$", ours[2], re.MULTILINE)))
+    return row | {
+        "texts": len(pairs),
+        "same": sum(a == b for a, b in pairs),
+        "drawn_anew": repeats.count(False),
+        "tokens": sum(n for n, _ in counts),
+        "verified": sum(n for _, n in counts),
+        "said": said,
+        "result": "compared",
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = ["| program | version | mlx-lm | same texts | tokens verified | what it says |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        version = f"{row['package']} {row['version']}"
+        if row["result"] != "compared":
+            lines.append(f"| {row['program']} | {version} | | | | {row['result']} |")
+            continue
+        same = f"{row['same']} of {row['texts']}"
+        same += f", {row['drawn_anew']} drawn anew" if row["drawn_anew"] else ""
+        share = f"{row['verified']:,} of {row['tokens']:,}"
+        said = "; ".join(row["said"])
+        lines.append(
+            f"| {row['program']} | {version} | {row['mlx_lm']} | {same} | {share} | {said} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Writes the results, and puts their table into the page."""
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    page = PAGE.read_text()
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    PAGE.write_text(f"{before}{MARKS[0]}{table(rows)}{MARKS[1]}{after}")
+
+
+def main() -> None:
+    """Compares the programs that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
+    parser.add_argument("hosts", nargs="*", metavar="HOST", choices=[[], *(h.name for h in HOSTS)])
+    args = parser.parse_args()
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = {row["program"]: row for row in known}
+    for host in HOSTS:
+        if args.hosts and host.name not in args.hosts:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            make_place(place)
+            rows[host.name] = compare(host, args.cache.expanduser(), place)
+        print(table([rows[host.name]]).splitlines()[-1], flush=True)
+        write([rows[h.name] for h in HOSTS if h.name in rows])
+    if any(row.get("same") != row.get("texts") for row in rows.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

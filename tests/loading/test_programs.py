@@ -1,0 +1,301 @@
+"""What takes the places of mlx-lm's functions under ``run``, in this process."""
+
+import copy
+import importlib
+import pickle
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import pytest
+
+from mlx_flashhead.index.files import write_companion
+from mlx_flashhead.loading import programs
+from mlx_flashhead.loading.batches import CHANGED, mentions_inside
+from mlx_flashhead.loading.head_options import HeadOptions
+from mlx_flashhead.models.install import get_flash_head
+from model_folders import write_model
+from tiny_models import tiny_index
+
+generate = importlib.import_module("mlx_lm.generate")
+N_TOKENS = 12
+HIDDEN = "_".join(["", "generation", "batch"])  # this module is a program that must not name it
+# mlx-lm's own, before anything takes their places
+OWN = {
+    name: getattr(generate, name)
+    for name in ("BatchGenerator", "generate_step", "GenerationBatch", "PromptProcessingBatch")
+}
+# A program that looks at a batch in a module of its own.
+LOOKS = """
+def texts(batches, prompts):
+    uids = batches.insert(prompts, [12] * len(prompts))
+    found = {uid: [] for uid in uids}
+    while batches._unprocessed_sequences or batches._currently_processing or (
+        len(batches._generation_batch)
+    ):
+        for response in batches.next()[1]:
+            found[response.uid].append(response.token)
+    return list(found.values())
+
+def run(batch_generator, model, prompts):
+    return texts(batch_generator(model), prompts)
+"""
+
+
+class Under:
+    """A model under ``run``, and what was said of it."""
+
+    def __init__(self, folder):
+        self.said = []
+        options = HeadOptions(flash_head=str(folder / "head"), always=True, check=False)
+        object.__setattr__(options, "say", self.said.append)
+        self.patches = programs._Patches(options)
+        self.model, self.tokenizer = mlx_lm.load(str(folder / "model"))
+        self.patches._attach(self.model, lambda: self.tokenizer, folder / "model")
+        self.batch_generator = self.patches.batches(OWN["BatchGenerator"])
+        self.steps = self.patches.loop(OWN["generate_step"])
+        self.said.clear()
+
+    def lines(self):
+        """What was said of texts."""
+        return [line.removeprefix("Text of ") for line in self.said]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("programs")
+    model = write_model(folder / "model")
+    (folder / "head").mkdir()
+    write_companion(folder / "head", tiny_index(mlx_lm.load(str(model))[0]))
+    return folder
+
+
+@pytest.fixture
+def under(folder):
+    return Under(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """The dense model, and its texts in a batch of mlx-lm."""
+    model, tokenizer = mlx_lm.load(str(folder / "model"))
+    prompts = [tokenizer.encode(f"{i} One day") for i in range(3)]
+    return model, prompts, texts(OWN["BatchGenerator"](model), prompts)
+
+
+def texts(batches, prompts, **options):
+    """The tokens of prompts in a batch, as a program that keeps to its public face."""
+    uids = batches.insert(prompts, [N_TOKENS] * len(prompts), **options)
+    found = {uid: [] for uid in uids}
+    while responses := batches.next_generated():
+        for response in responses:
+            found[response.uid].append(response.token)
+    return list(found.values())
+
+
+def steps_of(loop, model, prompt, **options):
+    return [int(token) for token, _ in loop(mx.array(prompt), model, max_tokens=8, **options)]
+
+
+def test_tokens_are_counted_by_how_they_were_decoded(under, plain):
+    model, prompts, expected = plain
+    assert texts(under.batch_generator(under.model), prompts) == expected
+    assert under.lines() == ["model: verified."]
+    unknown = lambda logprobs: mx.argmax(logprobs, axis=-1)  # noqa: E731
+    found = steps_of(under.steps, under.model, prompts[0], sampler=unknown)
+    assert found == steps_of(OWN["generate_step"], model, prompts[0], sampler=unknown)
+    again = steps_of(under.steps, under.model, prompts[0], sampler=unknown)
+    assert again == found
+    reason = "dense: its sampler, or one of its processors, cannot be verified"
+    assert under.lines() == ["model: verified.", f"model: {reason}."]
+    n_batch = sum(map(len, expected))
+    n_all = n_batch + 2 * len(found)
+    use = under.patches._use_of(under.model)
+    assert use.summary() == (
+        f"Checked model: {n_all} tokens: {n_batch - 3} verified ({(n_batch - 3) / n_all:.0%}); "
+        f"3 the first of their texts, by their prompts; {2 * len(found)} {reason}."
+    )
+
+
+def test_nothing_is_said_before_a_verified_token_was_handed_out(under, plain):
+    steps = under.steps(mx.array(plain[1][0]), under.model, max_tokens=4)
+    next(steps)
+    assert under.lines() == []
+    next(steps)
+    assert under.lines() == ["model: verified."]
+    steps.close()
+
+
+def test_copies_say_their_line(under, plain):
+    _, prompts, expected = plain
+    for copied in copy.deepcopy(under.model), pickle.loads(pickle.dumps(under.model)):
+        assert texts(under.batch_generator(copied), prompts) == expected
+    texts(under.batch_generator(under.model), prompts)
+    copies = ["a copy of model: verified.", "a llama: verified."]
+    assert under.lines() == [*copies, "model: verified."]
+
+
+class Around(nn.Module):
+    """A module around a model that forbids a token."""
+
+    def __init__(self, model, forbidden):
+        super().__init__()
+        self.model, self.forbidden = model, forbidden
+
+    def __call__(self, tokens, cache=None):
+        logits = self.model(tokens, cache=cache)
+        logits[..., self.forbidden] = -mx.inf
+        return logits
+
+    @property
+    def layers(self):
+        return self.model.layers
+
+
+def test_what_is_around_a_model_is_mlx_lm_s(under, plain):
+    """A module, a plain object and a function: their texts are those without us."""
+    model, prompts, expected = plain
+    forbidden = expected[0][2]
+    around = Around(under.model, forbidden), Around(model, forbidden)
+    assert texts(under.batch_generator(around[0]), prompts) == texts(
+        OWN["BatchGenerator"](around[1]), prompts
+    )
+    assert under.lines() == [
+        "model: dense: the model is wrapped or changed, so nothing is known of its text."
+    ]
+
+    class Plain:
+        def __init__(self, inner):
+            self.inner, self.layers = inner, inner.layers
+
+        def __call__(self, tokens, cache=None):
+            return self.inner(tokens, cache=cache)
+
+    cached = [mlx_lm.models.cache.make_prompt_cache(model) for _ in range(2)]
+    functions = [
+        lambda tokens, cache=None, m=m: m(tokens, cache=cache) for m in (under.model, model)
+    ]
+    for made in (Plain(under.model), Plain(model)), functions:
+        caches = [mlx_lm.models.cache.make_prompt_cache(model) for _ in cached]
+        found = [
+            steps_of(loop, each, prompts[0], prompt_cache=cache)
+            for loop, each, cache in zip(
+                (under.steps, OWN["generate_step"]), made, caches, strict=True
+            )
+        ]
+        assert found[0] == found[1]
+
+
+def test_the_head_takes_a_single_state(under, plain):
+    hidden = mx.random.normal((64,), key=mx.random.key(1))
+    expected = plain[0].model.embed_tokens.as_linear(hidden)
+    for found in (
+        under.model.model.embed_tokens.as_linear(hidden),
+        get_flash_head(under.model).unverified_logits(hidden, n_probes=33),
+    ):
+        assert found.shape == expected.shape
+        assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def subclassed(cls, monkeypatch):
+    class Mine(cls):
+        def next(self):
+            self.n_calls = getattr(self, "n_calls", 0) + 1
+            return super().next()
+
+    return Mine
+
+
+def patched_class(cls, monkeypatch):
+    before = cls.next_generated
+    monkeypatch.setattr(cls, "next_generated", lambda self: before(self))
+    return cls
+
+
+def patched_step(cls, monkeypatch):
+    before = OWN["GenerationBatch"]._step
+
+    def step(self):
+        calls.append(len(self.uids))
+        return before(self)
+
+    monkeypatch.setattr(OWN["GenerationBatch"], "_step", step)
+    return cls
+
+
+def patched_instance(cls, monkeypatch):
+    def make(model):
+        batches = cls(model)
+        before = batches._next
+
+        def step():
+            calls.append(1)
+            return before()
+
+        batches._next = step
+        return batches
+
+    return make
+
+
+calls = []
+
+
+@pytest.mark.parametrize("change", [subclassed, patched_class, patched_step, patched_instance])
+def test_a_program_that_changes_batches_gets_its_own(under, plain, monkeypatch, change):
+    """Its functions are called as without us, and the line says dense."""
+    model, prompts, expected = plain
+    calls.clear()
+    made = change(under.batch_generator, monkeypatch)(under.model)
+    assert texts(made, prompts) == expected
+    assert under.lines() == [f"model: {CHANGED}."]
+    n_calls = len(calls)
+    if change in (patched_step, patched_instance):
+        calls.clear()
+        own = OWN["BatchGenerator"]
+        own = own if change is patched_step else patched_instance(own, monkeypatch)
+        texts(own(model), prompts)
+        assert n_calls == len(calls) > 0
+
+
+def test_a_program_that_looks_into_batches_gets_its_own(under, plain):
+    """By its code, before a token; by a look, from the next idle moment on."""
+    model, prompts, expected = plain
+    names = {}
+    exec(compile(LOOKS, "looks", "exec"), names)
+    assert names["run"](under.batch_generator, under.model, prompts) == expected
+    assert under.lines() == [f"model: {CHANGED}."]
+
+    batches = under.batch_generator(under.model)
+    assert texts(batches, prompts) == expected
+    assert under.lines()[1:] == ["model: verified."]
+    uids = batches.insert(prompts, [N_TOKENS] * 3)
+    batches.next_generated()
+    seen = getattr(batches, HIDDEN)
+    assert list(seen.uids) == uids and len(seen.extract_cache(0)) == len(model.layers)
+    while batches.next_generated():
+        pass
+    before = under.patches._use_of(under.model)._n_tokens[CHANGED]
+    assert texts(batches, prompts) == expected
+    after = under.patches._use_of(under.model)._n_tokens[CHANGED]
+    assert after - before == sum(map(len, expected))
+
+
+def test_attributes_that_are_nothing_to_mlx_lm_change_nothing(under, plain):
+    """A callback of the program's own, and a number that mlx-lm reads."""
+    _, prompts, expected = plain
+    batches = under.batch_generator(under.model)
+    batches.prompt_progress_callback = print
+    batches.prefill_step_size = 2
+    assert texts(batches, prompts) == expected
+    assert under.lines() == ["model: verified."]
+
+
+def test_a_program_may_ask_for_parameters(under):
+    import inspect
+
+    for name in ("__init__", "insert", "insert_segments", "next", "remove"):
+        ours, theirs = getattr(under.batch_generator, name), getattr(OWN["BatchGenerator"], name)
+        assert inspect.signature(ours) == inspect.signature(theirs)
+    assert not hasattr(under.batch_generator, HIDDEN)
+    assert not mentions_inside(None)
