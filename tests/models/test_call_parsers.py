@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_flashhead.common.guarded import Guard
-from mlx_flashhead.models import tool_calls
+from mlx_flashhead.models import call_parsers
 from mlx_flashhead.models.call_parsers import read_tool_calls
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}, "days": {}}}
@@ -51,11 +51,11 @@ def test_several_calls_and_parsers_of_others():
     [
         ("gemma4", "call:f{" * 20_000, "takes more than 0.3 seconds"),  # quadratic
         ("json_tools", "no call", "is no call"),
-        ("json_tools", "x" * (tool_calls.MAX_CHARACTERS + 1), "is too long"),
+        ("json_tools", "x" * (call_parsers.MAX_CHARACTERS + 1), "is too long"),
     ],
     ids=range(3),
 )
 def test_what_is_no_call_or_takes_too_much(monkeypatch, parser, text, said):
-    monkeypatch.setattr(tool_calls, "_GUARD", Guard(tool_calls._GUARD.path, seconds=0.3))
+    monkeypatch.setattr(call_parsers, "_GUARD", Guard(call_parsers._GUARD.path, seconds=0.3))
     with pytest.raises(ValueError, match=said):
         read_tool_calls(tokenizer_of(parser), text, TOOLS)
