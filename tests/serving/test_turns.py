@@ -1,9 +1,16 @@
 """Turns of addresses: who waits for whom."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from mlx_flashhead.serving.turns import Turns
+
+
+def finish(coroutine):
+    """Runs it in a thread of its own: a browser's tests may leave a loop running in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, coroutine).result()
 
 
 def order_of(works, total, each):
@@ -20,7 +27,7 @@ def order_of(works, total, each):
         await asyncio.gather(*(work(turns, *each) for each in works))
         assert not turns._held and not turns._waiting
 
-    asyncio.run(run())
+    finish(run())
     return begun
 
 
@@ -52,4 +59,4 @@ def test_one_that_is_cancelled_holds_no_place():
             await chosen
         assert not turns._held and not turns._waiting
 
-    asyncio.run(run())
+    finish(run())
