@@ -8,6 +8,7 @@ left out.
 import json
 import keyword
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,7 +48,7 @@ class Tool:
     parameters: Any = field(default_factory=dict)  # a JSON schema of an object
 
 
-class CallFormat:
+class CallFormat(ABC):
     """A format of calls. ``section`` is what follows the mark at its start.
 
     Attributes:
@@ -92,9 +93,9 @@ class CallFormat:
         inside = f"({call})+" if several else call
         return f"{inside} {self.marks.expression(self.end)}"
 
+    @abstractmethod
     def call(self, tool: Tool) -> str | None:
         """A Lark expression of a call; None if it cannot be written."""
-        raise NotImplementedError
 
     def view(self, tool: Tool) -> Any:
         """The tool's parameters as mlx-lm's parser must see them to read the types."""
@@ -376,9 +377,9 @@ class TaggedFormat(CallFormat):
     null_is_none: ClassVar[bool] = False
     needs_argument: ClassVar[bool] = False
 
+    @abstractmethod
     def opening(self, name: str) -> str:
         """The tag at an argument's beginning."""
-        raise NotImplementedError
 
     def between(self) -> str:
         """A Lark expression of what may follow an argument."""
