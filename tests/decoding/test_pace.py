@@ -87,12 +87,20 @@ def test_the_text_is_the_same_through_all_changes(arch, settings, misses):
     policy.adapts = True
     phases = []
 
-    class Short(Pace):
+    class Slow(Pace):
+        """A clock by which no proposal pays, and short dense phases."""
+
+        def note_dense(self, seconds):
+            super().note_dense(DENSE)
+
+        def note_proposed(self, seconds, n_tokens, verified):
+            super().note_proposed(2 * DENSE, n_tokens, verified)
+
         def _fail(self, n_dense):
             phases.append(n_dense)
             super()._fail(5)
 
-    policy.paces = {(sampled, sampled, 1): Short(1e-9) for sampled in (False, True)}
+    policy.paces = {(sampled, sampled, 1): Slow(DENSE) for sampled in (False, True)}
     sampler = sample_utils.make_sampler(**settings) if settings else None
     mx.random.seed(3)
     expected = [
