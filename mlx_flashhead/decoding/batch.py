@@ -13,8 +13,8 @@ import mlx.nn as nn
 from ..models.compat import mlx_lm as compat
 from .caches import BatchCaches
 from .decoder import Decoder
-from .policy import Proposer
 from .prompts import PromptQueue, Waiting
+from .proposer import Proposer
 from .sequence import Sequence, own_processors
 
 CLEAR_EVERY = 512  # steps, as mlx-lm's batches

@@ -20,7 +20,7 @@ import mlx.core as mx
 from ..head.draw import draw_all
 from .caches import Snapshot, rollback
 from .pace import Pace
-from .policy import Proposer, step_arrays
+from .proposer import Proposer, step_arrays
 from .random_state import current_key, set_key
 from .sampler import normalized
 from .schedule import VerifySchedule

@@ -15,7 +15,8 @@ from ..models.compat import mlx_lm as compat
 from ..models.install import get_flash_head
 from .caches import length_of, trims
 from .loop import verified_steps
-from .policy import Proposer, policy_of
+from .policy import policy_of
+from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction, Trust, draw_settings, trust
 from .sequence import begin
 

@@ -20,7 +20,7 @@ from .batch import VerifiedBatchGenerator
 from .drafting import draft_report, drafted_steps
 from .keywords import DecodeOptions, GenerateOptions, check_keywords, check_prompt
 from .loop import verified_steps
-from .policy import Proposer
+from .proposer import Proposer
 
 # Tokens, log-probabilities (V,), and whether a draft model proposed the token.
 Steps = Generator[tuple[int, Any, bool], None, None]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from .caches import Snapshot
-from .policy import Proposer
+from .proposer import Proposer
 from .sequence import PendingToken, Sequence
 from .verification import Verification, join
 

@@ -26,7 +26,8 @@ from ..head.proposal import Proposal
 from ..head.steps import NO_DEPTH
 from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.install import hidden_dtype, installed_head
-from .policy import MAX_PENDING, MAX_RISK, MAX_WAIT, Proposer, policy_of, step_arrays
+from .policy import MAX_PENDING, MAX_RISK, MAX_WAIT, policy_of
+from .proposer import Proposer, step_arrays
 from .rounding import SlotProduct, rounding_of
 from .sampler import Sampler
 from .schedule import FEW

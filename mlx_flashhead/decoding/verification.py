@@ -13,7 +13,7 @@ from ..head.draw import Draws, DrawSettings, log_mass, noise_of_all, threshold
 from ..head.flash_head import FlashHead
 from ..head.proposal import Proposal, Tolerance
 from .changes import after_changes, mask_array
-from .policy import Proposer
+from .proposer import Proposer
 from .random_state import Key
 from .rounding import (
     MASS_ROUNDING,

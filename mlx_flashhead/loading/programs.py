@@ -12,7 +12,8 @@ from typing import Any
 from ..common.command import printable, sentence
 from ..decoding.drafting import drafted_steps
 from ..decoding.loop import verified_steps
-from ..decoding.policy import Proposer, decoding_mode
+from ..decoding.policy import decoding_mode
+from ..decoding.proposer import Proposer
 from ..decoding.vlm_text import vlm_steps
 from ..interop import libraries
 from ..interop.explanations import explain

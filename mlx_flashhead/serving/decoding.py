@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.drafting import drafted_steps
 from ..decoding.loop import verified_steps
-from ..decoding.policy import Proposer
+from ..decoding.proposer import Proposer
 from ..models.compat.mlx_lm import (
     LRUPromptCache,
     can_trim_prompt_cache,

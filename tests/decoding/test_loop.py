@@ -11,7 +11,8 @@ from architecture_models import tiny_architecture
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler, preserves_margins, pure
 from mlx_flashhead.decoding.loop import verified_steps
-from mlx_flashhead.decoding.policy import Proposer, policy_of
+from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rounding import SlotProduct
 from mlx_flashhead.head.flash_head import FlashHead
 from tiny_models import tiny_model
