@@ -75,6 +75,7 @@ def test_head_computes_the_formula(form, size, bias):
     assert mx.array_equal(head.token(hidden), token.reshape(shape)) and ids.dtype == mx.uint32
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("form", ["float32", "4-bit-bfloat16"])
 def test_nothing_is_evaluated(form):
     """Within a transformation MLX refuses to evaluate, so a head that did would raise."""
