@@ -5,11 +5,11 @@ Exporting records custom kernels on a machine without Metal, too.
 
 from collections import Counter
 
-import apple_estimates
 import mlx.core as mx
 import numpy as np
 import pytest
 
+import apple_estimates
 from flash_loops import flash_of
 from mlx_flashhead.decoding import verification
 from mlx_flashhead.decoding.caches import Snapshot
