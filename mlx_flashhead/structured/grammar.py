@@ -505,7 +505,8 @@ class GrammarProcessor:
             text = self._vocabulary.text_of(token)
         of_start, start_end = _advanced(self._start, place.of_start, text)
         if place.mode in (Mode.FREE, Mode.THOUGHT):
-            of_end, thought_end = 0, None
+            of_end = 0
+            thought_end = None
             if place.mode is Mode.THOUGHT:
                 of_end, thought_end = _advanced(self._end_of_thought, place.of_end, text)
             if start_end is not None and (thought_end is None or start_end <= thought_end):

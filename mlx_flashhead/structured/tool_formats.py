@@ -146,7 +146,8 @@ class JsonTools(CallFormat):
         if arguments is None or any(mark in name for mark in forbidden):
             return None
         json_marks = self._values(tool, json_dialect()).json_brackets()
-        colon, comma = json_marks.colon, json_marks.comma
+        colon = json_marks.colon
+        comma = json_marks.comma
         return (
             f"{json_marks.opening} {literal(json.dumps('name'))} {colon} {literal(name)} {comma} "
             f"{literal(json.dumps('arguments'))} {colon} {arguments} {further} {json_marks.closing}"
