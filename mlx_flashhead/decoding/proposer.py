@@ -87,7 +87,8 @@ class Proposer:
             return self.policy.max_batch
         if mx.default_device().type == mx.cpu:
             return CPU_BATCH
-        return max(1, cast(int, self.head.n_clusters) // self.head.n_probes)
+        n_reading_as_much: int = self.head.n_clusters // self.head.n_probes
+        return max(1, n_reading_as_much)
 
     def mode_of(self, sequence: Sequence, n_handed_out: int = 2) -> str:
         """Returns in words how the latest token of a text was decoded.
