@@ -17,7 +17,8 @@ from .common import flags
 from .common.arguments import Parser, whole_number
 from .common.command import command, ended_by_signals
 from .common.terminal import printable_output
-from .structured.grammar import GrammarProcessor, add_grammar_options, grammar_of
+from .structured.grammar import add_grammar_options, grammar_of
+from .structured.processor import GrammarProcessor
 
 EMPTY = "--prompt is empty: give a text, or - for standard input"
 # Flags that several processes do not support.

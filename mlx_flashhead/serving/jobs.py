@@ -21,7 +21,7 @@ from ..models.compat.mlx_lm import (
     make_text_state_machine,
 )
 from ..models.templates import apply_template
-from ..structured.grammar import GrammarProcessor
+from ..structured.processor import GrammarProcessor
 from .api_errors import ApiError
 from .control_tokens import mark_control_tokens
 from .requests import Request
