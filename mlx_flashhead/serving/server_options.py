@@ -45,7 +45,7 @@ def make_parser() -> Parser:
     switch("--dense", "Take the normal (dense) head, unless a request says otherwise.")
     add("--adapter-path", "Folder of LoRA adapters for --model.")
     add("--draft-model", "A model that drafts tokens for --model.")
-    drafts = "Clusters scored for each drafted token (default: a tenth of its head's bytes)."
+    drafts = "Clusters scored for each drafted token (default: a tenth of its head, in bytes)."
     add("--draft-probes", drafts, type=whole_number(1))
     add("--num-draft-tokens", "Tokens drafted at once", 3, type=whole_number(1, 64))
     switch("--trust-remote-code", "Run these models' own Python code.")
