@@ -15,7 +15,8 @@ from rich.table import Table
 from ..common.tables import new_table, percent
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.loop import verified_steps
-from ..decoding.policy import Proposer, policy_of
+from ..decoding.policy import policy_of
+from ..decoding.proposer import Proposer
 from ..decoding.sampler import make_sampler
 from ..head.backend import scored_logits_agree
 from ..loading.load import load

@@ -113,8 +113,11 @@ def add_prompt_flags(parser: Any) -> None:
     add("--image", nargs="+", default=(), help="Images for the prompt's placeholders, in order.")
     add("--extra-eos-token", nargs="+", default=(), help="More tokens that end the answer.")
     add("--ignore-chat-template", action="store_true", help="Give the model the prompt as it is.")
-    default = "Without effect, as in mlx_lm.generate: the model's template is used anyway."
-    add("--use-default-chat-template", action="store_true", help=default)
+    add(
+        "--use-default-chat-template",
+        action="store_true",
+        help="Without effect, as in mlx_lm.generate: tokenizers no longer have a default template.",
+    )
     add("--chat-template-config", type=json_text, help="A JSON object for the chat template.")
     add(
         "--verbose",

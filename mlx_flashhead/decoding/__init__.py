@@ -1,14 +1,15 @@
 """Lossless decoding: speculative decoding within the head (docs/lossless.md).
 
-    state    ← model(token, cache)                 taken where the head is called     policy.py
-    proposal ← head.propose(state)                 from the scored tokens alone       policy.py
-    pending  += proposal                                                              sequence.py
-    when it is due:                                                                 schedule.py
-        logits ← dense product of the pending states, then what is certain          verification.py
+    state    ← model(token, cache)                 taken where the head is calledproposer.py
+    proposal ← head.propose(state)                 from the scored tokens alone proposer.py
+    pending  += proposal                                                        sequence.py
+    when it is due:                                                             schedule.py
+        logits ← dense product of the pending states, then what is certain      verification.py
         accepted   → handed out
-        rejected   → the dense choice is handed out, the caches roll back           caches.py
+        rejected   → the dense choice is handed out, the caches roll back       caches.py
 
 `loop.py` drives one sequence, `batch.py` several, `generation.py` puts them under mlx-lm's
-functions. `sampler.py` says which samplers and processors can be verified; all others are decoded
-by the normal (dense) head. `tuning.py` measures what a machine gains.
+functions. `policy.py` has the settings for a head on this machine, and `tuning.py` measures what
+the machine gains. `sampler.py` says which samplers and processors can be verified; all others are
+decoded by the normal (dense) head.
 """

@@ -13,8 +13,8 @@ import mlx.nn as nn
 from ..models.compat import mlx_lm as compat
 from .caches import BatchCaches
 from .decoder import Decoder
-from .policy import Proposer
 from .prompts import PromptQueue, Waiting
+from .proposer import Proposer
 from .sequence import Sequence, own_processors
 
 CLEAR_EVERY = 512  # steps, as mlx-lm's batches
@@ -313,7 +313,8 @@ class VerifiedBatchGenerator:
                 decoder.settle(sequence, dense=True)
         # 1) Tokens that are left from before, or else a round.
         generated = self._hand_out()
-        settled, self._settled = self._settled, False
+        settled = self._settled
+        self._settled = False
         if generated and not settled:
             return [], generated
         if decoder.sequences and not generated:

@@ -20,7 +20,7 @@ import mlx.core as mx
 from ..head.draw import draw_all
 from .caches import Snapshot, rollback
 from .pace import Pace
-from .policy import Proposer, step_arrays
+from .proposer import Proposer, step_arrays
 from .random_state import current_key, set_key
 from .sampler import normalized
 from .schedule import VerifySchedule
@@ -238,7 +238,7 @@ class Decoder:
             tokens = draw_all(together, [s.draw_at(s.n_chosen) for s in sequences])
         for sequence, row in zip(sequences, logprobs, strict=True):
             sequence.pending.append(PendingToken(logprobs=row if sequence.logprobs else None))
-        return tokens
+        return cast(mx.array, tokens)
 
     def _alone(
         self,

@@ -9,8 +9,8 @@ import mlx.nn as nn
 from ..models.compat import mlx_lm as compat
 from .caches import OwnCaches
 from .decoder import Decoder
-from .policy import Proposer
 from .prefill import check_prompt, read_by, read_prompt
+from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction
 from .sequence import PendingToken, Sequence
 

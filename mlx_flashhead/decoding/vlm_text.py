@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from ..models.compat.mlx_vlm import decodes_by_tokens_alone, is_greedy, stream_and_cache
 from .loop import verified_steps
-from .policy import Proposer
+from .proposer import Proposer
 
 
 def vlm_steps(

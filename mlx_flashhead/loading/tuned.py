@@ -19,6 +19,7 @@ import mlx.nn as nn
 
 from ..common.new_folder import new_file
 from ..decoding.policy import DecodingPolicy, policy_of
+from ..decoding.rehearsal import rehearse
 from ..decoding.rounding import measure_rounding
 from ..decoding.tuning import Tuning, is_busy, least_gain, tune
 from ..head.flash_head import FlashHead
@@ -48,7 +49,8 @@ def install_stored(
     location = location or find_head(model)
     if near := index.check_fit(location.rows(), stored.source):
         options.say(near)
-    config, n_probes = index.config, options.n_probes
+    config = index.config
+    n_probes = options.n_probes
     chosen = n_probes is not None or options.drafts
     if n_probes is None:
         n_probes = config.draft_probes if options.drafts else config.n_probes
@@ -82,6 +84,7 @@ def _prepare(model: nn.Module, head: FlashHead) -> None:
     if isinstance(change, LogitMap) and not change.identity:
         head.check_kernels(dtype, logit_map=change)
     measure_rounding(head, dtype)
+    rehearse(model)
 
 
 def tune_head(

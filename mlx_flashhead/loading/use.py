@@ -13,7 +13,7 @@ from weakref import ref
 
 import mlx.core as mx
 
-from ..decoding.policy import FIRST, PAUSED
+from ..decoding.proposer import FIRST, PAUSED
 from ..head.flash_head import FlashHead
 from .head_options import HeadOptions
 

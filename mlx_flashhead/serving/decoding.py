@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.drafting import drafted_steps
 from ..decoding.loop import verified_steps
-from ..decoding.policy import Proposer
+from ..decoding.proposer import Proposer
 from ..models.compat.mlx_lm import (
     LRUPromptCache,
     can_trim_prompt_cache,
@@ -40,7 +40,8 @@ class Reading:
     """A prompt in the course of being read, up to its last token, with which the answer begins."""
 
     def __init__(self, job: Job, caches: LRUPromptCache, flags: Namespace, n_read: int):
-        self.job, self._flags = job, flags
+        self.job = job
+        self._flags = flags
         self._all_tokens = job.all_tokens
         served = job.served
         # of all but the last token, from which the model goes on: -1 is no token

@@ -11,7 +11,8 @@ from architecture_models import tiny_architecture
 from flash_loops import PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler, preserves_margins, pure
 from mlx_flashhead.decoding.loop import verified_steps
-from mlx_flashhead.decoding.policy import Proposer, policy_of
+from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rounding import SlotProduct
 from mlx_flashhead.head.flash_head import FlashHead
 from tiny_models import tiny_model
@@ -38,7 +39,7 @@ def marked(processor, mark=preserves_margins):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("n_probes", [1, 3, 26])
+@pytest.mark.parametrize("n_probes", [1, pytest.param(3, marks=pytest.mark.compiled), 26])
 def test_every_sampler(flash, name, n_probes, misses):
     assert len(flash.checked(SAMPLERS[name], n_probes=n_probes)) == 40
     assert bool(misses) == (n_probes < 26 and name != "xtc")  # which is dense
@@ -77,7 +78,7 @@ ARCHITECTURES = [
 def test_every_format_and_architecture(options, misses):
     flash = make_flash(**options)
     for settings in ({}, {"temp": 1.0}, {"temp": 9.0, "top_p": 0.99}):
-        flash.checked(settings)
+        flash.checked(settings, max_tokens=24)
     assert misses or "gemma2" in options.values()  # whose choices are clear
 
 
@@ -207,6 +208,7 @@ def test_processes_that_share_a_model_take_the_same_steps(flash, forward_passes,
     assert steps[0] == steps[1]
 
 
+@pytest.mark.compiled
 def test_one_evaluation_a_token(flash, monkeypatch):
     """A token that the head has chosen is one command buffer: nothing else is launched, but for
     the verifications."""

@@ -12,7 +12,8 @@ from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.decoder import Decoder
 from mlx_flashhead.decoding.loop import verified_steps
-from mlx_flashhead.decoding.policy import Proposer, policy_of
+from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.decoding.proposer import Proposer
 
 
 @pytest.fixture

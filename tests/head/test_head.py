@@ -1,5 +1,8 @@
 """The whole head on the portable path against float64: route, select, score, expand, token."""
 
+import pickle
+import threading
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -75,6 +78,7 @@ def test_head_computes_the_formula(form, size, bias):
     assert mx.array_equal(head.token(hidden), token.reshape(shape)) and ids.dtype == mx.uint32
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("form", ["float32", "4-bit-bfloat16"])
 def test_nothing_is_evaluated(form):
     """Within a transformation MLX refuses to evaluate, so a head that did would raise."""
@@ -91,3 +95,34 @@ def test_nothing_is_evaluated(form):
     assert [output.shape for output in outputs[:2]] == [(3, 5, 203), (3, 5)]
     with pytest.raises(ValueError, match="eval"):  # what it looks like when something is
         mx.compile(lambda x: head(x).max().item())(hidden)
+
+
+@pytest.mark.parametrize("form", ["float16", "8-bit-float16"])
+def test_estimates_below_the_range_of_float16_are_finite(form):
+    """A cluster of tokens that are never drawn would else give a filter minus infinity or NaN."""
+    head, _, hidden = make_head(form, (203, 64, 8, 5, (2,), ()))
+    scores = head.steps.route(hidden)
+    selection = head.steps.select(scores, 5)
+    candidates = head.steps.score(hidden, selection)
+    full = head.steps.expand(scores - 1e6, selection, candidates)
+    assert full.dtype == mx.float16
+    assert full.min().item() == mx.finfo(mx.float16).min
+
+
+def test_a_pickled_head_works_in_a_thread_that_has_not_loaded_it():
+    """An array that is not evaluated belongs to the thread that has made it."""
+    head, _, hidden = make_head("float32", (203, 64, 8, 5, (1, 1), ()))
+    states = hidden.reshape(1, -1)
+    mx.eval(states, head.arrays())
+    expected = head.propose(states, None).tokens.tolist()
+    loaded = pickle.loads(pickle.dumps(head))
+    found = []
+
+    def use():
+        with mx.stream(mx.new_stream(mx.default_device())):
+            found.append(loaded.propose(states, None).tokens.tolist())
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert found == [expected]

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_flashhead import get_flash_head, make_sampler
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.loop import verified_steps
-from mlx_flashhead.decoding.policy import Proposer
+from mlx_flashhead.decoding.proposer import Proposer
 from tiny_models import install_index, tiny_index, tiny_model
 
 PROMPT = [5, 17, 3, 99, 42, 7]

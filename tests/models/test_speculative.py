@@ -8,7 +8,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from flash_loops import make_flash
 from mlx_flashhead import FlashHead, grammar_processor, make_sampler, stream_generate
 from mlx_flashhead.decoding.drafting import drafted_steps
-from mlx_flashhead.decoding.policy import Proposer
+from mlx_flashhead.decoding.proposer import Proposer
 from model_pair import make_pair
 
 PROMPT = "The river was wide"

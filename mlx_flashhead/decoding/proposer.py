@@ -1,0 +1,290 @@
+"""What proposes the tokens of sequences, by the policy of their head."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Rows
+from contextlib import contextmanager
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..head.adjustment import Adjustment
+from ..head.draw import Draws
+from ..head.flash_head import FlashHead
+from ..head.logit_map import IDENTITY, LogitMap
+from ..head.steps import NOTHING_ALLOWED
+from ..models.errors import UnsupportedHeadError
+from ..models.install import (
+    LogitChange,
+    get_flash_head,
+    hidden_dtype,
+    is_recognised,
+    logit_change_of,
+)
+from .changes import mask_array
+from .pace import Pace
+from .policy import DecodingPolicy, decoding_mode, policy_of
+from .sampler import Trust
+from .sequence import PendingToken, Sequence
+
+CPU_BATCH = 32  # sequences at once up to which proposals pay on a CPU
+FIRST = "the first of its text"  # token, which the prompt's own logits have chosen
+PAUSED = "decoded densely for a while, since that was faster"  # of a text that can be verified
+UNKNOWN_FUNCTION = "dense: its sampler, or one of its processors, cannot be verified"
+
+
+class Proposer:
+    """What proposes the tokens of one loop's sequences."""
+
+    def __init__(
+        self,
+        model: nn.Module,  # of mlx-lm, with a FlashHead or without
+        *,
+        verify: bool = True,  # by the dense rows; else the FlashHead's own logits choose
+        dense: bool = False,  # let the normal (dense) head choose
+        n_probes: int | None = None,  # clusters scored per token; None: the head's own numbers
+        draw_temperature: float | None = None,  # draw the probes at it, without verification
+        max_wait: float | None = None,  # seconds until a token's verification; None: the policy's
+    ):
+        self.model = model
+        self._requested = verify and draw_temperature is None, dense or max_wait == 0
+        self._n_probes, self._draw_temperature = n_probes, draw_temperature
+        self.max_wait = max_wait
+        self.n_verifications = self.n_rejected = 0
+        self.look_for_head()
+
+    def look_for_head(self) -> None:
+        """Takes the model's FlashHead. One that is installed between two tokens changes no text."""
+        self.head: Any = get_flash_head(self.model)  # a FlashHead, or None
+        self.policy = DecodingPolicy() if self.head is None else policy_of(self.head)
+        self._change: LogitChange | None = IDENTITY  # from the head's logits to the model's
+        if self.head is not None:
+            try:
+                self._change = logit_change_of(self.model)
+            except UnsupportedHeadError:  # these depend on each other
+                self._change = None
+        verify, dense = self._requested
+        gains = self._n_probes is not None or not self.policy.dense
+        usable = self.head is not None and not self.policy.drafts_only and not dense
+        self.verifies = (
+            usable and verify and gains and self._change is not None and is_recognised(self.model)
+        )
+        self.unverified = usable and not verify
+
+    @property
+    def logit_map(self) -> LogitMap | None:
+        """What the model does to each of its head's logits; None where that is not of this form."""
+        return self._change if isinstance(self._change, LogitMap) else None
+
+    @property
+    def max_batch(self) -> int:
+        """The number of sequences at once up to which proposals are made.
+
+        C/p sequences read as many rows as the dense head, which reads each row once.
+        """
+        if self.policy.max_batch is not None:
+            return self.policy.max_batch
+        if mx.default_device().type == mx.cpu:
+            return CPU_BATCH
+        n_reading_as_much: int = self.head.n_clusters // self.head.n_probes
+        return max(1, n_reading_as_much)
+
+    def mode_of(self, sequence: Sequence, n_handed_out: int = 2) -> str:
+        """Returns in words how the latest token of a text was decoded.
+
+        The words are "verified", "unverified", FIRST, or "dense: " and why. ``n_handed_out`` counts
+        the tokens since its prompt was read.
+        """
+        if sequence.verified:
+            return FIRST if n_handed_out == 1 else "verified"
+        if not sequence.why_dense:
+            if self.can_verify(sequence):
+                return PAUSED
+            sequence.why_dense = self._why_dense(sequence)
+        return sequence.why_dense
+
+    def _why_dense(self, sequence: Sequence) -> str:
+        verify, dense = self._requested
+        mode = decoding_mode(self.model, verify=verify, dense=dense)
+        if mode != "verified":
+            return mode
+        if self.policy.sampled_dense and not sequence.greedy and sequence.trust is Trust.EXACT:
+            return "dense: FlashHead is no faster for sampled text on this machine"
+        return UNKNOWN_FUNCTION
+
+    def pace_of(self, sequences: Rows[Sequence]) -> Pace | None:
+        """The pace of texts like these; None where they are decoded in one way throughout."""
+        policy = self.policy
+        if not (self.verifies and policy.adapts) or policy.lockstep or self._n_probes is not None:
+            return None
+        sampled = any(not sequence.greedy for sequence in sequences)
+        by_mlx_lm = any(sequence.draws_from_mlx for sequence in sequences)
+        key = sampled, by_mlx_lm, len(sequences)
+        if key not in policy.paces:
+            policy.paces[key] = Pace(policy.dense_seconds if len(sequences) == 1 else None)
+        return policy.paces[key]
+
+    def can_verify(self, sequence: Sequence) -> bool:
+        """Returns whether a sequence's choices can be verified.
+
+        A pure function that keeps no bounds can be verified where rounding is as small as
+        float32's.
+        """
+        if self.head is None or not self.verifies or sequence.trust is Trust.UNKNOWN:
+            return False
+        if self.policy.sampled_dense and not sequence.greedy and self._n_probes is None:
+            return False
+        if sequence.settings is not None and sequence.settings.top_k >= self.head.vocab_size:
+            return False  # mlx-lm raises an error of its own
+        if sequence.trust is Trust.EXACT:
+            return True
+        rows = cast(FlashHead, self.head).clustered.rows
+        return rows.logits_dtype(hidden_dtype(self.model)) == mx.float32
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """A block in which the model reads prompts.
+
+        Their last logits choose the first token: by the normal (dense) head, or the unverified one.
+        """
+        if self.head is None:
+            yield
+            return
+        with self.head.intercepted(self._project):
+            yield
+
+    def _project(self, hidden: mx.array) -> mx.array:
+        if self.unverified and hidden.shape[-2] == 1:
+            logits = self.head.unverified_logits(hidden, self._n_probes, self._draw_temperature)
+        else:
+            logits = self.head.dense_logits(hidden)
+        return cast(mx.array, logits)
+
+    @contextmanager
+    def states(self) -> Iterator[list[mx.array]]:
+        """A block in which the model's forward pass notes the hidden states of the head's calls.
+
+        The last of these makes the model's logits. They are the normal (dense) head's, which
+        nothing computes unless they are read; or the unverified head's.
+        """
+        taken: list[mx.array] = []
+        if (head := self.head) is None:
+            yield taken
+            return
+
+        def project(hidden: mx.array) -> mx.array:
+            taken.append(hidden)
+            return self._project(hidden)
+
+        with head.intercepted(project):
+            yield taken
+
+    def needs_logits(self, sequence: Sequence) -> bool:
+        """Whether a choice of the sequence needs the logits of all tokens."""
+        if self.logit_map is None or sequence.changes is None or not sequence.changes_few:
+            return True
+        return not sequence.changes.fit(self.head.vocab_size)
+
+    def propose(
+        self, sequences: Rows[Sequence], hidden: mx.array, latest: mx.array | None = None
+    ) -> mx.array:
+        """Tokens that are pending then, lazy.
+
+        Args:
+            sequences: R of them.
+            hidden: (R, D), their states.
+            latest: (R,), the tokens of these states, which may not be computed yet; None where the
+                sequences know all of their tokens.
+
+        Returns:
+            (R,) uint32.
+        """
+        logit_map = self.logit_map
+        wide = [self.needs_logits(sequence) for sequence in sequences]
+        narrow = [None if is_wide else s for s, is_wide in zip(sequences, wide, strict=True)]
+        masks = [None if s is None else self._mask(s) for s in narrow]
+        rows = [s.draw_at(s.n_chosen) for s in sequences]
+        draws = None if all(settings.greedy for settings, _ in rows) else Draws.of(rows)
+        proposal = self.head.propose(
+            hidden,
+            draws,
+            n_probes=self._n_probes,
+            depth=self.policy.depth,
+            full=any(wide),
+            logit_map=logit_map or IDENTITY,
+            adjustment=self._adjustment(narrow, latest),
+            allowed=mask_array(masks),
+        )
+        tokens, full = proposal.tokens, proposal.full
+        proposal = proposal._replace(full=None)  # which may be large
+        if full is not None:
+            logits = self.model_logits(full)
+            picked = [tokens[i : i + 1] for i in range(len(sequences))]
+            for i, sequence in enumerate(sequences):
+                if wide[i]:
+                    picked[i], _ = sequence.choose(logits[i : i + 1], sequence.n_chosen)
+            tokens = picked[0] if len(picked) == 1 else mx.concatenate(picked)
+        for row, sequence in enumerate(sequences):
+            sequence.pending.append(PendingToken(proposal, row, allowed=masks[row]))
+        return cast(mx.array, tokens)
+
+    def _adjustment(
+        self, sequences: Rows[Sequence | None], latest: mx.array | None
+    ) -> Adjustment | None:
+        """What the penalties and biases of sequences change; of None nothing is looked at."""
+        changes = [None if s is None else s.changed_tokens() for s in sequences]
+        if all(change is None for change in changes):
+            return None
+        vocab_size = self.head.vocab_size
+        counted = [s is None or s.n_read == len(s.pending) for s in sequences]
+        if latest is None or all(counted):
+            latest = None
+        elif any(counted):
+            latest = mx.where(mx.array(counted), vocab_size, latest)
+        return Adjustment.of(changes, latest, vocab_size)
+
+    def _mask(self, sequence: Sequence) -> np.ndarray | None:
+        """Returns what a mask of the sequence allows at its next place.
+
+        It reads the latest token, and looks at no mask where that one was no choice, so that it
+        will be rejected.
+        """
+        changes, pending = sequence.changes, sequence.pending
+        if changes is None or changes.mask is None:
+            return None
+        last = pending[-1] if pending else None
+        if last is not None and last.proposal is not None and last.allowed is not None:
+            risks = cast(list[float], last.proposal.risk.tolist())
+            if risks[last.row] == NOTHING_ALLOWED:
+                return None
+        return changes.allowed(sequence.context(sequence.n_chosen), self.head.vocab_size)
+
+    def model_logits(self, logits: mx.array) -> mx.array:
+        """The head's logits (R, V) as the model gives them."""
+        return logits if self._change is None else self._change(logits)
+
+    def dense_row(self, hidden: mx.array) -> mx.array:
+        """Returns the model's normal logits (1, V) of one state (1, D) by itself.
+
+        A product of several states rounds otherwise in 16 bits.
+        """
+        return self.model_logits(self.head.dense_logits(hidden))
+
+    def report(self) -> str:
+        """What was used, for a line under a text."""
+        if not self.unverified and not self.n_verifications:
+            return "FlashHead: not used, the normal (dense) head chose every token"
+        n_probes = self.head.unverified_probes if self.unverified else self.head.n_probes
+        clusters = f"{self._n_probes or n_probes:,} of {self.head.n_clusters:,} clusters a token"
+        if self.unverified:
+            return f"FlashHead: unverified, {clusters}"
+        counts = f"{self.n_verifications:,} verifications, {self.n_rejected:,} proposals rejected"
+        return f"FlashHead: {clusters}, {counts}"
+
+
+def step_arrays(tokens: mx.array, chosen: Rows[PendingToken]) -> list[Any]:
+    """What has to be computed before the tokens of a step can be read, in one evaluation."""
+    risks = {id(p.proposal): p.proposal.risk for p in chosen if p.proposal is not None}
+    logprobs = [p.logprobs for p in chosen if p.logprobs is not None]
+    return [tokens, *risks.values(), *logprobs]
