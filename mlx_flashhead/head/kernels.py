@@ -169,6 +169,10 @@ class MetalSteps(PortableSteps):
         self._tolerance = self._kernel("tolerance", inputs, outputs, text.TOLERANCE_BODY, *form)
         self._map = self._kernel("map", "values", "mapped", text.MAP_BODY, "", WIDE_THREADS, "")
 
+    def arrays(self) -> list[mx.array]:
+        """The arrays that the steps hold beside the rows."""
+        return [*super().arrays(), self._tail_offset]
+
     def _kernel(
         self, name: str, inputs: str, outputs: str, body: str, files: str, threads: int, sizes: str
     ) -> Callable[..., list[mx.array]]:

@@ -64,7 +64,7 @@ def _add_models(flags: _Group) -> None:
     flags.switch("--dense", "Take the normal (dense) head, unless a request says otherwise.")
     flags.add("--adapter-path", "Folder of LoRA adapters for --model.")
     flags.add("--draft-model", "A model that drafts tokens for --model.")
-    drafts = "Clusters scored for each drafted token (default: a tenth of its head's bytes)."
+    drafts = "Clusters scored for each drafted token (default: a tenth of its head, in bytes)."
     flags.add("--draft-probes", drafts, type=whole_number(1))
     flags.add("--num-draft-tokens", "Tokens drafted at once", 3, type=whole_number(1, 64))
     flags.switch("--trust-remote-code", "Run these models' own Python code.")
