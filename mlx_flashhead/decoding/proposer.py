@@ -51,6 +51,8 @@ class Proposer:
         self._n_probes, self._draw_temperature = n_probes, draw_temperature
         self.max_wait = max_wait
         self.n_verifications = self.n_rejected = 0
+        self._zeros: mx.array | None = None  # in the place of logits that nobody reads
+        self._zeros_of: mx.Dtype | None = None  # hidden states' dtype, for which these are
         self.look_for_head()
 
     def look_for_head(self) -> None:
@@ -158,12 +160,22 @@ class Proposer:
             logits = self.head.dense_logits(hidden)
         return cast(mx.array, logits)
 
+    def _no_logits(self, hidden: mx.array) -> mx.array:
+        """Zeros in the place of logits that nobody reads: hidden (..., D) → (..., V)."""
+        shape = (*hidden.shape[:-1], self.head.vocab_size)
+        if self._zeros is None or self._zeros.shape != shape or self._zeros_of != hidden.dtype:
+            self._zeros_of = hidden.dtype
+            dtype = self.head.clustered.rows.logits_dtype(hidden.dtype)
+            self._zeros = mx.broadcast_to(mx.zeros((1,), dtype), shape)
+        return mx.array(self._zeros)  # which the model may write into
+
     @contextmanager
-    def states(self) -> Iterator[list[mx.array]]:
+    def states(self, *, logits: bool = True) -> Iterator[list[mx.array]]:
         """A block in which the model's forward pass notes the hidden states of the head's calls.
 
         The last of these makes the model's logits. They are the normal (dense) head's, which
-        nothing computes unless they are read; or the unverified head's.
+        nothing computes unless they are read; or the unverified head's. Without ``logits`` they are
+        zeros, since nobody wants them.
         """
         taken: list[mx.array] = []
         if (head := self.head) is None:
@@ -172,7 +184,7 @@ class Proposer:
 
         def project(hidden: mx.array) -> mx.array:
             taken.append(hidden)
-            return self._project(hidden)
+            return self._project(hidden) if logits else self._no_logits(hidden)
 
         with head.intercepted(project):
             yield taken
@@ -201,8 +213,9 @@ class Proposer:
         wide = [self.needs_logits(sequence) for sequence in sequences]
         narrow = [None if is_wide else s for s, is_wide in zip(sequences, wide, strict=True)]
         masks = [None if s is None else self._mask(s) for s in narrow]
-        rows = [s.draw_at(s.n_chosen) for s in sequences]
-        draws = None if all(settings.greedy for settings, _ in rows) else Draws.of(rows)
+        draws = None
+        if any(sequence.draws for sequence in sequences):
+            draws = Draws.of([sequence.draw_at(sequence.n_chosen) for sequence in sequences])
         proposal = self.head.propose(
             hidden,
             draws,

@@ -38,6 +38,9 @@ class DrawSettings:
     # Whether top-p adds up probabilities from the least likely on, as mlx-lm 0.31 does. Its own
     # sampler draws then; :class:`Draws` have the cut of 0.32, which is near.
     sums_from_least: bool = False
+    # Whether the token is the one in whose share of the probabilities a uniform number falls, as
+    # mlx-lm's samplers draw; see inverse_cdf.py. Otherwise noise decides.
+    inverse_cdf: bool = False
 
     @property
     def greedy(self) -> bool:
@@ -55,7 +58,8 @@ class Draws(NamedTuple):
 
     settings: mx.array  # (R, 3) float32: 1 / temperature (0: the best logit), top_p, log(min_p)
     top_k: mx.array  # (R,) uint32; 0 keeps all
-    keys: mx.array  # (R, 2) uint32, of each row's seed and position
+    # (R, 2) uint32, of each row's seed and position; for an inverse CDF a number's bits, and 0
+    keys: mx.array
     rows: Sequence[DrawSettings] = ()  # settings of each; none where a kernel reads the arrays
     # the three arrays with HELD rows or more, the last one repeated, for kernels
     held: tuple[mx.array, ...] = ()
@@ -79,6 +83,11 @@ class Draws(NamedTuple):
         return cls(settings, top_k, keys, rows, held)
 
     @property
+    def any_by_number(self) -> bool:
+        """Whether a row has an inverse CDF, for which there is no kernel."""
+        return any(row.inverse_cdf for row in self.rows)
+
+    @property
     def steps(self) -> tuple[DrawSettings, ...]:
         """Settings that take the same steps, whatever the values in the arrays are."""
         return tuple(
@@ -87,6 +96,7 @@ class Draws(NamedTuple):
                 top_p=0.5 if row.top_p < 1 else 1.0,
                 min_p=0.5 if row.min_p > 0 else 0.0,
                 top_k=row.top_k,
+                inverse_cdf=row.inverse_cdf,
             )
             for row in self.rows
         )
