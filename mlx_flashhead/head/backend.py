@@ -118,14 +118,30 @@ def check_kernels(
         if dtype == mx.bfloat16 and re.match(emulating, str(mx.device_info().get("architecture"))):
             steps.float16_rows = steps.clustered.flat_rows().in_float16()
         return steps, None
+    return without_kernels(steps, requested, trouble.sentence)
+
+
+def without_kernels(
+    steps: PortableSteps, requested: str | None, trouble: str
+) -> tuple[PortableSteps, str]:
+    """Returns MLX's operations in the place of kernels that cannot be used, and a sentence.
+
+    Args:
+        steps: The kernels.
+        requested: The path requested by name, or None.
+        trouble: What the trouble is, as a part of a sentence.
+
+    Raises:
+        ValueError: If "metal" was requested by name.
+    """
     use_kernel(0)
     if named_backend(requested) == METAL:
         raise ValueError(
-            f"FlashHead's Metal kernels cannot be used: {trouble.sentence}; use backend='mlx' or "
+            f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or "
             f"unset {BACKEND_VARIABLE}, and {HOW_TO_REPORT}."
         )
     instead = "FlashHead takes MLX's own operations instead of its Metal kernels"
-    reason = f"{instead}, because {trouble.sentence}; {HOW_TO_REPORT}."
+    reason = f"{instead}, because {trouble}; {HOW_TO_REPORT}."
     log.warning(reason)
     return PortableSteps(steps.clustered), reason
 

@@ -14,9 +14,16 @@ import mlx.core as mx
 import numpy as np
 
 from .adjustment import Adjustment
-from .backend import PORTABLE, check_dense_rows, check_kernels, choose_backend, make_steps
+from .backend import (
+    PORTABLE,
+    check_dense_rows,
+    check_kernels,
+    choose_backend,
+    make_steps,
+    without_kernels,
+)
 from .clustered import Centroids, ClusteredRows
-from .draw import Draws, gpu_is_default
+from .draw import Draws, DrawSettings, gpu_is_default
 from .kernels import MetalSteps
 from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
@@ -77,7 +84,7 @@ class FlashHead:
         self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
         self._verified = True  # whether a plain call is the dense head's
         self._draw_temperature: float | None = None
-        # whether the steps of a proposal are traced once, not made anew for each token
+        # whether the steps of a proposal may be traced once, not made anew for each token
         self._traces = True
         self._functions: dict[Any, Callable[..., tuple[mx.array, ...]]] = {}  # of proposals
         # makes the logits of calls that nobody intercepts
@@ -178,6 +185,19 @@ class FlashHead:
             self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
         if rows is not None and gpu_is_default():
             check_dense_rows(self.steps, rows, dtype)
+
+    def fall_back(self, trouble: str) -> None:
+        """Takes MLX's operations from now on, because of ``trouble`` with the kernels.
+
+        Raises:
+            ValueError: If the backend "metal" was requested by name.
+        """
+        gathers_rows = self.steps.gathers_rows
+        self.steps, self.backend_reason = without_kernels(
+            self.steps, self._requested_backend, trouble
+        )
+        self.steps.gathers_rows = gathers_rows
+        self._requested_backend = PORTABLE
 
     def applies(self, logit_map: LogitMap, dtype: mx.Dtype) -> bool:
         """Returns whether the steps map logits of ``dtype`` as MLX's operations do.
@@ -366,7 +386,10 @@ class FlashHead:
         if adjustment is not None:
             n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)
         how = (n_probes, depth, full, logit_map, adjustment, allowed)
-        if full or not self._traces:
+        plain = draws is None and adjustment is None and allowed is None
+        # MLX would join operations that are no kernels of ours, and compile what it has joined: a
+        # CPU takes a second for each of some 30 texts. So only those that most proposals need.
+        if full or not (self._traces and (plain or isinstance(self.steps, MetalSteps))):
             return self._proposal(hidden, draws, *how)
         function = self._traced(n_probes, depth, draws, logit_map, adjustment, allowed is not None)
         try:
@@ -393,6 +416,9 @@ class FlashHead:
         """The steps of proposals of one kind as a function of arrays, which MLX traces once."""
         rows = None if draws is None else draws.steps
         most = None if adjustment is None else adjustment.most_occurrences
+        if isinstance(self.steps, MetalSteps):  # which read all settings from arrays
+            rows = None if rows is None else (DrawSettings(temperature=1.0),) * len(rows)
+            most = None if most is None else 0
         gathers = self.steps.gathers_rows
         key = (self.steps, self.risk, gathers, n_probes, depth, rows, logit_map, most, masked)
         if key in self._functions:

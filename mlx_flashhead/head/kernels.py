@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import numpy as np
 
 from . import kernel_text as text
 from .adjustment import ADJUST_HEAD, Adjustment
@@ -249,13 +250,13 @@ class MetalSteps(PortableSteps):
         logits, probes = candidates.logits, selection.probes
         n_positions, n_held = probes.shape
         ids = self.clustered.token_ids
-        no_words, no_mask = self._nothing_changed(n_positions)
         if adjustment is None:
-            words = no_words
-            latest = mx.full((max(n_positions, HELD),), self.clustered.vocab_size, mx.uint32)
+            words, latest = _nothing_changed(n_positions, self.clustered.vocab_size)
         else:
             words, latest = adjustment.words, held(adjustment.latest)
-        mask = no_mask if allowed is None else held(allowed).reshape(-1, allowed.shape[-1])
+        mask = _no_mask(self.clustered.vocab_size)
+        if allowed is not None:
+            mask = held(allowed).reshape(-1, allowed.shape[-1])
         results = (logits.shape, logits.dtype), ((n_positions, n_held), mx.float32)
         logits, best = self._adjust(
             [probes, ids, logits, words, latest, mask],
@@ -265,16 +266,6 @@ class MetalSteps(PortableSteps):
             T=logits.dtype,
         )
         return Candidates(logits, best)
-
-    def _nothing_changed(self, n_positions: int) -> tuple[mx.array, mx.array]:
-        """Returns words of an adjustment that changes nothing, and of no mask.
-
-        They are at least 8, since MLX passes fewer in another address space, to another kernel.
-        """
-        n_rows = max(n_positions, MIN_PROBES)
-        n_mask_words = -(-self.clustered.vocab_size // 32)
-        words = mx.zeros((n_rows, ADJUST_HEAD), mx.uint32)
-        return words, mx.zeros((1, n_mask_words + MIN_PROBES), mx.uint32)
 
     def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
         """Expands scores (R, C) float32 to full logits (R, V) of the candidates' dtype."""
@@ -469,3 +460,21 @@ def _greedy_draws(n_positions: int) -> list[mx.array]:
     n_rows = max(n_positions, MIN_PROBES)
     counts = mx.array([[0] * 2] * n_rows, mx.uint32)
     return [mx.array([[0.0] * 3] * n_rows), counts, counts]
+
+
+# What a text without biases or without a mask gives a kernel: arrays that exist, so that no token
+# fills them, and none of fewer than 8 elements.
+
+
+@cache
+def _nothing_changed(n_positions: int, vocab_size: int) -> tuple[mx.array, mx.array]:
+    """The words of an adjustment that changes nothing, and the latest tokens that it has not."""
+    n_rows = max(n_positions, HELD)
+    words = np.zeros((n_rows, ADJUST_HEAD), np.uint32)
+    return mx.array(words), mx.array(np.full(n_rows, vocab_size, np.uint32))
+
+
+@cache
+def _no_mask(vocab_size: int) -> mx.array:
+    """A mask (1, …) of another length than one that rules tokens out."""
+    return mx.array(np.zeros((1, -(-vocab_size // 32) + HELD), np.uint32))

@@ -19,6 +19,7 @@ import mlx.nn as nn
 
 from ..common.new_folder import new_file
 from ..decoding.policy import DecodingPolicy, policy_of
+from ..decoding.rehearsal import rehearse
 from ..decoding.rounding import measure_rounding
 from ..decoding.tuning import Tuning, is_busy, least_gain, tune
 from ..head.flash_head import FlashHead
@@ -82,6 +83,7 @@ def _prepare(model: nn.Module, head: FlashHead) -> None:
     if isinstance(change, LogitMap) and not change.identity:
         head.check_kernels(dtype, logit_map=change)
     measure_rounding(head, dtype)
+    rehearse(model)
 
 
 def tune_head(

@@ -10,9 +10,11 @@ import pytest
 
 from kernel_cases import kernels, make_centroids, make_clustered, make_rows, on_gpu, plain_clusters
 from mlx_flashhead.head import kernels as kernels_module
+from mlx_flashhead.head.adjustment import Adjustment, ChangedTokens
 from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.head.logit_map import LogitMap
 from mlx_flashhead.head.proposal import Proposal, Tolerance
 from mlx_flashhead.index.settings import FlashHeadConfig
 from tiny_models import random_clusters
@@ -63,6 +65,28 @@ class TestGraph:
             found = self.primitives(function, hidden)
             assert found.pop("CustomKernel") == 4
             assert set(found) <= {"Reshape", "Slice"}, found  # views
+
+    @pytest.mark.parametrize("softcap", [0.0, 30.0])
+    @pytest.mark.parametrize("penalties, masked", [(True, False), (False, True), (True, True)])
+    def test_penalties_and_masks_add_at_most_three(self, monkeypatch, penalties, masked, softcap):
+        """One kernel, and copies of what is short. Other settings are the same trace."""
+        head = self.head(monkeypatch, mx.bfloat16, 4)
+        monkeypatch.setattr(mx, "contiguous", lambda array: -array)  # which no export knows
+        hidden = mx.zeros((1, 128), mx.bfloat16)
+        allowed = mx.full((1, 5), 7, mx.uint32) if masked else None
+        change = None
+        for top_k, occurrences in ((0, 1), (5, 1), (7, 9)):
+            if penalties:
+                tokens = ChangedTokens(frequency=0.1, occurrences={4: occurrences})
+                change = Adjustment.of([tokens], mx.zeros(1, mx.uint32), 157)
+            draws = Draws.of([(DrawSettings(1.0, top_k=top_k), (1, 2))])
+            how = {"adjustment": change, "allowed": allowed, "logit_map": LogitMap(cap=softcap)}
+            mx.eval(draws.held, *(each for each in (change, allowed) if each is not None))
+            found = self.primitives(lambda h: list(head.propose(h, draws, **how)[1:5]), hidden)  # noqa: B023
+            assert found.pop("CustomKernel") == 5
+            assert found.pop("Negative") == penalties + masked
+            assert set(found) <= {"Reshape", "Slice", "Broadcast", "ExpandDims"}, found  # views
+        assert len(head._functions) == 1
 
     @pytest.mark.parametrize("draws", [None, Draws.of([(DrawSettings(1.0, 0.9), (1, 2))] * 32)])
     def test_a_verification_is_three_kernels_beside_the_product(self, monkeypatch, draws):

@@ -1,0 +1,86 @@
+"""Whatever a text can ask for has been compiled, and has failed, before the first text."""
+
+import mlx.core as mx
+import pytest
+
+from flash_loops import PROMPT, flash_of
+from kernel_cases import kernels, on_gpu
+from mlx_flashhead import make_sampler
+from mlx_flashhead.decoding import rehearsal
+from mlx_flashhead.decoding.rehearsal import kinds, rehearse
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.kernels import MetalSteps
+from tiny_models import tiny_model
+
+emulator_only = pytest.mark.skipif(on_gpu(), reason="texts are counted on the emulator")
+
+
+def make_flash(**options):
+    return flash_of(tiny_model(num_hidden_layers=1, **options))
+
+
+@emulator_only
+def test_it_finds_every_kernel_compiled(monkeypatch):
+    """Proposals, joins, tolerances, screens and doubts of all kinds, one text and several."""
+    proposals, of_proposal = [], FlashHead.propose
+    monkeypatch.setattr(
+        FlashHead,
+        "propose",
+        lambda head, hidden, *given, **named: (
+            proposals.append((len(hidden), named["full"]))
+            or of_proposal(head, hidden, *given, **named)
+        ),
+    )
+    monkeypatch.setattr(rehearsal, "MANY", 9)
+    with kernels(check=False) as emulator:
+        flash = make_flash(dtype=mx.bfloat16, bits=4)
+        built = set(emulator.built)
+        emulator.dispatches.clear()
+        rehearse(flash.model)
+        assert flash.head.backend == "metal" and emulator.built == built
+        found = {dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches}
+    steps = {"route", "select", "select_forced", "select_words", "score", "sample", "adjust"}
+    assert found >= steps | {"expand", "join", "tolerance", "screen", "certain"}
+    assert {n for n, _ in proposals} == {1, *rehearsal.TOGETHER}
+    assert {full for _, full in proposals} == {True, False}
+
+
+@emulator_only
+@pytest.mark.parametrize("kind, method", [("penalties", "adjust"), ("the likeliest", "screen")])
+def test_what_fails_there_is_named_and_replaced(monkeypatch, caplog, kind, method):
+    """The text after it has no kernels, and is the dense model's."""
+
+    def fails(*_, **__):
+        raise RuntimeError("Unable to build metal library from source")
+
+    with kernels(check=False):
+        flash = make_flash(dtype=mx.bfloat16, bits=4)
+        monkeypatch.setattr(MetalSteps, method, fails)
+        rehearse(flash.model)
+        assert flash.head.backend == "mlx"
+        said = flash.head.backend_reason
+        assert f"the steps of text with {kind}" in said and "Unable to build" in said
+        assert [record.getMessage() for record in caplog.records] == [said]
+    flash.checked({"temp": 0.8, "top_p": 0.9, "seed": 1}, max_tokens=12)
+
+
+def test_without_kernels_only_the_likeliest_tokens_are_traced():
+    """MLX joins operations that it traces, and a CPU compiles each text of them for a second."""
+    flash = make_flash()
+    traced = flash.head._functions
+    rehearse(flash.model)
+    assert len(traced) == 1
+    flash.tokens(sampler=make_sampler(temp=0.8, top_p=0.9, seed=1), max_tokens=8)
+    *_, both = kinds(flash.head.vocab_size)
+    flash.tokens(logits_processors=list(both.processors), max_tokens=8)
+    assert len(traced) == 1
+
+
+def test_it_leaves_the_random_state_and_the_text_alone():
+    flash = make_flash()
+    expected = flash.tokens(prompt=PROMPT)
+    mx.random.seed(3)
+    before = mx.random.state[0].tolist()
+    rehearse(flash.model)
+    assert mx.random.state[0].tolist() == before
+    assert flash.tokens(prompt=PROMPT) == expected

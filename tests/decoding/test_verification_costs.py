@@ -1,0 +1,107 @@
+"""What a verification dispatches to a GPU, through the loop's own code, in MLX's own graph.
+
+Exporting records custom kernels on a machine without Metal, too.
+"""
+
+from collections import Counter
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import apple_estimates
+from flash_loops import flash_of
+from mlx_flashhead.decoding import verification
+from mlx_flashhead.decoding.caches import Snapshot
+from mlx_flashhead.decoding.proposer import Proposer
+from mlx_flashhead.decoding.rehearsal import kinds
+from mlx_flashhead.decoding.rounding import Rounding
+from mlx_flashhead.decoding.schedule import JOINED
+from mlx_flashhead.decoding.sequence import PendingToken, Sequence
+from mlx_flashhead.decoding.verification import Verification, join
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.proposal import Proposal
+from tiny_models import tiny_model
+
+N_PROBES = 12
+VIEWS = ("Slice", "Reshape", "Squeeze", "ExpandDims", "Broadcast", "Transpose", "Flatten")
+KINDS = [
+    "the likeliest tokens",
+    "a temperature",
+    "top-p, min-p and top-k",
+    "penalties",
+    "a grammar",
+    "penalties and a grammar",
+]
+ARCHITECTURES = ["llama", "gemma2"]  # gemma2 has a softcap
+BOUNDS = {"exact": 0.0, "rounded": 1e-4}  # of scored logits, as on MLX's kernels or on others
+
+
+@pytest.fixture(scope="module")
+def flashes():
+    """Models whose heads are on kernels that nothing runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_FLASHHEAD_BACKEND", "metal")
+        patch.setattr(mx.metal, "is_available", lambda: True)
+        patch.setattr(FlashHead, "check_kernels", lambda *_: None)
+        made = {
+            arch: flash_of(tiny_model(arch, dtype=mx.bfloat16, bits=4, num_hidden_layers=1))
+            for arch in ARCHITECTURES
+        }
+        for flash in made.values():
+            assert flash.head.backend == "metal"
+            patch.setattr(flash.head, "applies", lambda *_: True)
+            mx.eval(flash.head.arrays())
+        yield made
+
+
+def dispatches(flash, kind, k: int) -> Counter:
+    """The kernels of a verification of ``k`` tokens, and of the joins while they wait."""
+    head, proposer = flash.head, Proposer(flash.model)
+    n_words = -(-head.vocab_size // 32)
+
+    def verify(hidden, probes, logits):
+        text = Sequence(kind.sampler, kind.processors, mx.array([0, 1, 0, 1]))
+        text.begin_verified(Snapshot(0, [], [], []))
+        masked = text.changes is not None and text.changes.mask is not None
+        allowed = np.full(n_words, 7, np.uint32) if masked else None
+        unjoined = []
+        for i in range(k):
+            row = slice(i, i + 1)
+            proposal = Proposal(hidden[row], None, probes[row], logits[row], None, None)
+            pending = PendingToken(proposal, token=1, allowed=allowed)
+            text.pending.append(pending)
+            unjoined.append(pending)
+            if len(unjoined) == JOINED and i + 1 < k:
+                join(head, unjoined)
+                unjoined = []
+        return [Verification(proposer, [text], [None])._certain]
+
+    states = mx.zeros((k, head.hidden_size), mx.bfloat16), mx.zeros((k, N_PROBES), mx.uint32)
+    logits = mx.zeros((k, N_PROBES, head.cluster_size), mx.bfloat16)
+    events = []
+    mx.export_function(events.append, verify, *states, logits)
+    found = Counter(event["name"] for event in events if event["type"] == "primitive")
+    return Counter({name: n for name, n in found.items() if name not in VIEWS})
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("k", [8, 32])
+@pytest.mark.parametrize("scored", BOUNDS.values(), ids=BOUNDS)
+def test_as_many_as_the_estimates_count(flashes, monkeypatch, name, k, arch, scored):
+    """The product, its bounds, screen and certain, and a join for each 7 tokens."""
+    flash = flashes[arch]
+    kind = next(kind for kind in kinds(flash.head.vocab_size) if kind.name == name)
+    rounding = Rounding(2.0**-7, longest=1.0, product=1e-3, scored=scored)
+    monkeypatch.setattr(verification, "rounding_of", lambda *_: rounding)
+    monkeypatch.setattr(mx, "async_eval", lambda *_: None)
+    monkeypatch.setattr(mx, "contiguous", lambda array: -array)  # which no export knows
+    found = dispatches(flash, kind, k)
+    n_joins = -(-k // apple_estimates.JOINED)
+    assert apple_estimates.JOINED == JOINED
+    n_bounds = sum(found.values()) - n_joins - apple_estimates.VERIFY_LAUNCHES
+    if "penalties" in name and scored:  # what the penalties make of bounds that are not zero
+        assert 0 < n_bounds <= 12
+    else:
+        assert n_bounds == 0 and found == {"QuantizedMatmul": 1, "CustomKernel": 3 + n_joins}
