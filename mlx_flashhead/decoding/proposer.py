@@ -248,11 +248,13 @@ class Proposer:
             return None
         vocab_size = self.head.vocab_size
         counted = [s is None or s.n_read == len(s.pending) for s in sequences]
+        some = any(counted)
         if latest is None or all(counted):
             latest = None
-        elif any(counted):
+            some = False
+        elif some:
             latest = mx.where(mx.array(counted), vocab_size, latest)
-        return Adjustment.of(changes, latest, vocab_size)
+        return Adjustment.of(changes, latest, vocab_size, all_latest=not some)
 
     def _mask(self, sequence: Sequence) -> np.ndarray | None:
         """Returns what a mask of the sequence allows at its next place.

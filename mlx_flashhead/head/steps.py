@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 from . import inverse_cdf
-from .adjustment import Adjustment, adjusted_logits, changed_clusters
-from .clustered import ALWAYS_PROBED, ClusteredRows, in_token_order
+from .adjustment import Adjustment, adjusted_logits, probed_for
+from .clustered import ClusteredRows, in_token_order
 from .dense_kernels import dense_ranges
 from .draw import Draws, draw, noise
 from .logit_map import IDENTITY, LogitMap
@@ -250,11 +250,7 @@ class PortableSteps:
             mass: Whether the mass of the clusters that are left is wanted, which draws look at.
         """
         if adjustment is not None:
-            more = mx.zeros((len(scores), 1))  # of rows with fewer tokens
-            padded = mx.concatenate([scores, more], axis=-1)
-            clusters = changed_clusters(adjustment, self.clustered)
-            always = mx.array(ALWAYS_PROBED, mx.float32)
-            scores = mx.put_along_axis(padded, clusters, always, axis=-1)[:, :-1]
+            scores = probed_for(scores, adjustment, self.clustered)
         n_left = scores.shape[-1] - n_probes
         if n_left > 0:  # in the place before the probes is the best of the others
             order = mx.argpartition(scores, kth=n_left - 1, axis=-1)

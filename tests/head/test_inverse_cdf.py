@@ -151,9 +151,7 @@ def test_rows_that_draw_by_noise_are_as_alone():
     ids = steps.clustered.token_ids[proposal.probes].flatten(1)
     noisy = Draws.of([(by_noise, position_key(4, 0))])
     token = draw(proposal.logits.flatten(1), noise(noisy.keys, ids), noisy, ids)
-    both = Draws.of(
-        [(SETTINGS[2], tuple(draws.keys[0].tolist())), (by_noise, position_key(4, 0))]
-    )
+    both = Draws.of([(SETTINGS[2], tuple(draws.keys[0].tolist())), (by_noise, position_key(4, 0))])
     twice = Proposal(*(mx.concatenate([each, each]) for each in proposal[:5]), None)
     twice = twice._replace(tokens=mx.concatenate([proposal.tokens, token]))
     tolerances = Tolerance(*(mx.concatenate([each, each]) for each in tolerance[:2]))
