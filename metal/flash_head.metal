@@ -36,6 +36,10 @@
 // screen   256*ceil(C/1024) x k           256               3         logits of all slots, probes
 // certain  512 x k                        512               1 or 2    the scored logits once or twice
 // join     2048 x k                       256               0         what it copies, from 8 sources
+// adjust   256*ceil(S/256) x R            256               0         the scored logits, ids, words
+// tolerance 256 x k                       256               1         hidden
+// lowest_kept 512 x R                     512               11 to 18  the logits twice, and once a digit
+// map      256*ceil(n/256)                256               0         values
 //
 // H is 1 or 4: the number of positions that share one reading of the centroids. Grids consist of
 // whole threadgroups.
@@ -126,6 +130,34 @@ template <int C, int N>
       depth, probes, unscored, histogram, shared, sums, group.y, thread_id, simdgroup, lane);
 }
 
+// select for texts with biases and penalties, whose tokens' clusters are probed in any case.
+template <int C, int N, int V>
+[[kernel, max_total_threads_per_threadgroup(512)]] void flash_head_select_forced(
+    const device float* scores [[buffer(0)]],
+    const device uint* adjustment [[buffer(1)]],
+    const device uint* latest [[buffer(2)]],
+    const device uint* slot_of [[buffer(3)]],
+    constant uint& n_probes [[buffer(4)]],
+    constant float& depth [[buffer(5)]],
+    device uint* probes [[buffer(6)]],
+    device float* unscored [[buffer(7)]],
+    constant uint& n_words [[buffer(8)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint thread_id [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup atomic<uint> marks[(C + 31) / 32];
+  threadgroup atomic<uint> histogram[flash_head::SELECT_BINS];
+  threadgroup uint shared[flash_head::SELECT_SHARED];
+  threadgroup float sums[flash_head::ROW_SUMS];
+  flash_head::select_probes<C, N, NoMap<float>>(
+      scores, flash_head::NoWords{},
+      flash_head::mark_clusters<C, N>(
+          adjustment, latest, slot_of, marks, n_words, V, group.y, thread_id),
+      n_probes, depth, probes, unscored, histogram, shared, sums, group.y, thread_id, simdgroup,
+      lane);
+}
+
 template <typename T, int D, int N, int V, bool PADDED, int WORDS>
 [[kernel]] void flash_head_score(
     const device T* hidden [[buffer(0)]],
@@ -190,9 +222,113 @@ template <typename T, int N, int V>
       shared, sums, held, group.y, thread_id, simdgroup, lane);
 }
 
-// The verification of k proposals, by the logits of all slots.
+// The scored logits after biases and penalties, and a mask.
+template <typename T, int N, int V>
+[[kernel]] void flash_head_adjust(
+    const device uint* probes [[buffer(0)]],
+    const device uint* token_ids [[buffer(1)]],
+    const device T* logits [[buffer(2)]],
+    const device uint* adjustment [[buffer(3)]],
+    const device uint* latest [[buffer(4)]],
+    const device uint* allowed [[buffer(5)]],
+    device T* changed [[buffer(6)]],
+    device float* best [[buffer(7)]],
+    constant uint& held [[buffer(8)]],
+    constant uint& n_words [[buffer(9)]],
+    constant uint& n_mask_words [[buffer(10)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint3 thread_position [[thread_position_in_grid]]) {
+  flash_head::adjust<N, V, T>(
+      probes, token_ids, logits, adjustment, latest, allowed, changed, best, held, n_words,
+      n_mask_words, group.y, thread_position.x);
+}
 
-template <typename T, int V, int C, int N>
+// The lowest logit that filters keep, of a row of all tokens.
+[[kernel, max_total_threads_per_threadgroup(512)]] void flash_head_lowest_kept(
+    const device float* logits [[buffer(0)]],
+    const device float* settings [[buffer(1)]],
+    const device uint* top_k [[buffer(2)]],
+    const device float* log_total [[buffer(3)]],
+    device float* kept [[buffer(4)]],
+    constant uint& n_logits [[buffer(5)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint thread_id [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
+  threadgroup uint shared[flash_head::SAMPLE_SHARED];
+  threadgroup float sums[flash_head::ROW_SUMS];
+  flash_head::lowest_kept(
+      logits, settings, top_k, log_total, kept, histogram, shared, sums, n_logits, group.y,
+      thread_id, simdgroup, lane);
+}
+
+// What a model makes of each logit: here a softcap of 30.
+template <typename T>
+[[kernel]] void flash_head_map(
+    const device T* values [[buffer(0)]],
+    device T* mapped [[buffer(1)]],
+    constant uint& n [[buffer(2)]],
+    uint3 thread_position [[thread_position_in_grid]]) {
+  flash_head::map_values<flash_head::LogitMap<T, 0, 0, 0x41f00000>>(
+      values, mapped, n, thread_position.x);
+}
+
+// The verification of k proposals, by the logits of all slots: their states side by side, how far
+// their logits may be off, and two kernels that judge them.
+
+#define FLASH_HEAD_SOURCE(i, a, b, c)             \
+  const device T* hidden_##i [[buffer(a)]],       \
+  const device uint* probes_##i [[buffer(b)]],    \
+  const device T* logits_##i [[buffer(c)]],
+
+#define FLASH_HEAD_COPY(i)                                                               \
+  case i:                                                                                \
+    flash_head::copy_row(hidden_##i, from, hidden, row, D, first, step);                 \
+    flash_head::copy_row(probes_##i, from, probes, row, held, first, step);              \
+    flash_head::copy_row(logits_##i, from, logits, row, held * N, first, step);          \
+    break;
+
+template <typename T, int D, int N>
+[[kernel]] void flash_head_join(
+    FLASH_HEAD_SOURCE(0, 0, 1, 2) FLASH_HEAD_SOURCE(1, 3, 4, 5)
+    FLASH_HEAD_SOURCE(2, 6, 7, 8) FLASH_HEAD_SOURCE(3, 9, 10, 11)
+    FLASH_HEAD_SOURCE(4, 12, 13, 14) FLASH_HEAD_SOURCE(5, 15, 16, 17)
+    FLASH_HEAD_SOURCE(6, 18, 19, 20) FLASH_HEAD_SOURCE(7, 21, 22, 23)
+    const device uint* rows [[buffer(24)]],
+    device T* hidden [[buffer(25)]],
+    device uint* probes [[buffer(26)]],
+    device T* logits [[buffer(27)]],
+    constant uint& held [[buffer(28)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint3 thread_position [[thread_position_in_grid]],
+    uint3 threads [[threads_per_grid]]) {
+  const uint row = group.y;
+  const uint from = rows[2 * row + 1];
+  const uint first = thread_position.x;
+  const uint step = threads.x;
+  switch (rows[2 * row]) {
+    FLASH_HEAD_COPY(0) FLASH_HEAD_COPY(1) FLASH_HEAD_COPY(2) FLASH_HEAD_COPY(3)
+    FLASH_HEAD_COPY(4) FLASH_HEAD_COPY(5) FLASH_HEAD_COPY(6) FLASH_HEAD_COPY(7)
+  }
+}
+
+template <typename T, int D>
+[[kernel]] void flash_head_tolerance(
+    const device T* hidden [[buffer(0)]],
+    constant float* shares [[buffer(1)]],
+    device float* product [[buffer(2)]],
+    device float* scored [[buffer(3)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint thread_id [[thread_index_in_threadgroup]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup float shared[flash_head::WIDE_SIMDGROUPS];
+  flash_head::tolerance<D>(
+      hidden, shares, product, scored, shared, group.y, thread_id, simdgroup, lane);
+}
+
+template <typename T, int V, int C, int N, bool MASKED>
 [[kernel]] void flash_head_screen(
     const device T* slots [[buffer(0)]],
     const device uint* probes [[buffer(1)]],
@@ -205,8 +341,9 @@ template <typename T, int V, int C, int N>
     const device float* room [[buffer(8)]],
     const device float* scored_room [[buffer(9)]],
     constant float& relative [[buffer(10)]],
-    device float* parts [[buffer(11)]],
-    constant uint& held [[buffer(12)]],
+    const device uint* allowed [[buffer(11)]],
+    device float* parts [[buffer(12)]],
+    constant uint& held [[buffer(13)]],
     uint3 groups [[threadgroups_per_grid]],
     uint3 group [[threadgroup_position_in_grid]],
     uint thread_id [[thread_index_in_threadgroup]],
@@ -215,9 +352,9 @@ template <typename T, int V, int C, int N>
   threadgroup atomic<uint> marks[flash_head::SCREEN_CLUSTERS / 32];
   threadgroup uint place[1];
   threadgroup float shared[flash_head::TALLY * flash_head::WIDE_SIMDGROUPS];
-  flash_head::screen<C, N, V, false, false, NoMap<T>>(
+  flash_head::screen<C, N, V, false, MASKED, NoMap<T>>(
       slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, relative,
-      token_ids, parts, marks, place, shared, held, groups.x, group, thread_id, simdgroup, lane);
+      allowed, parts, marks, place, shared, held, groups.x, group, thread_id, simdgroup, lane);
 }
 
 template <typename T, int V, int N>
@@ -259,7 +396,12 @@ template <typename T, int V, int N>
   FLASH_HEAD_KERNEL(name, "flash_head_select_words", flash_head_select_words<V / 16, 16>)       \
   FLASH_HEAD_KERNEL(name, "flash_head_score", flash_head_score<T, D, 16, V, false, WORDS>)    \
   FLASH_HEAD_KERNEL(name, "flash_head_sample", flash_head_sample<T, 16, V>)                   \
-  FLASH_HEAD_KERNEL(name, "flash_head_screen", flash_head_screen<T, V, V / 16, 16>)           \
+  FLASH_HEAD_KERNEL(name, "flash_head_select_forced", flash_head_select_forced<V / 16, 16, V>)  \
+  FLASH_HEAD_KERNEL(name, "flash_head_adjust", flash_head_adjust<T, 16, V>)                   \
+  FLASH_HEAD_KERNEL(name, "flash_head_join", flash_head_join<T, D, 16>)                       \
+  FLASH_HEAD_KERNEL(name, "flash_head_tolerance", flash_head_tolerance<T, D>)                 \
+  FLASH_HEAD_KERNEL(name, "flash_head_screen", flash_head_screen<T, V, V / 16, 16, false>)    \
+  FLASH_HEAD_KERNEL(name, "flash_head_screen_masked", flash_head_screen<T, V, V / 16, 16, true>) \
   FLASH_HEAD_KERNEL(name, "flash_head_certain", flash_head_certain<T, V, 16>)                 \
   FLASH_HEAD_KERNEL(name, "flash_head_expand", flash_head_expand<T, V, V / 16, 16>)
 
@@ -267,3 +409,5 @@ FLASH_HEAD_KERNELS("llama_3_2_1b", bfloat16_t, 128256, 2048, 2)
 FLASH_HEAD_KERNELS("qwen3_0_6b", bfloat16_t, 151936, 1024, 2)
 FLASH_HEAD_KERNELS("gemma_3_270m", bfloat16_t, 262144, 640, 1)
 FLASH_HEAD_KERNELS("smollm2_135m", bfloat16_t, 49152, 576, 1)
+
+FLASH_HEAD_KERNEL("softcap_30", "flash_head_map", flash_head_map<bfloat16_t>)

@@ -16,6 +16,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Programs that a test starts see this checkout. Nothing asks the Hub, but the tests' own one.
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 os.environ["HF_HUB_OFFLINE"] = "1"
+# On a CPU MLX starts a C++ compiler for each formula of `mx.compile` that is new on the machine,
+# which takes a second. Only tests marked `compiled` do so there, and no program that a test starts.
+if sys.platform != "darwin":
+    os.environ["MLX_DISABLE_COMPILE"] = "1"
 
 # A script in the background ignores Ctrl-C, and so would every program that a test starts and
 # interrupts: they inherit it.
@@ -23,6 +27,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import huggingface_hub
+import mlx.core as mx
 import pytest
 from filelock import FileLock
 
@@ -97,6 +102,20 @@ def _nothing_is_tuned() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_FLASHHEAD_TUNING", "off")  # of programs that the tests start, too
         yield
+
+
+@pytest.fixture(autouse=True)
+def _compiled(request) -> Iterator[None]:
+    """Tests with the mark `compiled` run `mx.compile` as users do, on every machine."""
+    if (
+        "MLX_DISABLE_COMPILE" not in os.environ
+        or request.node.get_closest_marker("compiled") is None
+    ):
+        yield
+        return
+    mx.enable_compile()
+    yield
+    mx.disable_compile()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from mlx_flashhead.benchmarks.agreement import measure_agreement
 from mlx_flashhead.conversion.calibration import read_text
 from mlx_flashhead.decoding.policy import policy_of
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.compiled]
 
 TEXT = Path(__file__).parent / "data" / "heldout.txt"
 PROMPT = "The capital of France is"

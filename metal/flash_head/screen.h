@@ -12,7 +12,7 @@
 // holds for it. It is enough to look at the highest such rival. Unscored mass above it counts down to
 // a cut, which few rivals exceed: LIKELY_NOISE says how much noise it takes to be one below it.
 // With a mask (MASKED), a token whose bit of `allowed` is 0 does not exist. It is looked up for tokens
-// within NEGLIGIBLE nats of the proposed one alone: all others together have less than MASS_ROOM of it.
+// within NEGLIGIBLE nats of the proposed one alone: all others together have less than MASS_MARGIN of it.
 //
 // screen reads the slots once: one threadgroup takes SCREEN_CLUSTERS clusters of a state, marks those
 // that were scored by a bit each, and writes what certain adds up (TALLIED values):
@@ -27,8 +27,8 @@
 namespace flash_head {
 
 constant constexpr float LOWEST = -3.4028235e38f;
-constant constexpr float NOISE_ROOM = 1e-5f;   // two implementations of a logarithm differ
-constant constexpr float MASS_ROOM = 1e-4f;    // and the sums of many exponentials
+constant constexpr float NOISE_MARGIN = 1e-5f;   // two implementations of a logarithm differ
+constant constexpr float MASS_MARGIN = 1e-4f;    // and the sums of many exponentials
 constant constexpr float MOST_NATS = 80.0f;    // exp() of more is infinite
 constant constexpr float LIKELY_NOISE = 11.0f;  // one in e^11 tokens has more
 constant constexpr float NEGLIGIBLE = 30.0f;    // nats: a million tokens have e^-16 of the mass
@@ -120,7 +120,7 @@ inline Proposed make_proposed(
   if (proposed.scale != 0.0f) {
     const float noise = noise_of(token, proposed.key_0, proposed.key_1);
     const float noisy = proposed.lowest * proposed.scale + noise;
-    proposed.worst = noisy - NOISE_ROOM * max(1.0f, fabs(noisy));
+    proposed.worst = noisy - NOISE_MARGIN * max(1.0f, fabs(noisy));
     proposed.cut = (proposed.worst - LIKELY_NOISE) / proposed.scale;
   }
   return proposed;
@@ -406,8 +406,8 @@ inline void certain(
     const float n_top = float(top_k[state]);
     const float doubt = scored.doubt + share_off(own_off) + others.doubt;
     const float least =
-        top_p * (1.0f - MASS_ROOM) * max(scored_mass + others.mass - doubt, 0.0f);
-    const float most = top_p * (1.0f + MASS_ROOM) * (scored_mass + others.mass + doubt);
+        top_p * (1.0f - MASS_MARGIN) * max(scored_mass + others.mass - doubt, 0.0f);
+    const float most = top_p * (1.0f + MASS_MARGIN) * (scored_mass + others.mass + doubt);
     yes = (top_p >= 1.0f || scored.mass_above + others.mass_above < least) &&
         (n_top == 0.0f || scored.n_above + others.n_above < n_top) &&
         proposed.lowest >= max(scored_best, others_best) + log_min_p &&

@@ -14,6 +14,7 @@ import numpy as np
 from ..head.backend import logits_of_scores
 from ..head.dense_kernels import DenseKernel, dense_kernel, split_parts
 from ..head.flash_head import FlashHead
+from ..head.margins import FLOAT32, IN_16_BITS, MEASURED_TIMES, TF32, ULPS
 from ..head.matrix import Matrix
 from ..head.proposal import Tolerance
 from ..head.steps import PortableSteps
@@ -22,21 +23,10 @@ from ..models.cpu_products import numpy_is_faster, slot_products, to_mlx
 CLASSES = (1, 2, 4, 8, 16, 32)  # sizes of a product whose kernels and rounding are the same
 WORTH_A_THREAD = 10_000_000  # multiply-adds, a millisecond of work
 N_STATES = 3  # whose products are compared for the rounding
-ULPS = 2  # of the result's dtype: each of two values is rounded to the nearest
-MEASURED = 4  # times what was measured on a few states
-FLOAT32 = 2.0**-24  # half the spacing of float32, relative
-# Products of several float32 states on an M5 and later: its matrix units take TF32, which keeps ten
-# bits after the first. Rounded to the nearest each factor lies off by 2^-11, cut off by 2^-10. An
-# M1 to M4 has no such units. MLX uses them unless MLX_ENABLE_TF32 is 0.
-# Source: `is_nax_available` and `enable_tf32` in MLX's matmul.cpp and quantized.cpp.
-TF32 = 2.0**-9
+# An M1 to M4 has no matrix units that take TF32. Those of an M5 and later do so unless
+# MLX_ENABLE_TF32 is 0. Source: `is_nax_available` and `enable_tf32` in MLX's matmul.cpp.
 WITHOUT_TF32 = re.compile(r"applegpu_g1[0-6]")
 PIECE = 1024  # clusters whose rows are floats at once
-IN_16_BITS = 1e-6  # a larger spacing is one of 16 bits
-MASS_ROUNDING = 2e-4  # of a sum over all tokens, relative
-NOISE_ROUNDING = 1e-5  # of a noisy logit, absolute
-SMALLEST_FLOAT16 = 2.0**-24  # above 0
-SMALLEST_FLOAT32 = 2.0**-126  # normal above 0; bfloat16's, too
 
 
 class SlotProduct:
@@ -206,7 +196,7 @@ def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]
         if sums is not None:
             allowed = allowed + sums.tolerance(hidden[:N_STATES])[:, None]
         distance = mx.abs(values.astype(mx.float32) - alone.astype(mx.float32)) - allowed
-        return MEASURED * max(cast(float, mx.max(distance / (norms * longest)).item()), 0.0)
+        return MEASURED_TIMES * max(cast(float, mx.max(distance / (norms * longest)).item()), 0.0)
 
     in_float32 = 2 * (head.hidden_size + 1) * FLOAT32
     same = bool(mx.array_equal(scored, alone).item()) and (kernel is None or kernel.scored)

@@ -11,18 +11,18 @@ import mlx.core as mx
 from ..head.clustered import in_token_order
 from ..head.draw import Draws, DrawSettings, log_mass, noise_of_all, threshold
 from ..head.flash_head import FlashHead
+from ..head.margins import (
+    MASS_ROUNDING,
+    SMALLEST_FLOAT16,
+    SMALLEST_FLOAT32,
+    merging_distance,
+    noise_margin,
+)
 from ..head.proposal import Proposal, Tolerance
 from .changes import after_changes, mask_array
 from .proposer import Proposer
 from .random_state import Key
-from .rounding import (
-    MASS_ROUNDING,
-    NOISE_ROUNDING,
-    SMALLEST_FLOAT16,
-    SMALLEST_FLOAT32,
-    SlotProduct,
-    rounding_of,
-)
+from .rounding import SlotProduct, rounding_of
 from .sampler import Trust, normalized
 from .sequence import PendingToken, Sequence
 
@@ -249,7 +249,7 @@ def is_certain(
     own = ids == token
     if settings.greedy:
         rival = mx.max(mx.where(own, -mx.inf, high), axis=-1)
-        merged = (log_mass(high)[:, 0] - rival + 0.5) * epsilon  # rounding may merge two
+        merged = merging_distance(log_mass(high)[:, 0], rival, epsilon)
         return low[:, token] - rival > merged
     draws = Draws.of([(settings, position)])
     if mlx_key is not None:
@@ -271,7 +271,7 @@ def is_certain(
     if mlx_key is None:
         noisy = mx.where(own, unlikely, likely) + noise_of_all(draws.keys, len(ids))
         rival = mx.max(mx.where(own, -mx.inf, noisy), axis=-1)
-        return noisy[:, token] > rival + NOISE_ROUNDING * (1 + mx.abs(noisy[:, token]))
+        return noisy[:, token] > rival + noise_margin(noisy[:, token])
     # MLX draws by noise, or by where a uniform number falls in the cumulated probabilities. Either
     # way the draw is certain if it is the token for the three worst cases: all others as likely as
     # they may be, those of lower ids, and those of higher ids, the rest as unlikely as they may be.

@@ -7,7 +7,6 @@ import mlx.core as mx
 
 from .draw import log_mass
 
-MASS_ROOM = 1e-4  # sums of many exponentials differ, relative
 LOWEST = mx.finfo(mx.float32).min
 
 

@@ -12,14 +12,8 @@ import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import NO_MIN_P, Draws, log_mass, threshold
-from .interval import MASS_ROOM, Interval, Scored
-
-# An addition of floats loses at most half a unit of the sum's last place, and no more than is
-# added. MLX adds the weights, and so does what follows. Exponentials lie off by some units, too.
-SUM_ROUNDING = 2.0**-23
-EXP_UNITS = 64
-LOG_ROUNDING = 2e-4  # of log-probabilities in float32, by their log-sum-exp
-IN_16_BITS = 1e-6  # a larger spacing is one of 16 bits
+from .interval import Interval, Scored
+from .margins import EXP_UNITS, IN_16_BITS, MASS_MARGIN, MASS_ROUNDING, SUM_ROUNDING
 
 
 def drawn(
@@ -92,11 +86,11 @@ def is_certain(
     # Filters must leave out all tokens that were not scored.
     over = known.low > best_other
     mass_over = mx.where(over, mx.exp(known.low - most), 0).sum(axis=-1, keepdims=True)
-    dropped = (top_p < 1) & (mass_over >= top_p * (1 + MASS_ROOM))
+    dropped = (top_p < 1) & (mass_over >= top_p * (1 + MASS_MARGIN))
     dropped |= (top_k > 0) & (over.sum(axis=-1, keepdims=True) >= top_k)
     dropped |= best_other < mx.max(known.low, axis=-1, keepdims=True) + log_min_p
-    highest_cut = threshold(known.high, draws, least - MASS_ROOM)
-    lowest_cut = threshold(known.low, draws, most + MASS_ROOM)
+    highest_cut = threshold(known.high, draws, least - MASS_MARGIN)
+    lowest_cut = threshold(known.low, draws, most + MASS_MARGIN)
     # mlx-lm may leave out a token that equals the last of a top-k
     surely = mx.where(top_k > 0, known.low > highest_cut, known.low >= highest_cut)
     maybe = known.high >= lowest_cut
@@ -129,9 +123,9 @@ def _rounded(values: Interval, mass: mx.array, epsilon: float) -> Interval:
     That are log-probabilities, scaled, in the model's dtype.
     """
     if epsilon < IN_16_BITS:
-        return Interval(values.logits, values.off + LOG_ROUNDING)
+        return Interval(values.logits, values.off + MASS_ROUNDING)
     spacing = epsilon * (mx.abs(values.logits - mass) + 1)
-    return Interval(values.logits, values.off + spacing + LOG_ROUNDING)
+    return Interval(values.logits, values.off + spacing + MASS_ROUNDING)
 
 
 def _sums(at_least: mx.array, at_most: mx.array, ids: mx.array, tokens: mx.array) -> mx.array:

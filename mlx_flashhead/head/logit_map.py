@@ -12,10 +12,10 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
+from .margins import MAP_ULPS
+
 Function = Callable[[mx.array], mx.array]  # logits of any shape → as many
 
-# Spacings of float32 by which a tangent may fail to rise, or a kernel's may differ from MLX's.
-SLACK_ULPS = 8
 NEAR_CAP = 1 - 1e-6  # of a cap, above which its inverse is cut off
 HUGE = 1e30  # a logit at which a softcap is reached
 N_VALUES = 1 << 16  # on which a map is confirmed; in 16 bits these are all values
@@ -73,7 +73,7 @@ class LogitMap:
     def slack(self, dtype: mx.Dtype) -> float:
         """How far values of ``dtype`` may fail to rise, relative. In 16 bits all were looked at."""
         wide = self.result_dtype(dtype) == mx.float32
-        return SLACK_ULPS * mx.finfo(mx.float32).eps if wide and not self.identity else 0.0
+        return MAP_ULPS * mx.finfo(mx.float32).eps if wide and not self.identity else 0.0
 
     def rounding(self, dtype: mx.Dtype) -> float:
         """How far the roundings of two values of ``dtype`` may move them apart, relative."""

@@ -12,12 +12,11 @@ import mlx.core as mx
 from . import inverse_cdf
 from .clustered import ClusteredRows, in_token_order
 from .draw import Draws, log_mass, noise, noise_of_all
-from .interval import LOWEST, MASS_ROOM, Interval, Scored
+from .interval import LOWEST, Interval, Scored
 from .logit_map import LogitMap
+from .margins import IN_16_BITS, MASS_MARGIN, merging_distance, noise_margin
 from .proposal import Proposal, Screen, Tolerance
 
-# Two implementations of a logarithm differ, and sums of many exponentials do.
-NOISE_ROOM = 1e-5
 LIKELY_NOISE = 11.0  # one in e^11 tokens has more
 MOST_NATS = 80.0  # the exponential of more is infinite
 NEAREST = 1024  # clusters that were not scored, of whose tokens the noise is computed for filters
@@ -42,7 +41,7 @@ def screen(
     best_high = _highest(best, tolerance, logit_map, slots.dtype)
     unscored = _mapped(others, tolerance, logit_map)
     tail_low, tail_high = unscored.masses()
-    if epsilon > 1e-6 and logit_map.identity:
+    if epsilon > IN_16_BITS and logit_map.identity:
         bound = tail_high
     else:  # without a pass over all logits
         bound = best_high + mx.log(mx.array(clustered.vocab_size))
@@ -144,8 +143,8 @@ def _greedy_is_certain(
     """
     second_high = scored.second.high
     most = mx.logaddexp(log_mass(scored.all.logits), bound)
-    merged = (most - scored.second.logits + 0.5) * epsilon
-    merged_others = (most - best_high + 0.5) * epsilon
+    merged = merging_distance(most, scored.second.logits, epsilon)
+    merged_others = merging_distance(most, best_high, epsilon)
     above_scored = scored.own.low - second_high > merged
     return above_scored & (scored.own.low - best_high > merged_others)
 
@@ -200,13 +199,13 @@ def _noise_is_certain(
     # of the others their number times the best of them
     above = above + n_rivals * mx.exp(mx.minimum(best_high - own, MOST_NATS))
     n_above = (high > floor).sum(axis=-1, keepdims=True) + n_rivals
-    kept = (top_p >= 1) | (above < top_p * least * (1 - MASS_ROOM))
+    kept = (top_p >= 1) | (above < top_p * least * (1 - MASS_MARGIN))
     kept &= (top_k == 0) | (n_above < top_k)
     kept &= floor >= mx.maximum(scored.second.high, best_high) + log_min_p
 
     # the highest logit of those whose noisy logit may reach the token's
     worst = floor * inverse + noise(draws.keys, scored.tokens)
-    worst = worst - NOISE_ROOM * mx.maximum(1, mx.abs(worst))
+    worst = worst - noise_margin(worst)
     noisy = high * inverse + noise(draws.keys, scored.ids)
     rival = mx.max(mx.where(noisy >= worst, high, -mx.inf), axis=-1, keepdims=True)
     left, near_low = _unscored_rival(clustered, unscored, inverse, worst, draws)
@@ -219,7 +218,7 @@ def _noise_is_certain(
     cut = (worst - LIKELY_NOISE) / inverse
     near_over = mx.where(near_low > cut, mx.exp(near_low - own), 0).sum(axis=-1, keepdims=True)
     mass_over = mass_over + mx.where(rival <= cut, near_over, 0)
-    dropped = (top_p < 1) & (mass_over >= top_p * most * (1 + MASS_ROOM))
+    dropped = (top_p < 1) & (mass_over >= top_p * most * (1 + MASS_MARGIN))
     dropped |= (top_k > 0) & (over.sum(axis=-1, keepdims=True) >= top_k)
     dropped |= rival < mx.maximum(floor, scored.second.low) + log_min_p
     return kept & ((rival == -mx.inf) | dropped)

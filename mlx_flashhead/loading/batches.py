@@ -8,6 +8,7 @@ from functools import update_wrapper
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
+from ..common.command import sentence
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.policy import decoding_mode
 from ..models.compat import mlx_lm as compat
@@ -132,7 +133,10 @@ def batch_class(use_of: Callable[[Any], Use | None]) -> type:
                 self._flash_mode = decoding_mode(self.model)
                 if self._flash_mode == "verified":
                     self._flash_mode = CHANGED
-                    self._flash_begin()
+                    try:
+                        self._flash_begin()
+                    except Exception as error:  # mlx-lm's own would have decoded
+                        self._flash_mode = f"dense: {sentence(error)}".removesuffix(".")
             return self._flash_verified
 
         def _flash_begin(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial, wraps
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..common.command import printable, sentence
 from ..decoding.drafting import drafted_steps
@@ -19,7 +19,7 @@ from ..interop import libraries
 from ..interop.explanations import explain
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.fetch import hub_sentence, resolve
-from ..models.install import get_flash_head, is_recognised
+from ..models.install import detach, get_flash_head, is_recognised
 from ..models.origin import local_origin
 from ..models.vlm import architecture
 from .batches import batch_class
@@ -27,6 +27,8 @@ from .head_options import VARIABLE, HeadOptions
 from .load import attach_head
 from .sources import explicit_or_bundled_head
 from .use import Use
+
+Decision = TypeVar("Decision")
 
 ONLY_GREEDY = "dense: with mlx-vlm only greedy text is verified"
 
@@ -41,13 +43,12 @@ def patch_library(library: str) -> None:
     """
     try:
         patches = _patches()
-    except (ValueError, TypeError) as error:
+        if library == "mlx_lm":
+            libraries.patch_mlx_lm(patches.load, patches.load_model, patches.loop, patches.batches)
+        else:
+            libraries.patch_mlx_vlm(patches.load, patches.vlm_loop)
+    except Exception as error:  # whatever it is, the program goes on as without this package
         print(f"Without FlashHead: {sentence(error)}", file=sys.stderr)
-        return
-    if library == "mlx_lm":
-        libraries.patch_mlx_lm(patches.load, patches.load_model, patches.loop, patches.batches)
-    else:
-        libraries.patch_mlx_vlm(patches.load, patches.vlm_loop)
 
 
 @cache  # once per process
@@ -66,6 +67,7 @@ class _Patches:
         self, model: Any, tokenizer_of: Callable[[], Any], path: Any, revision: str | None = None
     ) -> None:
         options = self._options
+        before = get_flash_head(model)
         try:
             # mlx_vlm.generate names a revision of a folder too
             revision = None if Path(path).expanduser().is_dir() else revision
@@ -77,10 +79,23 @@ class _Patches:
             clusters = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
             options.say(f"With FlashHead: {name}, {clusters} scored per token.")
             head.project_calls(Use(name, options, head).project)
-        except (ValueError, OSError) as error:
-            if not self._warned:
-                options.say(f"Without FlashHead: {sentence(error)}")
-            self._warned = True
+        except Exception as error:  # whatever it is, the program goes on as without this package
+            self._say_without(error)
+            if get_flash_head(model) is not before:
+                detach(model)
+
+    def _say_without(self, error: Exception) -> None:
+        if not self._warned:
+            self._options.say(f"Without FlashHead: {sentence(error)}")
+        self._warned = True
+
+    def _decided(self, decide: Callable[..., Decision], *arguments: Any) -> Decision | None:
+        """What a function decides about a text; None, and a line, where it fails."""
+        try:
+            return decide(*arguments)
+        except Exception as error:  # the text is then decoded as without this package
+            self._say_without(error)
+            return None
 
     def _use_of(self, model: Any) -> Use | None:
         """What is said of a model's texts; None if it has no FlashHead that verifies."""
@@ -137,7 +152,7 @@ class _Patches:
                 options = dict(parameters.bind(*arguments, **named).arguments)
             except TypeError:  # mlx-lm has a sentence for it
                 options = None
-            loop = None if options is None else take(original, options)
+            loop = None if options is None else self._decided(take, original, options)
             yield from original(*arguments, **named) if loop is None else loop
 
         return steps
@@ -165,7 +180,7 @@ class _Patches:
 
     def batches(self, original: Any) -> Any:
         """mlx-lm's ``BatchGenerator``, which decides at its first use who decodes."""
-        return batch_class(self._use_of)
+        return batch_class(partial(self._decided, self._use_of))
 
     def vlm_loop(self, original: Any) -> Any:
         """mlx-vlm's loop of a text, verified where it is greedy."""
@@ -175,18 +190,24 @@ class _Patches:
             input_ids: Any, model: Any, pixel_values: Any, mask: Any, **named: Any
         ) -> Iterator[Any]:
             prompt = (input_ids, model, pixel_values, mask)
-            use = self._use_of(model)
-            if use is None:
-                yield from original(*prompt, **named)
-                return
-            mode = decoding_mode(model)
-            loop = None
-            if mode == "verified":
-                mode = ONLY_GREEDY
-                loop = vlm_steps(original, *prompt, named, use.announce)
-            yield from use.follow(original(*prompt, **named), mode) if loop is None else loop
+            loop = self._decided(self._vlm_steps, original, prompt, named)
+            yield from original(*prompt, **named) if loop is None else loop
 
         return steps
+
+    def _vlm_steps(
+        self, original: Any, prompt: tuple[Any, Any, Any, Any], named: dict[str, Any]
+    ) -> Iterator[Any] | None:
+        model = prompt[1]
+        use = self._use_of(model)
+        if use is None:
+            return None
+        mode = decoding_mode(model)
+        loop = None
+        if mode == "verified":
+            mode = ONLY_GREEDY
+            loop = vlm_steps(original, *prompt, named, use.announce)
+        return use.follow(original(*prompt, **named), mode) if loop is None else loop
 
 
 def _explain(error: Exception, name: str) -> None:

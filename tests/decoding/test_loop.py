@@ -39,7 +39,7 @@ def marked(processor, mark=preserves_margins):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("n_probes", [1, 3, 26])
+@pytest.mark.parametrize("n_probes", [1, pytest.param(3, marks=pytest.mark.compiled), 26])
 def test_every_sampler(flash, name, n_probes, misses):
     assert len(flash.checked(SAMPLERS[name], n_probes=n_probes)) == 40
     assert bool(misses) == (n_probes < 26 and name != "xtc")  # which is dense
@@ -208,6 +208,7 @@ def test_processes_that_share_a_model_take_the_same_steps(flash, forward_passes,
     assert steps[0] == steps[1]
 
 
+@pytest.mark.compiled
 def test_one_evaluation_a_token(flash, monkeypatch):
     """A token that the head has chosen is one command buffer: nothing else is launched, but for
     the verifications."""

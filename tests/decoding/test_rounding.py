@@ -12,13 +12,13 @@ from kernel_cases import make_rows
 from mlx_flashhead.decoding import batch, rounding
 from mlx_flashhead.decoding.rounding import (
     CLASSES,
-    TF32,
     RoundedSums,
     SlotProduct,
     measure_rounding,
     rounding_of,
 )
 from mlx_flashhead.head.dense_kernels import DenseKernel
+from mlx_flashhead.head.margins import TF32
 from mlx_flashhead.head.steps import Candidates
 
 

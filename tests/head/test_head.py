@@ -75,6 +75,7 @@ def test_head_computes_the_formula(form, size, bias):
     assert mx.array_equal(head.token(hidden), token.reshape(shape)) and ids.dtype == mx.uint32
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("form", ["float32", "4-bit-bfloat16"])
 def test_nothing_is_evaluated(form):
     """Within a transformation MLX refuses to evaluate, so a head that did would raise."""
@@ -91,3 +92,15 @@ def test_nothing_is_evaluated(form):
     assert [output.shape for output in outputs[:2]] == [(3, 5, 203), (3, 5)]
     with pytest.raises(ValueError, match="eval"):  # what it looks like when something is
         mx.compile(lambda x: head(x).max().item())(hidden)
+
+
+@pytest.mark.parametrize("form", ["float16", "8-bit-float16"])
+def test_estimates_below_the_range_of_float16_are_finite(form):
+    """A cluster of tokens that are never drawn would else give a filter minus infinity or NaN."""
+    head, _, hidden = make_head(form, (203, 64, 8, 5, (2,), ()))
+    scores = head.steps.route(hidden)
+    selection = head.steps.select(scores, 5)
+    candidates = head.steps.score(hidden, selection)
+    full = head.steps.expand(scores - 1e6, selection, candidates)
+    assert full.dtype == mx.float16
+    assert full.min().item() == mx.finfo(mx.float16).min

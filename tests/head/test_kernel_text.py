@@ -4,10 +4,13 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
-from kernel_cases import KERNEL_FILES, on_gpu
+from kernel_cases import KERNEL_FILES, on_gpu, plain_clusters
 from mlx_flashhead.head.kernel_text import header, part
+from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.head.lowest_kept import NAME as LOWEST_KEPT
 
 STANDALONE = KERNEL_FILES.with_suffix(".metal")
 XCODE = (
@@ -48,6 +51,23 @@ def test_the_file_compiles_with_apples_compiler(tmp_path):
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert made.stat().st_size > 0
+
+
+def test_the_file_has_every_kernel_that_python_makes():
+    """The same names, in each of its heads."""
+    names = []
+
+    def metal_kernel(*, name, **_):
+        names.append(name)
+
+    MetalSteps(plain_clusters(np.random.default_rng(0), 8, 4), metal_kernel)
+    text = STANDALONE.read_text()
+    kernels = set(re.findall(r"\bvoid (flash_head_\w+)\(", text))
+    assert kernels == {*names, f"flash_head_{LOWEST_KEPT}"}
+    hosted = set(
+        re.findall(r'FLASH_HEAD_KERNEL\(\w+, "(\w+)"', text.replace('"softcap_30"', "map"))
+    )
+    assert hosted - {"flash_head_screen_masked"} == kernels - {f"flash_head_{LOWEST_KEPT}"}
 
 
 def test_parts_are_ascii_include_nothing_and_are_all_in_the_file():

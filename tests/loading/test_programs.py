@@ -13,6 +13,8 @@ from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.loading import programs
 from mlx_flashhead.loading.batches import CHANGED, mentions_inside
 from mlx_flashhead.loading.head_options import HeadOptions
+from mlx_flashhead.models.compat import other_programs
+from mlx_flashhead.models.compat.recognised import digest
 from mlx_flashhead.models.install import get_flash_head
 from model_folders import write_model
 from tiny_models import tiny_index
@@ -186,6 +188,42 @@ def test_what_is_around_a_model_is_mlx_lm_s(under, plain):
         assert found[0] == found[1]
 
 
+def fails(*_, **__):
+    raise RuntimeError("[metal] out of memory\nand more")
+
+
+def test_whatever_goes_wrong_in_attaching_is_one_line(folder, plain, monkeypatch):
+    """Before the installation or after it: the model is mlx-lm's, and so is each later one."""
+    model, prompts, expected = plain
+    for place in (
+        "mlx_flashhead.loading.programs.attach_head",
+        "mlx_flashhead.loading.tuned.tune_head",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fails)
+            said = []
+            options = HeadOptions(flash_head=str(folder / "head"))
+            object.__setattr__(options, "say", said.append)
+            patches = programs._Patches(options)
+            for _ in range(2):
+                loaded, tokenizer = mlx_lm.load(str(folder / "model"))
+                patches._attach(loaded, lambda: tokenizer, folder / "model")  # noqa: B023
+                assert get_flash_head(loaded) is None
+                found = texts(patches.batches(OWN["BatchGenerator"])(loaded), prompts)
+                assert found == expected and type(loaded) is type(model)
+        assert said == ["Without FlashHead: [metal] out of memory"]
+
+
+def test_what_fails_when_a_text_begins_leaves_it_to_mlx_lm(under, plain, monkeypatch):
+    model, prompts, expected = plain
+    monkeypatch.setattr("mlx_flashhead.decoding.proposer.logit_change_of", fails)
+    assert texts(under.batch_generator(under.model), prompts) == expected
+    assert under.lines() == ["model: dense: [metal] out of memory."]
+    found = steps_of(under.steps, under.model, prompts[0])
+    assert found == steps_of(OWN["generate_step"], model, prompts[0])
+    assert under.said[1] == "Without FlashHead: [metal] out of memory"
+
+
 def test_the_head_takes_a_single_state(under, plain):
     hidden = mx.random.normal((64,), key=mx.random.key(1))
     expected = plain[0].model.embed_tokens.as_linear(hidden)
@@ -239,6 +277,69 @@ def patched_instance(cls, monkeypatch):
 
 
 calls = []
+
+
+class Rule:
+    """A processor that wants each chosen token, as oMLX's grammars do. It forbids some."""
+
+    def __init__(self):
+        self.accepted = []
+
+    def __call__(self, tokens, logits):
+        forbidden = mx.arange(logits.shape[-1]) % 3 == len(self.accepted) % 3
+        return mx.where(forbidden, -mx.inf, logits)
+
+
+def step_of_omlx(self):
+    """mlx-lm's step, after which each grammar accepts what was chosen before: oMLX's, in short."""
+    tokens, logprobs = OWN_STEP(self)
+    for token, processors in zip(tokens, self.logits_processors or (), strict=False):
+        for rule in processors or ():
+            if isinstance(rule, Rule):
+                rule.accepted.append(token)
+    return tokens, logprobs
+
+
+OWN_STEP = OWN["GenerationBatch"]._step
+
+
+def beside_each_other(make, model, prompts):
+    """Two plain texts and one with a grammar between them, and another one added later."""
+    batches, rule = make(model), Rule()
+    uids = []
+    for prompt, processors in zip(prompts, ([], [rule], []), strict=True):  # as oMLX, one by one
+        uids += batches.insert([prompt], [N_TOKENS], logits_processors=[processors])
+    found = {uid: [] for uid in uids}
+    ends = {}
+
+    def take(responses):
+        for response in responses:
+            found[response.uid].append(response.token)
+            if response.finish_reason is not None:
+                ends[response.uid] = response.finish_reason, response.prompt_cache[0].offset
+
+    for _ in range(4):
+        take(batches.next_generated())
+    held = batches.extract_cache(uids[1:2])[uids[1]]
+    (more,) = batches.insert([prompts[0]], [N_TOKENS], logits_processors=[[Rule()]])
+    found[more] = []
+    removed = batches.remove(uids[2:], return_prompt_caches=True)[uids[2]]
+    removed = removed[0][0].offset, removed[1]
+    while responses := batches.next_generated():
+        take(responses)
+    texts_found = [found[uid] for uid in (*uids[:2], more)]
+    return uids, texts_found, ends, rule.accepted, held[0][0].offset, removed[0] - len(removed[1])
+
+
+def test_texts_that_need_omlxs_step_are_decoded_beside_ours(under, plain, monkeypatch):
+    """Each gets its tokens, its grammar sees them once, and the others stay verified."""
+    model, prompts, _ = plain
+    known = {"_step": (__name__, digest(step_of_omlx))}
+    monkeypatch.setattr(other_programs, "CHANGES", known)
+    monkeypatch.setattr(OWN["GenerationBatch"], "_step", step_of_omlx)
+    found = beside_each_other(under.batch_generator, under.model, prompts)
+    assert found == beside_each_other(OWN["BatchGenerator"], model, prompts)
+    assert sorted(under.lines()) == [f"model: {CHANGED}.", "model: verified."]
 
 
 @pytest.mark.parametrize("change", [subclassed, patched_class, patched_step, patched_instance])

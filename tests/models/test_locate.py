@@ -17,6 +17,7 @@ def classes(model) -> dict:
     return {cls: dict(vars(cls)) for cls in found if issubclass(cls, nn.Module)}
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("tied", [True, False])
 def test_lazy_model(tied):
     """Shapes suffice: nothing of the model is evaluated, and weights may be of any value."""

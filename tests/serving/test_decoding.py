@@ -4,6 +4,7 @@ is generated as if it were alone, in a batch or by itself."""
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import mlx_lm
 import pytest
 
@@ -12,6 +13,7 @@ from engines import (
     CHUNK,
     LONG,
     SHORT,
+    checked,
     convert,
     endless,
     flags,
@@ -24,9 +26,16 @@ from mlx_flashhead import grammar_processor
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.loading.background import background_build
 from mlx_flashhead.loading.head_options import HeadOptions
-from mlx_flashhead.serving.decoding import CHUNK_SECONDS, SMALLEST_CHUNK, next_chunk
+from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache, make_prompt_cache
+from mlx_flashhead.serving.decoding import (
+    CHUNK_SECONDS,
+    SMALLEST_CHUNK,
+    Reading,
+    Single,
+    next_chunk,
+)
 from mlx_flashhead.serving.engine import Engine
-from mlx_flashhead.serving.jobs import Progress, Token
+from mlx_flashhead.serving.jobs import Job, Progress, Prompt, Token
 from mlx_flashhead.serving.served_models import ServedModel
 from model_folders import write_model
 
@@ -103,6 +112,31 @@ def test_quantized_caches(start, flash):
         assert tokens_of(submit(engine, prompt)) == generated(flash, prompt, **options)
     again = submit(engine, LONG)
     assert len(tokens_of(again)) == 8 and again.cached == 399
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 4])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_single_text_whose_client_leaves_is_stored_as_long_as_it_is(tiny, bits, n_steps):
+    """Also before its first step: then the cache lacks the prompt's last token."""
+    how = () if bits is None else ("--kv-bits", bits, "--kv-group-size", 32)
+    options = flags("--prefill-step-size", CHUNK, *how)
+    prompt = LONG[:30]
+    request = checked(tiny, {"prompt": "x"}, chat=False)
+    reading = Reading(Job(request, Prompt(list(prompt))), LRUPromptCache(), options, 0)
+    while reading.left:
+        reading.read(CHUNK)
+    single = Single(reading, options, mx.default_stream(mx.default_device()))
+    tokens = [token for _ in range(n_steps) for _, token, _ in single.step()]
+    [(held, cache)] = single.remove(single.jobs)
+    whole = [*prompt, *tokens]
+    assert held == (whole if n_steps else whole[:-1])
+    assert {layer.offset for layer in cache} == {len(held)}
+    expected = make_prompt_cache(tiny.model)
+    for start in range(0, len(held), CHUNK):
+        tiny.model(mx.array([held[start : start + CHUNK]]), cache=expected)
+    next_token = mx.array([[7]])
+    found, alike = (tiny.model(next_token, cache=each) for each in (cache, expected))
+    assert mx.allclose(found, alike, atol=1e-4 if bits is None else 0.1)
 
 
 @pytest.mark.parametrize("first", [16, 40, 128])

@@ -46,6 +46,9 @@ def patch(library):
     except ImportError as error:
         reason = f"{error} in {sys.executable}"
         print(f"Without FlashHead: {reason}: install mlx_flashhead there.", file=sys.stderr)
+    except Exception as error:  # a library of another version
+        reason = f"{type(error).__name__}: {error}"
+        print(f"Without FlashHead: it does not fit these libraries ({reason}).", file=sys.stderr)
     else:
         patch_library(library)
 
