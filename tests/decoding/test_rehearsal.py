@@ -64,16 +64,17 @@ def test_what_fails_there_is_named_and_replaced(monkeypatch, caplog, kind, metho
     flash.checked({"temp": 0.8, "top_p": 0.9, "seed": 1}, max_tokens=12)
 
 
-def test_without_kernels_only_the_likeliest_tokens_are_traced():
+def test_without_kernels_proposals_beside_a_mask_are_not_traced():
     """MLX joins operations that it traces, and a CPU compiles each text of them for a second."""
     flash = make_flash()
     traced = flash.head._functions
     rehearse(flash.model)
     assert len(traced) == 1
-    flash.tokens(sampler=make_sampler(temp=0.8, top_p=0.9, seed=1), max_tokens=8)
     *_, both = kinds(flash.head.vocab_size)
     flash.tokens(logits_processors=list(both.processors), max_tokens=8)
     assert len(traced) == 1
+    flash.tokens(sampler=make_sampler(temp=0.8, top_p=0.9, seed=1), max_tokens=8)
+    assert len(traced) == 2
 
 
 def test_it_leaves_the_random_state_and_the_text_alone():
