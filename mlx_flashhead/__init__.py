@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .index.settings import FlashHeadConfig
     from .loading.load import attach, load, sharded_load
     from .models.install import detach, get_flash_head
-    from .structured.grammar import grammar_processor
+    from .structured.processor import grammar_processor
 
 heed_ctrl_c_while_starting()
 
@@ -41,7 +41,7 @@ _MODULES = {
     "decoding.sampler": ("make_sampler",),
     "common.marks": ("preserves_margins", "pure"),
     "models.install": ("detach", "get_flash_head"),
-    "structured.grammar": ("grammar_processor",),
+    "structured.processor": ("grammar_processor",),
 }
 
 

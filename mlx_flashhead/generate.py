@@ -17,7 +17,8 @@ from .common import flags
 from .common.arguments import Parser, whole_number
 from .common.command import command, ended_by_signals
 from .common.terminal import printable_output
-from .structured.grammar import GrammarProcessor, add_grammar_options, grammar_of
+from .structured.grammar import add_grammar_options, grammar_of
+from .structured.processor import GrammarProcessor
 
 EMPTY = "--prompt is empty: give a text, or - for standard input"
 # Flags that several processes do not support.
@@ -34,12 +35,12 @@ def make_parser() -> Parser:
     flags.add_model_flags(parser)
     flags.add_prompt_flags(parser)
     flags.add_answer_flags(parser, max_tokens=100, seed=None)
-    group = parser.add_argument_group("FlashHead")
+    group = parser.add_argument_group("FlashHead", flags.FLASH_HEAD)
     flags.add_answering_options(group)
     group.add_argument(
         "--draft-probes",
         type=whole_number(1),
-        help="Clusters scored for each drafted token (default: a tenth of its head's bytes).",
+        help="Clusters scored for each drafted token (default: a tenth of its head, in bytes).",
     )
     group.add_argument(
         "--dense", action="store_true", help="Use the normal (dense) head, for comparison."
@@ -87,6 +88,16 @@ def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
         parser.error("--model is needed: give a folder or a repository of a model")
     if not args.prompt:
         parser.error(EMPTY)
+    _check_head_flags(parser, args)
+    _check_processes(parser, args, n_processes)
+    if args.prompt_cache_file is not None:
+        _check_prompt_cache(parser, args)
+    args.prompt_text = _text_of(args.prompt)
+    if not args.prompt_text:
+        parser.error(EMPTY)
+
+
+def _check_head_flags(parser: Parser, args: Namespace) -> None:
     if args.draw_probes and (args.dense or not args.temp > 0):
         parser.error("--draw-probes needs --temp above 0, and no --dense")
     if args.draw_probes and (args.json_schema or args.regex or args.grammar):
@@ -96,27 +107,26 @@ def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
     for flag in ("n_probes", "flash_head", "no_verify"):
         if args.dense and getattr(args, flag):
             parser.error(f"--dense uses no FlashHead: leave --{flag.replace('_', '-')} out")
+
+
+def _check_processes(parser: Parser, args: Namespace, n_processes: int) -> None:
     if args.pipeline and n_processes == 1:
         parser.error("--pipeline needs several processes: start them with mlx.launch")
     for flag in ALONE:
         if n_processes > 1 and getattr(args, flag):
             name = flag.replace("_", "-")
             parser.error(f"--{name} is for one process: start it without mlx.launch")
-    if args.prompt_cache_file is not None and args.draft_model is not None:
-        parser.error("--prompt-cache-file holds no cache of a draft model: leave --draft-model out")
-    if args.prompt_cache_file is not None:
-        _check_prompt_cache(parser, args.prompt_cache_file)
     if n_processes > 1 and args.prompt == "-":
         parser.error("--prompt - is the input of mlx.launch, which has no end: give the prompt")
-    args.prompt_text = _text_of(args.prompt)
-    if not args.prompt_text:
-        parser.error(EMPTY)
 
 
-def _check_prompt_cache(parser: Parser, name: str) -> None:
-    """Ends the command with a sentence unless a file holds a prompt cache."""
+def _check_prompt_cache(parser: Parser, args: Namespace) -> None:
+    """Ends the command with a sentence unless --prompt-cache-file holds a prompt cache."""
     from .models.compat.mlx_lm import load_prompt_cache
 
+    if args.draft_model is not None:
+        parser.error("--prompt-cache-file holds no cache of a draft model: leave --draft-model out")
+    name = args.prompt_cache_file
     if not Path(name).is_file():
         parser.error(f"--prompt-cache-file: there is no file {name}, check the path")
     try:

@@ -49,7 +49,8 @@ def main() -> None:
     # --fine-head without a value would take the program for its source
     args = parser.parse_args(["--fine-head=" if word == "--fine-head" else word for word in words])
     if args.program and args.program.split(".")[0] in LIBRARIES and not Path(args.program).exists():
-        args.module, args.program = args.program, None
+        args.module = args.program
+        args.program = None
     if not (args.hook or args.module or args.program):
         parser.error("a program is needed, such as mlx_lm.server or -m MODULE")
     program = _module(parser, args.module) if args.module else []

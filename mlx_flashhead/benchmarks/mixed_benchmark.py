@@ -32,7 +32,8 @@ ROUND_SECONDS = 60.0  # of the load; answers that have begun are completed
 SHARE_THAT_LEAVES = 0.2
 PROBE_SECONDS = 0.5  # between two looks at the server's health and memory
 MOST_SHOWN = 5  # problems, or answers that differ
-CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
+CHAT_PATH = "/v1/chat/completions"
+TEXT_PATH = "/v1/completions"
 
 _WEATHER = {
     "type": "object",

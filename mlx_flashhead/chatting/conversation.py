@@ -18,7 +18,8 @@ from ..decoding.generation import stream_generate
 from ..models.compat.mlx_lm import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from ..models.templates import apply_template
 
-LENGTH, STOPPED = "length", "stopped"
+LENGTH = "length"
+STOPPED = "stopped"
 FILES = Path("~/.config/mlx_flashhead/chat")  # what is stored for the user's next start
 
 # In the form of chat templates: a role, which is "system", "user" or "assistant", and a content.
@@ -55,7 +56,9 @@ class Conversation:
         if not tokenizer.has_chat_template:
             wrong = "This model's tokenizer has no chat template, so it cannot hold a conversation"
             raise ValueError(f"{wrong}: use mlx_flashhead.generate.")
-        self.model, self.tokenizer, self._max_kv_size = model, tokenizer, max_kv_size
+        self.model = model
+        self.tokenizer = tokenizer
+        self._max_kv_size = max_kv_size
         system = {"role": "system", "content": system_prompt or ""}
         self._start: list[Message] = [] if system_prompt is None else [system]
         self.reset()

@@ -65,7 +65,8 @@ class ChatSession:
 
     def run(self) -> None:
         """Until the end of the input or /exit."""
-        say, interactive = self.terminal.say, self.terminal.interactive
+        say = self.terminal.say
+        interactive = self.terminal.interactive
         if interactive:
             say(f"{self.args.model}, {self._settings()}. /help lists the commands.")
         if self.args.resume:
@@ -99,7 +100,8 @@ class ChatSession:
         return True
 
     def _answer(self, text: str) -> None:
-        conversation, say = self.conversation, self.terminal.say
+        conversation = self.conversation
+        say = self.terminal.say
         before = len(conversation.answers)
         try:
             with self.idle.paused() if self.idle else nullcontext():  # the model to itself

@@ -313,7 +313,8 @@ class VerifiedBatchGenerator:
                 decoder.settle(sequence, dense=True)
         # 1) Tokens that are left from before, or else a round.
         generated = self._hand_out()
-        settled, self._settled = self._settled, False
+        settled = self._settled
+        self._settled = False
         if generated and not settled:
             return [], generated
         if decoder.sequences and not generated:

@@ -213,7 +213,8 @@ class OwnCaches:
         for layer in self._guarded:
             _unguard(layer)
         self._guarded = []
-        moved, self._moved = self._moved, []
+        moved = self._moved
+        self._moved = []
         if self.looked_at or any(getattr(part, name) != shown for part, name, _, shown in moved):
             return False
         for part, name, ahead, _ in moved:

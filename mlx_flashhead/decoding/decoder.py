@@ -239,7 +239,7 @@ class Decoder:
             tokens = draw_all(together, [s.draw_at(s.n_chosen) for s in sequences])
         for sequence, row in zip(sequences, logprobs, strict=True):
             sequence.pending.append(PendingToken(logprobs=row if sequence.logprobs else None))
-        return tokens
+        return cast(mx.array, tokens)
 
     def _alone(
         self,

@@ -77,10 +77,10 @@ def drafted_steps(
         caches = compat.make_prompt_cache(model) + compat.make_prompt_cache(draft_model)
     cache = caches[: len(model.layers)]
     length = _longest(cache)
-    limit = 0
-    if trust(sampler, functions) is not Trust.UNKNOWN:
-        n_ahead = len(prompt) + num_draft_tokens + 1
-        limit = _trimmable_tokens(caches, n_ahead, max_tokens)
+    n_ahead = len(prompt) + num_draft_tokens + 1
+    known = trust(sampler, functions) is not Trust.UNKNOWN
+    limit = _trimmable_tokens(caches, n_ahead, max_tokens) if known else 0
+    say = announce or _say_nothing
     if isinstance(sampler, Sampler):  # the same noise with drafts and without
         sampler = replace(sampler, seed=sampler.new_seed())
     # 1) mlx-lm's loop, up to where a cache could not be trimmed any more.
@@ -101,8 +101,7 @@ def drafted_steps(
         )
         with closing(drafted):
             for step in drafted:
-                if announce is not None:
-                    announce(DRAFTED)
+                say(DRAFTED)
                 yield step
         if len(ids) == n_before + max_tokens:
             return
@@ -131,6 +130,10 @@ def drafted_steps(
         for token, logprobs in steps:
             yield token, cast(mx.array, logprobs), False
     caches[: len(cache)] = cache  # whose layers are quantized on the way
+
+
+def _say_nothing(how: str) -> None:
+    """Stands in the place of a callback that nobody gave."""
 
 
 def _trimmable_tokens(caches: list[Any], n_ahead: int, max_tokens: int) -> int:

@@ -4,7 +4,7 @@ The choices are those of the dense model.
 """
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from inspect import signature
 from typing import Any, Unpack
@@ -229,9 +229,8 @@ def batch_generate(
         **kwargs,
     )
     n_prompts = len(prompts)
-    progress = f"[batch_generate] Finished processing {{}}/{n_prompts}"
     if verbose:
-        print(progress.format(0), "...", end="\r")
+        _print_finished(0, n_prompts)
     limits = [max_tokens] * n_prompts if isinstance(max_tokens, int) else max_tokens
     uids = generator.insert(prompts, limits, caches=prompt_caches)
     token_ids: dict[int, list[int]] = {uid: [] for uid in uids}
@@ -239,23 +238,21 @@ def batch_generate(
     caches: dict[int, Any] = {}
     try:
         with generator.stats() as stats:
-            while responses := generator.next_generated():
-                for response in responses:
-                    if response.finish_reason is not None:
-                        caches[response.uid] = response.prompt_cache
-                        if verbose:
-                            print(progress.format(len(caches)), "...", end="\r")
-                    if response.finish_reason != "stop":
-                        token_ids[response.uid].append(response.token)
-                        if return_logprobs:
-                            value = response.logprobs[response.token].item()
-                            logprobs[response.uid].append(value)
+            for response in _batch_responses(generator):
+                if response.finish_reason is not None:
+                    caches[response.uid] = response.prompt_cache
+                    if verbose:
+                        _print_finished(len(caches), n_prompts)
+                if response.finish_reason == "stop":
+                    continue
+                token_ids[response.uid].append(response.token)
+                if return_logprobs:
+                    logprobs[response.uid].append(response.logprobs[response.token].item())
     finally:
         generator.close()
-    if verbose:
-        print(progress.format(len(caches)))
     texts = [tokenizer.decode(token_ids[uid]) for uid in uids]
     if verbose:
+        _print_finished(len(caches), n_prompts, end="\n")
         _print_batch_statistics(stats)
     return compat.batch_response(
         texts=texts,
@@ -264,6 +261,16 @@ def batch_generate(
         token_ids=[token_ids[uid] for uid in uids] if return_token_ids else None,
         logprobs=[logprobs[uid] for uid in uids] if return_logprobs else None,
     )
+
+
+def _print_finished(n: int, n_prompts: int, end: str = " ...\r") -> None:
+    print(f"[batch_generate] Finished processing {n}/{n_prompts}", end=end)
+
+
+def _batch_responses(generator: VerifiedBatchGenerator) -> Iterator[Any]:
+    """The responses of all texts, one after the other."""
+    while responses := generator.next_generated():
+        yield from responses
 
 
 def make_proposer(model: nn.Module, *, dense: bool = False, **settings: Any) -> Proposer:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..head.adjustment import Adjustment
 from ..head.draw import Draws
+from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
 from ..head.steps import NOTHING_ALLOWED
 from ..models.errors import UnsupportedHeadError
@@ -88,7 +89,8 @@ class Proposer:
             return self.policy.max_batch
         if mx.default_device().type == mx.cpu:
             return CPU_BATCH
-        return max(1, self.head.n_clusters // self.head.n_probes)
+        n_reading_as_much: int = self.head.n_clusters // self.head.n_probes
+        return max(1, n_reading_as_much)
 
     def mode_of(self, sequence: Sequence, n_handed_out: int = 2) -> str:
         """Returns in words how the latest token of a text was decoded.
@@ -139,7 +141,8 @@ class Proposer:
             return False  # mlx-lm raises an error of its own
         if sequence.trust is Trust.EXACT:
             return True
-        return self.head.clustered.rows.logits_dtype(hidden_dtype(self.model)) == mx.float32
+        rows = cast(FlashHead, self.head).clustered.rows
+        return rows.logits_dtype(hidden_dtype(self.model)) == mx.float32
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -237,7 +240,7 @@ class Proposer:
             tokens = picked[0] if len(picked) == 1 else mx.concatenate(picked)
         for row, sequence in enumerate(sequences):
             sequence.pending.append(PendingToken(proposal, row, allowed=masks[row]))
-        return tokens
+        return cast(mx.array, tokens)
 
     def _adjustment(
         self, sequences: Rows[Sequence | None], latest: mx.array | None

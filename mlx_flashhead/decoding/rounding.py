@@ -37,7 +37,9 @@ class SlotProduct:
     """
 
     def __init__(self, head: FlashHead, hidden: mx.array):
-        self._head, self._k, rows = head, len(hidden), head.clustered.rows
+        self._head = head
+        self._k = len(hidden)
+        rows = head.clustered.rows
         self._future: Future[np.ndarray] | None = None
         by_numpy = rows.weight.dtype == mx.float32 and numpy_is_faster()
         if by_numpy and self._k * rows.weight.size >= WORTH_A_THREAD:
@@ -55,7 +57,8 @@ class SlotProduct:
         """Returns the logits (k, C, n), after waiting for the thread if there is one."""
         if self._future is None:
             return self._head.slot_logits(self._hidden)[: self._k]
-        logits, bias = to_mlx(self._future.result()), self._head.clustered.rows.bias
+        logits = to_mlx(self._future.result())
+        bias = self._head.clustered.rows.bias
         return logits if bias is None else logits + bias
 
 

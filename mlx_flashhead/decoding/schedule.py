@@ -107,9 +107,11 @@ class VerifySchedule:
     @property
     def _due(self) -> bool:
         policy = self._proposer.policy
-        few, seconds = FEW, policy.max_wait
+        few = FEW
+        seconds = policy.max_wait
         if self._proposer.max_wait is not None:
-            few, seconds = 1, self._proposer.max_wait
+            few = 1
+            seconds = self._proposer.max_wait
         if self._n_waiting >= min(self._limit, policy.max_pending):
             return True
         if self._risk >= policy.max_risk:

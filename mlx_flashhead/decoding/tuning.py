@@ -77,7 +77,8 @@ class Tuning:
 
     def apply(self, head: FlashHead) -> None:
         """Gives the settings to a head and its policy."""
-        unverified, policy = head.unverified_probes, policy_of(head)
+        unverified = head.unverified_probes
+        policy = policy_of(head)
         head.n_probes = min(self.n_probes, head.n_clusters)
         head.unverified_probes = unverified
         for name in APPLIED:
@@ -103,7 +104,9 @@ def tune(
     Returns:
         The settings, and what they gain.
     """
-    head, parts, began = installed_head(model), _Parts(model), time.perf_counter()
+    head = installed_head(model)
+    parts = _Parts(model)
+    began = time.perf_counter()
     times = parts.steps(TOKENS + 1)[1:]
     dense = median(times)
     yield
@@ -113,7 +116,9 @@ def tune(
     wanted = [max(1, min(head.n_clusters, round(head.n_probes * share))) for share in SHARES]
     near = [min(known, key=lambda n: abs(n - each)) for each in wanted if known and not slow]
     depths = (NO_DEPTH,) if slow or head.backend == PORTABLE else (NO_DEPTH, DEPTH)
-    settings, expected, waste = (head.n_probes, NO_DEPTH, FEW, MAX_RISK), math.inf, 0.0
+    settings = (head.n_probes, NO_DEPTH, FEW, MAX_RISK)
+    expected = math.inf
+    waste = 0.0
     verifications: dict[int, float] = {}
     for n_probes, depth in product(sorted({head.n_probes, *near}), depths):
         step = median(parts.steps(TOKENS + 1, n_probes, depth)[1:])
@@ -126,7 +131,9 @@ def tune(
             risk, wasted = _wasted(known, n_probes, step, verifications[k], k)
             total = step + verifications[k] / k + wasted
             if total < expected:
-                settings, expected, waste = (n_probes, depth, k, risk), total, wasted
+                settings = (n_probes, depth, k, risk)
+                expected = total
+                waste = wasted
     # 2) Whole rounds with them, and as many dense steps, in turns.
     n_probes, depth, k, risk = settings
     gains: list[float] = []
@@ -225,13 +232,17 @@ def overhead(
         k: The most tokens of a verification.
         max_risk: The sum of the risks at which it comes.
     """
-    total, n, i = 0.0, 0.0, 0
+    total = 0.0  # seconds
+    n = 0.0  # tokens
+    i = 0
     while i < len(risks):
-        end, risk = i, 0.0
+        end = i
+        risk = 0.0
         while end < len(risks) and end - i < k and (end == i or risk < max_risk):
             risk += risks[end]
             end += 1
-        reached, gained = 1.0, 0.0  # the chance that all before are accepted, and accepted tokens
+        reached = 1.0  # the chance that all before are accepted
+        gained = 0.0  # accepted tokens
         total += verification
         for place in range(i, end):
             gained += reached
@@ -271,7 +282,7 @@ class _Parts:
         latest = mx.array([13 % self._head.vocab_size], dtype=mx.uint32)
         moments: list[float] = []
         for i in range(n + 1 + verified):
-            with proposer.states() as states:
+            with proposer.states(logits=n_probes is None) as states:
                 output = self._model(latest[None], cache=cache)
             logits = getattr(output, "logits", output)  # as a vision model has them
             if n_probes is None:
@@ -339,5 +350,8 @@ class _Parts:
 
 def _fastest(function: Callable[[], Any]) -> float:
     """The shorter time of two calls."""
-    evaluate = lambda: mx.eval(function())  # noqa: E731
+
+    def evaluate() -> None:
+        mx.eval(function())
+
     return min(timeit.repeat(evaluate, timer=time.perf_counter, repeat=2, number=1))

@@ -20,7 +20,8 @@ from .proposal import Selection
 from .steps import PortableSteps
 from .trial import find_trouble
 
-METAL, PORTABLE = "metal", "mlx"
+METAL = "metal"
+PORTABLE = "mlx"
 BACKEND_VARIABLE = "MLX_FLASHHEAD_BACKEND"
 COMMAND = "mlx_flashhead.benchmark head --shape 32000,1024 --report"
 HOW_TO_REPORT = f"please report this as an issue, with the output of `{COMMAND}`"

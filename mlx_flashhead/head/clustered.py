@@ -31,7 +31,8 @@ class Centroids:
 
         Their format must also be one that the kernels read.
         """
-        matrix, width = self.matrix, float(hidden_size)
+        matrix = self.matrix
+        width = float(hidden_size)
         fits = matrix.weight.dtype != mx.uint32
         if matrix.scales is not None and matrix.biases is not None:
             width = hidden_size * matrix.bits / 32
@@ -95,7 +96,8 @@ class ClusteredRows:
         Raises:
             ValueError: If ``token_ids`` are no such permutation.
         """
-        vocab_size, (n_clusters, cluster_size) = rows.n_rows, token_ids.shape
+        vocab_size = rows.n_rows
+        n_clusters, cluster_size = token_ids.shape
         flat = np.asarray(token_ids, dtype=np.int64).ravel()
         order = np.argsort(flat, kind="stable")  # padded slots come last
         expected = np.minimum(np.arange(max(flat.size, vocab_size)), vocab_size)
@@ -115,12 +117,14 @@ class ClusteredRows:
         clustered = rows.take(source_rows)
         if by_column:
             clustered = replace(clustered, weight=_columns(rows.weight, source_rows))
-        slots, biases = mx.array(slot_of.astype(np.uint32)), mx.array(route_bias)
+        slots = mx.array(slot_of.astype(np.uint32))
+        biases = mx.array(route_bias)
         return cls(clustered, ids, slots, centroids, biases, by_column)
 
     def arrays(self) -> list[mx.array]:
         """Every array held, for evaluation and for counting bytes."""
-        bias, tail_offset = self.centroids.bias, self.centroids.tail_offset
+        bias = self.centroids.bias
+        tail_offset = self.centroids.tail_offset
         stored = [*self.rows.arrays().values(), *self.centroids.matrix.arrays().values()]
         return [*stored, bias, tail_offset, self.route_bias, self.token_ids, self.slot_of]
 
@@ -144,7 +148,8 @@ class ClusteredRows:
         slots = self.slot_of if token_ids is None else mx.take(self.slot_of, token_ids)
         if not self.by_column:
             return self.flat_rows().take(slots)
-        clusters, places = slots // self.cluster_size, slots % self.cluster_size
+        clusters = slots // self.cluster_size
+        places = slots % self.cluster_size
         return self.rows.map(lambda array: array[clusters, places])
 
     def embeddings(self, token_ids: mx.array) -> mx.array:

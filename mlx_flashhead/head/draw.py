@@ -206,7 +206,8 @@ def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.a
     """
     share = draws.settings[:, 1:2]
     limit = mx.where(share < 1, mx.maximum(share, 1e-30), mx.inf)
-    n_halvings, left = ((logits.shape[-1] - 1) // SORTED).bit_length(), logits
+    n_halvings = ((logits.shape[-1] - 1) // SORTED).bit_length()
+    left = logits
     total = mx.logsumexp(logits, axis=-1, keepdims=True) if log_total is None else log_total
     if n_more := -logits.shape[-1] % 2**n_halvings:
         left = mx.pad(left, [(0, 0), (0, n_more)], constant_values=-mx.inf)
@@ -214,7 +215,8 @@ def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.a
         low, high = mx.split(mx.partition(left, left.shape[-1] // 2, axis=-1), 2, axis=-1)
         below_high = limit - mx.exp(high - total).sum(axis=-1, keepdims=True)
         in_low = below_high > 0
-        left, limit = mx.where(in_low, low, high), mx.where(in_low, below_high, limit)
+        left = mx.where(in_low, low, high)
+        limit = mx.where(in_low, below_high, limit)
     left = mx.sort(left, axis=-1)
     whole = log_total is None and not n_halvings  # then one operation is enough
     masses = mx.softmax(left, axis=-1) if whole else mx.exp(left - total)

@@ -101,6 +101,7 @@ class FlashHead:
         vars(self).update(state)
         self._functions = {}
         self.steps, reason = make_steps(self.clustered, self._requested_backend)
+        mx.eval(self.steps.arrays())  # another thread could not
         self.steps.gathers_rows = gathers_rows
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
             self.backend_reason = reason

@@ -20,8 +20,10 @@ from .short_inputs import HELD, held
 from .steps import NO_DEPTH, USUAL, PortableSteps, Risk
 
 # The constants of the same names in metal/flash_head/constants.h.
-LANES, ROWS = 32, 4
-ROUTE_SIMDGROUPS, SCORE_SIMDGROUPS = 2, 8
+LANES = 32
+ROWS = 4
+ROUTE_SIMDGROUPS = 2
+SCORE_SIMDGROUPS = 8
 WIDE_THREADS = 256
 EXPAND_TOKENS = 4
 SCREEN_CLUSTERS = 1024
@@ -40,7 +42,8 @@ class _StoredRows:
     """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them."""
 
     def __init__(self, stored: Matrix, n_rows: int):
-        maker, names = cast(str, stored.format.metal), stored.format.arrays
+        maker = cast(str, stored.format.metal)
+        names = stored.format.arrays
         self.kernel: DenseKernel = dense_kernel(stored, n_rows)
         self.inputs = " ".join(names)
         self.arrays = [stored.arrays()[name] for name in names]
@@ -69,36 +72,54 @@ class MetalSteps(PortableSteps):
     def __init__(
         self,
         clustered: ClusteredRows,
-        metal_kernel: Callable | None = None,
+        metal_kernel: Callable[..., Any] | None = None,
         row_threads: int = ROW_THREADS,
     ):
         super().__init__(clustered)
         self.row_threads = row_threads
-        self.metal_kernel: Callable = metal_kernel or mx.fast.metal_kernel
+        self.metal_kernel: Callable[..., Any] = metal_kernel or mx.fast.metal_kernel
         self.reads_rows = clustered.rows.format.metal is not None  # else `score` stays plain
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
-        n_rows, (n_clusters, size) = clustered.vocab_size, clustered.token_ids.shape
+        n_rows = clustered.vocab_size
+        n_clusters, size = clustered.token_ids.shape
         self._sizes = {"V": n_rows, "C": n_clusters, "N": size, "D": clustered.rows.hidden_size}
         self._sizes["PADDED"] = clustered.padded
-        stored = _StoredRows(clustered.centroids.matrix, n_clusters)
+        self._make_route()
+        if self.reads_rows:
+            self._make_score()
+        self._make_selects()
+        self._make_proposals()
+        self._make_verifications()
+
+    def _make_route(self) -> None:
+        """The kernel that scores the centroids."""
+        clustered = self.clustered
+        stored = _StoredRows(clustered.centroids.matrix, clustered.n_clusters)
         self._route_arrays = [*stored.arrays, clustered.route_bias]
         inputs = f"hidden {stored.inputs} route_bias"
         body = text.ROUTE_BODY.format(rows=stored.expression)
         self._sizes |= stored.sizes
         form = (f"{stored.files} route", LANES * ROUTE_SIMDGROUPS, f"D C {stored.names}")
         self._route = self._kernel("route", inputs, "scores", body, *form)
-        if self.reads_rows:
-            stored = _StoredRows(clustered.rows, n_rows)
-            bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
-            self._adds_in_dtype = stored.kernel.added > 1
-            self._score_arrays = [clustered.token_ids, *stored.arrays, *bias]
-            inputs = f"hidden probes token_ids {stored.inputs}" + " bias" * len(bias)
-            names = {"rows": stored.expression, "bias": "bias" if bias else "flash_head::NoBias{}"}
-            threads = LANES * min(SCORE_SIMDGROUPS, -(-size // ROWS))
-            self._sizes |= stored.sizes
-            form = (f"{stored.files} score", threads, f"D N V PADDED {stored.names}")
-            body = text.SCORE_BODY.format(**names)
-            self._score = self._kernel("score", inputs, "logits best", body, *form)
+
+    def _make_score(self) -> None:
+        """The kernel that scores the rows of the probes."""
+        clustered = self.clustered
+        stored = _StoredRows(clustered.rows, clustered.vocab_size)
+        bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
+        self._adds_in_dtype = stored.kernel.added > 1
+        self._score_arrays = [clustered.token_ids, *stored.arrays, *bias]
+        inputs = f"hidden probes token_ids {stored.inputs}" + " bias" * len(bias)
+        threads = LANES * min(SCORE_SIMDGROUPS, -(-clustered.cluster_size // ROWS))
+        self._sizes |= stored.sizes
+        form = (f"{stored.files} score", threads, f"D N V PADDED {stored.names}")
+        body = text.SCORE_BODY.format(
+            rows=stored.expression, bias="bias" if bias else "flash_head::NoBias{}"
+        )
+        self._score = self._kernel("score", inputs, "logits best", body, *form)
+
+    def _make_selects(self) -> None:
+        """The kernels that select clusters: alone, with some that must be, with all as bits."""
         form = ("histogram select", self.row_threads, "C N")
         body = text.SELECT_BODY.format(marks="", words="NoWords{}", forced="NotForced{}")
         inputs = "scores n_probes depth"
@@ -111,17 +132,29 @@ class MetalSteps(PortableSteps):
         form = ("histogram select", self.row_threads, "C N")
         words = "cluster_words(words, tail_offset)"
         body = text.SELECT_BODY.format(marks="", words=words, forced="NotForced{}")
-        inputs, outputs = "scores tail_offset n_probes depth", "probes unscored words"
+        inputs = "scores tail_offset n_probes depth"
+        outputs = "probes unscored words"
         self._select_words = self._kernel("select_words", inputs, outputs, body, *form)
-        inputs, form = "words slot_of logits best", ("expand", WIDE_THREADS, "V C N")
+
+    def _make_proposals(self) -> None:
+        """The kernels that change scored logits, choose by them, and keep what they have chosen."""
+        inputs = "words slot_of logits best"
+        form = ("expand", WIDE_THREADS, "V C N")
         self._expand = self._kernel("expand", inputs, "expanded", text.EXPAND_BODY, *form)
         inputs = "probes token_ids logits best unscored settings top_k keys fit"
         form = ("histogram noise sample", self.row_threads, "N V")
         self._sample = self._kernel("sample", inputs, "tokens risk", text.SAMPLE_BODY, *form)
         inputs = " ".join(f"hidden_{i} probes_{i} logits_{i}" for i in range(JOINED)) + " rows"
         body = "\n".join(text.JOIN_CASE.format(i=i) for i in range(JOINED))
-        body, form = text.JOIN_BODY.format(cases=body), ("join", WIDE_THREADS, "D N")
+        body = text.JOIN_BODY.format(cases=body)
+        form = ("join", WIDE_THREADS, "D N")
         self._join = self._kernel("join", inputs, "hidden probes logits", body, *form)
+        inputs = "probes token_ids logits adjustment latest allowed"
+        form = ("adjust", WIDE_THREADS, "N V")
+        self._adjust = self._kernel("adjust", inputs, "changed best", text.ADJUST_BODY, *form)
+
+    def _make_verifications(self) -> None:
+        """The kernels that judge proposals by the dense logits."""
         inputs = "slots probes token_ids slot_of logits tokens settings keys room scored_room"
         inputs += " relative allowed"
         form = ("noise screen", WIDE_THREADS, "C N V PADDED")
@@ -130,13 +163,15 @@ class MetalSteps(PortableSteps):
         inputs += " relative epsilon"
         form = ("noise screen", self.row_threads, "N V")
         self._certain = self._kernel("certain", inputs, "sure known", text.CERTAIN_BODY, *form)
-        inputs = "probes token_ids logits adjustment latest allowed"
-        form = ("adjust", WIDE_THREADS, "N V")
-        self._adjust = self._kernel("adjust", inputs, "changed best", text.ADJUST_BODY, *form)
         form = ("tolerance", WIDE_THREADS, "D")
-        inputs, outputs = "hidden shares", "product scored"
+        inputs = "hidden shares"
+        outputs = "product scored"
         self._tolerance = self._kernel("tolerance", inputs, outputs, text.TOLERANCE_BODY, *form)
         self._map = self._kernel("map", "values", "mapped", text.MAP_BODY, "", WIDE_THREADS, "")
+
+    def arrays(self) -> list[mx.array]:
+        """The arrays that the steps hold beside the rows."""
+        return [*super().arrays(), self._tail_offset]
 
     def _kernel(
         self, name: str, inputs: str, outputs: str, body: str, files: str, threads: int, sizes: str
@@ -156,9 +191,13 @@ class MetalSteps(PortableSteps):
         known = [(size, self._sizes[size]) for size in sizes.split()]
 
         def launch(
-            arrays: list[mx.array], x: int, y: int, *results: tuple[tuple, mx.Dtype], **more: Any
+            arrays: list[mx.array],
+            x: int,
+            y: int,
+            *results: tuple[tuple[int, ...], mx.Dtype],
+            **more: Any,
         ) -> list[mx.array]:
-            return kernel(
+            outputs: list[mx.array] = kernel(
                 inputs=arrays,
                 template=[*known, *more.items()],
                 grid=(threads * x, y, 1),
@@ -166,12 +205,14 @@ class MetalSteps(PortableSteps):
                 output_shapes=[shape for shape, _ in results],
                 output_dtypes=[dtype for _, dtype in results],
             )
+            return outputs
 
         return launch
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores all clusters: hidden (R, D) → (R, C) float32."""
-        n_positions, n_clusters = len(hidden), self.clustered.n_clusters
+        n_positions = len(hidden)
+        n_clusters = self.clustered.n_clusters
         if n_positions >= MATRIX_FROM:
             return super().route(hidden)
         shared = 1 if n_positions == 1 else SHARED_POSITIONS
@@ -209,13 +250,16 @@ class MetalSteps(PortableSteps):
         probed = (n_positions, max(n_probes, MIN_PROBES)), mx.uint32
         results = [probed, ((n_positions, UNSCORED), mx.float32)]
         if words:
-            arrays, kernel = [scores, self._tail_offset, *arrays], self._select_words
+            arrays = [scores, self._tail_offset, *arrays]
+            kernel = self._select_words
             results.append(((n_positions, n_clusters), mx.uint32))
         elif adjustment is not None:
             changes = [adjustment.words, held(adjustment.latest), self.clustered.slot_of]
-            arrays, kernel = [scores, *changes, *arrays], self._select_forced
+            arrays = [scores, *changes, *arrays]
+            kernel = self._select_forced
         else:
-            arrays, kernel = [scores, *arrays], self._select
+            arrays = [scores, *arrays]
+            kernel = self._select
         template = logit_map.template(mx.float32)
         probes, unscored, *made = kernel(arrays, 1, n_positions, *results, **template)
         return Selection(probes, made[0] if words else None, unscored)
@@ -227,7 +271,8 @@ class MetalSteps(PortableSteps):
         if not self.reads_rows:
             logits = super().score(hidden, selection, logit_map).logits
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
-        probes, rows = selection.probes, self.clustered.rows
+        probes = selection.probes
+        rows = self.clustered.rows
         n_positions, n_held = probes.shape
         shape = n_positions, n_held, self.clustered.cluster_size
         raw = rows.logits_dtype(hidden.dtype)
@@ -247,13 +292,15 @@ class MetalSteps(PortableSteps):
         allowed: mx.array | None,
     ) -> Candidates:
         """Applies biases, penalties and a mask to the scored logits (R, p, n)."""
-        logits, probes = candidates.logits, selection.probes
+        logits = candidates.logits
+        probes = selection.probes
         n_positions, n_held = probes.shape
         ids = self.clustered.token_ids
         if adjustment is None:
             words, latest = _nothing_changed(n_positions, self.clustered.vocab_size)
         else:
-            words, latest = adjustment.words, held(adjustment.latest)
+            words = adjustment.words
+            latest = held(adjustment.latest)
         mask = _no_mask(self.clustered.vocab_size)
         if allowed is not None:
             mask = held(allowed).reshape(-1, allowed.shape[-1])
@@ -271,7 +318,8 @@ class MetalSteps(PortableSteps):
         """Expands scores (R, C) float32 to full logits (R, V) of the candidates' dtype."""
         if selection.words is None:
             return super().expand(scores, selection, candidates)
-        logits, vocab_size = candidates.logits, self.clustered.vocab_size
+        logits = candidates.logits
+        vocab_size = self.clustered.vocab_size
         arrays = [selection.words, self.clustered.slot_of, logits, candidates.best]
         groups = -(-vocab_size // (WIDE_THREADS * EXPAND_TOKENS)), len(logits)
         return self._expand(arrays, *groups, ((len(logits), vocab_size), logits.dtype))[0]
@@ -288,7 +336,8 @@ class MetalSteps(PortableSteps):
         """Chooses a token of each row, (R,) uint32, with its risk, (R,) float32."""
         if draws is not None and draws.any_by_number:
             return super().choose(selection, candidates, draws, risk, logit_map, masked)
-        logits, n_positions = candidates.logits, len(candidates.logits)
+        logits = candidates.logits
+        n_positions = len(candidates.logits)
         settings = _draw_arrays(draws, n_positions)
         arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
         arrays += [
@@ -398,7 +447,8 @@ class MetalSteps(PortableSteps):
     ) -> mx.array:
         n_states = len(slots)
         n_parts = -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
-        ids, slot_of = self.clustered.token_ids, self.clustered.slot_of
+        ids = self.clustered.token_ids
+        slot_of = self.clustered.slot_of
         return self._screen(
             [
                 *(slots, inputs.probes, ids, slot_of, inputs.logits, inputs.tokens),

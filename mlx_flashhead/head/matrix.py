@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 ARRAYS = ("weight", "scales", "biases")  # in the order in which MLX and the kernels take them
-FLOATS, AFFINE = None, "affine"
+FLOATS = None
+AFFINE = "affine"
 GROUPS = (32, 64, 128)
 DEFAULT_GROUP = 64  # MLX's own default
 
@@ -156,10 +157,12 @@ class Matrix:
         """The weight as floats (V, D), of the dense layer's dtype or of ``dtype``, rounded once."""
         if self.scales is None:
             return self.weight if dtype is None else self.weight.astype(dtype)
-        scales, biases = self.scales, self.biases
+        scales = self.scales
+        biases = self.biases
         if dtype is not None and biases is not None:
             # mx.dequantize rounds to the dtype of the scales, which products do not
-            scales, biases = scales.astype(dtype), biases.astype(dtype)
+            scales = scales.astype(dtype)
+            biases = biases.astype(dtype)
         return mx.dequantize(self.weight, scales, biases, **self.quantization, dtype=dtype)
 
     def in_float16(self) -> "Matrix | None":

@@ -51,7 +51,8 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
     Raises:
         ValueError: If the Metal kernels do not read the head's rows.
     """
-    clustered, n_probes = head.clustered.in_rows(), head.unverified_probes
+    clustered = head.clustered.in_rows()
+    n_probes = head.unverified_probes
     if clustered.rows.format.metal is None:
         raise ValueError(
             f"The Metal kernels do not read {clustered.rows.format} rows: export a model whose "
@@ -83,7 +84,8 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
         """Writes the launches down in place of ``mx.fast.metal_kernel``, and runs nothing."""
 
         def launch(**call: Any) -> list[mx.array]:
-            shapes, dtypes = call["output_shapes"], call["output_dtypes"]
+            shapes = call["output_shapes"]
+            dtypes = call["output_dtypes"]
             launches[texts["name"]] = {
                 "name": texts["name"],
                 "inputNames": texts["input_names"],

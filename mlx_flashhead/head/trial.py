@@ -20,10 +20,12 @@ from .steps import PortableSteps, unscored
 
 # Allowed difference, relative to the size of the products: only the order of additions and the
 # rounding of results differ. A lane that is left out changes a product by a sixth of its size.
-UNITS, LEAST = 2, 1e-3
+UNITS = 2
+LEAST = 1e-3
 
 # The constants of the same names in metal/flash_head/constants.h.
-SELECT_BINS, BINS_PER_NAT = 4096, 64.0
+SELECT_BINS = 4096
+BINS_PER_NAT = 64.0
 CERTAIN = 1e29
 
 DRAWN = 4 * (
@@ -72,7 +74,8 @@ def find_trouble(
 
 
 def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | None:
-    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    found = found.astype(mx.float32)
+    expected = expected.astype(mx.float32)
     if not mx.isfinite(found).all().item():
         return "returns values that are not finite"
     worst = float((mx.abs(found - expected) - tolerance * mx.abs(expected)).max())
@@ -194,7 +197,8 @@ class _Trial:
     def _sample(self, selection: Selection, candidates: Candidates) -> Iterator[Pair]:
         """The greedy token, and draws with each kind of filter."""
         once = self._once(selection, candidates)
-        choose, plainly = self._kernels.choose, self._plain.choose
+        choose = self._kernels.choose
+        plainly = self._plain.choose
         token, _ = choose(selection, candidates, None, logit_map=self._map)
         yield token, plainly(*once, None)[0], 0.0
         n_other = mx.array(0)

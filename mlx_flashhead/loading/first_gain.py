@@ -53,7 +53,8 @@ def fine_gain(model: nn.Module, tuning: Tuning) -> float:
     the bits do not change (docs/finer-head.md). A model that stays dense would use FlashHead then.
     """
     head = installed_head(model)
-    rows, free = head.clustered.rows, free_head_gain(model)
+    rows = head.clustered.rows
+    free = free_head_gain(model)
     head_share = 1 - 1 / free  # of a dense token's time, by bytes
     more = (DEFAULT_BITS + 0.5) / (rows.bits + 0.5) - 1  # scales and biases take half a bit
     probed = min(tuning.n_probes / head.n_clusters, 1.0)

@@ -15,7 +15,10 @@ from tqdm import tqdm
 
 from ..common.command import printable, with_flags
 
-BUILD, REFUSE, DENSE, LATER = "build", "refuse", "dense", "later"
+BUILD = "build"
+REFUSE = "refuse"
+DENSE = "dense"
+LATER = "later"
 VARIABLE = "MLX_FLASHHEAD_RUN"  # read by interop/hook/sitecustomize.py
 
 

@@ -360,7 +360,8 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
     if head is None or head not in _targets:  # as while the drafter drafts for its own build
         return
     known = _targets.pop(head)
-    tokenizer, options = known[0], replace(known[1], n_probes=None, drafts=True)
+    tokenizer = known[0]
+    options = replace(known[1], n_probes=None, drafts=True)
     try:
         location = drafter_head(drafter, target)
         if location is None or get_flash_head(location.module) is not None:

@@ -134,7 +134,8 @@ class _Patches:
         @wraps(original)
         def load_model(model_path: Any, *arguments: Any, **named: Any) -> Any:
             loaded = original(model_path, *arguments, **named)
-            folder, ends = Path(model_path), loaded[1].get("eos_token_id")
+            folder = Path(model_path)
+            ends = loaded[1].get("eos_token_id")
             self._attach(loaded[0], partial(load_tokenizer, folder, eos_token_ids=ends), folder)
             return loaded
 

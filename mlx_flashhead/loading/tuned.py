@@ -49,7 +49,8 @@ def install_stored(
     location = location or find_head(model)
     if near := index.check_fit(location.rows(), stored.source):
         options.say(near)
-    config, n_probes = index.config, options.n_probes
+    config = index.config
+    n_probes = options.n_probes
     chosen = n_probes is not None or options.drafts
     if n_probes is None:
         n_probes = config.draft_probes if options.drafts else config.n_probes

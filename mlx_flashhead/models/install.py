@@ -180,7 +180,8 @@ def dense_copy(model: nn.Module) -> nn.Module:
 
 
 def _uninstall(model: nn.Module) -> None:
-    module, head = _installed_module(model), installed_head(model)
+    module = _installed_module(model)
+    head = installed_head(model)
     for changed in model.modules():
         if isinstance(changed, _Pickled):
             changed.__class__ = type(changed).__bases__[1]

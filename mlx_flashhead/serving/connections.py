@@ -30,11 +30,15 @@ from .strict_json import dumps, json_response
 
 MAX_WAITING = 64  # connections; beyond it, the address with most of them loses its oldest
 # Requests in progress, in total and for one address.
-MAX_ANSWERED, MAX_ANSWERED_PER_ADDRESS = 128, 32
+MAX_ANSWERED = 128
+MAX_ANSWERED_PER_ADDRESS = 32
 # For a request's head and its body, and for a client that does not read.
-HEAD_SECONDS, BODY_SECONDS, WRITE_SECONDS = 10.0, 60.0, 30.0
+HEAD_SECONDS = 10.0
+BODY_SECONDS = 60.0
+WRITE_SECONDS = 30.0
 # A rejected client that still sends may read why. One that has finished gets what is ready by then.
-REFUSED_SECONDS, HALF_CLOSED_SECONDS = 2.0, 0.2
+REFUSED_SECONDS = 2.0
+HALF_CLOSED_SECONDS = 0.2
 # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
 _COOKIE_SETTINGS = f"Path=/; Max-Age={365 * 24 * 3600}; HttpOnly; SameSite=Strict"
 
@@ -151,76 +155,52 @@ class FrontDoor:
     """
 
     def __init__(self, app: ASGIApp, access: Access, waiting: Waiting):
-        self._app, self.access, self._waiting = app, access, waiting
+        self._app = app
+        self.access = access
+        self._waiting = waiting
         self._answered: Counter[str] = Counter()  # requests in progress, by address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request by the application, if the rules of access admit it."""
-        method, path = scope["method"], scope["path"]
-        notes: list[str] = []
-        scope["state"]["notes"] = notes
         scope["app"] = self  # the router raises its 404 and 405 then
-        began, status, received = time.monotonic(), 0, False  # received: the whole request
+        exchange = _Exchange(self, scope, receive, send)
         problem: ApiError | None = None
-        address: str | None = None  # of a request that is being answered
-
-        async def receive_message() -> Message:
-            nonlocal received, address
-            message = await receive()
-            received |= not message.get("more_body", False)
-            arrived = received and message["type"] == "http.request"
-            if arrived and method == "POST" and address is None and not status:
-                address = self._admit(scope)
-            return message
-
-        async def send_message(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                self._add_headers(MutableHeaders(scope=message), status, scope)
-            elif not received and not message.get("more_body", False):
-                # a connection that is closed while its client still sends would lose the response
-                await send({**message, "more_body": True})
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(REFUSED_SECONDS):
-                        while not received:
-                            await receive_message()
-                message = {"type": "http.response.body"}
-            await send(message)
-
         try:
             self.access.check(scope)
             # to OPTIONS, which requests a script of another site may send
-            app = Response(status_code=204) if method == "OPTIONS" else self._app
-            if method == "POST":
+            app = Response(status_code=204) if exchange.method == "OPTIONS" else self._app
+            if exchange.method == "POST":
                 self._check_room(scope)
-            await app(scope, receive_message, send_message)
+            await app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
-            notes.append("the client has left")
-        except ApiError as error:
-            problem = error
-        except HTTPException as error:
-            text = f"There is nothing at {path[:200]}."
-            if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-                text = f"{method[:20]} is not for this path: see docs/server.md."
-            problem = ApiError(text, status=error.status_code)
-        except Exception:
-            logger.exception("A request could not be answered")
-            problem = ApiError("The server has failed: see its log.", status=500)
+            exchange.notes.append("the client has left")
+        except Exception as error:
+            problem = _problem_of(error, exchange)
         finally:
+            address = exchange.address
             self._answered -= Counter([address] if address else [])  # drops counts of 0
-        if problem is not None and not status:  # else the connection ends amid the answer
-            response = json_response(problem.as_json(), problem.status)
-            if problem.status == HTTPStatus.UNAUTHORIZED and method == "GET" and path == "/":
-                response = locked_page(wrong=bool(Request(scope).query_params.get("token")))
-            await response(scope, receive_message, send_message)
-        if notes or problem is not None:
-            if self.access.token is not None:  # in whatever case it is written
-                path = re.sub(re.escape(self.access.token), "…", path, flags=re.IGNORECASE)
-            path = path.encode("unicode_escape").decode().replace("\\u2026", "…")[:200]
-            notes = [f"{status or '-'}", f"{time.monotonic() - began:.2f} s", *notes]
-            client = scope["client"][0]
-            logger.info("%s %s %s %s", client, method[:20], path, ", ".join(notes))
+        if problem is not None and not exchange.status:  # else the connection ends amid the answer
+            await self._refuse(exchange, problem)
+        if exchange.notes or problem is not None:
+            self._log(exchange)
+
+    async def _refuse(self, exchange: "_Exchange", problem: ApiError) -> None:
+        response = json_response(problem.as_json(), problem.status)
+        of_page = exchange.method == "GET" and exchange.path == "/"
+        if problem.status == HTTPStatus.UNAUTHORIZED and of_page:
+            given = Request(exchange.scope).query_params.get("token")
+            response = locked_page(wrong=bool(given))
+        await response(exchange.scope, exchange.receive, exchange.send)
+
+    def _log(self, exchange: "_Exchange") -> None:
+        path = exchange.path
+        if self.access.token is not None:  # in whatever case it is written
+            path = re.sub(re.escape(self.access.token), "…", path, flags=re.IGNORECASE)
+        path = path.encode("unicode_escape").decode().replace("\\u2026", "…")[:200]
+        seconds = f"{time.monotonic() - exchange.began:.2f} s"
+        notes = [f"{exchange.status or '-'}", seconds, *exchange.notes]
+        client = exchange.scope["client"][0]
+        logger.info("%s %s %s %s", client, exchange.method[:20], path, ", ".join(notes))
 
     def _check_room(self, scope: Scope) -> None:
         """Raises an ApiError if too many requests are being answered."""
@@ -230,7 +210,7 @@ class FrontDoor:
         if self._answered.total() >= MAX_ANSWERED:
             raise ApiError("Too many requests at once: try again in a moment.", status=503)
 
-    def _admit(self, scope: Scope) -> str:
+    def admit(self, scope: Scope) -> str:
         """Counts a request that has arrived, by its address, which is returned.
 
         Until then its connection is one of those that wait, so a body that never comes takes
@@ -242,7 +222,8 @@ class FrontDoor:
         self._answered[address] += 1
         return address
 
-    def _add_headers(self, headers: MutableHeaders, status: int, scope: Scope) -> None:
+    def add_headers(self, headers: MutableHeaders, status: int, scope: Scope) -> None:
+        """Adds what the rules of access say to a response's headers."""
         if status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
         if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
@@ -251,9 +232,76 @@ class FrontDoor:
             headers["Set-Cookie"] = f"{COOKIE}={token}; {_COOKIE_SETTINGS}"
         origin = Headers(scope=scope).get("Origin", "")
         if origin in self.access.origins:
-            headers["Access-Control-Allow-Origin"], headers["Vary"] = origin, "Origin"
+            headers["Access-Control-Allow-Origin"] = origin
+            headers["Vary"] = "Origin"
             headers["Access-Control-Allow-Methods"] = "GET, POST"
             headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+
+
+class _Exchange:
+    """A request and its response, on their way through the front door.
+
+    Attributes:
+        scope: The request's ASGI scope.
+        method: Its method.
+        path: Its path.
+        notes: What the application says of it, for the log.
+        began: When it came.
+        status: The response's status; 0 until it begins.
+        address: Of a request that is counted as being answered.
+    """
+
+    def __init__(self, door: FrontDoor, scope: Scope, receive: Receive, send: Send):
+        self._door = door
+        self._receive = receive
+        self._send = send
+        self._received = False  # the whole request
+        self.scope = scope
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.notes: list[str] = []
+        self.began = time.monotonic()
+        self.status = 0
+        self.address: str | None = None
+        scope["state"]["notes"] = self.notes
+
+    async def receive(self) -> Message:
+        """Receives a part of the request. One that has arrived is counted."""
+        message = await self._receive()
+        self._received |= not message.get("more_body", False)
+        arrived = self._received and message["type"] == "http.request"
+        if arrived and self.method == "POST" and self.address is None and not self.status:
+            self.address = self._door.admit(self.scope)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Sends a part of the response."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            self._door.add_headers(headers, self.status, self.scope)
+        elif not self._received and not message.get("more_body", False):
+            # a connection that is closed while its client still sends would lose the response
+            await self._send({**message, "more_body": True})
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REFUSED_SECONDS):
+                    while not self._received:
+                        await self.receive()
+            message = {"type": "http.response.body"}
+        await self._send(message)
+
+
+def _problem_of(error: Exception, exchange: _Exchange) -> ApiError:
+    """What a client is told of an error."""
+    if isinstance(error, ApiError):
+        return error
+    if not isinstance(error, HTTPException):
+        logger.error("A request could not be answered", exc_info=error)
+        return ApiError("The server has failed: see its log.", status=500)
+    text = f"There is nothing at {exchange.path[:200]}."
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        text = f"{exchange.method[:20]} is not for this path: see docs/server.md."
+    return ApiError(text, status=error.status_code)
 
 
 async def read_body(request: Request) -> bytes:

@@ -40,7 +40,8 @@ class Reading:
     """A prompt in the course of being read, up to its last token, with which the answer begins."""
 
     def __init__(self, job: Job, caches: LRUPromptCache, flags: Namespace, n_read: int):
-        self.job, self._flags = job, flags
+        self.job = job
+        self._flags = flags
         self._all_tokens = job.all_tokens
         served = job.served
         # of all but the last token, from which the model goes on: -1 is no token

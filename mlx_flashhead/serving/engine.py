@@ -86,7 +86,8 @@ class Engine:
             except BaseException as error:  # whatever it is, the model stays in memory
                 logger.warning("A turn of the engine has failed", exc_info=error)
                 begun = self._begun
-                self._readings, self._decoders = [], []
+                self._readings = []
+                self._decoders = []
                 self._go_on_alone(begun)
                 while turn_failed and self._waiting:  # twice in a row, so nobody waits any longer
                     self._fail(self._waiting.pop(0), error)
@@ -176,8 +177,10 @@ class Engine:
         job = reading.job
         try:
             if reading.left:
-                began, n_read = time.perf_counter(), reading.read(self._chunk)
-                took, largest = time.perf_counter() - began, self._flags.prefill_step_size
+                began = time.perf_counter()
+                n_read = reading.read(self._chunk)
+                took = time.perf_counter() - began
+                largest = self._flags.prefill_step_size
                 self._chunk = next_chunk(self._chunk, n_read, took, largest)
                 self._n_read += n_read
             shared = not reading.left and any(other.prompt is job.prompt for other in self._waiting)

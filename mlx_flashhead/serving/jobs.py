@@ -21,7 +21,7 @@ from ..models.compat.mlx_lm import (
     make_text_state_machine,
 )
 from ..models.templates import apply_template
-from ..structured.grammar import GrammarProcessor
+from ..structured.processor import GrammarProcessor
 from .api_errors import ApiError
 from .control_tokens import mark_control_tokens
 from .requests import Request
@@ -111,6 +111,11 @@ class AnswerText:
             is_cut = stopped or token is not None
             parts.append(("cut" if is_cut and name == "tool" else "normal", ""))
         certain = Token(finish_reason="stop" if stopped else None)
+        self._sort(parts, certain)
+        return certain
+
+    def _sort(self, parts: list[tuple[str, str]], certain: Token) -> None:
+        """Adds parts of the text by their kinds to what is certain; a call is added when whole."""
         for name, part in parts:
             if name == "tool":
                 self._call += part
@@ -123,7 +128,6 @@ class AnswerText:
                 certain.calls += [self._call] if self._call else []
                 self._call = ""
                 certain.content += part
-        return certain
 
 
 @dataclass(eq=False)
@@ -141,7 +145,8 @@ class Job:
     alone: bool = False  # goes on by itself, after a failure of a step that it shared
 
     def __post_init__(self):
-        request, self.served = self.request, self.request.served
+        request = self.request
+        self.served = self.request.served
         n_free = self.served.context - len(self.prompt.tokens)
         self.max_tokens = n_free if request.max_tokens is None else min(request.max_tokens, n_free)
         # OpenAI's seeds may be negative. MLX's random state decides nothing: it is left unusable by
@@ -153,7 +158,8 @@ class Job:
             self.processors.append(masks(partial(self.grammar), self.grammar.allowed_words))
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
-        tokenizer, begins = self.served.tokenizer, (self.prompt.state, self.prompt.keep_space)
+        tokenizer = self.served.tokenizer
+        begins = (self.prompt.state, self.prompt.keep_space)
         self._text = AnswerText(tokenizer, request.stop, *begins)
 
     @property
@@ -280,7 +286,8 @@ def _field_of_form(request: Request) -> str:
 
 def read_prompts(request: Request) -> list[Prompt]:
     """The prompts of a request: one of a chat, one for each text."""
-    served, tokenizer = request.served, request.served.tokenizer
+    served = request.served
+    tokenizer = request.served.tokenizer
     if not request.chat:
         texts = [_tokens(served, prompt, "prompt") for prompt in request.prompts]
         return [Prompt(tokens, keep_space=True) for tokens in texts]
@@ -325,7 +332,8 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
 
 def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options: Any) -> list[int]:
     """The tokens of a prompt that the context has room for."""
-    encode, context = served.tokenizer.encode, served.context
+    encode = served.tokenizer.encode
+    context = served.context
     tokens: Any = prompt
     n_least = 0  # tokens, as far as they have been counted
     if isinstance(prompt, str):

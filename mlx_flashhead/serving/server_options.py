@@ -28,95 +28,128 @@ def make_parser() -> Parser:
     """The parser of ``mlx_flashhead.server``."""
     about = "Serve models: a page for browsers, and the OpenAI API."
     parser = Parser(prog="mlx_flashhead.server", description=about)
+    _add_models(_Group(parser, "models"))
+    _add_defaults(_Group(parser, "defaults of requests"))
+    _add_limits(_Group(parser, "limits"))
+    _add_network(_Group(parser, "network"))
+    return parser
 
-    def add(name: str, help: str, default: Any = None, **further: Any) -> None:
+
+class _Group:
+    """Flags under one title of --help."""
+
+    def __init__(self, parser: Parser, title: str):
+        self.group = parser.add_argument_group(title)
+
+    def add(self, name: str, help: str, default: Any = None, **further: Any) -> None:
+        """Adds a flag with a value; its default is told where it has one."""
         if default not in (None, [], {}):
             help += " (default: %(default)s)"
-        group.add_argument(name, default=default, help=f"{help.rstrip('.')}.", **further)
+        self.group.add_argument(name, default=default, help=f"{help.rstrip('.')}.", **further)
 
-    def switch(name: str, help: str) -> None:
-        group.add_argument(name, action="store_true", help=help)
+    def switch(self, name: str, help: str) -> None:
+        """Adds a flag without a value."""
+        self.group.add_argument(name, action="store_true", help=help)
 
-    group = parser.add_argument_group("models")
-    add("--model", "Folder or repository of any model that mlx-lm loads.", required=True)
-    add("--served-model-name", "Name of --model in answers (default: its own).", metavar="NAME")
-    add("--allow-models", "Models for requests that name them", [], nargs="+", metavar="MODEL")
-    add_answering_options(group)
-    switch("--dense", "Take the normal (dense) head, unless a request says otherwise.")
-    add("--adapter-path", "Folder of LoRA adapters for --model.")
-    add("--draft-model", "A model that drafts tokens for --model.")
-    drafts = "Clusters scored for each drafted token (default: a tenth of its head's bytes)."
-    add("--draft-probes", drafts, type=whole_number(1))
-    add("--num-draft-tokens", "Tokens drafted at once", 3, type=whole_number(1, 64))
-    switch("--trust-remote-code", "Run these models' own Python code.")
-    add("--chat-template", "A chat template in place of the one of --model.")
+
+def _add_models(flags: _Group) -> None:
+    flags.add("--model", "Folder or repository of any model that mlx-lm loads.", required=True)
+    flags.add(
+        "--served-model-name", "Name of --model in answers (default: its own).", metavar="NAME"
+    )
+    flags.add(
+        "--allow-models", "Models for requests that name them", [], nargs="+", metavar="MODEL"
+    )
+    add_answering_options(flags.group)
+    flags.switch("--dense", "Take the normal (dense) head, unless a request says otherwise.")
+    flags.add("--adapter-path", "Folder of LoRA adapters for --model.")
+    flags.add("--draft-model", "A model that drafts tokens for --model.")
+    drafts = "Clusters scored for each drafted token (default: a tenth of its head, in bytes)."
+    flags.add("--draft-probes", drafts, type=whole_number(1))
+    flags.add("--num-draft-tokens", "Tokens drafted at once", 3, type=whole_number(1, 64))
+    flags.switch("--trust-remote-code", "Run these models' own Python code.")
+    flags.add("--chat-template", "A chat template in place of the one of --model.")
     escape = "Read control tokens such as <|im_start|> in texts of users and tools as text."
-    switch("--escape-control-tokens", escape)
-    add("--chat-template-args", 'Such as {"enable_thinking": false}', {}, type=json_object)
+    flags.switch("--escape-control-tokens", escape)
+    flags.add("--chat-template-args", 'Such as {"enable_thinking": false}', {}, type=json_object)
 
-    group = parser.add_argument_group("defaults of requests")
-    add("--temp", "Temperature", 0.0, type=number(0, 100))
+
+def _add_defaults(flags: _Group) -> None:
+    flags.add("--temp", "Temperature", 0.0, type=number(0, 100))
     likeliest = "Keep the likeliest tokens that together have this probability (top-p); 1 keeps all"
-    add("--top-p", likeliest, 1.0, type=share)
+    flags.add("--top-p", likeliest, 1.0, type=share)
     most = "Keep this many of the likeliest tokens (top-k); 0 keeps all"
-    add("--top-k", most, 0, type=whole_number(0))
+    flags.add("--top-k", most, 0, type=whole_number(0))
     relative = "Keep tokens at least this likely relative to the best (min-p); 0 keeps all"
-    add("--min-p", relative, 0.0, type=share)
+    flags.add("--min-p", relative, 0.0, type=share)
     longest = (
         "Longest answer in tokens, where a request names no max_tokens (default: the context)."
     )
-    add("--max-tokens", longest, type=whole_number(1))
+    flags.add("--max-tokens", longest, type=whole_number(1))
 
-    group = parser.add_argument_group("limits")
-    add(
+
+def _add_limits(flags: _Group) -> None:
+    flags.add(
         "--context-size",
         "Most tokens of a prompt and its answer (default: the model's).",
         type=whole_number(2),
     )
-    add("--max-body-bytes", "Largest body of a request", "4M", type=size, metavar="SIZE")
-    add("--decode-concurrency", "Answers at once; others wait", 32, type=whole_number(1, 1024))
+    flags.add("--max-body-bytes", "Largest body of a request", "4M", type=size, metavar="SIZE")
+    flags.add(
+        "--decode-concurrency", "Answers at once; others wait", 32, type=whole_number(1, 1024)
+    )
     wait = "Longest time that a request waits for a model that is being loaded"
-    add("--load-wait", wait, 60.0, type=number(0, 3600), metavar="SECONDS")
+    flags.add("--load-wait", wait, 60.0, type=number(0, 3600), metavar="SECONDS")
     wait = "Longest time that a token waits for its verification; 0 uses the normal head"
-    add("--max-wait", f"{wait} (default: {MAX_WAIT:g}).", type=number(0, 1), metavar="SECONDS")
-    add("--prefill-step-size", "Most tokens of a prompt read at once", 2048, type=whole_number(1))
-    add(
+    flags.add(
+        "--max-wait", f"{wait} (default: {MAX_WAIT:g}).", type=number(0, 1), metavar="SECONDS"
+    )
+    flags.add(
+        "--prefill-step-size", "Most tokens of a prompt read at once", 2048, type=whole_number(1)
+    )
+    flags.add(
         "--prompt-cache-size",
         "Most earlier prompts whose caches are kept",
         10,
         type=whole_number(0),
     )
-    add(
+    flags.add(
         "--prompt-cache-bytes",
         "Most memory for these caches, such as 4G (default: no limit).",
         type=size,
     )
-    add(
+    flags.add(
         "--kv-bits",
         "Bits of quantized caches; answers take turns (default: not quantized).",
         type=one_of(2, 3, 4, 5, 6, 8),
     )
-    add("--kv-group-size", "Group size of quantized caches", 64, type=one_of(32, 64, 128))
-    add("--quantized-kv-start", "First token whose cache is quantized", 5000, type=whole_number(0))
+    flags.add("--kv-group-size", "Group size of quantized caches", 64, type=one_of(32, 64, 128))
+    flags.add(
+        "--quantized-kv-start", "First token whose cache is quantized", 5000, type=whole_number(0)
+    )
 
-    group = parser.add_argument_group("network")
-    add("--host", f"Address to listen on; others than {LOCAL} need the token (default: {LOCAL})")
-    add("--port", "Port to listen on; 0 takes a free one", 8080, type=whole_number(0, 65535))
-    switch("--lan", "Listen on all interfaces, for iPads; prints the address with the token.")
+
+def _add_network(flags: _Group) -> None:
+    flags.add(
+        "--host", f"Address to listen on; others than {LOCAL} need the token (default: {LOCAL})"
+    )
+    flags.add("--port", "Port to listen on; 0 takes a free one", 8080, type=whole_number(0, 65535))
+    flags.switch("--lan", "Listen on all interfaces, for iPads; prints the address with the token.")
     names = methodcaller("split", ",")
     hosts = "More names of this machine or of its https proxy, such as mac.fritz.box,chat.example"
-    add("--allowed-hosts", hosts, [], type=names)
-    add("--allowed-origins", "Sites whose scripts may use the API, with commas", [], type=names)
-    add("--token-file", "File that keeps the token", DEFAULT_TOKEN_FILE, type=Path)
+    flags.add("--allowed-hosts", hosts, [], type=names)
+    flags.add(
+        "--allowed-origins", "Sites whose scripts may use the API, with commas", [], type=names
+    )
+    flags.add("--token-file", "File that keeps the token", DEFAULT_TOKEN_FILE, type=Path)
     levels = ("DEBUG", "INFO", "WARNING", "ERROR")
-    add(
+    flags.add(
         "--log-level",
         "What is logged; INFO has a line for each answer",
         "INFO",
         choices=levels,
         type=str.upper,
     )
-    return parser
 
 
 def check_options(parser: Parser, args: argparse.Namespace) -> None:

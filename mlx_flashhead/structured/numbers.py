@@ -68,7 +68,8 @@ def integer_regex(lower: Bound | None, upper: Bound | None, factor: Any = 1) -> 
     Raises:
         ValueError: If the factor divides none of 10, 100 and 1,000.
     """
-    smallest, largest = -_LARGEST, _LARGEST
+    smallest = -_LARGEST
+    largest = _LARGEST
     if lower is not None:
         smallest = int(lower.value.to_integral_value(ROUND_CEILING))
         smallest += lower.exclusive and smallest == lower.value
@@ -206,12 +207,14 @@ def _digits_below(high: str, exclusive: bool) -> list[str]:
 def _digits_between(low: str, high: str, above: bool, below: bool) -> list[str]:
     """The digits after a point, at least one, of a fraction between two others."""
     length = max(len(low), len(high), 1)
-    low, high = low.ljust(length, "0"), high.ljust(length, "0")
+    low = low.ljust(length, "0")
+    high = high.ljust(length, "0")
     same = next((i for i in range(length) if low[i] != high[i]), length)
     shared = low[:same]
     if same == length:
         return [] if above or below else [f"{shared}0{{0,9}}"]
-    first, last = int(low[same]), int(high[same])
+    first = int(low[same])
+    last = int(high[same])
     branches = []
     rest = low[same + 1 :].rstrip("0")
     if rest or above:

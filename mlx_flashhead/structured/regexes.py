@@ -82,7 +82,8 @@ class _Pattern:
         anything = self._written(ANY_CHARACTER) + "*"
         branches: list[str] = []
         branch: list[str] = []
-        begins, ends = False, False  # whether the branch is anchored there
+        begins = False  # whether the branch is anchored there
+        ends = False
         while self._at < len(self._pattern):
             symbol = self._pattern[self._at]
             if symbol == "^" and not branch:
@@ -93,7 +94,9 @@ class _Pattern:
                 self._at += 1
             elif symbol == "|" and self._depth == 0:
                 branches.append(_anchored(branch, anything, begins, ends))
-                branch, begins, ends = [], False, False
+                branch = []
+                begins = False
+                ends = False
                 self._at += 1
             else:
                 branch.append(self._next())

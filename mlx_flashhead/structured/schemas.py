@@ -54,11 +54,7 @@ class Schemas:
             return []
         if schema is True:
             schema = {}
-        if not isinstance(schema, dict):
-            raise ValueError(f"{schema!r:.40} is no schema")
-        for name in schema:
-            if name in _UNSUPPORTED:
-                raise ValueError(f'"{name:.40}" is not supported')
+        _check(schema)
         found = [_base(schema)]
         if "$ref" in schema:
             reference = schema["$ref"]
@@ -68,12 +64,13 @@ class Schemas:
             found = _merged(found, self.alternatives(self.resolve(reference), through))
         for part in schema.get("allOf", ()):
             found = _merged(found, self.alternatives(part, _through))
-        for name in ("anyOf", "oneOf"):
-            if name in schema:
-                options = [self.alternatives(part, _through) for part in schema[name]]
-                if name == "oneOf":
-                    self._check_apart(options)
-                found = _merged(found, [plain for option in options for plain in option])
+        if "anyOf" in schema:
+            options = [self.alternatives(part, _through) for part in schema["anyOf"]]
+            found = _merged(found, _joined(options))
+        if "oneOf" in schema:
+            options = [self.alternatives(part, _through) for part in schema["oneOf"]]
+            self._check_apart(options)
+            found = _merged(found, _joined(options))
         return [typed for plain in found for typed in _of_one_type(plain)]
 
     def resolve(self, reference: Any) -> Any:
@@ -178,27 +175,30 @@ def fits(value: Any, plain: Plain) -> bool:
     return True
 
 
+def _check(schema: Any) -> None:
+    """Raises a ValueError if something is no schema, or one with a keyword that is not followed."""
+    if not isinstance(schema, dict):
+        raise ValueError(f"{schema!r:.40} is no schema")
+    for name in schema:
+        if name in _UNSUPPORTED:
+            raise ValueError(f'"{name:.40}" is not supported')
+
+
+def _joined(options: list[list[Plain]]) -> list[Plain]:
+    return [plain for option in options for plain in option]
+
+
 def _base(schema: dict[str, Any]) -> Plain:
     """The schema without notes, references, unions and intersections."""
     base = {name: value for name, value in schema.items() if name in _OF_TYPE or name == "type"}
     if "const" in schema or "enum" in schema:
-        values = schema.get("enum", [schema.get("const")])
-        if not isinstance(values, list):
-            raise ValueError('"enum" must be a list')
-        if "const" in schema:
-            values = [value for value in values if _equal(value, schema["const"])]
-        base["enum"] = values
+        base["enum"] = _enumerated(schema)
     patterns = [schema["pattern"]] if "pattern" in schema else []
     if schema.get("format") in _FORMATS and "enum" not in base:
         patterns.append(_FORMATS[schema["format"]])
     if patterns:
         base["patterns"] = patterns
-    for name, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        is_exclusive = base.get(name)
-        if is_exclusive is True:  # as in Draft 4
-            base[name] = base.pop(bound)
-        elif is_exclusive is False:
-            del base[name]
+    _take_exclusive_bounds(base)
     if isinstance(base.get("items"), list):  # as before Draft 2020-12
         base["prefixItems"] = base.pop("items")
     if "propertyNames" in schema:
@@ -206,6 +206,26 @@ def _base(schema: dict[str, Any]) -> Plain:
     if schema.get("nullable") is True and "type" in base:  # as in OpenAPI
         base["type"] = [*_kinds(base), "null"]
     return base
+
+
+def _enumerated(schema: dict[str, Any]) -> list[Any]:
+    """The values of "enum" and "const"."""
+    values = schema.get("enum", [schema.get("const")])
+    if not isinstance(values, list):
+        raise ValueError('"enum" must be a list')
+    if "const" in schema:
+        values = [value for value in values if _equal(value, schema["const"])]
+    return values
+
+
+def _take_exclusive_bounds(base: Plain) -> None:
+    """Turns the switches of Draft 4 into the bounds of later drafts."""
+    for name, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        is_exclusive = base.get(name)
+        if is_exclusive is True:
+            base[name] = base.pop(bound)
+        elif is_exclusive is False:
+            del base[name]
 
 
 def _take_property_names(names: Any, base: Plain) -> None:
@@ -231,32 +251,44 @@ def _both(a: Plain, b: Plain) -> Plain | None:
     """The schema of values that follow both; None if there are none."""
     both = a | b
     if "type" in a and "type" in b:
-        kinds = [kind for kind in _kinds(a) if kind in _kinds(b)]
-        if "number" in _kinds(a) + _kinds(b) and "integer" in _kinds(a) + _kinds(b):
-            kinds += [] if "integer" in kinds else ["integer"]
-        if not kinds:
+        both["type"] = _common_kinds(a, b)
+        if not both["type"]:
             return None
-        both["type"] = kinds
     if "enum" in a and "enum" in b:
         both["enum"] = [value for value in a["enum"] if any(_equal(value, v) for v in b["enum"])]
         if not both["enum"]:
             return None
-    for name in a.keys() & b.keys():
-        if name in _LOWER_BOUNDS:
-            both[name] = max(a[name], b[name])
-        elif name in _UPPER_BOUNDS:
-            both[name] = min(a[name], b[name])
-        elif name in ("patterns", "required"):
-            both[name] = [*a[name], *(value for value in b[name] if value not in a[name])]
-        elif name == "uniqueItems":
-            both[name] = a[name] or b[name]
-        elif name in ("multipleOf", "prefixItems", "patternProperties") and a[name] != b[name]:
-            raise ValueError(f'two values of "{name}" are not supported')
-        elif name == "items":
-            both[name] = _all_of(a[name], b[name])
+    for name in a.keys() & b.keys() - {"type", "enum", "properties", "additionalProperties"}:
+        both[name] = _both_values(name, a[name], b[name])
     if "properties" in both or "additionalProperties" in both:
         _merge_properties(a, b, both)
     return both
+
+
+def _common_kinds(a: Plain, b: Plain) -> list[str]:
+    """The types that both allow; an integer is a number, too."""
+    kinds = [kind for kind in _kinds(a) if kind in _kinds(b)]
+    either = _kinds(a) + _kinds(b)
+    if "number" in either and "integer" in either and "integer" not in kinds:
+        kinds.append("integer")
+    return kinds
+
+
+def _both_values(name: str, a: Any, b: Any) -> Any:
+    """The value of a keyword that stands for its values in two schemas."""
+    if name in _LOWER_BOUNDS:
+        return max(a, b)
+    if name in _UPPER_BOUNDS:
+        return min(a, b)
+    if name in ("patterns", "required"):
+        return [*a, *(value for value in b if value not in a)]
+    if name == "uniqueItems":
+        return a or b
+    if name == "items":
+        return _all_of(a, b)
+    if name in ("multipleOf", "prefixItems", "patternProperties") and a != b:
+        raise ValueError(f'two values of "{name}" are not supported')
+    return b
 
 
 def _merge_properties(a: Plain, b: Plain, both: Plain) -> None:
@@ -295,11 +327,7 @@ def _of_one_type(plain: Plain) -> Iterator[Plain]:
         if kind not in TYPES:
             raise ValueError(f"the type {kind!r:.40} is not known")
     if "enum" in plain:
-        rest = {name: value for name, value in plain.items() if name not in ("type", "enum")}
-        allowed = []
-        for value in plain["enum"]:
-            if any(_is_a(value, kind) for kind in kinds) and fits(value, rest):
-                allowed.append(value)
+        allowed = _allowed_values(plain)
         if allowed:
             yield {"enum": allowed}
         return
@@ -312,6 +340,14 @@ def _of_one_type(plain: Plain) -> Iterator[Plain]:
         numeric = "number" if kind == "integer" else kind
         own = {name: value for name, value in plain.items() if _OF_TYPE.get(name) == numeric}
         yield {"type": kind, **own}
+
+
+def _allowed_values(plain: Plain) -> list[Any]:
+    """The values of an enumeration that follow the rest of its schema."""
+    rest = {name: value for name, value in plain.items() if name not in ("type", "enum")}
+    kinds = _kinds(plain)
+    typed = [value for value in plain["enum"] if any(_is_a(value, kind) for kind in kinds)]
+    return [value for value in typed if fits(value, rest)]
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from .call_format import Tool
 from .dialects import FormatMarks
 from .grammar import Grammar, ToolCalls
 from .lark import literal
-from .tool_formats import FORMATS, Tool, format_name_of
+from .tool_formats import FORMATS, format_name_of
 from .vocabulary import Vocabulary, vocabulary_of
 
 

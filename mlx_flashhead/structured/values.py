@@ -66,7 +66,8 @@ class ValueRules:
 
     def json_brackets(self) -> Brackets:
         """The brackets of an object."""
-        dialect, terminal = self.dialect, self.rules.terminal
+        dialect = self.dialect
+        terminal = self.rules.terminal
         return Brackets(
             opening=terminal([r"\{" + dialect.after_opening]),
             comma=terminal([dialect.comma]),
@@ -206,7 +207,8 @@ class ValueRules:
         return self.rules.rule(f"{brackets.opening} {inside} {brackets.closing}")
 
     def _array(self, plain: Plain, depth: int) -> str | None:
-        dialect, terminal = self.dialect, self.rules.terminal
+        dialect = self.dialect
+        terminal = self.rules.terminal
         brackets = Brackets(
             opening=terminal([r"\[" + dialect.after_opening]),
             comma=terminal([dialect.comma]),

@@ -71,7 +71,8 @@ class Vocabulary:
 
     def beginning_with(self, prefix: bytes) -> Iterator[int]:
         """The tokens whose bytes begin with a prefix."""
-        order, texts = self._order, self.texts
+        order = self._order
+        texts = self.texts
         at = bisect_left(order, prefix, key=texts.__getitem__)
         while at < len(order) and texts[order[at]].startswith(prefix):
             yield order[at]
@@ -133,7 +134,8 @@ class Mark:
             within the token, after other text.
         """
         if length not in self._overshooting:
-            texts, found = self._vocabulary.texts, []
+            texts = self._vocabulary.texts
+            found = []
             for token in self._tokens_completing(length):
                 _, end = self.advance(length, texts[token])
                 if end is not None and end < len(texts[token]):

@@ -67,8 +67,15 @@ COMMANDS_THAT_LOAD = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS_THAT_LOAD)
-@pytest.mark.parametrize("module", ["mlx_flashhead.common.command", "mlx", "transformers.utils"])
+@pytest.mark.parametrize(
+    "command, module",
+    [
+        ("generate", "mlx_flashhead.common.command"),
+        ("generate", "mlx"),
+        ("chat", "mlx"),
+        *((command, "transformers.utils") for command in COMMANDS_THAT_LOAD),
+    ],
+)
 def test_ctrl_c_during_the_imports_ends_without_a_traceback(dense, tmp_path, command, module):
     """Before the command's ``main`` runs, and within it."""
     flags = [f.format(model=dense, new=tmp_path / "new") for f in COMMANDS_THAT_LOAD[command]]

@@ -97,9 +97,9 @@ def saved(steps, cache, path):
 ENDS = {"close": closed, "exception": failed, "kept": kept, "saved": saved}
 
 
-@pytest.mark.parametrize("end", ENDS)
-def test_a_text_that_ends_anywhere_leaves_its_cache_right(pair, end, tmp_path, misses):
-    for place in range(1, N_TOKENS, 3):
+@pytest.mark.parametrize("n_before, end", [*enumerate(ENDS)])
+def test_a_text_that_ends_anywhere_leaves_its_cache_right(pair, n_before, end, tmp_path, misses):
+    for place in range(1 + 2 * n_before, N_TOKENS, 7):  # other places for each way to end
         found = []
         for steps_of, model in pair.both():
             cache = pair.make_cache(model)
@@ -130,10 +130,12 @@ def trimmed(model, cache):
     trim_prompt_cache(cache, 2)
 
 
-@pytest.mark.parametrize("use", [looked_at, called, trimmed], ids=lambda use: use.__name__)
-def test_a_text_goes_on_after_its_cache_was_used(pair, use, misses):
+@pytest.mark.parametrize(
+    "use, places", [(looked_at, (1, 14)), (called, (6, 18)), (trimmed, (3, 11))]
+)
+def test_a_text_goes_on_after_its_cache_was_used(pair, use, places, misses):
     """Changed between two tokens, the caches count as they would in mlx-lm's loop."""
-    for place in (1, 6, 11, 18):
+    for place in places:
         found = []
         for steps_of, model in pair.both():
             cache = pair.make_cache(model)
@@ -196,8 +198,9 @@ def seeds_once(i):
     return []
 
 
-@pytest.mark.parametrize("between", [nothing, draws_sometimes, seeds_once])
-@pytest.mark.parametrize("settings", SAMPLERS, ids=str)
+@pytest.mark.parametrize(
+    "settings, between", [*zip(SAMPLERS, [nothing, draws_sometimes, seeds_once], strict=True)]
+)
 def test_two_sampled_texts_take_turns(plain_pair, settings, between):
     found = [texts_in_turns(steps_of, settings, between) for steps_of, _ in plain_pair.both()]
     assert found[0] == found[1]

@@ -41,6 +41,8 @@ PENALTIES = {
 }  # fmt: skip
 
 
+N_TOKENS = 24
+
 judged: list = []  # sequences with a rejected proposal
 
 
@@ -85,18 +87,20 @@ def narrow(monkeypatch):
 
 def plain_tokens(model, **options):
     """What mlx-lm's own loop writes."""
-    steps = generate_step(mx.array(PROMPT), model, max_tokens=40, **options)
+    steps = generate_step(mx.array(PROMPT), model, max_tokens=N_TOKENS, **options)
     return [int(token) for token, _ in steps]
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
-@pytest.mark.parametrize("penalties", PENALTIES)
+@pytest.mark.parametrize(
+    "penalties, masked",
+    [*((name, False) for name in PENALTIES), ("none", True), ("all", True)],
+)
 def test_the_text_is_mlx_lms(pair, misses, penalties, masked):
     dense, flash = pair
     processors = make_logits_processors(**PENALTIES[penalties]) + [mask()] * masked
     expected = plain_tokens(dense, logits_processors=processors or None)
-    assert flash.tokens(logits_processors=processors) == expected
+    assert flash.tokens(logits_processors=processors, max_tokens=N_TOKENS) == expected
     judged.extend(misses)
 
 
@@ -106,13 +110,16 @@ def test_proposals_were_rejected():
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("penalties", ["bias", "all"])
-@pytest.mark.parametrize("settings", [{"temp": 1.0}, {"temp": 0.8, "top_p": 0.9, "top_k": 50}])
+@pytest.mark.parametrize(
+    "settings, penalties",
+    [({"temp": 1.0}, "bias"), ({"temp": 0.8, "top_p": 0.9, "top_k": 50}, "all")],
+)
 def test_drawn_text_is_the_dense_loops(pair, misses, settings, penalties):
     _, flash = pair
     processors = [*make_logits_processors(**PENALTIES[penalties]), mask()]
-    flash.checked(settings | {"seed": 3}, logits_processors=processors)
-    flash.checked(settings | {"seed": 4}, logits_processors=processors[:-1])
+    options = {"max_tokens": N_TOKENS}
+    flash.checked(settings | {"seed": 3}, logits_processors=processors, **options)
+    flash.checked(settings | {"seed": 4}, logits_processors=processors[:-1], **options)
     judged.extend(misses)
 
 
@@ -142,7 +149,7 @@ def test_a_mask_that_leaves_no_scored_token(misses):
         return mx.where(mx.array(few(tokens)), logits, -mx.inf)
 
     processors = [masks(rule_out, lambda tokens, n: words(few(tokens), n))]
-    found = flash.tokens(logits_processors=processors)
+    found = flash.tokens(logits_processors=processors, max_tokens=N_TOKENS)
     assert found == plain_tokens(dense, logits_processors=processors)
     assert all(few(PROMPT + found[:i])[token] for i, token in enumerate(found)) and misses
 
@@ -175,7 +182,7 @@ def test_a_settings_change_counts_from_the_next_text_on():
     for cap in (30.0, 2.0, 5.5):
         dense.final_logit_softcapping = model.final_logit_softcapping = cap
         expected = plain_tokens(dense, logits_processors=processors)
-        assert flash.tokens(logits_processors=processors) == expected
+        assert flash.tokens(logits_processors=processors, max_tokens=N_TOKENS) == expected
         found = logit_change_of(model)
         assert isinstance(found, LogitMap) and found.cap == cap
     scaled = make_flash("cohere", logit_scale=0.25)
@@ -197,8 +204,12 @@ def test_on_the_kernels(misses, name):
         if emulator is not None:
             emulator.dispatches.clear()
         for more in ([], [mask()]):
-            flash.checked({}, logits_processors=processors + more)
-            flash.checked({"temp": 0.9, "top_p": 0.9, "seed": 2}, logits_processors=processors)
+            flash.checked({}, logits_processors=processors + more, max_tokens=N_TOKENS)
+        flash.checked(
+            {"temp": 0.9, "top_p": 0.9, "seed": 2},
+            logits_processors=processors,
+            max_tokens=N_TOKENS,
+        )
         assert misses
     if emulator is not None:
         names = {dispatch.name.removeprefix("flash_head_") for dispatch in emulator.dispatches}

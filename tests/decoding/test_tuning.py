@@ -7,7 +7,7 @@ import pytest
 from flash_loops import OTHERS, make_flash
 from mlx_flashhead.decoding import tuning
 from mlx_flashhead.decoding.policy import policy_of
-from mlx_flashhead.decoding.tuning import Tuning, least_gain, tune
+from mlx_flashhead.decoding.tuning import Tuning, least_gain, overhead, tune
 
 
 def measured(*arguments, between=lambda: None, **options):
@@ -76,6 +76,20 @@ def test_the_steady_gain_is_measured(monkeypatch, gain, busy):
     if not busy:
         assert found.max_pending == k
         assert found.gain == pytest.approx(gain, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "chances, k, n_verifications, n_wasted, n_tokens",
+    [
+        ([0.0] * 8, 4, 2, 0, 8),
+        ([1.0], 1, 1, 1, 1),  # the step that runs when the verification is read
+        ([0.0, 1.0, 0.0, 0.0], 4, 2, 3, 4),  # that one, and two behind the rejected token
+        ([0.5, 0.0], 2, 1, 1.0, 1.5),
+    ],
+)
+def test_the_steps_that_a_rejected_token_wastes(chances, k, n_verifications, n_wasted, n_tokens):
+    found = overhead([0.0] * len(chances), chances, 0.01, 0.5, k, max_risk=1.0)
+    assert found == pytest.approx((n_verifications * 0.5 + n_wasted * 0.01) / n_tokens)
 
 
 def test_a_round_verifies_as_many_tokens_as_it_takes(monkeypatch):

@@ -118,6 +118,22 @@ def test_the_values_are_mlx_lms(path, dtype, name):
 
 
 @BOTH
+@DTYPES
+def test_infinite_biases_leave_finite_logits(path, dtype):
+    """A row of infinite logits alone would give NaN, where mlx-lm's log-probabilities do, too."""
+    clustered, hidden = case(dtype)
+    biases = {5: float("inf"), 9: -float("inf")}
+    with kernels():
+        steps = path(clustered)
+        adjustment = adjustment_of({"logit_bias": biases})
+        selection, candidates = scored(steps, hidden, adjustment)
+        adjusted = steps.adjust(selection, candidates, adjustment, None)
+        found = in_token_order(steps, selection, adjusted)
+    assert not np.isinf(found).any()
+    assert (found[:, 5] == mx.finfo(dtype).max).all() and (found[:, 9] == mx.finfo(dtype).min).all()
+
+
+@BOTH
 def test_the_other_probes_are_the_best(path):
     """The tokens' clusters are probed beside those that would be."""
     clustered, hidden = case(mx.float32)

@@ -1,5 +1,8 @@
 """The whole head on the portable path against float64: route, select, score, expand, token."""
 
+import pickle
+import threading
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -104,3 +107,22 @@ def test_estimates_below_the_range_of_float16_are_finite(form):
     full = head.steps.expand(scores - 1e6, selection, candidates)
     assert full.dtype == mx.float16
     assert full.min().item() == mx.finfo(mx.float16).min
+
+
+def test_a_pickled_head_works_in_a_thread_that_has_not_loaded_it():
+    """An array that is not evaluated belongs to the thread that has made it."""
+    head, _, hidden = make_head("float32", (203, 64, 8, 5, (1, 1), ()))
+    states = hidden.reshape(1, -1)
+    mx.eval(states, head.arrays())
+    expected = head.propose(states, None).tokens.tolist()
+    loaded = pickle.loads(pickle.dumps(head))
+    found = []
+
+    def use():
+        with mx.stream(mx.new_stream(mx.default_device())):
+            found.append(loaded.propose(states, None).tokens.tolist())
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert found == [expected]

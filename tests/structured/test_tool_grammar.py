@@ -9,7 +9,7 @@ import pytest
 
 from call_formats import NESTED, PARSERS, SIMPLE, of, tokenizer_of, tool
 from mlx_flashhead.models.compat.mlx_lm import TextStateMachine, make_text_state_machine
-from mlx_flashhead.structured.grammar import GrammarProcessor
+from mlx_flashhead.structured.processor import GrammarProcessor
 from mlx_flashhead.structured.tool_grammar import tool_calls, tools_for_parser
 
 EOS = 1

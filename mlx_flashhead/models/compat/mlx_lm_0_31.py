@@ -14,7 +14,8 @@ from mlx_lm import utils
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
 # These names may be replaced later on.
-plain_steps, drafted_steps = module.generate_step, module.speculative_generate_step
+plain_steps = module.generate_step
+drafted_steps = module.speculative_generate_step
 
 # From a state's name to its markers, each with the state after it.
 Transitions = dict[str, list[tuple[str, str | None]]]
@@ -48,7 +49,8 @@ def checks_code(load: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-load, sharded_load = checks_code(utils.load), checks_code(utils.sharded_load)
+load = checks_code(utils.load)
+sharded_load = checks_code(utils.sharded_load)
 
 
 def generate_step(
@@ -148,7 +150,8 @@ class TextStateMachine:
                 break
             end, _, marker = min(ends)  # the first to end, of those the longest
             segments.append((name, text[: end - len(marker)]))
-            name, text = markers[marker], text[end:]
+            name = markers[marker]
+            text = text[end:]
         if name is None:
             return (name, transitions, text), [*segments, (name, "")]
         beginnings = [n for m in markers for n in range(1, len(m)) if text.endswith(m[:n])]

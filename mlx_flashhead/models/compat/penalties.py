@@ -8,7 +8,10 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx_lm import sample_utils
 
-BIAS, REPETITION, PRESENCE, FREQUENCY = "bias", "repetition", "presence", "frequency"
+BIAS = "bias"
+REPETITION = "repetition"
+PRESENCE = "presence"
+FREQUENCY = "frequency"
 
 
 @dataclass(frozen=True)
