@@ -18,7 +18,7 @@ def make_parser() -> Parser:
     flags.add_answer_flags(parser, max_tokens=256, seed=SEED)
     resume = "Continue the last conversation at a terminal."
     parser.add_argument("--resume", action="store_true", help=resume)
-    group = parser.add_argument_group("FlashHead")
+    group = parser.add_argument_group("FlashHead", flags.FLASH_HEAD)
     flags.add_answering_options(group)
     dense = "Begin with the normal (dense) head."
     group.add_argument("--dense", action="store_true", help=dense)

@@ -35,12 +35,12 @@ def make_parser() -> Parser:
     flags.add_model_flags(parser)
     flags.add_prompt_flags(parser)
     flags.add_answer_flags(parser, max_tokens=100, seed=None)
-    group = parser.add_argument_group("FlashHead")
+    group = parser.add_argument_group("FlashHead", flags.FLASH_HEAD)
     flags.add_answering_options(group)
     group.add_argument(
         "--draft-probes",
         type=whole_number(1),
-        help="Clusters scored for each drafted token (default: a tenth of its head's bytes).",
+        help="Clusters scored for each drafted token (default: a tenth of its head, in bytes).",
     )
     group.add_argument(
         "--dense", action="store_true", help="Use the normal (dense) head, for comparison."

@@ -4,8 +4,11 @@
     python scripts/hosts.py llm vllm-mlx   # some of them
     python scripts/hosts.py --cache FOLDER
 
-Each program is installed in an environment of its own, under the cache folder, and asked for greedy
-texts (by eight clients at once, where it serves) and with its own default request. Results go to
+Each program is installed in an environment of its own, under the cache folder. A server is asked
+for greedy texts by eight clients at once, and then for one text after the other, as its clients do:
+with its own defaults, streamed, with a sampler's settings, with penalties, with tools, and for the
+second answer of a conversation. A command runs with its defaults and with settings. Draws are the
+same in each run, since `scripts/host_start` seeds MLX in each thread. Results go to
 docs/benchmarks/hosts.json and into the table of docs/integrations.md. Ends with 1 if a text
 differs.
 """
@@ -47,7 +50,10 @@ MARKS = ("<!-- hosts: scripts/hosts.py -->\n", "<!-- end of hosts -->\n")
 DEFAULT_CACHE = Path("~/.cache/mlx_flashhead-hosts").expanduser()
 UNDER = ("-m", "mlx_flashhead.run", "--check", "--flash-head-always", "--flash-head")
 CHECKED = re.compile(r"^Checked .*?: ([\d,]+) tokens: ([\d,]+) verified.*$", re.MULTILINE)
-TIMES = re.compile(r"^.*(tokens-per-sec|[Tt]okens per|Peak memory).*$", re.MULTILINE)
+TIMES = re.compile(r"^.*(tokens-per-sec|[Tt]okens per| tok/s |Peak memory).*$", re.MULTILINE)
+START = Path(__file__).parent / "host_start"
+CHECK_LINE = re.compile(r"^Checked .*$", re.MULTILINE)
+REFUSAL = re.compile(r"\d{3}: ")
 BUSY = 503  # from a server that takes one client at a time
 N_CLIENTS = 8
 N_TOKENS = 24
@@ -63,8 +69,17 @@ WEATHER = {
     },
 }
 GREEDY = {"temperature": 0}
-# What a program adds of its own to a request without settings, with a seed and with tools.
-DEFAULTS = ({"seed": 7}, {"seed": 8, "tools": [WEATHER]})
+# What clients add to a request. To one without settings the program adds its defaults.
+REQUESTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "again": {},
+    "streamed": {"stream": True},
+    "sampler": {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.05},
+    "repetition": {"repetition_penalty": 1.1, "temperature": 0},
+    "penalties": {"presence_penalty": 0.5, "frequency_penalty": 0.3},
+    "tools": {"tools": [WEATHER]},
+    "tools, greedy": {"tools": [WEATHER], "temperature": 0, "stream": True},
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +91,7 @@ class Host:
         package: What is installed.
         words: Its command: a program of its environment, and arguments. PORT is a free port.
         typed: What a user types, for a program that does not serve.
-        greedy: Further words with which a command is greedy, if it is not by default.
+        further: Further words of each run of a command.
         variables: Of its environment.
         model: Its model's name in requests.
         head: The folder of its FlashHead.
@@ -87,7 +102,7 @@ class Host:
     package: Package
     words: tuple[str, ...]
     typed: str | None = None
-    greedy: tuple[str, ...] = ()
+    further: tuple[tuple[str, ...], ...] = ((),)
     variables: dict[str, str] = field(default_factory=dict)
     model: str = "model"
     head: str = "head"
@@ -100,21 +115,48 @@ class Host:
 
 
 MLX_LM = Package("mlx-lm", "0.32.2")
+MLX_VLM = Package("mlx-vlm", "0.7.10")
+# It names these on a Mac alone.
+MTPLX_NEEDS = ("mlx==0.32.2", "mlx-lm==0.31.3", "transformers>=5.10,!=5.13.0,<5.17", "nanobind")
+MTPLX = Package("mtplx", "2.12.2", beside=MTPLX_NEEDS)
+MTPLX_WORDS = ("mtplx", "serve", "--model", "model", "--port", "PORT", "--yes")
 VLLM = Package("vllm-mlx", "0.6.0", without=HEAVY)
 VLLM_WORDS = ("vllm-mlx", "serve", "model", "--port", "PORT")
 OPENAI = Package("mlx-openai-server", "1.8.1", without=HEAVY)
 OPENAI_WORDS = (
     "mlx-openai-server", "launch", "--model-path", "model", "--model-type", "lm", "--port", "PORT",
 )  # fmt: skip
-MAC_ONLY = "its packages are for macOS alone"
+GENERATE = ("--model", "model", "--prompt", "One day", "--max-tokens", str(N_TOKENS))
+SAMPLED = ("--temp", "0.8", "--top-p", "0.9")
 HOSTS = [
     Host("mlx_lm.server", MLX_LM, ("mlx_lm.server", "--model", "model", "--port", "PORT")),
-    Host("mlx_lm.chat", MLX_LM, ("mlx_lm.chat", "--model", "model"), typed="One day\nTwo\nq\n"),
     Host(
-        "mlx-vlm",
-        Package("mlx-vlm", "0.7.10"),
-        ("mlx_vlm.generate", "--model", "vision", "--prompt", "One day", "--max-tokens", "24"),
+        "mlx_lm.chat",
+        MLX_LM,
+        ("mlx_lm.chat", "--model", "model"),
+        typed="One day\nTwo\nr\nOne day\nq\n",
+        further=((), SAMPLED),
+    ),
+    Host(
+        "mlx_lm.generate",
+        MLX_LM,
+        ("mlx_lm.generate", *GENERATE),
         typed="",
+        further=((), SAMPLED, ("--temp", "1", "--min-p", "0.1", "--top-k", "40")),
+    ),
+    Host(
+        "mlx_vlm.generate",
+        MLX_VLM,
+        ("mlx_vlm.generate", *GENERATE[2:], "--model", "vision"),
+        typed="",
+        further=((), ("--temperature", "0.8")),
+        head="vision_head",
+    ),
+    Host(
+        "mlx_vlm.server",
+        MLX_VLM,
+        ("mlx_vlm.server", "--model", "vision", "--port", "PORT"),
+        model="vision",
         head="vision_head",
     ),
     Host("vllm-mlx", VLLM, VLLM_WORDS),
@@ -128,12 +170,12 @@ HOSTS = [
     Host(
         "llm",
         Package("llm", "0.36", beside=("llm-mlx==0.4",)),
-        ("llm", "-m", "tiny", "One day", "-o", "max_tokens", str(N_TOKENS), "-o", "seed", "7"),
+        ("llm", "-m", "tiny", "One day", "-o", "max_tokens", str(N_TOKENS)),
         typed="",
-        greedy=("-o", "temperature", "0"),
+        further=((), ("-o", "temperature", "0"), ("-o", "seed", "8", "-o", "top_p", "1")),
         variables={"LLM_USER_PATH": "llm"},
     ),
-    Host("MTPLX", Package("mtplx", "2.12.2"), ("mtplx", "serve"), not_run=MAC_ONLY),
+    Host("MTPLX", MTPLX, (*MTPLX_WORDS, "--scheduler-mode", "ar_batch")),
     Host(
         "rapid-mlx",
         Package("rapid-mlx", "0.16.10"),
@@ -158,6 +200,9 @@ def make_place(place: Path) -> None:
     (place / "llm" / "llm-mlx.json").write_text(json.dumps(names))
 
 
+Texts = tuple[dict[str, str], str]
+
+
 def command_of(host: Host, environment: Environment, under: bool) -> list[str]:
     """The words that start a program, under ``run`` or as it is."""
     program = environment.folder / "bin" / host.words[0]
@@ -170,7 +215,8 @@ def variables_of(host: Host, environment: Environment, place: Path) -> dict[str,
     own = {name: str(place / value) for name, value in host.variables.items()}
     path = f"{environment.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    return kept | {"PATH": path, "HF_HUB_OFFLINE": "1", "HOME": str(place)} | own
+    start = {"PATH": path, "PYTHONPATH": str(START), "HF_HUB_OFFLINE": "1", "HOME": str(place)}
+    return kept | start | own
 
 
 @contextlib.contextmanager
@@ -220,10 +266,9 @@ def wait_for(process: subprocess.Popen[str], port: int) -> None:
     raise TimeoutError(f"The server did not answer within {SECONDS} seconds.")
 
 
-def ask(port: int, model: str, content: str, settings: dict[str, Any]) -> str:
+def ask(port: int, model: str, messages: list[dict[str, str]], settings: dict[str, Any]) -> str:
     """The text that a server answers, or what it says against the request."""
-    body = {"model": model, "max_tokens": N_TOKENS, **settings}
-    body["messages"] = [{"role": "user", "content": content}]
+    body = {"model": model, "max_tokens": N_TOKENS, "messages": messages, **settings}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions",
         json.dumps(body).encode(),
@@ -233,36 +278,61 @@ def ask(port: int, model: str, content: str, settings: dict[str, Any]) -> str:
     while True:
         try:
             with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-                message = json.load(answer)["choices"][0]["message"]
-            break
+                return read_stream(answer) if settings.get("stream") else read_whole(answer)
         except urllib.error.HTTPError as error:
             if error.code != BUSY or time.monotonic() > end:
                 return f"{error.code}: {error.read().decode()[:300]}"
         time.sleep(0.5)
-    return json.dumps([message.get("content"), message.get("tool_calls")])
 
 
-def texts_of_server(host: Host, environment: Environment, place: Path, under: bool) -> list[Any]:
-    """Texts of a server, what it said, and which of its own defaults it repeats."""
+def read_whole(answer: Any) -> str:
+    """The text of an answer, and its calls."""
+    message = json.load(answer)["choices"][0]["message"]
+    return json.dumps([message.get("content") or "", calls_of(message)])
+
+
+def read_stream(answer: Any) -> str:
+    """The text of a stream, and its calls."""
+    text, calls = "", []
+    for line in answer:
+        if line.startswith(b"data: {"):
+            for choice in json.loads(line[6:]).get("choices", []):
+                text += choice["delta"].get("content") or ""
+                calls += calls_of(choice["delta"])
+    return json.dumps([text, calls])
+
+
+def calls_of(message: dict[str, Any]) -> list[Any]:
+    """The functions of a message's calls: their ids are new in each answer."""
+    return [call.get("function") for call in message.get("tool_calls") or []]
+
+
+def texts_of_server(host: Host, environment: Environment, place: Path, under: bool) -> Texts:
+    """Texts of a server by what was asked, and what it said."""
     words = command_of(host, environment, under)
+    question = {"role": "user", "content": "One day"}
     with running(words, variables_of(host, environment, place), place) as server:
 
-        def asking(content: str, settings: dict[str, Any]) -> str:
-            return ask(server["port"], host.model, content, settings)
+        def asking(messages: list[dict[str, str]], settings: dict[str, Any]) -> str:
+            return ask(server["port"], host.model, messages, settings)
 
         with ThreadPoolExecutor(N_CLIENTS) as clients:
             contents = [f"{i} One day" for i in range(N_CLIENTS)]
-            greedy = list(clients.map(lambda content: asking(content, GREEDY), contents))
-        defaults = [[asking("One day", each) for _ in range(2)] for each in DEFAULTS]
-    return [greedy, defaults, server["said"]]
+            asked = [[{"role": "user", "content": content}] for content in contents]
+            greedy = list(clients.map(lambda messages: asking(messages, GREEDY), asked))
+        texts = {f"client {i}": text for i, text in enumerate(greedy)}
+        for name, settings in REQUESTS.items():
+            texts[name] = asking([question], settings)
+        second = [question, {"role": "assistant", "content": "it rained."}, question]
+        texts["second answer"] = asking(second, {})
+        texts["second answer, greedy"] = asking(second, GREEDY)
+    return texts, server["said"]
 
 
-def texts_of_command(host: Host, environment: Environment, place: Path, under: bool) -> list[Any]:
-    """Texts of a command, in the form of `texts_of_server`: greedy, and as it is by default."""
-    said = ""
-
-    def run(*further: str) -> str:
-        nonlocal said
+def texts_of_command(host: Host, environment: Environment, place: Path, under: bool) -> Texts:
+    """Texts of a command by its further words, and what it said."""
+    texts, said = {}, ""
+    for further in host.further:
         ended = subprocess.run(
             [*command_of(host, environment, under), *further],
             cwd=place,
@@ -274,13 +344,9 @@ def texts_of_command(host: Host, environment: Environment, place: Path, under: b
         )
         if ended.returncode:
             raise RuntimeError(f"It ended with {ended.returncode}: {ended.stderr[-600:]}")
+        texts[" ".join(further) or "as it is"] = TIMES.sub("", ended.stdout)
         said += ended.stderr
-        return TIMES.sub("", ended.stdout)
-
-    greedy = [run(*host.greedy)] if host.greedy else []
-    default = run()
-    # Whether it draws anew is seen without us.
-    return [greedy, [[default, default if under else run()]], said]
+    return texts, said
 
 
 def compare(host: Host, cache: Path, place: Path) -> dict[str, Any]:
@@ -294,27 +360,29 @@ def compare(host: Host, cache: Path, place: Path) -> dict[str, Any]:
         environment.make()
         row["mlx_lm"] = environment.version_of("mlx-lm")
         texts = texts_of_server if host.serves else texts_of_command
-        plain = texts(host, environment, place, False)
-        ours = texts(host, environment, place, True)
+        plain, _ = texts(host, environment, place, False)
+        ours, output = texts(host, environment, place, True)
+        differing = [name for name, text in plain.items() if ours[name] != text]
+        again = texts(host, environment, place, False)[0] if differing else plain
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return row | {"result": f"not run here: {str(error).splitlines()[-1][:200]}"}
-    pairs = list(zip(plain[0], ours[0], strict=True))
-    # Where a program draws anew at each request, its texts cannot be compared.
-    repeats = [answers[0] == answers[1] for answers in plain[1]]
-    drawn = zip(plain[1], ours[1], repeats, strict=True)
-    pairs += [(a[0], b[0]) for a, b, repeated in drawn if repeated]
-    for a, b in pairs:
-        if a != b:
-            print(f"{host.name} differs:\n  {a[:300]!r}\n  {b[:300]!r}", file=sys.stderr)
-    counts = [[int(n.replace(",", "")) for n in found] for found in CHECKED.findall(ours[2])]
-    said = sorted(set(re.findall(r"^Text of .*?: (.*)\.$", ours[2], re.MULTILINE)))
+    # What the program by itself does not repeat, in spite of the seed, cannot be compared.
+    repeated = [name for name, text in plain.items() if again[name] == text]
+    for name in differing:
+        words = "differs" if name in repeated else "is not repeated"
+        print(f"{host.name}, {name}: {words}", file=sys.stderr)
+        print(f"  {plain[name][-300:]!r}\n  {ours[name][-300:]!r}", file=sys.stderr)
+    counts = [[int(n.replace(",", "")) for n in found] for found in CHECKED.findall(output)]
+    said = sorted(set(re.findall(r"^Text of .*?: (.*)\.$", output, re.MULTILINE)))
     return row | {
-        "texts": len(pairs),
-        "same": sum(a == b for a, b in pairs),
-        "drawn_anew": repeats.count(False),
+        "texts": len(repeated),
+        "same": sum(ours[name] == plain[name] for name in repeated),
+        "not_repeated": len(plain) - len(repeated),
+        "refused": [name for name, text in plain.items() if REFUSAL.match(text)],
         "tokens": sum(n for n, _ in counts),
         "verified": sum(n for _, n in counts),
         "said": said,
+        "checked": sorted(set(CHECK_LINE.findall(output))),
         "result": "compared",
     }
 
@@ -329,7 +397,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['program']} | {version} | | | | {row['result']} |")
             continue
         same = f"{row['same']} of {row['texts']}"
-        same += f", {row['drawn_anew']} drawn anew" if row["drawn_anew"] else ""
+        same += f", {row['not_repeated']} drawn anew" if row["not_repeated"] else ""
         share = f"{row['verified']:,} of {row['tokens']:,}"
         said = "; ".join(row["said"])
         lines.append(

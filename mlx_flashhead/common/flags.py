@@ -11,6 +11,11 @@ from typing import Any
 from .arguments import Type, json_object, number, one_of, share, true_or_false, whole_number
 
 MAX_WAIT = 0.3  # seconds, as decoding has it; its module would import MLX
+# What stands above the flags of a FlashHead.
+FLASH_HEAD = (
+    "FlashHead scores the tokens of a few clusters in place of all tokens, and the normal head "
+    "verifies its choices: the text stays the same."
+)
 # Where the number of clusters comes from if no flag names one.
 TUNED_PROBES = "Clusters scored per token (default: the number that is fastest on this machine)."
 STORED_PROBES = "Clusters scored per token (default: the number that the FlashHead stores for it)."
@@ -121,7 +126,9 @@ def add_prompt_flags(parser: Any) -> None:
         metavar="T|F",
         help="F prints the answer alone (default: T).",
     )
-    add("--prompt-cache-file", help="A file of mlx_lm.cache_prompt: its prompt comes first.")
+    add(
+        "--prompt-cache-file", help="A file that mlx_lm.cache_prompt wrote; its prompt comes first."
+    )
     add("--quantize-activations", "-qa", action="store_true", help="Quantize activations, too.")
     add(
         "--kv-bits",

@@ -13,9 +13,11 @@ MAX_DEPTH = 100  # levels; what reads or writes JSON calls itself for each of th
 def loads(text: bytes) -> Any:
     """Reads JSON.
 
+    Half of a character, which no tokenizer takes, becomes U+FFFD, as where browsers send a text.
+    Editors that cut a text by UTF-16's units leave one.
+
     Raises:
-        ValueError: If it is not JSON, is nested too deeply, or holds a number that is not finite
-            or half of a character, which no tokenizer takes.
+        ValueError: If it is not JSON, is nested too deeply, or holds a number that is not finite.
     """
     letters = outside_strings(text)
     opened = (letters == ord("[")) | (letters == ord("{"))
@@ -27,7 +29,9 @@ def loads(text: bytes) -> Any:
         text.decode("utf-8-sig"), parse_float=_finite_number, parse_constant=_finite_number
     )
     if b"\\u" in text:  # which alone can spell half of a character
-        json.dumps(value, ensure_ascii=False).encode()
+        written = json.dumps(value, ensure_ascii=False)
+        whole = written.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value if whole == written else json.loads(whole)
     return value
 
 
