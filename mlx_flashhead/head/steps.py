@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from .adjustment import Adjustment, adjusted_logits, changed_clusters
-from .clustered import ALWAYS_PROBED, ClusteredRows, in_token_order
+from . import inverse_cdf
+from .adjustment import Adjustment, adjusted_logits, probed_for
+from .clustered import ClusteredRows, in_token_order
 from .dense_kernels import dense_ranges
 from .draw import Draws, draw, noise
 from .logit_map import IDENTITY, LogitMap
@@ -89,7 +90,6 @@ def unscored(
     probes: mx.array,
     logit_map: LogitMap = IDENTITY,
     cluster_size: int = 1,
-    mass: bool = True,
 ) -> mx.array:
     """What the clusters that are not probed hold, by their scores.
 
@@ -98,17 +98,13 @@ def unscored(
         probes: (R, p) uint32.
         logit_map: What the model does to the logits, if those of a cluster are all the same.
         cluster_size: Tokens of a cluster.
-        mass: Whether the mass is wanted, too.
 
     Returns:
         (R, 2) float32: the best score, and the log of the summed exponentials of all mapped logits.
-        Without the mass (R, 1).
     """
     lowest = mx.array(mx.finfo(mx.float32).min)
     left = mx.put_along_axis(scores, probes, lowest, axis=-1)
     best = mx.max(left, axis=-1)
-    if not mass:
-        return best[:, None]
     if not logit_map.identity:
         n_tokens = math.log(cluster_size)
         mapped = logit_map(left - n_tokens).astype(mx.float32) + n_tokens
@@ -137,6 +133,20 @@ def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
     It is fast for few states.
     """
     return (hidden @ blocks.swapaxes(-1, -2)).swapaxes(0, 1).reshape(len(hidden), -1)
+
+
+def _drawn(
+    logits: mx.array, token_ids: mx.array, draws: Draws, others: mx.array | None
+) -> mx.array:
+    """Draws a token of each row, (R,) uint32, from the scored ones (R, K)."""
+    by_number = [settings.inverse_cdf for settings in draws.rows]
+    if all(by_number):
+        return inverse_cdf.drawn(logits, token_ids, draws, others, kernel=False)
+    by_noise = draw(logits, noise(draws.keys, token_ids), draws, token_ids, others, kernel=False)
+    if not any(by_number):
+        return by_noise
+    numbered = inverse_cdf.drawn(logits, token_ids, draws, others, kernel=False)
+    return mx.where(mx.array(by_number), numbered, by_noise)
 
 
 class PortableSteps:
@@ -212,7 +222,8 @@ class PortableSteps:
             scores = self.clustered.centroids.matrix.matmul(hidden).astype(mx.float32)
         else:
             scores = blocked_product(hidden.astype(mx.float32), self._centroids)
-            scores = scores[..., : len(route_bias)]
+            if scores.shape[-1] > len(route_bias):
+                scores = scores[..., : len(route_bias)]
         return scores + route_bias
 
     def select(
@@ -239,16 +250,19 @@ class PortableSteps:
             mass: Whether the mass of the clusters that are left is wanted, which draws look at.
         """
         if adjustment is not None:
-            more = mx.zeros((len(scores), 1))  # of rows with fewer tokens
-            padded = mx.concatenate([scores, more], axis=-1)
-            clusters = changed_clusters(adjustment, self.clustered)
-            always = mx.array(ALWAYS_PROBED, mx.float32)
-            scores = mx.put_along_axis(padded, clusters, always, axis=-1)[:, :-1]
+            scores = probed_for(scores, adjustment, self.clustered)
         n_left = scores.shape[-1] - n_probes
-        probes = mx.broadcast_to(mx.arange(n_probes, dtype=mx.uint32), (len(scores), n_probes))
-        if n_left > 0:
-            probes = mx.argpartition(scores, kth=n_left, axis=-1)[..., n_left:]
-        left = unscored(scores, probes, logit_map, self.clustered.cluster_size, mass)
+        if n_left > 0:  # in the place before the probes is the best of the others
+            order = mx.argpartition(scores, kth=n_left - 1, axis=-1)
+            probes = order[:, n_left:]
+        else:
+            probes = mx.broadcast_to(mx.arange(n_probes, dtype=mx.uint32), scores.shape)
+        if mass:
+            left = unscored(scores, probes, logit_map, self.clustered.cluster_size)
+        elif n_left > 0:
+            left = mx.take_along_axis(scores, order[:, n_left - 1 : n_left], axis=-1)
+        else:
+            left = mx.full((len(scores), 1), mx.finfo(mx.float32).min)
         return Selection(probes, unscored=left)
 
     def score(
@@ -348,11 +362,11 @@ class PortableSteps:
         """
         ids, logits = self.token_ids(selection.probes).flatten(1), candidates.logits.flatten(1)
         left = cast(mx.array, selection.unscored)
-        gumbel, others = None, None
-        if draws is not None:
-            logits, gumbel = logits.astype(mx.float32), noise(draws.keys, ids)
+        if draws is None:
+            tokens = draw(logits, None, None, ids)
+        else:
             others = None if masked else left[:, 1]
-        tokens = draw(logits, gumbel, draws, ids, others, kernel=False)
+            tokens = _drawn(logits.astype(mx.float32), ids, draws, others)
         return tokens, risk.of(candidates, left, draws, logit_map)
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:

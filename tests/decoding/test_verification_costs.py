@@ -43,7 +43,7 @@ def flashes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_FLASHHEAD_BACKEND", "metal")
         patch.setattr(mx.metal, "is_available", lambda: True)
-        patch.setattr(FlashHead, "check_kernels", lambda *_: None)
+        patch.setattr(FlashHead, "check_kernels", lambda *_, **__: None)
         made = {
             arch: flash_of(tiny_model(arch, dtype=mx.bfloat16, bits=4, num_hidden_layers=1))
             for arch in ARCHITECTURES
