@@ -24,6 +24,7 @@ from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.proposal import Proposal
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.newest
 N_PROBES = 12
 VIEWS = ("Slice", "Reshape", "Squeeze", "ExpandDims", "Broadcast", "Transpose", "Flatten")
 KINDS = [
