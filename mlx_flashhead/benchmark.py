@@ -91,8 +91,8 @@ def _add_server_flags(parser: ArgumentParser) -> None:
     mixed.add_argument(
         "--mixed",
         action="store_true",
-        help="Send one server requests of all kinds for a time, of clients some of whom hang up, "
-        "and compare each answer with the one it has alone.",
+        help="Send one server requests of all kinds for a time, from clients of which some hang "
+        "up, and compare each answer with that of the same request alone.",
     )
     add_number(mixed, "--minutes", 10, "Minutes for each server and number of clients")
     mixed.add_argument(

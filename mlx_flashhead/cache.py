@@ -26,14 +26,14 @@ def make_parser() -> Parser:
         "$MLX_FLASHHEAD_HOME or ~/.cache/mlx_flashhead.",
     )
     group = parser.add_mutually_exclusive_group()
-    remove = "Remove what is kept of these models, or of identifiers that begin like this."
+    remove = "Remove what is kept for these models, or under identifiers that begin like this."
     group.add_argument("--remove", nargs="+", metavar=NAME, help=remove)
     group.add_argument("--remove-all", action="store_true", help="Remove everything.")
     build = "Build the FlashHead of a model now, if there is none."
     group.add_argument("--build", metavar="MODEL", help=build)
     rebuild = "Build the FlashHead of a model anew. The old one stays until the new one is whole."
     group.add_argument("--rebuild", metavar=NAME, help=rebuild)
-    measure = "Measure the speed of a model's FlashHead now (without a value: of all FlashHeads)."
+    measure = "Measure the speed of a model's FlashHead now (without a value: of every FlashHead)."
     group.add_argument("--measure", nargs="?", const="", metavar=NAME, help=measure)
     trust = "Run the model's own Python code, to measure or to build."
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)

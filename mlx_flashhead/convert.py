@@ -67,7 +67,7 @@ def make_parser() -> Parser:
     """The parser of ``mlx_flashhead.convert``."""
     parser = Parser(
         prog="mlx_flashhead.convert",
-        description="Make a folder of a model and its FlashHead, or of a FlashHead alone.",
+        description="Make a folder with a model and its FlashHead, or with a FlashHead alone.",
         example="mlx_flashhead.convert --model mlx-community/gemma-3-1b-it-4bit",
     )
     defaults: dict[str, Any] = {each.name: each.default for each in fields(ConvertOptions)}

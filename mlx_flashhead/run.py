@@ -23,7 +23,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="mlx_flashhead.run",
         description="Run another program with a FlashHead under its mlx_lm.load or mlx_vlm.load. "
-        "Programs that it starts have it, too.",
+        "Programs that it starts get it, too.",
         usage="mlx_flashhead.run [options] (-m MODULE | PROGRAM) [its arguments]",
     )
     add_head_options(parser)
@@ -32,9 +32,11 @@ def make_parser() -> Parser:
     parser.add_argument("--no-verify", action="store_true", help=unverified)
     check = "Print, at the program's end, how many tokens were verified, how many dense, and why."
     parser.add_argument("--check", action="store_true", help=check)
-    hook = "Print the variables with which any Python process, such as an app's, has a FlashHead."
+    hook = "Print environment variables that give any Python process a FlashHead, such as an app's."
     parser.add_argument("--hook", action="store_true", help=hook)
-    parser.add_argument("-m", dest="module", metavar="MODULE", help="A module, as python -m does.")
+    parser.add_argument(
+        "-m", dest="module", metavar="MODULE", help="Run a module, as python -m does."
+    )
     program = "A Python file, an installed program, or a program of mlx-lm such as mlx_lm.server."
     parser.add_argument("program", nargs="?", metavar="PROGRAM", help=program)
     return parser

@@ -13,6 +13,8 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The tests run in as many processes as there are cores, and numpy's threads would wait for these.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Programs that a test starts see this checkout. Nothing asks the Hub, but the tests' own one.
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -126,7 +126,9 @@ def add_prompt_flags(parser: Any) -> None:
         metavar="T|F",
         help="F prints the answer alone (default: T).",
     )
-    add("--prompt-cache-file", help="A prompt that mlx_lm.cache_prompt has read, before --prompt.")
+    add(
+        "--prompt-cache-file", help="A file that mlx_lm.cache_prompt wrote; its prompt comes first."
+    )
     add("--quantize-activations", "-qa", action="store_true", help="Quantize activations, too.")
     add(
         "--kv-bits",

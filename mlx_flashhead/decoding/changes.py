@@ -105,8 +105,8 @@ class Changes:
             presence=self._penalty(PRESENCE, 0.0),
             frequency=self._penalty(FREQUENCY, 0.0),
             biases=self.biases,
-            repeated=frozenset(window(REPETITION)),
-            present=frozenset(window(PRESENCE)),
+            repeated=window(REPETITION),
+            present=window(PRESENCE),
             occurrences=Counter(window(FREQUENCY)),
         )
 

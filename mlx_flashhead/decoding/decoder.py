@@ -178,17 +178,18 @@ class Decoder:
         proposer = self._proposer
         for i, sequence in enumerate(sequences):
             sequence.feed(latest[i : i + 1])
-        with proposer.states() as states:
-            logits = self._feed(latest[:, None], layers)[:, -1, :]
         n = len(sequences)
         proposed = [i for i in range(n) if sequences[i].verified and not sequences[i].paused]
         if n > proposer.max_batch:
             proposed = []
-        if not proposed:
-            tokens = self._choose_densely(sequences, logits, states)
-        elif len(proposed) == n:
+        with proposer.states(logits=len(proposed) < n) as states:
+            logits = self._feed(latest[:, None], layers)
+        if len(proposed) == n:
             tokens = proposer.propose(sequences, states[-1][:, -1], latest)
+        elif not proposed:
+            tokens = self._choose_densely(sequences, logits[:, -1, :], states)
         else:
+            logits = logits[:, -1, :]
             dense = [i for i in range(n) if i not in proposed]
             rows = mx.array(proposed)
             some = [sequences[i] for i in proposed]

@@ -52,6 +52,8 @@ class Proposer:
         self._n_probes, self._draw_temperature = n_probes, draw_temperature
         self.max_wait = max_wait
         self.n_verifications = self.n_rejected = 0
+        self._zeros: mx.array | None = None  # in the place of logits that nobody reads
+        self._zeros_of: mx.Dtype | None = None  # hidden states' dtype, for which these are
         self.look_for_head()
 
     def look_for_head(self) -> None:
@@ -161,12 +163,22 @@ class Proposer:
             logits = self.head.dense_logits(hidden)
         return cast(mx.array, logits)
 
+    def _no_logits(self, hidden: mx.array) -> mx.array:
+        """Zeros in the place of logits that nobody reads: hidden (..., D) → (..., V)."""
+        shape = (*hidden.shape[:-1], self.head.vocab_size)
+        if self._zeros is None or self._zeros.shape != shape or self._zeros_of != hidden.dtype:
+            self._zeros_of = hidden.dtype
+            dtype = self.head.clustered.rows.logits_dtype(hidden.dtype)
+            self._zeros = mx.broadcast_to(mx.zeros((1,), dtype), shape)
+        return mx.array(self._zeros)  # which the model may write into
+
     @contextmanager
-    def states(self) -> Iterator[list[mx.array]]:
+    def states(self, *, logits: bool = True) -> Iterator[list[mx.array]]:
         """A block in which the model's forward pass notes the hidden states of the head's calls.
 
         The last of these makes the model's logits. They are the normal (dense) head's, which
-        nothing computes unless they are read; or the unverified head's.
+        nothing computes unless they are read; or the unverified head's. Without ``logits`` they are
+        zeros, since nobody wants them.
         """
         taken: list[mx.array] = []
         if (head := self.head) is None:
@@ -175,7 +187,7 @@ class Proposer:
 
         def project(hidden: mx.array) -> mx.array:
             taken.append(hidden)
-            return self._project(hidden)
+            return self._project(hidden) if logits else self._no_logits(hidden)
 
         with head.intercepted(project):
             yield taken
@@ -204,8 +216,9 @@ class Proposer:
         wide = [self.needs_logits(sequence) for sequence in sequences]
         narrow = [None if is_wide else s for s, is_wide in zip(sequences, wide, strict=True)]
         masks = [None if s is None else self._mask(s) for s in narrow]
-        rows = [s.draw_at(s.n_chosen) for s in sequences]
-        draws = None if all(settings.greedy for settings, _ in rows) else Draws.of(rows)
+        draws = None
+        if any(sequence.draws for sequence in sequences):
+            draws = Draws.of([sequence.draw_at(sequence.n_chosen) for sequence in sequences])
         proposal = self.head.propose(
             hidden,
             draws,
@@ -238,11 +251,13 @@ class Proposer:
             return None
         vocab_size = self.head.vocab_size
         counted = [s is None or s.n_read == len(s.pending) for s in sequences]
+        some = any(counted)
         if latest is None or all(counted):
             latest = None
-        elif any(counted):
+            some = False
+        elif some:
             latest = mx.where(mx.array(counted), vocab_size, latest)
-        return Adjustment.of(changes, latest, vocab_size)
+        return Adjustment.of(changes, latest, vocab_size, all_latest=not some)
 
     def _mask(self, sequence: Sequence) -> np.ndarray | None:
         """Returns what a mask of the sequence allows at its next place.

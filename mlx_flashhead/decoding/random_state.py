@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from struct import pack, unpack
+from typing import cast
 
 import mlx.core as mx
 
@@ -9,6 +11,8 @@ Key = tuple[int, int]  # the two words of a key, or of MLX's random state
 
 WORD = 0xFFFFFFFF
 LANES = WORD | WORD << 64  # two words that are computed at once, 64 bits apart
+PARITY = 0x1BD11BDA
+BELOW_ONE = 1 - 2.0**-24  # the float32 number below 1
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
@@ -48,6 +52,7 @@ class DrawChain:
     def __init__(self) -> None:
         self._states = [current_key()]  # before each draw
         self._keys: list[Key] = []  # of each draw
+        self._numbers: list[int] = []  # of each draw, the bits
         self._placed: mx.array | None = None
 
     def state(self, draw: int) -> Key:
@@ -61,6 +66,12 @@ class DrawChain:
         while len(self._keys) <= draw:
             self._extend()
         return self._keys[draw]
+
+    def number_bits(self, draw: int) -> int:
+        """The bits of the uniform number by which that draw is made from one row."""
+        while len(self._numbers) <= draw:
+            self._numbers.append(uniform_bits(self.key(len(self._numbers))))
+        return self._numbers[draw]
 
     def place(self, draw: int) -> None:
         """Makes MLX's random state the one before ``draw``."""
@@ -81,22 +92,40 @@ class DrawChain:
 def split(key: Key) -> tuple[Key, Key]:
     """``mx.random.split(key)`` without an array: MLX's next state, and the key of a draw.
 
-    Source: Threefry-2x32 with 20 rounds, of the counters (0, 2) and (1, 3), as in MLX's
-        ``random::bits``; Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    Source: ``random::bits`` of four words in MLX.
     """
-    first = _on_both_lanes(key[0])
-    second = _on_both_lanes(key[1])
-    schedule = (first, second, first ^ second ^ _on_both_lanes(0x1BD11BDA))
-    left = (first + (1 << 64)) & LANES
-    right = (second + (2 | 3 << 64)) & LANES
+    first, second = _threefry(key, (0, 2), (1, 3))
+    return (first[0], second[0]), (first[1], second[1])
+
+
+def uniform_bits(key: Key) -> int:
+    """The bits of the float32 number ``mx.random.uniform(shape=(1,), key=key)``.
+
+    Source: ``random::uniform`` in MLX.
+    """
+    word = _threefry(key, (0, 0), (0, 0))[0][0]
+    number = min(word * 2.0**-32, BELOW_ONE)  # rounded to float32 as MLX rounds the word
+    return cast(int, unpack("<I", pack("<f", number))[0])
+
+
+def _threefry(key: Key, *counters: Key) -> tuple[Key, Key]:
+    """Two random words of each of two counters, which are computed at once.
+
+    Source: Threefry-2x32 with 20 rounds; Salmon et al. 2011, "Parallel random numbers: as easy as
+        1, 2, 3".
+    """
+    schedule = [_on_lanes(word, word) for word in (*key, key[0] ^ key[1] ^ PARITY)]
+    left, right = (_on_lanes(*words) for words in zip(*counters, strict=True))
+    left = (left + schedule[0]) & LANES
+    right = (right + schedule[1]) & LANES
     for group in range(5):
         for turn in ROTATIONS[group % 2]:
             left = (left + right) & LANES
             right = ((right << turn | right >> (32 - turn)) & LANES) ^ left
         left = (left + schedule[(group + 1) % 3]) & LANES
-        right = (right + schedule[(group + 2) % 3] + _on_both_lanes(group + 1)) & LANES
-    return (left & WORD, left >> 64), (right & WORD, right >> 64)
+        right = (right + schedule[(group + 2) % 3] + _on_lanes(group + 1, group + 1)) & LANES
+    return (left & WORD, right & WORD), (left >> 64, right >> 64)
 
 
-def _on_both_lanes(word: int) -> int:
-    return word | word << 64
+def _on_lanes(first: int, second: int) -> int:
+    return first | second << 64

@@ -56,7 +56,7 @@ def draw_settings(sampler: Any) -> DrawSettings | None:
     """The settings that describe a sampler's draws; None where none do."""
     if sampler is None:
         return DrawSettings()
-    if isinstance(sampler, Sampler):
+    if type(sampler) is Sampler:
         return sampler.settings if sampler.plain else None
     settings = mlx_lm_sampler_settings(sampler)
     return None if settings is None else DrawSettings(**settings)

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -95,6 +95,10 @@ class Sequence:
         self.trust = trust(sampler, self._processors_at_start)
         self.settings = draw_settings(sampler)  # None where only the sampler itself knows
         self.greedy = self.settings is not None and self.settings.greedy
+        # those of its draws where a sampler of mlx-lm draws by a uniform number
+        self._numbered: DrawSettings | None = None
+        if self.settings is not None and self.draws_from_mlx and not self.settings.sums_from_least:
+            self._numbered = replace(self.settings, inverse_cdf=True)
         self.why_dense = ""  # said of its tokens while it is not verified; "": not known yet
         self.seed = 0
         if type(sampler) is Sampler and not self.greedy:
@@ -119,6 +123,11 @@ class Sequence:
     # What the text depends on.
 
     @property
+    def draws(self) -> bool:
+        """Whether its tokens are drawn by known settings, at a temperature above 0."""
+        return self.settings is not None and not self.greedy
+
+    @property
     def draws_from_mlx(self) -> bool:
         """Whether its sampler draws from MLX's random state: any but the greedy ones and ours."""
         return not self.greedy and type(self.sampler) is not Sampler
@@ -135,7 +144,8 @@ class Sequence:
         Its choices are then known by the scored logits, what its processors change of them, and a
         screen of all others.
         """
-        return self.changes is not None and not self.draws_from_mlx
+        by_number = self._numbered is not None
+        return self.changes is not None and (by_number or not self.draws_from_mlx)
 
     def changed_tokens(self) -> ChangedTokens | None:
         """Returns what its penalties change at the next place; None where they change nothing.
@@ -280,6 +290,8 @@ class Sequence:
 
     def draw_at(self, index: int) -> tuple[DrawSettings, Key]:
         """The settings and the key of the draw at place ``index`` of the text."""
+        if self._numbered is not None and self._chain is not None:
+            return self._numbered, (self._chain.number_bits(index - self._chain_begins), 0)
         return self.settings or DrawSettings(), position_key(self.seed, index)
 
     def mlx_key(self, index: int) -> Key | None:

@@ -277,12 +277,16 @@ class _Parts:
         """
         proposer = Proposer(self._model, dense=n_probes is None, n_probes=n_probes)
         proposer.policy = replace(proposer.policy, depth=depth)
+        if n_probes is not None:  # what MLX compiles once is no step's time
+            first = Text(SAMPLED if sampled else None)
+            token = proposer.propose([first], self._hidden(1))
+            mx.eval(step_arrays(token, first.pending))
         text = Text(SAMPLED if sampled else None)
         cache = make_prompt_cache(self._model)
         latest = mx.array([13 % self._head.vocab_size], dtype=mx.uint32)
         moments: list[float] = []
         for i in range(n + 1 + verified):
-            with proposer.states() as states:
+            with proposer.states(logits=n_probes is None) as states:
                 output = self._model(latest[None], cache=cache)
             logits = getattr(output, "logits", output)  # as a vision model has them
             if n_probes is None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .clustered import ClusteredRows
+from .clustered import ALWAYS_PROBED, ClusteredRows
 
 # The constants of the same names in metal/flash_head/adjust.h.
 ADJUST_HEAD = 3  # words of a row before its tokens'
@@ -31,7 +31,7 @@ FEW_MULTIPLE = 8
 OCCURRENCES_MULTIPLE = 4
 
 
-@dataclass
+@dataclass(frozen=True)
 class ChangedTokens:
     """What the biases and penalties of one text change at one position.
 
@@ -39,7 +39,7 @@ class ChangedTokens:
         repetition, presence, frequency: The penalties; 1, 0 and 0 for none.
         biases: By token.
         repeated, present: Tokens that these penalties count, but the latest one if that is not read
-            yet.
+            yet. A token may be there more than once.
         occurrences: How often each occurs that the frequency penalty counts, likewise.
     """
 
@@ -47,14 +47,23 @@ class ChangedTokens:
     presence: float = 0.0
     frequency: float = 0.0
     biases: Mapping[int, float] = field(default_factory=dict)
-    repeated: frozenset[int] = frozenset()
-    present: frozenset[int] = frozenset()
+    repeated: Sequence[int] = ()
+    present: Sequence[int] = ()
     occurrences: Mapping[int, int] = field(default_factory=dict)
 
     @property
-    def token_ids(self) -> list[int]:
+    def token_ids(self) -> Sequence[int]:
         """All tokens that change, but the latest one if that is not read yet."""
+        if self.alike:
+            return self.repeated or self.present
         return sorted({*self.biases, *self.repeated, *self.present, *self.occurrences})
+
+    @property
+    def alike(self) -> bool:
+        """Whether all tokens change by the same steps, and there are some."""
+        if self.biases or self.frequency or not (self.repeated or self.present):
+            return False
+        return not self.repeated or not self.present or self.repeated == self.present
 
     @property
     def most_occurrences(self) -> int:
@@ -69,10 +78,17 @@ class Adjustment(NamedTuple):
     latest: mx.array  # (R,) uint32, the latest token, which may not be computed yet; V for none
     # of a token, with the latest one, or more; 0 without a frequency penalty
     most_occurrences: int
+    # Whether all tokens of a row change by the same steps, the latest one too: no id is V then.
+    alike: bool = False
 
     @classmethod
     def of(
-        cls, rows: Sequence[ChangedTokens | None], latest: mx.array | None, vocab_size: int
+        cls,
+        rows: Sequence[ChangedTokens | None],
+        latest: mx.array | None,
+        vocab_size: int,
+        *,
+        all_latest: bool = True,
     ) -> "Adjustment":
         """The adjustment of some rows.
 
@@ -80,9 +96,11 @@ class Adjustment(NamedTuple):
             rows: What changes in each; None for a row that has neither biases nor penalties.
             latest: (R,) tokens that the rows do not count yet, or None where they count all.
             vocab_size: V.
+            all_latest: Whether no token of ``latest`` is V.
         """
         changes = [row or ChangedTokens() for row in rows]
         token_ids = [change.token_ids for change in changes]
+        alike = all_latest and all(change.alike for change in changes)
         n_tokens = max(1, *map(len, token_ids))
         multiple = FEW_MULTIPLE if n_tokens <= FEW_TOKENS else TOKENS_MULTIPLE
         n_tokens = _filled_up(n_tokens, multiple)
@@ -90,10 +108,11 @@ class Adjustment(NamedTuple):
         for row, change, ids in zip(words, changes, token_ids, strict=True):
             _write(row, change, ids, vocab_size)
         if latest is None:
-            latest = mx.full((len(rows),), vocab_size, mx.uint32)
+            counted = [ids[0] if alike else vocab_size for ids in token_ids]
+            latest = mx.array(counted, mx.uint32)
         most = max(change.most_occurrences for change in changes)
         most = _filled_up(most, OCCURRENCES_MULTIPLE)
-        return cls(mx.array(words), latest.astype(mx.uint32), most)
+        return cls(mx.array(words), latest.astype(mx.uint32), most, alike)
 
     @property
     def n_tokens(self) -> int:
@@ -106,24 +125,32 @@ def _filled_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _write(row: np.ndarray, change: ChangedTokens, token_ids: list[int], vocab_size: int) -> None:
-    """Writes a row's words, of the tokens that change."""
+def _write(
+    row: np.ndarray, change: ChangedTokens, token_ids: Sequence[int], vocab_size: int
+) -> None:
+    """Writes a row's words, of the tokens that change. The last one is repeated to the end."""
     penalties = [change.repetition, change.presence, change.frequency]
     row[:ADJUST_HEAD] = np.array(penalties, np.float32).view(np.uint32)
     tokens = row[ADJUST_HEAD:].reshape(-1, ADJUST_TOKEN)
     n_tokens = len(token_ids)
+    if not n_tokens:
+        tokens[:, 0] = vocab_size
+        return
     tokens[:n_tokens, 0] = token_ids
-    tokens[n_tokens:, 0] = vocab_size
-    biases, occurrences = change.biases, change.occurrences
-    if biases:
-        each = np.array([biases.get(token, 0.0) for token in token_ids], np.float32)
-        tokens[:n_tokens, 1] = each.view(np.uint32)
-    tokens[:n_tokens, 2] = [
-        REPEATED * (token in change.repeated)
-        + PRESENT * (token in change.present)
-        + OCCURS * occurrences.get(token, 0)
-        for token in token_ids
-    ]
+    if change.alike:
+        tokens[:, 2] = REPEATED * bool(change.repeated) + PRESENT * bool(change.present)
+    else:
+        repeated = set(change.repeated)
+        present = set(change.present)
+        biases = [change.biases.get(token, 0.0) for token in token_ids]
+        tokens[:n_tokens, 1] = np.array(biases, np.float32).view(np.uint32)
+        tokens[:n_tokens, 2] = [
+            REPEATED * (token in repeated)
+            + PRESENT * (token in present)
+            + OCCURS * change.occurrences.get(token, 0)
+            for token in token_ids
+        ]
+    tokens[n_tokens:] = tokens[n_tokens - 1]
 
 
 class _Tokens(NamedTuple):
@@ -152,16 +179,30 @@ def _unpacked(adjustment: Adjustment, vocab_size: int) -> _Tokens:
     )
 
 
-def changed_clusters(adjustment: Adjustment, clustered: ClusteredRows) -> mx.array:
-    """The clusters of the tokens that change, (R, K + 1) uint32; C where there is none."""
-    ids = mx.concatenate([_ids(adjustment), adjustment.latest[:, None]], axis=1)
-    slots = mx.take(clustered.slot_of, mx.minimum(ids, clustered.vocab_size - 1))
-    clusters = slots // clustered.cluster_size
-    return mx.where(ids < clustered.vocab_size, clusters, clustered.n_clusters)
+def probed_for(scores: mx.array, adjustment: Adjustment, clustered: ClusteredRows) -> mx.array:
+    """The scores (R, C), so high for the clusters of tokens that change that these are probed."""
+    clusters = _slots(adjustment, clustered) // clustered.cluster_size
+    always = mx.array(ALWAYS_PROBED, mx.float32)
+    if adjustment.alike:
+        return mx.put_along_axis(scores, clusters, always, axis=-1)
+    # those of no token are beside all others
+    padded = mx.concatenate([scores, mx.zeros((len(scores), 1))], axis=-1)
+    clusters = mx.where(_ids(adjustment) < clustered.vocab_size, clusters, clustered.n_clusters)
+    return mx.put_along_axis(padded, clusters, always, axis=-1)[:, :-1]
 
 
 def _ids(adjustment: Adjustment) -> mx.array:
-    return adjustment.words[:, ADJUST_HEAD::ADJUST_TOKEN]
+    """The tokens that change, (R, K + 1) uint32, the latest one last; V where there is none."""
+    known = adjustment.words[:, ADJUST_HEAD::ADJUST_TOKEN]
+    return mx.concatenate([known, adjustment.latest[:, None]], axis=1)
+
+
+def _slots(adjustment: Adjustment, clustered: ClusteredRows) -> mx.array:
+    """The slots of these tokens, (R, K + 1); any slot where there is none."""
+    ids = _ids(adjustment)
+    if not adjustment.alike:
+        ids = mx.minimum(ids, clustered.vocab_size - 1)
+    return mx.take(clustered.slot_of, ids)
 
 
 def adjusted_logits(
@@ -175,17 +216,34 @@ def adjusted_logits(
         adjustment: The biases and penalties.
         clustered: The rows.
     """
-    vocab_size, size = clustered.vocab_size, clustered.cluster_size
-    tokens = _unpacked(adjustment, vocab_size)
-    slots = mx.take(clustered.slot_of, mx.minimum(tokens.ids, vocab_size - 1))
+    size = clustered.cluster_size
+    slots = _slots(adjustment, clustered)
     places = mx.argmax(probes[:, None, :] == (slots // size)[..., None], axis=-1)
-    flat = mx.concatenate([logits.flatten(1), mx.zeros((len(logits), 1), logits.dtype)], axis=1)
+    index = places * size + slots % size
+    flat = logits.flatten(1)
+    if adjustment.alike:  # a token that is there twice gets the same value twice
+        before = mx.take_along_axis(flat, index, axis=1)
+        penalties = adjustment.words[:, :ADJUST_HEAD].view(mx.float32).astype(logits.dtype)
+        after = _finite(_penalized(before, penalties[:, :1], penalties[:, 1:2]))
+        return mx.put_along_axis(flat, index, after, axis=1).reshape(logits.shape)
+    tokens = _unpacked(adjustment, clustered.vocab_size)
+    flat = mx.concatenate([flat, mx.zeros((len(logits), 1), logits.dtype)], axis=1)
     nowhere = flat.shape[1] - 1  # of places that hold no token
-    index = mx.where(tokens.ids < vocab_size, places * size + slots % size, nowhere)
+    index = mx.where(tokens.ids < clustered.vocab_size, index, nowhere)
     before = mx.take_along_axis(flat, index, axis=1)
     after = _changed(before, tokens, adjustment.most_occurrences)
     flat = mx.put_along_axis(flat, index, after, axis=1)
     return flat[:, :-1].reshape(logits.shape)
+
+
+def _penalized(logits: mx.array, repetition: mx.array, presence: mx.array) -> mx.array:
+    return mx.where(logits < 0, logits * repetition, logits / repetition) - presence
+
+
+def _finite(logits: mx.array) -> mx.array:
+    """The logits, at most the highest finite value of their dtype: a bias may be infinite."""
+    finite = mx.finfo(logits.dtype)
+    return mx.clip(logits, finite.min, finite.max)
 
 
 def _changed(logits: mx.array, tokens: _Tokens, most_occurrences: int) -> mx.array:
@@ -198,5 +256,4 @@ def _changed(logits: mx.array, tokens: _Tokens, most_occurrences: int) -> mx.arr
     logits = mx.where((counts & PRESENT) != 0, logits - presence, logits)
     for i in range(most_occurrences):
         logits = mx.where(counts >= OCCURS * (i + 1), logits - frequency, logits)
-    finite = mx.finfo(dtype)
-    return mx.clip(logits, finite.min, finite.max)  # a bias may be infinite
+    return _finite(logits)

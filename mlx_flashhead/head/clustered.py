@@ -152,6 +152,16 @@ class ClusteredRows:
         places = slots % self.cluster_size
         return self.rows.map(lambda array: array[clusters, places])
 
+    def embeddings(self, token_ids: mx.array) -> mx.array:
+        """The rows of some tokens as floats: ids (...) → (..., D). Lazy."""
+        if self.rows.quantized:
+            return self.token_rows(token_ids).dequantized()
+        slots = mx.take(self.slot_of, token_ids)
+        weight = self.rows.weight
+        if self.by_column:
+            return weight[slots // self.cluster_size, slots % self.cluster_size]
+        return mx.take(weight.reshape(-1, weight.shape[-1]), slots, axis=0)
+
 
 def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:
     """Logits by slot (R, C·n) → by token (R, V). `take` is five to ten times slower on a CPU."""

@@ -25,6 +25,7 @@ NO_MIN_P = -1e30
 
 # Logits that are sorted at once: halving more of them takes more operations, which a CPU feels.
 SORTED = 65536
+MANY_LOGITS = 8192  # of which a CPU takes powers of two faster, in more operations
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class DrawSettings:
     # Whether top-p adds up probabilities from the least likely on, as mlx-lm 0.31 does. Its own
     # sampler draws then; :class:`Draws` have the cut of 0.32, which is near.
     sums_from_least: bool = False
+    # Whether the token is the one in whose share of the probabilities a uniform number falls, as
+    # mlx-lm's samplers draw; see inverse_cdf.py. Otherwise noise decides.
+    inverse_cdf: bool = False
 
     @property
     def greedy(self) -> bool:
@@ -55,7 +59,8 @@ class Draws(NamedTuple):
 
     settings: mx.array  # (R, 3) float32: 1 / temperature (0: the best logit), top_p, log(min_p)
     top_k: mx.array  # (R,) uint32; 0 keeps all
-    keys: mx.array  # (R, 2) uint32, of each row's seed and position
+    # (R, 2) uint32, of each row's seed and position; for an inverse CDF a number's bits, and 0
+    keys: mx.array
     rows: Sequence[DrawSettings] = ()  # settings of each; none where a kernel reads the arrays
     # the three arrays with HELD rows or more, the last one repeated, for kernels
     held: tuple[mx.array, ...] = ()
@@ -79,6 +84,11 @@ class Draws(NamedTuple):
         return cls(settings, top_k, keys, rows, held)
 
     @property
+    def any_by_number(self) -> bool:
+        """Whether a row has an inverse CDF, for which there is no kernel."""
+        return any(row.inverse_cdf for row in self.rows)
+
+    @property
     def steps(self) -> tuple[DrawSettings, ...]:
         """Settings that take the same steps, whatever the values in the arrays are."""
         return tuple(
@@ -87,6 +97,7 @@ class Draws(NamedTuple):
                 top_p=0.5 if row.top_p < 1 else 1.0,
                 min_p=0.5 if row.min_p > 0 else 0.0,
                 top_k=row.top_k,
+                inverse_cdf=row.inverse_cdf,
             )
             for row in self.rows
         )
@@ -144,7 +155,7 @@ _words_of_key = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))
 
 def log_mass(logits: mx.array) -> mx.array:
     """The log of the summed exponentials: (R, K) float32 → (R, 1)."""
-    if gpu_is_default():
+    if logits.shape[-1] < MANY_LOGITS or gpu_is_default():
         return mx.logsumexp(logits, axis=-1, keepdims=True)
     best = mx.maximum(mx.max(logits, axis=-1, keepdims=True), mx.finfo(mx.float32).min)
     powers = mx.power(2.0, (logits - best) * math.log2(math.e))  # exp takes three times as long

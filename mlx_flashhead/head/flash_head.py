@@ -387,10 +387,10 @@ class FlashHead:
         if adjustment is not None:
             n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)
         how = (n_probes, depth, full, logit_map, adjustment, allowed)
-        plain = draws is None and adjustment is None and allowed is None
-        # MLX would join operations that are no kernels of ours, and compile what it has joined: a
-        # CPU takes a second for each of some 30 texts. So only those that most proposals need.
-        if full or not (self._traces and (plain or isinstance(self.steps, MetalSteps))):
+        # MLX compiles what it joins of traced operations that are no kernels of ours, which takes a
+        # CPU a second each. Beside a mask, which the host makes for each token, that does not pay.
+        traces = self._traces and (allowed is None or isinstance(self.steps, MetalSteps))
+        if full or not traces:
             return self._proposal(hidden, draws, *how)
         function = self._traced(n_probes, depth, draws, logit_map, adjustment, allowed is not None)
         try:
@@ -416,12 +416,13 @@ class FlashHead:
     ) -> Callable[..., tuple[mx.array, ...]]:
         """The steps of proposals of one kind as a function of arrays, which MLX traces once."""
         rows = None if draws is None else draws.steps
-        most = None if adjustment is None else adjustment.most_occurrences
+        fixed = None if adjustment is None else adjustment[2:]
         if isinstance(self.steps, MetalSteps):  # which read all settings from arrays
-            rows = None if rows is None else (DrawSettings(temperature=1.0),) * len(rows)
-            most = None if most is None else 0
+            if rows is not None and not cast(Draws, draws).any_by_number:
+                rows = (DrawSettings(temperature=1.0),) * len(rows)
+            fixed = None if fixed is None else (0, False)
         gathers = self.steps.gathers_rows
-        key = (self.steps, self.risk, gathers, n_probes, depth, rows, logit_map, most, masked)
+        key = (self.steps, self.risk, gathers, n_probes, depth, rows, logit_map, fixed, masked)
         if key in self._functions:
             return self._functions[key]
         while len(self._functions) >= MOST_TRACED:
@@ -443,7 +444,7 @@ class FlashHead:
                 depth,
                 False,
                 logit_map,
-                None if most is None else Adjustment(adjusted[0], adjusted[1], most),
+                None if fixed is None else Adjustment(adjusted[0], adjusted[1], *fixed),
                 allowed[0] if allowed else None,
             )
             return proposal[1:5]

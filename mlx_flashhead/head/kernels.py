@@ -334,6 +334,8 @@ class MetalSteps(PortableSteps):
         masked: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Chooses a token of each row, (R,) uint32, with its risk, (R,) float32."""
+        if draws is not None and draws.any_by_number:
+            return super().choose(selection, candidates, draws, risk, logit_map, masked)
         logits = candidates.logits
         n_positions = len(candidates.logits)
         settings = _draw_arrays(draws, n_positions)
@@ -382,6 +384,8 @@ class MetalSteps(PortableSteps):
 
         It takes the logits (k, C, n) of all slots.
         """
+        if draws is not None and draws.any_by_number:
+            return super().screen(slots, proposal, draws, tolerance, epsilon, logit_map, allowed)
         inputs = self._screen_inputs(proposal, draws, tolerance)
         parts = self._tallies(slots, inputs, logit_map, allowed)
         n_states = len(slots)

@@ -24,6 +24,10 @@ IN_16_BITS = 1e-6  # a dtype with a larger spacing has 16 bits
 
 MASS_MARGIN = 1e-4  # of masses in the screen: sums of many exponentials, in any order
 MASS_ROUNDING = 2e-4  # of masses in mlx-lm's filters: two such sums
+# An addition of floats loses at most half a spacing of the sum, and no more than is added. MLX adds
+# the weights of a draw, and so does the screen.
+SUM_ROUNDING = 2.0**-23
+EXP_UNITS = 64  # spacings by which an exponential, or a product with the sum, may lie off
 SMALLEST_FLOAT16 = 2.0**-24  # above 0: an exponential below it vanishes
 SMALLEST_FLOAT32 = 2.0**-126  # normal above 0; bfloat16's, too
 

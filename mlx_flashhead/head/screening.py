@@ -7,13 +7,12 @@ Every logit lies within a tolerance. A token is certain if it is the choice what
 within theirs.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import mlx.core as mx
 
+from . import inverse_cdf
 from .clustered import ClusteredRows, in_token_order
 from .draw import Draws, log_mass, noise, noise_of_all
+from .interval import LOWEST, Interval, Scored
 from .logit_map import LogitMap
 from .margins import IN_16_BITS, MASS_MARGIN, merging_distance, noise_margin
 from .proposal import Proposal, Screen, Tolerance
@@ -21,54 +20,6 @@ from .proposal import Proposal, Screen, Tolerance
 LIKELY_NOISE = 11.0  # one in e^11 tokens has more
 MOST_NATS = 80.0  # the exponential of more is infinite
 NEAREST = 1024  # clusters that were not scored, of whose tokens the noise is computed for filters
-
-LOWEST = mx.finfo(mx.float32).min
-
-
-class Interval(NamedTuple):
-    """Logits (k, …) float32 and how far each may be off."""
-
-    logits: mx.array
-    off: mx.array
-
-    @property
-    def low(self) -> mx.array:
-        """The lowest that the logits may be."""
-        return self.logits - self.off
-
-    @property
-    def high(self) -> mx.array:
-        """The highest that the logits may be."""
-        return self.logits + self.off
-
-    @property
-    def even(self) -> bool:
-        """Whether all logits of a state may be off as far."""
-        return self.off.size == len(self.logits)
-
-    def map(self, take: Callable[[mx.array], mx.array]) -> "Interval":
-        """Some of the logits (k, K), as ``take`` picks them of an array."""
-        off = self.off.reshape(-1, 1) if self.even else take(self.off)
-        return Interval(take(self.logits), off)
-
-    def masses(self) -> tuple[mx.array, mx.array]:
-        """The least and the most of the log of the summed exponentials: (k, 1) each."""
-        if self.even:
-            mass = log_mass(self.logits.flatten(1))
-            off = self.off.reshape(-1, 1)
-            return mass - off, mass + off
-        return log_mass(self.low.flatten(1)), log_mass(self.high.flatten(1))
-
-
-class Scored(NamedTuple):
-    """The scored tokens of k states. Their logits are the model's."""
-
-    ids: mx.array  # (k, K) uint32
-    tokens: mx.array  # (k, 1) uint32, the proposed ones
-    own: Interval  # (k, 1), of these
-    all: Interval  # (k, K)
-    rest: Interval  # (k, K), the lowest value in the place of the proposed token
-    second: Interval  # (k, 1), the best of the rest
 
 
 def screen(
@@ -96,7 +47,9 @@ def screen(
         bound = best_high + mx.log(mx.array(clustered.vocab_size))
     certain = _greedy_is_certain(scored, best_high, bound, epsilon)
     if draws is not None:
-        drawn = _draw_is_certain(clustered, scored, unscored, best_high, tail_low, tail_high, draws)
+        drawn = _draw_is_certain(
+            clustered, scored, unscored, best_high, tail_low, tail_high, draws, epsilon
+        )
         certain = mx.where(draws.settings[:, :1] == 0, certain, drawn)
     certain = certain[:, 0] & (largest < mx.inf)  # float16 may overflow
     return Screen(certain, largest, best[:, 0], log_mass(unscored.logits.flatten(1))[:, 0])
@@ -204,8 +157,29 @@ def _draw_is_certain(
     tail_low: mx.array,
     tail_high: mx.array,
     draws: Draws,
+    epsilon: float,
 ) -> mx.array:
-    """Returns whether no other token can be drawn than the proposed one: (k, 1) bool.
+    """Returns whether no other token can be drawn than the proposed one: (k, 1) bool."""
+    by_number = [settings.inverse_cdf for settings in draws.rows]
+    if all(by_number):
+        return inverse_cdf.is_certain(clustered, scored, unscored, draws, epsilon)
+    by_noise = _noise_is_certain(clustered, scored, unscored, best_high, tail_low, tail_high, draws)
+    if not any(by_number):
+        return by_noise
+    numbered = inverse_cdf.is_certain(clustered, scored, unscored, draws, epsilon)
+    return mx.where(mx.array(by_number)[:, None], numbered, by_noise)
+
+
+def _noise_is_certain(
+    clustered: ClusteredRows,
+    scored: Scored,
+    unscored: Interval,
+    best_high: mx.array,
+    tail_low: mx.array,
+    tail_high: mx.array,
+    draws: Draws,
+) -> mx.array:
+    """:func:`_draw_is_certain` for draws by noise.
 
     None can if the filters keep the token, and no other that they may keep can have a higher noisy
     logit.

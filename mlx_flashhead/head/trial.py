@@ -236,8 +236,8 @@ class _Trial:
             presence=0.5,
             frequency=0.25,
             biases=dict.fromkeys(tokens[:1], 2.0),
-            repeated=frozenset(tokens),
-            present=frozenset(tokens),
+            repeated=tokens,
+            present=tokens,
             occurrences=dict.fromkeys(tokens, 2),
         )
         adjustment = Adjustment.of([changes], mx.array([0], mx.uint32), vocab_size)

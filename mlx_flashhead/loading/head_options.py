@@ -51,7 +51,7 @@ class HeadOptions:
         if dense or args.no_build:
             missing = DENSE if dense or answers_first else REFUSE
         if args.head_bits is not None and not args.fine_head:
-            raise ValueError("`head_bits` are those of a finer head: add --fine-head.")
+            raise ValueError("`head_bits` is for a finer head: add --fine-head.")
         return cls(
             args.flash_head,
             missing,

@@ -310,8 +310,9 @@ def attach_head(
         return None
     if stored is None and options.missing == REFUSE:
         raise ValueError(
-            f"There is no FlashHead of {local_origin(source).known_as} yet, and `build=False` or "
-            "several processes build none: use it without them once, or name one as `flash_head`."
+            f"There is no FlashHead of {local_origin(source).known_as} yet, and none is built with "
+            "`build=False` or in several processes: load the model once without these, or name a "
+            "FlashHead as `flash_head`."
         )
     check_plain_product(location)
     if stored is None:

@@ -23,7 +23,6 @@ from ..decoding.rehearsal import rehearse
 from ..decoding.rounding import measure_rounding
 from ..decoding.tuning import Tuning, is_busy, least_gain, tune
 from ..head.flash_head import FlashHead
-from ..head.logit_map import LogitMap
 from ..head.steps import Risk
 from ..index.flash_head_index import FlashHeadIndex
 from ..models.errors import UnsupportedHeadError
@@ -76,14 +75,11 @@ def install_stored(
 
 def _prepare(model: nn.Module, head: FlashHead) -> None:
     """Compiles and measures all that the first answer would have to wait for otherwise."""
-    dtype = hidden_dtype(model)
     try:
-        change = logit_change_of(model)
+        logit_change_of(model)  # with its own kernels
     except UnsupportedHeadError:  # such a model decodes densely
         return
-    if isinstance(change, LogitMap) and not change.identity:
-        head.check_kernels(dtype, logit_map=change)
-    measure_rounding(head, dtype)
+    measure_rounding(head, hidden_dtype(model))
     rehearse(model)
 
 

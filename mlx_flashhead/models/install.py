@@ -288,7 +288,7 @@ class _FlashEmbedding(_FlashModule):
     as_linear = _FlashModule._project
 
     def __call__(self, token_ids: mx.array) -> mx.array:
-        return self._flash_head.clustered.token_rows(token_ids).dequantized()
+        return self._flash_head.clustered.embeddings(token_ids)
 
 
 def logit_change_of(model: nn.Module) -> LogitChange:
@@ -366,6 +366,8 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
     except ValueError:  # it looks at the number of tokens
         logit_map = None
     if logit_map is not None and head.applies(logit_map, dtype):
+        if not logit_map.identity:  # for which there are kernels of their own
+            head.check_kernels(hidden_dtype(model), logit_map=logit_map)
         return logit_map
     # the model's Python code runs once, while this is traced
     traced = mx.compile(lambda logits: run(logits[None])[0])
@@ -373,4 +375,5 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
     def change(logits: mx.array) -> mx.array:
         return mx.concatenate([traced(logits[i : i + 1]) for i in range(len(logits))])
 
+    mx.eval(change(low[0]))  # which compiles it
     return change

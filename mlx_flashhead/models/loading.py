@@ -112,7 +112,7 @@ def load_dense_part(
 
 
 def _check_attention_heads(config: dict[str, Any], processes: int) -> None:
-    """Raises a ValueError if the attention heads cannot be shared out.
+    """Raises a ValueError if the attention heads cannot be split.
 
     mlx-lm rounds their numbers down and makes garbage.
     """
@@ -124,8 +124,8 @@ def _check_attention_heads(config: dict[str, Any], processes: int) -> None:
     # some models repeat their key-value heads if there are fewer of them than processes
     if heads % processes or (groups % processes and processes % groups):
         raise ValueError(
-            f"The model's {heads} attention heads ({groups} of keys and values) cannot be shared "
-            f"out to {processes} processes: use a number that divides both, or `pipeline_group`."
+            f"The model's {heads} attention heads ({groups} of keys and values) cannot be split "
+            f"between {processes} processes: use a number that divides both, or `pipeline_group`."
         )
 
 

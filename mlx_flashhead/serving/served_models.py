@@ -103,13 +103,13 @@ def load_models(args: Namespace) -> list[ServedModel]:
     """Loads every model that the flags name, the default first.
 
     Raises:
-        ValueError: If two have one name, or one cannot be served.
+        ValueError: If two have the same name, or one cannot be served.
     """
     names = served_names(args)
     all_names = [name for some in names for name in some]
     if len({*all_names}) < len(all_names):
         listed = ", ".join(all_names)
-        raise ValueError(f"Two of the models have one name, of {listed}: rename a folder.")
+        raise ValueError(f"Two of the models have the same name ({listed}): rename a folder.")
     models = [_load(args, args.model, names[0], default=True)]
     for path, its_names in zip(args.allow_models, names[1:], strict=True):
         models.append(_load(args, path, its_names, default=False))

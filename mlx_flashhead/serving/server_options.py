@@ -58,7 +58,7 @@ def _add_models(flags: _Group) -> None:
         "--served-model-name", "Name of --model in answers (default: its own).", metavar="NAME"
     )
     flags.add(
-        "--allow-models", "Models for requests that name them", [], nargs="+", metavar="MODEL"
+        "--allow-models", "More models, for requests that name them", [], nargs="+", metavar="MODEL"
     )
     add_answering_options(flags.group)
     flags.switch("--dense", "Take the normal (dense) head, unless a request says otherwise.")
@@ -68,8 +68,10 @@ def _add_models(flags: _Group) -> None:
     flags.add("--draft-probes", drafts, type=whole_number(1))
     flags.add("--num-draft-tokens", "Tokens drafted at once", 3, type=whole_number(1, 64))
     flags.switch("--trust-remote-code", "Run these models' own Python code.")
-    flags.add("--chat-template", "A chat template in place of the one of --model.")
-    escape = "Read control tokens such as <|im_start|> in texts of users and tools as text."
+    flags.add("--chat-template", "A chat template that replaces the one of --model.")
+    escape = (
+        "Treat control tokens such as <|im_start|> in the text of users and tools as plain text."
+    )
     flags.switch("--escape-control-tokens", escape)
     flags.add("--chat-template-args", 'Such as {"enable_thinking": false}', {}, type=json_object)
 
@@ -109,7 +111,7 @@ def _add_limits(flags: _Group) -> None:
     )
     flags.add(
         "--prompt-cache-size",
-        "Most earlier prompts whose caches are kept",
+        "Number of earlier prompts whose caches are kept, at most",
         10,
         type=whole_number(0),
     )
@@ -139,7 +141,10 @@ def _add_network(flags: _Group) -> None:
     hosts = "More names of this machine or of its https proxy, such as mac.fritz.box,chat.example"
     flags.add("--allowed-hosts", hosts, [], type=names)
     flags.add(
-        "--allowed-origins", "Sites whose scripts may use the API, with commas", [], type=names
+        "--allowed-origins",
+        "Sites whose scripts may use the API, separated by commas",
+        [],
+        type=names,
     )
     flags.add("--token-file", "File that keeps the token", DEFAULT_TOKEN_FILE, type=Path)
     levels = ("DEBUG", "INFO", "WARNING", "ERROR")

@@ -145,7 +145,9 @@ def add_grammar_options(parser: argparse.ArgumentParser) -> None:
     schema = "Write JSON that the JSON schema in this file allows."
     group.add_argument("--json-schema", metavar="FILE", help=schema)
     group.add_argument("--regex", help="Write text that this regular expression matches.")
-    group.add_argument("--grammar", metavar="FILE", help="Write text of this Lark grammar.")
+    group.add_argument(
+        "--grammar", metavar="FILE", help="Write text that the Lark grammar in this file allows."
+    )
 
 
 def grammar_of(args: argparse.Namespace) -> Grammar | None:

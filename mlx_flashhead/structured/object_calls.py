@@ -231,7 +231,9 @@ class Pythonic(CallFormat):
             ValueError: If the name has a word of Python.
         """
         if any(keyword.iskeyword(part) for part in tool.name.split(".")):
-            raise ValueError("its name is a word of Python, whose form this model's calls have")
+            raise ValueError(
+                "its name is a keyword of Python, in whose syntax this model writes calls"
+            )
         values = self._values(tool, python_dialect(self.end))
         comma = self.rules.terminal([",[ ]?"])
         brackets = Brackets(literal("("), comma, literal("="), literal(")"))

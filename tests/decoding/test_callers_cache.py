@@ -21,7 +21,9 @@ from mlx_lm.models.cache import (
 
 from architecture_models import tiny_architecture
 from flash_loops import PROMPT, flash_of, make_flash
-from mlx_flashhead.decoding import loop
+from mlx_flashhead.decoding import caches, loop
+from mlx_flashhead.decoding.proposer import Proposer
+from mlx_flashhead.decoding.sequence import Sequence
 from tiny_models import tiny_model
 
 N_TOKENS = 24
@@ -354,3 +356,36 @@ def test_a_model_that_was_used_by_many_is_dense_elsewhere():
     tokens = flash.tokens(max_tokens=8)
     assert flash.model(mx.array([PROMPT])).shape == (1, len(PROMPT), 203)
     assert flash.tokens(max_tokens=8) == tokens
+
+
+@pytest.mark.parametrize("kind", ["plain", "window", "states"])
+def test_snapshots_are_held_where_a_rejection_is_possible(kind, monkeypatch):
+    """One for each verification, two while one waits; of what is trimmed they hold no array."""
+    pair = Pair(kind)
+    taken, most = [], 0
+    of_layers = caches.copied_layers
+
+    def copied(layers, *given):
+        copies = of_layers(layers, *given)
+        taken.append(copies)
+        return copies
+
+    monkeypatch.setattr(caches, "copied_layers", copied)
+    for _ in pair.ours(dense=True, prompt_cache=pair.make_cache(pair.flash.model), max_tokens=8):
+        pass
+    assert not taken
+    proposer = Proposer(pair.flash.model)
+    sequences = []
+    begin = Sequence.begin_verified
+    monkeypatch.setattr(
+        Sequence, "begin_verified", lambda own, held: (sequences.append(own), begin(own, held))[1]
+    )
+    steps = pair.ours(
+        proposer=proposer, prompt_cache=pair.make_cache(pair.flash.model), max_tokens=N_TOKENS
+    )
+    for _ in steps:
+        most = max(most, len(sequences[0].snapshots))
+    assert proposer.n_verifications and most <= 2
+    assert len(taken) <= proposer.n_verifications + 1
+    held = [copy for copies in taken for copy in copies if copy is not None]
+    assert bool(held) == (kind != "plain")

@@ -7,11 +7,13 @@ from flash_loops import PROMPT, flash_of
 from kernel_cases import kernels, on_gpu
 from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding import rehearsal
+from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rehearsal import kinds, rehearse
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.kernels import MetalSteps
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator
 emulator_only = pytest.mark.skipif(on_gpu(), reason="texts are counted on the emulator")
 
 
@@ -64,16 +66,29 @@ def test_what_fails_there_is_named_and_replaced(monkeypatch, caplog, kind, metho
     flash.checked({"temp": 0.8, "top_p": 0.9, "seed": 1}, max_tokens=12)
 
 
-def test_without_kernels_only_the_likeliest_tokens_are_traced():
+def test_without_kernels_proposals_beside_a_mask_are_not_traced():
     """MLX joins operations that it traces, and a CPU compiles each text of them for a second."""
     flash = make_flash()
     traced = flash.head._functions
     rehearse(flash.model)
     assert len(traced) == 1
-    flash.tokens(sampler=make_sampler(temp=0.8, top_p=0.9, seed=1), max_tokens=8)
     *_, both = kinds(flash.head.vocab_size)
     flash.tokens(logits_processors=list(both.processors), max_tokens=8)
     assert len(traced) == 1
+    flash.tokens(sampler=make_sampler(temp=0.8, top_p=0.9, seed=1), max_tokens=8)
+    assert len(traced) == 2
+
+
+@emulator_only
+def test_a_changed_softcap_has_its_kernels_when_a_text_begins():
+    with kernels(check=False) as emulator:
+        flash = flash_of(tiny_model("gemma2", dtype=mx.bfloat16, bits=4, num_hidden_layers=1))
+        for softcap in (30.0, 20.0):
+            flash.model.final_logit_softcapping = softcap
+            Proposer(flash.model)
+            built = set(emulator.built)
+            flash.checked({"temp": 0.8, "top_p": 0.9, "seed": 1}, max_tokens=10)
+            assert emulator.built == built and flash.head.backend == "metal"
 
 
 def test_it_leaves_the_random_state_and_the_text_alone():

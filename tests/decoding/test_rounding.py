@@ -18,7 +18,7 @@ from mlx_flashhead.decoding.rounding import (
     rounding_of,
 )
 from mlx_flashhead.head.dense_kernels import DenseKernel
-from mlx_flashhead.head.margins import TF32
+from mlx_flashhead.head.margins import FLOAT32, TF32
 from mlx_flashhead.head.steps import Candidates
 
 
@@ -107,6 +107,35 @@ def test_scored_logits_are_compared_on_all_clusters(flash, monkeypatch):
     assert found.scored >= 2 * head.hidden_size * 2.0**-24
     hidden = mx.random.normal((2, head.hidden_size)).astype(mx.bfloat16)
     assert (found.tolerance(hidden, head.steps).scored > 0).all()
+
+
+def test_a_measured_distance_counts_four_times(flash, monkeypatch):
+    """The few states that it was measured on may not show the largest one."""
+    head = flash.head
+    score = head.steps.score
+    far = 2.0  # which two roundings do not explain
+
+    def other(hidden, selection, *logit_map):
+        return Candidates(score(hidden, selection, *logit_map).logits + far)
+
+    monkeypatch.setattr(head.steps, "score", other)
+    rounding._roundings.pop(head, None)
+    found = measure_rounding(head, mx.bfloat16)[rounding.N_STATES]
+    states = mx.random.normal((CLASSES[-1], head.hidden_size), key=mx.random.key(0))
+    tolerance = found.tolerance(states[: rounding.N_STATES].astype(mx.bfloat16), head.steps)
+    assert 3 * far < tolerance.scored.max().item() < 5 * far
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_logits_that_float32_cannot_tell_apart_may_be_neighbours_in_16_bits(dtype):
+    flash = make_flash(num_hidden_layers=1, dtype=dtype)
+    head = flash.head
+    hidden = mx.random.normal((2, head.hidden_size)).astype(dtype)
+    found = measure_rounding(head, dtype)[rounding.N_STATES].tolerance(hidden, head.steps)
+    exact = mx.random.normal((5000,), key=mx.random.key(1)) * 10
+    pair = [(exact * (1 + 8 * sign * FLOAT32)).astype(dtype).astype(mx.float32) for sign in (-1, 1)]
+    distance = mx.abs(pair[0] - pair[1])
+    assert (distance > 0).any() and (distance <= found.relative * mx.abs(pair[0])).all()
 
 
 def test_a_kernel_of_another_order_gives_scored_logits_a_tolerance(flash, monkeypatch):

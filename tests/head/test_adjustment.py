@@ -25,6 +25,7 @@ SETTINGS = {
     "bias": {"logit_bias": BIASES},
     "repetition": {"repetition_penalty": 1.3, "repetition_context_size": 3},
     "presence": {"presence_penalty": 0.7},
+    "both": {"repetition_penalty": 1.2, "presence_penalty": 0.5},
     "frequency": {"frequency_penalty": 0.4, "frequency_context_size": 4},
     "all": {
         "logit_bias": BIASES, "repetition_penalty": 0.8, "presence_penalty": -0.3,
@@ -46,8 +47,8 @@ def changed_tokens(context, settings) -> ChangedTokens:
         presence=settings.get("presence_penalty", 0.0),
         frequency=settings.get("frequency_penalty", 0.0),
         biases=settings.get("logit_bias", {}),
-        repeated=frozenset(window("repetition")),
-        present=frozenset(window("presence")),
+        repeated=window("repetition"),
+        present=window("presence"),
         occurrences={token: counted.count(token) for token in counted},
     )
 

@@ -43,7 +43,7 @@ def draws_of(n: int) -> list[Draws | None]:
 
 
 def changes_of(n: int) -> Adjustment:
-    change = ChangedTokens(biases={3: 1.0}, repetition=1.2, repeated=frozenset({3, 9}))
+    change = ChangedTokens(biases={3: 1.0}, repetition=1.2, repeated=[3, 9])
     return Adjustment.of([change] * n, mx.zeros(n, mx.uint32), VOCAB_SIZE)
 
 

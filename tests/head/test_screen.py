@@ -278,9 +278,10 @@ def test_nothing_is_certain_where_a_logit_is_nan_or_equal(path):
             return steps.screen(slots, proposal, *rest, 0.0).certain.tolist()
 
         assert all(certain(0.0)) and not certain(1000.0)[0] and not any(certain(float("nan")))
-        worse = mx.array(slots)
-        worse[:, min({*range(10)} - {*one.probes[0].tolist()}), 1] = float("nan")
-        assert not certain(0.0, worse)[0]
+        for value in (float("nan"), -float("inf")):  # as a sum in float16 that overflows midway
+            worse = mx.array(slots)
+            worse[:, min({*range(10)} - {*one.probes[0].tolist()}), 1] = value
+            assert not certain(0.0, worse)[0]
 
 
 @pytest.mark.parametrize("n, n_probes, dispatches", [(1, 9, 1), (8, 9, 1), (9, 9, 0), (3, 7, 0)])

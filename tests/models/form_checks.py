@@ -1,5 +1,6 @@
 """Forms of architectures: what scripts/architectures.json says of them, and whether it is so."""
 
+import os
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -27,7 +28,8 @@ def on_this_machine(library: str):
         mx.disable_compile()
         with emulated(library):
             yield
-        mx.enable_compile()
+        if "MLX_DISABLE_COMPILE" not in os.environ:
+            mx.enable_compile()
 
     return emulate
 

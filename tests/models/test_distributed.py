@@ -134,7 +134,7 @@ def test_attention_heads_that_cannot_be_shared_out():
     check(8, 1)
     check()
     for heads, said in (((9, 3), "9 attention heads .3 of"), ((9,), "heads .9 of"),
-                        ((12, 3), "to 2 processes: use a number")):  # fmt: skip
+                        ((12, 3), "between 2 processes: use a number")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             check(*heads)
 

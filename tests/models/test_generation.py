@@ -40,7 +40,9 @@ def test_the_text_is_mlx_lms_of_the_dense_model(flash, pair, prompt):
         refused(lambda options=options: generate(*dense, prompt, **options), "has no FlashHead")
 
 
-@pytest.mark.parametrize("size", [1, 7, 100])
+@pytest.mark.parametrize(
+    "shared_pair, size", [("tied", 7), ("untied", 1), ("untied", 100)], indirect=["shared_pair"]
+)
 def test_without_verification_the_flash_head_chooses(flash, pair, size):
     ids, options = pair.encode("How do I bake bread for two people"), {"prefill_step_size": size}
     assert pair.tokens(pair.model, ids, **options) == pair.expected(ids)
@@ -93,6 +95,7 @@ def test_streams_take_turns(flash):
     assert texts == expected
 
 
+@pytest.mark.parametrize("shared_pair", ["untied"], indirect=True)  # a loop sees no difference
 @pytest.mark.parametrize("sizes", [{}, {"completion_batch_size": 2, "prefill_batch_size": 2}])
 @pytest.mark.parametrize("settings", [{}, {"dense": True}, {"verify": False}], ids=str)
 def test_batch_is_what_each_gets_alone(flash, pair, sizes, settings):

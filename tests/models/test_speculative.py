@@ -49,6 +49,7 @@ def run(pair, model, draft, prompt=PROMPT, **options):
     return [r.token for r in responses], sum(r.from_draft for r in responses)
 
 
+@pytest.mark.parametrize("shared_pair", ["tied"], indirect=True)  # a loop sees no difference
 @pytest.mark.parametrize("name, draft", CASES)
 def test_the_text_is_that_without_drafts(pair, other, draft, name):
     options, drafts = OPTIONS[name](pair), {"itself": pair.model, "dense": pair.dense}

@@ -48,6 +48,8 @@ def test_flash_head(name, tied):
     model = tiny_vlm(name, tied=tied, bits=4 if quantized else None)
     location = find_head(model)
     assert (f"`{location.path}`", location.tied) == (FOUND[name][tied].cell, tied)
+    if FOUND[name][not tied].served and tied == ([*FOUND].index(name) % 2 == 0):
+        return  # every second architecture with its own rows, the others with the embeddings'
     tokens = mx.array(np.random.default_rng(1).integers(0, VOCAB_SIZE - 1, (1, 9)))
     check_form(model, location, lambda: steps(model, tokens, embeddings(model, tokens)))
 

@@ -115,7 +115,7 @@ def test_what_is_not_followed_is_said_with_the_tool(schema, said):
     "parser, name, schema, said",
     [
         ("pythonic", "get-weather", {}, "has no such names"),
-        ("pythonic", "class", {}, "a word of Python"),
+        ("pythonic", "class", {}, "a keyword of Python"),
         ("function_gemma", "f", of(["a"], a=of(b={})), "cannot be written"),
         ("function_gemma", "f", of(["a"], a={"type": "array", "minItems": 2}), "cannot be written"),
         ("qwen3_coder", "f", of(["a b"], **{"a b": {"type": "string"}}), "cannot be written"),

@@ -36,6 +36,7 @@ from mlx_lm.utils import _download as download
 from mlx_lm.utils import dequantize_model, load_adapters, load_tokenizer, quantize_model, save
 
 from .recognised import is_omlx_sampler, nested_codes
+from .state_machine_stops import StateMachineStops
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
@@ -165,23 +166,3 @@ def stop_matchers(stops: Any) -> Any:
 def as_stop_sequences(stops: Any) -> Any:
     """A sequence's stops, whichever version's they are: 0.31 has state machines."""
     return StateMachineStops(stops) if hasattr(stops, "make_state") else stops
-
-
-class StateMachineStops:
-    """0.31's state machine of a sequence, with the face of 0.32's ``StopSequences`` too."""
-
-    def __init__(self, machine: Any):
-        self._machine = machine
-        self._state = machine.make_state()
-        self.match_sequence: Any = None
-        self.current_state: Any = None
-
-    def matcher(self) -> "StateMachineStops":
-        """Returns a new matcher of the same machine, at its beginning."""
-        return StateMachineStops(self._machine)
-
-    def advance(self, token: int) -> bool:
-        """Goes on by a token, and returns whether a stop sequence is complete."""
-        found = self._machine.match(self._state, token)
-        self._state, self.match_sequence, self.current_state = found
-        return self.match_sequence is not None and self.current_state is None

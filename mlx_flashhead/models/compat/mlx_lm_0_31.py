@@ -11,6 +11,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm import utils
 
+from .state_machine_stops import StateMachineStops
+
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
 # These names may be replaced later on.
@@ -81,8 +83,6 @@ def load_processor(model: Any, config: dict[str, Any]) -> None:
 
 def StopSequences(stops: Any) -> Any:
     """0.32's: a machine of the tokens, or sequences of tokens, that end a text."""
-    from .mlx_lm import StateMachineStops
-
     edges = {"normal": [(stop, None) for stop in stops]} if stops else {}
     return StateMachineStops(module.SequenceStateMachine(edges, initial="normal"))
 

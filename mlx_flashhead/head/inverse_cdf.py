@@ -1,0 +1,154 @@
+"""The draw of ``mx.random.categorical`` from one row, for proposals and for their verification.
+
+    token = the one in whose share of the summed weights, in the order of ids, a number falls
+            that is uniform between 0 and 1;  weight = exp(logit / temperature)
+
+A row of :class:`Draws` with ``inverse_cdf`` has the bits of that float32 number in its key.
+
+Source: ``categorical_inverse_cdf`` in MLX's random.cpp, since 0.32.1 for each single row.
+"""
+
+import mlx.core as mx
+
+from .clustered import ClusteredRows
+from .draw import NO_MIN_P, Draws, log_mass, threshold
+from .interval import Interval, Scored
+from .margins import EXP_UNITS, IN_16_BITS, MASS_MARGIN, MASS_ROUNDING, SUM_ROUNDING
+
+
+def drawn(
+    logits: mx.array,
+    token_ids: mx.array,
+    draws: Draws,
+    others: mx.array | None = None,
+    kernel: bool = True,
+) -> mx.array:
+    """Draws a token of each row as if the tokens given were all.
+
+    Args:
+        logits: (R, K) float32.
+        token_ids: (R, K) uint32.
+        draws: Of R rows.
+        others: (R,), the log of the mass of the other tokens, for the filters.
+        kernel: As of :func:`draw.threshold`.
+
+    Returns:
+        (R,) uint32.
+    """
+    kept = logits
+    if any(settings.filters for settings in draws.rows):
+        total = None if others is None else mx.logaddexp(log_mass(logits), others[:, None])
+        kept = mx.where(logits >= threshold(logits, draws, total, kernel), logits, -mx.inf)
+    best = mx.max(logits, axis=-1, keepdims=True)
+    weights = mx.exp((kept - best) * draws.settings[:, :1])
+    order = mx.argsort(token_ids, axis=-1)
+    sums = mx.cumsum(mx.take_along_axis(weights, order, axis=-1), axis=-1)
+    total = sums[:, -1:]
+    below = (sums <= numbers(draws) * total) & (sums < total)
+    place = mx.take_along_axis(order, below.sum(axis=-1, keepdims=True), axis=-1)
+    return mx.take_along_axis(token_ids, place, axis=-1)[:, 0]
+
+
+def numbers(draws: Draws) -> mx.array:
+    """The uniform numbers of rows that draw by them, (R, 1) float32."""
+    return draws.keys[:, :1].view(mx.float32)
+
+
+def is_certain(
+    clustered: ClusteredRows, scored: Scored, unscored: Interval, draws: Draws, epsilon: float
+) -> mx.array:
+    """Returns whether each state's token is drawn whatever the logits are within their bounds.
+
+    The number falls in the token's share if the tokens of lower ids weigh no more than the number
+    says, and with the token more. Of weights within bounds the worst case of the first is that
+    those of lower ids weigh as much as they may and all others as little; of the second that those
+    of higher ids weigh as much as they may and all others as little.
+
+    Args:
+        clustered: The rows.
+        scored: The scored tokens of k states, K each.
+        unscored: The logits (k, C, n) of all others; of the scored ones the lowest value.
+        draws: Of k rows.
+        epsilon: The relative spacing of the model's log-probabilities.
+
+    Returns:
+        (k, 1) bool.
+    """
+    inverse, top_p, log_min_p = mx.split(draws.settings, 3, axis=-1)
+    top_k = draws.top_k[:, None]
+    unfiltered = (top_p >= 1) & (top_k == 0) & (log_min_p <= NO_MIN_P)
+    mass = mx.logaddexp(log_mass(scored.all.logits), log_mass(unscored.logits.flatten(1)))
+    known = _rounded(scored.all, mass, epsilon)
+    others = _rounded(unscored, mass[..., None], epsilon)
+    best_other = mx.max(others.high, axis=(1, 2))[:, None]
+    least, most = map(mx.logaddexp, known.masses(), others.masses())
+
+    # Filters must leave out all tokens that were not scored.
+    over = known.low > best_other
+    mass_over = mx.where(over, mx.exp(known.low - most), 0).sum(axis=-1, keepdims=True)
+    dropped = (top_p < 1) & (mass_over >= top_p * (1 + MASS_MARGIN))
+    dropped |= (top_k > 0) & (over.sum(axis=-1, keepdims=True) >= top_k)
+    dropped |= best_other < mx.max(known.low, axis=-1, keepdims=True) + log_min_p
+    highest_cut = threshold(known.high, draws, least - MASS_MARGIN)
+    lowest_cut = threshold(known.low, draws, most + MASS_MARGIN)
+    # mlx-lm may leave out a token that equals the last of a top-k
+    surely = mx.where(top_k > 0, known.low > highest_cut, known.low >= highest_cut)
+    maybe = known.high >= lowest_cut
+
+    best = mx.maximum(mx.max(known.high, axis=-1, keepdims=True), best_other)
+    at_least = mx.where(surely, mx.exp((known.low - best) * inverse), 0)
+    at_most = mx.where(maybe, mx.exp((known.high - best) * inverse), 0)
+    own = scored.ids == scored.tokens
+    own_least = mx.where(own, at_least, 0).sum(axis=-1, keepdims=True)
+    own_most = mx.where(own, at_most, 0).sum(axis=-1, keepdims=True)
+    sums = _sums(at_least, at_most, scored.ids, scored.tokens)
+    if not all(settings.filters for settings in draws.rows):
+        scale, highest = inverse[..., None], best[..., None]
+        at_least = mx.exp((others.low - highest) * scale).flatten(1)
+        at_most = mx.exp((others.high - highest) * scale).flatten(1)
+        ids = clustered.token_ids.reshape(1, -1)
+        sums = sums + mx.where(unfiltered, _sums(at_least, at_most, ids, scored.tokens), 0)
+
+    lower_least, lower_most, higher_least, higher_most, lost = mx.split(sums, 5, axis=-1)
+    lost = lost + SUM_ROUNDING * (EXP_UNITS + 1) * (lower_most + own_most + higher_most)
+    number = numbers(draws)
+    reached = lower_most + lost <= number * (lower_most + own_least + higher_least)
+    passed = number * (lower_least + own_least + higher_most) + lost < lower_least + own_least
+    return (own_least > 0) & reached & passed & (dropped | unfiltered)
+
+
+def _rounded(values: Interval, mass: mx.array, epsilon: float) -> Interval:
+    """The logits as bounds of what mlx-lm draws from, in nats.
+
+    That are log-probabilities, scaled, in the model's dtype.
+    """
+    if epsilon < IN_16_BITS:
+        return Interval(values.logits, values.off + MASS_ROUNDING)
+    spacing = epsilon * (mx.abs(values.logits - mass) + 1)
+    return Interval(values.logits, values.off + spacing + MASS_ROUNDING)
+
+
+def _sums(at_least: mx.array, at_most: mx.array, ids: mx.array, tokens: mx.array) -> mx.array:
+    """Sums of weights, apart for tokens of lower and of higher ids.
+
+    Args:
+        at_least: The least that the weights may be, (k, K).
+        at_most: The most, likewise.
+        ids: The tokens, (k, K) or (1, K).
+        tokens: The proposed ones, (k, 1).
+
+    Returns:
+        (k, 5) float32: of lower ids the least and the most, of higher ids likewise, and the most
+        that additions of the weights can lose.
+    """
+    lower = ids < tokens
+    higher = ids > tokens
+    unit = SUM_ROUNDING * at_most.sum(axis=-1, keepdims=True)
+    parts = (
+        mx.where(lower, at_least, 0),
+        mx.where(lower, at_most, 0),
+        mx.where(higher, at_least, 0),
+        mx.where(higher, at_most, 0),
+        mx.minimum(at_most, unit),
+    )
+    return mx.concatenate([part.sum(axis=-1, keepdims=True) for part in parts], axis=-1)

@@ -1,0 +1,163 @@
+"""MLX's draws from one row by a uniform number: proposals, and which of them are certain."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.sample_utils import make_sampler
+
+from kernel_cases import plain_clusters, to_numpy
+from mlx_flashhead.decoding.random_state import DrawChain, set_key, split, uniform_bits
+from mlx_flashhead.decoding.sampler import normalized
+from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise, position_key
+from mlx_flashhead.head.inverse_cdf import drawn
+from mlx_flashhead.head.proposal import Proposal, Tolerance
+from mlx_flashhead.head.steps import PortableSteps
+
+DTYPES = (mx.float32, mx.bfloat16, mx.float16)
+SETTINGS = (
+    DrawSettings(1.0, inverse_cdf=True),
+    DrawSettings(0.7, inverse_cdf=True),
+    DrawSettings(0.7, top_p=0.9, inverse_cdf=True),
+    DrawSettings(1.4, top_p=0.6, inverse_cdf=True),
+    DrawSettings(1.0, top_k=4, inverse_cdf=True),
+    DrawSettings(1.5, min_p=0.05, inverse_cdf=True),
+    DrawSettings(1.3, top_p=0.95, min_p=0.01, top_k=20, inverse_cdf=True),
+)
+N_PROBES = 12
+
+
+def mlx_sampler(settings):
+    return make_sampler(
+        settings.temperature,
+        top_p=settings.top_p if settings.top_p < 1 else 0.0,
+        min_p=settings.min_p,
+        top_k=settings.top_k,
+    )
+
+
+def dense_token(logits, settings, state):
+    """What mlx-lm's loop draws from logits (V,) in this random state."""
+    set_key(state)
+    return mlx_sampler(settings)(normalized(logits[None])).item()
+
+
+@pytest.mark.parametrize("n", range(40))
+def test_the_number_is_mlxs(n):
+    key = mx.random.key(n * 7919 + 10**11)
+    expected = mx.random.uniform(shape=(1,), key=key).view(mx.uint32).item()
+    assert uniform_bits(tuple(key.tolist())) == expected
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_draws_from_all_tokens_are_mlxs(settings):
+    """Where all tokens are scored, in any order, each draw is that of mlx-lm's sampler."""
+    rng = np.random.default_rng(3)
+    for seed in range(20):
+        logits = mx.array(rng.normal(scale=2.5, size=400).astype(np.float32))
+        ids = mx.array(rng.permutation(400).astype(np.uint32))[None]
+        mx.random.seed(seed)
+        state = tuple(mx.random.state[0].tolist())
+        draws = Draws.of([(settings, (DrawChain().number_bits(0), 0))])
+        token = drawn(normalized(logits[None])[:, ids[0]], ids, draws)
+        assert token.item() == dense_token(logits, settings, state)
+
+
+def case_of(rng, clustered, dtype, settings, spread, doubt):
+    """Bounds of all slots of one state, a random state, and a proposal from the best clusters."""
+    shape = (1, clustered.n_clusters, clustered.cluster_size)
+    slots = mx.array(rng.normal(scale=spread, size=shape).astype(np.float32)).astype(dtype)
+    probes = mx.argsort(-slots.max(axis=-1), axis=-1)[:, :N_PROBES].astype(mx.uint32)
+    logits = mx.take_along_axis(slots, probes[..., None], axis=1)
+    ids = clustered.token_ids[probes]
+    logits = mx.where(ids == clustered.vocab_size, mx.finfo(dtype).min, logits)
+    state = int(rng.integers(2**31)), int(rng.integers(2**31))
+    draws = Draws.of([(settings, (uniform_bits(split(state)[1]), 0))])
+    token = drawn(logits.astype(mx.float32).flatten(1), ids.flatten(1), draws)
+    proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1), None)
+    tolerance = Tolerance(mx.full((1,), doubt), mx.full((1,), doubt / 2))
+    return slots, proposal, draws, tolerance, state
+
+
+def truths(rng, clustered, slots, proposal, tolerance):
+    """Logits by token (V,) within the tolerance, of its dtype: at random, and at its ends."""
+    scored = np.zeros(slots.shape[1], bool)
+    scored[to_numpy(proposal.probes)[0]] = True
+    off = np.where(scored[:, None], tolerance.scored.item(), tolerance.product.item())
+    for i in range(6):
+        shape = slots.shape[1:]
+        shift = rng.uniform(-1, 1, shape) if i % 2 else rng.choice([-1.0, 1.0], shape)
+        moved = to_numpy(slots[0].astype(mx.float32)) + off * shift
+        by_token = moved.reshape(-1)[to_numpy(clustered.slot_of)]
+        yield mx.array(by_token.astype(np.float32)).astype(slots.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_certain_is_drawn(dtype):
+    rng = np.random.default_rng(11)
+    steps = PortableSteps(plain_clusters(rng, 300, 4))
+    epsilon = mx.finfo(dtype).eps
+    n_certain = n_same = n_cases = 0
+    for case in range(84):
+        settings = SETTINGS[case % len(SETTINGS)]
+        doubt = float(rng.choice([0.0, 1e-4, 0.02]))
+        slots, proposal, draws, tolerance, state = case_of(
+            rng, steps.clustered, dtype, settings, rng.choice([2.0, 4.0]), doubt
+        )
+        certain = steps.screen(slots, proposal, draws, tolerance, epsilon).certain.item()
+        tokens = {
+            dense_token(logits, settings, state)
+            for logits in truths(rng, steps.clustered, slots, proposal, tolerance)
+        }
+        if certain:
+            assert tokens == {proposal.tokens.item()}, (case, settings)
+        n_certain += certain
+        n_same += tokens == {proposal.tokens.item()}
+        n_cases += 1
+    assert n_same > n_cases / 3
+    # rounding of log-probabilities in 8 bits leaves more in doubt
+    assert n_certain > n_same * (0.5 if dtype == mx.float32 else 0.2)
+
+
+@pytest.mark.parametrize("edge", ["lower", "upper"])
+def test_a_number_at_the_edge_of_a_share_is_in_doubt(edge):
+    """Two tokens of one half each: the number 1/2 separates them, but for rounding."""
+    rng = np.random.default_rng(0)
+    steps = PortableSteps(plain_clusters(rng, 40, 4))
+    clustered = steps.clustered
+    slots = mx.full((1, clustered.n_clusters, clustered.cluster_size), -60.0)
+    ids = to_numpy(clustered.token_ids)
+    for token in (3, 90):
+        cluster, place = np.argwhere(ids == token)[0]
+        slots[0, int(cluster), int(place)] = 5.0
+    probes = mx.argsort(-slots.max(axis=-1), axis=-1)[:, :N_PROBES].astype(mx.uint32)
+    logits = mx.take_along_axis(slots, probes[..., None], axis=1)
+    tolerance = Tolerance(mx.full((1,), 1e-6), mx.full((1,), 1e-6))
+    for number, sure in ((0.5, False), (0.4, edge == "lower"), (0.6, edge == "upper")):
+        bits = int(np.float32(number).view(np.uint32))
+        draws = Draws.of([(DrawSettings(1.0, inverse_cdf=True), (bits, 0))])
+        token = mx.array([3 if edge == "lower" else 90], mx.uint32)
+        proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1), None)
+        assert steps.screen(slots, proposal, draws, tolerance, 1e-7).certain.item() is sure
+
+
+def test_rows_that_draw_by_noise_are_as_alone():
+    """A batch may hold one text whose sampler is mlx-lm's beside others."""
+    rng = np.random.default_rng(8)
+    steps = PortableSteps(plain_clusters(rng, 300, 4))
+    by_noise = DrawSettings(0.8, top_p=0.9)
+    slots, proposal, draws, tolerance, _ = case_of(
+        rng, steps.clustered, mx.float32, SETTINGS[2], 3.0, 1e-4
+    )
+    ids = steps.clustered.token_ids[proposal.probes].flatten(1)
+    noisy = Draws.of([(by_noise, position_key(4, 0))])
+    token = draw(proposal.logits.flatten(1), noise(noisy.keys, ids), noisy, ids)
+    both = Draws.of([(SETTINGS[2], tuple(draws.keys[0].tolist())), (by_noise, position_key(4, 0))])
+    twice = Proposal(*(mx.concatenate([each, each]) for each in proposal[:5]), None)
+    twice = twice._replace(tokens=mx.concatenate([proposal.tokens, token]))
+    tolerances = Tolerance(*(mx.concatenate([each, each]) for each in tolerance[:2]))
+    found = steps.screen(mx.concatenate([slots, slots]), twice, both, tolerances, 1e-7).certain
+    alone = [
+        steps.screen(slots, proposal, draws, tolerance, 1e-7).certain.item(),
+        steps.screen(slots, proposal._replace(tokens=token), noisy, tolerance, 1e-7).certain.item(),
+    ]
+    assert found.tolist() == alone
