@@ -5,10 +5,10 @@
     python scripts/hosts.py --cache FOLDER
 
 Each program is installed in an environment of its own, under the cache folder. A server is asked
-for greedy texts by eight clients at once, and then for one text after the other, as its clients do:
-with its own defaults, streamed, with a sampler's settings, with penalties, with tools, and for the
-second answer of a conversation. A command runs with its defaults and with settings. Draws are the
-same in each run, since `scripts/host_start` seeds MLX in each thread. Results go to
+with penalties, then for greedy texts by eight clients at once, and then for one text after the
+other, as its clients do: with its own defaults, streamed, with a sampler's settings, with tools,
+and for the second answer of a conversation. A command runs with its defaults and with settings.
+Draws are the same in each run, since `scripts/host_start` seeds MLX in each thread. Results go to
 docs/benchmarks/hosts.json and into the table of docs/integrations.md. Ends with 1 if a text
 differs.
 """
@@ -69,14 +69,18 @@ WEATHER = {
     },
 }
 GREEDY = {"temperature": 0}
+# Sent before all others: once a text without processors was in a batch of mlx-lm 0.31.3, its later
+# texts get no penalties, or those of another text, since its lists keep the entry.
+PENALTIES: dict[str, dict[str, Any]] = {
+    "repetition": {"repetition_penalty": 1.1, "temperature": 0},
+    "penalties": {"presence_penalty": 0.5, "frequency_penalty": 0.3},
+}
 # What clients add to a request. To one without settings the program adds its defaults.
 REQUESTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "again": {},
     "streamed": {"stream": True},
     "sampler": {"temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.05},
-    "repetition": {"repetition_penalty": 1.1, "temperature": 0},
-    "penalties": {"presence_penalty": 0.5, "frequency_penalty": 0.3},
     "tools": {"tools": [WEATHER]},
     "tools, greedy": {"tools": [WEATHER], "temperature": 0, "stream": True},
 }
@@ -316,13 +320,13 @@ def texts_of_server(host: Host, environment: Environment, place: Path, under: bo
         def asking(messages: list[dict[str, str]], settings: dict[str, Any]) -> str:
             return ask(server["port"], host.model, messages, settings)
 
+        texts = {name: asking([question], settings) for name, settings in PENALTIES.items()}
         with ThreadPoolExecutor(N_CLIENTS) as clients:
             contents = [f"{i} One day" for i in range(N_CLIENTS)]
             asked = [[{"role": "user", "content": content}] for content in contents]
             greedy = list(clients.map(lambda messages: asking(messages, GREEDY), asked))
-        texts = {f"client {i}": text for i, text in enumerate(greedy)}
-        for name, settings in REQUESTS.items():
-            texts[name] = asking([question], settings)
+        texts |= {f"client {i}": text for i, text in enumerate(greedy)}
+        texts |= {name: asking([question], settings) for name, settings in REQUESTS.items()}
         second = [question, {"role": "assistant", "content": "it rained."}, question]
         texts["second answer"] = asking(second, {})
         texts["second answer, greedy"] = asking(second, GREEDY)

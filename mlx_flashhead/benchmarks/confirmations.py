@@ -32,6 +32,7 @@ from ..loading.load import load
 from ..models.install import hidden_dtype, installed_head
 from . import SAMPLERS, SHAPES
 from .head_benchmark import random_head
+from .host_time import host_times
 from .model_benchmark import Variant, with_flash_head
 
 CLUSTER_SIZE = 16
@@ -55,7 +56,7 @@ def confirm(args: argparse.Namespace) -> dict[str, Any]:
         args: The flags of ``mlx_flashhead.benchmark model``.
 
     Returns:
-        By name: ``first_token``, ``kernels``, ``rounding`` of the model's head, ``sums``,
+        By name: ``first_token``, ``host``, ``kernels``, ``rounding`` of the model's head, ``sums``,
         ``products``, ``heads``.
     """
     start = time.perf_counter()
@@ -79,6 +80,7 @@ def _parts(args: argparse.Namespace) -> Generator[tuple[str, Any]]:
     variant = with_flash_head(model, verify=True)
     first, second = (_answer(variant, prompt, "greedy", 1) for _ in range(2))
     yield "first_token", {"seconds": first, "seconds_again": second}
+    yield "host", host_times(model, prompt)
     yield "kernels", _kernels(head, dtype, lambda name: _answer(variant, prompt, name, ANSWER))
     bounds = measure_rounding(head, dtype)
     yield "rounding", {size: _rounding_figures(each) for size, each in bounds.items()}

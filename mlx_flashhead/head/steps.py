@@ -14,12 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import numpy as np
 
 from . import inverse_cdf
 from .adjustment import Adjustment, adjusted_logits, probed_for
 from .clustered import ClusteredRows, in_token_order
 from .dense_kernels import dense_ranges
-from .draw import Draws, draw, noise
+from .draw import Draws, draw, log_mass, noise
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
 from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance
@@ -61,22 +62,27 @@ class Risk(NamedTuple):
     def of(
         self,
         candidates: Candidates,
+        best: mx.array,
         unscored: mx.array,
         draws: Draws | None,
         logit_map: LogitMap = IDENTITY,
     ) -> mx.array:
         """Estimates the risk of each of R positions, (R,) float32.
 
-        The candidates' logits are mapped.
+        Args:
+            candidates: The scored tokens' logits, mapped.
+            best: (R,), the highest of these.
+            unscored: What was not scored, as :func:`unscored` gives it.
+            draws: Of R rows.
+            logit_map: What the model does to each of its head's logits.
         """
-        logits = candidates.logits.flatten(-2).astype(mx.float32)
-        best = mx.max(logits if candidates.best is None else candidates.best, axis=-1)
         nothing = best <= mx.finfo(candidates.logits.dtype).min
+        best = best.astype(mx.float32)
         best = best if logit_map.identity else logit_map.inverse(best)
         greedy = mx.exp(self.a - self.b * (best - unscored[:, 0]))
         if draws is None:
             return mx.where(nothing, NOTHING_ALLOWED, mx.minimum(greedy, 1.0))
-        scored = mx.logsumexp(logits, axis=-1)
+        scored = log_mass(candidates.logits.astype(mx.float32).flatten(1))[:, 0]
         drawn = self.scale * mx.sigmoid(unscored[:, 1] - scored)
         risk = mx.minimum(mx.where(draws.settings[:, 0] == 0, greedy, drawn), 1.0)
         return mx.where(nothing, NOTHING_ALLOWED, risk)
@@ -113,26 +119,33 @@ def unscored(
 
 
 def in_blocks(matrix: Matrix) -> mx.array:
-    """Returns rows (V, D) for ``blocked_product``: (n_blocks, block, D) float32.
+    """Returns rows (V, D) as columns for ``blocked_product``: (n_blocks, D, block) float32.
 
-    The end is zeros. In memory they are columns, of which MLX's BLAS takes half the time. Lazy.
+    Of these MLX's BLAS takes half the time. The end is zeros; a single block is (D, V). Lazy.
     """
     n_rows, hidden_size = matrix.n_rows, matrix.hidden_size
     n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
+    if n_blocks == 1:
+        return mx.contiguous(matrix.dequantized(mx.float32).T)
     block = BLOCK_MULTIPLE * -(-n_rows // (n_blocks * BLOCK_MULTIPLE))
     rows = mx.zeros((n_blocks * block, hidden_size))
     for start in range(0, n_rows, PIECE):
         part = mx.arange(start, min(start + PIECE, n_rows))
         rows[start : start + len(part)] = matrix.take(part).dequantized(mx.float32)
-    return mx.contiguous(rows.reshape(n_blocks, block, -1).swapaxes(-1, -2)).swapaxes(-1, -2)
+    return mx.contiguous(rows.reshape(n_blocks, block, -1).swapaxes(-1, -2))
 
 
-def blocked_product(hidden: mx.array, blocks: mx.array) -> mx.array:
-    """Multiplies (R, D) with all rows (n_blocks, block, D) → (R, n_blocks·block).
+def blocked_product(hidden: mx.array, columns: mx.array) -> mx.array:
+    """Multiplies (R, D) with all columns (n_blocks, D, block) → (R, n_blocks·block).
 
     It is fast for few states.
     """
-    return (hidden @ blocks.swapaxes(-1, -2)).swapaxes(0, 1).reshape(len(hidden), -1)
+    products = hidden @ columns
+    if columns.ndim == 2:
+        return products
+    if len(hidden) > 1:
+        products = products.swapaxes(0, 1)
+    return products.reshape(len(hidden), -1)
 
 
 def _drawn(
@@ -161,6 +174,11 @@ class PortableSteps:
         self._on_cpu = mx.default_device().type == mx.cpu
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
         self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
+        rows = clustered.rows
+        # of each cluster (D, n), where they are multiplied as they are
+        self._columns: mx.array | None = None
+        if self._on_cpu and not rows.quantized and rows.weight.dtype == mx.float32:
+            self._columns = rows.weight.swapaxes(-1, -2)
         self._ranges: list[tuple[int, int, int]] = []
         if mx.metal.is_available():
             n_slots = clustered.token_ids.size
@@ -169,14 +187,14 @@ class PortableSteps:
 
     def arrays(self) -> list[mx.array]:
         """The arrays that the steps hold beside the rows."""
-        return [] if self._centroids is None else [self._centroids]
+        return [array for array in (self._centroids, self._columns) if array is not None]
 
     def product(self, hidden: mx.array) -> mx.array:
         """Logits of all slots, in their order: hidden (R, D) → (R, C·n)."""
         if not self.clustered.by_column:
             return self.clustered.flat_rows().matmul(hidden)
         rows = self.clustered.rows
-        logits = blocked_product(hidden, rows.weight)
+        logits = blocked_product(hidden, rows.weight.swapaxes(-1, -2))
         return logits if rows.bias is None else logits + rows.bias.reshape(-1)
 
     def verifying_product(self, hidden: mx.array) -> mx.array:
@@ -270,16 +288,21 @@ class PortableSteps:
     ) -> Candidates:
         """Logits of the probed clusters' rows, mapped: hidden (R, D) → (R, p, n)."""
         rows, probes = self.clustered.rows, selection.probes
-        stacked = mx.expand_dims(hidden, (1, 2))  # (R, 1, 1, D) against (R, p) blocks of (n, D)
-        gathers = not self._on_cpu or hidden.dtype == mx.float32  # for gather_mm of the CPU build
-        if rows.scales is not None:
+        if self._columns is not None and hidden.dtype == mx.float32:
+            # the state of each product: one array that is there, for the usual single one
+            states = np.repeat(np.arange(len(hidden), dtype=np.uint32)[:, None], probes.shape[1], 1)
+            stacked = hidden if len(hidden) == 1 else hidden[:, None]
+            logits = mx.gather_mm(stacked, self._columns, mx.array(states), probes).squeeze(-2)
+        elif rows.scales is not None:
+            stacked = mx.expand_dims(hidden, (1, 2))  # (R, 1, 1, D) against (R, p) blocks of (n, D)
             arrays = (rows.weight, rows.scales, rows.biases)
             options = {"rhs_indices": probes, "transpose": True, **rows.quantization}
             logits = mx.gather_qmm(stacked, *arrays, **options).squeeze(-2)
-        elif rows.weight.dtype == hidden.dtype and gathers:
+        elif rows.weight.dtype == hidden.dtype and not self._on_cpu:
+            stacked = mx.expand_dims(hidden, (1, 2))
             blocks = rows.weight.swapaxes(-1, -2)
             logits = mx.gather_mm(stacked, blocks, rhs_indices=probes).squeeze(-2)
-        else:
+        else:  # for other floats the CPU build has no gather_mm
             blocks = mx.take(rows.weight, probes, axis=0)  # (R, p, n, D)
             logits = (blocks @ hidden[:, None, :, None]).squeeze(-1)
         if rows.bias is not None:
@@ -360,14 +383,17 @@ class PortableSteps:
         Returns:
             The tokens (R,) uint32, and their risks (R,) float32.
         """
-        ids, logits = self.token_ids(selection.probes).flatten(1), candidates.logits.flatten(1)
+        ids, logits = self.token_ids(selection.probes), candidates.logits
         left = cast(mx.array, selection.unscored)
+        best = mx.max(logits, axis=(1, 2), keepdims=True)
         if draws is None:
-            tokens = draw(logits, None, None, ids)
+            highest = (logits == best) | mx.isnan(logits)  # where one is NaN, none equals the best
+            tokens = mx.min(mx.where(highest, ids, mx.array(0xFFFFFFFF, mx.uint32)), axis=(1, 2))
         else:
             others = None if masked else left[:, 1]
-            tokens = _drawn(logits.astype(mx.float32), ids, draws, others)
-        return tokens, risk.of(candidates, left, draws, logit_map)
+            flat = logits.astype(mx.float32).flatten(1)
+            tokens = _drawn(flat, ids.flatten(1), draws, others)
+        return tokens, risk.of(candidates, best.reshape(-1), left, draws, logit_map)
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
         """The states, probes and logits of some rows of the proposals."""

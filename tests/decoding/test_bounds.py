@@ -7,8 +7,8 @@ from mlx_lm import sample_utils
 
 from flash_loops import flash_of, make_flash
 from mlx_flashhead.decoding import rounding, verification
+from mlx_flashhead.decoding.certainty import are_certain
 from mlx_flashhead.decoding.sampler import keeps_margins
-from mlx_flashhead.decoding.verification import is_certain
 from mlx_flashhead.head.draw import DrawSettings, draw_all
 from tiny_models import tiny_model
 
@@ -125,7 +125,7 @@ def certain_draws(top_p):
     settings = DrawSettings(temperature=1.0, top_p=top_p)
     for place in range(300):
         token = draw_all(logits, [(settings, (0, place))]).item()
-        yield token, is_certain(logits, logits, token, (settings, (0, place)), None, 1e-7).item()
+        yield token, are_certain(logits, logits, [token], [(settings, (0, place))], 1e-7).item()
 
 
 @pytest.mark.parametrize("top_p, certain", [(0.79, True), (0.8 - 5e-5, False), (0.81, True)])

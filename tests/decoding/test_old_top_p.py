@@ -4,10 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.decoding import verification
+from mlx_flashhead.decoding import certainty
+from mlx_flashhead.decoding.certainty import Kept, is_certain_draw, kept_from_least
 from mlx_flashhead.decoding.random_state import split
 from mlx_flashhead.decoding.sampler import normalized
-from mlx_flashhead.decoding.verification import Kept, is_certain, kept_from_least
 from mlx_flashhead.head.draw import DrawSettings
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
@@ -97,7 +97,7 @@ def test_what_is_certain_is_drawn(dtype):
         tokens = [old_sampler(normalized(truth), settings, before) for truth in truths]
         epsilon = mx.finfo(dtype).eps
         for token in sorted(set(tokens)):
-            if is_certain(low, high, token, (settings, (0, 0)), key, epsilon).item():
+            if is_certain_draw(low, high, token, settings, key, epsilon).item():
                 assert set(tokens) == {token}
                 certain += 1
         wanted += len(set(tokens)) == 1
@@ -129,13 +129,13 @@ def test_a_sum_that_16_bits_lose_is_lost():
 def test_top_k_may_keep_a_token_below_one_that_is_dropped(monkeypatch):
     """A GPU's sums need not rise: where the second is dropped, top-2 keeps the third."""
     kept = Kept(mx.array([[False, True, False]]), mx.array([[True] * 3]), mx.array([[1]]))
-    monkeypatch.setattr(verification, "kept_from_least", lambda *_: kept)
+    monkeypatch.setattr(certainty, "kept_from_least", lambda *_: kept)
     settings = DrawSettings(1.0, 0.9, top_k=2, sums_from_least=True)
     logits = mx.array([[0.1, 0.5, 0.3]])
     certain = 0
     for seed in range(60):
         key = split((seed, 1))[1]
-        if is_certain(logits, logits, 1, (settings, (0, 0)), key, 1e-7).item():
+        if is_certain_draw(logits, logits, 1, settings, key, 1e-7).item():
             certain += 1
             for dropped in (0, 2):
                 left = mx.where(mx.arange(3) == dropped, -mx.inf, logits)

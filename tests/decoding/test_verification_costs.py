@@ -4,6 +4,7 @@ Exporting records custom kernels on a machine without Metal, too.
 """
 
 from collections import Counter
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ from mlx_flashhead.decoding import verification
 from mlx_flashhead.decoding.caches import Snapshot
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rehearsal import kinds
-from mlx_flashhead.decoding.rounding import Rounding
+from mlx_flashhead.decoding.rounding import RoundedSums, Rounding
 from mlx_flashhead.decoding.schedule import JOINED
 from mlx_flashhead.decoding.sequence import PendingToken, Sequence
 from mlx_flashhead.decoding.verification import Verification, join
@@ -23,6 +24,7 @@ from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.proposal import Proposal
 from tiny_models import tiny_model
 
+pytestmark = pytest.mark.newest
 N_PROBES = 12
 VIEWS = ("Slice", "Reshape", "Squeeze", "ExpandDims", "Broadcast", "Transpose", "Flatten")
 KINDS = [
@@ -85,22 +87,37 @@ def dispatches(flash, kind, k: int) -> Counter:
     return Counter({name: n for name, n in found.items() if name not in VIEWS})
 
 
+def dispatches_with(flash, name, k, monkeypatch, **rounding):
+    """Those with such a rounding, and how many there are beside what the estimates count."""
+    kind = next(kind for kind in kinds(flash.head.vocab_size) if kind.name == name)
+    bounds = Rounding(2.0**-7, longest=1.0, product=1e-3, **rounding)
+    monkeypatch.setattr(verification, "rounding_of", lambda *_: bounds)
+    monkeypatch.setattr(mx, "async_eval", lambda *_: None)
+    monkeypatch.setattr(mx, "contiguous", lambda array: -array)  # which no export knows
+    found = dispatches(flash, kind, k)
+    n_joins = -(-k // apple_estimates.JOINED)
+    return found, sum(found.values()) - n_joins - apple_estimates.VERIFY_LAUNCHES
+
+
+@pytest.mark.parametrize("k", [8, 32])
+def test_rounded_sums_of_older_versions_add_thirteen(flashes, monkeypatch, k):
+    """MLX 0.32.1 to 0.32.3 round sums of hidden values: docs/speed.md says what that adds."""
+    sums = RoundedSums(mx.bfloat16, added=4, group_size=32, longest=1.0)
+    of = {"scored": 0.0, "sums": sums}
+    _, n_more = dispatches_with(flashes["llama"], KINDS[0], k, monkeypatch, **of)
+    page = Path(apple_estimates.CHECKOUT, "docs", "speed.md").read_text()
+    assert f"0.32.1 to 0.32.3 add {n_more}" in page
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("k", [8, 32])
 @pytest.mark.parametrize("scored", BOUNDS.values(), ids=BOUNDS)
 def test_as_many_as_the_estimates_count(flashes, monkeypatch, name, k, arch, scored):
     """The product, its bounds, screen and certain, and a join for each 7 tokens."""
-    flash = flashes[arch]
-    kind = next(kind for kind in kinds(flash.head.vocab_size) if kind.name == name)
-    rounding = Rounding(2.0**-7, longest=1.0, product=1e-3, scored=scored)
-    monkeypatch.setattr(verification, "rounding_of", lambda *_: rounding)
-    monkeypatch.setattr(mx, "async_eval", lambda *_: None)
-    monkeypatch.setattr(mx, "contiguous", lambda array: -array)  # which no export knows
-    found = dispatches(flash, kind, k)
-    n_joins = -(-k // apple_estimates.JOINED)
+    found, n_bounds = dispatches_with(flashes[arch], name, k, monkeypatch, scored=scored)
+    n_joins = -(-k // JOINED)
     assert apple_estimates.JOINED == JOINED
-    n_bounds = sum(found.values()) - n_joins - apple_estimates.VERIFY_LAUNCHES
     if "penalties" in name and scored:  # what the penalties make of bounds that are not zero
         assert 0 < n_bounds <= 12
     else:

@@ -114,7 +114,7 @@ def test_blocked_product_is_the_product(monkeypatch, n_states, n_rows, hidden_si
     )
     blocks = in_blocks(Matrix(weight))
     found = np.array(blocked_product(hidden, blocks))
-    assert blocks.shape[1] * hidden_size <= block_products + 16 * hidden_size
+    assert blocks.shape[-1] * hidden_size <= block_products + 16 * hidden_size
     np.testing.assert_allclose(found[:, :n_rows], hidden @ weight.T, rtol=1e-4, atol=1e-5)
     assert not found[:, n_rows:].any()
 

@@ -3,6 +3,9 @@
 import copy
 import importlib
 import pickle
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,6 +13,7 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead.index.files import write_companion
+from mlx_flashhead.interop import libraries
 from mlx_flashhead.loading import programs
 from mlx_flashhead.loading.batches import CHANGED, mentions_inside
 from mlx_flashhead.loading.head_options import HeadOptions
@@ -212,6 +216,26 @@ def test_whatever_goes_wrong_in_attaching_is_one_line(folder, plain, monkeypatch
                 found = texts(patches.batches(OWN["BatchGenerator"])(loaded), prompts)
                 assert found == expected and type(loaded) is type(model)
         assert said == ["Without FlashHead: [metal] out of memory"]
+
+
+def test_a_hook_that_does_not_fit_is_one_line(monkeypatch, capsys):
+    """As with a later version of a library, whose names this package does not find."""
+
+    class Module(ModuleType):
+        def __getattr__(self, name):
+            raise RuntimeError(f"no {name}")
+
+    file = Path(libraries.__file__).parent / "hook" / "sitecustomize.py"
+    spec = importlib.util.spec_from_file_location("hook", file)
+    hook = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "path", [])  # without another one, which it would run
+        spec.loader.exec_module(hook)
+    monkeypatch.setitem(sys.modules, "mlx_flashhead.loading.programs", Module("programs"))
+    hook.patch("mlx_vlm")
+    said = capsys.readouterr().err
+    assert said.startswith("Without FlashHead: it does not fit these libraries (RuntimeError: no ")
+    assert said.count("\n") == 1
 
 
 def test_what_fails_when_a_text_begins_leaves_it_to_mlx_lm(under, plain, monkeypatch):
