@@ -101,7 +101,7 @@ ENDS = {"close": closed, "exception": failed, "kept": kept, "saved": saved}
 
 @pytest.mark.parametrize("n_before, end", [*enumerate(ENDS)])
 def test_a_text_that_ends_anywhere_leaves_its_cache_right(pair, n_before, end, tmp_path, misses):
-    for place in range(1 + 2 * n_before, N_TOKENS, 7):  # other places for each way to end
+    for place in range(1 + 3 * n_before, N_TOKENS, 11):  # other places for each way to end
         found = []
         for steps_of, model in pair.both():
             cache = pair.make_cache(model)
@@ -132,9 +132,7 @@ def trimmed(model, cache):
     trim_prompt_cache(cache, 2)
 
 
-@pytest.mark.parametrize(
-    "use, places", [(looked_at, (1, 14)), (called, (6, 18)), (trimmed, (3, 11))]
-)
+@pytest.mark.parametrize("use, places", [(looked_at, (14,)), (called, (6,)), (trimmed, (11,))])
 def test_a_text_goes_on_after_its_cache_was_used(pair, use, places, misses):
     """Changed between two tokens, the caches count as they would in mlx-lm's loop."""
     for place in places:

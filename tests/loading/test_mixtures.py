@@ -84,7 +84,7 @@ def proposed(model, tokenizer, prompt):
     """The greedy text with FlashHead, whatever it gains here."""
     policy_of(get_flash_head(model)).dense = False
     assert decoding_mode(model) == "verified"
-    return mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=24)
+    return mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=16)
 
 
 @pytest.mark.usefixtures("quick")
@@ -92,7 +92,7 @@ def test_the_text_is_mlx_lms_with_the_head_as_it_is_and_finer(folders):
     original, coarse = folders
     model, tokenizer = mlx_flashhead.load(str(coarse), progress=False)
     plain, _ = mlx_lm.load(str(coarse))
-    expected = mlx_lm.generate(plain, tokenizer, "Where is Osaka?", max_tokens=24)
+    expected = mlx_lm.generate(plain, tokenizer, "Where is Osaka?", max_tokens=16)
     assert proposed(model, tokenizer, "Where is Osaka?") == expected
 
     model, _ = mlx_flashhead.load(str(coarse), fine_head=original, progress=False)
@@ -100,6 +100,6 @@ def test_the_text_is_mlx_lms_with_the_head_as_it_is_and_finer(folders):
     rows = Matrix(own.weight).quantize(bits=8, group_size=64)
     module.weight, module.scales, module.biases = rows.weight, rows.scales, rows.biases
     module.bits = 8
-    expected = mlx_lm.generate(plain, tokenizer, "Where is Osaka?", max_tokens=24)
+    expected = mlx_lm.generate(plain, tokenizer, "Where is Osaka?", max_tokens=16)
     assert proposed(model, tokenizer, "Where is Osaka?") == expected
     assert get_flash_head(model).clustered.rows.bits == 8

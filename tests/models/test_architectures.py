@@ -40,12 +40,12 @@ def steps(model, tokens) -> list[mx.array]:
 
 
 def cases():
-    """Each form, in 4 bits and unquantized; of an architecture with both forms, one in each."""
-    for name, forms in FOUND.items():
+    """Each form, every second one of them in 4 bits, for architectures of one form, too."""
+    for i, (name, forms) in enumerate(FOUND.items()):
         served = [tied for tied in (False, True) if forms[tied].served]
         for tied in served:
-            every = (4 if tied else None,) if len(served) == 2 else (None, 4)
-            yield from ((name, tied, bits) for bits in every)
+            in_4_bits = tied if len(served) == 2 else i % 2
+            yield name, tied, 4 if in_4_bits else None
 
 
 @pytest.mark.parametrize("name, tied, bits", [*cases()])
@@ -57,8 +57,5 @@ def test_flash_head(name, tied, bits):
     assert bits is None or location.rows().bits == (form.bits or 0)
     tokens = mx.array(np.random.default_rng(0).integers(0, VOCAB_SIZE, (2, 9)))
     check_form(model, location, lambda: steps(model, tokens))
-
-    if bits is not None and not FOUND[name][not tied].served:
-        return  # the unquantized form has generated
     # whatever it does with its head's logits, and whatever its caches are
     Flash(model).checked({"temp": 2.0, "seed": 1}, prompt=tokens[0].tolist(), max_tokens=5)
