@@ -176,16 +176,16 @@ class Decoder:
     def _step(self, sequences: list[Sequence], layers: list[Any], latest: mx.array) -> mx.array:
         """Feeds the latest tokens (R,), and launches the next ones (R,)."""
         proposer = self._proposer
-        for i, sequence in enumerate(sequences):
-            sequence.feed(latest[i : i + 1])
         n = len(sequences)
+        for i, sequence in enumerate(sequences):
+            sequence.feed(latest if n == 1 else latest[i : i + 1])
         proposed = [i for i in range(n) if sequences[i].verified and not sequences[i].paused]
         if n > proposer.max_batch:
             proposed = []
         with proposer.states(logits=len(proposed) < n) as states:
             logits = self._feed(latest[:, None], layers)
         if len(proposed) == n:
-            tokens = proposer.propose(sequences, states[-1][:, -1], latest)
+            tokens = proposer.propose(sequences, _last(states[-1]), latest)
         elif not proposed:
             tokens = self._choose_densely(sequences, logits[:, -1, :], states)
         else:
@@ -193,7 +193,7 @@ class Decoder:
             dense = [i for i in range(n) if i not in proposed]
             rows = mx.array(proposed)
             some = [sequences[i] for i in proposed]
-            first = proposer.propose(some, states[-1][:, -1][rows], latest[rows])
+            first = proposer.propose(some, _last(states[-1])[rows], latest[rows])
             rest = [sequences[i] for i in dense]
             second = self._choose_densely(rest, logits[mx.array(dense)], states, dense)
             tokens = mx.concatenate([first, second])[mx.argsort(mx.array(proposed + dense))]
@@ -339,3 +339,9 @@ class Decoder:
     def _snapshots(self, sequences: list[Sequence]) -> list[Snapshot]:
         rows = [(self.sequences.index(sequence), sequence.n_cached) for sequence in sequences]
         return self.caches.snapshots(rows)
+
+
+def _last(states: mx.array) -> mx.array:
+    """The states of the last positions: (R, L, D) → (R, D)."""
+    n_rows, n_positions, width = states.shape
+    return states.reshape(n_rows, width) if n_positions == 1 else states[:, -1]

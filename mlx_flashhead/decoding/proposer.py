@@ -196,7 +196,7 @@ class Proposer:
         """Whether a choice of the sequence needs the logits of all tokens."""
         if self.logit_map is None or sequence.changes is None or not sequence.changes_few:
             return True
-        return not sequence.changes.fit(self.head.vocab_size)
+        return not (sequence.unchanged or sequence.changes.fit(self.head.vocab_size))
 
     def propose(
         self, sequences: Rows[Sequence], hidden: mx.array, latest: mx.array | None = None
@@ -214,8 +214,12 @@ class Proposer:
         """
         logit_map = self.logit_map
         wide = [self.needs_logits(sequence) for sequence in sequences]
-        narrow = [None if is_wide else s for s, is_wide in zip(sequences, wide, strict=True)]
-        masks = [None if s is None else self._mask(s) for s in narrow]
+        masks: list[np.ndarray | None] = [None] * len(sequences)
+        adjustment = None
+        if not all(sequence.unchanged for sequence in sequences):
+            narrow = [None if is_wide else s for s, is_wide in zip(sequences, wide, strict=True)]
+            masks = [None if s is None else self._mask(s) for s in narrow]
+            adjustment = self._adjustment(narrow, latest)
         draws = None
         if any(sequence.draws for sequence in sequences):
             draws = Draws.of([sequence.draw_at(sequence.n_chosen) for sequence in sequences])
@@ -226,7 +230,7 @@ class Proposer:
             depth=self.policy.depth,
             full=any(wide),
             logit_map=logit_map or IDENTITY,
-            adjustment=self._adjustment(narrow, latest),
+            adjustment=adjustment,
             allowed=mask_array(masks),
         )
         tokens, full = proposal.tokens, proposal.full

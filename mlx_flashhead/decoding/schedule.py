@@ -43,10 +43,11 @@ class VerifySchedule:
         The caller rolls back the caches of sequences that have a rejected token then.
         """
         self.joined = []
-        n_read = max((sequence.n_read for sequence in sequences), default=0)
         verification = self._verification
-        if verification is not None and (verification.ready or n_read >= MAX_READ):
-            self._accept()
+        if verification is not None:
+            n_read = max((sequence.n_read for sequence in sequences), default=0)
+            if verification.ready or n_read >= MAX_READ:
+                self._accept()
         ends = False
         for sequence in sequences:
             if sequence.n_read:  # else a token before was rejected

@@ -114,6 +114,10 @@ class Sequence:
                 begun = mx.array(self.tokens, mx.uint32).astype(prompt_ids.dtype)
                 self._ids = mx.concatenate([prompt_ids, begun])
         self.changes = Changes.of(self._processors_at_start)  # None where that is not known
+        # whether no processor changes anything
+        self.unchanged = self.changes is not None and not (
+            self.changes.penalties or self.changes.mask
+        )
         self._prompt_tail: list[int] = []  # as many of the prompt's last tokens as penalties need
         if self.changes is not None and self.changes.window and prompt_ids is not None:
             self._prompt_tail = cast(list[int], prompt_ids[-self.changes.window :].tolist())
