@@ -33,7 +33,7 @@ KERNEL_FLAGS = [
     # No double: a literal 1.0 is a float, as in Metal. A generic address space exists only for the
     # `this` of structs; the syntax tree is searched for any other use of it.
     "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space",
-    *("-mrelocation-model", "pic", "-pic-level", "2", "-O2"),
+    *("-mrelocation-model", "pic", "-pic-level", "2"),
     *("-ffloat16-excess-precision=none", "-fbfloat16-excess-precision=none"),
     *("-Wno-everything", "-fno-caret-diagnostics", "-fmessage-length=0"),
     *("-I", str(FOLDER / "shim"), "-include", "emulator/language.h"),
@@ -155,7 +155,9 @@ def compile_kernel(text: str, entry: str, name: str, check: bool, contract: str)
         made = path.with_suffix(".o")
         whole = f'{translate(text, file_name)}\n#line 1 "entry.metal"\n{entry}'
         flags = [*(CHECK_FLAGS if check else []), "-emit-obj", "-o", str(made)]
-        flags += [f"-ffp-contract={contract}", *(CONTRACT_FLAGS if contract != "off" else [])]
+        flags += [f"-ffp-contract={contract}"]
+        # more is joined where functions are inlined; without that, less takes less time
+        flags += ["-O2", *CONTRACT_FLAGS] if contract != "off" else ["-O1"]
         compile_text(whole, file_name, MLX_PRELUDE, path.parent, *flags)
         link([made], path)
 
