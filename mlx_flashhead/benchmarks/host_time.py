@@ -17,9 +17,9 @@ from ..models.install import dense_copy
 from . import SAMPLERS
 from .model_benchmark import DENSE, FLASH_HEAD, Variant, with_flash_head
 
-N_TOKENS = 96
-FIRST = 32  # tokens of a text that are not timed: until verifications take many
-RUNS = 5
+N_TOKENS = 64
+FIRST = 16  # tokens of a text that are not timed: until verifications take many
+RUNS = 3
 PENALTY = {"repetition_penalty": 1.1}
 
 

@@ -130,7 +130,9 @@ def test_attach_builds_for_a_model_from_anywhere(folder, quick):
 
 
 def test_nothing_is_built_that_was_not_wanted(folder):
-    with pytest.raises(ValueError, match=r"no FlashHead of My-Model yet, and `build=False`"):
+    with pytest.raises(
+        ValueError, match=r"no FlashHead of My-Model yet, and none is built with `build=False`"
+    ):
         load(str(folder), build=False)
     options = HeadOptions(missing=DENSE)
     assert get_flash_head(load_with_head(folder, options)[0]) is None

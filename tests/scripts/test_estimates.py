@@ -10,6 +10,7 @@ from apple_estimates import CHIPS, MODELS, chips, gain, models, sampled_gains
 
 
 @pytest.mark.newest
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     "architecture, config, dependent, dispatches",
     [
@@ -30,6 +31,7 @@ def test_kernels_of_a_layer(architecture, config, dependent, dispatches):
 
 
 @pytest.mark.newest
+@pytest.mark.compiled
 def test_the_table_has_the_kernels_that_are_counted():
     rows = {row["shape"]: row for row in kernels.rows()}
     for shape in ("lfm2.5-1.2b", "qwen3.5-0.8b"):
