@@ -118,26 +118,41 @@ def test_what_is_certain_is_drawn(dtype):
     assert n_certain > n_same * (0.5 if dtype == mx.float32 else 0.2)
 
 
-@pytest.mark.parametrize("edge", ["lower", "upper"])
-def test_a_number_at_the_edge_of_a_share_is_in_doubt(edge):
-    """Two tokens of one half each: the number 1/2 separates them, but for rounding."""
-    rng = np.random.default_rng(0)
-    steps = PortableSteps(plain_clusters(rng, 40, 4))
+# Tokens of equal weight, which one of them is proposed, the number, and how far logits may be off:
+# by 0.2 nats the share of one of two tokens may be 0.401, and one of three may begin at 0.427.
+EDGES = [
+    ((3, 90), 3, 0.5, 1e-6, False),
+    ((3, 90), 3, 0.4, 1e-6, True),
+    ((3, 90), 90, 0.5, 1e-6, False),
+    ((3, 90), 90, 0.6, 1e-6, True),
+    ((3, 90), 3, 0.6, 1e-6, False),
+    ((3, 90), 3, 0.41, 0.2, False),
+    ((3, 90), 3, 0.39, 0.2, True),
+    ((3, 90), 90, 0.59, 0.2, False),
+    ((3, 90), 90, 0.61, 0.2, True),
+    ((3, 90, 140), 90, 0.41, 0.2, False),
+    ((3, 90, 140), 90, 0.5, 0.2, True),
+    ((3, 90, 140), 90, 0.59, 0.2, False),
+]
+
+
+@pytest.mark.parametrize("tokens, proposed, number, doubt, sure", EDGES)
+def test_a_number_at_the_edge_of_a_share_is_in_doubt(tokens, proposed, number, doubt, sure):
+    steps = PortableSteps(plain_clusters(np.random.default_rng(0), 40, 4))
     clustered = steps.clustered
     slots = mx.full((1, clustered.n_clusters, clustered.cluster_size), -60.0)
     ids = to_numpy(clustered.token_ids)
-    for token in (3, 90):
+    for token in tokens:
         cluster, place = np.argwhere(ids == token)[0]
         slots[0, int(cluster), int(place)] = 5.0
     probes = mx.argsort(-slots.max(axis=-1), axis=-1)[:, :N_PROBES].astype(mx.uint32)
     logits = mx.take_along_axis(slots, probes[..., None], axis=1)
-    tolerance = Tolerance(mx.full((1,), 1e-6), mx.full((1,), 1e-6))
-    for number, sure in ((0.5, False), (0.4, edge == "lower"), (0.6, edge == "upper")):
-        bits = int(np.float32(number).view(np.uint32))
-        draws = Draws.of([(DrawSettings(1.0, inverse_cdf=True), (bits, 0))])
-        token = mx.array([3 if edge == "lower" else 90], mx.uint32)
-        proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1), None)
-        assert steps.screen(slots, proposal, draws, tolerance, 1e-7).certain.item() is sure
+    tolerance = Tolerance(mx.full((1,), doubt), mx.full((1,), doubt))
+    bits = int(np.float32(number).view(np.uint32))
+    draws = Draws.of([(DrawSettings(1.0, inverse_cdf=True), (bits, 0))])
+    token = mx.array([proposed], mx.uint32)
+    proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1), None)
+    assert steps.screen(slots, proposal, draws, tolerance, 1e-7).certain.item() is sure
 
 
 def test_rows_that_draw_by_noise_are_as_alone():
