@@ -297,7 +297,8 @@ def read_whole(answer: Any) -> str:
 
 def read_stream(answer: Any) -> str:
     """The text of a stream, and its calls."""
-    text, calls = "", []
+    text = ""
+    calls = []
     for line in answer:
         if line.startswith(b"data: {"):
             for choice in json.loads(line[6:]).get("choices", []):
@@ -335,7 +336,8 @@ def texts_of_server(host: Host, environment: Environment, place: Path, under: bo
 
 def texts_of_command(host: Host, environment: Environment, place: Path, under: bool) -> Texts:
     """Texts of a command by its further words, and what it said."""
-    texts, said = {}, ""
+    texts = {}
+    said = ""
     for further in host.further:
         ended = subprocess.run(
             [*command_of(host, environment, under), *further],

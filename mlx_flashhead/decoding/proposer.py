@@ -49,7 +49,8 @@ class Proposer:
     ):
         self.model = model
         self._requested = verify and draw_temperature is None, dense or max_wait == 0
-        self._n_probes, self._draw_temperature = n_probes, draw_temperature
+        self._n_probes = n_probes
+        self._draw_temperature = draw_temperature
         self.max_wait = max_wait
         self.n_verifications = self.n_rejected = 0
         self._zeros: mx.array | None = None  # in the place of logits that nobody reads
@@ -233,7 +234,8 @@ class Proposer:
             adjustment=adjustment,
             allowed=mask_array(masks),
         )
-        tokens, full = proposal.tokens, proposal.full
+        tokens = proposal.tokens
+        full = proposal.full
         proposal = proposal._replace(full=None)  # which may be large
         if full is not None:
             logits = self.model_logits(full)
@@ -269,7 +271,8 @@ class Proposer:
         It reads the latest token, and looks at no mask where that one was no choice, so that it
         will be rejected.
         """
-        changes, pending = sequence.changes, sequence.pending
+        changes = sequence.changes
+        pending = sequence.pending
         if changes is None or changes.mask is None:
             return None
         last = pending[-1] if pending else None

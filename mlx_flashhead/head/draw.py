@@ -11,7 +11,7 @@ Source: Gumbel 1954, the Gumbel-max trick; Salmon et al. 2011, "Parallel random 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -87,6 +87,17 @@ class Draws(NamedTuple):
     def any_by_number(self) -> bool:
         """Whether a row has an inverse CDF, for which there is no kernel."""
         return any(row.inverse_cdf for row in self.rows)
+
+    def by_kind(
+        self, by_number: Callable[[], mx.array], by_noise: Callable[[], mx.array]
+    ) -> mx.array:
+        """What holds for each row, (R, 1): of those with an inverse CDF, and of the others."""
+        if not self.any_by_number:
+            return by_noise()
+        if all(row.inverse_cdf for row in self.rows):
+            return by_number()
+        numbered = mx.array([row.inverse_cdf for row in self.rows])[:, None]
+        return mx.where(numbered, by_number(), by_noise())
 
     @property
     def steps(self) -> tuple[DrawSettings, ...]:

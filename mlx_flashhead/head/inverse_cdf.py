@@ -33,7 +33,7 @@ def drawn(
         kernel: As of :func:`draw.threshold`.
 
     Returns:
-        (R,) uint32.
+        (R, 1) uint32.
     """
     kept = logits
     if any(settings.filters for settings in draws.rows):
@@ -46,7 +46,7 @@ def drawn(
     total = sums[:, -1:]
     below = (sums <= numbers(draws) * total) & (sums < total)
     place = mx.take_along_axis(order, below.sum(axis=-1, keepdims=True), axis=-1)
-    return mx.take_along_axis(token_ids, place, axis=-1)[:, 0]
+    return mx.take_along_axis(token_ids, place, axis=-1)
 
 
 def numbers(draws: Draws) -> mx.array:
@@ -103,7 +103,8 @@ def is_certain(
     own_most = mx.where(own, at_most, 0).sum(axis=-1, keepdims=True)
     sums = _sums(at_least, at_most, scored.ids, scored.tokens)
     if not all(settings.filters for settings in draws.rows):
-        scale, highest = inverse[..., None], best[..., None]
+        scale = inverse[..., None]
+        highest = best[..., None]
         at_least = mx.exp((others.low - highest) * scale).flatten(1)
         at_most = mx.exp((others.high - highest) * scale).flatten(1)
         ids = clustered.token_ids.reshape(1, -1)

@@ -7,6 +7,8 @@ Every logit lies within a tolerance. A token is certain if it is the choice what
 within theirs.
 """
 
+from functools import partial
+
 import mlx.core as mx
 
 from . import inverse_cdf
@@ -47,8 +49,18 @@ def screen(
         bound = best_high + mx.log(mx.array(clustered.vocab_size))
     certain = _greedy_is_certain(scored, best_high, bound, epsilon)
     if draws is not None:
-        drawn = _draw_is_certain(
-            clustered, scored, unscored, best_high, tail_low, tail_high, draws, epsilon
+        drawn = draws.by_kind(
+            partial(inverse_cdf.is_certain, clustered, scored, unscored, draws, epsilon),
+            partial(
+                _noise_is_certain,
+                clustered,
+                scored,
+                unscored,
+                best_high,
+                tail_low,
+                tail_high,
+                draws,
+            ),
         )
         certain = mx.where(draws.settings[:, :1] == 0, certain, drawn)
     certain = certain[:, 0] & (largest < mx.inf)  # float16 may overflow
@@ -149,27 +161,6 @@ def _greedy_is_certain(
     return above_scored & (scored.own.low - best_high > merged_others)
 
 
-def _draw_is_certain(
-    clustered: ClusteredRows,
-    scored: Scored,
-    unscored: Interval,
-    best_high: mx.array,
-    tail_low: mx.array,
-    tail_high: mx.array,
-    draws: Draws,
-    epsilon: float,
-) -> mx.array:
-    """Returns whether no other token can be drawn than the proposed one: (k, 1) bool."""
-    by_number = [settings.inverse_cdf for settings in draws.rows]
-    if all(by_number):
-        return inverse_cdf.is_certain(clustered, scored, unscored, draws, epsilon)
-    by_noise = _noise_is_certain(clustered, scored, unscored, best_high, tail_low, tail_high, draws)
-    if not any(by_number):
-        return by_noise
-    numbered = inverse_cdf.is_certain(clustered, scored, unscored, draws, epsilon)
-    return mx.where(mx.array(by_number)[:, None], numbered, by_noise)
-
-
 def _noise_is_certain(
     clustered: ClusteredRows,
     scored: Scored,
@@ -179,7 +170,7 @@ def _noise_is_certain(
     tail_high: mx.array,
     draws: Draws,
 ) -> mx.array:
-    """:func:`_draw_is_certain` for draws by noise.
+    """Returns whether no other token can be drawn by noise than the proposed one: (k, 1) bool.
 
     None can if the filters keep the token, and no other that they may keep can have a higher noisy
     logit.

@@ -152,14 +152,13 @@ def _drawn(
     logits: mx.array, token_ids: mx.array, draws: Draws, others: mx.array | None
 ) -> mx.array:
     """Draws a token of each row, (R,) uint32, from the scored ones (R, K)."""
-    by_number = [settings.inverse_cdf for settings in draws.rows]
-    if all(by_number):
-        return inverse_cdf.drawn(logits, token_ids, draws, others, kernel=False)
-    by_noise = draw(logits, noise(draws.keys, token_ids), draws, token_ids, others, kernel=False)
-    if not any(by_number):
-        return by_noise
-    numbered = inverse_cdf.drawn(logits, token_ids, draws, others, kernel=False)
-    return mx.where(mx.array(by_number), numbered, by_noise)
+    tokens = draws.by_kind(
+        lambda: inverse_cdf.drawn(logits, token_ids, draws, others, kernel=False),
+        lambda: draw(logits, noise(draws.keys, token_ids), draws, token_ids, others, kernel=False)[
+            :, None
+        ],
+    )
+    return tokens[:, 0]
 
 
 class PortableSteps:

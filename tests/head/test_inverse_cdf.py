@@ -72,7 +72,7 @@ def case_of(rng, clustered, dtype, settings, spread, doubt):
     logits = mx.where(ids == clustered.vocab_size, mx.finfo(dtype).min, logits)
     state = int(rng.integers(2**31)), int(rng.integers(2**31))
     draws = Draws.of([(settings, (uniform_bits(split(state)[1]), 0))])
-    token = drawn(logits.astype(mx.float32).flatten(1), ids.flatten(1), draws)
+    token = drawn(logits.astype(mx.float32).flatten(1), ids.flatten(1), draws)[:, 0]
     proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1), None)
     tolerance = Tolerance(mx.full((1,), doubt), mx.full((1,), doubt / 2))
     return slots, proposal, draws, tolerance, state
