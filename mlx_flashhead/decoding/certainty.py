@@ -49,7 +49,7 @@ def are_certain(
     lowest = threshold(high, draws, log_mass(low) - MASS_ROUNDING)
     surely = low >= lowest
     maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
-    scale = draws.settings[:, :1]
+    scale = draws.inverse
     likely = mx.where(maybe, high * scale, -mx.inf)
     unlikely = mx.where(surely, low * scale, -mx.inf)
     noisy = mx.where(own, unlikely, likely) + noise_of_all(draws.keys, low.shape[-1])
@@ -102,8 +102,8 @@ def is_certain_draw(
             before_top_k = high >= threshold(low, all_kept)
             maybe = maybe | (before_top_k & (old_cut.n_surely < settings.top_k))
         maybe = maybe & old_cut.maybe
-    likely = mx.where(maybe, high * draws.settings[:, :1], -mx.inf)
-    unlikely = mx.where(surely, low * draws.settings[:, :1], -mx.inf)
+    likely = mx.where(maybe, high * draws.inverse, -mx.inf)
+    unlikely = mx.where(surely, low * draws.inverse, -mx.inf)
     # MLX draws by noise, or by where a uniform number falls in the cumulated probabilities. Either
     # way the draw is certain if it is the token for the three worst cases: all others as likely as
     # they may be, those of lower ids, and those of higher ids, the rest as unlikely as they may be.

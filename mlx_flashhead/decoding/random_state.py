@@ -7,12 +7,13 @@ from typing import cast
 
 import mlx.core as mx
 
+from ..head.draw import BELOW_ONE
+
 Key = tuple[int, int]  # the two words of a key, or of MLX's random state
 
 WORD = 0xFFFFFFFF
 LANES = WORD | WORD << 64  # two words that are computed at once, 64 bits apart
 PARITY = 0x1BD11BDA
-BELOW_ONE = 1 - 2.0**-24  # the float32 number below 1
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 

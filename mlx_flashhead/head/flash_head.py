@@ -439,7 +439,7 @@ class FlashHead:
                 hidden,
                 None
                 if rows is None
-                else Draws.held_in((draw_arrays[0], draw_arrays[1], draw_arrays[2]), rows),
+                else Draws(rows, (draw_arrays[0], draw_arrays[1], draw_arrays[2])),
                 n_probes,
                 depth,
                 False,

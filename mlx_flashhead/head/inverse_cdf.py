@@ -29,29 +29,24 @@ def drawn(
         logits: (R, K) float32.
         token_ids: (R, K) uint32.
         draws: Of R rows.
-        others: (R,), the log of the mass of the other tokens, for the filters.
+        others: (R, 1), the log of the mass of the other tokens, for the filters.
         kernel: As of :func:`draw.threshold`.
 
     Returns:
-        (R, 1) uint32.
+        (R,) uint32.
     """
     kept = logits
     if any(settings.filters for settings in draws.rows):
-        total = None if others is None else mx.logaddexp(log_mass(logits), others[:, None])
+        total = None if others is None else mx.logaddexp(log_mass(logits), others)
         kept = mx.where(logits >= threshold(logits, draws, total, kernel), logits, -mx.inf)
     best = mx.max(logits, axis=-1, keepdims=True)
-    weights = mx.exp((kept - best) * draws.settings[:, :1])
+    weights = mx.exp((kept - best) * draws.inverse)
     order = mx.argsort(token_ids, axis=-1)
     sums = mx.cumsum(mx.take_along_axis(weights, order, axis=-1), axis=-1)
     total = sums[:, -1:]
-    below = (sums <= numbers(draws) * total) & (sums < total)
+    below = (sums <= draws.numbers * total) & (sums < total)
     place = mx.take_along_axis(order, below.sum(axis=-1, keepdims=True), axis=-1)
-    return mx.take_along_axis(token_ids, place, axis=-1)
-
-
-def numbers(draws: Draws) -> mx.array:
-    """The uniform numbers of rows that draw by them, (R, 1) float32."""
-    return draws.keys[:, :1].view(mx.float32)
+    return mx.take_along_axis(token_ids, place, axis=-1)[:, 0]
 
 
 def is_certain(
@@ -72,10 +67,12 @@ def is_certain(
         epsilon: The relative spacing of the model's log-probabilities.
 
     Returns:
-        (k, 1) bool.
+        (k,) bool.
     """
-    inverse, top_p, log_min_p = mx.split(draws.settings, 3, axis=-1)
-    top_k = draws.top_k[:, None]
+    inverse = draws.inverse
+    top_p = draws.top_p
+    top_k = draws.top_k
+    log_min_p = draws.log_min_p
     unfiltered = (top_p >= 1) & (top_k == 0) & (log_min_p <= NO_MIN_P)
     mass = mx.logaddexp(log_mass(scored.all.logits), log_mass(unscored.logits.flatten(1)))
     known = _rounded(scored.all, mass, epsilon)
@@ -112,10 +109,10 @@ def is_certain(
 
     lower_least, lower_most, higher_least, higher_most, lost = mx.split(sums, 5, axis=-1)
     lost = lost + SUM_ROUNDING * (EXP_UNITS + 1) * (lower_most + own_most + higher_most)
-    number = numbers(draws)
+    number = draws.numbers
     reached = lower_most + lost <= number * (lower_most + own_least + higher_least)
     passed = number * (lower_least + own_least + higher_most) + lost < lower_least + own_least
-    return (own_least > 0) & reached & passed & (dropped | unfiltered)
+    return ((own_least > 0) & reached & passed & (dropped | unfiltered))[:, 0]
 
 
 def _rounded(values: Interval, mass: mx.array, epsilon: float) -> Interval:

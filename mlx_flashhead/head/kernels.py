@@ -501,7 +501,7 @@ def _draw_arrays(draws: Draws | None, n_positions: int) -> list[mx.array]:
     """Settings, top_k and keys for a kernel; without draws of greedy rows."""
     if draws is None:
         return _greedy_draws(n_positions)
-    return [held(array) for array in draws.held or draws[:3]]
+    return list(draws.held)
 
 
 @cache

@@ -26,7 +26,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .draw import Draws
+from .draw import Draws, DrawSettings
 from .flash_head import FlashHead
 from .kernels import MetalSteps
 from .short_inputs import HELD
@@ -60,14 +60,12 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
         )
     hidden = mx.zeros((1, head.hidden_size), dtype)
     counts = mx.zeros((HELD, 2), mx.uint32)
-    draws = Draws(mx.zeros((HELD, 3)), counts[:, 0], counts)
+    draws = Draws((DrawSettings(1.0),), (mx.zeros((HELD, 3)), counts[:, 0], counts))
     rows = clustered.rows.arrays()
     # what a program has, and what it computes: all other arrays that a launch reads are the file's
     others = {
         "hidden": hidden,
-        "settings": draws.settings,
-        "top_k": draws.top_k,
-        "keys": draws.keys,
+        **dict(zip(("settings", "top_k", "keys"), draws.held, strict=True)),
     }
     others |= {f"rows_{name}": array for name, array in rows.items()}
     centroids = clustered.centroids.matrix.arrays()

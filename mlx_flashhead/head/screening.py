@@ -62,7 +62,7 @@ def screen(
                 draws,
             ),
         )
-        certain = mx.where(draws.settings[:, :1] == 0, certain, drawn)
+        certain = mx.where(draws.inverse == 0, certain, drawn[:, None])
     certain = certain[:, 0] & (largest < mx.inf)  # float16 may overflow
     return Screen(certain, largest, best[:, 0], log_mass(unscored.logits.flatten(1))[:, 0])
 
@@ -170,13 +170,15 @@ def _noise_is_certain(
     tail_high: mx.array,
     draws: Draws,
 ) -> mx.array:
-    """Returns whether no other token can be drawn by noise than the proposed one: (k, 1) bool.
+    """Returns whether no other token can be drawn by noise than the proposed one: (k,) bool.
 
     None can if the filters keep the token, and no other that they may keep can have a higher noisy
     logit.
     """
-    inverse, top_p, log_min_p = mx.split(draws.settings, 3, axis=-1)
-    top_k = draws.top_k[:, None]
+    inverse = draws.inverse
+    top_p = draws.top_p
+    top_k = draws.top_k
+    log_min_p = draws.log_min_p
     own = scored.own.logits
     floor = scored.own.low
     scored_low, scored_high = scored.all.masses()
@@ -212,7 +214,7 @@ def _noise_is_certain(
     dropped = (top_p < 1) & (mass_over >= top_p * most * (1 + MASS_MARGIN))
     dropped |= (top_k > 0) & (over.sum(axis=-1, keepdims=True) >= top_k)
     dropped |= rival < mx.maximum(floor, scored.second.low) + log_min_p
-    return kept & ((rival == -mx.inf) | dropped)
+    return (kept & ((rival == -mx.inf) | dropped))[:, 0]
 
 
 def _unscored_rival(

@@ -20,7 +20,7 @@ from . import inverse_cdf
 from .adjustment import Adjustment, adjusted_logits, probed_for
 from .clustered import ClusteredRows, in_token_order
 from .dense_kernels import dense_ranges
-from .draw import Draws, draw, log_mass, noise
+from .draw import Draws, draw, log_mass, lowest_of_equals, noise
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
 from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance
@@ -71,7 +71,7 @@ class Risk(NamedTuple):
 
         Args:
             candidates: The scored tokens' logits, mapped.
-            best: (R,), the highest of these.
+            best: (R, 1), the highest of these.
             unscored: What was not scored, as :func:`unscored` gives it.
             draws: Of R rows.
             logit_map: What the model does to each of its head's logits.
@@ -79,13 +79,12 @@ class Risk(NamedTuple):
         nothing = best <= mx.finfo(candidates.logits.dtype).min
         best = best.astype(mx.float32)
         best = best if logit_map.identity else logit_map.inverse(best)
-        greedy = mx.exp(self.a - self.b * (best - unscored[:, 0]))
-        if draws is None:
-            return mx.where(nothing, NOTHING_ALLOWED, mx.minimum(greedy, 1.0))
-        scored = log_mass(candidates.logits.astype(mx.float32).flatten(1))[:, 0]
-        drawn = self.scale * mx.sigmoid(unscored[:, 1] - scored)
-        risk = mx.minimum(mx.where(draws.settings[:, 0] == 0, greedy, drawn), 1.0)
-        return mx.where(nothing, NOTHING_ALLOWED, risk)
+        risk = mx.exp(self.a - self.b * (best - unscored[:, :1]))
+        if draws is not None:
+            scored = log_mass(candidates.logits.astype(mx.float32).flatten(1))
+            drawn = self.scale * mx.sigmoid(unscored[:, 1:2] - scored)
+            risk = mx.where(draws.inverse == 0, risk, drawn)
+        return mx.where(nothing, NOTHING_ALLOWED, mx.minimum(risk, 1.0))[:, 0]
 
 
 USUAL = Risk()
@@ -110,12 +109,12 @@ def unscored(
     """
     lowest = mx.array(mx.finfo(mx.float32).min)
     left = mx.put_along_axis(scores, probes, lowest, axis=-1)
-    best = mx.max(left, axis=-1)
+    best = mx.max(left, axis=-1, keepdims=True)
     if not logit_map.identity:
         n_tokens = math.log(cluster_size)
         mapped = logit_map(left - n_tokens).astype(mx.float32) + n_tokens
         left = mx.where(left == lowest, lowest, mapped)
-    return mx.stack([best, mx.logsumexp(left, axis=-1)], axis=-1)
+    return mx.concatenate([best, mx.logsumexp(left, axis=-1, keepdims=True)], axis=-1)
 
 
 def in_blocks(matrix: Matrix) -> mx.array:
@@ -152,13 +151,10 @@ def _drawn(
     logits: mx.array, token_ids: mx.array, draws: Draws, others: mx.array | None
 ) -> mx.array:
     """Draws a token of each row, (R,) uint32, from the scored ones (R, K)."""
-    tokens = draws.by_kind(
+    return draws.by_kind(
         lambda: inverse_cdf.drawn(logits, token_ids, draws, others, kernel=False),
-        lambda: draw(logits, noise(draws.keys, token_ids), draws, token_ids, others, kernel=False)[
-            :, None
-        ],
+        lambda: draw(logits, noise(draws.keys, token_ids), draws, token_ids, others, kernel=False),
     )
-    return tokens[:, 0]
 
 
 class PortableSteps:
@@ -382,17 +378,16 @@ class PortableSteps:
         Returns:
             The tokens (R,) uint32, and their risks (R,) float32.
         """
-        ids, logits = self.token_ids(selection.probes), candidates.logits
+        ids = self.token_ids(selection.probes).flatten(1)
+        logits = candidates.logits.flatten(1)
         left = cast(mx.array, selection.unscored)
-        best = mx.max(logits, axis=(1, 2), keepdims=True)
+        best = mx.max(logits, axis=-1, keepdims=True)
         if draws is None:
-            highest = (logits == best) | mx.isnan(logits)  # where one is NaN, none equals the best
-            tokens = mx.min(mx.where(highest, ids, mx.array(0xFFFFFFFF, mx.uint32)), axis=(1, 2))
+            tokens = lowest_of_equals(logits, best, ids)
         else:
-            others = None if masked else left[:, 1]
-            flat = logits.astype(mx.float32).flatten(1)
-            tokens = _drawn(flat, ids.flatten(1), draws, others)
-        return tokens, risk.of(candidates, best.reshape(-1), left, draws, logit_map)
+            others = None if masked else left[:, 1:2]
+            tokens = _drawn(logits.astype(mx.float32), ids, draws, others)
+        return tokens, risk.of(candidates, best, left, draws, logit_map)
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
         """The states, probes and logits of some rows of the proposals."""

@@ -84,7 +84,8 @@ def test_the_threshold_is_the_definitions(monkeypatch, kernel, n_logits, spread,
         total = None if tail < 0 else mx.logaddexp(log_mass(rows), mx.array(tail))
         with path_of(kernel, monkeypatch):
             found = np.array(rows >= draw_module.threshold(rows, draws, total))
-        each = zip(found, logits, draws.settings.tolist(), draws.top_k.tolist(), strict=True)
+        settings, top_k = (array[: len(SETTINGS)].tolist() for array in draws.held[:2])
+        each = zip(found, logits, settings, top_k, strict=True)
         for keeps, x, (_, top_p, log_min_p), top_k in each:
             expected = kept(x, tail, top_p, log_min_p, top_k)
             np.testing.assert_array_equal(keeps[x > -np.inf], expected[x > -np.inf])
