@@ -182,7 +182,8 @@ class Decoder:
         proposed = [i for i in range(n) if sequences[i].verified and not sequences[i].paused]
         if n > proposer.max_batch:
             proposed = []
-        with proposer.states(logits=len(proposed) < n) as states:
+        states: list[mx.array] = []
+        with proposer.noting(states, logits=len(proposed) < n):
             logits = self._feed(latest[:, None], layers)
         if len(proposed) == n:
             tokens = proposer.propose(sequences, _last(states[-1]), latest)

@@ -254,23 +254,12 @@ class FlashHead:
         finally:
             vars(self).update(before)
 
-    @contextmanager
-    def intercepted(self, project: Projection) -> Iterator[None]:
+    def intercepted(self, project: Projection) -> "Interception":
         """A block in which ``project`` makes the logits of each call from its hidden states.
 
         That holds in this thread: another one may run the model at the same time.
         """
-        taken = vars(_calls)
-        name = str(id(self))
-        before = taken.get(name)
-        taken[name] = project
-        try:
-            yield
-        finally:
-            if before is None:
-                del taken[name]
-            else:
-                taken[name] = before
+        return Interception(self, project)
 
     def project_calls(self, project: Callable[["FlashHead", mx.array], mx.array]) -> None:
         """Has ``project`` make the logits of each call that nobody intercepts, from now on.
@@ -531,6 +520,25 @@ class FlashHead:
             ordering = scores / draw_temperature + mx.random.gumbel(scores.shape)
         selection = self.steps.select(ordering, n_probes, words)
         return scores, selection, self.steps.score(rows, selection)
+
+
+class Interception:
+    """The block of :meth:`FlashHead.intercepted`."""
+
+    def __init__(self, head: FlashHead, project: Projection):
+        self._name = str(id(head))
+        self._project = project
+
+    def __enter__(self) -> None:
+        taken = vars(_calls)
+        self._before: Projection | None = taken.get(self._name)
+        taken[self._name] = self._project
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is None:
+            del vars(_calls)[self._name]
+        else:
+            vars(_calls)[self._name] = self._before
 
 
 def _mapped(candidates: Candidates, logit_map: LogitMap, lowest: float) -> Candidates:
