@@ -211,7 +211,8 @@ def parts(speed: dict) -> tuple[list[float], float]:
 
     They are relative to the whole.
     """
-    model, chip = models()[speed["model"]], chips()[speed["chip"]]
+    model = models()[speed["model"]]
+    chip = chips()[speed["chip"]]
     per_weight = BYTES[speed["bits"]]
     if speed["group_size"]:
         per_weight += 4 / speed["group_size"] - 1 / 16
@@ -225,7 +226,8 @@ def parts(speed: dict) -> tuple[list[float], float]:
 
 def waits_for_host(speed: dict) -> bool:
     """Whether the host needs all of a public speed's step."""
-    model, chip = models()[speed["model"]], chips()[speed["chip"]]
+    model = models()[speed["model"]]
+    chip = chips()[speed["chip"]]
     return host_us(model, chip) > HOST_BOUND * 1e6 / speed["tokens_per_second"]
 
 

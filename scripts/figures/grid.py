@@ -35,7 +35,8 @@ from mlx_flashhead.models.install import dense_copy, installed_head
 
 BATCHES = (1, 4)
 BITS = (32, 4)
-DENSE, TUNED = "mlx-lm", "tuned"
+DENSE = "mlx-lm"
+TUNED = "tuned"
 PAGE = CHECKOUT / "docs" / "speed.md"
 WORK = Path(tempfile.gettempdir()) / "mlx-flashhead-grid"
 
@@ -146,13 +147,15 @@ def main() -> None:
     add_number(parser, "--rounds", 3, "Rounds that count")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    file, began = Path(args.json), time.monotonic()
+    file = Path(args.json)
+    began = time.monotonic()
     cases = json.loads(file.read_text())["cases"] if file.exists() else []
     total = len(args.models) * len(BITS) * len(SAMPLERS) * len(BATCHES)
     for _ in measure(args, cases):
         about = {"kind": "grid", "machine": machine(), "command": " ".join(sys.argv)}
         file.write_text(json.dumps(about | {"cases": cases}, indent=1) + "\n")
-        case, minutes = cases[-1], (time.monotonic() - began) / 60
+        case = cases[-1]
+        minutes = (time.monotonic() - began) / 60
         print(
             f"[{len(cases)} of {total}, {minutes:.1f} min] {case['model']}, {case['bits']} bits, "
             f"{case['sampler']}, batch {case['batch']}: {case['ratio']['median']:.2f} x",
