@@ -28,7 +28,7 @@ import mlx.core as mx
 
 from .draw import Draws
 from .flash_head import FlashHead
-from .kernels import MetalSteps
+from .metal_steps import MetalSteps
 from .short_inputs import HELD
 
 METADATA_KEY = "flash_head"
