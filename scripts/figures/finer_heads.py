@@ -24,7 +24,6 @@ import mlx_lm
 import numpy as np
 
 import mlx_flashhead
-from apple_estimates import BYTES, CHECKOUT, line, with_block
 from grid import DENSE, TUNED, WORK, index_of
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
@@ -38,6 +37,8 @@ from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.models.install import dense_copy
 from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.models.locate import find_head
+from pages import CHECKOUT, line, with_block
+from step_times import BYTES
 
 HEAD_BITS = (4, 6, 8, 16)
 BODY_BITS = 4

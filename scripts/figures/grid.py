@@ -22,7 +22,6 @@ from statistics import median
 import mlx_lm
 
 import mlx_flashhead
-from apple_estimates import CHECKOUT, line, with_block
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
 from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Variant, with_flash_head
@@ -32,6 +31,7 @@ from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import count, new_table, show
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.models.install import dense_copy, installed_head
+from pages import CHECKOUT, line, with_block
 
 BATCHES = (1, 4)
 BITS = (32, 4)
