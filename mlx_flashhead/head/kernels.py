@@ -177,21 +177,21 @@ class Kernels:
         """The kernels that judge proposals by the dense logits."""
         self.screen = self._kernel(
             "screen",
-            "slots probes token_ids slot_of logits tokens settings keys room scored_room relative "
-            "allowed",
+            "slots probes token_ids slot_of logits tokens settings keys product_tolerance "
+            "scored_tolerance relative allowed",
             "parts",
             text.SCREEN_BODY,
-            files="noise screen",
+            files="noise tally screen",
             threads=WIDE_THREADS,
             sizes="C N V PADDED",
         )
         self.certain = self._kernel(
             "certain",
-            "parts probes token_ids logits tokens settings top_k keys room scored_room relative "
-            "epsilon",
+            "parts probes token_ids logits tokens settings top_k keys product_tolerance "
+            "scored_tolerance relative epsilon",
             "sure known",
             text.CERTAIN_BODY,
-            files="noise screen",
+            files="noise tally certain",
             threads=self._row_threads,
             sizes="N V",
         )
