@@ -88,12 +88,14 @@ class Sampler:
 
     def choose(self, logits: mx.array, seed: int, position: int) -> mx.array:
         """The token of a position: logits (1, V) → (1,) uint32. Lazy."""
-        logits, s = logits.astype(mx.float32), self.settings
+        logits = logits.astype(mx.float32)
+        s = self.settings
         if s.greedy:
             return mx.argmax(logits, axis=-1)
-        key, n_tokens = position_key(seed, position), logits.shape[-1]
+        key = position_key(seed, position)
         if self.plain:
             return draw_all(logits, [(s, key)])
+        n_tokens = logits.shape[-1]
         # top-p and min-p, of which mlx-lm 0.31 cannot keep a least number, then XTC and top-k
         top_p = Draws.of([(DrawSettings(s.temperature, s.top_p), key)])
         kept = mx.where(logits >= threshold(logits, top_p), logits, -mx.inf)

@@ -10,7 +10,8 @@ import mlx.core as mx
 from ..head.clustered import in_token_order
 from ..head.draw import Draws, DrawSettings
 from ..head.flash_head import FlashHead
-from ..head.proposal import Proposal, Tolerance
+from ..head.logit_map import LogitMap
+from ..head.proposal import Proposal, Screen, Tolerance
 from .certainty import are_certain, is_certain_draw
 from .changes import after_changes, mask_array
 from .proposer import Proposer
@@ -29,7 +30,8 @@ class Verification:
     """
 
     def __init__(self, proposer: Proposer, sequences: list[Sequence], snapshots: list[Any]):
-        self._proposer, self._head = proposer, proposer.head
+        self._proposer = proposer
+        self._head = proposer.head
         self.snapshots = dict(zip(sequences, snapshots, strict=True))
         self.counts = {sequence: sequence.n_read for sequence in sequences}
         rows: list[Row] = [
@@ -59,33 +61,14 @@ class Verification:
 
     def _screen(self) -> None:
         """Judges the rows by the product, as soon as it is there."""
-        proposer, product = self._proposer, cast(SlotProduct, self._product)
-        slots, self._product = product.result(), None
-        draws = [sequence.draw_at(index) for sequence, _, index in self._rows]
+        slots = cast(SlotProduct, self._product).result()
+        self._product = None
         tolerance = self._rounding.tolerance(self._proposal.hidden, self._head.steps)
-        logit_map = proposer.logit_map
-        by_logits = [proposer.needs_logits(sequence) for sequence, *_ in self._rows]
-        n, certain = by_logits.count(False), []
+        needs_logits = [self._proposer.needs_logits(sequence) for sequence, *_ in self._rows]
+        n = needs_logits.count(False)
+        certain = []
         if n:
-            assert logit_map is not None
-            greedy = all(settings.greedy for settings, _ in draws[:n])
-            screened = _rows_of(self._proposal, slice(n))
-            of_rows = _tolerance_of(tolerance, slice(n))
-            if self._rounding.scored:
-                changes = [sequence.changes for sequence, *_ in self._rows[:n]]
-                epsilon = self._rounding.epsilon
-                scored = after_changes(of_rows.scored, screened.logits, changes, epsilon)
-                of_rows = of_rows._replace(scored=scored)
-            screen = self._head.steps.screen(
-                slots[:n],
-                screened,
-                None if greedy else Draws.of(draws[:n]),
-                of_rows,
-                self._rounding.epsilon,
-                logit_map,
-                mask_array([pending.allowed for _, pending, _ in self._rows[:n]]),
-            )
-            certain.append(screen.certain)
+            certain.append(self._screened(slots[:n], _tolerance_of(tolerance, slice(n))))
         if n < len(self._rows):
             certain += self._judged_by_logits(
                 n, slots[n:], _tolerance_of(tolerance, slice(n, None))
@@ -97,6 +80,36 @@ class Verification:
                 logits = sequence.process(logits, sequence.context(index))
                 pending.logprobs = normalized(logits)[0]
         mx.async_eval(self._certain)
+
+    def _screened(self, slots: mx.array, tolerance: Tolerance) -> mx.array:
+        """Judges the first rows, whose choices the head's logits alone decide.
+
+        Args:
+            slots: Their logits (k, C, n).
+            tolerance: Theirs.
+
+        Returns:
+            (k,) bool, whether each row is certain.
+        """
+        rows = self._rows[: len(slots)]
+        proposal = _rows_of(self._proposal, slice(len(slots)))
+        draws = [sequence.draw_at(index) for sequence, _, index in rows]
+        greedy = all(settings.greedy for settings, _ in draws)
+        epsilon = self._rounding.epsilon
+        if self._rounding.scored:
+            changes = [sequence.changes for sequence, *_ in rows]
+            scored = after_changes(tolerance.scored, proposal.logits, changes, epsilon)
+            tolerance = tolerance._replace(scored=scored)
+        screen: Screen = self._head.steps.screen(
+            slots,
+            proposal,
+            None if greedy else Draws.of(draws),
+            tolerance,
+            epsilon,
+            cast(LogitMap, self._proposer.logit_map),
+            mask_array([pending.allowed for _, pending, _ in rows]),
+        )
+        return screen.certain
 
     def _judged_by_logits(
         self, first: int, slots: mx.array, tolerance: Tolerance
@@ -213,15 +226,17 @@ class Verification:
     def _decide(self) -> None:
         """Decides all rows that are in doubt by the dense logits of their own states."""
         certain = cast(list[bool], cast(mx.array, self._certain).tolist())
-        self._certain, chosen = None, {}
+        self._certain = None
+        chosen = {}
         for (sequence, pending, index), is_certain in zip(self._rows, certain, strict=True):
             if not is_certain and sequence in self.snapshots:
-                proposal, row = cast(Proposal, pending.proposal), pending.row
-                logits = self._proposer.dense_row(proposal.hidden[row : row + 1])
+                proposal = cast(Proposal, pending.proposal)
+                hidden = proposal.hidden[pending.row : pending.row + 1]
+                logits = self._proposer.dense_row(hidden)
                 chosen[pending] = sequence.choose(logits, index)
         mx.eval([token for token, _ in chosen.values()])
         for pending, (token, logprobs) in chosen.items():
-            self._choices[pending] = cast(int, token.item()), logprobs
+            self._choices[pending] = (cast(int, token.item()), logprobs)
 
 
 def join(head: FlashHead, pending: list[PendingToken]) -> Proposal:
@@ -235,7 +250,8 @@ def join(head: FlashHead, pending: list[PendingToken]) -> Proposal:
     tokens = [cast(int, each.token) for each in pending]
     joined = head.joined([*proposals.values()], rows, tokens)
     for row, each in enumerate(pending):
-        each.proposal, each.row = joined, row
+        each.proposal = joined
+        each.row = row
     return joined
 
 

@@ -21,7 +21,10 @@ from .clustered import ALWAYS_PROBED, ClusteredRows
 ADJUST_HEAD = 3  # words of a row before its tokens'
 ADJUST_TOKEN = 3  # words of a token: its id, the bits of its bias, how it occurs
 
-REPEATED, PRESENT, OCCURS = 1, 2, 4
+# How a token occurs: two bits, and a count above them.
+REPEATED = 1
+PRESENT = 2
+OCCURS = 4
 # Tokens of a row are filled up to a multiple, since proposals of as many probes can be joined, and
 # each other number is traced anew: up to FEW_TOKENS to a small one, as each place costs a cluster.
 TOKENS_MULTIPLE = 32
@@ -165,7 +168,8 @@ class _Tokens(NamedTuple):
 def _unpacked(adjustment: Adjustment, vocab_size: int) -> _Tokens:
     words = adjustment.words
     tokens = words[:, ADJUST_HEAD:].reshape(len(words), -1, ADJUST_TOKEN)
-    ids, latest = tokens[..., 0], adjustment.latest[:, None]
+    ids = tokens[..., 0]
+    latest = adjustment.latest[:, None]
     is_latest = ids == latest
     counts = mx.where(is_latest, (tokens[..., 2] | REPEATED | PRESENT) + OCCURS, tokens[..., 2])
     # a place of its own, unless it is one of the others
@@ -248,7 +252,8 @@ def _finite(logits: mx.array) -> mx.array:
 
 def _changed(logits: mx.array, tokens: _Tokens, most_occurrences: int) -> mx.array:
     """The logits (R, K) of the tokens by the steps of mlx-lm, in their dtype."""
-    dtype, counts = logits.dtype, tokens.counts
+    dtype = logits.dtype
+    counts = tokens.counts
     repetition, presence, frequency = mx.split(tokens.penalties.astype(dtype), 3, axis=1)
     logits = logits + tokens.biases.astype(dtype)
     repeated = mx.where(logits < 0, logits * repetition, logits / repetition)

@@ -11,11 +11,12 @@ import mlx.core as mx
 
 from .clustered import ClusteredRows, in_token_order
 from .draw import gpu_is_default
+from .kernel_inputs import MIN_PROBES
 from .kernel_text import FEWER_THREADS
-from .kernels import MIN_PROBES, MetalSteps
 from .logit_map import IDENTITY, LogitMap
 from .lowest_kept import use_kernel
 from .matrix import Matrix
+from .metal_steps import MetalSteps
 from .proposal import Selection
 from .steps import PortableSteps
 from .trial import find_trouble

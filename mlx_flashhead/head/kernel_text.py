@@ -61,17 +61,18 @@ threadgroup atomic<uint> marks[flash_head::SCREEN_CLUSTERS / 32];
 threadgroup uint place[1];
 threadgroup float shared[flash_head::TALLY * flash_head::WIDE_SIMDGROUPS];
 flash_head::screen<C, N, V, PADDED, MASKED, {LOGIT_MAP}>(
-    slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, relative,
-    allowed, parts, marks, place, shared, logits_shape[1], threadgroups_per_grid.x,
-    threadgroup_position_in_grid, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
-    thread_index_in_simdgroup);
+    slots, probes, token_ids, slot_of, logits, tokens, settings, keys, product_tolerance,
+    scored_tolerance, relative, allowed, parts, marks, place, shared, logits_shape[1],
+    threadgroups_per_grid.x, threadgroup_position_in_grid, thread_index_in_threadgroup,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 CERTAIN_BODY = f"""
 threadgroup float shared[(flash_head::TALLY + 2) * flash_head::ROW_SIMDGROUPS];
 flash_head::certain<N, V, {LOGIT_MAP}, T>(
-    parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, relative,
-    epsilon, sure, known, shared, logits_shape[1], parts_shape[1], threadgroup_position_in_grid.y,
-    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    parts, probes, token_ids, logits, tokens, settings, top_k, keys, product_tolerance,
+    scored_tolerance, relative, epsilon, sure, known, shared, logits_shape[1], parts_shape[1],
+    threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);
 """
 ADJUST_BODY = """
 flash_head::adjust<N, V, T>(

@@ -1,6 +1,6 @@
 """Which proposals of k states are the dense choice for sure, in plain MLX operations.
 
-The logits of all slots decide it. ``metal/flash_head/screen.h`` has the rules, and the same as a
+The logits of all slots decide it. ``metal/flash_head/certain.h`` has the rules, and the same as a
 kernel.
 
 Every logit lies within a tolerance. A token is certain if it is the choice whatever the logits are

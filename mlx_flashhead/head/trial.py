@@ -12,9 +12,9 @@ import mlx.core as mx
 
 from .adjustment import Adjustment, ChangedTokens
 from .draw import Draws, DrawSettings, log_mass, position_key, threshold
-from .kernels import MetalSteps
 from .logit_map import LogitMap
 from .lowest_kept import NAME, lowest_kept
+from .metal_steps import MetalSteps
 from .proposal import Candidates, Proposal, Selection, Tolerance
 from .steps import PortableSteps, unscored
 

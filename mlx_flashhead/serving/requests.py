@@ -50,7 +50,8 @@ class Request:
         self, body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], flags: Namespace
     ):
         self.chat = chat
-        self.served = served = find_model(models, body.get("model"))
+        served = find_model(models, body.get("model"))
+        self.served = served
         n_clusters = served.head.n_clusters if served.head else 2**31 - 1
         rules = {**(CHAT_FIELDS if chat else TEXT_FIELDS), "n_probes": Number(int, 1, n_clusters)}
         fields, self.ignored = read_fields(body, rules)  # the names of fields without effect
