@@ -110,7 +110,7 @@ def test_keys(script, open_page):
         expect(page.locator("#settings, #chats input").locator("visible=true")).to_have_count(0)
         expect(page.locator("#stop")).to_be_visible()
     page.keyboard.press("Escape")
-    assert script.left.wait(20)
+    assert script.left.wait(60)
     expect(page.locator(".notice")).to_have_text("Stopped before the end.")
     page.keyboard.press("Control+k")
     expect(page.locator("#welcome")).to_be_visible()

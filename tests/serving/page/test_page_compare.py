@@ -119,7 +119,7 @@ def test_closing_ends_the_answer_and_one_in_progress_comes_first(script, first_a
     tap(page, "Compare")
     expect(sides(page).first).to_have_text("Half")
     tap(page, "Done")
-    assert script.left.wait(20)
+    assert script.left.wait(60)
     tap(page, "Compare")
     expect(sides(page)).to_have_text(["Again.", "Again."])
     assert len(script.requests) == 4
