@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,7 @@ from .sequence import Sequence, own_processors
 
 CLEAR_EVERY = 512  # steps, as mlx-lm's batches
 SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
+Entry = TypeVar("Entry")
 NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
 
 
@@ -43,6 +44,21 @@ class _Text:
     sequence: Sequence
     prompt: list[int]
     matcher: Any  # of its stops
+
+
+def _for_each(name: str, entries: list[Entry] | None, default: Entry, n: int) -> list[Entry]:
+    """The entries of ``n`` texts: those of a caller, or the default for each.
+
+    Raises:
+        ValueError: As from mlx-lm, if the caller has given another number of them.
+    """
+    if not entries:
+        return [default] * n
+    if len(entries) != n:
+        raise ValueError(
+            f"Option {name} must have one entry per segment: expected {n}, got {len(entries)}."
+        )
+    return entries
 
 
 class VerifiedBatchGenerator:
@@ -188,22 +204,17 @@ class VerifiedBatchGenerator:
             ValueError: As from mlx-lm.
         """
         n = len(segments)
-        given: dict[str, Any] = {
-            "max_tokens": max_tokens or [self.max_tokens] * n,
-            "caches": caches or [None] * n,
-            "all_tokens": all_tokens or [[] for _ in segments],
-            "samplers": samplers or [None] * n,
-            "logits_processors": logits_processors or [self.logits_processors] * n,
-            "stop_sequences": stop_sequences or state_machines or [None] * n,
-        }
-        for name, entries in given.items():
-            if len(entries) != n:
-                raise ValueError(
-                    f"Option {name} must have one entry per segment: expected {n}, "
-                    f"got {len(entries)}."
-                )
+        rows = zip(
+            segments,
+            _for_each("max_tokens", max_tokens, self.max_tokens, n),
+            _for_each("caches", caches, None, n),
+            _for_each("all_tokens", all_tokens, [], n),
+            _for_each("samplers", samplers, None, n),
+            _for_each("logits_processors", logits_processors, self.logits_processors, n),
+            _for_each("stop_sequences", stop_sequences or state_machines, None, n),
+            strict=True,
+        )
         first = self.n_inserted
-        rows = zip(segments, *given.values(), strict=True)
         added = [self._new_text(first + i, *row) for i, row in enumerate(rows)]
         self.n_inserted += n
         self._texts |= {waiting.uid: text for text, waiting in added}

@@ -7,13 +7,14 @@ from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import cache as once
 from functools import partial
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import mlx.core as mx
 
 from ..models.compat import mlx_lm as compat
 from ..models.install import get_flash_head
 from .caches import length_of, trims
+from .keywords import CacheOptions
 from .loop import verified_steps
 from .policy import policy_of
 from .proposer import Proposer
@@ -39,7 +40,7 @@ def drafted_steps(
     prompt_cache: list[Any] | None = None,
     context: Iterable[int] = (),
     announce: Callable[[str], Any] | None = None,
-    **options: Any,
+    **options: Unpack[CacheOptions],
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
     """Does what mlx-lm's ``speculative_generate_step`` does, with FlashHeads.
 
@@ -63,7 +64,7 @@ def drafted_steps(
         prompt_cache: Caches of both models, which hold the ``context`` already.
         context: Tokens that come before the prompt.
         announce: Called with how the text is decoded.
-        **options: As for mlx-lm.
+        **options: As for mlx-lm, of its loop with drafts and of the one without.
 
     Yields:
         Tokens, log-probabilities (V,), and whether the draft model has proposed the token.

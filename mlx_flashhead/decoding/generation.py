@@ -4,7 +4,7 @@ The choices are those of the dense model.
 """
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from inspect import signature
 from typing import Any, Unpack
@@ -18,9 +18,17 @@ from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.vlm import is_vlm
 from .batch import VerifiedBatchGenerator
 from .drafting import draft_report, drafted_steps
-from .keywords import DecodeOptions, GenerateOptions, check_keywords, check_prompt
+from .keywords import (
+    CacheOptions,
+    DecodeOptions,
+    GenerateOptions,
+    LogitsProcessor,
+    check_keywords,
+    check_prompt,
+)
 from .loop import verified_steps
 from .proposer import Proposer
+from .sampler import SamplerFunction
 
 # Tokens, log-probabilities (V,), and whether a draft model proposed the token.
 Steps = Generator[tuple[int, Any, bool], None, None]
@@ -142,10 +150,10 @@ def generate(
     )
     if verbose:
         print("=" * 10)
-    options: dict[str, Any] = {"logprobs": False, **kwargs}
+    kwargs.setdefault("logprobs", False)
     text = ""
     n_drafted = 0
-    for response in _responses(model, tokenizer, prompt, proposer=proposer, **options):
+    for response in _responses(model, tokenizer, prompt, proposer=proposer, **kwargs):
         if verbose:
             print(response.text, end="", flush=True)
         text += response.text
@@ -273,8 +281,16 @@ def _batch_responses(generator: VerifiedBatchGenerator) -> Iterator[Any]:
         yield from responses
 
 
-def make_proposer(model: nn.Module, *, dense: bool = False, **settings: Any) -> Proposer:
-    """Makes a proposer with the settings of a call.
+def make_proposer(
+    model: nn.Module,
+    *,
+    n_probes: int | None = None,
+    verify: bool = True,
+    dense: bool = False,
+    draw_temperature: float | None = None,
+    max_wait: float | None = None,
+) -> Proposer:
+    """Makes a proposer with the settings of a call, which :func:`stream_generate` explains.
 
     Raises:
         ValueError: Before anything is computed, if a setting is not valid.
@@ -283,17 +299,22 @@ def make_proposer(model: nn.Module, *, dense: bool = False, **settings: Any) -> 
         raise ValueError(
             "This is a model of mlx-vlm: generate with mlx_vlm.generate, which uses its FlashHead."
         )
-    max_wait = settings.get("max_wait")
     if max_wait is not None and not 0 <= max_wait <= 1:
         raise ValueError(f"max_wait is {max_wait}: it must be 0 to 1 seconds.")
-    of_head = {name: settings.get(name) for name in ("n_probes", "draw_temperature")}
     head = get_flash_head(model)
     if head is not None:
-        with head.settings(dense=dense, **of_head):
+        with head.settings(dense=dense, n_probes=n_probes, draw_temperature=draw_temperature):
             pass
-    elif any(value is not None for value in of_head.values()):
+    elif n_probes is not None or draw_temperature is not None:
         raise ValueError(NO_FLASH_HEAD)
-    return Proposer(model, dense=dense, **settings)
+    return Proposer(
+        model,
+        verify=verify,
+        dense=dense,
+        n_probes=n_probes,
+        draw_temperature=draw_temperature,
+        max_wait=max_wait,
+    )
 
 
 def prompt_ids(tokenizer: Any, prompt: Any) -> mx.array:
@@ -317,7 +338,7 @@ def _responses(
     draft_model: nn.Module | None = None,
     stream: Any = compat.generation_stream,
     logprobs: bool = True,
-    **kwargs: Any,
+    **kwargs: Unpack[DecodeOptions],
 ) -> Generator[GenerationResponse, None, None]:
     """A text as mlx-lm's responses: prompt → steps → detokenizer."""
     if max_tokens == 0:
@@ -326,7 +347,16 @@ def _responses(
         tokenizer = TokenizerWrapper(tokenizer)
     prompt = prompt_ids(tokenizer, prompt)
     detokenizer = tokenizer.detokenizer
-    steps = _steps(prompt, model, draft_model, stream, proposer, logprobs, max_tokens, kwargs)
+    steps = _steps(
+        prompt,
+        model,
+        draft_model,
+        stream,
+        proposer=proposer,
+        logprobs=logprobs,
+        max_tokens=max_tokens,
+        **kwargs,
+    )
     with compat.wired_limit(model, [stream]), closing(steps):
         began = time.perf_counter()
         for n, (token, token_logprobs, from_draft) in enumerate(steps, 1):
@@ -360,17 +390,23 @@ def _steps(
     model: nn.Module,
     draft_model: nn.Module | None,
     stream: Any,
+    *,
     proposer: Proposer,
     logprobs: bool,
     max_tokens: int,
-    options: dict[str, Any],
+    sampler: SamplerFunction | None = None,
+    logits_processors: list[LogitsProcessor] | None = None,
+    prompt_cache: list[Any] | None = None,
+    max_kv_size: int | None = None,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    input_embeddings: mx.array | None = None,
+    num_draft_tokens: int = 2,
+    **options: Unpack[CacheOptions],
 ) -> Steps:
-    """The tokens of a text, of the loop that its options ask for."""
+    """The tokens of a text, from the loop with a draft model or from the one without."""
     if draft_model is not None:
-        if options.pop("input_embeddings", None) is not None:
+        if input_embeddings is not None:
             raise ValueError("Speculative decoding does not support input embeddings.")
-        options.pop("max_kv_size", None)
-        options.pop("prompt_progress_callback", None)
         yield from drafted_steps(
             prompt,
             model,
@@ -378,16 +414,25 @@ def _steps(
             stream,
             proposer=proposer,
             max_tokens=max_tokens,
+            num_draft_tokens=num_draft_tokens,
+            sampler=sampler,
+            logits_processors=logits_processors,
+            prompt_cache=prompt_cache,
             **options,
         )
         return
-    options.pop("num_draft_tokens", None)
     steps = verified_steps(
         prompt,
         model,
         stream,
         proposer=proposer,
         max_tokens=max_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        prompt_cache=prompt_cache,
+        max_kv_size=max_kv_size,
+        prompt_progress_callback=prompt_progress_callback,
+        input_embeddings=input_embeddings,
         logprobs=logprobs,
         **options,
     )

@@ -13,17 +13,22 @@ import mlx.core as mx
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
-class DecodeOptions(TypedDict, total=False):
+class CacheOptions(TypedDict, total=False):
+    """Keywords of mlx-lm's loops that say how a prompt is read and a cache is stored."""
+
+    prefill_step_size: int  # tokens of the prompt that are read at a time
+    kv_bits: int | None  # of a quantized cache; None: it is not quantized
+    kv_group_size: int
+    quantized_kv_start: int  # first token whose cache is quantized
+
+
+class DecodeOptions(CacheOptions, total=False):
     """Keywords of ``mlx_lm.generate.generate_step`` and ``speculative_generate_step``."""
 
     sampler: Callable[[mx.array], mx.array] | None  # log-probabilities (R, V) → token ids (R,)
     logits_processors: list[LogitsProcessor] | None
     max_kv_size: int | None  # tokens that the cache keeps, at most; None: all
     prompt_cache: list[Any] | None  # of the model's layers, then of the draft model's
-    prefill_step_size: int  # tokens of the prompt that are read at a time
-    kv_bits: int | None  # of a quantized cache; None: it is not quantized
-    kv_group_size: int
-    quantized_kv_start: int  # first token whose cache is quantized
     prompt_progress_callback: Callable[[int, int], None] | None  # tokens that are read, and all
     input_embeddings: mx.array | None  # (tokens, hidden size), of the prompt
     num_draft_tokens: int  # that the draft model proposes at a time

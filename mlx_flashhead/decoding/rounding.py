@@ -178,7 +178,6 @@ def measure_rounding(head: FlashHead, dtype: mx.Dtype) -> dict[int, Rounding]:
 
 
 def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]]:
-    classes = _classes()
     hidden = mx.random.normal((CLASSES[-1], head.hidden_size), key=mx.random.key(0)).astype(dtype)
     states = [hidden[i : i + 1] for i in range(N_STATES)]
     alone = mx.concatenate([head.dense_logits(state) for state in states])
@@ -191,27 +190,43 @@ def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]
     sums = None
     if kernel is not None and kernel.added > 1 and product_dtype != mx.float32:
         sums = RoundedSums(product_dtype, kernel.added, rows.group_size, longest_offsets)
+    allowed = mx.zeros((N_STATES, 1))  # known roundings
+    if epsilon > IN_16_BITS:
+        allowed = ULPS * epsilon * mx.abs(alone).astype(mx.float32)
+    if sums is not None:
+        allowed = allowed + sums.tolerance(hidden[:N_STATES])[:, None]
     norms = mx.linalg.norm(hidden[:N_STATES].astype(mx.float32), axis=-1, keepdims=True)
-
-    def beyond(values: mx.array) -> float:
-        """The greatest distance from the dense logits beyond known roundings, times a margin."""
-        allowed = ULPS * epsilon * mx.abs(alone).astype(mx.float32) if epsilon > IN_16_BITS else 0.0
-        if sums is not None:
-            allowed = allowed + sums.tolerance(hidden[:N_STATES])[:, None]
-        distance = mx.abs(values.astype(mx.float32) - alone.astype(mx.float32)) - allowed
-        return MEASURED_TIMES * max(cast(float, mx.max(distance / (norms * longest)).item()), 0.0)
+    lengths = norms * longest
 
     in_float32 = 2 * (head.hidden_size + 1) * FLOAT32
     same = bool(mx.array_equal(scored, alone).item()) and (kernel is None or kernel.scored)
-    scored_share = 0.0 if same else max(in_float32, beyond(scored))
-    for size in classes:
+    scored_share = 0.0
+    if not same:
+        scored_share = max(in_float32, _share_beyond(allowed, scored, alone, lengths))
+    for size in _classes():
         starts = range(0, N_STATES, size)
         products = [SlotProduct(head, hidden[i : i + size]).result() for i in starts]
         slots = mx.concatenate(products)[:N_STATES].reshape(N_STATES, -1)
         together = mx.take(slots, head.clustered.slot_of, axis=-1)
         known = in_float32 + _coarser(rows, head.clustered.token_ids.size, product_dtype, size)
-        share = max(known, beyond(together))
+        share = max(known, _share_beyond(allowed, together, alone, lengths))
         yield size, Rounding(epsilon, longest, share, scored_share, sums)
+
+
+def _share_beyond(allowed: mx.array, logits: mx.array, alone: mx.array, lengths: mx.array) -> float:
+    """The greatest distance of logits beyond known roundings, with a margin.
+
+    Args:
+        allowed: (k, V) or (k, 1), how far known roundings may move the logits.
+        logits: (k, V).
+        alone: (k, V), the dense logits of each state alone.
+        lengths: (k, 1), products of the lengths of a state and of the longest row.
+
+    Returns:
+        A share of ``lengths``.
+    """
+    distance = mx.abs(logits.astype(mx.float32) - alone.astype(mx.float32)) - allowed
+    return MEASURED_TIMES * max(cast(float, mx.max(distance / lengths).item()), 0.0)
 
 
 def _classes() -> tuple[int, ...]:
