@@ -17,7 +17,7 @@ from .prompts import PromptQueue, Waiting
 from .proposer import Proposer
 from .sequence import Sequence, own_processors
 
-CLEAR_EVERY = 512  # steps, as mlx-lm's batches
+CLEAR_EVERY = 512  # steps, as in mlx-lm's batches
 SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
 Entry = TypeVar("Entry")
 NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
@@ -25,14 +25,14 @@ NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the impor
 
 @dataclass
 class Response:
-    """A token of a text, with the fields of mlx-lm's responses of either version."""
+    """A token of a text, with the fields that mlx-lm's responses have in 0.31 and in 0.32."""
 
     uid: int
     token: int
     logprobs: mx.array  # (V,); (1,) where they are not wanted
     finish_reason: str | None  # "stop", "length", or None while the text goes on
-    prompt_cache: list[Any] | None  # at its end: with the tokens handed out
-    all_tokens: list[int] | None  # at its end: those in the cache
+    prompt_cache: list[Any] | None  # at the text's end: with the tokens handed out
+    all_tokens: list[int] | None  # at the text's end: the tokens in the cache
     match_sequence: Any = None  # of a state machine of mlx-lm 0.31
     current_state: Any = None
 
@@ -43,7 +43,7 @@ class _Text:
 
     sequence: Sequence
     prompt: list[int]
-    matcher: Any  # of its stops
+    matcher: Any  # finds what ends it
 
 
 def _for_each(name: str, entries: list[Entry] | None, default: Entry, n: int) -> list[Entry]:
@@ -64,21 +64,21 @@ def _for_each(name: str, entries: list[Entry] | None, default: Entry, n: int) ->
 class VerifiedBatchGenerator:
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
-    :meth:`next` hands out one token of each text at most; while tokens are left from before it
-    computes nothing. Where more than one text has a sampler that draws from MLX's random state,
-    these are decoded densely, as mlx-lm would draw.
+    :meth:`next` hands out at most one token of each text, and computes nothing while accepted
+    tokens are left. If the samplers of several texts draw from MLX's random state, these texts are
+    decoded densely, so that they draw as in mlx-lm.
 
     Args:
         model: A model of mlx-lm.
-        proposer: What proposes; None makes one for the model.
-        max_tokens: Tokens of a text, where its own number is not given.
+        proposer: Proposes the tokens; None makes one for the model.
+        max_tokens: The most tokens of a text that gives no number of its own.
         stop_tokens: Tokens, or sequences of tokens, that end a text.
-        sampler: For texts without one; None takes the likeliest token.
-        logits_processors: For texts where none are given.
-        completion_batch_size: Texts that are generated at once, at most.
-        prefill_batch_size: Prompts that are read at once, at most.
-        prefill_step_size: Tokens of each that are read at once, at most.
-        max_kv_size: Tokens of a cache, at most.
+        sampler: The sampler of texts that give none; None takes the likeliest token.
+        logits_processors: The processors of texts that give none.
+        completion_batch_size: The most texts that are generated at once.
+        prefill_batch_size: The most prompts that are read at once.
+        prefill_step_size: The most tokens of each that are read at once.
+        max_kv_size: The most tokens of a cache.
         stream: Where it computes.
         logprobs: Whether texts that are inserted from now on need log-probabilities.
         announce: Called for each token with how it was decoded, as by :func:`verified_steps`.
@@ -195,10 +195,10 @@ class VerifiedBatchGenerator:
     ) -> list[int]:
         """Adds texts by the segments of their prompts, and returns their numbers.
 
-        The arguments are mlx-lm's, a list with an entry for each text or None: ``all_tokens`` are
-        those that its cache holds, None or an empty list of ``logits_processors`` are none, and
-        ``state_machines`` are 0.31's ``stop_sequences``. A processor that keeps a state is made
-        anew for each text.
+        The arguments are mlx-lm's. Each is None, or a list with an entry for each text.
+        ``all_tokens`` are the tokens that its cache holds. An entry of ``logits_processors`` that
+        is None or empty stands for no processor. ``state_machines`` are what mlx-lm 0.31 has in
+        place of ``stop_sequences``. A processor that keeps a state is made anew for each text.
 
         Raises:
             ValueError: As from mlx-lm.
@@ -258,9 +258,9 @@ class VerifiedBatchGenerator:
         return _Text(sequence, prompt, matcher), Waiting(uid, parts, cache, held)
 
     def _let_one_draw(self) -> None:
-        """Decodes texts that draw from MLX's random state densely if there are several.
+        """Decodes texts densely that draw from MLX's random state, if there are several.
 
-        Each draw then depends on which texts are there.
+        Each draw then depends on the other texts.
         """
         drawing = [text.sequence for text in self._texts.values() if text.sequence.draws_from_mlx]
         if len(drawing) > 1:

@@ -53,24 +53,24 @@ def stream_generate(
     """Streams text from ``model``: ``mlx_lm.stream_generate`` with settings for the FlashHead.
 
     The text is the dense model's: the FlashHead proposes tokens, and the dense rows verify them
-    before they are handed out. With samplers and processors of neither mlx-lm nor this package,
-    which are called once a token, the normal (dense) head decodes.
+    before they are handed out. With a sampler or processor that is not known, the normal (dense)
+    head decodes and calls it once a token.
 
     Args:
         model: A model loaded by ``mlx_flashhead.load``, or any dense one.
         tokenizer: Its tokenizer.
         prompt: Text, token ids or an array of them.
-        max_tokens: Tokens of the text, at most; -1 is no limit.
+        max_tokens: The most tokens of the text; -1 is no limit.
         draft_model: A smaller model that proposes tokens, which the target verifies.
         stream: The stream of MLX that computes.
         n_probes: Clusters scored per token in this call.
-        verify: Verify every token. Without, the FlashHead alone chooses, with estimates for tokens
+        verify: Verify every token. Otherwise the FlashHead alone chooses, with estimates for tokens
             that it does not score.
         dense: Score every token in this call.
         draw_temperature: Draw the probes at this temperature, without verification; sample with
             the same one.
         max_wait: Seconds that text may wait for its verification, 0 to 1; 0 decodes densely.
-        logprobs: Whether the log-probabilities of mlx_lm's responses, the dense model's, are used.
+        logprobs: Whether the responses need log-probabilities, which are the dense model's.
         **kwargs: mlx_lm's other keywords, such as sampler, logits_processors and prompt_cache:
             :class:`DecodeOptions` has them all.
 
@@ -191,16 +191,16 @@ def batch_generate(
     max_wait: float | None = None,
     **kwargs: Any,
 ) -> BatchResponse:
-    """Generates for several prompts at once, with settings for the FlashHead.
+    """Generates texts for several prompts at once.
 
-    Apart from these it is ``mlx_lm.batch_generate``.
+    It is ``mlx_lm.batch_generate`` with settings for the FlashHead.
 
     Args:
         model: A model loaded by ``mlx_flashhead.load``, or any dense one.
         tokenizer: Its tokenizer.
         prompts: The token ids of each prompt.
         prompt_caches: Caches that hold the beginning of each text; they are not changed.
-        max_tokens: Tokens of each text, or of all.
+        max_tokens: The most tokens of each text: one number, or a list.
         verbose: Print the progress and the speed.
         return_prompt_caches: Whether the caches are wanted.
         return_token_ids: Whether the token ids are wanted.
@@ -210,8 +210,8 @@ def batch_generate(
         dense: Likewise.
         draw_temperature: Likewise.
         max_wait: Likewise.
-        **kwargs: Of mlx-lm's ``BatchGenerator``, such as sampler and logits_processors. Each prompt
-            gets its own copy of a processor that keeps a state, as a grammar's does.
+        **kwargs: Keywords of mlx-lm's ``BatchGenerator``, such as sampler and logits_processors.
+            Each prompt gets its own copy of a processor that keeps a state, as a grammar's does.
 
     Returns:
         mlx-lm's response.
