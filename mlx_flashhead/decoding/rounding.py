@@ -155,8 +155,8 @@ def measure_rounding(head: FlashHead, dtype: mx.Dtype) -> dict[int, Rounding]:
 
     A sum of D products in float32 lies within D·2^-24 of Σ|h·w| ≤ ‖h‖·‖w‖, in whichever order it is
     made. MLX is known to round some products more coarsely, which is added: rows of few bits, which
-    become 16 bits first; TF32; sums in parts; sums of hidden values. What a few states show beyond
-    that on this machine counts four times.
+    become 16 bits first; TF32; sums in parts; sums of hidden values. If four times what a few
+    states show on this machine is more, that counts.
 
     A scored logit has no tolerance if all N_STATES·V scored logits are the dense ones to the last
     bit, and both are the same sums by the table of MLX's kernels. Fewer rounded logits would not
