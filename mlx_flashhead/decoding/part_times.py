@@ -46,9 +46,9 @@ class PartTimes:
     ) -> list[float]:
         """Returns the seconds of ``n`` steps, each launched before the token before it is read.
 
-        That is as in the loops: with proposals from ``n_probes`` clusters, and with one
-        verification of as many beside the last step; or dense ones as mlx-lm's loop makes them. The
-        tokens are greedy, or ``sampled``.
+        The steps are those of the loops: proposals from ``n_probes`` clusters, with a verification
+        of all of them beside the last step; or dense steps as mlx-lm's loop takes them. The tokens
+        are greedy, or ``sampled``.
         """
         proposer = Proposer(self._model, dense=n_probes is None, n_probes=n_probes)
         proposer.policy = replace(proposer.policy, depth=depth)

@@ -31,8 +31,8 @@ SHARES = (0.5, 1.0, 2.0)  # numbers of probes to try, relative to the index's
 TURNS = 3
 SAMPLED_TURNS = 2
 TOKENS = 5  # whose times make a median
-SCATTER = 0.15  # of the turns, relative to their median: the machine did something else, too
-# of a tuning, that a policy takes over
+SCATTER = 0.15  # of the turns, relative to their median, above which the machine was busy
+# The fields of a tuning that a policy takes over.
 APPLIED = (
     "dense_seconds", "sampled_dense", "depth", "max_pending", "max_risk", "gain", "dense",
     "max_batch", "predicted", "provisional",
@@ -96,7 +96,7 @@ def tune(
 
     Args:
         model: A model with a FlashHead.
-        by_probes: Those of an index: shares of differences and recorded risks by number of probes.
+        by_probes: What an index has: shares of differences and recorded risks by number of probes.
             They say how many steps are wasted; the machine says what steps and verifications take.
         seconds: About the time that it takes.
 

@@ -40,11 +40,11 @@ class Verification:
             for i in range(n)
             if sequence.pending[i].proposal is not None
         ]
-        # those first that a kernel screens, by the head's logits alone
+        # first the rows that a kernel screens, by the head's logits alone
         self._rows = sorted(rows, key=lambda row: proposer.needs_logits(row[0]))
         self._product: SlotProduct | None = None
         self._certain: mx.array | None = None  # whether each row's token is the dense choice, lazy
-        self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # those in doubt
+        self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # of rows in doubt
         if rows:
             proposer.n_verifications += 1
             self._proposal = join(self._head, [pending for _, pending, _ in self._rows])
@@ -86,7 +86,7 @@ class Verification:
 
         Args:
             slots: Their logits (k, C, n).
-            tolerance: Theirs.
+            tolerance: Their tolerance.
 
         Returns:
             (k,) bool, whether each row is certain.
@@ -161,14 +161,14 @@ class Verification:
     def _bounds(
         self, slots: mx.array, own: Proposal, tolerance: Tolerance, sign: float
     ) -> mx.array:
-        """The model's logits (k, V) where the head's lie off by ``sign`` tolerances.
+        """The model's logits (k, V) if the head's are off by ``sign`` tolerances.
 
-        Rounding to their dtype keeps an order, so that bounds of rounded logits are such.
+        Rounding to their dtype keeps their order, so that these are bounds of rounded logits, too.
 
         Args:
-            slots: (k, C, n).
-            own: Of k rows, whose logits take the places of the scored ones.
-            tolerance: Of k rows.
+            slots: The head's logits (k, C, n).
+            own: The proposal of k rows; its logits take the places of the scored ones.
+            tolerance: The tolerance of k rows.
             sign: -1 for the lowest logits, 1 for the highest ones.
         """
         logit_map = self._proposer.logit_map
@@ -197,14 +197,14 @@ class Verification:
         return self._proposer.model_logits(logits)
 
     def forget(self, sequences: list[Sequence]) -> None:
-        """What was launched for these is of no use any more."""
+        """Drops what was launched for some sequences."""
         for sequence in sequences:
             self.snapshots.pop(sequence, None)
 
     def accept(self, sequence: Sequence) -> None:
         """Waits for the verification and accepts the sequence's tokens up to a rejected one.
 
-        The dense choice takes the place of that one. Nothing is pending any more then.
+        The dense choice takes its place, and nothing is pending any more.
         """
         if self._product is not None:
             self._screen()

@@ -12,10 +12,9 @@ THRESHOLDS = tuple(round(0.003 * math.sqrt(2) ** i, 4) for i in range(17))  # 0.
 def wasted(
     known: dict[int, Any], n_probes: int, step: float, verification: float, k: int
 ) -> tuple[float, float]:
-    """Returns the best sum of risks for a verification, and the seconds a token that it wastes.
+    """Returns the best sum of risks for a verification, and the wasted seconds a token with it.
 
-    These are beyond one verification of k tokens at a time: steps that are thrown away, and earlier
-    verifications.
+    They are what steps in vain and early verifications take beyond one verification for k tokens.
     """
     below = [n for n in known if n <= n_probes]
     entry = known[max(below)] if below else {}

@@ -178,7 +178,7 @@ def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
     parts = []
     for start in range(0, n_clusters, size):
         first = min(start, n_clusters - size)
-        # fewer than MIN_PROBES would be another kernel
+        # fewer than MIN_PROBES would need another kernel
         clusters = mx.arange(first, first + max(size, MIN_PROBES), dtype=mx.uint32)
         selection = Selection(mx.minimum(clusters, n_clusters - 1)[None])
         parts.append(steps.score(hidden, selection).logits[:, start - first : size])
@@ -187,9 +187,9 @@ def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
 
 
 def scored_logits_agree(steps: PortableSteps, dtype: mx.Dtype) -> float:
-    """Returns the share of all V logits that the scores give as MLX's product does.
+    """Returns the share of the V logits that scoring gives like MLX's product with one state.
 
-    The product is that with one state, and the logits must agree to the last bit. Evaluates.
+    They must agree to the last bit. Evaluates.
     """
     width = steps.clustered.rows.hidden_size
     hidden = mx.random.normal((1, width), key=mx.random.key(1)).astype(dtype)

@@ -114,8 +114,8 @@ def part(name: str) -> str:
     return (folder / "metal" / "flash_head" / f"{name}.h").read_text(encoding="utf-8")
 
 
-# Threads of a threadgroup of the kernels that have one for each position, and where a pipeline
-# allows no more.
+# Threads of a threadgroup in kernels with one threadgroup a position; fewer where a pipeline allows
+# no more.
 ROW_THREADS = 512
 FEWER_THREADS = 256
 
@@ -128,7 +128,7 @@ def header(*names: str, row_threads: int = ROW_THREADS) -> str:
     kernel (docs/speed.md).
 
     Args:
-        names: Of the files, without those that all need.
+        names: The files, without those that all kernels need.
         row_threads: Threads of a kernel with one threadgroup a position.
     """
     text = "\n".join(map(part, ("constants", "values", "logit_map", *names)))

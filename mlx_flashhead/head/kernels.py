@@ -102,7 +102,7 @@ class Kernels:
         )
 
     def _make_selects(self) -> None:
-        """The kernels that select clusters: alone, with some that must be, with all as bits."""
+        """The kernels that select clusters: plain ones, some in any case, or with words for all."""
         self.select = self._kernel(
             "select",
             "scores n_probes depth",
@@ -222,13 +222,13 @@ class Kernels:
         """Makes a kernel.
 
         Args:
-            name: Without the prefix of all.
-            inputs: Their names.
-            outputs: Theirs.
+            name: Its name, without the prefix of all kernels.
+            inputs: The names of its inputs.
+            outputs: The names of its outputs.
             body: A call of the kernel's function.
             files: The files of ``metal/flash_head/`` that the body needs.
             threads: The threads of a threadgroup.
-            sizes: Template arguments, of those that all launches have in common.
+            sizes: The template arguments that are the same for all launches.
         """
         kernel = self._metal_kernel(
             name=f"flash_head_{name}",

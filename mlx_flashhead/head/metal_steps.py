@@ -81,7 +81,7 @@ class MetalSteps(PortableSteps):
         return self._kernels.route(arrays, *groups, scores, H=shared, SUM=mx.float32)[0]
 
     def mapped(self, values: mx.array, logit_map: LogitMap) -> mx.array:
-        """Each of the values (n,) mapped as the kernels do it: at least 8 of them."""
+        """Maps each of the values (n,), at least 8 of them, as the kernels do."""
         template = logit_map.template(values.dtype)
         groups = -(-len(values) // WIDE_THREADS)
         result = values.shape, logit_map.result_dtype(values.dtype)
@@ -99,7 +99,7 @@ class MetalSteps(PortableSteps):
     ) -> Selection:
         """Selects the ``n_probes`` best clusters of each row, ascending, and the tail.
 
-        Of clusters that differ by less than 1/64 nat those of lower ids count as better.
+        Where scores differ by less than 1/64 nat, the lower id counts as the better cluster.
         """
         n_positions, n_clusters = scores.shape
         if not self.reads_rows:
@@ -327,7 +327,7 @@ class MetalSteps(PortableSteps):
 
 
 class _ScreenInputs(NamedTuple):
-    """What both kernels of a screen read, none of it short."""
+    """The inputs of both kernels of a screen, none of them short."""
 
     probes: mx.array
     logits: mx.array

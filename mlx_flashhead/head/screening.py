@@ -21,7 +21,7 @@ from .proposal import Proposal, Screen, Tolerance
 
 LIKELY_NOISE = 11.0  # one in e^11 tokens has more
 MOST_NATS = 80.0  # the exponential of more is infinite
-NEAREST = 1024  # clusters that were not scored, of whose tokens the noise is computed for filters
+NEAREST = 1024  # clusters not scored whose noise is computed if filters leave tokens out
 
 
 def screen(
@@ -150,8 +150,8 @@ def _greedy_is_certain(
 ) -> mx.array:
     """Returns whether the token's logit is above every other: (k, 1) bool.
 
-    The rounding of log-probabilities, whose spacing is ``epsilon``, must merge it with none.
-    ``bound`` is the most mass of the tokens that were not scored.
+    Log-probabilities have the relative spacing ``epsilon``, and rounding must not make it equal to
+    another. ``bound`` is the greatest mass that the tokens not scored may have.
     """
     second_high = scored.second.high
     most = mx.logaddexp(log_mass(scored.all.logits), bound)
@@ -172,8 +172,8 @@ def _noise_is_certain(
 ) -> mx.array:
     """Returns whether no other token can be drawn by noise than the proposed one: (k, 1) bool.
 
-    None can if the filters keep the token, and no other that they may keep can have a higher noisy
-    logit.
+    It is so if the filters keep the token, and no other token that they may keep can have a higher
+    noisy logit.
     """
     inverse, top_p, log_min_p = mx.split(draws.settings, 3, axis=-1)
     top_k = draws.top_k[:, None]
@@ -187,7 +187,7 @@ def _noise_is_certain(
     high = scored.rest.high
     n_rivals = (unscored.high > floor[..., None]).sum(axis=(1, 2))[:, None]
     above = mx.where(high > floor, mx.exp(high - own), 0).sum(axis=-1, keepdims=True)
-    # of the others their number times the best of them
+    # for the others: their number times the best of them
     above = above + n_rivals * mx.exp(mx.minimum(best_high - own, MOST_NATS))
     n_above = (high > floor).sum(axis=-1, keepdims=True) + n_rivals
     kept = (top_p >= 1) | (above < top_p * least * (1 - MASS_MARGIN))
@@ -218,13 +218,13 @@ def _noise_is_certain(
 def _unscored_rival(
     clustered: ClusteredRows, unscored: Interval, inverse: mx.array, worst: mx.array, draws: Draws
 ) -> tuple[mx.array, mx.array]:
-    """Returns the highest logit that was not scored and that may win.
+    """Returns the highest logit that was not scored and may win.
 
-    A logit may win if its noisy value reaches the worst of the token. All logits are looked at, or
-    where the draws have filters those of the nearest clusters and any other.
+    A logit may win if its highest noisy value reaches ``worst``, the lowest of the proposed token.
+    With filters, noise is computed for the nearest clusters alone: any other logit may win.
 
     Returns:
-        That logit, (k, 1), and the lowest that these logits may be, (k, K).
+        That logit, (k, 1), and the lowest values of the logits that got noise, (k, K).
     """
     left = mx.array(-mx.inf)
     if clustered.n_clusters > NEAREST and all(s.filters or s.greedy for s in draws.rows):
