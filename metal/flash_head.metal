@@ -62,7 +62,9 @@ typedef bfloat bfloat16_t;
 #include "flash_head/expand.h"
 #include "flash_head/noise.h"
 #include "flash_head/sample.h"
+#include "flash_head/tally.h"
 #include "flash_head/screen.h"
+#include "flash_head/certain.h"
 #include "flash_head/join.h"
 #include "flash_head/adjust.h"
 #include "flash_head/tolerance.h"
@@ -338,8 +340,8 @@ template <typename T, int V, int C, int N, bool MASKED>
     const device uint* tokens [[buffer(5)]],
     const device float* settings [[buffer(6)]],
     const device uint* keys [[buffer(7)]],
-    const device float* room [[buffer(8)]],
-    const device float* scored_room [[buffer(9)]],
+    const device float* product_tolerance [[buffer(8)]],
+    const device float* scored_tolerance [[buffer(9)]],
     constant float& relative [[buffer(10)]],
     const device uint* allowed [[buffer(11)]],
     device float* parts [[buffer(12)]],
@@ -353,8 +355,9 @@ template <typename T, int V, int C, int N, bool MASKED>
   threadgroup uint place[1];
   threadgroup float shared[flash_head::TALLY * flash_head::WIDE_SIMDGROUPS];
   flash_head::screen<C, N, V, false, MASKED, NoMap<T>>(
-      slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, relative,
-      allowed, parts, marks, place, shared, held, groups.x, group, thread_id, simdgroup, lane);
+      slots, probes, token_ids, slot_of, logits, tokens, settings, keys, product_tolerance,
+      scored_tolerance, relative, allowed, parts, marks, place, shared, held, groups.x, group,
+      thread_id, simdgroup, lane);
 }
 
 template <typename T, int V, int N>
@@ -367,8 +370,8 @@ template <typename T, int V, int N>
     const device float* settings [[buffer(5)]],
     const device uint* top_k [[buffer(6)]],
     const device uint* keys [[buffer(7)]],
-    const device float* room [[buffer(8)]],
-    const device float* scored_room [[buffer(9)]],
+    const device float* product_tolerance [[buffer(8)]],
+    const device float* scored_tolerance [[buffer(9)]],
     constant float& relative [[buffer(10)]],
     constant float& epsilon [[buffer(11)]],
     device bool* sure [[buffer(12)]],
@@ -381,8 +384,9 @@ template <typename T, int V, int N>
     uint lane [[thread_index_in_simdgroup]]) {
   threadgroup float shared[(flash_head::TALLY + 2) * flash_head::ROW_SIMDGROUPS];
   flash_head::certain<N, V, NoMap<T>, T>(
-      parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, relative,
-      epsilon, sure, known, shared, held, n_parts, group.y, thread_id, simdgroup, lane);
+      parts, probes, token_ids, logits, tokens, settings, top_k, keys, product_tolerance,
+      scored_tolerance, relative, epsilon, sure, known, shared, held, n_parts, group.y, thread_id,
+      simdgroup, lane);
 }
 
 #define FLASH_HEAD_KERNEL(name, kernel_name, ...)    \

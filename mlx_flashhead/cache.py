@@ -47,6 +47,9 @@ def main() -> None:
     with ended_by_signals():
         from .loading import sources
 
+        if args.build or args.rebuild or args.measure is not None:
+            from .loading import load  # noqa: F401 - mlx-lm takes a second, which a list does not need
+
     cached = sources.entries()
     if args.build is not None:
         _build(args.build, args.trust_remote_code)

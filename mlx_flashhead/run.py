@@ -32,7 +32,7 @@ def make_parser() -> Parser:
     parser.add_argument("--no-verify", action="store_true", help=unverified)
     check = "Print, at the program's end, how many tokens were verified, how many dense, and why."
     parser.add_argument("--check", action="store_true", help=check)
-    hook = "Print environment variables that give any Python process a FlashHead, such as an app's."
+    hook = "Print environment variables that give any Python process, as of an app, a FlashHead."
     parser.add_argument("--hook", action="store_true", help=hook)
     parser.add_argument(
         "-m", dest="module", metavar="MODULE", help="Run a module, as python -m does."

@@ -34,7 +34,8 @@ from mlx_flashhead.common.tables import new_table
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.models.install import dense_copy
 
-SMOLLM2, GEMMA3 = "smollm2", "gemma3"
+SMOLLM2 = "smollm2"
+GEMMA3 = "gemma3"
 MODELS = {  # name of scripts/fetch_model.py → folder, prompt
     GEMMA3: (
         Path("models/Gemma-3-270M"),

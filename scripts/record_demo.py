@@ -15,7 +15,11 @@ from mlx_flashhead.common.arguments import Parser, whole_number, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.models.install import dense_copy
 
-COLUMNS, CHARACTER, LINE, MARGIN = 46, 7.8, 18, 16  # of a panel, in characters and pixels
+# Of a panel: characters of a line; pixels of a character, of a line and of a margin.
+COLUMNS = 46
+CHARACTER = 7.8
+LINE = 18
+MARGIN = 16
 PAUSE_SECONDS = 4.0  # before the animation begins again
 COLORS = ("#8b949e", "#3fb950")
 
@@ -25,7 +29,8 @@ def picture(runs: tuple[Run, Run], caption: str) -> str:
     total = max(run.seconds for run in runs) + PAUSE_SECONDS
     panel = COLUMNS * CHARACTER + 2 * MARGIN
     lines = max(len(wrapped(run)) for run in runs)
-    width, height = 2 * panel + 3 * MARGIN, (lines + 5) * LINE + 3 * MARGIN
+    width = 2 * panel + 3 * MARGIN
+    height = (lines + 5) * LINE + 3 * MARGIN
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         f'width="{width:.0f}" font-family="ui-monospace,Menlo,monospace" font-size="13">',
@@ -46,7 +51,8 @@ def wrapped(run: Run) -> list[list[tuple[float, str]]]:
     times = [when for when, piece in run.pieces for _ in piece]  # of each character
     lines: list[list[tuple[float, str]]] = [[]]
     for match in re.finditer(r"\n|\S+", run.text()):
-        word, when = match[0], times[match.end() - 1]
+        word = match[0]
+        when = times[match.end() - 1]
         if word == "\n" or sum(len(text) + 1 for _, text in lines[-1]) + len(word) > COLUMNS:
             lines.append([])
         if word != "\n":
@@ -55,9 +61,11 @@ def wrapped(run: Run) -> list[list[tuple[float, str]]]:
 
 
 def _panel(run: Run, column: int, x: float, total: float, width: float, height: float) -> list[str]:
-    color, left = COLORS[column], x + MARGIN
+    color = COLORS[column]
+    left = x + MARGIN
     speed = f"{run.speed():.1f} tokens/s, {run.seconds:.1f} s"
-    end, full = run.seconds / total, width - 2 * MARGIN
+    end = run.seconds / total
+    full = width - 2 * MARGIN
     parts = [
         f'<rect x="{x:.0f}" y="{MARGIN}" width="{width:.0f}" height="{height - 4 * MARGIN:.0f}" '
         f'rx="8" fill="#161b22" stroke="{color}"/>',

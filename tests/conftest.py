@@ -15,6 +15,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The tests run in as many processes as there are cores, and numpy's threads would wait for these.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Each program that a test starts imports thousands of modules, which takes twice as long where they
+# are compiled each time: some environments forbid to keep what is compiled.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    sys.dont_write_bytecode = False
 # Programs that a test starts see this checkout. Nothing asks the Hub, but the tests' own one.
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 os.environ["HF_HUB_OFFLINE"] = "1"

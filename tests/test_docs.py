@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import apple_estimates
+import step_times
+from pages import with_block
 
 CHECKOUT = Path(__file__).parent.parent
 PATTERNS = ("*.md", ".github/**/*.md", "docs/*.md", "metal/*.md", "tests/data/*.md")
@@ -80,7 +82,7 @@ def test_the_map_of_contributing_is_the_tree_on_disk():
 def test_the_pages_have_the_estimates():
     for (name, marker), lines in apple_estimates.BLOCKS.items():
         text = (CHECKOUT / name).read_text(encoding="utf-8")
-        assert apple_estimates.with_block(text, marker, lines()) == text, name
+        assert with_block(text, marker, lines()) == text, name
 
 
 def read(name):
@@ -105,9 +107,9 @@ def test_the_pages_figures_agree():
     assert "{} of mlx-lm's {} architectures".format(*serves) in readme
     for bits in (4, 8):
         chips, models = apple_estimates.README_CHIPS, apple_estimates.README_MODELS
-        gains = [apple_estimates.gain(model, chip, bits) for model in models for chip in chips]
+        gains = [step_times.gain(model, chip, bits) for model in models for chip in chips]
         assert f"{min(gains):.2f} to {max(gains):.2f} with {bits}-bit heads" in comparison
-        large = max(apple_estimates.gain("llama-3.1-8b", chip, bits) for chip in chips)
+        large = max(step_times.gain("llama-3.1-8b", chip, bits) for chip in chips)
         assert f"{large:.2f}" in re.search(r"8 billion.*", read("docs/limits.md"))[0]
     cases = json.loads(read("docs/benchmarks/grid.json"))["cases"]
     measured = {

@@ -26,8 +26,8 @@ from ..head.clustered import Centroids, ClusteredRows
 from ..head.dense_kernels import dense_kernel
 from ..head.draw import gpu_is_default
 from ..head.flash_head import FlashHead
-from ..head.kernels import MetalSteps
 from ..head.matrix import FORMATS, Format, Matrix, as_float32
+from ..head.metal_steps import MetalSteps
 from ..loading.load import load
 from ..models.install import hidden_dtype, installed_head
 from . import SAMPLERS, SHAPES

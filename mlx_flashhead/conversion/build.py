@@ -3,6 +3,7 @@
 import math
 import timeit
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -131,6 +132,16 @@ def _body_bytes(model: nn.Module, location: HeadLocation) -> int:
     return nbytes
 
 
+@dataclass(frozen=True)
+class _Chosen:
+    """The numbers of probes of an index, and what was measured with them."""
+
+    n_probes: int
+    unverified_probes: int | None = None  # None: as many
+    verification: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
 def build_index(
     rows: Matrix,
     options: IndexOptions,
@@ -173,29 +184,20 @@ def build_index(
     )
     centroids = yield from fit_centroids(weight, token_ids, fitted_on, head_bias=head_bias)
     n_clusters = len(token_ids)
-    n_probes = options.n_probes
-    unverified_probes = n_probes
-    report: dict[str, Any] = {}
-    verification: dict[str, Any] = {}
-    if held_out is None:
-        n_probes = n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
-    else:
+    chosen = _Chosen(options.n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE)))
+    if held_out is not None:
         nbytes = StepBytes(
             centroids=centroids.routing_bytes,
             probe=rows.nbytes / rows.n_rows * options.cluster_size,
             dense=rows.nbytes,
             body=body_bytes,
         )
-        counts = measured_probes(n_clusters, nbytes, n_probes)
+        counts = measured_probes(n_clusters, nbytes, options.n_probes)
         measured = yield from _measure(weight, head_bias, token_ids, centroids, counts, held_out)
-        if n_probes is None:
-            n_probes = choose_verified(measured, nbytes)
-            unverified_probes = choose_unverified(measured, options.target_agreement, nbytes)
-        verification = verification_settings(measured, n_probes)
-        report = make_report(measured, n_probes, nbytes)
+        chosen = _chosen(measured, nbytes, options)
         if original is not None and rows.quantized and not original.quantized:
-            report["head_bits"] = yield from compare_bits(
-                measured, n_probes, nbytes, original, rows, *held_out
+            chosen.report["head_bits"] = yield from compare_bits(
+                measured, chosen.n_probes, nbytes, original, rows, *held_out
             )
     stored = dict(calibration or {})
     stored["positions"] = 0 if states is None else len(states)
@@ -204,17 +206,32 @@ def build_index(
         vocab_size=rows.n_rows,
         n_clusters=n_clusters,
         cluster_size=options.cluster_size,
-        n_probes=n_probes,
-        unverified_probes=unverified_probes or n_probes,
+        n_probes=chosen.n_probes,
+        unverified_probes=chosen.unverified_probes or chosen.n_probes,
         fingerprint=rows.fingerprint,
         eos_token_ids=tuple(sorted(int(i) for i in eos_token_ids if i in range(rows.n_rows))),
         centroid_bits=centroids.matrix.format.bits,
         centroid_group_size=centroids.matrix.group_size,
         calibration=stored,
-        report=report,
-        verification=verification,
+        report=chosen.report,
+        verification=chosen.verification,
     )
     return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))
+
+
+def _chosen(measured: PositionMeasures, nbytes: StepBytes, options: IndexOptions) -> _Chosen:
+    """The numbers of probes that the measures speak for, if the options have none."""
+    n_probes = options.n_probes
+    unverified_probes = n_probes
+    if n_probes is None:
+        n_probes = choose_verified(measured, nbytes)
+        unverified_probes = choose_unverified(measured, options.target_agreement, nbytes)
+    return _Chosen(
+        n_probes,
+        unverified_probes,
+        verification_settings(measured, n_probes),
+        make_report(measured, n_probes, nbytes),
+    )
 
 
 def _split(

@@ -149,33 +149,34 @@ def _best_first(scores: Array, n_listed: int) -> Array:
     return np.take_along_axis(order, ranks, 1)
 
 
-def _measure_chunk(
-    logits: Array,
-    scores: Array,
-    truth: Array,
-    layout: _Layout,
-    tail_offset: Array,
-    probes: Array,
-) -> tuple[Array, Array]:
-    """The measures of some positions, as `measure_positions` has them.
+class _Estimates(NamedTuple):
+    """What scoring P numbers of clusters gives at n positions, each (n, P) but for the first."""
+
+    tail: Array  # (n, C), estimates of the logits of each cluster's tokens, below the best logit
+    cap: Array  # the most that an estimate may be
+    scored: Array  # the share of the mass that the scored tokens have
+    best: Array  # the best scored logit
+    next_best: Array  # the best score of the other clusters; -inf where all are scored
+    total: Array  # the scored tokens' mass, relative to the best logit
+    unscored: Array  # the others' estimated mass
+    log_total: Array  # the log of both
+    divergence: Array  # the part of the divergence that the others make
+
+
+def _estimated(
+    dense: _DenseClusters, scores: Array, sizes: Array, tail_offset: Array, probes: Array
+) -> _Estimates:
+    """Estimates the tokens that are not scored.
 
     Args:
-        logits: Dense logits (n, V) float32.
+        dense: The dense head's clusters.
         scores: Scores of clusters (n, C) float32.
-        truth: The true next tokens (n,).
-        layout: Where tokens stand.
+        sizes: The number of tokens of each cluster (C,).
         tail_offset: Makes a cluster's score the logit of one of its tokens (C,).
         probes: Numbers of probes (P,).
-
-    Returns:
-        The measures (7, n, P), and the dense head's losses (n,) float64.
     """
-    n_clusters = len(layout.token_ids)
-    sizes = (layout.token_ids < logits.shape[1]).sum(1)
-    rows = np.arange(len(logits))
-    dense = _dense_clusters(logits, layout.token_ids)
-    top = dense.top[:, None]
-    tail = np.minimum((scores + tail_offset).astype(np.float64) - top, GREATEST_TAIL)
+    n_clusters = len(sizes)
+    tail = np.minimum((scores + tail_offset).astype(np.float64) - dense.top[:, None], GREATEST_TAIL)
     weight = sizes * np.exp(tail)
     moved = dense.mean_logit - dense.mass * tail
 
@@ -200,6 +201,34 @@ def _measure_chunk(
         capped = np.minimum(tail[i, left], cap[i, j] - dense.top[i])
         log_total[i, j] = np.log(total[i, j] + sizes[left] @ np.exp(capped))
         divergence[i, j] = (dense.mean_logit[i, left] - dense.mass[i, left] * capped).sum()
+    return _Estimates(tail, cap, scored, best, next_best, total, unscored, log_total, divergence)
+
+
+def _measure_chunk(
+    logits: Array,
+    scores: Array,
+    truth: Array,
+    layout: _Layout,
+    tail_offset: Array,
+    probes: Array,
+) -> tuple[Array, Array]:
+    """The measures of some positions, as `measure_positions` has them.
+
+    Args:
+        logits: Dense logits (n, V) float32.
+        scores: Scores of clusters (n, C) float32.
+        truth: The true next tokens (n,).
+        layout: Where tokens stand.
+        tail_offset: Makes a cluster's score the logit of one of its tokens (C,).
+        probes: Numbers of probes (P,).
+
+    Returns:
+        The measures (7, n, P), and the dense head's losses (n,) float64.
+    """
+    sizes = (layout.token_ids < logits.shape[1]).sum(1)
+    rows = np.arange(len(logits))
+    dense = _dense_clusters(logits, layout.token_ids)
+    estimates = _estimated(dense, scores, sizes, tail_offset, probes)
 
     def is_scored(tokens: Array) -> Array:
         """Whether the clusters of tokens (n,) are scored: (n, P) bool."""
@@ -208,18 +237,19 @@ def _measure_chunk(
 
     covered = is_scored(truth)
     own = logits[rows, truth].astype(np.float64) - dense.top
-    estimate = np.minimum(tail[rows, layout.cluster_of[truth]][:, None], cap - top)
+    cap = estimates.cap - dense.top[:, None]
+    estimate = np.minimum(estimates.tail[rows, layout.cluster_of[truth]][:, None], cap)
     with np.errstate(divide="ignore"):  # no cluster is left
-        log_tail = np.log(unscored / (total + unscored))
+        log_tail = np.log(estimates.unscored / (estimates.total + estimates.unscored))
     log_norm = np.log(dense.norm)
     measures = (
         is_scored(logits.argmax(1)),
         covered,
-        np.minimum(scored, 1.0),
+        np.minimum(estimates.scored, 1.0),
         # sum over v of P_v (log P_v - log Q_v); probed tokens share the dense head's logit
-        log_total - log_norm[:, None] + divergence,
-        log_total - np.where(covered, own[:, None], estimate),
-        best - next_best,
+        estimates.log_total - log_norm[:, None] + estimates.divergence,
+        estimates.log_total - np.where(covered, own[:, None], estimate),
+        estimates.best - estimates.next_best,
         log_tail,
     )
     return np.stack(measures), log_norm - own

@@ -138,13 +138,13 @@ def set_bits(
         and (head_group, bits) == (body_group, body_bits)
     )
 
+    head_form = None if bits is None or same_bits else _head_form(bits, head_group)
+
     def quantization(path: str, module: nn.Module) -> Any:
         """How mlx-lm is to quantize a layer."""
-        if path != location.path or bits is None or same_bits:
-            return options.quantize and (recipe is None or recipe(path, module))
-        if bits >= FLOAT_BITS:
-            return False
-        return {"group_size": head_group, "bits": bits, "mode": AFFINE}
+        if path == location.path and head_form is not None:
+            return head_form
+        return options.quantize and (recipe is None or recipe(path, module))
 
     with redirect_stdout(StringIO()):  # mlx-lm prints a line of its own
         return mlx_lm.quantize_model(
@@ -155,6 +155,11 @@ def set_bits(
             mode=options.q_mode,
             quant_predicate=quantization,
         )
+
+
+def _head_form(bits: int, group_size: int | None) -> Any:
+    """The form of the head in mlx-lm's terms; False keeps its floats."""
+    return bits < FLOAT_BITS and {"group_size": group_size, "bits": bits, "mode": AFFINE}
 
 
 def head_bits(rows: Matrix, options: ConvertOptions) -> int | None:

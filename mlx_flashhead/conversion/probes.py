@@ -153,7 +153,7 @@ def verification_settings(measured: PositionMeasures, n_probes: int) -> dict[str
     Returns:
         ``by_probes``, the shares of positions with another proposal, and the ``risk`` of
         `head/steps.py`. Some rows of ``by_probes`` have the ``risks`` of held-out positions in
-        their order, for `decoding/tuning.py`: each in 1/10,000 and one more, negative where the
+        their order, for `decoding/waste.py`: each in 1/10,000 and one more, negative where the
         greedy proposal differs.
     """
     probes = np.array(measured.probe_counts)

@@ -1,12 +1,12 @@
 """Lossless decoding: speculative decoding within the head (docs/lossless.md).
 
-    state    ← model(token, cache)                 taken where the head is calledproposer.py
-    proposal ← head.propose(state)                 from the scored tokens alone proposer.py
-    pending  += proposal                                                        sequence.py
-    when it is due:                                                             schedule.py
-        logits ← dense product of the pending states, then what is certain      verification.py
-        accepted   → handed out
-        rejected   → the dense choice is handed out, the caches roll back       caches.py
+    state    ← model(token, cache)       taken where the head is called     proposer.py
+    proposal ← head.propose(state)       from the scored tokens alone       proposer.py
+    pending  += proposal                                                    sequence.py
+    when verification is due:                                               schedule.py
+        logits ← dense product of the pending states; certain or not        verification.py
+        accepted → handed out
+        rejected → the dense choice is handed out, the caches roll back     caches.py
 
 `loop.py` drives one sequence, `batch.py` several, `generation.py` puts them under mlx-lm's
 functions. `policy.py` has the settings for a head on this machine, and `tuning.py` measures what

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,21 +17,22 @@ from .prompts import PromptQueue, Waiting
 from .proposer import Proposer
 from .sequence import Sequence, own_processors
 
-CLEAR_EVERY = 512  # steps, as mlx-lm's batches
+CLEAR_EVERY = 512  # steps, as in mlx-lm's batches
 SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
+Entry = TypeVar("Entry")
 NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
 
 
 @dataclass
 class Response:
-    """A token of a text, with the fields of mlx-lm's responses of either version."""
+    """A token of a text, with the fields that mlx-lm's responses have in 0.31 and in 0.32."""
 
     uid: int
     token: int
     logprobs: mx.array  # (V,); (1,) where they are not wanted
     finish_reason: str | None  # "stop", "length", or None while the text goes on
-    prompt_cache: list[Any] | None  # at its end: with the tokens handed out
-    all_tokens: list[int] | None  # at its end: those in the cache
+    prompt_cache: list[Any] | None  # at the text's end: with the tokens handed out
+    all_tokens: list[int] | None  # at the text's end: the tokens in the cache
     match_sequence: Any = None  # of a state machine of mlx-lm 0.31
     current_state: Any = None
 
@@ -42,27 +43,42 @@ class _Text:
 
     sequence: Sequence
     prompt: list[int]
-    matcher: Any  # of its stops
+    matcher: Any  # finds what ends it
+
+
+def _for_each(name: str, entries: list[Entry] | None, default: Entry, n: int) -> list[Entry]:
+    """The entries of ``n`` texts: those of a caller, or the default for each.
+
+    Raises:
+        ValueError: As from mlx-lm, if the caller has given another number of them.
+    """
+    if not entries:
+        return [default] * n
+    if len(entries) != n:
+        raise ValueError(
+            f"Option {name} must have one entry per segment: expected {n}, got {len(entries)}."
+        )
+    return entries
 
 
 class VerifiedBatchGenerator:
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
-    :meth:`next` hands out one token of each text at most; while tokens are left from before it
-    computes nothing. Where more than one text has a sampler that draws from MLX's random state,
-    these are decoded densely, as mlx-lm would draw.
+    :meth:`next` hands out at most one token of each text, and computes nothing while accepted
+    tokens are left. If the samplers of several texts draw from MLX's random state, these texts are
+    decoded densely, so that they draw as in mlx-lm.
 
     Args:
         model: A model of mlx-lm.
-        proposer: What proposes; None makes one for the model.
-        max_tokens: Tokens of a text, where its own number is not given.
+        proposer: Proposes the tokens; None makes one for the model.
+        max_tokens: The most tokens of a text that gives no number of its own.
         stop_tokens: Tokens, or sequences of tokens, that end a text.
-        sampler: For texts without one; None takes the likeliest token.
-        logits_processors: For texts where none are given.
-        completion_batch_size: Texts that are generated at once, at most.
-        prefill_batch_size: Prompts that are read at once, at most.
-        prefill_step_size: Tokens of each that are read at once, at most.
-        max_kv_size: Tokens of a cache, at most.
+        sampler: The sampler of texts that give none; None takes the likeliest token.
+        logits_processors: The processors of texts that give none.
+        completion_batch_size: The most texts that are generated at once.
+        prefill_batch_size: The most prompts that are read at once.
+        prefill_step_size: The most tokens of each that are read at once.
+        max_kv_size: The most tokens of a cache.
         stream: Where it computes.
         logprobs: Whether texts that are inserted from now on need log-probabilities.
         announce: Called for each token with how it was decoded, as by :func:`verified_steps`.
@@ -179,31 +195,26 @@ class VerifiedBatchGenerator:
     ) -> list[int]:
         """Adds texts by the segments of their prompts, and returns their numbers.
 
-        The arguments are mlx-lm's, a list with an entry for each text or None: ``all_tokens`` are
-        those that its cache holds, None or an empty list of ``logits_processors`` are none, and
-        ``state_machines`` are 0.31's ``stop_sequences``. A processor that keeps a state is made
-        anew for each text.
+        The arguments are mlx-lm's. Each is None, or a list with an entry for each text.
+        ``all_tokens`` are the tokens that its cache holds. An entry of ``logits_processors`` that
+        is None or empty stands for no processor. ``state_machines`` are what mlx-lm 0.31 has in
+        place of ``stop_sequences``. A processor that keeps a state is made anew for each text.
 
         Raises:
             ValueError: As from mlx-lm.
         """
         n = len(segments)
-        given: dict[str, Any] = {
-            "max_tokens": max_tokens or [self.max_tokens] * n,
-            "caches": caches or [None] * n,
-            "all_tokens": all_tokens or [[] for _ in segments],
-            "samplers": samplers or [None] * n,
-            "logits_processors": logits_processors or [self.logits_processors] * n,
-            "stop_sequences": stop_sequences or state_machines or [None] * n,
-        }
-        for name, entries in given.items():
-            if len(entries) != n:
-                raise ValueError(
-                    f"Option {name} must have one entry per segment: expected {n}, "
-                    f"got {len(entries)}."
-                )
+        rows = zip(
+            segments,
+            _for_each("max_tokens", max_tokens, self.max_tokens, n),
+            _for_each("caches", caches, None, n),
+            _for_each("all_tokens", all_tokens, [], n),
+            _for_each("samplers", samplers, None, n),
+            _for_each("logits_processors", logits_processors, self.logits_processors, n),
+            _for_each("stop_sequences", stop_sequences or state_machines, None, n),
+            strict=True,
+        )
         first = self.n_inserted
-        rows = zip(segments, *given.values(), strict=True)
         added = [self._new_text(first + i, *row) for i, row in enumerate(rows)]
         self.n_inserted += n
         self._texts |= {waiting.uid: text for text, waiting in added}
@@ -247,9 +258,9 @@ class VerifiedBatchGenerator:
         return _Text(sequence, prompt, matcher), Waiting(uid, parts, cache, held)
 
     def _let_one_draw(self) -> None:
-        """Decodes texts that draw from MLX's random state densely if there are several.
+        """Decodes texts densely that draw from MLX's random state, if there are several.
 
-        Each draw then depends on which texts are there.
+        Each draw then depends on the other texts.
         """
         drawing = [text.sequence for text in self._texts.values() if text.sequence.draws_from_mlx]
         if len(drawing) > 1:

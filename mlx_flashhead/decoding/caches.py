@@ -1,4 +1,4 @@
-"""A model's caches can be trimmed, copied, and brought back to an earlier token.
+"""A model's caches, which are trimmed, copied, and brought back to an earlier token.
 
 Between two tokens the caller finds them as mlx-lm's loop would leave them.
 """
@@ -11,9 +11,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-AHEAD = 160  # tokens by which a cache may be ahead of those that were handed out, at most
-# The attributes that trimming changes, of the classes whose arrays it leaves alone. mlx-vlm has
-# classes of the same names.
+AHEAD = 160  # the most tokens by which a cache is ahead of the caller
+# The attributes that trimming changes, for the classes in which it changes no array. mlx-vlm's
+# classes have the same names.
 POSITIONS = {
     "KVCache": ("offset",),
     "QuantizedKVCache": ("offset",),
@@ -26,9 +26,9 @@ OPERATORS = ("__getitem__", "__setitem__", "__len__", "__bool__", "__iter__", "_
 class Snapshot:
     """A model's caches as they were after an earlier token."""
 
-    n_tokens: int  # of the text, in the caches
+    n_tokens: int  # tokens of the text that the caches held
     layers: list[Any]  # each layer's cache as it was then; None for one that is trimmed to here
-    copies: list[Any]  # a copy of it, or None likewise
+    copies: list[Any]  # a copy of each; None where it is None
     offsets: list[int | None]  # the length of each layer's cache, where it is known
     row: int | None = None  # of the sequence, in caches of a batch
 
@@ -68,14 +68,14 @@ def rollback(
     target: int,
     replay: Callable[[mx.array], Any],
 ) -> None:
-    """Brings a sequence's caches from ``n_cached`` tokens of its text to the first ``target``.
+    """Brings a sequence's caches back from ``n_cached`` tokens to the first ``target``.
 
     Args:
         cache: The caches of the layers, changed in place. Layers that were replaced since the
             snapshot are put back into the list.
-        snapshot: At or before the ``target``.
+        snapshot: A snapshot from the ``target`` or before.
         tokens: The text's tokens.
-        n_right: How many of the cached tokens are the text's.
+        n_right: How many of the cached tokens belong to the text.
         n_cached: Tokens of the text in the caches.
         target: Tokens that the caches hold afterwards.
         replay: Feeds a token (1, 1) to the model.
@@ -138,22 +138,23 @@ def trims(layer: Any, quantized_from: int | None = None, ahead: int = AHEAD) -> 
 class OwnCaches:
     """The caches of one text.
 
-    Between two tokens the caller finds them with the tokens that were handed out, as mlx-lm's loop
-    would leave them, though the model is ahead.
+    Between two tokens the caller finds the tokens in them that were handed out, as after mlx-lm's
+    loop, although the model is ahead.
 
-    Caches that can be trimmed are trimmed for that moment, which moves their positions and no
-    arrays. Others are brought back, from a snapshot, when anyone looks at one of them.
+    Caches that can be trimmed are trimmed for that moment, which changes their positions and no
+    array. Others are brought back from a snapshot when somebody looks at one of them.
     """
 
     def __init__(self, layers: list[Any], quantized_from: int | None = None):
         self.layers = layers
         self._quantized_from = quantized_from
-        self._moved: list[tuple[Any, str, int, int]] = []  # object, attribute, ahead, as shown
+        # object, attribute, its value ahead, its value as shown
+        self._moved: list[tuple[Any, str, int, int]] = []
         self._guarded: list[Any] = []
         self.looked_at = False  # whether the caches were brought back since they were shown
 
     def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]:
-        """Snapshots of rows: pairs of a row and the number of its tokens in the caches."""
+        """Snapshots of rows, given as pairs of a row and the number of its tokens in the caches."""
         copies = copied_layers(self.layers, self._quantized_from)
         lengths = [length_of(layer) for layer in self.layers]
         return [Snapshot(n_tokens, list(self.layers), copies, lengths) for _, n_tokens in rows]
@@ -240,7 +241,7 @@ class BatchCaches:
         return [layer.extract(row) for layer in self.layers]
 
     def drop(self, rows: list[int]) -> None:
-        """Takes rows out, at once since each time copies all caches."""
+        """Takes rows out, all at once: each time copies all caches."""
         kept = [row for row in range(self._n_rows) if row not in rows]
         self._n_rows = len(kept)
         if not kept:
@@ -267,7 +268,7 @@ def _has_positions(layer: Any) -> bool:
     return all(type(part).__name__ in POSITIONS for part in parts)
 
 
-# A cache that is brought back when anyone looks at it has another class for that time.
+# A cache that the first look at it will bring back has another class until then.
 
 
 @once
@@ -293,7 +294,7 @@ def _guard_class(base: type) -> type:
 
 
 def vars_of(guarded: Any) -> dict[str, Any]:
-    """The attributes of a guarded cache, which nobody has looked at by that."""
+    """The attributes of a guarded cache. This does not count as a look at it."""
     attributes: dict[str, Any] = object.__getattribute__(guarded, "__dict__")
     return attributes
 

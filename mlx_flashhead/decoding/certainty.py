@@ -1,4 +1,4 @@
-"""Whether choices by the logits of all tokens are certain, where these are known within bounds."""
+"""Whether a choice among all tokens is certain when their logits are known within bounds."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +24,7 @@ def are_certain(
     rows: Sequence[tuple[DrawSettings, tuple[int, int]]],
     epsilon: float,
 ) -> mx.array:
-    """Returns which tokens are the choice for all logits within bounds: greedy, or by our draws.
+    """Returns which tokens are the choice for any logits within bounds: greedy, or by our draws.
 
     Args:
         low: The lowest processed logits (k, V), of their dtype.
@@ -67,13 +67,13 @@ def is_certain_draw(
     mlx_key: Key,
     epsilon: float,
 ) -> mx.array:
-    """Returns whether mlx-lm's sampler draws the token for all logits within bounds.
+    """Returns whether mlx-lm's sampler draws the token for any logits within bounds.
 
     Args:
         low: The lowest processed logits (1, V), of their dtype.
         high: The highest ones, likewise.
         token: The token.
-        settings: Of the draw, at a temperature above 0.
+        settings: The settings of the draw; the temperature is above 0.
         mlx_key: The key by which it draws.
         epsilon: The spacing of log-probabilities, relative.
 
@@ -97,16 +97,17 @@ def is_certain_draw(
     maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
     if old_cut is not None:
         surely = surely & old_cut.surely
-        if settings.top_k:  # of fewer tokens that surely remain, top-k may keep any other
+        if settings.top_k:  # if fewer tokens surely remain, top-k may keep any other
             all_kept = Draws.of([(replace(settings, top_k=0), mlx_key)])
             before_top_k = high >= threshold(low, all_kept)
             maybe = maybe | (before_top_k & (old_cut.n_surely < settings.top_k))
         maybe = maybe & old_cut.maybe
     likely = mx.where(maybe, high * draws.inverse, -mx.inf)
     unlikely = mx.where(surely, low * draws.inverse, -mx.inf)
-    # MLX draws by noise, or by where a uniform number falls in the cumulated probabilities. Either
-    # way the draw is certain if it is the token for the three worst cases: all others as likely as
-    # they may be, those of lower ids, and those of higher ids, the rest as unlikely as they may be.
+    # MLX draws by noise, or by the place of a uniform number in the cumulated probabilities. Either
+    # way the token is certain if it is drawn in the three worst cases: all others are as likely as
+    # they may be; only those with lower ids are, and the rest as unlikely as they may be; only
+    # those with higher ids are.
     key = mx.array(mlx_key, mx.uint32)
     certain = surely[:, token]
     for pushed in (~own, ids < token, ids > token):
@@ -131,8 +132,8 @@ def kept_from_least(low: mx.array, high: mx.array, top_p: float) -> Kept:
     far from the true one. But in sorted order each of the true values lies between those of the
     bounds, and a sum that is rounded after each addition never falls where its terms rise: the same
     operation on both bounds gives bounds of it, in whichever order MLX adds. Sums need not rise
-    from one place to the next, as a GPU adds blocks, so a token is kept surely if it is at all
-    places where it may be. Of equal values each may stand at any of their places.
+    from one place to the next, as a GPU adds blocks, so a token is surely kept if it is kept at
+    every place where it may stand. Equal values may stand in any order.
 
     Args:
         low: The lowest logits (1, V), of the logits' dtype.
@@ -155,7 +156,7 @@ def kept_from_least(low: mx.array, high: mx.array, top_p: float) -> Kept:
     surely_above = mx.cumsum(low_terms.astype(dtype), axis=-1) > 1 - top_p
     surely_below = mx.cumsum(high_terms.astype(dtype), axis=-1) <= 1 - top_p
     places = mx.arange(n_tokens)
-    # from the one place on all are kept, before the other none
+    # from the one place on all are kept, and before the other none are
     n_unsure = mx.max(mx.where(surely_above, -1, places), axis=-1, keepdims=True) + 1
     n_dropped = mx.min(mx.where(surely_below, n_tokens, places), axis=-1, keepdims=True)
     last_unsure = mx.take_along_axis(sorted_high, mx.maximum(n_unsure - 1, 0), axis=-1)

@@ -1,6 +1,6 @@
-"""What a text's processors change of the logits, where that is known.
+"""What a text's processors change in the logits, where that is known.
 
-They change biases and penalties of a few tokens, and rule out tokens by a grammar.
+They apply biases and penalties to a few tokens, and rule tokens out by a grammar.
 """
 
 from collections import Counter
@@ -35,7 +35,7 @@ class Changes:
 
     @classmethod
     def of(cls, processors: Sequence[Any]) -> "Changes | None":
-        """What the processors change; None if one of them is not known, or in another order."""
+        """What the processors change; None if one is unknown or their order is another."""
         kinds: list[str] = []
         penalties: dict[str, Penalty] = {}
         mask = None
@@ -69,12 +69,12 @@ class Changes:
 
     @property
     def window(self) -> int:
-        """Tokens before a place that the penalties look at."""
+        """How many tokens before a place the penalties look at."""
         return max((penalty.window for penalty in self.penalties.values()), default=0)
 
     @property
     def most_tokens(self) -> int:
-        """Tokens whose logits may change at one place."""
+        """How many tokens may have changed logits at one place."""
         return len(self.biases) + self.window
 
     @cached_property
@@ -82,7 +82,7 @@ class Changes:
         return min(self.biases, default=0), max(self.biases, default=0)
 
     def fit(self, vocab_size: int) -> bool:
-        """Whether all biases are of tokens of the vocabulary."""
+        """Whether all biases are for tokens of the vocabulary."""
         lowest, highest = self._ends
         return lowest >= 0 and highest < vocab_size
 
@@ -90,7 +90,7 @@ class Changes:
         """What changes after a text; None if nothing does.
 
         Args:
-            tokens: The last tokens of the text, a window of them or more, that are known.
+            tokens: The last known tokens of the text, a window of them or more.
             n_unread: Tokens after these, 0 or 1, which are not read yet.
         """
         if not self.penalties:
@@ -138,12 +138,12 @@ class Changes:
 def after_changes(
     scored: mx.array, logits: mx.array, changes: Sequence[Changes | None], epsilon: float
 ) -> mx.array:
-    """How far scored logits of k states may be off after the penalties of each.
+    """How far the scored logits of k states may be off after the penalties.
 
     Args:
         scored: (k,) float32, before them; 0 where they are exact.
         logits: (k, S, n), after them.
-        changes: Of each state.
+        changes: The changes of each state.
         epsilon: Spacing of the logits' dtype.
 
     Returns:

@@ -7,13 +7,14 @@ from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import cache as once
 from functools import partial
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import mlx.core as mx
 
 from ..models.compat import mlx_lm as compat
 from ..models.install import get_flash_head
 from .caches import length_of, trims
+from .keywords import CacheOptions
 from .loop import verified_steps
 from .policy import policy_of
 from .proposer import Proposer
@@ -39,16 +40,16 @@ def drafted_steps(
     prompt_cache: list[Any] | None = None,
     context: Iterable[int] = (),
     announce: Callable[[str], Any] | None = None,
-    **options: Any,
+    **options: Unpack[CacheOptions],
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
     """Does what mlx-lm's ``speculative_generate_step`` does, with FlashHeads.
 
     The target is dense: it verifies several positions in one product, which rounds otherwise than
     one position at a time. A draft model's FlashHead changes no token that the target accepts or
-    chooses. It also scores the text's latest tokens, and serves greedy text and this package's
-    samplers alone, since mlx-lm's draw from MLX's random state as often as there are rounds. Where
-    a cache cannot be trimmed, as past the window of a sliding attention, and for functions that are
-    called once a token, the text goes on without drafts.
+    chooses. It always scores the text's latest tokens, too. It serves greedy text and this
+    package's samplers alone: how often mlx-lm's samplers draw from MLX's random state depends on
+    the rounds. The text goes on without drafts where a cache cannot be trimmed, as past the window
+    of a sliding attention, and with functions that must be called once a token.
 
     Args:
         prompt: Tokens (n,).
@@ -63,7 +64,7 @@ def drafted_steps(
         prompt_cache: Caches of both models, which hold the ``context`` already.
         context: Tokens that come before the prompt.
         announce: Called with how the text is decoded.
-        **options: As for mlx-lm.
+        **options: As for mlx-lm's loops, with drafts and without.
 
     Yields:
         Tokens, log-probabilities (V,), and whether the draft model has proposed the token.
@@ -83,7 +84,7 @@ def drafted_steps(
     say = announce or _say_nothing
     if isinstance(sampler, Sampler):  # the same noise with drafts and without
         sampler = replace(sampler, seed=sampler.new_seed())
-    # 1) mlx-lm's loop, up to where a cache could not be trimmed any more.
+    # 1) mlx-lm's loop, as long as the caches can be trimmed.
     if limit > 0:
         begin(functions)
         drafted = _drafted(
@@ -129,7 +130,7 @@ def drafted_steps(
     with closing(steps):
         for token, logprobs in steps:
             yield token, cast(mx.array, logprobs), False
-    caches[: len(cache)] = cache  # whose layers are quantized on the way
+    caches[: len(cache)] = cache  # its layers may have been quantized on the way
 
 
 def _say_nothing(how: str) -> None:
@@ -137,7 +138,7 @@ def _say_nothing(how: str) -> None:
 
 
 def _trimmable_tokens(caches: list[Any], n_ahead: int, max_tokens: int) -> int:
-    """How many tokens can be drafted, of ``max_tokens``, before a cache could not be trimmed."""
+    """How many of ``max_tokens`` can be drafted while all caches can be trimmed."""
 
     def cannot_trim(n_tokens: int) -> bool:
         return not all(trims(layer, ahead=n_ahead + n_tokens) for layer in caches)

@@ -4,7 +4,7 @@ The choices are those of the dense model.
 """
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from inspect import signature
 from typing import Any, Unpack
@@ -18,9 +18,17 @@ from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.vlm import is_vlm
 from .batch import VerifiedBatchGenerator
 from .drafting import draft_report, drafted_steps
-from .keywords import DecodeOptions, GenerateOptions, check_keywords, check_prompt
+from .keywords import (
+    CacheOptions,
+    DecodeOptions,
+    GenerateOptions,
+    LogitsProcessor,
+    check_keywords,
+    check_prompt,
+)
 from .loop import verified_steps
 from .proposer import Proposer
+from .sampler import SamplerFunction
 
 # Tokens, log-probabilities (V,), and whether a draft model proposed the token.
 Steps = Generator[tuple[int, Any, bool], None, None]
@@ -45,24 +53,24 @@ def stream_generate(
     """Streams text from ``model``: ``mlx_lm.stream_generate`` with settings for the FlashHead.
 
     The text is the dense model's: the FlashHead proposes tokens, and the dense rows verify them
-    before they are handed out. With samplers and processors of neither mlx-lm nor this package,
-    which are called once a token, the normal (dense) head decodes.
+    before they are handed out. With a sampler or processor that is not known, the normal (dense)
+    head decodes and calls it once a token.
 
     Args:
         model: A model loaded by ``mlx_flashhead.load``, or any dense one.
         tokenizer: Its tokenizer.
         prompt: Text, token ids or an array of them.
-        max_tokens: Tokens of the text, at most; -1 is no limit.
+        max_tokens: The most tokens of the text; -1 is no limit.
         draft_model: A smaller model that proposes tokens, which the target verifies.
         stream: The stream of MLX that computes.
         n_probes: Clusters scored per token in this call.
-        verify: Verify every token. Without, the FlashHead alone chooses, with estimates for tokens
+        verify: Verify every token. Otherwise the FlashHead alone chooses, with estimates for tokens
             that it does not score.
         dense: Score every token in this call.
         draw_temperature: Draw the probes at this temperature, without verification; sample with
             the same one.
         max_wait: Seconds that text may wait for its verification, 0 to 1; 0 decodes densely.
-        logprobs: Whether the log-probabilities of mlx_lm's responses, the dense model's, are used.
+        logprobs: Whether the responses need log-probabilities, which are the dense model's.
         **kwargs: mlx_lm's other keywords, such as sampler, logits_processors and prompt_cache:
             :class:`DecodeOptions` has them all.
 
@@ -142,10 +150,10 @@ def generate(
     )
     if verbose:
         print("=" * 10)
-    options: dict[str, Any] = {"logprobs": False, **kwargs}
+    kwargs.setdefault("logprobs", False)
     text = ""
     n_drafted = 0
-    for response in _responses(model, tokenizer, prompt, proposer=proposer, **options):
+    for response in _responses(model, tokenizer, prompt, proposer=proposer, **kwargs):
         if verbose:
             print(response.text, end="", flush=True)
         text += response.text
@@ -183,16 +191,16 @@ def batch_generate(
     max_wait: float | None = None,
     **kwargs: Any,
 ) -> BatchResponse:
-    """Generates for several prompts at once, with settings for the FlashHead.
+    """Generates texts for several prompts at once.
 
-    Apart from these it is ``mlx_lm.batch_generate``.
+    It is ``mlx_lm.batch_generate`` with settings for the FlashHead.
 
     Args:
         model: A model loaded by ``mlx_flashhead.load``, or any dense one.
         tokenizer: Its tokenizer.
         prompts: The token ids of each prompt.
         prompt_caches: Caches that hold the beginning of each text; they are not changed.
-        max_tokens: Tokens of each text, or of all.
+        max_tokens: The most tokens of each text: one number, or a list.
         verbose: Print the progress and the speed.
         return_prompt_caches: Whether the caches are wanted.
         return_token_ids: Whether the token ids are wanted.
@@ -202,8 +210,8 @@ def batch_generate(
         dense: Likewise.
         draw_temperature: Likewise.
         max_wait: Likewise.
-        **kwargs: Of mlx-lm's ``BatchGenerator``, such as sampler and logits_processors. Each prompt
-            gets its own copy of a processor that keeps a state, as a grammar's does.
+        **kwargs: Keywords of mlx-lm's ``BatchGenerator``, such as sampler and logits_processors.
+            Each prompt gets its own copy of a processor that keeps a state, as a grammar's does.
 
     Returns:
         mlx-lm's response.
@@ -273,8 +281,16 @@ def _batch_responses(generator: VerifiedBatchGenerator) -> Iterator[Any]:
         yield from responses
 
 
-def make_proposer(model: nn.Module, *, dense: bool = False, **settings: Any) -> Proposer:
-    """Makes a proposer with the settings of a call.
+def make_proposer(
+    model: nn.Module,
+    *,
+    n_probes: int | None = None,
+    verify: bool = True,
+    dense: bool = False,
+    draw_temperature: float | None = None,
+    max_wait: float | None = None,
+) -> Proposer:
+    """Makes a proposer with the settings of a call, which :func:`stream_generate` explains.
 
     Raises:
         ValueError: Before anything is computed, if a setting is not valid.
@@ -283,17 +299,22 @@ def make_proposer(model: nn.Module, *, dense: bool = False, **settings: Any) -> 
         raise ValueError(
             "This is a model of mlx-vlm: generate with mlx_vlm.generate, which uses its FlashHead."
         )
-    max_wait = settings.get("max_wait")
     if max_wait is not None and not 0 <= max_wait <= 1:
         raise ValueError(f"max_wait is {max_wait}: it must be 0 to 1 seconds.")
-    of_head = {name: settings.get(name) for name in ("n_probes", "draw_temperature")}
     head = get_flash_head(model)
     if head is not None:
-        with head.settings(dense=dense, **of_head):
+        with head.settings(dense=dense, n_probes=n_probes, draw_temperature=draw_temperature):
             pass
-    elif any(value is not None for value in of_head.values()):
+    elif n_probes is not None or draw_temperature is not None:
         raise ValueError(NO_FLASH_HEAD)
-    return Proposer(model, dense=dense, **settings)
+    return Proposer(
+        model,
+        verify=verify,
+        dense=dense,
+        n_probes=n_probes,
+        draw_temperature=draw_temperature,
+        max_wait=max_wait,
+    )
 
 
 def prompt_ids(tokenizer: Any, prompt: Any) -> mx.array:
@@ -317,7 +338,7 @@ def _responses(
     draft_model: nn.Module | None = None,
     stream: Any = compat.generation_stream,
     logprobs: bool = True,
-    **kwargs: Any,
+    **kwargs: Unpack[DecodeOptions],
 ) -> Generator[GenerationResponse, None, None]:
     """A text as mlx-lm's responses: prompt → steps → detokenizer."""
     if max_tokens == 0:
@@ -326,7 +347,16 @@ def _responses(
         tokenizer = TokenizerWrapper(tokenizer)
     prompt = prompt_ids(tokenizer, prompt)
     detokenizer = tokenizer.detokenizer
-    steps = _steps(prompt, model, draft_model, stream, proposer, logprobs, max_tokens, kwargs)
+    steps = _steps(
+        prompt,
+        model,
+        draft_model,
+        stream,
+        proposer=proposer,
+        logprobs=logprobs,
+        max_tokens=max_tokens,
+        **kwargs,
+    )
     with compat.wired_limit(model, [stream]), closing(steps):
         began = time.perf_counter()
         for n, (token, token_logprobs, from_draft) in enumerate(steps, 1):
@@ -360,17 +390,23 @@ def _steps(
     model: nn.Module,
     draft_model: nn.Module | None,
     stream: Any,
+    *,
     proposer: Proposer,
     logprobs: bool,
     max_tokens: int,
-    options: dict[str, Any],
+    sampler: SamplerFunction | None = None,
+    logits_processors: list[LogitsProcessor] | None = None,
+    prompt_cache: list[Any] | None = None,
+    max_kv_size: int | None = None,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    input_embeddings: mx.array | None = None,
+    num_draft_tokens: int = 2,
+    **options: Unpack[CacheOptions],
 ) -> Steps:
-    """The tokens of a text, of the loop that its options ask for."""
+    """The tokens of a text, from the loop with a draft model or from the one without."""
     if draft_model is not None:
-        if options.pop("input_embeddings", None) is not None:
+        if input_embeddings is not None:
             raise ValueError("Speculative decoding does not support input embeddings.")
-        options.pop("max_kv_size", None)
-        options.pop("prompt_progress_callback", None)
         yield from drafted_steps(
             prompt,
             model,
@@ -378,16 +414,25 @@ def _steps(
             stream,
             proposer=proposer,
             max_tokens=max_tokens,
+            num_draft_tokens=num_draft_tokens,
+            sampler=sampler,
+            logits_processors=logits_processors,
+            prompt_cache=prompt_cache,
             **options,
         )
         return
-    options.pop("num_draft_tokens", None)
     steps = verified_steps(
         prompt,
         model,
         stream,
         proposer=proposer,
         max_tokens=max_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        prompt_cache=prompt_cache,
+        max_kv_size=max_kv_size,
+        prompt_progress_callback=prompt_progress_callback,
+        input_embeddings=input_embeddings,
         logprobs=logprobs,
         **options,
     )

@@ -1,6 +1,6 @@
 """The keywords of mlx-lm's ``generate``, for editors that complete them.
 
-Sentences explain what was given in their place by mistake.
+A keyword that does not exist is refused with a sentence that names the right one.
 """
 
 import difflib
@@ -13,18 +13,24 @@ import mlx.core as mx
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
-class DecodeOptions(TypedDict, total=False):
-    """Keywords of ``mlx_lm.generate.generate_step`` and ``speculative_generate_step``."""
+class CacheOptions(TypedDict, total=False):
+    """Keywords of mlx-lm's loops that say how a prompt is read and a cache is stored."""
 
-    sampler: Callable[[mx.array], mx.array] | None  # log-probabilities (R, V) → token ids (R,)
-    logits_processors: list[LogitsProcessor] | None
-    max_kv_size: int | None  # tokens that the cache keeps, at most; None: all
-    prompt_cache: list[Any] | None  # of the model's layers, then of the draft model's
     prefill_step_size: int  # tokens of the prompt that are read at a time
     kv_bits: int | None  # of a quantized cache; None: it is not quantized
     kv_group_size: int
     quantized_kv_start: int  # first token whose cache is quantized
-    prompt_progress_callback: Callable[[int, int], None] | None  # tokens that are read, and all
+
+
+class DecodeOptions(CacheOptions, total=False):
+    """Keywords of ``mlx_lm.generate.generate_step`` and ``speculative_generate_step``."""
+
+    sampler: Callable[[mx.array], mx.array] | None  # log-probabilities (R, V) → token ids (R,)
+    logits_processors: list[LogitsProcessor] | None
+    max_kv_size: int | None  # the most tokens that the cache keeps; None: all
+    prompt_cache: list[Any] | None  # of the model's layers, then of the draft model's
+    # gets the number of tokens read so far, and of all
+    prompt_progress_callback: Callable[[int, int], None] | None
     input_embeddings: mx.array | None  # (tokens, hidden size), of the prompt
     num_draft_tokens: int  # that the draft model proposes at a time
 
@@ -32,7 +38,7 @@ class DecodeOptions(TypedDict, total=False):
 class GenerateOptions(DecodeOptions, total=False):
     """Keywords of ``mlx_lm.generate``, beside its positional ones."""
 
-    max_tokens: int  # of the text, at most; -1 is no limit
+    max_tokens: int  # the most tokens of the text; -1 is no limit
     draft_model: Any  # a smaller model that proposes tokens
     stream: Any  # MLX's stream that computes
     logprobs: bool  # whether the log-probabilities of the responses are used
@@ -50,7 +56,7 @@ OTHER_NAMES = {"temperature": "temp", "max_new_tokens": "max_tokens"}
 
 
 def check_keywords(given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Refuses keywords that there are not, with what they were probably meant for.
+    """Refuses keywords that do not exist, and names what was probably meant.
 
     Args:
         given: The keywords of a call, with their values.

@@ -6,16 +6,15 @@ rejections than the proposals save.
 
 from dataclasses import dataclass, field
 
-FIRST_ROUNDS = 8  # of a trial, before anything is said of it
+FIRST_ROUNDS = 8  # rounds of a trial before it is judged
 TRIAL = 24  # rounds of a trial after which it has passed
-WARM = 2  # dense rounds after a change whose times are not taken
-DENSE_TOKENS = (
-    96  # decoded densely after a trial that has failed; each next time three times as many
-)
+WARM = 2  # dense rounds after a change, which are not timed
+# Tokens that are decoded densely after a trial that failed; each next time three times as many.
+DENSE_TOKENS = 96
 MOST_DENSE = 4096
 MEASURED = 12  # dense rounds whose times say how long a token takes
 LOST = 0.15  # share of rounds that gave no token, from which dense ones are timed
-SLOWER = 1.02  # relative to dense decoding
+SLOWER = 1.02  # time of a token relative to dense decoding, above which a trial fails
 
 
 @dataclass
@@ -26,7 +25,7 @@ class Pace:
     Where they do not, the next tokens are decoded densely, and then there is another trial.
 
     Args:
-        dense_seconds: Of a round of dense decoding, where it was measured for one text.
+        dense_seconds: Seconds of a round of dense decoding, where it was measured for one text.
     """
 
     dense_seconds: float | None = None
@@ -57,7 +56,7 @@ class Pace:
         """Notes a round of proposals.
 
         Args:
-            seconds: That it took.
+            seconds: Its time.
             n_tokens: By how many tokens each text, with its pending ones, has grown: 1, or less
                 than 0 where proposals were rejected.
             verified: Whether it ended with a verification: then it is known what the trial gave.

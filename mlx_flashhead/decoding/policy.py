@@ -30,7 +30,7 @@ class DecodingPolicy:
     gain: float | None = None  # tokens per second relative to dense decoding, where known
     predicted: bool = False  # whether the gain is calculated from times of the parts
     provisional: bool = False  # whether the machine was busy, so that it is measured again
-    sampled_dense: bool = False  # whether those of sampled text gain nothing
+    sampled_dense: bool = False  # whether proposals gain nothing in sampled text
     adapts: bool = False  # whether a text whose proposals do not pay goes on densely
     dense_seconds: float | None = None  # of a dense token of one text, where known
     # by whether texts are sampled, whether mlx-lm draws, and how many there are at once

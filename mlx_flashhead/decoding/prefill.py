@@ -75,9 +75,10 @@ def read_prompt(
 
 
 def read_by(prefill: Callable[..., Iterable[Any]], options: dict[str, Any]) -> mx.array:
-    """Reads a prompt by another loop with mlx-lm's keywords.
+    """Reads a prompt with another loop, which takes mlx-lm's keywords.
 
-    The loop hands the logits (1, V) of the last position to a processor, which are returned.
+    Returns:
+        The logits (1, V) of the last position, which the loop hands to a processor.
     """
     taken: list[mx.array] = []
 

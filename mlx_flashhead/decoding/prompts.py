@@ -18,7 +18,7 @@ Held = tuple[list[Any], list[int]]  # caches of layers, and the tokens in them
 
 @dataclass
 class Waiting:
-    """A prompt that nothing has been read of."""
+    """A prompt of which nothing has been read."""
 
     uid: int
     segments: list[list[int]]  # the last one is the last token alone
@@ -70,7 +70,7 @@ class PromptQueue:
         return nbytes
 
     def held(self, uid: int) -> Held | None:
-        """What is in the caches of a prompt; None if it is not here."""
+        """A prompt's caches and the tokens in them; None if it is not here."""
         for prompt in self._waiting:
             if prompt.uid == uid:
                 return prompt.cache, prompt.tokens
@@ -104,7 +104,7 @@ class PromptQueue:
         self._progress += [(0, sum(map(len, prompt.segments))) for prompt in taken]
 
     def start(self) -> tuple[Started | None, list[Any]]:
-        """Takes the prompts out of which only the last token is left, and their responses."""
+        """Takes out the prompts of which only the last token is left, with their responses."""
         rows = [i for i, left in enumerate(self._left) if len(left) == 1 and len(left[0]) == 1]
         if not rows:
             return None, []

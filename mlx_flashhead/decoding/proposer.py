@@ -1,4 +1,4 @@
-"""What proposes the tokens of sequences, by the policy of their head."""
+"""Proposes the tokens of sequences, by the policy of their head."""
 
 from collections.abc import Sequence as Rows
 from contextlib import AbstractContextManager, nullcontext
@@ -34,7 +34,7 @@ UNKNOWN_FUNCTION = "dense: its sampler, or one of its processors, cannot be veri
 
 
 class Proposer:
-    """What proposes the tokens of one loop's sequences."""
+    """Proposes the tokens of one loop's sequences."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Proposer:
         self.max_wait = max_wait
         self.n_verifications = self.n_rejected = 0
         self._zeros: mx.array | None = None  # in the place of logits that nobody reads
-        self._zeros_of: mx.Dtype | None = None  # hidden states' dtype, for which these are
+        self._zeros_of: mx.Dtype | None = None  # the dtype of hidden states for which these are
         self.look_for_head()
 
     def look_for_head(self) -> None:
@@ -76,7 +76,7 @@ class Proposer:
 
     @property
     def logit_map(self) -> LogitMap | None:
-        """What the model does to each of its head's logits; None where that is not of this form."""
+        """What the model does to each of its head's logits; None where no map describes it."""
         return self._change if isinstance(self._change, LogitMap) else None
 
     @property
@@ -245,7 +245,7 @@ class Proposer:
     def _adjustment(
         self, sequences: Rows[Sequence | None], latest: mx.array | None
     ) -> Adjustment | None:
-        """What the penalties and biases of sequences change; of None nothing is looked at."""
+        """What the penalties and biases of sequences change; nothing in the place of a None."""
         changes = [None if s is None else s.changed_tokens() for s in sequences]
         if all(change is None for change in changes):
             return None
@@ -262,8 +262,8 @@ class Proposer:
     def _mask(self, sequence: Sequence) -> np.ndarray | None:
         """Returns what a mask of the sequence allows at its next place.
 
-        It reads the latest token, and looks at no mask where that one was no choice, so that it
-        will be rejected.
+        It waits for the latest token. If the mask allowed no scored token in that one's place, it
+        will be rejected, and nothing is masked after it.
         """
         changes = sequence.changes
         pending = sequence.pending

@@ -76,8 +76,8 @@ def kinds(vocab_size: int) -> list[Kind]:
 def rehearse(model: nn.Module) -> None:
     """Takes the steps of all kinds of texts once.
 
-    Where MLX's own operations do all steps, as on a CPU, only those of greedy text. A head whose
-    kernels fail here takes MLX's operations from now on, and says so. Evaluates.
+    Where MLX's own operations do all steps, as on a CPU, it takes only those of greedy text. A head
+    whose kernels fail here takes MLX's operations from now on, and says so. Evaluates.
 
     Args:
         model: A model with a FlashHead.

@@ -22,7 +22,7 @@ from ..models.cpu_products import numpy_is_faster, slot_products, to_mlx
 
 CLASSES = (1, 2, 4, 8, 16, 32)  # sizes of a product whose kernels and rounding are the same
 WORTH_A_THREAD = 10_000_000  # multiply-adds, a millisecond of work
-N_STATES = 3  # whose products are compared for the rounding
+N_STATES = 3  # states whose products are compared for the rounding
 # An M1 to M4 has no matrix units that take TF32. Those of an M5 and later do so unless
 # MLX_ENABLE_TF32 is 0. Source: `is_nax_available` and `enable_tf32` in MLX's matmul.cpp.
 WITHOUT_TF32 = re.compile(r"applegpu_g1[0-6]")
@@ -32,8 +32,8 @@ PIECE = 1024  # clusters whose rows are floats at once
 class SlotProduct:
     """Logits of states (k, D) in the order of the clusters, (k, C, n).
 
-    They are lazy, or computed by a thread beside the steps of the model, on a CPU whose BLAS numpy
-    beats.
+    They are lazy. On a CPU where numpy is faster than MLX's BLAS, a thread computes them beside the
+    steps of the model.
     """
 
     def __init__(self, head: FlashHead, hidden: mx.array):
@@ -85,8 +85,8 @@ class RoundedSums:
     head/dense_kernels.py.
 
     Attributes:
-        dtype: To which each addition is rounded.
-        added: Hidden values of a sum.
+        dtype: The dtype to which each addition is rounded.
+        added: The number of hidden values in a sum.
         group_size: Columns that share an offset.
         longest: Length of the longest row of offsets.
     """
@@ -114,10 +114,10 @@ class Rounding:
     Attributes:
         epsilon: Spacing of the logits' dtype, relative to a logit.
         longest: Length of the longest row, with its bias.
-        product: Of a logit of a product of several states, a share of the state's length times that
-            of the longest row.
-        scored: Likewise of a scored logit; 0 where it is the same number.
-        sums: What a state alone loses beside that.
+        product: How far a logit of a product of several states may lie: a share of the state's
+            length times the longest row's.
+        scored: Likewise for a scored logit; 0 where it is the same number.
+        sums: What the product of a single state loses in addition.
     """
 
     epsilon: float
@@ -154,13 +154,13 @@ def measure_rounding(head: FlashHead, dtype: mx.Dtype) -> dict[int, Rounding]:
     Evaluates, once for a head.
 
     A sum of D products in float32 lies within D·2^-24 of Σ|h·w| ≤ ‖h‖·‖w‖, in whichever order it is
-    made. To that come what MLX is known to round more coarsely (rows of few bits, which become 16
-    bits first; TF32; sums in parts; sums of hidden values), and what a few states show beyond it on
-    this machine, which counts four times.
+    made. MLX is known to round some products more coarsely, which is added: rows of few bits, which
+    become 16 bits first; TF32; sums in parts; sums of hidden values. If four times what a few
+    states show on this machine is more, that counts.
 
-    A scored logit has no tolerance where all of N_STATES·V scored logits are the dense ones to the
-    last bit, and the table of MLX's kernels gives no other reason for it than the same sums: of
-    rounded logits fewer would not show another order.
+    A scored logit has no tolerance if all N_STATES·V scored logits are the dense ones to the last
+    bit, and both are the same sums by the table of MLX's kernels. Fewer rounded logits would not
+    show another order of the sums.
 
     Source: Higham 2002, "Accuracy and stability of numerical algorithms", section 3.1.
 
@@ -178,7 +178,6 @@ def measure_rounding(head: FlashHead, dtype: mx.Dtype) -> dict[int, Rounding]:
 
 
 def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]]:
-    classes = _classes()
     hidden = mx.random.normal((CLASSES[-1], head.hidden_size), key=mx.random.key(0)).astype(dtype)
     states = [hidden[i : i + 1] for i in range(N_STATES)]
     alone = mx.concatenate([head.dense_logits(state) for state in states])
@@ -191,27 +190,43 @@ def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]
     sums = None
     if kernel is not None and kernel.added > 1 and product_dtype != mx.float32:
         sums = RoundedSums(product_dtype, kernel.added, rows.group_size, longest_offsets)
+    allowed = mx.zeros((N_STATES, 1))  # known roundings
+    if epsilon > IN_16_BITS:
+        allowed = ULPS * epsilon * mx.abs(alone).astype(mx.float32)
+    if sums is not None:
+        allowed = allowed + sums.tolerance(hidden[:N_STATES])[:, None]
     norms = mx.linalg.norm(hidden[:N_STATES].astype(mx.float32), axis=-1, keepdims=True)
-
-    def beyond(values: mx.array) -> float:
-        """The greatest distance from the dense logits beyond known roundings, times a margin."""
-        allowed = ULPS * epsilon * mx.abs(alone).astype(mx.float32) if epsilon > IN_16_BITS else 0.0
-        if sums is not None:
-            allowed = allowed + sums.tolerance(hidden[:N_STATES])[:, None]
-        distance = mx.abs(values.astype(mx.float32) - alone.astype(mx.float32)) - allowed
-        return MEASURED_TIMES * max(cast(float, mx.max(distance / (norms * longest)).item()), 0.0)
+    lengths = norms * longest
 
     in_float32 = 2 * (head.hidden_size + 1) * FLOAT32
     same = bool(mx.array_equal(scored, alone).item()) and (kernel is None or kernel.scored)
-    scored_share = 0.0 if same else max(in_float32, beyond(scored))
-    for size in classes:
+    scored_share = 0.0
+    if not same:
+        scored_share = max(in_float32, _share_beyond(allowed, scored, alone, lengths))
+    for size in _classes():
         starts = range(0, N_STATES, size)
         products = [SlotProduct(head, hidden[i : i + size]).result() for i in starts]
         slots = mx.concatenate(products)[:N_STATES].reshape(N_STATES, -1)
         together = mx.take(slots, head.clustered.slot_of, axis=-1)
         known = in_float32 + _coarser(rows, head.clustered.token_ids.size, product_dtype, size)
-        share = max(known, beyond(together))
+        share = max(known, _share_beyond(allowed, together, alone, lengths))
         yield size, Rounding(epsilon, longest, share, scored_share, sums)
+
+
+def _share_beyond(allowed: mx.array, logits: mx.array, alone: mx.array, lengths: mx.array) -> float:
+    """The greatest distance of logits beyond known roundings, with a margin.
+
+    Args:
+        allowed: (k, V) or (k, 1), how far known roundings may move the logits.
+        logits: (k, V).
+        alone: (k, V), the dense logits of each state alone.
+        lengths: (k, 1), products of the lengths of a state and of the longest row.
+
+    Returns:
+        A share of ``lengths``.
+    """
+    distance = mx.abs(logits.astype(mx.float32) - alone.astype(mx.float32)) - allowed
+    return MEASURED_TIMES * max(cast(float, mx.max(distance / lengths).item()), 0.0)
 
 
 def _classes() -> tuple[int, ...]:

@@ -48,12 +48,12 @@ def trust(sampler: Any, processors: Iterable[Processor] = ()) -> Trust:
 
 
 def keeps_margins(processor: Any) -> bool:
-    """Whether bounds of a logit are bounds after this processor, too."""
+    """Whether bounds of a logit are still bounds after this processor."""
     return marks_of(processor).preserves_margins or is_mlx_lm_processor(processor)
 
 
 def draw_settings(sampler: Any) -> DrawSettings | None:
-    """The settings that describe a sampler's draws; None where none do."""
+    """The settings that describe a sampler's draws; None if no settings do."""
     if sampler is None:
         return DrawSettings()
     if type(sampler) is Sampler:
@@ -88,13 +88,15 @@ class Sampler:
 
     def choose(self, logits: mx.array, seed: int, position: int) -> mx.array:
         """The token of a position: logits (1, V) → (1,) uint32. Lazy."""
-        logits, s = logits.astype(mx.float32), self.settings
+        logits = logits.astype(mx.float32)
+        s = self.settings
         if s.greedy:
             return mx.argmax(logits, axis=-1)
-        key, n_tokens = position_key(seed, position), logits.shape[-1]
+        key = position_key(seed, position)
         if self.plain:
             return draw_all(logits, [(s, key)])
-        # top-p and min-p, of which mlx-lm 0.31 cannot keep a least number, then XTC and top-k
+        n_tokens = logits.shape[-1]
+        # top-p, min-p (for which mlx-lm 0.31 cannot keep a least number), then XTC and top-k
         top_p = Draws.of([(DrawSettings(s.temperature, s.top_p), key)])
         kept = mx.where(logits >= threshold(logits, top_p), logits, -mx.inf)
         if s.min_p:
@@ -134,11 +136,11 @@ def make_sampler(
 ) -> Sampler:
     """Makes a sampler with the arguments of ``mlx_lm.sample_utils.make_sampler`` and a seed.
 
-    The ``seed`` is that of every text; by default each text has a new one, from MLX's random state.
+    Every text has this ``seed``; by default each gets a new one from MLX's random state.
 
     It draws from mlx-lm's distribution, with noise of its own: the same seed gives other tokens
-    than mlx-lm's sampler. Of equal logits at the end of a top-k all remain. Text with XTC, or min-p
-    with a least number of tokens, is decoded densely.
+    than mlx-lm's sampler. Top-k keeps all logits that equal the last one. Text with XTC, or with
+    min-p and a least number of tokens, is decoded densely.
 
     Raises:
         ValueError: If a value is out of its range.

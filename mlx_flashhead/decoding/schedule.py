@@ -16,12 +16,12 @@ FEW = 4  # tokens that may wait longer, on a machine that is slow to compute the
 
 
 class VerifySchedule:
-    """Has the pending tokens of some sequences verified, and accepts what is sure.
+    """Has the pending tokens of some sequences verified, and accepts up to the first rejected one.
 
     The first verifications come after few tokens, so that text begins to flow early.
 
     Args:
-        proposer: What proposed the tokens.
+        proposer: Has proposed the tokens.
         snapshot: Takes snapshots of the caches of some sequences as they are.
     """
 
@@ -31,16 +31,16 @@ class VerifySchedule:
         self._verification: Verification | None = None
         self._limit = proposer.policy.first_pending
         self._n_waiting = 0  # tokens that wait for a launch
-        self._risk = 0.0  # of these, in all
-        self._since = 0.0  # when the first of these was read
+        self._risk = 0.0  # the sum of their risks
+        self._since = 0.0  # when the first of them was read
         self._unjoined: list[PendingToken] = []
         self.n_verified = 0  # verifications that were read
-        self.joined: list[mx.array] = []  # of these, to be computed with the next step
+        self.joined: list[mx.array] = []  # of pending tokens, to be computed with the next step
 
     def step(self, sequences: list[Sequence]) -> None:
-        """Accepts what is sure after a step, which has read a token of each sequence.
+        """Accepts what is decided after a step, which has read a token of each sequence.
 
-        The caller rolls back the caches of sequences that have a rejected token then.
+        Afterwards the caller rolls back the caches of sequences with a rejected token.
         """
         self.joined = []
         verification = self._verification
@@ -78,7 +78,7 @@ class VerifySchedule:
                 self._accept()
 
     def forget(self, sequences: list[Sequence]) -> None:
-        """What is pending of some sequences is verified no more."""
+        """Verifies the pending tokens of some sequences no more."""
         if self._verification is not None:
             self._verification.forget(sequences)
         self._unjoined = [
@@ -129,7 +129,7 @@ class VerifySchedule:
         self._verification = Verification(self._proposer, sequences, snapshots)
 
     def _accept(self) -> None:
-        """Waits for the verification. A sequence that goes on has a snapshot of its launch."""
+        """Waits for the verification. A sequence that goes on keeps the snapshot of its launch."""
         verification = self._verification
         assert verification is not None
         self._verification = None

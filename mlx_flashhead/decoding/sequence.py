@@ -59,8 +59,8 @@ class Sequence:
         limit: Tokens after which it ends; -1 for no limit.
         tokens: Accepted ones of a text that is continued.
         uid: Its number in a batch.
-        ids_dtype: The dtype of the tokens that processors get; None for what mlx-lm's loop of one
-            text makes of the prompt's and the sampler's.
+        ids_dtype: The dtype of the tokens that processors get; None for the one that mlx-lm's loop
+            of one text makes of the prompt's and the sampler's.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class Sequence:
     def end_verified(self, why: str = CHANGED) -> None:
         """Has the normal (dense) head choose its tokens from now on, each function called once.
 
-        ``why`` is what is said of them.
+        ``why`` is the reason that callers are told.
         """
         self.why_dense = why
         self.trust = Trust.UNKNOWN
@@ -344,7 +344,7 @@ class Sequence:
         return self.pick(logits, logprobs, index), logprobs.squeeze(0)
 
     def extend(self, logits: mx.array) -> mx.array:
-        """The next token (1,), chosen by the model's logits (1, V), which is pending then."""
+        """Chooses the next token (1,) by the model's logits (1, V). It is pending then."""
         token, logprobs = self.choose(logits, self.n_chosen)
         self.pending.append(PendingToken(logprobs=logprobs if self.logprobs else None))
         return token

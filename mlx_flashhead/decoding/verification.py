@@ -10,7 +10,8 @@ import mlx.core as mx
 from ..head.clustered import in_token_order
 from ..head.draw import Draws, DrawSettings
 from ..head.flash_head import FlashHead
-from ..head.proposal import Proposal, Tolerance
+from ..head.logit_map import LogitMap
+from ..head.proposal import Proposal, Screen, Tolerance
 from .certainty import are_certain, is_certain_draw
 from .changes import after_changes, mask_array
 from .proposer import Proposer
@@ -29,7 +30,8 @@ class Verification:
     """
 
     def __init__(self, proposer: Proposer, sequences: list[Sequence], snapshots: list[Any]):
-        self._proposer, self._head = proposer, proposer.head
+        self._proposer = proposer
+        self._head = proposer.head
         self.snapshots = dict(zip(sequences, snapshots, strict=True))
         self.counts = {sequence: sequence.n_read for sequence in sequences}
         rows: list[Row] = [
@@ -38,11 +40,11 @@ class Verification:
             for i in range(n)
             if sequence.pending[i].proposal is not None
         ]
-        # those first that a kernel screens, by the head's logits alone
+        # first the rows that a kernel screens, by the head's logits alone
         self._rows = sorted(rows, key=lambda row: proposer.needs_logits(row[0]))
         self._product: SlotProduct | None = None
         self._certain: mx.array | None = None  # whether each row's token is the dense choice, lazy
-        self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # those in doubt
+        self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # of rows in doubt
         if rows:
             proposer.n_verifications += 1
             self._proposal = join(self._head, [pending for _, pending, _ in self._rows])
@@ -59,33 +61,14 @@ class Verification:
 
     def _screen(self) -> None:
         """Judges the rows by the product, as soon as it is there."""
-        proposer, product = self._proposer, cast(SlotProduct, self._product)
-        slots, self._product = product.result(), None
-        draws = [sequence.draw_at(index) for sequence, _, index in self._rows]
+        slots = cast(SlotProduct, self._product).result()
+        self._product = None
         tolerance = self._rounding.tolerance(self._proposal.hidden, self._head.steps)
-        logit_map = proposer.logit_map
-        by_logits = [proposer.needs_logits(sequence) for sequence, *_ in self._rows]
-        n, certain = by_logits.count(False), []
+        needs_logits = [self._proposer.needs_logits(sequence) for sequence, *_ in self._rows]
+        n = needs_logits.count(False)
+        certain = []
         if n:
-            assert logit_map is not None
-            greedy = all(settings.greedy for settings, _ in draws[:n])
-            screened = _rows_of(self._proposal, slice(n))
-            of_rows = _tolerance_of(tolerance, slice(n))
-            if self._rounding.scored:
-                changes = [sequence.changes for sequence, *_ in self._rows[:n]]
-                epsilon = self._rounding.epsilon
-                scored = after_changes(of_rows.scored, screened.logits, changes, epsilon)
-                of_rows = of_rows._replace(scored=scored)
-            screen = self._head.steps.screen(
-                slots[:n],
-                screened,
-                None if greedy else Draws.of(draws[:n]),
-                of_rows,
-                self._rounding.epsilon,
-                logit_map,
-                mask_array([pending.allowed for _, pending, _ in self._rows[:n]]),
-            )
-            certain.append(screen.certain)
+            certain.append(self._screened(slots[:n], _tolerance_of(tolerance, slice(n))))
         if n < len(self._rows):
             certain += self._judged_by_logits(
                 n, slots[n:], _tolerance_of(tolerance, slice(n, None))
@@ -97,6 +80,36 @@ class Verification:
                 logits = sequence.process(logits, sequence.context(index))
                 pending.logprobs = normalized(logits)[0]
         mx.async_eval(self._certain)
+
+    def _screened(self, slots: mx.array, tolerance: Tolerance) -> mx.array:
+        """Judges the first rows, whose choices the head's logits alone decide.
+
+        Args:
+            slots: Their logits (k, C, n).
+            tolerance: Their tolerance.
+
+        Returns:
+            (k,) bool, whether each row is certain.
+        """
+        rows = self._rows[: len(slots)]
+        proposal = _rows_of(self._proposal, slice(len(slots)))
+        draws = [sequence.draw_at(index) for sequence, _, index in rows]
+        greedy = all(settings.greedy for settings, _ in draws)
+        epsilon = self._rounding.epsilon
+        if self._rounding.scored:
+            changes = [sequence.changes for sequence, *_ in rows]
+            scored = after_changes(tolerance.scored, proposal.logits, changes, epsilon)
+            tolerance = tolerance._replace(scored=scored)
+        screen: Screen = self._head.steps.screen(
+            slots,
+            proposal,
+            None if greedy else Draws.of(draws),
+            tolerance,
+            epsilon,
+            cast(LogitMap, self._proposer.logit_map),
+            mask_array([pending.allowed for _, pending, _ in rows]),
+        )
+        return screen.certain
 
     def _judged_by_logits(
         self, first: int, slots: mx.array, tolerance: Tolerance
@@ -148,14 +161,14 @@ class Verification:
     def _bounds(
         self, slots: mx.array, own: Proposal, tolerance: Tolerance, sign: float
     ) -> mx.array:
-        """The model's logits (k, V) where the head's lie off by ``sign`` tolerances.
+        """The model's logits (k, V) if the head's are off by ``sign`` tolerances.
 
-        Rounding to their dtype keeps an order, so that bounds of rounded logits are such.
+        Rounding to their dtype keeps their order, so that these are bounds of rounded logits, too.
 
         Args:
-            slots: (k, C, n).
-            own: Of k rows, whose logits take the places of the scored ones.
-            tolerance: Of k rows.
+            slots: The head's logits (k, C, n).
+            own: The proposal of k rows; its logits take the places of the scored ones.
+            tolerance: The tolerance of k rows.
             sign: -1 for the lowest logits, 1 for the highest ones.
         """
         logit_map = self._proposer.logit_map
@@ -184,14 +197,14 @@ class Verification:
         return self._proposer.model_logits(logits)
 
     def forget(self, sequences: list[Sequence]) -> None:
-        """What was launched for these is of no use any more."""
+        """Drops what was launched for some sequences."""
         for sequence in sequences:
             self.snapshots.pop(sequence, None)
 
     def accept(self, sequence: Sequence) -> None:
         """Waits for the verification and accepts the sequence's tokens up to a rejected one.
 
-        The dense choice takes the place of that one. Nothing is pending any more then.
+        The dense choice takes its place, and nothing is pending any more.
         """
         if self._product is not None:
             self._screen()
@@ -213,15 +226,17 @@ class Verification:
     def _decide(self) -> None:
         """Decides all rows that are in doubt by the dense logits of their own states."""
         certain = cast(list[bool], cast(mx.array, self._certain).tolist())
-        self._certain, chosen = None, {}
+        self._certain = None
+        chosen = {}
         for (sequence, pending, index), is_certain in zip(self._rows, certain, strict=True):
             if not is_certain and sequence in self.snapshots:
-                proposal, row = cast(Proposal, pending.proposal), pending.row
-                logits = self._proposer.dense_row(proposal.hidden[row : row + 1])
+                proposal = cast(Proposal, pending.proposal)
+                hidden = proposal.hidden[pending.row : pending.row + 1]
+                logits = self._proposer.dense_row(hidden)
                 chosen[pending] = sequence.choose(logits, index)
         mx.eval([token for token, _ in chosen.values()])
         for pending, (token, logprobs) in chosen.items():
-            self._choices[pending] = cast(int, token.item()), logprobs
+            self._choices[pending] = (cast(int, token.item()), logprobs)
 
 
 def join(head: FlashHead, pending: list[PendingToken]) -> Proposal:
@@ -235,7 +250,8 @@ def join(head: FlashHead, pending: list[PendingToken]) -> Proposal:
     tokens = [cast(int, each.token) for each in pending]
     joined = head.joined([*proposals.values()], rows, tokens)
     for row, each in enumerate(pending):
-        each.proposal, each.row = joined, row
+        each.proposal = joined
+        each.row = row
     return joined
 
 

@@ -21,9 +21,13 @@ from .clustered import ALWAYS_PROBED, ClusteredRows
 ADJUST_HEAD = 3  # words of a row before its tokens'
 ADJUST_TOKEN = 3  # words of a token: its id, the bits of its bias, how it occurs
 
-REPEATED, PRESENT, OCCURS = 1, 2, 4
-# Tokens of a row are filled up to a multiple, since proposals of as many probes can be joined, and
-# each other number is traced anew: up to FEW_TOKENS to a small one, as each place costs a cluster.
+# How a token occurs: two bits, and a count above them.
+REPEATED = 1
+PRESENT = 2
+OCCURS = 4
+# The tokens of a row are filled up to a multiple: only proposals with the same number of probes can
+# be joined, and each new number is traced anew. Up to FEW_TOKENS the multiple is small, since each
+# place costs a cluster.
 TOKENS_MULTIPLE = 32
 FEW_TOKENS = 64
 FEW_MULTIPLE = 8
@@ -38,9 +42,9 @@ class ChangedTokens:
     Attributes:
         repetition, presence, frequency: The penalties; 1, 0 and 0 for none.
         biases: By token.
-        repeated, present: Tokens that these penalties count, but the latest one if that is not read
-            yet. A token may be there more than once.
-        occurrences: How often each occurs that the frequency penalty counts, likewise.
+        repeated, present: Tokens that these penalties count, without the latest one if it is not
+            read yet. A token may be there more than once.
+        occurrences: How often each token occurs that the frequency penalty counts, likewise.
     """
 
     repetition: float = 1.0
@@ -53,7 +57,7 @@ class ChangedTokens:
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """All tokens that change, but the latest one if that is not read yet."""
+        """All tokens that change, without the latest one if it is not read yet."""
         if self.alike:
             return self.repeated or self.present
         return sorted({*self.biases, *self.repeated, *self.present, *self.occurrences})
@@ -76,7 +80,7 @@ class Adjustment(NamedTuple):
 
     words: mx.array  # (R, ADJUST_HEAD + ADJUST_TOKEN·K) uint32; metal/flash_head/adjust.h has them
     latest: mx.array  # (R,) uint32, the latest token, which may not be computed yet; V for none
-    # of a token, with the latest one, or more; 0 without a frequency penalty
+    # as often as a token occurs, with the latest one, or more; 0 without a frequency penalty
     most_occurrences: int
     # Whether all tokens of a row change by the same steps, the latest one too: no id is V then.
     alike: bool = False
@@ -128,7 +132,7 @@ def _filled_up(number: int, multiple: int) -> int:
 def _write(
     row: np.ndarray, change: ChangedTokens, token_ids: Sequence[int], vocab_size: int
 ) -> None:
-    """Writes a row's words, of the tokens that change. The last one is repeated to the end."""
+    """Writes a row's words for the tokens that change. The last one is repeated to the end."""
     penalties = [change.repetition, change.presence, change.frequency]
     row[:ADJUST_HEAD] = np.array(penalties, np.float32).view(np.uint32)
     tokens = row[ADJUST_HEAD:].reshape(-1, ADJUST_TOKEN)
@@ -165,7 +169,8 @@ class _Tokens(NamedTuple):
 def _unpacked(adjustment: Adjustment, vocab_size: int) -> _Tokens:
     words = adjustment.words
     tokens = words[:, ADJUST_HEAD:].reshape(len(words), -1, ADJUST_TOKEN)
-    ids, latest = tokens[..., 0], adjustment.latest[:, None]
+    ids = tokens[..., 0]
+    latest = adjustment.latest[:, None]
     is_latest = ids == latest
     counts = mx.where(is_latest, (tokens[..., 2] | REPEATED | PRESENT) + OCCURS, tokens[..., 2])
     # a place of its own, unless it is one of the others
@@ -180,12 +185,12 @@ def _unpacked(adjustment: Adjustment, vocab_size: int) -> _Tokens:
 
 
 def probed_for(scores: mx.array, adjustment: Adjustment, clustered: ClusteredRows) -> mx.array:
-    """The scores (R, C), so high for the clusters of tokens that change that these are probed."""
+    """The scores (R, C), raised for the clusters of tokens that change, so that they are probed."""
     clusters = _slots(adjustment, clustered) // clustered.cluster_size
     always = mx.array(ALWAYS_PROBED, mx.float32)
     if adjustment.alike:
         return mx.put_along_axis(scores, clusters, always, axis=-1)
-    # those of no token are beside all others
+    # a place without a token raises a column that is cut off
     padded = mx.concatenate([scores, mx.zeros((len(scores), 1))], axis=-1)
     clusters = mx.where(_ids(adjustment) < clustered.vocab_size, clusters, clustered.n_clusters)
     return mx.put_along_axis(padded, clusters, always, axis=-1)[:, :-1]
@@ -248,7 +253,8 @@ def _finite(logits: mx.array) -> mx.array:
 
 def _changed(logits: mx.array, tokens: _Tokens, most_occurrences: int) -> mx.array:
     """The logits (R, K) of the tokens by the steps of mlx-lm, in their dtype."""
-    dtype, counts = logits.dtype, tokens.counts
+    dtype = logits.dtype
+    counts = tokens.counts
     repetition, presence, frequency = mx.split(tokens.penalties.astype(dtype), 3, axis=1)
     logits = logits + tokens.biases.astype(dtype)
     repeated = mx.where(logits < 0, logits * repetition, logits / repetition)

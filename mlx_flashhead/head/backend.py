@@ -11,11 +11,12 @@ import mlx.core as mx
 
 from .clustered import ClusteredRows, in_token_order
 from .draw import gpu_is_default
+from .kernel_inputs import MIN_PROBES
 from .kernel_text import FEWER_THREADS
-from .kernels import MIN_PROBES, MetalSteps
 from .logit_map import IDENTITY, LogitMap
 from .lowest_kept import use_kernel
 from .matrix import Matrix
+from .metal_steps import MetalSteps
 from .proposal import Selection
 from .steps import PortableSteps
 from .trial import find_trouble
@@ -177,7 +178,7 @@ def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
     parts = []
     for start in range(0, n_clusters, size):
         first = min(start, n_clusters - size)
-        # fewer than MIN_PROBES would be another kernel
+        # fewer than MIN_PROBES would need another kernel
         clusters = mx.arange(first, first + max(size, MIN_PROBES), dtype=mx.uint32)
         selection = Selection(mx.minimum(clusters, n_clusters - 1)[None])
         parts.append(steps.score(hidden, selection).logits[:, start - first : size])
@@ -186,9 +187,9 @@ def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
 
 
 def scored_logits_agree(steps: PortableSteps, dtype: mx.Dtype) -> float:
-    """Returns the share of all V logits that the scores give as MLX's product does.
+    """Returns the share of the V logits that scoring gives like MLX's product with one state.
 
-    The product is that with one state, and the logits must agree to the last bit. Evaluates.
+    They must agree to the last bit. Evaluates.
     """
     width = steps.clustered.rows.hidden_size
     hidden = mx.random.normal((1, width), key=mx.random.key(1)).astype(dtype)

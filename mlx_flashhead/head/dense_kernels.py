@@ -1,8 +1,8 @@
 """Which of MLX's Metal kernels multiplies one state by a head's rows, by MLX's version.
 
 A doubt is decided by the sums that mlx-lm's own head would make, and the kernel that scores rows
-adds in the order of MLX's. Both rest on this table, of rows (V, D) in few bits, with a block of
-32 lanes times two packs of columns (one of 1 and 2 bits):
+adds in the order of MLX's. Both rest on this table for rows (V, D) in few bits. A block is 32 lanes
+times two packs of columns (times one pack for 1 and 2 bits).
 
 | MLX              | D is 64 or 128; 1, 2, 4, 8 bits | D is whole blocks           | others |
 |------------------|---------------------------------|-----------------------------|--------|
@@ -10,14 +10,14 @@ adds in the order of MLX's. Both rest on this table, of rows (V, D) in few bits,
 | 0.32.4           | qmv_quad                        | qmv_fast                    | qmv    |
 
 qmv_fast gives a lane two packs at once, qmv one. Affine rows need the sum of the hidden values that
-share an offset: up to 0.32.3 four of them (eight of 3 and 5 bits, one of 8) are added in the dtype
-of the product, from 0.32.4 on in float32 (but for 1 bit, which is new). Floats are multiplied by
-gemv in all versions.
+share an offset: up to 0.32.3 four of them (eight for 3 and 5 bits, one for 8) are added in the
+dtype of the product, from 0.32.4 on in float32 (but for 1 bit, which is new). Floats are multiplied
+by gemv in all versions.
 
-Source: MLX's mlx/backend/metal, of 0.32.1: `qmv` and `qmv_fast_k_alignment` (quantized.cpp, lines
+Source: MLX's mlx/backend/metal in 0.32.1: `qmv` and `qmv_fast_k_alignment` (quantized.cpp, lines
     484 and 147), `dispatch_qmv` and `qmm_splitk` there, `gemv_axbpy` (matmul.cpp); kernels/
-    quantized.h, `load_vector` (line 28), `qmv_fast_impl` and `qmv_impl`, of 0.32.1 to 0.32.4;
-    kernels/fp_quantized.h. Of 0.32.3 and 0.32.4 the kernels' names in the library of the wheel.
+    quantized.h, `load_vector` (line 28), `qmv_fast_impl` and `qmv_impl` in 0.32.1 to 0.32.4;
+    kernels/fp_quantized.h. For 0.32.3 and 0.32.4 the names of kernels in the wheel's library.
 """
 
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ from .matrix import Matrix
 
 LANES = 32
 ROWS_AT_ONCE = 8  # of a threadgroup of qmv and qmv_fast
-# Columns of a pack, where it is no word of 32 bits.
+# Columns of a pack, by bits, where a pack is not a word of 32 bits.
 PACKS = {3: 8, 5: 8, 6: 4}
 QUAD_WIDTHS = (64, 128)
 QUAD_BITS = (1, 2, 4, 8)
 # The first version whose qmv_fast takes any number of rows, and adds hidden values in float32.
 ANY_ROWS = (0, 32, 4)
-# Parts of a sum of several states, of rows up to 0.32.3: about this many threadgroups are wanted.
+# Up to 0.32.3 MLX cuts the sums of several states into parts, for about this many threadgroups.
 SPLIT_GROUPS = 512
 SPLIT_TILE = 32  # rows, columns and states
 
@@ -44,8 +44,8 @@ class DenseKernel:
     """How one state is multiplied by rows.
 
     Attributes:
-        name: Of MLX's kernel, with what changes its order of sums.
-        packs: Packs of a row that a lane takes at once; 0 of floats.
+        name: The name of MLX's kernel, with what changes its order of sums.
+        packs: Packs of a row that a lane takes at once; 0 for floats.
         added: Hidden values that are added up in the dtype of the product; 1 where they are added
             in float32, or not at all.
         scored: Whether the kernel that scores rows adds in the same order.

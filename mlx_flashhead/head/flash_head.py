@@ -24,9 +24,9 @@ from .backend import (
 )
 from .clustered import Centroids, ClusteredRows
 from .draw import Draws, DrawSettings, gpu_is_default
-from .kernels import MetalSteps
 from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
+from .metal_steps import MetalSteps
 from .proposal import Candidates, Proposal, Rows, Selection
 from .steps import NO_DEPTH, Risk
 

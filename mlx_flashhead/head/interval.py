@@ -28,16 +28,16 @@ class Interval(NamedTuple):
 
     @property
     def even(self) -> bool:
-        """Whether all logits of a state may be off as far."""
+        """Whether all logits of a state may be equally far off."""
         return self.off.size == len(self.logits)
 
     def map(self, take: Callable[[mx.array], mx.array]) -> "Interval":
-        """Some of the logits (k, K), as ``take`` picks them of an array."""
+        """Some of the logits (k, K), as ``take`` picks them from an array."""
         off = self.off.reshape(-1, 1) if self.even else take(self.off)
         return Interval(take(self.logits), off)
 
     def masses(self) -> tuple[mx.array, mx.array]:
-        """The least and the most of the log of the summed exponentials: (k, 1) each."""
+        """The least and the greatest log of the summed exponentials: (k, 1) each."""
         if self.even:
             mass = log_mass(self.logits.flatten(1))
             off = self.off.reshape(-1, 1)

@@ -61,17 +61,18 @@ threadgroup atomic<uint> marks[flash_head::SCREEN_CLUSTERS / 32];
 threadgroup uint place[1];
 threadgroup float shared[flash_head::TALLY * flash_head::WIDE_SIMDGROUPS];
 flash_head::screen<C, N, V, PADDED, MASKED, {LOGIT_MAP}>(
-    slots, probes, token_ids, slot_of, logits, tokens, settings, keys, room, scored_room, relative,
-    allowed, parts, marks, place, shared, logits_shape[1], threadgroups_per_grid.x,
-    threadgroup_position_in_grid, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
-    thread_index_in_simdgroup);
+    slots, probes, token_ids, slot_of, logits, tokens, settings, keys, product_tolerance,
+    scored_tolerance, relative, allowed, parts, marks, place, shared, logits_shape[1],
+    threadgroups_per_grid.x, threadgroup_position_in_grid, thread_index_in_threadgroup,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """
 CERTAIN_BODY = f"""
 threadgroup float shared[(flash_head::TALLY + 2) * flash_head::ROW_SIMDGROUPS];
 flash_head::certain<N, V, {LOGIT_MAP}, T>(
-    parts, probes, token_ids, logits, tokens, settings, top_k, keys, room, scored_room, relative,
-    epsilon, sure, known, shared, logits_shape[1], parts_shape[1], threadgroup_position_in_grid.y,
-    thread_index_in_threadgroup, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    parts, probes, token_ids, logits, tokens, settings, top_k, keys, product_tolerance,
+    scored_tolerance, relative, epsilon, sure, known, shared, logits_shape[1], parts_shape[1],
+    threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
+    thread_index_in_simdgroup);
 """
 ADJUST_BODY = """
 flash_head::adjust<N, V, T>(
@@ -113,8 +114,8 @@ def part(name: str) -> str:
     return (folder / "metal" / "flash_head" / f"{name}.h").read_text(encoding="utf-8")
 
 
-# Threads of a threadgroup of the kernels that have one for each position, and where a pipeline
-# allows no more.
+# Threads of a threadgroup in kernels with one threadgroup a position; fewer where a pipeline allows
+# no more.
 ROW_THREADS = 512
 FEWER_THREADS = 256
 
@@ -127,7 +128,7 @@ def header(*names: str, row_threads: int = ROW_THREADS) -> str:
     kernel (docs/speed.md).
 
     Args:
-        names: Of the files, without those that all need.
+        names: The files, without those that all kernels need.
         row_threads: Threads of a kernel with one threadgroup a position.
     """
     text = "\n".join(map(part, ("constants", "values", "logit_map", *names)))

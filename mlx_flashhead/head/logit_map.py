@@ -82,7 +82,7 @@ class LogitMap:
     def template(self, dtype: mx.Dtype) -> dict[str, Any]:
         """Returns the template arguments of a kernel for logits of ``dtype``.
 
-        Numbers are their float32's bits, and 0 is a step left out.
+        A number is given by its bits as a float32; 0 leaves its step out.
         """
         mapped = self.result_dtype(dtype)
 
@@ -102,9 +102,9 @@ IDENTITY = LogitMap()
 
 
 def fit_logit_map(function: Function, dtype: mx.Dtype) -> LogitMap | None:
-    """Finds the map that ``function`` is for logits of ``dtype``.
+    """Finds the map that does what ``function`` does to logits of ``dtype``.
 
-    It is so to the last bit of N_VALUES logits. Evaluates.
+    They agree to the last bit for N_VALUES logits. Evaluates.
 
     Returns:
         The map, or None if the function has another form.

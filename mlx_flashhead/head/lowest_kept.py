@@ -1,9 +1,9 @@
 """The lowest logit of a row that top-p, min-p and top-k keep, in one kernel.
 
-A GPU's partition sorts all logits, in milliseconds.
+MLX's partition would sort all logits on a GPU, which takes milliseconds.
 
-It belongs to no head, so it is used in the whole process once a head on the kernels was installed,
-which tries it, and no longer once one takes MLX's operations.
+The kernel belongs to no head. The whole process uses it once a head on the kernels is installed,
+which tries it, and no longer once a head takes MLX's operations.
 """
 
 from collections.abc import Callable

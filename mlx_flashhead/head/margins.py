@@ -2,8 +2,8 @@
 
 A choice is certain if it stays the same whatever the numbers are within these margins. So a margin
 that is too small can change a text, and one that is too large costs time alone. The kernels have
-those of their own functions in ``metal/flash_head/screen.h`` and ``logit_map.h``, with the same
-values; ``tests/head/test_margins.py`` compares them.
+those of their own functions in ``tally.h``, ``certain.h`` and ``logit_map.h`` of
+``metal/flash_head/``, with the same values; ``tests/head/test_margins.py`` compares them.
 """
 
 import mlx.core as mx

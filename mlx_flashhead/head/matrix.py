@@ -1,4 +1,4 @@
-"""A stored matrix, dense or quantized: the formats, a row each in a table, and its operations."""
+"""A stored matrix, dense or quantized: the table of formats, and its operations."""
 
 import hashlib
 from collections.abc import Callable
@@ -168,7 +168,7 @@ class Matrix:
     def in_float16(self) -> "Matrix | None":
         """Returns the same quantized rows with float16 scales, or None. Evaluates.
 
-        It is None where a value would change, and for floats, which would be a second copy.
+        It is None where a value would change, and for floats, which would be stored twice.
         """
         if self.biases is None:
             return None

@@ -21,6 +21,7 @@ in that order.
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import mlx.core as mx
 
 from .draw import Draws, DrawSettings
 from .flash_head import FlashHead
-from .kernels import MetalSteps
+from .metal_steps import MetalSteps
 from .short_inputs import HELD
 
 METADATA_KEY = "flash_head"
@@ -62,48 +63,15 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
     counts = mx.zeros((HELD, 2), mx.uint32)
     draws = Draws((DrawSettings(1.0),), (mx.zeros((HELD, 3)), counts[:, 0], counts))
     rows = clustered.rows.arrays()
-    # what a program has, and what it computes: all other arrays that a launch reads are the file's
-    others = {
+    computed = {
         "hidden": hidden,
         **dict(zip(("settings", "top_k", "keys"), draws.held, strict=True)),
     }
-    others |= {f"rows_{name}": array for name, array in rows.items()}
+    computed |= {f"rows_{name}": array for name, array in rows.items()}
     centroids = clustered.centroids.matrix.arrays()
-    arrays = {f"centroids_{name}": array for name, array in centroids.items()}
-    launches: dict[str, dict[str, Any]] = {}
-
-    def name_of(array: mx.array, input_name: str) -> str:
-        known = next((name for name, each in (others | arrays).items() if each is array), None)
-        if known is None:
-            arrays[input_name] = array
-        return known or input_name
-
-    def kernel(**texts: Any) -> Callable[..., list[mx.array]]:
-        """Writes the launches down in place of ``mx.fast.metal_kernel``, and runs nothing."""
-
-        def launch(**call: Any) -> list[mx.array]:
-            shapes = call["output_shapes"]
-            dtypes = call["output_dtypes"]
-            launches[texts["name"]] = {
-                "name": texts["name"],
-                "inputNames": texts["input_names"],
-                "outputNames": texts["output_names"],
-                "source": texts["source"],
-                "header": texts["header"],
-                "arrays": list(map(name_of, call["inputs"], texts["input_names"])),
-                "template": [{"name": k, "value": item} for k, item in call["template"]],
-                "grid": call["grid"],
-                "threadGroup": call["threadgroup"],
-                "outputShapes": shapes,
-                "outputDTypes": dtypes,
-            }
-            results = [mx.zeros(*each) for each in zip(shapes, dtypes, strict=True)]
-            others.update(zip(texts["output_names"], results, strict=True))
-            return results
-
-        return launch
-
-    steps = MetalSteps(clustered, kernel)
+    stored = {f"centroids_{name}": array for name, array in centroids.items()}
+    recorder = _Recorder(stored, computed)
+    steps = MetalSteps(clustered, recorder.metal_kernel)
     scores = steps.route(hidden)
     selection = steps.select(scores, n_probes)
     steps.expand(scores, selection, steps.score(hidden, selection))
@@ -120,8 +88,58 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
         "limit": head.n_clusters // n_probes,
         "logits": [f"flash_head_{step}" for step in ("route", "select_words", "score", "expand")],
         "tokens": [f"flash_head_{step}" for step in ("route", "select", "score", "sample")],
-        "launches": launches,
+        "launches": recorder.launches,
     }
     text = json.dumps(plan, default=lambda dtype: str(dtype).removeprefix("mlx.core."))
-    mx.save_safetensors(str(path), arrays, {METADATA_KEY: text})
-    return arrays
+    mx.save_safetensors(str(path), recorder.stored, {METADATA_KEY: text})
+    return recorder.stored
+
+
+class _Recorder:
+    """Writes launches down in place of ``mx.fast.metal_kernel``, and runs nothing.
+
+    Args:
+        stored: Arrays of the file, by name.
+        computed: Arrays that the program has or computes.
+
+    Attributes:
+        stored: The arrays of the file: those, and all others that a launch reads.
+        launches: The launches, by name.
+    """
+
+    def __init__(self, stored: dict[str, mx.array], computed: dict[str, mx.array]):
+        self.stored = stored
+        self.launches: dict[str, dict[str, Any]] = {}
+        self._computed = computed
+
+    def metal_kernel(self, **kernel: Any) -> Callable[..., list[mx.array]]:
+        """Takes the arguments of ``mx.fast.metal_kernel``; the result records its calls."""
+        return partial(self._record, kernel)
+
+    def _record(self, kernel: dict[str, Any], **call: Any) -> list[mx.array]:
+        shapes = call["output_shapes"]
+        dtypes = call["output_dtypes"]
+        self.launches[kernel["name"]] = {
+            "name": kernel["name"],
+            "inputNames": kernel["input_names"],
+            "outputNames": kernel["output_names"],
+            "source": kernel["source"],
+            "header": kernel["header"],
+            "arrays": list(map(self._name_of, call["inputs"], kernel["input_names"])),
+            "template": [{"name": name, "value": value} for name, value in call["template"]],
+            "grid": call["grid"],
+            "threadGroup": call["threadgroup"],
+            "outputShapes": shapes,
+            "outputDTypes": dtypes,
+        }
+        results = [mx.zeros(*each) for each in zip(shapes, dtypes, strict=True)]
+        self._computed.update(zip(kernel["output_names"], results, strict=True))
+        return results
+
+    def _name_of(self, array: mx.array, input_name: str) -> str:
+        """The name of an array in the plan; one that is not known yet is stored."""
+        for name, known in (self._computed | self.stored).items():
+            if known is array:
+                return name
+        self.stored[input_name] = array
+        return input_name

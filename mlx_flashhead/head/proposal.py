@@ -46,11 +46,11 @@ class Screen(NamedTuple):
 
 
 class Tolerance(NamedTuple):
-    """How far a logit x of the head may lie from what its state alone has, before it is mapped."""
+    """How far a logit x of the head may lie from the product of its state alone, before any map."""
 
-    product: mx.array  # (k,) float32, for the product of k states
+    product: mx.array  # (k,) float32, for a logit of the product of k states
     scored: mx.array  # (k,) float32, for a scored logit; 0 where it is the same number
-    # and of both, but for a scored logit that is the same, this share of |x|: a rounding to 16 bits
+    # in addition a share of |x|, for the rounding to 16 bits; not where ``scored`` is 0
     relative: float = 0.0
 
 

@@ -1,6 +1,6 @@
 """Which proposals of k states are the dense choice for sure, in plain MLX operations.
 
-The logits of all slots decide it. ``metal/flash_head/screen.h`` has the rules, and the same as a
+The logits of all slots decide it. ``metal/flash_head/certain.h`` has the rules, and the same as a
 kernel.
 
 Every logit lies within a tolerance. A token is certain if it is the choice whatever the logits are
@@ -22,7 +22,7 @@ from .proposal import Proposal, Screen, Tolerance
 
 LIKELY_NOISE = 11.0  # one in e^11 tokens has more
 MOST_NATS = 80.0  # the exponential of more is infinite
-NEAREST = 1024  # clusters that were not scored, of whose tokens the noise is computed for filters
+NEAREST = 1024  # clusters not scored whose noise is computed if filters leave tokens out
 
 
 def screen(
@@ -151,8 +151,8 @@ def _greedy_is_certain(
 ) -> mx.array:
     """Returns whether the token's logit is above every other: (k, 1) bool.
 
-    The rounding of log-probabilities, whose spacing is ``epsilon``, must merge it with none.
-    ``bound`` is the most mass of the tokens that were not scored.
+    Log-probabilities have the relative spacing ``epsilon``, and rounding must not make it equal to
+    another. ``bound`` is the greatest mass that the tokens not scored may have.
     """
     second_high = scored.second.high
     most = mx.logaddexp(log_mass(scored.all.logits), bound)
@@ -173,8 +173,8 @@ def _noise_is_certain(
 ) -> mx.array:
     """Returns whether no other token can be drawn by noise than the proposed one: (k,) bool.
 
-    None can if the filters keep the token, and no other that they may keep can have a higher noisy
-    logit.
+    It is so if the filters keep the token, and no other token that they may keep can have a higher
+    noisy logit.
     """
     inverse = draws.inverse
     top_p = draws.top_p
@@ -190,7 +190,7 @@ def _noise_is_certain(
     high = scored.rest.high
     n_rivals = (unscored.high > floor[..., None]).sum(axis=(1, 2))[:, None]
     above = mx.where(high > floor, mx.exp(high - own), 0).sum(axis=-1, keepdims=True)
-    # of the others their number times the best of them
+    # for the others: their number times the best of them
     above = above + n_rivals * mx.exp(mx.minimum(best_high - own, MOST_NATS))
     n_above = (high > floor).sum(axis=-1, keepdims=True) + n_rivals
     kept = (top_p >= 1) | (above < top_p * least * (1 - MASS_MARGIN))

@@ -430,7 +430,7 @@ class PortableSteps:
         """Which proposals of k states are the dense choice for sure, by the logits of all slots.
 
         Greedy: the token's logit is above every other. Drawn: the filters keep the token, and no
-        other that they may keep can have a higher noisy logit. metal/flash_head/screen.h has the
+        other that they may keep can have a higher noisy logit. metal/flash_head/certain.h has the
         rules.
 
         Args:

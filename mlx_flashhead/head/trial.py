@@ -12,9 +12,9 @@ import mlx.core as mx
 
 from .adjustment import Adjustment, ChangedTokens
 from .draw import Draws, DrawSettings, log_mass, position_key, threshold
-from .kernels import MetalSteps
 from .logit_map import LogitMap
 from .lowest_kept import NAME, lowest_kept
+from .metal_steps import MetalSteps
 from .proposal import Candidates, Proposal, Selection, Tolerance
 from .steps import PortableSteps, unscored
 
@@ -79,7 +79,7 @@ def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | 
     if not mx.isfinite(found).all().item():
         return "returns values that are not finite"
     worst = float((mx.abs(found - expected) - tolerance * mx.abs(expected)).max())
-    # the median magnitude, since always probed clusters have huge values
+    # the median magnitude, since clusters that are always probed have huge values
     if worst > tolerance * float(mx.median(mx.abs(expected))):
         return f"differs from MLX's own operations by {worst:.3g}"
     return None
@@ -145,7 +145,7 @@ class _Trial:
         yield from self._screen(proposal._replace(logits=masked), self._allowed(token))
 
     def _once(self, selection: Selection, candidates: Candidates) -> tuple[Selection, Candidates]:
-        """Each probe once: the kernels repeat the last one where there are fewer than they hold."""
+        """Each probe once: the kernels repeat the last one where they hold more than there are."""
         probes = selection.probes[:, : self._n_probes]
         logits = candidates.logits[:, : self._n_probes]
         left = cast(mx.array, selection.unscored)[:, :2]

@@ -68,7 +68,7 @@ class _Private:
                 raise AttributeError(self._name)
             return self._of_class
         if sys._getframe(1).f_code.co_filename != _mlx_lm_file:
-            seen = generator._looked_at(self._name)
+            seen = generator._flash.looked_at(self._name)
             if seen is not None:
                 return seen
         values = vars(generator)
@@ -80,8 +80,130 @@ class _Private:
 
     def __set__(self, generator: Any, value: Any) -> None:
         if sys._getframe(1).f_code.co_filename != _mlx_lm_file:
-            generator._looked_at(self._name)
+            generator._flash.looked_at(self._name)
         vars(generator)[self._name] = value
+
+
+class _Handover:
+    """Which batch decodes the texts of a generator: ours where all is recognised, or mlx-lm's own.
+
+    It holds no generator, which would then live on until the garbage is collected.
+
+    Args:
+        use_of: What is said of a model's texts; None for a model that is not recognised.
+        is_untouched: Whether the class of a generator is as :func:`batch_class` has made it.
+
+    Attributes:
+        changed: Whether a program has changed private attributes, or looked at them.
+        verified: What decodes in the generator's place; None if mlx-lm's own does.
+        own: The texts that mlx-lm decodes beside those of ``verified``.
+    """
+
+    def __init__(
+        self, use_of: Callable[[Any], Use | None], is_untouched: Callable[[Any], bool]
+    ) -> None:
+        self.changed = False
+        self.verified: VerifiedBatchGenerator | None = None
+        self.own: set[int] = set()
+        self._use_of = use_of
+        self._is_untouched = is_untouched
+        self._use: Any = None
+        self._mode = ""  # how texts are decoded that are left to mlx-lm
+        self._used: dict[str, Any] | None = None  # options of ``verified``
+        self._decided = False
+        self._options: dict[str, Any] | None = None
+        self._as_made: dict[str, Any] = {}
+
+    def note_made(self, generator: Any, options: dict[str, Any] | None) -> None:
+        """Notes a generator as mlx-lm has made it, and its keywords; None if not all are known."""
+        self._options = options
+        self._as_made = {name: value for name, value in vars(generator).items() if name != "_flash"}
+
+    def looked_at(self, name: str) -> Any:
+        """Notes that a program looks at a private attribute.
+
+        Returns what it sees, if that is not what mlx-lm has there.
+        """
+        self.changed = True
+        verified = self.verified
+        if verified is None or name not in INSIDE:
+            return None
+        return _Seen(verified, verified.uids() if name == "_generation_batch" else [])
+
+    def decide(self, generator: Any) -> VerifiedBatchGenerator | None:
+        """What decodes in a generator's place, which is decided at its first use."""
+        if self._decided:
+            return self.verified
+        self._decided = True
+        self._use = self._use_of(generator.model)
+        if self._use is not None:
+            self._mode = decoding_mode(generator.model)
+            if self._mode == "verified":
+                self._mode = CHANGED
+                try:
+                    self._begin(generator)
+                except Exception as error:  # mlx-lm's own would have decoded
+                    self._mode = f"dense: {sentence(error)}".removesuffix(".")
+        return self.verified
+
+    def settle(self, generator: Any) -> VerifiedBatchGenerator | None:
+        """What decodes a text that is about to be added.
+
+        It is mlx-lm's own if the program has changed something since, and no text is in progress.
+        """
+        verified = self.decide(generator)
+        if verified is None or verified.uids():
+            return verified
+        if self._accepted(generator) != self._used:
+            verified.close()
+            self.verified = None
+            self._begin(generator)
+        return self.verified
+
+    def step(self, step: Callable[[], Any]) -> Any:
+        """A step of mlx-lm's own, whose tokens are announced."""
+        use = self._use
+        if use is None:
+            return step()
+        with use.announcing():
+            responses = step()
+        generated = responses[1] if isinstance(responses, tuple) else responses
+        for response in generated:
+            use.announce(self._mode)
+            if response.finish_reason is not None:
+                self.own.discard(response.uid)
+        return responses
+
+    def _begin(self, generator: Any) -> None:
+        """Has ours decode in a generator's place, if that is as mlx-lm has made it."""
+        self._used = self._accepted(generator)
+        if self._used is not None:
+            self.verified = VerifiedBatchGenerator(
+                generator.model, announce=self._use.announce, **self._used
+            )
+            self.verified.n_inserted = vars(generator)["_uid_count"]
+
+    def _accepted(self, generator: Any) -> dict[str, Any] | None:
+        """A generator's options, if it is as mlx-lm has made it."""
+        given = self._options
+        if not self._is_untouched(generator):
+            return None
+        if self.changed or given is None or not given.keys() <= OPTIONS:
+            return None
+        if not all(known.is_known(cls, before, generator.model) for cls, before in _as_imported):
+            return None
+        values = vars(generator)
+        numbers: dict[str, Any] = {}
+        for name, before in self._as_made.items():
+            if name in NUMBERS and values.get(name) != before:
+                numbers[name] = values.get(name)
+            elif values.get(name, self) is not before and not name.startswith("_"):
+                return None
+        # What has another name than mlx-lm's is nothing to it.
+        added = values.keys() - self._as_made.keys()
+        if any(hasattr(compat.BatchGenerator, name) for name in added):
+            return None
+        return given | numbers
 
 
 def batch_class(use_of: Callable[[Any], Use | None]) -> type:  # noqa: C901 - counts a class in it
@@ -97,98 +219,19 @@ def batch_class(use_of: Callable[[Any], Use | None]) -> type:  # noqa: C901 - co
     """
     original: Any = compat.BatchGenerator
 
+    def is_untouched(generator: Any) -> bool:
+        return type(generator) is BatchGenerator and dict(vars(BatchGenerator)) == as_made
+
     class BatchGenerator(original):
         def __init__(self, model: Any, *arguments: Any, **options: Any):
-            self._flash_changed = False  # mlx-lm's attributes, or looked at
-            self._flash_use: Any = None
-            self._flash_mode = ""  # how texts are decoded that are left to mlx-lm
-            self._flash_used: dict[str, Any] | None = None  # options of the one below
-            self._flash_verified: VerifiedBatchGenerator | None = None
-            self._flash_decided = False
+            self._flash = _Handover(use_of, is_untouched)
             super().__init__(model, *arguments, **options)
-            self._flash_options = options if not arguments else None
-            self._flash_as_made = dict(self.__dict__)
-            self._flash_own: set[int] = set()  # texts that mlx-lm decodes beside ours
+            self._flash.note_made(self, options if not arguments else None)
             if mentions_inside(sys._getframe(1)):
-                self._flash_changed = True
-
-        def _looked_at(self, name: str) -> Any:
-            """Notes that a program looks at a private attribute.
-
-            Returns what it sees, if that is not what mlx-lm has there.
-            """
-            self._flash_changed = True
-            verified = self._flash_verified
-            if verified is None or name not in INSIDE:
-                return None
-            return _Seen(verified, verified.uids() if name == "_generation_batch" else [])
-
-        def _verifies(self) -> VerifiedBatchGenerator | None:
-            """What decodes in its place, if everything is recognised."""
-            if self._flash_decided:
-                return self._flash_verified
-            self._flash_decided = True
-            self._flash_use = use_of(self.model)
-            if self._flash_use is not None:
-                self._flash_mode = decoding_mode(self.model)
-                if self._flash_mode == "verified":
-                    self._flash_mode = CHANGED
-                    try:
-                        self._flash_begin()
-                    except Exception as error:  # mlx-lm's own would have decoded
-                        self._flash_mode = f"dense: {sentence(error)}".removesuffix(".")
-            return self._flash_verified
-
-        def _flash_begin(self) -> None:
-            """Has ours decode in its place, if it is as mlx-lm has it."""
-            self._flash_used = self._flash_accepted()
-            if self._flash_used is not None:
-                self._flash_verified = VerifiedBatchGenerator(
-                    self.model, announce=self._flash_use.announce, **self._flash_used
-                )
-                self._flash_verified.n_inserted = self.__dict__["_uid_count"]
-
-        def _flash_accepted(self) -> dict[str, Any] | None:
-            """The options, where this is as mlx-lm has it."""
-            if type(self) is not BatchGenerator or dict(vars(BatchGenerator)) != own:
-                return None
-            given = self._flash_options
-            if self._flash_changed or given is None or not given.keys() <= OPTIONS:
-                return None
-            if not all(known.is_known(cls, before, self.model) for cls, before in _as_imported):
-                return None
-            values = self.__dict__
-            numbers: dict[str, Any] = {}
-            for name, before in self._flash_as_made.items():
-                if name in NUMBERS and values.get(name) != before:
-                    numbers[name] = values.get(name)
-                elif values.get(name, self) is not before and not name.startswith("_"):
-                    return None
-            # What has another name than mlx-lm's is nothing to it.
-            added = values.keys() - self._flash_as_made.keys()
-            if any(hasattr(original, name) for name in added):
-                return None
-            return given | numbers
-
-        def _flash_settle(self) -> None:
-            """Prepares for a text that is about to be added.
-
-            It gives the program mlx-lm's own where it has changed something since, and no text is
-            in progress.
-            """
-            verified = self._flash_verified
-            if verified is None or verified.uids():
-                return
-            if self._flash_accepted() != self._flash_used:
-                verified.close()
-                self._flash_verified = None
-                self._flash_begin()
+                self._flash.changed = True
 
         def insert_segments(self, *arguments: Any, **options: Any) -> Any:
-            verified = self._verifies()
-            if verified is not None:
-                self._flash_settle()
-                verified = self._flash_verified
+            verified = self._flash.settle(self)
             if verified is None:
                 return super().insert_segments(*arguments, **options)
             values = self.__dict__
@@ -196,68 +239,54 @@ def batch_class(use_of: Callable[[Any], Use | None]) -> type:  # noqa: C901 - co
                 values["_uid_count"] = verified.n_inserted
                 uids = super().insert_segments(*arguments, **options)
                 verified.n_inserted = values["_uid_count"]
-                self._flash_own.update(uids)
+                self._flash.own.update(uids)
                 return uids
             uids = verified.insert_segments(*arguments, **options)
             values["_uid_count"] = verified.n_inserted
             return uids
 
         def next(self) -> Any:
-            verified = self._verifies()
+            verified = self._flash.decide(self)
             if verified is None:
-                return self._flash_next(super().next)
+                return self._flash.step(super().next)
             prompts, generated = verified.next()
-            if self._flash_own:
-                own_prompts, own_generated = self._flash_next(super().next)
+            if self._flash.own:
+                own_prompts, own_generated = self._flash.step(super().next)
                 prompts = [*prompts, *own_prompts]
                 generated = [*generated, *own_generated]
             return prompts, generated
 
-        def _flash_next(self, step: Callable[[], Any]) -> Any:
-            """A step of mlx-lm's own, whose tokens are announced."""
-            use = self._flash_use
-            if use is None:
-                return step()
-            with use.announcing():
-                responses = step()
-            generated = responses[1] if isinstance(responses, tuple) else responses
-            for response in generated:
-                use.announce(self._flash_mode)
-                if response.finish_reason is not None:
-                    self._flash_own.discard(response.uid)
-            return responses
-
         def next_generated(self) -> Any:
-            verified = self._verifies()
+            verified = self._flash.decide(self)
             if verified is None:
-                return self._flash_next(super().next_generated)
-            if not self._flash_own:
+                return self._flash.step(super().next_generated)
+            if not self._flash.own:
                 return verified.next_generated()
             generated: list[Any] = []
-            while not generated and (verified.uids() or self._flash_own):
+            while not generated and (verified.uids() or self._flash.own):
                 _, generated = self.next()
             return generated
 
         def extract_cache(self, uids: Any) -> Any:
-            verified = self._verifies()
+            verified = self._flash.decide(self)
             if verified is None:
                 return super().extract_cache(uids)
             held = verified.extract_cache(uids)
-            return held | super().extract_cache(uids) if self._flash_own else held
+            return held | super().extract_cache(uids) if self._flash.own else held
 
         def remove(self, uids: Any, return_prompt_caches: bool = False) -> Any:
-            verified = self._verifies()
+            verified = self._flash.decide(self)
             if verified is None:
                 return super().remove(uids, return_prompt_caches)
             held = verified.remove(uids, return_prompt_caches)
-            if self._flash_own:
+            if self._flash.own:
                 held |= super().remove(uids, return_prompt_caches)
-                self._flash_own.difference_update(uids)
+                self._flash.own.difference_update(uids)
             return held
 
         @contextmanager
         def stats(self, *arguments: Any) -> Iterator[Any]:
-            verified = self._verifies()
+            verified = self._flash.decide(self)
             own = super().stats(*arguments) if verified is None else verified.stats()
             with own as stats:
                 yield stats
@@ -265,13 +294,13 @@ def batch_class(use_of: Callable[[Any], Use | None]) -> type:  # noqa: C901 - co
         @property
         def prompt_cache_nbytes(self) -> int:
             own = int(super().prompt_cache_nbytes)
-            verified = self._flash_verified
+            verified = self._flash.verified
             return own if verified is None else own + verified.prompt_cache_nbytes
 
         def close(self) -> None:
-            verified = getattr(self, "_flash_verified", None)
-            if verified is not None:
-                verified.close()
+            flash = getattr(self, "_flash", None)
+            if flash is not None and flash.verified is not None:
+                flash.verified.close()
             super().close()
 
     for name in METHODS:  # a program may ask for their parameters
@@ -281,7 +310,7 @@ def batch_class(use_of: Callable[[Any], Use | None]) -> type:  # noqa: C901 - co
     BatchGenerator.__doc__ = original.__doc__
     BatchGenerator.__module__ = original.__module__
     BatchGenerator.__qualname__ = original.__qualname__
-    own = dict(vars(BatchGenerator))
+    as_made = dict(vars(BatchGenerator))
     return BatchGenerator
 
 

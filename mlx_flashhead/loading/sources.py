@@ -21,8 +21,7 @@ from ..index import files
 from ..index.files import FILE_NAME, SETTINGS_NAME, read_index
 from ..index.flash_head_index import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
-from ..models.fetch import home, resolve
-from ..models.finer_head import FOLDER as FINE_FOLDER
+from ..models.fetch import FINE_HEADS, home, resolve
 from ..models.tensor_files import ENDING
 from .head_options import HeadOptions
 
@@ -33,7 +32,7 @@ SPEEDS_FOLDER = "speeds"
 INDEX_FILES = (FILE_NAME, SETTINGS_NAME)
 _NAMES = {  # names of cache entries, by folder: nothing else is touched
     INDEX_FOLDER: re.compile(r"[0-9a-f]{24}-\d+"),
-    FINE_FOLDER: re.compile(r"[0-9a-f]{24}-\d+\.safetensors|\.[0-9a-f]{24}-\d+\.\w+\.part"),
+    FINE_HEADS: re.compile(r"[0-9a-f]{24}-\d+\.safetensors|\.[0-9a-f]{24}-\d+\.\w+\.part"),
     SPEEDS_FOLDER: re.compile(r"[0-9a-f]{24}\.json"),
 }
 
@@ -132,7 +131,7 @@ def entries() -> list[Entry]:
     for path in _cached(INDEX_FOLDER):
         if any((path / name).exists() for name in INDEX_FILES):
             found.append(_index_entry(path))
-    for path in _cached(FINE_FOLDER):
+    for path in _cached(FINE_HEADS):
         if path.suffix == ENDING:
             found.append(_fine_head_entry(path))
     return sorted(found, key=lambda entry: entry.path.stat().st_mtime, reverse=True)
@@ -162,7 +161,7 @@ def remove_rest() -> list[Path]:
     Returns:
         The files in the cache's folders that are not its own.
     """
-    parts = [file for file in _cached(FINE_FOLDER) if file.suffix == ".part"]
+    parts = [file for file in _cached(FINE_HEADS) if file.suffix == ".part"]
     for file in (*_cached(SPEEDS_FOLDER), *parts):
         file.unlink(missing_ok=True)
     others = []

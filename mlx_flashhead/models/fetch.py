@@ -15,11 +15,11 @@ from huggingface_hub.utils import get_session
 
 from ..common.repositories import redact
 from ..index.files import FILE_NAME
-from .compat.mlx_lm import DEFAULT_ALLOW_PATTERNS, download
 
 # An address of a model's page on the Hub, or of a file of it.
 _ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)")
 HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
+FINE_HEADS = "fine_heads"  # the folder of finer heads in it
 ANSWER_SECONDS = 10.0  # in which the Hub answers, if it can be reached
 LARGEST_SMALL_FILE = 25_000_000  # bytes of a card or an index
 
@@ -71,6 +71,9 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
         raise ValueError(f"{path_or_repo} is an address: give OWNER/NAME, {address[1]}.")
     if len(path.parts) > 2 or path.is_absolute() or path_or_repo.startswith((".", "~")):
         raise ValueError(f"There is no folder {path_or_repo}: check the path of the model.")
+    # mlx-lm takes a second to import, which a folder does without
+    from .compat.mlx_lm import DEFAULT_ALLOW_PATTERNS, download
+
     with hub_errors(path_or_repo, revision):
         patterns = files or [*DEFAULT_ALLOW_PATTERNS, FILE_NAME]
         return download(path_or_repo, revision=revision, allow_patterns=patterns)

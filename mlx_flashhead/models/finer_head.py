@@ -23,12 +23,11 @@ from tqdm import tqdm
 from ..common.new_folder import new_file
 from ..common.tables import megabytes
 from ..head.matrix import ARRAYS, Matrix, affine_group
-from .fetch import HOME_VARIABLE, home, hub_is_reachable, lock_of, small_file
+from .fetch import FINE_HEADS, HOME_VARIABLE, home, hub_is_reachable, lock_of, small_file
 from .locate import HeadLocation
 from .origin import is_repository, local_origin
 from .tensor_files import ENDING, Tensor, tensor_files
 
-FOLDER = "fine_heads"  # in the home of cached FlashHeads
 DEFAULT_BITS = 8
 MAX_DRIFT = 0.017  # of the rows' length that they have moved by, beyond rounding
 SKETCH_DRIFT = 3 * MAX_DRIFT  # of few rows
@@ -78,7 +77,7 @@ def give_fine_head(
         raise ValueError(
             f"The head has {coarse.bits} bits already: choose more `head_bits`, or no `fine_head`."
         )
-    place = home() / FOLDER / f"{coarse.fingerprint[:24]}-{bits}{ENDING}"
+    place = home() / FINE_HEADS / f"{coarse.fingerprint[:24]}-{bits}{ENDING}"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = lock_of(place)

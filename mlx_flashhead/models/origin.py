@@ -55,10 +55,11 @@ def _letters(text: str) -> str:
 
 def local_origin(folder: Path) -> Origin:
     """The origin of the model in a folder, which may lie in the Hub's cache."""
-    *_, holder, snapshots, commit = ("", "", *folder.absolute().parts)
-    if snapshots == "snapshots" and holder.startswith("models--"):
-        cached = holder.removeprefix("models--").replace("--", "/", 1)
-        return Origin(cached.rpartition("/")[2], cached, commit)
+    parts = folder.absolute().parts
+    match parts[-3:]:
+        case (holder, "snapshots", commit) if holder.startswith("models--"):
+            cached = holder.removeprefix("models--").replace("--", "/", 1)
+            return Origin(cached.rpartition("/")[2], cached, commit)
     named = None
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # not readable
         named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_name_or_path"]

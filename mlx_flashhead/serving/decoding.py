@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.drafting import drafted_steps
+from ..decoding.keywords import CacheOptions
 from ..decoding.loop import verified_steps
 from ..decoding.proposer import Proposer
 from ..models.compat.mlx_lm import (
@@ -174,12 +175,7 @@ class Single:
         start = mx.array(self._tokens[-1:])
         model = job.served.model
         draft_model = job.served.draft_model
-        options: dict[str, Any] = {
-            "sampler": job.sampler,
-            "prompt_cache": self._cache,
-            "context": reading.cached[0],
-            "proposer": _proposer(job),
-            "logits_processors": job.processors,
+        quantized: CacheOptions = {
             "kv_bits": flags.kv_bits,
             "kv_group_size": flags.kv_group_size,
             "quantized_kv_start": flags.quantized_kv_start,
@@ -190,10 +186,15 @@ class Single:
                 start,
                 model,
                 stream,
+                proposer=_proposer(job),
                 max_tokens=-1,  # without a limit, so that a step is launched after the last token
+                sampler=job.sampler,
+                logits_processors=job.processors,
+                prompt_cache=self._cache,
+                context=reading.cached[0],
                 logprobs=job.request.logprobs is not None,
                 n_begun=len(job.tokens),
-                **options,
+                **quantized,
             )
         else:
             self._steps = drafted_steps(
@@ -201,9 +202,14 @@ class Single:
                 model,
                 draft_model,
                 stream,
+                proposer=_proposer(job),
                 max_tokens=job.max_tokens,
                 num_draft_tokens=job.request.num_draft_tokens,
-                **options,
+                sampler=job.sampler,
+                logits_processors=job.processors,
+                prompt_cache=self._cache,
+                context=reading.cached[0],
+                **quantized,
             )
 
     def step(self) -> list[Step]:

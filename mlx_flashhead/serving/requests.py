@@ -50,11 +50,30 @@ class Request:
         self, body: dict[str, Any], *, chat: bool, models: Sequence[ServedModel], flags: Namespace
     ):
         self.chat = chat
-        self.served = served = find_model(models, body.get("model"))
+        served = find_model(models, body.get("model"))
+        self.served = served
         n_clusters = served.head.n_clusters if served.head else 2**31 - 1
         rules = {**(CHAT_FIELDS if chat else TEXT_FIELDS), "n_probes": Number(int, 1, n_clusters)}
         fields, self.ignored = read_fields(body, rules)  # the names of fields without effect
+        self._read_stream(fields)
+        self._read_texts(fields)
+        # tokens of an answer; None: as many as fit into the context
+        self.max_tokens: int | None = _max_tokens(fields, flags.max_tokens)
+        self.grammar = _grammar(fields)  # that an answer follows; None for any text
+        self.tools = read_tools(fields, served)
+        self.template_settings = self._template_settings(fields)
+        # whether control tokens in the texts of users and tools are read as text
+        self.escape_control_tokens: bool = flags.escape_control_tokens
+        self._read_probes(fields)
+        self.num_draft_tokens: int = fields.get("num_draft_tokens", flags.num_draft_tokens)
+        # the number of likeliest tokens beside each chosen one; None: no logprobs
+        self.logprobs: int | None = _n_logprobs(fields) if chat else fields.get("logprobs")
+        self.seed: int | None = fields.get("seed")
+        self.sampling = _sampling(fields, served, flags)  # arguments of make_sampler
+        self.penalties = _penalties(fields, served)  # arguments of mlx-lm's make_logits_processors
 
+    def _read_stream(self, fields: dict[str, Any]) -> None:
+        """Whether and how the answer is streamed."""
         self.stream: bool = fields.get("stream", False)
         self.include_usage = False  # at the end of a stream
         if self.stream:
@@ -64,10 +83,13 @@ class Request:
         elif "stream_options" in fields:
             self.ignored.append("stream_options")
 
+    def _read_texts(self, fields: dict[str, Any]) -> None:
+        """What is answered or continued, how often, and where an answer ends."""
+        served = self.served
         self.messages: list[dict[str, Any]] = []
         self.prompts: list[str | list[int]] = []  # texts or token ids to continue
         stops = list(_stop_texts(fields.get("stop", [])))  # texts before which an answer ends
-        if chat:
+        if self.chat:
             takes_developer = served.takes_developer
             self.messages = read_messages(fields.get("messages"), takes_developer=takes_developer)
         else:
@@ -80,28 +102,18 @@ class Request:
         if n_texts > MAX_CHOICES:
             most = f"at most {MAX_CHOICES} texts are made for a request"
             raise ApiError(f"n times the number of prompts is {n_texts}: {most}.", "n")
-        # tokens of an answer; None: as many as the context has room for
-        self.max_tokens: int | None = _max_tokens(fields, flags.max_tokens)
         self.stop = TextStateMachine(
             {"normal": [(text, None) for text in stops]} if stops else None
         )
-        self.grammar = _grammar(fields)  # that an answer follows; None for any text
-        self.tools = read_tools(fields, served)
-        self.template_settings = self._template_settings(fields)
-        # whether control tokens in the texts of users and tools are read as text
-        self.escape_control_tokens: bool = flags.escape_control_tokens
 
+    def _read_probes(self, fields: dict[str, Any]) -> None:
+        """Which head answers, and with how many clusters."""
+        served = self.served
         self.n_probes: int | None = fields.get("n_probes")  # None: the head's number
         self.dense: bool = fields.get("dense", served.dense and self.n_probes is None)
         if self.n_probes is not None and (self.dense or served.head is None):
             reason = "dense scores every token" if self.dense else "This model has no FlashHead"
             raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
-        self.num_draft_tokens: int = fields.get("num_draft_tokens", flags.num_draft_tokens)
-        # the number of likeliest tokens beside each chosen one; None: no logprobs
-        self.logprobs: int | None = _n_logprobs(fields) if chat else fields.get("logprobs")
-        self.seed: int | None = fields.get("seed")
-        self.sampling = _sampling(fields, served, flags)  # arguments of make_sampler
-        self.penalties = _penalties(fields, served)  # arguments of mlx-lm's make_logits_processors
 
     def _template_settings(self, fields: dict[str, Any]) -> dict[str, Any]:
         """The variables that a request gives to the chat template."""

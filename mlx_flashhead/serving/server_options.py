@@ -73,7 +73,12 @@ def _add_models(flags: _Group) -> None:
         "Treat control tokens such as <|im_start|> in the text of users and tools as plain text."
     )
     flags.switch("--escape-control-tokens", escape)
-    flags.add("--chat-template-args", 'Such as {"enable_thinking": false}', {}, type=json_object)
+    flags.add(
+        "--chat-template-args",
+        'JSON for the chat template, such as {"enable_thinking": false}',
+        {},
+        type=json_object,
+    )
 
 
 def _add_defaults(flags: _Group) -> None:

@@ -6,7 +6,7 @@ such as its own end mark within a string, is left out.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,9 +15,9 @@ from .dialects import (
     FormatMarks,
     json_dialect,
 )
-from .lark import LarkRules, one_of
-from .schemas import Plain, Schemas
-from .values import ValueRules
+from .lark import LarkRules, literal, one_of, one_of_written
+from .schemas import Plain, Schemas, listed_properties
+from .values import Brackets, ValueRules
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,57 @@ class CallFormat(ABC):
 
     def _json_object(self, tool: Tool, *forbidden: str) -> str | None:
         return self._values(tool, json_dialect(*forbidden)).any_of(self._objects(tool))
+
+    def _members(
+        self,
+        tool: Tool,
+        values: ValueRules,
+        brackets: Brackets,
+        key: Callable[[str], str | None],
+    ) -> str | None:
+        """A Lark expression of all arguments within brackets; None if they cannot be written.
+
+        Args:
+            tool: The tool.
+            values: How values are written.
+            brackets: What is written around and between the arguments.
+            key: How the name of an argument is written; None if it cannot be.
+        """
+        objects = self._objects(tool)
+        return one_of_written(values.members(plain, brackets, key=key) for plain in objects)
+
+    def _in_sequence(
+        self, plain: Plain, written: Callable[[str, Any], str | None]
+    ) -> list[tuple[str, bool]] | None:
+        """Lark expressions of the arguments in the schema's order, each with whether it is needed.
+
+        Args:
+            plain: A plain schema of objects.
+            written: From an argument's name and schema to its expression; None if it cannot be
+                written.
+
+        Returns:
+            None if an argument that is needed cannot be written.
+        """
+        arguments: list[tuple[str, bool]] = []
+        required = plain.get("required", ())
+        for name, schema in listed_properties(plain).items():
+            expression = written(name, schema)
+            if expression is not None:
+                arguments.append((expression, name in required))
+            elif name in required:
+                return None
+        return arguments
+
+    def _list(self, call: str, comma: str, *, several: bool) -> str:
+        """A Lark expression of calls in square brackets."""
+        more = f"({comma} {call})*" if several else ""
+        return f"{literal('[')} {call} {more} {literal(']')}"
+
+    @staticmethod
+    def _joined(arguments: Sequence[tuple[str, bool]]) -> str:
+        """A Lark expression of arguments one after the other; those not needed may be left out."""
+        return " ".join(text if needed else f"({text})?" for text, needed in arguments)
 
     def _padding(self) -> str:
         """A Lark expression of the spaces and lines that may be between two marks."""

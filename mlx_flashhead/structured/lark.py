@@ -53,3 +53,9 @@ def one_of(expressions: Iterable[str]) -> str:
     written = [expression for expression in distinct if expression.strip()]
     together = written[0] if len(written) == 1 else f"({' | '.join(written)})" if written else ""
     return together if len(written) == len(distinct) or not written else f"({together})?"
+
+
+def one_of_written(expressions: Iterable[str | None]) -> str | None:
+    """A Lark expression of one of those that can be written; None if none can."""
+    written = [expression for expression in expressions if expression is not None]
+    return one_of(written) if written else None

@@ -4,6 +4,7 @@ import json
 import keyword
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from .call_format import CallFormat, Tool
@@ -14,8 +15,8 @@ from .dialects import (
     json_dialect,
     python_dialect,
 )
-from .lark import literal, one_of
-from .schemas import Plain, listed_properties, types_of
+from .lark import literal, one_of, one_of_written
+from .schemas import Plain, types_of
 from .values import Brackets, ValueRules, string_regexes
 
 
@@ -83,8 +84,7 @@ class Mistral(JsonTools):
         """Returns a Lark expression of a list of calls."""
         space = self._padding()
         comma = self.rules.terminal([json_dialect().comma])
-        more = f"({comma} {call})*" if several else ""
-        return f"{space} {literal('[')} {call} {more} {literal(']')}"
+        return f"{space} {self._list(call, comma, several=several)}"
 
 
 class KimiK2(CallFormat):
@@ -130,25 +130,18 @@ class KimiK3(CallFormat):
                 opening = self.marks.expression('<|open|>json type="object"<|sep|>')
                 closing = self.marks.expression("<|close|>json<|sep|>")
                 bodies.append(None if raw is None else f"{opening} {raw} {closing}")
-        found = [body for body in bodies if body is not None]
-        if not found:
+        body = one_of_written(bodies)
+        if body is None:
             return None
         number = self.rules.terminal(["[0-9]{1,3}"])
         opening = self.marks.expression(f'<|open|>call tool="{tool.name}" index="')
         closing = self.marks.expression("<|close|>call<|sep|>")
         middle = self.marks.expression('"<|sep|>')
-        return f"{opening} {number} {middle} {one_of(found)} {closing}"
+        return f"{opening} {number} {middle} {body} {closing}"
 
     def _arguments(self, plain: Plain, values: ValueRules) -> str | None:
-        arguments: list[str] = []
-        required = plain.get("required", ())
-        for name, schema in listed_properties(plain).items():
-            written = self._argument(name, schema, values)
-            if written is not None:
-                arguments.append(written if name in required else f"({written})?")
-            elif name in required:
-                return None
-        return " ".join(arguments)
+        arguments = self._in_sequence(plain, partial(self._argument, values=values))
+        return None if arguments is None else self._joined(arguments)
 
     def _argument(self, name: str, schema: Any, values: ValueRules) -> str | None:
         if not re.fullmatch(self.names, name):
@@ -207,9 +200,8 @@ class FunctionGemma(CallFormat):
         """Returns a Lark expression of a call; None if its arguments cannot be written."""
         values = self._values(tool, function_gemma_dialect("}", self.end))
         brackets = Brackets(literal("{"), literal(","), literal(":"), literal("}"))
-        bodies = [values.members(plain, brackets, key=self._key) for plain in self._objects(tool)]
-        found = [body for body in bodies if body is not None]
-        return f"{literal(f'call:{tool.name}')} {one_of(found)}" if found else None
+        arguments = self._members(tool, values, brackets, self._key)
+        return None if arguments is None else f"{literal(f'call:{tool.name}')} {arguments}"
 
     @staticmethod
     def _key(name: str) -> str | None:
@@ -237,9 +229,8 @@ class Pythonic(CallFormat):
         values = self._values(tool, python_dialect(self.end))
         comma = self.rules.terminal([",[ ]?"])
         brackets = Brackets(literal("("), comma, literal("="), literal(")"))
-        bodies = [values.members(plain, brackets, key=self._key) for plain in self._objects(tool)]
-        found = [body for body in bodies if body is not None]
-        return f"{literal(tool.name)} {one_of(found)}" if found else None
+        arguments = self._members(tool, values, brackets, self._key)
+        return None if arguments is None else f"{literal(tool.name)} {arguments}"
 
     @staticmethod
     def _key(name: str) -> str | None:
@@ -249,5 +240,5 @@ class Pythonic(CallFormat):
     def calls(self, call: str, *, several: bool) -> str:
         """Returns a Lark expression of a Python list of calls."""
         comma = self.rules.terminal([",[ ]?"])
-        more = f"({comma} {call})*" if several else ""
-        return f"{literal('[')} {call} {more} {literal(']')} {self.marks.expression(self.end)}"
+        listed = self._list(call, comma, several=several)
+        return f"{listed} {self.marks.expression(self.end)}"

@@ -34,7 +34,7 @@ class TaggedFormat(CallFormat):
     """Arguments between tags, the strings among them without quotes.
 
     Attributes:
-        forbidden: FormatMarks that no value may hold beside its own end.
+        forbidden: Marks that no value may hold beside its own end.
         closing: The tag at an argument's end, with what is before it.
         strips: Whether the parser takes spaces off the ends of a value.
         null_is_none: Whether the parser reads the word null as None, even if it is a string.
@@ -85,7 +85,7 @@ class TaggedFormat(CallFormat):
                 raise ValueError('"minProperties" is not supported beside "properties"')
             if plain.get("maxProperties", 1000) < len(plain.get("properties", {})):
                 raise ValueError('"maxProperties" is not supported beside "properties"')
-            found.append(self._in_sequence(plain, written))
+            found.append(self._sequence(plain, written))
         return [sequence for sequence in found if sequence is not None]
 
     def _argument(
@@ -165,16 +165,11 @@ class TaggedFormat(CallFormat):
         is_carried = dialect.allows(value) and not (self.strips and value != value.strip())
         return [value] if is_carried else []
 
-    def _in_sequence(self, plain: Plain, written: Callable[[str, Any], str | None]) -> str | None:
-        """Arguments in the order of the schema, without those that may be left out."""
-        arguments: list[tuple[str, bool]] = []
-        required = plain.get("required", ())
-        for name, schema in listed_properties(plain).items():
-            expression = written(name, schema)
-            if expression is not None:
-                arguments.append((expression, name in required))
-            elif name in required:
-                return None
+    def _sequence(self, plain: Plain, written: Callable[[str, Any], str | None]) -> str | None:
+        """A Lark expression of a call's arguments; None if they cannot be written."""
+        arguments = self._in_sequence(plain, written)
+        if arguments is None:
+            return None
         if self.needs_argument and not any(needed for _, needed in arguments):
             sequences = []
             rest = ""
@@ -182,7 +177,7 @@ class TaggedFormat(CallFormat):
                 sequences.append(f"{expression} {rest}")
                 rest = self.rules.rule(f"({expression})? {rest}")
             return one_of(sequences) if sequences else None
-        return " ".join(text if needed else f"({text})?" for text, needed in arguments)
+        return self._joined(arguments)
 
 
 class Qwen3Coder(TaggedFormat):
@@ -278,18 +273,19 @@ class MinimaxM2(TaggedFormat):
     closing = "</parameter>"
     null_is_none = True
     several_in_section = True
+    prefix: ClassVar[str] = ""  # of the tags' names
 
     def opening(self, name: str) -> str:
         """Returns the tag at an argument's beginning."""
-        return f'<parameter name="{name}">'
+        return f'<{self.prefix}parameter name="{name}">'
 
     def call(self, tool: Tool) -> str | None:
         """Returns a Lark expression of a call; None if its arguments cannot be written."""
         bodies = self.arguments(tool)
         if not bodies:
             return None
-        opening = self.marks.expression(f'<invoke name="{tool.name}">')
-        closing = self.marks.expression("</invoke>")
+        opening = self.marks.expression(f'<{self.prefix}invoke name="{tool.name}">')
+        closing = self.marks.expression(f"</{self.prefix}invoke>")
         return f"{opening} {self._padding()} {one_of(bodies)} {closing} {self._padding()}"
 
     def calls(self, call: str, *, several: bool) -> str:
@@ -330,7 +326,7 @@ class MiniCpm5(TaggedFormat):
         return [*bare, f"{self.marks.expression(_CDATA[0])} {block}"]
 
 
-class MuseSpark(TaggedFormat):
+class MuseSpark(MinimaxM2):
     """``<atem:invoke name="…">`` with ``<atem:parameter name="…">``, whose values may be JSON."""
 
     start = "<atem:function_calls>"
@@ -338,24 +334,8 @@ class MuseSpark(TaggedFormat):
     names = r"[^\s\"<>]+"
     forbidden = ("</atem:invoke>", "</atem:function_calls>")
     closing = "</atem:parameter>"
-    several_in_section = True
-
-    def opening(self, name: str) -> str:
-        """Returns the tag at an argument's beginning."""
-        return f'<atem:parameter name="{name}">'
-
-    def call(self, tool: Tool) -> str | None:
-        """Returns a Lark expression of a call; None if its arguments cannot be written."""
-        bodies = self.arguments(tool)
-        if not bodies:
-            return None
-        opening = self.marks.expression(f'<atem:invoke name="{tool.name}">')
-        closing = self.marks.expression("</atem:invoke>")
-        return f"{opening} {self._padding()} {one_of(bodies)} {closing} {self._padding()}"
-
-    def calls(self, call: str, *, several: bool) -> str:
-        """Returns a Lark expression of a section of calls."""
-        return f"{self._padding()} {super().calls(call, several=several)}"
+    null_is_none = False
+    prefix = "atem:"
 
     def _text(self, plain: Plain, values: ValueRules, *, never: Sequence[str] = ()) -> list[str]:
         found = super()._text(plain, values, never=[*never, *_LIKE_JSON])

@@ -114,7 +114,8 @@ class Drafter:
     """
 
     def __init__(self, model, frequent: list[int]):
-        self.model, self.head = model, get_flash_head(model)
+        self.model = model
+        self.head = get_flash_head(model)
         rows = self.head.clustered.token_rows()
         # the products of all rows by numpy, whose BLAS is fast everywhere
         self._rows = as_float32(rows.dequantized(mx.float32))
@@ -123,7 +124,9 @@ class Drafter:
 
     def ways(self, prompt: list[int], answer: list[int], draw: "Draw") -> Iterator:
         """Pairs of a way's name and its tokens (n,)."""
-        head, n_tokens, vocab_size = self.head, len(answer), len(self._rows)
+        head = self.head
+        n_tokens = len(answer)
+        vocab_size = len(self._rows)
         states = self._states(prompt, answer)
         exact = to_mlx(as_float32(states) @ self._rows.T)
         in_clusters = exact[:, mx.array(self._token_ids.ravel())]
@@ -150,7 +153,8 @@ class Drafter:
         logits = mx.where(mx.array(latest), exact, flash(n_probes))
         yield f"default, {100 * share:.1f} %, {n_probes}", draw(logits)
         for share in SHARES if draw.quick else FEW_SHARES:
-            name, n_listed = f"{100 * share:.1f} %", round(share * vocab_size)
+            name = f"{100 * share:.1f} %"
+            n_listed = round(share * vocab_size)
             yield f"list, {name}", draw(listed(n_listed))
             yield f"list and latest, {name}", draw(listed(max(0, n_listed - LATEST), latest))
             n_probes = probes_of(head, share)
@@ -185,7 +189,8 @@ class Draw:
 
     def __init__(self, settings: DrawSettings, seed: int, n_tokens: int, vocab_size: int, masks):
         keys = [(settings, position_key(seed, i)) for i in range(n_tokens)]
-        self._draws, self._masks = Draws.of(keys), masks
+        self._draws = Draws.of(keys)
+        self._masks = masks
         self.quick = settings.greedy
         self._noise = None if settings.greedy else noise_of_all(self._draws.keys, vocab_size)
         if self._noise is not None:

@@ -24,7 +24,6 @@ import mlx_lm
 import numpy as np
 
 import mlx_flashhead
-from apple_estimates import BYTES, CHECKOUT, line, with_block
 from grid import DENSE, TUNED, WORK, index_of
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
@@ -38,9 +37,12 @@ from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.models.install import dense_copy
 from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.models.locate import find_head
+from pages import CHECKOUT, line, with_block
+from step_times import BYTES
 
 HEAD_BITS = (4, 6, 8, 16)
-BODY_BITS, GROUP = 4, 64
+BODY_BITS = 4
+GROUP = 64
 TEXT = CHECKOUT / "tests" / "data" / "heldout.txt"
 PAGE = CHECKOUT / "docs" / "finer-head.md"
 CHUNK_LOGITS = 1 << 24  # at once, which bounds memory
@@ -77,7 +79,9 @@ def quality(folder: Path, positions: int | None) -> dict[str, dict]:
 
 def compared(exact, exact_rows, states, rows, next_ids) -> dict[str, float]:
     """Perplexity, and KL and same best token from the exact states and rows."""
-    nll = kl = same = 0.0
+    nll = 0.0
+    kl = 0.0
+    same = 0.0
     size = max(1, CHUNK_LOGITS // len(rows))
     for start in range(0, len(states), size):
         part = slice(start, start + size)

@@ -22,7 +22,6 @@ from statistics import median
 import mlx_lm
 
 import mlx_flashhead
-from apple_estimates import CHECKOUT, line, with_block
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
 from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Variant, with_flash_head
@@ -32,10 +31,12 @@ from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import count, new_table, show
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.models.install import dense_copy, installed_head
+from pages import CHECKOUT, line, with_block
 
 BATCHES = (1, 4)
 BITS = (32, 4)
-DENSE, TUNED = "mlx-lm", "tuned"
+DENSE = "mlx-lm"
+TUNED = "tuned"
 PAGE = CHECKOUT / "docs" / "speed.md"
 WORK = Path(tempfile.gettempdir()) / "mlx-flashhead-grid"
 
@@ -146,13 +147,15 @@ def main() -> None:
     add_number(parser, "--rounds", 3, "Rounds that count")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    file, began = Path(args.json), time.monotonic()
+    file = Path(args.json)
+    began = time.monotonic()
     cases = json.loads(file.read_text())["cases"] if file.exists() else []
     total = len(args.models) * len(BITS) * len(SAMPLERS) * len(BATCHES)
     for _ in measure(args, cases):
         about = {"kind": "grid", "machine": machine(), "command": " ".join(sys.argv)}
         file.write_text(json.dumps(about | {"cases": cases}, indent=1) + "\n")
-        case, minutes = cases[-1], (time.monotonic() - began) / 60
+        case = cases[-1]
+        minutes = (time.monotonic() - began) / 60
         print(
             f"[{len(cases)} of {total}, {minutes:.1f} min] {case['model']}, {case['bits']} bits, "
             f"{case['sampler']}, batch {case['batch']}: {case['ratio']['median']:.2f} x",

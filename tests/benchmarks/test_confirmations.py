@@ -6,8 +6,8 @@ import pytest
 
 from kernel_cases import kernels, make_clustered, on_gpu
 from mlx_flashhead.benchmarks.confirmations import CountedKernels, products, random_rows, sums
-from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.matrix import FORMATS
+from mlx_flashhead.head.metal_steps import MetalSteps
 
 
 def test_every_format_that_kernels_read_is_summed():

@@ -108,4 +108,4 @@ def running_server(
             yield server
         finally:
             program.send_signal(signal.SIGINT)
-            server.said += program.communicate(timeout=60)[0]
+            server.said += program.communicate(timeout=120)[0]

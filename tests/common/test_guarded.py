@@ -21,7 +21,13 @@ def work(request):
         while time.process_time() < ends:
             pass
 
-    acts = {"spin": spin, "sleep": time.sleep, "fill": bytearray, "exit": os._exit}
+    def meet(place, number):
+        open(f"{place}/{os.getpid()}", "w").close()
+        while len(os.listdir(place)) < number:
+            time.sleep(0.01)
+
+    acts = {"meet": lambda value: meet(*value)}
+    acts |= {"spin": spin, "sleep": time.sleep, "fill": bytearray, "exit": os._exit}
     acts |= {"recurse": lambda value: work(request), "": lambda value: None}
     acts[kind](value)
     return [value, os.getpid()]
@@ -81,11 +87,14 @@ def test_as_many_chats_at_once_as_there_are_helpers_start_no_more_processes(guar
     assert len(started) == len(again) == 4 and first <= again
 
 
-def test_helpers_stay_and_no_two_calls_share_one(guard):
+def test_helpers_stay_and_no_two_calls_share_one(guard, tmp_path):
+    guard.seconds = 10
+    (tmp_path / "met").mkdir()
     first = guard.call(["", 1])[1]
     assert first == guard.call(["", 2])[1] != os.getpid()
+    meeting = str(tmp_path / "met"), 4  # none ends before the others have begun
     with ThreadPoolExecutor(4) as pool:
-        processes = {answer[1] for answer in pool.map(guard.call, [["sleep", 0.2]] * 4)}
+        processes = {answer[1] for answer in pool.map(guard.call, [["meet", meeting]] * 4)}
     assert len(processes) == 4 and first in processes
     assert len(guard._idle) == 4  # for as many calls at once
     guard._idle[-1].kill()  # as by a system that is short of memory

@@ -19,7 +19,7 @@ with ended_by_signals():
     {work}
 """
 WORK = {
-    "in Python": "time.sleep(60)",
+    "in Python": "time.sleep(600)",
     # a computation that lets other threads run, but no handler of Python
     "within MLX": "import mlx.core as mx; a = mx.ones((3000, 3000));"
     " [a := a @ a for _ in range(2000)]; mx.eval(a)",
@@ -34,7 +34,7 @@ def test_a_block_ends_at_once(work, number):
     with subprocess.Popen(program, **pipes) as process:
         process.stdout.readline()
         process.send_signal(number)
-        errors = process.communicate(timeout=30)[1]
+        errors = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + number
     assert errors == ("\nInterrupted.\n" if number == signal.SIGINT else "")
 
@@ -73,8 +73,8 @@ def test_only_the_packages_commands_heed_it(monkeypatch, argv, words, is_a_comma
 
 def test_the_line_of_a_terminal_ends():
     """Half of an answer stands in it."""
-    work = "print('Half of', end='', flush=True); time.sleep(60)"
-    child = pexpect.spawn(sys.executable, ["-c", BLOCK.format(work=work)], timeout=30)
+    work = "print('Half of', end='', flush=True); time.sleep(600)"
+    child = pexpect.spawn(sys.executable, ["-c", BLOCK.format(work=work)], timeout=120)
     child.expect_exact("Half of")
     child.kill(signal.SIGINT)
     child.expect(pexpect.EOF)

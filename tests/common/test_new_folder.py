@@ -120,7 +120,7 @@ def test_signal_to_a_real_conversion(dense, converted, tmp_path):
             seen += part
         assert snapshot(tmp_path) != before
         process.terminate()
-        _, rest = process.communicate(timeout=60)
+        _, rest = process.communicate(timeout=120)
     assert process.returncode == 143, rest
     assert b"Traceback" not in rest
     assert snapshot(tmp_path) == before

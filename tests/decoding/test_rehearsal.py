@@ -10,7 +10,7 @@ from mlx_flashhead.decoding import rehearsal
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rehearsal import kinds, rehearse
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.head.metal_steps import MetalSteps
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.newest  # the oldest environment has no compiler for the emulator

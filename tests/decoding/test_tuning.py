@@ -6,8 +6,10 @@ import pytest
 
 from flash_loops import OTHERS, make_flash
 from mlx_flashhead.decoding import tuning
+from mlx_flashhead.decoding.part_times import PartTimes
 from mlx_flashhead.decoding.policy import policy_of
-from mlx_flashhead.decoding.tuning import Tuning, least_gain, overhead, tune
+from mlx_flashhead.decoding.tuning import Tuning, least_gain, tune
+from mlx_flashhead.decoding.waste import overhead
 
 
 def measured(*arguments, between=lambda: None, **options):
@@ -51,7 +53,7 @@ def test_the_steady_gain_is_measured(monkeypatch, gain, busy):
     flat, k, dense = 0.003, 32, 0.006
     step = dense / gain - flat / k
 
-    class Parts(tuning._Parts):
+    class Parts(PartTimes):
         def takes(self, n, seconds, extra=0.0):
             seconds *= next(slow)
             clock[0] += n * seconds + extra
@@ -66,7 +68,7 @@ def test_the_steady_gain_is_measured(monkeypatch, gain, busy):
         def max_batch(self, *_):
             return 8
 
-    monkeypatch.setattr(tuning, "_Parts", Parts)
+    monkeypatch.setattr(tuning, "PartTimes", Parts)
     monkeypatch.setattr(tuning, "is_busy", lambda: False)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     shares = [{"n_probes": 3, "greedy_differs": 0.0, "risks": [1] * 500}]
@@ -94,7 +96,7 @@ def test_the_steps_that_a_rejected_token_wastes(chances, k, n_verifications, n_w
 
 def test_a_round_verifies_as_many_tokens_as_it_takes(monkeypatch):
     flash, verified = make_flash(), []
-    parts = tuning._Parts(flash.model)
+    parts = PartTimes(flash.model)
     judge = parts._certain
     monkeypatch.setattr(
         parts,

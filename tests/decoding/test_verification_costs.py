@@ -4,13 +4,12 @@ Exporting records custom kernels on a machine without Metal, too.
 """
 
 from collections import Counter
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import apple_estimates
+import step_times
 from flash_loops import flash_of
 from mlx_flashhead.decoding import verification
 from mlx_flashhead.decoding.caches import Snapshot
@@ -22,6 +21,7 @@ from mlx_flashhead.decoding.sequence import PendingToken, Sequence
 from mlx_flashhead.decoding.verification import Verification, join
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.proposal import Proposal
+from pages import CHECKOUT
 from tiny_models import tiny_model
 
 pytestmark = pytest.mark.newest
@@ -95,8 +95,8 @@ def dispatches_with(flash, name, k, monkeypatch, **rounding):
     monkeypatch.setattr(mx, "async_eval", lambda *_: None)
     monkeypatch.setattr(mx, "contiguous", lambda array: -array)  # which no export knows
     found = dispatches(flash, kind, k)
-    n_joins = -(-k // apple_estimates.JOINED)
-    return found, sum(found.values()) - n_joins - apple_estimates.VERIFY_LAUNCHES
+    n_joins = -(-k // step_times.JOINED)
+    return found, sum(found.values()) - n_joins - step_times.VERIFY_LAUNCHES
 
 
 @pytest.mark.parametrize("k", [8, 32])
@@ -105,7 +105,7 @@ def test_rounded_sums_of_older_versions_add_thirteen(flashes, monkeypatch, k):
     sums = RoundedSums(mx.bfloat16, added=4, group_size=32, longest=1.0)
     of = {"scored": 0.0, "sums": sums}
     _, n_more = dispatches_with(flashes["llama"], KINDS[0], k, monkeypatch, **of)
-    page = Path(apple_estimates.CHECKOUT, "docs", "speed.md").read_text()
+    page = (CHECKOUT / "docs" / "speed.md").read_text()
     assert f"0.32.1 to 0.32.3 add {n_more}" in page
 
 
@@ -117,7 +117,7 @@ def test_as_many_as_the_estimates_count(flashes, monkeypatch, name, k, arch, sco
     """The product, its bounds, screen and certain, and a join for each 7 tokens."""
     found, n_bounds = dispatches_with(flashes[arch], name, k, monkeypatch, scored=scored)
     n_joins = -(-k // JOINED)
-    assert apple_estimates.JOINED == JOINED
+    assert step_times.JOINED == JOINED
     if "penalties" in name and scored:  # what the penalties make of bounds that are not zero
         assert 0 < n_bounds <= 12
     else:

@@ -4,7 +4,8 @@ import mlx.core as mx
 import numpy as np
 
 from kernel_cases import ROUNDING, kernels, make_clustered, products, to_numpy
-from mlx_flashhead.head.kernels import MIN_PROBES, MetalSteps
+from mlx_flashhead.head.kernel_inputs import MIN_PROBES
+from mlx_flashhead.head.metal_steps import MetalSteps
 
 PROBED, NOT_A_NUMBER = 0xFFC00000, 0x7FC00000  # words at or above the first are places
 

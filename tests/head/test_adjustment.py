@@ -9,8 +9,8 @@ from kernel_cases import kernels, make_clustered, to_numpy
 from mlx_flashhead.head.adjustment import Adjustment, ChangedTokens
 from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
+from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.steps import NOTHING_ALLOWED, PortableSteps
 
 BOTH = pytest.mark.parametrize("path", [PortableSteps, MetalSteps])

@@ -12,8 +12,9 @@ from mlx_flashhead import make_sampler
 from mlx_flashhead.head import draw as draw_module
 from mlx_flashhead.head import lowest_kept
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, log_mass, noise_of_all, position_key
+from mlx_flashhead.head.kernel_inputs import MIN_PROBES
 from mlx_flashhead.head.kernel_text import ROW_THREADS
-from mlx_flashhead.head.kernels import MIN_PROBES, MetalSteps
+from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.steps import Candidates, Selection
 
 # The definition, in numpy; see metal/flash_head/sample.h.

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from kernel_cases import kernels, make_centroids, make_clustered, make_rows, on_gpu, plain_clusters
-from mlx_flashhead.head import kernels as kernels_module
+from mlx_flashhead.head import metal_steps
 from mlx_flashhead.head.adjustment import Adjustment, ChangedTokens
 from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.logit_map import LogitMap
+from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.proposal import Proposal, Tolerance
 from mlx_flashhead.index.settings import FlashHeadConfig
 from tiny_models import random_clusters
@@ -43,7 +43,7 @@ class TestGraph:
         rows = replace(rows, bias=mx.array(rng.normal(size=157)).astype(dtype))
         parts = random_clusters(rng, 157, 8), make_centroids(rng, 20, 128, group_size=64)
         monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-        monkeypatch.setattr(kernels_module, "MATRIX_FROM", 1000)
+        monkeypatch.setattr(metal_steps, "MATRIX_FROM", 1000)
         head = FlashHead(rows, *parts, n_probes=6, eos_token_ids=(3,), backend="metal")
         mx.eval(head.arrays())
         return head

@@ -9,8 +9,8 @@ import pytest
 
 from kernel_cases import KERNEL_FILES, on_gpu, plain_clusters
 from mlx_flashhead.head.kernel_text import header, part
-from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.lowest_kept import NAME as LOWEST_KEPT
+from mlx_flashhead.head.metal_steps import MetalSteps
 
 STANDALONE = KERNEL_FILES.with_suffix(".metal")
 XCODE = (

@@ -9,8 +9,8 @@ import pytest
 import kernel_checks as checks
 from kernel_cases import kernels, plain_clusters, to_numpy
 from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
-from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.steps import Candidates, PortableSteps, Selection
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]

@@ -12,7 +12,7 @@ import pytest
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
 from kernel_checks import all_steps, check_all, run, small_head
 from mlx_flashhead.head.draw import Draws, DrawSettings
-from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.head.metal_steps import MetalSteps
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
 FEW = (3, 7, (1, 5, 7))

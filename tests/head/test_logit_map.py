@@ -6,8 +6,8 @@ import pytest
 
 from kernel_cases import kernels, make_clustered, plain_clusters, to_numpy
 from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
-from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap, all_values, fit_logit_map
+from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.steps import PortableSteps
 
 FLOAT32 = mx.float32

@@ -20,10 +20,10 @@ def kernels_number(file, name):
 @pytest.mark.parametrize(
     "file, name, value",
     [
-        ("screen.h", "NOISE_MARGIN", margins.NOISE_MARGIN),
-        ("screen.h", "MASS_MARGIN", margins.MASS_MARGIN),
-        ("screen.h", "LIKELY_NOISE", screening.LIKELY_NOISE),
-        ("screen.h", "MOST_NATS", screening.MOST_NATS),
+        ("tally.h", "NOISE_MARGIN", margins.NOISE_MARGIN),
+        ("certain.h", "MASS_MARGIN", margins.MASS_MARGIN),
+        ("tally.h", "LIKELY_NOISE", screening.LIKELY_NOISE),
+        ("tally.h", "MOST_NATS", screening.MOST_NATS),
         ("logit_map.h", "MAP_SLACK", margins.MAP_ULPS * mx.finfo(mx.float32).eps),
         ("logit_map.h", "NEAR_CAP", NEAR_CAP),
     ],

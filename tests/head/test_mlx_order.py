@@ -15,8 +15,8 @@ from mlx_flashhead.head import dense_kernels
 from mlx_flashhead.head.backend import scored_logits_agree
 from mlx_flashhead.head.dense_kernels import ANY_ROWS, dense_kernel, mlx_version
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.kernels import MetalSteps
 from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.steps import PortableSteps, Selection, in_token_order
 
 FOLDER = Path(mx.__file__).parent / "include/mlx/backend/metal/kernels"

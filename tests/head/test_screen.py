@@ -7,8 +7,9 @@ import pytest
 from kernel_cases import kernels, on_gpu, plain_clusters, to_numpy
 from mlx_flashhead.head import screening
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise, noise_of_all, position_key
-from mlx_flashhead.head.kernels import TALLIED, MetalSteps
+from mlx_flashhead.head.kernels import TALLIED
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
+from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.proposal import Proposal, Tolerance
 from mlx_flashhead.head.steps import PortableSteps
 from test_draw import drawn_token

@@ -9,7 +9,7 @@ import pytest
 
 from kernel_cases import kernels
 from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
-from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.plan import export_plan
 from test_plan import FORMS, HIDDEN_SIZE, VOCAB_SIZE, dtype_of, make_head, make_rows, states
 

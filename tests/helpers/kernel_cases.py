@@ -7,8 +7,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.head import backend, kernel_text
-from mlx_flashhead.head import kernels as kernels_module
+from mlx_flashhead.head import backend, kernel_text, metal_steps
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.matrix import Matrix
 from tiny_models import random_clusters
@@ -29,7 +28,7 @@ def on_gpu() -> bool:
 @contextlib.contextmanager
 def kernels(**options):
     """Within the block kernels run: on the GPU, which yields None, else on the emulator."""
-    always = mock.patch.object(kernels_module, "MATRIX_FROM", 1000)  # MLX rounds otherwise
+    always = mock.patch.object(metal_steps, "MATRIX_FROM", 1000)  # MLX rounds otherwise
     if on_gpu():
         with always:
             yield None

@@ -43,7 +43,7 @@ class Server:
     def end(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
         """Ends it by a signal: → (exit code, the rest of its standard output)."""
         self.process.send_signal(number)
-        output, _ = self.process.communicate(timeout=60)
+        output, _ = self.process.communicate(timeout=120)
         return self.process.returncode, output
 
 
@@ -65,7 +65,7 @@ def serving(folder: Path, *arguments) -> Iterator[Server]:
         line = process.stdout.readline()
         match = re.search(r"http://\S+", line)
         if not match:
-            code = process.wait(60)
+            code = process.wait(120)
             raise AssertionError(f"the server ended with {code}: {line!r}, {errors.read_text()}")
         yield Server(process, line, match[0], errors)
     finally:

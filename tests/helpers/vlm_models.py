@@ -1,9 +1,12 @@
 """Tiny models of every architecture of mlx-vlm that writes text."""
 
 import importlib
+import inspect
 import pkgutil
 from copy import deepcopy
+from functools import cache
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +19,8 @@ from mlx_flashhead.models.locate import find_head
 from vlm_configs import IMAGE_TOKEN, IMAGE_TOKENS, PICTURES, VISION, VLM_OVERRIDES
 
 PARTS = ("text", "vision", "perceiver", "projector", "audio")
+# mlx-vlm asks for a configuration's signature once for each of its keys.
+_cached_signatures = mock.patch.object(inspect, "signature", cache(inspect.signature))
 
 
 def vlm_architectures() -> list[str]:
@@ -29,6 +34,7 @@ def vlm_architectures() -> list[str]:
     return sorted(names)
 
 
+@_cached_signatures
 def tiny_vlm(name: str, *, tied: bool, bits: int | None = None, seed: int = 0) -> nn.Module:
     """A random float32 model of a few layers, not evaluated; some do not care for ``tied``.
 

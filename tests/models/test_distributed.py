@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from unittest.mock import Mock
 
 import mlx.core as mx
@@ -52,11 +53,13 @@ mx.eval(mx.distributed.all_sum(mx.array(1), stream=mx.cpu))  # none ends before 
 """
 
 
-def free_port() -> int:
-    """Nobody listens on it, nor, most likely, on the next one, which the second process takes."""
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
+def free_ports(number: int) -> list[int]:
+    """Nobody listens on them."""
+    with ExitStack() as stack:
+        places = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for place in places:
+            place.bind(("127.0.0.1", 0))
+        return [place.getsockname()[1] for place in places]
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +84,15 @@ def launched(tmp_path_factory):
     }
     arguments = [["--model", name, *ARGUMENTS, *more] for name, *more in commands.values()]
     words = [SCRIPT, json.dumps(arguments), qwen2, str(place / "found")]
-    port = free_port()
-    (place / "hosts").write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in range(2)]))
+    hosts = [[f"127.0.0.1:{port}"] for port in free_ports(2)]
+    (place / "hosts").write_text(json.dumps(hosts))
     options = {"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"MLX_HOSTFILE": str(place / "hosts")}  # as mlx.launch gives them
     environments = [environment | {"MLX_RANK": str(rank)} for rank in range(2)]
     command = [sys.executable, "-c", *words]
     processes = [subprocess.Popen(command, env=each, **options) for each in environments]
     try:
-        said = "".join(process.communicate(timeout=120)[1] for process in processes)
+        said = "".join(process.communicate(timeout=300)[1] for process in processes)
     finally:
         for process in processes:
             process.kill()

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 import compare_paths
 from kernel_cases import kernels
-from mlx_flashhead.head.kernels import MetalSteps
+from mlx_flashhead.head.metal_steps import MetalSteps
 
 
 def test_both_paths_give_the_same_tokens_and_a_wrong_kernel_is_named(run, converted, monkeypatch):

@@ -4,9 +4,10 @@ import csv
 
 import pytest
 
-import apple_estimates
 import kernels
-from apple_estimates import CHIPS, MODELS, chips, gain, models, sampled_gains
+import step_times
+from apple_estimates import CHIPS, MODELS
+from step_times import chips, gain, models, sampled_gains
 
 
 @pytest.mark.newest
@@ -41,17 +42,17 @@ def test_the_table_has_the_kernels_that_are_counted():
 
 def test_experts_are_read_one_by_one_at_their_own_bits():
     model = models()["gpt-oss-20b"]
-    experts = model.experts * 4.25 / 8 / apple_estimates.GATHER
+    experts = model.experts * 4.25 / 8 / step_times.GATHER
     rest = (model.body - model.experts) * (8 + 0.5) / 8
-    assert model.body_bytes(apple_estimates.BYTES[8]) == pytest.approx(rest + experts)
+    assert model.body_bytes(step_times.BYTES[8]) == pytest.approx(rest + experts)
 
 
 def test_each_public_speed_and_each_model_has_a_source():
     for name in ("speeds", "models"):
-        with (apple_estimates.DATA / f"{name}.csv").open(encoding="utf-8") as file:
+        with (step_times.DATA / f"{name}.csv").open(encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 assert row["source"].startswith("https://"), row
-    for speed in apple_estimates.rows("speeds"):
+    for speed in step_times.rows("speeds"):
         assert speed["model"] in models()
         assert speed["chip"] in chips()
 
@@ -67,18 +68,18 @@ def test_a_multiple_above_two_rests_on_a_16_bit_head_or_on_a_sort():
 
 def test_no_step_is_shorter_than_the_host_needs():
     model, chip = models()["smollm2"], chips()["m4-max"]
-    host = apple_estimates.host_us(model, chip, flash_head=True)
-    assert apple_estimates.flash_us(model, chip, 4, 4) >= host
-    assert apple_estimates.dense_us(model, chip, 4, 4) >= apple_estimates.host_us(model, chip)
+    host = step_times.host_us(model, chip, flash_head=True)
+    assert step_times.flash_us(model, chip, 4, 4) >= host
+    assert step_times.dense_us(model, chip, 4, 4) >= step_times.host_us(model, chip)
 
 
 def test_a_softcap_costs_the_dense_side_alone():
     model, chip = models()["gemma-3-4b"], chips()["m4"]
     capped = model._replace(softcap=True)
     of, capped_of = (model, chip, 4, 4), (capped, chip, 4, 4)
-    assert apple_estimates.dense_us(*capped_of) > apple_estimates.dense_us(*of)
-    doubts = apple_estimates.DOUBTS * (
-        apple_estimates.row_us(capped, chip, 4) - apple_estimates.row_us(model, chip, 4)
+    assert step_times.dense_us(*capped_of) > step_times.dense_us(*of)
+    doubts = step_times.DOUBTS * (
+        step_times.row_us(capped, chip, 4) - step_times.row_us(model, chip, 4)
     )
-    more = apple_estimates.flash_us(*capped_of) - apple_estimates.flash_us(*of)
-    assert more == pytest.approx(doubts * (1 + apple_estimates.WASTED["greedy"]))
+    more = step_times.flash_us(*capped_of) - step_times.flash_us(*of)
+    assert more == pytest.approx(doubts * (1 + step_times.WASTED["greedy"]))

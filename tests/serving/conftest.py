@@ -20,6 +20,12 @@ CALL = '{"name": "weather", "arguments": {"city": "Rome", "limit": 5}}'
 WORDS = ("<tool_call>", CALL, "</tool_call>", " one", " two", " three", " four")
 
 
+@pytest.fixture(autouse=True)
+def _masks_come_in_time(monkeypatch):
+    """On a busy machine, too."""
+    monkeypatch.setattr("mlx_flashhead.structured.matchers.MASK_SECONDS", 20.0)
+
+
 @pytest.fixture(scope="session")
 def scripted():
     """Port and script of a server whose answers a test writes."""
@@ -117,7 +123,7 @@ def start_engine(converted):
             engine.models.result(60)
             yield engine
         finally:
-            assert engine.close(20)
+            assert engine.close(60)
 
     return started
 

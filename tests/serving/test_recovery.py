@@ -121,5 +121,5 @@ def test_an_engine_that_still_loads_and_one_that_cannot():
     assert engine.status == "loading"
     go_on.set()
     with pytest.raises(SystemExit, match="no such model"):
-        engine.models.result(20)
-    assert engine.close(20)
+        engine.models.result(60)
+    assert engine.close(60)

@@ -163,7 +163,7 @@ def test_the_text_is_that_of_plain_mlx_lm(temperature):
 
 def test_the_first_mask_of_a_free_text_comes_in_time(monkeypatch):
     """What takes long is found when a processor is made, not while others wait for a mask."""
-    monkeypatch.setattr("mlx_flashhead.structured.processor.MASK_SECONDS", 5.0)
+    monkeypatch.setattr("mlx_flashhead.structured.matchers.MASK_SECONDS", 5.0)
     tokenizer = tokenizer_of("json_tools")
     processor = processor_of(tokenizer, seconds_per_mask=1.0)
     vocabulary = processor._vocabulary

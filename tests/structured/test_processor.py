@@ -133,11 +133,11 @@ def test_masks_that_take_long_end_the_texts(tokenizer):
 
 def test_one_mask_has_a_limit_of_items(tokenizer, monkeypatch):
     (a,) = tokenizer.encode("a")
-    monkeypatch.setattr("mlx_flashhead.structured.processor.MAX_ITEMS", 1000)
+    monkeypatch.setattr("mlx_flashhead.structured.matchers.MAX_ITEMS", 1000)
     processor = GrammarProcessor(tokenizer, ambiguous(16))
     assert any(allowed(processor, [7, *[a] * n]) == {EOS} for n in range(500))
     assert "limit 1000" in processor.problem
-    monkeypatch.setattr("mlx_flashhead.structured.processor.MAX_ITEMS", 10)
+    monkeypatch.setattr("mlx_flashhead.structured.matchers.MAX_ITEMS", 10)
     with pytest.raises(ValueError, match="too ambiguous to be followed"):
         GrammarProcessor(tokenizer, ambiguous(16))
 
@@ -147,9 +147,9 @@ def test_a_mask_that_does_not_come_ends_the_text(tokenizer, monkeypatch, seconds
     """llguidance cannot be interrupted, so it is left alone."""
     (a,) = tokenizer.encode("a")
     processor = GrammarProcessor(tokenizer, Grammar.from_regex("a+"), seconds_per_mask=1.0)
-    monkeypatch.setattr("mlx_flashhead.structured.processor.MASK_SECONDS", seconds)
-    follow = processor._follow
-    monkeypatch.setattr(processor, "_follow", lambda tokens: (time.sleep(0.2), follow(tokens)))
+    monkeypatch.setattr("mlx_flashhead.structured.matchers.MASK_SECONDS", seconds)
+    follow = processor._text.follow
+    monkeypatch.setattr(processor._text, "follow", lambda tokens: (time.sleep(0.2), follow(tokens)))
     assert (allowed(processor, [7, a]) != {EOS}) == left == (processor.problem is None)
 
 

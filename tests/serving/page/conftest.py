@@ -26,7 +26,7 @@ SCREENS = {  # points
     "iphone": (390, 844),
     "iphone-se": (320, 568),
 }
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="session")
@@ -59,10 +59,11 @@ def opener(chromium, port):
             has_touch=screen != "macbook",
             is_mobile=screen != "macbook",
             color_scheme="dark" if dark else "light",
+            reduced_motion="reduce",  # no frames are drawn for what moves
             locale=locale,
             base_url=f"http://127.0.0.1:{port}",
         )
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))

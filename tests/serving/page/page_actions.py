@@ -18,6 +18,13 @@ def answers(page: Page) -> Locator:
     return page.locator(".message.assistant .body")
 
 
+def becomes(page: Page, expression: str, value: object = True) -> None:
+    """Waits until an expression of the page has a value: layout, fonts and scrolling come later."""
+    page.wait_for_function(
+        f"(value) => JSON.stringify({expression}) === JSON.stringify(value)", arg=value
+    )
+
+
 def tap(page: Page, name: str) -> None:
     """Taps the last button of a name."""
     page.get_by_role("button", name=name).last.tap()

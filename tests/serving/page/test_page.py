@@ -7,7 +7,7 @@ from threading import Event
 import pytest
 from playwright.sync_api import expect
 
-from page_actions import answers, ask, settings, tap
+from page_actions import answers, ask, becomes, settings, tap
 from scripted_server import INFO, MODEL, TOKEN
 
 SCREENSHOTS = Path(__file__).parents[3] / "screenshots"
@@ -59,7 +59,7 @@ def test_ask_and_see_the_stream(lan, script, open_page, screen, dark):
     expect(page.locator("article > h2")).to_have_text(["You", "Answer"])  # VoiceOver hears them
     expect(answers(page).locator("pre code")).to_contain_text("    return 1 / wavelength_nm**4")
     expect(answers(page).locator("td")).to_have_text(["Red", "700 nm"])
-    assert page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight") < 2
+    becomes(page, "scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 2")
     picture("3-answer")
     assert script.requests[0]["messages"] == [{"role": "user", "content": "Why is the sky blue?"}]
 
@@ -110,7 +110,7 @@ def test_keys(script, open_page):
         expect(page.locator("#settings, #chats input").locator("visible=true")).to_have_count(0)
         expect(page.locator("#stop")).to_be_visible()
     page.keyboard.press("Escape")
-    assert script.left.wait(20)
+    assert script.left.wait(60)
     expect(page.locator(".notice")).to_have_text("Stopped before the end.")
     page.keyboard.press("Control+k")
     expect(page.locator("#welcome")).to_be_visible()
@@ -192,7 +192,7 @@ def test_appearance(page):
             page.get_by_label(choice.title() or "System").check()
         for _ in range(2):
             shown = choice or system
-            assert page.evaluate(SHOWN) == [grounds[shown], shown]
+            becomes(page, SHOWN, [grounds[shown], shown])
             page.reload()
 
 
@@ -243,5 +243,5 @@ def test_nothing_is_too_small_or_sticks_out_or_has_no_name(script, open_page, sc
             assert min(box["width"], box["height"]) >= (32 if name in SMALL else 43), name
             assert box["left"] >= 0 and box["right"] <= page.viewport_size["width"], name
         page.evaluate("document.querySelector('dialog[open]')?.close()")
-    assert page.evaluate("scroller.scrollWidth <= scroller.clientWidth")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    becomes(page, "scroller.scrollWidth <= scroller.clientWidth")
+    becomes(page, "document.documentElement.scrollWidth <= innerWidth")

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import expect
 
 from mlx_flashhead.chatting.conversation import Message, read_conversation, write_conversation
-from page_actions import answers, ask, settings, tap
+from page_actions import answers, ask, becomes, settings, tap
 from scripted_server import INFO, MODEL
 
 SCREENSHOTS = Path(__file__).parents[3] / "screenshots"
@@ -172,7 +172,7 @@ def test_a_damaged_file_gets_a_sentence(page, tmp_path):
         assert sentence.startswith(f"“notes.json” holds no conversation ({reason}")
     choose_file(page, tmp_path / "notes.json", [])
     expect(page.locator("#note")).to_have_text(sentences[1])
-    assert page.locator("#chats li").count() == 0
+    expect(page.locator("#chats li")).to_have_count(0)
 
 
 def test_a_hostile_file_does_nothing(page, tmp_path):
@@ -280,12 +280,12 @@ def test_nothing_is_cut_off_on_a_small_screen(script, open_page):
     script.answers = [[f"{'word ' * 50}\n\n```\n{'code ' * 60}\n```\n"]] * 3
     page = open_page("small")
     ask(page, "word " * 60, ends=1)
-    assert page.evaluate(OVERFLOWING) == []
+    becomes(page, OVERFLOWING, [])
     page.locator("#open-settings").click()
-    assert page.evaluate("settings.scrollHeight <= settings.clientHeight")
-    assert page.evaluate(OVERFLOWING) == []
+    becomes(page, "settings.scrollHeight <= settings.clientHeight")
+    becomes(page, OVERFLOWING, [])
     page.screenshot(path=SCREENSHOTS / "small-4-settings.png")
     page.get_by_role("button", name="Done").click()
     page.get_by_role("button", name="Compare").click()
     expect(page.locator("#verdict")).to_contain_text("The texts are equal.")
-    assert page.evaluate(OVERFLOWING) == []
+    becomes(page, OVERFLOWING, [])

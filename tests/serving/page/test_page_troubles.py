@@ -21,7 +21,7 @@ def test_stop_reload_and_refusal_of_an_answer(script, page):
     ask(page, "Tell me.")
     expect(answers(page)).to_have_text("One,")
     page.locator("#stop").tap()
-    assert script.left.wait(20)  # the server notices, and stops
+    assert script.left.wait(60)  # the server notices, and stops
     expect(page.locator(".notice")).to_have_text("Stopped before the end.")
     script.left.clear()
     tap(page, "Answer again")
@@ -30,7 +30,7 @@ def test_stop_reload_and_refusal_of_an_answer(script, page):
     page.reload()
     expect(answers(page)).to_have_text("Half of it")
     expect(page.locator(".notice")).to_have_text("Stopped before the end.")
-    assert script.left.wait(20)
+    assert script.left.wait(60)
     ask(page, "Well?")
     expect(page.locator(".notice").last).to_contain_text(refusal)
     tap(page, "Try again")

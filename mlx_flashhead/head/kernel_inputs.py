@@ -1,0 +1,71 @@
+"""Inputs of the kernels that a call may lack: full arrays take their places.
+
+They exist before the first token, so that no token makes them. ``short_inputs.py`` says why each
+has 8 elements or more.
+"""
+
+from functools import cache
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from .adjustment import ADJUST_HEAD
+from .draw import Draws
+from .proposal import Proposal, Selection
+from .short_inputs import HELD, held
+
+# The constants of the same names in metal/flash_head/constants.h.
+MIN_PROBES = HELD
+UNSCORED = HELD
+
+
+def filled_unscored(selection: Selection) -> mx.array:
+    """The values of the tokens not scored, (R, UNSCORED); MLX's operations give fewer."""
+    unscored = cast(mx.array, selection.unscored)
+    missing = UNSCORED - unscored.shape[1]
+    return mx.pad(unscored, [(0, 0), (0, missing)]) if missing else unscored
+
+
+def with_held_probes(proposal: Proposal) -> Proposal:
+    """The proposal with MIN_PROBES or more probes; the last one is repeated, as by `select`."""
+    missing = MIN_PROBES - proposal.probes.shape[1]
+    if missing <= 0:
+        return proposal
+    logits = proposal.logits
+    n_rows, _, size = logits.shape
+    nothing = mx.full((n_rows, missing, size), mx.finfo(logits.dtype).min, logits.dtype)
+    last = mx.repeat(proposal.probes[:, -1:], missing, axis=1)
+    return proposal._replace(
+        probes=mx.concatenate([proposal.probes, last], axis=1),
+        logits=mx.concatenate([logits, nothing], axis=1),
+    )
+
+
+def draw_arrays(draws: Draws | None, n_positions: int) -> list[mx.array]:
+    """Settings, top_k and keys for a kernel. Rows are greedy without draws."""
+    if draws is None:
+        return _greedy_draws(n_positions)
+    return list(draws.held)
+
+
+@cache
+def _greedy_draws(n_positions: int) -> list[mx.array]:
+    """Settings, top_k and keys of greedy rows, at least 8: one kernel serves any number."""
+    n_rows = max(n_positions, MIN_PROBES)
+    counts = mx.array([[0] * 2] * n_rows, mx.uint32)
+    return [mx.array([[0.0] * 3] * n_rows), counts, counts]
+
+
+@cache
+def nothing_changed(n_positions: int, vocab_size: int) -> tuple[mx.array, mx.array]:
+    """The words of an adjustment that changes nothing, and latest tokens of V, which is none."""
+    n_rows = max(n_positions, HELD)
+    words = np.zeros((n_rows, ADJUST_HEAD), np.uint32)
+    return mx.array(words), mx.array(np.full(n_rows, vocab_size, np.uint32))
+
+
+@cache
+def no_mask(vocab_size: int) -> mx.array:
+    """An array (1, …) that is no mask: the kernel knows it by its length."""
+    return mx.array(np.zeros((1, -(-vocab_size // 32) + HELD), np.uint32))

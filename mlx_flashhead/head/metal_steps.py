@@ -1,0 +1,338 @@
+"""The steps of a FlashHead by the Metal kernels of ``metal/flash_head/``, one dispatch each."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .adjustment import Adjustment
+from .clustered import ClusteredRows
+from .draw import Draws
+from .kernel_inputs import (
+    MIN_PROBES,
+    UNSCORED,
+    draw_arrays,
+    filled_unscored,
+    no_mask,
+    nothing_changed,
+    with_held_probes,
+)
+from .kernel_text import ROW_THREADS
+from .kernels import (
+    EXPAND_TOKENS,
+    JOINED,
+    ROUTE_SIMDGROUPS,
+    ROWS,
+    SCREEN_CLUSTERS,
+    TALLIED,
+    WIDE_THREADS,
+    Kernels,
+)
+from .logit_map import IDENTITY, LogitMap
+from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance
+from .short_inputs import HELD, held
+from .steps import NO_DEPTH, USUAL, PortableSteps, Risk
+
+SHARED_POSITIONS = 4  # that share one reading of the centroids
+# Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions.
+# Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
+MATRIX_FROM = 12
+
+
+class MetalSteps(PortableSteps):
+    """The steps of ``PortableSteps``, each one Metal kernel.
+
+    A position holds max(p, 8) probes; beyond p the last one is repeated.
+
+    Args:
+        clustered: The rows.
+        metal_kernel: Makes the kernels; None: ``mx.fast.metal_kernel``.
+        row_threads: Threads of a threadgroup of the kernels that have one for each position.
+    """
+
+    name = "metal"
+
+    def __init__(
+        self,
+        clustered: ClusteredRows,
+        metal_kernel: Callable[..., Any] | None = None,
+        row_threads: int = ROW_THREADS,
+    ):
+        super().__init__(clustered)
+        self.row_threads = row_threads
+        self.metal_kernel: Callable[..., Any] = metal_kernel or mx.fast.metal_kernel
+        self.reads_rows = clustered.rows.format.metal is not None  # else `score` stays plain
+        self._kernels = Kernels(clustered, self.metal_kernel, row_threads)
+
+    def arrays(self) -> list[mx.array]:
+        """The arrays that the steps hold beside the rows."""
+        return [*super().arrays(), self._kernels.tail_offset]
+
+    def route(self, hidden: mx.array) -> mx.array:
+        """Scores all clusters: hidden (R, D) → (R, C) float32."""
+        n_positions = len(hidden)
+        n_clusters = self.clustered.n_clusters
+        if n_positions >= MATRIX_FROM:
+            return super().route(hidden)
+        shared = 1 if n_positions == 1 else SHARED_POSITIONS
+        groups = -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS)), -(-n_positions // shared)
+        scores = (n_positions, n_clusters), mx.float32
+        arrays = [hidden, *self._kernels.route_arrays]
+        return self._kernels.route(arrays, *groups, scores, H=shared, SUM=mx.float32)[0]
+
+    def mapped(self, values: mx.array, logit_map: LogitMap) -> mx.array:
+        """Maps each of the values (n,), at least 8 of them, as the kernels do."""
+        template = logit_map.template(values.dtype)
+        groups = -(-len(values) // WIDE_THREADS)
+        result = values.shape, logit_map.result_dtype(values.dtype)
+        return self._kernels.map([values], groups, 1, result, **template)[0]
+
+    def select(
+        self,
+        scores: mx.array,
+        n_probes: int,
+        words: bool = True,
+        depth: float = NO_DEPTH,
+        logit_map: LogitMap = IDENTITY,
+        adjustment: Adjustment | None = None,
+        mass: bool = True,  # which costs a kernel nothing
+    ) -> Selection:
+        """Selects the ``n_probes`` best clusters of each row, ascending, and the tail.
+
+        Where scores differ by less than 1/64 nat, the lower id counts as the better cluster.
+        """
+        n_positions, n_clusters = scores.shape
+        if not self.reads_rows:
+            depth = NO_DEPTH  # MLX's operations would read the repeated probes
+        words = words and adjustment is None  # then MLX's operations expand
+        arrays = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
+        probed = (n_positions, max(n_probes, MIN_PROBES)), mx.uint32
+        results = [probed, ((n_positions, UNSCORED), mx.float32)]
+        if words:
+            arrays = [scores, self._kernels.tail_offset, *arrays]
+            kernel = self._kernels.select_words
+            results.append(((n_positions, n_clusters), mx.uint32))
+        elif adjustment is not None:
+            changes = [adjustment.words, held(adjustment.latest), self.clustered.slot_of]
+            arrays = [scores, *changes, *arrays]
+            kernel = self._kernels.select_forced
+        else:
+            arrays = [scores, *arrays]
+            kernel = self._kernels.select
+        template = logit_map.template(mx.float32)
+        probes, unscored, *made = kernel(arrays, 1, n_positions, *results, **template)
+        return Selection(probes, made[0] if words else None, unscored)
+
+    def score(
+        self, hidden: mx.array, selection: Selection, logit_map: LogitMap = IDENTITY
+    ) -> Candidates:
+        """Computes the logits of the probed clusters' rows, mapped: hidden (R, D) → (R, p, n)."""
+        if not self.reads_rows:
+            logits = super().score(hidden, selection, logit_map).logits
+            return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
+        probes = selection.probes
+        rows = self.clustered.rows
+        n_positions, n_held = probes.shape
+        shape = n_positions, n_held, self.clustered.cluster_size
+        raw = rows.logits_dtype(hidden.dtype)
+        results = (shape, logit_map.result_dtype(raw)), (shape[:2], mx.float32)
+        product = rows.product_dtype(hidden.dtype)
+        sums = product if self._kernels.adds_in_dtype else mx.float32
+        template = {"PRODUCT": product, "SUM": sums, "RAW": raw, **logit_map.template(raw)}
+        arrays = [hidden, probes, *self._kernels.score_arrays]
+        logits, best = self._kernels.score(arrays, n_held, n_positions, *results, **template)
+        return Candidates(logits, best)
+
+    def adjust(
+        self,
+        selection: Selection,
+        candidates: Candidates,
+        adjustment: Adjustment | None,
+        allowed: mx.array | None,
+    ) -> Candidates:
+        """Applies biases, penalties and a mask to the scored logits (R, p, n)."""
+        logits = candidates.logits
+        probes = selection.probes
+        n_positions, n_held = probes.shape
+        ids = self.clustered.token_ids
+        if adjustment is None:
+            words, latest = nothing_changed(n_positions, self.clustered.vocab_size)
+        else:
+            words = adjustment.words
+            latest = held(adjustment.latest)
+        mask = no_mask(self.clustered.vocab_size)
+        if allowed is not None:
+            mask = held(allowed).reshape(-1, allowed.shape[-1])
+        results = (logits.shape, logits.dtype), ((n_positions, n_held), mx.float32)
+        logits, best = self._kernels.adjust(
+            [probes, ids, logits, words, latest, mask],
+            -(-n_held // WIDE_THREADS),
+            n_positions,
+            *results,
+            T=logits.dtype,
+        )
+        return Candidates(logits, best)
+
+    def expand(self, scores: mx.array, selection: Selection, candidates: Candidates) -> mx.array:
+        """Expands scores (R, C) float32 to full logits (R, V) of the candidates' dtype."""
+        if selection.words is None:
+            return super().expand(scores, selection, candidates)
+        logits = candidates.logits
+        vocab_size = self.clustered.vocab_size
+        arrays = [selection.words, self.clustered.slot_of, logits, candidates.best]
+        groups = -(-vocab_size // (WIDE_THREADS * EXPAND_TOKENS)), len(logits)
+        return self._kernels.expand(arrays, *groups, ((len(logits), vocab_size), logits.dtype))[0]
+
+    def choose(
+        self,
+        selection: Selection,
+        candidates: Candidates,
+        draws: Draws | None,
+        risk: Risk = USUAL,
+        logit_map: LogitMap = IDENTITY,
+        masked: bool = False,
+    ) -> tuple[mx.array, mx.array]:
+        """Chooses a token of each row, (R,) uint32, with its risk, (R,) float32."""
+        if draws is not None and draws.any_by_number:
+            return super().choose(selection, candidates, draws, risk, logit_map, masked)
+        logits = candidates.logits
+        n_positions = len(logits)
+        settings = draw_arrays(draws, n_positions)
+        arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
+        arrays += [
+            filled_unscored(selection),
+            *settings,
+            mx.array([*risk, 0.0 if masked else 1.0]),
+        ]
+        results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
+        template = logit_map.template(logits.dtype)
+        tokens, chances = self._kernels.sample(
+            arrays, 1, n_positions, *results, T=logits.dtype, **template
+        )
+        return tokens, chances
+
+    def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
+        """Joins the states, probes and logits of some rows of the proposals."""
+        if len(proposals) > JOINED or proposals[0].probes.shape[-1] < MIN_PROBES:
+            return super().join(proposals, rows)
+        sources = [*proposals, *[proposals[0]] * (JOINED - len(proposals))]
+        arrays = [array for p in sources for array in (p.hidden, p.probes, p.logits)]
+        results = [((len(rows), *array.shape[1:]), array.dtype) for array in arrays[:3]]
+        filled = [*rows, *[rows[-1]] * (HELD - len(rows))]
+        arrays.append(mx.array(filled, mx.uint32))
+        return tuple(self._kernels.join(arrays, JOINED, len(rows), *results))
+
+    def tolerances(
+        self, hidden: mx.array, longest: float, product: float, scored: float
+    ) -> tuple[mx.array, mx.array]:
+        """Computes how far logits of states (k, D) may be off: two arrays (k,) float32."""
+        shares = mx.array([product, scored, longest], mx.float32)
+        result = (len(hidden),), mx.float32
+        of_product, of_scored = self._kernels.tolerance(
+            [hidden, shares], 1, len(hidden), result, result
+        )
+        return of_product, of_scored
+
+    def screen(
+        self,
+        slots: mx.array,
+        proposal: Proposal,
+        draws: Draws | None,
+        tolerance: Tolerance,
+        epsilon: float,
+        logit_map: LogitMap = IDENTITY,
+        allowed: mx.array | None = None,
+    ) -> Screen:
+        """Finds which proposals of k states are the dense choice for sure.
+
+        It takes the logits (k, C, n) of all slots.
+        """
+        if draws is not None and draws.any_by_number:
+            return super().screen(slots, proposal, draws, tolerance, epsilon, logit_map, allowed)
+        inputs = self._screen_inputs(proposal, draws, tolerance)
+        parts = self._tallies(slots, inputs, logit_map, allowed)
+        n_states = len(slots)
+        sure, known = self._kernels.certain(
+            [
+                *(parts, inputs.probes, self.clustered.token_ids, inputs.logits, inputs.tokens),
+                *(inputs.settings, inputs.top_k, inputs.keys, *inputs.tolerances),
+                mx.array(epsilon, mx.float32),
+            ],
+            1,
+            n_states,
+            ((n_states,), mx.bool_),
+            ((n_states, 3), mx.float32),
+            T=inputs.logits.dtype,
+            **logit_map.template(slots.dtype),
+        )
+        return Screen(sure, *(known[:, i] for i in range(3)))
+
+    def tallies(
+        self,
+        slots: mx.array,
+        proposal: Proposal,
+        draws: Draws | None,
+        tolerance: Tolerance,
+        logit_map: LogitMap = IDENTITY,
+        allowed: mx.array | None = None,
+    ) -> mx.array:
+        """Runs the first kernel of :meth:`screen`.
+
+        Returns:
+            (k, parts, TALLIED) float32: of each part of the clusters the largest logit, the best
+            that was not scored, and so on.
+        """
+        inputs = self._screen_inputs(proposal, draws, tolerance)
+        return self._tallies(slots, inputs, logit_map, allowed)
+
+    def _screen_inputs(
+        self, proposal: Proposal, draws: Draws | None, tolerance: Tolerance
+    ) -> "_ScreenInputs":
+        proposal = with_held_probes(proposal)
+        relative = mx.array(tolerance.relative, mx.float32)
+        settings, top_k, keys = draw_arrays(draws, len(proposal.probes))
+        return _ScreenInputs(
+            proposal.probes,
+            proposal.logits,
+            held(proposal.tokens),
+            settings,
+            top_k,
+            keys,
+            (held(tolerance.product), held(tolerance.scored), relative),
+        )
+
+    def _tallies(
+        self,
+        slots: mx.array,
+        inputs: "_ScreenInputs",
+        logit_map: LogitMap,
+        allowed: mx.array | None,
+    ) -> mx.array:
+        n_states = len(slots)
+        n_parts = -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
+        ids = self.clustered.token_ids
+        slot_of = self.clustered.slot_of
+        return self._kernels.screen(
+            [
+                *(slots, inputs.probes, ids, slot_of, inputs.logits, inputs.tokens),
+                *(inputs.settings, inputs.keys, *inputs.tolerances),
+                slot_of if allowed is None else held(allowed),  # any array, which is not read
+            ],
+            n_parts,
+            n_states,
+            ((n_states, n_parts, TALLIED), mx.float32),
+            MASKED=allowed is not None,
+            **logit_map.template(slots.dtype),
+        )[0]
+
+
+class _ScreenInputs(NamedTuple):
+    """The inputs of both kernels of a screen, none of them short."""
+
+    probes: mx.array
+    logits: mx.array
+    tokens: mx.array
+    settings: mx.array
+    top_k: mx.array
+    keys: mx.array
+    tolerances: tuple[mx.array, mx.array, mx.array]  # of the product, of scored logits, relative
