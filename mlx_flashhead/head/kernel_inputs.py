@@ -13,7 +13,7 @@ import numpy as np
 from .adjustment import ADJUST_HEAD
 from .draw import Draws
 from .proposal import Proposal, Selection
-from .short_inputs import HELD, held
+from .short_inputs import HELD
 
 # The constants of the same names in metal/flash_head/constants.h.
 MIN_PROBES = HELD
