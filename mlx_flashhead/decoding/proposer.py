@@ -208,13 +208,17 @@ class Proposer:
             (R,) uint32.
         """
         logit_map = self.logit_map
-        wide = [self.needs_logits(sequence) for sequence in sequences]
+        needs_logits = [self.needs_logits(sequence) for sequence in sequences]
         masks: list[np.ndarray | None] = [None] * len(sequences)
         adjustment = None
         if not all(sequence.unchanged for sequence in sequences):
-            narrow = [None if is_wide else s for s, is_wide in zip(sequences, wide, strict=True)]
-            masks = [None if s is None else self._mask(s) for s in narrow]
-            adjustment = self._adjustment(narrow, latest)
+            # those that the scored logits decide
+            scored = [
+                None if needs_all else sequence
+                for sequence, needs_all in zip(sequences, needs_logits, strict=True)
+            ]
+            masks = [None if sequence is None else self._mask(sequence) for sequence in scored]
+            adjustment = self._adjustment(scored, latest)
         draws = None
         if any(sequence.draws for sequence in sequences):
             draws = Draws.of([sequence.draw_at(sequence.n_chosen) for sequence in sequences])
@@ -223,7 +227,7 @@ class Proposer:
             draws,
             n_probes=self._n_probes,
             depth=self.policy.depth,
-            full=any(wide),
+            full=any(needs_logits),
             logit_map=logit_map or IDENTITY,
             adjustment=adjustment,
             allowed=mask_array(masks),
@@ -235,7 +239,7 @@ class Proposer:
             logits = self.model_logits(full)
             picked = [tokens[i : i + 1] for i in range(len(sequences))]
             for i, sequence in enumerate(sequences):
-                if wide[i]:
+                if needs_logits[i]:
                     picked[i], _ = sequence.choose(logits[i : i + 1], sequence.n_chosen)
             tokens = picked[0] if len(picked) == 1 else mx.concatenate(picked)
         for row, sequence in enumerate(sequences):

@@ -132,7 +132,7 @@ class _Recorder:
             "outputShapes": shapes,
             "outputDTypes": dtypes,
         }
-        results = [mx.zeros(*each) for each in zip(shapes, dtypes, strict=True)]
+        results = [mx.zeros(*result) for result in zip(shapes, dtypes, strict=True)]
         self._computed.update(zip(kernel["output_names"], results, strict=True))
         return results
 
