@@ -6,7 +6,6 @@ Source: arXiv 2603.14591. docs/how-it-works.md has the steps and what differs.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from threading import local
 from typing import Any, cast
 from weakref import ref
 
@@ -24,6 +23,7 @@ from .backend import (
 )
 from .clustered import Centroids, ClusteredRows
 from .draw import Draws, DrawSettings, gpu_is_default
+from .interception import Interception, Projection, projection_in_place_of
 from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
 from .metal_steps import MetalSteps
@@ -33,9 +33,7 @@ from .steps import NO_DEPTH, Risk
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
 
-Projection = Callable[[mx.array], mx.array]  # hidden (..., D) → logits (..., V)
 MOST_TRACED = 64  # kinds of proposals whose steps are kept
-_calls = local()  # by head: who makes the logits of its calls in this thread
 
 
 class FlashHead:
@@ -75,11 +73,13 @@ class FlashHead:
         by_column = choose_backend(backend) == PORTABLE and rows.weight.dtype == mx.float32
         by_column = by_column and mx.default_device().type == mx.cpu
         self.clustered = ClusteredRows.build(rows, token_ids, centroids, eos_token_ids, by_column)
-        self.vocab_size, self.hidden_size = rows.n_rows, rows.hidden_size
+        self.vocab_size = rows.n_rows
+        self.hidden_size = rows.hidden_size
         self.n_clusters, self.cluster_size = token_ids.shape
         self._requested_backend = backend
         self.steps, self.backend_reason = make_steps(self.clustered, backend)
-        self.eos_token_ids, self.risk = tuple(eos_token_ids), risk or Risk()
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.risk = risk or Risk()
         self.n_probes = n_probes
         self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
         self._verified = True  # whether a plain call is the dense head's
@@ -248,13 +248,14 @@ class FlashHead:
         before = {name: getattr(self, name) for name in names}
         if n_probes is not None:
             self.n_probes = n_probes
-        self._verified, self._draw_temperature = dense, draw_temperature
+        self._verified = dense
+        self._draw_temperature = draw_temperature
         try:
             yield self
         finally:
             vars(self).update(before)
 
-    def intercepted(self, project: Projection) -> "Interception":
+    def intercepted(self, project: Projection) -> Interception:
         """A block in which ``project`` makes the logits of each call from its hidden states.
 
         That holds in this thread: another one may run the model at the same time.
@@ -277,9 +278,9 @@ class FlashHead:
 
         They are :meth:`dense_logits`, within a block of :meth:`settings` :meth:`unverified_logits`.
         """
-        taken: Projection | None = vars(_calls).get(str(id(self)))
-        if taken is not None:
-            return taken(hidden)
+        project = projection_in_place_of(self)
+        if project is not None:
+            return project(hidden)
         if self.projection is not None:
             return self.projection(self, hidden)
         return self.dense_logits(hidden) if self._verified else self.unverified_logits(hidden)
@@ -469,7 +470,8 @@ class FlashHead:
             candidates = self.steps.adjust(selection, candidates, adjustment, allowed)
         tokens, risk = self.steps.choose(selection, candidates, draws, self.risk, logit_map, masked)
         # without the probes that a kernel repeats
-        probes, logits = selection.probes[:, :n_probes], candidates.logits[:, :n_probes]
+        probes = selection.probes[:, :n_probes]
+        logits = candidates.logits[:, :n_probes]
         return Proposal(hidden, tokens, probes, logits, risk, expanded)
 
     def joined(self, proposals: Sequence[Proposal], rows: Rows, tokens: Sequence[int]) -> Proposal:
@@ -487,7 +489,8 @@ class FlashHead:
             Ids (..., p·cluster_size) uint32, and logits of the same shape. A padded slot has the id
             V and the dtype's lowest finite value.
         """
-        rows, n_probes = hidden.reshape(-1, hidden.shape[-1]), self.unverified_probes
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        n_probes = self.unverified_probes
         _, selection, candidates = self._retrieve(
             rows, n_probes, words=False, draw_temperature=self._draw_temperature
         )
@@ -520,25 +523,6 @@ class FlashHead:
             ordering = scores / draw_temperature + mx.random.gumbel(scores.shape)
         selection = self.steps.select(ordering, n_probes, words)
         return scores, selection, self.steps.score(rows, selection)
-
-
-class Interception:
-    """The block of :meth:`FlashHead.intercepted`."""
-
-    def __init__(self, head: FlashHead, project: Projection):
-        self._name = str(id(head))
-        self._project = project
-
-    def __enter__(self) -> None:
-        taken = vars(_calls)
-        self._before: Projection | None = taken.get(self._name)
-        taken[self._name] = self._project
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is None:
-            del vars(_calls)[self._name]
-        else:
-            vars(_calls)[self._name] = self._before
 
 
 def _mapped(candidates: Candidates, logit_map: LogitMap, lowest: float) -> Candidates:

@@ -122,7 +122,8 @@ def in_blocks(matrix: Matrix) -> mx.array:
 
     Of these MLX's BLAS takes half the time. The end is zeros; a single block is (D, V). Lazy.
     """
-    n_rows, hidden_size = matrix.n_rows, matrix.hidden_size
+    n_rows = matrix.n_rows
+    hidden_size = matrix.hidden_size
     n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
     if n_blocks == 1:
         return mx.contiguous(matrix.dequantized(mx.float32).T)
@@ -282,7 +283,8 @@ class PortableSteps:
         self, hidden: mx.array, selection: Selection, logit_map: LogitMap = IDENTITY
     ) -> Candidates:
         """Logits of the probed clusters' rows, mapped: hidden (R, D) → (R, p, n)."""
-        rows, probes = self.clustered.rows, selection.probes
+        rows = self.clustered.rows
+        probes = selection.probes
         if self._columns is not None and hidden.dtype == mx.float32:
             # the state of each product: one array that is there, for the usual single one
             states = np.repeat(np.arange(len(hidden), dtype=np.uint32)[:, None], probes.shape[1], 1)
@@ -324,7 +326,8 @@ class PortableSteps:
             allowed: (R, ⌈V/32⌉) uint32, a bit a token, the lowest first; None where all may be
                 chosen. Others get the lowest finite value.
         """
-        logits, probes = candidates.logits, selection.probes
+        logits = candidates.logits
+        probes = selection.probes
         if adjustment is not None:
             logits = adjusted_logits(logits, probes, adjustment, self.clustered)
         if allowed is not None:
@@ -341,7 +344,8 @@ class PortableSteps:
         Tokens not probed get min(S_c - ln n_c, m - max(1, |m|/64)), with n_c tokens and the best
         logit m.
         """
-        logits, (n_rows, n_clusters) = candidates.logits, scores.shape
+        logits = candidates.logits
+        n_rows, n_clusters = scores.shape
         best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1).astype(mx.float32)  # (R, 1)
         cap = best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
         tail = mx.minimum(scores + self.clustered.centroids.tail_offset, cap)
