@@ -234,8 +234,8 @@ class Proposer:
         )
         tokens = proposal.tokens
         full = proposal.full
-        proposal = proposal._replace(full=None)  # which may be large
         if full is not None:
+            proposal = proposal._replace(full=None)  # which may be large
             logits = self.model_logits(full)
             picked = [tokens[i : i + 1] for i in range(len(sequences))]
             for i, sequence in enumerate(sequences):
