@@ -83,7 +83,7 @@ def rollback(
     n_right = min(n_cached, n_right)
     if n_cached == target == n_right:
         return
-    trimmed_only = all(each is None for each in snapshot.copies)
+    trimmed_only = all(copied is None for copied in snapshot.copies)
     start = min(target, n_right) if trimmed_only else snapshot.n_tokens
     for i, held in enumerate(snapshot.copies):
         if held is not None:

@@ -39,23 +39,23 @@ def are_certain(
     low = low.astype(mx.float32)
     high = high.astype(mx.float32)
     token = mx.array(list(tokens), mx.uint32)[:, None]
-    own = mx.arange(low.shape[-1], dtype=mx.uint32) == token
-    own_low = mx.take_along_axis(low, token, axis=-1)
-    rival = mx.max(mx.where(own, -mx.inf, high), axis=-1, keepdims=True)
-    greedy = own_low - rival > merging_distance(log_mass(high), rival, epsilon)
+    is_token = mx.arange(low.shape[-1], dtype=mx.uint32) == token
+    token_low = mx.take_along_axis(low, token, axis=-1)
+    rival = mx.max(mx.where(is_token, -mx.inf, high), axis=-1, keepdims=True)
+    greedy = token_low - rival > merging_distance(log_mass(high), rival, epsilon)
     if all(settings.greedy for settings, _ in rows):
         return greedy[:, 0]
     draws = Draws.of(rows)
     lowest = threshold(high, draws, log_mass(low) - MASS_ROUNDING)
     surely = low >= lowest
     maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
-    scale = draws.settings[:, :1]
+    scale = draws.inverse
     likely = mx.where(maybe, high * scale, -mx.inf)
     unlikely = mx.where(surely, low * scale, -mx.inf)
-    noisy = mx.where(own, unlikely, likely) + noise_of_all(draws.keys, low.shape[-1])
-    rival = mx.max(mx.where(own, -mx.inf, noisy), axis=-1, keepdims=True)
-    own_noisy = mx.take_along_axis(noisy, token, axis=-1)
-    drawn = own_noisy > rival + noise_margin(own_noisy)
+    noisy = mx.where(is_token, unlikely, likely) + noise_of_all(draws.keys, low.shape[-1])
+    rival = mx.max(mx.where(is_token, -mx.inf, noisy), axis=-1, keepdims=True)
+    token_noisy = mx.take_along_axis(noisy, token, axis=-1)
+    drawn = token_noisy > rival + noise_margin(token_noisy)
     return mx.where(scale == 0, greedy, drawn)[:, 0]
 
 
@@ -86,7 +86,7 @@ def is_certain_draw(
     low = low.astype(mx.float32)
     high = high.astype(mx.float32)
     ids = mx.arange(low.shape[-1])
-    own = ids == token
+    is_token = ids == token
     draws = Draws.of([(settings, mlx_key)])
     grid = epsilon * (mx.abs(low - log_mass(high)) + 1.0) + MASS_ROUNDING
     low = low - grid
@@ -102,15 +102,15 @@ def is_certain_draw(
             before_top_k = high >= threshold(low, all_kept)
             maybe = maybe | (before_top_k & (old_cut.n_surely < settings.top_k))
         maybe = maybe & old_cut.maybe
-    likely = mx.where(maybe, high * draws.settings[:, :1], -mx.inf)
-    unlikely = mx.where(surely, low * draws.settings[:, :1], -mx.inf)
+    likely = mx.where(maybe, high * draws.inverse, -mx.inf)
+    unlikely = mx.where(surely, low * draws.inverse, -mx.inf)
     # MLX draws by noise, or by the place of a uniform number in the cumulated probabilities. Either
     # way the token is certain if it is drawn in the three worst cases: all others are as likely as
     # they may be; only those with lower ids are, and the rest as unlikely as they may be; only
     # those with higher ids are.
     key = mx.array(mlx_key, mx.uint32)
     certain = surely[:, token]
-    for pushed in (~own, ids < token, ids > token):
+    for pushed in (~is_token, ids < token, ids > token):
         case = mx.where(pushed, likely, unlikely)
         certain = certain & (mx.random.categorical(case, key=key) == token)
     return certain

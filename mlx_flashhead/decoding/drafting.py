@@ -133,7 +133,7 @@ def drafted_steps(
     caches[: len(cache)] = cache  # its layers may have been quantized on the way
 
 
-def _say_nothing(how: str) -> None:
+def _say_nothing(mode: str) -> None:
     """Stands in the place of a callback that nobody gave."""
 
 

@@ -61,7 +61,8 @@ class PartTimes:
         latest = mx.array([13 % self._head.vocab_size], dtype=mx.uint32)
         moments: list[float] = []
         for i in range(n + 1 + verified):
-            with proposer.states(logits=n_probes is None) as states:
+            states: list[mx.array] = []
+            with proposer.noting(states, logits=n_probes is None):
                 output = self._model(latest[None], cache=cache)
             logits = getattr(output, "logits", output)  # as a vision model has them
             if n_probes is None:

@@ -1,8 +1,7 @@
 """Proposes the tokens of sequences, by the policy of their head."""
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Rows
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import mlx.core as mx
@@ -145,17 +144,14 @@ class Proposer:
         rows = cast(FlashHead, self.head).clustered.rows
         return rows.logits_dtype(hidden_dtype(self.model)) == mx.float32
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self) -> AbstractContextManager[None]:
         """A block in which the model reads prompts.
 
         Their last logits choose the first token: by the normal (dense) head, or the unverified one.
         """
         if self.head is None:
-            yield
-            return
-        with self.head.intercepted(self._project):
-            yield
+            return nullcontext()
+        return cast(FlashHead, self.head).intercepted(self._project)
 
     def _project(self, hidden: mx.array) -> mx.array:
         if self.unverified and hidden.shape[-2] == 1:
@@ -173,25 +169,23 @@ class Proposer:
             self._zeros = mx.broadcast_to(mx.zeros((1,), dtype), shape)
         return mx.array(self._zeros)  # which the model may write into
 
-    @contextmanager
-    def states(self, *, logits: bool = True) -> Iterator[list[mx.array]]:
-        """A block in which the model's forward pass notes the hidden states of the head's calls.
+    def noting(
+        self, states: list[mx.array], *, logits: bool = True
+    ) -> AbstractContextManager[None]:
+        """A block in which the model's forward pass adds the hidden states of the head's calls.
 
-        The last of these makes the model's logits. They are the normal (dense) head's, which
-        nothing computes unless they are read; or the unverified head's. Without ``logits`` they are
-        zeros, since nobody wants them.
+        They go to ``states``. The last one makes the model's logits, which are the normal (dense)
+        head's, and nothing computes them unless they are read; or the unverified head's. Without
+        ``logits`` they are zeros, since nobody wants them.
         """
-        taken: list[mx.array] = []
-        if (head := self.head) is None:
-            yield taken
-            return
+        if self.head is None:
+            return nullcontext()
 
         def project(hidden: mx.array) -> mx.array:
-            taken.append(hidden)
+            states.append(hidden)
             return self._project(hidden) if logits else self._no_logits(hidden)
 
-        with head.intercepted(project):
-            yield taken
+        return cast(FlashHead, self.head).intercepted(project)
 
     def needs_logits(self, sequence: Sequence) -> bool:
         """Whether a choice of the sequence needs the logits of all tokens."""
@@ -214,13 +208,17 @@ class Proposer:
             (R,) uint32.
         """
         logit_map = self.logit_map
-        wide = [self.needs_logits(sequence) for sequence in sequences]
+        needs_logits = [self.needs_logits(sequence) for sequence in sequences]
         masks: list[np.ndarray | None] = [None] * len(sequences)
         adjustment = None
         if not all(sequence.unchanged for sequence in sequences):
-            narrow = [None if is_wide else s for s, is_wide in zip(sequences, wide, strict=True)]
-            masks = [None if s is None else self._mask(s) for s in narrow]
-            adjustment = self._adjustment(narrow, latest)
+            # those that the scored logits decide
+            scored = [
+                None if needs_all else sequence
+                for sequence, needs_all in zip(sequences, needs_logits, strict=True)
+            ]
+            masks = [None if sequence is None else self._mask(sequence) for sequence in scored]
+            adjustment = self._adjustment(scored, latest)
         draws = None
         if any(sequence.draws for sequence in sequences):
             draws = Draws.of([sequence.draw_at(sequence.n_chosen) for sequence in sequences])
@@ -229,7 +227,7 @@ class Proposer:
             draws,
             n_probes=self._n_probes,
             depth=self.policy.depth,
-            full=any(wide),
+            full=any(needs_logits),
             logit_map=logit_map or IDENTITY,
             adjustment=adjustment,
             allowed=mask_array(masks),
@@ -241,7 +239,7 @@ class Proposer:
             logits = self.model_logits(full)
             picked = [tokens[i : i + 1] for i in range(len(sequences))]
             for i, sequence in enumerate(sequences):
-                if wide[i]:
+                if needs_logits[i]:
                     picked[i], _ = sequence.choose(logits[i : i + 1], sequence.n_chosen)
             tokens = picked[0] if len(picked) == 1 else mx.concatenate(picked)
         for row, sequence in enumerate(sequences):

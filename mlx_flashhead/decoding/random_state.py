@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from struct import pack, unpack
-from typing import cast
 
 import mlx.core as mx
+
+from ..head.draw import BELOW_ONE
 
 Key = tuple[int, int]  # the two words of a key, or of MLX's random state
 
 WORD = 0xFFFFFFFF
-LANES = WORD | WORD << 64  # two words that are computed at once, 64 bits apart
+AT_ONCE = 16  # numbers that are computed ahead
 PARITY = 0x1BD11BDA
-BELOW_ONE = 1 - 2.0**-24  # the float32 number below 1
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
@@ -69,8 +70,9 @@ class DrawChain:
 
     def number_bits(self, draw: int) -> int:
         """The bits of the uniform number by which that draw is made from one row."""
-        while len(self._numbers) <= draw:
-            self._numbers.append(uniform_bits(self.key(len(self._numbers))))
+        while len(self._numbers) <= draw:  # some at once take little longer than one
+            n = len(self._numbers)
+            self._numbers += uniform_bits([self.key(n + i) for i in range(AT_ONCE)])
         return self._numbers[draw]
 
     def place(self, draw: int) -> None:
@@ -94,38 +96,54 @@ def split(key: Key) -> tuple[Key, Key]:
 
     Source: ``random::bits`` of four words in MLX.
     """
-    first, second = _threefry(key, (0, 2), (1, 3))
+    first, second = _threefry([key, key], 1 << 64, 2 | 3 << 64)
     return (first[0], second[0]), (first[1], second[1])
 
 
-def uniform_bits(key: Key) -> int:
-    """The bits of the float32 number ``mx.random.uniform(shape=(1,), key=key)``.
+def uniform_bits(keys: list[Key]) -> list[int]:
+    """The bits of the float32 numbers ``mx.random.uniform(shape=(1,), key=key)`` of some keys.
 
     Source: ``random::uniform`` in MLX.
     """
-    word = _threefry(key, (0, 0), (0, 0))[0][0]
-    number = min(word * 2.0**-32, BELOW_ONE)  # rounded to float32 as MLX rounds the word
-    return cast(int, unpack("<I", pack("<f", number))[0])
+    numbers = [min(word * 2.0**-32, BELOW_ONE) for word, _ in _threefry(keys)]
+    # rounded to float32 as MLX rounds the words
+    return list(unpack(f"<{len(numbers)}I", pack(f"<{len(numbers)}f", *numbers)))
 
 
-def _threefry(key: Key, *counters: Key) -> tuple[Key, Key]:
-    """Two random words of each of two counters, which are computed at once.
+def _threefry(keys: list[Key], left: int = 0, right: int = 0) -> list[Key]:
+    """Two random words of each key, for a counter of two words.
+
+    All are computed at once, as lanes of one whole number. ``left`` has the first words of the
+    counters, ``right`` the second ones, likewise.
 
     Source: Threefry-2x32 with 20 rounds; Salmon et al. 2011, "Parallel random numbers: as easy as
         1, 2, 3".
     """
-    schedule = [_on_lanes(word, word) for word in (*key, key[0] ^ key[1] ^ PARITY)]
-    left, right = (_on_lanes(*words) for words in zip(*counters, strict=True))
-    left = (left + schedule[0]) & LANES
-    right = (right + schedule[1]) & LANES
+    ones = _ones(len(keys))
+    mask = ones * WORD
+    first_key = _lanes([first for first, _ in keys])
+    second_key = _lanes([second for _, second in keys])
+    schedule = (first_key, second_key, first_key ^ second_key ^ ones * PARITY)
+    left = (left + first_key) & mask
+    right = (right + second_key) & mask
     for group in range(5):
         for turn in ROTATIONS[group % 2]:
-            left = (left + right) & LANES
-            right = ((right << turn | right >> (32 - turn)) & LANES) ^ left
-        left = (left + schedule[(group + 1) % 3]) & LANES
-        right = (right + schedule[(group + 2) % 3] + _on_lanes(group + 1, group + 1)) & LANES
-    return (left & WORD, right & WORD), (left >> 64, right >> 64)
+            left = (left + right) & mask
+            right = ((right << turn | right >> (32 - turn)) & mask) ^ left
+        left = (left + schedule[(group + 1) % 3]) & mask
+        right = (right + schedule[(group + 2) % 3] + ones * (group + 1)) & mask
+    return list(zip(_words(left, len(keys)), _words(right, len(keys)), strict=True))
 
 
-def _on_lanes(first: int, second: int) -> int:
-    return first | second << 64
+@cache
+def _ones(n: int) -> int:
+    return _lanes([1] * n)
+
+
+def _lanes(words: list[int]) -> int:
+    """Words of 32 bits as one number, 64 bits apart."""
+    return int.from_bytes(pack(f"<{len(words)}Q", *words), "little")
+
+
+def _words(lanes: int, n: int) -> tuple[int, ...]:
+    return unpack(f"<{n}Q", lanes.to_bytes(8 * n, "little"))

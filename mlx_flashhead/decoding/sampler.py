@@ -38,7 +38,7 @@ def trust(sampler: Any, processors: Iterable[Processor] = ()) -> Trust:
     A caller marks functions with :func:`mlx_flashhead.pure` and
     :func:`mlx_flashhead.preserves_margins`; mlx-lm's are known by their code.
     """
-    changing: list[Any] = [each for each in processors if not keeps_margins(each)]
+    changing: list[Any] = [p for p in processors if not keeps_margins(p)]
     if draw_settings(sampler) is None:
         changing.append(sampler)
     if not changing:

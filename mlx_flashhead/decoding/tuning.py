@@ -121,7 +121,7 @@ def tune(
         sampled = yield from _measured_sampled_gains(parts, settings)
     gain = median(gains) if gains else dense / settings.token
     sampled_gain = median(sampled) if sampled else None
-    scattered = gains if len(gains) > 1 else [dense / each for each in times]
+    scattered = gains if len(gains) > 1 else [dense / step for step in times]
     spread = (max(scattered) - min(scattered)) / 2
     verification = settings.verification / settings.max_pending
     tuning = Tuning(
@@ -155,7 +155,7 @@ def _fastest_settings(
         slow: Whether there is time for few measurements.
     """
     wanted = [max(1, min(head.n_clusters, round(head.n_probes * share))) for share in SHARES]
-    near = [min(known, key=lambda n: abs(n - each)) for each in wanted if known and not slow]
+    near = [min(known, key=lambda n: abs(n - count)) for count in wanted if known and not slow]
     depths = (NO_DEPTH,) if slow or head.backend == PORTABLE else (NO_DEPTH, DEPTH)
     best = _Settings(head.n_probes, NO_DEPTH, FEW, MAX_RISK, math.inf, 0.0, 0.0)
     verifications: dict[int, float] = {}

@@ -159,7 +159,7 @@ class Verification:
         return certain
 
     def _bounds(
-        self, slots: mx.array, own: Proposal, tolerance: Tolerance, sign: float
+        self, slots: mx.array, proposal: Proposal, tolerance: Tolerance, sign: float
     ) -> mx.array:
         """The model's logits (k, V) if the head's are off by ``sign`` tolerances.
 
@@ -167,7 +167,7 @@ class Verification:
 
         Args:
             slots: The head's logits (k, C, n).
-            own: The proposal of k rows; its logits take the places of the scored ones.
+            proposal: Of k rows; its logits take the places of the scored ones.
             tolerance: The tolerance of k rows.
             sign: -1 for the lowest logits, 1 for the highest ones.
         """
@@ -177,7 +177,7 @@ class Verification:
         values = slots.astype(mx.float32)
         off = of_product + tolerance.relative * mx.abs(values)
         values = (values + sign * off).astype(slots.dtype)
-        scored = own.logits.astype(mx.float32)
+        scored = proposal.logits.astype(mx.float32)
         share = mx.where(of_scored > 0, tolerance.relative, 0.0)
         if logit_map is None:  # the scored logits are the head's, too
             off = of_scored + share * mx.abs(scored)
@@ -186,8 +186,8 @@ class Verification:
             share = share + logit_map.rounding(slots.dtype)
             share = mx.where(of_scored > 0, share, 0.0) + logit_map.slack(slots.dtype)
             off = logit_map.slope * of_scored + share * mx.abs(scored)
-        exact = (scored + sign * off).astype(own.logits.dtype)
-        values = mx.put_along_axis(values, own.probes[..., None], exact, axis=1)
+        exact = (scored + sign * off).astype(proposal.logits.dtype)
+        values = mx.put_along_axis(values, proposal.probes[..., None], exact, axis=1)
         logits = in_token_order(values.flatten(1), self._head.clustered.slot_of)
         return self._proposer.model_logits(logits) if logit_map is None else logits
 
@@ -239,19 +239,19 @@ class Verification:
             self._choices[pending] = (cast(int, token.item()), logprobs)
 
 
-def join(head: FlashHead, pending: list[PendingToken]) -> Proposal:
+def join(head: FlashHead, tokens: list[PendingToken]) -> Proposal:
     """One proposal of pending tokens, which become its rows."""
-    proposals = {id(each.proposal): cast(Proposal, each.proposal) for each in pending}
+    proposals = {id(pending.proposal): cast(Proposal, pending.proposal) for pending in tokens}
     places = {proposal_id: place for place, proposal_id in enumerate(proposals)}
-    rows = [(places[id(each.proposal)], each.row) for each in pending]
-    first = cast(Proposal, pending[0].proposal)
+    rows = [(places[id(pending.proposal)], pending.row) for pending in tokens]
+    first = cast(Proposal, tokens[0].proposal)
     if rows == [(0, row) for row in range(len(first.hidden))]:
         return first
-    tokens = [cast(int, each.token) for each in pending]
-    joined = head.joined([*proposals.values()], rows, tokens)
-    for row, each in enumerate(pending):
-        each.proposal = joined
-        each.row = row
+    token_ids = [cast(int, pending.token) for pending in tokens]
+    joined = head.joined([*proposals.values()], rows, token_ids)
+    for row, pending in enumerate(tokens):
+        pending.proposal = joined
+        pending.row = row
     return joined
 
 

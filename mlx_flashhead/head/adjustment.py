@@ -173,13 +173,13 @@ def _unpacked(adjustment: Adjustment, vocab_size: int) -> _Tokens:
     latest = adjustment.latest[:, None]
     is_latest = ids == latest
     counts = mx.where(is_latest, (tokens[..., 2] | REPEATED | PRESENT) + OCCURS, tokens[..., 2])
-    # a place of its own, unless it is one of the others
+    # the latest token has a place of its own, unless it is one of the others
     other = mx.where(is_latest.any(axis=1, keepdims=True), vocab_size, latest).astype(mx.uint32)
-    own = mx.full(other.shape, REPEATED + PRESENT + OCCURS, mx.uint32)
+    once = mx.full(other.shape, REPEATED + PRESENT + OCCURS, mx.uint32)
     return _Tokens(
         ids=mx.concatenate([ids, other], axis=1),
         biases=mx.concatenate([tokens[..., 1].view(mx.float32), mx.zeros(other.shape)], axis=1),
-        counts=mx.concatenate([counts, own], axis=1),
+        counts=mx.concatenate([counts, once], axis=1),
         penalties=words[:, :ADJUST_HEAD].view(mx.float32),
     )
 

@@ -148,8 +148,7 @@ class ClusteredRows:
         slots = self.slot_of if token_ids is None else mx.take(self.slot_of, token_ids)
         if not self.by_column:
             return self.flat_rows().take(slots)
-        clusters = slots // self.cluster_size
-        places = slots % self.cluster_size
+        clusters, places = mx.divmod(slots, self.cluster_size)
         return self.rows.map(lambda array: array[clusters, places])
 
     def embeddings(self, token_ids: mx.array) -> mx.array:
@@ -159,7 +158,8 @@ class ClusteredRows:
         slots = mx.take(self.slot_of, token_ids)
         weight = self.rows.weight
         if self.by_column:
-            return weight[slots // self.cluster_size, slots % self.cluster_size]
+            clusters, places = mx.divmod(slots, self.cluster_size)
+            return weight[clusters, places]
         return mx.take(weight.reshape(-1, weight.shape[-1]), slots, axis=0)
 
 

@@ -13,8 +13,7 @@ Source: Gumbel 1954, the Gumbel-max trick; Salmon et al. 2011, "Parallel random 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 
@@ -22,10 +21,11 @@ from .lowest_kept import kernel_is_used, lowest_kept
 from .short_inputs import HELD
 
 NO_MIN_P = -1e30
+BELOW_ONE = 1 - 2.0**-24  # the float32 number below 1
 
 # Logits that are sorted at once: halving more of them takes more operations, which a CPU feels.
 SORTED = 65536
-MANY_LOGITS = 8192  # of which a CPU takes powers of two faster, in more operations
+MANY_LOGITS = 8192  # from here on powers of two are faster on a CPU, in more operations
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class DrawSettings:
     temperature: float = 0.0  # 0 takes the best logit
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability
     min_p: float = 0.0  # keep tokens of at least this share of the best one's probability
-    top_k: int = 0  # keep this number of best tokens, and those equal to the last; 0 keeps all
+    top_k: int = 0  # keep so many of the best tokens, and those that equal the last; 0 keeps all
     # Whether top-p adds up probabilities from the least likely on, as mlx-lm 0.31 does. Its own
     # sampler draws then; :class:`Draws` have the cut of 0.32, which is near.
     sums_from_least: bool = False
-    # Whether the token is the one in whose share of the probabilities a uniform number falls, as
-    # mlx-lm's samplers draw; see inverse_cdf.py. Otherwise noise decides.
+    # Whether a uniform number's place among the probabilities chooses the token, as mlx-lm's
+    # samplers draw (inverse_cdf.py). Otherwise noise decides.
     inverse_cdf: bool = False
 
     @property
@@ -54,34 +54,58 @@ class DrawSettings:
         return self.top_p < 1 or self.min_p > 0 or self.top_k > 0
 
 
-class Draws(NamedTuple):
-    """The draws of R rows, as arrays."""
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """The draws of R rows.
 
-    settings: mx.array  # (R, 3) float32: 1 / temperature (0: the best logit), top_p, log(min_p)
-    top_k: mx.array  # (R,) uint32; 0 keeps all
-    # (R, 2) uint32, of each row's seed and position; for an inverse CDF a number's bits, and 0
-    keys: mx.array
-    rows: Sequence[DrawSettings] = ()  # settings of each; none where a kernel reads the arrays
-    # the three arrays with HELD rows or more, the last one repeated, for kernels
-    held: tuple[mx.array, ...] = ()
+    Attributes:
+        rows: The settings of each.
+        held: The same as arrays of n ≥ R rows, the last one repeated, as kernels read them. First
+            (n, 3) float32, with the columns 1 / temperature (0: the best logit), top_p and
+            log(min_p). Then (n,) uint32, top_k; 0 keeps all. Then (n, 2) uint32, the key of each
+            row's seed and position, or for an inverse CDF the bits of its number and 0.
+    """
+
+    rows: tuple[DrawSettings, ...]
+    held: tuple[mx.array, mx.array, mx.array]
 
     @classmethod
     def of(cls, rows: Sequence[tuple[DrawSettings, tuple[int, int]]]) -> "Draws":
         """The draws of some rows, from the settings and the key of each."""
-        n_filled = max(HELD, len(rows))
-        settings = tuple(settings for settings, _ in rows)
+        settings = tuple([settings for settings, _ in rows])
         keys = [key for _, key in rows]
-        keys += [keys[-1]] * (n_filled - len(rows))
-        floats, top_k = _settings_arrays(settings, n_filled)
-        return cls.held_in((floats, top_k, mx.array(keys, mx.uint32)), settings)
+        keys += [keys[-1]] * (HELD - len(rows))
+        return cls(settings, (*_settings_arrays(settings), mx.array(keys, mx.uint32)))
 
-    @classmethod
-    def held_in(
-        cls, held: tuple[mx.array, mx.array, mx.array], rows: Sequence[DrawSettings]
-    ) -> "Draws":
-        """The draws of some rows, whose arrays are the beginnings of longer ones."""
-        settings, top_k, keys = (array[: len(rows)] for array in held)  # views
-        return cls(settings, top_k, keys, rows, held)
+    @cached_property
+    def inverse(self) -> mx.array:
+        """1 / temperature, (R, 1) float32; 0 takes the best logit."""
+        return self.held[0][: len(self.rows), :1]
+
+    @cached_property
+    def top_p(self) -> mx.array:
+        """Likewise."""
+        return self.held[0][: len(self.rows), 1:2]
+
+    @cached_property
+    def log_min_p(self) -> mx.array:
+        """Likewise."""
+        return self.held[0][: len(self.rows), 2:]
+
+    @cached_property
+    def top_k(self) -> mx.array:
+        """The number of best tokens that are kept, (R, 1) uint32; 0 keeps all."""
+        return self.held[1][: len(self.rows), None]
+
+    @cached_property
+    def keys(self) -> mx.array:
+        """The keys of the rows, (R, 2) uint32."""
+        return self.held[2][: len(self.rows)]
+
+    @cached_property
+    def numbers(self) -> mx.array:
+        """The uniform numbers of rows with an inverse CDF, (R, 1) float32."""
+        return self.held[2][: len(self.rows), :1].view(mx.float32)
 
     @property
     def any_by_number(self) -> bool:
@@ -91,36 +115,38 @@ class Draws(NamedTuple):
     def by_kind(
         self, by_number: Callable[[], mx.array], by_noise: Callable[[], mx.array]
     ) -> mx.array:
-        """What holds for each row, (R, 1): of those with an inverse CDF, and of the others."""
+        """Takes the first array for rows with an inverse CDF, the second for others: (R,)."""
         if not self.any_by_number:
             return by_noise()
         if all(row.inverse_cdf for row in self.rows):
             return by_number()
-        numbered = mx.array([row.inverse_cdf for row in self.rows])[:, None]
+        numbered = mx.array([row.inverse_cdf for row in self.rows])
         return mx.where(numbered, by_number(), by_noise())
 
     @property
     def steps(self) -> tuple[DrawSettings, ...]:
         """Settings that take the same steps, whatever the values in the arrays are."""
-        return tuple(
-            DrawSettings(
-                temperature=1.0 if row.temperature else 0.0,
-                top_p=0.5 if row.top_p < 1 else 1.0,
-                min_p=0.5 if row.min_p > 0 else 0.0,
-                top_k=row.top_k,
-                inverse_cdf=row.inverse_cdf,
-            )
-            for row in self.rows
-        )
+        return _same_steps(self.rows)
 
 
 @lru_cache(maxsize=256)
-def _settings_arrays(rows: tuple[DrawSettings, ...], n_filled: int) -> tuple[mx.array, mx.array]:
-    """Returns the settings of rows as arrays: floats (n, 3), and top-k (n,).
+def _same_steps(rows: tuple[DrawSettings, ...]) -> tuple[DrawSettings, ...]:
+    return tuple(
+        DrawSettings(
+            temperature=1.0 if row.temperature else 0.0,
+            top_p=0.5 if row.top_p < 1 else 1.0,
+            min_p=0.5 if row.min_p > 0 else 0.0,
+            top_k=row.top_k,
+            inverse_cdf=row.inverse_cdf,
+        )
+        for row in rows
+    )
 
-    They stay the same for a text. They are filled up with the last row's.
-    """
-    filled = [*rows, *[rows[-1]] * (n_filled - len(rows))]
+
+@lru_cache(maxsize=256)
+def _settings_arrays(rows: tuple[DrawSettings, ...]) -> tuple[mx.array, mx.array]:
+    """Returns the first two arrays of :class:`Draws`. They stay the same for a text."""
+    filled = [*rows, *[rows[-1]] * (HELD - len(rows))]
     floats = []
     for row in filled:
         inverse = 1 / row.temperature if row.temperature else 0.0
@@ -141,27 +167,40 @@ def position_key(seed: int, position: int) -> tuple[int, int]:
 
 
 def noise(keys: mx.array, token_ids: mx.array) -> mx.array:
-    """Gumbel noise of tokens: keys (R, 2), ids (R, K) uint32 → (R, K) float32."""
-    words = _uniform(keys, token_ids // 2)
-    uniform = mx.where(token_ids % 2 == 0, words[..., 0], words[..., 1])
-    return -mx.log(-mx.log(uniform))  # -inf at 0
+    """Gumbel noise of tokens: keys (R, 2), ids (R, K) uint32 → (R, K) float32.
+
+    Two neighbouring ids share a call of Threefry, which gives two words.
+    """
+    words = _random_words(_keys_of_pairs(keys.view(mx.uint64), token_ids // 2))
+    return _gumbel((words >> token_ids % 2 * 32).astype(mx.uint32))
 
 
 def noise_of_all(keys: mx.array, vocab_size: int) -> mx.array:
     """Gumbel noise of tokens 0 … V-1: keys (R, 2) → (R, V) float32."""
-    words = _uniform(keys, mx.arange(-(-vocab_size // 2), dtype=mx.uint32))
-    return -mx.log(-mx.log(words.reshape(len(keys), -1)[:, :vocab_size]))
+    pairs = mx.arange(-(-vocab_size // 2), dtype=mx.uint32)
+    words = _random_words(_keys_of_pairs(keys.view(mx.uint64), pairs))
+    return _gumbel(words.view(mx.uint32)[:, :vocab_size])
 
 
-def _uniform(keys: mx.array, pairs: mx.array) -> mx.array:
-    """The two words of each pair of neighbouring ids, which share a call of Threefry."""
-    first = keys[:, :1] + pairs
-    second = mx.broadcast_to(keys[:, 1:], first.shape)
-    words = _words_of_key(mx.stack([first, second], axis=-1).reshape(-1, 2))
-    return words.reshape(*first.shape, 2)
+def _keys_of_pairs(keys: mx.array, pairs: mx.array) -> mx.array:
+    """Adds numbers (R, K) to the first (lower) words of keys (R, 1) uint64, without a carry."""
+    first = keys.astype(mx.uint32) + pairs
+    return keys >> 32 << 32 | first.astype(mx.uint64)
 
 
-_words_of_key = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))
+def _random_words(keys: mx.array) -> mx.array:
+    """Two random words of each key, the first one the lower half of a number: (R, K) uint64."""
+    words = _two_words(keys.view(mx.uint32).reshape(-1, 2))
+    return words.reshape(len(keys), -1).view(mx.uint64)
+
+
+_two_words = mx.vmap(lambda key: mx.random.split(key, 1))
+
+
+def _gumbel(words: mx.array) -> mx.array:
+    """Gumbel noise by words that are made uniform numbers as ``mx.random.uniform`` does."""
+    uniform = mx.minimum(words.astype(mx.float32) * 2.0**-32, BELOW_ONE)
+    return -mx.log(-mx.log(uniform))  # -inf at 0
 
 
 def log_mass(logits: mx.array) -> mx.array:
@@ -188,19 +227,18 @@ def threshold(
     by_mass = any(s.top_p < 1 for s in draws.rows)
     if (by_mass or most) and kernel and kernel_is_used():
         total = log_mass(logits) if by_mass and log_total is None else log_total
-        settings, top_k = (draws.held or draws)[:2]
-        return lowest_kept(logits, settings, top_k, total)
+        return lowest_kept(logits, *draws.held[:2], total)
     lowest = mx.array(-mx.inf)
     if any(s.min_p > 0 for s in draws.rows):
-        lowest = mx.max(logits, axis=-1, keepdims=True) + draws.settings[:, 2:]
+        lowest = mx.max(logits, axis=-1, keepdims=True) + draws.log_min_p
     if by_mass:
         lowest = mx.maximum(lowest, _by_mass(logits, draws, log_total))
     if most:
         n_top = min(most, logits.shape[-1])
         top = mx.sort(mx.partition(logits, -n_top, axis=-1)[:, -n_top:], axis=-1)
-        kth = n_top - mx.clip(draws.top_k[:, None], 1, n_top)
+        kth = n_top - mx.clip(draws.top_k, 1, n_top)
         by_count = mx.take_along_axis(top, kth, axis=-1)
-        lowest = mx.maximum(lowest, mx.where(draws.top_k[:, None] == 0, -mx.inf, by_count))
+        lowest = mx.maximum(lowest, mx.where(draws.top_k == 0, -mx.inf, by_count))
     return lowest
 
 
@@ -212,10 +250,10 @@ def gpu_is_default() -> bool:
 def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.array:
     """Returns the lowest logit that top-p keeps.
 
-    The logits above it have less than ``top_p`` of the mass. The half of the logits that holds it
-    is halved again, and sorted when it is short.
+    The logits above it have less than ``top_p`` of the mass. Many logits are halved first: of each
+    half that holds it another half is left, until they are few enough to sort.
     """
-    share = draws.settings[:, 1:2]
+    share = draws.top_p
     limit = mx.where(share < 1, mx.maximum(share, 1e-30), mx.inf)
     n_halvings = ((logits.shape[-1] - 1) // SORTED).bit_length()
     left = logits
@@ -250,21 +288,25 @@ def draw(
         gumbel: Noise (R, K). Without it and ``draws`` the best logit is taken, NaN the highest.
         draws: Of R rows.
         token_ids: (R, K) uint32; 0 … V-1 if None.
-        others: (R,), the log of the mass of the other tokens.
+        others: (R, 1), the log of the mass of the other tokens.
         kernel: As of :func:`threshold`.
     """
     values = logits
     if gumbel is not None and draws is not None:
-        inverse = draws.settings[:, :1]
+        inverse = draws.inverse
         values = logits * inverse + gumbel
         if any(s.filters for s in draws.rows):
-            total = None if others is None else mx.logaddexp(log_mass(logits), others[:, None])
+            total = None if others is None else mx.logaddexp(log_mass(logits), others)
             values = mx.where(logits >= threshold(logits, draws, total, kernel), values, -mx.inf)
         if any(s.greedy for s in draws.rows):
             values = mx.where(inverse == 0, logits, values)
     if token_ids is None:
         return mx.argmax(values, axis=-1)
-    best = mx.max(values, axis=-1, keepdims=True)
+    return lowest_of_equals(values, mx.max(values, axis=-1, keepdims=True), token_ids)
+
+
+def lowest_of_equals(values: mx.array, best: mx.array, token_ids: mx.array) -> mx.array:
+    """The lowest id of the tokens that have the best value, or NaN: (R, K) → (R,) uint32."""
     highest = (values == best) | mx.isnan(values)  # where one is NaN, no value equals the best
     return mx.min(mx.where(highest, token_ids, mx.array(0xFFFFFFFF, mx.uint32)), axis=-1)
 

@@ -6,7 +6,6 @@ Source: arXiv 2603.14591. docs/how-it-works.md has the steps and what differs.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from threading import local
 from typing import Any, cast
 from weakref import ref
 
@@ -24,6 +23,7 @@ from .backend import (
 )
 from .clustered import Centroids, ClusteredRows
 from .draw import Draws, DrawSettings, gpu_is_default
+from .interception import Interception, Projection, projection_in_place_of
 from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
 from .metal_steps import MetalSteps
@@ -33,16 +33,16 @@ from .steps import NO_DEPTH, Risk
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
 
-Projection = Callable[[mx.array], mx.array]  # hidden (..., D) → logits (..., V)
 MOST_TRACED = 64  # kinds of proposals whose steps are kept
-_calls = local()  # by head: who makes the logits of its calls in this thread
 
 
 class FlashHead:
     """An output projection by retrieval. A plain call is the normal (dense) head.
 
-    Loops that verify call :meth:`propose`. The unverified head, whose logits are estimates but for
-    the scored tokens, is :meth:`unverified_logits`, or a call within a :meth:`settings` block.
+    Loops that verify call :meth:`propose`. The unverified head is :meth:`unverified_logits`, or a
+    call within a :meth:`settings` block: only scored tokens have exact logits there, others have
+    estimates.
+
     ``backend_reason`` says why ``backend`` was taken. Shapes: hidden states (..., D); V tokens in C
     clusters of ``cluster_size``, of which p = ``n_probes`` are scored per position.
 
@@ -75,11 +75,13 @@ class FlashHead:
         by_column = choose_backend(backend) == PORTABLE and rows.weight.dtype == mx.float32
         by_column = by_column and mx.default_device().type == mx.cpu
         self.clustered = ClusteredRows.build(rows, token_ids, centroids, eos_token_ids, by_column)
-        self.vocab_size, self.hidden_size = rows.n_rows, rows.hidden_size
+        self.vocab_size = rows.n_rows
+        self.hidden_size = rows.hidden_size
         self.n_clusters, self.cluster_size = token_ids.shape
         self._requested_backend = backend
         self.steps, self.backend_reason = make_steps(self.clustered, backend)
-        self.eos_token_ids, self.risk = tuple(eos_token_ids), risk or Risk()
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.risk = risk or Risk()
         self.n_probes = n_probes
         self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
         self._verified = True  # whether a plain call is the dense head's
@@ -203,7 +205,7 @@ class FlashHead:
     def applies(self, logit_map: LogitMap, dtype: mx.Dtype) -> bool:
         """Returns whether the steps map logits of ``dtype`` as MLX's operations do.
 
-        In 16 bits all agree to the last bit, in float32 but for the map's slack. Evaluates.
+        In 16 bits all must agree to the last bit, in float32 within the map's slack. Evaluates.
         """
         if not isinstance(self.steps, MetalSteps):
             return True
@@ -248,29 +250,19 @@ class FlashHead:
         before = {name: getattr(self, name) for name in names}
         if n_probes is not None:
             self.n_probes = n_probes
-        self._verified, self._draw_temperature = dense, draw_temperature
+        self._verified = dense
+        self._draw_temperature = draw_temperature
         try:
             yield self
         finally:
             vars(self).update(before)
 
-    @contextmanager
-    def intercepted(self, project: Projection) -> Iterator[None]:
+    def intercepted(self, project: Projection) -> Interception:
         """A block in which ``project`` makes the logits of each call from its hidden states.
 
         That holds in this thread: another one may run the model at the same time.
         """
-        taken = vars(_calls)
-        name = str(id(self))
-        before = taken.get(name)
-        taken[name] = project
-        try:
-            yield
-        finally:
-            if before is None:
-                del taken[name]
-            else:
-                taken[name] = before
+        return Interception(self, project)
 
     def project_calls(self, project: Callable[["FlashHead", mx.array], mx.array]) -> None:
         """Has ``project`` make the logits of each call that nobody intercepts, from now on.
@@ -288,9 +280,9 @@ class FlashHead:
 
         They are :meth:`dense_logits`, within a block of :meth:`settings` :meth:`unverified_logits`.
         """
-        taken: Projection | None = vars(_calls).get(str(id(self)))
-        if taken is not None:
-            return taken(hidden)
+        project = projection_in_place_of(self)
+        if project is not None:
+            return project(hidden)
         if self.projection is not None:
             return self.projection(self, hidden)
         return self.dense_logits(hidden) if self._verified else self.unverified_logits(hidden)
@@ -311,9 +303,9 @@ class FlashHead:
         n_probes: int | None = None,
         draw_temperature: float | None = None,
     ) -> mx.array:
-        """Returns logits (..., V) by retrieval: exact if probed, else an estimate below the best.
+        """Returns logits (..., V) by retrieval: exact if probed, else estimates below the best.
 
-        The arguments are those of :meth:`settings`, whose values they are if None.
+        The arguments are those of :meth:`settings`, which gives their values if they are None.
         """
         n_probes = self.unverified_probes if n_probes is None else n_probes
         temperature = self._draw_temperature if draw_temperature is None else draw_temperature
@@ -373,8 +365,8 @@ class FlashHead:
                 clusters out.
             full: Whether to make full logits too, which are the head's own.
             logit_map: What the model does to each of its head's logits.
-            adjustment: What biases and penalties change of some tokens' logits, whose clusters are
-                scored, too. The full logits are without it.
+            adjustment: What biases and penalties change. The clusters of these tokens are scored,
+                too. The full logits are without it.
             allowed: (R, ⌈V/32⌉) uint32, a bit a token, the lowest first, whether it may be chosen;
                 None where all may. If no scored token may be, the row's risk is NOTHING_ALLOWED
                 and its token is no choice: the dense row has to choose at once.
@@ -387,8 +379,8 @@ class FlashHead:
         if adjustment is not None:
             n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)
         how = (n_probes, depth, full, logit_map, adjustment, allowed)
-        # MLX compiles what it joins of traced operations that are no kernels of ours, which takes a
-        # CPU a second each. Beside a mask, which the host makes for each token, that does not pay.
+        # MLX compiles the operations that it joins in a trace, about a second each on a CPU. Beside
+        # a mask, which the host makes for each token, that does not pay.
         traces = self._traces and (allowed is None or isinstance(self.steps, MetalSteps))
         if full or not traces:
             return self._proposal(hidden, draws, *how)
@@ -439,7 +431,7 @@ class FlashHead:
                 hidden,
                 None
                 if rows is None
-                else Draws.held_in((draw_arrays[0], draw_arrays[1], draw_arrays[2]), rows),
+                else Draws(rows, (draw_arrays[0], draw_arrays[1], draw_arrays[2])),
                 n_probes,
                 depth,
                 False,
@@ -480,7 +472,8 @@ class FlashHead:
             candidates = self.steps.adjust(selection, candidates, adjustment, allowed)
         tokens, risk = self.steps.choose(selection, candidates, draws, self.risk, logit_map, masked)
         # without the probes that a kernel repeats
-        probes, logits = selection.probes[:, :n_probes], candidates.logits[:, :n_probes]
+        probes = selection.probes[:, :n_probes]
+        logits = candidates.logits[:, :n_probes]
         return Proposal(hidden, tokens, probes, logits, risk, expanded)
 
     def joined(self, proposals: Sequence[Proposal], rows: Rows, tokens: Sequence[int]) -> Proposal:
@@ -498,7 +491,8 @@ class FlashHead:
             Ids (..., p·cluster_size) uint32, and logits of the same shape. A padded slot has the id
             V and the dtype's lowest finite value.
         """
-        rows, n_probes = hidden.reshape(-1, hidden.shape[-1]), self.unverified_probes
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        n_probes = self.unverified_probes
         _, selection, candidates = self._retrieve(
             rows, n_probes, words=False, draw_temperature=self._draw_temperature
         )
@@ -507,7 +501,7 @@ class FlashHead:
         return ids.reshape(shape), candidates.logits[:, :n_probes].reshape(shape)
 
     def token(self, hidden: mx.array) -> mx.array:
-        """The unverified greedy token: hidden (..., D) → (...) uint32; of equals the lowest id."""
+        """Unverified greedy tokens: hidden (..., D) → (...) uint32, the lowest id among equals."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         _, selection, candidates = self._retrieve(
             rows, self.unverified_probes, words=False, draw_temperature=self._draw_temperature

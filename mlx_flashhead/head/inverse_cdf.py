@@ -1,7 +1,7 @@
 """The draw of ``mx.random.categorical`` from one row, for proposals and for their verification.
 
-    token = the one in whose share of the summed weights, in the order of ids, a number falls
-            that is uniform between 0 and 1;  weight = exp(logit / temperature)
+    token = the first one, in the order of ids, with (weights up to it) > number · (all weights)
+    weight = exp(logit / temperature);  number: uniform between 0 and 1
 
 A row of :class:`Draws` with ``inverse_cdf`` has the bits of that float32 number in its key.
 
@@ -29,29 +29,24 @@ def drawn(
         logits: (R, K) float32.
         token_ids: (R, K) uint32.
         draws: Of R rows.
-        others: (R,), the log of the mass of the other tokens, for the filters.
+        others: (R, 1), the log of the mass of the other tokens, for the filters.
         kernel: As of :func:`draw.threshold`.
 
     Returns:
-        (R, 1) uint32.
+        (R,) uint32.
     """
     kept = logits
     if any(settings.filters for settings in draws.rows):
-        total = None if others is None else mx.logaddexp(log_mass(logits), others[:, None])
+        total = None if others is None else mx.logaddexp(log_mass(logits), others)
         kept = mx.where(logits >= threshold(logits, draws, total, kernel), logits, -mx.inf)
     best = mx.max(logits, axis=-1, keepdims=True)
-    weights = mx.exp((kept - best) * draws.settings[:, :1])
+    weights = mx.exp((kept - best) * draws.inverse)
     order = mx.argsort(token_ids, axis=-1)
     sums = mx.cumsum(mx.take_along_axis(weights, order, axis=-1), axis=-1)
     total = sums[:, -1:]
-    below = (sums <= numbers(draws) * total) & (sums < total)
+    below = (sums <= draws.numbers * total) & (sums < total)
     place = mx.take_along_axis(order, below.sum(axis=-1, keepdims=True), axis=-1)
-    return mx.take_along_axis(token_ids, place, axis=-1)
-
-
-def numbers(draws: Draws) -> mx.array:
-    """The uniform numbers of rows that draw by them, (R, 1) float32."""
-    return draws.keys[:, :1].view(mx.float32)
+    return mx.take_along_axis(token_ids, place, axis=-1)[:, 0]
 
 
 def is_certain(
@@ -59,10 +54,10 @@ def is_certain(
 ) -> mx.array:
     """Returns whether each state's token is drawn whatever the logits are within their bounds.
 
-    The number falls in the token's share if the tokens of lower ids weigh no more than the number
-    says, and with the token more. Of weights within bounds the worst case of the first is that
-    those of lower ids weigh as much as they may and all others as little; of the second that those
-    of higher ids weigh as much as they may and all others as little.
+    The token is drawn if the tokens with lower ids weigh no more than the number's share of all,
+    and with the token itself more. Within bounds of the weights the first holds in any case if it
+    does when lower ids weigh as much as they may and the rest as little, and the second if it does
+    when higher ids weigh as much as they may and the rest as little.
 
     Args:
         clustered: The rows.
@@ -72,10 +67,12 @@ def is_certain(
         epsilon: The relative spacing of the model's log-probabilities.
 
     Returns:
-        (k, 1) bool.
+        (k,) bool.
     """
-    inverse, top_p, log_min_p = mx.split(draws.settings, 3, axis=-1)
-    top_k = draws.top_k[:, None]
+    inverse = draws.inverse
+    top_p = draws.top_p
+    top_k = draws.top_k
+    log_min_p = draws.log_min_p
     unfiltered = (top_p >= 1) & (top_k == 0) & (log_min_p <= NO_MIN_P)
     mass = mx.logaddexp(log_mass(scored.all.logits), log_mass(unscored.logits.flatten(1)))
     known = _rounded(scored.all, mass, epsilon)
@@ -112,16 +109,16 @@ def is_certain(
 
     lower_least, lower_most, higher_least, higher_most, lost = mx.split(sums, 5, axis=-1)
     lost = lost + SUM_ROUNDING * (EXP_UNITS + 1) * (lower_most + own_most + higher_most)
-    number = numbers(draws)
+    number = draws.numbers
     reached = lower_most + lost <= number * (lower_most + own_least + higher_least)
     passed = number * (lower_least + own_least + higher_most) + lost < lower_least + own_least
-    return (own_least > 0) & reached & passed & (dropped | unfiltered)
+    return ((own_least > 0) & reached & passed & (dropped | unfiltered))[:, 0]
 
 
 def _rounded(values: Interval, mass: mx.array, epsilon: float) -> Interval:
     """The logits as bounds of what mlx-lm draws from, in nats.
 
-    That are log-probabilities, scaled, in the model's dtype.
+    These are log-probabilities in the model's dtype, scaled.
     """
     if epsilon < IN_16_BITS:
         return Interval(values.logits, values.off + MASS_ROUNDING)
@@ -130,17 +127,17 @@ def _rounded(values: Interval, mass: mx.array, epsilon: float) -> Interval:
 
 
 def _sums(at_least: mx.array, at_most: mx.array, ids: mx.array, tokens: mx.array) -> mx.array:
-    """Sums of weights, apart for tokens of lower and of higher ids.
+    """Sums of weights, separately for tokens with lower and with higher ids.
 
     Args:
         at_least: The least that the weights may be, (k, K).
-        at_most: The most, likewise.
+        at_most: The most that they may be, (k, K).
         ids: The tokens, (k, K) or (1, K).
         tokens: The proposed ones, (k, 1).
 
     Returns:
-        (k, 5) float32: of lower ids the least and the most, of higher ids likewise, and the most
-        that additions of the weights can lose.
+        (k, 5) float32: the least and the most of the lower ids, those of the higher ids, and the
+        most that additions of the weights can lose.
     """
     lower = ids < tokens
     higher = ids > tokens

@@ -13,7 +13,7 @@ import numpy as np
 from .adjustment import ADJUST_HEAD
 from .draw import Draws
 from .proposal import Proposal, Selection
-from .short_inputs import HELD, held
+from .short_inputs import HELD
 
 # The constants of the same names in metal/flash_head/constants.h.
 MIN_PROBES = HELD
@@ -46,7 +46,7 @@ def draw_arrays(draws: Draws | None, n_positions: int) -> list[mx.array]:
     """Settings, top_k and keys for a kernel. Rows are greedy without draws."""
     if draws is None:
         return _greedy_draws(n_positions)
-    return [held(array) for array in draws.held or draws[:3]]
+    return list(draws.held)
 
 
 @cache

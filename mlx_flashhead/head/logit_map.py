@@ -72,8 +72,9 @@ class LogitMap:
 
     def slack(self, dtype: mx.Dtype) -> float:
         """How far values of ``dtype`` may fail to rise, relative. In 16 bits all were looked at."""
-        wide = self.result_dtype(dtype) == mx.float32
-        return MAP_ULPS * mx.finfo(mx.float32).eps if wide and not self.identity else 0.0
+        if self.identity or self.result_dtype(dtype) != mx.float32:
+            return 0.0
+        return MAP_ULPS * mx.finfo(mx.float32).eps
 
     def rounding(self, dtype: mx.Dtype) -> float:
         """How far the roundings of two values of ``dtype`` may move them apart, relative."""
@@ -153,6 +154,6 @@ def _candidates(function: Function, dtype: mx.Dtype, result: mx.Dtype) -> Iterat
 def _near(number: float) -> list[float]:
     """Numbers that ``number`` may be but for rounding: those of few digits first."""
     short = [float(f"{number:.{digits}g}") for digits in range(1, 8)]
-    close = [each for each in short if abs(each / number - 1) < 1e-5]
+    close = [rounded for rounded in short if abs(rounded / number - 1) < 1e-5]
     steps = [float(np.float32(number * (1 + i * 2.0**-24))) for i in range(-8, 9)]
     return list(dict.fromkeys([*close, *steps]))

@@ -77,9 +77,9 @@ class Matrix:
             ValueError: If the table has none.
         """
         mode, bits = (self.mode, self.bits) if self.quantized else (None, 8 * self.weight.itemsize)
-        for form in FORMATS:
-            if (form.mode, form.bits) == (mode, bits):
-                return form
+        for known in FORMATS:
+            if (known.mode, known.bits) == (mode, bits):
+                return known
         raise ValueError(
             f"Rows of the format '{bits}-bit {mode or 'float'}' are not supported: the formats are "
             f"{', '.join(map(str, FORMATS))}."
@@ -128,9 +128,18 @@ class Matrix:
 
     def quantize(self, *, bits: int, group_size: int, mode: str = AFFINE) -> "Matrix":
         """Floats in fewer bits, rounded to nearest by MLX. Lazy."""
-        form: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
-        arrays = mx.quantize(self.weight, **form)
-        return replace(self, **form | dict(zip(ARRAYS, arrays, strict=False)))
+        weight, scales, *biases = mx.quantize(
+            self.weight, group_size=group_size, bits=bits, mode=mode
+        )
+        return replace(
+            self,
+            weight=weight,
+            scales=scales,
+            biases=biases[0] if biases else None,
+            group_size=group_size,
+            bits=bits,
+            mode=mode,
+        )
 
     def product_dtype(self, hidden_dtype: mx.Dtype) -> mx.Dtype:
         """The dtype of products with hidden states of ``hidden_dtype``, before the bias."""

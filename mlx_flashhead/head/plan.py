@@ -27,7 +27,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .draw import Draws
+from .draw import Draws, DrawSettings
 from .flash_head import FlashHead
 from .metal_steps import MetalSteps
 from .short_inputs import HELD
@@ -61,13 +61,11 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
         )
     hidden = mx.zeros((1, head.hidden_size), dtype)
     counts = mx.zeros((HELD, 2), mx.uint32)
-    draws = Draws(mx.zeros((HELD, 3)), counts[:, 0], counts)
+    draws = Draws((DrawSettings(1.0),), (mx.zeros((HELD, 3)), counts[:, 0], counts))
     rows = clustered.rows.arrays()
     computed = {
         "hidden": hidden,
-        "settings": draws.settings,
-        "top_k": draws.top_k,
-        "keys": draws.keys,
+        **dict(zip(("settings", "top_k", "keys"), draws.held, strict=True)),
     }
     computed |= {f"rows_{name}": array for name, array in rows.items()}
     centroids = clustered.centroids.matrix.arrays()
@@ -134,7 +132,7 @@ class _Recorder:
             "outputShapes": shapes,
             "outputDTypes": dtypes,
         }
-        results = [mx.zeros(*each) for each in zip(shapes, dtypes, strict=True)]
+        results = [mx.zeros(*result) for result in zip(shapes, dtypes, strict=True)]
         self._computed.update(zip(kernel["output_names"], results, strict=True))
         return results
 

@@ -8,6 +8,7 @@ within theirs.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -62,7 +63,7 @@ def screen(
                 draws,
             ),
         )
-        certain = mx.where(draws.settings[:, :1] == 0, certain, drawn)
+        certain = mx.where(draws.inverse == 0, certain, drawn[:, None])
     certain = certain[:, 0] & (largest < mx.inf)  # float16 may overflow
     return Screen(certain, largest, best[:, 0], log_mass(unscored.logits.flatten(1))[:, 0])
 
@@ -170,13 +171,15 @@ def _noise_is_certain(
     tail_high: mx.array,
     draws: Draws,
 ) -> mx.array:
-    """Returns whether no other token can be drawn by noise than the proposed one: (k, 1) bool.
+    """Returns whether no other token can be drawn by noise than the proposed one: (k,) bool.
 
     It is so if the filters keep the token, and no other token that they may keep can have a higher
     noisy logit.
     """
-    inverse, top_p, log_min_p = mx.split(draws.settings, 3, axis=-1)
-    top_k = draws.top_k[:, None]
+    inverse = draws.inverse
+    top_p = draws.top_p
+    top_k = draws.top_k
+    log_min_p = draws.log_min_p
     own = scored.own.logits
     floor = scored.own.low
     scored_low, scored_high = scored.all.masses()
@@ -195,51 +198,69 @@ def _noise_is_certain(
     kept &= floor >= mx.maximum(scored.second.high, best_high) + log_min_p
 
     # the highest logit of those whose noisy logit may reach the token's
-    worst = floor * inverse + noise(draws.keys, scored.tokens)
+    near = _near(clustered, unscored, draws)
+    own_noise, scored_noise, near_noise = _noises(clustered, scored, near.ids, draws)
+    worst = floor * inverse + own_noise
     worst = worst - noise_margin(worst)
-    noisy = high * inverse + noise(draws.keys, scored.ids)
-    rival = mx.max(mx.where(noisy >= worst, high, -mx.inf), axis=-1, keepdims=True)
-    left, near_low = _unscored_rival(clustered, unscored, inverse, worst, draws)
-    rival = mx.maximum(rival, left)
+
+    def highest_reaching(high: mx.array, gumbel: mx.array) -> mx.array:
+        reaching = mx.where(high * inverse + gumbel >= worst, high, -mx.inf)
+        return mx.max(reaching, axis=-1, keepdims=True)
+
+    rival = mx.maximum(
+        highest_reaching(high, scored_noise), highest_reaching(near.logits.high, near_noise)
+    )
+    if near.best_other is not None:
+        rival = mx.maximum(rival, near.best_other)
 
     # the filters leave it out, and so all below it
     low = scored.all.low
     over = low > rival
     mass_over = mx.where(over, mx.exp(low - own), 0).sum(axis=-1, keepdims=True)
     cut = (worst - LIKELY_NOISE) / inverse
+    near_low = near.logits.low
     near_over = mx.where(near_low > cut, mx.exp(near_low - own), 0).sum(axis=-1, keepdims=True)
     mass_over = mass_over + mx.where(rival <= cut, near_over, 0)
     dropped = (top_p < 1) & (mass_over >= top_p * most * (1 + MASS_MARGIN))
     dropped |= (top_k > 0) & (over.sum(axis=-1, keepdims=True) >= top_k)
     dropped |= rival < mx.maximum(floor, scored.second.low) + log_min_p
-    return kept & ((rival == -mx.inf) | dropped)
+    return (kept & ((rival == -mx.inf) | dropped))[:, 0]
 
 
-def _unscored_rival(
-    clustered: ClusteredRows, unscored: Interval, inverse: mx.array, worst: mx.array, draws: Draws
-) -> tuple[mx.array, mx.array]:
-    """Returns the highest logit that was not scored and may win.
+class Near(NamedTuple):
+    """The tokens of k states that were not scored and may win."""
 
-    A logit may win if its highest noisy value reaches ``worst``, the lowest of the proposed token.
-    With filters, noise is computed for the nearest clusters alone: any other logit may win.
+    logits: Interval  # (k, K)
+    ids: mx.array | None  # (k, K) uint32; None: all tokens in their order
+    best_other: mx.array | None  # (k, 1), the highest that any other's logit may be
 
-    Returns:
-        That logit, (k, 1), and the lowest values of the logits that got noise, (k, K).
-    """
-    left = mx.array(-mx.inf)
-    if clustered.n_clusters > NEAREST and all(s.filters or s.greedy for s in draws.rows):
-        bests = mx.max(unscored.high, axis=-1)
-        order = mx.argpartition(-bests, kth=NEAREST, axis=-1)
-        left = mx.take_along_axis(bests, order[:, NEAREST : NEAREST + 1], axis=-1)
-        nearest = order[:, :NEAREST]
-        ids = mx.take(clustered.token_ids, nearest, axis=0).flatten(1)
-        gumbel = noise(draws.keys, ids)
-        near = unscored.map(
-            lambda array: mx.take_along_axis(array, nearest[..., None], axis=1).flatten(1)
-        )
+
+def _near(clustered: ClusteredRows, unscored: Interval, draws: Draws) -> Near:
+    """All tokens, or where the draws have filters those of the nearest clusters."""
+    if clustered.n_clusters <= NEAREST or not all(s.filters or s.greedy for s in draws.rows):
+        logits = unscored.map(lambda array: in_token_order(array.flatten(1), clustered.slot_of))
+        return Near(logits, None, None)
+    bests = mx.max(unscored.high, axis=-1)
+    order = mx.argpartition(-bests, kth=NEAREST, axis=-1)
+    best_other = mx.take_along_axis(bests, order[:, NEAREST : NEAREST + 1], axis=-1)
+    nearest = order[:, :NEAREST]
+    logits = unscored.map(
+        lambda array: mx.take_along_axis(array, nearest[..., None], axis=1).flatten(1)
+    )
+    return Near(logits, mx.take(clustered.token_ids, nearest, axis=0).flatten(1), best_other)
+
+
+def _noises(
+    clustered: ClusteredRows, scored: Scored, near_ids: mx.array | None, draws: Draws
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The noise of the proposed tokens, of the scored ones, and of those that are near."""
+    known = mx.concatenate([scored.tokens, scored.ids], axis=-1)
+    if near_ids is None:
+        of_near = noise_of_all(draws.keys, clustered.vocab_size)
+        # that of a padded slot does not matter
+        known = mx.minimum(known, clustered.vocab_size - 1)
+        of_known = mx.take_along_axis(of_near, known, axis=-1)
     else:
-        gumbel = noise_of_all(draws.keys, clustered.vocab_size)
-        near = unscored.map(lambda array: in_token_order(array.flatten(1), clustered.slot_of))
-    high = near.high
-    reached = mx.where(high * inverse + gumbel >= worst, high, -mx.inf)
-    return mx.maximum(left, mx.max(reached, axis=-1, keepdims=True)), near.low
+        every = noise(draws.keys, mx.concatenate([known, near_ids], axis=-1))
+        of_known, of_near = mx.split(every, [known.shape[-1]], axis=-1)
+    return of_known[:, :1], of_known[:, 1:], of_near

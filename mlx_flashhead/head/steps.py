@@ -20,14 +20,14 @@ from . import inverse_cdf
 from .adjustment import Adjustment, adjusted_logits, probed_for
 from .clustered import ClusteredRows, in_token_order
 from .dense_kernels import dense_ranges
-from .draw import Draws, draw, log_mass, noise
+from .draw import Draws, draw, log_mass, lowest_of_equals, noise
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
 from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance
 from .screening import screen
 
 NO_DEPTH = 1e30  # nats: every probe is scored
-NOTHING_ALLOWED = 2.0  # the risk of a row of which no scored token may be chosen
+NOTHING_ALLOWED = 2.0  # the risk of a row in which no scored token may be chosen
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
 MARGIN_SHARE = 1 / 64
@@ -71,7 +71,7 @@ class Risk(NamedTuple):
 
         Args:
             candidates: The scored tokens' logits, mapped.
-            best: (R,), the highest of these.
+            best: (R, 1), the highest of these.
             unscored: What was not scored, as :func:`unscored` gives it.
             draws: Of R rows.
             logit_map: What the model does to each of its head's logits.
@@ -79,13 +79,12 @@ class Risk(NamedTuple):
         nothing = best <= mx.finfo(candidates.logits.dtype).min
         best = best.astype(mx.float32)
         best = best if logit_map.identity else logit_map.inverse(best)
-        greedy = mx.exp(self.a - self.b * (best - unscored[:, 0]))
-        if draws is None:
-            return mx.where(nothing, NOTHING_ALLOWED, mx.minimum(greedy, 1.0))
-        scored = log_mass(candidates.logits.astype(mx.float32).flatten(1))[:, 0]
-        drawn = self.scale * mx.sigmoid(unscored[:, 1] - scored)
-        risk = mx.minimum(mx.where(draws.settings[:, 0] == 0, greedy, drawn), 1.0)
-        return mx.where(nothing, NOTHING_ALLOWED, risk)
+        risk = mx.exp(self.a - self.b * (best - unscored[:, :1]))
+        if draws is not None:
+            scored = log_mass(candidates.logits.astype(mx.float32).flatten(1))
+            drawn = self.scale * mx.sigmoid(unscored[:, 1:2] - scored)
+            risk = mx.where(draws.inverse == 0, risk, drawn)
+        return mx.where(nothing, NOTHING_ALLOWED, mx.minimum(risk, 1.0))[:, 0]
 
 
 USUAL = Risk()
@@ -110,20 +109,22 @@ def unscored(
     """
     lowest = mx.array(mx.finfo(mx.float32).min)
     left = mx.put_along_axis(scores, probes, lowest, axis=-1)
-    best = mx.max(left, axis=-1)
+    best = mx.max(left, axis=-1, keepdims=True)
     if not logit_map.identity:
         n_tokens = math.log(cluster_size)
         mapped = logit_map(left - n_tokens).astype(mx.float32) + n_tokens
         left = mx.where(left == lowest, lowest, mapped)
-    return mx.stack([best, mx.logsumexp(left, axis=-1)], axis=-1)
+    return mx.concatenate([best, mx.logsumexp(left, axis=-1, keepdims=True)], axis=-1)
 
 
 def in_blocks(matrix: Matrix) -> mx.array:
     """Returns rows (V, D) as columns for ``blocked_product``: (n_blocks, D, block) float32.
 
-    Of these MLX's BLAS takes half the time. The end is zeros; a single block is (D, V). Lazy.
+    MLX's BLAS multiplies them in half the time. The last block ends with zeros; a single one is
+    (D, V). Lazy.
     """
-    n_rows, hidden_size = matrix.n_rows, matrix.hidden_size
+    n_rows = matrix.n_rows
+    hidden_size = matrix.hidden_size
     n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
     if n_blocks == 1:
         return mx.contiguous(matrix.dequantized(mx.float32).T)
@@ -152,13 +153,10 @@ def _drawn(
     logits: mx.array, token_ids: mx.array, draws: Draws, others: mx.array | None
 ) -> mx.array:
     """Draws a token of each row, (R,) uint32, from the scored ones (R, K)."""
-    tokens = draws.by_kind(
+    return draws.by_kind(
         lambda: inverse_cdf.drawn(logits, token_ids, draws, others, kernel=False),
-        lambda: draw(logits, noise(draws.keys, token_ids), draws, token_ids, others, kernel=False)[
-            :, None
-        ],
+        lambda: draw(logits, noise(draws.keys, token_ids), draws, token_ids, others, kernel=False),
     )
-    return tokens[:, 0]
 
 
 class PortableSteps:
@@ -199,7 +197,7 @@ class PortableSteps:
     def verifying_product(self, hidden: mx.array) -> mx.array:
         """Computes :meth:`product` for states that are verified: another rounding is allowed.
 
-        In float16 where these rows are the same in it and a GPU lacks bfloat16.
+        It computes in float16 where the rows are the same in it and a GPU lacks bfloat16.
         """
         if self.float16_rows is None or hidden.dtype != mx.bfloat16 or len(hidden) < FLOAT16_FROM:
             return self.product(hidden)
@@ -209,7 +207,7 @@ class PortableSteps:
     def dense(self, hidden: mx.array) -> mx.array:
         """Computes logits of all tokens: hidden (R, D) → (R, V).
 
-        Of one state they are those of the model's own rows on an Apple GPU, to the last bit.
+        For one state they are those of the model's own rows on an Apple GPU, to the last bit.
         """
         if len(hidden) > 1:
             return in_token_order(self.product(hidden), self.clustered.slot_of)
@@ -264,7 +262,7 @@ class PortableSteps:
             logit_map: Makes the mass of the clusters that are left what the model's logits give.
             adjustment: Clusters of tokens that it changes are probed in any case, where
                 ``n_probes`` has room.
-            mass: Whether the mass of the clusters that are left is wanted, which draws look at.
+            mass: Whether the mass of the clusters that are left is wanted, as draws need it.
         """
         if adjustment is not None:
             scores = probed_for(scores, adjustment, self.clustered)
@@ -286,7 +284,8 @@ class PortableSteps:
         self, hidden: mx.array, selection: Selection, logit_map: LogitMap = IDENTITY
     ) -> Candidates:
         """Logits of the probed clusters' rows, mapped: hidden (R, D) → (R, p, n)."""
-        rows, probes = self.clustered.rows, selection.probes
+        rows = self.clustered.rows
+        probes = selection.probes
         if self._columns is not None and hidden.dtype == mx.float32:
             # the state of each product: one array that is there, for the usual single one
             states = np.repeat(np.arange(len(hidden), dtype=np.uint32)[:, None], probes.shape[1], 1)
@@ -328,7 +327,8 @@ class PortableSteps:
             allowed: (R, ⌈V/32⌉) uint32, a bit a token, the lowest first; None where all may be
                 chosen. Others get the lowest finite value.
         """
-        logits, probes = candidates.logits, selection.probes
+        logits = candidates.logits
+        probes = selection.probes
         if adjustment is not None:
             logits = adjusted_logits(logits, probes, adjustment, self.clustered)
         if allowed is not None:
@@ -345,7 +345,8 @@ class PortableSteps:
         Tokens not probed get min(S_c - ln n_c, m - max(1, |m|/64)), with n_c tokens and the best
         logit m.
         """
-        logits, (n_rows, n_clusters) = candidates.logits, scores.shape
+        logits = candidates.logits
+        n_rows, n_clusters = scores.shape
         best = mx.max(logits, axis=(-2, -1), keepdims=True).squeeze(-1).astype(mx.float32)  # (R, 1)
         cap = best - mx.maximum(1.0, mx.abs(best) * MARGIN_SHARE)
         tail = mx.minimum(scores + self.clustered.centroids.tail_offset, cap)
@@ -372,7 +373,7 @@ class PortableSteps:
         Args:
             selection: The clusters, and what was not scored.
             candidates: The scored logits.
-            draws: How tokens are drawn; without it the best logit is taken, of equals the one of
+            draws: How tokens are drawn. Without it the best logit wins, among equals the one with
                 the lowest id, and NaN counts as the highest.
             risk: Estimates the risk by what was not scored.
             logit_map: What the model does to each of its head's logits.
@@ -382,17 +383,16 @@ class PortableSteps:
         Returns:
             The tokens (R,) uint32, and their risks (R,) float32.
         """
-        ids, logits = self.token_ids(selection.probes), candidates.logits
+        ids = self.token_ids(selection.probes).flatten(1)
+        logits = candidates.logits.flatten(1)
         left = cast(mx.array, selection.unscored)
-        best = mx.max(logits, axis=(1, 2), keepdims=True)
+        best = mx.max(logits, axis=-1, keepdims=True)
         if draws is None:
-            highest = (logits == best) | mx.isnan(logits)  # where one is NaN, none equals the best
-            tokens = mx.min(mx.where(highest, ids, mx.array(0xFFFFFFFF, mx.uint32)), axis=(1, 2))
+            tokens = lowest_of_equals(logits, best, ids)
         else:
-            others = None if masked else left[:, 1]
-            flat = logits.astype(mx.float32).flatten(1)
-            tokens = _drawn(flat, ids.flatten(1), draws, others)
-        return tokens, risk.of(candidates, best.reshape(-1), left, draws, logit_map)
+            others = None if masked else left[:, 1:2]
+            tokens = _drawn(logits.astype(mx.float32), ids, draws, others)
+        return tokens, risk.of(candidates, best, left, draws, logit_map)
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
         """The states, probes and logits of some rows of the proposals."""
@@ -443,8 +443,8 @@ class PortableSteps:
             proposal: Of k rows, with the model's logits of the scored tokens.
             draws: Of k rows; None where all states are greedy.
             tolerance: How far the logits may be off.
-            epsilon: The relative spacing of the model's log-probabilities, of which equal ones give
-                the lowest id.
+            epsilon: The relative spacing of the model's log-probabilities. Among equal ones the
+                lowest id wins.
             logit_map: What the model does to each of its head's logits.
             allowed: (k, ⌈V/32⌉) uint32, a bit a token, the lowest first, whether it may be chosen;
                 None where all may. The proposal's logits of others are the lowest finite value.

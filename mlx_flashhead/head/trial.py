@@ -67,8 +67,8 @@ def find_trouble(
                 return Trouble(f"the kernel {kernel!r} {problem}")
     # MLX raises this for a text that does not compile, a rejected pipeline, a lost device
     except (RuntimeError, ValueError) as error:
-        said = shorten(str(error), 300, placeholder=" ...").rstrip(".")
-        sentence = f"the kernel {kernel!r} does not run on this device ({said})"
+        reason = shorten(str(error), 300, placeholder=" ...").rstrip(".")
+        sentence = f"the kernel {kernel!r} does not run on this device ({reason})"
         return Trouble(sentence, TOO_MANY.search(str(error)) is not None)
     return None
 
@@ -220,7 +220,7 @@ class _Trial:
         settings, top_k, _ = draws.held
         found = lowest_kept(logits, settings, top_k, total, threads)
         expected = threshold(logits, draws, total, kernel=False)
-        n_found, n_expected = ((logits >= each).sum(axis=-1) for each in (found, expected))
+        n_found, n_expected = ((logits >= lowest).sum(axis=-1) for lowest in (found, expected))
         # rounding may move a token over a limit
         allowed = 1 + mx.maximum(n_found, n_expected) // 1000
         n_other = mx.maximum(mx.abs(n_found.astype(mx.int32) - n_expected) - allowed, 0)
@@ -261,8 +261,8 @@ class _Trial:
         n_words = -(-self._kernels.clustered.vocab_size // 32)
         bits = mx.random.randint(0, 2**31 - 1, (1, n_words), mx.int32, mx.random.key(3))
         bit = mx.left_shift(mx.array(1, mx.uint32), token % 32)
-        own = mx.where(mx.arange(n_words)[None] == token[:, None] // 32, bit, 0)
-        return bits.astype(mx.uint32) | own.astype(mx.uint32)
+        of_token = mx.where(mx.arange(n_words)[None] == token[:, None] // 32, bit, 0)
+        return bits.astype(mx.uint32) | of_token.astype(mx.uint32)
 
     def _masked(self, selection: Selection, candidates: Candidates, token: mx.array) -> mx.array:
         return self._plain.adjust(selection, candidates, None, self._allowed(token)).logits

@@ -120,24 +120,38 @@ def _load(
     args: Namespace, path_or_repo: str, names: tuple[str, ...], *, default: bool
 ) -> ServedModel:
     folder = resolve(path_or_repo)
-    trust = {"trust_remote_code": args.trust_remote_code}
-    options: dict[str, Any] = {"tokenizer_config": {**trust}, **trust}
+    trusted: bool = args.trust_remote_code
+    tokenizer_config: dict[str, Any] = {"trust_remote_code": trusted}
+    adapter_path: str | None = None
     choices = HeadOptions.from_flags(args, dense=args.dense)
     draft_model: nn.Module | None = None
     if default:
-        options["adapter_path"] = args.adapter_path
+        adapter_path = args.adapter_path
         if args.chat_template:
-            options["tokenizer_config"]["chat_template"] = args.chat_template
+            tokenizer_config["chat_template"] = args.chat_template
         if args.draft_model:
-            draft_model, _ = load_draft(args.draft_model, draft_probes=args.draft_probes, **trust)
+            draft_model, _ = load_draft(
+                args.draft_model, draft_probes=args.draft_probes, trust_remote_code=trusted
+            )
     else:  # a source is one model's
         fine_head = choices.fine_head if choices.fine_head is True else None
         choices = replace(choices, flash_head=None, n_probes=None, fine_head=fine_head)
     try:
-        model, tokenizer, settings = load_with_head(folder, choices, **options)
+        model, tokenizer, settings = load_with_head(
+            folder,
+            choices,
+            adapter_path=adapter_path,
+            tokenizer_config=tokenizer_config,
+            trust_remote_code=trusted,
+        )
     except UnsupportedHeadError as error:
         logger.warning("%s is served dense: %s", path_or_repo, error)
-        model, tokenizer, settings = load_dense(folder, **options)
+        model, tokenizer, settings = load_dense(
+            folder,
+            adapter_path=adapter_path,
+            tokenizer_config=tokenizer_config,
+            trust_remote_code=trusted,
+        )
     context = args.context_size or context_of(settings, tokenizer)
     if args.kv_bits is not None and args.quantized_kv_start < context:
         for each in filter(None, (model, draft_model)):

@@ -85,7 +85,8 @@ def test_the_threshold_is_the_definitions(monkeypatch, kernel, n_logits, spread,
         total = None if tail < 0 else mx.logaddexp(log_mass(rows), mx.array(tail))
         with path_of(kernel, monkeypatch):
             found = np.array(rows >= draw_module.threshold(rows, draws, total))
-        each = zip(found, logits, draws.settings.tolist(), draws.top_k.tolist(), strict=True)
+        settings, top_k = (array[: len(SETTINGS)].tolist() for array in draws.held[:2])
+        each = zip(found, logits, settings, top_k, strict=True)
         for keeps, x, (_, top_p, log_min_p), top_k in each:
             expected = kept(x, tail, top_p, log_min_p, top_k)
             np.testing.assert_array_equal(keeps[x > -np.inf], expected[x > -np.inf])
@@ -156,13 +157,13 @@ def with_keys(rng, settings):
     return Draws.of([(each, tuple(key)) for each, key in zip(settings, keys, strict=True)])
 
 
-def expected(steps, selection, candidates, settings, top_k, keys, _):
+def expected(steps, selection, candidates, held):
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
     logits = to_numpy(candidates.logits).astype(np.float32)
     real = ids < steps.clustered.vocab_size
     real[:, 1:] &= ids[:, 1:] != ids[:, :-1]  # not of repeated probes
-    rows = ids, logits, real, selection.unscored[:, 1], settings, top_k, keys
-    rows = zip(*map(np.array, rows), strict=True)
+    rows = ids, logits, real, selection.unscored[:, 1]
+    rows = zip(*map(np.array, (*rows, *(array[: len(ids)] for array in held))), strict=True)
     return [drawn_token(ids[real], logits[real], *rest) for ids, logits, real, *rest in rows]
 
 
@@ -181,10 +182,10 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
                 drawing = with_keys(rng, SETTINGS[part])
                 case = scored(rng, steps, len(drawing.rows), n_probes, dtype, ties=ties)
                 tokens, _ = steps.choose(*case, drawing)
-                assert tokens.tolist() == expected(steps, *case, *drawing[:4])
+                assert tokens.tolist() == expected(steps, *case, drawing.held)
             greedy = steps.choose(*case, None)[0].tolist()
-            zeros = mx.zeros_like(drawing.settings)
-            assert greedy == expected(steps, *case, zeros, *drawing[1:4])
+            zeros = mx.zeros_like(drawing.held[0])
+            assert greedy == expected(steps, *case, (zeros, *drawing.held[1:]))
 
 
 def test_values_without_order():
@@ -201,5 +202,5 @@ def test_values_without_order():
         drawing = with_keys(rng, [DrawSettings(1.0, 0.9, top_k=4)] * 3)
         found = steps.choose(*case, drawing)[0].tolist()
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
-    assert found == expected(steps, *case, *drawing[:4])
+    assert found == expected(steps, *case, drawing.held)
     assert found[0] == ids[0][[3, 5], [2, 1]].min()

@@ -41,11 +41,11 @@ def dense_token(logits, settings, state):
     return mlx_sampler(settings)(normalized(logits[None])).item()
 
 
-@pytest.mark.parametrize("n", range(40))
-def test_the_number_is_mlxs(n):
-    key = mx.random.key(n * 7919 + 10**11)
-    expected = mx.random.uniform(shape=(1,), key=key).view(mx.uint32).item()
-    assert uniform_bits(tuple(key.tolist())) == expected
+@pytest.mark.parametrize("n", [1, 2, 40])
+def test_the_numbers_are_mlxs(n):
+    keys = [mx.random.key(i * 7919 + 10**11) for i in range(n)]
+    expected = [mx.random.uniform(shape=(1,), key=key).view(mx.uint32).item() for key in keys]
+    assert uniform_bits([tuple(key.tolist()) for key in keys]) == expected
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -71,8 +71,8 @@ def case_of(rng, clustered, dtype, settings, spread, doubt):
     ids = clustered.token_ids[probes]
     logits = mx.where(ids == clustered.vocab_size, mx.finfo(dtype).min, logits)
     state = int(rng.integers(2**31)), int(rng.integers(2**31))
-    draws = Draws.of([(settings, (uniform_bits(split(state)[1]), 0))])
-    token = drawn(logits.astype(mx.float32).flatten(1), ids.flatten(1), draws)[:, 0]
+    draws = Draws.of([(settings, (uniform_bits([split(state)[1]])[0], 0))])
+    token = drawn(logits.astype(mx.float32).flatten(1), ids.flatten(1), draws)
     proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1), None)
     tolerance = Tolerance(mx.full((1,), doubt), mx.full((1,), doubt / 2))
     return slots, proposal, draws, tolerance, state

@@ -56,7 +56,7 @@ class TestGraph:
         head = self.head(monkeypatch, mx.bfloat16, bits)
         hidden = mx.zeros((*shape, 128), dtype=dtype)
         draws = Draws.of([(DrawSettings(1.0, top_p=0.9), (1, 2))] * math.prod(shape))
-        mx.eval(draws[:3])
+        mx.eval(draws.held)
 
         def propose(of):
             return lambda states: list(head.propose(states.reshape(-1, 128), of)[:5])
@@ -93,7 +93,7 @@ class TestGraph:
         """The last join, screen and certain; a join for each 7 tokens that wait came before."""
         head = self.head(monkeypatch, mx.bfloat16, 4)
         tolerance = Tolerance(mx.zeros(32), mx.zeros(32))
-        mx.eval(tolerance[:2], *[] if draws is None else draws[:3])
+        mx.eval(tolerance[:2], *[] if draws is None else draws.held)
 
         def verify(hidden, probes, logits):
             parts = [Proposal(hidden[:n], None, probes[:n], logits[:n], None, None)

@@ -145,7 +145,8 @@ def check_certain(path, room, scored_room, spread, logit_map=IDENTITY, relative=
         )  # fmt: skip
         certain = np.array(steps.screen(*case, 0.0, logit_map, allowed).certain)
     ids = np.arange(steps.clustered.vocab_size, dtype=np.uint32)
-    settings, top_k, keys = DRAWS.settings.tolist(), DRAWS.top_k.tolist(), np.array(DRAWS.keys)
+    settings, top_k = (array.tolist() for array in DRAWS.held[:2])
+    keys = np.array(DRAWS.keys)
     wrong = np.zeros(k, bool)
     for truth in truths(rng, steps.clustered, case, 3, logit_map):
         truth = truth if bits is None else np.where(bits, truth, np.float32(-1e30))
