@@ -115,7 +115,7 @@ def test_the_pages_figures_agree():
     measured = {
         case["bits"]: case["ratio"]["median"]
         for case in cases
-        if (case["model"], case["sampler"], case["batch"]) == ("Gemma-3-270M", "greedy", 1)
+        if (case["model"], case["request"], case["batch"]) == ("Gemma-3-270M", "greedy", 1)
     }
     assert f"with 32-bit weights is {measured[32]:.1f} times as fast" in readme
     assert f"{measured[32]:.1f} measured on a CPU" in comparison

@@ -17,7 +17,7 @@ from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.loop import verified_steps
 from ..decoding.policy import policy_of
 from ..decoding.proposer import Proposer
-from ..decoding.sampler import make_sampler
+from ..decoding.sampler import Processor, make_sampler
 from ..head.backend import scored_logits_agree
 from ..loading.load import load
 from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
@@ -44,7 +44,12 @@ class Variant(NamedTuple):
     make_sampler: Callable[..., Any] = sample_utils.make_sampler
 
     def decode(
-        self, prompt: list[int], batch: int, n_tokens: int, sampling: dict[str, Any]
+        self,
+        prompt: list[int],
+        batch: int,
+        n_tokens: int,
+        sampling: dict[str, Any],
+        make_processors: Callable[[], list[Processor]] = list,
     ) -> tuple[float, list[int]]:
         """Decodes and times it. The end of a text does not end a run.
 
@@ -53,6 +58,7 @@ class Variant(NamedTuple):
             batch: Sequences at once, all with this prompt.
             n_tokens: Tokens of each sequence that are timed: those after the first.
             sampling: Arguments of ``make_sampler``.
+            make_processors: Makes the logits processors of a sequence.
 
         Returns:
             The mean seconds of a token, and the tokens of the first sequence.
@@ -62,14 +68,22 @@ class Variant(NamedTuple):
         tokens: list[int] = []
         if batch == 1:
             steps = self.steps(
-                mx.array(prompt), self.model, max_tokens=n_tokens + 1, sampler=sampler
+                mx.array(prompt),
+                self.model,
+                max_tokens=n_tokens + 1,
+                sampler=sampler,
+                logits_processors=make_processors(),
             )
             for token, _ in steps:
                 times.append(time.perf_counter())
                 tokens.append(int(token))
         else:
             generator = self.generator(self.model, sampler=sampler)
-            first, *_ = generator.insert([prompt] * batch, [n_tokens + 1] * batch)
+            first, *_ = generator.insert(
+                [prompt] * batch,
+                [n_tokens + 1] * batch,
+                logits_processors=[make_processors() for _ in range(batch)],
+            )
             while responses := generator.next_generated():
                 times.append(time.perf_counter())
                 tokens += [response.token for response in responses if response.uid == first]

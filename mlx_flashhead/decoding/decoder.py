@@ -4,7 +4,7 @@
     proposed ← the head's tokens, or the dense ones, launched in one evaluation        _step
     read the latest tokens, which the step before has launched                         round
     verify when it is due: launched, and read a step later                  schedule.py
-    accept up to the first rejected token, whose place the dense choice takes
+    accept up to the first rejected token, which the dense choice replaces
     roll back: the rejected sequence's caches; its next step is launched                _restart
 
 A text whose choices cannot be verified takes the same steps: its tokens, chosen by the normal
@@ -92,7 +92,7 @@ class Decoder:
         self._join(sequences, layers, tokens)
 
     def round(self) -> None:
-        """Computes the next token of each sequence, and accepts what is sure.
+        """Computes the next token of each sequence, and accepts what is decided.
 
         The step is launched while the token before it is read. Evaluates.
         """
@@ -287,7 +287,7 @@ class Decoder:
     def _restart(self, sequences: list[Sequence]) -> None:
         """Goes on after the last accepted token of sequences, and launches their next steps.
 
-        In that token's place their caches hold another one, or none.
+        Their caches hold another token in its place, or none.
         """
         if sequences:
             self._feed_last(sequences, self._take_back(sequences))

@@ -15,7 +15,9 @@ from .sampler import Processor, Sampler, SamplerFunction
 from .sequence import PendingToken, Sequence
 
 CLEAR_EVERY = 256  # tokens, as mlx-lm's loop
-MOST_SETTLED = 2  # times that a caller may look at the caches or change what a text depends on
+# How often a caller may look at the caches, or change what a text depends on, before the text
+# stays dense.
+MOST_SETTLED = 2
 
 Tokens = Generator[tuple[int, mx.array | None], None, None]
 

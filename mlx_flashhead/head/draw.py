@@ -25,7 +25,7 @@ BELOW_ONE = 1 - 2.0**-24  # the float32 number below 1
 
 # Logits that are sorted at once: halving more of them takes more operations, which a CPU feels.
 SORTED = 65536
-MANY_LOGITS = 8192  # of which a CPU takes powers of two faster, in more operations
+MANY_LOGITS = 8192  # from here on powers of two are faster on a CPU, in more operations
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class DrawSettings:
     temperature: float = 0.0  # 0 takes the best logit
     top_p: float = 1.0  # keep the likeliest tokens that together have this probability
     min_p: float = 0.0  # keep tokens of at least this share of the best one's probability
-    top_k: int = 0  # keep this number of best tokens, and those equal to the last; 0 keeps all
+    top_k: int = 0  # keep so many of the best tokens, and those that equal the last; 0 keeps all
     # Whether top-p adds up probabilities from the least likely on, as mlx-lm 0.31 does. Its own
     # sampler draws then; :class:`Draws` have the cut of 0.32, which is near.
     sums_from_least: bool = False
-    # Whether the token is the one in whose share of the probabilities a uniform number falls, as
-    # mlx-lm's samplers draw; see inverse_cdf.py. Otherwise noise decides.
+    # Whether a uniform number's place among the probabilities chooses the token, as mlx-lm's
+    # samplers draw (inverse_cdf.py). Otherwise noise decides.
     inverse_cdf: bool = False
 
     @property
@@ -60,10 +60,10 @@ class Draws:
 
     Attributes:
         rows: The settings of each.
-        held: The same as arrays of R rows or more, the last one repeated: (n, 3) float32, of which
-            the columns are 1 / temperature (0: the best logit), top_p and log(min_p); (n,) uint32,
-            top_k, 0 for all; and (n, 2) uint32, keys of each row's seed and position, or for an
-            inverse CDF a number's bits, and 0. Kernels read them as they are.
+        held: The same as arrays of n ≥ R rows, the last one repeated, as kernels read them. First
+            (n, 3) float32, with the columns 1 / temperature (0: the best logit), top_p and
+            log(min_p). Then (n,) uint32, top_k; 0 keeps all. Then (n, 2) uint32, the key of each
+            row's seed and position, or for an inverse CDF the bits of its number and 0.
     """
 
     rows: tuple[DrawSettings, ...]
@@ -115,7 +115,7 @@ class Draws:
     def by_kind(
         self, by_number: Callable[[], mx.array], by_noise: Callable[[], mx.array]
     ) -> mx.array:
-        """What holds for each row, (R,): of those with an inverse CDF, and of the others."""
+        """Takes the first array for rows with an inverse CDF, the second for others: (R,)."""
         if not self.any_by_number:
             return by_noise()
         if all(row.inverse_cdf for row in self.rows):
@@ -183,13 +183,13 @@ def noise_of_all(keys: mx.array, vocab_size: int) -> mx.array:
 
 
 def _keys_of_pairs(keys: mx.array, pairs: mx.array) -> mx.array:
-    """Keys (R, 1) uint64, whose lower word comes first, plus numbers (R, K) in that word."""
+    """Adds numbers (R, K) to the first (lower) words of keys (R, 1) uint64, without a carry."""
     first = keys.astype(mx.uint32) + pairs
     return keys >> 32 << 32 | first.astype(mx.uint64)
 
 
 def _random_words(keys: mx.array) -> mx.array:
-    """Two random words of each key, as one number whose lower word comes first: (R, K) uint64."""
+    """Two random words of each key, the first one the lower half of a number: (R, K) uint64."""
     words = _two_words(keys.view(mx.uint32).reshape(-1, 2))
     return words.reshape(len(keys), -1).view(mx.uint64)
 
@@ -250,8 +250,8 @@ def gpu_is_default() -> bool:
 def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.array:
     """Returns the lowest logit that top-p keeps.
 
-    The logits above it have less than ``top_p`` of the mass. The half of the logits that holds it
-    is halved again, and sorted when it is short.
+    The logits above it have less than ``top_p`` of the mass. Many logits are halved first: of each
+    half that holds it another half is left, until they are few enough to sort.
     """
     share = draws.top_p
     limit = mx.where(share < 1, mx.maximum(share, 1e-30), mx.inf)

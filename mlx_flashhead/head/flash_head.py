@@ -39,8 +39,10 @@ MOST_TRACED = 64  # kinds of proposals whose steps are kept
 class FlashHead:
     """An output projection by retrieval. A plain call is the normal (dense) head.
 
-    Loops that verify call :meth:`propose`. The unverified head, whose logits are estimates but for
-    the scored tokens, is :meth:`unverified_logits`, or a call within a :meth:`settings` block.
+    Loops that verify call :meth:`propose`. The unverified head is :meth:`unverified_logits`, or a
+    call within a :meth:`settings` block: only scored tokens have exact logits there, others have
+    estimates.
+
     ``backend_reason`` says why ``backend`` was taken. Shapes: hidden states (..., D); V tokens in C
     clusters of ``cluster_size``, of which p = ``n_probes`` are scored per position.
 
@@ -203,7 +205,7 @@ class FlashHead:
     def applies(self, logit_map: LogitMap, dtype: mx.Dtype) -> bool:
         """Returns whether the steps map logits of ``dtype`` as MLX's operations do.
 
-        In 16 bits all agree to the last bit, in float32 but for the map's slack. Evaluates.
+        In 16 bits all must agree to the last bit, in float32 within the map's slack. Evaluates.
         """
         if not isinstance(self.steps, MetalSteps):
             return True
@@ -301,9 +303,9 @@ class FlashHead:
         n_probes: int | None = None,
         draw_temperature: float | None = None,
     ) -> mx.array:
-        """Returns logits (..., V) by retrieval: exact if probed, else an estimate below the best.
+        """Returns logits (..., V) by retrieval: exact if probed, else estimates below the best.
 
-        The arguments are those of :meth:`settings`, whose values they are if None.
+        The arguments are those of :meth:`settings`, which gives their values if they are None.
         """
         n_probes = self.unverified_probes if n_probes is None else n_probes
         temperature = self._draw_temperature if draw_temperature is None else draw_temperature
@@ -363,8 +365,8 @@ class FlashHead:
                 clusters out.
             full: Whether to make full logits too, which are the head's own.
             logit_map: What the model does to each of its head's logits.
-            adjustment: What biases and penalties change of some tokens' logits, whose clusters are
-                scored, too. The full logits are without it.
+            adjustment: What biases and penalties change. The clusters of these tokens are scored,
+                too. The full logits are without it.
             allowed: (R, ⌈V/32⌉) uint32, a bit a token, the lowest first, whether it may be chosen;
                 None where all may. If no scored token may be, the row's risk is NOTHING_ALLOWED
                 and its token is no choice: the dense row has to choose at once.
@@ -377,8 +379,8 @@ class FlashHead:
         if adjustment is not None:
             n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)
         how = (n_probes, depth, full, logit_map, adjustment, allowed)
-        # MLX compiles what it joins of traced operations that are no kernels of ours, which takes a
-        # CPU a second each. Beside a mask, which the host makes for each token, that does not pay.
+        # MLX compiles the operations that it joins in a trace, about a second each on a CPU. Beside
+        # a mask, which the host makes for each token, that does not pay.
         traces = self._traces and (allowed is None or isinstance(self.steps, MetalSteps))
         if full or not traces:
             return self._proposal(hidden, draws, *how)
@@ -499,7 +501,7 @@ class FlashHead:
         return ids.reshape(shape), candidates.logits[:, :n_probes].reshape(shape)
 
     def token(self, hidden: mx.array) -> mx.array:
-        """The unverified greedy token: hidden (..., D) → (...) uint32; of equals the lowest id."""
+        """Unverified greedy tokens: hidden (..., D) → (...) uint32, the lowest id among equals."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         _, selection, candidates = self._retrieve(
             rows, self.unverified_probes, words=False, draw_temperature=self._draw_temperature

@@ -1,7 +1,7 @@
 """The draw of ``mx.random.categorical`` from one row, for proposals and for their verification.
 
-    token = the one in whose share of the summed weights, in the order of ids, a number falls
-            that is uniform between 0 and 1;  weight = exp(logit / temperature)
+    token = the first one, in the order of ids, with (weights up to it) > number · (all weights)
+    weight = exp(logit / temperature);  number: uniform between 0 and 1
 
 A row of :class:`Draws` with ``inverse_cdf`` has the bits of that float32 number in its key.
 
@@ -54,10 +54,10 @@ def is_certain(
 ) -> mx.array:
     """Returns whether each state's token is drawn whatever the logits are within their bounds.
 
-    The number falls in the token's share if the tokens of lower ids weigh no more than the number
-    says, and with the token more. Of weights within bounds the worst case of the first is that
-    those of lower ids weigh as much as they may and all others as little; of the second that those
-    of higher ids weigh as much as they may and all others as little.
+    The token is drawn if the tokens with lower ids weigh no more than the number's share of all,
+    and with the token itself more. Within bounds of the weights the first holds in any case if it
+    does when lower ids weigh as much as they may and the rest as little, and the second if it does
+    when higher ids weigh as much as they may and the rest as little.
 
     Args:
         clustered: The rows.
@@ -118,7 +118,7 @@ def is_certain(
 def _rounded(values: Interval, mass: mx.array, epsilon: float) -> Interval:
     """The logits as bounds of what mlx-lm draws from, in nats.
 
-    That are log-probabilities, scaled, in the model's dtype.
+    These are log-probabilities in the model's dtype, scaled.
     """
     if epsilon < IN_16_BITS:
         return Interval(values.logits, values.off + MASS_ROUNDING)
@@ -127,17 +127,17 @@ def _rounded(values: Interval, mass: mx.array, epsilon: float) -> Interval:
 
 
 def _sums(at_least: mx.array, at_most: mx.array, ids: mx.array, tokens: mx.array) -> mx.array:
-    """Sums of weights, apart for tokens of lower and of higher ids.
+    """Sums of weights, separately for tokens with lower and with higher ids.
 
     Args:
         at_least: The least that the weights may be, (k, K).
-        at_most: The most, likewise.
+        at_most: The most that they may be, (k, K).
         ids: The tokens, (k, K) or (1, K).
         tokens: The proposed ones, (k, 1).
 
     Returns:
-        (k, 5) float32: of lower ids the least and the most, of higher ids likewise, and the most
-        that additions of the weights can lose.
+        (k, 5) float32: the least and the most of the lower ids, those of the higher ids, and the
+        most that additions of the weights can lose.
     """
     lower = ids < tokens
     higher = ids > tokens

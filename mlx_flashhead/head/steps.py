@@ -27,7 +27,7 @@ from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance
 from .screening import screen
 
 NO_DEPTH = 1e30  # nats: every probe is scored
-NOTHING_ALLOWED = 2.0  # the risk of a row of which no scored token may be chosen
+NOTHING_ALLOWED = 2.0  # the risk of a row in which no scored token may be chosen
 # The tail stays this far below the best candidate, so that greedy decoding returns a scored token.
 # A cap at the maximum itself ties, and in bfloat16 so does a margin of 0.1.
 MARGIN_SHARE = 1 / 64
@@ -120,7 +120,8 @@ def unscored(
 def in_blocks(matrix: Matrix) -> mx.array:
     """Returns rows (V, D) as columns for ``blocked_product``: (n_blocks, D, block) float32.
 
-    Of these MLX's BLAS takes half the time. The end is zeros; a single block is (D, V). Lazy.
+    MLX's BLAS multiplies them in half the time. The last block ends with zeros; a single one is
+    (D, V). Lazy.
     """
     n_rows = matrix.n_rows
     hidden_size = matrix.hidden_size
@@ -196,7 +197,7 @@ class PortableSteps:
     def verifying_product(self, hidden: mx.array) -> mx.array:
         """Computes :meth:`product` for states that are verified: another rounding is allowed.
 
-        In float16 where these rows are the same in it and a GPU lacks bfloat16.
+        It computes in float16 where the rows are the same in it and a GPU lacks bfloat16.
         """
         if self.float16_rows is None or hidden.dtype != mx.bfloat16 or len(hidden) < FLOAT16_FROM:
             return self.product(hidden)
@@ -206,7 +207,7 @@ class PortableSteps:
     def dense(self, hidden: mx.array) -> mx.array:
         """Computes logits of all tokens: hidden (R, D) → (R, V).
 
-        Of one state they are those of the model's own rows on an Apple GPU, to the last bit.
+        For one state they are those of the model's own rows on an Apple GPU, to the last bit.
         """
         if len(hidden) > 1:
             return in_token_order(self.product(hidden), self.clustered.slot_of)
@@ -261,7 +262,7 @@ class PortableSteps:
             logit_map: Makes the mass of the clusters that are left what the model's logits give.
             adjustment: Clusters of tokens that it changes are probed in any case, where
                 ``n_probes`` has room.
-            mass: Whether the mass of the clusters that are left is wanted, which draws look at.
+            mass: Whether the mass of the clusters that are left is wanted, as draws need it.
         """
         if adjustment is not None:
             scores = probed_for(scores, adjustment, self.clustered)
@@ -372,7 +373,7 @@ class PortableSteps:
         Args:
             selection: The clusters, and what was not scored.
             candidates: The scored logits.
-            draws: How tokens are drawn; without it the best logit is taken, of equals the one of
+            draws: How tokens are drawn. Without it the best logit wins, among equals the one with
                 the lowest id, and NaN counts as the highest.
             risk: Estimates the risk by what was not scored.
             logit_map: What the model does to each of its head's logits.
@@ -442,8 +443,8 @@ class PortableSteps:
             proposal: Of k rows, with the model's logits of the scored tokens.
             draws: Of k rows; None where all states are greedy.
             tolerance: How far the logits may be off.
-            epsilon: The relative spacing of the model's log-probabilities, of which equal ones give
-                the lowest id.
+            epsilon: The relative spacing of the model's log-probabilities. Among equal ones the
+                lowest id wins.
             logit_map: What the model does to each of its head's logits.
             allowed: (k, ⌈V/32⌉) uint32, a bit a token, the lowest first, whether it may be chosen;
                 None where all may. The proposal's logits of others are the lowest finite value.

@@ -2,10 +2,10 @@
 
     python scripts/figures/grid.py models/SmolLM2-135M-Instruct models/Gemma-3-270M --json grid.json
 
-Each model in float32 and in 4 bits, greedy and top-p, 1 and 4 texts, in turns; the ratio is that of
-each turn. The figures are written after every case, and a second run continues where the first one
-ended. The 4-bit models and the FlashHeads stay in the work folder, and the table goes into the
-page.
+Each model in float32 and in 4 bits, with each kind of request, 1 and 4 texts, in turns; the ratio
+is that of each turn. The figures are written after every case, and a second run continues where the
+first one ended. The 4-bit models and the FlashHeads stay in the work folder; the table goes into
+the page.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from pathlib import Path
 from statistics import median
 
 import mlx_lm
+from mlx_lm.sample_utils import make_logits_processors
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlx_flashhead
 from mlx_flashhead.benchmark import add_number
@@ -28,11 +30,24 @@ from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Variant, with_flash
 from mlx_flashhead.benchmarks.reporting import in_turns, machine, spread, spread_cells
 from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
-from mlx_flashhead.common.tables import count, new_table, show
+from mlx_flashhead.common.tables import new_table, show
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.models.install import dense_copy, installed_head
+from mlx_flashhead.structured.processor import grammar_processor
 from pages import CHECKOUT, line, with_block
 
+MLX_LMS_TOP_P = "mlx-lm's top-p"
+PENALTY = "penalty"
+BIASES = "20 biases"
+SCHEMA = "JSON schema"
+SAMPLING = dict.fromkeys((PENALTY, BIASES, SCHEMA), SAMPLERS["greedy"])
+SAMPLING |= SAMPLERS | {MLX_LMS_TOP_P: {"temp": 0.7, "top_p": 0.9}}
+REQUESTS = (*SAMPLERS, MLX_LMS_TOP_P, PENALTY, BIASES, SCHEMA)
+STORY = {
+    "type": "object",
+    "properties": {"story": {"type": "string", "minLength": 400}},
+    "required": ["story"],
+}
 BATCHES = (1, 4)
 BITS = (32, 4)
 DENSE = "mlx-lm"
@@ -43,12 +58,12 @@ WORK = Path(tempfile.gettempdir()) / "mlx-flashhead-grid"
 
 def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[None]:
     """Adds to ``cases`` what it lacks; yields after each case."""
-    done = {(c["model"], c["bits"], c["sampler"], c["batch"]) for c in cases}
+    done = {(c["model"], c["bits"], c["request"], c["batch"]) for c in cases}
     for folder, bits in itertools.product(args.models, BITS):
         settings = [
-            (sampler, batch)
-            for sampler, batch in itertools.product(SAMPLERS, BATCHES)
-            if (folder.name, bits, sampler, batch) not in done
+            (request, batch)
+            for request, batch in itertools.product(REQUESTS, BATCHES)
+            if (folder.name, bits, request, batch) not in done
         ]
         if not settings:
             continue
@@ -58,12 +73,29 @@ def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[None]:
         policy = policy_of(head)
         about = {"model": folder.name, "bits": bits, "keeps_dense_head": policy.dense}
         about |= {"predicted_gain": policy.gain, "n_probes": head.n_probes}
-        for sampler, batch in settings:
-            case = about | {"sampler": sampler, "batch": batch}
+        for request, batch in settings:
+            case = about | {"request": request, "batch": batch}
             tokens = args.tokens if batch == 1 else args.tokens // 2
-            run = tokenizer.encode(PROMPT), batch, tokens, SAMPLERS[sampler]
-            cases.append(case | in_rounds(forms, run, args.rounds))
+            prompt = tokenizer.encode(PROMPT)
+            processors = partial(make_processors, request, tokenizer)
+            run = prompt, batch, tokens, SAMPLING[request], processors
+            compared = forms
+            if request == MLX_LMS_TOP_P:
+                ours = forms[TUNED]._replace(make_sampler=forms[DENSE].make_sampler)
+                compared = forms | {TUNED: ours}
+            cases.append(case | in_rounds(compared, run, args.rounds))
             yield
+
+
+def make_processors(request: str, tokenizer: TokenizerWrapper) -> list:
+    """The logits processors of one text, which both loops get."""
+    if request == PENALTY:
+        return make_logits_processors(repetition_penalty=1.1)
+    if request == BIASES:
+        return make_logits_processors(logit_bias={100 * i: 1.0 for i in range(1, 21)})
+    if request == SCHEMA:
+        return [grammar_processor(tokenizer, json_schema=STORY)]
+    return []
 
 
 def prepared(folder: Path, bits: int, work: Path) -> tuple:
@@ -106,13 +138,13 @@ def in_rounds(forms: dict[str, Variant], run: tuple, rounds: int) -> dict:
 
 def make_table(cases: list[dict]):
     """A line for each case."""
-    headings = ("model", "bits", "sampling", "batch", "ratio", "quartiles", DENSE, TUNED, "")
+    headings = ("model", "bits", "request", "batch", "ratio", "quartiles", DENSE, TUNED, "")
     table = new_table("Ratio of each turn, and tokens/s", headings, left=4)
     for case in cases:
         table.add_row(
             case["model"],
             f"{case['bits']}",
-            case["sampler"],
+            case["request"],
             f"{case['batch']}",
             *spread_cells(case["ratio"], 3),
             *(f"{speed:.2f}" for speed in case["tokens_per_second"].values()),
@@ -122,17 +154,16 @@ def make_table(cases: list[dict]):
 
 
 def page_lines(cases: list[dict]) -> Iterator[str]:
-    """Markdown: a line for each model and precision, a column for each sampling and batch."""
-    columns = list(itertools.product(SAMPLERS, BATCHES))
-    names = [f"{sampler}, {count(batch, 'text')}" for sampler, batch in columns]
-    yield line("model", "bits", *names)
-    yield line(*["---"] * (2 + len(columns)))
-    by_case = {(c["model"], c["bits"], c["sampler"], c["batch"]): c for c in cases}
-    for model, bits in dict.fromkeys(key[:2] for key in by_case):
-        row = [by_case.get((model, bits, *column)) for column in columns]
+    """Markdown: a line for each model, precision and batch, a column for each kind of request."""
+    yield line("model", "bits", "texts", *REQUESTS)
+    yield line(*["---"] * (3 + len(REQUESTS)))
+    by_case = {(c["model"], c["bits"], c["batch"], c["request"]): c for c in cases}
+    for model, bits, batch in dict.fromkeys(key[:3] for key in by_case):
+        row = [by_case.get((model, bits, batch, request)) for request in REQUESTS]
         ratios = ["" if case is None else f"{case['ratio']['median']:.2f}" for case in row]
         stays = any(case is not None and case["keeps_dense_head"] for case in row)
-        yield line(model, f"{bits}, stays dense" if stays else f"{bits}", *ratios)
+        precision = f"{bits}, stays dense" if stays else f"{bits}"
+        yield line(model, precision, f"{batch}", *ratios)
 
 
 @command
@@ -150,7 +181,7 @@ def main() -> None:
     file = Path(args.json)
     began = time.monotonic()
     cases = json.loads(file.read_text())["cases"] if file.exists() else []
-    total = len(args.models) * len(BITS) * len(SAMPLERS) * len(BATCHES)
+    total = len(args.models) * len(BITS) * len(REQUESTS) * len(BATCHES)
     for _ in measure(args, cases):
         about = {"kind": "grid", "machine": machine(), "command": " ".join(sys.argv)}
         file.write_text(json.dumps(about | {"cases": cases}, indent=1) + "\n")
@@ -158,7 +189,7 @@ def main() -> None:
         minutes = (time.monotonic() - began) / 60
         print(
             f"[{len(cases)} of {total}, {minutes:.1f} min] {case['model']}, {case['bits']} bits, "
-            f"{case['sampler']}, batch {case['batch']}: {case['ratio']['median']:.2f} x",
+            f"{case['request']}, batch {case['batch']}: {case['ratio']['median']:.2f} x",
             file=sys.stderr,
         )
     show(make_table(cases))
