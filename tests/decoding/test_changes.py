@@ -34,6 +34,15 @@ PENALTIES = {
     "none": {},
     "bias": {"logit_bias": {5: 3.0, 40: -float("inf"), 7: 2.5}},
     "repetition": {"repetition_penalty": 1.3, "repetition_context_size": 4},
+    # of windows that hold the latest token alone, which is not read yet
+    "latest repeated": {
+        "repetition_penalty": 3.0, "repetition_context_size": 1,
+        "presence_penalty": -0.5, "presence_context_size": 12,
+    },
+    "latest present": {
+        "presence_penalty": 30.0, "presence_context_size": 1,
+        "repetition_penalty": 0.9, "repetition_context_size": 12,
+    },
     "all": {
         "logit_bias": {5: 1.5, 60: -4.0}, "repetition_penalty": 0.9, "presence_penalty": 0.6,
         "frequency_penalty": 0.7, "repetition_context_size": 2, "presence_context_size": 3,
@@ -127,7 +136,7 @@ def test_drawn_text_is_the_dense_loops(pair, misses, settings, penalties):
 @pytest.mark.usefixtures("narrow")
 def test_texts_of_a_batch_have_processors_of_their_own(pair):
     _, flash = pair
-    kinds = [*PENALTIES.values()]
+    kinds = [PENALTIES[name] for name in ("none", "bias", "repetition", "all")]
     each = [make_logits_processors(**kind) for kind in kinds]
     each[1].append(mask())
     prompts = [PROMPT, *OTHERS]
