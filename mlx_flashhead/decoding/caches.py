@@ -19,6 +19,7 @@ POSITIONS = {
     "QuantizedKVCache": ("offset",),
     "RotatingKVCache": ("offset", "_idx"),
 }
+KEEPS_TRIMMED = ("ConcatenateKVCache",)  # mlx-lm's goes on to attend to what was trimmed
 OPERATORS = ("__getitem__", "__setitem__", "__len__", "__bool__", "__iter__", "__contains__")
 
 
@@ -123,6 +124,8 @@ def trims(layer: Any, quantized_from: int | None = None, ahead: int = AHEAD) -> 
     if hasattr(layer, "caches"):
         return all(trims(part, quantized_from, ahead) for part in layer.caches)
     if not hasattr(layer, "is_trimmable") or not layer.is_trimmable():
+        return False
+    if type(layer).__name__ in KEEPS_TRIMMED:
         return False
     if hasattr(layer, "chunk_size"):  # forgets what is before its chunk
         return False

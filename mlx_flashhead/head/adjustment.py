@@ -67,7 +67,11 @@ class ChangedTokens:
         """Whether all tokens change by the same steps, and there are some."""
         if self.biases or self.frequency or not (self.repeated or self.present):
             return False
-        return not self.repeated or not self.present or self.repeated == self.present
+        if not self.repeated:  # a window that holds the latest token alone changes no other
+            return self.repetition == 1
+        if not self.present:
+            return self.presence == 0
+        return self.repeated == self.present
 
     @property
     def most_occurrences(self) -> int:

@@ -392,6 +392,8 @@ class PortableSteps:
         else:
             others = None if masked else left[:, 1:2]
             tokens = _drawn(logits.astype(mx.float32), ids, draws, others)
+            if masked:  # where all is ruled out, a number may fall in the share of a padded slot
+                tokens = mx.minimum(tokens, self.clustered.vocab_size - 1)
         return tokens, risk.of(candidates, best, left, draws, logit_map)
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:

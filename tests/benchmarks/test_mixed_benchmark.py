@@ -103,7 +103,7 @@ def test_the_command_puts_a_server_under_load(run, converted, monkeypatch, tmp_p
     chats = {kind: mixed.CHATS[kind] for kind in ("greedy", "top-p", "n", "penalties", "regex")}
     monkeypatch.setattr(mixed, "CHATS", chats)
     monkeypatch.setattr(mixed, "LENGTHS", (0, 1))
-    monkeypatch.setattr(mixed, "ROUND_SECONDS", 2.0)
+    monkeypatch.setattr(mixed, "ROUND_SECONDS", 0.5)
     file = tmp_path / "mixed.json"
     flags = ("--mixed", "--model", converted, "--minutes", 1, "--clients", 4, "--tokens", 8)
     code, out, _ = run("benchmark", "server", *flags, "--report", file)

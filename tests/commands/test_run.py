@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlx_lm
 import pytest
@@ -211,10 +212,18 @@ def test_mistakes(refused, place, monkeypatch, words, said):
     assert said in refused("run", *words)
 
 
-def test_a_program_of_mlx_lm_that_has_only_a_main(place):
+def test_a_program_of_mlx_lm_that_has_only_a_main(run, place, monkeypatch, capsys):
     """As a module ``mlx_lm.evaluate`` runs nothing; `mlx_lm.share` is another such program."""
-    code, output, _ = start(place, *HEAD, "mlx_lm.share", "--help")
-    assert code == 0 and output.startswith("usage: ")
+    become = Mock()
+    monkeypatch.setattr(os, "execve", become)
+    monkeypatch.chdir(place)
+    assert run("run", *HEAD, "mlx_lm.share", "--help")[0] == 0
+    ((python, command, _),) = (call.args for call in become.call_args_list)
+    assert command[:2] == [python, "-c"] == [sys.executable, "-c"]
+    monkeypatch.setattr(sys, "argv", ["-c", *command[3:]])
+    with pytest.raises(SystemExit, match="0"):
+        exec(command[2], {})
+    assert capsys.readouterr().out.startswith("usage: ")
 
 
 CHECKS = """

@@ -11,6 +11,7 @@ import pytest
 from mlx_lm import sample_utils
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import (
+    ConcatenateKVCache,
     KVCache,
     RotatingKVCache,
     load_prompt_cache,
@@ -35,10 +36,15 @@ def rotating(model):
     return [KVCache(), RotatingKVCache(max_size=12)]
 
 
+def joined(model):
+    return [ConcatenateKVCache(), ConcatenateKVCache()]
+
+
 # How to make a model, and its caches.
 KINDS = {
     "plain": (partial(tiny_model, num_hidden_layers=2), make_prompt_cache),
     "rotating": (partial(tiny_model, num_hidden_layers=2), rotating),
+    "joined": (partial(tiny_model, num_hidden_layers=2), joined),
     "window": (partial(tiny_model, "gemma3_text", **WINDOW), make_prompt_cache),
     "states": (partial(tiny_architecture, "mamba2", tied=True), make_prompt_cache),
     "both": (partial(tiny_architecture, "lfm2", tied=True), make_prompt_cache),

@@ -10,14 +10,16 @@ from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors
 
 from flash_loops import OTHERS, PROMPT, flash_of, make_flash
-from kernel_cases import kernels
+from kernel_cases import kernels, plain_clusters
 from mlx_flashhead import make_sampler
 from mlx_flashhead.common.marks import masks
 from mlx_flashhead.decoding.changes import Changes
 from mlx_flashhead.decoding.sequence import Sequence
 from mlx_flashhead.head import adjustment
-from mlx_flashhead.head.logit_map import LogitMap
-from mlx_flashhead.head.steps import PortableSteps
+from mlx_flashhead.head.draw import Draws, DrawSettings
+from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
+from mlx_flashhead.head.proposal import Candidates, Selection
+from mlx_flashhead.head.steps import NOTHING_ALLOWED, USUAL, PortableSteps
 from mlx_flashhead.models.compat.mlx_lm import PROCESSORS_SEE_PROMPT
 from mlx_flashhead.models.install import logit_change_of
 from tiny_models import VOCAB_SIZE, tiny_model
@@ -34,6 +36,15 @@ PENALTIES = {
     "none": {},
     "bias": {"logit_bias": {5: 3.0, 40: -float("inf"), 7: 2.5}},
     "repetition": {"repetition_penalty": 1.3, "repetition_context_size": 4},
+    # of windows that hold the latest token alone, which is not read yet
+    "latest repeated": {
+        "repetition_penalty": 3.0, "repetition_context_size": 1,
+        "presence_penalty": -0.5, "presence_context_size": 12,
+    },
+    "latest present": {
+        "presence_penalty": 30.0, "presence_context_size": 1,
+        "repetition_penalty": 0.9, "repetition_context_size": 12,
+    },
     "all": {
         "logit_bias": {5: 1.5, 60: -4.0}, "repetition_penalty": 0.9, "presence_penalty": 0.6,
         "frequency_penalty": 0.7, "repetition_context_size": 2, "presence_context_size": 3,
@@ -127,7 +138,7 @@ def test_drawn_text_is_the_dense_loops(pair, misses, settings, penalties):
 @pytest.mark.usefixtures("narrow")
 def test_texts_of_a_batch_have_processors_of_their_own(pair):
     _, flash = pair
-    kinds = [*PENALTIES.values()]
+    kinds = [PENALTIES[name] for name in ("none", "bias", "repetition", "all")]
     each = [make_logits_processors(**kind) for kind in kinds]
     each[1].append(mask())
     prompts = [PROMPT, *OTHERS]
@@ -154,6 +165,18 @@ def test_a_mask_that_leaves_no_scored_token(misses):
     assert found == plain_tokens(dense, logits_processors=processors)
     seen = PROMPT if PROCESSORS_SEE_PROMPT else PROMPT[-1:]
     assert all(few(seen + found[:i])[token] for i, token in enumerate(found)) and misses
+
+
+def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
+    steps = PortableSteps(plain_clusters(np.random.default_rng(0), 3, 4))  # two slots are padded
+    logits = mx.full((1, 3, 4), mx.finfo(mx.float32).min)
+    selection = Selection(mx.array([[0, 1, 2]], mx.uint32), unscored=mx.zeros((1, 2)))
+    settings = DrawSettings(temperature=1.0, inverse_cdf=True)
+    for number in np.linspace(0, 0.99, 40, dtype=np.float32):
+        draws = Draws.of([(settings, (int(number.view(np.uint32)), 0))])
+        candidates = Candidates(logits)
+        token, risk = steps.choose(selection, candidates, draws, USUAL, IDENTITY, masked=True)
+        assert token.item() < 10 and risk.item() == NOTHING_ALLOWED
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from mlx_lm import sample_utils
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from architecture_models import tiny_architecture
-from flash_loops import PROMPT, flash_of, make_flash
+from flash_loops import N_TOKENS, PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler, preserves_margins, pure
 from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import policy_of
@@ -41,7 +41,7 @@ def marked(processor, mark=preserves_margins):
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("n_probes", [1, pytest.param(3, marks=pytest.mark.compiled), 26])
 def test_every_sampler(flash, name, n_probes, misses):
-    assert len(flash.checked(SAMPLERS[name], n_probes=n_probes)) == 40
+    assert len(flash.checked(SAMPLERS[name], n_probes=n_probes)) == N_TOKENS
     assert bool(misses) == (n_probes < 26 and name != "xtc")  # which is dense
 
 
@@ -114,7 +114,7 @@ def test_every_cache_holds_the_confirmed_tokens(flash, name, stop):
 
     def run(dense):
         cache = CACHES[name](flash.model)
-        steps = flash.steps(dense=dense, prompt_cache=cache, **options)
+        steps = flash.steps(dense=dense, prompt_cache=cache, max_tokens=40, **options)
         tokens = [next(steps)[0] for _ in range(stop)]
         steps.close()
         held = [layer.offset for layer in cache]
@@ -190,7 +190,7 @@ def test_the_first_tokens_do_not_wait(flash, forward_passes, monkeypatch):
     """The first token is as early as ever, then verifications come after 4, 8, 16 … tokens."""
     for name in ("max_risk", "max_wait"):
         monkeypatch.setattr(policy_of(flash.head), name, 1e9)
-    steps = flash.steps(n_probes=26)
+    steps = flash.steps(n_probes=26, max_tokens=40)
     seen = [len(forward_passes) for _, _ in zip(range(14), steps, strict=False)]
     steps.close()
     assert seen == [3, *[8] * 4, *[16] * 8, 32]  # the prompt, then a step ahead of a verification

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm import sample_utils
 
-from flash_loops import PROMPT, make_flash
+from flash_loops import N_TOKENS, PROMPT, make_flash
 from mlx_flashhead import make_sampler, pure
 from mlx_flashhead.decoding.sampler import Trust, trust
 from mlx_flashhead.models.compat.mlx_lm import PROCESSORS_SEE_PROMPT, generate_step
@@ -53,7 +53,7 @@ def mlx_lms_tokens(flash, **options):
     """The tokens of mlx-lm's own loop, with the normal head."""
     mx.random.seed(7)
     prompt = mx.array(PROMPT, dtype=mx.uint32)
-    return [int(t) for t, _ in generate_step(prompt, flash.model, max_tokens=40, **options)]
+    return [int(t) for t, _ in generate_step(prompt, flash.model, max_tokens=N_TOKENS, **options)]
 
 
 @pytest.mark.parametrize("make", [numpy_sampler, cooling])

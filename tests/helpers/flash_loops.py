@@ -11,6 +11,7 @@ from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.proposer import Proposer
 from tiny_models import install_index, tiny_index, tiny_model
 
+N_TOKENS = 28  # of a text, unless a test says otherwise
 PROMPT = [5, 17, 3, 99, 42, 7]
 OTHERS = [[8, 8, 120], [1, 2, 3, 4, 5, 6, 7, 9], [60, 61]]
 
@@ -42,7 +43,7 @@ class Flash:
     def steps(self, dense=False, verify=True, n_probes=None, prompt=PROMPT, **options):
         n_probes = None if dense else n_probes
         proposer = Proposer(self.model, verify=verify, dense=dense, n_probes=n_probes)
-        options = {"proposer": proposer, "max_tokens": 40} | options
+        options = {"proposer": proposer, "max_tokens": N_TOKENS} | options
         return verified_steps(mx.array(prompt), self.model, **options)
 
     def batch(self, prompts, *, dense=False, verify=True, max_tokens=25, seed=7, **options):

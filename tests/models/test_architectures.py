@@ -40,16 +40,18 @@ def steps(model, tokens) -> list[mx.array]:
 
 
 def cases():
-    """Each form, every second one of them in 4 bits, for architectures of one form, too."""
+    """Each form, every second one of them in 4 bits, for architectures of one form, too. One form
+    of each architecture writes a text: its caches are those of the other form."""
     for i, (name, forms) in enumerate(FOUND.items()):
         served = [tied for tied in (False, True) if forms[tied].served]
         for tied in served:
             in_4_bits = tied if len(served) == 2 else i % 2
-            yield name, tied, 4 if in_4_bits else None
+            writes = len(served) == 1 or tied == bool(i % 2)
+            yield name, tied, 4 if in_4_bits else None, writes
 
 
-@pytest.mark.parametrize("name, tied, bits", [*cases()])
-def test_flash_head(name, tied, bits):
+@pytest.mark.parametrize("name, tied, bits, writes", [*cases()])
+def test_flash_head(name, tied, bits, writes):
     model = tiny_architecture(name, tied=tied)
     model = model if bits is None else quantized(model)
     location, form = find_head(model), FOUND[name][tied]
@@ -57,5 +59,5 @@ def test_flash_head(name, tied, bits):
     assert bits is None or location.rows().bits == (form.bits or 0)
     tokens = mx.array(np.random.default_rng(0).integers(0, VOCAB_SIZE, (2, 9)))
     check_form(model, location, lambda: steps(model, tokens))
-    # whatever it does with its head's logits, and whatever its caches are
-    Flash(model).checked({"temp": 2.0, "seed": 1}, prompt=tokens[0].tolist(), max_tokens=5)
+    if writes:  # whatever it does with its head's logits, and whatever its caches are
+        Flash(model).checked({"temp": 2.0, "seed": 1}, prompt=tokens[0].tolist(), max_tokens=5)

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_flashhead.index.files import FILE_NAME, write_companion
 from mlx_flashhead.interop.replace import put_in_place
-from mlx_flashhead.models import fetch
+from mlx_flashhead.models.compat import mlx_lm as mlx_lm_names
 from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.loading import load_dense
 from refusals import refused
@@ -49,7 +49,7 @@ def test_a_function_is_replaced_wherever_it_is(tmp_path, monkeypatch):
 
 
 def test_no_such_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "download", pytest.fail)  # the Hub is not contacted
+    monkeypatch.setattr(mlx_lm_names, "download", pytest.fail)  # the Hub is not contacted
     for name in (str(tmp_path / "nowhere"), "./nowhere", "~/nowhere/at/all", "one/two/three"):
         refused(partial(resolve, name), f"There is no folder {name}: check")
     (tmp_path / "file").touch()
@@ -66,7 +66,7 @@ def test_what_the_hub_says_is_one_short_sentence(hub, monkeypatch):
     refused(lambda: resolve("owner other"), "it cannot be a repository: give a folder or OWNER/")
     refused(lambda: resolve(""), "The name of the model is empty")
     with monkeypatch.context() as patch:
-        patch.setattr(fetch, "download", Mock(side_effect=OSError("no\nanswer.\n")))
+        patch.setattr(mlx_lm_names, "download", Mock(side_effect=OSError("no\nanswer.\n")))
         said = r"no folder 'owner/name' here.*\(no answer\): check the name and the network"
         refused(lambda: resolve("owner/name"), said)
     hub.shutdown()

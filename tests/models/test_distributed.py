@@ -18,7 +18,7 @@ from mlx_flashhead.models.loading import _check_attention_heads
 from mlx_flashhead.models.locate import find_head
 from model_folders import write_model
 
-ARGUMENTS = ("--prompt", "One day", "--max-tokens", "24", "--verbose", "False")
+ARGUMENTS = ("--prompt", "One day", "--max-tokens", "12", "--verbose", "False")
 # A script of each process, since a start takes long: it runs all commands, loads the parts of a
 # model, and writes what it has got into a file of its own.
 SCRIPT = """
@@ -106,7 +106,7 @@ def launched(tmp_path_factory):
 
 def test_both_ways_to_split_give_the_text_of_one(launched):
     by_command, parts, qwen2 = launched
-    expected = generate(*load(qwen2), "One day", max_tokens=24, dense=True) + "\n"
+    expected = generate(*load(qwen2), "One day", max_tokens=12, dense=True) + "\n"
     for how in ("within layers", "by layers"):
         assert [output for output, _ in by_command[how]] == [expected, ""]
     expected = generate(*load(qwen2, n_probes=2), "One day", max_tokens=12)

@@ -78,6 +78,7 @@ def tokens_of(job):
 
 
 def generated(flash, tokens, max_tokens=8, **options):
-    """The same by the package."""
+    """The same by the package, with the normal head."""
+    options["dense"] = True
     responses = mlx_flashhead.stream_generate(*flash, tokens, max_tokens=max_tokens, **options)
     return [r.token for r in responses if r.token not in flash[1].eos_token_ids]
