@@ -82,12 +82,14 @@ def test_what_fails_once_costs_one_answer_at_most(engine, flash, monkeypatch, ow
         prompts = [[*SHORT, first // 200, first % 200, i] for i in range(3)]
         jobs = [job(engine, prompt, n) for prompt, n in zip(prompts, (2, 6, 4), strict=True)]
 
-        def fails(*arguments, function=function, failed=failed, **options):
-            result = function(*arguments, **options) if after or failed else None
-            if not failed and (owner is not Engine or engine._busy):
-                failed.append(0)
-                raise PanicError("out of luck")
-            return result
+        def fails(*arguments, name=name, function=function, failed=failed, **options):
+            # an idle engine calls some of these, too
+            if failed or (owner is Engine and name != "_begin" and not engine._busy):
+                return function(*arguments, **options)
+            if after:
+                function(*arguments, **options)
+            failed.append(0)
+            raise PanicError("out of luck")
 
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, fails)
