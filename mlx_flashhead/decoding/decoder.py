@@ -102,6 +102,7 @@ class Decoder:
             self._adopt(sequence, pace)
         n_before = sum(sequence.n_chosen for sequence in self.sequences)
         n_verified = self._schedule.n_verified
+        n_traced = self._proposer.n_traced
         proposes = all(sequence.verified and not sequence.paused for sequence in self.sequences)
         latest = cast(mx.array, self._latest)
         self._latest = self._step(self.sequences, self.caches.layers, latest)
@@ -109,7 +110,7 @@ class Decoder:
             sequence.pending[sequence.n_read].read(token)
         self._schedule.step(self.sequences)
         self._restart([sequence for sequence in self.sequences if sequence.rejected])
-        if pace is None:
+        if pace is None or self._proposer.n_traced > n_traced:  # what MLX compiles once is no pace
             return
         seconds = time.perf_counter() - began
         if proposes:

@@ -4,6 +4,7 @@ A flat distribution, or text that is unlike what the machine was measured on, co
 rejections than the proposals save.
 """
 
+import math
 from dataclasses import dataclass, field
 
 FIRST_ROUNDS = 8  # rounds of a trial before it is judged
@@ -22,7 +23,8 @@ class Pace:
     """The pace of one kind of text, greedy or sampled, of one head. It outlives a text.
 
     Rounds of proposals are a trial: as long as they give tokens as fast as dense ones, they go on.
-    Where they do not, the next tokens are decoded densely, and then there is another trial.
+    Where they do not, a few tokens are decoded densely and timed, since the machine may have become
+    slower. If these are faster indeed, more of them follow, and then there is another trial.
 
     Args:
         dense_seconds: Seconds of a round of dense decoding, where it was measured for one text.
@@ -36,6 +38,7 @@ class Pace:
     _tokens: float = 0.0  # that these gave, to each text
     _dense_times: list[float] = field(default_factory=list)
     _warm: int = 0
+    _lost: float | None = None  # seconds a token of a trial that dense rounds are timed against
 
     @property
     def dense(self) -> bool:
@@ -50,6 +53,11 @@ class Pace:
             self._dense_times = [*self._dense_times[1 - MEASURED :], seconds]
             ordered = sorted(self._dense_times)
             self.dense_seconds = ordered[len(ordered) // 2]
+        if self._lost is not None and not self.dense_left:
+            if self.dense_seconds is None or self._lost > SLOWER * self.dense_seconds:
+                self.dense_left = self._next_dense
+                self._next_dense = min(3 * self._next_dense, MOST_DENSE)
+            self._lost = None
         self._begin_trial()
 
     def note_proposed(self, seconds: float, n_tokens: float, verified: bool) -> None:
@@ -69,20 +77,17 @@ class Pace:
             return
         if self.dense_seconds is None:  # dense rounds are timed, at once if tokens are lost
             if self._rounds >= TRIAL or self._tokens < (1 - LOST) * self._rounds:
-                self._fail(MEASURED + WARM)
-            return
-        if self._seconds > SLOWER * self.dense_seconds * self._tokens:
-            if not self._dense_times:  # the machine may be slower than when it was measured
-                self._fail(MEASURED + WARM)
-                return
-            self._fail(self._next_dense)
-            self._next_dense = min(3 * self._next_dense, MOST_DENSE)
+                self._time_dense()
+        elif self._seconds > SLOWER * self.dense_seconds * self._tokens:
+            self._time_dense()
         elif self._rounds >= TRIAL:
             self._next_dense = DENSE_TOKENS
             self._begin_trial()
 
-    def _fail(self, n_dense: int) -> None:
-        self.dense_left = n_dense
+    def _time_dense(self) -> None:
+        self._lost = self._seconds / self._tokens if self._tokens > 0 else math.inf
+        self._dense_times = []
+        self.dense_left = MEASURED + WARM
         self._begin_trial()
 
     def _begin_trial(self) -> None:

@@ -80,6 +80,11 @@ class Proposer:
         return self._change if isinstance(self._change, LogitMap) else None
 
     @property
+    def n_traced(self) -> int:
+        """Kinds of proposals that MLX has traced for the head so far."""
+        return 0 if self.head is None else cast(FlashHead, self.head).n_traced
+
+    @property
     def max_batch(self) -> int:
         """The number of sequences at once up to which proposals are made.
 

@@ -89,6 +89,7 @@ class FlashHead:
         # whether the steps of a proposal may be traced once, not made anew for each token
         self._traces = True
         self._functions: dict[Any, Callable[..., tuple[mx.array, ...]]] = {}  # of proposals
+        self.n_traced = 0  # functions made so far, each of which takes MLX a while
         # makes the logits of calls that nobody intercepts
         self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None
 
@@ -442,6 +443,7 @@ class FlashHead:
             return proposal[1:5]
 
         self._functions[key] = mx.compile(propose)
+        self.n_traced += 1
         return self._functions[key]
 
     def _proposal(

@@ -62,7 +62,7 @@ def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[None]:
     for folder, bits in itertools.product(args.models, BITS):
         settings = [
             (request, batch)
-            for request, batch in itertools.product(REQUESTS, BATCHES)
+            for batch, request in itertools.product(BATCHES, REQUESTS)
             if (folder.name, bits, request, batch) not in done
         ]
         if not settings:

@@ -50,7 +50,7 @@ def test_proposals_that_pay_go_on(known, step, k, rejected_every):
 def _always():
     """A pace that never says dense."""
     pace = Pace()
-    pace._fail = lambda n: pace._begin_trial()
+    pace._time_dense = pace._begin_trial
     return pace
 
 
@@ -66,6 +66,25 @@ def test_text_whose_proposals_cost_more_is_never_much_slower(known, step, k, rej
         trials += not pace.dense
     assert total < 1.02 * 20 * 500 * DENSE
     assert pace._next_dense > 96
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.5, 3.0])
+def test_a_machine_that_has_become_slower_does_not_end_proposals(slower):
+    """Dense tokens are timed again before many follow."""
+    pace = Pace(DENSE)
+    seconds = slower * DENSE
+    proposed = seconds_of_text(_always(), 2000, 0.6 * seconds, 4, 0)
+    total = 0.0
+    made = 0
+    while made < 2000:
+        if pace.dense:
+            total += seconds
+            pace.note_dense(seconds)
+        else:
+            total += 0.6 * seconds
+            pace.note_proposed(0.6 * seconds, 1, made % 4 == 3)
+        made += 1
+    assert total < 1.02 * proposed
 
 
 def test_text_that_changes_is_proposed_again():
@@ -96,9 +115,11 @@ def test_the_text_is_the_same_through_all_changes(arch, settings, misses):
         def note_proposed(self, seconds, n_tokens, verified):
             super().note_proposed(2 * DENSE, n_tokens, verified)
 
-        def _fail(self, n_dense):
-            phases.append(n_dense)
-            super()._fail(5)
+        def _time_dense(self):
+            super()._time_dense()
+            phases.append(self._lost)
+            self.dense_left = 5
+            self._next_dense = 3
 
     policy.paces = {(sampled, sampled, 1): Slow(DENSE) for sampled in (False, True)}
     sampler = sample_utils.make_sampler(**settings) if settings else None
