@@ -7,6 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..head.draw import Draws, DrawSettings, log_mass, noise_of_all, threshold
+from ..head.interval import surely_kept
 from ..head.margins import (
     MASS_ROUNDING,
     SMALLEST_FLOAT16,
@@ -46,8 +47,7 @@ def are_certain(
     if all(settings.greedy for settings, _ in rows):
         return greedy[:, 0]
     draws = Draws.of(rows)
-    lowest = threshold(high, draws, log_mass(low) - MASS_ROUNDING)
-    surely = low >= lowest
+    surely = surely_kept(low, high, draws, log_mass(low) - MASS_ROUNDING)
     maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
     scale = draws.inverse
     likely = mx.where(maybe, high * scale, -mx.inf)
@@ -91,9 +91,7 @@ def is_certain_draw(
     grid = epsilon * (mx.abs(low - log_mass(high)) + 1.0) + MASS_ROUNDING
     low = low - grid
     high = high + grid
-    lowest = threshold(high, draws, log_mass(low) - MASS_ROUNDING)
-    # mlx-lm may leave out a token that equals the last of a top-k
-    surely = low > lowest if settings.top_k else low >= lowest
+    surely = surely_kept(low, high, draws, log_mass(low) - MASS_ROUNDING)
     maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
     if old_cut is not None:
         surely = surely & old_cut.surely

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .draw import log_mass
+from .draw import Draws, log_mass, threshold
 
 LOWEST = mx.finfo(mx.float32).min
 
@@ -54,3 +54,27 @@ class Scored(NamedTuple):
     all: Interval  # (k, K)
     rest: Interval  # (k, K), the lowest value in the place of the proposed token
     second: Interval  # (k, 1), the best of the rest
+
+
+def surely_kept(low: mx.array, high: mx.array, draws: Draws, log_total: mx.array) -> mx.array:
+    """Returns which tokens the filters keep whatever the logits are within bounds: (k, K) bool.
+
+    With all logits as high as they may be, the filters have a cut. A token is kept in any case if
+    its lowest logit is above it. So is the token at the cut if no other one can come between: those
+    that may lie above it are then the same as at the cut. A token that equals the last of a top-k
+    is not kept in any case, as mlx-lm may leave it out.
+
+    Args:
+        low: The lowest that the logits of K tokens may be, (k, K) float32.
+        high: The highest, (k, K) float32.
+        draws: Of k rows.
+        log_total: (k, 1), the log of the least mass of all tokens.
+    """
+    cut = threshold(high, draws, log_total)
+    above = mx.where(draws.top_k > 0, low > cut, low >= cut)
+    at_cut = high == cut
+    lowest_at_cut = mx.max(mx.where(at_cut, low, -mx.inf), axis=-1, keepdims=True)
+    n_above = (high > cut).sum(axis=-1, keepdims=True)
+    alone = (high > lowest_at_cut).sum(axis=-1, keepdims=True) == n_above + 1
+    by_min_p = low >= mx.max(high, axis=-1, keepdims=True) + draws.log_min_p
+    return above | (at_cut & alone & by_min_p)

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import NO_MIN_P, Draws, log_mass, threshold
-from .interval import Interval, Scored
+from .interval import Interval, Scored, surely_kept
 from .margins import EXP_UNITS, IN_16_BITS, MASS_MARGIN, MASS_ROUNDING, SUM_ROUNDING
 
 
@@ -86,11 +86,8 @@ def is_certain(
     dropped = (top_p < 1) & (mass_over >= top_p * (1 + MASS_MARGIN))
     dropped |= (top_k > 0) & (over.sum(axis=-1, keepdims=True) >= top_k)
     dropped |= best_other < mx.max(known.low, axis=-1, keepdims=True) + log_min_p
-    highest_cut = threshold(known.high, draws, least - MASS_MARGIN)
-    lowest_cut = threshold(known.low, draws, most + MASS_MARGIN)
-    # mlx-lm may leave out a token that equals the last of a top-k
-    surely = mx.where(top_k > 0, known.low > highest_cut, known.low >= highest_cut)
-    maybe = known.high >= lowest_cut
+    surely = surely_kept(known.low, known.high, draws, least - MASS_MARGIN)
+    maybe = known.high >= threshold(known.low, draws, most + MASS_MARGIN)
 
     best = mx.maximum(mx.max(known.high, axis=-1, keepdims=True), best_other)
     at_least = mx.where(surely, mx.exp((known.low - best) * inverse), 0)

@@ -1,0 +1,73 @@
+"""What holds for all logits within bounds."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_flashhead.head.draw import Draws, DrawSettings, log_mass, threshold
+from mlx_flashhead.head.interval import surely_kept
+
+SETTINGS = [
+    DrawSettings(1.0, top_p=0.9),
+    DrawSettings(1.0, top_p=0.5),
+    DrawSettings(1.0, min_p=0.1),
+    DrawSettings(1.0, top_k=4),
+    DrawSettings(1.0, top_p=0.95, min_p=0.02, top_k=6),
+    DrawSettings(1.0),
+]
+
+
+def surely(logits, off, settings):
+    draws = Draws.of([(settings, (0, 0))])
+    low = mx.array((logits - off)[None].astype(np.float32))
+    high = mx.array((logits + off)[None].astype(np.float32))
+    return np.array(surely_kept(low, high, draws, log_mass(low) - 1e-4))[0]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_what_is_surely_kept_is_kept_for_all_logits(settings):
+    rng = np.random.default_rng(5)
+    draws = Draws.of([(settings, (0, 0))])
+    n_found = n_always = 0
+    for _ in range(60):
+        logits = np.round(rng.normal(scale=2, size=12), rng.integers(1, 6))
+        off = rng.choice([0.0, 1e-4, 0.05, 0.5]) * rng.uniform(0.5, 1, size=12)
+        found = surely(logits, off, settings)
+        always = np.ones(12, bool)
+        for i in range(40):
+            sign = rng.uniform(-1, 1, 12) if i % 2 else rng.choice([-1.0, 1.0], 12)
+            truth = mx.array((logits + sign * off)[None].astype(np.float32))
+            always &= np.array(truth >= threshold(truth, draws, kernel=False))[0]
+        assert not (found & ~always).any()
+        n_found += found.sum()
+        n_always += always.sum()
+    assert n_found > 0.7 * n_always
+
+
+@pytest.mark.parametrize(
+    "off, kept",
+    [
+        (1e-5, [True, True, True, False]),  # the third is at the cut: 0.8 of the mass are above it
+        (0.04, [True, True, True, False]),
+        (0.2, [True, True, False, False]),  # more than 0.9 may be above it
+    ],
+)
+def test_the_token_at_the_cut_is_kept_if_no_other_comes_between(off, kept):
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    assert surely(logits, np.full(4, off), SETTINGS[0]).tolist() == kept
+
+
+def test_one_of_equals_at_the_cut_may_be_left_out():
+    """Of the two last ones either may come first, and then 0.95 of the mass are above the other."""
+    logits = np.log([0.6, 0.2, 0.1, 0.1])
+    found = surely(logits, np.full(4, 1e-3), DrawSettings(1.0, top_p=0.89))
+    assert found.tolist() == [True, True, False, False]
+
+
+def test_a_token_at_the_cut_of_min_p_may_fall_below_it():
+    """That cut is no token's: it rises with the best logit."""
+    draws = Draws.of([(DrawSettings(1.0, min_p=0.5), (0, 0))])
+    best = mx.array([[0.1]])
+    high = mx.concatenate([best, best + draws.log_min_p], axis=-1)
+    found = surely_kept(high - 0.2, high, draws, log_mass(high))
+    assert found.tolist() == [[True, False]]
