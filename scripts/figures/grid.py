@@ -73,6 +73,7 @@ def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[None]:
         policy = policy_of(head)
         about = {"model": folder.name, "bits": bits, "keeps_dense_head": policy.dense}
         about |= {"predicted_gain": policy.gain, "n_probes": head.n_probes}
+        about |= {"date": machine()["date"]}
         for request, batch in settings:
             case = about | {"request": request, "batch": batch}
             tokens = args.tokens if batch == 1 else args.tokens // 2
