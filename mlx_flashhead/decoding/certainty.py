@@ -49,7 +49,7 @@ def are_certain(
     draws = Draws.of(rows)
     surely = surely_kept(low, high, draws, log_mass(low) - MASS_ROUNDING)
     maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
-    scale = draws.inverse
+    scale = draws.inverse_temperature
     likely = mx.where(maybe, high * scale, -mx.inf)
     unlikely = mx.where(surely, low * scale, -mx.inf)
     noisy = mx.where(is_token, unlikely, likely) + noise_of_all(draws.keys, low.shape[-1])
@@ -100,8 +100,8 @@ def is_certain_draw(
             before_top_k = high >= threshold(low, all_kept)
             maybe = maybe | (before_top_k & (old_cut.n_surely < settings.top_k))
         maybe = maybe & old_cut.maybe
-    likely = mx.where(maybe, high * draws.inverse, -mx.inf)
-    unlikely = mx.where(surely, low * draws.inverse, -mx.inf)
+    likely = mx.where(maybe, high * draws.inverse_temperature, -mx.inf)
+    unlikely = mx.where(surely, low * draws.inverse_temperature, -mx.inf)
     # MLX draws by noise, or by the place of a uniform number in the cumulated probabilities. Either
     # way the token is certain if it is drawn in the three worst cases: all others are as likely as
     # they may be; only those with lower ids are, and the rest as unlikely as they may be; only

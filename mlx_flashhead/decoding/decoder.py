@@ -110,7 +110,7 @@ class Decoder:
             sequence.pending[sequence.n_read].read(token)
         self._schedule.step(self.sequences)
         self._restart([sequence for sequence in self.sequences if sequence.rejected])
-        if pace is None or self._proposer.n_traced > n_traced:  # what MLX compiles once is no pace
+        if pace is None or self._proposer.n_traced > n_traced:  # MLX has compiled
             return
         seconds = time.perf_counter() - began
         if proposes:

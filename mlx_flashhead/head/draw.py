@@ -78,18 +78,18 @@ class Draws:
         return cls(settings, (*_settings_arrays(settings), mx.array(keys, mx.uint32)))
 
     @cached_property
-    def inverse(self) -> mx.array:
+    def inverse_temperature(self) -> mx.array:
         """1 / temperature, (R, 1) float32; 0 takes the best logit."""
         return self.held[0][: len(self.rows), :1]
 
     @cached_property
     def top_p(self) -> mx.array:
-        """Likewise."""
+        """The share of the mass that the likeliest tokens must reach, (R, 1) float32."""
         return self.held[0][: len(self.rows), 1:2]
 
     @cached_property
     def log_min_p(self) -> mx.array:
-        """Likewise."""
+        """How far a kept logit may lie below the best one, (R, 1) float32, in nats below 0."""
         return self.held[0][: len(self.rows), 2:]
 
     @cached_property
@@ -293,7 +293,7 @@ def draw(
     """
     values = logits
     if gumbel is not None and draws is not None:
-        inverse = draws.inverse
+        inverse = draws.inverse_temperature
         values = logits * inverse + gumbel
         if any(s.filters for s in draws.rows):
             total = None if others is None else mx.logaddexp(log_mass(logits), others)

@@ -40,7 +40,7 @@ def drawn(
         total = None if others is None else mx.logaddexp(log_mass(logits), others)
         kept = mx.where(logits >= threshold(logits, draws, total, kernel), logits, -mx.inf)
     best = mx.max(logits, axis=-1, keepdims=True)
-    weights = mx.exp((kept - best) * draws.inverse)
+    weights = mx.exp((kept - best) * draws.inverse_temperature)
     order = mx.argsort(token_ids, axis=-1)
     sums = mx.cumsum(mx.take_along_axis(weights, order, axis=-1), axis=-1)
     total = sums[:, -1:]
@@ -69,7 +69,7 @@ def is_certain(
     Returns:
         (k,) bool.
     """
-    inverse = draws.inverse
+    inverse = draws.inverse_temperature
     top_p = draws.top_p
     top_k = draws.top_k
     log_min_p = draws.log_min_p

@@ -63,7 +63,7 @@ def screen(
                 draws,
             ),
         )
-        certain = mx.where(draws.inverse == 0, certain, drawn[:, None])
+        certain = mx.where(draws.inverse_temperature == 0, certain, drawn[:, None])
     certain = certain[:, 0] & (largest < mx.inf)  # float16 may overflow
     return Screen(certain, largest, best[:, 0], log_mass(unscored.logits.flatten(1))[:, 0])
 
@@ -176,7 +176,7 @@ def _noise_is_certain(
     It is so if the filters keep the token, and no other token that they may keep can have a higher
     noisy logit.
     """
-    inverse = draws.inverse
+    inverse = draws.inverse_temperature
     top_p = draws.top_p
     top_k = draws.top_k
     log_min_p = draws.log_min_p

@@ -83,7 +83,7 @@ class Risk(NamedTuple):
         if draws is not None:
             scored = log_mass(candidates.logits.astype(mx.float32).flatten(1))
             drawn = self.scale * mx.sigmoid(unscored[:, 1:2] - scored)
-            risk = mx.where(draws.inverse == 0, risk, drawn)
+            risk = mx.where(draws.inverse_temperature == 0, risk, drawn)
         return mx.where(nothing, NOTHING_ALLOWED, mx.minimum(risk, 1.0))[:, 0]
 
 
