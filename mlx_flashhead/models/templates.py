@@ -71,7 +71,7 @@ def apply_template(
 def _variables_template(template: str) -> str:
     """A template that writes the variables of another one, as entries of a JSON object."""
     entries = []
-    for name in _GUARD.call([template]):
+    for name in _variables_read(template):
         entries.append(
             f'{{% if {name} is defined %}}"{name}":{{{{ {name}|tojson }}}},{{% endif %}}'
         )
@@ -90,7 +90,7 @@ def template_variables(tokenizer: Any) -> frozenset[str]:
     if template is None:
         return frozenset()
     try:
-        return frozenset(_GUARD.call([template]))
+        return frozenset(_variables_read(template))
     except (GuardError, RuntimeError):  # the error is raised when it is filled in
         return frozenset()
 
