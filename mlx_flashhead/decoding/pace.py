@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 FIRST_ROUNDS = 8  # rounds of a trial before it is judged
 TRIAL = 24  # rounds of a trial after which it has passed
+CHANCE = 4  # tokens' time that a shorter trial may lose: one rejection says little
 WARM = 2  # dense rounds after a change, which are not timed
 # Tokens that are decoded densely after a trial that failed; each next time three times as many.
 DENSE_TOKENS = 96
 MOST_DENSE = 4096
 MEASURED = 12  # dense rounds whose times say how long a token takes
+ENOUGH = 4  # so many do if they are slower than the trial was
 LOST = 0.15  # share of rounds that gave no token, from which dense ones are timed
 SLOWER = 1.02  # time of a token relative to dense decoding, above which a trial fails
 
@@ -53,11 +55,8 @@ class Pace:
             self._dense_times = [*self._dense_times[1 - MEASURED :], seconds]
             ordered = sorted(self._dense_times)
             self.dense_seconds = ordered[len(ordered) // 2]
-        if self._lost is not None and not self.dense_left:
-            if self.dense_seconds is None or self._lost > SLOWER * self.dense_seconds:
-                self.dense_left = self._next_dense
-                self._next_dense = min(3 * self._next_dense, MOST_DENSE)
-            self._lost = None
+        if self._lost is not None:
+            self._compare(self._lost)
         self._begin_trial()
 
     def note_proposed(self, seconds: float, n_tokens: float, verified: bool) -> None:
@@ -75,10 +74,11 @@ class Pace:
         self._tokens += n_tokens
         if not verified or self._rounds < FIRST_ROUNDS:
             return
+        chance = CHANCE if self._rounds < TRIAL else 0
         if self.dense_seconds is None:  # dense rounds are timed, at once if tokens are lost
-            if self._rounds >= TRIAL or self._tokens < (1 - LOST) * self._rounds:
+            if self._rounds >= TRIAL or self._tokens + chance < (1 - LOST) * self._rounds:
                 self._time_dense()
-        elif self._seconds > SLOWER * self.dense_seconds * self._tokens:
+        elif self._seconds > self.dense_seconds * (SLOWER * self._tokens + chance):
             self._time_dense()
         elif self._rounds >= TRIAL:
             self._next_dense = DENSE_TOKENS
@@ -89,6 +89,22 @@ class Pace:
         self._dense_times = []
         self.dense_left = MEASURED + WARM
         self._begin_trial()
+
+    def _compare(self, lost: float) -> None:
+        """Ends the dense tokens that are timed, or has more of them follow, once that is decided.
+
+        Args:
+            lost: Seconds a token of the trial that failed.
+        """
+        slower = self.dense_seconds is not None and lost <= SLOWER * self.dense_seconds
+        if slower and len(self._dense_times) >= ENOUGH:
+            self.dense_left = 0
+        if self.dense_left:
+            return
+        self._lost = None
+        if not slower:
+            self.dense_left = self._next_dense
+            self._next_dense = min(3 * self._next_dense, MOST_DENSE)
 
     def _begin_trial(self) -> None:
         self._rounds = 0

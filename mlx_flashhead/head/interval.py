@@ -36,6 +36,12 @@ class Interval(NamedTuple):
         off = self.off.reshape(-1, 1) if self.even else take(self.off)
         return Interval(take(self.logits), off)
 
+    def beside(self, other: "Interval") -> "Interval":
+        """The logits (k, K) of these tokens and then those (k, N) of others."""
+        off = [mx.broadcast_to(part.off, part.logits.shape) for part in (self, other)]
+        logits = mx.concatenate([self.logits, other.logits], axis=-1)
+        return Interval(logits, mx.concatenate(off, axis=-1))
+
     def masses(self) -> tuple[mx.array, mx.array]:
         """The least and the greatest log of the summed exponentials: (k, 1) each."""
         if self.even:

@@ -12,8 +12,11 @@ import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import NO_MIN_P, Draws, log_mass, threshold
-from .interval import Interval, Scored, surely_kept
+from .interval import LOWEST, Interval, Scored, surely_kept
 from .margins import EXP_UNITS, IN_16_BITS, MASS_MARGIN, MASS_ROUNDING, SUM_ROUNDING
+from .near import nearest
+
+NEAREST = 256  # clusters not scored that are looked at token by token if filters may keep some
 
 
 def drawn(
@@ -75,12 +78,21 @@ def is_certain(
     log_min_p = draws.log_min_p
     unfiltered = (top_p >= 1) & (top_k == 0) & (log_min_p <= NO_MIN_P)
     mass = mx.logaddexp(log_mass(scored.all.logits), log_mass(unscored.logits.flatten(1)))
-    known = _rounded(scored.all, mass, epsilon)
+    all_scored = _rounded(scored.all, mass, epsilon)
     others = _rounded(unscored, mass[..., None], epsilon)
+    least, most = map(mx.logaddexp, all_scored.masses(), others.masses())
+    known = all_scored
+    ids = scored.ids
     best_other = mx.max(others.high, axis=(1, 2))[:, None]
-    least, most = map(mx.logaddexp, known.masses(), others.masses())
+    if any(settings.filters for settings in draws.rows):  # they may keep some of the others
+        near = nearest(clustered, others, NEAREST)
+        # rows without filters count all of them below
+        logits = mx.where(unfiltered, LOWEST, near.logits.logits)
+        known = all_scored.beside(Interval(logits, near.logits.off))
+        ids = mx.concatenate([scored.ids, near.ids], axis=-1)
+        best_other = mx.where(unfiltered, best_other, near.best_other)
 
-    # Filters must leave out all tokens that were not scored.
+    # Filters must leave out all tokens that are not known.
     over = known.low > best_other
     mass_over = mx.where(over, mx.exp(known.low - most), 0).sum(axis=-1, keepdims=True)
     dropped = (top_p < 1) & (mass_over >= top_p * (1 + MASS_MARGIN))
@@ -92,10 +104,10 @@ def is_certain(
     best = mx.maximum(mx.max(known.high, axis=-1, keepdims=True), best_other)
     at_least = mx.where(surely, mx.exp((known.low - best) * inverse), 0)
     at_most = mx.where(maybe, mx.exp((known.high - best) * inverse), 0)
-    own = scored.ids == scored.tokens
+    own = ids == scored.tokens
     own_least = mx.where(own, at_least, 0).sum(axis=-1, keepdims=True)
     own_most = mx.where(own, at_most, 0).sum(axis=-1, keepdims=True)
-    sums = _sums(at_least, at_most, scored.ids, scored.tokens)
+    sums = _sums(at_least, at_most, ids, scored.tokens)
     if not all(settings.filters for settings in draws.rows):
         scale = inverse[..., None]
         highest = best[..., None]

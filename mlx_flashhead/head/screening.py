@@ -18,6 +18,7 @@ from .draw import Draws, log_mass, noise, noise_of_all
 from .interval import LOWEST, Interval, Scored
 from .logit_map import LogitMap
 from .margins import IN_16_BITS, MASS_MARGIN, merging_distance, noise_margin
+from .near import nearest
 from .proposal import Proposal, Screen, Tolerance
 
 LIKELY_NOISE = 11.0  # one in e^11 tokens has more
@@ -198,7 +199,7 @@ def _noise_is_certain(
     kept &= floor >= mx.maximum(scored.second.high, best_high) + log_min_p
 
     # the highest logit of those whose noisy logit may reach the token's
-    near = _near(clustered, unscored, draws)
+    near = _rivals(clustered, unscored, draws)
     own_noise, scored_noise, near_noise = _noises(clustered, scored, near.ids, draws)
     worst = floor * inverse + own_noise
     worst = worst - noise_margin(worst)
@@ -227,27 +228,20 @@ def _noise_is_certain(
     return (kept & ((rival == -mx.inf) | dropped))[:, 0]
 
 
-class Near(NamedTuple):
+class _Rivals(NamedTuple):
     """The tokens of k states that were not scored and may win."""
 
-    logits: Interval  # (k, K)
-    ids: mx.array | None  # (k, K) uint32; None: all tokens in their order
+    logits: Interval  # (k, N)
+    ids: mx.array | None  # (k, N) uint32; None: all tokens in their order
     best_other: mx.array | None  # (k, 1), the highest that any other's logit may be
 
 
-def _near(clustered: ClusteredRows, unscored: Interval, draws: Draws) -> Near:
+def _rivals(clustered: ClusteredRows, unscored: Interval, draws: Draws) -> _Rivals:
     """All tokens, or where the draws have filters those of the nearest clusters."""
     if clustered.n_clusters <= NEAREST or not all(s.filters or s.greedy for s in draws.rows):
         logits = unscored.map(lambda array: in_token_order(array.flatten(1), clustered.slot_of))
-        return Near(logits, None, None)
-    bests = mx.max(unscored.high, axis=-1)
-    order = mx.argpartition(-bests, kth=NEAREST, axis=-1)
-    best_other = mx.take_along_axis(bests, order[:, NEAREST : NEAREST + 1], axis=-1)
-    nearest = order[:, :NEAREST]
-    logits = unscored.map(
-        lambda array: mx.take_along_axis(array, nearest[..., None], axis=1).flatten(1)
-    )
-    return Near(logits, mx.take(clustered.token_ids, nearest, axis=0).flatten(1), best_other)
+        return _Rivals(logits, None, None)
+    return _Rivals(*nearest(clustered, unscored, NEAREST))
 
 
 def _noises(

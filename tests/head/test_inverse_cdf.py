@@ -8,6 +8,7 @@ from mlx_lm.sample_utils import make_sampler
 from kernel_cases import plain_clusters, to_numpy
 from mlx_flashhead.decoding.random_state import DrawChain, set_key, split, uniform_bits
 from mlx_flashhead.decoding.sampler import normalized
+from mlx_flashhead.head import inverse_cdf
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise, position_key
 from mlx_flashhead.head.inverse_cdf import drawn
 from mlx_flashhead.head.proposal import Proposal, Tolerance
@@ -62,11 +63,11 @@ def test_draws_from_all_tokens_are_mlxs(settings):
         assert token.item() == dense_token(logits, settings, state)
 
 
-def case_of(rng, clustered, dtype, settings, spread, doubt):
+def case_of(rng, clustered, dtype, settings, spread, doubt, n_probes=N_PROBES):
     """Bounds of all slots of one state, a random state, and a proposal from the best clusters."""
     shape = (1, clustered.n_clusters, clustered.cluster_size)
     slots = mx.array(rng.normal(scale=spread, size=shape).astype(np.float32)).astype(dtype)
-    probes = mx.argsort(-slots.max(axis=-1), axis=-1)[:, :N_PROBES].astype(mx.uint32)
+    probes = mx.argsort(-slots.max(axis=-1), axis=-1)[:, :n_probes].astype(mx.uint32)
     logits = mx.take_along_axis(slots, probes[..., None], axis=1)
     ids = clustered.token_ids[probes]
     logits = mx.where(ids == clustered.vocab_size, mx.finfo(dtype).min, logits)
@@ -91,8 +92,10 @@ def truths(rng, clustered, slots, proposal, tolerance):
         yield mx.array(by_token.astype(np.float32)).astype(slots.dtype)
 
 
+@pytest.mark.parametrize("nearest", [256, 20, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_certain_is_drawn(dtype):
+def test_what_is_certain_is_drawn(dtype, nearest, monkeypatch):
+    monkeypatch.setattr(inverse_cdf, "NEAREST", nearest)
     rng = np.random.default_rng(11)
     steps = PortableSteps(plain_clusters(rng, 300, 4))
     epsilon = mx.finfo(dtype).eps
@@ -116,6 +119,46 @@ def test_what_is_certain_is_drawn(dtype):
     assert n_same > n_cases / 3
     # rounding of log-probabilities in 8 bits leaves more in doubt
     assert n_certain > n_same * (0.5 if dtype == mx.float32 else 0.2)
+
+
+@pytest.mark.parametrize("nearest, least, most", [(256, 0.95, 1), (40, 0.8, 1), (1, 0, 0.4)])
+def test_kept_tokens_that_are_not_scored_are_no_doubt(nearest, least, most, monkeypatch):
+    """Filters may keep some tokens of the nearest clusters, if they keep none of the others."""
+    monkeypatch.setattr(inverse_cdf, "NEAREST", nearest)
+    rng = np.random.default_rng(12)
+    steps = PortableSteps(plain_clusters(rng, 300, 4))
+    settings = DrawSettings(0.7, top_p=0.9, inverse_cdf=True)
+    same = certain = 0
+    while same < 40:
+        slots, proposal, draws, tolerance, state = case_of(
+            rng, steps.clustered, mx.float32, settings, 4.0, 1e-5, n_probes=2
+        )
+        logits = next(truths(rng, steps.clustered, slots, proposal, tolerance))
+        if dense_token(logits, settings, state) == proposal.tokens.item():
+            same += 1
+            certain += steps.screen(slots, proposal, draws, tolerance, 1e-7).certain.item()
+    assert least * same <= certain <= most * same
+
+
+def test_rows_with_filters_and_without_are_as_alone():
+    rng = np.random.default_rng(9)
+    steps = PortableSteps(plain_clusters(rng, 300, 4))
+    for seed in range(20):
+        cases = [
+            case_of(rng, steps.clustered, mx.float32, settings, 2.5, 1e-5, n_probes=5)
+            for settings in (SETTINGS[1], SETTINGS[2 + seed % 5])
+        ]
+        slots, proposals, draws, tolerances, _ = zip(*cases, strict=True)
+        alone = [
+            steps.screen(*case[:4], 1e-7).certain.item()
+            for case in zip(slots, proposals, draws, tolerances, strict=True)
+        ]
+        both = Draws.of([(d.rows[0], tuple(d.keys[0].tolist())) for d in draws])
+        fields = zip(*(proposal[:5] for proposal in proposals), strict=True)
+        proposal = Proposal(*map(mx.concatenate, fields), None)
+        tolerance = Tolerance(*map(mx.concatenate, zip(*(t[:2] for t in tolerances), strict=True)))
+        found = steps.screen(mx.concatenate(slots), proposal, both, tolerance, 1e-7).certain
+        assert found.tolist() == alone, seed
 
 
 # Tokens of equal weight, which one of them is proposed, the number, and how far logits may be off:
