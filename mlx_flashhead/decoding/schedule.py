@@ -18,7 +18,9 @@ FEW = 4  # tokens that may wait longer, on a machine that is slow to compute the
 class VerifySchedule:
     """Has the pending tokens of some sequences verified, and accepts up to the first rejected one.
 
-    The first verifications come after few tokens, so that text begins to flow early.
+    The first verifications come after few tokens, so that text begins to flow early, and each later
+    one after twice as many; after half as many where a token was rejected, since those after it
+    were computed in vain.
 
     Args:
         proposer: Has proposed the tokens.
@@ -29,7 +31,8 @@ class VerifySchedule:
         self._proposer = proposer
         self._snapshot = snapshot
         self._verification: Verification | None = None
-        self._limit = proposer.policy.first_pending
+        self._limit = proposer.policy.first_pending  # tokens that a verification waits for
+        self._n_launched = 0  # tokens of the last one
         self._n_waiting = 0  # tokens that wait for a launch
         self._risk = 0.0  # the sum of their risks
         self._since = 0.0  # when the first of them was read
@@ -121,9 +124,10 @@ class VerifySchedule:
         return self._n_waiting >= few and waited >= seconds and not policy.lockstep
 
     def _launch(self, sequences: list[Sequence]) -> None:
+        self._n_launched = self._n_waiting
         self._n_waiting = 0
         self._risk = 0.0
-        self._limit *= 2
+        self._limit = min(2 * self._limit, self._proposer.policy.max_pending)
         self._unjoined = []
         snapshots = self._snapshot(sequences)
         self._verification = Verification(self._proposer, sequences, snapshots)
@@ -136,5 +140,7 @@ class VerifySchedule:
         self.n_verified += 1
         for sequence, snapshot in verification.snapshots.items():
             verification.accept(sequence)
-            if not sequence.rejected:
+            if sequence.rejected:
+                self._limit = max(self._n_launched // 2, self._proposer.policy.first_pending)
+            else:
                 sequence.snapshots.append(snapshot)
