@@ -123,10 +123,11 @@ class Proposer:
     def pace_of(self, sequences: Rows[Sequence]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
         policy = self.policy
-        if not (self.verifies and policy.adapts) or policy.lockstep or self._n_probes is not None:
-            return None
         sampled = any(not sequence.greedy for sequence in sequences)
         by_mlx_lm = any(sequence.draws_from_mlx for sequence in sequences)
+        adapts = by_mlx_lm if policy.adapts is None else policy.adapts
+        if not (self.verifies and adapts) or policy.lockstep or self._n_probes is not None:
+            return None
         key = sampled, by_mlx_lm, len(sequences)
         if key not in policy.paces:
             policy.paces[key] = Pace(policy.dense_seconds if len(sequences) == 1 else None)
