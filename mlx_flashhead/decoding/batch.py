@@ -18,7 +18,6 @@ from .proposer import Proposer
 from .sequence import Sequence, own_processors
 
 CLEAR_EVERY = 512  # steps, as in mlx-lm's batches
-SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
 Entry = TypeVar("Entry")
 NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
 
@@ -65,8 +64,8 @@ class VerifiedBatchGenerator:
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
     :meth:`next` hands out at most one token of each text, and computes nothing while accepted
-    tokens are left. If the samplers of several texts draw from MLX's random state, these texts are
-    decoded densely, so that they draw as in mlx-lm.
+    tokens are left. If several texts draw from MLX's random state, all are handed out together, and
+    decoded densely while another one's prompt is read, so that they draw as in mlx-lm.
 
     Args:
         model: A model of mlx-lm.
@@ -119,7 +118,6 @@ class VerifiedBatchGenerator:
         self._decoder = Decoder(self._proposer, BatchCaches(), self._feed)
         self._texts: dict[int, _Text] = {}
         self.n_inserted = 0
-        self._settled = False  # whether a text's next step was launched outside of a call
         self._old_wired_limit = compat.maybe_set_recommended_wired_limit()
 
     def _feed(self, tokens: mx.array, layers: list[Any]) -> mx.array:
@@ -219,7 +217,6 @@ class VerifiedBatchGenerator:
         self.n_inserted += n
         self._texts |= {waiting.uid: text for text, waiting in added}
         self._prompts.add([waiting for _, waiting in added])
-        self._let_one_draw()
         return list(range(first, self.n_inserted))
 
     def _new_text(
@@ -257,22 +254,12 @@ class VerifiedBatchGenerator:
             cache = compat.make_prompt_cache(self.model, self.max_kv_size)
         return _Text(sequence, prompt, matcher), Waiting(uid, parts, cache, held)
 
-    def _let_one_draw(self) -> None:
-        """Decodes texts densely that draw from MLX's random state, if there are several.
-
-        Each draw then depends on the other texts.
-        """
-        drawing = [text.sequence for text in self._texts.values() if text.sequence.draws_from_mlx]
-        if len(drawing) > 1:
-            for sequence in drawing:
-                self._decode_densely(sequence)
-
-    def _decode_densely(self, sequence: Sequence) -> None:
-        if sequence.verified:
-            with mx.stream(self._stream):
-                self._decoder.settle(sequence, dense=True)
-            self._settled = True
-        sequence.end_verified(SEVERAL_DRAW)
+    @property
+    def _others_begin(self) -> bool:
+        """Whether texts wait whose beginning will change the draws of others."""
+        texts = [text.sequence for text in self._texts.values()]
+        several_draw = sum(sequence.draws_from_mlx for sequence in texts) > 1
+        return several_draw and len(texts) > len(self._decoder.sequences)
 
     def next(self) -> tuple[list[Any], list[Any]]:
         """Takes a step, and returns responses of prompts and of texts.
@@ -319,13 +306,15 @@ class VerifiedBatchGenerator:
 
     def _next(self) -> tuple[list[Any], list[Any]]:
         decoder = self._decoder
-        for sequence in list(decoder.sequences):
-            if sequence.verified and not sequence.as_at_start:
-                decoder.settle(sequence, dense=True)
+        changed = [s for s in decoder.sequences if s.verified and not s.as_at_start]
+        if any(sequence.draws_from_mlx for sequence in changed):
+            changed = decoder.in_step or changed
+        if changed:
+            decoder.settle(changed, dense=True)
+        decoder.goes_ahead = not self._others_begin
+        settled = decoder.realign()
         # 1) Tokens that are left from before, or else a round.
         generated = self._hand_out()
-        settled = self._settled
-        self._settled = False
         if generated and not settled:
             return [], generated
         if decoder.sequences and not generated:
@@ -353,14 +342,16 @@ class VerifiedBatchGenerator:
         return responses, generated
 
     def _hand_out(self) -> list[Any]:
-        """Hands out one accepted token of each text that has one.
+        """Hands out one accepted token of each text that has one, of those in step if all have.
 
         Ended texts leave together, since mlx-lm's caches are copied each time.
         """
         responses = []
         ended = []
+        in_step = self._decoder.in_step
+        waits = in_step if not all(sequence.ready for sequence in in_step) else []
         for sequence in self._decoder.sequences:
-            if sequence.ready:
+            if sequence.ready and sequence not in waits:
                 response = self._response(sequence)
                 responses.append(response)
                 if response.finish_reason is not None:

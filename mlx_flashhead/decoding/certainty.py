@@ -9,6 +9,7 @@ import mlx.core as mx
 from ..head.draw import Draws, DrawSettings, log_mass, noise_of_all, threshold
 from ..head.interval import surely_kept
 from ..head.margins import (
+    DRAW_SPACINGS,
     MASS_ROUNDING,
     SMALLEST_FLOAT16,
     SMALLEST_FLOAT32,
@@ -88,7 +89,7 @@ def is_certain_draw(
     ids = mx.arange(low.shape[-1])
     is_token = ids == token
     draws = Draws.of([(settings, mlx_key)])
-    grid = epsilon * (mx.abs(low - log_mass(high)) + 1.0) + MASS_ROUNDING
+    grid = DRAW_SPACINGS * epsilon * (mx.abs(low - log_mass(high)) + 1.0) + MASS_ROUNDING
     low = low - grid
     high = high + grid
     surely = surely_kept(low, high, draws, log_mass(low) - MASS_ROUNDING)

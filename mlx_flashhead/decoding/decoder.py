@@ -13,18 +13,21 @@ A text whose choices cannot be verified takes the same steps: its tokens, chosen
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
 
 from ..head.draw import draw_all
 from .caches import Snapshot, rollback
-from .pace import Pace
 from .proposer import Proposer, step_arrays
-from .random_state import current_key, set_key
+from .random_state import DrawChain, current_key, set_key
 from .sampler import normalized
 from .schedule import VerifySchedule
-from .sequence import PendingToken, Sequence
+from .sequence import Lane, PendingToken, Sequence
+
+SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
+OTHERS_BEGIN = "dense: until the texts that begin beside it draw, too"
 
 # Feeds tokens (R, 1) to the model with these caches: logits (R, 1, V).
 Feed = Callable[[mx.array, list[Any]], mx.array]
@@ -78,6 +81,9 @@ class Decoder:
         self._feed = feed
         self._latest: mx.array | None = None  # (R,), launched and not read
         self._schedule = VerifySchedule(proposer, self._snapshots)
+        self._n_started = 0
+        self._texts_changed = False  # whether a text began or ended since the lanes were given
+        self.goes_ahead = True  # whether texts may go ahead of what they hand out
 
     def start(self, sequences: list[Sequence], layers: list[Any], logits: mx.array) -> None:
         """Adds sequences whose prompts have been read, and launches their first tokens.
@@ -87,9 +93,13 @@ class Decoder:
             layers: The caches that hold their prompts.
             logits: The dense logits (R, V) of the last positions, which choose the first tokens.
         """
-        tokens = self._choose_densely(sequences, logits)
+        for sequence in sequences:
+            sequence.joined = self._n_started
+            self._n_started += 1
+        tokens = self._choose_densely(sequences, logits, _share_sampler(sequences))
         mx.async_eval(step_arrays(tokens, [sequence.pending[-1] for sequence in sequences]))
         self._join(sequences, layers, tokens)
+        self._texts_changed = True
 
     def round(self) -> None:
         """Computes the next token of each sequence, and accepts what is decided.
@@ -98,8 +108,13 @@ class Decoder:
         """
         began = time.perf_counter()
         pace = self._proposer.pace_of(self.sequences)
+        pays = pace is None or not pace.dense
+        together = self.drawing if len(self.drawing) > 1 else []
+        if together and not self._adopt_together(together, pays):
+            return
         for sequence in self.sequences:
-            self._adopt(sequence, pace)
+            if sequence not in together:
+                self._adopt(sequence, pays)
         n_before = sum(sequence.n_chosen for sequence in self.sequences)
         n_verified = self._schedule.n_verified
         n_traced = self._proposer.n_traced
@@ -120,32 +135,98 @@ class Decoder:
         elif not any(sequence.verified for sequence in self.sequences):
             pace.note_dense(seconds)
 
-    def settle(self, sequence: Sequence, *, dense: bool, caches_changed: bool = False) -> None:
-        """Forgets what was computed beyond the token that mlx-lm's loop would have computed.
+    @property
+    def drawing(self) -> list[Sequence]:
+        """The sequences that draw from MLX's random state, in the order in which they do."""
+        drawing = [sequence for sequence in self.sequences if sequence.draws_from_mlx]
+        return sorted(drawing, key=lambda sequence: sequence.joined)
 
-        That is the one after the last that was handed out. It is decided now if it was not. MLX's
-        random state stays as it is.
+    @property
+    def in_step(self) -> list[Sequence]:
+        """The sequences that are handed out together: all, if several draw ahead from MLX's state.
+
+        Their draws depend on when the others end.
+        """
+        drawing = self.drawing
+        return self.sequences if len(drawing) > 1 and drawing[0].verified else []
+
+    def realign(self) -> bool:
+        """Brings what was drawn ahead in line with the texts that there are now.
+
+        In mlx-lm each step of a batch splits the random state: once, with noise for all rows, if
+        they share a sampler, else once for each text that draws from it. So a text that ended or
+        began changes the draws of the others from the next step on.
+
+        Returns:
+            Whether a step was launched, and the tokens before it wait to be handed out.
+        """
+        verified = [sequence for sequence in self.sequences if sequence.verified]
+        if verified and not self.goes_ahead:
+            self.settle(verified, pause=True)
+            for sequence in verified:
+                sequence.why_dense = OTHERS_BEGIN
+            return True
+        drawing = [sequence for sequence in self.drawing if sequence.verified]
+        if not (drawing and self._texts_changed):
+            return False
+        self._texts_changed = False
+        step = drawing[0].next_step
+        for lane, sequence in zip(self._lanes(step), drawing, strict=True):
+            sequence.change_lane(replace(lane, begins=sequence.n_yielded + 1))
+        if all(sequence.n_chosen == sequence.n_yielded + 1 for sequence in drawing):
+            return False
+        self.settle(drawing)
+        return True
+
+    def _lanes(self, step: int) -> list[Lane]:
+        """The lanes of all texts that draw, from draw number ``step`` on."""
+        drawing = self.drawing
+        n = len(drawing)
+        if n > 1 and _share_sampler(self.sequences):
+            return [Lane(0, step, batch=(row, n)) for row in range(n)]
+        return [Lane(0, step, n, rank) for rank in range(n)]
+
+    def settle(
+        self,
+        sequences: list[Sequence],
+        *,
+        dense: bool = False,
+        pause: bool = False,
+        caches_changed: bool = False,
+    ) -> None:
+        """Forgets what was computed beyond the tokens that mlx-lm's loop would have computed.
+
+        That is of each text the one after the last that was handed out. It is decided now if it was
+        not. MLX's random state stays as it is.
 
         What a caller has changed in between counts from the place on where it would in that loop.
 
         Args:
-            sequence: One whose tokens are verified.
-            dense: Whether the normal (dense) head decodes the rest of the text.
-            caches_changed: Whether the text goes on with whatever its caches hold.
+            sequences: Some whose tokens are verified.
+            dense: Whether the normal (dense) head decodes the rest of the texts.
+            pause: Whether it does for a while.
+            caches_changed: Whether the texts go on with whatever their caches hold.
         """
         state = current_key()
-        if len(sequence.tokens) == sequence.n_yielded:
-            self._decide(sequence)
-        self._schedule.forget([sequence])
-        sequence.cut(sequence.n_yielded + 1)
-        if caches_changed:
-            sequence.rolled_back(sequence.n_yielded)
-            sequence.verified_anew(self.snapshot(sequence))
-        layers = self._take_back([sequence])
+        for sequence in sequences:
+            if len(sequence.tokens) == sequence.n_yielded:
+                self._decide(sequence)
+        self._schedule.forget(sequences)
+        for sequence in sequences:
+            sequence.cut(sequence.n_yielded + 1)
+            if caches_changed:
+                sequence.rolled_back(sequence.n_yielded)
+                sequence.verified_anew(self.snapshot(sequence))
+        layers = self._take_back(sequences)
+        for sequence in sequences:
+            if pause:
+                sequence.pause_verified()
+            elif dense:
+                sequence.end_verified()
         set_key(state)
-        if dense:
-            sequence.end_verified()
-        self._feed_last([sequence], layers)
+        self._feed_last(sequences, layers)
+        # a verification that was waited for may have rejected tokens of others, too
+        self._restart([sequence for sequence in self.sequences if sequence.rejected])
 
     def snapshot(self, sequence: Sequence) -> Snapshot:
         """A snapshot of a sequence's caches as they are."""
@@ -171,6 +252,7 @@ class Decoder:
         if sequences:
             self._schedule.forget(sequences)
             self._drop(sequences)
+            self._texts_changed = True
 
     # The round's parts.
 
@@ -183,13 +265,14 @@ class Decoder:
         proposed = [i for i in range(n) if sequences[i].verified and not sequences[i].paused]
         if n > proposer.max_batch:
             proposed = []
+        shared = _share_sampler([*self.sequences, *sequences])
         states: list[mx.array] = []
         with proposer.noting(states, logits=len(proposed) < n):
             logits = self._feed(latest[:, None], layers)
         if len(proposed) == n:
             tokens = proposer.propose(sequences, _last(states[-1]), latest)
         elif not proposed:
-            tokens = self._choose_densely(sequences, logits[:, -1, :], states)
+            tokens = self._choose_densely(sequences, logits[:, -1, :], shared, states)
         else:
             logits = logits[:, -1, :]
             dense = [i for i in range(n) if i not in proposed]
@@ -197,7 +280,8 @@ class Decoder:
             some = [sequences[i] for i in proposed]
             first = proposer.propose(some, _last(states[-1])[rows], latest[rows])
             rest = [sequences[i] for i in dense]
-            second = self._choose_densely(rest, logits[mx.array(dense)], states, dense)
+            of_rest = logits[mx.array(dense)]
+            second = self._choose_densely(rest, of_rest, shared, states, dense)
             tokens = mx.concatenate([first, second])[mx.argsort(mx.array(proposed + dense))]
         chosen = [sequence.pending[-1] for sequence in sequences]
         mx.async_eval(step_arrays(tokens, chosen), self._schedule.joined)
@@ -207,6 +291,7 @@ class Decoder:
         self,
         sequences: list[Sequence],
         logits: mx.array,
+        share_sampler: bool,
         states: list[mx.array] | None = None,
         rows: list[int] | None = None,
     ) -> mx.array:
@@ -215,15 +300,25 @@ class Decoder:
         Where the text of a verified sequence must be the same in a batch as alone, a row of 16 bits
         is multiplied by itself, from its state in ``states`` (row ``rows`` of the model's).
         """
-        if len(sequences) == 1:
+        n = len(sequences)
+        if n == 1:
             return sequences[0].extend(self._alone(sequences[0], logits, states, rows, 0))
+        order = sorted(range(n), key=lambda i: sequences[i].joined)
+        if order != list(range(n)):  # a text that was rolled back comes last, and draws in its turn
+            tokens = self._choose_densely(
+                [sequences[i] for i in order],
+                logits[mx.array(order)],
+                share_sampler,
+                states,
+                [i if rows is None else rows[i] for i in order],
+            )
+            return tokens[mx.argsort(mx.array(order))]
         each = [
             self._alone(sequence, logits[i : i + 1], states, rows, i)
             for i, sequence in enumerate(sequences)
         ]
         first = sequences[0]
-        shares_sampler = all(sequence.sampler is first.sampler for sequence in sequences)
-        if shares_sampler and first.draws_from_mlx:
+        if share_sampler and first.draws_from_mlx and not first.verified:
             processed = [
                 sequence.process(row, sequence.context(sequence.n_chosen))
                 for sequence, row in zip(sequences, each, strict=True)
@@ -241,7 +336,7 @@ class Decoder:
             tokens = draw_all(together, [s.draw_at(s.n_chosen) for s in sequences])
         for sequence, row in zip(sequences, logprobs, strict=True):
             sequence.pending.append(PendingToken(logprobs=row if sequence.logprobs else None))
-        return cast(mx.array, tokens)
+        return tokens
 
     def _alone(
         self,
@@ -261,20 +356,49 @@ class Decoder:
         row = i if rows is None else rows[i]
         return self._proposer.dense_row(cast(list[mx.array], states)[-1][row, -1:])
 
-    def _adopt(self, sequence: Sequence, pace: Pace | None) -> None:
+    def _adopt(self, sequence: Sequence, pays: bool) -> None:
         """Has a sequence's tokens proposed from now on, or decodes them densely.
 
         They are proposed if they can be verified and proposals pay. Dense decoding begins once
         nothing that was proposed is pending any more.
         """
-        pays = pace is None or not pace.dense
         if not sequence.verified:
             if pays and self._proposer.can_verify(sequence):
-                sequence.begin_verified(self.snapshot(sequence))
+                if self.goes_ahead:
+                    sequence.begin_verified(self.snapshot(sequence))
+                else:
+                    sequence.why_dense = OTHERS_BEGIN
         elif not pays:
             sequence.paused = True
             if all(pending.proposal is None for pending in sequence.pending):
                 sequence.pause_verified()
+
+    def _adopt_together(self, drawing: list[Sequence], pays: bool) -> bool:
+        """Does the same for several texts that draw from MLX's random state.
+
+        Each draws ahead, or none.
+
+        Returns:
+            Whether the round goes on. Otherwise the next step is launched.
+        """
+        proposer = self._proposer
+        able = all(proposer.can_draw_ahead(sequence) for sequence in drawing)
+        few = len(self.sequences) <= proposer.max_batch
+        if not (able and few and self.goes_ahead):
+            for sequence in drawing:
+                sequence.why_dense = OTHERS_BEGIN if able and few else SEVERAL_DRAW
+        ahead = pays and able and few and self.goes_ahead
+        verified = any(sequence.verified for sequence in drawing)
+        if verified and not ahead:
+            self.settle(drawing, pause=True)
+            return False
+        if ahead and not verified:
+            chain = DrawChain()
+            for lane, sequence in zip(self._lanes(0), drawing, strict=True):
+                lane = replace(lane, begins=sequence.n_chosen)
+                sequence.begin_verified(self.snapshot(sequence), chain, lane)
+            self._texts_changed = False
+        return True
 
     def _decide(self, sequence: Sequence) -> None:
         """Accepts the first pending token, or what the dense logits choose in its place."""
@@ -341,6 +465,11 @@ class Decoder:
     def _snapshots(self, sequences: list[Sequence]) -> list[Snapshot]:
         rows = [(self.sequences.index(sequence), sequence.n_cached) for sequence in sequences]
         return self.caches.snapshots(rows)
+
+
+def _share_sampler(sequences: list[Sequence]) -> bool:
+    """Whether mlx-lm's batch would call one sampler for all of them."""
+    return all(sequence.sampler is sequences[0].sampler for sequence in sequences)
 
 
 def _last(states: mx.array) -> mx.array:

@@ -179,7 +179,7 @@ class _Text:
             changed = not (self._caches.looked_at and sequence.as_at_start)
             with mx.stream(self._stream):
                 self._decoder.settle(
-                    sequence,
+                    [sequence],
                     dense=changed or self._n_settled > MOST_SETTLED,
                     caches_changed=not as_shown,
                 )

@@ -31,9 +31,7 @@ class DecodingPolicy:
     predicted: bool = False  # whether the gain is calculated from times of the parts
     provisional: bool = False  # whether the machine was busy, so that it is measured again
     sampled_dense: bool = False  # whether proposals gain nothing in sampled text
-    # Whether a text whose proposals do not pay goes on densely; None: only those that samplers of
-    # mlx-lm draw, which lose more the flatter they are.
-    adapts: bool | None = None
+    adapts: bool = False  # whether a text whose proposals do not pay goes on densely
     dense_seconds: float | None = None  # of a dense token of one text, where known
     # by whether texts are sampled, whether mlx-lm draws, and how many there are at once
     paces: dict[tuple[bool, bool, int], Pace] = field(default_factory=dict)

@@ -123,11 +123,10 @@ class Proposer:
     def pace_of(self, sequences: Rows[Sequence]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
         policy = self.policy
+        if not (self.verifies and policy.adapts) or policy.lockstep or self._n_probes is not None:
+            return None
         sampled = any(not sequence.greedy for sequence in sequences)
         by_mlx_lm = any(sequence.draws_from_mlx for sequence in sequences)
-        adapts = by_mlx_lm if policy.adapts is None else policy.adapts
-        if not (self.verifies and adapts) or policy.lockstep or self._n_probes is not None:
-            return None
         key = sampled, by_mlx_lm, len(sequences)
         if key not in policy.paces:
             policy.paces[key] = Pace(policy.dense_seconds if len(sequences) == 1 else None)
@@ -149,6 +148,12 @@ class Proposer:
             return True
         rows = cast(FlashHead, self.head).clustered.rows
         return rows.logits_dtype(hidden_dtype(self.model)) == mx.float32
+
+    def can_draw_ahead(self, sequence: Sequence) -> bool:
+        """Returns whether the sequence's draws can be verified beside others' of mlx-lm's."""
+        return (
+            self.can_verify(sequence) and sequence.draws_ahead and not self.needs_logits(sequence)
+        )
 
     def reading(self) -> AbstractContextManager[None]:
         """A block in which the model reads prompts.
@@ -227,7 +232,8 @@ class Proposer:
             adjustment = self._adjustment(scored, latest)
         draws = None
         if any(sequence.draws for sequence in sequences):
-            draws = Draws.of([sequence.draw_at(sequence.n_chosen) for sequence in sequences])
+            rows = [sequence.draw_at(sequence.n_chosen) for sequence in sequences]
+            draws = Draws.of(rows, self.head.vocab_size)
         proposal = self.head.propose(
             hidden,
             draws,

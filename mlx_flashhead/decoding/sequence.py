@@ -28,6 +28,21 @@ from .sampler import (
 CHANGED = "dense: between tokens the program uses the text's caches, processors or random state"
 
 
+@dataclass(frozen=True)
+class Lane:
+    """Which of the draws from MLX's random state are a text's, from a place of it on."""
+
+    begins: int  # the place in the text
+    draw: int = 0  # number of the first draw, of any text, for tokens of this step
+    stride: int = 1  # draws of each step
+    rank: int = 0  # which one of these is the text's
+    batch: tuple[int, int] | None = None  # as in `DrawSettings`
+
+    def step(self, index: int) -> int:
+        """The number of the first draw of the step for place ``index``."""
+        return self.draw + (index - self.begins) * self.stride
+
+
 @dataclass(eq=False)
 class PendingToken:
     """A token that was chosen for a sequence and is not accepted yet."""
@@ -103,8 +118,9 @@ class Sequence:
         self.seed = 0
         if type(sampler) is Sampler and not self.greedy:
             self.seed = sampler.new_seed()
+        self.joined = 0  # its place among the texts of a batch, in the order in which they began
         self._chain: DrawChain | None = None
-        self._chain_begins = 0  # the place in the text of the chain's first draw
+        self._lanes: list[Lane] = []  # of the chain
         self._n_before = 0 if prompt_ids is None else len(prompt_ids)
         self._ids: mx.array | None = None  # tokens before the next one, but for those fed since
         self._fed: list[mx.array] = []  # joined to them once a processor is called
@@ -140,6 +156,11 @@ class Sequence:
     def needs_logits(self) -> bool:
         """Whether a choice needs the logits of all tokens."""
         return bool(self._current_processors) or self.draws_from_mlx
+
+    @property
+    def draws_ahead(self) -> bool:
+        """Whether its draws from MLX's random state can be made ahead of those of other texts."""
+        return self._numbered is not None
 
     @property
     def changes_few(self) -> bool:
@@ -188,12 +209,30 @@ class Sequence:
         """Whether its tokens are proposed, and verified."""
         return bool(self.snapshots)
 
-    def begin_verified(self, snapshot: Snapshot) -> None:
-        """Has its tokens proposed from now on; ``snapshot`` is of its caches as they are."""
+    def begin_verified(
+        self, snapshot: Snapshot, chain: DrawChain | None = None, lane: Lane | None = None
+    ) -> None:
+        """Has its tokens proposed from now on.
+
+        Args:
+            snapshot: Of its caches as they are.
+            chain: The draws of all texts of a batch; None: those of this text alone.
+            lane: Which of them are the text's.
+        """
         self.snapshots.append(snapshot)
+        self.why_dense = ""
         if self.settings is not None and self.draws_from_mlx:
-            self._chain = DrawChain()
-            self._chain_begins = self.n_chosen
+            self._chain = DrawChain() if chain is None else chain
+            self._lanes = [Lane(self.n_chosen) if lane is None else lane]
+
+    @property
+    def next_step(self) -> int:
+        """The number of the first draw of the step after the one that mlx-lm's loop is at."""
+        return self._lane_at(self.n_yielded + 1).step(self.n_yielded + 1)
+
+    def change_lane(self, lane: Lane) -> None:
+        """Has other draws be the text's from ``lane.begins`` on, which is not drawn yet."""
+        self._lanes.append(lane)
 
     def verified_anew(self, snapshot: Snapshot) -> None:
         """Its caches may have been changed: earlier snapshots are of no use."""
@@ -207,7 +246,7 @@ class Sequence:
         left.
         """
         if self._chain is not None:
-            set_key(self._chain.state(self.n_chosen - self._chain_begins))
+            set_key(self._chain.state(self._lane_at(self.n_chosen).step(self.n_chosen)))
         self.snapshots.clear()
         self._chain = None
         self.paused = False
@@ -271,7 +310,7 @@ class Sequence:
     def leave_state(self) -> None:
         """Leaves MLX's random state as mlx-lm's loop would at the token handed out last."""
         if self._chain is not None:  # that loop is a token ahead
-            self._chain.place(self.n_yielded + 1 - self._chain_begins)
+            self._chain.place(self.next_step)
 
     def cut(self, n_tokens: int) -> None:
         """Forgets all tokens after the first ``n_tokens`` accepted ones, pending ones too."""
@@ -295,12 +334,26 @@ class Sequence:
     def draw_at(self, index: int) -> tuple[DrawSettings, Key]:
         """The settings and the key of the draw at place ``index`` of the text."""
         if self._numbered is not None and self._chain is not None:
-            return self._numbered, (self._chain.number_bits(index - self._chain_begins), 0)
+            lane = self._lane_at(index)
+            if lane.batch is not None:
+                settings = replace(self._numbered, inverse_cdf=False, batch=lane.batch)
+                return settings, self._chain.key(lane.step(index))
+            return self._numbered, (self._chain.number_bits(lane.step(index) + lane.rank), 0)
         return self.settings or DrawSettings(), position_key(self.seed, index)
 
     def mlx_key(self, index: int) -> Key | None:
         """The key of that draw, where a sampler of mlx-lm draws ahead."""
-        return None if self._chain is None else self._chain.key(index - self._chain_begins)
+        if self._chain is None:
+            return None
+        lane = self._lane_at(index)
+        return self._chain.key(lane.step(index) + lane.rank)
+
+    def _lane_at(self, index: int) -> Lane:
+        """The lane of place ``index`` of the text."""
+        for lane in reversed(self._lanes):
+            if lane.begins <= index:
+                return lane
+        return self._lanes[0]
 
     def context(self, index: int) -> mx.array | None:
         """The tokens before place ``index`` of the text, (n,), as processors get them."""
@@ -325,9 +378,16 @@ class Sequence:
             return mx.argmax(logprobs, axis=-1)
         if type(self.sampler) is Sampler:
             return self.sampler.choose(logits, self.seed, index)
+        batch = None
         if self._chain is not None:  # `hand_out` makes the state right for the caller
-            set_key(self._chain.state(index - self._chain_begins))
-        return cast(SamplerFunction, self.sampler)(logprobs)
+            lane = self._lane_at(index)
+            batch = lane.batch
+            set_key(self._chain.state(lane.step(index) + lane.rank))
+        if batch is None:
+            return cast(SamplerFunction, self.sampler)(logprobs)
+        row, n_rows = batch  # the noise of a row depends on how many there are
+        logprobs = mx.broadcast_to(logprobs, (n_rows, logprobs.shape[-1]))
+        return cast(SamplerFunction, self.sampler)(logprobs)[row : row + 1]
 
     def choose(self, logits: mx.array, index: int) -> tuple[mx.array, mx.array]:
         """Chooses a token by the model's logits, and calls the sampler and each processor once.

@@ -103,7 +103,7 @@ class Verification:
         screen: Screen = self._head.steps.screen(
             slots,
             proposal,
-            None if greedy else Draws.of(draws),
+            None if greedy else Draws.of(draws, self._head.vocab_size),
             tolerance,
             epsilon,
             cast(LogitMap, self._proposer.logit_map),

@@ -42,6 +42,9 @@ class DrawSettings:
     # Whether a uniform number's place among the probabilities chooses the token, as mlx-lm's
     # samplers draw (inverse_cdf.py). Otherwise noise decides.
     inverse_cdf: bool = False
+    # The row, and of how many, of a batch that MLX draws at once, as mlx-lm's samplers do for
+    # several texts: its noise is that of ``mx.random.gumbel``. None: this package's own.
+    batch: tuple[int, int] | None = None
 
     @property
     def greedy(self) -> bool:
@@ -64,18 +67,35 @@ class Draws:
             (n, 3) float32, with the columns 1 / temperature (0: the best logit), top_p and
             log(min_p). Then (n,) uint32, top_k; 0 keeps all. Then (n, 2) uint32, the key of each
             row's seed and position, or for an inverse CDF the bits of its number and 0.
+        uniform: (R, V) float32, the numbers of rows that MLX draws at once; None without such.
     """
 
     rows: tuple[DrawSettings, ...]
     held: tuple[mx.array, mx.array, mx.array]
+    uniform: mx.array | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[DrawSettings, tuple[int, int]]]) -> "Draws":
-        """The draws of some rows, from the settings and the key of each."""
+    def of(
+        cls, rows: Sequence[tuple[DrawSettings, tuple[int, int]]], vocab_size: int = 0
+    ) -> "Draws":
+        """The draws of some rows, from the settings and the key of each.
+
+        Args:
+            rows: R of them.
+            vocab_size: The number of tokens V, for rows that MLX draws at once.
+        """
         settings = tuple([settings for settings, _ in rows])
         keys = [key for _, key in rows]
         keys += [keys[-1]] * (HELD - len(rows))
-        return cls(settings, (*_settings_arrays(settings), mx.array(keys, mx.uint32)))
+        held = (*_settings_arrays(settings), mx.array(keys, mx.uint32))
+        drawn_at_once = any(each.batch is not None for each in settings)
+        return cls(settings, held, _uniform_of_batches(rows, vocab_size) if drawn_at_once else None)
+
+    @classmethod
+    def of_arrays(cls, rows: tuple[DrawSettings, ...], arrays: Sequence[mx.array]) -> "Draws":
+        """The draws that had these :attr:`steps` and :attr:`arrays`."""
+        settings, top_k, keys, *uniform = arrays
+        return cls(rows, (settings, top_k, keys), uniform[0] if uniform else None)
 
     @cached_property
     def inverse_temperature(self) -> mx.array:
@@ -108,9 +128,42 @@ class Draws:
         return self.held[2][: len(self.rows), :1].view(mx.float32)
 
     @property
+    def arrays(self) -> list[mx.array]:
+        """What a function of these draws depends on beside :attr:`steps`."""
+        return [*self.held] if self.uniform is None else [*self.held, self.uniform]
+
+    @property
+    def as_mlx_lm(self) -> bool:
+        """Whether a row is drawn as mlx-lm's samplers draw, for which there is no kernel."""
+        return self.any_by_number or self.uniform is not None
+
+    @property
     def any_by_number(self) -> bool:
-        """Whether a row has an inverse CDF, for which there is no kernel."""
+        """Whether a row has an inverse CDF."""
         return any(row.inverse_cdf for row in self.rows)
+
+    def noise(self, token_ids: mx.array) -> mx.array:
+        """Gumbel noise of tokens: ids (R, K) uint32 → (R, K) float32."""
+        if self.uniform is None:
+            return noise(self.keys, token_ids)
+        # that of a padded slot does not matter
+        ids = mx.minimum(token_ids, self.uniform.shape[-1] - 1)
+        of_batches = _gumbel(mx.take_along_axis(self.uniform, ids, axis=-1))
+        return self._where_in_batch(of_batches, lambda: noise(self.keys, token_ids))
+
+    def noise_of_all(self, vocab_size: int) -> mx.array:
+        """Gumbel noise of tokens 0 … V-1: (R, V) float32."""
+        if self.uniform is None:
+            return noise_of_all(self.keys, vocab_size)
+        return self._where_in_batch(
+            _gumbel(self.uniform), lambda: noise_of_all(self.keys, vocab_size)
+        )
+
+    def _where_in_batch(self, of_batches: mx.array, own: Callable[[], mx.array]) -> mx.array:
+        in_batch = [row.batch is not None for row in self.rows]
+        if all(in_batch):
+            return of_batches
+        return mx.where(mx.array(in_batch)[:, None], of_batches, own())
 
     def by_kind(
         self, by_number: Callable[[], mx.array], by_noise: Callable[[], mx.array]
@@ -138,6 +191,7 @@ def _same_steps(rows: tuple[DrawSettings, ...]) -> tuple[DrawSettings, ...]:
             min_p=0.5 if row.min_p > 0 else 0.0,
             top_k=row.top_k,
             inverse_cdf=row.inverse_cdf,
+            batch=None if row.batch is None else (0, 0),
         )
         for row in rows
     )
@@ -172,14 +226,37 @@ def noise(keys: mx.array, token_ids: mx.array) -> mx.array:
     Two neighbouring ids share a call of Threefry, which gives two words.
     """
     words = _random_words(_keys_of_pairs(keys.view(mx.uint64), token_ids // 2))
-    return _gumbel((words >> token_ids % 2 * 32).astype(mx.uint32))
+    return _gumbel(_uniform((words >> token_ids % 2 * 32).astype(mx.uint32)))
 
 
 def noise_of_all(keys: mx.array, vocab_size: int) -> mx.array:
     """Gumbel noise of tokens 0 … V-1: keys (R, 2) → (R, V) float32."""
     pairs = mx.arange(-(-vocab_size // 2), dtype=mx.uint32)
     words = _random_words(_keys_of_pairs(keys.view(mx.uint64), pairs))
-    return _gumbel(words.view(mx.uint32)[:, :vocab_size])
+    return _gumbel(_uniform(words.view(mx.uint32)[:, :vocab_size]))
+
+
+def _uniform_of_batches(
+    rows: Sequence[tuple[DrawSettings, tuple[int, int]]], vocab_size: int
+) -> mx.array:
+    """The uniform numbers of rows that MLX draws at once, zeros for others: (R, V) float32.
+
+    Source: ``random::gumbel`` of the shape of all rows' logits in MLX.
+    """
+    drawn: dict[tuple[tuple[int, int], int], mx.array] = {}
+    for settings, key in rows:
+        if settings.batch is not None and (key, settings.batch[1]) not in drawn:
+            shape = settings.batch[1], vocab_size
+            drawn[key, shape[0]] = mx.random.uniform(shape=shape, key=mx.array(key, mx.uint32))
+    batches = [settings.batch for settings, _ in rows]
+    if len(drawn) == 1 and batches == [(row, len(rows)) for row in range(len(rows))]:
+        return next(iter(drawn.values()))
+    none = mx.zeros((1, vocab_size))
+    numbers = [
+        none if batch is None else drawn[key, batch[1]][batch[0] : batch[0] + 1]
+        for batch, (_, key) in zip(batches, rows, strict=True)
+    ]
+    return mx.concatenate(numbers)
 
 
 def _keys_of_pairs(keys: mx.array, pairs: mx.array) -> mx.array:
@@ -197,9 +274,13 @@ def _random_words(keys: mx.array) -> mx.array:
 _two_words = mx.vmap(lambda key: mx.random.split(key, 1))
 
 
-def _gumbel(words: mx.array) -> mx.array:
-    """Gumbel noise by words that are made uniform numbers as ``mx.random.uniform`` does."""
-    uniform = mx.minimum(words.astype(mx.float32) * 2.0**-32, BELOW_ONE)
+def _uniform(words: mx.array) -> mx.array:
+    """Makes words uniform numbers as ``mx.random.uniform`` does."""
+    return mx.minimum(words.astype(mx.float32) * 2.0**-32, BELOW_ONE)
+
+
+def _gumbel(uniform: mx.array) -> mx.array:
+    """Gumbel noise by uniform numbers."""
     return -mx.log(-mx.log(uniform))  # -inf at 0
 
 

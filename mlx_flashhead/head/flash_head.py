@@ -389,7 +389,7 @@ class FlashHead:
         try:
             tokens, probes, logits, risk = function(
                 hidden,
-                [] if draws is None else list(draws.held),
+                [] if draws is None else draws.arrays,
                 [] if adjustment is None else list(adjustment[:2]),
                 [] if allowed is None else [allowed],
             )
@@ -411,7 +411,7 @@ class FlashHead:
         rows = None if draws is None else draws.steps
         fixed = None if adjustment is None else adjustment[2:]
         if isinstance(self.steps, MetalSteps):  # which read all settings from arrays
-            if rows is not None and not cast(Draws, draws).any_by_number:
+            if rows is not None and not cast(Draws, draws).as_mlx_lm:
                 rows = (DrawSettings(temperature=1.0),) * len(rows)
             fixed = None if fixed is None else (0, False)
         gathers = self.steps.gathers_rows
@@ -430,9 +430,7 @@ class FlashHead:
         ) -> tuple[mx.array, ...]:
             proposal = cast(FlashHead, head())._proposal(
                 hidden,
-                None
-                if rows is None
-                else Draws(rows, (draw_arrays[0], draw_arrays[1], draw_arrays[2])),
+                None if rows is None else Draws.of_arrays(rows, draw_arrays),
                 n_probes,
                 depth,
                 False,

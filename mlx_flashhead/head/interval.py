@@ -6,6 +6,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .draw import Draws, log_mass, threshold
+from .margins import DRAW_SPACINGS, IN_16_BITS, MASS_ROUNDING
 
 LOWEST = mx.finfo(mx.float32).min
 
@@ -60,6 +61,22 @@ class Scored(NamedTuple):
     all: Interval  # (k, K)
     rest: Interval  # (k, K), the lowest value in the place of the proposed token
     second: Interval  # (k, 1), the best of the rest
+
+
+def as_mlx_lm_draws(values: Interval, mass: mx.array, epsilon: float) -> Interval:
+    """The logits as bounds of what mlx-lm draws from, in nats at temperature 1.
+
+    These are log-probabilities in the model's dtype, times 1 / temperature in it.
+
+    Args:
+        values: The model's logits.
+        mass: The log of the mass of all tokens, of a shape that broadcasts.
+        epsilon: The relative spacing of the log-probabilities.
+    """
+    if epsilon < IN_16_BITS:
+        return Interval(values.logits, values.off + MASS_ROUNDING)
+    spacing = DRAW_SPACINGS * epsilon * (mx.abs(values.logits - mass) + 1)
+    return Interval(values.logits, values.off + spacing + MASS_ROUNDING)
 
 
 def surely_kept(low: mx.array, high: mx.array, draws: Draws, log_total: mx.array) -> mx.array:

@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import NO_MIN_P, Draws, log_mass, threshold
-from .interval import LOWEST, Interval, Scored, surely_kept
-from .margins import EXP_UNITS, IN_16_BITS, MASS_MARGIN, MASS_ROUNDING, SUM_ROUNDING
+from .interval import LOWEST, Interval, Scored, as_mlx_lm_draws, surely_kept
+from .margins import EXP_UNITS, MASS_MARGIN, SUM_ROUNDING
 from .near import nearest
 
 NEAREST = 256  # clusters not scored that are looked at token by token if filters may keep some
@@ -78,8 +78,8 @@ def is_certain(
     log_min_p = draws.log_min_p
     unfiltered = (top_p >= 1) & (top_k == 0) & (log_min_p <= NO_MIN_P)
     mass = mx.logaddexp(log_mass(scored.all.logits), log_mass(unscored.logits.flatten(1)))
-    all_scored = _rounded(scored.all, mass, epsilon)
-    others = _rounded(unscored, mass[..., None], epsilon)
+    all_scored = as_mlx_lm_draws(scored.all, mass, epsilon)
+    others = as_mlx_lm_draws(unscored, mass[..., None], epsilon)
     least, most = map(mx.logaddexp, all_scored.masses(), others.masses())
     known = all_scored
     ids = scored.ids
@@ -122,17 +122,6 @@ def is_certain(
     reached = lower_most + lost <= number * (lower_most + own_least + higher_least)
     passed = number * (lower_least + own_least + higher_most) + lost < lower_least + own_least
     return ((own_least > 0) & reached & passed & (dropped | unfiltered))[:, 0]
-
-
-def _rounded(values: Interval, mass: mx.array, epsilon: float) -> Interval:
-    """The logits as bounds of what mlx-lm draws from, in nats.
-
-    These are log-probabilities in the model's dtype, scaled.
-    """
-    if epsilon < IN_16_BITS:
-        return Interval(values.logits, values.off + MASS_ROUNDING)
-    spacing = epsilon * (mx.abs(values.logits - mass) + 1)
-    return Interval(values.logits, values.off + spacing + MASS_ROUNDING)
 
 
 def _sums(at_least: mx.array, at_most: mx.array, ids: mx.array, tokens: mx.array) -> mx.array:

@@ -18,6 +18,9 @@ MEASURED_TIMES = 4  # a distance that was measured on a few states counts so man
 # Source: `is_nax_available` and `enable_tf32` in MLX's matmul.cpp and quantized.cpp.
 TF32 = 2.0**-9
 MAP_ULPS = 8  # spacings of float32 by which a tangent may fail to rise, or differ from MLX's
+# Spacings of 16 bits by which mlx-lm's samplers may draw from another log-probability: half of one
+# each for it, for 1 / temperature, and for the product.
+DRAW_SPACINGS = 1.5
 IN_16_BITS = 1e-6  # a dtype with a larger spacing has 16 bits
 
 # Sums over all tokens, relative.

@@ -193,7 +193,7 @@ class MetalSteps(PortableSteps):
         masked: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Chooses a token of each row, (R,) uint32, with its risk, (R,) float32."""
-        if draws is not None and draws.any_by_number:
+        if draws is not None and draws.as_mlx_lm:
             return super().choose(selection, candidates, draws, risk, logit_map, masked)
         logits = candidates.logits
         n_positions = len(logits)
@@ -247,7 +247,7 @@ class MetalSteps(PortableSteps):
 
         It takes the logits (k, C, n) of all slots.
         """
-        if draws is not None and draws.any_by_number:
+        if draws is not None and draws.as_mlx_lm:
             return super().screen(slots, proposal, draws, tolerance, epsilon, logit_map, allowed)
         inputs = self._screen_inputs(proposal, draws, tolerance)
         parts = self._tallies(slots, inputs, logit_map, allowed)

@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from . import inverse_cdf
 from .clustered import ClusteredRows, in_token_order
-from .draw import Draws, log_mass, noise, noise_of_all
-from .interval import LOWEST, Interval, Scored
+from .draw import Draws, log_mass
+from .interval import LOWEST, Interval, Scored, as_mlx_lm_draws
 from .logit_map import LogitMap
 from .margins import IN_16_BITS, MASS_MARGIN, merging_distance, noise_margin
 from .near import nearest
@@ -51,19 +51,13 @@ def screen(
         bound = best_high + mx.log(mx.array(clustered.vocab_size))
     certain = _greedy_is_certain(scored, best_high, bound, epsilon)
     if draws is not None:
-        drawn = draws.by_kind(
-            partial(inverse_cdf.is_certain, clustered, scored, unscored, draws, epsilon),
-            partial(
-                _noise_is_certain,
-                clustered,
-                scored,
-                unscored,
-                best_high,
-                tail_low,
-                tail_high,
-                draws,
-            ),
-        )
+        by_number = partial(inverse_cdf.is_certain, clustered, scored, unscored, draws, epsilon)
+        if draws.uniform is None:
+            bounds = best_high, tail_low, tail_high
+            by_noise = partial(_noise_is_certain, clustered, scored, unscored, *bounds, draws)
+        else:
+            by_noise = partial(_mlx_noise_is_certain, clustered, scored, unscored, draws, epsilon)
+        drawn = draws.by_kind(by_number, by_noise)
         certain = mx.where(draws.inverse_temperature == 0, certain, drawn[:, None])
     certain = certain[:, 0] & (largest < mx.inf)  # float16 may overflow
     return Screen(certain, largest, best[:, 0], log_mass(unscored.logits.flatten(1))[:, 0])
@@ -163,6 +157,21 @@ def _greedy_is_certain(
     return above_scored & (scored.own.low - best_high > merged_others)
 
 
+def _mlx_noise_is_certain(
+    clustered: ClusteredRows, scored: Scored, unscored: Interval, draws: Draws, epsilon: float
+) -> mx.array:
+    """:func:`_noise_is_certain` of draws from rounded log-probabilities, as mlx-lm's are."""
+    mass = mx.logaddexp(log_mass(scored.all.logits), log_mass(unscored.logits.flatten(1)))
+    rounded = Scored(
+        scored.ids,
+        scored.tokens,
+        *(as_mlx_lm_draws(values, mass, epsilon) for values in scored[2:]),
+    )
+    others = as_mlx_lm_draws(unscored, mass[..., None], epsilon)
+    best_high = mx.max(others.high, axis=(1, 2))[:, None]
+    return _noise_is_certain(clustered, rounded, others, best_high, *others.masses(), draws)
+
+
 def _noise_is_certain(
     clustered: ClusteredRows,
     scored: Scored,
@@ -250,11 +259,11 @@ def _noises(
     """The noise of the proposed tokens, of the scored ones, and of those that are near."""
     known = mx.concatenate([scored.tokens, scored.ids], axis=-1)
     if near_ids is None:
-        of_near = noise_of_all(draws.keys, clustered.vocab_size)
+        of_near = draws.noise_of_all(clustered.vocab_size)
         # that of a padded slot does not matter
         known = mx.minimum(known, clustered.vocab_size - 1)
         of_known = mx.take_along_axis(of_near, known, axis=-1)
     else:
-        every = noise(draws.keys, mx.concatenate([known, near_ids], axis=-1))
+        every = draws.noise(mx.concatenate([known, near_ids], axis=-1))
         of_known, of_near = mx.split(every, [known.shape[-1]], axis=-1)
     return of_known[:, :1], of_known[:, 1:], of_near

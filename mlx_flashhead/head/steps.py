@@ -20,7 +20,7 @@ from . import inverse_cdf
 from .adjustment import Adjustment, adjusted_logits, probed_for
 from .clustered import ClusteredRows, in_token_order
 from .dense_kernels import dense_ranges
-from .draw import Draws, draw, log_mass, lowest_of_equals, noise
+from .draw import Draws, draw, log_mass, lowest_of_equals
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
 from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance
@@ -155,7 +155,7 @@ def _drawn(
     """Draws a token of each row, (R,) uint32, from the scored ones (R, K)."""
     return draws.by_kind(
         lambda: inverse_cdf.drawn(logits, token_ids, draws, others, kernel=False),
-        lambda: draw(logits, noise(draws.keys, token_ids), draws, token_ids, others, kernel=False),
+        lambda: draw(logits, draws.noise(token_ids), draws, token_ids, others, kernel=False),
     )
 
 
