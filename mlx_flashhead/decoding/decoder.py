@@ -385,7 +385,7 @@ class Decoder:
         able = all(proposer.can_draw_ahead(sequence) for sequence in drawing)
         few = len(self.sequences) <= proposer.max_batch
         if not (able and few and self.goes_ahead):
-            for sequence in drawing:
+            for sequence in filter(proposer.can_verify, drawing):
                 sequence.why_dense = OTHERS_BEGIN if able and few else SEVERAL_DRAW
         ahead = pays and able and few and self.goes_ahead
         verified = any(sequence.verified for sequence in drawing)

@@ -1,5 +1,7 @@
 """MLX's draws from one row by a uniform number: proposals, and which of them are certain."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -37,9 +39,12 @@ def mlx_sampler(settings):
 
 
 def dense_token(logits, settings, state):
-    """What mlx-lm's loop draws from logits (V,) in this random state."""
+    """What mlx-lm's loop draws from logits (V,) in this random state, in the row of a batch."""
     set_key(state)
-    return mlx_sampler(settings)(normalized(logits[None])).item()
+    row, n_rows = settings.batch or (0, 1)
+    rows = mx.random.normal((n_rows, len(logits)), key=mx.random.key(5)).astype(logits.dtype)
+    rows[row] = logits
+    return mlx_sampler(settings)(normalized(rows))[row].item()
 
 
 @pytest.mark.parametrize("n", [1, 2, 40])
@@ -72,8 +77,15 @@ def case_of(rng, clustered, dtype, settings, spread, doubt, n_probes=N_PROBES):
     ids = clustered.token_ids[probes]
     logits = mx.where(ids == clustered.vocab_size, mx.finfo(dtype).min, logits)
     state = int(rng.integers(2**31)), int(rng.integers(2**31))
-    draws = Draws.of([(settings, (uniform_bits([split(state)[1]])[0], 0))])
-    token = drawn(logits.astype(mx.float32).flatten(1), ids.flatten(1), draws)
+    key = split(state)[1]
+    scored = logits.astype(mx.float32).flatten(1)
+    ids = ids.flatten(1)
+    if settings.batch is None:
+        draws = Draws.of([(settings, (uniform_bits([key])[0], 0))])
+        token = drawn(scored, ids, draws)
+    else:
+        draws = Draws.of([(settings, key)], clustered.vocab_size)
+        token = draw(scored, draws.noise(ids), draws, ids)
     proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1), None)
     tolerance = Tolerance(mx.full((1,), doubt), mx.full((1,), doubt / 2))
     return slots, proposal, draws, tolerance, state
@@ -92,16 +104,37 @@ def truths(rng, clustered, slots, proposal, tolerance):
         yield mx.array(by_token.astype(np.float32)).astype(slots.dtype)
 
 
-@pytest.mark.parametrize("nearest", [256, 20, 1])
+def of_a_batch(settings):
+    return replace(settings, inverse_cdf=False, batch=(1, 3))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_draws_from_all_tokens_of_a_batch_are_mlxs(settings):
+    """Where all tokens are scored, in any order, each draw is that of mlx-lm's sampler."""
+    rng = np.random.default_rng(3)
+    settings = of_a_batch(settings)
+    for seed in range(10):
+        logits = mx.array(rng.normal(scale=2.5, size=401).astype(np.float32))
+        ids = mx.array(rng.permutation(401).astype(np.uint32))[None]
+        state = seed, 7
+        draws = Draws.of([(settings, split(state)[1])], 401)
+        token = draw(normalized(logits[None])[:, ids[0]], draws.noise(ids), draws, ids)
+        assert token.item() == dense_token(logits, settings, state)
+
+
+@pytest.mark.parametrize("nearest", [256, 20, 1, "batch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_certain_is_drawn(dtype, nearest, monkeypatch):
-    monkeypatch.setattr(inverse_cdf, "NEAREST", nearest)
+    in_batch = nearest == "batch"
+    if not in_batch:
+        monkeypatch.setattr(inverse_cdf, "NEAREST", nearest)
     rng = np.random.default_rng(11)
     steps = PortableSteps(plain_clusters(rng, 300, 4))
     epsilon = mx.finfo(dtype).eps
     n_certain = n_same = n_cases = 0
     for case in range(84):
         settings = SETTINGS[case % len(SETTINGS)]
+        settings = of_a_batch(settings) if in_batch else settings
         doubt = float(rng.choice([0.0, 1e-4, 0.02]))
         slots, proposal, draws, tolerance, state = case_of(
             rng, steps.clustered, dtype, settings, rng.choice([2.0, 4.0]), doubt
