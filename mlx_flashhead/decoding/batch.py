@@ -307,10 +307,10 @@ class VerifiedBatchGenerator:
     def _next(self) -> tuple[list[Any], list[Any]]:
         decoder = self._decoder
         changed = [s for s in decoder.sequences if s.verified and not s.as_at_start]
-        if any(sequence.draws_from_mlx for sequence in changed):
-            changed = decoder.in_step or changed
         if changed:
-            decoder.settle(changed, dense=True)
+            decoder.settle(decoder.in_step or changed, pause=True)
+            for sequence in changed:
+                sequence.end_verified()
         decoder.goes_ahead = not self._others_begin
         settled = decoder.realign()
         # 1) Tokens that are left from before, or else a round.

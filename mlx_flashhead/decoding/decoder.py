@@ -13,7 +13,6 @@ A text whose choices cannot be verified takes the same steps: its tokens, chosen
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
@@ -109,11 +108,11 @@ class Decoder:
         began = time.perf_counter()
         pace = self._proposer.pace_of(self.sequences)
         pays = pace is None or not pace.dense
-        together = self.drawing if len(self.drawing) > 1 else []
-        if together and not self._adopt_together(together, pays):
-            return
-        for sequence in self.sequences:
-            if sequence not in together:
+        if len(self.drawing) > 1:
+            if not self._adopt_together(pays):
+                return
+        else:
+            for sequence in self.sequences:
                 self._adopt(sequence, pays)
         n_before = sum(sequence.n_chosen for sequence in self.sequences)
         n_verified = self._schedule.n_verified
@@ -148,7 +147,7 @@ class Decoder:
         Their draws depend on when the others end.
         """
         drawing = self.drawing
-        return self.sequences if len(drawing) > 1 and drawing[0].verified else []
+        return list(self.sequences) if len(drawing) > 1 and drawing[0].verified else []
 
     def realign(self) -> bool:
         """Brings what was drawn ahead in line with the texts that there are now.
@@ -170,27 +169,26 @@ class Decoder:
         if not (drawing and self._texts_changed):
             return False
         self._texts_changed = False
-        step = drawing[0].next_step
-        for lane, sequence in zip(self._lanes(step), drawing, strict=True):
-            sequence.change_lane(replace(lane, begins=sequence.n_yielded + 1))
-        if all(sequence.n_chosen == sequence.n_yielded + 1 for sequence in drawing):
-            return False
-        self.settle(drawing)
-        return True
+        lanes = self._lanes(drawing[0].next_step)
+        changed = [s.change_lane(lane) for s, lane in zip(drawing, lanes, strict=True)]
+        ahead = any(sequence.n_chosen > sequence.n_yielded + 1 for sequence in drawing)
+        if any(changed) and ahead:
+            self.settle(drawing)
+            return True
+        return False
 
     def _lanes(self, step: int) -> list[Lane]:
-        """The lanes of all texts that draw, from draw number ``step`` on."""
+        """The lanes of all texts that draw, which begin with draw number ``step``."""
         drawing = self.drawing
         n = len(drawing)
         if n > 1 and _share_sampler(self.sequences):
-            return [Lane(0, step, batch=(row, n)) for row in range(n)]
-        return [Lane(0, step, n, rank) for rank in range(n)]
+            return [Lane(step, batch=(row, n)) for row in range(n)]
+        return [Lane(step, n, rank) for rank in range(n)]
 
     def settle(
         self,
         sequences: list[Sequence],
         *,
-        dense: bool = False,
         pause: bool = False,
         caches_changed: bool = False,
     ) -> None:
@@ -203,8 +201,7 @@ class Decoder:
 
         Args:
             sequences: Some whose tokens are verified.
-            dense: Whether the normal (dense) head decodes the rest of the texts.
-            pause: Whether it does for a while.
+            pause: Whether the normal (dense) head decodes what follows for the time being.
             caches_changed: Whether the texts go on with whatever their caches hold.
         """
         state = current_key()
@@ -218,11 +215,9 @@ class Decoder:
                 sequence.rolled_back(sequence.n_yielded)
                 sequence.verified_anew(self.snapshot(sequence))
         layers = self._take_back(sequences)
-        for sequence in sequences:
-            if pause:
+        if pause:
+            for sequence in sequences:
                 sequence.pause_verified()
-            elif dense:
-                sequence.end_verified()
         set_key(state)
         self._feed_last(sequences, layers)
         # a verification that was waited for may have rejected tokens of others, too
@@ -373,29 +368,30 @@ class Decoder:
             if all(pending.proposal is None for pending in sequence.pending):
                 sequence.pause_verified()
 
-    def _adopt_together(self, drawing: list[Sequence], pays: bool) -> bool:
-        """Does the same for several texts that draw from MLX's random state.
-
-        Each draws ahead, or none.
+    def _adopt_together(self, pays: bool) -> bool:
+        """Does the same where several texts draw from MLX's random state: for all texts, or none.
 
         Returns:
             Whether the round goes on. Otherwise the next step is launched.
         """
         proposer = self._proposer
-        able = all(proposer.can_draw_ahead(sequence) for sequence in drawing)
-        few = len(self.sequences) <= proposer.max_batch
-        if not (able and few and self.goes_ahead):
-            for sequence in filter(proposer.can_verify, drawing):
-                sequence.why_dense = OTHERS_BEGIN if able and few else SEVERAL_DRAW
-        ahead = pays and able and few and self.goes_ahead
-        verified = any(sequence.verified for sequence in drawing)
+        drawing = self.drawing
+        able = len(self.sequences) <= proposer.max_batch
+        able = able and all(proposer.can_verify(sequence) for sequence in self.sequences)
+        able = able and all(proposer.can_draw_ahead(sequence) for sequence in drawing)
+        if not (able and self.goes_ahead):
+            for sequence in filter(proposer.can_verify, self.sequences):
+                sequence.why_dense = OTHERS_BEGIN if able else SEVERAL_DRAW
+        ahead = pays and able and self.goes_ahead
+        verified = [sequence for sequence in self.sequences if sequence.verified]
         if verified and not ahead:
-            self.settle(drawing, pause=True)
+            self.settle(verified, pause=True)
             return False
         if ahead and not verified:
             chain = DrawChain()
-            for lane, sequence in zip(self._lanes(0), drawing, strict=True):
-                lane = replace(lane, begins=sequence.n_chosen)
+            lanes = dict(zip(drawing, self._lanes(0), strict=True))
+            for sequence in self.sequences:
+                lane = lanes.get(sequence)
                 sequence.begin_verified(self.snapshot(sequence), chain, lane)
             self._texts_changed = False
         return True

@@ -177,12 +177,11 @@ class _Text:
         if sequence.verified and not (as_shown and sequence.as_at_start):
             self._n_settled += 1
             changed = not (self._caches.looked_at and sequence.as_at_start)
+            dense = changed or self._n_settled > MOST_SETTLED
             with mx.stream(self._stream):
-                self._decoder.settle(
-                    [sequence],
-                    dense=changed or self._n_settled > MOST_SETTLED,
-                    caches_changed=not as_shown,
-                )
+                self._decoder.settle([sequence], pause=dense, caches_changed=not as_shown)
+            if dense:
+                sequence.end_verified()
         self._shown = False
 
     def end(self) -> None:

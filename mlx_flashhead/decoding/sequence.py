@@ -30,13 +30,13 @@ CHANGED = "dense: between tokens the program uses the text's caches, processors 
 
 @dataclass(frozen=True)
 class Lane:
-    """Which of the draws from MLX's random state are a text's, from a place of it on."""
+    """Which of the draws from MLX's random state are a text's."""
 
-    begins: int  # the place in the text
-    draw: int = 0  # number of the first draw, of any text, for tokens of this step
+    draw: int = 0  # number of the first draw, of any text, of the lane's first step
     stride: int = 1  # draws of each step
     rank: int = 0  # which one of these is the text's
     batch: tuple[int, int] | None = None  # as in `DrawSettings`
+    begins: int = 0  # the place in the text of the first step
 
     def step(self, index: int) -> int:
         """The number of the first draw of the step for place ``index``."""
@@ -217,22 +217,26 @@ class Sequence:
         Args:
             snapshot: Of its caches as they are.
             chain: The draws of all texts of a batch; None: those of this text alone.
-            lane: Which of them are the text's.
+            lane: Which of them are the text's, from the next one on.
         """
         self.snapshots.append(snapshot)
         self.why_dense = ""
         if self.settings is not None and self.draws_from_mlx:
             self._chain = DrawChain() if chain is None else chain
-            self._lanes = [Lane(self.n_chosen) if lane is None else lane]
+            self._lanes = [replace(lane or Lane(), begins=self.n_chosen)]
 
     @property
     def next_step(self) -> int:
         """The number of the first draw of the step after the one that mlx-lm's loop is at."""
         return self._lane_at(self.n_yielded + 1).step(self.n_yielded + 1)
 
-    def change_lane(self, lane: Lane) -> None:
-        """Has other draws be the text's from ``lane.begins`` on, which is not drawn yet."""
-        self._lanes.append(lane)
+    def change_lane(self, lane: Lane) -> bool:
+        """Has other draws be the text's from that step on. Returns whether they are others."""
+        before = self._lanes[-1]
+        if (before.stride, before.rank, before.batch) == (lane.stride, lane.rank, lane.batch):
+            return False
+        self._lanes.append(replace(lane, begins=self.n_yielded + 1))
+        return True
 
     def verified_anew(self, snapshot: Snapshot) -> None:
         """Its caches may have been changed: earlier snapshots are of no use."""
