@@ -249,6 +249,7 @@ class VerifiedBatchGenerator:
             uid=uid,
             ids_dtype=mx.int32,
         )
+        sequence.shares_sampler = sampler is None or compat.CALLS_SHARED_SAMPLERS_ONCE
         matcher = (self._stops if stops is None else compat.as_stop_sequences(stops)).matcher()
         if cache is None:
             cache = compat.make_prompt_cache(self.model, self.max_kv_size)

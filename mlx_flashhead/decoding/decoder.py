@@ -465,7 +465,7 @@ class Decoder:
 
 def _share_sampler(sequences: list[Sequence]) -> bool:
     """Whether mlx-lm's batch would call one sampler for all of them."""
-    return all(sequence.sampler is sequences[0].sampler for sequence in sequences)
+    return all(s.shares_sampler and s.sampler is sequences[0].sampler for s in sequences)
 
 
 def _last(states: mx.array) -> mx.array:

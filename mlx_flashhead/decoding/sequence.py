@@ -118,6 +118,7 @@ class Sequence:
         self.seed = 0
         if type(sampler) is Sampler and not self.greedy:
             self.seed = sampler.new_seed()
+        self.shares_sampler = True  # whether mlx-lm may call its sampler for several texts at once
         self.joined = 0  # its place among the texts of a batch, in the order in which they began
         self._chain: DrawChain | None = None
         self._lanes: list[Lane] = []  # of the chain

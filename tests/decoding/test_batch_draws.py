@@ -11,6 +11,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from flash_loops import flash_of
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.decoder import OTHERS_BEGIN
+from mlx_flashhead.models.compat.mlx_lm import TOP_P_SUMS_FROM_LEAST
 from tiny_models import tiny_model
 
 PROMPTS = [[5, 17, 3], [8], [1, 2, 3, 4, 5, 6, 7, 9], [60, 61], [11, 12, 13, 14, 15]]
@@ -132,7 +133,7 @@ def run(make, case):
         states.append(mx.random.state[0].tolist())
 
 
-def check(models, case):
+def check(models, case, misses):
     dense, flash = models
     modes = []
     found, states = run(
@@ -145,21 +146,22 @@ def check(models, case):
     assert found == expected
     if case.samplers != ONE_GREEDY:  # which is handed out as soon as it can be
         assert states == expected_states
-    assert modes.count("verified") > len(modes) / 10
+    if not TOP_P_SUMS_FROM_LEAST:  # such texts draw ahead only alone
+        assert modes.count("verified") > len(modes) / 10
+        assert misses or case.penalty  # whose tokens' clusters are scored, too: here nearly all
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_texts_are_those_of_mlx_lms_batch(models, name, misses):
-    check(models, CASES[name])
-    assert misses or CASES[name].penalty  # whose tokens' clusters are scored, too: here nearly all
+    check(models, CASES[name], misses)
 
 
 @pytest.mark.parametrize("name", ["ends at their own tokens", "one comes later, each its own"])
 def test_caches_that_rotate_go_back(rotating_models, name, misses):
-    check(rotating_models, CASES[name])
-    assert misses
+    check(rotating_models, CASES[name], misses)
 
 
+@pytest.mark.newest  # which has a top-p that is a threshold
 def test_texts_wait_for_the_prompts_of_others(models):
     """While a prompt is read in parts, those that draw are decoded densely, and say so."""
     _, flash = models

@@ -137,6 +137,9 @@ def is_mlx_lm_processor(processor: Any) -> bool:
 
 # Whether processors of a text alone see its prompt: 0.31 shows them the last token of it.
 PROCESSORS_SEE_PROMPT = find_spec("mlx_lm.cli_ui") is not None
+# Whether a batch calls a sampler once that all of its texts were given. 0.31 calls only its own one
+# for all of them.
+CALLS_SHARED_SAMPLERS_ONCE = hasattr(module, "_normalize_samplers")
 QUANTIZED_KV_START: int = signature(module.generate_step).parameters["quantized_kv_start"].default
 
 
