@@ -150,11 +150,20 @@ def blocked_product(hidden: mx.array, columns: mx.array) -> mx.array:
 
 
 def _drawn(
-    logits: mx.array, token_ids: mx.array, draws: Draws, others: mx.array | None
+    logits: mx.array,
+    token_ids: mx.array,
+    draws: Draws,
+    others: mx.array | None,
+    lacking: float,
 ) -> mx.array:
-    """Draws a token of each row, (R,) uint32, from the scored ones (R, K)."""
+    """Draws a token of each row, (R,) uint32, from the scored ones (R, K).
+
+    ``others`` (R, 1) is the log of the mass of the others, but for what it is ``lacking``. A draw
+    by a number needs it whole: all numbers' places depend on where the filters cut.
+    """
+    masses = others + lacking if others is not None and lacking else others
     return draws.by_kind(
-        lambda: inverse_cdf.drawn(logits, token_ids, draws, others, kernel=False),
+        lambda: inverse_cdf.drawn(logits, token_ids, draws, masses, kernel=False),
         lambda: draw(logits, draws.noise(token_ids), draws, token_ids, others, kernel=False),
     )
 
@@ -168,6 +177,10 @@ class PortableSteps:
 
     def __init__(self, clustered: ClusteredRows):
         self.clustered = clustered
+        # A score is the log of a cluster's summed exponentials. The product with a mean row alone,
+        # without a bias, lacks so much of it at least: Jensen's inequality.
+        biased = clustered.centroids.biased
+        self._lacking = 0.0 if biased else math.log(clustered.cluster_size)
         self._on_cpu = mx.default_device().type == mx.cpu
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
         self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
@@ -391,7 +404,7 @@ class PortableSteps:
             tokens = lowest_of_equals(logits, best, ids)
         else:
             others = None if masked else left[:, 1:2]
-            tokens = _drawn(logits.astype(mx.float32), ids, draws, others)
+            tokens = _drawn(logits.astype(mx.float32), ids, draws, others, self._lacking)
             if masked:  # where all is ruled out, a number may fall in the share of a padded slot
                 tokens = mx.minimum(tokens, self.clustered.vocab_size - 1)
         return tokens, risk.of(candidates, best, left, draws, logit_map)

@@ -11,10 +11,13 @@ from kernel_cases import plain_clusters, to_numpy
 from mlx_flashhead.decoding.random_state import DrawChain, set_key, split, uniform_bits
 from mlx_flashhead.decoding.sampler import normalized
 from mlx_flashhead.head import inverse_cdf
+from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise, position_key
 from mlx_flashhead.head.inverse_cdf import drawn
+from mlx_flashhead.head.logit_map import IDENTITY
+from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.proposal import Proposal, Tolerance
-from mlx_flashhead.head.steps import PortableSteps
+from mlx_flashhead.head.steps import NO_DEPTH, PortableSteps
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 SETTINGS = (
@@ -192,6 +195,29 @@ def test_rows_with_filters_and_without_are_as_alone():
         tolerance = Tolerance(*map(mx.concatenate, zip(*(t[:2] for t in tolerances), strict=True)))
         found = steps.screen(mx.concatenate(slots), proposal, both, tolerance, 1e-7).certain
         assert found.tolist() == alone, seed
+
+
+def test_masses_are_whole_where_centroids_have_no_biases():
+    """Where the rows of a cluster are equal, the cut of top-p is then that of all tokens."""
+    rng = np.random.default_rng(2)
+    means = rng.normal(size=(60, 16)).astype(np.float32)
+    ids = rng.permutation(240).reshape(60, 4)
+    rows = np.empty((240, 16), np.float32)
+    rows[ids] = means[:, None]
+    no_biases = mx.zeros(60), mx.zeros(60)
+    centroids = Centroids(Matrix(weight=mx.array(means)), *no_biases)
+    steps = PortableSteps(ClusteredRows.build(Matrix(weight=mx.array(rows)), ids, centroids))
+    settings = DrawSettings(0.7, top_p=0.9, inverse_cdf=True)
+    for seed in range(40):
+        hidden = mx.array(rng.normal(scale=0.5, size=(1, 16)).astype(np.float32))
+        key = split((seed, 1))[1]
+        draws = Draws.of([(settings, (uniform_bits([key])[0], 0))])
+        selection = steps.select(
+            steps.route(hidden), 40, False, NO_DEPTH, IDENTITY, None, mass=True
+        )
+        candidates = steps.score(hidden, selection, IDENTITY)
+        token = steps.choose(selection, candidates, draws)[0].item()
+        assert token == dense_token((hidden @ mx.array(rows).T)[0], settings, (seed, 1))
 
 
 # Tokens of equal weight, which one of them is proposed, the number, and how far logits may be off:
