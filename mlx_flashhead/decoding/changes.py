@@ -5,7 +5,7 @@ They apply biases and penalties to a few tokens, and rule tokens out by a gramma
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..models.compat.penalties import BIAS, FREQUENCY, PRESENCE, REPETITION, Pen
 # mlx-lm's makers apply their processors in this order, each at most once.
 ORDER = [BIAS, REPETITION, PRESENCE, FREQUENCY]
 MOST_CHANGED = 512  # tokens that may change: their clusters are scored, too
+FEW_ALLOWED = 8  # tokens of a mask whose clusters are scored, whatever their centroids say
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,33 @@ class Changes:
         if not self.penalties:
             return 0
         return len(ORDER) + (self.penalties[FREQUENCY].window if FREQUENCY in self.penalties else 0)
+
+
+def with_few_allowed(
+    change: ChangedTokens | None, allowed: np.ndarray | None, vocab_size: int
+) -> ChangedTokens | None:
+    """Adds the tokens that a mask allows, if they are few, as tokens that change by nothing.
+
+    At such a place a grammar decides more than the model, and the centroids may rule all of them
+    out.
+
+    Args:
+        change: What changes otherwise.
+        allowed: (⌈V/32⌉,) uint32, as of :meth:`Changes.allowed`.
+        vocab_size: V.
+    """
+    if allowed is None:
+        return change
+    places = np.flatnonzero(allowed)
+    if not 0 < len(places) <= FEW_ALLOWED:
+        return change
+    bits = np.unpackbits(allowed[places, None].view(np.uint8), axis=-1, bitorder="little")
+    rows, columns = np.nonzero(bits)
+    tokens = [token for token in (places[rows] * 32 + columns).tolist() if token < vocab_size]
+    if len(tokens) > FEW_ALLOWED:
+        return change
+    change = change or ChangedTokens()
+    return replace(change, biases=dict.fromkeys(tokens, 0.0) | dict(change.biases))
 
 
 def after_changes(

@@ -21,7 +21,7 @@ from ..models.install import (
     is_recognised,
     logit_change_of,
 )
-from .changes import mask_array
+from .changes import mask_array, with_few_allowed
 from .pace import Pace
 from .policy import DecodingPolicy, decoding_mode, policy_of
 from .sampler import Trust
@@ -229,7 +229,7 @@ class Proposer:
                 for sequence, needs_all in zip(sequences, needs_logits, strict=True)
             ]
             masks = [None if sequence is None else self._mask(sequence) for sequence in scored]
-            adjustment = self._adjustment(scored, latest)
+            adjustment = self._adjustment(scored, latest, masks)
         draws = None
         if any(sequence.draws for sequence in sequences):
             rows = [sequence.draw_at(sequence.n_chosen) for sequence in sequences]
@@ -259,13 +259,22 @@ class Proposer:
         return cast(mx.array, tokens)
 
     def _adjustment(
-        self, sequences: Rows[Sequence | None], latest: mx.array | None
+        self,
+        sequences: Rows[Sequence | None],
+        latest: mx.array | None,
+        masks: Rows[np.ndarray | None],
     ) -> Adjustment | None:
-        """What the penalties and biases of sequences change; nothing in the place of a None."""
-        changes = [None if s is None else s.changed_tokens() for s in sequences]
+        """What the penalties and biases of sequences change; nothing in the place of a None.
+
+        Of ``masks`` that allow few tokens these are among them.
+        """
+        vocab_size = self.head.vocab_size
+        changes = [
+            None if s is None else with_few_allowed(s.changed_tokens(), mask, vocab_size)
+            for s, mask in zip(sequences, masks, strict=True)
+        ]
         if all(change is None for change in changes):
             return None
-        vocab_size = self.head.vocab_size
         counted = [s is None or s.n_read == len(s.pending) for s in sequences]
         some = any(counted)
         if latest is None or all(counted):

@@ -13,7 +13,7 @@ from flash_loops import OTHERS, PROMPT, flash_of, make_flash
 from kernel_cases import kernels, plain_clusters
 from mlx_flashhead import make_sampler
 from mlx_flashhead.common.marks import masks
-from mlx_flashhead.decoding.changes import Changes
+from mlx_flashhead.decoding.changes import FEW_ALLOWED, Changes
 from mlx_flashhead.decoding.sequence import Sequence
 from mlx_flashhead.head import adjustment
 from mlx_flashhead.head.draw import Draws, DrawSettings
@@ -149,13 +149,15 @@ def test_texts_of_a_batch_have_processors_of_their_own(pair):
     assert found == expected
 
 
-def test_a_mask_that_leaves_no_scored_token(misses):
-    """The dense row chooses at once, and the text goes on."""
+@pytest.mark.parametrize("n_allowed", [1, FEW_ALLOWED, FEW_ALLOWED + 1])
+def test_a_mask_that_leaves_few_tokens(misses, n_allowed):
+    """They are scored, if they are few. Else the dense row may choose at once."""
     model = tiny_model(num_hidden_layers=2)
     dense, flash = copy.deepcopy(model), flash_of(model)
 
     def few(tokens):
-        return np.isin(np.arange(VOCAB_SIZE), [3 + len(tokens) % 5, 150 + len(tokens) % 7])
+        first = 11 * len(tokens) % (VOCAB_SIZE - n_allowed)
+        return np.isin(np.arange(VOCAB_SIZE), np.arange(first, first + n_allowed))
 
     def rule_out(tokens, logits):
         return mx.where(mx.array(few(tokens)), logits, -mx.inf)
@@ -164,7 +166,8 @@ def test_a_mask_that_leaves_no_scored_token(misses):
     found = flash.tokens(logits_processors=processors, max_tokens=N_TOKENS)
     assert found == plain_tokens(dense, logits_processors=processors)
     seen = PROMPT if PROCESSORS_SEE_PROMPT else PROMPT[-1:]
-    assert all(few(seen + found[:i])[token] for i, token in enumerate(found)) and misses
+    assert all(few(seen + found[:i])[token] for i, token in enumerate(found))
+    assert bool(misses) == (n_allowed > FEW_ALLOWED)
 
 
 def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
