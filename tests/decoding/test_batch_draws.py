@@ -41,6 +41,7 @@ class Case:
 
 
 CASES = {
+    "one text": Case(n=1),
     "one sampler": Case(),
     "one of two ends": Case(n=2, limits=(7, 24)),
     "ends at their own tokens": Case(n=5, stops=tuple(range(0, 200, 9))),

@@ -171,31 +171,6 @@ def test_an_empty_list_of_processors_is_none(flash, misses):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("joins", [None, 4, 9])
-def test_samplers_of_mlx_lm_in_a_batch_draw_as_in_mlx_lms(flash, joins, misses):
-    """One text alone is verified. Where another one joins, both draw from the same state."""
-    found = []
-    for cls in (BatchGenerator, VerifiedBatchGenerator):
-        mx.random.seed(5)
-        generator = cls(flash.model)
-        tokens = {}
-        n_left = 0
-        sampler = sample_utils.make_sampler(temp=1.0)
-        generator.insert([PROMPT], [30], samplers=[sampler])
-        n_left = 1
-        while n_left:
-            for response in generator.next()[1]:
-                tokens.setdefault(response.uid, []).append(response.token)
-                n_left -= response.finish_reason is not None
-                if response.uid == 0 and len(tokens[0]) == joins:
-                    other = sample_utils.make_sampler(temp=0.8)
-                    generator.insert([OTHERS[0]], [12], samplers=[other])
-                    n_left += 1
-        found.append(tokens)
-    assert found[0] == found[1]
-    assert misses
-
-
 def test_processors_in_batches_get_int32(flash):
     found = []
     for cls in (BatchGenerator, VerifiedBatchGenerator):
