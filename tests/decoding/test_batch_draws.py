@@ -49,6 +49,8 @@ CASES = {
     "a sampler each, stops": Case(OWN, n=5, stops=tuple(range(1, 200, 9))),
     "one is greedy": Case(ONE_GREEDY, n=4, limits=(24, 24, 8, 24)),
     "one is greedy and ends": Case(ONE_GREEDY, n=3, limits=(5, 24, 24)),
+    "one is greedy, stops": Case(ONE_GREEDY, n=4, stops=tuple(range(6, 200, 11))),
+    "one is greedy, other stops": Case(ONE_GREEDY, n=5, stops=tuple(range(4, 200, 11))),
     "a penalty": Case(n=3, penalty=1.2, limits=(24, 11, 24)),
     "one comes later": Case(n=2, events={6: "insert"}),
     "one comes later, each its own": Case(OWN, n=2, events={6: "insert", 13: "insert"}),
