@@ -108,7 +108,7 @@ class Decoder:
         began = time.perf_counter()
         pace = self._proposer.pace_of(self.sequences)
         pays = pace is None or not pace.dense
-        if len(self.drawing) > 1:
+        if len(self.sequences) > 1 and len(self.drawing) > 1:
             if not self._adopt_together(pays):
                 return
         else:
@@ -260,15 +260,16 @@ class Decoder:
         proposed = [i for i in range(n) if sequences[i].verified and not sequences[i].paused]
         if n > proposer.max_batch:
             proposed = []
-        shared = _share_sampler([*self.sequences, *sequences])
         states: list[mx.array] = []
         with proposer.noting(states, logits=len(proposed) < n):
             logits = self._feed(latest[:, None], layers)
         if len(proposed) == n:
             tokens = proposer.propose(sequences, _last(states[-1]), latest)
         elif not proposed:
+            shared = _share_sampler([*self.sequences, *sequences])
             tokens = self._choose_densely(sequences, logits[:, -1, :], shared, states)
         else:
+            shared = _share_sampler([*self.sequences, *sequences])
             logits = logits[:, -1, :]
             dense = [i for i in range(n) if i not in proposed]
             rows = mx.array(proposed)
