@@ -313,7 +313,7 @@ class VerifiedBatchGenerator:
             for sequence in changed:
                 sequence.end_verified()
         decoder.goes_ahead = not self._others_begin
-        settled = decoder.realign()
+        settled = decoder.realign() or bool(changed)
         # 1) Tokens that are left from before, or else a round.
         generated = self._hand_out()
         if generated and not settled:

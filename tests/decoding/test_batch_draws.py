@@ -37,7 +37,7 @@ class Case:
     stops: tuple[int, ...] = ()
     sizes: dict = field(default_factory=dict)
     penalty: float | None = None
-    events: dict = field(default_factory=dict)  # call → "insert", "remove", "seed" or "draw"
+    events: dict = field(default_factory=dict)  # by call, as of `Batch.happen`
 
 
 CASES = {
@@ -57,6 +57,7 @@ CASES = {
     "one comes to one": Case(n=1, events={9: "insert"}),
     "one is taken away": Case(n=4, events={5: "remove", 12: "remove"}),
     "a caller seeds": Case(n=3, events={7: "seed"}),
+    "a caller seeds as one comes": Case(n=2, events={6: "insert and seed"}),
     "a caller draws": Case(OWN, n=3, events={7: "draw"}),
     "more than fit": Case(OWN, n=5, sizes={"completion_batch_size": 2, "prefill_batch_size": 1}),
     "more than fit, one greedy": Case(
@@ -107,8 +108,10 @@ class Batch:
         self.n_inserted += n
 
     def happen(self, event):
-        if event == "insert":
+        if event in ("insert", "insert and seed"):
             self.insert(1)
+        if event == "insert and seed":
+            mx.random.seed(99)
         elif event == "remove":
             self.generator.remove([self.live.pop(0)])
         elif event == "seed":
