@@ -132,6 +132,26 @@ class Draws:
         """What a function of these draws depends on beside :attr:`steps`."""
         return [*self.held] if self.uniform is None else [*self.held, self.uniform]
 
+    @cached_property
+    def any_greedy(self) -> bool:
+        """Whether a row takes the best logit."""
+        return any(row.greedy for row in self.rows)
+
+    @cached_property
+    def any_top_p(self) -> bool:
+        """Whether a row has a top-p."""
+        return any(row.top_p < 1 for row in self.rows)
+
+    @cached_property
+    def most_top_k(self) -> int:
+        """The largest top-k of a row; 0 without any."""
+        return max((row.top_k for row in self.rows), default=0)
+
+    @cached_property
+    def any_min_p(self) -> bool:
+        """Whether a row has a min-p."""
+        return any(row.min_p > 0 for row in self.rows)
+
     @property
     def as_mlx_lm(self) -> bool:
         """Whether a row is drawn as mlx-lm's samplers draw, for which there is no kernel."""
@@ -304,15 +324,14 @@ def threshold(
         log_total: (R, 1), the log of the mass of all tokens; None if these are the K.
         kernel: Whether the kernel may compute it, where it is used.
     """
-    most = max((s.top_k for s in draws.rows), default=0)
-    by_mass = any(s.top_p < 1 for s in draws.rows)
-    if (by_mass or most) and kernel and kernel_is_used():
-        total = log_mass(logits) if by_mass and log_total is None else log_total
+    most = draws.most_top_k
+    if (draws.any_top_p or most) and kernel and kernel_is_used():
+        total = log_mass(logits) if draws.any_top_p and log_total is None else log_total
         return lowest_kept(logits, *draws.held[:2], total)
     lowest = mx.array(-mx.inf)
-    if any(s.min_p > 0 for s in draws.rows):
+    if draws.any_min_p:
         lowest = mx.max(logits, axis=-1, keepdims=True) + draws.log_min_p
-    if by_mass:
+    if draws.any_top_p:
         lowest = mx.maximum(lowest, _by_mass(logits, draws, log_total))
     if most:
         n_top = min(most, logits.shape[-1])
@@ -379,7 +398,7 @@ def draw(
         if any(s.filters for s in draws.rows):
             total = None if others is None else mx.logaddexp(log_mass(logits), others)
             values = mx.where(logits >= threshold(logits, draws, total, kernel), values, -mx.inf)
-        if any(s.greedy for s in draws.rows):
+        if draws.any_greedy:
             values = mx.where(inverse == 0, logits, values)
     if token_ids is None:
         return mx.argmax(values, axis=-1)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .draw import Draws, log_mass, threshold
-from .margins import DRAW_SPACINGS, IN_16_BITS, MASS_ROUNDING
+from .margins import DRAW_SPACINGS, IN_16_BITS, MASS_MARGIN, MASS_ROUNDING
 
 LOWEST = mx.finfo(mx.float32).min
 
@@ -94,10 +94,38 @@ def surely_kept(low: mx.array, high: mx.array, draws: Draws, log_total: mx.array
         log_total: (k, 1), the log of the least mass of all tokens.
     """
     cut = threshold(high, draws, log_total)
-    above = mx.where(draws.top_k > 0, low > cut, low >= cut)
+    above = low >= cut
+    if draws.most_top_k:
+        above = mx.where(draws.top_k > 0, low > cut, above)
     at_cut = high == cut
     lowest_at_cut = mx.max(mx.where(at_cut, low, -mx.inf), axis=-1, keepdims=True)
     n_above = (high > cut).sum(axis=-1, keepdims=True)
-    alone = (high > lowest_at_cut).sum(axis=-1, keepdims=True) == n_above + 1
-    by_min_p = low >= mx.max(high, axis=-1, keepdims=True) + draws.log_min_p
-    return above | (at_cut & alone & by_min_p)
+    alone = at_cut & ((high > lowest_at_cut).sum(axis=-1, keepdims=True) == n_above + 1)
+    if draws.any_min_p:
+        alone &= low >= mx.max(high, axis=-1, keepdims=True) + draws.log_min_p
+    return above | alone
+
+
+def surely_left_out(
+    highest: mx.array, known: Interval, draws: Draws, log_total: mx.array, more_over: mx.array
+) -> mx.array:
+    """Returns whether the filters leave out all tokens up to a logit: (k, 1) bool.
+
+    Args:
+        highest: The logit, (k, 1).
+        known: The logits of some tokens, (k, K).
+        draws: Of k rows.
+        log_total: (k, 1), the log of the greatest mass of all tokens.
+        more_over: (k, 1), the share of it that other tokens above the logit have at least.
+    """
+    low = known.low
+    over = low > highest
+    left_out = mx.array(False)
+    if draws.any_top_p:
+        share = mx.where(over, mx.exp(low - log_total), 0).sum(axis=-1, keepdims=True) + more_over
+        left_out = (draws.top_p < 1) & (share >= draws.top_p * (1 + MASS_MARGIN))
+    if draws.most_top_k:
+        left_out |= (draws.top_k > 0) & (over.sum(axis=-1, keepdims=True) >= draws.top_k)
+    if draws.any_min_p:
+        left_out |= highest < mx.max(low, axis=-1, keepdims=True) + draws.log_min_p
+    return left_out

@@ -11,8 +11,8 @@ Source: ``categorical_inverse_cdf`` in MLX's random.cpp, since 0.32.1 for each s
 import mlx.core as mx
 
 from .clustered import ClusteredRows
-from .draw import NO_MIN_P, Draws, log_mass, threshold
-from .interval import LOWEST, Interval, Scored, as_mlx_lm_draws, surely_kept
+from .draw import Draws, log_mass, threshold
+from .interval import LOWEST, Interval, Scored, as_mlx_lm_draws, surely_kept, surely_left_out
 from .margins import EXP_UNITS, MASS_MARGIN, SUM_ROUNDING
 from .near import nearest
 
@@ -73,10 +73,8 @@ def is_certain(
         (k,) bool.
     """
     inverse = draws.inverse_temperature
-    top_p = draws.top_p
-    top_k = draws.top_k
-    log_min_p = draws.log_min_p
-    unfiltered = (top_p >= 1) & (top_k == 0) & (log_min_p <= NO_MIN_P)
+    filtered = [settings.filters for settings in draws.rows]
+    unfiltered = mx.array([not each for each in filtered])[:, None]
     mass = mx.logaddexp(log_mass(scored.all.logits), log_mass(unscored.logits.flatten(1)))
     all_scored = as_mlx_lm_draws(scored.all, mass, epsilon)
     others = as_mlx_lm_draws(unscored, mass[..., None], epsilon)
@@ -84,20 +82,18 @@ def is_certain(
     known = all_scored
     ids = scored.ids
     best_other = mx.max(others.high, axis=(1, 2))[:, None]
-    if any(settings.filters for settings in draws.rows):  # they may keep some of the others
+    if any(filtered):  # they may keep some of the others
         near = nearest(clustered, others, NEAREST)
-        # rows without filters count all of them below
-        logits = mx.where(unfiltered, LOWEST, near.logits.logits)
-        known = all_scored.beside(Interval(logits, near.logits.off))
+        more = near.logits
+        if not all(filtered):  # rows without filters count all of them below
+            more = Interval(mx.where(unfiltered, LOWEST, more.logits), more.off)
+            best_other = mx.where(unfiltered, best_other, near.best_other)
+        else:
+            best_other = near.best_other
+        known = all_scored.beside(more)
         ids = mx.concatenate([scored.ids, near.ids], axis=-1)
-        best_other = mx.where(unfiltered, best_other, near.best_other)
-
-    # Filters must leave out all tokens that are not known.
-    over = known.low > best_other
-    mass_over = mx.where(over, mx.exp(known.low - most), 0).sum(axis=-1, keepdims=True)
-    dropped = (top_p < 1) & (mass_over >= top_p * (1 + MASS_MARGIN))
-    dropped |= (top_k > 0) & (over.sum(axis=-1, keepdims=True) >= top_k)
-    dropped |= best_other < mx.max(known.low, axis=-1, keepdims=True) + log_min_p
+    # filters must leave out all tokens that are not known
+    left_out = surely_left_out(best_other, known, draws, most, mx.array(0.0))
     surely = surely_kept(known.low, known.high, draws, least - MASS_MARGIN)
     maybe = known.high >= threshold(known.low, draws, most + MASS_MARGIN)
 
@@ -108,7 +104,7 @@ def is_certain(
     own_least = mx.where(own, at_least, 0).sum(axis=-1, keepdims=True)
     own_most = mx.where(own, at_most, 0).sum(axis=-1, keepdims=True)
     sums = _sums(at_least, at_most, ids, scored.tokens)
-    if not all(settings.filters for settings in draws.rows):
+    if not all(filtered):
         scale = inverse[..., None]
         highest = best[..., None]
         at_least = mx.exp((others.low - highest) * scale).flatten(1)
@@ -121,7 +117,7 @@ def is_certain(
     number = draws.numbers
     reached = lower_most + lost <= number * (lower_most + own_least + higher_least)
     passed = number * (lower_least + own_least + higher_most) + lost < lower_least + own_least
-    return ((own_least > 0) & reached & passed & (dropped | unfiltered))[:, 0]
+    return ((own_least > 0) & reached & passed & (left_out | unfiltered))[:, 0]
 
 
 def _sums(at_least: mx.array, at_most: mx.array, ids: mx.array, tokens: mx.array) -> mx.array:

@@ -7,6 +7,7 @@ Every logit lies within a tolerance. A token is certain if it is the choice what
 within theirs.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import mlx.core as mx
 from . import inverse_cdf
 from .clustered import ClusteredRows, in_token_order
 from .draw import Draws, log_mass
-from .interval import LOWEST, Interval, Scored, as_mlx_lm_draws
+from .interval import LOWEST, Interval, Scored, as_mlx_lm_draws, surely_left_out
 from .logit_map import LogitMap
 from .margins import IN_16_BITS, MASS_MARGIN, merging_distance, noise_margin
 from .near import nearest
@@ -45,11 +46,12 @@ def screen(
     best_high = _highest(best, tolerance, logit_map, slots.dtype)
     unscored = _mapped(others, tolerance, logit_map)
     tail_low, tail_high = unscored.masses()
-    if epsilon > IN_16_BITS and logit_map.identity:
-        bound = tail_high
-    else:  # without a pass over all logits
-        bound = best_high + mx.log(mx.array(clustered.vocab_size))
-    certain = _greedy_is_certain(scored, best_high, bound, epsilon)
+    if draws is None or draws.any_greedy:
+        if epsilon > IN_16_BITS and logit_map.identity:
+            bound = tail_high
+        else:  # without a pass over all logits
+            bound = best_high + math.log(clustered.vocab_size)
+        certain = _greedy_is_certain(scored, best_high, bound, epsilon)
     if draws is not None:
         by_number = partial(inverse_cdf.is_certain, clustered, scored, unscored, draws, epsilon)
         if draws.uniform is None:
@@ -57,8 +59,10 @@ def screen(
             by_noise = partial(_noise_is_certain, clustered, scored, unscored, *bounds, draws)
         else:
             by_noise = partial(_mlx_noise_is_certain, clustered, scored, unscored, draws, epsilon)
-        drawn = draws.by_kind(by_number, by_noise)
-        certain = mx.where(draws.inverse_temperature == 0, certain, drawn[:, None])
+        drawn = draws.by_kind(by_number, by_noise)[:, None]
+        if draws.any_greedy:
+            drawn = mx.where(draws.inverse_temperature == 0, certain, drawn)
+        certain = drawn
     certain = certain[:, 0] & (largest < mx.inf)  # float16 may overflow
     return Screen(certain, largest, best[:, 0], log_mass(unscored.logits.flatten(1))[:, 0])
 
@@ -187,27 +191,14 @@ def _noise_is_certain(
     noisy logit.
     """
     inverse = draws.inverse_temperature
-    top_p = draws.top_p
-    top_k = draws.top_k
-    log_min_p = draws.log_min_p
-    own = scored.own.logits
     floor = scored.own.low
     scored_low, scored_high = scored.all.masses()
-    least = mx.exp(mx.logaddexp(scored_low, tail_low) - own)
-    most = mx.exp(mx.logaddexp(scored_high, tail_high) - own)
-
-    # the token is kept, whatever lies above it
-    high = scored.rest.high
-    n_rivals = (unscored.high > floor[..., None]).sum(axis=(1, 2))[:, None]
-    above = mx.where(high > floor, mx.exp(high - own), 0).sum(axis=-1, keepdims=True)
-    # for the others: their number times the best of them
-    above = above + n_rivals * mx.exp(mx.minimum(best_high - own, MOST_NATS))
-    n_above = (high > floor).sum(axis=-1, keepdims=True) + n_rivals
-    kept = (top_p >= 1) | (above < top_p * least * (1 - MASS_MARGIN))
-    kept &= (top_k == 0) | (n_above < top_k)
-    kept &= floor >= mx.maximum(scored.second.high, best_high) + log_min_p
+    least = mx.logaddexp(scored_low, tail_low)
+    most = mx.logaddexp(scored_high, tail_high)
+    kept = _is_kept(scored, unscored, best_high, least, draws)
 
     # the highest logit of those whose noisy logit may reach the token's
+    high = scored.rest.high
     near = _rivals(clustered, unscored, draws)
     own_noise, scored_noise, near_noise = _noises(clustered, scored, near.ids, draws)
     worst = floor * inverse + own_noise
@@ -224,17 +215,36 @@ def _noise_is_certain(
         rival = mx.maximum(rival, near.best_other)
 
     # the filters leave it out, and so all below it
-    low = scored.all.low
-    over = low > rival
-    mass_over = mx.where(over, mx.exp(low - own), 0).sum(axis=-1, keepdims=True)
     cut = (worst - LIKELY_NOISE) / inverse
     near_low = near.logits.low
-    near_over = mx.where(near_low > cut, mx.exp(near_low - own), 0).sum(axis=-1, keepdims=True)
-    mass_over = mass_over + mx.where(rival <= cut, near_over, 0)
-    dropped = (top_p < 1) & (mass_over >= top_p * most * (1 + MASS_MARGIN))
-    dropped |= (top_k > 0) & (over.sum(axis=-1, keepdims=True) >= top_k)
-    dropped |= rival < mx.maximum(floor, scored.second.low) + log_min_p
-    return (kept & ((rival == -mx.inf) | dropped))[:, 0]
+    near_over = mx.where(near_low > cut, mx.exp(near_low - most), 0).sum(axis=-1, keepdims=True)
+    near_over = mx.where(rival <= cut, near_over, 0)
+    left_out = surely_left_out(rival, scored.all, draws, most, near_over)
+    return (kept & ((rival == -mx.inf) | left_out))[:, 0]
+
+
+def _is_kept(
+    scored: Scored, unscored: Interval, best_high: mx.array, log_total: mx.array, draws: Draws
+) -> mx.array:
+    """Returns whether the filters keep the proposed token, whatever lies above it: (k, 1) bool.
+
+    ``log_total`` (k, 1) is the log of the least mass of all tokens.
+    """
+    floor = scored.own.low
+    high = scored.rest.high
+    over = high > floor
+    n_rivals = (unscored.high > floor[..., None]).sum(axis=(1, 2))[:, None]
+    # by min-p; without one it holds unless a logit is NaN
+    kept = floor >= mx.maximum(scored.second.high, best_high) + draws.log_min_p
+    if draws.any_top_p:
+        share = mx.where(over, mx.exp(high - log_total), 0).sum(axis=-1, keepdims=True)
+        # of the others: their number times the best of them
+        share = share + n_rivals * mx.exp(mx.minimum(best_high - log_total, MOST_NATS))
+        kept &= (draws.top_p >= 1) | (share < draws.top_p * (1 - MASS_MARGIN))
+    if draws.most_top_k:
+        n_over = over.sum(axis=-1, keepdims=True) + n_rivals
+        kept &= (draws.top_k == 0) | (n_over < draws.top_k)
+    return kept
 
 
 class _Rivals(NamedTuple):
