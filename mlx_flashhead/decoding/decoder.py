@@ -105,26 +105,20 @@ class Decoder:
 
         The step is launched while the token before it is read. Evaluates.
         """
-        began = time.perf_counter()
         pace = self._proposer.pace_of(self.sequences)
-        pays = pace is None or not pace.dense
-        if len(self.sequences) > 1 and len(self.drawing) > 1:
-            if not self._adopt_together(pays):
-                return
-        else:
-            for sequence in self.sequences:
-                self._adopt(sequence, pays)
+        if pace is None:
+            if self._adopt_all(pays=True):
+                self._advance()
+            return
+        began = time.perf_counter()
+        if not self._adopt_all(pays=not pace.dense):
+            return
         n_before = sum(sequence.n_chosen for sequence in self.sequences)
         n_verified = self._schedule.n_verified
         n_traced = self._proposer.n_traced
         proposes = all(sequence.verified and not sequence.paused for sequence in self.sequences)
-        latest = cast(mx.array, self._latest)
-        self._latest = self._step(self.sequences, self.caches.layers, latest)
-        for sequence, token in zip(self.sequences, cast(list[int], latest.tolist()), strict=True):
-            sequence.pending[sequence.n_read].read(token)
-        self._schedule.step(self.sequences)
-        self._restart([sequence for sequence in self.sequences if sequence.rejected])
-        if pace is None or self._proposer.n_traced > n_traced:  # MLX has compiled
+        self._advance()
+        if self._proposer.n_traced > n_traced:  # MLX has compiled
             return
         seconds = time.perf_counter() - began
         if proposes:
@@ -133,6 +127,15 @@ class Decoder:
             pace.note_proposed(seconds, n_tokens / len(self.sequences), verified)
         elif not any(sequence.verified for sequence in self.sequences):
             pace.note_dense(seconds)
+
+    def _advance(self) -> None:
+        """Launches the next step, reads the token before it, and accepts what is decided."""
+        latest = cast(mx.array, self._latest)
+        self._latest = self._step(self.sequences, self.caches.layers, latest)
+        for sequence, token in zip(self.sequences, cast(list[int], latest.tolist()), strict=True):
+            sequence.pending[sequence.n_read].read(token)
+        self._schedule.step(self.sequences)
+        self._restart([sequence for sequence in self.sequences if sequence.rejected])
 
     @property
     def drawing(self) -> list[Sequence]:
@@ -258,7 +261,7 @@ class Decoder:
         for i, sequence in enumerate(sequences):
             sequence.feed(latest if n == 1 else latest[i : i + 1])
         proposed = [i for i in range(n) if sequences[i].verified and not sequences[i].paused]
-        if n > proposer.max_batch:
+        if n > 1 and n > proposer.max_batch:
             proposed = []
         states: list[mx.array] = []
         with proposer.noting(states, logits=len(proposed) < n):
@@ -352,8 +355,20 @@ class Decoder:
         row = i if rows is None else rows[i]
         return self._proposer.dense_row(cast(list[mx.array], states)[-1][row, -1:])
 
+    def _adopt_all(self, *, pays: bool) -> bool:
+        """Has the tokens of all sequences proposed from now on, or decodes them densely.
+
+        Returns:
+            Whether the round goes on. Otherwise the next step is launched.
+        """
+        if len(self.sequences) > 1 and len(self.drawing) > 1:
+            return self._adopt_together(pays)
+        for sequence in self.sequences:
+            self._adopt(sequence, pays)
+        return True
+
     def _adopt(self, sequence: Sequence, pays: bool) -> None:
-        """Has a sequence's tokens proposed from now on, or decodes them densely.
+        """Does so with one sequence.
 
         They are proposed if they can be verified and proposals pay. Dense decoding begins once
         nothing that was proposed is pending any more.
@@ -370,10 +385,10 @@ class Decoder:
                 sequence.pause_verified()
 
     def _adopt_together(self, pays: bool) -> bool:
-        """Does the same where several texts draw from MLX's random state: for all texts, or none.
+        """Does so where several texts draw from MLX's random state: with all texts, or none.
 
         Returns:
-            Whether the round goes on. Otherwise the next step is launched.
+            As :meth:`_adopt_all`.
         """
         proposer = self._proposer
         drawing = self.drawing

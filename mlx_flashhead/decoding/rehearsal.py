@@ -21,7 +21,6 @@ from .caches import Snapshot
 from .proposer import Proposer, step_arrays
 from .random_state import random_key
 from .sampler import Processor, Sampler, SamplerFunction
-from .schedule import JOINED
 from .sequence import PendingToken, Sequence
 from .verification import Verification, join
 
@@ -122,7 +121,7 @@ def _one_text(proposer: Proposer, kind: Kind, n_pending: int) -> None:
         pending = text.pending[-1]
         pending.read(cast(int, latest.item()))
         unjoined.append(pending)
-        if len(unjoined) == JOINED:
+        if len(unjoined) == head.steps.joined_early:
             join(head, unjoined)
             unjoined = []
     verification = Verification(proposer, [text], [None])

@@ -11,7 +11,6 @@ from .sequence import PendingToken, Sequence
 from .verification import Verification, join
 
 MAX_READ = 64  # tokens that may be read while a verification is computed
-JOINED = 7  # pending tokens that are joined at a time; a kernel joins 8 at the launch
 FEW = 4  # tokens that may wait longer, on a machine that is slow to compute them
 
 
@@ -63,7 +62,7 @@ class VerifySchedule:
             self._launch(waiting)
             if ends:  # waits, since the next step may be of no use
                 self._accept()
-        elif len(self._unjoined) >= JOINED:
+        elif self._unjoined and len(self._unjoined) == self._proposer.head.steps.joined_early:
             proposal = join(self._proposer.head, self._unjoined)
             self._unjoined = []
             self.joined = [proposal.hidden, proposal.probes, proposal.logits]

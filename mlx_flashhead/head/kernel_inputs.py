@@ -12,7 +12,7 @@ import numpy as np
 
 from .adjustment import ADJUST_HEAD
 from .draw import Draws
-from .proposal import Proposal, Selection
+from .proposal import Proposal, Selection, Unscored
 from .short_inputs import HELD
 
 # The constants of the same names in metal/flash_head/constants.h.
@@ -20,11 +20,13 @@ MIN_PROBES = HELD
 UNSCORED = HELD
 
 
-def filled_unscored(selection: Selection) -> mx.array:
-    """The values of the tokens not scored, (R, UNSCORED); MLX's operations give fewer."""
-    unscored = cast(mx.array, selection.unscored)
-    missing = UNSCORED - unscored.shape[1]
-    return mx.pad(unscored, [(0, 0), (0, missing)]) if missing else unscored
+def held_unscored(selection: Selection) -> mx.array:
+    """What was not scored, for a kernel: (R, UNSCORED)."""
+    if selection.held_unscored is not None:
+        return selection.held_unscored
+    best, mass = cast(Unscored, selection.unscored)  # by MLX's operations
+    zeros = mx.zeros((len(best), UNSCORED - 2))
+    return mx.concatenate([best, mx.zeros_like(best) if mass is None else mass, zeros], axis=-1)
 
 
 def with_held_probes(proposal: Proposal) -> Proposal:

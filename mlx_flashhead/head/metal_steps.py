@@ -12,7 +12,7 @@ from .kernel_inputs import (
     MIN_PROBES,
     UNSCORED,
     draw_arrays,
-    filled_unscored,
+    held_unscored,
     no_mask,
     nothing_changed,
     with_held_probes,
@@ -29,7 +29,7 @@ from .kernels import (
     Kernels,
 )
 from .logit_map import IDENTITY, LogitMap
-from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance
+from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance, Unscored
 from .short_inputs import HELD, held
 from .steps import NO_DEPTH, USUAL, PortableSteps, Risk
 
@@ -51,6 +51,7 @@ class MetalSteps(PortableSteps):
     """
 
     name = "metal"
+    joined_early = JOINED - 1  # so that the launch joins the results of these, and the last tokens
 
     def __init__(
         self,
@@ -121,7 +122,8 @@ class MetalSteps(PortableSteps):
             kernel = self._kernels.select
         template = logit_map.template(mx.float32)
         probes, unscored, *made = kernel(arrays, 1, n_positions, *results, **template)
-        return Selection(probes, made[0] if words else None, unscored)
+        left = Unscored(unscored[:, :1], unscored[:, 1:2])
+        return Selection(probes, made[0] if words else None, left, unscored)
 
     def score(
         self, hidden: mx.array, selection: Selection, logit_map: LogitMap = IDENTITY
@@ -200,7 +202,7 @@ class MetalSteps(PortableSteps):
         settings = draw_arrays(draws, n_positions)
         arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
         arrays += [
-            filled_unscored(selection),
+            held_unscored(selection),
             *settings,
             mx.array([*risk, 0.0 if masked else 1.0]),
         ]

@@ -6,6 +6,13 @@ from typing import NamedTuple
 import mlx.core as mx
 
 
+class Unscored(NamedTuple):
+    """What the clusters that are not probed hold, by their scores."""
+
+    best: mx.array  # (R, 1) float32, the best score
+    mass: mx.array | None  # (R, 1) float32, the log of the summed exponentials of mapped logits
+
+
 class Selection(NamedTuple):
     """The clusters whose rows are scored."""
 
@@ -14,8 +21,9 @@ class Selection(NamedTuple):
     probes: mx.array
     # (R, C) uint32 for the kernel of `expand`: a cluster's place among the probes, or its estimate
     words: mx.array | None = None
-    # (R, 2) float32, or (R, 1), as :func:`steps.unscored` gives it; from the kernels 6 zeros follow
-    unscored: mx.array | None = None
+    unscored: Unscored | None = None
+    # (R, 8) float32, the same from a kernel for another one: the best, the mass, and zeros
+    held_unscored: mx.array | None = None
 
 
 class Candidates(NamedTuple):

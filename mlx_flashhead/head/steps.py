@@ -23,7 +23,7 @@ from .dense_kernels import dense_ranges
 from .draw import Draws, draw, log_mass, lowest_of_equals
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
-from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance
+from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance, Unscored
 from .screening import screen
 
 NO_DEPTH = 1e30  # nats: every probe is scored
@@ -63,7 +63,7 @@ class Risk(NamedTuple):
         self,
         candidates: Candidates,
         best: mx.array,
-        unscored: mx.array,
+        unscored: Unscored,
         draws: Draws | None,
         logit_map: LogitMap = IDENTITY,
     ) -> mx.array:
@@ -72,17 +72,17 @@ class Risk(NamedTuple):
         Args:
             candidates: The scored tokens' logits, mapped.
             best: (R, 1), the highest of these.
-            unscored: What was not scored, as :func:`unscored` gives it.
+            unscored: What was not scored; with its mass if there are draws.
             draws: Of R rows.
             logit_map: What the model does to each of its head's logits.
         """
         nothing = best <= mx.finfo(candidates.logits.dtype).min
         best = best.astype(mx.float32)
         best = best if logit_map.identity else logit_map.inverse(best)
-        risk = mx.exp(self.a - self.b * (best - unscored[:, :1]))
+        risk = mx.exp(self.a - self.b * (best - unscored.best))
         if draws is not None:
             scored = log_mass(candidates.logits.astype(mx.float32).flatten(1))
-            drawn = self.scale * mx.sigmoid(unscored[:, 1:2] - scored)
+            drawn = self.scale * mx.sigmoid(cast(mx.array, unscored.mass) - scored)
             risk = mx.where(draws.inverse_temperature == 0, risk, drawn)
         return mx.where(nothing, NOTHING_ALLOWED, mx.minimum(risk, 1.0))[:, 0]
 
@@ -90,31 +90,18 @@ class Risk(NamedTuple):
 USUAL = Risk()
 
 
-def unscored(
-    scores: mx.array,
-    probes: mx.array,
-    logit_map: LogitMap = IDENTITY,
-    cluster_size: int = 1,
-) -> mx.array:
-    """What the clusters that are not probed hold, by their scores.
+def mapped_mass(scores: mx.array, logit_map: LogitMap, cluster_size: int) -> mx.array:
+    """The log of the summed exponentials of all tokens of some clusters, (R, 1) float32.
 
     Args:
-        scores: (R, C) float32, the log of the summed exponentials of each cluster's logits.
-        probes: (R, p) uint32.
+        scores: (R, N) float32, the log of the summed exponentials of each cluster's logits.
         logit_map: What the model does to the logits, if those of a cluster are all the same.
         cluster_size: Tokens of a cluster.
-
-    Returns:
-        (R, 2) float32: the best score, and the log of the summed exponentials of all mapped logits.
     """
-    lowest = mx.array(mx.finfo(mx.float32).min)
-    left = mx.put_along_axis(scores, probes, lowest, axis=-1)
-    best = mx.max(left, axis=-1, keepdims=True)
     if not logit_map.identity:
         n_tokens = math.log(cluster_size)
-        mapped = logit_map(left - n_tokens).astype(mx.float32) + n_tokens
-        left = mx.where(left == lowest, lowest, mapped)
-    return mx.concatenate([best, mx.logsumexp(left, axis=-1, keepdims=True)], axis=-1)
+        scores = logit_map(scores - n_tokens).astype(mx.float32) + n_tokens
+    return mx.logsumexp(scores, axis=-1, keepdims=True)
 
 
 def in_blocks(matrix: Matrix) -> mx.array:
@@ -173,6 +160,8 @@ class PortableSteps:
 
     name = "mlx"
     float16_rows: Matrix | None = None  # all rows, for :meth:`verifying_product` on some GPUs
+    # Pending tokens that are joined before the launch of their verification; 0: then all at once.
+    joined_early = 0
     gathers_rows = False  # whether :meth:`dense` of one state multiplies the rows in token order
 
     def __init__(self, clustered: ClusteredRows):
@@ -280,18 +269,16 @@ class PortableSteps:
         if adjustment is not None:
             scores = probed_for(scores, adjustment, self.clustered)
         n_left = scores.shape[-1] - n_probes
-        if n_left > 0:  # in the place before the probes is the best of the others
-            order = mx.argpartition(scores, kth=n_left - 1, axis=-1)
-            probes = order[:, n_left:]
-        else:
+        if n_left <= 0:
+            nothing = mx.full((len(scores), 1), mx.finfo(mx.float32).min)
             probes = mx.broadcast_to(mx.arange(n_probes, dtype=mx.uint32), scores.shape)
-        if mass:
-            left = unscored(scores, probes, logit_map, self.clustered.cluster_size)
-        elif n_left > 0:
-            left = mx.take_along_axis(scores, order[:, n_left - 1 : n_left], axis=-1)
-        else:
-            left = mx.full((len(scores), 1), mx.finfo(mx.float32).min)
-        return Selection(probes, unscored=left)
+            return Selection(probes, unscored=Unscored(nothing, nothing))
+        # in the place before the probes is the best of the others
+        order = mx.argpartition(scores, kth=n_left - 1, axis=-1)
+        first = 0 if mass else n_left - 1
+        left = mx.take_along_axis(scores, order[:, first:n_left], axis=-1)
+        mass_left = mapped_mass(left, logit_map, self.clustered.cluster_size) if mass else None
+        return Selection(order[:, n_left:], unscored=Unscored(left[:, -1:], mass_left))
 
     def score(
         self, hidden: mx.array, selection: Selection, logit_map: LogitMap = IDENTITY
@@ -398,12 +385,12 @@ class PortableSteps:
         """
         ids = self.token_ids(selection.probes).flatten(1)
         logits = candidates.logits.flatten(1)
-        left = cast(mx.array, selection.unscored)
+        left = cast(Unscored, selection.unscored)
         best = mx.max(logits, axis=-1, keepdims=True)
         if draws is None:
             tokens = lowest_of_equals(logits, best, ids)
         else:
-            others = None if masked else left[:, 1:2]
+            others = None if masked else left.mass
             tokens = _drawn(logits.astype(mx.float32), ids, draws, others, self._lacking)
             if masked:  # where all is ruled out, a number may fall in the share of a padded slot
                 tokens = mx.minimum(tokens, self.clustered.vocab_size - 1)

@@ -16,7 +16,7 @@ from .logit_map import LogitMap
 from .lowest_kept import NAME, lowest_kept
 from .metal_steps import MetalSteps
 from .proposal import Candidates, Proposal, Selection, Tolerance
-from .steps import PortableSteps, unscored
+from .steps import PortableSteps, mapped_mass
 
 # Allowed difference, relative to the size of the products: only the order of additions and the
 # rounding of results differ. A lane that is left out changes a product by a sixth of its size.
@@ -148,8 +148,7 @@ class _Trial:
         """Each probe once: the kernels repeat the last one where they hold more than there are."""
         probes = selection.probes[:, : self._n_probes]
         logits = candidates.logits[:, : self._n_probes]
-        left = cast(mx.array, selection.unscored)[:, :2]
-        return Selection(probes, unscored=left), Candidates(logits)
+        return Selection(probes, unscored=selection.unscored), Candidates(logits)
 
     def _route(self, scores: mx.array) -> Iterator[Pair]:
         expected = self._plain.route(self._in_float32)
@@ -178,8 +177,18 @@ class _Trial:
         yield found, expected, 0.0
         in_order = mx.sort(probes, axis=-1)
         yield (in_order[:, 1:] == in_order[:, :-1]).sum(), mx.zeros(()), 0.0
-        left = unscored(scores, probes, self._map, self._kernels.clustered.cluster_size)
-        yield cast(mx.array, selection.unscored)[:, :2], left, LEAST
+        yield cast(mx.array, selection.held_unscored)[:, :2], self._left(scores, probes), LEAST
+
+    def _left(self, scores: mx.array, probes: mx.array) -> mx.array:
+        """The best score of the clusters that are not probed, and their mass: (R, 2)."""
+        n_left = scores.shape[-1] - probes.shape[-1]
+        if not n_left:
+            return mx.full((len(scores), 2), mx.finfo(mx.float32).min)
+        probed = mx.put_along_axis(mx.zeros_like(scores), probes, mx.array(1.0), axis=-1)
+        others = mx.argsort(probed, axis=-1)[:, :n_left]
+        left = mx.take_along_axis(scores, others, axis=-1)
+        mass = mapped_mass(left, self._map, self._kernels.clustered.cluster_size)
+        return mx.concatenate([mx.max(left, axis=-1, keepdims=True), mass], axis=-1)
 
     def _score(self, selection: Selection, candidates: Candidates) -> Iterator[Pair]:
         once, found = self._once(selection, candidates)

@@ -18,7 +18,7 @@ from mlx_flashhead.decoding.sequence import Sequence
 from mlx_flashhead.head import adjustment
 from mlx_flashhead.head.draw import Draws, DrawSettings
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
-from mlx_flashhead.head.proposal import Candidates, Selection
+from mlx_flashhead.head.proposal import Candidates, Selection, Unscored
 from mlx_flashhead.head.steps import NOTHING_ALLOWED, USUAL, PortableSteps
 from mlx_flashhead.models.compat.mlx_lm import PROCESSORS_SEE_PROMPT
 from mlx_flashhead.models.install import logit_change_of
@@ -173,7 +173,8 @@ def test_a_mask_that_leaves_few_tokens(misses, n_allowed):
 def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
     steps = PortableSteps(plain_clusters(np.random.default_rng(0), 3, 4))  # two slots are padded
     logits = mx.full((1, 3, 4), mx.finfo(mx.float32).min)
-    selection = Selection(mx.array([[0, 1, 2]], mx.uint32), unscored=mx.zeros((1, 2)))
+    left = Unscored(mx.zeros((1, 1)), mx.zeros((1, 1)))
+    selection = Selection(mx.array([[0, 1, 2]], mx.uint32), unscored=left)
     settings = DrawSettings(temperature=1.0, inverse_cdf=True)
     for number in np.linspace(0, 0.99, 40, dtype=np.float32):
         draws = Draws.of([(settings, (int(number.view(np.uint32)), 0))])

@@ -15,6 +15,8 @@ from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rounding import SlotProduct
 from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.head.steps import PortableSteps
 from tiny_models import tiny_model
 
 SAMPLERS = {
@@ -224,7 +226,7 @@ def test_one_evaluation_a_token(flash, monkeypatch):
 
 
 def test_pending_tokens_are_joined_along_the_way(monkeypatch):
-    """So that a verification of 32 states joins no more than a kernel does at once."""
+    """On kernels, so that a verification of 32 states joins no more than one does at once."""
     joined, n_sources = FlashHead.joined, []
 
     def record(head, proposals, rows, tokens):
@@ -232,6 +234,7 @@ def test_pending_tokens_are_joined_along_the_way(monkeypatch):
         return joined(head, proposals, rows, tokens)
 
     monkeypatch.setattr(FlashHead, "joined", record)
+    monkeypatch.setattr(PortableSteps, "joined_early", MetalSteps.joined_early)
     flash = make_flash(n_probes=13)  # all clusters, so none is rejected
     policy = policy_of(flash.head)
     policy.first_pending = policy.max_pending = 32

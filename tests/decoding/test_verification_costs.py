@@ -16,10 +16,10 @@ from mlx_flashhead.decoding.caches import Snapshot
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rehearsal import kinds
 from mlx_flashhead.decoding.rounding import RoundedSums, Rounding
-from mlx_flashhead.decoding.schedule import JOINED
 from mlx_flashhead.decoding.sequence import PendingToken, Sequence
 from mlx_flashhead.decoding.verification import Verification, join
 from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.proposal import Proposal
 from pages import CHECKOUT
 from tiny_models import tiny_model
@@ -74,7 +74,7 @@ def dispatches(flash, kind, k: int) -> Counter:
             pending = PendingToken(proposal, token=1, allowed=allowed)
             text.pending.append(pending)
             unjoined.append(pending)
-            if len(unjoined) == JOINED and i + 1 < k:
+            if len(unjoined) == MetalSteps.joined_early and i + 1 < k:
                 join(head, unjoined)
                 unjoined = []
         return [Verification(proposer, [text], [None])._certain]
@@ -116,8 +116,8 @@ def test_rounded_sums_of_older_versions_add_thirteen(flashes, monkeypatch, k):
 def test_as_many_as_the_estimates_count(flashes, monkeypatch, name, k, arch, scored):
     """The product, its bounds, screen and certain, and a join for each 7 tokens."""
     found, n_bounds = dispatches_with(flashes[arch], name, k, monkeypatch, scored=scored)
-    n_joins = -(-k // JOINED)
-    assert step_times.JOINED == JOINED
+    n_joins = -(-k // MetalSteps.joined_early)
+    assert MetalSteps.joined_early == step_times.JOINED
     if "penalties" in name and scored:  # what the penalties make of bounds that are not zero
         assert 0 < n_bounds <= 12
     else:

@@ -15,7 +15,7 @@ from mlx_flashhead.head.draw import Draws, DrawSettings, draw, log_mass, noise_o
 from mlx_flashhead.head.kernel_inputs import MIN_PROBES
 from mlx_flashhead.head.kernel_text import ROW_THREADS
 from mlx_flashhead.head.metal_steps import MetalSteps
-from mlx_flashhead.head.steps import Candidates, Selection
+from mlx_flashhead.head.proposal import Candidates, Selection, Unscored
 
 # The definition, in numpy; see metal/flash_head/sample.h.
 uniforms = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))
@@ -144,8 +144,8 @@ def scored(rng, steps, n_rows, n_probes, dtype, ties=False):
     logits = mx.array(np.round(logits) if ties else logits).astype(dtype)
     padded = clustered.token_ids[probes] == clustered.vocab_size
     logits = mx.where(padded, mx.finfo(dtype).min, logits)[:, held]
-    tail = mx.array(rng.normal(size=(n_rows, 2)).astype(np.float32))
-    return Selection(probes[:, held], unscored=tail), candidates_of(logits)
+    tail = [mx.array(rng.normal(size=(n_rows, 1)).astype(np.float32)) for _ in range(2)]
+    return Selection(probes[:, held], unscored=Unscored(*tail)), candidates_of(logits)
 
 
 def candidates_of(logits):
@@ -162,7 +162,7 @@ def expected(steps, selection, candidates, held):
     logits = to_numpy(candidates.logits).astype(np.float32)
     real = ids < steps.clustered.vocab_size
     real[:, 1:] &= ids[:, 1:] != ids[:, :-1]  # not of repeated probes
-    rows = ids, logits, real, selection.unscored[:, 1]
+    rows = ids, logits, real, selection.unscored.mass[:, 0]
     rows = zip(*map(np.array, (*rows, *(array[: len(ids)] for array in held))), strict=True)
     return [drawn_token(ids[real], logits[real], *rest) for ids, logits, real, *rest in rows]
 
@@ -197,7 +197,7 @@ def test_values_without_order():
         logits = candidates.logits
         logits[0, 3, 2] = logits[0, 5, 1] = float("nan")
         logits[1] *= 1e30
-        tail = mx.array([[0.0, 0.0], [0.0, 0.0], [1e30, 700.0]])
+        tail = Unscored(mx.array([[0.0], [0.0], [1e30]]), mx.array([[0.0], [0.0], [700.0]]))
         case = selection._replace(unscored=tail), candidates_of(logits)
         drawing = with_keys(rng, [DrawSettings(1.0, 0.9, top_k=4)] * 3)
         found = steps.choose(*case, drawing)[0].tolist()

@@ -111,11 +111,10 @@ def test_a_proposal_on_the_kernels_is_the_portable_one(logit_map, dtype):
                 candidates = candidates._replace(logits=mx.where(padded, lowest, logits))
             chosen = [steps.choose(selection, candidates, of, logit_map=logit_map)
                       for of in (None, draws)]  # fmt: skip
-            results.append(
-                (selection.unscored[:, :2], candidates.logits[:, :9], *chosen[0], *chosen[1])
-            )
+            logits = candidates.logits[:, :9]
+            results.append((*selection.unscored, logits, *chosen[0], *chosen[1]))
     found, expected = results
-    assert found[1].dtype == logit_map.result_dtype(clustered.rows.logits_dtype(dtype))
+    assert found[2].dtype == logit_map.result_dtype(clustered.rows.logits_dtype(dtype))
     rounding = max(1e-4, 4 * mx.finfo(dtype).eps)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(to_numpy(one), to_numpy(other), rtol=rounding, atol=rounding)
