@@ -17,13 +17,12 @@ from typing import Any, Protocol, cast
 
 import mlx.core as mx
 
-from ..head.draw import draw_all
 from .caches import Snapshot, rollback
+from .dense_choice import choose_densely, share_a_sampler
 from .proposer import Proposer, step_arrays
 from .random_state import DrawChain, current_key, set_key
-from .sampler import normalized
 from .schedule import VerifySchedule
-from .sequence import Lane, PendingToken, Sequence
+from .sequence import Lane, Sequence
 
 SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
 OTHERS_BEGIN = "dense: until the texts that begin beside it draw, too"
@@ -95,7 +94,7 @@ class Decoder:
         for sequence in sequences:
             sequence.joined = self._n_started
             self._n_started += 1
-        tokens = self._choose_densely(sequences, logits, _share_sampler(sequences))
+        tokens = choose_densely(self._proposer, sequences, logits, share_a_sampler(sequences))
         mx.async_eval(step_arrays(tokens, [sequence.pending[-1] for sequence in sequences]))
         self._join(sequences, layers, tokens)
         self._texts_changed = True
@@ -184,7 +183,7 @@ class Decoder:
         """The lanes of all texts that draw, which begin with draw number ``step``."""
         drawing = self.drawing
         n = len(drawing)
-        if n > 1 and _share_sampler(self.sequences):
+        if n > 1 and share_a_sampler(self.sequences):
             return [Lane(step, batch=(row, n)) for row in range(n)]
         return [Lane(step, n, rank) for rank in range(n)]
 
@@ -269,10 +268,10 @@ class Decoder:
         if len(proposed) == n:
             tokens = proposer.propose(sequences, _last(states[-1]), latest)
         elif not proposed:
-            shared = _share_sampler([*self.sequences, *sequences])
-            tokens = self._choose_densely(sequences, logits[:, -1, :], shared, states)
+            shared = share_a_sampler([*self.sequences, *sequences])
+            tokens = choose_densely(proposer, sequences, logits[:, -1, :], shared, states)
         else:
-            shared = _share_sampler([*self.sequences, *sequences])
+            shared = share_a_sampler([*self.sequences, *sequences])
             logits = logits[:, -1, :]
             dense = [i for i in range(n) if i not in proposed]
             rows = mx.array(proposed)
@@ -280,80 +279,11 @@ class Decoder:
             first = proposer.propose(some, _last(states[-1])[rows], latest[rows])
             rest = [sequences[i] for i in dense]
             of_rest = logits[mx.array(dense)]
-            second = self._choose_densely(rest, of_rest, shared, states, dense)
+            second = choose_densely(proposer, rest, of_rest, shared, states, dense)
             tokens = mx.concatenate([first, second])[mx.argsort(mx.array(proposed + dense))]
         chosen = [sequence.pending[-1] for sequence in sequences]
         mx.async_eval(step_arrays(tokens, chosen), self._schedule.joined)
         return tokens
-
-    def _choose_densely(
-        self,
-        sequences: list[Sequence],
-        logits: mx.array,
-        share_sampler: bool,
-        states: list[mx.array] | None = None,
-        rows: list[int] | None = None,
-    ) -> mx.array:
-        """The tokens (R,) of sequences by their dense logits (R, V), as mlx-lm's loops choose them.
-
-        Where the text of a verified sequence must be the same in a batch as alone, a row of 16 bits
-        is multiplied by itself, from its state in ``states`` (row ``rows`` of the model's).
-        """
-        n = len(sequences)
-        if n == 1:
-            return sequences[0].extend(self._alone(sequences[0], logits, states, rows, 0))
-        order = sorted(range(n), key=lambda i: sequences[i].joined)
-        if order != list(range(n)):  # a text that was rolled back comes last, and draws in its turn
-            tokens = self._choose_densely(
-                [sequences[i] for i in order],
-                logits[mx.array(order)],
-                share_sampler,
-                states,
-                [i if rows is None else rows[i] for i in order],
-            )
-            return tokens[mx.argsort(mx.array(order))]
-        each = [
-            self._alone(sequence, logits[i : i + 1], states, rows, i)
-            for i, sequence in enumerate(sequences)
-        ]
-        first = sequences[0]
-        if share_sampler and first.draws_from_mlx and not first.verified:
-            processed = [
-                sequence.process(row, sequence.context(sequence.n_chosen))
-                for sequence, row in zip(sequences, each, strict=True)
-            ]
-            logprobs = normalized(mx.concatenate(processed))
-            tokens = cast(Any, first.sampler)(logprobs)  # called once, as mlx-lm does
-        elif any(sequence.needs_logits or sequence.greedy for sequence in sequences) or any(
-            sequence.settings is None for sequence in sequences
-        ):
-            chosen = [s.extend(row) for s, row in zip(sequences, each, strict=True)]
-            return mx.concatenate(chosen)
-        else:
-            together = mx.concatenate(each)  # one draw, in a fraction of the operations
-            logprobs = normalized(together)
-            tokens = draw_all(together, [s.draw_at(s.n_chosen) for s in sequences])
-        for sequence, row in zip(sequences, logprobs, strict=True):
-            sequence.pending.append(PendingToken(logprobs=row if sequence.logprobs else None))
-        return tokens
-
-    def _alone(
-        self,
-        sequence: Sequence,
-        logits: mx.array,
-        states: list[mx.array] | None,
-        rows: list[int] | None,
-        i: int,
-    ) -> mx.array:
-        """Returns the dense logits (1, V) of a row as its text alone has them.
-
-        In 16 bits a product of several states rounds otherwise.
-        """
-        batched = states is not None and len(states) > 0 and len(states[-1]) > 1
-        if not batched or logits.dtype == mx.float32 or not self._proposer.can_verify(sequence):
-            return logits
-        row = i if rows is None else rows[i]
-        return self._proposer.dense_row(cast(list[mx.array], states)[-1][row, -1:])
 
     def _adopt_all(self, *, pays: bool) -> bool:
         """Has the tokens of all sequences proposed from now on, or decodes them densely.
@@ -477,11 +407,6 @@ class Decoder:
     def _snapshots(self, sequences: list[Sequence]) -> list[Snapshot]:
         rows = [(self.sequences.index(sequence), sequence.n_cached) for sequence in sequences]
         return self.caches.snapshots(rows)
-
-
-def _share_sampler(sequences: list[Sequence]) -> bool:
-    """Whether mlx-lm's batch would call one sampler for all of them."""
-    return all(s.shares_sampler and s.sampler is sequences[0].sampler for s in sequences)
 
 
 def _last(states: mx.array) -> mx.array:

@@ -1,0 +1,75 @@
+"""The normal (dense) head's choices for several texts, as mlx-lm's loops make them."""
+
+from typing import cast
+
+import mlx.core as mx
+
+from ..head.draw import draw_all
+from .proposer import Proposer
+from .sampler import SamplerFunction, normalized
+from .sequence import PendingToken, Sequence
+
+
+def share_a_sampler(sequences: list[Sequence]) -> bool:
+    """Whether mlx-lm's batch would call one sampler for all of them."""
+    return all(s.shares_sampler and s.sampler is sequences[0].sampler for s in sequences)
+
+
+def choose_densely(
+    proposer: Proposer,
+    sequences: list[Sequence],
+    logits: mx.array,
+    share_sampler: bool,
+    states: list[mx.array] | None = None,
+    rows: list[int] | None = None,
+) -> mx.array:
+    """Chooses the next tokens of sequences by their dense logits. They are pending then.
+
+    Args:
+        proposer: Says which texts can be verified.
+        sequences: R of them.
+        logits: The model's logits (R, V).
+        share_sampler: Whether mlx-lm would call one sampler for all of them.
+        states: The last one of these holds the states (B, L, D) of all texts that were fed.
+        rows: The rows of the sequences in it; None: 0 … R-1.
+
+    Returns:
+        The tokens (R,), lazy.
+    """
+    n = len(sequences)
+    each = [logits[i : i + 1] if n > 1 else logits for i in range(n)]
+    if states and len(states[-1]) > 1 and logits.dtype != mx.float32:
+        # In 16 bits a product of several states rounds otherwise. The text of a sequence that can
+        # be verified must be the one that it has alone, so its row is multiplied by itself.
+        for i, sequence in enumerate(sequences):
+            if proposer.can_verify(sequence):
+                row = i if rows is None else rows[i]
+                each[i] = proposer.dense_row(states[-1][row, -1:])
+    # a text that was rolled back comes last in the batch, and draws in its turn
+    order = sorted(range(n), key=lambda i: sequences[i].joined)
+    tokens = _choose([sequences[i] for i in order], [each[i] for i in order], share_sampler)
+    return tokens if order == list(range(n)) else tokens[mx.argsort(mx.array(order))]
+
+
+def _choose(sequences: list[Sequence], each: list[mx.array], share_sampler: bool) -> mx.array:
+    """Chooses by the logits (1, V) of each sequence, in the order in which they draw."""
+    first = sequences[0]
+    if len(sequences) == 1:
+        return first.extend(each[0])
+    if share_sampler and first.draws_from_mlx and not first.verified:
+        processed = [
+            sequence.process(row, sequence.context(sequence.n_chosen))
+            for sequence, row in zip(sequences, each, strict=True)
+        ]
+        logprobs = normalized(mx.concatenate(processed))
+        tokens = cast(SamplerFunction, first.sampler)(logprobs)  # called once, as mlx-lm does
+    elif all(s.draws and not s.needs_logits for s in sequences):
+        together = mx.concatenate(each)  # one draw, in a fraction of the operations
+        logprobs = normalized(together)
+        tokens = draw_all(together, [s.draw_at(s.n_chosen) for s in sequences])
+    else:
+        chosen = [s.extend(row) for s, row in zip(sequences, each, strict=True)]
+        return mx.concatenate(chosen)
+    for sequence, row in zip(sequences, logprobs, strict=True):
+        sequence.pending.append(PendingToken(logprobs=row if sequence.logprobs else None))
+    return tokens
