@@ -3,6 +3,7 @@
 Source: arXiv 2603.14591. docs/how-it-works.md has the steps and what differs.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -34,6 +35,17 @@ from .steps import NO_DEPTH, Risk
 NEVER_DRAWN = -1e4
 
 MOST_TRACED = 64  # kinds of proposals whose steps are kept
+
+
+class _Functions(threading.local):
+    """The functions of proposals that MLX has traced, for each thread its own.
+
+    MLX keeps the traces of threads apart. Those of a function that several had called would stay
+    when it is gone, for the next one in its place.
+    """
+
+    def __init__(self) -> None:
+        self.by_kind: dict[Any, Callable[..., tuple[mx.array, ...]]] = {}
 
 
 class FlashHead:
@@ -88,7 +100,7 @@ class FlashHead:
         self._draw_temperature: float | None = None
         # whether the steps of a proposal may be traced once, not made anew for each token
         self._traces = True
-        self._functions: dict[Any, Callable[..., tuple[mx.array, ...]]] = {}  # of proposals
+        self._functions = _Functions()
         self.n_traced = 0  # functions made so far, each of which takes MLX a while
         # makes the logits of calls that nobody intercepts
         self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None
@@ -102,7 +114,7 @@ class FlashHead:
     def __setstate__(self, state: dict[str, Any]) -> None:
         gathers_rows = state.pop("_gathers_rows")
         vars(self).update(state)
-        self._functions = {}
+        self._functions = _Functions()
         self.steps, reason = make_steps(self.clustered, self._requested_backend)
         mx.eval(self.steps.arrays())  # another thread could not
         self.steps.gathers_rows = gathers_rows
@@ -113,7 +125,7 @@ class FlashHead:
         """A head with its own settings that shares the arrays and the steps."""
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
-        copied._functions = {}
+        copied._functions = _Functions()
         return copied
 
     @property
@@ -416,10 +428,11 @@ class FlashHead:
             fixed = None if fixed is None else (0, False)
         gathers = self.steps.gathers_rows
         key = (self.steps, self.risk, gathers, n_probes, depth, rows, logit_map, fixed, masked)
-        if key in self._functions:
-            return self._functions[key]
-        while len(self._functions) >= MOST_TRACED:
-            del self._functions[next(iter(self._functions))]
+        functions = self._functions.by_kind
+        if key in functions:
+            return functions[key]
+        while len(functions) >= MOST_TRACED:
+            del functions[next(iter(functions))]
         head = ref(self)
 
         def propose(
@@ -440,9 +453,9 @@ class FlashHead:
             )
             return proposal[1:5]
 
-        self._functions[key] = mx.compile(propose)
+        functions[key] = mx.compile(propose)
         self.n_traced += 1
-        return self._functions[key]
+        return functions[key]
 
     def _proposal(
         self,
