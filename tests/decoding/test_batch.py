@@ -7,7 +7,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from flash_loops import OTHERS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.decoding import decoder
+from mlx_flashhead.decoding import dense_choice
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.caches import BatchCaches
 
@@ -51,9 +51,11 @@ def test_rows_that_all_are_proposed_by_the_head(flash, misses, monkeypatch):
 
 def test_samplers_of_all_rows_draw_at_once(flash, monkeypatch):
     """A CPU starts the next step beside the last operations of one: four draws hide nothing."""
-    n_rows, draw_all = [], decoder.draw_all
+    n_rows, draw_all = [], dense_choice.draw_all
     monkeypatch.setattr(
-        decoder, "draw_all", lambda logits, rows: n_rows.append(len(rows)) or draw_all(logits, rows)
+        dense_choice,
+        "draw_all",
+        lambda logits, rows: n_rows.append(len(rows)) or draw_all(logits, rows),
     )
     settings = [SETTINGS[i] for i in (1, 2, 2, 1)]
     tokens, _ = flash.batch(PROMPTS, dense=True, **sampled(settings))

@@ -66,10 +66,10 @@ SETTINGS = [DrawSettings(*each) for each in (
 def path_of(kernel: bool, monkeypatch):
     """Within the block thresholds are found by the kernel, as on a GPU, or by operations."""
     monkeypatch.setattr(draw_module, "SORTED", 4)
-    lowest_kept.use_kernel(ROW_THREADS if kernel else 0)
     with kernels() if kernel else contextlib.nullcontext():
+        lowest_kept.use_kernel(ROW_THREADS if kernel else 0)
         yield
-    lowest_kept.use_kernel(0)
+        lowest_kept.use_kernel(0)
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["operations", "kernel"])
