@@ -53,7 +53,7 @@ PENALTIES = {
 }  # fmt: skip
 
 
-N_TOKENS = 24
+N_TOKENS = 20
 
 judged: list = []  # sequences with a rejected proposal
 

@@ -98,7 +98,7 @@ def test_samplers_of_mlx_lm_are_verified(model, name, penalty, misses):
     sampler = sample_utils.make_sampler(**MLX_LM[name])
     processors = sample_utils.make_logits_processors(repetition_penalty=penalty)
     assert trust(sampler, processors) is Trust.EXACT
-    options = {"sampler": sampler, "logits_processors": processors, "max_tokens": 18}
+    options = {"sampler": sampler, "logits_processors": processors, "max_tokens": 13}
 
     def run(dense):
         mx.random.seed(5)

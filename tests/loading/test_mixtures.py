@@ -18,6 +18,7 @@ from model_folders import VOCAB_SIZE, write_tokenizer
 
 pytestmark = pytest.mark.newest  # the architectures of mlx-lm change from one release to the next
 
+N_TOKENS = 9
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2}
 FAMILIES = {  # a model: its architecture in mlx-lm, whether its rows are tied, and more
     "Qwen3.6-35B-A3B": ("qwen3_5_moe", False, EXPERTS | {"num_hidden_layers": 4}),
@@ -84,7 +85,7 @@ def proposed(model, tokenizer, prompt):
     """The greedy text with FlashHead, whatever it gains here."""
     policy_of(get_flash_head(model)).dense = False
     assert decoding_mode(model) == "verified"
-    return mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=16)
+    return mlx_flashhead.generate(model, tokenizer, prompt, max_tokens=N_TOKENS)
 
 
 @pytest.mark.usefixtures("quick")
@@ -92,7 +93,7 @@ def test_the_text_is_mlx_lms_with_the_head_as_it_is_and_finer(folders):
     original, coarse = folders
     model, tokenizer = mlx_flashhead.load(str(coarse), progress=False)
     plain, _ = mlx_lm.load(str(coarse))
-    expected = mlx_lm.generate(plain, tokenizer, "Where is Osaka?", max_tokens=16)
+    expected = mlx_lm.generate(plain, tokenizer, "Where is Osaka?", max_tokens=N_TOKENS)
     assert proposed(model, tokenizer, "Where is Osaka?") == expected
 
     model, _ = mlx_flashhead.load(str(coarse), fine_head=original, progress=False)
@@ -100,6 +101,6 @@ def test_the_text_is_mlx_lms_with_the_head_as_it_is_and_finer(folders):
     rows = Matrix(own.weight).quantize(bits=8, group_size=64)
     module.weight, module.scales, module.biases = rows.weight, rows.scales, rows.biases
     module.bits = 8
-    expected = mlx_lm.generate(plain, tokenizer, "Where is Osaka?", max_tokens=16)
+    expected = mlx_lm.generate(plain, tokenizer, "Where is Osaka?", max_tokens=N_TOKENS)
     assert proposed(model, tokenizer, "Where is Osaka?") == expected
     assert get_flash_head(model).clustered.rows.bits == 8

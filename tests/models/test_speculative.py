@@ -12,7 +12,7 @@ from mlx_flashhead.decoding.proposer import Proposer
 from model_pair import make_pair
 
 PROMPT = "The river was wide"
-TOKENS = 24
+TOKENS = 20
 QUANTIZED = {"kv_bits": 8, "quantized_kv_start": 0, "prefill_step_size": 1}
 OPTIONS = {
     "greedy": lambda pair: {"num_draft_tokens": 3},
