@@ -1,7 +1,7 @@
 """How far two ways of computing a logit may lie apart, and the product of several states."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -34,16 +34,30 @@ class SlotProduct:
 
     They are lazy. On a CPU where numpy is faster than MLX's BLAS, a thread computes them beside the
     steps of the model.
+
+    Args:
+        head: Whose rows are multiplied.
+        hidden: (k, D), the states.
+        sources: For each state an array (R, D) that has been computed already, and a row of it. A
+            thread takes them from there, since ``hidden`` may wait for the step that is running.
     """
 
-    def __init__(self, head: FlashHead, hidden: mx.array):
+    def __init__(
+        self,
+        head: FlashHead,
+        hidden: mx.array,
+        sources: Sequence[tuple[mx.array, int]] | None = None,
+    ):
         self._head = head
         self._k = len(hidden)
         rows = head.clustered.rows
         self._future: Future[np.ndarray] | None = None
         by_numpy = rows.weight.dtype == mx.float32 and numpy_is_faster()
         if by_numpy and self._k * rows.weight.size >= WORTH_A_THREAD:
-            states = np.asarray(hidden.astype(mx.float32))
+            if sources is None:
+                states = np.asarray(hidden.astype(mx.float32))
+            else:
+                states = np.stack([np.asarray(each.astype(mx.float32))[i] for each, i in sources])
             self._future = _worker().submit(slot_products, np.asarray(rows.weight), states)
         missing = product_size(self._k) - self._k
         self._hidden = mx.pad(hidden, [(0, missing), (0, 0)]) if missing else hidden

@@ -47,10 +47,12 @@ class Verification:
         self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # of rows in doubt
         if rows:
             proposer.n_verifications += 1
-            self._proposal = join(self._head, [pending for _, pending, _ in self._rows])
+            tokens = [pending for _, pending, _ in self._rows]
+            sources = [(cast(Proposal, each.proposal).hidden, each.row) for each in tokens]
+            self._proposal = join(self._head, tokens)
             hidden = self._proposal.hidden
             self._rounding = rounding_of(self._head, hidden.dtype, len(hidden))
-            self._product = SlotProduct(self._head, hidden)
+            self._product = SlotProduct(self._head, hidden, sources)
             if self._product.ready:
                 self._screen()
 

@@ -28,6 +28,13 @@ class Interval(NamedTuple):
         return self.logits + self.off
 
     @property
+    def highest(self) -> mx.array:
+        """The highest that the logits (k, …, n) may be along the last axis: (k, …)."""
+        if self.even:
+            return mx.max(self.logits, axis=-1) + self.off[..., 0]
+        return mx.max(self.high, axis=-1)
+
+    @property
     def even(self) -> bool:
         """Whether all logits of a state may be equally far off."""
         return self.off.size == len(self.logits)

@@ -81,7 +81,7 @@ def is_certain(
     least, most = map(mx.logaddexp, all_scored.masses(), others.masses())
     known = all_scored
     ids = scored.ids
-    best_other = mx.max(others.high, axis=(1, 2))[:, None]
+    best_other = mx.max(others.highest, axis=-1, keepdims=True)
     if any(filtered):  # they may keep some of the others
         near = nearest(clustered, others, NEAREST)
         more = near.logits

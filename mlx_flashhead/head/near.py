@@ -29,7 +29,7 @@ def nearest(clustered: ClusteredRows, unscored: Interval, n_clusters: int) -> Ne
         logits = unscored.map(lambda array: array.flatten(1))
         ids = mx.broadcast_to(clustered.token_ids.reshape(1, -1), logits.logits.shape)
         return Near(logits, ids, mx.full((n_states, 1), LOWEST))
-    bests = mx.max(unscored.high, axis=-1)
+    bests = unscored.highest
     order = mx.argpartition(-bests, kth=n_clusters, axis=-1)
     best_other = mx.take_along_axis(bests, order[:, n_clusters : n_clusters + 1], axis=-1)
     taken = order[:, :n_clusters]

@@ -172,7 +172,7 @@ def _mlx_noise_is_certain(
         *(as_mlx_lm_draws(values, mass, epsilon) for values in scored[2:]),
     )
     others = as_mlx_lm_draws(unscored, mass[..., None], epsilon)
-    best_high = mx.max(others.high, axis=(1, 2))[:, None]
+    best_high = mx.max(others.highest, axis=-1, keepdims=True)
     return _noise_is_certain(clustered, rounded, others, best_high, *others.masses(), draws)
 
 
@@ -233,7 +233,8 @@ def _is_kept(
     floor = scored.own.low
     high = scored.rest.high
     over = high > floor
-    n_rivals = (unscored.high > floor[..., None]).sum(axis=(1, 2))[:, None]
+    rivals = unscored.logits > floor[..., None] - unscored.off
+    n_rivals = rivals.sum(axis=(1, 2))[:, None]
     # by min-p; without one it holds unless a logit is NaN
     kept = floor >= mx.maximum(scored.second.high, best_high) + draws.log_min_p
     if draws.any_top_p:
