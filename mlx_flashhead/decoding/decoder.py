@@ -167,7 +167,8 @@ class Decoder:
             for sequence in verified:
                 sequence.why_dense = OTHERS_BEGIN
             return True
-        drawing = [sequence for sequence in self.drawing if sequence.verified]
+        # a sampler that is only called again has no draws that are known
+        drawing = [s for s in self.drawing if s.verified and s.draws_ahead]
         if not (drawing and self._texts_changed):
             return False
         self._texts_changed = False

@@ -9,6 +9,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from flash_loops import flash_of
+from mlx_flashhead import pure
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.decoder import OTHERS_BEGIN
 from mlx_flashhead.models.compat.mlx_lm import TOP_P_SUMS_FROM_LEAST
@@ -25,6 +26,7 @@ SAMPLING = [
 SHARED = "one sampler"
 OWN = "a sampler each"
 ONE_GREEDY = "a sampler each, one greedy"
+ONE_PURE = "one a function that is called again, the others greedy"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ CASES = {
     "one is greedy and ends": Case(ONE_GREEDY, n=3, limits=(5, 24, 24)),
     "one is greedy, stops": Case(ONE_GREEDY, n=4, stops=tuple(range(6, 200, 11))),
     "one is greedy, other stops": Case(ONE_GREEDY, n=5, stops=tuple(range(4, 200, 11))),
+    "one is a function": Case(ONE_PURE, n=3, limits=(24, 9, 24), events={5: "insert"}),
     "a penalty": Case(n=3, penalty=1.2, limits=(24, 11, 24)),
     "one comes later": Case(n=2, events={6: "insert"}),
     "one comes later, each its own": Case(OWN, n=2, events={6: "insert", 13: "insert"}),
@@ -82,6 +85,10 @@ def rotating_models():
     return dense, flash_of(copy.deepcopy(dense)).model
 
 
+def second_best(logprobs):
+    return mx.argsort(logprobs, axis=-1)[:, -2]
+
+
 class Batch:
     """A generator with a case's texts."""
 
@@ -93,6 +100,8 @@ class Batch:
             self.samplers = self.samplers[:1] * len(SAMPLING)
         elif case.samplers == ONE_GREEDY:
             self.samplers[0] = None
+        elif case.samplers == ONE_PURE:
+            self.samplers = [pure(second_best), *[None] * (len(SAMPLING) - 1)]
         self.live = []
         self.n_inserted = 0
 
@@ -150,7 +159,7 @@ def check(models, case, misses):
     )
     expected, expected_states = run(lambda **options: BatchGenerator(dense, **options), case)
     assert found == expected
-    if case.samplers != ONE_GREEDY:  # which is handed out as soon as it can be
+    if case.samplers not in (ONE_GREEDY, ONE_PURE):  # which are handed out as soon as they can be
         assert states == expected_states
     if not TOP_P_SUMS_FROM_LEAST:  # such texts draw ahead only alone
         assert modes.count("verified") > len(modes) / 10
