@@ -189,7 +189,11 @@ class Verification:
             share = mx.where(of_scored > 0, share, 0.0) + logit_map.slack(slots.dtype)
             off = logit_map.slope * of_scored + share * mx.abs(scored)
         exact = (scored + sign * off).astype(proposal.logits.dtype)
-        values = mx.put_along_axis(values, proposal.probes[..., None], exact, axis=1)
+        probes = proposal.probes
+        nothing = mx.array(-mx.inf, values.dtype)
+        values = mx.put_along_axis(values, probes[..., None], nothing, axis=1)
+        # where a probe is repeated, its logits are the lowest value: the first ones count
+        values = values.at[mx.arange(len(probes))[:, None], probes].maximum(exact)
         logits = in_token_order(values.flatten(1), self._head.clustered.slot_of)
         return self._proposer.model_logits(logits) if logit_map is None else logits
 

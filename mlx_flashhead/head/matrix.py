@@ -156,10 +156,12 @@ class Matrix:
     def matmul(self, hidden: mx.array) -> mx.array:
         """Logits of all rows: hidden (..., D) → (..., V)."""
         if self.scales is None:
-            logits = hidden @ self.weight.swapaxes(-1, -2)
-        else:
-            stored = self.weight, self.scales, self.biases
-            logits = mx.quantized_matmul(hidden, *stored, transpose=True, **self.quantization)
+            columns = self.weight.swapaxes(-1, -2)
+            if self.bias is None:
+                return hidden @ columns
+            return mx.addmm(self.bias, hidden, columns)  # as nn.Linear: a CPU rounds it once
+        stored = self.weight, self.scales, self.biases
+        logits = mx.quantized_matmul(hidden, *stored, transpose=True, **self.quantization)
         return logits if self.bias is None else logits + self.bias
 
     def dequantized(self, dtype: mx.Dtype | None = None) -> mx.array:

@@ -6,9 +6,13 @@ from mlx.utils import tree_flatten
 from mlx_lm import sample_utils
 
 from flash_loops import flash_of, make_flash
+from mlx_flashhead import pure
 from mlx_flashhead.decoding import rounding, verification
+from mlx_flashhead.decoding.caches import Snapshot
 from mlx_flashhead.decoding.certainty import are_certain
+from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.sampler import keeps_margins
+from mlx_flashhead.decoding.sequence import PendingToken, Sequence
 from mlx_flashhead.head.draw import DrawSettings, draw_all
 from tiny_models import tiny_model
 
@@ -142,3 +146,28 @@ def test_a_sum_just_below_top_p_leaves_the_last_token_in_doubt():
     drawn = [is_certain for token, is_certain in found if token == 2]
     assert drawn and not any(drawn)
     assert all(is_certain for token, is_certain in found if token != 2)
+
+
+def test_bounds_of_proposals_with_fewer_probes_than_others(flash, monkeypatch):
+    """Joined with others they are filled up, which must not replace their logits."""
+    found, bounds = [], verification.Verification._bounds
+
+    def record(self, *arguments):
+        found.append(bounds(self, *arguments))
+        return found[-1]
+
+    monkeypatch.setattr(verification.Verification, "_bounds", record)
+    head = flash.head
+    states = mx.random.normal((3, head.hidden_size), key=mx.random.key(2))
+    text = Sequence(pure(lambda logprobs: mx.argmax(logprobs, axis=-1)), None, mx.array([0, 1]))
+    text.begin_verified(Snapshot(0, [], [], []))
+    for row, n_probes in enumerate((2, 7, 3)):
+        proposal = head.propose(states[row : row + 1], None, n_probes=n_probes, full=True)
+        pending = PendingToken(proposal._replace(full=None))
+        pending.read(proposal.tokens.item())
+        text.pending.append(pending)
+    made = verification.Verification(Proposer(flash.model), [text], [None])
+    made.accept(text)
+    for values in found:
+        assert mx.allclose(values, head.dense_logits(states), atol=1e-3)
+    assert found

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from architecture_configs import VOCAB_SIZE
 from architecture_models import tiny_architecture
+from flash_loops import flash_of
 from mlx_flashhead.models.install import dense_copy, detach, get_flash_head, install
 from mlx_flashhead.models.locate import find_head
 from tiny_models import FORMS, install_index, parameters, tiny_index, tiny_model
@@ -230,3 +231,16 @@ def test_gradients_of_a_model_in_training(tied, form, key):
     assert mx.allclose(gradients[0], gradients[2], atol=1e-5)
     assert mx.allclose(gradients[1], gradients[3], rtol=1e-3, atol=1e-5)
     assert mx.abs(gradients[1]).max() > 0
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_a_head_with_a_bias_has_the_logits_of_the_models_own(dtype):
+    """To the last bit: a CPU rounds a product and its bias once."""
+    dense = tiny_model("phi", dtype=dtype)
+    projection = dense.lm_head
+    projection.bias = mx.random.normal(projection.bias.shape, key=mx.random.key(1)).astype(dtype)
+    head = flash_of(copy.deepcopy(dense)).head
+    width = projection.weight.shape[1]
+    states = mx.random.normal((8, width), key=mx.random.key(2)).astype(dtype)
+    for state in mx.split(states, 8):
+        assert mx.array_equal(head.dense_logits(state), projection(state))
