@@ -32,4 +32,6 @@ check "Types" mypy --no-error-summary
 check "GitHub's workflows: their schema" check-jsonschema --quiet \
   --builtin-schema vendor.github-workflows .github/workflows/*.yml
 check "GitHub's workflows: their safety" zizmor --offline --quiet --strict-collection .
-check "Tests" pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 25 "$@"
+# A process that crashes ends the run; pytest-xdist may wait for ever after it has started another.
+check "Tests" pytest -q -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+  --durations 25 "$@"

@@ -304,6 +304,7 @@ class Decoder:
         They are proposed if they can be verified and proposals pay. Dense decoding begins once
         nothing that was proposed is pending any more.
         """
+        pays = pays and self._proposer.pays(sequence, len(self.sequences))
         if not sequence.verified:
             if pays and self._proposer.can_verify(sequence):
                 if self.goes_ahead:
@@ -326,6 +327,7 @@ class Decoder:
         able = len(self.sequences) <= proposer.max_batch
         able = able and all(proposer.can_verify(sequence) for sequence in self.sequences)
         able = able and all(proposer.can_draw_ahead(sequence) for sequence in drawing)
+        pays = pays and all(proposer.pays(s, len(self.sequences)) for s in self.sequences)
         if not (able and self.goes_ahead):
             for sequence in filter(proposer.can_verify, self.sequences):
                 sequence.why_dense = OTHERS_BEGIN if able else SEVERAL_DRAW

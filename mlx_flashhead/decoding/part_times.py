@@ -20,7 +20,7 @@ from ..models.install import hidden_dtype, installed_head
 from .proposer import Proposer, step_arrays
 from .rounding import SlotProduct, rounding_of
 from .sampler import Sampler
-from .sequence import Sequence
+from .sequence import PendingToken, Sequence
 from .verification import join
 
 # What most programs send.
@@ -74,19 +74,26 @@ class PartTimes:
             read = cast(int, latest.item())
             if verified and i:
                 text.pending[i - 1].read(read)
-            if verified and i == n:
-                draws = Draws.of([text.draw_at(i) for i in range(n)]) if sampled else None
-                certain = self._certain(join(self._head, text.pending[:n]), draws)
-                mx.async_eval(certain)
+            if verified and i == n:  # computed beside the next step
+                proposal, product = self._launched(text.pending[:n])
             if i > n:
-                mx.eval(certain)
+                draws = Draws.of([text.draw_at(i) for i in range(n)]) if sampled else None
+                mx.eval(self._certain(proposal, product, draws))
             moments.append(time.perf_counter())
             latest = token
         return [after - before for before, after in pairwise(moments[verified:])]
 
-    def _certain(self, proposal: Proposal, draws: Draws | None = None) -> mx.array:
+    def _launched(self, tokens: list[PendingToken]) -> tuple[Proposal, SlotProduct]:
+        """Pending tokens as one proposal, and the product that verifies them."""
+        sources = [(cast(Proposal, each.proposal).hidden, each.row) for each in tokens]
+        proposal = join(self._head, tokens)
+        return proposal, SlotProduct(self._head, proposal.hidden, sources)
+
+    def _certain(
+        self, proposal: Proposal, product: SlotProduct, draws: Draws | None = None
+    ) -> mx.array:
+        slots = product.result()
         rounding = rounding_of(self._head, proposal.hidden.dtype, len(proposal.hidden))
-        slots = SlotProduct(self._head, proposal.hidden).result()
         steps = self._head.steps
         tolerance = rounding.tolerance(proposal.hidden, steps)
         screen = steps.screen(
@@ -103,8 +110,12 @@ class PartTimes:
         """Seconds of a verification of ``k`` states."""
         proposal = self._head.propose(self._hidden(k), None)
         mx.eval(proposal[:-1])
-        self._certain(proposal)  # its rounding is known then
-        return _fastest(lambda: self._certain(proposal))
+
+        def verify() -> mx.array:
+            return self._certain(proposal, SlotProduct(self._head, proposal.hidden))
+
+        verify()  # its rounding is known then
+        return _fastest(verify)
 
     def max_batch(self, verification: float, end: float) -> int | None:
         """Returns the largest number of sequences whose proposals beat their dense product.

@@ -24,13 +24,13 @@ class DecodingPolicy:
     depth: float = NO_DEPTH  # nats below the mass of all scores from which kernels leave probes out
     max_pending: int = MAX_PENDING  # proposals that wait for a verification, at most
     first_pending: int = FIRST_PENDING  # for the first one; each later one takes twice as many
-    max_risk: float = MAX_RISK  # sum of the risks of pending proposals at which they are verified
+    max_risk: float = MAX_RISK  # sum of the risks of a text's proposals at which all are verified
     max_wait: float = MAX_WAIT  # seconds that a token may wait
     max_batch: int | None = None  # sequences at once up to which proposals pay; None: an estimate
     gain: float | None = None  # tokens per second relative to dense decoding, where known
     predicted: bool = False  # whether the gain is calculated from times of the parts
     provisional: bool = False  # whether the machine was busy, so that it is measured again
-    sampled_dense: bool = False  # whether proposals gain nothing in sampled text
+    sampled_dense: bool = False  # whether one sampled text alone stays dense
     adapts: bool = False  # whether a text whose proposals do not pay goes on densely
     dense_seconds: float | None = None  # of a dense token of one text, where known
     # by whether texts are sampled, whether mlx-lm draws, and how many there are at once

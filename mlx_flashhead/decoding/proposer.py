@@ -30,6 +30,7 @@ from .sequence import PendingToken, Sequence
 CPU_BATCH = 32  # sequences at once up to which proposals pay on a CPU
 FIRST = "the first of its text"  # token, which the prompt's own logits have chosen
 PAUSED = "decoded densely for a while, since that was faster"  # of a text that can be verified
+SAMPLED_DENSE = "dense: FlashHead is no faster for sampled text on this machine"
 UNKNOWN_FUNCTION = "dense: its sampler, or one of its processors, cannot be verified"
 
 
@@ -107,7 +108,7 @@ class Proposer:
             return FIRST if n_handed_out == 1 else "verified"
         if not sequence.why_dense:
             if self.can_verify(sequence):
-                return PAUSED
+                return PAUSED if self.pays(sequence) else SAMPLED_DENSE
             sequence.why_dense = self._why_dense(sequence)
         return sequence.why_dense
 
@@ -116,9 +117,8 @@ class Proposer:
         mode = decoding_mode(self.model, verify=verify, dense=dense)
         if mode != "verified":
             return mode
-        if self.policy.sampled_dense and not sequence.greedy and sequence.trust is Trust.EXACT:
-            return "dense: FlashHead is no faster for sampled text on this machine"
-        return UNKNOWN_FUNCTION
+        known = sequence.trust is Trust.EXACT
+        return SAMPLED_DENSE if known and not self.pays(sequence) else UNKNOWN_FUNCTION
 
     def pace_of(self, sequences: Rows[Sequence]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
@@ -132,6 +132,18 @@ class Proposer:
             policy.paces[key] = Pace(policy.dense_seconds if len(sequences) == 1 else None)
         return policy.paces[key]
 
+    def pays(self, sequence: Sequence, n_texts: int = 1) -> bool:
+        """Whether proposals may pay for a sequence that is one of ``n_texts``.
+
+        One sampled text was measured when the head was tuned. Several were not: their pace decides,
+        but in 16 bits, where each row of a batch whose dense tokens may be verified later costs a
+        product of its own.
+        """
+        policy = self.policy
+        if sequence.greedy or self._n_probes is not None or not policy.sampled_dense:
+            return True
+        return n_texts > 1 and policy.adapts and not policy.lockstep and self._in_float32
+
     def can_verify(self, sequence: Sequence) -> bool:
         """Returns whether a sequence's choices can be verified.
 
@@ -140,12 +152,14 @@ class Proposer:
         """
         if self.head is None or not self.verifies or sequence.trust is Trust.UNKNOWN:
             return False
-        if self.policy.sampled_dense and not sequence.greedy and self._n_probes is None:
+        if not self.pays(sequence, n_texts=2):
             return False
         if sequence.settings is not None and sequence.settings.top_k >= self.head.vocab_size:
             return False  # mlx-lm raises an error of its own
-        if sequence.trust is Trust.EXACT:
-            return True
+        return sequence.trust is Trust.EXACT or self._in_float32
+
+    @property
+    def _in_float32(self) -> bool:
         rows = cast(FlashHead, self.head).clustered.rows
         return rows.logits_dtype(hidden_dtype(self.model)) == mx.float32
 

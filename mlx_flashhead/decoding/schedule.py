@@ -33,7 +33,8 @@ class VerifySchedule:
         self._limit = proposer.policy.first_pending  # tokens that a verification waits for
         self._n_launched = 0  # tokens of the last one
         self._n_waiting = 0  # tokens that wait for a launch
-        self._risk = 0.0  # the sum of their risks
+        # The sum of their risks for each text: a rejection loses only tokens of its own text.
+        self._risks: dict[Sequence, float] = {}
         self._since = 0.0  # when the first of them was read
         self._unjoined: list[PendingToken] = []
         self.n_verified = 0  # verifications that were read
@@ -83,6 +84,8 @@ class VerifySchedule:
         """Verifies the pending tokens of some sequences no more."""
         if self._verification is not None:
             self._verification.forget(sequences)
+        for sequence in sequences:
+            self._risks.pop(sequence, None)
         self._unjoined = [
             pending
             for pending in self._unjoined
@@ -101,7 +104,7 @@ class VerifySchedule:
         if not self._n_waiting:
             self._since = time.perf_counter()
         self._n_waiting += 1
-        self._risk += pending.risk
+        self._risks[sequence] = self._risks.get(sequence, 0.0) + pending.risk
         if pending.proposal is not None:
             self._unjoined.append(pending)
         at_limit = len(sequence.tokens) + sequence.n_read == sequence.limit
@@ -117,7 +120,7 @@ class VerifySchedule:
             seconds = self._proposer.max_wait
         if self._n_waiting >= min(self._limit, policy.max_pending):
             return True
-        if self._risk >= policy.max_risk:
+        if max(self._risks.values(), default=0.0) >= policy.max_risk:
             return True
         waited = time.perf_counter() - self._since
         return self._n_waiting >= few and waited >= seconds and not policy.lockstep
@@ -125,7 +128,7 @@ class VerifySchedule:
     def _launch(self, sequences: list[Sequence]) -> None:
         self._n_launched = self._n_waiting
         self._n_waiting = 0
-        self._risk = 0.0
+        self._risks = {}
         self._limit = min(2 * self._limit, self._proposer.policy.max_pending)
         self._unjoined = []
         snapshots = self._snapshot(sequences)

@@ -30,6 +30,7 @@ DEPTH = 9.0  # leaves out a quarter to a half of the clusters at equal shares of
 SHARES = (0.5, 1.0, 2.0)  # numbers of probes to try, relative to the index's
 TURNS = 3
 SAMPLED_TURNS = 2
+LEAST_SAMPLED_GAIN = 1.0  # below it sampled text stays dense, of a model whose greedy text gains
 TOKENS = 5  # whose times make a median
 SCATTER = 0.15  # of the turns, relative to their median, above which the machine was busy
 # The fields of a tuning that a policy takes over.
@@ -40,7 +41,7 @@ APPLIED = (
 
 
 def least_gain() -> float:
-    """The gain below which text stays dense, greedy and sampled each for itself."""
+    """The gain of greedy text below which a model stays dense."""
     return 1.1 if mx.default_device().type == mx.cpu else 1.03
 
 
@@ -60,7 +61,7 @@ class Tuning:
     max_batch: int | None = None  # sequences at once up to which proposals pay, if measured
     predicted: bool = False  # whether the gain is calculated from the times of the parts
     sampled_gain: float | None = None  # as the gain, of text at temperature .7 with top-p .95
-    sampled_dense: bool = False  # whether sampled text stays dense
+    sampled_dense: bool = False  # whether one sampled text alone stays dense
 
     def apply(self, head: FlashHead) -> None:
         """Gives the settings to a head and its policy."""
@@ -137,7 +138,7 @@ def tune(
         max_batch=None if slow else parts.max_batch(verification, began + 2 * seconds),
         predicted=not gains,
         sampled_gain=sampled_gain,
-        sampled_dense=(gain if sampled_gain is None else sampled_gain) < least_gain(),
+        sampled_dense=(gain if sampled_gain is None else sampled_gain) < LEAST_SAMPLED_GAIN,
     )
     tuning.apply(head)
     return tuning

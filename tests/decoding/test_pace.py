@@ -7,7 +7,8 @@ import pytest
 from mlx_lm import sample_utils
 from mlx_lm.generate import generate_step
 
-from flash_loops import PROMPT, flash_of
+from flash_loops import OTHERS, PROMPT, flash_of, make_flash
+from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding.pace import Pace
 from mlx_flashhead.decoding.policy import policy_of
 from tiny_models import tiny_model
@@ -133,3 +134,25 @@ def test_the_text_is_the_same_through_all_changes(arch, settings, misses):
     assert mx.random.state[0].tolist() == state
     assert len(phases) > 1
     assert misses or arch == "gemma3_text"  # whose choices are clear
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_sampled_text_that_was_measured_slower_is_dense_alone(dtype, misses):
+    """Several are tried, but in 16 bits, where trying makes the dense steps of a batch dearer."""
+    flash = make_flash(dtype=dtype, num_hidden_layers=2)
+    policy = policy_of(flash.head)
+    policy.sampled_dense = policy.adapts = True
+    settings = {"temp": 0.9, "seed": 3}
+    said = set()
+    text = flash.tokens(sampler=make_sampler(**settings), announce=said.add)
+    assert said == {"dense: FlashHead is no faster for sampled text on this machine"}
+    assert text == flash.tokens(dense=True, sampler=make_sampler(**settings))
+    assert not misses
+    assert flash.tokens() == flash.tokens(dense=True)
+    assert misses  # greedy text goes on being proposed
+    misses.clear()
+    samplers = [make_sampler(**settings | {"seed": seed}) for seed in range(3)]
+    dense = flash.batch(OTHERS, dense=True, samplers=samplers)[0]
+    samplers = [make_sampler(**settings | {"seed": seed}) for seed in range(3)]
+    assert flash.batch(OTHERS, samplers=samplers)[0] == dense
+    assert bool(misses) == (dtype == mx.float32)

@@ -14,6 +14,8 @@ from mlx_flashhead.decoding.decoder import Decoder
 from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
+from mlx_flashhead.decoding.schedule import VerifySchedule
+from mlx_flashhead.decoding.sequence import PendingToken
 
 
 @pytest.fixture
@@ -53,6 +55,30 @@ def test_a_limit_is_verified_at_once(flash, rounds):
     policy_of(flash.head).first_pending = 32
     assert len(flash.tokens(n_probes=26, max_tokens=11)) == 11
     assert len(rounds) == 11
+
+
+@pytest.mark.parametrize("n_texts", [1, 3])
+def test_the_risk_of_each_text_counts_by_itself(flash, monkeypatch, n_texts):
+    """A rejection loses tokens of its own text only."""
+    counts = []
+    launch = VerifySchedule._launch
+
+    def launched(schedule, sequences):
+        counts.extend(sequence.n_read for sequence in sequences)
+        launch(schedule, sequences)
+
+    def read(pending, token):
+        pending.token = token
+        pending.risk = 0.01
+
+    monkeypatch.setattr(VerifySchedule, "_launch", launched)
+    monkeypatch.setattr(PendingToken, "read", read)
+    policy = policy_of(flash.head)
+    policy.first_pending = 32
+    policy.max_risk = 0.035
+    flash.head.n_probes = flash.head.n_clusters  # no token is rejected
+    flash.batch([PROMPT, *OTHERS][:n_texts], max_tokens=18)
+    assert counts[: 2 * n_texts] == [4] * 2 * n_texts
 
 
 def test_steps_after_a_rejected_token_are_counted(flash, rounds, misses):
