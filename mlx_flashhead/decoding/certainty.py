@@ -48,7 +48,7 @@ def are_certain(
     if all(settings.greedy for settings, _ in rows):
         return greedy[:, 0]
     draws = Draws.of(rows)
-    surely = surely_kept(low, high, draws, log_mass(low) - MASS_ROUNDING)
+    surely = surely_kept(low, high, draws, threshold(high, draws, log_mass(low) - MASS_ROUNDING))
     maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
     scale = draws.inverse_temperature
     likely = mx.where(maybe, high * scale, -mx.inf)
@@ -92,7 +92,7 @@ def is_certain_draw(
     grid = DRAW_SPACINGS * epsilon * (mx.abs(low - log_mass(high)) + 1.0) + MASS_ROUNDING
     low = low - grid
     high = high + grid
-    surely = surely_kept(low, high, draws, log_mass(low) - MASS_ROUNDING)
+    surely = surely_kept(low, high, draws, threshold(high, draws, log_mass(low) - MASS_ROUNDING))
     maybe = high >= threshold(low, draws, log_mass(high) + MASS_ROUNDING)
     if old_cut is not None:
         surely = surely & old_cut.surely

@@ -324,22 +324,27 @@ def threshold(
         log_total: (R, 1), the log of the mass of all tokens; None if these are the K.
         kernel: Whether the kernel may compute it, where it is used.
     """
-    most = draws.most_top_k
-    if (draws.any_top_p or most) and kernel and kernel_is_used():
+    if (draws.any_top_p or draws.most_top_k) and kernel and kernel_is_used():
         total = log_mass(logits) if draws.any_top_p and log_total is None else log_total
         return lowest_kept(logits, *draws.held[:2], total)
+    return thresholds(logits, draws, [log_total])[0]
+
+
+def thresholds(
+    logits: mx.array, draws: Draws, log_totals: Sequence[mx.array | None]
+) -> list[mx.array]:
+    """Returns :func:`threshold` for each of several masses of all tokens."""
     lowest = mx.array(-mx.inf)
     if draws.any_min_p:
         lowest = mx.max(logits, axis=-1, keepdims=True) + draws.log_min_p
-    if draws.any_top_p:
-        lowest = mx.maximum(lowest, _by_mass(logits, draws, log_total))
-    if most:
-        n_top = min(most, logits.shape[-1])
+    if n_top := min(draws.most_top_k, logits.shape[-1]):
         top = mx.sort(mx.partition(logits, -n_top, axis=-1)[:, -n_top:], axis=-1)
         kth = n_top - mx.clip(draws.top_k, 1, n_top)
         by_count = mx.take_along_axis(top, kth, axis=-1)
         lowest = mx.maximum(lowest, mx.where(draws.top_k == 0, -mx.inf, by_count))
-    return lowest
+    if not draws.any_top_p:
+        return [lowest] * len(log_totals)
+    return [mx.maximum(lowest, each) for each in _by_mass(logits, draws, log_totals)]
 
 
 def gpu_is_default() -> bool:
@@ -347,14 +352,29 @@ def gpu_is_default() -> bool:
     return mx.metal.is_available() and mx.default_device().type == mx.gpu
 
 
-def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.array:
-    """Returns the lowest logit that top-p keeps.
+def _by_mass(
+    logits: mx.array, draws: Draws, log_totals: Sequence[mx.array | None]
+) -> list[mx.array]:
+    """Returns the lowest logit that top-p keeps, for each mass of all tokens.
 
-    The logits above it have less than ``top_p`` of the mass. Many logits are halved first: of each
-    half that holds it another half is left, until they are few enough to sort.
+    The logits above it have less than ``top_p`` of the mass. They are sorted once; but many logits
+    are halved first, for each mass: of each half that holds the lowest one another half is left,
+    until they are few enough to sort.
     """
-    share = draws.top_p
-    limit = mx.where(share < 1, mx.maximum(share, 1e-30), mx.inf)
+    limit = mx.where(draws.top_p < 1, mx.maximum(draws.top_p, 1e-30), mx.inf)
+    if logits.shape[-1] > SORTED:
+        return [_by_mass_in_halves(logits, limit, log_total) for log_total in log_totals]
+    left = mx.sort(logits, axis=-1)
+    first = log_totals[0]
+    masses = mx.softmax(left, axis=-1) if first is None else mx.exp(left - first)
+    above = mx.cumsum(masses, axis=-1, reverse=True, inclusive=False)
+    limits = [limit]
+    if first is not None:
+        limits += [limit * mx.exp(more - first) for more in log_totals[1:] if more is not None]
+    return [_lowest_within(left, above, each) for each in limits]
+
+
+def _by_mass_in_halves(logits: mx.array, limit: mx.array, log_total: mx.array | None) -> mx.array:
     n_halvings = ((logits.shape[-1] - 1) // SORTED).bit_length()
     left = logits
     total = mx.logsumexp(logits, axis=-1, keepdims=True) if log_total is None else log_total
@@ -367,10 +387,13 @@ def _by_mass(logits: mx.array, draws: Draws, log_total: mx.array | None) -> mx.a
         left = mx.where(in_low, low, high)
         limit = mx.where(in_low, below_high, limit)
     left = mx.sort(left, axis=-1)
-    whole = log_total is None and not n_halvings  # then one operation is enough
-    masses = mx.softmax(left, axis=-1) if whole else mx.exp(left - total)
-    kept = mx.cumsum(masses, axis=-1, reverse=True, inclusive=False) < limit
-    return mx.min(mx.where(kept, left, mx.inf), axis=-1, keepdims=True)
+    above = mx.cumsum(mx.exp(left - total), axis=-1, reverse=True, inclusive=False)
+    return _lowest_within(left, above, limit)
+
+
+def _lowest_within(logits: mx.array, above: mx.array, limit: mx.array) -> mx.array:
+    """The lowest logit with less than ``limit`` of the mass ``above`` it: (R, K) → (R, 1)."""
+    return mx.min(mx.where(above < limit, logits, mx.inf), axis=-1, keepdims=True)
 
 
 def draw(

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .draw import Draws, log_mass, threshold
+from .draw import Draws, log_mass, threshold, thresholds
+from .lowest_kept import kernel_is_used
 from .margins import DRAW_SPACINGS, IN_16_BITS, MASS_MARGIN, MASS_ROUNDING
 
 LOWEST = mx.finfo(mx.float32).min
@@ -38,6 +39,11 @@ class Interval(NamedTuple):
     def even(self) -> bool:
         """Whether all logits of a state may be equally far off."""
         return self.off.size == len(self.logits)
+
+    def evenly(self) -> "Interval":
+        """All logits (k, K) of a state as far off as the one that may be farthest off."""
+        off = mx.where(self.logits > LOWEST, self.off, 0)
+        return Interval(self.logits, mx.max(off, axis=-1, keepdims=True))
 
     def map(self, take: Callable[[mx.array], mx.array]) -> "Interval":
         """Some of the logits (k, K), as ``take`` picks them from an array."""
@@ -86,7 +92,30 @@ def as_mlx_lm_draws(values: Interval, mass: mx.array, epsilon: float) -> Interva
     return Interval(values.logits, values.off + spacing + MASS_ROUNDING)
 
 
-def surely_kept(low: mx.array, high: mx.array, draws: Draws, log_total: mx.array) -> mx.array:
+def cuts(
+    known: Interval, draws: Draws, log_least: mx.array, log_most: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Where the filters cut if all logits are as high, and as low, as they may be.
+
+    Logits of a state that may all be equally far off keep their order, and are sorted once.
+
+    Args:
+        known: The logits of K tokens, (k, K).
+        draws: Of k rows.
+        log_least: (k, 1), the log of the least mass of all tokens.
+        log_most: (k, 1), that of the greatest.
+
+    Returns:
+        The lowest kept logits, (k, 1) each.
+    """
+    if not known.even or kernel_is_used():
+        return threshold(known.high, draws, log_least), threshold(known.low, draws, log_most)
+    off = known.off.reshape(-1, 1)
+    high, low = thresholds(known.logits, draws, [log_least - off, log_most + off])
+    return high + off, low - off
+
+
+def surely_kept(low: mx.array, high: mx.array, draws: Draws, cut: mx.array) -> mx.array:
     """Returns which tokens the filters keep whatever the logits are within bounds: (k, K) bool.
 
     With all logits as high as they may be, the filters have a cut. A token is kept in any case if
@@ -98,9 +127,8 @@ def surely_kept(low: mx.array, high: mx.array, draws: Draws, log_total: mx.array
         low: The lowest that the logits of K tokens may be, (k, K) float32.
         high: The highest, (k, K) float32.
         draws: Of k rows.
-        log_total: (k, 1), the log of the least mass of all tokens.
+        cut: (k, 1), that cut, which is one of ``high``.
     """
-    cut = threshold(high, draws, log_total)
     above = low >= cut
     if draws.most_top_k:
         above = mx.where(draws.top_k > 0, low > cut, above)

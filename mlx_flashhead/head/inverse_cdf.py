@@ -12,8 +12,16 @@ import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draw import Draws, log_mass, threshold
-from .interval import LOWEST, Interval, Scored, as_mlx_lm_draws, surely_kept, surely_left_out
-from .margins import EXP_UNITS, MASS_MARGIN, SUM_ROUNDING
+from .interval import (
+    LOWEST,
+    Interval,
+    Scored,
+    as_mlx_lm_draws,
+    cuts,
+    surely_kept,
+    surely_left_out,
+)
+from .margins import EXP_UNITS, IN_16_BITS, MASS_MARGIN, SUM_ROUNDING
 from .near import nearest
 
 NEAREST = 256  # clusters not scored that are looked at token by token if filters may keep some
@@ -94,8 +102,10 @@ def is_certain(
         ids = mx.concatenate([scored.ids, near.ids], axis=-1)
     # filters must leave out all tokens that are not known
     left_out = surely_left_out(best_other, known, draws, most, mx.array(0.0))
-    surely = surely_kept(known.low, known.high, draws, least - MASS_MARGIN)
-    maybe = known.high >= threshold(known.low, draws, most + MASS_MARGIN)
+    evened = known.evenly() if epsilon < IN_16_BITS else known  # is sorted once
+    high_cut, low_cut = cuts(evened, draws, least - MASS_MARGIN, most + MASS_MARGIN)
+    surely = surely_kept(known.low, evened.high, draws, high_cut)
+    maybe = known.high >= low_cut
 
     best = mx.maximum(mx.max(known.high, axis=-1, keepdims=True), best_other)
     at_least = mx.where(surely, mx.exp((known.low - best) * inverse), 0)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.head.draw import Draws, DrawSettings, log_mass, threshold
-from mlx_flashhead.head.interval import surely_kept
+from mlx_flashhead.head.interval import Interval, cuts, surely_kept
 
 SETTINGS = [
     DrawSettings(1.0, top_p=0.9),
@@ -21,7 +21,7 @@ def surely(logits, off, settings):
     draws = Draws.of([(settings, (0, 0))])
     low = mx.array((logits - off)[None].astype(np.float32))
     high = mx.array((logits + off)[None].astype(np.float32))
-    return np.array(surely_kept(low, high, draws, log_mass(low) - 1e-4))[0]
+    return np.array(surely_kept(low, high, draws, threshold(high, draws, log_mass(low) - 1e-4)))[0]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -69,5 +69,28 @@ def test_a_token_at_the_cut_of_min_p_may_fall_below_it():
     draws = Draws.of([(DrawSettings(1.0, min_p=0.5), (0, 0))])
     best = mx.array([[0.1]])
     high = mx.concatenate([best, best + draws.log_min_p], axis=-1)
-    found = surely_kept(high - 0.2, high, draws, log_mass(high))
+    found = surely_kept(high - 0.2, high, draws, threshold(high, draws, log_mass(high)))
     assert found.tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_logits_that_are_equally_far_off_have_the_same_cuts(settings):
+    """They are sorted once; others are sorted as the highest and as the lowest ones."""
+    rng = np.random.default_rng(7)
+    logits = mx.array(rng.normal(scale=3, size=(5, 40)), mx.float32)
+    off = mx.array(rng.uniform(0, 0.3, size=(5, 1)), mx.float32)
+    draws = Draws.of([(settings, (0, 0))] * 5)
+    even = Interval(logits, off)
+    mass = log_mass(logits)
+    found = cuts(even, draws, mass - off - 0.01, mass + off + 0.02)
+    each = Interval(logits, mx.broadcast_to(off, logits.shape))
+    expected = cuts(each, draws, mass - off - 0.01, mass + off + 0.02)
+    for one, other in zip(found, expected, strict=True):
+        assert mx.array_equal(one, other) or mx.allclose(one, other, rtol=1e-6)
+    assert mx.all(found[0] >= found[1])
+
+
+def test_evened_logits_are_as_far_off_as_the_farthest():
+    logits = mx.array([[1.0, 2.0, mx.finfo(mx.float32).min]])
+    evened = Interval(logits, mx.array([[0.1, 0.3, mx.inf]])).evenly()
+    assert evened.even and evened.off.tolist() == [[mx.array(0.3).item()]]
