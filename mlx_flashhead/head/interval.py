@@ -127,7 +127,7 @@ def surely_kept(low: mx.array, high: mx.array, draws: Draws, cut: mx.array) -> m
         low: The lowest that the logits of K tokens may be, (k, K) float32.
         high: The highest, (k, K) float32.
         draws: Of k rows.
-        cut: (k, 1), that cut, which is one of ``high``.
+        cut: (k, 1), that cut: a logit of ``high``, or what min-p asks for.
     """
     above = low >= cut
     if draws.most_top_k:
