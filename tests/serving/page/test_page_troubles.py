@@ -96,7 +96,9 @@ def test_a_wrong_token_and_one_that_changes_meanwhile(lan, script, open_page):
     tap(page, "Open")
     expect(page.locator("#model")).to_have_text(MODEL["name"])
     page.reload()
-    ask(page, "One?", ends=1)
+    expect(page.locator("#model")).to_have_text(MODEL["name"])
+    with page.expect_response("**/page/info.json"):  # which is read after each answer
+        ask(page, "One?", ends=1)
     script.access = Access(OTHER_TOKEN)
     ask(page, "Two?")
     page.locator("#token").fill(OTHER_TOKEN)
