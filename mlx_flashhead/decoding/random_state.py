@@ -1,8 +1,7 @@
 """MLX's random state, and the draws of a text that mlx-lm's samplers make from it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from struct import pack, unpack
 
 import mlx.core as mx
@@ -14,7 +13,11 @@ Key = tuple[int, int]  # the two words of a key, or of MLX's random state
 WORD = 0xFFFFFFFF
 AT_ONCE = 16  # numbers that are computed ahead
 PARITY = 0x1BD11BDA
-ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+# by how many bits the right words are turned, and what is left of 32
+ROTATIONS = (
+    ((13, 19), (15, 17), (26, 6), (6, 26)),
+    ((17, 15), (29, 3), (16, 16), (24, 8)),
+)
 
 
 def current_key() -> Key:
@@ -96,8 +99,9 @@ def split(key: Key) -> tuple[Key, Key]:
 
     Source: ``random::bits`` of four words in MLX.
     """
-    first, second = _threefry([key, key], 1 << 64, 2 | 3 << 64)
-    return (first[0], second[0]), (first[1], second[1])
+    ones = 1 | 1 << 64
+    left, right = _threefry(ones, ones * key[0], ones * key[1], 1 << 64, 2 | 3 << 64)
+    return (left & WORD, left >> 64), (right & WORD, right >> 64)
 
 
 def uniform_bits(keys: list[Key]) -> list[int]:
@@ -105,45 +109,50 @@ def uniform_bits(keys: list[Key]) -> list[int]:
 
     Source: ``random::uniform`` in MLX.
     """
-    numbers = [min(word * 2.0**-32, BELOW_ONE) for word, _ in _threefry(keys)]
+    n = len(keys)
+    first, second = zip(*keys, strict=True)
+    left, _ = _threefry(_lanes([1] * n), _lanes(first), _lanes(second))
+    words = unpack(f"<{n}Q", left.to_bytes(8 * n, "little"))
+    numbers = [min(word * 2.0**-32, BELOW_ONE) for word in words]
     # rounded to float32 as MLX rounds the words
-    return list(unpack(f"<{len(numbers)}I", pack(f"<{len(numbers)}f", *numbers)))
+    return list(unpack(f"<{n}I", pack(f"<{n}f", *numbers)))
 
 
-def _threefry(keys: list[Key], left: int = 0, right: int = 0) -> list[Key]:
-    """Two random words of each key, for a counter of two words.
+def _threefry(
+    ones: int, first_key: int, second_key: int, left: int = 0, right: int = 0
+) -> tuple[int, int]:
+    """Two random words of each of several keys, for a counter of two words.
 
-    All are computed at once, as lanes of one whole number. ``left`` has the first words of the
-    counters, ``right`` the second ones, likewise.
+    All are computed at once: each whole number holds a word of every key, in lanes of 64 bits.
 
     Source: Threefry-2x32 with 20 rounds; Salmon et al. 2011, "Parallel random numbers: as easy as
         1, 2, 3".
+
+    Args:
+        ones: 1 in each lane.
+        first_key: The first words of the keys.
+        second_key: The second words.
+        left: The first words of the counters.
+        right: The second words.
+
+    Returns:
+        The first words, and the second ones.
     """
-    ones = _ones(len(keys))
     mask = ones * WORD
-    first_key = _lanes([first for first, _ in keys])
-    second_key = _lanes([second for _, second in keys])
     schedule = (first_key, second_key, first_key ^ second_key ^ ones * PARITY)
-    left = (left + first_key) & mask
+    left += first_key
     right = (right + second_key) & mask
     for group in range(5):
-        for turn in ROTATIONS[group % 2]:
-            left = (left + right) & mask
-            right = ((right << turn | right >> (32 - turn)) & mask) ^ left
-        left = (left + schedule[(group + 1) % 3]) & mask
+        # what the left words carry stays in their lanes, above the words
+        for turn, back in ROTATIONS[group % 2]:
+            left += right
+            right = ((right << turn | right >> back) ^ left) & mask
+        left += schedule[(group + 1) % 3]
         right = (right + schedule[(group + 2) % 3] + ones * (group + 1)) & mask
-    return list(zip(_words(left, len(keys)), _words(right, len(keys)), strict=True))
+    return left & mask, right
 
 
-@cache
-def _ones(n: int) -> int:
-    return _lanes([1] * n)
-
-
-def _lanes(words: list[int]) -> int:
+def _lanes(words: Iterable[int]) -> int:
     """Words of 32 bits as one number, 64 bits apart."""
+    words = list(words)
     return int.from_bytes(pack(f"<{len(words)}Q", *words), "little")
-
-
-def _words(lanes: int, n: int) -> tuple[int, ...]:
-    return unpack(f"<{n}Q", lanes.to_bytes(8 * n, "little"))

@@ -97,8 +97,9 @@ class VerifySchedule:
 
         It is accepted if the dense logits chose it and nothing is pending before it.
         """
-        pending = sequence.pending[sequence.n_read - 1]
-        if pending.proposal is None and sequence.n_read == 1:
+        n_read = sequence.n_read
+        pending = sequence.pending[n_read - 1]
+        if pending.proposal is None and n_read == 1:
             sequence.accept()
             return False
         if not self._n_waiting:
@@ -107,7 +108,7 @@ class VerifySchedule:
         self._risks[sequence] = self._risks.get(sequence, 0.0) + pending.risk
         if pending.proposal is not None:
             self._unjoined.append(pending)
-        at_limit = len(sequence.tokens) + sequence.n_read == sequence.limit
+        at_limit = len(sequence.tokens) + n_read == sequence.limit
         return at_limit or pending.token in self._proposer.head.eos_token_ids
 
     @property

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any, cast
 
 import mlx.core as mx
@@ -200,9 +201,7 @@ class Sequence:
         Nobody may have drawn from MLX's random state or seeded it meanwhile.
         """
         at_start = self._processors_at_start
-        if len(self.processors) != len(at_start):
-            return False
-        same = all(now is before for now, before in zip(self.processors, at_start, strict=True))
+        same = len(self.processors) == len(at_start) and all(map(is_, self.processors, at_start))
         return same and (self._chain is None or self._chain.undisturbed)
 
     @property

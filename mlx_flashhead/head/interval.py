@@ -42,6 +42,8 @@ class Interval(NamedTuple):
 
     def evenly(self) -> "Interval":
         """All logits (k, K) of a state as far off as the one that may be farthest off."""
+        if self.even:
+            return self
         off = mx.where(self.logits > LOWEST, self.off, 0)
         return Interval(self.logits, mx.max(off, axis=-1, keepdims=True))
 
@@ -51,10 +53,23 @@ class Interval(NamedTuple):
         return Interval(take(self.logits), off)
 
     def beside(self, other: "Interval") -> "Interval":
-        """The logits (k, K) of these tokens and then those (k, N) of others."""
-        off = [mx.broadcast_to(part.off, part.logits.shape) for part in (self, other)]
+        """The logits (k, K) of these tokens and then those (k, N) of others.
+
+        If both are even, so are all: as far off as the ones that may be farther off.
+        """
         logits = mx.concatenate([self.logits, other.logits], axis=-1)
+        if self.even and other.even:
+            return Interval(logits, mx.maximum(self.off, other.off))
+        off = [mx.broadcast_to(part.off, part.logits.shape) for part in (self, other)]
         return Interval(logits, mx.concatenate(off, axis=-1))
+
+    def weights(self, best: mx.array, scale: mx.array) -> tuple[mx.array, mx.array]:
+        """The least and the most that exp((logit - best) * scale) may be, likewise (k, …)."""
+        if not self.even:
+            return mx.exp((self.low - best) * scale), mx.exp((self.high - best) * scale)
+        middle = mx.exp((self.logits - best) * scale)
+        factor = mx.exp(self.off * scale)
+        return middle / factor, middle * factor
 
     def masses(self) -> tuple[mx.array, mx.array]:
         """The least and the greatest log of the summed exponentials: (k, 1) each."""

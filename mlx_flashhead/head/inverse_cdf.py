@@ -8,6 +8,8 @@ A row of :class:`Draws` with ``inverse_cdf`` has the bits of that float32 number
 Source: ``categorical_inverse_cdf`` in MLX's random.cpp, since 0.32.1 for each single row.
 """
 
+from typing import NamedTuple
+
 import mlx.core as mx
 
 from .clustered import ClusteredRows
@@ -89,68 +91,78 @@ def is_certain(
     least, most = map(mx.logaddexp, all_scored.masses(), others.masses())
     known = all_scored
     ids = scored.ids
-    best_other = mx.max(others.highest, axis=-1, keepdims=True)
+    near = None
     if any(filtered):  # they may keep some of the others
         near = nearest(clustered, others, NEAREST)
         more = near.logits
         if not all(filtered):  # rows without filters count all of them below
             more = Interval(mx.where(unfiltered, LOWEST, more.logits), more.off)
-            best_other = mx.where(unfiltered, best_other, near.best_other)
-        else:
-            best_other = near.best_other
         known = all_scored.beside(more)
         ids = mx.concatenate([scored.ids, near.ids], axis=-1)
-    # filters must leave out all tokens that are not known
-    left_out = surely_left_out(best_other, known, draws, most, mx.array(0.0))
-    evened = known.evenly() if epsilon < IN_16_BITS else known  # is sorted once
-    high_cut, low_cut = cuts(evened, draws, least - MASS_MARGIN, most + MASS_MARGIN)
-    surely = surely_kept(known.low, evened.high, draws, high_cut)
+    if epsilon < IN_16_BITS:
+        known = known.evenly()  # is sorted once
+    high_cut, low_cut = cuts(known, draws, least - MASS_MARGIN, most + MASS_MARGIN)
+    surely = surely_kept(known.low, known.high, draws, high_cut)
     maybe = known.high >= low_cut
 
-    best = mx.maximum(mx.max(known.high, axis=-1, keepdims=True), best_other)
-    at_least = mx.where(surely, mx.exp((known.low - best) * inverse), 0)
-    at_most = mx.where(maybe, mx.exp((known.high - best) * inverse), 0)
-    own = ids == scored.tokens
-    own_least = mx.where(own, at_least, 0).sum(axis=-1, keepdims=True)
-    own_most = mx.where(own, at_most, 0).sum(axis=-1, keepdims=True)
-    sums = _sums(at_least, at_most, ids, scored.tokens)
+    best = mx.max(known.high, axis=-1, keepdims=True)
     if not all(filtered):
-        scale = inverse[..., None]
-        highest = best[..., None]
-        at_least = mx.exp((others.low - highest) * scale).flatten(1)
-        at_most = mx.exp((others.high - highest) * scale).flatten(1)
+        best = mx.maximum(best, mx.max(others.highest, axis=-1, keepdims=True))
+    least_weights, most_weights = known.weights(best, inverse)
+    at_least = mx.where(surely, least_weights, 0)
+    at_most = mx.where(maybe, most_weights, 0)
+    sums = _Sums.of(at_least, at_most, ids, scored.tokens)
+    if not all(filtered):
+        at_least, at_most = others.weights(best[..., None], inverse[..., None])
         ids = clustered.token_ids.reshape(1, -1)
-        sums = sums + mx.where(unfiltered, _sums(at_least, at_most, ids, scored.tokens), 0)
+        of_others = _Sums.of(at_least.flatten(1), at_most.flatten(1), ids, scored.tokens)
+        pairs = zip(sums, of_others, strict=True)
+        sums = _Sums(*(one + mx.where(unfiltered, other, 0) for one, other in pairs))
 
-    lower_least, lower_most, higher_least, higher_most, lost = mx.split(sums, 5, axis=-1)
-    lost = lost + SUM_ROUNDING * (EXP_UNITS + 1) * (lower_most + own_most + higher_most)
-    number = draws.numbers
-    reached = lower_most + lost <= number * (lower_most + own_least + higher_least)
-    passed = number * (lower_least + own_least + higher_most) + lost < lower_least + own_least
-    return ((own_least > 0) & reached & passed & (left_out | unfiltered))[:, 0]
+    lost = sums.small + SUM_ROUNDING * (EXP_UNITS + 1) * sums.most
+    reached = sums.lower_most + lost <= draws.numbers * sums.if_lower
+    passed = draws.numbers * sums.if_higher + lost < sums.to_own_least
+    certain = reached & passed
+    if near is not None and near.best_other is not None:  # filters must leave out what is not known
+        left_out = surely_left_out(near.best_other, known, draws, most, mx.array(0.0))
+        certain &= left_out | unfiltered
+    return certain[:, 0]
 
 
-def _sums(at_least: mx.array, at_most: mx.array, ids: mx.array, tokens: mx.array) -> mx.array:
-    """Sums of weights, separately for tokens with lower and with higher ids.
+class _Sums(NamedTuple):
+    """Sums of the weights of tokens: (k, 1) each."""
 
-    Args:
-        at_least: The least that the weights may be, (k, K).
-        at_most: The most that they may be, (k, K).
-        ids: The tokens, (k, K) or (1, K).
-        tokens: The proposed ones, (k, 1).
+    lower_most: mx.array  # of the tokens with lower ids than the proposed one, the most
+    if_lower: mx.array  # of all, if these weigh the most and the others the least
+    to_own_least: mx.array  # of the lower ids and the proposed one, the least
+    if_higher: mx.array  # of all, if these weigh the least and the higher ids the most
+    most: mx.array  # of all, the most
+    small: mx.array  # the most that additions of the weights can lose
 
-    Returns:
-        (k, 5) float32: the least and the most of the lower ids, those of the higher ids, and the
-        most that additions of the weights can lose.
-    """
-    lower = ids < tokens
-    higher = ids > tokens
-    unit = SUM_ROUNDING * at_most.sum(axis=-1, keepdims=True)
-    parts = (
-        mx.where(lower, at_least, 0),
-        mx.where(lower, at_most, 0),
-        mx.where(higher, at_least, 0),
-        mx.where(higher, at_most, 0),
-        mx.minimum(at_most, unit),
-    )
-    return mx.concatenate([part.sum(axis=-1, keepdims=True) for part in parts], axis=-1)
+    @classmethod
+    def of(cls, at_least: mx.array, at_most: mx.array, ids: mx.array, tokens: mx.array) -> "_Sums":
+        """Adds weights.
+
+        Args:
+            at_least: The least that the weights may be, (k, K).
+            at_most: The most that they may be, (k, K).
+            ids: The tokens, (k, K) or (1, K).
+            tokens: The proposed ones, (k, 1).
+        """
+
+        def added(weights: mx.array) -> mx.array:
+            return weights.sum(axis=-1, keepdims=True)
+
+        lower = ids < tokens
+        higher = ids > tokens
+        if_lower = mx.where(lower, at_most, at_least)
+        if_higher = mx.where(higher, at_most, at_least)
+        most = added(at_most)
+        return cls(
+            lower_most=added(mx.where(lower, at_most, 0)),
+            if_lower=added(if_lower),
+            to_own_least=added(mx.where(higher, 0, at_least)),
+            if_higher=added(if_higher),
+            most=most,
+            small=added(mx.minimum(at_most, SUM_ROUNDING * most)),
+        )

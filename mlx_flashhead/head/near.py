@@ -5,7 +5,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .clustered import ClusteredRows
-from .interval import LOWEST, Interval
+from .interval import Interval
 
 
 class Near(NamedTuple):
@@ -13,7 +13,8 @@ class Near(NamedTuple):
 
     logits: Interval  # (k, N)
     ids: mx.array  # (k, N) uint32
-    best_other: mx.array  # (k, 1), the highest that the logit of any other token may be
+    # (k, 1), the highest that the logit of any other token may be; None where there is no other
+    best_other: mx.array | None
 
 
 def nearest(clustered: ClusteredRows, unscored: Interval, n_clusters: int) -> Near:
@@ -24,11 +25,10 @@ def nearest(clustered: ClusteredRows, unscored: Interval, n_clusters: int) -> Ne
         unscored: The logits (k, C, n), of the scored tokens the lowest value.
         n_clusters: How many clusters are taken, if there are so many.
     """
-    n_states = len(unscored.logits)
     if clustered.n_clusters <= n_clusters:
         logits = unscored.map(lambda array: array.flatten(1))
         ids = mx.broadcast_to(clustered.token_ids.reshape(1, -1), logits.logits.shape)
-        return Near(logits, ids, mx.full((n_states, 1), LOWEST))
+        return Near(logits, ids, None)
     bests = unscored.highest
     order = mx.argpartition(-bests, kth=n_clusters, axis=-1)
     best_other = mx.take_along_axis(bests, order[:, n_clusters : n_clusters + 1], axis=-1)

@@ -81,12 +81,16 @@ def _scored(
     own = mx.max(mx.where(is_own, logits, -mx.inf), axis=-1, keepdims=True)
     rest = mx.where(is_own, LOWEST, logits)
     second = mx.maximum(mx.max(rest, axis=-1, keepdims=True), LOWEST)
-    absolute = (logit_map.slope * tolerance.scored)[:, None]
+    absolute = tolerance.scored[:, None]
+    if logit_map.slope != 1:
+        absolute = logit_map.slope * absolute
     rounding = tolerance.relative + logit_map.rounding(dtype)
-    share = mx.where(absolute > 0, rounding, 0.0) + logit_map.slack(dtype)
+    slack = logit_map.slack(dtype)
+    share = mx.where(absolute > 0, rounding, 0.0) + slack if rounding or slack else None
 
     def interval(values: mx.array) -> Interval:
-        return Interval(values, absolute + share * mx.abs(values))
+        off = absolute if share is None else absolute + share * mx.abs(values)
+        return Interval(values, off)
 
     return Scored(ids, tokens, *map(interval, (own, logits, rest, second)))
 
@@ -118,7 +122,9 @@ def _highest(
     logits: mx.array, tolerance: Tolerance, logit_map: LogitMap, dtype: mx.Dtype
 ) -> mx.array:
     """The highest that the model's logits may be: the head's (k, 1) float32 → (k, 1)."""
-    high = logits + tolerance.product[:, None] + tolerance.relative * mx.abs(logits)
+    high = logits + tolerance.product[:, None]
+    if tolerance.relative:
+        high = high + tolerance.relative * mx.abs(logits)
     if logit_map.identity:
         return high
     # rounded to the nearest: no value of the dtype below `high` is rounded higher
