@@ -40,8 +40,10 @@ class Verification:
             for i in range(n)
             if sequence.pending[i].proposal is not None
         ]
+        needs_logits = {sequence: proposer.needs_logits(sequence) for sequence in sequences}
         # first the rows that a kernel screens, by the head's logits alone
-        self._rows = sorted(rows, key=lambda row: proposer.needs_logits(row[0]))
+        self._rows = sorted(rows, key=lambda row: needs_logits[row[0]])
+        self._n_screened = sum(not needs_logits[sequence] for sequence, *_ in rows)
         self._product: SlotProduct | None = None
         self._certain: mx.array | None = None  # whether each row's token is the dense choice, lazy
         self._choices: dict[PendingToken, tuple[int, mx.array | None]] = {}  # of rows in doubt
@@ -66,8 +68,7 @@ class Verification:
         slots = cast(SlotProduct, self._product).result()
         self._product = None
         tolerance = self._rounding.tolerance(self._proposal.hidden, self._head.steps)
-        needs_logits = [self._proposer.needs_logits(sequence) for sequence, *_ in self._rows]
-        n = needs_logits.count(False)
+        n = self._n_screened
         certain = []
         if n:
             certain.append(self._screened(slots[:n], _tolerance_of(tolerance, slice(n))))
@@ -95,8 +96,10 @@ class Verification:
         """
         rows = self._rows[: len(slots)]
         proposal = _rows_of(self._proposal, slice(len(slots)))
-        draws = [sequence.draw_at(index) for sequence, _, index in rows]
-        greedy = all(settings.greedy for settings, _ in draws)
+        draws = None
+        if not all(sequence.greedy for sequence, *_ in rows):
+            each = [sequence.draw_at(index) for sequence, _, index in rows]
+            draws = Draws.of(each, self._head.vocab_size)
         epsilon = self._rounding.epsilon
         if self._rounding.scored:
             changes = [sequence.changes for sequence, *_ in rows]
@@ -105,7 +108,7 @@ class Verification:
         screen: Screen = self._head.steps.screen(
             slots,
             proposal,
-            None if greedy else Draws.of(draws, self._head.vocab_size),
+            draws,
             tolerance,
             epsilon,
             cast(LogitMap, self._proposer.logit_map),
