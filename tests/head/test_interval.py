@@ -94,3 +94,24 @@ def test_evened_logits_are_as_far_off_as_the_farthest():
     logits = mx.array([[1.0, 2.0, mx.finfo(mx.float32).min]])
     evened = Interval(logits, mx.array([[0.1, 0.3, mx.inf]])).evenly()
     assert evened.even and evened.off.tolist() == [[mx.array(0.3).item()]]
+
+
+@pytest.mark.parametrize("off, of_others", [(0.1, 0.3), (0.3, 0.1)])
+def test_even_logits_beside_others_are_as_far_off_as_the_farther_ones(off, of_others):
+    first = Interval(mx.array([[1.0, 2.0]]), mx.array([[off]]))
+    others = Interval(mx.array([[3.0]]), mx.array([[of_others]]))
+    both = first.beside(others)
+    assert both.even and both.logits.tolist() == [[1.0, 2.0, 3.0]]
+    assert both.off.item() == mx.array(0.3).item()
+
+
+def test_weights_of_even_logits_are_those_of_their_bounds():
+    rng = np.random.default_rng(8)
+    logits = mx.array(rng.normal(scale=5, size=(4, 60)), mx.float32)
+    off = mx.array(rng.uniform(0, 0.2, size=(4, 1)), mx.float32)
+    best, scale = mx.max(logits, axis=-1, keepdims=True), mx.array([[0.5], [1.0], [1.4], [3.0]])
+    even = Interval(logits, off).weights(best, scale)
+    each = Interval(logits, mx.broadcast_to(off, logits.shape)).weights(best, scale)
+    for one, other in zip(even, each, strict=True):
+        assert mx.allclose(one, other, rtol=1e-5, atol=1e-12)
+    assert mx.all(even[0] <= even[1])
