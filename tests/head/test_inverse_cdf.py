@@ -10,7 +10,7 @@ from mlx_lm.sample_utils import make_sampler
 from kernel_cases import plain_clusters, to_numpy
 from mlx_flashhead.decoding.random_state import DrawChain, set_key, split, uniform_bits
 from mlx_flashhead.decoding.sampler import normalized
-from mlx_flashhead.head import inverse_cdf
+from mlx_flashhead.head import interval, inverse_cdf
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise, position_key
 from mlx_flashhead.head.inverse_cdf import drawn
@@ -238,8 +238,8 @@ EDGES = [
 ]
 
 
-@pytest.mark.parametrize("tokens, proposed, number, doubt, sure", EDGES)
-def test_a_number_at_the_edge_of_a_share_is_in_doubt(tokens, proposed, number, doubt, sure):
+def is_certain(tokens, proposed, number, doubt):
+    """Whether one of tokens of equal weight is drawn for sure, as all others weigh nothing."""
     steps = PortableSteps(plain_clusters(np.random.default_rng(0), 40, 4))
     clustered = steps.clustered
     slots = mx.full((1, clustered.n_clusters, clustered.cluster_size), -60.0)
@@ -254,7 +254,20 @@ def test_a_number_at_the_edge_of_a_share_is_in_doubt(tokens, proposed, number, d
     draws = Draws.of([(DrawSettings(1.0, inverse_cdf=True), (bits, 0))])
     token = mx.array([proposed], mx.uint32)
     proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1), None)
-    assert steps.screen(slots, proposal, draws, tolerance, 1e-7).certain.item() is sure
+    return steps.screen(slots, proposal, draws, tolerance, 1e-7).certain.item()
+
+
+@pytest.mark.parametrize("tokens, proposed, number, doubt, sure", EDGES)
+def test_a_number_at_the_edge_of_a_share_is_in_doubt(tokens, proposed, number, doubt, sure):
+    assert is_certain(tokens, proposed, number, doubt) is sure
+
+
+@pytest.mark.parametrize("proposed, sign", [(3, -1), (90, 1)])
+def test_the_sums_of_weights_may_be_rounded(proposed, sign, monkeypatch):
+    """By 64 spacings of an exponential and one of an addition: 8e-6 of the sum."""
+    monkeypatch.setattr(interval, "MASS_ROUNDING", 0.0)
+    assert not is_certain((3, 90), proposed, 0.5 + sign * 6e-6, 0.0)
+    assert is_certain((3, 90), proposed, 0.5 + sign * 1e-5, 0.0)
 
 
 def test_rows_that_draw_by_noise_are_as_alone():
