@@ -97,6 +97,7 @@ MAPS = {
     "softcap": LogitMap(cap=5.0),
     "scale": LogitMap(multiplier=0.4),
     "division, softcap": LogitMap(divisor=1.7, cap=4.0),
+    "steep": LogitMap(multiplier=4.0),
 }
 
 
@@ -191,6 +192,30 @@ def test_logits_that_a_map_merges_in_16_bits_are_a_doubt(path, dtype):
             logits = logit_map(mx.take_along_axis(changed, probes[..., None], axis=1))
             proposal = proposal_of(token, probes, logits)
             screen = steps.screen(changed, proposal, None, tolerance, 0.0, logit_map)
+            assert screen.certain.tolist() == [sure]
+
+
+@BOTH
+@pytest.mark.parametrize("place", [5, 50], ids=["scored", "not scored"])
+@pytest.mark.parametrize(
+    "logit_map, relative, doubt",
+    [(IDENTITY, 0.0, 0.02), (IDENTITY, 2.0**-7, 0.02 + 4 * 2.0**-7), (MAPS["steep"], 0.0, 0.02)],
+)
+def test_two_logits_that_may_change_places_are_a_doubt(path, place, logit_map, relative, doubt):
+    """Each may lie off by 0.01 before any map, and by a share of it after."""
+    with kernels():
+        steps = steps_of(np.random.default_rng(3), path)
+        shape = (1, *steps.clustered.token_ids.shape)
+        probes = mx.arange(9, dtype=mx.uint32)[None]
+        token = steps.clustered.token_ids[3, 1].reshape(1)
+        tolerance = Tolerance(mx.full((1,), 0.01), mx.full((1,), 0.01), relative)
+        for distance, sure in ((0.95 * doubt, False), (1.05 * doubt, True)):
+            slots = mx.full(shape, -20.0)
+            slots[0, 3, 1] = 2.0
+            slots[0, place, 2] = 2.0 - distance
+            logits = logit_map(mx.take_along_axis(slots, probes[..., None], axis=1))
+            proposal = proposal_of(token, probes, logits)
+            screen = steps.screen(slots, proposal, None, tolerance, 0.0, logit_map)
             assert screen.certain.tolist() == [sure]
 
 
