@@ -278,6 +278,20 @@ def test_a_list_of_processors_may_be_changed(plain_pair, n_before, misses):
     assert misses or n_before  # with a penalty all clusters of this model are scored
 
 
+def test_a_processor_may_be_replaced(plain_pair, misses):
+    found = []
+    for steps_of, _ in plain_pair.both():
+        processors = sample_utils.make_logits_processors(logit_bias={7: 0.5})
+        tokens = []
+        for i, (token, _) in enumerate(steps_of(logits_processors=processors, max_tokens=24)):
+            tokens.append(token)
+            if i == 7:
+                processors[:] = sample_utils.make_logits_processors(logit_bias={5: 9.0})
+        found.append(tokens)
+    assert found[0] == found[1] and 5 in found[0]
+    assert misses
+
+
 def test_attributes_of_others_objects_say_nothing(plain_pair):
     class Processor:
         begin = "a text"
