@@ -342,14 +342,18 @@ def _numbers(named: dict[str, Any], depth: int) -> list[Any]:
 def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
     whole: Any = ref(model)  # what is known of a head may not hold its model in memory
 
-    def run(logits: mx.array, token: int = 0) -> mx.array:
+    def change_given(logits: mx.array, token: int = 0) -> mx.array:
         with installed_head(whole()).intercepted(lambda _: logits):
             return forward(whole(), mx.array([[token]]))
 
+    def run(logits: mx.array, token: int = 0) -> mx.array:
+        return change_given(mx.array(logits), token)  # a copy, for models that write into them
+
     keys = mx.random.split(mx.random.key(0), 3)
     low, high = (mx.random.normal((1, 1, head.vocab_size), scale=20, key=key) for key in keys[:2])
-    changed = run(low)
-    if changed is low:
+    given = mx.array(low)
+    changed = change_given(given)
+    if changed is given and mx.array_equal(given, low):
         return IDENTITY
     mixed = mx.random.uniform(shape=low.shape, key=keys[2]) < 0.5
     apart = mx.where(mixed, changed, run(high, token=1))
@@ -361,10 +365,22 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
             f"This {architecture(model)!r} model mixes or inverts the logits of different tokens."
         )
     dtype = head.clustered.rows.logits_dtype(hidden_dtype(model))
+
+    def in_rows(values: mx.array) -> mx.array:
+        """What becomes of logits (N,), in rows of V: some models write to certain tokens' logits,
+        and MLX writes beyond an array's end."""
+        n_rows = -(-values.size // head.vocab_size)
+        padded = mx.pad(values, (0, n_rows * head.vocab_size - values.size))
+        return run(padded.reshape(1, n_rows, -1)).reshape(-1)[: values.size]
+
     try:
-        logit_map = fit_logit_map(lambda values: run(values[None, None]).reshape(-1), dtype)
-    except ValueError:  # it looks at the number of tokens
+        logit_map = fit_logit_map(in_rows, dtype)
+    except ValueError:  # it looks at the number of rows
         logit_map = None
+    if logit_map is not None:
+        of_each_token = low.astype(dtype)  # the values may be fewer than the tokens
+        if not mx.array_equal(logit_map(of_each_token), run(of_each_token)):
+            logit_map = None
     if logit_map is not None and head.applies(logit_map, dtype):
         if not logit_map.identity:  # for which there are kernels of their own
             head.check_kernels(hidden_dtype(model), logit_map=logit_map)

@@ -221,6 +221,30 @@ def test_a_settings_change_counts_from_the_next_text_on():
         scaled.checked({"temp": 0.7, "seed": 1})
 
 
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 70_000])
+def test_a_model_that_rules_out_a_token_sees_whole_rows(vocab_size):
+    """MLX would write beyond the end of shorter ones, into other arrays."""
+    model = tiny_model(tied=False, num_hidden_layers=2, vocab_size=vocab_size)
+    last = mx.arange(vocab_size)[:, None] == vocab_size - 1
+    model.lm_head.weight = mx.where(last, 40 * model.lm_head.weight, model.lm_head.weight)
+    widths, ruled_out = set(), mx.array([vocab_size - 1])
+
+    class Strict(type(model)):
+        def __call__(self, *args, **options):
+            logits = super().__call__(*args, **options)
+            widths.add(logits.shape[-1])
+            logits[..., ruled_out] = -mx.inf
+            return logits
+
+    assert vocab_size - 1 in plain_tokens(model)
+    model.__class__ = Strict
+    expected = plain_tokens(model)
+    flash = flash_of(model)
+    assert flash.tokens(max_tokens=N_TOKENS) == expected
+    assert not isinstance(logit_change_of(model), LogitMap)
+    assert widths == {vocab_size}
+
+
 @pytest.mark.newest
 @pytest.mark.parametrize("name", ["none", "all"])
 def test_on_the_kernels(misses, name):
