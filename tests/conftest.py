@@ -1,6 +1,5 @@
 """What the tests share: models' folders, how a command runs, a Hub, and quiet libraries."""
 
-import gc
 import importlib
 import os
 import signal
@@ -48,12 +47,6 @@ from model_folders import write_model
 def pytest_collection_modifyitems(items):
     """The real model's files come first: they take longest, and two processes share the files."""
     items.sort(key=lambda item: item.get_closest_marker("real") is None)
-
-
-def pytest_collection_finish():
-    """What is imported and collected stays: garbage is looked for in the tests' own objects."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")
