@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
-from ..head.logit_map import IDENTITY, fit_logit_map
+from ..head.logit_map import IDENTITY, LogitMap, fit_logit_map
 from ..interop.drafters import keep_from_weights
 from .errors import UnsupportedHeadError
 from .finer_head import restore_rows
@@ -365,22 +365,7 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
             f"This {architecture(model)!r} model mixes or inverts the logits of different tokens."
         )
     dtype = head.clustered.rows.logits_dtype(hidden_dtype(model))
-
-    def in_rows(values: mx.array) -> mx.array:
-        """What becomes of logits (N,), in rows of V: some models write to certain tokens' logits,
-        and MLX writes beyond an array's end."""
-        n_rows = -(-values.size // head.vocab_size)
-        padded = mx.pad(values, (0, n_rows * head.vocab_size - values.size))
-        return run(padded.reshape(1, n_rows, -1)).reshape(-1)[: values.size]
-
-    try:
-        logit_map = fit_logit_map(in_rows, dtype)
-    except ValueError:  # it looks at the number of rows
-        logit_map = None
-    if logit_map is not None:
-        of_each_token = low.astype(dtype)  # the values may be fewer than the tokens
-        if not mx.array_equal(logit_map(of_each_token), run(of_each_token)):
-            logit_map = None
+    logit_map = _fit(run, low.astype(dtype))
     if logit_map is not None and head.applies(logit_map, dtype):
         if not logit_map.identity:  # for which there are kernels of their own
             head.check_kernels(hidden_dtype(model), logit_map=logit_map)
@@ -393,3 +378,28 @@ def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
 
     mx.eval(change(low[0]))  # which compiles it
     return change
+
+
+def _fit(run: Callable[[mx.array], mx.array], some: mx.array) -> LogitMap | None:
+    """The map that a model applies to the logits of all tokens, or None if it does something else.
+
+    Args:
+        run: What the model does to logits (1, R, V). Some models write to those of certain tokens,
+            and in shorter rows MLX would write beyond the end.
+        some: A logit of each token, (1, 1, V).
+    """
+    vocab_size = some.shape[-1]
+
+    def in_rows(values: mx.array) -> mx.array:
+        n_rows = -(-values.size // vocab_size)
+        padded = mx.pad(values, (0, n_rows * vocab_size - values.size))
+        return run(padded.reshape(1, n_rows, vocab_size)).reshape(-1)[: values.size]
+
+    try:
+        logit_map = fit_logit_map(in_rows, some.dtype)
+    except ValueError:  # it looks at the number of rows
+        return None
+    # the values may be fewer than the tokens
+    if logit_map is None or not mx.array_equal(logit_map(some), run(some)):
+        return None
+    return logit_map
