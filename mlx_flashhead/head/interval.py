@@ -71,10 +71,17 @@ class Interval(NamedTuple):
         factor = mx.exp(self.off * scale)
         return middle / factor, middle * factor
 
-    def masses(self) -> tuple[mx.array, mx.array]:
-        """The least and the greatest log of the summed exponentials: (k, 1) each."""
+    @property
+    def mass(self) -> mx.array:
+        """The log of the logits' summed exponentials, (k, 1)."""
+        return log_mass(self.logits.flatten(1))
+
+    def masses(self, mass: mx.array) -> tuple[mx.array, mx.array]:
+        """The least and the greatest log of the summed exponentials: (k, 1) each.
+
+        ``mass`` is :attr:`mass`, for which there is a pass over all logits.
+        """
         if self.even:
-            mass = log_mass(self.logits.flatten(1))
             off = self.off.reshape(-1, 1)
             return mass - off, mass + off
         return log_mass(self.low.flatten(1)), log_mass(self.high.flatten(1))

@@ -63,7 +63,12 @@ def drawn(
 
 
 def is_certain(
-    clustered: ClusteredRows, scored: Scored, unscored: Interval, draws: Draws, epsilon: float
+    clustered: ClusteredRows,
+    scored: Scored,
+    unscored: Interval,
+    unscored_mass: mx.array,
+    draws: Draws,
+    epsilon: float,
 ) -> mx.array:
     """Returns whether each state's token is drawn whatever the logits are within their bounds.
 
@@ -76,6 +81,7 @@ def is_certain(
         clustered: The rows.
         scored: The scored tokens of k states, K each.
         unscored: The logits (k, C, n) of all others; of the scored ones the lowest value.
+        unscored_mass: Their :attr:`Interval.mass`, (k, 1).
         draws: Of k rows.
         epsilon: The relative spacing of the model's log-probabilities.
 
@@ -85,10 +91,11 @@ def is_certain(
     inverse = draws.inverse_temperature
     filtered = [settings.filters for settings in draws.rows]
     unfiltered = mx.array([not each for each in filtered])[:, None]
-    mass = mx.logaddexp(log_mass(scored.all.logits), log_mass(unscored.logits.flatten(1)))
+    scored_mass = scored.all.mass
+    mass = mx.logaddexp(scored_mass, unscored_mass)
     all_scored = as_mlx_lm_draws(scored.all, mass, epsilon)
     others = as_mlx_lm_draws(unscored, mass[..., None], epsilon)
-    least, most = map(mx.logaddexp, all_scored.masses(), others.masses())
+    least, most = map(mx.logaddexp, all_scored.masses(scored_mass), others.masses(unscored_mass))
     known = all_scored
     ids = scored.ids
     near = None

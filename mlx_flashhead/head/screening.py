@@ -45,7 +45,8 @@ def screen(
     best = mx.maximum(mx.max(others, axis=(1, 2)).astype(mx.float32), lowest)[:, None]
     best_high = _highest(best, tolerance, logit_map, slots.dtype)
     unscored = _mapped(others, tolerance, logit_map)
-    tail_low, tail_high = unscored.masses()
+    mass = unscored.mass
+    tail_low, tail_high = unscored.masses(mass)
     if draws is None or draws.any_greedy:
         if epsilon > IN_16_BITS and logit_map.identity:
             bound = tail_high
@@ -53,18 +54,22 @@ def screen(
             bound = best_high + math.log(clustered.vocab_size)
         certain = _greedy_is_certain(scored, best_high, bound, epsilon)
     if draws is not None:
-        by_number = partial(inverse_cdf.is_certain, clustered, scored, unscored, draws, epsilon)
+        by_number = partial(
+            inverse_cdf.is_certain, clustered, scored, unscored, mass, draws, epsilon
+        )
         if draws.uniform is None:
             bounds = best_high, tail_low, tail_high
             by_noise = partial(_noise_is_certain, clustered, scored, unscored, *bounds, draws)
         else:
-            by_noise = partial(_mlx_noise_is_certain, clustered, scored, unscored, draws, epsilon)
+            by_noise = partial(
+                _mlx_noise_is_certain, clustered, scored, unscored, mass, draws, epsilon
+            )
         drawn = draws.by_kind(by_number, by_noise)[:, None]
         if draws.any_greedy:
             drawn = mx.where(draws.inverse_temperature == 0, certain, drawn)
         certain = drawn
     certain = certain[:, 0] & (largest < mx.inf)  # float16 may overflow
-    return Screen(certain, largest, best[:, 0], log_mass(unscored.logits.flatten(1))[:, 0])
+    return Screen(certain, largest, best[:, 0], mass[:, 0])
 
 
 def _scored(
@@ -168,10 +173,15 @@ def _greedy_is_certain(
 
 
 def _mlx_noise_is_certain(
-    clustered: ClusteredRows, scored: Scored, unscored: Interval, draws: Draws, epsilon: float
+    clustered: ClusteredRows,
+    scored: Scored,
+    unscored: Interval,
+    unscored_mass: mx.array,
+    draws: Draws,
+    epsilon: float,
 ) -> mx.array:
     """:func:`_noise_is_certain` of draws from rounded log-probabilities, as mlx-lm's are."""
-    mass = mx.logaddexp(log_mass(scored.all.logits), log_mass(unscored.logits.flatten(1)))
+    mass = mx.logaddexp(scored.all.mass, unscored_mass)
     rounded = Scored(
         scored.ids,
         scored.tokens,
@@ -179,7 +189,8 @@ def _mlx_noise_is_certain(
     )
     others = as_mlx_lm_draws(unscored, mass[..., None], epsilon)
     best_high = mx.max(others.highest, axis=-1, keepdims=True)
-    return _noise_is_certain(clustered, rounded, others, best_high, *others.masses(), draws)
+    bounds = best_high, *others.masses(unscored_mass)
+    return _noise_is_certain(clustered, rounded, others, *bounds, draws)
 
 
 def _noise_is_certain(
@@ -198,7 +209,7 @@ def _noise_is_certain(
     """
     inverse = draws.inverse_temperature
     floor = scored.own.low
-    scored_low, scored_high = scored.all.masses()
+    scored_low, scored_high = scored.all.masses(scored.all.mass)
     least = mx.logaddexp(scored_low, tail_low)
     most = mx.logaddexp(scored_high, tail_high)
     kept = _is_kept(scored, unscored, best_high, least, draws)
