@@ -26,7 +26,7 @@ from .interval import (
 from .margins import EXP_UNITS, IN_16_BITS, MASS_MARGIN, SUM_ROUNDING
 from .near import nearest
 
-NEAREST = 256  # clusters not scored that are looked at token by token if filters may keep some
+NEAREST = 64  # clusters not scored that are looked at token by token if filters may keep some
 
 
 def drawn(
