@@ -115,3 +115,11 @@ def test_weights_of_even_logits_are_those_of_their_bounds():
     for one, other in zip(even, each, strict=True):
         assert mx.allclose(one, other, rtol=1e-5, atol=1e-12)
     assert mx.all(even[0] <= even[1])
+
+
+@pytest.mark.parametrize("off", [[[0.25]], [[0.0, 0.25, 0.125]]])
+def test_masses_are_those_of_the_lowest_and_the_highest_logits(off):
+    logits = Interval(mx.array([[1.0, 2.0, -3.0]]), mx.array(off))
+    least, most = logits.masses(logits.mass)
+    np.testing.assert_allclose(least, log_mass(logits.low), rtol=1e-6)
+    np.testing.assert_allclose(most, log_mass(logits.high), rtol=1e-6)
