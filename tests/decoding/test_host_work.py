@@ -1,0 +1,88 @@
+"""What Python makes for a token where the head's steps are kernels."""
+
+import sys
+
+import mlx.core as mx
+import pytest
+from metal_emulator import Emulator
+
+from flash_loops import flash_of
+from kernel_cases import kernels, on_gpu
+from mlx_flashhead import make_sampler
+from tiny_models import tiny_model
+
+pytestmark = [
+    pytest.mark.newest,  # the oldest environment has no compiler for the emulator
+    pytest.mark.skipif(on_gpu(), reason="kernels are counted on the emulator"),
+]
+N_TOKENS = 100
+
+
+class Counted:
+    """Counts arrays that the package makes from numbers, and calls of kernels and traced functions.
+
+    What a traced function does counts as one call: MLX runs its Python code once.
+    """
+
+    def __init__(self, monkeypatch):
+        self.arrays = self.kernels = self.traced = self.within = 0
+        array, run, counted = mx.array, Emulator._run, self
+
+        class Meta(type):
+            def __instancecheck__(cls, value):
+                return isinstance(value, array)
+
+            def __call__(cls, *given, **named):
+                by_package = "/mlx_flashhead/" in sys._getframe(1).f_code.co_filename
+                from_numbers = not isinstance(given[0], array)
+                counted.arrays += by_package and from_numbers and not counted.within
+                return array(*given, **named)
+
+        def called(emulator, *given, **named):
+            counted.kernels += not counted.within
+            counted.within += 1  # the emulator makes arrays, too
+            try:
+                return run(emulator, *given, **named)
+            finally:
+                counted.within -= 1
+
+        monkeypatch.setattr(mx, "array", Meta("array", (), {}))
+        monkeypatch.setattr(Emulator, "_run", called)
+
+    def compile(self, function, *_, **__):
+        """Stands in for ``mx.compile``."""
+
+        def traced(*given, **named):
+            self.traced += not self.within
+            self.within += 1
+            try:
+                return function(*given, **named)
+            finally:
+                self.within -= 1
+
+        return traced
+
+
+@pytest.mark.parametrize(
+    "settings, n_arrays",
+    [({}, 1), ({"temp": 0.7, "top_p": 0.95, "seed": 1}, 2)],
+    ids=["greedy", "sampled"],
+)
+def test_a_token_takes_one_traced_call(monkeypatch, settings, n_arrays):
+    with kernels(check=False):
+        flash = flash_of(tiny_model(num_hidden_layers=2))
+        counted = Counted(monkeypatch)
+        monkeypatch.setattr(mx, "compile", counted.compile)
+        for _ in range(2):  # the first text learns what the model does to its logits
+            counted.arrays = counted.kernels = counted.traced = 0
+            steps = flash.steps(
+                n_probes=flash.head.n_clusters,
+                sampler=make_sampler(**settings),
+                max_tokens=N_TOKENS,
+                logprobs=False,
+            )
+            assert len(list(steps)) == N_TOKENS
+    assert flash.head.backend == "metal"
+    assert counted.traced <= N_TOKENS
+    assert counted.kernels <= 0.4 * N_TOKENS  # those of verifications
+    assert counted.arrays <= n_arrays * N_TOKENS
