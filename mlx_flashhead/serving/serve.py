@@ -108,11 +108,13 @@ async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.
     serving = asyncio.create_task(server.serve([port]))
     loading: asyncio.Future[Any] = asyncio.wrap_future(engine.models)
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-    if loading.done() and loading.exception() is None:  # the address comes last, in sight
+    loaded = loading.done() and loading.exception() is None
+    if loaded and not server.should_exit:  # a signal may have closed the port meanwhile
         models = ", ".join(f"{served.name} ({served.decoding()})" for served in loading.result())
         # Modules and models stay, and looking through them for garbage would stop all threads.
         gc.collect()
         gc.freeze()
+        # the address comes last, in sight
         number = port.getsockname()[1]
         where = url(own_address(flags.host), number).rstrip("/")
         print(f"Serving {models} at {where} (Ctrl-C ends it)", flush=True)

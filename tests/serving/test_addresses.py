@@ -1,10 +1,13 @@
 """What the terminal shows when the server opens to the network, and the token's file."""
 
+import asyncio
 import io
 import os
 import socket
 import stat
 import sys
+from argparse import Namespace
+from concurrent.futures import Future
 from unittest.mock import Mock
 
 import numpy as np
@@ -13,7 +16,8 @@ import pytest
 import zxingcpp
 
 from engines import flags
-from mlx_flashhead.serving.access import access_of, kept_token
+from mlx_flashhead.serving import serve
+from mlx_flashhead.serving.access import Access, access_of, kept_token
 from mlx_flashhead.serving.serve import announce, own_address, url
 from mlx_flashhead.serving.server_options import DEFAULT_TOKEN_FILE, is_loopback
 from scripted_server import TOKEN
@@ -102,3 +106,22 @@ def test_addresses(monkeypatch, tmp_path):
     assert rules.hosts == {"studio", "studio.fritz.box", "::"}
     monkeypatch.setattr(socket.socket, "connect", Mock(side_effect=OSError))
     assert own_address("0.0.0.0") == "127.0.0.1"  # without a network
+
+
+def test_a_signal_that_ends_the_server_as_its_models_are_loaded(monkeypatch, capsys):
+    """Nothing asks the closed port for its number."""
+    models = Future()
+
+    class Ended(serve.Server):
+        async def serve(self, sockets):
+            self.should_exit = True
+            sockets[0].close()
+            models.set_result([])
+
+    api = Namespace(router=lambda: None, end_answers=lambda _: None)
+    monkeypatch.setattr(serve, "Api", lambda *_: api)
+    monkeypatch.setattr(serve, "Server", Ended)
+    with serve.listening("127.0.0.1", 0) as port:
+        flags, engine = Namespace(host="127.0.0.1"), Namespace(models=models)
+        asyncio.run(serve._serve(flags, engine, Access(), port))
+    assert capsys.readouterr().out == ""
