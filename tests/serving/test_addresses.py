@@ -3,11 +3,12 @@
 import asyncio
 import io
 import os
+import signal
 import socket
 import stat
 import sys
 from argparse import Namespace
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from unittest.mock import Mock
 
 import numpy as np
@@ -121,7 +122,11 @@ def test_a_signal_that_ends_the_server_as_its_models_are_loaded(monkeypatch, cap
     api = Namespace(router=lambda: None, end_answers=lambda _: None)
     monkeypatch.setattr(serve, "Api", lambda *_: api)
     monkeypatch.setattr(serve, "Server", Ended)
+    # in a thread, as the page's tests have an event loop here; only the main one handles signals
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
     with serve.listening("127.0.0.1", 0) as port:
         flags, engine = Namespace(host="127.0.0.1"), Namespace(models=models)
-        asyncio.run(serve._serve(flags, engine, Access(), port))
+        serving = serve._serve(flags, engine, Access(), port)
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, serving).result()
     assert capsys.readouterr().out == ""
