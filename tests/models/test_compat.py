@@ -12,6 +12,8 @@ import pytest
 from mlx_flashhead.index.files import FILE_NAME, write_companion
 from mlx_flashhead.interop.replace import put_in_place
 from mlx_flashhead.models.compat import mlx_lm as mlx_lm_names
+from mlx_flashhead.models.compat import recognised
+from mlx_flashhead.models.compat.recognised import mlx_lm_is_as_imported
 from mlx_flashhead.models.fetch import resolve
 from mlx_flashhead.models.loading import load_dense
 from refusals import refused
@@ -46,6 +48,38 @@ def test_a_function_is_replaced_wherever_it_is(tmp_path, monkeypatch):
     for name in ("uses", "defines", "later"):
         assert importlib.import_module(f"some_package.{name}").function() == "second first original"
     assert own() == "original"
+
+
+@pytest.mark.newest
+def test_the_names_of_mlx_lms_loops_are_there():
+    for table in (recognised.LOOPS, recognised.BATCHES):
+        for module, names in table.items():
+            assert not set(names) - vars(importlib.import_module(module)).keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["generate.make_prompt_cache", "sample_utils.apply_top_k", "models.cache.KVCache"]
+)
+def test_a_name_that_mlx_lms_loops_look_up_is_replaced(name, monkeypatch):
+    assert mlx_lm_is_as_imported()
+    original = importlib.import_module(f"mlx_lm.{name.rpartition('.')[0]}")
+    with monkeypatch.context() as patch:
+        patch.setattr(original, name.rpartition(".")[2], Mock())
+        assert not mlx_lm_is_as_imported()
+        assert not mlx_lm_is_as_imported(batches=True)
+    assert mlx_lm_is_as_imported(batches=True)
+
+
+def test_a_function_of_mlx_lms_batches_is_replaced(monkeypatch):
+    batches = mlx_lm_names.GenerationBatch
+    with monkeypatch.context() as patch:
+        patch.setattr(batches, "_step", lambda batch: ([], []))
+        assert mlx_lm_is_as_imported()  # a loop of one text is none of them
+        assert not mlx_lm_is_as_imported(batches=True)
+    with monkeypatch.context() as patch:
+        patch.delattr(mlx_lm_names.BatchGenerator, "close")
+        assert not mlx_lm_is_as_imported(batches=True)
+    assert mlx_lm_is_as_imported(batches=True)
 
 
 def test_no_such_folder(tmp_path, monkeypatch):
