@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shlex
-import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +29,6 @@ class Parser(ArgumentParser):
     def __init__(self, *arguments: Any, example: str | None = None, **options: Any):
         super().__init__(*arguments, **options)
         self.example = example
-        self._words: list[str] = []
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None
@@ -39,7 +37,6 @@ class Parser(ArgumentParser):
 
         A subcommand's parser comes here, too, and knows the flags that the user may have meant.
         """
-        self._words = list(sys.argv[1:] if args is None else args)
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             suggestion = self._suggestion(unknown[0])
@@ -49,60 +46,22 @@ class Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the command with exit code 2."""
         message = message.removeprefix("argument ").replace(": it ", " ", 1)
-        if message.startswith(_REQUIRED):
-            unknown = next((word for word in self._words if self._is_unknown(word)), None)
-            suggestion = None if unknown is None else self._suggestion(unknown)
-            if suggestion is not None:
-                message = suggestion
-            elif self.example is not None:
-                message = f"{message}, as in {self.example}"
+        if self.example and message.startswith(_REQUIRED):
+            message = f"{message}, as in {self.example}"
         end = "" if message.endswith("?") else "."
         self.exit(2, f"error: {message.rstrip('.')}{end}\n")
 
-    def _is_unknown(self, word: str) -> bool:
-        """Whether a word of the command line is surely no argument.
-
-        It is an unknown flag, or a first word where nothing may stand without a flag.
-        """
-        if word.startswith("--"):
-            flag = word.partition("=")[0]
-            return not any(known.startswith(flag) for known in self._option_string_actions)
-        return word == self._words[0] and not word.startswith("-") and not self._has_positionals()
-
-    def _has_positionals(self) -> bool:
-        return any(not action.option_strings for action in self._actions)
-
     def _suggestion(self, word: str) -> str | None:
         """A sentence with the flag that an unknown word was probably meant for, or None."""
-        known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        flags = [flag for flag in known if flag != "--help"]
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
         if word.startswith("-"):
-            flag = word.partition("=")[0]
-            meant = _nearest(flag, flags)
-            return f"there is no {flag}: did you mean {meant}?" if meant else None
-        given = {flag.partition("=")[0] for flag in self._words}
-        model_is_missing = "--model" in flags and "--model" not in given
-        if "--prompt" in flags and not (model_is_missing and "/" in word):
-            meant = "--prompt"
-        elif model_is_missing:
-            meant = "--model"
-        else:
-            return None
+            given = word.partition("=")[0]
+            near = difflib.get_close_matches(given.replace("_", "-"), flags, 1, cutoff=0.63)
+            return f"there is no {given}: did you mean {near[0]}?" if near else None
+        meant = "--model" if "/" in word or "--prompt" not in flags else "--prompt"
         shown = shlex.quote(shorten(word, LONGEST_SHOWN, placeholder=" …"))
-        return f"{shown} has no flag before it: did you mean {meant} {shown}?"
-
-
-def _nearest(flag: str, flags: Sequence[str]) -> str | None:
-    """The flag that a near miss was meant for, or None.
-
-    It is one that the word begins with, else one of nearly the same letters.
-    """
-    spelled = flag.lower().replace("_", "-")
-    beginnings = [known for known in flags if spelled.startswith(known)]
-    if beginnings:
-        return max(beginnings, key=len)
-    close = difflib.get_close_matches(spelled, flags, n=1, cutoff=0.7)
-    return close[0] if close else None
+        said = f"{shown} has no flag before it: did you mean {meant} {shown}?"
+        return said if meant in flags else None
 
 
 def _checked(convert: Type, wanted: str) -> Type:
@@ -117,17 +76,16 @@ def _checked(convert: Type, wanted: str) -> Type:
     return checked
 
 
-def whole_number(low: int, high: int | None = None, *, or_no_limit: bool = False) -> Type:
+def whole_number(low: int, high: float = math.inf, *, or_no_limit: bool = False) -> Type:
     """A type: a whole number of ``low`` to ``high``, or -1 with ``or_no_limit``."""
-    wanted = f"give a whole number of {low} or more" if high is None else f"give {low} to {high}"
+    limited = math.isfinite(high)
+    wanted = f"give {low} to {high}" if limited else f"give a whole number of {low} or more"
     if or_no_limit:
         wanted += ", or -1 for no limit"
 
     def convert(raw: str | int) -> int:
         value = int(str(raw))  # neither 2.0 nor True
-        is_too_large = high is not None and value > high
-        is_no_limit = or_no_limit and value == -1
-        if (value < low or is_too_large) and not is_no_limit:
+        if not low <= value <= high and not (or_no_limit and value == -1):
             raise ValueError
         return value
 
@@ -160,14 +118,9 @@ def one_of(*choices: Any) -> Type:
     return _checked(lambda raw: by_text[str(raw)], f"choose {listed}")
 
 
-def true_or_false(raw: str) -> bool:
-    """A type: T or F, or another usual word for one of them."""
-    word = raw.lower()
-    if word in ("true", "t", "yes", "y", "1"):
-        return True
-    if word in ("false", "f", "no", "n", "0"):
-        return False
-    raise ArgumentTypeError(f"it is {raw}: give T or F")
+_WORDS = dict.fromkeys(("true", "t", "yes", "y", "1"), True)
+_WORDS |= dict.fromkeys(("false", "f", "no", "n", "0"), False)
+true_or_false = _checked(lambda raw: _WORDS[raw.lower()], "give T or F")
 
 
 def whole_numbers(low: int) -> Type:

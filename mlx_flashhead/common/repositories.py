@@ -51,14 +51,6 @@ def redacted_logs() -> Iterator[None]:
             handler.removeFilter(redacted)
 
 
-def holds_secret(content: bytes) -> bool:
-    """Whether a file's content holds the user's token, or text in the form of a token."""
-    patterns = [r"\bhf_[A-Za-z0-9]{34}\b"]
-    if token := get_token():
-        patterns.append(re.escape(token))
-    return re.search("|".join(patterns).encode(), content) is not None
-
-
 def full_name(name: str, user: str) -> str:
     """The full name of a repository.
 

@@ -11,10 +11,9 @@ from textwrap import shorten
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
 
 from ..common.command import printable
-from ..common.repositories import full_name, holds_secret, redact, redacted_logs
+from ..common.repositories import full_name, redact, redacted_logs
 from ..index.files import is_companion, read_index
 from ..index.settings import FlashHeadConfig
 from ..models.origin import begins_with, is_repository
@@ -32,7 +31,6 @@ from .licence import check_licence, licence_files, recognise, with_licence, writ
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 # Never part of a model, and often private. The client itself leaves out .git and .cache.
 NOT_UPLOADED = [".*", "*/.*", "*.log", "__pycache__/*"]
-MAX_TEXT_BYTES = 50_000_000  # of a file that is searched for the token
 
 
 def add_documents(
@@ -106,7 +104,6 @@ def publish(
             name = f"{licence.prefix}-{name}"
     repo_id = full_name(name, user)
     check_licence(metadata, files, repo_id, model=str(folder), place=str(folder))
-    _check_secrets(folder)
     address = reserve(repo_id, user, private)
     own_text = text_below_marker(card) or _published_text(repo_id)
     for file in texts:
@@ -117,17 +114,6 @@ def publish(
     say(f"Uploading {folder} to {repo_id}")
     _upload(folder, repo_id)
     return address
-
-
-def _check_secrets(folder: Path) -> None:
-    """Raises a ValueError if a file that would be uploaded holds a token."""
-    names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
-    for name in filter_repo_objects(names, ignore_patterns=[*NOT_UPLOADED, "*.safetensors"]):
-        file = folder / name
-        if file.stat().st_size <= MAX_TEXT_BYTES and holds_secret(file.read_bytes()):
-            raise ValueError(
-                f"{file} holds a Hugging Face token, which would be published: delete it there."
-            )
 
 
 def _published_text(repo_id: str) -> str:

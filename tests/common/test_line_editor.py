@@ -15,7 +15,8 @@ from mlx_flashhead.common.terminal import is_open
 
 def test_the_history_is_its_users_alone_and_may_be_missing(tmp_path):
     (tmp_path / "file").touch()
-    file, nowhere = tmp_path / "new" / "history", tmp_path / "file" / "history"
+    file = tmp_path / "new" / "history"
+    nowhere = tmp_path / "file" / "history"
     for place, answer in (
         (file, "a question"),
         (nowhere, "another question"),

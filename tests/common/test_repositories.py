@@ -1,10 +1,10 @@
-"""Secrets do not appear in messages, logs and uploads."""
+"""Secrets do not appear in messages and logs."""
 
 import logging
 
 import pytest
 
-from mlx_flashhead.common.repositories import holds_secret, redact, redacted_logs
+from mlx_flashhead.common.repositories import redact, redacted_logs
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
@@ -22,12 +22,15 @@ def _token(monkeypatch):
         ("Bearer other.token-of~some/kind=", "Bearer …"),
         ("proxy http://ann:pass@proxy:80 refused", "proxy http://…@proxy:80 refused"),
         ("PUT https://s3/x?X-Amz-Signature=1&b=2 failed", "PUT https://s3/x?… failed"),
-        *(("hf_transfer is missing, see https://huggingface.co/a/b",) * 2,),
     ],
 )
 def test_redact(text, expected):
     assert redact(text) == expected
-    assert holds_secret(text.encode()) == any(secret in text for secret in (TOKEN, "my-own-secret"))
+
+
+def test_what_is_no_secret_stays():
+    text = "hf_transfer is missing, see https://huggingface.co/a/b"
+    assert redact(text) == text
 
 
 def test_logs_of_the_client_are_redacted(caplog):
@@ -37,6 +40,7 @@ def test_logs_of_the_client_are_redacted(caplog):
             raise ValueError("my-own-secret")
         except ValueError:
             logger.warning("%s was sent", "my-own-secret", exc_info=True)
-    assert "my-own-secret" not in caplog.text and "… was sent" in caplog.text
+    assert "my-own-secret" not in caplog.text
+    assert "… was sent" in caplog.text
     logger.warning("%s again", "my-own-secret")
     assert "my-own-secret again" in caplog.text

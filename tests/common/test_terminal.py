@@ -15,13 +15,15 @@ TEXT = """The bridge over the river was old, and nobody knew who had built it.
 
 
 def wrapped(text, columns, seed=None):
+    """What is shown of a text that comes at once, or with a seed in random pieces."""
     wrap = WordWrap(lambda: columns)
-    pieces, rng = [], random.Random(seed)
+    rng = random.Random(seed)
+    shown = ""
     while text:
         size = len(text) if seed is None else rng.randint(1, 5)
-        pieces.append(wrap.feed(text[:size]))
+        shown += wrap.feed(text[:size])
         text = text[size:]
-    return "".join([*pieces, wrap.end()])
+    return shown + wrap.end()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,8 @@ def test_no_word_changes_and_no_line_is_too_long(columns):
 
 def test_no_figure_of_a_table_is_cut_off(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    headings, figures = zip(*((f"heading {i}", f"{i}234.5678") for i in range(9)), strict=True)
+    headings = [f"heading {i}" for i in range(9)]
+    figures = [f"{i}234.5678" for i in range(9)]
     table = new_table("A title. " * 20, headings, "A caption. " * 20)
     table.add_row(*figures)
     show("Some text. " * 20, table)
