@@ -5,11 +5,15 @@ model, tokenizer = load("folder-or-repository")
 text = generate(model, tokenizer, prompt="…", max_tokens=100)
 """
 
+from .common.interrupts import end_at_signals, is_a_command
+
+if is_a_command():  # from the first line on: imports take seconds
+    end_at_signals()
+
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .common.interrupts import heed_ctrl_c_while_starting
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -22,8 +26,6 @@ if TYPE_CHECKING:
     from .loading.load import attach, load, sharded_load
     from .models.install import detach, get_flash_head
     from .structured.processor import grammar_processor
-
-heed_ctrl_c_while_starting()
 
 __all__ = [
     "FlashHead", "FlashHeadConfig", "__version__", "attach", "batch_generate", "convert", "detach",

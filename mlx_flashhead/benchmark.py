@@ -8,7 +8,7 @@ from .benchmarks import SAMPLERS, SHAPES
 from .common.arguments import Parser, picture, whole_number, whole_numbers, writable
 from .common.command import command, from_extra
 from .common.flags import add_source_options
-from .common.interrupts import ended_by_signals
+from .common.interrupts import ctrl_c_raises
 
 ANY_MODEL = "Folder or repository of any model that mlx-lm loads."
 EXAMPLE = "mlx_flashhead.benchmark model --model mlx-community/gemma-3-1b-it-4bit"
@@ -157,14 +157,14 @@ def main() -> None:
         kind = "mixed"
         args.rounds = args.minutes  # a round takes a minute
     from_extra("rich", "report", "mlx_flashhead.benchmark")  # before long work
-    with ended_by_signals():
-        from .benchmarks.reporting import report
+    from .benchmarks.reporting import report
 
-        benchmark = import_module(f".benchmarks.{kind}_benchmark", __package__)
-        confirm = None
-        if args.kind == "model" and args.report:
-            confirm = import_module(".benchmarks.confirmations", __package__).confirm
-    report(args, benchmark.cases(args), benchmark.make_table, confirm)
+    benchmark = import_module(f".benchmarks.{kind}_benchmark", __package__)
+    confirm = None
+    if args.kind == "model" and args.report:
+        confirm = import_module(".benchmarks.confirmations", __package__).confirm
+    with ctrl_c_raises():  # the figures so far are reported
+        report(args, benchmark.cases(args), benchmark.make_table, confirm)
 
 
 if __name__ == "__main__":

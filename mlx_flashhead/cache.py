@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from .common.arguments import Parser
 from .common.command import command, printable, sentence
-from .common.interrupts import ended_by_signals
 from .common.tables import megabytes, new_table, show
 
 if TYPE_CHECKING:  # mlx-lm takes seconds to import, and --help none
@@ -44,11 +43,7 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point."""
     args = make_parser().parse_args()
-    with ended_by_signals():
-        from .loading import sources
-
-        if args.build or args.rebuild or args.measure is not None:
-            from .loading import load  # noqa: F401 - mlx-lm takes a second, which a list does not need
+    from .loading import sources
 
     cached = sources.entries()
     if args.build is not None:

@@ -6,7 +6,7 @@ from typing import Any
 from .common import flags
 from .common.arguments import Parser
 from .common.command import command
-from .common.interrupts import ended_by_signals
+from .common.interrupts import ctrl_c_raises
 
 SEED = 0
 
@@ -43,17 +43,17 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     _check_arguments(parser, args)
-    with ended_by_signals():  # mlx-lm takes a second to import: mistakes and --help do without
-        import mlx.core as mx
+    # mlx-lm takes a second to import: mistakes and --help do without
+    import mlx.core as mx
 
-        from .chatting.conversation import FILES, Conversation, last_conversation
-        from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
-        from .common.terminal import Terminal
-        from .loading.background import IdleBuild, background_build
-        from .loading.head_options import LATER, HeadOptions
-        from .loading.load import load_with_head
-        from .models.fetch import resolve
-        from .models.install import get_flash_head
+    from .chatting.conversation import FILES, Conversation, last_conversation
+    from .chatting.session import COMMANDS, NO_FLASH_HEAD, WITH_FILES, ChatSession
+    from .common.terminal import Terminal
+    from .loading.background import IdleBuild, background_build
+    from .loading.head_options import LATER, HeadOptions
+    from .loading.load import load_with_head
+    from .models.fetch import resolve
+    from .models.install import get_flash_head
 
     resumed = last_conversation() if args.resume else []
     choices = HeadOptions.from_flags(args, dense=args.dense)
@@ -79,7 +79,8 @@ def main() -> None:
         build = background_build(model, tokenizer, folder, choices)
     idle = IdleBuild(build) if build else None
     try:
-        ChatSession(conversation, terminal, args, _answer_options(args, tokenizer), idle).run()
+        with ctrl_c_raises():
+            ChatSession(conversation, terminal, args, _answer_options(args, tokenizer), idle).run()
     finally:
         if idle:
             idle.close()

@@ -8,7 +8,6 @@ from typing import Any
 
 from .common.arguments import Parser
 from .common.command import command, with_flags
-from .common.interrupts import ended_by_signals
 from .conversion.options import LIMITS, ConvertOptions
 
 # The help of each option, by the headings.
@@ -96,8 +95,7 @@ def _add_option(group: Any, name: str, text: str, default: Any) -> None:
 def main() -> None:
     """Entry point."""
     options = ConvertOptions(**vars(make_parser().parse_args()))
-    with ended_by_signals():  # it imports mlx-lm, which takes seconds
-        from .conversion.pipeline import convert_model
+    from .conversion.pipeline import convert_model  # which imports mlx-lm, for seconds
 
     convert_model(options, say=_say)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from .common.arguments import Parser, picture, whole_number, whole_numbers, writable
 from .common.command import command, from_extra
 from .common.flags import add_source_options
-from .common.interrupts import ended_by_signals
 
 EXAMPLE = "mlx_flashhead.evaluate text --model mlx_model --text book.txt"
 
@@ -42,8 +41,7 @@ def main() -> None:
     """Entry point."""
     args = make_parser().parse_args()
     from_extra("rich", "report", "mlx_flashhead.evaluate")  # before long work
-    with ended_by_signals():
-        from .benchmarks import agreement
+    from .benchmarks import agreement
 
     figures = agreement.run(args)
     if args.json:

@@ -7,7 +7,6 @@ from pathlib import Path
 from .common.arguments import Parser
 from .common.command import command
 from .common.flags import add_head_options
-from .common.interrupts import ended_by_signals
 from .common.new_folder import new_file
 from .common.tables import megabytes
 
@@ -44,14 +43,14 @@ def make_parser() -> Parser:
 def main() -> None:
     """Entry point."""
     args = make_parser().parse_args()
-    with ended_by_signals():  # --help needs none of these, which take seconds
-        from .head.backend import PORTABLE
-        from .head.plan import export_plan
-        from .loading.head_options import HeadOptions
-        from .loading.load import load_with_head
-        from .models.fetch import resolve
-        from .models.install import installed_head
-        from .models.locate import find_head
+    # --help needs none of these, which take seconds
+    from .head.backend import PORTABLE
+    from .head.plan import export_plan
+    from .loading.head_options import HeadOptions
+    from .loading.load import load_with_head
+    from .models.fetch import resolve
+    from .models.install import installed_head
+    from .models.locate import find_head
 
     output = _checked_output(args)
     options = replace(HeadOptions.from_flags(args), backend=PORTABLE, tunes=False)

@@ -15,7 +15,8 @@ import numpy as np
 
 from .common import flags
 from .common.arguments import Parser, whole_number
-from .common.command import command, ended_by_signals
+from .common.command import command
+from .common.interrupts import ctrl_c_raises
 from .common.terminal import printable_output
 from .structured.grammar import add_grammar_options, grammar_of
 from .structured.processor import GrammarProcessor
@@ -76,9 +77,6 @@ def main() -> None:
             _check_arguments(parser, args, processes.size())
         grammar = grammar_of(args)
         flags.check_before_loading(args)
-        with ended_by_signals():  # mlx-lm takes a second to import: mistakes and --help do without
-            from .decoding import generation  # noqa: F401
-            from .loading import load  # noqa: F401
         with redirect_stdout(sys.stdout if first else nowhere):
             _generate(args, processes, grammar)
 
@@ -400,29 +398,28 @@ def _answer(
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
     )
-    with ended_by_signals():
-        text = generate(
-            loaded.model,
-            tokenizer,
-            prompt,
-            verbose=args.verbose,
-            n_probes=args.n_probes,
-            verify=not args.no_verify,
-            draw_temperature=args.temp if args.draw_probes else None,
-            max_wait=args.max_wait,
-            max_tokens=args.max_tokens,
-            sampler=sampler,
-            logits_processors=[processor] if processor else None,
-            max_kv_size=args.max_kv_size,
-            prefill_step_size=args.prefill_step_size,
-            prompt_cache=None if cache is None else cache.layers,
-            kv_bits=args.kv_bits,
-            kv_group_size=args.kv_group_size,
-            quantized_kv_start=args.quantized_kv_start,
-            draft_model=loaded.draft_model,
-            num_draft_tokens=args.num_draft_tokens,
-            input_embeddings=embeddings,
-        )
+    text = generate(
+        loaded.model,
+        tokenizer,
+        prompt,
+        verbose=args.verbose,
+        n_probes=args.n_probes,
+        verify=not args.no_verify,
+        draw_temperature=args.temp if args.draw_probes else None,
+        max_wait=args.max_wait,
+        max_tokens=args.max_tokens,
+        sampler=sampler,
+        logits_processors=[processor] if processor else None,
+        max_kv_size=args.max_kv_size,
+        prefill_step_size=args.prefill_step_size,
+        prompt_cache=None if cache is None else cache.layers,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=args.quantized_kv_start,
+        draft_model=loaded.draft_model,
+        num_draft_tokens=args.num_draft_tokens,
+        input_embeddings=embeddings,
+    )
     if not args.verbose:
         print(text)
     if processor and not processor.accepts(text):
@@ -439,7 +436,8 @@ def _build(loaded: _Loaded, options: Any) -> None:
     sys.stdout.flush()
     options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
     try:
-        build_now(loaded.model, loaded.tokenizer, loaded.folder, options)
+        with ctrl_c_raises():
+            build_now(loaded.model, loaded.tokenizer, loaded.folder, options)
     except UnsupportedHeadError as error:
         options.say(f"Without FlashHead: {error}")
     except KeyboardInterrupt:

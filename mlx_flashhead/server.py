@@ -1,7 +1,6 @@
 """Serves models: a page for browsers, and OpenAI's API."""
 
 import os
-from contextlib import suppress
 
 from .common.command import command
 from .serving.server_options import check_options, make_parser
@@ -13,19 +12,18 @@ def main() -> None:
     parser = make_parser()
     flags = parser.parse_args()
     check_options(parser, flags)
-    # late, so that help and mistakes do not wait for MLX
+    from .models.fetch import resolve
+
+    for model in filter(None, (flags.model, flags.draft_model, *flags.allow_models)):
+        resolve(model)  # downloads it, or says what is wrong before seconds of imports
     import mlx.core as mx
 
-    from .models.fetch import resolve
     from .serving.serve import log_requests, serve
 
     if mx.distributed.init().size() > 1:
         parser.error("the server is one process: start it without mlx.launch")
     log_requests(flags.log_level)
-    with suppress(KeyboardInterrupt):  # before it serves
-        for model in filter(None, (flags.model, flags.draft_model, *flags.allow_models)):
-            resolve(model)  # downloads happen here, where Ctrl-C ends them
-        serve(flags)
+    serve(flags)
     print("Stopped.", flush=True)
     os._exit(0)  # threads of C++ abort while an interpreter is finalized
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from .common.arguments import Parser
 from .common.command import command
-from .common.interrupts import ended_by_signals
 
 
 def make_parser() -> Parser:
@@ -38,8 +37,7 @@ def main() -> None:
     folder = Path(args.path).expanduser()
     if not folder.is_dir():
         raise ValueError(f"There is no folder {args.path}: check --path.")
-    with ended_by_signals():  # after the flags are read: --help is quick
-        from .publishing.publish import publish
+    from .publishing.publish import publish  # after the flags are read: --help is quick
 
     address = publish(folder, args.repo, private=args.private, license=args.license, say=print)
     print(f"Uploaded to {address}")

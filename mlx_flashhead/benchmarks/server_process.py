@@ -10,6 +10,8 @@ from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from typing import IO, NamedTuple
 
+from ..common.interrupts import cleanup
+
 HOST = "127.0.0.1"
 
 
@@ -46,15 +48,13 @@ def serving(module: str, *arguments: str) -> Iterator[ServerProcess]:
         subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=errors) as process,
     ):
         running = ServerProcess(port, process.pid, errors)
-        try:
+        with cleanup(process.terminate):
             while not is_healthy(port):
                 if process.poll() is not None:
                     lines = running.log() or ["it printed nothing"]
                     raise ValueError(f"{' '.join(command[2:])} did not start: {lines[-1]}")
                 time.sleep(0.1)
             yield running
-        finally:
-            process.terminate()
 
 
 def is_healthy(port: int) -> bool:

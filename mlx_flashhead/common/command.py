@@ -1,19 +1,15 @@
 """Errors of all commands: one sentence and exit code 2 for a mistake that a user can correct."""
 
-import _thread
 import errno
 import functools
 import importlib
 import re
-import signal
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from .interrupts import INTERRUPTED, ended_by_signals, heed_ctrl_c_as_usual
-
-__all__ = ["command", "ended_by_signals", "from_extra", "printable", "sentence", "with_flags"]
+from .interrupts import INTERRUPTED, end_at_signals
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -29,11 +25,7 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> Any:
-        heed_ctrl_c_as_usual()
-        sys.unraisablehook = _interrupt_again
-        for number in (signal.SIGTERM, signal.SIGHUP):  # it cleans up after itself then, too
-            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores some on purpose
-                signal.signal(number, _exit_by_signal)
+        end_at_signals()
         try:
             return main(*args, **kwargs)
         except KeyboardInterrupt:
@@ -46,21 +38,6 @@ def command(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(2)
 
     return run
-
-
-def _exit_by_signal(number: int, frame: Any) -> None:
-    sys.exit(128 + number)
-
-
-def _interrupt_again(unraisable: Any) -> None:
-    """Raises a KeyboardInterrupt once more that came within a callback.
-
-    Python would print it with a traceback and go on, for example in that of a weak reference.
-    """
-    if unraisable.exc_type is KeyboardInterrupt:
-        _thread.interrupt_main()
-    else:
-        sys.__unraisablehook__(unraisable)
 
 
 def sentence(error: Exception) -> str:

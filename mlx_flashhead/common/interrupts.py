@@ -1,39 +1,67 @@
-"""Ctrl-C while a command starts and while it writes a text: it ends at once, without a traceback.
+"""How a signal ends a command: at once, whatever it computes, and after what must be done.
 
-Python raises KeyboardInterrupt between two of its own instructions. Within an import it may
-surface in a callback or as another error, and within MLX it waits for the end of a long prompt.
+No handler raises anything: Python loses an exception that comes within ``__del__`` or the callback
+of a weak reference, and none comes while MLX computes. A thread waits for the signals, since MLX
+lets other threads run. It removes what is half written, and ends the process.
 """
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code, as a shell has it
 PROGRAM = "mlx_flashhead"
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_USUAL = (signal.SIG_DFL, signal.default_int_handler)
+
+_to_do: list[Callable[[], object]] = []  # before the process ends, the last first
 
 
-def heed_ctrl_c_while_starting() -> None:
-    """From now on Ctrl-C ends this process at once, if it is one of the package's commands.
+@cache
+def _watcher() -> tuple[threading.Thread, int]:
+    """The thread that ends the process, and the pipe through which it gets signals' numbers."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    thread = threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True)
+    thread.start()
+    return thread, writer
 
-    A command's imports take seconds. `command.command` gives Ctrl-C its usual meaning back.
+
+def _watch(reader: int) -> None:
+    while True:
+        number = os.read(reader, 1)[0]
+        if number in ENDING and signal.getsignal(number) is _wait_for_the_end:
+            end_by_signal(number)
+
+
+def end_at_signals() -> None:
+    """From now on Ctrl-C, SIGTERM and SIGHUP end this process.
+
+    Those stay ignored that are, as by nohup, and what has a handler keeps it.
     """
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if usual and in_main_thread and _is_a_command():
-        signal.signal(signal.SIGINT, _end_while_starting)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    _, writer = _watcher()
+    for number in ENDING:
+        if signal.getsignal(number) in _USUAL:
+            signal.signal(number, _wait_for_the_end)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
 
-def heed_ctrl_c_as_usual() -> None:
-    """Takes `heed_ctrl_c_while_starting` back."""
-    if signal.getsignal(signal.SIGINT) is _end_while_starting:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _wait_for_the_end(number: int, frame: FrameType | None) -> None:
+    """Keeps the main thread from going on. Event loops take the wake-up descriptor for theirs."""
+    thread, writer = _watcher()
+    with suppress(BlockingIOError):  # it is full: the thread has been told
+        os.write(writer, bytes([number]))
+    thread.join()
 
 
-def _is_a_command() -> bool:
+def is_a_command() -> bool:
     """Whether Python was started for a program of this package, by its name or by ``-m``."""
     if sys.argv[:1] == ["-m"]:  # Python is still looking for the module
         words = sys.orig_argv[1:]
@@ -43,17 +71,16 @@ def _is_a_command() -> bool:
     return name.partition(".")[0] == PROGRAM
 
 
-def _end_while_starting(number: int, frame: FrameType | None) -> None:
-    end_by_signal(number)
-
-
 def end_by_signal(number: int) -> None:
-    """Ends the line of a terminal, and the process with the exit code of a signal.
+    """Does what must be done, and ends the process with the exit code of a signal.
 
-    Nothing is cleaned up, and Python's buffers may be in use: the descriptors are written to.
+    Python's buffers may be in use: the descriptors are written to, and the line of a terminal ends.
     """
-    ending = b"Interrupted.\n" if number == signal.SIGINT else b""
     try:
+        while _to_do:
+            with suppress(Exception):  # and the rest all the same
+                _to_do.pop()()
+        ending = b"Interrupted.\n" if number == signal.SIGINT else b""
         if os.isatty(1):
             os.write(1, b"\n")
         elif ending:
@@ -64,42 +91,30 @@ def end_by_signal(number: int) -> None:
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """A block, which writes no files, that Ctrl-C and SIGTERM end at once.
+def cleanup(work: Callable[[], object]) -> Iterator[None]:
+    """A block after which some work is done, also if a signal ends the process within it.
 
-    A thread waits for them, which runs while MLX computes: MLX lets other threads run then.
+    It is done in another thread then, while the main one stands still, or is in a library's call.
     """
-    numbers = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if callable(signal.getsignal(number))  # nohup and shells ignore some on purpose
-    ]
-    if not numbers or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    handlers = {number: signal.signal(number, _wait_for_the_thread) for number in numbers}
-    other_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_end_at, args=(reader, numbers), name="signals", daemon=True)
-    thread.start()
+    _to_do.append(work)
     try:
         yield
     finally:
-        signal.set_wakeup_fd(other_writer)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        os.close(writer)  # which ends the thread
-        thread.join()
-        os.close(reader)
+        try:
+            work()
+        finally:
+            _to_do.remove(work)
 
 
-def _wait_for_the_thread(number: int, frame: FrameType | None) -> None:
-    """A handler in Python, without which no signal reaches the pipe."""
-
-
-def _end_at(reader: int, numbers: list[int]) -> None:
-    """Ends the process when one of the signals comes through a pipe."""
-    while received := os.read(reader, 1):
-        if received[0] in numbers:
-            end_by_signal(received[0])
+@contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+    """A block in which Ctrl-C raises KeyboardInterrupt, for programs that go on after it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not _wait_for_the_end:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

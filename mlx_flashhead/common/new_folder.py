@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from .interrupts import cleanup
+
 TEMPORARY = "mlx_flashhead-new"  # part of the names of temporary folders, and of no others
 
 
@@ -34,14 +36,15 @@ def new_folder(target: Path) -> Iterator[Path]:
         replaced = temporary / "replaced"
         new.mkdir()
         yield new
-        try:
+
+        def put_back() -> None:
+            if replaced.exists() and not target.exists():
+                os.replace(replaced, target)
+
+        with cleanup(put_back):
             if target.exists():
                 os.replace(target, replaced)
             os.replace(new, target)
-        except BaseException:
-            if replaced.exists():
-                os.replace(replaced, target)
-            raise
 
 
 @contextmanager
@@ -67,10 +70,9 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
     """A folder beside ``target``. Its errors name ``target``."""
     prefix = f".{target.name}.{TEMPORARY}."
     try:
-        with TemporaryDirectory(
-            prefix=prefix, dir=target.parent, ignore_cleanup_errors=True
-        ) as new:
-            yield Path(new)
+        new = TemporaryDirectory(prefix=prefix, dir=target.parent, ignore_cleanup_errors=True)
+        with cleanup(new.cleanup):
+            yield Path(new.name)
     except OSError as error:
         if error.strerror and TEMPORARY in str(error.filename or TEMPORARY):
             error.filename = str(target)

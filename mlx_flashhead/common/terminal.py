@@ -13,6 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from .command import printable
+from .interrupts import cleanup
 
 PROMPT = "> "
 QUOTES = '"""'  # around several lines
@@ -124,15 +125,19 @@ def stop_key() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
 
-    before = signal.signal(signal.SIGINT, press)
     modes = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-    try:
-        if modes:
-            tty.setcbreak(sys.stdin, termios.TCSANOW)
-        yield lambda: pressed
-    finally:
+
+    def restore_modes() -> None:
         if modes:
             termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        with cleanup(restore_modes):
+            if modes:
+                tty.setcbreak(sys.stdin, termios.TCSANOW)
+            yield lambda: pressed
+    finally:
         signal.signal(signal.SIGINT, before)
 
 

@@ -1,14 +1,11 @@
 """Answers in the form of OpenAI's API: choices of chunks and of whole answers, and logprobs."""
 
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 from .jobs import Token, TokenLogprobs
 from .requests import Request
-
-_BYTES = {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
 
 
 class Choice:
@@ -104,13 +101,23 @@ def _thought(text: str) -> dict[str, str]:
     return {"reasoning": text, "reasoning_content": text} if text else {}
 
 
+@cache
+def _bytes_of_letters() -> dict[str, bytes]:
+    """The byte that each letter of a byte-level tokenizer stands for."""
+    # it warns that there is no PyTorch, unless mlx-lm is imported before
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {letter: bytes([byte]) for byte, letter in bytes_to_unicode().items()}
+
+
 def token_bytes(tokenizer: Any, token: int) -> bytes:
     """The bytes of a token's text, possibly incomplete characters."""
     name = tokenizer.convert_ids_to_tokens(token) or ""  # a row of the head may have no token
     if token in tokenizer.added_tokens_decoder:
         return name.encode()
     if tokenizer.is_fast and "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
-        return b"".join(_BYTES.get(letter) or letter.encode() for letter in name)
+        bytes_of = _bytes_of_letters()
+        return b"".join(bytes_of.get(letter) or letter.encode() for letter in name)
     if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):  # as in sentencepiece
         return bytes([int(name[3:5], 16)])
     return name.replace("\u2581", " ").encode()

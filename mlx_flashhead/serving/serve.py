@@ -75,29 +75,10 @@ def serve(flags: Namespace) -> None:
     with listening(flags.host, flags.port) as port:
         access = access_of(flags)
         engine = Engine(lambda: load_models(flags), flags)
-        with ended_at_once_by_signals():
-            try:
-                asyncio.run(_serve(flags, engine, access, port))
-            finally:
-                engine.close(3.0)  # a token or a chunk of a prompt is computed by then
-
-
-@contextmanager
-def ended_at_once_by_signals() -> Iterator[None]:
-    """A block in which signals that nothing else handles end the process.
-
-    They do so without finalizing the interpreter: threads of C++ abort there. uvicorn handles them
-    while it serves, not while it and the engine end.
-    """
-    handled = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
-            handled[number] = signal.signal(number, lambda number, _: os._exit(128 + number))
-    try:
-        yield
-    finally:
-        for number, handler in handled.items():
-            signal.signal(number, handler)
+        try:
+            asyncio.run(_serve(flags, engine, access, port))
+        finally:
+            engine.close(3.0)  # a token or a chunk of a prompt is computed by then
 
 
 async def _serve(flags: Namespace, engine: Engine, access: Access, port: socket.socket) -> None:

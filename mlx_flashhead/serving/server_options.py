@@ -53,7 +53,7 @@ class _Group:
 
 
 def _add_models(flags: _Group) -> None:
-    flags.add("--model", "Folder or repository of any model that mlx-lm loads.", required=True)
+    flags.add("--model", "Folder or repository of any model that mlx-lm loads.")
     flags.add(
         "--served-model-name", "Name of --model in answers (default: its own).", metavar="NAME"
     )
@@ -164,6 +164,8 @@ def _add_network(flags: _Group) -> None:
 
 def check_options(parser: Parser, args: argparse.Namespace) -> None:
     """Ends the command with a sentence if the flags contradict each other; fills in the host."""
+    if not args.model:
+        parser.error("--model is needed: give a folder or a repository of a model")
     if args.dense and args.n_probes is not None:
         parser.error("--dense scores every token: leave --n-probes out")
     if args.draft_probes is not None and args.draft_model is None:

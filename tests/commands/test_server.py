@@ -1,6 +1,7 @@
 """``server``: what it prints, how it ends, its flags, and mistakes before it serves."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -115,14 +116,37 @@ def test_signals_while_it_ends_abort_nothing(converted, tmp_path):
         assert not {"terminate", "Fatal"} & {*server.log().split()}
 
 
-def test_it_ends_while_it_starts(converted):
-    command = [sys.executable, "-m", "mlx_flashhead.server", "--model", str(converted)]
-    process = subprocess.Popen([*command, "--port", "0"], stderr=subprocess.PIPE, text=True)
-    time.sleep(1)
-    process.terminate()
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
-    assert not set(errors.split()) & {"terminate", "Traceback", "libc++abi:"}
+# The package's first lines, a library of models, and the last that is imported before it loads.
+MODULES = ("mlx_flashhead.common.command", "transformers.utils", "mlx_flashhead.serving.endpoints")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("module", MODULES)
+def test_a_signal_while_it_starts_ends_it(converted, module, number):
+    words = ["-X", "importtime", "-m", "mlx_flashhead.server", "--port", "0"]
+    command = [sys.executable, *words, "--model", str(converted)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stderr.readline().endswith(f" {module}\n"):
+            pass
+        process.send_signal(number)
+        rest = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.returncode == 128 + number
+    assert "".join(rest) == ("\nInterrupted.\n" if number == signal.SIGINT else "")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--model", "./nope"], "There is no folder ./nope: check the path of the model."),
+        ([], "--model is needed: give a folder or a repository of a model."),
+    ],
+)
+def test_a_mistake_is_one_sentence(words, said):
+    """No library prints a word before it, as a user's shell starts the server."""
+    environment = {name: value for name, value in os.environ.items() if "TRANSFORMERS" not in name}
+    command = [sys.executable, "-m", "mlx_flashhead.server", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", f"error: {said}\n")
 
 
 def test_flags_of_mlx_lm_and_of_the_head_arrive(converted, expected, tmp_path):

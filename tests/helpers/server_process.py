@@ -56,6 +56,7 @@ def serving(folder: Path, *arguments) -> Iterator[Server]:
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     environment["HF_HUB_CACHE"] = str(folder / "cache")  # no other models than the named ones
     environment["PYTHONFAULTHANDLER"] = "1"  # a crash in C++ or Rust would leave no word
+    environment.pop("TRANSFORMERS_NO_ADVISORY_WARNINGS", None)  # which mlx-lm has set in this one
     errors = folder / "errors.txt"
     with errors.open("w") as file:
         process = subprocess.Popen(
