@@ -74,6 +74,26 @@ def test_what_must_be_done_is_done_the_last_first(number):
     assert (code, output) == (128 + number, "left before\nsecond\nfirst\n")
 
 
+NEW_FOLDER = """
+from pathlib import Path
+from mlx_flashhead.common.new_folder import new_folder
+
+with new_folder(Path({place!r})) as folder:
+    (folder / "half").write_text("half")
+    here()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_nothing_half_written_stays(tmp_path, number):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "earlier").write_text("whole")
+    assert end(NEW_FOLDER.format(place=str(target)), number)[0] == 128 + number
+    assert [*tmp_path.rglob("*")] == [target, target / "earlier"]
+
+
 CTRL_C_RAISES = """
 with interrupts.ctrl_c_raises():
     try:
