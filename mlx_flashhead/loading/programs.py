@@ -18,6 +18,7 @@ from ..decoding.vlm_text import vlm_steps
 from ..interop import libraries
 from ..interop.explanations import explain
 from ..models.compat.mlx_lm import load_tokenizer
+from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.fetch import hub_sentence, resolve
 from ..models.install import detach, get_flash_head, is_recognised
 from ..models.origin import local_origin
@@ -30,6 +31,7 @@ from .use import Use
 
 Decision = TypeVar("Decision")
 
+REPLACED = "dense: this program replaces functions of mlx-lm"
 ONLY_GREEDY = "dense: with mlx-vlm only greedy text is verified"
 
 
@@ -164,6 +166,8 @@ class _Patches:
         if use is None:
             return None
         mode = decoding_mode(model)
+        if mode == "verified" and not mlx_lm_is_as_imported():
+            mode = REPLACED
         if mode != "verified":
             return use.follow(original(**options), mode)
         return verified_steps(**options, proposer=Proposer(model), announce=use.announce)
@@ -174,6 +178,8 @@ class _Patches:
         draft_model = options["draft_model"]
         draft = self._use_of(draft_model)
         if draft is None or options.get("logits_processors") or not is_recognised(draft_model):
+            return None
+        if not mlx_lm_is_as_imported():
             return None
         use = self._use_of(model) or draft
         steps = drafted_steps(**options, proposer=Proposer(model), announce=use.announce)

@@ -15,8 +15,9 @@ import pytest
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.interop import libraries
 from mlx_flashhead.loading import programs
-from mlx_flashhead.loading.batches import CHANGED, mentions_inside
+from mlx_flashhead.loading.batches import CHANGED
 from mlx_flashhead.loading.head_options import HeadOptions
+from mlx_flashhead.loading.programs import REPLACED
 from mlx_flashhead.models.compat import other_programs
 from mlx_flashhead.models.compat.recognised import digest
 from mlx_flashhead.models.install import get_flash_head
@@ -25,27 +26,11 @@ from tiny_models import tiny_index
 
 generate = importlib.import_module("mlx_lm.generate")
 N_TOKENS = 12
-HIDDEN = "_".join(["", "generation", "batch"])  # this module is a program that must not name it
 # mlx-lm's own, before anything takes their places
 OWN = {
     name: getattr(generate, name)
     for name in ("BatchGenerator", "generate_step", "GenerationBatch", "PromptProcessingBatch")
 }
-# A program that looks at a batch in a module of its own.
-LOOKS = """
-def texts(batches, prompts):
-    uids = batches.insert(prompts, [12] * len(prompts))
-    found = {uid: [] for uid in uids}
-    while batches._unprocessed_sequences or batches._currently_processing or (
-        len(batches._generation_batch)
-    ):
-        for response in batches.next()[1]:
-            found[response.uid].append(response.token)
-    return list(found.values())
-
-def run(batch_generator, model, prompts):
-    return texts(batch_generator(model), prompts)
-"""
 
 
 class Under:
@@ -304,10 +289,13 @@ calls = []
 
 
 class Rule:
-    """A processor that wants each chosen token, as oMLX's grammars do. It forbids some."""
+    """A processor that is told each chosen token, as oMLX's grammars are. It forbids some."""
 
     def __init__(self):
         self.accepted = []
+
+    def accept_token(self, token):
+        self.accepted.append(token)
 
     def __call__(self, tokens, logits):
         forbidden = mx.arange(logits.shape[-1]) % 3 == len(self.accepted) % 3
@@ -315,13 +303,13 @@ class Rule:
 
 
 def step_of_omlx(self):
-    """mlx-lm's step, after which each grammar accepts what was chosen before: oMLX's, in short."""
-    tokens, logprobs = OWN_STEP(self)
-    for token, processors in zip(tokens, self.logits_processors or (), strict=False):
+    """mlx-lm's step, after which each grammar is told what was chosen: oMLX's, in short."""
+    result = OWN_STEP(self)
+    for token, processors in zip(self._next_tokens.tolist(), self.logits_processors, strict=False):
         for rule in processors or ():
             if isinstance(rule, Rule):
-                rule.accepted.append(token)
-    return tokens, logprobs
+                rule.accept_token(token)
+    return result
 
 
 OWN_STEP = OWN["GenerationBatch"]._step
@@ -352,18 +340,21 @@ def beside_each_other(make, model, prompts):
     while responses := batches.next_generated():
         take(responses)
     texts_found = [found[uid] for uid in (*uids[:2], more)]
-    return uids, texts_found, ends, rule.accepted, held[0][0].offset, removed[0] - len(removed[1])
+    assert rule.accepted[: N_TOKENS - 1] == found[uids[1]][:-1]  # mlx-lm is a token ahead
+    return uids, texts_found, ends, held[0][0].offset, removed[0] - len(removed[1])
 
 
-def test_texts_that_need_omlxs_step_are_decoded_beside_ours(under, plain, monkeypatch):
-    """Each gets its tokens, its grammar sees them once, and the others stay verified."""
+def test_grammars_of_omlx_are_told_what_was_chosen(under, plain, monkeypatch):
+    """They and the texts beside them are as in mlx-lm's batches, and the others are verified."""
     model, prompts, _ = plain
-    known = {"_step": (__name__, digest(step_of_omlx))}
-    monkeypatch.setattr(other_programs, "CHANGES", known)
+    step = {"GenerationBatch._step": (__name__, digest(step_of_omlx))}
+    monkeypatch.setitem(other_programs.REPLACEMENTS, "oMLX", step)
+    monkeypatch.setitem(other_programs.GRAMMARS, "oMLX", (__name__, "Rule"))
     monkeypatch.setattr(OWN["GenerationBatch"], "_step", step_of_omlx)
     found = beside_each_other(under.batch_generator, under.model, prompts)
     assert found == beside_each_other(OWN["BatchGenerator"], model, prompts)
-    assert sorted(under.lines()) == [f"model: {CHANGED}.", "model: verified."]
+    reason = "dense: its sampler, or one of its processors, cannot be verified"
+    assert sorted(under.lines()) == [f"model: {reason}.", "model: verified."]
 
 
 @pytest.mark.parametrize("change", [subclassed, patched_class, patched_step, patched_instance])
@@ -383,27 +374,57 @@ def test_a_program_that_changes_batches_gets_its_own(under, plain, monkeypatch, 
         assert n_calls == len(calls) > 0
 
 
-def test_a_program_that_looks_into_batches_gets_its_own(under, plain):
-    """By its code, before a token; by a look, from the next idle moment on."""
+def test_a_program_that_looks_for_texts_in_mlx_lms_batches_finds_ours(under, plain):
     model, prompts, expected = plain
-    names = {}
-    exec(compile(LOOKS, "looks", "exec"), names)
-    assert names["run"](under.batch_generator, under.model, prompts) == expected
-    assert under.lines() == [f"model: {CHANGED}."]
-
     batches = under.batch_generator(under.model)
-    assert texts(batches, prompts) == expected
-    assert under.lines()[1:] == ["model: verified."]
     uids = batches.insert(prompts, [N_TOKENS] * 3)
+    found = {uid: [] for uid in uids}
+    while len(batches._generation_batch):
+        for response in batches.next()[1]:
+            found[response.uid].append(response.token)
+        texts_in_progress = batches._generation_batch.uids
+        if texts_in_progress:
+            assert len(batches._generation_batch.extract_cache(0)) == len(model.layers)
+    assert list(found.values()) == expected
+
+
+def test_what_decodes_is_chosen_when_no_text_is_in_progress(under, plain, monkeypatch):
+    """A change in the middle of texts counts from the next ones on, and so does its end."""
+    _, prompts, expected = plain
+    batches = under.batch_generator(under.model)
+    uids = batches.insert(prompts[:1], [N_TOKENS])
     batches.next_generated()
-    seen = getattr(batches, HIDDEN)
-    assert list(seen.uids) == uids and len(seen.extract_cache(0)) == len(model.layers)
-    while batches.next_generated():
-        pass
-    before = under.patches._use_of(under.model)._n_tokens[CHANGED]
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "make_prompt_cache", lambda *_: pytest.fail("called"))
+        uids += batches.insert(prompts[1:2], [N_TOKENS])
+        while batches.next_generated():
+            pass
+        assert under.lines() == ["model: verified."]
+        patch.undo()
+        patch.setattr(OWN["GenerationBatch"], "_step", lambda self: OWN_STEP(self))
+        assert texts(batches, prompts) == expected
+        assert under.lines()[1:] == [f"model: {CHANGED}."]
+    use = under.patches._use_of(under.model)
+    n_verified = use._n_tokens["verified"]
     assert texts(batches, prompts) == expected
-    after = under.patches._use_of(under.model)._n_tokens[CHANGED]
-    assert after - before == sum(map(len, expected))
+    assert use._n_tokens["verified"] > n_verified and uids == [0, 1]
+    assert batches.insert(prompts, [1] * 3) == [8, 9, 10]
+
+
+def test_a_replaced_name_of_mlx_lms_loop_is_called(under, plain, monkeypatch):
+    model, prompts, _ = plain
+    expected = steps_of(OWN["generate_step"], model, prompts[0])
+    made = []
+    original = generate.make_prompt_cache
+
+    def make_prompt_cache(*arguments, **options):
+        made.append(original(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(generate, "make_prompt_cache", make_prompt_cache)
+    assert steps_of(under.steps, under.model, prompts[0]) == expected
+    assert len(made) == 1 and made[0][0].offset > len(prompts[0])
+    assert under.lines() == [f"model: {REPLACED}."]
 
 
 def test_attributes_that_are_nothing_to_mlx_lm_change_nothing(under, plain):
@@ -422,5 +443,3 @@ def test_a_program_may_ask_for_parameters(under):
     for name in ("__init__", "insert", "insert_segments", "next", "remove"):
         ours, theirs = getattr(under.batch_generator, name), getattr(OWN["BatchGenerator"], name)
         assert inspect.signature(ours) == inspect.signature(theirs)
-    assert not hasattr(under.batch_generator, HIDDEN)
-    assert not mentions_inside(None)

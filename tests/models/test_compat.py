@@ -66,8 +66,8 @@ def test_a_name_that_mlx_lms_loops_look_up_is_replaced(name, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(original, name.rpartition(".")[2], Mock())
         assert not mlx_lm_is_as_imported()
-        assert not mlx_lm_is_as_imported(batches=True)
-    assert mlx_lm_is_as_imported(batches=True)
+        assert set(recognised.replaced_names()) == {f"mlx_lm.{name}"}
+    assert not recognised.replaced_names()
 
 
 def test_a_function_of_mlx_lms_batches_is_replaced(monkeypatch):
@@ -75,11 +75,11 @@ def test_a_function_of_mlx_lms_batches_is_replaced(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(batches, "_step", lambda batch: ([], []))
         assert mlx_lm_is_as_imported()  # a loop of one text is none of them
-        assert not mlx_lm_is_as_imported(batches=True)
+        assert set(recognised.replaced_names()) == {"GenerationBatch._step"}
     with monkeypatch.context() as patch:
         patch.delattr(mlx_lm_names.BatchGenerator, "close")
-        assert not mlx_lm_is_as_imported(batches=True)
-    assert mlx_lm_is_as_imported(batches=True)
+        assert set(recognised.replaced_names()) == {"BatchGenerator.close"}
+    assert not recognised.replaced_names()
 
 
 def test_no_such_folder(tmp_path, monkeypatch):

@@ -7,12 +7,12 @@ or any function of a class.
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from hashlib import sha256
 from inspect import getsource
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 # oMLX's samplers (flyto-mlx 0.7.0): those of mlx-lm 0.31, without mx.compile.
 OMLX_SAMPLING = ("omlx.utils.sampling", "c76da93ba87cca11")
@@ -40,38 +40,58 @@ BATCHES = {
 }  # fmt: skip
 CLASSES = ("BatchGenerator", "PromptProcessingBatch", "GenerationBatch")
 
-# Where a name is looked up, the name, and what it stood for when it was imported.
-Imported = tuple[Mapping[str, Any], str, Any]
+
+class _Name(NamedTuple):
+    """A name that is looked up in a module or a class, and what it stood for when imported."""
+
+    name: str
+    values: Mapping[str, Any]  # of the module or the class, as they are now
+    place: str
+    imported: Any
 
 
-def _imported(table: Mapping[str, tuple[str, ...]]) -> tuple[Imported, ...]:
-    found: list[Imported] = []
+def _names(place: str, values: Mapping[str, Any], names: Iterable[str]) -> tuple[_Name, ...]:
+    return tuple(_Name(name, values, place, values[name]) for name in names if name in values)
+
+
+def _of_modules(table: Mapping[str, tuple[str, ...]]) -> tuple[_Name, ...]:
+    found: tuple[_Name, ...] = ()
     for module, names in table.items():
-        values = vars(importlib.import_module(module))
-        found += [(values, name, values[name]) for name in names if name in values]
-    return tuple(found)
+        found += _names(module, vars(importlib.import_module(module)), names)
+    return found
 
 
-def _functions(classes: tuple[str, ...]) -> tuple[Imported, ...]:
-    module = importlib.import_module("mlx_lm.generate")
-    members = [vars(getattr(module, name)) for name in classes]
-    return tuple((values, name, value) for values in members for name, value in values.items())
+def _of_classes(classes: tuple[str, ...]) -> tuple[_Name, ...]:
+    found: tuple[_Name, ...] = ()
+    for name in classes:
+        values = vars(getattr(importlib.import_module("mlx_lm.generate"), name))
+        found += _names(name, values, values)
+    return found
 
 
-_LOOPS = _imported(LOOPS)
-_BATCHES = _LOOPS + _imported(BATCHES) + _functions(CLASSES)
+_LOOPS = _of_modules(LOOPS)
+_BATCHES = _LOOPS + _of_modules(BATCHES) + _of_classes(CLASSES)
 
 
-def mlx_lm_is_as_imported(*, batches: bool = False) -> bool:
-    """Whether mlx-lm's loops would call what they called when this package was imported.
+def mlx_lm_is_as_imported() -> bool:
+    """Whether mlx-lm's loops of a text would call what they called when this package was imported.
 
     A text that begins while they would not is mlx-lm's own, with the normal (dense) head.
-
-    Args:
-        batches: Ask for its batches too, and not only for its loops of one text.
     """
-    entries = _BATCHES if batches else _LOOPS
-    return all(values.get(name) is value for values, name, value in entries)
+    return all(values.get(name) is imported for name, values, _, imported in _LOOPS)
+
+
+def replaced_names() -> dict[str, Any]:
+    """What now stands where mlx-lm's loops or batches look up a name, of those that were replaced.
+
+    Returns:
+        By the place and the name, as in "GenerationBatch._step".
+    """
+    found = {}
+    for name, values, place, imported in _BATCHES:
+        if values.get(name) is not imported:
+            found[f"{place}.{name}"] = values.get(name)
+    return found
 
 
 @cache
