@@ -24,6 +24,7 @@ from .licence import (
 
 CARD_FILE = "README.md"
 MARKER = "<!-- mlx_flashhead: your own text goes below this line and is kept -->"
+RELATION = "base_model_relation"  # an entry of a card's header
 # Entries of a base model's card that hold for a derived model too.
 KEPT_METADATA = ("license", "license_name", "license_link", "language")
 
@@ -69,22 +70,19 @@ def find_provenance(
         documents = _fetched_documents(base_model) or folder
     metadata = read_metadata(documents / CARD_FILE)
     repo_id = base_model
-    if repo_id is None and not in_cache:
-        repo_id = _converted_from(metadata)
+    bases = _base_models(metadata)
+    is_conversion = not in_cache and metadata.get("library_name") == "mlx"
+    if repo_id is None and is_conversion and len(bases) == 1:
+        repo_id = bases[0]
     if repo_id not in (None, origin.repo_id):
         origin = Origin(repo_id.rpartition("/")[2], repo_id)
-    files = {file.name: file for file in licence_files(documents)}
-    files |= {file.name: file for file in licence_files(folder)}
+    files = {file.name: file for file in [*licence_files(documents), *licence_files(folder)]}
     return Provenance(origin, with_licence(metadata, license), tuple(files.values()))
 
 
-def _converted_from(metadata: dict[str, Any]) -> str | None:
-    """The source that a conversion's card names; None if there is none, or the card is another."""
-    relation = metadata.get("base_model_relation")
-    if metadata.get("library_name") != "mlx" and relation != "quantized":
-        return None
-    bases = as_list(metadata.get("base_model"))
-    return bases[0] if len(bases) == 1 and is_repository(bases[0]) else None
+def _base_models(metadata: dict[str, Any]) -> list[str]:
+    """The repositories that a card's header names as those of its model's base."""
+    return [name for name in as_list(metadata.get("base_model")) if is_repository(name)]
 
 
 def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None:
@@ -102,33 +100,18 @@ def card_metadata(base: Provenance, relation: str = "quantized") -> dict[str, An
         base: The model that it was made from.
         relation: What it is to that model: "quantized", or an "adapter" for a FlashHead alone.
     """
-    metadata: dict[str, Any] = {}
-    if base.licence is not None:
-        metadata["license"] = base.licence.identifier
-    for key in KEPT_METADATA:
-        if base.metadata.get(key):
-            metadata[key] = base.metadata[key]
-    metadata["library_name"] = "mlx"
-    metadata["pipeline_tag"] = "text-generation"
-    base_model: Any = base.origin.repo_id
-    base_relation: Any = relation
-    if base_model is None:  # a folder of unknown origin may still name its own base model
-        bases = _texts(base.metadata.get("base_model"))
-        base_model = bases if len(bases) > 1 else next(iter(bases), None)
-        if relation != "adapter":
-            base_relation = base.metadata.get("base_model_relation")
-    if base_model:
-        metadata["base_model"] = base_model
-    if base_relation:
-        metadata["base_model_relation"] = base_relation
-    tags = [*_texts(base.metadata.get("tags")), "mlx", "flashhead"]
-    metadata["tags"] = list(dict.fromkeys(tags))
-    return metadata
-
-
-def _texts(entry: object) -> list[str]:
-    """The texts of an entry of a card's header."""
-    return [text for text in as_list(entry) if isinstance(text, str)]
+    metadata: dict[str, Any] = {"license": base.licence.identifier if base.licence else None}
+    metadata |= {key: base.metadata[key] for key in KEPT_METADATA if base.metadata.get(key)}
+    metadata |= {"library_name": "mlx", "pipeline_tag": "text-generation"}
+    if base.origin.repo_id:
+        metadata |= {"base_model": base.origin.repo_id, RELATION: relation}
+    else:  # a folder of unknown origin may still name its own base model
+        bases = _base_models(base.metadata)
+        own_relation = relation if relation == "adapter" else base.metadata.get(RELATION)
+        metadata |= {"base_model": bases[0] if len(bases) == 1 else bases, RELATION: own_relation}
+    tags = [tag for tag in as_list(base.metadata.get("tags")) if isinstance(tag, str)]
+    metadata["tags"] = list(dict.fromkeys([*tags, "mlx", "flashhead"]))
+    return {key: value for key, value in metadata.items() if value}
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
@@ -163,9 +146,7 @@ def write_card(
         ValueError: If the settings hold figures that a card cannot show.
     """
     base = metadata.get("base_model")
-    if not isinstance(base, str):
-        base = None
-    if metadata.get("base_model_relation") not in ("quantized", "adapter"):
+    if not isinstance(base, str) or metadata.get(RELATION) not in ("quantized", "adapter"):
         base = None
     link = str(metadata.get("license_link"))
     if not link.startswith("http"):  # the copy beside the card

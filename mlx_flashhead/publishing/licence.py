@@ -17,6 +17,7 @@ from ..models.origin import begins_with
 
 LICENCE_FILES = ("LICEN[CS]E*", "*_LICEN[CS]E*", "USE_POLICY*", "*TERMS*", "NOTICE*", "Notice*")
 NOTICE_FILE = "NOTICE.txt"
+_REST = r"meta|community|license|licence|agreement|[-_ ]"  # of a licence's name
 MODIFIED = (
     "Modified: converted to MLX's format with mlx_flashhead, which may have quantized the weights, "
     "and which adds flash_head.index and an entry in config.json."
@@ -83,19 +84,13 @@ def recognise(metadata: dict[str, Any], files: Iterable[Path]) -> Licence | None
     Returns:
         The licence; None if it is unknown or has no conditions.
     """
-    declared = [str(entry or "").lower() for entry in as_list(metadata.get("license"))]
-    names = [name for name in declared if name not in ("", "other", "unknown")]
+    entries = [*as_list(metadata.get("license")), metadata.get("license_name")]
+    identifiers = {re.sub(_REST, "", str(entry).lower()) for entry in entries if entry}
     text = ""
-    if not names:
+    if identifiers <= {"other", "unknown"}:
         text = "\n".join(_beginning(file) for file in files)
-        names = [str(metadata.get("license_name") or "").lower()]
-    rest = r"(meta|community|license|licence|agreement|[-_ ])"
-    identifiers = [re.sub(rest, "", name) for name in names]
     for licence in LICENCES:
-        if licence.identifier in identifiers:
-            return licence
-    for licence in LICENCES:
-        if re.search(licence.text, text):
+        if licence.identifier in identifiers or re.search(licence.text, text):
             return licence
     return None
 
@@ -148,14 +143,12 @@ def with_licence(metadata: dict[str, Any], license: str | None) -> dict[str, Any
         ValueError: If the card names another one.
     """
     declared = metadata.get("license")
-    if license is None or license == declared:
-        return metadata
-    if declared:
+    if license and declared and license != declared:
         raise ValueError(
             f"`license` {license} contradicts the model's card, which says {declared}: leave it "
             "out."
         )
-    return metadata | {"license": license}
+    return metadata | {"license": license} if license else metadata
 
 
 def write_notice(licence: Licence | None, folder: Path) -> None:
@@ -184,11 +177,11 @@ def licence_files(folder: Path) -> list[Path]:
     return sorted(file for file in matches if file.is_file())
 
 
-def as_list(entry: object) -> list[Any]:
+def as_list(entry: Any) -> list[Any]:
     """An entry of a card's header as a list, which may stand alone there."""
-    if entry is None:
-        return []
-    return list(entry) if isinstance(entry, list | tuple) else [entry]
+    if isinstance(entry, list | tuple):
+        return list(entry)
+    return [] if entry is None else [entry]
 
 
 def _beginning(file: Path) -> str:

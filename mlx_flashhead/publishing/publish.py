@@ -7,15 +7,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from textwrap import shorten
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 
 from ..common.command import printable
-from ..common.repositories import full_name, redact, redacted_logs
+from ..common.repositories import full_name, redacted_logs
 from ..index.files import is_companion, read_index
 from ..index.settings import FlashHeadConfig
+from ..models.fetch import reason
 from ..models.origin import begins_with, is_repository
 from .card import (
     CARD_FILE,
@@ -210,12 +210,6 @@ def _client(denial: str = "", failed: str = "", unreachable: str = "") -> Iterat
             if isinstance(cause, HfHubHTTPError):
                 denied = cause.response.status_code in (401, 403)
                 sentence = (denial if denied else failed) or sentence
-        reasons = [_reason(cause) for cause in causes]
-        reason = printable(redact(": ".join(dict.fromkeys(reasons))))
+        reasons = dict.fromkeys(reason(cause) for cause in causes)
         # `from None`: the client's own message may hold the token
-        raise ValueError(sentence.replace("%s", shorten(reason, 300, placeholder=" …"))) from None
-
-
-def _reason(error: BaseException) -> str:
-    """The message of an error on one line, or its type."""
-    return " ".join(str(error).split()).rstrip(".:") or type(error).__name__
+        raise ValueError(sentence.replace("%s", printable(": ".join(reasons)))) from None

@@ -54,7 +54,8 @@ def check_next_answer(conversation, text="Go on"):
 
 def check_cache(conversation):
     """The cache's keys are those of the tokens it is said to hold."""
-    token_ids, fresh = conversation.cached_ids, module.make_prompt_cache(conversation.model)
+    token_ids = conversation.cached_ids
+    fresh = module.make_prompt_cache(conversation.model)
     if token_ids:
         conversation.model(mx.array([token_ids]), cache=fresh)
     for held, right in zip(conversation.cache, fresh, strict=True):
@@ -68,23 +69,29 @@ def test_answers_are_those_without_a_cache(conversation):
     for number, text in enumerate(("Hello", "And then?", "Why")):
         right = expected(conversation, text)
         pieces = list(conversation.ask(text, **LIMIT))
-        assert len(pieces) > 3 and all(pieces) and "".join(pieces) == right
+        assert len(pieces) > 3
+        assert all(pieces)
+        assert "".join(pieces) == right
         question, reply = conversation.messages[-2:]
         assert question == {"role": "user", "content": text}
         assert reply == {"role": "assistant", "content": right}
         last = conversation.answers[number]
         assert (last.text, last.n_tokens, last.finish) == (right, 12, LENGTH)
-        assert (last.n_cached > 0) == (number > 0) and last.n_cached < last.n_prompt
+        assert (last.n_cached > 0) == (number > 0)
+        assert last.n_cached < last.n_prompt
         check_cache(conversation)
 
 
 @pytest.mark.parametrize("n_pieces", [1, 5])
 def test_a_stopped_answer_stays_as_far_as_it_came(conversation, n_pieces):
-    right, seen = expected(conversation, "Hello"), []
+    right = expected(conversation, "Hello")
+    seen = []
     for piece in conversation.ask("Hello", stopping=lambda: len(seen) == n_pieces, **LIMIT):
         seen.append(piece)
     text = "".join(seen)
-    assert len(seen) == n_pieces and right.startswith(text) and text != right
+    assert len(seen) == n_pieces
+    assert right.startswith(text)
+    assert text != right
     assert conversation.messages[-1] == {"role": "assistant", "content": text}
     assert conversation.answers[-1].finish == STOPPED
     check_next_answer(conversation)
@@ -97,7 +104,8 @@ def test_a_question_stopped_in_the_prompt_is_forgotten(conversation, calls):
     stops = iter([False] * (calls - 1) + [True])
     with pytest.raises(KeyboardInterrupt):
         answer(conversation, "Another", stopping=lambda: next(stops), prefill_step_size=8)
-    assert conversation.messages == before and len(conversation.answers) == 1
+    assert conversation.messages == before
+    assert len(conversation.answers) == 1
     check_next_answer(conversation)
 
 
@@ -172,7 +180,8 @@ def test_a_conversation_is_written_and_read_and_replaces_nothing_else(tmp_path):
     for messages in (SAVED[1:], SAVED[:1], [], SAVED):
         write_conversation(file, messages, "a model")
         assert read_conversation(file) == messages
-    assert json.loads(file.read_text())["model"] == "a model" and "Grüße" in file.read_text()
+    assert json.loads(file.read_text())["model"] == "a model"
+    assert "Grüße" in file.read_text()
     file.write_text(json.dumps([message | {"name": "x"} for message in SAVED]))
     assert read_conversation(file) == SAVED  # a list alone, without other keys
 
@@ -188,4 +197,5 @@ def test_files_without_a_conversation(tmp_path, text):
     file.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError, match=r"does not hold a conversation \(.*\): choose") as caught:
         read_conversation(file)
-    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)

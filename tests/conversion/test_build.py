@@ -23,7 +23,8 @@ from tiny_models import random_rows
 
 OPTIONS = IndexOptions(quick=True, calibration_positions=200)
 STAGES = ["Reading built-in text", "Clustering", "Fitting", "Rounding", "Measuring"]
-VOCAB_SIZE, HELD_OUT = 403, 100  # of 400 positions
+VOCAB_SIZE = 403
+HELD_OUT = 100  # of 400 positions
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,11 @@ def test_between_the_steps_the_model_is_as_it_was_and_the_index_is_the_same(load
         return mlx_lm.generate(loaded[0], loaded[1], "One day", max_tokens=8)
 
     methods = dict(type(loaded[2].module).__dict__)
-    expected, key = text(), mx.array(mx.random.state[0])
-    stages, sizes, indexes = [], [], []
+    expected = text()
+    key = mx.array(mx.random.state[0])
+    stages = []
+    sizes = []
+    indexes = []
 
     def steps():
         indexes.append((yield from model_index(*loaded, OPTIONS, step_seconds=0.0)))
@@ -55,7 +59,8 @@ def test_between_the_steps_the_model_is_as_it_was_and_the_index_is_the_same(load
             assert dict(type(loaded[2].module).__dict__) == methods
         sizes += [step.done] if step.stage == STAGES[0] else []
         assert 0 <= step.done <= step.total
-    assert stages == STAGES and np.diff([0, *sizes]).max() <= 16
+    assert stages == STAGES
+    assert np.diff([0, *sizes]).max() <= 16
     assert mx.array_equal(mx.random.state[0], key)
     at_once = run_task(model_index(*loaded, OPTIONS)).config
     assert indexes[0].config.n_clusters == at_once.n_clusters
@@ -96,15 +101,20 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
     monkeypatch.setattr(probes, "MAX_BYTES", 1.0)  # may be read
     rows, states, next_ids = make_case(**kwargs)
     index = indexed(rows, states, next_ids, target_agreement=0.9)
-    config, report = index.config, index.config.report
-    held_out, followed = mx.array(states[-HELD_OUT:]), next_ids[-HELD_OUT:]
+    config = index.config
+    report = index.config.report
+    held_out = mx.array(states[-HELD_OUT:])
+    followed = next_ids[-HELD_OUT:]
     head = FlashHead(rows, index.token_ids, index.centroids, n_probes=8, backend="mlx")
     dense = log_softmax(np.array(head(held_out).astype(mx.float32), dtype=np.float64))
-    positions, best = np.arange(HELD_OUT), dense.argmax(axis=1)
-    probability, dense_loss = np.exp(dense), -dense[positions, followed].mean()
+    positions = np.arange(HELD_OUT)
+    best = dense.argmax(axis=1)
+    probability = np.exp(dense)
+    dense_loss = -dense[positions, followed].mean()
     assert report["positions"] == HELD_OUT
     assert report["dense_perplexity"] == pytest.approx(np.exp(dense_loss), rel=1e-3)
-    stored, read = rows.nbytes, index.centroids.routing_bytes
+    stored = rows.nbytes
+    read = index.centroids.routing_bytes
     differing = {row["n_probes"]: row for row in config.verification["by_probes"]}
     for row in report["by_probes"]:
         head.unverified_probes = row["n_probes"]
@@ -123,7 +133,8 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
         n_bytes = read + stored / VOCAB_SIZE * 8 * row["n_probes"]
         assert row["bytes_per_token"] == round(n_bytes)
         assert row["bytes_share"] == pytest.approx(n_bytes / stored)
-        differs, unscored = differing[row["n_probes"]], ~scored[:, :VOCAB_SIZE]
+        differs = differing[row["n_probes"]]
+        unscored = ~scored[:, :VOCAB_SIZE]
         assert differs["greedy_differs"] == pytest.approx(unscored[positions, best].mean())
         missed = (probability * unscored).sum(1).mean()
         assert differs["sampled_differs"] == pytest.approx(missed, abs=2e-3)
@@ -150,7 +161,8 @@ def test_tokens_that_a_model_rules_out_spoil_no_measure():
 
 def test_clusters_and_centroids_are_made_of_the_states_that_are_not_held_out():
     rows, states, next_ids = make_case()
-    weight, known = np.array(rows.weight), states[:-HELD_OUT]
+    weight = np.array(rows.weight)
+    known = states[:-HELD_OUT]
     index = indexed(rows, states, next_ids, seed=7)
     expected = run_task(cluster_rows(weight, 8, metric=logit_metric(known), seed=7))
     np.testing.assert_array_equal(index.token_ids, expected)
@@ -196,7 +208,8 @@ def test_the_head_is_compared_with_the_one_before_its_quantization():
     def log_probabilities(matrix):
         return log_softmax(np.array(matrix.matmul(mx.array(states[-HELD_OUT:])), np.float64))
 
-    expected, truth = log_probabilities(original), next_ids[-HELD_OUT:, None]
+    expected = log_probabilities(original)
+    truth = next_ids[-HELD_OUT:, None]
     heads = {4: original.quantize(bits=4, group_size=64), 8: rows, 32: original}
     for row, (bits, head) in zip(compared["rows"], heads.items(), strict=True):
         found = log_probabilities(head)
@@ -206,7 +219,8 @@ def test_the_head_is_compared_with_the_one_before_its_quantization():
         assert row["kl"] == pytest.approx(kl, abs=1e-4)
         assert row["perplexity"] == pytest.approx(np.exp(loss), rel=1e-3)
         assert row["agreement"] == (found.argmax(1) == expected.argmax(1)).mean()
-        assert row["flash_head_ms"] > 0 and row["dense_ms"] > 0
+        assert row["flash_head_ms"] > 0
+        assert row["dense_ms"] > 0
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ def test_text_states_enter_the_head(begins, arch, tmp_path, monkeypatch):
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.bos_token_id)]
         )
-    token_ids, expected = tokenizer.encode(TEXT), []
+    token_ids = tokenizer.encode(TEXT)
+    expected = []
     states, next_ids = run_task(text_states(model, tokenizer, find_head(model), TEXT))
     for start in range(0, len(token_ids) - 1, 40):
         bos = [tokenizer.bos_token_id] * (begins and start > 0)
@@ -74,7 +75,8 @@ def test_a_step_reads_what_its_time_allows(loaded, milliseconds, sizes, monkeypa
     """Windows of 40 and 60 tokens in steps of 0.1 s, the first of 16 tokens or fewer, as if a token
     took so many milliseconds. Each part of a window sees what came before it."""
     model = tiny_model("gemma3_text", vocab_size=VOCAB_SIZE)
-    location, now = find_head(model), 0.0
+    location = find_head(model)
+    now = 0.0
 
     def slow_forward(model, tokens, cache, forward=calibration.forward):
         nonlocal now
@@ -100,9 +102,12 @@ def test_a_step_reads_what_its_time_allows(loaded, milliseconds, sizes, monkeypa
 
 def test_builtin_states_are_those_of_their_windows(loaded, monkeypatch):
     """Without the first tokens of each window, and without windows after the time limit."""
-    arguments, (model, tokenizer) = (*loaded, find_head(loaded[0])), loaded
+    arguments = (*loaded, find_head(loaded[0]))
+    (model, tokenizer) = loaded
     states, next_ids, cut_short = run_task(calibration.builtin_states(*arguments, positions=600))
-    assert states.shape == (600, 64) and states.dtype == np.float32 and not cut_short
+    assert states.shape == (600, 64)
+    assert states.dtype == np.float32
+    assert not cut_short
     windows = builtin_windows(tokenizer, 600)
     expected = np.concatenate([hidden_of(model, window[:-1])[CONTEXT:] for window in windows])
     np.testing.assert_allclose(states, expected, atol=2e-4)
@@ -110,13 +115,16 @@ def test_builtin_states_are_those_of_their_windows(loaded, monkeypatch):
     monkeypatch.setattr(calibration, "READ_TOKENS", 700)
     few = calibration.builtin_states(*arguments, positions=4000, seconds=1e-9)
     states, next_ids, cut_short = run_task(few)
-    assert 0 < len(states) == len(next_ids) < 1000 and cut_short
+    assert 0 < len(states) == len(next_ids) < 1000
+    assert cut_short
 
 
 def test_what_an_installation_lacks_is_left_out(monkeypatch):
-    documents, read = builtin_documents(), builtin_text.read_parts
+    documents = builtin_documents()
+    read = builtin_text.read_parts
     own = len(read("documentation"))
-    assert "def " in "".join(documents[PYTHON]) and len(documents[PYTHON]) > 30
+    assert "def " in "".join(documents[PYTHON])
+    assert len(documents[PYTHON]) > 30
     assert len(documents["documentation"]) > own + 30
     few = {"modules": ["no_such_module textwrap _thread"], "topics": ["no-such-topic with"]}
     monkeypatch.setattr(builtin_text, "read_parts", lambda name: few.get(name) or read(name))
@@ -147,7 +155,8 @@ def test_the_kinds_take_turns(options, tmp_path):
         kind: "|".join(as_text(tokenizer.encode(text)) for text in documents)
         for kind, documents in builtin_documents().items()
     }
-    found, counts = builtin_windows(tokenizer, 500), Counter()
+    found = builtin_windows(tokenizer, 500)
+    counts = Counter()
     kinds = [next((k for k in texts if as_text(w) in texts[k]), DIALOGUE) for w in found]
     for kind, window in zip(kinds, found, strict=True):
         counts[kind] += len(window) - 1 - CONTEXT

@@ -103,7 +103,8 @@ def test_clusters_by_mlx_are_as_good_and_without_prices_they_are_worse(monkeypat
 )
 def test_thousands_of_unused_tokens_keep_to_themselves(kind, metric):
     rows, group_of = planted_rows(60, 16, 24)
-    rng, n_unused = np.random.default_rng(1), 3001
+    rng = np.random.default_rng(1)
+    n_unused = 3001
     unused = np.zeros((n_unused, 24)) if kind == "zero" else np.full((n_unused, 24), 0.5)
     if kind == "nearly equal":
         unused += 0.02 * rng.standard_normal(unused.shape)

@@ -81,7 +81,8 @@ def sources(tmp_path_factory):
     ],
 )
 def test_same_model_as_mlx_lms_conversion(sources, tmp_path, source, flags):
-    expected, found = tmp_path / "mlx_lm", tmp_path / "flash_head"
+    expected = tmp_path / "mlx_lm"
+    found = tmp_path / "flash_head"
     own = {}
     if flags.get("quantize") and not callable(flags.get("quant_predicate")):
         recipe = {"mixed_4_6": 6}.get(flags.get("quant_predicate"))
@@ -91,7 +92,8 @@ def test_same_model_as_mlx_lms_conversion(sources, tmp_path, source, flags):
     assert weights(found) == weights(expected)
     assert settings(found) == settings(expected)
     assert contents(found).keys() == contents(expected).keys() | {FILE_NAME}
-    assert given.eos_token_ids == (1,) and read_index(found).config == given
+    assert given.eos_token_ids == (1,)
+    assert read_index(found).config == given
 
 
 def test_what_it_wrote_is_loaded_with_and_without_flash_head(sources, tmp_path):
@@ -110,7 +112,8 @@ def test_a_dequantized_model_may_have_a_quantized_head(sources, tmp_path):
     options = {"dequantize": True, "head_bits": 8}
     convert(str(sources["quantized"]), str(tmp_path / "found"), **options, **QUICK)
     model, _ = mlx_lm.load(str(tmp_path / "found"))
-    assert find_head(model).rows().bits == 8 and "scales" not in model.layers[0].self_attn.q_proj
+    assert find_head(model).rows().bits == 8
+    assert "scales" not in model.layers[0].self_attn.q_proj
 
 
 def test_the_signature_has_mlx_lms_arguments_in_their_order():
@@ -148,16 +151,19 @@ def test_replaces_what_it_wrote_and_nothing_else(tmp_path, sources):
     config[CONFIG_KEY]["version"] = 1  # of an older package
     (place / "config.json").write_text(json.dumps(config))
     convert(str(sources["quantized"]), str(place), cluster_size=8, overwrite=True, **QUICK)
-    assert weights(place) == before and read_index(place).config.cluster_size == 8
+    assert weights(place) == before
+    assert read_index(place).config.cluster_size == 8
     assert list(tmp_path.iterdir()) == [place]
     (place / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"holds notes\.txt, which no conversion has written"):
         convert(str(sources["tied"]), str(place), overwrite=True, **QUICK)
-    assert weights(place) == before and (place / "notes.txt").exists()
+    assert weights(place) == before
+    assert (place / "notes.txt").exists()
 
 
 def test_the_model_itself_is_not_written_over(sources, tmp_path, monkeypatch):
-    place, link = tmp_path / "deep" / "model", tmp_path / "link"
+    place = tmp_path / "deep" / "model"
+    link = tmp_path / "link"
     shutil.copytree(sources["tied"], place)
     link.symlink_to(place)
     before = contents(place)
@@ -182,11 +188,13 @@ def test_free_space_is_checked_before_the_work(sources, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("bits", [None, 16])
 def test_a_quantized_model_gets_the_head_of_its_original(sources, tmp_path, bits):
-    original, place = str(sources["untied"]), tmp_path / "finer"
+    original = str(sources["untied"])
+    place = tmp_path / "finer"
     convert(str(sources["quantized"]), str(place), fine_head=original, head_bits=bits, **QUICK)
     assert get_flash_head(mlx_flashhead.load(str(place))[0]) is not None
     model, _ = mlx_lm.load(str(place))
-    rows, originals = find_head(model).rows(), find_head(mlx_lm.load(original)[0]).rows()
+    rows = find_head(model).rows()
+    originals = find_head(mlx_lm.load(original)[0]).rows()
     assert rows.bits == (8 if bits is None else 0)
     allowed = 0.01 if bits is None else 0.0
     assert mx.abs(rows.dequantized() - originals.weight).max() <= allowed
@@ -259,7 +267,8 @@ def test_defaults_are_left_out_but_the_seed_and_files_are_named_without_their_fo
     found = recipe(calibration=str(text))
     assert "--calibration 'my text.txt'" in found["command"]
     assert found["files"] == {"my text.txt": hashlib.sha256(b"calibrate").hexdigest()}
-    assert str(tmp_path) not in str(found) and "/home/ann" not in str(found)
+    assert str(tmp_path) not in str(found)
+    assert "/home/ann" not in str(found)
     assert "--fine-head 'my text.txt'" in recipe(fine_head=text)["command"]
     assert "--fine-head a/b" in recipe(fine_head="a/b")["command"]
     assert "files" not in recipe()

@@ -54,11 +54,13 @@ CASES = [
 )
 def test_fit_is_the_ridge_regression_of_the_logsumexp(case, with_bias):
     rows, token_ids, states, head_bias = make_case(**case)
-    rows, states = rows[:, :-1].copy(), states[:, :-1].copy()  # a width that fits no group
+    rows = rows[:, :-1].copy()
+    states = states[:, :-1].copy()  # a width that fits no group
     n_states, hidden_size = states.shape
     head_bias = head_bias if with_bias else None
     fitted = fit(rows, token_ids, states, head_bias=head_bias)
-    assert fitted.matrix.format.bits == 16 and fitted.matrix.weight.dtype == mx.float16
+    assert fitted.matrix.format.bits == 16
+    assert fitted.matrix.weight.dtype == mx.float16
 
     # The bias column is not penalised: it is solved for by an augmented system of its own.
     target = targets(rows, token_ids, states, 0 if head_bias is None else head_bias)

@@ -34,7 +34,8 @@ def test_the_fewest_that_agree_as_often_as_wanted(monkeypatch):
 
 def test_grid():
     grid = probes.probe_grid(16_384, 3072)
-    assert grid[:3] == [8, 16, 24] and grid[-2] < 3072 <= grid[-1]
+    assert grid[:3] == [8, 16, 24]
+    assert grid[-2] < 3072 <= grid[-1]
     assert all(b % 8 == 0 and (b - a == 8 or b <= 1.16 * a) for a, b in pairwise(grid))
     assert probes.probe_grid(13, 100) == [8, 13]
 
@@ -64,11 +65,13 @@ def test_a_verification_costs_the_dense_rows_and_a_difference_the_steps_after_it
     assert NBYTES.verified(100, 1.0) >= 650 + 1000
 
 
-GREEDY, SAMPLED = [0.1, 0.02, 0.002, 0.001], [0.2, 0.04, 0.004, 0.003]
+GREEDY = [0.1, 0.02, 0.002, 0.001]
+SAMPLED = [0.2, 0.04, 0.004, 0.003]
 
 
 def test_probes_are_those_of_the_fewest_bytes_and_risks_are_recorded_near_them():
-    found, shares = settings(GREEDY, SAMPLED), np.mean([GREEDY, SAMPLED], axis=0)
+    found = settings(GREEDY, SAMPLED)
+    shares = np.mean([GREEDY, SAMPLED], axis=0)
     by_hand = [NBYTES.verified(10 * 2**i, share) for i, share in enumerate(shares)]
     assert found["n_probes"] == 10 * 2 ** int(np.argmin(by_hand))
     # a step that reads much more beside the rows pays for more of them
@@ -76,12 +79,15 @@ def test_probes_are_those_of_the_fewest_bytes_and_risks_are_recorded_near_them()
     assert settings(GREEDY, SAMPLED, heavy)["n_probes"] > found["n_probes"]
     for name, expected in (("greedy_differs", GREEDY), ("sampled_differs", SAMPLED)):
         assert [row[name] for row in found["by_probes"]] == pytest.approx(expected, abs=1e-6)
-    rows, chosen = {row["n_probes"]: row for row in found["by_probes"]}, found["n_probes"]
+    rows = {row["n_probes"]: row for row in found["by_probes"]}
+    chosen = found["n_probes"]
     recorded = {n for n, row in rows.items() if "risks" in row}
-    assert chosen in recorded and recorded <= {chosen // 2, chosen, 2 * chosen}
+    assert chosen in recorded
+    assert recorded <= {chosen // 2, chosen, 2 * chosen}
     for n_probes in recorded:
         risks = np.array(rows[n_probes]["risks"])
-        assert len(risks) == 512 and 1 <= abs(risks).min() <= abs(risks).max() <= 10_001
+        assert len(risks) == 512
+        assert 1 <= abs(risks).min() <= abs(risks).max() <= 10_001
         assert (risks < 0).sum() == round(1000 * rows[n_probes]["greedy_differs"])  # all at first
     # the scale makes the estimated tails right, which are half of them here
     assert found["risk"]["sampled"] == pytest.approx(2, rel=1e-3)

@@ -35,7 +35,8 @@ def folder(original, tmp_path):
 
 
 def arrays(index):
-    centroids, ids = index.centroids, mx.array(index.token_ids)
+    centroids = index.centroids
+    ids = mx.array(index.token_ids)
     named = {"bias": centroids.bias, "tail": centroids.tail_offset, "ids": ids}
     return named | vars(index.sketch) | centroids.matrix.arrays()
 
@@ -132,7 +133,8 @@ def change_entry(folder, change):
 
 
 ROW = {"n_probes": 3, "greedy_differs": 0.1, "sampled_differs": 0.2}
-RISK, ROWS = {"greedy": [0, 1], "sampled": 1}, [ROW]
+RISK = {"greedy": [0, 1], "sampled": 1}
+ROWS = [ROW]
 WRONG = {  # values of a key; sizes with which an index of some megabytes would take gigabytes, too
     "n_probes": ["4", 0, 34],
     "unverified_probes": [0, 34],

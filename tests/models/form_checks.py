@@ -16,7 +16,8 @@ from mlx_flashhead.models.install import get_flash_head, install
 from mlx_flashhead.models.locate import HeadLocation, recorded_hidden
 from tiny_models import install_index, tiny_index
 
-CLUSTER_SIZE, N_PROBES = 16, 4
+CLUSTER_SIZE = 16
+N_PROBES = 4
 EOS = 7
 
 
@@ -48,7 +49,8 @@ def check_other(form: Form, name: str, tied: bool, build: Callable, configs: str
     assert examine(name, tied, build, configs) == form
     if form.cell != REFUSED or "cannot load it here" in form.reason:
         return
-    model, reason = build(name, tied=tied), form.reason
+    model = build(name, tied=tied)
+    reason = form.reason
 
     def modules():
         return [(path, type(module), dict(module)) for path, module in model.named_modules()]
@@ -57,8 +59,10 @@ def check_other(form: Form, name: str, tied: bool, build: Callable, configs: str
     with pytest.raises(UnsupportedHeadError) as raised:
         install(model, np.arange(304).reshape(-1, CLUSTER_SIZE), None, n_probes=1)
     assert str(raised.value) == reason
-    assert reason.endswith(".") and "\n" not in reason
-    assert get_flash_head(model) is None and modules() == before
+    assert reason.endswith(".")
+    assert "\n" not in reason
+    assert get_flash_head(model) is None
+    assert modules() == before
 
 
 def check_form(

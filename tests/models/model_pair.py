@@ -53,7 +53,8 @@ def make_pair(folder: Path, *, tied: bool, seed: int = 4) -> Pair:
     """Each token depends on all before it: a fresh model's follows from the last one alone, so that
     a wrong cache would not show."""
     dense = write_model(folder / "dense", tied=tied, hidden_size=128, seed=seed)
-    file, strong = str(dense / "model.safetensors"), ("q_proj.weight", "v_proj.weight")
+    file = str(dense / "model.safetensors")
+    strong = ("q_proj.weight", "v_proj.weight")
     weights = {n: a * (6 if n.endswith(strong) else 1) for n, a in mx.load(file).items()}
     mx.eval(weights)
     mx.save_safetensors(file, weights, metadata={"format": "mlx"})

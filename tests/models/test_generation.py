@@ -44,7 +44,8 @@ def test_the_text_is_mlx_lms_of_the_dense_model(flash, pair, prompt):
     "shared_pair, size", [("tied", 7), ("untied", 1), ("untied", 100)], indirect=["shared_pair"]
 )
 def test_without_verification_the_flash_head_chooses(flash, pair, size):
-    ids, options = pair.encode("How do I bake bread for two people"), {"prefill_step_size": size}
+    ids = pair.encode("How do I bake bread for two people")
+    options = {"prefill_step_size": size}
     assert pair.tokens(pair.model, ids, **options) == pair.expected(ids)
     usual = pair.tokens(pair.model, ids, verify=False, **options)
     assert usual == pair.unverified(ids) != pair.expected(ids)
@@ -61,7 +62,8 @@ def test_mlx_lms_keywords_arrive(flash, capsys):
     assert [r.token for r in stream_generate(*flash, "One day", **options)] == [7, 7, 7]
     text = generate(*flash, "One day", max_tokens=3, verbose=True)
     printed = capsys.readouterr().out
-    assert text in printed and "tokens-per-sec" in printed
+    assert text in printed
+    assert "tokens-per-sec" in printed
 
 
 def test_settings_end_with_an_error_and_with_an_abandoned_stream(flash, pair):
@@ -107,7 +109,8 @@ def test_batch_is_what_each_gets_alone(flash, pair, sizes, settings):
 
 
 def test_batch_of_several_turns(flash, pair):
-    prompts, more = [pair.encode(prompt) for prompt in BATCH], pair.encode(" and then?")
+    prompts = [pair.encode(prompt) for prompt in BATCH]
+    more = pair.encode(" and then?")
     options = {"max_tokens": 6, "return_token_ids": True}
     first = batch_generate(*flash, prompts, return_prompt_caches=True, **options)
     turns = [more] * len(prompts)

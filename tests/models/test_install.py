@@ -47,19 +47,26 @@ def forms(model) -> list:
 @models
 def test_all_probes_give_the_models_logits_and_it_looks_dense_and_is_so_again(how, tmp_path):
     model = tiny_model(**how)
-    before, dense, text, was = parameters(model), model(TOKENS), repr(model), forms(model)
+    before = parameters(model)
+    dense = model(TOKENS)
+    text = repr(model)
+    was = forms(model)
     module = find_head(model).module
     weight = mx.array(module.weight)
     head = installed(model)
     assert get_flash_head(model) is head
     with head.settings():
         sparse = model(TOKENS)
-    assert sparse.dtype == dense.dtype and not close(sparse, dense) and close(model(TOKENS), dense)
+    assert sparse.dtype == dense.dtype
+    assert not close(sparse, dense)
+    assert close(model(TOKENS), dense)
     for settings in ({"n_probes": head.n_clusters}, {"dense": True}):
         with head.settings(**settings):
             assert close(model(TOKENS), dense)
-    assert parameters(model) == before and repr(model) == text
-    assert mx.array_equal(module.weight, weight) and mx.array_equal(module["weight"], weight)
+    assert parameters(model) == before
+    assert repr(model) == text
+    assert mx.array_equal(module.weight, weight)
+    assert mx.array_equal(module["weight"], weight)
     assert all(isinstance(m, cls) for m, (cls, _) in zip(model.modules(), was, strict=True))
     file = str(tmp_path / "model.safetensors")
     model.save_weights(file)
@@ -67,8 +74,10 @@ def test_all_probes_give_the_models_logits_and_it_looks_dense_and_is_so_again(ho
     fresh.load_weights(file)
     assert parameters(fresh) == before
     detach(model)
-    assert parameters(model) == before and forms(model) == was
-    assert mx.array_equal(model(TOKENS), dense) and get_flash_head(model) is None
+    assert parameters(model) == before
+    assert forms(model) == was
+    assert mx.array_equal(model(TOKENS), dense)
+    assert get_flash_head(model) is None
 
 
 def test_memory_added_is_the_index():
@@ -89,12 +98,15 @@ def test_memory_added_is_the_index():
 @some_models
 def test_copies_and_a_dense_copy_are_independent(how):
     model = tiny_model(**how)
-    before, logits = parameters(model), model(TOKENS)
+    before = parameters(model)
+    logits = model(TOKENS)
     head = installed(model)
     sparse = model(TOKENS)
-    dense, copied = dense_copy(model), copy.deepcopy(model)
+    dense = dense_copy(model)
+    copied = copy.deepcopy(model)
     pickled = pickle.loads(pickle.dumps(model))
-    assert get_flash_head(dense) is None and get_flash_head(model) is head
+    assert get_flash_head(dense) is None
+    assert get_flash_head(model) is head
     assert mx.array_equal(dense(TOKENS), logits)
     places = [np.array(each.model.layers[0].input_layernorm.weight, copy=False).ctypes.data
               for each in (model, dense)]  # fmt: skip
@@ -105,16 +117,19 @@ def test_copies_and_a_dense_copy_are_independent(how):
         assert mx.array_equal(other(TOKENS), sparse)
         assert get_flash_head(other) not in (None, head)
     get_flash_head(copied).n_probes = np.int64(get_flash_head(copied).n_clusters)
-    assert head.n_probes == 4 and type(get_flash_head(copied).n_probes) is int
+    assert head.n_probes == 4
+    assert type(get_flash_head(copied).n_probes) is int
     shared = zip(get_flash_head(copied).arrays(), head.arrays(), strict=True)
     assert all(one is other for one, other in shared)
     with pytest.raises(ValueError, match="cannot be changed"):
         copied.set_dtype(mx.float16)
     copied.load_weights([(n, a) for n, a in doubled(copied) if "norm" in n], strict=False)
     copied.freeze()
-    assert mx.array_equal(model(TOKENS), sparse) and tree_flatten(model.trainable_parameters())
+    assert mx.array_equal(model(TOKENS), sparse)
+    assert tree_flatten(model.trainable_parameters())
     detach(model)
-    assert get_flash_head(copied) is not None and parameters(model) == before
+    assert get_flash_head(copied) is not None
+    assert parameters(model) == before
     assert not mx.allclose(copied(TOKENS), logits)  # its norms have other weights
     detach(copied)
     module = find_head(copied).module
@@ -145,7 +160,9 @@ CHANGES = [
 def test_changes_are_refused_but_of_the_rest(how):
     model = tiny_model(**how)
     installed(model)
-    location, before, logits = find_head(model), parameters(model), model(TOKENS)
+    location = find_head(model)
+    before = parameters(model)
+    logits = model(TOKENS)
     parent = dict(model.named_modules())[location.path.rpartition(".")[0]]
     modules = model.modules()
     for i, change in enumerate(CHANGES):
@@ -164,23 +181,29 @@ def test_changes_are_refused_but_of_the_rest(how):
     assert not tree_flatten(model.trainable_parameters())
     quantized = nn.Linear if how.get("bits") is None else ()
     nn.quantize(model, group_size=32, class_predicate=lambda p, m: type(m) is quantized)
-    assert get_flash_head(model) is not None and model(TOKENS).shape == (2, 4, 203)
+    assert get_flash_head(model) is not None
+    assert model(TOKENS).shape == (2, 4, 203)
 
 
 @some_models
 def test_failed_installation_leaves_the_model(how):
     """Of what does not fit, or a second time; and so does a failed removal."""
     model = tiny_model(**how)
-    before, dense, was = parameters(model), model(TOKENS), forms(model)
-    index, other = tiny_index(model), tiny_index(tiny_model(vocab_size=99))
+    before = parameters(model)
+    dense = model(TOKENS)
+    was = forms(model)
+    index = tiny_index(model)
+    other = tiny_index(tiny_model(vocab_size=99))
     arguments = {"token_ids": index.token_ids, "centroids": index.centroids, "n_probes": 4}
     unfit = {"n_probes": 1000, "backend": "cuda", "centroids": other.centroids}
     unfit["token_ids"] = index.token_ids * 0
     for name, value in unfit.items():
         with pytest.raises(ValueError):
             install(model, **arguments | {name: value})
-        assert forms(model) == was and get_flash_head(model) is None, name
-        assert parameters(model) == before and mx.array_equal(model(TOKENS), dense), name
+        assert forms(model) == was, name
+        assert get_flash_head(model) is None, name
+        assert parameters(model) == before, name
+        assert mx.array_equal(model(TOKENS), dense), name
     head = install_index(model, index)
     with pytest.raises(ValueError, match=r"already installed.*: detach it first\.$"):
         install_index(model, index)
@@ -188,7 +211,8 @@ def test_failed_installation_leaves_the_model(how):
     detach(model)
     with pytest.raises(ValueError, match="no FlashHead on this model"):
         detach(model)
-    assert parameters(model) == before and forms(model) == was
+    assert parameters(model) == before
+    assert forms(model) == was
 
 
 # The layer, used for something else than logits, answers as the dense one does.

@@ -32,7 +32,8 @@ class Wrapped(nn.Module):
 
     def __init__(self, model, after):
         super().__init__()
-        self.language_model, self.after = model, after
+        self.language_model = model
+        self.after = after
 
     def __call__(self, tokens, cache=None):
         return self.after(self, self.language_model(tokens, cache))

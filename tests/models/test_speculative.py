@@ -52,7 +52,8 @@ def run(pair, model, draft, prompt=PROMPT, **options):
 @pytest.mark.parametrize("shared_pair", ["tied"], indirect=True)  # a loop sees no difference
 @pytest.mark.parametrize("name, draft", CASES)
 def test_the_text_is_that_without_drafts(pair, other, draft, name):
-    options, drafts = OPTIONS[name](pair), {"itself": pair.model, "dense": pair.dense}
+    options = OPTIONS[name](pair)
+    drafts = {"itself": pair.model, "dense": pair.dense}
     drafts |= {"other": other.model, "other dense": other.dense}
     found, n_drafted = run(pair, pair.model, drafts[draft], **options)
     options.pop("num_draft_tokens", None)
@@ -71,7 +72,8 @@ def test_two_turns_with_one_cache(pair, other):
     """The caches of both models, one after the other, as mlx-lm takes them."""
     cache = make_prompt_cache(pair.model) + make_prompt_cache(other.model)
     options = {"max_tokens": 9, "prompt_cache": cache, "num_draft_tokens": 3}
-    ids, more = pair.encode(PROMPT), pair.encode(" and then")
+    ids = pair.encode(PROMPT)
+    more = pair.encode(" and then")
     assert run(pair, pair.model, other.model, ids, **options)[0] == usual(pair, 9)
     for part in cache:  # back to the end of the prompt
         part.trim(part.offset - len(ids))
@@ -79,7 +81,9 @@ def test_two_turns_with_one_cache(pair, other):
 
 
 def test_a_draft_scores_the_latest_tokens(pair, other, monkeypatch):
-    scored, original, prompt = [], FlashHead.draft_logits, {*pair.encode(PROMPT)}
+    scored = []
+    original = FlashHead.draft_logits
+    prompt = {*pair.encode(PROMPT)}
 
     def draft_logits(self, hidden, token_ids, **settings):
         logits = original(self, hidden, token_ids, **settings)
@@ -91,7 +95,8 @@ def test_a_draft_scores_the_latest_tokens(pair, other, monkeypatch):
     monkeypatch.setattr(FlashHead, "draft_logits", draft_logits)
     found, _ = run(pair, pair.dense, other.model, num_draft_tokens=1)
     assert found == usual(pair)
-    assert scored[0] == prompt and scored[-1] >= prompt | {found[0]}
+    assert scored[0] == prompt
+    assert scored[-1] >= prompt | {found[0]}
 
 
 WINDOW = {"sliding_window": 24, "sliding_window_pattern": 2, "num_hidden_layers": 2}
@@ -128,5 +133,6 @@ def test_another_processor_is_called_once_a_token(pair, other):
     sizes = []
     processors = [lambda tokens, logits: sizes.append(tokens.size) or logits]
     found, n_drafted = run(pair, pair.model, other.dense, logits_processors=processors)
-    assert found == usual(pair) and not n_drafted
+    assert found == usual(pair)
+    assert not n_drafted
     assert sizes == list(range(sizes[0], sizes[-1] + 1))

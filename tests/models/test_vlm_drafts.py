@@ -30,7 +30,8 @@ from tiny_models import install_index, tiny_index
 from vlm_models import tiny_vlm
 from vlm_texts import write_alone, write_together
 
-PROMPT, TOKENS = [5, 9, 200], 12
+PROMPT = [5, 9, 200]
+TOKENS = 12
 write = partial(write_alone, prompt=PROMPT, max_tokens=TOKENS)
 
 
@@ -114,7 +115,8 @@ def test_text_is_the_dense_models(calls, make, kind, name, tied, bits):
     accepted = list(drafter.accept_lens)
     install_index(model, tiny_index(model), backend="mlx")
     calls.clear()
-    assert write(model, **drafting) == dense and drafter.accept_lens == accepted
+    assert write(model, **drafting) == dense
+    assert drafter.accept_lens == accepted
     assert calls.count("token_rows") <= 4  # the shapes alone, as the drafter is met and bound
 
 
@@ -150,12 +152,14 @@ def test_a_head_of_the_drafters_own(calls, attached, capfd, monkeypatch, make, k
         assert write(model, draft_model=drafter, draft_kind=kind) == dense
         assert mx.random.uniform().item() == before  # the state of the user's own draws
         said = capfd.readouterr().err
-        assert ("Building the FlashHead of" in said) == built and "no FlashHead" not in said
+        assert ("Building the FlashHead of" in said) == built
+        assert "no FlashHead" not in said
         assert [entry.config.calibration["source"] for entry in cache.entries()] == ["drafts"]
         assert "draft_logits" in calls
         layer = drafter.lm_head if untied else drafter.model.embed_tokens
         head = get_flash_head(layer)
-        assert head.vocab_size == layer.weight.shape[0] and head.n_probes < head.n_clusters
+        assert head.vocab_size == layer.weight.shape[0]
+        assert head.n_probes < head.n_clusters
     detach(model)
     assert write(model, draft_model=drafter, draft_kind=kind) == dense
 
@@ -169,7 +173,8 @@ def test_a_head_of_its_own_stays_dense(calls, attached, build, options):
     model, dense = attached(build=build)
     drafter = assistant(model, **options)
     assert write(model, draft_model=drafter, draft_kind="mtp") == dense
-    assert get_flash_head(drafter.model) is None and "draft_logits" not in calls
+    assert get_flash_head(drafter.model) is None
+    assert "draft_logits" not in calls
 
 
 def test_several_texts_at_once():

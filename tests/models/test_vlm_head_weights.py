@@ -25,7 +25,8 @@ from vlm_texts import write_alone, write_together
 @pytest.fixture
 def reads(monkeypatch):
     """How often the rows have been put back into the model's order since, in a list."""
-    found, gather = [], ClusteredRows.token_rows
+    found = []
+    gather = ClusteredRows.token_rows
 
     def counted(self, token_ids=None):
         if token_ids is None:
@@ -49,7 +50,8 @@ def hidden_states(model: nn.Module) -> mx.array:
 
 def check_asks_the_layer(reads: list, model: nn.Module, function: Callable) -> None:
     """The function of hidden states gives the FlashHead's logits, and reads no weights."""
-    hidden, head = hidden_states(model), get_flash_head(model)
+    hidden = hidden_states(model)
+    head = get_flash_head(model)
     reads.clear()
     with head.settings():
         logits = function(hidden)
@@ -62,7 +64,9 @@ def check_asks_the_layer(reads: list, model: nn.Module, function: Callable) -> N
 def test_verification_of_drafts(reads, bits, tied):
     """Qwen 3.5's own products for it, for the layer of its own and for the tied one."""
     model = served("qwen3_5", tied=tied, bits=bits)
-    text, hidden, head = model.language_model, hidden_states(model), get_flash_head(model)
+    text = model.language_model
+    hidden = hidden_states(model)
+    head = get_flash_head(model)
     layer = text.model.embed_tokens if tied else text.lm_head
     name = "_target_verify_embedding_as_linear" if tied else "_target_verify_linear"
     check_asks_the_layer(reads, model, text.speculative_logits_from_hidden)
@@ -74,18 +78,21 @@ def test_verification_of_drafts(reads, bits, tied):
 
 def test_fused_greedy_decoding_is_left_out(reads):
     model = tiny_vlm("qwen3_5", tied=False, bits=4)
-    text, tokens = model.language_model, mx.array([[3]])
+    text = model.language_model
+    tokens = mx.array([[3]])
     assert text.fused_greedy_decode(tokens, cache=make_prompt_cache(text)) is not None
     install_index(model, tiny_index(model, n_probes=3), backend="mlx")
     reads.clear()
     assert text.fused_greedy_decode(tokens, cache=make_prompt_cache(text)) is None
-    assert not text.supports_fused_greedy_logits_processors([]) and not reads
+    assert not text.supports_fused_greedy_logits_processors([])
+    assert not reads
 
 
 def test_multi_token_prediction(reads):
     """The greedy read-out of a quantized head asks the layer; other layers' stays."""
     model = served("nemotron_h", tied=False, bits=4)
-    hidden, text = hidden_states(model), model.language_model
+    hidden = hidden_states(model)
+    text = model.language_model
     check_asks_the_layer(reads, model, lambda hidden: mtp._mtp_logits_from_hidden(text, hidden))
     assert mtp.decode_quantized_argmax(text.lm_head, hidden) is None
     detach(model)
@@ -116,6 +123,10 @@ def test_a_token_never_reads_the_weights(reads, name, tied, bits):
         return write(model, *given), len(reads)
 
     (few, n_few), (many, n_many) = (counted(write_alone, prompt, n) for n in (2, 6))
-    assert len(few) == 2 and many[:2] == few and many[0] == first and n_few == n_many
+    assert len(few) == 2
+    assert many[:2] == few
+    assert many[0] == first
+    assert n_few == n_many
     (few, n_few), (same, n_many) = (counted(write_together, [prompt], n) for n in (2, 6))
-    assert [many] == same and n_few == n_many
+    assert [many] == same
+    assert n_few == n_many

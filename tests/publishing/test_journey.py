@@ -18,12 +18,14 @@ def test_a_flash_head_of_its_own_travels(run, hub, dense, tmp_path, monkeypatch)
     further = {"README.md": b"---\nlicense: llama3.2\n---\n", "LICENSE.txt": text}
     hub.put("maker/Llama-Tiny", contents(dense) | further)
     hub.put("other/Llama-Tiny-4bit", contents(tmp_path / "quantized"))
-    head, repo_id = tmp_path / "head", "me/Llama-Tiny-FlashHead"
+    head = tmp_path / "head"
+    repo_id = "me/Llama-Tiny-FlashHead"
     code, output, errors = run(
         "convert", "--model", "maker/Llama-Tiny", "--index-only", "--upload",
         "--calibration-positions", 200, "--mlx-path", head,
     )  # fmt: skip
-    assert code == 0 and output.splitlines()[-1] == f"Uploaded to {hub.url}/{repo_id}", errors
+    assert code == 0, errors
+    assert output.splitlines()[-1] == f"Uploaded to {hub.url}/{repo_id}"
     assert TOKEN not in output + errors
     files = hub.files(repo_id)
     assert files == contents(head)
@@ -42,7 +44,8 @@ def test_a_flash_head_of_its_own_travels(run, hub, dense, tmp_path, monkeypatch)
             "generate", "--model", "other/Llama-Tiny-4bit", "--flash-head", repo_id,
             "--prompt", "One", "--max-tokens", 3, "--no-build",
         )  # fmt: skip
-        assert code == 0 and "Generation: 3 tokens" in output
+        assert code == 0
+        assert "Generation: 3 tokens" in output
         assert "was made from another form of these rows" in errors
         assert (len(hub.requests) == asked) == offline
     # uploaded again from its folder, beside weights that stay
@@ -64,8 +67,11 @@ def test_load_asks_the_network_for_what_is_named_alone(hub, dense, quick):
     hub.requests.clear()
     mlx_flashhead.load("me/Tiny", progress=False)  # with the cached one
     asked = " ".join(path for _, path in hub.requests)
-    assert asked and "FlashHead" not in asked and "README" not in asked
+    assert asked
+    assert "FlashHead" not in asked
+    assert "README" not in asked
     hub.requests.clear()
     model, _ = mlx_flashhead.load(str(dense), flash_head=head, progress=False)
     assert mlx_flashhead.get_flash_head(model).n_clusters == 17
-    assert hub.requests and all(head in path for _, path in hub.requests)
+    assert hub.requests
+    assert all(head in path for _, path in hub.requests)

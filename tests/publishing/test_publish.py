@@ -39,8 +39,10 @@ def test_interrupted_upload_continues_with_what_is_missing(
     hub.down_after = (dense / "model.safetensors").stat().st_size // 2
     with pytest.raises(ValueError, match=r"could not be uploaded .* is kept in") as caught:
         convert(str(dense), str(new), upload_repo="me/tiny", n_probes=4, **QUICK)
-    said, kept = str(caught.value), contents(new)
-    assert f"mlx_flashhead.upload --path {new} --repo me/tiny" in said and "\n" not in said
+    said = str(caught.value)
+    kept = contents(new)
+    assert f"mlx_flashhead.upload --path {new} --repo me/tiny" in said
+    assert "\n" not in said
     assert "thrown while requesting PUT" in caplog.text
     assert not any(secret in caplog.text + said for secret in ("Signature", TOKEN))
     assert len(hub.repositories["me/tiny"].commits) == 1  # nothing half
@@ -52,7 +54,8 @@ def test_interrupted_upload_continues_with_what_is_missing(
     for sent in ({digests["model.safetensors"]: len(kept["model.safetensors"])}, {}):
         hub.sent.clear()
         publish(new, "me/tiny")
-        assert hub.sent == sent and hub.files("me/tiny") == contents(new)
+        assert hub.sent == sent
+        assert hub.files("me/tiny") == contents(new)
 
 
 def test_every_file_is_uploaded_and_stale_weights_are_deleted(hub, converted, monkeypatch):
@@ -71,7 +74,8 @@ def test_every_file_is_uploaded_and_stale_weights_are_deleted(hub, converted, mo
 def test_private(hub, converted):
     publish(converted, "me/hidden", private=True)
     publish(converted, "me/open")
-    assert hub.repositories["me/hidden"].private and not hub.repositories["me/open"].private
+    assert hub.repositories["me/hidden"].private
+    assert not hub.repositories["me/open"].private
     with pytest.raises(ValueError, match="public, in spite of `private=True`"):
         publish(converted, "me/open", private=True)
 
@@ -95,7 +99,8 @@ def test_text_below_the_marker_stays(hub, converted):
 
 
 def test_a_model_without_a_licence_is_not_published(hub, tmp_path):
-    source, target = write_model(tmp_path / "bare", card=None), tmp_path / "new"
+    source = write_model(tmp_path / "bare", card=None)
+    target = tmp_path / "new"
     with pytest.raises(ValueError, match=r"licence of bare is not known.*`license`"):
         convert(str(source), str(target), upload=True, **QUICK)
     assert not target.exists()
@@ -146,7 +151,9 @@ def test_what_the_hub_would_refuse_is_said_before_the_conversion(
         with pytest.raises(ValueError, match=said) as caught:
             begin()
         sentence = str(caught.value)
-        assert "\n" not in sentence and sentence.endswith(".") and TOKEN not in sentence
+        assert "\n" not in sentence
+        assert sentence.endswith(".")
+        assert TOKEN not in sentence
         # nor in what a traceback would show with it
         assert caught.value.__context__ is None or caught.value.__suppress_context__
     assert not (tmp_path / "new").exists()
@@ -169,7 +176,8 @@ def test_the_hub_is_asked_before_the_long_work_and_after_it(hub, dense, tmp_path
         monkeypatch.setattr(pipeline, name, counted(getattr(pipeline, name)))
     convert(str(dense), str(tmp_path / "new"), upload=True, **QUICK)
     before, after = asked
-    assert 0 < before == after < len(hub.requests) and len(hub.repositories) == 1
+    assert 0 < before == after < len(hub.requests)
+    assert len(hub.repositories) == 1
 
 
 @pytest.mark.parametrize(
