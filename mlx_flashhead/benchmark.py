@@ -81,33 +81,12 @@ def _add_server_flags(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--clients",
         type=whole_numbers(1),
+        default=[1, 4, 8, 16],
         metavar="1,4,…",
-        help="Clients at once (default: 1,4,8,16; with --mixed 16).",
+        help="Clients at once (default: 1,4,8,16).",
     )
     add_number(parser, "--requests", 16, "Requests to a server for each number of clients")
-    tokens = "Tokens of each answer (default: 16; with --mixed 32)."
-    add_number(parser, "--tokens", None, tokens)
-    mixed = parser.add_argument_group("a mixed load, in place of three servers in turns")
-    mixed.add_argument(
-        "--mixed",
-        action="store_true",
-        help="Send one server requests of all kinds for a time, from clients of which some hang "
-        "up, and compare each answer with that of the same request alone.",
-    )
-    add_number(mixed, "--minutes", 10, "Minutes for each server and number of clients")
-    mixed.add_argument(
-        "--allow-models",
-        nargs="+",
-        default=[],
-        metavar="MODEL",
-        help="Further models of this server, such as one with a window and one with states.",
-    )
-    mixed.add_argument(
-        "--kv-bits",
-        type=int,
-        choices=(2, 3, 4, 5, 6, 8),
-        help="Then put a second server of --model under the load, with quantized caches.",
-    )
+    add_number(parser, "--tokens", 16, "Tokens of each answer")
 
 
 def _add_common_flags(parser: ArgumentParser, *, rounds: int) -> None:
@@ -152,19 +131,12 @@ def shape(text: str) -> tuple[str, tuple[int, ...]]:
 def main() -> None:
     """Entry point."""
     args = make_parser().parse_args()
-    kind = args.kind
-    if kind == "server" and args.mixed:
-        kind = "mixed"
-        args.rounds = args.minutes  # a round takes a minute
     from_extra("rich", "report", "mlx_flashhead.benchmark")  # before long work
-    from .benchmarks.reporting import report
+    from .benchmarks.reporting import write_report
 
-    benchmark = import_module(f".benchmarks.{kind}_benchmark", __package__)
-    confirm = None
-    if args.kind == "model" and args.report:
-        confirm = import_module(".benchmarks.confirmations", __package__).confirm
+    benchmark = import_module(f".benchmarks.{args.kind}_benchmark", __package__)
     with ctrl_c_raises():  # the figures so far are reported
-        report(args, benchmark.cases(args), benchmark.make_table, confirm)
+        write_report(args, benchmark.cases(args), benchmark.make_table)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from ..models.compat.mlx_lm import sample_utils
 from ..models.install import dense_copy
 from . import SAMPLERS
-from .model_benchmark import DENSE, FLASH_HEAD, Variant, with_flash_head
+from .variants import DENSE, FLASH_HEAD, Variant, with_flash_head
 
 N_TOKENS = 64
 FIRST = 16  # tokens of a text that are not timed: until verifications take many

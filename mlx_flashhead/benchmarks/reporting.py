@@ -86,11 +86,10 @@ def in_turns(timers: Timers, rounds: int) -> Iterator[dict[str, list[float]]]:
         yield seconds
 
 
-def report(
+def write_report(
     args: argparse.Namespace,
-    cases: Generator[Case],
+    cases: Generator[Case | dict[str, Any]],
     make_table: Callable[[dict[str, Any]], Table],
-    confirm: Callable[[argparse.Namespace], dict[str, Any]] | None = None,
 ) -> None:
     """Times the cases and reports them, or those that it has when it is stopped.
 
@@ -99,36 +98,38 @@ def report(
 
     Args:
         args: The flags of ``mlx_flashhead.benchmark``.
-        cases: What is timed.
+        cases: What is timed, and what the JSON file has besides, as ``confirmed``.
         make_table: Makes a table of the figures of a case.
-        confirm: Makes what the report has besides, of the flags; computed first.
     """
-    confirmed = None if confirm is None else confirm(args)
+    confirmed: dict[str, Any] = {}
     measured: dict[str, dict[str, Any]] = {}
     complete = False
     try:
         with closing(cases):
             for case in cases:
-                _time_case(case, args.rounds, measured)
+                if isinstance(case, dict):
+                    print(f"Confirmed: {', '.join(case)}", file=sys.stderr, flush=True)
+                    confirmed |= case
+                else:
+                    _time_case(case, args.rounds, measured)
         complete = True
     finally:
         if measured:
             if not complete:
                 print("\nStopped: these are the figures so far.", file=sys.stderr, flush=True)
-            tables = [make_table(figures) for figures in measured.values()]
             about = machine()
+            tables = [make_table(figures) for figures in measured.values()]
             show(*tables, _machine_line(about))
             if args.report:
-                figures = {
+                report = {
                     "kind": args.kind,
                     "machine": about,
                     "command": " ".join(["mlx_flashhead.benchmark", *sys.argv[1:]]),
                     "complete": complete,
                     "results": list(measured.values()),
+                    "confirmed": confirmed,
                 }
-                if confirmed is not None:
-                    figures["confirmed"] = confirmed
-                Path(args.report).write_text(json.dumps(figures, indent=2) + "\n")
+                Path(args.report).write_text(json.dumps(report, indent=2) + "\n")
             if args.plot:
                 _plot_tables(tables, args.plot)
 

@@ -29,8 +29,6 @@ TOPICS = ("the moon", "bread", "rivers", "the number seven", "bees", "glass", "w
 SENTENCE = "The bridge over the river was old and narrow, and nobody knew who had built it. "
 LENGTHS = (0, 4, 1, 0, 2, 0, 8, 1)  # sentences before each question
 HANGS_UP = 5  # one in so many clients
-CLIENTS = (1, 4, 8, 16)  # at once, unless others are asked for
-TOKENS = 16  # of an answer
 ANSWER_SECONDS = 600
 
 
@@ -52,24 +50,23 @@ def cases(args: argparse.Namespace) -> Generator[Case]:
         "dense": ("mlx_flashhead.server", *model, "--dense"),
         "mlx_lm.server": ("mlx_lm.server", *model),
     }
-    n_tokens = args.tokens or TOKENS
     print("Three servers start, and answer each question alone.", file=sys.stderr, flush=True)
     with ExitStack() as stack:
         ports = {
             name: stack.enter_context(serving(*command)).port for name, command in commands.items()
         }
-        alone = {name: answers_alone(port, n_tokens) for name, port in ports.items()}
-        for n_clients in args.clients or CLIENTS:
+        alone = {name: answers_alone(port, args.tokens) for name, port in ports.items()}
+        for n_clients in args.clients:
             replies: dict[str, list[Reply]] = {name: [] for name in ports}
             timers = {
-                name: partial(visit, port, n_clients, args.requests, n_tokens, replies[name])
+                name: partial(visit, port, n_clients, args.requests, args.tokens, replies[name])
                 for name, port in ports.items()
             }
             about = {
                 "model": Path(args.model).name,
                 "clients": n_clients,
                 "requests": args.requests,
-                "tokens": n_tokens,
+                "tokens": args.tokens,
             }
             figures_of = partial(summary, about, replies, alone)
             yield Case(f"{n_clients} at once, per token", timers, figures_of)

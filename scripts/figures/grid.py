@@ -26,8 +26,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 import mlx_flashhead
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
-from mlx_flashhead.benchmarks.model_benchmark import PROMPT, Variant, with_flash_head
+from mlx_flashhead.benchmarks.model_benchmark import PROMPT
 from mlx_flashhead.benchmarks.reporting import in_turns, machine, spread, spread_cells
+from mlx_flashhead.benchmarks.variants import Variant, with_flash_head
 from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.common.tables import new_table, show

@@ -1,4 +1,4 @@
-"""Writes tiny random models for `benchmark server --mixed`: plain, with a window, with states.
+"""Writes tiny random models for `mixed_load.py`: plain, with a window, with states.
 
     python scripts/figures/mixed_models.py FOLDER     # makes FOLDER/plain, /window and /states
 

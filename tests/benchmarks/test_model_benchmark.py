@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 from flash_loops import make_flash
-from mlx_flashhead.benchmarks import model_benchmark
-from mlx_flashhead.benchmarks.model_benchmark import (
+from mlx_flashhead.benchmarks import variants
+from mlx_flashhead.benchmarks.model_benchmark import make_table, summary
+from mlx_flashhead.benchmarks.variants import (
     DENSE,
     FLASH_HEAD,
     UNVERIFIED,
     Variant,
-    make_table,
-    summary,
     with_flash_head,
 )
 from mlx_flashhead.models.compat.mlx_lm import generate_step
@@ -26,7 +25,7 @@ def test_the_first_token_is_not_timed(monkeypatch, batch):
     """No end of text ends a run, and the first token is not counted."""
     times = iter(np.cumsum([7, 4, 4, 1, 3]))
     clock = SimpleNamespace(perf_counter=lambda: next(times))  # mlx-lm looks at the real one
-    monkeypatch.setattr(model_benchmark, "time", clock)
+    monkeypatch.setattr(variants, "time", clock)
     shapes = []
 
     def sampler(logprobs):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mlx_flashhead.benchmarks.reporting import Case, in_turns, report, spread
+from mlx_flashhead.benchmarks.reporting import Case, in_turns, spread, write_report
 from mlx_flashhead.common.tables import new_table
 
 
@@ -32,7 +32,7 @@ def test_a_stopped_benchmark_reports_the_rounds_that_it_has(capsys, tmp_path, st
     outputs = {"report": str(tmp_path / "out.json"), "plot": str(tmp_path / "out.png")}
     arguments = argparse.Namespace(kind="any", rounds=5, **outputs)
     with pytest.raises(type(stop)):
-        report(arguments, cases(seconds), make_table)
+        write_report(arguments, cases(seconds), make_table)
     shown = capsys.readouterr()
     assert ("of a form" in shown.out) == ("Stopped: " in shown.err) == (in_round > 1)
     if in_round == 1:

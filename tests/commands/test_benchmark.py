@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from mlx_flashhead.benchmarks import confirmations, host_time
+from mlx_flashhead.benchmarks import host_time
 from mlx_flashhead.benchmarks import server_benchmark as server
 from model_folders import VOCAB_SIZE
 
@@ -47,10 +47,6 @@ def test_heads_of_shapes_and_of_a_model(run, converted, tmp_path):
 
 
 def test_model(run, converted, tmp_path, monkeypatch):
-    monkeypatch.setattr(confirmations, "SIZES", [(64, 64)])
-    monkeypatch.setattr(confirmations, "WIDTHS", [64])
-    monkeypatch.setattr(confirmations, "SMALL", ())
-    monkeypatch.setattr(confirmations, "SHAPES", {})
     monkeypatch.setattr(host_time, "N_TOKENS", 4)
     monkeypatch.setattr(host_time, "FIRST", 2)
     screen, results = check_outputs(
@@ -64,9 +60,6 @@ def test_model(run, converted, tmp_path, monkeypatch):
         assert f" {result['times_faster']['FlashHead']:.2f} x" in screen
         assert f" {result['token_ms']['unverified']['median']:.2f} " in screen
     confirmed = json.loads((tmp_path / "out.json").read_text())["confirmed"]
-    names = ["first_token", "host", "kernels", "rounding", "sums", "products", "heads"]
-    assert list(confirmed) == names
-    assert confirmed["first_token"]["seconds"] > 0
     assert confirmed["host"]["penalty"]["relative"] > 0
 
 

@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from mlx_flashhead.benchmarks import mixed_benchmark as mixed
-from mlx_flashhead.benchmarks.mixed_benchmark import Answer, Text, read_stream, read_whole
+import mixed_load
+from mixed_load import Answer, Text, read_stream, read_whole
 
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
@@ -46,7 +45,7 @@ class Log:
 @pytest.fixture
 def load(monkeypatch):
     """A load of a server that a test plays, by `answers`: kind → what asking does."""
-    made = mixed.MixedLoad(Log(), "played", 3, 8)
+    made = mixed_load.MixedLoad(Log(), "played", 3, 8)
     made.answers = {}
     right = Answer((Text("right", "", (), "stop"),), 2)
 
@@ -54,25 +53,23 @@ def load(monkeypatch):
         beside_others = bool(made._alone) and question in made._alone
         result = made.answers.get(question.kind, right) if beside_others or stream else right
         if question.kind == "tools":
-            raise mixed.RefusedError("no tools here")
+            raise mixed_load.RefusedError("no tools here")
         if isinstance(result, Exception):
             raise result
         return result
 
-    monkeypatch.setattr(mixed, "ask", ask)
-    monkeypatch.setattr(mixed, "get", lambda port, path: '{"data": [{"id": "m"}]}')
-    monkeypatch.setattr(mixed, "CHATS", {kind: {} for kind in ("greedy", "n", "XTC", "tools")})
-    monkeypatch.setattr(mixed, "ROUND_SECONDS", 0.2)
-    monkeypatch.setattr(mixed, "PROBE_SECONDS", 0.01)
+    monkeypatch.setattr(mixed_load, "ask", ask)
+    monkeypatch.setattr(mixed_load, "get", lambda port, path: '{"data": [{"id": "m"}]}')
+    monkeypatch.setattr(mixed_load, "CHATS", {kind: {} for kind in ("greedy", "n", "XTC", "tools")})
     return made
 
 
 def test_answers_are_compared_with_those_alone(load):
     other = Answer((Text("other", "", (), "stop"),), 2)
-    load.answers = {"n": other, "XTC": mixed.HungUpError(), "texts": ValueError("500: lost")}
-    load.take_round(0)
-    seconds = load.take_round(1)
-    result = load.figures({"mixed": [seconds]})
+    load.answers = {"n": other, "XTC": mixed_load.HungUpError(), "texts": ValueError("500: lost")}
+    load.ask_alone()
+    load.ask_together(0.2)
+    result = load.figures()
     kinds = result["kinds"]
     assert kinds["greedy"]["answered"] == kinds["greedy"]["as_alone"] > 0
     assert kinds["n"]["answered"] > kinds["n"]["as_alone"] == 0
@@ -85,8 +82,7 @@ def test_answers_are_compared_with_those_alone(load):
         "beside_others": ["other"],
     }
     assert result["left_out"] == {"m, tools": "no tools here"} and result["tracebacks"] == 1
-    assert result["health_worst_seconds"] is not None
-    caption = mixed.make_table(result).caption
+    caption = mixed_load.make_table(result).caption
     assert "Left out: m, tools: no tools here" in caption and "Differs: m, n" in caption
 
 
@@ -94,47 +90,30 @@ def test_a_server_that_answers_nothing_is_one_sentence(load, monkeypatch):
     def fail(*_, **__):
         raise ValueError("500: failed")
 
-    monkeypatch.setattr(mixed, "ask", fail)
+    monkeypatch.setattr(mixed_load, "ask", fail)
     with pytest.raises(ValueError, match="No question was answered: m, greedy: 500: failed"):
-        load.take_round(0)
+        load.ask_alone()
 
 
-def test_the_command_puts_a_server_under_load(run, converted, monkeypatch, tmp_path):
-    chats = {kind: mixed.CHATS[kind] for kind in ("greedy", "top-p", "n", "penalties", "regex")}
-    monkeypatch.setattr(mixed, "CHATS", chats)
-    monkeypatch.setattr(mixed, "LENGTHS", (0, 1))
-    monkeypatch.setattr(mixed, "ROUND_SECONDS", 0.5)
+def test_a_server_is_put_under_load(run, converted, monkeypatch, tmp_path):
+    kinds = ("greedy", "top-p", "n", "penalties", "regex")
+    chats = {kind: mixed_load.CHATS[kind] for kind in kinds}
+    monkeypatch.setattr(mixed_load, "CHATS", chats)
+    monkeypatch.setattr(mixed_load, "LENGTHS", (0, 1))
+    monkeypatch.setattr(mixed_load, "MINUTE", 0.5)
     file = tmp_path / "mixed.json"
-    flags = ("--mixed", "--model", converted, "--minutes", 1, "--clients", 4, "--tokens", 8)
-    code, out, _ = run("benchmark", "server", *flags, "--report", file)
+    flags = ("--minutes", 1, "--clients", 4, "--tokens", 8)
+    code, out, _ = run(mixed_load, converted, *flags, "--json", file)
     assert code == 0 and "answered" in out
-    report = json.loads(file.read_text())
-    (result,) = report["results"]
-    assert report["kind"] == "server" and "--mixed" in report["command"]
+    (result,) = json.loads(file.read_text())["results"]
     assert result["models"] == [Path(converted).name] and result["clients"] == 4
     assert result["as_alone"] == result["answered"] > 0
     assert result["lost"] == result["tracebacks"] == 0
     assert set(result["kinds"]) <= {*chats, "texts", "texts, drawn"}
 
 
-def test_kv_bits_are_a_server_of_their_own(monkeypatch):
-    started = []
-
-    class Serving(SimpleNamespace):
-        def __enter__(self):
-            return Log()
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(mixed, "serving", lambda *flags: started.append(flags) or Serving())
-    monkeypatch.setattr(mixed, "resolve", lambda model: model)
-    args = SimpleNamespace(
-        model="a", allow_models=["b", "c"], kv_bits=8, clients=(2, 16), tokens=None,
-        n_probes=None, flash_head=None, no_build=True,
-    )  # fmt: skip
-    assert len([*mixed.cases(args)]) == 4
-    (_, *mixed_flags), (_, *quantized) = started
-    assert mixed_flags[-3:] == ["--allow-models", "b", "c"]
+def test_kv_bits_are_a_server_of_their_own():
+    several, quantized = mixed_load.servers(["a", "b", "c"], 8).values()
+    assert several[-3:] == ["--allow-models", "b", "c"]
     assert quantized[-4:] == ["--kv-bits", "8", "--quantized-kv-start", "0"]
     assert "--allow-models" not in quantized

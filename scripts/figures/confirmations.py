@@ -1,39 +1,43 @@
-"""What a machine has to confirm, for the report of a model.
+"""What a Mac has to confirm of MLX's kernels and of ours: metal/README.md.
 
-It confirms the rounding of MLX's kernels and of ours, what kernels may ask of its GPU, and what is
-compiled when.
+    python scripts/figures/confirmations.py smollm2-flashhead --json confirmed.json
 
-On a CPU the same is computed by MLX's own operations, which says how the report looks.
+The sums and the rounding of products, what kernels may ask of the GPU, what is compiled when, and
+the times of known heads. On a CPU MLX's own operations compute the same, which says how the file
+looks.
 """
 
-import argparse
+import json
 import re
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..decoding.policy import policy_of
-from ..decoding.rounding import CLASSES, may_use_tf32, measure_rounding
-from ..head.backend import logits_of_scores, make_steps
-from ..head.clustered import Centroids, ClusteredRows
-from ..head.dense_kernels import dense_kernel
-from ..head.draw import gpu_is_default
-from ..head.flash_head import FlashHead
-from ..head.matrix import FORMATS, Format, Matrix, as_float32
-from ..head.metal_steps import MetalSteps
-from ..loading.load import load
-from ..models.install import hidden_dtype, installed_head
-from . import SAMPLERS, SHAPES
-from .head_benchmark import random_head
-from .host_time import host_times
-from .model_benchmark import Variant, with_flash_head
+from mlx_flashhead.benchmarks import SAMPLERS, SHAPES
+from mlx_flashhead.benchmarks.head_benchmark import random_head
+from mlx_flashhead.benchmarks.model_benchmark import PROMPT
+from mlx_flashhead.benchmarks.reporting import machine
+from mlx_flashhead.benchmarks.variants import with_flash_head
+from mlx_flashhead.common.arguments import Parser, writable
+from mlx_flashhead.common.command import command
+from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.decoding.rounding import CLASSES, may_use_tf32, measure_rounding
+from mlx_flashhead.head.backend import logits_of_scores, make_steps
+from mlx_flashhead.head.clustered import Centroids, ClusteredRows
+from mlx_flashhead.head.dense_kernels import dense_kernel
+from mlx_flashhead.head.draw import gpu_is_default
+from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.matrix import FORMATS, Format, Matrix, as_float32
+from mlx_flashhead.head.metal_steps import MetalSteps
+from mlx_flashhead.loading.load import load
+from mlx_flashhead.models.install import hidden_dtype, installed_head
 
 CLUSTER_SIZE = 16
 # Rows and columns: whole blocks, a remainder of the rows, and one of the columns.
@@ -45,43 +49,30 @@ N_STATES = 8
 REPEATS = 5
 TOO_MANY_THREADS = 2048  # for any pipeline: the refusal names the number that it allows
 ALLOWED = re.compile(r"allowed threads per threadgroup \((\d+)\)")
-PROMPT = "The old bridge over the river had been closed for years, and"
 ANSWER = 48  # tokens
 
 
-def confirm(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that a machine confirms, JSON-ready, in a few minutes.
+def confirmed(model: str) -> Iterator[tuple[str, Any]]:
+    """Everything that a machine confirms with a model, JSON-ready, in a few minutes.
 
-    Args:
-        args: The flags of ``mlx_flashhead.benchmark model``.
-
-    Returns:
-        By name: ``first_token``, ``host``, ``kernels``, ``rounding`` of the model's head, ``sums``,
-        ``products``, ``heads``.
+    Yields:
+        ``first_token``, ``kernels``, ``rounding`` of the model's head, ``sums``, ``products`` and
+        ``heads``, each with its figures.
     """
-    start = time.perf_counter()
-    found: dict[str, Any] = {}
-    with closing(_parts(args)) as parts:
-        for name, value in parts:
-            found[name] = value
-            seconds = time.perf_counter() - start
-            print(f"[{seconds:.0f} s] confirmed: {name}", file=sys.stderr, flush=True)
-    return found
-
-
-def _parts(args: argparse.Namespace) -> Generator[tuple[str, Any]]:
-    model, tokenizer = load(
-        args.model, n_probes=args.n_probes, flash_head=args.flash_head, build=not args.no_build
-    )
-    head = installed_head(model)
-    dtype = hidden_dtype(model)
-    prompt = tokenizer.encode(PROMPT)
+    loaded, tokenizer = load(model)
+    head = installed_head(loaded)
+    dtype = hidden_dtype(loaded)
     policy_of(head).dense = False
-    variant = with_flash_head(model, verify=True)
-    first, second = (_answer(variant, prompt, "greedy", 1) for _ in range(2))
-    yield "first_token", {"seconds": first, "seconds_again": second}
-    yield "host", host_times(model, prompt)
-    yield "kernels", _kernels(head, dtype, lambda name: _answer(variant, prompt, name, ANSWER))
+    variant = with_flash_head(loaded, verify=True)
+    prompt = tokenizer.encode(PROMPT)
+
+    def seconds(sampler: str, n_tokens: int) -> float:
+        start = time.perf_counter()
+        variant.decode(prompt, 1, n_tokens, SAMPLERS[sampler])
+        return time.perf_counter() - start
+
+    yield "first_token", [seconds("greedy", 1) for _ in range(2)]
+    yield "kernels", _kernels(head, dtype, partial(seconds, n_tokens=ANSWER))
     bounds = measure_rounding(head, dtype)
     yield "rounding", {size: _rounding_figures(each) for size, each in bounds.items()}
     yield "sums", list(sums(SIZES))
@@ -90,20 +81,6 @@ def _parts(args: argparse.Namespace) -> Generator[tuple[str, Any]]:
         yield "heads", list(head_times(tuple(SHAPES), bits=(4, 16)))
     else:  # whose products of 4 bits take seconds
         yield "heads", list(head_times(SMALL, bits=(16,)))
-
-
-def _answer(variant: Variant, prompt: list[int], sampler: str, n_tokens: int) -> float:
-    """Seconds of an answer, from the prompt to its last token."""
-    start = time.perf_counter()
-    steps = variant.steps(
-        mx.array(prompt),
-        variant.model,
-        max_tokens=n_tokens,
-        sampler=variant.make_sampler(**SAMPLERS[sampler]),
-    )
-    for _ in steps:
-        pass
-    return time.perf_counter() - start
 
 
 def _rounding_figures(rounding: Any) -> dict[str, Any]:
@@ -330,3 +307,21 @@ def _proposed(head: FlashHead, states: mx.array) -> mx.array:
 
 def _name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
+
+
+@command
+def main() -> None:
+    """Entry point."""
+    parser = Parser(prog="scripts/figures/confirmations.py", description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="a model with a FlashHead")
+    parser.add_argument("--json", type=writable, metavar="FILE", required=True, help="the figures")
+    args = parser.parse_args()
+    figures: dict[str, Any] = {"kind": "confirmations", "machine": machine()}
+    for name, value in confirmed(args.model):
+        print(f"Confirmed: {name}", file=sys.stderr, flush=True)
+        figures[name] = value
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,12 @@
-"""Puts one server under a mixed load, and compares each answer with the one it has alone.
+"""One server under a mixed load, each answer compared with the one it has alone: docs/server.md.
+
+    python scripts/figures/mixed_models.py mixed
+    python scripts/figures/mixed_load.py mixed/* --kv-bits 8 --json docs/benchmarks/mixed.json
 
 Clients send what a server has to keep apart: streams and whole answers, several texts at once,
-samplers with seeds, penalties, grammars, tools, prompts of different lengths. Some hang up.
+samplers with seeds, penalties, grammars, tools, prompts of different lengths. Some hang up. The
+models are those of one server; with --kv-bits a second server has the first of them, and quantized
+caches.
 """
 
 import argparse
@@ -9,28 +14,26 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.client import HTTPConnection, HTTPException
+from pathlib import Path
 from random import Random
 from threading import Event, Lock
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from ..common.guarded import memory_of
-from ..common.tables import new_table
-from ..models.fetch import resolve
-from .reporting import Case
-from .server_benchmark import ANSWER_SECONDS, SENTENCE, TOPICS, head_flags
-from .server_process import HOST, ServerProcess, serving
+from mlx_flashhead.benchmark import add_number
+from mlx_flashhead.benchmarks.reporting import machine
+from mlx_flashhead.benchmarks.server_benchmark import ANSWER_SECONDS, SENTENCE, TOPICS
+from mlx_flashhead.benchmarks.server_process import HOST, ServerProcess, serving
+from mlx_flashhead.common.arguments import Parser, writable
+from mlx_flashhead.common.command import command
+from mlx_flashhead.common.tables import new_table, show
 
-CLIENTS = (16,)
-TOKENS = 32  # of an answer
-ROUND_SECONDS = 60.0  # of the load; answers that have begun are completed
+MINUTE = 60.0  # seconds
 SHARE_THAT_LEAVES = 0.2
-PROBE_SECONDS = 0.5  # between two looks at the server's health and memory
 MOST_SHOWN = 5  # problems, or answers that differ
 CHAT_PATH = "/v1/chat/completions"
 TEXT_PATH = "/v1/completions"
@@ -94,25 +97,8 @@ class Answer(NamedTuple):
     n_tokens: int
 
 
-def cases(args: argparse.Namespace) -> Generator[Case]:
-    """Runs a server of all models, and with ``--kv-bits`` then one of the first with that."""
-    folders = [str(resolve(model)) for model in (args.model, *args.allow_models)]
-    flags = ["--model", folders[0], *head_flags(args)]
-    servers = {"all models": [*flags, *(["--allow-models", *folders[1:]] if folders[1:] else [])]}
-    if args.kv_bits is not None:
-        quantized = ["--kv-bits", str(args.kv_bits), "--quantized-kv-start", "0"]
-        servers[f"--kv-bits {args.kv_bits}"] = [*flags, *quantized]
-    for name, server_flags in servers.items():
-        print(f"A server starts: {name}.", file=sys.stderr, flush=True)
-        with serving("mlx_flashhead.server", *server_flags) as server:
-            for n_clients in args.clients or CLIENTS:
-                load = MixedLoad(server, name, n_clients, args.tokens or TOKENS)
-                case_name = f"{name}, {n_clients} clients, per answer"
-                yield Case(case_name, {"mixed": load.take_round}, load.figures)
-
-
 class MixedLoad:
-    """A load of one server, in rounds.
+    """A load of one server.
 
     Args:
         server: What is asked.
@@ -131,45 +117,15 @@ class MixedLoad:
         self._lock = Lock()  # of all below
         self._n_answered: Counter[str] = Counter()  # by kind
         self._n_as_alone: Counter[str] = Counter()
-        self._n_tokens_generated = 0
         self._n_hung_up = 0
         self._problems: list[str] = []
         self._differences: list[dict[str, Any]] = []
-        self._health_seconds: list[float] = []
-        self._memory: list[int] = []  # bytes
 
-    def take_round(self, number: int) -> float:
-        """Asks each question alone in round 0, and all clients' at once in the others.
-
-        Returns:
-            The seconds for an answer, of all clients together.
-        """
-        began = time.monotonic()
-        if number == 0:
-            self._ask_alone()
-            return (time.monotonic() - began) / max(1, len(self._alone))
-        n_before = self._n_answered.total()
-        ended = Event()
-        with ThreadPoolExecutor(self._n_clients + 1) as pool:
-            probe = pool.submit(self._probe, ended)
-            clients = [
-                pool.submit(self._ask_until, ended, Random(f"{number} {client}"))
-                for client in range(self._n_clients)
-            ]
-            try:
-                ended.wait(ROUND_SECONDS)
-            finally:  # also at Ctrl-C
-                ended.set()
-        for worker in (probe, *clients):
-            worker.result()  # or its error
-        return (time.monotonic() - began) / max(1, self._n_answered.total() - n_before)
-
-    def _ask_alone(self) -> None:
+    def ask_alone(self) -> None:
         """Asks each question while nobody else asks. Kinds that a model refuses are left out."""
         for model in served_models(self._server.port):
             questions = questions_of(model, self._n_tokens)
-            progress = f"{model} answers {len(questions)} questions alone."
-            print(progress, file=sys.stderr, flush=True)
+            print(f"{model} answers {len(questions)} questions alone.", file=sys.stderr)
             for question in questions:
                 try:
                     self._alone[question] = ask(self._server.port, question, stream=False)
@@ -180,6 +136,21 @@ class MixedLoad:
         if not self._alone:
             reasons = [*self._problems, *self._left_out.values()]
             raise ValueError(f"No question was answered: {reasons[0]}")
+
+    def ask_together(self, seconds: float) -> None:
+        """Has all clients ask for a time. Answers that have begun then are completed."""
+        ended = Event()
+        with ThreadPoolExecutor(self._n_clients) as pool:
+            clients = [
+                pool.submit(self._ask_until, ended, Random(number))
+                for number in range(self._n_clients)
+            ]
+            try:
+                ended.wait(seconds)
+            finally:  # also at Ctrl-C
+                ended.set()
+        for client in clients:
+            client.result()  # or its error
 
     def _ask_until(self, ended: Event, random: Random) -> None:
         """A client: asks one question after the other."""
@@ -205,85 +176,53 @@ class MixedLoad:
         expected = self._alone[question]
         with self._lock:
             self._n_answered[question.kind] += 1
-            self._n_tokens_generated += answer.n_tokens
             if answer == expected:
                 self._n_as_alone[question.kind] += 1
-            else:
-                difference = {
-                    "model": question.model,
-                    "kind": question.kind,
-                    "alone": [text.content for text in expected.texts],
-                    "beside_others": [text.content for text in answer.texts],
-                }
-                self._differences.append(difference)
-
-    def _probe(self, ended: Event) -> None:
-        """Looks at the server's health and memory now and then."""
-        while not ended.wait(PROBE_SECONDS):
-            began = time.monotonic()
-            try:
-                get(self._server.port, "/health")
-            except (OSError, ValueError) as error:
-                with self._lock:
-                    self._problems.append(f"/health: {error}"[:300])
-            self._health_seconds.append(time.monotonic() - began)
-            self._memory.append(memory_of(self._server.pid))
-
-    def figures(self, seconds: dict[str, list[float]]) -> dict[str, Any]:
-        """The figures so far, JSON-ready, after rounds whose answers took ``seconds`` each."""
-        megabytes = [round(size / 1e6) for size in self._memory] or [0]
-        with self._lock:
-            n_answered = self._n_answered.total()
-            return {
-                "server": self._name,
-                "models": sorted({question.model for question in self._alone}),
-                "clients": self._n_clients,
-                "tokens": self._n_tokens,
-                "minutes": len(seconds["mixed"]) * ROUND_SECONDS / 60,
-                "questions": len(self._alone),
-                "answered": n_answered,
-                "as_alone": self._n_as_alone.total(),
-                "hung_up": self._n_hung_up,
-                "lost": len(self._problems),
-                "kinds": {
-                    kind: {"answered": number, "as_alone": self._n_as_alone[kind]}
-                    for kind, number in sorted(self._n_answered.items())
-                },
-                "answers_per_second": 1 / (sum(seconds["mixed"]) / len(seconds["mixed"])),
-                "tokens_generated": self._n_tokens_generated,
-                "health_worst_seconds": max(self._health_seconds, default=None),
-                "memory_mb": {
-                    "first": megabytes[0],
-                    "last": megabytes[-1],
-                    "most": max(megabytes),
-                },
-                "tracebacks": sum(line.startswith("Traceback") for line in self._server.log()),
-                "left_out": dict(self._left_out),
-                "problems": self._problems[:MOST_SHOWN],
-                "differences": self._differences[:MOST_SHOWN],
+                return
+            difference = {
+                "model": question.model,
+                "kind": question.kind,
+                "alone": [text.content for text in expected.texts],
+                "beside_others": [text.content for text in answer.texts],
             }
+            self._differences.append(difference)
+
+    def figures(self) -> dict[str, Any]:
+        """The figures so far, JSON-ready."""
+        return {
+            "server": self._name,
+            "models": sorted({question.model for question in self._alone}),
+            "clients": self._n_clients,
+            "tokens": self._n_tokens,
+            "questions": len(self._alone),
+            "answered": self._n_answered.total(),
+            "as_alone": self._n_as_alone.total(),
+            "hung_up": self._n_hung_up,
+            "lost": len(self._problems),
+            "kinds": {
+                kind: {"answered": number, "as_alone": self._n_as_alone[kind]}
+                for kind, number in sorted(self._n_answered.items())
+            },
+            "tracebacks": sum(line.startswith("Traceback") for line in self._server.log()),
+            "left_out": self._left_out,
+            "problems": self._problems[:MOST_SHOWN],
+            "differences": self._differences[:MOST_SHOWN],
+        }
 
 
 def make_table(result: dict[str, Any]) -> Table:
     """The table of one load, by kinds of requests."""
-    title = (
-        "{server}: {clients} clients for {minutes:g} minutes, {answered:,} answers of "
-        "{questions} questions"
-    )
-    caption = [
-        "as alone: complete answers with the texts that the question has alone.",
+    title = "{server}: {clients} clients, {answered:,} answers of {questions} questions"
+    caption = (
+        "as alone: complete answers with the texts that the question has alone.\n"
         "Of {answered:,} answers {as_alone:,} are as alone. {hung_up:,} clients hung up, {lost:,} "
-        "answers were lost, and the log has {tracebacks} tracebacks.",
-        "Memory in MB: {memory_mb[first]:,} first, {memory_mb[last]:,} last, {memory_mb[most]:,} "
-        "at most. Worst time of /health: {health_worst_seconds:.2f} s.",
+        "answers were lost, and the log has {tracebacks} tracebacks."
+    )
+    lines = [
+        caption.format(**result),
         *(f"Left out: {kind}: {why}" for kind, why in result["left_out"].items()),
         *result["problems"],
         *(f"Differs: {each['model']}, {each['kind']}" for each in result["differences"]),
-    ]
-    health = result["health_worst_seconds"] or 0.0
-    lines = [
-        line.format(**result | {"health_worst_seconds": health}) if i < 3 else line
-        for i, line in enumerate(caption)
     ]
     table = new_table(title.format(**result), ("kind", "answered", "as alone"), "\n".join(lines))
     for kind, counts in result["kinds"].items():
@@ -428,3 +367,49 @@ def _calls(calls: list[dict[str, Any]]) -> tuple[tuple[str, str], ...]:
     """The names and arguments of tool calls."""
     functions = (call["function"] for call in calls)
     return tuple((function["name"], function["arguments"]) for function in functions)
+
+
+def servers(models: list[str], kv_bits: int | None) -> dict[str, list[str]]:
+    """The flags of the servers that are put under load, by name."""
+    first, *further = models
+    flags = ["--model", first, "--build-first", "--flash-head-always"]
+    several = ["--allow-models", *further] if further else []
+    found = {"all models": [*flags, *several]}
+    if kv_bits is not None:
+        quantized = ["--kv-bits", str(kv_bits), "--quantized-kv-start", "0"]
+        found[f"--kv-bits {kv_bits}"] = [*flags, *quantized]
+    return found
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The figures of each server."""
+    results = []
+    for name, flags in servers(args.models, args.kv_bits).items():
+        print(f"A server starts: {name}.", file=sys.stderr)
+        with serving("mlx_flashhead.server", *flags) as server:
+            load = MixedLoad(server, name, args.clients, args.tokens)
+            load.ask_alone()
+            load.ask_together(args.minutes * MINUTE)
+            results.append(load.figures() | {"minutes": args.minutes})
+    return results
+
+
+@command
+def main() -> None:
+    """Entry point."""
+    parser = Parser(prog="scripts/figures/mixed_load.py", description=__doc__.split("\n")[0])
+    parser.add_argument("models", nargs="+", help="folders of models")
+    parser.add_argument("--json", type=writable, metavar="FILE", required=True, help="the figures")
+    parser.add_argument("--kv-bits", type=int, help="of the caches of a second server")
+    add_number(parser, "--clients", 16, "Clients at once")
+    add_number(parser, "--minutes", 10, "Minutes for each server")
+    add_number(parser, "--tokens", 32, "Tokens of each answer")
+    args = parser.parse_args()
+    results = measure(args)
+    show(*map(make_table, results))
+    about = {"kind": "mixed load", "machine": machine(), "command": " ".join(sys.argv)}
+    Path(args.json).write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

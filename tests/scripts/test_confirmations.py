@@ -1,11 +1,14 @@
-"""What the report of a model confirms of MLX's kernels and of ours."""
+"""What a machine confirms of MLX's kernels and of ours."""
+
+import json
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+import confirmations
+from confirmations import CountedKernels, products, random_rows, sums
 from kernel_cases import kernels, make_clustered, on_gpu
-from mlx_flashhead.benchmarks.confirmations import CountedKernels, products, random_rows, sums
 from mlx_flashhead.head.matrix import FORMATS
 from mlx_flashhead.head.metal_steps import MetalSteps
 
@@ -49,3 +52,18 @@ def test_compiled_texts_and_allowed_threads_are_counted():
         steps.route(mx.zeros((1, 64), mx.bfloat16))
         assert counted.limits == {"route": 448}
         assert len(counted.texts) == 2
+
+
+def test_all_figures_are_in_the_file(run, converted, monkeypatch, tmp_path):
+    monkeypatch.setattr(confirmations, "SIZES", [(64, 64)])
+    monkeypatch.setattr(confirmations, "WIDTHS", [64])
+    monkeypatch.setattr(confirmations, "SMALL", ())
+    monkeypatch.setattr(confirmations, "SHAPES", {})
+    monkeypatch.setattr(confirmations, "ANSWER", 4)
+    file = tmp_path / "out.json"
+    code, _, errors = run(confirmations, converted, "--json", file)
+    assert code == 0 and "Confirmed: heads" in errors
+    found = json.loads(file.read_text())
+    names = ["first_token", "kernels", "rounding", "sums", "products", "heads"]
+    assert list(found) == ["kind", "machine", *names]
+    assert min(found["first_token"]) > 0

@@ -1,0 +1,91 @@
+"""Ways to decode a model: mlx-lm's own loops, and this package's with its FlashHead."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..decoding.batch import VerifiedBatchGenerator
+from ..decoding.loop import verified_steps
+from ..decoding.proposer import Proposer
+from ..decoding.sampler import Processor, make_sampler
+from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
+
+DENSE = "dense"
+FLASH_HEAD = "FlashHead"
+UNVERIFIED = "unverified"
+
+
+class Variant(NamedTuple):
+    """A way to decode: a model, and its loops with the arguments of mlx-lm's."""
+
+    model: nn.Module
+    steps: Callable[..., Any] = generate_step
+    generator: Callable[..., Any] = BatchGenerator
+    make_sampler: Callable[..., Any] = sample_utils.make_sampler
+
+    def decode(
+        self,
+        prompt: list[int],
+        batch: int,
+        n_tokens: int,
+        sampling: dict[str, Any],
+        make_processors: Callable[[], list[Processor]] = list,
+    ) -> tuple[float, list[int]]:
+        """Decodes and times it. The end of a text does not end a run.
+
+        Args:
+            prompt: Token ids.
+            batch: Sequences at once, all with this prompt.
+            n_tokens: Tokens of each sequence that are timed: those after the first.
+            sampling: Arguments of ``make_sampler``.
+            make_processors: Makes the logits processors of a sequence.
+
+        Returns:
+            The mean seconds of a token, and the tokens of the first sequence.
+        """
+        sampler = self.make_sampler(**sampling)
+        times: list[float] = []
+        tokens: list[int] = []
+        if batch == 1:
+            steps = self.steps(
+                mx.array(prompt),
+                self.model,
+                max_tokens=n_tokens + 1,
+                sampler=sampler,
+                logits_processors=make_processors(),
+            )
+            for token, _ in steps:
+                times.append(time.perf_counter())
+                tokens.append(int(token))
+        else:
+            generator = self.generator(self.model, sampler=sampler)
+            first, *_ = generator.insert(
+                [prompt] * batch,
+                [n_tokens + 1] * batch,
+                logits_processors=[make_processors() for _ in range(batch)],
+            )
+            while responses := generator.next_generated():
+                times.append(time.perf_counter())
+                tokens += [response.token for response in responses if response.uid == first]
+            generator.close()
+        return (times[-1] - times[0]) / n_tokens, tokens
+
+
+def with_flash_head(model: nn.Module, *, verify: bool) -> Variant:
+    """This package's loops for a model with a FlashHead.
+
+    Args:
+        model: A model with a FlashHead.
+        verify: Whether the dense rows verify its proposals.
+    """
+    proposer = Proposer(model, verify=verify)
+    return Variant(
+        model,
+        steps=partial(verified_steps, proposer=proposer, logprobs=False),
+        generator=partial(VerifiedBatchGenerator, proposer=proposer, logprobs=False),
+        make_sampler=make_sampler,
+    )
