@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .common.marks import preserves_margins, pure
     from .conversion.pipeline import convert
     from .decoding.generation import batch_generate, generate, stream_generate
     from .decoding.sampler import make_sampler
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FlashHead", "FlashHeadConfig", "__version__", "attach", "batch_generate", "convert", "detach",
     "generate", "get_flash_head", "grammar_processor", "load", "make_sampler",
-    "preserves_margins", "pure", "sharded_load", "stream_generate",
+    "sharded_load", "stream_generate",
 ]  # fmt: skip
 
 # Imported at first use: mlx-lm takes a second, which `--help` and `--version` do without.
@@ -41,7 +40,6 @@ _MODULES = {
     "loading.load": ("attach", "load", "sharded_load"),
     "decoding.generation": ("batch_generate", "generate", "stream_generate"),
     "decoding.sampler": ("make_sampler",),
-    "common.marks": ("preserves_margins", "pure"),
     "models.install": ("detach", "get_flash_head"),
     "structured.processor": ("grammar_processor",),
 }

@@ -16,8 +16,6 @@ Function = TypeVar("Function")
 class Marks:
     """What a function was marked as."""
 
-    pure: bool = False
-    preserves_margins: bool = False
     # The tokens (n,) of a text and V → (⌈V/32⌉,) uint32, a bit for each token that may come next,
     # or None for all; of a processor that does nothing else.
     allowed: Callable[[Any, int], Any] | None = None
@@ -26,33 +24,6 @@ class Marks:
 
 
 _marks: dict[int, tuple[Any, Marks]] = {}  # by id: a weak reference, or the object; and its marks
-
-
-def pure(function: Function) -> Function:
-    """Marks a sampler or processor as a function of its arguments alone, and returns it.
-
-    It may then be called more than once a token, so that its choices can be verified. Where the
-    head has rows of 16 or fewer bits the text is decoded densely all the same.
-
-    Args:
-        function: A sampler, (1, V) log-probabilities → (1,) token, or a processor,
-            (n,) tokens and (1, V) logits → (1, V) logits.
-    """
-    _marks_for(function).pure = True
-    return function
-
-
-def preserves_margins(processor: Function) -> Function:
-    """Marks a processor that keeps the order of each token's logits, and returns it.
-
-    It depends on its arguments alone. A larger logit of a token never becomes the smaller one,
-    whatever the other tokens' are. A mask, a bias and a scale are such processors.
-
-    Args:
-        processor: (n,) tokens and (1, V) logits → (1, V) logits.
-    """
-    _marks_for(processor).preserves_margins = True
-    return processor
 
 
 def masks(processor: Function, allowed: Callable[[Any, int], Any]) -> Function:
@@ -67,7 +38,6 @@ def masks(processor: Function, allowed: Callable[[Any, int], Any]) -> Function:
             of token t bit t % 32 of word t // 32; None where all may.
     """
     marks = _marks_for(processor)
-    marks.preserves_margins = True
     marks.allowed = _unbound(allowed) if ismethod(allowed) else allowed
     return processor
 

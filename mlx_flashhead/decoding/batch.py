@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
-from .caches import BatchCaches
+from .caches import UNKNOWN_CACHE, BatchCaches, are_known
 from .decoder import Decoder
 from .prompts import PromptQueue, Waiting
 from .proposer import Proposer
@@ -64,8 +64,8 @@ class VerifiedBatchGenerator:
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
     :meth:`next` hands out at most one token of each text, and computes nothing while accepted
-    tokens are left. If several texts draw from MLX's random state, all are handed out together, and
-    decoded densely while another one's prompt is read, so that they draw as in mlx-lm.
+    tokens are left. If several texts draw from MLX's random state, these are decoded densely, so
+    that they draw as in mlx-lm.
 
     Args:
         model: A model of mlx-lm.
@@ -253,14 +253,9 @@ class VerifiedBatchGenerator:
         matcher = (self._stops if stops is None else compat.as_stop_sequences(stops)).matcher()
         if cache is None:
             cache = compat.make_prompt_cache(self.model, self.max_kv_size)
+        if not are_known(cache):
+            sequence.end_verified(UNKNOWN_CACHE)
         return _Text(sequence, prompt, matcher), Waiting(uid, parts, cache, held)
-
-    @property
-    def _others_begin(self) -> bool:
-        """Whether texts wait whose beginning will change the draws of others."""
-        texts = [text.sequence for text in self._texts.values()]
-        several_draw = sum(sequence.draws_from_mlx for sequence in texts) > 1
-        return several_draw and len(texts) > len(self._decoder.sequences)
 
     def next(self) -> tuple[list[Any], list[Any]]:
         """Takes a step, and returns responses of prompts and of texts.
@@ -305,15 +300,29 @@ class VerifiedBatchGenerator:
         tokens = text.prompt + sequence.tokens[: sequence.n_yielded]
         return self._decoder.handed_out_cache(sequence), tokens
 
+    def _settle(self) -> bool:
+        """Has texts that must not be ahead any more be as in mlx-lm's loop.
+
+        A caller may have changed what they depend on, or another one comes that draws, too.
+
+        Returns:
+            Whether there were any.
+        """
+        decoder = self._decoder
+        changed = [s for s in decoder.sequences if s.ahead and not s.undisturbed]
+        drawing = [text.sequence for text in self._texts.values() if text.sequence.draws_from_mlx]
+        decoder.several_draw = len(drawing) > 1
+        beside_others = drawing if decoder.several_draw else []
+        settled = changed + [s for s in beside_others if s.ahead and s not in changed]
+        if settled:
+            decoder.settle(settled)
+        for sequence in changed:
+            sequence.end_verified()
+        return bool(settled)
+
     def _next(self) -> tuple[list[Any], list[Any]]:
         decoder = self._decoder
-        changed = [s for s in decoder.sequences if s.verified and not s.as_at_start]
-        if changed:
-            decoder.settle(decoder.in_step or changed, pause=True)
-            for sequence in changed:
-                sequence.end_verified()
-        decoder.goes_ahead = not self._others_begin
-        settled = decoder.realign() or bool(changed)
+        settled = self._settle()
         # 1) Tokens that are left from before, or else a round.
         generated = self._hand_out()
         if generated and not settled:
@@ -343,16 +352,14 @@ class VerifiedBatchGenerator:
         return responses, generated
 
     def _hand_out(self) -> list[Any]:
-        """Hands out one accepted token of each text that has one, of those in step if all have.
+        """Hands out one accepted token of each text that has one.
 
         Ended texts leave together, since mlx-lm's caches are copied each time.
         """
         responses = []
         ended = []
-        in_step = self._decoder.in_step
-        waits = in_step if not all(sequence.ready for sequence in in_step) else []
         for sequence in self._decoder.sequences:
-            if sequence.ready and sequence not in waits:
+            if sequence.ready:
                 response = self._response(sequence)
                 responses.append(response)
                 if response.finish_reason is not None:

@@ -4,13 +4,16 @@ Between two tokens the caller finds them as mlx-lm's loop would leave them.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache as once
-from typing import Any, cast
+from operator import is_
+from typing import Any
 
 import mlx.core as mx
 
+from ..models.compat.cache_classes import are_librarys_caches
+
+UNKNOWN_CACHE = "dense: its caches are not mlx-lm's own"
 AHEAD = 160  # the most tokens by which a cache is ahead of the caller
 # The attributes that trimming changes, for the classes in which it changes no array. mlx-vlm's
 # classes have the same names.
@@ -20,7 +23,6 @@ POSITIONS = {
     "RotatingKVCache": ("offset", "_idx"),
 }
 KEEPS_TRIMMED = ("ConcatenateKVCache",)  # mlx-lm's goes on to attend to what was trimmed
-OPERATORS = ("__getitem__", "__setitem__", "__len__", "__bool__", "__iter__", "__contains__")
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,8 @@ def copied_layers(cache: list[Any], quantized_from: int | None = None) -> list[A
 
     Returns:
         A copy of each layer's cache; None for one that can be trimmed.
-
-    Raises:
-        ValueError: If a cache cannot be copied.
     """
-    return [None if trims(layer, quantized_from) else _copied(layer) for layer in cache]
-
-
-def _copied(layer: Any) -> Any:
-    try:
-        return copy.deepcopy(layer)
-    except Exception as error:
-        raise ValueError(
-            f"A cache of the type {type(layer).__name__} can neither be trimmed nor copied, so "
-            "choices cannot be verified with it: use verify=False or dense=True."
-        ) from error
+    return [None if trims(layer, quantized_from) else copy.deepcopy(layer) for layer in cache]
 
 
 def rollback(
@@ -105,9 +94,9 @@ def rollback(
 def _restored(snapshot: Snapshot, i: int) -> Any:
     """The cache of layer ``i`` as it was. A caller's object stays the same object."""
     if snapshot.row is not None:
-        return _copied(snapshot.copies[i].extract(snapshot.row))
+        return copy.deepcopy(snapshot.copies[i].extract(snapshot.row))
     layer = snapshot.layers[i]
-    restored = _copied(snapshot.copies[i])
+    restored = copy.deepcopy(snapshot.copies[i])
     vars(layer).clear()
     vars(layer).update(vars(restored))
     return layer
@@ -138,14 +127,17 @@ def trims(layer: Any, quantized_from: int | None = None, ahead: int = AHEAD) -> 
     return all(limit is None or offset + ahead < limit for limit in limits)
 
 
+def are_known(cache: Any) -> bool:
+    """Whether caches that a caller has given are a list of mlx-lm's own, which can be followed."""
+    return type(cache) is list and are_librarys_caches(cache)
+
+
 class OwnCaches:
     """The caches of one text.
 
     Between two tokens the caller finds the tokens in them that were handed out, as after mlx-lm's
-    loop, although the model is ahead.
-
-    Caches that can be trimmed are trimmed for that moment, which changes their positions and no
-    array. Others are brought back from a snapshot when somebody looks at one of them.
+    loop, although the model is ahead: caches that can be trimmed are trimmed for that moment, which
+    changes their positions and no array. Others stay ahead until they are rolled back.
     """
 
     def __init__(self, layers: list[Any], quantized_from: int | None = None):
@@ -153,8 +145,7 @@ class OwnCaches:
         self._quantized_from = quantized_from
         # object, attribute, its value ahead, its value as shown
         self._moved: list[tuple[Any, str, int, int]] = []
-        self._guarded: list[Any] = []
-        self.looked_at = False  # whether the caches were brought back since they were shown
+        self._left: list[Any] = []  # all objects in the caches, as they were shown
 
     def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]:
         """Snapshots of rows, given as pairs of a row and the number of its tokens in the caches."""
@@ -177,53 +168,56 @@ class OwnCaches:
         """Returns the caches of the one text, which need no merging."""
         return caches[0]
 
-    def show(self, n_ahead: int, snapshot: Snapshot, bring_back: Callable[[], None]) -> None:
-        """Shows the caches without their last ``n_ahead`` tokens, until :meth:`resume`.
+    def show(self, n_ahead: int, snapshot: Snapshot) -> bool:
+        """Leaves the caches to the caller until :meth:`resume`.
 
-        ``bring_back`` rolls them back for good, from ``snapshot``.
+        Args:
+            n_ahead: By how many tokens they are ahead.
+            snapshot: The earliest one from which they can be rolled back.
+
+        Returns:
+            Whether they are shown without these tokens.
         """
-        self.looked_at = False
-        if all(held is None for held in snapshot.copies) and all(map(_has_positions, self.layers)):
-            for layer in self.layers:
-                self._trim(layer, n_ahead)
-            return
-
-        def look() -> None:
-            self.resume()
-            self.looked_at = True
-            bring_back()
-
-        # all of them, so that the first look brings back all
-        self._guarded = list(self.layers)
-        for layer in self._guarded:
-            vars(layer)["_flash_look"] = look
-            layer.__class__ = _guard_class(cast(Any, type(layer)))
-
-    def _trim(self, layer: Any, n_ahead: int) -> None:
-        for part in getattr(layer, "caches", (layer,)):
+        parts = [part for layer in self.layers for part in getattr(layer, "caches", (layer,))]
+        trims_all = all(copied is None for copied in snapshot.copies)
+        trims_all = trims_all and all(type(part).__name__ in POSITIONS for part in parts)
+        for part in parts if trims_all else ():
             for name in POSITIONS[type(part).__name__]:
                 ahead = getattr(part, name)
                 shown = ahead - n_ahead
                 setattr(part, name, shown)
                 self._moved.append((part, name, ahead, shown))
+        self._left = list(_objects(self.layers))
+        return trims_all
 
     def resume(self) -> bool:
         """Goes on with the caches as they were.
 
         Returns:
-            False if somebody has changed them, or they were brought back: then they stay as they
-            are.
+            False if something in them was replaced meanwhile: then they stay as they are.
         """
-        for layer in self._guarded:
-            _unguard(layer)
-        self._guarded = []
         moved = self._moved
+        left = self._left
         self._moved = []
-        if self.looked_at or any(getattr(part, name) != shown for part, name, _, shown in moved):
-            return False
+        self._left = []
+        if left:
+            found = list(_objects(self.layers))
+            if len(found) != len(left) or not all(map(is_, found, left)):
+                return False
         for part, name, ahead, _ in moved:
             setattr(part, name, ahead)
         return True
+
+
+def _objects(value: Any) -> Iterator[Any]:
+    """All objects within a cache: arrays, numbers, and what holds them."""
+    yield value
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _objects(item)
+    elif hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            yield from _objects(item)
 
 
 class BatchCaches:
@@ -264,45 +258,3 @@ class BatchCaches:
     def merged(self, caches: list[list[Any]]) -> list[Any]:
         """Caches of single texts as those of a batch."""
         return [layers[0].merge(layers) for layers in map(list, zip(*caches, strict=True))]
-
-
-def _has_positions(layer: Any) -> bool:
-    parts = getattr(layer, "caches", (layer,))
-    return all(type(part).__name__ in POSITIONS for part in parts)
-
-
-# A cache that the first look at it will bring back has another class until then.
-
-
-@once
-def _guard_class(base: type) -> type:
-    def looked(self: Any) -> Any:
-        vars_of(self)["_flash_look"]()
-        return self
-
-    def get(self: Any, name: str) -> Any:
-        return base if name == "__class__" else getattr(looked(self), name)
-
-    def operator(name: str) -> Callable[..., Any]:
-        return lambda self, *arguments: getattr(looked(self), name)(*arguments)
-
-    methods: dict[str, Any] = {
-        "__getattribute__": get,
-        "__setattr__": lambda self, name, value: setattr(looked(self), name, value),
-        "__delattr__": lambda self, name: delattr(looked(self), name),
-        "__module__": base.__module__,
-    }
-    methods |= {name: operator(name) for name in OPERATORS if hasattr(base, name)}
-    return type(base.__name__, (base,), methods)
-
-
-def vars_of(guarded: Any) -> dict[str, Any]:
-    """The attributes of a guarded cache. This does not count as a look at it."""
-    attributes: dict[str, Any] = object.__getattribute__(guarded, "__dict__")
-    return attributes
-
-
-def _unguard(layer: Any) -> None:
-    held = vars_of(layer)
-    if held.pop("_flash_look", None) is not None:
-        object.__setattr__(layer, "__class__", type(layer).__bases__[0])

@@ -20,12 +20,11 @@ import mlx.core as mx
 from .caches import Snapshot, rollback
 from .dense_choice import choose_densely, share_a_sampler
 from .proposer import Proposer, step_arrays
-from .random_state import DrawChain, current_key, set_key
+from .random_state import current_key, set_key
 from .schedule import VerifySchedule
-from .sequence import Lane, Sequence
+from .sequence import Sequence
 
 SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
-OTHERS_BEGIN = "dense: until the texts that begin beside it draw, too"
 
 # Feeds tokens (R, 1) to the model with these caches: logits (R, 1, V).
 Feed = Callable[[mx.array, list[Any]], mx.array]
@@ -80,8 +79,9 @@ class Decoder:
         self._latest: mx.array | None = None  # (R,), launched and not read
         self._schedule = VerifySchedule(proposer, self._snapshots)
         self._n_started = 0
-        self._texts_changed = False  # whether a text began or ended since the lanes were given
-        self.goes_ahead = True  # whether texts may go ahead of what they hand out
+        # Whether several texts draw from MLX's random state, also such as are not here yet. The
+        # draws of one depend then on when the others begin and end, so that none goes ahead.
+        self.several_draw = False
 
     def start(self, sequences: list[Sequence], layers: list[Any], logits: mx.array) -> None:
         """Adds sequences whose prompts have been read, and launches their first tokens.
@@ -97,7 +97,6 @@ class Decoder:
         tokens = choose_densely(self._proposer, sequences, logits, share_a_sampler(sequences))
         mx.async_eval(step_arrays(tokens, [sequence.pending[-1] for sequence in sequences]))
         self._join(sequences, layers, tokens)
-        self._texts_changed = True
 
     def round(self) -> None:
         """Computes the next token of each sequence, and accepts what is decided.
@@ -105,27 +104,54 @@ class Decoder:
         The step is launched while the token before it is read. Evaluates.
         """
         pace = self._proposer.pace_of(self.sequences)
+        for sequence in self.sequences:
+            self._change_state(sequence, pays=pace is None or not pace.dense)
         if pace is None:
-            if self._adopt_all(pays=True):
-                self._advance()
-            return
-        began = time.perf_counter()
-        if not self._adopt_all(pays=not pace.dense):
+            self._advance()
             return
         n_before = sum(sequence.n_chosen for sequence in self.sequences)
         n_verified = self._schedule.n_verified
         n_traced = self._proposer.n_traced
-        proposes = all(sequence.verified and not sequence.paused for sequence in self.sequences)
+        all_propose = all(sequence.proposing for sequence in self.sequences)
+        began = time.perf_counter()
         self._advance()
+        seconds = time.perf_counter() - began
         if self._proposer.n_traced > n_traced:  # MLX has compiled
             return
-        seconds = time.perf_counter() - began
-        if proposes:
+        if all_propose:
             n_tokens = sum(sequence.n_chosen for sequence in self.sequences) - n_before
             verified = self._schedule.n_verified > n_verified
             pace.note_proposed(seconds, n_tokens / len(self.sequences), verified)
-        elif not any(sequence.verified for sequence in self.sequences):
+        elif not any(sequence.ahead for sequence in self.sequences):
             pace.note_dense(seconds)
+
+    def _change_state(self, sequence: Sequence, *, pays: bool) -> None:
+        """Decides at the beginning of a round how a sequence's next tokens are chosen.
+
+        They are proposed if they can be verified and proposals pay. Otherwise the normal (dense)
+        head chooses them: at first while what was proposed is still pending, and once nothing is
+        ahead any more, step by step as in mlx-lm's loop.
+
+        Args:
+            sequence: One of the decoder's.
+            pays: Whether texts like it gain by proposals at the time.
+        """
+        proposer = self._proposer
+        n_texts = len(self.sequences)
+        draws_with_others = self.several_draw and sequence.draws_from_mlx
+        if draws_with_others and proposer.can_verify(sequence):
+            sequence.why_dense = SEVERAL_DRAW
+        sequence.proposing = (
+            pays
+            and n_texts <= proposer.max_batch
+            and not draws_with_others
+            and proposer.pays(sequence, n_texts)
+            and proposer.can_verify(sequence)
+        )
+        if sequence.proposing and not sequence.ahead:
+            sequence.begin_ahead(self.snapshot(sequence))
+        elif sequence.ahead and sequence.level and not sequence.proposing:
+            sequence.end_ahead()
 
     def _advance(self) -> None:
         """Launches the next step, reads the token before it, and accepts what is decided."""
@@ -136,75 +162,17 @@ class Decoder:
         self._schedule.step(self.sequences)
         self._restart([sequence for sequence in self.sequences if sequence.rejected])
 
-    @property
-    def drawing(self) -> list[Sequence]:
-        """The sequences that draw from MLX's random state, in the order in which they do."""
-        drawing = [sequence for sequence in self.sequences if sequence.draws_from_mlx]
-        return sorted(drawing, key=lambda sequence: sequence.joined)
-
-    @property
-    def in_step(self) -> list[Sequence]:
-        """The sequences that are handed out together: all, if several draw ahead from MLX's state.
-
-        Their draws depend on when the others end.
-        """
-        drawing = self.drawing
-        return list(self.sequences) if len(drawing) > 1 and drawing[0].verified else []
-
-    def realign(self) -> bool:
-        """Brings what was drawn ahead in line with the texts that there are now.
-
-        In mlx-lm each step of a batch splits the random state: once, with noise for all rows, if
-        they share a sampler, else once for each text that draws from it. So a text that ended or
-        began changes the draws of the others from the next step on.
-
-        Returns:
-            Whether a step was launched, and the tokens before it wait to be handed out.
-        """
-        verified = [sequence for sequence in self.sequences if sequence.verified]
-        if verified and not self.goes_ahead:
-            self.settle(verified, pause=True)
-            for sequence in verified:
-                sequence.why_dense = OTHERS_BEGIN
-            return True
-        # a sampler that is only called again has no draws that are known
-        drawing = [s for s in self.drawing if s.verified and s.draws_ahead]
-        if not (drawing and self._texts_changed):
-            return False
-        self._texts_changed = False
-        lanes = self._lanes(drawing[0].next_step)
-        changed = [s.change_lane(lane) for s, lane in zip(drawing, lanes, strict=True)]
-        ahead = any(sequence.n_chosen > sequence.n_yielded + 1 for sequence in drawing)
-        if any(changed) and ahead:
-            self.settle(drawing)
-            return True
-        return False
-
-    def _lanes(self, step: int) -> list[Lane]:
-        """The lanes of all texts that draw, which begin with draw number ``step``."""
-        drawing = self.drawing
-        n = len(drawing)
-        if n > 1 and share_a_sampler(self.sequences):
-            return [Lane(step, batch=(row, n)) for row in range(n)]
-        return [Lane(step, n, rank) for rank in range(n)]
-
-    def settle(
-        self,
-        sequences: list[Sequence],
-        *,
-        pause: bool = False,
-        caches_changed: bool = False,
-    ) -> None:
+    def settle(self, sequences: list[Sequence], *, caches_changed: bool = False) -> None:
         """Forgets what was computed beyond the tokens that mlx-lm's loop would have computed.
 
         That is of each text the one after the last that was handed out. It is decided now if it was
-        not. MLX's random state stays as it is.
+        not. MLX's random state stays as it is, and the normal (dense) head decodes what follows for
+        the time being.
 
         What a caller has changed in between counts from the place on where it would in that loop.
 
         Args:
-            sequences: Some whose tokens are verified.
-            pause: Whether the normal (dense) head decodes what follows for the time being.
+            sequences: Some that are ahead.
             caches_changed: Whether the texts go on with whatever their caches hold.
         """
         state = current_key()
@@ -216,11 +184,10 @@ class Decoder:
             sequence.cut(sequence.n_yielded + 1)
             if caches_changed:
                 sequence.rolled_back(sequence.n_yielded)
-                sequence.verified_anew(self.snapshot(sequence))
+                sequence.restart_ahead(self.snapshot(sequence))
         layers = self._take_back(sequences)
-        if pause:
-            for sequence in sequences:
-                sequence.pause_verified()
+        for sequence in sequences:
+            sequence.end_ahead()
         set_key(state)
         self._feed_last(sequences, layers)
         # a verification that was waited for may have rejected tokens of others, too
@@ -250,7 +217,6 @@ class Decoder:
         if sequences:
             self._schedule.forget(sequences)
             self._drop(sequences)
-            self._texts_changed = True
 
     # The round's parts.
 
@@ -260,9 +226,7 @@ class Decoder:
         n = len(sequences)
         for i, sequence in enumerate(sequences):
             sequence.feed(latest if n == 1 else latest[i : i + 1])
-        proposed = [i for i in range(n) if sequences[i].verified and not sequences[i].paused]
-        if n > 1 and n > proposer.max_batch:
-            proposed = []
+        proposed = [i for i in range(n) if sequences[i].proposing]
         states: list[mx.array] = []
         with proposer.noting(states, logits=len(proposed) < n):
             logits = self._feed(latest[:, None], layers)
@@ -285,65 +249,6 @@ class Decoder:
         chosen = [sequence.pending[-1] for sequence in sequences]
         mx.async_eval(step_arrays(tokens, chosen), self._schedule.joined)
         return tokens
-
-    def _adopt_all(self, *, pays: bool) -> bool:
-        """Has the tokens of all sequences proposed from now on, or decodes them densely.
-
-        Returns:
-            Whether the round goes on. Otherwise the next step is launched.
-        """
-        if len(self.sequences) > 1 and len(self.drawing) > 1:
-            return self._adopt_together(pays)
-        for sequence in self.sequences:
-            self._adopt(sequence, pays)
-        return True
-
-    def _adopt(self, sequence: Sequence, pays: bool) -> None:
-        """Does so with one sequence.
-
-        They are proposed if they can be verified and proposals pay. Dense decoding begins once
-        nothing that was proposed is pending any more.
-        """
-        pays = pays and self._proposer.pays(sequence, len(self.sequences))
-        if not sequence.verified:
-            if pays and self._proposer.can_verify(sequence):
-                if self.goes_ahead:
-                    sequence.begin_verified(self.snapshot(sequence))
-                else:
-                    sequence.why_dense = OTHERS_BEGIN
-        elif not pays:
-            sequence.paused = True
-            if all(pending.proposal is None for pending in sequence.pending):
-                sequence.pause_verified()
-
-    def _adopt_together(self, pays: bool) -> bool:
-        """Does so where several texts draw from MLX's random state: with all texts, or none.
-
-        Returns:
-            As :meth:`_adopt_all`.
-        """
-        proposer = self._proposer
-        drawing = self.drawing
-        able = len(self.sequences) <= proposer.max_batch
-        able = able and all(proposer.can_verify(sequence) for sequence in self.sequences)
-        able = able and all(proposer.can_draw_ahead(sequence) for sequence in drawing)
-        pays = pays and all(proposer.pays(s, len(self.sequences)) for s in self.sequences)
-        if not (able and self.goes_ahead):
-            for sequence in filter(proposer.can_verify, self.sequences):
-                sequence.why_dense = OTHERS_BEGIN if able else SEVERAL_DRAW
-        ahead = pays and able and self.goes_ahead
-        verified = [sequence for sequence in self.sequences if sequence.verified]
-        if verified and not ahead:
-            self.settle(verified, pause=True)
-            return False
-        if ahead and not verified:
-            chain = DrawChain()
-            lanes = dict(zip(drawing, self._lanes(0), strict=True))
-            for sequence in self.sequences:
-                lane = lanes.get(sequence)
-                sequence.begin_verified(self.snapshot(sequence), chain, lane)
-            self._texts_changed = False
-        return True
 
     def _decide(self, sequence: Sequence) -> None:
         """Accepts the first pending token, or what the dense logits choose in its place."""

@@ -56,14 +56,14 @@ def _choose(sequences: list[Sequence], each: list[mx.array], share_sampler: bool
     first = sequences[0]
     if len(sequences) == 1:
         return first.extend(each[0])
-    if share_sampler and first.draws_from_mlx and not first.verified:
+    if share_sampler and first.draws_from_mlx and not first.ahead:
         processed = [
             sequence.process(row, sequence.context(sequence.n_chosen))
             for sequence, row in zip(sequences, each, strict=True)
         ]
         logprobs = normalized(mx.concatenate(processed))
         tokens = cast(SamplerFunction, first.sampler)(logprobs)  # called once, as mlx-lm does
-    elif all(s.draws and not s.needs_logits for s in sequences):
+    elif all(sequence.draws_by_noise for sequence in sequences):
         together = mx.concatenate(each)  # one draw, in a fraction of the operations
         logprobs = normalized(together)
         tokens = draw_all(together, [s.draw_at(s.n_chosen) for s in sequences])

@@ -14,11 +14,12 @@ import mlx.core as mx
 from ..models.compat import mlx_lm as compat
 from ..models.install import get_flash_head
 from .caches import length_of, trims
+from .changes import Changes
 from .keywords import CacheOptions
 from .loop import verified_steps
 from .policy import policy_of
 from .proposer import Proposer
-from .sampler import Processor, Sampler, SamplerFunction, Trust, draw_settings, trust
+from .sampler import Processor, Sampler, SamplerFunction, draw_settings
 from .sequence import begin
 
 LATEST = 256  # tokens of a text that a draft model's FlashHead always scores
@@ -79,7 +80,7 @@ def drafted_steps(
     cache = caches[: len(model.layers)]
     length = _longest(cache)
     n_ahead = len(prompt) + num_draft_tokens + 1
-    known = trust(sampler, functions) is not Trust.UNKNOWN
+    known = draw_settings(sampler) is not None and Changes.of(functions) is not None
     limit = _trimmable_tokens(caches, n_ahead, max_tokens) if known else 0
     say = announce or _say_nothing
     if isinstance(sampler, Sampler):  # the same noise with drafts and without

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from inspect import signature
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,12 +23,15 @@ from .keywords import (
     DecodeOptions,
     GenerateOptions,
     LogitsProcessor,
+    SettingsOptions,
+    StreamOptions,
     check_keywords,
     check_prompt,
 )
 from .loop import verified_steps
 from .proposer import Proposer
 from .sampler import SamplerFunction
+from .settings import DecodingSettings
 
 # Tokens, log-probabilities (V,), and whether a draft model proposed the token.
 Steps = Generator[tuple[int, Any, bool], None, None]
@@ -42,13 +45,8 @@ def stream_generate(
     draft_model: nn.Module | None = None,
     stream: Any = compat.generation_stream,
     *,
-    n_probes: int | None = None,
-    verify: bool = True,
-    dense: bool = False,
-    draw_temperature: float | None = None,
-    max_wait: float | None = None,
     logprobs: bool = True,
-    **kwargs: Unpack[DecodeOptions],
+    **kwargs: Unpack[StreamOptions],
 ) -> Generator[GenerationResponse, None, None]:
     """Streams text from ``model``: ``mlx_lm.stream_generate`` with settings for the FlashHead.
 
@@ -63,16 +61,10 @@ def stream_generate(
         max_tokens: The most tokens of the text; -1 is no limit.
         draft_model: A smaller model that proposes tokens, which the target verifies.
         stream: The stream of MLX that computes.
-        n_probes: Clusters scored per token in this call.
-        verify: Verify every token. Otherwise the FlashHead alone chooses, with estimates for tokens
-            that it does not score.
-        dense: Score every token in this call.
-        draw_temperature: Draw the probes at this temperature, without verification; sample with
-            the same one.
-        max_wait: Seconds that text may wait for its verification, 0 to 1; 0 decodes densely.
         logprobs: Whether the responses need log-probabilities, which are the dense model's.
-        **kwargs: mlx_lm's other keywords, such as sampler, logits_processors and prompt_cache:
-            :class:`DecodeOptions` has them all.
+        **kwargs: The settings n_probes, verify, dense, draw_temperature and max_wait, which
+            :class:`DecodingSettings` explains, and mlx_lm's other keywords, such as sampler,
+            logits_processors and prompt_cache: :class:`StreamOptions` has them all.
 
     Yields:
         mlx-lm's responses.
@@ -82,15 +74,9 @@ def stream_generate(
         TypeError: If there is no such keyword, or the prompt is a list of messages.
     """
     check_prompt(prompt)
-    check_keywords(kwargs, DecodeOptions.__annotations__)
-    proposer = make_proposer(
-        model,
-        n_probes=n_probes,
-        verify=verify,
-        dense=dense,
-        draw_temperature=draw_temperature,
-        max_wait=max_wait,
-    )
+    check_keywords(kwargs, StreamOptions.__annotations__)
+    options = cast(dict[str, Any], kwargs)
+    proposer = make_proposer(model, DecodingSettings.taken_from(options))
     yield from _responses(
         model,
         tokenizer,
@@ -100,7 +86,7 @@ def stream_generate(
         draft_model=draft_model,
         stream=stream,
         logprobs=logprobs,
-        **kwargs,
+        **options,
     )
 
 
@@ -109,12 +95,6 @@ def generate(
     tokenizer: Any,
     prompt: Any,
     verbose: bool = False,
-    *,
-    n_probes: int | None = None,
-    verify: bool = True,
-    dense: bool = False,
-    draw_temperature: float | None = None,
-    max_wait: float | None = None,
     **kwargs: Unpack[GenerateOptions],
 ) -> str:
     """Generates a complete text: ``mlx_lm.generate`` with settings for the FlashHead.
@@ -124,36 +104,25 @@ def generate(
         tokenizer: Its tokenizer.
         prompt: Text, token ids or an array of them.
         verbose: Print the text as it goes, and its speed.
-        n_probes: As for :func:`stream_generate`, like the other arguments.
-        verify: Likewise.
-        dense: Likewise.
-        draw_temperature: Likewise.
-        max_wait: Likewise.
-        **kwargs: Likewise; :class:`GenerateOptions` has them all.
+        **kwargs: Those of :func:`stream_generate`; :class:`GenerateOptions` has them all.
 
     Returns:
         The text.
 
     Raises:
-        ValueError: As :func:`stream_generate`.
-        TypeError: Likewise.
+        ValueError: If the model has no FlashHead, a setting is not valid, or as from mlx-lm.
+        TypeError: If there is no such keyword, or the prompt is a list of messages.
     """
     check_prompt(prompt)
     check_keywords(kwargs, GenerateOptions.__annotations__)
-    proposer = make_proposer(
-        model,
-        n_probes=n_probes,
-        verify=verify,
-        dense=dense,
-        draw_temperature=draw_temperature,
-        max_wait=max_wait,
-    )
+    options = cast(dict[str, Any], kwargs)
+    proposer = make_proposer(model, DecodingSettings.taken_from(options))
     if verbose:
         print("=" * 10)
-    kwargs.setdefault("logprobs", False)
+    options.setdefault("logprobs", False)
     text = ""
     n_drafted = 0
-    for response in _responses(model, tokenizer, prompt, proposer=proposer, **kwargs):
+    for response in _responses(model, tokenizer, prompt, proposer=proposer, **options):
         if verbose:
             print(response.text, end="", flush=True)
         text += response.text
@@ -165,7 +134,7 @@ def generate(
             _print_statistics(response)
         else:
             print("No text generated for this prompt")
-        draft_model = kwargs.get("draft_model")
+        draft_model = options.get("draft_model")
         if draft_model is not None:
             print(draft_report(draft_model, n_drafted))
         elif proposer.head is not None:
@@ -183,12 +152,6 @@ def batch_generate(
     return_prompt_caches: bool = False,
     return_token_ids: bool = False,
     return_logprobs: bool = False,
-    *,
-    n_probes: int | None = None,
-    verify: bool = True,
-    dense: bool = False,
-    draw_temperature: float | None = None,
-    max_wait: float | None = None,
     **kwargs: Any,
 ) -> BatchResponse:
     """Generates texts for several prompts at once.
@@ -205,13 +168,9 @@ def batch_generate(
         return_prompt_caches: Whether the caches are wanted.
         return_token_ids: Whether the token ids are wanted.
         return_logprobs: Whether the log-probability of each token is wanted.
-        n_probes: As for :func:`stream_generate`, like the other settings.
-        verify: Likewise.
-        dense: Likewise.
-        draw_temperature: Likewise.
-        max_wait: Likewise.
-        **kwargs: Keywords of mlx-lm's ``BatchGenerator``, such as sampler and logits_processors.
-            Each prompt gets its own copy of a processor that keeps a state, as a grammar's does.
+        **kwargs: The settings of :class:`DecodingSettings`, and keywords of mlx-lm's
+            ``BatchGenerator``, such as sampler and logits_processors. Each prompt gets its own copy
+            of a processor that keeps a state, as a grammar's does.
 
     Returns:
         mlx-lm's response.
@@ -220,15 +179,9 @@ def batch_generate(
         ValueError: If a setting is not valid, or as from mlx-lm.
         TypeError: If there is no such keyword.
     """
-    check_keywords(kwargs, signature(VerifiedBatchGenerator).parameters)
-    proposer = make_proposer(
-        model,
-        n_probes=n_probes,
-        verify=verify,
-        dense=dense,
-        draw_temperature=draw_temperature,
-        max_wait=max_wait,
-    )
+    known = {*signature(VerifiedBatchGenerator).parameters, *SettingsOptions.__annotations__}
+    check_keywords(kwargs, known)
+    proposer = make_proposer(model, DecodingSettings.taken_from(kwargs))
     generator = VerifiedBatchGenerator(
         model,
         proposer=proposer,
@@ -281,40 +234,27 @@ def _batch_responses(generator: VerifiedBatchGenerator) -> Iterator[Any]:
         yield from responses
 
 
-def make_proposer(
-    model: nn.Module,
-    *,
-    n_probes: int | None = None,
-    verify: bool = True,
-    dense: bool = False,
-    draw_temperature: float | None = None,
-    max_wait: float | None = None,
-) -> Proposer:
-    """Makes a proposer with the settings of a call, which :func:`stream_generate` explains.
+def make_proposer(model: nn.Module, settings: DecodingSettings) -> Proposer:
+    """Makes a proposer with the settings of a call.
 
     Raises:
-        ValueError: Before anything is computed, if a setting is not valid.
+        ValueError: Before anything is computed, if a setting is not valid for the model.
     """
     if is_vlm(model):
         raise ValueError(
             "This is a model of mlx-vlm: generate with mlx_vlm.generate, which uses its FlashHead."
         )
-    if max_wait is not None and not 0 <= max_wait <= 1:
-        raise ValueError(f"max_wait is {max_wait}: it must be 0 to 1 seconds.")
     head = get_flash_head(model)
     if head is not None:
-        with head.settings(dense=dense, n_probes=n_probes, draw_temperature=draw_temperature):
+        with head.settings(
+            dense=settings.dense,
+            n_probes=settings.n_probes,
+            draw_temperature=settings.draw_temperature,
+        ):
             pass
-    elif n_probes is not None or draw_temperature is not None:
+    elif settings.n_probes is not None or settings.draw_temperature is not None:
         raise ValueError(NO_FLASH_HEAD)
-    return Proposer(
-        model,
-        verify=verify,
-        dense=dense,
-        n_probes=n_probes,
-        draw_temperature=draw_temperature,
-        max_wait=max_wait,
-    )
+    return Proposer(model, settings)
 
 
 def prompt_ids(tokenizer: Any, prompt: Any) -> mx.array:

@@ -35,7 +35,21 @@ class DecodeOptions(CacheOptions, total=False):
     num_draft_tokens: int  # that the draft model proposes at a time
 
 
-class GenerateOptions(DecodeOptions, total=False):
+class SettingsOptions(TypedDict, total=False):
+    """The settings for the FlashHead: :class:`DecodingSettings` says what they mean."""
+
+    n_probes: int | None
+    verify: bool
+    dense: bool
+    draw_temperature: float | None
+    max_wait: float | None
+
+
+class StreamOptions(DecodeOptions, SettingsOptions, total=False):
+    """Keywords of :func:`stream_generate`."""
+
+
+class GenerateOptions(StreamOptions, total=False):
     """Keywords of ``mlx_lm.generate``, beside its positional ones."""
 
     max_tokens: int  # the most tokens of the text; -1 is no limit

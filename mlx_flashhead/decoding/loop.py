@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
-from .caches import OwnCaches
+from .caches import UNKNOWN_CACHE, OwnCaches, are_known
 from .decoder import Decoder
 from .prefill import check_prompt, read_by, read_prompt
 from .proposer import Proposer
@@ -15,9 +16,7 @@ from .sampler import Processor, Sampler, SamplerFunction
 from .sequence import PendingToken, Sequence
 
 CLEAR_EVERY = 256  # tokens, as mlx-lm's loop
-# How often a caller may look at the caches, or change what a text depends on, before the text
-# stays dense.
-MOST_SETTLED = 2
+
 
 Tokens = Generator[tuple[int, mx.array | None], None, None]
 
@@ -48,26 +47,15 @@ def verified_steps(
     """Does what mlx-lm's ``generate_step`` does, with the dense model's choices.
 
     It yields tokens and log-probabilities (V,). What cannot be verified is decoded by the normal
-    (dense) head, or the unverified one. Between two tokens, and at the end, ``prompt_cache`` holds
-    the prompt and the tokens handed out, and MLX's random state is what mlx-lm would have left
-    (`docs/lossless.md`).
+    (dense) head, or the unverified one. At the end ``prompt_cache`` holds the prompt and the tokens
+    handed out, between two tokens too where it can be trimmed, and MLX's random state is what
+    mlx-lm would have left (`docs/lossless.md`).
 
     Args:
         prompt: Tokens (n,) of any integer dtype, which processors get as they are.
         model: Any model of mlx-lm.
-        stream: Where it computes.
         proposer: Proposes the tokens, and has the settings.
         max_tokens: Tokens of the text; -1 is no limit.
-        sampler: As for mlx-lm.
-        logits_processors: As for mlx-lm.
-        max_kv_size: As for mlx-lm.
-        prompt_cache: As for mlx-lm.
-        prefill_step_size: As for mlx-lm.
-        kv_bits: As for mlx-lm.
-        kv_group_size: As for mlx-lm.
-        quantized_kv_start: As for mlx-lm.
-        prompt_progress_callback: As for mlx-lm.
-        input_embeddings: As for mlx-lm.
         logprobs: Whether log-probabilities are wanted; else None may come in their place.
         context: Tokens that ``prompt_cache`` holds already, and that processors see.
         n_begun: How many of these and of the prompt belong to a text that is continued.
@@ -75,11 +63,14 @@ def verified_steps(
         announce: Called for each token with how it was decoded: "verified", "dense: " and why, or
             FIRST for the first one of a text that is verified from its second on.
 
+    The other arguments are those of ``generate_step``.
+
     Raises:
-        ValueError: As mlx-lm, or if a cache can neither be trimmed nor copied.
+        ValueError: As mlx-lm.
     """
     shared = prompt_cache is not None
     cache = compat.make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
+    _take_from_earlier(cache)
     quantization = (quantized_kv_start, kv_group_size, kv_bits)
 
     def feed(tokens: mx.array, layers: list[Any], embeddings: mx.array | None = None) -> mx.array:
@@ -97,6 +88,7 @@ def verified_steps(
         processors=logits_processors,
         logprobs=logprobs,
         limit=max_tokens,
+        cache=cache,
     )
     caches = OwnCaches(cache, None if kv_bits is None else quantized_kv_start)
     decoder = Decoder(proposer, caches, feed)
@@ -115,7 +107,7 @@ def verified_steps(
             )
         decoder.start([sequence], cache, logits)
     n_prompt = len(prompt) if input_embeddings is None else len(input_embeddings)
-    progress = prompt_progress_callback or _no_progress
+    progress = prompt_progress_callback or (lambda n_read, n_prompt: None)
     if max_tokens == 0:
         progress(n_prompt, n_prompt)
     text = _Text(decoder, sequence, caches, stream, shared)
@@ -138,8 +130,14 @@ def verified_steps(
         text.end()
 
 
-def _no_progress(n_read: int, n_prompt: int) -> None:
-    """Stands in the place of a callback that nobody gave."""
+# A layer's cache, and the text that is ahead in it while its caller has the latest token.
+_ahead_in: WeakKeyDictionary[Any, "_Text"] = WeakKeyDictionary()
+
+
+def _take_from_earlier(cache: Any) -> None:
+    """Has the texts that are ahead in these caches leave them as their callers have the tokens."""
+    for text in {_ahead_in[layer] for layer in cache if layer in _ahead_in}:
+        text.bring_back()
 
 
 class _Text:
@@ -154,7 +152,7 @@ class _Text:
         self._stream = stream
         self._shared = shared  # whether the caller has the caches, too
         self._shown = False  # whether the caller has the latest token, and may do what it wants
-        self._n_settled = 0
+        self._ahead_in: list[Any] = []  # layers that stay ahead meanwhile
 
     def next_token(self) -> PendingToken:
         with mx.stream(self._stream):
@@ -163,37 +161,46 @@ class _Text:
         return self._sequence.hand_out()
 
     def show(self) -> None:
-        """Leaves everything to the caller as mlx-lm's loop would leave it at this token."""
+        """Leaves everything to the caller as mlx-lm's loop would leave it at this token.
+
+        Caches that cannot be trimmed stay ahead, until the text ends or another one begins in them.
+        """
         sequence = self._sequence
-        if self._shared and sequence.verified:
+        if self._shared and sequence.ahead:
             n_ahead = sequence.n_cached - sequence.n_yielded
-            self._caches.show(n_ahead, sequence.snapshots[0], self._bring_back)
+            if not self._caches.show(n_ahead, sequence.snapshots[0]):
+                self._ahead_in = list(self._caches.layers)
+                _ahead_in.update(dict.fromkeys(self._ahead_in, self))
         self._shown = True
 
     def resume(self) -> None:
         """Goes on, with what the caller has changed since :meth:`show`."""
         sequence = self._sequence
-        as_shown = self._caches.resume()
-        if sequence.verified and not (as_shown and sequence.as_at_start):
-            self._n_settled += 1
-            changed = not (self._caches.looked_at and sequence.as_at_start)
-            dense = changed or self._n_settled > MOST_SETTLED
+        as_shown = self._take_caches()
+        if sequence.ahead and not (as_shown and sequence.undisturbed):
             with mx.stream(self._stream):
-                self._decoder.settle([sequence], pause=dense, caches_changed=not as_shown)
-            if dense:
-                sequence.end_verified()
+                self._decoder.settle([sequence], caches_changed=not as_shown)
+            sequence.end_verified()
         self._shown = False
 
     def end(self) -> None:
         """Leaves the caches and MLX's random state as at the token handed out last."""
-        if self._caches.resume() and self._shared and self._sequence.verified:
-            self._bring_back()
+        if self._take_caches() and self._shared and self._sequence.ahead:
+            self.bring_back()
         if not self._shown:
             self._sequence.leave_state()
 
-    def _bring_back(self) -> None:
+    def bring_back(self) -> None:
+        """Rolls the caches back to the token handed out last."""
         with mx.stream(self._stream):
             self._decoder.handed_out_cache(self._sequence)
+
+    def _take_caches(self) -> bool:
+        for layer in self._ahead_in:
+            if _ahead_in.get(layer) is self:
+                del _ahead_in[layer]
+        self._ahead_in = []
+        return self._caches.resume()
 
 
 def _sequence(
@@ -205,6 +212,7 @@ def _sequence(
     processors: Iterable[Processor] | None,
     logprobs: bool,
     limit: int,
+    cache: Any,
 ) -> Sequence:
     """Makes the sequence of a text.
 
@@ -219,4 +227,7 @@ def _sequence(
         seen = mx.array(before[:n_before], prompt.dtype)
     elif not compat.PROCESSORS_SEE_PROMPT:
         seen = prompt[-1:]
-    return Sequence(sampler, processors, seen, logprobs=logprobs, limit=limit, tokens=begun)
+    sequence = Sequence(sampler, processors, seen, logprobs=logprobs, limit=limit, tokens=begun)
+    if not are_known(cache):
+        sequence.end_verified(UNKNOWN_CACHE)
+    return sequence

@@ -21,6 +21,7 @@ from .proposer import Proposer, step_arrays
 from .rounding import SlotProduct, rounding_of
 from .sampler import Sampler
 from .sequence import PendingToken, Sequence
+from .settings import DecodingSettings
 from .verification import join
 
 # What most programs send.
@@ -50,7 +51,9 @@ class PartTimes:
         of all of them beside the last step; or dense steps as mlx-lm's loop takes them. The tokens
         are greedy, or ``sampled``.
         """
-        proposer = Proposer(self._model, dense=n_probes is None, n_probes=n_probes)
+        proposer = Proposer(
+            self._model, DecodingSettings(dense=n_probes is None, n_probes=n_probes)
+        )
         proposer.policy = replace(proposer.policy, depth=depth)
         if n_probes is not None:  # what MLX compiles once is no step's time
             first = Sequence(SAMPLED if sampled else None)

@@ -14,18 +14,12 @@ from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
 from ..head.steps import NOTHING_ALLOWED
 from ..models.errors import UnsupportedHeadError
-from ..models.install import (
-    LogitChange,
-    get_flash_head,
-    hidden_dtype,
-    is_recognised,
-    logit_change_of,
-)
+from ..models.install import get_flash_head, hidden_dtype, is_recognised, logit_change_of
 from .changes import mask_array, with_few_allowed
 from .pace import Pace
 from .policy import DecodingPolicy, decoding_mode, policy_of
-from .sampler import Trust
 from .sequence import PendingToken, Sequence
+from .settings import DecodingSettings
 
 CPU_BATCH = 32  # sequences at once up to which proposals pay on a CPU
 FIRST = "the first of its text"  # token, which the prompt's own logits have chosen
@@ -35,23 +29,16 @@ UNKNOWN_FUNCTION = "dense: its sampler, or one of its processors, cannot be veri
 
 
 class Proposer:
-    """Proposes the tokens of one loop's sequences."""
+    """Proposes the tokens of one loop's sequences.
 
-    def __init__(
-        self,
-        model: nn.Module,  # of mlx-lm, with a FlashHead or without
-        *,
-        verify: bool = True,  # by the dense rows; else the FlashHead's own logits choose
-        dense: bool = False,  # let the normal (dense) head choose
-        n_probes: int | None = None,  # clusters scored per token; None: the head's own numbers
-        draw_temperature: float | None = None,  # draw the probes at it, without verification
-        max_wait: float | None = None,  # seconds until a token's verification; None: the policy's
-    ):
+    Args:
+        model: Of mlx-lm, with a FlashHead or without.
+        settings: What the caller asks for.
+    """
+
+    def __init__(self, model: nn.Module, settings: DecodingSettings | None = None):
         self.model = model
-        self._requested = verify and draw_temperature is None, dense or max_wait == 0
-        self._n_probes = n_probes
-        self._draw_temperature = draw_temperature
-        self.max_wait = max_wait
+        self.settings = settings or DecodingSettings()
         self.n_verifications = self.n_rejected = 0
         self._zeros: mx.array | None = None  # in the place of logits that nobody reads
         self._zeros_of: mx.Dtype | None = None  # the dtype of hidden states for which these are
@@ -61,24 +48,26 @@ class Proposer:
         """Takes the model's FlashHead. One that is installed between two tokens changes no text."""
         self.head: Any = get_flash_head(self.model)  # a FlashHead, or None
         self.policy = DecodingPolicy() if self.head is None else policy_of(self.head)
-        self._change: LogitChange | None = IDENTITY  # from the head's logits to the model's
+        # from the head's logits to the model's; None where no map describes it
+        self.logit_map: LogitMap | None = IDENTITY
         if self.head is not None:
             try:
-                self._change = logit_change_of(self.model)
+                change = logit_change_of(self.model)
+                self.logit_map = change if isinstance(change, LogitMap) else None
             except UnsupportedHeadError:  # these depend on each other
-                self._change = None
-        verify, dense = self._requested
-        gains = self._n_probes is not None or not self.policy.dense
-        usable = self.head is not None and not self.policy.drafts_only and not dense
+                self.logit_map = None
+        gains = self.settings.n_probes is not None or not self.policy.dense
+        usable = self.head is not None and not self.policy.drafts_only
         self.verifies = (
-            usable and verify and gains and self._change is not None and is_recognised(self.model)
+            usable
+            and self.settings.verifies
+            and gains
+            and self.logit_map is not None
+            and is_recognised(self.model)
         )
-        self.unverified = usable and not verify
-
-    @property
-    def logit_map(self) -> LogitMap | None:
-        """What the model does to each of its head's logits; None where no map describes it."""
-        return self._change if isinstance(self._change, LogitMap) else None
+        self.unverified = (
+            usable and not self.settings.verifies and not self.settings.decodes_densely
+        )
 
     @property
     def n_traced(self) -> int:
@@ -104,7 +93,7 @@ class Proposer:
         The words are "verified", "unverified", FIRST, or "dense: " and why. ``n_handed_out`` counts
         the tokens since its prompt was read.
         """
-        if sequence.verified:
+        if sequence.proposing:
             return FIRST if n_handed_out == 1 else "verified"
         if not sequence.why_dense:
             if self.can_verify(sequence):
@@ -113,17 +102,26 @@ class Proposer:
         return sequence.why_dense
 
     def _why_dense(self, sequence: Sequence) -> str:
-        verify, dense = self._requested
-        mode = decoding_mode(self.model, verify=verify, dense=dense)
+        settings = self.settings
+        mode = decoding_mode(
+            self.model,
+            verify=settings.verifies,
+            dense=settings.decodes_densely,
+        )
         if mode != "verified":
             return mode
-        known = sequence.trust is Trust.EXACT
-        return SAMPLED_DENSE if known and not self.pays(sequence) else UNKNOWN_FUNCTION
+        if sequence.recognised and not self.pays(sequence):
+            return SAMPLED_DENSE
+        return UNKNOWN_FUNCTION
 
     def pace_of(self, sequences: Rows[Sequence]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
         policy = self.policy
-        if not (self.verifies and policy.adapts) or policy.lockstep or self._n_probes is not None:
+        if (
+            not (self.verifies and policy.adapts)
+            or policy.lockstep
+            or self.settings.n_probes is not None
+        ):
             return None
         sampled = any(not sequence.greedy for sequence in sequences)
         by_mlx_lm = any(sequence.draws_from_mlx for sequence in sequences)
@@ -140,34 +138,22 @@ class Proposer:
         product of its own.
         """
         policy = self.policy
-        if sequence.greedy or self._n_probes is not None or not policy.sampled_dense:
+        if sequence.greedy or self.settings.n_probes is not None or not policy.sampled_dense:
             return True
         return n_texts > 1 and policy.adapts and not policy.lockstep and self._in_float32
 
     def can_verify(self, sequence: Sequence) -> bool:
-        """Returns whether a sequence's choices can be verified.
-
-        A pure function that keeps no bounds can be verified where rounding is as small as
-        float32's.
-        """
-        if self.head is None or not self.verifies or sequence.trust is Trust.UNKNOWN:
-            return False
-        if not self.pays(sequence, n_texts=2):
+        """Whether a sequence's choices can be verified."""
+        if not (self.verifies and sequence.recognised and self.pays(sequence, n_texts=2)):
             return False
         if sequence.settings is not None and sequence.settings.top_k >= self.head.vocab_size:
             return False  # mlx-lm raises an error of its own
-        return sequence.trust is Trust.EXACT or self._in_float32
+        return sequence.changes is not None and sequence.changes.fit(self.head.vocab_size)
 
     @property
     def _in_float32(self) -> bool:
         rows = cast(FlashHead, self.head).clustered.rows
         return rows.logits_dtype(hidden_dtype(self.model)) == mx.float32
-
-    def can_draw_ahead(self, sequence: Sequence) -> bool:
-        """Returns whether the sequence's draws can be verified beside others' of mlx-lm's."""
-        return (
-            self.can_verify(sequence) and sequence.draws_ahead and not self.needs_logits(sequence)
-        )
 
     def reading(self) -> AbstractContextManager[None]:
         """A block in which the model reads prompts.
@@ -180,7 +166,10 @@ class Proposer:
 
     def _project(self, hidden: mx.array) -> mx.array:
         if self.unverified and hidden.shape[-2] == 1:
-            logits = self.head.unverified_logits(hidden, self._n_probes, self._draw_temperature)
+            settings = self.settings
+            logits = self.head.unverified_logits(
+                hidden, settings.n_probes, settings.draw_temperature
+            )
         else:
             logits = self.head.dense_logits(hidden)
         return cast(mx.array, logits)
@@ -212,12 +201,6 @@ class Proposer:
 
         return cast(FlashHead, self.head).intercepted(project)
 
-    def needs_logits(self, sequence: Sequence) -> bool:
-        """Whether a choice of the sequence needs the logits of all tokens."""
-        if self.logit_map is None or sequence.changes is None or not sequence.changes_few:
-            return True
-        return not (sequence.unchanged or sequence.changes.fit(self.head.vocab_size))
-
     def propose(
         self, sequences: Rows[Sequence], hidden: mx.array, latest: mx.array | None = None
     ) -> mx.array:
@@ -232,64 +215,45 @@ class Proposer:
         Returns:
             (R,) uint32.
         """
-        logit_map = self.logit_map
-        needs_logits = [self.needs_logits(sequence) for sequence in sequences]
         masks: list[np.ndarray | None] = [None] * len(sequences)
         adjustment = None
-        if not all(sequence.unchanged for sequence in sequences):
-            # those that the scored logits decide
-            scored = [
-                None if needs_all else sequence
-                for sequence, needs_all in zip(sequences, needs_logits, strict=True)
-            ]
-            masks = [None if sequence is None else self._mask(sequence) for sequence in scored]
-            adjustment = self._adjustment(scored, latest, masks)
+        if any(sequence.has_processors for sequence in sequences):
+            masks = [self._mask(sequence) for sequence in sequences]
+            adjustment = self._adjustment(sequences, latest, masks)
         draws = None
-        if any(sequence.draws for sequence in sequences):
-            rows = [sequence.draw_at(sequence.n_chosen) for sequence in sequences]
-            draws = Draws.of(rows, self.head.vocab_size)
+        if not all(sequence.greedy for sequence in sequences):
+            draws = Draws.of([sequence.draw_at(sequence.n_chosen) for sequence in sequences])
         proposal = self.head.propose(
             hidden,
             draws,
-            n_probes=self._n_probes,
+            n_probes=self.settings.n_probes,
             depth=self.policy.depth,
-            full=any(needs_logits),
-            logit_map=logit_map or IDENTITY,
+            logit_map=self.logit_map,
             adjustment=adjustment,
             allowed=mask_array(masks),
         )
-        tokens = proposal.tokens
-        full = proposal.full
-        if full is not None:
-            proposal = proposal._replace(full=None)  # which may be large
-            logits = self.model_logits(full)
-            picked = [tokens[i : i + 1] for i in range(len(sequences))]
-            for i, sequence in enumerate(sequences):
-                if needs_logits[i]:
-                    picked[i], _ = sequence.choose(logits[i : i + 1], sequence.n_chosen)
-            tokens = picked[0] if len(picked) == 1 else mx.concatenate(picked)
         for row, sequence in enumerate(sequences):
             sequence.pending.append(PendingToken(proposal, row, allowed=masks[row]))
-        return cast(mx.array, tokens)
+        return cast(mx.array, proposal.tokens)
 
     def _adjustment(
         self,
-        sequences: Rows[Sequence | None],
+        sequences: Rows[Sequence],
         latest: mx.array | None,
         masks: Rows[np.ndarray | None],
     ) -> Adjustment | None:
-        """What the penalties and biases of sequences change; nothing in the place of a None.
+        """What the penalties and biases of sequences change.
 
         Of ``masks`` that allow few tokens these are among them.
         """
         vocab_size = self.head.vocab_size
         changes = [
-            None if s is None else with_few_allowed(s.changed_tokens(), mask, vocab_size)
-            for s, mask in zip(sequences, masks, strict=True)
+            with_few_allowed(sequence.changed_tokens(), mask, vocab_size)
+            for sequence, mask in zip(sequences, masks, strict=True)
         ]
         if all(change is None for change in changes):
             return None
-        counted = [s is None or s.n_read == len(s.pending) for s in sequences]
+        counted = [sequence.n_read == len(sequence.pending) for sequence in sequences]
         some = any(counted)
         if latest is None or all(counted):
             latest = None
@@ -316,8 +280,8 @@ class Proposer:
         return changes.allowed(sequence.context(sequence.n_chosen), self.head.vocab_size)
 
     def model_logits(self, logits: mx.array) -> mx.array:
-        """The head's logits (R, V) as the model gives them."""
-        return logits if self._change is None else self._change(logits)
+        """The head's logits (R, V) as the model gives them, where a map describes that."""
+        return cast(LogitMap, self.logit_map)(logits)
 
     def dense_row(self, hidden: mx.array) -> mx.array:
         """Returns the model's normal logits (1, V) of one state (1, D) by itself.
@@ -331,7 +295,9 @@ class Proposer:
         if not self.unverified and not self.n_verifications:
             return "FlashHead: not used, the normal (dense) head chose every token"
         n_probes = self.head.unverified_probes if self.unverified else self.head.n_probes
-        clusters = f"{self._n_probes or n_probes:,} of {self.head.n_clusters:,} clusters a token"
+        clusters = (
+            f"{self.settings.n_probes or n_probes:,} of {self.head.n_clusters:,} clusters a token"
+        )
         if self.unverified:
             return f"FlashHead: unverified, {clusters}"
         counts = f"{self.n_verifications:,} verifications, {self.n_rejected:,} proposals rejected"

@@ -12,7 +12,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..common.marks import masks, preserves_margins
+from ..common.marks import masks
 from ..head.backend import METAL
 from ..head.draw import DrawSettings
 from ..models.compat.mlx_lm import sample_utils
@@ -55,11 +55,7 @@ def kinds(vocab_size: int) -> list[Kind]:
     def mask(tokens: Any, logits: mx.array) -> mx.array:
         return mx.where(mx.arange(logits.shape[-1]) % 32 == 0, -mx.inf, logits)
 
-    def scale(tokens: Any, logits: mx.array) -> mx.array:
-        return logits * 0.5
-
     masks(mask, lambda tokens, n_tokens: bits)
-    preserves_margins(scale)
     return [
         GREEDY,
         Kind("a temperature", Sampler(DrawSettings(temperature=1.0), seed=0)),
@@ -67,7 +63,6 @@ def kinds(vocab_size: int) -> list[Kind]:
         Kind("mlx-lm's sampler", sample_utils.make_sampler(0.7, top_p=0.9)),
         Kind("penalties", None, tuple(penalties)),
         Kind("a grammar", None, (mask,)),
-        Kind("a processor that is not known", None, (scale,)),
         Kind("penalties and a grammar", Sampler(everything, seed=0), (*penalties, mask)),
     ]
 
@@ -111,7 +106,7 @@ def _one_text(proposer: Proposer, kind: Kind, n_pending: int) -> None:
     text = _text(kind)
     if not proposer.can_verify(text):
         return
-    text.begin_verified(Snapshot(0, [], [], []))
+    text.begin_ahead(Snapshot(0, [], [], []))
     head = proposer.head
     unjoined: list[PendingToken] = []
     latest = mx.array([0], mx.uint32)

@@ -1,16 +1,14 @@
-"""How tokens are drawn, and what is known of a caller's sampler and processors."""
+"""How tokens are drawn, and what is known of a caller's sampler."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, cast
 
 import mlx.core as mx
 
-from ..common.marks import marks_of
 from ..head.draw import Draws, DrawSettings, draw_all, position_key, threshold
-from ..models.compat.mlx_lm import is_mlx_lm_processor, mlx_lm_sampler_settings, sample_utils
+from ..models.compat.mlx_lm import mlx_lm_sampler_settings, sample_utils
 from .random_state import random_key
 
 MOST_TOKENS = 2**31 - 1  # more than any vocabulary has
@@ -22,34 +20,6 @@ SamplerFunction = Callable[[mx.array], mx.array]  # log-probabilities (1, V) →
 def normalized(logits: mx.array) -> mx.array:
     """Log-probabilities as mlx-lm's loops make them: (R, V) → (R, V)."""
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-class Trust(Enum):
-    """What may be done with a sequence's sampler and processors."""
-
-    EXACT = "exact"  # bounds hold: a choice is certain, or it is decided by its own logits
-    REPLAYABLE = "replayable"  # pure: called again, on logits that are rounded otherwise
-    UNKNOWN = "unknown"  # called once a token, in order: decoded by the normal (dense) head
-
-
-def trust(sampler: Any, processors: Iterable[Processor] = ()) -> Trust:
-    """Whether the choices of a sampler and processors can be verified.
-
-    A caller marks functions with :func:`mlx_flashhead.pure` and
-    :func:`mlx_flashhead.preserves_margins`; mlx-lm's are known by their code.
-    """
-    changing: list[Any] = [p for p in processors if not keeps_margins(p)]
-    if draw_settings(sampler) is None:
-        changing.append(sampler)
-    if not changing:
-        return Trust.EXACT
-    replayable = all(marks_of(function).pure for function in changing)
-    return Trust.REPLAYABLE if replayable else Trust.UNKNOWN
-
-
-def keeps_margins(processor: Any) -> bool:
-    """Whether bounds of a logit are still bounds after this processor."""
-    return marks_of(processor).preserves_margins or is_mlx_lm_processor(processor)
 
 
 def draw_settings(sampler: Any) -> DrawSettings | None:

@@ -58,7 +58,7 @@ class VerifySchedule:
         if ends and self._verification is not None:
             self._accept()
         waiting = [sequence for sequence in sequences if sequence.n_read]
-        due = self._due or any(sequence.paused for sequence in waiting)
+        due = self._due or not all(sequence.proposing for sequence in waiting)
         if waiting and self._verification is None and (ends or due):
             self._launch(waiting)
             if ends:  # waits, since the next step may be of no use
@@ -116,9 +116,10 @@ class VerifySchedule:
         policy = self._proposer.policy
         few = FEW
         seconds = policy.max_wait
-        if self._proposer.max_wait is not None:
+        max_wait = self._proposer.settings.max_wait
+        if max_wait is not None:
             few = 1
-            seconds = self._proposer.max_wait
+            seconds = max_wait
         if self._n_waiting >= min(self._limit, policy.max_pending):
             return True
         if max(self._risks.values(), default=0.0) >= policy.max_risk:
@@ -145,5 +146,8 @@ class VerifySchedule:
             verification.accept(sequence)
             if sequence.rejected:
                 self._limit = max(self._n_launched // 2, self._proposer.policy.first_pending)
-            else:
-                sequence.snapshots.append(snapshot)
+                continue
+            sequence.snapshots.append(snapshot)
+            # dense choices behind it, which waited for it alone
+            while sequence.n_read and sequence.pending[0].proposal is None:
+                sequence.accept()

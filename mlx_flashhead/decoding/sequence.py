@@ -16,32 +16,9 @@ from ..head.proposal import Proposal
 from .caches import Snapshot
 from .changes import Changes
 from .random_state import DrawChain, Key, set_key
-from .sampler import (
-    Processor,
-    Sampler,
-    SamplerFunction,
-    Trust,
-    draw_settings,
-    normalized,
-    trust,
-)
+from .sampler import Processor, Sampler, SamplerFunction, draw_settings, normalized
 
 CHANGED = "dense: between tokens the program uses the text's caches, processors or random state"
-
-
-@dataclass(frozen=True)
-class Lane:
-    """Which of the draws from MLX's random state are a text's."""
-
-    draw: int = 0  # number of the first draw, of any text, of the lane's first step
-    stride: int = 1  # draws of each step
-    rank: int = 0  # which one of these is the text's
-    batch: tuple[int, int] | None = None  # as in `DrawSettings`
-    begins: int = 0  # the place in the text of the first step
-
-    def step(self, index: int) -> int:
-        """The number of the first draw of the step for place ``index``."""
-        return self.draw + (index - self.begins) * self.stride
 
 
 @dataclass(eq=False)
@@ -104,25 +81,22 @@ class Sequence:
         self.ready: deque[PendingToken] = deque()  # accepted, and not handed out
         self.n_yielded = len(self.tokens)  # tokens that the caller has
         self.n_cached = len(self.tokens)  # tokens of the text in the caches
-        self.paused = False  # whether no more tokens are proposed for the time being
         self.rejected = False  # whether the caches hold another token in the last one's place
-        # the first one is at the last token handed out, or before
+        self.proposing = False  # whether the FlashHead proposes its next tokens
+        # while it is ahead: the first one is at the last token handed out, or before
         self.snapshots: deque[Snapshot] = deque()
-        self.trust = trust(sampler, self._processors_at_start)
+        self.why_dense = ""  # said of its tokens while none are proposed; "": not known yet
         self.settings = draw_settings(sampler)  # None where only the sampler itself knows
-        self.greedy = self.settings is not None and self.settings.greedy
-        # those of its draws where a sampler of mlx-lm draws by a uniform number
-        self._numbered: DrawSettings | None = None
-        if self.settings is not None and self.draws_from_mlx and not self.settings.sums_from_least:
-            self._numbered = replace(self.settings, inverse_cdf=True)
-        self.why_dense = ""  # said of its tokens while it is not verified; "": not known yet
+        self.changes = Changes.of(self._processors_at_start)  # None where that is not known
+        self.recognised = self.settings is not None and self.changes is not None
         self.seed = 0
         if type(sampler) is Sampler and not self.greedy:
             self.seed = sampler.new_seed()
         self.shares_sampler = True  # whether mlx-lm may call its sampler for several texts at once
         self.joined = 0  # its place among the texts of a batch, in the order in which they began
-        self._chain: DrawChain | None = None
-        self._lanes: list[Lane] = []  # of the chain
+        self._chain: DrawChain | None = None  # while it is ahead and draws from MLX's random state
+        self._chain_begins = 0  # the place in the text of its first draw
+        self._numbered = replace(self.settings or DrawSettings(), inverse_cdf=True)  # its draws
         self._n_before = 0 if prompt_ids is None else len(prompt_ids)
         self._ids: mx.array | None = None  # tokens before the next one, but for those fed since
         self._fed: list[mx.array] = []  # joined to them once a processor is called
@@ -131,11 +105,6 @@ class Sequence:
             if self.tokens:
                 begun = mx.array(self.tokens, mx.uint32).astype(prompt_ids.dtype)
                 self._ids = mx.concatenate([prompt_ids, begun])
-        self.changes = Changes.of(self._processors_at_start)  # None where that is not known
-        # whether no processor changes anything
-        self.unchanged = self.changes is not None and not (
-            self.changes.penalties or self.changes.mask
-        )
         self._prompt_tail: list[int] = []  # as many of the prompt's last tokens as penalties need
         if self.changes is not None and self.changes.window and prompt_ids is not None:
             self._prompt_tail = cast(list[int], prompt_ids[-self.changes.window :].tolist())
@@ -145,9 +114,9 @@ class Sequence:
     # What the text depends on.
 
     @property
-    def draws(self) -> bool:
-        """Whether its tokens are drawn by known settings, at a temperature above 0."""
-        return self.settings is not None and not self.greedy
+    def greedy(self) -> bool:
+        """Whether its sampler takes the likeliest token."""
+        return self.settings is not None and self.settings.greedy
 
     @property
     def draws_from_mlx(self) -> bool:
@@ -155,24 +124,22 @@ class Sequence:
         return not self.greedy and type(self.sampler) is not Sampler
 
     @property
-    def needs_logits(self) -> bool:
-        """Whether a choice needs the logits of all tokens."""
-        return bool(self._current_processors) or self.draws_from_mlx
+    def draws_by_noise(self) -> bool:
+        """Whether this package's noise and the logits alone choose its tokens."""
+        known = type(self.sampler) is Sampler and self.settings is not None
+        return known and not self.greedy and not self.has_processors
 
     @property
-    def draws_ahead(self) -> bool:
-        """Whether its draws from MLX's random state can be made ahead of those of other texts."""
-        return self._numbered is not None
+    def has_processors(self) -> bool:
+        """Whether processors choose its next token, too.
 
-    @property
-    def changes_few(self) -> bool:
-        """Whether no choice of the sequence needs the processed logits of all tokens.
-
-        Its choices are then known by the scored logits, what its processors change of them, and a
-        screen of all others.
+        While the text is ahead, a change of the list counts from a later token on.
         """
-        by_number = self._numbered is not None
-        return self.changes is not None and (by_number or not self.draws_from_mlx)
+        return bool(self._current_processors)
+
+    @property
+    def _current_processors(self) -> Any:
+        return self._processors_at_start if self.ahead else self.processors
 
     def changed_tokens(self) -> ChangedTokens | None:
         """Returns what its penalties change at the next place; None where they change nothing.
@@ -186,74 +153,49 @@ class Sequence:
         known = [*self._prompt_tail, *self.tokens[-window:], *read][-window:]
         return self.changes.changed_tokens(known, len(self.pending) - len(read))
 
-    @property
-    def _current_processors(self) -> Any:
-        """Returns the processors that choose the next token.
+    # Whether it is ahead of what is handed out: its states, and how they change.
 
-        A change in between counts from a later one on.
+    @property
+    def ahead(self) -> bool:
+        """Whether its tokens may be ahead of those handed out.
+
+        Otherwise all is as in mlx-lm's loop: the caches, MLX's random state, the calls of its
+        sampler and processors.
         """
-        return self._processors_at_start if self.verified else self.processors
+        return bool(self.snapshots)
 
     @property
-    def as_at_start(self) -> bool:
-        """Whether the text still depends on what it depended on when it began.
+    def undisturbed(self) -> bool:
+        """Whether what it depended on is still what it depends on.
 
-        Nobody may have drawn from MLX's random state or seeded it meanwhile.
+        These are its processors, and while it is ahead MLX's random state, which nobody may have
+        drawn from or seeded since the latest token was handed out.
         """
         at_start = self._processors_at_start
         same = len(self.processors) == len(at_start) and all(map(is_, self.processors, at_start))
         return same and (self._chain is None or self._chain.undisturbed)
 
     @property
-    def verified(self) -> bool:
-        """Whether its tokens are proposed, and verified."""
-        return bool(self.snapshots)
+    def level(self) -> bool:
+        """Whether nothing is ahead but the step that mlx-lm's loop would have launched, too."""
+        return self.n_yielded == len(self.tokens) and [p.proposal for p in self.pending] == [None]
 
-    def begin_verified(
-        self, snapshot: Snapshot, chain: DrawChain | None = None, lane: Lane | None = None
-    ) -> None:
-        """Has its tokens proposed from now on.
-
-        Args:
-            snapshot: Of its caches as they are.
-            chain: The draws of all texts of a batch; None: those of this text alone.
-            lane: Which of them are the text's, from the next one on.
-        """
+    def begin_ahead(self, snapshot: Snapshot) -> None:
+        """Lets its tokens be computed ahead, from ``snapshot`` of its caches as they are."""
         self.snapshots.append(snapshot)
         self.why_dense = ""
-        if self.settings is not None and self.draws_from_mlx:
-            self._chain = DrawChain() if chain is None else chain
-            self._lanes = [replace(lane or Lane(), begins=self.n_chosen)]
+        if self.draws_from_mlx:
+            self._chain = DrawChain()
+            self._chain_begins = self.n_chosen
 
-    @property
-    def next_step(self) -> int:
-        """The number of the first draw of the step after the one that mlx-lm's loop is at."""
-        return self._lane_at(self.n_yielded + 1).step(self.n_yielded + 1)
+    def end_ahead(self) -> None:
+        """Has nothing computed ahead any more; MLX's random state is what mlx-lm's loop has left.
 
-    def change_lane(self, lane: Lane) -> bool:
-        """Has other draws be the text's from that step on. Returns whether they are others."""
-        before = self._lanes[-1]
-        if (before.stride, before.rank, before.batch) == (lane.stride, lane.rank, lane.batch):
-            return False
-        self._lanes.append(replace(lane, begins=self.n_yielded + 1))
-        return True
-
-    def verified_anew(self, snapshot: Snapshot) -> None:
-        """Its caches may have been changed: earlier snapshots are of no use."""
-        self.snapshots.clear()
-        self.snapshots.append(snapshot)
-
-    def pause_verified(self) -> None:
-        """Decodes its tokens densely for a while, from now on.
-
-        Nothing that was proposed may be pending. MLX's random state becomes what mlx-lm's loop has
-        left.
+        The text must be :attr:`level`, or cut to what mlx-lm's loop would have chosen.
         """
         if self._chain is not None:
-            set_key(self._chain.state(self._lane_at(self.n_chosen).step(self.n_chosen)))
-        self.snapshots.clear()
-        self._chain = None
-        self.paused = False
+            set_key(self._chain.state(self.n_chosen - self._chain_begins))
+        self._forget_ahead()
 
     def end_verified(self, why: str = CHANGED) -> None:
         """Has the normal (dense) head choose its tokens from now on, each function called once.
@@ -261,9 +203,18 @@ class Sequence:
         ``why`` is the reason that callers are told.
         """
         self.why_dense = why
-        self.trust = Trust.UNKNOWN
+        self.recognised = False
+        self._forget_ahead()
+
+    def _forget_ahead(self) -> None:
         self.snapshots.clear()
         self._chain = None
+        self.proposing = False
+
+    def restart_ahead(self, snapshot: Snapshot) -> None:
+        """Its caches may have been changed: earlier snapshots are of no use."""
+        self.snapshots.clear()
+        self.snapshots.append(snapshot)
 
     # Its tokens.
 
@@ -314,7 +265,7 @@ class Sequence:
     def leave_state(self) -> None:
         """Leaves MLX's random state as mlx-lm's loop would at the token handed out last."""
         if self._chain is not None:  # that loop is a token ahead
-            self._chain.place(self.next_step)
+            self._chain.place(self.n_yielded + 1 - self._chain_begins)
 
     def cut(self, n_tokens: int) -> None:
         """Forgets all tokens after the first ``n_tokens`` accepted ones, pending ones too."""
@@ -337,27 +288,10 @@ class Sequence:
 
     def draw_at(self, index: int) -> tuple[DrawSettings, Key]:
         """The settings and the key of the draw at place ``index`` of the text."""
-        if self._numbered is not None and self._chain is not None:
-            lane = self._lane_at(index)
-            if lane.batch is not None:
-                settings = replace(self._numbered, inverse_cdf=False, batch=lane.batch)
-                return settings, self._chain.key(lane.step(index))
-            return self._numbered, (self._chain.number_bits(lane.step(index) + lane.rank), 0)
-        return self.settings or DrawSettings(), position_key(self.seed, index)
-
-    def mlx_key(self, index: int) -> Key | None:
-        """The key of that draw, where a sampler of mlx-lm draws ahead."""
+        settings = self.settings or DrawSettings()
         if self._chain is None:
-            return None
-        lane = self._lane_at(index)
-        return self._chain.key(lane.step(index) + lane.rank)
-
-    def _lane_at(self, index: int) -> Lane:
-        """The lane of place ``index`` of the text."""
-        for lane in reversed(self._lanes):
-            if lane.begins <= index:
-                return lane
-        return self._lanes[0]
+            return settings, position_key(self.seed, index)
+        return self._numbered, (self._chain.number_bits(index - self._chain_begins), 0)
 
     def context(self, index: int) -> mx.array | None:
         """The tokens before place ``index`` of the text, (n,), as processors get them."""
@@ -382,16 +316,9 @@ class Sequence:
             return mx.argmax(logprobs, axis=-1)
         if type(self.sampler) is Sampler:
             return self.sampler.choose(logits, self.seed, index)
-        batch = None
         if self._chain is not None:  # `hand_out` makes the state right for the caller
-            lane = self._lane_at(index)
-            batch = lane.batch
-            set_key(self._chain.state(lane.step(index) + lane.rank))
-        if batch is None:
-            return cast(SamplerFunction, self.sampler)(logprobs)
-        row, n_rows = batch  # the noise of a row depends on how many there are
-        logprobs = mx.broadcast_to(logprobs, (n_rows, logprobs.shape[-1]))
-        return cast(SamplerFunction, self.sampler)(logprobs)[row : row + 1]
+            set_key(self._chain.state(index - self._chain_begins))
+        return cast(SamplerFunction, self.sampler)(logprobs)
 
     def choose(self, logits: mx.array, index: int) -> tuple[mx.array, mx.array]:
         """Chooses a token by the model's logits, and calls the sampler and each processor once.

@@ -15,6 +15,7 @@ from ..decoding.drafting import drafted_steps
 from ..decoding.keywords import CacheOptions
 from ..decoding.loop import verified_steps
 from ..decoding.proposer import Proposer
+from ..decoding.settings import DecodingSettings
 from ..models.compat.mlx_lm import (
     LRUPromptCache,
     can_trim_prompt_cache,
@@ -233,10 +234,10 @@ class Single:
 
 
 def _proposer(job: Job) -> Proposer:
-    return Proposer(
-        job.served.model,
+    settings = DecodingSettings(
         verify=job.served.verify,
         dense=job.request.dense,
         n_probes=job.request.n_probes,
         max_wait=job.served.max_wait,
     )
+    return Proposer(job.served.model, settings)

@@ -89,7 +89,7 @@ def test_a_batch_is_as_a_dense_one(flash, misses, name):
     flash = make_flash(dtype=mx.bfloat16, bits=4) if name == "16 bits" else flash
     found = [flash.batch(PROMPTS, dense=dense, **OPTIONS[name]())[0] for dense in (False, True)]
     assert found[0] == found[1]
-    assert misses
+    assert misses or name == "another's sampler"  # several draw from MLX's random state: dense
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import sample_utils
 
 from flash_loops import flash_of, make_flash
-from mlx_flashhead import pure
 from mlx_flashhead.decoding import rounding, verification
-from mlx_flashhead.decoding.caches import Snapshot
-from mlx_flashhead.decoding.certainty import are_certain
-from mlx_flashhead.decoding.proposer import Proposer
-from mlx_flashhead.decoding.sampler import keeps_margins
-from mlx_flashhead.decoding.sequence import PendingToken, Sequence
-from mlx_flashhead.head.draw import DrawSettings, draw_all
 from tiny_models import tiny_model
 
 PROCESSORS = {
@@ -74,7 +67,6 @@ def faults(monkeypatch):
 )
 def test_faults_within_the_bounds_change_no_text(model, faults, processors, sampler):
     functions = sample_utils.make_logits_processors(**PROCESSORS[processors])
-    assert all(map(keeps_margins, functions))
     model.checked(SAMPLERS[sampler], logits_processors=functions, max_tokens=14)
     assert faults or sampler == "xtc"
 
@@ -121,53 +113,3 @@ def test_doubts_are_few_with_a_penalty(judged, penalty):
     processors = sample_utils.make_logits_processors(repetition_penalty=penalty)
     flash.tokens(logits_processors=processors, n_probes=20)
     assert len(judged) > 20 and sum(judged) > 0.7 * len(judged)
-
-
-def certain_draws(top_p):
-    """Whether each of 300 draws from three tokens is certain, of logits that are known exactly."""
-    logits = mx.log(mx.array([[0.5, 0.3, 0.2]]))
-    settings = DrawSettings(temperature=1.0, top_p=top_p)
-    for place in range(300):
-        token = draw_all(logits, [(settings, (0, place))]).item()
-        yield token, are_certain(logits, logits, [token], [(settings, (0, place))], 1e-7).item()
-
-
-@pytest.mark.parametrize("top_p, certain", [(0.79, True), (0.8 - 5e-5, False), (0.81, True)])
-def test_a_sum_near_top_p_leaves_a_doubt(top_p, certain):
-    """There another sum of the same probabilities may drop the last token, or keep it."""
-    found = list(certain_draws(top_p))
-    assert all(is_certain for _, is_certain in found) == certain
-    # the draws that the last token would have won, were it kept, are those in doubt
-    assert certain or 0.1 < sum(not is_certain for _, is_certain in found) / len(found) < 0.3
-
-
-def test_a_sum_just_below_top_p_leaves_the_last_token_in_doubt():
-    found = list(certain_draws(0.8 + 5e-5))
-    drawn = [is_certain for token, is_certain in found if token == 2]
-    assert drawn and not any(drawn)
-    assert all(is_certain for token, is_certain in found if token != 2)
-
-
-def test_bounds_of_proposals_with_fewer_probes_than_others(flash, monkeypatch):
-    """Joined with others they are filled up, which must not replace their logits."""
-    found, bounds = [], verification.Verification._bounds
-
-    def record(self, *arguments):
-        found.append(bounds(self, *arguments))
-        return found[-1]
-
-    monkeypatch.setattr(verification.Verification, "_bounds", record)
-    head = flash.head
-    states = mx.random.normal((3, head.hidden_size), key=mx.random.key(2))
-    text = Sequence(pure(lambda logprobs: mx.argmax(logprobs, axis=-1)), None, mx.array([0, 1]))
-    text.begin_verified(Snapshot(0, [], [], []))
-    for row, n_probes in enumerate((2, 7, 3)):
-        proposal = head.propose(states[row : row + 1], None, n_probes=n_probes, full=True)
-        pending = PendingToken(proposal._replace(full=None))
-        pending.read(proposal.tokens.item())
-        text.pending.append(pending)
-    made = verification.Verification(Proposer(flash.model), [text], [None])
-    made.accept(text)
-    for values in found:
-        assert mx.allclose(values, head.dense_logits(states), atol=1e-3)
-    assert found

@@ -3,17 +3,23 @@
 from itertools import count
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm import sample_utils
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt_cache
 
 from architecture_models import tiny_architecture
 from flash_loops import N_TOKENS, PROMPT, flash_of, make_flash
-from mlx_flashhead import make_sampler, preserves_margins, pure
+from mlx_flashhead import make_sampler
+from mlx_flashhead.common.marks import masks
+from mlx_flashhead.decoding import caches
+from mlx_flashhead.decoding.caches import UNKNOWN_CACHE
 from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rounding import SlotProduct
+from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.steps import PortableSteps
@@ -30,14 +36,17 @@ ONLY = mx.array([token % 7 == 0 for token in range(203)])
 PROCESSORS = {
     "penalty": lambda: sample_utils.make_logits_processors(repetition_penalty=1.3),
     "bias": lambda: sample_utils.make_logits_processors(logit_bias={5: 9.0, 40: -9.0}),
-    "mask": lambda: [marked(lambda _, logits: mx.where(ONLY, logits, -mx.inf))],
-    "scale": lambda: [marked(lambda _, logits: logits * 3.0)],
-    "pure": lambda: [marked(lambda _, logits: logits[:, ::-1] * 0.5 + logits, pure)],
+    "mask": lambda: [every_seventh()],
+    "scale": lambda: [lambda _, logits: logits * 3.0],
 }
 
 
-def marked(processor, mark=preserves_margins):
-    return mark(processor)
+def every_seventh():
+    def processor(_, logits):
+        return mx.where(ONLY, logits, -mx.inf)
+
+    bits = np.packbits(np.pad(np.array(ONLY), (0, 21)), bitorder="little").view(np.uint32)
+    return masks(processor, lambda tokens, vocab_size: bits)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -54,8 +63,8 @@ def test_every_processor(flash, name, settings, misses, monkeypatch):
     if name is None:
         monkeypatch.setattr("mlx_flashhead.decoding.rounding.WORTH_A_THREAD", 0)
     flash.checked(settings, logits_processors=PROCESSORS[name]() if name else None)
-    # the clusters of tokens that these change are scored too: here nearly all
-    assert misses or name in ("penalty", "bias")
+    # the clusters of tokens that these change are scored too: here nearly all; a scale is dense
+    assert misses or name in ("penalty", "bias", "scale")
 
 
 def test_a_seed_is_that_of_the_text(flash):
@@ -154,24 +163,63 @@ def test_a_processor_that_raises_leaves_confirmed_tokens(flash, call):
     dense = flash.tokens(dense=True)
     cache, tokens = make_prompt_cache(flash.model), []
     with pytest.raises(RuntimeError, match="boom"):
-        for token, _ in flash.steps(prompt_cache=cache, logits_processors=[marked(processor)]):
+        for token, _ in flash.steps(prompt_cache=cache, logits_processors=[processor]):
             tokens.append(token)
     assert tokens == dense[: len(tokens)]
     if tokens:
         assert [layer.offset for layer in cache] == [len(PROMPT) + len(tokens)] * 2
 
 
-def test_a_cache_that_cannot_be_kept_is_refused(flash):
-    class Stubborn(KVCache):
-        def is_trimmable(self):
-            return False
+class Evicting(KVCache):
+    """Says as its parent that it can be trimmed, and is wrong then."""
 
-        def __deepcopy__(self, memo):
-            raise TypeError("no copy")
+    def update_and_fetch(self, keys, values):
+        keys, values = super().update_and_fetch(keys, values)
+        n_kept = min(8, keys.shape[-2])
+        return keys[..., -n_kept:, :], values[..., -n_kept:, :]
 
-    cache = [Stubborn() for _ in flash.model.layers]
-    with pytest.raises(ValueError, match="Stubborn can neither be trimmed nor copied"):
-        list(flash.steps(prompt_cache=cache))
+    def make_mask(self, *arguments, **options):
+        return None
+
+
+class Slotted:
+    """A cache without a dictionary of attributes."""
+
+    __slots__ = ("held",)
+
+    def __init__(self):
+        self.held = KVCache()
+
+    def __getattr__(self, name):
+        return getattr(self.held, name)
+
+
+def patched():
+    layer = KVCache()
+    layer.update_and_fetch = layer.update_and_fetch
+    return layer
+
+
+UNKNOWN_CACHES = {
+    "subclass": lambda: [Evicting(), Evicting()],
+    "slots": lambda: [Slotted(), Slotted()],
+    "tuple": lambda: (KVCache(), KVCache()),
+    "function of its own": lambda: [patched(), KVCache()],
+    "in a list": lambda: [CacheList(Evicting()), KVCache()],
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_CACHES)
+def test_text_with_unknown_caches_is_dense(flash, name):
+    make = UNKNOWN_CACHES[name]
+    if name == "in a list":
+        assert not caches.are_known(make())
+        return
+    modes = []
+    found = flash.tokens(prompt_cache=make(), announce=modes.append, max_tokens=30)
+    plain = generate_step(mx.array(PROMPT), flash.model, prompt_cache=make(), max_tokens=30)
+    assert found == [token for token, _ in plain]
+    assert set(modes) == {UNKNOWN_CACHE}
 
 
 @pytest.fixture
@@ -216,7 +264,7 @@ def test_one_evaluation_a_token(flash, monkeypatch):
     the verifications."""
     launched, original = [], mx.async_eval
     monkeypatch.setattr(mx, "async_eval", lambda *a: launched.append(len(a)) or original(*a))
-    proposer = Proposer(flash.model, n_probes=26)
+    proposer = Proposer(flash.model, DecodingSettings(n_probes=26))
     prompt = mx.array(PROMPT, dtype=mx.uint32)
     tokens = list(verified_steps(prompt, flash.model, proposer=proposer, max_tokens=40))
     mlx_lm_prefill, after_last = 1, 1

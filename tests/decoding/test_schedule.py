@@ -16,6 +16,7 @@ from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.schedule import VerifySchedule
 from mlx_flashhead.decoding.sequence import PendingToken
+from mlx_flashhead.decoding.settings import DecodingSettings
 
 
 @pytest.fixture
@@ -177,7 +178,9 @@ def decoded(generator, prompts, limits, **options):
 
 def test_a_call_gives_one_token_of_a_text_at_most_and_computes_none_that_is_left(flash, rounds):
     expected = plain(flash, [PROMPT, *OTHERS], [20] * 4)
-    generator = VerifiedBatchGenerator(flash.model, proposer=Proposer(flash.model, n_probes=26))
+    generator = VerifiedBatchGenerator(
+        flash.model, proposer=Proposer(flash.model, DecodingSettings(n_probes=26))
+    )
     rounds.clear()
     calls = []
     step = generator.next

@@ -9,6 +9,7 @@ from mlx_flashhead import get_flash_head, make_sampler
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.proposer import Proposer
+from mlx_flashhead.decoding.settings import DecodingSettings
 from tiny_models import install_index, tiny_index, tiny_model
 
 N_TOKENS = 22  # of a text, unless a test says otherwise
@@ -42,14 +43,16 @@ class Flash:
 
     def steps(self, dense=False, verify=True, n_probes=None, prompt=PROMPT, **options):
         n_probes = None if dense else n_probes
-        proposer = Proposer(self.model, verify=verify, dense=dense, n_probes=n_probes)
+        proposer = Proposer(
+            self.model, DecodingSettings(verify=verify, dense=dense, n_probes=n_probes)
+        )
         options = {"proposer": proposer, "max_tokens": N_TOKENS} | options
         return verified_steps(mx.array(prompt), self.model, **options)
 
     def batch(self, prompts, *, dense=False, verify=True, max_tokens=25, seed=7, **options):
         """The tokens of each text of a batch, and the responses that ended them."""
         mx.random.seed(seed)
-        proposer = Proposer(self.model, verify=verify, dense=dense)
+        proposer = Proposer(self.model, DecodingSettings(verify=verify, dense=dense))
         generator = VerifiedBatchGenerator(self.model, proposer=proposer, logprobs=False)
         uids = generator.insert(prompts, [max_tokens] * len(prompts), **options)
         tokens, ends = {uid: [] for uid in uids}, {}

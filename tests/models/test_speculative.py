@@ -9,6 +9,7 @@ from flash_loops import make_flash
 from mlx_flashhead import FlashHead, grammar_processor, make_sampler, stream_generate
 from mlx_flashhead.decoding.drafting import drafted_steps
 from mlx_flashhead.decoding.proposer import Proposer
+from mlx_flashhead.decoding.settings import DecodingSettings
 from model_pair import make_pair
 
 PROMPT = "The river was wide"
@@ -104,7 +105,10 @@ WINDOW = {"sliding_window": 24, "sliding_window_pattern": 2, "num_hidden_layers"
 
 def steps(target, draft, prompt, n_tokens, cache=None, dense=False, **options):
     """Tokens, which are those without drafts, and how many the draft model made."""
-    settings = {"proposer": Proposer(target.model, dense=dense), "prompt_cache": cache}
+    settings = {
+        "proposer": Proposer(target.model, DecodingSettings(dense=dense)),
+        "prompt_cache": cache,
+    }
     options |= {"max_tokens": n_tokens}
     given = list(drafted_steps(mx.array(prompt), target.model, draft, **settings, **options))
     assert [token for token, *_ in given] == target.tokens(dense=True, prompt=prompt, **options)

@@ -80,14 +80,6 @@ else:
 
 
 _SAMPLERS = nested_codes(sample_utils.make_sampler)
-_PROCESSORS = nested_codes(
-    sample_utils.make_logits_processors,
-    sample_utils.make_repetition_penalty,
-    sample_utils.make_presence_penalty,
-    sample_utils.make_frequency_penalty,
-)
-
-
 # 0.31's top-p adds up probabilities in rising order and in the dtype of the logits, and keeps those
 # at which the sum is greater than 1 - top_p.
 TOP_P_SUMS_FROM_LEAST = not hasattr(sample_utils, "greedy_sampler")
@@ -97,8 +89,8 @@ def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
     """Reads from a sampler's closures what ``make_sampler`` was called with.
 
     Returns:
-        The arguments; None for a sampler whose draw is not a threshold and the best noisy logit, as
-        with XTC or a least number of tokens.
+        The arguments; None for a sampler whose draw is not a threshold and the place of a number,
+        as with XTC, a least number of tokens, or the top-p of 0.31 and oMLX.
     """
     if sampler is getattr(sample_utils, "greedy_sampler", sample_utils):
         return {}
@@ -117,22 +109,11 @@ def mlx_lm_sampler_settings(sampler: Any) -> dict[str, Any] | None:
         known = filtered.keys() <= {"top_p", "min_p", "top_k"}
         if not known or kept != 1:
             return None
-        settings |= filtered
         if "top_p" in filtered and (of_omlx or TOP_P_SUMS_FROM_LEAST):
-            settings["sums_from_least"] = True
+            return None
+        settings |= filtered
     valid = 0 <= settings.get("min_p", 0) <= 1 and settings.get("top_k", 0) >= 0
     return settings if valid and settings["temperature"] > 0 else None
-
-
-def is_mlx_lm_processor(processor: Any) -> bool:
-    """Returns whether a processor is mlx-lm's, and moves each logit by itself.
-
-    It must depend on its arguments alone, and move a larger logit never below a smaller one.
-    """
-    if not isinstance(processor, FunctionType) or processor.__code__ not in _PROCESSORS:
-        return False
-    penalty = getclosurevars(processor).nonlocals.get("penalty", 1)
-    return penalty != 0 or "repetition" not in processor.__name__
 
 
 # Whether processors of a text alone see its prompt: 0.31 shows them the last token of it.

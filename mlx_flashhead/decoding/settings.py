@@ -1,0 +1,49 @@
+"""What a caller asks of the decoding of a text."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """The settings of a call, which change a text's speed, or how close it is to the dense model's.
+
+    Attributes:
+        n_probes: Clusters scored per token; None: as many as the FlashHead has found best.
+        verify: Verify every token. Otherwise the FlashHead alone chooses, with estimates for the
+            tokens that it does not score.
+        dense: Score every token.
+        draw_temperature: Draw the probes at this temperature, without verification; sample with
+            the same one.
+        max_wait: Seconds that text may wait for its verification, 0 to 1; 0 decodes densely; None:
+            as long as pays.
+
+    Raises:
+        ValueError: If ``max_wait`` is out of its range.
+    """
+
+    n_probes: int | None = None
+    verify: bool = True
+    dense: bool = False
+    draw_temperature: float | None = None
+    max_wait: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_wait is not None and not 0 <= self.max_wait <= 1:
+            raise ValueError(f"max_wait is {self.max_wait}: it must be 0 to 1 seconds.")
+
+    @classmethod
+    def taken_from(cls, keywords: dict[str, Any]) -> "DecodingSettings":
+        """Takes the settings out of the keywords of a call."""
+        named = {name: keywords.pop(name) for name in cls.__annotations__ if name in keywords}
+        return cls(**named)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the dense rows shall verify what the FlashHead proposes."""
+        return self.verify and self.draw_temperature is None and not self.decodes_densely
+
+    @property
+    def decodes_densely(self) -> bool:
+        """Whether the normal (dense) head shall choose every token."""
+        return self.dense or self.max_wait == 0
