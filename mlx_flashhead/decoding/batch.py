@@ -64,8 +64,8 @@ class VerifiedBatchGenerator:
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
     :meth:`next` hands out at most one token of each text, and computes nothing while accepted
-    tokens are left. If several texts draw from MLX's random state, these are decoded densely, so
-    that they draw as in mlx-lm.
+    tokens are left. If several texts draw from MLX's random state, all are decoded densely, so that
+    they draw as in mlx-lm.
 
     Args:
         model: A model of mlx-lm.
@@ -303,17 +303,18 @@ class VerifiedBatchGenerator:
     def _settle(self) -> bool:
         """Has texts that must not be ahead any more be as in mlx-lm's loop.
 
-        A caller may have changed what they depend on, or another one comes that draws, too.
+        A caller may have changed what one depends on. And where several draw from MLX's random
+        state, their draws depend on when any other begins and ends.
 
         Returns:
             Whether there were any.
         """
         decoder = self._decoder
         changed = [s for s in decoder.sequences if s.ahead and not s.undisturbed]
-        drawing = [text.sequence for text in self._texts.values() if text.sequence.draws_from_mlx]
-        decoder.several_draw = len(drawing) > 1
-        beside_others = drawing if decoder.several_draw else []
-        settled = changed + [s for s in beside_others if s.ahead and s not in changed]
+        decoder.several_draw = sum(t.sequence.draws_from_mlx for t in self._texts.values()) > 1
+        settled = changed
+        if decoder.several_draw:
+            settled = [sequence for sequence in decoder.sequences if sequence.ahead]
         if settled:
             decoder.settle(settled)
         for sequence in changed:

@@ -79,8 +79,8 @@ class Decoder:
         self._latest: mx.array | None = None  # (R,), launched and not read
         self._schedule = VerifySchedule(proposer, self._snapshots)
         self._n_started = 0
-        # Whether several texts draw from MLX's random state, also such as are not here yet. The
-        # draws of one depend then on when the others begin and end, so that none goes ahead.
+        # Whether several texts draw from MLX's random state, also such as are not here yet. Their
+        # draws depend on when any text begins and ends, so that none goes ahead.
         self.several_draw = False
 
     def start(self, sequences: list[Sequence], layers: list[Any], logits: mx.array) -> None:
@@ -138,13 +138,12 @@ class Decoder:
         """
         proposer = self._proposer
         n_texts = len(self.sequences)
-        draws_with_others = self.several_draw and sequence.draws_from_mlx
-        if draws_with_others and proposer.can_verify(sequence):
+        if self.several_draw and proposer.can_verify(sequence):
             sequence.why_dense = SEVERAL_DRAW
         sequence.proposing = (
             pays
             and n_texts <= proposer.max_batch
-            and not draws_with_others
+            and not self.several_draw
             and proposer.pays(sequence, n_texts)
             and proposer.can_verify(sequence)
         )

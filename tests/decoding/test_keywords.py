@@ -12,9 +12,11 @@ from mlx_flashhead.decoding.keywords import (
     SAMPLER_ARGUMENTS,
     DecodeOptions,
     GenerateOptions,
+    SettingsOptions,
     check_keywords,
     check_prompt,
 )
+from mlx_flashhead.decoding.settings import DecodingSettings
 
 mlx_lm_generate = importlib.import_module("mlx_lm.generate")
 
@@ -28,7 +30,9 @@ def test_the_keywords_are_mlx_lms():
     steps = mlx_lm_generate.generate_step, mlx_lm_generate.speculative_generate_step
     assert names_of(*steps) == DecodeOptions.__annotations__.keys()
     further = GenerateOptions.__annotations__.keys() - DecodeOptions.__annotations__.keys()
-    assert further == {"max_tokens", "draft_model", "stream", "logprobs"}
+    ours = SettingsOptions.__annotations__.keys()
+    assert further == {"max_tokens", "draft_model", "stream", "logprobs"} | ours
+    assert ours == DecodingSettings.__annotations__.keys()
     sampling = importlib.import_module("mlx_lm.sample_utils")
     assert names_of(sampling.make_sampler) == {*SAMPLER_ARGUMENTS}
     assert names_of(sampling.make_logits_processors) == {*PROCESSOR_ARGUMENTS}

@@ -154,12 +154,17 @@ def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
 def test_a_processor_that_raises_leaves_confirmed_tokens(flash, call):
     calls = []
 
-    def processor(tokens, logits):
+    def allowed(tokens, vocab_size):
         calls.append(len(tokens))
         if len(calls) == call:
             raise RuntimeError("boom")
+        return None
+
+    def processor(tokens, logits):
+        allowed(tokens, logits.shape[-1])
         return logits
 
+    masks(processor, allowed)
     dense = flash.tokens(dense=True)
     cache, tokens = make_prompt_cache(flash.model), []
     with pytest.raises(RuntimeError, match="boom"):

@@ -64,7 +64,7 @@ def dispatches(flash, kind, k: int) -> Counter:
 
     def verify(hidden, probes, logits):
         text = Sequence(kind.sampler, kind.processors, mx.array([0, 1, 0, 1]))
-        text.begin_verified(Snapshot(0, [], [], []))
+        text.begin_ahead(Snapshot(0, [], [], []))
         masked = text.changes is not None and text.changes.mask is not None
         allowed = np.full(n_words, 7, np.uint32) if masked else None
         unjoined = []
