@@ -12,6 +12,7 @@ from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.loop import verified_steps
 from ..decoding.proposer import Proposer
 from ..decoding.sampler import Processor, make_sampler
+from ..decoding.settings import DecodingSettings
 from ..models.compat.mlx_lm import BatchGenerator, generate_step, sample_utils
 
 DENSE = "dense"
@@ -82,7 +83,7 @@ def with_flash_head(model: nn.Module, *, verify: bool) -> Variant:
         model: A model with a FlashHead.
         verify: Whether the dense rows verify its proposals.
     """
-    proposer = Proposer(model, verify=verify)
+    proposer = Proposer(model, DecodingSettings(verify=verify))
     return Variant(
         model,
         steps=partial(verified_steps, proposer=proposer, logprobs=False),
