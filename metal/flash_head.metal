@@ -40,9 +40,13 @@
 // tolerance 256 x k                       256               1         hidden
 // lowest_kept 512 x R                     512               11 to 18  the logits twice, and once a digit
 // map      256*ceil(n/256)                256               0         values
+// row_products 64*ceil(N/2A)              64                0         N rows, H states
 //
 // H is 1 or 4: the number of positions that share one reading of the centroids. Grids consist of
 // whole threadgroups.
+//
+// row_products belongs to no head: it multiplies 2 to 8 states by the N rows of any layer, A = 2 or 4
+// of them at once, each state as MLX multiplies it alone.
 
 #include <metal_stdlib>
 using namespace metal;
@@ -68,6 +72,7 @@ typedef bfloat bfloat16_t;
 #include "flash_head/join.h"
 #include "flash_head/adjust.h"
 #include "flash_head/tolerance.h"
+#include "flash_head/rows.h"
 
 // 4-bit rows and centroids of group 64, one position at a time (H = 1), whose model gives its head's
 // logits as they are. Any other head is one more line at the end.
@@ -276,6 +281,24 @@ template <typename T>
       values, mapped, n, thread_position.x);
 }
 
+// A layer of D columns, without a bias: another one is read where BIASED is true.
+template <typename T, int D, int H, int WORDS>
+[[kernel]] void flash_head_row_products(
+    const device T* hidden [[buffer(0)]],
+    const device uint* weight [[buffer(1)]],
+    const device T* scales [[buffer(2)]],
+    const device T* biases [[buffer(3)]],
+    const device T* bias [[buffer(4)]],
+    device T* products [[buffer(5)]],
+    constant uint& n_rows [[buffer(6)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  flash_head::row_products<D, H, (H > 4 && WORDS > 1 ? 2 : 4), false, T>(
+      flash_head::affine_rows<D, 4, 64, WORDS, float>(weight, scales, biases),
+      hidden, bias, products, n_rows, group, simdgroup, lane);
+}
+
 // The verification of k proposals, by the logits of all slots: their states side by side, how far
 // their logits may be off, and two kernels that judge them.
 
@@ -407,7 +430,9 @@ template <typename T, int V, int N>
   FLASH_HEAD_KERNEL(name, "flash_head_screen", flash_head_screen<T, V, V / 16, 16, false>)    \
   FLASH_HEAD_KERNEL(name, "flash_head_screen_masked", flash_head_screen<T, V, V / 16, 16, true>) \
   FLASH_HEAD_KERNEL(name, "flash_head_certain", flash_head_certain<T, V, 16>)                 \
-  FLASH_HEAD_KERNEL(name, "flash_head_expand", flash_head_expand<T, V, V / 16, 16>)
+  FLASH_HEAD_KERNEL(name, "flash_head_expand", flash_head_expand<T, V, V / 16, 16>)           \
+  FLASH_HEAD_KERNEL(name, "flash_head_row_products", flash_head_row_products<T, D, 4, WORDS>) \
+  FLASH_HEAD_KERNEL(name "_8", "flash_head_row_products", flash_head_row_products<T, D, 8, WORDS>)
 
 FLASH_HEAD_KERNELS("llama_3_2_1b", bfloat16_t, 128256, 2048, 2)
 FLASH_HEAD_KERNELS("qwen3_0_6b", bfloat16_t, 151936, 1024, 2)

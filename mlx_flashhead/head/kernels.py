@@ -69,7 +69,7 @@ class Kernels:
 
     def _make_route(self, clustered: ClusteredRows) -> None:
         """The kernel that scores the centroids."""
-        stored = _StoredRows(clustered.centroids.matrix, clustered.n_clusters)
+        stored = StoredRows(clustered.centroids.matrix, clustered.n_clusters)
         self.route_arrays = [*stored.arrays, clustered.route_bias]
         self._sizes |= stored.sizes
         self.route = self._kernel(
@@ -84,7 +84,7 @@ class Kernels:
 
     def _make_score(self, clustered: ClusteredRows) -> None:
         """The kernel that scores the rows of the probes."""
-        stored = _StoredRows(clustered.rows, clustered.vocab_size)
+        stored = StoredRows(clustered.rows, clustered.vocab_size)
         bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
         self.score_arrays = [clustered.token_ids, *stored.arrays, *bias]
         self.adds_in_dtype = stored.kernel.added > 1
@@ -259,7 +259,7 @@ class Kernels:
         return launch
 
 
-class _StoredRows:
+class StoredRows:
     """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them."""
 
     def __init__(self, stored: Matrix, n_rows: int):

@@ -1,0 +1,278 @@
+"""Products of several states with a layer's quantized rows, each with the bits of a single one.
+
+MLX multiplies several states by kernels that add in another order than the one for a single state.
+Here the states share the reading of the weights, and nothing else. Which way does so is found once
+for each form of a layer, by trial on this device: FlashHead's own kernel
+(``metal/flash_head/rows.h``), or operations of MLX that run its kernel for a single state.
+
+A CPU multiplies state by state in any case. Source: ``_qmm_t`` in mlx/backend/cpu/quantized.cpp.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from textwrap import shorten
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .dense_kernels import dense_kernel, pack_columns
+from .draw import gpu_is_default
+from .kernel_text import header
+from .kernels import LANES, ROUTE_SIMDGROUPS, ROWS, StoredRows
+from .matrix import Matrix
+from .short_inputs import HELD, held
+
+NAME = "row_products"
+MAX_STATES = 8
+# States that MLX's kernels for single states take at once on every GPU.
+# Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
+WHOLE_STATES = 5
+# Unpacked weights that a thread of the kernel keeps beside the sums of more than 4 states, at most.
+UNPACKED = 32
+
+# The trial: so many rows of a layer, of which so many differ.
+TRIED_ROWS = 4096
+OTHER_ROWS = 61
+SPREAD = 8.0  # of the states' values, in powers of e: so sums of two or three have to be rounded
+
+BODY = """
+flash_head::row_products<D, H, AT_ONCE, BIASED, PRODUCT>(
+    {rows}, hidden, bias, products, weight_shape[0], threadgroup_position_in_grid,
+    simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+"""
+
+Way = Callable[[mx.array, Matrix], mx.array]  # states (…, K) and rows (N, K) → (…, N)
+
+log = logging.getLogger("mlx_flashhead")
+
+
+class Form(NamedTuple):
+    """What decides which kernels MLX and FlashHead take, and so the outcome of a trial."""
+
+    n_states: int
+    dtype: mx.Dtype  # of the states
+    scales: mx.Dtype
+    bias: mx.Dtype | None
+    quantization: tuple[str, int, int]  # mode, bits, group size
+    n_rows: int  # like the layer's: at most TRIED_ROWS, and what is left of a block of 8
+    n_columns: int
+
+    def __str__(self) -> str:
+        mode, bits, _ = self.quantization
+        dtype = str(self.dtype).rpartition(".")[2]
+        return f"{self.n_states} states of {self.n_columns} {dtype} and {bits}-bit {mode} rows"
+
+
+_ways: dict[Form, Way | None] = {}  # of this process
+
+
+def row_products(x: mx.array, layer: nn.QuantizedLinear | nn.QuantizedEmbedding) -> mx.array | None:
+    """What the layer gives for each of T states alone, to the last bit. Lazy.
+
+    Only the first call for a form of the layer evaluates: it compiles and tries the ways, on arrays
+    of its own.
+
+    Args:
+        x: (..., K), T states in all: float32, float16 or bfloat16.
+        layer: A quantized layer of K columns. An embedding is the layer that `as_linear` computes.
+
+    Returns:
+        (..., N); None if no way has the bits of single products, or if T is above 8.
+    """
+    rows = Matrix(
+        layer["weight"],
+        layer["scales"],
+        layer.get("biases"),
+        layer.get("bias"),
+        layer.group_size,
+        layer.bits,
+        layer.mode,
+    )
+    n_states = x.size // x.shape[-1]
+    if n_states == 1 or not gpu_is_default():
+        return rows.matmul(x)
+    if n_states > MAX_STATES:
+        return None
+    form = _form(x, n_states, rows)
+    if form not in _ways:
+        _ways[form] = _find_way(form)
+    way = _ways[form]
+    return None if way is None else way(x, rows)
+
+
+def _form(x: mx.array, n_states: int, rows: Matrix) -> Form:
+    n_rows = rows.weight.shape[0]
+    return Form(
+        n_states,
+        x.dtype,
+        cast(mx.array, rows.scales).dtype,
+        None if rows.bias is None else rows.bias.dtype,
+        (rows.mode, rows.bits, rows.group_size),
+        min(n_rows, TRIED_ROWS + n_rows % 8),
+        x.shape[-1],
+    )
+
+
+def _find_way(form: Form) -> Way | None:
+    """The first way with the bits of single products, or None. Evaluates."""
+    rows = _tried_rows(form)
+    states = _tried_states(form)
+    expected = [_bits(rows.matmul(states[i : i + 1])) for i in range(form.n_states)]
+    for name, way in _ways_of(form, rows):
+        try:
+            found = _bits(way(states, rows))
+            if mx.array_equal(found, mx.concatenate(expected)).item():
+                return way
+            trouble = "adds in another order than MLX's own for one state"
+        # MLX raises this for a text that does not compile, a rejected pipeline, a lost device
+        except (RuntimeError, ValueError) as error:
+            reason = shorten(str(error), 300, placeholder=" ...").rstrip(".")
+            trouble = f"does not run on this device ({reason})"
+        log.warning(f"For {form} {name} {trouble}: it is not used.")
+    return None
+
+
+def _ways_of(form: Form, rows: Matrix) -> Iterator[tuple[str, Way]]:
+    """Names of the ways, and how each multiplies; the best one first."""
+    if not dense_kernel(rows, form.n_rows).scored:
+        yield "MLX's kernel for narrow rows", _at_once
+    elif rows.format.metal is not None and cast(mx.array, rows.scales).size >= HELD:
+        yield "FlashHead's kernel", _Kernel(form, rows)
+    yield "MLX's gather_qmm", _gathered
+
+
+class _Kernel:
+    """The kernel for a form."""
+
+    def __init__(self, form: Form, rows: Matrix):
+        stored = StoredRows(rows, form.n_rows)
+        product = rows.product_dtype(form.dtype)
+        values = stored.kernel.packs * pack_columns(rows.bits)
+        # The compiler may unpack a row's weights once for all states, which takes registers.
+        few = form.n_states > ROWS and ROWS * values > UNPACKED
+        self._at_once = ROWS // 2 if few else ROWS
+        self._arrays = rows.format.arrays
+        self._dtype = rows.logits_dtype(form.dtype)
+        make: Callable[..., Any] = mx.fast.metal_kernel
+        self._kernel: Callable[..., list[mx.array]] = make(
+            name=f"flash_head_{NAME}",
+            input_names=["hidden", *stored.inputs.split(), "bias"],
+            output_names=["products"],
+            header=header(*stored.files.split(), "rows"),
+            source=BODY.format(rows=stored.expression),
+        )
+        sizes: dict[str, Any] = {
+            "D": form.n_columns,
+            "H": form.n_states,
+            "AT_ONCE": self._at_once,
+            "BIASED": form.bias is not None,
+            "PRODUCT": product,
+        }
+        sizes |= {name: stored.sizes[name] for name in stored.names.split()}
+        if rows.biases is not None:
+            sizes["SUM"] = product if stored.kernel.added > 1 else mx.float32
+        self._template = list(sizes.items())
+
+    def __call__(self, x: mx.array, rows: Matrix) -> mx.array:
+        n_rows = rows.n_rows
+        groups = -(-n_rows // (self._at_once * ROUTE_SIMDGROUPS))
+        threads = LANES * ROUTE_SIMDGROUPS
+        bias = x if rows.bias is None else held(rows.bias)
+        (products,) = self._kernel(
+            inputs=[x, *(getattr(rows, name) for name in self._arrays), bias],
+            template=self._template,
+            grid=(threads * groups, 1, 1),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[(*x.shape[:-1], n_rows)],
+            output_dtypes=[self._dtype],
+        )
+        return products
+
+
+def _at_once(x: mx.array, rows: Matrix) -> mx.array:
+    """MLX's product of all states, by its kernel for one where it has no other for a few."""
+    states = x.reshape(-1, x.shape[-1])
+    starts = range(0, len(states), WHOLE_STATES)
+    parts = [rows.matmul(states[start : start + WHOLE_STATES]) for start in starts]
+    return mx.concatenate(parts).reshape(*x.shape[:-1], -1)
+
+
+def _gathered(x: mx.array, rows: Matrix) -> mx.array:
+    """MLX's product of states and experts, with one expert: by its kernel for one state.
+
+    It reads the rows once for each state, most of them from caches.
+    """
+    states = x.reshape(-1, 1, x.shape[-1])
+    n_states = len(states)
+    expert = rows.map(lambda array: array[None])
+    products = mx.gather_qmm(
+        states,
+        expert.weight,
+        cast(mx.array, expert.scales),
+        expert.biases,
+        lhs_indices=_indices(n_states, 1),
+        rhs_indices=_indices(n_states, 0),
+        transpose=True,
+        **rows.quantization,
+    )
+    products = products.reshape(*x.shape[:-1], -1)
+    return products if rows.bias is None else products + rows.bias
+
+
+@cache
+def _indices(n_states: int, step: int) -> mx.array:
+    """``n_states`` indices, ``step`` apart."""
+    return mx.array([step * i for i in range(n_states)], mx.uint32)
+
+
+def _bits(array: mx.array) -> mx.array:
+    return array.view(mx.uint32 if array.itemsize == 4 else mx.uint16)
+
+
+def _tried_rows(form: Form) -> Matrix:
+    """Rows like the layer's, of which the second half has the groups of the first in another order.
+
+    The products with every other state of `_tried_states` are 0, but for the errors of their sums.
+    So another order of sums shows in nearly all of them, where it would show in one of 10,000
+    random products in bfloat16.
+    """
+    mode, bits, group_size = form.quantization
+    dtype = form.dtype if form.scales == mx.uint8 else form.scales
+    groups = mx.random.normal(_groups(form, OTHER_ROWS), key=mx.random.key(0))
+    weight = _repeated(groups).reshape(OTHER_ROWS, -1).astype(dtype)
+    rows = Matrix(weight).quantize(bits=bits, group_size=group_size, mode=mode)
+    ids = mx.arange(form.n_rows) % OTHER_ROWS
+    if form.bias is None:
+        return rows.take(ids)
+    bias = mx.random.normal((OTHER_ROWS,), scale=16, key=mx.random.key(1))
+    bias = mx.where(mx.arange(OTHER_ROWS) % 2 == 0, 0, bias)  # which leaves half of the errors
+    return replace(rows, bias=bias.astype(form.bias)).take(ids)
+
+
+def _tried_states(form: Form) -> mx.array:
+    """States (T, K) for `_tried_rows`."""
+    shape = _groups(form, form.n_states)
+    n_halves, n_left = divmod(shape[1], 2)
+    cancels = mx.arange(form.n_states)[:, None, None] % 2 == 0
+    signs = mx.array([1.0] * n_halves + [-1.0] * n_halves + [0.0] * n_left)
+    values = mx.random.normal(shape, key=mx.random.key(2))
+    sizes = mx.exp(mx.random.uniform(-SPREAD, SPREAD, shape, key=mx.random.key(4)))
+    wide = _repeated(values * sizes) * signs[:, None]
+    return mx.where(cancels, wide, values).reshape(form.n_states, -1).astype(form.dtype)
+
+
+def _groups(form: Form, n: int) -> tuple[int, int, int]:
+    """The shape of the groups of ``n`` rows or states."""
+    group_size = form.quantization[2]
+    return n, form.n_columns // group_size, group_size
+
+
+def _repeated(groups: mx.array) -> mx.array:
+    """The groups (n, G, …), of which the second half are those of the first in another order."""
+    half = groups.shape[1] // 2
+    first = groups[:, :half]
+    order = mx.random.permutation(half, key=mx.random.key(3))
+    return mx.concatenate([first, first[:, order], groups[:, 2 * half :]], axis=1)
