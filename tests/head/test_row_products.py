@@ -1,5 +1,5 @@
-"""Products of several states have the bits of single ones, as MLX's own kernels compute these. Both
-run on the emulator; see test_mlx_order.py."""
+"""Products of several states have the bits of single ones, as MLX's own kernels compute these: on
+the emulator, as in test_mlx_order.py, or on a GPU."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,11 +11,13 @@ import pytest
 
 from kernel_cases import changed_kernels, kernels, make_rows, on_gpu
 from mlx_flashhead.head import row_products as module
+from mlx_flashhead.head.dense_kernels import ANY_ROWS, mlx_version
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.row_products import row_products
 from mlx_kernels import mlx_logits
 
-pytestmark = pytest.mark.skipif(on_gpu(), reason="the emulator's sums are compared")
+GPU = on_gpu()  # also while the emulator is installed
+emulator_only = pytest.mark.skipif(GPU, reason="faults and counts of the emulator")
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
 
@@ -37,7 +39,9 @@ def matrix_of(layer) -> Matrix:
 
 
 def single_products(rows: Matrix, states: mx.array) -> mx.array:
-    """What `nn.QuantizedLinear` gives for each state alone."""
+    """What `nn.QuantizedLinear` gives for each state alone on a GPU."""
+    if GPU:
+        return mx.concatenate([rows.matmul(state[None]) for state in states])
     products = mx.concatenate([mlx_logits(rows, state[None]) for state in states])
     return products if rows.bias is None else products + rows.bias
 
@@ -104,10 +108,13 @@ def test_dtypes_that_differ_meet_as_in_mlx(of_states, of_rows, of_bias):
     np.testing.assert_array_equal(bits(found), bits(expected))
 
 
-@pytest.mark.parametrize("form", [(4, 64), (8, 32), (4, 32, "mxfp4")], ids=str)
-def test_the_weights_are_read_once_whatever_the_number_of_states(form):
+@emulator_only
+@pytest.mark.parametrize(
+    "form, numbers", [((4, 64), range(2, 9)), ((8, 32), (3, 8)), ((4, 32, "mxfp4"), (5,))], ids=str
+)
+def test_the_weights_are_read_once_whatever_the_number_of_states(form, numbers):
     rows = matrix_of(make_layer(512, 24, form, BF16))
-    for n_states in range(2, 9):
+    for n_states in numbers:
         states = states_of(n_states, 512, BF16)
         with kernels() as emulator:
             products = kernel_of(states, rows)(states[None], rows)
@@ -122,6 +129,8 @@ def test_the_weights_are_read_once_whatever_the_number_of_states(form):
 @pytest.fixture
 def emulator(monkeypatch):
     """As on a GPU, but for MLX's products; and no way is known yet."""
+    if GPU:
+        pytest.skip("the emulator's sums are compared")
     monkeypatch.setattr(module, "gpu_is_default", lambda: True)
     monkeypatch.setattr(module, "_ways", {})
     with kernels(check=False) as emulator:
@@ -180,12 +189,43 @@ def test_the_trial_notices_a_kernel_that_is_broken(as_on_a_gpu, caplog, right, w
     assert "FlashHead's kernel adds in another order" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("form", [(4, 64), (5, 32), (4, 16, "nvfp4")], ids=str)
+def test_the_trial_notices_packs_that_are_taken_one_by_one(
+    as_on_a_gpu, monkeypatch, caplog, form, dtype
+):
+    change_template(monkeypatch, WORDS=1)
+    assert row_products(states_of(2, 1024, dtype), make_layer(1024, 16, form, dtype)) is None
+    assert "FlashHead's kernel adds in another order" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_the_trial_notices_the_sums_of_another_version(as_on_a_gpu, monkeypatch, caplog, dtype):
+    """Four hidden values are added up in float32, or before MLX 0.32.4 in their dtype."""
+    change_template(monkeypatch, SUM=dtype if mlx_version() >= ANY_ROWS else F32)
+    assert row_products(states_of(2, 1024, dtype), make_layer(1024, 16, (4, 64), dtype)) is None
+    assert "FlashHead's kernel adds in another order" in caplog.text
+
+
+def change_template(monkeypatch, **arguments) -> None:
+    """Other template arguments for the kernel."""
+    make = module._Kernel.__init__
+
+    def make_another(kernel, *given):
+        make(kernel, *given)
+        kernel._template = list((dict(kernel._template) | arguments).items())
+
+    monkeypatch.setattr(module._Kernel, "__init__", make_another)
+
+
 def product_of_each(layer, states: mx.array) -> mx.array:
     return mx.concatenate([layer(state[None]) for state in states])
 
 
-def test_a_cpu_multiplies_state_by_state():
-    layer = make_layer(320, 30, (4, 64), BF16, biased=True)
+@emulator_only
+@pytest.mark.parametrize("form", [(4, 64), (6, 32), (8, 32, "mxfp8"), (4, 16, "nvfp4")], ids=str)
+def test_a_cpu_multiplies_state_by_state(form):
+    layer = make_layer(320, 30, form, BF16, biased=True)
     states = states_of(12, 320, BF16)
     np.testing.assert_array_equal(
         bits(row_products(states, layer)), bits(product_of_each(layer, states))
