@@ -312,5 +312,6 @@ def test_long_layers_are_tried_by_a_part_of_their_rows():
     rows = matrix_of(make_layer(64, 5003, (4, 64), F32))
     form = module._form(states_of(2, 64, F32), 2, rows)
     assert form.n_rows == 4096 + 3
+    assert mx.array_equal(module._tried_states(form)[0], mx.zeros(64))  # one group has no partner
     tried = module._tried_rows(form)
     assert (tried.n_rows, tried.hidden_size, tried.scales.dtype) == (4099, 64, F32)
