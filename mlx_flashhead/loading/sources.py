@@ -32,7 +32,7 @@ SPEEDS_FOLDER = "speeds"
 INDEX_FILES = (FILE_NAME, SETTINGS_NAME)
 _NAMES = {  # names of cache entries, by folder: nothing else is touched
     INDEX_FOLDER: re.compile(r"[0-9a-f]{24}-\d+"),
-    FINE_HEADS: re.compile(r"[0-9a-f]{24}-\d+\.safetensors|\.[0-9a-f]{24}-\d+\.\w+\.part"),
+    FINE_HEADS: re.compile(r"[0-9a-f]{24}-\d+\.safetensors"),
     SPEEDS_FOLDER: re.compile(r"[0-9a-f]{24}\.json"),
 }
 
@@ -132,8 +132,7 @@ def entries() -> list[Entry]:
         if any((path / name).exists() for name in INDEX_FILES):
             found.append(_index_entry(path))
     for path in _cached(FINE_HEADS):
-        if path.suffix == ENDING:
-            found.append(_fine_head_entry(path))
+        found.append(_fine_head_entry(path))
     return sorted(found, key=lambda entry: entry.path.stat().st_mtime, reverse=True)
 
 
@@ -156,13 +155,12 @@ def _fine_head_entry(file: Path) -> Entry:
 
 
 def remove_rest() -> list[Path]:
-    """Deletes speeds and partly fetched finer heads.
+    """Deletes speeds.
 
     Returns:
         The files in the cache's folders that are not its own.
     """
-    parts = [file for file in _cached(FINE_HEADS) if file.suffix == ".part"]
-    for file in (*_cached(SPEEDS_FOLDER), *parts):
+    for file in _cached(SPEEDS_FOLDER):
         file.unlink(missing_ok=True)
     others = []
     for folder, pattern in _NAMES.items():

@@ -4,14 +4,11 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from textwrap import shorten
 
-import huggingface_hub
 from filelock import FileLock, Timeout
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import get_session
 
 from ..common.repositories import redact
 from ..index.files import FILE_NAME
@@ -20,12 +17,6 @@ from ..index.files import FILE_NAME
 _ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)")
 HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 FINE_HEADS = "fine_heads"  # the folder of finer heads in it
-ANSWER_SECONDS = 10.0  # in which the Hub answers, if it can be reached
-LARGEST_SMALL_FILE = 25_000_000  # bytes of a card or an index
-
-
-class BadAnswerError(ValueError):
-    """The Hub has sent something else than what it was asked for, in one sentence."""
 
 
 def home() -> Path:
@@ -103,7 +94,7 @@ def hub_sentence(error: Exception, name: str, revision: str | None = None) -> st
         A sentence with a remedy, or None if it is the disk's error, or has a sentence of its own.
     """
     disk_error = isinstance(error, OSError) and error.errno is not None
-    if disk_error or type(error) in (ValueError, BadAnswerError):
+    if disk_error or type(error) is ValueError:
         return None
     missing = f"There is no folder {name!r} here, and"
     if constants.HF_HUB_OFFLINE:
@@ -132,37 +123,3 @@ def hub_sentence(error: Exception, name: str, revision: str | None = None) -> st
 def reason(error: BaseException) -> str:
     """The error's message as one short line without secrets."""
     return shorten(redact(str(error)), 400, placeholder=" …").rstrip(".:") or type(error).__name__
-
-
-def hub_is_reachable() -> bool:
-    """Whether the Hub answers, asked once for each address of it.
-
-    The Hub's client would try for half a minute, with a warning each time.
-    """
-    return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
-
-
-@cache
-def _answers(address: str) -> bool:
-    try:
-        get_session().head(address, timeout=ANSWER_SECONDS)
-    except Exception:  # the client raises many unrelated types
-        return False
-    return True
-
-
-def small_file(repo_id: str, name: str) -> str:
-    """The path of a repository's file in the Hub's cache, fetched if it can be.
-
-    Raises:
-        ValueError: If it is too large for a card or an index.
-        Exception: Whatever the Hub's client raises, see :func:`hub_errors`.
-    """
-    offline = not hub_is_reachable()
-    if not offline:
-        url = huggingface_hub.hf_hub_url(repo_id, name)
-        size = huggingface_hub.get_hf_file_metadata(url).size or 0
-        if size > LARGEST_SMALL_FILE:
-            most = f"at most {LARGEST_SMALL_FILE:,} are read"
-            raise ValueError(f"{name} of {repo_id} has {size:,} bytes, and {most}.")
-    return huggingface_hub.hf_hub_download(repo_id, name, local_files_only=offline)

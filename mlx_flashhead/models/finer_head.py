@@ -4,11 +4,7 @@ Training moves a row by more than rounding does. So the original rows are rounde
 are: where that gives the model's rows, they are the same head (measured in docs/finer-head.md).
 """
 
-import errno
-import glob
 import math
-import os
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +19,7 @@ from tqdm import tqdm
 from ..common.new_folder import new_file
 from ..common.tables import megabytes
 from ..head.matrix import ARRAYS, Matrix, affine_group
-from .fetch import FINE_HEADS, HOME_VARIABLE, home, hub_is_reachable, lock_of, small_file
+from .fetch import FINE_HEADS, HOME_VARIABLE, home
 from .locate import HeadLocation
 from .origin import is_repository, local_origin
 from .tensor_files import ENDING, Tensor, tensor_files
@@ -37,7 +33,6 @@ PIECE_ROWS = 2048  # compared and rounded at once, in float32
 CARD = "README.md"
 
 Say = Callable[[str], None]
-Rows = dict[str, Tensor]  # weight, with scales and biases where it is quantized
 
 
 def give_fine_head(
@@ -80,19 +75,9 @@ def give_fine_head(
     place = home() / FINE_HEADS / f"{coarse.fingerprint[:24]}-{bits}{ENDING}"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_of(place)
-        if not lock.is_locked:
-            say("Another process is fetching this finer head: waiting for it.")
-            lock.acquire()
-        try:
-            original = None if source is True else _name_of_source(source)
-            if original is not None and Path(original).exists():
-                _check_sketch(location, folder, source)  # its files may be others by now
-            rows, known_as = _cached_rows(place, coarse)
-            if rows is None or original not in (None, known_as):
-                rows, known_as = _fetch(location, folder, source, bits, place, say, progress)
-        finally:
-            lock.release()
+        rows, original = _cached_rows(place, coarse)
+        if rows is None or (source is not True and _name_of_source(source) != original):
+            rows, original = _fetch(location, folder, source, bits, place, say, progress)
     except (OSError, RuntimeError) as error:  # MLX raises the latter where a disk is full
         raise ValueError(
             f"The finer head cannot be kept in {place.parent} "
@@ -100,7 +85,7 @@ def give_fine_head(
             f"{HOME_VARIABLE} to another folder."
         ) from None
     replace_rows(location.module, rows)
-    say(f"With the finer head of {known_as}, in {rows.bits or 16} bits.")
+    say(f"With the finer head of {original}, in {rows.bits or 16} bits.")
 
 
 def _name_of_source(source: str | Path | bool) -> str:
@@ -110,19 +95,15 @@ def _name_of_source(source: str | Path | bool) -> str:
 
 
 def _cached_rows(place: Path, coarse: Matrix) -> tuple[Matrix | None, str]:
-    """The finer rows in the cache, if they are these rows', and the source that they are from."""
-    try:
+    """The finer rows in the cache, if they can be read, and the source that they are from."""
+    with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError):
         loaded: Any = mx.load(str(place), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
         numbers: Any = {name: int(metadata[name]) for name in ("bits", "group_size")}
         rows = Matrix(**arrays, bias=coarse.bias, **numbers)
-        if (rows.n_rows, rows.hidden_size) != (coarse.n_rows, coarse.hidden_size):
-            return None, ""
-        sample = rows.sample().dequantized(mx.float32)
-        check_same([distances(coarse.sample(), sample)], "", SKETCH_DRIFT)
-        return rows, str(metadata["original"])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ZeroDivisionError):
-        return None, ""
+        if (rows.n_rows, rows.hidden_size) == (coarse.n_rows, coarse.hidden_size):
+            return rows, metadata["original"]
+    return None, ""
 
 
 def _fetch(
@@ -135,27 +116,24 @@ def _fetch(
     progress: bool,
 ) -> tuple[Matrix, str]:
     """Fetches the finer rows and keeps them: the rows, and the source that they are from."""
-    width = location.rows().hidden_size
-    group_size = affine_group(width) if bits < 16 else 0
+    coarse = location.rows()
+    group_size = affine_group(coarse.hidden_size) if bits < 16 else 0
     if group_size is None:
+        width = coarse.hidden_size
         raise ValueError(f"Rows of width {width} fit no group of 32: add `head_bits` 16.")
-    # a few rows first, so that another head is rejected before much is fetched
-    tensors, original = _check_sketch(location, folder, source)
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    if shutil.disk_usage(place.parent).free < 2 * nbytes:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    say(f"Fetching {tensors['weight'].name} of {original} ({megabytes(nbytes)}) for a finer head.")
-    bar = tqdm(total=nbytes, unit="B", unit_scale=True, desc="Finer head", disable=not progress)
-    with bar:
-        maps = {
-            name: tensor.fetch(place.parent, place.stem, bar) for name, tensor in tensors.items()
-        }
+    original = _base_model(folder) if source is True else _name_of_source(source)
+    tensor = _find(original, location)
     names = f"{original} is not the original of {_name(folder)}"
-    try:
-        rows = _checked_rows(location, tensors, maps, bits, group_size, names)
-    except ValueError:
-        _delete_parts(place)  # of a bad answer, which the next start would take for good
-        raise
+    # a few rows first, so that another head is rejected before much is fetched
+    ids = np.linspace(0, coarse.n_rows - 1, SKETCH_ROWS).astype(int).tolist()
+    fine = tensor.rows(ids).astype(mx.float32)
+    check_same([distances(coarse.take(mx.array(ids)), fine)], names, SKETCH_DRIFT)
+    size = megabytes(tensor.nbytes)
+    say(f"Fetching {tensor.name} of {original} ({size}) for a finer head.")
+    options: Any = {"unit": "B", "unit_scale": True, "desc": "Finer head", "disable": not progress}
+    with tqdm(total=tensor.nbytes, **options) as bar:
+        content = tensor.fetch(place.parent, bar)
+    rows = _checked_rows(location, tensor, content, bits, group_size, names)
     about = {
         "model": local_origin(folder).known_as,
         "original": original,
@@ -165,25 +143,24 @@ def _fetch(
     arrays = {name: array for name, array in rows.arrays().items() if name in ARRAYS}
     with new_file(place) as file:  # whole or not at all
         mx.save_safetensors(str(file), arrays, metadata=about)
-    _delete_parts(place)
     return rows, original
 
 
 def _checked_rows(
     location: HeadLocation,
-    tensors: Rows,
-    maps: dict[str, np.memmap],
+    tensor: Tensor,
+    content: np.ndarray,
     bits: int,
     group_size: int,
     names: str,
 ) -> Matrix:
-    """The rows of fetched tensors, rounded.
+    """The rows of a fetched tensor, rounded.
 
     Args:
         location: The place of the model's head, whose rows they are to be.
-        tensors: What was fetched.
-        maps: The bytes of each tensor, (nbytes,) uint8.
-        bits: Of the rows; those that an original has in fewer stay.
+        tensor: What was fetched.
+        content: Its bytes, (nbytes,) uint8.
+        bits: Of the rows.
         group_size: Of the rounding; 0 keeps floats.
         names: What an error begins with.
 
@@ -195,59 +172,20 @@ def _checked_rows(
     dtype = location.hidden_dtype if scales.dtype == mx.uint8 else scales.dtype
     compared = []
     pieces = []
+    size = tensor.nbytes // coarse.n_rows
     for start in range(0, coarse.n_rows, PIECE_ROWS):
         end = min(start + PIECE_ROWS, coarse.n_rows)
-        arrays = {}
-        for name, tensor in tensors.items():
-            size = tensor.nbytes // coarse.n_rows
-            arrays[name] = tensor.array(maps[name][start * size : end * size], end - start)
-        fine = _matrix(arrays, coarse.hidden_size)
+        rows = tensor.array(content[start * size : end * size])
         stored = coarse.take(mx.arange(start, end))
-        compared.append(distances(stored, fine.dequantized(mx.float32)))
-        fine = fine.map(lambda array: array if array.dtype == mx.uint32 else array.astype(dtype))
-        if group_size and not fine.quantized:
+        compared.append(distances(stored, rows.astype(mx.float32)))
+        fine = Matrix(rows.astype(dtype))
+        if group_size:
             fine = fine.quantize(bits=bits, group_size=group_size)
         mx.eval(*fine.arrays().values())
         pieces.append(fine.arrays())
     check_same(compared, names, MAX_DRIFT)
     joined: Any = {name: mx.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     return Matrix(**joined, bias=coarse.bias, group_size=fine.group_size, bits=fine.bits)
-
-
-def _delete_parts(place: Path) -> None:
-    """Deletes what was fetched for a place of the cache."""
-    for part in place.parent.glob(f".{glob.escape(place.stem)}.*.part"):
-        part.unlink(missing_ok=True)
-
-
-def _check_sketch(
-    location: HeadLocation, folder: Path, source: str | Path | bool
-) -> tuple[Rows, str]:
-    """Compares a few rows of a source with those of the model's head.
-
-    Returns:
-        The source's tensors, and its name.
-
-    Raises:
-        ValueError: If there is no such source, or the rows are others.
-    """
-    coarse = location.rows()
-    tensors, original = _original(location, folder, source)
-    ids = np.linspace(0, coarse.n_rows - 1, SKETCH_ROWS).astype(int).tolist()
-    arrays = {name: tensor.rows(ids) for name, tensor in tensors.items()}
-    fine = _matrix(arrays, coarse.hidden_size).dequantized(mx.float32)
-    names = f"{original} is not the original of {_name(folder)}"
-    check_same([distances(coarse.take(mx.array(ids)), fine)], names, SKETCH_DRIFT)
-    return tensors, original
-
-
-def _matrix(arrays: dict[str, Any], width: int) -> Matrix:
-    """Rows of so many weights, from their arrays as they are stored."""
-    if "scales" not in arrays:
-        return Matrix(**arrays)
-    n_groups = arrays["scales"].shape[1]
-    bits = arrays["weight"].shape[1] * 32 // width
-    return Matrix(**arrays, bits=bits, group_size=width // n_groups)
 
 
 def distances(coarse: Matrix, fine: mx.array) -> np.ndarray:
@@ -296,46 +234,28 @@ def check_same(compared: list[np.ndarray], names: str, max_drift: float) -> None
         )
 
 
-def _original(location: HeadLocation, folder: Path, source: str | Path | bool) -> tuple[Rows, str]:
-    """The tensors of the finer rows, and the name of their source.
+def _base_model(folder: Path) -> str:
+    """The one repository that a model's card, else its configuration, names as its base.
 
-    Without a named source it is the first model without quantization on the way from a model to
-    its base, to the base's base, and so on.
+    Raises:
+        ValueError: If there is none, or the card cannot be fetched.
     """
-    if source is not True:
-        return _find(str(source), location), _name_of_source(source)
+    origin = local_origin(folder)
     name = _name(folder)
-    in_cache = local_origin(folder).revision is not None
-    card_is_here = (folder / CARD).exists()
-    base = _base_model(name if in_cache and not card_is_here else folder)
-    seen = {name}
-    while base is not None and base not in seen:
-        tensors = _find(base, location, any_bits=True)
-        if "scales" not in tensors:
-            return tensors, base
-        seen.add(base)
-        base = _base_model(base)
-    if not hub_is_reachable():
-        raise ValueError(
-            f"The original of {name} is not known while the Hugging Face Hub cannot be reached: "
-            "check the network, or name it with `fine_head`."
-        )
-    raise ValueError(
-        f"{name} names no original with a finer head (`base_model` of its card): name one with "
-        "`fine_head`."
-    )
-
-
-def _base_model(model: Path | str) -> str | None:
-    """The one repository that a model's card, else its configuration, names as its base."""
+    card = folder / CARD
+    in_cache = origin.revision is not None
     with suppress(Exception):  # cards and the Hub's client raise any type
-        card = model / CARD if isinstance(model, Path) else Path(small_file(model, CARD))
-        text = card.read_text(encoding="utf-8-sig")
-        data: Any = ModelCard(text, ignore_metadata_errors=True).data
+        place: Any = name if in_cache and not card.exists() else card
+        data: Any = ModelCard.load(place, ignore_metadata_errors=True).data
         bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
         if len(bases) == 1 and is_repository(bases[0]):
             return bases[0]
-    return local_origin(model).repo_id if isinstance(model, Path) else None
+    if origin.repo_id is None or in_cache:
+        raise ValueError(
+            f"The card of {name} names no original (`base_model`), or cannot be fetched: name one "
+            "with `fine_head`."
+        )
+    return origin.repo_id
 
 
 def _name(folder: Path) -> str:
@@ -344,73 +264,48 @@ def _name(folder: Path) -> str:
     return folder.resolve().name if origin.revision is None else origin.known_as
 
 
-def _find(source: str, location: HeadLocation, any_bits: bool = False) -> Rows:
-    """The tensors of a source's finer head, or of one of ``any_bits``, by path and shape."""
+def _find(source: str, location: HeadLocation) -> Tensor:
+    """The tensor of a source's finer head, by its name and shape, else by its shape alone."""
     coarse = location.rows()
     shape = (coarse.n_rows, coarse.hidden_size)
-    *_, last = location.path.split(".")
-    leaf = f"{last}.weight"
-    fitting: list[Rows] = []
-    unfit: list[tuple[int, ...]] = []  # shapes of what has the head's name
-    for tensors in (file.tensors() for file in tensor_files(source)):
-        named = [name for name in tensors if name.endswith(leaf)]
-        rows_of = {name: rows for name in tensors if (rows := _rows(tensors, name, shape))}
-        exact = [rows_of[name] for name in named if name in rows_of]
-        if exact:
-            fitting = exact[:1]
-            unfit = []
-            break
-        fitting += rows_of.values()
-        unfit += [tensors[name].shape for name in named]
-    if unfit or len(fitting) != 1:
-        there = f"rows of shape {unfit[0]}" if unfit else f"no {leaf} that can be read"
+    *_, leaf = location.path.split(".")
+    fitting = []
+    for file in tensor_files(source):
+        matrices = [matrix for matrix in file.matrices() if matrix.shape == shape]
+        named = [matrix for matrix in matrices if matrix.name.endswith(f"{leaf}.weight")]
+        if named:
+            return named[0]
+        fitting += matrices
+    if len(fitting) != 1:
         raise ValueError(
-            f"{source} has {there}, and the model's head needs {shape[0]:,} of width {shape[1]:,} "
-            "as floats or affine rows: choose another source."
+            f"{source} has no {leaf}.weight of {shape[0]:,} rows of width {shape[1]:,} as floats, "
+            "as the model's head needs it: choose another source."
         )
-    (rows,) = fitting
-    stored = rows["weight"].shape[1] * 32 // shape[1] if "scales" in rows else 16
-    if stored <= coarse.bits and not any_bits:
-        raise ValueError(
-            f"The head in {source} has {stored} bits, no more than the model's {coarse.bits}: "
-            "choose another source."
-        )
-    return rows
-
-
-def _rows(tensors: Rows, name: str, shape: tuple[int, int]) -> Rows | None:
-    """A tensor, its scales and biases, if they are so many rows of floats or affine groups."""
-    tensor = tensors[name]
-    stem = name.removesuffix("weight")
-    if tensor.dtype != "U32":
-        return {"weight": tensor} if tensor.readable and tensor.shape == shape else None
-    rows = {part: tensors[stem + part] for part in ARRAYS if stem + part in tensors}
-    sized = all(t.readable and len(t.shape) == 2 and t.shape[0] == shape[0] for t in rows.values())
-    return rows if sized and len(rows) == len(ARRAYS) else None
+    return fitting[0]
 
 
 def replace_rows(module: nn.Module, rows: Matrix) -> None:
     """Gives a quantized layer other rows in place. `restore_rows` gives the old ones back."""
-    own: Any = module
-    base = type(module)
-    old = {name: module.pop(name) for name in ARRAYS if name in module}
-    attributes = {name: getattr(own, name) for name in ("group_size", "bits", "mode")}
+    before = (type(module), dict(module), dict(vars(module)))
+    for name in ARRAYS:
+        module.pop(name, None)
     dict.update(module, rows.arrays())
     vars(module).update(rows.quantization)
     if not rows.quantized:
-        module.__class__ = nn.Embedding if base is nn.QuantizedEmbedding else nn.Linear
-    vars(module)["_coarse_head"] = (base, old, attributes)
+        is_embedding = isinstance(module, nn.QuantizedEmbedding)
+        module.__class__ = nn.Embedding if is_embedding else nn.Linear
+    vars(module)["_coarse_head"] = before
 
 
 def restore_rows(model: nn.Module) -> bool:
     """Gives a model the rows back that it had before its finer head; False if it has none."""
     for module in model.modules():
-        before = vars(module).pop("_coarse_head", None)
+        before = vars(module).get("_coarse_head")
         if before is not None:
-            module.__class__, old, attributes = before
-            for name in ARRAYS:
-                module.pop(name, None)
-            dict.update(module, old)
+            module.__class__, arrays, attributes = before
+            module.clear()
+            dict.update(module, arrays)
+            vars(module).clear()
             vars(module).update(attributes)
             return True
     return False

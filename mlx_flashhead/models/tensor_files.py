@@ -1,15 +1,14 @@
-"""Single tensors of safetensors files: on this machine, or fetched from the Hugging Face Hub.
+"""Single matrices of floats in safetensors files: on this machine, or on the Hugging Face Hub.
 
-The header of a file says where each tensor lies, and the Hub sends ranges of bytes. What it sends
-is not taken on trust: another range, or more than was asked for, is refused and not kept.
+The header of a file says where each tensor lies, and the Hub sends ranges of bytes.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import huggingface_hub
@@ -19,14 +18,14 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from tqdm import tqdm
 
-from .fetch import BadAnswerError, hub_errors, hub_is_reachable, small_file
+from .fetch import hub_errors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ENDING = ".safetensors"
 LARGEST_HEADER = constants.SAFETENSORS_MAX_HEADER_LENGTH  # bytes, as the Hub's client has it
 SILENCE = 30.0  # seconds without a byte, after which the network is down
-_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 # What reading a damaged header raises.
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 
@@ -45,142 +44,93 @@ class TensorFile:
         """The bytes from ``start`` to ``end``, as many as there are.
 
         Raises:
-            BadAnswerError: If the Hub sends another range, or more than this one.
-            ValueError: If it does not answer, or the connection is lost.
+            ValueError: If the Hub does not answer, or sends another range.
         """
         if self.repo_id is None:
-            with open(self.name, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                file.seek(min(start, size))
-                yield file.read(max(0, min(end, size) - start))
+            yield np.memmap(self.name, mode="r")[start:end].tobytes()
             return
-        with hub_errors(self.repo_id):
-            yield from self._fetched(start, end)
-
-    def _fetched(self, start: int, end: int) -> Iterator[bytes]:
-        if constants.HF_HUB_OFFLINE:
-            raise errors.OfflineModeIsEnabled("offline")
-        url = huggingface_hub.hf_hub_url(self.repo_id or "", self.name)
+        url = huggingface_hub.hf_hub_url(self.repo_id, self.name)
         headers = build_hf_headers() | {
             "Range": f"bytes={start}-{end - 1}",
             "Accept-Encoding": "identity",  # an answer that is packed has no known length
         }
-        with get_session().stream("GET", url, headers=headers, timeout=SILENCE) as response:
+        stream = get_session().stream("GET", url, headers=headers, timeout=SILENCE)
+        with hub_errors(self.repo_id), stream as response:
             hf_raise_for_status(response)
             sent = response.headers.get("Content-Range", "")
-            if response.status_code != 206 or not sent.startswith(f"bytes {start}-"):
-                raise BadAnswerError(
+            if not sent.startswith(f"bytes {start}-"):
+                raise ValueError(
                     f"The Hugging Face Hub sends {sent or 'all'} of {self} for the bytes from "
                     f"{start:,} on: try again later, or choose another source."
                 )
-            n_left = end - start
-            for piece in response.iter_bytes():  # as they come: a lost connection loses none
-                n_left -= len(piece)
-                if n_left < 0:
-                    raise BadAnswerError(
-                        f"The Hugging Face Hub sends more of {self} than it was asked for: try "
-                        "again later, or choose another source."
-                    )
-                yield piece
+            yield from response.iter_bytes()
 
-    def tensors(self) -> dict[str, "Tensor"]:
-        """The tensors of the header by name; ValueError if it is none, or is too large."""
+    def matrices(self) -> list["Tensor"]:
+        """The matrices of floats of the header; ValueError if it is none, or is too large."""
         first = 8 + int.from_bytes(b"".join(self.stream(0, 8)), "little")
         content = b"".join(self.stream(8, first)) if 10 <= first <= LARGEST_HEADER else b""
-        tensors = {}
         try:
             header = json.loads(content)
             header.pop("__metadata__", None)
+            matrices = []
             for name, about in header.items():
-                start, end = (first + int(offset) for offset in about["data_offsets"])
-                shape = tuple(map(int, about["shape"]))
-                tensors[name] = Tensor(self, name, str(about["dtype"]), shape, start, end)
+                if about["dtype"] in _DTYPES and len(about["shape"]) == 2:
+                    matrices.append(Tensor(self, name, about, first))
+            return matrices
         except _DAMAGE:
             kind = f"damaged or no safetensors file (headers have up to {LARGEST_HEADER:,} bytes)"
             raise ValueError(f"{self} is {kind}: choose another source.") from None
-        return tensors
 
 
-@dataclass(frozen=True)
 class Tensor:
-    """A matrix in a file, by its place."""
+    """A matrix of floats in a file, by its place.
 
-    file: TensorFile
-    name: str
-    dtype: str  # in the format's words, such as "BF16"
-    shape: tuple[int, ...]
-    start: int  # of its bytes in the file
-    end: int
+    Args:
+        file: The file.
+        name: Its name there.
+        about: What the header says of it.
+        first: Where in the file the bytes of the first tensor begin.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes in the file."""
-        return self.end - self.start
+    def __init__(self, file: TensorFile, name: str, about: dict[str, Any], first: int):
+        self.file = file
+        self.name = name
+        self.dtype = _DTYPES[about["dtype"]]
+        self.shape = tuple(map(int, about["shape"]))
+        self.start = first + int(about["data_offsets"][0])
+        self.nbytes = self.dtype.size * self.shape[0] * self.shape[1]
 
-    @property
-    def readable(self) -> bool:
-        """Whether its dtype is known and its place holds its shape."""
-        size = _DTYPES[self.dtype].size if self.dtype in _DTYPES else 0
-        return self.nbytes > 0 and self.nbytes == size * np.prod(self.shape, dtype=object)
-
-    def array(self, content: Any, n_rows: int) -> mx.array:
-        """Rows (n_rows, …) of its dtype, from their bytes."""
-        raw = np.frombuffer(content, np.uint32 if self.dtype in ("F32", "U32") else np.uint16)
-        return mx.array(raw.reshape(n_rows, *self.shape[1:])).view(_DTYPES[self.dtype])
+    def array(self, content: Any) -> mx.array:
+        """Rows (n, D), from their bytes."""
+        raw = np.frombuffer(content, np.uint32 if self.dtype == mx.float32 else np.uint16)
+        return mx.array(raw.reshape(-1, self.shape[1])).view(self.dtype)
 
     def rows(self, ids: list[int]) -> mx.array:
-        """The rows (n, …) of these numbers from the file; ValueError if it ends before them."""
-        size = self.nbytes // self.shape[0]
+        """The rows (n, D) of these numbers; ValueError if the file ends before them."""
+        size = self.dtype.size * self.shape[1]
         starts = (self.start + i * size for i in ids)
         content = b"".join(piece for at in starts for piece in self.file.stream(at, at + size))
-        if len(content) < len(ids) * size:
+        if len(content) != len(ids) * size:
             raise ValueError(f"{self.file} ends before its rows: choose another source.")
-        return self.array(content, len(ids))
+        return self.array(content)
 
-    def fetch(self, folder: Path, key: str, bar: tqdm) -> np.memmap:
-        """Its bytes, (nbytes,) uint8.
-
-        Those of a repository are fetched into a file of ``folder``, whose name begins with ``key``.
-        A file that has ended early is continued by the next call. One of a bad answer is deleted.
+    def fetch(self, folder: Path, bar: tqdm) -> np.ndarray:
+        """Its bytes, (nbytes,) uint8. Those of a repository are in a file of ``folder``, unnamed.
 
         Raises:
-            BadAnswerError: If the Hub sends another range, or more than this one.
-            ValueError: If the bytes end early.
+            ValueError: If they end early, or are too many.
         """
+        end = self.start + self.nbytes
         if self.file.repo_id is None:
             bar.update(self.nbytes)
-            return np.memmap(self.file.name, mode="r", offset=self.start, shape=(self.nbytes,))
-        part = folder / self._part_name(key, self.file.repo_id)
-        try:
-            n_done = self._fill(part, bar)
-        except BadAnswerError:
-            part.unlink(missing_ok=True)
-            raise
-        if n_done < self.nbytes:
-            raise ValueError(f"{self.file} ended early: start again, which continues.")
-        return np.memmap(part, mode="r", shape=(self.nbytes,))
-
-    def _part_name(self, key: str, repo_id: str) -> str:
-        """The name of the file of its bytes, another one for each version of the repository."""
-        with hub_errors(repo_id):
-            url = huggingface_hub.hf_hub_url(repo_id, self.file.name)
-            version = huggingface_hub.get_hf_file_metadata(url).etag
-        about = f"{self.file}, {self.name}, {version}"
-        return f".{key}.{hashlib.sha256(about.encode()).hexdigest()[:16]}.part"
-
-    def _fill(self, part: Path, bar: tqdm) -> int:
-        """Appends to a file what it lacks. Returns the number of bytes that are there."""
-        with part.open("ab") as file:
-            if file.tell() > self.nbytes:  # it is of no use
-                file.truncate(0)
-                file.seek(0)
-            n_done = file.tell()
-            bar.update(n_done)
-            if n_done < self.nbytes:
-                for piece in self.file.stream(self.start + n_done, self.end):
-                    file.write(piece)
-                    bar.update(len(piece))
-            return file.tell()
+            return np.memmap(self.file.name, mode="r")[self.start : end]
+        with TemporaryFile(dir=folder) as file:
+            for piece in self.file.stream(self.start, end):
+                file.write(piece)
+                bar.update(len(piece))
+            if file.tell() != self.nbytes:
+                raise ValueError(f"{self.file} came with {file.tell():,} bytes: try again.")
+            return np.memmap(file, mode="r", shape=(self.nbytes,))
 
 
 def tensor_files(source: str) -> Iterator[TensorFile]:
@@ -193,17 +143,16 @@ def tensor_files(source: str) -> Iterator[TensorFile]:
             raise ValueError(f"{path} holds no safetensors file: choose another source.")
         return
     with hub_errors(source):
-        for name in _names(source):
-            copy = huggingface_hub.try_to_load_from_cache(source, name)
-            if not isinstance(copy, str) and not hub_is_reachable():
-                raise errors.LocalEntryNotFoundError(f"{name} of {source} is not in the cache")
-            yield TensorFile(copy) if isinstance(copy, str) else TensorFile(name, source)
+        names = _names(source)
+    for name in names:
+        copy = huggingface_hub.try_to_load_from_cache(source, name)
+        yield TensorFile(copy) if isinstance(copy, str) else TensorFile(name, source)
 
 
 def _names(repo_id: str) -> list[str]:
     """The names of a repository's safetensors files."""
     try:
-        index = small_file(repo_id, INDEX)
+        index = huggingface_hub.hf_hub_download(repo_id, INDEX)
     except errors.EntryNotFoundError:
         return [SINGLE]
     try:
