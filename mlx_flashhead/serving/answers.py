@@ -17,11 +17,11 @@ from starlette.types import Receive, Scope, Send
 from ..models.call_parsers import read_tool_calls
 from ..version import __version__
 from .api_errors import ApiError
+from .bodies import json_response, write_json
 from .choices import Choice
 from .engine import Engine
 from .jobs import Job, Progress, Token
 from .requests import Request
-from .strict_json import dumps, json_response
 from .turns import Turns
 
 
@@ -159,16 +159,16 @@ class Answer:
                 if isinstance(part, Progress):
                     yield f": prompt {part.done}/{part.total}"
                 else:
-                    yield f"data: {dumps(head | {'choices': [part]})}"
+                    yield f"data: {write_json(head | {'choices': [part]})}"
         except ApiError as problem:
             self._notes.append(f"ended by an error: {problem}")
-            yield f"data: {dumps(problem.as_json())}"
+            yield f"data: {write_json(problem.as_json())}"
             return
         yield f": decoding {self._decoding()}"
         if (speed := speed_of(self.jobs)) is not None:
             yield f": {speed:.2f} tokens/s"
         if self._request.include_usage:
-            yield f"data: {dumps(self._common | {'choices': [], 'usage': self._usage()})}"
+            yield f"data: {write_json(self._common | {'choices': [], 'usage': self._usage()})}"
         yield "data: [DONE]"
 
     def _decoding(self) -> str:
@@ -204,7 +204,7 @@ def read_calls(request: Request, text: str) -> list[dict[str, Any]]:
     calls = []
     for call in read_tool_calls(request.served.tokenizer, text, request.tools.for_parser):
         try:
-            function = {"name": call["name"], "arguments": dumps(call["arguments"])}
+            function = {"name": call["name"], "arguments": write_json(call["arguments"])}
             number = call.get("id") or f"call_{uuid.uuid4().hex}"
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"The parser's call lacks a part: {error!r}") from None

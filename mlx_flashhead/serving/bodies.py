@@ -1,27 +1,29 @@
-"""What a request's body may hold: counted before any of it is made or looked at.
+"""Bodies: JSON of requests, counted before any of it is made, and JSON of responses.
 
 A body of 4 MiB can hold a million lists. Python takes seconds and hundreds of megabytes for them,
 and lets no other thread run while it reads JSON.
 """
 
-from collections.abc import Mapping
+import json
+import re
+from contextlib import suppress
 from typing import Any
 
+import msgspec
 import numpy as np
+from starlette.responses import Response
 
 from .api_errors import ApiError
-from .strict_json import loads, outside_strings
 
 LARGE_BODY = 64 << 10  # bytes: of larger ones, each address has one at a time in memory
 MAX_VALUES = 300_000  # such as token ids
 MAX_OBJECTS = 50_000  # objects, lists, and members of objects, which take more memory and time
-MAX_MESSAGES = 4096
-MAX_PARTS = 1024  # of a message's content
-MAX_CALLS = 128  # of a message
-MAX_TOOLS = 512
-MAX_PROMPTS = 1024
-
-_GRAMMAR_FIELDS = ("response_format", "regex", "grammar", "tools")
+MAX_DEPTH = 100  # levels; what reads or writes JSON calls itself for each of them
+# Escapes in JSON: of a whole character, else of the half of one.
+_ESCAPES = re.compile(
+    rb"(\\ud[89ab]..\\ud[c-f]..|\\ud[0-7]|\\u[^d]|\\[^u])|\\ud[0-9a-f]{3}",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def fields_of(body: bytes) -> dict[str, Any]:
@@ -32,18 +34,12 @@ def fields_of(body: bytes) -> dict[str, Any]:
     """
     check_size(body)
     try:
-        fields = loads(body)
+        fields = read_json(body)
     except ValueError as error:
         raise ApiError(f"The body is not JSON: {error}.") from None
     if not isinstance(fields, dict):
         raise ApiError("The body must be a JSON object.")
-    check_lengths(fields)
     return fields
-
-
-def has_grammar(fields: Mapping[str, Any]) -> bool:
-    """Whether a request asks for a form of its answer, whose grammar takes long to compile."""
-    return any(fields.get(name) is not None for name in _GRAMMAR_FIELDS)
 
 
 def check_size(text: bytes) -> None:
@@ -54,7 +50,7 @@ def check_size(text: bytes) -> None:
     Raises:
         ApiError: If there are more.
     """
-    letters = outside_strings(text)
+    letters = _outside_strings(text)
     n_of = {letter: int(np.count_nonzero(letters == ord(letter))) for letter in ",:[{"}
     n_values = n_of[","] + n_of["["] + n_of["{"]
     n_objects = n_of[":"] + n_of["["] + n_of["{"]
@@ -67,42 +63,48 @@ def check_size(text: bytes) -> None:
             raise ApiError(f"The body has {number:,} {what}, and {most}.")
 
 
-def check_lengths(fields: Mapping[str, Any]) -> None:
-    """Checks that no list is longer than it may be, before anything looks at its elements.
+def read_json(text: bytes) -> Any:
+    """Reads JSON of finite numbers.
+
+    Half of a character becomes U+FFFD, as where browsers send a text. Editors that cut a text by
+    UTF-16's units leave one.
 
     Raises:
-        ApiError: If one is longer.
+        ValueError: If it is not JSON, or is nested too deeply.
     """
-    _check_length(fields.get("messages"), MAX_MESSAGES, "messages", "messages")
-    _check_length(fields.get("tools"), MAX_TOOLS, "tools", "tools")
-    prompts = fields.get("prompt")
-    if isinstance(prompts, list) and prompts and type(prompts[0]) is not int:
-        _check_length(prompts, MAX_PROMPTS, "prompt", "texts")
-    arguments: list[str] = []  # of all calls
-    messages = fields.get("messages")
-    for i, message in enumerate(messages if isinstance(messages, list) else []):
-        if not isinstance(message, dict):
-            continue
-        where = f"messages[{i}]"
-        _check_length(message.get("content"), MAX_PARTS, f"{where}.content", "parts")
-        calls = message.get("tool_calls")
-        _check_length(calls, MAX_CALLS, f"{where}.tool_calls", "calls")
-        arguments += _arguments_of(calls)
-    check_size(",".join(arguments).encode(errors="replace"))  # JSON within JSON
+    letters = _outside_strings(text)
+    opened = (letters == ord("[")) | (letters == ord("{"))
+    closed = (letters == ord("]")) | (letters == ord("}"))
+    levels = np.cumsum(opened.astype(np.int8) - closed.astype(np.int8), dtype=np.int32)
+    if levels.max(initial=0) > MAX_DEPTH:
+        raise ValueError("it is nested too deeply")
+    text = text.removeprefix(b"\xef\xbb\xbf")  # the mark of a file in UTF-8
+    try:
+        with suppress(msgspec.DecodeError):
+            return msgspec.json.decode(text)
+        return msgspec.json.decode(_ESCAPES.sub(lambda escape: escape[1] or rb"\ufffd", text))
+    except msgspec.DecodeError as error:
+        raise ValueError(str(error).removeprefix("JSON is malformed: ")) from None
 
 
-def _check_length(value: Any, limit: int, field: str, elements: str) -> None:
-    if isinstance(value, list) and len(value) > limit:
-        most = f"at most {limit:,} are read: send fewer"
-        raise ApiError(f"{field} has {len(value):,} {elements}, and {most}.", field)
+def _outside_strings(text: bytes) -> np.ndarray:
+    """The bytes of JSON that are in no string, (n,) uint8.
+
+    NumPy finds them, and other threads run meanwhile, as they cannot while Python reads JSON.
+    """
+    without_escapes = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    letters = np.frombuffer(without_escapes, dtype=np.uint8)
+    in_string = np.logical_xor.accumulate(letters == ord('"'))
+    return letters[~in_string]
 
 
-def _arguments_of(calls: Any) -> list[str]:
-    """The arguments of calls that are texts, as far as the calls are sound."""
-    found = []
-    for call in calls if isinstance(calls, list) else []:
-        function = call.get("function") if isinstance(call, dict) else None
-        arguments = function.get("arguments") if isinstance(function, dict) else None
-        if isinstance(arguments, str):
-            found.append(arguments)
-    return found
+def write_json(value: Any) -> str:
+    """Writes JSON, with null for numbers that are not finite."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda constant: None)
+    return json.dumps(finite)
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """An HTTP response with a JSON body that nobody stores."""
+    headers = {"Cache-Control": "no-store"}
+    return Response(write_json(value), status, headers, media_type="application/json")

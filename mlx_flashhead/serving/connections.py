@@ -25,8 +25,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .access import COOKIE, MAX_HEAD_BYTES, Access
 from .api_errors import ApiError
+from .bodies import json_response, write_json
 from .page_files import locked_page
-from .strict_json import dumps, json_response
 
 MAX_WAITING = 64  # connections; beyond it, the address with most of them loses its oldest
 # Requests in progress, in total and for one address.
@@ -116,7 +116,7 @@ class Connection(H11Protocol):
         text = "The request is not HTTP/1.1."
         if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
             text = f"The request's head has more than {MAX_HEAD_BYTES:,} bytes: send less."
-        body = dumps(ApiError(text, status=status).as_json())
+        body = write_json(ApiError(text, status=status).as_json())
         lines = [f"HTTP/1.1 {status} {status.phrase}", "Content-Type: application/json"]
         lines += [f"Content-Length: {len(body)}", "Connection: close", "", body]
         self.transport.write("\r\n".join(lines).encode())

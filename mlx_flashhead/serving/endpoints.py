@@ -18,14 +18,13 @@ from starlette.types import Message, Receive, Scope, Send
 from ..common.guarded import MAX_HELPERS
 from .answers import Answer, address_of, disconnected
 from .api_errors import ApiError
-from .bodies import LARGE_BODY, fields_of, has_grammar
+from .bodies import LARGE_BODY, fields_of, json_response, write_json
 from .connections import MAX_ANSWERED, read_body
 from .engine import Engine
 from .jobs import read_jobs
 from .page_files import PAGE_ROUTES
 from .requests import find_model, unknown_model
 from .served_models import ServedModel, served_names
-from .strict_json import dumps, json_response
 from .turns import Turns
 
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
@@ -37,6 +36,7 @@ _STREAM_HEADERS = [
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # nginx would hold pieces back
 ]
+_FORMS = ("response_format", "regex", "grammar", "tools")  # their grammars take long to compile
 _METHODS = ["GET", "POST", "PUT", "DELETE"]
 # Paths of APIs that others serve, and what programs that need them can do, by the first word.
 OTHER_APIS = (
@@ -163,7 +163,8 @@ class Api:
             models=self._models,
             flags=self._flags,
         )
-        readers = self._grammar_readers if has_grammar(fields) else self._readers
+        has_form = any(fields.get(name) is not None for name in _FORMS)
+        readers = self._grammar_readers if has_form else self._readers
         async with readers.place(address_of(request)):
             if await request.is_disconnected():
                 raise ClientDisconnect
@@ -269,7 +270,7 @@ class AnswerAfterLoading:
             await answer(scope, receive, send_rest)
         except ApiError as problem:
             self._request.state.notes.append(f"ended by an error: {problem}")
-            await send_text(f"data: {dumps(problem.as_json())}", more=False)
+            await send_text(f"data: {write_json(problem.as_json())}", more=False)
 
     async def _ticks(self, receive: Receive) -> AsyncIterator[str]:
         """Waits for the models, and yields a comment from time to time.

@@ -1,36 +1,307 @@
-"""Checks requests: a field has OpenAI's meaning, or changes nothing, or is an error."""
+"""Requests: a field has OpenAI's meaning, or changes nothing, or is an error.
+
+A field's type, its limits and its default stand where it is declared. What depends on the model or
+on the server's flags is checked in `Request`.
+"""
 
 import json
+import re
 from argparse import Namespace
-from collections.abc import Callable, Sequence, Set
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence, Set
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
 
 from ..models.compat.mlx_lm import TextStateMachine
 from ..structured.grammar import Grammar
 from .api_errors import ApiError, field_error
-from .fields import (
-    CHAT_FIELDS,
-    MAX_CHOICES,
-    PENALTIES,
-    SCHEMA_FIELDS,
-    STREAM_OPTIONS,
-    TEMPLATE_FIELDS,
-    TEXT_FIELDS,
-    Number,
-    Of,
-    read_all_fields,
-    read_fields,
-)
-from .messages import read_messages
+from .bodies import check_size, read_json
 from .served_models import ServedModel
-from .tool_calls import read_tools
+from .tool_calls import RequestedTools, read_tools
 
+MAX_CHOICES = 16  # texts of a request: n times the number of its prompts
+MAX_LOGPROBS = 20
 # Characters of a schema, an expression or a grammar; OpenAI's limit for a schema is of this size.
 MAX_CHARACTERS = 100_000
-_MAX_STOPS = 16
-_MAX_STOP_CHARACTERS = 1000
+PENALTIES = ("repetition", "presence", "frequency")
+# Variables of chat templates that are also fields of OpenAI's API.
+TEMPLATE_FIELDS = ("reasoning_effort", "verbosity")
 _MAX_BIAS = 1e4  # a larger one has the same effect, and would be infinite in float16
 _MIN_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, but for overflows
+_MAX_INT = 2**31 - 1
+_MAX_NAME = 40  # characters of a name or a value in a sentence
+
+Count = Annotated[int, Meta(ge=0, le=_MAX_INT)]
+Limit = Annotated[int, Meta(ge=1, le=_MAX_INT)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Penalty = Annotated[float, Meta(ge=-1e30, le=1e30)]
+StopText = Annotated[str, Meta(min_length=1, max_length=1000)]
+
+
+class StreamOptions(Struct):
+    """Of a request with ``stream``."""
+
+    include_usage: bool = False
+
+
+class _TextPart(Struct, tag="text", tag_field="type"):
+    text: str
+
+
+class _Function(Struct):
+    name: str
+
+
+class _Call(Struct):
+    function: _Function
+
+
+class Message(Struct):
+    """What is checked of a message. Templates get the rest as it is."""
+
+    role: str
+    content: Annotated[
+        str | Annotated[list[_TextPart], Meta(max_length=1024)] | None,
+        Meta(description='a text, or a list of at most 1,024 {"type": "text", "text": "…"}'),
+    ] = None
+    tool_calls: Annotated[
+        Annotated[list[_Call], Meta(max_length=128)] | None,
+        Meta(description="a list of calls, at most 128, each with a function that has a name"),
+    ] = None
+    images: Annotated[
+        Annotated[list[Any], Meta(max_length=0)] | None,
+        Meta(description="left out, since no images are read here"),
+    ] = None
+
+
+class _Schema(Struct, forbid_unknown_fields=True):
+    name: Annotated[str, Meta(min_length=1)]
+    schema: Any = msgspec.field(default_factory=lambda: {"type": "object"})
+    description: str | None = None
+    strict: bool | None = None  # it is obeyed in any case
+
+
+class ResponseFormat(Struct, forbid_unknown_fields=True):
+    """The form of an answer, described in the field that has the name of its type."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: Annotated[
+        _Schema | None, Meta(description='an object with a "name" and a "schema"')
+    ] = None
+    regex: str | None = None
+    grammar: str | None = None
+
+
+class Fields(Struct, kw_only=True):
+    """The fields of chats and of texts. None stands for the server's default."""
+
+    model: Any = None
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1  # answers to each prompt
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
+    stop: Annotated[
+        StopText | Annotated[list[StopText], Meta(max_length=16)],
+        Meta(description="a text or a list of at most 16 texts, each of 1 to 1,000 characters"),
+    ] = []
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None  # as OpenAI's
+    top_p: Share | None = None
+    top_k: Count | None = None  # 0: all tokens
+    min_p: Share | None = None
+    xtc_probability: Share = 0.0
+    xtc_threshold: Annotated[float, Meta(ge=0, le=0.5)] = 0.1
+    repetition_penalty: Annotated[float, Meta(ge=0, le=1e30)] = 0.0
+    repetition_context_size: Count = 20
+    presence_penalty: Penalty = 0.0
+    presence_context_size: Count = 20
+    frequency_penalty: Penalty = 0.0
+    frequency_context_size: Count = 20
+    logit_bias: Annotated[
+        dict[str, float], Meta(description="an object, to give each token id a number")
+    ] = {}
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    response_format: Annotated[
+        ResponseFormat | None,
+        Meta(description="an object with a type: text, json_object, json_schema, regex, grammar"),
+    ] = None
+    regex: str | None = None
+    grammar: str | None = None
+    n_probes: int | None = None
+    dense: bool | None = None
+    num_draft_tokens: Annotated[int, Meta(ge=1, le=64)] | None = None
+
+
+class ChatFields(Fields, kw_only=True):
+    """The fields of a chat."""
+
+    messages: Annotated[
+        list[Message],
+        Meta(
+            min_length=1,
+            max_length=4096,
+            description='a list of 1 to 4,096 objects such as {"role": "user", "content": "…"}',
+        ),
+    ]
+    tools: Annotated[list[Any], Meta(max_length=512, description="a list of at most 512")] = []
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class TextFields(Fields, kw_only=True):
+    """The fields of texts to continue."""
+
+    prompt: Any = None
+    suffix: str = ""
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+# Fields of other servers and of the other endpoint, with the values that would change nothing.
+_ELSEWHERE: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "functions": (),
+    "function_call": (),
+    "audio": (),
+    "images": ([],),
+    "web_search_options": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "format": ("",),
+    "options": ({},),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "repeat_penalty": (1, 1.0),
+    "typical_p": (1, 1.0),
+    "tfs_z": (1, 1.0),
+    "mirostat": (0,),
+    "prompt_logprobs": (0, False),
+    "adapters": (),
+    "role_mapping": (),
+    "modalities": (["text"],),
+    "prompt": (),
+    "suffix": ("",),
+    "messages": (),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+# What -1 stands for: no limit of an answer's own, and all tokens.
+_MINUS_ONE = {"max_tokens": None, "max_completion_tokens": None, "top_k": 0}
+_WORDS = {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}
+_WORDS |= {list: "a list", dict: "an object"}
+_MAKERS: dict[str, Callable[[Any], Grammar]] = {
+    "regex": Grammar.from_regex,
+    "grammar": Grammar.from_lark,
+}
+_INDEX = re.compile(r"\[.*?\]$")
+
+SomeFields = TypeVar("SomeFields", bound=Struct)
+
+
+def read_fields(body: Mapping[str, Any], kind: type[SomeFields]) -> tuple[SomeFields, list[str]]:
+    """Reads the fields of a request.
+
+    Args:
+        body: Names and values as the client sent them. ``null`` counts as absent.
+        kind: The fields that have an effect.
+
+    Returns:
+        The fields, and the names of those without effect.
+
+    Raises:
+        ApiError: If a field has a wrong value, or would have an effect elsewhere.
+    """
+    values = {}
+    for name, value in body.items():
+        value = _MINUS_ONE[name] if value == -1 and name in _MINUS_ONE else value
+        if value is not None:
+            values[name] = value
+    further = [name for name in values if name not in kind.__struct_fields__]
+    for name in further:
+        if name in _ELSEWHERE:
+            _check_neutral(name, values[name])
+    try:
+        fields = msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error), values, kind) from None
+    return fields, [name for name in further if name not in _ELSEWHERE]
+
+
+def _check_neutral(name: str, value: Any) -> None:
+    """Raises an ApiError if a field would change the answer of another server."""
+    neutral = _ELSEWHERE[name]
+    if not neutral:
+        raise field_error(name, "cannot be followed here: leave it out.")
+    if not any(value == known and type(value) is type(known) for known in neutral):
+        allowed = " or ".join(json.dumps(known) for known in neutral)
+        raise field_error(name, f"is {_shown(value)}: here it can be {allowed}, or left out.")
+
+
+def _refusal(problem: str, values: Mapping[str, Any], kind: type[Struct]) -> ApiError:
+    """The error of a wrong value: where it is, what it is, and what it must be.
+
+    Args:
+        problem: In msgspec's words, with a path such as ``$.messages[0].content[1]``.
+        values: The fields.
+        kind: What they should be.
+    """
+    if unknown := re.match(r"Object contains unknown field `(.*?)`", problem):
+        name = unknown[1]
+        return ApiError(f"{name:.{_MAX_NAME}} is not a field of this server.", name[:80])
+    missing = re.findall(r"missing required field `(.*?)`", problem)
+    path = problem.partition("`$.")[2].rstrip("`").replace("[...]", "").split(".")
+    path = [*filter(None, path), *missing]
+    known: dict[str, Any] = {}
+    for struct in (Message, ResponseFormat, kind):
+        known |= get_type_hints(struct, include_extras=True)
+    while (name := _INDEX.sub("", path[-1])) not in known or name in ("role", "type"):
+        path.pop()  # what is in it has no sentence of its own
+    param = re.match(r"messages\[\d+\](\.\w+)?|\w+", ".".join(path))
+    where = _INDEX.sub("", ".".join(path))
+    value: Any = values
+    for key, index in re.findall(r"(\w+)|\[(\d+)\]", where):
+        value = value[int(index)] if index else value.get(key)
+    sentence = f"{where} is {_shown(value)}: it must be {_words(known[name])}."
+    return ApiError(sentence, param and param[0])
+
+
+def _words(hint: Any) -> str:
+    """What values of a type are."""
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return _words(get_args(hint)[0])
+    if origin is not Annotated:
+        return _WORDS[origin or hint]
+    kind, limits = get_args(hint)
+    if limits.description is not None:
+        return limits.description
+    return f"{_words(kind)}, {limits.ge} to {limits.le}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it fits into a sentence."""
+    if value is None:
+        return "missing"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return f"a list of {len(value):,}"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _MAX_NAME else f"{text[:_MAX_NAME]}…"
 
 
 class Request:
@@ -52,79 +323,60 @@ class Request:
         self.chat = chat
         served = find_model(models, body.get("model"))
         self.served = served
-        n_clusters = served.head.n_clusters if served.head else 2**31 - 1
-        rules = {**(CHAT_FIELDS if chat else TEXT_FIELDS), "n_probes": Number(int, 1, n_clusters)}
-        fields, self.ignored = read_fields(body, rules)  # the names of fields without effect
-        self._read_stream(fields)
-        self._read_texts(fields)
-        # tokens of an answer; None: as many as fit into the context
-        self.max_tokens: int | None = _max_tokens(fields, flags.max_tokens)
-        self.grammar = _grammar(fields)  # that an answer follows; None for any text
-        self.tools = read_tools(fields, served)
-        self.template_settings = self._template_settings(fields)
-        # whether control tokens in the texts of users and tools are read as text
-        self.escape_control_tokens: bool = flags.escape_control_tokens
-        self._read_probes(fields)
-        self.num_draft_tokens: int = fields.get("num_draft_tokens", flags.num_draft_tokens)
-        # the number of likeliest tokens beside each chosen one; None: no logprobs
-        self.logprobs: int | None = _n_logprobs(fields) if chat else fields.get("logprobs")
-        self.seed: int | None = fields.get("seed")
-        self.sampling = _sampling(fields, served, flags)  # arguments of make_sampler
-        self.penalties = _penalties(fields, served)  # arguments of mlx-lm's make_logits_processors
-
-    def _read_stream(self, fields: dict[str, Any]) -> None:
-        """Whether and how the answer is streamed."""
-        self.stream: bool = fields.get("stream", False)
+        fields: Any  # of one kind or of the other
+        fields, self.ignored = read_fields(body, ChatFields if chat else TextFields)
+        self.stream: bool = fields.stream
         self.include_usage = False  # at the end of a stream
-        if self.stream:
-            options, further = read_fields(fields.get("stream_options", {}), STREAM_OPTIONS)
-            self.include_usage = options.get("include_usage", False)
-            self.ignored += [f"stream_options.{name}" for name in further]
-        elif "stream_options" in fields:
-            self.ignored.append("stream_options")
-
-    def _read_texts(self, fields: dict[str, Any]) -> None:
-        """What is answered or continued, how often, and where an answer ends."""
-        served = self.served
+        self._read_stream_options(fields.stream_options)
+        self.n: int = fields.n  # answers to each prompt
         self.messages: list[dict[str, Any]] = []
         self.prompts: list[str | list[int]] = []  # texts or token ids to continue
-        stops = list(_stop_texts(fields.get("stop", [])))  # texts before which an answer ends
-        if self.chat:
-            takes_developer = served.takes_developer
-            self.messages = read_messages(fields.get("messages"), takes_developer=takes_developer)
+        stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop
+        if chat:
+            self.messages = _template_messages(body["messages"], served.takes_developer)
         else:
-            self.prompts = _prompts(fields.get("prompt"), served)
-            if suffix := fields.get("suffix"):
-                self.prompts = _around_gaps(self.prompts, suffix, served)
-                stops += served.middle_ends
-        self.n: int = fields.get("n", 1)  # answers to each prompt
-        n_texts = self.n * len(self.prompts)
-        if n_texts > MAX_CHOICES:
-            most = f"at most {MAX_CHOICES} texts are made for a request"
-            raise ApiError(f"n times the number of prompts is {n_texts}: {most}.", "n")
+            self.prompts = _prompts(fields, served)
+            stops = [*stops, *(served.middle_ends if fields.suffix else ())]
+        # texts before which an answer ends
         self.stop = TextStateMachine(
             {"normal": [(text, None) for text in stops]} if stops else None
         )
+        # tokens of an answer; None: as many as fit into the context
+        self.max_tokens = _max_tokens(fields, flags.max_tokens)
+        self.grammar = _grammar(fields)  # that an answer follows; None for any text
+        self.tools = _tools(fields, served) if chat else RequestedTools([], [])
+        self.template_settings = self._template_settings(fields) if chat else {}
+        # whether control tokens in the texts of users and tools are read as text
+        self.escape_control_tokens: bool = flags.escape_control_tokens
+        self.n_probes: int | None = fields.n_probes  # None: the head's number
+        self.dense = _is_dense(fields, served)
+        self.num_draft_tokens: int = fields.num_draft_tokens or flags.num_draft_tokens
+        # the number of likeliest tokens beside each chosen one; None: no logprobs
+        self.logprobs: int | None = _n_logprobs(fields) if chat else fields.logprobs
+        self.seed: int | None = fields.seed
+        self.sampling = _sampling(fields, served, flags)  # arguments of make_sampler
+        self.penalties = _penalties(fields, served)  # arguments of mlx-lm's make_logits_processors
 
-    def _read_probes(self, fields: dict[str, Any]) -> None:
-        """Which head answers, and with how many clusters."""
-        served = self.served
-        self.n_probes: int | None = fields.get("n_probes")  # None: the head's number
-        self.dense: bool = fields.get("dense", served.dense and self.n_probes is None)
-        if self.n_probes is not None and (self.dense or served.head is None):
-            reason = "dense scores every token" if self.dense else "This model has no FlashHead"
-            raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
+    def _read_stream_options(self, options: dict[str, Any] | None) -> None:
+        if options is not None and self.stream:
+            read, further = read_fields(options, StreamOptions)
+            self.include_usage = read.include_usage
+            self.ignored += [f"stream_options.{name}" for name in further]
+        elif options is not None:
+            self.ignored.append("stream_options")
 
-    def _template_settings(self, fields: dict[str, Any]) -> dict[str, Any]:
+    def _template_settings(self, fields: ChatFields) -> dict[str, Any]:
         """The variables that a request gives to the chat template."""
-        known = self.served.template_settings
+        taken = self.served.template_settings
         settings = {}
         for name in TEMPLATE_FIELDS:
-            if name in fields and name in known:
-                settings[name] = fields[name]
-            elif name in fields:
+            value = getattr(fields, name)
+            if value is not None and name in taken:
+                settings[name] = value
+            elif value is not None:
                 self.ignored.append(name)
-        return settings | _template_arguments(fields.get("chat_template_kwargs", {}), known)
+        _check_template_arguments(fields.chat_template_kwargs, taken)
+        return settings | fields.chat_template_kwargs
 
 
 def find_model(models: Sequence[ServedModel], name: Any) -> ServedModel:
@@ -147,137 +399,50 @@ def unknown_model(names: Sequence[str]) -> ApiError:
     return ApiError(refusal, "model", status=404, code="model_not_found")
 
 
-def _max_tokens(fields: dict[str, Any], default: int | None) -> int | None:
-    """The request's limit of an answer, else the server's."""
-    names = [name for name in ("max_completion_tokens", "max_tokens") if name in fields]
-    limits = {fields[name] for name in names}
-    if len(limits) > 1:
-        differ = "max_completion_tokens and max_tokens are two names of one limit, and they differ"
-        raise ApiError(f"{differ}: send one of them.", "max_tokens")
-    return limits.pop() if limits else default
+def _template_messages(
+    messages: list[dict[str, Any]], takes_developer: bool
+) -> list[dict[str, Any]]:
+    """Messages as templates take them: each content is a text, arguments of calls are objects.
+
+    Args:
+        messages: Checked messages, as the client sent them.
+        takes_developer: Whether the template knows the role "developer". Otherwise it becomes
+            "system", which OpenAI's name stands for.
+    """
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    arguments = [call["function"].get("arguments") for call in calls]
+    # JSON within JSON, of all calls together
+    check_size(",".join(text for text in arguments if isinstance(text, str)).encode())
+    read = []
+    for i, message in enumerate(messages):
+        message = {name: value for name, value in message.items() if value is not None}
+        if message["role"] == "developer" and not takes_developer:
+            message["role"] = "system"
+        content = message.get("content", "")
+        if not isinstance(content, str):
+            content = "".join(part["text"] for part in content)
+        message["content"] = content
+        if "tool_calls" in message:
+            where = f"messages[{i}].tool_calls"
+            message["tool_calls"] = [_template_call(call, where) for call in message["tool_calls"]]
+        read.append(message)
+    return read
 
 
-def _n_logprobs(fields: dict[str, Any]) -> int | None:
-    """The number of likeliest tokens that a chat wants to see; None without logprobs."""
-    if fields.get("logprobs"):
-        return fields.get("top_logprobs", 0)
-    if fields.get("top_logprobs"):
-        raise field_error("top_logprobs", "needs logprobs to be true.")
-    return None
-
-
-def _sampling(fields: dict[str, Any], served: ServedModel, flags: Namespace) -> dict[str, Any]:
-    """The arguments of ``make_sampler``, without the seed."""
-    temperature = fields.get("temperature", flags.temp)
-    top_p = fields.get("top_p", flags.top_p)
-    top_k = fields.get("top_k", flags.top_k)
-    takes_likeliest = top_p == 0 or temperature < _MIN_TEMPERATURE
-    tokenizer = served.tokenizer
-    return {
-        "temp": 0.0 if takes_likeliest else temperature,
-        "top_p": top_p,
-        "top_k": 0 if top_k >= served.vocab_size else top_k,  # 0: all tokens
-        "min_p": fields.get("min_p", flags.min_p),
-        "xtc_probability": fields.get("xtc_probability", 0.0),
-        "xtc_threshold": fields.get("xtc_threshold", 0.1),
-        "xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-    }
-
-
-def _penalties(fields: dict[str, Any], served: ServedModel) -> dict[str, Any]:
-    """The arguments of mlx-lm's ``make_logits_processors``."""
-    penalties: dict[str, Any] = {"logit_bias": _logit_bias(fields.get("logit_bias", {}), served)}
-    for kind in PENALTIES:
-        for name, default in ((f"{kind}_penalty", 0.0), (f"{kind}_context_size", 20)):
-            penalties[name] = fields.get(name, default)
-    return penalties
-
-
-def _logit_bias(biases: dict[str, Any], served: ServedModel) -> dict[int, float] | None:
-    bias = {}
-    for key, value in biases.items():
-        is_number = key.isascii() and key.isdigit() and len(key) < 10
-        token = int(key) if is_number else -1
-        if not 0 <= token < served.vocab_size or type(value) not in (int, float):
-            remedy = f"choose 0 to {served.vocab_size - 1}"
-            raise field_error("logit_bias", f"must give each token id a number: {remedy}.")
-        bias[token] = float(max(-_MAX_BIAS, min(_MAX_BIAS, value)))
-    return bias or None
-
-
-def _stop_texts(stop: Any) -> list[str]:
-    texts = [stop] if isinstance(stop, str) else stop
-    is_valid = isinstance(texts, list) and len(texts) <= _MAX_STOPS
-    if not is_valid or not all(
-        isinstance(text, str) and 0 < len(text) <= _MAX_STOP_CHARACTERS for text in texts
-    ):
-        most = f"at most {_MAX_STOPS} texts, each of 1 to {_MAX_STOP_CHARACTERS:,} characters"
-        raise field_error("stop", f"must be a text or a list of {most}.")
-    return texts
-
-
-def _grammar(fields: dict[str, Any]) -> Grammar | None:
-    """What ``response_format``, ``regex`` or ``grammar`` asks for; an ApiError for two of them."""
-    makers: dict[str, Callable[[Any], Grammar]] = {
-        "regex": Grammar.from_regex,
-        "grammar": Grammar.from_lark,
-    }
-    # of each: its place in the request, what makes a grammar, and from what
-    wanted = [(name, make, fields[name]) for name, make in makers.items() if name in fields]
-    if "response_format" in fields:
-        wanted += _response_format(fields["response_format"], makers)
-    if len(wanted) > 1:
-        only_one = "An answer has one form: give response_format, regex or grammar."
-        raise ApiError(only_one, "response_format")
-    for where, make, source in wanted:
-        field = where.partition(".")[0]
-        if len(json.dumps(source)) > MAX_CHARACTERS:
-            raise field_error(field, f"is longer than {MAX_CHARACTERS:,} characters: simplify it.")
+def _template_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    """A call with its arguments as an object: templates write them as JSON."""
+    arguments = call["function"].get("arguments")
+    if isinstance(arguments, str):
         try:
-            return make(source)
+            arguments = read_json((arguments or "{}").encode())
         except ValueError as error:
-            raise ApiError(f"{where}: {error}", field) from None
-    return None
+            raise field_error(where, f"must have arguments in JSON, but {error}.") from None
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
-def _response_format(
-    value: Any, makers: dict[str, Callable[[Any], Grammar]]
-) -> list[tuple[str, Callable[[Any], Grammar], Any]]:
-    """The grammar that a ``response_format`` asks for, as in `_grammar`; none for any text."""
-    field = "response_format"
-    kinds = ("text", "json_object", "json_schema", *makers)
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind not in kinds:
-        raise field_error(field, f"must be an object with a type: {', '.join(kinds)}.")
-    described = read_all_fields(value, {"type": Of(str), kind: Of(object)}).get(kind)
-    where = f"{field}.{kind}"
-    if kind == "text":
-        return []
-    if kind == "json_object":
-        return [(where, Grammar.from_json_schema, {"type": "object"})]
-    if kind == "json_schema":
-        if not isinstance(described, dict) or not described.get("name"):
-            raise ApiError(f'{where} must be an object with a "name" and a "schema".', field)
-        schema = read_all_fields(described, SCHEMA_FIELDS).get("schema", {"type": "object"})
-        return [(f"{where}.schema", Grammar.from_json_schema, schema)]
-    return [(where, makers[kind], described)]
-
-
-def _template_arguments(arguments: dict[str, Any], known: Set[str]) -> dict[str, Any]:
-    field = "chat_template_kwargs"
-    for name, value in arguments.items():
-        if name not in known:
-            takes = ", ".join(sorted(known)) or "none"
-            reason = f"is not a setting of this model's chat template, which takes: {takes}."
-            raise ApiError(f"{field}.{name[:40]} {reason}", field)
-        if not isinstance(value, bool | int | float | str):
-            plain = "must be true, false, a number or a text."
-            raise ApiError(f"{field}.{name[:40]} {plain}", field)
-    return arguments
-
-
-def _prompts(prompts: Any, served: ServedModel) -> list[str | list[int]]:
+def _prompts(fields: TextFields, served: ServedModel) -> list[str | list[int]]:
     """The texts or token ids to continue."""
+    prompts = fields.prompt
     last = served.vocab_size - 1
 
     def are_tokens(value: Any) -> bool:
@@ -286,20 +451,141 @@ def _prompts(prompts: Any, served: ServedModel) -> list[str | list[int]]:
     if isinstance(prompts, str) or (prompts and are_tokens(prompts)):
         prompts = [prompts]
     is_list = isinstance(prompts, list) and prompts
+    if is_list and fields.n * len(prompts) > MAX_CHOICES:
+        most = f"at most {MAX_CHOICES} texts are made for a request"
+        raise ApiError(f"n times the number of prompts is {fields.n * len(prompts)}: {most}.", "n")
     if not is_list or not all(isinstance(prompt, str) or are_tokens(prompt) for prompt in prompts):
         which = f"token ids: choose 0 to {last}"
         raise field_error("prompt", f"must be a text, a list of texts, or {which}.")
-    return prompts
-
-
-def _around_gaps(
-    prompts: list[str | list[int]], suffix: str, served: ServedModel
-) -> list[str | list[int]]:
-    """The prompts whose continuation stands between each of ``prompts`` and the suffix."""
+    if not fields.suffix:
+        return prompts
     if served.middle is None:
         reason = "needs a model with fill-in-the-middle tokens, and this one has none"
         raise field_error("suffix", f"{reason}: leave it out.")
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    if len(texts) < len(prompts):
+    if not all(isinstance(prompt, str) for prompt in prompts):
         raise field_error("suffix", "needs prompts that are texts, not token ids.")
-    return [served.middle.prompt(text, suffix) for text in texts]
+    return [served.middle.prompt(prompt, fields.suffix) for prompt in prompts]
+
+
+def _tools(fields: ChatFields, served: ServedModel) -> RequestedTools:
+    names = ("tools", "tool_choice", "parallel_tool_calls")
+    return read_tools({name: getattr(fields, name) for name in names}, served)
+
+
+def _max_tokens(fields: Fields, default: int | None) -> int | None:
+    """The request's limit of an answer, else the server's."""
+    limits = {fields.max_tokens, fields.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        differ = "max_completion_tokens and max_tokens are two names of one limit, and they differ"
+        raise ApiError(f"{differ}: send one of them.", "max_tokens")
+    return limits.pop() if limits else default
+
+
+def _grammar(fields: Fields) -> Grammar | None:
+    """What ``response_format``, ``regex`` or ``grammar`` asks for; an ApiError for two of them."""
+    forms: dict[str, Any] = {"regex": fields.regex, "grammar": fields.grammar}
+    if fields.response_format is not None:
+        forms |= _described_form(fields.response_format)
+    wanted = [(where, form) for where, form in forms.items() if form is not None]
+    if len(wanted) > 1:
+        only_one = "An answer has one form: give response_format, regex or grammar."
+        raise ApiError(only_one, "response_format")
+    for where, form in wanted:
+        field = where.partition(".")[0]
+        make = _MAKERS.get(where.rpartition(".")[2], Grammar.from_json_schema)
+        if len(json.dumps(form)) > MAX_CHARACTERS:
+            raise field_error(field, f"is longer than {MAX_CHARACTERS:,} characters: simplify it.")
+        try:
+            return make(form)
+        except ValueError as error:
+            raise ApiError(f"{where}: {error}", field) from None
+    return None
+
+
+def _described_form(asked: ResponseFormat) -> dict[str, Any]:
+    """The form that a ``response_format`` asks for, by its place; none for any text.
+
+    Raises:
+        ApiError: If it is not described.
+    """
+    where = f"response_format.{asked.type}"
+    if asked.type == "text":
+        return {}
+    if asked.type == "json_object":
+        return {where: {"type": "object"}}
+    described = getattr(asked, asked.type)
+    if described is None:
+        hint = get_type_hints(ResponseFormat, include_extras=True)[asked.type]
+        raise ApiError(f"{where} is missing: it must be {_words(hint)}.", "response_format")
+    if isinstance(described, _Schema):
+        return {f"{where}.schema": described.schema}
+    return {where: described}
+
+
+def _check_template_arguments(arguments: dict[str, Any], taken: Set[str]) -> None:
+    field = "chat_template_kwargs"
+    for name, value in arguments.items():
+        if name not in taken:
+            takes = ", ".join(sorted(taken)) or "none"
+            reason = f"is not a setting of this model's chat template, which takes: {takes}."
+            raise ApiError(f"{field}.{name[:40]} {reason}", field)
+        if not isinstance(value, bool | int | float | str):
+            plain = "must be true, false, a number or a text."
+            raise ApiError(f"{field}.{name[:40]} {plain}", field)
+
+
+def _is_dense(fields: Fields, served: ServedModel) -> bool:
+    """Whether the normal head alone answers."""
+    n_probes = fields.n_probes
+    dense = served.dense and n_probes is None if fields.dense is None else fields.dense
+    if n_probes is None:
+        return dense
+    if dense or served.head is None:
+        reason = "dense scores every token" if dense else "This model has no FlashHead"
+        raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
+    n_clusters = served.head.n_clusters
+    if not 1 <= n_probes <= n_clusters:
+        limits = f"it must be a whole number, 1 to {n_clusters}"
+        raise field_error("n_probes", f"is {n_probes}: {limits}.")
+    return dense
+
+
+def _n_logprobs(fields: ChatFields) -> int | None:
+    """The number of likeliest tokens that a chat wants to see; None without logprobs."""
+    if fields.logprobs:
+        return fields.top_logprobs or 0
+    if fields.top_logprobs:
+        raise field_error("top_logprobs", "needs logprobs to be true.")
+    return None
+
+
+def _sampling(fields: Fields, served: ServedModel, flags: Namespace) -> dict[str, Any]:
+    """The arguments of ``make_sampler``, without the seed."""
+    temperature = flags.temp if fields.temperature is None else fields.temperature
+    top_p = flags.top_p if fields.top_p is None else fields.top_p
+    top_k = flags.top_k if fields.top_k is None else fields.top_k
+    takes_likeliest = top_p == 0 or temperature < _MIN_TEMPERATURE
+    tokenizer = served.tokenizer
+    return {
+        "temp": 0.0 if takes_likeliest else temperature,
+        "top_p": top_p,
+        "top_k": 0 if top_k >= served.vocab_size else top_k,  # 0: all tokens
+        "min_p": flags.min_p if fields.min_p is None else fields.min_p,
+        "xtc_probability": fields.xtc_probability,
+        "xtc_threshold": fields.xtc_threshold,
+        "xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+    }
+
+
+def _penalties(fields: Fields, served: ServedModel) -> dict[str, Any]:
+    """The arguments of mlx-lm's ``make_logits_processors``."""
+    bias = {}
+    for key, value in fields.logit_bias.items():
+        is_number = key.isascii() and key.isdigit() and len(key) < 10
+        if not is_number or int(key) >= served.vocab_size:
+            remedy = f"choose 0 to {served.vocab_size - 1}"
+            raise field_error("logit_bias", f"must give each token id a number: {remedy}.")
+        bias[int(key)] = max(-_MAX_BIAS, min(_MAX_BIAS, value))
+    names = [f"{kind}_{what}" for kind in PENALTIES for what in ("penalty", "context_size")]
+    penalties = {name: getattr(fields, name) for name in names}
+    return {"logit_bias": bias or None, **penalties}

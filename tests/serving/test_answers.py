@@ -10,9 +10,9 @@ from tokenizers import decoders
 
 from engines import checked
 from mlx_flashhead.models.compat.mlx_lm import TextStateMachine
+from mlx_flashhead.serving.bodies import read_json, write_json
 from mlx_flashhead.serving.choices import Choice, token_bytes, token_text
 from mlx_flashhead.serving.jobs import VERY_UNLIKELY, AnswerText, Token, token_logprobs
-from mlx_flashhead.serving.strict_json import dumps, loads
 from model_folders import EOS
 
 
@@ -110,13 +110,13 @@ def test_json_that_is_written_can_be_read():
     """Numbers that are not finite become null, and halves of characters can be sent."""
     value = {"a": math.inf, "b": [math.nan, (-math.inf,)], "c": [1.5, "é", None, True]}
     written = {"a": None, "b": [None, [None]], "c": [1.5, "é", None, True]}
-    assert loads(dumps(value).encode()) == written
-    assert dumps("\ud800").encode() == b'"\\ud800"'
-    assert loads(b'"\\ud83d\\ude00"') == "\U0001f600"
+    assert read_json(write_json(value).encode()) == written
+    assert write_json("\ud800").encode() == b'"\\ud800"'
+    assert read_json(b'"\\ud83d\\ude00"') == "\U0001f600"
 
 
 def test_half_of_a_character_is_read_as_browsers_write_it():
-    assert loads(b'{"a\\udc00": ["x\\ud83d", "\\ud83d\\ude00", 1.5, null]}') == {
+    assert read_json(b'{"a\\udc00": ["x\\ud83d", "\\ud83d\\ude00", 1.5, null]}') == {
         "a\ufffd": ["x\ufffd", "\U0001f600", 1.5, None]
     }
 
@@ -124,18 +124,18 @@ def test_half_of_a_character_is_read_as_browsers_write_it():
 @pytest.mark.parametrize(
     "text, said",
     [
-        (b'{"a": NaN}', "nan is not a finite number"),
-        (b"1e999", "inf is not"),
-        (b'"\xff"', "decode byte"),
-        (b'"\xed\xa0\x80"', "decode byte"),
+        (b'{"a": NaN}', "invalid character"),
+        (b"1e999", "out of range"),
+        (b'"\xff"', "Invalid UTF-8"),
+        (b'"\xed\xa0\x80"', "Invalid UTF-8"),
         (b'{"a":[' * 51 + b"]}" * 51, "nested too deeply"),
-        (b"1" * 5000, "4300 digits"),
+        (b"1" * 5000, "out of range"),
     ],
     ids=lambda value: str(value)[:20],
 )
 def test_json_that_is_not_strict_is_refused(text, said):
     with pytest.raises(ValueError, match=said):
-        loads(text)
+        read_json(text)
 
 
 def test_a_thought_has_the_names_that_clients_look_for(tiny):

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 import mlx_flashhead
-from mlx_flashhead.serving.strict_json import loads
+from mlx_flashhead.serving.bodies import read_json
 
 MESSAGES = [{"role": "user", "content": "One day"}]
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -43,9 +43,9 @@ def request(server, path, body=None):
     asked = urllib.request.Request(server.url + path, data=data, headers=headers)
     try:
         with urllib.request.urlopen(asked, timeout=60) as answer:
-            return answer.status, loads(answer.read())
+            return answer.status, read_json(answer.read())
     except urllib.error.HTTPError as error:
-        return error.code, loads(error.read())
+        return error.code, read_json(error.read())
 
 
 def chosen(answer, stream):
@@ -122,7 +122,7 @@ def test_tools_are_called_with_valid_json_and_their_answer_is_read(client, strea
     choices, parts = chosen(answer, stream)
     (call,) = [call for part in parts for call in part.tool_calls or ()]
     assert (call.function.name, choices[-1].finish_reason) == ("weather", "tool_calls")
-    assert loads(call.function.arguments.encode()) == {"city": "Rome", "limit": 5}
+    assert read_json(call.function.arguments.encode()) == {"city": "Rome", "limit": 5}
     made = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
     result = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
     messages = [*MESSAGES, {"role": "assistant", "tool_calls": [made]}, result]

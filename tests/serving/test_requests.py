@@ -6,8 +6,7 @@ import pytest
 
 from engines import checked
 from mlx_flashhead.serving.api_errors import ApiError
-from mlx_flashhead.serving.fields import MAX_CHOICES, MAX_LOGPROBS
-from mlx_flashhead.serving.requests import MAX_CHARACTERS
+from mlx_flashhead.serving.requests import MAX_CHARACTERS, MAX_CHOICES, MAX_LOGPROBS
 from model_folders import VOCAB_SIZE
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
@@ -15,6 +14,10 @@ MESSAGES = [{"role": "user", "content": "One day"}]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 LARK = 'start: "yes" | "no"'
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2000}]
+CALLS = [
+    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}] * 200}
+]
 
 
 def chat(served, **fields):
@@ -145,11 +148,12 @@ def test_forms(tiny, fields, kind):
 
 # of a chat: field → what is said → values
 CHAT_MISTAKES = {
-    "messages": {"messages must be a list": ["hello", [], None]},
-    "messages[0]": {"messages must be a list": [["hello"], [{"content": "hello"}]]},
+    "messages": {"it must be a list of 1 to 4,096 objects": ["hello", [], None]},
+    "messages[0]": {"it must be a list of 1 to 4,096 objects": [["hello"], [{"content": "hello"}]]},
     "messages[0].content": {
         "must be a text": [message(5), *(message([{"type": t}]) for t in ("image_url", "text"))]
     },
+    "messages[0].images": {"left out, since no images are read here": [message(images=["a"])]},
     "messages[0].tool_calls": {
         "a list of calls": [message(tool_calls={}), message(tool_calls=[{}])],
         "arguments in JSON": [message(tool_calls=[{"function": {"name": "f", "arguments": "{"}}])],
@@ -244,6 +248,16 @@ TEXT_MISTAKES = {
         (chat, {"dense": True, "n_probes": 3}, "n_probes", "leave n_probes out"),
         (chat, {"response_format": {"type": "text", "x" * 100: 1}}, "x" * 80, "not a field"),
         (text, {"prompt": ["a"] * 9, "n": 2}, "n", "is 18: at most 16"),
+        (text, {"prompt": [[5]] * 2000}, "n", "is 2000: at most 16"),
+        (chat, {"messages": MESSAGES * 5000}, "messages", "is a list of 5,000: it must be"),
+        (chat, {"tools": [TOOL] * 600}, "tools", "is a list of 600: it must be a list of at most"),
+        (
+            chat,
+            {"messages": MESSAGES + PARTS},
+            "messages[1].content",
+            "is a list of 2,000: it must",
+        ),
+        (chat, {"messages": CALLS}, "messages[0].tool_calls", "is a list of 200: it must be a"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
 )
@@ -265,3 +279,21 @@ def test_contents_in_parts_and_calls_become_what_templates_take(tiny):
     assert (first["content"], second["content"]) == ("ab", "")
     assert second["tool_calls"][0]["function"]["arguments"] == {"a": 1}
     assert call["function"]["arguments"] == '{"a": 1}'
+
+
+def test_arguments_of_all_calls_are_counted_together(tiny):
+    def message(text):
+        call = {"function": {"name": "f", "arguments": text}}
+        return {"role": "assistant", "tool_calls": [call]}
+
+    lists = "[" + "[]," * 20_000 + "[]]"
+    chat(tiny, messages=[message(lists)] * 2)
+    with pytest.raises(ApiError, match="60,006 lists"):
+        # the last one is no JSON, and hides nothing of what comes before
+        chat(tiny, messages=[*[message(lists)] * 3, message('"')])
+
+
+def test_what_a_template_may_read_of_a_message_stays(tiny):
+    further = {"name": "me", "images": [], "reasoning_content": "Hm.", "prefix": True}
+    (read,) = chat(tiny, messages=message(**further, audio=None)).messages
+    assert read == {"role": "assistant", "content": "Hi", **further}
