@@ -4,7 +4,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from ..head.draw import draw_all
+from ..head.draws.rows import Draws
 from .proposer import Proposer
 from .sampler import SamplerFunction, normalized
 from .sequence import PendingToken, Sequence
@@ -66,7 +66,7 @@ def _choose(sequences: list[Sequence], each: list[mx.array], share_sampler: bool
     elif all(sequence.draws_by_noise for sequence in sequences):
         together = mx.concatenate(each)  # one draw, in a fraction of the operations
         logprobs = normalized(together)
-        tokens = draw_all(together, [s.draw_at(s.n_chosen) for s in sequences])
+        tokens = Draws.of([s.draw_at(s.n_chosen) for s in sequences]).choose(together)
     else:
         chosen = [s.extend(row) for s, row in zip(sequences, each, strict=True)]
         return mx.concatenate(chosen)

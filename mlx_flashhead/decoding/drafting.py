@@ -19,7 +19,7 @@ from .keywords import CacheOptions
 from .loop import verified_steps
 from .policy import policy_of
 from .proposer import Proposer
-from .sampler import Processor, Sampler, SamplerFunction, draw_settings
+from .sampler import Processor, Sampler, SamplerFunction, draw_of
 from .sequence import begin
 
 LATEST = 256  # tokens of a text that a draft model's FlashHead always scores
@@ -80,7 +80,7 @@ def drafted_steps(
     cache = caches[: len(model.layers)]
     length = _longest(cache)
     n_ahead = len(prompt) + num_draft_tokens + 1
-    known = draw_settings(sampler) is not None and Changes.of(functions) is not None
+    known = draw_of(sampler) is not None and Changes.of(functions) is not None
     limit = _trimmable_tokens(caches, n_ahead, max_tokens) if known else 0
     say = announce or _say_nothing
     if isinstance(sampler, Sampler):  # the same noise with drafts and without
@@ -161,7 +161,7 @@ def _drafted(
 ) -> Generator[tuple[int, mx.array, bool], None, None]:
     """mlx-lm's loop, whose tokens are appended to ``ids``, with the draft model's FlashHead."""
     head = cast(Any, get_flash_head(draft_model))
-    settings = draw_settings(sampler)
+    settings = draw_of(sampler)
     greedy = settings is not None and settings.greedy
     # a target that drafts for itself is dense
     drafts = head is not None and head is not get_flash_head(model)

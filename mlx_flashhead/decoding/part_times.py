@@ -11,7 +11,9 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head.draw import Draws, DrawSettings
+from ..head.draws.greedy import best_draws
+from ..head.draws.noise import Noise
+from ..head.draws.rows import Draws
 from ..head.logit_map import IDENTITY
 from ..head.proposal import Proposal
 from ..head.steps import NO_DEPTH
@@ -25,7 +27,7 @@ from .settings import DecodingSettings
 from .verification import join
 
 # What most programs send.
-SAMPLED = Sampler(DrawSettings(temperature=0.7, top_p=0.95), seed=0)
+SAMPLED = Sampler(Noise(temperature=0.7, top_p=0.95), seed=0)
 BATCHES = (4, 8, 16, 32)  # sequences at once, for which proposals may be slower than the dense head
 
 
@@ -80,7 +82,7 @@ class PartTimes:
             if verified and i == n:  # computed beside the next step
                 proposal, product = self._launched(text.pending[:n])
             if i > n:
-                draws = Draws.of([text.draw_at(i) for i in range(n)]) if sampled else None
+                draws = Draws.of([text.draw_at(i) for i in range(n)])
                 mx.eval(self._certain(proposal, product, draws))
             moments.append(time.perf_counter())
             latest = token
@@ -102,7 +104,7 @@ class PartTimes:
         screen = steps.screen(
             slots,
             proposal,
-            draws,
+            draws or best_draws(len(slots)),
             tolerance,
             rounding.epsilon,
             self._proposer.logit_map or IDENTITY,

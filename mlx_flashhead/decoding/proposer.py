@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..head.adjustment import Adjustment
-from ..head.draw import Draws
+from ..head.draws.rows import Draws
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
 from ..head.steps import NOTHING_ALLOWED
@@ -220,9 +220,7 @@ class Proposer:
         if any(sequence.has_processors for sequence in sequences):
             masks = [self._mask(sequence) for sequence in sequences]
             adjustment = self._adjustment(sequences, latest, masks)
-        draws = None
-        if not all(sequence.greedy for sequence in sequences):
-            draws = Draws.of([sequence.draw_at(sequence.n_chosen) for sequence in sequences])
+        draws = Draws.of([sequence.draw_at(sequence.n_chosen) for sequence in sequences])
         proposal = self.head.propose(
             hidden,
             draws,

@@ -6,9 +6,8 @@ from struct import pack, unpack
 
 import mlx.core as mx
 
-from ..head.draw import BELOW_ONE
-
-Key = tuple[int, int]  # the two words of a key, or of MLX's random state
+from ..head.draws.noise import BELOW_ONE
+from ..head.draws.rows import Key
 
 WORD = 0xFFFFFFFF
 AT_ONCE = 16  # numbers that are computed ahead

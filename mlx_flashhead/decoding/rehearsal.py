@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from ..common.marks import masks
 from ..head.backend import METAL
-from ..head.draw import DrawSettings
+from ..head.draws.noise import Noise
 from ..models.compat.mlx_lm import sample_utils
 from ..models.install import hidden_dtype, installed_head
 from .caches import Snapshot
@@ -43,7 +43,7 @@ GREEDY = Kind("the likeliest tokens")
 
 def kinds(vocab_size: int) -> list[Kind]:
     """The kinds of texts whose proposals take different steps."""
-    everything = DrawSettings(temperature=0.8, top_p=0.9, min_p=0.05, top_k=7)
+    everything = Noise(temperature=0.8, top_p=0.9, min_p=0.05, top_k=7)
     penalties = sample_utils.make_logits_processors(
         {min(5, vocab_size - 1): 1.0},
         repetition_penalty=1.1,
@@ -58,7 +58,7 @@ def kinds(vocab_size: int) -> list[Kind]:
     masks(mask, lambda tokens, n_tokens: bits)
     return [
         GREEDY,
-        Kind("a temperature", Sampler(DrawSettings(temperature=1.0), seed=0)),
+        Kind("a temperature", Sampler(Noise(temperature=1.0), seed=0)),
         Kind("top-p, min-p and top-k", Sampler(everything, seed=0)),
         Kind("mlx-lm's sampler", sample_utils.make_sampler(0.7, top_p=0.9)),
         Kind("penalties", None, tuple(penalties)),

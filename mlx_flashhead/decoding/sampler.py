@@ -7,7 +7,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..head.draw import Draws, DrawSettings, draw_all, position_key, threshold
+from ..head.draws.filters import threshold
+from ..head.draws.greedy import Greedy
+from ..head.draws.inverse_cdf import InverseCDF
+from ..head.draws.noise import Noise, position_key
+from ..head.draws.rows import Draw, Draws
 from ..models.compat.mlx_lm import mlx_lm_sampler_settings, sample_utils
 from .random_state import random_key
 
@@ -22,21 +26,23 @@ def normalized(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def draw_settings(sampler: Any) -> DrawSettings | None:
-    """The settings that describe a sampler's draws; None if no settings do."""
+def draw_of(sampler: Any) -> Draw | None:
+    """How a sampler draws: its kind and settings; None if no kind does the same."""
     if sampler is None:
-        return DrawSettings()
+        return Greedy()
     if type(sampler) is Sampler:
         return sampler.settings if sampler.plain else None
     settings = mlx_lm_sampler_settings(sampler)
-    return None if settings is None else DrawSettings(**settings)
+    if settings is None:
+        return None
+    return InverseCDF(**settings) if settings else Greedy()
 
 
 @dataclass(eq=False)
 class Sampler:
     """Draws tokens from logits; :func:`make_sampler` says what its values mean."""
 
-    settings: DrawSettings
+    settings: Draw
     min_tokens_to_keep: int = 1
     xtc: tuple[float, float, list[int]] = (0.0, 0.1, [])  # probability, threshold, special tokens
     seed: int | None = None
@@ -64,10 +70,10 @@ class Sampler:
             return mx.argmax(logits, axis=-1)
         key = position_key(seed, position)
         if self.plain:
-            return draw_all(logits, [(s, key)])
+            return Draws.of([(s, key)]).choose(logits)
         n_tokens = logits.shape[-1]
         # top-p, min-p (for which mlx-lm 0.31 cannot keep a least number), then XTC and top-k
-        top_p = Draws.of([(DrawSettings(s.temperature, s.top_p), key)])
+        top_p = Draws.of([(Noise(s.temperature, s.top_p), key)])
         kept = mx.where(logits >= threshold(logits, top_p), logits, -mx.inf)
         if s.min_p:
             nth_best = mx.sort(kept, axis=-1)[:, -min(self.min_tokens_to_keep, n_tokens)]
@@ -126,6 +132,8 @@ def make_sampler(
     ):
         if not lowest <= value <= highest:
             raise ValueError(f"{name} is {value}: it must be {lowest} to {highest:,}.")
-    settings = DrawSettings(float(temp), float(top_p) or 1.0, float(min_p), int(top_k))
+    settings: Draw = Greedy()
+    if temp:
+        settings = Noise(float(temp), float(top_p) or 1.0, float(min_p), int(top_k))
     xtc = xtc_probability, xtc_threshold, list(xtc_special_tokens or ())
     return Sampler(settings, min_tokens_to_keep, xtc, seed)

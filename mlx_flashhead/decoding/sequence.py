@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import is_
 from typing import Any, cast
 
@@ -11,12 +11,14 @@ import numpy as np
 
 from ..common.marks import marks_of
 from ..head.adjustment import ChangedTokens
-from ..head.draw import DrawSettings, position_key
+from ..head.draws.greedy import Greedy
+from ..head.draws.noise import Noise, position_key
+from ..head.draws.rows import Draw, Key
 from ..head.proposal import Proposal
 from .caches import Snapshot
 from .changes import Changes
-from .random_state import DrawChain, Key, set_key
-from .sampler import Processor, Sampler, SamplerFunction, draw_settings, normalized
+from .random_state import DrawChain, set_key
+from .sampler import Processor, Sampler, SamplerFunction, draw_of, normalized
 
 CHANGED = "dense: between tokens the program uses the text's caches, processors or random state"
 
@@ -86,7 +88,7 @@ class Sequence:
         # while it is ahead: the first one is at the last token handed out, or before
         self.snapshots: deque[Snapshot] = deque()
         self.why_dense = ""  # said of its tokens while none are proposed; "": not known yet
-        self.settings = draw_settings(sampler)  # None where only the sampler itself knows
+        self.settings = draw_of(sampler)  # None where only the sampler itself knows
         self.changes = Changes.of(self._processors_at_start)  # None where that is not known
         self.recognised = self.settings is not None and self.changes is not None
         self.seed = 0
@@ -96,7 +98,6 @@ class Sequence:
         self.joined = 0  # its place among the texts of a batch, in the order in which they began
         self._chain: DrawChain | None = None  # while it is ahead and draws from MLX's random state
         self._chain_begins = 0  # the place in the text of its first draw
-        self._numbered = replace(self.settings or DrawSettings(), inverse_cdf=True)  # its draws
         self._n_before = 0 if prompt_ids is None else len(prompt_ids)
         self._ids: mx.array | None = None  # tokens before the next one, but for those fed since
         self._fed: list[mx.array] = []  # joined to them once a processor is called
@@ -126,8 +127,7 @@ class Sequence:
     @property
     def draws_by_noise(self) -> bool:
         """Whether this package's noise and the logits alone choose its tokens."""
-        known = type(self.sampler) is Sampler and self.settings is not None
-        return known and not self.greedy and not self.has_processors
+        return isinstance(self.settings, Noise) and not self.has_processors
 
     @property
     def has_processors(self) -> bool:
@@ -286,12 +286,12 @@ class Sequence:
 
     # Its choices.
 
-    def draw_at(self, index: int) -> tuple[DrawSettings, Key]:
+    def draw_at(self, index: int) -> tuple[Draw, Key]:
         """The settings and the key of the draw at place ``index`` of the text."""
-        settings = self.settings or DrawSettings()
+        settings = self.settings or Greedy()
         if self._chain is None:
             return settings, position_key(self.seed, index)
-        return self._numbered, (self._chain.number_bits(index - self._chain_begins), 0)
+        return settings, (self._chain.number_bits(index - self._chain_begins), 0)
 
     def context(self, index: int) -> mx.array | None:
         """The tokens before place ``index`` of the text, (n,), as processors get them."""

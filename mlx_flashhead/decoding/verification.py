@@ -8,7 +8,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..head.clustered import in_token_order
-from ..head.draw import Draws
+from ..head.draws.rows import Draws
 from ..head.flash_head import FlashHead
 from ..head.logit_map import LogitMap
 from ..head.proposal import Proposal, Screen
@@ -64,9 +64,7 @@ class Verification:
         slots = cast(SlotProduct, self._product).result()
         self._product = None
         rows = self._rows
-        draws = None
-        if not all(sequence.greedy for sequence, *_ in rows):
-            draws = Draws.of([sequence.draw_at(index) for sequence, _, index in rows])
+        draws = Draws.of([sequence.draw_at(index) for sequence, _, index in rows])
         tolerance = self._rounding.tolerance(self._proposal.hidden, self._head.steps)
         epsilon = self._rounding.epsilon
         if self._rounding.scored:

@@ -10,11 +10,9 @@ import re
 import mlx.core as mx
 
 from .clustered import ClusteredRows, in_token_order
-from .draw import gpu_is_default
 from .kernel_inputs import MIN_PROBES
 from .kernel_text import FEWER_THREADS
 from .logit_map import IDENTITY, LogitMap
-from .lowest_kept import use_kernel
 from .matrix import Matrix
 from .metal_steps import MetalSteps
 from .proposal import Selection
@@ -31,6 +29,11 @@ log = logging.getLogger("mlx_flashhead")
 
 N_STATES = 3  # whose dense logits are compared
 SCORED_AT_ONCE = 1024  # clusters, of which a CPU makes a copy
+
+
+def gpu_is_default() -> bool:
+    """Whether MLX computes on an Apple GPU."""
+    return mx.metal.is_available() and mx.default_device().type == mx.gpu
 
 
 def named_backend(requested: str | None) -> str | None:
@@ -68,7 +71,6 @@ def make_steps(clustered: ClusteredRows, requested: str | None) -> tuple[Portabl
             reason = "The backend 'mlx' was requested."
         elif mx.metal.is_available():
             reason = "MLX's default device is the CPU."
-        use_kernel(0)
         return PortableSteps(clustered), reason
     steps = MetalSteps(clustered)
     if steps.reads_rows:
@@ -114,7 +116,6 @@ def check_kernels(
             if trouble is not None:
                 break
     if trouble is None:
-        use_kernel(steps.row_threads)
         # those of M1 and M2: a matrix product takes 1.8 times as long (ml-explore/mlx, number 4216)
         emulating = "applegpu_g1[34]"
         if dtype == mx.bfloat16 and re.match(emulating, str(mx.device_info().get("architecture"))):
@@ -136,7 +137,6 @@ def without_kernels(
     Raises:
         ValueError: If "metal" was requested by name.
     """
-    use_kernel(0)
     if named_backend(requested) == METAL:
         raise ValueError(
             f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or "

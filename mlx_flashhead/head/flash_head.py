@@ -7,8 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
-from weakref import ref
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
@@ -19,17 +18,19 @@ from .backend import (
     check_dense_rows,
     check_kernels,
     choose_backend,
+    gpu_is_default,
     make_steps,
     without_kernels,
 )
 from .clustered import Centroids, ClusteredRows
-from .draw import Draws, DrawSettings, gpu_is_default
+from .draws.greedy import best_draws
+from .draws.rows import Draw, Draws
 from .interception import Interception, Projection, projection_in_place_of
 from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
 from .metal_steps import MetalSteps
 from .proposal import Candidates, Proposal, Rows, Selection
-from .steps import NO_DEPTH, Risk
+from .steps import NO_DEPTH, PortableSteps, Risk
 
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
@@ -362,11 +363,10 @@ class FlashHead:
     def propose(
         self,
         hidden: mx.array,
-        draws: Draws | None,
+        draws: Draws | None = None,
         *,
         n_probes: int | None = None,
         depth: float = NO_DEPTH,
-        full: bool = False,
         logit_map: LogitMap = IDENTITY,
         adjustment: Adjustment | None = None,
         allowed: mx.array | None = None,
@@ -379,10 +379,9 @@ class FlashHead:
             n_probes: Clusters that are scored; None: the head's number.
             depth: Nats of the model's logits below the mass of all, from which kernels leave
                 clusters out.
-            full: Whether to make full logits too, which are the head's own.
             logit_map: What the model does to each of its head's logits.
             adjustment: What biases and penalties change. The clusters of these tokens are scored,
-                too. The full logits are without it.
+                too.
             allowed: (R, ⌈V/32⌉) uint32, a bit a token, the lowest first, whether it may be chosen;
                 None where all may. If no scored token may be, the row's risk is NOTHING_ALLOWED
                 and its token is no choice: the dense row has to choose at once.
@@ -391,128 +390,57 @@ class FlashHead:
             The tokens, with the scored tokens' logits by which they were chosen: as the model gives
             them, adjusted, and the lowest finite value of those that are not allowed.
         """
+        draws = best_draws(len(hidden)) if draws is None else draws
         n_probes = self.n_probes if n_probes is None else n_probes
         if adjustment is not None:
             n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)
-        how = (n_probes, depth, full, logit_map, adjustment, allowed)
+        rows, fixed = self.steps.structure_of(draws, adjustment)
+        kind = _Kind(
+            steps=self.steps,
+            gathers_rows=self.steps.gathers_rows,
+            risk=self.risk,
+            n_probes=n_probes,
+            depth=depth,
+            rows=rows,
+            logit_map=logit_map,
+            adjusted=fixed,
+        )
+        arrays = (
+            hidden,
+            draws.arrays,
+            [] if adjustment is None else [adjustment.words, adjustment.latest],
+            [] if allowed is None else [allowed],
+        )
         # MLX compiles the operations that it joins in a trace, about a second each on a CPU. Beside
         # a mask, which the host makes for each token, that does not pay.
-        traces = self._traces and (allowed is None or isinstance(self.steps, MetalSteps))
-        if full or not traces:
-            return self._proposal(hidden, draws, *how)
-        function = self._traced(n_probes, depth, draws, logit_map, adjustment, allowed is not None)
-        try:
-            tokens, probes, logits, risk = function(
-                hidden,
-                [] if draws is None else draws.arrays,
-                [] if adjustment is None else list(adjustment[:2]),
-                [] if allowed is None else [allowed],
-            )
-        except ValueError:  # kernels that are emulated, or a mistake that the steps will say again
-            self._traces = False
-            return self._proposal(hidden, draws, *how)
-        return Proposal(hidden, tokens, probes, logits, risk, None)
+        if self._traces and (allowed is None or isinstance(self.steps, MetalSteps)):
+            try:
+                return Proposal(hidden, *self._traced(kind)(*arrays))
+            except ValueError:  # kernels that are emulated, or a mistake that the steps say again
+                self._traces = False
+        return Proposal(hidden, *kind.propose(*arrays))
 
-    def _traced(
-        self,
-        n_probes: int,
-        depth: float,
-        draws: Draws | None,
-        logit_map: LogitMap,
-        adjustment: Adjustment | None,
-        masked: bool,
-    ) -> Function:
+    def _traced(self, kind: "_Kind") -> Function:
         """The steps of proposals of one kind, as a function that MLX traces once."""
-        rows = None if draws is None else draws.steps
-        fixed = None if adjustment is None else adjustment[2:]
-        if isinstance(self.steps, MetalSteps):  # which read all settings from arrays
-            if rows is not None and not cast(Draws, draws).as_mlx_lm:
-                rows = (DrawSettings(temperature=1.0),) * len(rows)
-            fixed = None if fixed is None else (0, False)
-        gathers = self.steps.gathers_rows
-        key = (self.steps, self.risk, gathers, n_probes, depth, rows, logit_map, fixed, masked)
         latest, function = self._functions.latest
-        if key == latest:  # which takes a fraction of the time that its hash takes
+        if kind == latest:  # which takes a fraction of the time that its hash takes
             return cast(Function, function)
         functions = self._functions.by_kind
-        if key not in functions:
+        if kind not in functions:
             while len(functions) >= MOST_TRACED:
                 del functions[next(iter(functions))]
-            functions[key] = self._function(n_probes, depth, rows, logit_map, fixed)
-        self._functions.latest = key, functions[key]
-        return functions[key]
-
-    def _function(
-        self,
-        n_probes: int,
-        depth: float,
-        rows: tuple[DrawSettings, ...] | None,
-        logit_map: LogitMap,
-        fixed: tuple[Any, ...] | None,
-    ) -> Function:
-        """The steps of proposals as a function of arrays, not traced yet."""
-        head = ref(self)
-
-        def propose(
-            hidden: mx.array,
-            draw_arrays: list[mx.array],
-            adjusted: list[mx.array],
-            allowed: list[mx.array],
-        ) -> tuple[mx.array, ...]:
-            proposal = cast(FlashHead, head())._proposal(
-                hidden,
-                None if rows is None else Draws.of_arrays(rows, draw_arrays),
-                n_probes,
-                depth,
-                False,
-                logit_map,
-                None if fixed is None else Adjustment(adjusted[0], adjusted[1], *fixed),
-                allowed[0] if allowed else None,
-            )
-            return proposal[1:5]
-
-        self.n_traced += 1
-        return cast(Function, mx.compile(propose))
-
-    def _proposal(
-        self,
-        hidden: mx.array,
-        draws: Draws | None,
-        n_probes: int,
-        depth: float,
-        full: bool,
-        logit_map: LogitMap,
-        adjustment: Adjustment | None,
-        allowed: mx.array | None,
-    ) -> Proposal:
-        """:meth:`propose`, step by step."""
-        depth = NO_DEPTH if full else depth / logit_map.slope
-        score_map = IDENTITY if full else logit_map  # full logits are the head's own
-        scores = self.steps.route(hidden)
-        selection = self.steps.select(
-            scores, n_probes, full, depth, logit_map, adjustment, mass=draws is not None
-        )
-        candidates = self.steps.score(hidden, selection, score_map)
-        expanded = self.steps.expand(scores, selection, candidates) if full else None
-        if full and not logit_map.identity:
-            lowest = mx.finfo(candidates.logits.dtype).min
-            candidates = _mapped(candidates, logit_map, lowest)
-        masked = allowed is not None
-        if adjustment is not None or masked:
-            candidates = self.steps.adjust(selection, candidates, adjustment, allowed)
-        tokens, risk = self.steps.choose(selection, candidates, draws, self.risk, logit_map, masked)
-        # without the probes that a kernel repeats
-        probes = selection.probes[:, :n_probes]
-        logits = candidates.logits[:, :n_probes]
-        return Proposal(hidden, tokens, probes, logits, risk, expanded)
+            self.n_traced += 1
+            functions[kind] = cast(Function, mx.compile(kind.propose))
+        self._functions.latest = kind, functions[kind]
+        return functions[kind]
 
     def joined(self, proposals: Sequence[Proposal], rows: Rows, tokens: Sequence[int]) -> Proposal:
-        """Rows of several proposals, with their ``tokens``, as one without risk and full logits."""
+        """Rows of several proposals, with their ``tokens``, as one without risk."""
         most = max(proposal.probes.shape[1] for proposal in proposals)
         filled = [_filled(proposal, most) for proposal in proposals]
         hidden, probes, logits = self.steps.join(filled, rows)
         chosen = mx.array(list(tokens), mx.uint32)
-        return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)), None)
+        return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)))
 
     def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
         """Finds the tokens that are scored for hidden states (..., D).
@@ -536,7 +464,8 @@ class FlashHead:
         _, selection, candidates = self._retrieve(
             rows, self.unverified_probes, words=False, draw_temperature=self._draw_temperature
         )
-        return self.steps.choose(selection, candidates, None)[0].reshape(hidden.shape[:-1])
+        tokens, _ = self.steps.choose(selection, candidates, best_draws(len(rows)))
+        return tokens.reshape(hidden.shape[:-1])
 
     def _retrieve(
         self,
@@ -557,12 +486,51 @@ class FlashHead:
         return scores, selection, self.steps.score(rows, selection)
 
 
-def _mapped(candidates: Candidates, logit_map: LogitMap, lowest: float) -> Candidates:
-    """The model's logits of the scored tokens; ``lowest`` marks padded slots."""
-    logits = logit_map(candidates.logits)
-    padded = candidates.logits == lowest
-    logits = mx.where(padded, mx.finfo(logits.dtype).min, logits)
-    return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
+class _Kind(NamedTuple):
+    """What proposals have in common whose steps are the same, on other arrays."""
+
+    steps: PortableSteps
+    gathers_rows: bool
+    risk: Risk
+    n_probes: int
+    depth: float
+    rows: tuple[Draw, ...]  # as of `Draws.structure`
+    logit_map: LogitMap
+    adjusted: tuple[int, bool] | None  # of the adjustment: most_occurrences, and alike
+
+    def propose(
+        self,
+        hidden: mx.array,
+        draw_arrays: list[mx.array],
+        adjusted: list[mx.array],
+        allowed: list[mx.array],
+    ) -> tuple[mx.array, ...]:
+        """The steps: tokens, probes, logits and risks of the states (R, D)."""
+        steps = self.steps
+        draws = Draws.of_arrays(self.rows, draw_arrays)
+        adjustment = None
+        if self.adjusted is not None:
+            most_occurrences, alike = self.adjusted
+            adjustment = Adjustment(adjusted[0], adjusted[1], most_occurrences, alike)
+        selection = steps.select(
+            steps.route(hidden),
+            self.n_probes,
+            words=False,
+            depth=self.depth / self.logit_map.slope,
+            logit_map=self.logit_map,
+            adjustment=adjustment,
+            mass=not draws.all_greedy,
+        )
+        candidates = steps.score(hidden, selection, self.logit_map)
+        if adjustment is not None or allowed:
+            mask = allowed[0] if allowed else None
+            candidates = steps.adjust(selection, candidates, adjustment, mask)
+        tokens, risk = steps.choose(
+            selection, candidates, draws, self.risk, self.logit_map, masked=bool(allowed)
+        )
+        # without the probes that a kernel repeats
+        probes = selection.probes[:, : self.n_probes]
+        return tokens, probes, candidates.logits[:, : self.n_probes], risk
 
 
 def _filled(proposal: Proposal, n_probes: int) -> Proposal:

@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 
 from .adjustment import ADJUST_HEAD
-from .draw import Draws
 from .proposal import Proposal, Selection, Unscored
 from .short_inputs import HELD
 
@@ -42,21 +41,6 @@ def with_held_probes(proposal: Proposal) -> Proposal:
         probes=mx.concatenate([proposal.probes, last], axis=1),
         logits=mx.concatenate([logits, nothing], axis=1),
     )
-
-
-def draw_arrays(draws: Draws | None, n_positions: int) -> list[mx.array]:
-    """Settings, top_k and keys for a kernel. Rows are greedy without draws."""
-    if draws is None:
-        return _greedy_draws(n_positions)
-    return list(draws.held)
-
-
-@cache
-def _greedy_draws(n_positions: int) -> list[mx.array]:
-    """Settings, top_k and keys of greedy rows, at least 8: one kernel serves any number."""
-    n_rows = max(n_positions, MIN_PROBES)
-    counts = mx.array([[0] * 2] * n_rows, mx.uint32)
-    return [mx.array([[0.0] * 3] * n_rows), counts, counts]
 
 
 @cache

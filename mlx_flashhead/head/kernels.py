@@ -11,6 +11,7 @@ import mlx.core as mx
 from . import kernel_text as text
 from .clustered import ClusteredRows
 from .dense_kernels import DenseKernel, dense_kernel
+from .draws import filters
 from .matrix import Matrix
 
 Launch = Callable[..., list[mx.array]]
@@ -203,6 +204,15 @@ class Kernels:
             files="tolerance",
             threads=WIDE_THREADS,
             sizes="D",
+        )
+        self.lowest_kept = self._kernel(
+            filters.KERNEL,
+            "logits settings top_k log_total",
+            "kept",
+            text.LOWEST_KEPT_BODY,
+            files="histogram noise sample",
+            threads=self._row_threads,
+            sizes="",
         )
         self.map = self._kernel(
             "map", "values", "mapped", text.MAP_BODY, files="", threads=WIDE_THREADS, sizes=""

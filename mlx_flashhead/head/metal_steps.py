@@ -7,11 +7,12 @@ import mlx.core as mx
 
 from .adjustment import Adjustment
 from .clustered import ClusteredRows
-from .draw import Draws
+from .draws.bounds import log_mass
+from .draws.noise import Noise
+from .draws.rows import Draw, Draws
 from .kernel_inputs import (
     MIN_PROBES,
     UNSCORED,
-    draw_arrays,
     held_unscored,
     no_mask,
     nothing_changed,
@@ -37,6 +38,7 @@ SHARED_POSITIONS = 4  # that share one reading of the centroids
 # Positions from which MLX's own product routes: its matrix kernels begin at 6 to 13 positions.
 # Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
 MATRIX_FROM = 12
+DRAWN = Noise(temperature=1.0)  # any draw of a kernel
 
 
 class MetalSteps(PortableSteps):
@@ -68,6 +70,15 @@ class MetalSteps(PortableSteps):
     def arrays(self) -> list[mx.array]:
         """The arrays that the steps hold beside the rows."""
         return [*super().arrays(), self._kernels.tail_offset]
+
+    def structure_of(
+        self, draws: Draws, adjustment: Adjustment | None
+    ) -> tuple[tuple[Draw, ...], tuple[int, bool] | None]:
+        """What changes the launches of a proposal: kernels read all settings from arrays."""
+        rows = draws.structure
+        if draws.have_kernels and not draws.all_greedy:
+            rows = (DRAWN,) * len(rows)
+        return rows, None if adjustment is None else (0, False)
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores all clusters: hidden (R, D) → (R, C) float32."""
@@ -189,21 +200,20 @@ class MetalSteps(PortableSteps):
         self,
         selection: Selection,
         candidates: Candidates,
-        draws: Draws | None,
+        draws: Draws,
         risk: Risk = USUAL,
         logit_map: LogitMap = IDENTITY,
         masked: bool = False,
     ) -> tuple[mx.array, mx.array]:
         """Chooses a token of each row, (R,) uint32, with its risk, (R,) float32."""
-        if draws is not None and draws.as_mlx_lm:
+        if not draws.have_kernels:
             return super().choose(selection, candidates, draws, risk, logit_map, masked)
         logits = candidates.logits
         n_positions = len(logits)
-        settings = draw_arrays(draws, n_positions)
         arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
         arrays += [
             held_unscored(selection),
-            *settings,
+            *draws.held,
             mx.array([*risk, 0.0 if masked else 1.0]),
         ]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
@@ -239,7 +249,7 @@ class MetalSteps(PortableSteps):
         self,
         slots: mx.array,
         proposal: Proposal,
-        draws: Draws | None,
+        draws: Draws,
         tolerance: Tolerance,
         epsilon: float,
         logit_map: LogitMap = IDENTITY,
@@ -249,7 +259,7 @@ class MetalSteps(PortableSteps):
 
         It takes the logits (k, C, n) of all slots.
         """
-        if draws is not None and draws.as_mlx_lm:
+        if not draws.have_kernels:
             return super().screen(slots, proposal, draws, tolerance, epsilon, logit_map, allowed)
         inputs = self._screen_inputs(proposal, draws, tolerance)
         parts = self._tallies(slots, inputs, logit_map, allowed)
@@ -269,11 +279,26 @@ class MetalSteps(PortableSteps):
         )
         return Screen(sure, *(known[:, i] for i in range(3)))
 
+    def thresholds(
+        self, logits: mx.array, draws: Draws, log_totals: Sequence[mx.array | None]
+    ) -> list[mx.array]:
+        """Finds the lowest logits that filters keep, (R, K) float32 → (R, 1), for each mass."""
+        if not (draws.any_top_p or draws.most_top_k):
+            return super().thresholds(logits, draws, log_totals)
+        settings, top_k, _ = draws.held
+        kept = (len(logits), 1), mx.float32
+        found = []
+        for total in log_totals:
+            total = log_mass(logits) if total is None else total
+            arrays = [logits.astype(mx.float32), settings, top_k, held(total.reshape(-1))]
+            found += self._kernels.lowest_kept(arrays, 1, len(logits), kept)
+        return found
+
     def tallies(
         self,
         slots: mx.array,
         proposal: Proposal,
-        draws: Draws | None,
+        draws: Draws,
         tolerance: Tolerance,
         logit_map: LogitMap = IDENTITY,
         allowed: mx.array | None = None,
@@ -288,18 +313,15 @@ class MetalSteps(PortableSteps):
         return self._tallies(slots, inputs, logit_map, allowed)
 
     def _screen_inputs(
-        self, proposal: Proposal, draws: Draws | None, tolerance: Tolerance
+        self, proposal: Proposal, draws: Draws, tolerance: Tolerance
     ) -> "_ScreenInputs":
         proposal = with_held_probes(proposal)
         relative = mx.array(tolerance.relative, mx.float32)
-        settings, top_k, keys = draw_arrays(draws, len(proposal.probes))
         return _ScreenInputs(
             proposal.probes,
             proposal.logits,
             held(proposal.tokens),
-            settings,
-            top_k,
-            keys,
+            *draws.held,
             (held(tolerance.product), held(tolerance.scored), relative),
         )
 

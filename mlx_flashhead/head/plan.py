@@ -27,7 +27,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .draw import Draws, DrawSettings
+from .draws.noise import Noise
+from .draws.rows import Draws
 from .flash_head import FlashHead
 from .metal_steps import MetalSteps
 from .short_inputs import HELD
@@ -61,7 +62,7 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
         )
     hidden = mx.zeros((1, head.hidden_size), dtype)
     counts = mx.zeros((HELD, 2), mx.uint32)
-    draws = Draws((DrawSettings(1.0),), (mx.zeros((HELD, 3)), counts[:, 0], counts))
+    draws = Draws((Noise(1.0),), (mx.zeros((HELD, 3)), counts[:, 0], counts))
     rows = clustered.rows.arrays()
     computed = {
         "hidden": hidden,

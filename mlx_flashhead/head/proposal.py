@@ -41,7 +41,6 @@ class Proposal(NamedTuple):
     probes: mx.array  # (R, S) uint32, the probed clusters
     logits: mx.array  # (R, S, n), the scored tokens' logits as the model gives them
     risk: mx.array  # (R,) float32, an estimate of the chance of another choice
-    full: mx.array | None  # (R, V) logits of the head with estimates, if requested
 
 
 class Screen(NamedTuple):

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from .backend import gpu_is_default
 from .dense_kernels import dense_kernel, pack_columns
-from .draw import gpu_is_default
 from .kernel_text import header
 from .kernels import LANES, ROUTE_SIMDGROUPS, ROWS, StoredRows
 from .matrix import Matrix

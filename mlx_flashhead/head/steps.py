@@ -16,11 +16,12 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 import numpy as np
 
-from . import inverse_cdf
 from .adjustment import Adjustment, adjusted_logits, probed_for
 from .clustered import ClusteredRows, in_token_order
 from .dense_kernels import dense_ranges
-from .draw import Draws, draw, log_mass, lowest_of_equals
+from .draws import filters
+from .draws.bounds import log_mass
+from .draws.rows import Draw, Draws, Take
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
 from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance, Unscored
@@ -59,32 +60,31 @@ class Risk(NamedTuple):
         a, b = fitted.get("greedy", USUAL[:2])
         return cls(a, b, fitted.get("sampled", USUAL.scale))
 
-    def of(
-        self,
-        candidates: Candidates,
-        best: mx.array,
-        unscored: Unscored,
-        draws: Draws | None,
-        logit_map: LogitMap = IDENTITY,
-    ) -> mx.array:
-        """Estimates the risk of each of R positions, (R,) float32.
+    def of_best(self, best: mx.array, unscored: Unscored, logit_map: LogitMap) -> mx.array:
+        """Estimates the chance that a token with a better logit was not scored.
 
         Args:
-            candidates: The scored tokens' logits, mapped.
-            best: (R, 1), the highest of these.
-            unscored: What was not scored; with its mass if there are draws.
-            draws: Of R rows.
+            best: (R, 1) float32, the highest of the scored tokens' logits, mapped.
+            unscored: What was not scored.
             logit_map: What the model does to each of its head's logits.
+
+        Returns:
+            (R, 1) float32.
         """
-        nothing = best <= mx.finfo(candidates.logits.dtype).min
-        best = best.astype(mx.float32)
         best = best if logit_map.identity else logit_map.inverse(best)
-        risk = mx.exp(self.a - self.b * (best - unscored.best))
-        if draws is not None:
-            scored = log_mass(candidates.logits.astype(mx.float32).flatten(1))
-            drawn = self.scale * mx.sigmoid(cast(mx.array, unscored.mass) - scored)
-            risk = mx.where(draws.inverse_temperature == 0, risk, drawn)
-        return mx.where(nothing, NOTHING_ALLOWED, mx.minimum(risk, 1.0))[:, 0]
+        return mx.exp(self.a - self.b * (best - unscored.best))
+
+    def of_draw(self, logits: mx.array, unscored: Unscored) -> mx.array:
+        """Estimates the chance that a draw from all tokens is another one, by their masses.
+
+        Args:
+            logits: (R, K) float32, the scored tokens', mapped.
+            unscored: What was not scored, with its mass.
+
+        Returns:
+            (R, 1) float32.
+        """
+        return self.scale * mx.sigmoid(cast(mx.array, unscored.mass) - log_mass(logits))
 
 
 USUAL = Risk()
@@ -136,25 +136,6 @@ def blocked_product(hidden: mx.array, columns: mx.array) -> mx.array:
     return products.reshape(len(hidden), -1)
 
 
-def _drawn(
-    logits: mx.array,
-    token_ids: mx.array,
-    draws: Draws,
-    others: mx.array | None,
-    lacking: float,
-) -> mx.array:
-    """Draws a token of each row, (R,) uint32, from the scored ones (R, K).
-
-    ``others`` (R, 1) is the log of the mass of the others, but for what it is ``lacking``. A draw
-    by a number needs it whole: all numbers' places depend on where the filters cut.
-    """
-    masses = others + lacking if others is not None and lacking else others
-    return draws.by_kind(
-        lambda: inverse_cdf.drawn(logits, token_ids, draws, masses, kernel=False),
-        lambda: draw(logits, draws.noise(token_ids), draws, token_ids, others, kernel=False),
-    )
-
-
 class PortableSteps:
     """Each step as MLX operations."""
 
@@ -187,6 +168,18 @@ class PortableSteps:
     def arrays(self) -> list[mx.array]:
         """The arrays that the steps hold beside the rows."""
         return [array for array in (self._centroids, self._columns) if array is not None]
+
+    def structure_of(
+        self, draws: Draws, adjustment: Adjustment | None
+    ) -> tuple[tuple[Draw, ...], tuple[int, bool] | None]:
+        """What of draws and an adjustment changes the operations of a proposal.
+
+        Returns:
+            :attr:`Draws.structure`, and the numbers of the adjustment beside its arrays.
+        """
+        if adjustment is None:
+            return draws.structure, None
+        return draws.structure, (adjustment.most_occurrences, adjustment.alike)
 
     def product(self, hidden: mx.array) -> mx.array:
         """Logits of all slots, in their order: hidden (R, D) → (R, C·n)."""
@@ -361,7 +354,7 @@ class PortableSteps:
         self,
         selection: Selection,
         candidates: Candidates,
-        draws: Draws | None,
+        draws: Draws,
         risk: Risk = USUAL,
         logit_map: LogitMap = IDENTITY,
         masked: bool = False,
@@ -373,8 +366,7 @@ class PortableSteps:
         Args:
             selection: The clusters, and what was not scored.
             candidates: The scored logits.
-            draws: How tokens are drawn. Without it the best logit wins, among equals the one with
-                the lowest id, and NaN counts as the highest.
+            draws: Of R rows.
             risk: Estimates the risk by what was not scored.
             logit_map: What the model does to each of its head's logits.
             masked: Whether the candidates are masked. The risk is then NOTHING_ALLOWED if all
@@ -385,16 +377,30 @@ class PortableSteps:
         """
         ids = self.token_ids(selection.probes).flatten(1)
         logits = candidates.logits.flatten(1)
+        nothing = mx.finfo(logits.dtype).min
         left = cast(Unscored, selection.unscored)
-        best = mx.max(logits, axis=-1, keepdims=True)
-        if draws is None:
-            tokens = lowest_of_equals(logits, best, ids)
-        else:
-            others = None if masked else left.mass
-            tokens = _drawn(logits.astype(mx.float32), ids, draws, others, self._lacking)
-            if masked:  # where all is ruled out, a number may fall in the share of a padded slot
-                tokens = mx.minimum(tokens, self.clustered.vocab_size - 1)
-        return tokens, risk.of(candidates, best, left, draws, logit_map)
+
+        def choose_of(kind: type[Draw], some: Draws, take: Take) -> tuple[mx.array, mx.array]:
+            scored = take(logits).astype(mx.float32)
+            best = mx.max(scored, axis=-1, keepdims=True)
+            unscored = Unscored(take(left.best), None if left.mass is None else take(left.mass))
+            others = None
+            if some.filters and not masked:
+                others = cast(mx.array, unscored.mass)
+                if kind.whole_mass and self._lacking:
+                    others = others + self._lacking
+            tokens = kind.choose(scored, some, take(ids), others)
+            if kind.by_mass:
+                chance = risk.of_draw(scored, unscored)
+            else:
+                chance = risk.of_best(best, unscored, logit_map)
+            chance = mx.where(best <= nothing, NOTHING_ALLOWED, mx.minimum(chance, 1.0))
+            return tokens, chance[:, 0]
+
+        tokens, risks = draws.by_kind(choose_of)
+        if masked:  # where all is ruled out, a number may fall in the share of a padded slot
+            tokens = mx.minimum(tokens, self.clustered.vocab_size - 1)
+        return tokens, risks
 
     def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
         """The states, probes and logits of some rows of the proposals."""
@@ -428,7 +434,7 @@ class PortableSteps:
         self,
         slots: mx.array,
         proposal: Proposal,
-        draws: Draws | None,
+        draws: Draws,
         tolerance: Tolerance,
         epsilon: float,
         logit_map: LogitMap = IDENTITY,
@@ -443,7 +449,7 @@ class PortableSteps:
         Args:
             slots: (k, C, n), the head's logits of all states at once, in the order of the clusters.
             proposal: Of k rows, with the model's logits of the scored tokens.
-            draws: Of k rows; None where all states are greedy.
+            draws: Of k rows.
             tolerance: How far the logits may be off.
             epsilon: The relative spacing of the model's log-probabilities. Among equal ones the
                 lowest id wins.
@@ -452,4 +458,12 @@ class PortableSteps:
                 None where all may. The proposal's logits of others are the lowest finite value.
         """
         rows = self.clustered
-        return screen(rows, slots, proposal, draws, tolerance, epsilon, logit_map, allowed)
+        return screen(
+            rows, slots, proposal, draws, tolerance, epsilon, logit_map, allowed, self.thresholds
+        )
+
+    def thresholds(
+        self, logits: mx.array, draws: Draws, log_totals: Sequence[mx.array | None]
+    ) -> list[mx.array]:
+        """Finds the lowest logits that filters keep: see :func:`filters.thresholds`."""
+        return filters.thresholds(logits, draws, log_totals)

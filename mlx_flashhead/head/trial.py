@@ -4,16 +4,20 @@ What runs here is compiled here, and nothing is compiled afterwards.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from textwrap import shorten
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
 from .adjustment import Adjustment, ChangedTokens
-from .draw import Draws, DrawSettings, log_mass, position_key, threshold
+from .draws import filters
+from .draws.bounds import log_mass
+from .draws.greedy import Greedy
+from .draws.noise import Noise, position_key
+from .draws.rows import Draws
 from .logit_map import LogitMap
-from .lowest_kept import NAME, lowest_kept
 from .metal_steps import MetalSteps
 from .proposal import Candidates, Proposal, Selection, Tolerance
 from .steps import PortableSteps, mapped_mass
@@ -28,12 +32,14 @@ SELECT_BINS = 4096
 BINS_PER_NAT = 64.0
 CERTAIN = 1e29
 
-DRAWN = 4 * (
-    DrawSettings(),
-    DrawSettings(temperature=1.0),
-    DrawSettings(temperature=2.0, top_p=0.9),
-    DrawSettings(temperature=0.7, top_k=5, min_p=0.02),
+DRAWN = (
+    Greedy(),
+    Noise(temperature=1.0),
+    Noise(temperature=2.0, top_p=0.9),
+    Noise(temperature=0.7, top_k=5, min_p=0.02),
 )
+N_DRAWN = 16
+WITHOUT_MAP = ("expand", filters.KERNEL, "join", "tolerance")  # kernels that know of no map
 TOO_MANY = re.compile("greater than +the maximum allowed threads per threadgroup")
 
 Pair = tuple[mx.array, mx.array, float]  # a result, the expected values and the tolerance
@@ -58,18 +64,17 @@ def find_trouble(
         logit_map: What the model does to its head's logits. The kernels that know of no such map
             run with the identity only.
     """
-    kernel = ""
-    try:
-        for step in _Trial(steps, dtype, n_probes, logit_map).steps():
-            if isinstance(step, str):
-                kernel = step
-            elif problem := _difference(*step):
-                return Trouble(f"the kernel {kernel!r} {problem}")
-    # MLX raises this for a text that does not compile, a rejected pipeline, a lost device
-    except (RuntimeError, ValueError) as error:
-        reason = shorten(str(error), 300, placeholder=" ...").rstrip(".")
-        sentence = f"the kernel {kernel!r} does not run on this device ({reason})"
-        return Trouble(sentence, TOO_MANY.search(str(error)) is not None)
+    trial = _Trial(steps, dtype, n_probes, logit_map)
+    for kernel, pairs_of in trial.kernels():
+        try:
+            for found, expected, tolerance in pairs_of():
+                if problem := _difference(found, expected, tolerance):
+                    return Trouble(f"the kernel {kernel!r} {problem}")
+        # MLX raises this for a text that does not compile, a rejected pipeline, a lost device
+        except (RuntimeError, ValueError) as error:
+            reason = shorten(str(error), 300, placeholder=" ...").rstrip(".")
+            sentence = f"the kernel {kernel!r} does not run on this device ({reason})"
+            return Trouble(sentence, TOO_MANY.search(str(error)) is not None)
     return None
 
 
@@ -86,7 +91,10 @@ def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | 
 
 
 class _Trial:
-    """A state, and what the kernels and MLX's operations make of it."""
+    """A state, and what the kernels and MLX's operations make of it.
+
+    Each method runs one kernel, and evaluates what the next ones take from it.
+    """
 
     def __init__(self, steps: MetalSteps, dtype: mx.Dtype, n_probes: int, logit_map: LogitMap):
         self._kernels = steps
@@ -97,73 +105,91 @@ class _Trial:
         self._hidden = mx.random.normal((1, width), key=mx.random.key(0)).astype(dtype)
         self._in_float32 = self._hidden.astype(mx.float32)  # all sums are, whatever the dtype
         self._rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
+        self._scores: mx.array
+        self._selection: Selection
+        self._candidates: Candidates
+        self._proposal: Proposal
+        self._adjustment: Adjustment
+        self._forced: Selection
 
-    def steps(self) -> Iterator[str | Pair]:
-        """The name of each kernel before it runs, then what it gives."""
-        alone = self._map.identity
-        yield "route"
-        scores = self._kernels.route(self._hidden)
-        if alone:
-            yield from self._route(scores)
-        yield "select"
-        selection = self._kernels.select(scores, self._n_probes, False, logit_map=self._map)
-        yield from self._selected(scores, selection, self._n_probes)
-        yield "select_words"
-        with_words = self._kernels.select(scores, self._n_probes, logit_map=self._map)
-        yield from self._selected(scores, with_words, self._n_probes)
-        yield "score"
-        candidates = self._kernels.score(self._hidden, with_words, self._map)
-        yield from self._score(with_words, candidates)
-        if alone:
-            yield "expand"
-            expected = self._plain.expand(scores, *self._once(with_words, candidates))
-            yield self._kernels.expand(scores, with_words, candidates), expected, self._rounding
-        yield "sample"
-        yield from self._sample(with_words, candidates)
-        token, _ = self._plain.choose(*self._once(with_words, candidates), None)
-        proposal = Proposal(
-            self._hidden, token, with_words.probes, candidates.logits, mx.zeros(1), None
-        )
-        if alone:
-            yield NAME
-            yield from self._lowest_kept()
-            yield "join"
-            rows = [(1, 0), (0, 0)]
-            found = self._kernels.join([proposal] * 2, rows)
-            expected_rows = self._plain.join([proposal] * 2, rows)
-            for one, other in zip(found, expected_rows, strict=True):
-                yield one, other, 0.0
-            yield "tolerance"
-            shares = {"longest": 1.5, "product": 0.1, "scored": 0.01}
-            lengths = self._kernels.tolerances(self._hidden, **shares)
-            plainly = self._plain.tolerances(self._hidden, **shares)
-            for one, other in zip(lengths, plainly, strict=True):
-                yield one, other, LEAST
-        yield from self._screen(proposal, None)
-        yield from self._adjust(scores)
-        masked = self._masked(with_words, candidates, token)
-        yield from self._screen(proposal._replace(logits=masked), self._allowed(token))
+    def kernels(self) -> list[tuple[str, Callable[[], Iterator[Pair]]]]:
+        """The kernels, each with what compares its results, in the order in which they run."""
+        tried: list[tuple[str, Callable[[], Iterator[Pair]]]] = [
+            ("route", self._route),
+            ("select", self._select),
+            ("select_words", self._select_words),
+            ("score", self._score),
+            ("expand", self._expand),
+            ("sample", self._sample),
+            (filters.KERNEL, self._lowest_kept),
+            ("join", self._join),
+            ("tolerance", self._tolerance),
+            ("screen", partial(self._screen, masked=False)),
+            ("certain", partial(self._certain, masked=False)),
+            ("select_forced", self._select_forced),
+            ("adjust", self._adjust),
+            ("screen", partial(self._screen, masked=True)),
+            ("certain", partial(self._certain, masked=True)),
+        ]
+        if self._map.identity:
+            return tried
+        return [(name, run) for name, run in tried if name not in WITHOUT_MAP]
 
-    def _once(self, selection: Selection, candidates: Candidates) -> tuple[Selection, Candidates]:
-        """Each probe once: the kernels repeat the last one where they hold more than there are."""
-        probes = selection.probes[:, : self._n_probes]
-        logits = candidates.logits[:, : self._n_probes]
-        return Selection(probes, unscored=selection.unscored), Candidates(logits)
-
-    def _route(self, scores: mx.array) -> Iterator[Pair]:
+    def _route(self) -> Iterator[Pair]:
+        self._scores = self._kernels.route(self._hidden)
         expected = self._plain.route(self._in_float32)
-        yield scores, expected, self._rounding
+        yield self._scores, expected, self._rounding
         twice = self._kernels.route(mx.tile(self._hidden, (2, 1)))
         yield twice, mx.tile(expected, (2, 1)), self._rounding
 
+    def _select(self) -> Iterator[Pair]:
+        selection = self._kernels.select(self._scores, self._n_probes, False, logit_map=self._map)
+        yield from self._selected(selection, self._n_probes)
+
+    def _select_words(self) -> Iterator[Pair]:
+        self._selection = self._kernels.select(self._scores, self._n_probes, logit_map=self._map)
+        yield from self._selected(self._selection, self._n_probes)
+
+    def _select_forced(self) -> Iterator[Pair]:
+        """Clusters that are best, or hold a token that biases and penalties change."""
+        clustered = self._kernels.clustered
+        tokens = [i for i in (1, 5, 7) if i < clustered.vocab_size]
+        changes = ChangedTokens(
+            repetition=1.3,
+            presence=0.5,
+            frequency=0.25,
+            biases=dict.fromkeys(tokens[:1], 2.0),
+            repeated=tokens,
+            present=tokens,
+            occurrences=dict.fromkeys(tokens, 2),
+        )
+        latest = mx.array([0], mx.uint32)
+        self._adjustment = Adjustment.of([changes], latest, clustered.vocab_size)
+        n_probes = min(self._n_probes + self._adjustment.n_tokens, clustered.n_clusters)
+        self._forced = self._kernels.select(
+            self._scores, n_probes, False, logit_map=self._map, adjustment=self._adjustment
+        )
+        yield from self._selected(self._forced, n_probes, self._adjustment)
+
+    def _adjust(self) -> Iterator[Pair]:
+        """Biases and penalties, and a mask: each alone and both."""
+        candidates = self._kernels.score(self._hidden, self._forced, self._map)
+        allowed = self._allowed(mx.array([0], mx.uint32))
+        for change, mask in (
+            (self._adjustment, None),
+            (None, allowed),
+            (self._adjustment, allowed),
+        ):
+            found = self._kernels.adjust(self._forced, candidates, change, mask)
+            expected = self._plain.adjust(self._forced, candidates, change, mask).logits
+            yield found.logits, expected, self._rounding
+            yield cast(mx.array, found.best), found.logits.max(axis=-1), 0.0
+
     def _selected(
-        self,
-        scores: mx.array,
-        selection: Selection,
-        n_probes: int,
-        adjustment: Adjustment | None = None,
+        self, selection: Selection, n_probes: int, adjustment: Adjustment | None = None
     ) -> Iterator[Pair]:
         """As good clusters as MLX's operations find, none of them twice, and what is left."""
+        scores = self._scores
         probes = selection.probes[:, :n_probes]
         # distances to the best score as the kernel sees them; see metal/flash_head/select.h
         forced = scores >= CERTAIN
@@ -177,10 +203,11 @@ class _Trial:
         yield found, expected, 0.0
         in_order = mx.sort(probes, axis=-1)
         yield (in_order[:, 1:] == in_order[:, :-1]).sum(), mx.zeros(()), 0.0
-        yield cast(mx.array, selection.held_unscored)[:, :2], self._left(scores, probes), LEAST
+        yield cast(mx.array, selection.held_unscored)[:, :2], self._left(probes), LEAST
 
-    def _left(self, scores: mx.array, probes: mx.array) -> mx.array:
+    def _left(self, probes: mx.array) -> mx.array:
         """The best score of the clusters that are not probed, and their mass: (R, 2)."""
+        scores = self._scores
         n_left = scores.shape[-1] - probes.shape[-1]
         if not n_left:
             return mx.full((len(scores), 2), mx.finfo(mx.float32).min)
@@ -190,8 +217,16 @@ class _Trial:
         mass = mapped_mass(left, self._map, self._kernels.clustered.cluster_size)
         return mx.concatenate([mx.max(left, axis=-1, keepdims=True), mass], axis=-1)
 
-    def _score(self, selection: Selection, candidates: Candidates) -> Iterator[Pair]:
-        once, found = self._once(selection, candidates)
+    def _once(self, selection: Selection, candidates: Candidates) -> tuple[Selection, Candidates]:
+        """Each probe once: the kernels repeat the last one where they hold more than there are."""
+        probes = selection.probes[:, : self._n_probes]
+        logits = candidates.logits[:, : self._n_probes]
+        return Selection(probes, unscored=selection.unscored), Candidates(logits)
+
+    def _score(self) -> Iterator[Pair]:
+        candidates = self._kernels.score(self._hidden, self._selection, self._map)
+        self._candidates = candidates
+        once, found = self._once(self._selection, candidates)
         lowest = mx.finfo(found.logits.dtype).min  # of padded slots
         if self._kernels.reads_rows:
             # in the dtype that the model's own operations see
@@ -203,67 +238,62 @@ class _Trial:
             yield found.logits, mx.maximum(expected, lowest), self._rounding
         yield cast(mx.array, candidates.best), candidates.logits.max(axis=-1), 0.0
 
-    def _sample(self, selection: Selection, candidates: Candidates) -> Iterator[Pair]:
-        """The greedy token, and draws with each kind of filter."""
-        once = self._once(selection, candidates)
-        choose = self._kernels.choose
-        plainly = self._plain.choose
-        token, _ = choose(selection, candidates, None, logit_map=self._map)
-        yield token, plainly(*once, None)[0], 0.0
+    def _expand(self) -> Iterator[Pair]:
+        found = self._kernels.expand(self._scores, self._selection, self._candidates)
+        once = self._once(self._selection, self._candidates)
+        yield found, self._plain.expand(self._scores, *once), self._rounding
+
+    def _sample(self) -> Iterator[Pair]:
+        """Greedy tokens, and draws with each kind of filter."""
+        once = self._once(self._selection, self._candidates)
         n_other = mx.array(0)
-        for position, settings in enumerate(DRAWN):
+        for position in range(N_DRAWN):
+            settings = DRAWN[position % len(DRAWN)]
             draws = Draws.of([(settings, position_key(0, position))])
-            drawn, risk = choose(selection, candidates, draws, logit_map=self._map)
-            expected_token, expected_risk = plainly(*once, draws, logit_map=self._map)
-            n_other += drawn != expected_token
+            token, risk = self._kernels.choose(
+                self._selection, self._candidates, draws, logit_map=self._map
+            )
+            expected, expected_risk = self._plain.choose(*once, draws, logit_map=self._map)
             yield risk, expected_risk, self._rounding
+            if settings.greedy:
+                yield token, expected, 0.0
+                self._proposal = Proposal(
+                    self._hidden,
+                    token,
+                    self._selection.probes,
+                    self._candidates.logits,
+                    mx.zeros(1),
+                )
+            n_other += token != expected
         yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0  # rounding may move a token over a limit
 
     def _lowest_kept(self) -> Iterator[Pair]:
         vocab_size = self._kernels.clustered.vocab_size
-        rows = [(settings, position_key(0, 0)) for settings in DRAWN[:4]]
-        logits = mx.random.normal((len(rows), vocab_size), scale=3, key=mx.random.key(1))
-        draws = Draws.of(rows)
+        draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN])
+        logits = mx.random.normal((len(DRAWN), vocab_size), scale=3, key=mx.random.key(1))
         total = log_mass(logits)
-        threads = self._kernels.row_threads
-        settings, top_k, _ = draws.held
-        found = lowest_kept(logits, settings, top_k, total, threads)
-        expected = threshold(logits, draws, total, kernel=False)
-        n_found, n_expected = ((logits >= lowest).sum(axis=-1) for lowest in (found, expected))
+        n_found, n_expected = (
+            (logits >= steps.thresholds(logits, draws, [total])[0]).sum(axis=-1)
+            for steps in (self._kernels, self._plain)
+        )
         # rounding may move a token over a limit
         allowed = 1 + mx.maximum(n_found, n_expected) // 1000
         n_other = mx.maximum(mx.abs(n_found.astype(mx.int32) - n_expected) - allowed, 0)
-        yield n_other, mx.zeros(len(rows)), 0.0
+        yield n_other, mx.zeros(len(DRAWN)), 0.0
 
-    def _adjust(self, scores: mx.array) -> Iterator[str | Pair]:
-        """Biases and penalties, and a mask: each alone and both."""
-        clustered = self._kernels.clustered
-        vocab_size = clustered.vocab_size
-        tokens = [i for i in (1, 5, 7) if i < vocab_size]
-        changes = ChangedTokens(
-            repetition=1.3,
-            presence=0.5,
-            frequency=0.25,
-            biases=dict.fromkeys(tokens[:1], 2.0),
-            repeated=tokens,
-            present=tokens,
-            occurrences=dict.fromkeys(tokens, 2),
-        )
-        adjustment = Adjustment.of([changes], mx.array([0], mx.uint32), vocab_size)
-        n_probes = min(self._n_probes + adjustment.n_tokens, clustered.n_clusters)
-        yield "select_forced"
-        selection = self._kernels.select(
-            scores, n_probes, False, logit_map=self._map, adjustment=adjustment
-        )
-        yield from self._selected(scores, selection, n_probes, adjustment)
-        yield "adjust"
-        candidates = self._kernels.score(self._hidden, selection, self._map)
-        allowed = self._allowed(mx.array([0], mx.uint32))
-        for change, mask in ((adjustment, None), (None, allowed), (adjustment, allowed)):
-            found = self._kernels.adjust(selection, candidates, change, mask)
-            expected = self._plain.adjust(selection, candidates, change, mask).logits
-            yield found.logits, expected, self._rounding
-            yield cast(mx.array, found.best), found.logits.max(axis=-1), 0.0
+    def _join(self) -> Iterator[Pair]:
+        rows = [(1, 0), (0, 0)]
+        sources = [self._proposal, self._proposal]
+        found = self._kernels.join(sources, rows)
+        for one, other in zip(found, self._plain.join(sources, rows), strict=True):
+            yield one, other, 0.0
+
+    def _tolerance(self) -> Iterator[Pair]:
+        shares = {"longest": 1.5, "product": 0.1, "scored": 0.01}
+        found = self._kernels.tolerances(self._hidden, **shares)
+        expected = self._plain.tolerances(self._hidden, **shares)
+        for one, other in zip(found, expected, strict=True):
+            yield one, other, LEAST
 
     def _allowed(self, token: mx.array) -> mx.array:
         """A mask of about half the tokens, (1, ⌈V/32⌉) uint32, with ``token`` (1,)."""
@@ -273,27 +303,35 @@ class _Trial:
         of_token = mx.where(mx.arange(n_words)[None] == token[:, None] // 32, bit, 0)
         return bits.astype(mx.uint32) | of_token.astype(mx.uint32)
 
-    def _masked(self, selection: Selection, candidates: Candidates, token: mx.array) -> mx.array:
-        return self._plain.adjust(selection, candidates, None, self._allowed(token)).logits
-
-    def _screen(self, proposal: Proposal, allowed: mx.array | None) -> Iterator[str | Pair]:
-        """Two states, of which one is greedy."""
-        hidden, tokens, probes, logits = (mx.concatenate([array, array]) for array in proposal[:4])
-        both = Proposal(hidden, tokens, probes, logits, mx.zeros(2), None)
-        if allowed is not None:
-            allowed = mx.concatenate([allowed, allowed])
-        slots = self._plain.product(hidden).reshape(2, *self._kernels.clustered.token_ids.shape)
+    def _screen_arguments(self, masked: bool) -> tuple[Any, ...]:
+        """What both kernels of a screen get, for two states of which one is greedy."""
+        proposal = self._proposal
+        allowed = None
+        if masked:
+            mask = self._allowed(proposal.tokens)
+            ruled_out = self._plain.adjust(self._selection, self._candidates, None, mask)
+            proposal = proposal._replace(logits=ruled_out.logits)
+            allowed = mx.concatenate([mask, mask])
+        both = Proposal(*(mx.concatenate([array, array]) for array in proposal))
+        slots = self._plain.product(both.hidden)
+        slots = slots.reshape(2, *self._kernels.clustered.token_ids.shape)
         draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN[:2]])
         tolerance = Tolerance(mx.array([0.01, 0.01]), mx.array([0.0, 0.01]))
+        return slots, both, draws, tolerance, allowed
+
+    def _screen(self, masked: bool) -> Iterator[Pair]:
+        slots, both, draws, tolerance, allowed = self._screen_arguments(masked)
         expected = self._plain.screen(slots, both, draws, tolerance, 0.0, self._map, allowed)
-        yield "screen"
         tallies = self._kernels.tallies(slots, both, draws, tolerance, self._map, allowed)
         largest, best = (tallies[..., i].max(axis=1) for i in range(2))
         yield largest, expected.largest, self._rounding
         yield best, expected.best_unscored, self._rounding
         mass = mx.log(tallies[..., 3].sum(axis=1)) + tallies[:, 0, 8]  # relative to the token's
         yield mass, expected.unscored_mass, self._rounding
-        yield "certain"
+
+    def _certain(self, masked: bool) -> Iterator[Pair]:
+        slots, both, draws, tolerance, allowed = self._screen_arguments(masked)
+        expected = self._plain.screen(slots, both, draws, tolerance, 0.0, self._map, allowed)
         found = self._kernels.screen(slots, both, draws, tolerance, 0.0, self._map, allowed)
         for one, other in zip(found, expected, strict=True):
             yield one, other, self._rounding

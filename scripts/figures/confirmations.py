@@ -29,10 +29,9 @@ from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.rounding import CLASSES, may_use_tf32, measure_rounding
-from mlx_flashhead.head.backend import logits_of_scores, make_steps
+from mlx_flashhead.head.backend import gpu_is_default, logits_of_scores, make_steps
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.dense_kernels import dense_kernel
-from mlx_flashhead.head.draw import gpu_is_default
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import FORMATS, Format, Matrix, as_float32
 from mlx_flashhead.head.metal_steps import MetalSteps

@@ -27,7 +27,8 @@ from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion.builtin_text import builtin_documents, dialogues
 from mlx_flashhead.decoding.drafting import LATEST
 from mlx_flashhead.decoding.policy import policy_of
-from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise_of_all, position_key
+from mlx_flashhead.head.draws import rows
+from mlx_flashhead.head.draws.noise import position_key
 from mlx_flashhead.head.matrix import as_float32
 from mlx_flashhead.head.steps import Candidates
 from mlx_flashhead.loading.load import load_draft
@@ -89,7 +90,7 @@ def main() -> None:
             prompt = prompt_of(tokenizer, request)
             answer = write(target, tokenizer, prompt, args.tokens, sampler, grammar)
             masks = masks_of(grammar, prompt, answer, head.vocab_size)
-            draw = Draw(sampler.settings, seed, len(answer), head.vocab_size, masks)
+            draw = Draw(sampler.settings, seed, len(answer), masks)
             for way, tokens in drafter.ways(prompt, answer, draw):
                 right.setdefault(way, []).append(tokens == np.array(answer))
         figures[name] = accepted(right)
@@ -187,18 +188,15 @@ class Draw:
         masks: (n, V) added to the logits, or 0.
     """
 
-    def __init__(self, settings: DrawSettings, seed: int, n_tokens: int, vocab_size: int, masks):
+    def __init__(self, settings: rows.Draw, seed: int, n_tokens: int, masks):
         keys = [(settings, position_key(seed, i)) for i in range(n_tokens)]
-        self._draws = Draws.of(keys)
+        self._draws = rows.Draws.of(keys)
         self._masks = masks
         self.quick = settings.greedy
-        self._noise = None if settings.greedy else noise_of_all(self._draws.keys, vocab_size)
-        if self._noise is not None:
-            mx.eval(self._noise)
 
     def __call__(self, logits: mx.array) -> np.ndarray:
         """The tokens (n,) that are drawn from logits (n, V)."""
-        return np.array(draw(logits + self._masks, self._noise, self._draws))
+        return np.array(self._draws.choose(logits + self._masks))
 
 
 def masks_of(grammar, prompt: list[int], answer: list[int], vocab_size: int) -> mx.array | int:

@@ -4,7 +4,7 @@ import pytest
 
 from flash_loops import make_flash
 from mlx_flashhead.decoding.verification import Verification
-from mlx_flashhead.head import draw
+from mlx_flashhead.head.draws import filters
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def flash():
 @pytest.fixture(autouse=True)
 def _rows_are_halved(monkeypatch):
     """A draw halves rows of these few tokens, as it does those of a real vocabulary."""
-    monkeypatch.setattr(draw, "SORTED", 16)
+    monkeypatch.setattr(filters, "SORTED", 16)
 
 
 @pytest.fixture

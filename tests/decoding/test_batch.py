@@ -7,9 +7,9 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from flash_loops import OTHERS, PROMPT, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.decoding import dense_choice
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.caches import BatchCaches
+from mlx_flashhead.head.draws.rows import Draws
 
 PROMPTS = [PROMPT, *OTHERS]
 SETTINGS = [
@@ -51,16 +51,16 @@ def test_rows_that_all_are_proposed_by_the_head(flash, misses, monkeypatch):
 
 def test_samplers_of_all_rows_draw_at_once(flash, monkeypatch):
     """A CPU starts the next step beside the last operations of one: four draws hide nothing."""
-    n_rows, draw_all = [], dense_choice.draw_all
+    n_rows, choose = [], Draws.choose
     monkeypatch.setattr(
-        dense_choice,
-        "draw_all",
-        lambda logits, rows: n_rows.append(len(rows)) or draw_all(logits, rows),
+        Draws,
+        "choose",
+        lambda draws, logits: n_rows.append(len(logits)) or choose(draws, logits),
     )
     settings = [SETTINGS[i] for i in (1, 2, 2, 1)]
     tokens, _ = flash.batch(PROMPTS, dense=True, **sampled(settings))
-    assert tokens == [alone(flash, p, s, []) for p, s in zip(PROMPTS, settings, strict=True)]
     assert set(n_rows) == {4}
+    assert tokens == [alone(flash, p, s, []) for p, s in zip(PROMPTS, settings, strict=True)]
 
 
 def test_sequences_that_end_together_leave_in_one_step(flash, monkeypatch):

@@ -16,7 +16,8 @@ from mlx_flashhead.common.marks import masks
 from mlx_flashhead.decoding.changes import FEW_ALLOWED, Changes
 from mlx_flashhead.decoding.sequence import Sequence
 from mlx_flashhead.head import adjustment
-from mlx_flashhead.head.draw import Draws, DrawSettings
+from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
+from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
 from mlx_flashhead.head.proposal import Candidates, Selection, Unscored
 from mlx_flashhead.head.steps import NOTHING_ALLOWED, USUAL, PortableSteps
@@ -175,7 +176,7 @@ def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
     logits = mx.full((1, 3, 4), mx.finfo(mx.float32).min)
     left = Unscored(mx.zeros((1, 1)), mx.zeros((1, 1)))
     selection = Selection(mx.array([[0, 1, 2]], mx.uint32), unscored=left)
-    settings = DrawSettings(temperature=1.0, inverse_cdf=True)
+    settings = InverseCDF(temperature=1.0)
     for number in np.linspace(0, 0.99, 40, dtype=np.float32):
         draws = Draws.of([(settings, (int(number.view(np.uint32)), 0))])
         candidates = Candidates(logits)

@@ -70,7 +70,7 @@ def dispatches(flash, kind, k: int) -> Counter:
         unjoined = []
         for i in range(k):
             row = slice(i, i + 1)
-            proposal = Proposal(hidden[row], None, probes[row], logits[row], None, None)
+            proposal = Proposal(hidden[row], None, probes[row], logits[row], None)
             pending = PendingToken(proposal, token=1, allowed=allowed)
             text.pending.append(pending)
             unjoined.append(pending)

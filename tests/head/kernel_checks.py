@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from kernel_cases import ROUNDING, kernels, make_clustered, products, to_numpy
+from mlx_flashhead.head.draws.greedy import best_draws
 from mlx_flashhead.head.kernel_inputs import MIN_PROBES
 from mlx_flashhead.head.metal_steps import MetalSteps
 
@@ -24,7 +25,8 @@ def all_steps(steps, hidden, n_probes):
     selection = steps.select(scores, n_probes)
     candidates = steps.score(hidden, selection)
     full = steps.expand(scores, selection, candidates)
-    return scores, selection, candidates, full, steps.choose(selection, candidates, None)[0]
+    tokens, _ = steps.choose(selection, candidates, best_draws(len(hidden)))
+    return scores, selection, candidates, full, tokens
 
 
 def small_head(rng, *, dtype=mx.float32, scale=0.05, n_tokens=300):

@@ -7,7 +7,9 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from kernel_cases import kernels, make_clustered, to_numpy
 from mlx_flashhead.head.adjustment import Adjustment, ChangedTokens
-from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
+from mlx_flashhead.head.draws.greedy import Greedy
+from mlx_flashhead.head.draws.noise import Noise, position_key
+from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
 from mlx_flashhead.head.metal_steps import MetalSteps
@@ -155,7 +157,7 @@ def masks(rng, shares):
 
 
 @BOTH
-@pytest.mark.parametrize("draws", [None, DrawSettings(1.0, top_p=0.9), DrawSettings(0.8)], ids=str)
+@pytest.mark.parametrize("draws", [Greedy(), Noise(1.0, top_p=0.9), Noise(0.8)], ids=str)
 @pytest.mark.parametrize("adjusts", [False, True])
 def test_what_is_masked_is_never_chosen(path, draws, adjusts):
     """A row whose scored tokens are all masked says so."""
@@ -163,7 +165,7 @@ def test_what_is_masked_is_never_chosen(path, draws, adjusts):
     rng = np.random.default_rng(1)
     words, bits = masks(rng, [0.5, 0.05, 0.0, 1.0])
     adjustment = adjustment_of(SETTINGS["all"] if adjusts else {})
-    of = draws and Draws.of([(draws, position_key(1, i)) for i in range(len(CONTEXTS))])
+    of = Draws.of([(draws, position_key(1, i)) for i in range(len(CONTEXTS))])
     with kernels():
         steps = path(clustered)
         selection, candidates = scored(steps, hidden, adjustment)
@@ -183,7 +185,7 @@ def test_what_is_masked_is_never_chosen(path, draws, adjusts):
     np.testing.assert_array_equal(found[known], np.where(bits, before, lowest)[known])
     for row in (0, 1, 3):
         assert bits[row, tokens[row]] and risk[row] <= 1
-        if draws is None:
+        if draws.greedy:
             assert found[row, tokens[row]] == np.nanmax(found[row])
     assert risk[2] == NOTHING_ALLOWED
 
@@ -193,7 +195,7 @@ def test_both_paths_propose_the_same():
     clustered, hidden = case(mx.float32)
     rows = clustered.token_rows(), np.array(clustered.token_ids), clustered.centroids
     words, _ = masks(np.random.default_rng(2), [0.7] * 4)
-    settings = [DrawSettings(), DrawSettings(1.0), DrawSettings(0.7, 0.8), DrawSettings(2, 1, 0, 5)]
+    settings = [Greedy(), Noise(1.0), Noise(0.7, 0.8), Noise(2, 1, 0, 5)]
     draws = Draws.of([(s, position_key(1, i)) for i, s in enumerate(settings)])
     changes = {"adjustment": adjustment_of(SETTINGS["all"]), "logit_map": LogitMap(cap=12.0)}
     with kernels():

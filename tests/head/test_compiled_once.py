@@ -9,7 +9,9 @@ import pytest
 
 from kernel_cases import kernels, make_centroids, make_rows, on_gpu
 from mlx_flashhead.head.adjustment import Adjustment, ChangedTokens
-from mlx_flashhead.head.draw import Draws, DrawSettings, draw_all, position_key
+from mlx_flashhead.head.draws.greedy import Greedy
+from mlx_flashhead.head.draws.noise import Noise, position_key
+from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
 from mlx_flashhead.head.proposal import Tolerance
@@ -18,10 +20,10 @@ from tiny_models import random_clusters
 VOCAB_SIZE, HIDDEN_SIZE, N_CLUSTERS = 157, 64, 20
 SOFTCAP = LogitMap(cap=30.0)
 SETTINGS = (
-    DrawSettings(),
-    DrawSettings(1.0),
-    DrawSettings(0.8, top_p=0.9),
-    DrawSettings(1.2, min_p=0.05, top_k=7),
+    Greedy(),
+    Noise(1.0),
+    Noise(0.8, top_p=0.9),
+    Noise(1.2, min_p=0.05, top_k=7),
 )
 
 pytestmark = pytest.mark.skipif(on_gpu(), reason="texts are counted on the emulator")
@@ -35,11 +37,11 @@ def make_head(n_probes: int) -> FlashHead:
     return FlashHead(rows, token_ids, centroids, n_probes=n_probes, backend="metal")
 
 
-def draws_of(n: int) -> list[Draws | None]:
+def draws_of(n: int) -> list[Draws]:
     """Greedy rows, rows of each kind of filter, and all kinds at once."""
     mixed = [(SETTINGS[i % 4], position_key(0, i)) for i in range(n)]
     alone = [Draws.of([(settings, position_key(1, i)) for i in range(n)]) for settings in SETTINGS]
-    return [None, *alone, Draws.of(mixed)]
+    return [*alone, Draws.of(mixed)]
 
 
 def changes_of(n: int) -> Adjustment:
@@ -60,10 +62,9 @@ def propose(head: FlashHead, logit_map: LogitMap, n: int) -> list[mx.array]:
                     hidden, draws, logit_map=logit_map, adjustment=change, allowed=mask
                 )
                 made.append(proposal.tokens)
-    made.append(head.propose(hidden, None, full=True, logit_map=logit_map).full)
     made += [head.unverified_logits(hidden), head.token(hidden)]
     rows = [(settings, position_key(0, 0)) for settings in (*SETTINGS, *SETTINGS)[:n]]
-    made.append(draw_all(mx.random.normal((len(rows), VOCAB_SIZE)), rows))
+    made.append(Draws.of(rows).choose(mx.random.normal((len(rows), VOCAB_SIZE))))
     return made
 
 

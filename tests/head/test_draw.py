@@ -9,13 +9,15 @@ from mlx_lm import sample_utils
 
 from kernel_cases import kernels, plain_clusters, to_numpy
 from mlx_flashhead import make_sampler
-from mlx_flashhead.head import draw as draw_module
-from mlx_flashhead.head import lowest_kept
-from mlx_flashhead.head.draw import Draws, DrawSettings, draw, log_mass, noise_of_all, position_key
+from mlx_flashhead.head.draws import filters
+from mlx_flashhead.head.draws.bounds import log_mass
+from mlx_flashhead.head.draws.greedy import Greedy, best_draws
+from mlx_flashhead.head.draws.noise import Noise, position_key
+from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.kernel_inputs import MIN_PROBES
-from mlx_flashhead.head.kernel_text import ROW_THREADS
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.proposal import Candidates, Selection, Unscored
+from mlx_flashhead.head.steps import PortableSteps
 
 # The definition, in numpy; see metal/flash_head/sample.h.
 uniforms = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))
@@ -55,7 +57,7 @@ def drawn_token(ids: np.ndarray, logits: np.ndarray, tail: float, setting, top_k
 
 
 # temperature, top_p, min_p, top_k
-SETTINGS = [DrawSettings(*each) for each in (
+SETTINGS = [(Noise if each[0] else Greedy)(*each) for each in (
     (0.0,), (0.0, 0.5, 0.05, 3), (1.0,), (0.8,), (2.5,), (1.0, 0.1), (1.0, 0.5), (0.8, 0.95),
     (2.0, 0.999), (3.0, 1.0, 0.05), (3.0, 1.0, 1.0), (3.0, 1.0, 0.0, 1), (3.0, 1.0, 0.0, 5),
     (3.0, 1.0, 0.0, 100_000), (3.0, 0.9, 0.05, 20), (3.0, 0.7, 0.0, 40), (20.0, 0.99, 1e-4, 64),
@@ -64,12 +66,11 @@ SETTINGS = [DrawSettings(*each) for each in (
 
 @contextlib.contextmanager
 def path_of(kernel: bool, monkeypatch):
-    """Within the block thresholds are found by the kernel, as on a GPU, or by operations."""
-    monkeypatch.setattr(draw_module, "SORTED", 4)
-    with kernels() if kernel else contextlib.nullcontext():
-        lowest_kept.use_kernel(ROW_THREADS if kernel else 0)
-        yield
-        lowest_kept.use_kernel(0)
+    """Steps of a head on the kernels, or in operations that halve rows of these few logits."""
+    monkeypatch.setattr(filters, "SORTED", 4)
+    with kernels() if kernel else contextlib.nullcontext() as emulator:
+        path = MetalSteps if kernel else PortableSteps
+        yield path(plain_clusters(np.random.default_rng(0), 8)), emulator
 
 
 @pytest.mark.parametrize("kernel", [False, True], ids=["operations", "kernel"])
@@ -83,8 +84,8 @@ def test_the_threshold_is_the_definitions(monkeypatch, kernel, n_logits, spread,
     draws, rows = Draws.of([(s, (0, 0)) for s in SETTINGS]), mx.array(logits)
     for tail in (-np.inf, 0.5):  # of tokens that are not among these
         total = None if tail < 0 else mx.logaddexp(log_mass(rows), mx.array(tail))
-        with path_of(kernel, monkeypatch):
-            found = np.array(rows >= draw_module.threshold(rows, draws, total))
+        with path_of(kernel, monkeypatch) as (steps, _):
+            found = np.array(rows >= steps.thresholds(rows, draws, [total])[0])
         settings, top_k = (array[: len(SETTINGS)].tolist() for array in draws.held[:2])
         each = zip(found, logits, settings, top_k, strict=True)
         for keeps, x, (_, top_p, log_min_p), top_k in each:
@@ -97,11 +98,11 @@ def test_a_wide_rows_threshold_reads_it_once_a_digit(monkeypatch):
     rng, n_logits = np.random.default_rng(0), 262_208
     rows = mx.array(rng.normal(scale=2.0, size=(2, n_logits)).astype(np.float32))
     rows[1] = 3.0
-    draws = Draws.of([(s, (0, 0)) for s in (DrawSettings(1.0, top_p=0.95), DrawSettings(1.0, 0.5))])
-    with path_of(False, monkeypatch):
-        expected = rows >= draw_module.threshold(rows, draws)
-    with path_of(True, monkeypatch), kernels() as emulator:
-        found = rows >= draw_module.threshold(rows, draws)
+    draws = Draws.of([(s, (0, 0)) for s in (Noise(1.0, top_p=0.95), Noise(1.0, 0.5))])
+    with path_of(False, monkeypatch) as (steps, _):
+        expected = rows >= steps.thresholds(rows, draws, [None])[0]
+    with path_of(True, monkeypatch) as (steps, emulator):
+        found = rows >= steps.thresholds(rows, draws, [None])[0]
         mx.eval(found)
     n_kept = np.stack([expected.sum(axis=-1), found.sum(axis=-1)])
     assert (np.abs(n_kept[0] - n_kept[1]) <= 2e-4 * n_kept[0]).all()
@@ -126,7 +127,7 @@ def test_tokens_are_drawn_as_often_as_by_mlx_lms_sampler(arguments):
     settings = make_sampler(**arguments).settings
     draws = Draws.of([(settings, position_key(3, i)) for i in range(n_draws)])
     mx.random.seed(0)
-    ours = np.bincount(draw(rows, noise_of_all(draws.keys, n_tokens), draws), minlength=n_tokens)
+    ours = np.bincount(draws.choose(rows), minlength=n_tokens)
     theirs = np.bincount(sample_utils.make_sampler(**arguments)(rows), minlength=n_tokens)
     assert ((ours == 0) == (theirs == 0)).all()
     samples = rng.multinomial(n_draws, (ours + theirs) / (2 * n_draws), size=(2, 200))
@@ -183,7 +184,7 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
                 case = scored(rng, steps, len(drawing.rows), n_probes, dtype, ties=ties)
                 tokens, _ = steps.choose(*case, drawing)
                 assert tokens.tolist() == expected(steps, *case, drawing.held)
-            greedy = steps.choose(*case, None)[0].tolist()
+            greedy = steps.choose(*case, best_draws(len(drawing.rows)))[0].tolist()
             zeros = mx.zeros_like(drawing.held[0])
             assert greedy == expected(steps, *case, (zeros, *drawing.held[1:]))
 
@@ -199,7 +200,7 @@ def test_values_without_order():
         logits[1] *= 1e30
         tail = Unscored(mx.array([[0.0], [0.0], [1e30]]), mx.array([[0.0], [0.0], [700.0]]))
         case = selection._replace(unscored=tail), candidates_of(logits)
-        drawing = with_keys(rng, [DrawSettings(1.0, 0.9, top_k=4)] * 3)
+        drawing = with_keys(rng, [Noise(1.0, 0.9, top_k=4)] * 3)
         found = steps.choose(*case, drawing)[0].tolist()
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
     assert found == expected(steps, *case, drawing.held)

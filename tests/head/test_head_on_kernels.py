@@ -11,9 +11,13 @@ import pytest
 from kernel_cases import changed_kernels, kernels, make_centroids, make_rows, on_gpu
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.head.backend import BACKEND_VARIABLE
-from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
+from mlx_flashhead.head.draws.greedy import Greedy
+from mlx_flashhead.head.draws.noise import Noise, position_key
+from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.flash_head import FlashHead
+from mlx_flashhead.head.logit_map import LogitMap
 from mlx_flashhead.head.matrix import FORMATS, Matrix
+from mlx_flashhead.head.trial import find_trouble
 from mlx_flashhead.models.install import install
 from tiny_models import random_clusters
 
@@ -44,8 +48,8 @@ def no_variable(monkeypatch):
 def test_a_proposal_is_the_portable_one():
     """Token and risk; with a depth the clusters beyond it are not scored."""
     hidden = states(4, key=2)
-    settings = [(), (1.0,), (0.7, 0.8), (2, 1, 0, 5)]
-    draws = [(DrawSettings(*s), position_key(1, i)) for i, s in enumerate(settings)]
+    settings = [Greedy(), Noise(1.0), Noise(0.7, 0.8), Noise(2, 1, 0, 5)]
+    draws = [(s, position_key(1, i)) for i, s in enumerate(settings)]
     with kernels():
         head = make_head("metal")
         for of in (None, Draws.of(draws)):
@@ -168,7 +172,7 @@ class TestBroken:
     @pytest.mark.parametrize("kernel", FEWER)
     def test_a_pipeline_with_fewer_threads_gets_smaller_threadgroups(self, caplog, kernel):
         """The head stays on the kernels, with the same choices."""
-        settings = [DrawSettings(), DrawSettings(0.8, top_p=0.9), DrawSettings(1.5, top_k=9)]
+        settings = [Greedy(), Noise(0.8, top_p=0.9), Noise(1.5, top_k=9)]
         draws = Draws.of([(each, position_key(1, i)) for i, each in enumerate(settings)])
         hidden = states(len(settings))
         with kernels(max_threads={f"flash_head_{kernel}": FEWER[kernel]}, check=False):
@@ -213,6 +217,16 @@ def test_sound_kernels_pass_and_are_built(dtype, caplog, monkeypatch):
         assert deepcopy(head).backend == head.backend == "metal"
         monkeypatch.undo()
         assert emulator is None or emulator.built == built
+
+
+def test_with_a_map_the_kernel_that_fails_is_named_too(monkeypatch):
+    """What it gives is looked at before the next kernel takes it."""
+    with kernels(check=False):
+        steps = make_head("metal").steps
+        route = steps.route
+        monkeypatch.setattr(steps, "route", lambda hidden: route(hidden) * mx.nan)
+        trouble = find_trouble(steps, mx.float32, N_PROBES, LogitMap(cap=30.0))
+    assert trouble.sentence == f"the kernel 'route' {NOT_FINITE}"
 
 
 @pytest.mark.skipif(on_gpu(), reason="GPUs are only named here")

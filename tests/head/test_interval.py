@@ -4,16 +4,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_flashhead.head.draw import Draws, DrawSettings, log_mass, threshold
-from mlx_flashhead.head.interval import Interval, cuts, surely_kept
+from mlx_flashhead.head.draws.bounds import Interval, log_mass
+from mlx_flashhead.head.draws.filters import cuts, surely_kept, threshold
+from mlx_flashhead.head.draws.noise import Noise
+from mlx_flashhead.head.draws.rows import Draws
 
 SETTINGS = [
-    DrawSettings(1.0, top_p=0.9),
-    DrawSettings(1.0, top_p=0.5),
-    DrawSettings(1.0, min_p=0.1),
-    DrawSettings(1.0, top_k=4),
-    DrawSettings(1.0, top_p=0.95, min_p=0.02, top_k=6),
-    DrawSettings(1.0),
+    Noise(1.0, top_p=0.9),
+    Noise(1.0, top_p=0.5),
+    Noise(1.0, min_p=0.1),
+    Noise(1.0, top_k=4),
+    Noise(1.0, top_p=0.95, min_p=0.02, top_k=6),
+    Noise(1.0),
 ]
 
 
@@ -37,7 +39,7 @@ def test_what_is_surely_kept_is_kept_for_all_logits(settings):
         for i in range(40):
             sign = rng.uniform(-1, 1, 12) if i % 2 else rng.choice([-1.0, 1.0], 12)
             truth = mx.array((logits + sign * off)[None].astype(np.float32))
-            always &= np.array(truth >= threshold(truth, draws, kernel=False))[0]
+            always &= np.array(truth >= threshold(truth, draws))[0]
         assert not (found & ~always).any()
         n_found += found.sum()
         n_always += always.sum()
@@ -60,13 +62,13 @@ def test_the_token_at_the_cut_is_kept_if_no_other_comes_between(off, kept):
 def test_one_of_equals_at_the_cut_may_be_left_out():
     """Of the two last ones either may come first, and then 0.95 of the mass are above the other."""
     logits = np.log([0.6, 0.2, 0.1, 0.1])
-    found = surely(logits, np.full(4, 1e-3), DrawSettings(1.0, top_p=0.89))
+    found = surely(logits, np.full(4, 1e-3), Noise(1.0, top_p=0.89))
     assert found.tolist() == [True, True, False, False]
 
 
 def test_a_token_at_the_cut_of_min_p_may_fall_below_it():
     """That cut is no token's: it rises with the best logit."""
-    draws = Draws.of([(DrawSettings(1.0, min_p=0.5), (0, 0))])
+    draws = Draws.of([(Noise(1.0, min_p=0.5), (0, 0))])
     best = mx.array([[0.1]])
     high = mx.concatenate([best, best + draws.log_min_p], axis=-1)
     found = surely_kept(high - 0.2, high, draws, threshold(high, draws, log_mass(high)))

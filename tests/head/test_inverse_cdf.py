@@ -1,7 +1,5 @@
 """MLX's draws from one row by a uniform number: proposals, and which of them are certain."""
 
-from dataclasses import replace
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,10 +8,11 @@ from mlx_lm.sample_utils import make_sampler
 from kernel_cases import plain_clusters, to_numpy
 from mlx_flashhead.decoding.random_state import DrawChain, set_key, split, uniform_bits
 from mlx_flashhead.decoding.sampler import normalized
-from mlx_flashhead.head import interval, inverse_cdf
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
-from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise, position_key
-from mlx_flashhead.head.inverse_cdf import drawn
+from mlx_flashhead.head.draws import inverse_cdf
+from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
+from mlx_flashhead.head.draws.noise import Noise, position_key
+from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.logit_map import IDENTITY
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.proposal import Proposal, Tolerance
@@ -21,13 +20,13 @@ from mlx_flashhead.head.steps import NO_DEPTH, PortableSteps
 
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 SETTINGS = (
-    DrawSettings(1.0, inverse_cdf=True),
-    DrawSettings(0.7, inverse_cdf=True),
-    DrawSettings(0.7, top_p=0.9, inverse_cdf=True),
-    DrawSettings(1.4, top_p=0.6, inverse_cdf=True),
-    DrawSettings(1.0, top_k=4, inverse_cdf=True),
-    DrawSettings(1.5, min_p=0.05, inverse_cdf=True),
-    DrawSettings(1.3, top_p=0.95, min_p=0.01, top_k=20, inverse_cdf=True),
+    InverseCDF(1.0),
+    InverseCDF(0.7),
+    InverseCDF(0.7, top_p=0.9),
+    InverseCDF(1.4, top_p=0.6),
+    InverseCDF(1.0, top_k=4),
+    InverseCDF(1.5, min_p=0.05),
+    InverseCDF(1.3, top_p=0.95, min_p=0.01, top_k=20),
 )
 N_PROBES = 12
 
@@ -42,12 +41,9 @@ def mlx_sampler(settings):
 
 
 def dense_token(logits, settings, state):
-    """What mlx-lm's loop draws from logits (V,) in this random state, in the row of a batch."""
+    """What mlx-lm's loop draws from logits (V,) in this random state."""
     set_key(state)
-    row, n_rows = settings.batch or (0, 1)
-    rows = mx.random.normal((n_rows, len(logits)), key=mx.random.key(5)).astype(logits.dtype)
-    rows[row] = logits
-    return mlx_sampler(settings)(normalized(rows))[row].item()
+    return mlx_sampler(settings)(normalized(logits[None])).item()
 
 
 @pytest.mark.parametrize("n", [1, 2, 40])
@@ -67,7 +63,7 @@ def test_draws_from_all_tokens_are_mlxs(settings):
         mx.random.seed(seed)
         state = tuple(mx.random.state[0].tolist())
         draws = Draws.of([(settings, (DrawChain().number_bits(0), 0))])
-        token = drawn(normalized(logits[None])[:, ids[0]], ids, draws)
+        token = InverseCDF.choose(normalized(logits[None])[:, ids[0]], draws, ids)
         assert token.item() == dense_token(logits, settings, state)
 
 
@@ -83,13 +79,9 @@ def case_of(rng, clustered, dtype, settings, spread, doubt, n_probes=N_PROBES):
     key = split(state)[1]
     scored = logits.astype(mx.float32).flatten(1)
     ids = ids.flatten(1)
-    if settings.batch is None:
-        draws = Draws.of([(settings, (uniform_bits([key])[0], 0))])
-        token = drawn(scored, ids, draws)
-    else:
-        draws = Draws.of([(settings, key)], clustered.vocab_size)
-        token = draw(scored, draws.noise(ids), draws, ids)
-    proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1), None)
+    draws = Draws.of([(settings, (uniform_bits([key])[0], 0))])
+    token = InverseCDF.choose(scored, draws, ids)
+    proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1))
     tolerance = Tolerance(mx.full((1,), doubt), mx.full((1,), doubt / 2))
     return slots, proposal, draws, tolerance, state
 
@@ -107,37 +99,16 @@ def truths(rng, clustered, slots, proposal, tolerance):
         yield mx.array(by_token.astype(np.float32)).astype(slots.dtype)
 
 
-def of_a_batch(settings):
-    return replace(settings, inverse_cdf=False, batch=(1, 3))
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_draws_from_all_tokens_of_a_batch_are_mlxs(settings):
-    """Where all tokens are scored, in any order, each draw is that of mlx-lm's sampler."""
-    rng = np.random.default_rng(3)
-    settings = of_a_batch(settings)
-    for seed in range(10):
-        logits = mx.array(rng.normal(scale=2.5, size=401).astype(np.float32))
-        ids = mx.array(rng.permutation(401).astype(np.uint32))[None]
-        state = seed, 7
-        draws = Draws.of([(settings, split(state)[1])], 401)
-        token = draw(normalized(logits[None])[:, ids[0]], draws.noise(ids), draws, ids)
-        assert token.item() == dense_token(logits, settings, state)
-
-
-@pytest.mark.parametrize("nearest", [256, 20, 1, "batch"])
+@pytest.mark.parametrize("nearest", [256, 20, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_certain_is_drawn(dtype, nearest, monkeypatch):
-    in_batch = nearest == "batch"
-    if not in_batch:
-        monkeypatch.setattr(inverse_cdf, "NEAREST", nearest)
+    monkeypatch.setattr(inverse_cdf, "NEAREST", nearest)
     rng = np.random.default_rng(11)
     steps = PortableSteps(plain_clusters(rng, 300, 4))
     epsilon = mx.finfo(dtype).eps
     n_certain = n_same = n_cases = 0
     for case in range(63):
         settings = SETTINGS[case % len(SETTINGS)]
-        settings = of_a_batch(settings) if in_batch else settings
         doubt = float(rng.choice([0.0, 1e-4, 0.02]))
         slots, proposal, draws, tolerance, state = case_of(
             rng, steps.clustered, dtype, settings, rng.choice([2.0, 4.0]), doubt
@@ -163,7 +134,7 @@ def test_kept_tokens_that_are_not_scored_are_no_doubt(nearest, least, most, monk
     monkeypatch.setattr(inverse_cdf, "NEAREST", nearest)
     rng = np.random.default_rng(12)
     steps = PortableSteps(plain_clusters(rng, 300, 4))
-    settings = DrawSettings(0.7, top_p=0.9, inverse_cdf=True)
+    settings = InverseCDF(0.7, top_p=0.9)
     same = certain = 0
     while same < 40:
         slots, proposal, draws, tolerance, state = case_of(
@@ -190,8 +161,8 @@ def test_rows_with_filters_and_without_are_as_alone():
             for case in zip(slots, proposals, draws, tolerances, strict=True)
         ]
         both = Draws.of([(d.rows[0], tuple(d.keys[0].tolist())) for d in draws])
-        fields = zip(*(proposal[:5] for proposal in proposals), strict=True)
-        proposal = Proposal(*map(mx.concatenate, fields), None)
+        fields = zip(*proposals, strict=True)
+        proposal = Proposal(*map(mx.concatenate, fields))
         tolerance = Tolerance(*map(mx.concatenate, zip(*(t[:2] for t in tolerances), strict=True)))
         found = steps.screen(mx.concatenate(slots), proposal, both, tolerance, 1e-7).certain
         assert found.tolist() == alone, seed
@@ -207,7 +178,7 @@ def test_masses_are_whole_where_centroids_have_no_biases():
     no_biases = mx.zeros(60), mx.zeros(60)
     centroids = Centroids(Matrix(weight=mx.array(means)), *no_biases)
     steps = PortableSteps(ClusteredRows.build(Matrix(weight=mx.array(rows)), ids, centroids))
-    settings = DrawSettings(0.7, top_p=0.9, inverse_cdf=True)
+    settings = InverseCDF(0.7, top_p=0.9)
     for seed in range(40):
         hidden = mx.array(rng.normal(scale=0.35, size=(1, 16)).astype(np.float32))
         key = split((seed, 1))[1]
@@ -251,9 +222,9 @@ def is_certain(tokens, proposed, number, doubt):
     logits = mx.take_along_axis(slots, probes[..., None], axis=1)
     tolerance = Tolerance(mx.full((1,), doubt), mx.full((1,), doubt))
     bits = int(np.float32(number).view(np.uint32))
-    draws = Draws.of([(DrawSettings(1.0, inverse_cdf=True), (bits, 0))])
+    draws = Draws.of([(InverseCDF(1.0), (bits, 0))])
     token = mx.array([proposed], mx.uint32)
-    proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1), None)
+    proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1))
     return steps.screen(slots, proposal, draws, tolerance, 1e-7).certain.item()
 
 
@@ -265,7 +236,7 @@ def test_a_number_at_the_edge_of_a_share_is_in_doubt(tokens, proposed, number, d
 @pytest.mark.parametrize("proposed, sign", [(3, -1), (90, 1)])
 def test_the_sums_of_weights_may_be_rounded(proposed, sign, monkeypatch):
     """By 64 spacings of an exponential and one of an addition: 8e-6 of the sum."""
-    monkeypatch.setattr(interval, "MASS_ROUNDING", 0.0)
+    monkeypatch.setattr(inverse_cdf, "MASS_ROUNDING", 0.0)
     assert not is_certain((3, 90), proposed, 0.5 + sign * 6e-6, 0.0)
     assert is_certain((3, 90), proposed, 0.5 + sign * 1e-5, 0.0)
 
@@ -274,15 +245,15 @@ def test_rows_that_draw_by_noise_are_as_alone():
     """A batch may hold one text whose sampler is mlx-lm's beside others."""
     rng = np.random.default_rng(8)
     steps = PortableSteps(plain_clusters(rng, 300, 4))
-    by_noise = DrawSettings(0.8, top_p=0.9)
+    by_noise = Noise(0.8, top_p=0.9)
     slots, proposal, draws, tolerance, _ = case_of(
         rng, steps.clustered, mx.float32, SETTINGS[2], 3.0, 1e-4
     )
     ids = steps.clustered.token_ids[proposal.probes].flatten(1)
     noisy = Draws.of([(by_noise, position_key(4, 0))])
-    token = draw(proposal.logits.flatten(1), noise(noisy.keys, ids), noisy, ids)
+    token = Noise.choose(proposal.logits.flatten(1), noisy, ids)
     both = Draws.of([(SETTINGS[2], tuple(draws.keys[0].tolist())), (by_noise, position_key(4, 0))])
-    twice = Proposal(*(mx.concatenate([each, each]) for each in proposal[:5]), None)
+    twice = Proposal(*(mx.concatenate([each, each]) for each in proposal))
     twice = twice._replace(tokens=mx.concatenate([proposal.tokens, token]))
     tolerances = Tolerance(*(mx.concatenate([each, each]) for each in tolerance[:2]))
     found = steps.screen(mx.concatenate([slots, slots]), twice, both, tolerances, 1e-7).certain

@@ -11,7 +11,9 @@ import pytest
 from kernel_cases import kernels, make_centroids, make_clustered, make_rows, on_gpu, plain_clusters
 from mlx_flashhead.head import metal_steps
 from mlx_flashhead.head.adjustment import Adjustment, ChangedTokens
-from mlx_flashhead.head.draw import Draws, DrawSettings
+from mlx_flashhead.head.draws.greedy import best_draws
+from mlx_flashhead.head.draws.noise import Noise
+from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.logit_map import LogitMap
 from mlx_flashhead.head.metal_steps import MetalSteps
@@ -55,11 +57,11 @@ class TestGraph:
         """Nothing else: no cast, copy, fill, sort, gather or scatter."""
         head = self.head(monkeypatch, mx.bfloat16, bits)
         hidden = mx.zeros((*shape, 128), dtype=dtype)
-        draws = Draws.of([(DrawSettings(1.0, top_p=0.9), (1, 2))] * math.prod(shape))
+        draws = Draws.of([(Noise(1.0, top_p=0.9), (1, 2))] * math.prod(shape))
         mx.eval(draws.held)
 
         def propose(of):
-            return lambda states: list(head.propose(states.reshape(-1, 128), of)[:5])
+            return lambda states: list(head.propose(states.reshape(-1, 128), of))
 
         for function in (head.unverified_logits, head.token, propose(None), propose(draws)):
             found = self.primitives(function, hidden)
@@ -79,24 +81,24 @@ class TestGraph:
             if penalties:
                 tokens = ChangedTokens(frequency=0.1, occurrences={4: occurrences})
                 change = Adjustment.of([tokens], mx.zeros(1, mx.uint32), 157)
-            draws = Draws.of([(DrawSettings(1.0, top_k=top_k), (1, 2))])
+            draws = Draws.of([(Noise(1.0, top_k=top_k), (1, 2))])
             how = {"adjustment": change, "allowed": allowed, "logit_map": LogitMap(cap=softcap)}
             mx.eval(draws.held, *(each for each in (change, allowed) if each is not None))
-            found = self.primitives(lambda h: list(head.propose(h, draws, **how)[1:5]), hidden)  # noqa: B023
+            found = self.primitives(lambda h: list(head.propose(h, draws, **how)[1:]), hidden)  # noqa: B023
             assert found.pop("CustomKernel") == 5
             assert found.pop("Negative") == penalties + masked
             assert set(found) <= {"Reshape", "Slice", "Broadcast", "ExpandDims"}, found  # views
         assert head.n_traced == 1
 
-    @pytest.mark.parametrize("draws", [None, Draws.of([(DrawSettings(1.0, 0.9), (1, 2))] * 32)])
+    @pytest.mark.parametrize("draws", [best_draws(32), Draws.of([(Noise(1.0, 0.9), (1, 2))] * 32)])
     def test_a_verification_is_three_kernels_beside_the_product(self, monkeypatch, draws):
         """The last join, screen and certain; a join for each 7 tokens that wait came before."""
         head = self.head(monkeypatch, mx.bfloat16, 4)
         tolerance = Tolerance(mx.zeros(32), mx.zeros(32))
-        mx.eval(tolerance[:2], *[] if draws is None else draws.held)
+        mx.eval(tolerance[:2], draws.held)
 
         def verify(hidden, probes, logits):
-            parts = [Proposal(hidden[:n], None, probes[:n], logits[:n], None, None)
+            parts = [Proposal(hidden[:n], None, probes[:n], logits[:n], None)
                      for n in (31, 1)]  # fmt: skip
             one = head.joined(parts, [(0, i) for i in range(31)] + [(1, 0)], [0] * 32)
             slots = head.slot_logits(one.hidden)
@@ -111,7 +113,7 @@ class TestGraph:
 def dispatches_of(clustered, n_positions, n_probes, setting=(1.0, 0.95, 0.02, 20)):
     """The emulator's records of each kernel in a step, by name."""
     hidden = mx.random.normal((n_positions, clustered.rows.hidden_size), mx.bfloat16)
-    drawing = Draws.of([(DrawSettings(*setting), (0, 0))] * n_positions)
+    drawing = Draws.of([(Noise(*setting), (0, 0))] * n_positions)
     with kernels() as emulator:
         steps = MetalSteps(clustered)
         scores = steps.route(hidden)

@@ -9,6 +9,7 @@ import pytest
 import kernel_checks as checks
 from kernel_cases import kernels, plain_clusters, to_numpy
 from mlx_flashhead.head.clustered import ALWAYS_PROBED, ClusteredRows
+from mlx_flashhead.head.draws.greedy import best_draws
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.steps import Candidates, PortableSteps, Selection
@@ -162,7 +163,7 @@ def test_clusters_far_below_the_best_are_not_read(depth):
         scores = steps.route(hidden)
         selection = steps.select(scores, 30, depth=depth)
         candidates = steps.score(hidden, selection)
-        tokens = steps.choose(selection, candidates, None)[0]
+        tokens = steps.choose(selection, candidates, best_draws(len(scores)))[0]
         drawn = steps.select(scores, 30, words=False, depth=depth)
         mx.eval(tokens, drawn)
     checks.check_selection(clustered, scores, 30, selection, depth)

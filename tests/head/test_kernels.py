@@ -11,7 +11,8 @@ import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
 from kernel_checks import all_steps, check_all, run, small_head
-from mlx_flashhead.head.draw import Draws, DrawSettings
+from mlx_flashhead.head.draws.noise import Noise
+from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.metal_steps import MetalSteps
 
 F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
@@ -73,7 +74,7 @@ def test_outputs_do_not_depend_on_the_order_of_threads():
     rng = np.random.default_rng(7)
     clustered, hidden = small_head(rng, dtype=mx.bfloat16, n_tokens=8 * 700 - 1)
     hidden = mx.round(hidden * 2)  # ties
-    settings = (DrawSettings(1.0, 0.5), DrawSettings(0.8, 0.95, top_k=20), DrawSettings(1.3, 0.7))
+    settings = (Noise(1.0, 0.5), Noise(0.8, 0.95, top_k=20), Noise(1.3, 0.7))
     draws = Draws.of([(settings[i % 3], (i, 7)) for i in range(5)])
     outputs = []
     for order, seed in (("forward", 0), ("reverse", 0), ("shuffle", 1), ("shuffle", 2)):

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from kernel_cases import kernels, make_clustered, plain_clusters, to_numpy
-from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
+from mlx_flashhead.head.draws.greedy import Greedy, best_draws
+from mlx_flashhead.head.draws.noise import Noise, position_key
+from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap, all_values, fit_logit_map
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.steps import PortableSteps
@@ -87,7 +89,7 @@ def test_the_inverse_of_a_map():
 def test_a_proposal_on_the_kernels_is_the_portable_one(logit_map, dtype):
     """Scored logits, token and risk, greedy and drawn."""
     rng = np.random.default_rng(1)
-    settings = [DrawSettings(), DrawSettings(1.0), DrawSettings(0.7, 0.8), DrawSettings(2, 1, 0, 5)]
+    settings = [Greedy(), Noise(1.0), Noise(0.7, 0.8), Noise(2, 1, 0, 5)]
     draws = Draws.of([(s, position_key(1, i)) for i, s in enumerate(settings)])
     clustered = make_clustered(rng, 40, 8, 128, padded=3, bits=8, dtype=dtype)
     hidden = mx.array(rng.normal(size=(4, 128)) * 4).astype(dtype)
@@ -110,7 +112,7 @@ def test_a_proposal_on_the_kernels_is_the_portable_one(logit_map, dtype):
                 padded = steps.token_ids(probes) == clustered.vocab_size
                 candidates = candidates._replace(logits=mx.where(padded, lowest, logits))
             chosen = [steps.choose(selection, candidates, of, logit_map=logit_map)
-                      for of in (None, draws)]  # fmt: skip
+                      for of in (best_draws(4), draws)]  # fmt: skip
             logits = candidates.logits[:, :9]
             results.append((*selection.unscored, logits, *chosen[0], *chosen[1]))
     found, expected = results
@@ -132,6 +134,6 @@ def test_a_map_adds_no_dispatch(cap):
         scores = steps.route(hidden)
         selection = steps.select(scores, 9, words=False, logit_map=logit_map)
         candidates = steps.score(hidden, selection, logit_map)
-        mx.eval(steps.choose(selection, candidates, None, logit_map=logit_map))
+        mx.eval(steps.choose(selection, candidates, best_draws(2), logit_map=logit_map))
     if emulator is not None:
         assert len(emulator.dispatches) == 4

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from kernel_cases import KERNEL_FILES
-from mlx_flashhead.head import margins, screening
+from mlx_flashhead.head import margins
+from mlx_flashhead.head.draws import noise
 from mlx_flashhead.head.logit_map import NEAR_CAP
 
 
@@ -22,8 +23,8 @@ def kernels_number(file, name):
     [
         ("tally.h", "NOISE_MARGIN", margins.NOISE_MARGIN),
         ("certain.h", "MASS_MARGIN", margins.MASS_MARGIN),
-        ("tally.h", "LIKELY_NOISE", screening.LIKELY_NOISE),
-        ("tally.h", "MOST_NATS", screening.MOST_NATS),
+        ("tally.h", "LIKELY_NOISE", noise.LIKELY_NOISE),
+        ("tally.h", "MOST_NATS", noise.MOST_NATS),
         ("logit_map.h", "MAP_SLACK", margins.MAP_ULPS * mx.finfo(mx.float32).eps),
         ("logit_map.h", "NEAR_CAP", NEAR_CAP),
     ],

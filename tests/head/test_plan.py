@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from kernel_cases import kernels
-from mlx_flashhead.head.draw import Draws, DrawSettings
+from mlx_flashhead.head.draws.greedy import Greedy
+from mlx_flashhead.head.draws.noise import Noise
+from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.plan import METADATA_KEY, export_plan
 from tiny_models import FORMS as HEAD_FORMS
@@ -83,7 +85,7 @@ def test_the_plan_gives_the_kernels_logits(tmp_path, form, n_probes):
     arrays, plan = exported(make_head(rows, n_probes), dtype, tmp_path / "head.safetensors")
     assert arrays["n_probes"].item() == n_probes
     hidden = states(3, dtype)
-    settings = DrawSettings(), DrawSettings(1.0, 0.9, top_k=20), DrawSettings(1.4, min_p=0.05)
+    settings = Greedy(), Noise(1.0, 0.9, top_k=20), Noise(1.4, min_p=0.05)
     draws = Draws.of(list(zip(settings, [(0, 1), (0, 2), (5, 3)], strict=True)))
     arguments = dict(zip(("settings", "top_k", "keys"), draws.held, strict=True))
     with kernels(check=False):

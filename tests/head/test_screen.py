@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from kernel_cases import kernels, on_gpu, plain_clusters, to_numpy
-from mlx_flashhead.head import screening
-from mlx_flashhead.head.draw import Draws, DrawSettings, draw, noise, noise_of_all, position_key
+from mlx_flashhead.head.draws import noise
+from mlx_flashhead.head.draws.greedy import Greedy, best_draws
+from mlx_flashhead.head.draws.noise import Noise, noise_of_all, position_key
+from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.kernels import TALLIED
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
 from mlx_flashhead.head.metal_steps import MetalSteps
@@ -15,14 +17,14 @@ from mlx_flashhead.head.steps import PortableSteps
 from test_draw import drawn_token
 
 SETTINGS = [
-    DrawSettings(),
-    DrawSettings(1.0),
-    DrawSettings(0.6),
-    DrawSettings(1.0, top_p=0.9),
-    DrawSettings(0.8, top_p=0.5),
-    DrawSettings(1.0, top_k=4),
-    DrawSettings(1.5, min_p=0.05),
-    DrawSettings(1.3, top_p=0.95, min_p=0.01, top_k=20),
+    Greedy(),
+    Noise(1.0),
+    Noise(0.6),
+    Noise(1.0, top_p=0.9),
+    Noise(0.8, top_p=0.5),
+    Noise(1.0, top_k=4),
+    Noise(1.5, min_p=0.05),
+    Noise(1.3, top_p=0.95, min_p=0.01, top_k=20),
 ]
 DRAWS = Draws.of([(settings, position_key(3, i)) for i, settings in enumerate(SETTINGS * 4)])
 N_PROBES, BOTH = 9, pytest.mark.parametrize("path", [PortableSteps, MetalSteps])
@@ -35,7 +37,7 @@ def steps_of(rng, path=MetalSteps, cluster_size=4, n_clusters=1100):
 
 def proposal_of(tokens, probes, logits):
     k = len(probes)
-    return Proposal(mx.zeros((k, 4)), tokens, probes, logits, mx.zeros(k), None)
+    return Proposal(mx.zeros((k, 4)), tokens, probes, logits, mx.zeros(k))
 
 
 def case_of(
@@ -66,7 +68,8 @@ def case_of(
         may = np.take_along_axis(np.pad(bits, [(0, 0), (0, 1)]), to_numpy(ids.flatten(1)), axis=1)
         logits = mx.where(mx.array(may).reshape(ids.shape), logits, mx.finfo(logits.dtype).min)
     ids, flat = ids.flatten(1), logits.astype(mx.float32).flatten(1)
-    tokens = draw(flat, None if draws is None else noise(draws.keys, ids), draws, ids)
+    draws = best_draws(k) if draws is None else draws
+    (tokens,) = draws.by_kind(lambda kind, some, take: (kind.choose(take(flat), some, take(ids)),))
     tolerance = Tolerance(mx.full((k,), room), mx.full((k,), scored_room), relative)
     return slots, proposal_of(tokens, probes, logits), draws, tolerance
 
@@ -161,8 +164,8 @@ def check_certain(path, room, scored_room, spread, logit_map=IDENTITY, relative=
 
 def test_clusters_beyond_the_nearest_may_hold_the_choice(monkeypatch):
     """Of which alone the operations compute the noise, where all draws have filters."""
-    monkeypatch.setattr(screening, "NEAREST", 2)
-    rng, settings = np.random.default_rng(7), DrawSettings(1.0, top_p=0.999)
+    monkeypatch.setattr(noise, "NEAREST", 2)
+    rng, settings = np.random.default_rng(7), Noise(1.0, top_p=0.999)
     draws = Draws.of([(settings, position_key(3, i)) for i in range(24)])
     steps = steps_of(rng, PortableSteps)
     case = case_of(rng, steps.clustered, 24, 1e-3, 0.0, 0.7, draws=draws)
@@ -191,7 +194,7 @@ def test_logits_that_a_map_merges_in_16_bits_are_a_doubt(path, dtype):
             changed[0, place, 2] = other
             logits = logit_map(mx.take_along_axis(changed, probes[..., None], axis=1))
             proposal = proposal_of(token, probes, logits)
-            screen = steps.screen(changed, proposal, None, tolerance, 0.0, logit_map)
+            screen = steps.screen(changed, proposal, best_draws(1), tolerance, 0.0, logit_map)
             assert screen.certain.tolist() == [sure]
 
 
@@ -215,7 +218,7 @@ def test_two_logits_that_may_change_places_are_a_doubt(path, place, logit_map, r
             slots[0, place, 2] = 2.0 - distance
             logits = logit_map(mx.take_along_axis(slots, probes[..., None], axis=1))
             proposal = proposal_of(token, probes, logits)
-            screen = steps.screen(slots, proposal, None, tolerance, 0.0, logit_map)
+            screen = steps.screen(slots, proposal, best_draws(1), tolerance, 0.0, logit_map)
             assert screen.certain.tolist() == [sure]
 
 
@@ -223,7 +226,7 @@ def test_two_logits_that_may_change_places_are_a_doubt(path, place, logit_map, r
 @pytest.mark.parametrize("cluster_size, n_clusters", [(1, 40), (16, 40), (3, 2100)])
 def test_the_kernels_say_what_the_operations_say(monkeypatch, dtype, cluster_size, n_clusters):
     """Where tokens are left out by filters, the operations look at the nearest clusters alone."""
-    monkeypatch.setattr(screening, "NEAREST", 32)
+    monkeypatch.setattr(noise, "NEAREST", 32)
     rng = np.random.default_rng(cluster_size)
     epsilon = 0.0 if dtype == mx.float32 else mx.finfo(dtype).eps
     with kernels():
@@ -246,7 +249,7 @@ def test_the_kernels_say_what_the_operations_say(monkeypatch, dtype, cluster_siz
 def test_filters_count_what_was_not_scored(path, better):
     """The token of the highest noise, and one that was not scored: a better one leaves it out."""
     settings = [{}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 1}]
-    draws = Draws.of([(DrawSettings(1.0, **each), position_key(3, 1)) for each in settings])
+    draws = Draws.of([(Noise(1.0, **each), position_key(3, 1)) for each in settings])
     rng, k = np.random.default_rng(1), len(settings)
     with kernels():
         steps = steps_of(rng, path)
@@ -273,7 +276,7 @@ def test_unscored_tokens_above_a_rival_leave_it_out(path):
         steps = steps_of(np.random.default_rng(1), path)
         clustered, gumbel = steps.clustered, np.zeros(1)
         while gumbel.max() < 11.5:
-            draws = Draws.of([(DrawSettings(1.0, top_p=0.9), position_key(3, next(positions)))])
+            draws = Draws.of([(Noise(1.0, top_p=0.9), position_key(3, next(positions)))])
             gumbel = to_numpy(noise_of_all(draws.keys, clustered.vocab_size)[0])
         order = np.argsort(-gumbel).tolist()
         rival, token = order[0], order[2000]
@@ -322,7 +325,7 @@ def test_rows_of_proposals_are_joined(n, n_probes, dispatches):
             probes = mx.array(rng.integers(40, size=(3, n_probes)), mx.uint32)
             logits = mx.array(rng.normal(size=(3, n_probes, 16))).astype(mx.float16)
             hidden = mx.array(rng.normal(size=(3, 4))).astype(mx.bfloat16)
-            proposals.append(Proposal(hidden, None, probes, logits, None, None))
+            proposals.append(Proposal(hidden, None, probes, logits, None))
         some = [(int(i), int(r)) for i, r in rng.integers([n, 3], size=(2 * n, 2))]
         for rows in (some, [(i, r) for i in range(n) for r in range(3)]):
             for path in (steps, PortableSteps(steps.clustered)):

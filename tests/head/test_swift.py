@@ -8,7 +8,9 @@ import mlx.core as mx
 import pytest
 
 from kernel_cases import kernels
-from mlx_flashhead.head.draw import Draws, DrawSettings, position_key
+from mlx_flashhead.head.draws.greedy import Greedy
+from mlx_flashhead.head.draws.noise import Noise, position_key
+from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.plan import export_plan
 from test_plan import FORMS, HIDDEN_SIZE, VOCAB_SIZE, dtype_of, make_head, make_rows, states
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="runs by scripts/check_s
 N_PROBES, LIMIT = 4, 3  # of 13 clusters
 TOKENS = mx.array([[0, 7, VOCAB_SIZE - 1], [7, 3, 3]])
 SEED = 2**63 + 11
-SETTINGS = [DrawSettings(), DrawSettings(0.7, top_p=0.9), DrawSettings(1.3, min_p=0.05, top_k=20)]
+SETTINGS = [Greedy(), Noise(0.7, top_p=0.9), Noise(1.3, min_p=0.05, top_k=20)]
 FIELDS = {"temperature": "temperature", "topP": "top_p", "minP": "min_p", "topK": "top_k"}
 
 

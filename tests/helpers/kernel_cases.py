@@ -7,7 +7,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.head import backend, kernel_text, lowest_kept, metal_steps
+from mlx_flashhead.head import backend, kernel_text, metal_steps
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.matrix import Matrix
 from tiny_models import random_clusters
@@ -29,15 +29,14 @@ def on_gpu() -> bool:
 def kernels(**options):
     """Within the block kernels run: on the GPU, which yields None, else on the emulator."""
     always = mock.patch.object(metal_steps, "MATRIX_FROM", 1000)  # MLX rounds otherwise
-    unused = mock.patch.object(lowest_kept, "_threads", [0])  # by heads of other tests
     if on_gpu():
-        with always, unused:
+        with always:
             yield None
         return
     from metal_emulator import Emulator
 
     as_on_a_gpu = mock.patch.object(backend, "gpu_is_default", lambda: True)
-    with Emulator(**options).installed() as emulator, as_on_a_gpu, always, unused:
+    with Emulator(**options).installed() as emulator, as_on_a_gpu, always:
         yield emulator
 
 

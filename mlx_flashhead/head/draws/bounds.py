@@ -1,0 +1,166 @@
+"""Logits that are known within bounds, and which tokens they propose."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..clustered import ClusteredRows
+
+LOWEST = mx.finfo(mx.float32).min
+MANY_LOGITS = 8192  # from here on powers of two are faster on a CPU, in more operations
+
+
+def log_mass(logits: mx.array) -> mx.array:
+    """The log of the summed exponentials: (R, K) float32 → (R, 1)."""
+    if logits.shape[-1] < MANY_LOGITS or mx.default_device().type != mx.cpu:
+        return mx.logsumexp(logits, axis=-1, keepdims=True)
+    best = mx.maximum(mx.max(logits, axis=-1, keepdims=True), LOWEST)
+    powers = mx.power(2.0, (logits - best) * math.log2(math.e))  # exp takes three times as long
+    return best + mx.log(powers.sum(axis=-1, keepdims=True))
+
+
+class Interval(NamedTuple):
+    """Logits (k, …) float32 and how far each may be off."""
+
+    logits: mx.array
+    off: mx.array
+
+    @property
+    def low(self) -> mx.array:
+        """The lowest that the logits may be."""
+        return self.logits - self.off
+
+    @property
+    def high(self) -> mx.array:
+        """The highest that the logits may be."""
+        return self.logits + self.off
+
+    @property
+    def highest(self) -> mx.array:
+        """The highest that the logits (k, …, n) may be along the last axis: (k, …)."""
+        if self.even:
+            return mx.max(self.logits, axis=-1) + self.off[..., 0]
+        return mx.max(self.high, axis=-1)
+
+    @property
+    def even(self) -> bool:
+        """Whether all logits of a state may be equally far off."""
+        return self.off.size == len(self.logits)
+
+    def evenly(self) -> "Interval":
+        """All logits (k, K) of a state as far off as the one that may be farthest off."""
+        if self.even:
+            return self
+        off = mx.where(self.logits > LOWEST, self.off, 0)
+        return Interval(self.logits, mx.max(off, axis=-1, keepdims=True))
+
+    def map(self, take: Callable[[mx.array], mx.array]) -> "Interval":
+        """Some of the logits (k, K), as ``take`` picks them from an array."""
+        off = self.off.reshape(-1, 1) if self.even else take(self.off)
+        return Interval(take(self.logits), off)
+
+    def rows(self, take: Callable[[mx.array], mx.array]) -> "Interval":
+        """The logits of some states, whose rows of an array ``take`` picks."""
+        return Interval(take(self.logits), take(self.off))
+
+    def beside(self, other: "Interval") -> "Interval":
+        """The logits (k, K) of these tokens and then those (k, N) of others.
+
+        If both are even, so are all: as far off as the ones that may be farther off.
+        """
+        logits = mx.concatenate([self.logits, other.logits], axis=-1)
+        if self.even and other.even:
+            return Interval(logits, mx.maximum(self.off, other.off))
+        off = [mx.broadcast_to(part.off, part.logits.shape) for part in (self, other)]
+        return Interval(logits, mx.concatenate(off, axis=-1))
+
+    def weights(self, best: mx.array, scale: mx.array) -> tuple[mx.array, mx.array]:
+        """The least and the most that exp((logit - best) * scale) may be, likewise (k, …)."""
+        if not self.even:
+            return mx.exp((self.low - best) * scale), mx.exp((self.high - best) * scale)
+        middle = mx.exp((self.logits - best) * scale)
+        factor = mx.exp(self.off * scale)
+        return middle / factor, middle * factor
+
+    @property
+    def mass(self) -> mx.array:
+        """The log of the logits' summed exponentials, (k, 1)."""
+        return log_mass(self.logits.flatten(1))
+
+    def masses(self, mass: mx.array) -> tuple[mx.array, mx.array]:
+        """The least and the greatest log of the summed exponentials: (k, 1) each.
+
+        ``mass`` is :attr:`mass`, for which there is a pass over all logits.
+        """
+        if self.even:
+            off = self.off.reshape(-1, 1)
+            return mass - off, mass + off
+        return log_mass(self.low.flatten(1)), log_mass(self.high.flatten(1))
+
+
+class Scored(NamedTuple):
+    """The scored tokens of k states. Their logits are the model's."""
+
+    ids: mx.array  # (k, K) uint32
+    tokens: mx.array  # (k, 1) uint32, the proposed ones
+    own: Interval  # (k, 1), of these
+    all: Interval  # (k, K)
+    rest: Interval  # (k, K), the lowest value in the place of the proposed token
+    second: Interval  # (k, 1), the best of the rest
+
+
+class Bounds(NamedTuple):
+    """What is known of the model's logits of k states, and a token that is proposed for each."""
+
+    clustered: ClusteredRows
+    scored: Scored
+    scored_mass: mx.array  # (k, 1), their :attr:`Interval.mass`
+    unscored: Interval  # (k, C, n); the lowest value for what is scored, padded or ruled out
+    unscored_mass: mx.array  # (k, 1), likewise
+    best_unscored: mx.array  # (k, 1), the highest that the best of them may be
+    epsilon: float  # the relative spacing of the model's log-probabilities
+
+    def rows(self, take: Callable[[mx.array], mx.array]) -> "Bounds":
+        """The bounds of some states, whose rows of an array ``take`` picks."""
+        ids, tokens, *intervals = self.scored
+        scored = Scored(take(ids), take(tokens), *(each.rows(take) for each in intervals))
+        return self._replace(
+            scored=scored,
+            scored_mass=take(self.scored_mass),
+            unscored=self.unscored.rows(take),
+            unscored_mass=take(self.unscored_mass),
+            best_unscored=take(self.best_unscored),
+        )
+
+
+class Near(NamedTuple):
+    """The tokens of some clusters of k states, N each; scored ones have the lowest value."""
+
+    logits: Interval  # (k, N)
+    ids: mx.array  # (k, N) uint32
+    # (k, 1), the highest that the logit of any other token may be; None where there is no other
+    best_other: mx.array | None
+
+
+def nearest(clustered: ClusteredRows, unscored: Interval, n_clusters: int) -> Near:
+    """Takes the tokens that were not scored of the clusters with the best logits.
+
+    Args:
+        clustered: The rows.
+        unscored: The logits (k, C, n), of the scored tokens the lowest value.
+        n_clusters: How many clusters are taken, if there are so many.
+    """
+    if clustered.n_clusters <= n_clusters:
+        logits = unscored.map(lambda array: array.flatten(1))
+        ids = mx.broadcast_to(clustered.token_ids.reshape(1, -1), logits.logits.shape)
+        return Near(logits, ids, None)
+    bests = unscored.highest
+    order = mx.argpartition(-bests, kth=n_clusters, axis=-1)
+    best_other = mx.take_along_axis(bests, order[:, n_clusters : n_clusters + 1], axis=-1)
+    taken = order[:, :n_clusters]
+    logits = unscored.map(
+        lambda array: mx.take_along_axis(array, taken[..., None], axis=1).flatten(1)
+    )
+    return Near(logits, mx.take(clustered.token_ids, taken, axis=0).flatten(1), best_other)

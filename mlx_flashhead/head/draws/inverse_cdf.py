@@ -1,0 +1,181 @@
+"""The draw of mlx-lm's samplers from one row: ``mx.random.categorical``, by a uniform number.
+
+    token = the first one, in the order of ids, with (weights up to it) > number · (all weights)
+    weight = exp(logit / temperature) of a kept token;  number: uniform between 0 and 1
+
+Source: ``categorical_inverse_cdf`` in MLX's random.cpp, since 0.32.1 for each single row.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import mlx.core as mx
+
+from ..margins import DRAW_SPACINGS, EXP_UNITS, IN_16_BITS, MASS_ROUNDING, SUM_ROUNDING
+from .bounds import Bounds, Interval, log_mass, nearest
+from .filters import cuts, surely_kept, surely_left_out, threshold
+from .rows import Draw, Draws, Thresholds
+
+NEAREST = 64  # clusters not scored that are looked at token by token if filters may keep some
+
+
+@dataclass(frozen=True)
+class InverseCDF(Draw):
+    """Draws by a number, whose bits are a row's key: (bits of a float32, 0)."""
+
+    whole_mass: ClassVar[bool] = True
+
+    @staticmethod
+    def choose(
+        logits: mx.array,
+        draws: Draws,
+        token_ids: mx.array | None = None,
+        others: mx.array | None = None,
+    ) -> mx.array:
+        """Draws a token of each row: as :meth:`Draw.choose`."""
+        if token_ids is None:
+            token_ids = mx.broadcast_to(mx.arange(logits.shape[-1], dtype=mx.uint32), logits.shape)
+        kept = logits
+        if draws.filters:
+            total = None if others is None else mx.logaddexp(log_mass(logits), others)
+            kept = mx.where(logits >= threshold(logits, draws, total), logits, -mx.inf)
+        best = mx.max(logits, axis=-1, keepdims=True)
+        weights = mx.exp((kept - best) * draws.inverse_temperature)
+        order = mx.argsort(token_ids, axis=-1)
+        sums = mx.cumsum(mx.take_along_axis(weights, order, axis=-1), axis=-1)
+        total = sums[:, -1:]
+        below = (sums <= _numbers(draws) * total) & (sums < total)
+        place = mx.take_along_axis(order, below.sum(axis=-1, keepdims=True), axis=-1)
+        return mx.take_along_axis(token_ids, place, axis=-1)[:, 0]
+
+    @staticmethod
+    def certain(bounds: Bounds, draws: Draws, thresholds: Thresholds) -> mx.array:
+        """Returns whether each token is drawn whatever the logits are: as :meth:`Draw.certain`.
+
+        It is if the tokens with lower ids weigh no more than the number's share of all, and with
+        the token itself more. Within bounds of the weights the first holds in any case if it does
+        when lower ids weigh as much as they may and the rest as little, and the second if it does
+        when higher ids weigh as much as they may and the rest as little.
+        """
+        scored = bounds.scored
+        mass = mx.logaddexp(bounds.scored_mass, bounds.unscored_mass)
+        known = as_mlx_lm_draws(scored.all, mass, bounds.epsilon)
+        others = as_mlx_lm_draws(bounds.unscored, mass[..., None], bounds.epsilon)
+        if draws.filters:
+            return _certain_of_kept(bounds, known, others, draws, thresholds)
+        known = _sorted_once(known, bounds.epsilon)
+        inverse = draws.inverse_temperature
+        best = mx.max(known.high, axis=-1, keepdims=True)
+        best = mx.maximum(best, mx.max(others.highest, axis=-1, keepdims=True))
+        sums = _Sums.of(*known.weights(best, inverse), scored.ids, scored.tokens)
+        least, most = others.weights(best[..., None], inverse[..., None])
+        ids = bounds.clustered.token_ids.reshape(1, -1)
+        more = _Sums.of(least.flatten(1), most.flatten(1), ids, scored.tokens)
+        both = _Sums(*(one + other for one, other in zip(sums, more, strict=True)))
+        return both.decide(_numbers(draws))
+
+
+def _numbers(draws: Draws) -> mx.array:
+    """The uniform numbers of the rows, (R, 1) float32."""
+    return draws.keys[:, :1].view(mx.float32)
+
+
+def as_mlx_lm_draws(values: Interval, mass: mx.array, epsilon: float) -> Interval:
+    """The logits as bounds of what mlx-lm draws from, in nats at temperature 1.
+
+    These are log-probabilities in the model's dtype, times 1 / temperature in it.
+
+    Args:
+        values: The model's logits.
+        mass: The log of the mass of all tokens, of a shape that broadcasts.
+        epsilon: The relative spacing of the log-probabilities.
+    """
+    if epsilon < IN_16_BITS:
+        return Interval(values.logits, values.off + MASS_ROUNDING)
+    spacing = DRAW_SPACINGS * epsilon * (mx.abs(values.logits - mass) + 1)
+    return Interval(values.logits, values.off + spacing + MASS_ROUNDING)
+
+
+def _sorted_once(known: Interval, epsilon: float) -> Interval:
+    """Logits that are equally far off, in float32: one order, one exponential for both ends."""
+    return known.evenly() if epsilon < IN_16_BITS else known
+
+
+def _certain_of_kept(
+    bounds: Bounds, known: Interval, others: Interval, draws: Draws, thresholds: Thresholds
+) -> mx.array:
+    """As :meth:`InverseCDF.certain` where filters leave tokens out: they may keep some not scored.
+
+    Args:
+        bounds: Of the model's logits.
+        known: Bounds of what is drawn from, of the scored tokens (k, K).
+        others: Likewise of the others, (k, C, n).
+        draws: Of k rows.
+        thresholds: Finds where filters cut.
+    """
+    scored = bounds.scored
+    scored_masses = known.masses(bounds.scored_mass)
+    least, most = map(mx.logaddexp, scored_masses, others.masses(bounds.unscored_mass))
+    near = nearest(bounds.clustered, others, NEAREST)
+    known = _sorted_once(known.beside(near.logits), bounds.epsilon)
+    high_cut, low_cut = cuts(known, draws, least, most, thresholds)
+    surely = surely_kept(known.low, known.high, draws, high_cut)
+    maybe = known.high >= low_cut
+    best = mx.max(known.high, axis=-1, keepdims=True)
+    least_weights, most_weights = known.weights(best, draws.inverse_temperature)
+    sums = _Sums.of(
+        mx.where(surely, least_weights, 0),
+        mx.where(maybe, most_weights, 0),
+        mx.concatenate([scored.ids, near.ids], axis=-1),
+        scored.tokens,
+    )
+    certain = sums.decide(_numbers(draws))
+    if near.best_other is None:
+        return certain
+    # the filters must leave out what is not known
+    return certain & surely_left_out(near.best_other, known, draws, most, mx.array(0.0))
+
+
+class _Sums(NamedTuple):
+    """Sums of the weights of tokens: (k, 1) each."""
+
+    lower_most: mx.array  # of the tokens with lower ids than the proposed one, the most
+    if_lower: mx.array  # of all, if these weigh the most and the others the least
+    to_own_least: mx.array  # of the lower ids and the proposed one, the least
+    if_higher: mx.array  # of all, if these weigh the least and the higher ids the most
+    most: mx.array  # of all, the most
+    small: mx.array  # the most that additions of the weights can lose
+
+    @classmethod
+    def of(cls, at_least: mx.array, at_most: mx.array, ids: mx.array, tokens: mx.array) -> "_Sums":
+        """Adds weights.
+
+        Args:
+            at_least: The least that the weights may be, (k, K).
+            at_most: The most that they may be, (k, K).
+            ids: The tokens, (k, K) or (1, K).
+            tokens: The proposed ones, (k, 1).
+        """
+
+        def added(weights: mx.array) -> mx.array:
+            return weights.sum(axis=-1, keepdims=True)
+
+        lower = ids < tokens
+        higher = ids > tokens
+        if_lower = mx.where(lower, at_most, at_least)
+        if_higher = mx.where(higher, at_most, at_least)
+        most = added(at_most)
+        return cls(
+            lower_most=added(mx.where(lower, at_most, 0)),
+            if_lower=added(if_lower),
+            to_own_least=added(mx.where(higher, 0, at_least)),
+            if_higher=added(if_higher),
+            most=most,
+            small=added(mx.minimum(at_most, SUM_ROUNDING * most)),
+        )
+
+    def decide(self, numbers: mx.array) -> mx.array:
+        """Whether the numbers (k, 1) fall in the tokens' shares in any case: (k, 1) bool."""
+        lost = self.small + SUM_ROUNDING * (EXP_UNITS + 1) * self.most
+        reached = self.lower_most + lost <= numbers * self.if_lower
+        return reached & (numbers * self.if_higher + lost < self.to_own_least)

@@ -1,0 +1,262 @@
+"""The draws of several rows, each with its settings and its key.
+
+A kind of draw is a subclass of :class:`Draw` in a file of its own.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
+from typing import Any, ClassVar, Self
+
+import mlx.core as mx
+
+from ..short_inputs import HELD
+from .bounds import Bounds
+
+NO_MIN_P = -1e30
+NO_KEY = (0, 0)  # of a row that draws no number
+
+Key = tuple[int, int]
+# The lowest logits that the filters of some draws keep, (R, K) float32 → (R, 1), for each of
+# several masses of all tokens (R, 1), as logarithms; None for the mass of these K.
+Thresholds = Callable[[mx.array, "Draws", Sequence[mx.array | None]], list[mx.array]]
+
+
+@dataclass(frozen=True)
+class Draw(ABC):
+    """The settings of a row's draw. Filters see the logits at temperature 1."""
+
+    temperature: float = 0.0  # 0 takes the best logit
+    top_p: float = 1.0  # keep the likeliest tokens that together have this probability
+    min_p: float = 0.0  # keep tokens of at least this share of the best one's probability
+    top_k: int = 0  # keep so many of the best tokens, and those that equal the last; 0 keeps all
+
+    kernels: ClassVar[tuple[str, ...]] = ()  # that choose, and say what is certain
+    by_mass: ClassVar[bool] = True  # whether the mass that is not scored makes another choice
+    # Whether where the filters cut decides all draws, so that the mass must be whole.
+    whole_mass: ClassVar[bool] = False
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best logit is taken."""
+        return self.temperature == 0
+
+    @property
+    def filters(self) -> bool:
+        """Whether top-p, min-p or top-k leaves tokens out."""
+        return self.top_p < 1 or self.min_p > 0 or self.top_k > 0
+
+    @property
+    def structure(self) -> Self:
+        """Settings for which the same operations are made, on other values in arrays."""
+        return replace(
+            self,
+            temperature=1.0 if self.temperature else 0.0,
+            top_p=0.5 if self.top_p < 1 else 1.0,
+            min_p=0.5 if self.min_p > 0 else 0.0,
+        )
+
+    @staticmethod
+    @abstractmethod
+    def choose(
+        logits: mx.array,
+        draws: "Draws",
+        token_ids: mx.array | None = None,
+        others: mx.array | None = None,
+    ) -> mx.array:
+        """Draws a token of each row from the tokens given: (R,) uint32.
+
+        Args:
+            logits: (R, K) float32.
+            draws: Of R rows of this kind.
+            token_ids: (R, K) uint32; None: 0 … V-1.
+            others: (R, 1), the log of the mass of all other tokens, which the filters count; None
+                if there are none.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def certain(bounds: Bounds, draws: "Draws", thresholds: Thresholds) -> mx.array:
+        """Returns whether the proposed tokens are drawn whatever the logits are in their bounds.
+
+        Args:
+            bounds: Of the logits of k states.
+            draws: Of k rows of this kind.
+            thresholds: Finds where filters cut.
+
+        Returns:
+            (k, 1) bool.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """The draws of R rows.
+
+    Attributes:
+        rows: The settings of each.
+        held: The same as arrays of n ≥ R rows, the last one repeated, as kernels read them. First
+            (n, 3) float32, with the columns 1 / temperature (0: the best logit), top_p and
+            log(min_p). Then (n,) uint32, top_k; 0 keeps all. Then (n, 2) uint32, the keys.
+    """
+
+    rows: tuple[Draw, ...]
+    held: tuple[mx.array, mx.array, mx.array]
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Draw, Key]]) -> "Draws":
+        """The draws of some rows, from the settings and the key of each."""
+        settings = tuple([each for each, _ in rows])
+        if all(each.greedy for each in settings):
+            return cls._greedy(settings)
+        keys = [key for _, key in rows]
+        keys += [keys[-1]] * (HELD - len(rows))
+        return cls(settings, (*_settings_arrays(settings), mx.array(keys, mx.uint32)))
+
+    @classmethod
+    def of_arrays(cls, rows: tuple[Draw, ...], arrays: Sequence[mx.array]) -> "Draws":
+        """The draws of this :attr:`structure` that had these :attr:`arrays`."""
+        return cls(rows, (arrays[0], arrays[1], arrays[2])) if arrays else cls._greedy(rows)
+
+    @classmethod
+    def _greedy(cls, rows: tuple[Draw, ...]) -> "Draws":
+        return cls(rows, (*_settings_arrays(rows), _no_keys(len(rows))))
+
+    @cached_property
+    def all_greedy(self) -> bool:
+        """Whether each row takes the best logit."""
+        return all(row.greedy for row in self.rows)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What a function of these draws depends on beside :attr:`structure`."""
+        return [] if self.all_greedy else [*self.held]
+
+    @property
+    def structure(self) -> tuple[Draw, ...]:
+        """The :attr:`Draw.structure` of the rows."""
+        return _structures(self.rows)
+
+    @property
+    def have_kernels(self) -> bool:
+        """Whether kernels do what the kinds of all rows do."""
+        return all(row.kernels for row in self.rows)
+
+    @cached_property
+    def inverse_temperature(self) -> mx.array:
+        """1 / temperature, (R, 1) float32; 0 takes the best logit."""
+        return self.held[0][: len(self.rows), :1]
+
+    @cached_property
+    def top_p(self) -> mx.array:
+        """The share of the mass that the likeliest tokens must reach, (R, 1) float32."""
+        return self.held[0][: len(self.rows), 1:2]
+
+    @cached_property
+    def log_min_p(self) -> mx.array:
+        """How far a kept logit may lie below the best one, (R, 1) float32, in nats below 0."""
+        return self.held[0][: len(self.rows), 2:]
+
+    @cached_property
+    def top_k(self) -> mx.array:
+        """The number of best tokens that are kept, (R, 1) uint32; 0 keeps all."""
+        return self.held[1][: len(self.rows), None]
+
+    @cached_property
+    def keys(self) -> mx.array:
+        """The keys of the rows, (R, 2) uint32."""
+        return self.held[2][: len(self.rows)]
+
+    @cached_property
+    def filters(self) -> bool:
+        """Whether a filter of a row leaves tokens out."""
+        return any(row.filters for row in self.rows)
+
+    @cached_property
+    def any_top_p(self) -> bool:
+        """Whether a row has a top-p."""
+        return any(row.top_p < 1 for row in self.rows)
+
+    @cached_property
+    def any_min_p(self) -> bool:
+        """Whether a row has a min-p."""
+        return any(row.min_p > 0 for row in self.rows)
+
+    @cached_property
+    def most_top_k(self) -> int:
+        """The largest top-k of a row; 0 without any."""
+        return max(row.top_k for row in self.rows)
+
+    def choose(self, logits: mx.array) -> mx.array:
+        """Draws from all tokens: their logits (R, V) → (R,) uint32. Lazy."""
+
+        def choose_of(kind: type[Draw], some: "Draws", take: Take) -> tuple[mx.array]:
+            return (kind.choose(take(logits).astype(mx.float32), some),)
+
+        return self.by_kind(choose_of)[0]
+
+    def by_kind(
+        self, results_of: Callable[[type[Draw], "Draws", "Take"], tuple[mx.array, ...]]
+    ) -> tuple[mx.array, ...]:
+        """Calls a function for the rows of each kind, with filters or without.
+
+        Args:
+            results_of: It gets the kind, the draws of its rows, and what takes these rows of an
+                array (R, …). Its results are arrays of these rows.
+
+        Returns:
+            The same arrays of all rows.
+        """
+        places: dict[tuple[type[Draw], bool], list[int]] = {}
+        for i, row in enumerate(self.rows):
+            places.setdefault((type(row), row.filters), []).append(i)
+        if len(places) == 1:
+            return results_of(type(self.rows[0]), self, _all_rows)
+        results = []
+        order: list[int] = []
+        for (kind, _), some in places.items():
+            filled = mx.array(some + some[-1:] * (HELD - len(some)), mx.uint32)
+            held = tuple(mx.take(array, filled, axis=0) for array in self.held)
+            draws = Draws.of_arrays(tuple(self.rows[i] for i in some), held)
+            results.append(results_of(kind, draws, _taking(some)))
+            order += some
+        back = mx.array([order.index(i) for i in range(len(order))], mx.uint32)
+        joined = (mx.concatenate(list(parts)) for parts in zip(*results, strict=True))
+        return tuple(mx.take(array, back, axis=0) for array in joined)
+
+
+Take = Callable[[Any], Any]
+
+
+def _all_rows(array: mx.array) -> mx.array:
+    return array
+
+
+def _taking(rows: list[int]) -> Take:
+    places = mx.array(rows, mx.uint32)
+    return lambda array: mx.take(array, places, axis=0)
+
+
+@lru_cache(maxsize=256)
+def _structures(rows: tuple[Draw, ...]) -> tuple[Draw, ...]:
+    return tuple(row.structure for row in rows)
+
+
+@cache
+def _no_keys(n_rows: int) -> mx.array:
+    """The keys of greedy rows. They exist before the first token, so that no token makes them."""
+    return mx.array([NO_KEY] * max(n_rows, HELD), mx.uint32)
+
+
+@lru_cache(maxsize=256)
+def _settings_arrays(rows: tuple[Draw, ...]) -> tuple[mx.array, mx.array]:
+    """Returns the first two arrays of :class:`Draws`. They stay the same for a text."""
+    filled = [*rows, *[rows[-1]] * (HELD - len(rows))]
+    floats = []
+    for row in filled:
+        inverse = 1 / row.temperature if row.temperature else 0.0
+        log_min_p = math.log(row.min_p) if row.min_p else NO_MIN_P
+        floats.append([inverse, row.top_p, log_min_p])
+    return mx.array(floats, mx.float32), mx.array([row.top_k for row in filled], mx.uint32)
