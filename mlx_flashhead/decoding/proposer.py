@@ -13,8 +13,7 @@ from ..head.draws.rows import Draws
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
 from ..head.steps import NOTHING_ALLOWED
-from ..models.errors import UnsupportedHeadError
-from ..models.install import get_flash_head, hidden_dtype, is_recognised, logit_change_of
+from ..models.install import get_flash_head, hidden_dtype, is_recognised, logit_map_of
 from .changes import mask_array, with_few_allowed
 from .pace import Pace
 from .policy import DecodingPolicy, decoding_mode, policy_of
@@ -51,11 +50,7 @@ class Proposer:
         # from the head's logits to the model's; None where no map describes it
         self.logit_map: LogitMap | None = IDENTITY
         if self.head is not None:
-            try:
-                change = logit_change_of(self.model)
-                self.logit_map = change if isinstance(change, LogitMap) else None
-            except UnsupportedHeadError:  # these depend on each other
-                self.logit_map = None
+            self.logit_map = logit_map_of(self.model)
         gains = self.settings.n_probes is not None or not self.policy.dense
         usable = self.head is not None and not self.policy.drafts_only
         self.verifies = (

@@ -25,8 +25,7 @@ from ..decoding.tuning import Tuning, is_busy, least_gain, tune
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
 from ..index.flash_head_index import FlashHeadIndex
-from ..models.errors import UnsupportedHeadError
-from ..models.install import hidden_dtype, install, installed_head, logit_change_of
+from ..models.install import hidden_dtype, install, installed_head, logit_map_of
 from ..models.locate import HeadLocation, find_head
 from .first_gain import first_gain
 from .free_head import free_head_gain
@@ -75,10 +74,7 @@ def install_stored(
 
 def _prepare(model: nn.Module, head: FlashHead) -> None:
     """Compiles and measures all that the first answer would have to wait for otherwise."""
-    try:
-        logit_change_of(model)  # with its own kernels
-    except UnsupportedHeadError:  # such a model decodes densely
-        return
+    logit_map_of(model)  # with its own kernels
     measure_rounding(head, hidden_dtype(model))
     rehearse(model)
 

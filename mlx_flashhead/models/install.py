@@ -6,11 +6,10 @@ stop an update. Its rows move into the FlashHead, which gives them back when the
 
 import copy
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,17 +20,11 @@ from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap, fit_logit_map
 from ..interop.drafters import keep_from_weights
-from .errors import UnsupportedHeadError
 from .finer_head import restore_rows
 from .locate import EMBEDDING, HeadLocation, check_plain_product, find_head
-from .vlm import architecture, forward, is_vlm
+from .vlm import forward, is_vlm
 
-# The head's logits (R, V) → the model's, such as a scale, a softcap or a cast.
-LogitChange = Callable[[mx.array], mx.array]
-
-# What the model's settings were, and the change that was learned then.
-_known: WeakKeyDictionary[FlashHead, tuple[list[Any], LogitChange]] = WeakKeyDictionary()
-SETTINGS_DEPTH = 3  # objects and dictionaries within each other that hold a model's settings
+_logit_maps: WeakKeyDictionary[FlashHead, LogitMap | None] = WeakKeyDictionary()
 LIBRARIES = ("mlx", "mlx_lm", "mlx_vlm")
 NO_FLASH_HEAD = "This model has no FlashHead: load it with mlx_flashhead.load."
 _Module: Any = object  # the methods of nn.Module come from the class beside those below
@@ -65,28 +58,24 @@ def is_recognised(model: Any) -> bool:
     """
     if not isinstance(model, _FlashRoot):
         return False
-    return all(_is_libraries(_class_of(module)) for module in model.modules())
+    classes = {_class_without_flash_head(module) for module in model.modules()}
+    return all(_is_libraries(cls) for cls in classes)
 
 
-def _class_of(module: nn.Module) -> type:
-    """The class of a module, without what an installation has put before it."""
+def _class_without_flash_head(module: Any) -> type:
     cls = type(module)
     return cls.__bases__[1] if isinstance(module, _Pickled) else cls
 
 
 def _is_libraries(cls: type) -> bool:
     """Whether a class is the one that its library has under its name, and its call is its own."""
-    if cls.__module__.split(".")[0] not in LIBRARIES:
-        return False
     home = sys.modules.get(cls.__module__)
     if getattr(home, cls.__qualname__, None) is not cls:
         return False
-    for name in ("__call__", "as_linear"):
-        function = getattr(cls, name, None)
-        code = getattr(function, "__code__", None)
-        if code is not None and not _in_libraries(code.co_filename):
-            return False
-    return True
+    calls: list[Any] = [getattr(cls, name, None) for name in ("__call__", "as_linear")]
+    codes = [call.__code__ for call in calls if hasattr(call, "__code__")]
+    from_library = cls.__module__.split(".")[0] in LIBRARIES
+    return from_library and all(_in_libraries(code.co_filename) for code in codes)
 
 
 @cache
@@ -184,7 +173,7 @@ def _uninstall(model: nn.Module) -> None:
     head = installed_head(model)
     for changed in model.modules():
         if isinstance(changed, _Pickled):
-            changed.__class__ = type(changed).__bases__[1]
+            changed.__class__ = _class_without_flash_head(changed)
     del module._flash_head, module._hidden_dtype
     for name, array in head.clustered.token_rows().arrays().items():
         mx.eval(array)
@@ -291,115 +280,51 @@ class _FlashEmbedding(_FlashModule):
         return self._flash_head.clustered.embeddings(token_ids)
 
 
-def logit_change_of(model: nn.Module) -> LogitChange:
-    """Finds the function (R, V) → (R, V) from the FlashHead's logits to the model's.
+def logit_map_of(model: nn.Module) -> LogitMap | None:
+    """The map from the FlashHead's logits to the model's, such as a scale, a softcap or a cast.
 
-    It is a :class:`LogitMap` where it has that form. It is learned anew when a number has changed
-    in the model's settings, so that a loop asks when a text begins.
+    It is found once: a setting of the model that changes later is not seen.
 
-    Raises:
-        UnsupportedHeadError: If it is not a rising function of each logit by itself.
+    Returns:
+        The map; None if the model does something else, such as mixing the logits of tokens.
     """
     head = installed_head(model)
-    settings = _settings_of(model)
-    known = _known.get(head)
-    if known is None or known[0] != settings:
-        known = settings, _learn(model, head)
-        _known[head] = known
-    return known[1]
+    if head not in _logit_maps:
+        _logit_maps[head] = _find_logit_map(model, head)
+    return _logit_maps[head]
 
 
-def _settings_of(model: nn.Module) -> list[Any]:
-    """The numbers that a model and the modules around its head hold, such as a softcap or a scale.
-
-    Numbers within their configurations are among them.
-    """
-    found: list[Any] = []
-    head_path = next(
-        path for path, module in model.named_modules() if isinstance(module, _FlashModule)
-    )
-    for path, module in model.named_modules():
-        if not path or head_path.startswith(f"{path}."):
-            small = {k: v for k, v in dict.items(module) if isinstance(v, mx.array) and v.size == 1}
-            found += _numbers(vars(module), SETTINGS_DEPTH)
-            found += [(name, id(array)) for name, array in small.items()]
-    return found
-
-
-def _numbers(named: dict[str, Any], depth: int) -> list[Any]:
-    """The numbers of a dictionary by name, and of the objects and dictionaries in it."""
-    found: list[Any] = []
-    for name, value in named.items():
-        if value is None or isinstance(value, int | float):
-            found.append((name, value))
-        elif depth and isinstance(value, dict):
-            found += _numbers(value, depth - 1)
-        elif depth and hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
-            found += _numbers(vars(value), depth - 1)
-    return found
-
-
-def _learn(model: nn.Module, head: FlashHead) -> LogitChange:
-    whole: Any = ref(model)  # what is known of a head may not hold its model in memory
-
-    def change_given(logits: mx.array, token: int = 0) -> mx.array:
-        with installed_head(whole()).intercepted(lambda _: logits):
-            return forward(whole(), mx.array([[token]]))
-
-    def run(logits: mx.array, token: int = 0) -> mx.array:
-        return change_given(mx.array(logits), token)  # a copy, for models that write into them
-
-    keys = mx.random.split(mx.random.key(0), 3)
-    low, high = (mx.random.normal((1, 1, head.vocab_size), scale=20, key=key) for key in keys[:2])
-    given = mx.array(low)
-    changed = change_given(given)
-    if changed is given and mx.array_equal(given, low):
-        return IDENTITY
-    mixed = mx.random.uniform(shape=low.shape, key=keys[2]) < 0.5
-    apart = mx.where(mixed, changed, run(high, token=1))
-    together = run(mx.where(mixed, low, high))
-    rises = (changed <= run(low + 1.0)).all()
-    alike = apart.shape == low.shape and mx.allclose(apart, together, rtol=1e-4, atol=1e-4)
-    if not (rises and alike):
-        raise UnsupportedHeadError(
-            f"This {architecture(model)!r} model mixes or inverts the logits of different tokens."
-        )
+def _find_logit_map(model: nn.Module, head: FlashHead) -> LogitMap | None:
     dtype = head.clustered.rows.logits_dtype(hidden_dtype(model))
-    logit_map = _fit(run, low.astype(dtype))
-    if logit_map is not None and head.applies(logit_map, dtype):
-        if not logit_map.identity:  # for which there are kernels of their own
-            head.check_kernels(hidden_dtype(model), logit_map=logit_map)
-        return logit_map
-    # the model's Python code runs once, while this is traced
-    traced = mx.compile(lambda logits: run(logits[None])[0])
+    vocab_size = head.vocab_size
+    some = mx.random.normal((1, 1, vocab_size), scale=20, key=mx.random.key(0)).astype(dtype)
 
     def change(logits: mx.array) -> mx.array:
-        return mx.concatenate([traced(logits[i : i + 1]) for i in range(len(logits))])
+        """What the model makes of its head's logits (1, R, V), into which it may write."""
+        with head.intercepted(lambda _: logits):
+            return forward(model, mx.array([[0]]))
 
-    mx.eval(change(low[0]))  # which compiles it
-    return change
+    def change_values(values: mx.array) -> mx.array:
+        """What it makes of any number of logits. Some models write to those of certain tokens.
 
-
-def _fit(run: Callable[[mx.array], mx.array], some: mx.array) -> LogitMap | None:
-    """The map that a model applies to the logits of all tokens, or None if it does something else.
-
-    Args:
-        run: What the model does to logits (1, R, V). Some models write to those of certain tokens,
-            and in shorter rows MLX would write beyond the end.
-        some: A logit of each token, (1, 1, V).
-    """
-    vocab_size = some.shape[-1]
-
-    def in_rows(values: mx.array) -> mx.array:
+        In rows of fewer than V MLX would write beyond the end.
+        """
         n_rows = -(-values.size // vocab_size)
         padded = mx.pad(values, (0, n_rows * vocab_size - values.size))
-        return run(padded.reshape(1, n_rows, vocab_size)).reshape(-1)[: values.size]
+        return change(padded.reshape(1, n_rows, vocab_size)).reshape(-1)[: values.size]
 
+    given = mx.array(some)  # a copy
+    changed = change(given)
+    if changed is given and mx.array_equal(given, some):
+        return IDENTITY
     try:
-        logit_map = fit_logit_map(in_rows, some.dtype)
+        logit_map = fit_logit_map(change_values, dtype)
     except ValueError:  # it looks at the number of rows
         return None
-    # the values may be fewer than the tokens
-    if logit_map is None or not mx.array_equal(logit_map(some), run(some)):
+    # the values may have been fewer than the tokens
+    fits = logit_map is not None and mx.array_equal(logit_map(some), changed)
+    if logit_map is None or not fits or not head.applies(logit_map, dtype):
         return None
+    if not logit_map.identity:  # for which there are kernels of their own
+        head.check_kernels(hidden_dtype(model), logit_map=logit_map)
     return logit_map

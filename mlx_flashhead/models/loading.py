@@ -37,17 +37,12 @@ def load_dense(
         )
     try:
         loaded: Any = load(str(folder), return_config=True, **kwargs)
-    except (SystemExit, Exception) as error:  # code of models, and of damaged settings, raises any
-        cause = reason(error)
+    except Exception as error:  # code of models, and of damaged settings, raises any
         remedy = "check or fetch it again"
-        if isinstance(error, SystemExit):
-            if error.code != 1:  # the user ended the program
-                raise
-            cause = "a package is missing, as printed above"  # of some architectures
-        elif "trust_remote_code" in str(error):
+        if "trust_remote_code" in str(error):
             remedy = "if you trust its code, add `trust_remote_code=True`"
         raise ValueError(
-            f"mlx-lm cannot load the model in {folder} ({cause}): {remedy}."
+            f"mlx-lm cannot load the model in {folder} ({reason(error)}): {remedy}."
         ) from error
     model, tokenizer, config = loaded
     if adapter_path is not None:
@@ -105,28 +100,7 @@ def load_dense_part(
             f"mlx-lm cannot split the model {path_or_hf_repo} between these processes "
             f"({reason(error)}): use {no}`pipeline_group`, another number of processes, or one."
         ) from error
-    model, tokenizer, config = loaded
-    if pipeline_group is None and hasattr(model, "shard"):
-        _check_attention_heads(config, (tensor_group or mx.distributed.init()).size())
-    return model, tokenizer, config
-
-
-def _check_attention_heads(config: dict[str, Any], processes: int) -> None:
-    """Raises a ValueError if the attention heads cannot be split.
-
-    mlx-lm rounds their numbers down and makes garbage.
-    """
-    config = config.get("text_config", config)
-    heads = config.get("num_attention_heads")
-    groups = config.get("num_key_value_heads", heads)
-    if not isinstance(heads, int) or not isinstance(groups, int):
-        return
-    # some models repeat their key-value heads if there are fewer of them than processes
-    if heads % processes or (groups % processes and processes % groups):
-        raise ValueError(
-            f"The model's {heads} attention heads ({groups} of keys and values) cannot be split "
-            f"between {processes} processes: use a number that divides both, or `pipeline_group`."
-        )
+    return loaded
 
 
 def context_of(config: dict[str, Any], tokenizer: Any) -> int:

@@ -6,10 +6,11 @@ It is the last module that has a row for each token and whose output is as wide 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..head.matrix import AFFINE, Matrix
 from .compat.mlx_vlm import own_head
@@ -57,13 +58,6 @@ class HeadLocation:
         )
 
 
-class _Call(NamedTuple):
-    """A call of a layer that may be the head."""
-
-    location: HeadLocation  # without its path
-    width: int  # of its output
-
-
 def find_head(model: nn.Module) -> HeadLocation:
     """Finds a model's output projection by tracing one forward pass.
 
@@ -77,44 +71,48 @@ def find_head(model: nn.Module) -> HeadLocation:
         UnsupportedHeadError: If no module's output is the logits, or the model does not run.
     """
     check_writes_text(model)
-    vocab_size, calls = _trace(model)
-    locations = []
-    for location, width in calls:
-        if width == location.module["weight"].shape[0] == vocab_size:
-            locations.append(location)
+    vocab_size, wide = _trace(model)
+    locations = [location for location in wide if len(location.module["weight"]) == vocab_size]
     heads = [location.module for location in locations]
     head = heads[-1] if heads else None
     _check_adapters(model, head, vocab_size)
     name = architecture(model)
-    home = _library(model)
+    library = _library(model)
     if head is None:
         raise UnsupportedHeadError(
             f"The output projection of this {name!r} model cannot be intercepted (its {vocab_size} "
-            f"logits come from no layer of its own): use it with {home}, without FlashHead."
+            f"logits come from no layer of its own): use it with {library}, without FlashHead."
         )
     if sum(other is head for other in heads) > 1:
         raise UnsupportedHeadError(
             f"This {name!r} model uses its output projection more than once per token, which "
-            f"FlashHead does not support: use it with {home}, without FlashHead."
+            f"FlashHead does not support: use it with {library}, without FlashHead."
         )
     return replace(locations[-1], path=_path_of(model, head))
 
 
-def _trace(model: nn.Module) -> tuple[int, list[_Call]]:
-    """The width of a model's logits, and the calls of its layers on a token, in their order."""
-    calls: list[_Call] = []
+def _trace(model: nn.Module) -> tuple[int, list[HeadLocation]]:
+    """The width of a model's logits, and the layers that give a number for each of their rows.
+
+    They are in the order of their calls for a token, and without their paths.
+    """
+    locations: list[HeadLocation] = []
 
     def record(module: nn.Module, method: str, args: tuple[Any, ...], output: Any) -> None:
         hidden = args[0] if args else None
         if not (isinstance(hidden, mx.array) and isinstance(output, mx.array)):
             return
-        if mx.issubdtype(hidden.dtype, mx.floating):
-            location = HeadLocation(module, "", method, hidden.dtype)
-            calls.append(_Call(location, output.shape[-1]))
+        as_wide = output.shape[-1] == len(module["weight"])
+        if as_wide and mx.issubdtype(hidden.dtype, mx.floating):
+            locations.append(HeadLocation(module, "", method, hidden.dtype))
 
-    weighted = [module for module in model.modules() if _has_rows(module)]
+    with_rows = []
+    for module in model.modules():
+        weight = module.get("weight")
+        if isinstance(weight, mx.array) and weight.ndim == 2:
+            with_rows.append(module)
     try:
-        with _observed(weighted, record):
+        with _observed(with_rows, record):
             logits = forward(model, mx.array([[0]]))
     except Exception as error:  # whatever the model's code raises
         check_writes_text(model, runs=False)
@@ -123,7 +121,7 @@ def _trace(model: nn.Module) -> tuple[int, list[_Call]]:
             f"itself ({type(error).__name__}: {error}), so it cannot be served with FlashHead "
             "either."
         ) from error
-    return logits.shape[-1], calls
+    return logits.shape[-1], locations
 
 
 def _check_adapters(model: nn.Module, head: nn.Module | None, vocab_size: int) -> None:
@@ -149,12 +147,6 @@ def _path_of(model: nn.Module, module: nn.Module) -> str:
     return next(path for path, other in model.named_modules() if other is module)
 
 
-def _has_rows(module: nn.Module) -> bool:
-    """Whether a module has a matrix of weights."""
-    weight = module.get("weight")
-    return isinstance(weight, mx.array) and weight.ndim == 2
-
-
 def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
     """Finds where a drafter of mlx-vlm makes its logits.
 
@@ -168,22 +160,11 @@ def drafter_head(drafter: nn.Module, target: nn.Module) -> HeadLocation | None:
     head = own_head(drafter, target)
     if head is None:
         return None
-    if isinstance(head, nn.Module):
-        module = head
-        method = LINEAR
-    else:
-        module = head.__self__
-        method = EMBEDDING
-    return HeadLocation(module, _path_of(drafter, module), method, _first_float_dtype(drafter))
-
-
-def _first_float_dtype(model: nn.Module) -> mx.Dtype:
-    """The dtype of a model's first floating array."""
-    for part in model.modules():
-        for array in part.values():
-            if isinstance(array, mx.array) and mx.issubdtype(array.dtype, mx.floating):
-                return array.dtype
-    raise ValueError("The model has no floating arrays: check it.")
+    module = head if isinstance(head, nn.Module) else head.__self__
+    parameters: Any = tree_flatten(drafter.parameters())
+    dtypes = [array.dtype for _, array in parameters if mx.issubdtype(array.dtype, mx.floating)]
+    method = LINEAR if module is head else EMBEDDING
+    return HeadLocation(module, _path_of(drafter, module), method, dtypes[0])
 
 
 def check_plain_product(location: HeadLocation) -> None:
@@ -232,27 +213,18 @@ def recorded_hidden(location: HeadLocation) -> Iterator[list[mx.array]]:
 @contextmanager
 def _observed(modules: Iterable[nn.Module], record: Callable[..., Any]) -> Iterator[None]:
     """Within the block, calls of the head-like methods of layers are passed to ``record``."""
-    under_way: set[tuple[int, str]] = set()
 
     def observing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            key = (id(self), name)
-            if key in under_way:  # a call of the parent's method belongs to this call
-                return original(self, *args, **kwargs)
-            under_way.add(key)
             output = original(self, *args, **kwargs)
-            under_way.remove(key)
             record(self, name, args, output)
             return output
 
         return call
 
     def methods(cls: type) -> dict[str, Callable[..., Any]]:
-        observed = {}
-        for name in (LINEAR, EMBEDDING):
-            if hasattr(cls, name):
-                observed[name] = observing(name, getattr(cls, name))
-        return observed
+        names = [name for name in (LINEAR, EMBEDDING) if hasattr(cls, name)]
+        return {name: observing(name, getattr(cls, name)) for name in names}
 
     with with_methods(modules, methods):
         yield

@@ -70,12 +70,10 @@ def apply_template(
 
 def _variables_template(template: str) -> str:
     """A template that writes the variables of another one, as entries of a JSON object."""
-    entries = []
-    for name in _variables_read(template):
-        entries.append(
-            f'{{% if {name} is defined %}}"{name}":{{{{ {name}|tojson }}}},{{% endif %}}'
-        )
-    return "".join(entries)
+    return "".join(
+        f'{{% if {name} is defined %}}"{name}":{{{{ {name}|tojson }}}},{{% endif %}}'
+        for name in _variables_read(template)
+    )
 
 
 def _reason(error: Exception) -> str:

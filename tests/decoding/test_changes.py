@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors
 
-from flash_loops import OTHERS, PROMPT, flash_of, make_flash
+from flash_loops import OTHERS, PROMPT, flash_of
 from kernel_cases import kernels, plain_clusters
 from mlx_flashhead import make_sampler
 from mlx_flashhead.common.marks import masks
@@ -18,11 +18,11 @@ from mlx_flashhead.decoding.sequence import Sequence
 from mlx_flashhead.head import adjustment
 from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
 from mlx_flashhead.head.draws.rows import Draws
-from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
+from mlx_flashhead.head.logit_map import IDENTITY
 from mlx_flashhead.head.proposal import Candidates, Selection, Unscored
 from mlx_flashhead.head.steps import NOTHING_ALLOWED, USUAL, PortableSteps
 from mlx_flashhead.models.compat.mlx_lm import PROCESSORS_SEE_PROMPT
-from mlx_flashhead.models.install import logit_change_of
+from mlx_flashhead.models.install import logit_map_of
 from tiny_models import VOCAB_SIZE, tiny_model
 
 MODELS = {
@@ -204,24 +204,6 @@ def test_what_is_known_of_processors(processors, known):
     assert sequence.recognised == known
 
 
-def test_a_settings_change_counts_from_the_next_text_on():
-    """A softcap or a scale is read when a text begins."""
-    model = tiny_model("gemma2", num_hidden_layers=2, final_logit_softcapping=30.0)
-    dense, flash = copy.deepcopy(model), flash_of(model)
-    processors = make_logits_processors(logit_bias={7: 1.0, 9: 2.0})
-    for cap in (30.0, 2.0, 5.5):
-        dense.final_logit_softcapping = model.final_logit_softcapping = cap
-        expected = plain_tokens(dense, logits_processors=processors)
-        assert flash.tokens(logits_processors=processors, max_tokens=N_TOKENS) == expected
-        found = logit_change_of(model)
-        assert isinstance(found, LogitMap) and found.cap == cap
-    scaled = make_flash("cohere", logit_scale=0.25)
-    for scale in (0.25, 3.0):
-        scaled.model.args.logit_scale = scale
-        assert logit_change_of(scaled.model).multiplier == scale
-        scaled.checked({"temp": 0.7, "seed": 1})
-
-
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 70_000])
 def test_a_model_that_rules_out_a_token_sees_whole_rows(vocab_size):
     """MLX would write beyond the end of shorter ones, into other arrays."""
@@ -242,7 +224,7 @@ def test_a_model_that_rules_out_a_token_sees_whole_rows(vocab_size):
     expected = plain_tokens(model)
     flash = flash_of(model)
     assert flash.tokens(max_tokens=N_TOKENS) == expected
-    assert not isinstance(logit_change_of(model), LogitMap)
+    assert logit_map_of(model) is None
     assert widths == {vocab_size}
 
 

@@ -225,7 +225,7 @@ def test_a_hook_that_does_not_fit_is_one_line(monkeypatch, capsys):
 
 def test_what_fails_when_a_text_begins_leaves_it_to_mlx_lm(under, plain, monkeypatch):
     model, prompts, expected = plain
-    monkeypatch.setattr("mlx_flashhead.decoding.proposer.logit_change_of", fails)
+    monkeypatch.setattr("mlx_flashhead.decoding.proposer.logit_map_of", fails)
     assert texts(under.batch_generator(under.model), prompts) == expected
     assert under.lines() == ["model: dense: [metal] out of memory."]
     found = steps_of(under.steps, under.model, prompts[0])
