@@ -22,9 +22,14 @@ from mlx_lm.generate import (
     wired_limit,
 )
 from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    ChunkedKVCache,
+    ConcatenateKVCache,
     KVCache,
     LRUPromptCache,
     QuantizedKVCache,
+    RotatingKVCache,
     can_trim_prompt_cache,
     load_prompt_cache,
     make_prompt_cache,

@@ -1,0 +1,157 @@
+"""A wide step: several tokens of one text at once, with the bits of single steps.
+
+    steps = WideSteps.of(model)
+    widths = established_widths(steps, caches)      # of wide_trial.py, such as [2, 3, 4]
+    step = steps.feed(tokens, caches)               # (1, T) → step.logits (1, T, V), lazy
+    step.back_to(n)                                 # the caches after the first n of the tokens
+
+Hidden states and caches are those that T single steps would leave, where that is established. So a
+guess changes nothing but the time. Whoever wants the states takes them where the FlashHead is
+called, as in single steps.
+"""
+
+import weakref
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .wide_caches import fits, is_known, needs_replay, stand_in
+from .wide_twin import Twin, parts_of
+
+MAX_WIDTH = 8  # tokens of a step
+_known: dict[int, tuple[weakref.ref[nn.Module], "WideSteps"]] = {}  # by the id of the model
+
+
+class Established(NamedTuple):
+    """What holds for the caches of a kind. It can be stored as JSON."""
+
+    widths: list[int]  # tokens of a step that leave the bits of single steps
+    apart: bool = False  # whether each operation of an attention runs once per position
+
+
+class WideSteps:
+    """The wide steps of a model as it is now."""
+
+    def __init__(self, model: nn.Module):
+        self._model = weakref.ref(model)
+        self._parts = [part for part in parts_of(model) if part is not model]
+        self._twins: dict[bool, nn.Module] = {}  # by whether its attentions take positions apart
+        self.established: dict[str, Established] = {}  # by the kind of the caches
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "WideSteps":
+        """The wide steps of a model, anew if a part of it has changed."""
+        known = _known.get(id(model))
+        if known is not None and known[0]() is model and known[1].is_of(model):
+            return known[1]
+        steps = cls(model)
+        _known[id(model)] = steps._model, steps
+        weakref.finalize(model, _known.pop, id(model), None)
+        return steps
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether these are a model's, which has the same arrays, parts and functions still."""
+        parts = [part for part in parts_of(model) if part is not model]
+        if len(parts) != len(self._parts):
+            return False
+        return all(part is known for part, known in zip(parts, self._parts, strict=True))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, which must still be in use."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("The model of these wide steps is gone.")
+        return model
+
+    def twin(self, *, apart: bool) -> nn.Module:
+        """The model's twin."""
+        if apart not in self._twins:
+            self._twins[apart] = Twin(self.model, apart=apart).model
+        return self._twins[apart]
+
+    def widths(self, caches: list[Any]) -> list[int]:
+        """The numbers of tokens whose wide steps are established for caches like these."""
+        held = self.established.get(kind_of(caches), Established([]))
+        return [width for width in held.widths if all(fits(cache, width) for cache in caches)]
+
+    def feed(self, tokens: mx.array, caches: list[Any]) -> "WideStep":
+        """Feeds tokens (1, T) of a text, as T single steps would, without evaluating anything.
+
+        Args:
+            tokens: Of an established width, or a single one; they may not be computed yet.
+            caches: The text's caches, which hold the tokens then.
+
+        """
+        if tokens.shape[1] == 1:
+            return self.feed_by(self.model, tokens, caches)
+        apart = self.established[kind_of(caches)].apart
+        return self.feed_by(self.twin(apart=apart), tokens, caches)
+
+    def feed_by(self, model: Any, tokens: mx.array, caches: list[Any]) -> "WideStep":
+        """Feeds tokens to a twin, or a single one to the model."""
+        n_tokens = tokens.shape[1]
+        stand_ins = [stand_in(cache, n_tokens) for cache in caches]
+        given = [each.given for each in stand_ins] if n_tokens > 1 else caches
+        logits = model(tokens, cache=given)
+        return WideStep(self, tokens, caches, stand_ins, logits)
+
+
+class WideStep:
+    """A step that has fed tokens, which can be taken back from the caches' end.
+
+    Whoever holds it holds what a window was before: it should be let go before the next step.
+    """
+
+    def __init__(
+        self,
+        steps: WideSteps,
+        tokens: mx.array,
+        caches: list[Any],
+        stand_ins: list[Any],
+        logits: mx.array,
+    ):
+        self.logits = logits  # (1, T, V), not computed yet
+        self._steps = steps
+        self._tokens = tokens
+        self._caches = caches
+        self._stand_ins = stand_ins
+
+    def back_to(self, n: int) -> None:
+        """Leaves in the caches the first ``n`` of the step's tokens, once and for good.
+
+        A state without values of each position goes back to what it was before the step, and the
+        ``n`` tokens are fed again.
+        """
+        n_tokens = self._tokens.shape[1]
+        if n == n_tokens:
+            return
+        replays = any(map(needs_replay, self._caches))
+        for each in self._stand_ins:
+            each.back_to(0 if replays else n)
+        if replays:
+            self._feed_again(n)
+
+    def _feed_again(self, n: int) -> None:
+        widths = self._steps.widths(self._caches)
+        start = 0
+        while start < n:
+            width = max((width for width in widths if width <= n - start), default=1)
+            self._steps.feed(self._tokens[:, start : start + width], self._caches)
+            start += width
+
+
+def kind_of(caches: list[Any]) -> str:
+    """What matters of caches to the kernels that read them, in words."""
+    kinds = [_kind(cache) for cache in caches]
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+
+
+def _kind(cache: Any) -> str:
+    if not is_known(cache):
+        return "unknown"
+    parts = [_kind(part) for part in getattr(cache, "caches", ())]
+    names = "max_size", "keep", "bits", "group_size", "chunk_size"
+    settings = [f"{name}={getattr(cache, name)}" for name in names if hasattr(cache, name)]
+    return f"{type(cache).__name__}({', '.join([*parts, *settings])})"

@@ -1,0 +1,356 @@
+"""A twin of a model, which feeds several tokens at once with the bits of single steps.
+
+It shares the model's arrays, and all parts that treat each position by itself. Others have a class
+of their own:
+
+- a linear layer multiplies each position as a single step does,
+- an attention is called once per position, with what its cache holds then,
+- a state space model takes its positions in turn.
+
+No name of another package is replaced: the twin's classes have copies of the functions that they
+change, with other globals.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .positions import Positions, apart, apart_value, at
+from .wide_caches import KeyValueStandIn, apart_stand_in
+
+UPDATE = "update_and_fetch"  # what an attention calls its cache's method
+
+
+class NoWideStepError(Exception):
+    """A model does something for which no step of several tokens is known."""
+
+
+def in_rows(function: Callable[[mx.array], Any], x: mx.array) -> Any:
+    """Calls a function of an array (..., T, K) for each of its T positions, as single steps do."""
+    if x.ndim < 2 or x.shape[-2] == 1:
+        return function(x)
+    return _joined([function(x[..., j : j + 1, :]) for j in range(x.shape[-2])], axis=-2)
+
+
+def product(layer: nn.Module, single: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    """The product of each position of ``x`` (..., T, K) with a layer's weights: (..., T, N).
+
+    Args:
+        layer: A linear layer or an embedding.
+        single: The product that single steps call.
+        x: The positions.
+    """
+    if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding) and x.size > x.shape[-1]:
+        if mx.default_device().type == mx.cpu:  # where MLX multiplies each row by itself
+            return single(x)
+        raise NoWideStepError("There is no kernel for several rows of a quantized layer yet.")
+    return cast(mx.array, in_rows(single, x))
+
+
+def _joined(results: list[Any], axis: int) -> Any:
+    """Arrays of each position as one; of tuples, a tuple."""
+    if isinstance(results[0], tuple):
+        return tuple(_joined(list(parts), axis) for parts in zip(*results, strict=True))
+    return mx.concatenate(results, axis=axis)
+
+
+class _Linear(nn.Module):
+    """A linear layer."""
+
+    def __call__(self, x: Any) -> Any:
+        if isinstance(x, Positions):
+            whole = product(self, super().__call__, _joined(x.parts, axis=-2))
+            return Positions(mx.split(whole, len(x.parts), axis=-2))
+        return product(self, super().__call__, x)
+
+
+class _Embedding(nn.Module):
+    """An embedding, whose transposed weights may make the logits."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return product(self, cast(Any, super()).as_linear, x)
+
+
+class _Matrix(nn.Module):
+    """A part with a small matrix of its own, such as a router."""
+
+    weight: mx.array
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        x = args[0]
+        alone = len(args) == 1 and not named and isinstance(x, mx.array)
+        if alone and x.ndim <= 3 and x.shape[-1] == self.weight.shape[-1]:
+            return in_rows(super().__call__, x)
+        return apart(super().__call__)(*args, **named)
+
+
+class _Apart(nn.Module):
+    """A part of an attention whose operations run once per position."""
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return apart(super().__call__)(*args, **named)
+
+
+class _ApartAttention(nn.Module):
+    """An attention whose operations run once per position."""
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        given = [*args, *named.values()]
+        n_positions = next((each.shape[1] for each in given if isinstance(each, mx.array)), 1)
+        if n_positions == 1:
+            return super().__call__(*args, **named)
+        own = {name: _as_positions(value, n_positions) for name, value in named.items()}
+        result = super().__call__(*(_as_positions(value, n_positions) for value in args), **own)
+        return _whole(result)
+
+
+def _as_positions(value: Any, n_positions: int) -> Any:
+    """An attention's argument, as :class:`Positions` where (B, T, …) or (T, K) has positions."""
+    if isinstance(value, mx.array):
+        axis = 1 if value.ndim > 2 else 0
+        if value.ndim > 1 and value.shape[axis] == n_positions:
+            return Positions(mx.split(value, n_positions, axis=axis))
+    return apart_stand_in(value)
+
+
+def _whole(value: Any) -> Any:
+    """The result of an attention for all positions."""
+    if isinstance(value, tuple):
+        return tuple(map(_whole, value))
+    if isinstance(value, Positions) and all(_is_state(part) for part in value.parts):
+        return mx.concatenate(value.parts, axis=1)
+    return value
+
+
+def _is_state(part: Any) -> bool:
+    return isinstance(part, mx.array) and part.ndim == 3 and part.shape[1] == 1
+
+
+# The functions in the place of mlx-lm's, by their names.
+
+
+def _attend(single: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def attend(
+        queries: mx.array,
+        keys: Any,
+        values: Any,
+        cache: Any,
+        scale: float,
+        mask: Any = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Attends from each position (B, H, T, D) to what its own single step would find."""
+        options: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
+        n_positions = queries.shape[2]
+        if n_positions == 1:
+            return single(queries, keys, values, cache=cache, scale=scale, mask=mask, **options)
+        if not isinstance(keys, Positions):
+            raise NoWideStepError("An attention without a cache of its own.")
+        cache = cache.cache if isinstance(cache, KeyValueStandIn) else cache
+        attended = []
+        for j in range(n_positions):
+            own = at(keys, j), at(values, j)
+            row = _mask_at(mask, j, n_positions, own[0])
+            query = queries[:, :, j : j + 1]
+            attended.append(single(query, *own, cache=cache, scale=scale, mask=row, **options))
+        return mx.concatenate(attended, axis=2)
+
+    return attend
+
+
+def _mask_at(mask: Any, j: int, n_positions: int, keys: Any) -> Any:
+    """The mask of position ``j`` in a single step."""
+    if mask is None or mask == "causal":
+        return None
+    if isinstance(mask, Positions):
+        return mask.parts[j]
+    if not isinstance(keys, mx.array) or mask.shape[-2] != n_positions:
+        raise NoWideStepError("An attention has a mask of a form that is not known.")
+    return mask[..., j : j + 1, : keys.shape[-2]]  # which a model has made itself
+
+
+def _in_turn(single: Callable[..., tuple[mx.array, mx.array]]) -> Callable[..., Any]:
+    def in_turn(
+        x: mx.array,
+        A_log: mx.array,
+        B: mx.array,
+        C: mx.array,
+        D: mx.array,
+        dt: mx.array,
+        dt_bias: mx.array,
+        state: mx.array | None = None,
+        *limits: Any,
+        **named: Any,
+    ) -> tuple[mx.array, mx.array]:
+        """Takes the positions (B, T, …) of a state space model one after another."""
+        outputs = []
+        for j in range(x.shape[1]):
+            x_j, B_j, C_j, dt_j = (each[:, j : j + 1] for each in (x, B, C, dt))
+            y, state = single(x_j, A_log, B_j, C_j, D, dt_j, dt_bias, state, *limits, **named)
+            outputs.append(y)
+        return mx.concatenate(outputs, axis=1), cast(mx.array, state)
+
+    return in_turn
+
+
+EXCHANGED: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": _attend,
+    "ssm_update": _in_turn,
+}
+
+
+class Twin:
+    """A twin of a model.
+
+    Args:
+        model: Of mlx-lm.
+        apart: Whether each operation of an attention runs once per position, not its call alone.
+    """
+
+    def __init__(self, model: nn.Module, *, apart: bool = False):
+        self._apart = apart
+        self._copies: dict[int, nn.Module] = {}  # by the id of the model's part
+        self._classes: dict[type, type] = {}
+        self.model = cast(nn.Module, self._copy(model))
+
+    def _copy(self, value: Any) -> Any:
+        """The twin of a module, or of a list or dictionary of some. What has none is shared."""
+        if isinstance(value, nn.Module):
+            if id(value) not in self._copies:
+                self._copies[id(value)] = self._copied_module(value)
+            return self._copies[id(value)]
+        if type(value) in (list, tuple):
+            parts = [self._copy(part) for part in value]
+            alike = all(new is old for new, old in zip(parts, value, strict=True))
+            return value if alike else type(value)(parts)
+        if type(value) is dict:
+            named = {name: self._copy(part) for name, part in value.items()}
+            return value if all(named[name] is value[name] for name in value) else named
+        return value
+
+    def _copied_module(self, module: nn.Module) -> nn.Module:
+        own = self._class_of(module)
+        parts = dict(dict.items(cast(Any, module)))
+        attributes = dict(vars(module))
+        held = self._copy(parts), self._copy(attributes)
+        if own is type(module) and held[0] is parts and held[1] is attributes:
+            return module
+        twin: Any = cast(Any, own).__new__(own)
+        dict.update(twin, held[0])
+        vars(twin).update(held[1])
+        return cast(nn.Module, twin)
+
+    def _class_of(self, module: nn.Module) -> type:
+        cls = type(module)
+        if "_flash_head" in vars(module):  # whose calls are intercepted
+            return cls
+        if cls not in self._classes:
+            self._classes[cls] = self._made_class(module)
+        return self._classes[cls]
+
+    def _made_class(self, module: nn.Module) -> type:
+        """A class like the module's, but for what the twin does otherwise."""
+        cls = type(module)
+        mixin = _mixin_of(module)
+        apart_attention = self._apart and updates_cache(cls)
+        functions = _functions(cls, apart_globals if apart_attention else exchanged_globals)
+        if self._apart and mixin is None:
+            mixin = _ApartAttention if apart_attention else _Apart
+        if functions:
+            cls = type(cls.__name__, (cls,), functions)
+        return cls if mixin is None else type(cls.__name__, (mixin, cls), {})
+
+
+def _mixin_of(module: nn.Module) -> type | None:
+    """What a part that multiplies does in the twin; None for others."""
+    if type(module) in (nn.Linear, nn.QuantizedLinear):
+        return _Linear
+    if type(module) in (nn.Embedding, nn.QuantizedEmbedding):
+        return _Embedding
+    weight = dict.get(cast(Any, module), "weight")
+    if not isinstance(weight, mx.array) or weight.ndim != 2:
+        return None
+    return _Matrix if mx.issubdtype(weight.dtype, mx.floating) else None
+
+
+def updates_cache(cls: type) -> bool:
+    """Whether a class is an attention: its call hands keys and values to a cache."""
+    functions = dict(reversed(list(library_functions(cls))))
+    call = functions.get("__call__")
+    return call is not None and UPDATE in call.__code__.co_names
+
+
+def exchanged_globals(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The globals of an attention's or a state space model's code that the twin exchanges."""
+    return {name: make(names[name]) for name, make in EXCHANGED.items() if name in names}
+
+
+def apart_globals(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Globals for code that has :class:`Positions` in the place of arrays."""
+    own = {name: value for name, value in names.items() if not name.startswith("__")}
+    return {name: apart_value(value) for name, value in own.items()}
+
+
+def _functions(
+    cls: type, exchange: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, FunctionType]:
+    """Copies of mlx-lm's functions of a class that use exchanged globals, by name."""
+    copies: dict[str, FunctionType] = {}
+    for name, function in library_functions(cls):
+        used = {key: function.__globals__[key] for key in _global_names(function)}
+        exchanged = exchange(used)
+        if exchanged and name not in copies:
+            copies[name] = FunctionType(
+                function.__code__,
+                {**function.__globals__, **exchanged},
+                name,
+                function.__defaults__,
+                function.__closure__,
+            )
+            copies[name].__kwdefaults__ = function.__kwdefaults__
+    return copies
+
+
+def library_functions(cls: type) -> Iterator[tuple[str, FunctionType]]:
+    """The functions that a class has of mlx-lm, with their names, the class's own first."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("mlx_lm."):
+            for name, value in vars(base).items():
+                if isinstance(value, FunctionType):
+                    yield name, value
+
+
+def _global_names(function: FunctionType) -> list[str]:
+    """The names of globals that a function's code uses."""
+    nested = [each for each in function.__code__.co_consts if isinstance(each, CodeType)]
+    names = dict.fromkeys(name for code in [function.__code__, *nested] for name in code.co_names)
+    return [name for name in names if name in function.__globals__]
+
+
+def parts_of(model: nn.Module) -> Iterator[Any]:
+    """All that a twin depends on: the model's parts, and the functions that it has copied.
+
+    Two models, or one at two times, have the same twin if these are the same objects.
+    """
+    classes = dict.fromkeys(type(module) for module in model.modules())
+    for cls in classes:
+        for _, function in library_functions(cls):
+            yield function
+            yield from (function.__globals__[name] for name in _global_names(function))
+    for module in model.modules():
+        yield type(module)
+        yield from _leaves([*dict.items(cast(Any, module)), *vars(module).items()])
+
+
+def _leaves(items: list[tuple[Any, Any]]) -> Iterator[Any]:
+    """The values of a part of a model, and those in lists and dictionaries of it."""
+    for _, value in items:
+        if type(value) in (list, tuple):
+            yield from _leaves(list(enumerate(value)))
+        elif type(value) is dict:
+            yield from _leaves(list(value.items()))
+        else:
+            yield value
