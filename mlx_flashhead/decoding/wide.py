@@ -11,7 +11,7 @@ called, as in single steps.
 """
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +20,6 @@ from .wide_caches import fits, is_known, needs_replay, stand_in
 from .wide_twin import Twin, parts_of
 
 MAX_WIDTH = 8  # tokens of a step
-_known: dict[int, tuple[weakref.ref[nn.Module], "WideSteps"]] = {}  # by the id of the model
 
 
 class Established(NamedTuple):
@@ -33,6 +32,8 @@ class Established(NamedTuple):
 class WideSteps:
     """The wide steps of a model as it is now."""
 
+    known: ClassVar[dict[int, "WideSteps"]] = {}  # by the id of a model that is in use
+
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
         self._parts = [part for part in parts_of(model) if part is not model]
@@ -42,13 +43,13 @@ class WideSteps:
     @classmethod
     def of(cls, model: nn.Module) -> "WideSteps":
         """The wide steps of a model, anew if a part of it has changed."""
-        known = _known.get(id(model))
-        if known is not None and known[0]() is model and known[1].is_of(model):
-            return known[1]
-        steps = cls(model)
-        _known[id(model)] = steps._model, steps
-        weakref.finalize(model, _known.pop, id(model), None)
-        return steps
+        known = cls.known.get(id(model))
+        if known is not None and known.is_of(model):
+            return known
+        if known is None:
+            weakref.finalize(model, cls.known.pop, id(model), None)
+        cls.known[id(model)] = cls(model)
+        return cls.known[id(model)]
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether these are a model's, which has the same arrays, parts and functions still."""

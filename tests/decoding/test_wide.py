@@ -1,0 +1,290 @@
+"""Several tokens a step, with the bits of single steps."""
+
+import copy
+import json
+import logging
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import cache as lm_caches
+from mlx_lm.models import llama
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from architecture_models import quantized, tiny_architecture
+from flash_loops import make_flash
+from mlx_flashhead.decoding import wide_caches, wide_twin
+from mlx_flashhead.decoding.wide import Established, WideSteps, kind_of
+from mlx_flashhead.decoding.wide_trial import established_widths
+from tiny_models import tiny_model
+from wide_checks import held, read, same_as_single, single_steps, wide_steps
+
+ALL = [2, 3, 4, 5, 6, 7, 8]
+# windows, a state, experts, lists of caches, an attention with a formula for one token
+NAMES = {
+    "llama": False,
+    "qwen3_5": False,
+    "gpt_oss": False,
+    "falcon_h1": False,
+    "deepseek_v3": True,
+}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def architecture(request):
+    return quantized(tiny_architecture(request.param, tied=False)), NAMES[request.param]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.mark.parametrize("width", [2, 5, 8])
+def test_it_has_the_bits_of_single_steps(architecture, width):
+    model, apart = architecture
+    assert all(same_as_single(model, length, width, apart=apart) for length in (5, 37))
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("length", [5, 37])  # a window of 8 ends within the first step
+def test_it_goes_back_to_each_position(architecture, length, evaluated):
+    model, apart = architecture
+    before, tokens = read(model, length)
+    single = copy.deepcopy(before)
+    for n in range(5):
+        if n:
+            single_steps(model, tokens[:, n - 1 : n], single)
+        caches = copy.deepcopy(before)
+        objects = list(caches)
+        step = wide_steps(model, caches, apart=apart).feed(tokens[:, :4], caches)
+        if evaluated:
+            mx.eval(step.logits, [cache.state for cache in caches])
+        step.back_to(n)
+        assert all(cache is known for cache, known in zip(caches, objects, strict=True))
+        assert held(caches) == held(single)
+        after = copy.deepcopy(single)
+        following = tokens[:, n : n + 6]  # the window's places are written again
+        assert single_steps(model, following, caches) == single_steps(model, following, after)
+
+
+CACHES = {
+    "longer": (lambda: lm_caches.KVCache(), 254),
+    "full": (lambda: lm_caches.KVCache(), 256),
+    "8 bits": (lambda: lm_caches.QuantizedKVCache(group_size=32, bits=8), 254),
+    "window": (lambda: lm_caches.RotatingKVCache(max_size=8), 5),
+    "window, kept": (lambda: lm_caches.RotatingKVCache(max_size=9, keep=4), 6),
+    "window past its end": (lambda: lm_caches.RotatingKVCache(max_size=8), 29),
+    "window before its end": (lambda: lm_caches.RotatingKVCache(max_size=600), 255),
+    "chunks": (lambda: lm_caches.ChunkedKVCache(chunk_size=512), 250),
+    "list": (lambda: lm_caches.ConcatenateKVCache(), 6),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_caches(model, name):
+    make, length = CACHES[name]
+    caches = [make() for _ in model.layers]
+    assert same_as_single(model, length, 6, caches, apart=False)
+    before, tokens = read(model, length, [make() for _ in model.layers])
+    for n in range(6):
+        single, caches = copy.deepcopy(before), copy.deepcopy(before)
+        if n:
+            single_steps(model, tokens[:, :n], single)
+        wide_steps(model, caches, apart=False).feed(tokens[:, :6], caches).back_to(n)
+        assert held(caches) == held(single)
+
+
+@pytest.mark.parametrize("length", [250, 254, 256, 510])
+def test_arrays_are_as_long_as_single_steps_make_them(model, length):
+    caches, tokens = read(model, length)
+    single = copy.deepcopy(caches)
+    single_steps(model, tokens[:, :7], single)
+    wide_steps(model, caches, apart=False).feed(tokens[:, :7], caches)
+    shapes, expected = ([cache.keys.shape for cache in each] for each in (caches, single))
+    assert shapes == expected
+
+
+def test_a_chunk_that_forgets_its_beginning_is_read_singly(model):
+    caches = [lm_caches.ChunkedKVCache(chunk_size=20) for _ in model.layers]
+    steps = wide_steps(model, caches, apart=False)
+    read(model, 14, caches)
+    assert steps.widths(caches) == [2, 3, 4, 5, 6]
+
+
+class OtherCache(lm_caches.KVCache):
+    pass
+
+
+def test_other_caches_have_single_steps(model):
+    known = lm_caches.KVCache()
+    padded = lm_caches.ArraysCache(2, left_padding=[1])
+    for other in (OtherCache(), lm_caches.CacheList(known, OtherCache()), padded):
+        assert established_widths(WideSteps.of(model), [known, other]) == []
+
+
+def test_it_shares_the_models_arrays(model):
+    mx.eval(model.parameters())
+    classes = [type(module) for module in model.modules()]
+    functions = dict(vars(llama)), dict(vars(llama.Attention))
+    caches, tokens = read(model, 5)
+    memory = mx.get_active_memory()
+    steps = wide_steps(model, caches, apart=False)
+    steps.feed(tokens[:, :3], caches).back_to(0)
+    assert mx.get_active_memory() - memory < 10_000
+    shared = dict(tree_flatten(steps.twin(apart=False).parameters()))
+    assert all(shared[name] is array for name, array in tree_flatten(model.parameters()))
+    assert [type(module) for module in model.modules()] == classes
+    assert functions == (dict(vars(llama)), dict(vars(llama.Attention)))
+
+
+def _quantize(model, monkeypatch):
+    nn.quantize(model, 32, 4)
+
+
+def _weight(model, monkeypatch):
+    layer = model.layers[0].mlp.up_proj
+    layer.weight = layer.weight * 2
+
+
+def _layer(model, monkeypatch):
+    model.layers[0] = copy.deepcopy(model.layers[0])
+
+
+def _adapter(model, monkeypatch):
+    linear_to_lora_layers(model, 1, {"rank": 2, "scale": 20.0, "dropout": 0.0})
+
+
+def _function(model, monkeypatch):
+    attend = llama.scaled_dot_product_attention
+    monkeypatch.setattr(llama, "scaled_dot_product_attention", lambda *a, **b: attend(*a, **b))
+
+
+@pytest.mark.parametrize("change", [_quantize, _weight, _layer, _adapter, _function])
+def test_a_model_that_changes_gets_another_twin(change, monkeypatch):
+    model = tiny_model()
+    steps = wide_steps(model, [lm_caches.KVCache()] * 2, apart=False)
+    assert WideSteps.of(model) is steps
+    change(model, monkeypatch)
+    assert WideSteps.of(model) is not steps
+    assert same_as_single(model, 6, 3, apart=False)
+
+
+def test_what_is_known_of_a_model_leaves_with_it():
+    model = tiny_model()
+    twin = WideSteps.of(model).twin(apart=False)
+    n_known = len(WideSteps.known)
+    del model, twin
+    assert len(WideSteps.known) == n_known - 1
+
+
+# The trial.
+
+
+def widths_of(model) -> list[int]:
+    return established_widths(WideSteps.of(model), lm_caches.make_prompt_cache(model))
+
+
+def test_the_trial_finds_every_width(architecture):
+    model, apart = architecture
+    assert widths_of(model) == ALL
+    caches = lm_caches.make_prompt_cache(model)
+    known = WideSteps.of(model).established
+    assert known == {kind_of(caches): Established(ALL, apart)}
+    stored = json.loads(json.dumps(known))
+    assert {kind: Established(*held) for kind, held in stored.items()} == known
+
+
+def test_it_is_tried_once_for_caches_of_a_kind(model, monkeypatch):
+    assert widths_of(model) == ALL
+    monkeypatch.setattr(wide_twin, "product", None)
+    assert widths_of(model) == ALL
+    small = [lm_caches.QuantizedKVCache(group_size=32, bits=4) for _ in model.layers]
+    assert established_widths(WideSteps.of(model), small) == []
+
+
+def test_states_are_tried_where_the_flash_head_is_called():
+    flash = make_flash()
+    calls = []
+    with flash.head.intercepted(
+        lambda hidden: calls.append(hidden) or mx.zeros((*hidden.shape[:2], 1))
+    ):
+        assert widths_of(flash.model) == ALL
+    assert not calls
+
+
+def _reversed_rows(monkeypatch):
+    product = wide_twin.product
+    monkeypatch.setattr(
+        wide_twin, "product", lambda layer, single, x: product(layer, single, x[:, ::-1])
+    )
+
+
+def _another_order(monkeypatch):
+    """The products' sums begin at the other end."""
+
+    def product(layer, single, x):
+        return (x[..., ::-1, None] * layer.weight.T[::-1]).sum(axis=-2)
+
+    monkeypatch.setattr(wide_twin, "product", product)
+
+
+def _keys_of_the_next(monkeypatch):
+    monkeypatch.setattr(
+        wide_twin, "at", lambda value, j: value.parts[min(j + 1, len(value.parts) - 1)]
+    )
+
+
+def _a_window_keeps_its_array(monkeypatch):
+    monkeypatch.setattr(wide_caches, "_first", lambda array, n_later: array)
+
+
+@pytest.mark.parametrize(
+    "mutation", [_reversed_rows, _another_order, _keys_of_the_next, _a_window_keeps_its_array]
+)
+def test_the_trial_finds_what_differs(mutation, monkeypatch, caplog):
+    model = tiny_architecture("llama", tied=False)  # with a window
+    mutation(monkeypatch)
+    with caplog.at_level(logging.INFO):
+        widths_of(model)
+    (established,) = WideSteps.of(model).established.values()
+    assert not established.widths or established.apart  # whose code is another
+    assert "off" in caplog.text
+
+
+def test_a_width_that_differs_is_off(monkeypatch, caplog):
+    model = tiny_model()
+    product = wide_twin.product
+
+    def some(layer, single, x):
+        return product(layer, single, x) * (1 + 1e-6 * (x.shape[-2] == 3))
+
+    monkeypatch.setattr(wide_twin, "product", some)
+    with caplog.at_level(logging.INFO):
+        assert widths_of(model) == [2, 4, 5, 6, 7, 8]
+    assert "A step of 3 tokens is off" in caplog.text
+
+
+def test_a_length_at_which_it_differs_turns_it_off(monkeypatch, caplog):
+    model = tiny_model()
+    attend = wide_twin.at
+
+    def other_beyond(value, j):
+        keys = attend(value, j)
+        return keys * (1 + 1e-6 * (keys.shape[2] > 1024))
+
+    monkeypatch.setattr(wide_twin, "at", other_beyond)
+    with caplog.at_level(logging.INFO):
+        widths_of(model)
+    (established,) = WideSteps.of(model).established.values()
+    assert established.apart
+    assert "length 1022" in caplog.text
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_an_unquantized_model_has_single_steps_on_a_gpu(on_gpu, monkeypatch):
+    model = tiny_model()
+    if on_gpu:
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert bool(widths_of(model)) != on_gpu

@@ -1,0 +1,86 @@
+"""Wide steps against single ones, to the last bit."""
+
+import copy
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
+
+from mlx_flashhead.decoding.wide import Established, WideSteps, kind_of
+
+VOCAB_SIZE = 100  # of the tokens fed; a model may have more
+FORMS = (False, True)  # whether an attention takes positions apart
+
+
+def bits(arrays) -> list[tuple]:
+    """Dtypes, shapes and bits of arrays."""
+    whole = [array if array.ndim else array[None] for array in arrays]
+    return [(a.dtype, a.shape, np.array(a.view(mx.uint8)).tobytes()) for a in whole]
+
+
+def held(caches) -> list[tuple]:
+    """What caches hold of a text: the bits of their arrays up to their offset, and the offset."""
+    arrays = []
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            arrays += held(cache.caches)
+        elif isinstance(cache, ArraysCache):
+            arrays += bits(array for array in cache.cache if array is not None)
+        elif cache.offset:
+            tree = tree_flatten(list(cache.keys_and_values()))
+            places = [getattr(cache, name, None) for name in ("offset", "_idx", "start_position")]
+            arrays += [*bits(array for _, array in tree), places]
+    return arrays
+
+
+def read(model, length, caches=None, seed=0):
+    """Caches of a prompt of ``length`` tokens, and some tokens that follow it."""
+    tokens = np.random.default_rng(seed + length).integers(0, VOCAB_SIZE, length + 16)
+    caches = make_prompt_cache(model) if caches is None else caches
+    for prompt in (tokens[: length - 1], tokens[length - 1 : length]):  # as mlx-lm reads it
+        if len(prompt):
+            model(mx.array(prompt[None]), cache=caches)
+    mx.eval([cache.state for cache in caches])
+    return caches, mx.array(tokens[None, length:])
+
+
+def single_steps(model, tokens, caches) -> list[tuple]:
+    """The bits of the logits after each of some tokens (1, T)."""
+    found = []
+    for j in range(tokens.shape[1]):
+        logits = model(tokens[:, j : j + 1], cache=caches)
+        mx.eval(logits, [cache.state for cache in caches])
+        found += bits([logits])
+    return found
+
+
+def wide_steps(model, caches, *, apart) -> WideSteps:
+    """Wide steps of a model, without a trial."""
+    steps = WideSteps.of(model)
+    steps.established[kind_of(caches)] = Established([*range(2, 9)], apart)
+    return steps
+
+
+def same_as_single(model, length, width, caches=None, *, apart) -> bool:
+    """Whether a wide step after a prompt, and the step after it, have the bits of single steps."""
+    caches, tokens = read(model, length, caches)
+    single = copy.deepcopy(caches)
+    expected = single_steps(model, tokens[:, :width], single)
+    left = held(single)
+    step = wide_steps(model, caches, apart=apart).feed(tokens[:, :width], caches)
+    found = bits(mx.split(step.logits, width, axis=1))
+    alike = found == expected and held(caches) == left
+    after = tokens[:, width : width + 1]
+    return alike and single_steps(model, after, caches) == single_steps(model, after, single)
+
+
+def form_that_holds(model, lengths, widths) -> bool | None:
+    """Whether attentions must take positions apart for wide steps to hold; None where none do."""
+    for apart in FORMS:
+        try:
+            if all(same_as_single(model, n, w, apart=apart) for n in lengths for w in widths):
+                return apart
+        except Exception:  # a model may do anything
+            continue
+    return None
