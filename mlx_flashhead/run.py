@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,8 @@ def make_parser() -> Parser:
     add_always_option(parser)
     unverified = "Use FlashHead's own choices, in loops that cannot be verified, too."
     parser.add_argument("--no-verify", action="store_true", help=unverified)
+    first = "Build a missing FlashHead before the first text (default: while nothing is written)."
+    parser.add_argument("--build-first", action="store_true", help=first)
     check = "Print, at the program's end, how many tokens were verified, how many dense, and why."
     parser.add_argument("--check", action="store_true", help=check)
     hook = "Print environment variables that give any Python process, as of an app, a FlashHead."
@@ -57,9 +60,11 @@ def main() -> None:
         parser.error("a program is needed, such as mlx_lm.server or -m MODULE")
     program = _module(parser, args.module) if args.module else []
     program = _file(parser, args.program) if args.program else program
-    from .loading.head_options import HeadOptions
+    from .loading.head_options import REFUSE, HeadOptions
 
     options = HeadOptions.from_flags(args)
+    if args.no_build:
+        options = replace(options, missing=REFUSE)
     if args.hook:
         for name, value in options.environment().items():
             print(f"export {name}={shlex.quote(value)}")

@@ -4,12 +4,14 @@ The model answers with its normal (dense) head until the FlashHead is there: ver
 depend on it.
 """
 
+import atexit
+import copy
 import math
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
@@ -19,11 +21,13 @@ import mlx.nn as nn
 import numpy as np
 from filelock import BaseFileLock, Timeout
 
+from ..common.command import sentence
 from ..conversion import Progress, Task, run_task
 from ..conversion.build import STEP_SECONDS, expected_seconds, model_index
 from ..conversion.options import IndexOptions
 from ..conversion.recipe import make_recipe
 from ..decoding.policy import policy_of
+from ..head.flash_head import FlashHead
 from ..head.matrix import Matrix
 from ..index.flash_head_index import FlashHeadIndex
 from ..models.errors import UnsupportedHeadError
@@ -36,9 +40,13 @@ from . import sources
 from .head_options import HeadOptions
 from .sources import StoredHead
 from .tuned import install_stored, tune_head
+from .use import Use
 
 # A first build that may take longer, as on a busy machine, is a shorter one (docs/converting.md).
 LONG_BUILD_SECONDS = 300.0
+# Beside another program: how long it must have written nothing, and how often that is asked.
+QUIET_SECONDS = 0.5
+POLL_SECONDS = 0.05
 
 
 def build_steps(
@@ -83,10 +91,12 @@ def build_steps(
         how.check_size(rows.n_rows)
         origin = local_origin(source)
         duration = _duration(expected_seconds(rows, how))
+        when = "" if step_seconds == math.inf else " while the model is idle"
         options.say(
-            f"Building the FlashHead of {origin.known_as}, which takes at most about {duration}. "
-            f"It is kept in {place}."
+            f"Building the FlashHead of {origin.known_as}{when}, which takes at most about "
+            f"{duration}. It is kept in {place}."
         )
+        yield Progress("", 0, 0, "")  # what is said comes before what takes time
         del rows
         recipe = make_recipe(how, origin, origin.result_name())
         if drafted is not None:
@@ -211,6 +221,8 @@ class BackgroundBuild:
         UnsupportedHeadError: If the model cannot have one.
     """
 
+    stored: StoredHead | None = None  # once it is built
+
     def __init__(self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions):
         self._model = model
         self._options = options
@@ -228,6 +240,8 @@ class BackgroundBuild:
 
     def _all_steps(self, build: Task[StoredHead]) -> Generator[Any, None, None]:
         stored = yield from build
+        self.stored = stored
+        yield
         if get_flash_head(self._model) is None:
             install_stored(self._model, stored, replace(self._options, tunes=False))
             yield
@@ -316,6 +330,107 @@ class IdleBuild:
                     more = not self._closed and self._build.advance()
         except (ValueError, OSError, RuntimeError) as error:
             print(f"Without FlashHead: {error}", file=sys.stderr)
+        finally:
+            self._build.drop()
+            mx.clear_streams()  # which must go before their thread ends
+
+
+@dataclass(frozen=True)
+class _SaidBy(HeadOptions):
+    """Options whose sentences go through a function."""
+
+    tell: Callable[[str], object] = print
+
+    def say(self, text: str) -> None:
+        if self.progress:
+            self.tell(text)
+
+
+class BuildBeside:
+    """Builds a FlashHead in a thread, on a copy of a model that another program uses.
+
+    The copy shares the model's arrays, so that the program's calls meet no part of the build. Parts
+    are done while the program writes nothing.
+
+    Args:
+        model: The program's model.
+        tokenizer: Its tokenizer.
+        source: Its folder, which names it.
+        options: How the model gets its FlashHead.
+        use: Says what there is to say, and knows when the program has used the model.
+
+    Raises:
+        ValueError: If the model cannot have a FlashHead.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, use: Use
+    ):
+        self.use = use
+        self._options = options
+        self._copy: nn.Module | None = copy.deepcopy(model)
+        told = _SaidBy(**vars(options), tell=use.say)
+        self._build = BackgroundBuild(self._copy, tokenizer, source, told)
+        self._build.advance()  # which says how long it takes
+        self._ends = False  # with the process: what is built is kept, and nothing is measured
+        self._skipped = False
+        self._thread = Thread(target=self._run, name="build", daemon=True)
+        self._thread.start()
+        atexit.register(self.end)
+
+    @property
+    def is_building(self) -> bool:
+        """Whether the build, or the measurement of its speed, has not ended."""
+        return self._thread.is_alive()
+
+    def take_over(self, model: nn.Module) -> FlashHead | None:
+        """Puts what was built on the program's model; None if the build has failed."""
+        copied = None if self._copy is None else get_flash_head(self._copy)
+        self._copy = None
+        if self._build.stored is None or copied is None:
+            return None
+        head = install_stored(model, self._build.stored, replace(self._options, tunes=False))
+        policy = policy_of(copied)
+        for field in fields(policy):
+            setattr(policy_of(head), field.name, getattr(policy, field.name))
+        return head
+
+    def end(self) -> None:
+        """At the end of the process: at a terminal the build is finished, unless Ctrl-C skips it.
+
+        A program that ends by an error, or by Ctrl-C, ends the build.
+        """
+        if not self.is_building:
+            return
+        at_terminal = sys.stderr.isatty()
+        self._skipped = not at_terminal or hasattr(sys, "last_type")
+        self._ends = True
+        try:
+            if not self._skipped:
+                self._options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
+            self._thread.join()
+        except KeyboardInterrupt:
+            self._skipped = True
+            self._options.say("Skipped. The next use tries again.")
+            self._thread.join()
+        if self._build.stored is not None:
+            self._options.say("FlashHead is ready for next time.")
+        elif not at_terminal:  # a script waits for its end
+            self._options.say(
+                "FlashHead is not built yet: --build-first builds it before the first text, and "
+                "`mlx_flashhead.cache --build MODEL` now."
+            )
+
+    def _run(self) -> None:
+        try:
+            more = True
+            while more and not self._skipped and not (self._ends and self._build.stored):
+                if self._ends or time.monotonic() - self.use.used_at > QUIET_SECONDS:
+                    more = self._build.advance()
+                else:
+                    time.sleep(POLL_SECONDS)
+        except Exception as error:  # whatever it is, the program goes on with the normal head
+            self.use.say(f"Without FlashHead: {sentence(error)}")
         finally:
             self._build.drop()
             mx.clear_streams()  # which must go before their thread ends

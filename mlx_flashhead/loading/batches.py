@@ -9,7 +9,6 @@ from typing import Any
 
 from ..common.command import sentence
 from ..decoding.batch import VerifiedBatchGenerator
-from ..decoding.policy import decoding_mode
 from ..models.compat import mlx_lm as compat
 from ..models.compat import other_programs
 from .use import Use
@@ -77,7 +76,7 @@ class _State:
         numbers = {name: getattr(generator, name) for name in NUMBERS}
         options = self.options | numbers
         self.use = use
-        self.mode = "" if use is None else decoding_mode(generator.model)
+        self.mode = "" if use is None else use.mode_of(generator.model)
         if self.mode == "verified" and not (unchanged and self._is_as_made(generator)):
             self.mode = CHANGED
         if self.verified is not None and (self.mode != "verified" or options != self.used):

@@ -4,17 +4,21 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import ref
 
 from ..common.command import printable, sentence
+from ..common.interrupts import INTERRUPTED
 from ..decoding.drafting import drafted_steps
 from ..decoding.loop import verified_steps
-from ..decoding.policy import decoding_mode
+from ..decoding.policy import policy_of
 from ..decoding.proposer import Proposer
 from ..decoding.vlm_text import vlm_steps
+from ..head.flash_head import FlashHead
 from ..interop import libraries
 from ..interop.explanations import explain
 from ..models.compat.mlx_lm import load_tokenizer
@@ -22,12 +26,13 @@ from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.fetch import hub_sentence, resolve
 from ..models.install import detach, get_flash_head, is_recognised
 from ..models.origin import local_origin
-from ..models.vlm import architecture
+from ..models.vlm import architecture, is_vlm
+from .background import BuildBeside
 from .batches import batch_class
-from .head_options import VARIABLE, HeadOptions
+from .head_options import BUILD, LATER, VARIABLE, HeadOptions
 from .load import attach_head
 from .sources import explicit_or_bundled_head
-from .use import Use
+from .use import BUILDING, Use, check_before_sigterm
 
 Decision = TypeVar("Decision")
 
@@ -55,7 +60,10 @@ def patch_library(library: str) -> None:
 
 @cache  # once per process
 def _patches() -> "_Patches":
-    return _Patches(HeadOptions(**json.loads(os.environ[VARIABLE])))
+    options = HeadOptions(**json.loads(os.environ[VARIABLE]))
+    if options.check:
+        check_before_sigterm()
+    return _Patches(options)
 
 
 class _Patches:
@@ -64,6 +72,7 @@ class _Patches:
     def __init__(self, options: HeadOptions):
         self._options = options
         self._warned = False
+        self._builds: list[tuple[ref[Any], BuildBeside]] = []  # of models that have no FlashHead
 
     def _attach(
         self, model: Any, tokenizer_of: Callable[[], Any], path: Any, revision: str | None = None
@@ -75,16 +84,29 @@ class _Patches:
             revision = None if Path(path).expanduser().is_dir() else revision
             folder = resolve(str(path), revision)  # the libraries download no FlashHead
             stored = explicit_or_bundled_head(folder, options)
-            head = attach_head(model, tokenizer_of(), stored, folder, options)
-            assert head is not None  # only DENSE leaves it out
-            name = local_origin(folder).known_as
-            clusters = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
-            options.say(f"With FlashHead: {name}, {clusters} scored per token.")
-            head.project_calls(Use(name, options, head).project)
+            if is_vlm(model) and options.missing == LATER:
+                options = replace(options, missing=BUILD)
+            tokenizer = tokenizer_of()
+            head = attach_head(model, tokenizer, stored, folder, options)
+            use = Use(local_origin(folder).known_as, options)
+            if head is None:
+                build = BuildBeside(model, tokenizer, folder, options, use)
+                self._builds.append((ref(model), build))
+            else:
+                self._begin_use(use, head)
+        except KeyboardInterrupt:
+            options.say("Interrupted: the next use of the model tries again.")
+            sys.exit(INTERRUPTED)
         except Exception as error:  # whatever it is, the program goes on as without this package
             self._say_without(error)
             if get_flash_head(model) is not before:
                 detach(model)
+
+    def _begin_use(self, use: Use, head: FlashHead) -> None:
+        if not policy_of(head).dense:  # which is said with the first text
+            clusters = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
+            self._options.say(f"With FlashHead: {use.name}, {clusters} scored per token.")
+        use.take(head)
 
     def _say_without(self, error: Exception) -> None:
         if not self._warned:
@@ -100,7 +122,21 @@ class _Patches:
             return None
 
     def _use_of(self, model: Any) -> Use | None:
-        """What is said of a model's texts; None if it has no FlashHead that verifies."""
+        """What is said of a text that begins; None for a model that is not recognised."""
+        use = self._known_use(model)
+        if use is not None:
+            use.begin()
+        return use
+
+    def _known_use(self, model: Any) -> Use | None:
+        build = next((build for known, build in self._builds if known() is model), None)
+        if build is not None and build.is_building:
+            return build.use
+        if build is not None:
+            self._builds = [entry for entry in self._builds if entry[1] is not build]
+            built = build.take_over(model)
+            if built is not None:
+                self._begin_use(build.use, built)
         head = get_flash_head(model) if self._options.verify else None
         if head is None:
             return None
@@ -113,8 +149,8 @@ class _Patches:
             name = f"a {architecture(model)}"
         else:
             return None
-        use = Use(name, self._options, head)
-        head.project_calls(use.project)
+        use = Use(name, self._options)
+        use.take(head)
         return use
 
     def load(self, original: Any) -> Any:
@@ -165,7 +201,7 @@ class _Patches:
         use = self._use_of(model)
         if use is None:
             return None
-        mode = decoding_mode(model)
+        mode = use.mode_of(model)
         if mode == "verified" and not mlx_lm_is_as_imported():
             mode = REPLACED
         if mode != "verified":
@@ -177,11 +213,14 @@ class _Patches:
         model = options["model"]
         draft_model = options["draft_model"]
         draft = self._use_of(draft_model)
-        if draft is None or options.get("logits_processors") or not is_recognised(draft_model):
-            return None
-        if not mlx_lm_is_as_imported():
+        if draft is None or options.get("logits_processors"):
             return None
         use = self._use_of(model) or draft
+        if draft.is_waiting or not mlx_lm_is_as_imported():
+            mode = BUILDING if draft.is_waiting else REPLACED
+            return draft.follow(use.follow(original(**options), mode))
+        if not is_recognised(draft_model):
+            return None
         steps = drafted_steps(**options, proposer=Proposer(model), announce=use.announce)
         return draft.follow(use.follow(steps))
 
@@ -209,7 +248,7 @@ class _Patches:
         use = self._use_of(model)
         if use is None:
             return None
-        mode = decoding_mode(model)
+        mode = use.mode_of(model)
         loop = None
         if mode == "verified":
             mode = ONLY_GREEDY

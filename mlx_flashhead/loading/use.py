@@ -1,18 +1,24 @@
 """How a program under `mlx_flashhead.run` decodes its texts: what is said of it, and counted."""
 
 import atexit
+import os
+import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from multiprocessing import parent_process
 from multiprocessing.util import Finalize
-from threading import local
+from types import FrameType
 from typing import Any
 from weakref import ref
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from ..decoding.policy import decoding_mode
 from ..decoding.proposer import FIRST, PAUSED
 from ..head.flash_head import FlashHead
 from .head_options import HeadOptions
@@ -21,44 +27,73 @@ OWN_STEPS = 4  # a prompt's last token is a step, too, and a loop of ours may fo
 DENSE_LOOP = (
     "dense: this program's loop cannot be verified; --no-verify uses FlashHead's own choices"
 )
+BUILDING = "dense: its FlashHead is being built"
 
 # Takes how the next token of a text was decoded: "verified", FIRST, or "dense: " and why.
 Announce = Callable[[str], Any]
-_kept: list["Use"] = []  # those that print a line at the end of the process
+_all: list["Use"] = []  # of this process
 
 
 class Use:
-    """How a program decodes with a FlashHead. It says so in a line, once for each way.
+    """How a program decodes with a model. It says so in a line, once for each way.
+
+    A line stands before an answer: where a text is decoded otherwise from some token on, a terminal
+    gets it before the next text, or when the process ends.
 
     Args:
         name: The model's.
         options: With ``check``, a last line has the numbers of tokens.
-        head: The FlashHead; a copy of it has a ``Use`` of its own.
     """
 
-    def __init__(self, name: str, options: HeadOptions, head: FlashHead):
+    def __init__(self, name: str, options: HeadOptions):
         self.name = name
-        self._say = options.say
-        self._verify = options.verify
-        self._head = ref(head)
+        self.used_at = time.monotonic()  # by a loop that is not ours
+        self._options = options
+        self._head: Callable[[], FlashHead | None] = lambda: None
         self._n_steps = 0  # of a loop that is not ours
-        self._local = local()  # of a thread: whether its tokens are announced
-        self._said: set[str] = set()
+        self._local = threading.local()  # whether tokens are announced, and whether a text begins
+        self._begun = False  # whether an answer may be on the screen
+        self._said = {PAUSED}
+        self._later: list[str] = []  # to be said before the next text
         self._n_tokens: Counter[str] = Counter()
-        if not options.verify:
-            self._tell("unverified")
-        if options.check:
-            _print_at_end(self)
+        if not _all:
+            _at_the_end(_say_the_rest)
+        _all.append(self)
 
     def is_of(self, head: FlashHead) -> bool:
         """Whether this is about ``head`` itself, and not a copy of it."""
         return self._head() is head
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the model has no FlashHead yet."""
+        return self._head() is None
+
+    def mode_of(self, model: nn.Module) -> str:
+        """What decodes the model's text, in words: "verified", or "dense: " and why."""
+        return BUILDING if self.is_waiting else decoding_mode(model)
+
+    def take(self, head: FlashHead) -> None:
+        """From now on the model has this FlashHead, whose calls come here."""
+        self._head = ref(head)
+        head.project_calls(self.project)
+        if not self._options.verify:
+            self._tell("unverified")
+
+    def begin(self) -> None:
+        """A text begins in this thread: what is said with its first token stands before it."""
+        self._local.begins = True
+        self._begun = True
+        self._say_later()
+
     def announce(self, mode: str) -> None:
         """Counts a token, and says how it was decoded, if it was not said yet."""
         self._n_tokens[mode] += 1
-        if mode not in (FIRST, PAUSED):
-            self._tell(mode)
+        begins = getattr(self._local, "begins", False)
+        self._local.begins = False
+        mode = "verified" if mode == FIRST else mode
+        if mode not in self._said:
+            self._tell(mode, begins=begins)
 
     @contextmanager
     def announcing(self) -> Iterator[None]:
@@ -69,6 +104,7 @@ class Use:
             yield
         finally:
             self._local.announced = before
+            self.used_at = time.monotonic()
 
     def follow(
         self, steps: Generator[Any, None, None], mode: str = ""
@@ -86,17 +122,41 @@ class Use:
 
     def project(self, head: FlashHead, hidden: mx.array) -> mx.array:
         """The logits of a call that none of our loops has made."""
-        if hidden.shape[-2:-1] == (1,):
-            n_rows = hidden.size // hidden.shape[-1]
-            if not self._verify:
-                self._n_tokens["unverified"] += n_rows
-                return head.unverified_logits(hidden)
-            if not getattr(self._local, "announced", False):
-                self._n_steps += 1
-                self._n_tokens[DENSE_LOOP] += n_rows
-                if self._n_steps == OWN_STEPS:
-                    self._tell(DENSE_LOOP)
+        if hidden.shape[-2:-1] != (1,):  # a prompt
+            self._begun = True
+            self._say_later()
+            return head.dense_logits(hidden)
+        n_rows = hidden.size // hidden.shape[-1]
+        if not self._options.verify:
+            self._n_tokens["unverified"] += n_rows
+            return head.unverified_logits(hidden)
+        if not getattr(self._local, "announced", False):
+            self._n_steps += 1
+            self._n_tokens[DENSE_LOOP] += n_rows
+            if self._n_steps == OWN_STEPS:
+                self._tell(DENSE_LOOP, begins=False)
         return head.dense_logits(hidden)
+
+    def say(self, line: str, *, at_once: bool = False) -> None:
+        """Says a line: on a terminal, where an answer may be, before the next text."""
+        if at_once or not self._begun or not sys.stderr.isatty():
+            self._options.say(line)
+        else:
+            self._later.append(line)
+
+    def _tell(self, mode: str, *, begins: bool = True) -> None:
+        self._said.add(mode)
+        self.say(f"Text of {self.name}: {mode}.", at_once=begins)
+
+    def _say_later(self) -> None:
+        while self._later:
+            self._options.say(self._later.pop(0))
+
+    def say_the_rest(self) -> None:
+        """Says what is to be said when this process ends."""
+        self._say_later()
+        if self._options.check:
+            print(self.summary(), file=sys.stderr, flush=True)
 
     def summary(self) -> str:
         """The numbers of tokens in a sentence: verified, the first of texts, others by reasons."""
@@ -111,22 +171,32 @@ class Use:
         parts += [f"{n:,} {mode}" for n, mode in sorted(others, reverse=True)]
         return f"Checked {self.name}: {n_all:,} tokens: {'; '.join(parts)}."
 
-    def _tell(self, mode: str) -> None:
-        if mode not in self._said:
-            self._said.add(mode)
-            self._say(f"Text of {self.name}: {mode}.")
+
+def _at_the_end(work: Callable[[], Any]) -> None:
+    """Has something done when this process ends, or, as a child of multiprocessing, returns."""
+    if parent_process() is None:
+        atexit.register(work)
+    else:
+        Finalize(None, work, exitpriority=0)
 
 
-def _print_at_end(use: Use) -> None:
-    """Has a line printed when this process ends, or, as a child of multiprocessing, returns."""
-    if not _kept:
-        if parent_process() is None:
-            atexit.register(_print_all)
-        else:
-            Finalize(None, _print_all, exitpriority=0)
-    _kept.append(use)
+def _say_the_rest() -> None:
+    while _all:
+        _all.pop(0).say_the_rest()
 
 
-def _print_all() -> None:
-    while _kept:
-        print(_kept.pop(0).summary(), file=sys.stderr, flush=True)
+def check_before_sigterm() -> None:
+    """From now on SIGTERM ends this process as usual, but after its numbers of tokens are said.
+
+    A program that handles it itself keeps its handler, and its exit says them.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _check_and_end)
+
+
+def _check_and_end(number: int, frame: FrameType | None) -> None:
+    lines = "".join(f"{use.summary()}\n" for use in _all)
+    os.write(2, lines.encode())  # Python's own buffers may be in use
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

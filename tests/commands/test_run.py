@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +11,13 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import mlx_lm
+import pexpect
 import pytest
 
 import mlx_flashhead.run as run_command
 from mlx_flashhead.index.files import write_companion
 from model_folders import write_model
-from run_programs import DENSE, MANY, alone, running_server, start, start_many
+from run_programs import DENSE, MANY, alone, process, running_server, start, start_many
 from tiny_models import tiny_index
 
 # A program that knows nothing of FlashHead, and that loads in three ways.
@@ -273,3 +275,109 @@ def test_options_that_leave_python_without_us(place, monkeypatch, capsys, words,
         run_command.main()
         said = capsys.readouterr().err
         assert (f"Without FlashHead: `{flag}` keeps Python" in said) == bool(flag)
+
+
+WAITS = """
+import sys, time
+import mlx_lm
+
+model, tokenizer = mlx_lm.load("model")
+print(mlx_lm.generate(model, tokenizer, "One day", max_tokens=20), "ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_tokens_are_counted_when_sigterm_ends_a_service(place):
+    (place / "waits.py").write_text(WAITS)
+    words = ("mlx_flashhead.run", *HEAD, "--check", "waits.py")
+    with process(place, *words, stderr=subprocess.PIPE) as program:
+        while "ready" not in program.stdout.readline():
+            pass
+        program.send_signal(signal.SIGTERM)
+        _, errors = program.communicate(timeout=120)
+    assert program.returncode == -signal.SIGTERM
+    assert errors.splitlines()[-1].startswith("Checked model: 20 tokens: 19 verified (95%); 1 the")
+
+
+# A program of a user at a terminal, within which a build takes a second.
+FIRST_USE = """
+import sys
+from functools import partial
+
+import mlx_lm
+
+from mlx_flashhead.loading import background
+
+if sys.argv[1:]:
+    background.IndexOptions = partial(background.IndexOptions, calibration_positions=100)
+model, tokenizer = mlx_lm.load("model")
+print("answer:", end=" ", flush=True)
+for response in mlx_lm.stream_generate(model, tokenizer, "One day", max_tokens=20):
+    print(response.token, end=" ", flush=True)
+print("end")
+"""
+
+
+def at_a_terminal(place, *words):
+    (place / "first_use.py").write_text(FIRST_USE)
+    command = ["-m", "mlx_flashhead.run", "first_use.py", *words]
+    return pexpect.spawn(sys.executable, command, cwd=place, timeout=120, encoding="utf-8")
+
+
+def test_a_first_use_answers_and_is_prepared_for_the_next_one(place):
+    """The lines stand before the answer, and after it, and never in it."""
+    shown = []
+    for _ in range(2):
+        child = at_a_terminal(place, "quick")
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 0
+        shown.append(child.before.splitlines())
+    first, second = shown
+    assert first[0].startswith("Building the FlashHead of model while the model is idle, which")
+    prefix = "answer: Text of model: "  # the program has begun a line before its first token
+    assert first[1] == prefix + "dense: its FlashHead is being built."
+    assert first[2].endswith(" end") and len(first[2].split()) == 21
+    assert first[3:] == [
+        "Preparing FlashHead for next time. Ctrl-C skips it.",
+        "FlashHead is ready for next time.",
+    ]
+    assert second[0].startswith("With FlashHead: model, ")
+    assert second[1:] == [prefix + "verified.", first[2]]
+
+
+def test_a_first_use_in_a_script_ends_and_says_how_to_build(place, flash_head_home):
+    (place / "first_use.py").write_text(FIRST_USE)
+    code, output, errors = start(place, "first_use.py")
+    assert code == 0 and output.endswith(" end\n")
+    building, text, end = errors.splitlines()
+    assert building.startswith("Building the FlashHead of model while the model is idle")
+    assert text == "Text of model: dense: its FlashHead is being built."
+    assert "--build-first builds it before the first text, and `mlx_flashhead.cache --build" in end
+    assert not list(flash_head_home.glob("**/*.safetensors"))
+
+
+def test_ctrl_c_skips_what_is_prepared(place, flash_head_home):
+    child = at_a_terminal(place)
+    child.expect_exact("Ctrl-C skips it.")
+    child.sendintr()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    assert "Skipped. The next use tries again." in child.before
+    assert "Traceback" not in child.before and "ready" not in child.before
+    assert not list(flash_head_home.glob("**/*.safetensors"))
+
+
+def test_ctrl_c_while_it_is_built_first_is_a_sentence(place):
+    """It ends the program, as its build was asked for."""
+    (place / "first_use.py").write_text(FIRST_USE)
+    words = ("mlx_flashhead.run", "--build-first", "first_use.py")
+    with process(place, *words, stderr=subprocess.PIPE) as program:
+        while "Building the FlashHead" not in program.stderr.readline():
+            pass
+        program.send_signal(signal.SIGINT)
+        output, errors = program.communicate(timeout=120)
+    assert (program.returncode, output) == (130, "")
+    assert errors.splitlines()[-1] == "Interrupted: the next use of the model tries again."
+    assert "Traceback" not in errors

@@ -4,8 +4,10 @@ import copy
 import importlib
 import pickle
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import Mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,9 +16,9 @@ import pytest
 
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.interop import libraries
-from mlx_flashhead.loading import programs
+from mlx_flashhead.loading import programs, use
 from mlx_flashhead.loading.batches import CHANGED
-from mlx_flashhead.loading.head_options import HeadOptions
+from mlx_flashhead.loading.head_options import LATER, HeadOptions
 from mlx_flashhead.loading.programs import REPLACED
 from mlx_flashhead.models.compat import other_programs
 from mlx_flashhead.models.compat.recognised import digest
@@ -101,20 +103,103 @@ def test_tokens_are_counted_by_how_they_were_decoded(under, plain):
     assert under.lines() == ["model: verified.", f"model: {reason}."]
     n_batch = sum(map(len, expected))
     n_all = n_batch + 2 * len(found)
-    use = under.patches._use_of(under.model)
-    assert use.summary() == (
+    assert under.patches._use_of(under.model).summary() == (
         f"Checked model: {n_all} tokens: {n_batch - 3} verified ({(n_batch - 3) / n_all:.0%}); "
         f"3 the first of their texts, by their prompts; {2 * len(found)} {reason}."
     )
 
 
-def test_nothing_is_said_before_a_verified_token_was_handed_out(under, plain):
+def test_a_text_says_how_it_is_decoded_before_its_first_token(under, plain):
     steps = under.steps(mx.array(plain[1][0]), under.model, max_tokens=4)
-    next(steps)
     assert under.lines() == []
     next(steps)
     assert under.lines() == ["model: verified."]
     steps.close()
+
+
+USED = (
+    "model: dense: between tokens the program uses the text's caches, processors or random state."
+)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_line_in_the_middle_of_a_text_waits_on_a_terminal(under, plain, monkeypatch, terminal):
+    """For the next text, or the end of the process."""
+    monkeypatch.setattr(use.sys, "stderr", Mock(isatty=lambda: terminal))
+    processors = []
+    prompt = mx.array(plain[1][0])
+    steps = under.steps(prompt, under.model, max_tokens=8, logits_processors=processors)
+    for _ in range(3):
+        next(steps)
+    processors.append(lambda tokens, logits: logits)
+    assert len(list(steps)) == 5
+    later = [] if terminal else [USED]
+    assert under.lines() == ["model: verified.", *later]
+    steps_of(under.steps, under.model, plain[1][0])
+    assert under.lines() == ["model: verified.", USED]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_loop_of_its_own_is_said_after_its_text_on_a_terminal(
+    under, plain, monkeypatch, terminal
+):
+    monkeypatch.setattr(use.sys, "stderr", Mock(isatty=lambda: terminal))
+    under.patches._use_of(under.model)
+    said = []
+    for _ in range(2):
+        cache = generate.make_prompt_cache(under.model)
+        tokens = mx.array([plain[1][0]])
+        for _ in range(6):
+            tokens = mx.argmax(under.model(tokens, cache=cache)[:, -1], axis=-1)[None]
+        said.append(under.lines())
+    line = f"model: {use.DENSE_LOOP}."
+    assert said == [[] if terminal else [line], [line]]
+
+
+def test_a_program_gets_what_is_built_while_it_writes_nothing(folder, plain, quick, monkeypatch):
+    """Its texts are mlx-lm's before, between and after."""
+    monkeypatch.setattr("mlx_flashhead.loading.background.QUIET_SECONDS", 0.0)
+    model, prompts, expected = plain
+    said = []
+    options = HeadOptions(missing=LATER, always=True)
+    monkeypatch.setattr(HeadOptions, "say", lambda _, text: said.append(text))
+    monkeypatch.setattr(
+        "mlx_flashhead.loading.background._SaidBy.say", lambda _, text: said.append(text)
+    )
+    patches = programs._Patches(options)
+    loaded, tokenizer = mlx_lm.load(str(folder / "model"))
+    patches._attach(loaded, lambda: tokenizer, folder / "model")
+    ((_, build),) = patches._builds
+    batches = patches.batches(OWN["BatchGenerator"])(loaded)
+    steps = patches.loop(OWN["generate_step"])
+    single = steps_of(OWN["generate_step"], model, prompts[0])
+    assert type(loaded) is type(model)
+    assert steps_of(steps, loaded, prompts[0]) == single
+    while build.is_building:
+        assert texts(batches, prompts) == expected
+    assert texts(batches, prompts) == expected
+    assert steps_of(steps, loaded, prompts[0]) == single
+    assert not patches._builds and get_flash_head(loaded) is not None
+    building, *others = said
+    assert "Building the FlashHead of model while the model is idle, which takes" in building
+    assert others[0] == f"Text of model: {use.BUILDING}."
+    assert others[-2].startswith("With FlashHead: model, ")
+    assert others[-1] == "Text of model: verified."
+    assert "build" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_build_that_fails_is_one_line(folder, plain, quick, monkeypatch):
+    said = []
+    monkeypatch.setattr(HeadOptions, "say", lambda _, text: said.append(text))
+    monkeypatch.setattr("mlx_flashhead.loading.background.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("mlx_flashhead.loading.background.model_index", fails)
+    patches = programs._Patches(HeadOptions(missing=LATER))
+    loaded, tokenizer = mlx_lm.load(str(folder / "model"))
+    patches._attach(loaded, lambda: tokenizer, folder / "model")
+    ((_, build),) = patches._builds
+    build._thread.join()
+    assert texts(patches.batches(OWN["BatchGenerator"])(loaded), plain[1]) == plain[2]
+    assert said[1:] == ["Without FlashHead: [metal] out of memory"]
 
 
 def test_copies_say_their_line(under, plain):
@@ -404,10 +489,10 @@ def test_what_decodes_is_chosen_when_no_text_is_in_progress(under, plain, monkey
         patch.setattr(OWN["GenerationBatch"], "_step", lambda self: OWN_STEP(self))
         assert texts(batches, prompts) == expected
         assert under.lines()[1:] == [f"model: {CHANGED}."]
-    use = under.patches._use_of(under.model)
-    n_verified = use._n_tokens["verified"]
+    counts = under.patches._use_of(under.model)._n_tokens
+    n_verified = counts["verified"]
     assert texts(batches, prompts) == expected
-    assert use._n_tokens["verified"] > n_verified and uids == [0, 1]
+    assert counts["verified"] > n_verified and uids == [0, 1]
     assert batches.insert(prompts, [1] * 3) == [8, 9, 10]
 
 
