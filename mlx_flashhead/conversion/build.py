@@ -13,7 +13,7 @@ import numpy as np
 from ..head.clustered import Centroids
 from ..head.matrix import Matrix, as_float32
 from ..index.flash_head_index import FlashHeadIndex, Sketch
-from ..index.settings import FlashHeadConfig
+from ..index.settings import FlashHeadConfig, Verification
 from ..models.locate import HeadLocation
 from . import Task
 from .calibration import builtin_states, read_text, text_states
@@ -138,7 +138,7 @@ class _Chosen:
 
     n_probes: int
     unverified_probes: int | None = None  # None: as many
-    verification: dict[str, Any] = field(default_factory=dict)
+    verification: Verification = field(default_factory=Verification)
     report: dict[str, Any] = field(default_factory=dict)
 
 

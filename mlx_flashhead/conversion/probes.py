@@ -5,10 +5,10 @@ docs/how-it-works.md has the reasons for the numbers of probes.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from ..index.settings import Measured, Verification
 from .measures import AGREEMENT, GAP, MASS, TAIL, PositionMeasures
 
 CONFIDENCE_Z = 1.645  # standard errors of a one-sided confidence of 95 %
@@ -143,7 +143,7 @@ def choose_verified(measured: PositionMeasures, nbytes: StepBytes) -> int:
     return min(measured.probe_counts, key=lambda n: expected_bytes(measured, n, nbytes))
 
 
-def verification_settings(measured: PositionMeasures, n_probes: int) -> dict[str, Any]:
+def verification_settings(measured: PositionMeasures, n_probes: int) -> Verification:
     """The stored settings of verified decoding.
 
     Args:
@@ -166,7 +166,7 @@ def verification_settings(measured: PositionMeasures, n_probes: int) -> dict[str
     unscored = (1 - near[:, MASS].astype(np.float64)).sum()
     scale = float(unscored / estimated) if estimated > 0 else 1.0
     shares = measured.rejected_shares().clip(0.0).T.tolist()
-    rows: list[dict[str, Any]] = [
+    rows: list[Measured] = [
         {"n_probes": n, "greedy_differs": greedy, "sampled_differs": sampled}
         for n, (greedy, sampled) in zip(measured.probe_counts, shares, strict=True)
     ]

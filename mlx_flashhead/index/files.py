@@ -136,55 +136,33 @@ def read_index(folder: Path) -> FlashHeadIndex:
 
 def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHeadIndex | None:
     """The index of these arrays; None if they do not fit the settings."""
+    is_quantized = config.centroid_group_size > 0
+    names = ARRAYS if is_quantized else ("weight",)
+    form: dict[str, Any] = {"group_size": config.centroid_group_size, "bits": config.centroid_bits}
     try:
-        centroids = Centroids(
-            _centroid_matrix(arrays, config), arrays["centroid_bias"], arrays["tail_offset"]
-        )
+        stored: dict[str, Any] = {name: arrays[f"centroids.{name}"] for name in names}
+        matrix = Matrix(**stored, **form) if is_quantized else Matrix(**stored)
+        centroids = Centroids(matrix, arrays["centroid_bias"], arrays["tail_offset"])
         sketch = Sketch(arrays["sketch.directions"], arrays["sketch.lengths"])
         token_ids = arrays["token_ids"]
-    except KeyError:
+        n_sketched, width = sketch.directions.shape
+    except (KeyError, ValueError):
         return None
-    width = _sketch_width(sketch)
     fits = (
-        width is not None
-        and centroids.fits(config.n_clusters, width)
+        centroids.fits(config.n_clusters, width)
         and token_ids.shape == (config.n_clusters, config.cluster_size)
         and token_ids.dtype == mx.uint32
+        and sketch.directions.dtype == mx.float16
+        and sketch.lengths.dtype == mx.float32
+        and sketch.lengths.shape == (n_sketched,)
         and all(mx.isfinite(array).all() for array in arrays.values())
     )
-    if not fits:
-        return None
     ids = np.array(token_ids)
     # each token once, and V in the padded slots
     expected = np.minimum(np.arange(ids.size), config.vocab_size)
-    if not np.array_equal(np.sort(ids, axis=None), expected):
+    if not fits or not np.array_equal(np.sort(ids, axis=None), expected):
         return None
     return FlashHeadIndex(config, ids, centroids, sketch)
-
-
-def _centroid_matrix(arrays: dict[str, mx.array], config: FlashHeadConfig) -> Matrix:
-    """The centroids' matrix; KeyError if an array is missing."""
-    if config.centroid_group_size <= 0:
-        return Matrix(arrays["centroids.weight"])
-    weight, scales, biases = (arrays[f"centroids.{name}"] for name in ARRAYS)
-    return Matrix(
-        weight,
-        scales,
-        biases,
-        group_size=config.centroid_group_size,
-        bits=config.centroid_bits,
-    )
-
-
-def _sketch_width(sketch: Sketch) -> int | None:
-    """The width of the rows of a sketch; None if its arrays do not fit each other."""
-    directions = sketch.directions
-    lengths = sketch.lengths
-    if directions.ndim != 2 or lengths.shape != directions.shape[:1]:
-        return None
-    if directions.dtype != mx.float16 or lengths.dtype != mx.float32:
-        return None
-    return directions.shape[1]
 
 
 def _checksum(arrays: dict[str, mx.array]) -> str:

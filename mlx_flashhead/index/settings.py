@@ -1,29 +1,47 @@
 """The settings of a FlashHead: everything but its arrays."""
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
+from msgspec import Meta
 
 FORMAT_VERSION = 2
 DRAFT_SHARE = 0.095  # of the head's bytes, beside a text's latest tokens: docs/drafts.md
 LEAST_DRAFT = 1 / 32  # of the clusters, where the centroids alone are nearly as much
 AGAIN = "make it again with mlx_flashhead.convert"
-MAX_END_TOKENS = 64  # models have up to about ten; their clusters are scored at every position
 MAX_PADDING = 2  # slots per token; a conversion pads the last cluster alone
-MAX_MEASURED = 1000  # numbers of probes
-MAX_RISKS = 4096  # positions with a recorded risk
-LARGEST = 1e300  # JSON has whole numbers that no float holds
 
-# Types of keys in JSON. All other keys are whole numbers.
-TYPES = {
-    "fingerprint": str,
-    "eos_token_ids": list,
-    "calibration": dict,
-    "report": dict,
-    "verification": dict,
-    "recipe": dict,
-}
+# Limits of what is read from a file, whoever wrote it.
+Count = Annotated[int, Meta(ge=1, le=1 << 40)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
+EndTokens = Annotated[tuple[int, ...], Meta(max_length=64)]  # models have up to about ten
+RiskLine = Annotated[list[Finite], Meta(min_length=2, max_length=2)]
+Risks = Annotated[list[int], Meta(max_length=4096)]
 
-_JSON_NAMES = {int: "a whole number", str: "a text", list: "a list", dict: "an object"}
+
+class Measured(TypedDict):
+    """What was measured with a number of probes."""
+
+    n_probes: Count
+    greedy_differs: Share
+    sampled_differs: Share
+    risks: NotRequired[Risks]
+
+
+class RiskSettings(TypedDict):
+    """The numbers of `head/steps.py`'s risk."""
+
+    greedy: RiskLine
+    sampled: Annotated[float, Meta(ge=0, le=1e300)]
+
+
+class Verification(TypedDict, total=False):
+    """Settings of verified decoding: both keys, or none without calibration."""
+
+    risk: RiskSettings
+    by_probes: Annotated[list[Measured], Meta(max_length=1000)]
 
 
 @dataclass(frozen=True)
@@ -48,18 +66,18 @@ class FlashHeadConfig:
         version: Of this format.
     """
 
-    vocab_size: int
-    n_clusters: int
-    cluster_size: int
-    n_probes: int
-    unverified_probes: int
+    vocab_size: Count
+    n_clusters: Count
+    cluster_size: Count
+    n_probes: Count
+    unverified_probes: Count
     fingerprint: str
-    eos_token_ids: tuple[int, ...] = ()
+    eos_token_ids: EndTokens = ()
     centroid_bits: int = 4
     centroid_group_size: int = 64
     calibration: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
-    verification: dict[str, Any] = field(default_factory=dict)
+    verification: Verification = field(default_factory=Verification)
     recipe: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
@@ -90,71 +108,30 @@ class FlashHeadConfig:
                 f"{source} has version {version!r}, but this package reads version "
                 f"{FORMAT_VERSION}: update mlx_flashhead, or {AGAIN}."
             )
-        entries = {each.name: values.get(each.name) for each in fields(cls)}
-        problems = []
-        for name, value in entries.items():
-            wanted = TYPES.get(name, int)
-            # a whole number is neither 2.0 nor true
-            if type(value) is not wanted:
-                problems.append(f"{name} is {_shown(value)}, and must be {_JSON_NAMES[wanted]}")
-        if not problems:
-            entries["eos_token_ids"] = tuple(entries["eos_token_ids"])
-            config = cls(**entries)
-            problems = config._problems()
-        if problems:
-            raise ValueError(f"{source} is damaged ({'; '.join(problems)}): {AGAIN}.")
+        try:
+            config = msgspec.convert(values, cls)
+            config._check()
+        except ValueError as error:
+            problem = str(error).replace("`", "")  # which would mark a parameter of Python
+            raise ValueError(f"{source} is damaged ({problem}): {AGAIN}.") from error
         return config
 
-    def _problems(self) -> list[str]:
-        """What is wrong with values of the right types, in words."""
+    def _check(self) -> None:
+        """Raises a ValueError for values that do not fit each other."""
         n_clusters = self.n_clusters
         n_slots = n_clusters * self.cluster_size
         most_slots = MAX_PADDING * self.vocab_size  # padded slots cost memory as tokens do
-        problems = []
-        if self.cluster_size < 1 or not 1 <= self.vocab_size <= n_slots <= most_slots:
-            problems.append(
-                f"n_clusters is {n_clusters} and cluster_size is {self.cluster_size}, which do not "
-                f"fit a vocab_size of {self.vocab_size}"
+        if not self.vocab_size <= n_slots <= most_slots:
+            raise ValueError(
+                f"n_clusters {n_clusters} and cluster_size {self.cluster_size} do not fit "
+                f"vocab_size {self.vocab_size}"
             )
-        for name in ("n_probes", "unverified_probes"):
-            value = getattr(self, name)
-            if not 1 <= value <= n_clusters:
-                problems.append(f"{name} is {value}, and must be 1 to {n_clusters}")
-        ends = self.eos_token_ids
-        are_tokens = all(type(token) is int and 0 <= token < self.vocab_size for token in ends)
-        if len(ends) > MAX_END_TOKENS or not are_tokens:
-            problems.append(f"eos_token_ids is {_shown(list(ends))}, and must be a few token ids")
-        if not _is_verification(self.verification, n_clusters):
-            problems.append(f"verification is {_shown(self.verification)}, which is not complete")
-        return problems
-
-
-def _shown(value: Any) -> str:
-    """The beginning of a value, for messages."""
-    return "missing" if value is None else f"{value!r:.60}"
-
-
-def _is_verification(verification: dict[str, Any], n_clusters: int) -> bool:
-    """Whether these are settings of verified decoding, or none."""
-    match verification:
-        case {"risk": {"greedy": [a, b], "sampled": scale}, "by_probes": [*rows]}:
-            is_risk = _within(-LARGEST, LARGEST, a, b) and _within(0, LARGEST, scale)
-            measured = len(rows) <= MAX_MEASURED and all(_is_row(row, n_clusters) for row in rows)
-            return is_risk and measured
-    return not verification
-
-
-def _is_row(row: Any, n_clusters: int) -> bool:
-    """Whether this is a row of measures with a number of probes."""
-    match row:
-        case {"n_probes": int(n_probes), "greedy_differs": greedy, "sampled_differs": sampled}:
-            risks = row.get("risks", [])
-            listed = isinstance(risks, list) and len(risks) <= MAX_RISKS
-            in_range = 1 <= n_probes <= n_clusters and _within(0, 1, greedy, sampled)
-            return in_range and listed and all(type(risk) is int for risk in risks)
-    return False
-
-
-def _within(low: float, high: float, *values: Any) -> bool:
-    """Whether all values are numbers from ``low`` to ``high``."""
-    return all(isinstance(value, int | float) and low <= value <= high for value in values)
+        measured = [row["n_probes"] for row in self.verification.get("by_probes", ())]
+        if max(self.n_probes, self.unverified_probes, *measured) > n_clusters:
+            raise ValueError(
+                f"n_probes, unverified_probes and those of verification must be 1 to {n_clusters}"
+            )
+        if len(self.verification) == 1:
+            raise ValueError("verification is not complete")
+        if any(not 0 <= token < self.vocab_size for token in self.eos_token_ids):
+            raise ValueError("eos_token_ids must be token ids")

@@ -101,7 +101,8 @@ def tune_head(
     if before is not None and not options.measures and (busy or not before.provisional):
         tuning = before
     else:
-        measured = yield from tune(model, index.config.verification.get("by_probes", ()))
+        by_probes: Any = index.config.verification.get("by_probes", ())
+        measured = yield from tune(model, by_probes)
         tuning = _credible(replace(measured, provisional=measured.provisional or busy), model)
         if before is not None and tuning.provisional and not options.measures:
             tuning = min(before, tuning, key=_doubt)

@@ -22,7 +22,8 @@ def rows():
 
 
 def noisy(rows, share):
-    noise = np.random.default_rng(0).normal(size=rows.weight.shape) * float(rows.weight.std())
+    deviation = float(rows.weight.std())
+    noise = np.random.default_rng(0).normal(scale=deviation, size=rows.weight.shape)
     return Matrix(rows.weight + share * mx.array(noise.astype(np.float32)))
 
 

@@ -156,7 +156,7 @@ def test_a_damaged_entry_is_built_anew(folder, quick, capfd):
     absurd["verification"] = {"risk": risk, "by_probes": [{"n_probes": 10**9}]}
     unread = f"{file} cannot be read because it is damaged or incomplete"
     for changed, reason in (
-        ({SETTINGS_NAME: json.dumps(absurd).encode()}, "is damaged (verification is {"),
+        ({SETTINGS_NAME: json.dumps(absurd).encode()}, "is damaged (Object missing required field"),
         ({FILE_NAME: good[FILE_NAME][:-100]}, unread),
         ({FILE_NAME: b""}, unread),
         ({}, f"{file} does not hold the arrays that its settings describe"),
