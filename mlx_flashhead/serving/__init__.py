@@ -4,12 +4,14 @@ A request, traced. ``serve`` opens the port, and starts the engine, which loads 
 ``served_models`` in its own thread. uvicorn's event loop in the main thread does the rest.
 
 1. ``connections`` limits connections and the time for a request to arrive. Its front door lets in
-   what ``access`` allows, answers errors, and writes the log. ``page_files`` has the page.
-2. ``endpoints`` reads the body, in ``turns`` of clients' addresses. ``bodies`` counts what it holds
-   before any of it is made. ``requests`` declares and checks the fields. ``jobs`` fills in the chat
-   template and makes tokens. A mistake is an ``ApiError`` of ``api_errors``.
-3. Each answer is a job in the queue of ``engine``, the one thread that computes. Its prompt is read
-   a chunk at a time, and decoded beside the others (``decoding``).
-4. Each token comes back through the queue of its answer (``answers``). ``choices`` makes OpenAI's
-   JSON of it.
+   what ``access`` allows, answers errors, and writes the log.
+2. ``endpoints`` has the paths. It reads a body in ``turns`` of clients' addresses, and ``bodies``
+   counts what it holds before any of it is made. ``page_files`` has the page.
+3. A ``Completion`` is the response to a request for texts. ``requests`` declares and checks the
+   fields, with the ``tool_calls``, and ``prompts`` fills in the chat template and makes tokens.
+4. Each of its texts is a job of ``decoding``, with a sampler, in the queue of ``engine``, the one
+   thread that computes. A prompt is read a chunk at a time, and decoded beside the others.
+5. ``answer_text`` says what a token adds, and ``choices`` makes OpenAI's JSON of it.
+
+A mistake is an ``ApiError`` of ``api_errors``.
 """

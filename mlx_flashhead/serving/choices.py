@@ -4,7 +4,8 @@ from functools import cache
 from itertools import accumulate
 from typing import Any
 
-from .jobs import Token, TokenLogprobs
+from .answer_text import Token, TokenLogprobs
+from .decoding import Job
 from .requests import Request
 
 
@@ -94,6 +95,19 @@ class Choice:
             "top_logprobs": tops,
             "text_offset": offsets,
         }
+
+
+def usage_of(jobs: list[Job]) -> dict[str, Any]:
+    """The tokens of a request's answers, in OpenAI's words."""
+    once = jobs[:: jobs[0].request.n]  # a prompt with several answers counts once
+    n_read = sum(len(job.prompt.tokens) for job in once)
+    n_generated = sum(len(job.tokens) for job in jobs)
+    return {
+        "prompt_tokens": n_read,
+        "completion_tokens": n_generated,
+        "total_tokens": n_read + n_generated,
+        "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in once)},
+    }
 
 
 def _thought(text: str) -> dict[str, str]:

@@ -1,34 +1,208 @@
-"""Sequences: their prompts are read a chunk at a time, then their tokens are generated.
+"""Answers as sequences: their prompts are read a chunk at a time, then their tokens are decoded.
 
 Those of one model, one number of probes and similar lengths are a :class:`Batch`, which takes turns
 with others. What no batch takes, as with a draft model or a quantized cache, is a :class:`Single`.
 """
 
+import secrets
+import time
 from argparse import Namespace
 from collections.abc import Generator
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import mlx.core as mx
 
+from ..common.marks import masks
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.drafting import drafted_steps
 from ..decoding.keywords import CacheOptions
 from ..decoding.loop import verified_steps
 from ..decoding.proposer import Proposer
+from ..decoding.sampler import make_sampler
 from ..decoding.settings import DecodingSettings
 from ..models.compat.mlx_lm import (
     LRUPromptCache,
     can_trim_prompt_cache,
+    make_logits_processors,
     make_prompt_cache,
     maybe_quantize_kv_cache,
 )
-from .jobs import Job, Progress
+from ..structured.processor import GrammarProcessor
+from .answer_text import AnswerText, Progress, Token, token_logprobs
+from .api_errors import ApiError
+from .prompts import Prompt, read_prompts
+from .requests import Request
+from .served_models import ServedModel
 
+SECONDS_PER_MASK = 0.005  # of an answer in a form: all others wait for its mask
+MIN_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, but for overflows
 # Seconds of a chunk. After it, other answers and ended ones have their turn.
 CHUNK_SECONDS = 0.4
 SMALLEST_CHUNK = 16
 CachedTokens = tuple[list[int], list[Any]]  # tokens, and caches of layers that hold them
-Step = tuple[Job, int, mx.array]  # a sequence, its next token, logprobs (V,) at its place
+
+
+@dataclass(eq=False)
+class Job:
+    """A sequence to be generated."""
+
+    request: Request
+    prompt: Prompt
+    # takes (index, event) by put, from the engine's thread: a Progress, a Token, or an error
+    events: Any = field(default_factory=SimpleQueue)
+    index: int = 0  # of this answer within its request
+    address: str = ""  # of its client
+    grammar: GrammarProcessor | None = None  # keeps the answer in a form
+    cached: int = 0  # tokens of the prompt that a cache held
+    ended: bool = False  # its last event has been emitted, or its client has left
+    alone: bool = False  # goes on by itself, after a failure of a step that it shared
+
+    def __post_init__(self):
+        request = self.request
+        self.served: ServedModel = request.served
+        n_free = self.served.context - len(self.prompt.tokens)
+        self.max_tokens = n_free if request.max_tokens is None else min(request.max_tokens, n_free)
+        self.settings = DecodingSettings(
+            n_probes=request.n_probes,
+            verify=self.served.verify,
+            dense=request.dense,
+            max_wait=self.served.max_wait,
+        )
+        # OpenAI's seeds may be negative. MLX's random state decides nothing: it is left unusable by
+        # a function that fails while MLX compiles it.
+        seed = secrets.randbits(64) if request.seed is None else request.seed % 2**64 + self.index
+        self.sampler = make_sampler(**sampler_arguments(request), seed=seed)
+        self.processors: list[Any] = make_logits_processors(**request.penalties)
+        if self.grammar is not None:  # without its `begin`: a text may go on after a failure
+            self.processors.append(masks(partial(self.grammar), self.grammar.allowed_words))
+        self.tokens: list[int] = []  # that were generated, with the end token
+        self.times: list[float] = []  # of the first and the last of them, by time.monotonic
+        tokenizer = self.served.tokenizer
+        begins = (self.prompt.state, self.prompt.keep_space)
+        self._text = AnswerText(tokenizer, request.stop, *begins)
+
+    @property
+    def kind(self) -> tuple:
+        """What jobs of one batch have in common.
+
+        A batch pads its caches to the longest one, so a long text would multiply the memory and the
+        time of short questions.
+        """
+        # 0 up to 1,024 tokens, 1 up to 4,096, 2 up to 16,384 and so on
+        length_class = max(0, (len(self.prompt.tokens) - 1).bit_length() - 9) // 2
+        return self.served, self.settings, length_class
+
+    @property
+    def all_tokens(self) -> list[int]:
+        """The tokens of the prompt and of the answer so far."""
+        return self.prompt.tokens + self.tokens
+
+    def emit(self, event: Progress | Token | BaseException) -> None:
+        """Puts an event of this job in its queue."""
+        self.events.put((self.index, event))
+
+    def take(self, token: int, logprobs: mx.array) -> bool:
+        """Reports a generated token, and returns whether the answer is complete.
+
+        Raises:
+            ApiError: If its form cannot be followed.
+        """
+        self.tokens.append(token)
+        self.times[1:] = [time.monotonic()]
+        ends = token in self.served.tokenizer.eos_token_ids
+        if ends and self.grammar and (problem := self.grammar.problem):
+            why = f"The form cannot be followed any further ({problem}): simplify it."
+            raise ApiError(why, _field_of_form(self.request))
+        last = ends or len(self.tokens) >= self.max_tokens
+        event = self._text.add(None if ends else token, last=last)
+        if last:
+            event.finish_reason = "stop" if ends else event.finish_reason or "length"
+        if self.request.logprobs is not None and not ends:
+            event.logprobs = token_logprobs(logprobs, token, self.request.logprobs)
+        complete = event.finish_reason is not None
+        self.ended |= complete
+        self.emit(event)
+        return complete
+
+
+Step = tuple[Job, int, mx.array]  # a sequence, its next token, and logprobs (V,) in its place
+
+
+def sampler_arguments(request: Request) -> dict[str, Any]:
+    """The arguments of ``make_sampler`` for a request, without the seed."""
+    served = request.served
+    asked = request.sampling
+    takes_likeliest = asked["top_p"] == 0 or asked["temp"] < MIN_TEMPERATURE
+    return {
+        **asked,
+        "temp": 0.0 if takes_likeliest else asked["temp"],
+        "top_k": 0 if asked["top_k"] >= served.vocab_size else asked["top_k"],  # 0: all tokens
+        "xtc_special_tokens": [*served.tokenizer.encode("\n"), *served.tokenizer.eos_token_ids],
+    }
+
+
+def read_jobs(
+    fields: dict[str, Any], *, chat: bool, models: list[ServedModel], flags: Namespace
+) -> list[Job]:
+    """Makes a job for each answer to a request.
+
+    Templates and grammars have limits of time and memory, and all else takes time with the number
+    of fields alone.
+
+    Args:
+        fields: Those of the request.
+        chat: Whether they are those of a chat; else texts are continued.
+        models: The models that are served.
+        flags: The server's options.
+
+    Raises:
+        ApiError: If a field is wrong; it names the field.
+    """
+    request = Request(fields, chat=chat, models=models, flags=flags)
+    prompts = read_prompts(request)
+    grammar = _processor(request, prompts[0].state)
+    return [
+        Job(request, prompt, index=index, grammar=grammar and grammar.for_sequence())
+        for index, prompt in enumerate(prompt for prompt in prompts for _ in range(request.n))
+    ]
+
+
+def _processor(request: Request, state: str) -> GrammarProcessor | None:
+    """What keeps an answer in its form, and its calls in theirs; None if it is free.
+
+    Args:
+        request: A checked request.
+        state: That of the text at the answer's beginning, in mlx-lm's words.
+    """
+    tools = request.tools
+    if request.grammar is None and tools.calls is None:
+        return None
+    tokenizer = request.served.tokenizer
+    # an answer has its form once the thought is at its end that the prompt begins
+    after = tokenizer.think_end_tokens if state == "reasoning" else ()
+    thought = None
+    if tools.calls is not None and tokenizer.has_thinking:
+        thought = (tokenizer.think_start, tokenizer.think_end)
+    try:
+        return GrammarProcessor(
+            tokenizer,
+            None if tools.required else request.grammar,
+            calls=tools.calls,
+            required=tools.required,
+            after=after,
+            thought=thought,
+            seconds_per_mask=SECONDS_PER_MASK,
+        )
+    except ValueError as error:
+        raise ApiError(str(error), _field_of_form(request)) from None
+
+
+def _field_of_form(request: Request) -> str:
+    """The field that an answer's form comes from."""
+    return "tools" if request.grammar is None else "response_format"
 
 
 def next_chunk(chunk: int, n_read: int, seconds: float, largest: int) -> int:
@@ -41,7 +215,7 @@ def next_chunk(chunk: int, n_read: int, seconds: float, largest: int) -> int:
 class Reading:
     """A prompt in the course of being read, up to its last token, with which the answer begins."""
 
-    def __init__(self, job: Job, caches: LRUPromptCache, flags: Namespace, n_read: int):
+    def __init__(self, job: Job, caches: LRUPromptCache, flags: Namespace):
         self.job = job
         self._flags = flags
         self._all_tokens = job.all_tokens
@@ -54,8 +228,8 @@ class Reading:
             cache = make_prompt_cache(served.model)
             cache += [] if served.draft_model is None else make_prompt_cache(served.draft_model)
         self.cache: list[Any] = cache  # of a model's layers, and of its draft model's
-        self.due = n_read + self.left  # when so many tokens of all prompts have been read
-        job.cached = self.done
+        if not job.tokens:  # else it has begun before
+            job.cached = self.done
 
     @property
     def left(self) -> int:
@@ -118,7 +292,7 @@ class Batch:
             completion_batch_size=size,
             prefill_batch_size=size,
             stream=stream,
-            proposer=_proposer(job),
+            proposer=Proposer(job.served.model, job.settings),
         )
         self._jobs: dict[int, Job] = {}
         self._ended: dict[int, CachedTokens] = {}  # at their greatest number of tokens
@@ -187,7 +361,7 @@ class Single:
                 start,
                 model,
                 stream,
-                proposer=_proposer(job),
+                proposer=Proposer(job.served.model, job.settings),
                 max_tokens=-1,  # without a limit, so that a step is launched after the last token
                 sampler=job.sampler,
                 logits_processors=job.processors,
@@ -203,7 +377,7 @@ class Single:
                 model,
                 draft_model,
                 stream,
-                proposer=_proposer(job),
+                proposer=Proposer(job.served.model, job.settings),
                 max_tokens=job.max_tokens,
                 num_draft_tokens=job.request.num_draft_tokens,
                 sampler=job.sampler,
@@ -231,13 +405,3 @@ class Single:
             for cache in self._cache:
                 cache.trim(cache.offset - self._held)
         return [(self._tokens[: self._held], self._cache)]
-
-
-def _proposer(job: Job) -> Proposer:
-    settings = DecodingSettings(
-        verify=job.served.verify,
-        dense=job.request.dense,
-        n_probes=job.request.n_probes,
-        max_wait=job.served.max_wait,
-    )
-    return Proposer(job.served.model, settings)

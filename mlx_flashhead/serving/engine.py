@@ -8,6 +8,7 @@ import gc
 import logging
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -20,8 +21,7 @@ from ..decoding.policy import policy_of
 from ..loading.tuned import speed_text
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
 from .api_errors import ApiError
-from .decoding import CHUNK_SECONDS, Batch, Reading, Single, next_chunk
-from .jobs import Job
+from .decoding import CHUNK_SECONDS, Batch, CachedTokens, Job, Reading, Single, next_chunk
 from .served_models import ServedModel
 
 FAILING = 3  # answers, one after the other, that failed by the server's fault
@@ -42,7 +42,7 @@ class Engine:
         self._decoders: list[Batch | Single] = []
         self._caches = LRUPromptCache(flags.prompt_cache_size, flags.prompt_cache_bytes or 1 << 63)
         self._chunk = min(32, flags.prefill_step_size)  # tokens of a prompt to read at once
-        self._n_read = self._n_chunks = 0  # of all prompts: tokens and chunks
+        self._n_chunks = 0  # of all prompts
         self._overtime = 0.0  # seconds of answers, beyond half of the time
         self._n_failures = 0  # since the latest answer that was completed
         self._thread = Thread(target=self._run, args=(load,), name="generation", daemon=True)
@@ -100,6 +100,7 @@ class Engine:
     def _take_turns(self) -> None:
         self._receive()
         self._drop_ended()
+        self._admit()
         began = time.perf_counter()
         has_read = self._read()
         now = time.perf_counter()
@@ -147,33 +148,62 @@ class Engine:
                 self._waiting.append(self._arrived.get(timeout=0.1))
         while not self._arrived.empty():
             self._waiting.append(self._arrived.get())
-        n_free = self._flags.decode_concurrency - len(self._begun)
+
+    def _admit(self) -> None:
+        """Begins answers: of each address a third of those at once, and more if no other waits."""
+        n_at_once: int = self._flags.decode_concurrency
+        share = max(1, n_at_once // 3)
+        begun = Counter(job.address for job in self._begun)  # answers of each address
+        others_wait = len({job.address for job in self._waiting}) > 1
         for job in list(self._waiting):
+            is_full = begun.total() >= n_at_once
+            if begun[job.address] >= share and (is_full or others_wait):
+                continue
             # answers to one prompt wait until it is read, and begin with a copy of its cache
-            if n_free > 0 and not any(r.job.prompt is job.prompt for r in self._readings):
-                self._waiting.remove(job)
-                n_free -= 1
-                try:
-                    self._readings.append(Reading(job, self._caches, self._flags, self._n_read))
-                except BaseException as error:
-                    self._fail(job, error)
+            if any(reading.job.prompt is job.prompt for reading in self._readings):
+                continue
+            if is_full:
+                address, n_most = begun.most_common(1)[0]
+                if n_most <= share:
+                    continue
+                self._put_back(address)
+                begun[address] -= 1
+            self._waiting.remove(job)
+            begun[job.address] += 1
+            try:
+                self._readings.append(Reading(job, self._caches, self._flags))
+            except BaseException as error:
+                self._fail(job, error)
+
+    def _put_back(self, address: str) -> None:
+        """Puts an answer that has begun, the shortest of an address, back into the queue."""
+        begun = [job for job in self._begun if job.address == address]
+        shortest = min(begun, key=lambda job: len(job.tokens))
+        self._take_out([shortest])
+        if shortest not in self._waiting:
+            self._go_on_alone([shortest])
 
     def _drop_ended(self) -> None:
         self._waiting = [job for job in self._waiting if not job.ended]
-        for reading in [r for r in self._readings if r.job.ended]:
+        self._take_out([job for job in self._begun if job.ended])
+
+    def _take_out(self, jobs: list[Job]) -> None:
+        """Takes out jobs that have begun, and keeps what has been computed for them."""
+        for reading in [reading for reading in self._readings if reading.job in jobs]:
             self._readings.remove(reading)
             self._store(reading.job.served, reading.cached)
         for decoder in list(self._decoders):
-            self._remove(decoder, [job for job in decoder.jobs if job.ended])
+            self._remove(decoder, [job for job in decoder.jobs if job in jobs])
 
     def _read(self) -> bool:
         """Reads a chunk of a prompt; at its end the answer begins. Returns whether it has read."""
         if not self._readings:
             return False
         self._n_chunks += 1
-        # in turn the prompt that is due first, so that none waits for ever, and the shortest rest
-        due_first = self._n_chunks % 2 == 1
-        reading = min(self._readings, key=lambda r: r.due if due_first else r.left)
+        # in turn the prompt that came first, so that none waits for ever, and the shortest rest
+        reading = self._readings[0]
+        if self._n_chunks % 2 == 0:
+            reading = min(self._readings, key=lambda reading: reading.left)
         job = reading.job
         try:
             if reading.left:
@@ -182,7 +212,6 @@ class Engine:
                 took = time.perf_counter() - began
                 largest = self._flags.prefill_step_size
                 self._chunk = next_chunk(self._chunk, n_read, took, largest)
-                self._n_read += n_read
             shared = not reading.left and any(other.prompt is job.prompt for other in self._waiting)
             if shared or reading.done in job.prompt.landmarks:
                 self._store(job.served, copy.deepcopy(reading.cached))
@@ -258,7 +287,7 @@ class Engine:
             job.alone = True
         self._waiting = [*(job for job in jobs if not job.ended), *self._waiting]
 
-    def _store(self, served: ServedModel, cached: tuple) -> None:
+    def _store(self, served: ServedModel, cached: CachedTokens) -> None:
         """Keeps tokens and their cache, which must not change any more."""
         tokens, cache = cached
         try:

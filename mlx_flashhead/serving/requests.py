@@ -29,7 +29,6 @@ PENALTIES = ("repetition", "presence", "frequency")
 # Variables of chat templates that are also fields of OpenAI's API.
 TEMPLATE_FIELDS = ("reasoning_effort", "verbosity")
 _MAX_BIAS = 1e4  # a larger one has the same effect, and would be infinite in float16
-_MIN_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, but for overflows
 _MAX_INT = 2**31 - 1
 _MAX_NAME = 40  # characters of a name or a value in a sentence
 
@@ -354,7 +353,7 @@ class Request:
         # the number of likeliest tokens beside each chosen one; None: no logprobs
         self.logprobs: int | None = _n_logprobs(fields) if chat else fields.logprobs
         self.seed: int | None = fields.seed
-        self.sampling = _sampling(fields, served, flags)  # arguments of make_sampler
+        self.sampling = _sampling(fields, flags)  # arguments of make_sampler
         self.penalties = _penalties(fields, served)  # arguments of mlx-lm's make_logits_processors
 
     def _read_stream_options(self, options: dict[str, Any] | None) -> None:
@@ -559,21 +558,15 @@ def _n_logprobs(fields: ChatFields) -> int | None:
     return None
 
 
-def _sampling(fields: Fields, served: ServedModel, flags: Namespace) -> dict[str, Any]:
-    """The arguments of ``make_sampler``, without the seed."""
-    temperature = flags.temp if fields.temperature is None else fields.temperature
-    top_p = flags.top_p if fields.top_p is None else fields.top_p
-    top_k = flags.top_k if fields.top_k is None else fields.top_k
-    takes_likeliest = top_p == 0 or temperature < _MIN_TEMPERATURE
-    tokenizer = served.tokenizer
+def _sampling(fields: Fields, flags: Namespace) -> dict[str, Any]:
+    """What the request asks of the sampler, else what the server's flags say."""
     return {
-        "temp": 0.0 if takes_likeliest else temperature,
-        "top_p": top_p,
-        "top_k": 0 if top_k >= served.vocab_size else top_k,  # 0: all tokens
+        "temp": flags.temp if fields.temperature is None else fields.temperature,
+        "top_p": flags.top_p if fields.top_p is None else fields.top_p,
+        "top_k": flags.top_k if fields.top_k is None else fields.top_k,
         "min_p": flags.min_p if fields.min_p is None else fields.min_p,
         "xtc_probability": fields.xtc_probability,
         "xtc_threshold": fields.xtc_threshold,
-        "xtc_special_tokens": [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
     }
 
 

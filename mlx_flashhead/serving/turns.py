@@ -1,20 +1,20 @@
 """Turns of clients: so many works at once, of which no address has more than a few."""
 
 import asyncio
-from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 Result = TypeVar("Result")
 
 
 class Turns:
-    """Places for works of clients, which addresses get in turn.
+    """Works of clients, for which addresses take turns.
 
-    An address with many works waits for its own: whoever else comes has the next free place, and
-    the places that one address may hold are fewer than there are.
+    A work waits for the others of its address, and only then for those of all addresses. So an
+    address with many works waits for its own, and whoever else comes is the next.
 
     Args:
         name: Of the threads in which :meth:`run` works.
@@ -23,29 +23,26 @@ class Turns:
     """
 
     def __init__(self, name: str, *, total: int, each: int):
-        self._total = total
+        self._of_all = asyncio.Semaphore(total)
         self._each = each
-        self._held: Counter[str] = Counter()  # places, by address
-        # Those that wait, by address. The address that is due next comes first.
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        # by address, as long as it has a work
+        self._of_address: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._threads = ThreadPoolExecutor(total, name)
 
     @asynccontextmanager
-    async def place(self, address: str) -> AsyncIterator[None]:
-        """A block that holds a place of the address, once it has its turn."""
-        await self._take(address)
-        try:
+    async def turn(self, address: str) -> AsyncIterator[None]:
+        """A block that is one of the works of an address."""
+        of_address = self._of_address.setdefault(address, asyncio.Semaphore(self._each))
+        async with of_address, self._of_all:
             yield
-        finally:
-            self._give_back(address)
 
     async def run(self, address: str, work: Callable[[], Result]) -> Result:
         """The result of ``work()`` in a thread, once the address has its turn."""
-        async with self.place(address):
+        async with self.turn(address):
             return await self.work(work)
 
     async def work(self, work: Callable[[], Result]) -> Result:
-        """The result of ``work()`` in a thread, for those who hold a place."""
+        """The result of ``work()`` in a thread, within a turn."""
 
         def without_stop_iteration() -> Result:
             try:
@@ -55,38 +52,3 @@ class Turns:
 
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, without_stop_iteration)
-
-    async def _take(self, address: str) -> None:
-        if self._has_place(address):
-            self._held[address] += 1
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(address, deque()).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # its turn came at the same moment
-                self._give_back(address)
-            raise
-
-    def _has_place(self, address: str) -> bool:
-        return self._held.total() < self._total and self._held[address] < self._each
-
-    def _give_back(self, address: str) -> None:
-        self._held -= Counter([address])  # drops counts of 0
-        if queue := self._waiting.pop(address, None):
-            self._waiting[address] = queue  # behind the other addresses
-        for waiting in list(self._waiting):
-            if self._has_place(waiting):
-                self._call_next(waiting)
-
-    def _call_next(self, address: str) -> None:
-        queue = self._waiting.pop(address)
-        while queue:
-            turn = queue.popleft()
-            if not turn.cancelled():
-                self._held[address] += 1
-                turn.set_result(None)
-                break
-        if queue:
-            self._waiting[address] = queue  # behind the other addresses

@@ -12,8 +12,8 @@ from starlette.routing import Route, Router
 from mlx_flashhead.serving.access import Access
 from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.bodies import json_response
+from mlx_flashhead.serving.completions import still_loading
 from mlx_flashhead.serving.connections import logger, read_body
-from mlx_flashhead.serving.endpoints import still_loading
 from mlx_flashhead.serving.page_files import PAGE_ROUTES
 from mlx_flashhead.serving.serve import Server, listening
 

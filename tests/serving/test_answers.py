@@ -10,9 +10,9 @@ from tokenizers import decoders
 
 from engines import checked
 from mlx_flashhead.models.compat.mlx_lm import TextStateMachine
+from mlx_flashhead.serving.answer_text import VERY_UNLIKELY, AnswerText, Token, token_logprobs
 from mlx_flashhead.serving.bodies import read_json, write_json
 from mlx_flashhead.serving.choices import Choice, token_bytes, token_text
-from mlx_flashhead.serving.jobs import VERY_UNLIKELY, AnswerText, Token, token_logprobs
 from model_folders import EOS
 
 

@@ -9,7 +9,7 @@ from threading import Event
 import pytest
 
 from engines import flags
-from mlx_flashhead.serving import bodies, endpoints
+from mlx_flashhead.serving import bodies, completions, endpoints
 from mlx_flashhead.serving.access import Access
 from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.bodies import check_size, fields_of
@@ -74,7 +74,7 @@ class Held:
     def __init__(self, monkeypatch):
         self.seen = []
         self.go = Event()
-        monkeypatch.setattr(endpoints, "read_jobs", self.read)
+        monkeypatch.setattr(completions, "read_jobs", self.read)
 
     def read(self, fields, **options):
         self.seen.append(fields["prompt"])

@@ -8,10 +8,10 @@ from threading import Event
 import pytest
 
 from engines import flags
-from mlx_flashhead.serving import answers
+from mlx_flashhead.serving import completions
 from mlx_flashhead.serving.access import Access
+from mlx_flashhead.serving.answer_text import Token
 from mlx_flashhead.serving.endpoints import Api
-from mlx_flashhead.serving.jobs import Token
 from mlx_flashhead.serving.serve import Server
 from scripted_server import running
 from test_endpoints import PlayedEngine
@@ -51,7 +51,7 @@ def test_nobody_waits_while_a_call_is_read(monkeypatch, engine, send):
         assert go.wait(20)
         return [json.loads(text)]
 
-    monkeypatch.setattr(answers, "read_tool_calls", read)
+    monkeypatch.setattr(completions, "read_tool_calls", read)
     messages = [{"role": "user", "content": "Rome?"}]
     asked = send("/v1/chat/completions", {"messages": messages, "tools": TOOLS})
     engine.next_job().emit(Token(calls=[CALL], finish_reason="stop"))
@@ -70,7 +70,7 @@ def test_a_call_that_takes_too_long_is_text(monkeypatch, engine, send):
     def read(tokenizer, text, tools):
         raise ValueError("A call takes more than 5 seconds.")
 
-    monkeypatch.setattr(answers, "read_tool_calls", read)
+    monkeypatch.setattr(completions, "read_tool_calls", read)
     messages = [{"role": "user", "content": "Rome?"}]
     asked = send("/v1/chat/completions", {"messages": messages, "tools": TOOLS})
     engine.next_job().emit(Token(content="So: ", calls=[CALL], finish_reason="stop"))

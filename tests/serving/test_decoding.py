@@ -27,15 +27,17 @@ from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.loading.background import background_build
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache, make_prompt_cache
+from mlx_flashhead.serving.answer_text import Progress, Token
 from mlx_flashhead.serving.decoding import (
     CHUNK_SECONDS,
     SMALLEST_CHUNK,
+    Job,
     Reading,
     Single,
     next_chunk,
 )
 from mlx_flashhead.serving.engine import Engine
-from mlx_flashhead.serving.jobs import Job, Progress, Prompt, Token
+from mlx_flashhead.serving.prompts import Prompt
 from mlx_flashhead.serving.served_models import ServedModel
 from model_folders import write_model
 
@@ -122,7 +124,7 @@ def test_a_single_text_whose_client_leaves_is_stored_as_long_as_it_is(tiny, bits
     options = flags("--prefill-step-size", CHUNK, *how)
     prompt = LONG[:30]
     request = checked(tiny, {"prompt": "x"}, chat=False)
-    reading = Reading(Job(request, Prompt(list(prompt))), LRUPromptCache(), options, 0)
+    reading = Reading(Job(request, Prompt(list(prompt))), LRUPromptCache(), options)
     while reading.left:
         reading.read(CHUNK)
     single = Single(reading, options, mx.default_stream(mx.default_device()))

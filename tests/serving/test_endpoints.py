@@ -9,11 +9,11 @@ from http.client import HTTPConnection
 import pytest
 
 from engines import flags
-from mlx_flashhead.serving import endpoints
+from mlx_flashhead.serving import completions
 from mlx_flashhead.serving.access import Access
+from mlx_flashhead.serving.answer_text import Token
 from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.endpoints import Api
-from mlx_flashhead.serving.jobs import Token
 from mlx_flashhead.serving.serve import SHUTTING_DOWN, Server
 from scripted_server import running
 
@@ -92,7 +92,7 @@ def test_health_and_models_answer_while_the_model_is_loaded(engine, api, send, t
 @pytest.fixture
 def loading(engine, monkeypatch):
     """The future of an engine that loads. Comments of streams come often."""
-    monkeypatch.setattr(endpoints, "_TICK_SECONDS", 0.02)
+    monkeypatch.setattr(completions, "_TICK_SECONDS", 0.02)
     engine.models = Future()
     return engine.models
 
@@ -117,8 +117,8 @@ def test_a_request_waits_for_its_model(engine, loading, send, tiny, stream):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("reason", ["time", "mistake", "end", "failure", "memory"])
 def test_waiting_ends_with_an_error(api, loading, send, tiny, monkeypatch, stream, reason):
-    monkeypatch.setattr(endpoints, "_MAX_WAITING_BYTES", 0 if reason == "memory" else 1 << 20)
-    api._flags.load_wait = 0.1 if reason == "time" else 60
+    monkeypatch.setattr(completions, "_MAX_WAITING_BYTES", 0 if reason == "memory" else 1 << 20)
+    api.flags.load_wait = 0.1 if reason == "time" else 60
     connection = send(prompt="x", stream=stream, temperature=5)
     while reason in ("mistake", "failure", "end") and not api.n_waiting_bytes:
         time.sleep(0.01)
@@ -145,7 +145,7 @@ def test_bodies_that_wait_have_a_limit_for_those_that_come(
     while not api.n_waiting_bytes:
         assert time.monotonic() < until
         time.sleep(0.01)
-    monkeypatch.setattr(endpoints, "_MAX_WAITING_BYTES", api.n_waiting_bytes)
+    monkeypatch.setattr(completions, "_MAX_WAITING_BYTES", api.n_waiting_bytes)
     assert answer(send(prompt="y"))[0] == 503
     loading.set_result([tiny])
     engine.next_job().emit(Token("A", finish_reason="stop"))
@@ -226,7 +226,7 @@ def test_nothing_is_computed_for_a_client_that_has_left(engine, send, stream):
 
 
 def test_fields_without_effect_are_named_once_in_the_log(engine, send, caplog):
-    caplog.set_level("INFO", "mlx_flashhead.serving.endpoints")
+    caplog.set_level("INFO", "mlx_flashhead.serving.completions")
     for fields in ({"store": True}, {"store": True, "user": "me"}, {"user": None, "a\nb" * 50: 1}):
         connection = send(prompt="x", **fields)
         engine.next_job().emit(Token("A", finish_reason="stop"))
@@ -236,14 +236,14 @@ def test_fields_without_effect_are_named_once_in_the_log(engine, send, caplog):
         connection = send(prompt="x", **fields)
         engine.next_job().emit(Token("A", finish_reason="stop"))
         answer(connection)
-    named = [record.args[0] for record in caplog.records if "endpoints" in record.name]
+    named = [record.args[0] for record in caplog.records if "completions" in record.name]
     assert named[:3] == ["store", "user", ("a\\nb" * 50)[:53]]
     assert len(named) == 4 and named[3].count(",") == 96
 
 
 def test_a_reading_that_runs_out_of_something_ends(send, monkeypatch):
     """A future cannot hold a StopIteration: the client would wait for ever."""
-    monkeypatch.setattr(endpoints, "read_jobs", lambda *_, **__: next(iter(())))
+    monkeypatch.setattr(completions, "read_jobs", lambda *_, **__: next(iter(())))
     status, body = answer(send())
     assert status == 500 and "The server has failed" in body
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from engines import CHUNK, LONG, SHORT, endless, submit, tokens_of, until
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.serving import engine as engine_module
+from mlx_flashhead.serving.answer_text import Progress, Token
 from mlx_flashhead.serving.decoding import Reading
-from mlx_flashhead.serving.jobs import Progress, Token
 
 
 def test_a_cancelled_prompt_is_read_no_further_and_stays_cached(start, chunks):

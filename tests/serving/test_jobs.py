@@ -5,10 +5,12 @@ import copy
 import pytest
 
 from engines import checked
-from mlx_flashhead.serving import jobs
+from mlx_flashhead.serving import prompts
+from mlx_flashhead.serving.answer_text import AnswerText
 from mlx_flashhead.serving.api_errors import ApiError
+from mlx_flashhead.serving.decoding import Job
 from mlx_flashhead.serving.fill_in_the_middle import FORMATS, middle_format
-from mlx_flashhead.serving.jobs import AnswerText, Job, Prompt, read_prompts
+from mlx_flashhead.serving.prompts import Prompt, read_prompts
 from mlx_flashhead.serving.served_models import ServedModel
 
 
@@ -94,8 +96,8 @@ def test_a_text_that_is_too_long_is_tokenized_as_far_as_the_context_reaches(tiny
     monkeypatch.setattr(inner, "encode", encoded)
     with pytest.raises(ApiError, match=TOO_LONG):
         read_prompts(request)
-    assert lengths == [jobs.PART]
-    monkeypatch.setattr(jobs, "PART", 100)  # cutting rejects nothing
+    assert lengths == [prompts.PART]
+    monkeypatch.setattr(prompts, "PART", 100)  # cutting rejects nothing
     assert len(text(tiny, "a" * 511)) == 511
 
 

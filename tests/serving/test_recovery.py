@@ -10,9 +10,9 @@ from engines import SHORT, flags, generated, job, submit, tokens_of, until
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.sampler import make_sampler
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache
-from mlx_flashhead.serving.decoding import Batch, Reading
+from mlx_flashhead.serving.answer_text import AnswerText
+from mlx_flashhead.serving.decoding import Batch, Job, Reading
 from mlx_flashhead.serving.engine import Engine
-from mlx_flashhead.serving.jobs import AnswerText, Job
 
 NUMBERS = count()
 PROMPTS = [[*SHORT, i] for i in range(8)]
@@ -66,7 +66,11 @@ class PanicError(BaseException):
 @pytest.mark.parametrize(
     "owner, names",
     [
-        (Engine, "_receive _drop_ended _read _begin _decode _remove _store _take_turns _build"),
+        (
+            Engine,
+            "_receive _drop_ended _admit _take_out _read _begin _decode _remove _store _build "
+            "_take_turns",
+        ),
         (LRUPromptCache, "fetch_nearest_cache insert_cache"),
         (Reading, "__init__ read _compute"),
         (Batch, "__init__ add step remove"),

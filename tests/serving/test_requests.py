@@ -6,6 +6,7 @@ import pytest
 
 from engines import checked
 from mlx_flashhead.serving.api_errors import ApiError
+from mlx_flashhead.serving.decoding import sampler_arguments
 from mlx_flashhead.serving.requests import MAX_CHARACTERS, MAX_CHOICES, MAX_LOGPROBS
 from model_folders import VOCAB_SIZE
 
@@ -61,9 +62,9 @@ def test_values_arrive(tiny):
     for prompts in (["a", "b"], [[1, 2], [3]], ["a", [3]], ["a"], [[1, 2]]):
         prompt = prompts[0] if len(prompts) == 1 else prompts
         assert text(tiny, prompt=prompt).prompts == prompts
-    assert chat(tiny, top_k=10**6).sampling["top_k"] == 0
+    assert sampler_arguments(chat(tiny, top_k=10**6))["top_k"] == 0
     for least in ({"temperature": 1e-7}, {"temperature": 1, "top_p": 0}):
-        assert chat(tiny, **least).sampling["temp"] == 0
+        assert sampler_arguments(chat(tiny, **least))["temp"] == 0
 
 
 def test_what_changes_nothing_is_taken_and_named(tiny):

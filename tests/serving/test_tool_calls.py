@@ -9,8 +9,9 @@ from call_formats import of, tool
 from chain_models import write_chain_model
 from engines import checked, served_model, until
 from mlx_flashhead.models.call_parsers import read_tool_calls
+from mlx_flashhead.serving.answer_text import Token
 from mlx_flashhead.serving.api_errors import ApiError
-from mlx_flashhead.serving.jobs import Token, read_jobs
+from mlx_flashhead.serving.decoding import read_jobs
 from mlx_flashhead.serving.server_options import make_parser
 
 MESSAGES = [{"role": "user", "content": "One day"}]

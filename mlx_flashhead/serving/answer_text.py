@@ -1,0 +1,114 @@
+"""What the tokens of an answer add to it: text, thoughts, calls and log-probabilities."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..models.compat.mlx_lm import TextStateMachine, make_text_state_machine
+
+VERY_UNLIKELY = -9999.0  # OpenAI's value for a token that is too unlikely to have a logprob
+
+# (id, log-probability) of a chosen token, and then of the likeliest tokens at its place, in order.
+TokenLogprobs = list[tuple[int, float]]
+
+
+class Progress(NamedTuple):
+    """The prompt has been read as far as ``done`` of its ``total`` tokens."""
+
+    done: int
+    total: int
+
+
+@dataclass
+class Token:
+    """What a token adds to an answer. Any part may be empty."""
+
+    content: str = ""
+    reasoning: str = ""  # a thought before it
+    calls: list[Any] = field(default_factory=list)  # complete ones, as a model writes them
+    finish_reason: str | None = None  # "stop" or "length" if the answer ends with it
+    logprobs: TokenLogprobs | None = None  # if the request wants it; None for the end token
+
+    def add(self, other: "Token") -> None:
+        """Adds the content of a later token, whose finish reason counts."""
+        self.content += other.content
+        self.reasoning += other.reasoning
+        self.calls += other.calls
+        self.finish_reason = other.finish_reason
+
+
+class AnswerText:
+    """The text of one answer, which is emitted as soon as a part is certain.
+
+    It ends before a text of ``stop``, and begins in a ``state`` of mlx-lm's names.
+    """
+
+    def __init__(self, tokenizer: Any, stop: TextStateMachine, state: str, keep_space=False):
+        self._detokenizer = tokenizer.detokenizer
+        if keep_space:  # detokenizers drop one at the beginning, not after another word
+            for token in tokenizer.encode("a", add_special_tokens=False):
+                self._detokenizer.add_token(token)
+            _ = self._detokenizer.last_segment
+        self._until_stop = stop.make_state()
+        self._parts = make_text_state_machine(tokenizer).make_state(state)
+        self._call = ""  # that is being written
+
+    def add(self, token: int | None, *, last: bool = False) -> Token:
+        """Adds a token, if there is one, and may end the answer.
+
+        Returns:
+            What is certain now, which a stop text may end.
+        """
+        if token is not None:
+            self._detokenizer.add_token(token)
+        if last:
+            self._detokenizer.finalize()
+        text = self._detokenizer.last_segment
+        self._until_stop, ((_, text), *_) = TextStateMachine.split(self._until_stop, text)
+        stopped = self._until_stop[0] is None
+        if last and not stopped:
+            self._until_stop, held, _ = TextStateMachine.flush(self._until_stop)
+            text += held
+        self._parts, parts = TextStateMachine.split(self._parts, text)
+        if last or stopped:  # what may have begun a marker is none, and a call ends
+            self._parts, held, name = TextStateMachine.flush(self._parts)
+            parts.append((name, held))
+            is_cut = stopped or token is not None
+            parts.append(("cut" if is_cut and name == "tool" else "normal", ""))
+        certain = Token(finish_reason="stop" if stopped else None)
+        self._sort(parts, certain)
+        return certain
+
+    def _sort(self, parts: list[tuple[str, str]], certain: Token) -> None:
+        """Adds parts of the text by their kinds to what is certain; a call is added when whole."""
+        for name, part in parts:
+            if name == "tool":
+                self._call += part
+            elif name == "reasoning":
+                certain.reasoning += part
+            elif name == "cut":  # what there is of a call is none
+                certain.content += self._call
+                self._call = ""
+            elif name == "normal":
+                certain.calls += [self._call] if self._call else []
+                self._call = ""
+                certain.content += part
+
+
+def token_logprobs(logprobs: mx.array, token: int, n_tops: int) -> TokenLogprobs:
+    """Returns the log-probabilities of a chosen token and of the likeliest ones.
+
+    Args:
+        logprobs: Those of all tokens (V,).
+        token: The chosen token.
+        n_tops: The number of the likeliest tokens.
+    """
+    n_tops = min(n_tops, logprobs.size)
+    likeliest: Any = mx.argpartition(-logprobs, kth=n_tops - 1)[:n_tops].tolist() if n_tops else []
+    ids = [token, *likeliest]
+    values: Any = logprobs[mx.array(ids)].tolist()
+    values = [value if math.isfinite(value) else VERY_UNLIKELY for value in values]
+    chosen, *tops = zip(ids, values, strict=True)
+    return [chosen, *sorted(tops, key=lambda top: -top[1])]

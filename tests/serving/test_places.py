@@ -1,0 +1,130 @@
+"""Answers at once: an address has a third of them while others wait, and its n are all counted."""
+
+import json
+from contextlib import ExitStack
+from http.client import HTTPConnection
+
+import pytest
+
+from engines import SHORT, endless, flags, generated, job, submit, tokens_of, until
+from mlx_flashhead.serving.access import Access
+from mlx_flashhead.serving.answer_text import Token
+from mlx_flashhead.serving.endpoints import Api
+from mlx_flashhead.serving.serve import Server
+from scripted_server import running
+
+PLACES = 32  # the default
+SHARE = PLACES // 3
+ENDLESS = {"prompt": "x", "max_tokens": 400, "logit_bias": {"50": 100}}
+
+
+def addressed(jobs, address):
+    for one in jobs:
+        one.address = address
+    return jobs
+
+
+def many(engine, address, number, **fields):
+    """As many endless answers of an address."""
+    fields = {"max_tokens": 10_000, "logit_bias": {"50": 100}} | fields
+    return addressed([job(engine, [*SHORT, i], **fields) for i in range(number)], address)
+
+
+def has_begun(one):
+    until(one, Token)
+
+
+def stop(engine, jobs):
+    for one in jobs:
+        one.ended = True
+    tokens_of(submit(engine, SHORT))
+
+
+@pytest.fixture
+def send(start):
+    """A function that sends a request of an address, (address, fields) → the connection."""
+    engine = start()
+    router = Api(flags(), engine).router()
+
+    async def from_address(scope, receive, send):
+        scope["client"] = (dict(scope["headers"])[b"x-address"].decode(), 1)
+        await router(scope, receive, send)
+
+    with running(Server(from_address, Access())) as port, ExitStack() as opened:
+
+        def send(address, **fields):
+            connection = HTTPConnection("127.0.0.1", port, timeout=60)
+            opened.callback(connection.close)
+            connection.request(
+                "POST", "/v1/completions", json.dumps(fields), {"X-Address": address}
+            )
+            return connection
+
+        send.engine = engine
+        yield send
+
+
+def test_two_requests_of_16_do_not_keep_another_address_out(send):
+    """The program that starved it: its streams have begun, and hold every place."""
+    greedy = [send("a", n=16, stream=True, **ENDLESS).getresponse() for _ in range(2)]
+    for response in greedy:
+        seen = set()
+        while len(seen) < 16:
+            line = response.readline()
+            if line.startswith(b"data: "):
+                seen |= {choice["index"] for choice in json.loads(line[6:])["choices"]}
+    small = send("b", prompt="Hi", max_tokens=4).getresponse()
+    assert json.loads(small.read())["usage"]["completion_tokens"] == 4
+    for response in greedy:  # which go on, and each of their answers ends as it would have
+        ends = [line for line in response if b'"finish_reason": "length"' in line]
+        assert len(ends) == 16
+    assert send.engine.status == "ok" and not send.engine._begun
+
+
+def test_who_comes_takes_the_place_of_an_answer_beyond_a_share(start):
+    engine = start()
+    greedy = many(engine, "a", PLACES)
+    engine.submit(greedy)
+    for one in greedy:
+        has_begun(one)
+    assert len(engine._begun) == PLACES  # nobody else waits
+    others = many(engine, "b", PLACES)
+    engine.submit(others)
+    for one in others[:SHARE]:
+        has_begun(one)
+    counts = [sum(one in engine._begun for one in jobs) for jobs in (greedy, others)]
+    assert counts[0] <= PLACES - SHARE and counts[1] == SHARE
+    third = addressed([job(engine, SHORT)], "c")
+    engine.submit(third)
+    assert len(tokens_of(third[0])) == 8
+    assert not any(one.ended for one in (*greedy, *others))
+    stop(engine, [*greedy, *others])
+
+
+def test_two_addresses_that_come_at_once_have_a_third_each(start):
+    engine = start()
+    jobs = [*many(engine, "a", PLACES), *many(engine, "b", PLACES)]
+    engine.submit(jobs)
+    for one in (*jobs[:SHARE], *jobs[PLACES : PLACES + SHARE]):
+        has_begun(one)
+    begun = [one.address for one in engine._begun]
+    assert (begun.count("a"), begun.count("b")) == (SHARE, SHARE)
+    stop(engine, jobs)
+
+
+def test_an_answer_that_waited_again_has_the_text_that_it_has_alone(start, flash):
+    """With a seed, too."""
+    engine = start("--decode-concurrency", 3)
+    drawn = {"temperature": 1.5, "seed": 3}
+    alone = tokens_of(submit(engine, SHORT, 40, **drawn))
+    plain = generated(flash, [*SHORT, 5], 40)
+    jobs = [job(engine, SHORT, 40, **drawn), job(engine, [*SHORT, 5], 40)]
+    kept = endless(engine, [*SHORT, 6])
+    addressed([*jobs, kept], "a")
+    engine.submit(jobs)
+    others = [submit(engine, [*SHORT, 7, i]) for i in range(6)]
+    addressed(others, "b")
+    assert [tokens_of(one) for one in jobs] == [alone, plain]
+    for one in others:
+        assert len(tokens_of(one)) == 8
+    stop(engine, [kept])
