@@ -5,6 +5,7 @@
 It builds every architecture of the installed mlx-lm and mlx-vlm with random weights from the tests'
 small configurations, with a head of its own and with one tied to the embedding. What it finds is
 recorded in architectures.json, which the tests compare with the installed libraries, form by form.
+So is which of mlx-lm's take several tokens a step.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.locate import check_plain_product, find_head
 from mlx_flashhead.models.vlm import is_vlm
 from vlm_configs import PICTURES
+from wide_checks import form_that_holds
 
 DOCUMENT = CHECKOUT / "docs" / "architectures.md"
 RECORD = Path(__file__).with_suffix(".json")
@@ -39,6 +41,10 @@ UNTESTED = "not tested"
 LM_CONFIGS = "architecture_configs.py"
 VLM_CONFIGS = "vlm_configs.py"
 SERVED = "`"  # begins a cell that names the head
+STEPS = "several tokens a step"
+LENGTHS = 5, 12, 37  # tokens of prompts, the windows being of 8
+WIDTHS = 2, 3, 4  # tokens of a step
+HOLDS = {None: "no", False: "yes", True: "apart"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Form:
 
 
 Forms = dict[str, tuple[Form, Form]]  # untied and tied, by architecture
+Steps = dict[str, str]  # whether several tokens a step have the bits of single steps
 
 
 def examine(name: str, tied: bool, build: Callable[..., nn.Module], configs: str) -> Form:
@@ -109,13 +116,37 @@ def _examine_both(name: str, build: Callable[..., nn.Module], configs: str) -> t
     return examine(name, False, build, configs), examine(name, True, build, configs)
 
 
+def steps_survey(progress: bool = True) -> Steps:
+    """Whether each architecture of the installed mlx-lm takes several tokens a step."""
+    names = tqdm(architectures(), desc="Several tokens a step", disable=not progress)
+    with emulated():
+        return {name: steps_of(name) for name in names}
+
+
+def steps_of(name: str) -> str:
+    """Whether wide steps of an architecture hold, in float32 and in 4 bits."""
+    try:
+        model = tiny_architecture(name, tied=False)
+    except ImportError:
+        return HOLDS[None]
+    found = [form_that_holds(model, LENGTHS, WIDTHS)]
+    found.append(form_that_holds(quantized(model), LENGTHS, WIDTHS))
+    return HOLDS[None if None in found else any(found)]
+
+
+def recorded_steps() -> Steps:
+    """Which architectures took several tokens a step when the script last ran."""
+    steps: Steps = json.loads(RECORD.read_text(encoding="utf-8"))[STEPS]
+    return steps
+
+
 def recorded(library: str) -> Forms:
     """The forms of "mlx_lm" or "mlx_vlm" when the script last ran."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))[library]
     return {name: (Form(*untied), Form(*tied)) for name, (untied, tied) in record.items()}
 
 
-def record(surveyed: dict[str, Forms]) -> str:
+def record(surveyed: dict[str, Forms], steps: Steps) -> str:
     """The content of architectures.json, a line for each architecture."""
     parts = []
     for library, forms in surveyed.items():
@@ -125,10 +156,11 @@ def record(surveyed: dict[str, Forms]) -> str:
             lines.append(f"{json.dumps(name)}: {json.dumps(entry)}")
         joined = ",\n".join(lines)
         parts.append(f'"{library}": {{\n{joined}\n}}')
+    parts.append(f'"{STEPS}": {json.dumps(steps, indent=0)}')
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def document(lm: Forms, vlm: Forms) -> str:
+def document(lm: Forms, vlm: Forms, steps: Steps) -> str:
     """docs/architectures.md."""
     return f"""# Architectures
 
@@ -147,11 +179,18 @@ with a picture too. With all clusters scored the logits are the dense model's, a
 caps and biases. With few, the candidates' logits are, and the greedy token is a candidate. Plain
 operations replace the Metal kernels of `bitnet` and `muse_spark` there.
 
+*Several tokens a step* says whether steps of 2, 3 and 4 tokens leave all bits of logits and caches
+that single steps leave, and the step after them too: after prompts of 5, 12 and 37 tokens, past the
+ends of windows, in float32 and in 4 bits, on a CPU. They do for {_n_wide(steps)} of {len(steps)}.
+*Apart* means that each operation of their attention runs once per token, since its formula for one
+token is another than for several. A model itself is tried on the machine before it takes
+several tokens a step.
+
 ## Architectures of mlx-lm
 
-| untied | tied | bits | architectures |
-|---|---|---|---|
-{_groups(lm, bits=True)}
+| untied | tied | bits | several tokens a step | architectures |
+|---|---|---|---|---|
+{_groups(lm, steps)}
 
 Not served:
 
@@ -161,7 +200,7 @@ Not served:
 
 | untied | tied | architectures |
 |---|---|---|
-{_groups(vlm, bits=False)}
+{_groups(vlm)}
 
 Not served:
 
@@ -169,13 +208,17 @@ Not served:
 """
 
 
-def _groups(surveyed: Forms, *, bits: bool) -> str:
+def _n_wide(steps: Steps) -> int:
+    return sum(cell != HOLDS[None] for cell in steps.values())
+
+
+def _groups(surveyed: Forms, steps: Steps | None = None) -> str:
     """A line for all architectures with the same layers, the most frequent ones first."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, (untied, tied) in surveyed.items():
         cells = [untied.cell, tied.cell]
-        if bits:
-            cells.append(_bits((untied, tied)))
+        if steps is not None:
+            cells += [_bits((untied, tied)), steps[name]]
         groups.setdefault(tuple(cells), []).append(name)
     lines = []
     for group, names in sorted(groups.items(), key=lambda item: -len(item[1])):
@@ -217,12 +260,14 @@ def main() -> None:
     args = parser.parse_args()
     from_extra("mlx_vlm", "vlm", "scripts/architectures.py")
     surveyed = {"mlx_lm": survey(), "mlx_vlm": vlm_survey()}
-    RECORD.write_text(record(surveyed), encoding="utf-8")
-    Path(args.output).write_text(document(*surveyed.values()), encoding="utf-8")
+    steps = steps_survey()
+    RECORD.write_text(record(surveyed, steps), encoding="utf-8")
+    Path(args.output).write_text(document(*surveyed.values(), steps), encoding="utf-8")
     for library, forms in surveyed.items():
         print(
             f"{len(_served(forms))} of {len(forms)} architectures of {library} {version(library)}"
         )
+    print(f"{_n_wide(steps)} of {len(steps)} take several tokens a step")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ class Positions:
             )
         return _gathered(found)
 
+    def __bool__(self) -> bool:
+        raise TypeError("Positions of a step differ where a single step takes one of two branches.")
+
     __hash__ = None  # type: ignore[assignment]
 
 

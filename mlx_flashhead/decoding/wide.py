@@ -10,6 +10,7 @@ guess changes nothing but the time. Whoever wants the states takes them where th
 called, as in single steps.
 """
 
+import logging
 import weakref
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,9 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .wide_caches import fits, is_known, needs_replay, stand_in
-from .wide_twin import Twin, parts_of
+from .wide_twin import NoWideStepError, Twin, parts_of
 
 MAX_WIDTH = 8  # tokens of a step
+log = logging.getLogger(__name__)
 
 
 class Established(NamedTuple):
@@ -84,18 +86,33 @@ class WideSteps:
             tokens: Of an established width, or a single one; they may not be computed yet.
             caches: The text's caches, which hold the tokens then.
 
+        Raises:
+            NoWideStepError: If the model does at these positions what it did not in the trial. The
+                caches are unchanged, and there are no more wide steps with caches like these.
         """
         if tokens.shape[1] == 1:
             return self.feed_by(self.model, tokens, caches)
-        apart = self.established[kind_of(caches)].apart
-        return self.feed_by(self.twin(apart=apart), tokens, caches)
+        kind = kind_of(caches)
+        try:
+            return self.feed_by(self.twin(apart=self.established[kind].apart), tokens, caches)
+        except NoWideStepError as error:
+            log.info("Steps of several tokens are off: %s", error)
+            self.established[kind] = Established([])
+            raise
 
     def feed_by(self, model: Any, tokens: mx.array, caches: list[Any]) -> "WideStep":
         """Feeds tokens to a twin, or a single one to the model."""
         n_tokens = tokens.shape[1]
         stand_ins = [stand_in(cache, n_tokens) for cache in caches]
-        given = [each.given for each in stand_ins] if n_tokens > 1 else caches
-        logits = model(tokens, cache=given)
+        if n_tokens == 1:
+            logits = model(tokens, cache=caches)
+            return WideStep(self, tokens, caches, stand_ins, logits)
+        try:
+            logits = model(tokens, cache=[each.given for each in stand_ins])
+        except Exception as error:  # a model may do anything
+            for each in stand_ins:
+                each.back_to(0)
+            raise NoWideStepError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
         return WideStep(self, tokens, caches, stand_ins, logits)
 
 

@@ -22,7 +22,7 @@ from ..models.compat.mlx_lm import (
 from .positions import Positions
 
 GROWING = (KVCache, QuantizedKVCache)  # whose trimming changes an offset alone
-STEPWISE = (RotatingKVCache, ConcatenateKVCache, ChunkedKVCache)
+OTHERS = (RotatingKVCache, ConcatenateKVCache, ChunkedKVCache)
 
 
 def is_known(cache: Any) -> bool:
@@ -31,7 +31,7 @@ def is_known(cache: Any) -> bool:
         return all(map(is_known, cache.caches))
     if type(cache) is ArraysCache:
         return cache.lengths is None and cache.left_padding is None
-    return type(cache) in (*GROWING, *STEPWISE)
+    return type(cache) in (*GROWING, *OTHERS)
 
 
 def fits(cache: Any, n_positions: int) -> bool:
@@ -43,8 +43,15 @@ def fits(cache: Any, n_positions: int) -> bool:
     return True
 
 
+def needs_replay(cache: Any) -> bool:
+    """Whether a cache can be brought back to the beginning of a step alone."""
+    if type(cache) is CacheList:
+        return any(map(needs_replay, cache.caches))
+    return type(cache) is ArraysCache
+
+
 def stand_in(cache: Any, n_positions: int) -> Any:
-    """The stand-in for a cache, or for each of its parts."""
+    """What stands in for a cache; ``given`` of it is for the model."""
     if type(cache) is CacheList:
         return ListStandIn(cache, [stand_in(part, n_positions) for part in cache.caches])
     if type(cache) is ArraysCache:
@@ -52,101 +59,104 @@ def stand_in(cache: Any, n_positions: int) -> Any:
     return KeyValueStandIn(cache, n_positions)
 
 
-class _KeysAndValues:
-    """The arrays of a cache, which some models exchange."""
+class _StandIn:
+    """Looks like a cache, whose arrays some models exchange."""
 
-    cache: Any
-
-    @property
-    def keys(self) -> Any:
-        """The keys of all positions."""
-        return self.cache.keys
-
-    @keys.setter
-    def keys(self, keys: Any) -> None:
-        self.cache.keys = keys
-
-    @property
-    def values(self) -> Any:
-        """The values of all positions."""
-        return self.cache.values
-
-    @values.setter
-    def values(self, values: Any) -> None:
-        self.cache.values = values
+    def __init__(self, cache: Any):
+        self.cache = cache
+        self.given = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("keys", "values"):
+            setattr(self.cache, name, value)
+        else:
+            super().__setattr__(name, value)
 
-class KeyValueStandIn(_KeysAndValues):
+
+class KeyValueStandIn(_StandIn):
     """Stands in for a cache of keys and values.
 
-    Arrays that hold several positions are written once. A window past its end is written once per
+    Arrays that hold all positions are written once. A window past its end is written once per
     position, since its places are written again: what each update left is kept.
     """
 
     def __init__(self, cache: Any, n_positions: int):
-        self.cache = cache
+        super().__init__(cache)
         self.n_positions = n_positions
         self._before = cache.offset
-        self._left = [_state(cache)] if type(cache) in STEPWISE else []
-        self._fetched: tuple[Positions, Positions] | None = None
-        self.given = self
+        self._left: list[dict[str, Any]] = []  # the cache's attributes after each position
+        self._is_trimmed = type(cache) in GROWING or _is_straight(cache, n_positions)
+        if not self._is_trimmed:
+            self._keep_state()
 
-    def make_mask(self, n_positions: int, **options: Any) -> Any:
+    def make_mask(self, n_positions: int, **options: Any) -> Positions | None:
         """The mask of each position, as a single step would make it; None where all are None."""
-        if n_positions == 1:
-            return self.cache.make_mask(1, **options)
-        if options.get("window_size") is None or not hasattr(self.cache, "make_mask"):
+        if options.get("window_size") is None:
             return None
-        probe = _without_contents(self.cache)
+        probe = copy.copy(self.cache)
+        if _is_window(probe) and probe.keys is not None:  # its places are what matters
+            probe.keys = probe.values = mx.zeros((1, 1, self.cache.keys.shape[2], 1))
         masks = []
         for _ in range(n_positions):
             masks.append(probe.make_mask(1, **options))
-            if is_window(probe):
-                probe.update_and_fetch(*[mx.zeros((1, 1, 1, 1))] * 2)
+            if _is_window(probe):
+                probe.update_and_fetch(mx.zeros((1, 1, 1, 1)), mx.zeros((1, 1, 1, 1)))
             else:
                 probe.offset += 1
         return None if all(mask is None for mask in masks) else Positions(masks)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Positions, Positions]:
         """The keys and values (1, H, N, D) that each of T positions finds in single steps."""
-        fetched: list[tuple[Any, Any]] = []
-        while len(fetched) < keys.shape[2]:
-            n = self._n_together(keys.shape[2] - len(fetched))
-            some = slice(len(fetched), len(fetched) + n)
-            left = _update(self.cache, keys[:, :, some], values[:, :, some])
-            for n_later in reversed(range(n)):
-                fetched.append(tree_map(lambda array: _first(array, n_later), left))  # noqa: B023
-                if self._left:
-                    self._left.append(_state(self.cache, n_later))
-        self._fetched = (
-            Positions(each[0] for each in fetched),
-            Positions(each[1] for each in fetched),
-        )
-        return self._fetched
-
-    def keys_and_values(self) -> tuple[Positions, Positions]:
-        """What the update of this step handed out."""
-        if self._fetched is None:
-            raise TypeError("The keys and values of a cache were read before its update.")
-        return self._fetched
+        found: list[Any] = []
+        while len(found) < keys.shape[2]:
+            n = self._n_together(keys.shape[2] - len(found))
+            some = slice(len(found), len(found) + n)
+            whole = self._update(keys[:, :, some], values[:, :, some])
+            found += [_without_last(whole, n - 1 - j) for j in range(n)]
+            if not self._is_trimmed:
+                self._keep_state()
+        return Positions(each[0] for each in found), Positions(each[1] for each in found)
 
     def _n_together(self, n: int) -> int:
         """How many of the next ``n`` positions are written at once, as single steps write them."""
+        if not self._is_trimmed:
+            return 1
+        if self.cache.keys is None:
+            room = 0
+        else:
+            arrays = self.cache.keys if type(self.cache) is QuantizedKVCache else [self.cache.keys]
+            room = arrays[0].shape[2] - self.cache.offset
+        # what grows has room for all of them then, but a window
+        return min(n, room) or (1 if _is_window(self.cache) else n)
+
+    def _update(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Writes positions, and returns what the last of them gets."""
         cache = self.cache
-        if type(cache) in GROWING:
-            return min(n, _room(cache)) or n  # a longer array has room for all of them
-        return max(1, min(n, _room(cache))) if is_window(cache) else 1
+        n = keys.shape[2]
+        if not _is_window(cache) or n == 1:
+            return cast(tuple[Any, Any], cache.update_and_fetch(keys, values))
+        # several positions by its own method would begin new arrays
+        places = slice(cache.offset, cache.offset + n)
+        cache.keys[..., places, :] = keys
+        cache.values[..., places, :] = values
+        cache.offset += n
+        cache._idx += n
+        return cache.keys[..., : cache.offset, :], cache.values[..., : cache.offset, :]
+
+    def _keep_state(self) -> None:
+        """Keeps the cache as it is. The next update writes into its arrays, not into these."""
+        keys, values = (_without_last(each, 0) for each in (self.cache.keys, self.cache.values))
+        self._left.append(vars(self.cache) | {"keys": keys, "values": values})
 
     def back_to(self, n: int) -> None:
         """Brings the cache back to the first ``n`` positions of this step."""
-        if self._left:
-            if len(self._left) > n:
-                vars(self.cache).update(self._left[n])
-        elif self.cache.offset > self._before + n:
-            self.cache.trim(self.cache.offset - self._before - n)
+        if self._is_trimmed:
+            self.cache.trim(max(0, self.cache.offset - self._before - n))
+        elif n < len(self._left):
+            vars(self.cache).update(self._left[n])
 
 
 class ArraysSnapshot:
@@ -161,17 +171,13 @@ class ArraysSnapshot:
         self.given.cache = self._before
 
 
-class ListStandIn:
+class ListStandIn(_StandIn):
     """Stands in for a list of caches of one layer."""
 
     def __init__(self, cache: Any, parts: list[Any]):
-        self.cache = cache
+        super().__init__(cache)
         self.parts = parts
         self.caches = tuple(part.given for part in parts)
-        self.given = self
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.cache, name)
 
     def __getitem__(self, index: Any) -> Any:
         return self.caches[index]
@@ -182,12 +188,11 @@ class ListStandIn:
             part.back_to(n)
 
 
-class ApartStandIn(_KeysAndValues):
+class ApartStandIn(_StandIn):
     """A stand-in for code that has :class:`Positions` in the place of arrays."""
 
     def __init__(self, stand_in: KeyValueStandIn):
-        self.cache = stand_in.cache
-        self.given = self
+        super().__init__(stand_in.cache)
         self._stand_in = stand_in
 
     @property
@@ -211,67 +216,19 @@ def apart_stand_in(value: Any) -> Any:
     return value
 
 
-def needs_replay(cache: Any) -> bool:
-    """Whether a cache can be brought back to the beginning of a step alone."""
-    if type(cache) is CacheList:
-        return any(map(needs_replay, cache.caches))
-    return type(cache) is ArraysCache
-
-
-def is_window(cache: Any) -> bool:
+def _is_window(cache: Any) -> bool:
     """Whether a cache holds the latest positions alone, and writes over the others."""
     return type(cache) is RotatingKVCache
 
 
-def _room(cache: Any) -> int:
-    """Places after a cache's last position that are free."""
-    if cache.keys is None:
-        return 0
-    first = cache.keys[0] if isinstance(cache, QuantizedKVCache) else cache.keys
-    n_places: int = first.shape[2]
-    if is_window(cache) and (cache._idx != cache.offset or n_places > cache.max_size):
-        return 0
-    return n_places - cast(int, cache.offset)
+def _is_straight(cache: Any, n_positions: int) -> bool:
+    """Whether a window still has all of its text in order after some more positions."""
+    in_order = _is_window(cache) and cache._idx == cache.offset
+    return bool(in_order and cache.offset + n_positions <= cache.max_size)
 
 
-def _update(cache: Any, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-    """Writes positions, as single steps write them, and returns what the last of them gets."""
-    n = keys.shape[2]
-    if not is_window(cache) or n == 1:
-        return cast(tuple[Any, Any], cache.update_and_fetch(keys, values))
-    # several positions by its own method would begin a new array
-    places = slice(cache._idx, cache._idx + n)
-    cache.keys[..., places, :] = keys
-    cache.values[..., places, :] = values
-    cache.offset += n
-    cache._idx += n
-    return cast(tuple[Any, Any], cache.keys_and_values())
-
-
-def _first(array: mx.array, n_later: int) -> mx.array:
-    """An array of its own with the keys of all positions but the last ``n_later``."""
-    return array[..., : array.shape[-2] - n_later, :]
-
-
-def _state(cache: Any, n_later: int = 0) -> dict[str, Any]:
-    """A cache's attributes as they are without its last ``n_later`` positions.
-
-    Its arrays are others than the cache's own, which the next update writes into.
-    """
-    state = dict(vars(cache))
-    for name in ("keys", "values"):
-        if state[name] is not None:
-            state[name] = _first(state[name], 0)
-    for name in ("offset", "_idx"):
-        if name in state:
-            state[name] -= n_later
-    return state
-
-
-def _without_contents(cache: Any) -> Any:
-    """A copy of a cache that knows its places, with keys and values of a single number each."""
-    probe = copy.copy(cache)
-    if is_window(cache) and cache.keys is not None:
-        probe.keys = mx.zeros((1, 1, cache.keys.shape[2], 1))
-        probe.values = mx.zeros((1, 1, cache.keys.shape[2], 1))
-    return probe
+def _without_last(arrays: Any, n: int) -> Any:
+    """Arrays of their own with the keys or values of all positions but the last ``n``."""
+    if arrays is None:
+        return None
+    return tree_map(lambda array: array[..., : array.shape[-2] - n, :], arrays)

@@ -23,6 +23,7 @@ from ..models.compat.mlx_lm import (
 from ..models.install import get_flash_head
 from .wide import MAX_WIDTH, Established, WideSteps, kind_of
 from .wide_caches import is_known
+from .wide_twin import NoWideStepError
 
 SHORT = 5  # tokens of the prompt after which every width is tried
 LONG = (1022, 4094)  # tokens before a length at which MLX's attention changes kernels
@@ -51,8 +52,8 @@ def _tried(steps: WideSteps, caches: list[Any]) -> Established:
         trial = _Trial(steps, caches, apart)
         try:
             widths = trial.widths()
-        except Exception as error:  # a model may do anything
-            log.info("Steps of several tokens are off: %s: %s", type(error).__name__, error)
+        except NoWideStepError as error:
+            log.info("Steps of several tokens are off: %s", error)
         if widths:
             return Established(widths, apart)
     return Established([])
@@ -205,10 +206,12 @@ def _contents(caches: list[Any]) -> list[mx.array]:
     contents: list[mx.array] = []
     for cache in _parts(caches):
         if type(cache) is ArraysCache:
-            contents += _arrays(cache.cache)
+            contents += [array[...] for array in _arrays(cache.cache)]
         else:
-            contents += [*_arrays(cache.keys_and_values()), mx.array([cache.offset])]
-    return [array[...] for array in contents]
+            n = cache.offset - getattr(cache, "start_position", 0)
+            arrays = _arrays([cache.keys, cache.values])
+            contents += [*(array[..., :n, :] for array in arrays), mx.array([cache.offset])]
+    return contents
 
 
 def _arrays(tree: Any) -> list[mx.array]:

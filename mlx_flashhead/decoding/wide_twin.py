@@ -22,6 +22,7 @@ from .positions import Positions, apart, apart_value, at
 from .wide_caches import KeyValueStandIn, apart_stand_in
 
 UPDATE = "update_and_fetch"  # what an attention calls its cache's method
+ROTATES = ("self", "x", "offset")  # the arguments of a rotation
 
 
 class NoWideStepError(Exception):
@@ -85,6 +86,17 @@ class _Matrix(nn.Module):
         if alone and x.ndim <= 3 and x.shape[-1] == self.weight.shape[-1]:
             return in_rows(super().__call__, x)
         return apart(super().__call__)(*args, **named)
+
+
+class _Rotation(nn.Module):
+    """A rotation whose frequencies depend on the length of the text, as with dynamic NTK."""
+
+    def __call__(self, x: Any, offset: Any = 0) -> Any:
+        rotate = super().__call__
+        if isinstance(x, Positions) or x.shape[-2] == 1:
+            return apart(rotate)(x, offset)
+        rotated = [rotate(x[..., j : j + 1, :], offset + j) for j in range(x.shape[-2])]
+        return mx.concatenate(rotated, axis=-2)
 
 
 class _Apart(nn.Module):
@@ -270,17 +282,25 @@ def _mixin_of(module: nn.Module) -> type | None:
         return _Linear
     if type(module) in (nn.Embedding, nn.QuantizedEmbedding):
         return _Embedding
+    call = _call_of(type(module))
+    if call is not None and call.co_varnames[:3] == ROTATES and "shape" in call.co_names:
+        return _Rotation
     weight = dict.get(cast(Any, module), "weight")
     if not isinstance(weight, mx.array) or weight.ndim != 2:
         return None
     return _Matrix if mx.issubdtype(weight.dtype, mx.floating) else None
 
 
+def _call_of(cls: type) -> CodeType | None:
+    """The code of a class's call, if it is mlx-lm's."""
+    calls = (function for name, function in library_functions(cls) if name == "__call__")
+    return next((call.__code__ for call in calls), None)
+
+
 def updates_cache(cls: type) -> bool:
     """Whether a class is an attention: its call hands keys and values to a cache."""
-    functions = dict(reversed(list(library_functions(cls))))
-    call = functions.get("__call__")
-    return call is not None and UPDATE in call.__code__.co_names
+    call = _call_of(cls)
+    return call is not None and UPDATE in call.co_names
 
 
 def exchanged_globals(names: Mapping[str, Any]) -> dict[str, Any]:

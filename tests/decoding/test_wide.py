@@ -17,8 +17,9 @@ from flash_loops import make_flash
 from mlx_flashhead.decoding import wide_caches, wide_twin
 from mlx_flashhead.decoding.wide import Established, WideSteps, kind_of
 from mlx_flashhead.decoding.wide_trial import established_widths
+from mlx_flashhead.decoding.wide_twin import NoWideStepError
 from tiny_models import tiny_model
-from wide_checks import held, read, same_as_single, single_steps, wide_steps
+from wide_checks import FORMS, held, read, same_as_single, single_steps, wide_steps
 
 ALL = [2, 3, 4, 5, 6, 7, 8]
 # windows, a state, experts, lists of caches, an attention with a formula for one token
@@ -111,6 +112,28 @@ def test_a_chunk_that_forgets_its_beginning_is_read_singly(model):
     steps = wide_steps(model, caches, apart=False)
     read(model, 14, caches)
     assert steps.widths(caches) == [2, 3, 4, 5, 6]
+
+
+def test_a_rotation_by_the_length_of_the_text_is_each_positions():
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    model = tiny_model(max_position_embeddings=16, rope_scaling=scaling)
+    assert all(
+        same_as_single(model, length, 4, apart=apart) for length in (14, 20) for apart in FORMS
+    )
+
+
+def test_what_the_trial_did_not_see_changes_nothing():
+    """Past 64 tokens this model looks at some of them alone."""
+    model = tiny_architecture("deepseek_v32", tied=False)
+    caches, tokens = read(model, 62)
+    single = copy.deepcopy(caches)
+    before = held(caches)
+    steps = wide_steps(model, caches, apart=True)
+    with pytest.raises(NoWideStepError, match="differ"):
+        steps.feed(tokens[:, :4], caches)
+    assert held(caches) == before
+    assert steps.widths(caches) == []
+    assert single_steps(model, tokens, caches) == single_steps(model, tokens, single)
 
 
 class OtherCache(lm_caches.KVCache):
@@ -237,7 +260,7 @@ def _keys_of_the_next(monkeypatch):
 
 
 def _a_window_keeps_its_array(monkeypatch):
-    monkeypatch.setattr(wide_caches, "_first", lambda array, n_later: array)
+    monkeypatch.setattr(wide_caches, "_without_last", lambda arrays, n: arrays)
 
 
 @pytest.mark.parametrize(

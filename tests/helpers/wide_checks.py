@@ -28,9 +28,10 @@ def held(caches) -> list[tuple]:
         elif isinstance(cache, ArraysCache):
             arrays += bits(array for array in cache.cache if array is not None)
         elif cache.offset:
-            tree = tree_flatten(list(cache.keys_and_values()))
-            places = [getattr(cache, name, None) for name in ("offset", "_idx", "start_position")]
-            arrays += [*bits(array for _, array in tree), places]
+            start = getattr(cache, "start_position", 0)
+            tree = tree_flatten([cache.keys, cache.values])
+            valid = [array[..., : cache.offset - start, :] for _, array in tree]
+            arrays += [*bits(valid), (start, cache.offset, getattr(cache, "_idx", None))]
     return arrays
 
 

@@ -12,9 +12,13 @@ from architecture_models import architectures, quantized, tiny_architecture
 from flash_loops import Flash
 from form_checks import by_form, check_form, check_other, on_this_machine
 from mlx_flashhead.models.locate import find_head
+from wide_checks import same_as_single
 
 FOUND = script.recorded("mlx_lm")
+STEPS = script.recorded_steps()
 _on_this_machine = on_this_machine("mlx_lm")
+NAMED = "llama qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next qwen3_5 qwen3_5_moe gemma3 gemma3_text "
+NAMED += "gemma4 gemma4_text gpt_oss ministral3 mistral3 mixtral glm4 glm4_moe lfm2 lfm2_moe"
 
 
 def test_the_page_is_what_the_script_writes():
@@ -23,9 +27,10 @@ def test_the_page_is_what_the_script_writes():
         "line in tests/helpers/architecture_configs.py"
     )
     page = script.DOCUMENT.read_text(encoding="utf-8")
-    assert script.document(FOUND, script.recorded("mlx_vlm")) == page
+    assert script.document(FOUND, script.recorded("mlx_vlm"), STEPS) == page
     assert script.UNTESTED not in page
     assert sum(any(form.served for form in forms) for forms in FOUND.values()) >= 120
+    assert sum(cell != "no" for cell in STEPS.values()) >= 120
 
 
 @by_form(FOUND, lambda form: not form.served)
@@ -61,3 +66,18 @@ def test_flash_head(name, tied, bits, writes):
     check_form(model, location, lambda: steps(model, tokens))
     if writes:  # whatever it does with its head's logits, and whatever its caches are
         Flash(model).checked({"temp": 2.0, "seed": 1}, prompt=tokens[0].tolist(), max_tokens=5)
+
+
+@pytest.mark.parametrize("name", [name for name, cell in STEPS.items() if cell != "no"])
+def test_several_tokens_a_step(name):
+    """A window of 8 tokens ends within the first step, and is past its end at the second one."""
+    in_4_bits = [*STEPS].index(name) % 2
+    model = tiny_architecture(name, tied=False)
+    model = quantized(model) if in_4_bits else model
+    apart = STEPS[name] == "apart"
+    assert all(same_as_single(model, length, 3, apart=apart) for length in (6, 13))
+
+
+@pytest.mark.parametrize("name", NAMED.split())
+def test_models_of_the_list_take_several_tokens_a_step(name):
+    assert STEPS[name] == "yes"
