@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from ..head.draws.rows import Draws
 from .proposer import Proposer
+from .rounding import differs_among_others
 from .sampler import SamplerFunction, normalized
 from .sequence import PendingToken, Sequence
 
@@ -38,9 +39,8 @@ def choose_densely(
     """
     n = len(sequences)
     each = [logits[i : i + 1] if n > 1 else logits for i in range(n)]
-    if states and len(states[-1]) > 1 and logits.dtype != mx.float32:
-        # In 16 bits a product of several states rounds otherwise. The text of a sequence that can
-        # be verified must be the one that it has alone, so its row is multiplied by itself.
+    if states and len(states[-1]) > 1 and differs_among_others(logits.dtype):
+        # the text of a sequence that can be verified is the one that it has alone
         for i, sequence in enumerate(sequences):
             if proposer.can_verify(sequence):
                 row = i if rows is None else rows[i]

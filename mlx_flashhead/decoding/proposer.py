@@ -17,6 +17,7 @@ from ..models.install import get_flash_head, hidden_dtype, is_recognised, logit_
 from .changes import mask_array, with_few_allowed
 from .pace import Pace
 from .policy import DecodingPolicy, decoding_mode, policy_of
+from .rounding import differs_among_others
 from .sequence import PendingToken, Sequence
 from .settings import DecodingSettings
 
@@ -129,13 +130,14 @@ class Proposer:
         """Whether proposals may pay for a sequence that is one of ``n_texts``.
 
         One sampled text was measured when the head was tuned. Several were not: their pace decides,
-        but in 16 bits, where each row of a batch whose dense tokens may be verified later costs a
-        product of its own.
+        but not where each row of a batch whose dense tokens may be verified later costs a product
+        of its own.
         """
         policy = self.policy
         if sequence.greedy or self.settings.n_probes is not None or not policy.sampled_dense:
             return True
-        return n_texts > 1 and policy.adapts and not policy.lockstep and self._in_float32
+        several = n_texts > 1 and policy.adapts and not policy.lockstep
+        return several and not differs_among_others(self._logits_dtype)
 
     def can_verify(self, sequence: Sequence) -> bool:
         """Whether a sequence's choices can be verified."""
@@ -146,9 +148,9 @@ class Proposer:
         return sequence.changes is not None and sequence.changes.fit(self.head.vocab_size)
 
     @property
-    def _in_float32(self) -> bool:
+    def _logits_dtype(self) -> mx.Dtype:
         rows = cast(FlashHead, self.head).clustered.rows
-        return rows.logits_dtype(hidden_dtype(self.model)) == mx.float32
+        return rows.logits_dtype(hidden_dtype(self.model))
 
     def reading(self) -> AbstractContextManager[None]:
         """A block in which the model reads prompts.

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import numpy as np
 
-from ..head.backend import logits_of_scores
+from ..head.backend import logits_of_scores, scored_logits_agree, shows_other_sums
 from ..head.dense_kernels import DenseKernel, dense_kernel, split_parts
 from ..head.flash_head import FlashHead
 from ..head.margins import FLOAT32, IN_16_BITS, MEASURED_TIMES, TF32, ULPS
@@ -172,9 +172,8 @@ def measure_rounding(head: FlashHead, dtype: mx.Dtype) -> dict[int, Rounding]:
     become 16 bits first; TF32; sums in parts; sums of hidden values. If four times what a few
     states show on this machine is more, that counts.
 
-    A scored logit has no tolerance if all N_STATES·V scored logits are the dense ones to the last
-    bit, and both are the same sums by the table of MLX's kernels. Fewer rounded logits would not
-    show another order of the sums.
+    A scored logit has no tolerance if those of some states are the dense ones to the last bit, and
+    both are the same sums by the table of MLX's kernels.
 
     Source: Higham 2002, "Accuracy and stability of numerical algorithms", section 3.1.
 
@@ -195,7 +194,6 @@ def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]
     hidden = mx.random.normal((CLASSES[-1], head.hidden_size), key=mx.random.key(0)).astype(dtype)
     states = [hidden[i : i + 1] for i in range(N_STATES)]
     alone = mx.concatenate([head.dense_logits(state) for state in states])
-    scored = mx.concatenate([logits_of_scores(head.steps, state) for state in states])
     rows = head.clustered.rows
     longest, longest_offsets = _longest_rows(head)
     kernel = _dense_kernel(head)
@@ -213,9 +211,9 @@ def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]
     lengths = norms * longest
 
     in_float32 = 2 * (head.hidden_size + 1) * FLOAT32
-    same = bool(mx.array_equal(scored, alone).item()) and (kernel is None or kernel.scored)
     scored_share = 0.0
-    if not same:
+    if not _scores_are_dense(head, dtype):
+        scored = mx.concatenate([logits_of_scores(head.steps, state) for state in states])
         scored_share = max(in_float32, _share_beyond(allowed, scored, alone, lengths))
     for size in _classes():
         starts = range(0, N_STATES, size)
@@ -225,6 +223,18 @@ def _measured(head: FlashHead, dtype: mx.Dtype) -> Iterator[tuple[int, Rounding]
         known = in_float32 + _coarser(rows, head.clustered.token_ids.size, product_dtype, size)
         share = max(known, _share_beyond(allowed, together, alone, lengths))
         yield size, Rounding(epsilon, longest, share, scored_share, sums)
+
+
+def _scores_are_dense(head: FlashHead, dtype: mx.Dtype) -> bool:
+    """Whether scored logits are the dense ones to the last bit: by MLX's table, and as seen.
+
+    In 16 bits few logits show another order of sums, so that those of a small vocabulary do not do.
+    """
+    kernel = _dense_kernel(head)
+    if kernel is not None and not kernel.scored:
+        return False
+    shown = shows_other_sums(head.vocab_size, head.clustered.rows.logits_dtype(dtype))
+    return shown and scored_logits_agree(head.steps, dtype) == 1
 
 
 def _share_beyond(allowed: mx.array, logits: mx.array, alone: mx.array, lengths: mx.array) -> float:
@@ -261,6 +271,14 @@ def _coarser(rows: Matrix, n_rows: int, dtype: mx.Dtype, n_states: int) -> float
     n_parts = split_parts(rows, n_rows) if mx.default_device().type != mx.cpu else 1
     # the rows become 16 bits; so does each part of a sum, and each sum of parts
     return half * (1 if n_parts == 1 else 1 + n_parts)
+
+
+def differs_among_others(dtype: mx.Dtype) -> bool:
+    """Whether a state's logits of ``dtype`` may be others in a product of several states.
+
+    By more than float32's own rounding: in 16 bits, or where float32 becomes TF32.
+    """
+    return dtype != mx.float32 or may_use_tf32()
 
 
 def may_use_tf32() -> bool:

@@ -6,6 +6,7 @@ Kernels are first tried beside the operations at their real shapes.
 import logging
 import os
 import re
+from typing import cast
 
 import mlx.core as mx
 
@@ -27,7 +28,11 @@ HOW_TO_REPORT = f"please report this as an issue, with the output of `{COMMAND}`
 
 log = logging.getLogger("mlx_flashhead")
 
-N_STATES = 3  # whose dense logits are compared
+N_STATES = 3  # whose logits are compared, at least: in float32 most logits show another order
+# Of a million logits in 16 bits some forty or more show another order of sums, of 24,000 perhaps
+# none. A vocabulary below ENOUGH_LOGITS / MOST_STATES has fewer.
+ENOUGH_LOGITS = 1_000_000
+MOST_STATES = 128
 SCORED_AT_ONCE = 1024  # clusters, of which a CPU makes a copy
 
 
@@ -159,8 +164,8 @@ def check_dense_rows(steps: PortableSteps, rows: Matrix, dtype: mx.Dtype) -> Non
         rows: (V, D), in token order.
         dtype: Of the hidden states.
     """
-    for seed in range(N_STATES):
-        hidden = mx.random.normal((1, rows.hidden_size), key=mx.random.key(seed)).astype(dtype)
+    for seed in range(n_compared(rows.n_rows, rows.logits_dtype(dtype))):
+        hidden = random_state(rows.hidden_size, seed, dtype)
         if not mx.array_equal(steps.dense(hidden), rows.matmul(hidden)).item():
             steps.gathers_rows = True
             log.warning(
@@ -187,11 +192,31 @@ def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
 
 
 def scored_logits_agree(steps: PortableSteps, dtype: mx.Dtype) -> float:
-    """Returns the share of the V logits that scoring gives like MLX's product with one state.
+    """Returns the share of logits that scoring gives like MLX's product with one state.
 
-    They must agree to the last bit. Evaluates.
+    They must agree to the last bit. It looks at the logits of :func:`n_compared` states. Evaluates.
     """
-    width = steps.clustered.rows.hidden_size
-    hidden = mx.random.normal((1, width), key=mx.random.key(1)).astype(dtype)
-    same = logits_of_scores(steps, hidden) == steps.dense(hidden)
-    return int(mx.sum(same)) / same.size
+    clustered = steps.clustered
+    n_states = n_compared(clustered.vocab_size, clustered.rows.logits_dtype(dtype))
+    n_same = 0
+    for seed in range(n_states):
+        hidden = random_state(clustered.rows.hidden_size, seed, dtype)
+        n_same += cast(int, mx.sum(logits_of_scores(steps, hidden) == steps.dense(hidden)).item())
+    return n_same / (n_states * clustered.vocab_size)
+
+
+def n_compared(vocab_size: int, dtype: mx.Dtype) -> int:
+    """The number of states whose logits of ``dtype`` are compared: in 16 bits ENOUGH_LOGITS."""
+    if dtype == mx.float32:
+        return N_STATES
+    return max(N_STATES, min(-(-ENOUGH_LOGITS // vocab_size), MOST_STATES))
+
+
+def shows_other_sums(vocab_size: int, dtype: mx.Dtype) -> bool:
+    """Whether so many logits of ``dtype`` would show that they are sums in another order."""
+    return dtype == mx.float32 or n_compared(vocab_size, dtype) * vocab_size >= ENOUGH_LOGITS
+
+
+def random_state(hidden_size: int, seed: int, dtype: mx.Dtype) -> mx.array:
+    """A hidden state (1, D) to compare kernels on."""
+    return mx.random.normal((1, hidden_size), key=mx.random.key(seed)).astype(dtype)

@@ -4,6 +4,7 @@ import pytest
 
 from flash_loops import make_flash
 from mlx_flashhead.decoding.verification import Verification
+from mlx_flashhead.head import backend
 from mlx_flashhead.head.draws import filters
 
 
@@ -16,6 +17,12 @@ def flash():
 def _rows_are_halved(monkeypatch):
     """A draw halves rows of these few tokens, as it does those of a real vocabulary."""
     monkeypatch.setattr(filters, "SORTED", 16)
+
+
+@pytest.fixture(autouse=True)
+def _few_logits_are_enough(monkeypatch):
+    """The scored logits of these small vocabularies may be the dense ones, too."""
+    monkeypatch.setattr(backend, "ENOUGH_LOGITS", 600)
 
 
 @pytest.fixture

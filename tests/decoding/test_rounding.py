@@ -10,6 +10,8 @@ import pytest
 from flash_loops import make_flash
 from kernel_cases import make_rows
 from mlx_flashhead.decoding import batch, rounding
+from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rounding import (
     CLASSES,
     RoundedSums,
@@ -17,6 +19,7 @@ from mlx_flashhead.decoding.rounding import (
     measure_rounding,
     rounding_of,
 )
+from mlx_flashhead.head import backend
 from mlx_flashhead.head.dense_kernels import DenseKernel
 from mlx_flashhead.head.margins import FLOAT32, TF32
 from mlx_flashhead.head.steps import Candidates
@@ -85,6 +88,25 @@ def test_no_text_differs_where_products_are_made_in_tf32(monkeypatch):
     assert used
 
 
+@pytest.mark.parametrize("by_tf32", [False, True])
+def test_dense_tokens_of_a_batch_are_computed_alone_where_products_are_made_in_tf32(
+    monkeypatch, by_tf32
+):
+    """In float32, too: each token of a text that can be verified later."""
+    flash = make_flash(num_hidden_layers=2)
+    policy_of(flash.head).max_batch = 1  # so that two texts are dense for the time being
+    alone = []
+    dense_row = Proposer.dense_row
+    monkeypatch.setattr(
+        Proposer, "dense_row", lambda self, state: alone.append(state) or dense_row(self, state)
+    )
+    monkeypatch.setattr(rounding, "may_use_tf32", lambda: by_tf32)
+    tokens, _ = flash.batch([[5, 17, 3], [8]], max_tokens=9)
+    n_dense_steps = 2 * 7
+    assert len(alone) >= n_dense_steps if by_tf32 else len(alone) < n_dense_steps / 2
+    assert tokens == flash.batch([[5, 17, 3], [8]], max_tokens=9, dense=True)[0]
+
+
 @pytest.fixture
 def flash():
     return make_flash(num_hidden_layers=1, dtype=mx.bfloat16)
@@ -107,6 +129,47 @@ def test_scored_logits_are_compared_on_all_clusters(flash, monkeypatch):
     assert found.scored >= 2 * head.hidden_size * 2.0**-24
     hidden = mx.random.normal((2, head.hidden_size)).astype(mx.bfloat16)
     assert (found.tolerance(hidden, head.steps).scored > 0).all()
+
+
+@pytest.mark.parametrize(
+    "vocab_size, dtype, n_states",
+    [
+        (8_000, mx.bfloat16, 125),
+        (32_000, mx.float16, 32),
+        (262_144, mx.bfloat16, 4),
+        (262_144, mx.float16, 4),
+        (8_000, mx.float32, 3),
+        (300, mx.bfloat16, 128),
+    ],
+)
+def test_as_many_states_are_compared_as_give_a_million_logits(
+    monkeypatch, vocab_size, dtype, n_states
+):
+    monkeypatch.setattr(backend, "ENOUGH_LOGITS", 1_000_000)
+    assert backend.n_compared(vocab_size, dtype) == n_states
+    assert backend.shows_other_sums(vocab_size, dtype) == (vocab_size > 300)
+
+
+def test_one_other_logit_of_many_gives_scored_ones_a_tolerance(flash, monkeypatch):
+    """Of a small vocabulary three states do not show it."""
+    head = flash.head
+    monkeypatch.setattr(backend, "ENOUGH_LOGITS", 100 * head.vocab_size)
+    rare = backend.random_state(head.hidden_size, 60, mx.bfloat16)
+    score = head.steps.score
+
+    def other(hidden, selection, *logit_map):
+        logits = score(hidden, selection, *logit_map).logits
+        is_first = mx.arange(logits.size).reshape(logits.shape) == 0
+        differs = is_first & mx.array_equal(hidden, rare)
+        return Candidates(mx.where(differs, logits * (1 + 2.0**-7), logits))
+
+    monkeypatch.setattr(head.steps, "score", other)
+    assert measure_rounding(head, mx.bfloat16)[rounding.N_STATES].scored > 0
+
+
+def test_scored_logits_of_too_few_have_a_tolerance(flash, monkeypatch):
+    monkeypatch.setattr(backend, "ENOUGH_LOGITS", 1_000_000)
+    assert measure_rounding(flash.head, mx.bfloat16)[rounding.N_STATES].scored > 0
 
 
 def test_a_measured_distance_counts_four_times(flash, monkeypatch):
