@@ -4,20 +4,25 @@ A doubt is decided by the sums that mlx-lm's own head would make, and the kernel
 adds in the order of MLX's. Both rest on this table for rows (V, D) in few bits. A block is 32 lanes
 times two packs of columns (times one pack for 1 and 2 bits).
 
-| MLX              | D is 64 or 128; 1, 2, 4, 8 bits | D is whole blocks           | others |
-|------------------|---------------------------------|-----------------------------|--------|
+| MLX              | D is 64 or 128; 1, 2, 4, 8 bits | D is whole blocks            | others |
+|------------------|---------------------------------|------------------------------|--------|
+| up to 0.32.0     | qmv_quad                        | of 512, as 0.32.1            | qmv    |
 | 0.32.1 to 0.32.3 | qmv_quad                        | V % 8 == 0: qmv_fast, or qmv | qmv    |
-| 0.32.4           | qmv_quad                        | qmv_fast                    | qmv    |
+| 0.32.4           | qmv_quad                        | qmv_fast                     | qmv    |
 
-qmv_fast gives a lane two packs at once, qmv one. Affine rows need the sum of the hidden values that
+For 1 bit MLX asks for 2,048 columns, twice the block. qmv_fast gives a lane two packs at once, qmv
+one. Affine rows need the sum of the hidden values that
 share an offset: up to 0.32.3 four of them (eight for 3 and 5 bits, one for 8) are added in the
 dtype of the product, from 0.32.4 on in float32 (but for 1 bit, which is new). Floats are multiplied
 by gemv in all versions.
 
+Python's MLX is 0.32.1 or later. A program in Swift has an older one (`head/plan.py`).
+
 Source: MLX's mlx/backend/metal in 0.32.1: `qmv` and `qmv_fast_k_alignment` (quantized.cpp, lines
     484 and 147), `dispatch_qmv` and `qmm_splitk` there, `gemv_axbpy` (matmul.cpp); kernels/
     quantized.h, `load_vector` (line 28), `qmv_fast_impl` and `qmv_impl` in 0.32.1 to 0.32.4;
-    kernels/fp_quantized.h. For 0.32.3 and 0.32.4 the names of kernels in the wheel's library.
+    kernels/fp_quantized.h. In 0.31.1 (ce45c525): `qmv` (quantized.cpp, line 259) and `load_vector`
+    in kernels/quantized.h. For 0.32.3 and 0.32.4 the names of kernels in the wheel's library.
 """
 
 from dataclasses import dataclass
@@ -25,6 +30,8 @@ from functools import cache
 from importlib.metadata import version as version_of
 
 from .matrix import Matrix
+
+Version = tuple[int, ...]  # of MLX, three numbers
 
 LANES = 32
 ROWS_AT_ONCE = 8  # of a threadgroup of qmv and qmv_fast
@@ -34,6 +41,8 @@ QUAD_WIDTHS = (64, 128)
 QUAD_BITS = (1, 2, 4, 8)
 # The first version whose qmv_fast takes any number of rows, and adds hidden values in float32.
 ANY_ROWS = (0, 32, 4)
+# The first version in which a block depends on the bits: qmv_fast_k_alignment.
+BLOCKS_BY_BITS = (0, 32, 1)
 # Up to 0.32.3 MLX cuts the sums of several states into parts, for about this many threadgroups.
 SPLIT_GROUPS = 512
 SPLIT_TILE = 32  # rows, columns and states
@@ -58,7 +67,7 @@ class DenseKernel:
 
 
 @cache
-def mlx_version() -> tuple[int, ...]:
+def mlx_version() -> Version:
     """MLX's version, three numbers."""
     return tuple(int(part) for part in version_of("mlx").split(".")[:3])
 
@@ -68,7 +77,7 @@ def pack_columns(bits: int) -> int:
     return PACKS.get(bits, 32 // bits)
 
 
-def dense_kernel(rows: Matrix, n_rows: int, version: tuple[int, ...] | None = None) -> DenseKernel:
+def dense_kernel(rows: Matrix, n_rows: int, version: Version | None = None) -> DenseKernel:
     """The kernel for one state and ``n_rows`` rows of the format and width of ``rows``.
 
     Args:
@@ -91,9 +100,7 @@ def dense_kernel(rows: Matrix, n_rows: int, version: tuple[int, ...] | None = No
     if width in QUAD_WIDTHS and bits in QUAD_BITS:
         return DenseKernel("qmv_quad", added=added, scored=False)
     packs = 1 if bits <= 2 else 2
-    # 1 bit takes 32 columns to a lane, and a remainder of 512
-    block = 512 if bits == 1 else LANES * packs * pack_columns(bits)
-    fast = width % block == 0
+    fast = width % _block(bits, packs, version) == 0
     if version < ANY_ROWS:
         fast = fast and n_rows % ROWS_AT_ONCE == 0
     if fast:
@@ -101,8 +108,16 @@ def dense_kernel(rows: Matrix, n_rows: int, version: tuple[int, ...] | None = No
     return DenseKernel("qmv", 1, added)
 
 
+def _block(bits: int, packs: int, version: Version) -> int:
+    """The columns of which MLX asks for whole blocks where it takes ``packs`` packs at once."""
+    if version < BLOCKS_BY_BITS:
+        return 512
+    block = LANES * packs * pack_columns(bits)
+    return 2 * block if bits == 1 else block
+
+
 def dense_ranges(
-    rows: Matrix, n_rows: int, n_slots: int, version: tuple[int, ...] | None = None
+    rows: Matrix, n_rows: int, n_slots: int, version: Version | None = None
 ) -> list[tuple[int, int, int]]:
     """How to multiply one state by ``n_slots`` rows as MLX multiplies it by ``n_rows``.
 
@@ -135,7 +150,7 @@ def dense_ranges(
     return ranges if fits else []
 
 
-def split_parts(rows: Matrix, n_rows: int, version: tuple[int, ...] | None = None) -> int:
+def split_parts(rows: Matrix, n_rows: int, version: Version | None = None) -> int:
     """Returns into how many parts MLX may cut the sums of several states.
 
     These are sums with quantized rows. Each part is rounded to the dtype of the product.

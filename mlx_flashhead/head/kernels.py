@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from . import kernel_text as text
 from .clustered import ClusteredRows
-from .dense_kernels import DenseKernel, dense_kernel
+from .dense_kernels import DenseKernel, Version, dense_kernel
 from .draws import filters
 from .matrix import Matrix
 
@@ -39,6 +39,7 @@ class Kernels:
         clustered: The rows.
         metal_kernel: Makes the kernels, as ``mx.fast.metal_kernel`` does.
         row_threads: Threads of a threadgroup of the kernels that have one for each position.
+        version: Of the MLX whose sums the scores have; None: the installed one.
 
     Attributes:
         tail_offset: (C,) float32, an input of ``select_words``.
@@ -48,7 +49,11 @@ class Kernels:
     """
 
     def __init__(
-        self, clustered: ClusteredRows, metal_kernel: Callable[..., Any], row_threads: int
+        self,
+        clustered: ClusteredRows,
+        metal_kernel: Callable[..., Any],
+        row_threads: int,
+        version: Version | None = None,
     ):
         self.tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         self._metal_kernel = metal_kernel
@@ -63,7 +68,7 @@ class Kernels:
         }
         self._make_route(clustered)
         if clustered.rows.format.metal is not None:
-            self._make_score(clustered)
+            self._make_score(clustered, version)
         self._make_selects()
         self._make_proposals()
         self._make_verifications()
@@ -83,9 +88,9 @@ class Kernels:
             sizes=f"D C {stored.names}",
         )
 
-    def _make_score(self, clustered: ClusteredRows) -> None:
+    def _make_score(self, clustered: ClusteredRows, version: Version | None) -> None:
         """The kernel that scores the rows of the probes."""
-        stored = StoredRows(clustered.rows, clustered.vocab_size)
+        stored = StoredRows(clustered.rows, clustered.vocab_size, version)
         bias = [] if clustered.rows.bias is None else [clustered.rows.bias]
         self.score_arrays = [clustered.token_ids, *stored.arrays, *bias]
         self.adds_in_dtype = stored.kernel.added > 1
@@ -270,12 +275,18 @@ class Kernels:
 
 
 class StoredRows:
-    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them."""
+    """Stored rows for a kernel: names of its inputs, the arrays, and the expression over them.
 
-    def __init__(self, stored: Matrix, n_rows: int):
+    Args:
+        stored: The rows.
+        n_rows: The number of rows whose product has the same order of sums.
+        version: Of the MLX that makes it; None: the installed one.
+    """
+
+    def __init__(self, stored: Matrix, n_rows: int, version: Version | None = None):
         maker = cast(str, stored.format.metal)
         names = stored.format.arrays
-        self.kernel: DenseKernel = dense_kernel(stored, n_rows)
+        self.kernel: DenseKernel = dense_kernel(stored, n_rows, version)
         self.inputs = " ".join(names)
         self.arrays = [stored.arrays()[name] for name in names]
         self.sizes = {"BITS": stored.bits, "GROUP": stored.group_size}

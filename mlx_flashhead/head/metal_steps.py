@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from .adjustment import Adjustment
 from .clustered import ClusteredRows
+from .dense_kernels import Version
 from .draws.bounds import log_mass
 from .draws.noise import Noise
 from .draws.rows import Draw, Draws
@@ -50,6 +51,7 @@ class MetalSteps(PortableSteps):
         clustered: The rows.
         metal_kernel: Makes the kernels; None: ``mx.fast.metal_kernel``.
         row_threads: Threads of a threadgroup of the kernels that have one for each position.
+        version: Of the MLX whose sums the scores have; None: the installed one.
     """
 
     name = "metal"
@@ -60,12 +62,13 @@ class MetalSteps(PortableSteps):
         clustered: ClusteredRows,
         metal_kernel: Callable[..., Any] | None = None,
         row_threads: int = ROW_THREADS,
+        version: Version | None = None,
     ):
         super().__init__(clustered)
         self.row_threads = row_threads
         self.metal_kernel: Callable[..., Any] = metal_kernel or mx.fast.metal_kernel
         self.reads_rows = clustered.rows.format.metal is not None  # else `score` stays plain
-        self._kernels = Kernels(clustered, self.metal_kernel, row_threads)
+        self._kernels = Kernels(clustered, self.metal_kernel, row_threads, version)
 
     def arrays(self) -> list[mx.array]:
         """The arrays that the steps hold beside the rows."""

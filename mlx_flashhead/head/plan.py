@@ -1,8 +1,9 @@
 """A head's kernels in a file, for programs in other languages.
 
 The safetensors file holds the FlashHead's arrays, and in its metadata a plan, the kernels and their
-launches as `MetalSteps` gives them to MLX. A program that has MLX and the model's own rows replays
-them one after the other, as `metal/swift` does. The plan is JSON:
+launches as `MetalSteps` gives them to MLX, with the sums of the MLX in Swift. A program that has
+MLX and the model's own rows replays them one after the other, as `metal/swift` does. The plan is
+JSON:
 
     head       path of the model's output layer, such as "model.embed_tokens"
     dtype      of the hidden states, whose size is "hiddenSize"
@@ -34,6 +35,9 @@ from .metal_steps import MetalSteps
 from .short_inputs import HELD
 
 METADATA_KEY = "flash_head"
+# The MLX that mlx-swift 0.31.6 contains, at commit ce45c525. The file's scores have the sums that
+# the model's own layer has there: of some values of a 16-bit state in their own dtype.
+READER = (0, 31, 1)
 
 
 def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dict[str, mx.array]:
@@ -72,7 +76,7 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
     centroids = clustered.centroids.matrix.arrays()
     stored = {f"centroids_{name}": array for name, array in centroids.items()}
     recorder = _Recorder(stored, computed)
-    steps = MetalSteps(clustered, recorder.metal_kernel)
+    steps = MetalSteps(clustered, recorder.metal_kernel, version=READER)
     scores = steps.route(hidden)
     selection = steps.select(scores, n_probes)
     steps.expand(scores, selection, steps.score(hidden, selection))

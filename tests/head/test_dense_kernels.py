@@ -12,9 +12,11 @@ from mlx_flashhead.head.backend import check_dense_rows
 from mlx_flashhead.head.dense_kernels import dense_kernel, dense_ranges, split_parts
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
+from mlx_flashhead.head.plan import READER
 from mlx_flashhead.head.steps import PortableSteps
 
 BEFORE, SINCE = (0, 32, 3), (0, 32, 4)
+SWIFT = READER
 
 
 def rows_of(width: int, bits: int, mode: str = "affine") -> Matrix:
@@ -40,6 +42,10 @@ def rows_of(width: int, bits: int, mode: str = "affine") -> Matrix:
         (512, 2, 1000, BEFORE, "qmv_fast", 1, 4),
         (128, 4, 1000, SINCE, "qmv_quad", 0, 1),
         (128, 5, 1000, SINCE, "qmv", 1, 1),
+        (2048, 4, 1000, SWIFT, "qmv_fast", 2, 4),
+        (2048, 4, 1001, SWIFT, "qmv", 1, 4),
+        (768, 8, 1000, SWIFT, "qmv", 1, 1),  # whole blocks of 256, but none of 512
+        (1024, 8, 1000, SWIFT, "qmv_fast", 2, 1),
     ],
 )
 def test_the_table(width, bits, n_rows, version, name, packs, added):
@@ -48,6 +54,12 @@ def test_the_table(width, bits, n_rows, version, name, packs, added):
     assert kernel.scored == (name != "qmv_quad")
     others = dense_kernel(rows_of(width, bits, "mxfp4"), n_rows, version)
     assert (others.name, others.added) == (name, 1)  # no sum of hidden values
+
+
+@pytest.mark.parametrize("width, name", [(1024, "qmv"), (2048, "qmv_fast"), (3072, "qmv")])
+def test_rows_of_1_bit_are_multiplied_fast_from_2048_columns_on(width, name):
+    """Twice a block: MLX's gate does not know that a lane takes one pack of them."""
+    assert dense_kernel(rows_of(width, 1), 1000, SINCE).name == name
 
 
 def test_floats_have_one_kernel_but_for_narrow_ones():

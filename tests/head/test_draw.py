@@ -9,8 +9,9 @@ from mlx_lm import sample_utils
 
 from kernel_cases import kernels, plain_clusters, to_numpy
 from mlx_flashhead import make_sampler
+from mlx_flashhead.head import margins
 from mlx_flashhead.head.draws import filters
-from mlx_flashhead.head.draws.bounds import log_mass
+from mlx_flashhead.head.draws.bounds import Interval, log_mass
 from mlx_flashhead.head.draws.greedy import Greedy, best_draws
 from mlx_flashhead.head.draws.noise import Noise, position_key
 from mlx_flashhead.head.draws.rows import Draws
@@ -109,6 +110,27 @@ def test_a_wide_rows_threshold_reads_it_once_a_digit(monkeypatch):
     if emulator is not None:
         (dispatch,) = emulator.dispatches
         assert dispatch.buffers["logits"].reads <= 5 * rows.nbytes
+
+
+@pytest.mark.parametrize(
+    "margin, holds", [(margins.counted_mass_margin, True), (lambda n: 0, False)]
+)
+def test_cuts_hold_for_masses_that_the_kernel_counts_in_units(monkeypatch, margin, holds):
+    """Of so many logits a unit is 1/2,048: each of these loses nearly half of one."""
+    monkeypatch.setattr(filters, "counted_mass_margin", margin)
+    n_logits = 262_208
+    shares = np.random.default_rng(0).uniform(1930.42, 1930.49, n_logits) / 2048
+    shares[0] = 1.0
+    logits = mx.array(np.log(shares)[None].astype(np.float32))
+    in_order = np.sort(to_numpy(logits)[0].astype(np.float64))[::-1]
+    masses = np.exp(in_order)
+    true_cut = in_order[np.cumsum(masses) - masses < 0.5 * masses.sum()].min()
+    draws = Draws.of([(Noise(1.0, top_p=0.5), (0, 0))])
+    mass = mx.array([[np.log(masses.sum())]], mx.float32)
+    with path_of(True, monkeypatch) as (steps, _):
+        known = Interval(logits, mx.zeros((1, 1)))
+        high, low = filters.cuts(known, draws, mass, mass, steps.thresholds)
+    assert (low.item() <= true_cut <= high.item()) == holds
 
 
 @pytest.mark.parametrize(

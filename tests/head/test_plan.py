@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from kernel_cases import kernels
+from mlx_flashhead.head import dense_kernels
 from mlx_flashhead.head.draws.greedy import Greedy
 from mlx_flashhead.head.draws.noise import Noise
 from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.flash_head import FlashHead
-from mlx_flashhead.head.plan import METADATA_KEY, export_plan
+from mlx_flashhead.head.plan import METADATA_KEY, READER, export_plan
+from pages import CHECKOUT
 from tiny_models import FORMS as HEAD_FORMS
 from tiny_models import fitted, random_clusters, random_rows
 
@@ -80,7 +82,9 @@ def replay(arrays, plan, rows, hidden, path="logits", **settings):
 @pytest.mark.parametrize(
     "form, n_probes", [*((form, N_PROBES) for form in FORMS), ("4-bit", 1), ("4-bit", 12)]
 )
-def test_the_plan_gives_the_kernels_logits(tmp_path, form, n_probes):
+def test_the_plan_gives_the_kernels_logits(tmp_path, monkeypatch, form, n_probes):
+    """With the sums of the MLX that reads it."""
+    monkeypatch.setattr(dense_kernels, "mlx_version", lambda: READER)
     rows, dtype = make_rows(form), dtype_of(form)
     arrays, plan = exported(make_head(rows, n_probes), dtype, tmp_path / "head.safetensors")
     assert arrays["n_probes"].item() == n_probes
@@ -96,6 +100,21 @@ def test_the_plan_gives_the_kernels_logits(tmp_path, form, n_probes):
         assert mx.array_equal(tokens, head.propose(hidden, draws).tokens)
     assert head.backend == "metal" and found.dtype == expected.dtype
     assert mx.array_equal(found, expected) and tokens[0] == mx.argmax(found[0])
+
+
+@pytest.mark.parametrize(
+    "form, sums, words",
+    [("4-bit", "float32", 1), ("4-bit-bfloat16", "bfloat16", 1), ("8-bit-float16", "float32", 1)],
+)
+def test_the_sums_are_those_of_the_mlx_that_reads_it(tmp_path, form, sums, words):
+    """MLX 0.31.1, which mlx-swift 0.31.6 contains, adds four values of a state in their dtype."""
+    head = make_head(make_rows(form))
+    _, plan = exported(head, dtype_of(form), tmp_path / "head.safetensors")
+    template = plan["launches"]["flash_head_score"]["template"]
+    values = {each["name"]: each["value"] for each in template}
+    assert (values["SUM"], values["WORDS"]) == (sums, words)
+    page = (CHECKOUT / "docs" / "ipad.md").read_text(encoding="utf-8")
+    assert f"MLX {'.'.join(map(str, READER))}" in page
 
 
 def test_the_arrays_have_names_shapes_and_dtypes(tmp_path):
