@@ -1,5 +1,6 @@
 """Lists the FlashHeads cached on this machine, removes, measures or builds some."""
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,12 +45,13 @@ def main() -> None:
     """Entry point."""
     args = make_parser().parse_args()
     from .loading import sources
+    from .models.fetch import resolve
 
     cached = sources.entries()
     if args.build is not None:
-        _build(args.build, args.trust_remote_code)
+        _build(resolve(args.build), args.trust_remote_code, anew=False)
     elif args.rebuild is not None:
-        _rebuild(cached, args.rebuild, args.trust_remote_code)
+        _build(_folder(cached, args.rebuild), args.trust_remote_code, anew=True)
     elif args.remove:
         _remove([head for name in args.remove for head in _matches(cached, name)])
     elif args.remove_all:
@@ -132,45 +134,30 @@ def _folder(cached: "Sequence[Entry]", name: str) -> Path:
     return resolve(matches[0].model if matches else name)
 
 
-def _build(name: str, trust_remote_code: bool) -> None:
-    """Builds and measures a model's FlashHead, unless there is one."""
+def _build(folder: Path, trust_remote_code: bool, *, anew: bool) -> None:
+    """Builds and measures a model's FlashHead, anew or unless there is one."""
+    from .index.files import has_flash_head
     from .loading.background import build_now
     from .loading.head_options import HeadOptions
-    from .loading.sources import find
-    from .models.fetch import resolve
+    from .loading.sources import check_writable, find
     from .models.loading import load_dense
     from .models.locate import find_head
-
-    folder = resolve(name)
-    _check_has_none(folder, "nothing is to be built")
-    options = HeadOptions(flags=True)
-    model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
-    stored = find(find_head(model).rows(), options.say)
-    if stored is None:
-        build_now(model, tokenizer, folder, options)
-    else:
-        print(printable(f"The FlashHead of {name} is kept in {stored.source} already."))
-
-
-def _rebuild(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:
-    from .loading.background import build_now
-    from .loading.head_options import HeadOptions
-    from .models.loading import load_dense
-
-    folder = _folder(cached, name)
-    _check_has_none(folder, "make it again with mlx_flashhead.convert")
-    model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
-    build_now(model, tokenizer, folder, HeadOptions(flags=True), anew=True)
-
-
-def _check_has_none(folder: Path, remedy: str) -> None:
-    """ValueError if a model's folder has a FlashHead of its own."""
-    from .index.files import has_flash_head
+    from .models.origin import local_origin
 
     if has_flash_head(folder):
+        remedy = "make it again with mlx_flashhead.convert" if anew else "nothing is to be built"
         raise ValueError(
             f"{folder} has a FlashHead of its own, which comes before one that is kept: {remedy}."
         )
+    check_writable()
+    options = HeadOptions(flags=True)
+    model, tokenizer, _ = load_dense(folder, trust_remote_code=trust_remote_code)
+    stored = None if anew else find(find_head(model).rows(), options.say)
+    if stored is not None:
+        name = local_origin(folder).known_as
+        print(printable(f"The FlashHead of {name} is kept in {stored.source} already."))
+    elif not Path(build_now(model, tokenizer, folder, options, anew=anew).source).is_dir():
+        sys.exit(2)  # why it is not kept is said
 
 
 def _measure(cached: "Sequence[Entry]", name: str, trust_remote_code: bool) -> None:

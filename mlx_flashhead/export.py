@@ -44,21 +44,37 @@ def main() -> None:
     """Entry point."""
     args = make_parser().parse_args()
     # --help needs none of these, which take seconds
+    from .conversion.build import index_nbytes
+    from .conversion.target import check_space
     from .head.backend import PORTABLE
     from .head.plan import export_plan
     from .loading.head_options import HeadOptions
-    from .loading.load import load_with_head
+    from .loading.load import attach_head
+    from .loading.sources import explicit_or_bundled_head
     from .models.fetch import resolve
     from .models.install import installed_head
+    from .models.loading import load_dense
     from .models.locate import find_head
 
     output = _checked_output(args)
     options = replace(HeadOptions.from_flags(args), backend=PORTABLE, tunes=False)
-    model, _, _ = load_with_head(resolve(args.model), options)
+    folder = resolve(args.model)
+    stored = explicit_or_bundled_head(folder, options)
+    model, tokenizer, _ = load_dense(folder)
+    rows = find_head(model).rows()
+    nbytes = index_nbytes(rows) + sum(array.nbytes for array in rows.arrays().values())
+    check_space(output, output.parent, nbytes, "output")
+    del rows
+    attach_head(model, tokenizer, stored, folder, options)
     head = installed_head(model)
     location = find_head(model)
     with new_file(output) as path:
-        export_plan(head, location.path, location.hidden_dtype, path)
+        try:
+            export_plan(head, location.path, location.hidden_dtype, path)
+        except RuntimeError as error:  # MLX's, as of a disk that others have filled
+            raise ValueError(
+                f"{output} cannot be written ({error}): free some space or choose another --output."
+            ) from error
     scored = f"{head.unverified_probes:,} of {head.n_clusters:,} clusters scored per token"
     print(f"{output}: {megabytes(output.stat().st_size)}, {scored}")
     print(f"Next: add {output.name} and the model's folder to the app, as docs/ipad.md shows.")

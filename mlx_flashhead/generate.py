@@ -229,13 +229,15 @@ def _load(
 ) -> _Loaded:
     """The model with its FlashHead, its tokenizer, and the draft model."""
     from .loading.head_options import LATER
-    from .loading.load import load_dense_head, load_draft, load_with_head
+    from .loading.load import check_draft, load_dense_head, load_draft, load_with_head
     from .models.fetch import resolve
     from .models.install import get_flash_head
 
     name: str = cache.model if cache is not None else args.model
     tokenizer_config = {} if cache is None else dict(cache.tokenizer_config)
     tokenizer_config["trust_remote_code"] = args.trust_remote_code
+    if args.draft_model is not None:
+        check_draft(args.draft_model, name)
     if processes.size() > 1:
         loaded = _load_part(args, processes, name, tokenizer_config)
     else:
@@ -257,16 +259,11 @@ def _load(
     for token in args.extra_eos_token:
         loaded.tokenizer.add_eos_token(token)
     if args.draft_model is not None:
-        loaded.draft_model, draft_tokenizer = load_draft(
+        loaded.draft_model, _ = load_draft(
             args.draft_model,
             draft_probes=args.draft_probes,
             trust_remote_code=args.trust_remote_code,
         )
-        if draft_tokenizer.vocab_size != loaded.tokenizer.vocab_size:
-            raise ValueError(
-                f"--draft-model {args.draft_model} has another vocabulary than {name}: give a "
-                "smaller model of the same family."
-            )
     return loaded
 
 

@@ -15,6 +15,16 @@ from .common.command import command
 from .common.flags import add_always_option, add_head_options
 
 LIBRARIES = ("mlx_lm", "mlx_vlm")
+# What brings the programs of docs/integrations.md.
+PACKAGES = {
+    "llm": "llm-mlx",
+    "mlx_vlm": "'mlx_flashhead[vlm]'",
+    "mlx-openai-server": "mlx-openai-server",
+    "mtplx": "mtplx",
+    "omlx": "flyto-mlx",
+    "rapid-mlx": "rapid-mlx",
+    "vllm-mlx": "vllm-mlx",
+}
 PYTHON = re.compile(r"python[\d.]*")
 SHORT = re.compile(r"-[bBdEhiIOPqsSuvx]+")  # options of Python without values
 
@@ -105,11 +115,17 @@ def _module(parser: Parser, name: str) -> list[str]:
         spec = PathFinder.find_spec(part, inside) if inside is not None else None
     inside = spec.submodule_search_locations if spec is not None else None
     if spec is None or (inside is not None and PathFinder.find_spec("__main__", inside) is None):
-        parser.error(f"there is no module {name} that can be run: check the name")
+        remedy = _installed_by("" if package and find_spec(package) else package)
+        parser.error(f"there is no module {name} that can be run: {remedy}")
     if package == "mlx_lm" and parts:  # -m would make a second module, with loops of its own
         code = f"import sys; from {name} import main; sys.argv[0] = {name!r}; main()"
         return [sys.executable, "-c", code]
     return [sys.executable, "-m", name]
+
+
+def _installed_by(name: str) -> str:
+    """What to do where a program or a package is not installed."""
+    return f"pip install {PACKAGES[name]}" if name in PACKAGES else "check the name"
 
 
 def _file(parser: Parser, name: str) -> list[str]:
@@ -117,7 +133,7 @@ def _file(parser: Parser, name: str) -> list[str]:
     file = Path(name).expanduser()
     installed = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if not file.is_file() and installed is None:
-        parser.error(f"there is no file and no program {name}: check the name")
+        parser.error(f"there is no file and no program {name}: {_installed_by(name)}")
     file = file.resolve() if file.is_file() else Path(installed or "")
     with file.open("rb") as opened:
         by_env = b"env python" in opened.readline(500)

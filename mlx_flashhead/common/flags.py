@@ -235,6 +235,6 @@ def check_before_loading(args: Namespace) -> None:
         raise ValueError(f"{args.model} is a text model: leave --image out.")
     if args.n_probes and isinstance(vocab_size, int) and args.n_probes > vocab_size:
         raise ValueError(
-            f"--n-probes is {args.n_probes:,}, but {args.model} has only {vocab_size:,} tokens, "
-            "and fewer clusters than that: give a smaller number."
+            f"--n-probes is {args.n_probes:,}, but {args.model} has {vocab_size:,} tokens in "
+            f"clusters, usually of 16: give at most {-(-vocab_size // 16):,}."
         )

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+from ..common.tables import megabytes
 from ..index import files
 from ..publishing.card import CARD_FILE
 from ..publishing.licence import licence_files
@@ -67,13 +68,14 @@ def check_apart(source: Path, target: Path) -> None:
         )
 
 
-def check_space(target: Path, folder: Path, nbytes: int) -> None:
+def check_space(target: Path, folder: Path, nbytes: int, named: str = "mlx_path") -> None:
     """Checks that a result fits on the disk.
 
     Args:
         target: The folder to write, for the message.
         folder: A folder on the same disk.
         nbytes: The size of the result.
+        named: The parameter that chooses the target.
 
     Raises:
         ValueError: If it does not fit.
@@ -81,6 +83,6 @@ def check_space(target: Path, folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise ValueError(
-            f"{target} needs {nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there: "
-            "free some space or choose another `mlx_path`."
+            f"{target} needs {megabytes(nbytes)}, but only {megabytes(free)} are free there: "
+            f"free some space or choose another `{named}`."
         )

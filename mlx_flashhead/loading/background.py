@@ -184,7 +184,7 @@ def finish(task: Task[StoredHead], options: HeadOptions) -> StoredHead:
 
 def build_now(
     model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, *, anew: bool = False
-) -> None:
+) -> StoredHead:
     """Builds and installs a FlashHead, and says what it took.
 
     Args:
@@ -193,6 +193,9 @@ def build_now(
         source: Its folder, which names it.
         options: How the model gets its FlashHead.
         anew: Replace a FlashHead that there is, and take more time.
+
+    Returns:
+        The FlashHead. Its source is a folder that is not there if it could not be kept.
 
     Raises:
         ValueError: If the model cannot have one.
@@ -206,6 +209,7 @@ def build_now(
     policy = policy_of(install_stored(model, stored, options, location))  # it says what it gains
     if not policy.dense:
         options.say(f"FlashHead is ready for next time. Its build took {seconds:.0f} s.")
+    return stored
 
 
 class BackgroundBuild:

@@ -18,6 +18,7 @@ from ..decoding.random_state import random_key
 from ..head.flash_head import FlashHead
 from ..index.files import FILE_NAME
 from ..interop.drafters import when_drafted
+from ..models.compat.mlx_lm import load_tokenizer
 from ..models.compat.mlx_vlm import drafted_answer
 from ..models.errors import UnsupportedHeadError
 from ..models.fetch import resolve
@@ -34,6 +35,8 @@ from .head_options import BUILD, DENSE, LATER, REFUSE, HeadOptions
 from .sources import StoredHead
 from .tuned import install_stored
 
+# Without a model's weights and code.
+TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model"]
 # of models of mlx-vlm, whose drafters may have heads of their own: their tokenizers and the choices
 _targets: WeakKeyDictionary[FlashHead, tuple[Any, HeadOptions]] = WeakKeyDictionary()
 
@@ -154,6 +157,26 @@ def load_draft(
     if draft_probes is not None and get_flash_head(model) is None:
         raise ValueError(f"{path_or_hf_repo} has no FlashHead: leave `draft_probes` out.")
     return model, tokenizer
+
+
+def check_draft(draft: str, target: str) -> None:
+    """Checks that a draft model has the vocabulary of its target, before either is loaded.
+
+    Args:
+        draft: Folder or Hugging Face repository of the draft model.
+        target: That of the target.
+
+    Raises:
+        ValueError: If it has another one, or if one of the models does not exist.
+    """
+    sizes = []
+    for name in (draft, target):
+        sizes.append(load_tokenizer(resolve(name, files=TOKENIZER_FILES)).vocab_size)
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"`draft_model` {draft} has another vocabulary than {target} ({sizes[0]:,} and "
+            f"{sizes[1]:,} tokens): give a smaller model of the same family."
+        )
 
 
 def sharded_load(

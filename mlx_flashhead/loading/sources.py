@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +22,7 @@ from ..index import files
 from ..index.files import FILE_NAME, SETTINGS_NAME, read_index
 from ..index.flash_head_index import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
-from ..models.fetch import FINE_HEADS, home, resolve
+from ..models.fetch import FINE_HEADS, HOME_VARIABLE, home, resolve
 from ..models.tensor_files import ENDING
 from .head_options import HeadOptions
 
@@ -210,6 +211,24 @@ def find(rows: Matrix, say: Callable[[str], None]) -> StoredHead | None:
             index.check_fit(rows, str(entry.path))
             return StoredHead(index, str(entry.path))
     return None
+
+
+def check_writable() -> None:
+    """Checks that a FlashHead could be kept in the cache.
+
+    Raises:
+        ValueError: If it could not.
+    """
+    place = home() / INDEX_FOLDER
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{home()} cannot be written ({error.strerror or error}): set {HOME_VARIABLE} to "
+            "another place."
+        ) from error
 
 
 def keep(index: FlashHeadIndex, place: Path) -> None:

@@ -210,6 +210,23 @@ def test_a_missing_index_is_built_once(run, refused, tmp_path, quick):
     assert "has a FlashHead of its own" in refused("cache", "--build", model)
 
 
+def test_where_nothing_can_be_kept_nothing_is_built(refused, tmp_path, monkeypatch):
+    model = write_model(tmp_path / "Some-Model")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(tmp_path / "file" / "home"))
+    said = refused("cache", "--build", model)
+    assert "cannot be written (Not a directory): set MLX_FLASHHEAD_HOME to another place." in said
+    assert "Building" not in said
+
+
+def test_a_build_that_is_not_kept_is_an_error(run, tmp_path, quick, monkeypatch):
+    model = write_model(tmp_path / "Some-Model")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(cache, "keep", Mock(side_effect=full))
+    code, _, errors = run("cache", "--build", model)
+    assert code == 2 and "It is not kept, since" in errors
+
+
 def test_models_that_cannot_be_built_anew(refused, cut_short):
     model, entry = cut_short
     before = contents(entry.path)

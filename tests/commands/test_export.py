@@ -33,6 +33,18 @@ def test_the_file_holds_arrays_and_kernels(run, converted, output):
     assert "flash_head::expand" in plan["launches"][plan["logits"][-1]]["source"]
 
 
+def test_a_full_disk(refused, converted, output, monkeypatch):
+    arguments = ("export", "--model", converted, "--output", output)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: Mock(free=1000))
+        said = refused(*arguments)
+    assert f"{output} needs 0.1 MB, but only 0.0 MB are free there: free some space" in said
+    assert "choose another --output" in said
+    monkeypatch.setattr(mx, "save_safetensors", Mock(side_effect=RuntimeError("[write] failed")))
+    assert f"{output} cannot be written ([write] failed): free some space" in refused(*arguments)
+    assert not list(output.parent.iterdir())
+
+
 def test_a_file_that_is_there_is_kept(refused, run, converted, output, monkeypatch):
     """Also by an export that is interrupted."""
     arguments = ("--model", converted, "--output", output)

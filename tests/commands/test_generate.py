@@ -5,6 +5,8 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import mlx.core as mx
 import mlx_lm
@@ -137,6 +139,22 @@ def test_draft_models(run, generated, refused, dense, converted, right, monkeypa
     assert heads[1].n_probes == 2 and heads[2] is None
     for draft, said in (((dense,), "has no FlashHead"), ((converted,), "n_probes is 9999")):
         assert said in refused("generate", *target, *draft, "--draft-probes", 9999, *ASK)
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused_at_once(
+    refused, dense, converted, monkeypatch
+):
+    module = importlib.import_module("mlx_flashhead.loading.load")
+    monkeypatch.setattr(module, "load_dense", lambda *_, **__: pytest.fail("loaded"))
+    load_tokenizer = module.load_tokenizer
+
+    def other_for_drafts(folder):
+        tokenizer = load_tokenizer(folder)
+        return Mock(vocab_size=tokenizer.vocab_size + 7 * (folder == Path(dense)))
+
+    monkeypatch.setattr(module, "load_tokenizer", other_for_drafts)
+    said = refused("generate", "--model", converted, "--draft-model", dense, *ASK)
+    assert re.search(r"another vocabulary than .* \(26\d and 25\d tokens\)", said)
 
 
 def test_prompt_cache_file(run, generated, refused, dense, converted, tmp_path):

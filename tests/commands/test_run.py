@@ -199,7 +199,8 @@ NOT_RUN = "that can be run: check the name."
     "words, said",
     [
         ((), "a program is needed, such as mlx_lm.server"),
-        (("no_such_program",), "there is no file and no program no_such_program"),
+        (("no_such_program",), "there is no file and no program no_such_program: check the name."),
+        (("omlx", "serve"), "there is no file and no program omlx: pip install flyto-mlx."),
         (("-m", "no_such.module"), f"there is no module no_such.module {NOT_RUN}"),
         (("-m", "mlx_lm.no_such"), f"there is no module mlx_lm.no_such {NOT_RUN}"),
         (("-m", "model"), f"there is no module model {NOT_RUN}"),
@@ -212,6 +213,12 @@ def test_mistakes(refused, place, monkeypatch, words, said):
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.chdir(place)
     assert said in refused("run", *words)
+
+
+def test_programs_of_mlx_vlm_that_are_not_installed(refused, monkeypatch):
+    monkeypatch.setattr(run_command, "find_spec", lambda name: None)
+    said = refused("run", "mlx_vlm.chat", "--model", "x")
+    assert "mlx_vlm.chat that can be run: pip install 'mlx_flashhead[vlm]'." in said
 
 
 def test_a_program_of_mlx_lm_that_has_only_a_main(run, place, monkeypatch, capsys):
