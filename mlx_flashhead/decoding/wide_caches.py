@@ -8,7 +8,6 @@ import copy
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from ..models.compat.mlx_lm import (
     ArraysCache,
@@ -229,6 +228,6 @@ def _is_straight(cache: Any, n_positions: int) -> bool:
 
 def _without_last(arrays: Any, n: int) -> Any:
     """Arrays of their own with the keys or values of all positions but the last ``n``."""
-    if arrays is None:
-        return None
-    return tree_map(lambda array: array[..., : array.shape[-2] - n, :], arrays)
+    if isinstance(arrays, mx.array):
+        return arrays[..., : arrays.shape[-2] - n, :]
+    return None if arrays is None else [_without_last(array, n) for array in arrays]

@@ -18,6 +18,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..head.row_products import row_products
 from .positions import Positions, apart, apart_value, at
 from .wide_caches import KeyValueStandIn, apart_stand_in
 
@@ -44,11 +45,12 @@ def product(layer: nn.Module, single: Callable[[mx.array], mx.array], x: mx.arra
         single: The product that single steps call.
         x: The positions.
     """
-    if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding) and x.size > x.shape[-1]:
-        if mx.default_device().type == mx.cpu:  # where MLX multiplies each row by itself
-            return single(x)
-        raise NoWideStepError("There is no kernel for several rows of a quantized layer yet.")
-    return cast(mx.array, in_rows(single, x))
+    products = None
+    n_rows = x.size // x.shape[-1]
+    alone = n_rows > 1 and n_rows == x.shape[-2]  # a row of each position
+    if alone and isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        products = row_products(x, layer)  # which reads the weights once
+    return cast(mx.array, in_rows(single, x)) if products is None else products
 
 
 def _joined(results: list[Any], axis: int) -> Any:
