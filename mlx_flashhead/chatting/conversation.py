@@ -27,7 +27,7 @@ Message = dict[str, str]
 
 
 @dataclass
-class Answer:
+class ChatAnswer:
     """An answer of the model."""
 
     text: str = ""
@@ -73,7 +73,7 @@ class Conversation:
         if messages:
             self._tokens([*messages, {"role": "user", "content": ""}])
         self.messages = list(messages)
-        self.answers: list[Answer] = []
+        self.answers: list[ChatAnswer] = []
 
     def ask(
         self, text: str, *, stopping: Callable[[], bool] = lambda: False, **kwargs: Any
@@ -86,7 +86,7 @@ class Conversation:
         """
         question = {"role": "user", "content": text}
         prompt = self._tokens([*self.messages, question])
-        answer = Answer(n_prompt=len(prompt), n_cached=self._trim_cache(prompt))
+        answer = ChatAnswer(n_prompt=len(prompt), n_cached=self._trim_cache(prompt))
 
         def progress(processed: int, total: int) -> None:
             if processed < total and stopping():

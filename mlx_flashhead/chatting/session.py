@@ -19,7 +19,7 @@ from ..models.install import get_flash_head
 from .conversation import (
     LENGTH,
     STOPPED,
-    Answer,
+    ChatAnswer,
     Conversation,
     read_conversation,
     store_conversation,
@@ -41,11 +41,13 @@ WITH_HEAD = ("/probes", "/dense")
 # With a slash or without; the letters are those of mlx_lm.chat.
 ALIASES = {"h": "/help", "help": "/help", "?": "/help", "r": "/reset"}
 ALIASES |= dict.fromkeys(("q", "quit", "exit"), "/exit")
-HELP = """\
+KEYS = """\
 Ctrl-C stops an answer. A message that begins with a slash needs a space before it.
 Several lines: paste them, end a line with Esc Enter, or put \"\"\" before and after them.
 Up and down go through what was typed, Tab completes commands and files."""
-NO_FLASH_HEAD = "This model has no FlashHead yet: start without --dense, and it is built."
+HELP = "\n".join([*(f"  {name:8} {what}" for name, what in COMMANDS.items()), KEYS])
+NO_FLASH_HEAD = "This model has no FlashHead: start without --dense and --no-build to build one."
+BUILDING = "FlashHead is being built while you type and read: it is used once it is ready."
 
 
 @dataclass
@@ -88,31 +90,36 @@ class ChatSession:
         command, rest = _command(self.terminal.read())
         if command == "/exit":
             return False
-        try:
-            if command:
-                self.terminal.say(self._run(command, rest))
-            elif rest:
-                self._answer(rest)
-        except BrokenPipeError:
-            raise
-        except (ValueError, OSError) as error:
-            self.terminal.say(sentence(error))
+        with self.idle.paused() if self.idle else nullcontext():  # the model to itself
+            if self.head is None:
+                self._welcome_head()
+            try:
+                if command:
+                    self.terminal.say(self._run(command, rest))
+                elif rest:
+                    self._answer(rest)
+            except BrokenPipeError:
+                raise
+            except (ValueError, OSError) as error:
+                self.terminal.say(sentence(error))
         return True
+
+    @property
+    def _is_building(self) -> bool:
+        """Whether a FlashHead, or the measurement of its speed, is under way."""
+        return self.idle is not None and self.idle.is_building
 
     def _answer(self, text: str) -> None:
         conversation = self.conversation
         say = self.terminal.say
         before = len(conversation.answers)
         try:
-            with self.idle.paused() if self.idle else nullcontext():  # the model to itself
-                if self.head is None:
-                    self._welcome_head()
-                with stop_key() as stopping:
-                    pieces = conversation.ask(
-                        text, stopping=stopping, dense=self.dense, **self.options
-                    )
-                    for piece in pieces:
-                        self.terminal.show(piece)
+            with stop_key() as stopping:
+                answering = conversation.ask(
+                    text, stopping=stopping, dense=self.dense, **self.options
+                )
+                for piece in answering:
+                    self.terminal.show(piece)
         except KeyboardInterrupt:
             pass  # the answer so far stays
         finally:
@@ -137,7 +144,7 @@ class ChatSession:
         self.head = get_flash_head(self.conversation.model)
         if self.head is None:
             return
-        if self.idle is not None and self.idle.is_building:
+        if self._is_building:
             self.terminal.say("[FlashHead is ready. Its speed is still being measured.]")
         elif not policy_of(self.head).dense:  # of which the measurement has told
             self.terminal.say(f"[FlashHead is ready: {self._settings()}]")
@@ -145,7 +152,7 @@ class ChatSession:
     def _run(self, command: str, argument: str) -> str:
         """Runs a command, and returns what to say."""
         actions = {
-            "/help": self._help,
+            "/help": lambda: HELP,
             "/reset": self._reset,
             "/stats": self._stats,
             "/probes": lambda: self._set_probes(argument),
@@ -158,12 +165,8 @@ class ChatSession:
         if command in WITH_FILES and not argument:
             raise ValueError(f"{command} needs the name of a file, such as {command} chat.json.")
         if command in WITH_HEAD and self.head is None:
-            raise ValueError(NO_FLASH_HEAD)
+            raise ValueError(BUILDING if self._is_building else NO_FLASH_HEAD)
         return actions[command]()
-
-    def _help(self) -> str:
-        listed = [f"  {name:8} {what}" for name, what in COMMANDS.items()]
-        return "\n".join([*listed, HELP])
 
     def _reset(self) -> str:
         self.conversation.reset()
@@ -210,7 +213,9 @@ class ChatSession:
 
     def _settings(self) -> str:
         if self.head is None:
-            return "dense, without FlashHead"
+            return (
+                f"dense, {'FlashHead is being built' if self._is_building else 'without FlashHead'}"
+            )
         verify = self.options.get("verify", True)
         mode = decoding_mode(self.conversation.model, verify=verify, dense=self.dense)
         if mode.startswith("dense"):
@@ -231,7 +236,7 @@ def _command(text: str) -> tuple[str, str]:
     return "", message
 
 
-def _figures(answer: Answer) -> str:
+def _figures(answer: ChatAnswer) -> str:
     figures = [count(answer.n_tokens, "token")]
     if answer.tokens_per_second is not None:
         figures.append(f"{answer.tokens_per_second:.1f} tokens/s")

@@ -3,14 +3,12 @@
 import math
 import timeit
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..head.clustered import Centroids
 from ..head.matrix import Matrix, as_float32
 from ..index.flash_head_index import FlashHeadIndex, Sketch
 from ..index.settings import FlashHeadConfig, Verification
@@ -20,7 +18,7 @@ from .calibration import builtin_states, read_text, text_states
 from .centroids import fit_centroids
 from .clusters import PASSES, QUICK_PASSES, cluster_rows
 from .covariance import logit_metric
-from .measures import PositionMeasures, measure_positions
+from .measures import measure_positions
 from .options import BUILTIN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
 from .probes import (
     StepBytes,
@@ -40,13 +38,6 @@ UNCALIBRATED_SHARE = 1 / 6  # of the clusters; means need it for 99 % agreement 
 CLUSTER_PASSES = 0.5
 POSITION_PASSES = 6
 SPEED_SAMPLE = 1024  # rows and columns of the product that measures the machine's speed
-
-
-class _HeldOut(NamedTuple):
-    """Positions that are measured, and fit nothing."""
-
-    states: np.ndarray  # (N, D) float32
-    next_ids: np.ndarray  # (N,)
 
 
 def model_index(
@@ -81,12 +72,12 @@ def model_index(
     """
     states = None
     next_ids = None
-    calibration: dict[str, Any] = {"source": options.source}
+    about: dict[str, Any] = {"source": options.source}
     if options.quick:
-        calibration["quick"] = True
+        about["quick"] = True
     if drafted is not None:
         states = yield from drafted
-        calibration["source"] = "drafts"
+        about["source"] = "drafts"
     elif options.source == BUILTIN:
         states, next_ids, cut_short = yield from builtin_states(
             model,
@@ -97,16 +88,11 @@ def model_index(
             step_seconds=step_seconds,
         )
         if cut_short:
-            calibration["cut_short"] = True
+            about["cut_short"] = True
     elif options.source != NO_CALIBRATION:
-        states, next_ids = yield from text_states(
-            model,
-            tokenizer,
-            location,
-            read_text(options.calibration),
-            positions=options.positions,
-            step_seconds=step_seconds,
-        )
+        text = read_text(options.calibration)
+        limits: Any = {"positions": options.positions, "step_seconds": step_seconds}
+        states, next_ids = yield from text_states(model, tokenizer, location, text, **limits)
     return (
         yield from build_index(
             location.rows(),
@@ -114,7 +100,7 @@ def model_index(
             states,
             next_ids,
             eos_token_ids=tokenizer.eos_token_ids,
-            calibration=calibration,
+            calibration=about,
             original=original,
             body_bytes=_body_bytes(model, location),
         )
@@ -130,16 +116,6 @@ def _body_bytes(model: nn.Module, location: HeadLocation) -> int:
         for arrays in layer.values():
             nbytes += sum(array.nbytes for array in arrays if isinstance(array, mx.array))
     return nbytes
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """The numbers of probes of an index, and what was measured with them."""
-
-    n_probes: int
-    unverified_probes: int | None = None  # None: as many
-    verification: Verification = field(default_factory=Verification)
-    report: dict[str, Any] = field(default_factory=dict)
 
 
 def build_index(
@@ -172,9 +148,10 @@ def build_index(
     Raises:
         ValueError: If the states are too few or not finite.
     """
-    fitted_on, held_out = _split(states, next_ids)
+    n_fitted = _n_fitted(states, next_ids)
+    fitted_on = None if states is None else states[:n_fitted]
     weight = as_float32(rows.dequantized())
-    head_bias = None if rows.bias is None else as_float32(rows.bias)
+    bias = None if rows.bias is None else as_float32(rows.bias)
     token_ids = yield from cluster_rows(
         weight,
         options.cluster_size,
@@ -182,109 +159,72 @@ def build_index(
         metric=None if fitted_on is None else logit_metric(fitted_on),
         passes=QUICK_PASSES if options.quick else PASSES,
     )
-    centroids = yield from fit_centroids(weight, token_ids, fitted_on, head_bias=head_bias)
+    centroids = yield from fit_centroids(weight, token_ids, fitted_on, head_bias=bias)
     n_clusters = len(token_ids)
-    chosen = _Chosen(options.n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE)))
-    if held_out is not None:
+    n_probes = options.n_probes or max(1, round(n_clusters * UNCALIBRATED_SHARE))
+    unverified_probes = n_probes
+    verification = Verification()
+    report = {}
+    if states is not None and next_ids is not None:
+        states_left = states[n_fitted:]
+        ids_left = next_ids[n_fitted:]
         nbytes = StepBytes(
             centroids=centroids.routing_bytes,
             probe=rows.nbytes / rows.n_rows * options.cluster_size,
             dense=rows.nbytes,
             body=body_bytes,
         )
-        counts = measured_probes(n_clusters, nbytes, options.n_probes)
-        measured = yield from _measure(weight, head_bias, token_ids, centroids, counts, held_out)
-        chosen = _chosen(measured, nbytes, options)
+        centroid_rows = as_float32(centroids.matrix.dequantized())
+        measured = yield from measure_positions(
+            states_left,
+            lambda hidden: hidden @ weight.T + (0.0 if bias is None else bias),
+            token_ids,
+            lambda hidden: hidden @ centroid_rows.T + as_float32(centroids.bias),
+            as_float32(centroids.tail_offset),
+            measured_probes(n_clusters, nbytes, options.n_probes),
+            ids_left,
+        )
+        if options.n_probes is None:
+            n_probes = choose_verified(measured, nbytes)
+            unverified_probes = choose_unverified(measured, options.target_agreement, nbytes)
+        verification = verification_settings(measured, n_probes)
+        report = make_report(measured, n_probes, nbytes)
         if original is not None and rows.quantized and not original.quantized:
-            chosen.report["head_bits"] = yield from compare_bits(
-                measured, chosen.n_probes, nbytes, original, rows, *held_out
+            report["head_bits"] = yield from compare_bits(
+                measured, n_probes, nbytes, original, rows, states_left, ids_left
             )
-    stored = dict(calibration or {})
-    stored["positions"] = 0 if states is None else len(states)
-    stored["seed"] = options.seed
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,
         n_clusters=n_clusters,
         cluster_size=options.cluster_size,
-        n_probes=chosen.n_probes,
-        unverified_probes=chosen.unverified_probes or chosen.n_probes,
+        n_probes=n_probes,
+        unverified_probes=unverified_probes,
         fingerprint=rows.fingerprint,
         eos_token_ids=tuple(sorted(int(i) for i in eos_token_ids if i in range(rows.n_rows))),
         centroid_bits=centroids.matrix.format.bits,
         centroid_group_size=centroids.matrix.group_size,
-        calibration=stored,
-        report=chosen.report,
-        verification=chosen.verification,
+        calibration=(calibration or {})
+        | {"positions": 0 if states is None else len(states), "seed": options.seed},
+        report=report,
+        verification=verification,
     )
     return FlashHeadIndex(config, token_ids, centroids, Sketch.of(rows))
 
 
-def _chosen(measured: PositionMeasures, nbytes: StepBytes, options: IndexOptions) -> _Chosen:
-    """The numbers of probes that the measures speak for, if the options have none."""
-    n_probes = options.n_probes
-    unverified_probes = n_probes
-    if n_probes is None:
-        n_probes = choose_verified(measured, nbytes)
-        unverified_probes = choose_unverified(measured, options.target_agreement, nbytes)
-    return _Chosen(
-        n_probes,
-        unverified_probes,
-        verification_settings(measured, n_probes),
-        make_report(measured, n_probes, nbytes),
-    )
-
-
-def _split(
-    states: np.ndarray | None, next_ids: np.ndarray | None
-) -> tuple[np.ndarray | None, _HeldOut | None]:
-    """States that fit clusters and centroids, and those that are held out, if tokens follow them.
+def _n_fitted(states: np.ndarray | None, next_ids: np.ndarray | None) -> int | None:
+    """How many states fit clusters and centroids; the others are held out, if tokens follow them.
 
     ValueError if the states are too few or not finite.
     """
     if states is None:
-        return None, None
+        return None
     if len(states) < MIN_POSITIONS:
         raise ValueError(
             f"{len(states)} calibration positions are too few: give hundreds, or none."
         )
     if not np.isfinite(states).all():
         raise ValueError("The calibration states hold NaN or infinity: check the model.")
-    if next_ids is None:
-        return states, None
-    n_fitted = len(states) - round(HELD_OUT_SHARE * len(states))
-    return states[:n_fitted], _HeldOut(states[n_fitted:], next_ids[n_fitted:])
-
-
-def _measure(
-    weight: np.ndarray,
-    head_bias: np.ndarray | None,
-    token_ids: np.ndarray,
-    centroids: Centroids,
-    probe_counts: list[int],
-    held_out: _HeldOut,
-) -> Task[PositionMeasures]:
-    """Measures clusters and centroids on the positions that are held out."""
-    bias = 0.0 if head_bias is None else head_bias
-    centroid_matrix = as_float32(centroids.matrix.dequantized())
-    centroid_bias = as_float32(centroids.bias)
-
-    def dense_logits(hidden: np.ndarray) -> np.ndarray:
-        return hidden @ weight.T + bias
-
-    def cluster_scores(hidden: np.ndarray) -> np.ndarray:
-        return hidden @ centroid_matrix.T + centroid_bias
-
-    return (
-        yield from measure_positions(
-            held_out.states,
-            dense_logits,
-            token_ids,
-            cluster_scores,
-            as_float32(centroids.tail_offset),
-            probe_counts,
-            held_out.next_ids,
-        )
-    )
+    return None if next_ids is None else len(states) - round(HELD_OUT_SHARE * len(states))
 
 
 def index_nbytes(rows: Matrix) -> int:

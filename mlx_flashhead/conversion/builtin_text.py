@@ -136,8 +136,8 @@ def _mixed_windows(texts: Sequence[list[int]], beginning: list[int]) -> list[lis
     placed = []
     for token_ids in texts:
         text = token_ids[len(beginning) :] if token_ids[:1] == beginning else token_ids
-        for place, window in enumerate(windows_of(text, BUILTIN_WINDOW)):
-            placed.append((place, rng.random(), window))
+        for number, window in enumerate(windows_of(text, BUILTIN_WINDOW)):
+            placed.append((number, rng.random(), window))
     return [window for _, _, window in sorted(placed)]
 
 

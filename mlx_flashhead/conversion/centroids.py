@@ -98,8 +98,8 @@ def mean_rows(rows: Array, token_ids: Array) -> Array:
     sums = np.zeros((len(token_ids), rows.shape[1]), dtype=np.float32)
     real = token_ids < len(rows)
     for column in range(token_ids.shape[1]):
-        held = real[:, column]
-        sums[held] += rows[token_ids[held, column]]
+        filled = real[:, column]
+        sums[filled] += rows[token_ids[filled, column]]
     return sums / real.sum(axis=1, keepdims=True, dtype=np.float32)
 
 

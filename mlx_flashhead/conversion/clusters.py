@@ -150,10 +150,10 @@ def _squared_norms(vectors: Array) -> Array:
 
 def _near(points: Array, centres: Array) -> Array:
     """Whether points (R, D) are duplicates of centres (M, D): (R, M) bool. Their mean is zero."""
-    own = _squared_norms(points)
-    central = _squared_norms(centres)
+    norms = _squared_norms(points)
+    centre_norms = _squared_norms(centres)
     # |x - y|² <= limit, solved for x · y
-    return points @ centres.T >= 0.5 * (own[:, None] + (1 - DUPLICATE_DISTANCE) * central)
+    return points @ centres.T >= 0.5 * (norms[:, None] + (1 - DUPLICATE_DISTANCE) * centre_norms)
 
 
 def _balanced_kmeans(
@@ -268,8 +268,8 @@ def _place(waiting: Array, ids: Array, utilities: Array, free: Array, assigned: 
         can = np.flatnonzero(most > -np.inf)
         order = can[np.lexsort((-regret[can], choice[can]))]
         wanted = np.bincount(choice[order], minlength=len(free))
-        place = np.arange(len(order)) - (np.cumsum(wanted) - wanted)[choice[order]]
-        accepted = order[place < free[choice[order]]]
+        rank = np.arange(len(order)) - (np.cumsum(wanted) - wanted)[choice[order]]
+        accepted = order[rank < free[choice[order]]]
         assigned[waiting[accepted]] = choice[accepted]
         free -= np.minimum(wanted, free)
         left = can[assigned[waiting[can]] < 0]

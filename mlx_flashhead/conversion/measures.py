@@ -236,7 +236,7 @@ def _measure_chunk(
         return (scores > score).sum(1)[:, None] < probes
 
     covered = is_scored(truth)
-    own = logits[rows, truth].astype(np.float64) - dense.top
+    true_logit = logits[rows, truth].astype(np.float64) - dense.top
     cap = estimates.cap - dense.top[:, None]
     estimate = np.minimum(estimates.tail[rows, layout.cluster_of[truth]][:, None], cap)
     with np.errstate(divide="ignore"):  # no cluster is left
@@ -248,8 +248,8 @@ def _measure_chunk(
         np.minimum(estimates.scored, 1.0),
         # sum over v of P_v (log P_v - log Q_v); probed tokens share the dense head's logit
         estimates.log_total - log_norm[:, None] + estimates.divergence,
-        estimates.log_total - np.where(covered, own[:, None], estimate),
+        estimates.log_total - np.where(covered, true_logit[:, None], estimate),
         estimates.best - estimates.next_best,
         log_tail,
     )
-    return np.stack(measures), log_norm - own
+    return np.stack(measures), log_norm - true_logit

@@ -101,7 +101,7 @@ class ConvertOptions(IndexOptions):
     trust_remote_code: bool = False
     _: KW_ONLY
     head_bits: int | None = None
-    fine_head: str | Path | bool | None = None
+    fine_head: str | Path | bool = False
     index_only: bool = False
     base_model: str | None = None
     license: str | None = None

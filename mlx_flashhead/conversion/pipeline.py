@@ -60,8 +60,8 @@ def convert_model(options: ConvertOptions, say: Callable[[str], None] | None) ->
         The stored settings with the measured report.
 
     Raises:
-        ValueError: As `convert`.
-        OSError: As `convert`.
+        ValueError: If an option, the model, the target or an upload is not valid.
+        OSError: If the checkpoint cannot be written.
     """
     progress = say is not None
     say = say or (lambda _: None)
@@ -72,9 +72,11 @@ def convert_model(options: ConvertOptions, say: Callable[[str], None] | None) ->
     with new_folder(target) as folder:
         prepared = prepare(options, target, folder, say, progress=progress)
         recipe = make_recipe(options, prepared.base.origin, prepared.name)
-        model, tokenizer, _, location, original, _ = prepared.converted
+        model = prepared.model
         mx.eval(model.parameters())
-        task = model_index(model, tokenizer, location, options, original=original)
+        task = model_index(
+            model, prepared.tokenizer, prepared.location, options, original=prepared.original
+        )
         index = run_task(task, progress=progress)
         say("\n".join(report_lines(index.config)))
         say(f"Writing {target}")
@@ -103,12 +105,13 @@ def _write(
 
     The folder then takes the place of ``target``. Returns the stored settings.
     """
-    model, tokenizer, config, *_ = prepared.converted
+    config = prepared.config
     config.pop(files.CONFIG_KEY, None)
     if options.index_only:
         names = {files.SETTINGS_NAME}
     else:
-        mlx_lm.save(folder, str(prepared.source), model, tokenizer, config, donate_model=False)
+        source = str(prepared.source)
+        mlx_lm.save(folder, source, prepared.model, prepared.tokenizer, config, donate_model=False)
         names = {file.name for file in folder.iterdir()}
     recipe = recipe | {FILES_KEY: sorted(names | {files.FILE_NAME})}
     index = replace(index, config=replace(index.config, recipe=recipe))

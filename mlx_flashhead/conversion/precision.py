@@ -111,55 +111,50 @@ def set_bits(
         ValueError: If the head has fewer bits than chosen, or its width fits no group.
     """
     rows = location.rows()
-    body_bits = options.q_bits or DEFAULT_BITS[options.q_mode]
-    body_group = options.q_group_size or DEFAULT_GROUPS[options.q_mode]
-    head_group = affine_group(rows.hidden_size)
-    if options.q_mode == AFFINE and options.q_group_size:
-        head_group = options.q_group_size
+    body: Any = {
+        "group_size": options.q_group_size or DEFAULT_GROUPS[options.q_mode],
+        "bits": options.q_bits or DEFAULT_BITS[options.q_mode],
+        "mode": options.q_mode,
+    }
     bits = head_bits(rows, options)
     stored_bits = rows.bits or FLOAT_BITS
     if not options.quantize and bits in (None, stored_bits):
         return model, config
+    group = options.q_group_size if options.q_mode == AFFINE else None
+    head: Any = {
+        "group_size": group or affine_group(rows.hidden_size),
+        "bits": bits,
+        "mode": AFFINE,
+    }
     if bits is not None:
-        group = head_group
-        if options.quantize and rows.hidden_size % body_group:
-            group = body_group
-        _check_head(rows, bits, group)
+        fits_body = not (options.quantize and rows.hidden_size % body["group_size"])
+        _check_head(rows, bits, head if fits_body else body)
         if bits < stored_bits and rows.quantized:
-            _dequantize_head(model, location)
+            # floats in the place of the model's quantized head
+            dense = mlx_lm.dequantize_model(nn.Sequential(location.module)).layers[0]
+            model.update_modules(tree_unflatten([(location.path, dense)]))
     recipe: Any = options.quant_predicate or getattr(model, "quant_predicate", None)
     if isinstance(recipe, str):
-        recipe = mlx_lm.mixed_quant_predicate_builder(recipe, model, body_group)
-    # body and head share their bits, so that mlx-lm need not store the head's by themselves
-    same_bits = (
-        options.quantize
-        and options.q_mode == AFFINE
-        and recipe is None
-        and (head_group, bits) == (body_group, body_bits)
-    )
-
-    head_form = None if bits is None or same_bits else _head_form(bits, head_group)
+        recipe = mlx_lm.mixed_quant_predicate_builder(recipe, model, body["group_size"])
+    # a head that shares the form of the body is not stored by itself
+    has_own_form = bits is not None and not (options.quantize and recipe is None and head == body)
 
     def quantization(path: str, module: nn.Module) -> Any:
-        """How mlx-lm is to quantize a layer."""
-        if path == location.path and head_form is not None:
-            return head_form
+        """How mlx-lm is to quantize a layer; False keeps its floats."""
+        if path == location.path and has_own_form:
+            return bits != FLOAT_BITS and head
         return options.quantize and (recipe is None or recipe(path, module))
 
+    form = body if options.quantize else head
     with redirect_stdout(StringIO()):  # mlx-lm prints a line of its own
         return mlx_lm.quantize_model(
             model,
             config,
-            body_group if options.quantize else head_group,
-            body_bits if options.quantize else bits,
+            form["group_size"],
+            form["bits"],
             mode=options.q_mode,
             quant_predicate=quantization,
         )
-
-
-def _head_form(bits: int, group_size: int | None) -> Any:
-    """The form of the head in mlx-lm's terms; False keeps its floats."""
-    return bits < FLOAT_BITS and {"group_size": group_size, "bits": bits, "mode": AFFINE}
 
 
 def head_bits(rows: Matrix, options: ConvertOptions) -> int | None:
@@ -181,9 +176,10 @@ def head_bits(rows: Matrix, options: ConvertOptions) -> int | None:
     return bits
 
 
-def _check_head(rows: Matrix, bits: int, group_size: int | None) -> None:
-    """Raises a ValueError if the head has fewer bits, or its width fits no group."""
+def _check_head(rows: Matrix, bits: int, form: dict[str, Any]) -> None:
+    """Raises a ValueError if the head has fewer bits, or its width fits no group of a form."""
     stored_bits = rows.bits or FLOAT_BITS
+    group_size = form["group_size"]
     if bits > stored_bits:
         raise ValueError(
             f"`head_bits` {bits} is more than the {stored_bits} bits that this model's head has: "
@@ -194,9 +190,3 @@ def _check_head(rows: Matrix, bits: int, group_size: int | None) -> None:
             f"The head's width {rows.hidden_size} is not a multiple of the quantization group "
             f"({group_size or '64 or 32'}): leave `head_bits` out."
         )
-
-
-def _dequantize_head(model: nn.Module, location: HeadLocation) -> None:
-    """Puts floats in the place of the model's quantized head."""
-    head = mlx_lm.dequantize_model(nn.Sequential(location.module)).layers[0]
-    model.update_modules(tree_unflatten([(location.path, head)]))

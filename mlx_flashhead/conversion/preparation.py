@@ -27,25 +27,18 @@ from .precision import head_bits, precision_label, set_bits, set_dtype
 from .target import check_apart, check_space
 
 
-class ConvertedModel(NamedTuple):
-    """A model with its new bits. Nothing of it is evaluated yet."""
-
-    model: nn.Module
-    tokenizer: Any
-    config: dict[str, Any]
-    location: HeadLocation
-    original: Matrix | None = None  # the head's rows before they were quantized
-    label: str | None = None  # of its precision; None if its weights are not written
-
-
 class Preparation(NamedTuple):
-    """A conversion that nothing refuses."""
+    """A conversion that nothing refuses. Nothing of its model is evaluated yet."""
 
     source: Path  # the model's folder
     base: Provenance  # the model, its card and its licence
-    converted: ConvertedModel
     name: str  # of the result
     repo_id: str | None  # where it is uploaded to
+    model: nn.Module  # with its new bits
+    tokenizer: Any
+    config: dict[str, Any]
+    location: HeadLocation
+    original: Matrix | None  # the head's rows before they were quantized, if weights are written
 
 
 def prepare(
@@ -87,27 +80,9 @@ def prepare(
             [*base.files, *licence_files(target)],
             repo_id,
             model=base.origin.known_as,
-            place=f"{target}, made without `upload`",
+            where=f"{target}, made without `upload`",
         )
     say(f"Loading {options.hf_path}")
-    converted = _load(source, options)
-    nbytes = index_nbytes(converted.location.rows())
-    if not options.index_only:
-        converted = _convert_weights(converted, source, options, say, progress=progress)
-        weights: Any = tree_flatten(converted.model.parameters())
-        for _, array in weights:
-            nbytes += array.nbytes
-    check_space(target, folder, nbytes)
-    prefix = base.licence.prefix if base.licence else ""
-    name = base.origin.result_name(converted.label, prefix)
-    if options.uploads:
-        repo_id = repo_id or full_name(name, user)
-        reserve(repo_id, user, options.private)
-    return Preparation(source, base, converted, name, repo_id)
-
-
-def _load(source: Path, options: ConvertOptions) -> ConvertedModel:
-    """The model as it is, with a head that a FlashHead can serve."""
     model, tokenizer, config = load_dense(
         source,
         tokenizer_config={"trust_remote_code": options.trust_remote_code},
@@ -116,39 +91,49 @@ def _load(source: Path, options: ConvertOptions) -> ConvertedModel:
     )
     location = find_head(model)
     check_plain_product(location)
-    options.check_size(location.rows().n_rows)
-    return ConvertedModel(model, tokenizer, config, location)
+    rows = location.rows()
+    options.check_size(rows.n_rows)
+    nbytes = index_nbytes(rows)
+    original = None
+    label = None
+    if not options.index_only:
+        if options.fine_head:
+            _give_fine_head(config, location, source, options, say, progress=progress)
+        set_dtype(model, config, source, options)
+        location = _located_again(location, model)
+        original = location.rows()
+        if location.tied and (bits := head_bits(original, options)) is not None:
+            say(f"The head is tied to the embedding: both get {bits} bits.")
+        model, config = set_bits(model, config, location, options)
+        location = _located_again(location, model)
+        label = precision_label(options, config, location.rows())
+        weights: Any = tree_flatten(model.parameters())
+        nbytes += sum(array.nbytes for _, array in weights)
+    check_space(target, folder, nbytes)
+    name = base.origin.result_name(label, base.licence.prefix if base.licence else "")
+    if options.uploads:
+        repo_id = repo_id or full_name(name, user)
+        reserve(repo_id, user, options.private)
+    return Preparation(source, base, name, repo_id, model, tokenizer, config, location, original)
 
 
-def _convert_weights(
-    loaded: ConvertedModel,
+def _give_fine_head(
+    config: dict[str, Any],
+    location: HeadLocation,
     source: Path,
     options: ConvertOptions,
     say: Callable[[str], None],
     *,
     progress: bool,
-) -> ConvertedModel:
-    """The model with the head, the dtype and the bits that the options choose."""
-    model, tokenizer, config, location, *_ = loaded
-    if options.fine_head:
-        give_fine_head(
-            location, source, options.fine_head, bits=options.head_bits, say=say, progress=progress
-        )
-        quantization = location.rows().quantization or False
-        for key in ("quantization", "quantization_config"):  # as mlx-lm's
-            if key in config:
-                config[key] = config[key] | {location.path: quantization}
-    set_dtype(model, config, source, options)
-    location = _located_again(location, model)
-    original = location.rows()
-    if location.tied:
-        bits = head_bits(original, options)
-        if bits is not None:
-            say(f"The head is tied to the embedding: both get {bits} bits.")
-    model, config = set_bits(model, config, location, options)
-    location = _located_again(location, model)
-    label = precision_label(options, config, location.rows())
-    return ConvertedModel(model, tokenizer, config, location, original, label)
+) -> None:
+    """Gives a model the finer head that the options choose, and tells its configuration."""
+    give_fine_head(
+        location, source, options.fine_head, bits=options.head_bits, say=say, progress=progress
+    )
+    quantization = location.rows().quantization or False
+    for key in ("quantization", "quantization_config"):  # as mlx-lm's
+        if key in config:
+            config[key] = config[key] | {location.path: quantization}
 
 
 def _located_again(location: HeadLocation, model: nn.Module) -> HeadLocation:

@@ -134,8 +134,8 @@ def expected_bytes(measured: PositionMeasures, n_probes: int, nbytes: StepBytes)
         nbytes: What a step reads.
     """
     rejected = measured.rejected_shares().mean(axis=0)
-    place = list(measured.probe_counts).index(n_probes)
-    return nbytes.verified(n_probes, float(rejected[place]))
+    shares = dict(zip(measured.probe_counts, rejected.tolist(), strict=True))
+    return nbytes.verified(n_probes, shares[n_probes])
 
 
 def choose_verified(measured: PositionMeasures, nbytes: StepBytes) -> int:

@@ -60,8 +60,8 @@ def check_apart(source: Path, target: Path) -> None:
     Raises:
         ValueError: If it is or lies there.
     """
-    places = [place for place in (target, *target.resolve().parents) if place.exists()]
-    if any(os.path.samefile(place, source) for place in places):
+    folders = [path for path in (target, *target.resolve().parents) if path.exists()]
+    if any(os.path.samefile(folder, source) for folder in folders):
         raise ValueError(
             f"`mlx_path` {target} is the folder of the model itself, or lies in it: choose another "
             "one."

@@ -91,7 +91,7 @@ def read_settings(folder: Path) -> FlashHeadConfig:
         folder: The folder that holds it.
 
     Raises:
-        ValueError: As `read_index`.
+        ValueError: If there are none, or they are damaged or of another version.
     """
     entry, source = _settings(folder)
     if entry is None:

@@ -28,9 +28,9 @@ def home() -> Path:
     return folder
 
 
-def lock_of(place: Path) -> FileLock:
-    """The lock of a place of the home, taken if it is free; OSError if it cannot be."""
-    lock = FileLock(home() / "locks" / f"{place.name}.lock")
+def lock_of(path: Path) -> FileLock:
+    """The lock of a path of the home, taken if it is free; OSError if it cannot be."""
+    lock = FileLock(home() / "locks" / f"{path.name}.lock")
     Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     with suppress(Timeout):
         lock.acquire(timeout=0)

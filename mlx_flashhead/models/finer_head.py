@@ -50,7 +50,7 @@ def give_fine_head(
     that is named is not replaced by another one that is cached.
 
     Args:
-        location: The place of the model's head.
+        location: The model's head.
         folder: The model's folder.
         source: The original's repository, folder or safetensors file, or True for the one that the
             model's folder names.
@@ -72,15 +72,15 @@ def give_fine_head(
         raise ValueError(
             f"The head has {coarse.bits} bits already: choose more `head_bits`, or no `fine_head`."
         )
-    place = home() / FINE_HEADS / f"{coarse.fingerprint[:24]}-{bits}{ENDING}"
+    cached = home() / FINE_HEADS / f"{coarse.fingerprint[:24]}-{bits}{ENDING}"
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        rows, original = _cached_rows(place, coarse)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        rows, original = _cached_rows(cached, coarse)
         if rows is None or (source is not True and _name_of_source(source) != original):
-            rows, original = _fetch(location, folder, source, bits, place, say, progress)
+            rows, original = _fetch(location, folder, source, bits, cached, say, progress)
     except (OSError, RuntimeError) as error:  # MLX raises the latter where a disk is full
         raise ValueError(
-            f"The finer head cannot be kept in {place.parent} "
+            f"The finer head cannot be kept in {cached.parent} "
             f"({getattr(error, 'strerror', None) or error}): free some space, or set "
             f"{HOME_VARIABLE} to another folder."
         ) from None
@@ -94,10 +94,10 @@ def _name_of_source(source: str | Path | bool) -> str:
     return str(path.resolve()) if path.exists() else str(source)
 
 
-def _cached_rows(place: Path, coarse: Matrix) -> tuple[Matrix | None, str]:
+def _cached_rows(cached: Path, coarse: Matrix) -> tuple[Matrix | None, str]:
     """The finer rows in the cache, if they can be read, and the source that they are from."""
     with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError):
-        loaded: Any = mx.load(str(place), format="safetensors", return_metadata=True)
+        loaded: Any = mx.load(str(cached), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
         numbers: Any = {name: int(metadata[name]) for name in ("bits", "group_size")}
         rows = Matrix(**arrays, bias=coarse.bias, **numbers)
@@ -111,7 +111,7 @@ def _fetch(
     folder: Path,
     source: str | Path | bool,
     bits: int,
-    place: Path,
+    cached: Path,
     say: Say,
     progress: bool,
 ) -> tuple[Matrix, str]:
@@ -132,7 +132,7 @@ def _fetch(
     say(f"Fetching {tensor.name} of {original} ({size}) for a finer head.")
     options: Any = {"unit": "B", "unit_scale": True, "desc": "Finer head", "disable": not progress}
     with tqdm(total=tensor.nbytes, **options) as bar:
-        content = tensor.fetch(place.parent, bar)
+        content = tensor.fetch(cached.parent, bar)
     rows = _checked_rows(location, tensor, content, bits, group_size, names)
     about = {
         "model": local_origin(folder).known_as,
@@ -141,7 +141,7 @@ def _fetch(
         "group_size": str(rows.group_size),
     }
     arrays = {name: array for name, array in rows.arrays().items() if name in ARRAYS}
-    with new_file(place) as file:  # whole or not at all
+    with new_file(cached) as file:  # whole or not at all
         mx.save_safetensors(str(file), arrays, metadata=about)
     return rows, original
 
@@ -157,7 +157,7 @@ def _checked_rows(
     """The rows of a fetched tensor, rounded.
 
     Args:
-        location: The place of the model's head, whose rows they are to be.
+        location: The model's head, whose rows they are to be.
         tensor: What was fetched.
         content: Its bytes, (nbytes,) uint8.
         bits: Of the rows.
@@ -245,8 +245,8 @@ def _base_model(folder: Path) -> str:
     card = folder / CARD
     in_cache = origin.revision is not None
     with suppress(Exception):  # cards and the Hub's client raise any type
-        place: Any = name if in_cache and not card.exists() else card
-        data: Any = ModelCard.load(place, ignore_metadata_errors=True).data
+        source: Any = name if in_cache and not card.exists() else card
+        data: Any = ModelCard.load(source, ignore_metadata_errors=True).data
         bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
         if len(bases) == 1 and is_repository(bases[0]):
             return bases[0]

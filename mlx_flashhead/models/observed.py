@@ -28,9 +28,9 @@ def with_methods(
         for module in modules:
             base = type(module)
             if base not in classes:
-                own = methods(base)
+                replaced = methods(base)
                 names = {"__module__": base.__module__, "__qualname__": base.__qualname__}
-                classes[base] = type(base.__name__, (base,), own | names) if own else base
+                classes[base] = type(base.__name__, (base,), replaced | names) if replaced else base
             if classes[base] is not base:
                 changed.append((module, base))
                 module.__class__ = classes[base]

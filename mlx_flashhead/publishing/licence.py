@@ -96,7 +96,7 @@ def recognise(metadata: dict[str, Any], files: Iterable[Path]) -> Licence | None
 
 
 def check_licence(
-    metadata: dict[str, Any], files: Sequence[Path], repo_id: str | None, *, model: str, place: str
+    metadata: dict[str, Any], files: Sequence[Path], repo_id: str | None, *, model: str, where: str
 ) -> None:
     """Refuses to make a model public against its licence.
 
@@ -105,7 +105,7 @@ def check_licence(
         files: The files of its licence.
         repo_id: The repository; None for a derived name, which is allowed.
         model: The model, for messages.
-        place: The folder into which a missing text belongs, for messages.
+        where: The folder into which a missing text belongs, for messages.
 
     Raises:
         ValueError: If the licence is unknown, lacks its text, or forbids the name.
@@ -128,7 +128,7 @@ def check_licence(
     if not any(re.search(licence.text, text) for text in texts):
         raise ValueError(
             f"The {licence.name} must be passed on with the model, but its text is missing: save "
-            f"{licence.link} as LICENSE.txt in {place}, then upload with mlx_flashhead.upload."
+            f"{licence.link} as LICENSE.txt in {where}, then upload with mlx_flashhead.upload."
         )
 
 

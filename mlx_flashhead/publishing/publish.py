@@ -103,7 +103,7 @@ def publish(
         if repo is None and not begins_with(licence.prefix, name):
             name = f"{licence.prefix}-{name}"
     repo_id = full_name(name, user)
-    check_licence(metadata, files, repo_id, model=str(folder), place=str(folder))
+    check_licence(metadata, files, repo_id, model=str(folder), where=str(folder))
     address = reserve(repo_id, user, private)
     own_text = text_below_marker(card) or _published_text(repo_id)
     for file in texts:
@@ -171,8 +171,8 @@ def reserve(repo_id: str, user: str, private: bool = False) -> str:
     Raises:
         ValueError: If the user may not write to it, or it is public and should be private.
     """
-    own = f"{user}/{repo_id.rpartition('/')[2]}"
-    remedy = f"choose another name, such as {own}, or get a token that may"
+    allowed = f"{user}/{repo_id.rpartition('/')[2]}"
+    remedy = f"choose another name, such as {allowed}, or get a token that may"
     denial = f"{user} may not write to {repo_id}: {remedy}."
     failed = f"{repo_id} cannot be created on the Hugging Face Hub (%s): choose another name."
     with _client(denial, failed) as api:

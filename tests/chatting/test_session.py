@@ -23,7 +23,8 @@ def loaded(converted):
 def session(loaded):
     said = []
     terminal = SimpleNamespace(interactive=False, said=said, say=said.append)
-    terminal.show = terminal.end = lambda *_: None
+    terminal.show = lambda piece: None
+    terminal.end = lambda: None
     args = Namespace(resume=False, dense=False, model="tiny", max_tokens=2)
     return ChatSession(Conversation(*loaded), terminal, args, {"max_tokens": 2})
 
@@ -57,6 +58,42 @@ def test_a_head_that_was_built_meanwhile(loaded, session, is_building, stays_den
     session.head = None
     session.idle = SimpleNamespace(paused=nullcontext, is_building=is_building)
     policy_of(install_index(model, tiny_index(model))).dense = stays_dense
-    session._answer("Hello")
+    session.terminal.read = lambda: "Hello"
+    session._take_turn()
     ready = [line for line in session.terminal.said if "FlashHead is ready" in line]
     assert [line.startswith(said or "?") for line in ready] == [True] * (said is not None)
+
+
+@pytest.mark.parametrize(
+    "is_building, said, status",
+    [
+        (
+            True,
+            "FlashHead is being built while you type",
+            "tiny, dense, FlashHead is being built\n",
+        ),
+        (False, "This model has no FlashHead: start without", "tiny, dense, without FlashHead\n"),
+    ],
+)
+def test_while_there_is_no_head_commands_say_whether_one_is_built(
+    loaded, session, is_building, said, status
+):
+    detach(loaded[0])
+    session.head = None
+    session.idle = SimpleNamespace(paused=nullcontext, is_building=is_building)
+    for command in ("/dense", "/probes", "/probes 3"):
+        session.terminal.read = lambda command=command: command
+        session._take_turn()
+        assert session.terminal.said.pop().startswith(said)
+    assert session._stats().startswith(status)
+
+
+def test_commands_after_a_build_use_its_head(loaded, session):
+    model, _ = loaded
+    detach(model)
+    session.head = None
+    session.idle = SimpleNamespace(paused=nullcontext, is_building=False)
+    install_index(model, tiny_index(model))
+    session.terminal.read = lambda: "/probes 2"
+    session._take_turn()
+    assert session.terminal.said[-1] == "Now verified, 2 of 33 clusters scored per token."

@@ -122,7 +122,7 @@ def test_recognise():
 
 def checked(folder, identifier, repo_id=None):
     files = licences.licence_files(folder)
-    licences.check_licence({"license": identifier}, files, repo_id, model="m", place=str(folder))
+    licences.check_licence({"license": identifier}, files, repo_id, model="m", where=str(folder))
 
 
 def test_a_name_begins_as_the_licence_asks(tmp_path):

@@ -140,8 +140,8 @@ class TextStateMachine:
     @staticmethod
     def split(state: State, text: str) -> tuple[State, list[tuple[str | None, str]]]:
         """Takes a chunk of text. Returns the state after it, and the text in each state passed."""
-        name, transitions, held = state
-        text = held + text
+        name, transitions, held_back = state
+        text = held_back + text
         segments: list[tuple[str | None, str]] = []
         while name is not None:
             markers = {marker: after for marker, after in transitions.get(name, []) if marker}
@@ -161,8 +161,8 @@ class TextStateMachine:
     @staticmethod
     def flush(state: State) -> tuple[State, str, str | None]:
         """Gives out the text held back as a possible beginning of a marker."""
-        name, transitions, held = state
-        return (name, transitions, ""), held, name
+        name, transitions, held_back = state
+        return (name, transitions, ""), held_back, name
 
 
 def make_text_state_machine(tokenizer: Any) -> TextStateMachine:

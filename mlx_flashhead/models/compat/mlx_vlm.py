@@ -79,8 +79,8 @@ def stream_and_cache(model: nn.Module, options: dict[str, Any]) -> tuple[Any, li
     from mlx_vlm.generate import ar
     from mlx_vlm.models import cache
 
-    known = options.get("prompt_cache")
+    prompt_cache = options.get("prompt_cache")
     limit = options.get("max_kv_size")
-    if known is None:
-        known = cache.make_prompt_cache(model.language_model, max_kv_size=limit)
-    return ar.generation_stream, known
+    if prompt_cache is None:
+        prompt_cache = cache.make_prompt_cache(model.language_model, max_kv_size=limit)
+    return ar.generation_stream, prompt_cache
