@@ -27,6 +27,7 @@ from .served_models import load_models
 # A thread that reads a request gives way so soon to those that compute and send tokens. Python's
 # own 5 ms are a large part of a token's time.
 SWITCH_SECONDS = 0.0005
+BACKLOG = 1024
 SHUTTING_DOWN = "The server is shutting down."
 
 
@@ -49,10 +50,16 @@ class Server(uvicorn.Server):
                 server_header=False,
                 headers=[("Server", "mlx_flashhead"), ("Connection", "close")],
                 h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-                backlog=MAX_WAITING,  # so many are accepted at once, before the oldest are closed
+                backlog=MAX_WAITING,  # so many are accepted at once, before the oldest are aborted
                 timeout_graceful_shutdown=2,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Lets more connections wait to be accepted: those that find no room try again in seconds."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Ends the server at a signal, the process at a second one.

@@ -42,10 +42,13 @@ class Script(logging.Handler):
         routes = [Route("/v1/chat/completions", self._post, methods=["POST"])]
         routes += [Route(path, self._get) for path in ("/health", "/page/info.json", "/v1/models")]
         self.server = Server(Router([*routes, *PAGE_ROUTES]), Access())
+        self.pages = set()  # of all tests, as they name themselves in their requests
         self.reset()
 
     def reset(self):
         """Forgets all of it."""
+        self.test = f"{id(self)}-{len(self.pages)}"
+        self.pages.add(self.test)
         self.access, self.info, self.left = Access(), INFO, Event()
         self.loading = False  # whether the model is being loaded: nothing else is answered
         self.answers, self.requests, self.log = [], [], []
@@ -70,6 +73,8 @@ class Script(logging.Handler):
 
     async def _post(self, request):
         body = json.loads(await read_body(request))
+        if request.headers.get("X-Test") in self.pages - {self.test}:
+            raise ClientDisconnect  # a page of the last test has left with its request on the way
         self.requests.append(body)
         if self.loading:
             raise still_loading()

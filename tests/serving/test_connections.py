@@ -1,16 +1,22 @@
 """Limits of connections and of time, against clients that are slow, many, or leave."""
 
+import asyncio
 import json
 import select
 import socket
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Event
+from unittest.mock import AsyncMock, Mock
 
 import pytest
+import uvicorn
 
 from mlx_flashhead.serving import connections
+from mlx_flashhead.serving.access import Access
+from mlx_flashhead.serving.serve import Server
 
 CHAT = "/v1/chat/completions"
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
@@ -176,3 +182,13 @@ def test_a_method_of_any_length_is_logged_in_short(script, connect):
     while not script.log:
         time.sleep(0.01)
     assert script.log[0].startswith(f"127.0.0.1 {'A' * 20} / 405")
+
+
+def test_many_connections_wait_to_be_accepted(monkeypatch):
+    """Those that find no room try again after a second, and then after two, four and eight."""
+    listener = Mock()
+    monkeypatch.setattr(uvicorn.Server, "startup", AsyncMock())
+    with ThreadPoolExecutor(1) as thread:
+        server = Server(None, Access())
+        thread.submit(asyncio.run, server.startup([listener])).result()
+    listener.listen.assert_called_once_with(1024)

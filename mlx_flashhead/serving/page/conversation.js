@@ -18,12 +18,20 @@ export const newChat = (system = "") => ({
 });
 
 const LONGEST_TITLE = 80;
+const LONGEST_QUESTION = 400; // characters that a title is made of
 
 function toTitle(text) {
   const title = text.trim().replace(/\s+/g, " ");
   if (title.length <= LONGEST_TITLE) return title;
   return `${title.slice(0, LONGEST_TITLE - 1).trimEnd()}…`;
 }
+
+// A question without the marks of Markdown: of headings, lists and quotes, of links, bold and code.
+const unmarked = (text) =>
+  text
+    .replace(/^\s*(#{1,6}|>|[-*+]|```\S*)(\s+|$)/gm, "")
+    .replace(/!?\[([^\]]*)\]\([^)]*\)/g, "$1")
+    .replace(/(\*\*?\*?|~~|`+)([^\s*](?:.*?[^\s*])?)\1/gs, "$2");
 
 // An empty title gives the first question back its place.
 export function rename(chat, text) {
@@ -43,7 +51,7 @@ export function holds(chat, query) {
 export function chatTitle(chat) {
   if (chat.title) return chat.title;
   const first = chat.messages.find((message) => message.role === "user");
-  return (first && toTitle(first.content)) || "New conversation";
+  return (first && toTitle(unmarked(first.content.slice(0, LONGEST_QUESTION)))) || "New conversation";
 }
 
 // The messages before `end` as a request has them. An answer that failed without a word is left out.

@@ -44,7 +44,7 @@ def chromium():
 
 
 @contextmanager
-def opener(chromium, port):
+def opener(chromium, port, headers=None):
     """What opens pages, with touch but on the MacBook: no script fails, no other host is used."""
     contexts, problems, hosts = [], [], set()
 
@@ -63,6 +63,7 @@ def opener(chromium, port):
             reduced_motion="reduce",  # no frames are drawn for what moves
             locale=locale,
             base_url=f"http://127.0.0.1:{port}",
+            extra_http_headers=headers,
         )
         context.set_default_timeout(60_000)
         contexts.append(context)
@@ -83,7 +84,8 @@ def opener(chromium, port):
 @pytest.fixture
 def open_page(chromium, server):
     """Opens a page of the scripted server: (screen, url, dark, worker)."""
-    with opener(chromium, server[0]) as open_page:
+    port, script = server
+    with opener(chromium, port, {"X-Test": script.test}) as open_page:
         yield open_page
 
 

@@ -267,6 +267,21 @@ def test_times_and_titles(script, open_page, locale, time):
     assert "title" not in json.loads(record)
 
 
+@pytest.mark.parametrize(
+    "question, title",
+    [
+        ("## Why is the **sky** `blue`?", "Why is the sky blue?"),
+        ("- one\n- [two](https://a.example/)\n> ~~three~~", "one two three"),
+        ("```python\nreturn a**b * 2\n```", "return a**b * 2"),
+        ("a * b * c, my_name, `", "a * b * c, my_name, `"),
+    ],
+)
+def test_a_title_has_no_marks_of_markdown(page, question, title):
+    ask(page, question, ends=1)
+    expect(page.locator("#title")).to_have_text(title)
+    expect(open_list(page)).to_have_text([title])
+
+
 OVERFLOWING = """[...document.querySelectorAll("body *")].filter((node) => {
     const { left, right, width } = node.getBoundingClientRect();
     return width && node.checkVisibility() && !node.closest("#history, pre, .spoken")
