@@ -12,16 +12,18 @@ called, as in single steps.
 
 import logging
 import weakref
+from contextlib import suppress
 from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .model_parts import ModelParts
 from .wide_caches import fits, is_known, needs_replay, stand_in
-from .wide_twin import NoWideStepError, Twin, parts_of
+from .wide_twin import NoWideStepError, Twin
 
 MAX_WIDTH = 8  # tokens of a step
-log = logging.getLogger(__name__)
+log = logging.getLogger("mlx_flashhead")
 
 
 class Established(NamedTuple):
@@ -38,7 +40,7 @@ class WideSteps:
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
-        self._parts = [part for part in parts_of(model) if part is not model]
+        self._parts = ModelParts(model)
         self._twins: dict[bool, nn.Module] = {}  # by whether its attentions take positions apart
         self.established: dict[str, Established] = {}  # by the kind of the caches
 
@@ -55,10 +57,7 @@ class WideSteps:
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether these are a model's, which has the same arrays, parts and functions still."""
-        parts = [part for part in parts_of(model) if part is not model]
-        if len(parts) != len(self._parts):
-            return False
-        return all(part is known for part, known in zip(parts, self._parts, strict=True))
+        return self._parts.are_of(model)
 
     @property
     def model(self) -> nn.Module:
@@ -152,12 +151,13 @@ class WideStep:
             self._feed_again(n)
 
     def _feed_again(self, n: int) -> None:
-        widths = self._steps.widths(self._caches)
         start = 0
         while start < n:
+            widths = self._steps.widths(self._caches)
             width = max((width for width in widths if width <= n - start), default=1)
-            self._steps.feed(self._tokens[:, start : start + width], self._caches)
-            start += width
+            with suppress(NoWideStepError):  # after which there are no widths
+                self._steps.feed(self._tokens[:, start : start + width], self._caches)
+                start += width
 
 
 def kind_of(caches: list[Any]) -> str:

@@ -23,14 +23,13 @@ from ..models.compat.mlx_lm import (
 from ..models.install import get_flash_head
 from .wide import MAX_WIDTH, Established, WideSteps, kind_of
 from .wide_caches import is_known
-from .wide_twin import NoWideStepError
 
 SHORT = 5  # tokens of the prompt after which every width is tried
 LONG = (1022, 4094)  # tokens before a length at which MLX's attention changes kernels
 LONG_WIDTH = 4  # tokens of a step at other lengths, at most
 MOST_UNQUANTIZED = 1 / 8  # of a model's bytes, in layers that a GPU reads once a token
 UINTS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
-log = logging.getLogger(__name__)
+log = logging.getLogger("mlx_flashhead")
 
 
 def established_widths(steps: WideSteps, caches: list[Any]) -> list[int]:
@@ -49,10 +48,9 @@ def _tried(steps: WideSteps, caches: list[Any]) -> Established:
         return Established([])
     widths: list[int] = []
     for apart in (False, True):
-        trial = _Trial(steps, caches, apart)
         try:
-            widths = trial.widths()
-        except NoWideStepError as error:
+            widths = _Trial(steps, caches, apart).widths()
+        except Exception as error:  # a model may do anything
             log.info("Steps of several tokens are off: %s", error)
         if widths:
             return Established(widths, apart)

@@ -11,7 +11,7 @@ No name of another package is replaced: the twin's classes have copies of the fu
 change, with other globals.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import CodeType, FunctionType
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..head.row_products import row_products
+from .model_parts import global_names, library_functions
 from .positions import Positions, apart, apart_value, at
 from .wide_caches import KeyValueStandIn, apart_stand_in
 
@@ -295,7 +296,7 @@ def _mixin_of(module: nn.Module) -> type | None:
 
 def _call_of(cls: type) -> CodeType | None:
     """The code of a class's call, if it is mlx-lm's."""
-    calls = (function for name, function in library_functions(cls) if name == "__call__")
+    calls = (function for _, name, function in library_functions(cls) if name == "__call__")
     return next((call.__code__ for call in calls), None)
 
 
@@ -321,8 +322,8 @@ def _functions(
 ) -> dict[str, FunctionType]:
     """Copies of mlx-lm's functions of a class that use exchanged globals, by name."""
     copies: dict[str, FunctionType] = {}
-    for name, function in library_functions(cls):
-        used = {key: function.__globals__[key] for key in _global_names(function)}
+    for _, name, function in library_functions(cls):
+        used = {key: function.__globals__[key] for key in global_names(function)}
         exchanged = exchange(used)
         if exchanged and name not in copies:
             copies[name] = FunctionType(
@@ -334,45 +335,3 @@ def _functions(
             )
             copies[name].__kwdefaults__ = function.__kwdefaults__
     return copies
-
-
-def library_functions(cls: type) -> Iterator[tuple[str, FunctionType]]:
-    """The functions that a class has of mlx-lm, with their names, the class's own first."""
-    for base in cls.__mro__:
-        if base.__module__.startswith("mlx_lm."):
-            for name, value in vars(base).items():
-                if isinstance(value, FunctionType):
-                    yield name, value
-
-
-def _global_names(function: FunctionType) -> list[str]:
-    """The names of globals that a function's code uses."""
-    nested = [each for each in function.__code__.co_consts if isinstance(each, CodeType)]
-    names = dict.fromkeys(name for code in [function.__code__, *nested] for name in code.co_names)
-    return [name for name in names if name in function.__globals__]
-
-
-def parts_of(model: nn.Module) -> Iterator[Any]:
-    """All that a twin depends on: the model's parts, and the functions that it has copied.
-
-    Two models, or one at two times, have the same twin if these are the same objects.
-    """
-    classes = dict.fromkeys(type(module) for module in model.modules())
-    for cls in classes:
-        for _, function in library_functions(cls):
-            yield function
-            yield from (function.__globals__[name] for name in _global_names(function))
-    for module in model.modules():
-        yield type(module)
-        yield from _leaves([*dict.items(cast(Any, module)), *vars(module).items()])
-
-
-def _leaves(items: list[tuple[Any, Any]]) -> Iterator[Any]:
-    """The values of a part of a model, and those in lists and dictionaries of it."""
-    for _, value in items:
-        if type(value) in (list, tuple):
-            yield from _leaves(list(enumerate(value)))
-        elif type(value) is dict:
-            yield from _leaves(list(value.items()))
-        else:
-            yield value

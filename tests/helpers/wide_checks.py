@@ -69,8 +69,10 @@ def same_as_single(model, length, width, caches=None, *, apart) -> bool:
     single = copy.deepcopy(caches)
     expected = single_steps(model, tokens[:, :width], single)
     left = held(single)
-    step = wide_steps(model, caches, apart=apart).feed(tokens[:, :width], caches)
+    steps = wide_steps(model, caches, apart=apart)
+    step = steps.feed(tokens[:, :width], caches)
     found = bits(mx.split(step.logits, width, axis=1))
+    assert WideSteps.of(model) is steps  # the model is unchanged
     alike = found == expected and held(caches) == left
     after = tokens[:, width : width + 1]
     return alike and single_steps(model, after, caches) == single_steps(model, after, single)

@@ -1,0 +1,73 @@
+"""What a model is made of, and whether it still is: arrays, layers, and functions of mlx-lm."""
+
+from collections.abc import Iterator
+from operator import is_
+from types import CodeType, FunctionType
+from typing import Any, cast
+
+import mlx.nn as nn
+
+
+class ModelParts:
+    """The parts of a model at one time. It does not hold the model itself."""
+
+    def __init__(self, model: nn.Module):
+        containers = list(_containers(model, set()))
+        self._type = type(model)
+        self._own = _contents(model)
+        self._others = [(part, type(part), _contents(part)) for part in containers[1:]]
+        classes = dict.fromkeys(type(part) for part in containers if isinstance(part, nn.Module))
+        owned = dict.fromkeys(each for cls in classes for each in library_functions(cls))
+        self._functions = list(owned)
+        self._globals = [
+            (function.__globals__, name, function.__globals__[name])
+            for _, _, function in owned
+            for name in global_names(function)
+        ]
+
+    def are_of(self, model: nn.Module) -> bool:
+        """Whether a model has the very same parts: nothing was replaced, added or taken away."""
+        return (
+            type(model) is self._type
+            and _same(_contents(model), self._own)
+            and all(type(part) is cls for part, cls, _ in self._others)
+            and all(_same(_contents(part), held) for part, _, held in self._others)
+            and all(vars(owner).get(name) is value for owner, name, value in self._functions)
+            and all(names.get(name) is value for names, name, value in self._globals)
+        )
+
+
+def _containers(value: Any, seen: set[int]) -> Iterator[Any]:
+    """A module, list or dictionary, and all those in it."""
+    if not isinstance(value, nn.Module | list | tuple | dict) or id(value) in seen:
+        return
+    seen.add(id(value))
+    yield value
+    for part in _contents(value):
+        yield from _containers(part, seen)
+
+
+def _contents(container: Any) -> list[Any]:
+    if isinstance(container, nn.Module):
+        return [*dict.values(cast(Any, container)), *vars(container).values()]
+    return list(container.values() if isinstance(container, dict) else container)
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(map(is_, one, other))
+
+
+def library_functions(cls: type) -> Iterator[tuple[type, str, FunctionType]]:
+    """The functions that a class has of mlx-lm: the class of each, its name, and the function."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("mlx_lm."):
+            for name, value in vars(base).items():
+                if isinstance(value, FunctionType):
+                    yield base, name, value
+
+
+def global_names(function: FunctionType) -> list[str]:
+    """The names of globals that a function's code uses."""
+    nested = [each for each in function.__code__.co_consts if isinstance(each, CodeType)]
+    names = dict.fromkeys(name for code in [function.__code__, *nested] for name in code.co_names)
+    return [name for name in names if name in function.__globals__]
