@@ -202,7 +202,7 @@ class ChatSession:
         if self.head is not None:
             lines.append(f"backend {self.head.backend!r}: {self.head.backend_reason}")
             policy = policy_of(self.head)
-            lines.append(f"speed with FlashHead on this machine: {speed_text(policy)}")
+            lines.append(f"speed with FlashHead on this machine: {speed_text(policy.tuning)}")
         lines.append(f"{self._messages()}, {len(self.conversation.cached_ids)} tokens in the cache")
         if self.conversation.answers:
             lines.append(f"last answer: {_figures(self.conversation.answers[-1])}")

@@ -17,7 +17,7 @@ FLASH_HEAD = (
     "verifies its choices: the text stays the same."
 )
 # Where the number of clusters comes from if no flag names one.
-TUNED_PROBES = "Clusters scored per token (default: the number that is fastest on this machine)."
+OWN_PROBES = "Clusters scored per token (default: the FlashHead's own number)."
 STORED_PROBES = "Clusters scored per token (default: the number that the FlashHead stores for it)."
 
 
@@ -167,9 +167,7 @@ def add_source_options(group: Any, no_build: str | None = None) -> None:
     group.add_argument("--no-build", action="store_true", help=no_build or "Refuse to build one.")
 
 
-def add_head_options(
-    group: Any, no_build: str | None = None, *, probes: str = TUNED_PROBES
-) -> None:
+def add_head_options(group: Any, no_build: str | None = None, *, probes: str = OWN_PROBES) -> None:
     """Adds the flags of a command that loads a model and builds a missing FlashHead first.
 
     Args:

@@ -23,11 +23,6 @@ SLOPE_SPREAD = 0.3  # standard deviation of the log of the slope before anything
 UNSEEN_DIFFERENCE = 0.5  # positions: where none differs, one in twice as many may still
 BISECTIONS = 60
 
-# The risks of some positions are recorded for the tuning, at these shares of the probes.
-RECORDED_SHARES = (0.5, 1.0, 2.0)
-RECORDED_POSITIONS = 512
-RISK_UNITS = 10_000  # in a risk of 1, as they are recorded
-
 
 @dataclass(frozen=True)
 class StepBytes:
@@ -152,9 +147,7 @@ def verification_settings(measured: PositionMeasures, n_probes: int) -> Verifica
 
     Returns:
         ``by_probes``, the shares of positions with another proposal, and the ``risk`` of
-        `head/steps.py`. Some rows of ``by_probes`` have the ``risks`` of held-out positions in
-        their order, for `decoding/waste.py`: each in 1/10,000 and one more, negative where the
-        greedy proposal differs.
+        `head/steps.py`.
     """
     probes = np.array(measured.probe_counts)
     near = measured.values[(probes >= n_probes / NEAR) & (probes <= n_probes * NEAR)]
@@ -170,12 +163,6 @@ def verification_settings(measured: PositionMeasures, n_probes: int) -> Verifica
         {"n_probes": n, "greedy_differs": greedy, "sampled_differs": sampled}
         for n, (greedy, sampled) in zip(measured.probe_counts, shares, strict=True)
     ]
-    for share in RECORDED_SHARES:
-        nearest = int(np.abs(probes - share * n_probes).argmin())
-        values = measured.values[nearest, :, :RECORDED_POSITIONS]
-        risks = np.exp(np.minimum(a - b * values[GAP].astype(np.float64), 0))
-        units = np.rint(RISK_UNITS * risks).astype(int) + 1
-        rows[nearest]["risks"] = np.where(values[AGREEMENT] == 0, -units, units).tolist()
     return {"risk": {"greedy": [a, b], "sampled": scale}, "by_probes": rows}
 
 

@@ -9,7 +9,8 @@
         rejected → the dense choice is handed out, the caches roll back     caches.py
 
 `loop.py` drives one sequence, `batch.py` several, `generation.py` puts them under mlx-lm's
-functions. `policy.py` has the settings for a head on this machine, and `tuning.py` measures what
-the machine gains. `sampler.py` says which samplers and processors can be verified; all others are
-decoded by the normal (dense) head.
+functions. `policy.py` has the settings for a head on this machine,
+`tuning.py` measures once what the machine gains, and `pace.py` goes by the text at hand.
+`sampler.py` says which samplers and processors can be verified; all others are decoded by the
+normal (dense) head.
 """

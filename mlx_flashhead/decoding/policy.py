@@ -1,9 +1,12 @@
-"""Which head chooses the next token on this machine: the settings for a FlashHead."""
+"""How the loops use a FlashHead on this machine."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 from weakref import WeakKeyDictionary
 
+import mlx.core as mx
 import mlx.nn as nn
+from msgspec import Meta
 
 from ..head.backend import PORTABLE
 from ..head.flash_head import FlashHead
@@ -11,10 +14,33 @@ from ..head.steps import NO_DEPTH
 from ..models.install import get_flash_head, is_recognised
 from .pace import Pace
 
+DEPTH = 9.0  # leaves out a quarter to a half of the clusters at equal shares of differences
 MAX_PENDING = 32  # states of a verification: a GPU multiplies tiles of 32
 MAX_RISK = 0.1
 MAX_WAIT = 0.3  # seconds
 FIRST_PENDING = 4
+
+Positive = Annotated[float, Meta(gt=0)]  # in a stored file
+
+
+def least_gain() -> float:
+    """The gain of greedy text below which a model stays dense."""
+    return 1.1 if mx.default_device().type == mx.cpu else 1.03
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a FlashHead gains on a machine: tokens per second relative to dense decoding."""
+
+    gain: Positive  # of greedy text
+    sampled_gain: Positive  # of text at temperature .7 with top-p .95
+    dense_seconds: Positive  # of a token when it is decoded densely
+    busy: bool = False  # whether the machine was, so that it is measured again when it is not
+
+    @property
+    def dense(self) -> bool:
+        """Whether dense decoding is as fast, so that the model stays dense."""
+        return self.gain < least_gain()
 
 
 @dataclass
@@ -26,19 +52,23 @@ class DecodingPolicy:
     first_pending: int = FIRST_PENDING  # for the first one; each later one takes twice as many
     max_risk: float = MAX_RISK  # sum of the risks of a text's proposals at which all are verified
     max_wait: float = MAX_WAIT  # seconds that a token may wait
-    max_batch: int | None = None  # sequences at once up to which proposals pay; None: an estimate
-    gain: float | None = None  # tokens per second relative to dense decoding, where known
-    predicted: bool = False  # whether the gain is calculated from times of the parts
-    provisional: bool = False  # whether the machine was busy, so that it is measured again
+    tuning: Tuning | None = None  # what the machine gains, once it is known
+    dense: bool = False  # whether proposals gain nothing on this machine
     sampled_dense: bool = False  # whether one sampled text alone stays dense
     adapts: bool = False  # whether a text whose proposals do not pay goes on densely
-    dense_seconds: float | None = None  # of a dense token of one text, where known
     # by whether texts are sampled, whether mlx-lm draws, and how many there are at once
     paces: dict[tuple[bool, bool, int], Pace] = field(default_factory=dict)
-    dense: bool = False  # whether proposals gain nothing on this machine
     lockstep: bool = False  # whether processes compute the same steps: no time decides anything
     drafts_only: bool = False  # whether the head only serves a draft model
     draft_probes: int | None = None  # clusters scored for a draft; None: the head's number
+
+    def take(self, tuning: Tuning, *, always: bool = False) -> None:
+        """Goes by what was measured; with ``always`` text is verified whatever it gains."""
+        self.tuning = tuning
+        self.dense = tuning.dense and not always
+        self.sampled_dense = tuning.sampled_gain < 1 and not always
+        self.adapts = not always
+        self.paces.clear()
 
 
 _policies: WeakKeyDictionary[FlashHead, DecodingPolicy] = WeakKeyDictionary()
@@ -47,9 +77,11 @@ _policies: WeakKeyDictionary[FlashHead, DecodingPolicy] = WeakKeyDictionary()
 def policy_of(head: FlashHead) -> DecodingPolicy:
     """The policy of a head, which a caller may change."""
     if head not in _policies:
-        # an M1 or M2 multiplies up to five states one by one
-        first = FIRST_PENDING if head.backend == PORTABLE else 2 * FIRST_PENDING
-        _policies[head] = DecodingPolicy(first_pending=first)
+        policy = DecodingPolicy()
+        if head.backend != PORTABLE:
+            policy.depth = DEPTH
+            policy.first_pending = 2 * FIRST_PENDING  # an M1 or M2 multiplies up to 5 one by one
+        _policies[head] = policy
     return _policies[head]
 
 

@@ -76,8 +76,6 @@ class Proposer:
 
         C/p sequences read as many rows as the dense head, which reads each row once.
         """
-        if self.policy.max_batch is not None:
-            return self.policy.max_batch
         if mx.default_device().type == mx.cpu:
             return CPU_BATCH
         n_reading_as_much: int = self.head.n_clusters // self.head.n_probes
@@ -123,7 +121,8 @@ class Proposer:
         by_mlx_lm = any(sequence.draws_from_mlx for sequence in sequences)
         key = sampled, by_mlx_lm, len(sequences)
         if key not in policy.paces:
-            policy.paces[key] = Pace(policy.dense_seconds if len(sequences) == 1 else None)
+            tuning = policy.tuning if len(sequences) == 1 else None
+            policy.paces[key] = Pace(None if tuning is None else tuning.dense_seconds)
         return policy.paces[key]
 
     def pays(self, sequence: Sequence, n_texts: int = 1) -> bool:

@@ -6,7 +6,8 @@ random states, so that whatever it calls has been compiled, and what cannot be c
 a text.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -18,14 +19,15 @@ from ..head.draws.noise import Noise
 from ..models.compat.mlx_lm import sample_utils
 from ..models.install import hidden_dtype, installed_head
 from .caches import Snapshot
+from .policy import MAX_PENDING
 from .proposer import Proposer, step_arrays
 from .random_state import random_key
+from .rounding import CLASSES
 from .sampler import Processor, Sampler, SamplerFunction
-from .sequence import PendingToken, Sequence
-from .verification import Verification, join
+from .schedule import VerifySchedule
+from .sequence import Sequence
+from .settings import DecodingSettings
 
-FEW = 3  # pending tokens of a verification: fewer than a kernel's inputs need
-MANY = 32
 TOGETHER = (2, 12)  # texts: from 12 on MLX's own product scores the centroids
 
 
@@ -80,50 +82,50 @@ def rehearse(model: nn.Module) -> None:
     if head.backend != METAL:
         mx.eval(head.propose(_states(model, 1), None)[:-1])
         return
-    name = ""
+    settings = DecodingSettings(n_probes=head.n_probes)  # whatever the machine gains
+    proposer = Proposer(model, settings)
+    proposer.policy = replace(
+        proposer.policy, first_pending=MAX_PENDING, max_risk=math.inf, max_wait=math.inf
+    )
+    kind = GREEDY
     try:
         with random_key((0, 0)):
             for kind in kinds(head.vocab_size):
-                name = kind.name
-                _rehearse_kind(Proposer(model), kind)
+                _rehearse_kind(proposer, kind)
     # MLX raises these for a text that does not compile, a rejected pipeline, a lost device
     except (RuntimeError, ValueError) as error:
-        head.fall_back(f"the steps of text with {name} do not run on this device ({error})")
+        head.fall_back(f"the steps of text with {kind.name} do not run on this device ({error})")
 
 
 def _rehearse_kind(proposer: Proposer, kind: Kind) -> None:
-    numbers = (1, FEW, MANY) if kind == GREEDY else (1, FEW)
-    for n_pending in numbers:
-        _one_text(proposer, kind, n_pending)
+    for n_pending in CLASSES:
+        _rehearse_text(proposer, kind, n_pending)
     for n_texts in TOGETHER:
         texts = [_text(kind) for _ in range(n_texts)]
         tokens = proposer.propose(texts, _states(proposer.model, n_texts))
         mx.eval(step_arrays(tokens, [text.pending[-1] for text in texts]))
 
 
-def _one_text(proposer: Proposer, kind: Kind, n_pending: int) -> None:
-    """Proposes and verifies tokens of a text as the loop does."""
+def _rehearse_text(proposer: Proposer, kind: Kind, n_pending: int) -> None:
+    """Proposes and verifies tokens of a text as the decoder does."""
     text = _text(kind)
     if not proposer.can_verify(text):
         return
-    text.begin_ahead(Snapshot(0, [], [], []))
-    head = proposer.head
-    unjoined: list[PendingToken] = []
+    before_all = Snapshot(0, [], [], [])
+    text.begin_ahead(before_all)
+    text.proposing = True
+    schedule = VerifySchedule(proposer, lambda texts: [before_all])
+    hidden = _states(proposer.model, 1)
     latest = mx.array([0], mx.uint32)
     for _ in range(n_pending):
         text.feed(latest)
-        latest = proposer.propose([text], _states(proposer.model, 1), latest)
-        pending = text.pending[-1]
-        pending.read(cast(int, latest.item()))
-        unjoined.append(pending)
-        if len(unjoined) == head.steps.joined_early:
-            join(head, unjoined)
-            unjoined = []
-    verification = Verification(proposer, [text], [None])
-    hidden = _states(proposer.model, 1)
-    doubt, logprobs = text.choose(proposer.dense_row(hidden), len(text.tokens))
-    mx.eval(doubt, logprobs)
-    verification.accept(text)
+        latest = proposer.propose([text], hidden, latest)
+        text.pending[-1].read(cast(int, latest.item()))
+        schedule.step([text])
+        mx.eval(schedule.joined)
+    in_doubt = text.choose(proposer.dense_row(hidden), text.n_chosen)
+    mx.eval(in_doubt)
+    schedule.flush(text)
     mx.eval([pending.logprobs for pending in text.ready if pending.logprobs is not None])
 
 

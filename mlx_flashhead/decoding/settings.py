@@ -9,7 +9,7 @@ class DecodingSettings:
     """The settings of a call, which change a text's speed, or how close it is to the dense model's.
 
     Attributes:
-        n_probes: Clusters scored per token; None: as many as the FlashHead has found best.
+        n_probes: Clusters scored per token; None: the FlashHead's own number.
         verify: Verify every token. Otherwise the FlashHead alone chooses, with estimates for the
             tokens that it does not score.
         dense: Score every token.

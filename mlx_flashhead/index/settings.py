@@ -1,7 +1,7 @@
 """The settings of a FlashHead: everything but its arrays."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 from msgspec import Meta
@@ -18,7 +18,6 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 EndTokens = Annotated[tuple[int, ...], Meta(max_length=64)]  # models have up to about ten
 RiskLine = Annotated[list[Finite], Meta(min_length=2, max_length=2)]
-Risks = Annotated[list[int], Meta(max_length=4096)]
 
 
 class Measured(TypedDict):
@@ -27,7 +26,6 @@ class Measured(TypedDict):
     n_probes: Count
     greedy_differs: Share
     sampled_differs: Share
-    risks: NotRequired[Risks]
 
 
 class RiskSettings(TypedDict):

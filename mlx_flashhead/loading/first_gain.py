@@ -2,7 +2,7 @@
 
 import mlx.nn as nn
 
-from ..decoding.tuning import Tuning
+from ..decoding.policy import Tuning
 from ..head.matrix import Matrix
 from ..models.finer_head import DEFAULT_BITS
 from ..models.install import installed_head
@@ -18,17 +18,15 @@ def first_gain(model: nn.Module, tuning: Tuning, *, finer: bool = False) -> str:
         finer: Whether the head is a finer one already.
 
     Returns:
-        One or two sentences for one line, or nothing where the gain is not known.
+        One or two sentences for one line; nothing that is said elsewhere, with figures.
     """
-    if tuning.gain is None:
-        return ""
     rows = installed_head(model).clustered.rows
-    if tuning.dense:  # which is said with its figures
-        return _advice(model, rows, tuning, finer)
-    makes = "should make" if tuning.predicted else "makes"
-    for_now = " (provisional)" if tuning.provisional else ""
-    gain = f"FlashHead {makes} this model {tuning.gain:.2f} times as fast here{for_now}"
-    return f"{gain}. {_advice(model, rows, tuning, finer)}".strip()
+    advice = _advice(model, rows, tuning, finer)
+    if tuning.dense:
+        return advice
+    when = ", while the machine is busy" if tuning.busy else ""
+    gain = f"FlashHead makes this model {tuning.gain:.2f} times as fast here{when}"
+    return f"{gain}. {advice}".strip()
 
 
 def _advice(model: nn.Module, rows: Matrix, tuning: Tuning, finer: bool) -> str:
@@ -57,6 +55,5 @@ def fine_gain(model: nn.Module, tuning: Tuning) -> float:
     free = free_head_gain(model)
     head_share = 1 - 1 / free  # of a dense token's time, by bytes
     more = (DEFAULT_BITS + 0.5) / (rows.bits + 0.5) - 1  # scales and biases take half a bit
-    probed = min(tuning.n_probes / head.n_clusters, 1.0)
-    gain = tuning.gain or 1.0
-    return 1 / (1 / gain + head_share * probed * more)
+    probed = head.n_probes / head.n_clusters
+    return 1 / (1 / tuning.gain + head_share * probed * more)

@@ -132,7 +132,7 @@ class Engine:
         try:
             more = build.advance()
             if not more and served.head is not None and not policy_of(served.head).dense:
-                speed = speed_text(policy_of(served.head))
+                speed = speed_text(policy_of(served.head).tuning)
                 logger.info("%s is served with its FlashHead (speed: %s)", served.name, speed)
         except BaseException as error:
             logger.warning("%s stays dense: %s", served.name, error)

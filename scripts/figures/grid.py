@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, cases: list[dict]) -> Iterator[None]:
         forms = {DENSE: Variant(dense_copy(model)), TUNED: with_flash_head(model, verify=True)}
         policy = policy_of(head)
         about = {"model": folder.name, "bits": bits, "keeps_dense_head": policy.dense}
-        about |= {"predicted_gain": policy.gain, "n_probes": head.n_probes}
+        about |= {"measured_gain": policy.tuning.gain, "n_probes": head.n_probes}
         about |= {"date": machine()["date"]}
         for request, batch in settings:
             case = about | {"request": request, "batch": batch}

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_flashhead.chatting.conversation import Conversation
 from mlx_flashhead.chatting.session import ChatSession
-from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.loading.load import load
 from mlx_flashhead.models.install import detach
 from tiny_models import install_index, tiny_index
@@ -32,15 +32,13 @@ def session(loaded):
 @pytest.mark.parametrize(
     "known, said",
     [
-        ({"gain": None}, "not known yet"),
-        ({"gain": 1.5}, "1.50 x"),
-        ({"gain": 1.5, "predicted": True}, "1.50 x (predicted)"),
-        ({"gain": 1.5, "provisional": True}, "1.50 x (provisional)"),
-        ({"gain": 0.9, "dense": True, "provisional": True}, "0.90 x (dense, provisional)"),
+        (None, "not known yet"),
+        (Tuning(1.5, 1.5, 0.1), "1.50 x"),
+        (Tuning(0.9, 0.9, 0.1, busy=True), "0.90 x (dense, measured on a busy machine)"),
     ],
 )
 def test_the_figures_say_how_far_a_speed_can_be_trusted(session, known, said):
-    vars(policy_of(session.head)).update(known)
+    policy_of(session.head).tuning = known
     assert f"speed with FlashHead on this machine: {said}\n" in session._stats()
 
 

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 from mlx_flashhead import load
-from mlx_flashhead.decoding.tuning import Tuning
+from mlx_flashhead.decoding.policy import Tuning
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.loading import background as build
 from mlx_flashhead.loading import sources as cache
@@ -23,8 +23,8 @@ from model_folders import contents, write_model
 from tiny_models import tiny_index, tiny_model
 
 STRANGE = "[b]Two\x1b[2J"  # which must not control the terminal
-SLOW = Tuning(4, 9.0, 8, 0.25, gain=0.9, dense_seconds=0.1, spread=0.0, dense=True)
-FAST = replace(SLOW, n_probes=3, gain=1.5, dense=False, max_batch=5)
+SLOW = Tuning(gain=0.9, sampled_gain=0.8, dense_seconds=0.1)
+FAST = replace(SLOW, gain=1.5)
 
 
 def keep(model, **changes):
@@ -47,7 +47,7 @@ def kept(flash_head_home, monkeypatch):
 
 def test_lists_the_cache(run, kept, flash_head_home, monkeypatch):
     speeds = {"a": asdict(SLOW), "b": asdict(FAST), "c": asdict(FAST)}
-    speeds["d"] = asdict(replace(FAST, predicted=True, provisional=True))
+    speeds["d"] = asdict(replace(FAST, busy=True))
     place = cache.speeds_of(kept[STRANGE].config)
     place.parent.mkdir()
     place.write_text(json.dumps(speeds))
@@ -55,7 +55,7 @@ def test_lists_the_cache(run, kept, flash_head_home, monkeypatch):
     assert code == 0 and str(flash_head_home) in output
     rows = [line.split(maxsplit=5) for line in re.findall(r"^ *[0-9a-f]{8} .*", output, re.M)]
     by_model = {row[1]: " ".join(row[5:]).strip() for row in rows}
-    measured = "0.90 x (dense), 1.50 x, 1.50 x (predicted, provisional)"
+    measured = "0.90 x (dense), 1.50 x, 1.50 x (measured on a busy machine)"
     assert by_model == {"owner/One": "–", "[b]Two[2J": measured, "damaged": "–"}
     place.write_text(json.dumps({"a": asdict(SLOW), "b": asdict(FAST)}))
     monkeypatch.setenv("COLUMNS", "80")

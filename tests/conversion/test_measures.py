@@ -69,7 +69,7 @@ GREEDY = [0.1, 0.02, 0.002, 0.001]
 SAMPLED = [0.2, 0.04, 0.004, 0.003]
 
 
-def test_probes_are_those_of_the_fewest_bytes_and_risks_are_recorded_near_them():
+def test_probes_are_those_of_the_fewest_bytes():
     found = settings(GREEDY, SAMPLED)
     shares = np.mean([GREEDY, SAMPLED], axis=0)
     by_hand = [NBYTES.verified(10 * 2**i, share) for i, share in enumerate(shares)]
@@ -79,16 +79,6 @@ def test_probes_are_those_of_the_fewest_bytes_and_risks_are_recorded_near_them()
     assert settings(GREEDY, SAMPLED, heavy)["n_probes"] > found["n_probes"]
     for name, expected in (("greedy_differs", GREEDY), ("sampled_differs", SAMPLED)):
         assert [row[name] for row in found["by_probes"]] == pytest.approx(expected, abs=1e-6)
-    rows = {row["n_probes"]: row for row in found["by_probes"]}
-    chosen = found["n_probes"]
-    recorded = {n for n, row in rows.items() if "risks" in row}
-    assert chosen in recorded
-    assert recorded <= {chosen // 2, chosen, 2 * chosen}
-    for n_probes in recorded:
-        risks = np.array(rows[n_probes]["risks"])
-        assert len(risks) == 512
-        assert 1 <= abs(risks).min() <= abs(risks).max() <= 10_001
-        assert (risks < 0).sum() == round(1000 * rows[n_probes]["greedy_differs"])  # all at first
     # the scale makes the estimated tails right, which are half of them here
     assert found["risk"]["sampled"] == pytest.approx(2, rel=1e-3)
 

@@ -1,6 +1,7 @@
 """Whether proposals pay is seen while a text runs, on a clock that is made up."""
 
 import copy
+import math
 
 import mlx.core as mx
 import pytest
@@ -50,23 +51,26 @@ def test_proposals_that_pay_go_on(known, step, k, rejected_every):
 
 def _always():
     """A pace that never says dense."""
-    pace = Pace()
-    pace._time_dense = pace._begin_trial
-    return pace
+    return Pace(math.inf)
 
 
 @pytest.mark.parametrize("known", [None, DENSE])
 @pytest.mark.parametrize("step, k, rejected_every", [(0.8, 4, 1), (2.0, 8, 0), (1.1, 8, 0)])
 def test_text_whose_proposals_cost_more_is_never_much_slower(known, step, k, rejected_every):
     """Within 2 % of dense decoding, over the texts of a session, and it tries again."""
-    pace = Pace(known)
-    trials = 0
+    phases = []
+
+    class Counted(Pace):
+        def _go_on_densely(self, n_tokens):
+            super()._go_on_densely(n_tokens)
+            phases.append(n_tokens)
+
+    pace = Counted(known)
     total = 0.0
     for _ in range(20):
         total += seconds_of_text(pace, 500, step, k, rejected_every)
-        trials += not pace.dense
     assert total < 1.02 * 20 * 500 * DENSE
-    assert pace._next_dense > 96
+    assert len(phases) > 3 and max(phases) > 1000
 
 
 @pytest.mark.parametrize("slower", [1.0, 1.5, 3.0])
@@ -116,11 +120,9 @@ def test_the_text_is_the_same_through_all_changes(arch, settings, misses):
         def note_proposed(self, seconds, n_tokens, verified):
             super().note_proposed(2 * DENSE, n_tokens, verified)
 
-        def _time_dense(self):
-            super()._time_dense()
-            phases.append(self._lost)
-            self.dense_left = 5
-            self._next_dense = 3
+        def _go_on_densely(self, n_tokens):
+            super()._go_on_densely(5)
+            phases.append(n_tokens)
 
     policy.paces = {(sampled, sampled, 1): Slow(DENSE) for sampled in (False, True)}
     sampler = sample_utils.make_sampler(**settings) if settings else None

@@ -6,9 +6,11 @@ import pytest
 from flash_loops import PROMPT, flash_of
 from kernel_cases import kernels, on_gpu
 from mlx_flashhead import make_sampler
-from mlx_flashhead.decoding import rehearsal
+from mlx_flashhead.decoding import rehearsal, schedule
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rehearsal import kinds, rehearse
+from mlx_flashhead.decoding.rounding import CLASSES
+from mlx_flashhead.decoding.verification import Verification
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.metal_steps import MetalSteps
 from tiny_models import tiny_model
@@ -24,15 +26,15 @@ def make_flash(**options):
 @emulator_only
 def test_it_finds_every_kernel_compiled(monkeypatch):
     """Proposals, joins, tolerances, screens and doubts of all kinds, one text and several."""
-    proposals, of_proposal = [], FlashHead.propose
-    monkeypatch.setattr(
-        FlashHead,
-        "propose",
-        lambda head, hidden, *given, **named: (
-            proposals.append(len(hidden)) or of_proposal(head, hidden, *given, **named)
-        ),
-    )
-    monkeypatch.setattr(rehearsal, "MANY", 9)
+    proposals = []
+    of_proposal = FlashHead.propose
+
+    def propose(head, hidden, *given, **named):
+        proposals.append(len(hidden))
+        return of_proposal(head, hidden, *given, **named)
+
+    monkeypatch.setattr(FlashHead, "propose", propose)
+    monkeypatch.setattr(rehearsal, "CLASSES", (1, 2, 3, 7, 8, 9))
     with kernels(check=False) as emulator:
         flash = make_flash(dtype=mx.bfloat16, bits=4)
         built = set(emulator.built)
@@ -43,6 +45,27 @@ def test_it_finds_every_kernel_compiled(monkeypatch):
     steps = {"route", "select", "select_forced", "score", "sample", "adjust"}
     assert found >= steps | {"join", "tolerance", "screen", "certain"}
     assert set(proposals) == {1, *rehearsal.TOGETHER}
+
+
+@emulator_only
+def test_each_kind_is_verified_with_each_number_of_tokens(monkeypatch):
+    """A product of another class of sizes, or of draws, may have other kernels."""
+    sizes = {}
+
+    class Counted(Verification):
+        def __init__(self, proposer, sequences, snapshots):
+            super().__init__(proposer, sequences, snapshots)
+            (text,) = sequences
+            key = text.sampler, tuple(text.processors)
+            sizes.setdefault(key, []).append(len(self._rows))
+
+    with kernels(check=False):
+        flash = make_flash(dtype=mx.bfloat16, bits=4)
+        several = kinds(flash.head.vocab_size)
+        monkeypatch.setattr(rehearsal, "kinds", lambda vocab_size: several)
+        monkeypatch.setattr(schedule, "Verification", Counted)
+        rehearse(flash.model)
+    assert sizes == {(kind.sampler, kind.processors): list(CLASSES) for kind in several}
 
 
 @emulator_only

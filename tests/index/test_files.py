@@ -163,9 +163,6 @@ WRONG_ROWS = [
     [ROW | {"n_probes": 1e300}],
     [ROW | {"greedy_differs": 1.1}],
     [ROW | {"greedy_differs": "0"}],
-    [ROW | {"risks": 5}],
-    [ROW | {"risks": [0.5]}],
-    [ROW | {"risks": [1] * 5000}],
 ]
 WRONG["verification"] += [{"risk": risk, "by_probes": [ROW]} for risk in WRONG_RISKS]
 WRONG["verification"] += [{"risk": RISK, "by_probes": rows} for rows in WRONG_ROWS]

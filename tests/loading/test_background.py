@@ -8,7 +8,7 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead import get_flash_head, stream_generate
-from mlx_flashhead.decoding.tuning import Tuning
+from mlx_flashhead.decoding.policy import Tuning
 from mlx_flashhead.loading import background, tuned
 from mlx_flashhead.loading import sources as cache
 from mlx_flashhead.loading.background import IdleBuild, background_build, build_now
@@ -56,7 +56,7 @@ def test_text_before_between_and_after_is_the_dense_models(loaded):
 def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
     def tune(*_):
         yield
-        return Tuning(2, 1e30, 8, 0.07, 1.5, 0.01, 0.0, dense=False)
+        return Tuning(gain=1.5, sampled_gain=1.5, dense_seconds=0.01)
 
     monkeypatch.setattr(tuned, "tune", tune)
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")

@@ -5,7 +5,8 @@ from dataclasses import replace
 import mlx.nn as nn
 import pytest
 
-from mlx_flashhead.decoding.tuning import Tuning
+from mlx_flashhead import get_flash_head
+from mlx_flashhead.decoding.policy import Tuning
 from mlx_flashhead.loading import tuned
 from mlx_flashhead.loading.first_gain import fine_gain, first_gain
 from mlx_flashhead.loading.free_head import free_head_gain
@@ -14,7 +15,7 @@ from mlx_flashhead.loading.sources import StoredHead
 from mlx_flashhead.loading.tuned import install_stored
 from tiny_models import install_index, tiny_index, tiny_model
 
-FAST = Tuning(4, 1e30, 8, 0.07, 1.5, 0.01, 0.0, dense=False)
+FAST = Tuning(gain=1.5, sampled_gain=1.5, dense_seconds=0.01)
 
 
 def with_head(bits):
@@ -33,24 +34,24 @@ def test_files_with_8_bits_are_the_best_case(bits):
         assert "with `fine_head` its text gets better" in said
     else:
         assert f"has {bits} bits already, the best case: it needs no `fine_head`" in said
-        assert first_gain(with_head(bits), replace(FAST, dense=True)) == ""
+        assert first_gain(with_head(bits), replace(FAST, gain=0.9)) == ""
 
 
 def test_a_finer_head_costs_what_its_probes_read():
-    model, most = with_head(4), Tuning(10**6, 1e30, 8, 0.07, 1.0, 0.01, 0.0, dense=True)
-    whole = 1 + (1 - 1 / free_head_gain(model)) * (8.5 / 4.5 - 1)
-    assert fine_gain(model, most) == pytest.approx(1 / whole)  # all clusters: as a dense head
-    assert 1 / whole < fine_gain(model, replace(most, n_probes=4)) < 1
-    assert fine_gain(model, replace(most, n_probes=4, gain=1.5)) < 1.5
-
-
-def test_doubts_are_said_and_what_is_not_known_is_not():
     model = with_head(4)
-    doubtful = replace(FAST, predicted=True, provisional=True)
-    assert "should make this model 1.50 times as fast here (provisional)" in first_gain(
-        model, doubtful
-    )
-    assert first_gain(model, replace(FAST, gain=None)) == ""
+    head = get_flash_head(model)
+    as_dense = replace(FAST, gain=1.0)
+    whole = 1 + (1 - 1 / free_head_gain(model)) * (8.5 / 4.5 - 1)
+    assert 1 / whole < fine_gain(model, as_dense) < 1
+    assert fine_gain(model, FAST) < 1.5
+    head.n_probes = head.n_clusters  # as a dense head
+    assert fine_gain(model, as_dense) == pytest.approx(1 / whole)
+
+
+def test_a_busy_machine_and_a_finer_head_are_said():
+    model = with_head(4)
+    said = first_gain(model, replace(FAST, busy=True))
+    assert "makes this model 1.50 times as fast here, while the machine is busy. " in said
     assert first_gain(model, FAST, finer=True).endswith("It has a finer head of 4 bits.")
 
 
@@ -58,7 +59,7 @@ def test_it_is_one_line_at_the_first_load(monkeypatch):
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
     monkeypatch.setattr(tuned, "is_busy", lambda: False)
 
-    def tune(*_):
+    def tune(model):
         yield
         return FAST
 

@@ -8,8 +8,7 @@ from mlx.utils import tree_flatten
 
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.decoding import rounding
-from mlx_flashhead.decoding.policy import policy_of
-from mlx_flashhead.decoding.tuning import Tuning
+from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.loading import tuned
 from mlx_flashhead.loading.free_head import free_head_gain
 from mlx_flashhead.loading.head_options import HeadOptions
@@ -18,8 +17,8 @@ from mlx_flashhead.loading.tuned import install_stored
 from mlx_flashhead.models.install import detach
 from tiny_models import install_index, tiny_index, tiny_model
 
-FAST = Tuning(2, 1e30, 8, 0.07, 1.5, 0.01, 0.0, dense=False, max_batch=5)
-SLOW = Tuning(3, 1e30, 16, 0.02, 1.01, 0.01, 0.0, dense=True)
+FAST = Tuning(gain=1.5, sampled_gain=1.7, dense_seconds=0.01)
+SLOW = Tuning(gain=1.01, sampled_gain=0.9, dense_seconds=0.01)
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ def measure(monkeypatch):
     monkeypatch.setattr(tuned, "is_busy", lambda: False)
     left = []
 
-    def tune(model, differences):
+    def tune(model):
         yield
         return left.pop(0)
 
@@ -64,9 +63,8 @@ def test_it_is_measured_once(measure, loaded):
     for n_said in (2, 0):
         head, said = loaded()
         policy = policy_of(head)
-        assert (head.n_probes, policy.max_pending, policy.max_risk) == (2, 8, 0.07)
-        assert policy.max_batch == 5 and not policy.dense
-        assert head.unverified_probes == 4 and len(said) == n_said
+        assert policy.tuning == FAST and not policy.dense
+        assert head.n_probes == head.unverified_probes == 4 and len(said) == n_said
     assert not left
     assert loaded(n_probes=3)[0].n_probes == 3  # a chosen number stays
 
@@ -83,47 +81,31 @@ def test_a_head_that_gains_nothing_stays_dense_and_says_so(measure, loaded):
 
 
 def test_a_busy_machine_is_measured_until_it_is_quiet(measure, monkeypatch, loaded):
-    noisy = replace(FAST, spread=0.5, provisional=True)
-    left = measure(SLOW, noisy, replace(noisy, spread=0.7), replace(FAST, spread=0.4))
+    left = measure(replace(SLOW, busy=True), replace(SLOW, busy=True), FAST)
     monkeypatch.setattr(tuned, "is_busy", lambda: True)
     head, (_, sentence) = loaded()  # measured, since nothing is known
-    assert policy_of(head).dense and "stays dense for now, and is measured again later" in sentence
+    assert policy_of(head).dense
+    assert "stays dense for now, and is measured again when the machine is less busy" in sentence
     loaded()
-    assert len(left) == 3
+    assert len(left) == 2
     monkeypatch.setattr(tuned, "is_busy", lambda: False)
-    for _ in range(2):
-        assert policy_of(loaded()[0]).dense  # the steadier measurement stays
+    assert policy_of(loaded()[0]).dense
     assert not policy_of(loaded()[0]).dense and not left
-    loaded()  # not provisional any more
+    loaded()  # nothing is measured again
 
 
 def test_measurements_belong_to_an_index(measure, dense, loaded, flash_head_home):
     """Another index of the same rows has settings of its own."""
     model, stored = dense
-    left = measure(FAST, replace(FAST, n_probes=3))
-    assert loaded()[0].n_probes == 2
+    left = measure(FAST, SLOW)
+    assert policy_of(loaded()[0]).tuning == FAST
     detach(model)
     other = StoredHead(tiny_index(model, n_probes=5), "there")
     assert other.index.config.fingerprint == stored.index.config.fingerprint
-    assert install_stored(model, other, HeadOptions(progress=False)).n_probes == 3 and not left
-    assert loaded()[0].n_probes == 2  # as before
+    head = install_stored(model, other, HeadOptions(progress=False))
+    assert policy_of(head).tuning == SLOW and not left
+    assert policy_of(loaded()[0]).tuning == FAST  # as before
     assert len([*flash_head_home.glob("speeds/*.json")]) == 2
-
-
-def test_a_prediction_above_what_a_free_head_would_save_is_not_shown(measure, loaded, dense):
-    loaded(tunes=False)
-    most = free_head_gain(dense[0])
-    assert 1 < most < 10
-    wild = replace(FAST, gain=1.01 * most, predicted=True)
-    left = measure(wild, replace(wild, gain=0.99 * most), replace(wild, predicted=False))
-    policy = policy_of(loaded()[0])
-    assert policy.gain is None and policy.provisional and not policy.dense
-    assert tuned.speed_text(policy) == "not known yet"
-    policy = policy_of(loaded()[0])  # measured again, since the machine is quiet
-    assert tuned.speed_text(policy) == f"{0.99 * most:.2f} x (predicted)"
-    # what whole rounds took is no prediction
-    policy = policy_of(loaded(measures=True)[0])
-    assert policy.gain == wild.gain and not left
 
 
 def test_the_gain_of_a_free_head_counts_the_bytes_that_a_token_reads():
@@ -141,18 +123,25 @@ def free_head_gain_of(model):
     return free_head_gain(model)
 
 
-def test_a_busy_machines_figure_is_called_provisional(measure, loaded, monkeypatch):
-    measure(FAST)
-    monkeypatch.setattr(tuned, "is_busy", lambda: True)
-    assert tuned.speed_text(policy_of(loaded()[0])) == "1.50 x (provisional)"
+def test_what_limits_a_figure_is_said():
+    assert tuned.speed_text(None) == "not known yet"
+    assert tuned.speed_text(FAST) == "1.50 x"
+    assert tuned.speed_text(replace(FAST, busy=True)) == "1.50 x (measured on a busy machine)"
+    both = replace(SLOW, busy=True)
+    assert tuned.speed_text(both) == "1.01 x (dense, measured on a busy machine)"
 
 
-def test_rounding_is_measured_before_the_first_answer(measure, loaded):
-    """Unless the model stays dense, which needs no bounds."""
-    for tuning, measured in ((SLOW, False), (FAST, True)):
-        measure(tuning)
-        head, _ = loaded(measures=True)
-        assert (head in rounding._roundings) == measured
+def test_nothing_is_compiled_or_measured_within_a_text(measure, loaded, monkeypatch):
+    """Whoever loads the model, and whatever it gains: a request may choose its probes."""
+    rehearsed = []
+    monkeypatch.setattr(tuned, "rehearse", rehearsed.append)
+    measure(SLOW, FAST)
+    for options in ({}, {"measures": True}, {"n_probes": 3}, {"tunes": False}, {"always": True}):
+        rehearsed.clear()
+        head, _ = loaded(**options)
+        assert head in rounding._roundings and len(rehearsed) == 1
+    head, _ = loaded(drafts=True)
+    assert head not in rounding._roundings and len(rehearsed) == 1
 
 
 WRONG = [None, "x", -1, 0, 1.5, 1e999, float("nan"), True, [1], {}, 10**400]

@@ -23,7 +23,7 @@ from engines import (
     until,
 )
 from mlx_flashhead import grammar_processor
-from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.loading.background import background_build
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache, make_prompt_cache
@@ -238,7 +238,8 @@ def test_the_log_says_what_was_measured_at_the_end_of_a_build(
 ):
     """A model that stays dense is not said to be served with its FlashHead before that."""
     policy = policy_of(tiny.head)
-    for name, value in (("gain", 1.5), ("provisional", True), ("dense", stays_dense)):
+    tuning = Tuning(gain=1.5, sampled_gain=1.5, dense_seconds=0.1, busy=True)
+    for name, value in (("tuning", tuning), ("dense", stays_dense)):
         monkeypatch.setattr(policy, name, value)
     more = [True, False]
     build = SimpleNamespace(advance=lambda: more.pop(0), drop=lambda: None)
@@ -250,7 +251,7 @@ def test_the_log_says_what_was_measured_at_the_end_of_a_build(
         engine._build()
         assert caplog.text == ""
         engine._build()
-    said = "tiny is served with its FlashHead (speed: 1.50 x (provisional))"
+    said = "tiny is served with its FlashHead (speed: 1.50 x (measured on a busy machine))"
     assert (said in caplog.text) == (not stays_dense) and engine._builds == []
 
 
