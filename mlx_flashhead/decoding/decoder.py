@@ -19,6 +19,7 @@ import mlx.core as mx
 
 from .caches import Snapshot, rollback
 from .dense_choice import choose_densely, share_a_sampler
+from .guesses import Guess, Guesser
 from .proposer import Proposer, step_arrays
 from .random_state import current_key, set_key
 from .schedule import VerifySchedule
@@ -69,16 +70,23 @@ class Decoder:
         proposer: Proposes tokens, and says what can be verified.
         caches: The caches of the sequences.
         feed: Runs the model.
+        guesser: Guesses tokens of a text that decodes alone; None: each step is a single one.
     """
 
-    def __init__(self, proposer: Proposer, caches: Caches, feed: Feed):
+    def __init__(
+        self, proposer: Proposer, caches: Caches, feed: Feed, guesser: Guesser | None = None
+    ):
         self.sequences: list[Sequence] = []
         self.caches = caches
         self._proposer = proposer
         self._feed = feed
+        self._guesser = guesser
         self._latest: mx.array | None = None  # (R,), launched and not read
+        self._latest_token: int | None = None  # the same of a text alone, if it is known
         self._schedule = VerifySchedule(proposer, self._snapshots)
         self._n_started = 0
+        self.n_steps = 0  # of the model, after the prompts
+        self.n_wide = 0  # of these, steps of several tokens
         # Whether several texts draw from MLX's random state, also such as are not here yet. Their
         # draws depend on when any text begins and ends, so that none goes ahead.
         self.several_draw = False
@@ -110,14 +118,15 @@ class Decoder:
             self._advance()
             return
         n_before = sum(sequence.n_chosen for sequence in self.sequences)
+        n_wide = self.n_wide
         n_verified = self._schedule.n_verified
         n_traced = self._proposer.n_traced
         all_propose = all(sequence.proposing for sequence in self.sequences)
         began = time.perf_counter()
         self._advance()
         seconds = time.perf_counter() - began
-        if self._proposer.n_traced > n_traced:  # MLX has compiled
-            return
+        if self._proposer.n_traced > n_traced or self.n_wide > n_wide:
+            return  # MLX has compiled, or the round is no measure of single steps
         if all_propose:
             n_tokens = sum(sequence.n_chosen for sequence in self.sequences) - n_before
             verified = self._schedule.n_verified > n_verified
@@ -144,6 +153,7 @@ class Decoder:
             pays
             and n_texts <= proposer.max_batch
             and not self.several_draw
+            and not (self._guesser is not None and self._guesser.drafts)
             and proposer.pays(sequence, n_texts)
             and proposer.can_verify(sequence)
         )
@@ -154,12 +164,73 @@ class Decoder:
 
     def _advance(self) -> None:
         """Launches the next step, reads the token before it, and accepts what is decided."""
+        self.n_steps += 1
         latest = cast(mx.array, self._latest)
-        self._latest = self._step(self.sequences, self.caches.layers, latest)
-        for sequence, token in zip(self.sequences, cast(list[int], latest.tolist()), strict=True):
-            sequence.pending[sequence.n_read].read(token)
+        guess = self._guess(latest)
+        if guess is not None:
+            self._take_wide_step(self.sequences[0], latest, guess)
+        else:
+            self._latest = self._step(self.sequences, self.caches.layers, latest)
+            self._latest_token = None
+            tokens = cast(list[int], latest.tolist())
+            for sequence, token in zip(self.sequences, tokens, strict=True):
+                sequence.pending[sequence.n_read].read(token)
         self._schedule.step(self.sequences)
         self._restart([sequence for sequence in self.sequences if sequence.rejected])
+
+    def _guess(self, latest: mx.array) -> Guess | None:
+        """Guesses what follows the latest token, if one text decodes alone."""
+        if self._guesser is None or len(self.sequences) != 1 or self._proposer.unverified:
+            return None
+        sequence = self.sequences[0]
+        if self._guesser.drafts and sequence.recognised and not sequence.ahead:
+            sequence.begin_ahead(self.snapshot(sequence))  # drafts are drawn as its tokens are
+        return self._guesser.guess(sequence, latest, self._latest_token, self.caches.layers)
+
+    def _take_wide_step(self, sequence: Sequence, latest: mx.array, guess: Guess) -> None:
+        """Feeds a text its latest token and those guessed after it, and keeps those that are right.
+
+        They are right as long as each one is what is chosen in its place. That choice is the one
+        of single steps, since the step leaves their bits. The first choice that is not as guessed
+        is the latest token then.
+        """
+        guesser = cast(Guesser, self._guesser)
+        proposer = self._proposer
+        self.n_wide += 1
+        if not sequence.ahead:
+            sequence.begin_ahead(self.snapshot(sequence))
+        if sequence.has_processors:  # which see it
+            sequence.pending[-1].read(cast(int, latest.item()))
+        n_cached = sequence.n_cached
+        n_pending = len(sequence.pending)
+        guessed = cast(list[int], guess.tokens.tolist()) if sequence.has_processors else []
+        fed = mx.concatenate([latest.astype(mx.uint32), guess.tokens])
+        sequence.feed(fed)
+        states: list[mx.array] = []
+        with proposer.noting(states, logits=not sequence.proposing):
+            step = guesser.wide.feed(fed[None], self.caches.layers)
+        if sequence.proposing:
+            chosen = proposer.propose([sequence] * len(fed), states[-1][0], None, guessed)
+        else:
+            places = mx.split(step.logits[0], len(fed))
+            chosen = mx.concatenate([sequence.extend(logits) for logits in places])
+        mx.async_eval(step_arrays(chosen, sequence.pending[n_pending:]))
+        if sequence.pending[n_pending - 1].token is None:
+            sequence.pending[n_pending - 1].read(cast(int, latest.item()))
+        tokens = cast(list[int], chosen.tolist())
+        guessed = cast(list[int], guess.tokens.tolist())
+        n_right = 0
+        while n_right < len(guessed) and tokens[n_right] == guessed[n_right]:
+            n_right += 1
+        del sequence.pending[n_pending + n_right + 1 :]
+        for pending, token in zip(sequence.pending[n_pending:-1], tokens, strict=False):
+            pending.guessed = True
+            pending.read(token)
+        step.back_to(n_right + 1)
+        sequence.take_back(n_cached + n_right + 1)
+        self._latest = chosen[n_right : n_right + 1]
+        self._latest_token = tokens[n_right]
+        guesser.note(guess, n_right)
 
     def settle(self, sequences: list[Sequence], *, caches_changed: bool = False) -> None:
         """Forgets what was computed beyond the tokens that mlx-lm's loop would have computed.

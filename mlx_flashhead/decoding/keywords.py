@@ -43,6 +43,7 @@ class SettingsOptions(TypedDict, total=False):
     dense: bool
     draw_temperature: float | None
     max_wait: float | None
+    lookup: str
 
 
 class StreamOptions(DecodeOptions, SettingsOptions, total=False):

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..head.adjustment import Adjustment
+from ..head.adjustment import Adjustment, ChangedTokens
 from ..head.draws.rows import Draws
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
@@ -40,6 +40,7 @@ class Proposer:
         self.model = model
         self.settings = settings or DecodingSettings()
         self.n_verifications = self.n_rejected = 0
+        self.n_guessed = 0  # tokens handed out that were guessed
         self._zeros: mx.array | None = None  # in the place of logits that nobody reads
         self._zeros_of: mx.Dtype | None = None  # the dtype of hidden states for which these are
         self.look_for_head()
@@ -170,6 +171,13 @@ class Proposer:
             logits = self.head.dense_logits(hidden)
         return cast(mx.array, logits)
 
+    def _project_each(self, hidden: mx.array) -> mx.array:
+        """Logits of positions (R, T, D), of which each one is multiplied by itself."""
+        if hidden.shape[1] == 1:
+            return self._project(hidden)
+        positions = mx.split(hidden, hidden.shape[1], axis=1)
+        return mx.concatenate([self._project(position) for position in positions], axis=1)
+
     def _no_logits(self, hidden: mx.array) -> mx.array:
         """Zeros in the place of logits that nobody reads: hidden (..., D) → (..., V)."""
         shape = (*hidden.shape[:-1], self.head.vocab_size)
@@ -193,68 +201,58 @@ class Proposer:
 
         def project(hidden: mx.array) -> mx.array:
             states.append(hidden)
-            return self._project(hidden) if logits else self._no_logits(hidden)
+            return self._project_each(hidden) if logits else self._no_logits(hidden)
 
         return cast(FlashHead, self.head).intercepted(project)
 
     def propose(
-        self, sequences: Rows[Sequence], hidden: mx.array, latest: mx.array | None = None
+        self,
+        sequences: Rows[Sequence],
+        hidden: mx.array,
+        latest: mx.array | None = None,
+        guesses: Rows[int] = (),
     ) -> mx.array:
         """Tokens that are pending then, lazy.
 
         Args:
-            sequences: R of them.
+            sequences: R of them; in a wide step the same one R times.
             hidden: (R, D), their states.
             latest: (R,), the tokens of these states, which may not be computed yet; None where the
                 sequences know all of their tokens.
+            guesses: What is expected as the first tokens that are proposed, in a wide step.
 
         Returns:
             (R,) uint32.
         """
-        masks: list[np.ndarray | None] = [None] * len(sequences)
-        adjustment = None
-        if any(sequence.has_processors for sequence in sequences):
-            masks = [self._mask(sequence) for sequence in sequences]
-            adjustment = self._adjustment(sequences, latest, masks)
-        draws = Draws.of([sequence.draw_at(sequence.n_chosen) for sequence in sequences])
+        vocab_size = self.head.vocab_size
+        draws = []
+        masks: list[np.ndarray | None] = []
+        changes: list[ChangedTokens | None] = []
+        counted: list[bool] = []  # whether a sequence knows the token of its state
+        made = []
+        for row, sequence in enumerate(sequences):
+            mask = self._mask(sequence) if sequence.has_processors else None
+            draws.append(sequence.draw_at(sequence.n_chosen))
+            masks.append(mask)
+            changes.append(with_few_allowed(sequence.changed_tokens(), mask, vocab_size))
+            counted.append(sequence.n_read == len(sequence.pending))
+            pending = PendingToken(row=row, allowed=mask)
+            if row < len(guesses):
+                pending.token = guesses[row]
+            made.append(pending)
+            sequence.pending.append(pending)
         proposal = self.head.propose(
             hidden,
-            draws,
+            Draws.of(draws),
             n_probes=self.settings.n_probes,
             depth=self.policy.depth,
             logit_map=self.logit_map,
-            adjustment=adjustment,
+            adjustment=_adjustment(changes, counted, latest, vocab_size),
             allowed=mask_array(masks),
         )
-        for row, sequence in enumerate(sequences):
-            sequence.pending.append(PendingToken(proposal, row, allowed=masks[row]))
+        for pending in made:
+            pending.proposal = proposal
         return cast(mx.array, proposal.tokens)
-
-    def _adjustment(
-        self,
-        sequences: Rows[Sequence],
-        latest: mx.array | None,
-        masks: Rows[np.ndarray | None],
-    ) -> Adjustment | None:
-        """What the penalties and biases of sequences change.
-
-        Of ``masks`` that allow few tokens these are among them.
-        """
-        vocab_size = self.head.vocab_size
-        changes = [
-            with_few_allowed(sequence.changed_tokens(), mask, vocab_size)
-            for sequence, mask in zip(sequences, masks, strict=True)
-        ]
-        if all(change is None for change in changes):
-            return None
-        counted = [sequence.n_read == len(sequence.pending) for sequence in sequences]
-        some = any(counted)
-        if latest is None or all(counted):
-            latest = None
-            some = False
-        elif some:
-            latest = mx.where(mx.array(counted), vocab_size, latest)
-        return Adjustment.of(changes, latest, vocab_size, all_latest=not some)
 
     def _mask(self, sequence: Sequence) -> np.ndarray | None:
         """Returns what a mask of the sequence allows at its next place.
@@ -296,6 +294,27 @@ class Proposer:
             return f"FlashHead: unverified, {clusters}"
         counts = f"{self.n_verifications:,} verifications, {self.n_rejected:,} proposals rejected"
         return f"FlashHead: {clusters}, {counts}"
+
+
+def _adjustment(
+    changes: Rows[ChangedTokens | None],
+    counted: Rows[bool],
+    latest: mx.array | None,
+    vocab_size: int,
+) -> Adjustment | None:
+    """What the penalties and biases of rows change; None if nothing.
+
+    The ``latest`` tokens (R,) count in addition where they are not ``counted``.
+    """
+    if all(change is None for change in changes):
+        return None
+    some = any(counted)
+    if latest is None or all(counted):
+        latest = None
+        some = False
+    elif some:
+        latest = mx.where(mx.array(counted), vocab_size, latest)
+    return Adjustment.of(changes, latest, vocab_size, all_latest=not some)
 
 
 def step_arrays(tokens: mx.array, chosen: Rows[PendingToken]) -> list[Any]:

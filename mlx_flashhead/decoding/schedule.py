@@ -41,7 +41,7 @@ class VerifySchedule:
         self.joined: list[mx.array] = []  # of pending tokens, to be computed with the next step
 
     def step(self, sequences: list[Sequence]) -> None:
-        """Accepts what is decided after a step, which has read a token of each sequence.
+        """Accepts what is decided after a step, which has read tokens of each sequence.
 
         Afterwards the caller rolls back the caches of sequences with a rejected token.
         """
@@ -53,8 +53,9 @@ class VerifySchedule:
                 self._accept()
         ends = False
         for sequence in sequences:
-            if sequence.n_read:  # else a token before was rejected
-                ends |= self._note(sequence)
+            for place in range(sequence.n_read):  # none if a token before was rejected
+                ends |= self._note(sequence, sequence.pending[place], place)
+            _accept_dense(sequence)
         if ends and self._verification is not None:
             self._accept()
         waiting = [sequence for sequence in sequences if sequence.n_read]
@@ -92,23 +93,22 @@ class VerifySchedule:
             if not any(pending in sequence.pending for sequence in sequences)
         ]
 
-    def _note(self, sequence: Sequence) -> bool:
-        """Takes note of the token read last, and returns whether it ends the text.
+    def _note(self, sequence: Sequence, pending: PendingToken, place: int) -> bool:
+        """Takes note of a pending token that is read, once. Returns whether it ends the text.
 
-        It is accepted if the dense logits chose it and nothing is pending before it.
+        What the dense logits chose needs no note where nothing is pending before it.
         """
-        n_read = sequence.n_read
-        pending = sequence.pending[n_read - 1]
-        if pending.proposal is None and n_read == 1:
-            sequence.accept()
+        dense = pending.proposal is None
+        if pending.noted or (dense and all(p.proposal is None for p in sequence.pending[:place])):
             return False
+        pending.noted = True
         if not self._n_waiting:
             self._since = time.perf_counter()
         self._n_waiting += 1
         self._risks[sequence] = self._risks.get(sequence, 0.0) + pending.risk
-        if pending.proposal is not None:
+        if not dense:
             self._unjoined.append(pending)
-        at_limit = len(sequence.tokens) + n_read == sequence.limit
+        at_limit = len(sequence.tokens) + place + 1 == sequence.limit
         return at_limit or pending.token in self._proposer.head.eos_token_ids
 
     @property
@@ -148,6 +148,10 @@ class VerifySchedule:
                 self._limit = max(self._n_launched // 2, self._proposer.policy.first_pending)
                 continue
             sequence.snapshots.append(snapshot)
-            # dense choices behind it, which waited for it alone
-            while sequence.n_read and sequence.pending[0].proposal is None:
-                sequence.accept()
+            _accept_dense(sequence)
+
+
+def _accept_dense(sequence: Sequence) -> None:
+    """Accepts what the dense logits chose, up to the first token that was proposed."""
+    while sequence.n_read and sequence.pending[0].proposal is None:
+        sequence.accept()

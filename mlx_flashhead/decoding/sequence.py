@@ -33,6 +33,8 @@ class PendingToken:
     token: int | None = None  # once it is read
     # (⌈V/32⌉,) uint32, a bit a token, whether it could be chosen; None where all could
     allowed: np.ndarray | None = None
+    guessed: bool = False  # whether it was guessed, and computed in a wide step
+    noted: bool = False  # whether the schedule has taken note of it
     risk: float = 0.0  # estimated chance that the dense logits choose another token, likewise
 
     def read(self, token: int) -> None:
@@ -84,6 +86,7 @@ class Sequence:
         self.n_yielded = len(self.tokens)  # tokens that the caller has
         self.n_cached = len(self.tokens)  # tokens of the text in the caches
         self.rejected = False  # whether the caches hold another token in the last one's place
+        self.n_rolled_back = 0  # how often tokens that were read were taken back
         self.proposing = False  # whether the FlashHead proposes its next tokens
         # while it is ahead: the first one is at the last token handed out, or before
         self.snapshots: deque[Snapshot] = deque()
@@ -152,6 +155,21 @@ class Sequence:
         read = [pending.token for pending in self.pending if pending.token is not None]
         known = [*self._prompt_tail, *self.tokens[-window:], *read][-window:]
         return self.changes.changed_tokens(known, len(self.pending) - len(read))
+
+    @property
+    def forces_tokens(self) -> bool:
+        """Whether a grammar may allow one token alone at a place."""
+        mask = None if self.changes is None else self.changes.mask
+        return mask is not None and marks_of(mask).forced is not None
+
+    def forced_tokens(self, most: int) -> list[int]:
+        """The next tokens if its grammar allows no others, ``most`` of them at most.
+
+        All tokens before them must be known.
+        """
+        mask = None if self.changes is None else self.changes.mask
+        forced = None if mask is None else marks_of(mask).forced
+        return [] if forced is None else forced(self.context(self.n_chosen), most)
 
     # Whether it is ahead of what is handed out: its states, and how they change.
 
@@ -277,12 +295,17 @@ class Sequence:
     def rolled_back(self, n_tokens: int) -> None:
         """Notes that the caches hold the first ``n_tokens`` of the text and no others."""
         self.rejected = False
+        self.n_rolled_back += 1
+        self.take_back(n_tokens)
+        while len(self.snapshots) > 1 and self.snapshots[-1].n_tokens > n_tokens:
+            self.snapshots.pop()
+
+    def take_back(self, n_tokens: int) -> None:
+        """Notes that tokens after the first ``n_tokens`` were fed, and are not in the caches now."""
         self.n_cached = n_tokens
         self._join_fed()
         if self._ids is not None:
             self._ids = self._ids[: self._n_before + n_tokens]
-        while len(self.snapshots) > 1 and self.snapshots[-1].n_tokens > n_tokens:
-            self.snapshots.pop()
 
     # Its choices.
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+LOOKUPS = ("auto", "on", "off")
+
 
 @dataclass(frozen=True)
 class DecodingSettings:
@@ -17,9 +19,12 @@ class DecodingSettings:
             the same one.
         max_wait: Seconds that text may wait for its verification, 0 to 1; 0 decodes densely; None:
             as long as pays.
+        lookup: Whether the next tokens are looked up in the prompt and the text, and several are
+            computed in a step: "auto" where that is worth its time, "on" wherever some are found,
+            or "off".
 
     Raises:
-        ValueError: If ``max_wait`` is out of its range.
+        ValueError: If ``max_wait`` or ``lookup`` is out of its range.
     """
 
     n_probes: int | None = None
@@ -27,10 +32,13 @@ class DecodingSettings:
     dense: bool = False
     draw_temperature: float | None = None
     max_wait: float | None = None
+    lookup: str = "auto"
 
     def __post_init__(self) -> None:
         if self.max_wait is not None and not 0 <= self.max_wait <= 1:
             raise ValueError(f"max_wait is {self.max_wait}: it must be 0 to 1 seconds.")
+        if self.lookup not in LOOKUPS:
+            raise ValueError(f"lookup is {self.lookup!r}: it must be one of {', '.join(LOOKUPS)}.")
 
     @classmethod
     def taken_from(cls, keywords: dict[str, Any]) -> "DecodingSettings":

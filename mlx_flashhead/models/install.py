@@ -53,10 +53,17 @@ def installed_head(model: nn.Module) -> FlashHead:
 def is_recognised(model: Any) -> bool:
     """Whether a model is the one that got its FlashHead, or a copy of it, and unchanged.
 
-    All of its parts are of classes of mlx, mlx-lm or mlx-vlm, whose calls nobody has replaced. A
-    module around a model, or a changed one, may do anything with a text's tokens.
+    A module around a model, or a changed one, may do anything with a text's tokens.
     """
-    if not isinstance(model, _FlashRoot):
+    return isinstance(model, _FlashRoot) and is_librarys_model(model)
+
+
+def is_librarys_model(model: Any) -> bool:
+    """Whether all parts of a model are of classes of mlx, mlx-lm or mlx-vlm, as they are there.
+
+    Nobody has replaced their calls, and it is not being trained: dropout draws in each step.
+    """
+    if not isinstance(model, nn.Module) or model.training:
         return False
     classes = {_class_without_flash_head(module) for module in model.modules()}
     return all(_is_libraries(cls) for cls in classes)

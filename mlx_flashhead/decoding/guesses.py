@@ -1,0 +1,204 @@
+"""Guesses of a text's next tokens. A wide step computes them all; they change nothing but the time.
+
+What guesses: a grammar that allows one continuation alone, a draft model, or a lookup in the text.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+
+from .draft_model import DraftModel
+from .lookup import LENGTHS, Lookup
+from .sequence import Sequence as Text
+from .wide import MAX_WIDTH, WideSteps
+from .wide_trial import established_widths
+
+GRAMMAR = "grammar"
+DRAFT = "draft model"
+LOOKUP = "lookup"
+
+# How often guesses are right that nobody has tried yet, by the length of the n-gram.
+EXPECTED = {4: 0.75, 3: 0.5, 2: 0.3}
+WEIGHT = 2.0  # guesses that this counts for
+KEPT = 0.9  # share of what is known of guesses that each next one leaves
+WORTH = 1.05  # tokens for the time of one from which a wide step is taken
+
+
+class Guess(NamedTuple):
+    """What may follow the latest token of a text."""
+
+    tokens: mx.array  # (k,) uint32, which may not be computed yet
+    source: str
+    length: int = 0  # of the n-gram that was found
+
+
+class Worth:
+    """How often guesses of one kind were right in this text.
+
+    Args:
+        expected: The share that is expected before any was tried.
+    """
+
+    def __init__(self, expected: float):
+        self._right = expected * WEIGHT
+        self._wrong = (1 - expected) * WEIGHT
+
+    def note(self, n_right: int, wrong: bool) -> None:
+        """Notes how many tokens of a guess were right, and whether the next one was wrong."""
+        self._right = self._right * KEPT + n_right
+        self._wrong = self._wrong * KEPT + wrong
+
+    @property
+    def share(self) -> float:
+        """The chance that the next token of a guess is right, if those before it are."""
+        return self._right / (self._right + self._wrong)
+
+    def best_width(self, costs: Mapping[int, float], n_unknown: int) -> int:
+        """The tokens of the step that gives most tokens for its time; 1 if none is worth it.
+
+        Args:
+            costs: The time of a step by its number of tokens, relative to a single one.
+            n_unknown: Tokens before the guess, 0 or 1, which must be as guessed, too.
+        """
+        best = 1
+        most = WORTH
+        for width, cost in costs.items():
+            n_right = sum(self.share ** (n_unknown + i) for i in range(1, width))
+            if (1 + n_right) / cost > most:
+                best = width
+                most = (1 + n_right) / cost
+        return best
+
+
+class Guesser:
+    """Guesses the next tokens of one text.
+
+    Args:
+        wide: The wide steps of its model.
+        prompt: The tokens before the text.
+        always: Guess wherever something is found; otherwise where that is worth its time.
+        draft: A draft model, which guesses in the place of a lookup.
+        quantized_from: The length from which the caches are quantized; None if they are not.
+    """
+
+    def __init__(
+        self,
+        wide: WideSteps,
+        prompt: Sequence[int],
+        *,
+        always: bool = False,
+        draft: DraftModel | None = None,
+        quantized_from: int | None = None,
+    ):
+        self.wide = wide
+        self.accepted: Counter[str] = Counter()  # tokens that were right, by what guessed them
+        self._always = always
+        self._draft = draft
+        self._quantized_from = quantized_from
+        self._lookup = Lookup(prompt)
+        self._n_prompt = len(prompt)
+        self._n_rolled_back = 0  # of the text, when the lookup got its tokens
+        self._worths = {length: Worth(EXPECTED[length]) for length in LENGTHS}
+        self._watched = (0, 0, 0)  # a guess that was not taken: n-gram's length, place, and token
+
+    def guess(
+        self, text: Text, latest: mx.array, token: int | None, layers: list[Any]
+    ) -> Guess | None:
+        """Guesses what follows the latest token.
+
+        Processors of a text need its latest token, so that it is read where something is found.
+
+        Args:
+            text: The text.
+            latest: (1,), its latest token, which is launched.
+            token: The same, if it is known.
+            layers: The text's caches.
+
+        Returns:
+            As many tokens as pay; None where a single step is better, or nothing is found.
+        """
+        if not text.recognised:
+            return None
+        if token is None and text.forces_tokens:  # its mask waits for the token in any case
+            token = cast(int, latest.item())
+        self._learn(text, token)
+        if token is not None and (forced := text.forced_tokens(MAX_WIDTH - 1)):
+            width = max((w for w in self._costs(layers) if w <= len(forced) + 1), default=1)
+            return _guess(forced, width, GRAMMAR)
+        if self._draft is not None:
+            return self._drafted(text, latest, token, layers)
+        length, found = self._lookup.find(MAX_WIDTH)
+        if length and token is None and text.has_processors:
+            token = cast(int, latest.item())
+            self._learn(text, token)
+            length, found = self._lookup.find(MAX_WIDTH)
+        if not length:
+            return None
+        n_unknown = int(token is None)
+        self._watched = length, len(self._lookup.tokens), found[0]
+        costs = self._costs(layers)
+        width = self._worths[length].best_width(costs, n_unknown)
+        if self._always:
+            width = max(costs, default=1)
+        return _guess(found[n_unknown:], width, LOOKUP, length)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a draft model guesses."""
+        return self._draft is not None
+
+    def note(self, guess: Guess, n_accepted: int) -> None:
+        """Notes how many tokens of a guess were right."""
+        self.accepted[guess.source] += n_accepted
+        if guess.length:
+            self._worths[guess.length].note(n_accepted, n_accepted < len(guess.tokens))
+            self._watched = (0, 0, 0)
+        if guess.source == DRAFT:
+            cast(DraftModel, self._draft).note(n_accepted)
+
+    def _learn(self, text: Text, token: int | None) -> None:
+        """Takes the tokens that are known by now, and sees what a guess would have been worth."""
+        known = self._lookup
+        if self._n_rolled_back != text.n_rolled_back:
+            self._n_rolled_back = text.n_rolled_back
+            known.truncate(self._n_prompt + text.n_yielded)
+        n_held = len(known.tokens) - self._n_prompt
+        read = [cast(int, pending.token) for pending in text.pending[: text.n_read]]
+        tokens = [*text.tokens[n_held:], *read[max(n_held - len(text.tokens), 0) :]]
+        if token is not None and n_held + len(tokens) < text.n_chosen:
+            tokens.append(token)
+        known.extend(tokens)
+        length, place, guessed = self._watched
+        if length and place < len(known.tokens):
+            right = known.tokens[place] == guessed
+            self._worths[length].note(int(right), not right)
+            self._watched = (0, 0, 0)
+
+    def _costs(self, layers: list[Any]) -> dict[int, float]:
+        """The time of each established step, relative to a single one, from these caches on."""
+        lengths = [layer.offset for layer in layers if hasattr(layer, "to_quantized")]
+        if self._quantized_from is not None and lengths:  # mlx-lm does so within the next steps
+            if max(lengths) + MAX_WIDTH >= self._quantized_from:
+                return {}
+        if not self.wide.is_of(self.wide.model):  # a part of it was changed
+            return {}
+        return {width: self.wide.cost(width) for width in established_widths(self.wide, layers)}
+
+    def _drafted(
+        self, text: Text, latest: mx.array, token: int | None, layers: list[Any]
+    ) -> Guess | None:
+        draft = cast(DraftModel, self._draft)
+        widths = [width for width in self._costs(layers) if width <= draft.n_drafts + 1]
+        if not widths:
+            return None
+        known = self._lookup.tokens if token is None else self._lookup.tokens[:-1]
+        drafts = draft.drafts(known, latest, max(widths) - 1, text)
+        return Guess(drafts, DRAFT)
+
+
+def _guess(tokens: list[int], width: int, source: str, length: int = 0) -> Guess | None:
+    if width < 2:
+        return None
+    return Guess(mx.array(tokens[: width - 1], mx.uint32), source, length)
