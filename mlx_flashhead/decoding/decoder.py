@@ -85,8 +85,7 @@ class Decoder:
         self._latest_token: int | None = None  # the same of a text alone, if it is known
         self._schedule = VerifySchedule(proposer, self._snapshots)
         self._n_started = 0
-        self.n_steps = 0  # of the model, after the prompts
-        self.n_wide = 0  # of these, steps of several tokens
+        self.n_wide = 0  # steps of several tokens
         # Whether several texts draw from MLX's random state, also such as are not here yet. Their
         # draws depend on when any text begins and ends, so that none goes ahead.
         self.several_draw = False
@@ -164,7 +163,7 @@ class Decoder:
 
     def _advance(self) -> None:
         """Launches the next step, reads the token before it, and accepts what is decided."""
-        self.n_steps += 1
+        self._proposer.n_steps += 1
         latest = cast(mx.array, self._latest)
         guess = self._guess(latest)
         if guess is not None:
@@ -224,7 +223,7 @@ class Decoder:
             n_right += 1
         del sequence.pending[n_pending + n_right + 1 :]
         for pending, token in zip(sequence.pending[n_pending:-1], tokens, strict=False):
-            pending.guessed = True
+            pending.guessed = guess.source
             pending.read(token)
         step.back_to(n_right + 1)
         sequence.take_back(n_cached + n_right + 1)

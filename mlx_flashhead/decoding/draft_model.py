@@ -28,13 +28,17 @@ class DraftModel:
         model: The draft model, with a FlashHead or without.
         layers: Its caches.
         n_drafts: Tokens that it guesses at a time, at most.
-        n_held: Tokens of the prompt that the caches hold.
+        n_prompt: Tokens before the text.
+        n_held: How many of these the caches hold.
     """
 
-    def __init__(self, model: nn.Module, layers: list[Any], n_drafts: int, n_held: int = 0):
+    def __init__(
+        self, model: nn.Module, layers: list[Any], n_drafts: int, n_prompt: int, n_held: int = 0
+    ):
         self.n_drafts = n_drafts
         self._model: Any = model
         self._layers = layers
+        self._n_prompt = n_prompt
         self._n_held = n_held  # tokens that are known and in the caches
         self._fed = mx.zeros(0, mx.uint32)  # those after them, which are drafts but for the first
         self._copies: list[Any] = []  # of caches that cannot be trimmed, without these
@@ -70,15 +74,18 @@ class DraftModel:
         """Takes back all drafts but the first ``n_accepted``."""
         self._take_back(min(1 + n_accepted, len(self._fed)))
 
-    def leave(self, tokens: list[int]) -> None:
-        """Leaves the tokens of the prompt and the text in the caches, and no others."""
-        n_ahead = self._n_held - len(tokens)
+    def leave(self, text: list[int]) -> None:
+        """Leaves the prompt and the tokens of the text in the caches, where these can be trimmed.
+
+        Others may hold a few tokens more or less. The next text's drafts are worse then, and the
+        text is the same.
+        """
+        n_ahead = self._n_held - self._n_prompt - len(text)
         if n_ahead > 0 and all(copied is None for copied in self._copies):
             for layer in self._layers:
                 layer.trim(n_ahead)
-        elif n_ahead <= 0:
-            self._feed(mx.array(tokens[self._n_held :], mx.uint32))
-        self._n_held = len(tokens)
+        elif n_ahead < 0:
+            self._feed(mx.array(text[n_ahead:], mx.uint32))
 
     def _take_back(self, n_right: int) -> None:
         """Leaves the first ``n_right`` of the tokens that were fed last."""

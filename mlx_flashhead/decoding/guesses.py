@@ -3,14 +3,16 @@
 What guesses: a grammar that allows one continuation alone, a draft model, or a lookup in the text.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from ..models.install import is_librarys_model
 from .draft_model import DraftModel
 from .lookup import LENGTHS, Lookup
+from .proposer import Proposer
 from .sequence import Sequence as Text
 from .wide import MAX_WIDTH, WideSteps
 from .wide_trial import established_widths
@@ -93,7 +95,6 @@ class Guesser:
         quantized_from: int | None = None,
     ):
         self.wide = wide
-        self.accepted: Counter[str] = Counter()  # tokens that were right, by what guessed them
         self._always = always
         self._draft = draft
         self._quantized_from = quantized_from
@@ -151,7 +152,6 @@ class Guesser:
 
     def note(self, guess: Guess, n_accepted: int) -> None:
         """Notes how many tokens of a guess were right."""
-        self.accepted[guess.source] += n_accepted
         if guess.length:
             self._worths[guess.length].note(n_accepted, n_accepted < len(guess.tokens))
             self._watched = (0, 0, 0)
@@ -196,6 +196,54 @@ class Guesser:
         known = self._lookup.tokens if token is None else self._lookup.tokens[:-1]
         drafts = draft.drafts(known, latest, max(widths) - 1, text)
         return Guess(drafts, DRAFT)
+
+
+def guesser_of(
+    model: nn.Module,
+    proposer: Proposer,
+    tokens: list[int],
+    layers: list[Any],
+    *,
+    n_begun: int = 0,
+    draft: DraftModel | None = None,
+    quantized_from: int | None = None,
+) -> Guesser | None:
+    """The guesser of a text that is about to begin.
+
+    Args:
+        model: Its model.
+        proposer: Has the settings.
+        tokens: Of its prompt and what comes before that.
+        layers: Its caches.
+        n_begun: How many of the tokens belong to the text itself.
+        draft: A draft model, if there is one.
+        quantized_from: As of :class:`Guesser`.
+
+    Returns:
+        None where steps are single ones throughout.
+
+    Raises:
+        ValueError: If a lookup is asked for, and no wide step of the model is established.
+    """
+    settings = proposer.settings
+    wanted = draft is not None or settings.lookup != "off"
+    if not wanted or proposer.unverified or proposer.policy.lockstep:
+        return None
+    wide = WideSteps.of(model) if is_librarys_model(model) else None
+    if settings.lookup == "on" and (wide is None or not established_widths(wide, layers)):
+        raise ValueError(
+            "`lookup` is 'on', but a step of several tokens does not leave this model's text as it "
+            "is on this machine: give 'auto' or 'off'."
+        )
+    if wide is None:
+        return None
+    return Guesser(
+        wide,
+        tokens[: len(tokens) - n_begun],
+        always=settings.lookup == "on",
+        draft=draft,
+        quantized_from=quantized_from,
+    )
 
 
 def _guess(tokens: list[int], width: int, source: str, length: int = 0) -> Guess | None:

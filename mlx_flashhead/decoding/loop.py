@@ -10,6 +10,8 @@ import mlx.nn as nn
 from ..models.compat import mlx_lm as compat
 from .caches import UNKNOWN_CACHE, OwnCaches, are_known
 from .decoder import Decoder
+from .draft_model import DraftModel
+from .guesses import guesser_of
 from .prefill import check_prompt, read_by, read_prompt
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction
@@ -42,6 +44,7 @@ def verified_steps(
     context: Iterable[int] = (),
     n_begun: int = 0,
     prefill: Callable[..., Iterable[Any]] | None = None,
+    draft: DraftModel | None = None,
     announce: Callable[[str], Any] | None = None,
 ) -> Tokens:
     """Does what mlx-lm's ``generate_step`` does, with the dense model's choices.
@@ -60,6 +63,7 @@ def verified_steps(
         context: Tokens that ``prompt_cache`` holds already, and that processors see.
         n_begun: How many of these and of the prompt belong to a text that is continued.
         prefill: Reads the prompt in the place of :func:`read_prompt`, with mlx-lm's keywords.
+        draft: A draft model, which guesses the next tokens in the place of a lookup.
         announce: Called for each token with how it was decoded: "verified", "dense: " and why, or
             FIRST for the first one of a text that is verified from its second on.
 
@@ -80,9 +84,11 @@ def verified_steps(
         return cast(mx.array, logits)
 
     # 1) The prompt is read. Its last logits choose the first token.
+    context = list(context)
+    quantized_from = None if kv_bits is None else quantized_kv_start
     sequence = _sequence(
         prompt,
-        context=list(context),
+        context=context,
         n_begun=n_begun,
         sampler=sampler,
         processors=logits_processors,
@@ -90,8 +96,17 @@ def verified_steps(
         limit=max_tokens,
         cache=cache,
     )
-    caches = OwnCaches(cache, None if kv_bits is None else quantized_kv_start)
-    decoder = Decoder(proposer, caches, feed)
+    guesser = guesser_of(
+        model,
+        proposer,
+        [*context, *cast(list[int], prompt.tolist())],
+        cache,
+        n_begun=n_begun,
+        draft=draft,
+        quantized_from=quantized_from,
+    )
+    caches = OwnCaches(cache, quantized_from)
+    decoder = Decoder(proposer, caches, feed, guesser)
     with mx.stream(stream), proposer.reading():
         if prefill is not None:
             logits = read_by(prefill, {"prompt_cache": cache})
@@ -118,6 +133,8 @@ def verified_steps(
             n_given = sequence.n_yielded - n_begun
             if n_given == 1:
                 progress(n_prompt, n_prompt)
+            if pending.guessed:
+                proposer.n_guessed[pending.guessed] += 1
             if announce is not None:
                 announce(proposer.mode_of(sequence, n_given))
             # 3) The caller gets one, and may use the caches, draw, or change the processors.
@@ -128,6 +145,8 @@ def verified_steps(
                 mx.clear_cache()
     finally:
         text.end()
+        if draft is not None:
+            draft.leave(sequence.tokens[: sequence.n_yielded])
 
 
 # A layer's cache, and the text that is ahead in it while its caller has the latest token.

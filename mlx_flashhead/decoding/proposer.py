@@ -1,5 +1,6 @@
 """Proposes the tokens of sequences, by the policy of their head."""
 
+from collections import Counter
 from collections.abc import Sequence as Rows
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -40,7 +41,8 @@ class Proposer:
         self.model = model
         self.settings = settings or DecodingSettings()
         self.n_verifications = self.n_rejected = 0
-        self.n_guessed = 0  # tokens handed out that were guessed
+        self.n_steps = 0  # of the model, after a prompt
+        self.n_guessed: Counter[str] = Counter()  # tokens handed out that were guessed, by what
         self._zeros: mx.array | None = None  # in the place of logits that nobody reads
         self._zeros_of: mx.Dtype | None = None  # the dtype of hidden states for which these are
         self.look_for_head()
@@ -281,6 +283,18 @@ class Proposer:
         A product of several states rounds otherwise in 16 bits.
         """
         return self.model_logits(self.head.dense_logits(hidden))
+
+    def report_guesses(self, n_tokens: int) -> str:
+        """How many of a text's tokens were guessed, for a line under it; "" if none was.
+
+        Args:
+            n_tokens: Of the text.
+        """
+        if not self.n_guessed:
+            return ""
+        by = ", ".join(self.n_guessed)
+        n_guessed = self.n_guessed.total()
+        return f"Guessed: {n_guessed:,} of {n_tokens:,} tokens ({by}), {self.n_steps:,} steps"
 
     def report(self) -> str:
         """What was used, for a line under a text."""

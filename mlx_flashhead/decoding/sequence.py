@@ -33,7 +33,7 @@ class PendingToken:
     token: int | None = None  # once it is read
     # (⌈V/32⌉,) uint32, a bit a token, whether it could be chosen; None where all could
     allowed: np.ndarray | None = None
-    guessed: bool = False  # whether it was guessed, and computed in a wide step
+    guessed: str = ""  # what has guessed it, so that it was computed in a wide step
     noted: bool = False  # whether the schedule has taken note of it
     risk: float = 0.0  # estimated chance that the dense logits choose another token, likewise
 

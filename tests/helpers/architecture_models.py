@@ -53,6 +53,7 @@ def tiny_architecture(name: str, *, tied: bool, seed: int = 0) -> nn.Module:
                 getattr(module, "sanitize", dict)({})
     if name == "phi3small":  # it writes to tokens that lie beyond a small vocabulary
         model._dummy_tokenizer_ids = mx.array([VOCAB_SIZE - 3, VOCAB_SIZE - 1])
+    model.eval()
     return stirred(model)
 
 
