@@ -19,7 +19,7 @@ class Marks:
     # The tokens (n,) of a text and V → (⌈V/32⌉,) uint32, a bit for each token that may come next,
     # or None for all; of a processor that does nothing else.
     allowed: Callable[[Any, int], Any] | None = None
-    # The tokens (n,) of a text and a number → so many of the next ones at most, if no others may come
+    # The tokens (n,) of a text and a number → the next ones, so many at most, if no others may come
     forced: Callable[[Any, int], list[int]] | None = None
     begin: Callable[[], Any] | None = None  # called when a text begins
     for_sequence: Callable[[], Any] | None = None  # makes another one, for another text

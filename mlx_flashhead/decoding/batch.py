@@ -379,7 +379,7 @@ class VerifiedBatchGenerator:
 
     def _response(self, sequence: Sequence) -> Response:
         text = self._texts[sequence.uid]
-        pending = sequence.hand_out()
+        pending = self._decoder.hand_out(sequence)
         token = cast(int, pending.token)
         if self._announce is not None:
             self._announce(self._proposer.mode_of(sequence, sequence.n_yielded))

@@ -23,7 +23,7 @@ from .guesses import Guess, Guesser
 from .proposer import Proposer, step_arrays
 from .random_state import current_key, set_key
 from .schedule import VerifySchedule
-from .sequence import Sequence
+from .sequence import PendingToken, Sequence
 
 SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
 
@@ -100,6 +100,7 @@ class Decoder:
         """
         for sequence in sequences:
             sequence.joined = self._n_started
+            sequence.vocab_size = logits.shape[-1]
             self._n_started += 1
         tokens = choose_densely(self._proposer, sequences, logits, share_a_sampler(sequences))
         mx.async_eval(step_arrays(tokens, [sequence.pending[-1] for sequence in sequences]))
@@ -225,11 +226,19 @@ class Decoder:
         for pending, token in zip(sequence.pending[n_pending:-1], tokens, strict=False):
             pending.guessed = guess.source
             pending.read(token)
+        sequence.pending[-1].token = None  # is read in the next round
         step.back_to(n_right + 1)
         sequence.take_back(n_cached + n_right + 1)
         self._latest = chosen[n_right : n_right + 1]
         self._latest_token = tokens[n_right]
         guesser.note(guess, n_right)
+
+    def hand_out(self, sequence: Sequence) -> PendingToken:
+        """The next accepted token of a sequence."""
+        pending = sequence.hand_out()
+        if pending.guessed:
+            self._proposer.n_guessed[pending.guessed] += 1
+        return pending
 
     def settle(self, sequences: list[Sequence], *, caches_changed: bool = False) -> None:
         """Forgets what was computed beyond the tokens that mlx-lm's loop would have computed.

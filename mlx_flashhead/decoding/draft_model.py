@@ -22,7 +22,8 @@ STEP_SIZE = 2048  # tokens that are read at once
 class DraftModel:
     """A draft model in one text.
 
-    It draws as the target does, from its own logits: the same number, or the same noise.
+    It draws as the target does, from its own logits: the same number, or the same noise. Models of
+    one family may have some tokens more or less at the end of their vocabularies.
 
     Args:
         model: The draft model, with a FlashHead or without.
@@ -30,14 +31,25 @@ class DraftModel:
         n_drafts: Tokens that it guesses at a time, at most.
         n_prompt: Tokens before the text.
         n_held: How many of these the caches hold.
+        scores_few: Whether its FlashHead, if it has one, scores few tokens; not where the target
+            drafts for itself.
     """
 
     def __init__(
-        self, model: nn.Module, layers: list[Any], n_drafts: int, n_prompt: int, n_held: int = 0
+        self,
+        model: nn.Module,
+        layers: list[Any],
+        n_drafts: int,
+        n_prompt: int,
+        n_held: int = 0,
+        *,
+        scores_few: bool = True,
     ):
         self.n_drafts = n_drafts
         self._model: Any = model
         self._layers = layers
+        self._scores_few = scores_few
+        self._n_tokens = _vocab_size(model)
         self._n_prompt = n_prompt
         self._n_held = n_held  # tokens that are known and in the caches
         self._fed = mx.zeros(0, mx.uint32)  # those after them, which are drafts but for the first
@@ -52,7 +64,8 @@ class DraftModel:
             n: How many.
             text: The text.
         """
-        recent = sorted(set(known[-LATEST:]))
+        recent = sorted({token for token in known[-LATEST:] if token < self._n_tokens})
+        n_common = min(self._n_tokens, text.vocab_size or self._n_tokens)
         with self._scoring(recent):
             while len(known) - self._n_held > STEP_SIZE:
                 self._feed(mx.array(known[self._n_held : self._n_held + STEP_SIZE], mx.uint32))
@@ -64,7 +77,7 @@ class DraftModel:
             self._copies = copied_layers(self._layers)
             drafts = [latest.astype(mx.uint32)]
             for i in range(n):
-                logits = self._feed(drafts[-1])
+                logits = self._feed(drafts[-1])[:, :n_common]
                 place = text.n_chosen + i
                 drafts.append(text.pick(logits, normalized(logits), place).astype(mx.uint32))
         self._fed = mx.concatenate(drafts[:-1])
@@ -107,6 +120,7 @@ class DraftModel:
 
     def _feed(self, tokens: mx.array) -> mx.array:
         """Feeds tokens (n,). Returns the logits (1, V) after the last one, lazy."""
+        tokens = mx.minimum(tokens, self._n_tokens - 1)
         logits = self._model(tokens[None], cache=self._layers)
         return cast(mx.array, logits[:, -1, :])
 
@@ -115,7 +129,7 @@ class DraftModel:
 
         ``recent`` are among them.
         """
-        head = get_flash_head(self._model)
+        head = get_flash_head(self._model) if self._scores_few else None
         if head is None:
             return nullcontext()
         tokens = mx.array(recent, mx.uint32)
@@ -123,9 +137,15 @@ class DraftModel:
 
         def project(hidden: mx.array) -> mx.array:
             last = hidden[..., -1:, :]
-            return cast(mx.array, head.draft_logits(last, tokens, n_probes=n_probes))
+            return head.draft_logits(last, tokens, n_probes=n_probes)
 
         return head.intercepted(project)
+
+
+def _vocab_size(model: Any) -> int:
+    """The number of tokens of a model, of which nothing is computed."""
+    n_tokens: int = model(mx.zeros((1, 1), mx.uint32)).shape[-1]
+    return n_tokens
 
 
 def draft_report(draft_model: Any) -> str:

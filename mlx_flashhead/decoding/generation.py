@@ -17,7 +17,8 @@ from ..models.compat.mlx_lm import BatchResponse, GenerationResponse, TokenizerW
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.vlm import is_vlm
 from .batch import VerifiedBatchGenerator
-from .drafting import draft_report, drafted_steps
+from .draft_model import draft_report
+from .drafting import drafted_steps
 from .keywords import (
     CacheOptions,
     DecodeOptions,
@@ -121,24 +122,18 @@ def generate(
         print("=" * 10)
     options.setdefault("logprobs", False)
     text = ""
-    n_drafted = 0
     for response in _responses(model, tokenizer, prompt, proposer=proposer, **options):
         if verbose:
             print(response.text, end="", flush=True)
         text += response.text
-        n_drafted += response.from_draft
     if verbose:
         print()
         print("=" * 10)
         if text:
             _print_statistics(response)
+            _print_how(proposer, response.generation_tokens, options.get("draft_model"))
         else:
             print("No text generated for this prompt")
-        draft_model = options.get("draft_model")
-        if draft_model is not None:
-            print(draft_report(draft_model, n_drafted))
-        elif proposer.head is not None:
-            print(proposer.report())
     return text
 
 
@@ -376,9 +371,12 @@ def _steps(
         logprobs=logprobs,
         **options,
     )
+    n_guessed = 0
     with closing(steps):
         for token, token_logprobs in steps:
-            yield token, token_logprobs, False
+            guessed = proposer.n_guessed.total() > n_guessed
+            n_guessed = proposer.n_guessed.total()
+            yield token, token_logprobs, guessed
 
 
 def _print_statistics(response: GenerationResponse) -> None:
@@ -388,6 +386,15 @@ def _print_statistics(response: GenerationResponse) -> None:
         f"{response.generation_tps:.3f} tokens-per-sec"
     )
     print(f"Peak memory: {response.peak_memory:.3f} GB")
+
+
+def _print_how(proposer: Proposer, n_tokens: int, draft_model: Any) -> None:
+    if proposer.n_guessed:
+        print(proposer.report_guesses(n_tokens))
+    if draft_model is not None:
+        print(f"Drafts: {draft_report(draft_model)}")
+    elif proposer.head is not None:
+        print(proposer.report())
 
 
 def _print_batch_statistics(stats: Any) -> None:

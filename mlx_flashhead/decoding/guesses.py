@@ -3,18 +3,21 @@
 What guesses: a grammar that allows one continuation alone, a draft model, or a lookup in the text.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..head.backend import gpu_is_default
 from ..models.install import is_librarys_model
 from .draft_model import DraftModel
 from .lookup import LENGTHS, Lookup
 from .proposer import Proposer
 from .sequence import Sequence as Text
-from .wide import MAX_WIDTH, WideSteps
+from .wide import MAX_WIDTH, WideSteps, kind_of
+from .wide_costs import measured_costs
 from .wide_trial import established_widths
 
 GRAMMAR = "grammar"
@@ -81,7 +84,7 @@ class Guesser:
         wide: The wide steps of its model.
         prompt: The tokens before the text.
         always: Guess wherever something is found; otherwise where that is worth its time.
-        draft: A draft model, which guesses in the place of a lookup.
+        draft: A draft model, which always guesses, in the place of a lookup.
         quantized_from: The length from which the caches are quantized; None if they are not.
     """
 
@@ -178,13 +181,19 @@ class Guesser:
 
     def _costs(self, layers: list[Any]) -> dict[int, float]:
         """The time of each established step, relative to a single one, from these caches on."""
+        wide = self.wide
+        limit = math.inf if self._quantized_from is None else self._quantized_from - MAX_WIDTH
         lengths = [layer.offset for layer in layers if hasattr(layer, "to_quantized")]
-        if self._quantized_from is not None and lengths:  # mlx-lm does so within the next steps
-            if max(lengths) + MAX_WIDTH >= self._quantized_from:
-                return {}
-        if not self.wide.is_of(self.wide.model):  # a part of it was changed
+        # mlx-lm quantizes the caches within the next steps, or a part of the model was changed
+        if max(lengths, default=0) >= limit or not wide.is_of(wide.model):
             return {}
-        return {width: self.wide.cost(width) for width in established_widths(self.wide, layers)}
+        widths = established_widths(wide, layers)
+        if self._always:
+            return dict.fromkeys(widths, 1.0)
+        kind = kind_of(layers)
+        if kind not in wide.costs:
+            wide.costs[kind] = measured_costs(wide, layers, widths)
+        return {width: cost for width, cost in wide.costs[kind].items() if width in widths}
 
     def _drafted(
         self, text: Text, latest: mx.array, token: int | None, layers: list[Any]
@@ -226,7 +235,9 @@ def guesser_of(
         ValueError: If a lookup is asked for, and no wide step of the model is established.
     """
     settings = proposer.settings
-    wanted = draft is not None or settings.lookup != "off"
+    # a CPU multiplies the tokens of a step one by one, so that it gains nothing
+    looks_up = settings.lookup == "on" or (settings.lookup == "auto" and gpu_is_default())
+    wanted = draft is not None or looks_up
     if not wanted or proposer.unverified or proposer.policy.lockstep:
         return None
     wide = WideSteps.of(model) if is_librarys_model(model) else None
@@ -240,7 +251,7 @@ def guesser_of(
     return Guesser(
         wide,
         tokens[: len(tokens) - n_begun],
-        always=settings.lookup == "on",
+        always=settings.lookup == "on" or draft is not None,
         draft=draft,
         quantized_from=quantized_from,
     )

@@ -125,7 +125,7 @@ def verified_steps(
     progress = prompt_progress_callback or (lambda n_read, n_prompt: None)
     if max_tokens == 0:
         progress(n_prompt, n_prompt)
-    text = _Text(decoder, sequence, caches, stream, shared)
+    text = _Text(decoder, sequence, caches, stream, shared, draft)
     try:
         while sequence.n_yielded != sequence.limit:
             # 2) The decoder makes tokens until some are accepted.
@@ -133,8 +133,6 @@ def verified_steps(
             n_given = sequence.n_yielded - n_begun
             if n_given == 1:
                 progress(n_prompt, n_prompt)
-            if pending.guessed:
-                proposer.n_guessed[pending.guessed] += 1
             if announce is not None:
                 announce(proposer.mode_of(sequence, n_given))
             # 3) The caller gets one, and may use the caches, draw, or change the processors.
@@ -145,8 +143,6 @@ def verified_steps(
                 mx.clear_cache()
     finally:
         text.end()
-        if draft is not None:
-            draft.leave(sequence.tokens[: sequence.n_yielded])
 
 
 # A layer's cache, and the text that is ahead in it while its caller has the latest token.
@@ -163,12 +159,19 @@ class _Text:
     """A text between its decoder and its caller."""
 
     def __init__(
-        self, decoder: Decoder, sequence: Sequence, caches: OwnCaches, stream: Any, shared: bool
+        self,
+        decoder: Decoder,
+        sequence: Sequence,
+        caches: OwnCaches,
+        stream: Any,
+        shared: bool,
+        draft: DraftModel | None,
     ):
         self._decoder = decoder
         self._sequence = sequence
         self._caches = caches
         self._stream = stream
+        self._draft = draft
         self._shared = shared  # whether the caller has the caches, too
         self._shown = False  # whether the caller has the latest token, and may do what it wants
         self._ahead_in: list[Any] = []  # layers that stay ahead meanwhile
@@ -177,7 +180,7 @@ class _Text:
         with mx.stream(self._stream):
             while not self._sequence.ready:
                 self._decoder.round()
-        return self._sequence.hand_out()
+        return self._decoder.hand_out(self._sequence)
 
     def show(self) -> None:
         """Leaves everything to the caller as mlx-lm's loop would leave it at this token.
@@ -208,6 +211,9 @@ class _Text:
             self.bring_back()
         if not self._shown:
             self._sequence.leave_state()
+        if self._draft is not None:
+            with mx.stream(self._stream):
+                self._draft.leave(self._sequence.tokens[: self._sequence.n_yielded])
 
     def bring_back(self) -> None:
         """Rolls the caches back to the token handed out last."""

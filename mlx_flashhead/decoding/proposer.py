@@ -327,7 +327,7 @@ def _adjustment(
         latest = None
         some = False
     elif some:
-        latest = mx.where(mx.array(counted), vocab_size, latest)
+        latest = mx.where(mx.array([*counted]), vocab_size, latest)
     return Adjustment.of(changes, latest, vocab_size, all_latest=not some)
 
 

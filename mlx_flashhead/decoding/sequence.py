@@ -98,6 +98,7 @@ class Sequence:
         if type(sampler) is Sampler and not self.greedy:
             self.seed = sampler.new_seed()
         self.shares_sampler = True  # whether mlx-lm may call its sampler for several texts at once
+        self.vocab_size = 0  # of its logits; 0 before any
         self.joined = 0  # its place among the texts of a batch, in the order in which they began
         self._chain: DrawChain | None = None  # while it is ahead and draws from MLX's random state
         self._chain_begins = 0  # the place in the text of its first draw
@@ -301,7 +302,7 @@ class Sequence:
             self.snapshots.pop()
 
     def take_back(self, n_tokens: int) -> None:
-        """Notes that tokens after the first ``n_tokens`` were fed, and are not in the caches now."""
+        """Notes that tokens after the first ``n_tokens`` are not in the caches any more."""
         self.n_cached = n_tokens
         self._join_fed()
         if self._ids is not None:

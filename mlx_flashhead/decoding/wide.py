@@ -43,6 +43,8 @@ class WideSteps:
         self._parts = ModelParts(model)
         self._twins: dict[bool, nn.Module] = {}  # by whether its attentions take positions apart
         self.established: dict[str, Established] = {}  # by the kind of the caches
+        # the time of a step by its tokens, relative to a single one, by the kind of the caches
+        self.costs: dict[str, dict[int, float]] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> "WideSteps":

@@ -1,0 +1,271 @@
+"""Guessed tokens change nothing but the time: texts beside plain mlx-lm's, whatever is guessed."""
+
+import copy
+import random
+from functools import partial
+
+import mlx.core as mx
+import pytest
+from mlx_lm import sample_utils
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+
+from architecture_models import tiny_architecture
+from flash_loops import PROMPT, flash_of
+from mlx_flashhead import make_sampler
+from mlx_flashhead.common.marks import masks
+from mlx_flashhead.decoding import guesses
+from mlx_flashhead.decoding.drafting import drafted_steps
+from mlx_flashhead.decoding.guesses import Worth
+from mlx_flashhead.decoding.lookup import Lookup
+from mlx_flashhead.decoding.loop import verified_steps
+from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.decoding.proposer import Proposer
+from mlx_flashhead.decoding.settings import DecodingSettings
+from tiny_models import tiny_model
+
+N_TOKENS = 26
+WINDOW = {"sliding_window": 12, "sliding_window_pattern": 2, "num_hidden_layers": 2}
+MODELS = {
+    "plain": partial(tiny_model, num_hidden_layers=2),
+    "4 bits": partial(tiny_model, num_hidden_layers=2, bits=4, dtype=mx.bfloat16),
+    "window": partial(tiny_model, "gemma3_text", **WINDOW),
+    "states": partial(tiny_architecture, "lfm2", tied=True),
+}
+SAMPLERS = {
+    "greedy": lambda: None,
+    "noise": lambda: make_sampler(temp=0.9, top_p=0.9, seed=4),
+    "mlx-lm's": lambda: sample_utils.make_sampler(temp=1.0, min_p=0.01),
+}
+ALLOWED = [0x55555555] * 7  # even tokens
+
+
+def evens():
+    def processor(tokens, logits):
+        return mx.where(mx.arange(logits.shape[-1]) % 2 == 0, logits, -mx.inf)
+
+    return masks(processor, lambda tokens, vocab_size: ALLOWED)
+
+
+PROCESSORS = {
+    "none": list,
+    "penalties": lambda: sample_utils.make_logits_processors(
+        {3: 2.0, 8: -1.0}, repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1
+    ),
+    "mask": lambda: [evens()],
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def models(request):
+    """One for plain mlx-lm, one with a FlashHead, and one without."""
+    dense = MODELS[request.param]()
+    mx.eval(dense.parameters())
+    flash = flash_of(copy.deepcopy(dense))
+    flash.head.n_probes = 1
+    policy = policy_of(flash.head)
+    policy.max_risk = policy.max_wait = 1e9  # proposals run ahead
+    return dense, flash.model, copy.deepcopy(dense)
+
+
+@pytest.fixture
+def guessed(monkeypatch):
+    """Makes lookups find the right tokens, with wrong ones among them: the numbers of a round."""
+    chance = random.Random(5)
+    counts = []
+
+    def of(expected, right=0.7):
+        def find(lookup, n):
+            place = len(lookup.tokens) - len(PROMPT)
+            found = [*expected[place : place + n], *[1] * n][:n]
+            for i in range(n):
+                if chance.random() > right:
+                    found[i] = chance.randrange(200)
+            return (4, found) if chance.random() < 0.8 else (0, [])
+
+        monkeypatch.setattr(Lookup, "find", find)
+        note = guesses.Guesser.note
+        monkeypatch.setattr(
+            guesses.Guesser,
+            "note",
+            lambda own, guess, n: (counts.append((len(guess.tokens), n)), note(own, guess, n))[1],
+        )
+        return counts
+
+    return of
+
+
+def text_of(steps_of, model, sampler, processors, place=N_TOKENS, cache=None, **options):
+    """Tokens, the random state after each, log-probabilities, and what the cache gives then."""
+    mx.random.seed(3)
+    cache = make_prompt_cache(model) if cache is None else cache
+    steps = steps_of(
+        mx.array(PROMPT),
+        model,
+        sampler=sampler,
+        logits_processors=processors,
+        prompt_cache=cache,
+        max_tokens=N_TOKENS,
+        **options,
+    )
+    found = []
+    for token, logprobs in steps:
+        found.append((token, mx.random.state[0].tolist(), logprobs[token].item()))
+        if len(found) == place:
+            break
+    steps.close()
+    return found, model(mx.array([[77]]), cache=cache)[0, -1]
+
+
+def ours(lookup="on", **settings):
+    return lambda prompt, model, **options: verified_steps(
+        prompt,
+        model,
+        proposer=Proposer(model, DecodingSettings(lookup=lookup, **settings)),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("processors", PROCESSORS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_texts_are_plain_mlx_lms(models, guessed, sampler, processors):
+    plain, flash, without = models
+    whole = {}
+    for seed, place in enumerate((N_TOKENS, 9, 14)):
+        made = lambda: (SAMPLERS[sampler](), PROCESSORS[processors]())  # noqa: E731
+        reference = generate_step if sampler != "noise" else ours("off", dense=True)
+        model = plain if sampler != "noise" else without
+        whole[place] = text_of(reference, model, *made(), place)
+        counts = guessed([token for token, *_ in whole[N_TOKENS][0]])
+        for ours_of in (flash, without):
+            tokens, logits = whole[place]
+            found, after = text_of(ours(), ours_of, *made(), place)
+            assert [each[:2] for each in found] == [each[:2] for each in tokens], seed
+            assert mx.allclose(
+                mx.array([e[2] for e in found]), mx.array([e[2] for e in tokens]), atol=2e-2
+            )
+            assert mx.array_equal(after, logits), seed
+    assert sum(n for _, n in counts) > 10  # tokens that were right
+    assert sum(k - n for k, n in counts) > 10  # and wrong
+
+
+@pytest.fixture(scope="module")
+def draft():
+    model = tiny_model("gemma3_text", seed=9, **WINDOW)
+    return flash_of(model).model
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_draft_model_changes_nothing(models, draft, sampler, with_cache):
+    """Beyond windows, too. What it drafts is mostly wrong here, or the target itself drafts."""
+    plain, flash, without = models
+    reference = generate_step if sampler != "noise" else ours("off", dense=True)
+    expected, after = text_of(
+        reference, plain if sampler != "noise" else without, SAMPLERS[sampler](), []
+    )
+    for target, drafting in ((flash, draft), (without, draft), (flash, without)):
+        mx.random.seed(3)
+        cache = make_prompt_cache(target) + make_prompt_cache(drafting) if with_cache else None
+        proposer = Proposer(target)
+        steps = drafted_steps(
+            mx.array(PROMPT),
+            target,
+            drafting,
+            proposer=proposer,
+            num_draft_tokens=3,
+            sampler=SAMPLERS[sampler](),
+            prompt_cache=cache,
+            max_tokens=N_TOKENS,
+        )
+        found = [(token, mx.random.state[0].tolist(), drafted) for token, _, drafted in steps]
+        assert [each[:2] for each in found] == [each[:2] for each in expected]
+        n_drafted = sum(drafted for *_, drafted in found)
+        assert n_drafted == proposer.n_guessed["draft model"]
+        if drafting is without:  # the same model: all drafts are right
+            assert n_drafted > N_TOKENS / 2 and proposer.n_steps < N_TOKENS * 0.6
+        if cache is not None:
+            held = cache[: len(target.layers)]
+            assert mx.array_equal(target(mx.array([[77]]), cache=held)[0, -1], after)
+
+
+def test_a_draft_models_cache_serves_the_next_turn(draft):
+    target = flash_of(tiny_model(num_hidden_layers=2)).model
+    drafting = tiny_model(num_hidden_layers=1, seed=4)
+    cache = make_prompt_cache(target) + make_prompt_cache(drafting)
+    held = list(PROMPT)
+    for turn in ([], [5, 9, 77], [60]):
+        prompt = held[-1:] + turn if turn else held
+        steps = drafted_steps(
+            mx.array(prompt),
+            target,
+            drafting,
+            proposer=Proposer(target),
+            prompt_cache=cache,
+            context=held[:-1] if turn else [],
+            max_tokens=9,
+        )
+        held += [*turn, *(token for token, *_ in steps)]
+        lengths = {layer.offset for layer in cache}
+        assert lengths == {len(held)}
+        held, cache = held, [*map(trimmed, cache)]
+
+
+def trimmed(layer):
+    layer.trim(1)
+    return layer
+
+
+class OddHeads(type(tiny_model())):
+    """A class of somebody else's, of whose steps nothing is known."""
+
+
+def test_what_is_not_established(monkeypatch, caplog):
+    model = tiny_model(num_hidden_layers=2)
+    draft = tiny_model(num_hidden_layers=1)
+    model.__class__ = OddHeads
+    settings = DecodingSettings(lookup="on")
+    with pytest.raises(ValueError, match="`lookup` is 'on', but a step of several tokens"):
+        next(verified_steps(mx.array(PROMPT), model, proposer=Proposer(model, settings)))
+    modes = []
+    steps = drafted_steps(
+        mx.array(PROMPT),
+        model,
+        draft,
+        proposer=Proposer(model),
+        max_tokens=5,
+        announce=modes.append,
+    )
+    assert len(list(steps)) == 5
+    assert "rounding may change" in modes[0]
+
+
+def test_a_lookup_finds_what_repeats():
+    """Tokens that were guessed are counted, and say so."""
+    model = tiny_model(num_hidden_layers=2)
+    expected = [t for t, _ in generate_step(mx.array(PROMPT), model, max_tokens=40)]
+    prompt = PROMPT + expected[:30] + PROMPT  # the model need not copy it
+    proposer = Proposer(model, DecodingSettings(lookup="on"))
+    plain = [t for t, _ in generate_step(mx.array(prompt), model, max_tokens=60)]
+    assert [
+        t for t, _ in verified_steps(mx.array(prompt), model, proposer=proposer, max_tokens=60)
+    ] == plain
+    assert proposer.n_steps <= 60
+
+
+@pytest.mark.parametrize(
+    "notes, costs, width",
+    [
+        ([(3, False)] * 5, {2: 1.05, 4: 1.3, 8: 2.0}, 8),
+        ([(3, False)] * 5, {2: 1.05, 4: 1.3, 8: 5.0}, 4),
+        ([(1, True)] * 9, {2: 1.05, 4: 1.3, 8: 2.5}, 4),
+        ([(0, True)] * 9, {2: 1.05, 4: 1.3, 8: 2.5}, 1),
+        ([(0, True)] * 20 + [(3, False)] * 3, {2: 1.05, 4: 1.3}, 4),
+        ([(3, False)] * 5, {}, 1),
+    ],
+)
+def test_the_width_of_a_step_is_the_one_that_pays(notes, costs, width):
+    worth = Worth(0.5)
+    for n_right, wrong in notes:
+        worth.note(n_right, wrong)
+    assert worth.best_width(costs, n_unknown=0) == width
