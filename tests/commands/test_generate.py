@@ -128,12 +128,14 @@ def test_draft_models(run, generated, refused, dense, converted, right, monkeypa
         assert generated(*target, *draft) == right
     assert generated(*target, dense, "--dense") == right
     for draft, said in (
-        (converted, "FlashHead drafted, 1 of 17 clusters a draft"),
-        (dense, "without"),
+        (converted, "Drafts: a draft model with FlashHead, 1 of 17 clusters a draft"),
+        (dense, "Drafts: a draft model without a FlashHead"),
     ):
         code, output, _ = run("generate", *target, draft, "--prompt", PROMPT, "--max-tokens", 6)
-        last = output.splitlines()[-1]
-        assert code == 0 and re.match(r"Drafts: [0-6] tokens of the text", last) and said in last
+        *_, guessed, last = output.splitlines()
+        assert code == 0
+        assert last == said
+        assert re.match(r"Guessed: [1-6] of 6 tokens \(draft model\), [2-6] steps", guessed)
     heads = [mlx_flashhead.get_flash_head(model) for model, _ in drafts]
     assert heads[0].n_probes == 1  # of 17: a tenth of the bytes
     assert heads[1].n_probes == 2 and heads[2] is None
