@@ -1,10 +1,7 @@
 """The input line of a chat: its history, completion, pasted texts and several lines."""
 
-import asyncio
-import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from prompt_toolkit import PromptSession, completion
@@ -13,6 +10,8 @@ from prompt_toolkit.history import FileHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.shortcuts import CompleteStyle
+
+from .terminal import modes_kept
 
 
 def line_editor(
@@ -53,7 +52,11 @@ def line_editor(
         prompt_continuation="… ",
     )
 
-    return partial(_read_line, session, prompt)
+    def read_line() -> str:
+        with modes_kept():
+            return session.prompt(prompt)
+
+    return read_line
 
 
 def _stored_history(file: Path) -> FileHistory | None:
@@ -63,26 +66,3 @@ def _stored_history(file: Path) -> FileHistory | None:
         file.touch()
         return FileHistory(file)
     return None
-
-
-def _read_line(session: PromptSession[str], prompt: str) -> str:
-    """A text that the user types; a signal to end the process ends the editor first.
-
-    An exception out of a signal's handler may be lost in the event loop, or leave the terminal raw.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-
-    def leave(number: int) -> None:
-        if session.app.future is not None and not session.app.future.done():
-            session.app.exit(exception=SystemExit(128 + number))
-
-    def heed_signals() -> None:
-        for number, handler in handlers.items():
-            if callable(handler):
-                asyncio.get_running_loop().add_signal_handler(number, leave, number)
-
-    try:
-        return session.prompt(prompt, pre_run=heed_signals)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

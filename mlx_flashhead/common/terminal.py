@@ -109,6 +109,17 @@ def _columns() -> int:
 
 
 @contextmanager
+def modes_kept() -> Iterator[None]:
+    """A block after which a terminal's modes are as before, also if a signal ends the process."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    modes = termios.tcgetattr(sys.stdin)
+    with cleanup(lambda: termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)):
+        yield
+
+
+@contextmanager
 def stop_key() -> Iterator[Callable[[], bool]]:
     """A block in which Ctrl-C asks to stop, and a second one interrupts.
 
@@ -125,16 +136,10 @@ def stop_key() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
 
-    modes = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-
-    def restore_modes() -> None:
-        if modes:
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
-
     before = signal.signal(signal.SIGINT, press)
     try:
-        with cleanup(restore_modes):
-            if modes:
+        with modes_kept():
+            if sys.stdin.isatty():
                 tty.setcbreak(sys.stdin, termios.TCSANOW)
             yield lambda: pressed
     finally:

@@ -4,18 +4,16 @@ It was written for this project except the first sentences of Caesar's De Bello 
 Python's own modules and help topics. The files of `texts` name these modules and topics.
 """
 
-import importlib.util
+import os
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
-
-from .windows import beginning_of_text, windows_of
 
 PYTHON = "python"
 DIALOGUE = "dialogue"
@@ -39,6 +37,25 @@ CONTEXT = 8  # first tokens of such a window, whose states have seen too little 
 MIN_WINDOW = 16  # tokens; shorter rests are left out
 
 
+def windows_of(token_ids: list[int], length: int) -> list[list[int]]:
+    """Cuts a text into windows.
+
+    The token after a window's last state begins the next window.
+
+    Args:
+        token_ids: The tokens of the text.
+        length: States of a window, which has one token more.
+    """
+    starts = range(0, len(token_ids) - 1, length)
+    return [token_ids[start : start + length + 1] for start in starts]
+
+
+def beginning_of_text(tokenizer: Any) -> list[int]:
+    """The token with which the tokenizer begins each text, in a list; empty if there is none."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and bos in tokenizer.encode("") else []
+
+
 def read_parts(name: str) -> list[str]:
     """The parts of a file of `texts`."""
     file = resources.files(__package__) / "texts" / f"{name}.txt"
@@ -51,34 +68,17 @@ def builtin_documents() -> dict[str, list[str]]:
     Modules and help topics that this Python lacks are left out.
     """
     documents = {kind: read_parts(kind) for kind in SHARES if kind not in (PYTHON, DIALOGUE)}
-    documents["documentation"] += _help_topics()
-    documents[PYTHON] = _module_excerpts()
-    return documents
-
-
-def _help_topics() -> list[str]:
-    """Beginnings of Python's own help topics."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        return []
-    names = read_parts("topics")[0].split()
-    return [topics[name][:EXCERPT_CHARACTERS] for name in names if name in topics]
-
-
-def _module_excerpts() -> list[str]:
-    """Excerpts of the sources of Python's own modules."""
-    excerpts = []
+    for name in read_parts("topics")[0].split():
+        if name in topics:
+            documents["documentation"].append(topics[name][:EXCERPT_CHARACTERS])
+    documents[PYTHON] = []
     for name in read_parts("modules")[0].split():
-        source = ""
-        with suppress(ImportError, OSError, UnicodeDecodeError):
-            spec = importlib.util.find_spec(name)
-            if spec is not None:
-                source = Path(spec.origin or "").read_text(encoding="utf-8")
-        if source:
+        file = Path(os.__file__).parent / f"{name.replace('.', '/')}.py"
+        if file.exists():
+            source = file.read_text(encoding="utf-8")
             start = source.find("\n", int(len(source) * EXCERPT_START)) + 1
-            excerpts.append(source[start : start + EXCERPT_CHARACTERS])
-    return excerpts
+            documents[PYTHON].append(source[start : start + EXCERPT_CHARACTERS])
+    return documents
 
 
 def dialogues() -> list[list[dict[str, str]]]:
@@ -124,10 +124,7 @@ def _encoded_dialogues(tokenizer: Any) -> list[list[int]]:
     """The tokens of the dialogues, by the chat template if there is one."""
     if not tokenizer.has_chat_template:
         return [list(tokenizer.encode(text.strip())) for text in read_parts(DIALOGUE)]
-    chats = []
-    for messages in dialogues():
-        chats.append(list(tokenizer.apply_chat_template(messages, tokenize=True)))
-    return chats
+    return [list(tokenizer.apply_chat_template(chat, tokenize=True)) for chat in dialogues()]
 
 
 def _mixed_windows(texts: Sequence[list[int]], beginning: list[int]) -> list[list[int]]:

@@ -19,8 +19,7 @@ from ..models.cpu_products import numpy_products
 from ..models.locate import HeadLocation, recorded_hidden
 from ..models.vlm import forward, is_vlm
 from . import Progress, Task
-from .builtin_text import CONTEXT, builtin_windows
-from .windows import beginning_of_text, windows_of
+from .builtin_text import CONTEXT, beginning_of_text, builtin_windows, windows_of
 
 TEXT_WINDOW = 512  # tokens of a user's text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
@@ -105,13 +104,11 @@ def builtin_states(
     )
     states = []
     next_ids = []
-    cut_short = False
     for window_states, window in zip(read, windows, strict=True):
-        if not len(window_states):
-            cut_short = True
-            continue
-        states.append(window_states[len(beginning) + CONTEXT :])
-        next_ids += window[CONTEXT + 1 :]
+        if len(window_states):
+            states.append(window_states[len(beginning) + CONTEXT :])
+            next_ids += window[CONTEXT + 1 :]
+    cut_short = len(states) < len(windows)
     return np.concatenate(states), np.array(next_ids, dtype=np.int64), cut_short
 
 

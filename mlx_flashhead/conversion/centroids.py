@@ -8,8 +8,6 @@ variance s2_c over the states, gives the bias:
     S_c - ln n_c                        the logit of each of the n_c tokens of other clusters
 """
 
-from typing import NamedTuple
-
 import mlx.core as mx
 import numpy as np
 
@@ -25,14 +23,6 @@ LEVELS = 15
 DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
 
 Array = np.ndarray
-
-
-class _Residuals(NamedTuple):
-    """The residuals r_c = logsumexp_c - h · mean_c over the states h, in float64."""
-
-    mean: Array  # (C,)
-    variance: Array  # (C,)
-    cross: Array  # (C, D), the covariance with h
 
 
 def fit_centroids(
@@ -71,16 +61,18 @@ def fit_centroids(
         return Centroids(matrix, mx.array(mean_bias), mx.zeros(n_clusters))
 
     state_mean, state_variance = covariance(states)
-    residuals = yield from _fit_residuals(rows, token_ids, means, states, state_mean, head_bias)
+    residual_mean, residual_variance, cross = yield from _fit_residuals(
+        rows, token_ids, means, states, state_mean, head_bias
+    )
     # max: equal states have no variance, and the means stay
     penalty = RIDGE * max(np.trace(state_variance) / hidden_size, 1e-12)
     penalised = state_variance + penalty * np.eye(hidden_size)
-    fitted = means + np.linalg.solve(penalised, residuals.cross.T).T
+    fitted = means + np.linalg.solve(penalised, cross.T).T
     matrix, rounded = yield from _quantize(fitted, state_variance, group_size)
     change = rounded - means
-    moved = np.sum((change @ state_variance - 2 * residuals.cross) * change, axis=1)
-    variance = np.maximum(residuals.variance + moved, 0)
-    bias = (residuals.mean - change @ state_mean + variance / 2).astype(np.float32)
+    moved = np.sum((change @ state_variance - 2 * cross) * change, axis=1)
+    variance = np.maximum(residual_variance + moved, 0)
+    bias = (residual_mean - change @ state_mean + variance / 2).astype(np.float32)
     tail_offset = -np.log((token_ids < vocab_size).sum(axis=1)).astype(np.float32)
     return Centroids(matrix, mx.array(bias), mx.array(tail_offset))
 
@@ -110,8 +102,12 @@ def _fit_residuals(
     states: Array,
     state_mean: Array,
     head_bias: Array,
-) -> Task[_Residuals]:
-    """The residuals of the means (C, D) over the states (N, D) with the mean (D,)."""
+) -> Task[tuple[Array, Array, Array]]:
+    """The residuals r_c = logsumexp_c - h · mean_c of the means (C, D) over the states h (N, D).
+
+    Returns:
+        Their mean (C,), their variance (C,), and their covariance with h (C, D), in float64.
+    """
     vocab_size, hidden_size = rows.shape
     n_clusters = len(token_ids)
     blocks = [states[i : i + BLOCK_STATES] for i in range(0, len(states), BLOCK_STATES)]
@@ -136,7 +132,7 @@ def _fit_residuals(
             yield Progress("Fitting", done, n_clusters, "cluster")
     mean = total / len(states)
     variance = squares / len(states) - np.square(mean)
-    return _Residuals(mean, variance, cross / len(states))
+    return mean, variance, cross / len(states)
 
 
 def _quantize(centroids: Array, covariance: Array, group_size: int) -> Task[tuple[Matrix, Array]]:
@@ -184,18 +180,14 @@ def _quantize(centroids: Array, covariance: Array, group_size: int) -> Task[tupl
             left[later] -= np.outer(feed[i, later], errors[i - start])
             yield Progress("Rounding", i + 1, hidden_size, "column")
         left[group.stop :] -= feed[group, group.stop :].T @ errors
+    # as in MLX, words of 32 bits with the first code in the lowest ones
+    shifts = np.arange(0, 32, BITS, dtype=np.uint32)
+    words = codes.T.reshape(n_clusters, -1, 32 // BITS) << shifts
     matrix = Matrix(
-        mx.array(_packed(codes.T)),
+        mx.array(np.bitwise_or.reduce(words, axis=-1)),
         mx.array(scales.T),
         mx.array(offsets.T),
         group_size=group_size,
         bits=BITS,
     )
     return matrix, rounded.T
-
-
-def _packed(codes: Array) -> Array:
-    """Codes (C, D) of 4 bits in words of 32 bits, the first code in the lowest bits, as in MLX."""
-    shifts = np.arange(0, 32, BITS, dtype=np.uint32)
-    words = codes.reshape(len(codes), -1, 32 // BITS) << shifts
-    return np.bitwise_or.reduce(words, axis=-1)

@@ -83,7 +83,9 @@ def measure_positions(
         The measures at each state.
     """
     size = max(1, min(CHUNK_STATES, CHUNK_LOGITS // token_ids.size))
-    layout = _layout(token_ids)
+    token_ids = token_ids.astype(np.int64)
+    slots = np.argsort(token_ids.ravel(), kind="stable")  # padded ones come last
+    cluster_of = slots // token_ids.shape[1]
     probes = np.array(probe_counts)
     values = np.empty((len(probes), 7, len(states)), np.float32)
     dense_nll = np.empty(len(states))
@@ -92,25 +94,11 @@ def measure_positions(
         logits = dense_logits(states[part])
         scores = cluster_scores(states[part])
         measured, dense_nll[part] = _measure_chunk(
-            logits, scores, next_ids[part], layout, tail_offset, probes
+            logits, scores, next_ids[part], token_ids, cluster_of, tail_offset, probes
         )
         values[:, :, part] = measured.transpose(2, 0, 1)
         yield Progress("Measuring", start + len(logits), len(states), "position")
     return PositionMeasures(probe_counts, values, dense_nll)
-
-
-class _Layout(NamedTuple):
-    """Where tokens stand."""
-
-    token_ids: Array  # (C, cluster_size) int64, V in padded slots
-    cluster_of: Array  # (V,), and more for the padded slots
-
-
-def _layout(token_ids: Array) -> _Layout:
-    """The clusters of tokens, and the other way round."""
-    token_ids = token_ids.astype(np.int64)
-    slots = np.argsort(token_ids.ravel(), kind="stable")  # padded ones come last
-    return _Layout(token_ids, slots // token_ids.shape[1])
 
 
 class _DenseClusters(NamedTuple):
@@ -140,13 +128,6 @@ def _dense_clusters(logits: Array, token_ids: Array) -> _DenseClusters:
     return _DenseClusters(
         top.astype(np.float64), best, sums, norm, sums / norm[:, None], mean_logit
     )
-
-
-def _best_first(scores: Array, n_listed: int) -> Array:
-    """The ids (n, n_listed) of the clusters of the best scores (n, C), the best one first."""
-    order = np.argpartition(-scores, n_listed - 1, axis=1)[:, :n_listed]
-    ranks = np.argsort(-np.take_along_axis(scores, order, 1), axis=1, kind="stable")
-    return np.take_along_axis(order, ranks, 1)
 
 
 class _Estimates(NamedTuple):
@@ -181,7 +162,9 @@ def _estimated(
     moved = dense.mean_logit - dense.mass * tail
 
     n_listed = min(int(probes.max()) + 1, n_clusters)  # one more, the best that is not scored
-    order = _best_first(scores, n_listed)
+    order = np.argpartition(-scores, n_listed - 1, axis=1)[:, :n_listed]
+    ranks = np.argsort(-np.take_along_axis(scores, order, 1), axis=1, kind="stable")
+    order = np.take_along_axis(order, ranks, 1)  # the best clusters, the best one first
     # over the scored clusters, (n, P)
     parts = np.stack([dense.sums, weight, moved, dense.mass])
     listed = np.take_along_axis(parts, order[None], 2)
@@ -208,7 +191,8 @@ def _measure_chunk(
     logits: Array,
     scores: Array,
     truth: Array,
-    layout: _Layout,
+    token_ids: Array,
+    cluster_of: Array,
     tail_offset: Array,
     probes: Array,
 ) -> tuple[Array, Array]:
@@ -218,27 +202,28 @@ def _measure_chunk(
         logits: Dense logits (n, V) float32.
         scores: Scores of clusters (n, C) float32.
         truth: The true next tokens (n,).
-        layout: Where tokens stand.
+        token_ids: The clusters (C, cluster_size).
+        cluster_of: The cluster of each token (V,), and more for the padded slots.
         tail_offset: Makes a cluster's score the logit of one of its tokens (C,).
         probes: Numbers of probes (P,).
 
     Returns:
         The measures (7, n, P), and the dense head's losses (n,) float64.
     """
-    sizes = (layout.token_ids < logits.shape[1]).sum(1)
+    sizes = (token_ids < logits.shape[1]).sum(1)
     rows = np.arange(len(logits))
-    dense = _dense_clusters(logits, layout.token_ids)
+    dense = _dense_clusters(logits, token_ids)
     estimates = _estimated(dense, scores, sizes, tail_offset, probes)
 
     def is_scored(tokens: Array) -> Array:
         """Whether the clusters of tokens (n,) are scored: (n, P) bool."""
-        score = scores[rows, layout.cluster_of[tokens]][:, None]
+        score = scores[rows, cluster_of[tokens]][:, None]
         return (scores > score).sum(1)[:, None] < probes
 
     covered = is_scored(truth)
     true_logit = logits[rows, truth].astype(np.float64) - dense.top
     cap = estimates.cap - dense.top[:, None]
-    estimate = np.minimum(estimates.tail[rows, layout.cluster_of[truth]][:, None], cap)
+    estimate = np.minimum(estimates.tail[rows, cluster_of[truth]][:, None], cap)
     with np.errstate(divide="ignore"):  # no cluster is left
         log_tail = np.log(estimates.unscored / (estimates.total + estimates.unscored))
     log_norm = np.log(dense.norm)

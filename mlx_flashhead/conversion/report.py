@@ -48,8 +48,10 @@ def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) ->
         }
     # shown are those nearest to some multiples of the chosen number
     shown = {n_probes}
+    measured_probes = np.array(measured.probe_counts)
     for multiple in SHOWN_MULTIPLES:
-        shown.add(_nearest(by_probes, n_probes * multiple))
+        nearest = int(np.abs(measured_probes - multiple * n_probes).argmin())
+        shown.add(measured.probe_counts[nearest])
     chosen = by_probes[n_probes]
     return {
         "positions": measured.values.shape[-1],
@@ -65,11 +67,6 @@ def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) ->
 
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
-
-
-def _nearest(numbers: dict[int, Any], wanted: float) -> int:
-    """The first of the numbers that are nearest to the wanted one."""
-    return min(numbers, key=lambda n: abs(n - wanted))
 
 
 def compare_bits(
@@ -109,7 +106,10 @@ def compare_bits(
         expected = nn.log_softmax(original.matmul(hidden).astype(mx.float32))
         for bits, head in heads.items():
             actual = nn.log_softmax(head.matmul(hidden).astype(mx.float32))
-            totals[bits] += _compare_logprobs(actual, expected, truth)
+            kl = (mx.exp(expected) * (expected - actual)).sum()
+            same = (actual.argmax(axis=-1) == expected.argmax(axis=-1)).sum()
+            loss = -mx.take_along_axis(actual, truth, axis=-1).sum()
+            totals[bits] += [kl.item(), same.item(), loss.item()]
         yield Progress("Comparing bits", start + len(part), len(chosen), "position")
     hidden = mx.array(states[:1]).astype(original.weight.dtype)
     table = []
@@ -117,8 +117,8 @@ def compare_bits(
         kl, same, loss = (totals[bits] / len(chosen)).tolist()
         milliseconds = _product_milliseconds(head, hidden)
         probe = nbytes.probe * head.nbytes / nbytes.dense
-        own_bytes = replace(nbytes, probe=probe, dense=head.nbytes)
-        read = expected_bytes(measured, n_probes, own_bytes)
+        read_bytes = replace(nbytes, probe=probe, dense=head.nbytes)
+        read = expected_bytes(measured, n_probes, read_bytes)
         table.append(
             {
                 "bits": bits,
@@ -131,14 +131,6 @@ def compare_bits(
             }
         )
     return {"positions": len(chosen), "rows": table}
-
-
-def _compare_logprobs(actual: mx.array, expected: mx.array, truth: mx.array) -> np.ndarray:
-    """Sums over positions (n, V): KL, equal best tokens, and the loss of the tokens (n, 1)."""
-    kl = (mx.exp(expected) * (expected - actual)).sum()
-    same = (actual.argmax(axis=-1) == expected.argmax(axis=-1)).sum()
-    loss = -mx.take_along_axis(actual, truth, axis=-1).sum()
-    return np.array([kl.item(), same.item(), loss.item()])
 
 
 def _product_milliseconds(head: Matrix, hidden: mx.array) -> float:
