@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Lets more connections wait to be accepted: those that find no room try again in seconds."""
+        """Lets more connections wait to be accepted: others try again in seconds."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)
