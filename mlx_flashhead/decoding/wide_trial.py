@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from ..head.backend import gpu_is_default
 from ..models.compat.mlx_lm import (
     ArraysCache,
     CacheList,
@@ -51,7 +52,8 @@ def _tried(steps: WideSteps, caches: list[Any]) -> Established:
         try:
             widths = _Trial(steps, caches, apart).widths()
         except Exception as error:  # a model may do anything
-            log.info("Steps of several tokens are off: %s", error)
+            log.info("Steps of several tokens are off: %s", str(error).split("\n")[0])
+        mx.clear_cache()  # of long caches
         if widths:
             return Established(widths, apart)
     return Established([])
@@ -59,7 +61,7 @@ def _tried(steps: WideSteps, caches: list[Any]) -> Established:
 
 def _is_worth_it(model: nn.Module) -> bool:
     """Whether a GPU would read most weights once for all tokens of a step: the quantized ones."""
-    if mx.default_device().type == mx.cpu:
+    if not gpu_is_default():
         return True
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
     unquantized: int = sum(layer.weight.nbytes for layer in layers)
@@ -98,11 +100,13 @@ class _Trial:
         """Those of some widths that leave the bits of single steps after these caches."""
         single = copy.deepcopy(caches)
         states: list[mx.array] = []
-        left: list[list[mx.array]] = []
+        left: dict[int, list[mx.array]] = {}
         for i in range(max(widths) + 1):
             states.append(self._states(self._model, self._next(i, i + 1), single))
-            left.append(_contents(single))
-            mx.eval(states[-1], left[-1])
+            mx.eval(states[-1], [cache.state for cache in single])
+            if i + 1 in widths:
+                left[i + 1] = _contents(single)
+                mx.eval(left[i + 1])
         holding = []
         for width in widths:
             wide = copy.deepcopy(caches)
@@ -112,7 +116,7 @@ class _Trial:
                 found.append(self._states(self._model, self._next(width, width + 1), wide))
             expected = mx.concatenate(states[: width + len(found) - 1], axis=1)
             alike = [_alike(mx.concatenate(found, axis=1), expected)]
-            alike += [_alike(*pair) for pair in zip(contents, left[width - 1], strict=True)]
+            alike += [_alike(*pair) for pair in zip(contents, left[width], strict=True)]
             if mx.stack(alike).all():
                 holding.append(width)
             else:

@@ -14,7 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from architecture_models import quantized, tiny_architecture
 from flash_loops import make_flash
-from mlx_flashhead.decoding import wide_caches, wide_twin
+from mlx_flashhead.decoding import wide_caches, wide_trial, wide_twin
 from mlx_flashhead.decoding.wide import Established, WideSteps, kind_of
 from mlx_flashhead.decoding.wide_trial import established_widths
 from mlx_flashhead.decoding.wide_twin import NoWideStepError
@@ -46,6 +46,12 @@ def model():
 def test_it_has_the_bits_of_single_steps(architecture, width):
     model, apart = architecture
     assert all(same_as_single(model, length, width, apart=apart) for length in (5, 37))
+
+
+def test_layers_without_a_kernel_multiply_each_row(architecture, monkeypatch):
+    model, apart = architecture
+    monkeypatch.setattr(wide_twin, "row_products", lambda x, layer: None)
+    assert same_as_single(model, 5, 4, apart=apart)
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
@@ -114,6 +120,7 @@ def test_a_chunk_that_forgets_its_beginning_is_read_singly(model):
     assert steps.widths(caches) == [2, 3, 4, 5, 6]
 
 
+@pytest.mark.newest
 def test_a_rotation_by_the_length_of_the_text_is_each_positions():
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     model = tiny_model(max_position_embeddings=16, rope_scaling=scaling)
@@ -122,6 +129,7 @@ def test_a_rotation_by_the_length_of_the_text_is_each_positions():
     )
 
 
+@pytest.mark.newest
 def test_what_the_trial_did_not_see_changes_nothing():
     """Past 64 tokens this model looks at some of them alone."""
     model = tiny_architecture("deepseek_v32", tied=False)
@@ -306,8 +314,7 @@ def test_a_length_at_which_it_differs_turns_it_off(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_an_unquantized_model_has_single_steps_on_a_gpu(on_gpu, monkeypatch):
-    model = tiny_model()
-    if on_gpu:
-        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert bool(widths_of(model)) != on_gpu
+@pytest.mark.parametrize("bits", [None, 4])
+def test_an_unquantized_model_has_single_steps_on_a_gpu(bits, on_gpu, monkeypatch):
+    monkeypatch.setattr(wide_trial, "gpu_is_default", lambda: on_gpu)
+    assert bool(widths_of(tiny_model(bits=bits))) == (bits is not None or not on_gpu)
