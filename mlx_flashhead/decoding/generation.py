@@ -389,7 +389,7 @@ def _print_statistics(response: GenerationResponse) -> None:
 
 
 def _print_how(proposer: Proposer, n_tokens: int, draft_model: Any) -> None:
-    if proposer.n_guessed:
+    if proposer.n_guessed or draft_model is not None:
         print(proposer.report_guesses(n_tokens))
     if draft_model is not None:
         print(f"Drafts: {draft_report(draft_model)}")

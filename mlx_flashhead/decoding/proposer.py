@@ -285,16 +285,10 @@ class Proposer:
         return self.model_logits(self.head.dense_logits(hidden))
 
     def report_guesses(self, n_tokens: int) -> str:
-        """How many of a text's tokens were guessed, for a line under it; "" if none was.
-
-        Args:
-            n_tokens: Of the text.
-        """
-        if not self.n_guessed:
-            return ""
-        by = ", ".join(self.n_guessed)
+        """How many of a text's ``n_tokens`` were guessed, for a line under it."""
+        by = f" ({', '.join(self.n_guessed)})" if self.n_guessed else ""
         n_guessed = self.n_guessed.total()
-        return f"Guessed: {n_guessed:,} of {n_tokens:,} tokens ({by}), {self.n_steps:,} steps"
+        return f"Guessed: {n_guessed:,} of {n_tokens:,} tokens{by}, {self.n_steps:,} steps"
 
     def report(self) -> str:
         """What was used, for a line under a text."""
