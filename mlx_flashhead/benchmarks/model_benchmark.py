@@ -11,7 +11,6 @@ from rich.table import Table
 
 from ..common.tables import new_table, percent
 from ..decoding.policy import policy_of
-from ..head.backend import scored_logits_agree
 from ..loading.load import load
 from ..models.install import dense_copy, hidden_dtype, installed_head
 from . import SAMPLERS
@@ -43,7 +42,7 @@ def cases(args: argparse.Namespace) -> Generator[Case | dict[str, Any]]:
     head = installed_head(model)
     equal_logits = None
     if head.backend == "metal":  # where scored logits should equal MLX's to the last bit
-        equal_logits = scored_logits_agree(head.steps, hidden_dtype(model))
+        equal_logits = head.scored_logits_agree(hidden_dtype(model))
     about = {
         "model": Path(args.model).name,
         "head_bits": head.clustered.rows.format.bits,

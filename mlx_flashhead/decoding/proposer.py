@@ -316,13 +316,11 @@ def _adjustment(
     """
     if all(change is None for change in changes):
         return None
-    some = any(counted)
-    if latest is None or all(counted):
+    if all(counted):
         latest = None
-        some = False
-    elif some:
+    elif latest is not None and any(counted):
         latest = mx.where(mx.array([*counted]), vocab_size, latest)
-    return Adjustment.of(changes, latest, vocab_size, all_latest=not some)
+    return Adjustment.of(changes, latest, vocab_size)
 
 
 def step_arrays(tokens: mx.array, chosen: Rows[PendingToken]) -> list[Any]:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import numpy as np
 
-from ..head.backend import logits_of_scores, scored_logits_agree, shows_other_sums
+from ..head.backend import logits_of_scores, shows_other_sums
 from ..head.dense_kernels import DenseKernel, dense_kernel, split_parts
 from ..head.flash_head import FlashHead
 from ..head.margins import FLOAT32, IN_16_BITS, MEASURED_TIMES, TF32, ULPS
@@ -234,7 +234,7 @@ def _scores_are_dense(head: FlashHead, dtype: mx.Dtype) -> bool:
     if kernel is not None and not kernel.scored:
         return False
     shown = shows_other_sums(head.vocab_size, head.clustered.rows.logits_dtype(dtype))
-    return shown and scored_logits_agree(head.steps, dtype) == 1
+    return shown and head.scored_logits_agree(dtype) == 1
 
 
 def _share_beyond(allowed: mx.array, logits: mx.array, alone: mx.array, lengths: mx.array) -> float:

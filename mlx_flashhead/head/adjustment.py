@@ -58,20 +58,7 @@ class ChangedTokens:
     @property
     def token_ids(self) -> Sequence[int]:
         """All tokens that change, without the latest one if it is not read yet."""
-        if self.alike:
-            return self.repeated or self.present
         return sorted({*self.biases, *self.repeated, *self.present, *self.occurrences})
-
-    @property
-    def alike(self) -> bool:
-        """Whether all tokens change by the same steps, and there are some."""
-        if self.biases or self.frequency or not (self.repeated or self.present):
-            return False
-        if not self.repeated:  # a window that holds the latest token alone changes no other
-            return self.repetition == 1
-        if not self.present:
-            return self.presence == 0
-        return self.repeated == self.present
 
     @property
     def most_occurrences(self) -> int:
@@ -86,8 +73,6 @@ class Adjustment(NamedTuple):
     latest: mx.array  # (R,) uint32, the latest token, which may not be computed yet; V for none
     # as often as a token occurs, with the latest one, or more; 0 without a frequency penalty
     most_occurrences: int
-    # Whether all tokens of a row change by the same steps, the latest one too: no id is V then.
-    alike: bool = False
 
     @classmethod
     def of(
@@ -95,20 +80,17 @@ class Adjustment(NamedTuple):
         rows: Sequence[ChangedTokens | None],
         latest: mx.array | None,
         vocab_size: int,
-        *,
-        all_latest: bool = True,
     ) -> "Adjustment":
         """The adjustment of some rows.
 
         Args:
             rows: What changes in each; None for a row that has neither biases nor penalties.
-            latest: (R,) tokens that the rows do not count yet, or None where they count all.
+            latest: (R,) tokens that the rows do not count yet, V for a row that counts all; None
+                where all rows do.
             vocab_size: V.
-            all_latest: Whether no token of ``latest`` is V.
         """
         changes = [row or ChangedTokens() for row in rows]
         token_ids = [change.token_ids for change in changes]
-        alike = all_latest and all(change.alike for change in changes)
         n_tokens = max(1, *map(len, token_ids))
         multiple = FEW_MULTIPLE if n_tokens <= FEW_TOKENS else TOKENS_MULTIPLE
         n_tokens = _filled_up(n_tokens, multiple)
@@ -116,11 +98,10 @@ class Adjustment(NamedTuple):
         for row, change, ids in zip(words, changes, token_ids, strict=True):
             _write(row, change, ids, vocab_size)
         if latest is None:
-            counted = [ids[0] if alike else vocab_size for ids in token_ids]
-            latest = mx.array(counted, mx.uint32)
+            latest = mx.array([vocab_size] * len(rows), mx.uint32)
         most = max(change.most_occurrences for change in changes)
         most = _filled_up(most, OCCURRENCES_MULTIPLE)
-        return cls(mx.array(words), latest.astype(mx.uint32), most, alike)
+        return cls(mx.array(words), latest.astype(mx.uint32), most)
 
     @property
     def n_tokens(self) -> int:
@@ -145,19 +126,16 @@ def _write(
         tokens[:, 0] = vocab_size
         return
     tokens[:n_tokens, 0] = token_ids
-    if change.alike:
-        tokens[:, 2] = REPEATED * bool(change.repeated) + PRESENT * bool(change.present)
-    else:
-        repeated = set(change.repeated)
-        present = set(change.present)
-        biases = [change.biases.get(token, 0.0) for token in token_ids]
-        tokens[:n_tokens, 1] = np.array(biases, np.float32).view(np.uint32)
-        tokens[:n_tokens, 2] = [
-            REPEATED * (token in repeated)
-            + PRESENT * (token in present)
-            + OCCURS * change.occurrences.get(token, 0)
-            for token in token_ids
-        ]
+    repeated = set(change.repeated)
+    present = set(change.present)
+    biases = [change.biases.get(token, 0.0) for token in token_ids]
+    tokens[:n_tokens, 1] = np.array(biases, np.float32).view(np.uint32)
+    tokens[:n_tokens, 2] = [
+        REPEATED * (token in repeated)
+        + PRESENT * (token in present)
+        + OCCURS * change.occurrences.get(token, 0)
+        for token in token_ids
+    ]
     tokens[n_tokens:] = tokens[n_tokens - 1]
 
 
@@ -190,13 +168,12 @@ def _unpacked(adjustment: Adjustment, vocab_size: int) -> _Tokens:
 
 def probed_for(scores: mx.array, adjustment: Adjustment, clustered: ClusteredRows) -> mx.array:
     """The scores (R, C), raised for the clusters of tokens that change, so that they are probed."""
-    clusters = _slots(adjustment, clustered) // clustered.cluster_size
+    ids = _ids(adjustment)
+    clusters = _slots(ids, clustered) // clustered.cluster_size
     always = mx.array(ALWAYS_PROBED, mx.float32)
-    if adjustment.alike:
-        return mx.put_along_axis(scores, clusters, always, axis=-1)
     # a place without a token raises a column that is cut off
     padded = mx.concatenate([scores, mx.zeros((len(scores), 1))], axis=-1)
-    clusters = mx.where(_ids(adjustment) < clustered.vocab_size, clusters, clustered.n_clusters)
+    clusters = mx.where(ids < clustered.vocab_size, clusters, clustered.n_clusters)
     return mx.put_along_axis(padded, clusters, always, axis=-1)[:, :-1]
 
 
@@ -206,12 +183,9 @@ def _ids(adjustment: Adjustment) -> mx.array:
     return mx.concatenate([known, adjustment.latest[:, None]], axis=1)
 
 
-def _slots(adjustment: Adjustment, clustered: ClusteredRows) -> mx.array:
-    """The slots of these tokens, (R, K + 1); any slot where there is none."""
-    ids = _ids(adjustment)
-    if not adjustment.alike:
-        ids = mx.minimum(ids, clustered.vocab_size - 1)
-    return mx.take(clustered.slot_of, ids)
+def _slots(ids: mx.array, clustered: ClusteredRows) -> mx.array:
+    """The slots of tokens (R, K), any slot for V: (R, K)."""
+    return mx.take(clustered.slot_of, mx.minimum(ids, clustered.vocab_size - 1))
 
 
 def adjusted_logits(
@@ -226,33 +200,18 @@ def adjusted_logits(
         clustered: The rows.
     """
     size = clustered.cluster_size
-    slots = _slots(adjustment, clustered)
+    slots = _slots(_ids(adjustment), clustered)
     places = mx.argmax(probes[:, None, :] == (slots // size)[..., None], axis=-1)
     index = places * size + slots % size
-    flat = logits.flatten(1)
-    if adjustment.alike:  # a token that is there twice gets the same value twice
-        before = mx.take_along_axis(flat, index, axis=1)
-        penalties = adjustment.words[:, :ADJUST_HEAD].view(mx.float32).astype(logits.dtype)
-        after = _finite(_penalized(before, penalties[:, :1], penalties[:, 1:2]))
-        return mx.put_along_axis(flat, index, after, axis=1).reshape(logits.shape)
     tokens = _unpacked(adjustment, clustered.vocab_size)
-    flat = mx.concatenate([flat, mx.zeros((len(logits), 1), logits.dtype)], axis=1)
+    nothing = mx.zeros((len(logits), 1), logits.dtype)
+    flat = mx.concatenate([logits.flatten(1), nothing], axis=1)
     nowhere = flat.shape[1] - 1  # of places that hold no token
     index = mx.where(tokens.ids < clustered.vocab_size, index, nowhere)
     before = mx.take_along_axis(flat, index, axis=1)
     after = _changed(before, tokens, adjustment.most_occurrences)
     flat = mx.put_along_axis(flat, index, after, axis=1)
     return flat[:, :-1].reshape(logits.shape)
-
-
-def _penalized(logits: mx.array, repetition: mx.array, presence: mx.array) -> mx.array:
-    return mx.where(logits < 0, logits * repetition, logits / repetition) - presence
-
-
-def _finite(logits: mx.array) -> mx.array:
-    """The logits, at most the highest finite value of their dtype: a bias may be infinite."""
-    finite = mx.finfo(logits.dtype)
-    return mx.clip(logits, finite.min, finite.max)
 
 
 def _changed(logits: mx.array, tokens: _Tokens, most_occurrences: int) -> mx.array:
@@ -266,4 +225,5 @@ def _changed(logits: mx.array, tokens: _Tokens, most_occurrences: int) -> mx.arr
     logits = mx.where((counts & PRESENT) != 0, logits - presence, logits)
     for i in range(most_occurrences):
         logits = mx.where(counts >= OCCURS * (i + 1), logits - frequency, logits)
-    return _finite(logits)
+    finite = mx.finfo(dtype)
+    return mx.clip(logits, finite.min, finite.max)  # a bias may be infinite

@@ -6,7 +6,6 @@ Kernels are first tried beside the operations at their real shapes.
 import logging
 import os
 import re
-from typing import cast
 
 import mlx.core as mx
 
@@ -14,7 +13,6 @@ from .clustered import ClusteredRows, in_token_order
 from .kernel_inputs import MIN_PROBES
 from .kernel_text import FEWER_THREADS
 from .logit_map import IDENTITY, LogitMap
-from .matrix import Matrix
 from .metal_steps import MetalSteps
 from .proposal import Selection
 from .steps import PortableSteps
@@ -153,28 +151,6 @@ def without_kernels(
     return PortableSteps(steps.clustered), reason
 
 
-def check_dense_rows(steps: PortableSteps, rows: Matrix, dtype: mx.Dtype) -> None:
-    """Compares the dense logits of single states with those of the model's own rows.
-
-    Where they are not the same numbers, the steps multiply the rows in the model's order from now
-    on. Evaluates.
-
-    Args:
-        steps: Of a head made of ``rows``.
-        rows: (V, D), in token order.
-        dtype: Of the hidden states.
-    """
-    for seed in range(n_compared(rows.n_rows, rows.logits_dtype(dtype))):
-        hidden = random_state(rows.hidden_size, seed, dtype)
-        if not mx.array_equal(steps.dense(hidden), rows.matmul(hidden)).item():
-            steps.gathers_rows = True
-            log.warning(
-                "This version of MLX multiplies reordered rows in another order of sums: where "
-                "FlashHead needs dense logits it puts the rows in order first, which takes longer."
-            )
-            return
-
-
 def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
     """Logits of all tokens as the step that scores clusters gives them: (1, D) → (1, V)."""
     clustered = steps.clustered
@@ -189,20 +165,6 @@ def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
         parts.append(steps.score(hidden, selection).logits[:, start - first : size])
     slots = mx.concatenate(parts, axis=1).reshape(1, -1)
     return in_token_order(slots, clustered.slot_of)
-
-
-def scored_logits_agree(steps: PortableSteps, dtype: mx.Dtype) -> float:
-    """Returns the share of logits that scoring gives like MLX's product with one state.
-
-    They must agree to the last bit. It looks at the logits of :func:`n_compared` states. Evaluates.
-    """
-    clustered = steps.clustered
-    n_states = n_compared(clustered.vocab_size, clustered.rows.logits_dtype(dtype))
-    n_same = 0
-    for seed in range(n_states):
-        hidden = random_state(clustered.rows.hidden_size, seed, dtype)
-        n_same += cast(int, mx.sum(logits_of_scores(steps, hidden) == steps.dense(hidden)).item())
-    return n_same / (n_states * clustered.vocab_size)
 
 
 def n_compared(vocab_size: int, dtype: mx.Dtype) -> int:

@@ -116,40 +116,6 @@ def _block(bits: int, packs: int, version: Version) -> int:
     return 2 * block if bits == 1 else block
 
 
-def dense_ranges(
-    rows: Matrix, n_rows: int, n_slots: int, version: Version | None = None
-) -> list[tuple[int, int, int]]:
-    """How to multiply one state by ``n_slots`` rows as MLX multiplies it by ``n_rows``.
-
-    Args:
-        rows: A matrix of the rows' format.
-        n_rows: The rows of the head as mlx-lm has it.
-        n_slots: The rows as they are stored here, some of them repeated.
-        version: MLX's; the installed one if None.
-
-    Returns:
-        Ranges of slots, each a product by itself: the first, the one after the last, and how many
-        of its last results are new. Empty if no ranges have the kernel.
-    """
-    wanted = dense_kernel(rows, n_rows, version)
-    if dense_kernel(rows, n_slots, version) == wanted:
-        return [(0, n_slots, n_slots)]
-    if wanted.name == "qmv_fast":  # for whole blocks of rows: the last ones once more
-        n_left = n_slots % ROWS_AT_ONCE
-        ranges = [
-            (0, n_slots - n_left, n_slots - n_left),
-            (n_slots - ROWS_AT_ONCE, n_slots, n_left),
-        ]
-    else:  # by two products, neither of whole blocks
-        half = ROWS_AT_ONCE // 2
-        ranges = [(0, n_slots - half, n_slots - half), (n_slots - half, n_slots, half)]
-    sizes = [stop - start for start, stop, _ in ranges]
-    fits = ranges[0][0] >= 0 and all(
-        size > 0 and dense_kernel(rows, size, version) == wanted for size in sizes
-    )
-    return ranges if fits else []
-
-
 def split_parts(rows: Matrix, n_rows: int, version: Version | None = None) -> int:
     """Returns into how many parts MLX may cut the sums of several states.
 

@@ -15,14 +15,18 @@ import numpy as np
 from .adjustment import Adjustment
 from .backend import (
     PORTABLE,
-    check_dense_rows,
     check_kernels,
     choose_backend,
     gpu_is_default,
+    log,
+    logits_of_scores,
     make_steps,
+    n_compared,
+    random_state,
     without_kernels,
 )
 from .clustered import Centroids, ClusteredRows
+from .dense_kernels import dense_kernel
 from .draws.greedy import best_draws
 from .draws.rows import Draw, Draws
 from .interception import Interception, Projection, projection_in_place_of
@@ -35,6 +39,10 @@ from .steps import NO_DEPTH, PortableSteps, Risk
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
 NEVER_DRAWN = -1e4
 
+OTHER_SUMS = (
+    "This version of MLX multiplies reordered rows in another order of sums: where FlashHead needs "
+    "dense logits it puts the rows in order first, which takes longer."
+)
 MOST_TRACED = 64  # kinds of proposals whose steps are kept
 
 Function = Callable[..., tuple[mx.array, ...]]  # the steps of a proposal
@@ -106,22 +114,25 @@ class FlashHead:
         self._traces = True
         self._functions = _Functions()
         self.n_traced = 0  # functions made so far, each of which takes MLX a while
+        # Whether the dense logits of one state are products with the rows in token order: with
+        # those in the order of the clusters an Apple GPU adds in another order.
+        n_slots = token_ids.size
+        self.gathers_rows = mx.metal.is_available() and (
+            dense_kernel(rows, rows.n_rows) != dense_kernel(rows, n_slots)
+        )
         # makes the logits of calls that nobody intercepts
         self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: kernels, and who intercepts calls."""
         here = ("steps", "_functions")
-        state = {k: v for k, v in vars(self).items() if k not in here} | {"projection": None}
-        return state | {"_gathers_rows": self.steps.gathers_rows}
+        return {k: v for k, v in vars(self).items() if k not in here} | {"projection": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        gathers_rows = state.pop("_gathers_rows")
         vars(self).update(state)
         self._functions = _Functions()
         self.steps, reason = make_steps(self.clustered, self._requested_backend)
         mx.eval(self.steps.arrays())  # another thread could not
-        self.steps.gathers_rows = gathers_rows
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
             self.backend_reason = reason
 
@@ -194,17 +205,15 @@ class FlashHead:
         Raises:
             ValueError: If one fails and the backend "metal" was requested by name.
         """
-        before = self.steps.gathers_rows
         self.steps, reason = check_kernels(
             self.steps, self._requested_backend, dtype, self.n_probes, logit_map
         )
-        self.steps.gathers_rows = self.steps.gathers_rows or before
         if reason is not None:
             self.backend_reason = reason
         if self.backend == PORTABLE:
             self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
         if rows is not None and gpu_is_default():
-            check_dense_rows(self.steps, rows, dtype)
+            self.compare_dense_rows(rows, dtype)
 
     def fall_back(self, trouble: str) -> None:
         """Takes MLX's operations from now on, because of ``trouble`` with the kernels.
@@ -212,12 +221,40 @@ class FlashHead:
         Raises:
             ValueError: If the backend "metal" was requested by name.
         """
-        gathers_rows = self.steps.gathers_rows
         self.steps, self.backend_reason = without_kernels(
             self.steps, self._requested_backend, trouble
         )
-        self.steps.gathers_rows = gathers_rows
         self._requested_backend = PORTABLE
+
+    def compare_dense_rows(self, rows: Matrix, dtype: mx.Dtype) -> None:
+        """Compares the dense logits of single states with those of the model's own rows.
+
+        Where they are not the same numbers, the rows are put in order for them from now on.
+        Evaluates.
+
+        Args:
+            rows: (V, D), in token order.
+            dtype: Of the hidden states.
+        """
+        for seed in range(n_compared(rows.n_rows, rows.logits_dtype(dtype))):
+            hidden = random_state(self.hidden_size, seed, dtype)
+            if not mx.array_equal(self.dense_logits(hidden), rows.matmul(hidden)).item():
+                self.gathers_rows = True
+                log.warning(OTHER_SUMS)
+                return
+
+    def scored_logits_agree(self, dtype: mx.Dtype) -> float:
+        """Returns the share of logits that scoring gives like MLX's product with one state.
+
+        They must agree to the last bit. It looks at :func:`n_compared` states. Evaluates.
+        """
+        n_states = n_compared(self.vocab_size, self.clustered.rows.logits_dtype(dtype))
+        n_same = 0
+        for seed in range(n_states):
+            hidden = random_state(self.hidden_size, seed, dtype)
+            same = logits_of_scores(self.steps, hidden) == self.dense_logits(hidden)
+            n_same += cast(int, mx.sum(same).item())
+        return n_same / (n_states * self.vocab_size)
 
     def applies(self, logit_map: LogitMap, dtype: mx.Dtype) -> bool:
         """Returns whether the steps map logits of ``dtype`` as MLX's operations do.
@@ -305,8 +342,15 @@ class FlashHead:
         return self.dense_logits(hidden) if self._verified else self.unverified_logits(hidden)
 
     def dense_logits(self, hidden: mx.array) -> mx.array:
-        """The dense head's logits: hidden (..., D) → (..., V)."""
-        logits = self.steps.dense(hidden.reshape(-1, hidden.shape[-1]))
+        """The dense head's logits: hidden (..., D) → (..., V).
+
+        For one state they are those of the model's own rows on an Apple GPU, to the last bit.
+        """
+        states = hidden.reshape(-1, hidden.shape[-1])
+        if len(states) == 1 and self.gathers_rows:
+            logits = self.clustered.token_rows().matmul(states)
+        else:
+            logits = self.steps.dense(states)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def slot_logits(self, hidden: mx.array) -> mx.array:
@@ -394,16 +438,15 @@ class FlashHead:
         n_probes = self.n_probes if n_probes is None else n_probes
         if adjustment is not None:
             n_probes = min(n_probes + adjustment.n_tokens, self.n_clusters)
-        rows, fixed = self.steps.structure_of(draws, adjustment)
+        rows, most_occurrences = self.steps.structure_of(draws, adjustment)
         kind = _Kind(
             steps=self.steps,
-            gathers_rows=self.steps.gathers_rows,
             risk=self.risk,
             n_probes=n_probes,
             depth=depth,
             rows=rows,
             logit_map=logit_map,
-            adjusted=fixed,
+            most_occurrences=most_occurrences,
         )
         arrays = (
             hidden,
@@ -437,7 +480,7 @@ class FlashHead:
     def joined(self, proposals: Sequence[Proposal], rows: Rows, tokens: Sequence[int]) -> Proposal:
         """Rows of several proposals, with their ``tokens``, as one without risk."""
         most = max(proposal.probes.shape[1] for proposal in proposals)
-        filled = [_filled(proposal, most) for proposal in proposals]
+        filled = [proposal.filled(most) for proposal in proposals]
         hidden, probes, logits = self.steps.join(filled, rows)
         chosen = mx.array(list(tokens), mx.uint32)
         return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)))
@@ -490,13 +533,12 @@ class _Kind(NamedTuple):
     """What proposals have in common whose steps are the same, on other arrays."""
 
     steps: PortableSteps
-    gathers_rows: bool
     risk: Risk
     n_probes: int
     depth: float
     rows: tuple[Draw, ...]  # as of `Draws.structure`
     logit_map: LogitMap
-    adjusted: tuple[int, bool] | None  # of the adjustment: most_occurrences, and alike
+    most_occurrences: int | None  # of the adjustment; None without one
 
     def propose(
         self,
@@ -509,9 +551,8 @@ class _Kind(NamedTuple):
         steps = self.steps
         draws = Draws.of_arrays(self.rows, draw_arrays)
         adjustment = None
-        if self.adjusted is not None:
-            most_occurrences, alike = self.adjusted
-            adjustment = Adjustment(adjusted[0], adjusted[1], most_occurrences, alike)
+        if self.most_occurrences is not None:
+            adjustment = Adjustment(adjusted[0], adjusted[1], self.most_occurrences)
         selection = steps.select(
             steps.route(hidden),
             self.n_probes,
@@ -531,18 +572,3 @@ class _Kind(NamedTuple):
         # without the probes that a kernel repeats
         probes = selection.probes[:, : self.n_probes]
         return tokens, probes, candidates.logits[:, : self.n_probes], risk
-
-
-def _filled(proposal: Proposal, n_probes: int) -> Proposal:
-    """The proposal with the last probe repeated, with logits as in padded slots."""
-    missing = n_probes - proposal.probes.shape[1]
-    if not missing:
-        return proposal
-    n_rows, _, size = proposal.logits.shape
-    last = mx.broadcast_to(proposal.probes[:, -1:], (n_rows, missing))
-    lowest = mx.finfo(proposal.logits.dtype).min
-    more = mx.full((n_rows, missing, size), lowest, proposal.logits.dtype)
-    return proposal._replace(
-        probes=mx.concatenate([proposal.probes, last], axis=1),
-        logits=mx.concatenate([proposal.logits, more], axis=1),
-    )

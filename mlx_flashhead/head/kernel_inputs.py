@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from .adjustment import ADJUST_HEAD
-from .proposal import Proposal, Selection, Unscored
+from .proposal import Selection, Unscored
 from .short_inputs import HELD
 
 # The constants of the same names in metal/flash_head/constants.h.
@@ -26,21 +26,6 @@ def held_unscored(selection: Selection) -> mx.array:
     best, mass = cast(Unscored, selection.unscored)  # by MLX's operations
     zeros = mx.zeros((len(best), UNSCORED - 2))
     return mx.concatenate([best, mx.zeros_like(best) if mass is None else mass, zeros], axis=-1)
-
-
-def with_held_probes(proposal: Proposal) -> Proposal:
-    """The proposal with MIN_PROBES or more probes; the last one is repeated, as by `select`."""
-    missing = MIN_PROBES - proposal.probes.shape[1]
-    if missing <= 0:
-        return proposal
-    logits = proposal.logits
-    n_rows, _, size = logits.shape
-    nothing = mx.full((n_rows, missing, size), mx.finfo(logits.dtype).min, logits.dtype)
-    last = mx.repeat(proposal.probes[:, -1:], missing, axis=1)
-    return proposal._replace(
-        probes=mx.concatenate([proposal.probes, last], axis=1),
-        logits=mx.concatenate([logits, nothing], axis=1),
-    )
 
 
 @cache

@@ -17,7 +17,6 @@ from .kernel_inputs import (
     held_unscored,
     no_mask,
     nothing_changed,
-    with_held_probes,
 )
 from .kernel_text import ROW_THREADS
 from .kernels import (
@@ -76,12 +75,12 @@ class MetalSteps(PortableSteps):
 
     def structure_of(
         self, draws: Draws, adjustment: Adjustment | None
-    ) -> tuple[tuple[Draw, ...], tuple[int, bool] | None]:
+    ) -> tuple[tuple[Draw, ...], int | None]:
         """What changes the launches of a proposal: kernels read all settings from arrays."""
         rows = draws.structure
         if draws.have_kernels and not draws.all_greedy:
             rows = (DRAWN,) * len(rows)
-        return rows, None if adjustment is None else (0, False)
+        return rows, None if adjustment is None else 0
 
     def route(self, hidden: mx.array) -> mx.array:
         """Scores all clusters: hidden (R, D) → (R, C) float32."""
@@ -318,7 +317,7 @@ class MetalSteps(PortableSteps):
     def _screen_inputs(
         self, proposal: Proposal, draws: Draws, tolerance: Tolerance
     ) -> "_ScreenInputs":
-        proposal = with_held_probes(proposal)
+        proposal = proposal.filled(MIN_PROBES)
         relative = mx.array(tolerance.relative, mx.float32)
         return _ScreenInputs(
             proposal.probes,

@@ -42,6 +42,20 @@ class Proposal(NamedTuple):
     logits: mx.array  # (R, S, n), the scored tokens' logits as the model gives them
     risk: mx.array  # (R,) float32, an estimate of the chance of another choice
 
+    def filled(self, n_probes: int) -> "Proposal":
+        """The proposal with the last probe repeated, with logits as in padded slots."""
+        n_rows, n_held, size = self.logits.shape
+        missing = n_probes - n_held
+        if missing <= 0:
+            return self
+        last = mx.broadcast_to(self.probes[:, -1:], (n_rows, missing))
+        lowest = mx.finfo(self.logits.dtype).min
+        nothing = mx.full((n_rows, missing, size), lowest, self.logits.dtype)
+        return self._replace(
+            probes=mx.concatenate([self.probes, last], axis=1),
+            logits=mx.concatenate([self.logits, nothing], axis=1),
+        )
+
 
 class Screen(NamedTuple):
     """What the logits of all tokens say of the proposals of k states."""

@@ -18,7 +18,6 @@ import numpy as np
 
 from .adjustment import Adjustment, adjusted_logits, probed_for
 from .clustered import ClusteredRows, in_token_order
-from .dense_kernels import dense_ranges
 from .draws import filters
 from .draws.bounds import log_mass
 from .draws.rows import Draw, Draws, Take
@@ -143,7 +142,6 @@ class PortableSteps:
     float16_rows: Matrix | None = None  # all rows, for :meth:`verifying_product` on some GPUs
     # Pending tokens that are joined before the launch of their verification; 0: then all at once.
     joined_early = 0
-    gathers_rows = False  # whether :meth:`dense` of one state multiplies the rows in token order
 
     def __init__(self, clustered: ClusteredRows):
         self.clustered = clustered
@@ -159,11 +157,6 @@ class PortableSteps:
         self._columns: mx.array | None = None
         if self._on_cpu and not rows.quantized and rows.weight.dtype == mx.float32:
             self._columns = rows.weight.swapaxes(-1, -2)
-        self._ranges: list[tuple[int, int, int]] = []
-        if mx.metal.is_available():
-            n_slots = clustered.token_ids.size
-            self._ranges = dense_ranges(clustered.rows, clustered.vocab_size, n_slots)
-            self.gathers_rows = not self._ranges
 
     def arrays(self) -> list[mx.array]:
         """The arrays that the steps hold beside the rows."""
@@ -171,15 +164,13 @@ class PortableSteps:
 
     def structure_of(
         self, draws: Draws, adjustment: Adjustment | None
-    ) -> tuple[tuple[Draw, ...], tuple[int, bool] | None]:
+    ) -> tuple[tuple[Draw, ...], int | None]:
         """What of draws and an adjustment changes the operations of a proposal.
 
         Returns:
-            :attr:`Draws.structure`, and the numbers of the adjustment beside its arrays.
+            :attr:`Draws.structure`, and the number of the adjustment beside its arrays.
         """
-        if adjustment is None:
-            return draws.structure, None
-        return draws.structure, (adjustment.most_occurrences, adjustment.alike)
+        return draws.structure, None if adjustment is None else adjustment.most_occurrences
 
     def product(self, hidden: mx.array) -> mx.array:
         """Logits of all slots, in their order: hidden (R, D) → (R, C·n)."""
@@ -200,26 +191,8 @@ class PortableSteps:
         return logits.astype(self.clustered.rows.logits_dtype(hidden.dtype))
 
     def dense(self, hidden: mx.array) -> mx.array:
-        """Computes logits of all tokens: hidden (R, D) → (R, V).
-
-        For one state they are those of the model's own rows on an Apple GPU, to the last bit.
-        """
-        if len(hidden) > 1:
-            return in_token_order(self.product(hidden), self.clustered.slot_of)
-        if self.gathers_rows:
-            return self.clustered.token_rows().matmul(hidden)
-        return in_token_order(self._product_of_one(hidden), self.clustered.slot_of)
-
-    def _product_of_one(self, hidden: mx.array) -> mx.array:
-        """Logits of all slots, (1, D) → (1, C·n), by the kernel that MLX has for V rows."""
-        if len(self._ranges) < 2:
-            return self.product(hidden)
-        parts = []
-        rows = self.clustered.flat_rows()
-        for start, stop, n_new in self._ranges:
-            logits = rows.part(start, stop).matmul(hidden)
-            parts.append(logits[:, stop - start - n_new :])
-        return mx.concatenate(parts, axis=-1)
+        """Computes logits of all tokens: hidden (R, D) → (R, V)."""
+        return in_token_order(self.product(hidden), self.clustered.slot_of)
 
     def token_ids(self, probes: mx.array) -> mx.array:
         """Token ids of the probed clusters: (R, p) → (R, p, n) uint32, V for a padded slot."""

@@ -4,7 +4,7 @@ What runs here is compiled here, and nothing is compiled afterwards.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from textwrap import shorten
 from typing import Any, NamedTuple, cast
@@ -20,7 +20,7 @@ from .draws.rows import Draws
 from .logit_map import LogitMap
 from .metal_steps import MetalSteps
 from .proposal import Candidates, Proposal, Selection, Tolerance
-from .steps import PortableSteps, mapped_mass
+from .steps import PortableSteps
 
 # Allowed difference, relative to the size of the products: only the order of additions and the
 # rounding of results differ. A lane that is left out changes a product by a sixth of its size.
@@ -76,6 +76,13 @@ def find_trouble(
             sentence = f"the kernel {kernel!r} does not run on this device ({reason})"
             return Trouble(sentence, TOO_MANY.search(str(error)) is not None)
     return None
+
+
+def _pairs(
+    found: Sequence[mx.array], expected: Sequence[mx.array], tolerance: float
+) -> Iterator[Pair]:
+    for one, other in zip(found, expected, strict=True):
+        yield one, other, tolerance
 
 
 def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | None:
@@ -174,7 +181,7 @@ class _Trial:
     def _adjust(self) -> Iterator[Pair]:
         """Biases and penalties, and a mask: each alone and both."""
         candidates = self._kernels.score(self._hidden, self._forced, self._map)
-        allowed = self._allowed(mx.array([0], mx.uint32))
+        allowed = self._allowed(0)
         for change, mask in (
             (self._adjustment, None),
             (None, allowed),
@@ -196,26 +203,19 @@ class _Trial:
         best = mx.where(forced, mx.finfo(mx.float32).min, scores).max()
         bins = mx.minimum(mx.floor((best - scores) * BINS_PER_NAT), SELECT_BINS - 2)
         bins = mx.where(forced, -1, bins)
-        plain = self._plain.select(scores, n_probes, adjustment=adjustment).probes
+        plain = self._plain.select(scores, n_probes, logit_map=self._map, adjustment=adjustment)
         found, expected = (
-            mx.sort(mx.take_along_axis(bins, ids, axis=-1), axis=-1) for ids in (probes, plain)
+            mx.sort(mx.take_along_axis(bins, ids, axis=-1), axis=-1)
+            for ids in (probes, plain.probes)
         )
         yield found, expected, 0.0
         in_order = mx.sort(probes, axis=-1)
         yield (in_order[:, 1:] == in_order[:, :-1]).sum(), mx.zeros(()), 0.0
-        yield cast(mx.array, selection.held_unscored)[:, :2], self._left(probes), LEAST
-
-    def _left(self, probes: mx.array) -> mx.array:
-        """The best score of the clusters that are not probed, and their mass: (R, 2)."""
-        scores = self._scores
-        n_left = scores.shape[-1] - probes.shape[-1]
-        if not n_left:
-            return mx.full((len(scores), 2), mx.finfo(mx.float32).min)
-        probed = mx.put_along_axis(mx.zeros_like(scores), probes, mx.array(1.0), axis=-1)
-        others = mx.argsort(probed, axis=-1)[:, :n_left]
-        left = mx.take_along_axis(scores, others, axis=-1)
-        mass = mapped_mass(left, self._map, self._kernels.clustered.cluster_size)
-        return mx.concatenate([mx.max(left, axis=-1, keepdims=True), mass], axis=-1)
+        left = mx.concatenate(list(cast(Any, plain.unscored)), axis=-1)
+        held = cast(mx.array, selection.held_unscored)[:, :2]
+        # of the clusters in the last bin others may be left
+        apart = max(1.0, self._map.slope) / BINS_PER_NAT + LEAST * mx.abs(left)
+        yield mx.maximum(mx.abs(held - left) - apart, 0.0), mx.zeros_like(left), 0.0
 
     def _once(self, selection: Selection, candidates: Candidates) -> tuple[Selection, Candidates]:
         """Each probe once: the kernels repeat the last one where they hold more than there are."""
@@ -284,31 +284,25 @@ class _Trial:
     def _join(self) -> Iterator[Pair]:
         rows = [(1, 0), (0, 0)]
         sources = [self._proposal, self._proposal]
-        found = self._kernels.join(sources, rows)
-        for one, other in zip(found, self._plain.join(sources, rows), strict=True):
-            yield one, other, 0.0
+        yield from _pairs(self._kernels.join(sources, rows), self._plain.join(sources, rows), 0.0)
 
     def _tolerance(self) -> Iterator[Pair]:
         shares = {"longest": 1.5, "product": 0.1, "scored": 0.01}
         found = self._kernels.tolerances(self._hidden, **shares)
-        expected = self._plain.tolerances(self._hidden, **shares)
-        for one, other in zip(found, expected, strict=True):
-            yield one, other, LEAST
+        yield from _pairs(found, self._plain.tolerances(self._hidden, **shares), LEAST)
 
-    def _allowed(self, token: mx.array) -> mx.array:
-        """A mask of about half the tokens, (1, ⌈V/32⌉) uint32, with ``token`` (1,)."""
-        n_words = -(-self._kernels.clustered.vocab_size // 32)
-        bits = mx.random.randint(0, 2**31 - 1, (1, n_words), mx.int32, mx.random.key(3))
-        bit = mx.left_shift(mx.array(1, mx.uint32), token % 32)
-        of_token = mx.where(mx.arange(n_words)[None] == token[:, None] // 32, bit, 0)
-        return bits.astype(mx.uint32) | of_token.astype(mx.uint32)
+    def _allowed(self, token: int) -> mx.array:
+        """A mask of about half the tokens, (1, ⌈V/32⌉) uint32, with ``token``."""
+        words = [0xFFFFFFFF, 0] * -(-self._kernels.clustered.vocab_size // 64)
+        words[token // 32] = 0xFFFFFFFF
+        return mx.array([words[: -(-self._kernels.clustered.vocab_size // 32)]], mx.uint32)
 
     def _screen_arguments(self, masked: bool) -> tuple[Any, ...]:
         """What both kernels of a screen get, for two states of which one is greedy."""
         proposal = self._proposal
         allowed = None
         if masked:
-            mask = self._allowed(proposal.tokens)
+            mask = self._allowed(cast(int, proposal.tokens.item()))
             ruled_out = self._plain.adjust(self._selection, self._candidates, None, mask)
             proposal = proposal._replace(logits=ruled_out.logits)
             allowed = mx.concatenate([mask, mask])
@@ -333,5 +327,4 @@ class _Trial:
         slots, both, draws, tolerance, allowed = self._screen_arguments(masked)
         expected = self._plain.screen(slots, both, draws, tolerance, 0.0, self._map, allowed)
         found = self._kernels.screen(slots, both, draws, tolerance, 0.0, self._map, allowed)
-        for one, other in zip(found, expected, strict=True):
-            yield one, other, self._rounding
+        yield from _pairs(found, expected, self._rounding)

@@ -8,13 +8,13 @@ import pytest
 
 from kernel_cases import cluster, kernels, make_centroids, make_rows, on_gpu, to_numpy
 from mlx_flashhead.head import dense_kernels
-from mlx_flashhead.head.backend import scored_logits_agree
 from mlx_flashhead.head.dense_kernels import ANY_ROWS, mlx_version
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.metal_steps import MetalSteps
-from mlx_flashhead.head.steps import PortableSteps, Selection, in_token_order
+from mlx_flashhead.head.steps import Selection
 from mlx_kernels import mlx_logits, parts
+from tiny_models import random_clusters
 
 pytestmark = pytest.mark.skipif(on_gpu(), reason="the emulator's sums are compared")
 
@@ -57,17 +57,17 @@ def test_dense_logits_are_those_of_mlxs_kernel(monkeypatch, n_rows, cluster_size
     rng = np.random.default_rng(0)
     monkeypatch.setattr(dense_kernels, "mlx_version", lambda: (0, 32, 3))
     rows = make_rows(rng, n_rows, 512, bits=4, group_size=64, dtype=mx.float32)
-    centroids = make_centroids(rng, -(-n_rows // cluster_size), 512, group_size=0)
-    clustered = cluster(rng, rows, centroids, cluster_size)
+    token_ids = random_clusters(rng, n_rows, cluster_size)
+    centroids = make_centroids(rng, len(token_ids), 512, group_size=0)
     hidden = mx.array(rng.normal(size=(1, 512))).astype(mx.float32)
     monkeypatch.setattr(Matrix, "matmul", mlx_logits)
     with kernels(check=False):
-        steps = PortableSteps(clustered)
+        head = FlashHead(rows, token_ids, centroids, n_probes=1, backend="mlx")
         expected = to_numpy(mlx_logits(rows, hidden))
-        at_once = in_token_order(mlx_logits(clustered.flat_rows(), hidden), clustered.slot_of)
-        found = to_numpy(steps.dense(hidden))
+        at_once = to_numpy(head.steps.dense(hidden))
+        found = to_numpy(head.dense_logits(hidden))
     np.testing.assert_array_equal(found, expected)
-    assert (to_numpy(at_once) != expected).any()
+    assert (at_once != expected).any()
 
 
 def test_the_table_is_that_of_the_installed_mlx():
@@ -85,6 +85,6 @@ def test_the_share_of_equal_logits_is_reported(monkeypatch):
     centroids = make_centroids(rng, 20, 512, group_size=64)
     with kernels(check=False):
         head = FlashHead(rows, token_ids, centroids, n_probes=5, backend="metal")
-        assert scored_logits_agree(head.steps, mx.float32) < 0.5
+        assert head.scored_logits_agree(mx.float32) < 0.5
         monkeypatch.setattr(head.steps, "dense", lambda hidden: mlx_logits(rows, hidden))
-        assert scored_logits_agree(head.steps, mx.float32) == 1
+        assert head.scored_logits_agree(mx.float32) == 1

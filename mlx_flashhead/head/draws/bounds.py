@@ -139,7 +139,7 @@ class Near(NamedTuple):
     """The tokens of some clusters of k states, N each; scored ones have the lowest value."""
 
     logits: Interval  # (k, N)
-    ids: mx.array  # (k, N) uint32
+    ids: mx.array | None  # (k, N) uint32; None: all tokens in their order
     # (k, 1), the highest that the logit of any other token may be; None where there is no other
     best_other: mx.array | None
 

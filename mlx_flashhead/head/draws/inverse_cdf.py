@@ -7,7 +7,7 @@ Source: ``categorical_inverse_cdf`` in MLX's random.cpp, since 0.32.1 for each s
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -126,7 +126,7 @@ def _certain_of_kept(
     sums = _Sums.of(
         mx.where(surely, least_weights, 0),
         mx.where(maybe, most_weights, 0),
-        mx.concatenate([scored.ids, near.ids], axis=-1),
+        mx.concatenate([scored.ids, cast(mx.array, near.ids)], axis=-1),
         scored.tokens,
     )
     certain = sums.decide(_numbers(draws))

@@ -9,13 +9,13 @@ Source: Gumbel 1954, the Gumbel-max trick; Salmon et al. 2011, "Parallel random 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import mlx.core as mx
 
 from ..clustered import ClusteredRows, in_token_order
 from ..margins import MASS_MARGIN, noise_margin
-from .bounds import Bounds, Interval, log_mass, nearest
+from .bounds import Bounds, Interval, Near, log_mass, nearest
 from .filters import surely_left_out, threshold
 from .greedy import best_token
 from .rows import Draw, Draws, Key, Thresholds
@@ -118,20 +118,12 @@ def _is_kept(bounds: Bounds, log_least: mx.array, draws: Draws) -> mx.array:
     return kept
 
 
-class _Rivals(NamedTuple):
-    """The tokens of k states that were not scored and may win."""
-
-    logits: Interval  # (k, N)
-    ids: mx.array | None  # (k, N) uint32; None: all tokens in their order
-    best_other: mx.array | None  # (k, 1), the highest that any other's logit may be
-
-
-def _rivals(clustered: ClusteredRows, unscored: Interval, draws: Draws) -> _Rivals:
+def _rivals(clustered: ClusteredRows, unscored: Interval, draws: Draws) -> Near:
     """All tokens, or where the draws have filters those of the nearest clusters."""
     if clustered.n_clusters <= NEAREST or not draws.filters:
         logits = unscored.map(lambda array: in_token_order(array.flatten(1), clustered.slot_of))
-        return _Rivals(logits, None, None)
-    return _Rivals(*nearest(clustered, unscored, NEAREST))
+        return Near(logits, None, None)
+    return nearest(clustered, unscored, NEAREST)
 
 
 def _noises(
