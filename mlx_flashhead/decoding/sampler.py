@@ -1,13 +1,11 @@
 """How tokens are drawn, and what is known of a caller's sampler."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import mlx.core as mx
 
-from ..head.draws.filters import threshold
 from ..head.draws.greedy import Greedy
 from ..head.draws.inverse_cdf import InverseCDF
 from ..head.draws.noise import Noise, position_key
@@ -64,25 +62,20 @@ class Sampler:
 
     def choose(self, logits: mx.array, seed: int, position: int) -> mx.array:
         """The token of a position: logits (1, V) → (1,) uint32. Lazy."""
-        logits = logits.astype(mx.float32)
-        s = self.settings
-        if s.greedy:
-            return mx.argmax(logits, axis=-1)
+        draw = self.settings
         key = position_key(seed, position)
         if self.plain:
-            return Draws.of([(s, key)]).choose(logits)
-        n_tokens = logits.shape[-1]
-        # top-p, min-p (for which mlx-lm 0.31 cannot keep a least number), then XTC and top-k
-        top_p = Draws.of([(Noise(s.temperature, s.top_p), key)])
-        kept = mx.where(logits >= threshold(logits, top_p), logits, -mx.inf)
-        if s.min_p:
-            nth_best = mx.sort(kept, axis=-1)[:, -min(self.min_tokens_to_keep, n_tokens)]
-            lowest = mx.minimum(mx.max(kept) + math.log(s.min_p), nth_best)
-            kept = mx.where(kept >= lowest, kept, -mx.inf)
-        top_k = s.top_k if s.top_k < n_tokens else 0
+            return Draws.of([(draw, key)]).choose(logits)
+        sampler = sample_utils.make_sampler(
+            draw.temperature,
+            draw.top_p if draw.top_p < 1 else 0.0,
+            draw.min_p,
+            self.min_tokens_to_keep,
+            draw.top_k if draw.top_k < logits.shape[-1] else 0,
+            *self.xtc,
+        )
         with random_key(key):
-            sampler = sample_utils.make_sampler(s.temperature, 0.0, 0.0, 1, top_k, *self.xtc)
-            return sampler(normalized(kept))
+            return sampler(normalized(logits.astype(mx.float32)))
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         """Draws tokens for other programs' loops: (..., V) → (...).
