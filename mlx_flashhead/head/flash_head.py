@@ -485,31 +485,6 @@ class FlashHead:
         chosen = mx.array(list(tokens), mx.uint32)
         return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)))
 
-    def candidates(self, hidden: mx.array) -> tuple[mx.array, mx.array]:
-        """Finds the tokens that are scored for hidden states (..., D).
-
-        Returns:
-            Ids (..., p·cluster_size) uint32, and logits of the same shape. A padded slot has the id
-            V and the dtype's lowest finite value.
-        """
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        n_probes = self.unverified_probes
-        _, selection, candidates = self._retrieve(
-            rows, n_probes, words=False, draw_temperature=self._draw_temperature
-        )
-        shape = (*hidden.shape[:-1], n_probes * self.cluster_size)
-        ids = self.steps.token_ids(selection.probes)[:, :n_probes]
-        return ids.reshape(shape), candidates.logits[:, :n_probes].reshape(shape)
-
-    def token(self, hidden: mx.array) -> mx.array:
-        """Unverified greedy tokens: hidden (..., D) → (...) uint32, the lowest id among equals."""
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        _, selection, candidates = self._retrieve(
-            rows, self.unverified_probes, words=False, draw_temperature=self._draw_temperature
-        )
-        tokens, _ = self.steps.choose(selection, candidates, best_draws(len(rows)))
-        return tokens.reshape(hidden.shape[:-1])
-
     def _retrieve(
         self,
         rows: mx.array,

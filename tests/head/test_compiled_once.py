@@ -15,6 +15,7 @@ from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.logit_map import IDENTITY, LogitMap
 from mlx_flashhead.head.proposal import Tolerance
+from retrieval import best_token
 from tiny_models import random_clusters
 
 VOCAB_SIZE, HIDDEN_SIZE, N_CLUSTERS = 157, 64, 20
@@ -62,7 +63,7 @@ def propose(head: FlashHead, logit_map: LogitMap, n: int) -> list[mx.array]:
                     hidden, draws, logit_map=logit_map, adjustment=change, allowed=mask
                 )
                 made.append(proposal.tokens)
-    made += [head.unverified_logits(hidden), head.token(hidden)]
+    made += [head.unverified_logits(hidden), best_token(head, hidden)]
     rows = [(settings, position_key(0, 0)) for settings in (*SETTINGS, *SETTINGS)[:n]]
     made.append(Draws.of(rows).choose(mx.random.normal((len(rows), VOCAB_SIZE))))
     return made

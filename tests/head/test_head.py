@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import kernel_checks as checks
+import retrieval
 from kernel_cases import ROUNDING, to_numpy
 from mlx_flashhead.head.flash_head import FlashHead
+from retrieval import best_token
 from tiny_models import FORMS, fitted, random_clusters, random_rows
 
 # V, D, cluster_size, n_probes, leading axes of the hidden states, always scored tokens
@@ -65,7 +67,7 @@ def test_head_computes_the_formula(form, size, bias):
     checks.check_full(clustered, steps[0], selection, candidates, full)
     checks.check_token(full, token)
 
-    ids, logits = head.candidates(hidden)
+    ids, logits = retrieval.candidates(head, hidden)
     assert ids.shape == logits.shape == (*shape, n_probes * cluster_size)
     assert mx.array_equal(ids, clustered.token_ids[selection.probes].reshape(ids.shape))
     assert mx.array_equal(logits, candidates.logits.reshape(ids.shape))
@@ -75,7 +77,7 @@ def test_head_computes_the_formula(form, size, bias):
         assert mx.array_equal(logits, full.reshape(logits.shape))
     else:
         assert mx.array_equal(logits, head.dense_logits(hidden))
-    assert mx.array_equal(head.token(hidden), token.reshape(shape)) and ids.dtype == mx.uint32
+    assert mx.array_equal(best_token(head, hidden), token.reshape(shape)) and ids.dtype == mx.uint32
 
 
 @pytest.mark.compiled
@@ -85,11 +87,11 @@ def test_nothing_is_evaluated(form):
     head, _, hidden = make_head(form, (203, 64, 8, 5, (3, 5), (202,)))
 
     def everything(hidden):
-        logits, tokens = head.unverified_logits(hidden), head.token(hidden)
+        logits, tokens = head.unverified_logits(hidden), best_token(head, hidden)
         with head.settings(draw_temperature=1.0):
             drawn = head(hidden)
         scores = head.steps.route(hidden[0])
-        return logits, tokens, head(hidden), drawn, *head.candidates(hidden), scores
+        return logits, tokens, head(hidden), drawn, *retrieval.candidates(head, hidden), scores
 
     outputs = mx.compile(everything)(hidden)
     assert [output.shape for output in outputs[:2]] == [(3, 5, 203), (3, 5)]

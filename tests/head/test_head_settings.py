@@ -11,6 +11,7 @@ from mlx_flashhead.head.clustered import Centroids
 from mlx_flashhead.head.flash_head import NEVER_DRAWN, FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.steps import PortableSteps
+from retrieval import best_token, candidates
 from tiny_models import fitted, random_clusters, random_rows
 
 VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS = 203, 64, 8, 26
@@ -37,7 +38,7 @@ def head_of_scores(scores, **kwargs):
 
 def scored(head, hidden) -> list[set[int]]:
     """The tokens that are scored for each state."""
-    ids, _ = head.candidates(hidden)
+    ids, _ = candidates(head, hidden)
     return [set(row) - {head.vocab_size} for row in np.array(ids).reshape(-1, ids.shape[-1])]
 
 
@@ -132,11 +133,11 @@ def test_settings_are_those_of_the_innermost_block():
 def test_proposals_have_a_number_of_probes_of_their_own():
     head, _, hidden = make_head(n_probes=2, unverified_probes=4)
     assert head.propose(hidden[:, 0], None).probes.shape[-1] == 2
-    assert head.candidates(hidden)[0].shape[-1] == 4 * CLUSTER_SIZE
+    assert candidates(head, hidden)[0].shape[-1] == 4 * CLUSTER_SIZE
     with pytest.raises(ValueError, match="choose 1 to 26"):
         head.unverified_probes = 27
     head.n_probes = 4
-    assert mx.array_equal(head.propose(hidden[:, 0], None).tokens, head.token(hidden[:, 0]))
+    assert mx.array_equal(head.propose(hidden[:, 0], None).tokens, best_token(head, hidden[:, 0]))
 
 
 @pytest.mark.parametrize("n_probes", [0, N_CLUSTERS + 1, True, 2.0])

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +20,7 @@ from mlx_flashhead.head.logit_map import LogitMap
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.proposal import Proposal, Tolerance
 from mlx_flashhead.index.settings import FlashHeadConfig
+from retrieval import best_token
 from tiny_models import random_clusters
 
 emulator_only = pytest.mark.skipif(on_gpu(), reason="counts and checks of the emulator")
@@ -63,7 +65,12 @@ class TestGraph:
         def propose(of):
             return lambda states: list(head.propose(states.reshape(-1, 128), of))
 
-        for function in (head.unverified_logits, head.token, propose(None), propose(draws)):
+        for function in (
+            head.unverified_logits,
+            partial(best_token, head),
+            propose(None),
+            propose(draws),
+        ):
             found = self.primitives(function, hidden)
             assert found.pop("CustomKernel") == 4
             assert set(found) <= {"Reshape", "Slice"}, found  # views
@@ -147,7 +154,7 @@ def test_neither_probes_nor_positions_compile_anything():
         for head.n_probes in (1, 17, n_clusters - 1):
             for n_positions in (1, 2, 12):
                 hidden = mx.zeros((n_positions, 64), mx.bfloat16)
-                mx.eval(head.unverified_logits(hidden), head.token(hidden))
+                mx.eval(head.unverified_logits(hidden), best_token(head, hidden))
     names = Counter(text.partition("custom_kernel_flash_head_")[2][:3] for text in emulator.built)
     assert names == {"rou": 2, "sel": 2, "sco": 1, "exp": 1, "sam": 1}
 

@@ -14,6 +14,7 @@ from emulated_mlx_lm import emulated
 from mlx_flashhead.models.errors import UnsupportedHeadError
 from mlx_flashhead.models.install import get_flash_head, install
 from mlx_flashhead.models.locate import HeadLocation, recorded_hidden
+from retrieval import candidates
 from tiny_models import install_index, tiny_index
 
 CLUSTER_SIZE = 16
@@ -85,7 +86,7 @@ def check_form(
         sparse = steps()
     estimated = 0
     for hidden_states, actual, expected in zip(states, sparse, dense, strict=True):
-        ids, _ = head.candidates(hidden_states)
+        ids, _ = candidates(head, hidden_states)
         assert ids.shape == (*hidden_states.shape[:-1], N_PROBES * CLUSTER_SIZE)
         real = mx.minimum(ids, VOCAB_SIZE - 1)  # a padded slot looks at the last token instead
         at = [mx.take_along_axis(logits, real, axis=-1) for logits in (actual, expected)]
