@@ -1,5 +1,6 @@
 """What Python makes for a token where the head's steps are kernels."""
 
+import math
 import sys
 
 import mlx.core as mx
@@ -9,6 +10,8 @@ from metal_emulator import Emulator
 from flash_loops import flash_of
 from kernel_cases import kernels, on_gpu
 from mlx_flashhead import make_sampler
+from mlx_flashhead.decoding.policy import policy_of
+from mlx_flashhead.head.steps import NO_DEPTH
 from tiny_models import tiny_model
 
 pytestmark = [
@@ -71,6 +74,9 @@ class Counted:
 def test_a_token_takes_one_traced_call(monkeypatch, settings, n_arrays):
     with kernels(check=False):
         flash = flash_of(tiny_model(num_hidden_layers=2))
+        policy = policy_of(flash.head)
+        policy.depth = NO_DEPTH  # all clusters are scored, so that nothing is rejected
+        policy.max_wait = policy.max_risk = math.inf  # verifications come by numbers of tokens
         counted = Counted(monkeypatch)
         monkeypatch.setattr(mx, "compile", counted.compile)
         for _ in range(2):  # the first text learns what the model does to its logits
