@@ -1,5 +1,6 @@
 """What the commands show: tables of one look, and quantities as text."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,11 @@ def new_table(
         left: The number of columns, from the left, that hold words; the others hold figures.
     """
     rich_table = from_extra("rich.table", "report", "A table")
+    rich_text = from_extra("rich.text", "report", "A table")
+    # rich would break a path that is wider than the table
+    above = title and rich_text.Text(title, "table.title", overflow="ignore")
     table = rich_table.Table(
-        title=title,
+        title=above,
         title_justify="left",
         caption=caption,
         caption_justify="left",
@@ -46,11 +50,12 @@ def show(*parts: "Table | str") -> None:
     console = rich_console.Console(highlight=False, markup=False, emoji=False)
     screen = console.width
     for part in parts:
-        console.width = screen
-        if not isinstance(part, str):
+        if isinstance(part, str):
+            print(textwrap.fill(part, screen, break_long_words=False, break_on_hyphens=False))
+        else:
             console.width = 10_000  # its full width is measured
             console.width = max(screen, console.measure(part).maximum)
-        console.print(part)
+            console.print(part, crop=False)
 
 
 def percent(share: float, decimals: int = 2) -> str:

@@ -62,3 +62,12 @@ def test_no_figure_of_a_table_is_cut_off(capsys, monkeypatch):
     text, _, screen = capsys.readouterr().out.partition("A title.")
     assert all(word in screen for word in headings + figures)
     assert max(map(len, text.splitlines())) <= 60
+
+
+def test_no_path_is_broken(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    path = f"/home/ann/{'folder/' * 12}heads"
+    table = new_table(f"Kept in {path} since then", ["id"])
+    table.add_row("a")
+    show(table, f"Kept in {path} since then")
+    assert capsys.readouterr().out.count(path) == 2
