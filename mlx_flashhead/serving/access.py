@@ -67,14 +67,24 @@ class Access:
             raise ApiError("The request's head is too long: send less.", status=431)
         host = headers.get("Host", "").strip()
         if not self._is_own_name(host):
-            remedy = "use its address, or start it with --allowed-hosts and the name"
-            raise ApiError(f"This server does not go by that name: {remedy}.", status=403)
+            raise ApiError(
+                "This server does not go by that name: use its address, or start it with "
+                "--allowed-hosts and the name.",
+                status=403,
+            )
         if not self._may_ask(host, headers):
-            remedy = "start it with --allowed-origins and the site's origin to allow one"
-            raise ApiError(f"Scripts of other sites may not use this server: {remedy}.", status=403)
-        if self.token is not None and not (self._is_public(scope, headers) or self._shows(scope)):
-            needed = "the token that it printed at its start, as 'Authorization: Bearer TOKEN'"
-            raise ApiError(f"This server needs {needed}.", status=401)
+            raise ApiError(
+                "Scripts of other sites may not use this server: start it with --allowed-origins "
+                "and the site's origin to allow one.",
+                status=403,
+            )
+        is_public = self.token is None or self._is_public(scope, headers)
+        if not is_public and self.shown_token(scope) is None:
+            raise ApiError(
+                "This server needs the token that it printed at its start, as 'Authorization: "
+                "Bearer TOKEN'.",
+                status=401,
+            )
         self._check_length(scope, headers)
 
     def _is_own_name(self, host: str) -> bool:
@@ -94,26 +104,22 @@ class Access:
         return address.is_loopback or self.token is not None
 
     def _may_ask(self, host: str, headers: Headers) -> bool:
-        """Whether the page that sends a request, if it is one, is this server's or is allowed."""
+        """Whether the page that sends a request, if it is one, is this server's or is allowed.
+
+        A proxy that answers by https may pass on the ``Host`` that it was asked by, or send one of
+        its own. The names of --allowed-hosts are not those of another site in either case.
+        """
         origin = headers.get("Origin")
         if origin is None:
             # a link on another site may lead here, but its scripts and images may not
             by_script = headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
             return not by_script or headers.get("Sec-Fetch-Mode") == "navigate"
-        return self._is_own_origin(origin.lower(), host.lower()) or origin in self.origins
-
-    def _is_own_origin(self, origin: str, host: str) -> bool:
-        """Whether a page of an origin came from this server, or through its proxy.
-
-        A proxy that answers by https may pass on the ``Host`` that it was asked by, or send one of
-        its own. The names of --allowed-hosts are not those of another site in either case.
-        """
-        if origin == f"http://{host}":
+        if origin in self.origins or origin.lower() == f"http://{host.lower()}":
             return True
-        match = _HTTPS_ORIGIN.fullmatch(origin)
+        match = _HTTPS_ORIGIN.fullmatch(origin.lower())
         if match is None or match[1].rstrip(".") not in self.proxied:
             return False
-        return origin == f"https://{host}" or match[2] is None
+        return match[0] == f"https://{host.lower()}" or match[2] is None
 
     def _is_public(self, scope: Scope, headers: Headers) -> bool:
         """Whether a request needs no token."""
@@ -122,17 +128,17 @@ class Access:
             return headers.get("Origin") in self.origins
         return method in ("GET", "HEAD") and scope["path"] in PUBLIC_PATHS
 
-    def _shows(self, scope: Scope) -> bool:
-        return self.shown_token(scope) is not None
-
     def _check_length(self, scope: Scope, headers: Headers) -> None:
         """Raises an ApiError unless the body's length is known and within the limit."""
         length = headers.get("Content-Length")
         if "Transfer-Encoding" in headers or (scope["method"] == "POST" and length is None):
             raise ApiError("A request with a body needs Content-Length.", status=411)
         if int(length or 0) > self.max_body_bytes:
-            most = f"at most {self.max_body_bytes:,} are read"
-            raise ApiError(f"The request has {length} bytes, and {most}: send less.", status=413)
+            raise ApiError(
+                f"The request has {length} bytes, and at most {self.max_body_bytes:,} are read: "
+                "send less.",
+                status=413,
+            )
 
     def shown_token(self, scope: Scope) -> str | None:
         """Returns the server's token if the request carries it, else None.
@@ -189,6 +195,8 @@ def kept_token(path: Path) -> str:
             file.write("-".join(words) + "\n")
     token = path.read_text(encoding="utf-8", errors="replace").strip()
     if not _TOKEN.fullmatch(token):
-        form = "16 to 128 letters, digits, '-' or '_'"
-        raise ValueError(f"{path} does not hold a token ({form}): delete it for a new one.")
+        raise ValueError(
+            f"{path} does not hold a token (16 to 128 letters, digits, '-' or '_'): delete it for "
+            "a new one."
+        )
     return token

@@ -59,8 +59,9 @@ def check_size(text: bytes) -> None:
         (n_values, MAX_VALUES, "values"),
     ):
         if number > limit:
-            most = f"at most {limit:,} are read: send less"
-            raise ApiError(f"The body has {number:,} {what}, and {most}.")
+            raise ApiError(
+                f"The body has {number:,} {what}, and at most {limit:,} are read: send less."
+            )
 
 
 def read_json(text: bytes) -> Any:

@@ -168,59 +168,56 @@ class FrontDoor:
         try:
             self.access.check(scope)
             # to OPTIONS, which requests a script of another site may send
-            app = Response(status_code=204) if exchange.method == "OPTIONS" else self._app
-            if exchange.method == "POST":
-                self._check_room(scope)
+            app = Response(status_code=204) if scope["method"] == "OPTIONS" else self._app
+            if scope["method"] == "POST":
+                self._check_room(scope["client"][0])
             await app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
             exchange.notes.append("the client has left")
         except Exception as error:
-            problem = _problem_of(error, exchange)
+            problem = _problem_of(error, scope)
         finally:
-            address = exchange.address
-            self._answered -= Counter([address] if address else [])  # drops counts of 0
+            if exchange.is_counted:
+                self._answered -= Counter([scope["client"][0]])  # drops counts of 0
         if problem is not None and not exchange.status:  # else the connection ends amid the answer
-            await self._refuse(exchange, problem)
+            response = json_response(problem.as_json(), problem.status)
+            of_page = scope["method"] == "GET" and scope["path"] == "/"
+            if problem.status == HTTPStatus.UNAUTHORIZED and of_page:
+                response = locked_page(wrong="token" in Request(scope).query_params)
+            await response(scope, exchange.receive, exchange.send)
         if exchange.notes or problem is not None:
-            self._log(exchange)
+            self._log(scope, exchange)
 
-    async def _refuse(self, exchange: "_Exchange", problem: ApiError) -> None:
-        response = json_response(problem.as_json(), problem.status)
-        of_page = exchange.method == "GET" and exchange.path == "/"
-        if problem.status == HTTPStatus.UNAUTHORIZED and of_page:
-            given = Request(exchange.scope).query_params.get("token")
-            response = locked_page(wrong=bool(given))
-        await response(exchange.scope, exchange.receive, exchange.send)
-
-    def _log(self, exchange: "_Exchange") -> None:
-        path = exchange.path
+    def _log(self, scope: Scope, exchange: "_Exchange") -> None:
+        path = scope["path"]
         if self.access.token is not None:  # in whatever case it is written
             path = re.sub(re.escape(self.access.token), "…", path, flags=re.IGNORECASE)
         path = path.encode("unicode_escape").decode().replace("\\u2026", "…")[:200]
         seconds = f"{time.monotonic() - exchange.began:.2f} s"
-        notes = [f"{exchange.status or '-'}", seconds, *exchange.notes]
-        client = exchange.scope["client"][0]
-        logger.info("%s %s %s %s", client, exchange.method[:20], path, ", ".join(notes))
+        notes = ", ".join([f"{exchange.status or '-'}", seconds, *exchange.notes])
+        logger.info("%s %s %s %s", scope["client"][0], scope["method"][:20], path, notes)
 
-    def _check_room(self, scope: Scope) -> None:
+    def _check_room(self, address: str) -> None:
         """Raises an ApiError if too many requests are being answered."""
-        if self._answered[scope["client"][0]] >= MAX_ANSWERED_PER_ADDRESS:
-            answered = f"{MAX_ANSWERED_PER_ADDRESS} requests of your address are being answered"
-            raise ApiError(f"{answered}: wait for one of them to end.", status=429)
+        if self._answered[address] >= MAX_ANSWERED_PER_ADDRESS:
+            raise ApiError(
+                f"{MAX_ANSWERED_PER_ADDRESS} requests of your address are being answered: wait "
+                "for one of them to end.",
+                status=429,
+            )
         if self._answered.total() >= MAX_ANSWERED:
             raise ApiError("Too many requests at once: try again in a moment.", status=503)
 
-    def admit(self, scope: Scope) -> str:
-        """Counts a request that has arrived, by its address, which is returned.
+    def admit(self, scope: Scope) -> None:
+        """Counts a request that has arrived, for its address.
 
-        Until then its connection is one of those that wait, so a body that never comes takes
-        nobody's place.
+        Until then its connection is one of those that wait, so a body that never comes keeps nobody
+        out.
         """
-        self._check_room(scope)
         address = scope["client"][0]
+        self._check_room(address)
         self._waiting.pop((scope["client"], scope["server"]), None)
         self._answered[address] += 1
-        return address
 
     def add_headers(self, headers: MutableHeaders, status: int, scope: Scope) -> None:
         """Adds what the rules of access say to a response's headers."""
@@ -242,27 +239,22 @@ class _Exchange:
     """A request and its response, on their way through the front door.
 
     Attributes:
-        scope: The request's ASGI scope.
-        method: Its method.
-        path: Its path.
         notes: What the application says of it, for the log.
         began: When it came.
         status: The response's status; 0 until it begins.
-        address: Of a request that is counted as being answered.
+        is_counted: Whether it is one of those that are being answered.
     """
 
     def __init__(self, door: FrontDoor, scope: Scope, receive: Receive, send: Send):
         self._door = door
+        self._scope = scope
         self._receive = receive
         self._send = send
         self._received = False  # the whole request
-        self.scope = scope
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
         self.notes: list[str] = []
         self.began = time.monotonic()
         self.status = 0
-        self.address: str | None = None
+        self.is_counted = False
         scope["state"]["notes"] = self.notes
 
     async def receive(self) -> Message:
@@ -270,16 +262,17 @@ class _Exchange:
         message = await self._receive()
         self._received |= not message.get("more_body", False)
         arrived = self._received and message["type"] == "http.request"
-        if arrived and self.method == "POST" and self.address is None and not self.status:
-            self.address = self._door.admit(self.scope)
+        is_answer = self._scope["method"] == "POST" and not self.status
+        if arrived and is_answer and not self.is_counted:
+            self._door.admit(self._scope)
+            self.is_counted = True
         return message
 
     async def send(self, message: Message) -> None:
         """Sends a part of the response."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers = MutableHeaders(scope=message)
-            self._door.add_headers(headers, self.status, self.scope)
+            self._door.add_headers(MutableHeaders(scope=message), self.status, self._scope)
         elif not self._received and not message.get("more_body", False):
             # a connection that is closed while its client still sends would lose the response
             await self._send({**message, "more_body": True})
@@ -291,16 +284,16 @@ class _Exchange:
         await self._send(message)
 
 
-def _problem_of(error: Exception, exchange: _Exchange) -> ApiError:
+def _problem_of(error: Exception, scope: Scope) -> ApiError:
     """What a client is told of an error."""
     if isinstance(error, ApiError):
         return error
     if not isinstance(error, HTTPException):
         logger.error("A request could not be answered", exc_info=error)
         return ApiError("The server has failed: see its log.", status=500)
-    text = f"There is nothing at {exchange.path[:200]}."
+    text = f"There is nothing at {scope['path'][:200]}."
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        text = f"{exchange.method[:20]} is not for this path: see docs/server.md."
+        text = f"{scope['method'][:20]} is not for this path: see docs/server.md."
     return ApiError(text, status=error.status_code)
 
 
@@ -314,5 +307,5 @@ async def read_body(request: Request) -> bytes:
         async with asyncio.timeout(BODY_SECONDS):
             return await request.body()
     except TimeoutError:
-        limit = f"within {BODY_SECONDS:g} seconds"
-        raise ApiError(f"The body did not come {limit}.", status=408) from None
+        text = f"The body did not come within {BODY_SECONDS:g} seconds."
+        raise ApiError(text, status=408) from None

@@ -61,8 +61,11 @@ def mark_control_tokens(
     contents = "".join(message["content"] for message in messages)
     mark = next((mark for mark in _MARKS if mark not in contents), None)
     if mark is None:
-        reserved = "characters that Unicode reserves for programs, U+FDD0 to U+FDEF"
-        raise field_error("messages", f"hold all {reserved}: leave one out.")
+        raise field_error(
+            "messages",
+            "hold all characters that Unicode reserves for programs, U+FDD0 to U+FDEF: leave one "
+            "out.",
+        )
     marked = []
     for message in messages:
         if message["role"] in _WRITTEN_BY_OTHERS:

@@ -80,9 +80,9 @@ class Job:
             self.processors.append(masks(partial(self.grammar), self.grammar.allowed_words))
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
-        tokenizer = self.served.tokenizer
-        begins = (self.prompt.state, self.prompt.keep_space)
-        self._text = AnswerText(tokenizer, request.stop, *begins)
+        self._text = AnswerText(
+            self.served.tokenizer, request.stop, self.prompt.state, self.prompt.keep_space
+        )
 
     @property
     def kind(self) -> tuple:
@@ -114,8 +114,10 @@ class Job:
         self.times[1:] = [time.monotonic()]
         ends = token in self.served.tokenizer.eos_token_ids
         if ends and self.grammar and (problem := self.grammar.problem):
-            why = f"The form cannot be followed any further ({problem}): simplify it."
-            raise ApiError(why, _field_of_form(self.request))
+            raise ApiError(
+                f"The form cannot be followed any further ({problem}): simplify it.",
+                _field_of_form(self.request),
+            )
         last = ends or len(self.tokens) >= self.max_tokens
         event = self._text.add(None if ends else token, last=last)
         if last:
@@ -128,7 +130,7 @@ class Job:
         return complete
 
 
-Step = tuple[Job, int, mx.array]  # a sequence, its next token, and logprobs (V,) in its place
+Decoded = tuple[Job, int, mx.array]  # a sequence, its next token, and logprobs (V,) there
 
 
 def sampler_arguments(request: Request) -> dict[str, Any]:
@@ -253,7 +255,13 @@ class Reading:
         self.done = end
         # Where mlx-lm quantizes: what a chunk sees must not depend on how long chunks take.
         if end % step == 0 or self.left == 0:
-            self._quantize()
+            maybe_quantize_kv_cache(
+                self.cache,
+                quantized_kv_start=self._flags.quantized_kv_start,
+                kv_group_size=self._flags.kv_group_size,
+                kv_bits=self._flags.kv_bits,
+            )
+            mx.eval([layer.state for layer in self.cache])
         if self.left == 0:
             mx.clear_cache()
         self.job.emit(Progress(end, len(self._all_tokens)))
@@ -268,17 +276,6 @@ class Reading:
             n_layers = len(served.model.layers)
             served.model(tokens, cache=self.cache[:n_layers])
             served.draft_model(tokens, cache=self.cache[n_layers:])
-        mx.eval([layer.state for layer in self.cache])
-
-    def _quantize(self) -> None:
-        """Quantizes the layers' caches, from a length on, if the server's flags ask for it."""
-        flags = self._flags
-        maybe_quantize_kv_cache(
-            self.cache,
-            quantized_kv_start=flags.quantized_kv_start,
-            kv_group_size=flags.kv_group_size,
-            kv_bits=flags.kv_bits,
-        )
         mx.eval([layer.state for layer in self.cache])
 
 
@@ -317,7 +314,7 @@ class Batch:
         """The jobs that are being decoded."""
         return list(self._jobs.values())
 
-    def step(self) -> list[Step]:
+    def step(self) -> list[Decoded]:
         """Takes one step. It may give no token of a sequence."""
         _, responses = self._generator.next()
         for response in responses:
@@ -346,7 +343,7 @@ class Single:
         self.jobs = [job]
         self._cache = reading.cache
         self._tokens = job.all_tokens
-        self._held = len(self._tokens) - 1  # tokens in the cache: not yet the prompt's last one
+        self._n_cached = len(self._tokens) - 1  # tokens in the cache: not yet the prompt's last one
         start = mx.array(self._tokens[-1:])
         model = job.served.model
         draft_model = job.served.draft_model
@@ -355,9 +352,9 @@ class Single:
             "kv_group_size": flags.kv_group_size,
             "quantized_kv_start": flags.quantized_kv_start,
         }
-        self._steps: Generator[tuple[Any, ...], None, None]
+        self._loop: Generator[tuple[Any, ...], None, None]
         if draft_model is None:
-            self._steps = verified_steps(
+            self._loop = verified_steps(
                 start,
                 model,
                 stream,
@@ -372,7 +369,7 @@ class Single:
                 **quantized,
             )
         else:
-            self._steps = drafted_steps(
+            self._loop = drafted_steps(
                 start,
                 model,
                 draft_model,
@@ -387,21 +384,21 @@ class Single:
                 **quantized,
             )
 
-    def step(self) -> list[Step]:
+    def step(self) -> list[Decoded]:
         """Decodes the next token."""
-        token, logprobs = next(self._steps)[:2]
+        token, logprobs = next(self._loop)[:2]
         self._tokens.append(token)
-        self._held = len(self._tokens)
+        self._n_cached = len(self._tokens)
         return [(self.jobs[0], token, logprobs)]
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:
         """Removes the sequence. Returns its tokens and caches; nothing if they do not agree."""
         self.jobs = []
-        self._steps.close()  # brings the cache to the tokens that were yielded
+        self._loop.close()  # brings the cache to the tokens that were yielded
         if jobs[0].served.draft_model is not None:  # whose cache may be some tokens behind
             if not can_trim_prompt_cache(self._cache):
                 return []
-            self._held = min(self._held, *(cache.offset for cache in self._cache))
+            self._n_cached = min(self._n_cached, *(cache.offset for cache in self._cache))
             for cache in self._cache:
-                cache.trim(cache.offset - self._held)
-        return [(self._tokens[: self._held], self._cache)]
+                cache.trim(cache.offset - self._n_cached)
+        return [(self._tokens[: self._n_cached], self._cache)]

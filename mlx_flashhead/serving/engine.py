@@ -242,7 +242,7 @@ class Engine:
         """Generates a token for every answer in progress. Returns whether there are any."""
         for decoder in list(self._decoders):
             try:
-                steps = decoder.step()
+                decoded = decoder.step()
             except BaseException as error:
                 if len(jobs := decoder.jobs) == 1:
                     self._fail(jobs[0], error)
@@ -251,7 +251,7 @@ class Engine:
                 self._break_up(decoder)
                 continue
             complete: list[Job] = []
-            for job, token, logprobs in steps:  # several tokens of a job may come at once
+            for job, token, logprobs in decoded:  # several tokens of a job may come at once
                 try:
                     if job not in complete and job.take(token, logprobs):
                         complete.append(job)

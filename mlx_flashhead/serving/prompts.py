@@ -61,13 +61,17 @@ def _escaped_tokens(request: Request) -> list[int]:
 def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = True) -> str:
     tokenizer = request.served.tokenizer
     if not tokenizer.has_chat_template:
-        remedy = "use /v1/completions, or start the server with --chat-template"
-        raise ApiError(f"This model has no chat template: {remedy}.", "messages")
+        raise ApiError(
+            "This model has no chat template: use /v1/completions, or start the server with "
+            "--chat-template.",
+            "messages",
+        )
     settings = request.served.template_arguments | request.template_settings
     settings |= {"tools": request.tools.offered or None, "add_generation_prompt": answer}
     try:
-        remedy = "send fewer or other messages"
-        return apply_template(tokenizer, messages, remedy=remedy, **settings)
+        return apply_template(
+            tokenizer, messages, remedy="send fewer or other messages", **settings
+        )
     except ValueError as error:
         raise ApiError(str(error), "messages") from error
 
@@ -91,8 +95,11 @@ def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options:
     if not tokens:
         raise ApiError("The prompt is empty: it needs at least one token.", field)
     if n_least > context or len(tokens) >= context:
-        refusal = f"The prompt is longer than this model's {context:,}-token context: shorten it."
-        raise ApiError(refusal, field, code="context_length_exceeded")
+        raise ApiError(
+            f"The prompt is longer than this model's {context:,}-token context: shorten it.",
+            field,
+            code="context_length_exceeded",
+        )
     return tokens
 
 

@@ -7,7 +7,7 @@ on the server's flags is checked in `Request`.
 import json
 import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -274,8 +274,9 @@ def _refusal(problem: str, values: Mapping[str, Any], kind: type[Struct]) -> Api
     value: Any = values
     for key, index in re.findall(r"(\w+)|\[(\d+)\]", where):
         value = value[int(index)] if index else value.get(key)
-    sentence = f"{where} is {_shown(value)}: it must be {_words(known[name])}."
-    return ApiError(sentence, param and param[0])
+    return ApiError(
+        f"{where} is {_shown(value)}: it must be {_words(known[name])}.", param and param[0]
+    )
 
 
 def _words(hint: Any) -> str:
@@ -326,13 +327,24 @@ class Request:
         fields, self.ignored = read_fields(body, ChatFields if chat else TextFields)
         self.stream: bool = fields.stream
         self.include_usage = False  # at the end of a stream
-        self._read_stream_options(fields.stream_options)
+        if self.stream and fields.stream_options is not None:
+            options, further = read_fields(fields.stream_options, StreamOptions)
+            self.include_usage = options.include_usage
+            self.ignored += [f"stream_options.{name}" for name in further]
+        elif fields.stream_options is not None:
+            self.ignored.append("stream_options")
         self.n: int = fields.n  # answers to each prompt
         self.messages: list[dict[str, Any]] = []
         self.prompts: list[str | list[int]] = []  # texts or token ids to continue
+        self.tools = RequestedTools([], [])
+        self.template_settings: dict[str, Any] = {}
         stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop
         if chat:
             self.messages = _template_messages(body["messages"], served.takes_developer)
+            names = ("tools", "tool_choice", "parallel_tool_calls")
+            self.tools = read_tools({name: getattr(fields, name) for name in names}, served)
+            self.template_settings, unread = _template_settings(fields, served)
+            self.ignored += unread
         else:
             self.prompts = _prompts(fields, served)
             stops = [*stops, *(served.middle_ends if fields.suffix else ())]
@@ -343,8 +355,6 @@ class Request:
         # tokens of an answer; None: as many as fit into the context
         self.max_tokens = _max_tokens(fields, flags.max_tokens)
         self.grammar = _grammar(fields)  # that an answer follows; None for any text
-        self.tools = _tools(fields, served) if chat else RequestedTools([], [])
-        self.template_settings = self._template_settings(fields) if chat else {}
         # whether control tokens in the texts of users and tools are read as text
         self.escape_control_tokens: bool = flags.escape_control_tokens
         self.n_probes: int | None = fields.n_probes  # None: the head's number
@@ -355,27 +365,6 @@ class Request:
         self.seed: int | None = fields.seed
         self.sampling = _sampling(fields, flags)  # arguments of make_sampler
         self.penalties = _penalties(fields, served)  # arguments of mlx-lm's make_logits_processors
-
-    def _read_stream_options(self, options: dict[str, Any] | None) -> None:
-        if options is not None and self.stream:
-            read, further = read_fields(options, StreamOptions)
-            self.include_usage = read.include_usage
-            self.ignored += [f"stream_options.{name}" for name in further]
-        elif options is not None:
-            self.ignored.append("stream_options")
-
-    def _template_settings(self, fields: ChatFields) -> dict[str, Any]:
-        """The variables that a request gives to the chat template."""
-        taken = self.served.template_settings
-        settings = {}
-        for name in TEMPLATE_FIELDS:
-            value = getattr(fields, name)
-            if value is not None and name in taken:
-                settings[name] = value
-            elif value is not None:
-                self.ignored.append(name)
-        _check_template_arguments(fields.chat_template_kwargs, taken)
-        return settings | fields.chat_template_kwargs
 
 
 def find_model(models: Sequence[ServedModel], name: Any) -> ServedModel:
@@ -394,8 +383,12 @@ def find_model(models: Sequence[ServedModel], name: Any) -> ServedModel:
 
 def unknown_model(names: Sequence[str]) -> ApiError:
     """The error of a model that is not among the served ones."""
-    refusal = f"No model of that name is served here: choose {' or '.join(names)}."
-    return ApiError(refusal, "model", status=404, code="model_not_found")
+    return ApiError(
+        f"No model of that name is served here: choose {' or '.join(names)}.",
+        "model",
+        status=404,
+        code="model_not_found",
+    )
 
 
 def _template_messages(
@@ -451,32 +444,36 @@ def _prompts(fields: TextFields, served: ServedModel) -> list[str | list[int]]:
         prompts = [prompts]
     is_list = isinstance(prompts, list) and prompts
     if is_list and fields.n * len(prompts) > MAX_CHOICES:
-        most = f"at most {MAX_CHOICES} texts are made for a request"
-        raise ApiError(f"n times the number of prompts is {fields.n * len(prompts)}: {most}.", "n")
+        raise ApiError(
+            f"n times the number of prompts is {fields.n * len(prompts)}: at most {MAX_CHOICES} "
+            "texts are made for a request.",
+            "n",
+        )
     if not is_list or not all(isinstance(prompt, str) or are_tokens(prompt) for prompt in prompts):
-        which = f"token ids: choose 0 to {last}"
-        raise field_error("prompt", f"must be a text, a list of texts, or {which}.")
+        raise field_error(
+            "prompt", f"must be a text, a list of texts, or token ids: choose 0 to {last}."
+        )
     if not fields.suffix:
         return prompts
     if served.middle is None:
-        reason = "needs a model with fill-in-the-middle tokens, and this one has none"
-        raise field_error("suffix", f"{reason}: leave it out.")
+        raise field_error(
+            "suffix",
+            "needs a model with fill-in-the-middle tokens, and this one has none: leave it out.",
+        )
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise field_error("suffix", "needs prompts that are texts, not token ids.")
     return [served.middle.prompt(prompt, fields.suffix) for prompt in prompts]
-
-
-def _tools(fields: ChatFields, served: ServedModel) -> RequestedTools:
-    names = ("tools", "tool_choice", "parallel_tool_calls")
-    return read_tools({name: getattr(fields, name) for name in names}, served)
 
 
 def _max_tokens(fields: Fields, default: int | None) -> int | None:
     """The request's limit of an answer, else the server's."""
     limits = {fields.max_tokens, fields.max_completion_tokens} - {None}
     if len(limits) > 1:
-        differ = "max_completion_tokens and max_tokens are two names of one limit, and they differ"
-        raise ApiError(f"{differ}: send one of them.", "max_tokens")
+        raise ApiError(
+            "max_completion_tokens and max_tokens are two names of one limit, and they differ: "
+            "send one of them.",
+            "max_tokens",
+        )
     return limits.pop() if limits else default
 
 
@@ -487,8 +484,9 @@ def _grammar(fields: Fields) -> Grammar | None:
         forms |= _described_form(fields.response_format)
     wanted = [(where, form) for where, form in forms.items() if form is not None]
     if len(wanted) > 1:
-        only_one = "An answer has one form: give response_format, regex or grammar."
-        raise ApiError(only_one, "response_format")
+        raise ApiError(
+            "An answer has one form: give response_format, regex or grammar.", "response_format"
+        )
     for where, form in wanted:
         field = where.partition(".")[0]
         make = _MAKERS.get(where.rpartition(".")[2], Grammar.from_json_schema)
@@ -521,16 +519,23 @@ def _described_form(asked: ResponseFormat) -> dict[str, Any]:
     return {where: described}
 
 
-def _check_template_arguments(arguments: dict[str, Any], taken: Set[str]) -> None:
-    field = "chat_template_kwargs"
-    for name, value in arguments.items():
+def _template_settings(fields: ChatFields, served: ServedModel) -> tuple[dict[str, Any], list[str]]:
+    """The variables that a request gives to the chat template, and fields that it does not read."""
+    taken = served.template_settings
+    given = {name: getattr(fields, name) for name in TEMPLATE_FIELDS}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in fields.chat_template_kwargs.items():
+        reason = ""
         if name not in taken:
             takes = ", ".join(sorted(taken)) or "none"
-            reason = f"is not a setting of this model's chat template, which takes: {takes}."
-            raise ApiError(f"{field}.{name[:40]} {reason}", field)
-        if not isinstance(value, bool | int | float | str):
-            plain = "must be true, false, a number or a text."
-            raise ApiError(f"{field}.{name[:40]} {plain}", field)
+            reason = f"is not a setting of this model's chat template, which takes: {takes}"
+        elif not isinstance(value, bool | int | float | str):
+            reason = "must be true, false, a number or a text"
+        if reason:
+            field = "chat_template_kwargs"
+            raise ApiError(f"{field}.{name:.{_MAX_NAME}} {reason}.", field)
+    settings = {name: value for name, value in given.items() if name in taken}
+    return settings | fields.chat_template_kwargs, [name for name in given if name not in taken]
 
 
 def _is_dense(fields: Fields, served: ServedModel) -> bool:
@@ -544,8 +549,9 @@ def _is_dense(fields: Fields, served: ServedModel) -> bool:
         raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
     n_clusters = served.head.n_clusters
     if not 1 <= n_probes <= n_clusters:
-        limits = f"it must be a whole number, 1 to {n_clusters}"
-        raise field_error("n_probes", f"is {n_probes}: {limits}.")
+        raise field_error(
+            "n_probes", f"is {n_probes}: it must be a whole number, 1 to {n_clusters}."
+        )
     return dense
 
 
@@ -576,8 +582,10 @@ def _penalties(fields: Fields, served: ServedModel) -> dict[str, Any]:
     for key, value in fields.logit_bias.items():
         is_number = key.isascii() and key.isdigit() and len(key) < 10
         if not is_number or int(key) >= served.vocab_size:
-            remedy = f"choose 0 to {served.vocab_size - 1}"
-            raise field_error("logit_bias", f"must give each token id a number: {remedy}.")
+            raise field_error(
+                "logit_bias",
+                f"must give each token id a number: choose 0 to {served.vocab_size - 1}.",
+            )
         bias[int(key)] = max(-_MAX_BIAS, min(_MAX_BIAS, value))
     names = [f"{kind}_{what}" for kind in PENALTIES for what in ("penalty", "context_size")]
     penalties = {name: getattr(fields, name) for name in names}

@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Lets more connections wait to be accepted: others try again in seconds."""
+        """Lets many connections wait: one that finds no room tries again after seconds."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(BACKLOG)
@@ -187,13 +187,15 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         ValueError: If the port cannot be used.
     """
     try:
-        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        (family, *_, address), *_ = places
+        (family, *_, address), *_ = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         server = socket.create_server(address, family=family, dualstack_ipv6=both)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        remedy = "choose another --port or --host"
-        raise ValueError(f"Port {port} of {host} cannot be used, {reason}: {remedy}.") from None
+        raise ValueError(
+            f"Port {port} of {host} cannot be used, {reason}: choose another --port or --host."
+        ) from None
     with server:
         yield server

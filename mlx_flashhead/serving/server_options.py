@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from operator import methodcaller
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from ..common.arguments import Parser, json_object, number, one_of, share, whole_number
 from ..common.flags import MAX_WAIT, add_answering_options
 
+Add = Callable[..., Any]  # a group's add_argument
 LOCAL = "127.0.0.1"
 DEFAULT_TOKEN_FILE = Path("~/.config/mlx_flashhead/lan-token")
 _ORIGIN = re.compile(r"https?://(?:[a-z0-9.-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
@@ -28,137 +30,206 @@ def make_parser() -> Parser:
     """The parser of ``mlx_flashhead.server``."""
     about = "Serve models: a page for browsers, and the OpenAI API."
     parser = Parser(prog="mlx_flashhead.server", description=about)
-    _add_models(_Group(parser, "models"))
-    _add_defaults(_Group(parser, "defaults of requests"))
-    _add_limits(_Group(parser, "limits"))
-    _add_network(_Group(parser, "network"))
+    _add_models(parser.add_argument_group("models"))
+    _add_defaults(parser.add_argument_group("defaults of requests").add_argument)
+    _add_limits(parser.add_argument_group("limits").add_argument)
+    _add_network(parser.add_argument_group("network").add_argument)
     return parser
 
 
-class _Group:
-    """Flags under one title of --help."""
-
-    def __init__(self, parser: Parser, title: str):
-        self.group = parser.add_argument_group(title)
-
-    def add(self, name: str, help: str, default: Any = None, **further: Any) -> None:
-        """Adds a flag with a value; its default is told where it has one."""
-        if default not in (None, [], {}):
-            help += " (default: %(default)s)"
-        self.group.add_argument(name, default=default, help=f"{help.rstrip('.')}.", **further)
-
-    def switch(self, name: str, help: str) -> None:
-        """Adds a flag without a value."""
-        self.group.add_argument(name, action="store_true", help=help)
-
-
-def _add_models(flags: _Group) -> None:
-    flags.add("--model", "Folder or repository of any model that mlx-lm loads.")
-    flags.add(
-        "--served-model-name", "Name of --model in answers (default: its own).", metavar="NAME"
+def _add_models(group: Any) -> None:
+    add = group.add_argument
+    add("--model", help="Folder or repository of any model that mlx-lm loads.")
+    add(
+        "--served-model-name",
+        metavar="NAME",
+        help="Name of --model in answers (default: its own).",
     )
-    flags.add(
-        "--allow-models", "More models, for requests that name them", [], nargs="+", metavar="MODEL"
+    add(
+        "--allow-models",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="More models, for requests that name them.",
     )
-    add_answering_options(flags.group)
-    flags.switch("--dense", "Take the normal (dense) head, unless a request says otherwise.")
-    flags.add("--adapter-path", "Folder of LoRA adapters for --model.")
-    flags.add("--draft-model", "A model that drafts tokens for --model.")
-    drafts = "Clusters scored for each drafted token (default: a tenth of its head, in bytes)."
-    flags.add("--draft-probes", drafts, type=whole_number(1))
-    flags.add("--num-draft-tokens", "Tokens drafted at once", 3, type=whole_number(1, 64))
-    flags.switch("--trust-remote-code", "Run these models' own Python code.")
-    flags.add("--chat-template", "A chat template that replaces the one of --model.")
-    escape = (
-        "Treat control tokens such as <|im_start|> in the text of users and tools as plain text."
+    add_answering_options(group)
+    add(
+        "--dense",
+        action="store_true",
+        help="Take the normal (dense) head, unless a request says otherwise.",
     )
-    flags.switch("--escape-control-tokens", escape)
-    flags.add(
+    add("--adapter-path", help="Folder of LoRA adapters for --model.")
+    add("--draft-model", help="A model that drafts tokens for --model.")
+    add(
+        "--draft-probes",
+        type=whole_number(1),
+        help="Clusters scored for each drafted token (default: a tenth of its head, in bytes).",
+    )
+    add(
+        "--num-draft-tokens",
+        type=whole_number(1, 64),
+        default=3,
+        help="Tokens drafted at once (default: %(default)s).",
+    )
+    add("--trust-remote-code", action="store_true", help="Run these models' own Python code.")
+    add("--chat-template", help="A chat template that replaces the one of --model.")
+    add(
+        "--escape-control-tokens",
+        action="store_true",
+        help="Treat control tokens such as <|im_start|> in the text of users and tools as plain "
+        "text.",
+    )
+    add(
         "--chat-template-args",
-        'JSON for the chat template, such as {"enable_thinking": false}',
-        {},
         type=json_object,
+        default={},
+        help='JSON for the chat template, such as {"enable_thinking": false}.',
     )
 
 
-def _add_defaults(flags: _Group) -> None:
-    flags.add("--temp", "Temperature", 0.0, type=number(0, 100))
-    likeliest = "Keep the likeliest tokens that together have this probability (top-p); 1 keeps all"
-    flags.add("--top-p", likeliest, 1.0, type=share)
-    most = "Keep this many of the likeliest tokens (top-k); 0 keeps all"
-    flags.add("--top-k", most, 0, type=whole_number(0))
-    relative = "Keep tokens at least this likely relative to the best (min-p); 0 keeps all"
-    flags.add("--min-p", relative, 0.0, type=share)
-    longest = (
-        "Longest answer in tokens, where a request names no max_tokens (default: the context)."
+def _add_defaults(add: Add) -> None:
+    add("--temp", type=number(0, 100), default=0.0, help="Temperature (default: %(default)s).")
+    add(
+        "--top-p",
+        type=share,
+        default=1.0,
+        help="Keep the likeliest tokens that together have this probability (top-p); 1 keeps all "
+        "(default: %(default)s).",
     )
-    flags.add("--max-tokens", longest, type=whole_number(1))
-
-
-def _add_limits(flags: _Group) -> None:
-    flags.add(
-        "--context-size",
-        "Most tokens of a prompt and its answer (default: the model's).",
-        type=whole_number(2),
-    )
-    flags.add("--max-body-bytes", "Largest body of a request", "4M", type=size, metavar="SIZE")
-    flags.add(
-        "--decode-concurrency", "Answers at once; others wait", 32, type=whole_number(1, 1024)
-    )
-    wait = "Longest time that a request waits for a model that is being loaded"
-    flags.add("--load-wait", wait, 60.0, type=number(0, 3600), metavar="SECONDS")
-    wait = "Longest time that a token waits for its verification; 0 uses the normal head"
-    flags.add(
-        "--max-wait", f"{wait} (default: {MAX_WAIT:g}).", type=number(0, 1), metavar="SECONDS"
-    )
-    flags.add(
-        "--prefill-step-size", "Most tokens of a prompt read at once", 2048, type=whole_number(1)
-    )
-    flags.add(
-        "--prompt-cache-size",
-        "Number of earlier prompts whose caches are kept, at most",
-        10,
+    add(
+        "--top-k",
         type=whole_number(0),
+        default=0,
+        help="Keep this many of the likeliest tokens (top-k); 0 keeps all (default: %(default)s).",
     )
-    flags.add(
-        "--prompt-cache-bytes",
-        "Most memory for these caches, such as 4G (default: no limit).",
+    add(
+        "--min-p",
+        type=share,
+        default=0.0,
+        help="Keep tokens at least this likely relative to the best (min-p); 0 keeps all "
+        "(default: %(default)s).",
+    )
+    add(
+        "--max-tokens",
+        type=whole_number(1),
+        help="Longest answer in tokens, where a request names no max_tokens (default: the "
+        "context).",
+    )
+
+
+def _add_limits(add: Add) -> None:
+    add(
+        "--context-size",
+        type=whole_number(2),
+        help="Most tokens of a prompt and its answer (default: the model's).",
+    )
+    add(
+        "--max-body-bytes",
         type=size,
+        default="4M",
+        metavar="SIZE",
+        help="Largest body of a request (default: %(default)s).",
     )
-    flags.add(
+    add(
+        "--decode-concurrency",
+        type=whole_number(1, 1024),
+        default=32,
+        help="Answers at once; others wait, and an address has a third of them meanwhile "
+        "(default: %(default)s).",
+    )
+    add(
+        "--load-wait",
+        type=number(0, 3600),
+        default=60.0,
+        metavar="SECONDS",
+        help="Longest time that a request waits for a model that is being loaded "
+        "(default: %(default)s).",
+    )
+    add(
+        "--max-wait",
+        type=number(0, 1),
+        metavar="SECONDS",
+        help="Longest time that a token waits for its verification; 0 uses the normal head "
+        f"(default: {MAX_WAIT:g}).",
+    )
+    add(
+        "--prefill-step-size",
+        type=whole_number(1),
+        default=2048,
+        help="Most tokens of a prompt read at once (default: %(default)s).",
+    )
+    add(
+        "--prompt-cache-size",
+        type=whole_number(0),
+        default=10,
+        help="Number of earlier prompts whose caches are kept, at most (default: %(default)s).",
+    )
+    add(
+        "--prompt-cache-bytes",
+        type=size,
+        help="Most memory for these caches, such as 4G (default: no limit).",
+    )
+    add(
         "--kv-bits",
-        "Bits of quantized caches; answers take turns (default: not quantized).",
         type=one_of(2, 3, 4, 5, 6, 8),
+        help="Bits of quantized caches; answers take turns (default: not quantized).",
     )
-    flags.add("--kv-group-size", "Group size of quantized caches", 64, type=one_of(32, 64, 128))
-    flags.add(
-        "--quantized-kv-start", "First token whose cache is quantized", 5000, type=whole_number(0)
+    add(
+        "--kv-group-size",
+        type=one_of(32, 64, 128),
+        default=64,
+        help="Group size of quantized caches (default: %(default)s).",
+    )
+    add(
+        "--quantized-kv-start",
+        type=whole_number(0),
+        default=5000,
+        help="First token whose cache is quantized (default: %(default)s).",
     )
 
 
-def _add_network(flags: _Group) -> None:
-    flags.add(
-        "--host", f"Address to listen on; others than {LOCAL} need the token (default: {LOCAL})"
+def _add_network(add: Add) -> None:
+    add(
+        "--host",
+        help=f"Address to listen on; others than {LOCAL} need the token (default: {LOCAL}).",
     )
-    flags.add("--port", "Port to listen on; 0 takes a free one", 8080, type=whole_number(0, 65535))
-    flags.switch("--lan", "Listen on all interfaces, for iPads; prints the address with the token.")
+    add(
+        "--port",
+        type=whole_number(0, 65535),
+        default=8080,
+        help="Port to listen on; 0 takes a free one (default: %(default)s).",
+    )
+    add(
+        "--lan",
+        action="store_true",
+        help="Listen on all interfaces, for iPads; prints the address with the token.",
+    )
     names = methodcaller("split", ",")
-    hosts = "More names of this machine or of its https proxy, such as mac.fritz.box,chat.example"
-    flags.add("--allowed-hosts", hosts, [], type=names)
-    flags.add(
-        "--allowed-origins",
-        "Sites whose scripts may use the API, separated by commas",
-        [],
+    add(
+        "--allowed-hosts",
         type=names,
+        default=[],
+        help="More names of this machine or of its https proxy, such as "
+        "mac.fritz.box,chat.example.",
     )
-    flags.add("--token-file", "File that keeps the token", DEFAULT_TOKEN_FILE, type=Path)
-    levels = ("DEBUG", "INFO", "WARNING", "ERROR")
-    flags.add(
+    add(
+        "--allowed-origins",
+        type=names,
+        default=[],
+        help="Sites whose scripts may use the API, separated by commas.",
+    )
+    add(
+        "--token-file",
+        type=Path,
+        default=DEFAULT_TOKEN_FILE,
+        help="File that keeps the token (default: %(default)s).",
+    )
+    add(
         "--log-level",
-        "What is logged; INFO has a line for each answer",
-        "INFO",
-        choices=levels,
         type=str.upper,
+        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        default="INFO",
+        help="What is logged; INFO has a line for each answer (default: %(default)s).",
     )
 
 
@@ -173,12 +244,16 @@ def check_options(parser: Parser, args: argparse.Namespace) -> None:
     if args.host is None:
         args.host = "0.0.0.0" if args.lan else LOCAL
     elif args.lan and is_loopback(args.host):
-        remedy = "leave it out with --lan, or give the address of one interface"
-        parser.error(f"--host {args.host} is this machine alone: {remedy}")
+        parser.error(
+            f"--host {args.host} is this machine alone: leave it out with --lan, or give the "
+            "address of one interface"
+        )
     for origin in args.allowed_origins:
         if not _ORIGIN.fullmatch(origin):
-            how = "name each site, such as https://chat.example, without wildcards"
-            parser.error(f"--allowed-origins {origin}: {how}")
+            parser.error(
+                f"--allowed-origins {origin}: name each site, such as https://chat.example, "
+                "without wildcards"
+            )
 
 
 def is_loopback(host: str) -> bool:
