@@ -106,6 +106,7 @@ def _answer_options(args: Namespace, tokenizer: Any) -> dict[str, Any]:
         "prefill_step_size": args.prefill_step_size,
         "verify": not args.no_verify,
         "max_wait": args.max_wait,
+        "lookup": args.lookup,
         "sampler": sampler,
     }
 

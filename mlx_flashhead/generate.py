@@ -404,6 +404,7 @@ def _answer(
         verify=not args.no_verify,
         draw_temperature=args.temp if args.draw_probes else None,
         max_wait=args.max_wait,
+        lookup=args.lookup,
         max_tokens=args.max_tokens,
         sampler=sampler,
         logits_processors=[processor] if processor else None,

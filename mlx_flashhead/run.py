@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .common.arguments import Parser
 from .common.command import command
-from .common.flags import add_always_option, add_head_options
+from .common.flags import add_always_option, add_head_options, add_lookup_flag
 
 LIBRARIES = ("mlx_lm", "mlx_vlm")
 # What brings the programs of docs/integrations.md.
@@ -41,6 +41,7 @@ def make_parser() -> Parser:
     add_always_option(parser)
     unverified = "Use FlashHead's own choices, in loops that cannot be verified, too."
     parser.add_argument("--no-verify", action="store_true", help=unverified)
+    add_lookup_flag(parser.add_argument)
     first = "Build a missing FlashHead before the first text (default: while nothing is written)."
     parser.add_argument("--build-first", action="store_true", help=first)
     check = "Print, at the program's end, how many tokens were verified, how many dense, and why."

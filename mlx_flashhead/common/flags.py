@@ -5,6 +5,7 @@ mlx-lm's own parsers would take a second to import.
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,15 @@ def add_answer_flags(parser: Any, *, max_tokens: int, seed: int | None) -> None:
         metavar="SECONDS",
         help="Longest time that a token waits for its verification, 0 to 1; 0 uses the normal head "
         f"(default: {MAX_WAIT:g}).",
+    )
+    add_lookup_flag(parser.add_argument)
+
+
+def add_lookup_flag(parser: Any) -> None:
+    """Adds whether the next tokens are looked up."""
+    text = f"{LOOKUP} (default: %(default)s)."
+    parser.add_argument(
+        "--lookup", type=one_of(*LOOKUPS), default="auto", metavar="WHEN", help=text
     )
 
 

@@ -39,6 +39,7 @@ class HeadOptions:
     fine_head: str | Path | bool | None = None  # True: of the original that the model names
     head_bits: int | None = None  # of the finer head; default: 8
     verify: bool = True  # whether another program's text is verified
+    lookup: str = "auto"  # when the next tokens of another program's text are looked up
     check: bool = False  # whether its tokens are counted, for a line at its end
 
     @classmethod
@@ -61,6 +62,7 @@ class HeadOptions:
             fine_head=args.fine_head,
             head_bits=args.head_bits,
             verify=not unverified,
+            lookup=getattr(args, "lookup", "auto"),
             check=getattr(args, "check", False),
         )
 

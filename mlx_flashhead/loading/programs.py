@@ -17,6 +17,7 @@ from ..decoding.drafting import drafted_steps
 from ..decoding.loop import verified_steps
 from ..decoding.policy import policy_of
 from ..decoding.proposer import Proposer
+from ..decoding.settings import DecodingSettings
 from ..decoding.vlm_text import vlm_steps
 from ..head.flash_head import FlashHead
 from ..interop import libraries
@@ -202,11 +203,13 @@ class _Patches:
         if use is None:
             return None
         mode = use.mode_of(model)
-        if mode == "verified" and not mlx_lm_is_as_imported():
+        if not mlx_lm_is_as_imported():
             mode = REPLACED
-        if mode != "verified":
+        looks_up = self._options.lookup != "off" and mode != "unverified"
+        if mode in (REPLACED, BUILDING) or (mode != "verified" and not looks_up):
             return use.follow(original(**options), mode)
-        return verified_steps(**options, proposer=Proposer(model), announce=use.announce)
+        proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
+        return verified_steps(**options, proposer=proposer, announce=use.announce)
 
     def _drafted(self, original: Any, options: dict[str, Any]) -> Iterator[Any] | None:
         """With a draft model the target is dense: it is the draft's FlashHead that is used."""
@@ -221,7 +224,8 @@ class _Patches:
             return draft.follow(use.follow(original(**options), mode))
         if not is_recognised(draft_model):
             return None
-        steps = drafted_steps(**options, proposer=Proposer(model), announce=use.announce)
+        proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
+        steps = drafted_steps(**options, proposer=proposer, announce=use.announce)
         return draft.follow(use.follow(steps))
 
     def batches(self, original: Any) -> Any:

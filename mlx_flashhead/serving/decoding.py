@@ -70,6 +70,7 @@ class Job:
             verify=self.served.verify,
             dense=request.dense,
             max_wait=self.served.max_wait,
+            lookup=self.served.lookup,
         )
         # OpenAI's seeds may be negative. MLX's random state decides nothing: it is left unusable by
         # a function that fails while MLX compiles it.

@@ -42,6 +42,7 @@ class ServedModel:
     dense: bool = False  # whether every token is scored unless a request says otherwise
     verify: bool = True  # whether the dense rows verify every token
     max_wait: float | None = None  # seconds that text may wait for its verification
+    lookup: str = "auto"  # when the next tokens are looked up
     build: BackgroundBuild | None = None  # of its FlashHead, if it has none yet
 
     def __post_init__(self):
@@ -169,6 +170,7 @@ def _load(
         dense=args.dense and default,
         verify=not args.no_verify,
         max_wait=args.max_wait,
+        lookup=args.lookup,
         build=build,
     )
 

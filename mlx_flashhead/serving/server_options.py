@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.arguments import Parser, json_object, number, one_of, share, whole_number
-from ..common.flags import MAX_WAIT, add_answering_options
+from ..common.flags import MAX_WAIT, add_answering_options, add_lookup_flag
 
 Add = Callable[..., Any]  # a group's add_argument
 LOCAL = "127.0.0.1"
@@ -152,6 +152,7 @@ def _add_limits(add: Add) -> None:
         help="Longest time that a token waits for its verification; 0 uses the normal head "
         f"(default: {MAX_WAIT:g}).",
     )
+    add_lookup_flag(add)
     add(
         "--prefill-step-size",
         type=whole_number(1),
