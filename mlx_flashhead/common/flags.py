@@ -97,11 +97,16 @@ def add_answer_flags(parser: Any, *, max_tokens: int, seed: int | None) -> None:
     add_lookup_flag(parser.add_argument)
 
 
-def add_lookup_flag(parser: Any) -> None:
-    """Adds whether the next tokens are looked up."""
-    text = f"{LOOKUP} (default: %(default)s)."
-    parser.add_argument(
-        "--lookup", type=one_of(*LOOKUPS), default="auto", metavar="WHEN", help=text
+def add_lookup_flag(add: Callable[..., Any]) -> None:
+    """Adds whether the next tokens are looked up, by a parser's or a group's ``add_argument``."""
+    add(
+        "--lookup",
+        type=one_of("auto", "on", "off"),
+        default="auto",
+        metavar="WHEN",
+        help="Guess the next tokens from the prompt and the text, and compute several in a step, "
+        "which leaves the text as it is: where that is faster (auto), wherever tokens are found "
+        "(on), or off (default: %(default)s).",
     )
 
 
