@@ -24,6 +24,7 @@ from .proposer import Proposer, step_arrays
 from .random_state import current_key, set_key
 from .schedule import VerifySchedule
 from .sequence import PendingToken, Sequence
+from .wide_twin import NoWideStepError
 
 SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
 
@@ -167,9 +168,7 @@ class Decoder:
         self._proposer.n_steps += 1
         latest = cast(mx.array, self._latest)
         guess = self._guess(latest)
-        if guess is not None:
-            self._take_wide_step(self.sequences[0], latest, guess)
-        else:
+        if guess is None or not self._take_wide_step(self.sequences[0], latest, guess):
             self._latest = self._step(self.sequences, self.caches.layers, latest)
             self._latest_token = None
             tokens = cast(list[int], latest.tolist())
@@ -187,28 +186,35 @@ class Decoder:
             sequence.begin_ahead(self.snapshot(sequence))  # drafts are drawn as its tokens are
         return self._guesser.guess(sequence, latest, self._latest_token, self.caches.layers)
 
-    def _take_wide_step(self, sequence: Sequence, latest: mx.array, guess: Guess) -> None:
+    def _take_wide_step(self, sequence: Sequence, latest: mx.array, guess: Guess) -> bool:
         """Feeds a text its latest token and those guessed after it, and keeps those that are right.
 
         They are right as long as each one is what is chosen in its place. That choice is the one
         of single steps, since the step leaves their bits. The first choice that is not as guessed
         is the latest token then.
+
+        Returns:
+            Whether the model has taken the tokens. Otherwise nothing has changed.
         """
         guesser = cast(Guesser, self._guesser)
         proposer = self._proposer
-        self.n_wide += 1
         if not sequence.ahead:
             sequence.begin_ahead(self.snapshot(sequence))
+        fed = mx.concatenate([latest.astype(mx.uint32), guess.tokens])
+        states: list[mx.array] = []
+        try:
+            with proposer.noting(states, logits=not sequence.proposing):
+                step = guesser.wide.feed(fed[None], self.caches.layers)
+        except NoWideStepError:
+            guesser.note(guess, 0)
+            return False
+        self.n_wide += 1
         if sequence.has_processors:  # which see it
             sequence.pending[-1].read(cast(int, latest.item()))
         n_cached = sequence.n_cached
         n_pending = len(sequence.pending)
         guessed = cast(list[int], guess.tokens.tolist()) if sequence.has_processors else []
-        fed = mx.concatenate([latest.astype(mx.uint32), guess.tokens])
         sequence.feed(fed)
-        states: list[mx.array] = []
-        with proposer.noting(states, logits=not sequence.proposing):
-            step = guesser.wide.feed(fed[None], self.caches.layers)
         if sequence.proposing:
             chosen = proposer.propose([sequence] * len(fed), states[-1][0], None, guessed)
         else:
@@ -232,6 +238,7 @@ class Decoder:
         self._latest = chosen[n_right : n_right + 1]
         self._latest_token = tokens[n_right]
         guesser.note(guess, n_right)
+        return True
 
     def hand_out(self, sequence: Sequence) -> PendingToken:
         """The next accepted token of a sequence."""

@@ -22,6 +22,9 @@ from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
+from mlx_flashhead.decoding.wide import WideSteps
+from mlx_flashhead.decoding.wide_trial import established_widths
+from mlx_flashhead.decoding.wide_twin import NoWideStepError
 from tiny_models import tiny_model
 
 N_TOKENS = 26
@@ -238,6 +241,25 @@ def test_what_is_not_established(monkeypatch, caplog):
     )
     assert len(list(steps)) == 5
     assert "rounding may change" in modes[0]
+
+
+@pytest.mark.parametrize("processors", PROCESSORS)
+def test_a_step_that_the_model_does_not_take_is_a_single_one(guessed, monkeypatch, processors):
+    model = tiny_model(num_hidden_layers=2)
+    expected, after = text_of(generate_step, model, None, PROCESSORS[processors]())
+    counts = guessed([token for token, *_ in expected])
+    feed = WideSteps.feed_by
+
+    def at_some_places(steps, twin, tokens, caches):
+        if tokens.shape[1] > 1 and caches[0].offset > 20:
+            raise NoWideStepError
+        return feed(steps, twin, tokens, caches)
+
+    assert established_widths(WideSteps.of(model), make_prompt_cache(model))
+    monkeypatch.setattr(WideSteps, "feed_by", at_some_places)
+    found, logits = text_of(ours(), model, None, PROCESSORS[processors]())
+    assert [each[:2] for each in found] == [each[:2] for each in expected]
+    assert mx.array_equal(logits, after) and len(counts) > 2
 
 
 def test_a_lookup_finds_what_repeats():
