@@ -5,6 +5,7 @@ mlx-lm's own parsers would take a second to import.
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
