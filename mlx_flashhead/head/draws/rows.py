@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
@@ -110,7 +110,7 @@ class Draws:
         """The draws of some rows, from the settings and the key of each."""
         settings = tuple([each for each, _ in rows])
         if all(each.greedy for each in settings):
-            return cls._greedy(settings)
+            return _greedy(settings)
         keys = [key for _, key in rows]
         keys += [keys[-1]] * (HELD - len(rows))
         return cls(settings, (*_settings_arrays(settings), mx.array(keys, mx.uint32)))
@@ -118,11 +118,7 @@ class Draws:
     @classmethod
     def of_arrays(cls, rows: tuple[Draw, ...], arrays: Sequence[mx.array]) -> "Draws":
         """The draws of this :attr:`structure` that had these :attr:`arrays`."""
-        return cls(rows, (arrays[0], arrays[1], arrays[2])) if arrays else cls._greedy(rows)
-
-    @classmethod
-    def _greedy(cls, rows: tuple[Draw, ...]) -> "Draws":
-        return cls(rows, (*_settings_arrays(rows), _no_keys(len(rows))))
+        return cls(rows, (arrays[0], arrays[1], arrays[2])) if arrays else _greedy(rows)
 
     @cached_property
     def all_greedy(self) -> bool:
@@ -134,7 +130,7 @@ class Draws:
         """What a function of these draws depends on beside :attr:`structure`."""
         return [] if self.all_greedy else [*self.held]
 
-    @property
+    @cached_property
     def structure(self) -> tuple[Draw, ...]:
         """The :attr:`Draw.structure` of the rows."""
         return _structures(self.rows)
@@ -144,27 +140,27 @@ class Draws:
         """Whether kernels do what the kinds of all rows do."""
         return all(row.kernels for row in self.rows)
 
-    @cached_property
+    @property
     def inverse_temperature(self) -> mx.array:
         """1 / temperature, (R, 1) float32; 0 takes the best logit."""
         return self.held[0][: len(self.rows), :1]
 
-    @cached_property
+    @property
     def top_p(self) -> mx.array:
         """The share of the mass that the likeliest tokens must reach, (R, 1) float32."""
         return self.held[0][: len(self.rows), 1:2]
 
-    @cached_property
+    @property
     def log_min_p(self) -> mx.array:
         """How far a kept logit may lie below the best one, (R, 1) float32, in nats below 0."""
         return self.held[0][: len(self.rows), 2:]
 
-    @cached_property
+    @property
     def top_k(self) -> mx.array:
         """The number of best tokens that are kept, (R, 1) uint32; 0 keeps all."""
         return self.held[1][: len(self.rows), None]
 
-    @cached_property
+    @property
     def keys(self) -> mx.array:
         """The keys of the rows, (R, 2) uint32."""
         return self.held[2][: len(self.rows)]
@@ -244,10 +240,11 @@ def _structures(rows: tuple[Draw, ...]) -> tuple[Draw, ...]:
     return tuple(row.structure for row in rows)
 
 
-@cache
-def _no_keys(n_rows: int) -> mx.array:
-    """The keys of greedy rows. They exist before the first token, so that no token makes them."""
-    return mx.array([NO_KEY] * max(n_rows, HELD), mx.uint32)
+@lru_cache(maxsize=256)
+def _greedy(rows: tuple[Draw, ...]) -> Draws:
+    """The draws of greedy rows. They exist before the next token, so that none makes them."""
+    keys = mx.array([NO_KEY] * max(len(rows), HELD), mx.uint32)
+    return Draws(rows, (*_settings_arrays(rows), keys))
 
 
 @lru_cache(maxsize=256)
