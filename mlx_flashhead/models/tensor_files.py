@@ -14,14 +14,12 @@ from typing import Any
 import huggingface_hub
 import mlx.core as mx
 import numpy as np
-from huggingface_hub import constants, errors
+from huggingface_hub import constants
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from tqdm import tqdm
 
 from .fetch import hub_errors
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 ENDING = ".safetensors"
 LARGEST_HEADER = constants.SAFETENSORS_MAX_HEADER_LENGTH  # bytes, as the Hub's client has it
 SILENCE = 30.0  # seconds without a byte, after which the network is down
@@ -133,31 +131,24 @@ class Tensor:
             return np.memmap(file, mode="r", shape=(self.nbytes,))
 
 
-def tensor_files(source: str) -> Iterator[TensorFile]:
-    """The safetensors files of a source, those of a head first; ValueError if there are none."""
+def tensor_files(source: str) -> list[TensorFile]:
+    """The safetensors files of a folder or a repository, or a file; ValueError if there are none.
+
+    The last one comes first: a head that is not tied is mostly there.
+    """
     path = Path(os.path.expanduser(source))
     if path.exists():
-        files = sorted(path.glob("*" + ENDING)) if path.is_dir() else [path]
-        yield from (TensorFile(str(file)) for file in files)
-        if not files:
-            raise ValueError(f"{path} holds no safetensors file: choose another source.")
-        return
-    with hub_errors(source):
-        names = _names(source)
-    for name in names:
-        copy = huggingface_hub.try_to_load_from_cache(source, name)
-        yield TensorFile(copy) if isinstance(copy, str) else TensorFile(name, source)
-
-
-def _names(repo_id: str) -> list[str]:
-    """The names of a repository's safetensors files."""
-    try:
-        index = huggingface_hub.hf_hub_download(repo_id, INDEX)
-    except errors.EntryNotFoundError:
-        return [SINGLE]
-    try:
-        places = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(places, key=lambda name: not ("embed" in name or "head" in name))
-        return list(dict.fromkeys(str(places[name]) for name in names))
-    except _DAMAGE:
-        raise ValueError(f"{INDEX} of {repo_id} is damaged: choose another source.") from None
+        paths = sorted(path.glob("*" + ENDING)) if path.is_dir() else [path]
+        files = [TensorFile(str(file)) for file in paths]
+    else:
+        with hub_errors(source):
+            siblings = huggingface_hub.HfApi().model_info(source).siblings or []
+        files = []
+        for name in sorted(file.rfilename for file in siblings):
+            if name.endswith(ENDING) and "/" not in name:
+                copy = huggingface_hub.try_to_load_from_cache(source, name)
+                here = TensorFile(copy) if isinstance(copy, str) else None
+                files.append(here or TensorFile(name, source))
+    if not files:
+        raise ValueError(f"{source} holds no safetensors file: choose another source.")
+    return [files[-1], *files[:-1]]

@@ -1,6 +1,5 @@
 """A quantized model gets the finer head of its original, or keeps its own with a sentence."""
 
-import json
 import re
 import shutil
 import warnings
@@ -180,19 +179,19 @@ def test_sources_of_many_forms(original, coarse, copied):
 
 def test_shards_on_the_hub_and_one_that_is_missing(hub, original, coarse, tmp_path):
     weights, head, _ = weights_of(original)
-    files = {}
-    places = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(weights)}
-    for file in set(places.values()):
-        shard = {name: array for name, array in weights.items() if places[name] == file}
-        mx.save_safetensors(str(tmp_path / file), shard)
-        files[file] = (tmp_path / file).read_bytes()
-    index = {"model.safetensors.index.json": json.dumps({"weight_map": places}).encode()}
-    hub.put("maker/Shards", files | index)
+    shards = [{}, {}, {}]
+    for number, (name, array) in enumerate(weights.items()):
+        shards[number % 3][name] = array
+    for number, shard in enumerate(shards):
+        mx.save_safetensors(str(tmp_path / f"model-{number}.safetensors"), shard)
+    files = contents(tmp_path)
+    hub.put("maker/Shards", files)
     fine(coarse, "maker/Shards")
-    del files[places[head]]
-    hub.put("maker/Lacks", files | index)
+    (missing,) = (number for number, shard in enumerate(shards) if head in shard)
+    del files[f"model-{missing}.safetensors"]
+    hub.put("maker/Lacks", files)
     shutil.rmtree(finer_head.home())
-    assert "maker/Lacks lacks a file of its weights" in refusal(coarse, "maker/Lacks")
+    assert "maker/Lacks has no embed_tokens.weight of 258 rows" in refusal(coarse, "maker/Lacks")
 
 
 @both
