@@ -58,7 +58,8 @@ def test_between_the_steps_the_model_is_as_it_was_and_the_index_is_the_same(load
             next(step for step in dropped if step.stage == stages[-1])
             dropped.close()
             assert dict(type(loaded[2].module).__dict__) == methods
-        sizes += [step.done] if step.stage == STAGES[0] else []
+        if step.stage == STAGES[0]:
+            sizes.append(step.done)
         assert 0 <= step.done <= step.total
     assert stages == STAGES
     assert np.diff([0, *sizes]).max() <= 16
@@ -71,11 +72,12 @@ def test_between_the_steps_the_model_is_as_it_was_and_the_index_is_the_same(load
 
 def test_the_expected_time_grows_with_the_head_and_the_text(monkeypatch):
     monkeypatch.setattr(build.timeit, "repeat", lambda *_, **__: [1.0])
-    seconds = [
-        expected_seconds(Matrix(mx.zeros((n, 64))), IndexOptions(calibration_positions=positions))
-        for n, positions in ((1000, 100), (1000, 12_000), (20_000, 12_000))
-    ]
-    assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+    def seconds(n_rows, positions):
+        options = IndexOptions(calibration_positions=positions)
+        return expected_seconds(Matrix(mx.zeros((n_rows, 64))), options)
+
+    assert 0 < seconds(1000, 100) < seconds(1000, 12_000) < seconds(20_000, 12_000)
 
 
 def make_case(**kwargs):
@@ -126,10 +128,10 @@ def test_report_is_what_the_head_does_on_held_out_states(kwargs, monkeypatch):
         assert row["agreement"] == pytest.approx(found.mean())
         assert row["coverage"] == pytest.approx(scored[positions, followed].mean())
         logits = head.unverified_logits(held_out, row["n_probes"]).astype(mx.float32)
-        own = log_softmax(np.array(logits, dtype=np.float64))
-        ratio = np.exp(-own[positions, followed].mean() - dense_loss)
+        estimated = log_softmax(np.array(logits, dtype=np.float64))
+        ratio = np.exp(-estimated[positions, followed].mean() - dense_loss)
         assert row["perplexity_ratio"] == pytest.approx(ratio, rel=1e-2)
-        kl = (probability * (dense - own)).sum(axis=1).mean()
+        kl = (probability * (dense - estimated)).sum(axis=1).mean()
         assert row["kl"] == pytest.approx(kl, rel=0.05, abs=5e-3)
         n_bytes = read + stored / VOCAB_SIZE * 8 * row["n_probes"]
         assert row["bytes_per_token"] == round(n_bytes)

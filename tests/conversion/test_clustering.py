@@ -40,14 +40,17 @@ def check_balanced(token_ids, vocab_size, cluster_size, spread=1):
     np.testing.assert_array_equal(np.sort(flat[flat < vocab_size]), np.arange(vocab_size))
     assert (flat <= vocab_size).all()
     assert (np.diff(token_ids.astype(np.int64), axis=1) >= 0).all()  # so V, the highest, is last
-    held = (token_ids < vocab_size).sum(axis=1)
-    assert held.min() >= max(1, held.max() - spread)
+    sizes = (token_ids < vocab_size).sum(axis=1)
+    assert sizes.min() >= max(1, sizes.max() - spread)
 
 
 def scatter(rows, token_ids):
     """Mean squared distance between a row and its cluster's mean."""
-    members = [rows[ids[ids < len(rows)]] for ids in token_ids]
-    return sum(np.square(m - m.mean(axis=0)).sum() for m in members) / len(rows)
+    total = 0.0
+    for ids in token_ids:
+        members = rows[ids[ids < len(rows)]]
+        total += np.square(members - members.mean(axis=0)).sum()
+    return total / len(rows)
 
 
 @pytest.mark.parametrize(

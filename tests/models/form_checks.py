@@ -38,10 +38,10 @@ def on_this_machine(library: str):
 
 def by_form(found: dict[str, tuple[Form, Form]], wanted: Callable[[Form], bool]):
     """Runs a test with the name of each wanted form, and whether it is tied."""
-    every = ((name, tied) for name in found for tied in (False, True))
-    return pytest.mark.parametrize(
-        "name, tied", [(name, tied) for name, tied in every if wanted(found[name][tied])]
-    )
+    cases = []
+    for name, forms in found.items():
+        cases += [(name, tied) for tied in (False, True) if wanted(forms[tied])]
+    return pytest.mark.parametrize("name, tied", cases)
 
 
 def check_other(form: Form, name: str, tied: bool, build: Callable, configs: str) -> None:
@@ -89,9 +89,11 @@ def check_form(
         ids, _ = candidates(head, hidden_states)
         assert ids.shape == (*hidden_states.shape[:-1], N_PROBES * CLUSTER_SIZE)
         real = mx.minimum(ids, VOCAB_SIZE - 1)  # a padded slot looks at the last token instead
-        at = [mx.take_along_axis(logits, real, axis=-1) for logits in (actual, expected)]
-        assert ((ids == VOCAB_SIZE) | mx.isclose(*at, rtol=1e-4, atol=1e-4)).all()
+        scored = mx.take_along_axis(actual, real, axis=-1)
+        wanted = mx.take_along_axis(expected, real, axis=-1)
+        assert ((ids == VOCAB_SIZE) | mx.isclose(scored, wanted, rtol=1e-4, atol=1e-4)).all()
         best = mx.argmax(actual, axis=-1, keepdims=True)
-        assert ((ids == best).any(axis=-1) & (ids == EOS).any(axis=-1)).all()
+        assert (ids == best).any(axis=-1).all()
+        assert (ids == EOS).any(axis=-1).all()
         estimated += (mx.abs(actual - expected) > 1e-3).sum().item()
     assert estimated > 0

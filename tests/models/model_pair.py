@@ -54,8 +54,10 @@ def make_pair(folder: Path, *, tied: bool, seed: int = 4) -> Pair:
     a wrong cache would not show."""
     dense = write_model(folder / "dense", tied=tied, hidden_size=128, seed=seed)
     file = str(dense / "model.safetensors")
-    strong = ("q_proj.weight", "v_proj.weight")
-    weights = {n: a * (6 if n.endswith(strong) else 1) for n, a in mx.load(file).items()}
+    weights = mx.load(file)
+    for name, array in weights.items():
+        if name.endswith(("q_proj.weight", "v_proj.weight")):
+            weights[name] = 6 * array
     mx.eval(weights)
     mx.save_safetensors(file, weights, metadata={"format": "mlx"})
     converted = folder / "converted"

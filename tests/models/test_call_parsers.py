@@ -40,10 +40,10 @@ def test_calls_are_those_of_the_parser(parser, text):
 
 def test_several_calls_and_parsers_of_others():
     text = '[weather(city="Rome"), weather(city="Oslo")]'
-    cities = [c["arguments"]["city"] for c in read_tool_calls(tokenizer_of("pythonic"), text, [])]
-    assert cities == ["Rome", "Oslo"]
-    own = SimpleNamespace(tool_parser=lambda text, tools: {"name": text, "arguments": {}})
-    assert read_tool_calls(own, "f", []) == [{"name": "f", "arguments": {}}]
+    calls = read_tool_calls(tokenizer_of("pythonic"), text, [])
+    assert [call["arguments"]["city"] for call in calls] == ["Rome", "Oslo"]
+    others = SimpleNamespace(tool_parser=lambda text, tools: {"name": text, "arguments": {}})
+    assert read_tool_calls(others, "f", []) == [{"name": "f", "arguments": {}}]
 
 
 @pytest.mark.parametrize(

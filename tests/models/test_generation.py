@@ -57,8 +57,11 @@ def test_without_verification_the_flash_head_chooses(flash, pair, size):
 
 
 def test_mlx_lms_keywords_arrive(flash, capsys):
-    options = {"logits_processors": make_logits_processors(logit_bias={7: 1e6})}
-    options |= {"sampler": make_sampler(temp=0.8, top_k=5), "max_tokens": 3}
+    options = {
+        "logits_processors": make_logits_processors(logit_bias={7: 1e6}),
+        "sampler": make_sampler(temp=0.8, top_k=5),
+        "max_tokens": 3,
+    }
     assert [r.token for r in stream_generate(*flash, "One day", **options)] == [7, 7, 7]
     text = generate(*flash, "One day", max_tokens=3, verbose=True)
     printed = capsys.readouterr().out
@@ -85,8 +88,12 @@ def test_settings_end_with_an_error_and_with_an_abandoned_stream(flash, pair):
 
 def test_streams_take_turns(flash):
     """Each has its own settings, whichever starts or ends first."""
-    settings = ({"n_probes": 1, "verify": False}, {"dense": True}, {}, {"verify": False})
-    settings = [{"max_tokens": n, **o} for n, o in zip((9, 5, 12, 9), settings, strict=True)]
+    settings = [
+        {"max_tokens": 9, "n_probes": 1, "verify": False},
+        {"max_tokens": 5, "dense": True},
+        {"max_tokens": 12},
+        {"max_tokens": 9, "verify": False},
+    ]
     expected = [generate(*flash, "One day", **options) for options in settings]
     assert len(set(expected)) == 4
     streams = [stream_generate(*flash, "One day", **options) for options in settings]

@@ -25,7 +25,7 @@ OPTIONS = {
         "num_draft_tokens": 3,
         "logits_processors": [grammar_processor(pair.tokenizer, regex="([a-z]{3,9}[,.] ?)+")],
     },
-}  # fmt: skip
+}
 CASES = [(name, draft) for name in OPTIONS for draft in ("dense", "other")]
 CASES += [("greedy", "itself"), ("greedy", "other dense"), ("draws", "itself")]
 

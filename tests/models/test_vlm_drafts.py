@@ -42,21 +42,38 @@ def mtp(target: nn.Module) -> nn.Module:
 def layer_of(target: nn.Module) -> dict[str, int]:
     """The shape of a drafter's layer."""
     text = target.config.text_config
-    shape = {"hidden_size": text.hidden_size, "vocab_size": text.vocab_size}
-    return shape | {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
+    return {
+        "hidden_size": text.hidden_size,
+        "vocab_size": text.vocab_size,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+    }
 
 
 def dflash(target: nn.Module) -> nn.Module:
-    layers = {"num_hidden_layers": 1, "num_target_layers": 2, "target_layer_ids": [0, 1]}
-    further = layers | {"head_dim": 32, "block_size": 4, "mask_token_id": 0}
-    return DFlashDraftModel(DFlashConfig(**layer_of(target), **further))
+    config = DFlashConfig(
+        **layer_of(target),
+        num_hidden_layers=1,
+        num_target_layers=2,
+        target_layer_ids=[0, 1],
+        head_dim=32,
+        block_size=4,
+        mask_token_id=0,
+    )
+    return DFlashDraftModel(config)
 
 
 def eagle3(target: nn.Module, n_tokens: int | None = None) -> nn.Module:
     layer = layer_of(target)
-    options = {"tie_word_embeddings": True, "block_size": 4, "target_layer_ids": [1, 2]}
-    options |= {"draft_vocab_size": n_tokens or layer["vocab_size"]}
-    drafter = Eagle3DraftModel(Eagle3Config(transformer_layer_config=layer, **options))
+    config = Eagle3Config(
+        transformer_layer_config=layer,
+        tie_word_embeddings=True,
+        block_size=4,
+        target_layer_ids=[1, 2],
+        draft_vocab_size=n_tokens or layer["vocab_size"],
+    )
+    drafter = Eagle3DraftModel(config)
     drafter.fc = nn.Linear(2 * layer["hidden_size"], layer["hidden_size"], bias=False)  # two layers
     return drafter
 

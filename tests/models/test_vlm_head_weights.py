@@ -123,11 +123,13 @@ def test_a_token_never_reads_the_weights(reads, name, tied, bits):
         reads.clear()
         return write(model, *given), len(reads)
 
-    (few, n_few), (many, n_many) = (counted(write_alone, prompt, n) for n in (2, 6))
+    few, n_few = counted(write_alone, prompt, 2)
+    many, n_many = counted(write_alone, prompt, 6)
     assert len(few) == 2
     assert many[:2] == few
     assert many[0] == first
     assert n_few == n_many
-    (few, n_few), (same, n_many) = (counted(write_together, [prompt], n) for n in (2, 6))
+    _, n_few = counted(write_together, [prompt], 2)
+    same, n_many = counted(write_together, [prompt], 6)
     assert [many] == same
     assert n_few == n_many

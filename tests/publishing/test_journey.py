@@ -20,10 +20,8 @@ def test_a_flash_head_of_its_own_travels(run, hub, dense, tmp_path, monkeypatch)
     hub.put("other/Llama-Tiny-4bit", contents(tmp_path / "quantized"))
     head = tmp_path / "head"
     repo_id = "me/Llama-Tiny-FlashHead"
-    code, output, errors = run(
-        "convert", "--model", "maker/Llama-Tiny", "--index-only", "--upload",
-        "--calibration-positions", 200, "--mlx-path", head,
-    )  # fmt: skip
+    options = ("--index-only", "--upload", "--calibration-positions", 200, "--mlx-path", head)
+    code, output, errors = run("convert", "--model", "maker/Llama-Tiny", *options)
     assert code == 0, errors
     assert output.splitlines()[-1] == f"Uploaded to {hub.url}/{repo_id}"
     assert TOKEN not in output + errors
@@ -40,10 +38,8 @@ def test_a_flash_head_of_its_own_travels(run, hub, dense, tmp_path, monkeypatch)
     for offline in (False, True):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
         asked = len(hub.requests)
-        code, output, errors = run(
-            "generate", "--model", "other/Llama-Tiny-4bit", "--flash-head", repo_id,
-            "--prompt", "One", "--max-tokens", 3, "--no-build",
-        )  # fmt: skip
+        options = ("--flash-head", repo_id, "--prompt", "One", "--max-tokens", 3, "--no-build")
+        code, output, errors = run("generate", "--model", "other/Llama-Tiny-4bit", *options)
         assert code == 0
         assert "Generation: 3 tokens" in output
         assert "was made from another form of these rows" in errors
