@@ -13,6 +13,7 @@ import mlx.nn as nn
 from ..models.compat import mlx_lm as compat
 from .caches import UNKNOWN_CACHE, BatchCaches, are_known
 from .decoder import Decoder
+from .guesses import guesser_of
 from .prompts import PromptQueue, Waiting
 from .proposer import Proposer
 from .sequence import Sequence, own_processors
@@ -43,6 +44,7 @@ class _Text:
     sequence: Sequence
     prompt: list[int]
     matcher: Any  # finds what ends it
+    decoded_alone: bool = False
 
 
 def _for_each(name: str, entries: list[Entry] | None, default: Entry, n: int) -> list[Entry]:
@@ -321,6 +323,15 @@ class VerifiedBatchGenerator:
             sequence.end_verified()
         return bool(settled)
 
+    def _guess_for_one_alone(self) -> None:
+        """Gives a text that decodes alone what guesses its tokens, once."""
+        sequence = self._decoder.sequences[0]
+        text = self._texts[sequence.uid]
+        if len(self._decoder.sequences) == 1 and not text.decoded_alone:
+            text.decoded_alone = True
+            layers = self._decoder.caches.layers
+            sequence.guesser = guesser_of(self.model, self._proposer, text.prompt, layers)
+
     def _next(self) -> tuple[list[Any], list[Any]]:
         decoder = self._decoder
         settled = self._settle()
@@ -330,6 +341,7 @@ class VerifiedBatchGenerator:
             return [], generated
         if decoder.sequences and not generated:
             began = time.perf_counter()
+            self._guess_for_one_alone()
             decoder.round()
             for sequence in decoder.sequences:
                 sequence.leave_state()  # also where it has no token yet

@@ -71,17 +71,13 @@ class Decoder:
         proposer: Proposes tokens, and says what can be verified.
         caches: The caches of the sequences.
         feed: Runs the model.
-        guesser: Guesses tokens of a text that decodes alone; None: each step is a single one.
     """
 
-    def __init__(
-        self, proposer: Proposer, caches: Caches, feed: Feed, guesser: Guesser | None = None
-    ):
+    def __init__(self, proposer: Proposer, caches: Caches, feed: Feed):
         self.sequences: list[Sequence] = []
         self.caches = caches
         self._proposer = proposer
         self._feed = feed
-        self._guesser = guesser
         self._latest: mx.array | None = None  # (R,), launched and not read
         self._latest_token: int | None = None  # the same of a text alone, if it is known
         self._schedule = VerifySchedule(proposer, self._snapshots)
@@ -154,7 +150,7 @@ class Decoder:
             pays
             and n_texts <= proposer.max_batch
             and not self.several_draw
-            and not (self._guesser is not None and self._guesser.drafts)
+            and not (sequence.guesser is not None and sequence.guesser.drafts)
             and proposer.pays(sequence, n_texts)
             and proposer.can_verify(sequence)
         )
@@ -179,12 +175,13 @@ class Decoder:
 
     def _guess(self, latest: mx.array) -> Guess | None:
         """Guesses what follows the latest token, if one text decodes alone."""
-        if self._guesser is None or len(self.sequences) != 1 or self._proposer.unverified:
-            return None
         sequence = self.sequences[0]
-        if self._guesser.drafts and sequence.recognised and not sequence.ahead:
+        guesser: Guesser | None = sequence.guesser
+        if guesser is None or len(self.sequences) > 1:
+            return None
+        if guesser.drafts and sequence.recognised and not sequence.ahead:
             sequence.begin_ahead(self.snapshot(sequence))  # drafts are drawn as its tokens are
-        return self._guesser.guess(sequence, latest, self._latest_token, self.caches.layers)
+        return guesser.guess(sequence, latest, self._latest_token, self.caches.layers)
 
     def _take_wide_step(self, sequence: Sequence, latest: mx.array, guess: Guess) -> bool:
         """Feeds a text its latest token and those guessed after it, and keeps those that are right.
@@ -196,7 +193,7 @@ class Decoder:
         Returns:
             Whether the model has taken the tokens. Otherwise nothing has changed.
         """
-        guesser = cast(Guesser, self._guesser)
+        guesser: Guesser = sequence.guesser
         proposer = self._proposer
         if not sequence.ahead:
             sequence.begin_ahead(self.snapshot(sequence))
@@ -373,6 +370,7 @@ class Decoder:
         self.caches.join(layers, len(sequences))
         latest = self._latest
         self._latest = tokens if latest is None else mx.concatenate([latest, tokens])
+        self._latest_token = None
         self.sequences += sequences
 
     def _drop(self, sequences: list[Sequence]) -> None:
@@ -381,6 +379,7 @@ class Decoder:
         self.caches.drop(rows)
         self.sequences = [self.sequences[row] for row in kept]
         self._latest = cast(mx.array, self._latest)[mx.array(kept)] if kept else None
+        self._latest_token = None
 
     def _rolled_back(self, sequence: Sequence, cache: list[Any], target: int) -> list[Any]:
         """A sequence's own caches, with the first ``target`` tokens of its text."""

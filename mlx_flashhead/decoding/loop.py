@@ -96,7 +96,7 @@ def verified_steps(
         limit=max_tokens,
         cache=cache,
     )
-    guesser = guesser_of(
+    sequence.guesser = guesser_of(
         model,
         proposer,
         [*context, *cast(list[int], prompt.tolist())],
@@ -106,7 +106,7 @@ def verified_steps(
         quantized_from=quantized_from,
     )
     caches = OwnCaches(cache, quantized_from)
-    decoder = Decoder(proposer, caches, feed, guesser)
+    decoder = Decoder(proposer, caches, feed)
     with mx.stream(stream), proposer.reading():
         if prefill is not None:
             logits = read_by(prefill, {"prompt_cache": cache})

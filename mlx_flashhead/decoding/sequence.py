@@ -97,6 +97,7 @@ class Sequence:
         self.seed = 0
         if type(sampler) is Sampler and not self.greedy:
             self.seed = sampler.new_seed()
+        self.guesser: Any = None  # guesses its tokens while it decodes alone; None: nothing does
         self.shares_sampler = True  # whether mlx-lm may call its sampler for several texts at once
         self.vocab_size = 0  # of its logits; 0 before any
         self.joined = 0  # its place among the texts of a batch, in the order in which they began
