@@ -128,7 +128,7 @@ class ClusteredRows:
         return cls(clustered, ids, slots, centroids, biases, by_column)
 
     def arrays(self) -> list[mx.array]:
-        """Every array held, for evaluation and for counting bytes."""
+        """Every array, for evaluation and for counting bytes."""
         bias = self.centroids.bias
         tail_offset = self.centroids.tail_offset
         stored = [*self.rows.arrays().values(), *self.centroids.matrix.arrays().values()]

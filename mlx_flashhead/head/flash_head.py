@@ -33,7 +33,7 @@ from .interception import Interception, Projection, projection_in_place_of
 from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
 from .metal_steps import MetalSteps
-from .proposal import Candidates, Proposal, Rows, Selection
+from .proposal import Candidates, Proposal, ProposalRow, Selection
 from .steps import NO_DEPTH, PortableSteps, Risk
 
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
@@ -477,7 +477,9 @@ class FlashHead:
         self._functions.latest = kind, functions[kind]
         return functions[kind]
 
-    def joined(self, proposals: Sequence[Proposal], rows: Rows, tokens: Sequence[int]) -> Proposal:
+    def joined(
+        self, proposals: Sequence[Proposal], rows: Sequence[ProposalRow], tokens: Sequence[int]
+    ) -> Proposal:
         """Rows of several proposals, with their ``tokens``, as one without risk."""
         most = max(proposal.probes.shape[1] for proposal in proposals)
         filled = [proposal.filled(most) for proposal in proposals]

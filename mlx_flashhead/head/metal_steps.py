@@ -14,9 +14,9 @@ from .draws.rows import Draw, Draws
 from .kernel_inputs import (
     MIN_PROBES,
     UNSCORED,
-    held_unscored,
     no_mask,
     nothing_changed,
+    unscored_input,
 )
 from .kernel_text import ROW_THREADS
 from .kernels import (
@@ -30,8 +30,8 @@ from .kernels import (
     Kernels,
 )
 from .logit_map import IDENTITY, LogitMap
-from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance, Unscored
-from .short_inputs import HELD, held
+from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
+from .short_inputs import SHORTEST, long_enough
 from .steps import NO_DEPTH, USUAL, PortableSteps, Risk
 
 SHARED_POSITIONS = 4  # that share one reading of the centroids
@@ -127,7 +127,7 @@ class MetalSteps(PortableSteps):
             kernel = self._kernels.select_words
             results.append(((n_positions, n_clusters), mx.uint32))
         elif adjustment is not None:
-            changes = [adjustment.words, held(adjustment.latest), self.clustered.slot_of]
+            changes = [adjustment.words, long_enough(adjustment.latest), self.clustered.slot_of]
             arrays = [scores, *changes, *arrays]
             kernel = self._kernels.select_forced
         else:
@@ -147,15 +147,15 @@ class MetalSteps(PortableSteps):
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
         probes = selection.probes
         rows = self.clustered.rows
-        n_positions, n_held = probes.shape
-        shape = n_positions, n_held, self.clustered.cluster_size
+        n_positions, n_probed = probes.shape
+        shape = n_positions, n_probed, self.clustered.cluster_size
         raw = rows.logits_dtype(hidden.dtype)
         results = (shape, logit_map.result_dtype(raw)), (shape[:2], mx.float32)
         product = rows.product_dtype(hidden.dtype)
         sums = product if self._kernels.adds_in_dtype else mx.float32
         template = {"PRODUCT": product, "SUM": sums, "RAW": raw, **logit_map.template(raw)}
         arrays = [hidden, probes, *self._kernels.score_arrays]
-        logits, best = self._kernels.score(arrays, n_held, n_positions, *results, **template)
+        logits, best = self._kernels.score(arrays, n_probed, n_positions, *results, **template)
         return Candidates(logits, best)
 
     def adjust(
@@ -168,20 +168,20 @@ class MetalSteps(PortableSteps):
         """Applies biases, penalties and a mask to the scored logits (R, p, n)."""
         logits = candidates.logits
         probes = selection.probes
-        n_positions, n_held = probes.shape
+        n_positions, n_probed = probes.shape
         ids = self.clustered.token_ids
         if adjustment is None:
             words, latest = nothing_changed(n_positions, self.clustered.vocab_size)
         else:
             words = adjustment.words
-            latest = held(adjustment.latest)
+            latest = long_enough(adjustment.latest)
         mask = no_mask(self.clustered.vocab_size)
         if allowed is not None:
-            mask = held(allowed).reshape(-1, allowed.shape[-1])
-        results = (logits.shape, logits.dtype), ((n_positions, n_held), mx.float32)
+            mask = long_enough(allowed).reshape(-1, allowed.shape[-1])
+        results = (logits.shape, logits.dtype), ((n_positions, n_probed), mx.float32)
         logits, best = self._kernels.adjust(
             [probes, ids, logits, words, latest, mask],
-            -(-n_held // WIDE_THREADS),
+            -(-n_probed // WIDE_THREADS),
             n_positions,
             *results,
             T=logits.dtype,
@@ -214,8 +214,8 @@ class MetalSteps(PortableSteps):
         n_positions = len(logits)
         arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
         arrays += [
-            held_unscored(selection),
-            *draws.held,
+            unscored_input(selection),
+            *draws.inputs,
             mx.array([*risk, 0.0 if masked else 1.0]),
         ]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
@@ -225,14 +225,16 @@ class MetalSteps(PortableSteps):
         )
         return tokens, chances
 
-    def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
+    def join(
+        self, proposals: Sequence[Proposal], rows: Sequence[ProposalRow]
+    ) -> tuple[mx.array, ...]:
         """Joins the states, probes and logits of some rows of the proposals."""
         if len(proposals) > JOINED or proposals[0].probes.shape[-1] < MIN_PROBES:
             return super().join(proposals, rows)
         sources = [*proposals, *[proposals[0]] * (JOINED - len(proposals))]
         arrays = [array for p in sources for array in (p.hidden, p.probes, p.logits)]
         results = [((len(rows), *array.shape[1:]), array.dtype) for array in arrays[:3]]
-        filled = [*rows, *[rows[-1]] * (HELD - len(rows))]
+        filled = [*rows, *[rows[-1]] * (SHORTEST - len(rows))]
         arrays.append(mx.array(filled, mx.uint32))
         return tuple(self._kernels.join(arrays, JOINED, len(rows), *results))
 
@@ -287,12 +289,12 @@ class MetalSteps(PortableSteps):
         """Finds the lowest logits that filters keep, (R, K) float32 → (R, 1), for each mass."""
         if not (draws.any_top_p or draws.most_top_k):
             return super().thresholds(logits, draws, log_totals)
-        settings, top_k, _ = draws.held
+        settings, top_k, _ = draws.inputs
         kept = (len(logits), 1), mx.float32
         found = []
         for total in log_totals:
             total = log_mass(logits) if total is None else total
-            arrays = [logits.astype(mx.float32), settings, top_k, held(total.reshape(-1))]
+            arrays = [logits.astype(mx.float32), settings, top_k, long_enough(total.reshape(-1))]
             found += self._kernels.lowest_kept(arrays, 1, len(logits), kept)
         return found
 
@@ -322,9 +324,9 @@ class MetalSteps(PortableSteps):
         return _ScreenInputs(
             proposal.probes,
             proposal.logits,
-            held(proposal.tokens),
-            *draws.held,
-            (held(tolerance.product), held(tolerance.scored), relative),
+            long_enough(proposal.tokens),
+            *draws.inputs,
+            (long_enough(tolerance.product), long_enough(tolerance.scored), relative),
         )
 
     def _tallies(
@@ -342,7 +344,9 @@ class MetalSteps(PortableSteps):
             [
                 *(slots, inputs.probes, ids, slot_of, inputs.logits, inputs.tokens),
                 *(inputs.settings, inputs.keys, *inputs.tolerances),
-                slot_of if allowed is None else held(allowed),  # any array, which is not read
+                slot_of
+                if allowed is None
+                else long_enough(allowed),  # any array, which is not read
             ],
             n_parts,
             n_states,

@@ -32,7 +32,7 @@ from .draws.noise import Noise
 from .draws.rows import Draws
 from .flash_head import FlashHead
 from .metal_steps import MetalSteps
-from .short_inputs import HELD
+from .short_inputs import SHORTEST
 
 METADATA_KEY = "flash_head"
 # The MLX that mlx-swift 0.31.6 contains, at commit ce45c525. The file's scores have the sums that
@@ -65,12 +65,12 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
             "head has 4, 5, 6, 8, 16 or 32 bits."
         )
     hidden = mx.zeros((1, head.hidden_size), dtype)
-    counts = mx.zeros((HELD, 2), mx.uint32)
-    draws = Draws((Noise(1.0),), (mx.zeros((HELD, 3)), counts[:, 0], counts))
+    counts = mx.zeros((SHORTEST, 2), mx.uint32)
+    draws = Draws((Noise(1.0),), (mx.zeros((SHORTEST, 3)), counts[:, 0], counts))
     rows = clustered.rows.arrays()
     computed = {
         "hidden": hidden,
-        **dict(zip(("settings", "top_k", "keys"), draws.held, strict=True)),
+        **dict(zip(("settings", "top_k", "keys"), draws.inputs, strict=True)),
     }
     computed |= {f"rows_{name}": array for name, array in rows.items()}
     centroids = clustered.centroids.matrix.arrays()

@@ -1,6 +1,5 @@
 """What the steps of a FlashHead hand to each other. R positions, p probed clusters of n slots."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -23,7 +22,7 @@ class Selection(NamedTuple):
     words: mx.array | None = None
     unscored: Unscored | None = None
     # (R, 8) float32, the same from a kernel for another one: the best, the mass, and zeros
-    held_unscored: mx.array | None = None
+    unscored_input: mx.array | None = None
 
 
 class Candidates(NamedTuple):
@@ -44,8 +43,8 @@ class Proposal(NamedTuple):
 
     def filled(self, n_probes: int) -> "Proposal":
         """The proposal with the last probe repeated, with logits as in padded slots."""
-        n_rows, n_held, size = self.logits.shape
-        missing = n_probes - n_held
+        n_rows, n_probed, size = self.logits.shape
+        missing = n_probes - n_probed
         if missing <= 0:
             return self
         last = mx.broadcast_to(self.probes[:, -1:], (n_rows, missing))
@@ -75,4 +74,4 @@ class Tolerance(NamedTuple):
     relative: float = 0.0
 
 
-Rows = Sequence[tuple[int, int]]  # (index of a proposal, row of it) each
+ProposalRow = tuple[int, int]  # the index of a proposal, and a row of it

@@ -23,7 +23,7 @@ from .dense_kernels import dense_kernel, pack_columns
 from .kernel_text import header
 from .kernels import LANES, ROUTE_SIMDGROUPS, ROWS, StoredRows
 from .matrix import Matrix
-from .short_inputs import HELD, held
+from .short_inputs import SHORTEST, long_enough
 
 NAME = "row_products"
 MAX_STATES = 8
@@ -139,7 +139,7 @@ def _ways_of(form: Form, rows: Matrix) -> Iterator[tuple[str, Way]]:
     """Names of the ways, and how each multiplies; the best one first."""
     if not dense_kernel(rows, form.n_rows).scored:
         yield "MLX's kernel for narrow rows", _at_once
-    elif rows.format.metal is not None and cast(mx.array, rows.scales).size >= HELD:
+    elif rows.format.metal is not None and cast(mx.array, rows.scales).size >= SHORTEST:
         yield "FlashHead's kernel", _Kernel(form, rows)
     yield "MLX's gather_qmm", _gathered
 
@@ -180,7 +180,7 @@ class _Kernel:
         n_rows = rows.n_rows
         groups = -(-n_rows // (self._at_once * ROUTE_SIMDGROUPS))
         threads = LANES * ROUTE_SIMDGROUPS
-        bias = x if rows.bias is None else held(rows.bias)
+        bias = x if rows.bias is None else long_enough(rows.bias)
         (products,) = self._kernel(
             inputs=[x, *(getattr(rows, name) for name in self._arrays), bias],
             template=self._template,

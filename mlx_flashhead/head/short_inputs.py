@@ -7,11 +7,11 @@ is shorter.
 
 import mlx.core as mx
 
-HELD = 8  # elements, or rows, from which an array is passed like all longer ones
+SHORTEST = 8  # elements, or rows, from which an array is passed like all longer ones
 
 
-def held(array: mx.array) -> mx.array:
-    """The array, or one of HELD or more elements that begins with it in memory."""
-    if array.size >= HELD or array.size == 0:
+def long_enough(array: mx.array) -> mx.array:
+    """The array, or one of SHORTEST or more elements that begins with it in memory."""
+    if array.size >= SHORTEST or array.size == 0:
         return array
-    return mx.contiguous(mx.broadcast_to(array[None], (HELD, *array.shape)))
+    return mx.contiguous(mx.broadcast_to(array[None], (SHORTEST, *array.shape)))

@@ -23,7 +23,7 @@ from .draws.bounds import log_mass
 from .draws.rows import Draw, Draws, Take
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
-from .proposal import Candidates, Proposal, Rows, Screen, Selection, Tolerance, Unscored
+from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
 from .screening import screen
 
 NO_DEPTH = 1e30  # nats: every probe is scored
@@ -375,7 +375,9 @@ class PortableSteps:
             tokens = mx.minimum(tokens, self.clustered.vocab_size - 1)
         return tokens, risks
 
-    def join(self, proposals: Sequence[Proposal], rows: Rows) -> tuple[mx.array, ...]:
+    def join(
+        self, proposals: Sequence[Proposal], rows: Sequence[ProposalRow]
+    ) -> tuple[mx.array, ...]:
         """The states, probes and logits of some rows of the proposals."""
         places = [(i, row) for i, each in enumerate(proposals) for row in range(len(each.hidden))]
         parts = zip(*((each.hidden, each.probes, each.logits) for each in proposals), strict=True)

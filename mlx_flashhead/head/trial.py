@@ -212,10 +212,10 @@ class _Trial:
         in_order = mx.sort(probes, axis=-1)
         yield (in_order[:, 1:] == in_order[:, :-1]).sum(), mx.zeros(()), 0.0
         left = mx.concatenate(list(cast(Any, plain.unscored)), axis=-1)
-        held = cast(mx.array, selection.held_unscored)[:, :2]
+        found_left = cast(mx.array, selection.unscored_input)[:, :2]
         # of the clusters in the last bin others may be left
         apart = max(1.0, self._map.slope) / BINS_PER_NAT + LEAST * mx.abs(left)
-        yield mx.maximum(mx.abs(held - left) - apart, 0.0), mx.zeros_like(left), 0.0
+        yield mx.maximum(mx.abs(found_left - left) - apart, 0.0), mx.zeros_like(left), 0.0
 
     def _once(self, selection: Selection, candidates: Candidates) -> tuple[Selection, Candidates]:
         """Each probe once: the kernels repeat the last one where they hold more than there are."""

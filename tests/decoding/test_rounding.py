@@ -10,7 +10,6 @@ import pytest
 from flash_loops import make_flash
 from kernel_cases import make_rows
 from mlx_flashhead.decoding import batch, rounding
-from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.rounding import (
     CLASSES,
@@ -94,7 +93,7 @@ def test_dense_tokens_of_a_batch_are_computed_alone_where_products_are_made_in_t
 ):
     """In float32, too: each token of a text that can be verified later."""
     flash = make_flash(num_hidden_layers=2)
-    policy_of(flash.head).max_batch = 1  # so that two texts are dense for the time being
+    monkeypatch.setattr(Proposer, "max_batch", 1)  # so that two texts are dense for the time being
     alone = []
     dense_row = Proposer.dense_row
     monkeypatch.setattr(

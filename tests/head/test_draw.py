@@ -87,7 +87,7 @@ def test_the_threshold_is_the_definitions(monkeypatch, kernel, n_logits, spread,
         total = None if tail < 0 else mx.logaddexp(log_mass(rows), mx.array(tail))
         with path_of(kernel, monkeypatch) as (steps, _):
             found = np.array(rows >= steps.thresholds(rows, draws, [total])[0])
-        settings, top_k = (array[: len(SETTINGS)].tolist() for array in draws.held[:2])
+        settings, top_k = (array[: len(SETTINGS)].tolist() for array in draws.inputs[:2])
         each = zip(found, logits, settings, top_k, strict=True)
         for keeps, x, (_, top_p, log_min_p), top_k in each:
             expected = kept(x, tail, top_p, log_min_p, top_k)
@@ -205,10 +205,10 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
                 drawing = with_keys(rng, SETTINGS[part])
                 case = scored(rng, steps, len(drawing.rows), n_probes, dtype, ties=ties)
                 tokens, _ = steps.choose(*case, drawing)
-                assert tokens.tolist() == expected(steps, *case, drawing.held)
+                assert tokens.tolist() == expected(steps, *case, drawing.inputs)
             greedy = steps.choose(*case, best_draws(len(drawing.rows)))[0].tolist()
-            zeros = mx.zeros_like(drawing.held[0])
-            assert greedy == expected(steps, *case, (zeros, *drawing.held[1:]))
+            zeros = mx.zeros_like(drawing.inputs[0])
+            assert greedy == expected(steps, *case, (zeros, *drawing.inputs[1:]))
 
 
 def test_values_without_order():
@@ -225,5 +225,5 @@ def test_values_without_order():
         drawing = with_keys(rng, [Noise(1.0, 0.9, top_k=4)] * 3)
         found = steps.choose(*case, drawing)[0].tolist()
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]
-    assert found == expected(steps, *case, drawing.held)
+    assert found == expected(steps, *case, drawing.inputs)
     assert found[0] == ids[0][[3, 5], [2, 1]].min()

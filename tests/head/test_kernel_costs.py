@@ -60,7 +60,7 @@ class TestGraph:
         head = self.head(monkeypatch, mx.bfloat16, bits)
         hidden = mx.zeros((*shape, 128), dtype=dtype)
         draws = Draws.of([(Noise(1.0, top_p=0.9), (1, 2))] * math.prod(shape))
-        mx.eval(draws.held)
+        mx.eval(draws.inputs)
 
         def propose(of):
             return lambda states: list(head.propose(states.reshape(-1, 128), of))
@@ -90,7 +90,7 @@ class TestGraph:
                 change = Adjustment.of([tokens], mx.zeros(1, mx.uint32), 157)
             draws = Draws.of([(Noise(1.0, top_k=top_k), (1, 2))])
             how = {"adjustment": change, "allowed": allowed, "logit_map": LogitMap(cap=softcap)}
-            mx.eval(draws.held, *(each for each in (change, allowed) if each is not None))
+            mx.eval(draws.inputs, *(each for each in (change, allowed) if each is not None))
             found = self.primitives(lambda h: list(head.propose(h, draws, **how)[1:]), hidden)  # noqa: B023
             assert found.pop("CustomKernel") == 5
             assert found.pop("Negative") == penalties + masked
@@ -102,7 +102,7 @@ class TestGraph:
         """The last join, screen and certain; a join for each 7 tokens that wait came before."""
         head = self.head(monkeypatch, mx.bfloat16, 4)
         tolerance = Tolerance(mx.zeros(32), mx.zeros(32))
-        mx.eval(tolerance[:2], draws.held)
+        mx.eval(tolerance[:2], draws.inputs)
 
         def verify(hidden, probes, logits):
             parts = [Proposal(hidden[:n], None, probes[:n], logits[:n], None)

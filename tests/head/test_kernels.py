@@ -82,7 +82,7 @@ def test_outputs_do_not_depend_on_the_order_of_threads():
             steps = MetalSteps(clustered)
             scores, selection, candidates, full, token = all_steps(steps, hidden, 45)
             drawn = steps.choose(selection, candidates, draws)
-            selected = selection.probes, selection.words, selection.held_unscored
+            selected = selection.probes, selection.words, selection.unscored_input
             outputs.append([scores, *selected, *candidates, full, token, *drawn])
     for others in outputs[1:]:
         for first, other in zip(outputs[0], others, strict=True):

@@ -91,7 +91,7 @@ def test_the_plan_gives_the_kernels_logits(tmp_path, monkeypatch, form, n_probes
     hidden = states(3, dtype)
     settings = Greedy(), Noise(1.0, 0.9, top_k=20), Noise(1.4, min_p=0.05)
     draws = Draws.of(list(zip(settings, [(0, 1), (0, 2), (5, 3)], strict=True)))
-    arguments = dict(zip(("settings", "top_k", "keys"), draws.held, strict=True))
+    arguments = dict(zip(("settings", "top_k", "keys"), draws.inputs, strict=True))
     with kernels(check=False):
         head = make_head(rows, n_probes)
         expected = mx.concatenate([head.unverified_logits(hidden[i : i + 1]) for i in range(3)])

@@ -149,7 +149,7 @@ def check_certain(path, room, scored_room, spread, logit_map=IDENTITY, relative=
         )  # fmt: skip
         certain = np.array(steps.screen(*case, 0.0, logit_map, allowed).certain)
     ids = np.arange(steps.clustered.vocab_size, dtype=np.uint32)
-    settings, top_k = (array.tolist() for array in DRAWS.held[:2])
+    settings, top_k = (array.tolist() for array in DRAWS.inputs[:2])
     keys = np.array(DRAWS.keys)
     wrong = np.zeros(k, bool)
     for truth in truths(rng, steps.clustered, case, 3, logit_map):

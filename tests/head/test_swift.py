@@ -94,7 +94,7 @@ def test_swift_gives_what_python_gives(tmp_path, monkeypatch, form, tied):
         keys = [position_key(SEED, position) for position in range(6)]
         for i, settings in enumerate(SETTINGS):
             draws = Draws.of([(settings, key) for key in keys])
-            for name, array in zip(("settings", "top_k", "keys"), draws.held, strict=True):
+            for name, array in zip(("settings", "top_k", "keys"), draws.inputs, strict=True):
                 found = arrays[f"{name}_{i}"][:4]  # of 8 or more: MLX has another kernel for fewer
                 assert mx.array_equal(found, array[:4]), name
             selection = steps.select(steps.route(hidden[:6]), N_PROBES, words=False)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
-from ..short_inputs import HELD
+from ..short_inputs import SHORTEST
 from .bounds import Bounds
 
 NO_MIN_P = -1e30
@@ -97,13 +97,13 @@ class Draws:
 
     Attributes:
         rows: The settings of each.
-        held: The same as arrays of n ≥ R rows, the last one repeated, as kernels read them. First
+        inputs: The same as arrays of n ≥ R rows, the last one repeated, as kernels read them. First
             (n, 3) float32, with the columns 1 / temperature (0: the best logit), top_p and
             log(min_p). Then (n,) uint32, top_k; 0 keeps all. Then (n, 2) uint32, the keys.
     """
 
     rows: tuple[Draw, ...]
-    held: tuple[mx.array, mx.array, mx.array]
+    inputs: tuple[mx.array, mx.array, mx.array]
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Draw, Key]]) -> "Draws":
@@ -112,7 +112,7 @@ class Draws:
         if all(each.greedy for each in settings):
             return _greedy(settings)
         keys = [key for _, key in rows]
-        keys += [keys[-1]] * (HELD - len(rows))
+        keys += [keys[-1]] * (SHORTEST - len(rows))
         return cls(settings, (*_settings_arrays(settings), mx.array(keys, mx.uint32)))
 
     @classmethod
@@ -128,7 +128,7 @@ class Draws:
     @property
     def arrays(self) -> list[mx.array]:
         """What a function of these draws depends on beside :attr:`structure`."""
-        return [] if self.all_greedy else [*self.held]
+        return [] if self.all_greedy else [*self.inputs]
 
     @cached_property
     def structure(self) -> tuple[Draw, ...]:
@@ -143,27 +143,27 @@ class Draws:
     @property
     def inverse_temperature(self) -> mx.array:
         """1 / temperature, (R, 1) float32; 0 takes the best logit."""
-        return self.held[0][: len(self.rows), :1]
+        return self.inputs[0][: len(self.rows), :1]
 
     @property
     def top_p(self) -> mx.array:
         """The share of the mass that the likeliest tokens must reach, (R, 1) float32."""
-        return self.held[0][: len(self.rows), 1:2]
+        return self.inputs[0][: len(self.rows), 1:2]
 
     @property
     def log_min_p(self) -> mx.array:
         """How far a kept logit may lie below the best one, (R, 1) float32, in nats below 0."""
-        return self.held[0][: len(self.rows), 2:]
+        return self.inputs[0][: len(self.rows), 2:]
 
     @property
     def top_k(self) -> mx.array:
         """The number of best tokens that are kept, (R, 1) uint32; 0 keeps all."""
-        return self.held[1][: len(self.rows), None]
+        return self.inputs[1][: len(self.rows), None]
 
     @property
     def keys(self) -> mx.array:
         """The keys of the rows, (R, 2) uint32."""
-        return self.held[2][: len(self.rows)]
+        return self.inputs[2][: len(self.rows)]
 
     @cached_property
     def filters(self) -> bool:
@@ -213,9 +213,9 @@ class Draws:
         results = []
         order: list[int] = []
         for (kind, _), some in places.items():
-            filled = mx.array(some + some[-1:] * (HELD - len(some)), mx.uint32)
-            held = tuple(mx.take(array, filled, axis=0) for array in self.held)
-            draws = Draws.of_arrays(tuple(self.rows[i] for i in some), held)
+            filled = mx.array(some + some[-1:] * (SHORTEST - len(some)), mx.uint32)
+            inputs = tuple(mx.take(array, filled, axis=0) for array in self.inputs)
+            draws = Draws.of_arrays(tuple(self.rows[i] for i in some), inputs)
             results.append(results_of(kind, draws, _taking(some)))
             order += some
         back = mx.array([order.index(i) for i in range(len(order))], mx.uint32)
@@ -243,14 +243,14 @@ def _structures(rows: tuple[Draw, ...]) -> tuple[Draw, ...]:
 @lru_cache(maxsize=256)
 def _greedy(rows: tuple[Draw, ...]) -> Draws:
     """The draws of greedy rows. They exist before the next token, so that none makes them."""
-    keys = mx.array([NO_KEY] * max(len(rows), HELD), mx.uint32)
+    keys = mx.array([NO_KEY] * max(len(rows), SHORTEST), mx.uint32)
     return Draws(rows, (*_settings_arrays(rows), keys))
 
 
 @lru_cache(maxsize=256)
 def _settings_arrays(rows: tuple[Draw, ...]) -> tuple[mx.array, mx.array]:
     """Returns the first two arrays of :class:`Draws`. They stay the same for a text."""
-    filled = [*rows, *[rows[-1]] * (HELD - len(rows))]
+    filled = [*rows, *[rows[-1]] * (SHORTEST - len(rows))]
     floats = []
     for row in filled:
         inverse = 1 / row.temperature if row.temperature else 0.0
