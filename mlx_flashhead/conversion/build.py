@@ -111,10 +111,9 @@ def _body_bytes(model: nn.Module, location: HeadLocation) -> int:
     """The bytes that a token reads, but for the head: all weights, and one row of embeddings."""
     nbytes = 0
     for layer in model.modules():
-        if layer is location.module or isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
-            continue
-        for arrays in layer.values():
-            nbytes += sum(array.nbytes for array in arrays if isinstance(array, mx.array))
+        is_embedding = isinstance(layer, nn.Embedding | nn.QuantizedEmbedding)
+        if layer is not location.module and not is_embedding:
+            nbytes += sum(array.nbytes for array in layer.values() if isinstance(array, mx.array))
     return nbytes
 
 
@@ -193,6 +192,7 @@ def build_index(
             report["head_bits"] = yield from compare_bits(
                 measured, n_probes, nbytes, original, rows, states_left, ids_left
             )
+    n_positions = 0 if states is None else len(states)
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,
         n_clusters=n_clusters,
@@ -203,8 +203,7 @@ def build_index(
         eos_token_ids=tuple(sorted(int(i) for i in eos_token_ids if i in range(rows.n_rows))),
         centroid_bits=centroids.matrix.format.bits,
         centroid_group_size=centroids.matrix.group_size,
-        calibration=(calibration or {})
-        | {"positions": 0 if states is None else len(states), "seed": options.seed},
+        calibration={**(calibration or {}), "positions": n_positions, "seed": options.seed},
         report=report,
         verification=verification,
     )
