@@ -3,6 +3,7 @@
 They apply biases and penalties to a few tokens, and rule tokens out by a grammar.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -53,12 +54,13 @@ class Changes:
         if kinds != [kind for kind in ORDER if kind in kinds]:
             return None
         known = cls(penalties, mask)
-        return known if known.most_tokens <= MOST_CHANGED and known._rises else None
+        return known if known.most_tokens <= MOST_CHANGED and known._keep_order else None
 
     @property
-    def _rises(self) -> bool:
-        """Whether no penalty makes a larger logit the smaller one."""
-        return self._penalty(REPETITION, 1.0) > 0
+    def _keep_order(self) -> bool:
+        """Whether larger logits of a token stay larger, and finite ones are not plus infinity."""
+        biases = self.biases.values()
+        return self._penalty(REPETITION, 1.0) > 0 and all(bias < math.inf for bias in biases)
 
     def _penalty(self, kind: str, otherwise: float) -> float:
         return self.penalties[kind].penalty if kind in self.penalties else otherwise

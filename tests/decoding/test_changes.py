@@ -2,6 +2,7 @@
 nor its verification computes the logits of all tokens."""
 
 import copy
+import math
 
 import mlx.core as mx
 import numpy as np
@@ -192,6 +193,9 @@ def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
         (make_logits_processors(**PENALTIES["repetition"]) * 2, False),
         (make_logits_processors(repetition_penalty=1.1, repetition_context_size=0), False),
         (make_logits_processors(repetition_penalty=1.1, repetition_context_size=5000), False),
+        (make_logits_processors({5: -math.inf}), True),
+        (make_logits_processors({5: math.inf}), False),
+        (make_logits_processors({5: math.nan}), False),
         ([mask()], True),
         ([mask(), mask()], False),
         ([mask(), *make_logits_processors(**PENALTIES["bias"])], False),
