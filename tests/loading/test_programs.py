@@ -1,7 +1,9 @@
 """What takes the places of mlx-lm's functions under ``run``, in this process."""
 
 import copy
+import gc
 import importlib
+import math
 import pickle
 import sys
 import threading
@@ -169,7 +171,7 @@ def test_a_program_gets_what_is_built_while_it_writes_nothing(folder, plain, qui
     patches = programs._Patches(options)
     loaded, tokenizer = mlx_lm.load(str(folder / "model"))
     patches._attach(loaded, lambda: tokenizer, folder / "model")
-    ((_, build),) = patches._builds
+    (build,) = patches._builds.values()
     batches = patches.batches(OWN["BatchGenerator"])(loaded)
     steps = patches.loop(OWN["generate_step"])
     single = steps_of(OWN["generate_step"], model, prompts[0])
@@ -188,6 +190,19 @@ def test_a_program_gets_what_is_built_while_it_writes_nothing(folder, plain, qui
     assert "build" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_a_model_that_a_program_drops_ends_its_build(folder, quick, monkeypatch):
+    monkeypatch.setattr("mlx_flashhead.loading.background.QUIET_SECONDS", math.inf)
+    patches = programs._Patches(HeadOptions(missing=LATER, progress=False))
+    loaded, tokenizer = mlx_lm.load(str(folder / "model"))
+    patches._attach(loaded, lambda: tokenizer, folder / "model")
+    (build,) = patches._builds.values()
+    del loaded
+    gc.collect()
+    assert not patches._builds
+    build._thread.join()
+    assert build._build.stored is None
+
+
 def test_a_build_that_fails_is_one_line(folder, plain, quick, monkeypatch):
     said = []
     monkeypatch.setattr(HeadOptions, "say", lambda _, text: said.append(text))
@@ -196,7 +211,7 @@ def test_a_build_that_fails_is_one_line(folder, plain, quick, monkeypatch):
     patches = programs._Patches(HeadOptions(missing=LATER))
     loaded, tokenizer = mlx_lm.load(str(folder / "model"))
     patches._attach(loaded, lambda: tokenizer, folder / "model")
-    ((_, build),) = patches._builds
+    (build,) = patches._builds.values()
     build._thread.join()
     assert texts(patches.batches(OWN["BatchGenerator"])(loaded), plain[1]) == plain[2]
     assert said[1:] == ["Without FlashHead: [metal] out of memory"]
