@@ -14,7 +14,7 @@ from weakref import finalize
 from ..common.command import printable, sentence
 from ..common.interrupts import INTERRUPTED
 from ..decoding.drafting import drafted_steps
-from ..decoding.loop import verified_steps
+from ..decoding.loop import REPLACED, verified_steps
 from ..decoding.policy import policy_of
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
@@ -36,7 +36,6 @@ from .use import BUILDING, Use, check_before_sigterm
 
 Decision = TypeVar("Decision")
 
-REPLACED = "dense: this program replaces functions of mlx-lm"
 ONLY_GREEDY = "dense: with mlx-vlm only greedy text is verified"
 
 
