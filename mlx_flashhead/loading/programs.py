@@ -26,7 +26,7 @@ from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.fetch import hub_sentence, resolve
 from ..models.install import detach, get_flash_head, is_recognised
 from ..models.origin import local_origin
-from ..models.vlm import architecture, is_vlm
+from ..models.vlm import is_vlm
 from .background import BuildBeside
 from .batches import batch_class
 from .head_options import BUILD, LATER, VARIABLE, HeadOptions
@@ -142,20 +142,8 @@ class _Patches:
             if built is not None:
                 self._begin_use(build.use, built)
         head = get_flash_head(model) if self._options.verify else None
-        if head is None:
-            return None
-        owner = getattr(head.projection, "__self__", None)
-        if isinstance(owner, Use):
-            if owner.is_of(head):
-                return owner
-            name = f"a copy of {owner.name}"
-        elif head.projection is None and is_recognised(model):  # a pickled copy, or `attach`
-            name = f"a {architecture(model)}"
-        else:
-            return None
-        use = Use(name, self._options)
-        use.take(head)
-        return use
+        owner = None if head is None else getattr(head.projection, "__self__", None)
+        return owner if isinstance(owner, Use) else None
 
     def load(self, original: Any) -> Any:
         @wraps(original)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import importlib
+import inspect
 import math
 import pickle
 import sys
@@ -217,13 +218,15 @@ def test_a_build_that_fails_is_one_line(folder, plain, quick, monkeypatch):
     assert said[1:] == ["Without FlashHead: [metal] out of memory"]
 
 
-def test_copies_say_their_line(under, plain):
+def test_copies_of_a_model(under, plain):
+    """One in the same process is verified as well, and a pickled one is dense."""
     _, prompts, expected = plain
-    for copied in copy.deepcopy(under.model), pickle.loads(pickle.dumps(under.model)):
+    for copied, lines in (
+        (pickle.loads(pickle.dumps(under.model)), []),
+        (copy.deepcopy(under.model), ["model: verified."]),
+    ):
         assert texts(under.batch_generator(copied), prompts) == expected
-    texts(under.batch_generator(under.model), prompts)
-    copies = ["a copy of model: verified.", "a llama: verified."]
-    assert under.lines() == [*copies, "model: verified."]
+        assert under.lines() == lines
 
 
 class Around(nn.Module):
@@ -538,8 +541,5 @@ def test_attributes_that_are_nothing_to_mlx_lm_change_nothing(under, plain):
 
 
 def test_a_program_may_ask_for_parameters(under):
-    import inspect
-
-    for name in ("__init__", "insert", "insert_segments", "next", "remove"):
-        ours, theirs = getattr(under.batch_generator, name), getattr(OWN["BatchGenerator"], name)
-        assert inspect.signature(ours) == inspect.signature(theirs)
+    ours = inspect.signature(under.batch_generator.__init__)
+    assert ours == inspect.signature(OWN["BatchGenerator"].__init__)
