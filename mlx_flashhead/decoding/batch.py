@@ -33,6 +33,7 @@ class Response:
     finish_reason: str | None  # "stop", "length", or None while the text goes on
     prompt_cache: list[Any] | None  # at the text's end: with the tokens handed out
     all_tokens: list[int] | None  # at the text's end: the tokens in the cache
+    from_draft: bool = False  # whether the token was guessed
     match_sequence: Any = None  # of a state machine of mlx-lm 0.31
     current_state: Any = None
 
@@ -405,6 +406,7 @@ class VerifiedBatchGenerator:
             reason,
             None,
             None,
+            bool(pending.guessed),
             getattr(text.matcher, "match_sequence", None),
             getattr(text.matcher, "current_state", None),
         )
