@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Rows
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -277,12 +276,12 @@ class VerifiedBatchGenerator:
                     return responses
         return []
 
-    def extract_cache(self, uids: Rows[int]) -> dict[int, Any]:
+    def extract_cache(self, uids: list[int]) -> dict[int, Any]:
         """Copies of the caches of some texts, with the tokens in them."""
         with mx.stream(self._stream):
             return {uid: self._held(uid) for uid in uids if uid in self._texts}
 
-    def remove(self, uids: Rows[int], return_prompt_caches: bool = False) -> dict[int, Any]:
+    def remove(self, uids: list[int], return_prompt_caches: bool = False) -> dict[int, Any]:
         """Removes texts. Returns, where wanted, their caches with the tokens in them."""
         held = self.extract_cache(uids) if return_prompt_caches else {}
         known = [uid for uid in dict.fromkeys(uids) if uid in self._texts]
