@@ -28,7 +28,11 @@ class Marks:
 _marks: dict[int, tuple[Any, Marks]] = {}  # by id: a weak reference, or the object; and its marks
 
 
-def masks(processor: Function, allowed: Callable[[Any, int], Any]) -> Function:
+def masks(
+    processor: Function,
+    allowed: Callable[[Any, int], Any],
+    forced: Callable[[Any, int], list[int]] | None = None,
+) -> Function:
     """Marks a processor that rules tokens out and changes no other logit, and returns it.
 
     No text needs the logits of all tokens for it.
@@ -38,9 +42,11 @@ def masks(processor: Function, allowed: Callable[[Any, int], Any]) -> Function:
             out.
         allowed: (n,) tokens and V → (⌈V/32⌉,) uint32, a bit for each token that may come next, that
             of token t bit t % 32 of word t // 32; None where all may.
+        forced: (n,) tokens and a number → the next tokens, so many at most, if no others may come.
     """
     marks = _marks_for(processor)
     marks.allowed = _unbound(allowed) if ismethod(allowed) else allowed
+    marks.forced = _unbound(forced) if ismethod(forced) else forced
     return processor
 
 

@@ -1,6 +1,7 @@
 """Proposes the tokens of sequences, by the policy of their head."""
 
 from collections import Counter
+from collections.abc import Sequence as Rows
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -110,7 +111,7 @@ class Proposer:
             return SAMPLED_DENSE
         return UNKNOWN_FUNCTION
 
-    def pace_of(self, sequences: list[Sequence]) -> Pace | None:
+    def pace_of(self, sequences: Rows[Sequence]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
         policy = self.policy
         if (
@@ -208,10 +209,10 @@ class Proposer:
 
     def propose(
         self,
-        sequences: list[Sequence],
+        sequences: Rows[Sequence],
         hidden: mx.array,
         latest: mx.array | None = None,
-        guesses: list[int] | None = None,
+        guesses: Rows[int] = (),
     ) -> mx.array:
         """Tokens that are pending then, lazy.
 
@@ -238,7 +239,7 @@ class Proposer:
             changes.append(with_few_allowed(sequence.changed_tokens(), mask, vocab_size))
             counted.append(sequence.n_read == len(sequence.pending))
             pending = PendingToken(row=row, allowed=mask)
-            if guesses and row < len(guesses):
+            if row < len(guesses):
                 pending.token = guesses[row]
             made.append(pending)
             sequence.pending.append(pending)
@@ -304,8 +305,8 @@ class Proposer:
 
 
 def _adjustment(
-    changes: list[ChangedTokens | None],
-    counted: list[bool],
+    changes: Rows[ChangedTokens | None],
+    counted: Rows[bool],
     latest: mx.array | None,
     vocab_size: int,
 ) -> Adjustment | None:
@@ -318,11 +319,11 @@ def _adjustment(
     if all(counted):
         latest = None
     elif latest is not None and any(counted):
-        latest = mx.where(mx.array(counted), vocab_size, latest)
+        latest = mx.where(mx.array([*counted]), vocab_size, latest)
     return Adjustment.of(changes, latest, vocab_size)
 
 
-def step_arrays(tokens: mx.array, chosen: list[PendingToken]) -> list[Any]:
+def step_arrays(tokens: mx.array, chosen: Rows[PendingToken]) -> list[Any]:
     """What has to be computed before the tokens of a step can be read, in one evaluation."""
     risks = {id(p.proposal): p.proposal.risk for p in chosen if p.proposal is not None}
     logprobs = [p.logprobs for p in chosen if p.logprobs is not None]

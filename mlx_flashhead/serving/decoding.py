@@ -7,6 +7,7 @@ with others. What no batch takes, as with a draft model or a quantized cache, is
 import secrets
 import time
 from argparse import Namespace
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -18,7 +19,7 @@ from ..common.marks import masks
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.drafting import drafted_steps
 from ..decoding.keywords import CacheOptions
-from ..decoding.loop import verified_steps, with_guesses
+from ..decoding.loop import verified_steps
 from ..decoding.proposer import Proposer
 from ..decoding.sampler import make_sampler
 from ..decoding.settings import DecodingSettings
@@ -56,7 +57,6 @@ class Job:
     address: str = ""  # of its client
     grammar: GrammarProcessor | None = None  # keeps the answer in a form
     cached: int = 0  # tokens of the prompt that a cache held
-    n_guessed: int = 0  # tokens of the answer that were guessed
     ended: bool = False  # its last event has been emitted, or its client has left
     alone: bool = False  # goes on by itself, after a failure of a step that it shared
 
@@ -78,7 +78,9 @@ class Job:
         self.sampler = make_sampler(**sampler_arguments(request), seed=seed)
         self.processors: list[Any] = make_logits_processors(**request.penalties)
         if self.grammar is not None:  # without its `begin`: a text may go on after a failure
-            self.processors.append(masks(partial(self.grammar), self.grammar.allowed_words))
+            grammar = self.grammar
+            mask = masks(partial(grammar), grammar.allowed_words, grammar.forced_tokens)
+            self.processors.append(mask)
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
         self._text = AnswerText(
@@ -319,7 +321,6 @@ class Batch:
         """Takes one step. It may give no token of a sequence."""
         _, responses = self._generator.next()
         for response in responses:
-            self._jobs[response.uid].n_guessed += response.from_draft
             if response.finish_reason is not None:
                 self._ended[response.uid] = response.all_tokens, response.prompt_cache
         return [(self._jobs[r.uid], r.token, r.logprobs) for r in responses]
@@ -354,39 +355,43 @@ class Single:
             "kv_group_size": flags.kv_group_size,
             "quantized_kv_start": flags.quantized_kv_start,
         }
-        proposer = Proposer(model, job.settings)
-        loop: Any = partial(
-            verified_steps,
-            max_tokens=-1,  # without a limit, so that a step is launched after the last token
-        )
-        if draft_model is not None:
-            loop = partial(
-                drafted_steps,
-                draft_model=draft_model,
+        self._loop: Generator[tuple[Any, ...], None, None]
+        if draft_model is None:
+            self._loop = verified_steps(
+                start,
+                model,
+                stream,
+                proposer=Proposer(job.served.model, job.settings),
+                max_tokens=-1,  # without a limit, so that a step is launched after the last token
+                sampler=job.sampler,
+                logits_processors=job.processors,
+                prompt_cache=self._cache,
+                context=reading.cached[0],
+                logprobs=job.request.logprobs is not None,
+                n_begun=len(job.tokens),
+                **quantized,
+            )
+        else:
+            self._loop = drafted_steps(
+                start,
+                model,
+                draft_model,
+                stream,
+                proposer=Proposer(job.served.model, job.settings),
                 max_tokens=job.max_tokens,
                 num_draft_tokens=job.request.num_draft_tokens,
+                sampler=job.sampler,
+                logits_processors=job.processors,
+                prompt_cache=self._cache,
+                context=reading.cached[0],
+                **quantized,
             )
-        steps = loop(
-            start,
-            model,
-            stream=stream,
-            proposer=proposer,
-            sampler=job.sampler,
-            logits_processors=job.processors,
-            prompt_cache=self._cache,
-            context=reading.cached[0],
-            logprobs=job.request.logprobs is not None,
-            n_begun=len(job.tokens),
-            **quantized,
-        )
-        self._loop = with_guesses(steps, proposer) if draft_model is None else steps
 
     def step(self) -> list[Decoded]:
         """Decodes the next token."""
-        token, logprobs, guessed = next(self._loop)
+        token, logprobs = next(self._loop)[:2]
         self._tokens.append(token)
         self._n_cached = len(self._tokens)
-        self.jobs[0].n_guessed += guessed
         return [(self.jobs[0], token, logprobs)]
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:

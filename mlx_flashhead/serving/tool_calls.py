@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ..structured.grammar import ToolCalls
 from ..structured.tool_formats import format_name_of
-from ..structured.tool_grammar import tool_calls, tools_for_parser
+from ..structured.tool_grammar import ToolCalls, tool_calls, tools_for_parser
 from ..structured.vocabulary import vocabulary_of
 from .api_errors import ApiError, field_error
 from .served_models import ServedModel

@@ -1,160 +1,236 @@
-"""What all formats of calls have in common: a grammar of what mlx-lm's parser reads.
+"""How models write calls: grammars of what mlx-lm's parsers read.
 
-Each text of it becomes a call whose arguments follow the tool's schema. What a format cannot carry,
-such as its own end mark within a string, is left out.
+Each text of a grammar becomes calls whose arguments follow their schemas. A format is a row of
+the table in tool_formats.py, and its class says where the arguments stand. What a format cannot
+carry is a ValueError that says so.
 """
 
+import json
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from .dialects import (
-    Dialect,
-    FormatMarks,
-    json_dialect,
-)
-from .lark import LarkRules, literal, one_of, one_of_written
-from .schemas import Plain, Schemas, listed_properties
-from .values import Brackets, ValueRules
+from .lark import LarkRules, exactly, matching, one_of
+from .schemas import Document, is_text
+
+_TRIMMED = r"/([^\s\x1c-\x1f]((?s:.*)[^\s\x1c-\x1f])?)?/"
+_NULL = r"\s*(?i:null)\s*"
+NULLS = ({"type": "null"}, {"enum": [None]})
+
+
+@contextmanager
+def calling(name: str) -> Iterator[None]:
+    """A block whose ValueErrors become sentences about a tool."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"The tool {name!r:.60} cannot be called: {error}.") from None
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call."""
+    """A function that a model may call, with the JSON schema of its arguments."""
 
     name: str
-    parameters: Any = field(default_factory=dict)  # a JSON schema of an object
+    parameters: Any
+
+    @cached_property
+    def document(self) -> Document:
+        """The schema, whose parts its arguments follow."""
+        return Document(self.parameters)
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The schema of the arguments as llguidance reads it.
+
+        Where it lists properties and does not say, none but these are written.
+        """
+        root = {**self.document.root, "type": "object"}
+        if root.keys() & {"properties", "allOf", "anyOf", "oneOf", "$ref"} == {"properties"}:
+            root.setdefault("additionalProperties", False)
+        return self.document.by_itself(root)
 
 
-class CallFormat(ABC):
-    """A format of calls. ``section`` is what follows the mark at its start.
+@dataclass(frozen=True)
+class CallFormat:
+    """A format that has the arguments as one object of JSON.
+
+    Its texts are templates: see :meth:`LarkRules.template`.
 
     Attributes:
-        start: The mark that begins a section, as mlx-lm's parser has it.
+        start: The mark that begins a section of calls, as mlx-lm's parser has it.
         end: The mark that ends it; empty if the end of the answer does.
-        names: A regular expression of the names that the format can carry.
-        several_in_section: Whether a section may hold several calls.
+        call: A call, with ``$name`` or ``$json_name``, and ``$arguments``.
+        section: What follows the mark at the start, with ``$calls``.
+        names: A regular expression of the names that a tool may have.
+        several: Whether a section may hold several calls.
+        comma: What stands between them.
     """
 
-    start: ClassVar[str]
-    end: ClassVar[str]
-    names: ClassVar[str] = r"[^\s\"'<>&\[\]{}|:=\\]+"
-    several_in_section: ClassVar[bool] = False
+    start: str
+    end: str
+    call: str
+    section: str = "$calls"
+    names: str = r"[^\s\"'<>&\[\]{}|:=\\]+"
+    several: bool = False
+    comma: str = ""
 
-    def __init__(self, marks: FormatMarks):
-        self.marks = marks
-        self.rules = LarkRules()
-
-    def section(self, tools: Sequence[Tool], *, several: bool) -> str:
-        """A Lark expression of a section with a call, or several ones.
+    def section_of(self, tools: Sequence[Tool], rules: LarkRules, *, several: bool) -> str:
+        """A Lark expression of what follows the mark at the start: a call, or several.
 
         Raises:
-            ValueError: If a tool cannot be called in this format.
+            ValueError: If a tool cannot be called in this format. It names the tool.
         """
-        calls = []
-        for tool in tools:
-            try:
-                call = self._checked_call(tool)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"The tool {tool.name!r:.60} cannot be called: {error}.") from None
-            except (TypeError, AttributeError, KeyError, ArithmeticError):
-                problem = "its parameters are no JSON schema"
-                raise ValueError(
-                    f"The tool {tool.name!r:.60} cannot be called: {problem}."
-                ) from None
-            calls.append(self.rules.rule(call))
-        any_call = self.rules.rule(one_of(calls))
-        return self.calls(any_call, several=several and self.several_in_section)
+        call = rules.rule(one_of(self.rule_of(tool, rules) for tool in tools))
+        again = f"({rules.template(self.comma)} {call})*" if several and self.several else ""
+        return rules.template(self.section + self.end, calls=f"{call} {again}")
 
-    def calls(self, call: str, *, several: bool) -> str:
-        """A Lark expression of a section of calls."""
-        inside = f"({call})+" if several else call
-        return f"{inside} {self.marks.expression(self.end)}"
+    def rule_of(self, tool: Tool, rules: LarkRules) -> str:
+        """The rule of a call; a ValueError names the tool."""
+        with calling(tool.name):
+            if not re.fullmatch(self.names, tool.name):
+                raise ValueError("this model's format has no such names")
+            return rules.rule(self.call_of(tool, rules))
 
-    @abstractmethod
-    def call(self, tool: Tool) -> str | None:
-        """A Lark expression of a call; None if it cannot be written."""
+    def call_of(self, tool: Tool, rules: LarkRules) -> str:
+        """A Lark expression of a call."""
+        words = {"name": tool.name, "json_name": json.dumps(tool.name, ensure_ascii=False)}
+        return rules.template(self.call, words, arguments=self.arguments(tool, rules))
+
+    def arguments(self, tool: Tool, rules: LarkRules) -> str:
+        """A Lark expression of the arguments."""
+        return rules.json(tool.schema)
 
     def view(self, tool: Tool) -> Any:
         """The tool's parameters as mlx-lm's parser must see them to read the types."""
         return tool.parameters
 
-    def _checked_call(self, tool: Tool) -> str:
-        if not re.fullmatch(self.names, tool.name):
-            raise ValueError("this model's format has no such names")
-        call = self.call(tool)
-        if call is None:
-            raise ValueError("its required arguments cannot be written in this model's format")
-        return call
 
-    def _values(self, tool: Tool, dialect: Dialect) -> ValueRules:
-        return ValueRules(self.rules, Schemas(tool.parameters), dialect, self.marks)
+@dataclass(frozen=True)
+class ListedFormat(CallFormat):
+    """A format that has the arguments one by one, in the order of the schema, each as JSON.
 
-    def _objects(self, tool: Tool) -> list[Plain]:
-        """The alternatives of a call's arguments."""
-        schema = tool.parameters
-        if isinstance(schema, dict) and not (schema.keys() & {"type", "$ref", "anyOf", "oneOf"}):
-            schema = {**schema, "type": "object"}
-        alternatives = Schemas(tool.parameters).alternatives(schema)
-        return [plain for plain in alternatives if plain.get("type") == "object"]
+    Attributes:
+        opening: What stands before a value, with ``$key``, and ``$kind`` for its type.
+        closing: What stands after it.
+        between: What stands between two arguments.
+        keys: A regular expression of the names that an argument may have.
+        empty: A call without arguments, if it is written in another way.
+    """
 
-    def _json_object(self, tool: Tool, *forbidden: str) -> str | None:
-        return self._values(tool, json_dialect(*forbidden)).any_of(self._objects(tool))
+    opening: str = "$key="
+    closing: str = ""
+    between: str = ""
+    keys: str = r"[^\s\"'<>&\[\]{}|:=\\]+"
+    empty: str = ""
 
-    def _members(
-        self,
-        tool: Tool,
-        values: ValueRules,
-        brackets: Brackets,
-        key: Callable[[str], str | None],
-    ) -> str | None:
-        """A Lark expression of all arguments within brackets; None if they cannot be written.
+    def call_of(self, tool: Tool, rules: LarkRules) -> str:
+        """A Lark expression of a call."""
+        arguments, _ = tool.document.members(tool.document.root)
+        if not self.empty or any(required for _, _, required in arguments):
+            return super().call_of(tool, rules)
+        words = {"json_name": json.dumps(tool.name, ensure_ascii=False)}
+        empty = rules.template(self.empty, words)
+        return one_of([empty, super().call_of(tool, rules)]) if arguments else empty
 
-        Args:
-            tool: The tool.
-            values: How values are written.
-            brackets: What is written around and between the arguments.
-            key: How the name of an argument is written; None if it cannot be.
+    def arguments(self, tool: Tool, rules: LarkRules) -> str:
+        """A Lark expression of the arguments.
+
+        Raises:
+            ValueError: If one that is required cannot be written.
         """
-        objects = self._objects(tool)
-        return one_of_written(values.members(plain, brackets, key=key) for plain in objects)
+        written = []
+        for key, schema, required in tool.document.members(tool.document.root)[0]:
+            value = self.value(schema, tool.document, rules) if re.fullmatch(self.keys, key) else ""
+            if value:
+                words = {"key": key, "kind": self.kind(schema, tool.document)}
+                opening = rules.template(self.opening, words)
+                written.append((rules.rule(f"{opening} {value}"), required))
+            elif required:
+                raise ValueError(f"this model's format has no such argument as {key!r:.40}")
+        return rules.in_order(written, rules.template(self.between), needs_one=bool(self.empty))
 
-    def _in_sequence(
-        self, plain: Plain, written: Callable[[str, Any], str | None]
-    ) -> list[tuple[str, bool]] | None:
-        """Lark expressions of the arguments in the schema's order, each with whether it is needed.
+    def kind(self, schema: Any, document: Document) -> str:
+        """The type that an argument is said to have."""
+        return "object"
 
-        Args:
-            plain: A plain schema of objects.
-            written: From an argument's name and schema to its expression; None if it cannot be
-                written.
+    def value(self, schema: Any, document: Document, rules: LarkRules) -> str:
+        """A Lark expression of a schema's values and what closes them; empty if there are none."""
+        return f"{rules.json(document.by_itself(schema))} {rules.template(self.closing)}"
 
-        Returns:
-            None if an argument that is needed cannot be written.
-        """
-        arguments: list[tuple[str, bool]] = []
-        required = plain.get("required", ())
-        for name, schema in listed_properties(plain).items():
-            expression = written(name, schema)
-            if expression is not None:
-                arguments.append((expression, name in required))
-            elif name in required:
-                return None
-        return arguments
 
-    def _list(self, call: str, comma: str, *, several: bool) -> str:
-        """A Lark expression of calls in square brackets."""
-        more = f"({comma} {call})*" if several else ""
-        return f"{literal('[')} {call} {more} {literal(']')}"
+@dataclass(frozen=True)
+class TaggedFormat(ListedFormat):
+    """Arguments between tags: strings as they are, all else as JSON.
 
-    @staticmethod
-    def _joined(arguments: Sequence[tuple[str, bool]]) -> str:
-        """A Lark expression of arguments one after the other; those not needed may be left out."""
-        return " ".join(text if needed else f"({text})?" for text, needed in arguments)
+    Attributes:
+        never: Further texts that no string holds, since the parser takes them for its marks.
+        unlike: Regular expressions of strings that the parser takes for something else.
+        trims: Whether it takes spaces off the ends of a value.
+        null_is_none: Whether it reads the word null as None, even if it is a string.
+    """
 
-    def _padding(self) -> str:
-        """A Lark expression of the spaces and lines that may be between two marks."""
-        spaces = self.rules.terminal([r"( \n?|\n{1,2})"])
-        return f"{spaces}?"
+    never: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
+    trims: bool = True
+    null_is_none: bool = False
+
+    def kind(self, schema: Any, document: Document) -> str:
+        """The type that the parser reads: "string" is as it is, and any other one JSON."""
+        parts = document.alternatives(schema) or []
+        others = [part for part in parts if not is_text(part)]
+        is_null = self.null_is_none and all(part in NULLS for part in others)
+        return "string" if len(parts) > len(others) and (not others or is_null) else "object"
+
+    def value(self, schema: Any, document: Document, rules: LarkRules) -> str:
+        """A Lark expression of a schema's values and what closes them; empty if there are none."""
+        if self.kind(schema, document) != "string":
+            return super().value(schema, document, rules)
+        found = []
+        for part in document.alternatives(schema) or ():
+            if is_text(part):
+                found += self.texts(part, rules)
+            else:
+                found.append(rules.text_until(self.closing, exactly(["null"])))
+        return one_of(found)
+
+    def texts(self, schema: dict[str, Any], rules: LarkRules) -> list[str]:
+        """Lark expressions of strings as they are, and what closes them."""
+        unlike = [*self.unlike, *[_NULL] * self.null_is_none]
+        forms = [f"~/{each}/" for each in unlike]
+        if "enum" in schema:
+            texts = [text for text in schema["enum"] if not self.trims or text == text.strip()]
+            left = [text for text in texts if not any(re.fullmatch(each, text) for each in unlike)]
+            return plain_text({"enum": left}, self.closing, rules, never=self.never)
+        if self.trims and schema.keys() & {"minLength", "maxLength", "pattern"}:
+            forms.append(_TRIMMED)
+        return plain_text(schema, self.closing, rules, *forms, never=self.never)
+
+    def view(self, tool: Tool) -> Any:
+        """The arguments with the types that the parser knows them by."""
+        arguments, _ = tool.document.members(tool.document.root)
+        kinds = {key: {"type": self.kind(schema, tool.document)} for key, schema, _ in arguments}
+        return {"type": "object", "properties": kinds}
+
+
+def plain_text(
+    schema: dict[str, Any], mark: str, rules: LarkRules, *forms: str, never: Sequence[str] = ()
+) -> list[str]:
+    """Lark expressions of strings as they are, and the mark after them; none if there are none.
+
+    Args:
+        schema: An alternative of a schema, of strings. Its "format" is a note here.
+        mark: What ends the text: it does not occur in it.
+        rules: Where the terminals go.
+        forms: Terminals that the text matches, too.
+        never: Further texts that do not occur in it.
+    """
+    if "enum" in schema:
+        left = [text for text in schema["enum"] if not any(each in text for each in [mark, *never])]
+        return [rules.text_until(mark, exactly(left))] if left else []
+    length = f"{schema.get('minLength', 0)},{schema.get('maxLength', '')}"
+    patterns = [matching(schema["pattern"])] if "pattern" in schema else []
+    return [rules.text_until(mark, rf"/[^\x00]{{{length}}}/", *patterns, *forms, never=never)]

@@ -6,32 +6,30 @@ llguidance reads them. Unsupported parts are errors, so none is ignored silently
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..common.guarded import Guard, GuardError
+from .schemas import Document
 from .vocabulary import llguidance
 
-# Between the tokens of JSON: nothing, a space, or a new line with an indentation. The limit keeps
-# small models from endless spaces.
-_JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ ]{0,24})?"}
+# Earley items of one mask: large schemas need up to 10,000. llguidance's default takes seconds.
+LIMITS: dict[str, Any] = {"step_max_items": 10_000, "verbose_errors": False}
+MAX_FORCED = 10_000  # bytes without a choice at a text's beginning: each mask looks at all of them
 # The character 0 and its spellings. mlx-lm's detokenizers write it as another one.
 _ZERO = re.compile(r"\x00|\\(x00|u0000|U00000000|[xuU]\{0+\})")
-# Rules of a grammar and references of a schema. llguidance calls itself for each of a chain.
-MAX_RULES = 1000
-_RULE = re.compile(r'^[ \t]*[?!]?\w+[^\n:"/]*:|"\$ref"', re.MULTILINE)
-_TOKEN = re.compile(r"<\[\d+\]>")  # of a special token, in a grammar
 _GUARD = Guard(Path(__file__).with_name("grammar_check.py"))
-FORM_OF_CALLS = "form of calls"
 
 
 @dataclass(frozen=True)
 class Grammar:
     """A checked description of a text. What makes one raises a ValueError if it is wrong."""
 
-    kind: str  # "JSON schema", "regular expression", "grammar" or "form of calls"
-    compiled: str  # in llguidance's form
+    kind: str  # "JSON schema", "regular expression" or "grammar"
+    source: str  # one of llguidance's grammars, as JSON
 
     @classmethod
     def from_json_schema(cls, schema: dict | bool) -> "Grammar":
@@ -43,13 +41,12 @@ class Grammar:
         if not isinstance(schema, dict) and schema is not True:
             form = 'it must be an object such as {"type": "object"}'
             raise ValueError(f"The JSON schema is {schema!r:.60}: {form}.")
-        compile_json = llguidance().LLMatcher.grammar_from_json_schema
         try:
-            text = json.dumps({} if schema is True else schema)
-            compiled = compile_json(text, defaults=_JSON_OPTIONS)
+            document = Document({} if schema is True else schema)
+            source = json.dumps({"name": "form", "json_schema": document.by_itself(document.root)})
         except (RecursionError, ValueError) as error:
-            raise ValueError(f"The JSON schema is wrong: {_sentence(str(error))}.") from None
-        return cls._checked("JSON schema", compiled)
+            raise ValueError(f"The JSON schema is wrong: {error}.") from None
+        return cls._checked("JSON schema", source)
 
     @classmethod
     def from_regex(cls, pattern: str) -> "Grammar":
@@ -63,66 +60,70 @@ class Grammar:
         if _ZERO.search(pattern):
             zero = "holds the character 0, which no text has here"
             raise ValueError(f"The regular expression {pattern!r:.60} {zero}: leave it out.")
-        compiled = llguidance().LLMatcher.grammar_from_regex(pattern)
-        place = _place_in(pattern)
-        return cls._checked("regular expression", compiled, f" {pattern!r:.60}", place)
+        lark = f"start: /{llguidance().regex_to_lark(pattern, '')}/"
+        source = json.dumps({"name": "form", "lark_grammar": lark})
+        return cls._checked("regular expression", source, f" {pattern!r:.60}", _place_in(pattern))
 
     @classmethod
     def from_lark(cls, text: str) -> "Grammar":
         """Text that a Lark grammar derives from ``start``, in llguidance's dialect of Lark.
 
         Raises:
-            ValueError: If the grammar is wrong, or has more than 1,000 rules.
+            ValueError: If the grammar is wrong.
         """
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"The grammar is {text!r:.60}: it must be a text in Lark's form.")
-        return cls._checked("grammar", llguidance().LLMatcher.grammar_from_lark(text))
+        return cls._checked("grammar", json.dumps({"name": "form", "lark_grammar": text}))
 
     @classmethod
-    def from_rules(cls, text: str) -> "Grammar":
-        """A Lark grammar that this package has put together, of as many rules as it takes.
-
-        Raises:
-            ValueError: If compiling it takes too much time or memory.
-        """
-        # llguidance's check has no tokens but bytes
-        problem = _problem_of(_TOKEN.sub('"token"', text))
-        if problem:
-            raise ValueError(f"The tools are too much for a grammar: {_sentence(problem)}.")
-        return cls(FORM_OF_CALLS, llguidance().LLMatcher.grammar_from_lark(text))
-
-    @classmethod
-    def _checked(
-        cls, kind: str, compiled: str, shown: str = "", where: str | None = None
-    ) -> "Grammar":
-        problem = _problem(compiled)
-        if not problem:
-            return cls(kind, compiled)
-        place = re.match(r"(?:at )?(\d+)\((\d+)\): *(.*)", problem, re.DOTALL)
-        if place:
-            if where is None:
-                where = f" at line {place[1]}, column {place[2]}"
-            problem = place[3]
-        raise ValueError(f"The {kind}{shown} is wrong{where or ''}: {_sentence(problem)}.")
+    def _checked(cls, kind: str, source: str, shown: str = "", where: str = "") -> "Grammar":
+        problem = first_problem([source])
+        if problem is None:
+            return cls(kind, source)
+        place = re.match(r"(?:at )?(\d+)\((\d+)\)", problem[1])
+        if place and kind == "grammar":
+            where = f" at line {place[1]}, column {place[2]}"
+        raise ValueError(f"The {kind}{shown} is wrong{where}: {sentence(problem[1])}.")
 
 
-@dataclass(frozen=True)
-class ToolCalls:
-    """What a text with calls of tools looks like.
+def top_level(*sources: str) -> str:
+    """Grammars as llguidance takes them; the first one may refer to the others."""
+    return f'{{"grammars": [{", ".join(sources)}]}}'
 
-    Attributes:
-        start: The mark from which a call is followed, wherever it comes.
-        section: One section of calls, with the mark at its beginning as plain text.
-        only: Sections as the whole of a text, one or as many as there may be.
-        several: Whether a text may have several calls.
-        is_closed: Whether a section has a mark at its end, after which text may go on.
+
+def first_problem(sources: Sequence[str]) -> tuple[int, str] | None:
+    """The number of the first grammar that is wrong, and llguidance's objection to it.
+
+    The number is -1 if all of them take too much time or memory.
     """
+    found = _first_problem(tuple(map(top_level, sources)))
+    return None if found is None else (found[0], found[1])
 
-    start: str
-    section: Grammar
-    only: Grammar
-    several: bool
-    is_closed: bool
+
+@lru_cache(64)
+def _first_problem(grammars: tuple[str, ...]) -> list[Any] | None:
+    """The same. A helper process finds it, since some take all of a stack, or of the memory."""
+    try:
+        request = {"grammars": grammars, "limits": LIMITS, "forced": MAX_FORCED}
+        found: list[Any] | None = _GUARD.call(request)
+        return found
+    except (GuardError, RuntimeError) as error:
+        return [-1, f"it {error}: simplify it"]
+
+
+def sentence(problem: str) -> str:
+    """What a message of several lines says, without its full stop."""
+    problem = problem.replace("/$defs/root", "")
+    if unsupported := re.search(r"Unimplemented keys: \[(.*)\]", problem):
+        return f"{unsupported[1]} is not supported"
+    if "oneOf constraints" in problem:
+        return '"oneOf" of schemas that a value may follow at once is not supported: use "anyOf"'
+    if "Too many items" in problem:
+        return "it is too ambiguous to be followed: simplify it"
+    if cause := re.search(r"^\s*error: (.+)", problem, re.MULTILINE):
+        return cause[1]
+    first = problem.strip().partition("\n")[0]
+    return re.sub(r"^(at )?\d+\(\d+\): *(failed to compile JSON schema: )?", "", first).rstrip(".:")
 
 
 def _place_in(pattern: str) -> str:
@@ -142,8 +143,11 @@ def _place_in(pattern: str) -> str:
 def add_grammar_options(parser: argparse.ArgumentParser) -> None:
     """Adds ``--json-schema``, ``--regex`` and ``--grammar``, which exclude each other."""
     group = parser.add_argument_group("structured output").add_mutually_exclusive_group()
-    schema = "Write JSON that the JSON schema in this file allows."
-    group.add_argument("--json-schema", metavar="FILE", help=schema)
+    group.add_argument(
+        "--json-schema",
+        metavar="FILE or JSON",
+        help="Write JSON that this JSON schema allows.",
+    )
     group.add_argument("--regex", help="Write text that this regular expression matches.")
     group.add_argument(
         "--grammar", metavar="FILE", help="Write text that the Lark grammar in this file allows."
@@ -158,46 +162,28 @@ def grammar_of(args: argparse.Namespace) -> Grammar | None:
     """
     if args.regex is not None:
         return Grammar.from_regex(args.regex)
-    path = args.grammar if args.json_schema is None else args.json_schema
-    if path is None:
+    if args.json_schema is not None:
+        return _from_json(args.json_schema)
+    if args.grammar is None:
         return None
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-        if args.json_schema is None:
-            return Grammar.from_lark(text)
+        return Grammar.from_lark(Path(args.grammar).expanduser().read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{args.grammar}: {error}") from None
+
+
+def _from_json(given: str) -> Grammar:
+    """The grammar of a JSON schema, which begins with a brace, or is in a file."""
+    is_schema = given.lstrip().startswith("{")
+    where = "--json-schema" if is_schema else given
+    try:
+        text = given if is_schema else Path(given).expanduser().read_text(encoding="utf-8")
         return Grammar.from_json_schema(json.loads(text))
     except json.JSONDecodeError as error:
-        where = f"{error.msg} at line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{path} is not JSON ({where}): give a file with a schema.") from None
+        problem = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{where} is not JSON ({problem}): give a schema.") from None
+    except FileNotFoundError:
+        remedy = """give one that exists, or the schema itself, such as '{"type": "object"}'"""
+        raise ValueError(f"--json-schema: there is no file {given:.60}: {remedy}.") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _problem(compiled: str) -> str:
-    """Returns llguidance's objection to a grammar of somebody else; empty if there is none."""
-    n_rules = len(_RULE.findall(compiled))
-    if n_rules > MAX_RULES:
-        most = f"at most {MAX_RULES:,} are followed: simplify it"
-        return f"it has {n_rules:,} rules and references, and {most}"
-    return _problem_of(compiled)
-
-
-@lru_cache(64)
-def _problem_of(compiled: str) -> str:
-    """Returns llguidance's objection to a grammar; empty if there is none.
-
-    A helper process runs it, since some grammars take all of a stack, or of the memory.
-    """
-    try:
-        return _GUARD.call(compiled)
-    except (GuardError, RuntimeError) as error:
-        return f"it {error}: simplify it"
-
-
-def _sentence(problem: str) -> str:
-    """What a message of several lines says, without its full stop."""
-    if unsupported := re.match(r"Unimplemented keys: \[(.*)\]", problem):
-        return f"{unsupported[1]} is not supported"
-    if cause := re.search(r"^\s*error: (.+)", problem, re.MULTILINE):
-        return cause[1]
-    return problem.strip().partition("\n")[0].rstrip(".:")
+        raise ValueError(f"{where}: {error}") from None

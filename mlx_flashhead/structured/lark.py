@@ -1,61 +1,201 @@
 """Lark grammars in llguidance's dialect, as they are put together."""
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .vocabulary import llguidance
+
+# Characters of one grammar: a schema is repeated for each argument that refers into it.
+MAX_CHARACTERS = 4_000_000
+# What templates may name: spaces and lines, a line, a number, and the end of a call with an id.
+_COMMON = {
+    "_": "PADDING?",
+    "line": '"\\n"?',
+    "number": "NUMBER",
+    "id": '("," PADDING? "\\"id\\":" PADDING? IDENTIFIER)?',
+}
+_TERMINALS = r"""
+PADDING: /( \n?|\n\n?[ ]{0,24})/
+NUMBER: /[0-9]{1,3}/
+IDENTIFIER: /"[A-Za-z0-9]{9}"/
+"""
 
 
 class LarkRules:
-    """Rules and terminals under names of their own. The same body gets the same name."""
+    """Rules and terminals under names of their own. The same body gets the same name.
 
-    def __init__(self) -> None:
+    Args:
+        special: Token ids by text, of the tokens that no plain text becomes.
+    """
+
+    def __init__(self, special: Mapping[str, int]):
+        self.special = special
+        names = sorted(special, key=len, reverse=True)
+        self._parts = re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"((?!))")
         self._names: dict[str, str] = {}  # from a body to its name
         self._bodies: dict[str, str] = {}
+        self._n_characters = 0
+
+    def text(self, start: str) -> str:
+        """The whole grammar, of texts that the expression ``start`` derives."""
+        rules = [f"{name}: {body}\n" for name, body in self._bodies.items()]
+        return "".join([f"start: {start}\n", *rules, _TERMINALS])
 
     def rule(self, body: str) -> str:
         """The name of a rule with this body."""
         return self._named("r", body)
 
-    def terminal(self, matching: Iterable[str], never: Iterable[str] = ()) -> str:
-        """Returns the name of a terminal.
+    def terminal(self, *matching: str) -> str:
+        """The name of a terminal: a text that all of these match as a whole."""
+        return self._named("T", " & ".join(matching))
 
-        It is a text that each of ``matching`` matches as a whole, and none of ``never`` does.
+    def lazy(self, regex: str) -> str:
+        """The name of a rule that ends as soon as it matches a regular expression."""
+        name = self.new_name()
+        self.define(f"{name}[lazy]", f"/{regex}/")
+        return name
+
+    def json(self, schema: dict[str, Any]) -> str:
+        """The name of a rule of JSON that follows a schema."""
+        return self.rule(f"%json {json.dumps(schema)}")
+
+    def new_name(self, prefix: str = "r") -> str:
+        """The name of a rule that is defined later, since it may refer to itself."""
+        return f"{prefix}{len(self._bodies)}"
+
+    def define(self, name: str, body: str) -> str:
+        """Gives a rule its body, and returns its name.
+
+        Raises:
+            ValueError: If the grammar has become too long.
         """
-        parts = [regex_literal(regex) for regex in matching]
-        parts += [f"~{regex_literal(regex)}" for regex in never]
-        return self._named("T", " & ".join(parts))
+        self._bodies[name] = body
+        self._n_characters += len(body)
+        if self._n_characters > MAX_CHARACTERS:
+            raise ValueError(f"its grammar has more than {MAX_CHARACTERS:,} characters")
+        return name
 
-    def text(self, start: str) -> str:
-        """The whole grammar, of texts that the expression ``start`` derives."""
-        rules = {"start": start, **self._bodies}
-        return "".join(f"{name}: {body}\n" for name, body in rules.items() if body)
+    def expression(self, text: str) -> str:
+        """A Lark expression of exactly this text, its special tokens as such."""
+        return " ".join(self._part(part) for part in self.parts(text))
+
+    def parts(self, text: str) -> list[str]:
+        """The special tokens of a text, and the texts between them."""
+        return [part for part in self._parts.split(text) if part]
+
+    def template(
+        self, text: str, words: Mapping[str, str] | None = None, **expressions: str
+    ) -> str:
+        """A Lark expression of a text with places, such as ``$name``.
+
+        Args:
+            text: The text. ``$_`` stands for spaces that may be there.
+            words: What stands in a place as it is.
+            expressions: Lark expressions of what stands in a place.
+        """
+        known = {**_COMMON, **expressions}
+        found = []
+        literal = ""
+        for i, piece in enumerate(re.split(r"\$(\w+)", text)):
+            if i % 2 == 0:
+                literal += piece
+            elif words and piece in words:
+                literal += words[piece]
+            else:
+                found += [self.expression(literal), known[piece]]
+                literal = ""
+        return " ".join([*found, self.expression(literal)]).strip()
+
+    def text_until(self, mark: str, *matching: str, never: Sequence[str] = ()) -> str:
+        """A Lark expression of a text that ends at the first ``mark``, and the mark.
+
+        Args:
+            mark: What follows the text, and does not occur in it.
+            matching: Terminals that the text matches, all of them.
+            never: Further texts that do not occur in it.
+        """
+        text = self.terminal(*matching, without([mark, *never]))
+        first, *rest = self.parts(mark)
+        if first in self.special:
+            return f"{text} {self.expression(mark)}"
+        # one terminal, since the longest one counts: a text by itself would take the mark's letters
+        whole = self._named("T", f"{text} {literal_of(first)}")
+        return " ".join([whole, *map(self._part, rest)])
+
+    def in_order(
+        self,
+        members: Sequence[tuple[str, bool]],
+        comma: str = "",
+        *,
+        more: str | None = None,
+        needs_one: bool = False,
+    ) -> str:
+        """A Lark expression of members in their order, without some of those not required.
+
+        Args:
+            members: Lark expressions, each with whether it is required.
+            comma: A Lark expression of what stands between two of them.
+            more: A Lark expression of further members, as many as there may be.
+            needs_one: Whether there must be one.
+        """
+        firsts = []  # what may come first, from the last to the first
+        following = ""
+        if more is not None:
+            following = f"({comma} {more})*"
+            firsts.append(f"{more} {following}")
+        for member, required in reversed(members):
+            rest = self.rule(following) if following else ""
+            firsts = [] if required else firsts
+            firsts.append(f"{member} {rest}")
+            following = f"{comma} {member} {rest}" if required else f"({comma} {member})? {rest}"
+        inside = one_of(reversed(firsts))
+        is_optional = not needs_one and not any(required for _, required in members)
+        return f"({inside})?" if inside and is_optional else inside
+
+    def _part(self, part: str) -> str:
+        return f"<[{self.special[part]}]>" if part in self.special else literal_of(part)
 
     def _named(self, prefix: str, body: str) -> str:
         if body not in self._names:
-            name = f"{prefix}{len(self._bodies)}"
-            self._names[body] = name
-            self._bodies[name] = body
+            self._names[body] = self.define(self.new_name(prefix), body)
         return self._names[body]
 
 
-def literal(text: str) -> str:
+def literal_of(text: str) -> str:
     """A Lark expression of exactly this text."""
-    return json.dumps(text, ensure_ascii=False) if text else ""
+    return json.dumps(text, ensure_ascii=False)
 
 
-def regex_literal(regex: str) -> str:
-    """Returns a regular expression as Lark writes it."""
-    return "/" + regex.replace("/", r"\/").replace("\n", r"\n") + "/"
+def quoted(text: str) -> str:
+    """A regular expression of exactly this text."""
+    return "".join(c if c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
+
+
+def exactly(texts: Iterable[str]) -> str:
+    """A terminal of exactly these texts."""
+    return f"/({'|'.join(map(quoted, texts))})/"
+
+
+def without(texts: Iterable[str]) -> str:
+    """A terminal of what has none of these texts within."""
+    return f"~/(?s:.*)({'|'.join(map(quoted, texts))})(?s:.*)/"
+
+
+def matching(pattern: str) -> str:
+    """A terminal of texts in which a JSON schema's pattern is found, not all of them.
+
+    Anchors at its ends are taken off, and the rest matches the whole text up to them. So a branch
+    with an anchor of its own matches less.
+    """
+    begin = "" if pattern.startswith("^") else "(?s:.*)"
+    inner = re.sub(r"(?<!\\)((\\\\)*)\$$", r"\1", pattern.removeprefix("^"))
+    end = "" if len(inner) < len(pattern.removeprefix("^")) else "(?s:.*)"
+    return f"/{begin}(?:{llguidance().regex_to_lark(inner, 'dw')}){end}/"
 
 
 def one_of(expressions: Iterable[str]) -> str:
-    """A Lark expression of one of several, of which one may be nothing."""
+    """A Lark expression of one of several; empty if there are none."""
     distinct = list(dict.fromkeys(expressions))
-    written = [expression for expression in distinct if expression.strip()]
-    together = written[0] if len(written) == 1 else f"({' | '.join(written)})" if written else ""
-    return together if len(written) == len(distinct) or not written else f"({together})?"
-
-
-def one_of_written(expressions: Iterable[str | None]) -> str | None:
-    """A Lark expression of one of those that can be written; None if none can."""
-    written = [expression for expression in expressions if expression is not None]
-    return one_of(written) if written else None
+    return distinct[0] if len(distinct) == 1 else f"({' | '.join(distinct)})" if distinct else ""

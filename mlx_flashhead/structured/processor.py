@@ -9,11 +9,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..common.marks import keeps_state, masks
-from .call_start import CallStart
-from .dialects import FormatMarks
-from .grammar import FORM_OF_CALLS, Grammar, ToolCalls
-from .matchers import MaskTime, Run, checked_matcher, make_matcher
-from .text_follower import TextFollower, TextRules
+from .grammar import Grammar
+from .matchers import MaskTime, checked_matcher
+from .text_grammar import text_grammar
+from .tool_grammar import ToolCalls
 from .vocabulary import vocabulary_of
 
 
@@ -59,55 +58,27 @@ class GrammarProcessor:
         seconds_per_mask: float = math.inf,
     ):
         self.grammar = grammar
-        self.calls = calls
         self._vocabulary = vocabulary_of(tokenizer)
         self._time = MaskTime(seconds_per_mask)  # of the processors for other sequences, too
-        self._rules = self._make_rules(required, after, thought)
-        self._time.renew()
+        if after:
+            thought = "", b"".join(map(self._vocabulary.text_of, after)).decode()
+        text = text_grammar(self._vocabulary, grammar, calls, required=required, thought=thought)
+        kind = "form of calls" if grammar is None else grammar.kind
+        self._fresh = checked_matcher(self._vocabulary, text, kind)
         self.begin()
         self._mark()
 
     def _mark(self) -> None:
         """Says what loops may do with it: a mask leaves the distances of logits as they are."""
-        masks(self, self.allowed_words)
+        masks(self, self.allowed_words, self.forced_tokens)
         keeps_state(self, begin=self.begin, for_sequence=self.for_sequence)
-
-    def _make_rules(
-        self, required: bool, after: Sequence[int], thought: tuple[str, str] | None
-    ) -> TextRules:
-        """What the text may be, with all that takes time before its first token."""
-        vocabulary = self._vocabulary
-        end_of_thought = b"".join(map(vocabulary.text_of, after)).decode()
-        if thought is not None and not after:
-            end_of_thought = thought[1]
-        end_mark = vocabulary.mark(end_of_thought) if end_of_thought else None
-        has_form = self.grammar is not None or required
-        forms = self._make_forms(None if after else thought) if has_form else []
-        call_start = None
-        if self.calls is not None:
-            section = checked_matcher(vocabulary, self.calls.section, self._time)
-            call_start = CallStart(vocabulary, self.calls, section)
-        return TextRules(vocabulary, has_form, forms, call_start, bool(after), end_mark)
-
-    def _make_forms(self, thought: tuple[str, str] | None) -> list[Run]:
-        """What the whole text may be: any of these."""
-        forms = []
-        if self.grammar is not None:
-            forms.append(Run(checked_matcher(self._vocabulary, self.grammar, self._time), "form"))
-        if self.calls is not None:
-            calls = checked_matcher(self._vocabulary, self.calls.only, self._time)
-            forms.append(Run(calls, "calls"))
-        if thought is not None:
-            opening = FormatMarks(self._vocabulary.special).expression(thought[0])
-            beginning = Grammar(FORM_OF_CALLS, f"start: /[ \\n]{{0,2}}/ {opening}")
-            forms.append(Run(make_matcher(self._vocabulary, beginning), "thought"))
-        return forms
 
     def begin(self) -> None:
         """Forgets the text so far. The next tokens are a prompt."""
         self.problem: str | None = None
         self._n_prompt: int | None = None
-        self._text = TextFollower(self._rules)
+        self._matcher = self._fresh.deep_copy()
+        self._followed: list[int] = []  # the tokens that the matcher has taken
 
     def for_sequence(self) -> "GrammarProcessor":
         """A processor of the same grammar for another sequence, which shares the time of masks."""
@@ -118,8 +89,7 @@ class GrammarProcessor:
 
     def accepts(self, text: str) -> bool:
         """Whether ``text`` is a complete text of the grammar."""
-        assert self.grammar is not None
-        matcher = make_matcher(self._vocabulary, self.grammar)
+        matcher = self._fresh.deep_copy()
         tokens = self._vocabulary.tokens.tokenize_bytes(text.encode())
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
@@ -140,7 +110,7 @@ class GrammarProcessor:
         Args:
             context: The tokens so far (n,), of the prompt and the text.
             vocab_size: The number of logits V; by default the number of the tokenizer's tokens. A
-                token that the tokenizer does not have is allowed in a free text alone. Bits beyond
+                token that the tokenizer does not have is allowed where all others are. Bits beyond
                 V have no meaning.
 
         Returns:
@@ -149,35 +119,60 @@ class GrammarProcessor:
         words = self._words_after(context, vocab_size or self._vocabulary.size)
         return None if words is None else mx.array(words)
 
+    def forced_tokens(self, context: Any, most: int) -> list[int]:
+        """The tokens that come next whatever the model says, as far as the grammar tells.
+
+        They are the tokenizer's own for a text without another way on. The state stays as it is.
+
+        Args:
+            context: The tokens so far (n,), of the prompt and the text.
+            most: How many to return at most.
+        """
+        if self._follow(context) or self._time.is_over:
+            return []
+        forced: list[int] = self._time.spend(self._matcher.compute_ff_tokens)
+        return forced[:most]
+
     def _words_after(self, tokens: Any, vocab_size: int) -> np.ndarray | None:
-        if self._n_prompt is None:
-            self._n_prompt = len(tokens)
-        generated: Any = tokens[self._n_prompt :]
-        generated = generated.tolist() if isinstance(generated, mx.array) else list(generated)
-        if not self._time.is_over:
-            self._time.spend(lambda: self._text.follow(generated))
-        mask = self._text.mask
-        self.problem = self._find_problem()
+        self.problem = self._follow(tokens)
+        known = self._vocabulary
+        if self.problem is None:
+            mask = np.frombuffer(self._time.spend(self._matcher.compute_bitmask), np.uint32)
+            self.problem = self._error()
         if self.problem is not None:
-            mask = self._vocabulary.words(self._vocabulary.end_tokens)
-        if mask is None:
+            mask = known.words(known.end_tokens)
+        if np.array_equal(mask, known.everything):
             return None
-        # in a free text, what the tokenizer does not know is as allowed as without a mask
-        is_free = self._text.place.is_free and self.problem is None
-        further = 0xFFFFFFFF if is_free else 0
-        words = np.full(-(-vocab_size // 32), further, dtype=np.uint32)
+        words = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
         words[: len(mask)] = mask[: len(words)]
         return words
 
-    def _find_problem(self) -> str | None:
+    def _follow(self, tokens: Any) -> str | None:
+        """Brings the matcher to the end of the tokens so far, and returns what is wrong."""
+        if self._n_prompt is None:
+            self._n_prompt = len(tokens)
+        text: Any = tokens[self._n_prompt :]
+        text = text.tolist() if isinstance(text, mx.array) else list(text)
+        if (problem := self._error()) is not None:
+            return problem
+        before = self._followed
+        n_both = min(len(before), len(text))
+        shared = next((i for i in range(n_both) if before[i] != text[i]), n_both)
+        if shared < len(before):
+            self._matcher.rollback(len(before) - shared)
+        new = text[shared:]
+        n_taken = self._time.spend(lambda: self._matcher.try_consume_tokens(new)) if new else 0
+        self._followed = text[: shared + n_taken]
+        stray = new[n_taken : n_taken + 1]
+        if stray and stray[0] not in self._vocabulary.end_tokens:
+            return f"the token {stray[0]} is not allowed there"
+        return self._error()
+
+    def _error(self) -> str | None:
         if self._time.is_over:
-            return f"its masks fail, or take more than {self._time.seconds_per_mask:g} s each"
-        error = self._text.error()
-        if error is not None:
-            return error
-        stray = self._text.place.stray
-        if stray is not None and stray not in self._vocabulary.end_tokens:
-            return f"the token {stray} is not allowed there"
+            return f"its masks take more than {self._time.seconds_per_mask:g} s each"
+        if self._matcher.is_error():
+            return str(self._matcher.get_error().splitlines()[0])
         return None
 
 

@@ -1,34 +1,188 @@
 """The formats in which models write calls of tools: one for each of mlx-lm's tool parsers."""
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from keyword import kwlist
 from typing import Any
 
-from .call_format import CallFormat
-from .object_calls import (
-    FunctionGemma,
-    Gemma4,
-    JsonTools,
-    KimiK2,
-    KimiK3,
-    Mistral,
-    Pythonic,
-)
-from .tagged_calls import Glm47, Longcat, MiniCpm5, MinimaxM2, MuseSpark, Qwen3Coder
+from .call_format import CallFormat, ListedFormat, TaggedFormat, Tool
+from .gemma import Gemma
+from .lark import LarkRules, one_of
 
-FORMATS: dict[str, type[CallFormat]] = {
-    "function_gemma": FunctionGemma,
-    "gemma4": Gemma4,
-    "glm47": Glm47,
-    "json_tools": JsonTools,
-    "kimi_k2": KimiK2,
-    "kimi_k3": KimiK3,
-    "laguna": Glm47,
-    "longcat": Longcat,
-    "minicpm5": MiniCpm5,
-    "minimax_m2": MinimaxM2,
-    "mistral": Mistral,
-    "muse_spark": MuseSpark,
-    "pythonic": Pythonic,
-    "qwen3_coder": Qwen3Coder,
+_JSON_NAMES = r"[^\x00-\x1f\x7f<\[]+"
+_NAMES = r"[^\s\"'<>]+"
+_PYTHON_NAME = rf"(?!({'|'.join(kwlist)})\b)[A-Za-z_]\w*"
+
+
+@dataclass(frozen=True)
+class Mistral(CallFormat):
+    """``name[ARGS]{…}``, or a list of JSON."""
+
+    def section_of(self, tools: Sequence[Tool], rules: LarkRules, *, several: bool) -> str:
+        """A Lark expression of calls with headers, or of a list of calls."""
+        listed = super().section_of(tools, rules, several=several)
+        headed = [
+            rules.rule(f"{rules.expression(f'{tool.name}[ARGS]')} {self.arguments(tool, rules)}")
+            for tool in tools
+            if re.fullmatch(r"[\w-]+", tool.name, re.ASCII)
+        ]
+        if not headed:
+            return listed
+        call = rules.rule(one_of(headed))
+        again = f"({rules.expression(self.start)}? {call})*" if several else ""
+        return one_of([listed, f"{call} {again}"])
+
+
+_JSON_TOOLS = CallFormat(
+    start="<tool_call>",
+    end="</tool_call>",
+    call='{$_"name":$_$json_name,$_"arguments":$_$arguments$_}',
+    section="$_$calls$_",
+    names=_JSON_NAMES,
+)
+_GLM = TaggedFormat(
+    start="<tool_call>",
+    end="</tool_call>",
+    call="$name$_$arguments",
+    section="$calls$_",
+    names=r"[^\s<>{}\[\]\"'=]+",
+    opening="<arg_key>$key</arg_key>$_<arg_value>",
+    closing="</arg_value>",
+    between="$_",
+    never=("</tool_call>",),
+)
+_MINIMAX = TaggedFormat(
+    start="<minimax:tool_call>",
+    end="</minimax:tool_call>",
+    call='<invoke name="$name">$_$arguments$_</invoke>$_',
+    section="$_$calls",
+    names=_NAMES,
+    several=True,
+    opening='<parameter name="$key">',
+    closing="</parameter>",
+    between="$_",
+    keys=_NAMES,
+    never=("</invoke>", "</minimax:tool_call>"),
+    null_is_none=True,
+)
+FORMATS: dict[str, CallFormat] = {
+    "function_gemma": Gemma(
+        start="<start_function_call>",
+        end="<end_function_call>",
+        call="call:$name$arguments",
+        names=r"\w+",
+        quote="<escape>",
+        keys=r"[^:{}<,]+",
+        has_parts=False,
+        never=("}", "<end_function_call>"),
+    ),
+    "gemma4": Gemma(
+        start="<|tool_call>",
+        end="<tool_call|>",
+        call="call:$name$arguments",
+        names=r"[\w-]+",
+        quote='<|"|>',
+        never=("<tool_call|>",),
+    ),
+    "glm47": _GLM,
+    "json_tools": CallFormat(
+        start="<tool_call>",
+        end="</tool_call>",
+        call='{$_"name":$_$json_name,$_"arguments":$_$arguments$_}',
+        section="$_$calls$_",
+        names=_JSON_NAMES,
+    ),
+    "kimi_k2": CallFormat(
+        start="<|tool_calls_section_begin|>",
+        end="<|tool_calls_section_end|>",
+        call="<|tool_call_begin|>functions.$name:$number<|tool_call_argument_begin|>$arguments"
+        "<|tool_call_end|>",
+        several=True,
+    ),
+    "kimi_k3": TaggedFormat(
+        start="<|open|>tools<|sep|>",
+        end="<|close|>tools<|sep|>",
+        call='<|open|>call tool="$name" index="$number"<|sep|>$arguments<|close|>call<|sep|>',
+        names=r"[^\s\"<>&|]+",
+        several=True,
+        opening='<|open|>argument key="$key" type="$kind"<|sep|>',
+        closing="<|close|>argument<|sep|>",
+        keys=r"[^\s\"<>&|]+",
+        never=("<|open|>", "<|close|>", "<|sep|>"),
+        trims=False,
+    ),
+    "laguna": _GLM,
+    "longcat": replace(
+        _GLM,
+        start="<longcat_tool_call>",
+        end="</longcat_tool_call>",
+        opening="<longcat_arg_key>$key</longcat_arg_key>$_<longcat_arg_value>",
+        closing="</longcat_arg_value>",
+        empty='{"name": $json_name, "arguments": {}}',
+        never=("</longcat_tool_call>",),
+    ),
+    "minicpm5": TaggedFormat(
+        start="<function name=",
+        end="</function>",
+        call='"$name">$_$arguments',
+        section="$calls$_",
+        names=_NAMES,
+        opening='<param name="$key">',
+        closing="</param>",
+        between="$_",
+        keys=_NAMES,
+        never=("</function>", "<![CDATA["),
+        null_is_none=True,
+    ),
+    "minimax_m2": _MINIMAX,
+    "mistral": Mistral(
+        start="[TOOL_CALLS]",
+        end="",
+        call='{$_"name":$_$json_name,$_"arguments":$_$arguments$id$_}',
+        section="$_[$_$calls$_]",
+        names=_JSON_NAMES,
+        several=True,
+        comma=",$_",
+    ),
+    # its parser reads JSON also where a string is meant
+    "muse_spark": ListedFormat(
+        start="<atem:function_calls>",
+        end="</atem:function_calls>",
+        call='<atem:invoke name="$name">$_$arguments$_</atem:invoke>$_',
+        section="$_$calls",
+        names=_NAMES,
+        several=True,
+        opening='<atem:parameter name="$key">',
+        closing="</atem:parameter>",
+        between="$_",
+        keys=_NAMES,
+    ),
+    "pythonic": ListedFormat(
+        start="<|tool_call_start|>",
+        end="<|tool_call_end|>",
+        call="$name($arguments)",
+        section="[$calls]",
+        names=rf"{_PYTHON_NAME}(\.{_PYTHON_NAME})*",
+        several=True,
+        comma=",$_",
+        between=",$_",
+        keys=_PYTHON_NAME,
+    ),
+    "qwen3_coder": TaggedFormat(
+        start="<tool_call>",
+        end="</tool_call>",
+        call="<function=$name>\n$arguments$line</function>",
+        section="$line$calls$line",
+        names=r"[^\s<>]+",
+        opening="<parameter=$key>\n",
+        closing="\n</parameter>",
+        between="\n",
+        keys=r"[^\s<>]+",
+        never=("</parameter>", "</function>", "</tool_call>"),
+        trims=False,
+        null_is_none=True,
+    ),
 }
 
 

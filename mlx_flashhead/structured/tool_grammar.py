@@ -1,16 +1,34 @@
 """The grammar of a model's calls, in the format of its chat template."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from .call_format import Tool
-from .dialects import FormatMarks
-from .grammar import Grammar, ToolCalls
-from .lark import literal
+from .call_format import CallFormat, Tool, calling
+from .grammar import first_problem, sentence
+from .lark import LarkRules
 from .tool_formats import FORMATS, format_name_of
 from .vocabulary import Vocabulary, vocabulary_of
+
+_TOKEN = re.compile(r"<\[\d+\]>")  # of a special token, in a grammar
+
+
+@dataclass(frozen=True)
+class ToolCalls:
+    """What calls of tools look like.
+
+    Attributes:
+        start: The mark that begins a section of calls.
+        source: The rest of a section, one of llguidance's grammars, as JSON.
+        goes_on: Whether text, or another section, may follow a section.
+    """
+
+    start: str
+    source: str
+    goes_on: bool
 
 
 def tool_calls(
@@ -38,35 +56,55 @@ def tool_calls(
 @lru_cache(16)
 def _calls(format_name: str, vocabulary: Vocabulary, tools: str, several: bool) -> ToolCalls:
     """The calls of tools, whose names and parameters are JSON: a client sends the same again."""
-    call_format = FORMATS[format_name](FormatMarks(vocabulary.special))
+    call_format = FORMATS[format_name]
     read = [Tool(name, parameters) for name, parameters in json.loads(tools)]
-    section = call_format.section(read, several=several)
-    start = call_format.start
-    # the mark at the beginning is plain text here: whoever follows the text has seen it
-    one = call_format.rules.text(f"{literal(start)} {section}")
-    # without forcing, which allows one way alone to cut what must follow into tokens
-    one = '%llguidance {"no_forcing": true}\n' + one
-    again = "(PADDING? section)*" if several and call_format.end else ""
-    many = call_format.rules.text(f"PADDING? section {again}")
-    first = call_format.marks.expression(start)
-    many += f"section: {first} {section}\nPADDING: /[ \\n]{{1,3}}/\n"
-    return ToolCalls(
-        start=start,
-        section=Grammar.from_rules(one),
-        only=Grammar.from_rules(many),
-        several=several,
-        is_closed=bool(call_format.end),
-    )
+    schemas = []
+    for tool in read:
+        with calling(tool.name):
+            schemas.append(json.dumps({"json_schema": tool.schema}))
+    _check(read, schemas)  # what is no schema is not taken apart
+    rules = LarkRules(vocabulary.special)
+    section = call_format.section_of(read, rules, several=several)
+    mark = rules.expression(call_format.start)
+    whole = _without_tokens(rules.text(f"{mark} {section}"))
+    if first_problem([whole]) is not None:
+        _check(read, [_call_alone(call_format, tool) for tool in read])
+        _check([], [whole])
+    source = json.dumps({"name": "calls", "lark_grammar": rules.text(section)})
+    return ToolCalls(call_format.start, source, goes_on=several and bool(call_format.end))
+
+
+def _check(tools: Sequence[Tool], sources: Sequence[str]) -> None:
+    """Raises a ValueError if a grammar is wrong, with the name of its tool."""
+    problem = first_problem(sources)
+    if problem is None:
+        return
+    number, text = problem
+    if not 0 <= number < len(tools):
+        raise ValueError(f"The tools are too much for a grammar: {sentence(text)}.")
+    with calling(tools[number].name):
+        raise ValueError(sentence(text))
+
+
+def _call_alone(call_format: CallFormat, tool: Tool) -> str:
+    rules = LarkRules({})
+    return _without_tokens(rules.text(call_format.rule_of(tool, rules)))
+
+
+def _without_tokens(lark: str) -> str:
+    """A grammar for the check, which has no tokens but bytes."""
+    return json.dumps({"lark_grammar": _TOKEN.sub('"token"', lark)})
 
 
 def tools_for_parser(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The tools with types that mlx-lm's parser reads: it knows neither references nor unions."""
-    call_format = FORMATS[format_name_of(tokenizer)](FormatMarks({}))
+    call_format = FORMATS[format_name_of(tokenizer)]
     views = []
     for tool in tools:
-        parameters = call_format.view(Tool(*_tool(tool)))
-        function = {**tool["function"], "parameters": parameters}
-        views.append({"type": "function", "function": function})
+        name, parameters = _tool(tool)
+        with calling(name):
+            view = call_format.view(Tool(name, parameters))
+        views.append({"type": "function", "function": {**tool["function"], "parameters": view}})
     return views
 
 

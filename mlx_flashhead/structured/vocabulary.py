@@ -1,7 +1,6 @@
-"""A tokenizer as grammars see it: the bytes of each token, and where a mark is completed."""
+"""A tokenizer as grammars see it."""
 
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any
@@ -25,14 +24,14 @@ class Vocabulary:
 
     Args:
         tokenizer: mlx-lm's or Hugging Face's tokenizer.
+        end_tokens: Those that end a text.
 
     Attributes:
         tokens: llguidance's form of them.
         end_tokens: Those that end a text.
         size: The number of tokens.
         special: The numbers of tokens that no plain text becomes, by their texts.
-        matchers: Matchers to be copied, each by its grammar and limit.
-        wrong_tokens: Of a grammar of calls, the tokens that complete its mark and go on wrongly.
+        matchers: Matchers to be copied, each by its grammars.
 
     Raises:
         ValueError: If llguidance is not installed or cannot read the tokenizer.
@@ -49,118 +48,36 @@ class Vocabulary:
         self.special: Mapping[str, int] = {
             text: token for text, token in added.items() if is_special(token)
         }
-        self._marks: dict[str, Mark] = {}
-        self.matchers: dict[tuple[str, int], Any] = {}  # that have followed nothing, by grammar
-        self.wrong_tokens: dict[str, dict[int, list[int]]] = {}
-
-    def mark(self, text: str) -> "Mark":
-        """Returns the mark with a text, which is made once."""
-        if text not in self._marks:
-            self._marks[text] = Mark(self, text)
-        return self._marks[text]
+        self.matchers: dict[str, Any] = {}
 
     def text_of(self, token: int) -> bytes:
-        """The bytes of a token; none of one that the tokenizer does not have."""
-        return self.tokens.decode_bytes([token]) if token < self.size else b""
+        """The bytes of a token."""
+        text: bytes = self.tokens.decode_bytes([token])
+        return text
 
     @cached_property
-    def texts(self) -> list[bytes]:
-        """The bytes of each token, in the order of their numbers."""
-        decode = self.tokens.decode_bytes
-        return [decode([token]) for token in range(self.size)]
-
-    def beginning_with(self, prefix: bytes) -> Iterator[int]:
-        """The tokens whose bytes begin with a prefix."""
-        order = self._order
-        texts = self.texts
-        at = bisect_left(order, prefix, key=texts.__getitem__)
-        while at < len(order) and texts[order[at]].startswith(prefix):
-            yield order[at]
-            at += 1
+    def other_than_text(self) -> list[int]:
+        """The tokens that are no text by themselves: special ones, and parts of characters."""
+        tokens = range(self.size)
+        return [token for token in tokens if not self._is_text(token)]
 
     @cached_property
-    def _order(self) -> list[int]:
-        """All tokens, in the order of their bytes."""
-        return sorted(range(self.size), key=self.texts.__getitem__)
+    def everything(self) -> np.ndarray:
+        """The mask that allows all tokens, (⌈V/32⌉,) uint32."""
+        return self.words(range(self.size))
 
-    def words(self, tokens: Any) -> np.ndarray:
+    def words(self, tokens: Iterable[int]) -> np.ndarray:
         """A mask of tokens as ``compute_bitmask`` returns one: (⌈V/32⌉,) uint32."""
         bits = np.zeros(-(-self.size // 32) * 32, dtype=bool)
         bits[list(tokens)] = True
         return np.packbits(bits, bitorder="little").view(np.uint32)
 
-
-class Mark:
-    """A text that a sequence of tokens may complete, in whatever parts.
-
-    How far a sequence has come is a number of bytes: of the longest beginning of the mark that it
-    ends with.
-    """
-
-    def __init__(self, vocabulary: Vocabulary, text: str):
-        self.text = text
-        self._bytes = text.encode()
-        self._vocabulary = vocabulary
-        # for each beginning, the length of the longest shorter beginning that it ends with
-        self._shorter = [0, 0]
-        for length in range(1, len(self._bytes)):
-            known = self._shorter[length]
-            while known and self._bytes[known] != self._bytes[length]:
-                known = self._shorter[known]
-            self._shorter.append(known + (self._bytes[known] == self._bytes[length]))
-        self._overshooting: dict[int, list[tuple[int, int]]] = {}
-        self._completing: dict[int, np.ndarray] = {}
-
-    def advance(self, length: int, text: bytes) -> tuple[int, int | None]:
-        """Goes on from a number of the mark's bytes.
-
-        Returns:
-            The number after ``text``, and where in it the mark is complete for the first time,
-            which is the end of a token's effect.
-        """
-        for at, byte in enumerate(text):
-            while length and self._bytes[length] != byte:
-                length = self._shorter[length]
-            length += self._bytes[length] == byte
-            if length == len(self._bytes):
-                return 0, at + 1
-        return length, None
-
-    def overshooting(self, length: int) -> list[tuple[int, int]]:
-        """Finds the tokens that complete the mark and go on.
-
-        Returns:
-            Each token with the number of the mark's bytes before it; -1 where the mark begins
-            within the token, after other text.
-        """
-        if length not in self._overshooting:
-            texts = self._vocabulary.texts
-            found = []
-            for token in self._tokens_completing(length):
-                _, end = self.advance(length, texts[token])
-                if end is not None and end < len(texts[token]):
-                    found.append((token, max(-1, len(self._bytes) - end)))
-            self._overshooting[length] = found
-        return self._overshooting[length]
-
-    def completing(self, length: int) -> np.ndarray:
-        """A mask of the tokens that complete the mark: (⌈V/32⌉,) uint32."""
-        if length not in self._completing:
-            self._completing[length] = self._vocabulary.words(self._tokens_completing(length))
-        return self._completing[length]
-
-    def _tokens_completing(self, length: int) -> set[int]:
-        tokens = {*self._containing}
-        while True:
-            tokens |= {*self._vocabulary.beginning_with(self._bytes[length:])}
-            if not length:
-                return tokens
-            length = self._shorter[length]
-
-    @cached_property
-    def _containing(self) -> list[int]:
-        texts = self._vocabulary.texts
-        return [token for token, text in enumerate(texts) if self._bytes in text]
+    def _is_text(self, token: int) -> bool:
+        try:
+            self.text_of(token).decode()
+        except UnicodeDecodeError:
+            return False
+        return not self.tokens.is_special_token(token)
 
 
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
@@ -172,8 +89,8 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     Raises:
         ValueError: If llguidance is not installed or cannot read the tokenizer.
     """
-    ends = getattr(tokenizer, "eos_token_ids", None) or [tokenizer.eos_token_id]
     inner = getattr(tokenizer, "_tokenizer", tokenizer)  # within mlx-lm's
+    ends = {tokenizer.eos_token_id} if inner is tokenizer else tokenizer.eos_token_ids
     return _vocabulary(inner, tuple(sorted(ends)))
 
 

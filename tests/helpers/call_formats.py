@@ -127,7 +127,7 @@ NESTED = [
         of(
             ["points"],
             points={"type": "array", "items": {"$ref": "#/$defs/point"}, "minItems": 1},
-            tags={"type": "array", "items": {"enum": ["a", "b", 3]}, "uniqueItems": True},
+            tags={"type": "array", "items": {"enum": ["a", "b", 3]}, "uniqueItems": False},
             style={"type": "object", "additionalProperties": {"type": "string"}},
             anything={},
             shape={"$ref": "#/$defs/shape"},

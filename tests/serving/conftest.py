@@ -20,12 +20,6 @@ CALL = '{"name": "weather", "arguments": {"city": "Rome", "limit": 5}}'
 WORDS = ("<tool_call>", CALL, "</tool_call>", " one", " two", " three", " four")
 
 
-@pytest.fixture(autouse=True)
-def _masks_come_in_time(monkeypatch):
-    """On a busy machine, too."""
-    monkeypatch.setattr("mlx_flashhead.structured.matchers.MASK_SECONDS", 20.0)
-
-
 @pytest.fixture(scope="session")
 def scripted():
     """Port and script of a server whose answers a test writes."""

@@ -52,8 +52,7 @@ def chosen(served, **fields):
     tools = checked(served, {"messages": MESSAGES, "tools": TOOLS} | fields).tools
     if tools.calls is None:
         return None
-    text = tools.calls.section.compiled
-    names = [name for name in SCHEMAS if f'\\"{name}\\"' in text]
+    names = [name for name in SCHEMAS if name in tools.calls.source]
     return names, tools.required
 
 
@@ -85,7 +84,7 @@ def test_a_choice_says_which_tools_may_be_called(random):
         ({"tools": [], "tool_choice": "required"}, "there are no tools"),
         ({"tools": [PING, PING]}, r"tools\[1\] has the name of another tool"),
         ({"tools": [tool("f", 5)]}, "must be a JSON schema"),
-        ({"tools": [tool("f", {"properties": 5})]}, "'f' cannot be called: .* no JSON schema"),
+        ({"tools": [tool("f", {"properties": 5})]}, "'f' cannot be called: properties must be"),
         ({"tools": [tool("f", {"properties": {"a": {"not": {}}}})]}, "'f'.*\"not\" is not supp"),
         ({"tools": [tool("f", {"description": "a" * 400_000})]}, "longer than 400,000 characters"),
     ],

@@ -102,6 +102,11 @@ def test_masks_follow_the_tokens_back_and_forth():
     assert allowed(other, text[:9]) == expected[9]
 
 
+def everything_but_the_end(tokenizer):
+    """What a thought may go on with where a call must come after it."""
+    return {*range(len(tokenizer))} - {EOS}
+
+
 def test_a_required_call_is_first_but_for_a_thought():
     tokenizer = tokenizer_of("json_tools")
     mark, *_ = ids(tokenizer, "<tool_call>")
@@ -113,27 +118,25 @@ def test_a_required_call_is_first_but_for_a_thought():
     thought = processor_of(tokenizer, required=True, thought=("[T]", "[/T]"))
     assert {mark, *ids(tokenizer, "[")} <= allowed(thought, [])
     begun = ids(tokenizer, "[T]Hm")
-    assert allowed(thought, begun) is None
+    assert allowed(thought, begun) == everything_but_the_end(tokenizer)
     thought_over = [*begun, *ids(tokenizer, "[/T]")]
     assert mark in allowed(thought, thought_over) <= {mark} | space
     # a thought that the prompt begins; a call within it is one, as mlx-lm has it
     end = ids(tokenizer, "[/T]")
     begun_by_prompt = processor_of(tokenizer, required=True, after=end)
-    assert allowed(begun_by_prompt, ids(tokenizer, "Hm")) is None
+    assert allowed(begun_by_prompt, ids(tokenizer, "Hm")) == everything_but_the_end(tokenizer)
     assert mark in allowed(begun_by_prompt, [*ids(tokenizer, "Hm"), *end]) <= {mark} | space
     assert len(allowed(begun_by_prompt, ids(tokenizer, "Hm<tool_call>"))) < 20
 
 
-def test_a_form_beside_calls_holds_no_mark_of_a_call():
+def test_a_form_beside_calls(monkeypatch):
     tokenizer = tokenizer_of("json_tools", plain=True)
     grammar = Grammar.from_json_schema({"type": "array", "items": {"type": "string"}})
     processor = processor_of(tokenizer, grammar=grammar)
-    first = allowed(processor, [])
-    assert {*ids(tokenizer, "[", "<")} <= first
-    inside = ids(tokenizer, '["<tool_call')
-    assert not {*ids(tokenizer, ">", '>"', ">\n")} & allowed(processor, inside)
-    assert {*ids(tokenizer, "<", '"')} <= allowed(processor, inside)
+    assert {*ids(tokenizer, "[", "<")} <= allowed(processor, [])
+    assert {*ids(tokenizer, "<", '"')} <= allowed(processor, ids(tokenizer, '["<'))
     assert allowed(processor, ids(tokenizer, '["a"]')) == {EOS}
+    assert EOS in allowed(processor, ids(tokenizer, MARKED))
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -161,15 +164,48 @@ def test_the_text_is_that_of_plain_mlx_lm(temperature):
     assert text(generate, flash) == expected
 
 
-def test_the_first_mask_of_a_free_text_comes_in_time(monkeypatch):
-    """What takes long is found when a processor is made, not while others wait for a mask."""
-    monkeypatch.setattr("mlx_flashhead.structured.matchers.MASK_SECONDS", 5.0)
-    tokenizer = tokenizer_of("json_tools")
-    processor = processor_of(tokenizer, seconds_per_mask=1.0)
-    vocabulary = processor._vocabulary
-    # a mask that looks at all tokens would fail
-    monkeypatch.setattr(type(vocabulary), "beginning_with", None)
-    monkeypatch.setitem(vars(vocabulary), "texts", None)
-    for text in ("a", "<", "<tool", "<tool_call", "<tool_call>", MARKED, MARKED + "b"):
-        allowed(processor, ids(tokenizer, text))
+@pytest.mark.parametrize("parser", ["json_tools", "kimi_k3"])
+def test_a_free_text_may_have_any_tokens(parser):
+    """Parts of characters, and special tokens but the mark of a call, also where it begins."""
+    tokenizer = tokenizer_of(parser)
+    processor = processor_of(tokenizer)
+    begun = {"json_tools": "<tool_", "kimi_k3": "<|open|>"}[parser]
+    for text in ("\xc3", "\xa9\xa9", "\xc3a", "a", "<s>", begun, begun + "x"):
+        tokens = [token for byte in text for token in ids(tokenizer, byte)]
+        tokens = ids(tokenizer, text) if text.isascii() else tokens
+        assert allowed(processor, tokens) is None, text
         assert processor.problem is None
+
+
+def forced(processor, tokens, most=99):
+    before = allowed(processor, tokens)
+    found = processor.forced_tokens([0, *tokens], most)
+    assert allowed(processor, tokens) == before  # the state is as it was
+    return found
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["token", "text"])
+def test_forced_tokens_are_those_that_the_masks_allow(plain):
+    tokenizer = tokenizer_of("json_tools", plain=plain)
+    ping = tool("a_tool_with_a_long_name", of(["number_of_times"], number_of_times={"const": 12}))
+    processor = processor_of(tokenizer, [ping], required=True)
+    tokens = ids(tokenizer, "<tool_call>")
+    n_forced = 0
+    while EOS not in allowed(processor, tokens):
+        guessed = forced(processor, tokens)
+        assert guessed == forced(processor, tokens, 3) + guessed[3:]
+        for token in guessed:
+            assert allowed(processor, tokens) == {token}
+            tokens.append(token)
+        n_forced += len(guessed)
+        if not guessed:
+            rest = (
+                '{"name":"a_tool_with_a_long_name","arguments":{"number_of_times":12}}</tool_call>'
+            )
+            following = allowed(processor, tokens)
+            assert len(following) > 1
+            tokens.append(next(token for token in ids(tokenizer, rest) if token in following))
+    assert n_forced > 30 and forced(processor, tokens) == []
+    assert forced(processor_of(tokenizer, [ping]), ids(tokenizer, "Well")) == []
+    stray = [*ids(tokenizer, "<tool_call>"), *ids(tokenizer, "x")]
+    assert forced(processor, stray) == []

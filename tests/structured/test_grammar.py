@@ -5,7 +5,6 @@ from functools import reduce
 
 import pytest
 
-from mlx_flashhead.structured import grammar
 from mlx_flashhead.structured.grammar import Grammar, llguidance
 
 
@@ -29,8 +28,7 @@ def test_grammars_of_the_greatest_size_are_followed():
 
 
 @pytest.mark.parametrize("of_terminals", [False, True])
-def test_a_grammar_that_ends_the_process_of_llguidance_is_refused(monkeypatch, of_terminals):
-    monkeypatch.setattr(grammar, "MAX_RULES", 10**6)
+def test_a_grammar_that_ends_the_process_of_llguidance_is_refused(of_terminals):
     text = chain(10_000).replace(": r", ': "b" r')
     text = text.replace("r", "R").replace("staRt", "start") if of_terminals else text
     for _ in range(2):  # also if it comes again
@@ -52,7 +50,7 @@ SCHEMA, REGEX, LARK = Grammar.from_json_schema, Grammar.from_regex, Grammar.from
         (SCHEMA, {"items": {"$ref": "#/$defs/x"}}, "does not exist"),
         (SCHEMA, nested(450), "recursion"),
         (SCHEMA, nested(5000), "maximum recursion depth"),
-        (SCHEMA, references(2600), "2,601 rules and references, and at most 1,000 are followed"),
+        (SCHEMA, references(2600), "is too complex for the library that reads it: simplify it"),
         (SCHEMA, [], "must be an object"),
         (REGEX, "a(b", "unclosed group"),
         (REGEX, "(?=a)b", "look-around"),
@@ -64,7 +62,7 @@ SCHEMA, REGEX, LARK = Grammar.from_json_schema, Grammar.from_regex, Grammar.from
         (LARK, 'start: "a"\nb: (', "line 2"),
         (LARK, 'x: "a"', "no start rule"),
         (LARK, " ", "must be a text"),
-        (LARK, chain(2800), "has 2,802 rules and references, and at most 1,000"),
+        (LARK, chain(2800), "is too complex for the library that reads it: simplify it"),
     ],
     ids=range(21),
 )

@@ -1,39 +1,48 @@
 """Calls of tools: whatever a grammar allows, mlx-lm's parser reads, and it follows its schema."""
 
 import random
+from itertools import product
 
 import jsonschema
-import mlx.core as mx
 import numpy as np
 import pytest
 
 from call_formats import NESTED, PARSERS, SIMPLE, of, tokenizer_of, tool
 from mlx_flashhead.models.compat.mlx_lm import TextStateMachine, make_text_state_machine
+from mlx_flashhead.structured.call_format import TaggedFormat
+from mlx_flashhead.structured.gemma import Gemma
 from mlx_flashhead.structured.processor import GrammarProcessor
+from mlx_flashhead.structured.tool_formats import FORMATS
 from mlx_flashhead.structured.tool_grammar import tool_calls, tools_for_parser
 
 EOS = 1
 # What a text may try to end with, wherever it is.
+JSON_ENDINGS = ('"', '"}', '"}}', "null", "}", "]")
 ENDINGS = (
-    *('"', '"}', '"}}', "null", "</parameter>", "\n</parameter>\n", "</function>", "</param>"),
+    *JSON_ENDINGS,
+    *("</parameter>", "\n</parameter>\n", "</function>", "</param>"),
     *("]]></param>", "</invoke>", "</tool_call>", "<escape>", '<|"|>', '<|"|>}', "<tool_call|>"),
     *("</arg_value>", "</longcat_arg_value>", "</longcat_tool_call>", "</atem:parameter>"),
     *("</atem:invoke>", "</atem:function_calls>", "</minimax:tool_call>", "<end_function_call>"),
     *("<|close|>argument<|sep|>", "<|close|>call<|sep|>", "<|close|>tools<|sep|>"),
     *("<|tool_call_end|>", "<|tool_calls_section_end|>", ")]<|tool_call_end|>"),
 )
+# Tools whose strings stand as they are in a format that has such ones.
+OF_TEXTS = ("get_weather", "note")
 
 
 class Walk:
     """A text of random tokens, each of which a processor allows."""
 
-    def __init__(self, tokenizer, processor, seed):
+    def __init__(self, tokenizer, processor, seed, endings=JSON_ENDINGS):
         self.tokens = []
+        self._endings = endings
         self._tokenizer = tokenizer
         self._processor = processor
         self._random = random.Random(seed)
         self._ending = []
         self._processor.begin()
+        self._processor.allowed_words([0])  # the prompt
 
     def go(self, most=400):
         """Adds tokens until the end, or as many; whether it has ended."""
@@ -48,7 +57,7 @@ class Walk:
         if EOS in tokens and self._random.random() < 0.7:
             return EOS
         if not self._ending and self._random.random() < 0.2:
-            text = self._random.choice(ENDINGS)
+            text = self._random.choice(self._endings)
             self._ending = self._tokenizer.encode(text, add_special_tokens=False)
         if self._ending and self._ending[0] in tokens:
             return self._ending.pop(0)
@@ -62,14 +71,11 @@ class Walk:
 
 def allowed(processor, tokens):
     """The tokens that may follow, in order; an assertion that the grammar is followed."""
-    size = len(processor._vocabulary.texts)
-    if processor._n_prompt is None:
-        processor(mx.array(tokens[:1]), mx.zeros((1, size)))
-    words = processor._words_after(tokens, size)
+    words = processor.allowed_words(tokens)
     assert processor.problem is None
     if words is None:
-        return list(range(size))
-    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+        return list(range(processor._vocabulary.size))
+    bits = np.unpackbits(np.array(words).view(np.uint8), bitorder="little")
     return np.flatnonzero(bits).tolist()
 
 
@@ -98,18 +104,21 @@ def test_random_calls_are_valid(parser, plain):
     tokenizer = tokenizer_of(parser, plain=plain)
     tools = SIMPLE if parser == "function_gemma" else NESTED
     schemas = {each["function"]["name"]: each["function"]["parameters"] for each in tools}
-    n_calls = 0
-    for name, schema in schemas.items():
+    has_texts = isinstance(FORMATS[parser], TaggedFormat | Gemma)
+    called = set()
+    for (name, schema), seed in product(schemas.items(), range(3)):
         only = [each for each in tools if each["function"]["name"] == name]
         calls = tool_calls(tokenizer, only, several=False)
-        walk = Walk(tokenizer, GrammarProcessor(tokenizer, calls=calls, required=True), 0)
+        endings = ENDINGS if has_texts and name in OF_TEXTS else JSON_ENDINGS
+        processor = GrammarProcessor(tokenizer, calls=calls, required=True)
+        walk = Walk(tokenizer, processor, seed, endings)
         if not walk.go():
             continue
         (call,), content = calls_in(tokenizer, walk.text, tools)
         assert call["name"] == name and not content.strip()
         jsonschema.validate(call["arguments"], schema)
-        n_calls += 1
-    assert n_calls >= 2
+        called.add(name)
+    assert len(called) >= 4
 
 
 @pytest.mark.parametrize("parser", PARSERS)
@@ -131,10 +140,10 @@ def test_a_mark_that_is_spelled_out_begins_a_call_too(parser):
 @pytest.mark.parametrize("parser", PARSERS)
 def test_sections_of_several_calls(parser):
     tokenizer = tokenizer_of(parser)
-    pair = [tool("ping"), tool("pong", of(["n"], n={"type": "integer", "maximum": 9}))]
+    pair = [tool("ping", of()), tool("pong", of(["n"], n={"type": "integer", "maximum": 9}))]
     calls = tool_calls(tokenizer, pair)
     numbers = set()
-    for seed in range(8):
+    for seed in range(16):
         walk = Walk(tokenizer, GrammarProcessor(tokenizer, calls=calls, required=True), seed)
         if not walk.go():
             continue

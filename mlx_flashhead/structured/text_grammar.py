@@ -1,0 +1,121 @@
+"""What a whole text may be: free text with calls of tools, a form, and a thought before it."""
+
+import json
+from collections.abc import Sequence
+
+from .grammar import Grammar, top_level
+from .lark import LarkRules, one_of, quoted
+from .tool_grammar import ToolCalls
+from .vocabulary import Vocabulary
+
+
+def text_grammar(
+    vocabulary: Vocabulary,
+    form: Grammar | None,
+    calls: ToolCalls | None,
+    *,
+    required: bool = False,
+    thought: tuple[str, str] | None = None,
+) -> str:
+    """Makes the grammars of a text for llguidance, as JSON.
+
+    Without a form, and where no call is required, the text is free between its calls. Otherwise it
+    is in the form, or has calls and nothing else. In a thought before that a call may come, too.
+
+    Args:
+        vocabulary: The tokens.
+        form: What the whole text follows.
+        calls: What calls look like.
+        required: Whether the text must be a call.
+        thought: The marks of a thought that may come first. It must come if the first mark is
+            empty: the prompt has begun it.
+    """
+    sources = [each.source for each in (form, calls) if each is not None]
+    if calls is None and thought is None:
+        return top_level(*sources)
+    rules = LarkRules(vocabulary.special)
+    if calls is not None and form is None and not required:
+        start = _free_text_with_calls(FreeText(vocabulary, rules, [calls.start]), calls)
+    else:
+        start = _text_in_form(vocabulary, rules, form, calls, thought)
+    return top_level(json.dumps({"lark_grammar": rules.text(start)}), *sources)
+
+
+def _free_text_with_calls(free: "FreeText", calls: ToolCalls) -> str:
+    section = f"{free.until(calls.start)} @calls"
+    return f"({section})* {free.text}" if calls.goes_on else f"{section} | {free.text}"
+
+
+def _text_in_form(
+    vocabulary: Vocabulary,
+    rules: LarkRules,
+    form: Grammar | None,
+    calls: ToolCalls | None,
+    thought: tuple[str, str] | None,
+) -> str:
+    """A Lark expression of a form, or of calls and nothing else, perhaps after a thought."""
+    bodies = [] if form is None else ["@form"]
+    further = ""
+    if calls is not None:
+        section = f"PADDING? {rules.expression(calls.start)} @calls"
+        further = f"({section})*" if calls.goes_on else ""
+        bodies.append(f"{section} {further}")
+    body = one_of(bodies)
+    if thought is None:
+        return body
+    begin, end = thought
+    opening = f"PADDING? {rules.expression(begin)}" if begin else ""
+    free = FreeText(vocabulary, rules, [end] if calls is None else [end, calls.start])
+    texts = [f"{opening} {free.until(end)} {body}"]
+    if calls is not None:
+        texts.append(f"{opening} {free.until(calls.start)} @calls {further}")
+    return one_of([body, *texts] if begin else texts)
+
+
+class FreeText:
+    """Free text, in which marks are known in whatever tokens they are written.
+
+    Args:
+        vocabulary: The tokens.
+        rules: Where the rules go.
+        marks: Marks that do not occur in the text.
+
+    Attributes:
+        text: A Lark expression of it.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, rules: LarkRules, marks: Sequence[str]):
+        self._rules = rules
+        any_text = rules.terminal("/(?s:.*)/")
+        rests: dict[int, list[str]] = {}  # of the marks that begin with a special token
+        for mark in marks:
+            first, *rest = rules.parts(mark)
+            if first in rules.special:
+                rests.setdefault(rules.special[first], []).append("".join(rest[:1]))
+        marking = {*vocabulary.end_tokens, *rests}
+        others = [token for token in vocabulary.other_than_text if token not in marking]
+        parts = [f"<[{_ranges(others)}]> {any_text}?"] if others else []
+        for token, texts in rests.items():
+            if all(texts):  # such a token may come, if the rest of the mark does not
+                unlike = "|".join(map(quoted, texts))
+                parts.append(f"<[{token}]> {rules.terminal(any_text, f'~/({unlike})/')}?")
+        self.text = f"{any_text}? ({one_of(parts)})*" if parts else f"{any_text}?"
+
+    def until(self, mark: str) -> str:
+        """A Lark expression of the text and one of the marks."""
+        rules = self._rules
+        endings = [rules.lazy(f"(?s:.*){quoted(mark)}")]
+        if rules.parts(mark)[0] in rules.special:
+            endings.append(rules.expression(mark))
+        return f"{self.text} {one_of(endings)}"
+
+
+def _ranges(tokens: Sequence[int]) -> str:
+    """Ascending numbers as llguidance takes them: ``3-5,7``."""
+    ranges: list[list[int]] = []
+    for token in tokens:
+        if ranges and ranges[-1][1] == token - 1:
+            ranges[-1][1] = token
+        else:
+            ranges.append([token, token])
+    return ",".join(f"{first}-{last}" for first, last in ranges)
