@@ -3,7 +3,7 @@
     python scripts/figures/apple_estimates.py            # prints the tables and the fit's errors
     python scripts/figures/apple_estimates.py --write    # puts them into the pages
 
-`step_times.py` says how a step's time is estimated.
+`step_times.py` says how a step's time is estimated, and `wide_times.py` that of several tokens.
 """
 
 from textwrap import wrap
@@ -14,6 +14,7 @@ from mlx_flashhead.common.arguments import Parser
 from mlx_flashhead.common.command import command
 from pages import CHECKOUT, line, with_block
 from step_times import (
+    PAYS,
     ceiling,
     chips,
     constants,
@@ -26,6 +27,7 @@ from step_times import (
     rows,
     sampled_gains,
 )
+from wide_times import WIDTHS, cost, lookup_gain
 
 CHIPS = ("m1", "m2", "m4", "m5", "m4-pro", "m4-max", "m3-ultra")
 README_CHIPS = ("m4", "m5", "m4-pro", "m4-max", "m5-max")
@@ -39,8 +41,9 @@ MODELS = (
     *("qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "llama-3.2-1b", "llama-3.1-8b", "minicpm5-1b"),
     *("lfm2.5-1.2b", "lfm2.5-2.6b", "smollm2", *EXPERTS),
 )
+REPEATS = (*README_MODELS[:3], "llama-3.1-8b", *README_MODELS[3:])  # and a large one
+COSTS = ("gemma-3-4b", "llama-3.1-8b", "gemma-4-26b-a4b")
 FINER = tuple(model for model in MODELS if model not in ("llama-3.1-8b", "gpt-oss-20b"))
-PAYS = 1.03  # below, a model stays dense
 
 
 def shown(value: float) -> str:
@@ -125,11 +128,43 @@ def finer_head() -> list[str]:
     return lines
 
 
+def repeats() -> list[str]:
+    """Answers that repeat their prompt, with prompt lookup."""
+    lines = table("model", "head")
+    for model in REPEATS:
+        for head in (4, 8):
+            name = models()[model].name if head == 4 else ""
+            gains = (f"{lookup_gain(model, chip, head):.2f}" for chip in CHIPS)
+            lines.append(line(name, f"{head} bits", *gains))
+    return lines
+
+
+def readme_repeats() -> list[str]:
+    """The same for the models of the README, with heads of 4 bits."""
+    lines = table("model", chips=README_CHIPS)
+    for model in README_MODELS:
+        gains = (f"{lookup_gain(model, chip, 4):.2f}" for chip in README_CHIPS)
+        lines.append(line(models()[model].name, *gains))
+    return lines
+
+
+def wide_costs() -> list[str]:
+    """A wide step relative to a single one, for each number of its tokens."""
+    lines = table("model, 4 bits")
+    for model in COSTS:
+        costs = (" / ".join(f"{cost(model, chip, 4, n):.2f}" for n in WIDTHS) for chip in CHIPS)
+        lines.append(line(models()[model].name, *costs))
+    return lines
+
+
 BLOCKS = {  # page and marker: lines
     ("docs/speed.md", "estimates"): speed_page,
     ("docs/speed.md", "fit"): fit_text,
+    ("docs/speed.md", "repeats"): repeats,
+    ("docs/speed.md", "wide costs"): wide_costs,
     ("docs/finer-head.md", "estimates"): finer_head,
     ("README.md", "estimates"): readme,
+    ("README.md", "repeats"): readme_repeats,
 }
 
 

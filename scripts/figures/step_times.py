@@ -42,6 +42,7 @@ GATHER = 387 / 514  # of a plain read, gather_qmm on an M3 Ultra: mlx issue 4509
 GROUP_GB_S = 13  # of one threadgroup: a logsumexp of 262,144 logits in 40 µs
 BARRIER_US = 1
 BARRIERS = 8  # of select and sample, one threadgroup each
+PAYS = 1.03  # below, a model stays dense
 STATES = 32  # a tile of MLX's matrix kernels
 WAIT_US = 300e3  # the longest wait for text
 VERIFY_LAUNCHES = 4  # the product, its bounds, and two that judge (test_verification_costs.py)
@@ -62,6 +63,7 @@ class Model(NamedTuple):
     name: str
     vocab_size: int
     hidden_size: int
+    n_layers: int
     kernels: int
     body: int  # weights that a token reads, its experts among them
     experts: int  # of these, weights of routed experts
@@ -127,6 +129,11 @@ class Chip(NamedTuple):
         return HOST_US[self.name[:2]]
 
     @property
+    def instructions_us(self) -> float:
+        """The float32 instructions of all cores in a microsecond, at the peak: two flops each."""
+        return self.peak_tflops * 1e6 / 2
+
+    @property
     def tflops(self) -> float:
         """Reached by a product of 32 bfloat16 states: mlx issue 4216; matrix units, mlx 4171."""
         shares = {"m1": 0.43, "m2": 0.55, "m5": 1.31}
@@ -168,6 +175,7 @@ def models() -> dict[str, Model]:
             name=row["name"],
             vocab_size=row["vocab_size"],
             hidden_size=width,
+            n_layers=layers,
             kernels=row["dispatches"],
             body=row["body_weights"] or layers * layer,
             experts=row["expert_weights"],
