@@ -6,6 +6,7 @@ stop an update. Its rows move into the FlashHead, which gives them back when the
 
 import copy
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -290,20 +291,18 @@ class _FlashEmbedding(_FlashModule):
 def logit_map_of(model: nn.Module) -> LogitMap | None:
     """The map from the FlashHead's logits to the model's, such as a scale, a softcap or a cast.
 
-    It is found once: a setting of the model that changes later is not seen.
+    A loop asks when a text begins: the map is found once, and found anew where the model gives
+    other logits than it says, as with a softcap that somebody has changed. Evaluates.
 
     Returns:
         The map; None if the model does something else, such as mixing the logits of tokens.
     """
     head = installed_head(model)
-    if head not in _logit_maps:
-        _logit_maps[head] = _find_logit_map(model, head)
-    return _logit_maps[head]
-
-
-def _find_logit_map(model: nn.Module, head: FlashHead) -> LogitMap | None:
-    dtype = head.clustered.rows.logits_dtype(hidden_dtype(model))
+    known = _logit_maps.get(head, IDENTITY)
+    if known is None:
+        return None
     vocab_size = head.vocab_size
+    dtype = head.clustered.rows.logits_dtype(hidden_dtype(model))
     some = mx.random.normal((1, 1, vocab_size), scale=20, key=mx.random.key(0)).astype(dtype)
 
     def change(logits: mx.array) -> mx.array:
@@ -311,27 +310,38 @@ def _find_logit_map(model: nn.Module, head: FlashHead) -> LogitMap | None:
         with head.intercepted(lambda _: logits):
             return forward(model, mx.array([[0]]))
 
+    changed = change(mx.array(some))  # a copy
+    if not mx.array_equal(known(some), changed):
+        known = (
+            IDENTITY
+            if mx.array_equal(some, changed)
+            else _find_logit_map(head, change, some, changed)
+        )
+        if known is not None and not known.identity:  # for which there are kernels of their own
+            head.check_kernels(hidden_dtype(model), logit_map=known)
+    _logit_maps[head] = known
+    return known
+
+
+def _find_logit_map(
+    head: FlashHead, change: Callable[[mx.array], mx.array], some: mx.array, changed: mx.array
+) -> LogitMap | None:
+    """Finds the map that ``change`` applies to logits (1, R, V), as ``changed`` out of ``some``."""
+
     def change_values(values: mx.array) -> mx.array:
         """What it makes of any number of logits. Some models write to those of certain tokens.
 
         In rows of fewer than V MLX would write beyond the end.
         """
-        n_rows = -(-values.size // vocab_size)
-        padded = mx.pad(values, (0, n_rows * vocab_size - values.size))
-        return change(padded.reshape(1, n_rows, vocab_size)).reshape(-1)[: values.size]
+        n_rows = -(-values.size // head.vocab_size)
+        padded = mx.pad(values, (0, n_rows * head.vocab_size - values.size))
+        return change(padded.reshape(1, n_rows, -1)).reshape(-1)[: values.size]
 
-    given = mx.array(some)  # a copy
-    changed = change(given)
-    if changed is given and mx.array_equal(given, some):
-        return IDENTITY
     try:
-        logit_map = fit_logit_map(change_values, dtype)
+        logit_map = fit_logit_map(change_values, some.dtype)
     except ValueError:  # it looks at the number of rows
         return None
     # the values may have been fewer than the tokens
-    fits = logit_map is not None and mx.array_equal(logit_map(some), changed)
-    if logit_map is None or not fits or not head.applies(logit_map, dtype):
+    if logit_map is None or not mx.array_equal(logit_map(some), changed):
         return None
-    if not logit_map.identity:  # for which there are kernels of their own
-        head.check_kernels(hidden_dtype(model), logit_map=logit_map)
-    return logit_map
+    return logit_map if head.applies(logit_map, some.dtype) else None

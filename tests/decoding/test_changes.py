@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors
 
-from flash_loops import OTHERS, PROMPT, flash_of
+from flash_loops import OTHERS, PROMPT, flash_of, make_flash
 from kernel_cases import kernels, plain_clusters
 from mlx_flashhead import make_sampler
 from mlx_flashhead.common.marks import masks
@@ -206,6 +206,25 @@ def test_what_is_known_of_processors(processors, known):
     assert (Changes.of(processors) is not None) == known
     sequence = Sequence(make_sampler(), processors, mx.array(PROMPT))
     assert sequence.recognised == known
+
+
+def test_a_settings_change_counts_from_the_next_text_on():
+    """A softcap or a scale is read when a text begins."""
+    model = tiny_model("gemma2", num_hidden_layers=2, final_logit_softcapping=30.0)
+    dense = copy.deepcopy(model)
+    flash = flash_of(model)
+    processors = make_logits_processors(logit_bias={7: 1.0, 9: 2.0})
+    for cap in (30.0, 2.0, 5.5):
+        dense.final_logit_softcapping = cap
+        model.final_logit_softcapping = cap
+        expected = plain_tokens(dense, logits_processors=processors)
+        assert flash.tokens(logits_processors=processors, max_tokens=N_TOKENS) == expected
+        assert logit_map_of(model).cap == cap
+    scaled = make_flash("cohere", logit_scale=0.25)
+    for scale in (0.25, 3.0, 1.0):
+        scaled.model.args.logit_scale = scale
+        assert logit_map_of(scaled.model).multiplier == scale
+        scaled.checked({"temp": 0.7, "seed": 1})
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 70_000])
