@@ -5,9 +5,28 @@ of a weak reference, and none comes while MLX computes. A thread waits for the s
 lets other threads run. It removes what is half written, and ends the process.
 """
 
+# What `signal` is made of. That takes milliseconds, in which Ctrl-C would give a traceback.
+import _signal  # type: ignore[import-not-found]
 import os
-import signal
 import sys
+
+PROGRAM = "mlx_flashhead"
+
+
+def is_a_command() -> bool:
+    """Whether Python was started for a program of this package, by its name or by ``-m``."""
+    if sys.argv[:1] == ["-m"]:  # Python is still looking for the module
+        words = sys.orig_argv[1:]
+        name = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
+    else:
+        name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return name.partition(".")[0] == PROGRAM
+
+
+if is_a_command() and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until a handler can be made
+
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +34,6 @@ from functools import cache
 from types import FrameType
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code, as a shell has it
-PROGRAM = "mlx_flashhead"
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _USUAL = (signal.SIG_DFL, signal.default_int_handler)
 
@@ -59,16 +77,6 @@ def _wait_for_the_end(number: int, frame: FrameType | None) -> None:
     with suppress(BlockingIOError):  # it is full: the thread has been told
         os.write(writer, bytes([number]))
     thread.join()
-
-
-def is_a_command() -> bool:
-    """Whether Python was started for a program of this package, by its name or by ``-m``."""
-    if sys.argv[:1] == ["-m"]:  # Python is still looking for the module
-        words = sys.orig_argv[1:]
-        name = words[words.index("-m") + 1] if "-m" in words[:-1] else ""
-    else:
-        name = os.path.basename(sys.argv[0]) if sys.argv else ""
-    return name.partition(".")[0] == PROGRAM
 
 
 def end_by_signal(number: int) -> None:
