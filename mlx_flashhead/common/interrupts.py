@@ -115,14 +115,25 @@ def cleanup(work: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
+def other_handlers() -> Iterator[None]:
+    """A block that sets handlers of its own: no signal that they take ends the process later."""
+    descriptor = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+
+
+@contextmanager
 def ctrl_c_raises() -> Iterator[None]:
     """A block in which Ctrl-C raises KeyboardInterrupt, for programs that go on after it."""
     before = signal.getsignal(signal.SIGINT)
     if before is not _wait_for_the_end:
         yield
         return
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with other_handlers():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import uvicorn
 
 from ..common.command import from_extra, printable
+from ..common.interrupts import other_handlers
 from .access import MAX_HEAD_BYTES, Access, access_of
 from .connections import MAX_WAITING, Connection, FrontDoor, Waiting
 from .endpoints import Api
@@ -83,7 +84,8 @@ def serve(flags: Namespace) -> None:
         access = access_of(flags)
         engine = Engine(lambda: load_models(flags), flags)
         try:
-            asyncio.run(_serve(flags, engine, access, port))
+            with other_handlers():  # uvicorn's, which end it in order
+                asyncio.run(_serve(flags, engine, access, port))
         finally:
             engine.close(3.0)  # a token or a chunk of a prompt is computed by then
 

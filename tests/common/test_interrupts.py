@@ -42,7 +42,8 @@ def end(work, number):
     with subprocess.Popen(program, **pipes) as process:
         before = ""
         while not before.endswith("here\n"):
-            before += process.stdout.readline()
+            before += (line := process.stdout.readline())
+            assert line, process.stderr.read()
         process.send_signal(number)
         after, errors = process.communicate(timeout=120)
     return process.returncode, before.removesuffix("here\n") + after, errors
