@@ -77,7 +77,8 @@ class RunningServer:
     """A server of another package, and what it has ``said``."""
 
     def __init__(self, port: int):
-        self.port, self.said = port, ""
+        self.port = port
+        self.said = ""
 
     def ask(self, content, **body) -> str:
         """Its answer to a question."""

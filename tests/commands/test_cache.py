@@ -66,10 +66,12 @@ def test_lists_the_cache(run, kept, flash_head_home, monkeypatch):
 
 
 def test_a_bad_entry_hides_only_itself(run, kept, tmp_path, monkeypatch):
-    bad, good = kept["Three"].path, kept["owner/One"].path
+    bad = kept["Three"].path
+    good = kept["owner/One"].path
     good.with_name(f"{'0' * 24}-1").write_text("")  # a file
     settings = json.loads((good / SETTINGS_NAME).read_text())
-    settings["recipe"]["model"], settings["report"] = ["a", 1], {"agreement": "high"}
+    settings["recipe"]["model"] = ["a", 1]
+    settings["report"] = {"agreement": "high"}
     for content in ("[" * 100_000, json.dumps(settings)):
         (bad / SETTINGS_NAME).write_text(content)
         code, output, _ = run("cache")
@@ -184,7 +186,8 @@ def test_an_index_that_was_cut_short_is_built_anew(run, cut_short, by_name):
 
 def test_ctrl_c_keeps_the_old_index(run, cut_short, monkeypatch):
     model, entry = cut_short
-    before, steps = contents(entry.path), build.model_index
+    before = contents(entry.path)
+    steps = build.model_index
 
     def stopped(*arguments, **options):
         yield from itertools.islice(steps(*arguments, **options), 20)

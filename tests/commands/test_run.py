@@ -162,7 +162,8 @@ def test_batches_of_mlx_lm_are_those_without_flash_head(place, capsys):
 
 def test_the_server_of_mlx_lm_with_eight_clients(place):
     """The texts are those of the same server without us, at once and with a seed."""
-    answers, errors = [], ""
+    answers = []
+    errors = ""
     for under in (), ("mlx_flashhead.run", *HEAD):
         words = ("mlx_lm.server", "--model", "model")
         with running_server(place, *words, ready="at 127.0.0.1 on port", under=under) as server:

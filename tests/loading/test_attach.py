@@ -147,12 +147,15 @@ def test_nothing_is_built_that_was_not_wanted(folder):
 
 def test_a_damaged_entry_is_built_anew(folder, quick, capfd):
     model = mlx_lm.load(str(folder))[0]
-    rows, index = find_head(model).rows(), tiny_index(model)
+    rows = find_head(model).rows()
+    index = tiny_index(model)
     place = cache.place_of(rows)
-    file, settings = place / FILE_NAME, place / SETTINGS_NAME
+    file = place / FILE_NAME
+    settings = place / SETTINGS_NAME
     cache.keep(index, place)
     good = contents(place)
-    absurd, risk = json.loads(good[SETTINGS_NAME]), {"greedy": [0, 0], "sampled": 1}
+    absurd = json.loads(good[SETTINGS_NAME])
+    risk = {"greedy": [0, 0], "sampled": 1}
     absurd["verification"] = {"risk": risk, "by_probes": [{"n_probes": 10**9}]}
     unread = f"{file} cannot be read because it is damaged or incomplete"
     for changed, reason in (

@@ -60,7 +60,8 @@ def test_what_takes_seconds_is_announced(loaded, monkeypatch, tunes):
 
     monkeypatch.setattr(tuned, "tune", tune)
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
-    options, said = HeadOptions(progress=False, tunes=tunes), []
+    options = HeadOptions(progress=False, tunes=tunes)
+    said = []
     object.__setattr__(options, "say", said.append)
     build_now(*loaded, Path("model"), options)
     building, *measuring, ready = said
@@ -95,7 +96,8 @@ def test_another_process_builds(loaded, dies):
     lock of a file knows no process."""
     model, tokenizer = loaded
     other, _ = mlx_lm.load(str(tokenizer.name_or_path))
-    first, second = build_of(model, tokenizer), build_of(other, tokenizer)
+    first = build_of(model, tokenizer)
+    second = build_of(other, tokenizer)
     assert first.advance()
     assert all(second.advance() for _ in range(5)) and get_flash_head(other) is None
     if dies:

@@ -118,7 +118,8 @@ HOSTILE = [b"", b"[]", b"null", b"[" * 100_000, b"\xff", b'{"model_type": "../..
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:30]))
 def test_hostile_settings_of_a_model(tmp_path, dense, text):
     folder = shutil.copytree(dense, tmp_path / "model")
-    good, changes = json.loads((folder / "config.json").read_bytes()), None
+    good = json.loads((folder / "config.json").read_bytes())
+    changes = None
     with suppress(ValueError, RecursionError):
         changes = json.loads(text)
     whole = isinstance(changes, dict) and "model_type" not in changes

@@ -97,9 +97,12 @@ def test_the_text_is_mlx_lms_with_the_head_as_it_is_and_finer(folders):
     assert proposed(model, tokenizer, "Where is Osaka?") == expected
 
     model, _ = mlx_flashhead.load(str(coarse), fine_head=original, progress=False)
-    own, module = find_head(mlx_lm.load(str(original))[0]).module, find_head(plain).module
+    own = find_head(mlx_lm.load(str(original))[0]).module
+    module = find_head(plain).module
     rows = Matrix(own.weight).quantize(bits=8, group_size=64)
-    module.weight, module.scales, module.biases = rows.weight, rows.scales, rows.biases
+    module.weight = rows.weight
+    module.scales = rows.scales
+    module.biases = rows.biases
     module.bits = 8
     expected = mlx_lm.generate(plain, tokenizer, "Where is Osaka?", max_tokens=N_TOKENS)
     assert proposed(model, tokenizer, "Where is Osaka?") == expected

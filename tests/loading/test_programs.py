@@ -216,7 +216,8 @@ class Around(nn.Module):
 
     def __init__(self, model, forbidden):
         super().__init__()
-        self.model, self.forbidden = model, forbidden
+        self.model = model
+        self.forbidden = forbidden
 
     def __call__(self, tokens, cache=None):
         logits = self.model(tokens, cache=cache)
@@ -242,7 +243,8 @@ def test_what_is_around_a_model_is_mlx_lm_s(under, plain):
 
     class Plain:
         def __init__(self, inner):
-            self.inner, self.layers = inner, inner.layers
+            self.inner = inner
+            self.layers = inner.layers
 
         def __call__(self, tokens, cache=None):
             return self.inner(tokens, cache=cache)
@@ -402,7 +404,8 @@ OWN_STEP = OWN["GenerationBatch"]._step
 
 def beside_each_other(make, model, prompts):
     """Two plain texts and one with a grammar between them, and another one added later."""
-    batches, rule = make(model), Rule()
+    batches = make(model)
+    rule = Rule()
     uids = []
     for prompt, processors in zip(prompts, ([], [rule], []), strict=True):  # as oMLX, one by one
         uids += batches.insert([prompt], [N_TOKENS], logits_processors=[processors])

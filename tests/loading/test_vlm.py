@@ -72,7 +72,8 @@ def test_a_finer_head_of_a_text_side(tmp_path, quick, tied):
 def test_it_is_built_at_first_use_and_cached(loaded, quick, monkeypatch, capfd):
     """Through the model's own chat template, without a picture's tokens."""
     model, processor = loaded
-    seen, original = [], ProcessorText.apply_chat_template
+    seen = []
+    original = ProcessorText.apply_chat_template
 
     def spy(self, *arguments, **options):
         found = original(self, *arguments, **options)
@@ -96,7 +97,8 @@ def test_it_is_built_at_first_use_and_cached(loaded, quick, monkeypatch, capfd):
 
 def test_converted_folder_loads(tmp_path):
     """Without the list of weights mlx-vlm loads each file that ends in .safetensors."""
-    source, folder = write_model(tmp_path / "source"), tmp_path / "converted"
+    source = write_model(tmp_path / "source")
+    folder = tmp_path / "converted"
     convert(str(source), str(folder), calibration="none", progress=False)
     dense = answer(*mlx_vlm.load(str(source)))
     for _ in range(2):
