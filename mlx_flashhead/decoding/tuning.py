@@ -1,4 +1,4 @@
-"""What a machine gains by a model's FlashHead: its loop and the dense one are timed in turns."""
+"""What a machine gains: by a model's FlashHead, and by steps of several guessed tokens."""
 
 import math
 import os
@@ -12,9 +12,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..head.backend import gpu_is_default
 from ..head.draws.noise import Noise
 from ..models.compat.mlx_lm import make_prompt_cache
-from ..models.install import installed_head
+from ..models.install import installed_head, is_librarys_model
+from ..models.vlm import is_vlm
 from .caches import OwnCaches
 from .decoder import Decoder
 from .policy import MAX_PENDING, MAX_WAIT, Tuning, policy_of
@@ -23,6 +25,9 @@ from .sampler import Sampler
 from .schedule import FEW
 from .sequence import Sequence
 from .settings import DecodingSettings
+from .wide import Established, WideSteps, kind_of
+from .wide_costs import measured_costs
+from .wide_trial import established_widths
 
 SECONDS = 5.0  # after which no turn begins but the first one
 TURNS = 3
@@ -57,14 +62,43 @@ def tune(model: nn.Module) -> Generator[None, None, Tuning]:
         yield
         times.append(dense)
     usual = median(times)
+    costs, apart = _wide_costs(model)
     tuning = Tuning(
         gain=median(gains[False]),
         sampled_gain=median(gains[True]),
         dense_seconds=usual,
         busy=busy or is_busy() or max(times) - min(times) > 2 * SCATTER * usual,
+        wide_costs=costs,
+        wide_apart=apart,
     )
     policy_of(installed_head(model)).take(tuning)
     return tuning
+
+
+def _wide_costs(model: nn.Module) -> tuple[dict[int, float], bool]:
+    """Tries and times the steps of several tokens that a lookup takes where it pays."""
+    if not gpu_is_default() or is_vlm(model) or not is_librarys_model(model):
+        return {}, False
+    steps = WideSteps.of(model)
+    caches = make_prompt_cache(model)
+    widths = established_widths(steps, caches)
+    return measured_costs(steps, caches, widths), steps.established[kind_of(caches)].apart
+
+
+def prepare_wide_steps(model: nn.Module, tuning: Tuning) -> None:
+    """Has a text take the steps of several tokens that were tried and timed, without a trial.
+
+    Each is taken once, so that nothing is compiled within a text. Evaluates.
+    """
+    if not tuning.wide_costs:
+        return
+    steps = WideSteps.of(model)
+    kind = kind_of(make_prompt_cache(model))
+    steps.established[kind] = Established(list(tuning.wide_costs), tuning.wide_apart)
+    steps.costs[kind] = tuning.wide_costs
+    for width in tuning.wide_costs:
+        step = steps.feed(mx.zeros((1, width), mx.uint32), make_prompt_cache(model))
+        mx.eval(step.logits)
 
 
 def token_seconds(

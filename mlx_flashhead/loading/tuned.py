@@ -18,7 +18,7 @@ from ..common.new_folder import new_file
 from ..decoding.policy import Tuning, least_gain, policy_of
 from ..decoding.rehearsal import rehearse
 from ..decoding.rounding import measure_rounding
-from ..decoding.tuning import is_busy, tune
+from ..decoding.tuning import is_busy, prepare_wide_steps, tune
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
 from ..index.flash_head_index import FlashHeadIndex
@@ -100,6 +100,7 @@ def tune_head(
         if any(said):
             options.say(" ".join(filter(None, said)))
     policy_of(head).take(tuning, always=options.always)
+    prepare_wide_steps(model, tuning)
     return tuning
 
 

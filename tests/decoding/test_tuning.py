@@ -3,13 +3,15 @@
 from itertools import cycle
 
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 from flash_loops import OTHERS, make_flash
-from mlx_flashhead.decoding import proposer, tuning
+from mlx_flashhead.decoding import proposer, tuning, wide_trial
 from mlx_flashhead.decoding.decoder import Decoder
 from mlx_flashhead.decoding.policy import Tuning, least_gain, policy_of
 from mlx_flashhead.decoding.schedule import VerifySchedule
 from mlx_flashhead.decoding.tuning import tune
+from mlx_flashhead.decoding.wide import WideSteps, kind_of
 
 DENSE = 0.006  # seconds
 VERIFICATION = 0.003  # of any number of tokens
@@ -144,3 +146,27 @@ def test_a_larger_batch_is_dense(monkeypatch, most):
     expected = flash.batch(OTHERS, dense=True)[0]
     monkeypatch.setattr(proposer, "CPU_BATCH", most)
     assert flash.batch(OTHERS)[0] == expected
+
+
+def test_steps_of_several_tokens_are_tried_and_timed_once(monkeypatch):
+    """As on a GPU. What was stored is taken as it is, and what it takes is compiled."""
+    monkeypatch.setattr(tuning, "gpu_is_default", lambda: True)
+    monkeypatch.setattr(tuning, "SECONDS", 0.0)
+    monkeypatch.setattr(wide_trial, "LONG", (60,))
+    flash = make_flash()
+    found = measured(flash.model)
+    assert list(found.wide_costs) == [2, 4, 8] and min(found.wide_costs.values()) > 0
+    again = make_flash()
+    caches = make_prompt_cache(again.model)
+    tuning.prepare_wide_steps(again.model, found)
+    monkeypatch.setattr(wide_trial, "_tried", None)
+    steps = WideSteps.of(again.model)
+    assert wide_trial.established_widths(steps, caches) == [2, 4, 8]
+    assert steps.costs[kind_of(caches)] == found.wide_costs
+
+
+def test_a_cpu_times_no_steps_of_several_tokens(monkeypatch):
+    monkeypatch.setattr(tuning, "SECONDS", 0.0)
+    flash = make_flash()
+    assert measured(flash.model).wide_costs == {}
+    tuning.prepare_wide_steps(flash.model, Tuning(1.5, 1.5, 0.1))  # as that says
