@@ -13,10 +13,12 @@ from ..common.tables import new_table, percent
 from ..decoding.policy import policy_of
 from ..loading.load import load
 from ..models.install import dense_copy, hidden_dtype, installed_head
+from ..models.vlm import is_vlm
 from . import SAMPLERS
 from .host_time import host_times
 from .reporting import Case, spread, spread_cells
 from .variants import DENSE, FLASH_HEAD, UNVERIFIED, Variant, with_flash_head
+from .wide_report import wide_figures
 
 DEFAULT_BATCHES = (1, 4, 8)
 PROMPT = (
@@ -63,6 +65,8 @@ def cases(args: argparse.Namespace) -> Generator[Case | dict[str, Any]]:
     prompt = tokenizer.encode(PROMPT)
     if args.report:
         yield {"host": host_times(model, prompt)}
+        if not is_vlm(model):
+            yield {"wide": wide_figures(model, prompt)}
 
     def seconds(variant: Variant, sampler: str, batch: int, _: int) -> float:
         return variant.decode(prompt, batch, args.tokens, SAMPLERS[sampler])[0]

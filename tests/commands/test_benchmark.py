@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from mlx_flashhead.benchmarks import host_time
+from mlx_flashhead.benchmarks import host_time, wide_report
 from mlx_flashhead.benchmarks import server_benchmark as server
+from mlx_flashhead.decoding import wide_trial
 from model_folders import VOCAB_SIZE
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
@@ -49,6 +50,8 @@ def test_heads_of_shapes_and_of_a_model(run, converted, tmp_path):
 def test_model(run, converted, tmp_path, monkeypatch):
     monkeypatch.setattr(host_time, "N_TOKENS", 4)
     monkeypatch.setattr(host_time, "FIRST", 2)
+    monkeypatch.setattr(wide_report, "N_TOKENS", 8)
+    monkeypatch.setattr(wide_trial, "LONG", (60,))
     screen, results = check_outputs(
         run, tmp_path, "model", "--model", converted, *FEW,
         "--tokens", 3, "--batch", 1, "--batch", 2, "--sampler", "greedy",
@@ -61,6 +64,9 @@ def test_model(run, converted, tmp_path, monkeypatch):
         assert f" {result['token_ms']['unverified']['median']:.2f} " in screen
     confirmed = json.loads((tmp_path / "out.json").read_text())["confirmed"]
     assert confirmed["host"]["penalty"]["relative"] > 0
+    wide = confirmed["wide"]
+    assert all(text["same"] for text in wide["texts"].values())
+    assert all(part["equal"] == part["of"] for part in wide["parts"]["8"].values())
 
 
 def test_server(run, converted, tmp_path, monkeypatch):
