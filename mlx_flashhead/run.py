@@ -1,7 +1,6 @@
 """Runs another program, unchanged, with a FlashHead under its load of mlx-lm or mlx-vlm."""
 
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -25,8 +24,6 @@ PACKAGES = {
     "rapid-mlx": "rapid-mlx",
     "vllm-mlx": "vllm-mlx",
 }
-PYTHON = re.compile(r"python[\d.]*")
-SHORT = re.compile(r"-[bBdEhiIOPqsSuvx]+")  # options of Python without values
 
 
 def make_parser() -> Parser:
@@ -84,12 +81,6 @@ def main() -> None:
         from .loading.sources import explicit_head
 
         explicit_head(options)
-    flag = _without_start(program, rest)
-    if flag:
-        options.say(
-            f"Without FlashHead: `{flag}` keeps Python from the folder by which FlashHead comes "
-            "in: leave it out."
-        )
     os.execve(program[0], [*program, *rest], os.environ | options.environment())
 
 
@@ -139,33 +130,6 @@ def _file(parser: Parser, name: str) -> list[str]:
     with file.open("rb") as opened:
         by_env = b"env python" in opened.readline(500)
     return [sys.executable, str(file)] if by_env or file.suffix == ".py" else [str(file)]
-
-
-def _without_start(program: list[str], rest: list[str]) -> str:
-    """The option with which a command's Python reads no variables or runs no sitecustomize.
-
-    It stands in the command itself, or in the first line of a program; "" if there is none.
-    """
-    command = [*program, *rest]
-    flag = _isolating(command)
-    file = Path(program[-1])
-    if flag or not file.is_file():
-        return flag
-    with file.open("rb") as opened:
-        first = opened.readline(500)
-    return _isolating(first[2:].decode(errors="replace").split()) if first[:2] == b"#!" else ""
-
-
-def _isolating(command: list[str]) -> str:
-    """The first option -I, -E or -S of a Python in a command, alone or among others."""
-    names = [Path(word).name for word in command]
-    places = [i for i, name in enumerate(names[:2]) if PYTHON.fullmatch(name)]
-    for word in command[places[-1] + 1 :] if places else []:
-        if not word.startswith("-") or word in ("-", "-m", "-c"):
-            return ""
-        if SHORT.fullmatch(word) and set("IES") & set(word):
-            return word
-    return ""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Arguments of the commands: types that check a value, and a parser with errors of one sentence."""
 
 import difflib
-import json
 import math
 import os
 import shlex
@@ -10,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NoReturn
+
+import msgspec
 
 from .command import from_extra
 
@@ -152,14 +153,10 @@ def picture(path: str) -> str:
 share = number(0, 1)
 
 
-def _object_of(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
-
-
-json_object = _checked(_object_of, 'give a JSON object such as {"enable_thinking": false}')
+json_object = _checked(
+    lambda text: msgspec.json.decode(text, type=dict),
+    'give a JSON object such as {"enable_thinking": false}',
+)
 
 
 def check(name: str, value: Any, type: Type) -> None:

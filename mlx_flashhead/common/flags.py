@@ -19,7 +19,6 @@ FLASH_HEAD = (
 )
 # Where the number of clusters comes from if no flag names one.
 OWN_PROBES = "Clusters scored per token (default: the FlashHead's own number)."
-STORED_PROBES = "Clusters scored per token (default: the number that the FlashHead stores for it)."
 
 
 def add_model_flags(parser: Any) -> None:

@@ -25,7 +25,6 @@ TEXT_WINDOW = 512  # tokens of a user's text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
 MIN_STEP = 16  # tokens, however long they take
 WEIGHTS_TOKENS = 32  # a pass reads all weights, which takes about as long as so many tokens
-MIN_LENGTH = 2 / 3  # of a window, relative to the longest window read with it
 
 ANSWER_TOKENS = 64  # of a drafter
 DRAFTED_POSITIONS = 4_000  # docs/drafts.md has what fewer of them keep
@@ -141,11 +140,13 @@ def read_windows(
     read = 0
     spent = 0.0
     n_together: float = READ_TOKENS if step_seconds == math.inf else MIN_STEP
+    longest = max(map(len, inputs), default=1)
     waiting = list(range(len(windows)))
     while waiting and (not read or spent < seconds):
-        batch = _batch_alike(inputs, waiting, n_together)
-        waiting = [i for i in waiting if i not in batch]
-        length = len(inputs[batch[0]])
+        n_windows = max(1, int(n_together // longest))
+        batch = waiting[:n_windows]
+        waiting = waiting[n_windows:]
+        length = max(len(inputs[i]) for i in batch)
         # shorter ones are padded at the end, where no state looks
         tokens = mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch])
         n_parts = 1 if is_vlm(model) else math.ceil(tokens.size / n_together)
@@ -168,21 +169,6 @@ def read_windows(
         for i, window_states in zip(batch, np.concatenate(parts, axis=1), strict=True):
             states[i] = window_states[: len(inputs[i])]
     return states
-
-
-def _batch_alike(
-    inputs: Sequence[list[int]], waiting: Sequence[int], n_together: float
-) -> list[int]:
-    """The next windows to read together, of like length, the longest one first.
-
-    They are chosen among the waiting windows that come next and hold about ``n_together`` tokens.
-    """
-    n_tokens = np.cumsum([0, *(len(inputs[i]) for i in waiting)])
-    n_near = int(np.searchsorted(n_tokens, n_together))
-    near = sorted(waiting[:n_near], key=lambda i: -len(inputs[i]))
-    length = len(inputs[near[0]])
-    alike = [i for i in near if len(inputs[i]) >= MIN_LENGTH * length]
-    return alike[: max(1, int(n_together // length))]
 
 
 def read_text(path: str | Path) -> str:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Rows
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -33,6 +32,7 @@ class Response:
     finish_reason: str | None  # "stop", "length", or None while the text goes on
     prompt_cache: list[Any] | None  # at the text's end: with the tokens handed out
     all_tokens: list[int] | None  # at the text's end: the tokens in the cache
+    from_draft: bool = False  # whether the token was guessed
     match_sequence: Any = None  # of a state machine of mlx-lm 0.31
     current_state: Any = None
 
@@ -276,12 +276,12 @@ class VerifiedBatchGenerator:
                     return responses
         return []
 
-    def extract_cache(self, uids: Rows[int]) -> dict[int, Any]:
+    def extract_cache(self, uids: list[int]) -> dict[int, Any]:
         """Copies of the caches of some texts, with the tokens in them."""
         with mx.stream(self._stream):
             return {uid: self._held(uid) for uid in uids if uid in self._texts}
 
-    def remove(self, uids: Rows[int], return_prompt_caches: bool = False) -> dict[int, Any]:
+    def remove(self, uids: list[int], return_prompt_caches: bool = False) -> dict[int, Any]:
         """Removes texts. Returns, where wanted, their caches with the tokens in them."""
         held = self.extract_cache(uids) if return_prompt_caches else {}
         known = [uid for uid in dict.fromkeys(uids) if uid in self._texts]
@@ -405,6 +405,7 @@ class VerifiedBatchGenerator:
             reason,
             None,
             None,
+            bool(pending.guessed),
             getattr(text.matcher, "match_sequence", None),
             getattr(text.matcher, "current_state", None),
         )

@@ -231,7 +231,7 @@ class Decoder:
             pending.read(token)
         sequence.pending[-1].token = None  # is read in the next round
         step.back_to(n_right + 1)
-        sequence.take_back(n_cached + n_right + 1)
+        sequence.keep_cached(n_cached + n_right + 1)
         self._latest = chosen[n_right : n_right + 1]
         self._latest_token = tokens[n_right]
         guesser.note(guess, n_right)
@@ -265,9 +265,9 @@ class Decoder:
         for sequence in sequences:
             sequence.cut(sequence.n_yielded + 1)
             if caches_changed:
-                sequence.rolled_back(sequence.n_yielded)
+                sequence.roll_back(sequence.n_yielded)
                 sequence.restart_ahead(self.snapshot(sequence))
-        layers = self._take_back(sequences)
+        layers = self._take_out(sequences)
         for sequence in sequences:
             sequence.end_ahead()
         set_key(state)
@@ -286,7 +286,7 @@ class Decoder:
         :meth:`settle`.
         """
         row = self.sequences.index(sequence)
-        return self._rolled_back(sequence, self.caches.extract(row), sequence.n_yielded)
+        return self._cache_at(sequence, self.caches.extract(row), sequence.n_yielded)
 
     def leave(self, sequences: list[Sequence]) -> list[list[Any]]:
         """Takes sequences out. Returns the caches of each, with the tokens handed out."""
@@ -347,16 +347,16 @@ class Decoder:
         Their caches hold another token in its place, or none.
         """
         if sequences:
-            self._feed_last(sequences, self._take_back(sequences))
+            self._feed_last(sequences, self._take_out(sequences))
 
-    def _take_back(self, sequences: list[Sequence]) -> list[Any]:
+    def _take_out(self, sequences: list[Sequence]) -> list[Any]:
         """Takes sequences out of the round: their caches, with all tokens but the last."""
         caches = []
         for sequence in sequences:
             target = len(sequence.tokens) - 1
             cache = self.caches.extract(self.sequences.index(sequence))
-            caches.append(self._rolled_back(sequence, cache, target))
-            sequence.rolled_back(target)
+            caches.append(self._cache_at(sequence, cache, target))
+            sequence.roll_back(target)
         self._drop(sequences)
         return self.caches.merged(caches)
 
@@ -381,7 +381,7 @@ class Decoder:
         self._latest = cast(mx.array, self._latest)[mx.array(kept)] if kept else None
         self._latest_token = None
 
-    def _rolled_back(self, sequence: Sequence, cache: list[Any], target: int) -> list[Any]:
+    def _cache_at(self, sequence: Sequence, cache: list[Any], target: int) -> list[Any]:
         """A sequence's own caches, with the first ``target`` tokens of its text."""
         held = [each for each in sequence.snapshots if each.n_tokens <= target]
         if held:

@@ -85,7 +85,7 @@ class DraftModel:
 
     def note(self, n_accepted: int) -> None:
         """Takes back all drafts but the first ``n_accepted``."""
-        self._take_back(min(1 + n_accepted, len(self._fed)))
+        self._roll_back(min(1 + n_accepted, len(self._fed)))
 
     def leave(self, text: list[int]) -> None:
         """Leaves the prompt and the tokens of the text in the caches, where these can be trimmed.
@@ -100,7 +100,7 @@ class DraftModel:
         elif n_ahead < 0:
             self._feed(mx.array(text[n_ahead:], mx.uint32))
 
-    def _take_back(self, n_right: int) -> None:
+    def _roll_back(self, n_right: int) -> None:
         """Leaves the first ``n_right`` of the tokens that were fed last."""
         n_wrong = len(self._fed) - n_right
         restored = False

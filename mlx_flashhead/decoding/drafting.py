@@ -18,7 +18,7 @@ from ..models.install import is_librarys_model
 from .caches import are_known, length_of
 from .changes import Changes
 from .draft_model import DraftModel
-from .loop import verified_steps
+from .loop import verified_steps, with_guesses
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction, draw_of
 from .wide import WideSteps
@@ -121,12 +121,7 @@ def drafted_steps(
         announce=announce,
         **options,
     )
-    n_drafted = 0
-    with closing(steps):
-        for token, logprobs in steps:
-            drafted = proposer.n_guessed.total() > n_drafted
-            n_drafted = proposer.n_guessed.total()
-            yield token, logprobs, drafted
+    yield from with_guesses(steps, proposer)
     caches[: len(layers)] = layers  # which may have been quantized on the way
 
 

@@ -6,6 +6,7 @@ The choices are those of the dense model.
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from functools import partial
 from inspect import signature
 from typing import Any, Unpack, cast
 
@@ -14,6 +15,7 @@ import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
 from ..models.compat.mlx_lm import BatchResponse, GenerationResponse, TokenizerWrapper
+from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.vlm import is_vlm
 from .batch import VerifiedBatchGenerator
@@ -29,7 +31,7 @@ from .keywords import (
     check_keywords,
     check_prompt,
 )
-from .loop import verified_steps
+from .loop import verified_steps, with_guesses
 from .proposer import Proposer
 from .sampler import SamplerFunction
 from .settings import DecodingSettings
@@ -356,11 +358,12 @@ def _steps(
             **options,
         )
         return
-    steps = verified_steps(
+    loop = partial(verified_steps, stream=stream, proposer=proposer, logprobs=logprobs)
+    if not mlx_lm_is_as_imported():  # whatever replaced its functions is for its own loop
+        loop = compat.module.generate_step
+    steps = loop(
         prompt,
         model,
-        stream,
-        proposer=proposer,
         max_tokens=max_tokens,
         sampler=sampler,
         logits_processors=logits_processors,
@@ -368,15 +371,9 @@ def _steps(
         max_kv_size=max_kv_size,
         prompt_progress_callback=prompt_progress_callback,
         input_embeddings=input_embeddings,
-        logprobs=logprobs,
         **options,
     )
-    n_guessed = 0
-    with closing(steps):
-        for token, token_logprobs in steps:
-            guessed = proposer.n_guessed.total() > n_guessed
-            n_guessed = proposer.n_guessed.total()
-            yield token, token_logprobs, guessed
+    yield from with_guesses(steps, proposer)
 
 
 def _print_statistics(response: GenerationResponse) -> None:

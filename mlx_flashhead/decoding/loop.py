@@ -1,6 +1,7 @@
 """The loop of one text: its prompt is read, then the decoder makes its tokens."""
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -8,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.compat import mlx_lm as compat
+from ..models.compat.recognised import mlx_lm_is_as_imported
 from .caches import UNKNOWN_CACHE, OwnCaches, are_known
 from .decoder import Decoder
 from .draft_model import DraftModel
@@ -17,6 +19,7 @@ from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction
 from .sequence import PendingToken, Sequence
 
+REPLACED = "dense: functions of mlx-lm were replaced"
 CLEAR_EVERY = 256  # tokens, as mlx-lm's loop
 
 
@@ -145,6 +148,21 @@ def verified_steps(
         text.end()
 
 
+def with_guesses(
+    steps: Iterator[tuple[int, Any]], proposer: Proposer
+) -> Generator[tuple[int, Any, bool], None, None]:
+    """The tokens and log-probabilities of a loop, and whether each token was guessed.
+
+    It is ``from_draft`` of mlx-lm's responses. The loop ends with this generator.
+    """
+    n_guessed = 0
+    with closing(cast(Any, steps)):
+        for token, logprobs in steps:
+            guessed = proposer.n_guessed.total() > n_guessed
+            n_guessed = proposer.n_guessed.total()
+            yield token, logprobs, guessed
+
+
 # A layer's cache, and the text that is ahead in it while its caller has the latest token.
 _ahead_in: WeakKeyDictionary[Any, "_Text"] = WeakKeyDictionary()
 
@@ -255,4 +273,6 @@ def _sequence(
     sequence = Sequence(sampler, processors, seen, logprobs=logprobs, limit=limit, tokens=begun)
     if not are_known(cache):
         sequence.end_verified(UNKNOWN_CACHE)
+    elif not mlx_lm_is_as_imported():
+        sequence.end_verified(REPLACED)
     return sequence

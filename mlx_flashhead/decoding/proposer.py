@@ -1,7 +1,6 @@
 """Proposes the tokens of sequences, by the policy of their head."""
 
 from collections import Counter
-from collections.abc import Sequence as Rows
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -111,7 +110,7 @@ class Proposer:
             return SAMPLED_DENSE
         return UNKNOWN_FUNCTION
 
-    def pace_of(self, sequences: Rows[Sequence]) -> Pace | None:
+    def pace_of(self, sequences: list[Sequence]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
         policy = self.policy
         if (
@@ -209,10 +208,10 @@ class Proposer:
 
     def propose(
         self,
-        sequences: Rows[Sequence],
+        sequences: list[Sequence],
         hidden: mx.array,
         latest: mx.array | None = None,
-        guesses: Rows[int] = (),
+        guesses: list[int] | None = None,
     ) -> mx.array:
         """Tokens that are pending then, lazy.
 
@@ -239,7 +238,7 @@ class Proposer:
             changes.append(with_few_allowed(sequence.changed_tokens(), mask, vocab_size))
             counted.append(sequence.n_read == len(sequence.pending))
             pending = PendingToken(row=row, allowed=mask)
-            if row < len(guesses):
+            if guesses and row < len(guesses):
                 pending.token = guesses[row]
             made.append(pending)
             sequence.pending.append(pending)
@@ -305,8 +304,8 @@ class Proposer:
 
 
 def _adjustment(
-    changes: Rows[ChangedTokens | None],
-    counted: Rows[bool],
+    changes: list[ChangedTokens | None],
+    counted: list[bool],
     latest: mx.array | None,
     vocab_size: int,
 ) -> Adjustment | None:
@@ -319,11 +318,11 @@ def _adjustment(
     if all(counted):
         latest = None
     elif latest is not None and any(counted):
-        latest = mx.where(mx.array([*counted]), vocab_size, latest)
+        latest = mx.where(mx.array(counted), vocab_size, latest)
     return Adjustment.of(changes, latest, vocab_size)
 
 
-def step_arrays(tokens: mx.array, chosen: Rows[PendingToken]) -> list[Any]:
+def step_arrays(tokens: mx.array, chosen: list[PendingToken]) -> list[Any]:
     """What has to be computed before the tokens of a step can be read, in one evaluation."""
     risks = {id(p.proposal): p.proposal.risk for p in chosen if p.proposal is not None}
     logprobs = [p.logprobs for p in chosen if p.logprobs is not None]

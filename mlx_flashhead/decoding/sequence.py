@@ -294,15 +294,15 @@ class Sequence:
             self.ready.pop()
         del self.tokens[n_tokens:]
 
-    def rolled_back(self, n_tokens: int) -> None:
+    def roll_back(self, n_tokens: int) -> None:
         """Notes that the caches hold the first ``n_tokens`` of the text and no others."""
         self.rejected = False
         self.n_rolled_back += 1
-        self.take_back(n_tokens)
+        self.keep_cached(n_tokens)
         while len(self.snapshots) > 1 and self.snapshots[-1].n_tokens > n_tokens:
             self.snapshots.pop()
 
-    def take_back(self, n_tokens: int) -> None:
+    def keep_cached(self, n_tokens: int) -> None:
         """Notes that tokens after the first ``n_tokens`` are not in the caches any more."""
         self.n_cached = n_tokens
         self._join_fed()

@@ -30,7 +30,7 @@ def vlm_steps(
         pixel_values: Pictures, as mlx-vlm has them.
         mask: As mlx-vlm has it.
         options: Keywords of the call.
-        announce: As for :func:`verified_steps`.
+        announce: Called for each token with how it was decoded.
 
     Returns:
         The loop; None where ``original`` must serve: for a sampler or processors, a draft model, a

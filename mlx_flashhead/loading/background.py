@@ -325,15 +325,21 @@ class IdleBuild:
         self._idle.set()
         self._thread.join()
 
+    def _advance(self) -> bool:
+        """Does a part of the work in idle time. Returns whether there is more."""
+        self._idle.wait()
+        with self._using_model:
+            return not self._closed and self._build.advance()
+
+    def _say(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
     def _run(self) -> None:
         try:
-            more = True
-            while more:
-                self._idle.wait()
-                with self._using_model:
-                    more = not self._closed and self._build.advance()
-        except (ValueError, OSError, RuntimeError) as error:
-            print(f"Without FlashHead: {error}", file=sys.stderr)
+            while self._advance():
+                pass
+        except Exception as error:  # whatever it is, the model goes on with its normal head
+            self._say(f"Without FlashHead: {sentence(error)}")
         finally:
             self._build.drop()
             mx.clear_streams()  # which must go before their thread ends
@@ -350,11 +356,12 @@ class _SaidBy(HeadOptions):
             self.tell(text)
 
 
-class BuildBeside:
+class BuildBeside(IdleBuild):
     """Builds a FlashHead in a thread, on a copy of a model that another program uses.
 
     The copy shares the model's arrays, so that the program's calls meet no part of the build. Parts
-    are done while the program writes nothing.
+    are done while the program writes nothing. When the process ends, what is left of the build is
+    done at a terminal.
 
     Args:
         model: The program's model.
@@ -372,25 +379,18 @@ class BuildBeside:
     ):
         self.use = use
         self._options = options
-        self._copy: nn.Module | None = copy.deepcopy(model)
-        told = _SaidBy(**vars(options), tell=use.say)
-        self._build = BackgroundBuild(self._copy, tokenizer, source, told)
-        self._build.advance()  # which says how long it takes
+        self._copy = copy.deepcopy(model)
         self._ends = False  # with the process: what is built is kept, and nothing is measured
-        self._skipped = False
-        self._thread = Thread(target=self._run, name="build", daemon=True)
-        self._thread.start()
-        atexit.register(self.end)
-
-    @property
-    def is_building(self) -> bool:
-        """Whether the build, or the measurement of its speed, has not ended."""
-        return self._thread.is_alive()
+        told = _SaidBy(**vars(options), tell=use.say)
+        build = BackgroundBuild(self._copy, tokenizer, source, told)
+        build.advance()  # which says how long it takes
+        super().__init__(build)
+        atexit.register(self._end)
 
     def take_over(self, model: nn.Module) -> FlashHead | None:
         """Puts what was built on the program's model; None if the build has failed."""
-        copied = None if self._copy is None else get_flash_head(self._copy)
-        self._copy = None
+        self.close()
+        copied = get_flash_head(self._copy)
         if self._build.stored is None or copied is None:
             return None
         head = install_stored(model, self._build.stored, replace(self._options, tunes=False))
@@ -399,22 +399,35 @@ class BuildBeside:
             setattr(policy_of(head), field.name, getattr(policy, field.name))
         return head
 
-    def end(self) -> None:
-        """At the end of the process: at a terminal the build is finished, unless Ctrl-C skips it.
+    def close(self) -> None:
+        """Ends the build. Its thread ends after the part that is being done."""
+        self._closed = True
+        atexit.unregister(self._end)
 
-        A program that ends by an error, or by Ctrl-C, ends the build.
-        """
+    def _advance(self) -> bool:
+        if self._ends and self._build.stored is not None:
+            return False
+        if not self._ends and time.monotonic() - self.use.used_at < QUIET_SECONDS:
+            time.sleep(POLL_SECONDS)
+            return not self._closed
+        return not self._closed and self._build.advance()
+
+    def _say(self, text: str) -> None:
+        self.use.say(text)
+
+    def _end(self) -> None:
+        """A program that ends by an error, or by Ctrl-C, ends the build, too."""
         if not self.is_building:
             return
         at_terminal = sys.stderr.isatty()
-        self._skipped = not at_terminal or hasattr(sys, "last_type")
+        self._closed = not at_terminal or hasattr(sys, "last_type")
         self._ends = True
         try:
-            if not self._skipped:
+            if not self._closed:
                 self._options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
             self._thread.join()
         except KeyboardInterrupt:
-            self._skipped = True
+            self._closed = True
             self._options.say("Skipped. The next use tries again.")
             self._thread.join()
         if self._build.stored is not None:
@@ -424,17 +437,3 @@ class BuildBeside:
                 "FlashHead is not built yet: --build-first builds it before the first text, and "
                 "`mlx_flashhead.cache --build MODEL` now."
             )
-
-    def _run(self) -> None:
-        try:
-            more = True
-            while more and not self._skipped and not (self._ends and self._build.stored):
-                if self._ends or time.monotonic() - self.use.used_at > QUIET_SECONDS:
-                    more = self._build.advance()
-                else:
-                    time.sleep(POLL_SECONDS)
-        except Exception as error:  # whatever it is, the program goes on with the normal head
-            self.use.say(f"Without FlashHead: {sentence(error)}")
-        finally:
-            self._build.drop()
-            mx.clear_streams()  # which must go before their thread ends

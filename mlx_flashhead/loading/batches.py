@@ -13,19 +13,9 @@ from ..models.compat import mlx_lm as compat
 from ..models.compat import other_programs
 from .use import Use
 
-METHODS = (
-    "__init__", "insert_segments", "next", "next_generated", "extract_cache", "remove", "stats",
-    "close",
-)  # fmt: skip
 # Attributes that a program may set between two texts.
 NUMBERS = (
     "max_tokens", "completion_batch_size", "prefill_batch_size", "prefill_step_size", "max_kv_size",
-)  # fmt: skip
-# Attributes that mlx-lm itself sets while it decodes; the last four are 0.31's.
-WORK = (
-    "_generation_batch", "_unprocessed_sequences", "_currently_processing", "_uid_count",
-    "_old_wired_limit", "_prompt_tokens_counter", "_prompt_time_counter", "_gen_tokens_counter",
-    "_steps_counter",
 )  # fmt: skip
 CHANGED = "dense: this program changes mlx-lm's batches"
 
@@ -95,7 +85,8 @@ class _State:
         """Whether a program has set no attribute that mlx-lm reads, but for some numbers."""
         values = vars(generator)
         for name, value in self.as_made.items():
-            if name not in (*NUMBERS, *WORK) and values.get(name, self) is not value:
+            private = name.startswith("_")
+            if not private and name not in NUMBERS and values.get(name, self) is not value:
                 return False
         added = values.keys() - self.as_made.keys() - {"_flash"}
         return not any(hasattr(compat.BatchGenerator, name) for name in added)
@@ -192,8 +183,8 @@ class _BatchGenerator(compat.BatchGenerator):
         super().close()
 
 
-for _name in METHODS:  # a program may ask for their parameters
-    update_wrapper(vars(_BatchGenerator)[_name], vars(compat.BatchGenerator)[_name])
+# mlx-openai-server asks for its parameters
+update_wrapper(_BatchGenerator.__init__, compat.BatchGenerator.__init__)
 
 _as_made: dict[type, dict[str, Any]] = {}  # what :func:`batch_class` has made, with its attributes
 

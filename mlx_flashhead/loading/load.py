@@ -67,10 +67,7 @@ def load(
 
     Args:
         path_or_hf_repo: Folder or Hugging Face repository of the model.
-        tokenizer_config: As for ``mlx_lm.load``.
-        model_config: Likewise.
         adapter_path: LoRA adapters of the body; an adapted head must be fused first.
-        lazy: As for ``mlx_lm.load``.
         return_config: Whether the configuration is wanted, too.
         revision: Branch, tag or commit of the repository.
         trust_remote_code: Run the model's own Python code.
@@ -147,7 +144,8 @@ def load_draft(
         ``(model, tokenizer)``.
 
     Raises:
-        ValueError: As in `load`, and for probes without a FlashHead.
+        ValueError: If the model does not exist, its FlashHead is damaged, or it has none and probes
+            are chosen.
     """
     model, tokenizer, _ = load_with_head(
         resolve(path_or_hf_repo),
@@ -202,19 +200,18 @@ def sharded_load(
         tensor_group: Processes that share each layer. Without either group all processes share the
             model in the way that it supports, by layers only if there is no other.
         return_config: Whether the configuration is wanted, too.
-        tokenizer_config: As for ``mlx_lm.load``.
         trust_remote_code: Run the model's own Python code.
-        flash_head: As in `load`, like the others.
-        n_probes: Likewise.
-        backend: Likewise.
-        progress: Likewise.
+        flash_head: A folder or a Hugging Face repository of a FlashHead.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
+        backend: "metal", "mlx" or None to choose.
+        progress: Print steps and bars on standard error.
 
     Returns:
         ``(model, tokenizer)``, and the configuration if ``return_config``.
 
     Raises:
-        ValueError: As in `load`, and if the model cannot be split in this way, or its head is split
-            over the vocabulary.
+        ValueError: If the model does not exist or cannot be split in this way, if its head is split
+            over the vocabulary, or if there is no FlashHead or one of another model.
     """
     options = HeadOptions(
         flash_head=flash_head,
@@ -257,20 +254,21 @@ def attach(
     Args:
         model: Any model of mlx-lm or mlx-vlm, with its final adapters and bits.
         tokenizer: What its ``load`` returned beside it: mlx-lm's tokenizer, or mlx-vlm's processor.
-        flash_head: As in `load`, like the others.
-        n_probes: Likewise.
-        backend: Likewise.
-        build: Likewise.
-        fine_head: Likewise.
-        head_bits: Likewise.
-        flash_head_always: Likewise.
-        progress: Likewise.
+        flash_head: A folder or a Hugging Face repository of a FlashHead.
+        n_probes: Clusters scored per token; default: the FlashHead's own number.
+        backend: "metal", "mlx" or None to choose.
+        build: Build a FlashHead if there is none, once.
+        fine_head: Where a quantized model's finer output head comes from; True: from the original
+            that the model names.
+        head_bits: Bits of the finer head: 6, 8 (default) or 16.
+        flash_head_always: Use the FlashHead even where it makes this model no faster here.
+        progress: Print steps and bars on standard error.
 
     Returns:
         The FlashHead.
 
     Raises:
-        ValueError: As in `load`; the model is unchanged.
+        ValueError: As from :func:`load`. The model is unchanged.
     """
     options = HeadOptions(
         flash_head=flash_head,
@@ -302,8 +300,8 @@ def attach_head(
     """Puts the stored FlashHead on a dense model, else a cached one, else a new one.
 
     Args:
-        model: As for `attach`.
-        tokenizer: Likewise.
+        model: Any model of mlx-lm or mlx-vlm, with its final adapters and bits.
+        tokenizer: mlx-lm's tokenizer, or mlx-vlm's processor.
         stored: The FlashHead that is named or in the model's folder, if there is one.
         source: The model's folder, or its name.
         options: What to do if there is none.

@@ -9,25 +9,24 @@ from functools import cache, partial, wraps
 from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import ref
+from weakref import finalize
 
 from ..common.command import printable, sentence
 from ..common.interrupts import INTERRUPTED
 from ..decoding.drafting import drafted_steps
-from ..decoding.loop import verified_steps
+from ..decoding.loop import REPLACED, verified_steps
 from ..decoding.policy import policy_of
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..decoding.vlm_text import vlm_steps
 from ..head.flash_head import FlashHead
 from ..interop import libraries
-from ..interop.explanations import explain
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.fetch import hub_sentence, resolve
 from ..models.install import detach, get_flash_head, is_recognised
 from ..models.origin import local_origin
-from ..models.vlm import architecture, is_vlm
+from ..models.vlm import is_vlm
 from .background import BuildBeside
 from .batches import batch_class
 from .head_options import BUILD, LATER, VARIABLE, HeadOptions
@@ -37,7 +36,6 @@ from .use import BUILDING, Use, check_before_sigterm
 
 Decision = TypeVar("Decision")
 
-REPLACED = "dense: this program replaces functions of mlx-lm"
 ONLY_GREEDY = "dense: with mlx-vlm only greedy text is verified"
 
 
@@ -73,7 +71,7 @@ class _Patches:
     def __init__(self, options: HeadOptions):
         self._options = options
         self._warned = False
-        self._builds: list[tuple[ref[Any], BuildBeside]] = []  # of models that have no FlashHead
+        self._builds: dict[int, BuildBeside] = {}  # by the id of a model without a FlashHead
 
     def _attach(
         self, model: Any, tokenizer_of: Callable[[], Any], path: Any, revision: str | None = None
@@ -91,8 +89,8 @@ class _Patches:
             head = attach_head(model, tokenizer, stored, folder, options)
             use = Use(local_origin(folder).known_as, options)
             if head is None:
-                build = BuildBeside(model, tokenizer, folder, options, use)
-                self._builds.append((ref(model), build))
+                self._builds[id(model)] = BuildBeside(model, tokenizer, folder, options, use)
+                finalize(model, self._end_build, id(model)).atexit = False
             else:
                 self._begin_use(use, head)
         except KeyboardInterrupt:
@@ -102,6 +100,11 @@ class _Patches:
             self._say_without(error)
             if get_flash_head(model) is not before:
                 detach(model)
+
+    def _end_build(self, key: int) -> None:
+        build = self._builds.pop(key, None)
+        if build is not None:
+            build.close()
 
     def _begin_use(self, use: Use, head: FlashHead) -> None:
         if not policy_of(head).dense:  # which is said with the first text
@@ -130,29 +133,17 @@ class _Patches:
         return use
 
     def _known_use(self, model: Any) -> Use | None:
-        build = next((build for known, build in self._builds if known() is model), None)
-        if build is not None and build.is_building:
-            return build.use
+        build = self._builds.get(id(model))
         if build is not None:
-            self._builds = [entry for entry in self._builds if entry[1] is not build]
+            if build.is_building:
+                return build.use
+            del self._builds[id(model)]
             built = build.take_over(model)
             if built is not None:
                 self._begin_use(build.use, built)
         head = get_flash_head(model) if self._options.verify else None
-        if head is None:
-            return None
-        owner = getattr(head.projection, "__self__", None)
-        if isinstance(owner, Use):
-            if owner.is_of(head):
-                return owner
-            name = f"a copy of {owner.name}"
-        elif head.projection is None and is_recognised(model):  # a pickled copy, or `attach`
-            name = f"a {architecture(model)}"
-        else:
-            return None
-        use = Use(name, self._options)
-        use.take(head)
-        return use
+        owner = None if head is None else getattr(head.projection, "__self__", None)
+        return owner if isinstance(owner, Use) else None
 
     def load(self, original: Any) -> Any:
         @wraps(original)
@@ -160,7 +151,11 @@ class _Patches:
             try:
                 loaded = original(path_or_hf_repo, *arguments, **named)
             except Exception as error:
-                _explain(error, str(path_or_hf_repo))
+                name = str(path_or_hf_repo)
+                known = Path(name).expanduser().exists()
+                reason = None if known else hub_sentence(error, name)
+                if reason is not None:  # which stands below the traceback
+                    error.add_note(printable(f"mlx_flashhead.run: {reason}"))
                 raise
             if libraries.caller_generates():
                 revision = named.get("revision")
@@ -258,11 +253,3 @@ class _Patches:
             mode = ONLY_GREEDY
             loop = vlm_steps(original, *prompt, named, use.announce)
         return use.follow(original(*prompt, **named), mode) if loop is None else loop
-
-
-def _explain(error: Exception, name: str) -> None:
-    """Adds a line to the traceback of a program that cannot load a model."""
-    if not Path(name).expanduser().exists():
-        reason = hub_sentence(error, name)
-        if reason is not None:
-            explain(error, printable(f"mlx_flashhead.run: {reason}"))

@@ -13,7 +13,6 @@ from multiprocessing import parent_process
 from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any
-from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -49,7 +48,7 @@ class Use:
         self.name = name
         self.used_at = time.monotonic()  # by a loop that is not ours
         self._options = options
-        self._head: Callable[[], FlashHead | None] = lambda: None
+        self.is_waiting = True  # whether the model has no FlashHead yet
         self._n_steps = 0  # of a loop that is not ours
         self._local = threading.local()  # whether tokens are announced, and whether a text begins
         self._begun = False  # whether an answer may be on the screen
@@ -60,22 +59,13 @@ class Use:
             _at_the_end(_say_the_rest)
         _all.append(self)
 
-    def is_of(self, head: FlashHead) -> bool:
-        """Whether this is about ``head`` itself, and not a copy of it."""
-        return self._head() is head
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the model has no FlashHead yet."""
-        return self._head() is None
-
     def mode_of(self, model: nn.Module) -> str:
         """What decodes the model's text, in words: "verified", or "dense: " and why."""
         return BUILDING if self.is_waiting else decoding_mode(model)
 
     def take(self, head: FlashHead) -> None:
         """From now on the model has this FlashHead, whose calls come here."""
-        self._head = ref(head)
+        self.is_waiting = False
         head.project_calls(self.project)
         if not self._options.verify:
             self._tell("unverified")

@@ -107,6 +107,9 @@ def usage_of(jobs: list[Job]) -> dict[str, Any]:
         "completion_tokens": n_generated,
         "total_tokens": n_read + n_generated,
         "prompt_tokens_details": {"cached_tokens": sum(job.cached for job in once)},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(job.n_guessed for job in jobs),
+        },
     }
 
 

@@ -7,7 +7,6 @@ with others. What no batch takes, as with a draft model or a quantized cache, is
 import secrets
 import time
 from argparse import Namespace
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -19,7 +18,7 @@ from ..common.marks import masks
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.drafting import drafted_steps
 from ..decoding.keywords import CacheOptions
-from ..decoding.loop import verified_steps
+from ..decoding.loop import verified_steps, with_guesses
 from ..decoding.proposer import Proposer
 from ..decoding.sampler import make_sampler
 from ..decoding.settings import DecodingSettings
@@ -57,6 +56,7 @@ class Job:
     address: str = ""  # of its client
     grammar: GrammarProcessor | None = None  # keeps the answer in a form
     cached: int = 0  # tokens of the prompt that a cache held
+    n_guessed: int = 0  # tokens of the answer that were guessed
     ended: bool = False  # its last event has been emitted, or its client has left
     alone: bool = False  # goes on by itself, after a failure of a step that it shared
 
@@ -321,6 +321,7 @@ class Batch:
         """Takes one step. It may give no token of a sequence."""
         _, responses = self._generator.next()
         for response in responses:
+            self._jobs[response.uid].n_guessed += response.from_draft
             if response.finish_reason is not None:
                 self._ended[response.uid] = response.all_tokens, response.prompt_cache
         return [(self._jobs[r.uid], r.token, r.logprobs) for r in responses]
@@ -355,43 +356,39 @@ class Single:
             "kv_group_size": flags.kv_group_size,
             "quantized_kv_start": flags.quantized_kv_start,
         }
-        self._loop: Generator[tuple[Any, ...], None, None]
-        if draft_model is None:
-            self._loop = verified_steps(
-                start,
-                model,
-                stream,
-                proposer=Proposer(job.served.model, job.settings),
-                max_tokens=-1,  # without a limit, so that a step is launched after the last token
-                sampler=job.sampler,
-                logits_processors=job.processors,
-                prompt_cache=self._cache,
-                context=reading.cached[0],
-                logprobs=job.request.logprobs is not None,
-                n_begun=len(job.tokens),
-                **quantized,
-            )
-        else:
-            self._loop = drafted_steps(
-                start,
-                model,
-                draft_model,
-                stream,
-                proposer=Proposer(job.served.model, job.settings),
+        proposer = Proposer(model, job.settings)
+        loop: Any = partial(
+            verified_steps,
+            max_tokens=-1,  # without a limit, so that a step is launched after the last token
+        )
+        if draft_model is not None:
+            loop = partial(
+                drafted_steps,
+                draft_model=draft_model,
                 max_tokens=job.max_tokens,
                 num_draft_tokens=job.request.num_draft_tokens,
-                sampler=job.sampler,
-                logits_processors=job.processors,
-                prompt_cache=self._cache,
-                context=reading.cached[0],
-                **quantized,
             )
+        steps = loop(
+            start,
+            model,
+            stream=stream,
+            proposer=proposer,
+            sampler=job.sampler,
+            logits_processors=job.processors,
+            prompt_cache=self._cache,
+            context=reading.cached[0],
+            logprobs=job.request.logprobs is not None,
+            n_begun=len(job.tokens),
+            **quantized,
+        )
+        self._loop = with_guesses(steps, proposer) if draft_model is None else steps
 
     def step(self) -> list[Decoded]:
         """Decodes the next token."""
-        token, logprobs = next(self._loop)[:2]
+        token, logprobs, guessed = next(self._loop)
         self._tokens.append(token)
         self._n_cached = len(self._tokens)
+        self.jobs[0].n_guessed += guessed
         return [(self.jobs[0], token, logprobs)]
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:

@@ -261,30 +261,6 @@ def test_the_tokens_are_counted_at_the_end(place):
     assert last.endswith(f"20 {reason}.")
 
 
-@pytest.mark.parametrize(
-    "words, flag",
-    [
-        (("-I", "empty.py"), "-I"),
-        (("-sE", "empty.py", "-I"), "-sE"),
-        (("-u", "-S", "-c", "1"), "-S"),
-        (("empty.py", "-I"), ""),
-        (("-c", "1", "-S"), ""),
-    ],
-)
-def test_options_that_leave_python_without_us(place, monkeypatch, capsys, words, flag):
-    """In the command, or in the first line of a program."""
-    monkeypatch.chdir(place)
-    (place / "empty.py").write_text("")
-    (place / "isolated").write_text(f"#!{sys.executable} {flag}\n")
-    monkeypatch.setattr(os, "execve", lambda *_: None)
-    commands = [(sys.executable, *words)] + [("./isolated",)] * bool(flag)
-    for command in commands:
-        monkeypatch.setattr(sys, "argv", ["run", *command])
-        run_command.main()
-        said = capsys.readouterr().err
-        assert (f"Without FlashHead: `{flag}` keeps Python" in said) == bool(flag)
-
-
 WAITS = """
 import sys, time
 import mlx_lm

@@ -1,7 +1,10 @@
 """What takes the places of mlx-lm's functions under ``run``, in this process."""
 
 import copy
+import gc
 import importlib
+import inspect
+import math
 import pickle
 import sys
 import threading
@@ -169,7 +172,7 @@ def test_a_program_gets_what_is_built_while_it_writes_nothing(folder, plain, qui
     patches = programs._Patches(options)
     loaded, tokenizer = mlx_lm.load(str(folder / "model"))
     patches._attach(loaded, lambda: tokenizer, folder / "model")
-    ((_, build),) = patches._builds
+    (build,) = patches._builds.values()
     batches = patches.batches(OWN["BatchGenerator"])(loaded)
     steps = patches.loop(OWN["generate_step"])
     single = steps_of(OWN["generate_step"], model, prompts[0])
@@ -188,6 +191,19 @@ def test_a_program_gets_what_is_built_while_it_writes_nothing(folder, plain, qui
     assert "build" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_a_model_that_a_program_drops_ends_its_build(folder, quick, monkeypatch):
+    monkeypatch.setattr("mlx_flashhead.loading.background.QUIET_SECONDS", math.inf)
+    patches = programs._Patches(HeadOptions(missing=LATER, progress=False))
+    loaded, tokenizer = mlx_lm.load(str(folder / "model"))
+    patches._attach(loaded, lambda: tokenizer, folder / "model")
+    (build,) = patches._builds.values()
+    del loaded
+    gc.collect()
+    assert not patches._builds
+    build._thread.join()
+    assert build._build.stored is None
+
+
 def test_a_build_that_fails_is_one_line(folder, plain, quick, monkeypatch):
     said = []
     monkeypatch.setattr(HeadOptions, "say", lambda _, text: said.append(text))
@@ -196,19 +212,21 @@ def test_a_build_that_fails_is_one_line(folder, plain, quick, monkeypatch):
     patches = programs._Patches(HeadOptions(missing=LATER))
     loaded, tokenizer = mlx_lm.load(str(folder / "model"))
     patches._attach(loaded, lambda: tokenizer, folder / "model")
-    ((_, build),) = patches._builds
+    (build,) = patches._builds.values()
     build._thread.join()
     assert texts(patches.batches(OWN["BatchGenerator"])(loaded), plain[1]) == plain[2]
     assert said[1:] == ["Without FlashHead: [metal] out of memory"]
 
 
-def test_copies_say_their_line(under, plain):
+def test_copies_of_a_model(under, plain):
+    """One in the same process is verified as well, and a pickled one is dense."""
     _, prompts, expected = plain
-    for copied in copy.deepcopy(under.model), pickle.loads(pickle.dumps(under.model)):
+    for copied, lines in (
+        (pickle.loads(pickle.dumps(under.model)), []),
+        (copy.deepcopy(under.model), ["model: verified."]),
+    ):
         assert texts(under.batch_generator(copied), prompts) == expected
-    texts(under.batch_generator(under.model), prompts)
-    copies = ["a copy of model: verified.", "a llama: verified."]
-    assert under.lines() == [*copies, "model: verified."]
+        assert under.lines() == lines
 
 
 class Around(nn.Module):
@@ -526,8 +544,5 @@ def test_attributes_that_are_nothing_to_mlx_lm_change_nothing(under, plain):
 
 
 def test_a_program_may_ask_for_parameters(under):
-    import inspect
-
-    for name in ("__init__", "insert", "insert_segments", "next", "remove"):
-        ours, theirs = getattr(under.batch_generator, name), getattr(OWN["BatchGenerator"], name)
-        assert inspect.signature(ours) == inspect.signature(theirs)
+    ours = inspect.signature(under.batch_generator.__init__)
+    assert ours == inspect.signature(OWN["BatchGenerator"].__init__)

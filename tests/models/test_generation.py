@@ -1,9 +1,11 @@
 """The package's generation: mlx-lm's functions under settings that last as long as the call."""
 
+import importlib
 from itertools import zip_longest
 
 import mlx_lm
 import pytest
+from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_flashhead import batch_generate, generate, load, stream_generate
@@ -141,3 +143,19 @@ def test_adapters_of_the_body_work_and_those_of_the_head_are_refused(pair, tmp_p
     adapters = str(write_adapters(tmp_path / "head", pair.dense_folder, kind=kind, keys=(path,)))
     said = f"{path!r} carries a LoRA adapter.* must be fused first"
     refused(lambda: load(str(pair.folder), adapter_path=adapters), said)
+
+
+def test_a_replaced_function_of_mlx_lm_is_called(pair, monkeypatch):
+    """The text is mlx-lm's own then, since its loop would look the function up."""
+    module = importlib.import_module("mlx_lm.generate")
+    calls = []
+    make = module.make_prompt_cache
+
+    def replaced(*arguments, **options):
+        calls.append(arguments)
+        return [RotatingKVCache(max_size=8) for _ in make(*arguments, **options)]
+
+    monkeypatch.setattr(module, "make_prompt_cache", replaced)
+    expected = mlx_lm.generate(pair.dense, pair.tokenizer, PROMPTS[0], max_tokens=12)
+    assert generate(pair.model, pair.tokenizer, PROMPTS[0], max_tokens=12) == expected
+    assert len(calls) == 2

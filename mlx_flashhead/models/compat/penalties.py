@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 from inspect import getclosurevars
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm import sample_utils
+
+from .recognised import nested_codes
 
 BIAS = "bias"
 REPETITION = "repetition"
@@ -31,10 +33,6 @@ class Penalty:
     biases: dict[int, float] = field(default_factory=dict)
 
 
-def _codes(maker: Any) -> list[CodeType]:
-    return [each for each in maker.__code__.co_consts if isinstance(each, CodeType)]
-
-
 _KINDS = {
     code: kind
     for maker, kind in (
@@ -43,7 +41,7 @@ _KINDS = {
         (sample_utils.make_presence_penalty, PRESENCE),
         (sample_utils.make_frequency_penalty, FREQUENCY),
     )
-    for code in _codes(maker)
+    for code in nested_codes(maker)
 }
 
 
@@ -56,8 +54,9 @@ def penalty_of(processor: Any) -> Penalty | None:
     if kind == BIAS:
         if not {"indices", "values"} <= values.keys():
             return None  # another function of this maker
-        indices, biases = (cast(mx.array, values[name]).tolist() for name in ("indices", "values"))
-        return Penalty(BIAS, biases=dict(zip(cast(Any, indices), cast(Any, biases), strict=True)))
+        indices: Any = cast(mx.array, values["indices"]).tolist()
+        biases: Any = cast(mx.array, values["values"]).tolist()
+        return Penalty(BIAS, biases=dict(zip(indices, biases, strict=True)))
     window = values.get("context_size")
     if not isinstance(window, int) or window < 1:
         return None  # which mlx-lm reads from the other end
