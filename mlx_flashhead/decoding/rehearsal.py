@@ -7,7 +7,7 @@ a text.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -30,22 +30,12 @@ from .settings import DecodingSettings
 
 TOGETHER = (2, 12)  # texts: from 12 on MLX's own product scores the centroids
 
-
-@dataclass(frozen=True)
-class Kind:
-    """What chooses the tokens of a text."""
-
-    name: str
-    sampler: Sampler | SamplerFunction | None = None
-    processors: tuple[Processor, ...] = ()
+Kind = tuple[Sampler | SamplerFunction | None, list[Processor]]  # what chooses a text's tokens
 
 
-GREEDY = Kind("the likeliest tokens")
-
-
-def kinds(vocab_size: int) -> list[Kind]:
-    """The kinds of texts whose proposals take different steps."""
-    everything = Noise(temperature=0.8, top_p=0.9, min_p=0.05, top_k=7)
+def kinds(vocab_size: int) -> dict[str, Kind]:
+    """The kinds of texts whose proposals take different steps, by name."""
+    everything = Sampler(Noise(temperature=0.8, top_p=0.9, min_p=0.05, top_k=7), seed=0)
     penalties = sample_utils.make_logits_processors(
         {min(5, vocab_size - 1): 1.0},
         repetition_penalty=1.1,
@@ -58,15 +48,15 @@ def kinds(vocab_size: int) -> list[Kind]:
         return mx.where(mx.arange(logits.shape[-1]) % 32 == 0, -mx.inf, logits)
 
     masks(mask, lambda tokens, n_tokens: bits)
-    return [
-        GREEDY,
-        Kind("a temperature", Sampler(Noise(temperature=1.0), seed=0)),
-        Kind("top-p, min-p and top-k", Sampler(everything, seed=0)),
-        Kind("mlx-lm's sampler", sample_utils.make_sampler(0.7, top_p=0.9)),
-        Kind("penalties", None, tuple(penalties)),
-        Kind("a grammar", None, (mask,)),
-        Kind("penalties and a grammar", Sampler(everything, seed=0), (*penalties, mask)),
-    ]
+    return {
+        "the likeliest tokens": (None, []),
+        "a temperature": (Sampler(Noise(temperature=1.0), seed=0), []),
+        "top-p, min-p and top-k": (everything, []),
+        "mlx-lm's sampler": (sample_utils.make_sampler(0.7, top_p=0.9), []),
+        "penalties": (None, penalties),
+        "a grammar": (None, [mask]),
+        "penalties and a grammar": (everything, [*penalties, mask]),
+    }
 
 
 def rehearse(model: nn.Module) -> None:
@@ -79,35 +69,38 @@ def rehearse(model: nn.Module) -> None:
         model: A model with a FlashHead.
     """
     head = installed_head(model)
+    hidden = mx.random.normal((max(TOGETHER), head.hidden_size), key=mx.random.key(0))
+    hidden = hidden.astype(hidden_dtype(model))
     if head.backend != METAL:
-        mx.eval(head.propose(_states(model, 1), None)[:-1])
+        mx.eval(head.propose(hidden[:1], None)[:-1])
         return
     settings = DecodingSettings(n_probes=head.n_probes)  # whatever the machine gains
     proposer = Proposer(model, settings)
     proposer.policy = replace(
         proposer.policy, first_pending=MAX_PENDING, max_risk=math.inf, max_wait=math.inf
     )
-    kind = GREEDY
-    try:
-        with random_key((0, 0)):
-            for kind in kinds(head.vocab_size):
-                _rehearse_kind(proposer, kind)
-    # MLX raises these for a text that does not compile, a rejected pipeline, a lost device
-    except (RuntimeError, ValueError) as error:
-        head.fall_back(f"the steps of text with {kind.name} do not run on this device ({error})")
+    with random_key((0, 0)):
+        for name, kind in kinds(head.vocab_size).items():
+            try:
+                _rehearse_kind(proposer, kind, hidden)
+            # MLX raises these for a text that does not compile, a rejected pipeline, a lost device
+            except (RuntimeError, ValueError) as error:
+                reason = f"the steps of text with {name} do not run on this device ({error})"
+                head.fall_back(reason)
+                return
 
 
-def _rehearse_kind(proposer: Proposer, kind: Kind) -> None:
-    for n_pending in CLASSES:
-        _rehearse_text(proposer, kind, n_pending)
+def _rehearse_kind(proposer: Proposer, kind: Kind, hidden: mx.array) -> None:
+    for n_tokens in CLASSES:
+        _rehearse_text(proposer, kind, hidden[:1], n_tokens)
     for n_texts in TOGETHER:
         texts = [_text(kind) for _ in range(n_texts)]
-        tokens = proposer.propose(texts, _states(proposer.model, n_texts))
+        tokens = proposer.propose(texts, hidden[:n_texts])
         mx.eval(step_arrays(tokens, [text.pending[-1] for text in texts]))
 
 
-def _rehearse_text(proposer: Proposer, kind: Kind, n_pending: int) -> None:
-    """Proposes and verifies tokens of a text as the decoder does."""
+def _rehearse_text(proposer: Proposer, kind: Kind, hidden: mx.array, n_tokens: int) -> None:
+    """Proposes and verifies tokens of a text as the decoder does, with a state (1, D) for each."""
     text = _text(kind)
     if not proposer.can_verify(text):
         return
@@ -115,9 +108,8 @@ def _rehearse_text(proposer: Proposer, kind: Kind, n_pending: int) -> None:
     text.begin_ahead(before_all)
     text.proposing = True
     schedule = VerifySchedule(proposer, lambda texts: [before_all])
-    hidden = _states(proposer.model, 1)
     latest = mx.array([0], mx.uint32)
-    for _ in range(n_pending):
+    for _ in range(n_tokens):
         text.feed(latest)
         latest = proposer.propose([text], hidden, latest)
         text.pending[-1].read(cast(int, latest.item()))
@@ -130,10 +122,4 @@ def _rehearse_text(proposer: Proposer, kind: Kind, n_pending: int) -> None:
 
 
 def _text(kind: Kind) -> Sequence:
-    prompt = mx.array([0, 1, 0, 1])
-    return Sequence(kind.sampler, kind.processors, prompt, logprobs=True)
-
-
-def _states(model: nn.Module, n: int) -> mx.array:
-    width = installed_head(model).hidden_size
-    return mx.random.normal((n, width), key=mx.random.key(n)).astype(hidden_dtype(model))
+    return Sequence(*kind, mx.array([0, 1, 0, 1]), logprobs=True)

@@ -5,9 +5,9 @@
 
 --quality: perplexity on held-out text, KL and same best token from the model as it is, with the
 body rounded to 4 bits and the head with the tied embedding to fewer; computed in float32 from the
-rounded weights. --speed: tokens per second of each of these models, dense by mlx-lm's loop and with
-FlashHead, in turns on this machine; 16 bits are the model's own dtype. Both put their part into the
-JSON file, and the table into the page.
+rounded weights. --speed: tokens per second of each of these models, dense by mlx-lm's loop and as
+this machine decodes it by itself, in turns; 16 bits are the model's own dtype. Both put their part
+into the JSON file, and the table into the page.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,18 +23,19 @@ import mlx_lm
 import numpy as np
 
 import mlx_flashhead
-from grid import DENSE, TUNED, WORK, index_of
+from grid import DENSE, TUNED, WORK, in_rounds, index_of
 from mlx_flashhead.benchmark import add_number
 from mlx_flashhead.benchmarks import SAMPLERS
 from mlx_flashhead.benchmarks.model_benchmark import PROMPT
-from mlx_flashhead.benchmarks.reporting import in_turns, machine
+from mlx_flashhead.benchmarks.reporting import machine
 from mlx_flashhead.benchmarks.variants import Variant, with_flash_head
 from mlx_flashhead.common.arguments import Parser, writable
 from mlx_flashhead.common.command import command
 from mlx_flashhead.conversion import run_task
 from mlx_flashhead.conversion.calibration import read_text, text_states
+from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.head.matrix import as_float32
-from mlx_flashhead.models.install import dense_copy
+from mlx_flashhead.models.install import dense_copy, installed_head
 from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.models.locate import find_head
 from pages import CHECKOUT, line, with_block
@@ -103,25 +103,20 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def speed(folder: Path, args: argparse.Namespace) -> dict[str, dict]:
-    """Tokens per second of each head, greedy, dense and with FlashHead; all in turns."""
-    forms: dict[str, Variant] = {}
+    """Greedy text with each head by mlx-lm's loop and with FlashHead, in turns, by bits."""
+    figures = {}
     for bits in HEAD_BITS:
         model, tokenizer = mlx_flashhead.load(
             str(with_head(folder, bits, args.work)), flash_head=str(index_of(folder, args.work))
         )
-        forms[f"{bits}, {DENSE}"] = Variant(dense_copy(model))
-        forms[f"{bits}, {TUNED}"] = with_flash_head(model, verify=True)
-    prompt = tokenizer.encode(PROMPT)[: args.prompt_tokens]
-    run = prompt, 1, args.tokens, SAMPLERS["greedy"]
-
-    def seconds_of(name: str, _: int) -> float:
-        return forms[name].decode(*run)[0]
-
-    timers = {name: partial(seconds_of, name) for name in forms}
-    seconds: dict[str, list[float]] = {}
-    for number, seconds in enumerate(in_turns(timers, args.rounds)):  # noqa: B007
-        print(f"{folder.name}: round {number} of {args.rounds}", file=sys.stderr)
-    return {name: {"tokens_per_second": 1 / median(turns)} for name, turns in seconds.items()}
+        policy = policy_of(installed_head(model))
+        forms = {DENSE: Variant(dense_copy(model)), TUNED: with_flash_head(model, verify=True)}
+        prompt = tokenizer.encode(PROMPT)[: args.prompt_tokens]
+        measured = in_rounds(forms, (prompt, 1, args.tokens, SAMPLERS["greedy"]), args.rounds)
+        about = {"keeps_dense_head": policy.dense, "measured_gain": policy.tuning.gain}
+        figures[str(bits)] = about | measured
+        print(f"{folder.name}, {bits} bits: {measured['ratio']['median']:.2f} x", file=sys.stderr)
+    return figures
 
 
 def with_head(folder: Path, bits: int, work: Path) -> Path:
@@ -151,12 +146,12 @@ def table(figures: dict) -> Iterator[str]:
         speeds = figures["speed"].get(name, {})
         name += f", {by_form['unquantized']['positions']:,} positions"
         for form, row in by_form.items():
-            cells = [
-                f"{speeds[f'{form}, {kind}']['tokens_per_second']:.2f}"
-                if f"{form}, {kind}" in speeds
-                else ""
-                for kind in (DENSE, TUNED)
-            ]
+            timed = speeds.get(form)
+            cells = ["", ""]
+            if timed is not None:
+                cells = [f"{each:.2f}" for each in timed["tokens_per_second"].values()]
+                if timed.get("keeps_dense_head"):
+                    cells[1] = "stays dense"
             exact = form == "unquantized"
             yield line(
                 name,
@@ -193,7 +188,7 @@ def main() -> None:
             figures["quality"][folder.name] = quality(folder, args.positions)
         if args.speed:
             figures["speed"][folder.name] = speed(folder, args)
-            figures["machine"] = machine()
+            figures |= {"machine": machine(), "command": " ".join(sys.argv)}
         file.write_text(json.dumps(figures, indent=1) + "\n")
     print(*table(figures), sep="\n")
     if PAGE.exists():

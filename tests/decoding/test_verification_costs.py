@@ -63,7 +63,7 @@ def dispatches(flash, kind, k: int) -> Counter:
     n_words = -(-head.vocab_size // 32)
 
     def verify(hidden, probes, logits):
-        text = Sequence(kind.sampler, kind.processors, mx.array([0, 1, 0, 1]))
+        text = Sequence(*kind, mx.array([0, 1, 0, 1]))
         text.begin_ahead(Snapshot(0, [], [], []))
         masked = text.changes is not None and text.changes.mask is not None
         allowed = np.full(n_words, 7, np.uint32) if masked else None
@@ -89,7 +89,7 @@ def dispatches(flash, kind, k: int) -> Counter:
 
 def dispatches_with(flash, name, k, monkeypatch, **rounding):
     """Those with such a rounding, and how many there are beside what the estimates count."""
-    kind = next(kind for kind in kinds(flash.head.vocab_size) if kind.name == name)
+    kind = kinds(flash.head.vocab_size)[name]
     bounds = Rounding(2.0**-7, longest=1.0, product=1e-3, **rounding)
     monkeypatch.setattr(verification, "rounding_of", lambda *_: bounds)
     monkeypatch.setattr(mx, "async_eval", lambda *_: None)
