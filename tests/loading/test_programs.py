@@ -21,7 +21,7 @@ from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.interop import libraries
 from mlx_flashhead.loading import programs, use
 from mlx_flashhead.loading.batches import CHANGED
-from mlx_flashhead.loading.head_options import LATER, HeadOptions
+from mlx_flashhead.loading.head_options import BUILD, LATER, HeadOptions
 from mlx_flashhead.loading.programs import REPLACED
 from mlx_flashhead.models.compat import other_programs
 from mlx_flashhead.models.compat.recognised import digest
@@ -189,6 +189,21 @@ def test_a_program_gets_what_is_built_while_it_writes_nothing(folder, plain, qui
     assert others[-2].startswith("With FlashHead: model, ")
     assert others[-1] == "Text of model: verified."
     assert "build" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("vision", [True, False])
+def test_models_of_mlx_vlm_are_built_first(folder, plain, monkeypatch, vision):
+    seen = []
+
+    def attach_head(model, tokenizer, stored, source, options):
+        seen.append(options.missing)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(programs, "attach_head", attach_head)
+    monkeypatch.setattr(programs, "is_vlm", lambda _: vision)
+    patches = programs._Patches(HeadOptions(missing=LATER, progress=False))
+    patches._attach(plain[0], lambda: None, folder / "model")
+    assert seen == [BUILD if vision else LATER]
 
 
 def test_a_model_that_a_program_drops_ends_its_build(folder, quick, monkeypatch):
