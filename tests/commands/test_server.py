@@ -66,7 +66,8 @@ def test_it_says_where_it_is_and_logs_its_answers(converted, expected, tmp_path)
         answer = r"127\.0\.0\.1 POST /v1/completions 200, \S+ s, model, 7 \+ \d tokens{}, verified$"
         for i, line in enumerate(server.lines(5, after=before)[2:]):
             assert re.search(answer.format(r", \S+ tokens/s" if i == 2 else ""), line)
-        threads, counts = Path(f"/proc/{server.process.pid}/task"), []
+        threads = Path(f"/proc/{server.process.pid}/task")
+        counts = []
         for i in range(24 if threads.exists() else 0):
             complete(server, max_tokens=2, temperature=0.5 + i / 100, top_p=0.9)
             counts.append(len([*threads.iterdir()]))

@@ -109,7 +109,8 @@ def start_engine(converted):
         def load():
             served = served_model(folder, context=100_000)
             if drafts:
-                served.draft_model, served.batchable = served_model(folder).model, False
+                served.draft_model = served_model(folder).model
+                served.batchable = False
             return [served]
 
         engine = Engine(load, flags("--prefill-step-size", CHUNK, *arguments))
@@ -152,7 +153,8 @@ def flash(tiny):
 @pytest.fixture
 def chunks(monkeypatch):
     """(thread-safe) list of the chunks that are read, each of which takes a moment."""
-    read, compute = [], Reading._compute
+    read = []
+    compute = Reading._compute
 
     def slow(self, tokens):
         read.append((self.job, tokens.size))

@@ -22,7 +22,8 @@ def flags(*arguments):
 
 def convert(dense: Path, name: str, n_probes: int) -> Path:
     """Converts a folder into another one beside it."""
-    target, options = dense.parent / name, {"calibration": "none", "progress": False}
+    target = dense.parent / name
+    options = {"calibration": "none", "progress": False}
     mlx_flashhead.convert(str(dense), str(target), n_probes=n_probes, **options)
     return target
 

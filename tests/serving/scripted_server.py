@@ -49,9 +49,13 @@ class Script(logging.Handler):
         """Forgets all of it."""
         self.test = f"{id(self)}-{len(self.pages)}"
         self.pages.add(self.test)
-        self.access, self.info, self.left = Access(), INFO, Event()
+        self.access = Access()
+        self.info = INFO
+        self.left = Event()
         self.loading = False  # whether the model is being loaded: nothing else is answered
-        self.answers, self.requests, self.log = [], [], []
+        self.answers = []
+        self.requests = []
+        self.log = []
 
     @property
     def access(self):
@@ -81,7 +85,8 @@ class Script(logging.Handler):
         pieces = self.answers.pop(0) if self.answers else ["Fine."]
         if isinstance(pieces, str):
             raise ApiError(pieces)
-        left, models = self.left, self.info["models"]  # those of this test
+        left = self.left  # those of this test
+        models = self.info["models"]
         model = next((m for m in models if m["name"] == body.get("model")), models[0])
         decoding = "verified" if "n_probes" in body else model["decoding"]  # or forced on
         decoding = "dense: as requested" if body.get("dense") else decoding

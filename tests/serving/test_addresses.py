@@ -125,7 +125,8 @@ def test_a_signal_that_ends_the_server_as_its_models_are_loaded(monkeypatch, cap
     # in a thread, as the page's tests have an event loop here; only the main one handles signals
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_IGN)
     with serve.listening("127.0.0.1", 0) as port:
-        flags, engine = Namespace(host="127.0.0.1"), Namespace(models=models)
+        flags = Namespace(host="127.0.0.1")
+        engine = Namespace(models=models)
         serving = serve._serve(flags, engine, Access(), port)
         with ThreadPoolExecutor(1) as thread:
             thread.submit(asyncio.run, serving).result()

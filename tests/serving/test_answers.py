@@ -31,11 +31,15 @@ class Detokenizer:
 def emitted(parts, stop=(), state="normal"):
     """What each token adds, and the end, unless a stop text came before it."""
     tokenizer = SimpleNamespace(detokenizer=Detokenizer(), has_thinking=True, has_tool_calling=True)
-    tokenizer.think_start, tokenizer.think_end = "<think>", "</think>"
-    tokenizer.tool_call_start, tokenizer.tool_call_end = "<call>", "</call>"
-    tokenizer.structural_markers, tokenizer.response_transitions = (), {}
+    tokenizer.think_start = "<think>"
+    tokenizer.think_end = "</think>"
+    tokenizer.tool_call_start = "<call>"
+    tokenizer.tool_call_end = "</call>"
+    tokenizer.structural_markers = ()
+    tokenizer.response_transitions = {}
     machine = TextStateMachine({"normal": [(word, None) for word in stop]} if stop else None)
-    text, tokens = AnswerText(tokenizer, machine, state), []
+    text = AnswerText(tokenizer, machine, state)
+    tokens = []
     for part in [*parts, None]:
         tokens.append(text.add(part, last=part is None))
         if tokens[-1].finish_reason:

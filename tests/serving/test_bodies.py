@@ -60,7 +60,8 @@ def send(tiny):
         def send(address, **fields):
             connection = HTTPConnection("127.0.0.1", port, timeout=20)
             opened.callback(connection.close)
-            body, headers = json.dumps(fields), {"X-Address": address}
+            body = json.dumps(fields)
+            headers = {"X-Address": address}
             connection.request("POST", "/v1/completions", body, headers)
             return connection
 

@@ -44,7 +44,8 @@ def send(engine):
 
 
 def test_nobody_waits_while_a_call_is_read(monkeypatch, engine, send):
-    begun, go = Event(), Event()
+    begun = Event()
+    go = Event()
 
     def read(tokenizer, text, tools):
         begun.set()

@@ -35,12 +35,14 @@ def check_stream(text, wanted):
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client["client"])
 def test_a_client_gets_what_the_table_says(http_server, client):
-    name, gets = client["client"], client["gets"]
+    name = client["client"]
+    gets = client["gets"]
     (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| {name} |")]
     assert f"| {gets} |" in row
     assert client["sources"]
     for request in client["requests"]:
-        body, wanted = request["body"], request["answer"]
+        body = request["body"]
+        wanted = request["answer"]
         host, _, port = http_server.url.removeprefix("http://").partition(":")
         headers = {"Authorization": f"Bearer {http_server.token}", **request["headers"]}
         sent = None if body is None else json.dumps(body)

@@ -156,7 +156,8 @@ def test_quantized_caches_do_not_depend_on_how_a_prompt_is_cut(start, flash, fir
 
 def test_prompts_that_begin_alike_share_what_is_read_and_progress_is_reported(start, flash, chunks):
     engine = start()
-    one, events = submit(engine, LONG), []
+    one = submit(engine, LONG)
+    events = []
     while isinstance(event := until(one, Progress | Token), Progress):
         events.append(event)
     assert events == [Progress(done, 400) for done in (*range(CHUNK, 399, CHUNK), 399)]
@@ -187,7 +188,8 @@ def test_landmarks_are_found_again_where_a_cache_cannot_be_cut(
     dense = write_model(tmp_path / "dense", arch="gemma3_text", hidden_size=64, further=settings)
     folder = convert(dense, "flash", n_probes=4)
     loaded = mlx_flashhead.load(str(folder))
-    first, second = [*LONG[:80], 50, 51], [*LONG[:80], 60, 61, 62]
+    first = [*LONG[:80], 50, 51]
+    second = [*LONG[:80], 60, 61, 62]
     with start_engine(folder=folder, drafts=drafts) as engine:
         assert not engine.models.result()[0].cuttable
         for prompt, landmarks, cached in (

@@ -22,7 +22,9 @@ class PlayedEngine:
     """An engine of which a test says how it is, and what it answers."""
 
     def __init__(self):
-        self.models, self.status, self.jobs = Future(), "loading", []
+        self.models = Future()
+        self.status = "loading"
+        self.jobs = []
 
     def submit(self, jobs):
         self.jobs += jobs

@@ -30,7 +30,8 @@ def test_a_cancelled_prompt_is_read_no_further_and_stays_cached(start, chunks):
 
 def test_a_cancelled_answer_ends_and_its_cache_stays(start):
     engine = start()
-    one, other = endless(engine, LONG), endless(engine, SHORT)
+    one = endless(engine, LONG)
+    other = endless(engine, SHORT)
     one.ended = True
     assert len(tokens_of(submit(engine, [50]))) == 8
     before = len(one.tokens), len(other.tokens)
@@ -60,8 +61,10 @@ def test_a_prompt_is_read_soon_beside_slow_answers_and_a_stream_of_short_prompts
     start, monkeypatch, chunks
 ):
     """As the engine sees it, a chunk takes 0.1 s, and a token of all answers 1 s."""
-    seconds, n_steps = [], []
-    compute, step = Reading._compute, VerifiedBatchGenerator.next
+    seconds = []
+    n_steps = []
+    compute = Reading._compute
+    step = VerifiedBatchGenerator.next
 
     def computed(self, tokens):
         seconds.append(0.1)

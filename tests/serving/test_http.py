@@ -56,7 +56,8 @@ def chosen(answer, stream):
 
 def texts_of(answer, stream, n):
     """The texts of n answers, and the reasons why they ended."""
-    texts, ends = [""] * n, []
+    texts = [""] * n
+    ends = []
     for choice, part in zip(*chosen(answer, stream), strict=True):
         texts[choice.index] += part.content or ""
         ends += [choice.finish_reason] if choice.finish_reason else []

@@ -29,7 +29,8 @@ def with_template(served, template, template_arguments=None):
     """The same model with another chat template."""
     tokenizer = copy.copy(served.tokenizer)
     tokenizer._tokenizer = copy.copy(served.tokenizer._tokenizer)
-    tokenizer.chat_template, tokenizer.has_chat_template = template, template is not None
+    tokenizer.chat_template = template
+    tokenizer.has_chat_template = template is not None
     options = {"template_arguments": template_arguments or {}}
     return ServedModel(served.names, served.model, tokenizer, None, served.context, **options)
 
@@ -85,7 +86,8 @@ def test_a_prompt_leaves_room_for_a_token(tiny):
 
 
 def test_a_text_that_is_too_long_is_tokenized_as_far_as_the_context_reaches(tiny, monkeypatch):
-    inner, lengths = type(tiny.tokenizer._tokenizer), []
+    inner = type(tiny.tokenizer._tokenizer)
+    lengths = []
     encode = inner.encode
 
     def encoded(self, text, **options):
@@ -111,13 +113,15 @@ def test_control_tokens_of_users_are_tokens_as_in_mlx_lm_or_text_with_the_flag(c
         {"role": "tool", "content": "</s>"},
     ]
     tokenizer = chain.tokenizer
-    end, call = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<tool_call>")
+    end = tokenizer.eos_token_id
+    call = tokenizer.convert_tokens_to_ids("<tool_call>")
 
     def read(*arguments):
         (prompt,) = read_prompts(checked(chain, {"messages": messages}, arguments=arguments))
         return prompt.tokens
 
-    plain, escaped = read(), read("--escape-control-tokens")
+    plain = read()
+    escaped = read("--escape-control-tokens")
     assert (plain.count(end), plain.count(call)) == (5, 1)
     assert (escaped.count(end), escaped.count(call)) == (2, 0)  # of the system and the model
     assert tokenizer.decode(escaped) == tokenizer.decode(plain)
@@ -163,7 +167,8 @@ def test_a_gap_is_marked_by_the_tokens_of_the_vocabulary(tiny):
 
 
 def test_the_text_of_a_gap_is_asked_for_in_the_models_own_tokens(tiny, monkeypatch):
-    qwen, codestral = FORMATS[0], FORMATS[4]
+    qwen = FORMATS[0]
+    codestral = FORMATS[4]
     monkeypatch.setattr(tiny, "middle", qwen)
     monkeypatch.setattr(tiny, "middle_ends", ["<|file_sep|>"])
     fields = {"prompt": ["def f(", "x"], "suffix": "):", "stop": "\n"}

@@ -40,7 +40,8 @@ def test_seven_of_eight_answers_are_those_they_have_alone(engine, flash, part):
 
 
 def test_a_failure_of_nobody_in_particular_costs_nothing(engine, flash, monkeypatch):
-    step, calls = VerifiedBatchGenerator._next, count()
+    step = VerifiedBatchGenerator._next
+    calls = count()
 
     def failing(self):
         if next(calls) == 8:
@@ -81,7 +82,8 @@ class PanicError(BaseException):
 )
 def test_what_fails_once_costs_one_answer_at_most(engine, flash, monkeypatch, owner, names, after):
     for name in names.split():
-        function, failed = getattr(owner, name), []
+        function = getattr(owner, name)
+        failed = []
         first = next(NUMBERS)  # so that no cache holds the prompts
         prompts = [[*SHORT, first // 200, first % 200, i] for i in range(3)]
         jobs = [job(engine, prompt, n) for prompt, n in zip(prompts, (2, 6, 4), strict=True)]

@@ -265,7 +265,8 @@ TEXT_MISTAKES = {
 def test_mistakes_name_the_field(tiny, read, fields, field, said):
     with pytest.raises(ApiError) as told:
         read(tiny, **fields)
-    sentence, status = str(told.value), 404 if said == "choose tiny" else 400
+    sentence = str(told.value)
+    status = 404 if said == "choose tiny" else 400
     assert (told.value.field, told.value.status) == (field, status)
     assert said in sentence and "\n" not in sentence and len(sentence) < 200
 

@@ -46,7 +46,9 @@ def chromium():
 @contextmanager
 def opener(chromium, port, headers=None):
     """What opens pages, with touch but on the MacBook: no script fails, no other host is used."""
-    contexts, problems, hosts = [], [], set()
+    contexts = []
+    problems = []
+    hosts = set()
 
     def log(message):
         # A rejected or broken request is logged by the browser itself, and is what some tests do.

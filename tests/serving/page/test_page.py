@@ -76,7 +76,8 @@ def test_ask_and_see_the_stream(lan, script, open_page, screen, dark):
 
 
 def test_how_much_is_read_and_a_thought_that_is_folded_away(script, page):
-    half, whole = Event(), Event()
+    half = Event()
+    whole = Event()
     reading = [(512, 4000), half, (2000, 4000), whole]
     script.answers = [[*reading, {"reasoning": "Hmm, "}, {"reasoning": "well."}, "So long."]]
     ask(page, "A long text")

@@ -30,7 +30,8 @@ def open_list(page):
 
 
 def test_instructions_of_a_conversation_and_of_new_ones(script, page):
-    shown, area = page.locator("#show-system"), page.locator("#system")
+    shown = page.locator("#show-system")
+    area = page.locator("#system")
     ask(page, "One?", ends=1)
     with settings(page):
         area.fill(" Answer like a pirate. ")
@@ -50,7 +51,8 @@ def test_instructions_of_a_conversation_and_of_new_ones(script, page):
 
 def test_a_question_in_other_words(script, page):
     script.answers = [["One."], ["Two."], ["Three."], ["Uno."]]
-    questions, editing = page.locator(".message.user .body"), page.locator(".editing")
+    questions = page.locator(".message.user .body")
+    editing = page.locator(".editing")
     for number, question in enumerate(("First?", "Second?", "Third?"), 1):
         ask(page, question, ends=number)
     edit = page.get_by_role("button", name="Edit the question").nth(1)
@@ -123,7 +125,8 @@ def test_export_and_import(script, page, tmp_path):
     tap(page, "Rename “Which colour?”")
     page.keyboard.type("The sky\n")
     tap(page, "Close the list")
-    download, path = export(page), tmp_path / "sky.json"
+    download = export(page)
+    path = tmp_path / "sky.json"
     assert download.suggested_filename == "the-sky.json"
     download.save_as(path)
     content = json.loads(path.read_text())
@@ -222,7 +225,8 @@ def test_two_windows_lose_no_message(script, page):
 def test_a_choice_of_models(script, open_page):
     script.info = INFO | {"models": [MODEL, OTHER, PLAIN]}
     page = open_page("ipad")
-    choice, mode = page.get_by_label("Model", exact=True), page.locator("#mode")
+    choice = page.get_by_label("Model", exact=True)
+    mode = page.locator("#mode")
     ask(page, "One?", ends=1)
     choice.select_option(OTHER["name"])
     page.reload()

@@ -114,7 +114,8 @@ CACHED = """caches.open("flashhead-page").then((cache) => cache.keys())
 
 def test_server_gone_and_back(open_page):
     """The page that the browser has cached opens meanwhile, but does not hide a new token."""
-    script, seen = Script(), Event()
+    script = Script()
+    seen = Event()
     script.access = Access(TOKEN)
     script.answers = [["So $x^2$."], ["Half an ", seen, BREAK]]
     with scripted_server(script) as (port, _):
