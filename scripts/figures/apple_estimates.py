@@ -30,6 +30,7 @@ from step_times import (
 from wide_times import WIDTHS, cost, lookup_gain
 
 CHIPS = ("m1", "m2", "m4", "m5", "m4-pro", "m4-max", "m3-ultra")
+REPEATS_CHIP = "m4"  # of the README's column of answers that repeat their prompt
 README_CHIPS = ("m4", "m5", "m4-pro", "m4-max", "m5-max")
 README_MODELS = (  # what people run, small to large
     *("gemma-3-1b", "gemma-3-4b", "qwen3.5-4b", "gpt-oss-20b", "gemma-4-26b-a4b"),
@@ -103,11 +104,14 @@ def fit_text() -> list[str]:
 
 def readme() -> list[str]:
     """Models that people run: greedy, with heads as files have them."""
-    lines = table("model", "head", chips=README_CHIPS)
+    columns = ["model", "head", *(chip.replace("-", " ").title() for chip in README_CHIPS)]
+    columns += [f"repeats its prompt, {REPEATS_CHIP.title()}"]
+    lines = [line(*columns), line(*("---" for _ in columns))]
     for model in README_MODELS:
-        for head in (4, 8):
-            gains = (shown(gain(model, chip, head)) for chip in README_CHIPS)
-            name = models()[model].name if head == 4 else ""
+        for head in (8, 4):
+            gains = [shown(gain(model, chip, head)) for chip in README_CHIPS]
+            gains.append(f"{lookup_gain(model, REPEATS_CHIP, head):.2f}")
+            name = models()[model].name if head == 8 else ""
             lines.append(line(name, f"{head} bits", *gains))
     return lines
 
@@ -139,15 +143,6 @@ def repeats() -> list[str]:
     return lines
 
 
-def readme_repeats() -> list[str]:
-    """The same for the models of the README, with heads of 4 bits."""
-    lines = table("model", chips=README_CHIPS)
-    for model in README_MODELS:
-        gains = (f"{lookup_gain(model, chip, 4):.2f}" for chip in README_CHIPS)
-        lines.append(line(models()[model].name, *gains))
-    return lines
-
-
 def wide_costs() -> list[str]:
     """A wide step relative to a single one, for each number of its tokens."""
     lines = table("model, 4 bits")
@@ -164,7 +159,6 @@ BLOCKS = {  # page and marker: lines
     ("docs/speed.md", "wide costs"): wide_costs,
     ("docs/finer-head.md", "estimates"): finer_head,
     ("README.md", "estimates"): readme,
-    ("README.md", "repeats"): readme_repeats,
 }
 
 
