@@ -13,6 +13,7 @@ from mlx_flashhead.head import margins
 from mlx_flashhead.head.draws import filters
 from mlx_flashhead.head.draws.bounds import Interval, log_mass
 from mlx_flashhead.head.draws.greedy import Greedy, best_draws
+from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
 from mlx_flashhead.head.draws.noise import Noise, position_key
 from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.kernel_inputs import MIN_PROBES
@@ -209,6 +210,31 @@ def test_the_token_is_the_definitions(dtype, cluster_size):
             greedy = steps.choose(*case, best_draws(len(drawing.rows)))[0].tolist()
             zeros = mx.zeros_like(drawing.inputs[0])
             assert greedy == expected(steps, *case, (zeros, *drawing.inputs[1:]))
+
+
+def test_rows_of_all_kinds_are_chosen_as_alone():
+    """In one batch, in any order."""
+    rng = np.random.default_rng(6)
+    number = int(np.float32(0.4).view(np.uint32))
+    rows = [
+        (InverseCDF(0.7, top_p=0.9), (number, 0)),
+        (Greedy(), (0, 0)),
+        (Noise(1.0), (3, 4)),
+        (InverseCDF(1.2), (number, 0)),
+        (Greedy(), (0, 0)),
+        (Noise(0.8, top_p=0.9, top_k=30), (5, 6)),
+        (Noise(1.5), (7, 8)),
+    ]
+    steps = PortableSteps(plain_clusters(rng, 50, 8))
+    selection, candidates = scored(rng, steps, len(rows), 9, mx.float32)
+    tokens, risks = steps.choose(selection, candidates, Draws.of(rows))
+    for i, row in enumerate(rows):
+        one = slice(i, i + 1)
+        left = Unscored(*(each[one] for each in selection.unscored))
+        alone = Selection(selection.probes[one], unscored=left)
+        token, risk = steps.choose(alone, Candidates(candidates.logits[one]), Draws.of([row]))
+        assert tokens[i].item() == token.item(), row
+        assert risks[i].item() == pytest.approx(risk.item()), row
 
 
 def test_values_without_order():

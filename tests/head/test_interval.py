@@ -92,6 +92,19 @@ def test_logits_that_are_equally_far_off_have_the_same_cuts(settings):
     assert mx.all(found[0] >= found[1])
 
 
+@pytest.mark.parametrize("top_p", [0.79, 0.8 - 5e-5, 0.8 + 5e-5, 0.81])
+def test_cuts_are_apart_where_sums_may_be_rounded(top_p):
+    """The sum of two of three known probabilities is 0.8, or a ten thousandth more or less."""
+    logits = mx.log(mx.array([[0.5, 0.3, 0.2]]))
+    draws = Draws.of([(Noise(1.0, top_p=top_p), (0, 0))])
+    known = Interval(logits, mx.zeros((1, 1)))
+    mass = log_mass(logits)
+    high, low = cuts(known, draws, mass, mass)
+    lowest = {"high": 2 if top_p > 0.805 else 1, "low": 1 if top_p < 0.795 else 2}
+    assert high.item() == logits[0, lowest["high"]].item()
+    assert low.item() == logits[0, lowest["low"]].item()
+
+
 def test_evened_logits_are_as_far_off_as_the_farthest():
     logits = mx.array([[1.0, 2.0, mx.finfo(mx.float32).min]])
     evened = Interval(logits, mx.array([[0.1, 0.3, mx.inf]])).evenly()

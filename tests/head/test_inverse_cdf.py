@@ -209,20 +209,23 @@ EDGES = [
 ]
 
 
-def is_certain(tokens, proposed, number, doubt):
-    """Whether one of tokens of equal weight is drawn for sure, as all others weigh nothing."""
+def is_certain(tokens, proposed, number, doubt, *, top_p=1.0, steps_down=0.0):
+    """Whether one of tokens of equal weight is drawn for sure, as all others weigh nothing.
+
+    From one to the next the logits may fall by a little, so that their order is known.
+    """
     steps = PortableSteps(plain_clusters(np.random.default_rng(0), 40, 4))
     clustered = steps.clustered
     slots = mx.full((1, clustered.n_clusters, clustered.cluster_size), -60.0)
     ids = to_numpy(clustered.token_ids)
-    for token in tokens:
+    for i, token in enumerate(tokens):
         cluster, place = np.argwhere(ids == token)[0]
-        slots[0, int(cluster), int(place)] = 5.0
+        slots[0, int(cluster), int(place)] = 5.0 - i * steps_down
     probes = mx.argsort(-slots.max(axis=-1), axis=-1)[:, :N_PROBES].astype(mx.uint32)
     logits = mx.take_along_axis(slots, probes[..., None], axis=1)
     tolerance = Tolerance(mx.full((1,), doubt), mx.full((1,), doubt))
     bits = int(np.float32(number).view(np.uint32))
-    draws = Draws.of([(InverseCDF(1.0), (bits, 0))])
+    draws = Draws.of([(InverseCDF(1.0, top_p=top_p), (bits, 0))])
     token = mx.array([proposed], mx.uint32)
     proposal = Proposal(mx.zeros((1, 4)), token, probes, logits, mx.zeros(1))
     return steps.screen(slots, proposal, draws, tolerance, 1e-7).certain.item()
@@ -231,6 +234,25 @@ def is_certain(tokens, proposed, number, doubt):
 @pytest.mark.parametrize("tokens, proposed, number, doubt, sure", EDGES)
 def test_a_number_at_the_edge_of_a_share_is_in_doubt(tokens, proposed, number, doubt, sure):
     assert is_certain(tokens, proposed, number, doubt) is sure
+
+
+@pytest.mark.parametrize("proposed, sign", [(3, -1), (90, 1)])
+def test_log_probabilities_may_be_rounded_together(proposed, sign):
+    """Two sums of all exponentials, of which each may lie off by 1e-4: here by 1e-4 of a share."""
+    assert not is_certain((3, 90), proposed, 0.5 + sign * 5e-5, 0.0)
+    assert is_certain((3, 90), proposed, 0.5 + sign * 4e-4, 0.0)
+
+
+@pytest.mark.parametrize("more, sure", [(-0.01, True), (-5e-5, False), (5e-5, False), (0.01, True)])
+def test_a_sum_near_top_p_leaves_the_last_token_in_doubt(more, sure):
+    """It has a fifth of the mass. Without it the others' shares are larger."""
+    tokens = (3, 40, 90, 120, 140)
+    masses = np.exp(-1e-3 * np.arange(5))
+    top_p = masses[:4].sum() / masses.sum() + more
+    kept = 5 if more > 0 else 4
+    for number, certain in ((0.1, True), (0.9, sure)):
+        proposed = tokens[int(number * kept)]
+        assert is_certain(tokens, proposed, number, 0.0, top_p=top_p, steps_down=1e-3) is certain
 
 
 @pytest.mark.parametrize("proposed, sign", [(3, -1), (90, 1)])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from kernel_cases import kernels, on_gpu, plain_clusters, to_numpy
+from mlx_flashhead.head.clustered import in_token_order
 from mlx_flashhead.head.draws import noise
 from mlx_flashhead.head.draws.greedy import Greedy, best_draws
 from mlx_flashhead.head.draws.noise import Noise, noise_of_all, position_key
@@ -291,6 +292,54 @@ def test_unscored_tokens_above_a_rival_leave_it_out(path):
             proposal = proposal_of(mx.array([token], mx.uint32), probes, logits)
             screen = steps.screen(blocks, proposal, draws, Tolerance(mx.zeros(1), mx.zeros(1)), 0.0)
             assert screen.certain.tolist() == [sure]
+
+
+@BOTH
+@pytest.mark.parametrize("top_p", [0.79, 0.8 - 5e-5, 0.8 + 5e-5, 0.81])
+def test_a_sum_near_top_p_leaves_the_last_token_in_doubt(path, top_p):
+    """There another sum of the same probabilities may drop the last token, or keep it."""
+    with kernels():
+        steps = steps_of(np.random.default_rng(1), path)
+        clustered = steps.clustered
+        slots = mx.full((1, clustered.n_clusters, clustered.cluster_size), -60.0)
+        slots[0, 2, 0], slots[0, 5, 1], slots[0, 7, 2] = np.log([0.5, 0.3, 0.2]).tolist()
+        last = clustered.token_ids[7, 2].item()
+        n_draws = 200
+        slots = mx.broadcast_to(slots, (n_draws, *slots.shape[1:]))
+        logits = in_token_order(slots.flatten(1), clustered.slot_of)
+        keys = [position_key(0, i) for i in range(n_draws)]
+        draws = Draws.of([(Noise(1.0, top_p=top_p), key) for key in keys])
+        without = Draws.of([(Noise(1.0), key) for key in keys]).choose(logits)
+        probes = mx.broadcast_to(mx.arange(9, dtype=mx.uint32), (n_draws, 9))
+        proposal = proposal_of(draws.choose(logits), probes, slots[:, :9])
+        exact = Tolerance(mx.zeros(n_draws), mx.zeros(n_draws))
+        certain = np.array(steps.screen(slots, proposal, draws, exact, 0.0).certain)
+    would_be_last = np.array(without) == last
+    assert 20 < would_be_last.sum() < 60
+    doubts = would_be_last if abs(top_p - 0.8) < 1e-4 else np.zeros(n_draws, bool)
+    np.testing.assert_array_equal(certain, ~doubts)
+
+
+@BOTH
+@pytest.mark.parametrize("place", [5, 50], ids=["scored", "not scored"])
+def test_noise_of_another_implementation_may_decide(path, place):
+    """Two logarithms differ in the last digits."""
+    with kernels():
+        steps = steps_of(np.random.default_rng(1), path)
+        clustered = steps.clustered
+        draws = Draws.of([(Noise(1.0), position_key(3, 1))])
+        gumbel = noise_of_all(draws.keys, clustered.vocab_size)[0]
+        token = clustered.token_ids[3, 1]
+        rival = clustered.token_ids[place, 2]
+        probes = mx.arange(9, dtype=mx.uint32)[None]
+        exact = Tolerance(mx.zeros(1), mx.zeros(1))
+        for distance, sure in ((5e-6, False), (1e-3, True)):
+            slots = mx.full((1, *clustered.token_ids.shape), -60.0)
+            slots[0, 3, 1] = 0.0
+            slots[0, place, 2] = (gumbel[token] - gumbel[rival]).item() - distance
+            proposal = proposal_of(token.reshape(1), probes, slots[:, :9])
+            found = steps.screen(slots, proposal, draws, exact, 0.0).certain
+            assert found.tolist() == [sure]
 
 
 @BOTH
