@@ -321,6 +321,26 @@ def test_a_sum_near_top_p_leaves_the_last_token_in_doubt(path, top_p):
 
 
 @BOTH
+def test_a_map_in_float32_may_fail_to_rise(path):
+    """By some spacings: two scored logits that lie nearer are a doubt, though they are exact."""
+    logit_map = LogitMap(cap=5.0)
+    spacing = mx.finfo(mx.float32).eps
+    with kernels():
+        steps = steps_of(np.random.default_rng(3), path)
+        probes = mx.arange(9, dtype=mx.uint32)[None]
+        token = steps.clustered.token_ids[3, 1].reshape(1)
+        exact = Tolerance(mx.zeros(1), mx.zeros(1))
+        for distance, sure in ((6 * spacing, False), (100 * spacing, True)):
+            slots = mx.full((1, *steps.clustered.token_ids.shape), -20.0)
+            logits = logit_map(slots[:, :9])
+            logits[0, 3, 1] = 4.0
+            logits[0, 5, 2] = 4.0 * (1 - distance)
+            proposal = proposal_of(token, probes, logits)
+            found = steps.screen(slots, proposal, best_draws(1), exact, 0.0, logit_map)
+            assert found.certain.tolist() == [sure]
+
+
+@BOTH
 @pytest.mark.parametrize("place", [5, 50], ids=["scored", "not scored"])
 def test_noise_of_another_implementation_may_decide(path, place):
     """Two logarithms differ in the last digits."""
