@@ -21,6 +21,19 @@ LIMITS: dict[str, Any] = {"step_max_items": 10_000, "verbose_errors": False}
 MAX_FORCED = 10_000  # bytes without a choice at a text's beginning: each mask looks at all of them
 # The character 0 and its spellings. mlx-lm's detokenizers write it as another one.
 _ZERO = re.compile(r"\x00|\\(x00|u0000|U00000000|[xuU]\{0+\})")
+# What is found in llguidance's messages, and what they say.
+_SENTENCES = (
+    (r"Unimplemented keys: \[(.*)\]", r"\1 is not supported"),
+    (
+        "oneOf constraints",
+        '"oneOf" of schemas that are not told apart is not supported: use "anyOf"',
+    ),
+    ("Too many items", "it is too ambiguous to be followed: simplify it"),
+    ("too large|fuel exhausted|too many expr", "it is too large to be followed: simplify it"),
+    ("NoExtension", "no text fits it: check that it can end"),
+    (r"^\s*error: (.+)", r"\1"),
+    (r"\A(?:at )?\d+\(\d+\): *(?:failed to compile JSON schema: )?(.*?)[.:]?$", r"\1"),
+)
 _GUARD = Guard(Path(__file__).with_name("grammar_check.py"))
 
 
@@ -112,25 +125,16 @@ def _first_problem(grammars: tuple[str, ...]) -> list[Any] | None:
 
 
 def sentence(problem: str) -> str:
-    """What a message of several lines says, without its full stop."""
+    """What llguidance's message of several lines says, without its full stop."""
     problem = problem.replace("/$defs/root", "")
-    if unsupported := re.search(r"Unimplemented keys: \[(.*)\]", problem):
-        return f"{unsupported[1]} is not supported"
-    if "oneOf constraints" in problem:
-        return '"oneOf" of schemas that a value may follow at once is not supported: use "anyOf"'
-    if "Too many items" in problem:
-        return "it is too ambiguous to be followed: simplify it"
-    if cause := re.search(r"^\s*error: (.+)", problem, re.MULTILINE):
-        return cause[1]
-    first = problem.strip().partition("\n")[0]
-    return re.sub(r"^(at )?\d+\(\d+\): *(failed to compile JSON schema: )?", "", first).rstrip(".:")
+    for found, said in _SENTENCES:
+        if match := re.search(found, problem, re.MULTILINE):
+            return match.expand(said)
+    return problem.strip().partition("\n")[0].rstrip(".:")
 
 
 def _place_in(pattern: str) -> str:
-    """Says where a regular expression is wrong, as far as Python's own parser finds it.
-
-    llguidance tells a place in the grammar that it makes of the expression.
-    """
+    """Says where a regular expression is wrong, as far as Python's own parser finds it."""
     try:
         re.compile(pattern)
     except re.error as error:

@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
-from .grammar import LIMITS
+from .grammar import LIMITS, sentence
 from .vocabulary import Vocabulary, llguidance
 
 # Seconds of computing that all masks may take in addition to a limit for each.
 CREDIT_SECONDS = 0.1
-# Matchers of a tokenizer that are kept for further texts of the same form.
+# Matchers that are kept for further texts of the same form.
 MAX_MATCHERS = 16
 
 
@@ -37,6 +38,7 @@ class MaskTime:
         return found
 
 
+@lru_cache(MAX_MATCHERS)
 def checked_matcher(vocabulary: Vocabulary, grammars: str, kind: str) -> Any:
     """A matcher whose first mask has been computed. It is to be copied.
 
@@ -46,19 +48,11 @@ def checked_matcher(vocabulary: Vocabulary, grammars: str, kind: str) -> Any:
         kind: What the text is, for the error.
 
     Raises:
-        ValueError: If no text follows them, or the first mask takes too much computing.
+        ValueError: If no text follows them.
     """
-    known = vocabulary.matchers
-    if grammars in known:
-        return known[grammars]
     limits = llguidance().LLParserLimits(**LIMITS)
     matcher = llguidance().LLMatcher(vocabulary.tokens, grammars, log_level=0, limits=limits)
     matcher.compute_bitmask()
-    if "Too many items" in matcher.get_error():
-        raise ValueError(f"The {kind} is too ambiguous to be followed: simplify it.")
     if matcher.is_error():
-        raise ValueError(f"No text fits the {kind}: check that it can end.")
-    while len(known) >= MAX_MATCHERS:
-        known.pop(next(iter(known)), None)
-    known[grammars] = matcher
+        raise ValueError(f"The {kind} cannot be followed: {sentence(matcher.get_error())}.")
     return matcher

@@ -94,7 +94,7 @@ class FreeText:
                 rests.setdefault(rules.special[first], []).append("".join(rest[:1]))
         marking = {*vocabulary.end_tokens, *rests}
         others = [token for token in vocabulary.other_than_text if token not in marking]
-        parts = [f"<[{_ranges(others)}]> {any_text}?"] if others else []
+        parts = [f"<[{','.join(map(str, others))}]> {any_text}?"] if others else []
         for token, texts in rests.items():
             if all(texts):  # such a token may come, if the rest of the mark does not
                 unlike = "|".join(map(quoted, texts))
@@ -108,14 +108,3 @@ class FreeText:
         if rules.parts(mark)[0] in rules.special:
             endings.append(rules.expression(mark))
         return f"{self.text} {one_of(endings)}"
-
-
-def _ranges(tokens: Sequence[int]) -> str:
-    """Ascending numbers as llguidance takes them: ``3-5,7``."""
-    ranges: list[list[int]] = []
-    for token in tokens:
-        if ranges and ranges[-1][1] == token - 1:
-            ranges[-1][1] = token
-        else:
-            ranges.append([token, token])
-    return ",".join(f"{first}-{last}" for first, last in ranges)

@@ -31,7 +31,6 @@ class Vocabulary:
         end_tokens: Those that end a text.
         size: The number of tokens.
         special: The numbers of tokens that no plain text becomes, by their texts.
-        matchers: Matchers to be copied, each by its grammars.
 
     Raises:
         ValueError: If llguidance is not installed or cannot read the tokenizer.
@@ -48,7 +47,6 @@ class Vocabulary:
         self.special: Mapping[str, int] = {
             text: token for text, token in added.items() if is_special(token)
         }
-        self.matchers: dict[str, Any] = {}
 
     def text_of(self, token: int) -> bytes:
         """The bytes of a token."""

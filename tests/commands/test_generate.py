@@ -234,6 +234,12 @@ def test_json_schema(run, generated, converted, tmp_path, further):
     assert "does not complete the JSON schema: it was cut at --max-tokens 3" in errors
 
 
+def test_json_schema_on_the_command_line(generated, converted):
+    arguments = ("--model", converted, "--max-tokens", 80, "--json-schema")
+    schema = '{"type": "integer", "minimum": 10, "maximum": 99}'
+    assert 10 <= int(generated(*arguments, schema)) <= 99
+
+
 def test_regular_expression_and_grammar(generated, converted, tmp_path, monkeypatch):
     arguments = ("--max-tokens", 80, "--model", converted)
     assert re.fullmatch("[0-9]{4}(ab)+c\n", generated(*arguments, "--regex", "[0-9]{4}(ab)+c"))

@@ -56,6 +56,18 @@ MISTAKES = [
         "generate --model model --json-schema text.txt",
         "text.txt is not JSON (Expecting value at li",
     ),
+    (
+        """generate --model model --json-schema '{"type": "x"}'""",
+        "--json-schema: The JSON schema is wrong: Invalid type: x",
+    ),
+    (
+        "generate --model model --json-schema '{type'",
+        "--json-schema is not JSON (Expecting property",
+    ),
+    (
+        "generate --model model --json-schema nowhere.json",
+        "there is no file nowhere.json: give one that exists, or the schema itself",
+    ),
     ("generate --model model --grammar grammar", "grammar is wrong at line 1, column 8"),
     ("generate --model model --regex [", "expression '[' is wrong at column 1: unclosed character"),
     ("generate --model model --regex ab(", "'ab(' is wrong at column 3: unclosed group"),
