@@ -12,13 +12,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from importlib.util import module_from_spec, spec_from_file_location
 from io import StringIO
 from multiprocessing.connection import wait
 from pathlib import Path
-from threading import BoundedSemaphore, Thread, stack_size
-from typing import Any
+from threading import BoundedSemaphore, Event, Thread, stack_size
+from typing import Any, TypeVar
 
 STACK_BYTES = 4 << 20  # of the work; half of the smallest default that the caller's threads have
 START_SECONDS = 30.0  # of a helper, on a busy machine
@@ -30,8 +32,30 @@ MAX_HELPERS = 8
 NICENESS = 5  # what decodes tokens goes first
 
 
+_left: ContextVar[Event | None] = ContextVar("left", default=None)
+
+Result = TypeVar("Result")
+
+
 class GuardError(ValueError):
     """The work was ended; the message says why, as a sentence without its subject."""
+
+
+class LeftError(Exception):
+    """The work was ended, since nobody wants its result any more."""
+
+
+def unless_left(left: Event, work: Callable[[], Result]) -> Result:
+    """The result of ``work()``, whose calls of guards end once ``left`` is set.
+
+    Raises:
+        LeftError: If a call of a guard has ended so.
+    """
+    token = _left.set(left)
+    try:
+        return work()
+    finally:
+        _left.reset(token)
 
 
 class Guard:
@@ -74,8 +98,10 @@ class Guard:
         Raises:
             GuardError: If it takes more time or memory than it may, or ends its process.
             RuntimeError: If it raises anything, with the message of that.
+            LeftError: If nobody wants it any more: see :func:`unless_left`.
         """
         with self._free:
+            _check_wanted()
             helper = self._next()
             answer: list[Any] | None = None  # its kind, and the result or a message
             try:
@@ -115,6 +141,7 @@ class Guard:
         try:
             print(json.dumps(request), file=stdin, flush=True)
             while not wait([stdout], LOOK_SECONDS):
+                _check_wanted()
                 if time.monotonic() >= ends:
                     raise GuardError(too_slow)
                 if memory_of(helper.pid) > self.max_bytes:
@@ -140,6 +167,12 @@ class Guard:
             _end(helper)
             raise GuardError("cannot be examined: no helper process starts")
         return helper
+
+
+def _check_wanted() -> None:
+    left = _left.get()
+    if left is not None and left.is_set():
+        raise LeftError
 
 
 def _end(helper: subprocess.Popen) -> None:

@@ -5,10 +5,11 @@ import logging
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from threading import Event
 from typing import Any
 
 from starlette.requests import ClientDisconnect, HTTPConnection
@@ -16,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..common.guarded import MAX_HELPERS
+from ..common.guarded import MAX_HELPERS, LeftError, unless_left
 from ..models.call_parsers import read_tool_calls
 from ..version import __version__
 from .answer_text import Progress, Token
@@ -31,6 +32,7 @@ from .turns import Turns
 
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 LOADING = "The model is being loaded: try again in a moment."
+_LOOK_SECONDS = 0.25  # between two looks whether a client still waits for its request to be read
 _TICK_SECONDS = 1.0  # between comments of a stream whose model is being loaded
 _MAX_WAITING_BYTES = 32 << 20  # of the bodies that wait for a model
 _STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # else nginx holds back
@@ -95,11 +97,29 @@ class Service:
         has_form = any(fields.get(name) is not None for name in _FORMS)
         readers = self._grammar_readers if has_form else self._readers
         async with readers.turn(address_of(request)):
-            if await request.is_disconnected():
-                raise ClientDisconnect
-            jobs = await readers.work(read)
+            jobs = await self._read_unless_left(readers, read, request)
         self._name_ignored(jobs[0].request.ignored)
         return jobs
+
+    @staticmethod
+    async def _read_unless_left(
+        readers: Turns, read: Callable[[], list[Job]], request: HttpRequest
+    ) -> list[Job]:
+        """Reads a request as long as its client waits."""
+        left = Event()
+        if await request.is_disconnected():
+            raise ClientDisconnect
+        reading = asyncio.ensure_future(readers.work(partial(unless_left, left, read)))
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # is looked at
+        try:
+            while not (await asyncio.wait([reading], timeout=_LOOK_SECONDS))[0]:
+                if await request.is_disconnected():
+                    left.set()
+            return reading.result()
+        except LeftError:
+            raise ClientDisconnect from None
+        finally:
+            left.set()
 
     def _name_ignored(self, fields: list[str]) -> None:
         """Names fields of a request that have no effect, each once, in the log."""

@@ -2,11 +2,12 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 
 from mlx_flashhead.common import guarded
-from mlx_flashhead.common.guarded import Guard, GuardError, memory_of
+from mlx_flashhead.common.guarded import Guard, GuardError, LeftError, memory_of, unless_left
 
 WORK = """
 import os, time
@@ -51,6 +52,19 @@ def test_a_failure_ends_its_own_work_alone(guard):
         with pytest.raises(error, match=text):
             guard.call(request)
         assert guard.call(["", {"a": "é"}])[0] == {"a": "é"}
+
+
+def test_work_ends_when_nobody_wants_it(guard):
+    guard.seconds = 1000
+    left = Event()
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(unless_left, left, lambda: guard.call(["sleep", 1000]))
+        left.set()
+        with pytest.raises(LeftError):
+            running.result()
+    with pytest.raises(LeftError):
+        unless_left(left, lambda: guard.call(["", 0]))
+    assert guard.call(["", 1])[0] == 1
 
 
 def test_the_memory_of_a_helper_is_looked_at(guard, monkeypatch):

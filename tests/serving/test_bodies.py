@@ -9,6 +9,7 @@ from threading import Event
 import pytest
 
 from engines import flags
+from mlx_flashhead.common.guarded import Guard, LeftError
 from mlx_flashhead.serving import bodies, completions, endpoints
 from mlx_flashhead.serving.access import Access
 from mlx_flashhead.serving.api_errors import ApiError
@@ -154,3 +155,26 @@ def test_nothing_is_read_for_a_client_that_has_left(monkeypatch, send):
     held.go.set()
     assert was_read(last)
     assert "left" not in held.seen
+
+
+def test_what_is_computed_to_read_a_request_ends_when_its_client_leaves(
+    monkeypatch, send, tmp_path
+):
+    (tmp_path / "work.py").write_text("def work(request):\n    while True:\n        pass\n")
+    guard = Guard(tmp_path / "work.py", seconds=1000)
+    begun, ended = Event(), Event()
+
+    def read(fields, **_):
+        begun.set()
+        try:
+            return guard.call(None)
+        except LeftError:
+            ended.set()
+            raise
+
+    monkeypatch.setattr(completions, "read_jobs", read)
+    leaving = send("a", prompt="x")
+    assert begun.wait(20) and not ended.is_set()
+    leaving.close()
+    assert ended.wait(20)
+    wait_until(lambda: not send.connections)
