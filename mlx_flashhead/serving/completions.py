@@ -169,7 +169,6 @@ class Completion:
             job.address = self._address
         request = self._jobs[0].request
         self._request = request
-        self._choices = [Choice(request, job.index) for job in self._jobs]
         chat = "chat.completion.chunk" if request.stream else "chat.completion"
         self._common = {  # what all parts of an answer have beside their choices
             "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -266,6 +265,7 @@ class Completion:
     async def _parts(self) -> AsyncIterator[Progress | dict[str, Any]]:
         """The results of the jobs until all are complete: parts of prompts, and chunks' choices."""
         self._service.engine.submit(self._jobs)
+        self._choices = [Choice(self._request, job.index) for job in self._jobs]
         while any(choice.finish_reason is None for choice in self._choices):
             index, event = await self._queue.get()
             if isinstance(event, ApiError | ClientDisconnect):

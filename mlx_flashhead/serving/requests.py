@@ -341,8 +341,9 @@ class Request:
         stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop
         if chat:
             self.messages = _template_messages(body["messages"], served.takes_developer)
-            names = ("tools", "tool_choice", "parallel_tool_calls")
-            self.tools = read_tools({name: getattr(fields, name) for name in names}, served)
+            if fields.tools or fields.tool_choice != "auto":
+                names = ("tools", "tool_choice", "parallel_tool_calls")
+                self.tools = read_tools({name: getattr(fields, name) for name in names}, served)
             self.template_settings, unread = _template_settings(fields, served)
             self.ignored += unread
         else:
@@ -363,7 +364,7 @@ class Request:
         # the number of likeliest tokens beside each chosen one; None: no logprobs
         self.logprobs: int | None = _n_logprobs(fields) if chat else fields.logprobs
         self.seed: int | None = fields.seed
-        self.sampling = _sampling(fields, flags)  # arguments of make_sampler
+        self.sampling = _sampling(fields, flags)  # a draw, as the request asks for it
         self.penalties = _penalties(fields, served)  # arguments of mlx-lm's make_logits_processors
 
 

@@ -46,6 +46,7 @@ class ServedModel:
     build: BackgroundBuild | None = None  # of its FlashHead, if it has none yet
 
     def __post_init__(self):
+        self.name = self.names[0]
         drafts = [] if self.draft_model is None else make_prompt_cache(self.draft_model)
         caches = make_prompt_cache(self.model) + drafts
         self.cuttable = all(type(cache) is KVCache for cache in caches)  # to any length
@@ -74,11 +75,6 @@ class ServedModel:
         if self.build is not None and self.head is None and not dense:
             return "dense: FlashHead is being built"
         return decoding_mode(self.model, verify=self.verify, dense=dense)
-
-    @property
-    def name(self) -> str:
-        """The first of its names."""
-        return self.names[0]
 
     @property
     def head(self) -> FlashHead | None:
