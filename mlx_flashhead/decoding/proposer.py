@@ -23,6 +23,7 @@ from .settings import DecodingSettings
 
 CPU_BATCH = 32  # sequences at once up to which proposals pay on a CPU
 FIRST = "the first of its text"  # token, which the prompt's own logits have chosen
+DRAFTED = "dense: a draft model guesses, and the target chooses every token"
 PAUSED = "decoded densely for a while, since that was faster"  # of a text that can be verified
 SAMPLED_DENSE = "dense: FlashHead is no faster for sampled text on this machine"
 UNKNOWN_FUNCTION = "dense: its sampler, or one of its processors, cannot be verified"
@@ -86,9 +87,11 @@ class Proposer:
     def mode_of(self, sequence: Sequence, n_handed_out: int = 2) -> str:
         """Returns in words how the latest token of a text was decoded.
 
-        The words are "verified", "unverified", FIRST, or "dense: " and why. ``n_handed_out`` counts
-        the tokens since its prompt was read.
+        The words are "verified", "unverified", FIRST, PAUSED, or "dense: " and why.
+        ``n_handed_out`` counts the tokens since its prompt was read.
         """
+        if sequence.guesser is not None and sequence.guesser.drafts:
+            return DRAFTED
         if sequence.proposing:
             return FIRST if n_handed_out == 1 else "verified"
         if not sequence.why_dense:

@@ -262,17 +262,28 @@ def test_a_step_that_the_model_does_not_take_is_a_single_one(guessed, monkeypatc
     assert mx.array_equal(logits, after) and len(counts) > 2
 
 
-def test_a_lookup_finds_what_repeats():
-    """Tokens that were guessed are counted, and say so."""
+def test_guesses_that_do_not_pay_are_not_taken(monkeypatch):
+    """As on a GPU: what is found decides, and what a step of several tokens costs."""
+    monkeypatch.setattr(guesses, "gpu_is_default", lambda: True)
     model = tiny_model(num_hidden_layers=2)
-    expected = [t for t, _ in generate_step(mx.array(PROMPT), model, max_tokens=40)]
-    prompt = PROMPT + expected[:30] + PROMPT  # the model need not copy it
-    proposer = Proposer(model, DecodingSettings(lookup="on"))
-    plain = [t for t, _ in generate_step(mx.array(prompt), model, max_tokens=60)]
-    assert [
-        t for t, _ in verified_steps(mx.array(prompt), model, proposer=proposer, max_tokens=60)
-    ] == plain
-    assert proposer.n_steps <= 60
+    forever = sample_utils.make_logits_processors({5: 100.0})  # the text is this token alone
+    n_steps = {}
+    for cost in (1.01, 100.0):
+        costs = {2: cost, 4: cost, 8: cost}
+        monkeypatch.setattr(guesses, "measured_costs", lambda *given, costs=costs: costs)
+        WideSteps.known.clear()
+        proposer = Proposer(model)
+        steps = verified_steps(
+            mx.array(PROMPT),
+            model,
+            proposer=proposer,
+            logits_processors=forever,
+            max_tokens=60,
+        )
+        assert [token for token, _ in steps] == [5] * 60
+        n_steps[cost] = proposer.n_steps
+    assert n_steps[1.01] < 20
+    assert n_steps[100.0] >= 59  # single ones
 
 
 @pytest.mark.parametrize(
