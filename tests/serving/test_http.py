@@ -191,7 +191,7 @@ NO_TEXT = {"response_format": {"type": "json_schema", "json_schema": FITS_NOTHIN
     ids=lambda value: str(value)[:20],
 )
 def test_mistakes_have_openais_shape(http_server, path, body, status, field, said):
-    """Each kind once: test_requests.py and test_jobs.py have the rest."""
+    """Each kind once: test_requests.py and test_prompts.py have the rest."""
     found, answer = request(http_server, path, body)
     error = answer["error"]
     assert (found, error["type"], error["param"]) == (status, "invalid_request_error", field)
