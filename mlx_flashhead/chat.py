@@ -74,10 +74,9 @@ def main() -> None:
     if resumed:
         conversation.replace(resumed)
     terminal = Terminal([*COMMANDS], WITH_FILES, FILES.expanduser() / "history")
-    build = None
+    idle = None
     if choices.missing == LATER:
-        build = background_build(model, tokenizer, folder, choices)
-    idle = IdleBuild(build) if build else None
+        idle = background_build(model, tokenizer, folder, choices, IdleBuild)
     try:
         with ctrl_c_raises():
             ChatSession(conversation, terminal, args, _answer_options(args, tokenizer), idle).run()

@@ -90,7 +90,8 @@ class ChatSession:
         command, rest = _command(self.terminal.read())
         if command == "/exit":
             return False
-        with self.idle.paused() if self.idle else nullcontext():  # the model to itself
+        model = self.conversation.model
+        with self.idle.paused(model) if self.idle else nullcontext():  # the machine to itself
             if self.head is None:
                 self._welcome_head()
             try:

@@ -11,10 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event, Lock, Thread
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,7 +26,7 @@ from ..conversion import Progress, Task, run_task
 from ..conversion.build import STEP_SECONDS, expected_seconds, model_index
 from ..conversion.options import IndexOptions
 from ..conversion.recipe import make_recipe
-from ..decoding.policy import policy_of
+from ..decoding.policy import Tuning, policy_of
 from ..head.flash_head import FlashHead
 from ..head.matrix import Matrix
 from ..index.flash_head_index import FlashHeadIndex
@@ -39,14 +39,13 @@ from ..models.vlm import is_vlm, text_side
 from . import sources
 from .head_options import HeadOptions
 from .sources import StoredHead
-from .tuned import install_stored, tune_head
+from .tuned import apply_tuning, install_stored, tune_head
 from .use import Use
 
 # A first build that may take longer, as on a busy machine, is a shorter one (docs/converting.md).
 LONG_BUILD_SECONDS = 300.0
-# Beside another program: how long it must have written nothing, and how often that is asked.
-QUIET_SECONDS = 0.5
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.05  # how often it is asked whether a model is idle
+QUIET_SECONDS = 0.5  # for which another program must have written nothing
 
 
 def build_steps(
@@ -226,6 +225,7 @@ class BackgroundBuild:
     """
 
     stored: StoredHead | None = None  # once it is built
+    tuning: Tuning | None = None  # once it is measured
 
     def __init__(self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions):
         self._model = model
@@ -249,7 +249,7 @@ class BackgroundBuild:
         if get_flash_head(self._model) is None:
             install_stored(self._model, stored, replace(self._options, tunes=False))
             yield
-            yield from tune_head(self._model, stored.index, self._options)
+            self.tuning = yield from tune_head(self._model, stored.index, self._options)
 
     def advance(self) -> bool:
         """Does a part of the work.
@@ -268,9 +268,100 @@ class BackgroundBuild:
         self._steps.close()
 
 
+class IdleBuild:
+    """Builds a FlashHead in a thread while a model is idle, on a copy of the model.
+
+    The copy shares the model's arrays. No call of the model meets a part of the build.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        source: Its folder, which names it.
+        options: How the model gets its FlashHead.
+
+    Raises:
+        UnsupportedHeadError: If the model cannot have one.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions):
+        self._options = options
+        self._copy: nn.Module | None = copy.deepcopy(model)
+        self._build = BackgroundBuild(self._copy, tokenizer, source, options)
+        self._build.advance()  # which says how long it takes
+        self._stored: StoredHead | None = None
+        self._tuning: Tuning | None = None
+        self._in_use = False
+        self._closed = False
+        self._thread = Thread(target=self._run, name="build", daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
+
+    @property
+    def is_building(self) -> bool:
+        """Whether the model will have the FlashHead later."""
+        is_there = self._stored is not None and self._copy is not None
+        return is_there or self._thread.is_alive()
+
+    @contextmanager
+    def paused(self, model: nn.Module) -> Iterator[None]:
+        """A block in which the model is used, with its FlashHead if that is built."""
+        self._in_use = True
+        try:
+            self.take_over(model)
+            yield
+        finally:
+            self._in_use = False
+
+    def take_over(self, model: nn.Module) -> FlashHead | None:
+        """Puts what was built and measured on the model itself; None if there is nothing yet."""
+        if self._thread.is_alive() or self._copy is None:
+            return None
+        self._copy = None
+        if self._stored is None:
+            return None
+        head = install_stored(model, self._stored, replace(self._options, tunes=False))
+        if self._tuning is not None:
+            apply_tuning(model, self._tuning, self._options)
+        return head
+
+    def close(self) -> None:
+        """Ends the build after the part that is being done."""
+        self._closed = True
+
+    def _end(self) -> None:
+        """At the end of the process, before which MLX must be at rest."""
+        self.close()
+        self._thread.join()
+
+    def _may_advance(self) -> bool:
+        return not self._in_use
+
+    def _run(self) -> None:
+        try:
+            more = True
+            while more and not self._closed:
+                if self._may_advance():
+                    more = self._build.advance()
+                else:
+                    time.sleep(POLL_SECONDS)
+        except Exception as error:  # whatever it is, the model goes on with its normal head
+            self._options.say(f"Without FlashHead: {sentence(error)}")
+        finally:
+            self._build.drop()
+            self._stored = self._build.stored
+            self._tuning = self._build.tuning
+            del self._build  # and what it holds of the copy
+            if self._closed:
+                self._copy = None
+            mx.clear_streams()  # which must go before their thread ends
+
+
+Build = TypeVar("Build", BackgroundBuild, IdleBuild)
+
+
 def background_build(
-    model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions
-) -> BackgroundBuild | None:
+    model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, kind: type[Build]
+) -> Build | None:
     """The build for a model that has no FlashHead; None if it has one or can have none.
 
     Args:
@@ -278,71 +369,15 @@ def background_build(
         tokenizer: Its tokenizer.
         source: Its folder, which names it.
         options: How the model gets its FlashHead, and where it is said that it can have none.
+        kind: Who advances the build.
     """
     if get_flash_head(model) is not None or is_vlm(model):
         return None
     try:
-        return BackgroundBuild(model, tokenizer, source, options)
+        return kind(model, tokenizer, source, options)
     except UnsupportedHeadError as error:
         options.say(f"Without FlashHead: {error}")
         return None
-
-
-class IdleBuild:
-    """Advances a build in a thread while its model is idle.
-
-    Args:
-        build: The build.
-    """
-
-    def __init__(self, build: BackgroundBuild):
-        self._build = build
-        self._using_model = Lock()
-        self._closed = False
-        self._idle = Event()
-        self._idle.set()
-        self._thread = Thread(target=self._run, name="build", daemon=True)
-        self._thread.start()
-
-    @property
-    def is_building(self) -> bool:
-        """Whether the build, or the measurement of its speed, has not ended."""
-        return self._thread.is_alive()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """A block in which the model may be used. It waits for the part that is being done."""
-        self._idle.clear()
-        try:
-            with self._using_model:
-                yield
-        finally:
-            self._idle.set()
-
-    def close(self) -> None:
-        """Ends the build and its thread."""
-        self._closed = True
-        self._idle.set()
-        self._thread.join()
-
-    def _advance(self) -> bool:
-        """Does a part of the work in idle time. Returns whether there is more."""
-        self._idle.wait()
-        with self._using_model:
-            return not self._closed and self._build.advance()
-
-    def _say(self, text: str) -> None:
-        print(text, file=sys.stderr)
-
-    def _run(self) -> None:
-        try:
-            while self._advance():
-                pass
-        except Exception as error:  # whatever it is, the model goes on with its normal head
-            self._say(f"Without FlashHead: {sentence(error)}")
-        finally:
-            self._build.drop()
-            mx.clear_streams()  # which must go before their thread ends
 
 
 @dataclass(frozen=True)
@@ -357,83 +392,46 @@ class _SaidBy(HeadOptions):
 
 
 class BuildBeside(IdleBuild):
-    """Builds a FlashHead in a thread, on a copy of a model that another program uses.
+    """An :class:`IdleBuild` of a model that another program uses.
 
-    The copy shares the model's arrays, so that the program's calls meet no part of the build. Parts
-    are done while the program writes nothing. When the process ends, what is left of the build is
-    done at a terminal.
+    Parts are done while the program writes nothing. When the process ends, what is left of the
+    build is done at a terminal.
 
     Args:
-        model: The program's model.
-        tokenizer: Its tokenizer.
-        source: Its folder, which names it.
-        options: How the model gets its FlashHead.
         use: Says what there is to say, and knows when the program has used the model.
-
-    Raises:
-        ValueError: If the model cannot have a FlashHead.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions, use: Use
     ):
         self.use = use
-        self._options = options
-        self._copy = copy.deepcopy(model)
         self._ends = False  # with the process: what is built is kept, and nothing is measured
-        told = _SaidBy(**vars(options), tell=use.say)
-        build = BackgroundBuild(self._copy, tokenizer, source, told)
-        build.advance()  # which says how long it takes
-        super().__init__(build)
-        atexit.register(self._end)
+        super().__init__(model, tokenizer, source, _SaidBy(**vars(options), tell=use.say))
 
-    def take_over(self, model: nn.Module) -> FlashHead | None:
-        """Puts what was built on the program's model; None if the build has failed."""
-        self.close()
-        copied = get_flash_head(self._copy)
-        if self._build.stored is None or copied is None:
-            return None
-        head = install_stored(model, self._build.stored, replace(self._options, tunes=False))
-        policy = policy_of(copied)
-        for field in fields(policy):
-            setattr(policy_of(head), field.name, getattr(policy, field.name))
-        return head
-
-    def close(self) -> None:
-        """Ends the build. Its thread ends after the part that is being done."""
-        self._closed = True
-        atexit.unregister(self._end)
-
-    def _advance(self) -> bool:
-        if self._ends and self._build.stored is not None:
-            return False
-        if not self._ends and time.monotonic() - self.use.used_at < QUIET_SECONDS:
-            time.sleep(POLL_SECONDS)
-            return not self._closed
-        return not self._closed and self._build.advance()
-
-    def _say(self, text: str) -> None:
-        self.use.say(text)
+    def _may_advance(self) -> bool:
+        self._closed = self._closed or (self._ends and self._build.stored is not None)
+        quiet = time.monotonic() - self.use.used_at > QUIET_SECONDS
+        return not self._closed and (self._ends or quiet)
 
     def _end(self) -> None:
         """A program that ends by an error, or by Ctrl-C, ends the build, too."""
-        if not self.is_building:
-            return
+        if self._closed or not self._thread.is_alive():
+            return super()._end()
         at_terminal = sys.stderr.isatty()
         self._closed = not at_terminal or hasattr(sys, "last_type")
         self._ends = True
         try:
             if not self._closed:
-                self._options.say("Preparing FlashHead for next time. Ctrl-C skips it.")
+                self.use.say("Preparing FlashHead for next time. Ctrl-C skips it.", at_once=True)
             self._thread.join()
         except KeyboardInterrupt:
             self._closed = True
-            self._options.say("Skipped. The next use tries again.")
+            self.use.say("Skipped. The next use tries again.", at_once=True)
             self._thread.join()
-        if self._build.stored is not None:
-            self._options.say("FlashHead is ready for next time.")
+        if self._stored is not None:
+            self.use.say("FlashHead is ready for next time.", at_once=True)
         elif not at_terminal:  # a script waits for its end
-            self._options.say(
+            self.use.say(
                 "FlashHead is not built yet: --build-first builds it before the first text, and "
                 "`mlx_flashhead.cache --build MODEL` now."
             )

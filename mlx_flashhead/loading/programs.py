@@ -135,10 +135,10 @@ class _Patches:
     def _known_use(self, model: Any) -> Use | None:
         build = self._builds.get(id(model))
         if build is not None:
+            built = build.take_over(model)
             if build.is_building:
                 return build.use
-            del self._builds[id(model)]
-            built = build.take_over(model)
+            self._end_build(id(model))
             if built is not None:
                 self._begin_use(build.use, built)
         head = get_flash_head(model) if self._options.verify else None

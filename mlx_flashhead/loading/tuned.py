@@ -99,9 +99,14 @@ def tune_head(
             said.append(first_gain(model, tuning, finer=bool(options.fine_head)))
         if any(said):
             options.say(" ".join(filter(None, said)))
-    policy_of(head).take(tuning, always=options.always)
-    prepare_wide_steps(model, tuning)
+    apply_tuning(model, tuning, options)
     return tuning
+
+
+def apply_tuning(model: nn.Module, tuning: Tuning, options: HeadOptions) -> None:
+    """Has the loops go by what was measured."""
+    policy_of(installed_head(model)).take(tuning, always=options.always)
+    prepare_wide_steps(model, tuning)
 
 
 def _conditions(model: nn.Module, head: FlashHead) -> str:

@@ -155,7 +155,7 @@ def _load(
             check_quantized_cache(each, args.kv_bits, args.kv_group_size)
     build: BackgroundBuild | None = None
     if choices.missing == LATER:
-        build = background_build(model, tokenizer, folder, choices)
+        build = background_build(model, tokenizer, folder, choices, BackgroundBuild)
     return ServedModel(
         names,
         model,

@@ -8,10 +8,15 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead import get_flash_head, stream_generate
-from mlx_flashhead.decoding.policy import Tuning
+from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.loading import background, tuned
 from mlx_flashhead.loading import sources as cache
-from mlx_flashhead.loading.background import IdleBuild, background_build, build_now
+from mlx_flashhead.loading.background import (
+    BackgroundBuild,
+    IdleBuild,
+    background_build,
+    build_now,
+)
 from mlx_flashhead.loading.head_options import HeadOptions
 from model_folders import write_model
 
@@ -28,8 +33,8 @@ def loaded(folder, quick):
     return mlx_lm.load(str(folder))
 
 
-def build_of(model, tokenizer):
-    return background_build(model, tokenizer, Path("model"), OPTIONS)
+def build_of(model, tokenizer, kind=BackgroundBuild):
+    return background_build(model, tokenizer, Path("model"), OPTIONS, kind)
 
 
 def tokens(model, tokenizer, prompt="One day", n=8):
@@ -112,13 +117,39 @@ def test_another_process_builds(loaded, dies):
 def test_a_thread_builds_while_nothing_is_written(loaded):
     model, tokenizer = loaded
     dense = tokens(model, tokenizer)
-    idle = IdleBuild(build_of(model, tokenizer))
+    idle = build_of(model, tokenizer, IdleBuild)
     seen = []
-    while get_flash_head(model) is None and len(seen) < 1000:
-        with idle.paused():
+    while idle.is_building and len(seen) < 1000:
+        with idle.paused(model):
             seen.append(tokens(model, tokenizer))
         time.sleep(0.01)
-    idle.close()
     assert get_flash_head(model) is not None
     assert all(found == dense for found in seen)
+    assert tokens(model, tokenizer) == dense
     assert "build" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_thread_that_is_closed_leaves_a_dense_model(loaded):
+    idle = build_of(*loaded, IdleBuild)
+    idle.close()
+    idle._thread.join()
+    assert not idle.is_building
+    with idle.paused(loaded[0]):
+        assert get_flash_head(loaded[0]) is None
+
+
+def test_what_was_measured_on_the_copy_counts_for_the_model(loaded, monkeypatch):
+    model, tokenizer = loaded
+
+    def tune(*_):
+        yield
+        return Tuning(gain=0.9, sampled_gain=0.8, dense_seconds=0.1)
+
+    monkeypatch.setattr(tuned, "tune", tune)
+    monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
+    options = HeadOptions(progress=False)
+    idle = background_build(model, tokenizer, Path("model"), options, IdleBuild)
+    idle._thread.join()
+    monkeypatch.setattr(tuned, "tune", lambda *_: pytest.fail("measured again"))
+    with idle.paused(model):
+        assert policy_of(get_flash_head(model)).dense

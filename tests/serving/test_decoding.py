@@ -24,7 +24,7 @@ from engines import (
 )
 from mlx_flashhead import grammar_processor
 from mlx_flashhead.decoding.policy import Tuning, policy_of
-from mlx_flashhead.loading.background import background_build
+from mlx_flashhead.loading.background import BackgroundBuild, background_build
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache, make_prompt_cache
 from mlx_flashhead.serving.answer_text import Progress, Token
@@ -222,7 +222,7 @@ def test_answers_before_at_and_after_the_swap_are_the_dense_models(dense, quick)
     expected = generated((model, tokenizer), SHORT, 30)
     options = HeadOptions(progress=False)
     served = ServedModel(("tiny",), model, tokenizer, None, 512)
-    served.build = background_build(model, tokenizer, Path("tiny"), options)
+    served.build = background_build(model, tokenizer, Path("tiny"), options, BackgroundBuild)
     engine = Engine(lambda: [served], flags())
     seen = {engine.models.result(60)[0].decoding()}
     while served.build is not None:
