@@ -152,7 +152,7 @@ class Engine:
     def _admit(self) -> None:
         """Begins answers: of each address a third of those at once, and more if no other waits."""
         n_at_once: int = self._flags.decode_concurrency
-        share = max(1, n_at_once // 3)
+        share = -(-n_at_once // 3)
         begun = Counter(job.address for job in self._begun)  # answers of each address
         others_wait = len({job.address for job in self._waiting}) > 1
         for job in list(self._waiting):

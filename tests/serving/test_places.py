@@ -3,18 +3,20 @@
 import json
 from contextlib import ExitStack
 from http.client import HTTPConnection
+from threading import Event
 
 import pytest
 
-from engines import SHORT, endless, flags, generated, job, submit, tokens_of, until
+from engines import SHORT, flags, generated, job, submit, tokens_of, until
 from mlx_flashhead.serving.access import Access
 from mlx_flashhead.serving.answer_text import Token
 from mlx_flashhead.serving.endpoints import Api
+from mlx_flashhead.serving.engine import Engine
 from mlx_flashhead.serving.serve import Server
 from scripted_server import running
 
 PLACES = 32  # the default
-SHARE = PLACES // 3
+SHARE = 11
 ENDLESS = {"prompt": "x", "max_tokens": 400, "logit_bias": {"50": 100}}
 
 
@@ -101,10 +103,30 @@ def test_who_comes_takes_the_place_of_an_answer_beyond_a_share(start):
     stop(engine, [*greedy, *others])
 
 
+class Gate:
+    """A processor that lets the engine go on after some tokens when it may."""
+
+    def __init__(self, n_tokens):
+        self.n_left = n_tokens
+        self.reached = Event()
+        self.open = Event()
+
+    def __call__(self, tokens, logits):
+        self.n_left -= 1
+        if self.n_left == 0:
+            self.reached.set()
+            assert self.open.wait(30)
+        return logits
+
+
 def test_two_addresses_that_come_at_once_have_a_third_each(start):
     engine = start()
+    gate = Gate(2)
+    submit(engine, SHORT, processors=[gate])
+    assert gate.reached.wait(30)  # so that all of them have come when it looks
     jobs = [*many(engine, "a", PLACES), *many(engine, "b", PLACES)]
     engine.submit(jobs)
+    gate.open.set()
     for one in (*jobs[:SHARE], *jobs[PLACES : PLACES + SHARE]):
         has_begun(one)
     begun = [one.address for one in engine._begun]
@@ -112,19 +134,27 @@ def test_two_addresses_that_come_at_once_have_a_third_each(start):
     stop(engine, jobs)
 
 
-def test_an_answer_that_waited_again_has_the_text_that_it_has_alone(start, flash):
+def test_an_answer_that_waited_again_has_the_text_that_it_has_alone(start, flash, monkeypatch):
     """With a seed, too."""
     engine = start("--decode-concurrency", 3)
     drawn = {"temperature": 1.5, "seed": 3}
     alone = tokens_of(submit(engine, SHORT, 40, **drawn))
     plain = generated(flash, [*SHORT, 5], 40)
+    put_back = []
+    put = Engine._put_back
+    monkeypatch.setattr(
+        Engine, "_put_back", lambda self, address: put_back.append(address) or put(self, address)
+    )
+    gate = Gate(10)
     jobs = [job(engine, SHORT, 40, **drawn), job(engine, [*SHORT, 5], 40)]
-    kept = endless(engine, [*SHORT, 6])
-    addressed([*jobs, kept], "a")
-    engine.submit(jobs)
-    others = [submit(engine, [*SHORT, 7, i]) for i in range(6)]
-    addressed(others, "b")
-    assert [tokens_of(one) for one in jobs] == [alone, plain]
+    jobs.append(job(engine, [*SHORT, 6], 40, processors=[gate]))
+    engine.submit(addressed(jobs, "a"))
+    assert gate.reached.wait(30)  # all three have begun, and none has ended
+    others = addressed([job(engine, [*SHORT, 7, i]) for i in range(6)], "b")
+    engine.submit(others)
+    gate.open.set()
     for one in others:
         assert len(tokens_of(one)) == 8
-    stop(engine, [kept])
+    assert [tokens_of(one) for one in jobs[:2]] == [alone, plain]
+    assert put_back and set(put_back) == {"a"}
+    assert tokens_of(jobs[2]) == generated(flash, [*SHORT, 6], 40)
