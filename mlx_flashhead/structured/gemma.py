@@ -18,7 +18,7 @@ class Gemma(CallFormat):
 
     Attributes:
         quote: The mark before and after a string.
-        keys: A regular expression of the keys that can be written.
+        keys: A regular expression of the keys without quotes.
         has_parts: Whether values may be lists and objects.
         never: Texts that no string holds, since the parser takes them for its marks.
     """
@@ -27,6 +27,12 @@ class Gemma(CallFormat):
     keys: str = r"[A-Za-z_]\w*"
     has_parts: bool = True
     never: tuple[str, ...] = ()
+
+    def key(self, name: str) -> str:
+        """A key as it is written; empty if it cannot be."""
+        if re.fullmatch(self.keys, name, re.ASCII):
+            return name
+        return literal_of(name) if self.has_parts and not re.search(r"[{}<,:]", name) else ""
 
     def arguments(self, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of the arguments."""
@@ -47,9 +53,10 @@ class _Values:
         members, more = self._document.members(schema)
         written = []
         for key, part, required in members:
-            value = self._value(part) if re.fullmatch(self._form.keys, key, re.ASCII) else ""
+            text = self._form.key(key)
+            value = self._value(part) if text else ""
             if value:
-                written.append((f"{self._rules.expression(f'{key}:')} {value}", required))
+                written.append((f"{self._rules.expression(f'{text}:')} {value}", required))
             elif required:
                 raise ValueError(f"this model's format has no such argument as {key!r:.40}")
         further = None

@@ -8,7 +8,7 @@ import json
 from typing import Any
 from urllib.parse import unquote
 
-MAX_STEPS = 100_000  # lists and objects of one schema, and its references and alternatives
+MAX_STEPS = 50_000  # lists and objects of one schema, and its references and alternatives
 # Formats of strings that llguidance follows. Others are notes, as JSON Schema has it.
 FORMATS = (
     *("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
@@ -108,8 +108,9 @@ class Document:
         parts = [schema]
         for part in parts:  # which grow
             self._count()
-            parts += [self._resolve(part["$ref"])] if "$ref" in part else []
-            parts += part.get("allOf", ())
+            further = [self._resolve(part["$ref"])] if "$ref" in part else []
+            further += part.get("allOf", ())
+            parts += [each for each in further if isinstance(each, dict)]
         limits = {name for part in parts for name in part.keys() & LIMITS}
         others = limits - {"type", "properties", "required", "$ref", "allOf"}
         others -= {"additionalProperties"} if len(parts) == 1 else set()
@@ -137,11 +138,11 @@ class Document:
 
     def _prepared(self, schema: Any) -> Any:
         """A schema, or a list of some, as llguidance reads it."""
+        if not isinstance(schema, list | dict):
+            return schema
         self._count()
         if isinstance(schema, list):
             return [self._prepared(part) for part in schema]
-        if not isinstance(schema, dict):
-            return schema
         made = {}
         for name, value in schema.items():
             if name in _VALUES:
@@ -184,16 +185,23 @@ def _mend(made: dict[str, Any]) -> None:
         ("exclusiveMinimum", "minimum", 1),
         ("exclusiveMaximum", "maximum", -1),
     ):
-        limit = made.get(name)
-        if isinstance(limit, int | float) and not isinstance(limit, bool):
-            del made[name]  # llguidance lets some of them be met
+        # llguidance lets some of them be met
+        limit: Any = made.get(bound) if made.get(name) is True else made.get(name)
+        known: Any = made.get(bound, limit)
+        if _is_number(limit) and _is_number(known):
             inside = limit + sign * max(1e-9, abs(limit) * 2**-52)
-            made[bound] = sign * max(sign * inside, sign * made.get(bound, inside))
+            made[bound] = sign * max(sign * inside, sign * known)
+            del made[name]
     required = made.get("required")
     fewest = made.get("minProperties")
     n_known = len(required) if isinstance(required, list) else 0
     if isinstance(fewest, int) and fewest > n_known + 1:  # llguidance lets a name come twice
         raise ValueError('"minProperties" of several that are not required is not supported')
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that a float can tell from its neighbours."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def kind_of(schema: dict[str, Any]) -> str:

@@ -7,9 +7,10 @@ from decimal import Decimal
 import pytest
 
 from call_formats import of, tokenizer_of, tool
+from mlx_flashhead.structured.grammar import Grammar
 from mlx_flashhead.structured.processor import GrammarProcessor
 from mlx_flashhead.structured.schemas import MAX_STEPS
-from mlx_flashhead.structured.tool_grammar import tool_calls
+from mlx_flashhead.structured.tool_grammar import tool_calls, tools_for_parser
 
 LIMITS = [0, 1, -1, 5, 10, 14, 99, 100, 123, -7, 0.5, 0.75, -1.5, 1.25, 20, 0.1, -0.05, -100]
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
@@ -87,7 +88,7 @@ REFUSED = [
     (of(a={"type": "object", "minProperties": 2}), '"minProperties"'),
     (of(["a"], a=False), "required property 'a' is unsatisfiable"),
     (of(["a"], a={"type": "integer", "minimum": 4, "maximum": 3}), "'a' is unsatisfiable"),
-    (of(a={"enum": [[]] * MAX_STEPS, "anyOf": [{}] * MAX_STEPS}), "100,000 steps"),
+    (of(a={"anyOf": [{}] * MAX_STEPS}), "50,000 steps"),
 ]
 
 
@@ -119,6 +120,53 @@ def test_what_is_not_followed_is_said_with_the_tool(schema, said):
 def test_what_a_format_cannot_carry_is_said(parser, name, schema, said):
     with pytest.raises(ValueError, match=said):
         tool_calls(tokenizer_of(parser), [tool(name, schema)])
+
+
+def diamond(combined, n=40):
+    """Two references to what has two references, and so on: 2⁴⁰ paths in 3 kB."""
+    defs = {f"d{i}": {combined: [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(n)}
+    return of(a={"$ref": "#/$defs/d0"}) | {"$defs": defs | {f"d{n}": {"type": "string"}}}
+
+
+def values(n, begin=0):
+    return {"enum": [f"v{i:05}" for i in range(begin, begin + n)]}
+
+
+COUNTED = "((((a{100}){100}){100}){100})"
+HOSTILE = {
+    "diamond of anyOf": diamond("anyOf"),
+    "diamond of allOf": diamond("allOf"),
+    "diamond of oneOf": diamond("oneOf"),
+    "diamond of arguments": {"$ref": "#/$defs/d0", "$defs": diamond("allOf")["$defs"]},
+    "enums in allOf": of(a={"allOf": [values(3000), values(3000, 1500)]}),
+    "enums in oneOf": of(a={"oneOf": [values(9000), values(9000, 9000)]}),
+    "objects in allOf": of(a={"allOf": [of(**{f"p{i}": {}}) for i in range(3000)]}),
+    "arguments in allOf": {"allOf": [of(**{f"p{i}": {}}) for i in range(3000)]},
+    "counts": of(["a"], a={"type": "string", "pattern": f"^{COUNTED}$"}),
+    "references": of(**{f"p{i}": {"$ref": f"#/$defs/{'d' * 999}{i}"} for i in range(200)})
+    | {"$defs": {f"{'d' * 999}{i}": {"type": "string"} for i in range(200)}},
+}
+
+
+@pytest.mark.parametrize("parser", ["json_tools", "qwen3_coder", "gemma4", "pythonic"])
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_a_hostile_schema_is_followed_or_refused_after_so_many_steps(parser, hostile):
+    tokenizer = tokenizer_of(parser)
+    tools = [tool("f", HOSTILE[hostile])]
+    try:
+        calls = tool_calls(tokenizer, tools)
+        tools_for_parser(tokenizer, tools)
+        processor = GrammarProcessor(tokenizer, calls=calls, required=True)
+    except ValueError as refused:
+        assert str(refused).startswith("The tool 'f' cannot be called: ")
+    else:
+        assert processor.allowed_words([0]) is not None
+
+
+def test_what_a_text_is_forced_to_is_bounded():
+    for make, source in ((Grammar.from_regex, COUNTED), (Grammar.from_lark, f"start: /{COUNTED}/")):
+        with pytest.raises(ValueError, match="no choice for more than 10,000 bytes"):
+            make(source)
 
 
 def accepts_one_of(schema, texts):
