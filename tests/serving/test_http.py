@@ -184,7 +184,7 @@ NO_TEXT = {"response_format": {"type": "json_schema", "json_schema": FITS_NOTHIN
         ("/chat/completions", CHAT | {"stream": True, "seed": "a"}, 400, "seed", "whole number"),
         ("/v1/chat/completions", CHAT | {"model": "./absent"}, 404, "model", "choose mine"),
         ("/v1/completions", {"prompt": "a" * 600}, 400, "prompt", "longer than this model"),
-        ("/v1/chat/completions", CHAT | NO_TEXT, 400, "response_format", "No text fits"),
+        ("/v1/chat/completions", CHAT | NO_TEXT, 400, "response_format", "no text fits it"),
         ("/v1/completions", b"{", 400, None, "The body is not JSON"),
         ("/v1/completions", b"[]", 400, None, "must be a JSON object"),
     ],
