@@ -8,7 +8,8 @@ from mlx_flashhead.head.draws.greedy import best_draws
 from mlx_flashhead.head.kernel_inputs import MIN_PROBES
 from mlx_flashhead.head.metal_steps import MetalSteps
 
-PROBED, NOT_A_NUMBER = 0xFFC00000, 0x7FC00000  # words at or above the first are places
+PROBED = 0xFFC00000  # words from this one on are places
+NOT_A_NUMBER = 0x7FC00000
 
 
 def run(clustered, hidden, n_probes, **options):
@@ -54,11 +55,22 @@ def bins_of(scores: np.ndarray) -> np.ndarray:
     return np.where(certain, 0, bins).astype(int)
 
 
+def n_probes_read(scores, bins, n_probes, depth) -> int:
+    """How many of a row's probes are read: those deeper than ``depth`` below the sum are not."""
+    deepest = 100
+    if depth < 100:
+        near = scores[bins > 0]
+        deepest = depth - np.log(np.exp(near - near.max()).sum())
+    last_bin = 1 + max(deepest, 0) * 64
+    return min(n_probes, int((bins <= last_bin).sum()))
+
+
 def check_selection(clustered, scores, n_probes, selection, depth=100):
     """The first p of a stable sort by bins, ascending, with each cluster's place or estimate, and
     what the others hold."""
     scores = to_numpy(scores)
-    held, words = to_numpy(selection.probes), to_numpy(selection.words)
+    held = to_numpy(selection.probes)
+    words = to_numpy(selection.words)
     assert held.dtype == words.dtype == np.uint32
     assert held.shape[1] == max(n_probes, MIN_PROBES)
     highest = np.finfo(np.float32).max
@@ -67,17 +79,16 @@ def check_selection(clustered, scores, n_probes, selection, depth=100):
     expected = np.clip(estimates, -highest, highest).view(np.uint32)
     expected[np.isnan(estimates)] = NOT_A_NUMBER
     for row, bins in enumerate(bins_of(scores)):
-        near = scores[row, bins > 0]
-        deepest = depth - np.log(np.exp(near - near.max()).sum()) if depth < 100 else 100
-        n_read = min(n_probes, int((bins <= 1 + max(deepest, 0) * 64).sum()))
+        n_read = n_probes_read(scores[row], bins, n_probes, depth)
         probes = held[row, :n_read]
         np.testing.assert_array_equal(probes, np.sort(np.argsort(bins, kind="stable")[:n_read]))
         assert (held[row, n_read:] == probes[-1]).all()
         expected[row, probes] = PROBED + np.arange(n_read, dtype=np.uint32)
         left = np.clip(np.delete(scores[row], probes).astype(np.float64), -highest, highest)
-        best, every = (left.max(), np.logaddexp.reduce(left)) if len(left) else (-highest,) * 2
+        best = left.max() if len(left) else -highest
+        mass = np.logaddexp.reduce(left) if len(left) else -highest
         found = [to_numpy(part)[row, 0] for part in selection.unscored]
-        np.testing.assert_allclose(found, [best, every], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found, [best, mass], rtol=1e-5, atol=1e-5)
     is_zero = (words << 1 == 0) & (expected << 1 == 0)  # of either sign
     np.testing.assert_array_equal(words[~is_zero], expected[~is_zero])
 
@@ -94,7 +105,8 @@ def check_candidates(clustered, hidden, selection, candidates, slack=1e-7):
     if clustered.rows.bias is not None:
         errors = errors + ROUNDING[clustered.rows.product_dtype(hidden.dtype)] * np.abs(every)
         every = every + to_numpy(clustered.rows.bias)
-    of_probes, highest = (np.arange(len(probes))[:, None], probes), mx.finfo(dtype).max
+    of_probes = (np.arange(len(probes))[:, None], probes)
+    highest = mx.finfo(dtype).max
     expected = np.clip(every[of_probes], -highest, highest)
     error = errors[of_probes] + ROUNDING[dtype] * np.abs(expected) + slack
     logits = to_numpy(candidates.logits).astype(np.float64)
@@ -108,9 +120,11 @@ def check_candidates(clustered, hidden, selection, candidates, slack=1e-7):
 
 def check_full(clustered, scores, selection, candidates, full):
     """Exact, given the other steps' outputs: all of it is one sum, one minimum, one rounding."""
-    dtype, logits = candidates.logits.dtype, to_numpy(candidates.logits)
+    dtype = candidates.logits.dtype
+    logits = to_numpy(candidates.logits)
     n_rows, _, cluster_size = logits.shape
-    probes, slot_of = to_numpy(selection.probes), to_numpy(clustered.slot_of)
+    probes = to_numpy(selection.probes)
+    slot_of = to_numpy(clustered.slot_of)
     best = logits.reshape(n_rows, -1).max(axis=-1, keepdims=True).astype(np.float32)
     cap = best - np.maximum(np.float32(1), np.abs(best) / np.float32(64))
     tail = np.minimum(to_numpy(scores) + to_numpy(clustered.centroids.tail_offset), cap)

@@ -17,7 +17,10 @@ from mlx_flashhead.head.steps import NOTHING_ALLOWED, PortableSteps
 
 BOTH = pytest.mark.parametrize("path", [PortableSteps, MetalSteps])
 DTYPES = pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-N_CLUSTERS, SIZE, PADDED, N_PROBES = 60, 8, 3, 9
+N_CLUSTERS = 60
+SIZE = 8
+PADDED = 3
+N_PROBES = 9
 VOCAB_SIZE = N_CLUSTERS * SIZE - PADDED
 
 # The tokens before each row, of which the last is not read yet, and the settings.
@@ -92,7 +95,8 @@ def in_token_order(steps, selection, candidates):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_values_are_mlx_lms(path, dtype, name):
     """To the last bit, from the logits as they were scored; and all its tokens are scored."""
-    settings, logit_map = SETTINGS[name], LogitMap(cap=9.0)
+    settings = SETTINGS[name]
+    logit_map = LogitMap(cap=9.0)
     processors = make_logits_processors(**settings)
     clustered, hidden = case(dtype)
     with kernels():
@@ -132,7 +136,8 @@ def test_infinite_biases_leave_finite_logits(path, dtype):
         adjusted = steps.adjust(selection, candidates, adjustment, None)
         found = in_token_order(steps, selection, adjusted)
     assert not np.isinf(found).any()
-    assert (found[:, 5] == mx.finfo(dtype).max).all() and (found[:, 9] == mx.finfo(dtype).min).all()
+    assert (found[:, 5] == mx.finfo(dtype).max).all()
+    assert (found[:, 9] == mx.finfo(dtype).min).all()
 
 
 @BOTH
@@ -146,12 +151,14 @@ def test_the_other_probes_are_the_best(path):
         plain = steps.select(scores, N_PROBES, words=False).probes[:, :N_PROBES]
         found = steps.select(scores, 50, words=False, adjustment=adjustment)
         for one, other in zip(plain.tolist(), found.probes.tolist(), strict=True):
-            assert set(one) <= set(other) and len(set(other)) == 50
+            assert set(one) <= set(other)
+            assert len(set(other)) == 50
 
 
 def masks(rng, shares):
     """Words (R, W) whose bits say what may be chosen, and the bits (R, V)."""
-    bits = rng.random((len(shares), -(-VOCAB_SIZE // 32) * 32)) < np.array(shares)[:, None]
+    n_words = -(-VOCAB_SIZE // 32)
+    bits = rng.random((len(shares), n_words * 32)) < np.array(shares)[:, None]
     words = np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
     return mx.array(words), bits[:, :VOCAB_SIZE]
 
@@ -165,21 +172,20 @@ def test_what_is_masked_is_never_chosen(path, draws, adjusts):
     rng = np.random.default_rng(1)
     words, bits = masks(rng, [0.5, 0.05, 0.0, 1.0])
     adjustment = adjustment_of(SETTINGS["all"] if adjusts else {})
+    applied = adjustment if adjusts else None
     of = Draws.of([(draws, position_key(1, i)) for i in range(len(CONTEXTS))])
     with kernels():
         steps = path(clustered)
         selection, candidates = scored(steps, hidden, adjustment)
-        before = in_token_order(
-            steps,
-            selection,
-            steps.adjust(selection, candidates, adjustment if adjusts else None, None)
-            if adjusts
-            else candidates,
-        )
-        masked = steps.adjust(selection, candidates, adjustment if adjusts else None, words)
+        unmasked = candidates
+        if adjusts:
+            unmasked = steps.adjust(selection, candidates, adjustment, None)
+        before = in_token_order(steps, selection, unmasked)
+        masked = steps.adjust(selection, candidates, applied, words)
         found = in_token_order(steps, selection, masked)
         tokens, risk = steps.choose(selection, masked, of, masked=True)
-        tokens, risk = tokens.tolist(), risk.tolist()
+        tokens = tokens.tolist()
+        risk = risk.tolist()
     lowest = np.finfo(np.float16).min
     known = ~np.isnan(before)
     np.testing.assert_array_equal(found[known], np.where(bits, before, lowest)[known])

@@ -41,7 +41,8 @@ def test_each_slot_holds_its_token(vocab_size, cluster_size, bits):
     assert np.array_equal(np.array(clustered.token_ids), token_ids)
     real = token_ids < vocab_size
     for name, array in clustered.rows.arrays().items():
-        original, array = np.array(rows.arrays()[name]), np.array(array)
+        original = np.array(rows.arrays()[name])
+        array = np.array(array)
         assert array.shape == (*shape, *original.shape[1:])
         assert np.array_equal(array[real], original[token_ids[real]])
     slots = np.array(clustered.slot_of)
@@ -52,7 +53,8 @@ def test_each_slot_holds_its_token(vocab_size, cluster_size, bits):
 def test_columns_hold_the_same_rows(vocab_size, cluster_size):
     rows, token_ids, by_row = build(vocab_size, cluster_size, bias=True)
     by_column = ClusteredRows.build(rows, token_ids, by_row.centroids, by_column=True)
-    weight, again = by_column.rows.weight, by_column.in_rows()
+    weight = by_column.rows.weight
+    again = by_column.in_rows()
     mx.eval(weight, again.rows.weight)
     assert weight.shape == (by_row.n_clusters, cluster_size, 32)
     assert memoryview(weight.swapaxes(-1, -2)).c_contiguous
@@ -67,7 +69,8 @@ def test_columns_hold_the_same_rows(vocab_size, cluster_size):
 
 def test_forced_clusters():
     _, token_ids, clustered = build(61, 8, forced=(5, 60, 1000, -1))
-    bias, fitted_bias = np.array(clustered.route_bias), np.array(clustered.centroids.bias)
+    bias = np.array(clustered.route_bias)
+    fitted_bias = np.array(clustered.centroids.bias)
     forced = np.isin(token_ids, [5, 60]).any(axis=1)
     assert np.array_equal(bias == np.float32(ALWAYS_PROBED), forced)
     assert np.array_equal(bias[~forced], fitted_bias[~forced])
@@ -85,7 +88,8 @@ def test_token_ids_must_be_a_permutation(token, other):
 
 def test_centroids_must_fit():
     rows, token_ids, clustered = build(61, 8)
-    centroids, matrix = clustered.centroids, clustered.centroids.matrix
+    centroids = clustered.centroids
+    matrix = clustered.centroids.matrix
 
     def of(**arrays):
         return replace(centroids, matrix=replace(matrix, **arrays))
@@ -108,10 +112,8 @@ def test_centroids_must_fit():
 @pytest.mark.parametrize("block_products", [1, 50, 500, 100_000])
 def test_blocked_product_is_the_product(monkeypatch, n_states, n_rows, hidden_size, block_products):
     monkeypatch.setattr(steps, "BLOCK_PRODUCTS", block_products)
-    hidden, weight = (
-        mx.random.normal((n_states, hidden_size)),
-        mx.random.normal((n_rows, hidden_size)),
-    )
+    hidden = mx.random.normal((n_states, hidden_size))
+    weight = mx.random.normal((n_rows, hidden_size))
     blocks = in_blocks(Matrix(weight))
     found = np.array(blocked_product(hidden, blocks))
     assert blocks.shape[-1] * hidden_size <= block_products + 16 * hidden_size

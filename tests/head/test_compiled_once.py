@@ -18,7 +18,9 @@ from mlx_flashhead.head.proposal import Tolerance
 from retrieval import best_token
 from tiny_models import random_clusters
 
-VOCAB_SIZE, HIDDEN_SIZE, N_CLUSTERS = 157, 64, 20
+VOCAB_SIZE = 157
+HIDDEN_SIZE = 64
+N_CLUSTERS = 20
 SOFTCAP = LogitMap(cap=30.0)
 SETTINGS = (
     Greedy(),
@@ -40,9 +42,12 @@ def make_head(n_probes: int) -> FlashHead:
 
 def draws_of(n: int) -> list[Draws]:
     """Greedy rows, rows of each kind of filter, and all kinds at once."""
+
+    def alike(settings):
+        return [(settings, position_key(1, i)) for i in range(n)]
+
     mixed = [(SETTINGS[i % 4], position_key(0, i)) for i in range(n)]
-    alone = [Draws.of([(settings, position_key(1, i)) for i in range(n)]) for settings in SETTINGS]
-    return [*alone, Draws.of(mixed)]
+    return [*(Draws.of(alike(each)) for each in SETTINGS), Draws.of(mixed)]
 
 
 def changes_of(n: int) -> Adjustment:

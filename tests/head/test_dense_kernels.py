@@ -14,7 +14,8 @@ from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.plan import READER
 from tiny_models import random_clusters
 
-BEFORE, SINCE = (0, 32, 3), (0, 32, 4)
+BEFORE = (0, 32, 3)
+SINCE = (0, 32, 4)
 SWIFT = READER
 
 

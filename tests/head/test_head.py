@@ -52,11 +52,13 @@ def make_head(form, size, *, bias=False):
 def test_head_computes_the_formula(form, size, bias):
     vocab_size, hidden_size, cluster_size, n_probes, shape, _ = size
     head, rows, hidden = make_head(form, size, bias=bias)
-    states, clustered = hidden.reshape(-1, hidden_size), head.clustered
+    states = hidden.reshape(-1, hidden_size)
+    clustered = head.clustered
     steps = checks.all_steps(head.steps, states, n_probes)
     scores, selection, candidates, full, token = steps
     checks.check_scores(clustered, states, scores)
-    probes, scores = to_numpy(selection.probes), to_numpy(scores)
+    probes = to_numpy(selection.probes)
+    scores = to_numpy(scores)
     for row, chosen in zip(scores, probes, strict=True):
         others = np.delete(row, chosen)
         assert len(others) == head.n_clusters - n_probes  # each of them once
@@ -87,7 +89,8 @@ def test_nothing_is_evaluated(form):
     head, _, hidden = make_head(form, (203, 64, 8, 5, (3, 5), (202,)))
 
     def everything(hidden):
-        logits, tokens = head.unverified_logits(hidden), best_token(head, hidden)
+        logits = head.unverified_logits(hidden)
+        tokens = best_token(head, hidden)
         with head.settings(draw_temperature=1.0):
             drawn = head(hidden)
         scores = head.steps.route(hidden[0])

@@ -22,12 +22,17 @@ from mlx_flashhead.models.install import install
 from retrieval import best_token
 from tiny_models import random_clusters
 
-VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS, N_PROBES = 157, 128, 8, 20, 9
+VOCAB_SIZE = 157
+HIDDEN_SIZE = 128
+CLUSTER_SIZE = 8
+N_CLUSTERS = 20
+N_PROBES = 9
 
 
 def parts(*, bits=4, dtype=mx.float32, mode="affine", group_size=64):
     """Rows, clusters and centroids; three slots are padded."""
-    rng, form = np.random.default_rng(0), {"bits": bits, "group_size": group_size, "mode": mode}
+    rng = np.random.default_rng(0)
+    form = {"bits": bits, "group_size": group_size, "mode": mode}
     rows = make_rows(rng, VOCAB_SIZE, HIDDEN_SIZE, dtype=dtype, **form)
     token_ids = random_clusters(rng, VOCAB_SIZE, CLUSTER_SIZE)
     return rows, token_ids, make_centroids(rng, N_CLUSTERS, HIDDEN_SIZE, group_size=64)
@@ -54,7 +59,8 @@ def test_a_proposal_is_the_portable_one():
     with kernels():
         head = make_head("metal")
         for of in (None, Draws.of(draws)):
-            found, expected = head.propose(hidden, of), make_head("mlx").propose(hidden, of)
+            found = head.propose(hidden, of)
+            expected = make_head("mlx").propose(hidden, of)
             assert found.tokens.tolist() == expected.tokens.tolist()
             np.testing.assert_allclose(found.risk, expected.risk, rtol=1e-4, atol=1e-5)
         near = head.propose(hidden, None, depth=0.0)
@@ -77,7 +83,8 @@ def test_metal_where_there_is_none_is_one_clear_sentence(monkeypatch, argument, 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form.metal is None], ids=str)
 def test_rows_that_the_kernels_do_not_read(caplog, form):
     """All other steps are kernels; what is slower is said once, not at each token."""
-    hidden, stored = states(1, 2), {"bits": form.bits, "group_size": 128, "mode": form.mode}
+    hidden = states(1, 2)
+    stored = {"bits": form.bits, "group_size": 128, "mode": form.mode}
     portable = make_head("mlx", **stored)
     with kernels() as emulator:
         head = make_head("metal" if form.bits == 3 else None, **stored)
@@ -143,7 +150,9 @@ def install_on(model, **settings):
 
 def check_falls_back(caplog, kernel, said):
     """The portable path is taken, which is said once, and gives the logits it always gives."""
-    ids, expected, model = mx.array([[5, 7, 11]]), OnlyHead(), OnlyHead()
+    ids = mx.array([[5, 7, 11]])
+    expected = OnlyHead()
+    model = OnlyHead()
     install_on(expected, backend="mlx")
     head = install_on(model)
     np.testing.assert_allclose(model(ids), expected(ids), atol=1e-5)
@@ -202,7 +211,8 @@ class TestBroken:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_sound_kernels_pass_and_are_built(dtype, caplog, monkeypatch):
     """Later neither a call nor a new environment chooses the path again, or makes kernels anew."""
-    model, ids = OnlyHead(dtype), mx.array([[5, 7, 11]])
+    model = OnlyHead(dtype)
+    ids = mx.array([[5, 7, 11]])
     with kernels(check=False) as emulator:
         head = install_on(model)
         assert head.backend == "metal" and not caplog.records
@@ -245,7 +255,8 @@ def test_verifications_are_in_float16_where_a_gpu_lacks_bfloat16(
 ):
     """From six states on, and nothing else; the logits keep their dtype."""
     monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": architecture})
-    products, matmul = [], Matrix.matmul
+    products = []
+    matmul = Matrix.matmul
     with kernels(check=False):
         head = make_head("metal", dtype=dtype)
         head.check_kernels(dtype)
@@ -253,7 +264,8 @@ def test_verifications_are_in_float16_where_a_gpu_lacks_bfloat16(
             Matrix, "matmul", lambda *given: products.append(given[1].dtype) or matmul(*given)
         )
         hidden = states(6, key=5).astype(dtype)
-        many, few = head.slot_logits(hidden), head.slot_logits(hidden[:5])
+        many = head.slot_logits(hidden)
+        few = head.slot_logits(hidden[:5])
         head.dense_logits(hidden)
     assert products == [mx.float16 if taken else dtype, dtype, dtype]
     assert many.dtype == few.dtype == dtype

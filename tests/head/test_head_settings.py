@@ -14,7 +14,10 @@ from mlx_flashhead.head.steps import PortableSteps
 from retrieval import best_token, candidates
 from tiny_models import fitted, random_clusters, random_rows
 
-VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS = 203, 64, 8, 26
+VOCAB_SIZE = 203
+HIDDEN_SIZE = 64
+CLUSTER_SIZE = 8
+N_CLUSTERS = 26
 
 
 def make_head(*, n_probes=4, **kwargs):
@@ -42,11 +45,18 @@ def scored(head, hidden) -> list[set[int]]:
     return [set(row) - {head.vocab_size} for row in np.array(ids).reshape(-1, ids.shape[-1])]
 
 
+def clusters_of(tokens) -> frozenset[int]:
+    """The clusters of a head of scores that hold the tokens."""
+    return frozenset(token // 2 for token in tokens)
+
+
 def test_eos_is_always_scored():
-    scores, state = [5.0, 4, 3, 2, -1e6, 1], mx.ones((1, 32))
+    scores = [5.0, 4, 3, 2, -1e6, 1]
+    state = mx.ones((1, 32))
     head = head_of_scores(scores, n_probes=2, eos_token_ids=(9, 8, -1, 500))
     assert scored(head, mx.zeros((3, 32))) == [{0, 1, 8, 9}] * 3
-    logits, dense = head.unverified_logits(state), head.dense_logits(state)
+    logits = head.unverified_logits(state)
+    dense = head.dense_logits(state)
     assert mx.array_equal(logits[:, 8:10], dense[:, 8:10])
     few = head_of_scores(scores, n_probes=1, eos_token_ids=(4, 9))
     assert scored(few, mx.zeros((1, 32)))[0] in ({4, 5}, {8, 9})
@@ -59,7 +69,8 @@ def test_drawn_probes_have_the_papers_distribution(n_probes, temperature):
     share = np.exp(scores / temperature)
     expected: dict[frozenset, float] = {}
     for order in permutations(range(5), n_probes):
-        probability, left = 1.0, share.sum()
+        probability = 1.0
+        left = share.sum()
         for cluster in order:
             probability *= share[cluster] / left
             left -= share[cluster]
@@ -69,7 +80,7 @@ def test_drawn_probes_have_the_papers_distribution(n_probes, temperature):
     mx.random.seed(0)
     with head.settings(draw_temperature=temperature):
         draws = scored(head, mx.zeros((n_draws, 32)))
-    found = [frozenset(token // 2 for token in draw) for draw in draws]
+    found = [clusters_of(draw) for draw in draws]
     assert set(found) <= set(expected)
     for chosen, probability in expected.items():
         deviation = 5 * np.sqrt(probability * (1 - probability) / n_draws)
@@ -78,11 +89,13 @@ def test_drawn_probes_have_the_papers_distribution(n_probes, temperature):
 
 def test_only_drawn_tokens_can_be_sampled():
     head, rows, hidden = make_head(n_probes=3, eos_token_ids=(17,))
-    hidden, temperature = mx.tile(hidden[0, :1], (2000, 1)), 3.0
+    hidden = mx.tile(hidden[0, :1], (2000, 1))
+    temperature = 3.0
     mx.random.seed(1)
     with head.settings(draw_temperature=temperature):
         logits = head(hidden)
-    values, dense = np.array(logits), np.array(rows.matmul(hidden))
+    values = np.array(logits)
+    dense = np.array(rows.matmul(hidden))
     assert np.isfinite(values).all()
     can_be_drawn = values > NEVER_DRAWN / 2
     assert (np.abs(can_be_drawn.sum(axis=1) - 3 * CLUSTER_SIZE) <= 3).all()  # some are padded
@@ -94,7 +107,8 @@ def test_only_drawn_tokens_can_be_sampled():
 
 def test_a_plain_call_is_dense_and_a_block_is_not():
     head, rows, hidden = make_head(eos_token_ids=(3,))
-    expected, estimates = head.dense_logits(hidden), head.unverified_logits(hidden)
+    expected = head.dense_logits(hidden)
+    estimates = head.unverified_logits(hidden)
     assert mx.allclose(expected, rows.matmul(hidden), rtol=0, atol=1e-4)
     assert not mx.allclose(expected, estimates, rtol=0, atol=1e-2)
     with pytest.raises(RuntimeError), head.settings() as same:

@@ -124,7 +124,8 @@ def test_weights_of_even_logits_are_those_of_their_bounds():
     rng = np.random.default_rng(8)
     logits = mx.array(rng.normal(scale=5, size=(4, 60)), mx.float32)
     off = mx.array(rng.uniform(0, 0.2, size=(4, 1)), mx.float32)
-    best, scale = mx.max(logits, axis=-1, keepdims=True), mx.array([[0.5], [1.0], [1.4], [3.0]])
+    best = mx.max(logits, axis=-1, keepdims=True)
+    scale = mx.array([[0.5], [1.0], [1.4], [3.0]])
     even = Interval(logits, off).weights(best, scale)
     each = Interval(logits, mx.broadcast_to(off, logits.shape)).weights(best, scale)
     for one, other in zip(even, each, strict=True):

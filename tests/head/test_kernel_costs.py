@@ -146,7 +146,8 @@ def test_neither_probes_nor_positions_compile_anything():
 
     MLX compiles a text once for each set of template arguments, dtypes and small arrays.
     """
-    rng, n_clusters = np.random.default_rng(5), 600
+    rng = np.random.default_rng(5)
+    n_clusters = 600
     made = make_clustered(rng, n_clusters, 2, 64)
     parts = made.token_rows(), np.array(made.token_ids), made.centroids
     with kernels(check=False) as emulator:
@@ -170,7 +171,9 @@ class TestTraffic:
         ],
     )
     def test_bytes_of_route_and_score(self, hidden_size, cluster_size, bits, group_size, limit):
-        rng, n_clusters, n_probes = np.random.default_rng(1), 128, 24
+        rng = np.random.default_rng(1)
+        n_clusters = 128
+        n_probes = 24
         form = {"bits": bits, "group_size": group_size}
         clustered = make_clustered(rng, n_clusters, cluster_size, hidden_size, **form)
         found = dispatches_of(clustered, 1, n_probes)

@@ -53,7 +53,8 @@ def test_nan_stays_nan(dtype):
     for steps_of in (outputs, checks.all_steps(PortableSteps(clustered), hidden, 9)):
         scores, _, candidates, full, token = steps_of
         for array in map(to_numpy, (scores, full)):
-            assert np.isnan(array[1]).all() and np.isfinite(np.delete(array, 1, axis=0)).all()
+            assert np.isnan(array[1]).all()
+            assert np.isfinite(np.delete(array, 1, axis=0)).all()
         logits = to_numpy(candidates.logits)[1]
         assert np.isnan(logits[logits != mx.finfo(dtype).min]).all()
         assert (to_numpy(token) < 299).all()
@@ -71,11 +72,14 @@ def test_nan_of_one_token():
         checks.run(clustered, hidden, 9),
         checks.all_steps(PortableSteps(clustered), hidden, 9),
     ):
-        values, logits = to_numpy(full), to_numpy(candidates.logits)
-        assert np.isnan(values[:, 123]).all() and (to_numpy(token) == 123).all()
+        values = to_numpy(full)
+        logits = to_numpy(candidates.logits)
+        assert np.isnan(values[:, 123]).all()
+        assert (to_numpy(token) == 123).all()
         ids = token_ids[to_numpy(selection.probes)]
         assert np.isnan(values[0, ~np.isin(np.arange(300), ids[0])]).all()
-        assert np.isnan(logits).sum() == len(hidden) and np.isnan(logits[ids == 123]).all()
+        assert np.isnan(logits).sum() == len(hidden)
+        assert np.isnan(logits[ids == 123]).all()
 
 
 @pytest.mark.parametrize("n_probes", [1, 4, 38])
@@ -107,7 +111,8 @@ def test_the_tail_is_capped_below_the_best_candidate(dtype):
         for steps in (MetalSteps(clustered), PortableSteps(clustered)):
             full = steps.expand(scores, selection, candidates)
             checks.check_full(clustered, scores, selection, candidates, full)
-            others, best = to_numpy(full)[:, ~scored], to_numpy(logits).max(axis=(1, 2))
+            others = to_numpy(full)[:, ~scored]
+            best = to_numpy(logits).max(axis=(1, 2))
             assert (others.max(axis=-1) < best).all()
 
 
@@ -128,7 +133,8 @@ def test_select_is_a_stable_sort_whatever_the_scores(n_clusters):
     clustered = plain_clusters(rng, n_clusters)
     counts = {1, min(8, n_clusters), -(-n_clusters // 3), n_clusters}
     if n_clusters > 10_000:  # the emulator takes its time
-        scores, counts = scores[[2, 5]], {200}
+        scores = scores[[2, 5]]
+        counts = {200}
     for n_probes in sorted(counts):
         with kernels():
             selection = MetalSteps(clustered).select(mx.array(scores), n_probes)
@@ -170,7 +176,8 @@ def test_clusters_far_below_the_best_are_not_read(depth):
     checks.check_candidates(clustered, hidden, selection, candidates)
     for one, other in zip(drawn[::2], selection[::2], strict=True):
         np.testing.assert_array_equal(one, other)
-    held, best = to_numpy(selection.probes), to_numpy(candidates.logits).reshape(5, -1)
+    held = to_numpy(selection.probes)
+    best = to_numpy(candidates.logits).reshape(5, -1)
     ids = to_numpy(clustered.token_ids)[held].reshape(5, -1)
     np.testing.assert_array_equal(tokens, ids[np.arange(5), best.argmax(axis=-1)])
     if emulator is not None:

@@ -15,7 +15,9 @@ from mlx_flashhead.head.draws.noise import Noise
 from mlx_flashhead.head.draws.rows import Draws
 from mlx_flashhead.head.metal_steps import MetalSteps
 
-F32, F16, BF16 = mx.float32, mx.float16, mx.bfloat16
+F32 = mx.float32
+F16 = mx.float16
+BF16 = mx.bfloat16
 FEW = (3, 7, (1, 5, 7))
 # Rows (bits, group, mode), D, dtypes of rows and states, cluster size, dtype of a bias, group of
 # the centroids; positions, clusters, probes. MLX passes arrays of fewer than 8 elements as
@@ -56,7 +58,8 @@ CASES = [
 def test_steps_match_float64(
     form, width, rows_dtype, hidden_dtype, cluster_size, bias_dtype, centroid_group, sizes
 ):
-    rng, (n_positions, n_clusters, probes) = np.random.default_rng(1), sizes
+    rng = np.random.default_rng(1)
+    n_positions, n_clusters, probes = sizes
     n_tokens = n_clusters * cluster_size - (2 if cluster_size > 2 and n_clusters % 2 else 0)
     form = dict(zip(("bits", "group_size", "mode"), form, strict=False))
     rows = make_rows(rng, n_tokens, width, dtype=rows_dtype, **form)

@@ -35,7 +35,8 @@ CASES = [
 
 @pytest.mark.parametrize("form, sizes, dtype, contract", CASES, ids=str)
 def test_scored_logits_are_those_of_mlxs_kernel(form, sizes, dtype, contract):
-    rng, (hidden_size, n_rows) = np.random.default_rng(0), sizes
+    rng = np.random.default_rng(0)
+    hidden_size, n_rows = sizes
     form = dict(zip(("bits", "group_size", "mode"), form, strict=False))
     rows = make_rows(rng, n_rows, hidden_size, dtype=dtype, **form)
     n_clusters = -(-n_rows // 16)

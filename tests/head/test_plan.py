@@ -20,7 +20,11 @@ from tiny_models import FORMS as HEAD_FORMS
 from tiny_models import fitted, random_clusters, random_rows
 
 SWIFT = Path(__file__).parents[2] / "metal" / "swift" / "Sources" / "FlashHead"
-VOCAB_SIZE, HIDDEN_SIZE, CLUSTER_SIZE, N_CLUSTERS, N_PROBES = 203, 64, 16, 13, 9
+VOCAB_SIZE = 203
+HIDDEN_SIZE = 64
+CLUSTER_SIZE = 16
+N_CLUSTERS = 13
+N_PROBES = 9
 FORMS = HEAD_FORMS | {"bias": {"bias": True}}
 
 
@@ -85,7 +89,8 @@ def replay(arrays, plan, rows, hidden, path="logits", **settings):
 def test_the_plan_gives_the_kernels_logits(tmp_path, monkeypatch, form, n_probes):
     """With the sums of the MLX that reads it."""
     monkeypatch.setattr(dense_kernels, "mlx_version", lambda: READER)
-    rows, dtype = make_rows(form), dtype_of(form)
+    rows = make_rows(form)
+    dtype = dtype_of(form)
     arrays, plan = exported(make_head(rows, n_probes), dtype, tmp_path / "head.safetensors")
     assert arrays["n_probes"].item() == n_probes
     hidden = states(3, dtype)

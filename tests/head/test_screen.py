@@ -28,7 +28,8 @@ SETTINGS = [
     Noise(1.3, top_p=0.95, min_p=0.01, top_k=20),
 ]
 DRAWS = Draws.of([(settings, position_key(3, i)) for i, settings in enumerate(SETTINGS * 4)])
-N_PROBES, BOTH = 9, pytest.mark.parametrize("path", [PortableSteps, MetalSteps])
+N_PROBES = 9
+BOTH = pytest.mark.parametrize("path", [PortableSteps, MetalSteps])
 
 
 def steps_of(rng, path=MetalSteps, cluster_size=4, n_clusters=1100):
@@ -68,7 +69,8 @@ def case_of(
     if bits is not None:
         may = np.take_along_axis(np.pad(bits, [(0, 0), (0, 1)]), to_numpy(ids.flatten(1)), axis=1)
         logits = mx.where(mx.array(may).reshape(ids.shape), logits, mx.finfo(logits.dtype).min)
-    ids, flat = ids.flatten(1), logits.astype(mx.float32).flatten(1)
+    ids = ids.flatten(1)
+    flat = logits.astype(mx.float32).flatten(1)
     draws = best_draws(k) if draws is None else draws
     (tokens,) = draws.by_kind(lambda kind, some, take: (kind.choose(take(flat), some, take(ids)),))
     tolerance = Tolerance(mx.full((k,), room), mx.full((k,), scored_room), relative)
@@ -78,15 +80,18 @@ def case_of(
 def truths(rng, clustered, case, n, logit_map=IDENTITY):
     """Dense logits by token (k, V), within the tolerance: at random, and at its ends."""
     slots, proposal, _, tolerance = case
-    slots, probes = to_numpy(slots).astype(np.float64), to_numpy(proposal.probes)
-    logits, slot_of = to_numpy(proposal.logits).astype(np.float64), to_numpy(clustered.slot_of)
+    slots = to_numpy(slots).astype(np.float64)
+    probes = to_numpy(proposal.probes)
+    logits = to_numpy(proposal.logits).astype(np.float64)
+    slot_of = to_numpy(clustered.slot_of)
     room, scored_room = (to_numpy(each)[:, None, None] for each in tolerance[:2])
     for i in range(n):
         shift = rng.uniform(-1, 1, slots.shape) if i % 2 else rng.choice([-1, 1], slots.shape)
         # the first one favours all others
         shift = np.ones(slots.shape) if i == 0 else shift
         off = room + tolerance.relative * np.abs(slots)
-        truth, places = slots + 0.999 * shift * off, (np.arange(len(slots))[:, None], probes)
+        truth = slots + 0.999 * shift * off
+        places = (np.arange(len(slots))[:, None], probes)
         truth = to_numpy(logit_map(mx.array(truth.astype(np.float32)))).astype(np.float64)
         off = logit_map.slope * scored_room
         if logit_map.cap:  # which holds the scored logits too
@@ -136,7 +141,9 @@ def test_what_is_masked_is_no_rival(path, share, logit_map):
 def check_certain(path, room, scored_room, spread, logit_map=IDENTITY, relative=0.0, share=None):
     """No proposal that is certain is wrong for any logits within the tolerance."""
     rng = np.random.default_rng(int(spread * 10))
-    bits, allowed, k = None, None, len(DRAWS.rows)
+    bits = None
+    allowed = None
+    k = len(DRAWS.rows)
     with kernels():
         steps = steps_of(rng, path)
         n_tokens = steps.clustered.vocab_size
@@ -166,7 +173,8 @@ def check_certain(path, room, scored_room, spread, logit_map=IDENTITY, relative=
 def test_clusters_beyond_the_nearest_may_hold_the_choice(monkeypatch):
     """Of which alone the operations compute the noise, where all draws have filters."""
     monkeypatch.setattr(noise, "NEAREST", 2)
-    rng, settings = np.random.default_rng(7), Noise(1.0, top_p=0.999)
+    rng = np.random.default_rng(7)
+    settings = Noise(1.0, top_p=0.999)
     draws = Draws.of([(settings, position_key(3, i)) for i in range(24)])
     steps = steps_of(rng, PortableSteps)
     case = case_of(rng, steps.clustered, 24, 1e-3, 0.0, 0.7, draws=draws)
@@ -182,11 +190,13 @@ def test_clusters_beyond_the_nearest_may_hold_the_choice(monkeypatch):
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_logits_that_a_map_merges_in_16_bits_are_a_doubt(path, dtype):
     """Near a cap two logits of the head become the same one."""
-    logit_map, value = LogitMap(cap=5.0), 40.0
+    logit_map = LogitMap(cap=5.0)
+    value = 40.0
     with kernels():
         steps = steps_of(np.random.default_rng(3), path)
         shape = (1, *steps.clustered.token_ids.shape)
-        slots, probes = mx.zeros(shape, dtype), mx.arange(9, dtype=mx.uint32)[None]
+        slots = mx.zeros(shape, dtype)
+        probes = mx.arange(9, dtype=mx.uint32)[None]
         slots[0, 3, 1] = value
         token = steps.clustered.token_ids[3, 1].reshape(1)
         tolerance = Tolerance(mx.zeros(1), mx.zeros(1))
@@ -235,10 +245,12 @@ def test_the_kernels_say_what_the_operations_say(monkeypatch, dtype, cluster_siz
         plain = PortableSteps(steps.clustered)
         for draws, k in ((DRAWS, 32), (None, 32), (None, 3)):
             case = case_of(rng, steps.clustered, k, 0.01, 0.0, 2.0, dtype, draws)
-            found, expected = steps.screen(*case, epsilon), plain.screen(*case, epsilon)
+            found = steps.screen(*case, epsilon)
+            expected = plain.screen(*case, epsilon)
             for one, other in zip(found[1:], expected[1:], strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-            certain, operations = np.array(found.certain), np.array(expected.certain)
+            certain = np.array(found.certain)
+            operations = np.array(expected.certain)
             assert not (operations & ~certain).any()
             exact = np.array([draws is None or not s.filters for s in DRAWS.rows[:k]])
             np.testing.assert_array_equal(certain[exact], operations[exact])
@@ -251,16 +263,20 @@ def test_filters_count_what_was_not_scored(path, better):
     """The token of the highest noise, and one that was not scored: a better one leaves it out."""
     settings = [{}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 1}]
     draws = Draws.of([(Noise(1.0, **each), position_key(3, 1)) for each in settings])
-    rng, k = np.random.default_rng(1), len(settings)
+    rng = np.random.default_rng(1)
+    k = len(settings)
     with kernels():
         steps = steps_of(rng, path)
-        clustered, gumbel = steps.clustered, noise_of_all(draws.keys, steps.clustered.vocab_size)
+        clustered = steps.clustered
+        gumbel = noise_of_all(draws.keys, steps.clustered.vocab_size)
         token, other = np.argsort(-to_numpy(gumbel[0]))[[0, 2000]].tolist()
         cluster_of = clustered.slot_of // clustered.cluster_size
         probes = mx.full((k, 9), cluster_of[token].item(), mx.uint32)
-        probes[:, 1:] = mx.array([c for c in range(20) if c != cluster_of[other].item()][:8])
+        others = [c for c in range(20) if c != cluster_of[other].item()]
+        probes[:, 1:] = mx.array(others[:8])
         slots = mx.full((k, clustered.n_clusters * clustered.cluster_size), -30.0)
-        slots[:, clustered.slot_of[token]], slots[:, clustered.slot_of[other]] = 0.0, better
+        slots[:, clustered.slot_of[token]] = 0.0
+        slots[:, clustered.slot_of[other]] = better
         slots = slots.reshape(k, *clustered.token_ids.shape)
         logits = mx.take_along_axis(slots, probes[..., None], axis=1)
         proposal = proposal_of(mx.full((k,), token, mx.uint32), probes, logits)
@@ -275,14 +291,17 @@ def test_unscored_tokens_above_a_rival_leave_it_out(path):
     positions = iter(range(1000))
     with kernels():
         steps = steps_of(np.random.default_rng(1), path)
-        clustered, gumbel = steps.clustered, np.zeros(1)
+        clustered = steps.clustered
+        gumbel = np.zeros(1)
         while gumbel.max() < 11.5:
             draws = Draws.of([(Noise(1.0, top_p=0.9), position_key(3, next(positions)))])
             gumbel = to_numpy(noise_of_all(draws.keys, clustered.vocab_size)[0])
         order = np.argsort(-gumbel).tolist()
-        rival, token = order[0], order[2000]
+        rival = order[0]
+        token = order[2000]
         slots = mx.full((1, clustered.n_clusters * clustered.cluster_size), -30.0)
-        slots[:, clustered.slot_of[token]], slots[:, clustered.slot_of[order[-1]]] = 0.0, -1.0
+        slots[:, clustered.slot_of[token]] = 0.0
+        slots[:, clustered.slot_of[order[-1]]] = -1.0
         place = clustered.slot_of[token].item() // clustered.cluster_size
         probes = mx.array([[place, *(place + i + 1 for i in range(8))]], mx.uint32)
         for logit, sure in ((gumbel[token] - gumbel[rival] + 0.1, True), (-1.5, False)):
@@ -372,11 +391,14 @@ def test_nothing_is_certain_where_a_logit_is_nan_or_equal(path):
 
         def certain(value, slots=slots):
             logits = mx.zeros_like(one.logits)
-            logits[:, 4, 1], logits[:, 5, 1] = 1000.0, value
+            logits[:, 4, 1] = 1000.0
+            logits[:, 5, 1] = value
             proposal = one._replace(logits=logits, tokens=steps.token_ids(one.probes)[:, 4, 1])
             return steps.screen(slots, proposal, *rest, 0.0).certain.tolist()
 
-        assert all(certain(0.0)) and not certain(1000.0)[0] and not any(certain(float("nan")))
+        assert all(certain(0.0))
+        assert not certain(1000.0)[0]
+        assert not any(certain(float("nan")))
         for value in (float("nan"), -float("inf")):  # as a sum in float16 that overflows midway
             worse = mx.array(slots)
             worse[:, min({*range(10)} - {*one.probes[0].tolist()}), 1] = value

@@ -19,23 +19,31 @@ from test_plan import FORMS, HIDDEN_SIZE, VOCAB_SIZE, dtype_of, make_head, make_
 PROGRAM = os.environ.get("MLX_FLASHHEAD_SWIFT")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="runs by scripts/check_swift.sh")
 
-N_PROBES, LIMIT = 4, 3  # of 13 clusters
+N_PROBES = 4  # of 13 clusters
+LIMIT = 3
 TOKENS = mx.array([[0, 7, VOCAB_SIZE - 1], [7, 3, 3]])
 SEED = 2**63 + 11
 SETTINGS = [Greedy(), Noise(0.7, top_p=0.9), Noise(1.3, min_p=0.05, top_k=20)]
 FIELDS = {"temperature": "temperature", "topP": "top_p", "minP": "min_p", "topK": "top_k"}
 
 
+def fields_of(settings):
+    """Settings of a draw as the Swift package reads them."""
+    fields = {name: getattr(settings, own) for name, own in FIELDS.items()}
+    return fields | {"seed": SEED}
+
+
 def run(folder, form, *, tied=False, refused=False):
     """What the package says, and the arrays that it gives."""
-    rows, dtype = make_rows(form), dtype_of(form)
+    rows = make_rows(form)
+    dtype = dtype_of(form)
     path = "model.embed_tokens" if tied else "lm_head"
     export_plan(make_head(rows, N_PROBES), path, dtype, folder / "head.safetensors")
     mx.save_safetensors(str(folder / "layer.safetensors"), rows.arrays())
     inputs = {"hidden": states(20, dtype)[None], "tokens": TOKENS}
     mx.save_safetensors(str(folder / "inputs.safetensors"), inputs)
     quantization = {"groupSize": rows.group_size, "bits": rows.bits, "mode": rows.mode}
-    settings = [{k: getattr(s, v) for k, v in FIELDS.items()} | {"seed": SEED} for s in SETTINGS]
+    settings = [fields_of(each) for each in SETTINGS]
     case = {"isTied": tied, "shape": [VOCAB_SIZE, HIDDEN_SIZE], "settings": settings}
     case |= {"quantization": quantization if rows.quantized else None}
     (folder / "case.json").write_text(json.dumps(case))
@@ -78,7 +86,8 @@ def test_swift_gives_what_python_gives(tmp_path, monkeypatch, form, tied):
     monkeypatch.setattr(dense_kernels, "mlx_version", lambda: READER)
     said, arrays, _ = run(tmp_path, form, tied=tied)
     assert said == {"trouble": ""}
-    rows, dtype = make_rows(form), dtype_of(form)
+    rows = make_rows(form)
+    dtype = dtype_of(form)
     hidden = states(20, dtype)
     with kernels():
         head = make_head(rows, N_PROBES)
