@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..common.marks import marks_of
+from ..common.masks import Mask, as_mask
 from ..head.adjustment import ChangedTokens
 from ..models.compat.penalties import BIAS, FREQUENCY, PRESENCE, REPETITION, Penalty, penalty_of
 
@@ -33,7 +33,7 @@ class Changes:
     """
 
     penalties: dict[str, Penalty] = field(default_factory=dict)
-    mask: Any = None
+    mask: Mask | None = None
 
     @classmethod
     def of(cls, processors: Sequence[Any]) -> "Changes | None":
@@ -42,12 +42,13 @@ class Changes:
         penalties: dict[str, Penalty] = {}
         mask = None
         for processor in processors:
-            penalty = penalty_of(processor)
-            is_mask = marks_of(processor).allowed is not None
-            if mask is not None or (penalty is None and not is_mask):
+            if mask is not None:
                 return None
+            penalty = penalty_of(processor)
             if penalty is None:
-                mask = processor
+                mask = as_mask(processor)
+                if mask is None:
+                    return None
             else:
                 kinds.append(penalty.kind)
                 penalties[penalty.kind] = penalty
@@ -120,9 +121,7 @@ class Changes:
             (⌈V/32⌉,) uint32, a bit for each token, the lowest first; None where everything may
             come.
         """
-        allows = None if self.mask is None else marks_of(self.mask).allowed
-        words = None if allows is None else allows(tokens, vocab_size)
-        return None if words is None else np.array(words, np.uint32).reshape(-1)
+        return None if self.mask is None else self.mask.allowed(tokens, vocab_size)
 
     @property
     def stretch(self) -> float:

@@ -8,12 +8,12 @@ a text.
 
 import math
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..common.marks import masks
+from ..common.masks import Mask
 from ..head.backend import METAL
 from ..head.draws.noise import Noise
 from ..models.compat.mlx_lm import sample_utils
@@ -44,10 +44,7 @@ def kinds(vocab_size: int) -> dict[str, Kind]:
     )
     bits = [0xFFFFFFFE] * -(-vocab_size // 32)
 
-    def mask(tokens: Any, logits: mx.array) -> mx.array:
-        return mx.where(mx.arange(logits.shape[-1]) % 32 == 0, -mx.inf, logits)
-
-    masks(mask, lambda tokens, n_tokens: bits)
+    mask = Mask(lambda tokens, n_tokens: bits)
     return {
         "the likeliest tokens": (None, []),
         "a temperature": (Sampler(Noise(temperature=1.0), seed=0), []),

@@ -9,7 +9,7 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from ..common.marks import marks_of
+from ..common.masks import Mask
 from ..head.adjustment import ChangedTokens
 from ..head.draws.greedy import Greedy
 from ..head.draws.noise import Noise, position_key
@@ -162,7 +162,7 @@ class Sequence:
     def forces_tokens(self) -> bool:
         """Whether a grammar may allow one token alone at a place."""
         mask = None if self.changes is None else self.changes.mask
-        return mask is not None and marks_of(mask).forced is not None
+        return mask is not None and mask.forces
 
     def forced_tokens(self, most: int) -> list[int]:
         """The next tokens if its grammar allows no others, ``most`` of them at most.
@@ -170,8 +170,7 @@ class Sequence:
         All tokens before them must be known.
         """
         mask = None if self.changes is None else self.changes.mask
-        forced = None if mask is None else marks_of(mask).forced
-        return [] if forced is None else forced(self.context(self.n_chosen), most)
+        return [] if mask is None else mask.forced_tokens(self.context(self.n_chosen), most)
 
     # Whether it is ahead of what is handed out: its states, and how they change.
 
@@ -369,15 +368,13 @@ class Sequence:
 def begin(processors: Iterable[Processor]) -> None:
     """Tells the processors that keep a state that a text begins."""
     for processor in processors:
-        marks = marks_of(processor)
-        if marks.begin is not None:
-            marks.begin()
+        if isinstance(processor, Mask):
+            processor.begin()
 
 
 def own_processors(processors: Iterable[Processor]) -> tuple[Processor, ...]:
     """Processors for one text of a batch: another one in the place of each that keeps a state."""
-    made = []
-    for processor in processors:
-        marks = marks_of(processor)
-        made.append(processor if marks.for_sequence is None else marks.for_sequence())
-    return tuple(made)
+    return tuple(
+        processor.for_sequence() if isinstance(processor, Mask) else processor
+        for processor in processors
+    )

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..common.marks import masks
+from ..common.masks import Mask
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.drafting import drafted_steps
 from ..decoding.keywords import CacheOptions
@@ -79,8 +79,7 @@ class Job:
         self.processors: list[Any] = make_logits_processors(**request.penalties)
         if self.grammar is not None:  # without its `begin`: a text may go on after a failure
             grammar = self.grammar
-            mask = masks(partial(grammar), grammar.allowed_words, grammar.forced_tokens)
-            self.processors.append(mask)
+            self.processors.append(Mask(grammar.allowed, grammar.forced_tokens))
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
         self._text = AnswerText(

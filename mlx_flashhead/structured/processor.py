@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..common.marks import keeps_state, masks
+from ..common.masks import Mask
 from .grammar import Grammar
 from .matchers import MaskTime, checked_matcher
 from .text_grammar import text_grammar
@@ -16,7 +16,7 @@ from .tool_grammar import ToolCalls
 from .vocabulary import vocabulary_of
 
 
-class GrammarProcessor:
+class GrammarProcessor(Mask):
     """A logits processor that rules out the tokens that a grammar does not allow next.
 
     A token's mask needs the tokens before it, so the processor waits for them, and the logits are
@@ -46,6 +46,8 @@ class GrammarProcessor:
             the form, or its first mask takes too much computing.
     """
 
+    forces = True
+
     def __init__(
         self,
         tokenizer: Any,
@@ -66,12 +68,6 @@ class GrammarProcessor:
         kind = "form of calls" if grammar is None else grammar.kind
         self._fresh = checked_matcher(self._vocabulary, text, kind)
         self.begin()
-        self._mark()
-
-    def _mark(self) -> None:
-        """Says what loops may do with it: a mask leaves the distances of logits as they are."""
-        masks(self, self.allowed_words, self.forced_tokens)
-        keeps_state(self, begin=self.begin, for_sequence=self.for_sequence)
 
     def begin(self) -> None:
         """Forgets the text so far. The next tokens are a prompt."""
@@ -84,7 +80,6 @@ class GrammarProcessor:
         """A processor of the same grammar for another sequence, which shares the time of masks."""
         made = copy.copy(self)
         made.begin()
-        made._mark()
         return made
 
     def accepts(self, text: str) -> bool:
@@ -92,15 +87,6 @@ class GrammarProcessor:
         matcher = self._fresh.deep_copy()
         tokens = self._vocabulary.tokens.tokenize_bytes(text.encode())
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
-
-    def __call__(self, tokens: Any, logits: mx.array) -> mx.array:
-        """Logits (1, V) with -inf for each token that may not follow ``tokens`` (n,)."""
-        mx.async_eval(logits)
-        words = self._words_after(tokens, logits.shape[-1])
-        if words is None:
-            return logits
-        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: logits.shape[-1]]
-        return mx.where(mx.array(bits.astype(bool)), logits, -mx.inf)
 
     def allowed_words(self, context: Any, vocab_size: int | None = None) -> mx.array | None:
         """Returns the mask of the tokens that may come next, a bit for each.
@@ -116,7 +102,7 @@ class GrammarProcessor:
         Returns:
             (⌈V/32⌉,) uint32; None if every token is allowed.
         """
-        words = self._words_after(context, vocab_size or self._vocabulary.size)
+        words = self.allowed(context, vocab_size or self._vocabulary.size)
         return None if words is None else mx.array(words)
 
     def forced_tokens(self, context: Any, most: int) -> list[int]:
@@ -133,7 +119,8 @@ class GrammarProcessor:
         forced: list[int] = self._time.spend(self._matcher.compute_ff_tokens)
         return forced[:most]
 
-    def _words_after(self, tokens: Any, vocab_size: int) -> np.ndarray | None:
+    def allowed(self, tokens: Any, vocab_size: int) -> np.ndarray | None:
+        """As :meth:`allowed_words`, for numpy."""
         self.problem = self._follow(tokens)
         known = self._vocabulary
         if self.problem is None:

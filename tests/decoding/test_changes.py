@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from flash_loops import OTHERS, PROMPT, flash_of, make_flash
 from kernel_cases import kernels, plain_clusters
 from mlx_flashhead import make_sampler
-from mlx_flashhead.common.marks import masks
+from mlx_flashhead.common.masks import Mask
 from mlx_flashhead.decoding.changes import FEW_ALLOWED, Changes
 from mlx_flashhead.decoding.sequence import Sequence
 from mlx_flashhead.head import adjustment
@@ -73,11 +73,22 @@ def words(bits, vocab_size):
 
 def mask():
     """A processor that rules out what ``every_third`` leaves."""
+    return Mask(lambda tokens, n: words(every_third(tokens), n))
 
-    def rule_out(tokens, logits):
-        return mx.where(mx.array(every_third(tokens)), logits, -mx.inf)
 
-    return masks(rule_out, lambda tokens, n: words(every_third(tokens), n))
+def test_a_mask_rules_tokens_out():
+    logits = mx.random.normal((1, VOCAB_SIZE))
+    tokens = mx.array([4, 5])
+    expected = mx.where(mx.array(every_third(tokens)), logits, -mx.inf)
+    assert mx.array_equal(mask()(tokens, logits), expected)
+    assert mx.array_equal(Mask(lambda *_: None)(tokens, logits), logits)
+
+
+class Louder(Mask):
+    """Does more than a mask."""
+
+    def __call__(self, tokens, logits):
+        return super().__call__(tokens, logits) * 2
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -161,10 +172,7 @@ def test_a_mask_that_leaves_few_tokens(misses, n_allowed):
         first = 11 * len(tokens) % (VOCAB_SIZE - n_allowed)
         return np.isin(np.arange(VOCAB_SIZE), np.arange(first, first + n_allowed))
 
-    def rule_out(tokens, logits):
-        return mx.where(mx.array(few(tokens)), logits, -mx.inf)
-
-    processors = [masks(rule_out, lambda tokens, n: words(few(tokens), n))]
+    processors = [Mask(lambda tokens, n: words(few(tokens), n))]
     found = flash.tokens(logits_processors=processors, max_tokens=N_TOKENS)
     assert found == plain_tokens(dense, logits_processors=processors)
     seen = PROMPT if PROCESSORS_SEE_PROMPT else PROMPT[-1:]
@@ -198,6 +206,7 @@ def test_where_no_scored_token_may_be_chosen_a_padded_slot_is_not_either():
         (make_logits_processors({5: math.nan}), False),
         ([mask()], True),
         ([mask(), mask()], False),
+        ([Louder(lambda *_: None)], False),
         ([mask(), *make_logits_processors(**PENALTIES["bias"])], False),
         ([lambda tokens, logits: logits], False),
     ],

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from architecture_models import tiny_architecture
 from flash_loops import PROMPT, flash_of
 from mlx_flashhead import make_sampler
-from mlx_flashhead.common.marks import masks
+from mlx_flashhead.common.masks import Mask
 from mlx_flashhead.decoding import guesses
 from mlx_flashhead.decoding.drafting import drafted_steps
 from mlx_flashhead.decoding.guesses import Worth
@@ -40,14 +40,11 @@ SAMPLERS = {
     "noise": lambda: make_sampler(temp=0.9, top_p=0.9, seed=4),
     "mlx-lm's": lambda: sample_utils.make_sampler(temp=1.0, min_p=0.01),
 }
-ALLOWED = [0x55555555] * 7  # even tokens
 
 
 def evens():
-    def processor(tokens, logits):
-        return mx.where(mx.arange(logits.shape[-1]) % 2 == 0, logits, -mx.inf)
-
-    return masks(processor, lambda tokens, vocab_size: ALLOWED)
+    """Allows even tokens."""
+    return Mask(lambda tokens, vocab_size: [0x55555555] * -(-vocab_size // 32))
 
 
 PROCESSORS = {

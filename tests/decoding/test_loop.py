@@ -12,7 +12,7 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache, make_prompt
 from architecture_models import tiny_architecture
 from flash_loops import N_TOKENS, PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
-from mlx_flashhead.common.marks import masks
+from mlx_flashhead.common.masks import Mask
 from mlx_flashhead.decoding import caches
 from mlx_flashhead.decoding.caches import UNKNOWN_CACHE
 from mlx_flashhead.decoding.loop import verified_steps
@@ -42,11 +42,8 @@ PROCESSORS = {
 
 
 def every_seventh():
-    def processor(_, logits):
-        return mx.where(ONLY, logits, -mx.inf)
-
     bits = np.packbits(np.pad(np.array(ONLY), (0, 21)), bitorder="little").view(np.uint32)
-    return masks(processor, lambda tokens, vocab_size: bits)
+    return Mask(lambda tokens, vocab_size: bits)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -160,11 +157,7 @@ def test_a_processor_that_raises_leaves_confirmed_tokens(flash, call):
             raise RuntimeError("boom")
         return None
 
-    def processor(tokens, logits):
-        allowed(tokens, logits.shape[-1])
-        return logits
-
-    masks(processor, allowed)
+    processor = Mask(allowed)
     dense = flash.tokens(dense=True)
     cache, tokens = make_prompt_cache(flash.model), []
     with pytest.raises(RuntimeError, match="boom"):

@@ -1,0 +1,65 @@
+"""Processors that rule tokens out and change no other logit, such as grammars."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+
+class Mask:
+    """A logits processor that gives minus infinity to each token that may not come next.
+
+    A text with one is verified, without the logits of all tokens.
+
+    Args:
+        allowed: (n,) tokens of a text and V → (⌈V/32⌉,) uint32, a bit for each token that may come
+            next, that of token t bit t % 32 of word t // 32; None where all may.
+        forced: (n,) tokens and a number → the next tokens, so many at most, if no others may come.
+
+    Attributes:
+        forces: Whether :meth:`forced_tokens` may return some.
+    """
+
+    forces = False
+
+    def __init__(
+        self,
+        allowed: Callable[[Any, int], Any],
+        forced: Callable[[Any, int], list[int]] | None = None,
+    ):
+        self._allowed = allowed
+        self._forced = forced
+        self.forces = forced is not None
+
+    def allowed(self, tokens: Any, vocab_size: int) -> np.ndarray | None:
+        """Which tokens may come after ``tokens`` (n,), as the function given says."""
+        words = self._allowed(tokens, vocab_size)
+        return None if words is None else np.array(words, np.uint32).reshape(-1)
+
+    def forced_tokens(self, tokens: Any, most: int) -> list[int]:
+        """The next tokens after ``tokens`` (n,) if no others may come, ``most`` of them at most."""
+        return [] if self._forced is None else self._forced(tokens, most)
+
+    def begin(self) -> None:
+        """Is called when a text begins."""
+
+    def for_sequence(self) -> "Mask":
+        """A mask of the kind for a text of its own: this one, which keeps no state."""
+        return self
+
+    def __call__(self, tokens: Any, logits: mx.array) -> mx.array:
+        """Logits (1, V) with -inf for each token that may not follow ``tokens`` (n,)."""
+        mx.async_eval(logits)
+        words = self.allowed(tokens, logits.shape[-1])
+        if words is None:
+            return logits
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: logits.shape[-1]]
+        return mx.where(mx.array(bits.astype(bool)), logits, -mx.inf)
+
+
+def as_mask(processor: Any) -> Mask | None:
+    """The processor, if it does to logits what a mask does; None for any other one."""
+    if isinstance(processor, Mask) and type(processor).__call__ is Mask.__call__:
+        return processor
+    return None
