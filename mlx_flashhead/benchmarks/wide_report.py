@@ -17,9 +17,8 @@ import mlx.nn as nn
 from ..decoding.loop import verified_steps
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
-from ..decoding.wide import WideSteps, kind_of
-from ..decoding.wide_costs import WIDTHS, measured_costs
-from ..decoding.wide_trial import established_widths
+from ..decoding.wide import WIDTHS, WideSteps, kind_of
+from ..decoding.wide_trial import established_costs
 from ..models.compat.mlx_lm import make_prompt_cache, sample_utils
 from ..models.install import dense_copy
 from . import SAMPLERS
@@ -44,12 +43,12 @@ def wide_figures(model: nn.Module, prompt: list[int]) -> dict[str, Any]:
     """
     steps = WideSteps.of(model)
     caches = make_prompt_cache(model)
-    widths = established_widths(steps, caches)
+    costs = established_costs(steps, caches)
     apart = steps.established[kind_of(caches)].apart
-    texts = {} if not widths else dict(_texts(model, prompt))
+    texts = {} if not costs else dict(_texts(model, prompt))
     return {
-        "established": widths,
-        "costs": measured_costs(steps, caches, widths),
+        "established": list(costs),
+        "costs": costs,
         "parts": {width: compared(steps, prompt, width, apart=apart) for width in WIDTHS},
         "texts": texts,
     }

@@ -22,7 +22,7 @@ from .loop import verified_steps, with_guesses
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction, draw_of
 from .wide import WideSteps
-from .wide_trial import established_widths
+from .wide_trial import established_costs
 
 MAY_DIFFER = (
     "dense: a draft model proposes, in mlx-lm's own loop, which computes several tokens at once: "
@@ -74,7 +74,7 @@ def drafted_steps(
     known = draw_of(sampler) is not None and Changes.of(functions) is not None
     known = known and are_known(layers)
     drafts = known and is_librarys_model(model)
-    drafts = drafts and bool(established_widths(WideSteps.of(model), layers))
+    drafts = drafts and bool(established_costs(WideSteps.of(model), layers))
     if known and not drafts:
         _log_once_that_text_may_differ()
         for name in ("logprobs", "n_begun"):

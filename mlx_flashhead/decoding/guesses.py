@@ -16,9 +16,8 @@ from .draft_model import DraftModel
 from .lookup import LENGTHS, Lookup
 from .proposer import Proposer
 from .sequence import Sequence as Text
-from .wide import MAX_WIDTH, WideSteps, kind_of
-from .wide_costs import measured_costs
-from .wide_trial import established_widths
+from .wide import MAX_WIDTH, WideSteps
+from .wide_trial import established_costs
 
 GRAMMAR = "grammar"
 DRAFT = "draft model"
@@ -187,13 +186,8 @@ class Guesser:
         # mlx-lm quantizes the caches within the next steps, or a part of the model was changed
         if max(lengths, default=0) >= limit or not wide.is_of(wide.model):
             return {}
-        widths = established_widths(wide, layers)
-        if self._always:
-            return dict.fromkeys(widths, 1.0)
-        kind = kind_of(layers)
-        if kind not in wide.costs:
-            wide.costs[kind] = measured_costs(wide, layers, widths)
-        return {width: cost for width, cost in wide.costs[kind].items() if width in widths}
+        costs = established_costs(wide, layers)
+        return dict.fromkeys(costs, 1.0) if self._always else costs
 
     def _drafted(
         self, text: Text, latest: mx.array, token: int | None, layers: list[Any]
@@ -241,7 +235,7 @@ def guesser_of(
     if not wanted or proposer.unverified or proposer.policy.lockstep:
         return None
     wide = WideSteps.of(model) if is_librarys_model(model) else None
-    if settings.lookup == "on" and (wide is None or not established_widths(wide, layers)):
+    if settings.lookup == "on" and (wide is None or not established_costs(wide, layers)):
         raise ValueError(
             "`lookup` is 'on', but a step of several tokens does not leave this model's text as it "
             "is on this machine: give 'auto' or 'off'."

@@ -21,7 +21,6 @@ MAX_WAIT = 0.3  # seconds
 FIRST_PENDING = 4
 
 Positive = Annotated[float, Meta(gt=0)]  # in a stored file
-Width = Annotated[int, Meta(ge=2, le=8)]  # tokens of a step
 
 
 def least_gain() -> float:
@@ -37,9 +36,6 @@ class Tuning:
     sampled_gain: Positive  # of text at temperature .7 with top-p .95
     dense_seconds: Positive  # of a token when it is decoded densely
     busy: bool = False  # whether the machine was, so that it is measured again when it is not
-    # the time of a step of several tokens relative to one, of those that leave the text as it is
-    wide_costs: dict[Width, Positive] = field(default_factory=dict)
-    wide_apart: bool = False  # whether each operation of an attention runs once per position then
 
     @property
     def dense(self) -> bool:

@@ -25,9 +25,8 @@ from .sampler import Sampler
 from .schedule import FEW
 from .sequence import Sequence
 from .settings import DecodingSettings
-from .wide import Established, WideSteps, kind_of
-from .wide_costs import measured_costs
-from .wide_trial import established_widths
+from .wide import WideSteps
+from .wide_trial import established_costs
 
 SECONDS = 5.0  # after which no turn begins but the first one
 TURNS = 3
@@ -62,41 +61,28 @@ def tune(model: nn.Module) -> Generator[None, None, Tuning]:
         yield
         times.append(dense)
     usual = median(times)
-    costs, apart = _wide_costs(model)
     tuning = Tuning(
         gain=median(gains[False]),
         sampled_gain=median(gains[True]),
         dense_seconds=usual,
         busy=busy or is_busy() or max(times) - min(times) > 2 * SCATTER * usual,
-        wide_costs=costs,
-        wide_apart=apart,
     )
     policy_of(installed_head(model)).take(tuning)
     return tuning
 
 
-def _wide_costs(model: nn.Module) -> tuple[dict[int, float], bool]:
-    """Tries and times the steps of several tokens that a lookup takes where it pays."""
-    if not gpu_is_default() or is_vlm(model) or not is_librarys_model(model):
-        return {}, False
-    steps = WideSteps.of(model)
-    caches = make_prompt_cache(model)
-    widths = established_widths(steps, caches)
-    return measured_costs(steps, caches, widths), steps.established[kind_of(caches)].apart
+def prepare_wide_steps(model: nn.Module) -> None:
+    """Tries and times the steps of several tokens that a lookup takes where it pays, once.
 
-
-def prepare_wide_steps(model: nn.Module, tuning: Tuning) -> None:
-    """Has a text take the steps of several tokens that were tried and timed, without a trial.
-
-    Each is taken once, so that nothing is compiled within a text. Evaluates.
+    Each is taken, so that nothing is compiled within a text. Evaluates.
     """
-    if not tuning.wide_costs:
+    if not gpu_is_default() or is_vlm(model) or not is_librarys_model(model):
         return
     steps = WideSteps.of(model)
-    kind = kind_of(make_prompt_cache(model))
-    steps.established[kind] = Established(list(tuning.wide_costs), tuning.wide_apart)
-    steps.costs[kind] = tuning.wide_costs
-    for width in tuning.wide_costs:
+    caches = make_prompt_cache(model)
+    if all(hasattr(layer, "merge") for layer in caches):  # of a text that is alone in a batch
+        established_costs(steps, [layer.merge([layer]) for layer in caches])
+    for width in established_costs(steps, caches):
         step = steps.feed(mx.zeros((1, width), mx.uint32), make_prompt_cache(model))
         mx.eval(step.logits)
 

@@ -1,7 +1,7 @@
 """A wide step: several tokens of one text at once, with the bits of single steps.
 
     steps = WideSteps.of(model)
-    widths = established_widths(steps, caches)      # of wide_trial.py, such as [2, 3, 4]
+    costs = established_costs(steps, caches)        # of wide_trial.py, such as {2: 1.1, 4: 1.4}
     step = steps.feed(tokens, caches)               # (1, T) → step.logits (1, T, V), lazy
     step.back_to(n)                                 # the caches after the first n of the tokens
 
@@ -13,24 +13,33 @@ called, as in single steps.
 import logging
 import weakref
 from contextlib import suppress
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from msgspec import Meta
 
+from ..models.compat.mlx_lm import ArraysCache
 from .model_parts import ModelParts
+from .policy import Positive
 from .wide_caches import fits, is_known, needs_replay, stand_in
 from .wide_twin import NoWideStepError, Twin
 
-MAX_WIDTH = 8  # tokens of a step
+WIDTHS = (2, 4, 8)  # tokens of a step: for each one a GPU compiles kernels
+MAX_WIDTH = WIDTHS[-1]
+Width = Annotated[int, Meta(ge=2, le=MAX_WIDTH)]  # in a stored file
 log = logging.getLogger("mlx_flashhead")
 
 
 class Established(NamedTuple):
     """What holds for the caches of a kind. It can be stored as JSON."""
 
-    widths: list[int]  # tokens of a step that leave the bits of single steps
+    # the time of each step that leaves the bits of single ones, relative to one, by its tokens
+    costs: dict[Width, Positive]
     apart: bool = False  # whether each operation of an attention runs once per position
+
+
+NOTHING = Established({})
 
 
 class WideSteps:
@@ -43,8 +52,6 @@ class WideSteps:
         self._parts = ModelParts(model)
         self._twins: dict[bool, nn.Module] = {}  # by whether its attentions take positions apart
         self.established: dict[str, Established] = {}  # by the kind of the caches
-        # the time of a step by its tokens, relative to a single one, by the kind of the caches
-        self.costs: dict[str, dict[int, float]] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> "WideSteps":
@@ -75,10 +82,13 @@ class WideSteps:
             self._twins[apart] = Twin(self.model, apart=apart).model
         return self._twins[apart]
 
-    def widths(self, caches: list[Any]) -> list[int]:
-        """The numbers of tokens whose wide steps are established for caches like these."""
-        held = self.established.get(kind_of(caches), Established([]))
-        return [width for width in held.widths if all(fits(cache, width) for cache in caches)]
+    def costs(self, caches: list[Any]) -> dict[int, float]:
+        """The times of the wide steps that are established from these caches on.
+
+        They are relative to a single step, by their numbers of tokens.
+        """
+        held = self.established.get(kind_of(caches), NOTHING).costs
+        return {n: cost for n, cost in held.items() if all(fits(cache, n) for cache in caches)}
 
     def feed(self, tokens: mx.array, caches: list[Any]) -> "WideStep":
         """Feeds tokens (1, T) of a text, as T single steps would, without evaluating anything.
@@ -98,7 +108,7 @@ class WideSteps:
             return self.feed_by(self.twin(apart=self.established[kind].apart), tokens, caches)
         except NoWideStepError as error:
             log.info("Steps of several tokens are off: %s", error)
-            self.established[kind] = Established([])
+            self.established[kind] = NOTHING
             raise
 
     def feed_by(self, model: Any, tokens: mx.array, caches: list[Any]) -> "WideStep":
@@ -155,7 +165,7 @@ class WideStep:
     def _feed_again(self, n: int) -> None:
         start = 0
         while start < n:
-            widths = self._steps.widths(self._caches)
+            widths = self._steps.costs(self._caches)
             width = max((width for width in widths if width <= n - start), default=1)
             with suppress(NoWideStepError):  # after which there are no widths
                 self._steps.feed(self._tokens[:, start : start + width], self._caches)
@@ -174,4 +184,5 @@ def _kind(cache: Any) -> str:
     parts = [_kind(part) for part in getattr(cache, "caches", ())]
     names = "max_size", "keep", "bits", "group_size", "chunk_size"
     settings = [f"{name}={getattr(cache, name)}" for name in names if hasattr(cache, name)]
+    settings += ["padded"] * (type(cache) is ArraysCache and cache.left_padding is not None)
     return f"{type(cache).__name__}({', '.join([*parts, *settings])})"

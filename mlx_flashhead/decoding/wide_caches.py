@@ -11,6 +11,8 @@ import mlx.core as mx
 
 from ..models.compat.mlx_lm import (
     ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
     CacheList,
     ChunkedKVCache,
     ConcatenateKVCache,
@@ -20,17 +22,35 @@ from ..models.compat.mlx_lm import (
 )
 from .positions import Positions
 
-GROWING = (KVCache, QuantizedKVCache)  # whose trimming changes an offset alone
-OTHERS = (RotatingKVCache, ConcatenateKVCache, ChunkedKVCache)
+GROWING = (KVCache, QuantizedKVCache, BatchKVCache)  # whose trimming changes positions alone
+OTHERS = (ConcatenateKVCache, ChunkedKVCache)
+# Windows hold the latest positions alone, and write over the others. These are their attributes
+# that count positions.
+WINDOWS: dict[type, tuple[str, ...]] = {
+    RotatingKVCache: ("offset", "_idx"),
+    BatchRotatingKVCache: ("offset", "_offset", "_idx"),
+}
+OF_A_BATCH = (BatchKVCache, BatchRotatingKVCache)  # whose masks are always arrays
 
 
 def is_known(cache: Any) -> bool:
-    """Whether there is a stand-in for a cache: by its class, not by a subclass of it."""
+    """Whether there is a stand-in for a cache: by its class, not by a subclass of it.
+
+    That of a batch must have one row.
+    """
     if type(cache) is CacheList:
         return all(map(is_known, cache.caches))
     if type(cache) is ArraysCache:
-        return cache.lengths is None and cache.left_padding is None
-    return type(cache) in (*GROWING, *OTHERS)
+        return bool(cache.lengths is None and cache.batch_size == 1)
+    if type(cache) in OF_A_BATCH:
+        return bool(cache.left_padding.size == 1)
+    return type(cache) in (*GROWING, *WINDOWS, *OTHERS)
+
+
+def end_of(cache: Any) -> int:
+    """The number of positions that a cache of keys and values counts, padding among them."""
+    name = {BatchKVCache: "_idx", BatchRotatingKVCache: "_offset"}.get(type(cache), "offset")
+    return cast(int, getattr(cache, name))
 
 
 def fits(cache: Any, n_positions: int) -> bool:
@@ -85,7 +105,7 @@ class KeyValueStandIn(_StandIn):
     def __init__(self, cache: Any, n_positions: int):
         super().__init__(cache)
         self.n_positions = n_positions
-        self._before = cache.offset
+        self._before = end_of(cache)
         self._left: list[dict[str, Any]] = []  # the cache's attributes after each position
         self._is_trimmed = type(cache) in GROWING or _is_straight(cache, n_positions)
         if not self._is_trimmed:
@@ -93,16 +113,20 @@ class KeyValueStandIn(_StandIn):
 
     def make_mask(self, n_positions: int, **options: Any) -> Positions | None:
         """The mask of each position, as a single step would make it; None where all are None."""
-        if options.get("window_size") is None:
+        cache = self.cache
+        if options.get("window_size") is None and type(cache) not in OF_A_BATCH:
             return None
-        probe = copy.copy(self.cache)
+        probe = copy.copy(cache)
+        vars(probe).update(_own_arrays(cache))
         if _is_window(probe) and probe.keys is not None:  # its places are what matters
-            probe.keys = probe.values = mx.zeros((1, 1, self.cache.keys.shape[2], 1))
+            probe.keys = probe.values = mx.zeros((1, 1, cache.keys.shape[2], 1))
         masks = []
         for _ in range(n_positions):
             masks.append(probe.make_mask(1, **options))
             if _is_window(probe):
                 probe.update_and_fetch(mx.zeros((1, 1, 1, 1)), mx.zeros((1, 1, 1, 1)))
+            elif type(probe) is BatchKVCache:
+                probe._idx += 1
             else:
                 probe.offset += 1
         return None if all(mask is None for mask in masks) else Positions(masks)
@@ -127,7 +151,7 @@ class KeyValueStandIn(_StandIn):
             room = 0
         else:
             arrays = self.cache.keys if type(self.cache) is QuantizedKVCache else [self.cache.keys]
-            room = arrays[0].shape[2] - self.cache.offset
+            room = arrays[0].shape[2] - end_of(self.cache)
         # what grows has room for all of them then, but a window
         return min(n, room) or (1 if _is_window(self.cache) else n)
 
@@ -138,22 +162,23 @@ class KeyValueStandIn(_StandIn):
         if not _is_window(cache) or n == 1:
             return cast(tuple[Any, Any], cache.update_and_fetch(keys, values))
         # several positions by its own method would begin new arrays
-        places = slice(cache.offset, cache.offset + n)
-        cache.keys[..., places, :] = keys
-        cache.values[..., places, :] = values
-        cache.offset += n
-        cache._idx += n
-        return cache.keys[..., : cache.offset, :], cache.values[..., : cache.offset, :]
+        begin = end_of(cache)
+        cache.keys[..., begin : begin + n, :] = keys
+        cache.values[..., begin : begin + n, :] = values
+        for name in WINDOWS[type(cache)]:
+            setattr(cache, name, getattr(cache, name) + n)
+        return cache.keys[..., : begin + n, :], cache.values[..., : begin + n, :]
 
     def _keep_state(self) -> None:
         """Keeps the cache as it is. The next update writes into its arrays, not into these."""
-        keys, values = (_without_last(each, 0) for each in (self.cache.keys, self.cache.values))
-        self._left.append(vars(self.cache) | {"keys": keys, "values": values})
+        cache = self.cache
+        keys, values = (_without_last(each, 0) for each in (cache.keys, cache.values))
+        self._left.append(vars(cache) | _own_arrays(cache) | {"keys": keys, "values": values})
 
     def back_to(self, n: int) -> None:
         """Brings the cache back to the first ``n`` positions of this step."""
         if self._is_trimmed:
-            self.cache.trim(max(0, self.cache.offset - self._before - n))
+            self.cache.trim(max(0, end_of(self.cache) - self._before - n))
         elif n < len(self._left):
             vars(self.cache).update(self._left[n])
 
@@ -163,11 +188,11 @@ class ArraysSnapshot:
 
     def __init__(self, cache: Any):
         self.given = cache
-        self._before = list(cache.cache)
+        self._before = _own_arrays(cache) | {"cache": list(cache.cache)}
 
     def back_to(self, n: int) -> None:
         """Brings the state back to what it was before this step."""
-        self.given.cache = self._before
+        vars(self.given).update(self._before)
 
 
 class ListStandIn(_StandIn):
@@ -198,7 +223,7 @@ class ApartStandIn(_StandIn):
     def offset(self) -> Positions:
         """The offset of each position."""
         offset = self.cache.offset
-        return Positions(range(offset, offset + self._stand_in.n_positions))
+        return Positions(offset + j for j in range(self._stand_in.n_positions))
 
     def update_and_fetch(self, keys: Positions, values: Positions) -> tuple[Positions, Positions]:
         """The keys and values that each position finds, from those of each position."""
@@ -217,13 +242,21 @@ def apart_stand_in(value: Any) -> Any:
 
 def _is_window(cache: Any) -> bool:
     """Whether a cache holds the latest positions alone, and writes over the others."""
-    return type(cache) is RotatingKVCache
+    return type(cache) in WINDOWS
 
 
 def _is_straight(cache: Any, n_positions: int) -> bool:
     """Whether a window still has all of its text in order after some more positions."""
-    in_order = _is_window(cache) and cache._idx == cache.offset
-    return bool(in_order and cache.offset + n_positions <= cache.max_size)
+    if not _is_window(cache):
+        return False
+    end = end_of(cache)
+    return bool(cache._idx == end and end + n_positions <= cache.max_size)
+
+
+def _own_arrays(cache: Any) -> dict[str, mx.array]:
+    """Copies of a cache's small arrays, which some updates change in place."""
+    arrays = {name: value for name, value in vars(cache).items() if isinstance(value, mx.array)}
+    return {name: mx.array(a) for name, a in arrays.items() if name not in ("keys", "values")}
 
 
 def _without_last(arrays: Any, n: int) -> Any:

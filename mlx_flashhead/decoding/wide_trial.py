@@ -2,11 +2,13 @@
 
 T single steps are compared with one of T tokens, from the same caches: all bits of the hidden
 states (of the logits, without a FlashHead) and of the caches, and of the step after. Every width is
-tried after a short prompt, and one at each length where MLX's kernels or mlx-lm's caches change.
+tried and timed at one length, and one width at each other length where MLX's kernels or mlx-lm's
+caches change.
 """
 
 import copy
 import logging
+import time
 from typing import Any, cast
 
 import mlx.core as mx
@@ -16,47 +18,76 @@ from mlx.utils import tree_flatten, tree_map
 from ..head.backend import gpu_is_default
 from ..models.compat.mlx_lm import (
     ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
     CacheList,
     ChunkedKVCache,
     QuantizedKVCache,
     RotatingKVCache,
 )
 from ..models.install import get_flash_head
-from .wide import MAX_WIDTH, Established, WideSteps, kind_of
-from .wide_caches import is_known
+from . import wide_store
+from .wide import MAX_WIDTH, NOTHING, WIDTHS, Established, WideSteps, kind_of
+from .wide_caches import WINDOWS, end_of, is_known
+from .wide_twin import NoWideStepError
 
-SHORT = 5  # tokens of the prompt after which every width is tried
+SHORT = 5  # tokens of the prompt
 LONG = (1022, 4094)  # tokens before a length at which MLX's attention changes kernels
-LONG_WIDTH = 4  # tokens of a step at other lengths, at most
+OTHER_WIDTH = 4  # tokens of a step at other lengths than the first, at most
+ROUNDS = 2  # of which the shorter time counts
+SINGLE_STEPS = 6  # that are timed one behind the other
 MOST_UNQUANTIZED = 1 / 8  # of a model's bytes, in layers that a GPU reads once a token
 UINTS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 log = logging.getLogger("mlx_flashhead")
 
 
-def established_widths(steps: WideSteps, caches: list[Any]) -> list[int]:
-    """The numbers of tokens of a step that leave the bits of single steps, of 2 to 8.
+def established_costs(steps: WideSteps, caches: list[Any]) -> dict[int, float]:
+    """The times of the steps of several tokens that leave the bits of single steps.
 
-    They are tried when caches of a kind are seen for the first time. Evaluates then.
+    They are tried when caches of a kind are seen for the first time, on this machine. Evaluates
+    then.
+
+    Args:
+        steps: The wide steps of a model.
+        caches: Those of a text.
+
+    Returns:
+        The time of a step from these caches on, relative to a single one, by its number of tokens.
     """
     kind = kind_of(caches)
     if kind not in steps.established:
-        steps.established[kind] = _tried(steps, caches)
-    return steps.widths(caches)
+        steps.established[kind] = _established(steps, caches, kind)
+    return steps.costs(caches)
+
+
+def _established(steps: WideSteps, caches: list[Any], kind: str) -> Established:
+    if not all(map(is_known, caches)) or not _is_worth_it(steps.model):
+        return NOTHING
+    place = wide_store.place_of(steps.model)
+    found = wide_store.read(place, kind)
+    if found is not None:
+        return found
+    try:
+        found = _tried(steps, caches)
+    except Exception as error:  # such as of the device
+        log.info("Steps of several tokens are off: %s", str(error).split("\n")[0])
+        return NOTHING
+    finally:
+        mx.clear_cache()  # of long caches
+    wide_store.keep(place, kind, found)
+    return found
 
 
 def _tried(steps: WideSteps, caches: list[Any]) -> Established:
-    if not all(map(is_known, caches)) or not _is_worth_it(steps.model):
-        return Established([])
-    widths: list[int] = []
     for apart in (False, True):
         try:
-            widths = _Trial(steps, caches, apart).widths()
-        except Exception as error:  # a model may do anything
-            log.info("Steps of several tokens are off: %s", str(error).split("\n")[0])
-        mx.clear_cache()  # of long caches
-        if widths:
-            return Established(widths, apart)
-    return Established([])
+            costs = _Trial(steps, caches, apart).costs()
+        except NoWideStepError as error:
+            log.info("Steps of several tokens are off: %s", error)
+            costs = {}
+        if costs:
+            return Established(costs, apart)
+    return NOTHING
 
 
 def _is_worth_it(model: nn.Module) -> bool:
@@ -80,21 +111,30 @@ class _Trial:
         self._fresh = [_fresh(cache) for cache in caches]
         self._tokens = mx.random.randint(0, 100, (1, SHORT + MAX_WIDTH + 1), key=mx.random.key(0))
 
-    def widths(self) -> list[int]:
-        """The widths that hold at every length."""
+    def costs(self) -> dict[int, float]:
+        """The times of the widths that hold, relative to a single step.
+
+        They are timed at the first length for which there is memory. At others one is tried, and
+        nothing holds where that one does not.
+        """
         caches = copy.deepcopy(self._fresh)
-        self._states(self._model, self._tokens[:, :SHORT], caches)
-        mx.eval([cache.state for cache in caches])
-        holding = self._holding(caches, list(range(2, MAX_WIDTH + 1)))
-        if not holding:
-            return []
-        width = max((width for width in holding if width <= LONG_WIDTH), default=holding[0])
+        self._run(self._model, self._tokens[:, :SHORT], caches)
+        costs: dict[int, float] = {}
+        widths = list(WIDTHS)
         for length in _lengths(self._fresh):
             longer = [_lengthened(cache, length) for cache in caches]
-            if _fit(longer) and not self._holding(longer, [width]):
+            if not _fit(longer):
+                continue
+            holding = self._holding(longer, widths)
+            if not holding:
                 log.info("Steps of several tokens are off: they differ at length %d", length)
-                return []
-        return holding
+                return {}
+            if not costs:
+                costs = self._costs(longer, holding)
+                widths = [
+                    max((width for width in costs if width <= OTHER_WIDTH), default=MAX_WIDTH)
+                ]
+        return costs
 
     def _holding(self, caches: list[Any], widths: list[int]) -> list[int]:
         """Those of some widths that leave the bits of single steps after these caches."""
@@ -102,18 +142,17 @@ class _Trial:
         states: list[mx.array] = []
         left: dict[int, list[mx.array]] = {}
         for i in range(max(widths) + 1):
-            states.append(self._states(self._model, self._next(i, i + 1), single))
-            mx.eval(states[-1], [cache.state for cache in single])
+            states.append(self._run(self._model, self._next(i, i + 1), single))
             if i + 1 in widths:
                 left[i + 1] = _contents(single)
                 mx.eval(left[i + 1])
         holding = []
         for width in widths:
             wide = copy.deepcopy(caches)
-            found = [self._states(self._twin, self._next(0, width), wide)]
+            found = [self._run(self._twin, self._next(0, width), wide)]
             contents = _contents(wide)
             if width == max(widths):
-                found.append(self._states(self._model, self._next(width, width + 1), wide))
+                found.append(self._run(self._model, self._next(width, width + 1), wide))
             expected = mx.concatenate(states[: width + len(found) - 1], axis=1)
             alike = [_alike(mx.concatenate(found, axis=1), expected)]
             alike += [_alike(*pair) for pair in zip(contents, left[width], strict=True)]
@@ -123,11 +162,49 @@ class _Trial:
                 log.info("A step of %d tokens is off: it differs from single steps", width)
         return holding
 
+    def _costs(self, caches: list[Any], widths: list[int]) -> dict[int, float]:
+        """The times of steps after these caches, which are compiled, relative to a single one.
+
+        Single steps are launched before the one before them is read, as a text's are. What follows
+        a wide step waits for its tokens, so that the host's time counts there.
+        """
+        single = min(self._single_seconds(copy.deepcopy(caches)) for _ in range(ROUNDS))
+        costs = {}
+        for width in widths:
+            times = (self._wide_seconds(copy.deepcopy(caches), width) for _ in range(ROUNDS))
+            costs[width] = min(times) / single
+        return costs
+
+    def _single_seconds(self, caches: list[Any]) -> float:
+        latest = self._next(0, 1)
+        began = time.perf_counter()
+        for _ in range(SINGLE_STEPS):
+            states = self._states(self._model, latest, caches)
+            latest = mx.argmax(states, axis=-1)  # any token that waits for them
+            mx.async_eval(latest)
+        mx.eval(latest, [cache.state for cache in caches])
+        return (time.perf_counter() - began) / SINGLE_STEPS
+
+    def _wide_seconds(self, caches: list[Any], width: int) -> float:
+        began = time.perf_counter()
+        self._run(self._twin, self._next(0, width), caches)
+        return time.perf_counter() - began
+
     def _next(self, start: int, stop: int) -> mx.array:
         return self._tokens[:, SHORT + start : SHORT + stop]
 
+    def _run(self, model: Any, tokens: mx.array, caches: list[Any]) -> mx.array:
+        """What :meth:`_states` gives. Evaluates."""
+        states = self._states(model, tokens, caches)
+        mx.eval(states, [cache.state for cache in caches])
+        return states
+
     def _states(self, model: Any, tokens: mx.array, caches: list[Any]) -> mx.array:
-        """What makes the choices after tokens (1, T): states (1, T, D), or logits (1, T, V)."""
+        """Feeds tokens (1, T) to the model or its twin.
+
+        Returns:
+            What makes the choices after each: states (1, T, D), or logits (1, T, V).
+        """
         if self._head is None:
             return self._fed(model, tokens, caches)
         head = self._head
@@ -148,11 +225,14 @@ class _Trial:
 
 
 def _lengths(caches: list[Any]) -> list[int]:
-    """Lengths at which something changes: a window ends, or MLX takes other kernels."""
-    windows = {cache.max_size for cache in _parts(caches) if type(cache) is RotatingKVCache}
+    """Lengths at which something changes: a window ends, or MLX takes other kernels.
+
+    A usual one comes first.
+    """
+    windows = {cache.max_size for cache in _parts(caches) if type(cache) in WINDOWS}
     ends = {window - 2 for window in windows if window > SHORT + 2}
-    lengths = sorted({*LONG, *ends})
-    beyond = [window + SHORT for window in windows if window >= lengths[-1]]
+    lengths = dict.fromkeys([LONG[0], SHORT, *LONG, *sorted(ends)])
+    beyond = [window + SHORT for window in windows if window >= max(lengths)]
     return [*lengths, *beyond]
 
 
@@ -170,11 +250,15 @@ def _fresh(cache: Any) -> Any:
     arguments = {
         QuantizedKVCache: ("group_size", "bits"),
         RotatingKVCache: ("max_size", "keep"),
+        BatchRotatingKVCache: ("max_size",),
         ChunkedKVCache: ("chunk_size",),
     }
     if type(cache) is ArraysCache:
-        return ArraysCache(len(cache.cache))
-    return type(cache)(**{name: getattr(cache, name) for name in arguments.get(type(cache), ())})
+        return ArraysCache(len(cache.cache), None if cache.left_padding is None else [0])
+    named = {name: getattr(cache, name) for name in arguments.get(type(cache), ())}
+    if type(cache) in (BatchKVCache, BatchRotatingKVCache):
+        named["left_padding"] = [0]
+    return type(cache)(**named)
 
 
 def _lengthened(cache: Any, length: int) -> Any:
@@ -183,17 +267,25 @@ def _lengthened(cache: Any, length: int) -> Any:
     if type(cache) is CacheList:
         longer.caches = tuple(_lengthened(part, length) for part in cache.caches)
     elif type(cache) is not ArraysCache and cache.keys is not None:
-        n_slots = length if type(cache) is not RotatingKVCache else min(length, cache.max_size)
         if type(cache) is ChunkedKVCache:
-            length = n_slots = min(length, cache.chunk_size - MAX_WIDTH)
-        repeated = mx.arange(n_slots) % cache.offset
+            length = min(length, cache.chunk_size - MAX_WIDTH)
+        n_slots = min(length, cache.max_size) if type(cache) in WINDOWS else length
+        repeated = mx.arange(n_slots) % SHORT
         longer.keys, longer.values = tree_map(
             lambda array: mx.take(array, repeated, axis=-2), (cache.keys, cache.values)
         )
-        longer.offset = length
-        if type(cache) is RotatingKVCache:
-            longer._idx = n_slots
+        _set_end(longer, length, n_slots)
     return longer
+
+
+def _set_end(cache: Any, length: int, n_slots: int) -> None:
+    """Notes in a cache that it holds the latest ``n_slots`` of ``length`` positions, in order."""
+    of_a_batch = type(cache) in (BatchKVCache, BatchRotatingKVCache)
+    cache.offset = mx.array([length]) if of_a_batch else length
+    if hasattr(cache, "_idx"):
+        cache._idx = n_slots
+    if hasattr(cache, "_offset"):
+        cache._offset = length
 
 
 def _fit(caches: list[Any]) -> bool:
@@ -208,11 +300,14 @@ def _contents(caches: list[Any]) -> list[mx.array]:
     contents: list[mx.array] = []
     for cache in _parts(caches):
         if type(cache) is ArraysCache:
-            contents += [array[...] for array in _arrays(cache.cache)]
-        else:
-            n = cache.offset - getattr(cache, "start_position", 0)
-            arrays = _arrays([cache.keys, cache.values])
-            contents += [*(array[..., :n, :] for array in arrays), mx.array([cache.offset])]
+            contents += map(mx.array, _arrays([cache.cache, cache.left_padding]))
+            continue
+        n = end_of(cache) - getattr(cache, "start_position", 0)
+        for name, value in vars(cache).items():
+            if name in ("keys", "values"):
+                contents += [array[..., :n, :] for array in _arrays([value])]
+            elif value is not None:  # positions and settings
+                contents.append(mx.array(value).reshape(-1))
     return contents
 
 

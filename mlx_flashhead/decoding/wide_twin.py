@@ -103,10 +103,11 @@ class _Rotation(nn.Module):
 
 
 class _Apart(nn.Module):
-    """A part of an attention whose operations run once per position."""
+    """A part whose operations run once per position within an attention."""
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        return apart(super().__call__)(*args, **named)
+        within = bool(args) and isinstance(args[0], Positions)  # not a layer, whose mask is
+        return (apart(super().__call__) if within else super().__call__)(*args, **named)
 
 
 class _ApartAttention(nn.Module):
@@ -197,14 +198,16 @@ def _in_turn(single: Callable[..., tuple[mx.array, mx.array]]) -> Callable[..., 
         dt: mx.array,
         dt_bias: mx.array,
         state: mx.array | None = None,
-        *limits: Any,
-        **named: Any,
+        time_step_limit: tuple[float, float] = (0.001, 100.0),
+        mask: mx.array | None = None,
+        lengths: None = None,
     ) -> tuple[mx.array, mx.array]:
         """Takes the positions (B, T, …) of a state space model one after another."""
         outputs = []
         for j in range(x.shape[1]):
             x_j, B_j, C_j, dt_j = (each[:, j : j + 1] for each in (x, B, C, dt))
-            y, state = single(x_j, A_log, B_j, C_j, D, dt_j, dt_bias, state, *limits, **named)
+            own = time_step_limit, None if mask is None else mask[:, j : j + 1], lengths
+            y, state = single(x_j, A_log, B_j, C_j, D, dt_j, dt_bias, state, *own)
             outputs.append(y)
         return mx.concatenate(outputs, axis=1), cast(mx.array, state)
 

@@ -5,7 +5,9 @@ Kernels are first tried beside the operations at their real shapes.
 
 import logging
 import os
+import platform
 import re
+from typing import Any
 
 import mlx.core as mx
 
@@ -37,6 +39,12 @@ SCORED_AT_ONCE = 1024  # clusters, of which a CPU makes a copy
 def gpu_is_default() -> bool:
     """Whether MLX computes on an Apple GPU."""
     return mx.metal.is_available() and mx.default_device().type == mx.gpu
+
+
+def device_name() -> str:
+    """The machine that computes, in words."""
+    known: dict[str, Any] = mx.device_info()
+    return known.get("device_name") or platform.processor() or platform.machine()
 
 
 def named_backend(requested: str | None) -> str | None:

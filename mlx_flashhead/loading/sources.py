@@ -22,19 +22,18 @@ from ..index import files
 from ..index.files import FILE_NAME, SETTINGS_NAME, read_index
 from ..index.flash_head_index import FlashHeadIndex
 from ..index.settings import FlashHeadConfig
-from ..models.fetch import FINE_HEADS, HOME_VARIABLE, home, resolve
+from ..models.fetch import FINE_HEADS, HOME_VARIABLE, SPEEDS, home, resolve
 from ..models.tensor_files import ENDING
 from .head_options import HeadOptions
 
 RECIPE = 1  # a new version builds all FlashHeads again
 _NAME_LENGTH = 24  # of the 64 characters of a fingerprint
 INDEX_FOLDER = "flash_heads"
-SPEEDS_FOLDER = "speeds"
 INDEX_FILES = (FILE_NAME, SETTINGS_NAME)
 _NAMES = {  # names of cache entries, by folder: nothing else is touched
     INDEX_FOLDER: re.compile(r"[0-9a-f]{24}-\d+"),
     FINE_HEADS: re.compile(r"[0-9a-f]{24}-\d+\.safetensors"),
-    SPEEDS_FOLDER: re.compile(r"[0-9a-f]{24}\.json"),
+    SPEEDS: re.compile(r"[0-9a-f]{24}\.json"),
 }
 
 
@@ -161,7 +160,7 @@ def remove_rest() -> list[Path]:
     Returns:
         The files in the cache's folders that are not its own.
     """
-    for file in _cached(SPEEDS_FOLDER):
+    for file in _cached(SPEEDS):
         file.unlink(missing_ok=True)
     others = []
     for folder, pattern in _NAMES.items():
@@ -187,7 +186,7 @@ def speeds_of(config: FlashHeadConfig) -> Path:
     """
     settings = json.dumps(config.to_dict(), sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()
-    return home() / SPEEDS_FOLDER / f"{digest[:_NAME_LENGTH]}.json"
+    return home() / SPEEDS / f"{digest[:_NAME_LENGTH]}.json"
 
 
 def find(rows: Matrix, say: Callable[[str], None]) -> StoredHead | None:

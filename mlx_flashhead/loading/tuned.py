@@ -4,21 +4,18 @@ What a busy machine has measured is used, and measured again when the machine is
 """
 
 import os
-import platform
 from collections.abc import Generator
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
-import msgspec
 
-from ..common.new_folder import new_file
+from ..common.stored import store, stored
 from ..decoding.policy import Tuning, least_gain, policy_of
 from ..decoding.rehearsal import rehearse
 from ..decoding.rounding import measure_rounding
 from ..decoding.tuning import is_busy, prepare_wide_steps, tune
+from ..head.backend import device_name
 from ..head.flash_head import FlashHead
 from ..head.steps import Risk
 from ..index.flash_head_index import FlashHeadIndex
@@ -93,7 +90,7 @@ def tune_head(
         tuning = before
     else:
         tuning = yield from tune(model)
-        _store(place, known | {key: tuning})
+        store(place, known | {key: tuning})
         said = [_why_dense(tuning)] if tuning.dense and not options.always else []
         if before is None:
             said.append(first_gain(model, tuning, finer=bool(options.fine_head)))
@@ -106,33 +103,19 @@ def tune_head(
 def apply_tuning(model: nn.Module, tuning: Tuning, options: HeadOptions) -> None:
     """Has the loops go by what was measured."""
     policy_of(installed_head(model)).take(tuning, always=options.always)
-    prepare_wide_steps(model, tuning)
+    prepare_wide_steps(model)
 
 
 def _conditions(model: nn.Module, head: FlashHead) -> str:
     """What the times depend on, in words: the machine, the backend, MLX and the formats."""
-    device = mx.device_info().get("device_name") or platform.processor() or platform.machine()
     dtype = str(hidden_dtype(model)).removeprefix("mlx.core.")
     form = f"{head.clustered.rows.format} rows, {dtype}"
-    return f"{device}, {head.backend}, mlx {version('mlx')}, {form}"
-
-
-def _store(place: Path, tunings: dict[str, Tuning]) -> None:
-    """Writes what was measured, by machine.
-
-    Where the place cannot be written, it is measured again next time.
-    """
-    with suppress(OSError):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(place) as file:
-            file.write_bytes(msgspec.json.format(msgspec.json.encode(tunings), indent=1))
+    return f"{device_name()}, {head.backend}, mlx {version('mlx')}, {form}"
 
 
 def read(place: Path) -> dict[str, Tuning]:
     """What was measured, by machine; nothing where the file is not there, or damaged."""
-    with suppress(OSError, ValueError, RecursionError):
-        return msgspec.json.decode(place.read_bytes(), type=dict[str, Tuning])
-    return {}
+    return stored(place, Tuning)
 
 
 def _why_dense(tuning: Tuning) -> str:

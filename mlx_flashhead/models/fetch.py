@@ -17,6 +17,7 @@ from ..index.files import FILE_NAME
 _ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)")
 HOME_VARIABLE = "MLX_FLASHHEAD_HOME"
 FINE_HEADS = "fine_heads"  # the folder of finer heads in it
+SPEEDS = "speeds"  # the folder of what was measured on this machine
 
 
 def home() -> Path:

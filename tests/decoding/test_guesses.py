@@ -3,18 +3,20 @@
 import copy
 import random
 from functools import partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import pytest
 from mlx_lm import sample_utils
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from architecture_models import tiny_architecture
-from flash_loops import PROMPT, flash_of
+from flash_loops import OTHERS, PROMPT, flash_of
 from mlx_flashhead import make_sampler
 from mlx_flashhead.common.masks import Mask
 from mlx_flashhead.decoding import guesses
+from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.drafting import drafted_steps
 from mlx_flashhead.decoding.guesses import Worth
 from mlx_flashhead.decoding.lookup import Lookup
@@ -22,12 +24,12 @@ from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import policy_of
 from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.settings import DecodingSettings
-from mlx_flashhead.decoding.wide import WideSteps
-from mlx_flashhead.decoding.wide_trial import established_widths
+from mlx_flashhead.decoding.wide import Established, WideSteps, kind_of
+from mlx_flashhead.decoding.wide_trial import established_costs
 from mlx_flashhead.decoding.wide_twin import NoWideStepError
 from tiny_models import tiny_model
 
-N_TOKENS = 26
+N_TOKENS = 22
 WINDOW = {"sliding_window": 12, "sliding_window_pattern": 2, "num_hidden_layers": 2}
 MODELS = {
     "plain": partial(tiny_model, num_hidden_layers=2),
@@ -40,6 +42,7 @@ SAMPLERS = {
     "noise": lambda: make_sampler(temp=0.9, top_p=0.9, seed=4),
     "mlx-lm's": lambda: sample_utils.make_sampler(temp=1.0, min_p=0.01),
 }
+ROLLED_BACK = 1e-3  # a window of a batch that was rolled back has its keys in another order
 
 
 def evens():
@@ -56,16 +59,29 @@ PROCESSORS = {
 }
 
 
+class Models(NamedTuple):
+    """One model three times."""
+
+    name: str
+    plain: Any  # for mlx-lm's loops
+    flash: Any  # with a FlashHead
+    without: Any
+
+    def functions(self, i):
+        """A sampler's name and a processor's: three models have all pairs between them."""
+        samplers, processors = tuple(SAMPLERS), tuple(PROCESSORS)
+        return samplers[i], processors[(i + tuple(MODELS).index(self.name)) % 3]
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def models(request):
-    """One for plain mlx-lm, one with a FlashHead, and one without."""
-    dense = MODELS[request.param]()
-    mx.eval(dense.parameters())
-    flash = flash_of(copy.deepcopy(dense))
+    plain = MODELS[request.param]()
+    mx.eval(plain.parameters())
+    flash = flash_of(copy.deepcopy(plain))
     flash.head.n_probes = 1
     policy = policy_of(flash.head)
     policy.max_risk = policy.max_wait = 1e9  # proposals run ahead
-    return dense, flash.model, copy.deepcopy(dense)
+    return Models(request.param, plain, flash.model, copy.deepcopy(plain))
 
 
 @pytest.fixture
@@ -95,26 +111,73 @@ def guessed(monkeypatch):
     return of
 
 
-def text_of(steps_of, model, sampler, processors, place=N_TOKENS, cache=None, **options):
-    """Tokens, the random state after each, log-probabilities, and what the cache gives then."""
+class Text(NamedTuple):
+    """A text up to a place."""
+
+    tokens: list[int]
+    states: list[Any]  # MLX's random state after each token
+    logprobs: list[float]  # of the tokens
+    after: Any  # the logits (V,) that its cache gives for another token
+    others: Any = ()  # the tokens of another text of a batch
+
+    def assert_is(self, plain, atol=0.0):
+        """Fails unless the text is plain mlx-lm's, its random states and its cache with it."""
+        assert self.tokens == plain.tokens
+        assert self.states == plain.states
+        assert mx.allclose(mx.array(self.logprobs), mx.array(plain.logprobs), atol=2e-2)
+        assert mx.allclose(self.after, plain.after, rtol=0, atol=atol)
+        assert list(self.others) == list(plain.others)
+
+
+def text_of(steps_of, model, functions, place=N_TOKENS):
     mx.random.seed(3)
-    cache = make_prompt_cache(model) if cache is None else cache
+    cache = make_prompt_cache(model)
     steps = steps_of(
         mx.array(PROMPT),
         model,
-        sampler=sampler,
-        logits_processors=processors,
+        sampler=SAMPLERS[functions[0]](),
+        logits_processors=PROCESSORS[functions[1]](),
         prompt_cache=cache,
         max_tokens=N_TOKENS,
-        **options,
     )
-    found = []
+    text = Text([], [], [], None)
     for token, logprobs in steps:
-        found.append((token, mx.random.state[0].tolist(), logprobs[token].item()))
-        if len(found) == place:
+        _note(text, token, logprobs)
+        if len(text.tokens) == place:
             break
     steps.close()
-    return found, model(mx.array([[77]]), cache=cache)[0, -1]
+    return text._replace(after=model(mx.array([[77]]), cache=cache)[0, -1])
+
+
+def batched_text_of(batch_of, model, functions, place=None, other=None):
+    """The text in a batch, up to a place or to its end; another one may join it at its third."""
+    mx.random.seed(3)
+    generator = batch_of(model)
+    options = {
+        "samplers": [SAMPLERS[functions[0]]()],
+        "logits_processors": [PROCESSORS[functions[1]]()],
+    }
+    (uid,) = generator.insert([PROMPT], [N_TOKENS], **options)
+    text = Text([], [], [], None, [])
+    while len(text.tokens) != place and (responses := generator.next_generated()):
+        for response in responses:
+            if response.uid != uid:
+                text.others.append(response.token)
+                continue
+            _note(text, response.token, response.logprobs)
+            cache = response.prompt_cache
+            if len(text.tokens) == 3 and other is not None:
+                generator.insert([other], [2])
+    if cache is None:
+        cache = generator.remove([uid], return_prompt_caches=True)[uid][0]
+    generator.close()
+    return text._replace(after=model(mx.array([[77]]), cache=cache)[0, -1])
+
+
+def _note(text, token, logprobs):
+    text.tokens.append(token)
+    text.states.append(mx.random.state[0].tolist())
+    text.logprobs.append(logprobs[token].item())
 
 
 def ours(lookup="on", **settings):
@@ -126,27 +189,62 @@ def ours(lookup="on", **settings):
     )
 
 
-@pytest.mark.parametrize("processors", PROCESSORS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_texts_are_plain_mlx_lms(models, guessed, sampler, processors):
-    plain, flash, without = models
-    whole = {}
-    for seed, place in enumerate((N_TOKENS, 9, 14)):
-        made = lambda: (SAMPLERS[sampler](), PROCESSORS[processors]())  # noqa: E731
-        reference = generate_step if sampler != "noise" else ours("off", dense=True)
-        model = plain if sampler != "noise" else without
-        whole[place] = text_of(reference, model, *made(), place)
-        counts = guessed([token for token, *_ in whole[N_TOKENS][0]])
-        for ours_of in (flash, without):
-            tokens, logits = whole[place]
-            found, after = text_of(ours(), ours_of, *made(), place)
-            assert [each[:2] for each in found] == [each[:2] for each in tokens], seed
-            assert mx.allclose(
-                mx.array([e[2] for e in found]), mx.array([e[2] for e in tokens]), atol=2e-2
-            )
-            assert mx.array_equal(after, logits), seed
+def our_batch(lookup="on", **settings):
+    return lambda model: VerifiedBatchGenerator(
+        model, proposer=Proposer(model, DecodingSettings(lookup=lookup, **settings))
+    )
+
+
+def plain_text_of(models, functions, *rest):
+    """The text of mlx-lm's loop; that of a sampler of this package is this package's own."""
+    if functions[0] == "noise":
+        return text_of(ours("off", dense=True), models.without, functions, *rest)
+    return text_of(generate_step, models.plain, functions, *rest)
+
+
+def plain_batched_text_of(models, functions, *rest):
+    if functions[0] == "noise":
+        return batched_text_of(our_batch("off", dense=True), models.without, functions, *rest)
+    return batched_text_of(BatchGenerator, models.plain, functions, *rest)
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_texts_are_plain_mlx_lms(models, guessed, i):
+    functions = models.functions(i)
+    whole = plain_text_of(models, functions)
+    counts = guessed(whole.tokens)
+    for place in (N_TOKENS, 9):
+        plain = plain_text_of(models, functions, place)
+        for model in (models.flash, models.without):
+            text_of(ours(), model, functions, place).assert_is(plain)
     assert sum(n for _, n in counts) > 10  # tokens that were right
     assert sum(k - n for k, n in counts) > 10  # and wrong
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_a_text_that_decodes_alone_in_a_batch(models, guessed, i):
+    functions = models.functions(i)
+    whole = plain_batched_text_of(models, functions)
+    counts = guessed(whole.tokens)
+    batched_text_of(our_batch(), models.without, functions).assert_is(whole)
+    assert sum(n for _, n in counts) > 6
+    assert sum(k - n for k, n in counts) > 6
+    plain = plain_batched_text_of(models, functions, 14)
+    text = batched_text_of(our_batch(), models.flash, functions, 14)
+    text.assert_is(plain, atol=ROLLED_BACK)
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_a_batch_that_another_text_joins_and_leaves(models, guessed, i):
+    """Its prompt is longer, so that the first text's cache is padded from then on."""
+    functions = models.functions(i)
+    whole = plain_batched_text_of(models, functions, None, OTHERS[1])
+    counts = guessed(whole.tokens)
+    batched_text_of(our_batch(), models.without, functions, None, OTHERS[1]).assert_is(whole)
+    assert len(whole.others) == 2
+    assert sum(n for _, n in counts) > 3
+    text = batched_text_of(our_batch(), models.flash, functions, None, OTHERS[1])
+    text.assert_is(whole, atol=ROLLED_BACK)
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +257,8 @@ def draft():
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_draft_model_changes_nothing(models, draft, sampler, with_cache):
     """Beyond windows, too. What it drafts is mostly wrong here, or the target itself drafts."""
-    plain, flash, without = models
-    reference = generate_step if sampler != "noise" else ours("off", dense=True)
-    expected, after = text_of(
-        reference, plain if sampler != "noise" else without, SAMPLERS[sampler](), []
-    )
+    _, _, flash, without = models
+    plain = plain_text_of(models, (sampler, "none"))
     for target, drafting in ((flash, draft), (without, draft), (flash, without)):
         mx.random.seed(3)
         cache = make_prompt_cache(target) + make_prompt_cache(drafting) if with_cache else None
@@ -179,14 +274,14 @@ def test_a_draft_model_changes_nothing(models, draft, sampler, with_cache):
             max_tokens=N_TOKENS,
         )
         found = [(token, mx.random.state[0].tolist(), drafted) for token, _, drafted in steps]
-        assert [each[:2] for each in found] == [each[:2] for each in expected]
+        assert [each[:2] for each in found] == [*zip(plain.tokens, plain.states, strict=True)]
         n_drafted = sum(drafted for *_, drafted in found)
         assert n_drafted == proposer.n_guessed["draft model"]
         if drafting is without:  # the same model: all drafts are right
             assert n_drafted > N_TOKENS / 2 and proposer.n_steps < N_TOKENS * 0.6
         if cache is not None:
             held = cache[: len(target.layers)]
-            assert mx.array_equal(target(mx.array([[77]]), cache=held)[0, -1], after)
+            assert mx.array_equal(target(mx.array([[77]]), cache=held)[0, -1], plain.after)
 
 
 def test_a_draft_models_cache_serves_the_next_turn(draft):
@@ -243,8 +338,8 @@ def test_what_is_not_established(monkeypatch, caplog):
 @pytest.mark.parametrize("processors", PROCESSORS)
 def test_a_step_that_the_model_does_not_take_is_a_single_one(guessed, monkeypatch, processors):
     model = tiny_model(num_hidden_layers=2)
-    expected, after = text_of(generate_step, model, None, PROCESSORS[processors]())
-    counts = guessed([token for token, *_ in expected])
+    plain = text_of(generate_step, model, ("greedy", processors))
+    counts = guessed(plain.tokens)
     feed = WideSteps.feed_by
 
     def at_some_places(steps, twin, tokens, caches):
@@ -252,11 +347,10 @@ def test_a_step_that_the_model_does_not_take_is_a_single_one(guessed, monkeypatc
             raise NoWideStepError
         return feed(steps, twin, tokens, caches)
 
-    assert established_widths(WideSteps.of(model), make_prompt_cache(model))
+    assert established_costs(WideSteps.of(model), make_prompt_cache(model))
     monkeypatch.setattr(WideSteps, "feed_by", at_some_places)
-    found, logits = text_of(ours(), model, None, PROCESSORS[processors]())
-    assert [each[:2] for each in found] == [each[:2] for each in expected]
-    assert mx.array_equal(logits, after) and len(counts) > 2
+    text_of(ours(), model, ("greedy", processors)).assert_is(plain)
+    assert len(counts) > 2
 
 
 def test_guesses_that_do_not_pay_are_not_taken(monkeypatch):
@@ -266,9 +360,8 @@ def test_guesses_that_do_not_pay_are_not_taken(monkeypatch):
     forever = sample_utils.make_logits_processors({5: 100.0})  # the text is this token alone
     n_steps = {}
     for cost in (1.01, 100.0):
-        costs = {2: cost, 4: cost, 8: cost}
-        monkeypatch.setattr(guesses, "measured_costs", lambda *given, costs=costs: costs)
-        WideSteps.known.clear()
+        kind = kind_of(make_prompt_cache(model))
+        WideSteps.of(model).established[kind] = Established({2: cost, 4: cost, 8: cost})
         proposer = Proposer(model)
         steps = verified_steps(
             mx.array(PROMPT),

@@ -11,7 +11,8 @@ from mlx_flashhead.decoding.decoder import Decoder
 from mlx_flashhead.decoding.policy import Tuning, least_gain, policy_of
 from mlx_flashhead.decoding.schedule import VerifySchedule
 from mlx_flashhead.decoding.tuning import tune
-from mlx_flashhead.decoding.wide import WideSteps, kind_of
+from mlx_flashhead.decoding.wide import WideSteps
+from wide_checks import of_a_batch
 
 DENSE = 0.006  # seconds
 VERIFICATION = 0.003  # of any number of tokens
@@ -149,24 +150,20 @@ def test_a_larger_batch_is_dense(monkeypatch, most):
 
 
 def test_steps_of_several_tokens_are_tried_and_timed_once(monkeypatch):
-    """As on a GPU. What was stored is taken as it is, and what it takes is compiled."""
+    """As on a GPU: for a text alone, and for one that is alone in a batch."""
     monkeypatch.setattr(tuning, "gpu_is_default", lambda: True)
-    monkeypatch.setattr(tuning, "SECONDS", 0.0)
     monkeypatch.setattr(wide_trial, "LONG", (60,))
     flash = make_flash()
-    found = measured(flash.model)
-    assert list(found.wide_costs) == [2, 4, 8] and min(found.wide_costs.values()) > 0
-    again = make_flash()
-    caches = make_prompt_cache(again.model)
-    tuning.prepare_wide_steps(again.model, found)
+    caches = make_prompt_cache(flash.model)
+    tuning.prepare_wide_steps(flash.model)
     monkeypatch.setattr(wide_trial, "_tried", None)
-    steps = WideSteps.of(again.model)
-    assert wide_trial.established_widths(steps, caches) == [2, 4, 8]
-    assert steps.costs[kind_of(caches)] == found.wide_costs
+    steps = WideSteps.of(flash.model)
+    for each in (caches, of_a_batch(caches)):
+        costs = wide_trial.established_costs(steps, each)
+        assert list(costs) == [2, 4, 8] and min(costs.values()) > 0
 
 
-def test_a_cpu_times_no_steps_of_several_tokens(monkeypatch):
-    monkeypatch.setattr(tuning, "SECONDS", 0.0)
+def test_a_cpu_tries_no_steps_of_several_tokens():
     flash = make_flash()
-    assert measured(flash.model).wide_costs == {}
-    tuning.prepare_wide_steps(flash.model, Tuning(1.5, 1.5, 0.1))  # as that says
+    tuning.prepare_wide_steps(flash.model)
+    assert not WideSteps.of(flash.model).established

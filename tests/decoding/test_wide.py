@@ -1,7 +1,6 @@
 """Several tokens a step, with the bits of single steps."""
 
 import copy
-import json
 import logging
 
 import mlx.core as mx
@@ -14,14 +13,14 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from architecture_models import quantized, tiny_architecture
 from flash_loops import make_flash
-from mlx_flashhead.decoding import wide_caches, wide_trial, wide_twin
-from mlx_flashhead.decoding.wide import Established, WideSteps, kind_of
-from mlx_flashhead.decoding.wide_trial import established_widths
+from mlx_flashhead.decoding import wide_caches, wide_store, wide_trial, wide_twin
+from mlx_flashhead.decoding.wide import WideSteps, kind_of
+from mlx_flashhead.decoding.wide_trial import established_costs
 from mlx_flashhead.decoding.wide_twin import NoWideStepError
 from tiny_models import tiny_model
-from wide_checks import FORMS, held, read, same_as_single, single_steps, wide_steps
+from wide_checks import FORMS, held, of_a_batch, read, same_as_single, single_steps, wide_steps
 
-ALL = [2, 3, 4, 5, 6, 7, 8]
+ALL = [2, 4, 8]
 # windows, a state, experts, lists of caches, an attention with a formula for one token
 NAMES = {
     "llama": False,
@@ -86,6 +85,11 @@ CACHES = {
     "window before its end": (lambda: lm_caches.RotatingKVCache(max_size=600), 255),
     "chunks": (lambda: lm_caches.ChunkedKVCache(chunk_size=512), 250),
     "list": (lambda: lm_caches.ConcatenateKVCache(), 6),
+    "batch": (lambda: lm_caches.BatchKVCache([0]), 254),
+    "batch, padded": (lambda: lm_caches.BatchKVCache([3]), 6),
+    "window of a batch": (lambda: lm_caches.BatchRotatingKVCache(8, [2]), 5),
+    "window of a batch past its end": (lambda: lm_caches.BatchRotatingKVCache(8, [0]), 29),
+    "window of a batch before its end": (lambda: lm_caches.BatchRotatingKVCache(600, [1]), 255),
 }
 
 
@@ -103,6 +107,22 @@ def test_caches(model, name):
         assert held(caches) == held(single)
 
 
+@pytest.mark.parametrize("length", [5, 37])
+def test_a_text_that_is_alone_in_a_batch(architecture, length):
+    model, apart = architecture
+    new = lambda: of_a_batch(lm_caches.make_prompt_cache(model))  # noqa: E731
+    assert same_as_single(model, length, 4, new(), apart=apart)
+    before, tokens = read(model, length, new())
+    for n in range(3):
+        single, caches = copy.deepcopy(before), copy.deepcopy(before)
+        if n:
+            single_steps(model, tokens[:, :n], single)
+        wide_steps(model, caches, apart=apart).feed(tokens[:, :4], caches).back_to(n)
+        assert held(caches) == held(single)
+        following = tokens[:, n : n + 6]
+        assert single_steps(model, following, caches) == single_steps(model, following, single)
+
+
 @pytest.mark.parametrize("length", [250, 254, 256, 510])
 def test_arrays_are_as_long_as_single_steps_make_them(model, length):
     caches, tokens = read(model, length)
@@ -117,7 +137,7 @@ def test_a_chunk_that_forgets_its_beginning_is_read_singly(model):
     caches = [lm_caches.ChunkedKVCache(chunk_size=20) for _ in model.layers]
     steps = wide_steps(model, caches, apart=False)
     read(model, 14, caches)
-    assert steps.widths(caches) == [2, 3, 4, 5, 6]
+    assert list(steps.costs(caches)) == [2, 3, 4, 5, 6]
 
 
 @pytest.mark.newest
@@ -140,7 +160,7 @@ def test_what_the_trial_did_not_see_changes_nothing():
     with pytest.raises(NoWideStepError, match="differ"):
         steps.feed(tokens[:, :4], caches)
     assert held(caches) == before
-    assert steps.widths(caches) == []
+    assert steps.costs(caches) == {}
     assert single_steps(model, tokens, caches) == single_steps(model, tokens, single)
 
 
@@ -150,9 +170,11 @@ class OtherCache(lm_caches.KVCache):
 
 def test_other_caches_have_single_steps(model):
     known = lm_caches.KVCache()
-    padded = lm_caches.ArraysCache(2, left_padding=[1])
-    for other in (OtherCache(), lm_caches.CacheList(known, OtherCache()), padded):
-        assert established_widths(WideSteps.of(model), [known, other]) == []
+    padded = lm_caches.ArraysCache(2)
+    padded.prepare(lengths=[1])
+    several = lm_caches.BatchKVCache([0, 1])
+    for other in (OtherCache(), lm_caches.CacheList(known, OtherCache()), padded, several):
+        assert established_costs(WideSteps.of(model), [known, other]) == {}
 
 
 def test_it_shares_the_models_arrays(model):
@@ -214,25 +236,68 @@ def test_what_is_known_of_a_model_leaves_with_it():
 
 
 def widths_of(model) -> list[int]:
-    return established_widths(WideSteps.of(model), lm_caches.make_prompt_cache(model))
+    return list(established_costs(WideSteps.of(model), lm_caches.make_prompt_cache(model)))
 
 
 def test_the_trial_finds_every_width(architecture):
     model, apart = architecture
+    WideSteps.of(model).established.clear()
     assert widths_of(model) == ALL
     caches = lm_caches.make_prompt_cache(model)
-    known = WideSteps.of(model).established
-    assert known == {kind_of(caches): Established(ALL, apart)}
-    stored = json.loads(json.dumps(known))
-    assert {kind: Established(*held) for kind, held in stored.items()} == known
+    known = WideSteps.of(model).established[kind_of(caches)]
+    assert known.apart == apart and list(known.costs) == ALL and min(known.costs.values()) > 0
 
 
 def test_it_is_tried_once_for_caches_of_a_kind(model, monkeypatch):
+    WideSteps.of(model).established.clear()
     assert widths_of(model) == ALL
     monkeypatch.setattr(wide_twin, "product", None)
     assert widths_of(model) == ALL
     small = [lm_caches.QuantizedKVCache(group_size=32, bits=4) for _ in model.layers]
-    assert established_widths(WideSteps.of(model), small) == []
+    assert established_costs(WideSteps.of(model), small) == {}
+
+
+@pytest.fixture
+def stored(monkeypatch, tmp_path):
+    """A place where trials are stored, as outside of tests."""
+    monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
+    monkeypatch.setenv("MLX_FLASHHEAD_HOME", str(tmp_path))
+    monkeypatch.setattr(wide_trial, "LONG", (60,))
+    return tmp_path
+
+
+def test_a_trial_is_stored(stored, monkeypatch):
+    models = [tiny_model(), tiny_model(), tiny_model(seed=1)]
+    caches = [lm_caches.KVCache()] * 2
+    found = established_costs(WideSteps.of(models[0]), caches)
+    (place,) = stored.glob("speeds/*.json")
+    tried = wide_trial._tried
+    calls = []
+    monkeypatch.setattr(
+        wide_trial, "_tried", lambda *arguments: calls.append(arguments) or tried(*arguments)
+    )
+    again = WideSteps.of(models[1])
+    assert established_costs(again, caches) == found and not calls
+    established_costs(again, [lm_caches.BatchKVCache([0])] * 2)  # another kind
+    established_costs(WideSteps.of(models[2]), caches)  # other weights
+    assert len(calls) == 2
+    monkeypatch.setattr(wide_store, "__version__", "another")
+    again.established.clear()
+    assert list(established_costs(again, caches)) == ALL and len(calls) == 3
+    place.write_text(place.read_text().replace('"8"', '"9"'))  # damaged
+    again.established.clear()
+    assert list(established_costs(again, caches)) == ALL and len(calls) == 4
+
+
+@pytest.mark.parametrize("error, is_stored", [(NoWideStepError, True), (RuntimeError, False)])
+def test_trouble_of_the_device_is_not_stored(stored, monkeypatch, error, is_stored):
+    def trouble(steps, twin, tokens, caches):
+        raise error("trouble")
+
+    monkeypatch.setattr(WideSteps, "feed_by", trouble)
+    model = tiny_model()
+    assert widths_of(model) == []
+    assert bool([*stored.glob("speeds/*.json")]) == is_stored
 
 
 def test_states_are_tried_where_the_flash_head_is_called():
@@ -280,7 +345,7 @@ def test_the_trial_finds_what_differs(mutation, monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         widths_of(model)
     (established,) = WideSteps.of(model).established.values()
-    assert not established.widths or established.apart  # whose code is another
+    assert not established.costs or established.apart  # whose code is another
     assert "off" in caplog.text
 
 
@@ -289,12 +354,12 @@ def test_a_width_that_differs_is_off(monkeypatch, caplog):
     product = wide_twin.product
 
     def some(layer, single, x):
-        return product(layer, single, x) * (1 + 1e-6 * (x.shape[-2] == 3))
+        return product(layer, single, x) * (1 + 1e-6 * (x.shape[-2] == 4))
 
     monkeypatch.setattr(wide_twin, "product", some)
     with caplog.at_level(logging.INFO):
-        assert widths_of(model) == [2, 4, 5, 6, 7, 8]
-    assert "A step of 3 tokens is off" in caplog.text
+        assert widths_of(model) == [2, 8]
+    assert "A step of 4 tokens is off" in caplog.text
 
 
 def test_a_length_at_which_it_differs_turns_it_off(monkeypatch, caplog):
@@ -310,7 +375,7 @@ def test_a_length_at_which_it_differs_turns_it_off(monkeypatch, caplog):
         widths_of(model)
     (established,) = WideSteps.of(model).established.values()
     assert established.apart
-    assert "length 1022" in caplog.text
+    assert "length 4094" in caplog.text
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

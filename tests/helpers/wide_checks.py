@@ -5,7 +5,7 @@ import copy
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache, make_prompt_cache
 
 from mlx_flashhead.decoding.wide import Established, WideSteps, kind_of
 
@@ -20,19 +20,37 @@ def bits(arrays) -> list[tuple]:
 
 
 def held(caches) -> list[tuple]:
-    """What caches hold of a text: the bits of their arrays up to their offset, and the offset."""
+    """What caches hold of a text: the bits of their arrays up to their end, and all numbers."""
     arrays = []
     for cache in caches:
         if isinstance(cache, CacheList):
             arrays += held(cache.caches)
         elif isinstance(cache, ArraysCache):
-            arrays += bits(array for array in cache.cache if array is not None)
-        elif cache.offset:
-            start = getattr(cache, "start_position", 0)
+            own = [*cache.cache, cache.left_padding]
+            arrays += bits(array for array in own if array is not None)
+        elif cache.keys is not None:
+            positions = {name: _number(value) for name, value in vars(cache).items()}
+            ends = [positions.get(name) for name in ("_offset", "_idx", "offset")]
+            if isinstance(cache, RotatingKVCache):
+                ends = [cache.offset]
+            end = next(end for end in ends if end is not None)
+            start = positions.get("start_position", 0)
             tree = tree_flatten([cache.keys, cache.values])
-            valid = [array[..., : cache.offset - start, :] for _, array in tree]
-            arrays += [*bits(valid), (start, cache.offset, getattr(cache, "_idx", None))]
+            valid = [array[..., : end - start, :] for _, array in tree]
+            arrays += [*bits(valid), positions]
     return arrays
+
+
+def _number(value):
+    """A cache's attribute, if it is a number or an array of some."""
+    if isinstance(value, mx.array):
+        return value.tolist() if value.ndim == 1 else None
+    return value if isinstance(value, int) else None
+
+
+def of_a_batch(caches):
+    """Caches of a text alone as those of a text that is alone in a batch."""
+    return [layer.merge([layer]) for layer in caches]
 
 
 def read(model, length, caches=None, seed=0):
@@ -59,7 +77,7 @@ def single_steps(model, tokens, caches) -> list[tuple]:
 def wide_steps(model, caches, *, apart) -> WideSteps:
     """Wide steps of a model, without a trial."""
     steps = WideSteps.of(model)
-    steps.established[kind_of(caches)] = Established([*range(2, 9)], apart)
+    steps.established[kind_of(caches)] = Established(dict.fromkeys(range(2, 9), 1.0), apart)
     return steps
 
 

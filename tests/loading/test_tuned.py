@@ -17,7 +17,7 @@ from mlx_flashhead.loading.tuned import install_stored
 from mlx_flashhead.models.install import detach
 from tiny_models import install_index, tiny_index, tiny_model
 
-FAST = Tuning(gain=1.5, sampled_gain=1.7, dense_seconds=0.01, wide_costs={2: 1.1, 8: 2.5})
+FAST = Tuning(gain=1.5, sampled_gain=1.7, dense_seconds=0.01)
 SLOW = Tuning(gain=1.01, sampled_gain=0.9, dense_seconds=0.01)
 
 

@@ -1,0 +1,76 @@
+"""What the trials of wide steps have found on this machine, stored beside the speeds.
+
+A file belongs to a model as it is loaded: its parts, their code, and a sample of its arrays. With
+another version or on another machine the trial runs anew.
+"""
+
+import os
+import sys
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..common.stored import store, stored
+from ..head.backend import device_name
+from ..models.compat.recognised import digest
+from ..models.fetch import SPEEDS, home
+from ..version import __version__
+from .wide import Established
+
+# Modules besides those of a model's parts: what a version stands for may change while it is made.
+CODE = (
+    "mlx_lm.models.base",
+    "mlx_lm.models.cache",
+    *(f"{__package__}.{name}" for name in ("positions", "wide", "wide_caches", "wide_twin")),
+)
+SAMPLED = 8  # values of each array
+
+
+def place_of(model: nn.Module) -> Path | None:
+    """The file of a model; None where nothing is stored. Evaluates a few values."""
+    if os.environ.get("MLX_FLASHHEAD_TUNING") == "off":
+        return None
+    return home() / SPEEDS / f"{_fingerprint(model)[:24]}.json"
+
+
+def read(place: Path | None, kind: str) -> Established | None:
+    """What was found for caches of a kind."""
+    return None if place is None else stored(place, Established).get(_key(kind))
+
+
+def keep(place: Path | None, kind: str, found: Established) -> None:
+    """Stores what was found. Where the place cannot be written, it is tried again next time."""
+    if place is not None:
+        store(place, stored(place, Established) | {_key(kind): found})
+
+
+def _key(kind: str) -> str:
+    """What the bits and the times depend on besides the model, in words."""
+    versions = f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, mlx-flashhead {__version__}"
+    return f"{device_name()}, {mx.default_device().type.name}, {versions}: {kind}"
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """SHA-256 (hex) over a model's parts, their settings and code, and samples of its arrays."""
+    found = sha256()
+    code = set(CODE)
+    for name, part in model.named_modules():
+        cls = type(part)
+        code |= {base.__module__ for base in cls.__mro__ if base.__module__.startswith("mlx_lm.")}
+        held: Any = vars(part)
+        settings = {key: held[key] for key in held if isinstance(held[key], str | int | float)}
+        found.update(f"{name} {cls.__qualname__} {sorted(settings.items())};".encode())
+    for name in sorted(code):
+        found.update(digest(sys.modules[name]).encode())
+    arrays: Any = tree_flatten(model.parameters())
+    named = [(name, array) for name, array in arrays if array is not None]
+    samples = [array.reshape(-1)[:SAMPLED].view(mx.uint8) for _, array in named]
+    mx.eval(samples)
+    for (name, array), sample in zip(named, samples, strict=True):
+        found.update(f"{name} {array.dtype} {array.shape};".encode() + bytes(sample))
+    return found.hexdigest()
