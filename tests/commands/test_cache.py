@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import pytest
 
 from mlx_flashhead import load
+from mlx_flashhead.conversion import calibration
 from mlx_flashhead.decoding.policy import Tuning
 from mlx_flashhead.index.files import FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.loading import background as build
@@ -160,6 +161,7 @@ def test_speeds_are_measured_now(run, cut_short, monkeypatch):
 def test_an_index_that_is_cut_short_says_how_to_build_it_anew(tmp_path, monkeypatch, capsys):
     options = {"calibration_positions": 300, "calibration_seconds": 1e-6}
     monkeypatch.setattr(build, "IndexOptions", partial(build.IndexOptions, **options))
+    monkeypatch.setattr(calibration, "READ_TOKENS", 64)  # a window at a time
     load(str(write_model(tmp_path / "model")))
     errors = capsys.readouterr().err
     assert "This machine was busy, so the build was cut short, after " in errors
