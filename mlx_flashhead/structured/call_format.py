@@ -14,11 +14,10 @@ from functools import cached_property
 from typing import Any
 
 from .lark import LarkRules, exactly, matching, one_of
-from .schemas import Document, is_text
+from .schemas import Document, is_text, kind_of
 
-_TRIMMED = r"/([^\s\x1c-\x1f]((?s:.*)[^\s\x1c-\x1f])?)?/"
 _NULL = r"\s*(?i:null)\s*"
-NULLS = ({"type": "null"}, {"enum": [None]})
+_SPACE_AROUND = r"[\s\x1c-\x1f](?s:.*)|(?s:.*)[\s\x1c-\x1f]"
 
 
 @contextmanager
@@ -41,6 +40,11 @@ class Tool:
     def document(self) -> Document:
         """The schema, whose parts its arguments follow."""
         return Document(self.parameters)
+
+    @property
+    def arguments(self) -> list[tuple[str, Any, bool]]:
+        """The names and schemas of the arguments, each with whether it must be there."""
+        return self.document.members(self.document.root)[0]
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -129,12 +133,11 @@ class ListedFormat(CallFormat):
 
     def call_of(self, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of a call."""
-        arguments, _ = tool.document.members(tool.document.root)
-        if not self.empty or any(required for _, _, required in arguments):
+        if not self.empty or any(required for _, _, required in tool.arguments):
             return super().call_of(tool, rules)
         words = {"json_name": json.dumps(tool.name, ensure_ascii=False)}
         empty = rules.template(self.empty, words)
-        return one_of([empty, super().call_of(tool, rules)]) if arguments else empty
+        return one_of([empty, super().call_of(tool, rules)]) if tool.arguments else empty
 
     def arguments(self, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of the arguments.
@@ -143,7 +146,7 @@ class ListedFormat(CallFormat):
             ValueError: If one that is required cannot be written.
         """
         written = []
-        for key, schema, required in tool.document.members(tool.document.root)[0]:
+        for key, schema, required in tool.arguments:
             value = self.value(schema, tool.document, rules) if re.fullmatch(self.keys, key) else ""
             if value:
                 words = {"key": key, "kind": self.kind(schema, tool.document)}
@@ -168,13 +171,11 @@ class TaggedFormat(ListedFormat):
 
     Attributes:
         never: Further texts that no string holds, since the parser takes them for its marks.
-        unlike: Regular expressions of strings that the parser takes for something else.
         trims: Whether it takes spaces off the ends of a value.
         null_is_none: Whether it reads the word null as None, even if it is a string.
     """
 
     never: tuple[str, ...] = ()
-    unlike: tuple[str, ...] = ()
     trims: bool = True
     null_is_none: bool = False
 
@@ -182,7 +183,7 @@ class TaggedFormat(ListedFormat):
         """The type that the parser reads: "string" is as it is, and any other one JSON."""
         parts = document.alternatives(schema) or []
         others = [part for part in parts if not is_text(part)]
-        is_null = self.null_is_none and all(part in NULLS for part in others)
+        is_null = self.null_is_none and all(kind_of(part) == "null" for part in others)
         return "string" if len(parts) > len(others) and (not others or is_null) else "object"
 
     def value(self, schema: Any, document: Document, rules: LarkRules) -> str:
@@ -191,33 +192,28 @@ class TaggedFormat(ListedFormat):
             return super().value(schema, document, rules)
         found = []
         for part in document.alternatives(schema) or ():
-            if is_text(part):
-                found += self.texts(part, rules)
-            else:
+            if not is_text(part):
                 found.append(rules.text_until(self.closing, exactly(["null"])))
+                continue
+            trims = self.trims and bool(part.keys() & {"enum", "minLength", "maxLength", "pattern"})
+            unlike = [_NULL] * self.null_is_none + [_SPACE_AROUND] * trims
+            found += plain_text(part, self.closing, rules, never=self.never, unlike=unlike)
         return one_of(found)
-
-    def texts(self, schema: dict[str, Any], rules: LarkRules) -> list[str]:
-        """Lark expressions of strings as they are, and what closes them."""
-        unlike = [*self.unlike, *[_NULL] * self.null_is_none]
-        forms = [f"~/{each}/" for each in unlike]
-        if "enum" in schema:
-            texts = [text for text in schema["enum"] if not self.trims or text == text.strip()]
-            left = [text for text in texts if not any(re.fullmatch(each, text) for each in unlike)]
-            return plain_text({"enum": left}, self.closing, rules, never=self.never)
-        if self.trims and schema.keys() & {"minLength", "maxLength", "pattern"}:
-            forms.append(_TRIMMED)
-        return plain_text(schema, self.closing, rules, *forms, never=self.never)
 
     def view(self, tool: Tool) -> Any:
         """The arguments with the types that the parser knows them by."""
-        arguments, _ = tool.document.members(tool.document.root)
-        kinds = {key: {"type": self.kind(schema, tool.document)} for key, schema, _ in arguments}
-        return {"type": "object", "properties": kinds}
+        document = tool.document
+        types = {key: {"type": self.kind(part, document)} for key, part, _ in tool.arguments}
+        return {"type": "object", "properties": types}
 
 
 def plain_text(
-    schema: dict[str, Any], mark: str, rules: LarkRules, *forms: str, never: Sequence[str] = ()
+    schema: dict[str, Any],
+    mark: str,
+    rules: LarkRules,
+    *,
+    never: Sequence[str],
+    unlike: Sequence[str] = (),
 ) -> list[str]:
     """Lark expressions of strings as they are, and the mark after them; none if there are none.
 
@@ -225,12 +221,14 @@ def plain_text(
         schema: An alternative of a schema, of strings. Its "format" is a note here.
         mark: What ends the text: it does not occur in it.
         rules: Where the terminals go.
-        forms: Terminals that the text matches, too.
         never: Further texts that do not occur in it.
+        unlike: Regular expressions that the text does not match.
     """
     if "enum" in schema:
         left = [text for text in schema["enum"] if not any(each in text for each in [mark, *never])]
+        left = [text for text in left if not any(re.fullmatch(each, text) for each in unlike)]
         return [rules.text_until(mark, exactly(left))] if left else []
     length = f"{schema.get('minLength', 0)},{schema.get('maxLength', '')}"
-    patterns = [matching(schema["pattern"])] if "pattern" in schema else []
-    return [rules.text_until(mark, rf"/[^\x00]{{{length}}}/", *patterns, *forms, never=never)]
+    forms = [rf"/[^\x00]{{{length}}}/", *(f"~/{each}/" for each in unlike)]
+    forms += [matching(schema["pattern"])] if "pattern" in schema else []
+    return [rules.text_until(mark, *forms, never=never)]

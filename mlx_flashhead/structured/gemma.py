@@ -91,7 +91,7 @@ class _Values:
                 kinds = [*_SCALARS, *["array", "object"] * self._form.has_parts]
                 found.append(self._value({"anyOf": [{"type": each} for each in kinds]}))
             elif kind in _NUMBERS_AND_WORDS:
-                found.append(self._rules.json({"type": kind, **part}))
+                found.append(self._rules.json(part if "enum" in part else {"type": kind, **part}))
             elif kind == "enum" and not any(
                 isinstance(value, list | dict) for value in part["enum"]
             ):

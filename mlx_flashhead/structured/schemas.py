@@ -207,7 +207,7 @@ def _is_number(value: Any) -> bool:
 def kind_of(schema: dict[str, Any]) -> str:
     """The type of an alternative: its own, "enum", that of its limits, or "any" without limits."""
     if "enum" in schema:
-        return "enum"
+        return "null" if schema["enum"] == [None] else "enum"
     implied = [kind for kind, names in _LIMITS_OF.items() if schema.keys() & {*names}]
     return schema.get("type") or next(iter(implied), "any")
 
