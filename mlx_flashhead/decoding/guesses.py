@@ -127,7 +127,7 @@ class Guesser:
         if token is None and text.forces_tokens:  # its mask waits for the token in any case
             token = cast(int, latest.item())
         self._learn(text, token)
-        if token is not None and (forced := text.forced_tokens(MAX_WIDTH - 1)):
+        if token is not None and (forced := text.forced_tokens(token, MAX_WIDTH - 1)):
             width = max((w for w in self._costs(layers) if w <= len(forced) + 1), default=1)
             return _guess(forced, width, GRAMMAR)
         if self._draft is not None:

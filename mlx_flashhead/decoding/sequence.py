@@ -164,13 +164,19 @@ class Sequence:
         mask = None if self.changes is None else self.changes.mask
         return mask is not None and mask.forces
 
-    def forced_tokens(self, most: int) -> list[int]:
-        """The next tokens if its grammar allows no others, ``most`` of them at most.
+    def forced_tokens(self, latest: int, most: int) -> list[int]:
+        """The tokens after its latest one if its grammar allows no others, ``most`` at most.
 
-        All tokens before them must be known.
+        Args:
+            latest: The latest token, which the model has not taken.
+            most: How many to return at most.
         """
         mask = None if self.changes is None else self.changes.mask
-        return [] if mask is None else mask.forced_tokens(self.context(self.n_chosen), most)
+        context = self.context(self.n_chosen - 1)
+        if mask is None or context is None:
+            return []
+        known = mx.concatenate([context, mx.array([latest], context.dtype)])
+        return mask.forced_tokens(known, most)
 
     # Whether it is ahead of what is handed out: its states, and how they change.
 

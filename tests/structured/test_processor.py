@@ -66,6 +66,21 @@ def test_no_space_without_end(tokenizer):
         assert not processor.accepts(text)
 
 
+def test_tokens_that_a_grammar_forces_are_guessed(flash, tokenizer):
+    """Several of them in a step: the text is the same."""
+    word = "a_name_of_many_letters"
+    schema = {"type": "array", "items": {"const": word}, "minItems": 2, "maxItems": 2}
+    texts = []
+    for lookup in ("off", "on"):
+        processor = grammar_processor(tokenizer, json_schema=schema)
+        options = {"max_tokens": 80, "logits_processors": [processor], "lookup": lookup}
+        found = list(stream_generate(flash, tokenizer, "hello", **options))
+        texts.append("".join(each.text for each in found))
+        n_guessed = sum(each.from_draft for each in found)
+        assert (n_guessed >= len(word)) == (lookup == "on")
+    assert texts[0] == texts[1] and json.loads(texts[0]) == [word, word]
+
+
 def test_batch(flash, tokenizer):
     """Each sequence follows the grammar from its own beginning."""
     ids = [tokenizer.encode(prompt) for prompt in ("a", "bb", "same", "same")]
