@@ -88,23 +88,6 @@ class GrammarProcessor(Mask):
         tokens = self._vocabulary.tokens.tokenize_bytes(text.encode())
         return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
-    def allowed_words(self, context: Any, vocab_size: int | None = None) -> mx.array | None:
-        """Returns the mask of the tokens that may come next, a bit for each.
-
-        The bit of token t is bit t % 32 of word t // 32.
-
-        Args:
-            context: The tokens so far (n,), of the prompt and the text.
-            vocab_size: The number of logits V; by default the number of the tokenizer's tokens. A
-                token that the tokenizer does not have is allowed where all others are. Bits beyond
-                V have no meaning.
-
-        Returns:
-            (⌈V/32⌉,) uint32; None if every token is allowed.
-        """
-        words = self.allowed(context, vocab_size or self._vocabulary.size)
-        return None if words is None else mx.array(words)
-
     def forced_tokens(self, context: Any, most: int) -> list[int]:
         """The tokens that come next whatever the model says, as far as the grammar tells.
 
@@ -120,7 +103,18 @@ class GrammarProcessor(Mask):
         return forced[:most]
 
     def allowed(self, tokens: Any, vocab_size: int) -> np.ndarray | None:
-        """As :meth:`allowed_words`, for numpy."""
+        """The mask of the tokens that may come next, a bit for each.
+
+        The bit of token t is bit t % 32 of word t // 32.
+
+        Args:
+            tokens: Those so far (n,), of the prompt and the text.
+            vocab_size: The number of logits V. A token that the tokenizer does not have is allowed
+                where all others are.
+
+        Returns:
+            (⌈V/32⌉,) uint32; None if every token is allowed.
+        """
         self.problem = self._follow(tokens)
         known = self._vocabulary
         if self.problem is None:
@@ -140,6 +134,9 @@ class GrammarProcessor(Mask):
             self._n_prompt = len(tokens)
         text: Any = tokens[self._n_prompt :]
         text = text.tolist() if isinstance(text, mx.array) else list(text)
+        if self._matcher.is_error() and text[: len(self._followed)] != self._followed:
+            self._matcher = self._fresh.deep_copy()  # a guess has led it into the error
+            self._followed = []
         if (problem := self._error()) is not None:
             return problem
         before = self._followed

@@ -30,11 +30,11 @@ def processor_of(tokenizer, tools=(COLOUR,), grammar=None, *, several=True, **op
 
 def allowed(processor, tokens):
     """The tokens that may follow; None for all of them."""
-    words = processor.allowed_words([0, *tokens])
+    size = processor._vocabulary.size
+    words = processor.allowed([0, *tokens], size)
     if words is None:
         return None
-    size = processor._vocabulary.size
-    bits = np.unpackbits(np.array(words).view(np.uint8), bitorder="little")[:size]
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:size]
     logits = processor([0, *tokens], mx.zeros((1, size)))
     found = {*np.flatnonzero(bits).tolist()}
     assert found == {*np.flatnonzero(np.isfinite(np.array(logits[0]))).tolist()}

@@ -151,6 +151,10 @@ def test_one_mask_has_a_limit_of_items(tokenizer, monkeypatch):
     processor = GrammarProcessor(tokenizer, ambiguous(16))
     assert any(allowed(processor, [7, *[a] * n]) == {EOS} for n in range(500))
     assert "limit 1000" in processor.problem
+    processor.begin()
+    n = next(n for n in range(500) if allowed(processor, [7, *[a] * n]) == {EOS})
+    assert a in allowed(processor, [7, a])  # what was only a guess, as in speculation
+    assert a in allowed(processor, [7, *[a] * (n - 2)]) and processor.problem is None
     monkeypatch.setitem(LIMITS, "step_max_items", 10)
     with pytest.raises(ValueError, match="too ambiguous to be followed"):
         ambiguous(17)

@@ -160,7 +160,7 @@ def test_a_hostile_schema_is_followed_or_refused_after_so_many_steps(parser, hos
     except ValueError as refused:
         assert str(refused).startswith("The tool 'f' cannot be called: ")
     else:
-        assert processor.allowed_words([0]) is not None
+        assert processor.allowed([0], 300) is not None
 
 
 def test_what_a_text_is_forced_to_is_bounded():

@@ -42,7 +42,7 @@ class Walk:
         self._random = random.Random(seed)
         self._ending = []
         self._processor.begin()
-        self._processor.allowed_words([0])  # the prompt
+        self._processor.allowed([0], 300)  # the prompt
 
     def go(self, most=400):
         """Adds tokens until the end, or as many; whether it has ended."""
@@ -71,11 +71,12 @@ class Walk:
 
 def allowed(processor, tokens):
     """The tokens that may follow, in order; an assertion that the grammar is followed."""
-    words = processor.allowed_words(tokens)
+    size = processor._vocabulary.size
+    words = processor.allowed(tokens, size)
     assert processor.problem is None
     if words is None:
-        return list(range(processor._vocabulary.size))
-    bits = np.unpackbits(np.array(words).view(np.uint8), bitorder="little")
+        return list(range(size))
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
     return np.flatnonzero(bits).tolist()
 
 
