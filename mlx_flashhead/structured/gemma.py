@@ -9,7 +9,6 @@ from .lark import LarkRules, exactly, literal_of, one_of
 from .schemas import LIMITS, Document, is_text, kind_of
 
 _SCALARS = ("string", "number", "boolean", "null")
-_NUMBERS_AND_WORDS = ("integer", "number", "boolean", "null")
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,9 @@ class _Values:
         """The name of the rule of a schema's values, which may refer to itself; empty for none."""
         key = repr(schema)
         if key not in self._names:
-            name = self._names[key] = self._rules.define(self._rules.new_name(), literal_of("x"))
+            name = self._names[key] = self._rules.define(self._rules.new_name(), literal_of(""))
             values = one_of(self._values(schema))
-            self._rules.define(name, values or literal_of("x"))
-            self._names[key] = name if values else ""
+            self._names[key] = self._rules.define(name, values) if values else ""
         return self._names[key]
 
     def _values(self, schema: Any) -> list[str]:
@@ -83,23 +81,18 @@ class _Values:
         found = []
         for part in parts:
             kind = kind_of(part)
-            if is_text(part):
+            if kind == "any":
+                kinds = [*_SCALARS, *["array", "object"] * self._form.has_parts]
+                found.append(self._value({"anyOf": [{"type": each} for each in kinds]}))
+            elif is_text(part):
                 never = self._form.never
                 texts = plain_text(part, self._form.quote, self._rules, never=never)
                 found += [f"{self._rules.expression(self._form.quote)} {text}" for text in texts]
-            elif kind == "any":
-                kinds = [*_SCALARS, *["array", "object"] * self._form.has_parts]
-                found.append(self._value({"anyOf": [{"type": each} for each in kinds]}))
-            elif kind in _NUMBERS_AND_WORDS:
+            elif kind in ("array", "object"):
+                write = self._array if kind == "array" else self.object_of
+                found += [write(part)] if self._form.has_parts else []
+            elif not any(isinstance(value, list | dict) for value in part.get("enum", ())):
                 found.append(self._rules.json(part if "enum" in part else {"type": kind, **part}))
-            elif kind == "enum" and not any(
-                isinstance(value, list | dict) for value in part["enum"]
-            ):
-                found.append(self._rules.json(part))
-            elif kind == "object" and self._form.has_parts:
-                found.append(self.object_of(part))
-            elif kind == "array" and self._form.has_parts:
-                found.append(self._array(part))
         return found
 
     def _array(self, schema: dict[str, Any]) -> str:

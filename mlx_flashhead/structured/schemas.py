@@ -31,9 +31,13 @@ _TYPES = {
 # small models from endless spaces.
 _OPTIONS = {"whitespace_pattern": r"( |\n[ ]{0,24})?"}
 _ROOT = "#/$defs/root"
-_VALUES = ("enum", "const", "default", "examples", "required")
+_VALUES = ("enum", "const", "required")
 _SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
-_LEFT_OUT = ("$id", "id", "$schema", "x-guidance")  # what moves references, or is llguidance's own
+# What moves references, or is llguidance's own, or a note.
+_LEFT_OUT = (
+    *("$id", "id", "$schema", "x-guidance", "title", "description", "default", "examples"),
+    "$comment",
+)
 
 
 class Document:

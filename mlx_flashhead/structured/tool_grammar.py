@@ -1,7 +1,6 @@
 """The grammar of a model's calls, in the format of its chat template."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,8 +11,6 @@ from .grammar import first_problem, sentence
 from .lark import LarkRules
 from .tool_formats import FORMATS, format_name_of
 from .vocabulary import Vocabulary, vocabulary_of
-
-_TOKEN = re.compile(r"<\[\d+\]>")  # of a special token, in a grammar
 
 
 @dataclass(frozen=True)
@@ -65,13 +62,20 @@ def _calls(format_name: str, vocabulary: Vocabulary, tools: str, several: bool) 
     _check(read, schemas)  # what is no schema is not taken apart
     rules = LarkRules(vocabulary.special)
     section = call_format.section_of(read, rules, several=several)
-    mark = rules.expression(call_format.start)
-    whole = _without_tokens(rules.text(f"{mark} {section}"))
+    whole = _without_tokens(call_format, read, several=several)
     if first_problem([whole]) is not None:
-        _check(read, [_call_alone(call_format, tool) for tool in read])
+        _check(read, [_without_tokens(call_format, [tool], several=several) for tool in read])
         _check([], [whole])
     source = json.dumps({"name": "calls", "lark_grammar": rules.text(section)})
     return ToolCalls(call_format.start, source, goes_on=several and bool(call_format.end))
+
+
+def _without_tokens(call_format: CallFormat, tools: Sequence[Tool], *, several: bool) -> str:
+    """The grammar of calls for the check, which has no tokens but bytes."""
+    rules = LarkRules({})
+    section = call_format.section_of(tools, rules, several=several)
+    mark = rules.expression(call_format.start)
+    return json.dumps({"lark_grammar": rules.text(f"{mark} {section}")})
 
 
 def _check(tools: Sequence[Tool], sources: Sequence[str]) -> None:
@@ -84,16 +88,6 @@ def _check(tools: Sequence[Tool], sources: Sequence[str]) -> None:
         raise ValueError(f"The tools are too much for a grammar: {sentence(text)}.")
     with calling(tools[number].name):
         raise ValueError(sentence(text))
-
-
-def _call_alone(call_format: CallFormat, tool: Tool) -> str:
-    rules = LarkRules({})
-    return _without_tokens(rules.text(call_format.rule_of(tool, rules)))
-
-
-def _without_tokens(lark: str) -> str:
-    """A grammar for the check, which has no tokens but bytes."""
-    return json.dumps({"lark_grammar": _TOKEN.sub('"token"', lark)})
 
 
 def tools_for_parser(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
