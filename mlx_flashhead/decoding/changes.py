@@ -147,7 +147,7 @@ def with_few_allowed(
 
     Args:
         change: What changes otherwise.
-        allowed: (⌈V/32⌉,) uint32, as of :meth:`Changes.allowed`.
+        allowed: (⌈V/32⌉,) uint32, a bit for each token, the lowest first; None where all may come.
         vocab_size: V.
     """
     if allowed is None:

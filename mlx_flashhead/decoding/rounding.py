@@ -130,7 +130,7 @@ class Rounding:
         longest: Length of the longest row, with its bias.
         product: How far a logit of a product of several states may lie: a share of the state's
             length times the longest row's.
-        scored: Likewise for a scored logit; 0 where it is the same number.
+        scored: How far a scored logit may lie, as such a share; 0 where it is the same number.
         sums: What the product of a single state loses in addition.
     """
 

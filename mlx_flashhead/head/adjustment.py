@@ -31,7 +31,7 @@ OCCURS = 4
 TOKENS_MULTIPLE = 32
 FEW_TOKENS = 64
 FEW_MULTIPLE = 8
-# Likewise the most occurrences of a token, which may rise with each token of a text.
+# The most occurrences of a token may rise with each token of a text: they are filled up, too.
 OCCURRENCES_MULTIPLE = 4
 
 
@@ -44,7 +44,8 @@ class ChangedTokens:
         biases: By token.
         repeated, present: Tokens that these penalties count, without the latest one if it is not
             read yet. A token may be there more than once.
-        occurrences: How often each token occurs that the frequency penalty counts, likewise.
+        occurrences: How often each token occurs that the frequency penalty counts, without
+            the latest one if it is not read yet.
     """
 
     repetition: float = 1.0

@@ -396,7 +396,7 @@ class PortableSteps:
             hidden: (k, D).
             longest: Length of the longest row, with its bias.
             product: Share of both lengths by which a logit of a product may be off.
-            scored: Likewise of a scored logit.
+            scored: Share of both by which a scored logit may be off.
 
         Returns:
             Two arrays, (k,) float32, of a product's logits and of scored ones.

@@ -77,7 +77,7 @@ class Interval(NamedTuple):
         return Interval(logits, mx.concatenate(off, axis=-1))
 
     def weights(self, best: mx.array, scale: mx.array) -> tuple[mx.array, mx.array]:
-        """The least and the most that exp((logit - best) * scale) may be, likewise (k, …)."""
+        """The least and the most that exp((logit - best) * scale) may be: (k, …) each."""
         if not self.even:
             return mx.exp((self.low - best) * scale), mx.exp((self.high - best) * scale)
         middle = mx.exp((self.logits - best) * scale)
@@ -118,7 +118,7 @@ class Bounds(NamedTuple):
     scored: Scored
     scored_mass: mx.array  # (k, 1), their :attr:`Interval.mass`
     unscored: Interval  # (k, C, n); the lowest value for what is scored, padded or ruled out
-    unscored_mass: mx.array  # (k, 1), likewise
+    unscored_mass: mx.array  # (k, 1), that of the others
     best_unscored: mx.array  # (k, 1), the highest that the best of them may be
     epsilon: float  # the relative spacing of the model's log-probabilities
 

@@ -109,7 +109,7 @@ def _certain_of_kept(
     Args:
         bounds: Of the model's logits.
         known: Bounds of what is drawn from, of the scored tokens (k, K).
-        others: Likewise of the others, (k, C, n).
+        others: Bounds of what is drawn from, of the other tokens (k, C, n).
         draws: Of k rows.
         thresholds: Finds where filters cut.
     """
