@@ -1,6 +1,5 @@
 """Makes the index of a model in short parts and writes nothing: a build may be dropped."""
 
-import math
 import timeit
 from collections.abc import Iterable
 from typing import Any
@@ -14,7 +13,7 @@ from ..index.flash_head_index import FlashHeadIndex, Sketch
 from ..index.settings import FlashHeadConfig, Verification
 from ..models.locate import HeadLocation
 from . import Task
-from .calibration import builtin_states, read_text, text_states
+from .calibration import READ_TOKENS, builtin_states, read_text, text_states
 from .centroids import fit_centroids
 from .clusters import PASSES, QUICK_PASSES, cluster_rows
 from .covariance import logit_metric
@@ -27,9 +26,8 @@ from .probes import (
     measured_probes,
     verification_settings,
 )
-from .report import compare_bits, make_report
+from .report import make_report
 
-STEP_SECONDS = 0.1  # of the device, where a window of text takes no longer
 HELD_OUT_SHARE = 1 / 4  # of the positions
 UNCALIBRATED_SHARE = 1 / 6  # of the clusters; means need it for 99 % agreement on SmolLM2-135M
 
@@ -47,8 +45,7 @@ def model_index(
     options: IndexOptions,
     *,
     drafted: Task[np.ndarray] | None = None,
-    original: Matrix | None = None,
-    step_seconds: float = math.inf,
+    beside_use: bool = False,
 ) -> Task[FlashHeadIndex]:
     """Makes the index of a dense model.
 
@@ -61,8 +58,7 @@ def model_index(
         options: How the index is made, and what it is calibrated on.
         drafted: Makes states of a drafter (N, D) float32, on which the index is calibrated in place
             of the options' text.
-        original: The rows before they were quantized.
-        step_seconds: About how long the model works at once.
+        beside_use: Read one window of built-in text at a time, since others wait for the model.
 
     Returns:
         The index.
@@ -85,14 +81,15 @@ def model_index(
             location,
             positions=options.positions,
             seconds=options.calibration_seconds,
-            step_seconds=step_seconds,
+            read_tokens=1 if beside_use else READ_TOKENS,
         )
         if cut_short:
             about["cut_short"] = True
     elif options.source != NO_CALIBRATION:
         text = read_text(options.calibration)
-        limits: Any = {"positions": options.positions, "step_seconds": step_seconds}
-        states, next_ids = yield from text_states(model, tokenizer, location, text, **limits)
+        states, next_ids = yield from text_states(
+            model, tokenizer, location, text, positions=options.positions
+        )
     return (
         yield from build_index(
             location.rows(),
@@ -101,7 +98,6 @@ def model_index(
             next_ids,
             eos_token_ids=tokenizer.eos_token_ids,
             calibration=about,
-            original=original,
             body_bytes=_body_bytes(model, location),
         )
     )
@@ -125,7 +121,6 @@ def build_index(
     *,
     eos_token_ids: Iterable[int] = (),
     calibration: dict[str, Any] | None = None,
-    original: Matrix | None = None,
     body_bytes: int = 0,
 ) -> Task[FlashHeadIndex]:
     """Builds the index of a head from its rows.
@@ -138,7 +133,6 @@ def build_index(
             makes the report.
         eos_token_ids: Tokens that end a text.
         calibration: What is stored of the calibration.
-        original: The rows before they were quantized, with which the report compares them.
         body_bytes: The bytes that a token reads of all other layers.
 
     Returns:
@@ -165,8 +159,6 @@ def build_index(
     verification = Verification()
     report = {}
     if states is not None and next_ids is not None:
-        states_left = states[n_fitted:]
-        ids_left = next_ids[n_fitted:]
         nbytes = StepBytes(
             centroids=centroids.routing_bytes,
             probe=rows.nbytes / rows.n_rows * options.cluster_size,
@@ -175,23 +167,19 @@ def build_index(
         )
         centroid_rows = as_float32(centroids.matrix.dequantized())
         measured = yield from measure_positions(
-            states_left,
+            states[n_fitted:],
             lambda hidden: hidden @ weight.T + (0.0 if bias is None else bias),
             token_ids,
             lambda hidden: hidden @ centroid_rows.T + as_float32(centroids.bias),
             as_float32(centroids.tail_offset),
             measured_probes(n_clusters, nbytes, options.n_probes),
-            ids_left,
+            next_ids[n_fitted:],
         )
         if options.n_probes is None:
             n_probes = choose_verified(measured, nbytes)
             unverified_probes = choose_unverified(measured, options.target_agreement, nbytes)
         verification = verification_settings(measured, n_probes)
         report = make_report(measured, n_probes, nbytes)
-        if original is not None and rows.quantized and not original.quantized:
-            report["head_bits"] = yield from compare_bits(
-                measured, n_probes, nbytes, original, rows, states_left, ids_left
-            )
     n_positions = 0 if states is None else len(states)
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,
