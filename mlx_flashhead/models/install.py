@@ -1,7 +1,7 @@
 """Installs a FlashHead on a model's output projection, and detaches it.
 
-The module keeps its names and place; its class becomes a subclass, and so do those around it, to
-stop an update. Its rows move into the FlashHead, which gives them back when they are read.
+The module keeps its names and place; its class becomes a subclass. Its rows move into the
+FlashHead, which gives them back when they are read.
 """
 
 import copy
@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..head.clustered import Centroids
 from ..head.flash_head import FlashHead
@@ -27,6 +26,7 @@ from .vlm import forward, is_vlm
 
 _logit_maps: WeakKeyDictionary[FlashHead, LogitMap | None] = WeakKeyDictionary()
 LIBRARIES = ("mlx", "mlx_lm", "mlx_vlm")
+ROOT = "_has_flash_head"  # an attribute of the model that got a FlashHead, and of its copies
 NO_FLASH_HEAD = "This model has no FlashHead: load it with mlx_flashhead.load."
 _Module: Any = object  # the methods of nn.Module come from the class beside those below
 
@@ -56,7 +56,7 @@ def is_recognised(model: Any) -> bool:
 
     A module around a model, or a changed one, may do anything with a text's tokens.
     """
-    return isinstance(model, _FlashRoot) and is_librarys_model(model)
+    return is_librarys_model(model) and ROOT in vars(model)
 
 
 def is_librarys_model(model: Any) -> bool:
@@ -66,13 +66,9 @@ def is_librarys_model(model: Any) -> bool:
     """
     if not isinstance(model, nn.Module) or model.training:
         return False
-    classes = {_class_without_flash_head(module) for module in model.modules()}
-    return all(_is_libraries(cls) for cls in classes)
-
-
-def _class_without_flash_head(module: Any) -> type:
-    cls = type(module)
-    return cls.__bases__[1] if isinstance(module, _Pickled) else cls
+    classes: set[Any] = set(map(type, model.modules()))
+    own = {cls.__bases__[1] if issubclass(cls, _FlashModule) else cls for cls in classes}
+    return all(map(_is_libraries, own))
 
 
 def _is_libraries(cls: type) -> bool:
@@ -139,11 +135,7 @@ def install(
     # its name, since MLX's dtypes do not pickle
     module._hidden_dtype = str(location.hidden_dtype).removeprefix("mlx.core.")
     _subclass(module, _FlashEmbedding if location.method == EMBEDDING else _FlashLinear)
-    for path, parent in model.named_modules():
-        if not path:
-            _subclass(parent, _FlashRoot)
-        elif location.path.startswith(f"{path}."):
-            _subclass(parent, _FlashParent)
+    vars(model)[ROOT] = True
     if is_vlm(model):
         keep_from_weights(_FlashModule)
     return head
@@ -179,10 +171,8 @@ def dense_copy(model: nn.Module) -> nn.Module:
 def _uninstall(model: nn.Module) -> None:
     module = _installed_module(model)
     head = installed_head(model)
-    for changed in model.modules():
-        if isinstance(changed, _Pickled):
-            changed.__class__ = _class_without_flash_head(changed)
-    del module._flash_head, module._hidden_dtype
+    module.__class__ = type(module).__bases__[1]
+    del module._flash_head, module._hidden_dtype, vars(model)[ROOT]
     for name, array in head.clustered.token_rows().arrays().items():
         mx.eval(array)
         module[name] = array
@@ -201,33 +191,7 @@ def _unpickled(mixin: type, base: Any, arrays: dict, attributes: dict) -> nn.Mod
     return module
 
 
-class _Pickled:
-    """A module whose class is made for it, which pickle could not find by its name."""
-
-    def __reduce_ex__(self, protocol):
-        mixin, base = type(self).__bases__
-        arrays = dict(dict.items(cast(dict, self)))
-        return _unpickled, (mixin, base, arrays, dict(vars(self)))
-
-
-class _FlashParent(_Pickled, _Module):
-    """A module around an installed one: prevents an update of it before it changes anything."""
-
-    def update(self, parameters, strict=True):
-        modules = dict(self.named_modules())
-        for path in dict(tree_flatten(parameters)):
-            owner, _, key = path.rpartition(".")
-            module = modules.get(owner)
-            if isinstance(module, _FlashModule):
-                module._refuse_change(key)
-        return super().update(parameters, strict)
-
-
-class _FlashRoot(_FlashParent):
-    """The model itself, which got the FlashHead, or a copy of it."""
-
-
-class _FlashModule(_Pickled, _Module):
+class _FlashModule(_Module):
     """An installed module, whose dict holds None for each array that the FlashHead keeps.
 
     Reading such an array gives it in the model's own order, lazily. Writing it raises.
@@ -235,6 +199,12 @@ class _FlashModule(_Pickled, _Module):
 
     _flash_head: FlashHead
     _hidden_dtype: str
+
+    def __reduce_ex__(self, protocol):
+        """The class is made for it, and pickle could not find it by its name."""
+        mixin, base = type(self).__bases__
+        arrays = dict(dict.items(cast(dict, self)))
+        return _unpickled, (mixin, base, arrays, dict(vars(self)))
 
     def _project(self, hidden: mx.array) -> mx.array:
         """(..., D) → (..., V), the normal (dense) head's unless a loop takes the call."""
@@ -261,18 +231,12 @@ class _FlashModule(_Pickled, _Module):
         return [value for _, value in self.items()]
 
     def __setitem__(self, key, value):
-        self._refuse_change(key)
-        super().__setitem__(key, value)
-
-    def to_quantized(self, *args, **kwargs):
-        self._refuse_change("weight")
-
-    def _refuse_change(self, key):
         if self._keeps(key):
             raise ValueError(
                 f"The {key} of an output projection under FlashHead cannot be changed: call "
                 "mlx_flashhead.detach(model) first, then change it, then attach again."
             )
+        super().__setitem__(key, value)
 
 
 class _FlashLinear(_FlashModule):
