@@ -12,7 +12,7 @@ import mlx.nn as nn
 from ..models.compat import mlx_lm as compat
 from .caches import UNKNOWN_CACHE, BatchCaches, are_known
 from .decoder import Decoder
-from .guesses import guesser_of
+from .guesses import check_lookup, guesser_of
 from .prompts import PromptQueue, Waiting
 from .proposer import Proposer
 from .sequence import Sequence, own_processors
@@ -60,6 +60,17 @@ def _for_each(name: str, entries: list[Entry] | None, default: Entry, n: int) ->
             f"Option {name} must have one entry per segment: expected {n}, got {len(entries)}."
         )
     return entries
+
+
+def check_batched_lookup(proposer: Proposer, max_kv_size: int | None = None) -> None:
+    """Checks that a lookup that is asked for has wide steps in a batch with one text.
+
+    Raises:
+        ValueError: As :func:`check_lookup`.
+    """
+    if proposer.settings.lookup == "on":
+        caches = compat.make_prompt_cache(proposer.model, max_kv_size)
+        check_lookup(proposer, BatchCaches().merged([caches]))
 
 
 class VerifiedBatchGenerator:
@@ -329,8 +340,7 @@ class VerifiedBatchGenerator:
         text = self._texts[sequence.uid]
         if len(self._decoder.sequences) == 1 and not text.decoded_alone:
             text.decoded_alone = True
-            layers = self._decoder.caches.layers
-            sequence.guesser = guesser_of(self.model, self._proposer, text.prompt, layers)
+            sequence.guesser = guesser_of(self._proposer, text.prompt)
 
     def _next(self) -> tuple[list[Any], list[Any]]:
         decoder = self._decoder

@@ -11,8 +11,10 @@ A text whose choices cannot be verified takes the same steps: its tokens, chosen
 (dense) head, are accepted when they are read.
 """
 
+import logging
 import time
 from collections.abc import Callable
+from functools import cache as once
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
@@ -26,6 +28,7 @@ from .schedule import VerifySchedule
 from .sequence import PendingToken, Sequence
 from .wide_twin import NoWideStepError
 
+log = logging.getLogger("mlx_flashhead")
 SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
 
 # Feeds tokens (R, 1) to the model with these caches: logits (R, 1, V).
@@ -175,9 +178,13 @@ class Decoder:
 
     def _guess(self, latest: mx.array) -> Guess | None:
         """Guesses what follows the latest token, if one text decodes alone."""
+        if len(self.sequences) > 1:
+            if self._proposer.settings.lookup == "on":
+                _log_once_that_steps_are_single()
+            return None
         sequence = self.sequences[0]
         guesser: Guesser | None = sequence.guesser
-        if guesser is None or len(self.sequences) > 1:
+        if guesser is None:
             return None
         if guesser.drafts and sequence.recognised and not sequence.ahead:
             sequence.begin_ahead(self.snapshot(sequence))  # drafts are drawn as its tokens are
@@ -399,6 +406,11 @@ class Decoder:
     def _snapshots(self, sequences: list[Sequence]) -> list[Snapshot]:
         rows = [(self.sequences.index(sequence), sequence.n_cached) for sequence in sequences]
         return self.caches.snapshots(rows)
+
+
+@once
+def _log_once_that_steps_are_single() -> None:
+    log.warning("Several texts decode together, and nothing is looked up until one is alone.")
 
 
 def _last(states: mx.array) -> mx.array:

@@ -18,7 +18,7 @@ from ..models.compat.mlx_lm import BatchResponse, GenerationResponse, TokenizerW
 from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.install import NO_FLASH_HEAD, get_flash_head
 from ..models.vlm import is_vlm
-from .batch import VerifiedBatchGenerator
+from .batch import VerifiedBatchGenerator, check_batched_lookup
 from .draft_model import draft_report
 from .drafting import drafted_steps
 from .keywords import (
@@ -173,12 +173,13 @@ def batch_generate(
         mlx-lm's response.
 
     Raises:
-        ValueError: If a setting is not valid, or as from mlx-lm.
+        ValueError: If a setting is not valid for the model, or as from mlx-lm.
         TypeError: If there is no such keyword.
     """
     known = {*signature(VerifiedBatchGenerator).parameters, *SettingsOptions.__annotations__}
     check_keywords(kwargs, known)
     proposer = make_proposer(model, DecodingSettings.taken_from(kwargs))
+    check_batched_lookup(proposer, kwargs.get("max_kv_size"))
     generator = VerifiedBatchGenerator(
         model,
         proposer=proposer,

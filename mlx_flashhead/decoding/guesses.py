@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..head.backend import gpu_is_default
 from ..models.install import is_librarys_model
@@ -201,11 +200,33 @@ class Guesser:
         return Guess(drafts, DRAFT)
 
 
+def check_lookup(proposer: Proposer, layers: list[Any]) -> None:
+    """Checks that a lookup that is asked for has wide steps.
+
+    Args:
+        proposer: Has the model and the settings.
+        layers: Caches of a text.
+
+    Raises:
+        ValueError: If none are established.
+    """
+    if proposer.settings.lookup != "on" or not _takes_guesses(proposer):
+        return
+    model = proposer.model
+    if not is_librarys_model(model) or not established_costs(WideSteps.of(model), layers):
+        raise ValueError(
+            "`lookup` is 'on', but a step of several tokens does not leave this model's text as it "
+            "is on this machine: give 'auto' or 'off'."
+        )
+
+
+def _takes_guesses(proposer: Proposer) -> bool:
+    return not proposer.unverified and not proposer.policy.lockstep
+
+
 def guesser_of(
-    model: nn.Module,
     proposer: Proposer,
     tokens: list[int],
-    layers: list[Any],
     *,
     n_begun: int = 0,
     draft: DraftModel | None = None,
@@ -214,36 +235,23 @@ def guesser_of(
     """The guesser of a text that is about to begin.
 
     Args:
-        model: Its model.
-        proposer: Has the settings.
+        proposer: Has its model and the settings.
         tokens: Of its prompt and what comes before that.
-        layers: Its caches.
         n_begun: How many of the tokens belong to the text itself.
         draft: A draft model, if there is one.
         quantized_from: As of :class:`Guesser`.
 
     Returns:
         None where steps are single ones throughout.
-
-    Raises:
-        ValueError: If a lookup is asked for, and no wide step of the model is established.
     """
     settings = proposer.settings
     # a CPU multiplies the tokens of a step one by one, so that it gains nothing
     looks_up = settings.lookup == "on" or (settings.lookup == "auto" and gpu_is_default())
     wanted = draft is not None or looks_up
-    if not wanted or proposer.unverified or proposer.policy.lockstep:
-        return None
-    wide = WideSteps.of(model) if is_librarys_model(model) else None
-    if settings.lookup == "on" and (wide is None or not established_costs(wide, layers)):
-        raise ValueError(
-            "`lookup` is 'on', but a step of several tokens does not leave this model's text as it "
-            "is on this machine: give 'auto' or 'off'."
-        )
-    if wide is None:
+    if not wanted or not _takes_guesses(proposer) or not is_librarys_model(proposer.model):
         return None
     return Guesser(
-        wide,
+        WideSteps.of(proposer.model),
         tokens[: len(tokens) - n_begun],
         always=settings.lookup == "on" or draft is not None,
         draft=draft,

@@ -13,7 +13,7 @@ from ..models.compat.recognised import mlx_lm_is_as_imported
 from .caches import UNKNOWN_CACHE, OwnCaches, are_known
 from .decoder import Decoder
 from .draft_model import DraftModel
-from .guesses import guesser_of
+from .guesses import check_lookup, guesser_of
 from .prefill import check_prompt, read_by, read_prompt
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction
@@ -73,7 +73,7 @@ def verified_steps(
     The other arguments are those of ``generate_step``.
 
     Raises:
-        ValueError: As mlx-lm.
+        ValueError: As mlx-lm, or if a lookup is asked for that this model cannot have.
     """
     shared = prompt_cache is not None
     cache = compat.make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
@@ -99,11 +99,10 @@ def verified_steps(
         limit=max_tokens,
         cache=cache,
     )
+    check_lookup(proposer, cache)
     sequence.guesser = guesser_of(
-        model,
         proposer,
         [*context, *cast(list[int], prompt.tolist())],
-        cache,
         n_begun=n_begun,
         draft=draft,
         quantized_from=quantized_from,

@@ -176,11 +176,10 @@ class Proposer:
         return cast(mx.array, logits)
 
     def _project_each(self, hidden: mx.array) -> mx.array:
-        """Logits of positions (R, T, D), of which each one is multiplied by itself."""
+        """Logits of positions (R, T, D), each as in a step of its own."""
         if hidden.shape[1] == 1:
             return self._project(hidden)
-        positions = mx.split(hidden, hidden.shape[1], axis=1)
-        return mx.concatenate([self._project(position) for position in positions], axis=1)
+        return cast(FlashHead, self.head).dense_logits_of_each(hidden)
 
     def _no_logits(self, hidden: mx.array) -> mx.array:
         """Zeros in the place of logits that nobody reads: hidden (..., D) → (..., V)."""

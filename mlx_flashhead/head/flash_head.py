@@ -25,7 +25,7 @@ from .backend import (
     random_state,
     without_kernels,
 )
-from .clustered import Centroids, ClusteredRows
+from .clustered import Centroids, ClusteredRows, in_token_order
 from .dense_kernels import dense_kernel
 from .draws.greedy import best_draws
 from .draws.rows import Draw, Draws
@@ -34,6 +34,7 @@ from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
 from .metal_steps import MetalSteps
 from .proposal import Candidates, Proposal, ProposalRow, Selection
+from .row_products import products_of_each
 from .steps import NO_DEPTH, PortableSteps, Risk
 
 # Score of clusters whose tokens must not be drawn: exp() of it is 0; -inf breaks softcaps and JSON.
@@ -351,6 +352,21 @@ class FlashHead:
             logits = self.clustered.token_rows().matmul(states)
         else:
             logits = self.steps.dense(states)
+        return logits.reshape(*hidden.shape[:-1], self.vocab_size)
+
+    def dense_logits_of_each(self, hidden: mx.array) -> mx.array:
+        """The dense logits of T states as each one alone has them: hidden (..., D) → (..., V).
+
+        Quantized rows are read once for all of them where there is a way.
+        """
+        states = hidden.reshape(-1, hidden.shape[-1])
+        products = None
+        if self.clustered.rows.quantized and not self.gathers_rows:
+            products = products_of_each(states, self.clustered.flat_rows())
+        if products is None:
+            logits = mx.concatenate([self.dense_logits(state[None]) for state in states])
+        else:
+            logits = in_token_order(products, self.clustered.slot_of)
         return logits.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def slot_logits(self, hidden: mx.array) -> mx.array:

@@ -70,17 +70,11 @@ _ways: dict[Form, Way | None] = {}  # of this process
 
 
 def row_products(x: mx.array, layer: nn.QuantizedLinear | nn.QuantizedEmbedding) -> mx.array | None:
-    """What the layer gives for each of T states alone, to the last bit. Lazy.
-
-    Only the first call for a form of the layer evaluates: it compiles and tries the ways, on arrays
-    of its own.
+    """What the layer gives for each of T states alone, as :func:`products_of_each`.
 
     Args:
-        x: (..., K), T states in all: float32, float16 or bfloat16.
+        x: The states (..., K).
         layer: A quantized layer of K columns. An embedding is the layer that `as_linear` computes.
-
-    Returns:
-        (..., N); None if no way has the bits of single products, or if T is above 8.
     """
     rows = Matrix(
         layer["weight"],
@@ -91,6 +85,22 @@ def row_products(x: mx.array, layer: nn.QuantizedLinear | nn.QuantizedEmbedding)
         layer.bits,
         layer.mode,
     )
+    return products_of_each(x, rows)
+
+
+def products_of_each(x: mx.array, rows: Matrix) -> mx.array | None:
+    """The products of each of T states alone with rows, to the last bit. Lazy.
+
+    Only the first call for a form of rows evaluates: it compiles and tries the ways, on arrays of
+    its own.
+
+    Args:
+        x: (..., K), T states in all: float32, float16 or bfloat16.
+        rows: Quantized, (N, K).
+
+    Returns:
+        (..., N); None if no way has the bits of single products, or if T is above 8.
+    """
     n_states = x.size // x.shape[-1]
     if n_states == 1 or not gpu_is_default():
         return rows.matmul(x)

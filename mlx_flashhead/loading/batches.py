@@ -9,6 +9,8 @@ from typing import Any
 
 from ..common.command import sentence
 from ..decoding.batch import VerifiedBatchGenerator
+from ..decoding.proposer import Proposer
+from ..decoding.settings import DecodingSettings
 from ..models.compat import mlx_lm as compat
 from ..models.compat import other_programs
 from .use import Use
@@ -74,8 +76,9 @@ class _State:
             self.verified = None
         if self.mode == "verified" and self.verified is None and use is not None:
             try:
+                proposer = Proposer(generator.model, DecodingSettings(lookup=use.lookup))
                 self.verified = VerifiedBatchGenerator(
-                    generator.model, announce=use.announce, **options
+                    generator.model, proposer=proposer, announce=use.announce, **options
                 )
                 self.used = options
             except Exception as error:  # mlx-lm's own would have decoded

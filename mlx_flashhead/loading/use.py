@@ -46,6 +46,7 @@ class Use:
 
     def __init__(self, name: str, options: HeadOptions):
         self.name = name
+        self.lookup = options.lookup  # when the next tokens of a text are looked up
         self.used_at = time.monotonic()  # by a loop that is not ours
         self._options = options
         self.is_waiting = True  # whether the model has no FlashHead yet

@@ -9,7 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..decoding.batch import check_batched_lookup
+from ..decoding.guesses import check_lookup
 from ..decoding.policy import decoding_mode, policy_of
+from ..decoding.proposer import Proposer
+from ..decoding.settings import DecodingSettings
 from ..head.flash_head import FlashHead
 from ..loading.background import BackgroundBuild, background_build
 from ..loading.head_options import LATER, HeadOptions
@@ -100,7 +104,7 @@ def load_models(args: Namespace) -> list[ServedModel]:
     """Loads every model that the flags name, the default first.
 
     Raises:
-        ValueError: If two have the same name, or one cannot be served.
+        ValueError: If two have the same name, or one cannot be served with these flags.
     """
     names = served_names(args)
     all_names = [name for some in names for name in some]
@@ -110,6 +114,8 @@ def load_models(args: Namespace) -> list[ServedModel]:
     models = [_load(args, args.model, names[0], default=True)]
     for path, its_names in zip(args.allow_models, names[1:], strict=True):
         models.append(_load(args, path, its_names, default=False))
+    for served in models:
+        _check_lookup(served, args)
     return models
 
 
@@ -169,6 +175,16 @@ def _load(
         lookup=args.lookup,
         build=build,
     )
+
+
+def _check_lookup(served: ServedModel, args: Namespace) -> None:
+    """Checks that a lookup that is asked for can be had; ValueError if not."""
+    settings = DecodingSettings(verify=served.verify, dense=served.dense, lookup=served.lookup)
+    proposer = Proposer(served.model, settings)
+    if served.batchable and args.kv_bits is None:
+        check_batched_lookup(proposer)
+    elif served.draft_model is None:
+        check_lookup(proposer, make_prompt_cache(served.model))
 
 
 def check_quantized_cache(model: nn.Module, bits: int, group_size: int) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import mlx_flashhead
+from mlx_flashhead.decoding import guesses
 from mlx_flashhead.index.files import write_companion
 from mlx_flashhead.models.loading import load_dense
 from mlx_flashhead.serving.access import Access, access_of
@@ -190,12 +191,16 @@ def test_dense_and_unverified_answers_with_a_flash_head_of_its_own(
         assert (*server.end(), server.log()) == (0, "Stopped.\n", "")
 
 
-def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path):
+def test_server_refuses_what_cannot_be_served(refused, converted, tmp_path, monkeypatch):
     before = set(threading.enumerate())
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         said = refused("server", "--model", converted, "--port", port)
     assert re.search(f"Port {port} of 127.0.0.1.*in use", said)
+    with monkeypatch.context() as patch:
+        patch.setattr(guesses, "established_costs", lambda steps, layers: {})
+        said = refused("server", "--model", converted, "--port", 0, "--lookup", "on")
+    assert "--lookup is 'on', but a step of several tokens does not leave" in said
     broken = shutil.copytree(converted, tmp_path / "broken")
     (broken / "flash_head.index").write_bytes(b"x")
     assert "damaged or incomplete" in refused("server", "--model", broken, "--port", 0)

@@ -3,6 +3,7 @@
 import copy
 import random
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -13,9 +14,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from architecture_models import tiny_architecture
 from flash_loops import OTHERS, PROMPT, flash_of
-from mlx_flashhead import make_sampler
+from mlx_flashhead import batch_generate, make_sampler
 from mlx_flashhead.common.masks import Mask
-from mlx_flashhead.decoding import guesses
+from mlx_flashhead.decoding import decoder, guesses
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.drafting import drafted_steps
 from mlx_flashhead.decoding.guesses import Worth
@@ -322,6 +323,8 @@ def test_what_is_not_established(monkeypatch, caplog):
     settings = DecodingSettings(lookup="on")
     with pytest.raises(ValueError, match="`lookup` is 'on', but a step of several tokens"):
         next(verified_steps(mx.array(PROMPT), model, proposer=Proposer(model, settings)))
+    with pytest.raises(ValueError, match="`lookup` is 'on', but a step of several tokens"):
+        batch_generate(model, SimpleNamespace(eos_token_ids=[]), [PROMPT, PROMPT], lookup="on")
     modes = []
     steps = drafted_steps(
         mx.array(PROMPT),
@@ -333,6 +336,17 @@ def test_what_is_not_established(monkeypatch, caplog):
     )
     assert len(list(steps)) == 5
     assert "rounding may change" in modes[0]
+
+
+def test_several_texts_take_single_steps_and_it_is_said_once(caplog):
+    model = tiny_model(num_hidden_layers=2)
+    tokenizer = SimpleNamespace(eos_token_ids=[], decode=str)
+    decoder._log_once_that_steps_are_single.cache_clear()
+    for _ in range(2):
+        batch_generate(model, tokenizer, [PROMPT, *OTHERS], max_tokens=4, lookup="on")
+    assert [r.message for r in caplog.records] == [
+        "Several texts decode together, and nothing is looked up until one is alone."
+    ]
 
 
 @pytest.mark.parametrize("processors", PROCESSORS)

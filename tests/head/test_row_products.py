@@ -9,12 +9,14 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from flash_loops import flash_of
 from kernel_cases import changed_kernels, kernels, make_rows, on_gpu
 from mlx_flashhead.head import row_products as module
 from mlx_flashhead.head.dense_kernels import ANY_ROWS, mlx_version
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.row_products import row_products
 from mlx_kernels import mlx_logits
+from tiny_models import tiny_model
 
 GPU = on_gpu()  # also while the emulator is installed
 emulator_only = pytest.mark.skipif(GPU, reason="faults and counts of the emulator")
@@ -158,6 +160,28 @@ def test_the_kernel_is_tried_once_for_a_form(as_on_a_gpu, caplog, n_columns, n_r
     names = [dispatch.name for dispatch in as_on_a_gpu.dispatches]
     assert names.count("flash_head_row_products") == 1 + 2
     assert len(module._ways) == 1 and not caplog.text
+
+
+@pytest.fixture
+def head():
+    """A FlashHead of 4-bit rows."""
+    form = {"hidden_size": 512, "bits": 4, "dtype": BF16, "group_size": 64}
+    return flash_of(tiny_model(**form)).head
+
+
+def test_the_dense_rows_of_a_head_are_read_once(head, as_on_a_gpu, monkeypatch):
+    """Padded slots among them. Rows that a GPU multiplies in token order are read each time."""
+    assert head.clustered.padded
+    states = states_of(4, 512, BF16)
+    expected = [bits(head.dense_logits(state[None])) for state in states]
+    for gathers in (False, True):
+        monkeypatch.setattr(head, "gathers_rows", gathers)
+        as_on_a_gpu.dispatches.clear()
+        found = head.dense_logits_of_each(states[None])
+        assert found.shape == (1, 4, head.vocab_size)
+        np.testing.assert_array_equal(bits(found[0]), np.concatenate(expected))
+        names = [dispatch.name for dispatch in as_on_a_gpu.dispatches]
+        assert names.count("flash_head_row_products") == (0 if gathers else 2)  # and its trial
 
 
 # A place among the products, a row, a state; the order of chunks, of values and of the sums' parts;
