@@ -6,7 +6,6 @@ llguidance reads them. Unsupported parts are errors, so none is ignored silently
 import argparse
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -90,7 +89,7 @@ class Grammar:
 
     @classmethod
     def _checked(cls, kind: str, source: str, shown: str = "", where: str = "") -> "Grammar":
-        problem = first_problem([source])
+        problem = first_problem(source)
         if problem is None:
             return cls(kind, source)
         place = re.match(r"(?:at )?(\d+)\((\d+)\)", problem[1])
@@ -104,24 +103,20 @@ def top_level(*sources: str) -> str:
     return f'{{"grammars": [{", ".join(sources)}]}}'
 
 
-def first_problem(sources: Sequence[str]) -> tuple[int, str] | None:
+@lru_cache(64)
+def first_problem(*sources: str) -> tuple[int, str] | None:
     """The number of the first grammar that is wrong, and llguidance's objection to it.
 
-    The number is -1 if all of them take too much time or memory.
+    The number is -1 if all of them take too much time or memory. A helper process finds it, since
+    some grammars take all of a stack, or of the memory.
     """
-    found = _first_problem(tuple(map(top_level, sources)))
-    return None if found is None else (found[0], found[1])
-
-
-@lru_cache(64)
-def _first_problem(grammars: tuple[str, ...]) -> list[Any] | None:
-    """The same. A helper process finds it, since some take all of a stack, or of the memory."""
+    grammars = [top_level(source) for source in sources]
+    request = {"grammars": grammars, "limits": LIMITS, "forced": MAX_FORCED}
     try:
-        request = {"grammars": grammars, "limits": LIMITS, "forced": MAX_FORCED}
-        found: list[Any] | None = _GUARD.call(request)
-        return found
+        found = _GUARD.call(request)
     except (GuardError, RuntimeError) as error:
-        return [-1, f"it {error}: simplify it"]
+        return -1, f"it {error}: simplify it"
+    return None if found is None else (found[0], found[1])
 
 
 def sentence(problem: str) -> str:

@@ -63,7 +63,7 @@ def _calls(format_name: str, vocabulary: Vocabulary, tools: str, several: bool) 
     rules = LarkRules(vocabulary.special)
     section = call_format.section_of(read, rules, several=several)
     whole = _without_tokens(call_format, read, several=several)
-    if first_problem([whole]) is not None:
+    if first_problem(whole) is not None:
         _check(read, [_without_tokens(call_format, [tool], several=several) for tool in read])
         _check([], [whole])
     source = json.dumps({"name": "calls", "lark_grammar": rules.text(section)})
@@ -80,7 +80,7 @@ def _without_tokens(call_format: CallFormat, tools: Sequence[Tool], *, several: 
 
 def _check(tools: Sequence[Tool], sources: Sequence[str]) -> None:
     """Raises a ValueError if a grammar is wrong, with the name of its tool."""
-    problem = first_problem(sources)
+    problem = first_problem(*sources)
     if problem is None:
         return
     number, text = problem

@@ -55,7 +55,8 @@ def ids(tokenizer, *texts):
 def test_free_up_to_the_mark_and_after_the_call(plain):
     tokenizer = tokenizer_of("json_tools", plain=plain)
     processor = processor_of(tokenizer)
-    before, call = ids(tokenizer, "Well, <tool"), ids(tokenizer, MARKED)
+    before = ids(tokenizer, "Well, <tool")
+    call = ids(tokenizer, MARKED)
     assert allowed(processor, before) is None
     tokens = [*before, *call]
     for end in range(len(before), len(tokens)):
@@ -129,7 +130,7 @@ def test_a_required_call_is_first_but_for_a_thought():
     assert len(allowed(begun_by_prompt, ids(tokenizer, "Hm<tool_call>"))) < 20
 
 
-def test_a_form_beside_calls(monkeypatch):
+def test_a_form_beside_calls():
     tokenizer = tokenizer_of("json_tools", plain=True)
     grammar = Grammar.from_json_schema({"type": "array", "items": {"type": "string"}})
     processor = processor_of(tokenizer, grammar=grammar)

@@ -84,7 +84,8 @@ def calls_in(tokenizer, text, tools):
     """The calls and the other text, as mlx-lm's server takes a text apart."""
     state, parts = TextStateMachine.split(make_text_state_machine(tokenizer).make_state(), text)
     _, held, last = TextStateMachine.flush(state)
-    sections, content = [""], ""
+    sections = [""]
+    content = ""
     for name, part in [*parts, (last, held), ("normal", "")]:
         if name == "tool":
             sections[-1] += part
