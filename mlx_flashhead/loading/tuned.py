@@ -89,7 +89,7 @@ def tune_head(
     if before is not None and not options.measures and (is_busy() or not before.busy):
         tuning = before
     else:
-        tuning = yield from tune(model)
+        tuning = yield from tune(model, _rejected(index, head.n_probes))
         store(place, known | {key: tuning})
         said = [_why_dense(tuning)] if tuning.dense and not options.always else []
         if before is None:
@@ -104,6 +104,14 @@ def apply_tuning(model: nn.Module, tuning: Tuning, options: HeadOptions) -> None
     """Has the loops go by what was measured."""
     policy_of(installed_head(model)).take(tuning, always=options.always)
     prepare_wide_steps(model)
+
+
+def _rejected(index: FlashHeadIndex, n_probes: int) -> tuple[float, float]:
+    """The shares of greedy and sampled proposals that were rejected in the text of its making."""
+    for row in index.config.verification.get("by_probes", ()):
+        if row["n_probes"] == n_probes:
+            return row["greedy_differs"], row["sampled_differs"]
+    return 0.0, 0.0
 
 
 def _conditions(model: nn.Module, head: FlashHead) -> str:

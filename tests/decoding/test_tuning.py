@@ -18,9 +18,9 @@ DENSE = 0.006  # seconds
 VERIFICATION = 0.003  # of any number of tokens
 
 
-def measured(model, between=lambda: None):
+def measured(model, between=lambda: None, **options):
     """What a tuning finds, when all its steps are taken."""
-    steps = tune(model)
+    steps = tune(model, **options)
     while True:
         try:
             next(steps)
@@ -101,6 +101,16 @@ def test_the_steady_gain_is_measured(clock, gain, busy):
     if not busy:
         assert found.sampled_gain == pytest.approx(gain)
         assert found.dense_seconds == pytest.approx(DENSE)
+
+
+def test_what_ordinary_text_wastes_counts(clock):
+    """A rejected token, and a quarter of the tokens of its verification, are computed in vain."""
+    flash = make_flash()
+    flash.head.n_probes = flash.head.n_clusters
+    usual = measured(flash.model)
+    found = measured(flash.model, rejected=(0.01, 0.02))
+    assert found.gain == pytest.approx(usual.gain / 1.09)
+    assert found.sampled_gain == pytest.approx(usual.sampled_gain / 1.18)
 
 
 def test_rounds_with_a_rejected_token_are_left_out(clock, misses, monkeypatch):

@@ -59,7 +59,7 @@ def test_it_is_one_line_at_the_first_load(monkeypatch):
     monkeypatch.delenv("MLX_FLASHHEAD_TUNING")
     monkeypatch.setattr(tuned, "is_busy", lambda: False)
 
-    def tune(model):
+    def tune(model, rejected):
         yield
         return FAST
 

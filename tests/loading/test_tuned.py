@@ -28,7 +28,7 @@ def measure(monkeypatch):
     monkeypatch.setattr(tuned, "is_busy", lambda: False)
     left = []
 
-    def tune(model):
+    def tune(model, rejected):
         yield
         return left.pop(0)
 
