@@ -13,7 +13,7 @@ from architecture_models import tiny_architecture
 from flash_loops import N_TOKENS, PROMPT, flash_of, make_flash
 from mlx_flashhead import make_sampler
 from mlx_flashhead.common.masks import Mask
-from mlx_flashhead.decoding import caches
+from mlx_flashhead.decoding import caches, loop
 from mlx_flashhead.decoding.caches import UNKNOWN_CACHE
 from mlx_flashhead.decoding.loop import verified_steps
 from mlx_flashhead.decoding.policy import policy_of
@@ -221,16 +221,10 @@ def test_text_with_unknown_caches_is_dense(flash, name):
 
 
 @pytest.fixture
-def forward_passes(flash, monkeypatch):
-    """A list with an item for each call of the model."""
-    flash.tokens(max_tokens=1)  # the first use learns what the model does with logits
-    original, calls = type(flash.model).__call__, []
-
-    def counting(*arguments, **options):
-        calls.append(0)
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(type(flash.model), "__call__", counting)
+def forward_passes(monkeypatch):
+    """A list with an item for each call of the model in a loop, after which caches are quantized."""
+    calls = []
+    monkeypatch.setattr(loop.compat, "maybe_quantize_kv_cache", lambda *arguments: calls.append(0))
     return calls
 
 
