@@ -222,7 +222,7 @@ def test_text_with_unknown_caches_is_dense(flash, name):
 
 @pytest.fixture
 def forward_passes(monkeypatch):
-    """A list with an item for each call of the model in a loop, after which caches are quantized."""
+    """A list with an item for each call of the model in a loop."""
     calls = []
     monkeypatch.setattr(loop.compat, "maybe_quantize_kv_cache", lambda *arguments: calls.append(0))
     return calls
