@@ -41,7 +41,8 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page):
 
 def mapped_paths(text):
     """Paths of the map: a line's names lie in the folder above it that is indented less."""
-    paths, above = set(), []
+    paths = set()
+    above = []
     for line in text.splitlines():
         indent = len(line) - len(line.lstrip())
         names = list(takewhile(lambda word: word.endswith(("/", ".py")), line.split()))
@@ -70,7 +71,8 @@ def test_the_map_of_contributing_is_the_tree_on_disk():
     section = (CHECKOUT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("What is where")
     mapped = mapped_paths(re.search(r"```\n(.*?)\n```", section[2], re.DOTALL)[1])
     assert [path for path in mapped if not path.exists()] == []
-    package, tests = CHECKOUT / "mlx_flashhead", CHECKOUT / "tests"
+    package = CHECKOUT / "mlx_flashhead"
+    tests = CHECKOUT / "tests"
     folders = {path.name: path for path in tests.iterdir() if path.is_dir()}
     mirrored = {path.name for path in package.iterdir()} | {"scripts"}
     there = {path.parent for path in package.glob("*/*.py")} | {*package.glob("*.py")}
@@ -102,11 +104,13 @@ def test_the_readme_is_read_in_a_minute():
 
 def test_the_pages_figures_agree():
     """A figure that a page quotes is the one of the page or file that has it."""
-    readme, comparison = read("README.md"), read("docs/comparison.md")
+    readme = read("README.md")
+    comparison = read("docs/comparison.md")
     serves = re.search(r"serves (\d+) of the (\d+)", read("docs/architectures.md")).groups()
     assert "{} of mlx-lm's {} architectures".format(*serves) in readme
     for bits in (4, 8):
-        chips, models = apple_estimates.README_CHIPS, apple_estimates.README_MODELS
+        chips = apple_estimates.README_CHIPS
+        models = apple_estimates.README_MODELS
         gains = [step_times.gain(model, chip, bits) for model in models for chip in chips]
         assert f"{min(gains):.2f} to {max(gains):.2f} with {bits}-bit heads" in comparison
         large = max(step_times.gain("llama-3.1-8b", chip, bits) for chip in chips)

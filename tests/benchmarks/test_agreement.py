@@ -42,7 +42,8 @@ def test_measures_are_those_of_the_model_s_logits(tokenizer, kwargs):
     model = installed_model(**kwargs)
     head = get_flash_head(model)
     token_ids = np.array(tokenizer.encode(TEXT))
-    tokens, next_ids = mx.array(token_ids[None, :-1]), token_ids[1:]
+    tokens = mx.array(token_ids[None, :-1])
+    next_ids = token_ids[1:]
     found = measure_agreement(model, tokenizer, TEXT, probe_counts=[5, 2])
     dense = np.array(model(tokens)[0])
     assert found["positions"] == len(next_ids)

@@ -22,7 +22,8 @@ def test_answers_are_compared_with_those_alone_and_lost_ones_counted(monkeypatch
 
     monkeypatch.setattr(server, "ask", ask)
     monkeypatch.setattr(server, "questions", lambda: list(ALONE))
-    loads, n = [], 2 * server.HANGS_UP
+    loads = []
+    n = 2 * server.HANGS_UP
     for port in (0, 1):
         answers = []
         assert server.visit(port, 3, n, 4, answers, 0) == 0 and not answers  # it warms up

@@ -12,8 +12,12 @@ from pathlib import Path
 import pexpect
 import pyte
 
-ROWS, TIMEOUT = 200, 60  # nothing scrolls away
-UP, ESC_ENTER, CTRL_C, CTRL_D = "\x1b[A", "\x1b\r", "\x03", "\x04"
+ROWS = 200  # nothing scrolls away
+TIMEOUT = 60  # seconds
+UP = "\x1b[A"
+ESC_ENTER = "\x1b\r"
+CTRL_C = "\x03"
+CTRL_D = "\x04"
 
 
 class ChatScreen:

@@ -71,7 +71,8 @@ def test_model(run, converted, tmp_path, monkeypatch):
 
 def test_server(run, converted, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "LENGTHS", (0, 1) * 4)  # the tiny model's context is short
-    commands, ports = [], []
+    commands = []
+    ports = []
 
     @contextmanager
     def recorded(*command, serving=server.serving):

@@ -18,7 +18,8 @@ from model_folders import VOCAB_SIZE, write_model
 from tiny_adapters import write_adapters
 
 N_CLUSTERS = -(-VOCAB_SIZE // 16)
-PROMPT, TOKENS = "The river was wide", 12
+PROMPT = "The river was wide"
+TOKENS = 12
 ASK = ("--prompt", PROMPT, "--ignore-chat-template", "--max-tokens", TOKENS, "--verbose", "F")
 SCHEMA = {"type": "object", "required": ["name", "on"], "additionalProperties": False}
 SCHEMA["properties"] = {"name": {"type": "string", "maxLength": 4}, "on": {"type": "boolean"}}
@@ -102,7 +103,8 @@ def test_dense_is_mlx_lms_output(run, dense, converted):
 
 
 def test_a_model_without_a_chat_template_or_with_one_that_raises(run, refused, tmp_path):
-    source, target = write_model(tmp_path / "source", chat_template=None), tmp_path / "model"
+    source = write_model(tmp_path / "source", chat_template=None)
+    target = tmp_path / "model"
     flags = ("--model", source, "--mlx-path", target, "--calibration-positions", 99)
     assert run("convert", *flags)[0] == 0
     code, output, errors = run("generate", "--model", target, "--prompt", "One day")
@@ -116,7 +118,8 @@ def test_a_model_without_a_chat_template_or_with_one_that_raises(run, refused, t
 def test_draft_models(run, generated, refused, dense, converted, right, monkeypatch):
     """Also the target itself. A draft's FlashHead is used, and a dense folder has none."""
     module = importlib.import_module("mlx_flashhead.loading.load")
-    drafts, load_draft = [], module.load_draft
+    drafts = []
+    load_draft = module.load_draft
 
     def look(path, **kwargs):
         drafts.append(load_draft(path, **kwargs))

@@ -45,7 +45,8 @@ def test_stopped_at_three_moments(run, quick, tmp_path, flash_head_home, monkeyp
     for moment, number in MOMENTS.items():
         command = [sys.executable, "-c", STOPPED, moment, int(number), *words]
         ended = subprocess.run([*map(str, command)], capture_output=True, text=True)
-        output, errors = ended.stdout, ended.stderr
+        output = ended.stdout
+        errors = ended.stderr
         assert output.split(RULE)[1] == text and "Traceback" not in errors
         skipped = number == signal.SIGINT
         assert ended.returncode == (0 if skipped else -number), errors

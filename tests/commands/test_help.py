@@ -76,7 +76,8 @@ def has_no_default(action):
 @pytest.mark.parametrize("name, action", ACTIONS)
 def test_the_default_in_a_help_is_the_codes(name, action):
     text = action.help % {"default": action.default, "prog": name}
-    said, flag = said_default(action, text), action.option_strings[0]
+    said = said_default(action, text)
+    flag = action.option_strings[0]
     if not has_no_default(action):
         default = list(action.default) if isinstance(action.default, tuple) else action.default
         read = action.type(default) if action.type and isinstance(default, str) else default

@@ -53,7 +53,8 @@ def test_what_is_refused_is_refused_before_the_conversion(refused, hub, dense, t
 
 
 def test_what_a_licence_asks_for_is_said(run, hub, tmp_path):
-    source, target = write_model(tmp_path / "My-Tune"), tmp_path / "new"
+    source = write_model(tmp_path / "My-Tune")
+    target = tmp_path / "new"
     (source / "README.md").write_text(LLAMA)
     code, output, errors = run(*convert(source, target, "--upload"))
     assert code == 0, errors
@@ -66,7 +67,8 @@ def test_what_a_licence_asks_for_is_said(run, hub, tmp_path):
 
 
 def test_gemma_with_its_terms_put_there_by_hand(run, refused, hub, tmp_path):
-    source, target = write_model(tmp_path / "tuned", card=None), tmp_path / "new"
+    source = write_model(tmp_path / "tuned", card=None)
+    target = tmp_path / "new"
     assert run(*convert(source, target))[0] == 0
     upload = ("upload", "--path", target, "--repo", "me/tuned")
     said = refused(*upload)
@@ -81,7 +83,8 @@ def test_gemma_with_its_terms_put_there_by_hand(run, refused, hub, tmp_path):
 
 
 def test_overwriting_keeps_what_a_person_wrote(run, dense, tmp_path):
-    target, card = tmp_path / "new", tmp_path / "new" / "README.md"
+    target = tmp_path / "new"
+    card = tmp_path / "new" / "README.md"
     run(*convert(dense, target))
     card.write_text("Above.\n" + card.read_text() + "My notes.\n")
     assert run(*convert(dense, target, "--overwrite", "-q"))[0] == 0

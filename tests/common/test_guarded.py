@@ -8,6 +8,7 @@ import pytest
 
 from mlx_flashhead.common import guarded
 from mlx_flashhead.common.guarded import Guard, GuardError, LeftError, memory_of, unless_left
+from recorded_calls import recorded_calls
 
 WORK = """
 import os, time
@@ -88,9 +89,7 @@ def test_time_is_the_processor_s_and_a_helper_that_stands_still_ends_later(guard
 
 
 def test_as_many_chats_at_once_as_there_are_helpers_start_no_more_processes(guard, monkeypatch):
-    started = []
-    start = Guard._start
-    monkeypatch.setattr(Guard, "_start", lambda self: started.append(self) or start(self))
+    started = recorded_calls(monkeypatch, Guard, "_start")
     small = Guard(guard.path, max_helpers=4)
     with ThreadPoolExecutor(12) as pool:
         first = {answer[1] for answer in pool.map(small.call, [["sleep", 0.05]] * 12)}

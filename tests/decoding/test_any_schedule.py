@@ -125,7 +125,8 @@ def a_batch(generator, model, samplers, removal):
     mx.random.seed(3)
     prompts = [PROMPT, *OTHERS]
     uids = generator.insert(prompts, [N_TOKENS] * len(prompts), samplers=samplers)
-    uid, n_tokens = uids[removal[0]], removal[1]
+    uid = uids[removal[0]]
+    n_tokens = removal[1]
     tokens = {uid: [] for uid in uids}
     taken = None
     while responses := generator.next_generated():

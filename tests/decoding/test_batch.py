@@ -10,6 +10,7 @@ from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.caches import BatchCaches
 from mlx_flashhead.head.draws.rows import Draws
+from recorded_calls import recorded_calls
 
 PROMPTS = [PROMPT, *OTHERS]
 SETTINGS = [
@@ -51,26 +52,18 @@ def test_rows_that_all_are_proposed_by_the_head(flash, misses, monkeypatch):
 
 def test_samplers_of_all_rows_draw_at_once(flash, monkeypatch):
     """A CPU starts the next step beside the last operations of one: four draws hide nothing."""
-    n_rows, choose = [], Draws.choose
-    monkeypatch.setattr(
-        Draws,
-        "choose",
-        lambda draws, logits: n_rows.append(len(logits)) or choose(draws, logits),
-    )
+    calls = recorded_calls(monkeypatch, Draws, "choose")
     settings = [SETTINGS[i] for i in (1, 2, 2, 1)]
     tokens, _ = flash.batch(PROMPTS, dense=True, **sampled(settings))
-    assert set(n_rows) == {4}
+    assert {len(logits) for _, logits in calls} == {4}
     assert tokens == [alone(flash, p, s, []) for p, s in zip(PROMPTS, settings, strict=True)]
 
 
 def test_sequences_that_end_together_leave_in_one_step(flash, monkeypatch):
     """The caches of all layers are copied to drop a sequence."""
-    removed, drop = [], BatchCaches.drop
-    monkeypatch.setattr(
-        BatchCaches, "drop", lambda self, rows: removed.append(len(rows)) or drop(self, rows)
-    )
+    calls = recorded_calls(monkeypatch, BatchCaches, "drop")
     flash.batch(PROMPTS, dense=True)
-    assert removed == [len(PROMPTS)]
+    assert [len(rows) for _, rows in calls] == [len(PROMPTS)]
 
 
 def rotating():
@@ -117,11 +110,13 @@ def test_a_text_that_is_taken_away_leaves_nothing_behind(flash, greedy, n_steps)
 
 
 def test_a_text_that_joins_later(flash, greedy):
-    generator, tokens = VerifiedBatchGenerator(flash.model, logprobs=False), {}
+    generator = VerifiedBatchGenerator(flash.model, logprobs=False)
+    tokens = {}
     generator.insert([PROMPT], [25])
     for step in range(120):
         if step == 5:
-            cache, prompt = make_prompt_cache(flash.model), OTHERS[0]
+            cache = make_prompt_cache(flash.model)
+            prompt = OTHERS[0]
             flash.model(mx.array([prompt[:-1]]), cache=cache)
             generator.insert([prompt[-1:]], [25], caches=[cache], all_tokens=[prompt[:-1]])
         for response in generator.next()[1]:

@@ -33,7 +33,8 @@ def model(request):
 def faults(monkeypatch):
     """Products of several states that lie off by as much as their bounds allow."""
     injected = []
-    result, screen = rounding.SlotProduct.result, verification.Verification._screen
+    result = rounding.SlotProduct.result
+    screen = verification.Verification._screen
 
     def wrong(product):
         slots = result(product)

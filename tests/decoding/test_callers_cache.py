@@ -378,7 +378,8 @@ def test_a_model_that_was_used_by_many_is_dense_elsewhere():
 def test_snapshots_are_held_where_a_rejection_is_possible(kind, monkeypatch):
     """One for each verification, two while one waits; of what is trimmed they hold no array."""
     pair = Pair(kind)
-    taken, most = [], 0
+    taken = []
+    most = 0
     of_layers = caches.copied_layers
 
     def copied(layers, *given):

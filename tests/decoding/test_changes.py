@@ -166,7 +166,8 @@ def test_texts_of_a_batch_have_processors_of_their_own(pair):
 def test_a_mask_that_leaves_few_tokens(misses, n_allowed):
     """They are scored, if they are few. Else the dense row may choose at once."""
     model = tiny_model(num_hidden_layers=2)
-    dense, flash = copy.deepcopy(model), flash_of(model)
+    dense = copy.deepcopy(model)
+    flash = flash_of(model)
 
     def few(tokens):
         first = 11 * len(tokens) % (VOCAB_SIZE - n_allowed)
@@ -242,7 +243,8 @@ def test_a_model_that_rules_out_a_token_sees_whole_rows(vocab_size):
     model = tiny_model(tied=False, num_hidden_layers=2, vocab_size=vocab_size)
     last = mx.arange(vocab_size)[:, None] == vocab_size - 1
     model.lm_head.weight = mx.where(last, 40 * model.lm_head.weight, model.lm_head.weight)
-    widths, ruled_out = set(), mx.array([vocab_size - 1])
+    widths = set()
+    ruled_out = mx.array([vocab_size - 1])
 
     class Strict(type(model)):
         def __call__(self, *args, **options):

@@ -48,7 +48,8 @@ def test_one_text(emulated, monkeypatch, settings, depth, misses):
 
 def test_texts_together(emulated, misses):
     flash, _ = emulated
-    prompts, settings = [PROMPT, *OTHERS], list(SAMPLERS.values())[:4]
+    prompts = [PROMPT, *OTHERS]
+    settings = list(SAMPLERS.values())[:4]
 
     def tokens(dense):
         samplers = [make_sampler(**each) for each in settings]

@@ -304,7 +304,7 @@ def test_a_draft_models_cache_serves_the_next_turn(draft):
         held += [*turn, *(token for token, *_ in steps)]
         lengths = {layer.offset for layer in cache}
         assert lengths == {len(held)}
-        held, cache = held, [*map(trimmed, cache)]
+        cache = [*map(trimmed, cache)]
 
 
 def trimmed(layer):

@@ -23,6 +23,7 @@ from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.steps import PortableSteps
+from recorded_calls import recorded_calls
 from tiny_models import tiny_model
 
 SAMPLERS = {
@@ -129,7 +130,8 @@ def test_every_cache_holds_the_confirmed_tokens(flash, name, stop):
         more = flash.steps(dense=True, prompt=[77], max_tokens=8, prompt_cache=cache, **options)
         return tokens, held, [token for token, _ in more]
 
-    checked, dense = run(False), run(True)
+    checked = run(False)
+    dense = run(True)
     assert checked == dense
     assert checked[1] == [len(PROMPT) + stop] * 2
 
@@ -140,7 +142,8 @@ def test_state_space_layers_are_copied_and_replayed(misses):
 
 
 def test_log_probabilities_are_those_of_the_dense_logits(flash, misses):
-    checked, dense = flash.steps(max_tokens=20), flash.steps(max_tokens=20, dense=True)
+    checked = flash.steps(max_tokens=20)
+    dense = flash.steps(max_tokens=20, dense=True)
     for (token, found), (same, expected) in zip(checked, dense, strict=True):
         assert token == same
         assert mx.allclose(found, expected, atol=1e-4)
@@ -159,7 +162,8 @@ def test_a_processor_that_raises_leaves_confirmed_tokens(flash, call):
 
     processor = Mask(allowed)
     dense = flash.tokens(dense=True)
-    cache, tokens = make_prompt_cache(flash.model), []
+    cache = make_prompt_cache(flash.model)
+    tokens = []
     with pytest.raises(RuntimeError, match="boom"):
         for token, _ in flash.steps(prompt_cache=cache, logits_processors=[processor]):
             tokens.append(token)
@@ -254,12 +258,12 @@ def test_processes_that_share_a_model_take_the_same_steps(flash, forward_passes,
 def test_one_evaluation_a_token(flash, monkeypatch):
     """A token that the head has chosen is one command buffer: nothing else is launched, but for
     the verifications."""
-    launched, original = [], mx.async_eval
-    monkeypatch.setattr(mx, "async_eval", lambda *a: launched.append(len(a)) or original(*a))
+    launched = recorded_calls(monkeypatch, mx, "async_eval")
     proposer = Proposer(flash.model, DecodingSettings(n_probes=26))
     prompt = mx.array(PROMPT, dtype=mx.uint32)
     tokens = list(verified_steps(prompt, flash.model, proposer=proposer, max_tokens=40))
-    mlx_lm_prefill, after_last = 1, 1
+    mlx_lm_prefill = 1
+    after_last = 1
     assert len(tokens) == 40 and proposer.n_verifications >= 3
     steps = len(launched) - proposer.n_verifications - mlx_lm_prefill
     assert steps == len(tokens) - 1 + after_last
@@ -267,17 +271,11 @@ def test_one_evaluation_a_token(flash, monkeypatch):
 
 def test_pending_tokens_are_joined_along_the_way(monkeypatch):
     """On kernels, so that a verification of 32 states joins no more than one does at once."""
-    joined, n_sources = FlashHead.joined, []
-
-    def record(head, proposals, rows, tokens):
-        n_sources.append(len(proposals))
-        return joined(head, proposals, rows, tokens)
-
-    monkeypatch.setattr(FlashHead, "joined", record)
+    joins = recorded_calls(monkeypatch, FlashHead, "joined")
     monkeypatch.setattr(PortableSteps, "joined_early", MetalSteps.joined_early)
     flash = make_flash(n_probes=13)  # all clusters, so none is rejected
     policy = policy_of(flash.head)
     policy.first_pending = policy.max_pending = 32
     policy.max_risk = policy.max_wait = 1e9
     assert flash.tokens(max_tokens=36) == flash.tokens(max_tokens=36, dense=True)
-    assert n_sources[:5] == [7, 7, 7, 7, 8]
+    assert [len(proposals) for _, proposals, *_ in joins[:5]] == [7, 7, 7, 7, 8]

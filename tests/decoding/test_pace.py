@@ -20,7 +20,10 @@ DENSE = 1.0  # seconds of a dense token
 def seconds_of_text(pace, n_tokens, step, k, rejected_every):
     """The time of a text: proposals of ``step`` seconds, verified each ``k``, of which each
     ``rejected_every``-th verification rejects all but its first token."""
-    total, made, since, verifications = 0.0, 0, 0, 0
+    total = 0.0
+    made = 0
+    since = 0
+    verifications = 0
     while made < n_tokens:
         if pace.dense:
             total += DENSE
@@ -28,7 +31,8 @@ def seconds_of_text(pace, n_tokens, step, k, rejected_every):
             pace.note_dense(DENSE)
             continue
         since += 1
-        grown, verified = 1, since == k
+        grown = 1
+        verified = since == k
         if verified:
             verifications += 1
             since = 0

@@ -22,6 +22,7 @@ from mlx_flashhead.head import backend
 from mlx_flashhead.head.dense_kernels import DenseKernel
 from mlx_flashhead.head.margins import FLOAT32, TF32
 from mlx_flashhead.head.steps import Candidates
+from recorded_calls import recorded_calls
 
 
 def in_tf32(values, cut_off: bool) -> np.ndarray:
@@ -94,11 +95,7 @@ def test_dense_tokens_of_a_batch_are_computed_alone_where_products_are_made_in_t
     """In float32, too: each token of a text that can be verified later."""
     flash = make_flash(num_hidden_layers=2)
     monkeypatch.setattr(Proposer, "max_batch", 1)  # so that two texts are dense for the time being
-    alone = []
-    dense_row = Proposer.dense_row
-    monkeypatch.setattr(
-        Proposer, "dense_row", lambda self, state: alone.append(state) or dense_row(self, state)
-    )
+    alone = recorded_calls(monkeypatch, Proposer, "dense_row")
     monkeypatch.setattr(rounding, "may_use_tf32", lambda: by_tf32)
     tokens, _ = flash.batch([[5, 17, 3], [8]], max_tokens=9)
     n_dense_steps = 2 * 7
@@ -115,7 +112,8 @@ def test_scored_logits_are_compared_on_all_clusters(flash, monkeypatch):
     """One that differs, wherever it is, gives all of them a tolerance."""
     head = flash.head
     assert measure_rounding(head, mx.bfloat16)[rounding.N_STATES].scored == 0
-    score, last = head.steps.score, head.n_clusters - 1
+    score = head.steps.score
+    last = head.n_clusters - 1
 
     def other(hidden, selection, *logit_map):
         logits = score(hidden, selection, *logit_map).logits
@@ -238,15 +236,12 @@ def test_the_tolerances_have_what_a_state_alone_loses(flash):
 
 def test_all_classes_are_measured_at_once(flash, monkeypatch):
     """And the longest row is computed once for all of them."""
-    asked = []
-    longest_rows = rounding._longest_rows
+    asked = recorded_calls(monkeypatch, rounding, "_longest_rows")
     monkeypatch.setattr(rounding, "_classes", lambda: CLASSES)
-    monkeypatch.setattr(
-        rounding, "_longest_rows", lambda head: asked.append(head) or longest_rows(head)
-    )
-    head, sizes = flash.head, (1, 2, 3, 5, 9, 17, 32, 40)
+    head = flash.head
+    sizes = (1, 2, 3, 5, 9, 17, 32, 40)
     found = [rounding_of(head, mx.bfloat16, k) for k in sizes]
-    assert asked == [head]
+    assert asked == [(head,)]
     known = measure_rounding(head, mx.bfloat16)
     assert list(known) == list(CLASSES)
     classes = [1, 2, 4, 8, 16, 32, 32, 32]

@@ -17,6 +17,7 @@ from mlx_flashhead.decoding.proposer import Proposer
 from mlx_flashhead.decoding.schedule import VerifySchedule
 from mlx_flashhead.decoding.sequence import PendingToken
 from mlx_flashhead.decoding.settings import DecodingSettings
+from recorded_calls import recorded_calls
 
 
 @pytest.fixture
@@ -31,10 +32,7 @@ def flash():
 @pytest.fixture
 def rounds(monkeypatch):
     """A list with an item for each round."""
-    taken = []
-    one = Decoder.round
-    monkeypatch.setattr(Decoder, "round", lambda self: taken.append(0) or one(self))
-    return taken
+    return recorded_calls(monkeypatch, Decoder, "round")
 
 
 def test_a_token_that_ends_the_text_is_verified_at_once(flash, rounds):

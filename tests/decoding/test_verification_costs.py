@@ -59,7 +59,8 @@ def flashes():
 
 def dispatches(flash, kind, k: int) -> Counter:
     """The kernels of a verification of ``k`` tokens, and of the joins while they wait."""
-    head, proposer = flash.head, Proposer(flash.model)
+    head = flash.head
+    proposer = Proposer(flash.model)
     n_words = -(-head.vocab_size // 32)
 
     def verify(hidden, probes, logits):

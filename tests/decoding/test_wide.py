@@ -100,7 +100,8 @@ def test_caches(model, name):
     assert same_as_single(model, length, 6, caches, apart=False)
     before, tokens = read(model, length, [make() for _ in model.layers])
     for n in range(6):
-        single, caches = copy.deepcopy(before), copy.deepcopy(before)
+        single = copy.deepcopy(before)
+        caches = copy.deepcopy(before)
         if n:
             single_steps(model, tokens[:, :n], single)
         wide_steps(model, caches, apart=False).feed(tokens[:, :6], caches).back_to(n)

@@ -12,6 +12,7 @@ from mlx_flashhead.head.dense_kernels import dense_kernel, split_parts
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.plan import READER
+from recorded_calls import recorded_calls
 from tiny_models import random_clusters
 
 BEFORE = (0, 32, 3)
@@ -94,20 +95,14 @@ def test_rows_are_gathered_where_their_number_has_another_kernel(
     """Up to MLX 0.32.3: with the padded slots there are 160 and 162 rows."""
     head, rows = small_head(monkeypatch, n_rows, cluster_size)
     assert head.gathers_rows == gathers
-    products = []
-    matmul = Matrix.matmul
-
-    def counted(self, states):
-        products.append(self.n_rows)
-        return matmul(self, states)
-
-    monkeypatch.setattr(Matrix, "matmul", counted)
+    calls = recorded_calls(monkeypatch, Matrix, "matmul")
     hidden = mx.random.normal((2, 512), key=mx.random.key(0))
     found = [head.dense_logits(hidden[:1]), head.dense_logits(hidden)[:1]]
     n_slots = head.clustered.token_ids.size
-    assert products == [n_rows if gathers else n_slots, n_slots]
+    n_multiplied = [matrix.n_rows for matrix, _ in calls]
+    assert n_multiplied == [n_rows if gathers else n_slots, n_slots]
     for logits in found:
-        np.testing.assert_allclose(logits, matmul(rows, hidden[:1]), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(logits, rows.matmul(hidden[:1]), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_are_gathered_where_mlx_adds_in_an_order_of_its_own(monkeypatch, caplog):

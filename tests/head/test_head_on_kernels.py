@@ -19,6 +19,7 @@ from mlx_flashhead.head.logit_map import LogitMap
 from mlx_flashhead.head.matrix import FORMATS, Matrix
 from mlx_flashhead.head.trial import find_trouble
 from mlx_flashhead.models.install import install
+from recorded_calls import recorded_calls
 from retrieval import best_token
 from tiny_models import random_clusters
 
@@ -255,17 +256,14 @@ def test_verifications_are_in_float16_where_a_gpu_lacks_bfloat16(
 ):
     """From six states on, and nothing else; the logits keep their dtype."""
     monkeypatch.setattr(mx, "device_info", lambda *_: {"architecture": architecture})
-    products = []
-    matmul = Matrix.matmul
     with kernels(check=False):
         head = make_head("metal", dtype=dtype)
         head.check_kernels(dtype)
-        monkeypatch.setattr(
-            Matrix, "matmul", lambda *given: products.append(given[1].dtype) or matmul(*given)
-        )
+        calls = recorded_calls(monkeypatch, Matrix, "matmul")
         hidden = states(6, key=5).astype(dtype)
         many = head.slot_logits(hidden)
         few = head.slot_logits(hidden[:5])
         head.dense_logits(hidden)
-    assert products == [mx.float16 if taken else dtype, dtype, dtype]
+    dtypes = [multiplied.dtype for _, multiplied in calls]
+    assert dtypes == [mx.float16 if taken else dtype, dtype, dtype]
     assert many.dtype == few.dtype == dtype

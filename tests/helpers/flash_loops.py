@@ -55,7 +55,8 @@ class Flash:
         proposer = Proposer(self.model, DecodingSettings(verify=verify, dense=dense))
         generator = VerifiedBatchGenerator(self.model, proposer=proposer, logprobs=False)
         uids = generator.insert(prompts, [max_tokens] * len(prompts), **options)
-        tokens, ends = {uid: [] for uid in uids}, {}
+        tokens = {uid: [] for uid in uids}
+        ends = {}
         while responses := generator.next_generated():
             for response in responses:
                 tokens[response.uid].append(response.token)

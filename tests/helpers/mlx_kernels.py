@@ -54,14 +54,17 @@ def mlx_logits(matrix: Matrix, hidden: mx.array) -> mx.array:
     a tile, two simdgroups write them alike. Source: dispatch_qmv and gemv_axbpy in MLX's
     quantized.cpp and matmul.cpp. Not for D of 64 and 128, which have kernels of their own.
     """
-    n_rows, hidden_size = matrix.n_rows, matrix.hidden_size
+    n_rows = matrix.n_rows
+    hidden_size = matrix.hidden_size
     inputs = {"hidden": hidden} | {n: matrix.arrays()[n] for n in matrix.format.arrays}
     inputs |= {"n_columns": hidden_size, "n_rows": n_rows}
     if not matrix.quantized:
         inputs |= {"zero": 0.0}
-        header, body = PRELUDE + parts("gemv.h", "DefaultAccT", "GEMVKernel"), GEMV
+        header = PRELUDE + parts("gemv.h", "DefaultAccT", "GEMVKernel")
+        body = GEMV
         header = header.replace("[[threadgroup(0)]]", "")
-        rows, threadgroup = 32, (LANES, 1, 8)
+        rows = 32
+        threadgroup = (LANES, 1, 8)
         assert n_rows >= 4096  # fewer rows have fewer simdgroups
     else:
         kernel = dense_kernel(matrix, n_rows)
@@ -83,10 +86,12 @@ def mlx_logits(matrix: Matrix, hidden: mx.array) -> mx.array:
             offsets="biases" if affine else "(const device float*)nullptr",
         )
         header = PRELUDE + header
-        rows, threadgroup = 8, (LANES, 2, 1)
+        rows = 8
+        threadgroup = (LANES, 2, 1)
     names = {"input_names": list(inputs), "output_names": ["logits"]}
     kernel = mx.fast.metal_kernel(name="mlx_logits", header=header, source=body, **names)
-    groups, (x, y, z) = -(-n_rows // rows), threadgroup
+    groups = -(-n_rows // rows)
+    x, y, z = threadgroup
     (logits,) = kernel(
         inputs=list(inputs.values()),
         template=[("T", hidden.dtype)],

@@ -66,7 +66,8 @@ def test_it_is_one_line_at_the_first_load(monkeypatch):
     monkeypatch.setattr(tuned, "tune", tune)
     lines = []
     for _ in range(2):
-        model, options = tiny_model(), HeadOptions()
+        model = tiny_model()
+        options = HeadOptions()
         object.__setattr__(options, "say", lines.append)
         install_stored(model, StoredHead(tiny_index(model, n_probes=4), "here"), options)
     assert [line for line in lines if line != tuned.MEASURING] == [first_gain(model, FAST)]

@@ -48,7 +48,8 @@ def loaded(dense):
 
     def load(**options):
         model, stored = dense
-        said, choices = [], HeadOptions(**options)
+        said = []
+        choices = HeadOptions(**options)
         object.__setattr__(choices, "say", said.append)
         if get_flash_head(model) is not None:
             detach(model)

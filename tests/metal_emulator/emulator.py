@@ -27,7 +27,10 @@ class Emulator:
     """
 
     def __init__(self, order="forward", seed=0, check=True, max_threads=None, contract="off"):
-        self.order, self.seed, self.check, self.contract = order, seed, check, contract
+        self.order = order
+        self.seed = seed
+        self.check = check
+        self.contract = contract
         self.max_threads = max_threads or {}
         self.dispatches = []  # one of each launch so far
         self.built = set()  # texts of the kernels that were compiled: MLX keeps a library for each
@@ -41,7 +44,8 @@ class Emulator:
     def installed(self):
         """Puts the emulator in MLX's place, so that code asking for Metal finds it."""
         saved = mx.fast.metal_kernel, mx.metal.is_available
-        mx.fast.metal_kernel, mx.metal.is_available = self.metal_kernel, lambda: True
+        mx.fast.metal_kernel = self.metal_kernel
+        mx.metal.is_available = lambda: True
         try:
             yield self
         finally:
@@ -56,7 +60,8 @@ class Emulator:
         call = {"grid": grid, "threadgroup": threadgroup, "template": template or []}
         outputs = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
         signature = signature_of(options, arrays, call | outputs)
-        name, n_threads = options["name"], int(np.prod(threadgroup))
+        name = options["name"]
+        n_threads = int(np.prod(threadgroup))
         allowed = self.max_threads.get(name, MAX_THREADS_PER_THREADGROUP)
         if n_threads > allowed:
             raise ValueError(

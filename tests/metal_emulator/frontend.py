@@ -38,7 +38,8 @@ def blank(match: re.Match) -> str:
 
 def split_commas(text: str) -> list[str]:
     """Splits at the commas outside all brackets."""
-    parts, depth = [""], 0
+    parts = [""]
+    depth = 0
     for character in text:
         depth += (character in "([{<") - (character in ")]}>")
         if character == "," and depth == 0:
@@ -76,9 +77,12 @@ def in_kernel(text: str, position: int) -> bool:
 def rewrite_threadgroup_variables(text: str, original: str, name: str) -> str:
     """Turns declarations of threadgroup variables into references to the runtime's memory."""
     code = re.sub(r"^[ \t]*#(?:[^\n\\]|\\.)*", blank, text, flags=re.M | re.DOTALL)
-    pieces, done, index = [], 0, 0
+    pieces = []
+    done = 0
+    index = 0
     for match in re.finditer(r"\bthreadgroup\s+", code):
-        before, at = code[: match.start()].rstrip(), match.start()
+        before = code[: match.start()].rstrip()
+        at = match.start()
         end = code.find(";", match.end())
         declaration = code[match.end() : end]
         head = declaration.split("[", 1)[0]

@@ -12,15 +12,19 @@ from . import build
 from .frontend import KernelFault
 
 ORDERS = ("forward", "reverse", "shuffle")
-INPUT, OUTPUT = 0, 1
+INPUT = 0
+OUTPUT = 1
 GUARD_BYTES = 1 << 16  # around each buffer, so that an index past its end meets no other buffer
 ALIGNMENT = 256
 # As in runtime/state.h.
 KINDS = ("", "out-of-bounds", "read-only", "misaligned", "uninitialised", "race")
 KINDS += ("divergent-barrier", "inactive-lane", "threadgroup-memory")
-NOWHERE, NOBODY = 0xFFFFFFFF, 2000  # no region, and from which number on no thread is meant
+NOWHERE = 0xFFFFFFFF  # no region
+NOBODY = 2000  # from this number on no thread is meant
 
-_u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
+_u32 = ctypes.c_uint32
+_u64 = ctypes.c_uint64
+_pointer = ctypes.c_void_p
 # What the runtime counts, in the order of `Traffic`.
 COUNTS = ["n_read", "n_written", "distinct_read", "distinct_written", "lines_read", "lines_written"]
 _launch_lock = threading.Lock()  # the runtime runs one launch at a time
@@ -80,7 +84,9 @@ class Buffer:
     """Memory of one argument of a kernel, ``data`` (uint8), with a guard on both sides."""
 
     def __init__(self, name, kind, itemsize, n_bytes):
-        self.name, self.kind, self.itemsize = name, kind, itemsize
+        self.name = name
+        self.kind = kind
+        self.itemsize = itemsize
         memory = np.empty(n_bytes + 2 * GUARD_BYTES + ALIGNMENT, np.uint8)
         start = GUARD_BYTES + -(memory.ctypes.data + GUARD_BYTES) % ALIGNMENT
         self.data = memory[start : start + n_bytes]

@@ -62,7 +62,8 @@ class Signature:
 
 def signature_of(options: dict, inputs: list[mx.array], call: dict) -> Signature:
     """The kernel as MLX writes it for arguments of ``mx.fast.metal_kernel`` and of its call."""
-    kernel, events = metal_kernel(**options), []
+    kernel = metal_kernel(**options)
+    events = []
     mx.export_function(events.append, lambda *given: kernel(inputs=list(given), **call), *inputs)
     made = [event["arguments"] for event in events if event.get("name") == "CustomKernel"]
     return Signature(*made[0][:2])

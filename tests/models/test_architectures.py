@@ -59,7 +59,8 @@ def cases():
 def test_flash_head(name, tied, bits, writes):
     model = tiny_architecture(name, tied=tied)
     model = model if bits is None else quantized(model)
-    location, form = find_head(model), FOUND[name][tied]
+    location = find_head(model)
+    form = FOUND[name][tied]
     assert (f"`{location.path}`", location.tied) == (form.cell, tied)
     assert bits is None or location.rows().bits == (form.bits or 0)
     tokens = mx.array(np.random.default_rng(0).integers(0, VOCAB_SIZE, (2, 9)))

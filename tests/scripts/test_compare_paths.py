@@ -15,7 +15,8 @@ def test_both_paths_give_the_same_tokens_and_a_wrong_kernel_is_named(run, conver
         logits = mx.array([0, 0, 20.0, 0, 20.0 + gap])
         assert compare_paths.verdict(logits, (2, 4))[0] == tie
     flags = ("--model", converted, "--max-tokens", 6, "--prompt", "One day")
-    right, calls = MetalSteps.expand, itertools.count()
+    right = MetalSteps.expand
+    calls = itertools.count()
 
     def wrong(self, *arguments):
         logits = right(self, *arguments)

@@ -59,12 +59,15 @@ def shown(runs, seconds):
 
 
 def test_each_clock_stops_when_its_text_is_complete(monkeypatch):
-    dense, flash = run_of(0.0, 1.0, 2.0, 3.0, 4.0), run_of(0.0, 0.5, 1.0, 1.5, 2.0)
-    slow, fast = "1.0 tokens/s", "2.0 tokens/s"
+    dense = run_of(0.0, 1.0, 2.0, 3.0, 4.0)
+    flash = run_of(0.0, 0.5, 1.0, 1.5, 2.0)
+    slow = "1.0 tokens/s"
+    fast = "2.0 tokens/s"
     assert shown((dense, flash), None)[0] == f"4.0 s, {slow}"
     assert shown((dense, flash), 1.0) == [f"1.0 s, {slow}", f"1.0 s, {fast}"]
     assert shown((dense, flash), 3.0) == [f"3.0 s, {slow}", f"done in 2.0 s, {fast}"]
-    clock, seen = [10.0], []
+    clock = [10.0]
+    seen = []
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     monkeypatch.setattr("time.sleep", lambda seconds: clock.__setitem__(0, clock[0] + 0.5))
     demo.let_the_slower_finish((dense, flash), lambda runs, seconds: seen.append(seconds))

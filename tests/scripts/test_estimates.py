@@ -61,22 +61,26 @@ def test_a_multiple_above_two_rests_on_a_16_bit_head_or_on_a_sort():
     for model in MODELS:
         for chip in CHIPS:
             assert max(gain(model, chip, head) for head in (4, 8)) < 2
-            greedy, (least, most) = gain(model, chip, 4), sampled_gains(model, chip)
+            greedy = gain(model, chip, 4)
+            least, most = sampled_gains(model, chip)
             assert least <= most
             assert most < 2 or greedy < 2
 
 
 def test_no_step_is_shorter_than_the_host_needs():
-    model, chip = models()["smollm2"], chips()["m4-max"]
+    model = models()["smollm2"]
+    chip = chips()["m4-max"]
     host = step_times.host_us(model, chip, flash_head=True)
     assert step_times.flash_us(model, chip, 4, 4) >= host
     assert step_times.dense_us(model, chip, 4, 4) >= step_times.host_us(model, chip)
 
 
 def test_a_softcap_costs_the_dense_side_alone():
-    model, chip = models()["gemma-3-4b"], chips()["m4"]
+    model = models()["gemma-3-4b"]
+    chip = chips()["m4"]
     capped = model._replace(softcap=True)
-    of, capped_of = (model, chip, 4, 4), (capped, chip, 4, 4)
+    of = (model, chip, 4, 4)
+    capped_of = (capped, chip, 4, 4)
     assert step_times.dense_us(*capped_of) > step_times.dense_us(*of)
     doubts = step_times.DOUBTS * (
         step_times.row_us(capped, chip, 4) - step_times.row_us(model, chip, 4)

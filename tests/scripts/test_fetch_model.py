@@ -16,7 +16,8 @@ from model_folders import contents
 
 CONTENT = bytes(range(256)) * 3
 PACKAGES = ("tiny==1.0", "tiny-part1==1.0", "tiny-part2==1.0")
-PARTS, DIGEST = ("tiny.gguf.part00", "tiny.gguf.part01"), hashlib.sha256(CONTENT).hexdigest()
+PARTS = ("tiny.gguf.part00", "tiny.gguf.part01")
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
 MODEL = PackagedModel("Tiny", PACKAGES, "tiny.gguf", DIGEST, PARTS, ("TERMS.html",))
 
 
@@ -106,7 +107,8 @@ def test_every_wheel_is_downloaded(tmp_path, wheels, monkeypatch, capsys):
 
 def test_pip_runs_with_its_words_in_a_file(tmp_path, capfd):
     script = "import os, time; print(os.environ['TMPDIR']); time.sleep(0.5); exit(3)"
-    ticks, log = [], tmp_path / "log"
+    ticks = []
+    log = tmp_path / "log"
     command = [sys.executable, "-c", script]
     assert fetch_model.run_pip(command, tmp_path, log, lambda: ticks.append(1)) == 3
     assert log.read_text() == f"{tmp_path}\n" and ticks and capfd.readouterr() == ("", "")

@@ -162,7 +162,8 @@ def test_what_is_computed_to_read_a_request_ends_when_its_client_leaves(
 ):
     (tmp_path / "work.py").write_text("def work(request):\n    while True:\n        pass\n")
     guard = Guard(tmp_path / "work.py", seconds=1000)
-    begun, ended = Event(), Event()
+    begun = Event()
+    ended = Event()
 
     def read(fields, **_):
         begun.set()

@@ -13,6 +13,7 @@ from mlx_flashhead.serving.answer_text import Token
 from mlx_flashhead.serving.endpoints import Api
 from mlx_flashhead.serving.engine import Engine
 from mlx_flashhead.serving.serve import Server
+from recorded_calls import recorded_calls
 from scripted_server import running
 
 PLACES = 32  # the default
@@ -140,11 +141,7 @@ def test_an_answer_that_waited_again_has_the_text_that_it_has_alone(start, flash
     drawn = {"temperature": 1.5, "seed": 3}
     alone = tokens_of(submit(engine, SHORT, 40, **drawn))
     plain = generated(flash, [*SHORT, 5], 40)
-    put_back = []
-    put = Engine._put_back
-    monkeypatch.setattr(
-        Engine, "_put_back", lambda self, address: put_back.append(address) or put(self, address)
-    )
+    put_back = recorded_calls(monkeypatch, Engine, "_put_back")
     gate = Gate(10)
     jobs = [job(engine, SHORT, 40, **drawn), job(engine, [*SHORT, 5], 40)]
     jobs.append(job(engine, [*SHORT, 6], 40, processors=[gate]))
@@ -156,5 +153,5 @@ def test_an_answer_that_waited_again_has_the_text_that_it_has_alone(start, flash
     for one in others:
         assert len(tokens_of(one)) == 8
     assert [tokens_of(one) for one in jobs[:2]] == [alone, plain]
-    assert put_back and set(put_back) == {"a"}
+    assert {address for _, address in put_back} == {"a"}
     assert tokens_of(jobs[2]) == generated(flash, [*SHORT, 6], 40)

@@ -36,7 +36,9 @@ def test_a_grammar_that_ends_the_process_of_llguidance_is_refused(of_terminals):
             Grammar.from_lark(text)
 
 
-SCHEMA, REGEX, LARK = Grammar.from_json_schema, Grammar.from_regex, Grammar.from_lark
+SCHEMA = Grammar.from_json_schema
+REGEX = Grammar.from_regex
+LARK = Grammar.from_lark
 
 
 @pytest.mark.parametrize(
