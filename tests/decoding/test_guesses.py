@@ -30,7 +30,7 @@ from mlx_flashhead.decoding.wide_trial import established_costs
 from mlx_flashhead.decoding.wide_twin import NoWideStepError
 from tiny_models import tiny_model
 
-N_TOKENS = 22
+N_TOKENS = 20
 WINDOW = {"sliding_window": 12, "sliding_window_pattern": 2, "num_hidden_layers": 2}
 MODELS = {
     "plain": partial(tiny_model, num_hidden_layers=2),
@@ -43,7 +43,9 @@ SAMPLERS = {
     "noise": lambda: make_sampler(temp=0.9, top_p=0.9, seed=4),
     "mlx-lm's": lambda: sample_utils.make_sampler(temp=1.0, min_p=0.01),
 }
-ROLLED_BACK = 1e-3  # a window of a batch that was rolled back has its keys in another order
+# The keys of a batch's window have another order where a text was rolled back, and where another
+# one has joined at another step.
+ANOTHER_ORDER = 1e-3
 
 
 def evens():
@@ -70,8 +72,11 @@ class Models(NamedTuple):
 
     def functions(self, i):
         """A sampler's name and a processor's: three models have all pairs between them."""
-        samplers, processors = tuple(SAMPLERS), tuple(PROCESSORS)
-        return samplers[i], processors[(i + tuple(MODELS).index(self.name)) % 3]
+        return tuple(SAMPLERS)[i], tuple(PROCESSORS)[self.other(i)]
+
+    def other(self, i):
+        """A second number of three, which three models pair with each first one."""
+        return (i + tuple(MODELS).index(self.name)) % 3
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -90,8 +95,15 @@ def guessed(monkeypatch):
     """Makes lookups find the right tokens, with wrong ones among them: the numbers of a round."""
     chance = random.Random(5)
     counts = []
+    established = guesses.established_costs
 
-    def of(expected, right=0.7):
+    def of_any_width(steps, layers):
+        costs = established(steps, layers)
+        return {width: costs[width] for width in [chance.choice([2, 4, 4, 8])] if width in costs}
+
+    monkeypatch.setattr(guesses, "established_costs", of_any_width)
+
+    def of(expected, right=0.6):
         def find(lookup, n):
             place = len(lookup.tokens) - len(PROMPT)
             found = [*expected[place : place + n], *[1] * n][:n]
@@ -213,13 +225,13 @@ def plain_batched_text_of(models, functions, *rest):
 def test_texts_are_plain_mlx_lms(models, guessed, i):
     functions = models.functions(i)
     whole = plain_text_of(models, functions)
+    part = plain_text_of(models, functions, 9)
     counts = guessed(whole.tokens)
-    for place in (N_TOKENS, 9):
-        plain = plain_text_of(models, functions, place)
-        for model in (models.flash, models.without):
-            text_of(ours(), model, functions, place).assert_is(plain)
-    assert sum(n for _, n in counts) > 10  # tokens that were right
-    assert sum(k - n for k, n in counts) > 10  # and wrong
+    text_of(ours(), models.without, functions).assert_is(whole)
+    assert sum(n for _, n in counts) > 4  # tokens that were right
+    assert sum(k - n for k, n in counts) > 4  # and wrong
+    text_of(ours(), models.flash, functions).assert_is(whole)
+    text_of(ours(), models.flash, functions, 9).assert_is(part)
 
 
 @pytest.mark.parametrize("i", range(3))
@@ -228,11 +240,11 @@ def test_a_text_that_decodes_alone_in_a_batch(models, guessed, i):
     whole = plain_batched_text_of(models, functions)
     counts = guessed(whole.tokens)
     batched_text_of(our_batch(), models.without, functions).assert_is(whole)
-    assert sum(n for _, n in counts) > 6
-    assert sum(k - n for k, n in counts) > 6
-    plain = plain_batched_text_of(models, functions, 14)
-    text = batched_text_of(our_batch(), models.flash, functions, 14)
-    text.assert_is(plain, atol=ROLLED_BACK)
+    assert sum(n for _, n in counts) > 4
+    assert sum(k - n for k, n in counts) > 4
+    plain = plain_batched_text_of(models, functions, 11)
+    text = batched_text_of(our_batch(), models.flash, functions, 11)
+    text.assert_is(plain, atol=ANOTHER_ORDER)
 
 
 @pytest.mark.parametrize("i", range(3))
@@ -241,11 +253,11 @@ def test_a_batch_that_another_text_joins_and_leaves(models, guessed, i):
     functions = models.functions(i)
     whole = plain_batched_text_of(models, functions, None, OTHERS[1])
     counts = guessed(whole.tokens)
-    batched_text_of(our_batch(), models.without, functions, None, OTHERS[1]).assert_is(whole)
+    for model in (models.without, models.flash):
+        text = batched_text_of(our_batch(), model, functions, None, OTHERS[1])
+        text.assert_is(whole, atol=ANOTHER_ORDER)
+        assert sum(n for _, n in counts) > 2
     assert len(whole.others) == 2
-    assert sum(n for _, n in counts) > 3
-    text = batched_text_of(our_batch(), models.flash, functions, None, OTHERS[1])
-    text.assert_is(whole, atol=ROLLED_BACK)
 
 
 @pytest.fixture(scope="module")
@@ -254,35 +266,35 @@ def draft():
     return flash_of(model).model
 
 
-@pytest.mark.parametrize("with_cache", [False, True])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_draft_model_changes_nothing(models, draft, sampler, with_cache):
+@pytest.mark.parametrize("i", range(3))
+def test_a_draft_model_changes_nothing(models, draft, i):
     """Beyond windows, too. What it drafts is mostly wrong here, or the target itself drafts."""
     _, _, flash, without = models
+    sampler = tuple(SAMPLERS)[i]
     plain = plain_text_of(models, (sampler, "none"))
-    for target, drafting in ((flash, draft), (without, draft), (flash, without)):
-        mx.random.seed(3)
-        cache = make_prompt_cache(target) + make_prompt_cache(drafting) if with_cache else None
-        proposer = Proposer(target)
-        steps = drafted_steps(
-            mx.array(PROMPT),
-            target,
-            drafting,
-            proposer=proposer,
-            num_draft_tokens=3,
-            sampler=SAMPLERS[sampler](),
-            prompt_cache=cache,
-            max_tokens=N_TOKENS,
-        )
-        found = [(token, mx.random.state[0].tolist(), drafted) for token, _, drafted in steps]
-        assert [each[:2] for each in found] == [*zip(plain.tokens, plain.states, strict=True)]
-        n_drafted = sum(drafted for *_, drafted in found)
-        assert n_drafted == proposer.n_guessed["draft model"]
-        if drafting is without:  # the same model: all drafts are right
-            assert n_drafted > N_TOKENS / 2 and proposer.n_steps < N_TOKENS * 0.6
-        if cache is not None:
-            held = cache[: len(target.layers)]
-            assert mx.array_equal(target(mx.array([[77]]), cache=held)[0, -1], plain.after)
+    target, drafting = ((flash, draft), (without, draft), (flash, without))[models.other(i)]
+    mx.random.seed(3)
+    cache = make_prompt_cache(target) + make_prompt_cache(drafting) if i else None
+    proposer = Proposer(target)
+    steps = drafted_steps(
+        mx.array(PROMPT),
+        target,
+        drafting,
+        proposer=proposer,
+        num_draft_tokens=3,
+        sampler=SAMPLERS[sampler](),
+        prompt_cache=cache,
+        max_tokens=N_TOKENS,
+    )
+    found = [(token, mx.random.state[0].tolist(), drafted) for token, _, drafted in steps]
+    assert [each[:2] for each in found] == [*zip(plain.tokens, plain.states, strict=True)]
+    n_drafted = sum(drafted for *_, drafted in found)
+    assert n_drafted == proposer.n_guessed["draft model"]
+    if drafting is without:  # the same model: all drafts are right
+        assert n_drafted > N_TOKENS / 2 and proposer.n_steps < N_TOKENS * 0.6
+    if cache is not None:
+        held = cache[: len(target.layers)]
+        assert mx.array_equal(target(mx.array([[77]]), cache=held)[0, -1], plain.after)
 
 
 def test_a_draft_models_cache_serves_the_next_turn(draft):
