@@ -25,7 +25,7 @@ from .policy import Positive
 from .wide_caches import fits, is_known, needs_replay, stand_in
 from .wide_twin import NoWideStepError, Twin
 
-WIDTHS = (2, 4, 8)  # tokens of a step: for each one a GPU compiles kernels
+WIDTHS = (2, 3, 4, 8)  # tokens of a step, 3 for two drafts: for each a GPU compiles kernels
 MAX_WIDTH = WIDTHS[-1]
 Width = Annotated[int, Meta(ge=2, le=MAX_WIDTH)]  # in a stored file
 log = logging.getLogger("mlx_flashhead")

@@ -46,6 +46,14 @@ def test_one_text(emulated, monkeypatch, settings, depth, misses):
         assert names >= {"route", "select", "score", "screen", "certain"} and "expand" not in names
 
 
+def test_the_first_verification_comes_later_than_on_a_cpu(emulated):
+    """An M1 or M2 multiplies up to five states one by one."""
+    flash, _ = emulated
+    portable = flash_of(tiny_model(num_hidden_layers=1))
+    assert policy_of(flash.head).first_pending == 8
+    assert portable.head.backend == "metal" or policy_of(portable.head).first_pending == 4
+
+
 def test_texts_together(emulated, misses):
     flash, _ = emulated
     prompts = [PROMPT, *OTHERS]

@@ -20,7 +20,7 @@ from mlx_flashhead.decoding.wide_twin import NoWideStepError
 from tiny_models import tiny_model
 from wide_checks import FORMS, held, of_a_batch, read, same_as_single, single_steps, wide_steps
 
-ALL = [2, 4, 8]
+ALL = [2, 3, 4, 8]
 # windows, a state, experts, lists of caches, an attention with a formula for one token
 NAMES = {
     "llama": False,
