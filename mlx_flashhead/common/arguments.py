@@ -34,7 +34,7 @@ class Parser(ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Namespace | None = None
     ) -> tuple[Namespace, list[str]]:
-        """As argparse's, but unknown arguments are an error.
+        """Parses arguments, of which unknown ones are an error.
 
         A subcommand's parser comes here, too, and knows the flags that the user may have meant.
         """

@@ -59,7 +59,7 @@ def drafted_steps(
         prompt_cache: Caches of both models, which hold the ``context`` already.
         context: Tokens that come before the prompt.
         announce: Called with how the text is decoded.
-        **options: As for :func:`verified_steps`.
+        **options: Further keywords of :func:`verified_steps`, such as ``max_tokens``.
 
     The other arguments are those of ``speculative_generate_step``.
 

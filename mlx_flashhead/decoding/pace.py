@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 MOST_LOST = 6  # tokens' time of dense decoding that proposals may lose
-MOST_GAINED = 16  # likewise, that counts against what they lose later
+MOST_GAINED = 16  # tokens' time that proposals have gained and may lose later, at the most
 UNKNOWN = 24  # rounds of proposals after which dense ones are timed, if no time of theirs is known
 WARM = 2  # dense rounds after a change, which are not timed
 TIMED = 12  # dense rounds after these, whose median is the time of a dense token

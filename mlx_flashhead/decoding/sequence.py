@@ -35,7 +35,8 @@ class PendingToken:
     allowed: np.ndarray | None = None
     guessed: str = ""  # what has guessed it, so that it was computed in a wide step
     noted: bool = False  # whether the schedule has taken note of it
-    risk: float = 0.0  # estimated chance that the dense logits choose another token, likewise
+    # estimated chance that the dense logits choose another token, once it is read
+    risk: float = 0.0
 
     def read(self, token: int) -> None:
         """Notes the token, which has been computed."""

@@ -104,7 +104,7 @@ def check_kernels(
     """Runs each kernel once, with smaller threadgroups if its pipeline allows no others.
 
     Args:
-        steps: Those of :func:`make_steps`.
+        steps: What :func:`make_steps` has chosen.
         requested: The path requested by name, or None.
         dtype: Of the hidden states.
         n_probes: Clusters that are scored.

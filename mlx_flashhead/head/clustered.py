@@ -135,7 +135,7 @@ class ClusteredRows:
         return [*stored, bias, tail_offset, self.route_bias, self.token_ids, self.slot_of]
 
     def in_rows(self) -> "ClusteredRows":
-        """The same with each row in one piece, for the kernels and other programs. Lazy."""
+        """These clusters with each row in one piece, for kernels and other programs. Lazy."""
         if not self.by_column:
             return self
         weight = mx.contiguous(self.rows.weight)

@@ -10,8 +10,9 @@ JSON:
     rows       shape and dtype of each array of that layer: the program's model must have the same
     limit      more positions than this at once read more rows than the dense head
     logits     names of the launches that give "expanded", the full logits (1, V), in their order
-    tokens     likewise "tokens" (1,), from "settings", "top_k" and "keys" as `Draws` has them, of 8
-               rows or more: MLX passes a shorter array in another way, with another kernel
+    tokens     names of the launches that give "tokens" (1,), in their order, from "settings",
+               "top_k" and "keys" as `Draws` has them, of 8 rows or more: MLX passes a shorter
+               array in another way, with another kernel
     launches   by name: the arguments of MLX's ``metalKernel`` and of the call; ``arrays`` are the
                file's, results so far, the rows as "rows_weight" …, and "hidden" (1, D)
 

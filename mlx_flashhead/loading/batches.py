@@ -195,8 +195,8 @@ _as_made: dict[type, dict[str, Any]] = {}  # what :func:`batch_class` has made, 
 def batch_class(use_of: Callable[[Any], Use | None]) -> type:
     """Makes a ``BatchGenerator`` of mlx-lm that decodes as :class:`VerifiedBatchGenerator`.
 
-    It does so where mlx-lm's batches, and the generator itself, are as they were imported and made.
-    Otherwise it is mlx-lm's own. What decodes is chosen when a text is added and none is in
+    Where a program has changed mlx-lm's batches, or an attribute of the generator, the generator
+    is mlx-lm's own. Which of the two decodes is chosen when a text is added and none is in
     progress.
 
     Args:

@@ -162,7 +162,7 @@ def check_draft(draft: str, target: str) -> None:
 
     Args:
         draft: Folder or Hugging Face repository of the draft model.
-        target: That of the target.
+        target: Folder or Hugging Face repository of the target.
 
     Raises:
         ValueError: If it has another one, or if one of the models does not exist.
@@ -268,7 +268,9 @@ def attach(
         The FlashHead.
 
     Raises:
-        ValueError: As from :func:`load`. The model is unchanged.
+        ValueError: If the model is in training mode, has a FlashHead already or a head that cannot
+            have one, or if there is no FlashHead of its weights and none may be built. The model
+            is unchanged.
     """
     options = HeadOptions(
         flash_head=flash_head,
@@ -310,7 +312,8 @@ def attach_head(
         The FlashHead, or None if the model stays dense.
 
     Raises:
-        ValueError: As `attach`.
+        ValueError: If the model is in training mode, has a FlashHead already or a head that cannot
+            have one, or if there is no FlashHead and ``options`` refuse to build one.
     """
     if model.training:
         raise ValueError(

@@ -104,7 +104,7 @@ def _sorted_once(known: Interval, epsilon: float) -> Interval:
 def _certain_of_kept(
     bounds: Bounds, known: Interval, others: Interval, draws: Draws, thresholds: Thresholds
 ) -> mx.array:
-    """As :meth:`InverseCDF.certain` where filters leave tokens out: they may keep some not scored.
+    """Which proposals are certain where filters leave tokens out, and may keep some not scored.
 
     Args:
         bounds: Of the model's logits.

@@ -97,7 +97,7 @@ class Draws:
 
     Attributes:
         rows: The settings of each.
-        inputs: The same as arrays of n ≥ R rows, the last one repeated, as kernels read them. First
+        inputs: Settings and keys as kernels read them, n ≥ R rows, the last one repeated. First
             (n, 3) float32, with the columns 1 / temperature (0: the best logit), top_p and
             log(min_p). Then (n,) uint32, top_k; 0 keeps all. Then (n, 2) uint32, the keys.
     """
