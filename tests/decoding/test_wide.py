@@ -115,7 +115,8 @@ def test_a_text_that_is_alone_in_a_batch(architecture, length):
     assert same_as_single(model, length, 4, new(), apart=apart)
     before, tokens = read(model, length, new())
     for n in range(3):
-        single, caches = copy.deepcopy(before), copy.deepcopy(before)
+        single = copy.deepcopy(before)
+        caches = copy.deepcopy(before)
         if n:
             single_steps(model, tokens[:, :n], single)
         wide_steps(model, caches, apart=apart).feed(tokens[:, :4], caches).back_to(n)
