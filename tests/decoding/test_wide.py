@@ -360,7 +360,7 @@ def test_a_width_that_differs_is_off(monkeypatch, caplog):
 
     monkeypatch.setattr(wide_twin, "product", some)
     with caplog.at_level(logging.INFO):
-        assert widths_of(model) == [2, 8]
+        assert widths_of(model) == [2, 3, 8]
     assert "A step of 4 tokens is off" in caplog.text
 
 
