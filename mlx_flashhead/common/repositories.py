@@ -1,10 +1,15 @@
 """Repositories of the Hugging Face Hub: their names, and messages without the user's secrets."""
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+from .command import printable
 
 HIDDEN = "…"
 _PATTERNS = (
@@ -23,6 +28,27 @@ def redact(text: str) -> str:
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text
+
+
+@contextmanager
+def redacted_logs() -> Iterator[None]:
+    """Within the block, log messages of the Hub's client are redacted and printable."""
+    handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
+
+    def redacted(record: logging.LogRecord) -> bool:
+        record.msg = printable(redact(record.getMessage()))
+        record.args = ()
+        record.exc_info = None
+        record.exc_text = None
+        return True
+
+    for handler in handlers:
+        handler.addFilter(redacted)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(redacted)
 
 
 def full_name(name: str, user: str) -> str:

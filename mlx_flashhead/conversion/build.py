@@ -1,5 +1,6 @@
 """Makes the index of a model in short parts and writes nothing: a build may be dropped."""
 
+import math
 import timeit
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +14,7 @@ from ..index.flash_head_index import FlashHeadIndex, Sketch
 from ..index.settings import FlashHeadConfig, Verification
 from ..models.locate import HeadLocation
 from . import Task
-from .calibration import READ_TOKENS, builtin_states, read_text, text_states
+from .calibration import builtin_states, read_text, text_states
 from .centroids import fit_centroids
 from .clusters import PASSES, QUICK_PASSES, cluster_rows
 from .covariance import logit_metric
@@ -26,8 +27,9 @@ from .probes import (
     measured_probes,
     verification_settings,
 )
-from .report import make_report
+from .report import compare_bits, make_report
 
+STEP_SECONDS = 0.1  # of the device, where a window of text takes no longer
 HELD_OUT_SHARE = 1 / 4  # of the positions
 UNCALIBRATED_SHARE = 1 / 6  # of the clusters; means need it for 99 % agreement on SmolLM2-135M
 
@@ -45,7 +47,8 @@ def model_index(
     options: IndexOptions,
     *,
     drafted: Task[np.ndarray] | None = None,
-    beside_use: bool = False,
+    original: Matrix | None = None,
+    step_seconds: float = math.inf,
 ) -> Task[FlashHeadIndex]:
     """Makes the index of a dense model.
 
@@ -58,7 +61,8 @@ def model_index(
         options: How the index is made, and what it is calibrated on.
         drafted: Makes states of a drafter (N, D) float32, on which the index is calibrated in place
             of the options' text.
-        beside_use: Read one window of built-in text at a time, since others wait for the model.
+        original: The rows before they were quantized.
+        step_seconds: About how long the model works at once.
 
     Returns:
         The index.
@@ -81,15 +85,14 @@ def model_index(
             location,
             positions=options.positions,
             seconds=options.calibration_seconds,
-            read_tokens=1 if beside_use else READ_TOKENS,
+            step_seconds=step_seconds,
         )
         if cut_short:
             about["cut_short"] = True
     elif options.source != NO_CALIBRATION:
         text = read_text(options.calibration)
-        states, next_ids = yield from text_states(
-            model, tokenizer, location, text, positions=options.positions
-        )
+        limits: Any = {"positions": options.positions, "step_seconds": step_seconds}
+        states, next_ids = yield from text_states(model, tokenizer, location, text, **limits)
     return (
         yield from build_index(
             location.rows(),
@@ -98,6 +101,7 @@ def model_index(
             next_ids,
             eos_token_ids=tokenizer.eos_token_ids,
             calibration=about,
+            original=original,
             body_bytes=_body_bytes(model, location),
         )
     )
@@ -121,6 +125,7 @@ def build_index(
     *,
     eos_token_ids: Iterable[int] = (),
     calibration: dict[str, Any] | None = None,
+    original: Matrix | None = None,
     body_bytes: int = 0,
 ) -> Task[FlashHeadIndex]:
     """Builds the index of a head from its rows.
@@ -133,6 +138,7 @@ def build_index(
             makes the report.
         eos_token_ids: Tokens that end a text.
         calibration: What is stored of the calibration.
+        original: The rows before they were quantized, with which the report compares them.
         body_bytes: The bytes that a token reads of all other layers.
 
     Returns:
@@ -159,6 +165,8 @@ def build_index(
     verification = Verification()
     report = {}
     if states is not None and next_ids is not None:
+        states_left = states[n_fitted:]
+        ids_left = next_ids[n_fitted:]
         nbytes = StepBytes(
             centroids=centroids.routing_bytes,
             probe=rows.nbytes / rows.n_rows * options.cluster_size,
@@ -167,19 +175,23 @@ def build_index(
         )
         centroid_rows = as_float32(centroids.matrix.dequantized())
         measured = yield from measure_positions(
-            states[n_fitted:],
+            states_left,
             lambda hidden: hidden @ weight.T + (0.0 if bias is None else bias),
             token_ids,
             lambda hidden: hidden @ centroid_rows.T + as_float32(centroids.bias),
             as_float32(centroids.tail_offset),
             measured_probes(n_clusters, nbytes, options.n_probes),
-            next_ids[n_fitted:],
+            ids_left,
         )
         if options.n_probes is None:
             n_probes = choose_verified(measured, nbytes)
             unverified_probes = choose_unverified(measured, options.target_agreement, nbytes)
         verification = verification_settings(measured, n_probes)
         report = make_report(measured, n_probes, nbytes)
+        if original is not None and rows.quantized and not original.quantized:
+            report["head_bits"] = yield from compare_bits(
+                measured, n_probes, nbytes, original, rows, states_left, ids_left
+            )
     n_positions = 0 if states is None else len(states)
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,

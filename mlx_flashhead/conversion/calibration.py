@@ -14,14 +14,17 @@ import mlx.nn as nn
 import numpy as np
 
 from ..head.matrix import as_float32
+from ..models.compat.mlx_lm import make_prompt_cache
 from ..models.cpu_products import numpy_products
 from ..models.locate import HeadLocation, recorded_hidden
-from ..models.vlm import forward
+from ..models.vlm import forward, is_vlm
 from . import Progress, Task
 from .builtin_text import CONTEXT, beginning_of_text, builtin_windows, windows_of
 
 TEXT_WINDOW = 512  # tokens of a user's text; each window starts afresh
 READ_TOKENS = 2048  # of windows that are read together
+MIN_STEP = 16  # tokens, however long they take
+WEIGHTS_TOKENS = 32  # a pass reads all weights, which takes about as long as so many tokens
 
 ANSWER_TOKENS = 64  # of a drafter
 DRAFTED_POSITIONS = 4_000  # docs/drafts.md has what fewer of them keep
@@ -34,6 +37,7 @@ def text_states(
     text: str,
     *,
     positions: int | None = None,
+    step_seconds: float = math.inf,
 ) -> Task[tuple[np.ndarray, np.ndarray]]:
     """Reads hidden states of a text.
 
@@ -45,6 +49,7 @@ def text_states(
         location: Its head.
         text: The text.
         positions: The most states to read (default: all).
+        step_seconds: About how long the model works at once.
 
     Returns:
         Hidden states (N, D) float32, and the tokens after them (N,) int64.
@@ -58,7 +63,7 @@ def text_states(
     first, *others = windows_of(token_ids, TEXT_WINDOW)
     beginning = beginning_of_text(tokenizer)  # the first window has it already
     windows = [first, *(beginning + window for window in others)]
-    read = yield from read_windows(model, location, windows)
+    read = yield from read_windows(model, location, windows, step_seconds=step_seconds)
     states = [read[0], *(window_states[len(beginning) :] for window_states in read[1:])]
     return np.concatenate(states), np.array(token_ids[1:], dtype=np.int64)
 
@@ -70,7 +75,7 @@ def builtin_states(
     *,
     positions: int,
     seconds: float = math.inf,
-    read_tokens: int = READ_TOKENS,
+    step_seconds: float = math.inf,
 ) -> Task[tuple[np.ndarray, np.ndarray, bool]]:
     """Reads hidden states of built-in text of many kinds.
 
@@ -80,7 +85,7 @@ def builtin_states(
         location: Its head.
         positions: The most states to read.
         seconds: The time limit of the model's work.
-        read_tokens: Tokens of windows that are read together; 1 reads each by itself.
+        step_seconds: About how long the model works at once.
 
     Returns:
         Hidden states (N, D) float32, the tokens after them (N,) int64, and whether the time limit
@@ -94,7 +99,7 @@ def builtin_states(
         [beginning + window for window in windows],
         "Reading built-in text",
         seconds=seconds,
-        read_tokens=read_tokens,
+        step_seconds=step_seconds,
     )
     states = []
     next_ids = []
@@ -113,7 +118,7 @@ def read_windows(
     stage: str = "Reading",
     *,
     seconds: float = math.inf,
-    read_tokens: int = READ_TOKENS,
+    step_seconds: float = math.inf,
 ) -> Task[list[np.ndarray]]:
     """Reads the hidden states of windows, several windows at once.
 
@@ -123,7 +128,8 @@ def read_windows(
         windows: Windows of n tokens each.
         stage: The name of this work.
         seconds: The time of the model's work after which no more windows are read.
-        read_tokens: Tokens of windows that are read together; 1 reads each by itself.
+        step_seconds: About how long the model works at once: less than a window if need be, but
+            for models of mlx-vlm.
 
     Returns:
         For each window its states (n - 1, D) float32, or (0, 0) if it was not read.
@@ -133,24 +139,35 @@ def read_windows(
     total = sum(len(tokens) for tokens in inputs)
     read = 0
     spent = 0.0
-    n_windows = max(1, read_tokens // max(map(len, inputs), default=1))
-    for first in range(0, len(windows), n_windows):
-        if read and spent >= seconds:
-            break
-        batch = inputs[first : first + n_windows]
-        length = max(map(len, batch))
+    n_together: float = READ_TOKENS if step_seconds == math.inf else MIN_STEP
+    longest = max(map(len, inputs), default=1)
+    waiting = list(range(len(windows)))
+    while waiting and (not read or spent < seconds):
+        n_windows = max(1, int(n_together // longest))
+        batch = waiting[:n_windows]
+        waiting = waiting[n_windows:]
+        length = max(len(inputs[i]) for i in batch)
         # shorter ones are padded at the end, where no state looks
-        tokens = mx.array([window + [0] * (length - len(window)) for window in batch])
-        began = monotonic()
-        with numpy_products(model, location.module), recorded_hidden(location) as recorded:
-            forward(model, tokens)
-            # only the states are evaluated, and the windows' logits are never computed
-            found = np.array(recorded[-1].astype(mx.float32))
-        spent += monotonic() - began
-        for i, window in enumerate(batch):
-            states[first + i] = found[i, : len(window)]
-        read += sum(map(len, batch))
-        yield Progress(stage, read, total, "token")
+        tokens = mx.array([inputs[i] + [0] * (length - len(inputs[i])) for i in batch])
+        n_parts = 1 if is_vlm(model) else math.ceil(tokens.size / n_together)
+        cache = make_prompt_cache(model) if n_parts > 1 else None
+        size = math.ceil(length / n_parts)
+        parts = []
+        for start in range(0, length, size):
+            part = slice(start, start + size)
+            began = monotonic()
+            with numpy_products(model, location.module), recorded_hidden(location) as recorded:
+                forward(model, tokens[:, part], cache)
+                # only the states are evaluated, and the windows' logits are never computed
+                parts.append(np.array(recorded[-1].astype(mx.float32)))
+            took = max(monotonic() - began, 1e-6)
+            spent += took
+            fitting = (tokens[:, part].size + WEIGHTS_TOKENS) * step_seconds / took - WEIGHTS_TOKENS
+            n_together = min(READ_TOKENS, max(MIN_STEP, fitting))
+            read += sum(len(inputs[i][part]) for i in batch)
+            yield Progress(stage, read, total, "token")
+        for i, window_states in zip(batch, np.concatenate(parts, axis=1), strict=True):
+            states[i] = window_states[: len(inputs[i])]
     return states
 
 

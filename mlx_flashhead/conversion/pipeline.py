@@ -74,7 +74,9 @@ def convert_model(options: ConvertOptions, say: Callable[[str], None] | None) ->
         recipe = make_recipe(options, prepared.base.origin, prepared.name)
         model = prepared.model
         mx.eval(model.parameters())
-        task = model_index(model, prepared.tokenizer, prepared.location, options)
+        task = model_index(
+            model, prepared.tokenizer, prepared.location, options, original=prepared.original
+        )
         index = run_task(task, progress=progress)
         say("\n".join(report_lines(index.config)))
         say(f"Writing {target}")

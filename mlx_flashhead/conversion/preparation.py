@@ -13,12 +13,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..common.repositories import full_name
+from ..head.matrix import Matrix
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
 from ..models.loading import load_dense
 from ..models.locate import HeadLocation, check_plain_product, find_head
-from ..publishing.card import Provenance, find_provenance
-from ..publishing.licence import check_licence
+from ..publishing.card import Provenance, card_metadata, find_provenance
+from ..publishing.licence import check_licence, licence_files
 from ..publishing.publish import reserve, sign_in
 from .build import index_nbytes
 from .options import ConvertOptions
@@ -37,6 +38,7 @@ class Preparation(NamedTuple):
     tokenizer: Any
     config: dict[str, Any]
     location: HeadLocation
+    original: Matrix | None  # the head's rows before they were quantized, if weights are written
 
 
 def prepare(
@@ -73,7 +75,13 @@ def prepare(
     check_apart(source, target)
     base = find_provenance(options.hf_path, source, options.base_model, options.license)
     if options.uploads:
-        check_licence(base.metadata, base.origin.known_as)
+        check_licence(
+            card_metadata(base),
+            [*base.files, *licence_files(target)],
+            repo_id,
+            model=base.origin.known_as,
+            where=f"{target}, made without `upload`",
+        )
     say(f"Loading {options.hf_path}")
     model, tokenizer, config = load_dense(
         source,
@@ -86,14 +94,15 @@ def prepare(
     rows = location.rows()
     options.check_size(rows.n_rows)
     nbytes = index_nbytes(rows)
+    original = None
     label = None
     if not options.index_only:
         if options.fine_head:
             _give_fine_head(config, location, source, options, say, progress=progress)
         set_dtype(model, config, source, options)
         location = _located_again(location, model)
-        bits = head_bits(location.rows(), options)
-        if location.tied and bits is not None:
+        original = location.rows()
+        if location.tied and (bits := head_bits(original, options)) is not None:
             say(f"The head is tied to the embedding: both get {bits} bits.")
         model, config = set_bits(model, config, location, options)
         location = _located_again(location, model)
@@ -101,11 +110,11 @@ def prepare(
         weights: Any = tree_flatten(model.parameters())
         nbytes += sum(array.nbytes for _, array in weights)
     check_space(target, folder, nbytes)
-    name = base.origin.result_name(label)
+    name = base.origin.result_name(label, base.licence.prefix if base.licence else "")
     if options.uploads:
         repo_id = repo_id or full_name(name, user)
         reserve(repo_id, user, options.private)
-    return Preparation(source, base, name, repo_id, model, tokenizer, config, location)
+    return Preparation(source, base, name, repo_id, model, tokenizer, config, location, original)
 
 
 def _give_fine_head(

@@ -120,16 +120,22 @@ def lower_bound(share: float, n: int) -> float:
     return float((share + square / 2 - error) / (1 + square))
 
 
-def choose_verified(measured: PositionMeasures, nbytes: StepBytes) -> int:
-    """The number of probes with the fewest expected bytes, if proposals are rejected as measured.
+def expected_bytes(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) -> float:
+    """Bytes per token of verified decoding, if proposals are rejected as often as measured.
 
     Args:
         measured: The measures, by number of probes.
+        n_probes: One of the measured numbers of probes.
         nbytes: What a step reads.
     """
-    rejected = measured.rejected_shares().mean(axis=0).tolist()
-    shares = dict(zip(measured.probe_counts, rejected, strict=True))
-    return min(shares, key=lambda n: nbytes.verified(n, shares[n]))
+    rejected = measured.rejected_shares().mean(axis=0)
+    shares = dict(zip(measured.probe_counts, rejected.tolist(), strict=True))
+    return nbytes.verified(n_probes, shares[n_probes])
+
+
+def choose_verified(measured: PositionMeasures, nbytes: StepBytes) -> int:
+    """The measured number of probes with the fewest expected bytes."""
+    return min(measured.probe_counts, key=lambda n: expected_bytes(measured, n, nbytes))
 
 
 def verification_settings(measured: PositionMeasures, n_probes: int) -> Verification:

@@ -1,15 +1,25 @@
 """The report of a conversion: figures that are stored with the index, and their tables."""
 
+import timeit
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from ..common.tables import percent
+from ..common.tables import megabytes, percent
+from ..head.matrix import AFFINE, Matrix, affine_group
 from ..index.settings import FlashHeadConfig
+from . import Progress, Task
 from .measures import PositionMeasures
-from .probes import StepBytes
+from .probes import StepBytes, expected_bytes
 
 SHOWN_MULTIPLES = tuple(2 ** (step / 2) for step in range(-4, 4))  # of the chosen probes
+COMPARED_BITS = 4  # what other conversions give the head
+COMPARED_POSITIONS = 512
+COMPARED_AT_ONCE = 32
 
 
 def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) -> dict[str, Any]:
@@ -59,6 +69,76 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
+def compare_bits(
+    measured: PositionMeasures,
+    n_probes: int,
+    nbytes: StepBytes,
+    original: Matrix,
+    rows: Matrix,
+    states: np.ndarray,
+    next_ids: np.ndarray,
+) -> Task[dict[str, Any]]:
+    """Compares a head at 4 bits and as it is converted with the original one.
+
+    Args:
+        measured: The measures, by number of probes.
+        n_probes: The chosen number of probes.
+        nbytes: What a step reads with ``rows``.
+        original: The unquantized rows (V, D).
+        rows: The converted rows (V, D).
+        states: The held-out states (N, D) float32, some of which are compared.
+        next_ids: The tokens after them (N,).
+
+    Returns:
+        The figures, JSON-ready: a row for each number of bits.
+    """
+    group = rows.group_size if rows.mode == AFFINE else affine_group(original.hidden_size)
+    heads = {rows.bits: rows, 8 * original.weight.dtype.size: original}
+    if COMPARED_BITS not in heads and group:
+        heads[COMPARED_BITS] = original.quantize(bits=COMPARED_BITS, group_size=group)
+    n_compared = min(len(states), COMPARED_POSITIONS)
+    chosen = np.linspace(0, len(states) - 1, n_compared).astype(int)
+    totals = {bits: np.zeros(3) for bits in heads}
+    for start in range(0, len(chosen), COMPARED_AT_ONCE):
+        part = chosen[start : start + COMPARED_AT_ONCE]
+        hidden = mx.array(states[part])
+        truth = mx.array(next_ids[part])[:, None]
+        expected = nn.log_softmax(original.matmul(hidden).astype(mx.float32))
+        for bits, head in heads.items():
+            actual = nn.log_softmax(head.matmul(hidden).astype(mx.float32))
+            kl = (mx.exp(expected) * (expected - actual)).sum()
+            same = (actual.argmax(axis=-1) == expected.argmax(axis=-1)).sum()
+            loss = -mx.take_along_axis(actual, truth, axis=-1).sum()
+            totals[bits] += [kl.item(), same.item(), loss.item()]
+        yield Progress("Comparing bits", start + len(part), len(chosen), "position")
+    hidden = mx.array(states[:1]).astype(original.weight.dtype)
+    table = []
+    for bits, head in sorted(heads.items()):
+        kl, same, loss = (totals[bits] / len(chosen)).tolist()
+        milliseconds = _product_milliseconds(head, hidden)
+        probe = nbytes.probe * head.nbytes / nbytes.dense
+        read_bytes = replace(nbytes, probe=probe, dense=head.nbytes)
+        read = expected_bytes(measured, n_probes, read_bytes)
+        table.append(
+            {
+                "bits": bits,
+                "kl": max(kl, 0.0),
+                "agreement": same,
+                "perplexity": float(np.exp(loss)),
+                "bytes": head.nbytes,
+                "dense_ms": milliseconds,
+                "flash_head_ms": milliseconds * (read - nbytes.body) / head.nbytes,
+            }
+        )
+    return {"positions": len(chosen), "rows": table}
+
+
+def _product_milliseconds(head: Matrix, hidden: mx.array) -> float:
+    """How long a product of the head's rows with a state (1, D) takes: the shortest of a few."""
+    seconds = timeit.repeat(lambda: mx.eval(head.matmul(hidden)), number=1, repeat=5)
+    return 1000 * min(seconds)
+
+
 def report_lines(config: FlashHeadConfig) -> list[str]:
     """The report as a table and the choice as a sentence; without a report, the choice alone.
 
@@ -82,6 +162,14 @@ def report_lines(config: FlashHeadConfig) -> list[str]:
             "positions: a build on a quiet machine, or with more `calibration_seconds`, is faster "
             "per token."
         )
+    if "head_bits" in report:
+        compared = report["head_bits"]
+        lines += _bits_table(compared["rows"])
+        lines += [
+            f"On {compared['positions']:,} of these positions, from the unquantized head; the time "
+            "per token of the dense",
+            "head as measured here, and with FlashHead as estimated from the bytes that are read.",
+        ]
     return lines
 
 
@@ -105,3 +193,15 @@ def _probes_table(config: FlashHeadConfig) -> list[str]:
 
 def _three_decimals(figure: float | None) -> str:
     return "–" if figure is None else f"{figure:.3f}"
+
+
+def _bits_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each number of bits, after the headings."""
+    lines = ["    head      KL  same best token  perplexity     memory     dense  FlashHead"]
+    for row in rows:
+        lines.append(
+            f"{row['bits']:>3} bits {row['kl']:>7.4f} {percent(row['agreement'], 1):>16} "
+            f"{row['perplexity']:>11.2f} {megabytes(row['bytes']):>10} "
+            f"{row['dense_ms']:>6.2f} ms {row['flash_head_ms']:>7.2f} ms"
+        )
+    return lines

@@ -23,7 +23,7 @@ from filelock import BaseFileLock, Timeout
 
 from ..common.command import sentence
 from ..conversion import Progress, Task, run_task
-from ..conversion.build import expected_seconds, model_index
+from ..conversion.build import STEP_SECONDS, expected_seconds, model_index
 from ..conversion.options import IndexOptions
 from ..conversion.recipe import make_recipe
 from ..decoding.policy import Tuning, policy_of
@@ -56,7 +56,7 @@ def build_steps(
     source: Path,
     options: HeadOptions,
     anew: bool = False,
-    beside_use: bool = False,
+    step_seconds: float = math.inf,
     drafted: Task[np.ndarray] | None = None,
 ) -> Task[StoredHead]:
     """Builds a FlashHead in short parts, or waits for another process that builds it.
@@ -70,7 +70,7 @@ def build_steps(
         source: Its folder, which names it.
         options: How the model gets its FlashHead.
         anew: Replace a FlashHead that there is, and take more time.
-        beside_use: Whether others use the model between two parts.
+        step_seconds: About how long the model works at once.
         drafted: Makes a drafter's states (N, D), which replace the states of a text.
 
     Returns:
@@ -90,7 +90,7 @@ def build_steps(
         how.check_size(rows.n_rows)
         origin = local_origin(source)
         duration = _duration(expected_seconds(rows, how))
-        when = " while the model is idle" if beside_use else ""
+        when = "" if step_seconds == math.inf else " while the model is idle"
         options.say(
             f"Building the FlashHead of {origin.known_as}{when}, which takes at most about "
             f"{duration}. It is kept in {place}."
@@ -106,7 +106,7 @@ def build_steps(
             location,
             how,
             drafted=drafted,
-            beside_use=beside_use,
+            step_seconds=step_seconds,
         )
         index = replace(index, config=replace(index.config, recipe=recipe))
         if index.config.calibration.get("cut_short"):
@@ -238,7 +238,7 @@ class BackgroundBuild:
             location,
             source=source,
             options=options,
-            beside_use=True,
+            step_seconds=STEP_SECONDS,
         )
         self._steps = self._all_steps(build)
 

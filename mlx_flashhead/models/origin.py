@@ -26,17 +26,31 @@ class Origin:
         """The name by which others can find it: its repository, if that is known."""
         return self.repo_id or self.name
 
-    def result_name(self, label: str | None = None) -> str:
+    def result_name(self, label: str | None = None, prefix: str = "") -> str:
         """The name of a conversion's result: ``<model>-FlashHead``, and a precision.
 
         Args:
             label: Of the precision, such as "4bit".
+            prefix: The word with which a licence asks names to begin.
         """
         # the Hub allows these characters, but neither "--" nor ".."
         name = re.sub(r"[^\w.]+|\.{2,}", "-", self.name, flags=re.ASCII).strip("-.") or "model"
         name = name.removesuffix(f"-{label}").removesuffix("-FlashHead")
+        if not begins_with(prefix, name):
+            name = name.removeprefix("Meta-")
+            name = name if begins_with(prefix, name) else f"{prefix}-{name}"
         ending = f"-FlashHead-{label}" if label else "-FlashHead"
         return name[: MAX_NAME - len(ending)].rstrip("-.") + ending
+
+
+def begins_with(prefix: str, name: str) -> bool:
+    """Whether a name begins with a licence's prefix; case and hyphens do not matter."""
+    return _letters(name).startswith(_letters(prefix))
+
+
+def _letters(text: str) -> str:
+    """The letters and digits of a text, in small letters."""
+    return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def local_origin(folder: Path) -> Origin:

@@ -7,12 +7,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 
+from ..common.repositories import redacted_logs
 from ..common.tables import percent
 from ..index.files import FILE_NAME, is_companion
 from ..index.settings import AGAIN, FlashHeadConfig
 from ..models.origin import Origin, is_repository, local_origin
 from .licence import (
     LICENCE_FILES,
+    Licence,
     as_list,
     changes_in,
     licence_files,
@@ -34,6 +36,11 @@ class Provenance:
     origin: Origin
     metadata: dict[str, Any]
     files: tuple[Path, ...]  # of its licence
+
+    @property
+    def licence(self) -> Licence | None:
+        """Its licence, if it has conditions."""
+        return recognise(self.metadata, self.files)
 
 
 def find_provenance(
@@ -80,7 +87,7 @@ def _base_models(metadata: dict[str, Any]) -> list[str]:
 
 def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None:
     """A folder with a repository's card and its licence; None if they cannot be downloaded."""
-    with suppress(Exception):  # the Hub's client raises many unrelated types
+    with suppress(Exception), redacted_logs():  # the Hub's client raises many unrelated types
         patterns = [CARD_FILE, *LICENCE_FILES]
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     return None
@@ -93,7 +100,8 @@ def card_metadata(base: Provenance, relation: str = "quantized") -> dict[str, An
         base: The model that it was made from.
         relation: What it is to that model: "quantized", or an "adapter" for a FlashHead alone.
     """
-    metadata = {key: base.metadata[key] for key in KEPT_METADATA if base.metadata.get(key)}
+    metadata: dict[str, Any] = {"license": base.licence.identifier if base.licence else None}
+    metadata |= {key: base.metadata[key] for key in KEPT_METADATA if base.metadata.get(key)}
     metadata |= {"library_name": "mlx", "pipeline_tag": "text-generation"}
     if base.origin.repo_id:
         metadata |= {"base_model": base.origin.repo_id, RELATION: relation}
@@ -153,7 +161,7 @@ def write_card(
             index_size=(folder / FILE_NAME).stat().st_size if is_companion(folder) else None,
             config=config,
             report=config.report,
-            licence=recognise(metadata),
+            licence=recognise(metadata, ()),
             licence_name=metadata.get("license_name") or metadata.get("license"),
             licence_link=link,
             changes=changes_in(folder),

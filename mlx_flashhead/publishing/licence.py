@@ -1,17 +1,23 @@
-"""Licences that put conditions on a derived model, by the names that cards give them.
+"""Licences that put conditions on a derived model.
+
+A base model's card names its licence, or else the texts beside the model do. Nothing is guessed.
 
 Source: the agreements, Llama's in meta-llama/llama-models (sections 1.b.i and 1.b.iii), Gemma's at
     ai.google.dev/gemma/terms (3.1).
 """
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..index.files import is_companion
+from ..models.origin import begins_with
 
 LICENCE_FILES = ("LICEN[CS]E*", "*_LICEN[CS]E*", "USE_POLICY*", "*TERMS*", "NOTICE*", "Notice*")
 NOTICE_FILE = "NOTICE.txt"
+_REST = r"meta|community|license|licence|agreement|[-_ ]"  # of a licence's name
 MODIFIED = (
     "Modified: converted to MLX's format with mlx_flashhead, which may have quantized the weights, "
     "and which adds flash_head.index and an entry in config.json."
@@ -26,56 +32,103 @@ DERIVED = (
 class Licence:
     """The conditions that a licence puts on a derived model."""
 
+    identifier: str  # the card's `license`
     name: str
     link: str
-    notice: str  # a sentence that a file beside the model, and its card, hold
-    asks: str  # what a person who publishes the model sees to
+    text: str  # a pattern that a copy of the text matches
+    notice: str  # a sentence that a file beside the model must hold
     attribution: str = ""  # a text that the card must show
+    prefix: str = ""  # of the model's name
 
 
 def _llama(version: str, attribution: str = "Built with Llama", prefix: str = "Llama") -> Licence:
     model = "Meta Llama 3" if version == "3" else f"Llama {version}"
     return Licence(
+        f"llama{version}",
         f"{model} Community License",
         f"https://www.llama.com/llama{version.replace('.', '_')}/license",
+        rf"llama {re.escape(version)} community license agreement",
         f"{model} is licensed under the {model} Community License, Copyright © Meta Platforms, "
         "Inc. All Rights Reserved.",
-        "a copy of its text beside the model"
-        + (f", and a name that begins with {prefix}" if prefix else ""),
         attribution,
+        prefix,
     )
 
 
-# By what a card has as `license`, or as `license_name`.
-LICENCES = {
-    "llama2": _llama("2", attribution="", prefix=""),
-    "llama3": _llama("3", attribution="Built with Meta Llama 3", prefix="Llama 3"),
-    "llama3.1": _llama("3.1"),
-    "llama3.2": _llama("3.2"),
-    "llama3.3": _llama("3.3"),
-    "llama4": _llama("4"),
-    "gemma": Licence(
-        "Gemma Terms of Use",
-        "https://ai.google.dev/gemma/terms",
-        "Gemma is provided under and subject to the Gemma Terms of Use found at "
-        "ai.google.dev/gemma/terms",
-        "a copy of its text beside the model",
-    ),
-}
+GEMMA = Licence(
+    "gemma",
+    "Gemma Terms of Use",
+    "https://ai.google.dev/gemma/terms",
+    r"gemma terms of use(?! found at)",
+    "Gemma is provided under and subject to the Gemma Terms of Use found at "
+    "ai.google.dev/gemma/terms",
+)
+LICENCES = (
+    _llama("2", attribution="", prefix=""),
+    _llama("3", attribution="Built with Meta Llama 3", prefix="Llama-3"),
+    _llama("3.1"),
+    _llama("3.2"),
+    _llama("3.3"),
+    _llama("4"),
+    GEMMA,
+)
 
 
-def recognise(metadata: dict[str, Any]) -> Licence | None:
-    """The licence that a card's header names, if it has conditions and is known."""
-    named = [*as_list(metadata.get("license")), metadata.get("license_name")]
-    return next((LICENCES[name] for name in named if name in LICENCES), None)
+def recognise(metadata: dict[str, Any], files: Iterable[Path]) -> Licence | None:
+    """The licence with conditions that a card names, or else the texts beside it.
+
+    Args:
+        metadata: The card's header.
+        files: The files of the licence.
+
+    Returns:
+        The licence; None if it is unknown or has no conditions.
+    """
+    entries = [*as_list(metadata.get("license")), metadata.get("license_name")]
+    identifiers = {re.sub(_REST, "", str(entry).lower()) for entry in entries if entry}
+    text = ""
+    if identifiers <= {"other", "unknown"}:
+        text = "\n".join(_beginning(file) for file in files)
+    for licence in LICENCES:
+        if licence.identifier in identifiers or re.search(licence.text, text):
+            return licence
+    return None
 
 
-def check_licence(metadata: dict[str, Any], model: str) -> None:
-    """Refuses to make a model public whose card's header names no licence, with a ValueError."""
-    if not metadata.get("license"):
+def check_licence(
+    metadata: dict[str, Any], files: Sequence[Path], repo_id: str | None, *, model: str, where: str
+) -> None:
+    """Refuses to make a model public against its licence.
+
+    Args:
+        metadata: The header of its card.
+        files: The files of its licence.
+        repo_id: The repository; None for a derived name, which is allowed.
+        model: The model, for messages.
+        where: The folder into which a missing text belongs, for messages.
+
+    Raises:
+        ValueError: If the licence is unknown, lacks its text, or forbids the name.
+    """
+    licence = recognise(metadata, files)
+    if licence is None:
+        if metadata.get("license"):
+            return
         raise ValueError(
             f"The licence of {model} is not known from its card: give it as `license`, such as "
             "apache-2.0."
+        )
+    owner, _, name = (repo_id or "").rpartition("/")
+    if repo_id and not begins_with(licence.prefix, name):
+        raise ValueError(
+            f"{repo_id} is not a name that the {licence.name} allows: it must begin with "
+            f"{licence.prefix}, so call it {owner}/{licence.prefix}-{name}, for example."
+        )
+    texts = [_beginning(file) for file in files if not file.name.lower().startswith("notice")]
+    if not any(re.search(licence.text, text) for text in texts):
+        raise ValueError(
+            f"The {licence.name} must be passed on with the model, but its text is missing: save "
+            f"{licence.link} as LICENSE.txt in {where}, then upload with mlx_flashhead.upload."
         )
 
 
@@ -99,17 +152,18 @@ def with_licence(metadata: dict[str, Any], license: str | None) -> dict[str, Any
 
 
 def write_notice(licence: Licence | None, folder: Path) -> None:
-    """Puts the licence's notice beside a model, unless it is there.
+    """Puts the licence's notice beside a model, unless a file there holds it.
 
     Args:
         licence: The licence, if it has conditions.
         folder: The model's folder.
     """
+    notices = folder.glob("[Nn][Oo][Tt][Ii][Cc][Ee]*")
+    if licence is None or any(licence.notice.lower() in _beginning(file) for file in notices):
+        return
     file = folder / NOTICE_FILE
-    text = file.read_text(encoding="utf-8").rstrip() + "\n\n" if file.exists() else ""
-    if licence is not None and licence.notice not in text:
-        notice = f"{text}{licence.notice}\n\n{changes_in(folder)}\n"
-        file.write_text(notice, encoding="utf-8")
+    already = file.read_text(encoding="utf-8").rstrip() + "\n\n" if file.exists() else ""
+    file.write_text(f"{already}{licence.notice}\n\n{changes_in(folder)}\n", encoding="utf-8")
 
 
 def changes_in(folder: Path) -> str:
@@ -128,3 +182,9 @@ def as_list(entry: Any) -> list[Any]:
     if isinstance(entry, list | tuple):
         return list(entry)
     return [] if entry is None else [entry]
+
+
+def _beginning(file: Path) -> str:
+    """The first 20,000 characters of a text, in small letters."""
+    with file.open(encoding="utf-8", errors="replace") as opened:
+        return opened.read(20_000).lower()

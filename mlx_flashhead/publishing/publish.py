@@ -12,11 +12,11 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 
 from ..common.command import printable
-from ..common.repositories import full_name
+from ..common.repositories import full_name, redacted_logs
 from ..index.files import is_companion, read_index
 from ..index.settings import FlashHeadConfig
 from ..models.fetch import reason
-from ..models.origin import is_repository
+from ..models.origin import begins_with, is_repository
 from .card import (
     CARD_FILE,
     Provenance,
@@ -49,7 +49,7 @@ def add_documents(
     """
     for file in [*licence_files(target), *base.files]:
         shutil.copy(file, folder)
-    write_notice(recognise(base.metadata), folder)
+    write_notice(base.licence, folder)
     write_card(
         folder,
         card_metadata(base, relation),
@@ -94,19 +94,23 @@ def publish(
         base = find_provenance(str(folder), folder, named, license)
         metadata = card_metadata(base, "adapter" if is_companion(folder) else "quantized")
         texts = [file for file in base.files if file.parent != folder]
+    files = [*licence_files(folder), *texts]
+    licence = recognise(metadata, files)
     user = sign_in()
-    repo_id = full_name(repo or config.recipe.get("name", folder.name), user)
-    check_licence(metadata, str(folder))
+    name = repo or config.recipe.get("name", folder.name)
+    if licence is not None:
+        metadata = {"license": licence.identifier} | metadata
+        if repo is None and not begins_with(licence.prefix, name):
+            name = f"{licence.prefix}-{name}"
+    repo_id = full_name(name, user)
+    check_licence(metadata, files, repo_id, model=str(folder), where=str(folder))
     address = reserve(repo_id, user, private)
     own_text = text_below_marker(card) or _published_text(repo_id)
     for file in texts:
         shutil.copy(file, folder)
-    licence = recognise(metadata)
     write_notice(licence, folder)
     title = repo_id.rpartition("/")[2]
     write_card(folder, metadata, config, title=title, model=repo_id, own_text=own_text)
-    if licence is not None:
-        say(f"The {licence.name} ({licence.link}) asks for {licence.asks}.")
     say(f"Uploading {folder} to {repo_id}")
     _upload(folder, repo_id)
     return address
@@ -195,7 +199,8 @@ def _client(denial: str = "", failed: str = "", unreachable: str = "") -> Iterat
     Each sentence may have the reason, as %s.
     """
     try:
-        yield HfApi()
+        with redacted_logs():
+            yield HfApi()
     except Exception as error:  # the Hub's client raises many unrelated types
         offline = isinstance(error, OfflineModeIsEnabled)
         remedy = "unset HF_HUB_OFFLINE" if offline else "check the network and try again"

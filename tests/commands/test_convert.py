@@ -1,6 +1,7 @@
 """``convert``: what it prints, mlx-lm's flags, and its errors."""
 
 import json
+import re
 
 import mlx.core as mx
 import mlx_lm
@@ -48,7 +49,7 @@ def test_every_option_has_a_flag_with_the_default_of_python():
     )  # fmt: skip
 
 
-def test_a_quantized_model_has_a_head_of_8_bits(run, dense, tmp_path):
+def test_a_quantized_model_has_a_head_of_8_bits_and_what_4_would_cost_is_said(run, dense, tmp_path):
     target = tmp_path / "model"
     words = (
         "convert",
@@ -60,13 +61,17 @@ def test_a_quantized_model_has_a_head_of_8_bits(run, dense, tmp_path):
         "--calibration-positions",
         150,
     )
-    code, _, _ = run(*words)
-    assert code == 0
+    code, output, _ = run(*words)
+    assert code == 0 and re.search(r"^  8 bits.* ms", output, re.MULTILINE)
     entry = json.loads((target / "config.json").read_text())
-    head = mlx_flashhead.get_flash_head(mlx_flashhead.load(str(target))[0])
-    assert (entry["quantization"]["bits"], head.clustered.rows.bits) == (4, 8)
-    code, _, _ = run(*words, "--head-bits", 16, "--overwrite")
-    assert code == 0
+    rows = entry[CONFIG_KEY]["report"]["head_bits"]["rows"]
+    four, eight, floats = rows
+    assert entry["quantization"]["bits"] == 4 and [row["bits"] for row in rows] == [4, 8, 32]
+    assert floats["kl"] < eight["kl"] < four["kl"] and floats["agreement"] == 1
+    assert four["bytes"] < eight["bytes"] < floats["bytes"]
+    assert f"| 8 bits | {eight['kl']:.4f} |" in (target / "README.md").read_text()
+    code, output, _ = run(*words, "--head-bits", 16, "--overwrite")
+    assert code == 0 and "bits" not in output
     head = mlx_flashhead.get_flash_head(mlx_flashhead.load(str(target))[0])
     assert not head.clustered.rows.quantized
 

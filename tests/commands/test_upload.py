@@ -8,6 +8,7 @@ from mlx_flashhead.index.files import FILE_NAME
 from model_folders import VOCAB_SIZE, contents, write_model
 
 LLAMA = "---\nlicense: llama3.2\n---\n"
+TEXT = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n"
 
 
 @pytest.fixture(autouse=True)
@@ -46,24 +47,18 @@ def test_convert_uploads(run, hub, dense, tmp_path, flags, repo_id):
 
 
 def test_what_is_refused_is_refused_before_the_conversion(refused, hub, dense, tmp_path):
+    source = write_model(tmp_path / "My-Tune")
     target = tmp_path / "new"
     flags = ("--upload", "--cluster-size", VOCAB_SIZE + 1)
     assert "--cluster-size is" in refused(*convert(dense, target, *flags))
-    assert hub.repositories == {} and not target.exists()
-
-
-def test_what_a_licence_asks_for_is_said(run, hub, tmp_path):
-    source = write_model(tmp_path / "My-Tune")
-    target = tmp_path / "new"
     (source / "README.md").write_text(LLAMA)
-    code, output, errors = run(*convert(source, target, "--upload"))
-    assert code == 0, errors
-    for said in (
-        "The Llama 3.2 Community License (https://www.llama.com/llama3_2/license) asks for a copy",
-        "beside the model, and a name that begins with Llama.\n",
-    ):
-        assert said in output
-    assert b"Llama 3.2 is licensed under" in hub.files("me/My-Tune-FlashHead-fp32")["NOTICE.txt"]
+    said = refused(*convert(source, target, "--upload"))
+    assert "its text is missing: save https://www.llama.com" in said
+    assert f"LICENSE.txt in {target}, made without --upload" in said
+    (source / "LICENSE.txt").write_text(TEXT)
+    said = refused(*convert(source, target, "--upload", "me/My-Tune"))
+    assert "must begin with Llama, so call it me/Llama-My-Tune" in said
+    assert hub.repositories == {} and not target.exists()
 
 
 def test_gemma_with_its_terms_put_there_by_hand(run, refused, hub, tmp_path):
@@ -73,12 +68,13 @@ def test_gemma_with_its_terms_put_there_by_hand(run, refused, hub, tmp_path):
     upload = ("upload", "--path", target, "--repo", "me/tuned")
     said = refused(*upload)
     assert "is not known" in said and "--license, such as apache-2.0" in said
+    said = refused(*upload, "--license", "gemma")
+    assert f"save https://ai.google.dev/gemma/terms as LICENSE.txt in {target}" in said
     (target / "LICENSE.txt").write_text("Gemma Terms of Use\n")
     assert run(*upload, "--license", "gemma")[0] == 0
     assert b"Gemma is provided under" in hub.files("me/tuned")["NOTICE.txt"]
     # and it stays where the checkpoint is made anew
-    again = ("--upload", "me/again", "--overwrite", "--license", "gemma")
-    assert run(*convert(source, target, *again))[0] == 0
+    assert run(*convert(source, target, "--upload", "me/again", "--overwrite"))[0] == 0
     assert hub.files("me/again")["LICENSE.txt"] == b"Gemma Terms of Use\n"
 
 

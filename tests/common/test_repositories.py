@@ -1,8 +1,10 @@
-"""Secrets do not appear in messages."""
+"""Secrets do not appear in messages and logs."""
+
+import logging
 
 import pytest
 
-from mlx_flashhead.common.repositories import redact
+from mlx_flashhead.common.repositories import redact, redacted_logs
 
 TOKEN = "hf_" + "abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
@@ -29,3 +31,16 @@ def test_redact(text, expected):
 def test_what_is_no_secret_stays():
     text = "hf_transfer is missing, see https://huggingface.co/a/b"
     assert redact(text) == text
+
+
+def test_logs_of_the_client_are_redacted(caplog):
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    with redacted_logs():
+        try:
+            raise ValueError("my-own-secret")
+        except ValueError:
+            logger.warning("%s was sent", "my-own-secret", exc_info=True)
+    assert "my-own-secret" not in caplog.text
+    assert "… was sent" in caplog.text
+    logger.warning("%s again", "my-own-secret")
+    assert "my-own-secret again" in caplog.text

@@ -10,7 +10,6 @@ import pytest
 
 from mlx_flashhead.conversion import build, probes, run_task
 from mlx_flashhead.conversion.build import build_index, expected_seconds, model_index
-from mlx_flashhead.conversion.builtin_text import BUILTIN_WINDOW
 from mlx_flashhead.conversion.centroids import fit_centroids
 from mlx_flashhead.conversion.clusters import cluster_rows
 from mlx_flashhead.conversion.covariance import logit_metric
@@ -49,7 +48,7 @@ def test_between_the_steps_the_model_is_as_it_was_and_the_index_is_the_same(load
     indexes = []
 
     def steps():
-        indexes.append((yield from model_index(*loaded, OPTIONS, beside_use=True)))
+        indexes.append((yield from model_index(*loaded, OPTIONS, step_seconds=0.0)))
 
     for step in steps():
         if step.stage not in stages:
@@ -63,7 +62,7 @@ def test_between_the_steps_the_model_is_as_it_was_and_the_index_is_the_same(load
             sizes.append(step.done)
         assert 0 <= step.done <= step.total
     assert stages == STAGES
-    assert np.diff([0, *sizes]).max() <= BUILTIN_WINDOW + 1
+    assert np.diff([0, *sizes]).max() <= 16
     assert mx.array_equal(mx.random.state[0], key)
     at_once = run_task(model_index(*loaded, OPTIONS)).config
     assert indexes[0].config.n_clusters == at_once.n_clusters
@@ -200,6 +199,31 @@ def test_settings_are_recorded():
     assert config.fingerprint == rows.fingerprint
     assert (config.centroid_bits, config.centroid_group_size) == (4, 64)
     assert json.loads(json.dumps(config.to_dict(), allow_nan=False)) == config.to_dict()
+
+
+def test_the_head_is_compared_with_the_one_before_its_quantization():
+    original, states, next_ids = make_case()
+    rows = original.quantize(bits=8, group_size=64)
+    config = run_task(build_index(rows, IndexOptions(), states, next_ids, original=original)).config
+    compared = config.report["head_bits"]
+    assert compared["positions"] == HELD_OUT
+
+    def log_probabilities(matrix):
+        return log_softmax(np.array(matrix.matmul(mx.array(states[-HELD_OUT:])), np.float64))
+
+    expected = log_probabilities(original)
+    truth = next_ids[-HELD_OUT:, None]
+    heads = {4: original.quantize(bits=4, group_size=64), 8: rows, 32: original}
+    for row, (bits, head) in zip(compared["rows"], heads.items(), strict=True):
+        found = log_probabilities(head)
+        kl = (np.exp(expected) * (expected - found)).sum(axis=1).mean()
+        loss = -np.take_along_axis(found, truth, axis=1).mean()
+        assert (row["bits"], row["bytes"]) == (bits, head.nbytes)
+        assert row["kl"] == pytest.approx(kl, abs=1e-4)
+        assert row["perplexity"] == pytest.approx(np.exp(loss), rel=1e-3)
+        assert row["agreement"] == (found.argmax(1) == expected.argmax(1)).mean()
+        assert row["flash_head_ms"] > 0
+        assert row["dense_ms"] > 0
 
 
 @pytest.mark.parametrize(

@@ -68,22 +68,39 @@ def test_text_states_enter_the_head(begins, arch, tmp_path, monkeypatch):
     np.testing.assert_allclose(few, states[:5], atol=2e-4)
 
 
-def test_windows_read_by_themselves_have_the_same_states(loaded):
+@pytest.mark.parametrize(
+    ("milliseconds", "sizes"), [(2.0, [14, 14, 12, 15, 15, 15, 15]), (1.25, [14, 14, 12, 30, 30])]
+)
+def test_a_step_reads_what_its_time_allows(loaded, milliseconds, sizes, monkeypatch):
+    """Windows of 40 and 60 tokens in steps of 0.1 s, the first of 16 tokens or fewer, as if a token
+    took so many milliseconds. Each part of a window sees what came before it."""
     model = tiny_model("gemma3_text", vocab_size=VOCAB_SIZE)
+    location = find_head(model)
+    now = 0.0
+
+    def slow_forward(model, tokens, cache, forward=calibration.forward):
+        nonlocal now
+        now += (tokens.size + calibration.WEIGHTS_TOKENS) * milliseconds / 1000
+        return forward(model, tokens, cache)
+
     token_ids = loaded[1].encode(TEXT)
     windows = [token_ids[:41], token_ids[41:102]]
-    read = partial(calibration.read_windows, model, find_head(model), windows)
+    read = partial(calibration.read_windows, model, location, windows)
+    whole = run_task(read())
+    monkeypatch.setattr(calibration, "forward", slow_forward)
+    monkeypatch.setattr(calibration, "monotonic", lambda: now)
     found = []
 
     def recorded():
-        found.extend((yield from read(read_tokens=1)))
+        found.extend((yield from read(step_seconds=0.1)))
 
-    assert [step.done for step in recorded()] == [40, 100]
-    for one, other in zip(found, run_task(read()), strict=True):
+    done = [step.done for step in recorded()]
+    assert np.diff([0, *done]).tolist() == sizes
+    for one, other in zip(found, whole, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)
 
 
-def test_builtin_states_are_those_of_their_windows(loaded):
+def test_builtin_states_are_those_of_their_windows(loaded, monkeypatch):
     """Without the first tokens of each window, and without windows after the time limit."""
     arguments = (*loaded, find_head(loaded[0]))
     (model, tokenizer) = loaded
@@ -95,7 +112,8 @@ def test_builtin_states_are_those_of_their_windows(loaded):
     expected = np.concatenate([hidden_of(model, window[:-1])[CONTEXT:] for window in windows])
     np.testing.assert_allclose(states, expected, atol=2e-4)
     assert next_ids.tolist() == [token for window in windows for token in window[CONTEXT + 1 :]]
-    few = calibration.builtin_states(*arguments, positions=4000, seconds=1e-9, read_tokens=700)
+    monkeypatch.setattr(calibration, "READ_TOKENS", 700)
+    few = calibration.builtin_states(*arguments, positions=4000, seconds=1e-9)
     states, next_ids, cut_short = run_task(few)
     assert 0 < len(states) == len(next_ids) < 1000
     assert cut_short

@@ -12,7 +12,7 @@ from mlx_flashhead.models.origin import Origin
 from mlx_flashhead.publishing import card as cards
 from mlx_flashhead.publishing import licence as licences
 
-LLAMA = licences.LICENCES["llama3.2"]
+LLAMA = next(licence for licence in licences.LICENCES if licence.identifier == "llama3.2")
 METADATA = {
     "license": "llama3.2",
     "language": ["en"],
@@ -100,15 +100,57 @@ def test_other_licences(tmp_path):
         assert "Built with" not in card
 
 
+TEXTS = {
+    "llama3.2": "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n\nLlama 3.2 Version Release Date: …",
+    "llama3": "META LLAMA 3 COMMUNITY LICENSE AGREEMENT\n",
+    "gemma": "# Gemma Terms of Use\n\nLast modified: …",
+}
+
+
 def test_recognise():
     for expected, metadata in (
         ("llama3.1", {"license": ["llama3.1"]}),
         ("gemma", {"license": "gemma"}),
-        ("llama3.3", {"license": "other", "license_name": "llama3.3"}),
+        ("llama3.3", {"license": "other", "license_name": "llama-3.3-community-license"}),
+        ("llama3", {"license": "other", "license_name": "meta-llama-3-community"}),
         (None, {"license": "other", "license_name": "qwen"}),
         (None, {"base_model": "meta-llama/Llama-3.2-1B"}),  # nothing is guessed
     ):
-        assert licences.recognise(metadata) == licences.LICENCES.get(expected), metadata
+        found = licences.recognise(metadata, [])
+        assert (found and found.identifier) == expected, metadata
+
+
+def checked(folder, identifier, repo_id=None):
+    files = licences.licence_files(folder)
+    licences.check_licence({"license": identifier}, files, repo_id, model="m", where=str(folder))
+
+
+def test_a_name_begins_as_the_licence_asks(tmp_path):
+    for licence, name, suggested in (
+        ("llama3.2", "llama-tuned", None),
+        ("llama3.2", "tuned-Llama", "Llama-tuned-Llama"),
+        ("llama3", "llama3-8B", None),
+        ("llama3", "Llama-8B", "Llama-3-Llama-8B"),
+        ("gemma", "anything", None),
+    ):
+        (tmp_path / "LICENSE.txt").write_text(TEXTS[licence])
+        if suggested is not None:
+            with pytest.raises(ValueError, match=rf"^me/{name} is not .* call it me/{suggested}, "):
+                checked(tmp_path, licence, f"me/{name}")
+        checked(tmp_path, licence, f"me/{suggested or name}")
+
+
+def test_a_copy_of_the_text_is_needed(tmp_path):
+    missing = rf"missing: save https://www.llama.com/llama3_2/license as .* in {tmp_path}"
+    # the notice names the licence, but is no copy of it; nor is another licence's text
+    licences.write_notice(LLAMA, tmp_path)
+    for other in ("", TEXTS["llama3"]):
+        (tmp_path / "LICENSE.txt").write_text(other)
+        with pytest.raises(ValueError, match=missing):
+            checked(tmp_path, "llama3.2")
+    (tmp_path / "LICENSE.txt").write_text(TEXTS["llama3.2"])
+    checked(tmp_path, "llama3.2")
+    checked(tmp_path, "mit")
 
 
 def test_notice(tmp_path):
@@ -117,9 +159,10 @@ def test_notice(tmp_path):
     text = (tmp_path / "NOTICE.txt").read_text()
     assert text == f"The base model's own.\n\n{LLAMA.notice}\n\n{licences.MODIFIED}\n"
     # one that is there is not written again
+    (tmp_path / "NOTICE.txt").rename(tmp_path / "Notice")
     licences.write_notice(LLAMA, tmp_path)
     licences.write_notice(None, tmp_path)
-    assert (tmp_path / "NOTICE.txt").read_text() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["Notice"]
 
 
 CARD = """---
@@ -182,11 +225,14 @@ def test_card_of_a_base_model_that_is_named(hub, tmp_path):
     assert (found["language"], found["base_model"]) == ("fr", "maker/Tuned")
 
 
-def test_cards_that_cannot_be_read_say_nothing(tmp_path):
-    card = make(tmp_path / "model") / "README.md"
+def test_licence_is_named_where_the_card_says_nothing(tmp_path):
+    folder = make(tmp_path / "model")
+    (folder / "LICENSE.txt").write_text(TEXTS["llama3.2"])
     for text in (b"", b"no header", b"---\n: [\n---\n", b"---\n- a list\n---\n", b"\xff"):
-        card.write_bytes(text)
-        assert cards.read_metadata(card) == {}
+        (folder / "README.md").write_bytes(text)
+        assert cards.read_metadata(folder / "README.md") == {}
+        base = cards.find_provenance("x", folder)
+        assert base.licence.identifier == cards.card_metadata(base)["license"] == "llama3.2"
 
 
 def test_card_and_licence_are_fetched_beside_the_model(hub, tmp_path):

@@ -1,6 +1,7 @@
 """Publishing over loopback: `huggingface_hub` itself talks to a small Hub of the tests."""
 
 import hashlib
+import logging
 import shutil
 import time
 
@@ -15,6 +16,7 @@ from mlx_flashhead.conversion.pipeline import convert
 from mlx_flashhead.index.files import FILE_NAME
 from mlx_flashhead.models.install import get_flash_head
 from mlx_flashhead.models.origin import Origin
+from mlx_flashhead.publishing.licence import recognise
 from mlx_flashhead.publishing.publish import publish
 from model_folders import contents, write_model
 
@@ -27,9 +29,12 @@ def converted(converted, tmp_path):
     return shutil.copytree(converted, tmp_path / "converted")
 
 
-def test_interrupted_upload_continues_with_what_is_missing(hub, dense, tmp_path, monkeypatch):
-    """The checkpoint is kept, and signed addresses stay out of the error."""
+def test_interrupted_upload_continues_with_what_is_missing(
+    hub, dense, tmp_path, caplog, monkeypatch
+):
+    """The checkpoint is kept, and signed addresses stay out of the log."""
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between the client's attempts
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
     new = tmp_path / "new"
     hub.down_after = (dense / "model.safetensors").stat().st_size // 2
     with pytest.raises(ValueError, match=r"could not be uploaded .* is kept in") as caught:
@@ -38,7 +43,8 @@ def test_interrupted_upload_continues_with_what_is_missing(hub, dense, tmp_path,
     kept = contents(new)
     assert f"mlx_flashhead.upload --path {new} --repo me/tiny" in said
     assert "\n" not in said
-    assert not any(secret in said for secret in ("Signature", TOKEN))
+    assert "thrown while requesting PUT" in caplog.text
+    assert not any(secret in caplog.text + said for secret in ("Signature", TOKEN))
     assert len(hub.repositories["me/tiny"].commits) == 1  # nothing half
     assert get_flash_head(mlx_flashhead.load(str(new))[0]).n_probes == 4
     hub.revive()
@@ -175,15 +181,17 @@ def test_the_hub_is_asked_before_the_long_work_and_after_it(hub, dense, tmp_path
 
 
 @pytest.mark.parametrize(
-    "name, expected",
+    "name, licence, expected",
     [
-        ("my  model--v1..2", "my-model-v1-2-FlashHead-fp32"),
-        ("ß", "model-FlashHead-fp32"),
-        ("Tiny-FlashHead-fp32", "Tiny-FlashHead-fp32"),
-        ("a" * 80 + "-b", "a" * 80 + "-FlashHead-fp32"),
+        ("my  model--v1..2", "mit", "my-model-v1-2-FlashHead-fp32"),
+        ("ß", "mit", "model-FlashHead-fp32"),
+        ("Tiny-FlashHead-fp32", "mit", "Tiny-FlashHead-fp32"),
+        ("a" * 80 + "-b", "mit", "a" * 80 + "-FlashHead-fp32"),
+        ("Meta-Llama-3-8B", "llama3", "Llama-3-8B-FlashHead-fp32"),
     ],
 )
-def test_derived_names_are_names_that_the_hub_takes(name, expected):
-    found = Origin(name).result_name("fp32")
+def test_derived_names_are_names_that_the_hub_takes(name, licence, expected):
+    licence = recognise({"license": licence}, [])
+    found = Origin(name).result_name("fp32", licence.prefix if licence else "")
     assert found == expected
     validate_repo_id(f"me/{found}")
