@@ -53,7 +53,7 @@ def test_all_figures(monkeypatch):
 
     monkeypatch.setattr(WideSteps, "feed", noted)
     found = wide_figures(flash.model, PROMPT)
-    assert found["established"] == [2, 4, 8]
+    assert found["established"] == [2, 3, 4, 8]
     assert list(found["costs"]) == list(found["parts"]) == [2, 4, 8]
     assert list(found["texts"]) == ["greedy", "top-p", "penalty"]
     assert all(text["same"] for text in found["texts"].values())
