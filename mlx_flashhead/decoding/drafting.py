@@ -69,7 +69,8 @@ def drafted_steps(
     caches = prompt_cache
     if not caches:
         caches = compat.make_prompt_cache(model) + compat.make_prompt_cache(draft_model)
-    layers = caches[: len(model.layers)]
+    # some layers may have none, so that there are fewer than layers
+    layers = caches[: len(compat.make_prompt_cache(model))]
     functions = list(logits_processors or ())
     known = draw_of(sampler) is not None and Changes.of(functions) is not None
     known = known and are_known(layers)

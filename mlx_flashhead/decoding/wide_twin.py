@@ -124,10 +124,10 @@ class _ApartAttention(nn.Module):
 
 
 def _as_positions(value: Any, n_positions: int) -> Any:
-    """An attention's argument, as :class:`Positions` where (B, T, …) or (T, K) has positions."""
+    """An attention's argument, as :class:`Positions` if it is (…, T, K)."""
     if isinstance(value, mx.array):
-        axis = 1 if value.ndim > 2 else 0
-        if value.ndim > 1 and value.shape[axis] == n_positions:
+        axis = value.ndim - 2
+        if axis >= 0 and value.shape[axis] == n_positions:
             return Positions(mx.split(value, n_positions, axis=axis))
     return apart_stand_in(value)
 

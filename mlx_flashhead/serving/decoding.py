@@ -275,9 +275,9 @@ class Reading:
         if served.draft_model is None:
             served.model(tokens, cache=self.cache)
         else:
-            n_layers = len(served.model.layers)
-            served.model(tokens, cache=self.cache[:n_layers])
-            served.draft_model(tokens, cache=self.cache[n_layers:])
+            n_caches = len(make_prompt_cache(served.model))
+            served.model(tokens, cache=self.cache[:n_caches])
+            served.draft_model(tokens, cache=self.cache[n_caches:])
         mx.eval([layer.state for layer in self.cache])
 
 

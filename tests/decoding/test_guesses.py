@@ -297,6 +297,20 @@ def test_a_draft_model_changes_nothing(models, draft, i):
         assert mx.array_equal(target(mx.array([[77]]), cache=held)[0, -1], plain.after)
 
 
+def test_a_model_may_have_layers_without_caches(draft):
+    target = tiny_architecture("nemotron_h", tied=False)
+    cache = make_prompt_cache(target)
+    assert len(cache) < len(target.layers)
+    plain = text_of(generate_step, target, ("greedy", "none"), 9)
+    cache += make_prompt_cache(draft)
+    prompt = mx.array(PROMPT)
+    proposer = Proposer(target)
+    steps = drafted_steps(
+        prompt, target, draft, proposer=proposer, prompt_cache=cache, max_tokens=9
+    )
+    assert [token for token, *_ in steps] == plain.tokens and proposer.n_steps
+
+
 def test_a_draft_models_cache_serves_the_next_turn(draft):
     target = flash_of(tiny_model(num_hidden_layers=2)).model
     drafting = tiny_model(num_hidden_layers=1, seed=4)
