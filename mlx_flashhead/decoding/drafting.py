@@ -122,8 +122,10 @@ def drafted_steps(
         announce=announce,
         **options,
     )
-    yield from with_guesses(steps, proposer)
-    caches[: len(layers)] = layers  # which may have been quantized on the way
+    try:
+        yield from with_guesses(steps, proposer)
+    finally:
+        caches[: len(layers)] = layers  # which may have been quantized on the way
 
 
 def _by_mlx_lm(steps: Any, announce: Callable[[str], Any] | None) -> DraftedSteps:

@@ -142,7 +142,7 @@ class Text(NamedTuple):
         assert list(self.others) == list(plain.others)
 
 
-def text_of(steps_of, model, functions, place=N_TOKENS):
+def text_of(steps_of, model, functions, place=N_TOKENS, **options):
     mx.random.seed(3)
     cache = make_prompt_cache(model)
     steps = steps_of(
@@ -152,6 +152,7 @@ def text_of(steps_of, model, functions, place=N_TOKENS):
         logits_processors=PROCESSORS[functions[1]](),
         prompt_cache=cache,
         max_tokens=N_TOKENS,
+        **options,
     )
     text = Text([], [], [], None)
     for token, logprobs in steps:
@@ -309,6 +310,20 @@ def test_a_model_may_have_layers_without_caches(draft):
         prompt, target, draft, proposer=proposer, prompt_cache=cache, max_tokens=9
     )
     assert [token for token, *_ in steps] == plain.tokens and proposer.n_steps
+
+
+@pytest.mark.parametrize("start", [0, 8, 30])
+def test_a_drafted_text_that_is_closed_leaves_quantized_caches(draft, start):
+    target = tiny_model(num_hidden_layers=2)
+    options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": start}
+    plain = text_of(generate_step, target, ("greedy", "none"), 5, **options)
+    cache = make_prompt_cache(target) + make_prompt_cache(draft)
+    prompt = mx.array(PROMPT)
+    options |= {"proposer": Proposer(target), "prompt_cache": cache}
+    steps = drafted_steps(prompt, target, draft, **options)
+    assert [next(steps)[0] for _ in range(5)] == plain.tokens
+    steps.close()
+    assert mx.array_equal(target(mx.array([[77]]), cache=cache[:2])[0, -1], plain.after)
 
 
 def test_a_draft_models_cache_serves_the_next_turn(draft):
