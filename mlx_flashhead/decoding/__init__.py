@@ -8,6 +8,12 @@
         accepted → handed out
         rejected → the dense choice is handed out, the caches roll back     caches.py
 
+A text that decodes alone may take several tokens a step:
+
+    guess    ← a grammar, draft_model.py or lookup.py                       guesses.py
+    states   ← twin(latest token and guess, stand-ins for the caches)       wide.py
+    accepted as far as the guess is what is chosen                          decoder.py
+
 `loop.py` drives one sequence, `batch.py` several, `generation.py` puts them under mlx-lm's
 functions. `policy.py` has the settings for a head on this machine,
 `tuning.py` measures once what the machine gains, and `pace.py` goes by the text at hand.

@@ -13,7 +13,7 @@ from ..models.compat import mlx_lm as compat
 from .caches import UNKNOWN_CACHE, BatchCaches, are_known
 from .decoder import Decoder
 from .guesses import check_lookup, guesser_of
-from .prompts import PromptQueue, Waiting
+from .prompt_queue import PromptQueue, Waiting
 from .proposer import Proposer
 from .sequence import Sequence, own_processors
 
