@@ -224,6 +224,18 @@ def test_text_with_unknown_caches_is_dense(flash, name):
     assert set(modes) == {UNKNOWN_CACHE}
 
 
+def test_a_model_in_training_mode_is_dense():
+    """Dropout draws in each step."""
+    flash = make_flash(num_hidden_layers=2)
+    modes = []
+    expected = flash.tokens(announce=modes.append)
+    assert "verified" in modes
+    flash.model.train()
+    modes.clear()
+    assert flash.tokens(announce=modes.append) == expected
+    assert all(mode.startswith("dense") for mode in modes)
+
+
 @pytest.fixture
 def forward_passes(monkeypatch):
     """A list with an item for each call of the model in a loop."""
