@@ -38,8 +38,6 @@ BIN_NATS = 1 / 16
 # the weights of a draw, and so does the screen.
 SUM_ROUNDING = 2.0**-23
 EXP_UNITS = 64  # spacings by which an exponential, or a product with the sum, may lie off
-SMALLEST_FLOAT16 = 2.0**-24  # above 0: an exponential below it vanishes
-SMALLEST_FLOAT32 = 2.0**-126  # normal above 0; bfloat16's, too
 
 # Noise.
 

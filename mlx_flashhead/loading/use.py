@@ -28,8 +28,6 @@ DENSE_LOOP = (
 )
 BUILDING = "dense: its FlashHead is being built"
 
-# Takes how the next token of a text was decoded: "verified", FIRST, or "dense: " and why.
-Announce = Callable[[str], Any]
 _all: list["Use"] = []  # of this process
 
 

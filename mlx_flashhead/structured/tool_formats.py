@@ -34,13 +34,6 @@ class Mistral(CallFormat):
         return one_of([listed, f"{call} {again}"])
 
 
-_JSON_TOOLS = CallFormat(
-    start="<tool_call>",
-    end="</tool_call>",
-    call='{$_"name":$_$json_name,$_"arguments":$_$arguments$_}',
-    section="$_$calls$_",
-    names=_JSON_NAMES,
-)
 _GLM = TaggedFormat(
     start="<tool_call>",
     end="</tool_call>",
