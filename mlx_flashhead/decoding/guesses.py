@@ -24,7 +24,7 @@ LOOKUP = "lookup"
 
 # How often guesses are right that nobody has tried yet, by the length of the n-gram.
 EXPECTED = {4: 0.6, 3: 0.4, 2: 0.2}
-WEIGHT = 2.0  # guesses that this counts for
+WEIGHT = 3.0  # guesses that this counts for
 KEPT = 0.9  # share of what is known of guesses that each next one leaves
 WORTH = 1.05  # tokens for the time of one from which a wide step is taken
 
