@@ -1,7 +1,7 @@
 """A conversation at the terminal: the user types messages and commands."""
 
 from argparse import ArgumentTypeError, Namespace
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,14 +115,13 @@ class ChatSession:
         say = self.terminal.say
         before = len(conversation.answers)
         try:
-            with stop_key() as stopping:
+            # the answer so far stays
+            with suppress(KeyboardInterrupt), stop_key() as stopping:
                 answering = conversation.ask(
                     text, stopping=stopping, dense=self.dense, **self.options
                 )
                 for piece in answering:
                     self.terminal.show(piece)
-        except KeyboardInterrupt:
-            pass  # the answer so far stays
         finally:
             self.terminal.end()
         if len(conversation.answers) == before:

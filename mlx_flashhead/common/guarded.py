@@ -49,10 +49,11 @@ def unless_left(left: Event, work: Callable[[], Result]) -> Result:
     """The result of ``work()``, whose calls of guards end once ``left`` is set.
 
     Raises:
-        LeftError: If a call of a guard has ended so.
+        LeftError: If a call of a guard has ended so, or nothing has begun by then.
     """
     token = _left.set(left)
     try:
+        _check_wanted()
         return work()
     finally:
         _left.reset(token)
@@ -103,15 +104,12 @@ class Guard:
         with self._free:
             _check_wanted()
             helper = self._next()
-            answer: list[Any] | None = None  # its kind, and the result or a message
             try:
-                answer = self._ask(helper, request)
-            finally:
-                if answer is None:
-                    _end(helper)
-                else:
-                    self._idle.append(helper)
-        kind, value = answer
+                kind, value = self._ask(helper, request)
+            except BaseException:
+                _end(helper)
+                raise
+            self._idle.append(helper)
         if kind == "memory":
             raise GuardError(self._too_large)
         if kind == "error":
@@ -133,7 +131,7 @@ class Guard:
         return f"takes more than {self.max_bytes >> 20:,} MB of memory"
 
     def _ask(self, helper: subprocess.Popen, request: Any) -> list[Any]:
-        """The answer of a helper; GuardError if it gives none."""
+        """A helper's kind of answer, and the result or a message; GuardError if it gives none."""
         stdin: Any = helper.stdin
         stdout: Any = helper.stdout
         too_slow = f"takes more than {self.seconds:g} seconds"

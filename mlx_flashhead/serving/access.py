@@ -85,7 +85,15 @@ class Access:
                 "Bearer TOKEN'.",
                 status=401,
             )
-        self._check_length(scope, headers)
+        length = headers.get("Content-Length")
+        if "Transfer-Encoding" in headers or (scope["method"] == "POST" and length is None):
+            raise ApiError("A request with a body needs Content-Length.", status=411)
+        if int(length or 0) > self.max_body_bytes:
+            raise ApiError(
+                f"The request has {length} bytes, and at most {self.max_body_bytes:,} are read: "
+                "send less.",
+                status=413,
+            )
 
     def _is_own_name(self, host: str) -> bool:
         """Whether a ``Host`` is a name of this server."""
@@ -128,18 +136,6 @@ class Access:
             return headers.get("Origin") in self.origins
         return method in ("GET", "HEAD") and scope["path"] in PUBLIC_PATHS
 
-    def _check_length(self, scope: Scope, headers: Headers) -> None:
-        """Raises an ApiError unless the body's length is known and within the limit."""
-        length = headers.get("Content-Length")
-        if "Transfer-Encoding" in headers or (scope["method"] == "POST" and length is None):
-            raise ApiError("A request with a body needs Content-Length.", status=411)
-        if int(length or 0) > self.max_body_bytes:
-            raise ApiError(
-                f"The request has {length} bytes, and at most {self.max_body_bytes:,} are read: "
-                "send less.",
-                status=413,
-            )
-
     def shown_token(self, scope: Scope) -> str | None:
         """Returns the server's token if the request carries it, else None.
 
@@ -162,15 +158,14 @@ class Access:
 def access_of(args: Namespace) -> Access:
     """The rules for clients that the server's flags set."""
     proxied = frozenset(name.strip().lower().rstrip(".") for name in args.allowed_hosts)
-    hosts = proxied
+    own: set[str] = set()  # names by which other machines may call this one
     token = None
     if not is_loopback(args.host):
         token = kept_token(args.token_file)
-        # names by which other machines may call this one
         name = socket.gethostname().lower().rstrip(".")
-        hosts |= {args.host.lower(), name, name.partition(".")[0]} - {""}
+        own = {args.host.lower(), name, name.partition(".")[0]} - {""}
     origins = frozenset(args.allowed_origins)
-    return Access(token, hosts, origins, args.max_body_bytes, proxied)
+    return Access(token, proxied | own, origins, args.max_body_bytes, proxied)
 
 
 def kept_token(path: Path) -> str:

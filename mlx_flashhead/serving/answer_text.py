@@ -29,13 +29,15 @@ class Token:
     reasoning: str = ""  # a thought before it
     calls: list[Any] = field(default_factory=list)  # complete ones, as a model writes them
     finish_reason: str | None = None  # "stop" or "length" if the answer ends with it
-    logprobs: TokenLogprobs | None = None  # if the request wants it; None for the end token
+    # one, if the request wants it; none for the end token
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, other: "Token") -> None:
         """Adds the content of a later token, whose finish reason counts."""
         self.content += other.content
         self.reasoning += other.reasoning
         self.calls += other.calls
+        self.logprobs += other.logprobs
         self.finish_reason = other.finish_reason
 
 

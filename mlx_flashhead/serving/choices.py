@@ -18,54 +18,43 @@ class Choice:
         self.finish_reason: str | None = None
         self._first_delta: dict[str, Any] = {"role": "assistant", "content": ""}
         self._whole = Token()  # with the calls as they are sent
-        self._logprobs: list[TokenLogprobs] = []
         self._offset = 0  # characters of the text before the next token
 
     def add(self, token: Token) -> dict[str, Any] | None:
         """Adds a token: the choice of a chunk, or None if there is nothing to send."""
         n_calls_before = len(self._whole.calls)
         self._whole.add(token)
-        entries = [] if token.logprobs is None else [token.logprobs]
-        self._logprobs += entries
         self.finish_reason = token.finish_reason
         if token.finish_reason == "stop" and self._whole.calls:
             self.finish_reason = "tool_calls"
-        is_empty = not (token.content or token.reasoning or token.calls or entries)
+        is_empty = not (token.content or token.reasoning or token.calls or token.logprobs)
         if is_empty and self.finish_reason is None:
             return None
-        choice = self._choice(entries)
+        choice = self._choice(token.logprobs)
         if not self._request.chat:
             return {**choice, "text": token.content}
-        delta = self._first_delta
+        calls = [{"index": i, **call} for i, call in enumerate(token.calls, n_calls_before)]
+        delta = self._first_delta | _said(token.content, token.reasoning, calls)
         self._first_delta = {}
-        if token.content:
-            delta["content"] = token.content
-        delta |= _thought(token.reasoning)
-        if token.calls:
-            numbered = enumerate(token.calls, n_calls_before)
-            delta["tool_calls"] = [{"index": i, **call} for i, call in numbered]
         return {**choice, "delta": delta}
 
     def whole(self) -> dict[str, Any]:
         """The choice of a whole answer."""
         self._offset = 0
-        choice = self._choice(self._logprobs)
         whole = self._whole
+        choice = self._choice(whole.logprobs)
         if not self._request.chat:
             return {**choice, "text": whole.content}
-        content = whole.content or (None if whole.calls else "")
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        message |= _thought(whole.reasoning)
-        if whole.calls:
-            message["tool_calls"] = whole.calls
+        nothing = None if whole.calls else ""
+        message = {"role": "assistant", "content": nothing, "refusal": None}
+        message |= _said(whole.content, whole.reasoning, whole.calls)
         return {**choice, "message": message}
 
     def _choice(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
         logprobs: dict[str, Any] | None = None
-        if self._request.logprobs is not None and self._request.chat:
-            logprobs = self._chat_logprobs(entries)
-        elif self._request.logprobs is not None:
-            logprobs = self._text_logprobs(entries)
+        if self._request.logprobs is not None:
+            write = self._chat_logprobs if self._request.chat else self._text_logprobs
+            logprobs = write(entries)
         return {"index": self._index, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
     def _chat_logprobs(self, entries: list[TokenLogprobs]) -> dict[str, Any]:
@@ -99,7 +88,7 @@ class Choice:
 
 def usage_of(jobs: list[Job]) -> dict[str, Any]:
     """The tokens of a request's answers, in OpenAI's words."""
-    once = jobs[:: jobs[0].request.n]  # a prompt with several answers counts once
+    once = jobs[:: jobs[0].request.fields.n]  # a prompt with several answers counts once
     n_read = sum(len(job.prompt.tokens) for job in once)
     n_generated = sum(len(job.tokens) for job in jobs)
     return {
@@ -113,9 +102,10 @@ def usage_of(jobs: list[Job]) -> dict[str, Any]:
     }
 
 
-def _thought(text: str) -> dict[str, str]:
-    """A thought under the names that clients look for: mlx-lm's, and that of most others."""
-    return {"reasoning": text, "reasoning_content": text} if text else {}
+def _said(content: str, thought: str, calls: list[Any]) -> dict[str, Any]:
+    """What there is of a message. A thought has mlx-lm's name, and that of most others."""
+    said = {"content": content, "reasoning": thought, "reasoning_content": thought}
+    return {name: value for name, value in (said | {"tool_calls": calls}).items() if value}
 
 
 @cache

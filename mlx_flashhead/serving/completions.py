@@ -5,14 +5,15 @@ import logging
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from threading import Event
 from typing import Any
+from weakref import WeakSet
 
-from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -24,6 +25,7 @@ from .answer_text import Progress, Token
 from .api_errors import ApiError
 from .bodies import json_response, write_json
 from .choices import Choice, usage_of
+from .connections import MAX_ANSWERED
 from .decoding import Job, read_jobs
 from .engine import Engine
 from .requests import Request
@@ -32,7 +34,6 @@ from .turns import Turns
 
 CHAT_PATHS = ("/v1/chat/completions", "/chat/completions")
 LOADING = "The model is being loaded: try again in a moment."
-_LOOK_SECONDS = 0.25  # between two looks whether a client still waits for its request to be read
 _TICK_SECONDS = 1.0  # between comments of a stream whose model is being loaded
 _MAX_WAITING_BYTES = 32 << 20  # of the bodies that wait for a model
 _STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # else nginx holds back
@@ -51,20 +52,24 @@ class Service:
     Attributes:
         engine: What computes them.
         end: Why no request is answered any more.
-        in_progress: The completions that have not ended.
+        in_progress: The completions that may not have ended.
         n_waiting_bytes: Of the bodies that wait for a model.
-        call_readers: The turns of reading calls that models write.
+
+    The other ones are turns of clients' addresses: in each step from bodies to answers.
     """
 
     def __init__(self, flags: Namespace, engine: Engine):
         self.flags = flags
         self.engine = engine
+        self.started = int(time.time())
         self.end: ApiError | None = None
-        self.in_progress: set[Completion] = set()
+        self.in_progress: WeakSet[Completion] = WeakSet()
         self.n_waiting_bytes = 0
         self._named: set[str] = set()  # fields without effect that the log has named
-        self._readers = Turns("read", total=MAX_HELPERS, each=2)
-        self._grammar_readers = Turns("read grammar", total=6, each=2)
+        self.large_bodies = Turns("receive", total=MAX_ANSWERED, each=1)
+        self.parsers = Turns("parse", total=1, each=1)  # Python reads JSON alone in any case
+        self.readers = Turns("read", total=MAX_HELPERS, each=2)
+        self.grammar_readers = Turns("read grammar", total=6, each=2)
         self.call_readers = Turns("read calls", total=4, each=1)
 
     def end_answers(self, message: str) -> None:
@@ -85,43 +90,7 @@ class Service:
             raise ApiError("The model cannot be loaded: see the server's log.", status=503)
         return loaded.result()
 
-    async def read_jobs(self, fields: dict[str, Any], request: HttpRequest) -> list[Job]:
-        """The answers that a request asks for; an ApiError if it is wrong."""
-        read = partial(
-            read_jobs,
-            fields,
-            chat=request.scope["path"] in CHAT_PATHS,
-            models=self.models,
-            flags=self.flags,
-        )
-        has_form = any(fields.get(name) is not None for name in _FORMS)
-        readers = self._grammar_readers if has_form else self._readers
-        async with readers.turn(address_of(request)):
-            jobs = await self._read_unless_left(readers, read, request)
-        self._name_ignored(jobs[0].request.ignored)
-        return jobs
-
-    @staticmethod
-    async def _read_unless_left(
-        readers: Turns, read: Callable[[], list[Job]], request: HttpRequest
-    ) -> list[Job]:
-        """Reads a request as long as its client waits."""
-        left = Event()
-        if await request.is_disconnected():
-            raise ClientDisconnect
-        reading = asyncio.ensure_future(readers.work(partial(unless_left, left, read)))
-        reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # is looked at
-        try:
-            while not (await asyncio.wait([reading], timeout=_LOOK_SECONDS))[0]:
-                if await request.is_disconnected():
-                    left.set()
-            return reading.result()
-        except LeftError:
-            raise ClientDisconnect from None
-        finally:
-            left.set()
-
-    def _name_ignored(self, fields: list[str]) -> None:
+    def name_ignored(self, fields: list[str]) -> None:
         """Names fields of a request that have no effect, each once, in the log."""
         new = {field[:_MAX_FIELD_NAME] for field in fields} - self._named
         listed = sorted(new)[: _MAX_FIELDS_NAMED - len(self._named)]
@@ -134,11 +103,6 @@ class Service:
 def still_loading() -> ApiError:
     """The error while the models are being loaded, whose code the page knows."""
     return ApiError(LOADING, status=503, code="model_loading")
-
-
-def address_of(connection: HTTPConnection) -> str:
-    """The address of a client."""
-    return connection.scope["client"][0]
 
 
 class Completion:
@@ -156,20 +120,38 @@ class Completion:
         self._fields = fields
         self._http_request = http_request
         self._notes: list[str] = http_request.state.notes
-        self._address = address_of(http_request)
+        self._address: str = http_request.scope["client"][0]
         self._loop = asyncio.get_running_loop()
         self._queue = asyncio.Queue[Any]()
         self._jobs: list[Job] = []  # once the request has been read
+        self._left = Event()  # the client has
+        self._watching = asyncio.create_task(self._watch())
+        service.in_progress.add(self)
 
     async def read(self) -> None:
         """Reads the request, whose model has been loaded; an ApiError if it is wrong."""
-        self._jobs = await self._service.read_jobs(self._fields, self._http_request)
+        service = self._service
+        read = partial(
+            read_jobs,
+            self._fields,
+            chat=self._http_request.scope["path"] in CHAT_PATHS,
+            models=service.models,
+            flags=service.flags,
+        )
+        has_form = any(self._fields.get(name) is not None for name in _FORMS)
+        readers = service.grammar_readers if has_form else service.readers
+        try:
+            self._jobs = await readers.run(self._address, partial(unless_left, self._left, read))
+        except LeftError:
+            raise ClientDisconnect from None
         for job in self._jobs:
             job.events = self
             job.address = self._address
         request = self._jobs[0].request
+        service.name_ignored(request.ignored)
         self._request = request
-        chat = "chat.completion.chunk" if request.stream else "chat.completion"
+        fields = request.fields
+        chat = "chat.completion.chunk" if fields.stream else "chat.completion"
         self._common = {  # what all parts of an answer have beside their choices
             "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": chat if request.chat else "text_completion",
@@ -177,6 +159,10 @@ class Completion:
             "model": request.served.name,
             "system_fingerprint": f"mlx_flashhead-{__version__}",
         }
+        options = fields.stream_options
+        self._include_usage = fields.stream and options is not None and options.include_usage
+        if self._include_usage:
+            self._common["usage"] = None  # but in the last part
 
     def put(self, event: tuple[int, Any]) -> None:
         """Adds an event with the index of its job, from any thread."""
@@ -185,10 +171,6 @@ class Completion:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Generates the texts and sends them, as an ASGI application."""
-        if self._service.end is not None:
-            raise self._service.end
-        watch = asyncio.create_task(self._watch(receive))
-        self._service.in_progress.add(self)
         try:
             if self._fields.get("stream") is True:
                 events = (f"{event}\n\n" async for event in self._events())
@@ -197,15 +179,11 @@ class Completion:
                 )
                 await response.stream_response(send)
             else:
-                async for _ in self._comments_while_loading():
-                    pass
                 async for _ in self._parts():
                     pass  # the choices keep them
                 whole = await asyncio.to_thread(self._whole)
                 await whole(scope, receive, send)
         finally:
-            watch.cancel()
-            self._service.in_progress.discard(self)
             for job in self._jobs:
                 job.ended = True
             if self._jobs:
@@ -218,52 +196,50 @@ class Completion:
         speed = [] if rate is None else [f"{rate:.1f} tokens/s"]
         self._notes[:0] = [self._request.served.name, tokens, *speed, self._decoding()]
 
-    async def _watch(self, receive: Receive) -> None:
-        """Ends the jobs when the client has left."""
-        while (await receive())["type"] != "http.disconnect":
+    async def _watch(self) -> None:
+        """Ends the jobs when the client has left, or has its answer."""
+        while (await self._http_request.receive())["type"] != "http.disconnect":
             pass
+        self._left.set()
         for job in self._jobs:
             job.ended = True  # at once, whatever is still in the queue
         self.put((0, ClientDisconnect()))
 
     async def _comments_while_loading(self) -> AsyncIterator[str]:
-        """Waits for the models if need be, with comments, and reads the request.
+        """Waits for the models, with a comment now and then.
 
         Raises:
-            ApiError: If the models do not come in time, too much waits, the server ends, or the
-                request is wrong.
+            ApiError: If they do not come in time, too much waits, or the server ends.
             ClientDisconnect: If the client leaves.
         """
         service = self._service
         models = service.engine.models
-        if not models.done():
-            n_bytes = int(self._http_request.headers["Content-Length"])
-            until = time.monotonic() + service.flags.load_wait
-            models.add_done_callback(lambda _: self.put((0, None)))
-            service.n_waiting_bytes += n_bytes
-            try:
-                if service.n_waiting_bytes > _MAX_WAITING_BYTES:  # those that came before stay
+        n_bytes = int(self._http_request.headers["Content-Length"])
+        until = time.monotonic() + service.flags.load_wait
+        models.add_done_callback(lambda _: self.put((0, None)))
+        service.n_waiting_bytes += n_bytes
+        try:
+            if service.n_waiting_bytes > _MAX_WAITING_BYTES:  # those that came before stay
+                raise still_loading()
+            while not models.done():
+                yield ": loading"
+                seconds = min(_TICK_SECONDS, until - time.monotonic())
+                if seconds <= 0:
                     raise still_loading()
-                while not models.done():
-                    yield ": loading"
-                    await self._wait(until - time.monotonic())
-            finally:
-                service.n_waiting_bytes -= n_bytes
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        _, event = await self._queue.get()
+                    if event is not None:
+                        raise event
+        finally:
+            service.n_waiting_bytes -= n_bytes
+
+    async def _parts(self) -> AsyncIterator[str | dict[str, Any]]:
+        """What there is until all texts are complete: comments, and the choices of chunks."""
         if not self._jobs:
+            async for comment in self._comments_while_loading():
+                yield comment
             await self.read()
-
-    async def _wait(self, seconds: float) -> None:
-        """Waits for the models, for so many seconds in all, until the next comment is due."""
-        if seconds <= 0:
-            raise still_loading()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(min(_TICK_SECONDS, seconds)):
-                _, event = await self._queue.get()
-            if event is not None:
-                raise event
-
-    async def _parts(self) -> AsyncIterator[Progress | dict[str, Any]]:
-        """The results of the jobs until all are complete: parts of prompts, and chunks' choices."""
         self._service.engine.submit(self._jobs)
         self._choices = [Choice(self._request, job.index) for job in self._jobs]
         while any(choice.finish_reason is None for choice in self._choices):
@@ -273,7 +249,7 @@ class Completion:
             if isinstance(event, BaseException):
                 raise ApiError("The answer has failed: see the server's log.", status=500)
             if isinstance(event, Progress):
-                yield event
+                yield f": prompt {event.done}/{event.total}"
             elif event is not None:
                 token = await self._with_calls(event)
                 if (chunk := self._choices[index].add(token)) is not None:
@@ -300,14 +276,11 @@ class Completion:
     async def _events(self) -> AsyncIterator[str]:
         """What a stream sends. Clients ignore the comments, which begin with a colon."""
         try:
-            async for comment in self._comments_while_loading():
-                yield comment
-            head = self._common | ({"usage": None} if self._request.include_usage else {})
             async for part in self._parts():
-                if isinstance(part, Progress):
-                    yield f": prompt {part.done}/{part.total}"
+                if isinstance(part, str):
+                    yield part
                 else:
-                    yield f"data: {write_json(head | {'choices': [part]})}"
+                    yield f"data: {write_json(self._common | {'choices': [part]})}"
         except ApiError as problem:
             self._notes.append(f"ended by an error: {problem}")
             yield f"data: {write_json(problem.as_json())}"
@@ -315,14 +288,14 @@ class Completion:
         yield f": decoding {self._decoding()}"
         if (speed := speed_of(self._jobs)) is not None:
             yield f": {speed:.2f} tokens/s"
-        if self._request.include_usage:
+        if self._include_usage:
             usage = {"choices": [], "usage": usage_of(self._jobs)}
             yield f"data: {write_json(self._common | usage)}"
         yield "data: [DONE]"
 
     def _decoding(self) -> str:
-        request = self._request
-        return request.served.decoding(dense=request.dense, n_probes=request.n_probes)
+        fields = self._request.fields
+        return self._request.served.decoding(dense=fields.dense, n_probes=fields.n_probes)
 
 
 def speed_of(jobs: list[Job]) -> float | None:

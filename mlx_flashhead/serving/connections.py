@@ -13,6 +13,7 @@ import time
 from asyncio import Transport
 from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -41,6 +42,12 @@ REFUSED_SECONDS = 2.0
 HALF_CLOSED_SECONDS = 0.2
 # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
 _COOKIE_SETTINGS = f"Path=/; Max-Age={365 * 24 * 3600}; HttpOnly; SameSite=Strict"
+
+# To a site of --allowed-origins.
+_OF_ALLOWED = {
+    "Access-Control-Allow-Methods": "GET, POST",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +171,7 @@ class FrontDoor:
         """Answers a request by the application, if the rules of access admit it."""
         scope["app"] = self  # the router raises its 404 and 405 then
         exchange = _Exchange(self, scope, receive, send)
+        scope["state"]["notes"] = exchange.notes
         problem: ApiError | None = None
         try:
             self.access.check(scope)
@@ -177,7 +185,7 @@ class FrontDoor:
         except Exception as error:
             problem = _problem_of(error, scope)
         finally:
-            if exchange.is_counted:
+            if scope["state"].get("is_counted"):
                 self._answered -= Counter([scope["client"][0]])  # drops counts of 0
         if problem is not None and not exchange.status:  # else the connection ends amid the answer
             response = json_response(problem.as_json(), problem.status)
@@ -218,6 +226,7 @@ class FrontDoor:
         self._check_room(address)
         self._waiting.pop((scope["client"], scope["server"]), None)
         self._answered[address] += 1
+        scope["state"]["is_counted"] = True
 
     def add_headers(self, headers: MutableHeaders, status: int, scope: Scope) -> None:
         """Adds what the rules of access say to a response's headers."""
@@ -229,59 +238,42 @@ class FrontDoor:
             headers["Set-Cookie"] = f"{COOKIE}={token}; {_COOKIE_SETTINGS}"
         origin = Headers(scope=scope).get("Origin", "")
         if origin in self.access.origins:
-            headers["Access-Control-Allow-Origin"] = origin
-            headers["Vary"] = "Origin"
-            headers["Access-Control-Allow-Methods"] = "GET, POST"
-            headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type"
+            headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"} | _OF_ALLOWED)
 
 
+@dataclass
 class _Exchange:
-    """A request and its response, on their way through the front door.
+    """A request and its response, on their way through the front door."""
 
-    Attributes:
-        notes: What the application says of it, for the log.
-        began: When it came.
-        status: The response's status; 0 until it begins.
-        is_counted: Whether it is one of those that are being answered.
-    """
-
-    def __init__(self, door: FrontDoor, scope: Scope, receive: Receive, send: Send):
-        self._door = door
-        self._scope = scope
-        self._receive = receive
-        self._send = send
-        self._received = False  # the whole request
-        self.notes: list[str] = []
-        self.began = time.monotonic()
-        self.status = 0
-        self.is_counted = False
-        scope["state"]["notes"] = self.notes
+    door: FrontDoor
+    scope: Scope
+    source: Receive
+    sink: Send
+    notes: list[str] = field(default_factory=list)  # what the application says of it, for the log
+    began: float = field(default_factory=time.monotonic)
+    status: int = 0  # of the response; 0 until it begins
+    received: bool = False  # the whole request
 
     async def receive(self) -> Message:
-        """Receives a part of the request. One that has arrived is counted."""
-        message = await self._receive()
-        self._received |= not message.get("more_body", False)
-        arrived = self._received and message["type"] == "http.request"
-        is_answer = self._scope["method"] == "POST" and not self.status
-        if arrived and is_answer and not self.is_counted:
-            self._door.admit(self._scope)
-            self.is_counted = True
+        """Receives a part of the request."""
+        message = await self.source()
+        self.received |= not message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
         """Sends a part of the response."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            self._door.add_headers(MutableHeaders(scope=message), self.status, self._scope)
-        elif not self._received and not message.get("more_body", False):
+            self.door.add_headers(MutableHeaders(scope=message), self.status, self.scope)
+        elif not self.received and not message.get("more_body", False):
             # a connection that is closed while its client still sends would lose the response
-            await self._send({**message, "more_body": True})
+            await self.sink({**message, "more_body": True})
             with suppress(TimeoutError):
                 async with asyncio.timeout(REFUSED_SECONDS):
-                    while not self._received:
+                    while not self.received:
                         await self.receive()
             message = {"type": "http.response.body"}
-        await self._send(message)
+        await self.sink(message)
 
 
 def _problem_of(error: Exception, scope: Scope) -> ApiError:
@@ -298,14 +290,16 @@ def _problem_of(error: Exception, scope: Scope) -> ApiError:
 
 
 async def read_body(request: Request) -> bytes:
-    """Returns the whole body.
+    """Returns the whole body. The request is one of those that are being answered from then on.
 
     Raises:
-        ApiError: If it does not come in time.
+        ApiError: If it does not come in time, or too many are being answered.
     """
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            return await request.body()
+            body = await request.body()
     except TimeoutError:
         text = f"The body did not come within {BODY_SECONDS:g} seconds."
         raise ApiError(text, status=408) from None
+    request.app.admit(request.scope)
+    return body

@@ -4,8 +4,6 @@ A tokenizer turns a text such as ``<|im_start|>`` into a control token wherever 
 that is tokenized in two parts, of which each has a piece of it, has none.
 """
 
-from collections.abc import Iterable
-from itertools import pairwise
 from typing import Any
 
 from .api_errors import field_error
@@ -15,35 +13,15 @@ _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _WRITTEN_BY_OTHERS = ("user", "tool", "function")  # roles, beside those of the operator
 
 
-class ControlTokens:
-    """The control tokens of a tokenizer.
-
-    Args:
-        tokenizer: mlx-lm's wrapper, or transformers' tokenizer.
-    """
-
-    def __init__(self, tokenizer: Any):
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        # beside the special ones, marks of thoughts and of calls
-        names = {token.content for token in added if token.special or token.content[:1] in "<["}
-        self._names = {name for name in names if len(name) > 1}  # others cannot be cut
-        self._lengths = sorted({len(name) for name in self._names})
-        self._first_letters = {name[0] for name in self._names}
-
-    def cuts(self, text: str) -> list[int]:
-        """Places within a text, of which each control token has one after its first character."""
-        return [
-            start + 1
-            for start, letter in enumerate(text)
-            if letter in self._first_letters and self._begins(text, start)
-        ]
-
-    def _begins(self, text: str, start: int) -> bool:
-        return any(text[start : start + length] in self._names for length in self._lengths)
+def control_tokens(tokenizer: Any) -> frozenset[str]:
+    """The texts of a tokenizer's control tokens: special ones, and marks of thoughts and calls."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    names = {token.content for token in added if token.special or token.content[:1] in "<["}
+    return frozenset(name for name in names if len(name) > 1)  # others cannot be cut
 
 
 def mark_control_tokens(
-    messages: Iterable[dict[str, Any]], tokens: ControlTokens
+    messages: list[dict[str, Any]], tokens: frozenset[str]
 ) -> tuple[list[dict[str, Any]], str]:
     """Marks where the texts of users and tools are to be cut.
 
@@ -57,7 +35,6 @@ def mark_control_tokens(
     Raises:
         ApiError: If every such character is in the messages.
     """
-    messages = list(messages)
     contents = "".join(message["content"] for message in messages)
     mark = next((mark for mark in _MARKS if mark not in contents), None)
     if mark is None:
@@ -66,12 +43,21 @@ def mark_control_tokens(
             "hold all characters that Unicode reserves for programs, U+FDD0 to U+FDEF: leave one "
             "out.",
         )
+    first_letters = {token[0] for token in tokens}
+    lengths = {len(token) for token in tokens}
+
+    def cut(text: str) -> str:
+        """The text with a mark after the first character of each control token."""
+        marked = []
+        for start, letter in enumerate(text):
+            marked.append(letter)
+            if letter in first_letters and any(text[start : start + n] in tokens for n in lengths):
+                marked.append(mark)
+        return "".join(marked)
+
     marked = []
     for message in messages:
         if message["role"] in _WRITTEN_BY_OTHERS:
-            text = message["content"]
-            places = [0, *tokens.cuts(text), len(text)]
-            pieces = [text[a:b] for a, b in pairwise(places)]
-            message = {**message, "content": mark.join(pieces)}
+            message = {**message, "content": cut(message["content"])}
         marked.append(message)
     return marked, mark

@@ -7,7 +7,7 @@ with others. What no batch takes, as with a draft model or a quantized cache, is
 import secrets
 import time
 from argparse import Namespace
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -17,11 +17,9 @@ import mlx.core as mx
 from ..common.masks import Mask
 from ..decoding.batch import VerifiedBatchGenerator
 from ..decoding.drafting import drafted_steps
-from ..decoding.keywords import CacheOptions
 from ..decoding.loop import verified_steps, with_guesses
 from ..decoding.proposer import Proposer
 from ..decoding.sampler import make_sampler
-from ..decoding.settings import DecodingSettings
 from ..models.compat.mlx_lm import (
     LRUPromptCache,
     can_trim_prompt_cache,
@@ -64,17 +62,12 @@ class Job:
         request = self.request
         self.served: ServedModel = request.served
         n_free = self.served.context - len(self.prompt.tokens)
-        self.max_tokens = n_free if request.max_tokens is None else min(request.max_tokens, n_free)
-        self.settings = DecodingSettings(
-            n_probes=request.n_probes,
-            verify=self.served.verify,
-            dense=request.dense,
-            max_wait=self.served.max_wait,
-            lookup=self.served.lookup,
-        )
+        fields = request.fields
+        self.max_tokens = n_free if fields.max_tokens is None else min(fields.max_tokens, n_free)
+        self.settings = replace(self.served.settings, n_probes=fields.n_probes, dense=fields.dense)
         # OpenAI's seeds may be negative. MLX's random state decides nothing: it is left unusable by
         # a function that fails while MLX compiles it.
-        seed = secrets.randbits(64) if request.seed is None else request.seed % 2**64 + self.index
+        seed = secrets.randbits(64) if fields.seed is None else fields.seed % 2**64 + self.index
         self.sampler = make_sampler(**sampler_arguments(request), seed=seed)
         self.processors: list[Any] = make_logits_processors(**request.penalties)
         if self.grammar is not None:  # without its `begin`: a text may go on after a failure
@@ -125,7 +118,7 @@ class Job:
         if last:
             event.finish_reason = "stop" if ends else event.finish_reason or "length"
         if self.request.logprobs is not None and not ends:
-            event.logprobs = token_logprobs(logprobs, token, self.request.logprobs)
+            event.logprobs.append(token_logprobs(logprobs, token, self.request.logprobs))
         complete = event.finish_reason is not None
         self.ended |= complete
         self.emit(event)
@@ -138,12 +131,15 @@ Decoded = tuple[Job, int, mx.array]  # a sequence, its next token, and logprobs 
 def sampler_arguments(request: Request) -> dict[str, Any]:
     """The arguments of ``make_sampler`` for a request, without the seed."""
     served = request.served
-    asked = request.sampling
-    takes_likeliest = asked["top_p"] == 0 or asked["temp"] < MIN_TEMPERATURE
+    fields = request.fields
+    takes_likeliest = fields.top_p == 0 or fields.temperature < MIN_TEMPERATURE
     return {
-        **asked,
-        "temp": 0.0 if takes_likeliest else asked["temp"],
-        "top_k": 0 if asked["top_k"] >= served.vocab_size else asked["top_k"],  # 0: all tokens
+        "temp": 0.0 if takes_likeliest else fields.temperature,
+        "top_p": fields.top_p,
+        "top_k": 0 if fields.top_k >= served.vocab_size else fields.top_k,  # 0: all tokens
+        "min_p": fields.min_p,
+        "xtc_probability": fields.xtc_probability,
+        "xtc_threshold": fields.xtc_threshold,
         "xtc_special_tokens": [*served.tokenizer.encode("\n"), *served.tokenizer.eos_token_ids],
     }
 
@@ -168,9 +164,10 @@ def read_jobs(
     request = Request(fields, chat=chat, models=models, flags=flags)
     prompts = read_prompts(request)
     grammar = _processor(request, prompts[0].state)
+    each = [prompt for prompt in prompts for _ in range(request.fields.n)]
     return [
         Job(request, prompt, index=index, grammar=grammar and grammar.for_sequence())
-        for index, prompt in enumerate(prompt for prompt in prompts for _ in range(request.n))
+        for index, prompt in enumerate(each)
     ]
 
 
@@ -186,17 +183,16 @@ def _processor(request: Request, state: str) -> GrammarProcessor | None:
         return None
     tokenizer = request.served.tokenizer
     # an answer has its form once the thought is at its end that the prompt begins
-    after = tokenizer.think_end_tokens if state == "reasoning" else ()
+    begun = state == "reasoning"
     thought = None
-    if tools.calls is not None and tokenizer.has_thinking:
-        thought = (tokenizer.think_start, tokenizer.think_end)
+    if tokenizer.has_thinking and (begun or tools.calls is not None):
+        thought = ("" if begun else tokenizer.think_start, tokenizer.think_end)
     try:
         return GrammarProcessor(
             tokenizer,
             None if tools.required else request.grammar,
             calls=tools.calls,
             required=tools.required,
-            after=after,
             thought=thought,
             seconds_per_mask=SECONDS_PER_MASK,
         )
@@ -221,6 +217,7 @@ class Reading:
 
     def __init__(self, job: Job, caches: LRUPromptCache, flags: Namespace):
         self.job = job
+        self.jobs = [job]
         self._flags = flags
         self._all_tokens = job.all_tokens
         served = job.served
@@ -244,6 +241,11 @@ class Reading:
     def cached(self) -> CachedTokens:
         """The tokens that have been read, and the caches that hold them."""
         return self._all_tokens[: self.done], self.cache
+
+    def remove(self, jobs: list[Job]) -> list[CachedTokens]:
+        """Removes the sequence. Returns what has been read of it."""
+        self.jobs = []
+        return [self.cached]
 
     def read(self, chunk: int) -> int:
         """Reads the next tokens, at most a chunk, and reports this. Returns their number."""
@@ -272,11 +274,9 @@ class Reading:
     def _compute(self, tokens: mx.array) -> None:
         """Runs the models over tokens (1, n), without computing their logits."""
         served = self.job.served
-        if served.draft_model is None:
-            served.model(tokens, cache=self.cache)
-        else:
-            n_caches = len(make_prompt_cache(served.model))
-            served.model(tokens, cache=self.cache[:n_caches])
+        n_caches = len(make_prompt_cache(served.model))
+        served.model(tokens, cache=self.cache[:n_caches])
+        if served.draft_model is not None:
             served.draft_model(tokens, cache=self.cache[n_caches:])
         mx.eval([layer.state for layer in self.cache])
 
@@ -294,7 +294,6 @@ class Batch:
             proposer=Proposer(job.served.model, job.settings),
         )
         self._jobs: dict[int, Job] = {}
-        self._ended: dict[int, CachedTokens] = {}  # at their greatest number of tokens
 
     def add(self, reading: Reading) -> None:
         """Adds a sequence whose prompt has been read."""
@@ -303,7 +302,7 @@ class Batch:
         tokens, cache = reading.cached
         (uid,) = self._generator.insert(
             [job.prompt.tokens[-1:]],
-            [job.max_tokens],
+            [job.max_tokens + 1],  # one more, since jobs say when they end
             caches=[cache],
             all_tokens=[tokens],
             samplers=[job.sampler],
@@ -321,21 +320,16 @@ class Batch:
         _, responses = self._generator.next()
         for response in responses:
             self._jobs[response.uid].n_guessed += response.from_draft
-            if response.finish_reason is not None:
-                self._ended[response.uid] = response.all_tokens, response.prompt_cache
         return [(self._jobs[r.uid], r.token, r.logprobs) for r in responses]
 
     def remove(self, jobs: list[Job]) -> list[CachedTokens]:
         """Removes some of the sequences, at least one. Returns the tokens and caches of these."""
         uids = [uid for uid, job in self._jobs.items() if job in jobs]
-        left = [uid for uid in uids if uid not in self._ended]
-        removed = self._generator.remove(left, return_prompt_caches=True)
-        cached = [(tokens, cache) for cache, tokens in removed.values()]
-        cached += [self._ended.pop(uid) for uid in uids if uid in self._ended]
+        removed = self._generator.remove(uids, return_prompt_caches=True)
         self._jobs = {uid: job for uid, job in self._jobs.items() if job not in jobs}
         if not self._jobs:
             self._generator.close()
-        return cached
+        return [(tokens, cache) for cache, tokens in removed.values()]
 
 
 class Single:
@@ -347,14 +341,8 @@ class Single:
         self._cache = reading.cache
         self._tokens = job.all_tokens
         self._n_cached = len(self._tokens) - 1  # tokens in the cache: not yet the prompt's last one
-        start = mx.array(self._tokens[-1:])
         model = job.served.model
         draft_model = job.served.draft_model
-        quantized: CacheOptions = {
-            "kv_bits": flags.kv_bits,
-            "kv_group_size": flags.kv_group_size,
-            "quantized_kv_start": flags.quantized_kv_start,
-        }
         proposer = Proposer(model, job.settings)
         loop: Any = partial(
             verified_steps,
@@ -365,10 +353,10 @@ class Single:
                 drafted_steps,
                 draft_model=draft_model,
                 max_tokens=job.max_tokens,
-                num_draft_tokens=job.request.num_draft_tokens,
+                num_draft_tokens=job.request.fields.num_draft_tokens,
             )
         steps = loop(
-            start,
+            mx.array(self._tokens[-1:]),
             model,
             stream=stream,
             proposer=proposer,
@@ -378,7 +366,9 @@ class Single:
             context=reading.cached[0],
             logprobs=job.request.logprobs is not None,
             n_begun=len(job.tokens),
-            **quantized,
+            kv_bits=flags.kv_bits,
+            kv_group_size=flags.kv_group_size,
+            quantized_kv_start=flags.quantized_kv_start,
         )
         self._loop = with_guesses(steps, proposer) if draft_model is None else steps
 
@@ -401,3 +391,6 @@ class Single:
             for cache in self._cache:
                 cache.trim(cache.offset - self._n_cached)
         return [(self._tokens[: self._n_cached], self._cache)]
+
+
+Task = Reading | Batch | Single  # what is computed for some jobs

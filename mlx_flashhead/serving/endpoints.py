@@ -1,7 +1,6 @@
 """The paths that are served: completions, the models, the server's state, and the page."""
 
-import time
-from argparse import Namespace
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,13 +10,11 @@ from starlette.routing import Route, Router
 
 from .api_errors import ApiError
 from .bodies import LARGE_BODY, fields_of, json_response
-from .completions import CHAT_PATHS, Completion, Service, address_of
-from .connections import MAX_ANSWERED, read_body
-from .engine import Engine
+from .completions import CHAT_PATHS, Completion, Service
+from .connections import read_body
 from .page_files import PAGE_ROUTES
 from .requests import find_model, unknown_model
 from .served_models import served_names
-from .turns import Turns
 
 _METHODS = ["GET", "POST", "PUT", "DELETE"]
 # Paths of APIs that others serve, and what programs that need them can do, by the first word.
@@ -41,13 +38,6 @@ _REMEDIES = {
 
 class Api(Service):
     """The endpoints."""
-
-    def __init__(self, flags: Namespace, engine: Engine):
-        super().__init__(flags, engine)
-        self._started = int(time.time())
-        # Bodies become fields in steps, and in each of them addresses take turns.
-        self._large_bodies = Turns("receive", total=MAX_ANSWERED, each=1)
-        self._parsing = Turns("parse", total=1, each=1)  # Python reads JSON alone in any case
 
     def router(self) -> Router:
         """The paths that are served."""
@@ -85,7 +75,7 @@ class Api(Service):
         for served in self.models:
             model = {
                 "name": served.name,
-                "dense": served.dense,
+                "dense": served.settings.dense,
                 "decoding": served.decoding(),
                 "context": served.context,
             }
@@ -93,29 +83,27 @@ class Api(Service):
                 model["flash_head"] = served.decoding(dense=False)  # Compare's other side
                 model["n_probes"] = served.head.n_probes
             models.append(model)
-        info = {
-            "temperature": flags.temp,
-            "top_p": flags.top_p,
-            "max_tokens": flags.max_tokens,  # null: an answer may fill the context
-            "models": models,
-        }
-        return json_response(info)
+        return json_response(
+            {
+                "temperature": flags.temp,
+                "top_p": flags.top_p,
+                "max_tokens": flags.max_tokens,  # null: an answer may fill the context
+                "models": models,
+            }
+        )
 
     async def complete(self, request: HttpRequest) -> Completion:
         """Answers a chat, or continues texts."""
-        if self.end is not None:
-            raise self.end
-        if int(request.headers["Content-Length"]) <= LARGE_BODY:
-            return await self._complete(request)
-        async with self._large_bodies.turn(address_of(request)):
-            return await self._complete(request)
-
-    async def _complete(self, request: HttpRequest) -> Completion:
-        body = await read_body(request)
-        fields = await self._parsing.run(address_of(request), partial(fields_of, body))
-        completion = Completion(self, fields, request)
-        if self.engine.models.done():
-            await completion.read()
+        address = request.scope["client"][0]
+        is_large = int(request.headers["Content-Length"]) > LARGE_BODY
+        async with self.large_bodies.turn(address) if is_large else nullcontext():
+            body = await read_body(request)
+            fields = await self.parsers.run(address, partial(fields_of, body))
+            if self.end is not None:
+                raise self.end
+            completion = Completion(self, fields, request)
+            if self.engine.models.done():
+                await completion.read()
         return completion
 
     @property
@@ -134,7 +122,7 @@ class Api(Service):
         model = {"id": name, "object": "model", "status": self.engine.status}
         if self.engine.models.done():
             model["decoding"] = find_model(self.models, name).decoding()
-        return {**model, "created": self._started, "owned_by": "mlx_flashhead"}
+        return {**model, "created": self.started, "owned_by": "mlx_flashhead"}
 
 
 async def refuse_other_api(request: HttpRequest) -> Response:

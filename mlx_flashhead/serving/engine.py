@@ -9,9 +9,9 @@ import logging
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from threading import Event, Thread
 
@@ -21,7 +21,7 @@ from ..decoding.policy import policy_of
 from ..loading.tuned import speed_text
 from ..models.compat.mlx_lm import LRUPromptCache, maybe_set_recommended_wired_limit
 from .api_errors import ApiError
-from .decoding import CHUNK_SECONDS, Batch, CachedTokens, Job, Reading, Single, next_chunk
+from .decoding import CHUNK_SECONDS, Batch, CachedTokens, Job, Reading, Single, Task, next_chunk
 from .served_models import ServedModel
 
 FAILING = 3  # answers, one after the other, that failed by the server's fault
@@ -38,8 +38,7 @@ class Engine:
         self._arrived: SimpleQueue[Job] = SimpleQueue()
         self._ended = Event()
         self._waiting: list[Job] = []
-        self._readings: list[Reading] = []
-        self._decoders: list[Batch | Single] = []
+        self._tasks: list[Task] = []  # the oldest first
         self._caches = LRUPromptCache(flags.prompt_cache_size, flags.prompt_cache_bytes or 1 << 63)
         self._chunk = min(32, flags.prefill_step_size)  # tokens of a prompt to read at once
         self._n_chunks = 0  # of all prompts
@@ -73,7 +72,7 @@ class Engine:
             models = load()
             maybe_set_recommended_wired_limit()
             self._stream = mx.default_stream(mx.default_device())
-            self._builds = [served for served in models if served.build is not None]
+            self._builds = [(each, each.build) for each in models if each.build is not None]
             self.models.set_result(models)
         except BaseException as error:
             self.models.set_exception(error)
@@ -85,15 +84,13 @@ class Engine:
                 turn_failed = False
             except BaseException as error:  # whatever it is, the model stays in memory
                 logger.warning("A turn of the engine has failed", exc_info=error)
-                begun = self._begun
-                self._readings = []
-                self._decoders = []
-                self._go_on_alone(begun)
+                for task in list(self._tasks):
+                    self._break_up(task)
                 while turn_failed and self._waiting:  # twice in a row, so nobody waits any longer
                     self._fail(self._waiting.pop(0), error)
                 turn_failed = True
         # arrays and streams of MLX must go before their thread ends
-        del self._caches, self._readings, self._decoders
+        del self._caches, self._tasks
         gc.collect()
         mx.clear_streams()
 
@@ -109,26 +106,45 @@ class Engine:
         if self._overtime <= 0:
             until = now - self._overtime
             while self._decode() and time.perf_counter() < until and self._arrived.empty():
-                self._drop_ended()
+                pass
             self._overtime = min(max(0.0, time.perf_counter() - until), CHUNK_SECONDS)
         self._build()
 
     @property
     def _begun(self) -> list[Job]:
-        jobs = [job for decoder in self._decoders for job in decoder.jobs]
-        return [*(reading.job for reading in self._readings), *jobs]
+        return [job for task in self._tasks for job in task.jobs]
+
+    @property
+    def _readings(self) -> list[Reading]:
+        return [task for task in self._tasks if isinstance(task, Reading)]
 
     @property
     def _busy(self) -> bool:
-        return bool(self._waiting or self._readings or self._decoders)
+        return bool(self._waiting or self._tasks)
+
+    @contextmanager
+    def _working_for(self, jobs: list[Job], task: Task | None = None) -> Iterator[None]:
+        """A block that works for some jobs, and whose failure costs one of them at most.
+
+        Args:
+            jobs: They fail if the block does, or go on alone if one of several may be the cause.
+            task: What is amid a step then, and must not be used any more.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+            else:
+                logger.warning("A step of %d answers has failed", len(jobs), exc_info=error)
+            if task is not None:
+                self._break_up(task)
 
     def _build(self) -> None:
         """Advances a build, in idle time."""
         if self._busy or not self._builds:
             return
-        served = self._builds[0]
-        build = served.build
-        assert build is not None
+        served, build = self._builds[0]
         try:
             more = build.advance()
             if not more and served.head is not None and not policy_of(served.head).dense:
@@ -170,42 +186,30 @@ class Engine:
                 begun[address] -= 1
             self._waiting.remove(job)
             begun[job.address] += 1
-            try:
-                self._readings.append(Reading(job, self._caches, self._flags))
-            except BaseException as error:
-                self._fail(job, error)
+            with self._working_for([job]):
+                self._tasks.append(Reading(job, self._caches, self._flags))
 
     def _put_back(self, address: str) -> None:
         """Puts an answer that has begun, the shortest of an address, back into the queue."""
         begun = [job for job in self._begun if job.address == address]
-        shortest = min(begun, key=lambda job: len(job.tokens))
-        self._take_out([shortest])
-        if shortest not in self._waiting:
-            self._go_on_alone([shortest])
+        self._take_out([min(begun, key=lambda job: len(job.tokens))])
 
     def _drop_ended(self) -> None:
         self._waiting = [job for job in self._waiting if not job.ended]
         self._take_out([job for job in self._begun if job.ended])
 
-    def _take_out(self, jobs: list[Job]) -> None:
-        """Takes out jobs that have begun, and keeps what has been computed for them."""
-        for reading in [reading for reading in self._readings if reading.job in jobs]:
-            self._readings.remove(reading)
-            self._store(reading.job.served, reading.cached)
-        for decoder in list(self._decoders):
-            self._remove(decoder, [job for job in decoder.jobs if job in jobs])
-
     def _read(self) -> bool:
         """Reads a chunk of a prompt; at its end the answer begins. Returns whether it has read."""
-        if not self._readings:
+        readings = self._readings
+        if not readings:
             return False
         self._n_chunks += 1
         # in turn the prompt that came first, so that none waits for ever, and the shortest rest
-        reading = self._readings[0]
+        reading = readings[0]
         if self._n_chunks % 2 == 0:
-            reading = min(self._readings, key=lambda reading: reading.left)
+            reading = min(readings, key=lambda reading: reading.left)
         job = reading.job
-        try:
+        with self._working_for([job], reading):
             if reading.left:
                 began = time.perf_counter()
                 n_read = reading.read(self._chunk)
@@ -216,76 +220,61 @@ class Engine:
             if shared or reading.done in job.prompt.landmarks:
                 self._store(job.served, copy.deepcopy(reading.cached))
             if not reading.left:
-                self._readings.remove(reading)
                 self._begin(reading)
-        except BaseException as error:
-            self._fail(job, error)
-            self._readings = [other for other in self._readings if other is not reading]
         return True
 
     def _begin(self, reading: Reading) -> None:
+        self._tasks.remove(reading)
         job = reading.job
         if job.alone or not job.served.batchable or self._flags.kv_bits is not None:
-            self._decoders.append(Single(reading, self._flags, self._stream))
+            self._tasks.append(Single(reading, self._flags, self._stream))
             return
-        batches = (d for d in self._decoders if isinstance(d, Batch) and d.kind == job.kind)
-        if (batch := next(batches, None)) is None:
+        batches = (task for task in self._tasks if isinstance(task, Batch))
+        batch = next((batch for batch in batches if batch.kind == job.kind), None)
+        if batch is None:
             batch = Batch(job, self._flags.decode_concurrency, self._stream)
-            self._decoders.append(batch)
-        try:
+            self._tasks.append(batch)
+        with self._working_for([job], batch):
             batch.add(reading)
-        except BaseException:  # it may be in the batch, where nobody would answer for it
-            self._break_up(batch)
-            raise
 
     def _decode(self) -> bool:
-        """Generates a token for every answer in progress. Returns whether there are any."""
-        for decoder in list(self._decoders):
+        """Generates a token for every answer in progress. Returns whether there were any."""
+        decoders = [task for task in self._tasks if not isinstance(task, Reading)]
+        for decoder in decoders:
+            with self._working_for(decoder.jobs, decoder):
+                for job, token, logprobs in decoder.step():
+                    with self._working_for([job]):
+                        if job.take(token, logprobs):
+                            self._n_failures = 0
+                self._take_out([job for job in decoder.jobs if job.ended])
+        return bool(decoders)
+
+    def _take_out(self, jobs: list[Job]) -> None:
+        """Takes answers out, and keeps what has been computed. Those that are wanted wait again.
+
+        A cache that cannot be stored costs nobody's answer.
+        """
+        for task in list(self._tasks):
+            taken = [job for job in task.jobs if job in jobs]
             try:
-                decoded = decoder.step()
+                for cached in task.remove(taken) if taken else ():
+                    self._store(taken[0].served, cached)
             except BaseException as error:
-                if len(jobs := decoder.jobs) == 1:
-                    self._fail(jobs[0], error)
-                else:  # one of them may be the cause
-                    logger.warning("A step of %d answers has failed", len(jobs), exc_info=error)
-                self._break_up(decoder)
-                continue
-            complete: list[Job] = []
-            for job, token, logprobs in decoded:  # several tokens of a job may come at once
-                try:
-                    if job not in complete and job.take(token, logprobs):
-                        complete.append(job)
-                        self._n_failures = 0
-                except BaseException as error:
-                    self._fail(job, error)
-                    complete.append(job)
-            self._remove(decoder, complete)
-        return bool(self._decoders)
+                logger.warning("Caches of answers are lost: %s", error, exc_info=error)
+                self._break_up(task)
+        self._tasks = [task for task in self._tasks if task.jobs]
+        self._go_on_alone(jobs)
 
-    def _remove(self, decoder: Batch | Single, jobs: list[Job]) -> None:
-        """Takes answers out of a decoder. A cache that cannot be stored costs nobody's answer."""
-        if not jobs:
-            return
-        try:
-            cached = decoder.remove(jobs)
-        except BaseException as error:
-            logger.warning("Caches of %d answers are lost: %s", len(jobs), error, exc_info=error)
-            self._break_up(decoder)
-            return
-        if not decoder.jobs:
-            self._decoders.remove(decoder)
-        for each in cached:
-            self._store(jobs[0].served, each)
-
-    def _break_up(self, decoder: Batch | Single) -> None:
-        self._decoders.remove(decoder)
-        self._go_on_alone(decoder.jobs)
+    def _break_up(self, task: Task) -> None:
+        self._tasks = [other for other in self._tasks if other is not task]
+        self._go_on_alone(task.jobs)
 
     def _go_on_alone(self, jobs: list[Job]) -> None:
         """Goes on with those jobs that are wanted from their accepted tokens, each by itself."""
-        for job in jobs:
+        wanted = [job for job in jobs if not (job.ended or job in self._waiting)]
+        for job in wanted:
             job.alone = True
-        self._waiting = [*(job for job in jobs if not job.ended), *self._waiting]
+        self._waiting[:0] = wanted
 
     def _store(self, served: ServedModel, cached: CachedTokens) -> None:
         """Keeps tokens and their cache, which must not change any more."""

@@ -15,10 +15,9 @@ class MiddleFormat:
 
     def prompt(self, before: str, after: str) -> str:
         """The text whose continuation stands between ``before`` and ``after``."""
-        parts = [self.before + before, self.after + after]
-        if self.after_first:
-            parts.reverse()
-        return "".join(parts) + self.middle
+        first = self.before + before
+        second = self.after + after
+        return (second + first if self.after_first else first + second) + self.middle
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -47,7 +46,5 @@ END_TOKENS = ("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<file_sep>", "<|f
 
 def middle_format(vocabulary: Container[str]) -> MiddleFormat | None:
     """The format whose tokens are all in a vocabulary; None if there is none."""
-    for known in FORMATS:
-        if all(token in vocabulary for token in known.tokens):
-            return known
-    return None
+    known = (each for each in FORMATS if all(token in vocabulary for token in each.tokens))
+    return next(known, None)

@@ -9,7 +9,7 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -25,9 +25,22 @@ MAX_CHOICES = 16  # texts of a request: n times the number of its prompts
 MAX_LOGPROBS = 20
 # Characters of a schema, an expression or a grammar; OpenAI's limit for a schema is of this size.
 MAX_CHARACTERS = 100_000
-PENALTIES = ("repetition", "presence", "frequency")
+# Arguments of mlx-lm's make_logits_processors.
+PENALTIES = (
+    *("repetition_penalty", "repetition_context_size", "presence_penalty", "presence_context_size"),
+    *("frequency_penalty", "frequency_context_size"),
+)
 # Variables of chat templates that are also fields of OpenAI's API.
 TEMPLATE_FIELDS = ("reasoning_effort", "verbosity")
+# Fields that have the defaults of flags, by the flags.
+_OF_FLAGS = {
+    "temp": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "num_draft_tokens": "num_draft_tokens",
+    "max_tokens": "max_tokens",
+}
 _MAX_BIAS = 1e4  # a larger one has the same effect, and would be infinite in float16
 _MAX_INT = 2**31 - 1
 _MAX_NAME = 40  # characters of a name or a value in a sentence
@@ -98,7 +111,9 @@ class Fields(Struct, kw_only=True):
 
     model: Any = None
     stream: bool = False
-    stream_options: dict[str, Any] | None = None
+    stream_options: Annotated[
+        StreamOptions | None, Meta(description='an object such as {"include_usage": true}')
+    ] = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1  # answers to each prompt
     max_tokens: Limit | None = None
     max_completion_tokens: Limit | None = None
@@ -200,18 +215,22 @@ _ELSEWHERE: dict[str, tuple[Any, ...]] = {
 }
 # What -1 stands for: no limit of an answer's own, and all tokens.
 _MINUS_ONE = {"max_tokens": None, "max_completion_tokens": None, "top_k": 0}
-_WORDS = {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}
-_WORDS |= {list: "a list", dict: "an object"}
+_WORDS = {
+    bool: "true or false",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 _MAKERS: dict[str, Callable[[Any], Grammar]] = {
     "regex": Grammar.from_regex,
     "grammar": Grammar.from_lark,
 }
 _INDEX = re.compile(r"\[.*?\]$")
 
-SomeFields = TypeVar("SomeFields", bound=Struct)
 
-
-def read_fields(body: Mapping[str, Any], kind: type[SomeFields]) -> tuple[SomeFields, list[str]]:
+def read_fields(body: Mapping[str, Any], kind: type[Fields]) -> tuple[Any, list[str]]:
     """Reads the fields of a request.
 
     Args:
@@ -265,7 +284,7 @@ def _refusal(problem: str, values: Mapping[str, Any], kind: type[Struct]) -> Api
     path = problem.partition("`$.")[2].rstrip("`").replace("[...]", "").split(".")
     path = [*filter(None, path), *missing]
     known: dict[str, Any] = {}
-    for struct in (Message, ResponseFormat, kind):
+    for struct in (Message, ResponseFormat, StreamOptions, kind):
         known |= get_type_hints(struct, include_extras=True)
     while (name := _INDEX.sub("", path[-1])) not in known or name in ("role", "type"):
         path.pop()  # what is in it has no sentence of its own
@@ -313,6 +332,18 @@ class Request:
         models: The models that are served, the default first.
         flags: The server's flags, which have the defaults.
 
+    Attributes:
+        fields: Those that have an effect, of chats or of texts.
+        ignored: The names of those that have none.
+        served: The model that the request names.
+        messages: A chat's messages.
+        prompts: Texts or token ids to continue.
+        stop: Texts before which an answer ends.
+        grammar: What an answer follows; None for any text.
+        logprobs: The number of likeliest tokens beside each chosen one; None: no logprobs.
+        penalties: Arguments of mlx-lm's ``make_logits_processors``.
+        escape_control_tokens: Whether those in texts of users and tools are read as text.
+
     Raises:
         ApiError: If a field cannot be followed. The error names the field.
     """
@@ -323,49 +354,62 @@ class Request:
         self.chat = chat
         served = find_model(models, body.get("model"))
         self.served = served
-        fields: Any  # of one kind or of the other
         fields, self.ignored = read_fields(body, ChatFields if chat else TextFields)
-        self.stream: bool = fields.stream
-        self.include_usage = False  # at the end of a stream
-        if self.stream and fields.stream_options is not None:
-            options, further = read_fields(fields.stream_options, StreamOptions)
-            self.include_usage = options.include_usage
-            self.ignored += [f"stream_options.{name}" for name in further]
-        elif fields.stream_options is not None:
+        self.fields = fields
+        if fields.stream_options is not None and not fields.stream:
             self.ignored.append("stream_options")
-        self.n: int = fields.n  # answers to each prompt
         self.messages: list[dict[str, Any]] = []
-        self.prompts: list[str | list[int]] = []  # texts or token ids to continue
+        self.prompts: list[str | list[int]] = []
         self.tools = RequestedTools([], [])
         self.template_settings: dict[str, Any] = {}
         stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop
         if chat:
             self.messages = _template_messages(body["messages"], served.takes_developer)
-            if fields.tools or fields.tool_choice != "auto":
-                names = ("tools", "tool_choice", "parallel_tool_calls")
-                self.tools = read_tools({name: getattr(fields, name) for name in names}, served)
+            self.tools = read_tools(
+                fields.tools, fields.tool_choice, served, several=fields.parallel_tool_calls
+            )
             self.template_settings, unread = _template_settings(fields, served)
             self.ignored += unread
         else:
             self.prompts = _prompts(fields, served)
             stops = [*stops, *(served.middle_ends if fields.suffix else ())]
-        # texts before which an answer ends
         self.stop = TextStateMachine(
             {"normal": [(text, None) for text in stops]} if stops else None
         )
-        # tokens of an answer; None: as many as fit into the context
-        self.max_tokens = _max_tokens(fields, flags.max_tokens)
-        self.grammar = _grammar(fields)  # that an answer follows; None for any text
-        # whether control tokens in the texts of users and tools are read as text
-        self.escape_control_tokens: bool = flags.escape_control_tokens
-        self.n_probes: int | None = fields.n_probes  # None: the head's number
-        self.dense = _is_dense(fields, served)
-        self.num_draft_tokens: int = fields.num_draft_tokens or flags.num_draft_tokens
-        # the number of likeliest tokens beside each chosen one; None: no logprobs
+        self.grammar = _grammar(fields)
         self.logprobs: int | None = _n_logprobs(fields) if chat else fields.logprobs
-        self.seed: int | None = fields.seed
-        self.sampling = _sampling(fields, flags)  # a draw, as the request asks for it
-        self.penalties = _penalties(fields, served)  # arguments of mlx-lm's make_logits_processors
+        self.penalties = {name: getattr(fields, name) for name in PENALTIES}
+        self.penalties["logit_bias"] = _logit_bias(fields, served)
+        self.escape_control_tokens: bool = flags.escape_control_tokens
+        _settle(fields, served, flags)
+
+
+def _settle(fields: Fields, served: ServedModel, flags: Namespace) -> None:
+    """Gives fields that depend on each other, on the model or on the flags their values."""
+    limits = {fields.max_tokens, fields.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        raise ApiError(
+            "max_completion_tokens and max_tokens are two names of one limit, and they differ: "
+            "send one of them.",
+            "max_tokens",
+        )
+    fields.max_tokens = next(iter(limits), None)
+    for flag, name in _OF_FLAGS.items():
+        if getattr(fields, name) is None:
+            setattr(fields, name, getattr(flags, flag))
+    n_probes = fields.n_probes
+    if fields.dense is None:
+        fields.dense = served.settings.dense and n_probes is None
+    if n_probes is None:
+        return
+    if fields.dense or served.head is None:
+        reason = "dense scores every token" if fields.dense else "This model has no FlashHead"
+        raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
+    n_clusters = served.head.n_clusters
+    if not 1 <= n_probes <= n_clusters:
+        raise field_error(
+            "n_probes", f"is {n_probes}: it must be a whole number, 1 to {n_clusters}."
+        )
 
 
 def find_model(models: Sequence[ServedModel], name: Any) -> ServedModel:
@@ -402,10 +446,9 @@ def _template_messages(
         takes_developer: Whether the template knows the role "developer". Otherwise it becomes
             "system", which OpenAI's name stands for.
     """
-    calls = [call for message in messages for call in message.get("tool_calls") or ()]
-    arguments = [call["function"].get("arguments") for call in calls]
-    # JSON within JSON, of all calls together
-    check_size(",".join(text for text in arguments if isinstance(text, str)).encode())
+    calls = [call["function"] for message in messages for call in message.get("tool_calls") or ()]
+    texts = [each["arguments"] for each in calls if isinstance(each.get("arguments"), str)]
+    check_size(",".join(texts).encode())  # JSON within JSON, of all calls together
     read = []
     for i, message in enumerate(messages):
         message = {name: value for name, value in message.items() if value is not None}
@@ -466,18 +509,6 @@ def _prompts(fields: TextFields, served: ServedModel) -> list[str | list[int]]:
     return [served.middle.prompt(prompt, fields.suffix) for prompt in prompts]
 
 
-def _max_tokens(fields: Fields, default: int | None) -> int | None:
-    """The request's limit of an answer, else the server's."""
-    limits = {fields.max_tokens, fields.max_completion_tokens} - {None}
-    if len(limits) > 1:
-        raise ApiError(
-            "max_completion_tokens and max_tokens are two names of one limit, and they differ: "
-            "send one of them.",
-            "max_tokens",
-        )
-    return limits.pop() if limits else default
-
-
 def _grammar(fields: Fields) -> Grammar | None:
     """What ``response_format``, ``regex`` or ``grammar`` asks for; an ApiError for two of them."""
     forms: dict[str, Any] = {"regex": fields.regex, "grammar": fields.grammar}
@@ -506,12 +537,10 @@ def _described_form(asked: ResponseFormat) -> dict[str, Any]:
     Raises:
         ApiError: If it is not described.
     """
-    where = f"response_format.{asked.type}"
     if asked.type == "text":
         return {}
-    if asked.type == "json_object":
-        return {where: {"type": "object"}}
-    described = getattr(asked, asked.type)
+    where = f"response_format.{asked.type}"
+    described = _Schema("any") if asked.type == "json_object" else getattr(asked, asked.type)
     if described is None:
         hint = get_type_hints(ResponseFormat, include_extras=True)[asked.type]
         raise ApiError(f"{where} is missing: it must be {_words(hint)}.", "response_format")
@@ -539,23 +568,6 @@ def _template_settings(fields: ChatFields, served: ServedModel) -> tuple[dict[st
     return settings | fields.chat_template_kwargs, [name for name in given if name not in taken]
 
 
-def _is_dense(fields: Fields, served: ServedModel) -> bool:
-    """Whether the normal head alone answers."""
-    n_probes = fields.n_probes
-    dense = served.dense and n_probes is None if fields.dense is None else fields.dense
-    if n_probes is None:
-        return dense
-    if dense or served.head is None:
-        reason = "dense scores every token" if dense else "This model has no FlashHead"
-        raise ApiError(f"{reason}: leave n_probes out.", "n_probes")
-    n_clusters = served.head.n_clusters
-    if not 1 <= n_probes <= n_clusters:
-        raise field_error(
-            "n_probes", f"is {n_probes}: it must be a whole number, 1 to {n_clusters}."
-        )
-    return dense
-
-
 def _n_logprobs(fields: ChatFields) -> int | None:
     """The number of likeliest tokens that a chat wants to see; None without logprobs."""
     if fields.logprobs:
@@ -565,20 +577,8 @@ def _n_logprobs(fields: ChatFields) -> int | None:
     return None
 
 
-def _sampling(fields: Fields, flags: Namespace) -> dict[str, Any]:
-    """What the request asks of the sampler, else what the server's flags say."""
-    return {
-        "temp": flags.temp if fields.temperature is None else fields.temperature,
-        "top_p": flags.top_p if fields.top_p is None else fields.top_p,
-        "top_k": flags.top_k if fields.top_k is None else fields.top_k,
-        "min_p": flags.min_p if fields.min_p is None else fields.min_p,
-        "xtc_probability": fields.xtc_probability,
-        "xtc_threshold": fields.xtc_threshold,
-    }
-
-
-def _penalties(fields: Fields, served: ServedModel) -> dict[str, Any]:
-    """The arguments of mlx-lm's ``make_logits_processors``."""
+def _logit_bias(fields: Fields, served: ServedModel) -> dict[int, float] | None:
+    """The numbers to add to logits, by token id."""
     bias = {}
     for key, value in fields.logit_bias.items():
         is_number = key.isascii() and key.isdigit() and len(key) < 10
@@ -588,6 +588,4 @@ def _penalties(fields: Fields, served: ServedModel) -> dict[str, Any]:
                 f"must give each token id a number: choose 0 to {served.vocab_size - 1}.",
             )
         bias[int(key)] = max(-_MAX_BIAS, min(_MAX_BIAS, value))
-    names = [f"{kind}_{what}" for kind in PENALTIES for what in ("penalty", "context_size")]
-    penalties = {name: getattr(fields, name) for name in names}
-    return {"logit_bias": bias or None, **penalties}
+    return bias or None

@@ -24,7 +24,7 @@ from ..models.fetch import resolve
 from ..models.install import get_flash_head
 from ..models.loading import context_of, load_dense
 from ..models.templates import template_variables
-from .control_tokens import ControlTokens
+from .control_tokens import control_tokens
 from .fill_in_the_middle import END_TOKENS, middle_format
 
 # Variables that the server gives a template.
@@ -43,10 +43,7 @@ class ServedModel:
     draft_model: nn.Module | None
     context: int  # tokens of a prompt and its answer together
     template_arguments: dict[str, Any] = field(default_factory=dict)  # from the server's flags
-    dense: bool = False  # whether every token is scored unless a request says otherwise
-    verify: bool = True  # whether the dense rows verify every token
-    max_wait: float | None = None  # seconds that text may wait for its verification
-    lookup: str = "auto"  # when the next tokens are looked up
+    settings: DecodingSettings = field(default_factory=DecodingSettings)  # of requests
     build: BackgroundBuild | None = None  # of its FlashHead, if it has none yet
 
     def __post_init__(self):
@@ -62,23 +59,24 @@ class ServedModel:
         if self.tokenizer.has_thinking:
             self.template_settings |= {"enable_thinking"}  # mlx-lm's name for it
         self.takes_developer = "developer" in str(self.tokenizer.chat_template)  # as a role
-        self.control_tokens = ControlTokens(self.tokenizer)
+        self.control_tokens = control_tokens(self.tokenizer)
         vocabulary = self.tokenizer.get_vocab()
         self.middle = middle_format(vocabulary)  # in which it fills gaps, if it does
         self.middle_ends = [token for token in END_TOKENS if token in vocabulary]
 
     def decoding(self, *, dense: bool | None = None, n_probes: int | None = None) -> str:
         """How a request with these fields is decoded: "verified", "unverified" or "dense: …why"."""
-        dense = self.dense and n_probes is None if dense is None else dense
+        verify = self.settings.verify
+        dense = self.settings.dense and n_probes is None if dense is None else dense
         if self.draft_model is not None and not dense:  # a pass verifies several of its tokens
             return "dense: the draft model proposes tokens"
-        if self.max_wait == 0 and not dense:
+        if self.settings.max_wait == 0 and not dense:
             return "dense: --max-wait is 0"
         if n_probes is not None and self.head and not policy_of(self.head).drafts_only:
-            return "verified" if self.verify else "unverified"  # even where it is no faster
+            return "verified" if verify else "unverified"  # even where it is no faster
         if self.build is not None and self.head is None and not dense:
             return "dense: FlashHead is being built"
-        return decoding_mode(self.model, verify=self.verify, dense=dense)
+        return decoding_mode(self.model, verify=verify, dense=dense)
 
     @property
     def head(self) -> FlashHead | None:
@@ -111,17 +109,15 @@ def load_models(args: Namespace) -> list[ServedModel]:
     if len({*all_names}) < len(all_names):
         listed = ", ".join(all_names)
         raise ValueError(f"Two of the models have the same name ({listed}): rename a folder.")
-    models = [_load(args, args.model, names[0], default=True)]
-    for path, its_names in zip(args.allow_models, names[1:], strict=True):
-        models.append(_load(args, path, its_names, default=False))
+    paths = zip([args.model, *args.allow_models], names, strict=True)
+    models = [_load(args, path, its_names) for path, its_names in paths]
     for served in models:
         _check_lookup(served, args)
     return models
 
 
-def _load(
-    args: Namespace, path_or_repo: str, names: tuple[str, ...], *, default: bool
-) -> ServedModel:
+def _load(args: Namespace, path_or_repo: str, names: tuple[str, ...]) -> ServedModel:
+    default = path_or_repo == args.model
     folder = resolve(path_or_repo)
     trusted: bool = args.trust_remote_code
     tokenizer_config: dict[str, Any] = {"trust_remote_code": trusted}
@@ -169,18 +165,19 @@ def _load(
         draft_model,
         context,
         template_arguments=args.chat_template_args,
-        dense=args.dense and default,
-        verify=not args.no_verify,
-        max_wait=args.max_wait,
-        lookup=args.lookup,
+        settings=DecodingSettings(
+            verify=not args.no_verify,
+            dense=args.dense and default,
+            max_wait=args.max_wait,
+            lookup=args.lookup,
+        ),
         build=build,
     )
 
 
 def _check_lookup(served: ServedModel, args: Namespace) -> None:
     """Checks that a lookup that is asked for can be had; ValueError if not."""
-    settings = DecodingSettings(verify=served.verify, dense=served.dense, lookup=served.lookup)
-    proposer = Proposer(served.model, settings)
+    proposer = Proposer(served.model, served.settings)
     if served.batchable and args.kv_bits is None:
         check_batched_lookup(proposer)
     elif served.draft_model is None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -36,18 +35,18 @@ class RequestedTools:
     required: bool = False
 
 
-def read_tools(fields: Mapping[str, Any], served: ServedModel) -> RequestedTools:
-    """The tools of a request's fields.
+def read_tools(
+    tools: list[Any], choice: Any, served: ServedModel, *, several: bool
+) -> RequestedTools:
+    """The tools of a request, as far as its ``tool_choice`` allows them.
 
     Raises:
         ApiError: If a tool is wrong, or a call of it cannot be followed in the model's format.
     """
-    tools = fields.get("tools", [])
     _check_tools(tools, served)
-    offered, callable_tools, required = _chosen(fields.get("tool_choice", "auto"), tools)
-    if not offered:
+    allowed, required = _chosen(choice, tools)
+    if not allowed:
         return RequestedTools([], [])
-    several = fields.get("parallel_tool_calls", True)
     try:
         vocabulary_of(served.tokenizer)
         format_name_of(served.tokenizer)
@@ -55,13 +54,13 @@ def read_tools(fields: Mapping[str, Any], served: ServedModel) -> RequestedTools
         if required:
             raise ApiError(f"tool_choice cannot be followed: {error}", "tool_choice") from None
         _tell_once(served.name, str(error))
-        return RequestedTools(offered, offered)
+        return RequestedTools(tools, tools)
     try:
-        calls = tool_calls(served.tokenizer, callable_tools, several=several)
-        views = tools_for_parser(served.tokenizer, offered)
+        calls = tool_calls(served.tokenizer, allowed, several=several)
+        views = tools_for_parser(served.tokenizer, tools)
     except ValueError as error:
         raise ApiError(f"tools: {error}", "tools") from None
-    return RequestedTools(offered, views, calls, required)
+    return RequestedTools(tools, views, calls, required)
 
 
 @cache
@@ -73,25 +72,24 @@ def _check_tools(tools: list[Any], served: ServedModel) -> None:
     names = set()
     for i, tool in enumerate(tools):
         is_function = isinstance(tool, dict) and tool.get("type") == "function"
-        function = tool.get("function") if is_function else None
-        if not isinstance(function, dict) or not _is_text(function.get("name")):
+        function: Any = tool.get("function") if is_function else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not (isinstance(name, str) and name):
             wanted = '{"type": "function", "function": …}, whose function has a name'
             raise ApiError(f"tools[{i}] must be {wanted}.", "tools")
         if not isinstance(function.get("parameters") or {}, dict):
             raise ApiError(f"tools[{i}].function.parameters must be a JSON schema.", "tools")
-        if function["name"] in names:
+        if name in names:
             raise ApiError(f"tools[{i}] has the name of another tool.", "tools")
-        names.add(function["name"])
+        names.add(name)
     if tools and not served.tokenizer.has_tool_calling:
         raise ApiError("This model's chat template knows no tools: leave them out.", "tools")
     if tools and len(json.dumps(tools)) > MAX_CHARACTERS:
         raise field_error("tools", f"are longer than {MAX_CHARACTERS:,} characters: send fewer.")
 
 
-def _chosen(
-    choice: Any, tools: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], bool]:
-    """The tools to be shown, those that may be called, and whether one must be."""
+def _chosen(choice: Any, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+    """The tools that may be called, and whether one must be."""
     allowed = tools
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         described = choice.get("allowed_tools")
@@ -107,11 +105,11 @@ def _chosen(
         kinds = '"none", "auto", "required", or {"type": "function", "function": {"name": …}}'
         raise field_error("tool_choice", f"must be {kinds}.")
     if choice == "none":
-        return [], [], False
+        return [], False
     required = choice != "auto"
     if required and not tools:
         raise field_error("tool_choice", "asks for a call, and there are no tools.")
-    return tools, allowed, required
+    return allowed, required
 
 
 def _name_of(choice: Any) -> Any:
@@ -122,11 +120,7 @@ def _name_of(choice: Any) -> Any:
 
 def _named(names: list[Any], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     known = {tool["function"]["name"]: tool for tool in tools}
-    if not names or not all(_is_text(name) and name in known for name in names):
+    if not names or not all(isinstance(name, str) and name in known for name in names):
         known_names = ", ".join(known) or "there are none"
         raise field_error("tool_choice", f"must name some of the tools: {known_names:.100}.")
     return [known[name] for name in names]
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)

@@ -38,11 +38,6 @@ class Turns:
 
     async def run(self, address: str, work: Callable[[], Result]) -> Result:
         """The result of ``work()`` in a thread, once the address has its turn."""
-        async with self.turn(address):
-            return await self.work(work)
-
-    async def work(self, work: Callable[[], Result]) -> Result:
-        """The result of ``work()`` in a thread, within a turn."""
 
         def without_stop_iteration() -> Result:
             try:
@@ -51,4 +46,5 @@ class Turns:
                 raise RuntimeError("A StopIteration has left the code of a model") from error
 
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, without_stop_iteration)
+        async with self.turn(address):
+            return await loop.run_in_executor(self._threads, without_stop_iteration)

@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from .lark import LarkRules, exactly, matching, one_of
-from .schemas import Document, is_text, kind_of
+from .lark import LarkRules, any_of, literal_of, matching, one_of
+from .schemas import LIMITS, Document, is_text, kind_of
 
 _NULL = r"\s*(?i:null)\s*"
+_SCALARS = ("string", "number", "boolean", "null")
 _SPACE_AROUND = r"[\s\x1c-\x1f](?s:.*)|(?s:.*)[\s\x1c-\x1f]"
 
 
@@ -29,22 +29,21 @@ def calling(name: str) -> Iterator[None]:
         raise ValueError(f"The tool {name!r:.60} cannot be called: {error}.") from None
 
 
-@dataclass(frozen=True)
-class Tool:
-    """A function that a model may call, with the JSON schema of its arguments."""
+class Tool(Document):
+    """A function that a model may call, with the JSON schema of its arguments.
 
-    name: str
-    parameters: Any
+    Attributes:
+        words: How its name is written, for templates.
 
-    @cached_property
-    def document(self) -> Document:
-        """The schema, whose parts its arguments follow."""
-        return Document(self.parameters)
+    Raises:
+        ValueError: If the schema has a part that cannot be followed. It names the tool.
+    """
 
-    @property
-    def arguments(self) -> list[tuple[str, Any, bool]]:
-        """The names and schemas of the arguments, each with whether it must be there."""
-        return self.document.members(self.document.root)[0]
+    def __init__(self, name: str, parameters: Any):
+        self.name = name
+        self.words = {"name": name, "json_name": json.dumps(name, ensure_ascii=False)}
+        with calling(name):
+            super().__init__(parameters)
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -52,10 +51,10 @@ class Tool:
 
         Where it lists properties and does not say, none but these are written.
         """
-        root = {**self.document.root, "type": "object"}
+        root = {**self.root, "type": "object"}
         if root.keys() & {"properties", "allOf", "anyOf", "oneOf", "$ref"} == {"properties"}:
             root.setdefault("additionalProperties", False)
-        return self.document.by_itself(root)
+        return self.by_itself(root)
 
 
 @dataclass(frozen=True)
@@ -88,21 +87,19 @@ class CallFormat:
         Raises:
             ValueError: If a tool cannot be called in this format. It names the tool.
         """
-        call = rules.rule(one_of(self.rule_of(tool, rules) for tool in tools))
+        written = []
+        for tool in tools:
+            with calling(tool.name):
+                if not re.fullmatch(self.names, tool.name):
+                    raise ValueError("this model's format has no such names")
+                written.append(rules.rule(self.call_of(tool, rules)))
+        call = rules.rule(one_of(written))
         again = f"({rules.template(self.comma)} {call})*" if several and self.several else ""
         return rules.template(self.section + self.end, calls=f"{call} {again}")
 
-    def rule_of(self, tool: Tool, rules: LarkRules) -> str:
-        """The rule of a call; a ValueError names the tool."""
-        with calling(tool.name):
-            if not re.fullmatch(self.names, tool.name):
-                raise ValueError("this model's format has no such names")
-            return rules.rule(self.call_of(tool, rules))
-
     def call_of(self, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of a call."""
-        words = {"name": tool.name, "json_name": json.dumps(tool.name, ensure_ascii=False)}
-        return rules.template(self.call, words, arguments=self.arguments(tool, rules))
+        return rules.template(self.call, tool.words, arguments=self.arguments(tool, rules))
 
     def arguments(self, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of the arguments."""
@@ -110,7 +107,26 @@ class CallFormat:
 
     def view(self, tool: Tool) -> Any:
         """The tool's parameters as mlx-lm's parser must see them to read the types."""
-        return tool.parameters
+        return tool.given
+
+
+@dataclass(frozen=True)
+class Mistral(CallFormat):
+    """``name[ARGS]{…}``, or a list of JSON."""
+
+    def section_of(self, tools: Sequence[Tool], rules: LarkRules, *, several: bool) -> str:
+        """A Lark expression of calls with headers, or of a list of calls."""
+        listed = super().section_of(tools, rules, several=several)
+        headed = [
+            rules.rule(f"{rules.expression(f'{tool.name}[ARGS]')} {self.arguments(tool, rules)}")
+            for tool in tools
+            if re.fullmatch(r"[\w-]+", tool.name, re.ASCII)
+        ]
+        if not headed:
+            return listed
+        call = rules.rule(one_of(headed))
+        again = f"({rules.expression(self.start)}? {call})*" if several else ""
+        return one_of([listed, f"{call} {again}"])
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,9 @@ class ListedFormat(CallFormat):
         between: What stands between two arguments.
         keys: A regular expression of the names that an argument may have.
         empty: A call without arguments, if it is written in another way.
+        free_keys: A regular expression of names that a schema does not list; empty: only those that
+            it lists are written.
+        never: Texts that no string holds beside its end, since the parser takes them for its marks.
     """
 
     opening: str = "$key="
@@ -130,39 +149,57 @@ class ListedFormat(CallFormat):
     between: str = ""
     keys: str = r"[^\s\"'<>&\[\]{}|:=\\]+"
     empty: str = ""
+    free_keys: str = ""
+    never: tuple[str, ...] = ()
 
     def call_of(self, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of a call."""
-        if not self.empty or any(required for _, _, required in tool.arguments):
+        members, _ = tool.members(tool.root)
+        if not self.empty or any(required for _, _, required in members):
             return super().call_of(tool, rules)
-        words = {"json_name": json.dumps(tool.name, ensure_ascii=False)}
-        empty = rules.template(self.empty, words)
-        return one_of([empty, super().call_of(tool, rules)]) if tool.arguments else empty
+        empty = rules.template(self.empty, tool.words)
+        return one_of([empty, super().call_of(tool, rules)]) if members else empty
 
     def arguments(self, tool: Tool, rules: LarkRules) -> str:
-        """A Lark expression of the arguments.
+        """A Lark expression of the arguments."""
+        return self.members(tool.root, tool, rules)
+
+    def members(self, schema: Any, tool: Tool, rules: LarkRules) -> str:
+        """A Lark expression of what the objects of a schema have.
 
         Raises:
-            ValueError: If one that is required cannot be written.
+            ValueError: If a member that is required cannot be written.
         """
+        listed, others = tool.members(schema)
         written = []
-        for key, schema, required in tool.arguments:
-            value = self.value(schema, tool.document, rules) if re.fullmatch(self.keys, key) else ""
+        for key, part, required in listed:
+            text = self.key(key)
+            value = self.value(part, tool, rules) if text else ""
             if value:
-                words = {"key": key, "kind": self.kind(schema, tool.document)}
+                words = {"key": text, "kind": self.kind(part, tool)}
                 opening = rules.template(self.opening, words)
                 written.append((rules.rule(f"{opening} {value}"), required))
             elif required:
                 raise ValueError(f"this model's format has no such argument as {key!r:.40}")
-        return rules.in_order(written, rules.template(self.between), needs_one=bool(self.empty))
+        more = None
+        if self.free_keys and others not in (None, False):
+            unlike = [f"~/{any_of(key for key, _, _ in listed)}/"] if listed else []
+            key = rules.rule(" & ".join([f"/{self.free_keys}/", *unlike]), "T")
+            more = f"{rules.template(self.opening, key=key)} {self.value(others, tool, rules)}"
+        between = rules.template(self.between)
+        return rules.in_order(written, between, more=more, needs_one=bool(self.empty))
 
-    def kind(self, schema: Any, document: Document) -> str:
+    def key(self, name: str) -> str:
+        """A name as it is written; empty if it cannot be."""
+        return name if re.fullmatch(self.keys, name) else ""
+
+    def kind(self, schema: Any, tool: Tool) -> str:
         """The type that an argument is said to have."""
         return "object"
 
-    def value(self, schema: Any, document: Document, rules: LarkRules) -> str:
+    def value(self, schema: Any, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of a schema's values and what closes them; empty if there are none."""
-        return f"{rules.json(document.by_itself(schema))} {rules.template(self.closing)}"
+        return f"{rules.json(tool.by_itself(schema))} {rules.template(self.closing)}"
 
 
 @dataclass(frozen=True)
@@ -170,30 +207,28 @@ class TaggedFormat(ListedFormat):
     """Arguments between tags: strings as they are, all else as JSON.
 
     Attributes:
-        never: Further texts that no string holds, since the parser takes them for its marks.
         trims: Whether it takes spaces off the ends of a value.
         null_is_none: Whether it reads the word null as None, even if it is a string.
     """
 
-    never: tuple[str, ...] = ()
     trims: bool = True
     null_is_none: bool = False
 
-    def kind(self, schema: Any, document: Document) -> str:
+    def kind(self, schema: Any, tool: Tool) -> str:
         """The type that the parser reads: "string" is as it is, and any other one JSON."""
-        parts = document.alternatives(schema) or []
+        parts = tool.alternatives(schema) or []
         others = [part for part in parts if not is_text(part)]
         is_null = self.null_is_none and all(kind_of(part) == "null" for part in others)
         return "string" if len(parts) > len(others) and (not others or is_null) else "object"
 
-    def value(self, schema: Any, document: Document, rules: LarkRules) -> str:
+    def value(self, schema: Any, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of a schema's values and what closes them; empty if there are none."""
-        if self.kind(schema, document) != "string":
-            return super().value(schema, document, rules)
+        if self.kind(schema, tool) != "string":
+            return super().value(schema, tool, rules)
         found = []
-        for part in document.alternatives(schema) or ():
+        for part in tool.alternatives(schema) or ():
             if not is_text(part):
-                found.append(rules.text_until(self.closing, exactly(["null"])))
+                found.append(rules.text_until(self.closing, "/null/"))
                 continue
             trims = self.trims and bool(part.keys() & {"enum", "minLength", "maxLength", "pattern"})
             unlike = [_NULL] * self.null_is_none + [_SPACE_AROUND] * trims
@@ -202,9 +237,72 @@ class TaggedFormat(ListedFormat):
 
     def view(self, tool: Tool) -> Any:
         """The arguments with the types that the parser knows them by."""
-        document = tool.document
-        types = {key: {"type": self.kind(part, document)} for key, part, _ in tool.arguments}
+        listed, _ = tool.members(tool.root)
+        types = {key: {"type": self.kind(part, tool)} for key, part, _ in listed}
         return {"type": "object", "properties": types}
+
+
+@dataclass(frozen=True)
+class Gemma(ListedFormat):
+    """Gemma's calls, ``call:name{key:value}``: strings between marks, and keys without quotes.
+
+    Attributes:
+        quote: The mark before and after a string.
+        has_parts: Whether values may be lists and objects.
+    """
+
+    call: str = "call:$name{$arguments}"
+    opening: str = "$key:"
+    between: str = ","
+    keys: str = r"[A-Za-z_]\w*"
+    quote: str = ""
+    has_parts: bool = True
+
+    def key(self, name: str) -> str:
+        """A key as it is written; empty if it cannot be."""
+        if re.fullmatch(self.keys, name, re.ASCII):
+            return name
+        return literal_of(name) if self.has_parts and not re.search(r"[{}<,:]", name) else ""
+
+    def value(self, schema: Any, tool: Tool, rules: LarkRules) -> str:
+        """The name of the rule of a schema's values, which may refer to itself; empty for none."""
+        key = tool.name, repr(schema)
+        return rules.recursive(key, lambda: one_of(self._values(schema, tool, rules)))
+
+    def _values(self, schema: Any, tool: Tool, rules: LarkRules) -> list[str]:
+        parts = tool.alternatives(schema)
+        if parts is None:
+            raise ValueError("limits beside alternatives cannot be written in this model's format")
+        found = []
+        for part in parts:
+            kind = kind_of(part)
+            if kind == "any":
+                kinds = [*_SCALARS, *["array", "object"] * self.has_parts]
+                found.append(self.value({"type": kinds}, tool, rules))
+            elif is_text(part):
+                texts = plain_text(part, self.quote, rules, never=self.never)
+                found += [f"{rules.expression(self.quote)} {text}" for text in texts]
+            elif kind == "array":
+                found += [self._array(part, tool, rules)] if self.has_parts else []
+            elif kind == "object":
+                found += [f'"{{" {self.members(part, tool, rules)} "}}"'] if self.has_parts else []
+            elif not any(isinstance(value, list | dict) for value in part.get("enum", ())):
+                found.append(rules.json(part if "enum" in part else {"type": kind, **part}))
+        return found
+
+    def _array(self, schema: dict[str, Any], tool: Tool, rules: LarkRules) -> str:
+        """A Lark expression of lists."""
+        others = schema.keys() & LIMITS - {"type", "items", "minItems", "maxItems"}
+        if others or isinstance(schema.get("items"), list):
+            raise ValueError("a list of listed items cannot be written in this model's format")
+        item = self.value(schema.get("items", {}), tool, rules)
+        fewest = schema.get("minItems", 0)
+        most = schema.get("maxItems")
+        if most == 0 or not item:
+            return literal_of("[]")
+        further = "" if most is None else most - 1
+        items = f'{item} ("," {item}){{{max(0, fewest - 1)},{further}}}'
+        return f'"[" {items if fewest else f"({items})?"} "]"'
 
 
 def plain_text(
@@ -227,7 +325,7 @@ def plain_text(
     if "enum" in schema:
         left = [text for text in schema["enum"] if not any(each in text for each in [mark, *never])]
         left = [text for text in left if not any(re.fullmatch(each, text) for each in unlike)]
-        return [rules.text_until(mark, exactly(left))] if left else []
+        return [rules.text_until(mark, f"/{any_of(left)}/")] if left else []
     length = f"{schema.get('minLength', 0)},{schema.get('maxLength', '')}"
     forms = [rf"/[^\x00]{{{length}}}/", *(f"~/{each}/" for each in unlike)]
     forms += [matching(schema["pattern"])] if "pattern" in schema else []

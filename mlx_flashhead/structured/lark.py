@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .vocabulary import llguidance
@@ -34,7 +34,7 @@ class LarkRules:
         self.special = special
         names = sorted(special, key=len, reverse=True)
         self._parts = re.compile(f"({'|'.join(map(re.escape, names))})" if names else r"((?!))")
-        self._names: dict[str, str] = {}  # from a body to its name
+        self._names: dict[Hashable, str] = {}  # of rules, by their bodies or keys
         self._bodies: dict[str, str] = {}
         self._n_characters = 0
 
@@ -43,43 +43,53 @@ class LarkRules:
         rules = [f"{name}: {body}\n" for name, body in self._bodies.items()]
         return "".join([f"start: {start}\n", *rules, _TERMINALS])
 
-    def rule(self, body: str) -> str:
-        """The name of a rule with this body."""
-        return self._named("r", body)
+    def rule(self, body: str, kind: str = "r", attributes: str = "") -> str:
+        """The name of a rule with this body.
 
-    def terminal(self, *matching: str) -> str:
-        """The name of a terminal: a text that all of these match as a whole."""
-        return self._named("T", " & ".join(matching))
+        Args:
+            body: A Lark expression.
+            kind: "T" for a terminal.
+            attributes: Such as "[lazy]": it ends as soon as it matches.
 
-    def lazy(self, regex: str) -> str:
-        """The name of a rule that ends as soon as it matches a regular expression."""
-        name = self.new_name()
-        self.define(f"{name}[lazy]", f"/{regex}/")
-        return name
+        Raises:
+            ValueError: If the grammar has become too long.
+        """
+        if body not in self._names:
+            self._names[body] = f"{kind}{len(self._bodies)}"
+            self._define(self._names[body] + attributes, body)
+        return self._names[body]
+
+    def recursive(self, key: Hashable, make: Callable[[], str]) -> str:
+        """The name of a rule whose body may refer to the rule; empty if its body is.
+
+        Args:
+            key: Under which the rule is known.
+            make: Makes the body.
+        """
+        if key not in self._names:
+            name = self._names[key] = f"r{len(self._bodies)}"
+            self._define(name, literal_of(""))
+            body = make()
+            self._define(name, body or literal_of(""))
+            self._names[key] = name if body else ""
+        return self._names[key]
 
     def json(self, schema: dict[str, Any]) -> str:
         """The name of a rule of JSON that follows a schema."""
         return self.rule(f"%json {json.dumps(schema)}")
 
-    def new_name(self, prefix: str = "r") -> str:
-        """The name of a rule that is defined later, since it may refer to itself."""
-        return f"{prefix}{len(self._bodies)}"
-
-    def define(self, name: str, body: str) -> str:
-        """Gives a rule its body, and returns its name.
-
-        Raises:
-            ValueError: If the grammar has become too long.
-        """
+    def _define(self, name: str, body: str) -> None:
         self._bodies[name] = body
         self._n_characters += len(body)
         if self._n_characters > MAX_CHARACTERS:
             raise ValueError(f"its grammar has more than {MAX_CHARACTERS:,} characters")
-        return name
 
     def expression(self, text: str) -> str:
         """A Lark expression of exactly this text, its special tokens as such."""
-        return " ".join(self._part(part) for part in self.parts(text))
+        return " ".join(
+            f"<[{self.special[part]}]>" if part in self.special else literal_of(part)
+            for part in self.parts(text)
+        )
 
     def parts(self, text: str) -> list[str]:
         """The special tokens of a text, and the texts between them."""
@@ -95,18 +105,11 @@ class LarkRules:
             words: What stands in a place as it is.
             expressions: Lark expressions of what stands in a place.
         """
-        known = {**_COMMON, **expressions}
-        found = []
-        literal = ""
-        for i, piece in enumerate(re.split(r"\$(\w+)", text)):
-            if i % 2 == 0:
-                literal += piece
-            elif words and piece in words:
-                literal += words[piece]
-            else:
-                found += [self.expression(literal), known[piece]]
-                literal = ""
-        return " ".join([*found, self.expression(literal)]).strip()
+        known = {name: self.expression(word) for name, word in (words or {}).items()}
+        known = {**_COMMON, **known, **expressions}
+        pieces = enumerate(re.split(r"\$(\w+)", text))
+        found = (known[piece] if i % 2 else self.expression(piece) for i, piece in pieces)
+        return " ".join(filter(None, found))
 
     def text_until(self, mark: str, *matching: str, never: Sequence[str] = ()) -> str:
         """A Lark expression of a text that ends at the first ``mark``, and the mark.
@@ -116,13 +119,14 @@ class LarkRules:
             matching: Terminals that the text matches, all of them.
             never: Further texts that do not occur in it.
         """
-        text = self.terminal(*matching, without([mark, *never]))
-        first, *rest = self.parts(mark)
+        without = f"~/(?s:.*){any_of([mark, *never])}(?s:.*)/"
+        text = self.rule(" & ".join([*matching, without]), "T")
+        first = self.parts(mark)[0]
         if first in self.special:
             return f"{text} {self.expression(mark)}"
         # one terminal, since the longest one counts: a text by itself would take the mark's letters
-        whole = self._named("T", f"{text} {literal_of(first)}")
-        return " ".join([whole, *map(self._part, rest)])
+        whole = self.rule(f"{text} {literal_of(first)}", "T")
+        return f"{whole} {self.expression(mark.removeprefix(first))}"
 
     def in_order(
         self,
@@ -154,14 +158,6 @@ class LarkRules:
         is_optional = not needs_one and not any(required for _, required in members)
         return f"({inside})?" if inside and is_optional else inside
 
-    def _part(self, part: str) -> str:
-        return f"<[{self.special[part]}]>" if part in self.special else literal_of(part)
-
-    def _named(self, prefix: str, body: str) -> str:
-        if body not in self._names:
-            self._names[body] = self.define(self.new_name(prefix), body)
-        return self._names[body]
-
 
 def literal_of(text: str) -> str:
     """A Lark expression of exactly this text."""
@@ -173,14 +169,9 @@ def quoted(text: str) -> str:
     return "".join(c if c.isalnum() else rf"\x{{{ord(c):x}}}" for c in text)
 
 
-def exactly(texts: Iterable[str]) -> str:
-    """A terminal of exactly these texts."""
-    return f"/({'|'.join(map(quoted, texts))})/"
-
-
-def without(texts: Iterable[str]) -> str:
-    """A terminal of what has none of these texts within."""
-    return f"~/(?s:.*)({'|'.join(map(quoted, texts))})(?s:.*)/"
+def any_of(texts: Iterable[str]) -> str:
+    """A regular expression of exactly these texts."""
+    return f"({'|'.join(map(quoted, texts))})"
 
 
 def matching(pattern: str) -> str:

@@ -2,18 +2,68 @@
 
 import copy
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..common.masks import Mask
-from .grammar import Grammar
-from .matchers import MaskTime, checked_matcher
+from .grammar import LIMITS, Grammar, sentence
 from .text_grammar import text_grammar
 from .tool_grammar import ToolCalls
-from .vocabulary import vocabulary_of
+from .vocabulary import Vocabulary, llguidance, vocabulary_of
+
+# Seconds of computing that all masks may take in addition to a limit for each.
+CREDIT_SECONDS = 0.1
+# Matchers that are kept for further texts of the same form.
+MAX_MATCHERS = 16
+
+
+class MaskTime:
+    """The time that masks may take. llguidance's limits bound that of each.
+
+    Args:
+        seconds_per_mask: Seconds of computing that a mask may take on average; infinity for any.
+    """
+
+    def __init__(self, seconds_per_mask: float):
+        self.seconds_per_mask = seconds_per_mask
+        self._left = CREDIT_SECONDS
+
+    @property
+    def is_over(self) -> bool:
+        """Whether masks have taken more than they may."""
+        return self._left <= 0
+
+    def spend(self, compute: Callable[[], Any]) -> Any:
+        """The result of ``compute``, which finds a mask."""
+        began = time.thread_time()
+        found = compute()
+        self._left += self.seconds_per_mask - (time.thread_time() - began)
+        return found
+
+
+@lru_cache(MAX_MATCHERS)
+def checked_matcher(vocabulary: Vocabulary, grammars: str, kind: str) -> Any:
+    """A matcher whose first mask has been computed. It is to be copied.
+
+    Args:
+        vocabulary: The tokens.
+        grammars: llguidance's, as JSON.
+        kind: What the text is, for the error.
+
+    Raises:
+        ValueError: If no text follows them.
+    """
+    limits = llguidance().LLParserLimits(**LIMITS)
+    matcher = llguidance().LLMatcher(vocabulary.tokens, grammars, log_level=0, limits=limits)
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        raise ValueError(f"The {kind} cannot be followed: {sentence(matcher.get_error())}.")
+    return matcher
 
 
 class GrammarProcessor(Mask):
@@ -32,8 +82,8 @@ class GrammarProcessor(Mask):
         grammar: What the whole text follows.
         calls: What calls of tools look like.
         required: Whether the text must be a call.
-        after: Tokens after which the text begins, such as the end of a thought.
-        thought: The marks of a thought that may come first: its beginning and its end.
+        thought: The marks of a thought that may come first: its beginning and its end. The prompt
+            has begun it if the first one is empty.
         seconds_per_mask: Seconds of computing that a mask may take on average, over this processor
             and the ones that :meth:`for_sequence` makes. Beyond it their texts end. Ambiguous
             grammars take more for each further token.
@@ -55,15 +105,12 @@ class GrammarProcessor(Mask):
         *,
         calls: ToolCalls | None = None,
         required: bool = False,
-        after: Sequence[int] = (),
         thought: tuple[str, str] | None = None,
         seconds_per_mask: float = math.inf,
     ):
         self.grammar = grammar
         self._vocabulary = vocabulary_of(tokenizer)
         self._time = MaskTime(seconds_per_mask)  # of the processors for other sequences, too
-        if after:
-            thought = "", b"".join(map(self._vocabulary.text_of, after)).decode()
         text = text_grammar(self._vocabulary, grammar, calls, required=required, thought=thought)
         kind = "form of calls" if grammar is None else grammar.kind
         self._fresh = checked_matcher(self._vocabulary, text, kind)

@@ -47,6 +47,7 @@ class Document:
         schema: The schema, of which nothing is known yet.
 
     Attributes:
+        given: The schema as it came.
         root: The schema with its references moved, and without what llguidance need not know.
 
     Raises:
@@ -56,7 +57,7 @@ class Document:
     def __init__(self, schema: Any):
         if not isinstance(schema, dict):
             raise ValueError(f"{schema!r:.40} is no JSON schema")
-        self._schema = schema
+        self.given = schema
         self._n_steps = 0
         self._within: list[str] = []  # references whose schemas are being put in their places
         self.root: dict[str, Any] = self._prepared(schema)
@@ -86,7 +87,7 @@ class Document:
             if isinstance(part.get("type"), list):
                 left += [{**part, "type": kind} for kind in reversed(part["type"])]
             elif limits == {"$ref"}:
-                left.append(self._resolve(part["$ref"]))
+                left.append(_pointed(self.root, part["$ref"].removeprefix(_ROOT)))
             elif limits in ({"anyOf"}, {"oneOf"}) or (
                 limits == {"allOf"} and len(part["allOf"]) == 1
             ):
@@ -109,31 +110,19 @@ class Document:
         Raises:
             ValueError: If more than that is said of them.
         """
-        parts = [schema]
-        for part in parts:  # which grow
-            self._count()
-            further = [self._resolve(part["$ref"])] if "$ref" in part else []
-            further += part.get("allOf", ())
-            parts += [each for each in further if isinstance(each, dict)]
-        limits = {name for part in parts for name in part.keys() & LIMITS}
-        others = limits - {"type", "properties", "required", "$ref", "allOf"}
-        others -= {"additionalProperties"} if len(parts) == 1 else set()
+        parts = self.alternatives(schema) or []
+        part = parts[0] if len(parts) == 1 else schema
+        others = part.keys() & LIMITS - {"properties", "required", "additionalProperties"}
+        others -= {"type"} if len(parts) == 1 else set()
         if others:
             raise ValueError(f'"{min(others)}" of an object is not supported in this format')
-        properties: dict[str, Any] = {}
-        for part in parts:
-            for name, value in part.get("properties", {}).items():
-                known = properties.get(name)
-                properties[name] = value if known is None else {"allOf": [known, value]}
-        required = [name for part in parts for name in part.get("required", ())]
-        more = schema.get("additionalProperties", None if properties or required else {})
+        properties = part.get("properties", {})
+        required = part.get("required", ())
+        more = part.get("additionalProperties", None if properties or required else {})
         unlisted = {} if more is None else more
         names = dict.fromkeys([*properties, *required])
         members = [(name, properties.get(name, unlisted), name in required) for name in names]
         return members, more
-
-    def _resolve(self, reference: str) -> Any:
-        return _pointed(self.root, reference.removeprefix(_ROOT))
 
     def _count(self) -> None:
         self._n_steps += 1
@@ -168,7 +157,7 @@ class Document:
         if not schema.keys() & LIMITS <= {"$ref"} or not reference.startswith("#"):
             return self._prepared(schema)
         self._within.append(reference)
-        found = self._in_place(_pointed(self._schema, reference[1:]))
+        found = self._in_place(_pointed(self.given, reference[1:]))
         self._within.pop()
         return found
 

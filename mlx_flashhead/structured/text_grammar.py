@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from .grammar import Grammar, top_level
-from .lark import LarkRules, one_of, quoted
+from .lark import LarkRules, any_of, one_of, quoted
 from .tool_grammar import ToolCalls
 from .vocabulary import Vocabulary
 
@@ -35,15 +35,12 @@ def text_grammar(
         return top_level(*sources)
     rules = LarkRules(vocabulary.special)
     if calls is not None and form is None and not required:
-        start = _free_text_with_calls(FreeText(vocabulary, rules, [calls.start]), calls)
+        text = _free_text(vocabulary, rules, [calls.start])
+        section = f"{_until(calls.start, text, rules)} @calls"
+        start = f"({section})* {text}" if calls.goes_on else f"{section} | {text}"
     else:
         start = _text_in_form(vocabulary, rules, form, calls, thought)
     return top_level(json.dumps({"lark_grammar": rules.text(start)}), *sources)
-
-
-def _free_text_with_calls(free: "FreeText", calls: ToolCalls) -> str:
-    section = f"{free.until(calls.start)} @calls"
-    return f"({section})* {free.text}" if calls.goes_on else f"{section} | {free.text}"
 
 
 def _text_in_form(
@@ -65,46 +62,34 @@ def _text_in_form(
         return body
     begin, end = thought
     opening = f"PADDING? {rules.expression(begin)}" if begin else ""
-    free = FreeText(vocabulary, rules, [end] if calls is None else [end, calls.start])
-    texts = [f"{opening} {free.until(end)} {body}"]
+    free = _free_text(vocabulary, rules, [end] if calls is None else [end, calls.start])
+    texts = [f"{opening} {_until(end, free, rules)} {body}"]
     if calls is not None:
-        texts.append(f"{opening} {free.until(calls.start)} @calls {further}")
+        texts.append(f"{opening} {_until(calls.start, free, rules)} @calls {further}")
     return one_of([body, *texts] if begin else texts)
 
 
-class FreeText:
-    """Free text, in which marks are known in whatever tokens they are written.
+def _free_text(vocabulary: Vocabulary, rules: LarkRules, marks: Sequence[str]) -> str:
+    """A Lark expression of free text without some marks, in whatever tokens they are written."""
+    any_text = rules.rule("/(?s:.*)/", "T")
+    rests: dict[int, list[str]] = {}  # of the marks that begin with a special token
+    for mark in marks:
+        first, *rest = rules.parts(mark)
+        if first in rules.special:
+            rests.setdefault(rules.special[first], []).append("".join(rest[:1]))
+    marking = {*vocabulary.end_tokens, *rests}
+    others = [token for token in vocabulary.other_than_text if token not in marking]
+    parts = [f"<[{','.join(map(str, others))}]> {any_text}?"] if others else []
+    for token, texts in rests.items():
+        if all(texts):  # such a token may come, if the rest of the mark does not
+            unlike = rules.rule(f"{any_text} & ~/{any_of(texts)}/", "T")
+            parts.append(f"<[{token}]> {unlike}?")
+    return f"{any_text}? ({one_of(parts)})*" if parts else f"{any_text}?"
 
-    Args:
-        vocabulary: The tokens.
-        rules: Where the rules go.
-        marks: Marks that do not occur in the text.
 
-    Attributes:
-        text: A Lark expression of it.
-    """
-
-    def __init__(self, vocabulary: Vocabulary, rules: LarkRules, marks: Sequence[str]):
-        self._rules = rules
-        any_text = rules.terminal("/(?s:.*)/")
-        rests: dict[int, list[str]] = {}  # of the marks that begin with a special token
-        for mark in marks:
-            first, *rest = rules.parts(mark)
-            if first in rules.special:
-                rests.setdefault(rules.special[first], []).append("".join(rest[:1]))
-        marking = {*vocabulary.end_tokens, *rests}
-        others = [token for token in vocabulary.other_than_text if token not in marking]
-        parts = [f"<[{','.join(map(str, others))}]> {any_text}?"] if others else []
-        for token, texts in rests.items():
-            if all(texts):  # such a token may come, if the rest of the mark does not
-                unlike = "|".join(map(quoted, texts))
-                parts.append(f"<[{token}]> {rules.terminal(any_text, f'~/({unlike})/')}?")
-        self.text = f"{any_text}? ({one_of(parts)})*" if parts else f"{any_text}?"
-
-    def until(self, mark: str) -> str:
-        """A Lark expression of the text and one of the marks."""
-        rules = self._rules
-        endings = [rules.lazy(f"(?s:.*){quoted(mark)}")]
-        if rules.parts(mark)[0] in rules.special:
-            endings.append(rules.expression(mark))
-        return f"{self.text} {one_of(endings)}"
+def _until(mark: str, text: str, rules: LarkRules) -> str:
+    """A Lark expression of a free text and a mark that ends it."""
+    endings = [rules.rule(f"/(?s:.*){quoted(mark)}/", attributes="[lazy]")]
+    if rules.parts(mark)[0] in rules.special:
+        endings.append(rules.expression(mark))
+    return f"{text} {one_of(endings)}"

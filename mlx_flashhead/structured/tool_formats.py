@@ -1,37 +1,14 @@
 """The formats in which models write calls of tools: one for each of mlx-lm's tool parsers."""
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from keyword import kwlist
 from typing import Any
 
-from .call_format import CallFormat, ListedFormat, TaggedFormat, Tool
-from .gemma import Gemma
-from .lark import LarkRules, one_of
+from .call_format import CallFormat, Gemma, ListedFormat, Mistral, TaggedFormat
 
 _JSON_NAMES = r"[^\x00-\x1f\x7f<\[]+"
 _NAMES = r"[^\s\"'<>]+"
 _PYTHON_NAME = rf"(?!({'|'.join(kwlist)})\b)[A-Za-z_]\w*"
-
-
-@dataclass(frozen=True)
-class Mistral(CallFormat):
-    """``name[ARGS]{…}``, or a list of JSON."""
-
-    def section_of(self, tools: Sequence[Tool], rules: LarkRules, *, several: bool) -> str:
-        """A Lark expression of calls with headers, or of a list of calls."""
-        listed = super().section_of(tools, rules, several=several)
-        headed = [
-            rules.rule(f"{rules.expression(f'{tool.name}[ARGS]')} {self.arguments(tool, rules)}")
-            for tool in tools
-            if re.fullmatch(r"[\w-]+", tool.name, re.ASCII)
-        ]
-        if not headed:
-            return listed
-        call = rules.rule(one_of(headed))
-        again = f"({rules.expression(self.start)}? {call})*" if several else ""
-        return one_of([listed, f"{call} {again}"])
 
 
 _GLM = TaggedFormat(
@@ -63,7 +40,6 @@ FORMATS: dict[str, CallFormat] = {
     "function_gemma": Gemma(
         start="<start_function_call>",
         end="<end_function_call>",
-        call="call:$name$arguments",
         names=r"\w+",
         quote="<escape>",
         keys=r"[^:{}<,]+",
@@ -73,8 +49,8 @@ FORMATS: dict[str, CallFormat] = {
     "gemma4": Gemma(
         start="<|tool_call>",
         end="<tool_call|>",
-        call="call:$name$arguments",
         names=r"[\w-]+",
+        free_keys="[A-Za-z_][A-Za-z0-9_]*",
         quote='<|"|>',
         never=("<tool_call|>",),
     ),

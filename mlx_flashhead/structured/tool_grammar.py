@@ -55,12 +55,8 @@ def _calls(format_name: str, vocabulary: Vocabulary, tools: str, several: bool) 
     """The calls of tools, whose names and parameters are JSON: a client sends the same again."""
     call_format = FORMATS[format_name]
     read = [Tool(name, parameters) for name, parameters in json.loads(tools)]
-    schemas = []
-    for tool in read:
-        with calling(tool.name):
-            schemas.append(json.dumps({"json_schema": tool.schema}))
-    _check(read, schemas)  # what is no schema is not taken apart
-    rules = LarkRules(vocabulary.special)
+    _check(read, [json.dumps({"json_schema": tool.schema}) for tool in read])
+    rules = LarkRules(vocabulary.special)  # what is no schema is not taken apart
     section = call_format.section_of(read, rules, several=several)
     whole = _without_tokens(call_format, read, several=several)
     if first_problem(whole) is not None:
@@ -95,10 +91,10 @@ def tools_for_parser(tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> list
     call_format = FORMATS[format_name_of(tokenizer)]
     views = []
     for tool in tools:
-        name, parameters = _tool(tool)
-        with calling(name):
-            view = call_format.view(Tool(name, parameters))
-        views.append({"type": "function", "function": {**tool["function"], "parameters": view}})
+        read = Tool(*_tool(tool))
+        with calling(read.name):
+            view = {**tool["function"], "parameters": call_format.view(read)}
+        views.append({"type": "function", "function": view})
     return views
 
 

@@ -148,5 +148,8 @@ NESTED = [
             }
         },
     ),
-    tool("merge", {"allOf": [of(["a"], a={"type": "string"}), of(["b"], b={"type": "integer"})]}),
 ]
+# One that formats with the arguments as one object of JSON can carry.
+MERGED = tool(
+    "merge", {"allOf": [of(["a"], a={"type": "string"}), of(["b"], b={"type": "integer"})]}
+)

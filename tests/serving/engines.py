@@ -74,8 +74,7 @@ def tokens_of(job):
     while True:
         event = until(job, Token | BaseException)
         assert isinstance(event, Token), event
-        if event.logprobs is not None:
-            found.append(event.logprobs[0][0])
+        found += [token for (token, _), *_ in event.logprobs]
         if event.finish_reason is not None:
             return found
 

@@ -24,6 +24,7 @@ from engines import (
 )
 from mlx_flashhead import grammar_processor
 from mlx_flashhead.decoding.policy import Tuning, policy_of
+from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.loading.background import BackgroundBuild, background_build
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.models.compat.mlx_lm import LRUPromptCache, make_prompt_cache
@@ -246,9 +247,9 @@ def test_the_log_says_what_was_measured_at_the_end_of_a_build(
     more = [True, False]
     build = SimpleNamespace(advance=lambda: more.pop(0), drop=lambda: None)
     engine = Engine.__new__(Engine)
-    engine._waiting = engine._readings = engine._decoders = []
+    engine._waiting = engine._tasks = []
     served = SimpleNamespace(name="tiny", head=tiny.head, build=build)
-    engine._builds = [served]
+    engine._builds = [(served, build)]
     with caplog.at_level("INFO"):
         engine._build()
         assert caplog.text == ""
@@ -260,9 +261,9 @@ def test_the_log_says_what_was_measured_at_the_end_of_a_build(
 def test_what_is_said_is_what_decodes(tiny, monkeypatch):
     for owner, name, value, said in (
         (policy_of(tiny.head), "dense", True, "verified"),
-        (tiny, "verify", False, "unverified"),
+        (tiny, "settings", DecodingSettings(verify=False), "unverified"),
         (policy_of(tiny.head), "drafts_only", True, "dense: its FlashHead only drafts"),
-        (tiny, "max_wait", 0, "dense: --max-wait is 0"),
+        (tiny, "settings", DecodingSettings(max_wait=0), "dense: --max-wait is 0"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
@@ -270,5 +271,5 @@ def test_what_is_said_is_what_decodes(tiny, monkeypatch):
             assert tiny.decoding(dense=True) == "dense: as requested"
             if name == "dense":
                 assert tiny.decoding() == "dense: FlashHead is no faster on this machine"
-    monkeypatch.setattr(tiny, "dense", True)
+    monkeypatch.setattr(tiny, "settings", DecodingSettings(dense=True))
     assert tiny.decoding() == "dense: as requested"

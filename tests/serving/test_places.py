@@ -10,6 +10,7 @@ import pytest
 from engines import SHORT, flags, generated, job, submit, tokens_of, until
 from mlx_flashhead.serving.access import Access
 from mlx_flashhead.serving.answer_text import Token
+from mlx_flashhead.serving.decoding import Batch
 from mlx_flashhead.serving.endpoints import Api
 from mlx_flashhead.serving.engine import Engine
 from mlx_flashhead.serving.serve import Server
@@ -135,13 +136,18 @@ def test_two_addresses_that_come_at_once_have_a_third_each(start):
     stop(engine, jobs)
 
 
-def test_an_answer_that_waited_again_has_the_text_that_it_has_alone(start, flash, monkeypatch):
-    """With a seed, too."""
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_answer_that_waited_again_has_the_text_that_it_has_alone(
+    start, flash, monkeypatch, fails
+):
+    """With a seed, too, and where its cache is lost."""
     engine = start("--decode-concurrency", 3)
     drawn = {"temperature": 1.5, "seed": 3}
     alone = tokens_of(submit(engine, SHORT, 40, **drawn))
     plain = generated(flash, [*SHORT, 5], 40)
     put_back = recorded_calls(monkeypatch, Engine, "_put_back")
+    if fails:
+        monkeypatch.setattr(Batch, "remove", lambda self, jobs: 1 / 0)
     gate = Gate(10)
     jobs = [job(engine, SHORT, 40, **drawn), job(engine, [*SHORT, 5], 40)]
     jobs.append(job(engine, [*SHORT, 6], 40, processors=[gate]))

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from engines import checked
+from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.serving.api_errors import ApiError
 from mlx_flashhead.serving.decoding import sampler_arguments
 from mlx_flashhead.serving.requests import MAX_CHARACTERS, MAX_CHOICES, MAX_LOGPROBS
@@ -37,10 +38,10 @@ def message(content="Hi", **further):
 def test_defaults_are_the_flags(tiny):
     arguments = ("--temp", 0.5, "--top-p", 0.9, "--top-k", 7, "--min-p", 0.1, "--max-tokens", 9)
     request = checked(tiny, {"messages": MESSAGES}, arguments=arguments)
-    found = [request.sampling[name] for name in ("temp", "top_p", "top_k", "min_p")]
-    assert found == [0.5, 0.9, 7, 0.1]
-    assert (request.max_tokens, request.n_probes, request.logprobs) == (9, None, None)
-    assert checked(tiny, {"messages": MESSAGES}).max_tokens is None  # the context's rest
+    fields = request.fields
+    assert (fields.temperature, fields.top_p, fields.top_k, fields.min_p) == (0.5, 0.9, 7, 0.1)
+    assert (fields.max_tokens, fields.n_probes, request.logprobs) == (9, None, None)
+    assert checked(tiny, {"messages": MESSAGES}).fields.max_tokens is None  # the context's rest
     nulls = dict.fromkeys(field.split("[")[0] for field in CHAT_MISTAKES)
     same = checked(tiny, nulls | {"messages": MESSAGES}, arguments=arguments)
     assert vars(request) | {"stop": None} == vars(same) | {"stop": None}
@@ -53,9 +54,10 @@ def test_values_arrive(tiny):
     without_effect = {"frequency_penalty": 0.5, "user": "me", "metadata": {"a": "b"}}
     without_effect |= {"tool_choice": "none", "model": "tiny"}
     request = chat(tiny, **fields, **without_effect)
-    assert (request.stream, request.include_usage, request.n) == (True, True, 3)
-    assert (request.max_tokens, request.seed) == (6, -5)
-    assert (request.sampling["temp"], request.sampling["top_k"], request.logprobs) == (1.0, 3, 20)
+    fields = request.fields
+    assert (fields.stream, fields.stream_options.include_usage, fields.n) == (True, True, 3)
+    assert (fields.max_tokens, fields.seed) == (6, -5)
+    assert (fields.temperature, fields.top_k, request.logprobs) == (1.0, 3, 20)
     assert request.penalties["logit_bias"] == {5: 1e4, 6: -1.0}
     assert chat(tiny, logprobs=True).logprobs == 0
     assert text(tiny, logprobs=2).logprobs == 2
@@ -76,7 +78,7 @@ def test_what_changes_nothing_is_taken_and_named(tiny):
     assert request.template_settings == {}
     options = {"include_usage": True, "include_obfuscation": True}
     request = chat(tiny, stream=True, stream_options=options)
-    assert request.include_usage and request.ignored == ["stream_options.include_obfuscation"]
+    assert request.fields.stream_options.include_usage and request.ignored == []
     assert text(tiny, keep_alive=5, store=None).ignored == ["keep_alive"]
     neutral = {"best_of": 1, "echo": False, "suffix": "", "repeat_penalty": 1.0, "top_logprobs": 0}
     assert text(tiny, **neutral).ignored == []
@@ -86,9 +88,9 @@ def test_minus_one_is_no_limit(tiny):
     arguments = ("--max-tokens", 9, "--top-k", 7)
     body = {"messages": MESSAGES, "max_tokens": -1, "top_k": -1}
     request = checked(tiny, body, arguments=arguments)
-    assert (request.max_tokens, request.sampling["top_k"]) == (9, 0)
-    assert chat(tiny, max_completion_tokens=-1).max_tokens is None
-    assert chat(tiny, max_tokens=6, max_completion_tokens=6).max_tokens == 6
+    assert (request.fields.max_tokens, request.fields.top_k) == (9, 0)
+    assert chat(tiny, max_completion_tokens=-1).fields.max_tokens is None
+    assert chat(tiny, max_tokens=6, max_completion_tokens=6).fields.max_tokens == 6
 
 
 def test_effort_goes_to_a_template_that_knows_it(tiny, monkeypatch):
@@ -111,16 +113,16 @@ def test_developers_are_the_system_where_the_template_knows_none(tiny, monkeypat
 
 @pytest.mark.parametrize("default", [False, True])
 def test_dense_and_the_number_of_probes(tiny, monkeypatch, default):
-    monkeypatch.setattr(tiny, "dense", default)
+    monkeypatch.setattr(tiny, "settings", DecodingSettings(dense=default))
     for fields, expected in (
         ({}, (None, default)),
         ({"n_probes": 2}, (2, False)),
         *(({"dense": dense}, (None, dense)) for dense in (True, False)),
     ):
-        request = chat(tiny, **fields)
-        assert (request.n_probes, request.dense) == expected
+        settled = chat(tiny, **fields).fields
+        assert (settled.n_probes, settled.dense) == expected
     monkeypatch.setattr(type(tiny), "head", None)
-    assert chat(tiny).n_probes is chat(tiny, dense=True).n_probes is None
+    assert chat(tiny).fields.n_probes is chat(tiny, dense=True).fields.n_probes is None
     with pytest.raises(ApiError, match="has no FlashHead: leave n_probes out"):
         chat(tiny, n_probes=2)
 
@@ -243,7 +245,12 @@ TEXT_MISTAKES = {
             for value in values
         ),
         (chat, {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "they differ"),
-        (chat, {"stream": True, "stream_options": {"include_usage": 1}}, "include_usage", "true"),
+        (
+            chat,
+            {"stream": True, "stream_options": {"include_usage": 1}},
+            "stream_options",
+            "stream_options.include_usage is 1: it must be true or false",
+        ),
         (chat, {"response_format": {"type": "text", "x": 1}}, "x", "not a field"),
         (chat, {"regex": "a", "grammar": LARK}, "response_format", "one form"),
         (chat, {"dense": True, "n_probes": 3}, "n_probes", "leave n_probes out"),

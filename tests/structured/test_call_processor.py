@@ -124,7 +124,7 @@ def test_a_required_call_is_first_but_for_a_thought():
     assert mark in allowed(thought, thought_over) <= {mark} | space
     # a thought that the prompt begins; a call within it is one, as mlx-lm has it
     end = ids(tokenizer, "[/T]")
-    begun_by_prompt = processor_of(tokenizer, required=True, after=end)
+    begun_by_prompt = processor_of(tokenizer, required=True, thought=("", "[/T]"))
     assert allowed(begun_by_prompt, ids(tokenizer, "Hm")) == everything_but_the_end(tokenizer)
     assert mark in allowed(begun_by_prompt, [*ids(tokenizer, "Hm"), *end]) <= {mark} | space
     assert len(allowed(begun_by_prompt, ids(tokenizer, "Hm<tool_call>"))) < 20

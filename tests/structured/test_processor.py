@@ -116,7 +116,8 @@ def test_masks_follow_the_tokens_back_and_forth(tokenizer):
 
 def test_text_that_begins_after_a_thought(tokenizer):
     a, b = (tokenizer.encode(letter)[-1] for letter in "ab")
-    processor = GrammarProcessor(tokenizer, Grammar.from_regex("ab"), after=(20, 21))
+    thought = "", tokenizer.decode([20, 21])
+    processor = GrammarProcessor(tokenizer, Grammar.from_regex("ab"), thought=thought)
     every = {*range(VOCAB_SIZE)} - {EOS}  # the text must come
     for thought, following in (
         ([], every), ([20], every), ([20, 20], every), ([21, 20, a], every),

@@ -114,6 +114,7 @@ def test_what_is_not_followed_is_said_with_the_tool(schema, said):
         ),
         ("minimax_m2", "f", of(["a"], a={"const": "null"}), "has no such argument as 'a'"),
         ("glm47", "f", {"anyOf": [of(a={}), of(b={})]}, '"anyOf" of an object is not supported'),
+        ("gemma4", "f", {"allOf": [of(a={}), of(b={})]}, '"allOf" of an object is not supported'),
         ("gemma4", "f", of(a={"prefixItems": [{}]}), "a list of listed items cannot be written"),
     ],
 )

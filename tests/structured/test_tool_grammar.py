@@ -7,10 +7,9 @@ import jsonschema
 import numpy as np
 import pytest
 
-from call_formats import NESTED, PARSERS, SIMPLE, of, tokenizer_of, tool
+from call_formats import MERGED, NESTED, PARSERS, SIMPLE, of, tokenizer_of, tool
 from mlx_flashhead.models.compat.mlx_lm import TextStateMachine, make_text_state_machine
-from mlx_flashhead.structured.call_format import TaggedFormat
-from mlx_flashhead.structured.gemma import Gemma
+from mlx_flashhead.structured.call_format import Gemma, ListedFormat, TaggedFormat
 from mlx_flashhead.structured.processor import GrammarProcessor
 from mlx_flashhead.structured.tool_formats import FORMATS
 from mlx_flashhead.structured.tool_grammar import tool_calls, tools_for_parser
@@ -105,6 +104,7 @@ def test_random_calls_are_valid(parser, plain):
     """With marks as tokens of their own and as plain text."""
     tokenizer = tokenizer_of(parser, plain=plain)
     tools = SIMPLE if parser == "function_gemma" else NESTED
+    tools = tools if isinstance(FORMATS[parser], ListedFormat) else [*tools, MERGED]
     schemas = {each["function"]["name"]: each["function"]["parameters"] for each in tools}
     has_texts = isinstance(FORMATS[parser], TaggedFormat | Gemma)
     called = set()
