@@ -1,22 +1,28 @@
 """mlx-lm's names that may move from one version to the next. Tested with 0.31.3 to 0.32.2."""
 
 import importlib
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from importlib.util import find_spec
 from inspect import getclosurevars, signature
 from types import FunctionType
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm import sample_utils
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.generate import (
+    BatchGenerator,
     BatchResponse,
+    BatchStats,
     GenerationBatch,
     GenerationResponse,
     PromptProcessingBatch,
+    does_model_support_input_embeddings,
+    generate_step,
     generation_stream,
     maybe_quantize_kv_cache,
     wired_limit,
@@ -43,25 +49,20 @@ from mlx_lm.utils import _download as download
 from mlx_lm.utils import dequantize_model, load_adapters, load_tokenizer, quantize_model, save
 
 from .recognised import is_omlx_sampler, nested_codes
-from .state_machine_stops import StateMachineStops
 
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
 
 if find_spec("mlx_lm.cli_ui") is not None:  # new in 0.32
     from mlx_lm.generate import (
-        BatchGenerator,
         StopSequences,
         TextStateMachine,
-        generate_step,
         make_text_state_machine,
         speculative_generate_step,
     )
-    from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
     from mlx_lm.processors import load_processor
     from mlx_lm.utils import (
         DEFAULT_ALLOW_PATTERNS,
-        does_model_support_input_embeddings,
         load,
         maybe_set_recommended_wired_limit,
         sharded_load,
@@ -69,14 +70,8 @@ if find_spec("mlx_lm.cli_ui") is not None:  # new in 0.32
 else:
     from .mlx_lm_0_31 import (  # type: ignore[assignment]
         DEFAULT_ALLOW_PATTERNS,
-        BatchCounters,
-        BatchCountersSnapshot,
-        BatchGenerator,
-        BatchStats,
         StopSequences,
         TextStateMachine,
-        does_model_support_input_embeddings,
-        generate_step,
         load,
         load_processor,
         make_text_state_machine,
@@ -131,16 +126,35 @@ CALLS_SHARED_SAMPLERS_ONCE = hasattr(module, "_normalize_samplers")
 QUANTIZED_KV_START: int = signature(module.generate_step).parameters["quantized_kv_start"].default
 
 
+@dataclass
+class BatchCounters:
+    """What a batch has done so far, in seconds and numbers."""
+
+    prompt_tokens: int = 0
+    prompt_time: float = 0.0
+    generation_tokens: int = 0
+    generation_steps: int = 0
+    decode_time: float = 0.0
+
+
 @contextmanager
-def counted(counters: Any) -> Iterator[Any]:
+def counted(counters: BatchCounters) -> Iterator[BatchStats]:
     """The work that a batch's ``counters`` count while the block runs, as mlx-lm's statistics."""
-    start = BatchCountersSnapshot(**asdict(counters))
+    before = dict(vars(counters))
+    began = time.perf_counter()
     stats = BatchStats()
     try:
         yield stats
     finally:
-        end = BatchCountersSnapshot(**asdict(counters))
-        stats += BatchCountersSnapshot.between(start, end)
+        done: dict[str, Any] = {name: n - before[name] for name, n in vars(counters).items()}
+        wall_time = time.perf_counter() - began
+        done["wall_time"] = wall_time
+        done["peak_memory"] = mx.get_peak_memory() / 1e9
+        done["generation_time"] = wall_time - done["prompt_time"]  # in 0.31, as are the next ones
+        done["prompt_tps"] = done["prompt_tokens"] / max(done["prompt_time"], 1e-9)
+        done["generation_tps"] = done["generation_tokens"] / max(done["generation_time"], 1e-9)
+        for field in dataclass_fields(stats):
+            setattr(stats, field.name, done[field.name])
 
 
 def batch_response(**fields: Any) -> BatchResponse:
@@ -156,4 +170,4 @@ def stop_matchers(stops: Any) -> Any:
 
 def as_stop_sequences(stops: Any) -> Any:
     """A sequence's stops, whichever version's they are: 0.31 has state machines."""
-    return StateMachineStops(stops) if hasattr(stops, "make_state") else stops
+    return StopSequences(stops) if hasattr(stops, "make_state") else stops

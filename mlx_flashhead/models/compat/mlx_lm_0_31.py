@@ -2,21 +2,16 @@
 
 import importlib
 import json
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm import utils
 
-from .state_machine_stops import StateMachineStops
-
 # The attribute mlx_lm.generate is the function, so the module is imported by name.
 module = importlib.import_module("mlx_lm.generate")
-# These names may be replaced later on.
-plain_steps = module.generate_step
+# This name may be replaced later on.
 drafted_steps = module.speculative_generate_step
 
 # From a state's name to its markers, each with the state after it.
@@ -55,13 +50,6 @@ load = checks_code(utils.load)
 sharded_load = checks_code(utils.sharded_load)
 
 
-def generate_step(
-    prompt: mx.array, model: Any, stream: Any = None, **options: Any
-) -> Iterator[Any]:
-    """mlx-lm's loop, on its own stream."""
-    return plain_steps(prompt, model, **options)
-
-
 def speculative_generate_step(
     prompt: mx.array, model: Any, draft_model: Any, stream: Any = None, **options: Any
 ) -> Iterator[Any]:
@@ -69,62 +57,36 @@ def speculative_generate_step(
     return drafted_steps(prompt, model, draft_model, **options)
 
 
-BatchGenerator: Any = module.BatchGenerator
-
-
-def does_model_support_input_embeddings(model: Any) -> bool:
-    """Returns whether the model takes embeddings in the place of tokens."""
-    return bool(module.does_model_support_input_embeddings(model))
-
-
 def load_processor(model: Any, config: dict[str, Any]) -> None:
     """0.31 knows no images."""
 
 
+class StateMachineStops:
+    """0.31's state machine of a sequence, with the face of 0.32's ``StopSequences`` too."""
+
+    def __init__(self, machine: Any):
+        self._machine = machine
+        self._state = machine.make_state()
+        self.match_sequence: Any = None
+        self.current_state: Any = None
+
+    def matcher(self) -> "StateMachineStops":
+        """Returns a new matcher of the same machine, at its beginning."""
+        return StateMachineStops(self._machine)
+
+    def advance(self, token: int) -> bool:
+        """Goes on by a token, and returns whether a stop sequence is complete."""
+        found = self._machine.match(self._state, token)
+        self._state, self.match_sequence, self.current_state = found
+        return self.match_sequence is not None and self.current_state is None
+
+
 def StopSequences(stops: Any) -> Any:
-    """0.32's: a machine of the tokens, or sequences of tokens, that end a text."""
+    """0.32's: of sequences of tokens that end a text, or of 0.31's machine of such."""
+    if hasattr(stops, "make_state"):
+        return StateMachineStops(stops)
     edges = {"normal": [(stop, None) for stop in stops]} if stops else {}
     return StateMachineStops(module.SequenceStateMachine(edges, initial="normal"))
-
-
-@dataclass(kw_only=True)
-class BatchCounters:
-    """0.32's counts of a batch."""
-
-    prompt_tokens: int = 0
-    prompt_time: float = 0.0
-    generation_tokens: int = 0
-    generation_steps: int = 0
-    decode_time: float = 0.0
-
-
-@dataclass(kw_only=True)
-class BatchCountersSnapshot(BatchCounters):
-    """Counts, and when they were read."""
-
-    measured_at: float = field(default_factory=time.perf_counter)
-
-    @staticmethod
-    def between(start: "BatchCountersSnapshot", end: "BatchCountersSnapshot") -> "BatchStats":
-        """Computes the statistics of what happened between two snapshots."""
-        stats = BatchStats()
-        stats.prompt_tokens = end.prompt_tokens - start.prompt_tokens
-        stats.prompt_time = end.prompt_time - start.prompt_time
-        stats.prompt_tps = stats.prompt_tokens / max(stats.prompt_time, 1e-9)
-        stats.generation_tokens = end.generation_tokens - start.generation_tokens
-        stats.generation_time = end.measured_at - start.measured_at - stats.prompt_time
-        stats.generation_tps = stats.generation_tokens / max(stats.generation_time, 1e-9)
-        stats.peak_memory = mx.get_peak_memory() / 1e9
-        return stats
-
-
-class BatchStats(module.BatchStats):  # type: ignore[name-defined]
-    """0.31's statistics, which 0.32's code adds up."""
-
-    def __iadd__(self, other: Any) -> "BatchStats":
-        for name, value in vars(other).items():
-            setattr(self, name, value)
-        return self
 
 
 class TextStateMachine:

@@ -12,7 +12,7 @@ from functools import cache
 from hashlib import sha256
 from inspect import getsource
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 # oMLX's samplers (flyto-mlx 0.7.0): those of mlx-lm 0.31, without mx.compile.
 OMLX_SAMPLING = ("omlx.utils.sampling", "c76da93ba87cca11")
@@ -41,36 +41,25 @@ BATCHES = {
 CLASSES = ("BatchGenerator", "PromptProcessingBatch", "GenerationBatch")
 
 
-class _Name(NamedTuple):
-    """A name that is looked up in a module or a class, and what it stood for when imported."""
-
-    name: str
-    values: Mapping[str, Any]  # of the module or the class, as they are now
-    place: str
-    imported: Any
-
-
-def _names(place: str, values: Mapping[str, Any], names: Iterable[str]) -> tuple[_Name, ...]:
-    return tuple(_Name(name, values, place, values[name]) for name in names if name in values)
-
-
-def _of_modules(table: Mapping[str, tuple[str, ...]]) -> tuple[_Name, ...]:
-    found: tuple[_Name, ...] = ()
-    for module, names in table.items():
-        found += _names(module, vars(importlib.import_module(module)), names)
+def _as_imported(names_of: Mapping[Any, Iterable[str]]) -> dict[tuple[Any, str], Any]:
+    """What names stand for now, by the module or the class in which they are looked up."""
+    found = {}
+    for owner, names in names_of.items():
+        for name in names:
+            if name in vars(owner):
+                found[owner, name] = vars(owner)[name]
     return found
 
 
-def _of_classes(classes: tuple[str, ...]) -> tuple[_Name, ...]:
-    found: tuple[_Name, ...] = ()
-    for name in classes:
-        values = vars(getattr(importlib.import_module("mlx_lm.generate"), name))
-        found += _names(name, values, values)
-    return found
+def _modules(table: Mapping[str, Iterable[str]]) -> dict[Any, Iterable[str]]:
+    return {importlib.import_module(module): names for module, names in table.items()}
 
 
-_LOOPS = _of_modules(LOOPS)
-_BATCHES = _LOOPS + _of_modules(BATCHES) + _of_classes(CLASSES)
+_generate = importlib.import_module("mlx_lm.generate")
+_LOOPS = _as_imported(_modules(LOOPS))
+_BATCHES = _LOOPS | _as_imported(_modules(BATCHES))
+_classes = [getattr(_generate, name) for name in CLASSES]
+_BATCHES |= _as_imported({cls: vars(cls) for cls in _classes})
 
 
 def mlx_lm_is_as_imported() -> bool:
@@ -78,7 +67,7 @@ def mlx_lm_is_as_imported() -> bool:
 
     A text that begins while they would not is mlx-lm's own, with the normal (dense) head.
     """
-    return all(values.get(name) is imported for name, values, _, imported in _LOOPS)
+    return all(vars(owner).get(name) is imported for (owner, name), imported in _LOOPS.items())
 
 
 def replaced_names() -> dict[str, Any]:
@@ -88,9 +77,10 @@ def replaced_names() -> dict[str, Any]:
         By the place and the name, as in "GenerationBatch._step".
     """
     found = {}
-    for name, values, place, imported in _BATCHES:
-        if values.get(name) is not imported:
-            found[f"{place}.{name}"] = values.get(name)
+    for (owner, name), imported in _BATCHES.items():
+        now = vars(owner).get(name)
+        if now is not imported:
+            found[f"{owner.__name__}.{name}"] = now
     return found
 
 
