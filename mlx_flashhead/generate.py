@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,71 +83,56 @@ def main() -> None:
 
 
 def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
-    if not args.model and args.prompt_cache_file is None:
-        parser.error("--model is needed: give a folder or a repository of a model")
-    if not args.prompt:
-        parser.error(EMPTY)
-    _check_head_flags(parser, args)
-    _check_processes(parser, args, n_processes)
-    if args.prompt_cache_file is not None:
-        _check_prompt_cache(parser, args)
-    args.prompt_text = _text_of(args.prompt)
+    several = n_processes > 1
+    formed = args.json_schema or args.regex or args.grammar
+    drafts = args.draft_model is not None
+    cached = args.prompt_cache_file is not None
+    mistakes = [
+        (
+            not args.model and not cached,
+            "--model is needed: give a folder or a repository of a model",
+        ),
+        (not args.prompt, EMPTY),
+        (
+            args.draw_probes and (args.dense or not args.temp > 0),
+            "--draw-probes needs --temp above 0, and no --dense",
+        ),
+        (
+            args.draw_probes and formed,
+            "--draw-probes disregards the form of the text: leave it out",
+        ),
+        (
+            args.draft_probes is not None and not drafts,
+            "--draft-probes is for a draft model: add --draft-model, or leave it out",
+        ),
+        (
+            args.pipeline and not several,
+            "--pipeline needs several processes: start them with mlx.launch",
+        ),
+        (
+            several and args.prompt == "-",
+            "--prompt - is the input of mlx.launch, which has no end: give the prompt",
+        ),
+        (
+            cached and drafts,
+            "--prompt-cache-file holds no cache of a draft model: leave --draft-model out",
+        ),
+    ]
+    for flag in ("n_probes", "flash_head", "no_verify"):
+        name = flag.replace("_", "-")
+        wrong = args.dense and getattr(args, flag)
+        mistakes.append((wrong, f"--dense uses no FlashHead: leave --{name} out"))
+    for flag in ALONE:
+        name = flag.replace("_", "-")
+        wrong = several and getattr(args, flag)
+        mistakes.append((wrong, f"--{name} is for one process: start it without mlx.launch"))
+    for wrong, sentence in mistakes:
+        if wrong:
+            parser.error(sentence)
+    text = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    args.prompt_text = sys.stdin.read() if text == "-" else text
     if not args.prompt_text:
         parser.error(EMPTY)
-
-
-def _check_head_flags(parser: Parser, args: Namespace) -> None:
-    if args.draw_probes and (args.dense or not args.temp > 0):
-        parser.error("--draw-probes needs --temp above 0, and no --dense")
-    if args.draw_probes and (args.json_schema or args.regex or args.grammar):
-        parser.error("--draw-probes disregards the form of the text: leave it out")
-    if args.draft_probes is not None and args.draft_model is None:
-        parser.error("--draft-probes is for a draft model: add --draft-model, or leave it out")
-    for flag in ("n_probes", "flash_head", "no_verify"):
-        if args.dense and getattr(args, flag):
-            parser.error(f"--dense uses no FlashHead: leave --{flag.replace('_', '-')} out")
-
-
-def _check_processes(parser: Parser, args: Namespace, n_processes: int) -> None:
-    if args.pipeline and n_processes == 1:
-        parser.error("--pipeline needs several processes: start them with mlx.launch")
-    for flag in ALONE:
-        if n_processes > 1 and getattr(args, flag):
-            name = flag.replace("_", "-")
-            parser.error(f"--{name} is for one process: start it without mlx.launch")
-    if n_processes > 1 and args.prompt == "-":
-        parser.error("--prompt - is the input of mlx.launch, which has no end: give the prompt")
-
-
-def _check_prompt_cache(parser: Parser, args: Namespace) -> None:
-    """Ends the command with a sentence unless --prompt-cache-file holds a prompt cache."""
-    from .models.compat.mlx_lm import load_prompt_cache
-
-    if args.draft_model is not None:
-        parser.error("--prompt-cache-file holds no cache of a draft model: leave --draft-model out")
-    name = args.prompt_cache_file
-    if not Path(name).is_file():
-        parser.error(f"--prompt-cache-file: there is no file {name}, check the path")
-    try:
-        _, metadata = load_prompt_cache(name, return_metadata=True)
-    except (RuntimeError, ValueError, KeyError, TypeError):
-        parser.error(
-            f"--prompt-cache-file {name} is damaged, or no safetensors file of a prompt cache: "
-            "make it again with mlx_lm.cache_prompt"
-        )
-    try:
-        json.loads(metadata["tokenizer_config"]), metadata["model"]
-    except (ValueError, KeyError, TypeError):
-        parser.error(
-            f"--prompt-cache-file {name} does not name its model and tokenizer: make one with "
-            "mlx_lm.cache_prompt"
-        )
-
-
-def _text_of(prompt: str) -> str:
-    """The text of --prompt: standard input for "-", else itself with its escapes."""
-    text = prompt.replace("\\n", "\n").replace("\\t", "\t")
-    return sys.stdin.read() if text == "-" else text
 
 
 def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) -> None:
@@ -198,30 +184,46 @@ class _PromptCache:
 
 
 def _prompt_cache(args: Namespace) -> _PromptCache | None:
-    """The cache of --prompt-cache-file, checked against the flags. ValueError if they differ."""
-    if args.prompt_cache_file is None:
+    """The cache of --prompt-cache-file. ValueError if it is none, or differs from the flags."""
+    name = args.prompt_cache_file
+    if name is None:
         return None
     from .models.compat.mlx_lm import QuantizedKVCache, load_prompt_cache
 
-    layers, metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
+    if not Path(name).is_file():
+        raise ValueError(f"--prompt-cache-file: there is no file {name}, check the path.")
+    try:
+        layers, metadata = load_prompt_cache(name, return_metadata=True)
+    except (RuntimeError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"--prompt-cache-file {name} is damaged, or no safetensors file of a prompt cache: "
+            "make it again with mlx_lm.cache_prompt."
+        ) from None
+    try:
+        cache = _PromptCache(layers, metadata["model"], json.loads(metadata["tokenizer_config"]))
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"--prompt-cache-file {name} does not name its model and tokenizer: make one with "
+            "mlx_lm.cache_prompt."
+        ) from None
     first = layers[0]
-    if isinstance(first, QuantizedKVCache):
-        if args.kv_bits is not None and args.kv_bits != first.bits:
-            raise ValueError(
-                f"--kv-bits is {args.kv_bits}, but the cache of --prompt-cache-file has "
-                f"{first.bits}: leave it out."
-            )
-        if args.kv_group_size != first.group_size:
-            raise ValueError(
-                f"--kv-group-size is {args.kv_group_size}, but the cache of --prompt-cache-file "
-                f"has {first.group_size}: give that."
-            )
-    if args.model and args.model != metadata["model"]:
+    quantized = isinstance(first, QuantizedKVCache)
+    if quantized and args.kv_bits not in (None, first.bits):
+        raise ValueError(
+            f"--kv-bits is {args.kv_bits}, but the cache of --prompt-cache-file has "
+            f"{first.bits}: leave it out."
+        )
+    if quantized and args.kv_group_size != first.group_size:
+        raise ValueError(
+            f"--kv-group-size is {args.kv_group_size}, but the cache of --prompt-cache-file "
+            f"has {first.group_size}: give that."
+        )
+    if args.model and args.model != cache.model:
         raise ValueError(
             f"--model is {args.model}, but the cache of --prompt-cache-file is of "
-            f"{metadata['model']}: give that one, or leave --model out."
+            f"{cache.model}: give that one, or leave --model out."
         )
-    return _PromptCache(layers, metadata["model"], json.loads(metadata["tokenizer_config"]))
+    return cache
 
 
 def _load(
@@ -275,23 +277,16 @@ def _load_part(
     from .models.loading import load_dense_part
 
     group = processes if args.pipeline else None
-    if args.dense:
-        model, tokenizer, config = load_dense_part(
-            name,
-            pipeline_group=group,
-            tokenizer_config=tokenizer_config,
-            trust_remote_code=args.trust_remote_code,
-        )
-    else:
-        model, tokenizer, config = sharded_load(
-            name,
-            pipeline_group=group,
-            return_config=True,
-            tokenizer_config=tokenizer_config,
-            trust_remote_code=args.trust_remote_code,
-            flash_head=args.flash_head,
-            n_probes=args.n_probes,
-        )
+    with_head = partial(
+        sharded_load, return_config=True, flash_head=args.flash_head, n_probes=args.n_probes
+    )
+    load = load_dense_part if args.dense else with_head
+    model, tokenizer, config = load(
+        name,
+        pipeline_group=group,
+        tokenizer_config=tokenizer_config,
+        trust_remote_code=args.trust_remote_code,
+    )
     seed = args.seed
     if seed is None:  # each process samples every token, and all must agree
         drawn = mx.array(secrets.randbits(24))
