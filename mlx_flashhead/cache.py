@@ -91,7 +91,7 @@ def _row(head: "Entry") -> tuple[str, ...]:
             built += ", cut short"
         known = read(speeds_of(head.config)).values()  # for each dtype and version of MLX
         speeds = ", ".join(dict.fromkeys(map(speed_text, known)))
-    return head.key[:8], model, built, megabytes(head.nbytes), speeds or NO_SPEED
+    return head.path.name[:8], model, built, megabytes(head.nbytes), speeds or NO_SPEED
 
 
 def _remove(chosen: "Sequence[Entry]") -> None:

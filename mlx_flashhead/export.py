@@ -50,7 +50,7 @@ def main() -> None:
     from .head.plan import export_plan
     from .loading.head_options import HeadOptions
     from .loading.load import attach_head
-    from .loading.sources import explicit_or_bundled_head
+    from .loading.sources import explicit_head
     from .models.fetch import resolve
     from .models.install import installed_head
     from .models.loading import load_dense
@@ -59,7 +59,7 @@ def main() -> None:
     output = _checked_output(args)
     options = replace(HeadOptions.from_flags(args), backend=PORTABLE, tunes=False)
     folder = resolve(args.model)
-    stored = explicit_or_bundled_head(folder, options)
+    stored = explicit_head(options, folder)
     model, tokenizer, _ = load_dense(folder)
     rows = find_head(model).rows()
     nbytes = index_nbytes(rows) + sum(array.nbytes for array in rows.arrays().values())

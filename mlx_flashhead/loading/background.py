@@ -9,9 +9,9 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from filelock import BaseFileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from ..common.command import sentence
 from ..conversion import Progress, Task, run_task
@@ -29,9 +29,8 @@ from ..conversion.recipe import make_recipe
 from ..decoding.policy import Tuning, policy_of
 from ..head.flash_head import FlashHead
 from ..head.matrix import Matrix
-from ..index.flash_head_index import FlashHeadIndex
 from ..models.errors import UnsupportedHeadError
-from ..models.fetch import HOME_VARIABLE, home, lock_of
+from ..models.fetch import HOME_VARIABLE, home
 from ..models.install import get_flash_head
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.origin import local_origin
@@ -89,7 +88,8 @@ def build_steps(
         how = _index_options(rows, anew=anew, of_drafter=drafted is not None)
         how.check_size(rows.n_rows)
         origin = local_origin(source)
-        duration = _duration(expected_seconds(rows, how))
+        minutes = max(1, math.ceil(round(expected_seconds(rows, how)) / 60))
+        duration = "a minute" if minutes == 1 else f"{minutes} minutes"
         when = "" if step_seconds == math.inf else " while the model is idle"
         options.say(
             f"Building the FlashHead of {origin.known_as}{when}, which takes at most about "
@@ -115,7 +115,14 @@ def build_steps(
                 f"This machine was busy, so the build was cut short, after {n_positions:,} "
                 "positions: mlx_flashhead.cache --rebuild MODEL makes a faster one."
             )
-        _keep(index, place, options)
+        try:
+            sources.keep(index, place)
+        except OSError as error:
+            reason = error.strerror or error
+            options.say(
+                f"It is not kept, since {home()} cannot be written ({reason}): set {HOME_VARIABLE} "
+                "to another place, or it is built again next time."
+            )
         return StoredHead(index, str(place))
     finally:
         if lock is not None:
@@ -124,8 +131,12 @@ def build_steps(
 
 def _locked(place: Path, options: HeadOptions) -> Task[BaseFileLock | None]:
     """Waits for the lock of a FlashHead's place; None if nothing can be cached there."""
+    file = home() / "locks" / f"{place.name}.lock"
+    lock = FileLock(file)
     try:
-        lock = lock_of(place)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
     except OSError:
         return None
     if not lock.is_locked:
@@ -150,24 +161,6 @@ def _index_options(rows: Matrix, *, anew: bool, of_drafter: bool) -> IndexOption
     if expected_seconds(rows, how) > LONG_BUILD_SECONDS:
         return replace(how, cluster_size=32, calibration_positions=800, calibration_seconds=30.0)
     return how
-
-
-def _duration(seconds: float) -> str:
-    """A time in whole minutes, such as "a minute" and "2 minutes"."""
-    minutes = max(1, math.ceil(round(seconds) / 60))
-    return "a minute" if minutes == 1 else f"{minutes} minutes"
-
-
-def _keep(index: FlashHeadIndex, place: Path, options: HeadOptions) -> None:
-    """Keeps a FlashHead in the cache, or says why it cannot be kept."""
-    try:
-        sources.keep(index, place)
-    except OSError as error:
-        reason = error.strerror or error
-        options.say(
-            f"It is not kept, since {home()} cannot be written ({reason}): set {HOME_VARIABLE} to "
-            "another place, or it is built again next time."
-        )
 
 
 def finish(task: Task[StoredHead], options: HeadOptions) -> StoredHead:
@@ -228,8 +221,6 @@ class BackgroundBuild:
     tuning: Tuning | None = None  # once it is measured
 
     def __init__(self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions):
-        self._model = model
-        self._options = options
         location = find_head(model)
         check_plain_product(location)
         build = build_steps(
@@ -240,16 +231,17 @@ class BackgroundBuild:
             options=options,
             step_seconds=STEP_SECONDS,
         )
-        self._steps = self._all_steps(build)
+        self._steps = self._all_steps(model, build, options)
 
-    def _all_steps(self, build: Task[StoredHead]) -> Generator[Any, None, None]:
-        stored = yield from build
-        self.stored = stored
+    def _all_steps(
+        self, model: nn.Module, build: Task[StoredHead], options: HeadOptions
+    ) -> Generator[Any, None, None]:
+        self.stored = yield from build
         yield
-        if get_flash_head(self._model) is None:
-            install_stored(self._model, stored, replace(self._options, tunes=False))
+        if get_flash_head(model) is None:
+            install_stored(model, self.stored, replace(options, tunes=False))
             yield
-            self.tuning = yield from tune_head(self._model, stored.index, self._options)
+            self.tuning = yield from tune_head(model, self.stored.index, options)
 
     def advance(self) -> bool:
         """Does a part of the work.
@@ -264,7 +256,7 @@ class BackgroundBuild:
         return next(self._steps, ended) is not ended
 
     def drop(self) -> None:
-        """Ends the build, and leaves nothing behind."""
+        """Ends the build, which lets the model go, and leaves nothing behind."""
         self._steps.close()
 
 
@@ -285,13 +277,10 @@ class IdleBuild:
 
     def __init__(self, model: nn.Module, tokenizer: Any, source: Path, options: HeadOptions):
         self._options = options
-        self._copy: nn.Module | None = copy.deepcopy(model)
-        self._build = BackgroundBuild(self._copy, tokenizer, source, options)
+        self._build = BackgroundBuild(copy.deepcopy(model), tokenizer, source, options)
         self._build.advance()  # which says how long it takes
-        self._stored: StoredHead | None = None
-        self._tuning: Tuning | None = None
         self._in_use = False
-        self._closed = False
+        self._closed = False  # nothing is built, or taken over, any more
         self._thread = Thread(target=self._run, name="build", daemon=True)
         self._thread.start()
         atexit.register(self._end)
@@ -299,7 +288,7 @@ class IdleBuild:
     @property
     def is_building(self) -> bool:
         """Whether the model will have the FlashHead later."""
-        is_there = self._stored is not None and self._copy is not None
+        is_there = self._build.stored is not None and not self._closed
         return is_there or self._thread.is_alive()
 
     @contextmanager
@@ -314,14 +303,13 @@ class IdleBuild:
 
     def take_over(self, model: nn.Module) -> FlashHead | None:
         """Puts what was built and measured on the model itself; None if there is nothing yet."""
-        if self._thread.is_alive() or self._copy is None:
+        stored = self._build.stored
+        if self._thread.is_alive() or self._closed or stored is None:
             return None
-        self._copy = None
-        if self._stored is None:
-            return None
-        head = install_stored(model, self._stored, replace(self._options, tunes=False))
-        if self._tuning is not None:
-            apply_tuning(model, self._tuning, self._options)
+        self._closed = True
+        head = install_stored(model, stored, replace(self._options, tunes=False))
+        if self._build.tuning is not None:
+            apply_tuning(model, self._build.tuning, self._options)
         return head
 
     def close(self) -> None:
@@ -348,11 +336,6 @@ class IdleBuild:
             self._options.say(f"Without FlashHead: {sentence(error)}")
         finally:
             self._build.drop()
-            self._stored = self._build.stored
-            self._tuning = self._build.tuning
-            del self._build  # and what it holds of the copy
-            if self._closed:
-                self._copy = None
             mx.clear_streams()  # which must go before their thread ends
 
 
@@ -380,17 +363,6 @@ def background_build(
         return None
 
 
-@dataclass(frozen=True)
-class _SaidBy(HeadOptions):
-    """Options whose sentences go through a function."""
-
-    tell: Callable[[str], object] = print
-
-    def say(self, text: str) -> None:
-        if self.progress:
-            self.tell(text)
-
-
 class BuildBeside(IdleBuild):
     """An :class:`IdleBuild` of a model that another program uses.
 
@@ -406,7 +378,7 @@ class BuildBeside(IdleBuild):
     ):
         self.use = use
         self._ends = False  # with the process: what is built is kept, and nothing is measured
-        super().__init__(model, tokenizer, source, _SaidBy(**vars(options), tell=use.say))
+        super().__init__(model, tokenizer, source, replace(options, tell=use.say))
 
     def _may_advance(self) -> bool:
         self._closed = self._closed or (self._ends and self._build.stored is not None)
@@ -428,7 +400,7 @@ class BuildBeside(IdleBuild):
             self._closed = True
             self.use.say("Skipped. The next use tries again.", at_once=True)
             self._thread.join()
-        if self._stored is not None:
+        if self._build.stored is not None:
             self.use.say("FlashHead is ready for next time.", at_once=True)
         elif not at_terminal:  # a script waits for its end
             self.use.say(

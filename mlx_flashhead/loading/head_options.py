@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class HeadOptions:
     verify: bool = True  # whether another program's text is verified
     lookup: str = "auto"  # when the next tokens of another program's text are looked up
     check: bool = False  # whether its tokens are counted, for a line at its end
+    tell: Callable[[str], object] | None = None  # takes what is said; None: standard error
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace, *, dense: bool = False) -> "HeadOptions":
@@ -80,7 +82,9 @@ class HeadOptions:
 
     def say(self, text: str) -> None:
         """Prints a sentence on standard error, if there is progress to be shown."""
-        if self.progress:
+        if self.tell is not None and self.progress:
+            self.tell(text)
+        elif self.progress:
             text = printable(with_flags(text) if self.flags else text)
             tqdm.write(text, file=sys.stderr)  # above a bar that is shown
             sys.stderr.flush()

@@ -114,7 +114,7 @@ def load(
 
 def load_with_head(folder: Path, options: HeadOptions, **loading: Any):
     """A folder's model with its FlashHead: ``(model, tokenizer, config)``; raises as `load`."""
-    stored = sources.explicit_or_bundled_head(folder, options)
+    stored = sources.explicit_head(options, folder)
     loaded = load_dense(folder, **loading)
     attach_head(loaded[0], loaded[1], stored, folder, options)
     return loaded
@@ -222,7 +222,7 @@ def sharded_load(
         tunes=False,
     )
     folder = resolve(path_or_hf_repo, files=["*.json", FILE_NAME])
-    stored = sources.explicit_or_bundled_head(folder, options)
+    stored = sources.explicit_head(options, folder)
     loaded = load_dense_part(
         path_or_hf_repo,
         pipeline_group,

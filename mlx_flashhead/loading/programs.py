@@ -4,9 +4,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, partial, wraps
-from inspect import signature
+from inspect import BoundArguments, signature
 from pathlib import Path
 from typing import Any, TypeVar
 from weakref import finalize
@@ -15,12 +17,10 @@ from ..common.command import printable, sentence
 from ..common.interrupts import INTERRUPTED
 from ..decoding.drafting import drafted_steps
 from ..decoding.loop import REPLACED, verified_steps
-from ..decoding.policy import policy_of
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..decoding.vlm_text import vlm_steps
-from ..head.flash_head import FlashHead
-from ..interop import libraries
+from ..interop.replace import Wrap, put_in_place
 from ..models.compat.mlx_lm import load_tokenizer
 from ..models.compat.recognised import mlx_lm_is_as_imported
 from ..models.fetch import hub_sentence, resolve
@@ -31,11 +31,18 @@ from .background import BuildBeside
 from .batches import batch_class
 from .head_options import BUILD, LATER, VARIABLE, HeadOptions
 from .load import attach_head
-from .sources import explicit_or_bundled_head
+from .sources import explicit_head
 from .use import BUILDING, Use, check_before_sigterm
 
 Decision = TypeVar("Decision")
+Take = Callable[[Any, BoundArguments], Iterator[Any] | None]  # a loop that decodes in place of one
 
+_plain: ContextVar[bool] = ContextVar("plain", default=False)  # within a function of mlx-lm's
+# Modules that load a model and do not generate: they convert it, train it, measure its layers.
+WITHOUT_TEXT = {
+    "mlx_lm.cache_prompt", "mlx_lm.fuse", "mlx_lm.lora", "mlx_lm.quant.awq", "mlx_lm.quant.dwq",
+    "mlx_lm.quant.dynamic_quant", "mlx_lm.quant.gptq", "mlx_vlm.lora", "mlx_vlm.train",
+}  # fmt: skip
 ONLY_GREEDY = "dense: with mlx-vlm only greedy text is verified"
 
 
@@ -48,11 +55,9 @@ def patch_library(library: str) -> None:
         library: "mlx_lm" or "mlx_vlm".
     """
     try:
-        patches = _patches()
-        if library == "mlx_lm":
-            libraries.patch_mlx_lm(patches.load, patches.load_model, patches.loop, patches.batches)
-        else:
-            libraries.patch_mlx_vlm(patches.load, patches.vlm_loop)
+        for place, wrap in _patches().wraps[library].items():
+            with suppress(ImportError):  # mlx-vlm before 0.7 has its loop elsewhere
+                put_in_place(place, wrap)
     except Exception as error:  # whatever it is, the program goes on as without this package
         print(f"Without FlashHead: {sentence(error)}", file=sys.stderr)
 
@@ -65,10 +70,47 @@ def _patches() -> "_Patches":
     return _Patches(options)
 
 
+@contextmanager
+def plainly() -> Iterator[None]:
+    """A block, or a function, whose loads get no FlashHead: it goes on with the dense model."""
+    before = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(before)
+
+
+def process_generates() -> bool:
+    """Whether this process has imported no module without text, and runs none."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    running = "" if spec is None else spec.name
+    # mlx-lm itself imports this one, whose function is called plainly
+    return running != "mlx_lm.convert" and not WITHOUT_TEXT & {running, *sys.modules}
+
+
 class _Patches:
-    """What takes the places of the libraries' functions."""
+    """What takes the places of the libraries' functions.
+
+    Attributes:
+        wraps: For each library, and each name of it that is replaced, what makes the replacement.
+    """
 
     def __init__(self, options: HeadOptions):
+        self.wraps: dict[str, dict[str, Wrap]] = {
+            "mlx_lm": {
+                "mlx_lm.utils.load": self.load,
+                "mlx_lm.utils.load_model": self.load_model,
+                "mlx_lm.utils.sharded_load": plainly(),
+                "mlx_lm.convert.convert": plainly(),
+                "mlx_lm.generate.generate_step": partial(self.loop, self.text_loop),
+                "mlx_lm.generate.speculative_generate_step": partial(self.loop, self.drafted_loop),
+                "mlx_lm.generate.BatchGenerator": self.batches,
+            },
+            "mlx_vlm": {
+                "mlx_vlm.utils.load": self.load,
+                "mlx_vlm.generate.ar.generate_step": partial(self.loop, self.vlm_loop),
+            },
+        }
         self._options = options
         self._warned = False
         self._builds: dict[int, BuildBeside] = {}  # by the id of a model without a FlashHead
@@ -76,13 +118,15 @@ class _Patches:
     def _attach(
         self, model: Any, tokenizer_of: Callable[[], Any], path: Any, revision: str | None = None
     ) -> None:
+        if _plain.get() or not process_generates():
+            return
         options = self._options
         before = get_flash_head(model)
         try:
             # mlx_vlm.generate names a revision of a folder too
             revision = None if Path(path).expanduser().is_dir() else revision
             folder = resolve(str(path), revision)  # the libraries download no FlashHead
-            stored = explicit_or_bundled_head(folder, options)
+            stored = explicit_head(options, folder)
             if is_vlm(model) and options.missing == LATER:
                 options = replace(options, missing=BUILD)
             tokenizer = tokenizer_of()
@@ -92,7 +136,7 @@ class _Patches:
                 self._builds[id(model)] = BuildBeside(model, tokenizer, folder, options, use)
                 finalize(model, self._end_build, id(model)).atexit = False
             else:
-                self._begin_use(use, head)
+                use.take(head)
         except KeyboardInterrupt:
             options.say("Interrupted: the next use of the model tries again.")
             sys.exit(INTERRUPTED)
@@ -105,12 +149,6 @@ class _Patches:
         build = self._builds.pop(key, None)
         if build is not None:
             build.close()
-
-    def _begin_use(self, use: Use, head: FlashHead) -> None:
-        if not policy_of(head).dense:  # which is said with the first text
-            clusters = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
-            self._options.say(f"With FlashHead: {use.name}, {clusters} scored per token.")
-        use.take(head)
 
     def _say_without(self, error: Exception) -> None:
         if not self._warned:
@@ -127,29 +165,28 @@ class _Patches:
 
     def _use_of(self, model: Any) -> Use | None:
         """What is said of a text that begins; None for a model that is not recognised."""
-        use = self._known_use(model)
-        if use is not None:
-            use.begin()
-        return use
-
-    def _known_use(self, model: Any) -> Use | None:
         build = self._builds.get(id(model))
         if build is not None:
             built = build.take_over(model)
-            if build.is_building:
-                return build.use
-            self._end_build(id(model))
+            if not build.is_building:
+                self._end_build(id(model))
             if built is not None:
-                self._begin_use(build.use, built)
+                build.use.take(built)
         head = get_flash_head(model) if self._options.verify else None
-        owner = None if head is None else getattr(head.projection, "__self__", None)
-        return owner if isinstance(owner, Use) else None
+        use = None if head is None else getattr(head.projection, "__self__", None)
+        if build is not None and build.is_building:
+            use = build.use
+        if not isinstance(use, Use):
+            return None
+        use.begin()
+        return use
 
     def load(self, original: Any) -> Any:
         @wraps(original)
         def load(path_or_hf_repo: Any, *arguments: Any, **named: Any) -> Any:
             try:
-                loaded = original(path_or_hf_repo, *arguments, **named)
+                with plainly():
+                    loaded = original(path_or_hf_repo, *arguments, **named)
             except Exception as error:
                 name = str(path_or_hf_repo)
                 known = Path(name).expanduser().exists()
@@ -157,9 +194,7 @@ class _Patches:
                 if reason is not None:  # which stands below the traceback
                     error.add_note(printable(f"mlx_flashhead.run: {reason}"))
                 raise
-            if libraries.caller_generates():
-                revision = named.get("revision")
-                self._attach(loaded[0], lambda: loaded[1], path_or_hf_repo, revision)
+            self._attach(loaded[0], lambda: loaded[1], path_or_hf_repo, named.get("revision"))
             return loaded
 
         return load
@@ -175,24 +210,24 @@ class _Patches:
 
         return load_model
 
-    def loop(self, original: Any) -> Any:
-        """One of mlx-lm's loops of a text, which decides at its first token who decodes."""
+    def loop(self, take: Take, original: Any) -> Any:
+        """A library's loop of a text, which decides at its first token who decodes."""
         parameters = signature(original)
-        ours = {"generate_step": self._steps, "speculative_generate_step": self._drafted}
-        take = ours[original.__name__]
 
         @wraps(original)
         def steps(*arguments: Any, **named: Any) -> Iterator[Any]:
             try:
-                options = dict(parameters.bind(*arguments, **named).arguments)
-            except TypeError:  # mlx-lm has a sentence for it
-                options = None
-            loop = None if options is None else self._decided(take, original, options)
+                call = parameters.bind(*arguments, **named)
+            except TypeError:  # the library has a sentence for it
+                call = None
+            loop = None if call is None else self._decided(take, original, call)
             yield from original(*arguments, **named) if loop is None else loop
 
         return steps
 
-    def _steps(self, original: Any, options: dict[str, Any]) -> Iterator[Any] | None:
+    def text_loop(self, original: Any, call: BoundArguments) -> Iterator[Any] | None:
+        """The loop that decodes in the place of mlx-lm's; None if that one does."""
+        options = call.arguments
         model = options["model"]
         use = self._use_of(model)
         if use is None:
@@ -200,14 +235,15 @@ class _Patches:
         mode = use.mode_of(model)
         if not mlx_lm_is_as_imported():
             mode = REPLACED
-        looks_up = self._options.lookup != "off" and mode != "unverified"
-        if mode in (REPLACED, BUILDING) or (mode != "verified" and not looks_up):
+        looks_up = self._options.lookup != "off"
+        if mode in (REPLACED, BUILDING) or not (mode == "verified" or looks_up):
             return use.follow(original(**options), mode)
         proposer = Proposer(model, DecodingSettings(lookup=self._options.lookup))
         return verified_steps(**options, proposer=proposer, announce=use.announce)
 
-    def _drafted(self, original: Any, options: dict[str, Any]) -> Iterator[Any] | None:
+    def drafted_loop(self, original: Any, call: BoundArguments) -> Iterator[Any] | None:
         """With a draft model the target is dense: it is the draft's FlashHead that is used."""
+        options = call.arguments
         model = options["model"]
         draft_model = options["draft_model"]
         draft = self._use_of(draft_model)
@@ -227,23 +263,9 @@ class _Patches:
         """mlx-lm's ``BatchGenerator``, which decides at its first use who decodes."""
         return batch_class(partial(self._decided, self._use_of))
 
-    def vlm_loop(self, original: Any) -> Any:
-        """mlx-vlm's loop of a text, verified where it is greedy."""
-
-        @wraps(original)
-        def steps(
-            input_ids: Any, model: Any, pixel_values: Any, mask: Any, **named: Any
-        ) -> Iterator[Any]:
-            prompt = (input_ids, model, pixel_values, mask)
-            loop = self._decided(self._vlm_steps, original, prompt, named)
-            yield from original(*prompt, **named) if loop is None else loop
-
-        return steps
-
-    def _vlm_steps(
-        self, original: Any, prompt: tuple[Any, Any, Any, Any], named: dict[str, Any]
-    ) -> Iterator[Any] | None:
-        model = prompt[1]
+    def vlm_loop(self, original: Any, call: BoundArguments) -> Iterator[Any] | None:
+        """The loop in the place of mlx-vlm's, verified where it is greedy."""
+        model = call.arguments["model"]
         use = self._use_of(model)
         if use is None:
             return None
@@ -251,5 +273,6 @@ class _Patches:
         loop = None
         if mode == "verified":
             mode = ONLY_GREEDY
-            loop = vlm_steps(original, *prompt, named, use.announce)
-        return use.follow(original(*prompt, **named), mode) if loop is None else loop
+            ids, _, pixel_values, mask = call.args
+            loop = vlm_steps(original, ids, model, pixel_values, mask, call.kwargs, use.announce)
+        return loop or use.follow(original(*call.args, **call.kwargs), mode)

@@ -45,39 +45,27 @@ class StoredHead:
     source: str
 
 
-def explicit_head(options: HeadOptions) -> StoredHead | None:
-    """The FlashHead that the user names, if there is one.
-
-    Args:
-        options: How a model gets its FlashHead.
-
-    Raises:
-        ValueError: If it is not there, or damaged.
-    """
-    if options.flash_head is None:
-        return None
-    name = str(options.flash_head)
-    folder = resolve(name, files=[FILE_NAME, SETTINGS_NAME, files.CONFIG_NAME])
-    if files.stored_recipe(folder) is None:
-        raise ValueError(f"{name} holds no FlashHead: name another one, or none to have one built.")
-    return StoredHead(read_index(folder), name)
-
-
-def explicit_or_bundled_head(folder: Path, options: HeadOptions) -> StoredHead | None:
+def explicit_head(options: HeadOptions, folder: Path | None = None) -> StoredHead | None:
     """The FlashHead that the user names, else the one in the model's folder, if there is one.
 
     Args:
-        folder: The model's folder.
         options: How a model gets its FlashHead.
+        folder: The model's folder; None if that does not count.
 
     Raises:
-        ValueError: If it is damaged or of another version.
+        ValueError: If it is not there, damaged or of another version.
     """
     if options.flash_head is not None:
-        return explicit_head(options)
-    if files.has_flash_head(folder):
+        name = str(options.flash_head)
+        named = resolve(name, files=[FILE_NAME, SETTINGS_NAME, files.CONFIG_NAME])
+        if files.stored_recipe(named) is None:
+            raise ValueError(
+                f"{name} holds no FlashHead: name another one, or none to have one built."
+            )
+        return StoredHead(read_index(named), name)
+    if folder is not None and files.has_flash_head(folder):
         return StoredHead(read_index(folder), str(folder))
-    if files.stored_recipe(folder) is not None:
+    if folder is not None and files.stored_recipe(folder) is not None:
         options.say(f"{folder} names a FlashHead, but {FILE_NAME} is missing: another one is used.")
     return None
 
@@ -89,11 +77,6 @@ class Entry:
     path: Path
     model: str  # its name
     config: FlashHeadConfig | None = None  # None for a finer head, and for a damaged FlashHead
-
-    @property
-    def key(self) -> str:
-        """The beginning of the fingerprint of the model's rows."""
-        return self.path.name[:_NAME_LENGTH]
 
     @property
     def is_fine_head(self) -> bool:
@@ -130,28 +113,17 @@ def entries() -> list[Entry]:
     found = []
     for path in _cached(INDEX_FOLDER):
         if any((path / name).exists() for name in INDEX_FILES):
-            found.append(_index_entry(path))
+            entry = Entry(path, "damaged")
+            with suppress(ValueError, OSError):
+                config = files.read_settings(path)
+                entry = Entry(path, str(config.recipe.get("model", "unknown")), config)
+            found.append(entry)
     for path in _cached(FINE_HEADS):
-        found.append(_fine_head_entry(path))
+        about: Any = (None, {})
+        with suppress(RuntimeError, ValueError, OSError):
+            about = mx.load(str(path), return_metadata=True)
+        found.append(Entry(path, about[1].get("model", "damaged")))
     return sorted(found, key=lambda entry: entry.path.stat().st_mtime, reverse=True)
-
-
-def _index_entry(folder: Path) -> Entry:
-    """The entry of a cached FlashHead."""
-    try:
-        config = files.read_settings(folder)
-    except (ValueError, OSError):
-        return Entry(folder, "damaged")
-    return Entry(folder, str(config.recipe.get("model", "unknown")), config)
-
-
-def _fine_head_entry(file: Path) -> Entry:
-    """The entry of a cached finer head."""
-    try:
-        loaded: Any = mx.load(str(file), return_metadata=True)
-    except (RuntimeError, ValueError, OSError):
-        return Entry(file, "damaged")
-    return Entry(file, loaded[1].get("model", "damaged"))
 
 
 def remove_rest() -> list[Path]:

@@ -1,4 +1,4 @@
-"""What a FlashHead gains on this machine, stored beside the FlashHeads.
+"""What a FlashHead gains on this machine: stored beside the FlashHeads, and said.
 
 What a busy machine has measured is used, and measured again when the machine is quiet.
 """
@@ -8,6 +8,7 @@ from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ..common.stored import store, stored
@@ -17,16 +18,18 @@ from ..decoding.rounding import measure_rounding
 from ..decoding.tuning import is_busy, prepare_wide_steps, tune
 from ..head.backend import device_name
 from ..head.flash_head import FlashHead
+from ..head.matrix import Matrix
 from ..head.steps import Risk
 from ..index.flash_head_index import FlashHeadIndex
+from ..models.finer_head import DEFAULT_BITS
 from ..models.install import hidden_dtype, install, installed_head, logit_map_of
 from ..models.locate import HeadLocation, find_head
-from .first_gain import first_gain
 from .head_options import HeadOptions
 from .sources import StoredHead, speeds_of
 
 MEASURING = "Measuring its speed on this machine …"
 BUSY = "measured on a busy machine"
+_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)  # of which a token reads one row
 
 
 def install_stored(
@@ -142,3 +145,81 @@ def speed_text(tuning: Tuning | None) -> str:
         return "not known yet"
     limits = ["dense"] * tuning.dense + [BUSY] * tuning.busy
     return f"{tuning.gain:.2f} x" + (f" ({', '.join(limits)})" if limits else "")
+
+
+def first_gain(model: nn.Module, tuning: Tuning, *, finer: bool = False) -> str:
+    """Says how many times as fast a model is with FlashHead, and with ``fine_head``.
+
+    Args:
+        model: A model with an installed FlashHead.
+        tuning: What was measured on this machine.
+        finer: Whether the head is a finer one already.
+
+    Returns:
+        One or two sentences for one line; nothing that is said elsewhere, with figures.
+    """
+    rows = installed_head(model).clustered.rows
+    advice = _advice(model, rows, tuning, finer)
+    if tuning.dense:
+        return advice
+    when = ", while the machine is busy" if tuning.busy else ""
+    gain = f"FlashHead makes this model {tuning.gain:.2f} times as fast here{when}"
+    return f"{gain}. {advice}".strip()
+
+
+def _advice(model: nn.Module, rows: Matrix, tuning: Tuning, finer: bool) -> str:
+    """What the bits of the head mean for the gain."""
+    bits = rows.bits if rows.quantized else 8 * rows.weight.itemsize
+    if finer:
+        return f"It has a finer head of {bits} bits."
+    if bits >= DEFAULT_BITS:
+        best = f"Its head has {bits} bits already, the best case: it needs no `fine_head`."
+        return "" if tuning.dense else best
+    speed = fine_gain(model, tuning)
+    return (
+        f"Its head has {bits} bits: with `fine_head` its text gets better, at an estimated "
+        f"{speed:.2f} times the speed of the normal head."
+    )
+
+
+def fine_gain(model: nn.Module, tuning: Tuning) -> float:
+    """Estimates the speed with a head of 8 bits and FlashHead, relative to the head as it is.
+
+    FlashHead reads the probed share of more bytes. Its verification is bound by arithmetic, which
+    the bits do not change (docs/finer-head.md). A model that stays dense would use FlashHead then.
+    """
+    head = installed_head(model)
+    rows = head.clustered.rows
+    free = free_head_gain(model)
+    head_share = 1 - 1 / free  # of a dense token's time, by bytes
+    more = (DEFAULT_BITS + 0.5) / (rows.bits + 0.5) - 1  # scales and biases take half a bit
+    probed = head.n_probes / head.n_clusters
+    return 1 / (1 / tuning.gain + head_share * probed * more)
+
+
+def free_head_gain(model: nn.Module) -> float:
+    """Estimates tokens per second with a head that takes no time, relative to dense decoding.
+
+    A token takes as long as the weights that it reads. The estimate is high: of experts it counts
+    one, and it leaves the cache out.
+
+    Args:
+        model: A model with an installed FlashHead.
+
+    Returns:
+        The ratio, 1 or more.
+    """
+    head_bytes = sum(
+        array.nbytes for array in installed_head(model).clustered.rows.arrays().values()
+    )
+    body_bytes = sum(_bytes_read(module) for module in model.modules())
+    return (body_bytes + head_bytes) / max(body_bytes, 1)
+
+
+def _bytes_read(module: nn.Module) -> float:
+    """Bytes of a module's own arrays that a token reads, without the head's."""
+    if isinstance(module, _EMBEDDINGS) or hasattr(module, "_flash_head"):
+        return 0
+    arrays = [array for array in dict.values(module) if isinstance(array, mx.array)]
+    # experts are matrices in one array of three dimensions
+    return sum(array.nbytes / (len(array) if array.ndim == 3 else 1) for array in arrays)

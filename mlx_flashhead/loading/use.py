@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from multiprocessing import parent_process
 from multiprocessing.util import Finalize
@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..decoding.policy import decoding_mode
+from ..decoding.policy import decoding_mode, policy_of
 from ..decoding.proposer import FIRST, PAUSED
 from ..head.flash_head import FlashHead
 from .head_options import HeadOptions
@@ -54,9 +54,11 @@ class Use:
         self._said = {PAUSED}
         self._later: list[str] = []  # to be said before the next text
         self._n_tokens: Counter[str] = Counter()
-        if not _all:
-            _at_the_end(_say_the_rest)
         _all.append(self)
+        if parent_process() is None:
+            atexit.register(self.say_the_rest)
+        else:  # a child of multiprocessing, which ends without that
+            Finalize(None, self.say_the_rest, exitpriority=0)
 
     def mode_of(self, model: nn.Module) -> str:
         """What decodes the model's text, in words: "verified", or "dense: " and why."""
@@ -65,6 +67,9 @@ class Use:
     def take(self, head: FlashHead) -> None:
         """From now on the model has this FlashHead, whose calls come here."""
         self.is_waiting = False
+        if not policy_of(head).dense:  # which is said with the first text
+            clusters = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
+            self._options.say(f"With FlashHead: {self.name}, {clusters} scored per token.")
         head.project_calls(self.project)
         if not self._options.verify:
             self._tell("unverified")
@@ -159,19 +164,6 @@ class Use:
         others = [(n, mode) for mode, n in counts.items() if mode not in ("verified", FIRST)]
         parts += [f"{n:,} {mode}" for n, mode in sorted(others, reverse=True)]
         return f"Checked {self.name}: {n_all:,} tokens: {'; '.join(parts)}."
-
-
-def _at_the_end(work: Callable[[], Any]) -> None:
-    """Has something done when this process ends, or, as a child of multiprocessing, returns."""
-    if parent_process() is None:
-        atexit.register(work)
-    else:
-        Finalize(None, work, exitpriority=0)
-
-
-def _say_the_rest() -> None:
-    while _all:
-        _all.pop(0).say_the_rest()
 
 
 def check_before_sigterm() -> None:

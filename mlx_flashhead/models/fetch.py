@@ -3,11 +3,10 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
-from filelock import FileLock, Timeout
 from huggingface_hub import constants, errors
 
 from ..common.repositories import redact
@@ -27,15 +26,6 @@ def home() -> Path:
         reason = f"The home directory in {folder} is not known"
         raise ValueError(f"{reason}: set {HOME_VARIABLE} to a folder.")
     return folder
-
-
-def lock_of(path: Path) -> FileLock:
-    """The lock of a path of the home, taken if it is free; OSError if it cannot be."""
-    lock = FileLock(home() / "locks" / f"{path.name}.lock")
-    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-    with suppress(Timeout):
-        lock.acquire(timeout=0)
-    return lock
 
 
 def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | None = None) -> Path:

@@ -8,11 +8,9 @@ import pytest
 from mlx_flashhead import get_flash_head
 from mlx_flashhead.decoding.policy import Tuning
 from mlx_flashhead.loading import tuned
-from mlx_flashhead.loading.first_gain import fine_gain, first_gain
-from mlx_flashhead.loading.free_head import free_head_gain
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.loading.sources import StoredHead
-from mlx_flashhead.loading.tuned import install_stored
+from mlx_flashhead.loading.tuned import fine_gain, first_gain, free_head_gain, install_stored
 from tiny_models import install_index, tiny_index, tiny_model
 
 FAST = Tuning(gain=1.5, sampled_gain=1.5, dense_seconds=0.01)

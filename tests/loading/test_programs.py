@@ -18,7 +18,7 @@ import mlx_lm
 import pytest
 
 from mlx_flashhead.index.files import write_companion
-from mlx_flashhead.interop import libraries
+from mlx_flashhead.interop import replace
 from mlx_flashhead.loading import programs, use
 from mlx_flashhead.loading.batches import CHANGED
 from mlx_flashhead.loading.head_options import BUILD, LATER, HeadOptions
@@ -49,7 +49,7 @@ class Under:
         self.model, self.tokenizer = mlx_lm.load(str(folder / "model"))
         self.patches._attach(self.model, lambda: self.tokenizer, folder / "model")
         self.batch_generator = self.patches.batches(OWN["BatchGenerator"])
-        self.steps = self.patches.loop(OWN["generate_step"])
+        self.steps = self.patches.loop(self.patches.text_loop, OWN["generate_step"])
         self.said.clear()
 
     def lines(self):
@@ -166,15 +166,12 @@ def test_a_program_gets_what_is_built_while_it_writes_nothing(folder, plain, qui
     said = []
     options = HeadOptions(missing=LATER, always=True)
     monkeypatch.setattr(HeadOptions, "say", lambda _, text: said.append(text))
-    monkeypatch.setattr(
-        "mlx_flashhead.loading.background._SaidBy.say", lambda _, text: said.append(text)
-    )
     patches = programs._Patches(options)
     loaded, tokenizer = mlx_lm.load(str(folder / "model"))
     patches._attach(loaded, lambda: tokenizer, folder / "model")
     (build,) = patches._builds.values()
     batches = patches.batches(OWN["BatchGenerator"])(loaded)
-    steps = patches.loop(OWN["generate_step"])
+    steps = patches.loop(patches.text_loop, OWN["generate_step"])
     single = steps_of(OWN["generate_step"], model, prompts[0])
     assert type(loaded) is type(model)
     assert steps_of(steps, loaded, prompts[0]) == single
@@ -216,7 +213,8 @@ def test_a_model_that_a_program_drops_ends_its_build(folder, quick, monkeypatch)
     gc.collect()
     assert not patches._builds
     build._thread.join()
-    assert not build.is_building and build._copy is None
+    assert not build.is_building
+    assert build._build._steps.gi_frame is None  # which has let the copy go
 
 
 def test_a_build_that_fails_is_one_line(folder, plain, quick, monkeypatch):
@@ -297,6 +295,27 @@ def test_what_is_around_a_model_is_mlx_lm_s(under, plain):
         assert found[0] == found[1]
 
 
+def test_what_converts_or_trains_keeps_the_normal_head(folder, monkeypatch):
+    """By its module, imported or run, and by a function of mlx-lm's that loads for itself."""
+    patches = programs._Patches(HeadOptions(flash_head=str(folder / "head"), progress=False))
+    load = patches.load(mlx_lm.load)
+    model_of = lambda load: load(str(folder / "model"))[0]  # noqa: E731
+    main = sys.modules["__main__"]
+    assert get_flash_head(model_of(load)) is not None
+    assert get_flash_head(model_of(programs.plainly()(load))) is None
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "mlx_lm.lora", ModuleType("mlx_lm.lora"))
+        assert get_flash_head(model_of(load)) is None
+    for name, dense in (("mlx_lm.convert", True), ("mlx_lm.server", False)):
+        monkeypatch.setattr(main, "__spec__", Mock(), raising=False)
+        main.__spec__.name = name
+        assert (get_flash_head(model_of(load)) is None) == dense
+    load_model = patches.load_model(mlx_lm.utils.load_model)
+    assert get_flash_head(load_model(folder / "model")[0]) is not None
+    with programs.plainly():
+        assert get_flash_head(load_model(folder / "model")[0]) is None
+
+
 def fails(*_, **__):
     raise RuntimeError("[metal] out of memory\nand more")
 
@@ -330,7 +349,7 @@ def test_a_hook_that_does_not_fit_is_one_line(monkeypatch, capsys):
         def __getattr__(self, name):
             raise RuntimeError(f"no {name}")
 
-    file = Path(libraries.__file__).parent / "hook" / "sitecustomize.py"
+    file = Path(replace.__file__).parent / "hook" / "sitecustomize.py"
     spec = importlib.util.spec_from_file_location("hook", file)
     hook = importlib.util.module_from_spec(spec)
     with monkeypatch.context() as patch:
@@ -400,6 +419,15 @@ def patched_instance(cls, monkeypatch):
             return before()
 
         batches._next = step
+        return batches
+
+    return make
+
+
+def other_sampler(cls, monkeypatch):
+    def make(model):
+        batches = cls(model)
+        batches.sampler = lambda logprobs: mx.argmax(logprobs, axis=-1)
         return batches
 
     return make
@@ -478,7 +506,9 @@ def test_grammars_of_omlx_are_told_what_was_chosen(under, plain, monkeypatch):
     assert sorted(under.lines()) == [f"model: {reason}.", "model: verified."]
 
 
-@pytest.mark.parametrize("change", [subclassed, patched_class, patched_step, patched_instance])
+@pytest.mark.parametrize(
+    "change", [subclassed, patched_class, patched_step, patched_instance, other_sampler]
+)
 def test_a_program_that_changes_batches_gets_its_own(under, plain, monkeypatch, change):
     """Its functions are called as without us, and the line says dense."""
     model, prompts, expected = plain
@@ -532,6 +562,23 @@ def test_what_decodes_is_chosen_when_no_text_is_in_progress(under, plain, monkey
     assert batches.insert(prompts, [1] * 3) == [8, 9, 10]
 
 
+def test_what_mlx_lms_own_batch_has_begun_it_ends(under, plain, monkeypatch):
+    """A text that is added meanwhile is decoded beside it, though nothing is changed any more."""
+    _, prompts, expected = plain
+    batches = under.batch_generator(under.model)
+    with monkeypatch.context() as patch:
+        patch.setattr(OWN["GenerationBatch"], "_step", lambda self: OWN_STEP(self))
+        (first,) = batches.insert(prompts[:1], [N_TOKENS])
+        found = {first: [response.token for response in batches.next_generated()]}
+    (second,) = batches.insert(prompts[1:2], [N_TOKENS])
+    found[second] = []
+    while responses := batches.next_generated():
+        for response in responses:
+            found[response.uid].append(response.token)
+    assert list(found.values()) == expected[:2]
+    assert under.lines() == [f"model: {CHANGED}."]
+
+
 def test_a_replaced_name_of_mlx_lms_loop_is_called(under, plain, monkeypatch):
     model, prompts, _ = plain
     expected = steps_of(OWN["generate_step"], model, prompts[0])
@@ -555,6 +602,12 @@ def test_attributes_that_are_nothing_to_mlx_lm_change_nothing(under, plain):
     batches.prompt_progress_callback = print
     batches.prefill_step_size = 2
     assert texts(batches, prompts) == expected
+    batches.max_tokens = 3
+    (uid,) = batches.insert(prompts[:1])
+    found = []
+    while responses := batches.next_generated():
+        found += [(response.uid, response.token) for response in responses]
+    assert found == [(uid, token) for token in expected[0][:3]]
     assert under.lines() == ["model: verified."]
 
 

@@ -10,10 +10,9 @@ from mlx_flashhead import get_flash_head
 from mlx_flashhead.decoding import rounding
 from mlx_flashhead.decoding.policy import Tuning, policy_of
 from mlx_flashhead.loading import tuned
-from mlx_flashhead.loading.free_head import free_head_gain
 from mlx_flashhead.loading.head_options import HeadOptions
 from mlx_flashhead.loading.sources import StoredHead
-from mlx_flashhead.loading.tuned import install_stored
+from mlx_flashhead.loading.tuned import free_head_gain, install_stored
 from mlx_flashhead.models.install import detach
 from tiny_models import install_index, tiny_index, tiny_model
 
