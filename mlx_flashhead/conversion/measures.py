@@ -130,63 +130,6 @@ def _dense_clusters(logits: Array, token_ids: Array) -> _DenseClusters:
     )
 
 
-class _Estimates(NamedTuple):
-    """What scoring P numbers of clusters gives at n positions, each (n, P) but for the first."""
-
-    tail: Array  # (n, C), estimates of the logits of each cluster's tokens, below the best logit
-    cap: Array  # the most that an estimate may be
-    scored: Array  # the share of the mass that the scored tokens have
-    best: Array  # the best scored logit
-    next_best: Array  # the best score of the other clusters; -inf where all are scored
-    total: Array  # the scored tokens' mass, relative to the best logit
-    unscored: Array  # the others' estimated mass
-    log_total: Array  # the log of both
-    divergence: Array  # the part of the divergence that the others make
-
-
-def _estimated(
-    dense: _DenseClusters, scores: Array, sizes: Array, tail_offset: Array, probes: Array
-) -> _Estimates:
-    """Estimates the tokens that are not scored.
-
-    Args:
-        dense: The dense head's clusters.
-        scores: Scores of clusters (n, C) float32.
-        sizes: The number of tokens of each cluster (C,).
-        tail_offset: Makes a cluster's score the logit of one of its tokens (C,).
-        probes: Numbers of probes (P,).
-    """
-    n_clusters = len(sizes)
-    tail = np.minimum((scores + tail_offset).astype(np.float64) - dense.top[:, None], GREATEST_TAIL)
-    weight = sizes * np.exp(tail)
-    moved = dense.mean_logit - dense.mass * tail
-
-    n_listed = min(int(probes.max()) + 1, n_clusters)  # one more, the best that is not scored
-    order = np.argpartition(-scores, n_listed - 1, axis=1)[:, :n_listed]
-    ranks = np.argsort(-np.take_along_axis(scores, order, 1), axis=1, kind="stable")
-    order = np.take_along_axis(order, ranks, 1)  # the best clusters, the best one first
-    # over the scored clusters, (n, P)
-    parts = np.stack([dense.sums, weight, moved, dense.mass])
-    listed = np.take_along_axis(parts, order[None], 2)
-    total, estimated, divergence, scored = listed.cumsum(2)[:, :, probes - 1]
-    best = np.maximum.accumulate(np.take_along_axis(dense.best, order, 1), 1)[:, probes - 1]
-    best = best.astype(np.float64)
-    # over the others: the best score, none where all are scored; the estimates
-    ranked = np.take_along_axis(scores, order, 1).astype(np.float64)
-    next_best = np.pad(ranked, ((0, 0), (0, 1)), constant_values=-np.inf)[:, probes]
-    unscored = np.maximum(weight.sum(1)[:, None] - estimated, 0.0)
-    log_total = np.log(total + unscored)
-    divergence = moved.sum(1)[:, None] - divergence
-    cap = best - np.maximum(1.0, np.abs(best) * MARGIN_SHARE)  # of an estimate, as in the head
-    for i, j in np.argwhere(next_best + tail_offset.max() > cap):
-        left = np.ones(n_clusters, bool)
-        left[order[i, : probes[j]]] = False
-        capped = np.minimum(tail[i, left], cap[i, j] - dense.top[i])
-        log_total[i, j] = np.log(total[i, j] + sizes[left] @ np.exp(capped))
-        divergence[i, j] = (dense.mean_logit[i, left] - dense.mass[i, left] * capped).sum()
-    return _Estimates(tail, cap, scored, best, next_best, total, unscored, log_total, divergence)
-
-
 def _measure_chunk(
     logits: Array,
     scores: Array,
@@ -210,10 +153,39 @@ def _measure_chunk(
     Returns:
         The measures (7, n, P), and the dense head's losses (n,) float64.
     """
-    sizes = (token_ids < logits.shape[1]).sum(1)
     rows = np.arange(len(logits))
+    n_clusters = len(token_ids)
+    sizes = (token_ids < logits.shape[1]).sum(1)
     dense = _dense_clusters(logits, token_ids)
-    estimates = _estimated(dense, scores, sizes, tail_offset, probes)
+    # estimates (n, C) of the logits of each cluster's tokens, below the best logit
+    tail = np.minimum((scores + tail_offset).astype(np.float64) - dense.top[:, None], GREATEST_TAIL)
+    weight = sizes * np.exp(tail)
+    moved = dense.mean_logit - dense.mass * tail
+
+    n_listed = min(int(probes.max()) + 1, n_clusters)  # one more, the best that is not scored
+    order = np.argpartition(-scores, n_listed - 1, axis=1)[:, :n_listed]
+    ranks = np.argsort(-np.take_along_axis(scores, order, 1), axis=1, kind="stable")
+    order = np.take_along_axis(order, ranks, 1)  # the best clusters, the best one first
+    # over the scored clusters, (n, P): their mass and its estimate, both relative to the best
+    # logit, their part of the divergence, their share of the mass, and their best logit
+    parts = np.stack([dense.sums, weight, moved, dense.mass])
+    listed = np.take_along_axis(parts, order[None], 2)
+    total, estimated, scored_part, scored = listed.cumsum(2)[:, :, probes - 1]
+    best = np.maximum.accumulate(np.take_along_axis(dense.best, order, 1), 1)[:, probes - 1]
+    best = best.astype(np.float64)
+    # over the others: the best score, none where all are scored; the estimates
+    ranked = np.take_along_axis(scores, order, 1).astype(np.float64)
+    next_best = np.pad(ranked, ((0, 0), (0, 1)), constant_values=-np.inf)[:, probes]
+    unscored = np.maximum(weight.sum(1)[:, None] - estimated, 0.0)
+    log_total = np.log(total + unscored)
+    divergence = moved.sum(1)[:, None] - scored_part
+    cap = best - np.maximum(1.0, np.abs(best) * MARGIN_SHARE)  # of an estimate, as in the head
+    for i, j in np.argwhere(next_best + tail_offset.max() > cap):
+        left = np.ones(n_clusters, bool)
+        left[order[i, : probes[j]]] = False
+        capped = np.minimum(tail[i, left], cap[i, j] - dense.top[i])
+        log_total[i, j] = np.log(total[i, j] + sizes[left] @ np.exp(capped))
+        divergence[i, j] = (dense.mean_logit[i, left] - dense.mass[i, left] * capped).sum()
 
     def is_scored(tokens: Array) -> Array:
         """Whether the clusters of tokens (n,) are scored: (n, P) bool."""
@@ -222,19 +194,18 @@ def _measure_chunk(
 
     covered = is_scored(truth)
     true_logit = logits[rows, truth].astype(np.float64) - dense.top
-    cap = estimates.cap - dense.top[:, None]
-    estimate = np.minimum(estimates.tail[rows, cluster_of[truth]][:, None], cap)
+    estimate = np.minimum(tail[rows, cluster_of[truth]][:, None], cap - dense.top[:, None])
     with np.errstate(divide="ignore"):  # no cluster is left
-        log_tail = np.log(estimates.unscored / (estimates.total + estimates.unscored))
+        log_tail = np.log(unscored / (total + unscored))
     log_norm = np.log(dense.norm)
     measures = (
         is_scored(logits.argmax(1)),
         covered,
-        np.minimum(estimates.scored, 1.0),
+        np.minimum(scored, 1.0),
         # sum over v of P_v (log P_v - log Q_v); probed tokens share the dense head's logit
-        estimates.log_total - log_norm[:, None] + estimates.divergence,
-        estimates.log_total - np.where(covered, true_logit[:, None], estimate),
-        estimates.best - estimates.next_best,
+        log_total - log_norm[:, None] + divergence,
+        log_total - np.where(covered, true_logit[:, None], estimate),
+        best - next_best,
         log_tail,
     )
     return np.stack(measures), log_norm - true_logit

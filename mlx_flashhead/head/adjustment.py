@@ -169,19 +169,13 @@ def _unpacked(adjustment: Adjustment, vocab_size: int) -> _Tokens:
 
 def probed_for(scores: mx.array, adjustment: Adjustment, clustered: ClusteredRows) -> mx.array:
     """The scores (R, C), raised for the clusters of tokens that change, so that they are probed."""
-    ids = _ids(adjustment)
+    ids = _unpacked(adjustment, clustered.vocab_size).ids
     clusters = _slots(ids, clustered) // clustered.cluster_size
     always = mx.array(ALWAYS_PROBED, mx.float32)
     # a place without a token raises a column that is cut off
     padded = mx.concatenate([scores, mx.zeros((len(scores), 1))], axis=-1)
     clusters = mx.where(ids < clustered.vocab_size, clusters, clustered.n_clusters)
     return mx.put_along_axis(padded, clusters, always, axis=-1)[:, :-1]
-
-
-def _ids(adjustment: Adjustment) -> mx.array:
-    """The tokens that change, (R, K + 1) uint32, the latest one last; V where there is none."""
-    known = adjustment.words[:, ADJUST_HEAD::ADJUST_TOKEN]
-    return mx.concatenate([known, adjustment.latest[:, None]], axis=1)
 
 
 def _slots(ids: mx.array, clustered: ClusteredRows) -> mx.array:
@@ -201,10 +195,10 @@ def adjusted_logits(
         clustered: The rows.
     """
     size = clustered.cluster_size
-    slots = _slots(_ids(adjustment), clustered)
+    tokens = _unpacked(adjustment, clustered.vocab_size)
+    slots = _slots(tokens.ids, clustered)
     places = mx.argmax(probes[:, None, :] == (slots // size)[..., None], axis=-1)
     index = places * size + slots % size
-    tokens = _unpacked(adjustment, clustered.vocab_size)
     nothing = mx.zeros((len(logits), 1), logits.dtype)
     flat = mx.concatenate([logits.flatten(1), nothing], axis=1)
     nowhere = flat.shape[1] - 1  # of places that hold no token

@@ -6,7 +6,6 @@ Source: arXiv 2603.14591. docs/how-it-works.md has the steps and what differs.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -29,7 +28,6 @@ from .clustered import Centroids, ClusteredRows, in_token_order
 from .dense_kernels import dense_kernel
 from .draws.greedy import best_draws
 from .draws.rows import Draw, Draws
-from .interception import Interception, Projection, projection_in_place_of
 from .logit_map import IDENTITY, LogitMap, all_values
 from .matrix import Matrix
 from .metal_steps import MetalSteps
@@ -47,17 +45,19 @@ OTHER_SUMS = (
 MOST_TRACED = 64  # kinds of proposals whose steps are kept
 
 Function = Callable[..., tuple[mx.array, ...]]  # the steps of a proposal
+Projection = Callable[[mx.array], mx.array]  # hidden (..., D) → logits (..., V)
 
 
-class _Functions(threading.local):
-    """The functions of proposals that MLX has traced, for each thread its own.
+class _OfThread(threading.local):
+    """What each thread has of its own: who makes the logits of calls, and traced functions.
 
     MLX keeps the traces of threads apart. Those of a function that several had called would stay
     when it is gone, for the next one in its place.
     """
 
     def __init__(self) -> None:
-        self.by_kind: dict[Any, Function] = {}
+        self.project: Projection | None = None  # within a block of `intercepted`
+        self.by_kind: dict[Any, Function] = {}  # of proposals
         self.latest: tuple[Any, Function | None] = None, None  # the one used last, and its kind
 
 
@@ -113,7 +113,7 @@ class FlashHead:
         self._draw_temperature: float | None = None
         # whether the steps of a proposal may be traced once, not made anew for each token
         self._traces = True
-        self._functions = _Functions()
+        self._of_thread = _OfThread()
         self.n_traced = 0  # functions made so far, each of which takes MLX a while
         # Whether the dense logits of one state are products with the rows in token order: with
         # those in the order of the clusters an Apple GPU adds in another order.
@@ -121,17 +121,17 @@ class FlashHead:
         self.gathers_rows = mx.metal.is_available() and (
             dense_kernel(rows, rows.n_rows) != dense_kernel(rows, n_slots)
         )
-        # makes the logits of calls that nobody intercepts
+        # makes the logits of calls that nobody intercepts, from this head or a copy of it
         self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: kernels, and who intercepts calls."""
-        here = ("steps", "_functions")
+        here = ("steps", "_of_thread")
         return {k: v for k, v in vars(self).items() if k not in here} | {"projection": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._functions = _Functions()
+        self._of_thread = _OfThread()
         self.steps, reason = make_steps(self.clustered, self._requested_backend)
         mx.eval(self.steps.arrays())  # another thread could not
         if self.backend != PORTABLE:  # else the reason may be a kernel that has failed
@@ -141,7 +141,7 @@ class FlashHead:
         """A head with its own settings that shares the arrays and the steps."""
         copied = type(self).__new__(type(self))
         vars(copied).update(vars(self))
-        copied._functions = _Functions()
+        copied._of_thread = _OfThread()
         return copied
 
     @property
@@ -312,30 +312,26 @@ class FlashHead:
         finally:
             vars(self).update(before)
 
-    def intercepted(self, project: Projection) -> Interception:
+    @contextmanager
+    def intercepted(self, project: Projection) -> Iterator[None]:
         """A block in which ``project`` makes the logits of each call from its hidden states.
 
         That holds in this thread: another one may run the model at the same time.
         """
-        return Interception(self, project)
-
-    def project_calls(self, project: Callable[["FlashHead", mx.array], mx.array]) -> None:
-        """Has ``project`` make the logits of each call that nobody intercepts, from now on.
-
-        It gets this head, or a copy of it, and the hidden states.
-        """
-        self.projection = project
-
-    def serve_drafts(self, n_probes: int) -> None:
-        """Has a call give a draft's logits from now on: the head is a drafter's own."""
-        self.project_calls(partial(FlashHead.draft_logits, n_probes=n_probes))
+        of_thread = self._of_thread
+        before = of_thread.project
+        of_thread.project = project
+        try:
+            yield
+        finally:
+            of_thread.project = before
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """Returns full logits: hidden (..., D) → (..., V). Lazy.
 
         They are :meth:`dense_logits`, within a block of :meth:`settings` :meth:`unverified_logits`.
         """
-        project = projection_in_place_of(self)
+        project = self._of_thread.project
         if project is not None:
             return project(hidden)
         if self.projection is not None:
@@ -481,16 +477,16 @@ class FlashHead:
 
     def _traced(self, kind: "_Kind") -> Function:
         """The steps of proposals of one kind, as a function that MLX traces once."""
-        latest, function = self._functions.latest
+        latest, function = self._of_thread.latest
         if kind == latest:  # which takes a fraction of the time that its hash takes
             return cast(Function, function)
-        functions = self._functions.by_kind
+        functions = self._of_thread.by_kind
         if kind not in functions:
             while len(functions) >= MOST_TRACED:
                 del functions[next(iter(functions))]
             self.n_traced += 1
             functions[kind] = cast(Function, mx.compile(kind.propose))
-        self._functions.latest = kind, functions[kind]
+        self._of_thread.latest = kind, functions[kind]
         return functions[kind]
 
     def joined(

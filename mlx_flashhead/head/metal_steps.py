@@ -1,7 +1,7 @@
 """The steps of a FlashHead by the Metal kernels of ``metal/flash_head/``, one dispatch each."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,17 +18,17 @@ from .kernel_inputs import (
     nothing_changed,
     unscored_input,
 )
-from .kernel_text import ROW_THREADS
-from .kernels import (
+from .kernel_text import (
     EXPAND_TOKENS,
     JOINED,
     ROUTE_SIMDGROUPS,
+    ROW_THREADS,
     ROWS,
     SCREEN_CLUSTERS,
     TALLIED,
     WIDE_THREADS,
-    Kernels,
 )
+from .kernels import StoredRows, make_kernels
 from .logit_map import IDENTITY, LogitMap
 from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
 from .short_inputs import SHORTEST, long_enough
@@ -39,6 +39,9 @@ SHARED_POSITIONS = 4  # that share one reading of the centroids
 # Source: get_qmv_batch_limit in mlx/backend/metal/quantized.cpp.
 MATRIX_FROM = 12
 DRAWN = Noise(temperature=1.0)  # any draw of a kernel
+
+# A proposal with tolerances: of the product, of scored logits, and relative.
+ScreenInputs = tuple[Proposal, mx.array, mx.array, mx.array]
 
 
 class MetalSteps(PortableSteps):
@@ -67,11 +70,18 @@ class MetalSteps(PortableSteps):
         self.row_threads = row_threads
         self.metal_kernel: Callable[..., Any] = metal_kernel or mx.fast.metal_kernel
         self.reads_rows = clustered.rows.format.metal is not None  # else `score` stays plain
-        self._kernels = Kernels(clustered, self.metal_kernel, row_threads, version)
+        self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
+        self._stored_centroids = StoredRows(clustered.centroids.matrix, clustered.n_clusters)
+        self._stored_rows: StoredRows | None = None
+        if self.reads_rows:
+            self._stored_rows = StoredRows(clustered.rows, clustered.vocab_size, version)
+        self._kernels = make_kernels(
+            clustered, self._stored_centroids, self._stored_rows, self.metal_kernel, row_threads
+        )
 
     def arrays(self) -> list[mx.array]:
         """The arrays that the steps hold beside the rows."""
-        return [*super().arrays(), self._kernels.tail_offset]
+        return [*super().arrays(), self._tail_offset]
 
     def structure_of(
         self, draws: Draws, adjustment: Adjustment | None
@@ -91,15 +101,15 @@ class MetalSteps(PortableSteps):
         shared = 1 if n_positions == 1 else SHARED_POSITIONS
         groups = -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS)), -(-n_positions // shared)
         scores = (n_positions, n_clusters), mx.float32
-        arrays = [hidden, *self._kernels.route_arrays]
-        return self._kernels.route(arrays, *groups, scores, H=shared, SUM=mx.float32)[0]
+        arrays = [hidden, *self._stored_centroids.arrays, self.clustered.route_bias]
+        return self._kernels["route"](arrays, *groups, scores, H=shared, SUM=mx.float32)[0]
 
     def mapped(self, values: mx.array, logit_map: LogitMap) -> mx.array:
         """Maps each of the values (n,), at least 8 of them, as the kernels do."""
         template = logit_map.template(values.dtype)
         groups = -(-len(values) // WIDE_THREADS)
         result = values.shape, logit_map.result_dtype(values.dtype)
-        return self._kernels.map([values], groups, 1, result, **template)[0]
+        return self._kernels["map"]([values], groups, 1, result, **template)[0]
 
     def select(
         self,
@@ -123,18 +133,18 @@ class MetalSteps(PortableSteps):
         probed = (n_positions, max(n_probes, MIN_PROBES)), mx.uint32
         results = [probed, ((n_positions, UNSCORED), mx.float32)]
         if words:
-            arrays = [scores, self._kernels.tail_offset, *arrays]
-            kernel = self._kernels.select_words
+            arrays = [scores, self._tail_offset, *arrays]
+            name = "select_words"
             results.append(((n_positions, n_clusters), mx.uint32))
         elif adjustment is not None:
             changes = [adjustment.words, long_enough(adjustment.latest), self.clustered.slot_of]
             arrays = [scores, *changes, *arrays]
-            kernel = self._kernels.select_forced
+            name = "select_forced"
         else:
             arrays = [scores, *arrays]
-            kernel = self._kernels.select
+            name = "select"
         template = logit_map.template(mx.float32)
-        probes, unscored, *made = kernel(arrays, 1, n_positions, *results, **template)
+        probes, unscored, *made = self._kernels[name](arrays, 1, n_positions, *results, **template)
         left = Unscored(unscored[:, :1], unscored[:, 1:2])
         return Selection(probes, made[0] if words else None, left, unscored)
 
@@ -142,7 +152,7 @@ class MetalSteps(PortableSteps):
         self, hidden: mx.array, selection: Selection, logit_map: LogitMap = IDENTITY
     ) -> Candidates:
         """Computes the logits of the probed clusters' rows, mapped: hidden (R, D) → (R, p, n)."""
-        if not self.reads_rows:
+        if self._stored_rows is None:
             logits = super().score(hidden, selection, logit_map).logits
             return Candidates(logits, mx.max(logits, axis=-1).astype(mx.float32))
         probes = selection.probes
@@ -152,10 +162,10 @@ class MetalSteps(PortableSteps):
         raw = rows.logits_dtype(hidden.dtype)
         results = (shape, logit_map.result_dtype(raw)), (shape[:2], mx.float32)
         product = rows.product_dtype(hidden.dtype)
-        sums = product if self._kernels.adds_in_dtype else mx.float32
+        sums = product if self._stored_rows.kernel.added > 1 else mx.float32
         template = {"PRODUCT": product, "SUM": sums, "RAW": raw, **logit_map.template(raw)}
-        arrays = [hidden, probes, *self._kernels.score_arrays]
-        logits, best = self._kernels.score(arrays, n_probed, n_positions, *results, **template)
+        arrays = [hidden, probes, self.clustered.token_ids, *self._stored_rows.arrays]
+        logits, best = self._kernels["score"](arrays, n_probed, n_positions, *results, **template)
         return Candidates(logits, best)
 
     def adjust(
@@ -179,7 +189,7 @@ class MetalSteps(PortableSteps):
         if allowed is not None:
             mask = long_enough(allowed).reshape(-1, allowed.shape[-1])
         results = (logits.shape, logits.dtype), ((n_positions, n_probed), mx.float32)
-        logits, best = self._kernels.adjust(
+        logits, best = self._kernels["adjust"](
             [probes, ids, logits, words, latest, mask],
             -(-n_probed // WIDE_THREADS),
             n_positions,
@@ -196,7 +206,8 @@ class MetalSteps(PortableSteps):
         vocab_size = self.clustered.vocab_size
         arrays = [selection.words, self.clustered.slot_of, logits, candidates.best]
         groups = -(-vocab_size // (WIDE_THREADS * EXPAND_TOKENS)), len(logits)
-        return self._kernels.expand(arrays, *groups, ((len(logits), vocab_size), logits.dtype))[0]
+        result = (len(logits), vocab_size), logits.dtype
+        return self._kernels["expand"](arrays, *groups, result)[0]
 
     def choose(
         self,
@@ -220,7 +231,7 @@ class MetalSteps(PortableSteps):
         ]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
         template = logit_map.template(logits.dtype)
-        tokens, chances = self._kernels.sample(
+        tokens, chances = self._kernels["sample"](
             arrays, 1, n_positions, *results, T=logits.dtype, **template
         )
         return tokens, chances
@@ -236,7 +247,7 @@ class MetalSteps(PortableSteps):
         results = [((len(rows), *array.shape[1:]), array.dtype) for array in arrays[:3]]
         filled = [*rows, *[rows[-1]] * (SHORTEST - len(rows))]
         arrays.append(mx.array(filled, mx.uint32))
-        return tuple(self._kernels.join(arrays, JOINED, len(rows), *results))
+        return tuple(self._kernels["join"](arrays, JOINED, len(rows), *results))
 
     def tolerances(
         self, hidden: mx.array, longest: float, product: float, scored: float
@@ -244,7 +255,7 @@ class MetalSteps(PortableSteps):
         """Computes how far logits of states (k, D) may be off: two arrays (k,) float32."""
         shares = mx.array([product, scored, longest], mx.float32)
         result = (len(hidden),), mx.float32
-        of_product, of_scored = self._kernels.tolerance(
+        of_product, of_scored = self._kernels["tolerance"](
             [hidden, shares], 1, len(hidden), result, result
         )
         return of_product, of_scored
@@ -265,20 +276,21 @@ class MetalSteps(PortableSteps):
         """
         if not draws.have_kernels:
             return super().screen(slots, proposal, draws, tolerance, epsilon, logit_map, allowed)
-        inputs = self._screen_inputs(proposal, draws, tolerance)
-        parts = self._tallies(slots, inputs, logit_map, allowed)
+        proposal, *tolerances = inputs = screen_inputs(proposal, tolerance)
+        parts = self.tallies(slots, inputs, draws, logit_map, allowed)
+        settings, top_k, keys = draws.inputs
         n_states = len(slots)
-        sure, known = self._kernels.certain(
+        sure, known = self._kernels["certain"](
             [
-                *(parts, inputs.probes, self.clustered.token_ids, inputs.logits, inputs.tokens),
-                *(inputs.settings, inputs.top_k, inputs.keys, *inputs.tolerances),
+                *(parts, proposal.probes, self.clustered.token_ids, proposal.logits),
+                *(proposal.tokens, settings, top_k, keys, *tolerances),
                 mx.array(epsilon, mx.float32),
             ],
             1,
             n_states,
             ((n_states,), mx.bool_),
             ((n_states, 3), mx.float32),
-            T=inputs.logits.dtype,
+            T=proposal.logits.dtype,
             **logit_map.template(slots.dtype),
         )
         return Screen(sure, *(known[:, i] for i in range(3)))
@@ -286,7 +298,10 @@ class MetalSteps(PortableSteps):
     def thresholds(
         self, logits: mx.array, draws: Draws, log_totals: Sequence[mx.array | None]
     ) -> list[mx.array]:
-        """Finds the lowest logits that filters keep, (R, K) float32 → (R, 1), for each mass."""
+        """Finds the lowest logits that filters keep, (R, K) float32 → (R, 1), for each mass.
+
+        MLX's operations would sort all logits.
+        """
         if not (draws.any_top_p or draws.most_top_k):
             return super().thresholds(logits, draws, log_totals)
         settings, top_k, _ = draws.inputs
@@ -295,15 +310,14 @@ class MetalSteps(PortableSteps):
         for total in log_totals:
             total = log_mass(logits) if total is None else total
             arrays = [logits.astype(mx.float32), settings, top_k, long_enough(total.reshape(-1))]
-            found += self._kernels.lowest_kept(arrays, 1, len(logits), kept)
+            found += self._kernels["lowest_kept"](arrays, 1, len(logits), kept)
         return found
 
     def tallies(
         self,
         slots: mx.array,
-        proposal: Proposal,
+        inputs: ScreenInputs,
         draws: Draws,
-        tolerance: Tolerance,
         logit_map: LogitMap = IDENTITY,
         allowed: mx.array | None = None,
     ) -> mx.array:
@@ -313,40 +327,16 @@ class MetalSteps(PortableSteps):
             (k, parts, TALLIED) float32: of each part of the clusters the largest logit, the best
             that was not scored, and so on.
         """
-        inputs = self._screen_inputs(proposal, draws, tolerance)
-        return self._tallies(slots, inputs, logit_map, allowed)
-
-    def _screen_inputs(
-        self, proposal: Proposal, draws: Draws, tolerance: Tolerance
-    ) -> "_ScreenInputs":
-        proposal = proposal.filled(MIN_PROBES)
-        relative = mx.array(tolerance.relative, mx.float32)
-        return _ScreenInputs(
-            proposal.probes,
-            proposal.logits,
-            long_enough(proposal.tokens),
-            *draws.inputs,
-            (long_enough(tolerance.product), long_enough(tolerance.scored), relative),
-        )
-
-    def _tallies(
-        self,
-        slots: mx.array,
-        inputs: "_ScreenInputs",
-        logit_map: LogitMap,
-        allowed: mx.array | None,
-    ) -> mx.array:
+        proposal, *tolerances = inputs
+        settings, _, keys = draws.inputs
         n_states = len(slots)
         n_parts = -(-self.clustered.n_clusters // SCREEN_CLUSTERS)
-        ids = self.clustered.token_ids
         slot_of = self.clustered.slot_of
-        return self._kernels.screen(
+        mask = slot_of if allowed is None else long_enough(allowed)  # any array, which is not read
+        return self._kernels["screen"](
             [
-                *(slots, inputs.probes, ids, slot_of, inputs.logits, inputs.tokens),
-                *(inputs.settings, inputs.keys, *inputs.tolerances),
-                slot_of
-                if allowed is None
-                else long_enough(allowed),  # any array, which is not read
+                *(slots, proposal.probes, self.clustered.token_ids, slot_of, proposal.logits),
+                *(proposal.tokens, settings, keys, *tolerances, mask),
             ],
             n_parts,
             n_states,
@@ -356,13 +346,12 @@ class MetalSteps(PortableSteps):
         )[0]
 
 
-class _ScreenInputs(NamedTuple):
-    """The inputs of both kernels of a screen, none of them short."""
-
-    probes: mx.array
-    logits: mx.array
-    tokens: mx.array
-    settings: mx.array
-    top_k: mx.array
-    keys: mx.array
-    tolerances: tuple[mx.array, mx.array, mx.array]  # of the product, of scored logits, relative
+def screen_inputs(proposal: Proposal, tolerance: Tolerance) -> ScreenInputs:
+    """What both kernels of a screen take of a proposal and a tolerance, none of it short."""
+    filled = proposal.filled(MIN_PROBES)
+    return (
+        filled._replace(tokens=long_enough(filled.tokens)),
+        long_enough(tolerance.product),
+        long_enough(tolerance.scored),
+        mx.array(tolerance.relative, mx.float32),
+    )

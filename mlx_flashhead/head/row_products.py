@@ -20,8 +20,8 @@ import mlx.nn as nn
 
 from .backend import gpu_is_default
 from .dense_kernels import dense_kernel, pack_columns
-from .kernel_text import header
-from .kernels import LANES, ROUTE_SIMDGROUPS, ROWS, StoredRows
+from .kernel_text import LANES, ROUTE_SIMDGROUPS, ROWS, header
+from .kernels import StoredRows
 from .matrix import Matrix
 from .short_inputs import SHORTEST, long_enough
 

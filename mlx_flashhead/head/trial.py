@@ -4,21 +4,21 @@ What runs here is compiled here, and nothing is compiled afterwards.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import repeat
 from textwrap import shorten
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
 from .adjustment import Adjustment, ChangedTokens
-from .draws import filters
 from .draws.bounds import log_mass
 from .draws.greedy import Greedy
 from .draws.noise import Noise, position_key
 from .draws.rows import Draws
 from .logit_map import LogitMap
-from .metal_steps import MetalSteps
+from .metal_steps import MetalSteps, screen_inputs
 from .proposal import Candidates, Proposal, Selection, Tolerance
 from .steps import PortableSteps
 
@@ -39,7 +39,6 @@ DRAWN = (
     Noise(temperature=0.7, top_k=5, min_p=0.02),
 )
 N_DRAWN = 16
-WITHOUT_MAP = ("expand", filters.KERNEL, "join", "tolerance")  # kernels that know of no map
 TOO_MANY = re.compile("greater than +the maximum allowed threads per threadgroup")
 
 Pair = tuple[mx.array, mx.array, float]  # a result, the expected values and the tolerance
@@ -61,8 +60,7 @@ def find_trouble(
         steps: Of a head.
         dtype: Of the hidden states.
         n_probes: Clusters that are scored.
-        logit_map: What the model does to its head's logits. The kernels that know of no such map
-            run with the identity only.
+        logit_map: What the model does to its head's logits.
     """
     trial = _Trial(steps, dtype, n_probes, logit_map)
     for kernel, pairs_of in trial.kernels():
@@ -76,13 +74,6 @@ def find_trouble(
             sentence = f"the kernel {kernel!r} does not run on this device ({reason})"
             return Trouble(sentence, TOO_MANY.search(str(error)) is not None)
     return None
-
-
-def _pairs(
-    found: Sequence[mx.array], expected: Sequence[mx.array], tolerance: float
-) -> Iterator[Pair]:
-    for one, other in zip(found, expected, strict=True):
-        yield one, other, tolerance
 
 
 def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | None:
@@ -100,7 +91,7 @@ def _difference(found: mx.array, expected: mx.array, tolerance: float) -> str | 
 class _Trial:
     """A state, and what the kernels and MLX's operations make of it.
 
-    Each method runs one kernel, and evaluates what the next ones take from it.
+    Each method runs one kernel, and keeps what the next ones take from it.
     """
 
     def __init__(self, steps: MetalSteps, dtype: mx.Dtype, n_probes: int, logit_map: LogitMap):
@@ -112,23 +103,17 @@ class _Trial:
         self._hidden = mx.random.normal((1, width), key=mx.random.key(0)).astype(dtype)
         self._in_float32 = self._hidden.astype(mx.float32)  # all sums are, whatever the dtype
         self._rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
-        self._scores: mx.array
-        self._selection: Selection
-        self._candidates: Candidates
-        self._proposal: Proposal
-        self._adjustment: Adjustment
-        self._forced: Selection
 
-    def kernels(self) -> list[tuple[str, Callable[[], Iterator[Pair]]]]:
+    def kernels(self) -> list[tuple[str, Callable[[], Iterable[Pair]]]]:
         """The kernels, each with what compares its results, in the order in which they run."""
-        tried: list[tuple[str, Callable[[], Iterator[Pair]]]] = [
+        return [
             ("route", self._route),
-            ("select", self._select),
-            ("select_words", self._select_words),
+            ("select", partial(self._select, words=False)),
+            ("select_words", partial(self._select, words=True)),
             ("score", self._score),
             ("expand", self._expand),
             ("sample", self._sample),
-            (filters.KERNEL, self._lowest_kept),
+            ("lowest_kept", self._lowest_kept),
             ("join", self._join),
             ("tolerance", self._tolerance),
             ("screen", partial(self._screen, masked=False)),
@@ -138,9 +123,6 @@ class _Trial:
             ("screen", partial(self._screen, masked=True)),
             ("certain", partial(self._certain, masked=True)),
         ]
-        if self._map.identity:
-            return tried
-        return [(name, run) for name, run in tried if name not in WITHOUT_MAP]
 
     def _route(self) -> Iterator[Pair]:
         self._scores = self._kernels.route(self._hidden)
@@ -149,13 +131,11 @@ class _Trial:
         twice = self._kernels.route(mx.tile(self._hidden, (2, 1)))
         yield twice, mx.tile(expected, (2, 1)), self._rounding
 
-    def _select(self) -> Iterator[Pair]:
-        selection = self._kernels.select(self._scores, self._n_probes, False, logit_map=self._map)
-        yield from self._selected(selection, self._n_probes)
-
-    def _select_words(self) -> Iterator[Pair]:
-        self._selection = self._kernels.select(self._scores, self._n_probes, logit_map=self._map)
-        yield from self._selected(self._selection, self._n_probes)
+    def _select(self, words: bool) -> Iterator[Pair]:
+        self._selection = self._kernels.select(
+            self._scores, self._n_probes, words, logit_map=self._map
+        )
+        return self._selected(self._selection, self._n_probes)
 
     def _select_forced(self) -> Iterator[Pair]:
         """Clusters that are best, or hold a token that biases and penalties change."""
@@ -176,7 +156,7 @@ class _Trial:
         self._forced = self._kernels.select(
             self._scores, n_probes, False, logit_map=self._map, adjustment=self._adjustment
         )
-        yield from self._selected(self._forced, n_probes, self._adjustment)
+        return self._selected(self._forced, n_probes, self._adjustment)
 
     def _adjust(self) -> Iterator[Pair]:
         """Biases and penalties, and a mask: each alone and both."""
@@ -281,15 +261,16 @@ class _Trial:
         n_other = mx.maximum(mx.abs(n_found.astype(mx.int32) - n_expected) - allowed, 0)
         yield n_other, mx.zeros(len(DRAWN)), 0.0
 
-    def _join(self) -> Iterator[Pair]:
+    def _join(self) -> Iterable[Pair]:
         rows = [(1, 0), (0, 0)]
         sources = [self._proposal, self._proposal]
-        yield from _pairs(self._kernels.join(sources, rows), self._plain.join(sources, rows), 0.0)
+        joined = self._kernels.join(sources, rows)
+        return zip(joined, self._plain.join(sources, rows), repeat(0.0))
 
-    def _tolerance(self) -> Iterator[Pair]:
+    def _tolerance(self) -> Iterable[Pair]:
         shares = {"longest": 1.5, "product": 0.1, "scored": 0.01}
         found = self._kernels.tolerances(self._hidden, **shares)
-        yield from _pairs(found, self._plain.tolerances(self._hidden, **shares), LEAST)
+        return zip(found, self._plain.tolerances(self._hidden, **shares), repeat(LEAST))
 
     def _allowed(self, token: int) -> mx.array:
         """A mask of about half the tokens, (1, ⌈V/32⌉) uint32, with ``token``."""
@@ -316,15 +297,16 @@ class _Trial:
     def _screen(self, masked: bool) -> Iterator[Pair]:
         slots, both, draws, tolerance, allowed = self._screen_arguments(masked)
         expected = self._plain.screen(slots, both, draws, tolerance, 0.0, self._map, allowed)
-        tallies = self._kernels.tallies(slots, both, draws, tolerance, self._map, allowed)
+        inputs = screen_inputs(both, tolerance)
+        tallies = self._kernels.tallies(slots, inputs, draws, self._map, allowed)
         largest, best = (tallies[..., i].max(axis=1) for i in range(2))
         yield largest, expected.largest, self._rounding
         yield best, expected.best_unscored, self._rounding
         mass = mx.log(tallies[..., 3].sum(axis=1)) + tallies[:, 0, 8]  # relative to the token's
         yield mass, expected.unscored_mass, self._rounding
 
-    def _certain(self, masked: bool) -> Iterator[Pair]:
+    def _certain(self, masked: bool) -> Iterable[Pair]:
         slots, both, draws, tolerance, allowed = self._screen_arguments(masked)
         expected = self._plain.screen(slots, both, draws, tolerance, 0.0, self._map, allowed)
         found = self._kernels.screen(slots, both, draws, tolerance, 0.0, self._map, allowed)
-        yield from _pairs(found, expected, self._rounding)
+        return zip(found, expected, repeat(self._rounding))

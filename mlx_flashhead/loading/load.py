@@ -397,7 +397,8 @@ def _attach_to_drafter(target: nn.Module, drafter: nn.Module, kind: str) -> None
             stored = _build_for_drafter(target, drafter, kind, tokenizer, location, options)
         if stored is not None:
             own = install_stored(drafter, stored, options, location)
-            own.serve_drafts(stored.index.config.draft_probes)
+            n_probes = stored.index.config.draft_probes
+            own.projection = partial(FlashHead.draft_logits, n_probes=n_probes)
             policy_of(own).drafts_only = True
     except Exception as error:  # whatever it is, the drafter goes on with its own head
         options.say(f"The drafter has no FlashHead: {error}")

@@ -70,7 +70,7 @@ class Use:
         if not policy_of(head).dense:  # which is said with the first text
             clusters = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
             self._options.say(f"With FlashHead: {self.name}, {clusters} scored per token.")
-        head.project_calls(self.project)
+        head.projection = self.project
         if not self._options.verify:
             self._tell("unverified")
 

@@ -11,8 +11,6 @@ from ..margins import MASS_MARGIN, counted_mass_margin
 from .bounds import Interval
 from .rows import Draws, Thresholds
 
-KERNEL = "lowest_kept"  # that finds the thresholds: on a GPU MLX would sort all logits
-
 # Logits that are sorted at once: halving more of them takes more operations, which a CPU feels.
 SORTED = 65536
 BELOW_ALL = mx.array(-mx.inf)
