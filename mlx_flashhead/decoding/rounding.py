@@ -301,7 +301,7 @@ def _longest_rows(head: FlashHead) -> tuple[float, float]:
     rows = head.clustered.rows
     longest = longest_offsets = mx.array(0.0)
     for start in range(0, head.n_clusters, PIECE):  # all at once would take much memory
-        part = rows.part(start, start + PIECE)
+        part = rows.map(lambda array, start=start: array[start : start + PIECE])
         lengths = mx.linalg.norm(part.dequantized(mx.float32), axis=-1)
         if part.bias is not None:
             lengths = lengths + mx.abs(part.bias).astype(mx.float32)

@@ -159,14 +159,7 @@ class ClusteredRows:
 
     def embeddings(self, token_ids: mx.array) -> mx.array:
         """The rows of some tokens as floats: ids (...) → (..., D). Lazy."""
-        if self.rows.quantized:
-            return self.token_rows(token_ids).dequantized()
-        slots = mx.take(self.slot_of, token_ids)
-        weight = self.rows.weight
-        if self.by_column:
-            clusters, places = mx.divmod(slots, self.cluster_size)
-            return weight[clusters, places]
-        return mx.take(weight.reshape(-1, weight.shape[-1]), slots, axis=0)
+        return self.token_rows(token_ids).dequantized()
 
 
 def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:

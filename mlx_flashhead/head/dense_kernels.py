@@ -100,20 +100,16 @@ def dense_kernel(rows: Matrix, n_rows: int, version: Version | None = None) -> D
     if width in QUAD_WIDTHS and bits in QUAD_BITS:
         return DenseKernel("qmv_quad", added=added, scored=False)
     packs = 1 if bits <= 2 else 2
-    fast = width % _block(bits, packs, version) == 0
+    # the columns of which MLX asks for whole blocks where it takes so many packs at once
+    block = LANES * packs * pack_columns(bits) * (2 if bits == 1 else 1)
+    if version < BLOCKS_BY_BITS:
+        block = 512
+    fast = width % block == 0
     if version < ANY_ROWS:
         fast = fast and n_rows % ROWS_AT_ONCE == 0
     if fast:
         return DenseKernel("qmv_fast", packs, added)
     return DenseKernel("qmv", 1, added)
-
-
-def _block(bits: int, packs: int, version: Version) -> int:
-    """The columns of which MLX asks for whole blocks where it takes ``packs`` packs at once."""
-    if version < BLOCKS_BY_BITS:
-        return 512
-    block = LANES * packs * pack_columns(bits)
-    return 2 * block if bits == 1 else block
 
 
 def split_parts(rows: Matrix, n_rows: int, version: Version | None = None) -> int:

@@ -1,31 +1,30 @@
-"""Inputs of the kernels that a call may lack: full arrays take their places.
+"""Inputs of kernels that a call may lack, or that may be short.
 
-They exist before the first token, so that no token makes them. ``short_inputs.py`` says why each
-has 8 elements or more.
+MLX passes an array of fewer than 8 elements in another address space than a longer one, so that the
+kernel has another text, which is compiled when it first occurs: in the middle of an answer. So none
+is shorter, and full arrays take the places of those that a call lacks. These exist before the first
+token, so that no token makes them.
 """
 
 from functools import cache
-from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
 from .adjustment import ADJUST_HEAD
-from .proposal import Selection, Unscored
-from .short_inputs import SHORTEST
+
+SHORTEST = 8  # elements, or rows, from which an array is passed like all longer ones
 
 # The constants of the same names in metal/flash_head/constants.h.
 MIN_PROBES = SHORTEST
 UNSCORED = SHORTEST
 
 
-def unscored_input(selection: Selection) -> mx.array:
-    """What was not scored, for a kernel: (R, UNSCORED)."""
-    if selection.unscored_input is not None:
-        return selection.unscored_input
-    best, mass = cast(Unscored, selection.unscored)  # by MLX's operations
-    zeros = mx.zeros((len(best), UNSCORED - 2))
-    return mx.concatenate([best, mx.zeros_like(best) if mass is None else mass, zeros], axis=-1)
+def long_enough(array: mx.array) -> mx.array:
+    """The array, or one of SHORTEST or more elements that begins with it in memory."""
+    if array.size >= SHORTEST or array.size == 0:
+        return array
+    return mx.contiguous(mx.broadcast_to(array[None], (SHORTEST, *array.shape)))
 
 
 @cache

@@ -12,6 +12,7 @@ from .kernel_text import (
     LANES,
     ROUTE_BODY,
     ROUTE_SIMDGROUPS,
+    ROW_THREADS,
     ROWS,
     SCORE_BODY,
     SCORE_SIMDGROUPS,
@@ -100,19 +101,27 @@ def make_kernels(
         "PADDED": clustered.padded,
     }
     return {
-        name: _launch(name, text, common | sizes.get(name, {}), metal_kernel, row_threads)
+        name: make_kernel(name, text, common | sizes.get(name, {}), metal_kernel, row_threads)
         for name, text in kernels.items()
     }
 
 
-def _launch(
+def make_kernel(
     name: str,
     text: KernelText,
     sizes: dict[str, int],
     metal_kernel: Callable[..., Any],
-    row_threads: int,
+    row_threads: int = ROW_THREADS,
 ) -> Launch:
-    """Makes one kernel; ``sizes`` are template arguments, of which it takes some."""
+    """Makes one kernel, a function as :func:`make_kernels` has them.
+
+    Args:
+        name: Its name, without the prefix of all kernels.
+        text: Its text.
+        sizes: Template arguments, of which it takes those that the text names.
+        metal_kernel: Makes it, as ``mx.fast.metal_kernel`` does.
+        row_threads: As of :func:`make_kernels`.
+    """
     kernel = metal_kernel(
         name=f"flash_head_{name}",
         input_names=text.inputs.split(),

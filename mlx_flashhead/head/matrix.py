@@ -122,10 +122,6 @@ class Matrix:
         """Rows ``ids`` (integers of any shape). The shape becomes the leading axes. Lazy."""
         return self.map(lambda array: mx.take(array, ids, axis=0))
 
-    def part(self, start: int, stop: int) -> "Matrix":
-        """Rows ``start`` … ``stop`` - 1, without a copy."""
-        return self.map(lambda array: array[start:stop])
-
     def quantize(self, *, bits: int, group_size: int, mode: str = AFFINE) -> "Matrix":
         """Floats in fewer bits, rounded to nearest by MLX. Lazy."""
         weight, scales, *biases = mx.quantize(

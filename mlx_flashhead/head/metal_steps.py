@@ -13,10 +13,11 @@ from .draws.noise import Noise
 from .draws.rows import Draw, Draws
 from .kernel_inputs import (
     MIN_PROBES,
+    SHORTEST,
     UNSCORED,
+    long_enough,
     no_mask,
     nothing_changed,
-    unscored_input,
 )
 from .kernel_text import (
     EXPAND_TOKENS,
@@ -31,7 +32,6 @@ from .kernel_text import (
 from .kernels import StoredRows, make_kernels
 from .logit_map import IDENTITY, LogitMap
 from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
-from .short_inputs import SHORTEST, long_enough
 from .steps import NO_DEPTH, USUAL, PortableSteps, Risk
 
 SHARED_POSITIONS = 4  # that share one reading of the centroids
@@ -223,10 +223,9 @@ class MetalSteps(PortableSteps):
             return super().choose(selection, candidates, draws, risk, logit_map, masked)
         logits = candidates.logits
         n_positions = len(logits)
-        arrays = [selection.probes, self.clustered.token_ids, logits, candidates.best]
-        arrays += [
-            unscored_input(selection),
-            *draws.inputs,
+        arrays = [
+            *(selection.probes, self.clustered.token_ids, logits, candidates.best),
+            *(selection.unscored_input, *draws.inputs),
             mx.array([*risk, 0.0 if masked else 1.0]),
         ]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)

@@ -32,8 +32,8 @@ import mlx.core as mx
 from .draws.noise import Noise
 from .draws.rows import Draws
 from .flash_head import FlashHead
+from .kernel_inputs import SHORTEST
 from .metal_steps import MetalSteps
-from .short_inputs import SHORTEST
 
 METADATA_KEY = "flash_head"
 # The MLX that mlx-swift 0.31.6 contains, at commit ce45c525. The file's scores have the sums that

@@ -20,10 +20,10 @@ import mlx.nn as nn
 
 from .backend import gpu_is_default
 from .dense_kernels import dense_kernel, pack_columns
-from .kernel_text import LANES, ROUTE_SIMDGROUPS, ROWS, header
-from .kernels import StoredRows
+from .kernel_inputs import SHORTEST, long_enough
+from .kernel_text import LANES, ROUTE_SIMDGROUPS, ROWS, KernelText
+from .kernels import StoredRows, make_kernel
 from .matrix import Matrix
-from .short_inputs import SHORTEST, long_enough
 
 NAME = "row_products"
 MAX_STATES = 8
@@ -159,47 +159,40 @@ class _Kernel:
 
     def __init__(self, form: Form, rows: Matrix):
         stored = StoredRows(rows, form.n_rows)
-        product = rows.product_dtype(form.dtype)
         values = stored.kernel.packs * pack_columns(rows.bits)
         # The compiler may unpack a row's weights once for all states, which takes registers.
         few = form.n_states > ROWS and ROWS * values > UNPACKED
         self._at_once = ROWS // 2 if few else ROWS
         self._arrays = rows.format.arrays
         self._dtype = rows.logits_dtype(form.dtype)
-        make: Callable[..., Any] = mx.fast.metal_kernel
-        self._kernel: Callable[..., list[mx.array]] = make(
-            name=f"flash_head_{NAME}",
-            input_names=["hidden", *stored.inputs.split(), "bias"],
-            output_names=["products"],
-            header=header(*stored.files.split(), "rows"),
-            source=BODY.format(rows=stored.expression),
+        text = KernelText(
+            f"hidden {stored.inputs} bias",
+            "products",
+            BODY.format(rows=stored.expression),
+            files=f"{stored.files} rows",
+            sizes="",
+            threads=LANES * ROUTE_SIMDGROUPS,
         )
-        sizes: dict[str, Any] = {
+        self._launch = make_kernel(NAME, text, {}, mx.fast.metal_kernel)
+        product = rows.product_dtype(form.dtype)
+        self._template: dict[str, Any] = {
             "D": form.n_columns,
             "H": form.n_states,
             "AT_ONCE": self._at_once,
             "BIASED": form.bias is not None,
             "PRODUCT": product,
         }
-        sizes |= {name: stored.sizes[name] for name in stored.names.split()}
+        self._template |= {name: stored.sizes[name] for name in stored.names.split()}
         if rows.biases is not None:
-            sizes["SUM"] = product if stored.kernel.added > 1 else mx.float32
-        self._template = list(sizes.items())
+            self._template["SUM"] = product if stored.kernel.added > 1 else mx.float32
 
     def __call__(self, x: mx.array, rows: Matrix) -> mx.array:
         n_rows = rows.n_rows
         groups = -(-n_rows // (self._at_once * ROUTE_SIMDGROUPS))
-        threads = LANES * ROUTE_SIMDGROUPS
         bias = x if rows.bias is None else long_enough(rows.bias)
-        (products,) = self._kernel(
-            inputs=[x, *(getattr(rows, name) for name in self._arrays), bias],
-            template=self._template,
-            grid=(threads * groups, 1, 1),
-            threadgroup=(threads, 1, 1),
-            output_shapes=[(*x.shape[:-1], n_rows)],
-            output_dtypes=[self._dtype],
-        )
-        return products
+        arrays = [x, *(getattr(rows, name) for name in self._arrays), bias]
+        result = (*x.shape[:-1], n_rows), self._dtype
+        return self._launch(arrays, groups, 1, result, **self._template)[0]
 
 
 def _at_once(x: mx.array, rows: Matrix) -> mx.array:

@@ -152,15 +152,10 @@ class PortableSteps:
         self._on_cpu = mx.default_device().type == mx.cpu
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
         self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
-        rows = clustered.rows
-        # of each cluster (D, n), where they are multiplied as they are
-        self._columns: mx.array | None = None
-        if self._on_cpu and not rows.quantized and rows.weight.dtype == mx.float32:
-            self._columns = rows.weight.swapaxes(-1, -2)
 
     def arrays(self) -> list[mx.array]:
         """The arrays that the steps hold beside the rows."""
-        return [array for array in (self._centroids, self._columns) if array is not None]
+        return [] if self._centroids is None else [self._centroids]
 
     def structure_of(
         self, draws: Draws, adjustment: Adjustment | None
@@ -205,8 +200,7 @@ class PortableSteps:
             scores = self.clustered.centroids.matrix.matmul(hidden).astype(mx.float32)
         else:
             scores = blocked_product(hidden.astype(mx.float32), self._centroids)
-            if scores.shape[-1] > len(route_bias):
-                scores = scores[..., : len(route_bias)]
+            scores = scores[..., : len(route_bias)]
         return scores + route_bias
 
     def select(
@@ -252,11 +246,12 @@ class PortableSteps:
         """Logits of the probed clusters' rows, mapped: hidden (R, D) → (R, p, n)."""
         rows = self.clustered.rows
         probes = selection.probes
-        if self._columns is not None and hidden.dtype == mx.float32:
+        if self._on_cpu and rows.weight.dtype == hidden.dtype == mx.float32:
             # the state of each product: one array that is there, for the usual single one
             states = np.repeat(np.arange(len(hidden), dtype=np.uint32)[:, None], probes.shape[1], 1)
             stacked = hidden if len(hidden) == 1 else hidden[:, None]
-            logits = mx.gather_mm(stacked, self._columns, mx.array(states), probes).squeeze(-2)
+            columns = rows.weight.swapaxes(-1, -2)
+            logits = mx.gather_mm(stacked, columns, mx.array(states), probes).squeeze(-2)
         elif rows.scales is not None:
             stacked = mx.expand_dims(hidden, (1, 2))  # (R, 1, 1, D) against (R, p) blocks of (n, D)
             arrays = (rows.weight, rows.scales, rows.biases)
@@ -432,9 +427,16 @@ class PortableSteps:
             allowed: (k, ⌈V/32⌉) uint32, a bit a token, the lowest first, whether it may be chosen;
                 None where all may. The proposal's logits of others are the lowest finite value.
         """
-        rows = self.clustered
         return screen(
-            rows, slots, proposal, draws, tolerance, epsilon, logit_map, allowed, self.thresholds
+            self.clustered,
+            slots,
+            proposal,
+            draws,
+            tolerance,
+            epsilon,
+            logit_map,
+            allowed,
+            self.thresholds,
         )
 
     def thresholds(

@@ -239,7 +239,7 @@ def change_template(monkeypatch, **arguments) -> None:
 
     def make_another(kernel, *given):
         make(kernel, *given)
-        kernel._template = list((dict(kernel._template) | arguments).items())
+        kernel._template |= arguments
 
     monkeypatch.setattr(module._Kernel, "__init__", make_another)
 

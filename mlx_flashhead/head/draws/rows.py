@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
-from ..short_inputs import SHORTEST
+from ..kernel_inputs import SHORTEST
 from .bounds import Bounds
 
 NO_MIN_P = -1e30
