@@ -95,26 +95,18 @@ def make_steps(clustered: ClusteredRows, requested: str | None) -> tuple[Portabl
 
 
 def check_kernels(
-    steps: PortableSteps,
-    requested: str | None,
-    dtype: mx.Dtype,
-    n_probes: int,
-    logit_map: LogitMap = IDENTITY,
+    steps: PortableSteps, dtype: mx.Dtype, n_probes: int, logit_map: LogitMap = IDENTITY
 ) -> tuple[PortableSteps, str | None]:
     """Runs each kernel once, with smaller threadgroups if its pipeline allows no others.
 
     Args:
         steps: What :func:`make_steps` has chosen.
-        requested: The path requested by name, or None.
         dtype: Of the hidden states.
         n_probes: Clusters that are scored.
         logit_map: What the model does to its head's logits.
 
     Returns:
-        The steps to take; and if a kernel fails, why these are MLX's operations.
-
-    Raises:
-        ValueError: If a kernel fails and "metal" was requested by name.
+        The steps; and what the trouble is if a kernel fails, as a part of a sentence.
     """
     if not isinstance(steps, MetalSteps):
         return steps, None
@@ -131,8 +123,7 @@ def check_kernels(
         emulating = "applegpu_g1[34]"
         if dtype == mx.bfloat16 and re.match(emulating, str(mx.device_info().get("architecture"))):
             steps.float16_rows = steps.clustered.flat_rows().in_float16()
-        return steps, None
-    return without_kernels(steps, requested, trouble.sentence)
+    return steps, None if trouble is None else trouble.sentence
 
 
 def without_kernels(

@@ -206,13 +206,9 @@ class FlashHead:
         Raises:
             ValueError: If one fails and the backend "metal" was requested by name.
         """
-        self.steps, reason = check_kernels(
-            self.steps, self._requested_backend, dtype, self.n_probes, logit_map
-        )
-        if reason is not None:
-            self.backend_reason = reason
-        if self.backend == PORTABLE:
-            self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
+        self.steps, trouble = check_kernels(self.steps, dtype, self.n_probes, logit_map)
+        if trouble is not None:
+            self.fall_back(trouble)
         if rows is not None and gpu_is_default():
             self.compare_dense_rows(rows, dtype)
 
@@ -225,7 +221,7 @@ class FlashHead:
         self.steps, self.backend_reason = without_kernels(
             self.steps, self._requested_backend, trouble
         )
-        self._requested_backend = PORTABLE
+        self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
 
     def compare_dense_rows(self, rows: Matrix, dtype: mx.Dtype) -> None:
         """Compares the dense logits of single states with those of the model's own rows.

@@ -105,26 +105,16 @@ def publish(
     repo_id = full_name(name, user)
     check_licence(metadata, files, repo_id, model=str(folder), where=str(folder))
     address = reserve(repo_id, user, private)
-    own_text = text_below_marker(card) or _published_text(repo_id)
+    own_text = text_below_marker(card)
+    if not own_text:
+        with _client() as api, suppress(RemoteEntryNotFoundError):
+            own_text = text_below_marker(Path(api.hf_hub_download(repo_id, CARD_FILE)))
     for file in texts:
         shutil.copy(file, folder)
     write_notice(licence, folder)
     title = repo_id.rpartition("/")[2]
     write_card(folder, metadata, config, title=title, model=repo_id, own_text=own_text)
     say(f"Uploading {folder} to {repo_id}")
-    _upload(folder, repo_id)
-    return address
-
-
-def _published_text(repo_id: str) -> str:
-    """A person's text on the card of a repository, if it has one."""
-    with _client() as api, suppress(RemoteEntryNotFoundError):
-        return text_below_marker(Path(api.hf_hub_download(repo_id, CARD_FILE)))
-    return ""
-
-
-def _upload(folder: Path, repo_id: str) -> None:
-    """Uploads a folder, and deletes weights in the repository that it does not have."""
     failed = (
         f"{repo_id} could not be uploaded (%s): the model is kept in {folder}, and "
         f"`mlx_flashhead.upload --path {folder} --repo {repo_id}` continues without sending stored "
@@ -136,9 +126,10 @@ def _upload(folder: Path, repo_id: str) -> None:
             repo_id=repo_id,
             commit_message="Upload FlashHead",
             ignore_patterns=[*NOT_UPLOADED],  # which the client changes
-            # of the repository: mlx-lm reads every file of weights
+            # in the repository, if the folder lacks them: mlx-lm reads every file of weights
             delete_patterns=None if is_companion(folder) else "model*.safetensors",
         )
+    return address
 
 
 def sign_in() -> str:
