@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -27,6 +26,8 @@ N_STATES = 3  # states whose products are compared for the rounding
 # MLX_ENABLE_TF32 is 0. Source: `is_nax_available` and `enable_tf32` in MLX's matmul.cpp.
 WITHOUT_TF32 = re.compile(r"applegpu_g1[0-6]")
 PIECE = 1024  # clusters whose rows are floats at once
+
+_worker = ThreadPoolExecutor(1, "verification")  # whose thread begins with the first product
 
 
 class SlotProduct:
@@ -58,7 +59,7 @@ class SlotProduct:
                 states = np.asarray(hidden.astype(mx.float32))
             else:
                 states = np.stack([np.asarray(each.astype(mx.float32))[i] for each, i in sources])
-            self._future = _worker().submit(slot_products, np.asarray(rows.weight), states)
+            self._future = _worker.submit(slot_products, np.asarray(rows.weight), states)
         missing = product_size(self._k) - self._k
         self._hidden = mx.pad(hidden, [(0, missing), (0, 0)]) if missing else hidden
 
@@ -74,11 +75,6 @@ class SlotProduct:
         logits = to_mlx(self._future.result())
         bias = self._head.clustered.rows.bias
         return logits if bias is None else logits + bias
-
-
-@cache
-def _worker() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "verification")
 
 
 def product_size(k: int) -> int:

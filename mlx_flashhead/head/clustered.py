@@ -107,8 +107,8 @@ class ClusteredRows:
         flat = np.asarray(token_ids, dtype=np.int64).ravel()
         order = np.argsort(flat, kind="stable")  # padded slots come last
         expected = np.minimum(np.arange(max(flat.size, vocab_size)), vocab_size)
-        fits = centroids.fits(n_clusters, rows.hidden_size)
-        if not (fits and np.array_equal(flat[order], expected)):
+        is_permutation = np.array_equal(flat[order], expected)
+        if not (is_permutation and centroids.fits(n_clusters, rows.hidden_size)):
             raise ValueError(
                 f"token_ids must hold each of the {vocab_size} tokens exactly once (padded with "
                 f"{vocab_size}) and the centroids must fit {n_clusters} clusters of rows with "
@@ -123,16 +123,26 @@ class ClusteredRows:
         clustered = rows.take(source_rows)
         if by_column:
             clustered = replace(clustered, weight=_columns(rows.weight, source_rows))
-        slots = mx.array(slot_of.astype(np.uint32))
-        biases = mx.array(route_bias)
-        return cls(clustered, ids, slots, centroids, biases, by_column)
+        return cls(
+            rows=clustered,
+            token_ids=ids,
+            slot_of=mx.array(slot_of.astype(np.uint32)),
+            centroids=centroids,
+            route_bias=mx.array(route_bias),
+            by_column=by_column,
+        )
 
     def arrays(self) -> list[mx.array]:
         """Every array, for evaluation and for counting bytes."""
-        bias = self.centroids.bias
-        tail_offset = self.centroids.tail_offset
-        stored = [*self.rows.arrays().values(), *self.centroids.matrix.arrays().values()]
-        return [*stored, bias, tail_offset, self.route_bias, self.token_ids, self.slot_of]
+        return [
+            *self.rows.arrays().values(),
+            *self.centroids.matrix.arrays().values(),
+            self.centroids.bias,
+            self.centroids.tail_offset,
+            self.route_bias,
+            self.token_ids,
+            self.slot_of,
+        ]
 
     def in_rows(self) -> "ClusteredRows":
         """These clusters with each row in one piece, for kernels and other programs. Lazy."""

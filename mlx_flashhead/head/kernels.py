@@ -54,7 +54,7 @@ def make_kernels(
     clustered: ClusteredRows,
     centroids: StoredRows,
     rows: StoredRows | None,
-    metal_kernel: Callable[..., Any],
+    metal_kernel: Callable[..., Launch],
     row_threads: int,
 ) -> dict[str, Launch]:
     """Makes the kernels of a head, by name, each a function that launches it.
@@ -110,7 +110,7 @@ def make_kernel(
     name: str,
     text: KernelText,
     sizes: dict[str, int],
-    metal_kernel: Callable[..., Any],
+    metal_kernel: Callable[..., Launch],
     row_threads: int = ROW_THREADS,
 ) -> Launch:
     """Makes one kernel, a function as :func:`make_kernels` has them.
@@ -139,7 +139,7 @@ def make_kernel(
         *results: tuple[tuple[int, ...], mx.Dtype],
         **more: Any,
     ) -> list[mx.array]:
-        outputs: list[mx.array] = kernel(
+        return kernel(
             inputs=arrays,
             template=[*known, *more.items()],
             grid=(threads * x, y, 1),
@@ -147,6 +147,5 @@ def make_kernel(
             output_shapes=[shape for shape, _ in results],
             output_dtypes=[dtype for _, dtype in results],
         )
-        return outputs
 
     return launch

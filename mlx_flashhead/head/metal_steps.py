@@ -100,15 +100,15 @@ class MetalSteps(PortableSteps):
             return super().route(hidden)
         shared = 1 if n_positions == 1 else SHARED_POSITIONS
         groups = -(-n_clusters // (ROWS * ROUTE_SIMDGROUPS)), -(-n_positions // shared)
-        scores = (n_positions, n_clusters), mx.float32
         arrays = [hidden, *self._stored_centroids.arrays, self.clustered.route_bias]
-        return self._kernels["route"](arrays, *groups, scores, H=shared, SUM=mx.float32)[0]
+        result = (n_positions, n_clusters), mx.float32
+        return self._kernels["route"](arrays, *groups, result, H=shared, SUM=mx.float32)[0]
 
     def mapped(self, values: mx.array, logit_map: LogitMap) -> mx.array:
         """Maps each of the values (n,), at least 8 of them, as the kernels do."""
-        template = logit_map.template(values.dtype)
         groups = -(-len(values) // WIDE_THREADS)
         result = values.shape, logit_map.result_dtype(values.dtype)
+        template = logit_map.template(values.dtype)
         return self._kernels["map"]([values], groups, 1, result, **template)[0]
 
     def select(
@@ -143,8 +143,9 @@ class MetalSteps(PortableSteps):
         else:
             arrays = [scores, *arrays]
             name = "select"
-        template = logit_map.template(mx.float32)
-        probes, unscored, *made = self._kernels[name](arrays, 1, n_positions, *results, **template)
+        probes, unscored, *made = self._kernels[name](
+            arrays, 1, n_positions, *results, **logit_map.template(mx.float32)
+        )
         left = Unscored(unscored[:, :1], unscored[:, 1:2])
         return Selection(probes, made[0] if words else None, left, unscored)
 
@@ -179,10 +180,8 @@ class MetalSteps(PortableSteps):
         logits = candidates.logits
         probes = selection.probes
         n_positions, n_probed = probes.shape
-        ids = self.clustered.token_ids
-        if adjustment is None:
-            words, latest = nothing_changed(n_positions, self.clustered.vocab_size)
-        else:
+        words, latest = nothing_changed(n_positions, self.clustered.vocab_size)
+        if adjustment is not None:
             words = adjustment.words
             latest = long_enough(adjustment.latest)
         mask = no_mask(self.clustered.vocab_size)
@@ -190,7 +189,7 @@ class MetalSteps(PortableSteps):
             mask = long_enough(allowed).reshape(-1, allowed.shape[-1])
         results = (logits.shape, logits.dtype), ((n_positions, n_probed), mx.float32)
         logits, best = self._kernels["adjust"](
-            [probes, ids, logits, words, latest, mask],
+            [probes, self.clustered.token_ids, logits, words, latest, mask],
             -(-n_probed // WIDE_THREADS),
             n_positions,
             *results,
@@ -229,9 +228,13 @@ class MetalSteps(PortableSteps):
             mx.array([*risk, 0.0 if masked else 1.0]),
         ]
         results = ((n_positions,), mx.uint32), ((n_positions,), mx.float32)
-        template = logit_map.template(logits.dtype)
         tokens, chances = self._kernels["sample"](
-            arrays, 1, n_positions, *results, T=logits.dtype, **template
+            arrays,
+            1,
+            n_positions,
+            *results,
+            T=logits.dtype,
+            **logit_map.template(logits.dtype),
         )
         return tokens, chances
 
