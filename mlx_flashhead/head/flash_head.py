@@ -105,14 +105,11 @@ class FlashHead:
         self.n_clusters, self.cluster_size = token_ids.shape
         self._requested_backend = backend
         self.steps, self.backend_reason = make_steps(self.clustered, backend)
-        self.eos_token_ids = tuple(eos_token_ids)
         self.risk = risk or Risk()
         self.n_probes = n_probes
         self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
         self._verified = True  # whether a plain call is the dense head's
         self._draw_temperature: float | None = None
-        # whether the steps of a proposal may be traced once, not made anew for each token
-        self._traces = True
         self._of_thread = _OfThread()
         self.n_traced = 0  # functions made so far, each of which takes MLX a while
         # Whether the dense logits of one state are products with the rows in token order: with
@@ -295,8 +292,9 @@ class FlashHead:
         if dense and n_probes is not None:
             raise ValueError("dense scores every token: leave n_probes out.")
         if draw_temperature is not None and not draw_temperature > 0:
-            value = draw_temperature
-            raise ValueError(f"The temperature of the draw is {value}: it must be above 0.")
+            raise ValueError(
+                f"The temperature of the draw is {draw_temperature}: it must be above 0."
+            )
         names = ("_n_probes", "_unverified_probes", "_verified", "_draw_temperature")
         before = {name: getattr(self, name) for name in names}
         if n_probes is not None:
@@ -464,11 +462,8 @@ class FlashHead:
         )
         # MLX compiles the operations that it joins in a trace, about a second each on a CPU. Beside
         # a mask, which the host makes for each token, that does not pay.
-        if self._traces and (allowed is None or isinstance(self.steps, MetalSteps)):
-            try:
-                return Proposal(hidden, *self._traced(kind)(*arrays))
-            except ValueError:  # kernels that are emulated, or a mistake that the steps say again
-                self._traces = False
+        if allowed is None or isinstance(self.steps, MetalSteps):
+            return Proposal(hidden, *self._traced(kind)(*arrays))
         return Proposal(hidden, *kind.propose(*arrays))
 
     def _traced(self, kind: "_Kind") -> Function:

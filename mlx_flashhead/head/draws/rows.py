@@ -48,7 +48,7 @@ class Draw(ABC):
         """Whether top-p, min-p or top-k leaves tokens out."""
         return self.top_p < 1 or self.min_p > 0 or self.top_k > 0
 
-    @property
+    @cached_property
     def structure(self) -> Self:
         """Settings for which the same operations are made, on other values in arrays."""
         return replace(
@@ -130,10 +130,10 @@ class Draws:
         """What a function of these draws depends on beside :attr:`structure`."""
         return [] if self.all_greedy else [*self.inputs]
 
-    @cached_property
+    @property
     def structure(self) -> tuple[Draw, ...]:
         """The :attr:`Draw.structure` of the rows."""
-        return _structures(self.rows)
+        return tuple([row.structure for row in self.rows])
 
     @property
     def have_kernels(self) -> bool:
@@ -233,11 +233,6 @@ def _all_rows(array: mx.array) -> mx.array:
 def _taking(rows: list[int]) -> Take:
     places = mx.array(rows, mx.uint32)
     return lambda array: mx.take(array, places, axis=0)
-
-
-@lru_cache(maxsize=256)
-def _structures(rows: tuple[Draw, ...]) -> tuple[Draw, ...]:
-    return tuple(row.structure for row in rows)
 
 
 @lru_cache(maxsize=256)
