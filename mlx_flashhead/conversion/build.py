@@ -90,9 +90,14 @@ def model_index(
         if cut_short:
             about["cut_short"] = True
     elif options.source != NO_CALIBRATION:
-        text = read_text(options.calibration)
-        limits: Any = {"positions": options.positions, "step_seconds": step_seconds}
-        states, next_ids = yield from text_states(model, tokenizer, location, text, **limits)
+        states, next_ids = yield from text_states(
+            model,
+            tokenizer,
+            location,
+            read_text(options.calibration),
+            positions=options.positions,
+            step_seconds=step_seconds,
+        )
     return (
         yield from build_index(
             location.rows(),
@@ -192,7 +197,6 @@ def build_index(
             report["head_bits"] = yield from compare_bits(
                 measured, n_probes, nbytes, original, rows, states_left, ids_left
             )
-    n_positions = 0 if states is None else len(states)
     config = FlashHeadConfig(
         vocab_size=rows.n_rows,
         n_clusters=n_clusters,
@@ -203,7 +207,11 @@ def build_index(
         eos_token_ids=tuple(sorted(int(i) for i in eos_token_ids if i in range(rows.n_rows))),
         centroid_bits=centroids.matrix.format.bits,
         centroid_group_size=centroids.matrix.group_size,
-        calibration={**(calibration or {}), "positions": n_positions, "seed": options.seed},
+        calibration={
+            **(calibration or {}),
+            "positions": 0 if states is None else len(states),
+            "seed": options.seed,
+        },
         report=report,
         verification=verification,
     )

@@ -110,8 +110,14 @@ def _write(
     if options.index_only:
         names = {files.SETTINGS_NAME}
     else:
-        source = str(prepared.source)
-        mlx_lm.save(folder, source, prepared.model, prepared.tokenizer, config, donate_model=False)
+        mlx_lm.save(
+            folder,
+            str(prepared.source),
+            prepared.model,
+            prepared.tokenizer,
+            config,
+            donate_model=False,
+        )
         names = {file.name for file in folder.iterdir()}
     recipe = recipe | {FILES_KEY: sorted(names | {files.FILE_NAME})}
     index = replace(index, config=replace(index.config, recipe=recipe))

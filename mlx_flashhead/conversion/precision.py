@@ -3,7 +3,7 @@
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,7 +38,7 @@ def set_dtype(
         options: The conversion's options.
     """
     dtype = options.dtype
-    if dtype is None and not _stored_by_mlx(source):
+    if dtype is None and not any(map(_stored_by_mlx, source.glob("model*.safetensors"))):
         named = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
         dtype = named if named in DTYPES else None
     if dtype is not None:
@@ -55,13 +55,10 @@ def set_dtype(
         mlx_lm.dequantize_model(model)
 
 
-def _stored_by_mlx(folder: Path) -> bool:
-    """Whether MLX has stored the weights of a folder."""
-    for file in folder.glob("model*.safetensors"):
-        loaded: Any = mx.load(str(file), return_metadata=True)
-        if loaded[1].get("format") == "mlx":
-            return True
-    return False
+def _stored_by_mlx(file: Path) -> bool:
+    """Whether MLX has stored the weights of a file."""
+    _, metadata = cast(Any, mx.load(str(file), return_metadata=True))
+    return metadata.get("format") == "mlx"
 
 
 def precision_label(options: ConvertOptions, config: dict[str, Any], rows: Matrix) -> str:
