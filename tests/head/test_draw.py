@@ -16,7 +16,7 @@ from mlx_flashhead.head.draws.greedy import Greedy, best_draws
 from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
 from mlx_flashhead.head.draws.noise import Noise, position_key
 from mlx_flashhead.head.draws.rows import Draws
-from mlx_flashhead.head.kernel_inputs import MIN_PROBES
+from mlx_flashhead.head.kernel_inputs import MIN_PROBES, UNSCORED
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.proposal import Candidates, Selection, Unscored
 from mlx_flashhead.head.steps import PortableSteps
@@ -182,7 +182,14 @@ def scored(rng, steps, n_rows, n_probes, dtype, ties=False):
     padded = clustered.token_ids[probes] == clustered.vocab_size
     logits = mx.where(padded, mx.finfo(dtype).min, logits)[:, held]
     tail = [mx.array(rng.normal(size=(n_rows, 1)).astype(np.float32)) for _ in range(2)]
-    return Selection(probes[:, held], unscored=Unscored(*tail)), candidates_of(logits)
+    return Selection(probes[:, held], **left(*tail)), candidates_of(logits)
+
+
+def left(best, mass):
+    """What was not scored, and the same for a kernel."""
+    zeros = mx.zeros((len(best), UNSCORED - 2))
+    given = mx.concatenate([best, mass, zeros], axis=1)
+    return {"unscored": Unscored(best, mass), "unscored_input": given}
 
 
 def candidates_of(logits):
@@ -247,8 +254,9 @@ def test_rows_of_all_kinds_are_chosen_as_alone():
     tokens, risks = steps.choose(selection, candidates, Draws.of(rows))
     for i, row in enumerate(rows):
         one = slice(i, i + 1)
-        left = Unscored(*(each[one] for each in selection.unscored))
-        alone = Selection(selection.probes[one], unscored=left)
+        alone = Selection(
+            selection.probes[one], **left(*(each[one] for each in selection.unscored))
+        )
         token, risk = steps.choose(alone, Candidates(candidates.logits[one]), Draws.of([row]))
         assert tokens[i].item() == token.item(), row
         assert risks[i].item() == pytest.approx(risk.item()), row
@@ -263,8 +271,8 @@ def test_values_without_order():
         logits = candidates.logits
         logits[0, 3, 2] = logits[0, 5, 1] = float("nan")
         logits[1] *= 1e30
-        tail = Unscored(mx.array([[0.0], [0.0], [1e30]]), mx.array([[0.0], [0.0], [700.0]]))
-        case = selection._replace(unscored=tail), candidates_of(logits)
+        tail = mx.array([[0.0], [0.0], [1e30]]), mx.array([[0.0], [0.0], [700.0]])
+        case = selection._replace(**left(*tail)), candidates_of(logits)
         drawing = with_keys(rng, [Noise(1.0, 0.9, top_k=4)] * 3)
         found = steps.choose(*case, drawing)[0].tolist()
     ids = to_numpy(steps.clustered.token_ids)[to_numpy(selection.probes)]

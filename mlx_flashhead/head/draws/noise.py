@@ -159,26 +159,26 @@ def noise(keys: mx.array, token_ids: mx.array) -> mx.array:
 
     Two neighbouring ids share a call of Threefry, which gives two words.
     """
-    words = _random_words(_keys_of_pairs(keys.view(mx.uint64), token_ids // 2))
+    words = _random_words(keys, token_ids // 2)
     return _gumbel((words >> token_ids % 2 * 32).astype(mx.uint32))
 
 
 def noise_of_all(keys: mx.array, vocab_size: int) -> mx.array:
     """Gumbel noise of tokens 0 … V-1: keys (R, 2) → (R, V) float32."""
     pairs = mx.arange(-(-vocab_size // 2), dtype=mx.uint32)
-    words = _random_words(_keys_of_pairs(keys.view(mx.uint64), pairs))
+    words = _random_words(keys, pairs)
     return _gumbel(words.view(mx.uint32)[:, :vocab_size])
 
 
-def _keys_of_pairs(keys: mx.array, pairs: mx.array) -> mx.array:
-    """Adds numbers (R, K) to the first (lower) words of keys (R, 1) uint64, without a carry."""
-    first = keys.astype(mx.uint32) + pairs
-    return keys >> 32 << 32 | first.astype(mx.uint64)
+def _random_words(keys: mx.array, pairs: mx.array) -> mx.array:
+    """Two random words for each pair of tokens, (R, K) uint64, the first one in the lower half.
 
-
-def _random_words(keys: mx.array) -> mx.array:
-    """Two random words of each key, the first one the lower half of a number: (R, K) uint64."""
-    words = _two_words(keys.view(mx.uint32).reshape(-1, 2))
+    The numbers of the pairs (R, K) are added to the first words of the keys (R, 2).
+    """
+    keys = keys.view(mx.uint64)
+    first = keys.astype(mx.uint32) + pairs  # without a carry
+    of_pairs = keys >> 32 << 32 | first.astype(mx.uint64)
+    words = _two_words(of_pairs.view(mx.uint32).reshape(-1, 2))
     return words.reshape(len(keys), -1).view(mx.uint64)
 
 
