@@ -129,20 +129,18 @@ class MetalSteps(PortableSteps):
         if not self.reads_rows:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
         words = words and adjustment is None  # then MLX's operations expand
-        arrays = [mx.array(n_probes, dtype=mx.uint32), mx.array(depth, dtype=mx.float32)]
+        name = "select"
+        more: list[mx.array] = []
         probed = (n_positions, max(n_probes, MIN_PROBES)), mx.uint32
         results = [probed, ((n_positions, UNSCORED), mx.float32)]
         if words:
-            arrays = [scores, self._tail_offset, *arrays]
             name = "select_words"
+            more = [self._tail_offset]
             results.append(((n_positions, n_clusters), mx.uint32))
         elif adjustment is not None:
-            changes = [adjustment.words, long_enough(adjustment.latest), self.clustered.slot_of]
-            arrays = [scores, *changes, *arrays]
             name = "select_forced"
-        else:
-            arrays = [scores, *arrays]
-            name = "select"
+            more = [adjustment.words, long_enough(adjustment.latest), self.clustered.slot_of]
+        arrays = [scores, *more, mx.array(n_probes, mx.uint32), mx.array(depth, mx.float32)]
         probes, unscored, *made = self._kernels[name](
             arrays, 1, n_positions, *results, **logit_map.template(mx.float32)
         )

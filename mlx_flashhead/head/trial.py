@@ -117,11 +117,11 @@ class _Trial:
             ("join", self._join),
             ("tolerance", self._tolerance),
             ("screen", partial(self._screen, masked=False)),
-            ("certain", partial(self._certain, masked=False)),
+            ("certain", self._certain),
             ("select_forced", self._select_forced),
             ("adjust", self._adjust),
             ("screen", partial(self._screen, masked=True)),
-            ("certain", partial(self._certain, masked=True)),
+            ("certain", self._certain),
         ]
 
     def _route(self) -> Iterator[Pair]:
@@ -197,16 +197,14 @@ class _Trial:
         apart = max(1.0, self._map.slope) / BINS_PER_NAT + LEAST * mx.abs(left)
         yield mx.maximum(mx.abs(found_left - left) - apart, 0.0), mx.zeros_like(left), 0.0
 
-    def _once(self, selection: Selection, candidates: Candidates) -> tuple[Selection, Candidates]:
-        """Each probe once: the kernels repeat the last one where they hold more than there are."""
-        probes = selection.probes[:, : self._n_probes]
-        logits = candidates.logits[:, : self._n_probes]
-        return Selection(probes, unscored=selection.unscored), Candidates(logits)
-
     def _score(self) -> Iterator[Pair]:
         candidates = self._kernels.score(self._hidden, self._selection, self._map)
         self._candidates = candidates
-        once, found = self._once(self._selection, candidates)
+        # each probe once: the kernels repeat the last one where they hold more than there are
+        probes = self._selection.probes[:, : self._n_probes]
+        once = Selection(probes, unscored=self._selection.unscored)
+        found = Candidates(candidates.logits[:, : self._n_probes])
+        self._once = once, found
         lowest = mx.finfo(found.logits.dtype).min  # of padded slots
         if self._kernels.reads_rows:
             # in the dtype that the model's own operations see
@@ -220,12 +218,10 @@ class _Trial:
 
     def _expand(self) -> Iterator[Pair]:
         found = self._kernels.expand(self._scores, self._selection, self._candidates)
-        once = self._once(self._selection, self._candidates)
-        yield found, self._plain.expand(self._scores, *once), self._rounding
+        yield found, self._plain.expand(self._scores, *self._once), self._rounding
 
     def _sample(self) -> Iterator[Pair]:
         """Greedy tokens, and draws with each kind of filter."""
-        once = self._once(self._selection, self._candidates)
         n_other = mx.array(0)
         for position in range(N_DRAWN):
             settings = DRAWN[position % len(DRAWN)]
@@ -233,7 +229,7 @@ class _Trial:
             token, risk = self._kernels.choose(
                 self._selection, self._candidates, draws, logit_map=self._map
             )
-            expected, expected_risk = self._plain.choose(*once, draws, logit_map=self._map)
+            expected, expected_risk = self._plain.choose(*self._once, draws, logit_map=self._map)
             yield risk, expected_risk, self._rounding
             if settings.greedy:
                 yield token, expected, 0.0
@@ -278,8 +274,8 @@ class _Trial:
         words[token // 32] = 0xFFFFFFFF
         return mx.array([words[: -(-self._kernels.clustered.vocab_size // 32)]], mx.uint32)
 
-    def _screen_arguments(self, masked: bool) -> tuple[Any, ...]:
-        """What both kernels of a screen get, for two states of which one is greedy."""
+    def _screen(self, masked: bool) -> Iterator[Pair]:
+        """The first kernel of a screen, for two states of which one is greedy."""
         proposal = self._proposal
         allowed = None
         if masked:
@@ -292,11 +288,9 @@ class _Trial:
         slots = slots.reshape(2, *self._kernels.clustered.token_ids.shape)
         draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN[:2]])
         tolerance = Tolerance(mx.array([0.01, 0.01]), mx.array([0.0, 0.01]))
-        return slots, both, draws, tolerance, allowed
-
-    def _screen(self, masked: bool) -> Iterator[Pair]:
-        slots, both, draws, tolerance, allowed = self._screen_arguments(masked)
-        expected = self._plain.screen(slots, both, draws, tolerance, 0.0, self._map, allowed)
+        self._screened = slots, both, draws, tolerance, 0.0, self._map, allowed
+        expected = self._plain.screen(*self._screened)
+        self._expected = expected
         inputs = screen_inputs(both, tolerance)
         tallies = self._kernels.tallies(slots, inputs, draws, self._map, allowed)
         largest, best = (tallies[..., i].max(axis=1) for i in range(2))
@@ -305,8 +299,7 @@ class _Trial:
         mass = mx.log(tallies[..., 3].sum(axis=1)) + tallies[:, 0, 8]  # relative to the token's
         yield mass, expected.unscored_mass, self._rounding
 
-    def _certain(self, masked: bool) -> Iterable[Pair]:
-        slots, both, draws, tolerance, allowed = self._screen_arguments(masked)
-        expected = self._plain.screen(slots, both, draws, tolerance, 0.0, self._map, allowed)
-        found = self._kernels.screen(slots, both, draws, tolerance, 0.0, self._map, allowed)
-        return zip(found, expected, repeat(self._rounding))
+    def _certain(self) -> Iterable[Pair]:
+        """Both, whose second one takes what the first one has found."""
+        found = self._kernels.screen(*self._screened)
+        return zip(found, self._expected, repeat(self._rounding))
