@@ -64,7 +64,7 @@ def test_the_installed_wheel_has_its_commands_and_finds_its_kernels(wheel, tmp_p
     entries = PathDistribution(distribution).entry_points.select(group="console_scripts")
     assert entries.names == {"mlx_flashhead", *(f"mlx_flashhead.{name}" for name in COMMANDS)}
     code = [f"from {entry.module} import {entry.attr}" for entry in entries]
-    code += ["import mlx_flashhead, mlx_flashhead.head.kernel_text as text"]
+    code += ["import mlx_flashhead, mlx_flashhead.head.kernels as text"]
     code += ["print(mlx_flashhead.__file__)"]
     code += [f"print(text.part({file.stem!r}), end='')" for file in KERNELS]
     place, _, source = output_of("-c", "\n".join(code), path=tmp_path, cwd=tmp_path).partition("\n")

@@ -18,10 +18,9 @@ from . import run_task
 from .build import model_index
 from .calibration import read_text
 from .options import ConvertOptions
-from .preparation import Preparation, prepare
+from .preparation import FILES_KEY, Preparation, check_target, prepare
 from .recipe import make_recipe
 from .report import report_lines
-from .target import FILES_KEY, check_target
 
 
 def convert(*arguments: Any, progress: bool = True, **options: Any) -> FlashHeadConfig:

@@ -4,6 +4,8 @@ The user's account, the licence and the repository are checked here and not late
 loaded and changed lazily: nothing of it is evaluated yet.
 """
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +15,21 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..common.repositories import full_name
+from ..common.tables import megabytes
 from ..head.matrix import Matrix
+from ..index import files
 from ..models.fetch import resolve
 from ..models.finer_head import give_fine_head
 from ..models.loading import load_dense
 from ..models.locate import HeadLocation, check_plain_product, find_head
-from ..publishing.card import Provenance, card_metadata, find_provenance
+from ..publishing.card import CARD_FILE, Provenance, card_metadata, find_provenance
 from ..publishing.licence import check_licence, licence_files
 from ..publishing.publish import reserve, sign_in
 from .build import index_nbytes
 from .options import ConvertOptions
 from .precision import head_bits, precision_label, set_bits, set_dtype
-from .target import check_apart, check_space
+
+FILES_KEY = "folder"  # of the recipe: the names of the files that a conversion has written
 
 
 class Preparation(NamedTuple):
@@ -139,3 +144,79 @@ def _give_fine_head(
 def _located_again(location: HeadLocation, model: nn.Module) -> HeadLocation:
     """The head's location after its module may have been replaced."""
     return replace(location, module=dict(model.named_modules())[location.path])
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuses a target that may not be replaced.
+
+    Args:
+        target: The folder to write.
+        overwrite: Whether an earlier conversion may be replaced.
+
+    Raises:
+        ValueError: If it is there and may not be replaced, or if it holds files that no conversion
+            has written.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file, not a folder: choose another `mlx_path`.")
+    if not overwrite:
+        raise ValueError(
+            f"{target} exists already: choose another `mlx_path`, or `overwrite` to replace it."
+        )
+    names = {file.name for file in target.iterdir()}
+    recipe = files.stored_recipe(target)
+    if names and recipe is None:
+        raise ValueError(
+            f"{target} was not written by mlx_flashhead.convert, so `overwrite` does not replace "
+            "it: choose another `mlx_path`, or delete it yourself."
+        )
+    written = {name for name in (recipe or {}).get(FILES_KEY) or [] if isinstance(name, str)}
+    licences = {file.name for file in licence_files(target)}
+    others = sorted(names - written - licences - {CARD_FILE})
+    if others:
+        raise ValueError(
+            f"{target} holds {', '.join(others[:3])}, which no conversion has written: move that "
+            "away, or choose another `mlx_path`."
+        )
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Refuses a target that is the model's folder or lies in it.
+
+    `check_target` refuses one around it.
+
+    Args:
+        source: The model's folder.
+        target: The folder to write.
+
+    Raises:
+        ValueError: If it is or lies there.
+    """
+    folders = [path for path in (target, *target.resolve().parents) if path.exists()]
+    if any(os.path.samefile(folder, source) for folder in folders):
+        raise ValueError(
+            f"`mlx_path` {target} is the folder of the model itself, or lies in it: choose another "
+            "one."
+        )
+
+
+def check_space(target: Path, folder: Path, nbytes: int, named: str = "mlx_path") -> None:
+    """Checks that a result fits on the disk.
+
+    Args:
+        target: The folder to write, for the message.
+        folder: A folder on the same disk.
+        nbytes: The size of the result.
+        named: The parameter that chooses the target.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise ValueError(
+            f"{target} needs {megabytes(nbytes)}, but only {megabytes(free)} are free there: "
+            f"free some space or choose another `{named}`."
+        )

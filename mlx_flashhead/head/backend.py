@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from .clustered import ClusteredRows, in_token_order
 from .kernel_inputs import MIN_PROBES
-from .kernel_text import FEWER_THREADS
+from .kernels import FEWER_THREADS
 from .logit_map import IDENTITY, LogitMap
 from .metal_steps import MetalSteps
 from .proposal import Selection

@@ -19,7 +19,7 @@ from .kernel_inputs import (
     no_mask,
     nothing_changed,
 )
-from .kernel_text import (
+from .kernels import (
     EXPAND_TOKENS,
     JOINED,
     ROUTE_SIMDGROUPS,
@@ -28,8 +28,9 @@ from .kernel_text import (
     SCREEN_CLUSTERS,
     TALLIED,
     WIDE_THREADS,
+    StoredRows,
+    make_kernels,
 )
-from .kernels import StoredRows, make_kernels
 from .logit_map import IDENTITY, LogitMap
 from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
 from .steps import NO_DEPTH, USUAL, PortableSteps, Risk

@@ -21,8 +21,7 @@ import mlx.nn as nn
 from .backend import gpu_is_default
 from .dense_kernels import dense_kernel, pack_columns
 from .kernel_inputs import SHORTEST, long_enough
-from .kernel_text import LANES, ROUTE_SIMDGROUPS, ROWS, KernelText
-from .kernels import StoredRows, make_kernel
+from .kernels import LANES, ROUTE_SIMDGROUPS, ROWS, KernelText, StoredRows, make_kernel
 from .matrix import Matrix
 
 NAME = "row_products"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernel_cases import KERNEL_FILES, on_gpu, plain_clusters
-from mlx_flashhead.head.kernel_text import header, part
+from mlx_flashhead.head.kernels import header, part
 from mlx_flashhead.head.metal_steps import MetalSteps
 from mlx_flashhead.head.row_products import NAME as ROW_PRODUCTS
 

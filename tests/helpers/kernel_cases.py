@@ -7,12 +7,13 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.head import backend, kernel_text, metal_steps
+from mlx_flashhead.head import backend, metal_steps
+from mlx_flashhead.head import kernels as kernel_texts
 from mlx_flashhead.head.clustered import Centroids, ClusteredRows
 from mlx_flashhead.head.matrix import Matrix
 from tiny_models import random_clusters
 
-KERNEL_FILES = Path(kernel_text.__file__).parents[2] / "metal" / "flash_head"
+KERNEL_FILES = Path(kernel_texts.__file__).parents[2] / "metal" / "flash_head"
 # Half a unit in the last place, relative.
 ROUNDING = {mx.float32: 2.0**-24, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 # Error of a float32 sum, relative to the sum of its terms' magnitudes. A lane adds D/32 terms one
@@ -46,12 +47,12 @@ def changed_kernels(right: str, wrong: str):
     files = {file.stem: file.read_text() for file in KERNEL_FILES.glob("*.h")}
     assert sum(text.count(right) for text in files.values()) == 1, right
     changed = {name: text.replace(right, wrong) for name, text in files.items()}
-    with mock.patch.object(kernel_text, "part", changed.__getitem__):
-        kernel_text.header.cache_clear()
+    with mock.patch.object(kernel_texts, "part", changed.__getitem__):
+        kernel_texts.header.cache_clear()
         try:
             yield
         finally:
-            kernel_text.header.cache_clear()
+            kernel_texts.header.cache_clear()
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
