@@ -38,7 +38,6 @@
 // join     2048 x k                       256               0         what it copies, from 8 sources
 // adjust   256*ceil(S/256) x R            256               0         the scored logits, ids, words
 // tolerance 256 x k                       256               1         hidden
-// lowest_kept 512 x R                     512               11 to 18  the logits twice, and once a digit
 // map      256*ceil(n/256)                256               0         values
 // row_products 64*ceil(N/2A)              64                0         N rows, H states
 //
@@ -248,26 +247,6 @@ template <typename T, int N, int V>
   flash_head::adjust<N, V, T>(
       probes, token_ids, logits, adjustment, latest, allowed, changed, best, held, n_words,
       n_mask_words, group.y, thread_position.x);
-}
-
-// The lowest logit that filters keep, of a row of all tokens.
-[[kernel, max_total_threads_per_threadgroup(512)]] void flash_head_lowest_kept(
-    const device float* logits [[buffer(0)]],
-    const device float* settings [[buffer(1)]],
-    const device uint* top_k [[buffer(2)]],
-    const device float* log_total [[buffer(3)]],
-    device float* kept [[buffer(4)]],
-    constant uint& n_logits [[buffer(5)]],
-    uint3 group [[threadgroup_position_in_grid]],
-    uint thread_id [[thread_index_in_threadgroup]],
-    uint simdgroup [[simdgroup_index_in_threadgroup]],
-    uint lane [[thread_index_in_simdgroup]]) {
-  threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
-  threadgroup uint shared[flash_head::SAMPLE_SHARED];
-  threadgroup float sums[flash_head::ROW_SUMS];
-  flash_head::lowest_kept(
-      logits, settings, top_k, log_total, kept, histogram, shared, sums, n_logits, group.y,
-      thread_id, simdgroup, lane);
 }
 
 // What a model makes of each logit: here a softcap of 30.

@@ -111,46 +111,6 @@ inline uint find_cut(
       used[0] ? cuts[0] | below : 0xffffffffu, used[1] ? cuts[1] | below : 0xffffffffu);
 }
 
-// lowest_kept: the lowest of a row's logits that top_p, min_p and top_k keep, by the same search.
-// One threadgroup a row. It reads the logits twice, and once a digit.
-template <typename Logits, typename Settings, typename Counts, typename Totals>
-inline void lowest_kept(
-    Logits logits,                        // (R, K) float
-    Settings settings,                    // (R, 3) float: inv_temperature, top_p, log_min_p
-    Counts top_k,                         // (R,) uint
-    Totals log_total,                     // (R,) float, the log of the mass of all tokens
-    device float* kept,                   // (R,)
-    threadgroup atomic<uint>* histogram,  // [2 * SAMPLE_BINS]
-    threadgroup uint* shared,             // [SAMPLE_SHARED]
-    threadgroup float* sums,              // [ROW_SUMS]
-    uint n_logits,                        // K
-    uint row,
-    uint thread_id,
-    uint simdgroup,
-    uint lane) {
-  const size_t first = size_t(row) * n_logits;
-  clear_bins<2 * SAMPLE_BINS>(histogram, thread_id);
-  uint key = 0;
-  for (uint i = thread_id; i < n_logits; i += ROW_THREADS) {
-    key = max(key, order_key(logits[first + i]));
-  }
-  const float highest =
-      score_of(threadgroup_max<ROW_SIMDGROUPS>(key, shared + ROW_SIMDGROUPS, simdgroup, lane));
-  const float mass = exp(min(log_total[row] - highest, 80.0f));
-  const uint cut = find_cut<float>(
-      logits + first, n_logits, highest, settings[3 * row + 1], mass, top_k[row], histogram, sums,
-      shared, thread_id, simdgroup, lane);
-  uint lowest = 0;  // of inverted keys the highest
-  for (uint i = thread_id; i < n_logits; i += ROW_THREADS) {
-    const float x = logits[first + i];
-    lowest = max(lowest, x <= highest && distance_to(highest, x) <= cut ? ~order_key(x) : 0u);
-  }
-  lowest = threadgroup_max<ROW_SIMDGROUPS>(lowest, shared + 2 * ROW_SIMDGROUPS, simdgroup, lane);
-  if (thread_id == 0) {
-    kept[row] = max(highest + settings[3 * row + 2], score_of(~lowest));
-  }
-}
-
 template <
     int N,
     int V,

@@ -1,7 +1,6 @@
 """A head's rows in cluster order, with the centroids that route among them."""
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -21,11 +20,6 @@ class Centroids:
     matrix: Matrix  # (C, D), without a bias of its own
     bias: mx.array  # (C,) float32, added to the scores
     tail_offset: mx.array  # (C,) float32, added to a score for the logit of the cluster's tokens
-
-    @cached_property
-    def biased(self) -> bool:
-        """Whether the scores are more than products with mean rows."""
-        return bool(np.array(self.bias).any())
 
     @property
     def routing_bytes(self) -> int:

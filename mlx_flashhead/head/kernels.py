@@ -209,21 +209,6 @@ flash_head::tolerance<D>(
         sizes="D",
         threads=WIDE_THREADS,
     ),
-    "lowest_kept": KernelText(
-        "logits settings top_k log_total",
-        "kept",
-        """
-threadgroup atomic<uint> histogram[2 * flash_head::SAMPLE_BINS];
-threadgroup uint shared[flash_head::SAMPLE_SHARED];
-threadgroup float sums[flash_head::ROW_SUMS];
-flash_head::lowest_kept(
-    logits, settings, top_k, log_total, kept, histogram, shared, sums, logits_shape[1],
-    threadgroup_position_in_grid.y, thread_index_in_threadgroup, simdgroup_index_in_threadgroup,
-    thread_index_in_simdgroup);
-""",
-        files="histogram noise sample",
-        sizes="",
-    ),
     "map": KernelText(
         "values",
         "mapped",

@@ -6,8 +6,6 @@ those of their own functions in ``tally.h``, ``certain.h`` and ``logit_map.h`` o
 ``metal/flash_head/``, with the same values; ``tests/head/test_margins.py`` compares them.
 """
 
-import math
-
 import mlx.core as mx
 
 # Logits.
@@ -29,11 +27,6 @@ IN_16_BITS = 1e-6  # a dtype with a larger spacing has 16 bits
 
 MASS_MARGIN = 1e-4  # of masses in the screen: sums of many exponentials, in any order
 MASS_ROUNDING = 2e-4  # of masses in mlx-lm's filters: two such sums
-# A kernel that looks for the place where top-p cuts adds up masses in whole units, in bins of
-# 1/16 nat. Each is the mass of the highest logit of a bin, divided by this number; where so many
-# logits may overflow a counter of 32 bits, by an eighth of it. See `find_cut` in sample.h.
-MASS_UNITS = 16384
-BIN_NATS = 1 / 16
 # An addition of floats loses at most half a spacing of the sum, and no more than is added. MLX adds
 # the weights of a draw, and so does the screen.
 SUM_ROUNDING = 2.0**-23
@@ -42,15 +35,6 @@ EXP_UNITS = 64  # spacings by which an exponential, or a product with the sum, m
 # Noise.
 
 NOISE_MARGIN = 1e-5  # of a noisy logit, or of 1 if that is more: two logarithms differ by so much
-
-
-def counted_mass_margin(n_logits: int) -> float:
-    """Returns how far a mass may be off that the kernel adds up in units, relative.
-
-    Each of the logits is rounded to a whole unit, and has at least the mass of its bin's lowest.
-    """
-    units = MASS_UNITS if n_logits * MASS_UNITS <= 1 << 32 else MASS_UNITS // 8
-    return 0.5 * math.exp(BIN_NATS) / units
 
 
 def merging_distance(log_mass: mx.array, logit: mx.array, epsilon: float) -> mx.array:

@@ -8,7 +8,6 @@ import mlx.core as mx
 from .adjustment import Adjustment
 from .clustered import ClusteredRows
 from .dense_kernels import Version
-from .draws.bounds import log_mass
 from .draws.noise import Noise
 from .draws.rows import Draw, Draws
 from .kernel_inputs import (
@@ -295,24 +294,6 @@ class MetalSteps(PortableSteps):
             **logit_map.template(slots.dtype),
         )
         return Screen(sure, *(known[:, i] for i in range(3)))
-
-    def thresholds(
-        self, logits: mx.array, draws: Draws, log_totals: Sequence[mx.array | None]
-    ) -> list[mx.array]:
-        """Finds the lowest logits that filters keep, (R, K) float32 → (R, 1), for each mass.
-
-        MLX's operations would sort all logits.
-        """
-        if not (draws.any_top_p or draws.most_top_k):
-            return super().thresholds(logits, draws, log_totals)
-        settings, top_k, _ = draws.inputs
-        kept = (len(logits), 1), mx.float32
-        found = []
-        for total in log_totals:
-            total = log_mass(logits) if total is None else total
-            arrays = [logits.astype(mx.float32), settings, top_k, long_enough(total.reshape(-1))]
-            found += self._kernels["lowest_kept"](arrays, 1, len(logits), kept)
-        return found
 
     def tallies(
         self,

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draws.bounds import LOWEST, Bounds, Interval, Scored
-from .draws.rows import Draw, Draws, Take, Thresholds
+from .draws.rows import Draw, Draws, Take
 from .logit_map import LogitMap
 from .proposal import Proposal, Screen, Tolerance
 
@@ -23,7 +23,6 @@ def screen(
     epsilon: float,
     logit_map: LogitMap,
     allowed: mx.array | None,
-    thresholds: Thresholds,
 ) -> Screen:
     """Which proposals of k states are the dense choice for sure; see ``PortableSteps.screen``."""
     others = _not_scored(clustered, slots, proposal, allowed)
@@ -41,7 +40,7 @@ def screen(
     )
 
     def certain_of(kind: type[Draw], some: Draws, take: Take) -> tuple[mx.array]:
-        return (kind.certain(bounds.rows(take), some, thresholds)[:, 0],)
+        return (kind.certain(bounds.rows(take), some)[:, 0],)
 
     (certain,) = draws.by_kind(certain_of)
     largest = mx.max(mx.abs(slots), axis=(1, 2)).astype(mx.float32)

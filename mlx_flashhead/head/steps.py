@@ -18,7 +18,6 @@ import numpy as np
 
 from .adjustment import Adjustment, adjusted_logits, probed_for
 from .clustered import ClusteredRows, in_token_order
-from .draws import filters
 from .draws.bounds import log_mass
 from .draws.rows import Draw, Draws, Take
 from .logit_map import IDENTITY, LogitMap
@@ -147,7 +146,7 @@ class PortableSteps:
         self.clustered = clustered
         # A score is the log of a cluster's summed exponentials. The product with a mean row alone,
         # without a bias, lacks so much of it at least: Jensen's inequality.
-        biased = clustered.centroids.biased
+        biased = np.array(clustered.centroids.bias).any()
         self._lacking = 0.0 if biased else math.log(clustered.cluster_size)
         self._on_cpu = mx.default_device().type == mx.cpu
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
@@ -436,11 +435,4 @@ class PortableSteps:
             epsilon,
             logit_map,
             allowed,
-            self.thresholds,
         )
-
-    def thresholds(
-        self, logits: mx.array, draws: Draws, log_totals: Sequence[mx.array | None]
-    ) -> list[mx.array]:
-        """Finds the lowest logits that filters keep: see :func:`filters.thresholds`."""
-        return filters.thresholds(logits, draws, log_totals)

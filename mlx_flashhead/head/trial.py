@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 
 from .adjustment import Adjustment, ChangedTokens
-from .draws.bounds import log_mass
 from .draws.greedy import Greedy
 from .draws.noise import Noise, position_key
 from .draws.rows import Draws
@@ -113,7 +112,6 @@ class _Trial:
             ("score", self._score),
             ("expand", self._expand),
             ("sample", self._sample),
-            ("lowest_kept", self._lowest_kept),
             ("join", self._join),
             ("tolerance", self._tolerance),
             ("screen", partial(self._screen, masked=False)),
@@ -242,20 +240,6 @@ class _Trial:
                 )
             n_other += token != expected
         yield mx.maximum(n_other - 1, 0), mx.zeros(1), 0.0  # rounding may move a token over a limit
-
-    def _lowest_kept(self) -> Iterator[Pair]:
-        vocab_size = self._kernels.clustered.vocab_size
-        draws = Draws.of([(settings, position_key(0, 0)) for settings in DRAWN])
-        logits = mx.random.normal((len(DRAWN), vocab_size), scale=3, key=mx.random.key(1))
-        total = log_mass(logits)
-        n_found, n_expected = (
-            (logits >= steps.thresholds(logits, draws, [total])[0]).sum(axis=-1)
-            for steps in (self._kernels, self._plain)
-        )
-        # rounding may move a token over a limit
-        allowed = 1 + mx.maximum(n_found, n_expected) // 1000
-        n_other = mx.maximum(mx.abs(n_found.astype(mx.int32) - n_expected) - allowed, 0)
-        yield n_other, mx.zeros(len(DRAWN)), 0.0
 
     def _join(self) -> Iterable[Pair]:
         rows = [(1, 0), (0, 0)]

@@ -1,7 +1,5 @@
 """The draw of a token: which remain, how often each is drawn, and the kernel by the same noise."""
 
-import contextlib
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -9,9 +7,8 @@ from mlx_lm import sample_utils
 
 from kernel_cases import kernels, plain_clusters, to_numpy
 from mlx_flashhead import make_sampler
-from mlx_flashhead.head import margins
 from mlx_flashhead.head.draws import filters
-from mlx_flashhead.head.draws.bounds import Interval, log_mass
+from mlx_flashhead.head.draws.bounds import log_mass
 from mlx_flashhead.head.draws.greedy import Greedy, best_draws
 from mlx_flashhead.head.draws.inverse_cdf import InverseCDF
 from mlx_flashhead.head.draws.noise import Noise, position_key
@@ -72,19 +69,13 @@ SETTINGS = [(Noise if each[0] else Greedy)(*each) for each in (
 )]  # fmt: skip
 
 
-@contextlib.contextmanager
-def path_of(kernel: bool, monkeypatch):
-    """Steps of a head on the kernels, or in operations that halve rows of these few logits."""
-    monkeypatch.setattr(filters, "SORTED", 4)
-    with kernels() if kernel else contextlib.nullcontext() as emulator:
-        path = MetalSteps if kernel else PortableSteps
-        yield path(plain_clusters(np.random.default_rng(0), 8)), emulator
-
-
-@pytest.mark.parametrize("kernel", [False, True], ids=["operations", "kernel"])
+@pytest.mark.parametrize("halved", [False, True])
 @pytest.mark.parametrize("n_logits", [1, 5, 203])
 @pytest.mark.parametrize("spread, digits", [(0.1, 9), (1, 1), (4, 9)])
-def test_the_threshold_is_the_definitions(monkeypatch, kernel, n_logits, spread, digits):
+def test_the_threshold_is_the_definitions(monkeypatch, halved, n_logits, spread, digits):
+    """Of logits that are sorted, and of rows that are halved until so few are left."""
+    if halved:
+        monkeypatch.setattr(filters, "SORTED", 4)
     rng = np.random.default_rng(n_logits)
     logits = rng.normal(scale=spread, size=(len(SETTINGS), n_logits)).astype(np.float32)
     logits = np.round(logits, digits)
@@ -93,55 +84,12 @@ def test_the_threshold_is_the_definitions(monkeypatch, kernel, n_logits, spread,
     rows = mx.array(logits)
     for tail in (-np.inf, 0.5):  # of tokens that are not among these
         total = None if tail < 0 else mx.logaddexp(log_mass(rows), mx.array(tail))
-        with path_of(kernel, monkeypatch) as (steps, _):
-            found = np.array(rows >= steps.thresholds(rows, draws, [total])[0])
+        found = np.array(rows >= filters.threshold(rows, draws, total))
         settings, top_k = (array[: len(SETTINGS)].tolist() for array in draws.inputs[:2])
         each = zip(found, logits, settings, top_k, strict=True)
         for keeps, x, (_, top_p, log_min_p), top_k in each:
             expected = kept(x, tail, top_p, log_min_p, top_k)
             np.testing.assert_array_equal(keeps[x > -np.inf], expected[x > -np.inf])
-
-
-def test_a_wide_rows_threshold_reads_it_once_a_digit(monkeypatch):
-    """Equal logits fill one counter. There is no sort of all logits."""
-    rng = np.random.default_rng(0)
-    n_logits = 262_208
-    rows = mx.array(rng.normal(scale=2.0, size=(2, n_logits)).astype(np.float32))
-    rows[1] = 3.0
-    draws = Draws.of([(s, (0, 0)) for s in (Noise(1.0, top_p=0.95), Noise(1.0, 0.5))])
-    with path_of(False, monkeypatch) as (steps, _):
-        expected = rows >= steps.thresholds(rows, draws, [None])[0]
-    with path_of(True, monkeypatch) as (steps, emulator):
-        found = rows >= steps.thresholds(rows, draws, [None])[0]
-        mx.eval(found)
-    n_expected = np.array(expected.sum(axis=-1), np.int64)
-    n_found = np.array(found.sum(axis=-1), np.int64)
-    assert (np.abs(n_expected - n_found) <= 2e-4 * n_expected).all()
-    if emulator is not None:
-        (dispatch,) = emulator.dispatches
-        assert dispatch.buffers["logits"].reads <= 5 * rows.nbytes
-
-
-@pytest.mark.parametrize(
-    "margin, holds", [(margins.counted_mass_margin, True), (lambda n: 0, False)]
-)
-def test_cuts_hold_for_masses_that_the_kernel_counts_in_units(monkeypatch, margin, holds):
-    """Of so many logits a unit is 1/2,048: each of these loses nearly half of one."""
-    monkeypatch.setattr(filters, "counted_mass_margin", margin)
-    n_logits = 262_208
-    shares = np.random.default_rng(0).uniform(1930.42, 1930.49, n_logits) / 2048
-    shares[0] = 1.0
-    logits = mx.array(np.log(shares)[None].astype(np.float32))
-    in_order = np.sort(to_numpy(logits)[0].astype(np.float64))[::-1]
-    masses = np.exp(in_order)
-    above = np.cumsum(masses) - masses
-    true_cut = in_order[above < 0.5 * masses.sum()].min()
-    draws = Draws.of([(Noise(1.0, top_p=0.5), (0, 0))])
-    mass = mx.array([[np.log(masses.sum())]], mx.float32)
-    with path_of(True, monkeypatch) as (steps, _):
-        known = Interval(logits, mx.zeros((1, 1)))
-        high, low = filters.cuts(known, draws, mass, mass, steps.thresholds)
-    assert (low.item() <= true_cut <= high.item()) == holds
 
 
 @pytest.mark.parametrize(

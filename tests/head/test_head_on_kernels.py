@@ -123,11 +123,11 @@ BROKEN = [
 # threads that a pipeline allows, too few for any form of the kernel
 REFUSED = {
     "route": 63, "select": 255, "select_words": 192, "score": 32, "expand": 255, "sample": 128,
-    "lowest_kept": 255, "join": 255, "tolerance": 255, "screen": 255, "certain": 255,
+    "join": 255, "tolerance": 255, "screen": 255, "certain": 255,
     "select_forced": 255, "adjust": 255,
 }  # fmt: skip
 # and those for which 256 are enough
-FEWER = {"select": 448, "select_words": 448, "sample": 480, "lowest_kept": 256, "certain": 511}
+FEWER = {"select": 448, "select_words": 448, "sample": 480, "certain": 511}
 
 
 class OnlyHead(nn.Module):

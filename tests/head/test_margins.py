@@ -27,21 +27,10 @@ def kernels_number(file, name):
         ("tally.h", "MOST_NATS", noise.MOST_NATS),
         ("logit_map.h", "MAP_SLACK", margins.MAP_ULPS * mx.finfo(mx.float32).eps),
         ("logit_map.h", "NEAR_CAP", NEAR_CAP),
-        ("sample.h", "MASS_UNITS", margins.MASS_UNITS),
     ],
 )
 def test_the_kernels_have_the_same(file, name, value):
     assert kernels_number(file, name) == pytest.approx(value, rel=1e-9)
-
-
-def test_the_margin_of_counted_masses_follows_from_the_units():
-    """Half a unit of a share that is e^(-1/16) at least; fewer units for more than 2^18 logits."""
-    text = (KERNEL_FILES / "sample.h").read_text()
-    assert "n_logits <= (1u << 18) ? MASS_UNITS : MASS_UNITS / 8.0f" in text
-    assert "1.0f / 16.0f" in text
-    for n_logits, units in ((1 << 18, 16384), ((1 << 18) + 1, 2048)):
-        expected = 0.5 / (units * np.exp(-1 / 16))
-        assert margins.counted_mass_margin(n_logits) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

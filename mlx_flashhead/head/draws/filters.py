@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from ..margins import MASS_MARGIN, counted_mass_margin
+from ..margins import MASS_MARGIN
 from .bounds import Interval
-from .rows import Draws, Thresholds
+from .rows import Draws
 
 # Logits that are sorted at once: halving more of them takes more operations, which a CPU feels.
 SORTED = 65536
@@ -93,7 +93,6 @@ def cuts(
     draws: Draws,
     log_least: mx.array,
     log_most: mx.array,
-    thresholds: Thresholds = thresholds,
 ) -> tuple[mx.array, mx.array]:
     """Where the filters cut if all logits are as high, and as low, as they may be.
 
@@ -104,14 +103,12 @@ def cuts(
         draws: Of k rows.
         log_least: (k, 1), the log of the least mass of all tokens.
         log_most: (k, 1), that of the greatest.
-        thresholds: Finds the lowest kept logits.
 
     Returns:
         The lowest kept logits, (k, 1) each.
     """
-    margin = MASS_MARGIN + counted_mass_margin(known.logits.shape[-1])
-    log_least = log_least - margin
-    log_most = log_most + margin
+    log_least = log_least - MASS_MARGIN
+    log_most = log_most + MASS_MARGIN
     if not known.even:
         (high,) = thresholds(known.high, draws, [log_least])
         (low,) = thresholds(known.low, draws, [log_most])

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..margins import IN_16_BITS, merging_distance
 from .bounds import Bounds
-from .rows import NO_KEY, Draw, Draws, Thresholds
+from .rows import NO_KEY, Draw, Draws
 
 NO_TOKEN = 0xFFFFFFFF  # above every id
 
@@ -31,7 +31,7 @@ class Greedy(Draw):
         return best_token(logits, token_ids)
 
     @staticmethod
-    def certain(bounds: Bounds, draws: Draws, thresholds: Thresholds) -> mx.array:
+    def certain(bounds: Bounds, draws: Draws) -> mx.array:
         """Returns whether each token's logit is above every other: as :meth:`Draw.certain`.
 
         Log-probabilities have a relative spacing, and rounding must not make it equal to another.

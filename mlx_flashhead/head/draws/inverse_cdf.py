@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..margins import DRAW_SPACINGS, EXP_UNITS, IN_16_BITS, MASS_ROUNDING, SUM_ROUNDING
 from .bounds import Bounds, Interval, log_mass, nearest
 from .filters import cuts, surely_kept, surely_left_out, threshold
-from .rows import Draw, Draws, Thresholds
+from .rows import Draw, Draws
 
 NEAREST = 64  # clusters not scored that are looked at token by token if filters may keep some
 
@@ -49,7 +49,7 @@ class InverseCDF(Draw):
         return mx.take_along_axis(token_ids, place, axis=-1)[:, 0]
 
     @staticmethod
-    def certain(bounds: Bounds, draws: Draws, thresholds: Thresholds) -> mx.array:
+    def certain(bounds: Bounds, draws: Draws) -> mx.array:
         """Returns whether each token is drawn whatever the logits are: as :meth:`Draw.certain`.
 
         It is if the tokens with lower ids weigh no more than the number's share of all, and with
@@ -62,7 +62,7 @@ class InverseCDF(Draw):
         known = as_mlx_lm_draws(scored.all, mass, bounds.epsilon)
         others = as_mlx_lm_draws(bounds.unscored, mass[..., None], bounds.epsilon)
         if draws.filters:
-            return _certain_of_kept(bounds, known, others, draws, thresholds)
+            return _certain_of_kept(bounds, known, others, draws)
         known = _sorted_once(known, bounds.epsilon)
         inverse = draws.inverse_temperature
         best = mx.max(known.high, axis=-1, keepdims=True)
@@ -101,9 +101,7 @@ def _sorted_once(known: Interval, epsilon: float) -> Interval:
     return known.evenly() if epsilon < IN_16_BITS else known
 
 
-def _certain_of_kept(
-    bounds: Bounds, known: Interval, others: Interval, draws: Draws, thresholds: Thresholds
-) -> mx.array:
+def _certain_of_kept(bounds: Bounds, known: Interval, others: Interval, draws: Draws) -> mx.array:
     """Which proposals are certain where filters leave tokens out, and may keep some not scored.
 
     Args:
@@ -111,14 +109,13 @@ def _certain_of_kept(
         known: Bounds of what is drawn from, of the scored tokens (k, K).
         others: Bounds of what is drawn from, of the other tokens (k, C, n).
         draws: Of k rows.
-        thresholds: Finds where filters cut.
     """
     scored = bounds.scored
     scored_masses = known.masses(bounds.scored_mass)
     least, most = map(mx.logaddexp, scored_masses, others.masses(bounds.unscored_mass))
     near = nearest(bounds.clustered, others, NEAREST)
     known = _sorted_once(known.beside(near.logits), bounds.epsilon)
-    high_cut, low_cut = cuts(known, draws, least, most, thresholds)
+    high_cut, low_cut = cuts(known, draws, least, most)
     surely = surely_kept(known.low, known.high, draws, high_cut)
     maybe = known.high >= low_cut
     best = mx.max(known.high, axis=-1, keepdims=True)

@@ -18,7 +18,7 @@ from ..margins import MASS_MARGIN, noise_margin
 from .bounds import Bounds, Interval, Near, log_mass, nearest
 from .filters import surely_left_out, threshold
 from .greedy import best_token
-from .rows import Draw, Draws, Key, Thresholds
+from .rows import Draw, Draws, Key
 
 BELOW_ONE = 1 - 2.0**-24  # the float32 number below 1
 
@@ -53,7 +53,7 @@ class Noise(Draw):
         return best_token(values, token_ids)
 
     @staticmethod
-    def certain(bounds: Bounds, draws: Draws, thresholds: Thresholds) -> mx.array:
+    def certain(bounds: Bounds, draws: Draws) -> mx.array:
         """Returns whether no other token than the proposed one can be drawn: (k, 1) bool.
 
         It is so if the filters keep the token, and no other token that they may keep can have a

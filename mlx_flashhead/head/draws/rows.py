@@ -19,9 +19,6 @@ NO_MIN_P = -1e30
 NO_KEY = (0, 0)  # of a row that draws no number
 
 Key = tuple[int, int]
-# The lowest logits that the filters of some draws keep, (R, K) float32 → (R, 1), for each of
-# several masses of all tokens (R, 1), as logarithms; None for the mass of these K.
-Thresholds = Callable[[mx.array, "Draws", Sequence[mx.array | None]], list[mx.array]]
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,12 @@ class Draw(ABC):
 
     @staticmethod
     @abstractmethod
-    def certain(bounds: Bounds, draws: "Draws", thresholds: Thresholds) -> mx.array:
+    def certain(bounds: Bounds, draws: "Draws") -> mx.array:
         """Returns whether the proposed tokens are drawn whatever the logits are in their bounds.
 
         Args:
             bounds: Of the logits of k states.
             draws: Of k rows of this kind.
-            thresholds: Finds where filters cut.
 
         Returns:
             (k, 1) bool.
