@@ -15,6 +15,7 @@ from .clustered import ClusteredRows, in_token_order
 from .kernel_inputs import MIN_PROBES
 from .kernels import FEWER_THREADS
 from .logit_map import IDENTITY, LogitMap
+from .matrix import Matrix
 from .metal_steps import MetalSteps
 from .proposal import Selection
 from .steps import PortableSteps
@@ -178,6 +179,9 @@ def shows_other_sums(vocab_size: int, dtype: mx.Dtype) -> bool:
     return dtype == mx.float32 or n_compared(vocab_size, dtype) * vocab_size >= ENOUGH_LOGITS
 
 
-def random_state(hidden_size: int, seed: int, dtype: mx.Dtype) -> mx.array:
-    """A hidden state (1, D) to compare kernels on."""
-    return mx.random.normal((1, hidden_size), key=mx.random.key(seed)).astype(dtype)
+def compared_states(rows: Matrix, vocab_size: int, dtype: mx.Dtype) -> list[mx.array]:
+    """Hidden states (1, D) of ``dtype`` on which products with the rows are compared."""
+    return [
+        mx.random.normal((1, rows.hidden_size), key=mx.random.key(seed)).astype(dtype)
+        for seed in range(n_compared(vocab_size, rows.logits_dtype(dtype)))
+    ]

@@ -16,12 +16,11 @@ from .backend import (
     PORTABLE,
     check_kernels,
     choose_backend,
+    compared_states,
     gpu_is_default,
     log,
     logits_of_scores,
     make_steps,
-    n_compared,
-    random_state,
     without_kernels,
 )
 from .clustered import Centroids, ClusteredRows, in_token_order
@@ -230,8 +229,7 @@ class FlashHead:
             rows: (V, D), in token order.
             dtype: Of the hidden states.
         """
-        for seed in range(n_compared(rows.n_rows, rows.logits_dtype(dtype))):
-            hidden = random_state(self.hidden_size, seed, dtype)
+        for hidden in compared_states(rows, rows.n_rows, dtype):
             if not mx.array_equal(self.dense_logits(hidden), rows.matmul(hidden)).item():
                 self.gathers_rows = True
                 log.warning(OTHER_SUMS)
@@ -240,15 +238,14 @@ class FlashHead:
     def scored_logits_agree(self, dtype: mx.Dtype) -> float:
         """Returns the share of logits that scoring gives like MLX's product with one state.
 
-        They must agree to the last bit. It looks at :func:`n_compared` states. Evaluates.
+        They must agree to the last bit. Evaluates.
         """
-        n_states = n_compared(self.vocab_size, self.clustered.rows.logits_dtype(dtype))
+        states = compared_states(self.clustered.rows, self.vocab_size, dtype)
         n_same = 0
-        for seed in range(n_states):
-            hidden = random_state(self.hidden_size, seed, dtype)
+        for hidden in states:
             same = logits_of_scores(self.steps, hidden) == self.dense_logits(hidden)
             n_same += cast(int, mx.sum(same).item())
-        return n_same / (n_states * self.vocab_size)
+        return n_same / (len(states) * self.vocab_size)
 
     def applies(self, logit_map: LogitMap, dtype: mx.Dtype) -> bool:
         """Returns whether the steps map logits of ``dtype`` as MLX's operations do.
