@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from ..clustered import ClusteredRows
 
@@ -60,10 +61,6 @@ class Interval(NamedTuple):
         """Some of the logits (k, K), as ``take`` picks them from an array."""
         off = self.off.reshape(-1, 1) if self.even else take(self.off)
         return Interval(take(self.logits), off)
-
-    def rows(self, take: Callable[[mx.array], mx.array]) -> "Interval":
-        """The logits of some states, whose rows of an array ``take`` picks."""
-        return Interval(take(self.logits), take(self.off))
 
     def beside(self, other: "Interval") -> "Interval":
         """The logits (k, K) of these tokens and then those (k, N) of others.
@@ -124,15 +121,11 @@ class Bounds(NamedTuple):
 
     def rows(self, take: Callable[[mx.array], mx.array]) -> "Bounds":
         """The bounds of some states, whose rows of an array ``take`` picks."""
-        ids, tokens, *intervals = self.scored
-        scored = Scored(take(ids), take(tokens), *(each.rows(take) for each in intervals))
-        return self._replace(
-            scored=scored,
-            scored_mass=take(self.scored_mass),
-            unscored=self.unscored.rows(take),
-            unscored_mass=take(self.unscored_mass),
-            best_unscored=take(self.best_unscored),
-        )
+
+        def taken(leaf: Any) -> Any:
+            return take(leaf) if isinstance(leaf, mx.array) else leaf
+
+        return cast(Bounds, tree_map(taken, self))
 
 
 class Near(NamedTuple):
