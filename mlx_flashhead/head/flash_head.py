@@ -102,8 +102,9 @@ class FlashHead:
         self.vocab_size = rows.n_rows
         self.hidden_size = rows.hidden_size
         self.n_clusters, self.cluster_size = token_ids.shape
-        self._requested_backend = backend
         self.steps, self.backend_reason = make_steps(self.clustered, backend)
+        # as long as this head lives, pickled or not
+        self._requested_backend = PORTABLE if self.backend == PORTABLE else backend
         self.risk = risk or Risk()
         self.n_probes = n_probes
         self.unverified_probes = n_probes if unverified_probes is None else unverified_probes
@@ -217,7 +218,7 @@ class FlashHead:
         self.steps, self.backend_reason = without_kernels(
             self.steps, self._requested_backend, trouble
         )
-        self._requested_backend = PORTABLE  # as long as this head lives, pickled or not
+        self._requested_backend = PORTABLE
 
     def compare_dense_rows(self, rows: Matrix, dtype: mx.Dtype) -> None:
         """Compares the dense logits of single states with those of the model's own rows.
