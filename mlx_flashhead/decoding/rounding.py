@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -297,7 +298,7 @@ def _longest_rows(head: FlashHead) -> tuple[float, float]:
     rows = head.clustered.rows
     longest = longest_offsets = mx.array(0.0)
     for start in range(0, head.n_clusters, PIECE):  # all at once would take much memory
-        part = rows.map(lambda array, start=start: array[start : start + PIECE])
+        part = rows.map(itemgetter(slice(start, start + PIECE)))
         lengths = mx.linalg.norm(part.dequantized(mx.float32), axis=-1)
         if part.bias is not None:
             lengths = lengths + mx.abs(part.bias).astype(mx.float32)

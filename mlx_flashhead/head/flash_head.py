@@ -105,6 +105,7 @@ class FlashHead:
         self.steps, self.backend_reason = make_steps(self.clustered, backend)
         # as long as this head lives, pickled or not
         self._requested_backend = PORTABLE if self.backend == PORTABLE else backend
+        self.eos_token_ids = tuple(eos_token_ids)
         self.risk = risk or Risk()
         self.n_probes = n_probes
         self.unverified_probes = n_probes if unverified_probes is None else unverified_probes

@@ -279,7 +279,7 @@ def make_kernels(
     clustered: ClusteredRows,
     centroids: StoredRows,
     rows: StoredRows | None,
-    metal_kernel: Callable[..., Launch],
+    metal_kernel: Callable[..., Any],
     row_threads: int,
 ) -> dict[str, Launch]:
     """Makes the kernels of a head, by name, each a function that launches it.
@@ -335,7 +335,7 @@ def make_kernel(
     name: str,
     text: KernelText,
     sizes: dict[str, int],
-    metal_kernel: Callable[..., Launch],
+    metal_kernel: Callable[..., Any],
     row_threads: int = ROW_THREADS,
 ) -> Launch:
     """Makes one kernel, a function as :func:`make_kernels` has them.
@@ -347,7 +347,7 @@ def make_kernel(
         metal_kernel: Makes it, as ``mx.fast.metal_kernel`` does.
         row_threads: As of :func:`make_kernels`.
     """
-    kernel = metal_kernel(
+    kernel: Launch = metal_kernel(
         name=f"flash_head_{name}",
         input_names=text.inputs.split(),
         output_names=text.outputs.split(),
