@@ -38,6 +38,7 @@ DRAWN = (
     Noise(temperature=0.7, top_k=5, min_p=0.02),
 )
 N_DRAWN = 16
+WITHOUT_MAP = ("expand", "tolerance")  # kernels that know of no map
 TOO_MANY = re.compile("greater than +the maximum allowed threads per threadgroup")
 
 Pair = tuple[mx.array, mx.array, float]  # a result, the expected values and the tolerance
@@ -59,7 +60,8 @@ def find_trouble(
         steps: Of a head.
         dtype: Of the hidden states.
         n_probes: Clusters that are scored.
-        logit_map: What the model does to its head's logits.
+        logit_map: What the model does to its head's logits. The kernels that know of no such map
+            run with the identity only.
     """
     trial = _Trial(steps, dtype, n_probes, logit_map)
     for kernel, pairs_of in trial.kernels():
@@ -105,7 +107,7 @@ class _Trial:
 
     def kernels(self) -> list[tuple[str, Callable[[], Iterable[Pair]]]]:
         """The kernels, each with what compares its results, in the order in which they run."""
-        return [
+        tried: list[tuple[str, Callable[[], Iterable[Pair]]]] = [
             ("route", self._route),
             ("select", partial(self._select, words=False)),
             ("select_words", partial(self._select, words=True)),
@@ -121,6 +123,7 @@ class _Trial:
             ("screen", partial(self._screen, masked=True)),
             ("certain", self._certain),
         ]
+        return [each for each in tried if self._map.identity or each[0] not in WITHOUT_MAP]
 
     def _route(self) -> Iterator[Pair]:
         self._scores = self._kernels.route(self._hidden)
