@@ -2,6 +2,7 @@
 
 import pickle
 import threading
+from copy import deepcopy
 
 import mlx.core as mx
 import numpy as np
@@ -149,3 +150,23 @@ def test_each_thread_traces_for_itself():
 
     found = [propose(), propose(), in_a_thread(propose)]
     assert found[0] == found[1] == found[2] and head.n_traced == 2
+
+
+def test_a_block_that_intercepts_calls_is_for_its_thread_and_its_head_and_ends():
+    head, _, hidden = make_head("float32", (203, 64, 8, 5, (1, 1), ()))
+    mx.eval(hidden, head.arrays())
+    copied = deepcopy(head)
+    expected = head(hidden)
+
+    def is_intercepted(of=head):
+        return not mx.array_equal(of(hidden), expected).item()
+
+    with head.intercepted(lambda states: states):
+        with head.intercepted(lambda states: states + 1):
+            assert mx.array_equal(head(hidden), hidden + 1)
+        assert mx.array_equal(head(hidden), hidden)
+        assert not is_intercepted(copied) and not in_a_thread(is_intercepted)
+        assert not is_intercepted(pickle.loads(pickle.dumps(head)))
+    with pytest.raises(ZeroDivisionError), head.intercepted(lambda states: 1 / 0):
+        head(hidden)
+    assert not is_intercepted()
