@@ -33,10 +33,12 @@ def read_prompts(request: Request) -> list[Prompt]:
     if not request.chat:
         texts = [_tokens(served, prompt, "prompt") for prompt in request.prompts]
         return [Prompt(tokens, keep_space=True) for tokens in texts]
-    text = _render(request, request.messages)
-    tokens = _tokens(served, text, "messages", add_special_tokens=False)
+    messages = request.messages
+    mark = None
     if request.escape_control_tokens:
-        tokens = _escaped_tokens(request)
+        messages, mark = mark_control_tokens(messages, served.control_tokens)
+    text = _render(request, messages)
+    tokens = _tokens(served, text, "messages", mark, add_special_tokens=False)
     initial = getattr(tokenizer, "response_initial_state", None)  # 0.31 has no formats of answers
     state = initial or "normal"
     if tokenizer.has_thinking and not initial:
@@ -46,16 +48,6 @@ def read_prompts(request: Request) -> list[Prompt]:
     if not served.cuttable:  # the next prompt may lack this one's last tokens, as for a thought
         landmarks = [*_end_of_system(request, tokens), max(1, len(tokens) - 11)]
     return [Prompt(tokens, tuple(landmarks), state, keep_space=request.grammar is not None)]
-
-
-def _escaped_tokens(request: Request) -> list[int]:
-    """The tokens of a chat's prompt, without control tokens from users and tools."""
-    served = request.served
-    messages, mark = mark_control_tokens(request.messages, served.control_tokens)
-    tokens: list[int] = []
-    for piece in _render(request, messages).split(mark):
-        tokens += served.tokenizer.encode(piece, add_special_tokens=False)
-    return _tokens(served, tokens, "messages")
 
 
 def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = True) -> str:
@@ -76,22 +68,30 @@ def _render(request: Request, messages: list[dict[str, Any]], *, answer: bool = 
         raise ApiError(str(error), "messages") from error
 
 
-def _tokens(served: ServedModel, prompt: str | list[int], field: str, **options: Any) -> list[int]:
-    """The tokens of a prompt that the context has room for."""
+def _tokens(
+    served: ServedModel,
+    prompt: str | list[int],
+    field: str,
+    mark: str | None = None,
+    **options: Any,
+) -> list[int]:
+    """The tokens of a prompt that the context has room for, of its pieces between marks."""
     encode = served.tokenizer.encode
     context = served.context
     tokens: Any = prompt
     n_least = 0  # tokens, as far as they have been counted
     if isinstance(prompt, str):
+        pieces = [prompt] if mark is None else prompt.split(mark)
+        text = "".join(pieces)
         # a tokenizer cannot be interrupted, so a long text is counted in parts first
-        parts = range(0, len(prompt), PART) if len(prompt.encode()) >= context else ()
+        parts = range(0, len(text), PART) if len(text.encode()) >= context else ()
         for start in parts:
-            n_least += len(encode(prompt[start : start + PART], add_special_tokens=False))
+            n_least += len(encode(text[start : start + PART], add_special_tokens=False))
             n_least -= MAX_TOKENS_PER_CUT if start else 0
             if n_least > context:
                 break
         else:
-            tokens = encode(prompt, **options)
+            tokens = [token for piece in pieces for token in encode(piece, **options)]
     if not tokens:
         raise ApiError("The prompt is empty: it needs at least one token.", field)
     if n_least > context or len(tokens) >= context:

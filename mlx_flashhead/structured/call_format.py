@@ -131,7 +131,9 @@ class Mistral(CallFormat):
 
 @dataclass(frozen=True)
 class ListedFormat(CallFormat):
-    """A format that has the arguments one by one, in the order of the schema, each as JSON.
+    """A format that has the arguments one by one, in the order of the schema.
+
+    Each is JSON, but strings may stand as they are, as between tags.
 
     Attributes:
         opening: What stands before a value, with ``$key``, and ``$kind`` for its type.
@@ -142,6 +144,9 @@ class ListedFormat(CallFormat):
         free_keys: A regular expression of names that a schema does not list; empty: only those that
             it lists are written.
         never: Texts that no string holds beside its end, since the parser takes them for its marks.
+        plain: Whether strings stand as they are.
+        trims: Whether the parser takes spaces off the ends of a value.
+        null_is_none: Whether it reads the word null as None, even if it is a string.
     """
 
     opening: str = "$key="
@@ -151,6 +156,9 @@ class ListedFormat(CallFormat):
     empty: str = ""
     free_keys: str = ""
     never: tuple[str, ...] = ()
+    plain: bool = False
+    trims: bool = True
+    null_is_none: bool = False
 
     def call_of(self, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of a call."""
@@ -194,29 +202,8 @@ class ListedFormat(CallFormat):
         return name if re.fullmatch(self.keys, name) else ""
 
     def kind(self, schema: Any, tool: Tool) -> str:
-        """The type that an argument is said to have."""
-        return "object"
-
-    def value(self, schema: Any, tool: Tool, rules: LarkRules) -> str:
-        """A Lark expression of a schema's values and what closes them; empty if there are none."""
-        return f"{rules.json(tool.by_itself(schema))} {rules.template(self.closing)}"
-
-
-@dataclass(frozen=True)
-class TaggedFormat(ListedFormat):
-    """Arguments between tags: strings as they are, all else as JSON.
-
-    Attributes:
-        trims: Whether it takes spaces off the ends of a value.
-        null_is_none: Whether it reads the word null as None, even if it is a string.
-    """
-
-    trims: bool = True
-    null_is_none: bool = False
-
-    def kind(self, schema: Any, tool: Tool) -> str:
         """The type that the parser reads: "string" is as it is, and any other one JSON."""
-        parts = tool.alternatives(schema) or []
+        parts = (tool.alternatives(schema) or []) if self.plain else []
         others = [part for part in parts if not is_text(part)]
         is_null = self.null_is_none and all(kind_of(part) == "null" for part in others)
         return "string" if len(parts) > len(others) and (not others or is_null) else "object"
@@ -224,7 +211,7 @@ class TaggedFormat(ListedFormat):
     def value(self, schema: Any, tool: Tool, rules: LarkRules) -> str:
         """A Lark expression of a schema's values and what closes them; empty if there are none."""
         if self.kind(schema, tool) != "string":
-            return super().value(schema, tool, rules)
+            return f"{rules.json(tool.by_itself(schema))} {rules.template(self.closing)}"
         found = []
         for part in tool.alternatives(schema) or ():
             if not is_text(part):
@@ -236,7 +223,9 @@ class TaggedFormat(ListedFormat):
         return one_of(found)
 
     def view(self, tool: Tool) -> Any:
-        """The arguments with the types that the parser knows them by."""
+        """The tool's parameters as mlx-lm's parser must see them to read the types."""
+        if not self.plain:
+            return tool.given
         listed, _ = tool.members(tool.root)
         types = {key: {"type": self.kind(part, tool)} for key, part, _ in listed}
         return {"type": "object", "properties": types}

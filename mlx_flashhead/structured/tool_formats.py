@@ -4,14 +4,15 @@ from dataclasses import replace
 from keyword import kwlist
 from typing import Any
 
-from .call_format import CallFormat, Gemma, ListedFormat, Mistral, TaggedFormat
+from .call_format import CallFormat, Gemma, ListedFormat, Mistral
 
 _JSON_NAMES = r"[^\x00-\x1f\x7f<\[]+"
 _NAMES = r"[^\s\"'<>]+"
 _PYTHON_NAME = rf"(?!({'|'.join(kwlist)})\b)[A-Za-z_]\w*"
 
 
-_GLM = TaggedFormat(
+_GLM = ListedFormat(
+    plain=True,
     start="<tool_call>",
     end="</tool_call>",
     call="$name$_$arguments",
@@ -22,7 +23,8 @@ _GLM = TaggedFormat(
     between="$_",
     never=("</tool_call>",),
 )
-_MINIMAX = TaggedFormat(
+_MINIMAX = ListedFormat(
+    plain=True,
     start="<minimax:tool_call>",
     end="</minimax:tool_call>",
     call='<invoke name="$name">$_$arguments$_</invoke>$_',
@@ -69,7 +71,8 @@ FORMATS: dict[str, CallFormat] = {
         "<|tool_call_end|>",
         several=True,
     ),
-    "kimi_k3": TaggedFormat(
+    "kimi_k3": ListedFormat(
+        plain=True,
         start="<|open|>tools<|sep|>",
         end="<|close|>tools<|sep|>",
         call='<|open|>call tool="$name" index="$number"<|sep|>$arguments<|close|>call<|sep|>',
@@ -91,7 +94,8 @@ FORMATS: dict[str, CallFormat] = {
         empty='{"name": $json_name, "arguments": {}}',
         never=("</longcat_tool_call>",),
     ),
-    "minicpm5": TaggedFormat(
+    "minicpm5": ListedFormat(
+        plain=True,
         start="<function name=",
         end="</function>",
         call='"$name">$_$arguments',
@@ -138,7 +142,8 @@ FORMATS: dict[str, CallFormat] = {
         between=",$_",
         keys=_PYTHON_NAME,
     ),
-    "qwen3_coder": TaggedFormat(
+    "qwen3_coder": ListedFormat(
+        plain=True,
         start="<tool_call>",
         end="</tool_call>",
         call="<function=$name>\n$arguments$line</function>",
