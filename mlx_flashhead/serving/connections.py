@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .access import COOKIE, MAX_HEAD_BYTES, Access
 from .api_errors import ApiError
-from .bodies import json_response, write_json
+from .bodies import json_response
 from .page_files import locked_page
 
 MAX_WAITING = 64  # connections; beyond it, the address with most of them loses its oldest
@@ -123,10 +123,10 @@ class Connection(H11Protocol):
         text = "The request is not HTTP/1.1."
         if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
             text = f"The request's head has more than {MAX_HEAD_BYTES:,} bytes: send less."
-        body = write_json(ApiError(text, status=status).as_json())
-        lines = [f"HTTP/1.1 {status} {status.phrase}", "Content-Type: application/json"]
-        lines += [f"Content-Length: {len(body)}", "Connection: close", "", body]
-        self.transport.write("\r\n".join(lines).encode())
+        response = json_response(ApiError(text, status=status).as_json(), status)
+        headers = [b"%b: %b" % header for header in response.raw_headers]
+        lines = [f"HTTP/1.1 {status} {status.phrase}".encode(), *headers, b"Connection: close"]
+        self.transport.write(b"\r\n".join([*lines, b"", bytes(response.body)]))
         self._refused = True
         with suppress(OSError):  # it has gone
             self.transport.write_eof()

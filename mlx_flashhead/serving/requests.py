@@ -228,6 +228,12 @@ _MAKERS: dict[str, Callable[[Any], Grammar]] = {
     "grammar": Grammar.from_lark,
 }
 _INDEX = re.compile(r"\[.*?\]$")
+# What may be in the fields' objects, by name.
+_HINTS = {
+    name: hint
+    for struct in (Message, ResponseFormat, StreamOptions)
+    for name, hint in get_type_hints(struct, include_extras=True).items()
+}
 
 
 def read_fields(body: Mapping[str, Any], kind: type[Fields]) -> tuple[Any, list[str]]:
@@ -281,11 +287,8 @@ def _refusal(problem: str, values: Mapping[str, Any], kind: type[Struct]) -> Api
         name = unknown[1]
         return ApiError(f"{name:.{_MAX_NAME}} is not a field of this server.", name[:80])
     missing = re.findall(r"missing required field `(.*?)`", problem)
-    path = problem.partition("`$.")[2].rstrip("`").replace("[...]", "").split(".")
-    path = [*filter(None, path), *missing]
-    known: dict[str, Any] = {}
-    for struct in (Message, ResponseFormat, StreamOptions, kind):
-        known |= get_type_hints(struct, include_extras=True)
+    path = [*re.findall(r"\w+(?:\[\d+\])?", problem.partition("`$.")[2]), *missing]
+    known = _HINTS | get_type_hints(kind, include_extras=True)
     while (name := _INDEX.sub("", path[-1])) not in known or name in ("role", "type"):
         path.pop()  # what is in it has no sentence of its own
     param = re.match(r"messages\[\d+\](\.\w+)?|\w+", ".".join(path))
@@ -542,8 +545,8 @@ def _described_form(asked: ResponseFormat) -> dict[str, Any]:
     where = f"response_format.{asked.type}"
     described = _Schema("any") if asked.type == "json_object" else getattr(asked, asked.type)
     if described is None:
-        hint = get_type_hints(ResponseFormat, include_extras=True)[asked.type]
-        raise ApiError(f"{where} is missing: it must be {_words(hint)}.", "response_format")
+        wanted = _words(_HINTS[asked.type])
+        raise ApiError(f"{where} is missing: it must be {wanted}.", "response_format")
     if isinstance(described, _Schema):
         return {f"{where}.schema": described.schema}
     return {where: described}

@@ -144,15 +144,14 @@ def announce(host: str, port: int, token: str, out: TextIO) -> None:
     address = own_address(host)
     page = url(address, port, token)
     # white on black: the code is for a dark terminal
-    before = "\x1b[97;40m" if out.isatty() else ""
-    after = "\x1b[0m" if out.isatty() else ""
+    shown = "\x1b[97;40m{}\x1b[0m" if out.isatty() else "{}"
     try:
         segno = from_extra("segno", "qr", "A QR code of this address")
         made = segno.make(page, error="l", micro=False)
         drawn = io.StringIO()
         # with a wide border the code of a full IPv6 address leaves no line for the text
         made.terminal(drawn, compact=True, border=2 if made.version < 5 else 1)
-        code = "\n".join(f"{before}{line}{after}" for line in drawn.getvalue().splitlines())
+        code = "\n".join(map(shown.format, drawn.getvalue().splitlines()))
         code.encode(out.encoding or "ascii")
     except UnicodeEncodeError:  # ASCII would make the code too large
         code = f"A QR code of it needs a terminal with UTF-8. This one has {out.encoding}."

@@ -48,11 +48,6 @@ class Vocabulary:
             text: token for text, token in added.items() if is_special(token)
         }
 
-    def text_of(self, token: int) -> bytes:
-        """The bytes of a token."""
-        text: bytes = self.tokens.decode_bytes([token])
-        return text
-
     @cached_property
     def other_than_text(self) -> list[int]:
         """The tokens that are no text by themselves: special ones, and parts of characters."""
@@ -72,7 +67,7 @@ class Vocabulary:
 
     def _is_text(self, token: int) -> bool:
         try:
-            self.text_of(token).decode()
+            self.tokens.decode_bytes([token]).decode()
         except UnicodeDecodeError:
             return False
         return not self.tokens.is_special_token(token)
