@@ -12,8 +12,7 @@ import numpy as np
 
 from ..common.masks import Mask
 from .grammar import LIMITS, Grammar, sentence
-from .text_grammar import text_grammar
-from .tool_grammar import ToolCalls
+from .tool_grammar import ToolCalls, text_grammar
 from .vocabulary import Vocabulary, llguidance, vocabulary_of
 
 # Seconds of computing that all masks may take in addition to a limit for each.
