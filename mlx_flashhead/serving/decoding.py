@@ -35,7 +35,6 @@ from .requests import Request
 from .served_models import ServedModel
 
 SECONDS_PER_MASK = 0.005  # of an answer in a form: all others wait for its mask
-MIN_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, but for overflows
 # Seconds of a chunk. After it, other answers and ended ones have their turn.
 CHUNK_SECONDS = 0.4
 SMALLEST_CHUNK = 16
@@ -68,16 +67,32 @@ class Job:
         # OpenAI's seeds may be negative. MLX's random state decides nothing: it is left unusable by
         # a function that fails while MLX compiles it.
         seed = secrets.randbits(64) if fields.seed is None else fields.seed % 2**64 + self.index
-        self.sampler = make_sampler(**sampler_arguments(request), seed=seed)
-        self.processors: list[Any] = make_logits_processors(**request.penalties)
+        tokenizer = self.served.tokenizer
+        self.sampler = make_sampler(
+            fields.temperature,
+            top_p=fields.top_p,
+            min_p=fields.min_p,
+            top_k=fields.top_k,
+            xtc_probability=fields.xtc_probability,
+            xtc_threshold=fields.xtc_threshold,
+            xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+            seed=seed,
+        )
+        self.processors: list[Any] = make_logits_processors(
+            fields.logit_bias or None,
+            repetition_penalty=fields.repetition_penalty,
+            repetition_context_size=fields.repetition_context_size,
+            presence_penalty=fields.presence_penalty,
+            presence_context_size=fields.presence_context_size,
+            frequency_penalty=fields.frequency_penalty,
+            frequency_context_size=fields.frequency_context_size,
+        )
         if self.grammar is not None:  # without its `begin`: a text may go on after a failure
             grammar = self.grammar
             self.processors.append(Mask(grammar.allowed, grammar.forced_tokens))
         self.tokens: list[int] = []  # that were generated, with the end token
         self.times: list[float] = []  # of the first and the last of them, by time.monotonic
-        self._text = AnswerText(
-            self.served.tokenizer, request.stop, self.prompt.state, self.prompt.keep_space
-        )
+        self._text = AnswerText(tokenizer, request.stop, self.prompt.state, self.prompt.keep_space)
 
     @property
     def kind(self) -> tuple:
@@ -126,22 +141,6 @@ class Job:
 
 
 Decoded = tuple[Job, int, mx.array]  # a sequence, its next token, and logprobs (V,) there
-
-
-def sampler_arguments(request: Request) -> dict[str, Any]:
-    """The arguments of ``make_sampler`` for a request, without the seed."""
-    served = request.served
-    fields = request.fields
-    takes_likeliest = fields.top_p == 0 or fields.temperature < MIN_TEMPERATURE
-    return {
-        "temp": 0.0 if takes_likeliest else fields.temperature,
-        "top_p": fields.top_p,
-        "top_k": 0 if fields.top_k >= served.vocab_size else fields.top_k,  # 0: all tokens
-        "min_p": fields.min_p,
-        "xtc_probability": fields.xtc_probability,
-        "xtc_threshold": fields.xtc_threshold,
-        "xtc_special_tokens": [*served.tokenizer.encode("\n"), *served.tokenizer.eos_token_ids],
-    }
 
 
 def read_jobs(

@@ -25,11 +25,6 @@ MAX_CHOICES = 16  # texts of a request: n times the number of its prompts
 MAX_LOGPROBS = 20
 # Characters of a schema, an expression or a grammar; OpenAI's limit for a schema is of this size.
 MAX_CHARACTERS = 100_000
-# Arguments of mlx-lm's make_logits_processors.
-PENALTIES = (
-    *("repetition_penalty", "repetition_context_size", "presence_penalty", "presence_context_size"),
-    *("frequency_penalty", "frequency_context_size"),
-)
 # Variables of chat templates that are also fields of OpenAI's API.
 TEMPLATE_FIELDS = ("reasoning_effort", "verbosity")
 # Fields that have the defaults of flags, by the flags.
@@ -41,6 +36,7 @@ _OF_FLAGS = {
     "num_draft_tokens": "num_draft_tokens",
     "max_tokens": "max_tokens",
 }
+_MIN_TEMPERATURE = 1e-6  # below it a draw is the likeliest token, but for overflows
 _MAX_BIAS = 1e4  # a larger one has the same effect, and would be infinite in float16
 _MAX_INT = 2**31 - 1
 _MAX_NAME = 40  # characters of a name or a value in a sentence
@@ -344,7 +340,6 @@ class Request:
         stop: Texts before which an answer ends.
         grammar: What an answer follows; None for any text.
         logprobs: The number of likeliest tokens beside each chosen one; None: no logprobs.
-        penalties: Arguments of mlx-lm's ``make_logits_processors``.
         escape_control_tokens: Whether those in texts of users and tools are read as text.
 
     Raises:
@@ -365,6 +360,7 @@ class Request:
         self.prompts: list[str | list[int]] = []
         self.tools = RequestedTools([], [])
         self.template_settings: dict[str, Any] = {}
+        self.logprobs: int | None = fields.logprobs
         stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop
         if chat:
             self.messages = _template_messages(body["messages"], served.takes_developer)
@@ -373,6 +369,9 @@ class Request:
             )
             self.template_settings, unread = _template_settings(fields, served)
             self.ignored += unread
+            if fields.top_logprobs and not fields.logprobs:
+                raise field_error("top_logprobs", "needs logprobs to be true.")
+            self.logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
         else:
             self.prompts = _prompts(fields, served)
             stops = [*stops, *(served.middle_ends if fields.suffix else ())]
@@ -380,14 +379,12 @@ class Request:
             {"normal": [(text, None) for text in stops]} if stops else None
         )
         self.grammar = _grammar(fields)
-        self.logprobs: int | None = _n_logprobs(fields) if chat else fields.logprobs
-        self.penalties = {name: getattr(fields, name) for name in PENALTIES}
-        self.penalties["logit_bias"] = _logit_bias(fields, served)
+        fields.logit_bias = _logit_bias(fields, served)
         self.escape_control_tokens: bool = flags.escape_control_tokens
         _settle(fields, served, flags)
 
 
-def _settle(fields: Fields, served: ServedModel, flags: Namespace) -> None:
+def _settle(fields: Any, served: ServedModel, flags: Namespace) -> None:
     """Gives fields that depend on each other, on the model or on the flags their values."""
     limits = {fields.max_tokens, fields.max_completion_tokens} - {None}
     if len(limits) > 1:
@@ -400,6 +397,9 @@ def _settle(fields: Fields, served: ServedModel, flags: Namespace) -> None:
     for flag, name in _OF_FLAGS.items():
         if getattr(fields, name) is None:
             setattr(fields, name, getattr(flags, flag))
+    takes_likeliest = fields.top_p == 0 or fields.temperature < _MIN_TEMPERATURE
+    fields.temperature = 0.0 if takes_likeliest else fields.temperature
+    fields.top_k = 0 if fields.top_k >= served.vocab_size else fields.top_k  # 0: all tokens
     n_probes = fields.n_probes
     if fields.dense is None:
         fields.dense = served.settings.dense and n_probes is None
@@ -571,16 +571,7 @@ def _template_settings(fields: ChatFields, served: ServedModel) -> tuple[dict[st
     return settings | fields.chat_template_kwargs, [name for name in given if name not in taken]
 
 
-def _n_logprobs(fields: ChatFields) -> int | None:
-    """The number of likeliest tokens that a chat wants to see; None without logprobs."""
-    if fields.logprobs:
-        return fields.top_logprobs or 0
-    if fields.top_logprobs:
-        raise field_error("top_logprobs", "needs logprobs to be true.")
-    return None
-
-
-def _logit_bias(fields: Fields, served: ServedModel) -> dict[int, float] | None:
+def _logit_bias(fields: Fields, served: ServedModel) -> dict[int, float]:
     """The numbers to add to logits, by token id."""
     bias = {}
     for key, value in fields.logit_bias.items():
@@ -591,4 +582,4 @@ def _logit_bias(fields: Fields, served: ServedModel) -> dict[int, float] | None:
                 f"must give each token id a number: choose 0 to {served.vocab_size - 1}.",
             )
         bias[int(key)] = max(-_MAX_BIAS, min(_MAX_BIAS, value))
-    return bias or None
+    return bias

@@ -7,7 +7,6 @@ import pytest
 from engines import checked
 from mlx_flashhead.decoding.settings import DecodingSettings
 from mlx_flashhead.serving.api_errors import ApiError
-from mlx_flashhead.serving.decoding import sampler_arguments
 from mlx_flashhead.serving.requests import MAX_CHARACTERS, MAX_CHOICES, MAX_LOGPROBS
 from model_folders import VOCAB_SIZE
 
@@ -58,15 +57,15 @@ def test_values_arrive(tiny):
     assert (fields.stream, fields.stream_options.include_usage, fields.n) == (True, True, 3)
     assert (fields.max_tokens, fields.seed) == (6, -5)
     assert (fields.temperature, fields.top_k, request.logprobs) == (1.0, 3, 20)
-    assert request.penalties["logit_bias"] == {5: 1e4, 6: -1.0}
+    assert fields.logit_bias == {5: 1e4, 6: -1.0}
     assert chat(tiny, logprobs=True).logprobs == 0
     assert text(tiny, logprobs=2).logprobs == 2
     for prompts in (["a", "b"], [[1, 2], [3]], ["a", [3]], ["a"], [[1, 2]]):
         prompt = prompts[0] if len(prompts) == 1 else prompts
         assert text(tiny, prompt=prompt).prompts == prompts
-    assert sampler_arguments(chat(tiny, top_k=10**6))["top_k"] == 0
+    assert chat(tiny, top_k=10**6).fields.top_k == 0
     for least in ({"temperature": 1e-7}, {"temperature": 1, "top_p": 0}):
-        assert sampler_arguments(chat(tiny, **least))["temp"] == 0
+        assert chat(tiny, **least).fields.temperature == 0
 
 
 def test_what_changes_nothing_is_taken_and_named(tiny):
