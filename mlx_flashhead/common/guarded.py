@@ -84,6 +84,7 @@ class Guard:
         self.path = path
         self.seconds = seconds
         self.max_bytes = max_bytes
+        self._too_large = f"takes more than {max_bytes >> 20:,} MB of memory"
         self._free = BoundedSemaphore(max_helpers)
         self._idle: list[subprocess.Popen] = []  # pop and append are atomic
         atexit.register(self.close)
@@ -125,10 +126,6 @@ class Guard:
                     return helper
                 _end(helper)  # somebody else has ended it
         return self._start()
-
-    @property
-    def _too_large(self) -> str:
-        return f"takes more than {self.max_bytes >> 20:,} MB of memory"
 
     def _ask(self, helper: subprocess.Popen, request: Any) -> list[Any]:
         """A helper's kind of answer, and the result or a message; GuardError if it gives none."""

@@ -137,6 +137,8 @@ class Completion:
             chat=self._http_request.scope["path"] in CHAT_PATHS,
             models=service.models,
             flags=service.flags,
+            events=self,
+            address=self._address,
         )
         has_form = any(self._fields.get(name) is not None for name in _FORMS)
         readers = service.grammar_readers if has_form else service.readers
@@ -144,9 +146,6 @@ class Completion:
             self._jobs = await readers.run(self._address, partial(unless_left, self._left, read))
         except LeftError:
             raise ClientDisconnect from None
-        for job in self._jobs:
-            job.events = self
-            job.address = self._address
         request = self._jobs[0].request
         service.name_ignored(request.ignored)
         self._request = request

@@ -144,7 +144,13 @@ Decoded = tuple[Job, int, mx.array]  # a sequence, its next token, and logprobs 
 
 
 def read_jobs(
-    fields: dict[str, Any], *, chat: bool, models: list[ServedModel], flags: Namespace
+    fields: dict[str, Any],
+    *,
+    chat: bool,
+    models: list[ServedModel],
+    flags: Namespace,
+    events: Any = None,
+    address: str = "",
 ) -> list[Job]:
     """Makes a job for each answer to a request.
 
@@ -156,6 +162,8 @@ def read_jobs(
         chat: Whether they are those of a chat; else texts are continued.
         models: The models that are served.
         flags: The server's options.
+        events: What takes the jobs' events; None: a queue for each.
+        address: That of the client.
 
     Raises:
         ApiError: If a field is wrong; it names the field.
@@ -165,7 +173,14 @@ def read_jobs(
     grammar = _processor(request, prompts[0].state)
     each = [prompt for prompt in prompts for _ in range(request.fields.n)]
     return [
-        Job(request, prompt, index=index, grammar=grammar and grammar.for_sequence())
+        Job(
+            request,
+            prompt,
+            SimpleQueue() if events is None else events,
+            index,
+            address,
+            grammar and grammar.for_sequence(),
+        )
         for index, prompt in enumerate(each)
     ]
 

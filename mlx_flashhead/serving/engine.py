@@ -35,7 +35,7 @@ class Engine:
     def __init__(self, load: Callable[[], list[ServedModel]], flags: Namespace):
         self.models: Future[list[ServedModel]] = Future()  # or why loading has failed
         self._flags = flags
-        self._arrived: SimpleQueue[Job] = SimpleQueue()
+        self._arrived: SimpleQueue[list[Job]] = SimpleQueue()
         self._ended = Event()
         self._waiting: list[Job] = []
         self._tasks: list[Task] = []  # the oldest first
@@ -49,8 +49,7 @@ class Engine:
 
     def submit(self, jobs: Iterable[Job]) -> None:
         """Puts jobs into the queue. Each gets events until its answer is complete or has failed."""
-        for job in jobs:
-            self._arrived.put(job)
+        self._arrived.put(list(jobs))
 
     @property
     def status(self) -> str:
@@ -161,9 +160,9 @@ class Engine:
     def _receive(self) -> None:
         if not self._busy and not self._builds:
             with suppress(Empty):
-                self._waiting.append(self._arrived.get(timeout=0.1))
+                self._waiting += self._arrived.get(timeout=0.1)
         while not self._arrived.empty():
-            self._waiting.append(self._arrived.get())
+            self._waiting += self._arrived.get()
 
     def _admit(self) -> None:
         """Begins answers: of each address a third of those at once, and more if no other waits."""

@@ -189,13 +189,13 @@ class ListedFormat(CallFormat):
                 written.append((rules.rule(f"{opening} {value}"), required))
             elif required:
                 raise ValueError(f"this model's format has no such argument as {key!r:.40}")
-        more = None
+        between = rules.template(self.between)
         if self.free_keys and others not in (None, False):
             unlike = [f"~/{any_of(key for key, _, _ in listed)}/"] if listed else []
             key = rules.rule(" & ".join([f"/{self.free_keys}/", *unlike]), "T")
             more = f"{rules.template(self.opening, key=key)} {self.value(others, tool, rules)}"
-        between = rules.template(self.between)
-        return rules.in_order(written, between, more=more, needs_one=bool(self.empty))
+            written.append((f"{more} ({between} {more})*", False))
+        return rules.in_order(written, between, needs_one=bool(self.empty))
 
     def key(self, name: str) -> str:
         """A name as it is written; empty if it cannot be."""

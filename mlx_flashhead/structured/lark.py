@@ -129,26 +129,17 @@ class LarkRules:
         return f"{whole} {self.expression(mark.removeprefix(first))}"
 
     def in_order(
-        self,
-        members: Sequence[tuple[str, bool]],
-        comma: str = "",
-        *,
-        more: str | None = None,
-        needs_one: bool = False,
+        self, members: Sequence[tuple[str, bool]], comma: str = "", *, needs_one: bool = False
     ) -> str:
         """A Lark expression of members in their order, without some of those not required.
 
         Args:
             members: Lark expressions, each with whether it is required.
             comma: A Lark expression of what stands between two of them.
-            more: A Lark expression of further members, as many as there may be.
             needs_one: Whether there must be one.
         """
         firsts = []  # what may come first, from the last to the first
         following = ""
-        if more is not None:
-            following = f"({comma} {more})*"
-            firsts.append(f"{more} {following}")
         for member, required in reversed(members):
             rest = self.rule(following) if following else ""
             firsts = [] if required else firsts
