@@ -138,7 +138,7 @@ class LarkRules:
             comma: A Lark expression of what stands between two of them.
             needs_one: Whether there must be one.
         """
-        firsts = []  # what may come first, from the last to the first
+        firsts: list[str] = []  # what may come first, from the last to the first
         following = ""
         for member, required in reversed(members):
             rest = self.rule(following) if following else ""
