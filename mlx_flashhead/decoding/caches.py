@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..models.compat.cache_classes import are_librarys_caches
+from ..models.compat.recognised import are_librarys_caches
 
 UNKNOWN_CACHE = "dense: its caches are not mlx-lm's own"
 AHEAD = 160  # the most tokens by which a cache is ahead of the caller

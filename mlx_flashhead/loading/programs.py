@@ -216,12 +216,9 @@ class _Patches:
 
         @wraps(original)
         def steps(*arguments: Any, **named: Any) -> Iterator[Any]:
-            try:
-                call = parameters.bind(*arguments, **named)
-            except TypeError:  # the library has a sentence for it
-                call = None
-            loop = None if call is None else self._decided(take, original, call)
-            yield from original(*arguments, **named) if loop is None else loop
+            call = parameters.bind(*arguments, **named)
+            loop = self._decided(take, original, call)
+            yield from loop or original(*arguments, **named)
 
         return steps
 

@@ -149,9 +149,6 @@ class ProcessorText:
             return isinstance(self.apply_chat_template(hello, tokenize=False), str)
         return False
 
-    def __len__(self) -> int:
-        return len(self._tokenizer)
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 

@@ -2,7 +2,8 @@
 
 A text of this package is mlx-lm's, computed otherwise. That holds while mlx-lm's own loops would
 call what they called when this package was imported: a program may replace any name of a module,
-or any function of a class.
+or any function of a class. A cache is a library's own class, with the functions that it was
+imported with, or unknown: a subclass may say that it can be trimmed because its parent can.
 """
 
 import importlib
@@ -11,8 +12,10 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from hashlib import sha256
 from inspect import getsource
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
+
+from mlx_lm.models import cache as mlx_lm_cache
 
 # oMLX's samplers (flyto-mlx 0.7.0): those of mlx-lm 0.31, without mx.compile.
 OMLX_SAMPLING = ("omlx.utils.sampling", "c76da93ba87cca11")
@@ -106,3 +109,38 @@ def is_omlx_sampler(sampler: FunctionType) -> bool:
     if module is None or digest(module) != text:
         return False
     return sampler.__code__ in nested_codes(vars(module)["make_sampler"])
+
+
+_cache_classes: dict[type, dict[str, Any]] = {}  # and their functions, as they were first seen
+
+
+def _functions_of(cls: type) -> dict[str, Any]:
+    named = {name: value for base in reversed(cls.__mro__) for name, value in vars(base).items()}
+    named.pop("__slotnames__", None)  # which copying a cache leaves there
+    return named
+
+
+def _note(module: ModuleType) -> None:
+    for cls in vars(module).values():
+        if isinstance(cls, type) and issubclass(cls, module._BaseCache):
+            _cache_classes.setdefault(cls, _functions_of(cls))
+
+
+_note(mlx_lm_cache)
+
+
+def are_librarys_caches(layers: Iterable[Any]) -> bool:
+    """Whether all caches, and each one in them, are of libraries' classes and have their functions.
+
+    Args:
+        layers: What ``make_prompt_cache`` makes, or anything that a caller has given.
+    """
+    layers = list(layers)
+    for cls in set(map(type, layers)):
+        if cls not in _cache_classes and cls.__module__ == "mlx_vlm.models.cache":
+            _note(sys.modules[cls.__module__])
+        if _cache_classes.get(cls) != _functions_of(cls):
+            return False
+    if any(callable(value) for layer in layers for value in vars(layer).values()):
+        return False
+    return all(are_librarys_caches(layer.caches) for layer in layers if hasattr(layer, "caches"))
