@@ -58,7 +58,13 @@ def test_the_names_of_mlx_lms_loops_are_there():
 
 
 @pytest.mark.parametrize(
-    "name", ["generate.make_prompt_cache", "sample_utils.apply_top_k", "models.cache.KVCache"]
+    "name",
+    [
+        "generate.maybe_quantize_kv_cache",
+        "sample_utils.apply_top_k",
+        "models.cache.KVCache",
+        "models.cache.make_prompt_cache",
+    ],
 )
 def test_a_name_that_mlx_lms_loops_look_up_is_replaced(name, monkeypatch):
     assert mlx_lm_is_as_imported()

@@ -27,7 +27,11 @@ LOOPS = {
         "trim_prompt_cache", "does_model_support_input_embeddings", "greedy_sampler",
         "StopSequences", "_build_trie",
     ),
-    "mlx_lm.models.cache": ("KVCache", "RotatingKVCache", "QuantizedKVCache"),
+    "mlx_lm.models.cache": (
+        "KVCache", "RotatingKVCache", "QuantizedKVCache",
+        # which 0.31 looks up here
+        "make_prompt_cache", "can_trim_prompt_cache", "trim_prompt_cache",
+    ),
     "mlx_lm.sample_utils": (
         "apply_top_k", "apply_min_p", "apply_top_p", "apply_xtc", "categorical_sampling",
         "greedy_sampler",
