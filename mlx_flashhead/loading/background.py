@@ -34,7 +34,7 @@ from ..models.fetch import HOME_VARIABLE, home
 from ..models.install import get_flash_head
 from ..models.locate import HeadLocation, check_plain_product, find_head
 from ..models.origin import local_origin
-from ..models.vlm import is_vlm, text_side
+from ..models.vlm import text_side
 from . import sources
 from .head_options import HeadOptions
 from .sources import StoredHead
@@ -354,7 +354,7 @@ def background_build(
         options: How the model gets its FlashHead, and where it is said that it can have none.
         kind: Who advances the build.
     """
-    if get_flash_head(model) is not None or is_vlm(model):
+    if get_flash_head(model) is not None:
         return None
     try:
         return kind(model, tokenizer, source, options)

@@ -55,31 +55,23 @@ def apply_template(
     try:
         if template is not None:
             # transformers prepares messages, tools and variables, and writes those that are read
-            variables = apply(chat_template=_variables_template(template) or " ", **options)
+            entries = (
+                f'{{% if {name} is defined %}}"{name}":{{{{ {name}|tojson }}}},{{% endif %}}'
+                for name in _variables_read(template)
+            )
+            variables = apply(chat_template="".join(entries) or " ", **options)
             text = _GUARD.call([template, f'{{{variables}"":0}}'])
         if continue_final_message:  # what it makes is bounded above
             text = apply(continue_final_message=True, **options)
         elif template is None:
             text = apply(**options)
     except Exception as error:  # templates raise any type
+        line = str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
+        reason = f"it {line}" if isinstance(error, GuardError) else line
         raise ValueError(
-            f"The model's chat template cannot be filled in ({_reason(error)}): {remedy}."
+            f"The model's chat template cannot be filled in ({reason}): {remedy}."
         ) from error
     return text
-
-
-def _variables_template(template: str) -> str:
-    """A template that writes the variables of another one, as entries of a JSON object."""
-    return "".join(
-        f'{{% if {name} is defined %}}"{name}":{{{{ {name}|tojson }}}},{{% endif %}}'
-        for name in _variables_read(template)
-    )
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error of a template."""
-    line = str(error).strip().split("\n")[0].rstrip(".")[:200] or type(error).__name__
-    return f"it {line}" if isinstance(error, GuardError) else line
 
 
 def template_variables(tokenizer: Any) -> frozenset[str]:
