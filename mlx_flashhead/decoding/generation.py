@@ -176,7 +176,7 @@ def batch_generate(
         ValueError: If a setting is not valid for the model, or as from mlx-lm.
         TypeError: If there is no such keyword.
     """
-    known = {*signature(VerifiedBatchGenerator).parameters, *SettingsOptions.__annotations__}
+    known = {*signature(compat.BatchGenerator).parameters, *SettingsOptions.__annotations__}
     check_keywords(kwargs, known)
     proposer = make_proposer(model, DecodingSettings.taken_from(kwargs))
     check_batched_lookup(proposer, kwargs.get("max_kv_size"))

@@ -116,9 +116,9 @@ class _BatchGenerator(compat.BatchGenerator):
             self._own.update(uids)
             return uids
         processors = other_programs.adapted(logits_processors)
-        verified.n_inserted = self._uid_count
+        verified._uid_count = self._uid_count
         uids = verified.insert_segments(*first, processors, *stops, **named_stops)
-        self._uid_count = verified.n_inserted
+        self._uid_count = verified._uid_count
         return uids
 
     def _next(self) -> Any:

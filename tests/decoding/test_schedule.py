@@ -183,9 +183,10 @@ def test_a_call_gives_one_token_of_a_text_at_most_and_computes_none_that_is_left
     calls = []
     step = generator.next
     generator.next = lambda: calls.append(len(rounds)) or step()
-    assert decoded(generator, [PROMPT, *OTHERS], [20] * 4) == expected
+    with generator.stats() as stats:
+        assert decoded(generator, [PROMPT, *OTHERS], [20] * 4) == expected
     assert len(calls) > len(set(calls)) > 3  # calls between which nothing was computed
-    assert generator._counters.generation_tokens == 80
+    assert stats.generation_tokens == 80
 
 
 def test_an_empty_list_of_processors_is_none(flash, misses):

@@ -1,23 +1,17 @@
 """mlx-lm's names that may move from one version to the next. Tested with 0.31.3 to 0.32.2."""
 
 import importlib
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from importlib.util import find_spec
 from inspect import getclosurevars, signature
 from types import FunctionType
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm import sample_utils
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.generate import (
     BatchGenerator,
     BatchResponse,
-    BatchStats,
     GenerationBatch,
     GenerationResponse,
     PromptProcessingBatch,
@@ -70,7 +64,6 @@ if find_spec("mlx_lm.cli_ui") is not None:  # new in 0.32
 else:
     from .mlx_lm_0_31 import (  # type: ignore[assignment]
         DEFAULT_ALLOW_PATTERNS,
-        StopSequences,
         TextStateMachine,
         load,
         load_processor,
@@ -79,6 +72,7 @@ else:
         sharded_load,
         speculative_generate_step,
     )
+    from .mlx_lm_0_31 import StateMachineStops as StopSequences  # type: ignore[assignment]
 
 
 _SAMPLERS = nested_codes(sample_utils.make_sampler)
@@ -126,46 +120,10 @@ CALLS_SHARED_SAMPLERS_ONCE = hasattr(module, "_normalize_samplers")
 QUANTIZED_KV_START: int = signature(module.generate_step).parameters["quantized_kv_start"].default
 
 
-@dataclass
-class BatchCounters:
-    """What a batch has done so far, in seconds and numbers."""
-
-    prompt_tokens: int = 0
-    prompt_time: float = 0.0
-    generation_tokens: int = 0
-    generation_steps: int = 0
-    decode_time: float = 0.0
-
-
-@contextmanager
-def counted(counters: BatchCounters) -> Iterator[BatchStats]:
-    """The work that a batch's ``counters`` count while the block runs, as mlx-lm's statistics."""
-    before = dict(vars(counters))
-    began = time.perf_counter()
-    stats = BatchStats()
-    try:
-        yield stats
-    finally:
-        done: dict[str, Any] = {name: n - before[name] for name, n in vars(counters).items()}
-        wall_time = time.perf_counter() - began
-        done["wall_time"] = wall_time
-        done["peak_memory"] = mx.get_peak_memory() / 1e9
-        done["generation_time"] = wall_time - done["prompt_time"]  # in 0.31, as are the next ones
-        done["prompt_tps"] = done["prompt_tokens"] / max(done["prompt_time"], 1e-9)
-        done["generation_tps"] = done["generation_tokens"] / max(done["generation_time"], 1e-9)
-        for field in dataclass_fields(stats):
-            setattr(stats, field.name, done[field.name])
-
-
 def batch_response(**fields: Any) -> BatchResponse:
     """mlx-lm's ``BatchResponse``, with the fields that the installed version has."""
     names = {field.name for field in dataclass_fields(BatchResponse)}
     return BatchResponse(**{name: value for name, value in fields.items() if name in names})
-
-
-def stop_matchers(stops: Any) -> Any:
-    """``stop_sequences`` as mlx-lm has them, from sequences of tokens, or single tokens."""
-    return StopSequences(stops if stops else None)
 
 
 def as_stop_sequences(stops: Any) -> Any:

@@ -81,14 +81,6 @@ class StateMachineStops:
         return self.match_sequence is not None and self.current_state is None
 
 
-def StopSequences(stops: Any) -> Any:
-    """0.32's: of sequences of tokens that end a text, or of 0.31's machine of such."""
-    if hasattr(stops, "make_state"):
-        return StateMachineStops(stops)
-    edges = {"normal": [(stop, None) for stop in stops]} if stops else {}
-    return StateMachineStops(module.SequenceStateMachine(edges, initial="normal"))
-
-
 class TextStateMachine:
     """Follows the markers of thoughts and calls in a text, with the face of 0.32's."""
 
