@@ -15,11 +15,11 @@ import logging
 import time
 from collections.abc import Callable
 from functools import cache as once
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import mlx.core as mx
 
-from .caches import Snapshot, rollback
+from .caches import BatchCaches, OwnCaches, Snapshot, rollback
 from .dense_choice import choose_densely, share_a_sampler
 from .guesses import Guess, Guesser
 from .proposer import Proposer, step_arrays
@@ -35,35 +35,6 @@ SEVERAL_DRAW = "dense: several texts of a batch draw from MLX's random state"
 Feed = Callable[[mx.array, list[Any]], mx.array]
 
 
-class Caches(Protocol):
-    """The caches of the decoder's sequences, a row for each.
-
-    `caches.py` has one class for a text alone, and one for several.
-    """
-
-    layers: list[Any]
-
-    def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]:
-        """Returns snapshots of rows' caches, from which they can be rolled back."""
-        ...
-
-    def extract(self, row: int) -> list[Any]:
-        """Returns the caches of one row, as a text alone would have them."""
-        ...
-
-    def drop(self, rows: list[int]) -> None:
-        """Takes rows out."""
-        ...
-
-    def join(self, layers: list[Any], n_rows: int = 1) -> None:
-        """Adds the rows of the caches ``layers``."""
-        ...
-
-    def merged(self, caches: list[list[Any]]) -> list[Any]:
-        """Returns caches of single texts as those of a batch."""
-        ...
-
-
 class Decoder:
     """Decodes R ≥ 1 sequences at once.
 
@@ -72,11 +43,11 @@ class Decoder:
 
     Args:
         proposer: Proposes tokens, and says what can be verified.
-        caches: The caches of the sequences.
+        caches: The caches of the sequences: of a text alone, or of several.
         feed: Runs the model.
     """
 
-    def __init__(self, proposer: Proposer, caches: Caches, feed: Feed):
+    def __init__(self, proposer: Proposer, caches: OwnCaches | BatchCaches, feed: Feed):
         self.sequences: list[Sequence] = []
         self.caches = caches
         self._proposer = proposer
@@ -316,27 +287,26 @@ class Decoder:
         for i, sequence in enumerate(sequences):
             sequence.feed(latest if n == 1 else latest[i : i + 1])
         proposed = [i for i in range(n) if sequences[i].proposing]
+        dense = [i for i in range(n) if not sequences[i].proposing]
         states: list[mx.array] = []
-        with proposer.noting(states, logits=len(proposed) < n):
+        with proposer.noting(states, logits=bool(dense)):
             logits = self._feed(latest[:, None], layers)
-        if len(proposed) == n:
-            tokens = proposer.propose(sequences, _last(states[-1]), latest)
-        elif not proposed:
-            shared = share_a_sampler([*self.sequences, *sequences])
-            tokens = choose_densely(proposer, sequences, logits[:, -1, :], shared, states)
-        else:
-            shared = share_a_sampler([*self.sequences, *sequences])
-            logits = logits[:, -1, :]
-            dense = [i for i in range(n) if i not in proposed]
-            rows = mx.array(proposed)
+        chosen = []
+        if proposed:
             some = [sequences[i] for i in proposed]
-            first = proposer.propose(some, _last(states[-1])[rows], latest[rows])
-            rest = [sequences[i] for i in dense]
-            of_rest = logits[mx.array(dense)]
-            second = choose_densely(proposer, rest, of_rest, shared, states, dense)
-            tokens = mx.concatenate([first, second])[mx.argsort(mx.array(proposed + dense))]
-        chosen = [sequence.pending[-1] for sequence in sequences]
-        mx.async_eval(step_arrays(tokens, chosen), self._schedule.joined)
+            own = _rows(_last(states[-1]), proposed)
+            chosen.append(proposer.propose(some, own, _rows(latest, proposed)))
+        if dense:
+            shared = share_a_sampler([*self.sequences, *sequences])
+            some = [sequences[i] for i in dense]
+            among_others = _rows(_last(states[-1]), dense) if states and n > 1 else None
+            of_some = _rows(logits[:, -1, :], dense)
+            chosen.append(choose_densely(proposer, some, of_some, shared, among_others))
+        tokens = chosen[0]
+        if len(chosen) > 1:
+            tokens = mx.concatenate(chosen)[mx.argsort(mx.array(proposed + dense))]
+        pending = [sequence.pending[-1] for sequence in sequences]
+        mx.async_eval(step_arrays(tokens, pending), self._schedule.joined)
         return tokens
 
     def _decide(self, sequence: Sequence) -> None:
@@ -417,3 +387,8 @@ def _last(states: mx.array) -> mx.array:
     """The states of the last positions: (R, L, D) → (R, D)."""
     n_rows, n_positions, width = states.shape
     return states.reshape(n_rows, width) if n_positions == 1 else states[:, -1]
+
+
+def _rows(array: mx.array, rows: list[int]) -> mx.array:
+    """Some rows of an array, in order."""
+    return array if len(rows) == len(array) else array[mx.array(rows)]

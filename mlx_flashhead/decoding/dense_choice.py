@@ -21,8 +21,7 @@ def choose_densely(
     sequences: list[Sequence],
     logits: mx.array,
     share_sampler: bool,
-    states: list[mx.array] | None = None,
-    rows: list[int] | None = None,
+    states: mx.array | None = None,
 ) -> mx.array:
     """Chooses the next tokens of sequences by their dense logits. They are pending then.
 
@@ -31,20 +30,18 @@ def choose_densely(
         sequences: R of them.
         logits: The model's logits (R, V).
         share_sampler: Whether mlx-lm would call one sampler for all of them.
-        states: The last one of these holds the states (B, L, D) of all texts that were fed.
-        rows: The rows of the sequences in it; None: 0 … R-1.
+        states: Their states (R, D), where several texts were fed at once.
 
     Returns:
         The tokens (R,), lazy.
     """
     n = len(sequences)
     each = [logits[i : i + 1] if n > 1 else logits for i in range(n)]
-    if states and len(states[-1]) > 1 and differs_among_others(logits.dtype):
+    if states is not None and differs_among_others(logits.dtype):
         # the text of a sequence that can be verified is the one that it has alone
         for i, sequence in enumerate(sequences):
             if proposer.can_verify(sequence):
-                row = i if rows is None else rows[i]
-                each[i] = proposer.dense_row(states[-1][row, -1:])
+                each[i] = proposer.dense_row(states[i : i + 1])
     # a text that was rolled back comes last in the batch, and draws in its turn
     order = sorted(range(n), key=lambda i: sequences[i].joined)
     tokens = _choose([sequences[i] for i in order], [each[i] for i in order], share_sampler)

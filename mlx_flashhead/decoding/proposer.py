@@ -13,7 +13,7 @@ from ..head.draws.rows import Draws
 from ..head.flash_head import FlashHead
 from ..head.logit_map import IDENTITY, LogitMap
 from ..head.steps import NOTHING_ALLOWED
-from ..models.install import get_flash_head, hidden_dtype, is_recognised, logit_map_of
+from ..models.install import get_flash_head, hidden_dtype, logit_map_of
 from .changes import mask_array, with_few_allowed
 from .pace import Pace
 from .policy import DecodingPolicy, decoding_mode, policy_of
@@ -43,30 +43,21 @@ class Proposer:
         self.n_verifications = self.n_rejected = 0
         self.n_steps = 0  # of the model, after a prompt
         self.n_guessed: Counter[str] = Counter()  # tokens handed out that were guessed, by what
-        self._zeros: mx.array | None = None  # in the place of logits that nobody reads
-        self._zeros_of: mx.Dtype | None = None  # the dtype of hidden states for which these are
-        self.look_for_head()
-
-    def look_for_head(self) -> None:
-        """Takes the model's FlashHead. One that is installed between two tokens changes no text."""
-        self.head: Any = get_flash_head(self.model)  # a FlashHead, or None
-        self.policy = DecodingPolicy() if self.head is None else policy_of(self.head)
+        self.head: Any = get_flash_head(model)  # a FlashHead, or None
+        self.policy = DecodingPolicy()
         # from the head's logits to the model's; None where no map describes it
         self.logit_map: LogitMap | None = IDENTITY
         if self.head is not None:
-            self.logit_map = logit_map_of(self.model)
-        gains = self.settings.n_probes is not None or not self.policy.dense
-        usable = self.head is not None and not self.policy.drafts_only
-        self.verifies = (
-            usable
-            and self.settings.verifies
-            and gains
-            and self.logit_map is not None
-            and is_recognised(self.model)
+            self.policy = policy_of(self.head)
+            self.logit_map = logit_map_of(model)
+        self._mode = decoding_mode(
+            model,
+            verify=self.settings.verifies,
+            dense=self.settings.decodes_densely,
+            n_probes=self.settings.n_probes,
         )
-        self.unverified = (
-            usable and not self.settings.verifies and not self.settings.decodes_densely
-        )
+        self.verifies = self._mode == "verified" and self.logit_map is not None
+        self.unverified = self._mode == "unverified"
 
     @property
     def n_traced(self) -> int:
@@ -94,33 +85,19 @@ class Proposer:
             return DRAFTED
         if sequence.proposing:
             return FIRST if n_handed_out == 1 else "verified"
-        if not sequence.why_dense:
-            if self.can_verify(sequence):
-                return PAUSED if self.pays(sequence) else SAMPLED_DENSE
-            sequence.why_dense = self._why_dense(sequence)
-        return sequence.why_dense
-
-    def _why_dense(self, sequence: Sequence) -> str:
-        settings = self.settings
-        mode = decoding_mode(
-            self.model,
-            verify=settings.verifies,
-            dense=settings.decodes_densely,
-        )
-        if mode != "verified":
-            return mode
+        if sequence.why_dense:
+            return sequence.why_dense
+        if self._mode != "verified":
+            return self._mode
         if sequence.recognised and not self.pays(sequence):
             return SAMPLED_DENSE
-        return UNKNOWN_FUNCTION
+        return PAUSED if self.can_verify(sequence) else UNKNOWN_FUNCTION
 
     def pace_of(self, sequences: list[Sequence]) -> Pace | None:
         """The pace of texts like these; None where they are decoded in one way throughout."""
         policy = self.policy
-        if (
-            not (self.verifies and policy.adapts)
-            or policy.lockstep
-            or self.settings.n_probes is not None
-        ):
+        adapts = self.verifies and policy.adapts and not policy.lockstep
+        if not adapts or self.settings.n_probes is not None:
             return None
         sampled = any(not sequence.greedy for sequence in sequences)
         by_mlx_lm = any(sequence.draws_from_mlx for sequence in sequences)
@@ -140,8 +117,10 @@ class Proposer:
         policy = self.policy
         if sequence.greedy or self.settings.n_probes is not None or not policy.sampled_dense:
             return True
-        several = n_texts > 1 and policy.adapts and not policy.lockstep
-        return several and not differs_among_others(self._logits_dtype)
+        if n_texts == 1 or not policy.adapts or policy.lockstep:
+            return False
+        rows = cast(FlashHead, self.head).clustered.rows
+        return not differs_among_others(rows.logits_dtype(hidden_dtype(self.model)))
 
     def can_verify(self, sequence: Sequence) -> bool:
         """Whether a sequence's choices can be verified."""
@@ -150,11 +129,6 @@ class Proposer:
         if sequence.settings is not None and sequence.settings.top_k >= self.head.vocab_size:
             return False  # mlx-lm raises an error of its own
         return sequence.changes is not None and sequence.changes.fit(self.head.vocab_size)
-
-    @property
-    def _logits_dtype(self) -> mx.Dtype:
-        rows = cast(FlashHead, self.head).clustered.rows
-        return rows.logits_dtype(hidden_dtype(self.model))
 
     def reading(self) -> AbstractContextManager[None]:
         """A block in which the model reads prompts.
@@ -168,12 +142,11 @@ class Proposer:
     def _project(self, hidden: mx.array) -> mx.array:
         if self.unverified and hidden.shape[-2] == 1:
             settings = self.settings
-            logits = self.head.unverified_logits(
-                hidden, settings.n_probes, settings.draw_temperature
+            return cast(
+                mx.array,
+                self.head.unverified_logits(hidden, settings.n_probes, settings.draw_temperature),
             )
-        else:
-            logits = self.head.dense_logits(hidden)
-        return cast(mx.array, logits)
+        return cast(mx.array, self.head.dense_logits(hidden))
 
     def _project_each(self, hidden: mx.array) -> mx.array:
         """Logits of positions (R, T, D), each as in a step of its own."""
@@ -183,12 +156,8 @@ class Proposer:
 
     def _no_logits(self, hidden: mx.array) -> mx.array:
         """Zeros in the place of logits that nobody reads: hidden (..., D) → (..., V)."""
-        shape = (*hidden.shape[:-1], self.head.vocab_size)
-        if self._zeros is None or self._zeros.shape != shape or self._zeros_of != hidden.dtype:
-            self._zeros_of = hidden.dtype
-            dtype = self.head.clustered.rows.logits_dtype(hidden.dtype)
-            self._zeros = mx.broadcast_to(mx.zeros((1,), dtype), shape)
-        return mx.array(self._zeros)  # which the model may write into
+        dtype = self.head.clustered.rows.logits_dtype(hidden.dtype)
+        return mx.zeros((*hidden.shape[:-1], self.head.vocab_size), dtype)
 
     def noting(
         self, states: list[mx.array], *, logits: bool = True
