@@ -12,11 +12,11 @@ class ModelParts:
     """The parts of a model at one time. It does not hold the model itself."""
 
     def __init__(self, model: nn.Module):
-        containers = list(_containers(model, set()))
+        parts = list(containers(model))
         self._type = type(model)
         self._own = _contents(model)
-        self._others = [(part, type(part), _contents(part)) for part in containers[1:]]
-        classes = dict.fromkeys(type(part) for part in containers if isinstance(part, nn.Module))
+        self._others = [(part, type(part), _contents(part)) for part in parts[1:]]
+        classes = dict.fromkeys(type(part) for part in parts if isinstance(part, nn.Module))
         owned = dict.fromkeys(each for cls in classes for each in library_functions(cls))
         self._functions = list(owned)
         self._globals = [
@@ -37,14 +37,16 @@ class ModelParts:
         )
 
 
-def _containers(value: Any, seen: set[int]) -> Iterator[Any]:
-    """A module, list or dictionary, and all those in it."""
-    if not isinstance(value, nn.Module | list | tuple | dict) or id(value) in seen:
-        return
-    seen.add(id(value))
-    yield value
-    for part in _contents(value):
-        yield from _containers(part, seen)
+def containers(model: nn.Module) -> Iterator[Any]:
+    """A model, and all modules, lists and dictionaries in it."""
+    seen = set()
+    left: list[Any] = [model]
+    while left:
+        value = left.pop()
+        if isinstance(value, nn.Module | list | tuple | dict) and id(value) not in seen:
+            seen.add(id(value))
+            yield value
+            left += _contents(value)
 
 
 def _contents(container: Any) -> list[Any]:

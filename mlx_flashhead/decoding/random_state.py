@@ -50,9 +50,13 @@ class DrawChain:
     The keys follow from the state at the text's start, so that proposals draw ahead, and a
     rejected token's place is drawn again, while MLX's own state is what mlx-lm's loop would have
     left at the token that the caller got last.
+
+    Args:
+        first: The number of the first draw.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0):
+        self._first = first
         self._states = [current_key()]  # before each draw
         self._keys: list[Key] = []  # of each draw
         self._numbers: list[int] = []  # of each draw, the bits
@@ -60,22 +64,19 @@ class DrawChain:
 
     def state(self, draw: int) -> Key:
         """MLX's random state before draw number ``draw``."""
-        while len(self._states) <= draw:
-            self._extend()
-        return self._states[draw]
-
-    def key(self, draw: int) -> Key:
-        """The key with which that draw is made."""
-        while len(self._keys) <= draw:
-            self._extend()
-        return self._keys[draw]
+        while len(self._states) <= draw - self._first:
+            following, key = split(self._states[-1])
+            self._states.append(following)
+            self._keys.append(key)
+        return self._states[draw - self._first]
 
     def number_bits(self, draw: int) -> int:
         """The bits of the uniform number by which that draw is made from one row."""
-        while len(self._numbers) <= draw:  # some at once take little longer than one
-            n = len(self._numbers)
-            self._numbers += uniform_bits([self.key(n + i) for i in range(AT_ONCE)])
-        return self._numbers[draw]
+        n = len(self._numbers)
+        if n <= draw - self._first:  # some at once take little longer than one
+            self.state(draw + AT_ONCE)
+            self._numbers += uniform_bits(self._keys[n:])
+        return self._numbers[draw - self._first]
 
     def place(self, draw: int) -> None:
         """Makes MLX's random state the one before ``draw``."""
@@ -86,11 +87,6 @@ class DrawChain:
     def undisturbed(self) -> bool:
         """Whether nobody has drawn or seeded since :meth:`place`."""
         return self._placed is None or mx.random.state[0] is self._placed  # type: ignore[index]
-
-    def _extend(self) -> None:
-        following, key = split(self._states[-1])
-        self._states.append(following)
-        self._keys.append(key)
 
 
 def split(key: Key) -> tuple[Key, Key]:

@@ -103,7 +103,6 @@ class Sequence:
         self.vocab_size = 0  # of its logits; 0 before any
         self.joined = 0  # its place among the texts of a batch, in the order in which they began
         self._chain: DrawChain | None = None  # while it is ahead and draws from MLX's random state
-        self._chain_begins = 0  # the place in the text of its first draw
         self._n_before = 0 if prompt_ids is None else len(prompt_ids)
         self._ids: mx.array | None = None  # tokens before the next one, but for those fed since
         self._fed: list[mx.array] = []  # joined to them once a processor is called
@@ -211,8 +210,7 @@ class Sequence:
         self.snapshots.append(snapshot)
         self.why_dense = ""
         if self.draws_from_mlx:
-            self._chain = DrawChain()
-            self._chain_begins = self.n_chosen
+            self._chain = DrawChain(self.n_chosen)
 
     def end_ahead(self) -> None:
         """Has nothing computed ahead any more; MLX's random state is what mlx-lm's loop has left.
@@ -220,7 +218,7 @@ class Sequence:
         The text must be :attr:`level`, or cut to what mlx-lm's loop would have chosen.
         """
         if self._chain is not None:
-            set_key(self._chain.state(self.n_chosen - self._chain_begins))
+            set_key(self._chain.state(self.n_chosen))
         self._forget_ahead()
 
     def end_verified(self, why: str = CHANGED) -> None:
@@ -291,7 +289,7 @@ class Sequence:
     def leave_state(self) -> None:
         """Leaves MLX's random state as mlx-lm's loop would at the token handed out last."""
         if self._chain is not None:  # that loop is a token ahead
-            self._chain.place(self.n_yielded + 1 - self._chain_begins)
+            self._chain.place(self.n_yielded + 1)
 
     def cut(self, n_tokens: int) -> None:
         """Forgets all tokens after the first ``n_tokens`` accepted ones, pending ones too."""
@@ -322,7 +320,7 @@ class Sequence:
         settings = self.settings or Greedy()
         if self._chain is None:
             return settings, position_key(self.seed, index)
-        return settings, (self._chain.number_bits(index - self._chain_begins), 0)
+        return settings, (self._chain.number_bits(index), 0)
 
     def context(self, index: int) -> mx.array | None:
         """The tokens before place ``index`` of the text, (n,), as processors get them."""
@@ -348,7 +346,7 @@ class Sequence:
         if type(self.sampler) is Sampler:
             return self.sampler.choose(logits, self.seed, index)
         if self._chain is not None:  # `hand_out` makes the state right for the caller
-            set_key(self._chain.state(index - self._chain_begins))
+            set_key(self._chain.state(index))
         return cast(SamplerFunction, self.sampler)(logprobs)
 
     def choose(self, logits: mx.array, index: int) -> tuple[mx.array, mx.array]:

@@ -13,6 +13,7 @@ called, as in single steps.
 import logging
 import weakref
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import mlx.core as mx
@@ -23,7 +24,7 @@ from ..models.compat.mlx_lm import ArraysCache
 from .model_parts import ModelParts
 from .policy import Positive
 from .wide_caches import fits, is_known, needs_replay, stand_in
-from .wide_twin import NoWideStepError, Twin
+from .wide_twin import NoWideStepError, twin_of
 
 WIDTHS = (2, 3, 4, 8)  # tokens of a step, 3 for two drafts: for each a GPU compiles kernels
 MAX_WIDTH = WIDTHS[-1]
@@ -79,7 +80,7 @@ class WideSteps:
     def twin(self, *, apart: bool) -> nn.Module:
         """The model's twin."""
         if apart not in self._twins:
-            self._twins[apart] = Twin(self.model, apart=apart).model
+            self._twins[apart] = twin_of(self.model, apart=apart)
         return self._twins[apart]
 
     def costs(self, caches: list[Any]) -> dict[int, float]:
@@ -94,15 +95,13 @@ class WideSteps:
         """Feeds tokens (1, T) of a text, as T single steps would, without evaluating anything.
 
         Args:
-            tokens: Of an established width, or a single one; they may not be computed yet.
+            tokens: Of an established width; they may not be computed yet.
             caches: The text's caches, which hold the tokens then.
 
         Raises:
             NoWideStepError: If the model does at these positions what it did not in the trial. The
                 caches are unchanged, and there are no more wide steps with caches like these.
         """
-        if tokens.shape[1] == 1:
-            return self.feed_by(self.model, tokens, caches)
         kind = kind_of(caches)
         try:
             return self.feed_by(self.twin(apart=self.established[kind].apart), tokens, caches)
@@ -112,40 +111,29 @@ class WideSteps:
             raise
 
     def feed_by(self, model: Any, tokens: mx.array, caches: list[Any]) -> "WideStep":
-        """Feeds tokens to a twin, or a single one to the model."""
-        n_tokens = tokens.shape[1]
-        stand_ins = [stand_in(cache, n_tokens) for cache in caches]
-        if n_tokens == 1:
-            logits = model(tokens, cache=caches)
-            return WideStep(self, tokens, caches, stand_ins, logits)
+        """Feeds tokens to a twin."""
+        stand_ins = [stand_in(cache, tokens.shape[1]) for cache in caches]
         try:
             logits = model(tokens, cache=[each.given for each in stand_ins])
         except Exception as error:  # a model may do anything
             for each in stand_ins:
                 each.back_to(0)
             raise NoWideStepError(f"{type(error).__name__}: {error}".split("\n")[0]) from error
-        return WideStep(self, tokens, caches, stand_ins, logits)
+        return WideStep(logits, self, tokens, caches, stand_ins)
 
 
+@dataclass
 class WideStep:
     """A step that has fed tokens, which can be taken back from the caches' end.
 
     Whoever holds it holds what a window was before: it should be let go before the next step.
     """
 
-    def __init__(
-        self,
-        steps: WideSteps,
-        tokens: mx.array,
-        caches: list[Any],
-        stand_ins: list[Any],
-        logits: mx.array,
-    ):
-        self.logits = logits  # (1, T, V), not computed yet
-        self._steps = steps
-        self._tokens = tokens
-        self._caches = caches
-        self._stand_ins = stand_ins
+    logits: mx.array  # (1, T, V), not computed yet
+    _steps: WideSteps
+    _tokens: mx.array  # (1, T)
+    _caches: list[Any]
+    _stand_ins: list[Any]
 
     def back_to(self, n: int) -> None:
         """Leaves in the caches the first ``n`` of the step's tokens, once and for good.
@@ -167,8 +155,12 @@ class WideStep:
         while start < n:
             widths = self._steps.costs(self._caches)
             width = max((width for width in widths if width <= n - start), default=1)
+            tokens = self._tokens[:, start : start + width]
             with suppress(NoWideStepError):  # after which there are no widths
-                self._steps.feed(self._tokens[:, start : start + width], self._caches)
+                if width > 1:
+                    self._steps.feed(tokens, self._caches)
+                else:
+                    self._steps.model(tokens, cache=self._caches)
                 start += width
 
 

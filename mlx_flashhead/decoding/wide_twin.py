@@ -11,15 +11,18 @@ No name of another package is replaced: the twin's classes have copies of the fu
 change, with other globals.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from types import CodeType, FunctionType
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..head.row_products import row_products
-from .model_parts import global_names, library_functions
+from ..models.install import get_flash_head
+from .model_parts import containers, global_names, library_functions
 from .positions import Positions, apart, apart_value, at
 from .wide_caches import KeyValueStandIn, apart_stand_in
 
@@ -220,66 +223,36 @@ EXCHANGED: dict[str, Callable[..., Any]] = {
 }
 
 
-class Twin:
-    """A twin of a model.
+def twin_of(model: nn.Module, *, apart: bool = False) -> nn.Module:
+    """The twin of a model of mlx-lm.
 
     Args:
-        model: Of mlx-lm.
+        model: The model.
         apart: Whether each operation of an attention runs once per position, not its call alone.
     """
+    shared = [get_flash_head(model), *(array for _, array in tree_flatten(model.parameters()))]
+    twin = copy.deepcopy(model, {id(each): each for each in shared})
+    classes: dict[type, type] = {}
+    for part in containers(twin):
+        if isinstance(part, nn.Module) and "_flash_head" not in vars(part):  # it is intercepted
+            cls = type(part)
+            if cls not in classes:
+                classes[cls] = _class_in_twin(part, apart=apart)
+            part.__class__ = classes[cls]
+    return twin
 
-    def __init__(self, model: nn.Module, *, apart: bool = False):
-        self._apart = apart
-        self._copies: dict[int, nn.Module] = {}  # by the id of the model's part
-        self._classes: dict[type, type] = {}
-        self.model = cast(nn.Module, self._copy(model))
 
-    def _copy(self, value: Any) -> Any:
-        """The twin of a module, or of a list or dictionary of some. What has none is shared."""
-        if isinstance(value, nn.Module):
-            if id(value) not in self._copies:
-                self._copies[id(value)] = self._copied_module(value)
-            return self._copies[id(value)]
-        if type(value) in (list, tuple):
-            parts = [self._copy(part) for part in value]
-            alike = all(new is old for new, old in zip(parts, value, strict=True))
-            return value if alike else type(value)(parts)
-        if type(value) is dict:
-            named = {name: self._copy(part) for name, part in value.items()}
-            return value if all(named[name] is value[name] for name in value) else named
-        return value
-
-    def _copied_module(self, module: nn.Module) -> nn.Module:
-        own = self._class_of(module)
-        parts = dict(dict.items(cast(Any, module)))
-        attributes = dict(vars(module))
-        held = self._copy(parts), self._copy(attributes)
-        if own is type(module) and held[0] is parts and held[1] is attributes:
-            return module
-        twin: Any = cast(Any, own).__new__(own)
-        dict.update(twin, held[0])
-        vars(twin).update(held[1])
-        return cast(nn.Module, twin)
-
-    def _class_of(self, module: nn.Module) -> type:
-        cls = type(module)
-        if "_flash_head" in vars(module):  # whose calls are intercepted
-            return cls
-        if cls not in self._classes:
-            self._classes[cls] = self._made_class(module)
-        return self._classes[cls]
-
-    def _made_class(self, module: nn.Module) -> type:
-        """A class like the module's, but for what the twin does otherwise."""
-        cls = type(module)
-        mixin = _mixin_of(module)
-        apart_attention = self._apart and updates_cache(cls)
-        functions = _functions(cls, apart_globals if apart_attention else exchanged_globals)
-        if self._apart and mixin is None:
-            mixin = _ApartAttention if apart_attention else _Apart
-        if functions:
-            cls = type(cls.__name__, (cls,), functions)
-        return cls if mixin is None else type(cls.__name__, (mixin, cls), {})
+def _class_in_twin(module: nn.Module, *, apart: bool) -> type:
+    """A class like the module's, but for what the twin does otherwise."""
+    cls = type(module)
+    mixin = _mixin_of(module)
+    apart_attention = apart and updates_cache(cls)
+    functions = _functions(cls, apart_globals if apart_attention else exchanged_globals)
+    if apart and mixin is None:
+        mixin = _ApartAttention if apart_attention else _Apart
+    if functions:
+        cls = type(cls.__name__, (cls,), functions)
+    return cls if mixin is None else type(cls.__name__, (mixin, cls), {})
 
 
 def _mixin_of(module: nn.Module) -> type | None:
