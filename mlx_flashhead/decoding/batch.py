@@ -307,10 +307,10 @@ class _Texts:
         responses = [self._response(s) for s in self._decoder.sequences if s.ready]
         ended = [response for response in responses if response.finish_reason is not None]
         texts = [self._texts.pop(response.uid) for response in ended]
-        caches = self._decoder.leave([text.sequence for text in texts])
-        for response, text, cache in zip(ended, texts, caches, strict=True):
-            response.prompt_cache = cache
+        for response, text in zip(ended, texts, strict=True):
+            response.prompt_cache = self._decoder.handed_out_cache(text.sequence)
             response.all_tokens = text.tokens
+        self._decoder.drop([text.sequence for text in texts])
         return responses
 
     def _response(self, sequence: Sequence) -> Response:

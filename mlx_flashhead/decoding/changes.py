@@ -55,13 +55,10 @@ class Changes:
         if kinds != [kind for kind in ORDER if kind in kinds]:
             return None
         known = cls(penalties, mask)
-        return known if known.most_tokens <= MOST_CHANGED and known._keep_order else None
-
-    @property
-    def _keep_order(self) -> bool:
-        """Whether larger logits of a token stay larger, and finite ones are not plus infinity."""
-        biases = self.biases.values()
-        return self._penalty(REPETITION, 1.0) > 0 and all(bias < math.inf for bias in biases)
+        few = len(known.biases) + known.window <= MOST_CHANGED
+        # larger logits of a token stay larger, and finite ones are not plus infinity
+        finite = all(bias < math.inf for bias in known.biases.values())
+        return known if few and finite and known._penalty(REPETITION, 1.0) > 0 else None
 
     def _penalty(self, kind: str, otherwise: float) -> float:
         return self.penalties[kind].penalty if kind in self.penalties else otherwise
@@ -75,11 +72,6 @@ class Changes:
     def window(self) -> int:
         """How many tokens before a place the penalties look at."""
         return max((penalty.window for penalty in self.penalties.values()), default=0)
-
-    @property
-    def most_tokens(self) -> int:
-        """How many tokens may have changed logits at one place."""
-        return len(self.biases) + self.window
 
     @cached_property
     def _ends(self) -> tuple[int, int]:
@@ -113,15 +105,6 @@ class Changes:
             present=window(PRESENCE),
             occurrences=Counter(window(FREQUENCY)),
         )
-
-    def allowed(self, tokens: Any, vocab_size: int) -> np.ndarray | None:
-        """Returns what the mask allows after ``tokens`` (n,).
-
-        Returns:
-            (⌈V/32⌉,) uint32, a bit for each token, the lowest first; None where everything may
-            come.
-        """
-        return None if self.mask is None else self.mask.allowed(tokens, vocab_size)
 
     @property
     def stretch(self) -> float:

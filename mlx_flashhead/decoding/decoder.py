@@ -13,6 +13,7 @@ A text whose choices cannot be verified takes the same steps: its tokens, chosen
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import cache as once
 from typing import Any, cast
@@ -184,14 +185,14 @@ class Decoder:
             guesser.note(guess, 0)
             return False
         self.n_wide += 1
-        if sequence.has_processors:  # which see it
+        if sequence.current_processors:  # which see it
             sequence.pending[-1].read(cast(int, latest.item()))
         n_cached = sequence.n_cached
         n_pending = len(sequence.pending)
-        guessed = cast(list[int], guess.tokens.tolist()) if sequence.has_processors else []
+        seen = cast(list[int], guess.tokens.tolist()) if sequence.current_processors else []
         sequence.feed(fed)
         if sequence.proposing:
-            chosen = proposer.propose([sequence] * len(fed), states[-1][0], None, guessed)
+            chosen = proposer.propose([sequence] * len(fed), states[-1][0], None, seen)
         else:
             places = mx.split(step.logits[0], len(fed))
             chosen = mx.concatenate([sequence.extend(logits) for logits in places])
@@ -244,7 +245,7 @@ class Decoder:
             sequence.cut(sequence.n_yielded + 1)
             if caches_changed:
                 sequence.roll_back(sequence.n_yielded)
-                sequence.restart_ahead(self.snapshot(sequence))
+                sequence.snapshots = deque([self.snapshot(sequence)])  # earlier ones are of no use
         layers = self._take_out(sequences)
         for sequence in sequences:
             sequence.end_ahead()
@@ -265,12 +266,6 @@ class Decoder:
         """
         row = self.sequences.index(sequence)
         return self._cache_at(sequence, self.caches.extract(row), sequence.n_yielded)
-
-    def leave(self, sequences: list[Sequence]) -> list[list[Any]]:
-        """Takes sequences out. Returns the caches of each, with the tokens handed out."""
-        caches = [self.handed_out_cache(sequence) for sequence in sequences]
-        self.drop(sequences)
-        return caches
 
     def drop(self, sequences: list[Sequence]) -> None:
         """Takes sequences out, and their caches with them."""

@@ -4,6 +4,7 @@ from typing import cast
 
 import mlx.core as mx
 
+from ..head.draws.noise import Noise
 from ..head.draws.rows import Draws
 from .proposer import Proposer
 from .rounding import differs_among_others
@@ -60,7 +61,7 @@ def _choose(sequences: list[Sequence], each: list[mx.array], share_sampler: bool
         ]
         logprobs = normalized(mx.concatenate(processed))
         tokens = cast(SamplerFunction, first.sampler)(logprobs)  # called once, as mlx-lm does
-    elif all(sequence.draws_by_noise for sequence in sequences):
+    elif all(isinstance(s.settings, Noise) and not s.current_processors for s in sequences):
         together = mx.concatenate(each)  # one draw, in a fraction of the operations
         logprobs = normalized(together)
         tokens = Draws.of([s.draw_at(s.n_chosen) for s in sequences]).choose(together)

@@ -85,7 +85,19 @@ class DraftModel:
 
     def note(self, n_accepted: int) -> None:
         """Takes back all drafts but the first ``n_accepted``."""
-        self._roll_back(min(1 + n_accepted, len(self._fed)))
+        n_right = min(1 + n_accepted, len(self._fed))
+        n_wrong = len(self._fed) - n_right
+        if n_wrong:
+            replays = any(copied is not None for copied in self._copies)
+            for layer, copied in zip(self._layers, self._copies, strict=True):
+                if copied is not None:
+                    vars(layer).update(vars(copied))
+                else:
+                    layer.trim(len(self._fed) if replays else n_wrong)
+            if replays:
+                self._feed(self._fed[:n_right])
+        self._n_held += n_right
+        self._fed = self._fed[:0]
 
     def leave(self, text: list[int]) -> None:
         """Leaves the prompt and the tokens of the text in the caches, where these can be trimmed.
@@ -99,24 +111,6 @@ class DraftModel:
                 layer.trim(n_ahead)
         elif n_ahead < 0:
             self._feed(mx.array(text[n_ahead:], mx.uint32))
-
-    def _roll_back(self, n_right: int) -> None:
-        """Leaves the first ``n_right`` of the tokens that were fed last."""
-        n_wrong = len(self._fed) - n_right
-        restored = False
-        for i, copied in enumerate(self._copies):
-            if copied is not None and n_wrong:
-                vars(self._layers[i]).update(vars(copied))
-                restored = True
-            elif n_wrong:
-                self._layers[i].trim(n_wrong)
-        if restored:
-            for layer, copied in zip(self._layers, self._copies, strict=True):
-                if copied is None:
-                    layer.trim(n_right)
-            self._feed(self._fed[:n_right])
-        self._n_held += n_right
-        self._fed = self._fed[:0]
 
     def _feed(self, tokens: mx.array) -> mx.array:
         """Feeds tokens (n,). Returns the logits (1, V) after the last one, lazy."""

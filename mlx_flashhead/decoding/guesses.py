@@ -132,7 +132,7 @@ class Guesser:
         if self._draft is not None:
             return self._drafted(text, latest, token, layers)
         length, found = self._lookup.find(MAX_WIDTH)
-        if length and token is None and text.has_processors:
+        if length and token is None and text.current_processors:
             token = cast(int, latest.item())
             self._learn(text, token)
             length, found = self._lookup.find(MAX_WIDTH)

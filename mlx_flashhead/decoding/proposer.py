@@ -203,7 +203,7 @@ class Proposer:
         counted: list[bool] = []  # whether a sequence knows the token of its state
         made = []
         for row, sequence in enumerate(sequences):
-            mask = self._mask(sequence) if sequence.has_processors else None
+            mask = self._mask(sequence)
             draws.append(sequence.draw_at(sequence.n_chosen))
             masks.append(mask)
             changes.append(with_few_allowed(sequence.changed_tokens(), mask, vocab_size))
@@ -241,7 +241,7 @@ class Proposer:
             risks = cast(list[float], last.proposal.risk.tolist())
             if risks[last.row] == NOTHING_ALLOWED:
                 return None
-        return changes.allowed(sequence.context(sequence.n_chosen), self.head.vocab_size)
+        return changes.mask.allowed(sequence.context(sequence.n_chosen), self.head.vocab_size)
 
     def model_logits(self, logits: mx.array) -> mx.array:
         """The head's logits (R, V) as the model gives them, where a map describes that."""

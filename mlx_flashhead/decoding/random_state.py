@@ -31,11 +31,8 @@ def set_key(key: Key) -> None:
 
 
 @contextmanager
-def random_key(key: Key | None) -> Iterator[None]:
-    """A block in which MLX's random state is ``key``; with None it stays as it is."""
-    if key is None:
-        yield
-        return
+def random_key(key: Key) -> Iterator[None]:
+    """A block in which MLX's random state is ``key``."""
     before = current_key()
     set_key(key)
     try:

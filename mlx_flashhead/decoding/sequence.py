@@ -12,7 +12,7 @@ import numpy as np
 from ..common.masks import Mask
 from ..head.adjustment import ChangedTokens
 from ..head.draws.greedy import Greedy
-from ..head.draws.noise import Noise, position_key
+from ..head.draws.noise import position_key
 from ..head.draws.rows import Draw, Key
 from ..head.proposal import Proposal
 from .caches import Snapshot
@@ -74,8 +74,8 @@ class Sequence:
         ids_dtype: mx.Dtype | None = None,
     ):
         self.sampler = sampler
-        given: Any = () if processors is None else processors
-        self.processors: Any = given if isinstance(given, list | tuple) else tuple(given)
+        known = isinstance(processors, list | tuple)
+        self.processors: Any = processors if known else tuple(processors or ())
         self._processors_at_start = tuple(self.processors)
         self.tokens = list(tokens)
         self.logprobs = logprobs
@@ -95,9 +95,8 @@ class Sequence:
         self.settings = draw_of(sampler)  # None where only the sampler itself knows
         self.changes = Changes.of(self._processors_at_start)  # None where that is not known
         self.recognised = self.settings is not None and self.changes is not None
-        self.seed = 0
-        if type(sampler) is Sampler and not self.greedy:
-            self.seed = sampler.new_seed()
+        draws_by_seed = type(sampler) is Sampler and not self.greedy
+        self.seed = cast(Sampler, sampler).new_seed() if draws_by_seed else 0
         self.guesser: Any = None  # guesses its tokens while it decodes alone; None: nothing does
         self.shares_sampler = True  # whether mlx-lm may call its sampler for several texts at once
         self.vocab_size = 0  # of its logits; 0 before any
@@ -107,15 +106,15 @@ class Sequence:
         self._ids: mx.array | None = None  # tokens before the next one, but for those fed since
         self._fed: list[mx.array] = []  # joined to them once a processor is called
         if self._processors_at_start and prompt_ids is not None:
-            self._ids = prompt_ids
-            if self.tokens:
-                begun = mx.array(self.tokens, mx.uint32).astype(prompt_ids.dtype)
-                self._ids = mx.concatenate([prompt_ids, begun])
+            begun = mx.array(self.tokens, prompt_ids.dtype)
+            self._ids = mx.concatenate([prompt_ids, begun]) if self.tokens else prompt_ids
         self._prompt_tail: list[int] = []  # as many of the prompt's last tokens as penalties need
         if self.changes is not None and self.changes.window and prompt_ids is not None:
             self._prompt_tail = cast(list[int], prompt_ids[-self.changes.window :].tolist())
         if not self.tokens:
-            begin(self._processors_at_start)
+            for processor in self._processors_at_start:
+                if isinstance(processor, Mask):
+                    processor.begin()
 
     # What the text depends on.
 
@@ -130,20 +129,11 @@ class Sequence:
         return not self.greedy and type(self.sampler) is not Sampler
 
     @property
-    def draws_by_noise(self) -> bool:
-        """Whether this package's noise and the logits alone choose its tokens."""
-        return isinstance(self.settings, Noise) and not self.has_processors
-
-    @property
-    def has_processors(self) -> bool:
-        """Whether processors choose its next token, too.
+    def current_processors(self) -> Any:
+        """The processors that choose its next token, too.
 
         While the text is ahead, a change of the list counts from a later token on.
         """
-        return bool(self._current_processors)
-
-    @property
-    def _current_processors(self) -> Any:
         return self._processors_at_start if self.ahead else self.processors
 
     def changed_tokens(self) -> ChangedTokens | None:
@@ -235,11 +225,6 @@ class Sequence:
         self._chain = None
         self.proposing = False
 
-    def restart_ahead(self, snapshot: Snapshot) -> None:
-        """Its caches may have been changed: earlier snapshots are of no use."""
-        self.snapshots.clear()
-        self.snapshots.append(snapshot)
-
     # Its tokens.
 
     @property
@@ -258,7 +243,7 @@ class Sequence:
     def feed(self, latest: mx.array) -> None:
         """Notes that the model gets the tokens (n,), for the processors."""
         self.n_cached += len(latest)
-        if self._current_processors:
+        if self.current_processors:
             if self._ids_dtype is not None:
                 latest = latest.astype(self._ids_dtype)
             self._fed.append(latest)
@@ -329,7 +314,7 @@ class Sequence:
 
     def process(self, logits: mx.array, context: mx.array | None) -> mx.array:
         """The logits (1, V) after the processors, which may write into them."""
-        processors = () if context is None else self._current_processors
+        processors = () if context is None else self.current_processors
         if processors:
             logits = mx.array(logits)
         for processor in processors:
@@ -368,13 +353,6 @@ class Sequence:
         token, logprobs = self.choose(logits, self.n_chosen)
         self.pending.append(PendingToken(logprobs=logprobs if self.logprobs else None))
         return token
-
-
-def begin(processors: Iterable[Processor]) -> None:
-    """Tells the processors that keep a state that a text begins."""
-    for processor in processors:
-        if isinstance(processor, Mask):
-            processor.begin()
 
 
 def own_processors(processors: Iterable[Processor]) -> tuple[Processor, ...]:

@@ -83,15 +83,11 @@ class Verification:
         self._certain = screen.certain
         for i, (sequence, pending, index) in enumerate(rows):
             if sequence.logprobs:  # lazy, since few are read
-                logits = self._in_order(slots[i : i + 1])
+                logits = in_token_order(slots[i : i + 1].flatten(1), self._head.clustered.slot_of)
+                logits = self._proposer.model_logits(logits)  # (1, V), as the model gives them
                 logits = sequence.process(logits, sequence.context(index))
                 pending.logprobs = normalized(logits)[0]
         mx.async_eval(self._certain)
-
-    def _in_order(self, slots: mx.array) -> mx.array:
-        """Brings logits (k, C, n) in the order of the clusters into the model's order: (k, V)."""
-        logits = in_token_order(slots.flatten(1), self._head.clustered.slot_of)
-        return self._proposer.model_logits(logits)
 
     def forget(self, sequences: list[Sequence]) -> None:
         """Drops what was launched for some sequences."""
