@@ -87,11 +87,11 @@ def read_by(prefill: Callable[..., Iterable[Any]], options: dict[str, Any]) -> m
         return logits
 
     # with a limit of 0 it reads the prompt and calls these once
-    for _ in prefill(**options, logits_processors=[take], sampler=first_token, max_tokens=0):
+    for _ in prefill(**options, logits_processors=[take], sampler=_first_token, max_tokens=0):
         pass
     return taken[-1]
 
 
-def first_token(logprobs: mx.array) -> mx.array:
+def _first_token(logprobs: mx.array) -> mx.array:
     """A sampler whose choice nobody reads."""
     return mx.zeros(logprobs.shape[:-1], mx.uint32)

@@ -23,7 +23,7 @@ from msgspec import Meta
 from ..models.compat.mlx_lm import ArraysCache
 from .model_parts import ModelParts
 from .policy import Positive
-from .wide_caches import fits, is_known, needs_replay, stand_in
+from .wide_caches import fits, is_known, parts_of, stand_in
 from .wide_twin import NoWideStepError, twin_of
 
 WIDTHS = (2, 3, 4, 8)  # tokens of a step, 3 for two drafts: for each a GPU compiles kernels
@@ -89,7 +89,7 @@ class WideSteps:
         They are relative to a single step, by their numbers of tokens.
         """
         held = self.established.get(kind_of(caches), NOTHING).costs
-        return {n: cost for n, cost in held.items() if all(fits(cache, n) for cache in caches)}
+        return {n: cost for n, cost in held.items() if all(fits(c, n) for c in parts_of(caches))}
 
     def feed(self, tokens: mx.array, caches: list[Any]) -> "WideStep":
         """Feeds tokens (1, T) of a text, as T single steps would, without evaluating anything.
@@ -144,7 +144,8 @@ class WideStep:
         n_tokens = self._tokens.shape[1]
         if n == n_tokens:
             return
-        replays = any(map(needs_replay, self._caches))
+        # these can be brought back to the beginning of the step alone
+        replays = any(type(cache) is ArraysCache for cache in parts_of(self._caches))
         for each in self._stand_ins:
             each.back_to(0 if replays else n)
         if replays:
@@ -171,9 +172,9 @@ def kind_of(caches: list[Any]) -> str:
 
 
 def _kind(cache: Any) -> str:
-    if not is_known(cache):
-        return "unknown"
     parts = [_kind(part) for part in getattr(cache, "caches", ())]
+    if not parts and not is_known(cache):
+        return "unknown"
     names = "max_size", "keep", "bits", "group_size", "chunk_size"
     settings = [f"{name}={getattr(cache, name)}" for name in names if hasattr(cache, name)]
     settings += ["padded"] * (type(cache) is ArraysCache and cache.left_padding is not None)

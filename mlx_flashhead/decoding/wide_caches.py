@@ -5,6 +5,7 @@ have got. It can bring the cache back to any of these positions.
 """
 
 import copy
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import mlx.core as mx
@@ -33,13 +34,20 @@ WINDOWS: dict[type, tuple[str, ...]] = {
 OF_A_BATCH = (BatchKVCache, BatchRotatingKVCache)  # whose masks are always arrays
 
 
+def parts_of(caches: Iterable[Any]) -> Iterator[Any]:
+    """The caches of layers, those in lists one by one."""
+    for cache in caches:
+        if type(cache) is CacheList:
+            yield from parts_of(cache.caches)
+        else:
+            yield cache
+
+
 def is_known(cache: Any) -> bool:
     """Whether there is a stand-in for a cache: by its class, not by a subclass of it.
 
     That of a batch must have one row.
     """
-    if type(cache) is CacheList:
-        return all(map(is_known, cache.caches))
     if type(cache) is ArraysCache:
         return bool(cache.lengths is None and cache.batch_size == 1)
     if type(cache) in OF_A_BATCH:
@@ -55,18 +63,9 @@ def end_of(cache: Any) -> int:
 
 def fits(cache: Any, n_positions: int) -> bool:
     """Whether a cache's next positions can be computed together."""
-    if type(cache) is CacheList:
-        return all(fits(part, n_positions) for part in cache.caches)
     if type(cache) is ChunkedKVCache:  # forgets its beginning before a step
         return bool(cache.offset - cache.start_position + n_positions <= cache.chunk_size)
     return True
-
-
-def needs_replay(cache: Any) -> bool:
-    """Whether a cache can be brought back to the beginning of a step alone."""
-    if type(cache) is CacheList:
-        return any(map(needs_replay, cache.caches))
-    return type(cache) is ArraysCache
 
 
 def stand_in(cache: Any, n_positions: int) -> Any:

@@ -9,7 +9,7 @@ caches change.
 import copy
 import logging
 import time
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,10 +25,10 @@ from ..models.compat.mlx_lm import (
     QuantizedKVCache,
     RotatingKVCache,
 )
-from ..models.install import get_flash_head
 from . import wide_store
+from .proposer import Proposer
 from .wide import MAX_WIDTH, NOTHING, WIDTHS, Established, WideSteps, kind_of
-from .wide_caches import WINDOWS, end_of, is_known
+from .wide_caches import WINDOWS, end_of, is_known, parts_of
 from .wide_twin import NoWideStepError
 
 SHORT = 5  # tokens of the prompt
@@ -61,7 +61,7 @@ def established_costs(steps: WideSteps, caches: list[Any]) -> dict[int, float]:
 
 
 def _established(steps: WideSteps, caches: list[Any], kind: str) -> Established:
-    if not all(map(is_known, caches)) or not _is_worth_it(steps.model):
+    if not all(map(is_known, parts_of(caches))) or not _is_worth_it(steps.model):
         return NOTHING
     place = wide_store.place_of(steps.model)
     found = wide_store.read(place, kind)
@@ -107,7 +107,7 @@ class _Trial:
         self._model: Any = steps.model
         self._twin: Any = steps.twin(apart=apart)
         self._steps = steps
-        self._head = get_flash_head(steps.model)
+        self._proposer = Proposer(steps.model)
         self._fresh = [_fresh(cache) for cache in caches]
         self._tokens = mx.random.randint(0, 100, (1, SHORT + MAX_WIDTH + 1), key=mx.random.key(0))
 
@@ -205,23 +205,13 @@ class _Trial:
         Returns:
             What makes the choices after each: states (1, T, D), or logits (1, T, V).
         """
-        if self._head is None:
-            return self._fed(model, tokens, caches)
-        head = self._head
         states: list[mx.array] = []
-
-        def note(hidden: mx.array) -> mx.array:
-            states.append(hidden)
-            return mx.zeros((*hidden.shape[:-1], head.vocab_size), hidden.dtype)
-
-        with head.intercepted(note):
-            self._fed(model, tokens, caches)
-        return states[-1]
-
-    def _fed(self, model: Any, tokens: mx.array, caches: list[Any]) -> mx.array:
-        if model is self._twin:
-            return self._steps.feed_by(model, tokens, caches).logits
-        return cast(mx.array, model(tokens, cache=caches))
+        with self._proposer.noting(states, logits=False):
+            if model is self._twin:
+                logits = self._steps.feed_by(model, tokens, caches).logits
+            else:
+                logits = model(tokens, cache=caches)
+        return states[-1] if states else logits
 
 
 def _lengths(caches: list[Any]) -> list[int]:
@@ -229,18 +219,11 @@ def _lengths(caches: list[Any]) -> list[int]:
 
     A usual one comes first.
     """
-    windows = {cache.max_size for cache in _parts(caches) if type(cache) in WINDOWS}
+    windows = {cache.max_size for cache in parts_of(caches) if type(cache) in WINDOWS}
     ends = {window - 2 for window in windows if window > SHORT + 2}
     lengths = dict.fromkeys([LONG[0], SHORT, *LONG, *sorted(ends)])
     beyond = [window + SHORT for window in windows if window >= max(lengths)]
     return [*lengths, *beyond]
-
-
-def _parts(caches: list[Any]) -> list[Any]:
-    parts: list[Any] = []
-    for cache in caches:
-        parts += _parts(list(cache.caches)) if type(cache) is CacheList else [cache]
-    return parts
 
 
 def _fresh(cache: Any) -> Any:
@@ -298,7 +281,7 @@ def _fit(caches: list[Any]) -> bool:
 def _contents(caches: list[Any]) -> list[mx.array]:
     """All that caches hold for the text so far."""
     contents: list[mx.array] = []
-    for cache in _parts(caches):
+    for cache in parts_of(caches):
         if type(cache) is ArraysCache:
             contents += map(mx.array, _arrays([cache.cache, cache.left_padding]))
             continue
