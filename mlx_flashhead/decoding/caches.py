@@ -157,10 +157,10 @@ class OwnCaches:
         """Returns the text's caches, whatever the row: there is one text."""
         return self.layers
 
-    def drop(self, rows: list[int]) -> None:
-        """The only row leaves, and keeps its caches."""
+    def keep(self, rows: list[int]) -> None:
+        """The only row stays, or leaves and keeps its caches."""
 
-    def join(self, layers: list[Any], n_rows: int = 1) -> None:
+    def join(self, layers: list[Any]) -> None:
         """Takes the caches of a text, which has just been read."""
         self.layers = layers
 
@@ -225,7 +225,6 @@ class BatchCaches:
 
     def __init__(self) -> None:
         self.layers: list[Any] = []
-        self._n_rows = 0
 
     def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]:
         """Returns snapshots as :meth:`OwnCaches.snapshots` does."""
@@ -237,18 +236,15 @@ class BatchCaches:
         """The caches of one row, as a text alone would have them."""
         return [layer.extract(row) for layer in self.layers]
 
-    def drop(self, rows: list[int]) -> None:
-        """Takes rows out, all at once: each time copies all caches."""
-        kept = [row for row in range(self._n_rows) if row not in rows]
-        self._n_rows = len(kept)
-        if not kept:
+    def keep(self, rows: list[int]) -> None:
+        """Takes all other rows out, at once: each time copies all caches."""
+        if not rows:
             self.layers = []
         for layer in self.layers:
-            layer.filter(kept)
+            layer.filter(rows)
 
-    def join(self, layers: list[Any], n_rows: int = 1) -> None:
+    def join(self, layers: list[Any]) -> None:
         """Adds the rows of another batch."""
-        self._n_rows += n_rows
         if not self.layers:
             self.layers = layers
             return

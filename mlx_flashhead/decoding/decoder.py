@@ -237,9 +237,13 @@ class Decoder:
             caches_changed: Whether the texts go on with whatever their caches hold.
         """
         state = current_key()
+        latest = cast(mx.array, self._latest)
         for sequence in sequences:
-            if len(sequence.tokens) == sequence.n_yielded:
-                self._decide(sequence)
+            if len(sequence.tokens) == sequence.n_yielded:  # its next one is decided now
+                if not sequence.n_read:
+                    row = self.sequences.index(sequence)
+                    sequence.pending[0].read(cast(int, latest[row].item()))
+                self._schedule.flush(sequence)
         self._schedule.forget(sequences)
         for sequence in sequences:
             sequence.cut(sequence.n_yielded + 1)
@@ -304,13 +308,6 @@ class Decoder:
         mx.async_eval(step_arrays(tokens, pending), self._schedule.joined)
         return tokens
 
-    def _decide(self, sequence: Sequence) -> None:
-        """Accepts the first pending token, or what the dense logits choose in its place."""
-        if not sequence.n_read:
-            row = self.sequences.index(sequence)
-            sequence.pending[0].read(cast(int, cast(mx.array, self._latest)[row].item()))
-        self._schedule.flush(sequence)
-
     # Sequences come, go, and start again.
 
     def _restart(self, sequences: list[Sequence]) -> None:
@@ -339,16 +336,15 @@ class Decoder:
         self._join(sequences, layers, tokens)
 
     def _join(self, sequences: list[Sequence], layers: list[Any], tokens: mx.array) -> None:
-        self.caches.join(layers, len(sequences))
+        self.caches.join(layers)
         latest = self._latest
         self._latest = tokens if latest is None else mx.concatenate([latest, tokens])
         self._latest_token = None
         self.sequences += sequences
 
     def _drop(self, sequences: list[Sequence]) -> None:
-        rows = [self.sequences.index(sequence) for sequence in sequences]
-        kept = [row for row in range(len(self.sequences)) if row not in rows]
-        self.caches.drop(rows)
+        kept = [row for row, each in enumerate(self.sequences) if each not in sequences]
+        self.caches.keep(kept)
         self.sequences = [self.sequences[row] for row in kept]
         self._latest = cast(mx.array, self._latest)[mx.array(kept)] if kept else None
         self._latest_token = None

@@ -49,7 +49,8 @@ class DraftModel:
         self._model: Any = model
         self._layers = layers
         self._scores_few = scores_few
-        self._n_tokens = _vocab_size(model)
+        # tokens of its vocabulary, by logits of which nothing is computed
+        self._n_tokens: int = self._model(mx.zeros((1, 1), mx.uint32)).shape[-1]
         self._n_prompt = n_prompt
         self._n_held = n_held  # tokens that are known and in the caches
         self._fed = mx.zeros(0, mx.uint32)  # those after them, which are drafts but for the first
@@ -134,12 +135,6 @@ class DraftModel:
             return head.draft_logits(last, tokens, n_probes=n_probes)
 
         return head.intercepted(project)
-
-
-def _vocab_size(model: Any) -> int:
-    """The number of tokens of a model, of which nothing is computed."""
-    n_tokens: int = model(mx.zeros((1, 1), mx.uint32)).shape[-1]
-    return n_tokens
 
 
 def draft_report(draft_model: Any) -> str:

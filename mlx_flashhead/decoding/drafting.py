@@ -72,28 +72,29 @@ def drafted_steps(
     # some layers may have none, so that there are fewer than layers
     layers = caches[: len(compat.make_prompt_cache(model))]
     functions = list(logits_processors or ())
-    known = draw_of(sampler) is not None and Changes.of(functions) is not None
-    known = known and are_known(layers)
-    drafts = known and is_librarys_model(model)
-    drafts = drafts and bool(established_costs(WideSteps.of(model), layers))
+    verifiable = draw_of(sampler) is not None and Changes.of(functions) is not None
+    known = verifiable and are_known(layers)
+    drafts = known and is_librarys_model(model) and established_costs(WideSteps.of(model), layers)
     if known and not drafts:
         _log_once_that_text_may_differ()
         for name in ("logprobs", "n_begun"):
             options.pop(name, None)
-        yield from _by_mlx_lm(
-            compat.speculative_generate_step(
-                prompt,
-                model,
-                draft_model,
-                stream,
-                num_draft_tokens=num_draft_tokens,
-                sampler=sampler,
-                logits_processors=functions,
-                prompt_cache=caches,
-                **options,
-            ),
-            announce,
+        steps = compat.speculative_generate_step(
+            prompt,
+            model,
+            draft_model,
+            stream,
+            num_draft_tokens=num_draft_tokens,
+            sampler=sampler,
+            logits_processors=functions,
+            prompt_cache=caches,
+            **options,
         )
+        with closing(steps):
+            for step in steps:
+                if announce is not None:
+                    announce(MAY_DIFFER)
+                yield step
         return
     context = list(context)
     draft = None
@@ -126,14 +127,6 @@ def drafted_steps(
         yield from with_guesses(steps, proposer)
     finally:
         caches[: len(layers)] = layers  # which may have been quantized on the way
-
-
-def _by_mlx_lm(steps: Any, announce: Callable[[str], Any] | None) -> DraftedSteps:
-    with closing(steps):
-        for step in steps:
-            if announce is not None:
-                announce(MAY_DIFFER)
-            yield step
 
 
 @once

@@ -226,9 +226,8 @@ def _takes_guesses(proposer: Proposer) -> bool:
 
 def guesser_of(
     proposer: Proposer,
-    tokens: list[int],
+    prompt: list[int],
     *,
-    n_begun: int = 0,
     draft: DraftModel | None = None,
     quantized_from: int | None = None,
 ) -> Guesser | None:
@@ -236,8 +235,7 @@ def guesser_of(
 
     Args:
         proposer: Has its model and the settings.
-        tokens: Of its prompt and what comes before that.
-        n_begun: How many of the tokens belong to the text itself.
+        prompt: The tokens before it.
         draft: A draft model, if there is one.
         quantized_from: As of :class:`Guesser`.
 
@@ -252,7 +250,7 @@ def guesser_of(
         return None
     return Guesser(
         WideSteps.of(proposer.model),
-        tokens[: len(tokens) - n_begun],
+        prompt,
         always=settings.lookup == "on" or draft is not None,
         draft=draft,
         quantized_from=quantized_from,

@@ -14,7 +14,7 @@ from .caches import UNKNOWN_CACHE, OwnCaches, are_known
 from .decoder import Decoder
 from .draft_model import DraftModel
 from .guesses import check_lookup, guesser_of
-from .prefill import check_prompt, read_by, read_prompt
+from .prefill import read_prompt
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction
 from .sequence import PendingToken, Sequence
@@ -65,7 +65,7 @@ def verified_steps(
         logprobs: Whether log-probabilities are wanted; else None may come in their place.
         context: Tokens that ``prompt_cache`` holds already, and that processors see.
         n_begun: How many of these and of the prompt belong to a text that is continued.
-        prefill: Reads the prompt in the place of :func:`read_prompt`, with mlx-lm's keywords.
+        prefill: Another loop that reads the prompt, with mlx-lm's keywords.
         draft: A draft model, which guesses the next tokens in the place of a lookup.
         announce: Called for each token with how it was decoded: "verified", "dense: " and why, or
             FIRST for the first one of a text that is verified from its second on.
@@ -88,43 +88,41 @@ def verified_steps(
 
     # 1) The prompt is read. Its last logits choose the first token.
     context = list(context)
-    quantized_from = None if kv_bits is None else quantized_kv_start
-    sequence = _sequence(
-        prompt,
-        context=context,
-        n_begun=n_begun,
-        sampler=sampler,
-        processors=logits_processors,
+    known = [*context, *cast(list[int], prompt.tolist())]
+    before = known[: len(known) - n_begun]
+    seen = prompt if compat.PROCESSORS_SEE_PROMPT else prompt[-1:]
+    if context:
+        seen = mx.array(before, prompt.dtype)
+    sequence = Sequence(
+        sampler,
+        logits_processors,
+        seen if len(seen) else None,
         logprobs=logprobs,
         limit=max_tokens,
-        cache=cache,
+        tokens=known[len(before) :],
     )
+    cache_is_known = are_known(cache)
+    if not (cache_is_known and mlx_lm_is_as_imported()):
+        sequence.end_verified(REPLACED if cache_is_known else UNKNOWN_CACHE)
     check_lookup(proposer, cache)
-    sequence.guesser = guesser_of(
-        proposer,
-        [*context, *cast(list[int], prompt.tolist())],
-        n_begun=n_begun,
-        draft=draft,
-        quantized_from=quantized_from,
-    )
+    quantized_from = None if kv_bits is None else quantized_kv_start
+    sequence.guesser = guesser_of(proposer, before, draft=draft, quantized_from=quantized_from)
     caches = OwnCaches(cache, quantized_from)
     decoder = Decoder(proposer, caches, feed)
+    progress = prompt_progress_callback or (lambda n_read, n_prompt: None)
     with mx.stream(stream), proposer.reading():
-        if prefill is not None:
-            logits = read_by(prefill, {"prompt_cache": cache})
-        else:
-            check_prompt(model, prompt, input_embeddings)
-            logits = read_prompt(
-                prompt,
-                lambda tokens, embeddings: feed(tokens, cache, embeddings),
-                cache,
-                embeddings=input_embeddings,
-                step_size=prefill_step_size,
-                progress=prompt_progress_callback,
-            )
+        logits = read_prompt(
+            model,
+            prompt,
+            lambda tokens, embeddings: feed(tokens, cache, embeddings),
+            cache,
+            embeddings=input_embeddings,
+            step_size=prefill_step_size,
+            progress=progress,
+            loop=prefill,
+        )
         decoder.start([sequence], cache, logits)
     n_prompt = len(prompt) if input_embeddings is None else len(input_embeddings)
-    progress = prompt_progress_callback or (lambda n_read, n_prompt: None)
     if max_tokens == 0:
         progress(n_prompt, n_prompt)
     text = _Text(decoder, sequence, caches, stream, shared, draft)
@@ -243,35 +241,3 @@ class _Text:
                 del _ahead_in[layer]
         self._ahead_in = []
         return self._caches.resume()
-
-
-def _sequence(
-    prompt: mx.array,
-    *,
-    context: list[int],
-    n_begun: int,
-    sampler: Any,
-    processors: Iterable[Processor] | None,
-    logprobs: bool,
-    limit: int,
-    cache: Any,
-) -> Sequence:
-    """Makes the sequence of a text.
-
-    The last ``n_begun`` tokens of the context and the prompt belong to the text itself.
-    """
-    seen: mx.array | None = prompt if len(prompt) else None
-    begun: list[int] = []
-    if context:
-        before = [*context, *cast(list[int], prompt.tolist())]
-        n_before = len(before) - n_begun
-        begun = before[n_before:]
-        seen = mx.array(before[:n_before], prompt.dtype)
-    elif not compat.PROCESSORS_SEE_PROMPT:
-        seen = prompt[-1:]
-    sequence = Sequence(sampler, processors, seen, logprobs=logprobs, limit=limit, tokens=begun)
-    if not are_known(cache):
-        sequence.end_verified(UNKNOWN_CACHE)
-    elif not mlx_lm_is_as_imported():
-        sequence.end_verified(REPLACED)
-    return sequence

@@ -117,12 +117,12 @@ class KeyValueStandIn(_StandIn):
             return None
         probe = copy.copy(cache)
         vars(probe).update(_own_arrays(cache))
-        if _is_window(probe) and probe.keys is not None:  # its places are what matters
+        if type(probe) in WINDOWS and probe.keys is not None:  # its places are what matters
             probe.keys = probe.values = mx.zeros((1, 1, cache.keys.shape[2], 1))
         masks = []
         for _ in range(n_positions):
             masks.append(probe.make_mask(1, **options))
-            if _is_window(probe):
+            if type(probe) in WINDOWS:
                 probe.update_and_fetch(mx.zeros((1, 1, 1, 1)), mx.zeros((1, 1, 1, 1)))
             elif type(probe) is BatchKVCache:
                 probe._idx += 1
@@ -152,13 +152,13 @@ class KeyValueStandIn(_StandIn):
             arrays = self.cache.keys if type(self.cache) is QuantizedKVCache else [self.cache.keys]
             room = arrays[0].shape[2] - end_of(self.cache)
         # what grows has room for all of them then, but a window
-        return min(n, room) or (1 if _is_window(self.cache) else n)
+        return min(n, room) or (1 if type(self.cache) in WINDOWS else n)
 
     def _update(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Writes positions, and returns what the last of them gets."""
         cache = self.cache
         n = keys.shape[2]
-        if not _is_window(cache) or n == 1:
+        if type(cache) not in WINDOWS or n == 1:
             return cast(tuple[Any, Any], cache.update_and_fetch(keys, values))
         # several positions by its own method would begin new arrays
         begin = end_of(cache)
@@ -239,14 +239,9 @@ def apart_stand_in(value: Any) -> Any:
     return value
 
 
-def _is_window(cache: Any) -> bool:
-    """Whether a cache holds the latest positions alone, and writes over the others."""
-    return type(cache) in WINDOWS
-
-
 def _is_straight(cache: Any, n_positions: int) -> bool:
     """Whether a window still has all of its text in order after some more positions."""
-    if not _is_window(cache):
+    if type(cache) not in WINDOWS:
         return False
     end = end_of(cache)
     return bool(cache._idx == end and end + n_positions <= cache.max_size)

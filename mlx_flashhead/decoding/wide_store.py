@@ -15,12 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..common.stored import store, stored
 from ..head.backend import device_name
 from ..models.compat.recognised import digest
 from ..models.fetch import SPEEDS, home
 from ..version import __version__
-from .wide import Established
 
 # Modules besides those of a model's parts: what a version stands for may change while it is made.
 CODE = (
@@ -38,19 +36,12 @@ def place_of(model: nn.Module) -> Path | None:
     return home() / SPEEDS / f"{_fingerprint(model)[:24]}.json"
 
 
-def read(place: Path | None, kind: str) -> Established | None:
-    """What was found for caches of a kind."""
-    return None if place is None else stored(place, Established).get(_key(kind))
+def key_of(kind: str) -> str:
+    """What the bits and the times depend on besides the model, in words: its key in the file.
 
-
-def keep(place: Path | None, kind: str, found: Established) -> None:
-    """Stores what was found. Where the place cannot be written, it is tried again next time."""
-    if place is not None:
-        store(place, stored(place, Established) | {_key(kind): found})
-
-
-def _key(kind: str) -> str:
-    """What the bits and the times depend on besides the model, in words."""
+    Args:
+        kind: That of the caches.
+    """
     versions = f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, mlx-flashhead {__version__}"
     return f"{device_name()}, {mx.default_device().type.name}, {versions}: {kind}"
 

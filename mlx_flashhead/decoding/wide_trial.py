@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from ..common.stored import store, stored
 from ..head.backend import gpu_is_default
 from ..models.compat.mlx_lm import (
     ArraysCache,
@@ -64,9 +65,10 @@ def _established(steps: WideSteps, caches: list[Any], kind: str) -> Established:
     if not all(map(is_known, parts_of(caches))) or not _is_worth_it(steps.model):
         return NOTHING
     place = wide_store.place_of(steps.model)
-    found = wide_store.read(place, kind)
-    if found is not None:
-        return found
+    key = wide_store.key_of(kind)
+    known = {} if place is None else stored(place, Established)
+    if key in known:
+        return known[key]
     try:
         found = _tried(steps, caches)
     except Exception as error:  # such as of the device
@@ -74,7 +76,8 @@ def _established(steps: WideSteps, caches: list[Any], kind: str) -> Established:
         return NOTHING
     finally:
         mx.clear_cache()  # of long caches
-    wide_store.keep(place, kind, found)
+    if place is not None:
+        store(place, known | {key: found})
     return found
 
 
