@@ -143,8 +143,7 @@ class OwnCaches:
     def __init__(self, layers: list[Any], quantized_from: int | None = None):
         self.layers = layers
         self._quantized_from = quantized_from
-        # object, attribute, its value ahead, its value as shown
-        self._moved: list[tuple[Any, str, int, int]] = []
+        self._moved: list[tuple[Any, str, int]] = []  # object, attribute, its value ahead
         self._left: list[Any] = []  # all objects in the caches, as they were shown
 
     def snapshots(self, rows: list[tuple[int, int]]) -> list[Snapshot]:
@@ -184,9 +183,8 @@ class OwnCaches:
         for part in parts if trims_all else ():
             for name in POSITIONS[type(part).__name__]:
                 ahead = getattr(part, name)
-                shown = ahead - n_ahead
-                setattr(part, name, shown)
-                self._moved.append((part, name, ahead, shown))
+                setattr(part, name, ahead - n_ahead)
+                self._moved.append((part, name, ahead))
         self._left = list(_objects(self.layers))
         return trims_all
 
@@ -204,7 +202,7 @@ class OwnCaches:
             found = list(_objects(self.layers))
             if len(found) != len(left) or not all(map(is_, found, left)):
                 return False
-        for part, name, ahead, _ in moved:
+        for part, name, ahead in moved:
             setattr(part, name, ahead)
         return True
 

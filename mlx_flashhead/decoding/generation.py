@@ -345,7 +345,7 @@ def _steps(
     if draft_model is not None:
         if input_embeddings is not None:
             raise ValueError("Speculative decoding does not support input embeddings.")
-        yield from drafted_steps(
+        return drafted_steps(
             prompt,
             model,
             draft_model,
@@ -358,7 +358,6 @@ def _steps(
             prompt_cache=prompt_cache,
             **options,
         )
-        return
     loop = partial(verified_steps, stream=stream, proposer=proposer, logprobs=logprobs)
     if not mlx_lm_is_as_imported():  # whatever replaced its functions is for its own loop
         loop = compat.module.generate_step
@@ -374,7 +373,7 @@ def _steps(
         input_embeddings=input_embeddings,
         **options,
     )
-    yield from with_guesses(steps, proposer)
+    return with_guesses(steps, proposer)
 
 
 def _print_statistics(response: GenerationResponse) -> None:

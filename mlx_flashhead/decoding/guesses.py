@@ -130,7 +130,12 @@ class Guesser:
             width = max((w for w in self._costs(layers) if w <= len(forced) + 1), default=1)
             return _guess(forced, width, GRAMMAR)
         if self._draft is not None:
-            return self._drafted(text, latest, token, layers)
+            most = self._draft.n_drafts + 1
+            width = max((w for w in self._costs(layers) if w <= most), default=1)
+            known = self._lookup.tokens if token is None else self._lookup.tokens[:-1]
+            if width == 1:
+                return None
+            return Guess(self._draft.drafts(known, latest, width - 1, text), DRAFT)
         length, found = self._lookup.find(MAX_WIDTH)
         if length and token is None and text.current_processors:
             token = cast(int, latest.item())
@@ -156,8 +161,8 @@ class Guesser:
         if guess.length:
             self._worths[guess.length].note(n_accepted, n_accepted < len(guess.tokens))
             self._watched = (0, 0, 0)
-        if guess.source == DRAFT:
-            cast(DraftModel, self._draft).note(n_accepted)
+        if self._draft is not None and guess.source == DRAFT:
+            self._draft.note(n_accepted)
 
     def _learn(self, text: Text, token: int | None) -> None:
         """Takes the tokens that are known by now, and sees what a guess would have been worth."""
@@ -187,17 +192,6 @@ class Guesser:
             return {}
         costs = established_costs(wide, layers)
         return dict.fromkeys(costs, 1.0) if self._always else costs
-
-    def _drafted(
-        self, text: Text, latest: mx.array, token: int | None, layers: list[Any]
-    ) -> Guess | None:
-        draft = cast(DraftModel, self._draft)
-        widths = [width for width in self._costs(layers) if width <= draft.n_drafts + 1]
-        if not widths:
-            return None
-        known = self._lookup.tokens if token is None else self._lookup.tokens[:-1]
-        drafts = draft.drafts(known, latest, max(widths) - 1, text)
-        return Guess(drafts, DRAFT)
 
 
 def check_lookup(proposer: Proposer, layers: list[Any]) -> None:

@@ -148,17 +148,6 @@ class Proposer:
             )
         return cast(mx.array, self.head.dense_logits(hidden))
 
-    def _project_each(self, hidden: mx.array) -> mx.array:
-        """Logits of positions (R, T, D), each as in a step of its own."""
-        if hidden.shape[1] == 1:
-            return self._project(hidden)
-        return cast(FlashHead, self.head).dense_logits_of_each(hidden)
-
-    def _no_logits(self, hidden: mx.array) -> mx.array:
-        """Zeros in the place of logits that nobody reads: hidden (..., D) → (..., V)."""
-        dtype = self.head.clustered.rows.logits_dtype(hidden.dtype)
-        return mx.zeros((*hidden.shape[:-1], self.head.vocab_size), dtype)
-
     def noting(
         self, states: list[mx.array], *, logits: bool = True
     ) -> AbstractContextManager[None]:
@@ -170,12 +159,18 @@ class Proposer:
         """
         if self.head is None:
             return nullcontext()
+        head = cast(FlashHead, self.head)
 
         def project(hidden: mx.array) -> mx.array:
             states.append(hidden)
-            return self._project_each(hidden) if logits else self._no_logits(hidden)
+            if not logits:
+                dtype = head.clustered.rows.logits_dtype(hidden.dtype)
+                return mx.zeros((*hidden.shape[:-1], head.vocab_size), dtype)
+            if hidden.shape[1] > 1:  # each position as in a step of its own
+                return head.dense_logits_of_each(hidden)
+            return self._project(hidden)
 
-        return cast(FlashHead, self.head).intercepted(project)
+        return head.intercepted(project)
 
     def propose(
         self,

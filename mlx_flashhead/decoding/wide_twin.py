@@ -246,7 +246,9 @@ def _class_in_twin(module: nn.Module, *, apart: bool) -> type:
     """A class like the module's, but for what the twin does otherwise."""
     cls = type(module)
     mixin = _mixin_of(module)
-    apart_attention = apart and updates_cache(cls)
+    call = _call_of(cls)
+    # an attention hands keys and values to a cache
+    apart_attention = apart and call is not None and UPDATE in call.co_names
     functions = _functions(cls, apart_globals if apart_attention else exchanged_globals)
     if apart and mixin is None:
         mixin = _ApartAttention if apart_attention else _Apart
@@ -274,12 +276,6 @@ def _call_of(cls: type) -> CodeType | None:
     """The code of a class's call, if it is mlx-lm's."""
     calls = (function for _, name, function in library_functions(cls) if name == "__call__")
     return next((call.__code__ for call in calls), None)
-
-
-def updates_cache(cls: type) -> bool:
-    """Whether a class is an attention: its call hands keys and values to a cache."""
-    call = _call_of(cls)
-    return call is not None and UPDATE in call.co_names
 
 
 def exchanged_globals(names: Mapping[str, Any]) -> dict[str, Any]:
