@@ -65,14 +65,14 @@ class Worth:
             costs: The time of a step by its number of tokens, relative to a single one.
             n_unknown: Tokens before the guess, 0 or 1, which must be as guessed, too.
         """
-        best = 1
-        most = WORTH
-        for width, cost in costs.items():
+
+        def gain(width: int) -> float:
+            """Tokens for the time of one."""
             n_right = sum(self.share ** (n_unknown + i) for i in range(1, width))
-            if (1 + n_right) / cost > most:
-                best = width
-                most = (1 + n_right) / cost
-        return best
+            return (1 + n_right) / costs[width]
+
+        best = max(costs, key=gain, default=1)
+        return best if costs and gain(best) > WORTH else 1
 
 
 class Guesser:
