@@ -56,10 +56,3 @@ class Mask:
             return logits
         bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: logits.shape[-1]]
         return mx.where(mx.array(bits.astype(bool)), logits, -mx.inf)
-
-
-def as_mask(processor: Any) -> Mask | None:
-    """The processor, if it does to logits what a mask does; None for any other one."""
-    if isinstance(processor, Mask) and type(processor).__call__ is Mask.__call__:
-        return processor
-    return None

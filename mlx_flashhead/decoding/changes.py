@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..common.masks import Mask, as_mask
+from ..common.masks import Mask
 from ..head.adjustment import ChangedTokens
 from ..models.compat.penalties import BIAS, FREQUENCY, PRESENCE, REPETITION, Penalty, penalty_of
 
@@ -46,9 +46,10 @@ class Changes:
                 return None
             penalty = penalty_of(processor)
             if penalty is None:
-                mask = as_mask(processor)
-                if mask is None:
+                own_call = type(processor).__call__ is not Mask.__call__
+                if own_call or not isinstance(processor, Mask):
                     return None
+                mask = processor
             else:
                 kinds.append(penalty.kind)
                 penalties[penalty.kind] = penalty

@@ -57,7 +57,6 @@ class Decoder:
         self._latest_token: int | None = None  # the same of a text alone, if it is known
         self._schedule = VerifySchedule(proposer, self._snapshots)
         self._n_started = 0
-        self.n_wide = 0  # steps of several tokens
         # Whether several texts draw from MLX's random state, also such as are not here yet. Their
         # draws depend on when any text begins and ends, so that none goes ahead.
         self.several_draw = False
@@ -90,14 +89,13 @@ class Decoder:
             self._advance()
             return
         n_before = sum(sequence.n_chosen for sequence in self.sequences)
-        n_wide = self.n_wide
         n_verified = self._schedule.n_verified
         n_traced = self._proposer.n_traced
         all_propose = all(sequence.proposing for sequence in self.sequences)
         began = time.perf_counter()
-        self._advance()
+        single = self._advance()
         seconds = time.perf_counter() - began
-        if self._proposer.n_traced > n_traced or self.n_wide > n_wide:
+        if self._proposer.n_traced > n_traced or not single:
             return  # MLX has compiled, or the round is no measure of single steps
         if all_propose:
             n_tokens = sum(sequence.n_chosen for sequence in self.sequences) - n_before
@@ -134,12 +132,17 @@ class Decoder:
         elif sequence.ahead and sequence.level and not sequence.proposing:
             sequence.end_ahead()
 
-    def _advance(self) -> None:
-        """Launches the next step, reads the token before it, and accepts what is decided."""
+    def _advance(self) -> bool:
+        """Launches the next step, reads the token before it, and accepts what is decided.
+
+        Returns:
+            Whether the step was a single one.
+        """
         self._proposer.n_steps += 1
         latest = cast(mx.array, self._latest)
         guess = self._guess(latest)
-        if guess is None or not self._take_wide_step(self.sequences[0], latest, guess):
+        single = guess is None or not self._take_wide_step(self.sequences[0], latest, guess)
+        if single:
             self._latest = self._step(self.sequences, self.caches.layers, latest)
             self._latest_token = None
             tokens = cast(list[int], latest.tolist())
@@ -147,6 +150,7 @@ class Decoder:
                 sequence.pending[sequence.n_read].read(token)
         self._schedule.step(self.sequences)
         self._restart([sequence for sequence in self.sequences if sequence.rejected])
+        return single
 
     def _guess(self, latest: mx.array) -> Guess | None:
         """Guesses what follows the latest token, if one text decodes alone."""
@@ -184,7 +188,6 @@ class Decoder:
         except NoWideStepError:
             guesser.note(guess, 0)
             return False
-        self.n_wide += 1
         if sequence.current_processors:  # which see it
             sequence.pending[-1].read(cast(int, latest.item()))
         n_cached = sequence.n_cached

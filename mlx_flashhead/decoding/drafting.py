@@ -6,7 +6,7 @@ must be called once a token gets no drafts.
 """
 
 import logging
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import cache as once
 from typing import Any
@@ -18,7 +18,7 @@ from ..models.install import is_librarys_model
 from .caches import are_known, length_of
 from .changes import Changes
 from .draft_model import DraftModel
-from .loop import verified_steps, with_guesses
+from .loop import GuessedTokens, verified_steps, with_guesses
 from .proposer import Proposer
 from .sampler import Processor, Sampler, SamplerFunction, draw_of
 from .wide import WideSteps
@@ -29,9 +29,6 @@ MAY_DIFFER = (
     "rounding may change the text"
 )
 log = logging.getLogger("mlx_flashhead")
-
-# Tokens, log-probabilities (V,), and whether the draft model has proposed the token.
-DraftedSteps = Generator[tuple[int, Any, bool], None, None]
 
 
 def drafted_steps(
@@ -48,7 +45,7 @@ def drafted_steps(
     context: Iterable[int] = (),
     announce: Callable[[str], Any] | None = None,
     **options: Any,
-) -> DraftedSteps:
+) -> GuessedTokens:
     """Does what mlx-lm's ``speculative_generate_step`` does, with the text of no draft model.
 
     Args:

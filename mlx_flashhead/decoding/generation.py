@@ -31,13 +31,10 @@ from .keywords import (
     check_keywords,
     check_prompt,
 )
-from .loop import verified_steps, with_guesses
+from .loop import GuessedTokens, verified_steps, with_guesses
 from .proposer import Proposer
 from .sampler import SamplerFunction
 from .settings import DecodingSettings
-
-# Tokens, log-probabilities (V,), and whether a draft model proposed the token.
-Steps = Generator[tuple[int, Any, bool], None, None]
 
 
 def stream_generate(
@@ -340,7 +337,7 @@ def _steps(
     input_embeddings: mx.array | None = None,
     num_draft_tokens: int = 2,
     **options: Unpack[CacheOptions],
-) -> Steps:
+) -> GuessedTokens:
     """The tokens of a text, from the loop with a draft model or from the one without."""
     if draft_model is not None:
         if input_embeddings is not None:

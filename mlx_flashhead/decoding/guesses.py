@@ -188,7 +188,7 @@ class Guesser:
         limit = math.inf if self._quantized_from is None else self._quantized_from - MAX_WIDTH
         lengths = [layer.offset for layer in layers if hasattr(layer, "to_quantized")]
         # mlx-lm quantizes the caches within the next steps, or a part of the model was changed
-        if max(lengths, default=0) >= limit or not wide.is_of(wide.model):
+        if max(lengths, default=0) >= limit or not wide.parts.are_of(wide.model):
             return {}
         costs = established_costs(wide, layers)
         return dict.fromkeys(costs, 1.0) if self._always else costs

@@ -22,7 +22,8 @@ REPLACED = "dense: functions of mlx-lm were replaced"
 CLEAR_EVERY = 256  # tokens, as mlx-lm's loop
 
 
-Tokens = Generator[tuple[int, mx.array | None], None, None]
+# Tokens, log-probabilities (V,), and whether each token was guessed.
+GuessedTokens = Generator[tuple[int, Any, bool], None, None]
 
 
 def verified_steps(
@@ -48,7 +49,7 @@ def verified_steps(
     prefill: Callable[..., Iterable[Any]] | None = None,
     draft: DraftModel | None = None,
     announce: Callable[[str], Any] | None = None,
-) -> Tokens:
+) -> Generator[tuple[int, mx.array | None], None, None]:
     """Does what mlx-lm's ``generate_step`` does, with the dense model's choices.
 
     It yields tokens and log-probabilities (V,). What cannot be verified is decoded by the normal
@@ -221,9 +222,7 @@ def _read_by(loop: Callable[..., Iterable[Any]], cache: list[Any]) -> mx.array:
     return taken[-1]
 
 
-def with_guesses(
-    steps: Iterator[tuple[int, Any]], proposer: Proposer
-) -> Generator[tuple[int, Any, bool], None, None]:
+def with_guesses(steps: Iterator[tuple[int, Any]], proposer: Proposer) -> GuessedTokens:
     """The tokens and log-probabilities of a loop, and whether each token was guessed.
 
     It is ``from_draft`` of mlx-lm's responses. The loop ends with this generator.

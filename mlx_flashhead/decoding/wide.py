@@ -50,7 +50,7 @@ class WideSteps:
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
-        self._parts = ModelParts(model)
+        self.parts = ModelParts(model)  # all of it, so that a change shows
         self._twins: dict[bool, nn.Module] = {}  # by whether its attentions take positions apart
         self.established: dict[str, Established] = {}  # by the kind of the caches
 
@@ -58,16 +58,12 @@ class WideSteps:
     def of(cls, model: nn.Module) -> "WideSteps":
         """The wide steps of a model, anew if a part of it has changed."""
         known = cls.known.get(id(model))
-        if known is not None and known.is_of(model):
+        if known is not None and known.parts.are_of(model):
             return known
         if known is None:
             weakref.finalize(model, cls.known.pop, id(model), None)
         cls.known[id(model)] = cls(model)
         return cls.known[id(model)]
-
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether these are a model's, which has the same arrays, parts and functions still."""
-        return self._parts.are_of(model)
 
     @property
     def model(self) -> nn.Module:
