@@ -19,6 +19,7 @@ from .guesses import check_lookup, guesser_of
 from .proposer import Proposer
 from .sequence import Sequence, own_processors
 
+BatchGenerator: Any = compat.BatchGenerator
 NO_LOGPROBS = mx.array([0.0])  # evaluated: a lazy one would belong to the importing thread
 
 
@@ -63,7 +64,7 @@ def check_batched_lookup(proposer: Proposer, max_kv_size: int | None = None) -> 
         check_lookup(proposer, BatchCaches().merged([caches]))
 
 
-class VerifiedBatchGenerator(compat.BatchGenerator):
+class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
     """mlx-lm's ``BatchGenerator`` with the choices of the dense model.
 
     :meth:`next` hands out at most one token of each text, and makes none while accepted tokens are

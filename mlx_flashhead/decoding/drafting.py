@@ -76,7 +76,7 @@ def drafted_steps(
         _log_once_that_text_may_differ()
         for name in ("logprobs", "n_begun"):
             options.pop(name, None)
-        steps = compat.speculative_generate_step(
+        plain: Any = compat.speculative_generate_step(
             prompt,
             model,
             draft_model,
@@ -87,8 +87,8 @@ def drafted_steps(
             prompt_cache=caches,
             **options,
         )
-        with closing(steps):
-            for step in steps:
+        with closing(plain):
+            for step in plain:
                 if announce is not None:
                     announce(MAY_DIFFER)
                 yield step

@@ -74,8 +74,8 @@ class Sequence:
         ids_dtype: mx.Dtype | None = None,
     ):
         self.sampler = sampler
-        known = isinstance(processors, list | tuple)
-        self.processors: Any = processors if known else tuple(processors or ())
+        given: Any = () if processors is None else processors
+        self.processors: Any = given if isinstance(given, list | tuple) else tuple(given)
         self._processors_at_start = tuple(self.processors)
         self.tokens = list(tokens)
         self.logprobs = logprobs

@@ -230,7 +230,8 @@ def twin_of(model: nn.Module, *, apart: bool = False) -> nn.Module:
         model: The model.
         apart: Whether each operation of an attention runs once per position, not its call alone.
     """
-    shared = [get_flash_head(model), *(array for _, array in tree_flatten(model.parameters()))]
+    arrays: Any = tree_flatten(model.parameters())
+    shared = [get_flash_head(model), *(array for _, array in arrays)]
     twin = copy.deepcopy(model, {id(each): each for each in shared})
     classes: dict[type, type] = {}
     for part in containers(twin):
