@@ -128,10 +128,11 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         n = len(segments)
         parts = [[list(part) for part in prompt if part] for prompt in segments]
         limits = max_tokens or [self.max_tokens] * n
+        made = (compat.make_prompt_cache(self.model, self.max_kv_size) for _ in range(n))
         options = {
             "max_tokens": limits,
-            "caches": caches and list(caches),  # mlx-lm changes these lists
-            "all_tokens": all_tokens and [list(tokens) for tokens in all_tokens],
+            "caches": [next(made) if cache is None else cache for cache in caches or [None] * n],
+            "all_tokens": all_tokens and [list(tokens) for tokens in all_tokens],  # it changes them
             "samplers": samplers,
             "logits_processors": logits_processors,
             "stop_sequences": stop_sequences or state_machines,
