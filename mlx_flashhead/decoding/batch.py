@@ -129,7 +129,7 @@ class VerifiedBatchGenerator(BatchGenerator):  # type: ignore[misc]
         parts = [[list(part) for part in prompt if part] for prompt in segments]
         limits = max_tokens or [self.max_tokens] * n
         made = (compat.make_prompt_cache(self.model, self.max_kv_size) for _ in range(n))
-        options = {
+        options: dict[str, Any] = {
             "max_tokens": limits,
             "caches": [next(made) if cache is None else cache for cache in caches or [None] * n],
             "all_tokens": all_tokens and [list(tokens) for tokens in all_tokens],  # it changes them
