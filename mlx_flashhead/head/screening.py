@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .clustered import ClusteredRows
 from .draws.bounds import LOWEST, Bounds, Interval, Scored
-from .draws.rows import Draw, Draws, Take
+from .draws.rows import Draws
 from .logit_map import LogitMap
 from .proposal import Proposal, Screen, Tolerance
 
@@ -38,11 +38,7 @@ def screen(
         best_unscored=_highest(best, tolerance, logit_map, slots.dtype),
         epsilon=epsilon,
     )
-
-    def certain_of(kind: type[Draw], some: Draws, take: Take) -> tuple[mx.array]:
-        return (kind.certain(bounds.rows(take), some)[:, 0],)
-
-    (certain,) = draws.by_kind(certain_of)
+    certain = draws.by_kind(bounds, lambda kind, some, bounds: kind.certain(bounds, some)[:, 0])
     largest = mx.max(mx.abs(slots), axis=(1, 2)).astype(mx.float32)
     finite = largest < mx.inf  # float16 may overflow
     return Screen(certain & finite, largest, best[:, 0], bounds.unscored_mass[:, 0])

@@ -19,7 +19,7 @@ import numpy as np
 from .adjustment import Adjustment, adjusted_logits, probed_for
 from .clustered import ClusteredRows, in_token_order
 from .draws.bounds import log_mass
-from .draws.rows import Draw, Draws, Take
+from .draws.rows import Draw, Draws
 from .logit_map import IDENTITY, LogitMap
 from .matrix import Matrix
 from .proposal import Candidates, Proposal, ProposalRow, Screen, Selection, Tolerance, Unscored
@@ -345,18 +345,20 @@ class PortableSteps:
         ids = self.token_ids(selection.probes).flatten(1)
         logits = candidates.logits.flatten(1)
         nothing = mx.finfo(logits.dtype).min
-        left = cast(Unscored, selection.unscored)
+        unscored = cast(Unscored, selection.unscored)
 
-        def choose_of(kind: type[Draw], some: Draws, take: Take) -> tuple[mx.array, mx.array]:
-            scored = take(logits).astype(mx.float32)
+        def choose_of(
+            kind: type[Draw], some: Draws, given: tuple[mx.array, mx.array, Unscored]
+        ) -> tuple[mx.array, mx.array]:
+            logits, ids, unscored = given
+            scored = logits.astype(mx.float32)
             best = mx.max(scored, axis=-1, keepdims=True)
-            unscored = Unscored(take(left.best), None if left.mass is None else take(left.mass))
             others = None
             if some.filters and not masked:
                 others = cast(mx.array, unscored.mass)
                 if kind.whole_mass and self._lacking:
                     others = others + self._lacking
-            tokens = kind.choose(scored, some, take(ids), others)
+            tokens = kind.choose(scored, some, ids, others)
             if kind.by_mass:
                 chance = risk.of_draw(scored, unscored)
             else:
@@ -364,7 +366,7 @@ class PortableSteps:
             chance = mx.where(best <= nothing, NOTHING_ALLOWED, mx.minimum(chance, 1.0))
             return tokens, chance[:, 0]
 
-        tokens, risks = draws.by_kind(choose_of)
+        tokens, risks = draws.by_kind((logits, ids, unscored), choose_of)
         if masked:  # where all is ruled out, a number may fall in the share of a padded slot
             tokens = mx.minimum(tokens, self.clustered.vocab_size - 1)
         return tokens, risks

@@ -72,7 +72,9 @@ def case_of(
     ids = ids.flatten(1)
     flat = logits.astype(mx.float32).flatten(1)
     draws = best_draws(k) if draws is None else draws
-    (tokens,) = draws.by_kind(lambda kind, some, take: (kind.choose(take(flat), some, take(ids)),))
+    tokens = draws.by_kind(
+        (flat, ids), lambda kind, some, rows: kind.choose(rows[0], some, rows[1])
+    )
     tolerance = Tolerance(mx.full((k,), room), mx.full((k,), scored_room), relative)
     return slots, proposal_of(tokens, probes, logits), draws, tolerance
 

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from ..clustered import ClusteredRows
 
@@ -118,14 +117,6 @@ class Bounds(NamedTuple):
     unscored_mass: mx.array  # (k, 1), that of the others
     best_unscored: mx.array  # (k, 1), the highest that the best of them may be
     epsilon: float  # the relative spacing of the model's log-probabilities
-
-    def rows(self, take: Callable[[mx.array], mx.array]) -> "Bounds":
-        """The bounds of some states, whose rows of an array ``take`` picks."""
-
-        def taken(leaf: Any) -> Any:
-            return take(leaf) if isinstance(leaf, mx.array) else leaf
-
-        return cast(Bounds, tree_map(taken, self))
 
 
 class Near(NamedTuple):

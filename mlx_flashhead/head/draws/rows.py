@@ -7,10 +7,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any, ClassVar, Self
+from functools import cached_property, lru_cache, partial
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from ..kernel_inputs import SHORTEST
 from .bounds import Bounds
@@ -19,6 +20,8 @@ NO_MIN_P = -1e30
 NO_KEY = (0, 0)  # of a row that draws no number
 
 Key = tuple[int, int]
+Given = TypeVar("Given")
+Results = TypeVar("Results")
 
 
 @dataclass(frozen=True)
@@ -183,52 +186,47 @@ class Draws:
 
     def choose(self, logits: mx.array) -> mx.array:
         """Draws from all tokens: their logits (R, V) → (R,) uint32. Lazy."""
-
-        def choose_of(kind: type[Draw], some: "Draws", take: Take) -> tuple[mx.array]:
-            return (kind.choose(take(logits).astype(mx.float32), some),)
-
-        return self.by_kind(choose_of)[0]
+        return self.by_kind(
+            logits, lambda kind, some, logits: kind.choose(logits.astype(mx.float32), some)
+        )
 
     def by_kind(
-        self, results_of: Callable[[type[Draw], "Draws", "Take"], tuple[mx.array, ...]]
-    ) -> tuple[mx.array, ...]:
+        self, arrays: Given, results_of: Callable[[type[Draw], "Draws", Given], Results]
+    ) -> Results:
         """Calls a function for the rows of each kind, with filters or without.
 
         Args:
-            results_of: It gets the kind, the draws of its rows, and what takes these rows of an
-                array (R, …). Its results are arrays of these rows.
+            arrays: An array (R, …), or a tuple of such, which may hold tuples, and other things.
+            results_of: It gets the kind, the draws of its rows, and these rows of the arrays. Its
+                results are an array of these rows, or a tuple.
 
         Returns:
-            The same arrays of all rows.
+            The same of all rows.
         """
         places: dict[tuple[type[Draw], bool], list[int]] = {}
         for i, row in enumerate(self.rows):
             places.setdefault((type(row), row.filters), []).append(i)
         if len(places) == 1:
-            return results_of(type(self.rows[0]), self, _all_rows)
+            return results_of(type(self.rows[0]), self, arrays)
         results = []
         order: list[int] = []
         for (kind, _), some in places.items():
             filled = mx.array(some + some[-1:] * (SHORTEST - len(some)), mx.uint32)
-            inputs = tuple(mx.take(array, filled, axis=0) for array in self.inputs)
+            inputs = tree_map(partial(_rows_of, rows=filled), self.inputs)
             draws = Draws.of_arrays(tuple(self.rows[i] for i in some), inputs)
-            results.append(results_of(kind, draws, _taking(some)))
+            taken = tree_map(partial(_rows_of, rows=mx.array(some, mx.uint32)), arrays)
+            results.append(results_of(kind, draws, taken))
             order += some
         back = mx.array([order.index(i) for i in range(len(order))], mx.uint32)
-        joined = (mx.concatenate(list(parts)) for parts in zip(*results, strict=True))
-        return tuple(mx.take(array, back, axis=0) for array in joined)
+        return cast(
+            Results,
+            tree_map(lambda *parts: mx.take(mx.concatenate(list(parts)), back, axis=0), *results),
+        )
 
 
-Take = Callable[[Any], Any]
-
-
-def _all_rows(array: mx.array) -> mx.array:
-    return array
-
-
-def _taking(rows: list[int]) -> Take:
-    places = mx.array(rows, mx.uint32)
-    return lambda array: mx.take(array, places, axis=0)
+def _rows_of(array: Any, rows: mx.array) -> Any:
+    """Some rows of an array, and anything else as it is."""
+    return mx.take(array, rows, axis=0) if isinstance(array, mx.array) else array
 
 
 @lru_cache(maxsize=256)
