@@ -180,13 +180,11 @@ def _probes_table(config: FlashHeadConfig) -> list[str]:
     for row in config.report["by_probes"]:
         n_probes = row["n_probes"]
         mark = "✓" if n_probes == config.n_probes else ""
-        share = percent(row["bytes_share"], 1)
-        greedy = percent(differing[n_probes]["greedy_differs"])
-        sampled = percent(differing[n_probes]["sampled_differs"])
-        kl = _three_decimals(row["kl"])
-        ratio = _three_decimals(row["perplexity_ratio"])
+        differs = differing[n_probes]
         lines.append(
-            f"{mark:2}{n_probes:>6,} {share:>7}  {greedy:>16} {sampled:>8} {kl:>7} {ratio:>10}"
+            f"{mark:2}{n_probes:>6,} {percent(row['bytes_share'], 1):>7}  "
+            f"{percent(differs['greedy_differs']):>16} {percent(differs['sampled_differs']):>8} "
+            f"{_three_decimals(row['kl']):>7} {_three_decimals(row['perplexity_ratio']):>10}"
         )
     return lines
 

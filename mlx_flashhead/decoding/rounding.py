@@ -282,8 +282,7 @@ def may_use_tf32() -> bool:
     """Whether MLX may multiply several float32 states in TF32 on this machine."""
     if mx.default_device().type == mx.cpu:
         return False
-    architecture = str(mx.device_info().get("architecture"))
-    return WITHOUT_TF32.match(architecture) is None
+    return WITHOUT_TF32.match(str(mx.device_info().get("architecture"))) is None
 
 
 def _dense_kernel(head: FlashHead) -> DenseKernel | None:

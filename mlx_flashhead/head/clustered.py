@@ -142,8 +142,8 @@ class ClusteredRows:
         """These clusters with each row in one piece, for kernels and other programs. Lazy."""
         if not self.by_column:
             return self
-        weight = mx.contiguous(self.rows.weight)
-        return replace(self, rows=replace(self.rows, weight=weight), by_column=False)
+        rows = replace(self.rows, weight=mx.contiguous(self.rows.weight))
+        return replace(self, rows=rows, by_column=False)
 
     def flat_rows(self) -> Matrix:
         """The rows in slot order, (C·cluster_size, …): a view, or a copy of rows by columns."""

@@ -360,8 +360,7 @@ class FlashHead:
 
     def slot_logits(self, hidden: mx.array) -> mx.array:
         """The dense logits in the order of the clusters, padded slots too: (R, D) → (R, C, n)."""
-        logits = self.steps.verifying_product(hidden)
-        return logits.reshape(len(hidden), self.n_clusters, -1)
+        return self.steps.verifying_product(hidden).reshape(len(hidden), self.n_clusters, -1)
 
     def unverified_logits(
         self,
@@ -406,8 +405,7 @@ class FlashHead:
         if token_ids is None:
             return logits
         scored = self.clustered.token_rows(token_ids).matmul(hidden).astype(logits.dtype)
-        ids = mx.broadcast_to(token_ids, scored.shape)
-        return mx.put_along_axis(logits, ids, scored, axis=-1)
+        return mx.put_along_axis(logits, mx.broadcast_to(token_ids, scored.shape), scored, axis=-1)
 
     def propose(
         self,
@@ -486,8 +484,9 @@ class FlashHead:
         most = max(proposal.probes.shape[1] for proposal in proposals)
         filled = [proposal.filled(most) for proposal in proposals]
         hidden, probes, logits = self.steps.join(filled, rows)
-        chosen = mx.array(list(tokens), mx.uint32)
-        return Proposal(hidden, chosen, probes, logits, mx.zeros(len(rows)))
+        return Proposal(
+            hidden, mx.array(list(tokens), mx.uint32), probes, logits, mx.zeros(len(rows))
+        )
 
     def _retrieve(
         self,

@@ -48,8 +48,8 @@ class Proposal(NamedTuple):
         if missing <= 0:
             return self
         last = mx.broadcast_to(self.probes[:, -1:], (n_rows, missing))
-        lowest = mx.finfo(self.logits.dtype).min
-        nothing = mx.full((n_rows, missing, size), lowest, self.logits.dtype)
+        dtype = self.logits.dtype
+        nothing = mx.full((n_rows, missing, size), mx.finfo(dtype).min, dtype)
         return self._replace(
             probes=mx.concatenate([self.probes, last], axis=1),
             logits=mx.concatenate([self.logits, nothing], axis=1),

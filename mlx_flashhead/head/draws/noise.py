@@ -165,8 +165,7 @@ def noise(keys: mx.array, token_ids: mx.array) -> mx.array:
 
 def noise_of_all(keys: mx.array, vocab_size: int) -> mx.array:
     """Gumbel noise of tokens 0 … V-1: keys (R, 2) → (R, V) float32."""
-    pairs = mx.arange(-(-vocab_size // 2), dtype=mx.uint32)
-    words = _random_words(keys, pairs)
+    words = _random_words(keys, mx.arange(-(-vocab_size // 2), dtype=mx.uint32))
     return _gumbel(words.view(mx.uint32)[:, :vocab_size])
 
 
