@@ -116,7 +116,7 @@ class ClusteredRows:
         source_rows = mx.minimum(ids, vocab_size - 1)
         clustered = rows.take(source_rows)
         if by_column:
-            clustered = replace(clustered, weight=_columns(rows.weight, source_rows))
+            clustered = replace(clustered, weight=in_columns(rows.weight, source_rows))
         return cls(
             rows=clustered,
             token_ids=ids,
@@ -171,7 +171,7 @@ def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:
     return mx.take_along_axis(slots, slot_of[None], axis=-1)
 
 
-def _columns(weight: mx.array, order: mx.array) -> mx.array:
+def in_columns(weight: mx.array, order: mx.array) -> mx.array:
     """Rows ``order`` (C, n) of ``weight`` (V, D), laid out as (C, D, n), as a view (C, n, D)."""
     n_clusters, cluster_size = order.shape
     columns = mx.zeros((n_clusters, weight.shape[1], cluster_size), dtype=weight.dtype)

@@ -115,9 +115,8 @@ class FlashHead:
         self.n_traced = 0  # functions made so far, each of which takes MLX a while
         # Whether the dense logits of one state are products with the rows in token order: with
         # those in the order of the clusters an Apple GPU adds in another order.
-        n_slots = token_ids.size
         self.gathers_rows = mx.metal.is_available() and (
-            dense_kernel(rows, rows.n_rows) != dense_kernel(rows, n_slots)
+            dense_kernel(rows, rows.n_rows) != dense_kernel(rows, token_ids.size)
         )
         # makes the logits of calls that nobody intercepts, from this head or a copy of it
         self.projection: Callable[[FlashHead, mx.array], mx.array] | None = None

@@ -72,9 +72,9 @@ class MetalSteps(PortableSteps):
         self.reads_rows = clustered.rows.format.metal is not None  # else `score` stays plain
         self._tail_offset = clustered.centroids.tail_offset.astype(mx.float32)
         self._stored_centroids = StoredRows(clustered.centroids.matrix, clustered.n_clusters)
-        self._stored_rows: StoredRows | None = None
-        if self.reads_rows:
-            self._stored_rows = StoredRows(clustered.rows, clustered.vocab_size, version)
+        self._stored_rows = (
+            StoredRows(clustered.rows, clustered.vocab_size, version) if self.reads_rows else None
+        )
         self._kernels = make_kernels(
             clustered, self._stored_centroids, self._stored_rows, self.metal_kernel, row_threads
         )

@@ -40,8 +40,8 @@ def screen(
     )
     certain = draws.by_kind(bounds, lambda kind, some, bounds: kind.certain(bounds, some)[:, 0])
     largest = mx.max(mx.abs(slots), axis=(1, 2)).astype(mx.float32)
-    finite = largest < mx.inf  # float16 may overflow
-    return Screen(certain & finite, largest, best[:, 0], bounds.unscored_mass[:, 0])
+    certain &= largest < mx.inf  # float16 may overflow
+    return Screen(certain, largest, best[:, 0], bounds.unscored_mass[:, 0])
 
 
 def _scored(

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from .adjustment import Adjustment, adjusted_logits, probed_for
-from .clustered import ClusteredRows, in_token_order
+from .clustered import ClusteredRows, in_columns, in_token_order
 from .draws.bounds import log_mass
 from .draws.rows import Draw, Draws
 from .logit_map import IDENTITY, LogitMap
@@ -35,8 +35,6 @@ MARGIN_SHARE = 1 / 64
 # matrix first, which does not pay for few states (docs/how-it-works.md).
 BLOCK_PRODUCTS = 500_000
 BLOCK_MULTIPLE = 16  # rows of a block: whole vectors
-# Rows that are dequantized at once: for all of them MLX's CPU build needs three times the floats.
-PIECE = 64
 FLOAT16_FROM = 6  # states: fewer are not multiplied as a matrix on any GPU that lacks bfloat16
 
 
@@ -105,20 +103,13 @@ def mapped_mass(scores: mx.array, logit_map: LogitMap, cluster_size: int) -> mx.
 def in_blocks(matrix: Matrix) -> mx.array:
     """Returns rows (V, D) as columns for ``blocked_product``: (n_blocks, D, block) float32.
 
-    MLX's BLAS multiplies them in half the time. The last block ends with zeros; a single one is
-    (D, V). Lazy.
+    MLX's BLAS multiplies them in half the time. The last block repeats the last row. Lazy.
     """
     n_rows = matrix.n_rows
-    hidden_size = matrix.hidden_size
-    n_blocks = -(-n_rows * hidden_size // BLOCK_PRODUCTS)
-    if n_blocks == 1:
-        return mx.contiguous(matrix.dequantized(mx.float32).T)
+    n_blocks = -(-n_rows * matrix.hidden_size // BLOCK_PRODUCTS)
     block = BLOCK_MULTIPLE * -(-n_rows // (n_blocks * BLOCK_MULTIPLE))
-    rows = mx.zeros((n_blocks * block, hidden_size))
-    for start in range(0, n_rows, PIECE):
-        part = mx.arange(start, min(start + PIECE, n_rows))
-        rows[start : start + len(part)] = matrix.take(part).dequantized(mx.float32)
-    return mx.contiguous(rows.reshape(n_blocks, block, -1).swapaxes(-1, -2))
+    order = mx.minimum(mx.arange(n_blocks * block), n_rows - 1).reshape(n_blocks, block)
+    return in_columns(matrix.dequantized(mx.float32), order).swapaxes(-1, -2)
 
 
 def blocked_product(hidden: mx.array, columns: mx.array) -> mx.array:
@@ -127,8 +118,6 @@ def blocked_product(hidden: mx.array, columns: mx.array) -> mx.array:
     It is fast for few states.
     """
     products = hidden @ columns
-    if columns.ndim == 2:
-        return products
     if len(hidden) > 1:
         products = products.swapaxes(0, 1)
     return products.reshape(len(hidden), -1)
