@@ -49,17 +49,14 @@ ONLY_GREEDY = "dense: with mlx-vlm only greedy text is verified"
 def patch_library(library: str) -> None:
     """From now on the loads of mlx-lm or mlx-vlm attach a FlashHead, if they can.
 
-    The options are in the environment. A mistake in them is a warning.
+    The options are in the environment.
 
     Args:
         library: "mlx_lm" or "mlx_vlm".
     """
-    try:
-        for place, wrap in _patches().wraps[library].items():
-            with suppress(ImportError):  # mlx-vlm before 0.7 has its loop elsewhere
-                put_in_place(place, wrap)
-    except Exception as error:  # whatever it is, the program goes on as without this package
-        print(f"Without FlashHead: {sentence(error)}", file=sys.stderr)
+    for place, wrap in _patches().wraps[library].items():
+        with suppress(ImportError):  # mlx-vlm before 0.7 has its loop elsewhere
+            put_in_place(place, wrap)
 
 
 @cache  # once per process

@@ -43,14 +43,14 @@ def patch(library):
         import mlx_lm  # noqa: F401 - which is patched first
 
         from mlx_flashhead.loading.programs import patch_library
+
+        patch_library(library)
     except ImportError as error:
         reason = f"{error} in {sys.executable}"
         print(f"Without FlashHead: {reason}: install mlx_flashhead there.", file=sys.stderr)
-    except Exception as error:  # a library of another version
+    except Exception as error:  # a library of another version, or options of one
         reason = f"{type(error).__name__}: {error}"
         print(f"Without FlashHead: it does not fit these libraries ({reason}).", file=sys.stderr)
-    else:
-        patch_library(library)
 
 
 def pass_on():
