@@ -138,8 +138,9 @@ def _check_arguments(parser: Parser, args: Namespace, n_processes: int) -> None:
 def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) -> None:
     """Loads, answers, and builds a missing FlashHead afterwards."""
     # mlx-lm takes a second to import, which mistakes and --help do without
-    from .loading.head_options import HeadOptions
+    from .loading.head_options import LATER, HeadOptions
     from .models.compat.mlx_lm import generation_stream
+    from .models.install import get_flash_head
 
     options = HeadOptions.from_flags(args)
     if args.seed is not None:
@@ -149,9 +150,10 @@ def _generate(args: Namespace, processes: mx.distributed.Group, grammar: Any) ->
         loaded = _load(args, processes, options, cache)
         prompt, embeddings = _prompt(args, loaded, cache)
         _answer(args, loaded, prompt, embeddings, cache, grammar)
-    if loaded.unbuilt and sys.stdout.isatty():
+    unbuilt = options.missing == LATER and not args.dense and get_flash_head(loaded.model) is None
+    if unbuilt and sys.stdout.isatty():
         _build(loaded, options)
-    elif loaded.unbuilt:  # a script waits for its end
+    elif unbuilt:  # a script waits for its end
         name = args.model or loaded.folder
         options.say(
             f"FlashHead is not built yet: `mlx_flashhead.cache --build {name}` builds it, as does "
@@ -171,7 +173,6 @@ class _Loaded:
     config: dict[str, Any]
     folder: Path
     draft_model: Any = None
-    unbuilt: bool = False  # whether its FlashHead is still to be built
 
 
 @dataclass
@@ -230,7 +231,6 @@ def _load(
     args: Namespace, processes: mx.distributed.Group, options: Any, cache: _PromptCache | None
 ) -> _Loaded:
     """The model with its FlashHead, its tokenizer, and the draft model."""
-    from .loading.head_options import LATER
     from .loading.load import check_draft, load_dense_head, load_draft, load_with_head
     from .models.fetch import resolve
     from .models.install import get_flash_head
@@ -254,10 +254,8 @@ def _load(
             trust_remote_code=args.trust_remote_code,
         )
         loaded = _Loaded(model, tokenizer, config, folder)
-        if not args.dense and get_flash_head(model) is None:
-            if args.n_probes and args.no_build:
-                raise ValueError("--n-probes needs a FlashHead: leave --no-build out.")
-            loaded.unbuilt = options.missing == LATER
+        if args.n_probes and args.no_build and get_flash_head(model) is None:
+            raise ValueError("--n-probes needs a FlashHead: leave --no-build out.")
     for token in args.extra_eos_token:
         loaded.tokenizer.add_eos_token(token)
     if args.draft_model is not None:

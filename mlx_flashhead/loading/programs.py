@@ -244,8 +244,9 @@ class _Patches:
         if draft is None or options.get("logits_processors"):
             return None
         use = self._use_of(model) or draft
-        if draft.is_waiting or not mlx_lm_is_as_imported():
-            mode = BUILDING if draft.is_waiting else REPLACED
+        waits = get_flash_head(draft_model) is None
+        if waits or not mlx_lm_is_as_imported():
+            mode = BUILDING if waits else REPLACED
             return draft.follow(use.follow(original(**options), mode))
         if not is_recognised(draft_model):
             return None

@@ -20,6 +20,7 @@ import mlx.nn as nn
 from ..decoding.policy import decoding_mode, policy_of
 from ..decoding.proposer import FIRST, PAUSED
 from ..head.flash_head import FlashHead
+from ..models.install import get_flash_head
 from .head_options import HeadOptions
 
 OWN_STEPS = 4  # a prompt's last token is a step, too, and a loop of ours may follow
@@ -47,7 +48,6 @@ class Use:
         self.lookup = options.lookup  # when the next tokens of a text are looked up
         self.used_at = time.monotonic()  # by a loop that is not ours
         self._options = options
-        self.is_waiting = True  # whether the model has no FlashHead yet
         self._n_steps = 0  # of a loop that is not ours
         self._local = threading.local()  # whether tokens are announced, and whether a text begins
         self._begun = False  # whether an answer may be on the screen
@@ -62,11 +62,10 @@ class Use:
 
     def mode_of(self, model: nn.Module) -> str:
         """What decodes the model's text, in words: "verified", or "dense: " and why."""
-        return BUILDING if self.is_waiting else decoding_mode(model)
+        return BUILDING if get_flash_head(model) is None else decoding_mode(model)
 
     def take(self, head: FlashHead) -> None:
         """From now on the model has this FlashHead, whose calls come here."""
-        self.is_waiting = False
         if not policy_of(head).dense:  # which is said with the first text
             clusters = f"{head.n_probes:,} of {head.n_clusters:,} clusters"
             self._options.say(f"With FlashHead: {self.name}, {clusters} scored per token.")
