@@ -161,27 +161,21 @@ def grammar_of(args: argparse.Namespace) -> Grammar | None:
     """
     if args.regex is not None:
         return Grammar.from_regex(args.regex)
-    if args.json_schema is not None:
-        return _from_json(args.json_schema)
-    if args.grammar is None:
+    is_schema = args.json_schema is not None
+    given = args.json_schema if is_schema else args.grammar
+    if given is None:
         return None
+    is_text = is_schema and given.lstrip().startswith("{")  # else the name of a file
+    where = "--json-schema" if is_text else given
     try:
-        return Grammar.from_lark(Path(args.grammar).expanduser().read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{args.grammar}: {error}") from None
-
-
-def _from_json(given: str) -> Grammar:
-    """The grammar of a JSON schema, which begins with a brace, or is in a file."""
-    is_schema = given.lstrip().startswith("{")
-    where = "--json-schema" if is_schema else given
-    try:
-        text = given if is_schema else Path(given).expanduser().read_text(encoding="utf-8")
-        return Grammar.from_json_schema(json.loads(text))
+        text = given if is_text else Path(given).expanduser().read_text(encoding="utf-8")
+        return Grammar.from_json_schema(json.loads(text)) if is_schema else Grammar.from_lark(text)
     except json.JSONDecodeError as error:
         problem = f"{error.msg} at line {error.lineno}, column {error.colno}"
         raise ValueError(f"{where} is not JSON ({problem}): give a schema.") from None
     except FileNotFoundError:
+        if not is_schema:
+            raise
         remedy = """give one that exists, or the schema itself, such as '{"type": "object"}'"""
         raise ValueError(f"--json-schema: there is no file {given:.60}: {remedy}.") from None
     except (ValueError, RecursionError) as error:

@@ -167,13 +167,15 @@ def _mend(made: dict[str, Any]) -> None:
     reference = made.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
         made["$ref"] = _ROOT + reference[1:]
-    if isinstance(made.get("format"), str) and made["format"] not in FORMATS:
-        del made["format"]
-    if made.get("uniqueItems") is False:
-        del made["uniqueItems"]
     names = made.get("propertyNames")
-    if isinstance(names, dict) and names.keys() & LIMITS <= {"type"}:
-        del made["propertyNames"]
+    notes = {
+        "format": isinstance(made.get("format"), str) and made["format"] not in FORMATS,
+        "uniqueItems": made.get("uniqueItems") is False,
+        "propertyNames": isinstance(names, dict) and names.keys() & LIMITS <= {"type"},
+    }
+    for name, says_nothing in notes.items():
+        if says_nothing:
+            del made[name]
     for name, bound, sign in (
         ("exclusiveMinimum", "minimum", 1),
         ("exclusiveMaximum", "maximum", -1),
