@@ -95,7 +95,8 @@ class Engine:
 
     def _take_turns(self) -> None:
         self._receive()
-        self._drop_ended()
+        self._waiting = [job for job in self._waiting if not job.ended]
+        self._take_out([job for job in self._begun if job.ended])
         self._admit()
         began = time.perf_counter()
         has_read = self._read()
@@ -192,10 +193,6 @@ class Engine:
         """Puts an answer that has begun, the shortest of an address, back into the queue."""
         begun = [job for job in self._begun if job.address == address]
         self._take_out([min(begun, key=lambda job: len(job.tokens))])
-
-    def _drop_ended(self) -> None:
-        self._waiting = [job for job in self._waiting if not job.ended]
-        self._take_out([job for job in self._begun if job.ended])
 
     def _read(self) -> bool:
         """Reads a chunk of a prompt; at its end the answer begins. Returns whether it has read."""

@@ -112,7 +112,11 @@ def load_models(args: Namespace) -> list[ServedModel]:
     paths = zip([args.model, *args.allow_models], names, strict=True)
     models = [_load(args, path, its_names) for path, its_names in paths]
     for served in models:
-        _check_lookup(served, args)
+        proposer = Proposer(served.model, served.settings)
+        if served.batchable and args.kv_bits is None:
+            check_batched_lookup(proposer)
+        elif served.draft_model is None:
+            check_lookup(proposer, make_prompt_cache(served.model))
     return models
 
 
@@ -173,15 +177,6 @@ def _load(args: Namespace, path_or_repo: str, names: tuple[str, ...]) -> ServedM
         ),
         build=build,
     )
-
-
-def _check_lookup(served: ServedModel, args: Namespace) -> None:
-    """Checks that a lookup that is asked for can be had; ValueError if not."""
-    proposer = Proposer(served.model, served.settings)
-    if served.batchable and args.kv_bits is None:
-        check_batched_lookup(proposer)
-    elif served.draft_model is None:
-        check_lookup(proposer, make_prompt_cache(served.model))
 
 
 def check_quantized_cache(model: nn.Module, bits: int, group_size: int) -> None:

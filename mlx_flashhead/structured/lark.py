@@ -67,8 +67,7 @@ class LarkRules:
             make: Makes the body.
         """
         if key not in self._names:
-            name = self._names[key] = f"r{len(self._bodies)}"
-            self._define(name, literal_of(""))
+            name = self._names[key] = f"v{len(self._names)}"
             body = make()
             self._define(name, body or literal_of(""))
             self._names[key] = name if body else ""

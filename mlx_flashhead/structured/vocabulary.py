@@ -51,8 +51,7 @@ class Vocabulary:
     @cached_property
     def other_than_text(self) -> list[int]:
         """The tokens that are no text by themselves: special ones, and parts of characters."""
-        tokens = range(self.size)
-        return [token for token in tokens if not self._is_text(token)]
+        return [token for token in range(self.size) if not self._is_text(token)]
 
     @cached_property
     def everything(self) -> np.ndarray:

@@ -69,7 +69,7 @@ class PanicError(BaseException):
     [
         (
             Engine,
-            "_receive _drop_ended _admit _take_out _read _begin _decode _store _build _take_turns",
+            "_receive _admit _take_out _read _begin _decode _store _build _take_turns",
         ),
         (LRUPromptCache, "fetch_nearest_cache insert_cache"),
         (Reading, "__init__ read _compute"),
