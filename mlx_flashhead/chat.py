@@ -16,12 +16,12 @@ def make_parser() -> Parser:
     parser = Parser(prog="mlx_flashhead.chat", description="Chat with a model and its FlashHead.")
     flags.add_model_flags(parser)
     flags.add_answer_flags(parser, max_tokens=256, seed=SEED)
-    resume = "Continue the last conversation at a terminal."
-    parser.add_argument("--resume", action="store_true", help=resume)
+    parser.add_argument(
+        "--resume", action="store_true", help="Continue the last conversation at a terminal."
+    )
     group = parser.add_argument_group("FlashHead", flags.FLASH_HEAD)
     flags.add_answering_options(group)
-    dense = "Begin with the normal (dense) head."
-    group.add_argument("--dense", action="store_true", help=dense)
+    group.add_argument("--dense", action="store_true", help="Begin with the normal (dense) head.")
     return parser
 
 
@@ -74,9 +74,8 @@ def main() -> None:
     if resumed:
         conversation.replace(resumed)
     terminal = Terminal([*COMMANDS], WITH_FILES, FILES.expanduser() / "history")
-    idle = None
-    if choices.missing == LATER:
-        idle = background_build(model, tokenizer, folder, choices, IdleBuild)
+    later = choices.missing == LATER
+    idle = background_build(model, tokenizer, folder, choices, IdleBuild) if later else None
     try:
         with ctrl_c_raises():
             ChatSession(conversation, terminal, args, _answer_options(args, tokenizer), idle).run()

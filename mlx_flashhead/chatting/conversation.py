@@ -54,8 +54,10 @@ class Conversation:
         max_kv_size: int | None = None,
     ):
         if not tokenizer.has_chat_template:
-            wrong = "This model's tokenizer has no chat template, so it cannot hold a conversation"
-            raise ValueError(f"{wrong}: use mlx_flashhead.generate.")
+            raise ValueError(
+                "This model's tokenizer has no chat template, so it cannot hold a conversation: "
+                "use mlx_flashhead.generate."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self._max_kv_size = max_kv_size

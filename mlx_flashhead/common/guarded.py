@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from importlib.util import module_from_spec, spec_from_file_location
 from io import StringIO
 from multiprocessing.connection import wait
@@ -51,12 +51,10 @@ def unless_left(left: Event, work: Callable[[], Result]) -> Result:
     Raises:
         LeftError: If a call of a guard has ended so, or nothing has begun by then.
     """
-    token = _left.set(left)
-    try:
-        _check_wanted()
-        return work()
-    finally:
-        _left.reset(token)
+    context = copy_context()
+    context.run(_left.set, left)
+    context.run(_check_wanted)
+    return context.run(work)
 
 
 class Guard:

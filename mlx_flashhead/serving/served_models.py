@@ -159,9 +159,8 @@ def _load(args: Namespace, path_or_repo: str, names: tuple[str, ...]) -> ServedM
     if args.kv_bits is not None and args.quantized_kv_start < context:
         for each in filter(None, (model, draft_model)):
             check_quantized_cache(each, args.kv_bits, args.kv_group_size)
-    build: BackgroundBuild | None = None
-    if choices.missing == LATER:
-        build = background_build(model, tokenizer, folder, choices, BackgroundBuild)
+    later = choices.missing == LATER
+    build = background_build(model, tokenizer, folder, choices, BackgroundBuild) if later else None
     return ServedModel(
         names,
         model,
