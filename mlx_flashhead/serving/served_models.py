@@ -125,11 +125,10 @@ def _load(args: Namespace, path_or_repo: str, names: tuple[str, ...]) -> ServedM
     folder = resolve(path_or_repo)
     trusted: bool = args.trust_remote_code
     tokenizer_config: dict[str, Any] = {"trust_remote_code": trusted}
-    adapter_path: str | None = None
+    adapter_path: str | None = args.adapter_path if default else None
     choices = HeadOptions.from_flags(args, dense=args.dense)
     draft_model: nn.Module | None = None
     if default:
-        adapter_path = args.adapter_path
         if args.chat_template:
             tokenizer_config["chat_template"] = args.chat_template
         if args.draft_model:
