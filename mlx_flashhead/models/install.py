@@ -85,8 +85,8 @@ def _is_libraries(cls: type) -> bool:
 @cache
 def _in_libraries(filename: str) -> bool:
     """Whether a file of code is one of the libraries'."""
-    folders = [sys.modules[name].__spec__ for name in LIBRARIES if name in sys.modules]
-    places = [p for spec in folders if spec for p in spec.submodule_search_locations or ()]
+    there = (sys.modules[name] for name in LIBRARIES if name in sys.modules)
+    places = [place for library in there for place in library.__path__]
     return any(Path(filename).is_relative_to(place) for place in places)
 
 

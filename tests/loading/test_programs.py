@@ -30,6 +30,8 @@ from model_folders import write_model
 from tiny_models import tiny_index
 
 generate = importlib.import_module("mlx_lm.generate")
+# where mlx-lm's loops look make_prompt_cache up
+CACHES = generate if hasattr(generate, "make_prompt_cache") else mlx_lm.models.cache
 N_TOKENS = 12
 # mlx-lm's own, before anything takes their places
 OWN = {
@@ -150,7 +152,7 @@ def test_a_loop_of_its_own_is_said_after_its_text_on_a_terminal(
     under.patches._use_of(under.model)
     said = []
     for _ in range(2):
-        cache = generate.make_prompt_cache(under.model)
+        cache = CACHES.make_prompt_cache(under.model)
         tokens = mx.array([plain[1][0]])
         for _ in range(6):
             tokens = mx.argmax(under.model(tokens, cache=cache)[:, -1], axis=-1)[None]
@@ -546,7 +548,7 @@ def test_what_decodes_is_chosen_when_no_text_is_in_progress(under, plain, monkey
     uids = batches.insert(prompts[:1], [N_TOKENS])
     batches.next_generated()
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "make_prompt_cache", lambda *_: pytest.fail("called"))
+        patch.setattr(CACHES, "make_prompt_cache", lambda *_: pytest.fail("called"))
         uids += batches.insert(prompts[1:2], [N_TOKENS])
         while batches.next_generated():
             pass
@@ -583,13 +585,13 @@ def test_a_replaced_name_of_mlx_lms_loop_is_called(under, plain, monkeypatch):
     model, prompts, _ = plain
     expected = steps_of(OWN["generate_step"], model, prompts[0])
     made = []
-    original = generate.make_prompt_cache
+    original = CACHES.make_prompt_cache
 
     def make_prompt_cache(*arguments, **options):
         made.append(original(*arguments, **options))
         return made[-1]
 
-    monkeypatch.setattr(generate, "make_prompt_cache", make_prompt_cache)
+    monkeypatch.setattr(CACHES, "make_prompt_cache", make_prompt_cache)
     assert steps_of(under.steps, under.model, prompts[0]) == expected
     assert len(made) == 1 and made[0][0].offset > len(prompts[0])
     assert under.lines() == [f"model: {REPLACED}."]
