@@ -235,7 +235,7 @@ def twin_of(model: nn.Module, *, apart: bool = False) -> nn.Module:
     twin = copy.deepcopy(model, {id(each): each for each in shared})
     classes: dict[type, type] = {}
     for part in containers(twin):
-        if isinstance(part, nn.Module) and "_flash_head" not in vars(part):  # it is intercepted
+        if isinstance(part, nn.Module):
             cls = type(part)
             if cls not in classes:
                 classes[cls] = _class_in_twin(part, apart=apart)

@@ -10,6 +10,7 @@ from mlx_flashhead import make_sampler
 from mlx_flashhead.decoding.batch import VerifiedBatchGenerator
 from mlx_flashhead.decoding.caches import BatchCaches
 from mlx_flashhead.head.draws.rows import Draws
+from mlx_flashhead.models.compat.mlx_lm import StopSequences
 from recorded_calls import recorded_calls
 
 PROMPTS = [PROMPT, *OTHERS]
@@ -138,3 +139,12 @@ def test_a_stop_token_ends_a_text(flash, cache):
         assert [response.token for response in responses] == expected[:n]
         assert responses[-1].finish_reason == "stop"
         assert [layer.offset for layer in responses[-1].prompt_cache] == [len(PROMPT) + n] * 2
+
+
+@pytest.mark.newest  # 0.31 has state machines
+def test_each_text_has_stops_of_its_own(flash, greedy):
+    stops = [StopSequences([[tokens[8]], tokens[3:5]]) for tokens in greedy]
+    tokens, ends = flash.batch(PROMPTS, stop_sequences=stops)
+    for found, whole, end in zip(tokens, greedy, ends, strict=True):
+        n = min(whole.index(whole[8]) + 1, 5)
+        assert found == whole[:n] and end.finish_reason == "stop"
