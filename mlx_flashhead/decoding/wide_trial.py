@@ -128,7 +128,7 @@ class _Trial:
             longer = [_lengthened(cache, length) for cache in caches]
             if not _fit(longer):
                 continue
-            holding = self._holding(longer, widths)
+            holding = [width for width in widths if self._holds(longer, width)]
             if not holding:
                 log.info("Steps of several tokens are off: they differ at length %d", length)
                 return {}
@@ -139,31 +139,20 @@ class _Trial:
                 ]
         return costs
 
-    def _holding(self, caches: list[Any], widths: list[int]) -> list[int]:
-        """Those of some widths that leave the bits of single steps after these caches."""
+    def _holds(self, caches: list[Any], width: int) -> bool:
+        """Whether a step after these caches leaves the bits of single steps."""
         single = copy.deepcopy(caches)
-        states: list[mx.array] = []
-        left: dict[int, list[mx.array]] = {}
-        for i in range(max(widths) + 1):
-            states.append(self._run(self._model, self._next(i, i + 1), single))
-            if i + 1 in widths:
-                left[i + 1] = _contents(single)
-                mx.eval(left[i + 1])
-        holding = []
-        for width in widths:
-            wide = copy.deepcopy(caches)
-            found = [self._run(self._twin, self._next(0, width), wide)]
-            contents = _contents(wide)
-            if width == max(widths):
-                found.append(self._run(self._model, self._next(width, width + 1), wide))
-            expected = mx.concatenate(states[: width + len(found) - 1], axis=1)
-            alike = [_alike(mx.concatenate(found, axis=1), expected)]
-            alike += [_alike(*pair) for pair in zip(contents, left[width], strict=True)]
-            if mx.stack(alike).all():
-                holding.append(width)
-            else:
-                log.info("A step of %d tokens is off: it differs from single steps", width)
-        return holding
+        wide = copy.deepcopy(caches)
+        expected = [self._run(self._model, self._next(i, i + 1), single) for i in range(width)]
+        found = self._run(self._twin, self._next(0, width), wide)
+        alike = [_alike(found, mx.concatenate(expected, axis=1))]
+        alike += [_alike(*pair) for pair in zip(_contents(wide), _contents(single), strict=True)]
+        mx.eval(alike)
+        after = [self._run(self._model, self._next(width, width + 1), c) for c in (wide, single)]
+        holds = bool(mx.stack([*alike, _alike(*after)]).all())
+        if not holds:
+            log.info("A step of %d tokens is off: it differs from single steps", width)
+        return holds
 
     def _costs(self, caches: list[Any], widths: list[int]) -> dict[int, float]:
         """The times of steps after these caches, which are compiled, relative to a single one.
