@@ -86,9 +86,8 @@ def dialogues() -> list[list[dict[str, str]]]:
     conversations = []
     for document in read_parts(DIALOGUE):
         _, *parts = re.split(r"^(User|Assistant): ", document, flags=re.MULTILINE)
-        messages = []
-        for role, text in zip(parts[::2], parts[1::2], strict=True):
-            messages.append({"role": role.lower(), "content": text.strip()})
+        turns = zip(parts[::2], parts[1::2], strict=True)
+        messages = [{"role": role.lower(), "content": text.strip()} for role, text in turns]
         conversations.append(messages)
     return conversations
 
@@ -105,7 +104,11 @@ def builtin_windows(tokenizer: Any, positions: int) -> list[list[int]]:
     documents: dict[str, list[list[int]]] = {}
     for kind, contents in builtin_documents().items():
         documents[kind] = [list(tokenizer.encode(content)) for content in contents]
-    documents[DIALOGUE] = _encoded_dialogues(tokenizer)
+    if tokenizer.has_chat_template:
+        chats = [tokenizer.apply_chat_template(chat, tokenize=True) for chat in dialogues()]
+    else:
+        chats = [tokenizer.encode(text.strip()) for text in read_parts(DIALOGUE)]
+    documents[DIALOGUE] = [list(chat) for chat in chats]
     beginning = beginning_of_text(tokenizer)
     ends = np.cumsum([0, *(SHARES[kind] for kind in documents)])
     sizes = np.diff(np.rint(positions * ends / ends[-1])).astype(int).tolist()
@@ -118,13 +121,6 @@ def builtin_windows(tokenizer: Any, positions: int) -> list[list[int]]:
                 turns.append(((size - left) / size, chosen))
                 left -= len(chosen) - 1 - CONTEXT
     return [window for _, window in sorted(turns, key=lambda turn: turn[0])]
-
-
-def _encoded_dialogues(tokenizer: Any) -> list[list[int]]:
-    """The tokens of the dialogues, by the chat template if there is one."""
-    if not tokenizer.has_chat_template:
-        return [list(tokenizer.encode(text.strip())) for text in read_parts(DIALOGUE)]
-    return [list(tokenizer.apply_chat_template(chat, tokenize=True)) for chat in dialogues()]
 
 
 def _mixed_windows(texts: Sequence[list[int]], beginning: list[int]) -> list[list[int]]:
@@ -140,10 +136,8 @@ def _mixed_windows(texts: Sequence[list[int]], beginning: list[int]) -> list[lis
 
 def builtin_requests() -> list[str]:
     """What users say in the dialogues, and the beginnings of the documents, in turns."""
-    requests = []
-    for messages in dialogues():
-        requests += [message["content"] for message in messages if message["role"] == "user"]
-    kinds = [requests]
+    messages = [message for conversation in dialogues() for message in conversation]
+    kinds = [[message["content"] for message in messages if message["role"] == "user"]]
     for texts in builtin_documents().values():
         kinds.append([text[:BEGINNING] for text in texts])
     return [text for turn in zip_longest(*kinds) for text in turn if text]

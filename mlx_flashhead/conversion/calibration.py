@@ -101,14 +101,10 @@ def builtin_states(
         seconds=seconds,
         step_seconds=step_seconds,
     )
-    states = []
-    next_ids = []
-    for window_states, window in zip(read, windows, strict=True):
-        if len(window_states):
-            states.append(window_states[len(beginning) + CONTEXT :])
-            next_ids += window[CONTEXT + 1 :]
-    cut_short = len(states) < len(windows)
-    return np.concatenate(states), np.array(next_ids, dtype=np.int64), cut_short
+    kept = [pair for pair in zip(read, windows, strict=True) if len(pair[0])]
+    states = [window_states[len(beginning) + CONTEXT :] for window_states, _ in kept]
+    next_ids = np.concatenate([window[CONTEXT + 1 :] for _, window in kept]).astype(np.int64)
+    return np.concatenate(states), next_ids, len(kept) < len(windows)
 
 
 def read_windows(

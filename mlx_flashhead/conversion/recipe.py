@@ -51,8 +51,7 @@ def make_recipe(options: IndexOptions, origin: Origin, name: str) -> dict[str, A
             words.append(_word(field.name, value))
     words += ["--seed", str(options.seed), "--mlx-path", name]
     versions = {"python": platform.python_version(), "mlx_flashhead": __version__}
-    for package in PACKAGES:
-        versions[package] = version(package)
+    versions |= {package: version(package) for package in PACKAGES}
     recipe: dict[str, Any] = {
         "name": name,
         "model": origin.known_as,
