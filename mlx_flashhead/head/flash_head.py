@@ -452,7 +452,7 @@ class FlashHead:
         )
         arrays = (
             hidden,
-            draws.arrays,
+            draws.inputs,
             [] if adjustment is None else [adjustment.words, adjustment.latest],
             [] if allowed is None else [allowed],
         )
@@ -520,13 +520,13 @@ class _Kind(NamedTuple):
     def propose(
         self,
         hidden: mx.array,
-        draw_arrays: list[mx.array],
+        draw_inputs: tuple[mx.array, mx.array, mx.array],
         adjusted: list[mx.array],
         allowed: list[mx.array],
     ) -> tuple[mx.array, ...]:
         """The steps: tokens, probes, logits and risks of the states (R, D)."""
         steps = self.steps
-        draws = Draws.of_arrays(self.rows, draw_arrays)
+        draws = Draws(self.rows, draw_inputs)
         adjustment = None
         if self.most_occurrences is not None:
             adjustment = Adjustment(adjusted[0], adjusted[1], self.most_occurrences)

@@ -114,20 +114,10 @@ class Draws:
         keys += [keys[-1]] * (SHORTEST - len(rows))
         return cls(settings, (*_settings_arrays(settings), mx.array(keys, mx.uint32)))
 
-    @classmethod
-    def of_arrays(cls, rows: tuple[Draw, ...], arrays: Sequence[mx.array]) -> "Draws":
-        """The draws of this :attr:`structure` that had these :attr:`arrays`."""
-        return cls(rows, (arrays[0], arrays[1], arrays[2])) if arrays else _greedy(rows)
-
     @cached_property
     def all_greedy(self) -> bool:
         """Whether each row takes the best logit."""
         return all(row.greedy for row in self.rows)
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """What a function of these draws depends on beside :attr:`structure`."""
-        return [] if self.all_greedy else [*self.inputs]
 
     @property
     def structure(self) -> tuple[Draw, ...]:
@@ -213,7 +203,7 @@ class Draws:
         for (kind, _), some in places.items():
             filled = mx.array(some + some[-1:] * (SHORTEST - len(some)), mx.uint32)
             inputs = tree_map(partial(_rows_of, rows=filled), self.inputs)
-            draws = Draws.of_arrays(tuple(self.rows[i] for i in some), inputs)
+            draws = Draws(tuple(self.rows[i] for i in some), inputs)
             taken = tree_map(partial(_rows_of, rows=mx.array(some, mx.uint32)), arrays)
             results.append(results_of(kind, draws, taken))
             order += some
