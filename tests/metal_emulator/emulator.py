@@ -42,18 +42,14 @@ class Emulator:
 
     @contextlib.contextmanager
     def installed(self):
-        """Puts the emulator in MLX's place, so that code asking for Metal finds it.
-
-        Nothing is traced meanwhile: the kernels run at once, which they cannot in a trace.
-        """
-        saved = mx.fast.metal_kernel, mx.metal.is_available, mx.compile
+        """Puts the emulator in MLX's place, so that code asking for Metal finds it."""
+        saved = mx.fast.metal_kernel, mx.metal.is_available
         mx.fast.metal_kernel = self.metal_kernel
         mx.metal.is_available = lambda: True
-        mx.compile = lambda function: function
         try:
             yield self
         finally:
-            mx.fast.metal_kernel, mx.metal.is_available, mx.compile = saved
+            mx.fast.metal_kernel, mx.metal.is_available = saved
 
     def _run(
         self, options, *, inputs, output_shapes, output_dtypes, grid, threadgroup, template=None
