@@ -142,11 +142,9 @@ class ChatSession:
     def _welcome_head(self) -> None:
         """Takes a FlashHead that was built meanwhile, and says so."""
         self.head = get_flash_head(self.conversation.model)
-        if self.head is None:
-            return
-        if self._is_building:
+        if self.head is not None and self._is_building:
             self.terminal.say("[FlashHead is ready. Its speed is still being measured.]")
-        elif not policy_of(self.head).dense:  # of which the measurement has told
+        elif self.head is not None and not policy_of(self.head).dense:  # else it has been told
             self.terminal.say(f"[FlashHead is ready: {self._settings()}]")
 
     def _run(self, command: str, argument: str) -> str:

@@ -4,12 +4,9 @@ A tokenizer turns a text such as ``<|im_start|>`` into a control token wherever 
 that is tokenized in two parts, of which each has a piece of it, has none.
 """
 
+import secrets
 from typing import Any
 
-from .api_errors import field_error
-
-# Characters that Unicode reserves for programs, of which one marks the cuts.
-_MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _WRITTEN_BY_OTHERS = ("user", "tool", "function")  # roles, beside those of the operator
 
 
@@ -30,19 +27,9 @@ def mark_control_tokens(
         tokens: The control tokens of the model.
 
     Returns:
-        The messages with a mark at each cut, and the mark, a character that is in no message.
-
-    Raises:
-        ApiError: If every such character is in the messages.
+        The messages with a mark at each cut, and the mark, a text that nobody can guess.
     """
-    contents = "".join(message["content"] for message in messages)
-    mark = next((mark for mark in _MARKS if mark not in contents), None)
-    if mark is None:
-        raise field_error(
-            "messages",
-            "hold all characters that Unicode reserves for programs, U+FDD0 to U+FDEF: leave one "
-            "out.",
-        )
+    mark = f"\ufdd0{secrets.token_hex(4)}"  # Unicode reserves the first character for programs
     first_letters = {token[0] for token in tokens}
     lengths = {len(token) for token in tokens}
 

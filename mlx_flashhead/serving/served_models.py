@@ -86,11 +86,8 @@ class ServedModel:
 
 def served_names(args: Namespace) -> list[tuple[str, ...]]:
     """The names of every model that the flags name, the default's first. Clients learn no paths."""
-    own = [_public_name(args.model)]
-    if args.served_model_name:
-        own.insert(0, args.served_model_name)
-    others = [(_public_name(model),) for model in args.allow_models]
-    return [tuple(dict.fromkeys(own)), *others]
+    own = dict.fromkeys(filter(None, (args.served_model_name, _public_name(args.model))))
+    return [tuple(own), *((_public_name(model),) for model in args.allow_models)]
 
 
 def _public_name(path_or_repo: str) -> str:

@@ -130,8 +130,7 @@ def test_control_tokens_of_users_are_tokens_as_in_mlx_lm_or_text_with_the_flag(c
     with pytest.raises(ApiError, match=TOO_LONG):
         read("--escape-control-tokens")
     messages[1]["content"] = "".join(map(chr, range(0xFDD0, 0xFDF0)))
-    with pytest.raises(ApiError, match="leave one out"):
-        read("--escape-control-tokens")
+    assert read("--escape-control-tokens").count(end) == 2
 
 
 def test_an_answer_may_fill_the_context(tiny):
