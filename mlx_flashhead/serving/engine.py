@@ -182,17 +182,13 @@ class Engine:
                 address, n_most = begun.most_common(1)[0]
                 if n_most <= share:
                     continue
-                self._put_back(address)
+                theirs = [job for job in self._begun if job.address == address]
+                self._take_out([min(theirs, key=lambda job: len(job.tokens))])  # it waits again
                 begun[address] -= 1
             self._waiting.remove(job)
             begun[job.address] += 1
             with self._working_for([job]):
                 self._tasks.append(Reading(job, self._caches, self._flags))
-
-    def _put_back(self, address: str) -> None:
-        """Puts an answer that has begun, the shortest of an address, back into the queue."""
-        begun = [job for job in self._begun if job.address == address]
-        self._take_out([min(begun, key=lambda job: len(job.tokens))])
 
     def _read(self) -> bool:
         """Reads a chunk of a prompt; at its end the answer begins. Returns whether it has read."""
