@@ -43,11 +43,6 @@ HALF_CLOSED_SECONDS = 0.2
 # No Secure, since the page is plain http. Strict keeps the cookie from other sites.
 _COOKIE_SETTINGS = f"Path=/; Max-Age={365 * 24 * 3600}; HttpOnly; SameSite=Strict"
 
-# To a site of --allowed-origins.
-_OF_ALLOWED = {
-    "Access-Control-Allow-Methods": "GET, POST",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type",
-}
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +233,14 @@ class FrontDoor:
             headers["Set-Cookie"] = f"{COOKIE}={token}; {_COOKIE_SETTINGS}"
         origin = Headers(scope=scope).get("Origin", "")
         if origin in self.access.origins:
-            headers.update({"Access-Control-Allow-Origin": origin, "Vary": "Origin"} | _OF_ALLOWED)
+            headers.update(
+                {
+                    "Access-Control-Allow-Origin": origin,
+                    "Vary": "Origin",
+                    "Access-Control-Allow-Methods": "GET, POST",
+                    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+                }
+            )
 
 
 @dataclass
