@@ -57,22 +57,10 @@ class StepBytes:
         return step * (1 + rejected * (k + 1) / 2) + self.dense / k
 
 
-def probe_grid(n_clusters: int, largest: int) -> list[int]:
-    """The numbers of probes to try: multiples of 8, or all clusters.
-
-    Args:
-        n_clusters: Number of clusters C.
-        largest: About the largest number to try.
-    """
-    grid = [PROBES_MULTIPLE]
-    while grid[-1] < largest:
-        step = int(grid[-1] * (GRID_STEP - 1)) // PROBES_MULTIPLE * PROBES_MULTIPLE
-        grid.append(grid[-1] + max(step, PROBES_MULTIPLE))
-    return sorted({min(n_probes, n_clusters) for n_probes in grid})
-
-
 def measured_probes(n_clusters: int, nbytes: StepBytes, n_probes: int | None = None) -> list[int]:
     """The numbers of probes to measure: those that the bytes allow, and a chosen one.
+
+    They are multiples of 8, or all clusters.
 
     Args:
         n_clusters: Number of clusters C.
@@ -80,7 +68,11 @@ def measured_probes(n_clusters: int, nbytes: StepBytes, n_probes: int | None = N
         n_probes: The chosen number, if there is one.
     """
     largest = int((MAX_BYTES * nbytes.dense - nbytes.centroids) / nbytes.probe)
-    counts = set(probe_grid(n_clusters, max(largest, 1)))
+    grid = [PROBES_MULTIPLE]
+    while grid[-1] < largest:
+        step = int(grid[-1] * (GRID_STEP - 1)) // PROBES_MULTIPLE * PROBES_MULTIPLE
+        grid.append(grid[-1] + max(step, PROBES_MULTIPLE))
+    counts = {min(count, n_clusters) for count in grid}
     if n_probes is not None:
         counts.add(n_probes)
     return sorted(counts)

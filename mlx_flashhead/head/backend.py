@@ -127,30 +127,6 @@ def check_kernels(
     return steps, None if trouble is None else trouble.sentence
 
 
-def without_kernels(
-    steps: PortableSteps, requested: str | None, trouble: str
-) -> tuple[PortableSteps, str]:
-    """Returns MLX's operations in the place of kernels that cannot be used, and a sentence.
-
-    Args:
-        steps: The kernels.
-        requested: The path requested by name, or None.
-        trouble: What the trouble is, as a part of a sentence.
-
-    Raises:
-        ValueError: If "metal" was requested by name.
-    """
-    if named_backend(requested) == METAL:
-        raise ValueError(
-            f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or "
-            f"unset {BACKEND_VARIABLE}, and {HOW_TO_REPORT}."
-        )
-    instead = "FlashHead takes MLX's own operations instead of its Metal kernels"
-    reason = f"{instead}, because {trouble}; {HOW_TO_REPORT}."
-    log.warning(reason)
-    return PortableSteps(steps.clustered), reason
-
-
 def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:
     """Logits of all tokens as the step that scores clusters gives them: (1, D) → (1, V)."""
     clustered = steps.clustered

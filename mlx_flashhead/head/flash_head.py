@@ -13,6 +13,9 @@ import numpy as np
 
 from .adjustment import Adjustment
 from .backend import (
+    BACKEND_VARIABLE,
+    HOW_TO_REPORT,
+    METAL,
     PORTABLE,
     check_kernels,
     choose_backend,
@@ -21,7 +24,7 @@ from .backend import (
     log,
     logits_of_scores,
     make_steps,
-    without_kernels,
+    named_backend,
 )
 from .clustered import Centroids, ClusteredRows, in_token_order
 from .dense_kernels import dense_kernel
@@ -210,14 +213,25 @@ class FlashHead:
             self.compare_dense_rows(rows, dtype)
 
     def fall_back(self, trouble: str) -> None:
-        """Takes MLX's operations from now on, because of ``trouble`` with the kernels.
+        """Takes MLX's operations from now on, because of trouble with the kernels.
+
+        Args:
+            trouble: What it is, as a part of a sentence.
 
         Raises:
             ValueError: If the backend "metal" was requested by name.
         """
-        self.steps, self.backend_reason = without_kernels(
-            self.steps, self._requested_backend, trouble
+        if named_backend(self._requested_backend) == METAL:
+            raise ValueError(
+                f"FlashHead's Metal kernels cannot be used: {trouble}; use backend='mlx' or "
+                f"unset {BACKEND_VARIABLE}, and {HOW_TO_REPORT}."
+            )
+        self.backend_reason = (
+            "FlashHead takes MLX's own operations instead of its Metal kernels, because "
+            f"{trouble}; {HOW_TO_REPORT}."
         )
+        log.warning(self.backend_reason)
+        self.steps = PortableSteps(self.clustered)
         self._requested_backend = PORTABLE
 
     def compare_dense_rows(self, rows: Matrix, dtype: mx.Dtype) -> None:

@@ -33,11 +33,18 @@ def test_the_fewest_that_agree_as_often_as_wanted(monkeypatch):
 
 
 def test_grid():
-    grid = probes.probe_grid(16_384, 3072)
+    grid = probes.measured_probes(16_384, allowing(3072))
     assert grid[:3] == [8, 16, 24]
     assert grid[-2] < 3072 <= grid[-1]
     assert all(b % 8 == 0 and (b - a == 8 or b <= 1.16 * a) for a, b in pairwise(grid))
-    assert probes.probe_grid(13, 100) == [8, 13]
+    assert probes.measured_probes(13, allowing(100)) == [8, 13]
+    assert probes.measured_probes(13, allowing(100), 10) == [8, 10, 13]
+    assert probes.measured_probes(13, allowing(-1)) == [8]
+
+
+def allowing(n_probes):
+    """Bytes of which so many probes may be read."""
+    return probes.StepBytes(centroids=0, probe=1.0, dense=n_probes / probes.MAX_BYTES)
 
 
 def settings(greedy, sampled, nbytes=NBYTES, n_positions=1000):
