@@ -161,10 +161,6 @@ class ClusteredRows:
         clusters, places = mx.divmod(slots, self.cluster_size)
         return self.rows.map(lambda array: array[clusters, places])
 
-    def embeddings(self, token_ids: mx.array) -> mx.array:
-        """The rows of some tokens as floats: ids (...) → (..., D). Lazy."""
-        return self.token_rows(token_ids).dequantized()
-
 
 def in_token_order(slots: mx.array, slot_of: mx.array) -> mx.array:
     """Logits by slot (R, C·n) → by token (R, V). `take` is five to ten times slower on a CPU."""
