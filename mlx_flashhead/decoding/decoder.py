@@ -21,7 +21,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from .caches import BatchCaches, OwnCaches, Snapshot, rollback
-from .dense_choice import choose_densely, share_a_sampler
+from .dense_choice import choose_densely
 from .guesses import Guess, Guesser
 from .proposer import Proposer, step_arrays
 from .random_state import current_key, set_key
@@ -73,7 +73,7 @@ class Decoder:
             sequence.joined = self._n_started
             sequence.vocab_size = logits.shape[-1]
             self._n_started += 1
-        tokens = choose_densely(self._proposer, sequences, logits, share_a_sampler(sequences))
+        tokens = choose_densely(self._proposer, sequences, logits, [])
         mx.async_eval(step_arrays(tokens, [sequence.pending[-1] for sequence in sequences]))
         self._join(sequences, layers, tokens)
 
@@ -299,11 +299,11 @@ class Decoder:
             own = _rows(_last(states[-1]), proposed)
             chosen.append(proposer.propose(some, own, _rows(latest, proposed)))
         if dense:
-            shared = share_a_sampler([*self.sequences, *sequences])
             some = [sequences[i] for i in dense]
+            others = [*self.sequences, *sequences]
             among_others = _rows(_last(states[-1]), dense) if states and n > 1 else None
             of_some = _rows(logits[:, -1, :], dense)
-            chosen.append(choose_densely(proposer, some, of_some, shared, among_others))
+            chosen.append(choose_densely(proposer, some, of_some, others, among_others))
         tokens = chosen[0]
         if len(chosen) > 1:
             tokens = mx.concatenate(chosen)[mx.argsort(mx.array(proposed + dense))]

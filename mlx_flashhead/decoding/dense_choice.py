@@ -12,16 +12,11 @@ from .sampler import SamplerFunction, normalized
 from .sequence import PendingToken, Sequence
 
 
-def share_a_sampler(sequences: list[Sequence]) -> bool:
-    """Whether mlx-lm's batch would call one sampler for all of them."""
-    return all(s.shares_sampler and s.sampler is sequences[0].sampler for s in sequences)
-
-
 def choose_densely(
     proposer: Proposer,
     sequences: list[Sequence],
     logits: mx.array,
-    share_sampler: bool,
+    others: list[Sequence],
     states: mx.array | None = None,
 ) -> mx.array:
     """Chooses the next tokens of sequences by their dense logits. They are pending then.
@@ -30,7 +25,7 @@ def choose_densely(
         proposer: Says which texts can be verified.
         sequences: R of them.
         logits: The model's logits (R, V).
-        share_sampler: Whether mlx-lm would call one sampler for all of them.
+        others: Those beside them in the batch: mlx-lm calls a sampler that all share once.
         states: Their states (R, D), where several texts were fed at once.
 
     Returns:
@@ -45,16 +40,17 @@ def choose_densely(
                 each[i] = proposer.dense_row(states[i : i + 1])
     # a text that was rolled back comes last in the batch, and draws in its turn
     order = sorted(range(n), key=lambda i: sequences[i].joined)
-    tokens = _choose([sequences[i] for i in order], [each[i] for i in order], share_sampler)
+    tokens = _choose([sequences[i] for i in order], [each[i] for i in order], others)
     return tokens if order == list(range(n)) else tokens[mx.argsort(mx.array(order))]
 
 
-def _choose(sequences: list[Sequence], each: list[mx.array], share_sampler: bool) -> mx.array:
+def _choose(sequences: list[Sequence], each: list[mx.array], others: list[Sequence]) -> mx.array:
     """Chooses by the logits (1, V) of each sequence, in the order in which they draw."""
     first = sequences[0]
     if len(sequences) == 1:
         return first.extend(each[0])
-    if share_sampler and first.draws_from_mlx and not first.ahead:
+    shared = all(s.shares_sampler and s.sampler is first.sampler for s in [*others, *sequences])
+    if shared and first.draws_from_mlx and not first.ahead:
         processed = [
             sequence.process(row, sequence.context(sequence.n_chosen))
             for sequence, row in zip(sequences, each, strict=True)
