@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..head.backend import logits_of_scores, shows_other_sums
-from ..head.dense_kernels import DenseKernel, dense_kernel, split_parts
+from ..head.dense_kernels import ANY_ROWS, DenseKernel, dense_kernel, mlx_version
 from ..head.flash_head import FlashHead
 from ..head.margins import FLOAT32, IN_16_BITS, MEASURED_TIMES, TF32, ULPS
 from ..head.matrix import Matrix
@@ -27,6 +27,9 @@ N_STATES = 3  # states whose products are compared for the rounding
 # MLX_ENABLE_TF32 is 0. Source: `is_nax_available` and `enable_tf32` in MLX's matmul.cpp.
 WITHOUT_TF32 = re.compile(r"applegpu_g1[0-6]")
 PIECE = 1024  # clusters whose rows are floats at once
+# MLX up to 0.32.3 cuts sums of several states with quantized rows into parts, where the rows are
+# few: for about 512 threadgroups of 32 rows. Source: `qmm_splitk` in quantized.cpp.
+PARTS = 512 * 32
 
 _worker = ThreadPoolExecutor(1, "verification")  # whose thread begins with the first product
 
@@ -265,9 +268,10 @@ def _coarser(rows: Matrix, n_rows: int, dtype: mx.Dtype, n_states: int) -> float
     if not rows.quantized:
         return 0.0
     half = mx.finfo(dtype).eps / 2
-    n_parts = split_parts(rows, n_rows) if mx.default_device().type != mx.cpu else 1
     # the rows become 16 bits; so does each part of a sum, and each sum of parts
-    return half * (1 if n_parts == 1 else 1 + n_parts)
+    n_parts = PARTS // n_rows
+    are_cut = mx.default_device().type != mx.cpu and mlx_version() < ANY_ROWS and n_parts > 1
+    return half * (1 + n_parts if are_cut else 1)
 
 
 def differs_among_others(dtype: mx.Dtype) -> bool:

@@ -43,9 +43,6 @@ QUAD_BITS = (1, 2, 4, 8)
 ANY_ROWS = (0, 32, 4)
 # The first version in which a block depends on the bits: qmv_fast_k_alignment.
 BLOCKS_BY_BITS = (0, 32, 1)
-# Up to 0.32.3 MLX cuts the sums of several states into parts, for about this many threadgroups.
-SPLIT_GROUPS = 512
-SPLIT_TILE = 32  # rows, columns and states
 
 
 @dataclass(frozen=True)
@@ -110,20 +107,3 @@ def dense_kernel(rows: Matrix, n_rows: int, version: Version | None = None) -> D
     if fast:
         return DenseKernel("qmv_fast", packs, added)
     return DenseKernel("qmv", 1, added)
-
-
-def split_parts(rows: Matrix, n_rows: int, version: Version | None = None) -> int:
-    """Returns into how many parts MLX may cut the sums of several states.
-
-    These are sums with quantized rows. Each part is rounded to the dtype of the product.
-
-    Args:
-        rows: The rows.
-        n_rows: The number of rows of the product.
-        version: A version of MLX; None is the one that is installed.
-    """
-    version = mlx_version() if version is None else version
-    if not rows.quantized or version >= ANY_ROWS:
-        return 1
-    n_tiles = -(-n_rows // SPLIT_TILE)
-    return max(1, min(SPLIT_GROUPS // n_tiles, rows.hidden_size // SPLIT_TILE))

@@ -21,6 +21,7 @@ from mlx_flashhead.decoding.rounding import (
 from mlx_flashhead.head import backend
 from mlx_flashhead.head.dense_kernels import DenseKernel
 from mlx_flashhead.head.margins import FLOAT32, TF32
+from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.steps import Candidates
 from recorded_calls import recorded_calls
 
@@ -62,6 +63,19 @@ def test_machines_that_may_use_tf32(monkeypatch, architecture, expected):
     assert shares == ([0.0, TF32, TF32] if expected else [0.0] * 3)
     half = mx.finfo(mx.bfloat16).eps / 2  # rows of few bits, in 16 bits first
     assert rounding._coarser(rows, 9000, mx.bfloat16, 2) == half
+
+
+def test_sums_of_several_states_are_cut_for_few_rows_alone(monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    rows = make_rows(np.random.default_rng(0), 64, 64, bits=4, group_size=64, dtype=mx.bfloat16)
+    half = mx.finfo(mx.bfloat16).eps / 2
+    for version, times in (((0, 32, 3), [17, 3, 1, 1]), ((0, 32, 4), [1, 1, 1, 1])):
+        monkeypatch.setattr(rounding, "mlx_version", lambda version=version: version)
+        sizes = 1024, 8192, 8224, 32000
+        shares = [rounding._coarser(rows, n_rows, mx.bfloat16, 2) for n_rows in sizes]
+        assert shares == [half * each for each in times]
+        floats = Matrix(mx.zeros((1, 64), mx.bfloat16))
+        assert rounding._coarser(floats, 1024, mx.bfloat16, 2) == 0
 
 
 def test_no_text_differs_where_products_are_made_in_tf32(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 
 from kernel_cases import make_centroids, make_rows
 from mlx_flashhead.head import dense_kernels
-from mlx_flashhead.head.dense_kernels import dense_kernel, split_parts
+from mlx_flashhead.head.dense_kernels import dense_kernel
 from mlx_flashhead.head.flash_head import FlashHead
 from mlx_flashhead.head.matrix import Matrix
 from mlx_flashhead.head.plan import READER
@@ -66,13 +66,6 @@ def test_rows_of_1_bit_are_multiplied_fast_from_2048_columns_on(width, name):
 def test_floats_have_one_kernel_but_for_narrow_ones():
     for width, scored in ((64, False), (576, True)):
         assert dense_kernel(Matrix(mx.zeros((1, width))), 1000, SINCE).scored == scored
-
-
-def test_sums_of_several_states_are_cut_for_few_rows_alone():
-    rows = rows_of(2048, 4)
-    assert [split_parts(rows, n, BEFORE) for n in (1024, 8192, 8224, 32000)] == [16, 2, 1, 1]
-    assert split_parts(rows, 1024, SINCE) == 1
-    assert split_parts(Matrix(mx.zeros((1, 64))), 1024, BEFORE) == 1
 
 
 def small_head(monkeypatch, n_rows: int, cluster_size: int) -> tuple[FlashHead, Matrix]:
