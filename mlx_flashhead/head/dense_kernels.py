@@ -14,12 +14,13 @@ For 1 bit MLX asks for 2,048 columns, twice the block. qmv_fast gives a lane two
 one. Affine rows need the sum of the hidden values that
 share an offset: up to 0.32.3 four of them (eight for 3 and 5 bits, one for 8) are added in the
 dtype of the product, from 0.32.4 on in float32 (but for 1 bit, which is new). Floats are multiplied
-by gemv in all versions.
+by gemv in all versions, in another order where there are fewer than D / 16 rows, which no
+vocabulary is known to have.
 
 Python's MLX is 0.32.1 or later. A program in Swift has an older one (`head/plan.py`).
 
 Source: MLX's mlx/backend/metal in 0.32.1: `qmv` and `qmv_fast_k_alignment` (quantized.cpp, lines
-    484 and 147), `dispatch_qmv` and `qmm_splitk` there, `gemv_axbpy` (matmul.cpp); kernels/
+    484 and 147), `dispatch_qmv` there, `gemv_axbpy` (matmul.cpp); kernels/
     quantized.h, `load_vector` (line 28), `qmv_fast_impl` and `qmv_impl` in 0.32.1 to 0.32.4;
     kernels/fp_quantized.h. In 0.31.1 (ce45c525): `qmv` (quantized.cpp, line 259) and `load_vector`
     in kernels/quantized.h. For 0.32.3 and 0.32.4 the names of kernels in the wheel's library.
@@ -87,8 +88,6 @@ def dense_kernel(rows: Matrix, n_rows: int, version: Version | None = None) -> D
     if not rows.quantized:
         if width <= 64:
             return DenseKernel("gemv of 4 lanes", scored=False)
-        if width >= 16 * n_rows:
-            return DenseKernel("gemv of 8 simdgroups a row", scored=False)
         return DenseKernel("gemv")
     bits = rows.bits
     added = 1
@@ -101,9 +100,7 @@ def dense_kernel(rows: Matrix, n_rows: int, version: Version | None = None) -> D
     block = LANES * packs * pack_columns(bits) * (2 if bits == 1 else 1)
     if version < BLOCKS_BY_BITS:
         block = 512
-    fast = width % block == 0
-    if version < ANY_ROWS:
-        fast = fast and n_rows % ROWS_AT_ONCE == 0
-    if fast:
+    takes_rows = version >= ANY_ROWS or n_rows % ROWS_AT_ONCE == 0
+    if takes_rows and width % block == 0:
         return DenseKernel("qmv_fast", packs, added)
     return DenseKernel("qmv", 1, added)
