@@ -18,14 +18,13 @@ from ..decoding.loop import verified_steps
 from ..decoding.proposer import Proposer
 from ..decoding.settings import DecodingSettings
 from ..decoding.wide import WIDTHS, WideSteps, kind_of
-from ..decoding.wide_trial import established_costs
+from ..decoding.wide_trial import established_costs, have_same_bits
 from ..models.compat.mlx_lm import make_prompt_cache, sample_utils
 from ..models.install import dense_copy
 from . import SAMPLERS
 from .variants import Variant
 
 N_TOKENS = 64  # of a text
-UINTS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 Results = dict[str, list[mx.array]]  # of a model's parts, by name, in the order of their calls
 
 
@@ -82,7 +81,7 @@ def compared(
     for name, results in wides.items():
         for pair in _pairs(results, singles.get(name, []), width):
             total[kinds[name]] += 1
-            equal[kinds[name]] += _have_same_bits(*pair)
+            equal[kinds[name]] += bool(have_same_bits(*pair))
     return {kind: {"equal": equal[kind], "of": n} for kind, n in sorted(total.items())}
 
 
@@ -137,13 +136,6 @@ def _pairs(
             axes = [axis for axis, n in enumerate(wide.shape) if n != shape[axis]]
             if len(axes) == 1:
                 yield wide, mx.concatenate(of_call, axis=axes[0])
-
-
-def _have_same_bits(one: mx.array, other: mx.array) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    kind = UINTS[one.dtype.size]
-    return bool(mx.array_equal(one.view(kind), other.view(kind)).item())
 
 
 def _texts(model: nn.Module, prompt: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -112,7 +112,7 @@ class _Trial:
         self._steps = steps
         self._proposer = Proposer(steps.model)
         self._fresh = [_fresh(cache) for cache in caches]
-        self._tokens = mx.random.randint(0, 100, (1, SHORT + MAX_WIDTH + 1), key=mx.random.key(0))
+        self._tokens = mx.random.randint(0, 32, (1, SHORT + MAX_WIDTH + 1), key=mx.random.key(0))
 
     def costs(self) -> dict[int, float]:
         """The times of the widths that hold, relative to a single step.
@@ -145,11 +145,12 @@ class _Trial:
         wide = copy.deepcopy(caches)
         expected = [self._run(self._model, self._next(i, i + 1), single) for i in range(width)]
         found = self._run(self._twin, self._next(0, width), wide)
-        alike = [_alike(found, mx.concatenate(expected, axis=1))]
-        alike += [_alike(*pair) for pair in zip(_contents(wide), _contents(single), strict=True)]
+        pairs = zip(_contents(wide), _contents(single), strict=True)
+        alike = [have_same_bits(found, mx.concatenate(expected, axis=1))]
+        alike += [have_same_bits(*pair) for pair in pairs]
         mx.eval(alike)
         after = [self._run(self._model, self._next(width, width + 1), c) for c in (wide, single)]
-        holds = bool(mx.stack([*alike, _alike(*after)]).all())
+        holds = bool(mx.stack([*alike, have_same_bits(*after)]).all())
         if not holds:
             log.info("A step of %d tokens is off: it differs from single steps", width)
         return holds
@@ -292,7 +293,7 @@ def _arrays(tree: Any) -> list[mx.array]:
     return [array for _, array in leaves if array is not None]
 
 
-def _alike(one: mx.array, other: mx.array) -> mx.array:
+def have_same_bits(one: mx.array, other: mx.array) -> mx.array:
     """Whether two arrays have the same bits."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return mx.array(False)
