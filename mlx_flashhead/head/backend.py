@@ -19,7 +19,7 @@ from .matrix import Matrix
 from .metal_steps import MetalSteps
 from .proposal import Selection
 from .steps import PortableSteps
-from .trial import find_trouble
+from .trial import TOO_MANY_THREADS, find_trouble
 
 METAL = "metal"
 PORTABLE = "mlx"
@@ -112,7 +112,7 @@ def check_kernels(
     if not isinstance(steps, MetalSteps):
         return steps, None
     trouble = find_trouble(steps, dtype, n_probes, logit_map)
-    if trouble is not None and trouble.too_many_threads and steps.row_threads > FEWER_THREADS:
+    if trouble and TOO_MANY_THREADS in trouble and steps.row_threads > FEWER_THREADS:
         steps = MetalSteps(steps.clustered, steps.metal_kernel, FEWER_THREADS)
         # a second trial of a map comes after one without it, whose kernels are others now
         for tried in dict.fromkeys((IDENTITY, logit_map)):
@@ -124,7 +124,7 @@ def check_kernels(
         emulating = "applegpu_g1[34]"
         if dtype == mx.bfloat16 and re.match(emulating, str(mx.device_info().get("architecture"))):
             steps.float16_rows = steps.clustered.flat_rows().in_float16()
-    return steps, None if trouble is None else trouble.sentence
+    return steps, trouble
 
 
 def logits_of_scores(steps: PortableSteps, hidden: mx.array) -> mx.array:

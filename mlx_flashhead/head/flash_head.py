@@ -99,8 +99,11 @@ class FlashHead:
         backend: str | None = None,
     ):
         # as a CPU's BLAS reads rows faster
-        by_column = choose_backend(backend) == PORTABLE and rows.weight.dtype == mx.float32
-        by_column = by_column and mx.default_device().type == mx.cpu
+        by_column = (
+            choose_backend(backend) == PORTABLE
+            and rows.weight.dtype == mx.float32
+            and mx.default_device().type == mx.cpu
+        )
         self.clustered = ClusteredRows.build(rows, token_ids, centroids, eos_token_ids, by_column)
         self.vocab_size = rows.n_rows
         self.hidden_size = rows.hidden_size

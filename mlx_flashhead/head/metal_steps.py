@@ -128,7 +128,6 @@ class MetalSteps(PortableSteps):
         n_positions, n_clusters = scores.shape
         if not self.reads_rows:
             depth = NO_DEPTH  # MLX's operations would read the repeated probes
-        words = words and adjustment is None  # then MLX's operations expand
         name = "select"
         more: list[mx.array] = []
         probed = (n_positions, max(n_probes, MIN_PROBES)), mx.uint32

@@ -3,12 +3,11 @@
 What runs here is compiled here, and nothing is compiled afterwards.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import repeat
 from textwrap import shorten
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -39,22 +38,16 @@ DRAWN = (
 )
 N_DRAWN = 16
 WITHOUT_MAP = ("expand", "tolerance")  # kernels that know of no map
-TOO_MANY = re.compile("greater than +the maximum allowed threads per threadgroup")
+# What MLX says of a pipeline that allows no threadgroup of its size.
+TOO_MANY_THREADS = "greater than the maximum allowed threads per threadgroup"
 
 Pair = tuple[mx.array, mx.array, float]  # a result, the expected values and the tolerance
 
 
-class Trouble(NamedTuple):
-    """A kernel that cannot be used."""
-
-    sentence: str
-    too_many_threads: bool = False  # whether its pipeline allows no threadgroup of its size
-
-
 def find_trouble(
     steps: MetalSteps, dtype: mx.Dtype, n_probes: int, logit_map: LogitMap
-) -> Trouble | None:
-    """Runs each kernel: the first that fails, or None. Evaluates.
+) -> str | None:
+    """Runs each kernel: what the first one does that fails, or None. Evaluates.
 
     Args:
         steps: Of a head.
@@ -68,12 +61,11 @@ def find_trouble(
         try:
             for found, expected, tolerance in pairs_of():
                 if problem := _difference(found, expected, tolerance):
-                    return Trouble(f"the kernel {kernel!r} {problem}")
+                    return f"the kernel {kernel!r} {problem}"
         # MLX raises this for a text that does not compile, a rejected pipeline, a lost device
         except (RuntimeError, ValueError) as error:
             reason = shorten(str(error), 300, placeholder=" ...").rstrip(".")
-            sentence = f"the kernel {kernel!r} does not run on this device ({reason})"
-            return Trouble(sentence, TOO_MANY.search(str(error)) is not None)
+            return f"the kernel {kernel!r} does not run on this device ({reason})"
     return None
 
 
