@@ -52,13 +52,12 @@ def fit_centroids(
     """
     rows = as_float32(rows)
     vocab_size, hidden_size = rows.shape
-    n_clusters = len(token_ids)
     head_bias = np.zeros(vocab_size, np.float32) if head_bias is None else as_float32(head_bias)
     means = mean_rows(rows, token_ids)
     if states is None:
         matrix, _ = yield from _quantize(means, np.eye(hidden_size), group_size)
-        mean_bias = mean_rows(head_bias[:, None], token_ids)[:, 0]
-        return Centroids(matrix, mx.array(mean_bias), mx.zeros(n_clusters))
+        mean_bias = mx.array(mean_rows(head_bias[:, None], token_ids)[:, 0])
+        return Centroids(matrix, mean_bias, mx.zeros(len(token_ids)))
 
     state_mean, state_variance = covariance(states)
     residual_mean, residual_variance, cross = yield from _fit_residuals(

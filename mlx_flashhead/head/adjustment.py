@@ -171,11 +171,10 @@ def probed_for(scores: mx.array, adjustment: Adjustment, clustered: ClusteredRow
     """The scores (R, C), raised for the clusters of tokens that change, so that they are probed."""
     ids = _unpacked(adjustment, clustered.vocab_size).ids
     clusters = _slots(ids, clustered) // clustered.cluster_size
-    always = mx.array(ALWAYS_PROBED, mx.float32)
     # a place without a token raises a column that is cut off
     padded = mx.concatenate([scores, mx.zeros((len(scores), 1))], axis=-1)
     clusters = mx.where(ids < clustered.vocab_size, clusters, clustered.n_clusters)
-    return mx.put_along_axis(padded, clusters, always, axis=-1)[:, :-1]
+    return mx.put_along_axis(padded, clusters, mx.array(ALWAYS_PROBED, mx.float32), axis=-1)[:, :-1]
 
 
 def _slots(ids: mx.array, clustered: ClusteredRows) -> mx.array:
@@ -203,9 +202,8 @@ def adjusted_logits(
     flat = mx.concatenate([logits.flatten(1), nothing], axis=1)
     nowhere = flat.shape[1] - 1  # of places that hold no token
     index = mx.where(tokens.ids < clustered.vocab_size, index, nowhere)
-    before = mx.take_along_axis(flat, index, axis=1)
-    after = _changed(before, tokens, adjustment.most_occurrences)
-    flat = mx.put_along_axis(flat, index, after, axis=1)
+    changed = _changed(mx.take_along_axis(flat, index, axis=1), tokens, adjustment.most_occurrences)
+    flat = mx.put_along_axis(flat, index, changed, axis=1)
     return flat[:, :-1].reshape(logits.shape)
 
 

@@ -401,8 +401,9 @@ class FlashHead:
             # without the estimates, which belong to other scores
             selection = Selection(selection.probes[:, :n_probes])
             candidates = Candidates(candidates.logits[:, :n_probes])
-        logits = self.steps.expand(scores, selection, candidates)
-        return logits.reshape(*hidden.shape[:-1], self.vocab_size)
+        return self.steps.expand(scores, selection, candidates).reshape(
+            *hidden.shape[:-1], self.vocab_size
+        )
 
     def draft_logits(
         self, hidden: mx.array, token_ids: mx.array | None = None, *, n_probes: int | None = None

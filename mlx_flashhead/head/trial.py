@@ -92,8 +92,8 @@ class _Trial:
         self._plain = PortableSteps(steps.clustered)
         self._n_probes = n_probes
         self._map = logit_map
-        width = steps.clustered.rows.hidden_size
-        self._hidden = mx.random.normal((1, width), key=mx.random.key(0)).astype(dtype)
+        shape = 1, steps.clustered.rows.hidden_size
+        self._hidden = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
         self._in_float32 = self._hidden.astype(mx.float32)  # all sums are, whatever the dtype
         self._rounding = max(LEAST, UNITS * mx.finfo(dtype).eps)
 
@@ -143,8 +143,7 @@ class _Trial:
             present=tokens,
             occurrences=dict.fromkeys(tokens, 2),
         )
-        latest = mx.array([0], mx.uint32)
-        self._adjustment = Adjustment.of([changes], latest, clustered.vocab_size)
+        self._adjustment = Adjustment.of([changes], mx.array([0], mx.uint32), clustered.vocab_size)
         n_probes = min(self._n_probes + self._adjustment.n_tokens, clustered.n_clusters)
         self._forced = self._kernels.select(
             self._scores, n_probes, False, logit_map=self._map, adjustment=self._adjustment

@@ -158,8 +158,7 @@ def _index_of(arrays: dict[str, mx.array], config: FlashHeadConfig) -> FlashHead
         and all(mx.isfinite(array).all() for array in arrays.values())
     )
     ids = np.array(token_ids)
-    # each token once, and V in the padded slots
-    expected = np.minimum(np.arange(ids.size), config.vocab_size)
+    expected = np.minimum(np.arange(ids.size), config.vocab_size)  # V in the padded slots
     if not fits or not np.array_equal(np.sort(ids, axis=None), expected):
         return None
     return FlashHeadIndex(config, ids, centroids, sketch)

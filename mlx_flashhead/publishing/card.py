@@ -88,8 +88,11 @@ def _base_models(metadata: dict[str, Any]) -> list[str]:
 def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None:
     """A folder with a repository's card and its licence; None if they cannot be downloaded."""
     with suppress(Exception), redacted_logs():  # the Hub's client raises many unrelated types
-        patterns = [CARD_FILE, *LICENCE_FILES]
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=[CARD_FILE, *LICENCE_FILES]
+            )
+        )
     return None
 
 
@@ -173,8 +176,9 @@ def write_card(
         raise ValueError(
             f"The settings in {folder} hold figures that a card cannot show ({error}): {AGAIN}."
         ) from error
-    text = f"{card.content.rstrip()}\n\n{MARKER}\n{own_text}"
-    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+    (folder / CARD_FILE).write_text(
+        f"{card.content.rstrip()}\n\n{MARKER}\n{own_text}", encoding="utf-8"
+    )
 
 
 def _size(nbytes: float) -> str:

@@ -112,8 +112,14 @@ def publish(
     for file in texts:
         shutil.copy(file, folder)
     write_notice(licence, folder)
-    title = repo_id.rpartition("/")[2]
-    write_card(folder, metadata, config, title=title, model=repo_id, own_text=own_text)
+    write_card(
+        folder,
+        metadata,
+        config,
+        title=repo_id.rpartition("/")[2],
+        model=repo_id,
+        own_text=own_text,
+    )
     say(f"Uploading {folder} to {repo_id}")
     failed = (
         f"{repo_id} could not be uploaded (%s): the model is kept in {folder}, and "
