@@ -138,13 +138,6 @@ class ClusteredRows:
             self.slot_of,
         ]
 
-    def in_rows(self) -> "ClusteredRows":
-        """These clusters with each row in one piece, for kernels and other programs. Lazy."""
-        if not self.by_column:
-            return self
-        rows = replace(self.rows, weight=mx.contiguous(self.rows.weight))
-        return replace(self, rows=rows, by_column=False)
-
     def flat_rows(self) -> Matrix:
         """The rows in slot order, (C·cluster_size, …): a view, or a copy of rows by columns."""
         return self.rows.map(lambda array: array.reshape(-1, *array.shape[2:]))

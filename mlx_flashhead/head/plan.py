@@ -58,7 +58,7 @@ def export_plan(head: FlashHead, layer: str, dtype: mx.Dtype, path: Path) -> dic
     Raises:
         ValueError: If the Metal kernels do not read the head's rows.
     """
-    clustered = head.clustered.in_rows()
+    clustered = head.clustered
     n_probes = head.unverified_probes
     if clustered.rows.format.metal is None:
         raise ValueError(
