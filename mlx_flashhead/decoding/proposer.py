@@ -164,8 +164,7 @@ class Proposer:
         def project(hidden: mx.array) -> mx.array:
             states.append(hidden)
             if not logits:
-                dtype = head.clustered.rows.logits_dtype(hidden.dtype)
-                return mx.zeros((*hidden.shape[:-1], head.vocab_size), dtype)
+                return mx.zeros((*hidden.shape[:-1], head.vocab_size), hidden.dtype)
             if hidden.shape[1] > 1:  # each position as in a step of its own
                 return head.dense_logits_of_each(hidden)
             return self._project(hidden)
