@@ -45,7 +45,7 @@ def main() -> None:
     args = make_parser().parse_args()
     # --help needs none of these, which take seconds
     from .conversion.build import index_nbytes
-    from .conversion.preparation import check_space
+    from .conversion.pipeline import check_space
     from .head.backend import PORTABLE
     from .head.plan import export_plan
     from .loading.head_options import HeadOptions

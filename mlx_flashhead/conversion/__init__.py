@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 
 
 class Progress(NamedTuple):
-    """How far a stage of the work is: ``done`` of ``total`` units."""
+    """What a part of a stage has done: so many units of ``total``, or of fewer."""
 
     stage: str
-    done: int
+    added: int
     total: int
     unit: str
 
@@ -39,13 +39,13 @@ def run_task(task: Task[Result], *, progress: bool = True) -> Result:
     shown = ""
     try:
         while True:
-            stage, done, total, unit = next(task)
+            stage, added, total, unit = next(task)
             if stage != shown:
                 bar.total = bar.n  # a stage may end before its total, by its time limit
                 bar.close()
                 bar = tqdm(total=total, desc=stage, unit=unit, disable=not progress)
                 shown = stage
-            bar.update(done - bar.n)
+            bar.update(min(added, total - bar.n))
     except StopIteration as end:
         bar.total = bar.n
         return end.value

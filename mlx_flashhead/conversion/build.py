@@ -15,9 +15,8 @@ from ..index.settings import FlashHeadConfig, Verification
 from ..models.locate import HeadLocation
 from . import Task
 from .calibration import builtin_states, read_text, text_states
-from .centroids import fit_centroids
+from .centroids import fit_centroids, logit_metric
 from .clusters import PASSES, QUICK_PASSES, cluster_rows
-from .covariance import logit_metric
 from .measures import measure_positions
 from .options import BUILTIN, MIN_POSITIONS, NO_CALIBRATION, IndexOptions
 from .probes import (

@@ -87,8 +87,9 @@ def dialogues() -> list[list[dict[str, str]]]:
     for document in read_parts(DIALOGUE):
         _, *parts = re.split(r"^(User|Assistant): ", document, flags=re.MULTILINE)
         turns = zip(parts[::2], parts[1::2], strict=True)
-        messages = [{"role": role.lower(), "content": text.strip()} for role, text in turns]
-        conversations.append(messages)
+        conversations.append(
+            [{"role": who.lower(), "content": text.strip()} for who, text in turns]
+        )
     return conversations
 
 

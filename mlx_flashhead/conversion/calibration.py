@@ -133,12 +133,11 @@ def read_windows(
     states = [np.empty((0, 0), np.float32)] * len(windows)
     inputs = [window[:-1] for window in windows]
     total = sum(len(tokens) for tokens in inputs)
-    read = 0
     spent = 0.0
     n_together: float = READ_TOKENS if step_seconds == math.inf else MIN_STEP
     longest = max(map(len, inputs), default=1)
     waiting = list(range(len(windows)))
-    while waiting and (not read or spent < seconds):
+    while waiting and (not spent or spent < seconds):
         n_windows = max(1, int(n_together // longest))
         batch = waiting[:n_windows]
         waiting = waiting[n_windows:]
@@ -160,8 +159,7 @@ def read_windows(
             spent += took
             fitting = (tokens[:, part].size + WEIGHTS_TOKENS) * step_seconds / took - WEIGHTS_TOKENS
             n_together = min(READ_TOKENS, max(MIN_STEP, fitting))
-            read += sum(len(inputs[i][part]) for i in batch)
-            yield Progress(stage, read, total, "token")
+            yield Progress(stage, sum(len(inputs[i][part]) for i in batch), total, "token")
         for i, window_states in zip(batch, np.concatenate(parts, axis=1), strict=True):
             states[i] = window_states[: len(inputs[i])]
     return states
@@ -216,8 +214,7 @@ def drafted_states(
             drafted = [hidden.reshape(-1, hidden.shape[-1]) for hidden in recorded]
             if drafted:
                 states = np.concatenate([states, as_float32(mx.concatenate(drafted))])
-        done = min(len(states), DRAFTED_POSITIONS)
-        yield Progress("Recording drafts", done, DRAFTED_POSITIONS, "position")
-        if done == DRAFTED_POSITIONS or monotonic() > deadline:
+        yield Progress("Recording drafts", sum(map(len, drafted)), DRAFTED_POSITIONS, "position")
+        if len(states) >= DRAFTED_POSITIONS or monotonic() > deadline:
             break
     return states[:DRAFTED_POSITIONS]

@@ -1,6 +1,6 @@
-"""Centroids of clusters.
+"""Centroids of clusters, and the metric in which their rows are near.
 
-They predict the logsumexp of their clusters' logits, by ridge regression on states h. They are
+Centroids predict the logsumexp of their clusters' logits, by ridge regression on states h. They are
 rounded to 4 bits with the errors fed forward (GPTQ). The remaining residual, of mean m_c and
 variance s2_c over the states, gives the bias:
 
@@ -14,15 +14,53 @@ import numpy as np
 from ..head.clustered import Centroids
 from ..head.matrix import DEFAULT_GROUP, Matrix, affine_group, as_float32
 from . import Progress, Task
-from .covariance import BLOCK_STATES, covariance
 
-BLOCK_CLUSTERS = 64  # at once, which bounds memory
+# at once, which bounds memory
+BLOCK_CLUSTERS = 64
+BLOCK_STATES = 2048
+
 RIDGE = 0.03  # penalty, relative to the states' mean variance per dimension
 BITS = 4  # of a rounded centroid
 LEVELS = 15
 DAMPING = 0.01  # share of the mean variance added to the covariance before it is inverted
 
+# of the metric
+FLOOR = 0.1  # of the variance in all directions, of its mean; 0.03 to 0.3 make no difference
+COLUMNS_SHARE = 1 / 6  # of D; a third or all of them make no difference
+LEAST_COLUMNS = 64
+
 Array = np.ndarray
+
+
+def logit_metric(states: Array) -> Array:
+    """The metric in which rows of a head are near if their logits are.
+
+    Args:
+        states: Hidden states h (N, D).
+
+    Returns:
+        A matrix L (D, d) float32 that multiplies rows x, so that |(x - y) L|² is the variance of
+        h · (x - y) over the states, scaled to a mean of 1. It has the directions of most variance.
+    """
+    hidden_size = states.shape[1]
+    _, variance = covariance(states)
+    mean_variance = np.trace(variance) / hidden_size
+    if mean_variance > 0:
+        variance = variance / mean_variance
+    values, directions = np.linalg.eigh(variance)
+    n_columns = min(hidden_size, max(LEAST_COLUMNS, round(COLUMNS_SHARE * hidden_size)))
+    scales = np.sqrt(np.maximum(values[-n_columns:], 0) + FLOOR)
+    return (directions[:, -n_columns:] * scales).astype(np.float32)
+
+
+def covariance(states: Array) -> tuple[Array, Array]:
+    """Mean (D,) and covariance (D, D) of states (N, D), in float64."""
+    mean = states.mean(axis=0, dtype=np.float64)
+    total = np.zeros((states.shape[1], states.shape[1]))
+    for start in range(0, len(states), BLOCK_STATES):
+        centred = (states[start : start + BLOCK_STATES] - mean).astype(np.float32)
+        total += centred.T @ centred
+    return mean, total / len(states)
 
 
 def fit_centroids(
@@ -127,8 +165,8 @@ def _fit_residuals(
             total[part] += residuals.sum(axis=0, dtype=np.float64)
             squares[part] += np.square(residuals, dtype=np.float64).sum(axis=0)
             cross[part] += residuals.T @ centred_block
-            done = min(start + BLOCK_CLUSTERS, n_clusters)
-            yield Progress("Fitting", done, n_clusters, "cluster")
+            yield Progress("Fitting", 0, n_clusters, "cluster")
+        yield Progress("Fitting", slots.shape[1], n_clusters, "cluster")
     mean = total / len(states)
     variance = squares / len(states) - np.square(mean)
     return mean, variance, cross / len(states)
@@ -177,7 +215,7 @@ def _quantize(centroids: Array, covariance: Array, group_size: int) -> Task[tupl
             errors[i - start] = (left[i] - rounded[i]) / feed[i, i]
             later = slice(i + 1, group.stop)
             left[later] -= np.outer(feed[i, later], errors[i - start])
-            yield Progress("Rounding", i + 1, hidden_size, "column")
+            yield Progress("Rounding", 1, hidden_size, "column")
         left[group.stop :] -= feed[group, group.stop :].T @ errors
     # as in MLX, words of 32 bits with the first code in the lowest ones
     shifts = np.arange(0, 32, BITS, dtype=np.uint32)

@@ -23,25 +23,14 @@ LATER_PRICE_STEPS = 20
 BLOCK_ROWS = 2048
 BLOCK_SCORES = 1 << 22
 
+STAGE = "Clustering"  # its progress: the rows of all passes
+
 # Rows are duplicates if their squared distance is at most this share of that to the mean of all
 # rows. They are searched around a sample.
 DUPLICATE_DISTANCE = 0.2
 DUPLICATE_SAMPLE = 1024
 
 Array = np.ndarray
-
-
-class _RowCounter:
-    """Counts the rows that the passes have read."""
-
-    def __init__(self, total: int):
-        self.done = 0
-        self.total = total
-
-    def progress(self, n_rows: int = 0) -> Progress:
-        """The progress after ``n_rows`` more."""
-        self.done = min(self.done + n_rows, self.total)
-        return Progress("Clustering", self.done, self.total, "row")
 
 
 def cluster_rows(
@@ -78,9 +67,9 @@ def cluster_rows(
         raise ValueError("The rows hold NaN or infinity: check the model's output weights.")
     rng = np.random.default_rng(seed)
     vocab_size = len(rows)
-    counter = _RowCounter(passes * vocab_size)
-    points = yield from _points(rows, metric, counter)
-    grouped, others = yield from _group_duplicates(points[:, :-1], cluster_size, rng, counter)
+    total = passes * vocab_size
+    points = yield from _points(rows, metric, total)
+    grouped, others = yield from _group_duplicates(points[:, :-1], cluster_size, rng, total)
     n_clusters = -(-len(others) // cluster_size)
     token_ids = np.full((len(grouped) + n_clusters, cluster_size), vocab_size, dtype=np.uint32)
     token_ids[: len(grouped)] = grouped
@@ -89,13 +78,13 @@ def cluster_rows(
             points[block] = points[others[block]]
         capacity = np.full(n_clusters, len(others) // n_clusters)
         capacity[: len(others) % n_clusters] += 1
-        members = yield from _balanced_kmeans(points[: len(others)], capacity, passes, rng, counter)
+        members = yield from _balanced_kmeans(points[: len(others)], capacity, passes, rng, total)
         for column, ids in enumerate(members):
             token_ids[len(grouped) : len(grouped) + len(ids), column] = others[ids]
     return np.sort(token_ids, axis=1)
 
 
-def _points(rows: Array, metric: Array | None, counter: _RowCounter) -> Task[Array]:
+def _points(rows: Array, metric: Array | None, total: int) -> Task[Array]:
     """The only copy of the rows: less their mean, for exact distances, and a column of ones."""
     hidden_size = (rows if metric is None else metric).shape[1]
     points = np.ones((len(rows), hidden_size + 1), dtype=np.float32)
@@ -106,19 +95,18 @@ def _points(rows: Array, metric: Array | None, counter: _RowCounter) -> Task[Arr
             mapped[block] = rows[block] / np.where(norms > 0, norms, 1)[:, None]
         else:
             mapped[block] = rows[block] @ metric
-        yield counter.progress()
+        yield Progress(STAGE, 0, total, "row")
     mapped -= mapped.mean(axis=0, dtype=np.float64).astype(np.float32)
     return points
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
-    """The slices of ``size`` that cover a length, the last one shorter."""
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
+    """The slices of ``size`` that cover a length."""
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def _group_duplicates(
-    points: Array, cluster_size: int, rng: np.random.Generator, counter: _RowCounter
+    points: Array, cluster_size: int, rng: np.random.Generator, total: int
 ) -> Task[tuple[Array, Array]]:
     """Groups large sets of nearly identical rows, such as those of unused tokens.
 
@@ -130,7 +118,7 @@ def _group_duplicates(
     n_near = np.zeros(len(sample), dtype=np.int64)
     for block in _slices(len(points), BLOCK_ROWS):
         n_near += _near(points[block], points[sample]).sum(axis=0)
-        yield counter.progress()
+        yield Progress(STAGE, 0, total, "row")
     groups = [np.empty((0, cluster_size), dtype=np.int64)]
     left = np.ones(len(points), dtype=bool)
     for i in np.argsort(-n_near, kind="stable"):
@@ -157,7 +145,7 @@ def _near(points: Array, centres: Array) -> Array:
 
 
 def _balanced_kmeans(
-    points: Array, capacity: Array, passes: int, rng: np.random.Generator, counter: _RowCounter
+    points: Array, capacity: Array, passes: int, rng: np.random.Generator, total: int
 ) -> Task[list[Array]]:
     """Fills clusters of the ``capacity`` (C,), which descends.
 
@@ -169,10 +157,9 @@ def _balanced_kmeans(
     members = [rng.permutation(n_points)[:n_clusters]]
     prices = np.zeros(n_clusters, dtype=np.float32)
     every = np.arange(n_points)
-    library = mx if mx.default_device().type == mx.gpu else np  # a GPU is faster
     for iteration in range(passes):
         centroids = _centroids(points, members)
-        ids, scores = yield from _shortlists(points, every, centroids, library, counter)
+        ids, scores = yield from _shortlists(points, every, centroids, total)
         # prices move until demand for each centroid meets its capacity
         step = 0.3 * np.median(scores.max(axis=1) - np.median(scores, axis=1))
         for _ in range(LATER_PRICE_STEPS if iteration else FIRST_PRICE_STEPS):
@@ -180,7 +167,7 @@ def _balanced_kmeans(
             wanted = np.bincount(ids[every, best], minlength=n_clusters)
             prices += (step * np.clip(wanted / capacity - 1, -1, 2)).astype(np.float32)
             step *= 0.95
-            yield counter.progress()
+            yield Progress(STAGE, 0, total, "row")
         free = capacity.copy()
         assigned = np.full(n_points, -1)
         waiting = every
@@ -188,11 +175,9 @@ def _balanced_kmeans(
             _place(waiting, ids, scores - prices[ids], free, assigned)
             waiting = np.flatnonzero(assigned < 0)
             if len(waiting):  # their lists are full: they get one of the open clusters
-                yield counter.progress()
+                yield Progress(STAGE, 0, total, "row")
                 opened = np.flatnonzero(free)
-                listed, scores = yield from _shortlists(
-                    points, waiting, centroids[opened], library, counter
-                )
+                listed, scores = yield from _shortlists(points, waiting, centroids[opened], total)
                 ids = opened[listed]
         order = np.argsort(assigned, kind="stable")
         first = np.cumsum(capacity) - capacity
@@ -211,13 +196,14 @@ def _centroids(points: Array, members: list[Array]) -> Array:
 
 
 def _shortlists(
-    points: Array, rows: Array, centroids: Array, library: Any, counter: _RowCounter
+    points: Array, rows: Array, centroids: Array, total: int
 ) -> Task[tuple[Array, Array]]:
     """Ids and scores (R, 24 or C) of the best centroids of the points ``rows`` (R,), unordered.
 
     They are the best ones of buckets, found in rounds of pairs, which take less time than the
-    product with all centroids. ``library`` is numpy or mlx.core.
+    product with all centroids.
     """
+    library: Any = mx if mx.default_device().type == mx.gpu else np  # a GPU is faster
     n_clusters = len(centroids)
     length = min(LIST_LENGTH, n_clusters)
     n_rounds = max(n_clusters // BUCKETS, 1).bit_length() - 1
@@ -245,7 +231,7 @@ def _shortlists(
             winners = winners + lost * (products.shape[1] // 2)
         ids[block] = np.asarray(winners)
         scores[block] = np.asarray(best)
-        yield counter.progress(len(best))
+        yield Progress(STAGE, len(best), total, "row")
     return ids, scores
 
 

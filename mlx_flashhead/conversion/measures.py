@@ -97,7 +97,7 @@ def measure_positions(
             logits, scores, next_ids[part], token_ids, cluster_of, tail_offset, probes
         )
         values[:, :, part] = measured.transpose(2, 0, 1)
-        yield Progress("Measuring", start + len(logits), len(states), "position")
+        yield Progress("Measuring", len(logits), len(states), "position")
     return PositionMeasures(probe_counts, values, dense_nll)
 
 

@@ -1,12 +1,22 @@
-"""The options of a conversion, with their defaults and limits. Their help is in `convert.py`."""
+"""The options of a conversion, with their defaults and limits, and the recipe that stores them.
 
+Their help is in `convert.py`.
+"""
+
+import hashlib
+import platform
+import shlex
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ..common.arguments import Type, check, number, one_of, whole_number
 from ..common.repositories import full_name
 from ..head.matrix import AFFINE, FORMATS, GROUPS
+from ..models.origin import Origin
+from ..version import __version__
 
 BUILTIN = "builtin"
 NO_CALIBRATION = "none"
@@ -14,6 +24,21 @@ HEAD_BITS = (4, 6, 8, 16)  # 16: floats
 MIN_POSITIONS = 10  # some are held out; hundreds are needed for good probes
 QUICK_POSITIONS = 4_000
 DTYPES = ("float16", "bfloat16", "float32")  # of a conversion of mlx-lm
+PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers")  # whose versions are in a recipe
+
+# Options that do not change the result.
+NOT_IN_RECIPE = {
+    "hf_path",
+    "mlx_path",
+    "upload_repo",
+    "revision",
+    "base_model",
+    "license",
+    "upload",
+    "private",
+    "overwrite",
+    "seed",
+}
 
 # Limits of the options, for Python and the command.
 LIMITS: dict[str, Type] = {
@@ -111,13 +136,6 @@ class ConvertOptions(IndexOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_needless()
-        self._check_contradictions()
-        if self.base_model is not None:
-            full_name(self.base_model, "")
-
-    def _check_needless(self) -> None:
-        """Raises a ValueError for an option that would change nothing."""
         for name in ("quantize", "dequantize", "dtype", "head_bits", "fine_head"):
             if self.index_only and getattr(self, name):
                 raise ValueError(f"`index_only` writes no weights: leave `{name}` out.")
@@ -126,26 +144,83 @@ class ConvertOptions(IndexOptions):
                 raise ValueError(
                     f"`{name}` is for a quantized model: add `quantize`, or leave it out."
                 )
-
-    def _check_contradictions(self) -> None:
-        """Raises a ValueError for options that contradict each other, or lack one."""
-        if not self.hf_path:
-            raise ValueError("`hf_path` is needed: the folder or repository of the model.")
-        if self.quantize and self.dequantize:
-            raise ValueError("Choose either `quantize` or `dequantize`, not both.")
-        if self.fine_head and (self.quantize or self.dequantize):
-            raise ValueError(
+        alters = self.quantize or self.dequantize
+        has_recipe = isinstance(self.quant_predicate, str)
+        another_repo = isinstance(self.upload, str) and self.upload_repo not in (None, self.upload)
+        contradictions = [
+            (not self.hf_path, "`hf_path` is needed: the folder or repository of the model."),
+            (
+                self.quantize and self.dequantize,
+                "Choose either `quantize` or `dequantize`, not both.",
+            ),
+            (
+                self.fine_head and alters,
                 "`fine_head` is for a model that is quantized already: leave it out, or `quantize` "
-                "and `dequantize`."
-            )
-        if isinstance(self.quant_predicate, str) and self.q_mode != AFFINE:
-            raise ValueError("Mixed-bit recipes (`quant_predicate`) need the affine `q_mode`.")
-        if isinstance(self.upload, str) and self.upload_repo not in (None, self.upload):
-            raise ValueError("`upload` and `upload_repo` name two repositories: give one of them.")
-        if self.private and not self.uploads:
-            raise ValueError("`private` is for an upload: add `upload`.")
+                "and `dequantize`.",
+            ),
+            (
+                has_recipe and self.q_mode != AFFINE,
+                "Mixed-bit recipes (`quant_predicate`) need the affine `q_mode`.",
+            ),
+            (
+                another_repo,
+                "`upload` and `upload_repo` name two repositories: give one of them.",
+            ),
+            (self.private and not self.uploads, "`private` is for an upload: add `upload`."),
+        ]
+        for contradicts, sentence in contradictions:
+            if contradicts:
+                raise ValueError(sentence)
+        if self.base_model is not None:
+            full_name(self.base_model, "")
 
     @property
     def uploads(self) -> bool:
         """Whether the result is uploaded."""
         return bool(self.upload) or self.upload_repo is not None
+
+
+def make_recipe(options: IndexOptions, origin: Origin, name: str) -> dict[str, Any]:
+    """Makes the recipe of a result, JSON-ready, without paths of this machine.
+
+    Args:
+        options: The options of the conversion, or of the index alone.
+        origin: The model.
+        name: The name of the result.
+    """
+    words = ["mlx_flashhead.convert", "--hf-path", origin.known_as]
+    if origin.revision is not None:
+        words += ["--revision", origin.revision]
+    if not isinstance(options, ConvertOptions):
+        words.append("--index-only")
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name in NOT_IN_RECIPE or value == field.default:
+            continue
+        words.append("--" + field.name.replace("_", "-"))
+        if value is not True:
+            words.append(_word(field.name, value))
+    words += ["--seed", str(options.seed), "--mlx-path", name]
+    versions = {"python": platform.python_version(), "mlx_flashhead": __version__}
+    versions |= {package: version(package) for package in PACKAGES}
+    recipe: dict[str, Any] = {
+        "name": name,
+        "model": origin.known_as,
+        "command": shlex.join(words),
+        "versions": versions,
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+    if options.source == "file":
+        text = Path(options.calibration).expanduser()
+        recipe["files"] = {text.name: hashlib.sha256(text.read_bytes()).hexdigest()}
+    return recipe
+
+
+def _word(name: str, value: Any) -> str:
+    """The value of an option in the command: of a file its name alone, which others have too."""
+    if callable(value):
+        return "FUNCTION"
+    path = Path(str(value)).expanduser()
+    if name in ("calibration", "fine_head") and path.exists():
+        return path.name
+    return str(value)

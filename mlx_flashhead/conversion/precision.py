@@ -124,8 +124,18 @@ def set_bits(
         "mode": AFFINE,
     }
     if bits is not None:
+        if bits > stored_bits:
+            raise ValueError(
+                f"`head_bits` {bits} is more than the {stored_bits} bits that this model's head "
+                "has: convert from a checkpoint with a finer head, or leave the option out."
+            )
         fits_body = not (options.quantize and rows.hidden_size % body["group_size"])
-        _check_head(rows, bits, head if fits_body else body)
+        group = (head if fits_body else body)["group_size"]
+        if bits < stored_bits and (group is None or rows.hidden_size % group):
+            raise ValueError(
+                f"The head's width {rows.hidden_size} is not a multiple of the quantization group "
+                f"({group or '64 or 32'}): leave `head_bits` out."
+            )
         if bits < stored_bits and rows.quantized:
             # floats in the place of the model's quantized head
             dense = mlx_lm.dequantize_model(nn.Sequential(location.module)).layers[0]
@@ -171,19 +181,3 @@ def head_bits(rows: Matrix, options: ConvertOptions) -> int | None:
     if options.q_mode != AFFINE and bits == DEFAULT_BITS[options.q_mode]:
         return None  # other modes have one number of bits
     return bits
-
-
-def _check_head(rows: Matrix, bits: int, form: dict[str, Any]) -> None:
-    """Raises a ValueError if the head has fewer bits, or its width fits no group of a form."""
-    stored_bits = rows.bits or FLOAT_BITS
-    group_size = form["group_size"]
-    if bits > stored_bits:
-        raise ValueError(
-            f"`head_bits` {bits} is more than the {stored_bits} bits that this model's head has: "
-            "convert from a checkpoint with a finer head, or leave the option out."
-        )
-    if bits < stored_bits and (group_size is None or rows.hidden_size % group_size):
-        raise ValueError(
-            f"The head's width {rows.hidden_size} is not a multiple of the quantization group "
-            f"({group_size or '64 or 32'}): leave `head_bits` out."
-        )

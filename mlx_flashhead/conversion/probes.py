@@ -120,9 +120,8 @@ def expected_bytes(measured: PositionMeasures, n_probes: int, nbytes: StepBytes)
         n_probes: One of the measured numbers of probes.
         nbytes: What a step reads.
     """
-    rejected = measured.rejected_shares().mean(axis=0)
-    shares = dict(zip(measured.probe_counts, rejected.tolist(), strict=True))
-    return nbytes.verified(n_probes, shares[n_probes])
+    place = list(measured.probe_counts).index(n_probes)
+    return nbytes.verified(n_probes, float(measured.rejected_shares()[:, place].mean()))
 
 
 def choose_verified(measured: PositionMeasures, nbytes: StepBytes) -> int:

@@ -34,11 +34,15 @@ def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) ->
         The report, JSON-ready: None stands for infinity.
     """
     perplexity = measured.dense_perplexity()
-    by_probes = {}
+    counts = np.array(measured.probe_counts)
+    # shown are those nearest to some multiples of the chosen number
+    nearest = [int(np.abs(counts - multiple * n_probes).argmin()) for multiple in SHOWN_MULTIPLES]
+    shown = {n_probes, *counts[nearest].tolist()}
+    rows = []
     for means in measured.means():
         n = means["n_probes"]
-        by_probes[n] = {
-            "n_probes": _finite(n),
+        row = {
+            "n_probes": n,
             "agreement": _finite(means["agreement"]),
             "coverage": _finite(means["coverage"]),
             "kl": _finite(means["kl"]),
@@ -46,22 +50,14 @@ def make_report(measured: PositionMeasures, n_probes: int, nbytes: StepBytes) ->
             "bytes_per_token": round(nbytes.head(n)),
             "bytes_share": nbytes.share(n),
         }
-    # shown are those nearest to some multiples of the chosen number
-    shown = {n_probes}
-    measured_probes = np.array(measured.probe_counts)
-    for multiple in SHOWN_MULTIPLES:
-        nearest = int(np.abs(measured_probes - multiple * n_probes).argmin())
-        shown.add(measured.probe_counts[nearest])
-    chosen = by_probes[n_probes]
+        rows += [row] if n in shown else []
+    chosen = next(row for row in rows if row["n_probes"] == n_probes)
     return {
         "positions": measured.values.shape[-1],
-        "agreement": chosen["agreement"],
-        "coverage": chosen["coverage"],
-        "kl": chosen["kl"],
-        "perplexity_ratio": chosen["perplexity_ratio"],
+        **{name: chosen[name] for name in ("agreement", "coverage", "kl", "perplexity_ratio")},
         "dense_perplexity": _finite(perplexity),
         "dense_bytes": nbytes.dense,
-        "by_probes": [by_probes[n] for n in sorted(shown)],
+        "by_probes": rows,
     }
 
 
@@ -110,7 +106,7 @@ def compare_bits(
             same = (actual.argmax(axis=-1) == expected.argmax(axis=-1)).sum()
             loss = -mx.take_along_axis(actual, truth, axis=-1).sum()
             totals[bits] += [kl.item(), same.item(), loss.item()]
-        yield Progress("Comparing bits", start + len(part), len(chosen), "position")
+        yield Progress("Comparing bits", len(part), len(chosen), "position")
     hidden = mx.array(states[:1]).astype(original.weight.dtype)
     table = []
     for bits, head in sorted(heads.items()):

@@ -31,18 +31,16 @@ def write_index(folder: Path, index: FlashHeadIndex) -> None:
     """Adds an index to an mlx-lm folder and replaces an earlier one."""
     config = _read_json(folder / CONFIG_NAME)
     config[CONFIG_KEY] = index.config.to_dict()
-    _write_arrays(folder, index)
-    _write_json(folder / CONFIG_NAME, config)
+    _write(folder, index, CONFIG_NAME, config)
 
 
 def write_companion(folder: Path, index: FlashHeadIndex) -> None:
     """Writes an index into a folder of its own."""
-    _write_arrays(folder, index)
-    _write_json(folder / SETTINGS_NAME, index.config.to_dict())
+    _write(folder, index, SETTINGS_NAME, index.config.to_dict())
 
 
-def _write_arrays(folder: Path, index: FlashHeadIndex) -> None:
-    """Writes the arrays of an index, with what ties them to its settings and the rows."""
+def _write(folder: Path, index: FlashHeadIndex, place: str, settings: dict[str, Any]) -> None:
+    """Writes the arrays of an index, with what ties them to its rows, and the settings."""
     centroids = index.centroids
     arrays = {
         "token_ids": mx.array(index.token_ids),
@@ -60,10 +58,7 @@ def _write_arrays(folder: Path, index: FlashHeadIndex) -> None:
     }
     with (folder / FILE_NAME).open("wb") as file:  # MLX would add .safetensors to a name
         mx.save_safetensors(file, arrays, metadata=metadata)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=4) + "\n", encoding="utf-8")
+    (folder / place).write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
 
 
 def has_flash_head(folder: Path) -> bool:

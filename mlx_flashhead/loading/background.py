@@ -24,8 +24,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from ..common.command import sentence
 from ..conversion import Progress, Task, run_task
 from ..conversion.build import STEP_SECONDS, expected_seconds, model_index
-from ..conversion.options import IndexOptions
-from ..conversion.recipe import make_recipe
+from ..conversion.options import IndexOptions, make_recipe
 from ..decoding.policy import Tuning, policy_of
 from ..head.flash_head import FlashHead
 from ..head.matrix import Matrix

@@ -44,8 +44,9 @@ def resolve(path_or_repo: str, revision: str | None = None, files: list[str] | N
     path = Path(os.path.expanduser(path_or_repo))
     if path.is_dir():
         if revision is not None:
-            said = f"{path_or_repo} is a folder, which has no revision {revision!r}: leave it out."
-            raise ValueError(said)
+            raise ValueError(
+                f"{path_or_repo} is a folder, which has no revision {revision!r}: leave it out."
+            )
         return path
     if path.exists():
         raise ValueError(f"{path_or_repo} is a file: name its folder instead.")
@@ -88,12 +89,9 @@ def hub_sentence(error: Exception, name: str, revision: str | None = None) -> st
     if disk_error or type(error) is ValueError:
         return None
     missing = f"There is no folder {name!r} here, and"
+    nobody = f"{missing} the Hugging Face Hub cannot be reached: check the network and the name."
     if constants.HF_HUB_OFFLINE:
-        remedy = "check the name, or unset HF_HUB_OFFLINE"
-        nobody = f"{missing} it was not downloaded before: {remedy}."
-    else:
-        remedy = "check the network and the name"
-        nobody = f"{missing} the Hugging Face Hub cannot be reached: {remedy}."
+        nobody = f"{missing} it was not downloaded before: check the name, or unset HF_HUB_OFFLINE."
     sentences = {
         errors.GatedRepoError: f"{name} is gated: ask for access on {constants.ENDPOINT}/{name}"
         ", then log in with `hf auth login`.",

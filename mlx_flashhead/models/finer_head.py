@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -97,8 +97,7 @@ def _name_of_source(source: str | Path | bool) -> str:
 def _cached_rows(cached: Path, coarse: Matrix) -> tuple[Matrix | None, str]:
     """The finer rows in the cache, if they can be read, and the source that they are from."""
     with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError):
-        loaded: Any = mx.load(str(cached), format="safetensors", return_metadata=True)
-        arrays, metadata = loaded
+        arrays, metadata = cast(Any, mx.load(str(cached), return_metadata=True))
         numbers: Any = {name: int(metadata[name]) for name in ("bits", "group_size")}
         rows = Matrix(**arrays, bias=coarse.bias, **numbers)
         if (rows.n_rows, rows.hidden_size) == (coarse.n_rows, coarse.hidden_size):
@@ -119,8 +118,9 @@ def _fetch(
     coarse = location.rows()
     group_size = affine_group(coarse.hidden_size) if bits < 16 else 0
     if group_size is None:
-        width = coarse.hidden_size
-        raise ValueError(f"Rows of width {width} fit no group of 32: add `head_bits` 16.")
+        raise ValueError(
+            f"Rows of width {coarse.hidden_size} fit no group of 32: add `head_bits` 16."
+        )
     original = _base_model(folder) if source is True else _name_of_source(source)
     tensor = _find(original, location)
     names = f"{original} is not the original of {_name(folder)}"
@@ -130,8 +130,9 @@ def _fetch(
     check_same([distances(coarse.take(mx.array(ids)), fine)], names, SKETCH_DRIFT)
     size = megabytes(tensor.nbytes)
     say(f"Fetching {tensor.name} of {original} ({size}) for a finer head.")
-    options: Any = {"unit": "B", "unit_scale": True, "desc": "Finer head", "disable": not progress}
-    with tqdm(total=tensor.nbytes, **options) as bar:
+    with tqdm(
+        total=tensor.nbytes, unit="B", unit_scale=True, desc="Finer head", disable=not progress
+    ) as bar:
         content = tensor.fetch(cached.parent, bar)
     rows = _checked_rows(location, tensor, content, bits, group_size, names)
     about = {
@@ -174,9 +175,8 @@ def _checked_rows(
     pieces = []
     size = tensor.nbytes // coarse.n_rows
     for start in range(0, coarse.n_rows, PIECE_ROWS):
-        end = min(start + PIECE_ROWS, coarse.n_rows)
-        rows = tensor.array(content[start * size : end * size])
-        stored = coarse.take(mx.arange(start, end))
+        rows = tensor.array(content[start * size : (start + PIECE_ROWS) * size])
+        stored = coarse.take(mx.arange(start, start + len(rows)))
         compared.append(distances(stored, rows.astype(mx.float32)))
         fine = Matrix(rows.astype(dtype))
         if group_size:

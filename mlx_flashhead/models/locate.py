@@ -106,11 +106,7 @@ def _trace(model: nn.Module) -> tuple[int, list[HeadLocation]]:
         if as_wide and mx.issubdtype(hidden.dtype, mx.floating):
             locations.append(HeadLocation(module, "", method, hidden.dtype))
 
-    with_rows = []
-    for module in model.modules():
-        weight = module.get("weight")
-        if isinstance(weight, mx.array) and weight.ndim == 2:
-            with_rows.append(module)
+    with_rows = [each for each in model.modules() if getattr(each.get("weight"), "ndim", 0) == 2]
     try:
         with _observed(with_rows, record):
             logits = forward(model, mx.array([[0]]))

@@ -147,8 +147,9 @@ def tensor_files(source: str) -> list[TensorFile]:
         for name in sorted(file.rfilename for file in siblings):
             if name.endswith(ENDING) and "/" not in name:
                 copy = huggingface_hub.try_to_load_from_cache(source, name)
-                here = TensorFile(copy) if isinstance(copy, str) else None
-                files.append(here or TensorFile(name, source))
+                files.append(
+                    TensorFile(copy) if isinstance(copy, str) else TensorFile(name, source)
+                )
     if not files:
         raise ValueError(f"{source} holds no safetensors file: choose another source.")
     return [files[-1], *files[:-1]]

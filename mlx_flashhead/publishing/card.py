@@ -96,22 +96,23 @@ def _fetched_documents(repo_id: str, revision: str | None = None) -> Path | None
     return None
 
 
-def card_metadata(base: Provenance, relation: str = "quantized") -> dict[str, Any]:
+def card_metadata(base: Provenance, alone: bool = False) -> dict[str, Any]:
     """The header of a derived model's card.
 
     Args:
         base: The model that it was made from.
-        relation: What it is to that model: "quantized", or an "adapter" for a FlashHead alone.
+        alone: It is a FlashHead without the model.
     """
     metadata: dict[str, Any] = {"license": base.licence.identifier if base.licence else None}
     metadata |= {key: base.metadata[key] for key in KEPT_METADATA if base.metadata.get(key)}
     metadata |= {"library_name": "mlx", "pipeline_tag": "text-generation"}
+    relation = "adapter" if alone else None
     if base.origin.repo_id:
-        metadata |= {"base_model": base.origin.repo_id, RELATION: relation}
+        metadata |= {"base_model": base.origin.repo_id, RELATION: relation or "quantized"}
     else:  # a folder of unknown origin may still name its own base model
         bases = _base_models(base.metadata)
-        own_relation = relation if relation == "adapter" else base.metadata.get(RELATION)
-        metadata |= {"base_model": bases[0] if len(bases) == 1 else bases, RELATION: own_relation}
+        relation = relation or base.metadata.get(RELATION)
+        metadata |= {"base_model": bases[0] if len(bases) == 1 else bases, RELATION: relation}
     tags = [tag for tag in as_list(base.metadata.get("tags")) if isinstance(tag, str)]
     metadata["tags"] = list(dict.fromkeys([*tags, "mlx", "flashhead"]))
     return {key: value for key, value in metadata.items() if value}
@@ -169,8 +170,6 @@ def write_card(
             licence_link=link,
             changes=changes_in(folder),
             percent=percent,
-            size=_size,
-            number=_number,
         )
     except Exception as error:  # whatever foreign settings make of the template
         raise ValueError(
@@ -179,14 +178,6 @@ def write_card(
     (folder / CARD_FILE).write_text(
         f"{card.content.rstrip()}\n\n{MARKER}\n{own_text}", encoding="utf-8"
     )
-
-
-def _size(nbytes: float) -> str:
-    return f"{nbytes / 1e6:.2f} MB" if nbytes >= 1e4 else f"{nbytes:.0f} B"
-
-
-def _number(value: float | None, decimals: int) -> str:
-    return "–" if value is None else f"{value:.{decimals}f}"
 
 
 def text_below_marker(card: Path) -> str:

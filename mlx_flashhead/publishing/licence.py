@@ -55,14 +55,6 @@ def _llama(version: str, attribution: str = "Built with Llama", prefix: str = "L
     )
 
 
-GEMMA = Licence(
-    "gemma",
-    "Gemma Terms of Use",
-    "https://ai.google.dev/gemma/terms",
-    r"gemma terms of use(?! found at)",
-    "Gemma is provided under and subject to the Gemma Terms of Use found at "
-    "ai.google.dev/gemma/terms",
-)
 LICENCES = (
     _llama("2", attribution="", prefix=""),
     _llama("3", attribution="Built with Meta Llama 3", prefix="Llama-3"),
@@ -70,7 +62,14 @@ LICENCES = (
     _llama("3.2"),
     _llama("3.3"),
     _llama("4"),
-    GEMMA,
+    Licence(
+        "gemma",
+        "Gemma Terms of Use",
+        "https://ai.google.dev/gemma/terms",
+        r"gemma terms of use(?! found at)",
+        "Gemma is provided under and subject to the Gemma Terms of Use found at "
+        "ai.google.dev/gemma/terms",
+    ),
 )
 
 

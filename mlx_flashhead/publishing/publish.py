@@ -33,9 +33,7 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 NOT_UPLOADED = [".*", "*/.*", "*.log", "__pycache__/*"]
 
 
-def add_documents(
-    folder: Path, base: Provenance, config: FlashHeadConfig, relation: str, target: Path
-) -> None:
+def add_documents(folder: Path, base: Provenance, config: FlashHeadConfig, target: Path) -> None:
     """Writes a new checkpoint's card and puts the licence's files beside it.
 
     The licence's files of an older checkpoint stay, and so does the text below its card's marker.
@@ -44,7 +42,6 @@ def add_documents(
         folder: The new checkpoint.
         base: The model that it was made from.
         config: The settings of its FlashHead.
-        relation: What it is to that model: "quantized", or an "adapter" for a FlashHead alone.
         target: The folder's final place, where an older checkpoint may be.
     """
     for file in [*licence_files(target), *base.files]:
@@ -52,7 +49,7 @@ def add_documents(
     write_notice(base.licence, folder)
     write_card(
         folder,
-        card_metadata(base, relation),
+        card_metadata(base, is_companion(folder)),
         config,
         title=config.recipe["name"],
         model=target.name,
@@ -92,7 +89,7 @@ def publish(
         model = config.recipe.get("model")
         named = model if is_repository(model) else None
         base = find_provenance(str(folder), folder, named, license)
-        metadata = card_metadata(base, "adapter" if is_companion(folder) else "quantized")
+        metadata = card_metadata(base, is_companion(folder))
         texts = [file for file in base.files if file.parent != folder]
     files = [*licence_files(folder), *texts]
     licence = recognise(metadata, files)
@@ -168,9 +165,10 @@ def reserve(repo_id: str, user: str, private: bool = False) -> str:
     Raises:
         ValueError: If the user may not write to it, or it is public and should be private.
     """
-    allowed = f"{user}/{repo_id.rpartition('/')[2]}"
-    remedy = f"choose another name, such as {allowed}, or get a token that may"
-    denial = f"{user} may not write to {repo_id}: {remedy}."
+    denial = (
+        f"{user} may not write to {repo_id}: choose another name, such as "
+        f"{user}/{repo_id.rpartition('/')[2]}, or get a token that may."
+    )
     failed = f"{repo_id} cannot be created on the Hugging Face Hub (%s): choose another name."
     with _client(denial, failed) as api:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)

@@ -14,10 +14,8 @@ import pytest
 
 import mlx_flashhead
 from mlx_flashhead.conversion import pipeline
-from mlx_flashhead.conversion.options import ConvertOptions
-from mlx_flashhead.conversion.pipeline import convert
-from mlx_flashhead.conversion.preparation import check_apart
-from mlx_flashhead.conversion.recipe import make_recipe
+from mlx_flashhead.conversion.options import ConvertOptions, make_recipe
+from mlx_flashhead.conversion.pipeline import check_apart, convert
 from mlx_flashhead.convert import make_parser
 from mlx_flashhead.index.files import CONFIG_KEY, FILE_NAME, SETTINGS_NAME, read_index
 from mlx_flashhead.models.install import get_flash_head

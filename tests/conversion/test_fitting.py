@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_flashhead.conversion import centroids, run_task
-from mlx_flashhead.conversion.centroids import fit_centroids
-from mlx_flashhead.conversion.covariance import FLOOR, logit_metric
+from mlx_flashhead.conversion.centroids import FLOOR, fit_centroids, logit_metric
 from mlx_flashhead.head.matrix import Matrix
 from tiny_models import random_clusters
 
