@@ -1,7 +1,6 @@
 """The report of a conversion: figures that are stored with the index, and their tables."""
 
 import timeit
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -160,7 +159,15 @@ def report_lines(config: FlashHeadConfig) -> list[str]:
         )
     if "head_bits" in report:
         compared = report["head_bits"]
-        lines += _bits_table(compared["rows"])
+        lines.append(
+            "    head      KL  same best token  perplexity     memory     dense  FlashHead"
+        )
+        for row in compared["rows"]:
+            lines.append(
+                f"{row['bits']:>3} bits {row['kl']:>7.4f} {percent(row['agreement'], 1):>16} "
+                f"{row['perplexity']:>11.2f} {megabytes(row['bytes']):>10} "
+                f"{row['dense_ms']:>6.2f} ms {row['flash_head_ms']:>7.2f} ms"
+            )
         lines += [
             f"On {compared['positions']:,} of these positions, from the unquantized head; the time "
             "per token of the dense",
@@ -187,15 +194,3 @@ def _probes_table(config: FlashHeadConfig) -> list[str]:
 
 def _three_decimals(figure: float | None) -> str:
     return "–" if figure is None else f"{figure:.3f}"
-
-
-def _bits_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each number of bits, after the headings."""
-    lines = ["    head      KL  same best token  perplexity     memory     dense  FlashHead"]
-    for row in rows:
-        lines.append(
-            f"{row['bits']:>3} bits {row['kl']:>7.4f} {percent(row['agreement'], 1):>16} "
-            f"{row['perplexity']:>11.2f} {megabytes(row['bytes']):>10} "
-            f"{row['dense_ms']:>6.2f} ms {row['flash_head_ms']:>7.2f} ms"
-        )
-    return lines
