@@ -140,10 +140,11 @@ class PortableSteps:
         self._on_cpu = mx.default_device().type == mx.cpu
         # the CPU build multiplies float32 far faster than 4 bits, so it dequantizes the centroids
         self._centroids = in_blocks(clustered.centroids.matrix) if self._on_cpu else None
+        self._columns = clustered.rows.weight.swapaxes(-1, -2)  # a view, made once
 
     def arrays(self) -> list[mx.array]:
         """The arrays that the steps hold beside the rows."""
-        return [] if self._centroids is None else [self._centroids]
+        return [self._columns] if self._centroids is None else [self._columns, self._centroids]
 
     def structure_of(
         self, draws: Draws, adjustment: Adjustment | None
@@ -238,8 +239,7 @@ class PortableSteps:
             # the state of each product: one array that is there, for the usual single one
             states = np.repeat(np.arange(len(hidden), dtype=np.uint32)[:, None], probes.shape[1], 1)
             stacked = hidden if len(hidden) == 1 else hidden[:, None]
-            columns = rows.weight.swapaxes(-1, -2)
-            logits = mx.gather_mm(stacked, columns, mx.array(states), probes).squeeze(-2)
+            logits = mx.gather_mm(stacked, self._columns, mx.array(states), probes).squeeze(-2)
         elif rows.scales is not None:
             stacked = mx.expand_dims(hidden, (1, 2))  # (R, 1, 1, D) against (R, p) blocks of (n, D)
             arrays = (rows.weight, rows.scales, rows.biases)
@@ -247,8 +247,7 @@ class PortableSteps:
             logits = mx.gather_qmm(stacked, *arrays, **options).squeeze(-2)
         elif rows.weight.dtype == hidden.dtype and not self._on_cpu:
             stacked = mx.expand_dims(hidden, (1, 2))
-            blocks = rows.weight.swapaxes(-1, -2)
-            logits = mx.gather_mm(stacked, blocks, rhs_indices=probes).squeeze(-2)
+            logits = mx.gather_mm(stacked, self._columns, rhs_indices=probes).squeeze(-2)
         else:  # for other floats the CPU build has no gather_mm
             blocks = mx.take(rows.weight, probes, axis=0)  # (R, p, n, D)
             logits = (blocks @ hidden[:, None, :, None]).squeeze(-1)

@@ -119,7 +119,7 @@ class Draws:
         """Whether each row takes the best logit."""
         return all(row.greedy for row in self.rows)
 
-    @property
+    @cached_property
     def structure(self) -> tuple[Draw, ...]:
         """The :attr:`Draw.structure` of the rows."""
         return tuple([row.structure for row in self.rows])
