@@ -30,9 +30,9 @@ SCREENS = {  # points
 expect.set_options(timeout=60_000)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """The browser, or a visible skip."""
+    """The browser, or a visible skip. While it is open, its event loop runs in this thread."""
     named = os.environ.get("MLX_FLASHHEAD_TEST_BROWSER")
     path = named or next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
